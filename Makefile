@@ -1,0 +1,55 @@
+# Recipes of one line. PYTHON makes the virtual environment; everything else runs in it.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV ?= .venv
+RUN = $(VENV)/bin
+CONSTRAINTS = constraints.txt
+
+.PHONY: help demo test lint types tests format docs gpu slow wheel clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+
+# A stamp per set of extras: made again only when what it depends on has changed.
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-demo: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(RUN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[eval]'
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(RUN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[test]'
+	@touch $@ $(VENV)/.installed-demo
+
+demo: $(VENV)/.installed-demo  ## quantize a real model, pack it twice, verify and evaluate it
+	$(RUN)/python scripts/demo.py
+
+test: lint types tests  ## what continuous integration runs
+
+lint: $(VENV)/.installed-test  ## ruff, and the generated pages
+	$(RUN)/ruff check . && $(RUN)/python scripts/make_cli_docs.py --check
+
+types: $(VENV)/.installed-test  ## mypy
+	$(RUN)/mypy
+
+tests: $(VENV)/.installed-test  ## pytest, without what needs a GPU or minutes
+	$(RUN)/python -m pytest -q
+
+slow: $(VENV)/.installed-test  ## the tests that take minutes
+	$(RUN)/python -m pytest -q -m slow
+
+gpu: $(VENV)/.installed-test  ## the tests that need a CUDA device
+	$(RUN)/python -m pytest -q -m gpu
+
+format: $(VENV)/.installed-test  ## ruff format
+	$(RUN)/ruff format .
+
+docs: $(VENV)/.installed-test  ## write the generated pages anew
+	$(RUN)/python scripts/make_cli_docs.py
+
+wheel: $(VENV)/.installed-test  ## dist/marlinctl-*.whl
+	$(RUN)/python -m build -q --wheel
+
+clean:  ## everything that git does not track, but for downloads
+	rm -rf $(VENV) build dist demo-out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

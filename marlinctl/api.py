@@ -1,0 +1,67 @@
+"""The public Python API: three functions, with the promise of stability that docs/api.md gives.
+
+    from marlinctl.api import load, pack, quantize
+
+    quantize("Qwen/Qwen3-0.6B", "out/qwen3-int4", group_size=64)
+    pack("out/qwen3-int4", "out/qwen3-marlin", format="marlin")
+    model = load("out/qwen3-marlin")
+
+They do what the verbs of the same name do, raise marlinctl.errors.MarlinctlError, and print nothing: the story goes to the logger
+`marlinctl`. (`sparsify` joins them with 2:4 support.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from marlinctl.console import Console
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+__all__ = ["load", "pack", "quantize"]
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    recipe: str | Path = "int4",
+    revision: str | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    **options: Any,
+) -> Path:
+    """Quantize a folder, hub id or GGUF file to int4 and publish it, in the interchange form, as the folder `out`.
+
+    `options` are keys of the recipe (group_size=64, samples=256, source="mine.jsonl"); they win over the recipe.
+    """
+    from marlinctl.job import Options, run_quantize
+    from marlinctl.recipe import load_recipe, resolve, with_sections
+
+    resolved, _ = resolve(load_recipe(recipe), with_sections(options))
+    settings = Options(revision=revision, device=device, overwrite=overwrite, command="marlinctl.api.quantize")
+    run_quantize(str(model), Path(out), resolved, settings, Console.quiet())
+    return Path(out)
+
+
+def pack(source: str | Path, out: str | Path, *, format: str, also: Sequence[str] = (), overwrite: bool = False) -> list[Path]:
+    """Write a 4-bit folder in another format (ct, gptq, marlin, dense), exactly. Returns `out` and the OUT-<format> of `also`."""
+    from marlinctl.repack import repack
+
+    written = repack(Path(source), Path(out), format=format, also=also, overwrite=overwrite, console=Console.quiet())
+    return [Path(entry["folder"]) for entry in written["outputs"]]
+
+
+def load(model: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu", revision: str | None = None) -> PreTrainedModel:
+    """A transformers model in eval mode: packed weights are dequantized on the way in. `dtype` defaults to float32."""
+    import torch
+
+    from marlinctl.checkpoint.source import resolve_model
+    from marlinctl.load import load_dense
+
+    source = resolve_model(str(model), revision=revision, cache_dir=None, offline=False, console=Console.quiet())
+    return load_dense(source.folder, dtype=dtype or torch.float32, device=device)

@@ -1,0 +1,212 @@
+"""What may be in config.json and in the tokenizer files before anybody builds a model from them.
+
+Sizes come from config.json, so a hostile or mistyped one decides how much memory others allocate and how long they loop. They
+are bounded here, once, far above any model that exists. Nothing in this file imports torch or transformers, except to ask
+whether transformers knows a model_type, and only for a checkpoint that brings code of its own (`auto_map`). That code is never
+imported: a model that transformers knows natively runs without it, any other model is refused.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from marlinctl.checkpoint.files import FileRefused, exists, open_member, read_json, shown
+from marlinctl.errors import BadInput, Problem
+
+if TYPE_CHECKING:
+    from marlinctl.checkpoint.reader import Checkpoint
+
+CONFIG = "config.json"
+_MAX_CONFIG_BYTES = 8_000_000
+_MAX_TOKENIZER_BYTES = 200_000_000  # the largest known tokenizer.json has 34 MB
+_LIMITS = {
+    "vocab_size": 10**8, "hidden_size": 10**6, "intermediate_size": 10**7, "moe_intermediate_size": 10**7, "head_dim": 10**5,
+    "num_hidden_layers": 10**4, "num_attention_heads": 10**5, "num_key_value_heads": 10**5, "max_position_embeddings": 10**10,
+    "num_experts": 10**4, "num_local_experts": 10**4, "num_experts_per_tok": 10**4,
+}  # fmt: skip
+_MAX_EXPERTS_IN_MODEL = 10**6  # layers x experts
+# Ids beyond the embedding that no text produces: Gemma 3's text models ship the tokenizer of their multimodal siblings.
+_KNOWN_STRAYS = {"gemma3_text": {"<image_soft_token>"}}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as an object with sizes in reason, or BadInput with everything that is wrong with it."""
+    where = str(folder / CONFIG)
+    if not exists(folder, CONFIG):
+        raise BadInput("E310", "config.json is missing", where=where, fix="name the model's folder, or download config.json into it")
+    try:
+        config = read_json(folder, CONFIG, limit=_MAX_CONFIG_BYTES)
+    except FileRefused as refused:
+        raise BadInput.from_problems("E310", [refused.problem]) from None
+    if not isinstance(config, dict):
+        raise BadInput("E310", f"config.json holds a {type(config).__name__}, not an object", where=where, fix="download config.json again")
+    text = config.get("text_config")
+    problems = _size_problems(config, where) + (_size_problems(text, where) if isinstance(text, dict) else [])
+    if problems:
+        raise BadInput.from_problems("E311", problems)
+    return config
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """`quantize` starts from 16 or 32-bit weights; a checkpoint that is quantized already is for `pack`, `eval` and `verify`."""
+    block = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
+    if not block:
+        return
+    method = block.get("quant_method") if isinstance(block, dict) else None
+    raise BadInput(
+        "E313",
+        f"the checkpoint is already quantized ({shown(str(method or 'quantization_config is present'))})",
+        where=str(checkpoint.folder / CONFIG),
+        fix="start from the original checkpoint; to change the format of this one, use marlinctl pack",
+    )
+
+
+def check_remote_code(folder: Path, config: dict[str, Any]) -> tuple[str, ...]:
+    """Refuse a model that needs Python code from its folder. Returns a note where such code is there and not needed."""
+    carriers = [CONFIG] if config.get("auto_map") else []
+    try:
+        if exists(folder, "tokenizer_config.json") and _auto_map(read_json(folder, "tokenizer_config.json")):
+            carriers.append("tokenizer_config.json")
+    except FileRefused as refused:
+        raise BadInput.from_problems("E312", [refused.problem]) from None
+    if not carriers:
+        return ()
+    model_type = config.get("model_type")
+    if _known_to_transformers(model_type):
+        return (f"auto_map in {' and '.join(carriers)} is ignored: transformers knows {model_type} itself, the code in the folder is not run",)
+    raise BadInput(
+        "E312",
+        f"the model needs Python code from its folder (auto_map in {' and '.join(carriers)}), which marlinctl never runs",
+        where=str(folder),
+        fix=f"use a model that transformers knows by itself; {shown(repr(model_type), 60)} is not one of them in the installed version",
+    )
+
+
+def check_tokenizer(folder: Path, config: dict[str, Any]) -> None:
+    """A tokenizer is there and none of its ids lies behind the embedding's last row."""
+    present = [name for name in _TOKENIZER_FILES if exists(folder, name)]
+    if not present:
+        raise BadInput(
+            "E314",
+            "the tokenizer is missing",
+            where=str(folder),
+            fix=f"download it into the folder (one of {', '.join(_TOKENIZER_FILES)}, with tokenizer_config.json)",
+        )
+    try:
+        ids = _token_ids(folder, present[0])
+    except FileRefused as refused:
+        raise BadInput.from_problems("E314", [refused.problem]) from None
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    rows = (text or config).get("vocab_size", config.get("vocab_size"))
+    if not isinstance(rows, int):
+        return  # the model class then has a size of its own, and check_expected compares it with the embedding
+    strays = _KNOWN_STRAYS.get(str((text or config).get("model_type")), set())
+    beyond = {token: number for token, number in ids.items() if number >= rows and token not in strays}
+    if beyond:
+        token, number = max(beyond.items(), key=lambda item: item[1])
+        raise BadInput(
+            "E315",
+            f"the tokenizer is larger than the embedding: {shown(token, 60)!r} has id {number}, vocab_size is {rows} ({len(beyond)} such tokens)",
+            where=str(folder / present[0]),
+            fix="the tokenizer belongs to another model, or the embedding was not resized; take both from one checkpoint",
+        )
+
+
+def _size_problems(config: dict[str, Any], where: str) -> list[Problem]:
+    problems = []
+    for key, limit in _LIMITS.items():
+        value = config.get(key)
+        if value is None:
+            continue
+        if type(value) is not int or not 1 <= value <= limit:
+            what = f"{key} is {shown(repr(value), 60)}, which is no whole number from 1 to {limit:,}"
+            problems.append(Problem(what, where, "config.json is damaged or belongs to no real model; download it again"))
+    experts = next((config[key] for key in ("num_experts", "num_local_experts") if type(config.get(key)) is int), 1)
+    layers = config.get("num_hidden_layers")
+    if not problems and type(layers) is int and layers * experts > _MAX_EXPERTS_IN_MODEL:
+        what = f"num_hidden_layers {layers} times {experts} experts is impossibly large"
+        problems.append(Problem(what, where, "config.json is damaged or belongs to no real model; download it again"))
+    return problems
+
+
+def _auto_map(document: object) -> bool:
+    return isinstance(document, dict) and bool(document.get("auto_map"))
+
+
+def _known_to_transformers(model_type: object) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return isinstance(model_type, str) and model_type in CONFIG_MAPPING_NAMES
+
+
+def _token_ids(folder: Path, name: str) -> dict[str, int]:
+    """Token -> id from one tokenizer file, added tokens included."""
+    ids: dict[str, int] = {}
+    if name.endswith(".model"):
+        last = _sentencepiece_count(folder, name) - 1
+        ids[f"piece {last}"] = last
+    elif name == "vocab.txt":
+        with open_member(folder, name) as handle:
+            ids = {line.decode("utf-8", "replace"): i for i, line in enumerate(handle.readall().splitlines())}
+    else:
+        document = read_json(folder, name, limit=_MAX_TOKENIZER_BYTES)
+        if not isinstance(document, dict):
+            raise FileRefused("not an object", folder / name, "download it again")
+        ids = _fast_ids(folder / name, document) if name == "tokenizer.json" else _whole_numbers(folder / name, document)
+    if name != "tokenizer.json" and exists(folder, "added_tokens.json"):
+        added = read_json(folder, "added_tokens.json")
+        ids |= _whole_numbers(folder / "added_tokens.json", added if isinstance(added, dict) else {})
+    return ids
+
+
+def _fast_ids(where: Path, document: dict[str, Any]) -> dict[str, int]:
+    model = document.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, list):  # Unigram: [[piece, score], ...]
+        ids = {f"piece {i}": i for i in range(len(vocab))}
+    elif isinstance(vocab, dict):
+        ids = _whole_numbers(where, vocab)
+    else:
+        raise FileRefused("tokenizer.json holds no vocabulary", where, "download it again")
+    added = document.get("added_tokens") or []
+    if not isinstance(added, list) or not all(isinstance(entry, dict) for entry in added):
+        raise FileRefused("added_tokens is no list of objects", where, "download it again")
+    return ids | _whole_numbers(where, {str(entry.get("content")): entry.get("id") for entry in added})
+
+
+def _whole_numbers(where: Path, vocab: dict[str, Any]) -> dict[str, int]:
+    wrong = next((token for token, number in vocab.items() if type(number) is not int or number < 0), None)
+    if wrong is not None:
+        raise FileRefused(f"the token {shown(wrong, 60)!r} has no whole number as its id", where, "download it again")
+    return vocab
+
+
+def _sentencepiece_count(folder: Path, name: str) -> int:
+    """How many pieces a SentencePiece model has: field 1 of its protobuf message, counted without decoding the pieces."""
+    with open_member(folder, name) as handle:
+        if os.fstat(handle.fileno()).st_size > _MAX_TOKENIZER_BYTES:
+            raise FileRefused("the file is too large for a SentencePiece model", folder / name, "download it again")
+        data = handle.readall()
+    count = position = 0
+    while position < len(data):
+        tag, position = _varint(data, position, folder / name)
+        if tag & 7 != 2:
+            break  # all fields of the outermost message are length-delimited
+        length, position = _varint(data, position, folder / name)
+        position += length
+        count += tag == (1 << 3 | 2)
+    if count == 0 or position != len(data):
+        raise FileRefused("this is no SentencePiece model, or it is cut", folder / name, "download it again")
+    return count
+
+
+def _varint(data: bytes, position: int, where: Path) -> tuple[int, int]:
+    value = 0
+    for i, byte in enumerate(data[position : position + 10]):
+        value |= (byte & 0x7F) << (7 * i)
+        if byte < 0x80:
+            return value, position + i + 1
+    raise FileRefused("this is no SentencePiece model, or it is cut", where, "download it again")

@@ -1,0 +1,162 @@
+"""Opening files of a checkpoint that nobody vouches for.
+
+A checkpoint folder may come from anywhere. Three things must not happen before we have judged it: a path in an index must
+not lead out of the folder, a FIFO or a device must not be opened (reading a FIFO waits for a writer, forever), and a small
+file must not make us use a lot of memory. So a path is resolved first, its kind is read with stat, and only a regular file
+is opened (with O_NONBLOCK, in case it is swapped between the two steps, and fstat asks again).
+
+Symbolic links are followed inside the folder. One more place is allowed: the hub cache, whose snapshots are links,
+
+    models--org--name/snapshots/<commit>/model.safetensors -> ../../blobs/<sha256>
+
+so a folder of that form may point into the `blobs` beside its own `snapshots`.
+
+JSON is read strictly: a duplicate key means that two readers may see two different files, so it is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from io import FileIO
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from marlinctl.console import printable
+from marlinctl.errors import Problem
+
+MAX_JSON_BYTES = 64_000_000  # the largest index seen in the wild is below 20 MB
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a named pipe (FIFO)"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a character device"),
+    (stat.S_ISBLK, "a block device"),
+)
+
+
+class FileRefused(Exception):
+    """A file of the checkpoint cannot be used; `problem` says why. Callers collect these into one BadInput."""
+
+    def __init__(self, what: str, where: Path | str, fix: str) -> None:
+        super().__init__(what)
+        self.problem = Problem(what, printable(str(where), one_line=True), fix)
+
+
+def shown(text: str, limit: int = 200) -> str:
+    """A name or value from a checkpoint as it may appear in an error: one line, no control characters, not megabytes long."""
+    return printable(text if len(text) <= limit else text[:limit] + "...", one_line=True)
+
+
+def member(folder: Path, name: str) -> Path:
+    """The real path of `name` inside `folder`, after following links, or FileRefused. Nothing is opened."""
+    where = folder / name.replace("\0", "\\0")
+    pure = PurePosixPath(name)
+    if not name or "\0" in name or "\\" in name or pure.is_absolute() or ".." in pure.parts or pure.name in ("", "."):
+        raise FileRefused(
+            f"the path {shown(name)!r} may leave the checkpoint folder",
+            where,
+            "a file of a checkpoint is named by its plain name, or by a path below the folder; get the checkpoint from a source you trust",
+        )
+    try:
+        real = Path(os.path.realpath(folder / name, strict=True))
+    except FileNotFoundError:
+        raise FileRefused("the file is missing", where, "download it again, or copy the complete folder") from None
+    except OSError as error:  # ELOOP, ENAMETOOLONG, EACCES, ENOTDIR
+        raise FileRefused(f"the path cannot be followed: {error.strerror}", where, "replace the link by the file itself") from None
+    if not any(real.is_relative_to(place) for place in _allowed_places(folder)):
+        raise FileRefused(
+            f"the link leads out of the checkpoint folder, to {shown(str(real))}",
+            where,
+            "copy the file into the folder (only links into the hub cache's own blobs folder are followed)",
+        )
+    return real
+
+
+def open_member(folder: Path, name: str) -> FileIO:
+    """Open a regular file of the checkpoint for reading; FileRefused for anything else. Never blocks."""
+    real = member(folder, name)
+    try:
+        _refuse_special(os.stat(real).st_mode, folder / name)
+        descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise FileRefused(
+            f"the file cannot be read: {error.strerror}", folder / name, f"check its owner and mode (chmod u+r {shown(name)})"
+        ) from None
+    handle = os.fdopen(descriptor, "rb", buffering=0)
+    try:
+        _refuse_special(os.fstat(descriptor).st_mode, folder / name)
+    except FileRefused:
+        handle.close()
+        raise
+    return handle
+
+
+def exists(folder: Path, name: str) -> bool:
+    """Whether there is anything of that name, a dangling link included."""
+    return os.path.lexists(folder / name)
+
+
+def read_json(folder: Path, name: str, *, limit: int = MAX_JSON_BYTES) -> Any:
+    """The strictly parsed content of a JSON file of the checkpoint, or FileRefused."""
+    with open_member(folder, name) as handle:
+        size = os.fstat(handle.fileno()).st_size
+        if size > limit:
+            raise FileRefused(f"the file has {size:,} bytes, more than {limit:,}", folder / name, "this is no metadata file; download it again")
+        data = handle.read()
+    return parse_json(data, folder / name)
+
+
+def parse_json(data: bytes, where: Path | str) -> Any:
+    """JSON without duplicate keys, of bounded depth, in UTF-8, or FileRefused."""
+    again = "the file is damaged or cut; download it again"
+    if data.startswith(b"version https://git-lfs"):
+        raise FileRefused("this is a git-LFS pointer, not the file itself", where, "run git lfs pull in the folder")
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique_keys)
+    except UnicodeDecodeError as error:
+        raise FileRefused(f"not UTF-8 at byte {error.start}", where, again) from None
+    except json.JSONDecodeError as error:
+        raise FileRefused(f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}", where, again) from None
+    except RecursionError:
+        raise FileRefused("not usable as JSON: nested too deeply", where, again) from None
+    except DuplicateKey as error:
+        raise FileRefused(f"the key {shown(error.key)!r} appears twice in one object", where, again) from None
+    except ValueError as error:  # a number of thousands of digits
+        raise FileRefused(f"not usable as JSON: {shown(str(error))}", where, again) from None
+
+
+class DuplicateKey(Exception):
+    """Raised inside the JSON parser; not a ValueError, so that it is not taken for a syntax error."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise DuplicateKey(key)
+            seen.add(key)
+    return found
+
+
+def _refuse_special(mode: int, where: Path) -> None:
+    if stat.S_ISREG(mode):
+        return
+    kind = next((text for test, text in _KINDS if test(mode)), "not a regular file")
+    raise FileRefused(f"this is {kind}, not a file", where, "replace it by the file itself")
+
+
+def _allowed_places(folder: Path) -> list[Path]:
+    """The folder itself; for a snapshot of the hub cache also the blobs of the same repository."""
+    real = Path(os.path.realpath(folder))
+    places = [real]
+    if real.parent.name == "snapshots":
+        places.append(real.parent.parent / "blobs")
+    return places

@@ -1,0 +1,518 @@
+"""The checkpoint formats as names, shapes and config blocks: what is written for one linear, and how to read it back.
+
+For a linear P with weight [N, K], group size g and G = K / g groups (G = 1 when one group spans the row):
+
+    dense    P.weight         [N, K]          float    no quantization_config
+    ct       P.weight_packed  [N, K/8 up]     int32    compressed-tensors `pack-quantized`: what vLLM, SGLang and transformers load
+             P.weight_scale   [N, G]          float
+             P.weight_shape   [2] = [N, K]    int64    transformers fails without it
+    gptq     P.qweight        [K/8, N]        int32    GPTQ v1: GPTQModel and its relatives, vLLM, SGLang
+             P.qzeros         [G, N/8]        int32    every nibble 7 (v1 stores zero - 1); GPTQModel loads garbage without it
+             P.scales         [G, N]          fp16
+             P.g_idx          [K]             int32    k // g; optimum reads uninitialised memory without it
+    marlin   P.B              [K'/16, 2N']    int32    our own kernels; N', K' are N, K padded to multiples of 64
+             P.s              [G', N']        fp16     in MARLIN order
+             P.weight_shape   [2] = [N, K]    int64    the true sizes
+
+A bias stays P.bias everywhere. The layouts inside a word are functions in marlinctl/pack/tile.py. Everything here except the three
+functions that touch tensors works from config.json and tensor names alone, without torch.
+
+Three fields look like decoration and are not: without `quantization_status: compressed` transformers loads random numbers and says
+nothing, without `qzeros` GPTQModel does, and v1 tensors under a v2 label (or the reverse) are off by one step everywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from marlinctl.checkpoint.targets import first_group, name_patterns, with_fused_names
+from marlinctl.errors import BadInput, Problem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from marlinctl.checkpoint.reader import Checkpoint
+    from marlinctl.quantize.types import QuantizedLinear
+
+WRITABLE = ("ct", "gptq", "marlin", "dense")
+FORMAT_VERSION = 1  # of native folders; a higher one was written by a newer marlinctl
+
+# The tensors of one quantized linear; the first one marks a linear as quantized.
+SUFFIXES: Mapping[str, tuple[str, ...]] = {
+    "dense": ("weight",),
+    "ct": ("weight_packed", "weight_scale", "weight_shape"),
+    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
+    "marlin": ("B", "s", "weight_shape"),
+}
+
+LOADERS: Mapping[str, tuple[str, ...]] = {
+    "dense": ("transformers", "vLLM", "SGLang", "marlinctl"),
+    "ct": ("vLLM", "SGLang", "transformers (with compressed-tensors)", "marlinctl"),
+    "gptq": ("GPTQModel", "vLLM", "SGLang", "transformers (with optimum and gptqmodel)", "marlinctl"),
+    "gptq_v2": ("GPTQModel", "vLLM", "transformers (with optimum and gptqmodel)", "marlinctl"),
+    "marlin": ("marlinctl",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FormatInfo:
+    """What config.json and the tensor names say a checkpoint is."""
+
+    name: str  # "dense", "ct", "gptq" or "marlin"
+    bits: int  # 4, or 16 for dense
+    layers: Mapping[str, int] = field(default_factory=dict)  # quantized linears -> group size; -1 is one group for the whole row
+    variant: str = ""  # gptq: "v1" or "v2"
+
+    @property
+    def group_size(self) -> int | None:
+        """The group size of most layers; None for a dense model."""
+        return Counter(self.layers.values()).most_common(1)[0][0] if self.layers else None
+
+    @property
+    def loaders(self) -> tuple[str, ...]:
+        return LOADERS["gptq_v2" if self.variant == "v2" else self.name]
+
+    @property
+    def weight_files(self) -> str:
+        """How the shards are called: native folders must not look like a model that plain transformers can load."""
+        return "marlin" if self.name == "marlin" else "model"
+
+
+@dataclass(frozen=True, slots=True)
+class LinearParts:
+    """One linear as it lies on disk, unpacked: scales keep the dtype they had, which QuantizedLinear need not be able to hold."""
+
+    codes: Tensor  # [N, K] int8
+    scales: Tensor  # [N, G] float16, bfloat16 or float32
+    group_size: int  # K when one group spans the row
+
+    def weight(self) -> Tensor:
+        """[N, K] float32: the weight that every runtime must compute with. Exact."""
+        import torch
+
+        n, k = self.codes.shape
+        steps = self.scales.to(torch.float32).unsqueeze(-1)  # [N, G, 1]
+        return (self.codes.to(torch.float32).reshape(n, -1, self.group_size) * steps).reshape(n, k)
+
+    def quantized(self, layer: str) -> QuantizedLinear:
+        """With fp16 scales, as every packed format but ct needs them; refused where that would change a value."""
+        import torch
+
+        from marlinctl.quantize.types import QuantizedLinear
+
+        scales = self.scales.to(torch.float16)
+        wrong = scales.to(torch.float32) != self.scales.to(torch.float32)
+        if bool(wrong.any()):
+            row, group = (int(i) for i in wrong.nonzero()[0])
+            raise BadInput(
+                "E344",
+                f"{layer}: its {str(self.scales.dtype).removeprefix('torch.')} scales have no exact float16 form "
+                f"({int(wrong.sum())} of {wrong.numel()}; the first is {float(self.scales[row, group]):.9g})",
+                where=f"{layer}, row {row}, group {group}",
+                fix="pack to ct, which keeps the scales as they are, or quantize the original model again with marlinctl",
+            )
+        return QuantizedLinear(self.codes, scales, self.group_size)
+
+
+# ---- what a checkpoint is ------------------------------------------------------------------------------------------------------------
+
+
+def detect(config: Mapping[str, Any], tensor_names: Iterable[str]) -> FormatInfo:
+    """Tell the format from config.json and the tensor names. BadInput for anything marlinctl cannot read exactly."""
+    names = list(tensor_names)
+    block = config.get("quantization_config") or config.get("compression_config")
+    if block is None:
+        return _dense(names)
+    if not isinstance(block, Mapping):
+        raise _unreadable("quantization_config is not an object", "write it again, or fetch config.json again")
+    method = block.get("quant_method", "compressed-tensors" if "config_groups" in block else None)
+    if method == "compressed-tensors":
+        return _detect_ct(block, names)
+    if method in ("gptq", "gptq_marlin", "auto_gptq"):
+        return _detect_gptq(block, names)
+    if method == "marlinctl":
+        return _detect_marlin(block, names)
+    raise _unreadable(
+        f"the model is quantized with {method!r}, which marlinctl does not read",
+        "use compressed-tensors pack-quantized or GPTQ, 4-bit symmetric, or quantize the original 16-bit model",
+    )
+
+
+def layer_names(names: Iterable[str], fmt: str) -> list[str]:
+    """The linears that this format's marking tensor names."""
+    ending = "." + SUFFIXES[fmt][0]
+    return [name.removesuffix(ending) for name in names if name.endswith(ending)]
+
+
+def sixteen_bit_linears(shapes: Mapping[str, Sequence[int]], layers: Iterable[str]) -> list[str]:
+    """Every linear that stays 16-bit, by module name: skipped layers, routers, and lm_head, which exists as a module even where it is tied.
+
+    They must be named in the config: clients take every nn.Linear that is not ignored for a packed one. Told by shape and name, since it
+    must work for models that are not in the table of architectures: a matrix called P.weight that is no embedding.
+    """
+    quantized = set(layers)
+    names = [name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2]
+    names = [name for name in names if name not in quantized and not re.search(r"embed|wte$|wpe$", name.rpartition(".")[2])]
+    return sorted({*names, *({"lm_head"} - quantized)})
+
+
+def _dense(names: Sequence[str]) -> FormatInfo:
+    for fmt in ("ct", "gptq", "marlin"):
+        packed = layer_names(names, fmt)
+        if packed:
+            raise _unreadable(
+                f"tensors such as {packed[0]}.{SUFFIXES[fmt][0]} are packed, but config.json has no quantization_config",
+                "restore quantization_config in config.json (older GPTQ models keep it in quantize_config.json)",
+            )
+    return FormatInfo("dense", 16)
+
+
+def _detect_ct(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
+    if block.get("format") != "pack-quantized":
+        raise _unreadable(f"compressed-tensors format {block.get('format')!r} is not pack-quantized", "only 4-bit pack-quantized is read")
+    sparsity = block.get("sparsity_config") or {}
+    if sparsity.get("format", "dense") != "dense":
+        raise _unreadable(f"sparsity format {sparsity['format']!r} is not read", "save the model without sparse compression")
+    groups = block.get("config_groups")
+    usable = isinstance(groups, Mapping) and all(isinstance(g, Mapping) and isinstance(g.get("targets"), list) for g in groups.values())
+    if not isinstance(groups, Mapping) or not usable:
+        raise _unreadable("config_groups is missing or has a group without targets", "restore quantization_config from the original")
+    targets = {name: [str(t) for t in group["targets"]] for name, group in groups.items()}
+    layers: dict[str, int] = {}
+    problems: list[Problem] = []
+    for layer in layer_names(names, "ct"):
+        group = first_group(layer, targets)
+        if group is None:
+            what = f"{layer} is packed but no config group names it"
+            problems.append(Problem(what, "config.json: config_groups", "add it to a group's targets"))
+            continue
+        reason = _ct_reason(groups[group])
+        if reason:
+            where = f"config.json: config_groups.{group}"
+            problems.append(Problem(f"{layer}: {reason}", where, "only 4-bit symmetric integer weights are read"))
+        layers[layer] = _ct_group_size(groups[group])
+    problems += [
+        Problem(f"{name} is a zero point: asymmetric quantization", name, "quantize the original model symmetrically")
+        for name in names
+        if name.endswith(".weight_zero_point")
+    ]
+    _refuse("E341", problems)
+    return FormatInfo("ct", 4, layers)
+
+
+def _ct_reason(group: Mapping[str, Any]) -> str | None:
+    """Why a config group is not 4-bit symmetric weight-only, or None."""
+    weights = group.get("weights") or {}
+    if weights.get("num_bits") != 4 or weights.get("type", "int") != "int":
+        return f"{weights.get('num_bits')}-bit {weights.get('type', 'int')}"
+    if weights.get("symmetric", True) is not True:
+        return "asymmetric"
+    if group.get("format") not in (None, "pack-quantized"):
+        return f"format {group['format']!r}"
+    if group.get("input_activations"):
+        return "its activations are quantized too"
+    strategy, size = weights.get("strategy"), weights.get("group_size")
+    if strategy == "group" and not (isinstance(size, int) and size > 0):
+        return f"strategy group with group_size {size!r}"
+    if strategy not in ("group", "channel", None):
+        return f"strategy {strategy!r}"
+    if weights.get("actorder") in ("group", "dynamic", True):
+        return "activation order at run time (actorder group); quantize again with static order"
+    return None
+
+
+def _ct_group_size(group: Mapping[str, Any]) -> int:
+    weights = group.get("weights") or {}
+    size = weights.get("group_size")
+    return int(size) if isinstance(size, int) and size > 0 and weights.get("strategy") != "channel" else -1
+
+
+def _detect_gptq(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
+    label = block.get("checkpoint_format", block.get("format", "gptq"))
+    problems = []
+    if label not in ("gptq", "gptq_v2") or block.get("is_marlin_format"):
+        what = f"GPTQ checkpoint_format {label!r} is not read"
+        problems.append(Problem(what, "config.json: checkpoint_format", "gptq and gptq_v2 are read"))
+    if block.get("bits") != 4:
+        problems.append(Problem(f"{block.get('bits')!r}-bit GPTQ is not read", "config.json: bits", "only 4 bits are read"))
+    if block.get("sym", True) is not True:
+        problems.append(Problem("asymmetric GPTQ is not read", "config.json: sym", "quantize the original model symmetrically"))
+    size = block.get("group_size", -1)
+    if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):
+        what = f"group_size {size!r} is no group size"
+        problems.append(Problem(what, "config.json: group_size", "a positive number, or -1 for whole rows"))
+        size = -1
+    layers: dict[str, int] = {}
+    for layer in layer_names(names, "gptq"):
+        rule = _dynamic_rule(block.get("dynamic") or {}, layer)
+        if rule.get("bits", 4) != 4 or rule.get("sym", True) is not True:
+            problems.append(Problem(f"{layer}: {rule} is not 4-bit symmetric", "config.json: dynamic", "only 4-bit symmetric is read"))
+        layers[layer] = int(rule.get("group_size", size))
+    _refuse("E342", problems)
+    return FormatInfo("gptq", 4, layers, "v2" if label == "gptq_v2" else "v1")
+
+
+def _dynamic_rule(dynamic: Mapping[str, Any], layer: str) -> Mapping[str, Any]:
+    """The first rule of GPTQModel's `dynamic` whose expression matches the layer."""
+    for pattern, rule in dynamic.items():
+        if not pattern.startswith("-:") and isinstance(rule, Mapping) and re.match(pattern.removeprefix("+:"), layer):
+            return rule
+    return {}
+
+
+def _detect_marlin(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
+    version = block.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise _unreadable(f"format_version {version!r} is not a version", "write the folder again with `marlinctl pack --format marlin`")
+    if version > FORMAT_VERSION:
+        raise BadInput(
+            "E343",
+            f"this native checkpoint has format_version {version}; this marlinctl reads up to {FORMAT_VERSION}",
+            where="config.json: quantization_config.format_version",
+            fix="update marlinctl, or pack the model again to ct with the version that wrote it",
+        )
+    if block.get("format") != "marlin" or block.get("bits") != 4:
+        what = f"native format {block.get('format')!r} with {block.get('bits')!r} bits is not read"
+        raise _unreadable(what, "only marlin with 4 bits is")
+    overrides, size = block.get("overrides") or {}, block.get("group_size", -1)
+    return FormatInfo("marlin", 4, {layer: int(overrides.get(layer, size)) for layer in layer_names(names, "marlin")})
+
+
+def _unreadable(what: str, fix: str) -> BadInput:
+    return BadInput("E340", what, where="config.json: quantization_config", fix=fix)
+
+
+def _refuse(error_id: str, problems: Sequence[Problem]) -> None:
+    if problems:
+        raise BadInput.from_problems(error_id, problems)
+
+
+# ---- the config block ----------------------------------------------------------------------------------------------------------------
+
+
+def quantization_config(
+    fmt: str,
+    layers: Mapping[str, int],  # layer name -> group size, -1 for whole rows
+    ignore: Sequence[str] = (),  # every nn.Linear that stays 16-bit: lm_head, skipped layers, routers
+    provenance: Mapping[str, Any] | None = None,  # goes under the key "marlinctl", which clients ignore
+) -> dict[str, Any]:
+    """The `quantization_config` of config.json."""
+    majority = Counter(layers.values()).most_common(1)[0][0]
+    differing = {name: size for name, size in layers.items() if size != majority}
+    everything = [*layers, *ignore]
+    block: dict[str, Any]
+    if fmt == "ct":
+        block = _ct_block(layers, everything, ignore)
+    elif fmt == "gptq":
+        block = {"quant_method": "gptq", "bits": 4, "group_size": majority, "desc_act": False, "sym": True, "checkpoint_format": "gptq"}
+        block |= {"format": "gptq", "pack_dtype": "int32", "lm_head": "lm_head" in layers}
+        dynamic = _dynamic_block(differing, [name for name in ignore if name != "lm_head"], everything)
+        block |= {"dynamic": dynamic} if dynamic else {}
+    elif fmt == "marlin":
+        block = {"quant_method": "marlinctl", "format": "marlin", "format_version": FORMAT_VERSION, "bits": 4, "group_size": majority}
+        block |= {"overrides": differing} if differing else {}
+    else:
+        raise ValueError(f"no config block for format {fmt!r}")
+    return block | ({"marlinctl": dict(provenance)} if provenance else {})
+
+
+def _ct_block(layers: Mapping[str, int], everything: Sequence[str], ignore: Sequence[str]) -> dict[str, Any]:
+    """One config group for each group size.
+
+    NOTE: with several sizes no group may say "Linear". compressed-tensors prefers a layer's own name to its class, but vLLM asks for the
+    class before it asks for the shards of a fused linear, so qkv_proj (a QKVParallelLinear) would get the group that says "Linear".
+    """
+    sizes = sorted(set(layers.values()), key=lambda size: (-sum(1 for s in layers.values() if s == size), size))
+    groups = {}
+    for i, size in enumerate(sizes):
+        chosen = [name for name, s in layers.items() if s == size]
+        weights = {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": False}
+        weights |= {"strategy": "channel", "group_size": None} if size == -1 else {"strategy": "group", "group_size": size}
+        groups[f"group_{i}"] = {
+            "targets": ["Linear"] if len(sizes) == 1 else name_patterns(chosen, everything),
+            "weights": weights,
+            "input_activations": None,
+            "output_activations": None,
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",  # without it transformers fills the layers with random numbers and says nothing
+        "config_groups": groups,
+        "ignore": name_patterns(ignore, everything),
+    }
+
+
+def _dynamic_block(differing: Mapping[str, int], skipped: Sequence[str], everything: Sequence[str]) -> dict[str, Any]:
+    """GPTQModel's per-module rules. Servers match them after fusing q/k/v and gate/up, hence the fused names."""
+
+    def rules(sign: str, names: Sequence[str], rule: dict[str, Any]) -> dict[str, Any]:
+        patterns = name_patterns(with_fused_names(names), with_fused_names(everything))
+        return {f"{sign}:{p[3:] if p.startswith('re:') else '^' + re.escape(p) + '$'}": rule for p in patterns}
+
+    block: dict[str, Any] = {}
+    for size in sorted(set(differing.values())):
+        block |= rules("+", [name for name, s in differing.items() if s == size], {"group_size": size})
+    return block | rules("-", skipped, {})
+
+
+# ---- the tensors of one linear -------------------------------------------------------------------------------------------------------
+
+
+def linear_shapes(fmt: str, n: int, k: int, group_size: int) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+    """Suffix -> (allowed dtypes, shape) of what a linear [n, k] consists of on disk."""
+    groups = 1 if group_size == -1 else -(-k // group_size)
+    floats = ("F16", "BF16", "F32")
+    if fmt == "dense":
+        return {"weight": (floats, (n, k))}
+    if fmt == "ct":
+        return {"weight_packed": (("I32",), (n, -(-k // 8))), "weight_scale": (floats, (n, groups)), "weight_shape": (("I64", "I32"), (2,))}
+    if fmt == "gptq":
+        return {
+            "qweight": (("I32",), (k // 8, n)),
+            "qzeros": (("I32",), (groups, n // 8)),
+            "scales": (floats, (groups, n)),
+            "g_idx": (("I32", "I64"), (k,)),
+        }
+    padded_n, padded_k = -(-n // 64) * 64, -(-k // 64) * 64
+    padded_groups = 1 if groups == 1 else -(-padded_k // group_size)
+    return {
+        "B": (("I32",), (padded_k // 16, 2 * padded_n)),
+        "s": (("F16",), (padded_groups, padded_n)),
+        "weight_shape": (("I64",), (2,)),
+    }
+
+
+def layer_shape(checkpoint: Checkpoint, info: FormatInfo, layer: str) -> tuple[int, int]:
+    """(N, K) of a packed linear: from the header where it says so, else from weight_shape."""
+    if info.name == "gptq":
+        rows, n = checkpoint.tensors[f"{layer}.qweight"].shape
+        return n, 8 * rows
+    name = f"{layer}.weight_shape"
+    if name not in checkpoint.tensors:
+        raise BadInput("E345", f"{name} is missing", where=str(checkpoint.folder), fix="fetch or write the checkpoint again")
+    data = bytes(checkpoint.raw(name))
+    width = len(data) // 2
+    n, k = (int.from_bytes(data[i * width : (i + 1) * width], "little", signed=True) for i in range(2))
+    return n, k
+
+
+def linear_tensors(fmt: str, layer: str, q: QuantizedLinear | LinearParts) -> dict[str, Tensor]:
+    """What is written for one layer, by full tensor name. ct takes the scales as they are; gptq and marlin need them exact in fp16."""
+    import torch
+
+    from marlinctl.pack.interchange import pack_ct, pack_gptq
+    from marlinctl.pack.marlin import pack_marlin
+
+    n, k = q.codes.shape
+    if fmt == "ct":
+        parts = {"weight_packed": pack_ct(q.codes), "weight_scale": q.scales, "weight_shape": torch.tensor([n, k], dtype=torch.int64)}
+        return {f"{layer}.{suffix}": tensor.contiguous() for suffix, tensor in parts.items()}
+    exact = LinearParts(q.codes, q.scales, q.group_size).quantized(layer)
+    if fmt == "gptq":
+        parts = pack_gptq(exact)
+    elif fmt == "marlin":
+        packed = pack_marlin(exact)
+        parts = {"B": packed.qweight, "s": packed.scales, "weight_shape": torch.tensor([n, k], dtype=torch.int64)}
+    else:
+        raise ValueError(f"format {fmt!r} has no packed tensors")
+    return {f"{layer}.{suffix}": tensor.contiguous() for suffix, tensor in parts.items()}
+
+
+def read_parts(checkpoint: Checkpoint, fmt: FormatInfo, layer: str) -> LinearParts:
+    """One layer from disk, unpacked, scales in their own dtype. BadInput names the layer."""
+    present = [suffix for suffix in SUFFIXES[fmt.name] if f"{layer}.{suffix}" in checkpoint.tensors]
+    needed = [suffix for suffix in SUFFIXES[fmt.name] if suffix != "g_idx"]  # old GPTQ files lack it, which means plain order
+    missing = [f"{layer}.{suffix}" for suffix in needed if suffix not in present]
+    if missing:
+        fix = "fetch or write the checkpoint again"
+        raise BadInput.from_problems("E345", [Problem(f"{name} is missing", str(checkpoint.folder), fix) for name in missing])
+    tensors = {suffix: checkpoint.read(f"{layer}.{suffix}") for suffix in present}
+    try:
+        return _UNPACK[fmt.name](tensors, fmt.layers[layer], fmt.variant)
+    except ValueError as problem:
+        raise BadInput(
+            "E346",
+            f"{layer}: {problem}",
+            where=str(checkpoint.tensors[f"{layer}.{SUFFIXES[fmt.name][0]}"].file),
+            fix=_UNPACK_FIX.get(fmt.name, "the file is damaged or its config.json belongs to another model; fetch or write it again"),
+        ) from problem
+
+
+def read_linear(checkpoint: Checkpoint, fmt: FormatInfo, layer: str) -> QuantizedLinear:
+    """One layer from disk with fp16 scales; refused where foreign scales are not exact in fp16."""
+    return read_parts(checkpoint, fmt, layer).quantized(layer)
+
+
+_UNPACK_FIX = {
+    "gptq": "activation order at run time and zero points other than 8 are not read; quantize the original model again, "
+    "symmetric and with static order (desc_act false)"
+}
+
+
+def _true_shape(tensor: Tensor) -> tuple[int, int]:
+    if tuple(tensor.shape) != (2,):
+        raise ValueError(f"weight_shape must hold two numbers, it has shape {tuple(tensor.shape)}")
+    n, k = (int(size) for size in tensor)
+    if n < 1 or k < 1:
+        raise ValueError(f"weight_shape says [{n}, {k}]")
+    return n, k
+
+
+def _group_size(configured: int, k: int, groups: int) -> int:
+    """The true group size, after config and scales were found to agree."""
+    size = k if configured == -1 else configured
+    if k % size or k // size != groups:
+        raise ValueError(f"config.json says group_size {configured} for K={k}, but there are {groups} groups of scales")
+    return size
+
+
+def _check_scales(scales: Tensor, rows: int) -> None:
+    import torch
+
+    if not scales.is_floating_point() or scales.ndim != 2 or scales.shape[0] != rows:
+        raise ValueError(f"scales are {scales.dtype} {tuple(scales.shape)}, expected float [{rows}, G]")
+    if not bool(torch.isfinite(scales).all()):
+        raise ValueError("scales hold NaN or infinity")
+
+
+def _unpack_ct(tensors: Mapping[str, Tensor], group_size: int, variant: str) -> LinearParts:
+    from marlinctl.pack.interchange import unpack_ct
+
+    n, k = _true_shape(tensors["weight_shape"])
+    scales = tensors["weight_scale"]
+    _check_scales(scales, n)
+    return LinearParts(unpack_ct(tensors["weight_packed"], n, k), scales, _group_size(group_size, k, int(scales.shape[1])))
+
+
+def _unpack_gptq(tensors: Mapping[str, Tensor], group_size: int, variant: str) -> LinearParts:
+    import torch
+
+    from marlinctl.pack.interchange import unpack_gptq
+
+    qweight, qzeros, scales = (tensors[suffix] for suffix in ("qweight", "qzeros", "scales"))
+    k, n = qweight.shape[0] * 8, qweight.shape[-1]
+    _check_scales(scales.T, n)
+    # The codes do not depend on the scales; foreign ones may be of a dtype that QuantizedLinear does not hold.
+    q = unpack_gptq(qweight, qzeros, torch.ones_like(scales, dtype=torch.float16), tensors.get("g_idx"), v2=variant == "v2")
+    return LinearParts(q.codes, scales.T.contiguous(), _group_size(group_size, k, int(scales.shape[0])))
+
+
+def _unpack_marlin(tensors: Mapping[str, Tensor], group_size: int, variant: str) -> LinearParts:
+    from marlinctl.pack.marlin import unpack_marlin
+    from marlinctl.pack.types import PackedLinear
+
+    n, k = _true_shape(tensors["weight_shape"])
+    shapes = linear_shapes("marlin", n, k, group_size)
+    for suffix in ("B", "s"):
+        if tuple(tensors[suffix].shape) != shapes[suffix][1]:
+            raise ValueError(f"{suffix} has shape {tuple(tensors[suffix].shape)}, expected {shapes[suffix][1]} for [{n}, {k}]")
+    q = unpack_marlin(PackedLinear(tensors["B"], tensors["s"], n, k, k if group_size == -1 else group_size))
+    return LinearParts(q.codes, q.scales, q.group_size)
+
+
+_UNPACK = {"ct": _unpack_ct, "gptq": _unpack_gptq, "marlin": _unpack_marlin}

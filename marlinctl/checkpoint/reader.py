@@ -1,0 +1,314 @@
+"""A checkpoint folder, looked at as a whole before any work, then read tensor by tensor.
+
+    folder/config.json                     an object
+           model.safetensors               one file, or
+           model-00001-of-00009.safetensors ... with model.safetensors.index.json   {"weight_map": {tensor: file}}
+
+`open_checkpoint` reads headers only: no torch, no weights. Everything that is wrong with the folder is raised at once, as one
+BadInput. What passes is consistent: every shard is a regular file inside the folder, every byte of it belongs to exactly one
+tensor, the index and the headers name the same tensors in the same files. (Other loaders fill a missing tensor with random
+numbers and go on.) Whether these are the right tensors for the model is asked by `check_expected`.
+
+Weights are read with pread into memory of their own, not through a map: a file that shrinks while it is read is then an error
+and not a SIGBUS, and no page of it stays in our resident memory. `raw` maps, for those who copy bytes from file to file.
+
+Where both model.safetensors and an index exist, the index wins, as in transformers, and `notes` says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from marlinctl.checkpoint.config import read_config
+from marlinctl.checkpoint.files import FileRefused, exists, member, open_member, read_json, shown
+from marlinctl.checkpoint.header import TensorInfo, header_bytes, read_header
+from marlinctl.errors import BadInput, Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import torch
+    from torch import Tensor
+
+FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
+_TORCH_DTYPES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "I16": "int16",
+    "U16": "uint16", "F16": "float16", "BF16": "bfloat16", "I32": "int32", "U32": "uint32", "F32": "float32",
+    "I64": "int64", "U64": "uint64", "F64": "float64",
+}  # fmt: skip
+MAX_PROBLEMS = 100
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_CONVERT = (
+    "marlinctl reads safetensors only, because opening a pickle can run any program; on a machine you can afford to lose, run "
+    "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('FOLDER').save_pretrained('NEW')\""
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that passed the preflight. Files are opened on first use and stay open until `close`."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    files: tuple[Path, ...]  # the shards
+    notes: tuple[str, ...] = ()  # what the person should know, one line each
+    _open: dict[Path, FileIO] = field(default_factory=dict, repr=False, compare=False)
+    _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False, compare=False)
+
+    def read(self, name: str) -> Tensor:
+        """A copy of the tensor in CPU memory."""
+        import torch
+
+        info = self.tensors[name]
+        tensor = torch.empty(info.shape, dtype=torch_dtype(info))
+        if info.nbytes:
+            self.read_into(info, info.begin, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        return tensor
+
+    def rows(self, name: str, row_ids: Iterable[int] | Tensor) -> Tensor:
+        """Rows of a matrix [rows, columns], in the order asked for; only those rows are read from disk."""
+        import torch
+
+        info = self.tensors[name]
+        if len(info.shape) != 2:
+            raise ValueError(f"{name} is no matrix, its shape is {list(info.shape)}")
+        ids = torch.as_tensor(row_ids if isinstance(row_ids, torch.Tensor) else list(row_ids), dtype=torch.int64).reshape(-1)
+        wanted, place = torch.unique(ids, return_inverse=True)  # sorted: the disk is read in one direction
+        if len(wanted) and not 0 <= int(wanted[0]) <= int(wanted[-1]) < info.shape[0]:
+            raise IndexError(f"{name} has {info.shape[0]} rows; rows {int(wanted[0])}..{int(wanted[-1])} were asked for")
+        found = torch.empty(len(wanted), info.shape[1], dtype=torch_dtype(info))
+        stride = info.nbytes // max(info.shape[0], 1)
+        if stride:
+            buffer = memoryview(found.view(torch.uint8).numpy().reshape(-1))
+            for i, row in enumerate(wanted.tolist()):
+                self.read_into(info, info.begin + row * stride, buffer[i * stride : (i + 1) * stride])
+        return found[place]
+
+    def raw(self, name: str) -> memoryview:
+        """The bytes of the tensor, mapped read-only."""
+        info = self.tensors[name]
+        if info.file not in self._maps:
+            self._maps[info.file] = mmap.mmap(self._handle(info.file).fileno(), 0, access=mmap.ACCESS_READ)
+        return memoryview(self._maps[info.file])[info.begin : info.end]
+
+    def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset` of the tensor's file (an absolute position)."""
+        descriptor = self._handle(info.file).fileno()
+        done = 0
+        while done < len(buffer):
+            try:
+                got = os.preadv(descriptor, [buffer[done:]], offset + done)
+            except OSError as error:
+                where = f"{info.file}, tensor {shown(info.name)}"
+                raise BadInput("E303", f"reading failed: {error.strerror}", where=where, fix="check the disk") from None
+            if got == 0:
+                raise BadInput(
+                    "E303",
+                    f"the file ends at byte {offset + done:,}; it was longer when it was checked",
+                    where=f"{info.file}, tensor {shown(info.name)}",
+                    fix="something changes the checkpoint while it is read; make a copy and use that",
+                )
+            done += got
+
+    def close(self) -> None:
+        """Close all files. Views handed out by `raw` keep their map alive."""
+        for handle in self._open.values():
+            handle.close()
+        self._open.clear()
+        self._maps.clear()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _handle(self, file: Path) -> FileIO:
+        if file not in self._open:
+            try:
+                self._open[file] = open_member(self.folder, str(file.relative_to(self.folder)))
+            except FileRefused as refused:
+                raise BadInput.from_problems("E303", [refused.problem]) from None
+        return self._open[file]
+
+
+def torch_dtype(info: TensorInfo) -> torch.dtype:
+    """The dtype a tensor is read as."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, _TORCH_DTYPES[info.dtype])
+    return dtype
+
+
+def open_checkpoint(folder: Path, *, weight_files: str = "model") -> Checkpoint:
+    """Look at everything, read no weight. `weight_files`: "model", "marlin" (native folders) or "auto"; BadInput lists all problems."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadInput("E300", "there is no such folder", where=str(folder), fix="name a folder that holds config.json and *.safetensors")
+    problems: list[Problem] = []
+    notes: list[str] = []
+    config: dict[str, Any] = {}
+    try:
+        config = read_config(folder)
+    except BadInput as error:
+        problems += error.problems
+    shards, weight_map = _find_shards(folder, weight_files, problems, notes)
+    tensors = _read_shards(folder, shards, problems)
+    if weight_map is not None and not problems:
+        _compare_with_index(weight_map, tensors, folder, problems)
+    if problems:
+        raise BadInput.from_problems("E301", _capped(problems, folder))
+    return Checkpoint(folder, config, tensors, tuple(folder / name for name in shards), tuple(notes))
+
+
+def check_expected(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Every tensor the model needs is there, with its shape, as floating point; else one BadInput that lists all that is wrong."""
+    problems: list[Problem] = []
+    for name, shape in expected.items():
+        info = checkpoint.tensors.get(name)
+        where = str(info.file) if info else str(checkpoint.folder)
+        if info is None:
+            problems.append(Problem(f"the tensor {name} is missing", where, "the checkpoint is incomplete or config.json belongs to another model"))
+        elif info.shape != tuple(shape):
+            what = f"{name} has shape {list(info.shape)}; config.json asks for {list(shape)}"
+            problems.append(Problem(what, where, "config.json and the weights do not belong together; download both again"))
+        elif info.dtype not in FLOAT_DTYPES:
+            what = f"{name} holds {info.dtype}, not one of {', '.join(FLOAT_DTYPES)}"
+            problems.append(Problem(what, where, "start from the original checkpoint; one that is quantized already cannot be quantized again"))
+    if problems:
+        raise BadInput.from_problems("E302", _capped(problems, checkpoint.folder))
+
+
+def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What identifies the checkpoint without reading its weights: digests of the small files and of every shard's header."""
+    small: dict[str, str] = {}
+    for path in sorted(checkpoint.folder.iterdir()):
+        if path.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken") and path.is_file():
+            with open_member(checkpoint.folder, path.name) as handle:
+                small[path.name] = hashlib.file_digest(handle, "sha256").hexdigest()
+    shards = {
+        (name := str(path.relative_to(checkpoint.folder))): {
+            "bytes": path.stat().st_size,
+            "header_sha256": hashlib.sha256(header_bytes(checkpoint.folder, name)).hexdigest(),
+        }
+        for path in checkpoint.files
+    }
+    return {"files": small, "shards": shards}
+
+
+def _capped(problems: list[Problem], folder: Path) -> list[Problem]:
+    """A hostile index can name a million missing files; nobody reads more than this many problems."""
+    if len(problems) <= MAX_PROBLEMS:
+        return problems
+    more = len(problems) - MAX_PROBLEMS
+    return [*problems[:MAX_PROBLEMS], Problem(f"and {more:,} more problems", str(folder), "mend the ones above first")]
+
+
+def _find_shards(folder: Path, weight_files: str, problems: list[Problem], notes: list[str]) -> tuple[list[str], dict[str, str] | None]:
+    """The names of the weight files, and the index's map from tensor to file where there is one."""
+    if weight_files not in ("model", "marlin", "auto"):
+        raise ValueError(f"weight_files is model, marlin or auto, not {weight_files!r}")
+    found = {stem: _present(folder, stem) for stem in ("model", "marlin")}
+    stems = [weight_files] if weight_files != "auto" else [stem for stem, names in found.items() if names] or ["model"]
+    if len(stems) > 1:
+        what = f"the folder holds two sets of weights: {found['model'][0]} and {found['marlin'][0]}"
+        problems.append(Problem(what, str(folder), "move one set into a folder of its own"))
+        return [], None
+    stem = stems[0]
+    index, single = f"{stem}.safetensors.index.json", f"{stem}.safetensors"
+    if not found[stem]:
+        problems.append(_no_weights(folder, index))
+        return [], None
+    if index not in found[stem]:
+        return [single], None
+    if single in found[stem]:
+        notes.append(f"both {index} and {single} are there; the index is followed and {single} is not read")
+    weight_map = _read_index(folder, index, problems)
+    return sorted(set(weight_map.values())), weight_map
+
+
+def _present(folder: Path, stem: str) -> list[str]:
+    return [name for name in (f"{stem}.safetensors.index.json", f"{stem}.safetensors") if exists(folder, name)]
+
+
+def _no_weights(folder: Path, index: str) -> Problem:
+    names = sorted(path.name for path in folder.iterdir())
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    shards = [name for name in names if name.endswith(".safetensors")]
+    if shards:
+        return Problem(f"there are weights ({shown(shards[0])}, ...) but no {index}", str(folder), "download the index file too")
+    if pickles:
+        return Problem(f"the weights are pickles ({shown(', '.join(pickles))})", str(folder), _CONVERT.replace("FOLDER", str(folder)))
+    return Problem("there are no weights: no *.safetensors file", str(folder), "name the folder that holds the model's safetensors files")
+
+
+def _read_index(folder: Path, index: str, problems: list[Problem]) -> dict[str, str]:
+    """{tensor: shard} from the index; only entries that may be followed."""
+    again = "the index is damaged; download it again"
+    try:
+        document = read_json(folder, index)
+    except FileRefused as refused:
+        problems.append(refused.problem)
+        return {}
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        problems.append(Problem("the index has no weight_map that names a tensor", str(folder / index), again))
+        return {}
+    accepted: dict[str, str] = {}
+    judged: dict[str, bool] = {}
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str):
+            problems.append(Problem(f"weight_map gives no file name for {shown(tensor)}, but {shown(repr(shard), 60)}", str(folder / index), again))
+        else:
+            if shard not in judged:
+                judged[shard] = _may_follow(folder, index, shard, problems)
+            if judged[shard]:
+                accepted[tensor] = shard
+    return accepted
+
+
+def _may_follow(folder: Path, index: str, shard: str, problems: list[Problem]) -> bool:
+    try:
+        member(folder, shard)
+    except FileRefused as refused:
+        problems.append(refused.problem)
+        return False
+    if not shard.endswith(".safetensors"):
+        problems.append(Problem(f"the index names {shown(shard)}, which is no safetensors file", str(folder / index), _CONVERT.replace("FOLDER", str(folder))))
+        return False
+    return True
+
+
+def _read_shards(folder: Path, shards: list[str], problems: list[Problem]) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        found, wrong = read_header(folder, shard)
+        problems += wrong
+        for name, info in found.items():
+            if name in tensors:
+                what = f"the tensor {shown(name)} lies in two shards, {tensors[name].file.name} and {shown(shard)}"
+                problems.append(Problem(what, str(folder), "two versions of the model are mixed in the folder; download it anew"))
+            else:
+                tensors[name] = info
+    return tensors
+
+
+def _compare_with_index(weight_map: dict[str, str], tensors: dict[str, TensorInfo], folder: Path, problems: list[Problem]) -> None:
+    again = "the index and the shards do not belong together; download both again"
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            problems.append(Problem(f"the index promises the tensor {shown(name)}, the shard does not hold it", str(folder / shard), again))
+        elif tensors[name].file != folder / shard:
+            what = f"the tensor {shown(name)} lies in {tensors[name].file.name}, the index says {shown(shard)}"
+            problems.append(Problem(what, str(folder / shard), again))
+    for name, info in tensors.items():
+        if name not in weight_map:
+            problems.append(Problem(f"the tensor {shown(name)} is not in the index", str(info.file), again))

@@ -1,0 +1,119 @@
+"""Sets of layer names as the short patterns that config.json carries, and back.
+
+A config says which scheme holds for which linear by exact names, by regular expressions ("re:...") or by a class name
+("Linear"). A mixture-of-experts model has tens of thousands of linears, and every client compares each of them with each
+entry, so a list of exact names is out of the question there: names that differ only in their numbers form a family
+
+    model.layers.#.mlp.experts.#.down_proj
+
+and a family of which all members are meant becomes one regular expression; one of which whole blocks are meant becomes one
+with the block numbers spelled out. Anything else stays a list of exact names.
+
+NOTE: transformers finds the scheme of the experts by looking for an expression that mentions them, so experts never become a list of
+names where an expression will do.
+
+NOTE: every expression is anchored at both ends. Clients use `re.match`, which would let `...layers.1` match `...layers.11`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+_EXACT_AT_MOST = 8  # a family up to this size stays a list of names: readable, and immune to regex dialects
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+# What servers fuse at load: the shards of one fused linear must be quantized alike.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def name_patterns(chosen: Iterable[str], everything: Iterable[str]) -> list[str]:
+    """Entries that match exactly `chosen` among `everything` (all linears of the model, quantized or not)."""
+    families: dict[str, list[str]] = defaultdict(list)
+    for name in everything:
+        families[_NUMBER.sub("#", name)].append(name)
+    wanted = set(chosen)
+    patterns: list[str] = []
+    for family, members in families.items():
+        hits = [name for name in members if name in wanted]
+        if hits:
+            patterns += _family_patterns(family, members, hits)
+    return patterns
+
+
+def _family_patterns(family: str, members: Sequence[str], hits: Sequence[str]) -> list[str]:
+    few = len(hits) <= _EXACT_AT_MOST and "experts" not in family
+    if few or "#" not in family:
+        return sorted(hits)
+    if len(hits) == len(members):
+        return ["re:" + _expression(family)]
+    per_block: dict[str, list[str]] = defaultdict(list)
+    for name in members:
+        per_block[_block(name)].append(name)
+    chosen = set(hits)
+    whole = [block for block, names in per_block.items() if all(name in chosen for name in names)]
+    rest = [name for name in hits if _block(name) not in set(whole)]
+    first = ["re:" + _expression(family, whole)] if whole else []
+    return first + sorted(rest)
+
+
+def _block(name: str) -> str:
+    found = _NUMBER.search(name)
+    return found.group() if found else ""
+
+
+def _expression(family: str, blocks: Sequence[str] = ()) -> str:
+    parts = [re.escape(part) for part in family.split("#")]
+    first = rf"({'|'.join(sorted(blocks, key=int))})" if blocks else r"\d+"
+    return "^" + parts[0] + first + r"\d+".join(["", *parts[1:]])[len(r"\d+") :] + "$"
+
+
+def matches(name: str, target: str, class_name: str = "Linear") -> bool:
+    """Whether an entry of `targets` or `ignore` means this linear."""
+    if target.startswith("re:"):
+        return re.match(target[3:], name) is not None
+    return target in (name, class_name)
+
+
+def first_group(name: str, groups: Mapping[str, Sequence[str]]) -> str | None:
+    """The group whose targets win: an exact name beats an expression, an expression beats a class name."""
+    ranks = [
+        (2 if target == "Linear" else 1 if target.startswith("re:") else 0, target, group)
+        for group, targets in groups.items()
+        for target in targets
+        if matches(name, target)
+    ]
+    return min(ranks)[2] if ranks else None
+
+
+def split_fused(sizes: Mapping[str, int | None]) -> list[tuple[str, dict[str, int | None]]]:
+    """Linears that servers load as one although they are not quantized alike: (fused name, {shard: group size, None for 16-bit}).
+
+    Fused are q/k/v, gate/up, and all experts of a block.
+    """
+    families: dict[str, dict[str, int | None]] = defaultdict(dict)
+    for name, size in sizes.items():
+        parent, _, last = name.rpartition(".")
+        head, found, _ = name.partition(".experts.")
+        if found:
+            families[f"{head}.experts"][name] = size
+        for fused, shards in FUSED.items():
+            if last in shards and not found:
+                families[f"{parent}.{fused}"][name] = size
+    return [(fused, shards) for fused, shards in families.items() if len(set(shards.values())) > 1]
+
+
+def with_fused_names(names: Iterable[str]) -> list[str]:
+    """The names, and the fused name wherever all its shards are among them (GPTQ's `dynamic` is matched after fusing)."""
+    chosen = list(names)
+    have = set(chosen)
+    extra = []
+    for name in chosen:
+        parent, _, last = name.rpartition(".")
+        extra += [
+            f"{parent}.{fused}"
+            for fused, shards in FUSED.items()
+            if last == shards[0] and all(f"{parent}.{shard}" in have for shard in shards)
+        ]
+    return chosen + extra

@@ -1,0 +1,390 @@
+"""How a checkpoint is published: whole or not at all.
+
+    OUT.tmp-1f0c9a2e/  beside OUT, on the same filesystem, so that the last step is one rename
+        every file:    temporary name ─► write ─► fsync ─► rename          a file with its final name is a whole file
+        in this order: shards ─► index ─► tokenizer and other companions ─► config.json ─► manifest
+        then:          fsync the folder ─► read everything back and check it ─► rename to OUT ─► fsync the parent
+
+config.json comes last of the model's files, because a folder with config.json looks like a model: a save that was killed must not.
+An old OUT is renamed aside, and deleted only after the new one stands; any failure puts it back. A body that raises (Ctrl-C too)
+leaves no staging folder. After `kill -9` one may stay behind; it is never read again and may be deleted.
+
+Shards are written here, not by safetensors' save_file: that makes files with mode 0600, does not fsync, and needs all tensors of a
+shard in memory, while untouched tensors are copied from the mapped source as bytes. The format is eight bytes of header length,
+the header as JSON, and the tensors without gaps, widest dtype first so that each is aligned.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from marlinctl import manifest as manifests
+from marlinctl.checkpoint.files import FileRefused, open_member
+from marlinctl.errors import BadInput, ResourceProblem, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from marlinctl.checkpoint.reader import Checkpoint
+
+MAX_SHARD_BYTES = 5 * 10**9
+_CHUNK = 64 << 20
+
+# What travels with the weights. Never weights, never code, never a README (the card is new).
+_COMPANION_NAMES = frozenset(
+    (
+        *(
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "added_tokens.json",
+            "chat_template.jinja",
+            "chat_template.json",
+        ),
+        *("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt"),
+        *("generation_config.json", "preprocessor_config.json", "processor_config.json", "recipe.yaml"),
+    )
+)
+_COMPANION_STARTS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
+_COMPANION_ENDS = (".tiktoken",)
+_COMPANION_FOLDER = "additional_chat_templates"  # *.jinja
+_MAX_COMPANION_BYTES = 500 << 20
+
+
+# ---- before any work -----------------------------------------------------------------------------------------------------------------
+
+
+def check_output(out: Path, *, overwrite: bool, sources: Sequence[Path]) -> None:
+    """Refuse an output place that cannot work (UsageError), before anything is read or computed."""
+    real = out.resolve()
+    for source in sources:
+        origin = source.resolve()
+        if real == origin or origin in real.parents:
+            raise _overlap("the output is the input" if real == origin else "the output lies inside the input", out, source)
+        if real in origin.parents:
+            raise _overlap("the input lies inside the output", out, source)
+    if out.is_symlink() and not out.exists():
+        raise UsageError("E221", "the output is a link that leads nowhere", where=str(out), fix="remove the link or name a new folder")
+    if real.exists() and not real.is_dir():
+        raise UsageError("E221", "the output exists and is not a folder", where=str(out), fix="name a new folder")
+    if real.is_dir() and any(real.iterdir()):
+        if not overwrite:
+            raise UsageError("E222", "the output exists and is not empty", where=str(out), fix="name a new folder, or pass --overwrite")
+        if not (real / "config.json").is_file():
+            raise UsageError(
+                "E222",
+                "the output is a folder that holds no checkpoint; --overwrite would delete it",
+                where=str(out),
+                fix="name a new folder, or empty this one yourself",
+            )
+    parent = real.parent
+    if not parent.is_dir():
+        raise UsageError("E223", "the folder that shall hold the output does not exist", where=str(parent), fix=f"mkdir -p {parent}")
+    probe = parent / f".{real.name}.probe-{secrets.token_hex(4)}"
+    try:  # asking os.access would not notice a read-only mount on every system
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as problem:
+        raise UsageError(
+            "E223",
+            f"the folder that shall hold the output cannot be written to: {problem.strerror}",
+            where=str(parent),
+            fix="name another place",
+        ) from problem
+
+
+def _overlap(what: str, out: Path, source: Path) -> UsageError:
+    return UsageError("E220", what, where=f"{out} (input: {source})", fix="name a new folder beside the input")
+
+
+def require_space(out: Path, needed: int) -> None:
+    """ResourceProblem when the disk that shall hold `out` has less than `needed` bytes free."""
+    free = shutil.disk_usage(out.resolve().parent).free
+    if free < needed:
+        raise _disk_full(out.resolve().parent, needed, free)
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One tensor of a shard: what the header says, and its bytes when they are asked for."""
+
+    name: str
+    dtype: str  # safetensors spelling
+    shape: tuple[int, ...]
+    size: int
+    data: Callable[[], memoryview]
+
+
+class StagedCheckpoint:
+    """A checkpoint under construction. Use as a context manager; `publish` makes it real, leaving without it removes it.
+
+    A native folder (fmt "marlin") calls its weights marlin-*.safetensors, so that plain transformers finds no model in it.
+    """
+
+    def __init__(self, out: Path, *, overwrite: bool, fmt: str) -> None:
+        self.out = out.resolve()  # a link to a folder is followed: the folder is replaced, the link stays
+        self.overwrite = overwrite
+        self.stem = "marlin" if fmt == "marlin" else "model"
+        self.path = self.out.with_name(f"{self.out.name}.tmp-{secrets.token_hex(4)}")
+        self._shards: list[list[_Entry]] = []
+        self._bytes = 0
+
+    def __enter__(self) -> StagedCheckpoint:
+        with _disk_problems(self.path):
+            self.path.mkdir()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)  # gone already after a publish
+
+    def write_shard(self, tensors: Mapping[str, Tensor]) -> str:
+        """Write the next shard; returns its name while staged (the final one says how many there are)."""
+        return self._write_entries([_tensor_entry(name, tensor) for name, tensor in tensors.items()])
+
+    def copy_tensors(self, checkpoint: Checkpoint, names: Sequence[str]) -> None:
+        """Copy tensors byte by byte into shards of their own, streaming; order and shard borders depend on the names alone."""
+        pending: list[_Entry] = []
+        size = 0
+        for name in sorted(names):
+            info = checkpoint.tensors[name]
+            length = info.end - info.begin
+            if pending and size + length > MAX_SHARD_BYTES:
+                self._write_entries(pending)
+                pending, size = [], 0
+            pending.append(_Entry(name, info.dtype, info.shape, length, lambda name=name: checkpoint.raw(name)))  # type: ignore[misc]
+            size += length
+        if pending:
+            self._write_entries(pending)
+
+    def write_file(self, name: str, data: bytes) -> None:
+        """Write one small file. Existing ones are replaced: companions may be overridden."""
+        target = self.path / name
+        with _disk_problems(target, len(data)):
+            target.parent.mkdir(exist_ok=True)
+            with _whole_file(target) as file:
+                file.write(data)
+
+    def copy_companions(self, folder: Path) -> None:
+        """Tokenizer, generation config, chat templates, licence: known names only."""
+        for name, data in companions(folder):
+            self.write_file(name, data)
+
+    def publish(
+        self,
+        config: Mapping[str, Any],
+        *,
+        manifest: Mapping[str, Any],
+        verify: Callable[[Path], None],
+        report_files: Mapping[str, bytes],
+    ) -> None:
+        """Finish, check from disk, and move into place."""
+        self.finish(config, manifest=manifest, verify=verify, report_files=report_files)
+        publish_together([self])
+
+    def finish(
+        self,
+        config: Mapping[str, Any],
+        *,
+        manifest: Mapping[str, Any],
+        verify: Callable[[Path], None],
+        report_files: Mapping[str, bytes],
+    ) -> None:
+        """Everything of `publish` but the last rename, for folders that appear together (`publish_together`)."""
+        self._name_shards()
+        for name, data in report_files.items():
+            self.write_file(name, data)
+        self.write_file("config.json", manifests.canonical(config))
+        self.write_file(manifests.NAME, manifests.canonical(manifests.build(self.path, manifest)))
+        with _disk_problems(self.path):
+            for folder, _, _ in os.walk(self.path):
+                _sync_folder(Path(folder))
+        verify(self.path)
+
+    def _write_entries(self, entries: list[_Entry]) -> str:
+        taken = {entry.name for shard in self._shards for entry in shard}
+        twice = [entry.name for entry in entries if entry.name in taken]
+        if twice:
+            raise ValueError(f"tensor {twice[0]} was written before")
+        entries = sorted(entries, key=lambda entry: (-_WIDTHS[entry.dtype], entry.name))
+        name = f"{self.stem}-{len(self._shards) + 1:05d}.safetensors"
+        needed = sum(entry.size for entry in entries)
+        with _disk_problems(self.path / name, needed), _whole_file(self.path / name) as file:
+            file.write(_header(entries))
+            for entry in entries:
+                data = entry.data().cast("B")
+                if len(data) != entry.size:
+                    raise ValueError(f"tensor {entry.name} has {len(data)} bytes, its shape says {entry.size}")
+                for begin in range(0, len(data), _CHUNK):
+                    file.write(data[begin : begin + _CHUNK])
+        self._shards.append([_Entry(e.name, e.dtype, e.shape, e.size, _no_data) for e in entries])
+        return name
+
+    def _name_shards(self) -> None:
+        """Give the shards their final names and write the index."""
+        count = len(self._shards)
+        weight_map: dict[str, str] = {}
+        for i, shard in enumerate(self._shards, start=1):
+            final = f"{self.stem}-{i:05d}-of-{count:05d}.safetensors"
+            with _disk_problems(self.path / final):
+                (self.path / f"{self.stem}-{i:05d}.safetensors").replace(self.path / final)
+            weight_map |= {entry.name: final for entry in shard}
+        total = sum(entry.size for shard in self._shards for entry in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        self.write_file(f"{self.stem}.safetensors.index.json", manifests.canonical(index))
+
+
+def companions(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """The companion files of a checkpoint folder, as (name, bytes). BadInput for one that may not be followed or is no plain file."""
+    names = [path.name for path in folder.iterdir() if _is_companion(path.name)]
+    templates = folder / _COMPANION_FOLDER
+    if templates.is_dir():
+        names += [f"{_COMPANION_FOLDER}/{path.name}" for path in templates.glob("*.jinja")]
+    for name in sorted(names):
+        try:
+            with open_member(folder, name) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size > _MAX_COMPANION_BYTES:
+                    raise FileRefused(f"{name} has {size:,} bytes, too many for its kind", folder / name, "restore the real file")
+                yield name, file.readall()
+        except FileRefused as refused:
+            raise BadInput.from_problems("E350", [refused.problem]) from None
+
+
+def _is_companion(name: str) -> bool:
+    return name in _COMPANION_NAMES or name.endswith(_COMPANION_ENDS) or (name.startswith(_COMPANION_STARTS) and not name.endswith(".py"))
+
+
+# ---- moving into place ---------------------------------------------------------------------------------------------------------------
+
+
+def publish_together(stages: Sequence[StagedCheckpoint]) -> None:
+    """Move finished folders into place: all of them, or none and the old ones as they were."""
+    undo: list[tuple[Path, Path]] = []  # renames done so far, as (from, to)
+    aside: list[Path] = []
+    try:
+        for stage in stages:
+            with _disk_problems(stage.out):
+                if stage.out.is_dir() and any(stage.out.iterdir()):
+                    if not stage.overwrite:
+                        raise UsageError("E222", "the output appeared while this ran", where=str(stage.out), fix="name a new folder")
+                    old = stage.out.with_name(f"{stage.out.name}.old-{secrets.token_hex(4)}")
+                    stage.out.rename(old)
+                    undo.append((stage.out, old))
+                    aside.append(old)
+                stage.path.rename(stage.out)  # an empty folder in the way is replaced
+                undo.append((stage.path, stage.out))
+                _sync_folder(stage.out.parent)
+    except BaseException:
+        for source, target in reversed(undo):
+            target.rename(source)
+        raise
+    for old in aside:
+        try:
+            shutil.rmtree(old)
+        except OSError as problem:
+            raise ResourceProblem(
+                "E502",
+                f"the new checkpoint is in place, but the old one could not be deleted: {problem.strerror}",
+                where=str(old),
+                fix="delete it yourself; nothing else is left to do",
+            ) from problem
+
+
+# ---- bytes ---------------------------------------------------------------------------------------------------------------------------
+
+_WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+_WIDTHS |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
+
+
+def _tensor_entry(name: str, tensor: Tensor) -> _Entry:
+    import torch
+
+    names = {
+        torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+        torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    }  # fmt: skip
+    if tensor.dtype not in names:
+        raise ValueError(f"tensor {name} has dtype {tensor.dtype}, which is not written")
+
+    def data() -> memoryview:
+        flat = tensor.detach().contiguous().cpu().reshape(-1)
+        return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")  # type: ignore[arg-type]  # numpy's stubs
+
+    return _Entry(name, names[tensor.dtype], tuple(tensor.shape), tensor.numel() * tensor.element_size(), data)
+
+
+def _no_data() -> memoryview:
+    raise AssertionError("a written shard keeps no data")
+
+
+def _header(entries: Sequence[_Entry]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a shard that does not say so
+    begin = 0
+    for entry in entries:
+        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, begin + entry.size]}
+        begin += entry.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+@contextmanager
+def _whole_file(target: Path) -> Iterator[Any]:
+    """A file that gets its name only when all of it is on the disk. Permissions follow the umask."""
+    temporary = target.with_name(target.name + ".part")
+    with temporary.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(target)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _disk_problems(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn a failing disk into a ResourceProblem that says how much was needed and how much is free."""
+    try:
+        yield
+    except OSError as problem:
+        free = None
+        with suppress(OSError):
+            free = shutil.disk_usage(path.parent).free
+        if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise _disk_full(path, needed, free) from problem
+        raise ResourceProblem(
+            "E501",
+            f"writing failed: {problem.strerror or problem}",
+            where=str(path),
+            fix="mend the disk or name another place; nothing was published",
+        ) from problem
+
+
+def _disk_full(path: Path, needed: int | None, free: int | None) -> ResourceProblem:
+    numbers = [f"{needed:,} bytes were needed"] if needed else []
+    numbers += [f"{free:,} are free"] if free is not None else []
+    return ResourceProblem(
+        "E500",
+        "the disk is full, or a quota or file-size limit is reached" + (f": {', '.join(numbers)}" if numbers else ""),
+        where=str(path),
+        fix="free space or name a place with more room; nothing was published and an existing output is untouched",
+    )

@@ -1,0 +1,293 @@
+"""The command line: the table of verbs, and how every way of stopping becomes three lines and an exit code.
+
+    error: what is wrong
+      where: which file, tensor, byte, option or line
+      fix: what would be right
+      docs: docs/troubleshooting.md#e312
+
+     0  done                     4  this machine lacks something    70  a defect of marlinctl
+     1  a check said no          5  disk or memory ran out         130  Ctrl-C
+     2  wrong usage or recipe    6  NaN, or no factorisation       141  the reader of stdout went away
+     3  bad input                7  hub or network                 143  SIGTERM
+
+With --json the same fields are one JSON document on stdout. A traceback appears with --debug only; the log always has it.
+A verb's module is imported when the verb is used, so that help answers without torch (tests/test_startup.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from marlinctl import __version__
+from marlinctl.commands.common import add_common_options
+from marlinctl.console import Console, printable
+from marlinctl.errors import EnvironmentProblem, MarlinctlError, ResourceProblem, UsageError
+
+VERBS = {
+    "compress": "Quantize, pack, verify and evaluate a model in one go.",
+    "quantize": "Quantize a model to 4 bits with GPTQ.",
+    "pack": "Turn a 4-bit checkpoint into another format, exactly.",
+    "eval": "Score a model on tasks; compare it with its original.",
+    "inspect": "Tell what a checkpoint is, from its headers alone.",
+    "verify": "Check a checkpoint's digests, structure and numbers.",
+    "recipes": "List, show and check recipes.",
+}
+DOCS = "docs/troubleshooting.md"
+
+
+class _Terminated(BaseException):
+    """SIGTERM, raised where the program stands so that every `with` and `finally` cleans up."""
+
+
+class _Verbs(click.Group):
+    """Knows the names of the verbs without importing their modules."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        command = importlib.import_module(f"marlinctl.commands.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in VERBS and not args[0].startswith("-"):
+            raise UsageError(
+                "E200", f"there is no verb '{args[0]}'", where=f"marlinctl {args[0]}", fix=_nearest(args[0], VERBS, "marlinctl --help")
+            )
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}, no_args_is_help=False)
+@click.version_option(__version__, prog_name="marlinctl", message="%(prog)s %(version)s")
+@add_common_options
+def marlinctl(**_common: Any) -> None:
+    """Compress language models to 4-bit checkpoints that real runtimes load.
+
+    \b
+    Example:
+      marlinctl compress Qwen/Qwen3-0.6B out/qwen3-int4 --also marlin
+      marlinctl eval out/qwen3-int4 --tasks mmlu,arc,winogrande --against Qwen/Qwen3-0.6B
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code. Nothing but SystemExit of the interpreter itself gets past it."""
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name that the locale cannot spell must not stop the program
+    consoles: list[Console] = []  # the running verb puts its console here
+    try:
+        with _sigterm_raises():
+            code = _run(args, consoles)
+            _flush()
+    except BaseException as error:  # noqa: BLE001  the edge: every exception becomes an exit code here
+        code = _report(error, args, consoles)
+    finally:
+        for console in consoles:
+            console.close()
+    _silence_broken_streams()
+    return code
+
+
+def _run(args: list[str], consoles: list[Console]) -> int:
+    if not args:
+        args = ["--help"]
+    try:
+        with marlinctl.make_context("marlinctl", list(args), obj=consoles) as context:  # click empties the list
+            marlinctl.invoke(context)
+    except click.exceptions.Exit as finished:  # --help and --version
+        return finished.exit_code
+    except click.exceptions.NoArgsIsHelpError as asked:  # a verb with verbs of its own, alone
+        click.echo(asked.format_message())
+    except click.Abort as abort:  # Ctrl-C or end of input at a question
+        raise KeyboardInterrupt from abort
+    except click.ClickException as error:
+        raise _usage_error(error, args) from error
+    return 0
+
+
+def _report(error: BaseException, args: list[str], consoles: list[Console]) -> int:
+    """The exit code of an error, after telling the person (or the machine, with --json) about it."""
+    options = args[: args.index("--")] if "--" in args else args
+    console = consoles[-1] if consoles else Console(json="--json" in options, colour="--no-color" not in options)
+    if console not in consoles:
+        consoles.append(console)
+    if isinstance(error, BrokenPipeError):
+        return 128 + signal.SIGPIPE
+    if isinstance(error, (KeyboardInterrupt, _Terminated)):
+        cause, code = ("Ctrl-C", 130) if isinstance(error, KeyboardInterrupt) else ("SIGTERM", 143)
+        console.error(f"by {cause}; nothing unfinished was published", label="interrupted:")
+        return code
+    try:
+        console.traceback(error, show="--debug" in options)
+        problem = _as_marlinctl_error(error)
+        if problem is None:
+            problem = _internal_error(error, console)
+        _tell(problem, problem.exit_code, console)
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+    except OSError as failure:
+        if failure.errno not in _DISK_FULL:
+            raise
+        return ResourceProblem.exit_code  # not even the report fits: stdout or the log lies on the full disk
+    return problem.exit_code
+
+
+def _tell(error: MarlinctlError, code: int, console: Console) -> None:
+    docs = f"{DOCS}#{error.error_id.lower()}"
+    if console.json:
+        problems = [{"what": problem.what, "where": problem.where, "fix": problem.fix} for problem in error.problems]
+        console.write_json({"error": {"id": error.error_id, "exit_code": code, "problems": problems, "docs": docs}})
+        return
+    for problem in error.problems:
+        console.error(printable(problem.what, one_line=True))
+        console.error(printable(problem.where, one_line=True), label="  where:")
+        console.error(printable(problem.fix, one_line=True), label="  fix:")
+    console.error(docs, label="  docs:")
+
+
+# What others raise, in our words
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def _as_marlinctl_error(error: BaseException) -> MarlinctlError | None:
+    if isinstance(error, MarlinctlError):
+        return error
+    if _is_out_of_memory(error):
+        return ResourceProblem(
+            "E590",
+            f"memory ran out: {str(error) or type(error).__name__}",
+            where=_notes(error) or "this run",
+            fix="close other programs, lower --max-memory, or use fewer or shorter calibration samples",
+        )
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        where = str(error.filename) if error.filename else "the output of this run"
+        return ResourceProblem("E591", f"writing failed: {error.strerror}", where=where, fix="free some space, or write to another disk")
+    if isinstance(error, OSError) and error.errno in _NOT_ALLOWED:
+        where = str(error.filename) if error.filename else "this run"
+        return EnvironmentProblem(
+            "E490", f"the system refused: {error.strerror}", where=where, fix="check the owner and the permissions of that path"
+        )
+    return None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """torch has its own class for CUDA and a bare RuntimeError for the CPU; torch is not imported to find out."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _internal_error(error: BaseException, console: Console) -> MarlinctlError:
+    frame = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
+    place = f"{Path(frame.filename).name}:{frame.lineno}, in {frame.name}" if frame else "unknown"
+    notes = _notes(error)
+    log = _crash_log(console)
+    return MarlinctlError(
+        "E900",
+        f"{type(error).__name__}: {error}",
+        where=f"{place}{'; ' + notes if notes else ''}; {log}",
+        fix="this is a defect of marlinctl: run again with --debug and report it with the log",
+    )
+
+
+def _notes(error: BaseException) -> str:
+    return "; ".join(getattr(error, "__notes__", ()))
+
+
+def _crash_log(console: Console) -> str:
+    """Where the log is; a run without a log file gets one now, in the cache."""
+    if console.log_path is None:
+        try:
+            from marlinctl.checkpoint.source import cache_root
+
+            folder = cache_root(None) / "logs"
+            folder.mkdir(parents=True, exist_ok=True)
+            console.log_to(folder / f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.log")
+        except Exception as failure:  # noqa: BLE001  whatever is broken, the crash itself must still be reported
+            return f"no log could be written ({failure})"
+    return f"log: {console.log_path}"
+
+
+def _usage_error(error: click.ClickException, args: list[str]) -> MarlinctlError:
+    context: click.Context | None = getattr(error, "ctx", None)  # None when click's parser itself stops
+    command = context.command_path if context is not None else " ".join(["marlinctl", *[arg for arg in args if arg in VERBS][:1]])
+    help_line = f"{command} --help"
+    if isinstance(error, click.NoSuchOption):
+        known = [name for parameter in context.command.get_params(context) for name in parameter.opts] if context is not None else []
+        return UsageError(
+            "E201", f"there is no option {error.option_name}", where=command, fix=_nearest(error.option_name, known, help_line)
+        )
+    if isinstance(error, click.exceptions.NoSuchCommand):
+        known = context.command.list_commands(context) if context is not None and isinstance(context.command, click.Group) else []
+        return UsageError(
+            "E200", f"there is no verb '{error.command_name}'", where=command, fix=_nearest(error.command_name, known, help_line)
+        )
+    return UsageError("E202", error.format_message().rstrip("."), where=command, fix=f"see {help_line}")
+
+
+def _nearest(name: str, known: Sequence[str] | dict[str, str], help_line: str) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}? {help_line} lists all" if near else f"see {help_line}"
+
+
+# Signals and streams
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    def stop(_number: int, _frame: object) -> NoReturn:
+        raise _Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: the embedding program owns the signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _flush() -> None:
+    """While an error can still be reported: at interpreter exit it could not."""
+    sys.stdout.flush()
+
+
+def _silence_broken_streams() -> None:
+    """A stream whose reader is gone, or whose disk is full, would complain once more when the interpreter exits."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            try:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            except (OSError, ValueError):
+                continue

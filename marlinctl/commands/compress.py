@@ -1,0 +1,70 @@
+"""`marlinctl compress`: the whole job in one command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from marlinctl.commands.common import common_options, go_offline
+from marlinctl.commands.recipe_flags import chosen_options, chosen_recipe, recipe_flags, run_flags
+from marlinctl.console import Console
+
+
+@click.command("compress")
+@click.argument("model", metavar="MODEL")
+@click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
+@click.option("--format", "fmt", metavar="ct|gptq|marlin", help="What OUT holds. Default: the recipe's first format, ct.")
+@click.option("--also", multiple=True, metavar="FORMAT", help="Publish this format too, in OUT-FORMAT; may be given again.")
+@click.option("--no-eval", is_flag=True, help="Do not measure the result.")
+@click.option("--tasks", metavar="NAMES", help="Tasks of lm_eval to score before and after: mmlu,arc,winogrande. Needs the extra `eval`.")
+@click.option("--task-data", type=click.Path(path_type=Path), metavar="DIR", help="Local copies of the tasks' data, read without network.")
+@click.option("--limit", type=int, metavar="N", help="Only the first N documents of each task.")
+@click.option("--text", metavar="SOURCE", help="Text for perplexity and KL: pythondoc, or a .txt, .jsonl or .parquet file.")
+@click.option("--tokens", type=int, metavar="N", help="Use the first N tokens of the text.")
+@click.option("--window", type=int, metavar="N", help="Tokens read together.")
+@recipe_flags
+@run_flags
+@common_options
+def command(
+    console: Console, model: str, out: Path, fmt: str | None, also: tuple[str, ...], no_eval: bool, tasks: str | None,
+    task_data: Path | None, limit: int | None, text: str | None, tokens: int | None, window: int | None, **values: Any,
+) -> None:  # fmt: skip
+    """Quantize, pack, verify, evaluate and report, in one go.
+
+    \b
+    Example:
+        marlinctl compress Qwen/Qwen3-0.6B ./qwen3-int4
+        marlinctl compress ./smollm2 ./smollm2-marlin --group-size 64 --format marlin --also ct
+        marlinctl compress ./model.gguf ./model-int4 --recipe quick --tasks arc,winogrande --limit 100
+
+    The result is measured against the original: perplexity, KL divergence and top-token agreement on a text, and the tasks you name.
+    OUT and its OUT-FORMAT siblings appear together when everything is checked, or not at all.
+    """
+    if task_data is not None:
+        go_offline()
+    from marlinctl.pipeline import run_compress
+
+    formats = list(dict.fromkeys([*([fmt] if fmt else []), *also])) if fmt or also else None
+    if also and not fmt:
+        formats = list(dict.fromkeys(["ct", *also]))
+    extra = {
+        "pack.formats": formats,
+        "evaluate.tasks": tasks.split(",") if tasks else None,
+        "evaluate.limit": limit,
+        "evaluate.text": text,
+        "evaluate.tokens": tokens,
+        "evaluate.window": window,
+    }
+    recipe = chosen_recipe(console, values, extra)
+    report = run_compress(model, out, recipe, chosen_options(console, values), console, evaluate_result=not no_eval, task_data=task_data)
+    size = report["bytes"]
+    lines = [f"{item['folder']} ({item['format']})" for item in report["outputs"]]
+    lines.append(
+        f"{len(report['layers'])} linears in 4 bits, {size['source'] / 1e6:,.1f} MB -> {size['result'] / 1e6:,.1f} MB, {report['seconds']:.1f} s to quantize"
+    )
+    if "evaluation" in report:
+        lines += ["", report["evaluation"]["table"]]
+    lines += ["", f"report: {Path(report['outputs'][0]['folder']) / 'marlinctl_report.md'}"]
+    console.result("\n".join(lines), report)

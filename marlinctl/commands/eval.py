@@ -1,0 +1,131 @@
+"""`marlinctl eval`: task scores, perplexity, and the distance to the original, each with its standard error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from marlinctl.commands.common import common_options, go_offline
+from marlinctl.console import Console
+
+
+class _BatchSize(click.ParamType):
+    name = "auto|N"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["auto"]:
+        if value == "auto":
+            return "auto"
+        try:
+            return int(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is neither auto nor a number", param, ctx)
+
+
+@click.command("eval")
+@click.argument("model")
+@click.option("--tasks", metavar="NAMES", default="", help="Tasks of lm_eval, by comma; arc means both ARC sets. Needs the extra `eval`.")
+@click.option(
+    "--task-data",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Local copies of the tasks' data: parquet folders as on the hub, or saved data sets. No network is used.",
+)
+@click.option("--limit", type=int, metavar="N", help="Only the first N documents of each task, for trying out.")
+@click.option("--num-fewshot", type=int, metavar="N", help="Examples before each question. Default: what the task says.")
+@click.option(
+    "--batch-size",
+    type=_BatchSize(),
+    default="auto",
+    show_default=True,
+    help="Sequences at once in tasks; give a number for published figures.",
+)
+@click.option(
+    "--against", metavar="BASELINE", help="Compare with this model: perplexity, KL divergence, top-1 agreement, differences of scores."
+)
+@click.option(
+    "--text",
+    metavar="FILE|pythondoc",
+    help="Text for perplexity and comparison: .txt, .jsonl, .parquet, or pythondoc, the prose in every CPython, which is the default.",
+)
+@click.option("--tokens", type=int, default=20480, show_default=True, metavar="N", help="Use the first N tokens of the text.")
+@click.option("--window", type=int, default=1024, show_default=True, metavar="N", help="Tokens read together.")
+@click.option("--seed", type=int, default=1234, show_default=True, metavar="N", help="For few-shot examples and bootstraps.")
+@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto", show_default=True)
+@click.option("--device", metavar="DEVICE", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json", help="Write results here, after each task.")
+@click.option("--resume", is_flag=True, help="Continue --out; model, settings and versions must be equal.")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit of MODEL on the hub.")
+@click.option("--cache-dir", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Where converted GGUF files are kept.")
+@common_options
+def command(
+    console: Console,
+    model: str,
+    tasks: str,
+    task_data: Path | None,
+    limit: int | None,
+    num_fewshot: int | None,
+    batch_size: int | Literal["auto"],
+    against: str | None,
+    text: str | None,
+    tokens: int,
+    window: int,
+    seed: int,
+    dtype: str,
+    device: str,
+    out: Path | None,
+    resume: bool,
+    revision: str | None,
+    cache_dir: Path | None,
+) -> None:
+    """Measure a model: task scores, perplexity, and how far it is from another one.
+
+    \b
+    Example:
+      marlinctl eval OUT --against MODEL
+      marlinctl eval OUT --tasks mmlu,arc,winogrande --against MODEL --out scores.json
+
+    MODEL and BASELINE are folders (dense, compressed-tensors, GPTQ or native MARLIN), hub ids or GGUF files. Without --tasks, or
+    with --against, a text is measured too. Every figure comes with its standard error.
+    """
+    if task_data is not None and not console.offline and _is_local(model) and (against is None or _is_local(against)):
+        go_offline()  # before the hub clients are imported
+    from marlinctl.checkpoint.source import resolve_model
+    from marlinctl.evaluate import EvalSettings, evaluate, render_table
+    from marlinctl.evaluation.tasks import require_lm_eval
+
+    settings = EvalSettings(
+        tasks=tuple(name for name in (part.strip() for part in tasks.split(",")) if name),
+        task_data=task_data,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        text=text,
+        tokens=tokens,
+        window=window,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+    )
+    if settings.tasks:
+        require_lm_eval()  # before a model is fetched
+    offline = console.offline
+    source = resolve_model(model, revision=revision, cache_dir=cache_dir, offline=offline, console=console)
+    other = None if against is None else resolve_model(against, revision=None, cache_dir=cache_dir, offline=offline, console=console)
+    document = evaluate(
+        source.folder,
+        settings,
+        console,
+        baseline=None if other is None else other.folder,
+        out=out,
+        resume=resume,
+        names=(source.name, None if other is None else other.name),
+    )
+    if out is not None:
+        console.say(f"results are in {out}")
+    console.result(render_table(document), document)
+
+
+def _is_local(model: str) -> bool:
+    return Path(model).expanduser().exists()

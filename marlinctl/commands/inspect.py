@@ -1,0 +1,31 @@
+"""`marlinctl inspect`: what a checkpoint is, from its headers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from marlinctl.commands.common import common_options
+from marlinctl.console import Console
+
+
+@click.command("inspect")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="FOLDER")
+@common_options
+def command(console: Console, folder: Path) -> None:
+    """Tell what a checkpoint is.
+
+    \b
+    Example:
+        marlinctl inspect ./smollm2-int4
+        marlinctl inspect ./smollm2-int4 --json
+
+    Prints the model's class and size, the format, bits and group sizes, how many weights are quantized, what lies on disk, and
+    which programs can load it. Reads config.json and the headers of the shards, no weights, and takes no time.
+    FOLDER may be dense, compressed-tensors, GPTQ or native.
+    """
+    from marlinctl.inspection import inspect, table
+
+    facts = inspect(folder)
+    console.result(table(facts), facts)

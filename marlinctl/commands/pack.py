@@ -1,0 +1,108 @@
+"""`marlinctl pack`: another format for the same codes, or a look at who would accept them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from marlinctl.commands.common import common_options
+from marlinctl.console import Console
+from marlinctl.errors import CheckFailed, UsageError
+
+if TYPE_CHECKING:
+    from marlinctl.runtimes import Verdict
+
+_SHOWN = 3  # reasons per verdict; the rest is counted
+
+
+@click.command("pack")
+@click.argument("source", type=click.Path(path_type=Path), metavar="SOURCE")
+@click.argument("out", type=click.Path(path_type=Path), metavar="OUT", required=False)
+@click.option("--format", "fmt", default="ct", show_default=True, metavar="ct|gptq|marlin|dense", help="What to write.")
+@click.option("--also", multiple=True, metavar="FORMAT", help="Publish this format too, in OUT-FORMAT; may be given again.")
+@click.option("--check", is_flag=True, help="Write nothing; tell which runtimes accept the shapes.")
+@click.option("--tp", type=click.IntRange(1, 1024), metavar="N", help="With --check: tensor-parallel splits up to N. Default: 1.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing OUT, after the new one is complete.")
+@common_options
+def command(
+    console: Console, source: Path, out: Path | None, fmt: str, also: tuple[str, ...], check: bool, tp: int | None, overwrite: bool
+) -> None:
+    """Write a 4-bit checkpoint in another format.
+
+    \b
+    Example:
+        marlinctl pack ./smollm2-int4 ./smollm2-marlin --format marlin
+        marlinctl pack ./smollm2-int4 ./smollm2-gptq --format gptq --overwrite
+        marlinctl pack ./smollm2-int4 --check --tp 4
+
+    SOURCE is a compressed-tensors (pack-quantized), GPTQ or native folder, 4-bit symmetric, from marlinctl or elsewhere. The
+    integer codes are moved, never rounded again; neither the model nor a GPU is needed. `ct` is what vLLM, SGLang and transformers
+    load, `gptq` what GPTQModel and its relatives load, `marlin` the tiles of marlinctl's kernels, `dense` a 16-bit copy for
+    everything else (its products are rounded to float16).
+
+    --check prints, for each runtime and tensor-parallel split, whether it accepts the shapes, and exits with 1 when marlinctl would
+    be the only one to load FORMAT at split N, although servers read that format.
+    """
+    if check:
+        if out is not None:
+            raise UsageError("E232", "--check writes nothing, so it takes no OUT", where=str(out), fix=f"marlinctl pack {source} --check")
+        _check(console, source, fmt, tp or 1)
+        return
+    if out is None:
+        raise UsageError("E232", "OUT is missing", where="the command line", fix=f"marlinctl pack {source} OUT --format {fmt}, or --check")
+    if tp is not None:
+        raise UsageError("E232", "--tp goes with --check", where="--tp", fix=f"marlinctl pack {source} --check --tp {tp}")
+    from marlinctl.repack import repack
+
+    written = repack(source, out, format=fmt, also=also, overwrite=overwrite, console=console)
+    console.result("\n".join(f"{entry['folder']} ({entry['format']})" for entry in written["outputs"]), written)
+
+
+def _check(console: Console, source: Path, fmt: str, tp: int) -> None:
+    from marlinctl import runtimes
+    from marlinctl.repack import open_source, output_folders
+
+    output_folders(source, fmt, ())
+    opened = open_source(source)
+    splits = sorted({1, tp, *(2**i for i in range(1, tp.bit_length()) if 2**i < tp)})
+    verdicts = runtimes.survey(opened.shapes, opened.info.layers, opened.checkpoint.config, splits)
+    warnings = runtimes.uneven(opened.info.layers, opened.ignore)
+    for line in warnings:
+        console.warn(line)
+    readers = [r.name for r in runtimes.RUNTIMES if r.serves and fmt in r.reads]
+    able = runtimes.servers_that_accept(verdicts, fmt, tp)
+    document: dict[str, Any] = {
+        "format": fmt,
+        "tensor_parallel": splits,
+        "verdicts": [{**asdict(v), "accepted": v.accepted} for v in verdicts],
+        "warnings": warnings,
+        "servers": able,
+    }
+    document["ok"] = not readers or (bool(able) and not warnings)
+    console.result(_table(verdicts, splits), document)
+    if not document["ok"]:
+        console.warn(f"no server that reads {fmt} loads this model split over {tp}; marlinctl itself does")
+        click.get_current_context().exit(CheckFailed.exit_code)
+
+
+def _table(verdicts: list[Verdict], splits: list[int]) -> str:
+    from marlinctl.runtimes import RUNTIMES
+
+    heads = ["runtime", "reads", *(f"tp={split}" for split in splits)]
+    by_name = {(v.runtime, v.tensor_parallel): v for v in verdicts}
+    rows = []
+    for runtime in RUNTIMES:
+        cells = [by_name.get((runtime.name, split)) for split in splits]
+        rows.append([runtime.name, ", ".join(runtime.reads) or "-", *("-" if v is None else "yes" if v.accepted else "no" for v in cells)])
+    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [heads, *rows]]
+    for verdict in verdicts:
+        if verdict.refused:
+            shown = "; ".join(verdict.refused[:_SHOWN])
+            more = ", ..." * (len(verdict.refused) > _SHOWN)
+            lines.append(f"{verdict.runtime}, tp={verdict.tensor_parallel} refuses {len(verdict.refused)}: {shown}{more}")
+    lines += [f"{runtime.name}: {runtime.note}" for runtime in RUNTIMES if runtime.note]
+    return "\n".join(lines)

@@ -1,0 +1,43 @@
+"""`marlinctl quantize`: GPTQ to 4 bits, in the interchange form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from marlinctl.commands.common import common_options
+from marlinctl.commands.recipe_flags import chosen_options, chosen_recipe, recipe_flags, run_flags
+from marlinctl.console import Console
+
+
+@click.command("quantize")
+@click.argument("model", metavar="MODEL")
+@click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
+@recipe_flags
+@run_flags
+@common_options
+def command(console: Console, model: str, out: Path, **values: Any) -> None:
+    """Quantize a model to 4 bits with GPTQ.
+
+    \b
+    Example:
+        marlinctl quantize Qwen/Qwen3-0.6B ./qwen3-int4
+        marlinctl quantize ./smollm2 ./smollm2-int4 --group-size 64 --calibration text.jsonl
+        marlinctl quantize ./model.gguf ./model-int4 --override 'down_proj=group_size:32' --skip k_proj
+
+    MODEL is a Hugging Face folder, a hub id or a GGUF file. OUT gets compressed-tensors `pack-quantized`, which vLLM, SGLang and
+    transformers load; `marlinctl pack` turns it into other formats. Blocks stream from the source to OUT one at a time, and OUT
+    appears whole or not at all.
+    """
+    from marlinctl.job import run_quantize
+
+    recipe = chosen_recipe(console, values)
+    report, _ = run_quantize(model, out, recipe, chosen_options(console, values), console)
+    size = report["bytes"]
+    text = (
+        f"{out}: {len(report['layers'])} linears in 4 bits, {size['source'] / 1e6:,.1f} MB -> {size['result'] / 1e6:,.1f} MB, "
+        f"mean layer error {report['error']['mean']:.5f}, {report['seconds']:.1f} s, peak {report['peak_memory_bytes'] / 2**30:.2f} GiB"
+    )
+    console.result(text, {"out": str(out), **report})

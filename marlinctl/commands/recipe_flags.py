@@ -1,0 +1,145 @@
+"""The flags of `quantize` and `compress` that change a recipe, and those that say how the job runs.
+
+Each recipe flag is one row of `_RECIPE_FLAGS`: the key it sets and its help. A flag that is not given is None and leaves the recipe alone, so
+defaults live in recipes/int4.yaml and nowhere else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from marlinctl.errors import UsageError
+
+if TYPE_CHECKING:
+    from marlinctl.console import Console
+    from marlinctl.job import Options
+    from marlinctl.recipe import Recipe
+
+_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+_RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "quantize.bits": ("--bits", {"type": int, "metavar": "4", "help": "Bits per weight; 4 is all there is."}),
+    "quantize.group_size": ("--group-size", {"type": int, "metavar": "128|64|32|-1", "help": "Inputs that share a scale; -1: the whole row."}),
+    "quantize.scale_sign": ("--scale-sign", {"metavar": "both|positive", "help": "positive for runtimes that want scales above zero."}),
+    "quantize.act_order": ("--act-order", {"metavar": "static|none", "help": "Order of columns during the solve; files stay the same."}),
+    "quantize.scale_search": ("--scale-search", {"metavar": "hessian|mse|none", "help": "Error that a group's scale minimises."}),
+    "quantize.damping": ("--damping", {"type": float, "help": "Fraction of the mean diagonal added to the Hessian."}),
+    "quantize.refine": ("--refine", {"type": int, "help": "Rounds of coordinate descent and scale re-fit after the solve."}),
+    "quantize.skip": ("--skip", {"multiple": True, "metavar": "PATTERN", "help": "Leave these linears 16-bit (k_proj, layers.0.*, re:...)."}),
+    "quantize.include": ("--include", {"multiple": True, "metavar": "lm_head", "help": "Quantize the output head too."}),
+    "calibration.source": ("--calibration", {"metavar": "SOURCE", "help": "self, a .txt/.jsonl/.parquet file, or a hub data set."}),
+    "calibration.samples": ("--samples", {"type": int, "help": "Calibration samples."}),
+    "calibration.sequence_length": ("--sequence-length", {"type": int, "help": "Tokens per sample."}),
+    "calibration.seed": ("--seed", {"type": int, "help": "Seed of everything that is drawn."}),
+    "calibration.chat": ("--chat", {"metavar": "auto|always|never", "help": "Use the chat template for data that are chats."}),
+}
+
+
+def recipe_flags(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--recipe, one flag for each key of the recipe that a run may want to change, and --override."""
+    decorators: list[_Decorator] = [click.option("--recipe", "recipe_name", default="int4", show_default=True, metavar="NAME|FILE", help="See `marlinctl recipes ls`.")]
+    decorators += [click.option(flag, _parameter(key), default=None, **attributes) for key, (flag, attributes) in _RECIPE_FLAGS.items()]
+    decorators.append(
+        click.option("--override", multiple=True, metavar="PATTERN=group_size:N", help="Another group size for these linears; may be given again.")
+    )
+    return _apply(function, decorators)
+
+
+def run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
+    """How the job runs; none of these changes the codes on a CPU, but --device and --dtype."""
+    path = click.Path(path_type=Path)
+    return _apply(
+        function,
+        [
+            click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
+            click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute."),
+            click.option("--dtype", default="auto", metavar="auto|bfloat16|float32", help="Of the forward pass. auto: bfloat16 where the hardware has it."),
+            click.option("--overwrite", is_flag=True, help="Replace an existing OUT, after the new one is complete."),
+            click.option("--strict", is_flag=True, help="Stop (exit 6) where a Hessian needs a fallback."),
+            click.option("--deterministic", is_flag=True, help="The same bytes every time on CUDA; the CPU always does that."),
+            click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads."),
+            click.option("--max-memory", metavar="SIZE", help="Refuse to start where more memory would be needed (4GiB, 800MiB)."),
+            click.option("--cache-dir", type=path, metavar="DIR", help="Downloads and converted GGUF files."),
+            click.option("--module-map", type=path, metavar="FILE", help="Describe an architecture that marlinctl does not know."),
+        ],
+    )
+
+
+def chosen_recipe(console: Console, values: dict[str, Any], extra: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe with the given flags over it; takes what `recipe_flags` added out of `values`. What flags changed is said once."""
+    from marlinctl.recipe import load_recipe, resolve
+
+    recipe = load_recipe(values.pop("recipe_name"))
+    overrides = {key: values.pop(_parameter(key)) or None if attributes.get("multiple") else values.pop(_parameter(key)) for key, (_, attributes) in _RECIPE_FLAGS.items()}
+    given = values.pop("override")
+    overrides["quantize.overrides"] = dict(_override(text) for text in given) or None
+    resolved, changes = resolve(recipe, {**overrides, **(extra or {})})
+    if changes:
+        console.say("flags win over the recipe: " + "; ".join(changes))
+    return resolved
+
+
+def chosen_options(console: Console, values: Mapping[str, Any]) -> Options:
+    from marlinctl.job import Options
+
+    if values["dtype"] not in ("auto", "bfloat16", "float32"):
+        raise UsageError(
+            "E257", f"--dtype {values['dtype']} is not offered", where="--dtype", fix="auto, bfloat16 or float32 (float16 overflows in some models)"
+        )
+    return Options(
+        revision=values["revision"],
+        device=values["device"],
+        dtype=values["dtype"],
+        cache_dir=values["cache_dir"],
+        offline=console.offline,
+        overwrite=values["overwrite"],
+        strict=values["strict"],
+        deterministic=values["deterministic"],
+        threads=values["threads"],
+        max_memory=_bytes(values["max_memory"]),
+        module_map=values["module_map"],
+        command=command_line(),
+    )
+
+
+def command_line() -> str:
+    """The command as it was typed, for report and card."""
+    import shlex
+
+    return shlex.join(["marlinctl", *sys.argv[1:]])
+
+
+def _apply(function: Callable[..., Any], decorators: list[_Decorator]) -> Callable[..., Any]:
+    for decorator in reversed(decorators):
+        function = decorator(function)
+    return function
+
+
+def _parameter(key: str) -> str:
+    return key.replace(".", "__")
+
+
+def _override(text: str) -> tuple[str, dict[str, int]]:
+    pattern, equals, rule = text.rpartition("=")
+    key, colon, value = rule.partition(":")
+    if not (equals and colon and pattern and key == "group_size" and value.removeprefix("-").isdecimal()):
+        raise UsageError("E258", f"{text!r} is no override", where="--override", fix="--override 'PATTERN=group_size:32'")
+    return pattern, {key: int(value)}
+
+
+def _bytes(text: str | None) -> int | None:
+    """4GiB, 4G, 800MiB, 1.5GB -> bytes."""
+    if text is None:
+        return None
+    import re
+
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise UsageError("E259", f"{text!r} is no amount of memory", where="--max-memory", fix="write it as 4GiB or 800MiB")
+    unit = 1024 if match[3] or not match[2] else 1000
+    return int(float(match[1]) * unit ** " KMGT".index(match[2].upper() or " "))

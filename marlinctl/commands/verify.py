@@ -1,0 +1,41 @@
+"""`marlinctl verify`: digests, structure, contents, a load, and on request the source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from marlinctl.commands.common import common_options
+from marlinctl.console import Console
+
+
+@click.command("verify")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="FOLDER")
+@click.option("--source", type=click.Path(path_type=Path), metavar="MODEL", help="Compare with this folder, the model it was made from.")
+@click.option("--load/--no-load", default=None, help="Load it with transformers on the CPU, compare logits. Default: if memory allows.")
+@click.option("--module-map", type=click.Path(path_type=Path), metavar="FILE", help="Describes an unknown architecture.")
+@common_options
+def command(console: Console, folder: Path, source: Path | None, load: bool | None, module_map: Path | None) -> None:
+    """Check a folder that marlinctl published.
+
+    \b
+    Example:
+        marlinctl verify ./smollm2-int4
+        marlinctl verify ./smollm2-int4 --source ./SmolLM2-135M
+
+    Compares every file with the manifest, every tensor with what the model needs, packs the codes again and compares bytes, and
+    loads the model with transformers to compare its logits with those of the dequantized weights. With --source it also tells
+    how far each linear is from the original, and fails where that is implausible. Exit code 1: a check failed.
+    """
+    from marlinctl.fidelity import summary
+    from marlinctl.verify import verify
+
+    checked = verify(folder, source=source, load=load, console=console, module_map=module_map)
+    facts = checked.document()
+    lines = [f"{folder}: ok", f"  {facts['files']} files, {facts['linears']} linears in {facts['format']}"]
+    if checked.logit_error is not None:
+        lines.append(f"  logits of transformers against the dequantized weights: relative error {checked.logit_error:.1e}")
+    if checked.source is not None:
+        lines.append(f"  {summary(checked.source)}")
+    console.result("\n".join([*lines, *(f"  {reason}" for reason in checked.skipped)]), {"folder": str(folder), **facts})

@@ -1,0 +1,347 @@
+"""What the person at the terminal sees: results on stdout, the story on stderr, everything in the log.
+
+    stdout   the result alone: text, or with --json exactly one JSON document
+    stderr   the story: lines, warnings, one progress bar; colour only on a terminal that wants it
+    log      every line with a timestamp. It is kept in memory until `log_to` names a file (a command does so as soon as it
+             knows where its output goes, the person may do so with --log-file), then written through line by line, so that a
+             killed run leaves a log that ends where the run ended.
+
+On a terminal, progress is a bar with the time left, drawn by rich, which is imported only then. Elsewhere it is plain lines:
+every step that carries a note is a line, and bare steps make at most one line in ten seconds.
+All text passes through `redact` (tokens) and `printable` (a tensor name may hold escape sequences) before it leaves.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from marlinctl.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+SCHEMA_VERSION = 1
+SECONDS_BETWEEN_LINES = 10.0
+LINES_IN_MEMORY = 2000  # of log, as long as no file is known
+
+_TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_(?:(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{8,}|[a-z]{17,})")  # not `hf_datasets`
+_BEARER = re.compile(r"(?i)\b(bearer|authorization:|token=)\s*[A-Za-z0-9._~+/=-]{8,}")
+_LOGIN = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")  # all but the newline
+
+_LOGGER = logging.getLogger("marlinctl")
+_LOGGER.setLevel(logging.DEBUG)
+_LOGGER.addHandler(logging.NullHandler())  # as every library does: without a handler, logging would print warnings itself
+
+
+def redact(text: str) -> str:
+    """Without secrets: hub tokens, bearer headers, logins in addresses."""
+    text = _TOKEN.sub("hf_<redacted>", text)
+    text = _BEARER.sub(lambda match: f"{match[1]} <redacted>", text)
+    return _LOGIN.sub("<redacted>", text)
+
+
+def printable(text: str, *, one_line: bool = False) -> str:
+    """Without control characters: names in a checkpoint are written by strangers and must not steer a terminal."""
+    text = _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode() if match[0] != "\t" else "    ", text)
+    return text.replace("\n", "\\n") if one_line else text
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 05 s`, `2 h 10 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def colour_wanted(stream: TextIO) -> bool:
+    """A terminal, and nobody asked for none (https://no-color.org: set and not empty)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+class _MemoryThenFile(logging.Handler):
+    """Keeps the last lines until it learns of a file, then writes every line through."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
+        self.lines: deque[str] = deque(maxlen=LINES_IN_MEMORY)
+        self.file: TextIO | None = None
+        self.path: Path | None = None
+
+    def open(self, path: Path) -> None:
+        self.file = path.open("a", encoding="utf-8", errors="backslashreplace")
+        try:
+            self.file.writelines(self.lines)
+            self.file.flush()
+        except OSError:
+            self._let_go()
+            raise
+        self.path = path
+        self.lines.clear()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        home = str(Path.home())
+        text = redact(self.format(record))
+        text = printable(text.replace(home + os.sep, "~" + os.sep) if len(home) > 1 else text) + "\n"
+        if self.file is None:
+            self.lines.append(text)
+            return
+        try:
+            self.file.write(text)
+            self.file.flush()
+        except OSError:
+            self._let_go()  # raised once, so that the error itself can still be reported
+            raise
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A log that cannot be written means a full disk: stop for it, as for any other file, instead of going on without."""
+        raise
+
+    def close(self) -> None:
+        self._let_go()
+        super().close()
+
+    def _let_go(self) -> None:
+        """Every line is flushed as it is written, so that closing has nothing left to lose."""
+        if self.file is not None:
+            with suppress(OSError):
+                self.file.close()
+            self.file = None
+
+
+class Progress:
+    """Handed out by `Console.progress`; the commands call nothing but `advance`."""
+
+    def __init__(self, console: Console, label: str, total: int, bar: Bar | None) -> None:
+        self._console = console
+        self._label = label
+        self._total = total
+        self._bar = bar
+        self._task = bar.add_task(printable(label, one_line=True), total=total) if bar is not None else None
+        self._done = 0
+        self._started = self._last_line = time.monotonic()
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """`steps` more are done. A note is worth a line of its own, wherever the output goes."""
+        self._done += steps
+        now = time.monotonic()
+        if self._bar is not None and self._task is not None:
+            self._bar.advance(self._task, steps)
+            if note:
+                self._console.say(note)
+        elif note:
+            self._console.say(f"{self._label} {self._done}/{self._total}: {note}")
+            self._last_line = now
+        elif now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._console.say(f"{self._label} {self._done}/{self._total}, {self._left(now)} left")
+            self._last_line = now
+
+    def _left(self, now: float) -> str:
+        return duration((now - self._started) / max(self._done, 1) * max(self._total - self._done, 0))
+
+
+class Console:
+    """One per run. `json` tells a command that its result goes to a machine; `offline` that the hub is out of bounds."""
+
+    def __init__(
+        self,
+        *,
+        json: bool = False,
+        quiet: bool = False,
+        verbose: bool = False,
+        colour: bool = True,
+        offline: bool = False,
+        log_file: Path | None = None,
+        stdout: TextIO | None = None,
+        stderr: TextIO | None = None,
+    ) -> None:
+        self.json = json
+        self.offline = offline
+        self._quiet = quiet
+        self._verbose = verbose and not quiet
+        self._stdout = stdout
+        self._stderr = stderr
+        self._colour = colour
+        self._bar: Bar | None = None
+        self._has_result = False
+        self._log = self._attach_log()
+        if log_file is not None:
+            self.log_to(log_file)
+
+    @classmethod
+    def quiet(cls) -> Console:
+        """A silent one, for use as a library and in tests. Warnings go to the log only."""
+        return _SilentConsole(quiet=True)
+
+    # The story
+
+    def say(self, text: str) -> None:
+        self._record(logging.INFO, text)
+        if not self._quiet:
+            self._write_story(text)
+
+    def detail(self, text: str) -> None:
+        self._record(logging.DEBUG, text)
+        if self._verbose:
+            self._write_story(text)
+
+    def warn(self, text: str) -> None:
+        self._record(logging.WARNING, text)
+        self._write_story(text, label="warning:", colour="33")
+
+    def error(self, text: str, label: str = "error:") -> None:
+        """One line of an error report (marlinctl/cli.py)."""
+        self._record(logging.ERROR, f"{label} {text}")
+        self._write_story(text, label=label, colour="31;1" if label == "error:" else "2")
+
+    def traceback(self, error: BaseException, *, show: bool) -> None:
+        """Into the log always, to the terminal only for --debug."""
+        text = "".join(traceback.format_exception(error)).rstrip()
+        self._record(logging.ERROR, text)
+        if show:
+            self._write_story(text)
+
+    @contextmanager
+    def progress(self, label: str, total: int) -> Iterator[Progress]:
+        """A bar on a terminal, lines elsewhere. One bar at a time: a second one inside the first is lines."""
+        started = time.monotonic()
+        if self._quiet or self.json or self._bar is not None or not self._err.isatty():
+            yield Progress(self, label, total, None)
+        else:
+            with _draw_bar(self._err, self._colour and colour_wanted(self._err)) as self._bar:
+                try:
+                    yield Progress(self, label, total, self._bar)
+                finally:
+                    self._bar = None
+        self.detail(f"{label}: {duration(time.monotonic() - started)}")
+
+    # The result
+
+    def result(self, text: str, document: dict[str, Any]) -> None:
+        """Once per run: two JSON documents on stdout would be none."""
+        if self._has_result:
+            raise RuntimeError("Console.result was called twice in one run")
+        self._has_result = True
+        self._record(logging.INFO, f"result:\n{text}")
+        if self.json:
+            self.write_json(document)
+        else:
+            print(printable(redact(text)), file=self._out, flush=True)
+
+    def write_json(self, document: dict[str, Any]) -> None:
+        """ASCII, so that no locale can break it; NaN and infinity, which JSON does not know, become null."""
+        body = json.dumps(_strict({"schema_version": SCHEMA_VERSION, **document}), indent=2, allow_nan=False)
+        print(redact(body), file=self._out, flush=True)
+
+    # The log
+
+    @property
+    def log_path(self) -> Path | None:
+        return self._log.path
+
+    def log_to(self, path: Path) -> None:
+        """From here on, and with what was said so far, into this file. --log-file given by the person wins."""
+        if self._log.path is not None:
+            return
+        try:
+            self._log.open(path)
+        except OSError as error:
+            raise UsageError(
+                "E204",
+                f"the log cannot be written: {error.strerror}",
+                where=str(path),
+                fix="name a file in a folder that exists and is writable: --log-file FILE",
+            ) from error
+
+    def close(self) -> None:
+        _LOGGER.removeHandler(self._log)
+        _LOGGER.propagate = True
+        self._log.close()
+
+    def _attach_log(self) -> _MemoryThenFile:
+        log = _MemoryThenFile()
+        _LOGGER.addHandler(log)
+        _LOGGER.propagate = False  # lm_eval and others set up the root logger, and every line would come twice
+        return log
+
+    def _record(self, level: int, text: str) -> None:
+        _LOGGER.log(level, "%s", redact(text))
+
+    # Where it goes. Looked up late: tests and embedding programs exchange sys.stdout and sys.stderr.
+
+    @property
+    def _out(self) -> TextIO:
+        return self._stdout or sys.stdout
+
+    @property
+    def _err(self) -> TextIO:
+        return self._stderr or sys.stderr
+
+    def _write_story(self, text: str, *, label: str = "", colour: str = "") -> None:
+        safe = printable(redact(text))
+        if label:
+            painted = self._colour and colour_wanted(self._err)
+            safe = f"\x1b[{colour}m{label}\x1b[0m {safe}" if painted else f"{label} {safe}"
+        if self._bar is not None:
+            self._bar.console.out(safe, highlight=False)  # above the bar
+        else:
+            print(safe, file=self._err, flush=True)
+
+
+class _SilentConsole(Console):
+    """Says nothing at all; every line still reaches the `marlinctl` logger, which the embedding program may show."""
+
+    def _attach_log(self) -> _MemoryThenFile:
+        return _MemoryThenFile()  # not attached: a library makes many consoles and closes none
+
+    def _write_story(self, text: str, *, label: str = "", colour: str = "") -> None:
+        pass
+
+    def result(self, text: str, document: dict[str, Any]) -> None:
+        self._record(logging.INFO, f"result:\n{text}")
+
+
+def _draw_bar(stream: TextIO, colour: bool) -> Bar:
+    from rich.console import Console as RichConsole
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    return Bar(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=RichConsole(file=stream, no_color=not colour, force_terminal=True, highlight=False, markup=False),
+        transient=True,
+    )
+
+
+def _strict(value: Any) -> Any:
+    """The same document in what JSON knows: no NaN, text keys, paths as text."""
+    if isinstance(value, dict):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return str(value)

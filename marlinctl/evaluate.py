@@ -1,0 +1,283 @@
+"""`evaluate` and `compare`: scores, perplexity and the distance to another model, each with its standard error.
+
+    from marlinctl.console import Console
+    from marlinctl.evaluate import EvalSettings, compare, evaluate
+
+    evaluate(Path("OUT"), EvalSettings(tasks=("mmlu", "arc", "winogrande"), limit=50), Console.quiet(), baseline=Path("MODEL"))
+    compare(Path("OUT"), Path("MODEL"), EvalSettings(), Console.quiet())          perplexity, KL and top-1 agreement only
+
+Both return a JSON document (docs/evaluate.md describes it). The order of work: everything that can be refused is looked at first (names of
+tasks, their data, the text, the folders); then the text, with both models in memory; then the tasks of one model after the other.
+With a results file every finished piece is kept, and a killed run is continued where it stopped.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from marlinctl.console import Console
+from marlinctl.errors import UsageError
+from marlinctl.evaluation import divergence, loading, results, statistics, table, tasks, windows
+from marlinctl.texts import PYTHONDOC, Text, load_text
+
+DEFAULT_TOKENS = 20480
+DEFAULT_WINDOW = 1024
+DEFAULT_SEED = 1234  # lm_eval's own
+
+render_table = table.render_table
+
+
+@dataclass(frozen=True, slots=True)
+class EvalSettings:
+    """Everything that decides the numbers."""
+
+    tasks: tuple[str, ...] = ()
+    task_data: Path | None = None
+    limit: int | None = None  # documents per task
+    num_fewshot: int | None = None  # None: what each task says
+    batch_size: int | Literal["auto"] = "auto"
+    text: str | None = None  # see texts.py; None: pythondoc when a text is needed
+    tokens: int = DEFAULT_TOKENS
+    window: int = DEFAULT_WINDOW
+    seed: int = DEFAULT_SEED
+    dtype: str = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.limit is None or self.limit >= 1, "--limit", "at least 1"),
+            (self.num_fewshot is None or self.num_fewshot >= 0, "--num-fewshot", "at least 0"),
+            (self.batch_size == "auto" or self.batch_size >= 1, "--batch-size", "auto, or at least 1"),
+            (self.window >= 2, "--window", "at least 2: the first token of a window is given, the others are predicted"),
+            (self.tokens >= self.window, "--tokens", f"at least one window, {self.window}"),
+            (self.dtype in ("auto", *loading.DTYPES), "--dtype", f"auto, {', '.join(loading.DTYPES)}"),
+        )
+        for holds, option, allowed in checks:
+            if not holds:
+                raise UsageError("E246", f"{option} is out of range", where=option, fix=f"give {allowed}")
+
+
+def evaluate(
+    model_folder: Path,
+    settings: EvalSettings,
+    console: Console,
+    *,
+    baseline: Path | None = None,
+    out: Path | None = None,
+    resume: bool = False,
+    names: tuple[str | None, str | None] = (None, None),
+) -> results.Document:
+    """Task scores, and the text when it is asked for, when there is a baseline, or when there are no tasks."""
+    subject = loading.open_subject(model_folder, names[0])
+    other = None if baseline is None else loading.open_subject(baseline, names[1])
+    run = _Run(subject, other, settings, console)
+    text = load_text(settings.text or PYTHONDOC) if settings.text or other or not settings.tasks else None
+    with run.planned_tasks() as plan:
+        file = results.ResultsFile(out, run.fresh_document(text, plan), resume=resume)
+        document = file.document
+        if text is not None and not _text_is_done(document):
+            run.measure_text(text, document)
+            file.save()
+        if plan is not None:
+            for side, who in (("model", subject), ("baseline", other)):
+                if who is not None:
+                    run.score_tasks(plan, who, document[side], file)
+            if other is not None:
+                document["comparison"]["tasks"] = _task_differences(plan, document, settings.seed)
+        document["finished"] = True
+        file.save()
+    return document
+
+
+def compare(model_folder: Path, baseline_folder: Path, settings: EvalSettings, console: Console) -> results.Document:
+    """Perplexity of both on a text, KL(baseline || model) and top-1 agreement."""
+    subject, other = loading.open_subject(model_folder), loading.open_subject(baseline_folder)
+    run = _Run(subject, other, settings, console)
+    text = load_text(settings.text or PYTHONDOC)
+    document = run.fresh_document(text, None)
+    run.measure_text(text, document)
+    document["finished"] = True
+    return document
+
+
+class _Run:
+    """The pieces of one evaluation, in the order in which they run."""
+
+    def __init__(self, subject: loading.Subject, other: loading.Subject | None, settings: EvalSettings, console: Console) -> None:
+        self.subject, self.other, self.settings, self.console = subject, other, settings, console
+        self.device = loading.choose_device(settings.device)
+        self.dtype = loading.choose_dtype(settings.dtype, self.device, subject.config)
+
+    def fresh_document(self, text: Text | None, plan: tasks.TaskPlan | None) -> results.Document:
+        s = self.settings
+        sides = [None if who is None else {"name": who.name, "identity": who.identity} for who in (self.subject, self.other)]
+        return {
+            "kind": "evaluation",
+            "finished": False,
+            "settings": {
+                "tasks": list(s.tasks),
+                "task_data": None if s.task_data is None else str(s.task_data.resolve()),
+                "limit": s.limit,
+                "num_fewshot": s.num_fewshot,
+                "batch_size": s.batch_size,
+                "text_sha256": None if text is None else text.sha256,
+                "tokens": s.tokens,
+                "window": s.window,
+                "seed": s.seed,
+                "dtype": self.dtype,
+                "device": self.device,
+            },
+            "versions": _versions(with_tasks=plan is not None),
+            "names": [] if plan is None else list(plan.names),
+            "text": None,
+            "model": sides[0],
+            "baseline": sides[1],
+            "comparison": None if self.other is None else {},
+        }
+
+    @contextmanager
+    def planned_tasks(self) -> Iterator[tasks.TaskPlan | None]:
+        s = self.settings
+        if not s.tasks:
+            yield None
+            return
+        with tasks.plan_tasks(s.tasks, task_data=s.task_data, num_fewshot=s.num_fewshot, seed=s.seed, console=self.console) as plan:
+            for name in plan.names:
+                leaves = tasks.leaves_of(plan.groups[name]) if name in plan.groups else [name]
+                splits = ", ".join(sorted({plan.splits[leaf] for leaf in leaves}))
+                documents = sum(min(len(plan.leaves[leaf].eval_docs), s.limit or 10**9) for leaf in leaves)
+                several = f"{len(leaves)} tasks, " if len(leaves) > 1 else ""
+                self.console.say(f"{name}: split {splits}, {several}{documents:,} documents")
+            yield plan
+
+    @contextmanager
+    def loaded(self, who: loading.Subject) -> Iterator[Any]:
+        """The model, and its memory given back afterwards."""
+        import torch
+
+        self.console.say(f"loading {who.name} ({self.dtype} on {self.device})")
+        model = loading.load_model(who, dtype=self.dtype, device=self.device)
+        try:
+            yield model
+        finally:
+            del model
+            gc.collect()
+            if self.device.startswith("cuda"):
+                torch.cuda.empty_cache()
+
+    def measure_text(self, text: Text, document: results.Document) -> None:
+        s = self.settings
+        rows, start = self._windows(text)
+        document["text"] = {
+            "name": text.name,
+            "note": text.note,
+            "sha256": text.sha256,
+            "windows": len(rows),
+            "window": s.window,
+            "starts_with": start,
+        }
+        self.console.say(f"text: {text.note}, SHA-256 {text.sha256[:16]}..., {len(rows)} windows of {s.window:,} tokens")
+        if len(rows) < s.tokens // s.window:
+            self.console.warn(f"the text is shorter than --tokens {s.tokens:,}: {len(rows) * s.window:,} are used")
+        if self.other is None:
+            with self.loaded(self.subject) as model:
+                losses = divergence.measure_losses(model, rows, self.console, label=self.subject.name)
+            document["model"]["perplexity"] = statistics.perplexity(losses).document()
+            return
+        with self.loaded(self.subject) as model, self.loaded(self.other) as baseline:
+            found = divergence.measure_divergence(model, baseline, rows, self.console)
+        document["model"]["perplexity"] = statistics.perplexity(found.losses).document()
+        document["baseline"]["perplexity"] = statistics.perplexity(found.baseline_losses).document()
+        document["comparison"] |= {
+            "perplexity": statistics.perplexity_difference(found.losses, found.baseline_losses).document(),
+            "kl": statistics.token_mean(found.kl).document(),
+            "top1": statistics.token_mean(found.agrees).document(),
+        }
+
+    def _windows(self, text: Text) -> tuple[Any, int | None]:
+        """The windows, [W, window] int64, and the id they start with. Both models must read the same tokens."""
+        import torch
+
+        cut = []
+        for who in (self.subject, self.other or self.subject):
+            tokenizer = loading.load_tokenizer(who)
+            start = windows.window_start(tokenizer, who.model_type)
+            s = self.settings
+            cut.append(windows.cut_windows(text, tokenizer, tokens=s.tokens, window=s.window, start=start, longest=who.longest))
+        if not torch.equal(*cut):
+            raise UsageError(
+                "E247",
+                "the models cannot be compared: their tokenizers cut the text differently",
+                where="--against",
+                fix="name the model that this one was made from",
+            )
+        return cut[0], start
+
+    def score_tasks(self, plan: tasks.TaskPlan, who: loading.Subject, side: results.Document, file: results.ResultsFile) -> None:
+        records: dict[str, tasks.Record] = side.setdefault("tasks", {})
+        if plan.leaves.keys() - records.keys():
+            if records:
+                self.console.say(f"{who.name}: {len(records)} finished tasks are kept")
+            from marlinctl.evaluation.harness import Harness
+
+            def finished(name: str, record: tasks.Record) -> None:
+                records[name] = record
+                file.save()
+                scores = ", ".join(f"{metric} {table.figure(estimate)}" for metric, estimate in record["metrics"].items())
+                self.console.say(f"{who.name}: {name}: {scores}")
+
+            with self.loaded(who) as model:
+                harness = Harness(model, loading.load_tokenizer(who), batch_size=self.settings.batch_size, console=self.console)
+                tasks.run_leaves(plan, harness, limit=self.settings.limit, done=set(records), label=who.name, finished=finished)
+                del harness
+        side["groups"] = tasks.group_scores(plan, records)
+
+
+def _text_is_done(document: results.Document) -> bool:
+    return document["text"] is not None and "perplexity" in document["model"]
+
+
+def _task_differences(plan: tasks.TaskPlan, document: results.Document, seed: int) -> dict[str, dict[str, Any]]:
+    """{name: {metric: {"value", "stderr"}}} of every leaf and group, model - baseline, paired by document."""
+    ours, theirs = document["model"]["tasks"], document["baseline"]["tasks"]
+    leaves: dict[str, dict[str, statistics.Estimate]] = {}
+    for name, record in ours.items():
+        if record["prompts_sha256"] != theirs[name]["prompts_sha256"]:
+            raise UsageError(
+                "E247",
+                f"the models were asked different questions in {name}",
+                where="--against",
+                fix="start anew with another --out: the data changed between the runs",
+            )
+        leaves[name] = {}
+        for metric, samples in record["samples"].items():
+            if None not in samples and None not in theirs[name]["samples"][metric]:
+                leaves[name][metric] = _leaf_difference(plan.leaves[name], metric, samples, theirs[name]["samples"][metric], seed)
+    groups: dict[str, dict[str, statistics.Estimate]] = {}
+    for name, record in document["model"]["groups"].items():
+        groups[name] = {}
+        for metric in record["metrics"]:
+            parts = [(leaves[leaf][metric], ours[leaf]["documents"]) for leaf in record["tasks"] if metric in leaves[leaf]]
+            if parts:
+                groups[name][metric] = statistics.pooled(parts, by_size=tasks.weighs_by_size(plan.groups[name], metric))
+    return {name: {metric: e.document() for metric, e in found.items()} for name, found in (leaves | groups).items()}
+
+
+def _leaf_difference(task: Any, metric: str, samples: list[Any], baseline: list[Any], seed: int) -> statistics.Estimate:
+    aggregate = task.aggregation().get(metric.split(",")[0])
+    if aggregate is None or aggregate.__name__ == "mean":
+        return statistics.paired_mean(samples, baseline)
+    return statistics.paired_bootstrap(samples, baseline, aggregate, seed=seed)
+
+
+def _versions(*, with_tasks: bool) -> dict[str, str]:
+    from marlinctl import __version__
+
+    packages = ("torch", "transformers", *(("lm_eval",) if with_tasks else ()))
+    return {"marlinctl": __version__, **{name: importlib.metadata.version(name) for name in packages}}

@@ -1,0 +1,12 @@
+"""How good is a model, and how far is it from another one? marlinctl/evaluate.py is the public face.
+
+windows.py      a text as windows of token ids
+divergence.py   two models over the same windows: losses, KL divergence, top-1 agreement
+statistics.py   every figure with its standard error
+local_data.py   the data of lm_eval's tasks from local copies, without the network
+tasks.py        lm_eval's tasks, one leaf at a time
+harness.py      the model as lm_eval wants it, with our batch sizes and progress
+models.py       loading: device, dtype, tokenizer, identity
+results.py      the results file: atomic, continued only when nothing differs
+table.py        the results as text
+"""

@@ -1,0 +1,158 @@
+"""The model as lm_eval wants it: its own HFLM around a model that is already loaded, with our batch sizes, progress and errors.
+
+lm_eval's `batch_size="auto"` tries ever smaller batches of the longest context until memory suffices. On a CPU memory does not
+run out politely, so `auto` here is computed: the logits of a batch, and what a block holds, must fit into a share of the memory. The
+batch size moves scores in the last digit (padding changes the shapes of the matrix products), so for published figures give a
+number. Everything else is lm_eval's default, log-softmax in the dtype of the model included: figures made with plain lm_eval and
+these are the same figures.
+
+This module imports lm_eval and torch; only marlinctl/evaluation/tasks.py imports it, when tasks are run.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from functools import partial
+from typing import Any, Literal
+
+import datasets
+import lm_eval.api.task
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from marlinctl.console import Console, Progress
+from marlinctl.errors import NumericalProblem, ResourceProblem
+
+CPU_BATCH_BYTES = 2**30  # beyond this a CPU gains nothing from larger batches
+CUDA_SHARE = 0.4  # of the memory that is free, once the model is loaded
+MOST_ON_CPU, MOST_ON_CUDA = 16, 64
+
+
+class _Count:
+    """lm_eval calls `add_partial` for every answered request, meant for its answer cache. We only count."""
+
+    def __init__(self) -> None:
+        self.progress: Progress | None = None
+
+    def add_partial(self, attr: str, req: Any, res: Any) -> None:
+        if self.progress is not None:
+            self.progress.advance()
+
+
+class Harness(HFLM):
+    """`label` names what is running in the progress bar; tasks.py sets it."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int | Literal["auto"], console: Console) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1 if batch_size == "auto" else batch_size)
+        self.label = "tasks"
+        self._automatic = batch_size == "auto"
+        self._console = console
+        self._count = _Count()
+        self.set_cache_hook(self._count)
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
+        longest = max((len(context) + len(rest) for _, context, rest in requests), default=1)
+        ask = super()._loglikelihood_tokens
+        answers = self._sized(longest, len(requests), lambda: ask(requests, disable_tqdm=True))
+        if any(math.isnan(log_likelihood) for log_likelihood, _ in answers):
+            raise NumericalProblem(
+                "E620",
+                "the model predicts NaN",
+                where=self.label,
+                fix="try --dtype float32; if that cures it, the activations overflow 16 bits, else the weights are damaged",
+            )
+        return answers
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        ask = super().generate_until
+        return self._sized(self.max_length, len(requests), lambda: ask(requests, disable_tqdm=True))
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        if self._automatic:
+            self.batch_size_per_gpu = self.fitting_batch(self.max_length)
+        return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+    def fitting_batch(self, longest: int) -> int:
+        """How many sequences of `longest` tokens fit."""
+        tokens = min(longest, self.max_length)
+        size = self.model.dtype.itemsize
+        config = self.model.config.get_text_config()
+        per_token = size * (3 * config.vocab_size + 8 * getattr(config, "intermediate_size", config.hidden_size))
+        if self.device.type == "cuda":
+            budget, most = int(CUDA_SHARE * torch.cuda.mem_get_info(self.device)[0]), MOST_ON_CUDA
+        else:
+            budget, most = CPU_BATCH_BYTES, MOST_ON_CPU
+        return max(1, min(most, budget // (per_token * tokens)))
+
+    def _sized(self, longest: int, requests: int, ask: Callable[[], Any]) -> Any:
+        """Ask with a batch that fits. An automatic batch that did not fit after all is halved, once."""
+        if self._automatic:
+            self.batch_size_per_gpu = self.fitting_batch(longest)
+        try:
+            return self._counted(requests, ask)
+        except Exception as error:
+            if not _out_of_memory(error):
+                raise
+            if not self._automatic or self.batch_size_per_gpu == 1:
+                raise self._does_not_fit() from error
+        torch.cuda.empty_cache()
+        self.batch_size_per_gpu //= 2
+        self._console.warn(f"{self.label}: out of memory, once more with a batch of {self.batch_size_per_gpu}")
+        try:
+            return self._counted(requests, ask)
+        except Exception as error:
+            raise (self._does_not_fit() if _out_of_memory(error) else error) from error
+
+    def _counted(self, requests: int, ask: Callable[[], Any]) -> Any:
+        with self._console.progress(self.label, requests) as self._count.progress:
+            return ask()
+
+    def _does_not_fit(self) -> ResourceProblem:
+        return ResourceProblem(
+            "E530",
+            f"out of memory with a batch of {self.batch_size_per_gpu}",
+            where=self.label,
+            fix=f"give --batch-size {max(1, self.batch_size_per_gpu // 4)}; finished tasks are kept: add --resume",
+        )
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """On the CPU torch says it with a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+class _ToConsole(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.detail(f"lm_eval: {record.getMessage()}")
+
+
+@contextmanager
+def lm_eval_speaks_to(console: Console) -> Iterator[None]:
+    """lm_eval logs, prints on stdout and draws bars. stdout is for results: what it logs becomes detail, its bars are left out."""
+    logger = logging.getLogger("lm_eval")
+    handler, propagated, bars = _ToConsole(console), logger.propagate, datasets.are_progress_bars_disabled()
+    bar = lm_eval.api.task.tqdm  # drawn while the prompts of a task are made; there is no switch for it
+    logger.addHandler(handler)
+    logger.propagate = False
+    datasets.disable_progress_bars()
+    lm_eval.api.task.tqdm = partial(bar, disable=True)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        lm_eval.api.task.tqdm = bar
+        logger.removeHandler(handler)
+        logger.propagate = propagated
+        if not bars:
+            datasets.enable_progress_bars()

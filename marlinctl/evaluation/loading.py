@@ -1,0 +1,132 @@
+"""What an evaluation needs of a model folder: who it is, where and in which dtype it runs, its tokenizer, its context.
+
+`auto` runs on the GPU when there is one, in the dtype of the checkpoint. On a CPU it runs in bf16 where the processor multiplies bf16,
+else in fp32, and never in fp16: a recent server CPU makes 225 GFLOP/s in bf16, 64 in fp32 and 0.9 in fp16 (2026-11).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from marlinctl.errors import BadInput, EnvironmentProblem, UsageError
+
+if TYPE_CHECKING:
+    from marlinctl.checkpoint.reader import Checkpoint
+
+SLICES, SLICE_BYTES = 64, 65536  # of each shard, for the identity: 4 MiB
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model to evaluate. `identity` is equal for two folders if weights, config and tokenizer are."""
+
+    folder: Path
+    name: str
+    config: dict[str, Any]
+    identity: str
+
+    @property
+    def longest(self) -> int | None:
+        """The context the model was made for, in tokens."""
+        text_config = self.config.get("text_config")
+        for config in (self.config, text_config if isinstance(text_config, dict) else {}):
+            if isinstance(limit := config.get("max_position_embeddings"), int):
+                return limit
+        return None
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.get("model_type", ""))
+
+
+def open_subject(folder: Path, name: str | None = None) -> Subject:
+    from marlinctl.checkpoint.reader import open_checkpoint
+
+    with open_checkpoint(folder, weight_files="auto") as checkpoint:
+        return Subject(folder, name or folder.name, checkpoint.config, _identity(checkpoint))
+
+
+def _identity(checkpoint: Checkpoint) -> str:
+    """Config, tokenizer, manifest and shard headers in full, and SLICES pieces of each shard: two results of the same job with other
+    calibration have equal headers, and reading 140 GB to tell them apart would take longer than many an evaluation."""
+    from marlinctl import manifest
+    from marlinctl.checkpoint.reader import fingerprint
+
+    facts = fingerprint(checkpoint)
+    rewritable = manifest.OUTSIDE - {manifest.NAME}
+    facts["files"] = {name: digest for name, digest in facts["files"].items() if name not in rewritable}
+    whole = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for path in checkpoint.files:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            for place in range(SLICES):
+                file.seek(size * place // SLICES)
+                whole.update(file.read(SLICE_BYTES))
+    return whole.hexdigest()
+
+
+def choose_device(device: str) -> str:
+    """`auto` resolved; a device that is not there is an error, not a slow surprise."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError("E248", f"unknown device {device}", where="--device", fix="give auto, cpu, cuda or cuda:N") from error
+    if kind.type == "cuda" and (not torch.cuda.is_available() or (kind.index or 0) >= torch.cuda.device_count()):
+        raise EnvironmentProblem(
+            "E401", f"there is no {device} on this machine", where="--device", fix="give --device cpu, or check the driver with nvidia-smi"
+        )
+    return device
+
+
+def choose_dtype(dtype: str, device: str, config: dict[str, Any]) -> str:
+    """`auto` resolved to bfloat16, float16 or float32."""
+    on_cpu = device.startswith("cpu")
+    if dtype == "float16" and on_cpu:
+        raise UsageError("E248", "fp16 is not used on a CPU: it is a hundred times slower", where="--dtype", fix="give float32 or bfloat16")
+    if dtype != "auto":
+        return dtype
+    if on_cpu:
+        return "bfloat16" if cpu_has_bf16() else "float32"
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    return stored if stored in DTYPES else "bfloat16"
+
+
+def cpu_has_bf16() -> bool:
+    """True where the processor itself multiplies bf16 (AVX512-BF16, AMX, Arm's BF16); elsewhere it is emulated, slower than fp32."""
+    import torch
+
+    abilities = torch.cpu.get_capabilities()
+    return any(abilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def load_tokenizer(subject: Subject) -> Any:
+    from marlinctl import calibration
+
+    tokenizer = calibration.load_tokenizer(subject.folder)
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    words = subject.config.get("vocab_size")
+    if isinstance(words, int) and largest >= words:
+        raise BadInput(
+            "E386",
+            f"the tokenizer makes ids up to {largest}, the model knows {words} words",
+            where=str(subject.folder),
+            fix="use the tokenizer that belongs to this model",
+        )
+    return tokenizer
+
+
+def load_model(subject: Subject, *, dtype: str, device: str) -> Any:
+    import torch
+
+    from marlinctl.load import load_dense
+
+    return load_dense(subject.folder, dtype=getattr(torch, dtype), device=device).eval()

@@ -1,0 +1,139 @@
+"""The results file of an evaluation (`--out FILE.json`): rewritten whole after every finished piece, continued only when nothing differs.
+
+    key             what                                                      must be equal to continue
+    settings        everything that decides the numbers, `auto` resolved      yes
+    versions        of marlinctl, torch, transformers, lm_eval                yes
+    model           name, identity; perplexity; tasks                         its identity
+    baseline        the same, or null                                         its identity
+    text            name, SHA-256, tokens, windows                            no: follows from the settings
+    comparison      KL, top-1 agreement, differences of all scores            no: made at the end
+    finished        false while pieces are missing
+
+A write is a temporary file beside FILE, fsync, rename: a kill at any moment leaves the old or the new file, never half of one.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from marlinctl.errors import BadInput, Problem, ResourceProblem, UsageError
+
+Document = dict[str, Any]
+OPEN_LEVELS = 3
+
+
+class ResultsFile:
+    """`document` is changed by the evaluation and kept by `save`. Without a path nothing is written."""
+
+    def __init__(self, path: Path | None, fresh: Document, *, resume: bool) -> None:
+        self.path = path
+        self.document = fresh
+        if path is None:
+            if resume:
+                raise UsageError("E244", "--resume needs the file to continue", where="--resume", fix="add --out FILE.json")
+            return
+        if path.exists() and not resume:
+            raise UsageError("E244", f"{path} exists already", where="--out", fix="add --resume to continue it, or name another file")
+        if resume and path.exists():
+            self.document = _continued(path, fresh)
+        elif not path.parent.is_dir():
+            raise UsageError("E244", f"there is no folder {path.parent}", where="--out", fix="make the folder first, or name another file")
+        self.save()  # a file that cannot be written shows now, not after hours
+
+    def save(self) -> None:
+        if self.path is not None:
+            write_atomically(self.path, f"{render(self.document)}\n".encode())
+
+
+def render(value: Any, depth: int = 0) -> str:
+    """JSON that a person can look through: what holds objects is open, down to `model.tasks`, where each task is one line."""
+    is_open = isinstance(value, dict) and depth < OPEN_LEVELS and (depth == 0 or any(isinstance(item, dict) for item in value.values()))
+    if not is_open:
+        return json.dumps(value, allow_nan=False)
+    lines = ",\n".join(f"{'  ' * (depth + 1)}{json.dumps(key)}: {render(item, depth + 1)}" for key, item in value.items())
+    return f"{{\n{lines}\n{'  ' * depth}}}"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    temporary: Path | None = None
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if temporary is not None:
+            with suppress(OSError):
+                temporary.unlink()
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR):
+            fix = "name a file that you may write"
+            raise UsageError("E244", f"cannot write the file: {error.strerror}", where=str(path), fix=fix) from error
+        raise ResourceProblem(
+            "E531", f"cannot write the results: {error.strerror}", where=str(path), fix="free some space, then run again with --resume"
+        ) from error
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def _continued(path: Path, fresh: Document) -> Document:
+    old = read(path)
+    problems = [
+        Problem(f"{field} was {_shown(then)}, is {_shown(now)}", str(path), "make it equal again, or start anew with another --out")
+        for field, then, now in _differences(old, fresh)
+    ]
+    if problems:
+        raise UsageError.from_problems("E245", problems)
+    return old
+
+
+def read(path: Path) -> Document:
+    try:
+        document = json.loads(path.read_bytes())
+    except (ValueError, RecursionError, OSError) as error:
+        raise _damaged(path, str(error)) from error
+    parts = ("settings", "versions", "model")
+    if not isinstance(document, dict) or document.get("kind") != "evaluation" or not all(isinstance(document.get(p), dict) for p in parts):
+        raise _damaged(path, "it holds no evaluation")
+    return document
+
+
+def _damaged(path: Path, reason: str) -> BadInput:
+    return BadInput("E388", f"not a results file of marlinctl eval: {reason}", where=str(path), fix="name another file with --out")
+
+
+def _differences(old: Document, new: Document) -> list[tuple[str, Any, Any]]:
+    """(field, then, now) for all that must be equal and is not."""
+    found = []
+    for part in ("settings", "versions"):
+        for key in sorted(old[part].keys() | new[part].keys()):
+            if old[part].get(key) != new[part].get(key):
+                found.append((f"{part}.{key}", old[part].get(key), new[part].get(key)))
+    for part in ("model", "baseline"):
+        then, now = ((d.get(part) or {}).get("identity") for d in (old, new))
+        if then != now:
+            found.append((f"{part}.identity", then, now))
+    return found
+
+
+def _shown(value: Any) -> str:
+    text = "not there" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

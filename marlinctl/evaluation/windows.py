@@ -1,0 +1,62 @@
+"""A text as windows of token ids, the way published perplexities are measured.
+
+The text is tokenized once, without special tokens, cut into windows of equal length, and each window is read by itself: its first
+token is given, every later one is predicted, so a window of 1,024 tokens makes 1,023 predictions. What does not fill a window at
+the end is left out.
+
+Gemma is the exception: without the beginning-of-sequence token its activations leave the range it was trained in and perplexity
+rises a thousandfold. Its windows start with that token, followed by window - 1 tokens of text, which are all predicted. Llama's
+tokenizers would add the token too, but its published figures are made without, and so are ours.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from marlinctl.errors import BadInput, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from marlinctl.texts import Text
+
+FIRST_CHARACTERS_PER_TOKEN = 8  # English has some 4.5; more is read when that was too little
+SLACK = 64  # tokens beyond the last one used: where the text is cut, the last word may be tokenized differently
+
+
+def window_start(tokenizer: Any, model_type: str) -> int | None:
+    """The id that every window must start with, if the model cannot do without."""
+    return tokenizer.bos_token_id if model_type.startswith("gemma") else None
+
+
+def cut_windows(text: Text, tokenizer: Any, *, tokens: int, window: int, start: int | None, longest: int | None) -> Tensor:
+    """[windows, window] int64: the first `tokens` tokens of the text. `longest` is the model's own limit."""
+    import torch
+
+    if longest is not None and window > longest:
+        raise UsageError(
+            "E246", f"--window {window} is longer than the {longest} positions of the model", where="--window", fix=f"--window {longest}"
+        )
+    count = tokens // window
+    body = window if start is None else window - 1  # tokens of text in each window
+    ids = _first_ids(text.text, tokenizer, count * body)
+    if len(ids) < body:
+        raise BadInput(
+            "E389",
+            f"the text has {len(ids)} tokens, one window needs {body}",
+            where=text.note,
+            fix=f"give a longer text, or --window {max(2, len(ids))} or less",
+        )
+    count = min(count, len(ids) // body)
+    rows = torch.tensor(ids[: count * body], dtype=torch.int64).reshape(count, body)
+    return rows if start is None else torch.cat([torch.full((count, 1), start, dtype=torch.int64), rows], dim=1)
+
+
+def _first_ids(text: str, tokenizer: Any, wanted: int) -> list[int]:
+    """At least `wanted` ids from the start of the text, or all that there are; without tokenizing a gigabyte for 20,480 of them."""
+    characters = wanted * FIRST_CHARACTERS_PER_TOKEN
+    while True:
+        ids: list[int] = tokenizer(text[:characters], add_special_tokens=False, verbose=False)["input_ids"]
+        if characters >= len(text) or len(ids) >= wanted + SLACK:
+            return ids
+        characters *= 4

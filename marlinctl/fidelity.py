@@ -1,0 +1,131 @@
+"""A packed checkpoint against the model it was made from: per linear, how far the weights are apart, and whether that is plausible.
+
+    error         ||W - Q|| / ||W||, the relative distance of the dequantized weight Q. Int4 with groups costs about 0.1; GPTQ a little
+                  more, because it moves weights on purpose to keep the layer's output. Above 0.5 the codes are not this weight's codes.
+    scale match   correlation, over all groups, of the stored scale with the one that fits best, <W, codes> / <codes, codes>. Rightly
+                  placed scales give nearly 1. Permuted ones (a wrong layout) give about 0, although they cost so little error, since the
+                  scales of a layer resemble each other, that `error` alone would let them pass.
+
+Tensors that were not quantized must be the source's bytes. Other tools convert them (fp16 to bf16, say); that is told, and it is a
+failure only where the values are not the source's, rounded to the other dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from marlinctl.checkpoint import formats
+from marlinctl.errors import BadInput, CheckFailed, Problem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from marlinctl.checkpoint.reader import Checkpoint
+    from marlinctl.console import Console
+
+MAX_ERROR = 0.5
+MIN_SCALE_MATCH = 0.5
+_ENOUGH_GROUPS = 64  # fewer say too little about a correlation
+_SPREAD = 0.02  # relative; scales that are all but equal have no order that could be wrong
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFidelity:
+    layer: str
+    error: float
+    scale_match: float | None  # None where there are too few groups, or all scales are alike
+
+
+def compare(checkpoint: Checkpoint, info: formats.FormatInfo, source: Checkpoint, console: Console) -> dict[str, Any]:
+    """Every linear and every untouched tensor against the source. CheckFailed lists all that are implausible."""
+    problems, converted = _untouched(checkpoint, info, source)
+    layers: list[LayerFidelity] = []
+    with console.progress("compare with source", len(info.layers)) as progress:
+        for layer in info.layers:
+            weight = _source_weight(source, layer)
+            measured = measure(layer, weight, formats.read_parts(checkpoint, info, layer))
+            layers.append(measured)
+            problems += _implausible(measured)
+            progress.advance()
+    if problems:
+        raise CheckFailed.from_problems("E107", problems)
+    errors = sorted(layer.error for layer in layers)
+    return {
+        "layers": [asdict(layer) for layer in layers],
+        "median_error": errors[len(errors) // 2],
+        "max_error": errors[-1],
+        "worst_layer": max(layers, key=lambda layer: layer.error).layer,
+        "converted": converted,
+    }
+
+
+def measure(layer: str, weight: Tensor, parts: formats.LinearParts) -> LayerFidelity:
+    """weight: [N, K] of the source."""
+    import torch
+
+    weight = weight.to(torch.float32)
+    error = float((weight - parts.weight()).norm() / weight.norm().clamp_min(torch.finfo(torch.float32).tiny))
+    return LayerFidelity(layer, error, _scale_match(weight, parts))
+
+
+def _scale_match(weight: Tensor, parts: formats.LinearParts) -> float | None:
+    import torch
+
+    codes = parts.codes.to(torch.float32).reshape(len(parts.codes), -1, parts.group_size)  # [N, G, g]
+    power = (codes * codes).sum(-1)
+    fitted = (weight.reshape(codes.shape) * codes).sum(-1) / power.clamp_min(1)  # [N, G] the scale that fits best
+    used = power > 0
+    stored, fitted = parts.scales.to(torch.float64)[used].abs(), fitted.to(torch.float64)[used].abs()
+    if stored.numel() < _ENOUGH_GROUPS or float(fitted.std()) < _SPREAD * float(fitted.mean()):
+        return None
+    return float(torch.corrcoef(torch.stack([stored, fitted]))[0, 1].nan_to_num())  # equal stored scales: 0
+
+
+def _implausible(measured: LayerFidelity) -> list[Problem]:
+    fix = "the codes, their order or the layer's name are wrong; pack or quantize again, and report it if that does not help"
+    if not measured.error <= MAX_ERROR:  # NaN too
+        return [Problem(f"{measured.layer}: ||W - Q|| / ||W|| = {measured.error:.3f}, above {MAX_ERROR}", measured.layer, fix)]
+    if measured.scale_match is not None and measured.scale_match < MIN_SCALE_MATCH:
+        what = f"{measured.layer}: the scales do not fit their groups (correlation {measured.scale_match:.2f}, below {MIN_SCALE_MATCH})"
+        return [Problem(what, measured.layer, "the scales are permuted; pack or quantize again, and report it if that does not help")]
+    return []
+
+
+def _source_weight(source: Checkpoint, layer: str) -> Tensor:
+    name = f"{layer}.weight"
+    if name not in source.tensors:
+        raise BadInput("E351", f"the source has no {name}", where=str(source.folder), fix="name the model this checkpoint was made from")
+    return source.read(name)
+
+
+def _untouched(checkpoint: Checkpoint, info: formats.FormatInfo, source: Checkpoint) -> tuple[list[Problem], list[str]]:
+    """What is wrong with the tensors that were not quantized, and which of them changed their dtype only."""
+    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in formats.SUFFIXES[info.name]}
+    problems, converted = [], []
+    for name in (name for name in checkpoint.tensors if name not in owned):
+        if name not in source.tensors:
+            problems.append(Problem(f"{name} is not in the source", name, "name the model that this checkpoint was made from"))
+            continue
+        ours, theirs = checkpoint.tensors[name], source.tensors[name]
+        if ours.dtype == theirs.dtype and ours.shape == theirs.shape and checkpoint.raw(name) == source.raw(name):
+            continue
+        if ours.dtype != theirs.dtype and ours.shape == theirs.shape and _same_rounded(checkpoint.read(name), source.read(name)):
+            converted.append(name)
+        else:
+            what = f"{name} was not quantized and yet differs from the source"
+            problems.append(Problem(what, name, "name the model that this was made from, or write it again"))
+    return problems, converted
+
+
+def _same_rounded(ours: Tensor, theirs: Tensor) -> bool:
+    import torch
+
+    return torch.equal(ours, theirs.to(ours.dtype))
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    converted = len(report["converted"])
+    others = f"{converted} other tensors changed their dtype only" if converted else "other tensors are byte-identical"
+    return f"||W - Q|| / ||W||: median {report['median_error']:.4f}, worst {report['max_error']:.4f} ({report['worst_layer']}); {others}"

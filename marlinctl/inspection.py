@@ -1,0 +1,128 @@
+"""What a checkpoint is, told from config.json and the headers of its shards: no torch, no weights, well under a second.
+
+The one thing that headers do not say is the true K of a packed linear; it is read from `weight_shape`, sixteen bytes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from marlinctl import manifest
+from marlinctl.checkpoint import formats
+
+if TYPE_CHECKING:
+    from marlinctl.checkpoint.reader import Checkpoint
+
+_KINDS = {  # suffix of a packed linear's tensors -> what its bytes are
+    "weight_packed": "codes", "qweight": "codes", "B": "codes",
+    "weight_scale": "scales", "scales": "scales", "s": "scales",
+    "qzeros": "zeros and indices", "g_idx": "zeros and indices", "weight_shape": "zeros and indices",
+}  # fmt: skip
+_NATIVE_WARNING = (
+    "plain transformers and vLLM do not load native folders: transformers finds no model file and stops; "
+    "`marlinctl pack --format ct` writes one they load"
+)
+
+
+def inspect(folder: Path) -> dict[str, Any]:
+    """The facts as one JSON-ready document."""
+    from marlinctl.checkpoint.reader import open_checkpoint
+
+    with open_checkpoint(folder, weight_files="auto") as checkpoint:
+        info = formats.detect(checkpoint.config, checkpoint.tensors)
+        shapes = {layer: formats.layer_shape(checkpoint, info, layer) for layer in info.layers}
+        return {
+            "folder": str(folder),
+            **_model(checkpoint.config),
+            "format": info.name,
+            "variant": info.variant,
+            "bits": info.bits,
+            "group_sizes": {str(size): count for size, count in Counter(info.layers.values()).most_common()},
+            "scale_dtypes": _dtypes(checkpoint, info),
+            **_parameters(checkpoint, info, shapes),
+            "shards": len(checkpoint.files),
+            "loads_in": list(info.loaders),
+            "warnings": [*checkpoint.notes, *([_NATIVE_WARNING] if info.name == "marlin" else [])],
+            "manifest": _manifest(folder),
+        }
+
+
+def _model(config: Mapping[str, Any]) -> dict[str, Any]:
+    architectures = config.get("architectures")
+    return {
+        "architecture": architectures[0] if isinstance(architectures, list) and architectures else None,
+        "model_type": config.get("model_type"),
+        "blocks": config.get("num_hidden_layers"),
+        "hidden_size": config.get("hidden_size"),
+        "vocab_size": config.get("vocab_size"),
+        "experts": config.get("num_experts") or config.get("num_local_experts"),
+        "dtype": config.get("dtype") or config.get("torch_dtype"),
+        "tied_head": config.get("tie_word_embeddings"),
+    }
+
+
+def _parameters(checkpoint: Checkpoint, info: formats.FormatInfo, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    kinds: Counter[str] = Counter()
+    other_parameters = 0
+    owned = {f"{layer}.{suffix}": suffix for layer in info.layers for suffix in formats.SUFFIXES[info.name]}
+    for name, tensor in checkpoint.tensors.items():
+        suffix = owned.get(name)
+        kinds[_KINDS[suffix] if suffix else "not quantized"] += tensor.end - tensor.begin
+        if suffix is None:
+            other_parameters += prod(tensor.shape)
+    quantized = sum(n * k for n, k in shapes.values())
+    total = sum(kinds.values())
+    dense = 2 * (quantized + other_parameters)
+    return {
+        "quantized_linears": len(shapes),
+        "quantized_parameters": quantized,
+        "other_parameters": other_parameters,
+        "bits_per_quantized_weight": round(8 * (total - kinds["not quantized"]) / quantized, 3) if quantized else None,
+        "bytes": {"total": total, **dict(kinds.most_common())},
+        "dense_16bit_bytes": dense,
+        "ratio_to_16bit": round(dense / total, 3) if total else None,
+    }
+
+
+def _dtypes(checkpoint: Checkpoint, info: formats.FormatInfo) -> list[str]:
+    suffix = {"ct": "weight_scale", "gptq": "scales", "marlin": "s"}.get(info.name)
+    names = (f"{layer}.{suffix}" for layer in info.layers)
+    return sorted({checkpoint.tensors[name].dtype for name in names if name in checkpoint.tensors})
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """What the manifest says of itself; its digests are `verify`'s business."""
+    if not (folder / manifest.NAME).is_file():
+        return None
+    document = manifest.read(folder)
+    return {"files": len(document["files"]), "tool": document.get("tool")}
+
+
+def table(facts: Mapping[str, Any]) -> str:
+    """The facts for people."""
+    sizes = ", ".join(f"{'whole rows' if size == '-1' else size} ({count} linears)" for size, count in facts["group_sizes"].items())
+    kinds = ", ".join(f"{kind} {_megabytes(size)}" for kind, size in facts["bytes"].items() if kind != "total")
+    name = f"{facts['architecture'] or 'unknown class'} ({facts['model_type']})"
+    rows: Sequence[tuple[str, str]] = (
+        ("model", f"{name}, {facts['blocks']} blocks, hidden size {facts['hidden_size']}"),
+        ("format", f"{facts['format']}{' ' + facts['variant'] if facts['variant'] else ''}, {facts['bits']} bits"),
+        ("group size", sizes or "none: not quantized"),
+        ("scales", ", ".join(facts["scale_dtypes"])),
+        ("quantized", f"{facts['quantized_linears']} linears, {facts['quantized_parameters']:,} weights"),
+        ("bits per weight", str(facts["bits_per_quantized_weight"] or "")),
+        ("not quantized", f"{facts['other_parameters']:,} weights"),
+        ("on disk", f"{_megabytes(facts['bytes']['total'])} in {facts['shards']} shards: {kinds}"),
+        ("as 16-bit", f"{_megabytes(facts['dense_16bit_bytes'])}, {facts['ratio_to_16bit']} times as much"),
+        ("loads in", ", ".join(facts["loads_in"])),
+        ("manifest", f"{facts['manifest']['files']} files; check them with marlinctl verify" if facts["manifest"] else "none"),
+    )
+    lines = [f"{key:<16}{value}" for key, value in rows if value]
+    return "\n".join([*lines, *(f"{'note':<16}{warning}" for warning in facts["warnings"])])
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

@@ -1,0 +1,103 @@
+"""A transformers model from any folder that marlinctl reads: dense, ct, gptq or marlin, packed weights dequantized on the way in.
+
+transformers gets a dictionary of tensors that do not exist yet: asked for one, it is read, unpacked and dequantized, and freed when it
+has been copied into the model. So memory is the model in `dtype` plus one linear, and everything transformers does to checkpoints
+(fusing the 2-D experts of a mixture into one 3-D parameter, tying the head) happens as for any other model.
+
+Strict: a tensor the model needs and the folder lacks, or the reverse, is BadInput. transformers alone would fill it with random numbers
+and go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from marlinctl.checkpoint import formats
+from marlinctl.errors import BadInput, Problem
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from marlinctl.checkpoint.reader import Checkpoint
+
+
+def load_dense(folder: Path, *, dtype: torch.dtype, device: str | torch.device = "cpu") -> PreTrainedModel:
+    """The model in eval mode, every linear dense in `dtype`: dequantized in fp32, then rounded once."""
+    from marlinctl.checkpoint.reader import open_checkpoint
+
+    with open_checkpoint(folder, weight_files="auto") as checkpoint:
+        return model_from(checkpoint, dense_tensors(checkpoint), dtype=dtype, device=device)
+
+
+def model_from(
+    checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor], *, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """A model of the checkpoint's config, filled with these tensors."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the tensors are dense: transformers must not look for packed ones
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise BadInput(
+            "E361",
+            f"transformers has no language model for model_type {config.model_type!r}",
+            where=str(checkpoint.folder / "config.json"),
+            fix="only decoder language models that transformers itself supports are loaded",
+        )
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class insists on a folder or a name
+    with quietly():
+        model, info = model_class.from_pretrained(
+            None, config=config, state_dict=dict(tensors), dtype=dtype, device_map={"": str(device)}, output_loading_info=True
+        )
+    _refuse_incomplete(checkpoint.folder, info)
+    return model.eval()
+
+
+def dense_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
+    """Every tensor of the dense model by name, packed linears as P.weight."""
+    info = formats.detect(checkpoint.config, checkpoint.tensors)
+    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in formats.SUFFIXES[info.name]}
+    tensors = {name: LazyTensor(partial(checkpoint.read, name)) for name in checkpoint.tensors if name not in owned}
+    tensors |= {f"{layer}.weight": LazyTensor(partial(_weight, checkpoint, info, layer)) for layer in info.layers}
+    return tensors
+
+
+def _weight(checkpoint: Checkpoint, info: formats.FormatInfo, layer: str) -> Tensor:
+    return formats.read_parts(checkpoint, info, layer).weight()
+
+
+class LazyTensor:
+    """What transformers' loader takes for a slice of a safetensors file: indexed with `...`, it yields the tensor."""
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self._make = make
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._make()[index]
+
+
+@contextmanager
+def quietly() -> Iterator[StringIO]:
+    """Without the progress bars that transformers and compressed-tensors draw on stderr; what they wrote is handed out instead."""
+    with redirect_stderr(StringIO()) as story:
+        yield story
+
+
+def _refuse_incomplete(folder: Path, info: Mapping[str, Any]) -> None:
+    where = str(folder)
+    apart = "config.json and weights do not belong together; fetch both again"
+    mismatched = sorted(str(entry[0]) if isinstance(entry, tuple) else str(entry) for entry in info["mismatched_keys"])
+    problems = [Problem(f"the model needs {name}, which the checkpoint lacks", where, apart) for name in sorted(info["missing_keys"])]
+    problems += [Problem(f"the model has no place for the checkpoint's {name}", where, apart) for name in sorted(info["unexpected_keys"])]
+    problems += [Problem(f"{name}: the model and the checkpoint disagree on its shape", where, apart) for name in mismatched]
+    problems += [Problem(f"not loaded: {message}", where, apart) for message in info.get("error_msgs", [])]
+    if problems:
+        raise BadInput.from_problems("E360", problems)

@@ -1,0 +1,111 @@
+"""marlinctl_manifest.json: what was published, as digests, and the facts that decided the numbers.
+
+Written last, so its existence means that the folder is complete. It holds the SHA-256 and the size of every published file, and
+nothing that differs from run to run (no times, host names or output paths), so two equal runs give two equal manifests.
+
+Outside it lie the files that may be rewritten later without touching the model: the card, the report, the log. Any other file that
+the manifest does not name fails the check: an extra shard beside the right ones is how mixed weights are loaded by accident.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from marlinctl.errors import CheckFailed, Problem
+
+NAME = "marlinctl_manifest.json"
+OUTSIDE = frozenset(
+    {NAME, "README.md", "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html", "run.log", ".gitattributes"}
+)
+_CHUNK = 8 << 20
+
+
+def canonical(document: Mapping[str, Any]) -> bytes:
+    """JSON with one spelling: equal documents are equal bytes."""
+    return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def build(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of a finished folder. `facts`: recipe and its hash, source digests, versions, layer records, ..."""
+    from marlinctl import __version__
+
+    files = {name: _describe(folder / name) for name in _published(folder)}
+    return {"schema_version": 1, "tool": {"name": "marlinctl", "version": __version__}, **facts, "files": files}
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder; CheckFailed when there is none or it is no manifest."""
+    path = folder / NAME
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckFailed(
+            "E100",
+            f"there is no {NAME}",
+            where=str(folder),
+            fix="only folders that marlinctl published can be verified; if this one was, it is incomplete: fetch or write it again",
+        ) from None
+    except (ValueError, RecursionError) as problem:
+        raise _damaged(path, f"it is not JSON ({problem})") from None
+    files = document.get("files") if isinstance(document, dict) else None
+    if not isinstance(files, dict) or not files:
+        raise _damaged(path, "it lists no files")
+    if not all(isinstance(d, dict) and isinstance(d.get("sha256"), str) and isinstance(d.get("bytes"), int) for d in files.values()):
+        raise _damaged(path, "an entry lacks its digest or size")
+    return document
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """The manifest, after every file was found as it says. CheckFailed names all missing, altered and extra files at once."""
+    document = read(folder)
+    listed = document["files"]
+    present = _published(folder)
+    problems = [_problem(folder, name, "is missing", "fetch or write the checkpoint again") for name in sorted(set(listed) - set(present))]
+    for name in sorted(set(listed) & set(present)):
+        found = _describe(folder / name)
+        if found["bytes"] != listed[name]["bytes"]:
+            what = f"has {found['bytes']} bytes, the manifest says {listed[name]['bytes']}"
+            problems.append(_problem(folder, name, what, "it was cut or replaced; fetch or write it again"))
+        elif found["sha256"] != listed[name]["sha256"]:
+            what = f"has SHA-256 {found['sha256'][:16]}…, the manifest says {listed[name]['sha256'][:16]}…"
+            problems.append(_problem(folder, name, what, "its contents changed; fetch or write it again"))
+    problems += [
+        _problem(folder, name, "is not in the manifest", "move it out of the folder; loaders may pick it up")
+        for name in sorted(set(present) - set(listed))
+    ]
+    if problems:
+        raise CheckFailed.from_problems("E101", problems)
+    return document
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 of the manifest: one name for everything that was published."""
+    return hashlib.sha256((folder / NAME).read_bytes()).hexdigest()
+
+
+def _published(folder: Path) -> list[str]:
+    """Every file below the folder that belongs into the manifest, as posix paths. Links count: they can be followed by loaders."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(name for name in names if name not in OUTSIDE)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    if path.is_symlink() or not path.is_file():  # a FIFO would hang the reader, a link may lead anywhere
+        return {"bytes": -1, "sha256": "not a regular file"}
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            sha256.update(chunk)
+    return {"bytes": path.stat().st_size, "sha256": sha256.hexdigest()}
+
+
+def _problem(folder: Path, name: str, what: str, fix: str) -> Problem:
+    return Problem(f"{name} {what}", str(folder / name), fix)
+
+
+def _damaged(path: Path, reason: str) -> CheckFailed:
+    return CheckFailed("E102", f"the manifest cannot be used: {reason}", where=str(path), fix="fetch or write the checkpoint again")

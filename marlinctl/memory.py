@@ -1,0 +1,26 @@
+"""How much memory a run takes, before it and after it."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+from marlinctl.models import Architecture
+
+BASE = int(0.6 * 2**30)  # python, torch and transformers before any tensor
+
+
+def predicted_peak(architecture: Architecture, *, samples: int, length: int, element: int, chunk_tokens: int) -> int:
+    """Upper bound in bytes of anonymous memory: hidden states once, three K x K matrices, two blocks, one chunk of the widest activation."""
+    hidden = samples * length * architecture.hidden_size * element
+    largest_k = max(spec.in_features for spec in architecture.linears.values())
+    widest = max(spec.out_features for spec in architecture.linears.values())
+    block = max(sum(s.out_features * s.in_features for s in b.linears.values()) for b in architecture.blocks)
+    chunk = max(chunk_tokens, length) * max(largest_k, widest) * 4
+    return BASE + hidden + 3 * largest_k * largest_k * 4 + 2 * block * 4 + 3 * chunk
+
+
+def peak_rss() -> int:
+    """The largest resident size of this process so far, in bytes, mapped file pages included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

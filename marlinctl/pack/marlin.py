@@ -1,0 +1,99 @@
+"""Native MARLIN tiles from codes, and back, at the speed of memory.
+
+tile.py says where each weight goes. Doing it one weight at a time through those maps would move 8-byte indices for
+half-byte weights; here whole neighbourhoods move. The bits of k and n, lowest last, in the codes and in the words:
+
+    codes   [n: block, j, pair, column]  [k: row, half, quad, odd]        one byte each
+    words   [row, block, column, quad, j] of 32 bits = bytes [odd, pair] of nibbles [half]
+
+The way from one to the other:
+
+    half    the two halves of 16 neighbours in K share bytes: 8 bytes | 8 bytes << 4           int64
+    pair    columns n and n + 8 take turns in the bytes of a word: spread | spread << 8        int32
+    rest    whole words change places, one strided copy                                        int32
+
+No step writes more than a byte per weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, split
+from torch.nn.functional import pad
+
+from marlinctl.pack.tile import OFFSET, TILE_K, TILE_N, channel_slot, grouped_slot
+from marlinctl.pack.types import SLAB, PackedLinear, as_float16, padded, transposed
+from marlinctl.quantize.types import QuantizedLinear
+
+LOW_NIBBLES = 0x0F0F_0F0F_0F0F_0F0F
+
+
+def pack_marlin(q: QuantizedLinear) -> PackedLinear:
+    """Codes and scales in MARLIN order. N and K are padded to multiples of 64 with code 0 and scale 0."""
+    n, k = q.out_features, q.in_features
+    codes = q.codes if (padded(n), padded(k)) == (n, k) else pad(q.codes, (0, padded(k) - k, 0, padded(n) - n))  # [N', K']
+    qweight = codes.new_empty(padded(k) // TILE_K, padded(n) // TILE_N, 8, 4, 4, dtype=torch.int32)  # [row, block, column, quad, j]
+    for blocks, slab in zip(split(qweight, SLAB // TILE_N, 1), split(codes, SLAB), strict=True):
+        blocks.copy_(_words(slab))
+    return PackedLinear(qweight.view(padded(k) // TILE_K, 2 * padded(n)), _pack_scales(q), n, k, q.group_size)
+
+
+def unpack_marlin(p: PackedLinear) -> QuantizedLinear:
+    """The inverse of pack_marlin, bit for bit."""
+    n, k = p.out_features, p.in_features
+    words = p.qweight.reshape(padded(k) // TILE_K, padded(n) // TILE_N, 8, 4, 4)  # [row, block, column, quad, j]
+    codes = torch.empty(padded(n), padded(k), dtype=torch.int8, device=p.qweight.device)
+    for slab, blocks in zip(split(codes, SLAB), split(words, SLAB // TILE_N, 1), strict=True):
+        _codes(blocks, out=slab)
+    return QuantizedLinear(codes[:n, :k].contiguous(), _unpack_scales(p), p.group_size)
+
+
+def _words(codes: Tensor) -> Tensor:
+    """int8 [64 blocks, K'] -> int32 [row, block, column, quad, j], a permuted view."""
+    nibbles = (codes + OFFSET).reshape(-1).view(torch.int64).view(codes.shape[0], -1, 2)  # [n, row, half] x 8 bytes [quad, odd]
+    both_halves = nibbles[..., 0] | nibbles[..., 1] << 4  # [n, row] x 8 bytes [quad, odd] of nibbles [half]
+    columns = _spread(both_halves.view(torch.int16).to(torch.int32))  # [n, row quad] x bytes [odd, 0]
+    columns = columns.view(-1, 4, 2, 8, columns.shape[1] // 4, 4)  # [block, j, pair, column, row, quad]
+    words = columns[:, :, 0] | columns[:, :, 1] << 8  # [block, j, column, row, quad] x bytes [odd, pair]
+    return words.permute(3, 0, 2, 4, 1)
+
+
+def _codes(words: Tensor, out: Tensor) -> None:
+    """int32 [row, block, column, quad, j] -> int8 [64 blocks, K'], the steps of _words backwards."""
+    words = words.permute(1, 4, 2, 0, 3).contiguous()  # [block, j, column, row, quad] x bytes [odd, pair]
+    columns = torch.stack((_gather(words), _gather(words >> 8)), dim=2)  # int16 [block, j, pair, column, row, quad] x bytes [odd]
+    both_halves = columns.view(out.shape[0], -1).view(torch.int64)  # [n, row] x 8 bytes [quad, odd] of nibbles [half]
+    nibbles = out.view(torch.int64).view(out.shape[0], -1, 2)  # [n, row, half] x 8 bytes [quad, odd]
+    nibbles[..., 0] = both_halves & LOW_NIBBLES
+    nibbles[..., 1] = both_halves >> 4 & LOW_NIBBLES
+    out.sub_(OFFSET)
+
+
+def _spread(pairs: Tensor) -> Tensor:
+    """int32 0x....AABB -> 0x00AA00BB"""
+    return pairs & 0xFF | (pairs & 0xFF00) << 8
+
+
+def _gather(spread: Tensor) -> Tensor:
+    """int32 0x..AA..BB -> int16 0xAABB"""
+    return (spread & 0xFF | spread >> 8 & 0xFF00).to(torch.int16)
+
+
+def _pack_scales(q: QuantizedLinear) -> Tensor:
+    """scales [N, G] -> [G', N'] in MARLIN order."""
+    n, k, groups = q.out_features, q.in_features, q.scales.shape[1]
+    padded_groups = 1 if groups == 1 else -(-padded(k) // q.group_size)
+    plain = pad(as_float16(q.scales).T, (0, padded(n) - n, 0, padded_groups - groups))  # [G', N'] padded with 0
+    return plain[:, _slots(padded(n), groups == 1, plain.device)]
+
+
+def _unpack_scales(p: PackedLinear) -> Tensor:
+    """[G', N'] in MARLIN order -> scales [N, G]."""
+    plain = p.scales[:, _slots(p.scales.shape[1], p.channel_wise, p.scales.device)]
+    return transposed(plain[: p.groups, : p.out_features])
+
+
+def _slots(n: int, channel_wise: bool, device: torch.device) -> Tensor:
+    """The order of the scales as an index; it is its own inverse."""
+    columns = torch.arange(n, device=device)
+    return channel_slot(columns) if channel_wise else grouped_slot(columns)

@@ -1,0 +1,101 @@
+"""Where each weight lives: the packed layouts as functions of (k, n), and back.
+
+A layout is a bijection between weights and nibbles. `k` runs over in_features and `n` over out_features; a `Place`
+names an int32 word by row and column and one of its eight nibbles, 0 being the lowest four bits. A nibble holds
+code + 8. Every function takes plain ints or index tensors, which broadcast, and only uses `+ * // %`, so that it
+can be read as the formula it is: the packers are tested against these functions, the reference reads through them,
+and the drawings in docs/formats come out of them. A layout is stated here and nowhere else.
+
+MARLIN stores the weight as the tensor core wants to eat it. One tile is 16 (k) x 64 (n) weights = 128 words: lane t
+of a warp owns words 4t..4t+3 and fetches them with a single 16-byte load. For mma.m16n8k16 that lane must hold the
+four k = 2(t % 4) + {0, 1, 8, 9} of column t // 4; word j carries those for two columns, 16j + t // 4 and its
+neighbour 8 further on. Inside a word the order is such that `w & 0x000f000f`, `w & 0x00f000f0` and the same two
+masks on `w >> 8` each give a ready pair of neighbours in k, one in each half of the register.
+"""
+
+from __future__ import annotations
+
+from typing import Generic, NamedTuple, TypeVar
+
+from torch import Tensor
+
+Index = TypeVar("Index", int, Tensor)  # one place, or a tensor of places
+
+NIBBLES = 8  # 4-bit values in an int32 word
+OFFSET = 8  # a nibble holds code + OFFSET, so that -8..7 becomes 0..15
+TILE_K, TILE_N = 16, 64  # weights of one MARLIN tile: 32 lanes x 4 words x 8 nibbles
+
+
+class Place(NamedTuple, Generic[Index]):
+    """One nibble of a packed int32 matrix."""
+
+    row: Index
+    column: Index
+    nibble: Index  # 0..7, 0 = bits 0..3
+
+
+# MARLIN: qweight [K/16, 2N]
+
+
+def marlin_lane(k: Index, n: Index) -> Index:
+    """The thread of the warp, 0..31, that loads weight (k, n)."""
+    return 4 * (n % 8) + (k % 8) // 2
+
+
+def marlin_place(k: Index, n: Index) -> Place[Index]:
+    column = 128 * (n // 64) + 4 * marlin_lane(k, n) + (n % 64) // 16
+    nibble = 4 * (k % 2) + 2 * ((n % 16) // 8) + (k % 16) // 8
+    return Place(k // 16, column, nibble)
+
+
+def marlin_weight(row: Index, column: Index, nibble: Index) -> tuple[Index, Index]:
+    """The (k, n) that a nibble stands for: the inverse of marlin_place."""
+    lane = (column % 128) // 4
+    k = 16 * row + 8 * (nibble % 2) + 2 * (lane % 4) + nibble // 4
+    n = 64 * (column // 128) + 16 * (column % 4) + 8 * ((nibble // 2) % 2) + lane // 4
+    return k, n
+
+
+# MARLIN scales: [G, N] with the columns in another order. Both orders transpose small blocks and are therefore their
+# own inverse: the slot in which column n lies, and equally the column that lies in slot n.
+
+
+def grouped_slot(n: Index) -> Index:
+    """More than one group: the 8 columns that a lane needs (same n % 8) lie together, one 16-byte load."""
+    return 64 * (n // 64) + 8 * (n % 8) + (n % 64) // 8
+
+
+def channel_slot(n: Index) -> Index:
+    """One group: the scales multiply the finished sums, of which a lane holds the pairs 0 1, 8 9, 16 17, 24 25."""
+    return 32 * (n // 32) + 8 * ((n % 8) // 2) + 2 * ((n % 32) // 8) + n % 2
+
+
+# compressed-tensors pack-quantized: weight_packed [N, ceil(K/8)]
+
+
+def ct_place(k: Index, n: Index) -> Place[Index]:
+    return Place(n, k // 8, k % 8)
+
+
+def ct_weight(row: Index, column: Index, nibble: Index) -> tuple[Index, Index]:
+    return 8 * column + nibble, row
+
+
+# GPTQ: qweight [K/8, N], and qzeros [G, N/8], which alone is packed along n
+
+
+def gptq_place(k: Index, n: Index) -> Place[Index]:
+    return Place(k // 8, n, k % 8)
+
+
+def gptq_weight(row: Index, column: Index, nibble: Index) -> tuple[Index, Index]:
+    return 8 * row + nibble, column
+
+
+def gptq_zero_place(group: Index, n: Index) -> Place[Index]:
+    return Place(group, n // 8, n % 8)
+
+
+def gptq_zero(row: Index, column: Index, nibble: Index) -> tuple[Index, Index]:
+    """The (group, n) that a nibble of qzeros stands for."""
+    return row, 8 * column + nibble

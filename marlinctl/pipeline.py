@@ -1,0 +1,117 @@
+"""`compress`: quantize, pack, verify, evaluate and report, as one run with one result.
+
+    OUT.work-1f0c9a2e/ct   ◄── quantize
+    OUT.work-1f0c9a2e/...  ◄── pack, once for each format
+                               verify each ─► evaluate against the original ─► reports ─► rename all of them into place, or none
+
+Nothing appears under its final name before everything is checked.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from marlinctl.card import CardFacts
+from marlinctl.card import render as render_card
+from marlinctl.checkpoint.formats import detect
+from marlinctl.checkpoint.reader import open_checkpoint
+from marlinctl.checkpoint.source import Source
+from marlinctl.checkpoint.writer import check_output, publish_together
+from marlinctl.console import SCHEMA_VERSION, Console
+from marlinctl.evaluation.tasks import require_lm_eval
+from marlinctl.job import Options, run_quantize
+from marlinctl.recipe import Recipe
+from marlinctl.repack import repack
+from marlinctl.report import markdown
+from marlinctl.verify import available_memory, verify
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A checked folder on its way to its place (what publish_together needs)."""
+
+    path: Path
+    out: Path
+    overwrite: bool
+
+
+def run_compress(
+    model: str, out: Path, recipe: Recipe, options: Options, console: Console, *, evaluate_result: bool = True, task_data: Path | None = None
+) -> dict[str, Any]:
+    """The whole way from a model to published folders: OUT in the recipe's first format, OUT-<format> for each further one."""
+    first, *others = recipe.pack.formats
+    places = {first: out} | {fmt: out.with_name(f"{out.name}-{fmt}") for fmt in others}
+    sources = [Path(model)] if Path(model).exists() else []
+    for place in places.values():
+        check_output(place, overwrite=options.overwrite, sources=sources)
+    if evaluate_result and recipe.evaluate.tasks:
+        require_lm_eval()
+    console.log_to(out.with_name(out.name + ".log"))
+    work = out.resolve().with_name(f"{out.name}.work-{secrets.token_hex(4)}")
+    work.mkdir()
+    try:
+        report, source = run_quantize(model, work / "ct", recipe, options, console)
+        for fmt in places:
+            if fmt != "ct":
+                repack(work / "ct", work / fmt, format=fmt, console=console)
+        report = {**report, "kind": "compress", "outputs": [{"folder": str(place), "format": fmt} for fmt, place in places.items()]}
+        report["verified"] = {fmt: verify(work / fmt, source=source.folder, load=None, console=console).document() for fmt in places}
+        if evaluate_result:
+            report["evaluation"] = _evaluation(work / "ct", source, recipe, task_data, console)
+        for fmt in places:
+            _write_reports(work / fmt, fmt, report, source)
+        publish_together([Finished(work / fmt, place.resolve(), options.overwrite) for fmt, place in places.items()])
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+def _evaluation(folder: Path, source: Source, recipe: Recipe, task_data: Path | None, console: Console) -> dict[str, Any]:
+    """Perplexity, KL and top-1 agreement against the original, and the recipe's tasks; or why they could not be measured."""
+    from marlinctl.evaluate import EvalSettings, evaluate, render_table
+
+    with open_checkpoint(source.folder) as checkpoint:
+        elements = sum(info.nbytes // 2 for info in checkpoint.tensors.values())
+    needed, available = 2 * 2 * elements, available_memory()
+    if needed > available:
+        reason = f"not evaluated: both models need {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free"
+        console.warn(f"{reason}; run `marlinctl eval` on a larger machine")
+        return {"table": reason}
+    asked = recipe.evaluate
+    settings = EvalSettings(
+        tasks=tuple(asked.tasks), task_data=task_data, limit=asked.limit, text=asked.text, tokens=asked.tokens, window=asked.window
+    )
+    document = evaluate(folder, settings, console, baseline=source.folder, names=("compressed", Path(source.name).name))
+    return {"table": render_table(document), "document": document}
+
+
+def _write_reports(folder: Path, fmt: str, report: Mapping[str, Any], source: Source) -> None:
+    """Card and report of each folder, with what was measured. They lie outside the manifest and may be rewritten."""
+    with open_checkpoint(folder, weight_files="auto") as checkpoint:
+        info = detect(checkpoint.config, checkpoint.tensors)
+    facts = CardFacts(
+        fmt=fmt,
+        layers=info.layers,
+        ignore=[item["name"] for item in report["kept"]],
+        command=report["command"],
+        base_model=source.name if source.kind == "hub" else None,
+        calibration=f"{report['calibration']['samples']['got']} samples, {report['calibration']['tokens']['counted']:,} tokens ({report['calibration']['how']})",
+        recipe_hash=report["recipe"]["sha256"],
+        scores=_scores(report.get("evaluation", {})),
+    )
+    (folder / "README.md").write_text(render_card(facts), encoding="utf-8")
+    (folder / "marlinctl_report.json").write_text(json.dumps({"schema_version": SCHEMA_VERSION, **report}, indent=1) + "\n", encoding="utf-8")
+    (folder / "marlinctl_report.md").write_text(markdown(report), encoding="utf-8")
+
+
+def _scores(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Rows for the card: task, metric, this model, the original."""
+    from marlinctl.evaluation.table import rows
+
+    return [(task, metric, ours, theirs) for task, _, metric, ours, theirs, _ in rows(evaluation["document"])] if "document" in evaluation else []

@@ -1,0 +1,108 @@
+"""GPTQ for linears that share an input: one Hessian, one factorisation, their rows stacked into one solve.
+
+    stacked weights [R, K] ─► static scales per group of original columns ─► columns by falling diag(H) ─► sweep ─► (descent, re-fit) x n
+                                                                             └── static activation order ──┘        codes in original order
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from marlinctl.quantize.grid import round_scales, search_scales
+from marlinctl.quantize.refine import descend, layer_error, refit_scales
+from marlinctl.quantize.solver import factor, sweep
+from marlinctl.quantize.types import Hessian, QuantizedLinear
+
+
+@dataclass(frozen=True, slots=True)
+class SolveSettings:
+    """What decides the codes. The recipe has the defaults (recipe.py)."""
+
+    group_size: int  # -1: one group for the whole row
+    both_signs: bool  # scales of either sign
+    bfloat16_exact: bool  # scales that bfloat16 holds exactly as well
+    act_order: str  # "static" or "none"
+    scale_search: str  # "hessian", "mse" or "none"
+    damping: float  # fraction of mean(diag H)
+    refine: int  # rounds of two descents and one re-fit
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """The result for the stacked rows."""
+
+    linear: QuantizedLinear  # codes [R, K], scales [R, G]
+    error: Tensor  # [R] float64: δ H δᵀ of each row, with the undamped H
+    energy: Tensor  # [R] float64: w H wᵀ of each row
+    damping: float
+    fallback: str | None
+    dead: int  # columns whose input was zero in all of calibration; their weights are rounded and kept
+
+
+SEARCH_RATIOS = (1.04, 1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7, 0.64, 0.57, 0.5)
+
+
+def solve(weight: Tensor, hessian: Hessian, settings: SolveSettings, keep: Tensor | None = None) -> Solved:
+    """Quantize stacked rows that share one input.
+
+    weight: [R, K] float32, finite. hessian.matrix: [K, K]. keep: [R, K] bool, or None; where it is False the code is 0.
+    Raises ValueError for shapes that do not fit, for a group size that does not divide K and for a Hessian that is not finite.
+    """
+    rows, k = weight.shape
+    group_size = k if settings.group_size == -1 else settings.group_size
+    if tuple(hessian.matrix.shape) != (k, k):
+        raise ValueError(f"weight [{rows}, {k}] does not fit a Hessian {tuple(hessian.matrix.shape)}")
+    if k % group_size:
+        raise ValueError(f"K={k} is not a multiple of group_size {group_size}")
+    if not bool(torch.isfinite(hessian.matrix).all()):
+        raise ValueError(f"the Hessian of {hessian.tokens} tokens holds NaN or infinity")
+
+    matrix = hessian.matrix
+    diagonal = matrix.diagonal()
+    scales = static_scales(weight, diagonal, settings)  # [R, G]
+    order = torch.argsort(diagonal, descending=True, stable=True) if settings.act_order == "static" else torch.arange(k, device=weight.device)
+    group_of = (order // group_size).tolist()
+    ordered = matrix[order][:, order]
+    factored = factor(ordered, settings.damping)
+
+    w = weight.T[order].contiguous()  # [K, R]
+    s = scales.T.contiguous()  # [G, R]
+    kept = None if keep is None else keep.T[order].contiguous()
+    codes, _ = sweep(w, w, factored.feedback, s, group_of, kept)
+    if settings.refine and factored.fallback is None:
+        damped = ordered.clone()
+        damped.diagonal().add_(factored.damping * float(diagonal.mean()))
+        for _ in range(settings.refine):
+            for _ in range(2):
+                codes = descend(w, codes, s, damped, group_of, kept)
+            s = refit_scales(w, codes, s, damped, group_of, positive=not settings.both_signs, bfloat16_exact=settings.bfloat16_exact)
+    index = torch.as_tensor(group_of, device=weight.device)
+    error = layer_error(w - codes * s[index], ordered)
+    energy = layer_error(w, ordered)
+
+    in_place = torch.empty(rows, k, dtype=torch.int8, device=weight.device)
+    in_place[:, order] = codes.T.to(torch.int8)
+    linear = QuantizedLinear(in_place, s.T.to(torch.float16).contiguous(), group_size)
+    return Solved(linear, error.double(), energy.double(), factored.damping, factored.fallback, int((diagonal == 0).sum()))
+
+
+def static_scales(weight: Tensor, importance: Tensor, settings: SolveSettings) -> Tensor:
+    """Scales [R, G] float32 of the original columns, before any column is rounded."""
+    ratios = (1.0,) if settings.scale_search == "none" else SEARCH_RATIOS
+    weights = importance if settings.scale_search == "hessian" else None
+    group_size = weight.shape[1] if settings.group_size == -1 else settings.group_size
+    return search_scales(
+        weight, weights, group_size=group_size, both_signs=settings.both_signs, bfloat16_exact=settings.bfloat16_exact, ratios=ratios
+    )
+
+
+def round_to_nearest(weight: Tensor, settings: SolveSettings) -> QuantizedLinear:
+    """Plain rounding of [R, K] float32 with searched scales: for an input that no calibration token reached."""
+    rows, k = weight.shape
+    group_size = k if settings.group_size == -1 else settings.group_size
+    scales = static_scales(weight, torch.ones(k, device=weight.device), settings)
+    codes = (weight.reshape(rows, -1, group_size) / scales.unsqueeze(-1)).round().clamp(-8, 7)
+    return QuantizedLinear(codes.reshape(rows, k).to(torch.int8), round_scales(scales, settings.bfloat16_exact).to(torch.float16), group_size)

@@ -1,0 +1,62 @@
+"""The symmetric int4 grid: code x scale, codes -8..7, one scale for each group of inputs and each output.
+
+The grid is lopsided (one level more on the negative side), so the sign of the scale is worth a bit: a negative scale puts the largest
+weight on level -8. MARLIN multiplies by the scale and does not care about its sign.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from marlinctl.quantize.types import CODE_MAX, CODE_MIN
+
+SMALLEST_SCALE = 2.0**-14  # the smallest normal float16: below it a float16 scale loses digits
+
+
+def round_scales(scales: Tensor, bfloat16_exact: bool) -> Tensor:
+    """The nearest scales that the checkpoint can hold, as float32: float16 and, where asked for, exact in bfloat16 as well.
+
+    A runtime that computes in bfloat16 converts float16 scales to bfloat16. With scales that both formats hold exactly it computes
+    with the weights that were solved for, at the price of 3 of 11 significant bits, which the solve takes into account.
+    Zero and tiny scales become SMALLEST_SCALE, so that no group is without a grid.
+    """
+    rounded = scales.to(torch.bfloat16).float() if bfloat16_exact else scales
+    limit = 65280.0 if bfloat16_exact else 65504.0  # the largest float16 (that bfloat16 holds)
+    rounded = rounded.clamp(-limit, limit)
+    tiny = rounded.abs() < SMALLEST_SCALE
+    rounded = torch.where(tiny, torch.copysign(torch.full_like(rounded, SMALLEST_SCALE), rounded), rounded)
+    return rounded.to(torch.float16).float()
+
+
+def search_scales(
+    weight: Tensor, importance: Tensor | None, *, group_size: int, both_signs: bool, bfloat16_exact: bool, ratios: tuple[float, ...]
+) -> Tensor:
+    """For each group of each row the scale with the least weighted rounding error Σ_j h_j (w_j - q_j)².
+
+    weight: [R, K] float32. importance: [K] float32 >= 0 (the diagonal of the Hessian), or None for plain squares.
+    ratios: candidates as fractions of the scale that just covers the largest weight w: w / -8, which puts it on level -8, and w / 7.5 for
+    the other sign; |w| / 7.5 alone where scales must be positive. Returns scales [R, G] float32, already rounded by `round_scales`.
+    """
+    rows, k = weight.shape
+    groups = k // group_size
+    grouped = weight.reshape(rows, groups, group_size)
+    signed = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)  # [R, G] the weight of largest magnitude
+    starts = [signed / CODE_MIN, signed / (CODE_MAX + 0.5)] if both_signs else [signed.abs() / (CODE_MAX + 0.5)]
+    h = None if importance is None else importance.reshape(groups, group_size)
+    best = round_scales(starts[0], bfloat16_exact)
+    best_error = torch.full_like(best, torch.inf)
+    chunk = max(1, 2**18 // k)  # rows whose temporaries stay in the cache
+    for first in range(0, rows, chunk):
+        part = slice(first, min(first + chunk, rows))
+        w = grouped[part]
+        for start in starts:
+            for ratio in ratios:
+                s = round_scales(start[part] * ratio, bfloat16_exact)
+                t = w * s.reciprocal().unsqueeze(-1)
+                delta = t.round().clamp_(CODE_MIN, CODE_MAX).sub_(t).square_()
+                error = (delta.sum(-1) if h is None else (delta * h).sum(-1)) * s.square()
+                better = error < best_error[part]
+                best_error[part] = torch.where(better, error, best_error[part])
+                best[part] = torch.where(better, s, best[part])
+    return best

@@ -1,0 +1,63 @@
+"""After the solve: coordinate descent on the codes and a closed-form re-fit of the scales.
+
+Both lower tr((W - Q) H (W - Q)ᵀ), the layer error itself, and neither can raise it except by the rounding of a scale, which is checked.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from marlinctl.quantize.grid import round_scales
+from marlinctl.quantize.solver import sweep
+
+
+def layer_error(delta: Tensor, matrix: Tensor) -> Tensor:
+    """The error δ H δᵀ of each row. delta: [K, R] float32, matrix: [K, K] float32 -> [R] float32."""
+    return (torch.mm(matrix, delta) * delta).sum(0)
+
+
+def descend(
+    weight: Tensor, codes: Tensor, scales: Tensor, matrix: Tensor, group_of: list[int], keep: Tensor | None = None
+) -> Tensor:
+    """One sweep of coordinate descent: every code in turn takes its best value given all others.
+
+    weight, codes: [K, R] float32; scales: [G, R] float32; matrix: [K, K] float32 with a positive diagonal. Returns codes [K, R].
+    With P = (W - Q) H the best value of column k is q_k + P_k / H_kk, and a change d_i = q_i(old) - q_i(new) of an earlier column adds
+    d_i H_ik to P_k: the solver's sweep with anchor q and feedback H / diag(H).
+    """
+    current = codes * scales[torch.as_tensor(group_of, device=codes.device)]
+    diagonal = matrix.diagonal()
+    base = torch.mm(matrix, weight - current).div_(diagonal.unsqueeze(1)).add_(current)
+    codes, _ = sweep(base, current, matrix / diagonal, scales, group_of, keep)
+    return codes
+
+
+def refit_scales(weight: Tensor, codes: Tensor, scales: Tensor, matrix: Tensor, group_of: list[int], *, positive: bool, bfloat16_exact: bool) -> Tensor:
+    """The scales that minimise the layer error for fixed codes, row by row: a G x G least-squares system, G = number of groups.
+
+    Σ_h (c_g H_gh c_hᵀ) s_h = c_g H_g: wᵀ. Rows whose rounded solution is not better keep their scales.
+    weight, codes: [K, R]; scales: [G, R]; matrix: [K, K]; all float32. Returns scales [G, R].
+    """
+    groups, rows = scales.shape
+    index = torch.as_tensor(group_of, device=codes.device)
+    order = torch.argsort(index, stable=True)
+    c, w, h = codes[order], weight[order], matrix[order][:, order]
+    size = c.shape[0] // groups
+    right = torch.mm(h, w).mul_(c).reshape(groups, size, rows).sum(1)  # [G, R]
+    normal = torch.empty(rows, groups, groups, dtype=torch.float32, device=codes.device)
+    for g in range(groups):
+        part = slice(g * size, (g + 1) * size)
+        product = torch.mm(h[:, part], c[part]).mul_(c).reshape(groups, size, rows).sum(1)  # [G, R]: c_h H_hg c_g
+        normal[:, :, g] = product.T
+    diagonal = normal.diagonal(dim1=1, dim2=2)
+    diagonal.add_(1e-6 * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny)  # a group of zero codes has no scale of its own
+    lower, info = torch.linalg.cholesky_ex(normal)
+    solved = torch.cholesky_solve(right.T.unsqueeze(-1), lower).squeeze(-1).T  # [G, R]
+    usable = (info == 0) & torch.isfinite(solved).all(0)
+    if positive:
+        usable &= (solved > 0).all(0)
+    candidate = round_scales(torch.where(usable, solved, scales), bfloat16_exact)
+    before = layer_error(weight - codes * scales[index], matrix)
+    after = layer_error(weight - codes * candidate[index], matrix)
+    return torch.where(usable & (after < before), candidate, scales)

@@ -1,0 +1,103 @@
+"""The column solver: one factorisation, one sweep over the columns.
+
+GPTQ (Frantar et al., arXiv 2210.17323) rounds column after column and spreads each column's error over the columns that are still free.
+With H = R Rᵀ, R upper triangular, and e = w - q, the layer error of a row is
+
+    e H eᵀ = Σ_k R_kk² (e_k + Σ_{i<k} e_i R_ik / R_kk)²
+
+so with the unit upper triangular A = R / diag(R), the rule "round w_k + Σ_{i<k} e_i A_ik" is GPTQ exactly, from a single Cholesky
+factorisation and no inverse (the Babai view, arXiv 2507.18553). Coordinate descent after the solve is the same sweep with other inputs
+(refine.py), which is why `sweep` takes base, anchor and feedback instead of a weight and a Hessian.
+
+Everything is kept transposed, [K, R]: a column of the weight is then one contiguous row, and a step is vector arithmetic over R outputs.
+Sweeps look back: before a column block the errors so far are gathered by one matrix product, so nothing ahead is ever rewritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from marlinctl.quantize.types import CODE_MAX, CODE_MIN
+
+COLUMN_BLOCK = 128  # columns gathered by one product over everything before them
+COLUMN_RUN = 16  # columns updated among themselves one by one; 16 x R floats stay in the cache
+
+_DAMPING_CEILING = 0.3
+_FLOAT64_ABOVE = 3e5  # bound on the condition number K / damping + 1 above which float32 pivots lose digits
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """feedback [K, K] float32: unit upper triangular A, columns in solve order. pivots [K] float32: R_kk."""
+
+    feedback: Tensor
+    pivots: Tensor
+    damping: float  # the fraction of mean(diag H) that was added in the end
+    fallback: str | None  # None, or what the solver had to fall back to, for the report
+
+
+def factor(matrix: Tensor, damping: float) -> Factor:
+    """Factor a symmetric matrix [K, K] float32 (in solve order) as R Rᵀ, with a rising damping where it is not positive definite.
+
+    The ladder is damping x 1, 3, 10 (at most 0.3); if no rung holds, the matrix is replaced by its diagonal, which makes the solve
+    importance-weighted rounding. The result says which happened.
+    """
+    k = matrix.shape[0]
+    diagonal = matrix.diagonal()
+    mean = float(diagonal.mean())
+    if not mean > 0.0:
+        return _diagonal_factor(diagonal.clone(), damping, "all inputs are zero")
+    for rung in dict.fromkeys(min(damping * step, max(damping, _DAMPING_CEILING)) for step in (1.0, 3.0, 10.0)):
+        exact = rung == 0.0 or k / rung > _FLOAT64_ABOVE
+        work = matrix.to(torch.float64 if exact else torch.float32, copy=True)
+        work.diagonal().add_(rung * mean)
+        lower, info = torch.linalg.cholesky_ex(work.flip(0, 1))
+        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+            upper = lower.flip(0, 1)
+            pivots = upper.diagonal().clone()
+            return Factor((upper / pivots).float(), pivots.float(), rung, None)
+    return _diagonal_factor(diagonal + damping * mean, damping, "not positive definite")
+
+
+def _diagonal_factor(diagonal: Tensor, damping: float, reason: str) -> Factor:
+    k = diagonal.shape[0]
+    pivots = diagonal.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+    return Factor(torch.eye(k, dtype=torch.float32, device=diagonal.device), pivots.float(), damping, f"diagonal Hessian: {reason}")
+
+
+def sweep(base: Tensor, anchor: Tensor, feedback: Tensor, scales: Tensor, group_of: Sequence[int], keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Round all columns in order, each with the feedback of those before it.
+
+    For k = 0..K-1:  t_k = base_k + Σ_{i<k} (anchor_i - q_i) feedback_ik ;  code_k = clamp(round(t_k / s_k)) ;  q_k = code_k s_k
+
+    base, anchor: [K, R] float32. feedback: [K, K] float32, read above the diagonal only. scales: [G, R] float32, none zero;
+    group_of[k] is the row of `scales` for column k. keep: [K, R] bool or None; a column that is not kept gets code 0.
+    Returns codes [K, R] float32 (whole numbers) and errors anchor - q, [K, R] float32.
+    """
+    k_total, rows = base.shape
+    codes = torch.empty_like(base)
+    errors = torch.empty_like(base)
+    inverse = scales.reciprocal()
+    target = torch.empty(COLUMN_BLOCK, rows, dtype=base.dtype, device=base.device)
+    for start in range(0, k_total, COLUMN_BLOCK):
+        stop = min(start + COLUMN_BLOCK, k_total)
+        block = target[: stop - start]
+        torch.addmm(base[start:stop], feedback[:start, start:stop].T, errors[:start], out=block) if start else block.copy_(base[start:stop])
+        for run in range(start, stop, COLUMN_RUN):
+            end = min(run + COLUMN_RUN, stop)
+            if run > start:
+                target[run - start : end - start].addmm_(feedback[start:run, run:end].T, errors[start:run])
+            for k in range(run, end):
+                group, code, error = group_of[k], codes[k], errors[k]
+                torch.mul(block[k - start], inverse[group], out=code)
+                code.round_().clamp_(CODE_MIN, CODE_MAX)
+                if keep is not None:
+                    code.mul_(keep[k])
+                torch.addcmul(anchor[k], code, scales[group], value=-1.0, out=error)
+                if k + 1 < end:
+                    block[k + 1 - start : end - start].addr_(feedback[k, k + 1 : end], error)
+    return codes, errors

@@ -1,0 +1,66 @@
+"""What flows out of the solver: integer codes with their scales, and the Hessian that went in.
+
+Axes: N out_features, K in_features, G groups along K (G = K / group_size).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CODE_MIN, CODE_MAX = -8, 7  # int4, two's complement; on disk a nibble holds code + 8
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedLinear:
+    """weight[n, k] = codes[n, k] * scales[n, k // group_size]. Codes are data: nobody rounds them again."""
+
+    codes: Tensor  # [N, K] int8, CODE_MIN..CODE_MAX
+    scales: Tensor  # [N, G] float16 (bfloat16 only when read from a foreign checkpoint), finite
+    group_size: int  # divides K; a whole row is group_size == K, never -1
+
+    def __post_init__(self) -> None:
+        if self.codes.dtype != torch.int8 or self.codes.ndim != 2:
+            raise ValueError(f"codes must be int8 [N, K], got {self.codes.dtype} {tuple(self.codes.shape)}")
+        n, k = self.codes.shape
+        if self.group_size < 1 or k % self.group_size:
+            raise ValueError(f"group_size {self.group_size} does not divide K={k}")
+        if self.scales.dtype not in (torch.float16, torch.bfloat16) or tuple(self.scales.shape) != (n, k // self.group_size):
+            raise ValueError(
+                f"scales must be float16 or bfloat16 [{n}, {k // self.group_size}], got {self.scales.dtype} {tuple(self.scales.shape)}"
+            )
+        if not bool(torch.isfinite(self.scales).all()):
+            raise ValueError("scales hold NaN or infinity")
+        low, high = torch.aminmax(self.codes)
+        if int(low) < CODE_MIN or int(high) > CODE_MAX:
+            raise ValueError(f"codes lie in {int(low)}..{int(high)}, outside {CODE_MIN}..{CODE_MAX}")
+
+    @property
+    def out_features(self) -> int:
+        return int(self.codes.shape[0])
+
+    @property
+    def in_features(self) -> int:
+        return int(self.codes.shape[1])
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [N, K] that these codes stand for. Exact in float32: 4-bit code times 11-bit significand."""
+        n, k = self.codes.shape
+        scales = self.scales.to(torch.float32).unsqueeze(-1)  # [N, G, 1]
+        weight = self.codes.to(torch.float32).reshape(n, -1, self.group_size) * scales
+        return weight.reshape(n, k).to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Hessian:
+    """Mean of x xᵀ over calibration tokens (no factor 2; it cancels in every use)."""
+
+    matrix: Tensor  # [K, K] float32, symmetric
+    tokens: int
+
+    def __post_init__(self) -> None:
+        k = self.matrix.shape[0]
+        if self.matrix.dtype != torch.float32 or tuple(self.matrix.shape) != (k, k):
+            raise ValueError(f"the Hessian must be float32 [K, K], got {self.matrix.dtype} {tuple(self.matrix.shape)}")

@@ -1,0 +1,268 @@
+"""Recipes: everything that decides the numbers of a run, as one frozen value with a hash.
+
+A recipe is a YAML file. It says only what differs from the recipe it extends, in the end from `int4`, whose file is the one
+home of every default. Flags of the command line override the recipe (`resolve`), and what they changed is said and recorded.
+
+    quantize:     how weights become codes          pack:      which formats are published
+    calibration:  which tokens the Hessian sees     evaluate:  how the result is measured
+
+A recipe may come from a stranger. It is data only: reading is `yaml_positions` (no tags, no aliases, no repeated keys), checking
+is pydantic with unknown keys forbidden, and every refusal names file, line and column.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from marlinctl.errors import Problem, UsageError
+from marlinctl.yaml_positions import Place, read_yaml
+
+DEFAULT = "int4"
+MAXIMUM_BYTES = 1 << 20
+_SECTIONS = ("quantize", "calibration", "pack", "evaluate")
+
+GroupSize = Literal[128, 64, 32, -1]
+Names = Annotated[tuple[str, ...], Field(strict=False)]  # YAML knows lists, a frozen value wants tuples
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Override(_Section):
+    """What one pattern of layers does differently."""
+
+    group_size: GroupSize
+
+
+class Quantize(_Section):
+    bits: Literal[4]
+    group_size: GroupSize
+    scale_sign: Literal["both", "positive"]
+    act_order: Literal["static", "none"]
+    scale_search: Literal["none", "mse", "hessian"]
+    damping: float = Field(gt=0, le=1)
+    refine: int = Field(ge=0, le=100)
+    match_dense: float = Field(ge=0, le=1)
+    skip: Names
+    overrides: dict[str, Override]
+    include: Names
+    solver_block: int = Field(ge=1, le=4096)
+
+
+class Calibration(_Section):
+    source: str = Field(min_length=1)
+    samples: int = Field(ge=1)
+    sequence_length: int = Field(ge=1)
+    seed: int = Field(ge=0, lt=2**63)
+    chat: Literal["auto", "always", "never"]
+    minimum_tokens: int = Field(ge=1)
+
+
+class Pack(_Section):
+    formats: Annotated[tuple[Literal["ct", "gptq", "marlin"], ...], Field(strict=False, min_length=1)]
+
+
+class Evaluate(_Section):
+    tasks: Names
+    limit: Annotated[int, Field(ge=1)] | None
+    text: str = Field(min_length=1)
+    tokens: int = Field(ge=2)
+    window: int = Field(ge=2)
+
+
+class Recipe(_Section):
+    name: str = Field(min_length=1)
+    description: str
+    quantize: Quantize
+    calibration: Calibration
+    pack: Pack
+    evaluate: Evaluate
+
+    def canonical_json(self) -> str:
+        """The same recipe gives the same text everywhere: sorted keys, no spaces, ASCII."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+    def to_yaml(self) -> str:
+        """A file that `load_recipe` turns into an equal recipe, whatever the defaults are by then."""
+        import yaml
+
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=False, width=120)
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """SHA-256 of the canonical JSON without name and description: equal hashes mean the same job."""
+    body = json.loads(recipe.canonical_json())
+    del body["name"], body["description"]
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def builtin_names() -> list[str]:
+    return sorted(entry.name.removesuffix(".yaml") for entry in files("marlinctl.recipes").iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """A built-in recipe by name, or a file. Anything wrong with it is a UsageError that lists every problem."""
+    return _validate(_with_parents(_locate(name_or_path, Path(), where=f"recipe {name_or_path}"), ()))
+
+
+def resolve(recipe: Recipe, overrides: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
+    """The recipe with the flags that were given, {"quantize.group_size": 64, ...}; None means not given.
+
+    Returns what the flags changed as sentences, to be said once and recorded.
+    """
+    values = recipe.model_dump(mode="json")
+    places: dict[tuple[str, ...], Place] = {}
+    changes: list[str] = []
+    for dotted, value in overrides.items():
+        section, field = dotted.split(".")
+        if value is None:
+            continue
+        value = list(value) if isinstance(value, tuple) else value
+        flag = "--" + field.replace("_", "-")
+        places[section, field] = Place(f"{flag} {value}")
+        if values[section][field] != value:
+            changes.append(f"{flag} {value} instead of {values[section][field]} (recipe {recipe.name})")
+        values[section][field] = value
+    return _validate(_Layer(values, places, Place(f"recipe {recipe.name}")), error_id="E211"), changes
+
+
+def with_sections(values: Mapping[str, Any]) -> dict[str, Any]:
+    """{"group_size": 64} as `resolve` wants it: {"quantize.group_size": 64}. A key's name is unique over all sections."""
+    homes = {field: f"{section}.{field}" for section in _SECTIONS for field in _keys_at((section,))}
+    unknown = [name for name in values if name not in homes]
+    if unknown:
+        problems = [Problem(f"there is no option {name}", f"{name}={values[name]!r}", _nearest_key(name, list(homes))) for name in unknown]
+        raise UsageError.from_problems("E212", problems)
+    return {homes[name]: value for name, value in values.items()}
+
+
+# From files to one dictionary
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    values: dict[str, Any]
+    places: Mapping[tuple[str, ...], Place]  # where each key was written
+    origin: Place
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    title: str  # what messages call it: `recipe int4`, or the path as it was given
+    stem: str  # its name when it gives itself none
+    folder: Path  # what `extends: ./other.yaml` is relative to
+    identity: str
+    text: str
+
+
+def _locate(name_or_path: str | Path, folder: Path, *, where: str) -> _Found:
+    """`int4` is a built-in; anything with a slash or a suffix is a file, relative to the file that extends it."""
+    given = str(name_or_path)
+    if given in builtin_names():
+        return _Found(f"recipe {given}", given, Path(), given, (files("marlinctl.recipes") / f"{given}.yaml").read_text("utf-8"))
+    path = folder / given
+    if "\0" in given or not path.is_file():
+        near = get_close_matches(given, builtin_names(), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(
+            "E205",
+            f"'{given}' is neither a built-in recipe nor a file",
+            where=where,
+            fix=f"{hint}built in: {', '.join(builtin_names())}; or the path of a .yaml file",
+        )
+    size = path.stat().st_size
+    if size > MAXIMUM_BYTES:
+        raise UsageError("E206", f"{size} bytes are too many for a recipe", where=str(path), fix=f"at most {MAXIMUM_BYTES}")
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError("E206", f"not UTF-8 text at byte {error.start}", where=str(path), fix="save the recipe as UTF-8") from error
+    return _Found(str(path), path.stem, path.parent, str(path.resolve()), text)
+
+
+def _with_parents(found: _Found, children: tuple[str, ...]) -> _Layer:
+    """The file's own keys over those of the recipe it extends, up to int4."""
+    own, places = read_yaml(found.text, found.title)
+    parent = own.pop("extends", None if found.identity == DEFAULT else DEFAULT)
+    own.setdefault("name", found.stem)
+    own.setdefault("description", "")
+    origin = Place(found.title)
+    if parent is None:
+        return _Layer(own, places, origin)
+    where = str(places.get(("extends",), origin))
+    if not isinstance(parent, str):
+        raise UsageError("E209", f"extends must be a recipe's name or path, not {parent!r}", where=where, fix=f"extends: {DEFAULT}")
+    base_file = _locate(parent, found.folder, where=where)
+    chain = (*children, found.identity)
+    if base_file.identity in chain:
+        raise UsageError("E210", "recipes extend each other in a circle", where=where, fix=f"end the chain at {DEFAULT}")
+    base = _with_parents(base_file, chain)
+    return _Layer(_merge(base.values, own), {**base.places, **places}, origin)
+
+
+def _merge(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections are merged key by key; a key's value, list or mapping, is replaced as a whole."""
+    merged = dict(base)
+    for key, value in own.items():
+        merged[key] = {**base[key], **value} if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+    return merged
+
+
+# Checking
+
+
+def _validate(layer: _Layer, error_id: str | None = None) -> Recipe:
+    try:
+        return Recipe.model_validate(layer.values)
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+    unknown = [item for item in found if item["type"] == "extra_forbidden"]
+    problems = [_problem(item, layer) for item in [*unknown, *(item for item in found if item not in unknown)]]
+    raise UsageError.from_problems(error_id or ("E208" if unknown else "E209"), problems)
+
+
+def _problem(item: Any, layer: _Layer) -> Problem:
+    path = tuple(str(part) for part in item["loc"])
+    where = str(_place(path, layer))
+    name = ".".join(path)
+    if item["type"] == "extra_forbidden":
+        return Problem(f"unknown key {name}", where, _nearest_key(path[-1], _keys_at(path[:-1])))
+    if item["type"] == "literal_error":
+        return Problem(f"{name} cannot be {item['input']!r}", where, f"use {item['ctx']['expected']}")
+    message = item["msg"].removeprefix("Input should be ")
+    return Problem(f"{name} cannot be {item['input']!r}", where, f"use {message}" if message != item["msg"] else message)
+
+
+def _nearest_key(name: str, known: list[str]) -> str:
+    near = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+
+
+def _place(path: tuple[str, ...], layer: _Layer) -> Place:
+    """The nearest place that is known: a wrong list item is found at its own line, a flag at its name."""
+    for length in range(len(path), 0, -1):
+        if path[:length] in layer.places:
+            return layer.places[path[:length]]
+    return layer.origin
+
+
+def _keys_at(path: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in path:
+        if part == "overrides" or model is Override:
+            model = Override
+        else:
+            annotation = model.model_fields[part].annotation
+            assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+            model = annotation
+    return [*model.model_fields, *(["extends"] if model is Recipe else [])]

@@ -1,0 +1,275 @@
+"""`marlinctl pack`: the same integer codes in another format. No model, no GPU, no calibration; nothing is rounded.
+
+    source shard ─ one linear ─► codes [N, K], scales [N, G] ─► the target's tensors ─► staged shard
+    untouched tensors ─────────────── as bytes ──────────────────────────────────────► their own shards
+    companions, config with the new quantization_config, manifest
+    from disk: codes and scales of every linear equal the source's, untouched bytes too ─► published
+
+It streams: at most `_SHARD_BYTES` of finished tensors and one linear are in memory. Several target formats come from one pass and
+appear together or not at all.
+
+To `ct`, scales go as they are. `gptq` and `marlin` hold fp16 scales, so foreign bf16 or fp32 ones pass only where fp16 holds them
+exactly. `dense` is for clients that read no packed format: fp16(code * scale), which rounds to 11 significant bits (the product has
+up to 14), so a dense copy is close to the packed model and not equal to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from marlinctl import card, manifest
+from marlinctl.checkpoint import formats, writer
+from marlinctl.console import Console
+from marlinctl.errors import BadInput, CheckFailed, NumericalProblem, Problem, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from marlinctl.checkpoint.reader import Checkpoint
+
+_SHARD_BYTES = 1 << 30  # finished tensors kept in memory before they become a shard
+_DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A packed checkpoint, understood and found fit for the targets."""
+
+    checkpoint: Checkpoint
+    info: formats.FormatInfo
+    shapes: Mapping[str, tuple[int, int]]  # layer -> (N, K)
+    untouched: tuple[str, ...]  # tensors that no packed linear owns
+
+    @property
+    def ignore(self) -> list[str]:
+        return formats.sixteen_bit_linears({name: self.checkpoint.tensors[name].shape for name in self.untouched}, self.info.layers)
+
+
+def repack(
+    source: Path, out: Path, *, format: str = "ct", also: Sequence[str] = (), overwrite: bool = False, console: Console | None = None
+) -> dict[str, Any]:
+    """Write `source` in another format to `out`, and in each format of `also` to OUT-<format>. Returns what was written."""
+    console = console or Console.quiet()
+    outputs = output_folders(out, format, also)
+    for folder in outputs.values():
+        writer.check_output(folder, overwrite=overwrite, sources=[source])
+    opened = open_source(source)
+    refuse_misfits(opened, list(outputs))
+    sizes = {fmt: written_bytes(opened, fmt) for fmt in outputs}
+    writer.require_space(out, sum(sizes.values()))
+    console.say(f"{source}: {opened.info.name}, {len(opened.info.layers)} linears, group size {opened.info.group_size}")
+
+    with ExitStack() as stack:
+        stages = {fmt: writer.StagedCheckpoint(folder, overwrite=overwrite, fmt=fmt) for fmt, folder in outputs.items()}
+        for stage in stages.values():
+            stack.enter_context(stage)
+        _write_linears(opened, stages, console)
+        for fmt, stage in stages.items():
+            _finish(opened, fmt, stage, console, f"marlinctl pack {source.name} {outputs[fmt].name} --format {fmt}")
+        writer.publish_together(list(stages.values()))
+    for fmt, folder in outputs.items():
+        console.say(f"wrote {folder} ({fmt}, {sizes[fmt] / 1e6:,.1f} MB of weights)")
+    return {
+        "source": {"format": opened.info.name, "layers": len(opened.info.layers), "group_size": opened.info.group_size},
+        "outputs": [{"folder": str(folder), "format": fmt, "weight_bytes": sizes[fmt]} for fmt, folder in outputs.items()],
+    }
+
+
+def output_folders(out: Path, fmt: str, also: Sequence[str]) -> dict[str, Path]:
+    """Format -> folder: OUT itself, and OUT-<format> beside it for each further one."""
+    asked = (fmt, *also)
+    for name in asked:
+        if name not in formats.WRITABLE:
+            raise UsageError("E230", f"there is no format {name!r}", where="--format, --also", fix=f"one of {', '.join(formats.WRITABLE)}")
+    if len(set(asked)) != len(asked):
+        raise UsageError("E231", f"one format twice: {', '.join(asked)}", where="--format, --also", fix="name each format once")
+    return {fmt: out} | {name: out.with_name(f"{out.name}-{name}") for name in also}
+
+
+def open_source(folder: Path) -> Source:
+    """Open a packed checkpoint. BadInput when it is dense, damaged, or in a format that cannot be read exactly."""
+    from marlinctl.checkpoint.reader import open_checkpoint
+
+    checkpoint = open_checkpoint(folder, weight_files="auto")
+    info = formats.detect(checkpoint.config, checkpoint.tensors)
+    if info.name == "dense":
+        raise BadInput(
+            "E347",
+            "the model is not quantized; pack turns one packed format into another",
+            where=str(folder),
+            fix=f"marlinctl quantize {folder} OUT",
+        )
+    if not info.layers:
+        raise BadInput(
+            "E348",
+            f"config.json says {info.name}, but no tensor is packed that way",
+            where=str(folder),
+            fix="config.json belongs to another model; fetch the checkpoint again",
+        )
+    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in formats.SUFFIXES[info.name]}
+    shapes = {layer: formats.layer_shape(checkpoint, info, layer) for layer in info.layers}
+    return Source(checkpoint, info, shapes, tuple(name for name in checkpoint.tensors if name not in owned))
+
+
+def refuse_misfits(source: Source, targets: Sequence[str]) -> None:
+    """Everything that would fail later, found first and named all at once."""
+    problems: list[Problem] = []
+    for layer, (n, k) in source.shapes.items():
+        size = source.info.layers[layer]
+        if "gptq" in targets and (n % 8 or k % 8):
+            what = f"{layer}: GPTQ needs N and K in multiples of 8, this linear is [{n}, {k}]"
+            problems.append(Problem(what, layer, "pack to ct or marlin"))
+        if size != -1 and (size < 1 or k % size):
+            what = f"{layer}: K={k} is not a multiple of group_size {size}"
+            problems.append(Problem(what, layer, "config.json belongs to another model; fetch the checkpoint again"))
+    if problems:
+        raise BadInput.from_problems("E349", problems)
+
+
+def written_bytes(source: Source, fmt: str) -> int:
+    """Bytes of weights that a target will have."""
+    packed = 0
+    for layer, (n, k) in source.shapes.items():
+        for dtypes, shape in formats.linear_shapes(fmt, n, k, source.info.layers[layer]).values():
+            count = 1
+            for axis in shape:
+                count *= axis
+            packed += count * _DTYPE_BYTES.get(dtypes[0], 2)
+    return packed + sum(info.end - info.begin for name, info in source.checkpoint.tensors.items() if name in set(source.untouched))
+
+
+def _write_linears(source: Source, stages: Mapping[str, writer.StagedCheckpoint], console: Console) -> None:
+    """One pass over the source, shard by shard, so that each file is read once and in order."""
+    marking = formats.SUFFIXES[source.info.name][0]
+    places = {layer: source.checkpoint.tensors[f"{layer}.{marking}"] for layer in source.info.layers}
+    order = sorted(places, key=lambda layer: (places[layer].file.name, places[layer].begin))
+    pending: dict[str, dict[str, Tensor]] = {fmt: {} for fmt in stages}
+    size = 0
+    with console.progress("pack", len(order)) as progress:
+        for layer in order:
+            parts = formats.read_parts(source.checkpoint, source.info, layer)
+            for fmt in stages:
+                tensors = target_tensors(fmt, layer, parts)
+                pending[fmt] |= tensors
+                size += sum(t.numel() * t.element_size() for t in tensors.values())
+            if size >= _SHARD_BYTES:
+                _flush(stages, pending)
+                size = 0
+            progress.advance()
+    _flush(stages, pending)
+
+
+def _flush(stages: Mapping[str, writer.StagedCheckpoint], pending: dict[str, dict[str, Tensor]]) -> None:
+    for fmt, tensors in pending.items():
+        if tensors:
+            stages[fmt].write_shard(tensors)
+            tensors.clear()
+
+
+def target_tensors(fmt: str, layer: str, parts: formats.LinearParts) -> dict[str, Tensor]:
+    """What the target holds for one layer."""
+    if fmt != "dense":
+        return formats.linear_tensors(fmt, layer, parts)
+    import torch
+
+    weight = parts.weight().to(torch.float16)
+    if not bool(torch.isfinite(weight).all()):
+        raise NumericalProblem(
+            "E600",
+            f"{layer}: dequantized weights exceed what float16 holds (65504)",
+            where=layer,
+            fix="keep a packed format: ct, gptq or marlin",
+        )
+    return {f"{layer}.weight": weight}
+
+
+def _finish(source: Source, fmt: str, stage: writer.StagedCheckpoint, console: Console, command: str) -> None:
+    """Everything of the folder but the linears, and the check from disk."""
+    stage.copy_tensors(source.checkpoint, source.untouched)
+    stage.copy_companions(source.checkpoint.folder)
+    old = source.checkpoint.config.get("quantization_config") or source.checkpoint.config.get("compression_config") or {}
+    config = {key: value for key, value in source.checkpoint.config.items() if key not in ("quantization_config", "compression_config")}
+    if fmt != "dense":
+        config["quantization_config"] = formats.quantization_config(fmt, source.info.layers, source.ignore, provenance(old))
+    if fmt == "gptq":
+        stage.write_file("quantize_config.json", manifest.canonical(config["quantization_config"]))  # what old loaders read
+    origin = {"format": source.info.name, "variant": source.info.variant, **_source_digest(source)}
+    facts = _earlier_facts(source.checkpoint.folder) | {"packed_from": origin, "format": fmt}
+    details = card.CardFacts(fmt, source.info.layers, source.ignore, command, **_earlier_facts(source.checkpoint.folder))
+    stage.finish(
+        config,
+        manifest=facts,
+        verify=lambda folder: check_written(source, fmt, folder, console),
+        report_files={"README.md": card.render(details).encode()},
+    )
+
+
+def provenance(old_block: Mapping[str, Any]) -> dict[str, Any]:
+    """The key "marlinctl" of a config block: which version wrote it, and whatever an earlier step noted (the recipe's hash)."""
+    from marlinctl import __version__
+
+    earlier = old_block.get("marlinctl")
+    return {**(earlier if isinstance(earlier, dict) else {}), "version": __version__}
+
+
+def _earlier_facts(folder: Path) -> dict[str, Any]:
+    """What the source's manifest says of the model it was made from; nothing for a foreign folder."""
+    if not (folder / manifest.NAME).is_file():
+        return {}
+    document = manifest.read(folder)
+    return {key: document[key] for key in ("base_model", "license", "recipe_hash") if isinstance(document.get(key), str)}
+
+
+def _source_digest(source: Source) -> dict[str, Any]:
+    """What the codes came from: the source's manifest when it has one, else its fingerprint."""
+    from marlinctl.checkpoint.reader import fingerprint
+
+    if (source.checkpoint.folder / manifest.NAME).is_file():
+        return {"manifest_sha256": manifest.digest(source.checkpoint.folder)}
+    return {"fingerprint": fingerprint(source.checkpoint)}
+
+
+def check_written(source: Source, fmt: str, folder: Path, console: Console) -> None:
+    """Read the staged folder back: same tensors, same codes and scales, same untouched bytes. CheckFailed names the first difference."""
+    from marlinctl.checkpoint.reader import open_checkpoint
+
+    written = open_checkpoint(folder, weight_files="auto")
+    info = formats.detect(written.config, written.tensors)
+    expected = set(source.untouched) | {f"{layer}.{suffix}" for layer in source.info.layers for suffix in formats.SUFFIXES[fmt]}
+    if info.name != fmt or set(written.tensors) != expected:
+        different = sorted(set(written.tensors) ^ expected)
+        raise _unequal(folder, f"the written tensors are not the expected ones ({info.name}; {', '.join(different[:5])})")
+    compare = _same_weight if fmt == "dense" else _same_parts
+    with console.progress("check from disk", len(source.info.layers)) as progress:
+        for layer in source.info.layers:
+            compare(source, written, info, layer)
+            progress.advance()
+    for name in source.untouched:
+        if written.raw(name) != source.checkpoint.raw(name):
+            raise _unequal(folder, f"{name} differs from the source")
+
+
+def _same_parts(source: Source, written: Checkpoint, info: formats.FormatInfo, layer: str) -> None:
+    import torch
+
+    want, got = formats.read_parts(source.checkpoint, source.info, layer), formats.read_parts(written, info, layer)
+    same_scales = torch.equal(want.scales.to(torch.float32), got.scales.to(torch.float32))
+    if not torch.equal(want.codes, got.codes) or not same_scales or want.group_size != got.group_size:
+        raise _unequal(written.folder, f"{layer}: codes or scales read back differ from what was packed")
+
+
+def _same_weight(source: Source, written: Checkpoint, info: formats.FormatInfo, layer: str) -> None:
+    import torch
+
+    want = formats.read_parts(source.checkpoint, source.info, layer).weight().to(torch.float16)
+    if not torch.equal(want, written.read(f"{layer}.weight")):
+        raise _unequal(written.folder, f"{layer}: the weight read back differs from what was written")
+
+
+def _unequal(folder: Path, what: str) -> CheckFailed:
+    fix = "the disk or memory of this machine corrupts data, or this is a defect of marlinctl; nothing was published"
+    return CheckFailed("E103", what, where=str(folder), fix=fix)

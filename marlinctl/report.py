@@ -1,0 +1,66 @@
+"""The report of a run, as Markdown made from its JSON document."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """One page: what was done, how good it is, what needs attention, every layer."""
+    parts = [_summary(report), _attention(report), _quality(report), _layers(report), _reproduce(report)]
+    return "\n".join(part for part in parts if part)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [_row(header), _row(["---"] * len(header)), *(_row(row) for row in rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: Sequence[Any]) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _summary(report: Mapping[str, Any]) -> str:
+    source, calibration, size = report["source"], report["calibration"], report["bytes"]
+    recipe = report["recipe"]
+    rows = [
+        ("source", f"{source['name']}{' @ ' + source['revision'] if source['revision'] else ''}" + (f" ({source['note']})" if source["note"] else "")),
+        ("recipe", f"{recipe['name']}, group size {recipe['quantize']['group_size']}"),
+        (
+            "calibration",
+            f"{calibration['source']}: {calibration['samples']['got']} samples, {calibration['tokens']['counted']:,} tokens counted, "
+            f"SHA-256 of the ids {calibration['sha256'][:16]}...",
+        ),
+        ("linears", f"{len(report['layers'])} quantized, {len(report['kept'])} left 16-bit"),
+        ("size", f"{size['source'] / 1e6:,.1f} MB -> {size['result'] / 1e6:,.1f} MB ({size['source'] / size['result']:.2f} times smaller)"),
+        ("mean layer error", f"{report['error']['mean']:.5f} of the output energy; worst: {report['error']['worst']}"),
+        ("time", f"{report['seconds']:.1f} s on {report['device']}, forward in {report['dtype']}"),
+        ("peak memory", f"{report['peak_memory_bytes'] / 2**30:.2f} GiB"),
+    ]
+    return "# marlinctl report\n\n" + table(("", ""), rows)
+
+
+def _attention(report: Mapping[str, Any]) -> str:
+    lines = [f"- {item['name']}: {item['fallback']}" for item in report["fallbacks"]]
+    lines += [f"- {item['name']}: {item['remark']}" for item in report["underfed"]]
+    lines += [f"- {item['name']}: {item['count']} inputs were zero in all of calibration; their weights are rounded and kept" for item in report["dead_inputs"]]
+    return "## Needs attention\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def _quality(report: Mapping[str, Any]) -> str:
+    measured = report.get("evaluation")
+    return "## Quality\n\n" + str(measured["table"]) + "\n" if measured else ""
+
+
+def _layers(report: Mapping[str, Any]) -> str:
+    rows = [
+        (r["name"], f"{r['shape'][0]} x {r['shape'][1]}", r["group_size"], f"{r['error']:.5f}", f"{r['damping']:g}", r["tokens"], f"{r['seconds']:.2f}")
+        for r in report["layers"]
+    ]
+    return "## Layers\n\n" + table(("linear", "N x K", "group", "error", "damping", "tokens", "seconds"), rows)
+
+
+def _reproduce(report: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    return f"## Reproduce\n\n    {report['command']}\n\nVersions: {versions}. Recipe SHA-256 {report['recipe']['sha256']}.\n"

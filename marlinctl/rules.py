@@ -1,0 +1,107 @@
+"""Per-layer rules: which linears are quantized, and with which group size.
+
+A pattern is a shell glob that is held against a linear's full name and against every tail of it that begins after a dot: `k_proj` and
+`*.k_proj` mean all k_proj, `layers.0.*` the first block. `re:EXPRESSION` is a regular expression searched in the full name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from marlinctl.errors import Problem, UsageError
+from marlinctl.models import Architecture, LinearSpec
+
+GROUP_SIZES = (128, 64, 32, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What happens to each linear. group_sizes: quantized linears -> group size, -1 for one scale per row."""
+
+    group_sizes: Mapping[str, int]
+    kept: Mapping[str, str]  # linears that stay 16-bit -> reason
+    head: LinearSpec | None  # the output head, when it is quantized too
+
+
+def plan(architecture: Architecture, *, group_size: int, skip: Sequence[str], overrides: Mapping[str, int], include: Sequence[str]) -> Plan:
+    """Resolve the rules against a model. All problems at once: UsageError E254 (patterns) or E255 (group sizes)."""
+    linears = dict(architecture.linears)
+    head = _head(architecture, include)
+    if head is not None:
+        linears[head.name] = head
+    problems: list[Problem] = []
+    for pattern in (*skip, *overrides):
+        if not matching(pattern, linears):
+            near = get_close_matches(pattern, {*linears, *(name.rpartition(".")[2] for name in linears)}, n=3, cutoff=0.3) or list(linears)[:3]
+            problems.append(Problem(f"the pattern {pattern!r} matches no linear", "--skip / --override", f"nearest names: {', '.join(near)}"))
+    if problems:
+        raise UsageError.from_problems("E254", problems)
+
+    kept = {name: f"--skip {pattern}" for pattern in skip for name in matching(pattern, linears)}
+    sizes = dict.fromkeys((name for name in linears if name not in kept), group_size)
+    for pattern, size in overrides.items():
+        sizes |= dict.fromkeys((name for name in matching(pattern, linears) if name not in kept), size)
+    if not sizes:
+        raise UsageError("E254", "every linear is skipped; nothing would be quantized", where="--skip", fix="skip fewer linears")
+    _require_divisible(linears, sizes)
+    for name, spec in architecture.linears.items():
+        if name not in sizes and name not in kept:
+            kept[name] = f"K={spec.in_features}"
+    if architecture.head is not None and head is None:
+        kept[architecture.head.name] = "output head (--include lm_head)"
+    return Plan(sizes, kept, head)
+
+
+def matching(pattern: str, names: Iterable[str]) -> list[str]:
+    if pattern.startswith("re:"):
+        try:
+            expression = re.compile(pattern[3:])
+        except re.error as error:
+            raise UsageError("E254", f"{pattern!r} is no regular expression: {error}", where="--skip / --override", fix="mend it") from error
+        return [name for name in names if expression.search(name)]
+    return [name for name in names if any(fnmatchcase(tail, pattern) for tail in _tails(name))]
+
+
+def _tails(name: str) -> Iterable[str]:
+    parts = name.split(".")
+    return (".".join(parts[i:]) for i in range(len(parts)))
+
+
+def _head(architecture: Architecture, include: Sequence[str]) -> LinearSpec | None:
+    for name in include:
+        if name != "lm_head":
+            fix = "lm_head is the only one there is; no runtime loads 4-bit embeddings"
+            raise UsageError("E256", f"{name!r} cannot be quantized", where="--include", fix=fix)
+        if architecture.head is None:
+            raise UsageError(
+                "E256",
+                "the output head is tied to the embedding and stays 16-bit",
+                where="--include lm_head",
+                fix="leave it out: quantizing a tied head would change the embedding, untying it would make the model larger",
+            )
+    return architecture.head if include else None
+
+
+def _require_divisible(linears: Mapping[str, LinearSpec], sizes: Mapping[str, int]) -> None:
+    bad = {name: size for name, size in sizes.items() if size != -1 and linears[name].in_features % size}
+    if not bad:
+        return
+    common = [s for s in GROUP_SIZES if s == -1 or all(linears[name].in_features % s == 0 for name in sizes)]
+    listed: dict[tuple[int, int], list[str]] = {}
+    for name, size in bad.items():
+        listed.setdefault((linears[name].in_features, size), []).append(name)
+    raise UsageError.from_problems(
+        "E255",
+        [
+            Problem(
+                f"K={k} is not a multiple of group size {size} in {len(names)} linears",
+                f"{names[0]}{' ... ' + names[-1] if len(names) > 1 else ''}",
+                f"--group-size {' or '.join(str(s) for s in common)} fits every layer, or --override / --skip these",
+            )
+            for (k, size), names in listed.items()
+        ],
+    )

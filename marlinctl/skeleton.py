@@ -1,0 +1,101 @@
+"""A transformers model without weights: its code runs the blocks, our reader feeds them one at a time.
+
+The model is built on the meta device (buffers are real, so rotary embeddings work). A block gets weights when its turn comes and loses them
+after it; nothing ever holds the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marlinctl.errors import BadInput
+
+
+def build(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+    """The causal language model that `config` describes, with parameters on the meta device and code from transformers alone."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    plain = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
+    try:
+        parsed = AutoConfig.for_model(**plain)
+        parsed.use_cache = False
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise BadInput(
+            "E392",
+            f"transformers cannot build this model: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            where="config.json",
+            fix="restore the model's own config.json, or install a transformers release that knows this model",
+        ) from error
+    return model.eval()
+
+
+def meta_shapes(config: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], bool]:
+    """Names and shapes of all parameters, and whether the head is tied to the embedding."""
+    model = build(config, torch.bfloat16)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    return shapes, bool(getattr(model.config, "tie_word_embeddings", False))
+
+
+def linear_modules(config: Mapping[str, Any]) -> set[str]:
+    """Names of all nn.Linear modules."""
+    return {name for name, module in build(config, torch.bfloat16).named_modules() if isinstance(module, nn.Linear)}
+
+
+def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put `value` where the (meta) parameter `name` is."""
+    parent, _, leaf = name.rpartition(".")
+    module.get_submodule(parent)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def drop_parameters(module: nn.Module) -> None:
+    """Free all weights of a block: back to the meta device."""
+    for sub in module.modules():
+        for name, parameter in sub._parameters.items():
+            if parameter is not None:
+                sub._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+class Reached(Exception):
+    """A forward pass came to the module that was waited for; carries the call's arguments."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.args_, self.kwargs = args, kwargs
+
+
+def call_until(target: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Run `run(*args, **kwargs)` and stop it where it calls `target`: the arguments of that call."""
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise Reached(args, kwargs)
+
+    handle = target.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        run(*args, **kwargs)
+    except Reached as reached:
+        return reached.args_, reached.kwargs
+    finally:
+        handle.remove()
+    raise RuntimeError(f"{type(target).__name__} was never called")
+
+
+class Replay(nn.Module):
+    """Stands in for a branch whose output [B, L, hidden] is known already. flat: it is returned as [B * L, hidden], as experts do."""
+
+    def __init__(self, returns_tuple: bool, flat: bool = False) -> None:
+        super().__init__()
+        self.returns_tuple, self.flat = returns_tuple, flat
+        self.output = torch.empty(0)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.output.flatten(0, 1) if self.flat else self.output
+        return (output, None) if self.returns_tuple else output

@@ -1,0 +1,47 @@
+"""What flows out of pruning: codes that carry the choice of survivors with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from marlinctl.quantize.types import QuantizedLinear
+
+QUAD = 4  # 2:4 looks at four neighbours in K at a time
+SURVIVORS = 2  # and keeps two of them
+
+
+@dataclass(frozen=True, slots=True)
+class SparseQuantizedLinear(QuantizedLinear):
+    """A quantized linear in the 2:4 pattern. `keep` is data: a survivor whose code happens to be 0 is still a survivor.
+
+    Ranking the codes again to find the survivors is how packers lose weights, so nobody does.
+    """
+
+    keep: Tensor  # [N, K] bool, True = survives; exactly two True in each aligned four of a row
+
+    def __post_init__(self) -> None:
+        QuantizedLinear.__post_init__(self)  # super() does not work in a dataclass with slots before Python 3.14
+        check_keep(self.keep)
+        if self.keep.shape != self.codes.shape:
+            raise ValueError(f"keep is {list(self.keep.shape)} but codes are {list(self.codes.shape)}")
+        pruned_but_coded = self.codes.masked_fill(self.keep, 0) != 0
+        if bool(pruned_but_coded.any()):
+            row, column = pruned_but_coded.nonzero()[0].tolist()
+            raise ValueError(f"codes[{row}, {column}] = {int(self.codes[row, column])} although keep[{row}, {column}] says it was pruned")
+
+
+def check_keep(keep: Tensor) -> None:
+    """Refuses a mask that does not keep exactly two of each aligned four."""
+    if keep.dtype != torch.bool or keep.ndim != 2 or keep.shape[1] % QUAD:
+        raise ValueError(f"keep must be bool [N, K] with K a multiple of {QUAD}, got {keep.dtype} {list(keep.shape)}")
+    kept = keep.reshape(keep.shape[0], -1, QUAD).sum(-1, dtype=torch.uint8)  # [N, K/4]
+    wrong = kept != SURVIVORS
+    if bool(wrong.any()):
+        row, quad = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"{int(wrong.sum())} of {wrong.numel()} quads do not keep exactly {SURVIVORS}: the first, row {row}, "
+            f"columns {QUAD * quad}..{QUAD * quad + QUAD - 1}, keeps {int(kept[row, quad])}"
+        )

@@ -1,0 +1,320 @@
+"""`marlinctl verify`: is this folder what it says, whole, and would a client that loads it compute the right thing?
+
+    1 digests     every file as the manifest says, none missing, none extra                            CheckFailed E100-E102
+    2 structure   every tensor the model needs, with its shape and dtype; nothing else; the config     CheckFailed E105
+                  fields without which clients load garbage and say nothing
+    3 contents    scales finite, codes readable, packing the codes again gives the same bytes (so      CheckFailed E106, BadInput E346
+                  padding is zero), and a second, independent reading of the bytes gives the same weights
+    4 load        transformers and compressed-tensors load the folder on the CPU, and their logits     CheckFailed E108
+                  equal those of the dense model that holds the dequantized weights
+    5 source      with --source: marlinctl/fidelity.py                                                 CheckFailed E107
+
+Other tools check that a model loads. That is not enough here: most of the ways to get a packed checkpoint wrong still load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from marlinctl import fidelity, manifest
+from marlinctl.checkpoint import formats
+from marlinctl.checkpoint.targets import first_group, matches
+from marlinctl.errors import BadInput, CheckFailed, Problem
+from marlinctl.models import architecture
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from marlinctl.checkpoint.reader import Checkpoint
+    from marlinctl.console import Console
+
+MAX_LOGIT_ERROR = 1e-3  # relative, fp32: both sides multiply the same weights in the same order, so only the order of sums may differ
+_FLOATS = ("F16", "BF16", "F32")
+_AGAIN = "fetch or write the checkpoint again"
+_APART = "config.json and weights do not belong together; fetch or write the checkpoint again"
+_SAMPLES = 8  # linears whose bytes are read a second way
+_PROBE_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What was checked. `skipped` says what was not, and why."""
+
+    format: str
+    linears: int
+    files: int
+    logit_error: float | None
+    skipped: tuple[str, ...]
+    source: dict[str, Any] | None = field(default=None)
+
+    def document(self) -> dict[str, Any]:
+        return {"ok": True, **{name: getattr(self, name) for name in ("format", "linears", "files", "logit_error", "skipped", "source")}}
+
+
+def verify(folder: Path, *, source: Path | None, load: bool | None, console: Console, module_map: Path | None = None) -> Verified:
+    """All checks in turn; the first kind that fails raises, naming everything it found. `load` None: if it fits into memory."""
+    from marlinctl.checkpoint.reader import open_checkpoint
+
+    document = manifest.check(folder)
+    console.say(f"digests: {len(document['files'])} files as the manifest says")
+    with open_checkpoint(folder, weight_files="auto") as checkpoint:
+        info = formats.detect(checkpoint.config, checkpoint.tensors)
+        skipped = check_structure(checkpoint, info, module_map)
+        console.say(f"structure: {len(checkpoint.tensors)} tensors, {len(info.layers)} linears in {info.name}")
+        check_contents(checkpoint, info, console)
+        console.say("contents: scales finite, packing again gives the same bytes")
+        error, reason = _load_check(checkpoint, info, load)
+        skipped += [reason] if reason else []
+        if error is not None:
+            console.say(f"load: logits agree with the dequantized model, relative error {error:.1e}")
+        compared = _compare(checkpoint, info, source, console)
+    for line in skipped:
+        console.warn(line)
+    return Verified(info.name, len(info.layers), len(document["files"]), error, tuple(skipped), compared)
+
+
+# ---- 2 structure ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_structure(checkpoint: Checkpoint, info: formats.FormatInfo, module_map: Path | None = None) -> list[str]:
+    """Names, shapes and dtypes of all tensors, and the config fields that must not be forgotten. Returns what could not be checked."""
+    problems = _config_problems(checkpoint, info)
+    try:
+        model = architecture(checkpoint.config, module_map)
+    except BadInput as unknown:
+        if unknown.error_id != "E390":
+            raise
+        problems += _layer_problems(checkpoint, info, {layer: formats.layer_shape(checkpoint, info, layer) for layer in info.layers})
+        _raise("E105", problems)
+        return [f"the model's own list of tensors was not checked: {unknown}"]
+    shapes = {spec.name: (spec.out_features, spec.in_features) for spec in model.linears.values()}
+    if model.head is not None:
+        shapes[model.head.name] = (model.head.out_features, model.head.in_features)
+    strangers = [layer for layer in info.layers if layer not in shapes]
+    problems += [Problem(f"{layer} is packed, but the model has no such linear", layer, _APART) for layer in strangers]
+    problems += _layer_problems(checkpoint, info, {layer: shapes[layer] for layer in info.layers if layer in shapes})
+    packed = {f"{layer}.weight" for layer in info.layers}
+    for name, shape in model.expected.items():
+        if name not in packed:
+            problems += _tensor_problems(checkpoint, name, _FLOATS, shape)
+    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in formats.SUFFIXES[info.name]}
+    problems += [
+        Problem(f"{name} is not a tensor of this model", str(checkpoint.tensors[name].file), _APART)
+        for name in model.unexpected({name: None for name in checkpoint.tensors if name not in owned})
+    ]
+    _raise("E105", problems)
+    return []
+
+
+def _layer_problems(checkpoint: Checkpoint, info: formats.FormatInfo, shapes: Mapping[str, tuple[int, int]]) -> list[Problem]:
+    problems: list[Problem] = []
+    for layer, (n, k) in shapes.items():
+        size = info.layers[layer]
+        if size != -1 and k % size:
+            problems.append(Problem(f"{layer}: K={k} is not a multiple of group_size {size}", layer, _APART))
+            continue
+        for suffix, (dtypes, shape) in formats.linear_shapes(info.name, n, k, size).items():
+            problems += _tensor_problems(checkpoint, f"{layer}.{suffix}", dtypes, shape)
+        if f"{layer}.weight_shape" in checkpoint.tensors and formats.layer_shape(checkpoint, info, layer) != (n, k):
+            problems.append(Problem(f"{layer}.weight_shape does not say [{n}, {k}]", layer, _AGAIN))
+    return problems
+
+
+def _tensor_problems(checkpoint: Checkpoint, name: str, dtypes: Sequence[str], shape: Sequence[int]) -> list[Problem]:
+    found = checkpoint.tensors.get(name)
+    if found is None:
+        return [Problem(f"{name} is missing", str(checkpoint.folder), f"{_AGAIN}; clients would fill it with random numbers")]
+    if tuple(found.shape) != tuple(shape) or found.dtype not in dtypes:
+        what = f"{name} is {found.dtype} {list(found.shape)}, expected {' or '.join(dtypes)} {list(shape)}"
+        return [Problem(what, str(found.file), _APART)]
+    return []
+
+
+def _config_problems(checkpoint: Checkpoint, info: formats.FormatInfo) -> list[Problem]:
+    """What clients need in quantization_config and do not miss aloud."""
+    block = checkpoint.config.get("quantization_config") or {}
+    where = str(checkpoint.folder / "config.json")
+    problems: list[Problem] = []
+
+    def must(key: str, value: object, why: str) -> None:
+        if block.get(key) != value:
+            problems.append(Problem(f"quantization_config.{key} is {block.get(key)!r}, not {value!r}: {why}", where, _AGAIN))
+
+    if info.name == "ct":
+        must("quantization_status", "compressed", "transformers would fill the linears with random numbers")
+        ignore = [str(entry) for entry in block.get("ignore") or []]
+        targets = {name: [str(t) for t in group["targets"]] for name, group in block["config_groups"].items()}
+        others = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+        problems += [
+            Problem(f"{name} is 16-bit, but `ignore` does not say so: clients would look for packed tensors", where, _AGAIN)
+            for name in formats.sixteen_bit_linears(others, info.layers)
+            if first_group(name, targets) and not any(matches(name, entry) for entry in ignore)
+        ]
+        problems += [
+            Problem(f"{layer} is packed, but `ignore` names it: clients would look for a 16-bit weight", where, _AGAIN)
+            for layer in info.layers
+            if any(matches(layer, entry) for entry in ignore)
+        ]
+    if info.name == "gptq":
+        must("checkpoint_format", "gptq", "clients would be off by one step everywhere")
+        must("desc_act", False, "current servers refuse activation order at run time")
+        must("sym", True, "the zero points are those of symmetric codes")
+    return problems
+
+
+# ---- 3 contents ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_contents(checkpoint: Checkpoint, info: formats.FormatInfo, console: Console) -> None:
+    """Every packed linear is unpacked and packed again; some are read a second, independent way."""
+    import torch
+
+    layers = list(info.layers)
+    sampled = set(layers[:: max(1, len(layers) // _SAMPLES)])
+    problems: list[Problem] = []
+    with console.progress("check contents", len(layers)) as progress:
+        for layer in layers:
+            parts = formats.read_parts(checkpoint, info, layer)
+            for name, tensor in formats.linear_tensors(info.name, layer, parts).items():
+                if not torch.equal(checkpoint.read(name).to(tensor.dtype), tensor):
+                    what = f"{name} is not what packing its own codes gives: padding or constant fields are wrong"
+                    problems.append(Problem(what, str(checkpoint.tensors[name].file), _AGAIN))
+            if layer in sampled and not torch.equal(_second_reading(checkpoint, info, layer), parts.weight()):
+                problems.append(Problem(f"{layer}: two ways to read its bytes disagree", layer, "please report it: a defect of marlinctl"))
+            progress.advance()
+    _raise("E106", problems)
+
+
+def _second_reading(checkpoint: Checkpoint, info: formats.FormatInfo, layer: str) -> Tensor:
+    """[N, K] fp32, without the fast unpackers: MARLIN through the maps of pack/tile.py, the others nibble by nibble as their clients do."""
+    import torch
+
+    if info.name == "marlin":
+        from marlinctl.kernels.reference import dequantize
+        from marlinctl.pack.types import PackedLinear
+
+        n, k = formats.layer_shape(checkpoint, info, layer)
+        size = info.layers[layer]
+        return dequantize(PackedLinear(checkpoint.read(f"{layer}.B"), checkpoint.read(f"{layer}.s"), n, k, k if size == -1 else size))
+    if info.name == "gptq":
+        nibbles = _nibbles(checkpoint.read(f"{layer}.qweight").T)  # [N, K]
+        zeros = _nibbles(checkpoint.read(f"{layer}.qzeros")) + 1  # [G, N], v1 stores one less
+        group = checkpoint.read(f"{layer}.g_idx").to(torch.int64)
+        scales = checkpoint.read(f"{layer}.scales").to(torch.float32)  # [G, N]
+        return (nibbles - zeros[group].T).to(torch.float32) * scales[group].T
+    n, k = formats.layer_shape(checkpoint, info, layer)
+    scales = checkpoint.read(f"{layer}.weight_scale").to(torch.float32)
+    codes = _nibbles(checkpoint.read(f"{layer}.weight_packed"))[:, :k] - 8
+    return codes.to(torch.float32) * scales.repeat_interleave(k // scales.shape[1], dim=1)
+
+
+def _nibbles(words: Tensor) -> Tensor:
+    """int32 [R, C] -> int32 [R, 8C], lowest nibble first."""
+    import torch
+
+    return (words.unsqueeze(-1) >> torch.arange(0, 32, 4, dtype=torch.int32) & 15).reshape(words.shape[0], -1)
+
+
+# ---- 4 load --------------------------------------------------------------------------------------------------------------------------
+
+
+def _load_check(checkpoint: Checkpoint, info: formats.FormatInfo, load: bool | None) -> tuple[float | None, str | None]:
+    """(relative logit error, None), or (None, why it was not done)."""
+    if info.name not in ("ct", "dense"):
+        return None, f"not loaded with transformers: it reads no {info.name}" + " without optimum and gptqmodel" * (info.name == "gptq")
+    if load is False:
+        return None, "not loaded with transformers: --no-load"
+    needed, available = int(2.5 * 4 * _parameters(checkpoint, info)), available_memory()
+    if load is None and needed > available:
+        sizes = f"it needs about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free"
+        return None, f"not loaded with transformers: {sizes} (--load insists)"
+    error = logit_error(checkpoint)
+    if not error <= MAX_LOGIT_ERROR:  # NaN too
+        raise CheckFailed(
+            "E108",
+            f"transformers' logits differ from the dequantized model's: relative error {error:.2e}, at most {MAX_LOGIT_ERROR} is allowed",
+            where=str(checkpoint.folder),
+            fix="a client would compute garbage from this folder; write it again, and report it if that does not help",
+        )
+    return error, None
+
+
+def logit_error(checkpoint: Checkpoint) -> float:
+    """||a - b|| / ||b||: a from transformers with compressed-tensors, b from the dequantized weights; one model in memory at a time."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from marlinctl.load import dense_tensors, model_from, quietly
+
+    with quietly():
+        try:
+            client = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True).eval()
+        except (RuntimeError, ValueError, OSError, KeyError) as problem:
+            raise CheckFailed(
+                "E109",
+                f"transformers does not load the folder: {str(problem).strip().splitlines()[0][:300]}",
+                where=str(checkpoint.folder),
+                fix="`marlinctl pack FOLDER --check` names linears that no client loads; else report it, with the log of --verbose",
+            ) from problem
+        tokens = _probe(int(client.config.get_text_config().vocab_size))
+        theirs = _logits(client, tokens)
+    del client
+    ours = _logits(model_from(checkpoint, dense_tensors(checkpoint), dtype=torch.float32), tokens)
+    return float((theirs - ours).norm() / ours.norm())
+
+
+def _probe(vocab_size: int) -> Tensor:
+    import torch
+
+    return torch.randint(vocab_size, (1, _PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+
+
+def _logits(model: torch.nn.Module, tokens: Tensor) -> Tensor:
+    import torch
+
+    with torch.inference_mode():
+        return model(tokens).logits.to(torch.float64)
+
+
+def _parameters(checkpoint: Checkpoint, info: formats.FormatInfo) -> int:
+    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in formats.SUFFIXES[info.name]}
+    return sum(prod(tensor.shape) for name, tensor in checkpoint.tensors.items() if name not in owned) + sum(
+        n * k for n, k in (formats.layer_shape(checkpoint, info, layer) for layer in info.layers)
+    )
+
+
+def available_memory() -> int:
+    """Bytes that can be allocated now: what the system has free, or what a container's limit leaves; a large number where nobody says."""
+    bounds = []
+    meminfo, limit, used = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if meminfo.is_file():
+        bounds += [1024 * int(line.split()[1]) for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")]
+    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
+        bounds.append(int(limit.read_text()) - int(used.read_text()))
+    return min(bounds, default=1 << 62)
+
+
+# ---- 5 source ------------------------------------------------------------------------------------------------------------------------
+
+
+def _compare(checkpoint: Checkpoint, info: formats.FormatInfo, source: Path | None, console: Console) -> dict[str, Any] | None:
+    if source is None:
+        return None
+    from marlinctl.checkpoint.reader import open_checkpoint
+
+    if not info.layers:
+        raise BadInput("E347", "the folder holds no quantized linear to compare", where=str(checkpoint.folder), fix="leave --source out")
+    with open_checkpoint(source) as original:
+        report = fidelity.compare(checkpoint, info, original, console)
+    console.say(f"source: {fidelity.summary(report)}")
+    return report
+
+
+def _raise(error_id: str, problems: Sequence[Problem]) -> None:
+    if problems:
+        raise CheckFailed.from_problems(error_id, problems)

@@ -1,0 +1,75 @@
+"""Writes docs/cli.md from the help texts, so that the page cannot say anything else than the program.
+
+python scripts/make_cli_docs.py            writes it
+python scripts/make_cli_docs.py --check    exit 1 when it would change
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from marlinctl import cli
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
+WIDTH = 100  # fixed, so that the page does not depend on a terminal
+
+HEAD = """\
+# Command line
+
+<!-- Written by scripts/make_cli_docs.py from the help texts; `make docs` writes it anew. -->
+
+Results go to stdout, the story and errors to stderr. With `--json` the result, or the error, is one JSON document on stdout with
+`schema_version` 1. The common options (`--json` and those after it) may stand before or after the verb.
+
+## Exit codes
+
+```text
+{codes}
+```
+
+Every error has three lines (what, where, fix) and an id that [troubleshooting](troubleshooting.md) explains.
+"""
+
+
+def page() -> str:
+    codes = re.search(r"^     0  .*?143  SIGTERM$", cli.__doc__ or "", re.MULTILINE | re.DOTALL)
+    assert codes is not None, "the table of exit codes in marlinctl/cli.py"
+    parts = [HEAD.format(codes=codes[0])]
+    for title, text in helps(cli.marlinctl, ["marlinctl"], None):
+        level = "##" if title.count(" ") < 2 else "###"
+        parts.append(f"{level} {title}\n\n```text\n{text}\n```\n")
+    return "\n".join(parts)
+
+
+def helps(command: click.Command, path: list[str], parent: click.Context | None) -> Iterator[tuple[str, str]]:
+    """Title and help text of a command and of everything below it."""
+    context = click.Context(
+        command, parent, info_name=path[-1], terminal_width=WIDTH, max_content_width=WIDTH, help_option_names=["-h", "--help"], color=False
+    )
+    text = "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
+    yield " ".join(path), text
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            child = command.get_command(context, name)
+            assert child is not None
+            yield from helps(child, [*path, name], context)
+
+
+def main() -> int:
+    text = page()
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(text, encoding="utf-8")
+        return 0
+    if PAGE.is_file() and PAGE.read_text("utf-8") == text:
+        return 0
+    print(f"{PAGE} is not what the help texts say: run scripts/make_cli_docs.py")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""The scan for NaN and infinity: every dtype, every place, and what it costs."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from marlinctl.checkpoint import finite
+from marlinctl.checkpoint.finite import scan_finite
+from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
+from marlinctl.errors import NumericalProblem
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def checkpoint(folder: Path, **tensors: torch.Tensor) -> Checkpoint:
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    return open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [(0, 0, 0), (2, 1, 3), (4, 2, 6)])
+def test_one_bad_number_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, value: float, place: tuple[int, ...]) -> None:
+    """A NaN or an infinity would slip through, or be named at the wrong place."""
+    monkeypatch.setattr(finite, "CHUNK_BYTES", 64)  # the tensor spans several chunks, the last one is short
+    bad = torch.randn(5, 3, 7).to(dtype)
+    bad[place] = value
+    if place != (4, 2, 6):
+        bad[4, 2, 6] = math.nan  # the first one counts
+    folder = checkpoint(tmp_path, good=torch.randn(9, 9).to(dtype), bad=bad)
+    with pytest.raises(NumericalProblem) as caught:
+        scan_finite(folder, folder.tensors)
+    (problem,) = caught.value.problems
+    assert problem.what == f"bad{list(place)} is {value}"
+    assert f"byte {folder.tensors['bad'].begin + ((place[0] * 3 + place[1]) * 7 + place[2]) * bad.itemsize}" in problem.where
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_largest_and_smallest_numbers_are_finite(tmp_path: Path, dtype: torch.dtype) -> None:
+    """A weight at the edge of its dtype, a denormal or a minus zero would be called damaged."""
+    info = torch.finfo(dtype)
+    edges = torch.tensor([info.max, info.min, info.tiny, info.smallest_normal, 5e-324 if dtype == torch.float64 else info.tiny / 4, -0.0, 0.0])
+    scan_finite(checkpoint(tmp_path, edges=edges.to(torch.float64).to(dtype)), ["edges"])
+
+
+def test_every_bad_tensor_is_named_and_integers_are_skipped(tmp_path: Path) -> None:
+    """Only the first damaged tensor would be told, or packed integers would be read as floats."""
+    folder = checkpoint(
+        tmp_path, a=torch.tensor([1.0, math.nan]), b=torch.tensor(math.inf), c=torch.full((8,), -1, dtype=torch.int32), empty=torch.empty(0, 3)
+    )
+    steps = 0
+
+    class Counting:
+        def advance(self, count: int = 1, note: str = "") -> None:
+            nonlocal steps
+            steps += count
+
+    with pytest.raises(NumericalProblem) as caught:
+        scan_finite(folder, ["a", "b", "c", "empty"], Counting())  # type: ignore[arg-type]
+    assert [p.what for p in caught.value.problems] == ["a[1] is nan", "b[] is inf"]
+    assert caught.value.exit_code == 6
+    assert steps == 4
+
+
+def test_speed(tmp_path: Path) -> None:
+    """The preflight of a large model would take as long as its quantization. (Alone it runs at about 4 GB/s.)"""
+    size = 64 << 20
+    folder = checkpoint(tmp_path, weights=torch.zeros(size // 2, dtype=torch.float16))
+    scan_finite(folder, ["weights"])
+    best = math.inf
+    for _ in range(5):
+        started = time.perf_counter()
+        scan_finite(folder, ["weights"])
+        best = min(best, time.perf_counter() - started)
+    assert size / best > 0.5e9

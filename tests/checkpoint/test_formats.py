@@ -1,0 +1,406 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from marlinctl.checkpoint import formats
+from marlinctl.checkpoint.reader import open_checkpoint
+from marlinctl.errors import BadInput
+from marlinctl.load import load_dense
+from marlinctl.quantize.types import QuantizedLinear
+from tests.packed import ct_block, edit_json, edit_tensors, foreign_ct, foreign_gptq, gptq_block, make_foreign, make_packed, rtn, tree
+from tests.tiny import make_tiny
+
+TOKENS = torch.arange(1, 25).reshape(1, -1)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("formats") / "source")
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(TOKENS).logits.double()
+
+
+def client_error(folder: Path) -> float:
+    """Relative logit error of transformers with compressed-tensors against the dequantized weights."""
+    client = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    ours = logits(load_dense(folder, dtype=torch.float32))
+    return float((client - ours).norm() / ours.norm())
+
+
+# ---- telling formats apart -----------------------------------------------------------------------------------------------------------
+
+
+def test_detect_needs_no_torch(source: Path) -> None:
+    """`inspect` and `--help` would take seconds if telling a format imported torch."""
+    import subprocess
+    import sys
+
+    program = (
+        "import sys\nfrom marlinctl.checkpoint import formats, writer\nfrom marlinctl.checkpoint.reader import open_checkpoint\n"
+        f"c = open_checkpoint({str(source)!r})\nassert formats.detect(c.config, c.tensors).name == 'dense'\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+LAYER = "model.layers.0.mlp.up_proj"
+CT_NAMES = [f"{LAYER}.{suffix}" for suffix in formats.SUFFIXES["ct"]]
+GPTQ_NAMES = [f"{LAYER}.{suffix}" for suffix in formats.SUFFIXES["gptq"]]
+MARLIN = {"quant_method": "marlinctl", "format": "marlin", "format_version": 1, "bits": 4, "group_size": 64}
+MARLIN_NAMES = [f"{LAYER}.{suffix}" for suffix in formats.SUFFIXES["marlin"]]
+
+
+@pytest.mark.parametrize(
+    ("block", "names", "name", "variant", "size"),
+    [
+        (None, ["model.norm.weight"], "dense", "", None),
+        (ct_block(), CT_NAMES, "ct", "", 32),
+        (ct_block(strategy="channel", group_size=None), CT_NAMES, "ct", "", -1),
+        (ct_block(actorder="static"), CT_NAMES, "ct", "", 32),
+        (gptq_block(), GPTQ_NAMES, "gptq", "v1", 32),
+        (gptq_block(checkpoint_format="gptq_v2", group_size=-1), GPTQ_NAMES, "gptq", "v2", -1),
+        (gptq_block(desc_act=True), GPTQ_NAMES, "gptq", "v1", 32),  # g_idx decides, when it is read
+        (gptq_block(dynamic={r"+:.*\.up_proj$": {"group_size": 64}}), GPTQ_NAMES, "gptq", "v1", 64),
+        (MARLIN, MARLIN_NAMES, "marlin", "", 64),
+        ({**MARLIN, "overrides": {LAYER: 32}}, MARLIN_NAMES, "marlin", "", 32),
+    ],
+)
+def test_formats_are_told_apart(block: Any, names: list[str], name: str, variant: str, size: int | None) -> None:
+    """A format taken for another one is unpacked into noise."""
+    info = formats.detect({"quantization_config": block} if block else {}, names)
+    assert (info.name, info.variant, info.group_size) == (name, variant, size)
+    assert info.loaders[-1] == "marlinctl"
+
+
+@pytest.mark.parametrize(
+    ("block", "names", "error_id", "says"),
+    [
+        ({"quant_method": "awq", "bits": 4}, GPTQ_NAMES, "E340", "awq"),
+        ({"quant_method": "bitsandbytes"}, [], "E340", "bitsandbytes"),
+        ([1], CT_NAMES, "E340", "not an object"),
+        (None, CT_NAMES, "E340", "no quantization_config"),
+        (None, GPTQ_NAMES, "E340", "no quantization_config"),
+        ({**ct_block(), "format": "marlin-24"}, CT_NAMES, "E340", "marlin-24"),
+        ({**ct_block(), "sparsity_config": {"format": "sparse-24-bitmask"}}, CT_NAMES, "E340", "sparse-24-bitmask"),
+        ({**ct_block(), "config_groups": {}}, CT_NAMES, "E341", LAYER),
+        ({**ct_block(), "config_groups": {"g": {"weights": {}}}}, CT_NAMES, "E340", "targets"),
+        (ct_block(num_bits=8), CT_NAMES, "E341", f"{LAYER}: 8-bit"),
+        (ct_block(type="float"), CT_NAMES, "E341", "float"),
+        (ct_block(symmetric=False), CT_NAMES, "E341", "asymmetric"),
+        (ct_block(), [*CT_NAMES, f"{LAYER}.weight_zero_point"], "E341", "zero point"),
+        (ct_block(strategy="block"), CT_NAMES, "E341", "block"),
+        (ct_block(actorder="group"), CT_NAMES, "E341", "static order"),
+        (ct_block(group_size=0), CT_NAMES, "E341", "group_size 0"),
+        (gptq_block(bits=8), GPTQ_NAMES, "E342", "8-bit"),
+        (gptq_block(sym=False), GPTQ_NAMES, "E342", "asymmetric"),
+        (gptq_block(checkpoint_format="marlin"), GPTQ_NAMES, "E342", "marlin"),
+        (gptq_block(group_size=0), GPTQ_NAMES, "E342", "group_size"),
+        (gptq_block(dynamic={".*": {"bits": 8}}), GPTQ_NAMES, "E342", LAYER),
+        ({**MARLIN, "format_version": 2}, MARLIN_NAMES, "E343", "update marlinctl"),
+        ({**MARLIN, "format_version": "1"}, MARLIN_NAMES, "E340", "format_version"),
+        ({**MARLIN, "format": "marlin_48"}, MARLIN_NAMES, "E340", "marlin_48"),
+    ],
+)
+def test_what_cannot_be_read_exactly_is_refused(block: Any, names: list[str], error_id: str, says: str) -> None:
+    """Anything let through here is converted into a model that loads and talks nonsense. Exit code 3, and the reason."""
+    with pytest.raises(BadInput) as caught:
+        formats.detect({} if block is None else {"quantization_config": block}, names)
+    assert caught.value.error_id == error_id
+    assert caught.value.exit_code == 3
+    assert says in " ".join(f"{p.what} {p.where} {p.fix}" for p in caught.value.problems)
+
+
+def test_all_unreadable_layers_are_listed() -> None:
+    """Naming one layer per attempt would make the person try as often as there are layers."""
+    names = [f"model.layers.{i}.q_proj.weight_packed" for i in range(5)]
+    with pytest.raises(BadInput) as caught:
+        formats.detect({"quantization_config": ct_block(num_bits=8)}, names)
+    assert len(caught.value.problems) == 5
+
+
+# ---- tensors -------------------------------------------------------------------------------------------------------------------------
+
+
+class Folderless:
+    """Just enough of a Checkpoint to read tensors from memory."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensors = {name: type("Info", (), {"file": Path("memory"), "shape": tuple(t.shape)}) for name, t in tensors.items()}
+        self.read = lambda name: tensors[name].clone()
+        self.folder = Path("memory")
+
+
+@pytest.mark.parametrize("fmt", ["ct", "gptq", "marlin"])
+@pytest.mark.parametrize(("n", "k", "size"), [(64, 128, 32), (128, 128, -1), (16, 80, 16), (200, 48, 48), (80, 192, 64)])
+def test_what_is_written_reads_back_bit_for_bit(fmt: str, n: int, k: int, size: int) -> None:
+    """Codes are data: a format that loses one on the way changes the model."""
+    q = rtn(torch.randn(n, k, generator=torch.Generator().manual_seed(n + k)), size)
+    q = QuantizedLinear(q.codes, q.scales * torch.where(torch.arange(n) % 2 == 0, 1, -1).unsqueeze(1).half(), q.group_size)
+    tensors = formats.linear_tensors(fmt, "l", q)
+    info = formats.FormatInfo(fmt, 4, {"l": size}, "v1" if fmt == "gptq" else "")
+    back = formats.read_linear(Folderless(tensors), info, "l")  # type: ignore[arg-type]
+    assert torch.equal(back.codes, q.codes)
+    assert torch.equal(back.scales, q.scales)
+    assert back.group_size == q.group_size
+    for suffix, (dtypes, shape) in formats.linear_shapes(fmt, n, k, size).items():
+        names = {torch.int32: "I32", torch.int64: "I64", torch.float16: "F16"}
+        assert tuple(tensors[f"l.{suffix}"].shape) == shape
+        assert names[tensors[f"l.{suffix}"].dtype] in dtypes
+    assert set(tensors) == {f"l.{suffix}" for suffix in formats.SUFFIXES[fmt]}
+
+
+def test_gptq_decodes_by_the_published_formula() -> None:
+    """GPTQModel computes (u - z) * s[g_idx] with z one more than stored; if qzeros or g_idx were off, it would load garbage silently."""
+    q = rtn(torch.randn(24, 64), 32)
+    t = {name: tensor.numpy() for name, tensor in formats.linear_tensors("gptq", "l", q).items()}
+    shifts = 4 * np.arange(8)
+    u = (t["l.qweight"].view(np.uint32)[:, None, :] >> shifts[None, :, None] & 15).reshape(64, 24).astype(np.int64)  # [K, N]
+    z = (t["l.qzeros"].view(np.uint32)[:, :, None] >> shifts & 15).reshape(2, 24).astype(np.int64) + 1  # [G, N]
+    g = t["l.g_idx"]
+    weight = (u - z[g]) * t["l.scales"].astype(np.float32)[g]
+    assert np.array_equal(weight.T, q.dequantize().numpy())
+    assert (t["l.qzeros"] == 0x77777777).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_foreign_scales_pass_to_ct_unchanged_and_elsewhere_only_when_exact(dtype: torch.dtype) -> None:
+    """A scale rounded on the way changes every weight of its group without a word."""
+    codes = torch.zeros(8, 32, dtype=torch.int8)
+    inexact = formats.LinearParts(codes, torch.full((8, 1), 1e-6, dtype=dtype), 32)
+    assert torch.equal(formats.linear_tensors("ct", "l", inexact)["l.weight_scale"], inexact.scales)
+    for fmt in ("gptq", "marlin"):
+        with pytest.raises(BadInput, match=r"l: its .* scales have no exact float16 form") as caught:
+            formats.linear_tensors(fmt, "l", inexact)
+        assert caught.value.error_id == "E344"
+    exact = formats.LinearParts(codes, torch.full((8, 1), 0.25, dtype=dtype), 32)
+    assert formats.linear_tensors("gptq", "l", exact)["l.scales"].dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("fmt", "damage", "says"),
+    [
+        ("gptq", lambda t: t.update({"l.qzeros": torch.full_like(t["l.qzeros"], -2004318072)}), "checkpoint_format"),
+        ("gptq", lambda t: t.update({"l.qzeros": torch.zeros_like(t["l.qzeros"])}), "asymmetric"),
+        ("gptq", lambda t: t.update({"l.g_idx": t["l.g_idx"].flip(0)}), "static order"),
+        ("gptq", lambda t: t.pop("l.qzeros"), "l.qzeros is missing"),
+        ("ct", lambda t: t.pop("l.weight_shape"), "l.weight_shape is missing"),
+        ("ct", lambda t: t.update({"l.weight_shape": torch.tensor([-1, 64])}), "weight_shape"),
+        ("ct", lambda t: t["l.weight_scale"].fill_(float("nan")), "NaN"),
+        ("ct", lambda t: t.update({"l.weight_scale": t["l.weight_scale"][:, :1].contiguous()}), "group_size 32"),
+        ("ct", lambda t: t.update({"l.weight_scale": t["l.weight_scale"].int()}), "scales"),
+        ("marlin", lambda t: t.update({"l.s": t["l.s"][:1].contiguous()}), "s has shape"),
+        ("marlin", lambda t: t.update({"l.weight_shape": torch.tensor([640, 640])}), "B has shape"),
+    ],
+)
+def test_a_damaged_layer_is_refused_by_name(fmt: str, damage: Callable[[dict[str, torch.Tensor]], Any], says: str) -> None:
+    """Each of these loads in some client and computes garbage there."""
+    tensors = formats.linear_tensors(fmt, "l", rtn(torch.randn(64, 64), 32))
+    damage(tensors)
+    info = formats.FormatInfo(fmt, 4, {"l": 32}, "v1" if fmt == "gptq" else "")
+    with pytest.raises(BadInput) as caught:
+        formats.read_linear(Folderless(tensors), info, "l")  # type: ignore[arg-type]
+    problem = caught.value.problems[0]
+    assert "l" in problem.what and says in f"{problem.what} {problem.fix}"
+    assert caught.value.error_id in ("E345", "E346")
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_foreign_gptq_is_read(source: Path, tmp_path: Path, v2: bool) -> None:
+    """A checkpoint of another program, written without our code, must give its own codes."""
+    block = gptq_block(checkpoint_format="gptq_v2" if v2 else "gptq", desc_act=True)  # with a plain g_idx, desc_act means nothing
+    codes = make_foreign(source, tmp_path / "out", block, lambda q: foreign_gptq(q, v2=v2))
+    checkpoint = open_checkpoint(tmp_path / "out")
+    info = formats.detect(checkpoint.config, checkpoint.tensors)
+    for layer, q in codes.items():
+        assert torch.equal(formats.read_linear(checkpoint, info, layer).dequantize(), q.dequantize())
+    edit_json(tmp_path / "out" / "config.json", lambda c: c["quantization_config"].update(checkpoint_format="gptq" if v2 else "gptq_v2"))
+    swapped = open_checkpoint(tmp_path / "out")
+    with pytest.raises(BadInput, match="checkpoint_format"):
+        formats.read_linear(swapped, formats.detect(swapped.config, swapped.tensors), layer)
+
+
+# ---- what real clients load ----------------------------------------------------------------------------------------------------------
+
+
+def mixed(i: int) -> dict[str, int]:
+    return {f"model.layers.{i}.self_attn.{p}_proj": 64 for p in "qkv"} | {f"model.layers.{i}.mlp.down_proj": -1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({}, {}),
+        ({}, {"group_size": -1}),
+        ({"tie_word_embeddings": True}, {"skip": ["model.layers.0.self_attn.o_proj"]}),
+        ({}, {"overrides": mixed(1)}),
+        (
+            {"num_hidden_layers": 12},
+            {"overrides": mixed(1) | mixed(11), "skip": ["model.layers.10.mlp.up_proj", "model.layers.10.mlp.gate_proj"]},
+        ),
+    ],
+    ids=["uniform", "whole-rows", "tied-and-skipped", "mixed", "mixed-12-blocks"],
+)
+def test_transformers_loads_what_is_written(tmp_path: Path, changes: dict[str, Any], options: dict[str, Any]) -> None:
+    """The config block must mean to compressed-tensors what it means to us: which linear, which group size, which one is 16-bit."""
+    make_packed(make_tiny(tmp_path / "source", **changes), tmp_path / "out", **options)
+    assert client_error(tmp_path / "out") <= 1e-3
+
+
+def vllm_group(name: str, class_name: str, groups: dict[str, list[str]]) -> str | None:
+    """vLLM's order of asking (compressed_tensors/utils.py, 0.8 to 0.33): the name, then the class, then the shards of a fused linear."""
+    from marlinctl.checkpoint.targets import FUSED, matches
+
+    def find(value: str, contains: bool = False) -> str | None:
+        return next((g for g, ts in groups.items() for t in ts if matches(value, t, "") or (contains and t.lower() in value.lower())), None)
+
+    parent, _, last = name.rpartition(".")
+    shards = [find(f"{parent}.{shard}") for shard in FUSED.get(last, ())]
+    return find(name) or find(class_name, contains=True) or (shards[0] if shards and all(shards) else None)
+
+
+def test_no_group_says_linear_when_sizes_differ() -> None:
+    """vLLM would give the fused qkv_proj (class QKVParallelLinear) the group that says Linear, whatever q, k and v say."""
+    names = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(4) for p in "qkvo"]
+    sizes = {name: 64 if ".layers.2." in name else 128 for name in names}
+    block = formats.quantization_config("ct", sizes, ["lm_head"])
+    groups = {name: group["targets"] for name, group in block["config_groups"].items()}
+    size_of = {name: group["weights"]["group_size"] for name, group in block["config_groups"].items()}
+    for i in range(4):
+        group = vllm_group(f"model.layers.{i}.self_attn.qkv_proj", "QKVParallelLinear", groups)
+        assert group is not None and size_of[group] == (64 if i == 2 else 128)
+        group = vllm_group(f"model.layers.{i}.self_attn.o_proj", "RowParallelLinear", groups)
+        assert group is not None and size_of[group] == (64 if i == 2 else 128)
+    wrong = {"group_0": ["Linear"], "group_1": groups["group_1"]}
+    assert vllm_group("model.layers.2.self_attn.qkv_proj", "QKVParallelLinear", wrong) == "group_0"  # the trap itself
+
+
+def test_forgotten_quantization_status_is_the_trap_it_is_said_to_be(source: Path, tmp_path: Path) -> None:
+    """Without `quantization_status: compressed` transformers loads random numbers; our config must hold it, and then logits agree."""
+    make_packed(source, tmp_path / "good")
+    assert client_error(tmp_path / "good") <= 1e-3
+    make_packed(source, tmp_path / "bad", edit_config=lambda c: c["quantization_config"].pop("quantization_status"))
+    assert client_error(tmp_path / "bad") > 0.1
+
+
+def test_forgotten_weight_shape_stops_transformers(source: Path, tmp_path: Path) -> None:
+    """`weight_shape` looks redundant to vLLM; transformers cannot load without it."""
+    make_packed(source, tmp_path / "out")
+
+    def forget(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("weight_shape")]:
+            del tensors[name]
+
+    edit_tensors(tmp_path / "out", forget)
+    with pytest.raises(Exception, match=r"weight_shape|unpack|NoneType|meta|shape"):
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32))
+
+
+def test_ignore_names_every_16_bit_linear(source: Path, tmp_path: Path) -> None:
+    """A 16-bit linear that `ignore` forgets is taken for a packed one: transformers loses its weight."""
+    skip = ["model.layers.1.self_attn.o_proj"]
+    make_packed(source, tmp_path / "good", skip=skip)
+    block = json.loads((tmp_path / "good" / "config.json").read_text())["quantization_config"]
+    assert sorted(block["ignore"]) == ["lm_head", *skip]
+    make_packed(source, tmp_path / "bad", skip=skip, edit_config=lambda c: c["quantization_config"].update(ignore=["lm_head"]))
+    assert not client_error(tmp_path / "bad") <= 0.1  # far off, or NaN
+
+
+def test_routers_and_tied_heads_are_ignored_and_embeddings_are_not_linears() -> None:
+    """Servers look for packed tensors of a router that `ignore` does not name; lm_head is a module even where it is tied."""
+    shapes = {
+        "model.embed_tokens.weight": (288, 128),
+        "model.layers.0.mlp.gate.weight": (4, 128),
+        "model.layers.0.input_layernorm.weight": (128,),
+        "model.layers.0.mlp.experts.0.up_proj.weight": (64, 128),
+    }
+    found = formats.sixteen_bit_linears(shapes, [])
+    assert found == ["lm_head", "model.layers.0.mlp.experts.0.up_proj", "model.layers.0.mlp.gate"]
+    assert "lm_head" not in formats.sixteen_bit_linears({}, ["lm_head"])
+
+
+def test_our_ct_config_is_valid_for_compressed_tensors(source: Path) -> None:
+    """`weights` forbids unknown keys and `actorder: group`; provenance at the top level must be ignored, not refused."""
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
+
+    block = formats.quantization_config("ct", {"a.q_proj": 128, "a.o_proj": -1}, ["lm_head"], {"version": "1", "recipe_hash": "f" * 64})
+    parsed = QuantizationConfig.model_validate(block)
+    assert parsed.quantization_status == QuantizationStatus.COMPRESSED
+    assert "sparsity_config" not in block and "actorder" not in block["config_groups"]["group_0"]["weights"]
+    assert block["marlinctl"] == {"version": "1", "recipe_hash": "f" * 64}
+
+
+def test_gptq_config_says_all_that_clients_need(source: Path, tmp_path: Path) -> None:
+    """Each field is one that some client reads: a wrong checkpoint_format is off by one step, desc_act true is refused by servers."""
+    make_packed(source, tmp_path / "out", "gptq")
+    block = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    wanted = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": 32,
+        "desc_act": False,
+        "sym": True,
+        "checkpoint_format": "gptq",
+        "lm_head": False,
+    }
+    assert {key: block[key] for key in wanted} == wanted
+    assert json.loads((tmp_path / "out" / "quantize_config.json").read_text()) == block
+    names = set(open_checkpoint(tmp_path / "out").tensors)
+    assert all(f"{LAYER}.{suffix}" in names for suffix in ("qweight", "qzeros", "scales", "g_idx"))
+
+
+def test_gptq_exceptions_become_dynamic_rules_that_reach_fused_linears() -> None:
+    """vLLM and SGLang match `dynamic` against qkv_proj, GPTQModel against q_proj: the rules must hit both, and nothing else."""
+    import re
+
+    names = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(12) for p in "qkvo"]
+    sizes = {name: 32 if ".layers.1." in name else 64 for name in names if ".layers.2." not in name}
+    skipped = [name for name in names if ".layers.2." in name]
+    dynamic = formats.quantization_config("gptq", sizes, ["lm_head", *skipped])["dynamic"]
+
+    def rule(name: str) -> Any:
+        for pattern, value in dynamic.items():
+            if re.match(pattern[2:], name):
+                return "skip" if pattern.startswith("-:") else value["group_size"]
+        return None
+
+    for last in ("q_proj", "v_proj", "o_proj", "qkv_proj"):
+        assert rule(f"model.layers.1.self_attn.{last}") == 32
+        assert rule(f"model.layers.2.self_attn.{last}") == "skip"
+        assert rule(f"model.layers.11.self_attn.{last}") is None
+
+
+def test_native_folders_make_plain_transformers_stop(source: Path, tmp_path: Path) -> None:
+    """transformers only warns about an unknown quant_method and fills the layers with random numbers; without a model file it stops."""
+    make_packed(source, tmp_path / "out", "marlin")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["format_version"] == 1
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("fmt", ["ct", "gptq", "marlin"])
+def test_every_format_loads_to_the_same_model(source: Path, tmp_path: Path, fmt: str) -> None:
+    """One set of codes must be one model, whatever the packing."""
+    codes = make_packed(source, tmp_path / fmt, fmt, overrides=mixed(0), skip=["model.layers.1.mlp.down_proj"])
+    model = load_dense(tmp_path / fmt, dtype=torch.float32)
+    for layer, q in codes.items():
+        assert torch.equal(model.get_parameter(f"{layer}.weight"), q.dequantize())
+
+
+def test_foreign_ct_with_fp32_scales_is_read_exactly(source: Path, tmp_path: Path) -> None:
+    """CT files may hold fp32 scales; reading them through fp16 would lose bits."""
+    make_foreign(source, tmp_path / "out", ct_block(), lambda q: {**foreign_ct(q), "weight_scale": q.scales.float() * 1.0001})
+    checkpoint = open_checkpoint(tmp_path / "out")
+    parts = formats.read_parts(checkpoint, formats.detect(checkpoint.config, checkpoint.tensors), LAYER)
+    assert parts.scales.dtype == torch.float32
+    assert tree(tmp_path / "out")

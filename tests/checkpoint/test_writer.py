@@ -1,0 +1,422 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import stat
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from marlinctl import manifest
+from marlinctl.checkpoint import writer
+from marlinctl.checkpoint.reader import open_checkpoint
+from marlinctl.errors import BadInput, MarlinctlError, ResourceProblem, UsageError
+from tests.packed import tree
+from tests.tiny import make_tiny
+
+TENSORS = {"a": torch.arange(6, dtype=torch.float16).reshape(2, 3), "b": torch.arange(3), "c": torch.tensor([True]), "d": torch.zeros(0, 4)}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return make_tiny(tmp_path / "source")
+
+
+def nothing(folder: Path) -> None:
+    """A verification that finds nothing wrong."""
+
+
+def publish(out: Path, *, overwrite: bool = False, fmt: str = "ct", verify: Callable[[Path], None] = nothing, value: float = 1.0) -> None:
+    """A whole small publication: two shards, copied tensors, companions."""
+    source = open_checkpoint(out.parent / "source")
+    with writer.StagedCheckpoint(out, overwrite=overwrite, fmt=fmt) as stage:
+        stage.write_shard({"first": torch.full((3, 5), value)})
+        stage.write_shard(TENSORS)
+        stage.copy_tensors(source, ["model.norm.weight", "lm_head.weight"])
+        stage.copy_companions(source.folder)
+        stage.publish({"model_type": "llama"}, manifest={"recipe_hash": "x"}, verify=verify, report_files={"README.md": b"card"})
+
+
+# ---- what a published folder is ------------------------------------------------------------------------------------------------------
+
+
+def test_safetensors_itself_reads_what_is_written(source: Path, tmp_path: Path) -> None:
+    """The shards are written by our own code; every loader reads them with safetensors."""
+    publish(tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    found = {name: tensor for shard in set(index["weight_map"].values()) for name, tensor in load_file(tmp_path / "out" / shard).items()}
+    original = load_file(source / "model.safetensors")
+    for name, tensor in {**TENSORS, "lm_head.weight": original["lm_head.weight"]}.items():
+        assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
+    assert set(found) == set(index["weight_map"]) == {*TENSORS, "first", "model.norm.weight", "lm_head.weight"}
+    assert sorted(set(index["weight_map"].values())) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in found.values())
+    assert open_checkpoint(tmp_path / "out").files  # our own preflight agrees: no gaps, no trailing bytes
+
+
+def test_native_shards_are_not_called_model(source: Path, tmp_path: Path) -> None:
+    """transformers would load a model.safetensors of native tensors and fill the linears with random numbers."""
+    publish(tmp_path / "out", fmt="marlin")
+    names = set(tree(tmp_path / "out"))
+    assert "marlin.safetensors.index.json" in names and "marlin-00001-of-00003.safetensors" in names
+    assert not any(name.startswith("model") for name in names)
+
+
+def test_files_follow_the_umask(source: Path, tmp_path: Path) -> None:
+    """safetensors writes with mode 0600: nobody else on a shared machine could read the model."""
+    before = os.umask(0o027)
+    try:
+        publish(tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o640}
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
+
+
+def test_two_publications_are_equal_byte_for_byte(source: Path, tmp_path: Path) -> None:
+    """The same numbers must give the same files, or digests cannot be compared between machines."""
+    publish(tmp_path / "one")
+    publish(tmp_path / "two")
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+def test_config_comes_after_all_weights_and_the_manifest_last(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed run must not leave a folder that looks like a model, nor a manifest of an incomplete one."""
+    renamed: list[str] = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (renamed.append(Path(b).name), replace(a, b))[1])
+    publish(tmp_path / "out")
+    assert renamed[-2:] == ["config.json", manifest.NAME]
+
+
+def test_the_folder_is_verified_before_it_appears(source: Path, tmp_path: Path) -> None:
+    """A checkpoint that does not read back must never get its name."""
+
+    def fails(folder: Path) -> None:
+        assert folder.name.startswith("out.tmp-") and (folder / manifest.NAME).is_file() and not (tmp_path / "out").exists()
+        raise ResourceProblem("E500", "no", where="", fix="")
+
+    with pytest.raises(ResourceProblem):
+        publish(tmp_path / "out", verify=fails)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("out")) == []
+
+
+def test_a_tensor_cannot_be_written_twice(tmp_path: Path) -> None:
+    """Two shards with one tensor: loaders take either of them."""
+    with writer.StagedCheckpoint(tmp_path / "out", overwrite=False, fmt="ct") as stage:
+        stage.write_shard({"a": torch.zeros(1)})
+        with pytest.raises(ValueError, match="a was written before"):
+            stage.write_shard({"a": torch.zeros(1)})
+
+
+def test_large_copies_are_split_into_shards(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One shard of all untouched tensors would be too large for file systems and clients."""
+    checkpoint = open_checkpoint(source)
+    monkeypatch.setattr(writer, "MAX_SHARD_BYTES", 100_000)
+    with writer.StagedCheckpoint(tmp_path / "out", overwrite=False, fmt="ct") as stage:
+        stage.copy_tensors(checkpoint, list(checkpoint.tensors))
+        sizes = [path.stat().st_size for path in stage.path.glob("*.safetensors")]
+        assert len(sizes) > 3 and max(sizes) < 110_000
+        stage.publish(checkpoint.config, manifest={}, verify=nothing, report_files={})
+    copied = open_checkpoint(tmp_path / "out")
+    assert all(copied.raw(name) == checkpoint.raw(name) for name in checkpoint.tensors)
+
+
+# ---- companions ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_companions_travel_and_nothing_else(source: Path, tmp_path: Path) -> None:
+    """Without its tokenizer and licence a model is useless or illegal; code and old weights must stay behind."""
+    for name in ("LICENSE", "LICENSE.txt", "NOTICE", "tokenizer.model", "x.tiktoken"):
+        (source / name).write_text(name)
+    for name in ("modeling_evil.py", "LICENSE.py", "pytorch_model.bin", "README.md", ".gitattributes", "training_args.bin", "secrets.json"):
+        (source / name).write_text("no")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("t")
+    publish(tmp_path / "out")
+    names = set(tree(tmp_path / "out"))
+    assert {"LICENSE", "LICENSE.txt", "NOTICE", "tokenizer.model", "x.tiktoken", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert {"chat_template.jinja", "generation_config.json", "additional_chat_templates/tools.jinja"} <= names
+    assert not {"modeling_evil.py", "LICENSE.py", "pytorch_model.bin", ".gitattributes", "training_args.bin", "secrets.json"} & names
+    assert (tmp_path / "out" / "README.md").read_text() == "card"
+    manifest.check(tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["link-out", "fifo", "folder", "dangling"])
+def test_odd_companions_are_refused(source: Path, tmp_path: Path, kind: str) -> None:
+    """A link could publish a private file of this machine, a FIFO would hang the run."""
+    target = source / "tokenizer.model"
+    if kind == "link-out":
+        (tmp_path / "private").write_text("secret")
+        target.symlink_to(tmp_path / "private")
+    elif kind == "fifo":
+        os.mkfifo(target)
+    elif kind == "folder":
+        target.mkdir()
+    else:
+        target.symlink_to("gone")
+    with pytest.raises(BadInput) as caught:
+        publish(tmp_path / "out")
+    assert caught.value.error_id == "E350" and "tokenizer.model" in caught.value.problems[0].where
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_into_the_hub_cache_are_followed(source: Path, tmp_path: Path) -> None:
+    """The hub's cache is made of links: a model from there must keep its tokenizer."""
+    blobs, snapshot = tmp_path / "m" / "blobs", tmp_path / "m" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (blobs / "123").write_text("tokens")
+    (snapshot / "tokenizer.model").symlink_to("../../blobs/123")
+    assert list(writer.companions(snapshot)) == [("tokenizer.model", b"tokens")]
+
+
+# ---- output places that cannot work: exit 2, before any work --------------------------------------------------------------------------
+
+
+def refused(out: Path, sources: list[Path], *, overwrite: bool = False) -> UsageError:
+    with pytest.raises(UsageError) as caught:
+        writer.check_output(out, overwrite=overwrite, sources=sources)
+    assert caught.value.exit_code == 2
+    return caught.value
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_output_may_not_touch_the_input(source: Path, tmp_path: Path, overwrite: bool) -> None:
+    """Writing over the input while it is read destroys the only copy (llama.cpp had this bug)."""
+    (tmp_path / "link").symlink_to(source)
+    for out in (source, source / "inside", tmp_path / "link", tmp_path / "x" / ".." / "source", tmp_path / "link" / "inside", tmp_path):
+        assert refused(out, [source], overwrite=overwrite).error_id == "E220"
+
+
+def test_output_may_not_exist_unless_overwrite(source: Path, tmp_path: Path) -> None:
+    """A run of hours may not replace a model because of a reused name."""
+    publish(tmp_path / "out")
+    before = tree(tmp_path / "out")
+    problem = refused(tmp_path / "out", [source])
+    assert problem.error_id == "E222" and "--overwrite" in problem.problems[0].fix
+    writer.check_output(tmp_path / "out", overwrite=True, sources=[source])
+    assert tree(tmp_path / "out") == before
+
+
+def test_overwrite_does_not_delete_folders_that_are_no_checkpoint(source: Path, tmp_path: Path) -> None:
+    """`--overwrite` with a mistyped OUT such as a home folder must not delete it."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("x")
+    assert "holds no checkpoint" in refused(tmp_path / "home", [source], overwrite=True).problems[0].what
+
+
+def test_output_may_not_be_a_file_or_a_dead_link(source: Path, tmp_path: Path) -> None:
+    """Found at the end, this would cost the whole run."""
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "dead").symlink_to("nowhere")
+    assert refused(tmp_path / "file", [source], overwrite=True).error_id == "E221"
+    assert refused(tmp_path / "dead", [source]).error_id == "E221"
+
+
+def test_output_parent_must_exist(source: Path, tmp_path: Path) -> None:
+    """Found at the end, this would cost the whole run; the fix is one command, so it is named."""
+    problem = refused(tmp_path / "no" / "out", [source])
+    assert problem.error_id == "E223" and problem.problems[0].fix.startswith("mkdir -p")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write into folders without the write bit")
+def test_output_parent_must_be_writable(source: Path, tmp_path: Path) -> None:
+    """llama.cpp found this out after the calibration."""
+    (tmp_path / "locked").mkdir(mode=0o555)
+    assert refused(tmp_path / "locked" / "out", [source]).error_id == "E223"
+
+
+def test_output_parent_on_a_read_only_mount(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mode bits of a read-only mount look fine; only trying tells."""
+
+    def refuse(self: Path, *args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert "Read-only" in refused(tmp_path / "out", [source]).problems[0].what
+
+
+def test_good_places_pass_and_stay_as_they_are(source: Path, tmp_path: Path) -> None:
+    """A check that leaves something behind, or refuses an empty folder, would break scripts that make OUT first."""
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.iterdir())
+    writer.check_output(tmp_path / "new", overwrite=False, sources=[source])
+    writer.check_output(tmp_path / "empty", overwrite=False, sources=[source])
+    assert sorted(tmp_path.iterdir()) == before
+    publish(tmp_path / "empty")
+    manifest.check(tmp_path / "empty")
+
+
+def test_a_link_to_a_folder_is_followed(source: Path, tmp_path: Path) -> None:
+    """People point OUT at a larger disk with a link; replacing the link by a folder would fill the small one."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    publish(tmp_path / "out")
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "config.json").is_file()
+
+
+# ---- when the disk fails -------------------------------------------------------------------------------------------------------------
+
+
+class FailAt:
+    """Counts calls of a system function and fails at the n-th, as SQLite's tests do."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, n: int, error: BaseException) -> None:
+        self.calls, self.n, self.error, self.on = 0, n, error, True
+        for name in ("replace", "rename", "fsync", "mkdir"):
+            monkeypatch.setattr(os, name, self.wrap(getattr(os, name)))
+
+    def wrap(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.on:
+                self.calls += 1
+                if self.calls == self.n:
+                    self.on = False  # the cleaning-up that follows works again
+                    raise self.error
+            return real(*args, **kwargs)
+
+        return call
+
+
+def every_call(tmp_path: Path, error: Callable[[], BaseException]) -> Iterator[tuple[int, pytest.MonkeyPatch, FailAt]]:
+    """(n, patch, fault) for n = 1 until a publication no longer reaches its n-th system call."""
+    for n in range(1, 200):
+        with pytest.MonkeyPatch.context() as patch:
+            fault = FailAt(patch, n, error())
+            yield n, patch, fault
+        if fault.on:
+            assert n > 20, "the faults were never injected"
+            return
+    raise AssertionError("a publication makes fewer than 200 system calls")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_disk_that_fails_at_any_call_leaves_the_old_model(source: Path, tmp_path: Path, code: int) -> None:
+    """A failed save that mixes old and new shards still loads, and nobody notices: transformers' own save does this."""
+    publish(tmp_path / "out", value=1.0)
+    old = tree(tmp_path / "out")
+    for n, _, fault in every_call(tmp_path, lambda: OSError(code, os.strerror(code))):
+        try:
+            publish(tmp_path / "out", value=2.0, overwrite=True)
+        except ResourceProblem as problem:
+            assert problem.exit_code == 5 and "nothing was published" in problem.problems[0].fix
+            assert tree(tmp_path / "out") == old, f"call {n}"
+        else:
+            assert fault.on, f"call {n} failed and nobody noticed"
+        assert [p.name for p in tmp_path.iterdir() if p.name.startswith("out.")] == [], f"call {n} left something behind"
+    assert tree(tmp_path / "out") != old  # the last round had no fault
+
+
+def test_ctrl_c_at_any_call_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    """An interrupted run may leave neither half a model nor gigabytes of staging."""
+    for n, _, fault in every_call(tmp_path, KeyboardInterrupt):
+        try:
+            publish(tmp_path / "out")
+        except KeyboardInterrupt:
+            assert [p.name for p in tmp_path.iterdir() if p.name.startswith("out")] == [], f"call {n}"
+        else:
+            assert fault.on
+    manifest.check(tmp_path / "out")
+
+
+def test_folders_that_belong_together_appear_together(source: Path, tmp_path: Path) -> None:
+    """With --also, one folder without the other would be taken for a finished run."""
+    publish(tmp_path / "a", value=1.0)
+    old = tree(tmp_path / "a")
+    with pytest.MonkeyPatch.context() as patch:
+        stages = [writer.StagedCheckpoint(tmp_path / name, overwrite=True, fmt="ct") for name in "ab"]
+        with stages[0], stages[1]:
+            for stage in stages:
+                stage.write_shard({"t": torch.zeros(2)})
+                stage.finish({}, manifest={}, verify=nothing, report_files={})
+            renames = 0
+            real = os.rename
+
+            def third_fails(a: Path, b: Path) -> None:
+                nonlocal renames
+                renames += 1
+                if renames == 3:  # a aside, a in place, then b
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                real(a, b)
+
+            patch.setattr(os, "rename", third_fails)
+            with pytest.raises(ResourceProblem):
+                writer.publish_together(stages)
+    assert tree(tmp_path / "a") == old and not (tmp_path / "b").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "source"]
+
+
+def test_an_old_folder_that_cannot_be_deleted_is_named(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new model stands, but gigabytes stay behind: the person must learn where."""
+    publish(tmp_path / "out", value=1.0)
+    real = writer.shutil.rmtree
+
+    def rmtree(path: Path, ignore_errors: bool = False) -> None:
+        if ".old-" in str(path):
+            raise OSError(errno.EACCES, "Permission denied")
+        real(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(writer.shutil, "rmtree", rmtree)
+    with pytest.raises(ResourceProblem) as caught:
+        publish(tmp_path / "out", value=2.0, overwrite=True)
+    assert caught.value.error_id == "E502" and ".old-" in caught.value.problems[0].where
+    manifest.check(tmp_path / "out")
+
+
+def test_a_real_size_limit_is_a_resource_problem(source: Path, tmp_path: Path) -> None:
+    """RLIMIT_FSIZE fails inside write(), as a full disk does: exit 5 with numbers, and the old model as it was."""
+    publish(tmp_path / "out", value=1.0)
+    old = tree(tmp_path / "out")
+    program = textwrap.dedent(
+        """
+        import resource, signal, sys
+        from pathlib import Path
+        import torch
+        from marlinctl.checkpoint.writer import StagedCheckpoint
+        from marlinctl.errors import ResourceProblem
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+        try:
+            with StagedCheckpoint(Path(sys.argv[1]), overwrite=True, fmt="ct") as stage:
+                stage.write_shard({"big": torch.zeros(1_000_000)})
+        except ResourceProblem as problem:
+            print(problem.error_id, problem.problems[0].what)
+            sys.exit(problem.exit_code)
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "out")], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout[:4]) == (5, "E500"), done.stderr
+    assert "4,000,000 bytes were needed" in done.stdout and "are free" in done.stdout
+    assert tree(tmp_path / "out") == old and not list(tmp_path.glob("out.*"))
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 1_000_000
+
+
+def test_missing_space_is_said_before_the_work(tmp_path: Path) -> None:
+    """The disk's free space is known at the start; finding out at the end wastes the run."""
+    writer.require_space(tmp_path / "out", 1)
+    with pytest.raises(ResourceProblem) as caught:
+        writer.require_space(tmp_path / "out", 1 << 60)
+    assert f"{1 << 60:,} bytes were needed" in caught.value.problems[0].what
+
+
+def test_an_output_that_appears_meanwhile_is_not_replaced(source: Path, tmp_path: Path) -> None:
+    """Two runs with one OUT: the second to finish must not destroy what the first published."""
+
+    def other_run_wins(folder: Path) -> None:
+        publish(tmp_path / "out", value=1.0)
+
+    with pytest.raises(MarlinctlError) as caught:
+        publish(tmp_path / "out", value=2.0, verify=other_run_wins)
+    assert caught.value.exit_code == 2
+    manifest.check(tmp_path / "out")
+    assert not list(tmp_path.glob("out.*"))

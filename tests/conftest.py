@@ -1,0 +1,48 @@
+"""Options and fixtures that every test may use.
+
+`pytest --data DIR` points at local copies of evaluation sets and texts (layout: docs/evaluate.md); tests that compare with
+published figures need it and are skipped, with the reason, without it. Nothing here reaches the network.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before any test imports a hub client: no test may depend on the network.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--data", type=Path, default=None, metavar="DIR", help="folder with local evaluation sets and texts")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`slow` and `gpu` tests run only when asked for by -m, so that plain `pytest` is the quick suite everywhere."""
+    if config.option.markexpr:
+        return
+    for item in items:
+        for marker in ("gpu", "slow"):
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=f"marked {marker}: run with `pytest -m {marker}`"))
+
+
+@pytest.fixture(scope="session")
+def data_dir(request: pytest.FixtureRequest) -> Path:
+    """The folder given with --data."""
+    folder: Path | None = request.config.getoption("--data")
+    if folder is None:
+        pytest.skip("needs local data sets: pytest --data DIR")
+    if not folder.is_dir():
+        pytest.fail(f"--data {folder} is not a folder")
+    return folder.resolve()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test has a cache of its own: none reads or fills the cache of the person who runs it."""
+    cache = tmp_path / "marlinctl-cache"
+    monkeypatch.setenv("MARLINCTL_CACHE", str(cache))
+    return cache

@@ -1,0 +1,75 @@
+"""The plain reference decodes tiles through the maps alone and agrees with the codes that went in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from marlinctl.kernels.reference import ROWS_AT_ONCE, dequantize, gemm
+from marlinctl.pack.marlin import pack_marlin
+from marlinctl.pack.types import PackedLinear
+from tests.pack.naive import random_linear
+
+SHAPES = [(16, 16, -1), (48, 80, 16), (80, 200, -1), (200, 48, 24), (64, 256, 128), (ROWS_AT_ONCE + 20, 64, 32)]
+
+
+@pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
+def test_dequantize_gives_the_weight_that_was_packed(n: int, k: int, group_size: int) -> None:
+    """If this failed, the fast packer and the maps would disagree, or scales would sit on the wrong columns."""
+    q = random_linear(n, k, group_size)
+    assert torch.equal(dequantize(pack_marlin(q)), q.dequantize())
+
+
+def test_dequantize_reads_words_written_by_hand() -> None:
+    """If this failed, packer and reference could be wrong together: here no packer takes part."""
+    words = torch.full((4, 128), 0x88888888 - (1 << 32), dtype=torch.int32)  # code 0 everywhere
+    words[0, 16] = 0x8F888888 - (1 << 32)  # n = 1, nibble 6: k = 1 of column n + 8 = 9
+    words[3, 0] = 0x88888880 - (1 << 32)  # k = 48, n = 0
+    scales = torch.zeros(1, 64, dtype=torch.float16)
+    scales[0, 0] = 2.0  # channel order: slot 0 is column 0
+    scales[0, 3] = -0.5  # and slot 3 is column 9
+    expected = torch.zeros(64, 64)
+    expected[9, 1] = 7 * -0.5
+    expected[0, 48] = -8 * 2.0
+    assert torch.equal(dequantize(PackedLinear(words, scales, 64, 64, 64)), expected)
+
+
+@pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
+def test_identity_activations_give_the_weight(n: int, k: int, group_size: int) -> None:
+    """If this failed, gemm would multiply with something other than the transposed weight."""
+    q = random_linear(n, k, group_size)
+    assert torch.equal(gemm(torch.eye(k), pack_marlin(q)), q.dequantize().T)
+
+
+def test_gemm_agrees_with_fp64_and_adds_the_bias_once() -> None:
+    """If this failed, the yardstick of every kernel would itself be off."""
+    q = random_linear(80, 200, 40)
+    generator = torch.Generator().manual_seed(1)
+    activations = torch.randn(7, 200, generator=generator).to(torch.float16)
+    bias = torch.randn(80, generator=generator).to(torch.bfloat16)
+    weight = q.dequantize(torch.float64)
+    exact = activations.double() @ weight.T + bias.double()
+    # K + 1 roundings of 2**-24 each, relative to the sum of magnitudes
+    bound = (activations.double().abs() @ weight.abs().T + bias.double().abs()) * 201 * 2**-24
+    result = gemm(activations, pack_marlin(q), bias)
+    assert result.dtype == torch.float32 and result.shape == (7, 80)
+    assert bool(((result.double() - exact).abs() <= bound).all())
+
+
+def test_wrong_shapes_are_refused() -> None:
+    """If this failed, broadcasting would turn a wrong bias or activation into a plausible result."""
+    p = pack_marlin(random_linear(16, 48, -1))
+    with pytest.raises(ValueError, match=r"activations must be \[M, 48\], got \[2, 64\]"):
+        gemm(torch.zeros(2, 64), p)
+    with pytest.raises(ValueError, match=r"activations must be \[M, 48\], got \[48\]"):
+        gemm(torch.zeros(48), p)
+    with pytest.raises(ValueError, match=r"bias must be \[16\], got \[1\]"):
+        gemm(torch.zeros(2, 48), p, torch.zeros(1))
+
+
+@pytest.mark.gpu
+def test_cuda_decodes_the_same_weight() -> None:
+    """If this failed, kernels tested against the reference on a GPU would be held to another weight than on the CPU."""
+    p = pack_marlin(random_linear(200, 448, 64))
+    there = PackedLinear(p.qweight.cuda(), p.scales.cuda(), 200, 448, 64)
+    assert torch.equal(dequantize(there).cpu(), dequantize(p))

@@ -1,0 +1,85 @@
+"""The maps of marlinctl/pack/tile.py: bijections, and equal to small tables written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from marlinctl.pack import tile
+
+MATRIX_MAPS = [  # place, its inverse, [rows, columns] of words for K = 32, N = 128
+    pytest.param(tile.marlin_place, tile.marlin_weight, (2, 256), id="marlin"),
+    pytest.param(tile.ct_place, tile.ct_weight, (128, 4), id="ct"),
+    pytest.param(tile.gptq_place, tile.gptq_weight, (4, 128), id="gptq"),
+    pytest.param(tile.gptq_zero_place, tile.gptq_zero, (32, 16), id="gptq-zeros"),
+]
+
+
+@pytest.mark.parametrize(("place", "weight", "words"), MATRIX_MAPS)
+def test_every_weight_has_a_nibble_of_its_own(place: Callable, weight: Callable, words: tuple[int, int]) -> None:
+    """If this failed, two weights would share four bits, or some bits would belong to none."""
+    every = {tuple(place(k, n)) for k in range(32) for n in range(128)}
+    assert every == {(row, column, nibble) for row in range(words[0]) for column in range(words[1]) for nibble in range(8)}
+
+
+@pytest.mark.parametrize(("place", "weight", "words"), MATRIX_MAPS)
+def test_the_way_back_ends_where_it_began(place: Callable, weight: Callable, words: tuple[int, int]) -> None:
+    """If this failed, unpacking by the inverse map would return weights to the wrong row or column."""
+    assert all(weight(*place(k, n)) == (k, n) for k in range(32) for n in range(128))
+
+
+@pytest.mark.parametrize(("place", "weight", "words"), MATRIX_MAPS)
+def test_tensors_and_ints_agree(place: Callable, weight: Callable, words: tuple[int, int]) -> None:
+    """If this failed, a map would mean one thing to the drawings (ints) and another to the reference (index tensors)."""
+    k, n = torch.meshgrid(torch.arange(32), torch.arange(128), indexing="ij")
+    places = torch.stack(torch.broadcast_tensors(*place(k, n)), dim=-1)  # [32, 128, 3]
+    assert places.tolist() == [[list(place(i, j)) for j in range(128)] for i in range(32)]
+    back = torch.stack(torch.broadcast_tensors(*weight(*place(k, n))), dim=-1)
+    assert torch.equal(back, torch.stack((k, n), dim=-1))
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "column", "nibble"),
+    [(0, 0, 0, 0), (1, 0, 0, 4), (8, 0, 0, 1), (0, 8, 0, 2), (9, 8, 0, 7), (2, 0, 4, 0), (0, 1, 16, 0), (0, 16, 1, 0), (15, 63, 127, 7)]
+    + [(0, 64, 128, 0), (6, 7, 124, 0), (7, 15, 124, 6), (8, 48, 3, 1)],
+)
+def test_marlin_places_worked_out_by_hand(k: int, n: int, column: int, nibble: int) -> None:
+    """If this failed, our tiles would differ from those of the original MARLIN kernel, which these places were taken from."""
+    assert tile.marlin_place(k, n) == (0, column, nibble)
+    assert tile.marlin_place(k + 32, n) == (2, column, nibble)
+
+
+def test_a_lane_holds_what_the_tensor_core_wants_of_it() -> None:
+    """If this failed, lane t would not hold k = 2(t % 4) + {0, 1, 8, 9} of columns t // 4 and t // 4 + 8 in each 16 wide block."""
+    for lane in range(32):
+        for j in range(4):
+            held = {tile.marlin_weight(0, 4 * lane + j, nibble) for nibble in range(8)}
+            k = {2 * (lane % 4) + i for i in (0, 1, 8, 9)}
+            assert held == {(i, 16 * j + lane // 4 + pair) for i in k for pair in (0, 8)}
+
+
+def test_masks_give_neighbours_in_k() -> None:
+    """If this failed, `w & 0x000f000f` (nibbles 0 and 4) would no longer be one half2 of a fragment."""
+    for low in range(4):  # nibbles low and low + 4 lie in the two halves of the word
+        for column in range(128):
+            (k_low, n_low), (k_high, n_high) = tile.marlin_weight(0, column, low), tile.marlin_weight(0, column, low + 4)
+            assert (k_high, n_high) == (k_low + 1, n_low)
+
+
+def test_scale_orders_written_by_hand() -> None:
+    """If this failed, scales would multiply the wrong columns: plausible numbers, garbage text."""
+    grouped, channel = [0] * 64, [0] * 64
+    for n in range(64):
+        grouped[tile.grouped_slot(n)] = channel[tile.channel_slot(n)] = n
+    assert grouped[:18] == [0, 8, 16, 24, 32, 40, 48, 56, 1, 9, 17, 25, 33, 41, 49, 57, 2, 10]
+    assert channel[:16] == [0, 1, 8, 9, 16, 17, 24, 25, 2, 3, 10, 11, 18, 19, 26, 27]
+    assert channel[32:36] == [32, 33, 40, 41]
+
+
+@pytest.mark.parametrize("slot", [tile.grouped_slot, tile.channel_slot])
+def test_scale_orders_are_their_own_inverse(slot: Callable) -> None:
+    """If this failed, packing and unpacking scales with one and the same index would scramble them."""
+    assert [slot(slot(n)) for n in range(192)] == list(range(192))
+    assert slot(torch.arange(192)).tolist() == [slot(n) for n in range(192)]

@@ -1,0 +1,65 @@
+"""Scales: what they may be, and that the search finds the best of its candidates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from marlinctl.quantize.grid import SMALLEST_SCALE, round_scales, search_scales
+
+
+def test_scales_survive_float16_and_bfloat16() -> None:
+    """If a scale were not exact in both, a runtime that computes in bfloat16 would use other weights than were solved for."""
+    scales = torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 4, 10_000)
+    rounded = round_scales(scales, bfloat16_exact=True)
+    assert torch.equal(rounded.to(torch.float16).float(), rounded)
+    assert torch.equal(rounded.to(torch.bfloat16).float(), rounded)
+    usual = rounded.abs() > SMALLEST_SCALE
+    assert ((rounded - scales).abs()[usual] <= scales.abs()[usual] * 2**-8).all()
+
+
+def test_float16_scales_keep_all_their_digits() -> None:
+    """If float16 models got bfloat16 scales, three digits of every scale would be lost for nothing."""
+    scales = torch.linspace(0.001, 0.1, 999)
+    assert torch.equal(round_scales(scales, bfloat16_exact=False), scales.to(torch.float16).float())
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-9, -1e-9, 1e9, -1e9])
+def test_extreme_scales_stay_finite_and_usable(value: float) -> None:
+    """If a group of zeros got scale 0, or a huge group infinity, dequantizing would give NaN."""
+    for exact in (False, True):
+        rounded = float(round_scales(torch.tensor([value]), exact))
+        assert SMALLEST_SCALE <= abs(rounded) <= 65504.0
+        assert (rounded < 0) == (value < 0 or str(value) == "-0.0")
+
+
+@pytest.mark.parametrize("both_signs", [True, False])
+def test_search_finds_the_best_candidate(both_signs: bool) -> None:
+    """If the search kept a worse scale than one it tried, the error of every layer would rise."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(7, 96, generator=generator)
+    importance = torch.rand(96, generator=generator) * 5
+    ratios = (1.0, 0.9, 0.7)
+    found = search_scales(weight, importance, group_size=32, both_signs=both_signs, bfloat16_exact=False, ratios=ratios)
+
+    def error(row: int, group: int, scale: float) -> float:
+        part = slice(32 * group, 32 * group + 32)
+        w = weight[row, part].double()
+        q = (w / scale).round().clamp(-8, 7) * scale
+        return float(((w - q) ** 2 * importance[part].double()).sum())
+
+    for row in range(7):
+        for group in range(3):
+            w = weight[row, 32 * group : 32 * group + 32]
+            peak = float(w[w.abs().argmax()])
+            starts = [peak / -8, peak / 7.5] if both_signs else [abs(peak) / 7.5]
+            candidates = [float(torch.tensor(s * r).half()) for s in starts for r in ratios]
+            best = min(error(row, group, c) for c in candidates)
+            assert error(row, group, float(found[row, group])) <= best * 1.001
+
+
+def test_positive_scales_are_positive() -> None:
+    """If --scale-sign positive let one negative scale through, the runtimes that need it would compute nonsense."""
+    weight = -torch.rand(5, 64)
+    found = search_scales(weight, None, group_size=64, both_signs=False, bfloat16_exact=False, ratios=(1.0, 0.8))
+    assert (found > 0).all()

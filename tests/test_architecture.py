@@ -1,0 +1,267 @@
+"""Who may import whom, read from the sources.
+
+    quantize <- sparsify <- pack <- kernels <- the tool          imports point left only
+
+The rooms know torch and the rooms to their left. distill, evaluate, bench and report meet in files, not in imports. What `--help`
+loads imports nothing heavy. A failure names file and line.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "marlinctl"
+ROOMS = ["quantize", "sparsify", "pack", "kernels"]  # left to right; everything else is the tool
+STAGES = {"distill": "distill", "evaluate": "evaluate", "evaluation": "evaluate", "bench": "bench", "report": "report"}
+LIGHT = sys.stdlib_module_names | {"click", "marlinctl"}
+
+
+@dataclass(frozen=True)
+class Import:
+    file: str  # relative to the repository
+    line: int
+    importer: str  # dotted module name
+    target: str  # dotted name of what is imported; `from a import b` gives a.b
+    at_import: bool  # runs when the importer is imported: neither in a function nor under TYPE_CHECKING
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.importer} imports {self.target}"
+
+
+def module_name(path: Path, root: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path, root: Path = ROOT) -> Iterator[Import]:
+    """Every import statement of one file."""
+    importer = module_name(path, root)
+    package = importer.split(".") if path.name == "__init__.py" else importer.split(".")[:-1]
+
+    def walk(node: ast.AST, at_import: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            runs = at_import and not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+                runs = False
+            if isinstance(child, ast.Import):
+                for alias in child.names:
+                    yield Import(str(path.relative_to(root)), child.lineno, importer, alias.name, runs)
+            elif isinstance(child, ast.ImportFrom):
+                base = ".".join([*package[: len(package) - child.level + 1], child.module or ""]) if child.level else child.module or ""
+                for alias in child.names:
+                    yield Import(str(path.relative_to(root)), child.lineno, importer, f"{base.strip('.')}.{alias.name}", runs)
+            yield from walk(child, runs)
+
+    yield from walk(ast.parse(path.read_text("utf-8"), str(path)), True)
+
+
+def all_imports(root: Path = ROOT) -> list[Import]:
+    return [found for path in sorted((root / "marlinctl").rglob("*.py")) for found in imports_of(path, root)]
+
+
+def rank(module: str) -> int:
+    """0 for the leftmost room; the tool is to the right of all rooms."""
+    parts = module.split(".")
+    return ROOMS.index(parts[1]) if len(parts) > 1 and parts[1] in ROOMS else len(ROOMS)
+
+
+def is_own(module: str) -> bool:
+    return module.split(".")[0] == "marlinctl"
+
+
+def arrows_to_the_right(imports: list[Import]) -> list[str]:
+    return [str(found) for found in imports if is_own(found.target) and rank(found.target) > rank(found.importer)]
+
+
+def strangers_in_rooms(imports: list[Import]) -> list[str]:
+    allowed = sys.stdlib_module_names | {"torch", "marlinctl"}
+    return [str(found) for found in imports if rank(found.importer) < len(ROOMS) and found.target.split(".")[0] not in allowed]
+
+
+def stages_that_meet(imports: list[Import]) -> list[str]:
+    def stage(module: str) -> str | None:
+        parts = module.split(".")
+        return STAGES.get(parts[1]) if len(parts) > 1 and is_own(module) else None
+
+    return [str(i) for i in imports if stage(i.importer) and stage(i.target) and stage(i.importer) != stage(i.target)]
+
+
+def circles(imports: list[Import], modules: set[str]) -> list[str]:
+    """Circles among modules, counting only what runs at import; each is told once, as the chain that closes it."""
+
+    def resolve(target: str) -> str | None:
+        if target in modules:
+            return target
+        parent = target.rpartition(".")[0]  # `from a.b import name`: the module is a.b
+        return parent if parent in modules else None
+
+    edges: dict[str, set[str]] = {module: set() for module in modules}
+    for found in imports:
+        target = resolve(found.target) if found.at_import and is_own(found.target) else None
+        if target is not None and target != found.importer:
+            edges[found.importer].add(target)
+    told: list[str] = []
+    finished: set[str] = set()
+
+    def visit(module: str, chain: list[str]) -> None:
+        if module in chain:
+            told.append(" -> ".join([*chain[chain.index(module) :], module]))
+        elif module not in finished:
+            for target in sorted(edges[module]):
+                visit(target, [*chain, module])
+            finished.add(module)
+
+    for module in sorted(modules):
+        visit(module, [])
+    return told
+
+
+def heavy_at_start(imports: list[Import], modules: set[str]) -> list[str]:
+    """Imports beyond click and the standard library that run when the command line or a verb's module is imported."""
+    by_module: dict[str, list[Import]] = {}
+    for found in imports:
+        if found.at_import:
+            by_module.setdefault(found.importer, []).append(found)
+    waiting = [module for module in modules if module in ("marlinctl.cli", "marlinctl.__main__") or module.startswith("marlinctl.commands")]
+    seen: set[str] = set()
+    told: list[str] = []
+    while waiting:
+        module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        for found in by_module.get(module, []):
+            if found.target.split(".")[0] not in LIGHT:
+                told.append(str(found))
+            for own in (found.target, found.target.rpartition(".")[0]):
+                if own in modules:
+                    waiting.append(own)
+    return told
+
+
+def test_imports_point_left() -> None:
+    """A room that knows the tool, or a later room, cannot be read, tested or reused by itself."""
+    assert not arrows_to_the_right(all_imports())
+
+
+def test_rooms_know_torch_and_nothing_else() -> None:
+    """Files, models and the command line belong to the tool."""
+    assert not strangers_in_rooms(all_imports())
+
+
+def test_the_stages_meet_in_files() -> None:
+    """distill, evaluate, bench and report are coupled by the JSON files of a run, so that each runs alone."""
+    assert not stages_that_meet(all_imports())
+
+
+def test_no_circles() -> None:
+    """A circle works until somebody imports the other end first."""
+    modules = {module_name(path, ROOT) for path in PACKAGE.rglob("*.py")}
+    assert not circles(all_imports(), modules)
+
+
+def test_what_help_loads_is_light() -> None:
+    """A heavy import at the top of a command, or of anything it imports, costs seconds for every `--help`."""
+    modules = {module_name(path, ROOT) for path in PACKAGE.rglob("*.py")}
+    assert not heavy_at_start(all_imports(), modules)
+
+
+def test_the_checks_find_what_they_look_for(tmp_path: Path) -> None:
+    """A check that finds nothing in a tree full of mistakes would be green for ever."""
+    sources = {
+        "cli.py": "from marlinctl import helper",
+        "helper.py": "import torch\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import rich",
+        "evaluate.py": "def f():\n    from marlinctl.report import table",
+        "report.py": "",
+        "one.py": "from marlinctl.two import x",
+        "two.py": "import marlinctl.one",
+        "quantize/__init__.py": "",
+        "quantize/gptq.py": "import numpy\nfrom ..pack import tile\nfrom marlinctl.errors import Problem",
+        "pack/__init__.py": "",
+        "pack/tile.py": "from marlinctl.quantize import gptq",
+        "errors.py": "",
+    }
+    for name, text in sources.items():
+        path = tmp_path / "marlinctl" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    imports = all_imports(tmp_path)
+    modules = {module_name(path, tmp_path) for path in (tmp_path / "marlinctl").rglob("*.py")}
+    assert arrows_to_the_right(imports) == [
+        "marlinctl/quantize/gptq.py:2: marlinctl.quantize.gptq imports marlinctl.pack.tile",
+        "marlinctl/quantize/gptq.py:3: marlinctl.quantize.gptq imports marlinctl.errors.Problem",
+    ]
+    assert strangers_in_rooms(imports) == ["marlinctl/quantize/gptq.py:1: marlinctl.quantize.gptq imports numpy"]
+    assert stages_that_meet(imports) == ["marlinctl/evaluate.py:2: marlinctl.evaluate imports marlinctl.report.table"]
+    assert circles(imports, modules) == [
+        "marlinctl.one -> marlinctl.two -> marlinctl.one",
+        "marlinctl.pack.tile -> marlinctl.quantize.gptq -> marlinctl.pack.tile",
+    ]
+    assert heavy_at_start(imports, modules) == ["marlinctl/helper.py:1: marlinctl.helper imports torch"]
+
+
+# Folders
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_are_links_at_the_top(room: str) -> None:
+    """The rooms are found at the top level; an absolute link would point into somebody's home."""
+    link = ROOT / room
+    assert link.is_symlink()
+    assert link.readlink() == Path("marlinctl") / room
+    assert link.is_dir()
+
+
+def test_kernels_is_a_namespace_package() -> None:
+    """kernels/__init__.py at the root would shadow Hugging Face's `kernels` and break `import transformers`."""
+    assert not (PACKAGE / "kernels" / "__init__.py").exists()
+    without = {path.parent.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if not (path.parent / "__init__.py").exists()}
+    assert without == {Path("kernels")}, "every other package has an __init__.py"
+
+
+@pytest.mark.parametrize("with_stub", [True, False], ids=["kernels installed", "kernels missing"])
+def test_transformers_works_from_the_repository_root(with_stub: bool, tmp_path: Path) -> None:
+    """From the root, `import kernels` must find Hugging Face's distribution, not our folder of the same name."""
+    if with_stub:
+        (tmp_path / "kernels").mkdir()
+        (tmp_path / "kernels" / "__init__.py").write_text(
+            textwrap.dedent(
+                """
+                STUB = True
+                class Anything:
+                    def __init__(self, *args, **kwargs): pass
+                    def __call__(self, *args, **kwargs): return args[0] if args else self
+                def __getattr__(name):
+                    if name.startswith("__"):
+                        raise AttributeError(name)
+                    return Anything
+                """
+            )
+        )
+        (tmp_path / "kernels-0.18.2.dist-info").mkdir()
+        (tmp_path / "kernels-0.18.2.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    program = f"""
+        import sys
+        sys.path.insert(0, "")                 # as `python -c` and notebooks have it: the current directory first
+        sys.path.append({str(tmp_path)!r})
+        import transformers.integrations.hub_kernels
+        from transformers.utils import is_kernels_available
+        assert is_kernels_available() is {with_stub}
+        if {with_stub}:
+            import kernels
+            assert kernels.STUB
+        import marlinctl.kernels.reference     # and ours is still reached by its full name
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -1,0 +1,333 @@
+"""marlinctl/cli.py: every way of stopping becomes three lines and an exit code; the table of verbs is complete."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from marlinctl import __version__, cli
+from marlinctl.commands.common import common_options
+from marlinctl.console import Console
+from marlinctl.errors import BadInput, CheckFailed, HubProblem, NumericalProblem, Problem
+
+TOKEN = "hf_" + "aBcDeFgHiJ1234567890KlMnOpQrStUvWx"
+
+
+@pytest.fixture
+def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Console], None]], None]:
+    """Puts a verb `probe` with the given body into the table, as a module that is imported when it is used."""
+
+    def install(body: Callable[[Console], None]) -> None:
+        @click.command("probe")
+        @click.option("--group-size", type=int, default=None)
+        @common_options
+        def command(console: Console, group_size: int | None) -> None:
+            body(console)
+
+        module = type(sys)("marlinctl.commands.probe")
+        module.command = command  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "marlinctl.commands.probe", module)
+        monkeypatch.setitem(cli.VERBS, "probe", "A verb for tests.")
+
+    return install
+
+
+def raising(error: BaseException) -> Callable[[Console], None]:
+    def body(_console: Console) -> None:
+        raise error
+
+    return body
+
+
+@pytest.mark.parametrize("name", list(cli.VERBS))
+def test_every_verb_of_the_table_is_there(name: str) -> None:
+    """`--help` would promise a verb that fails with an import error."""
+    command = importlib.import_module(f"marlinctl.commands.{name}").command
+    assert isinstance(command, click.Command)
+    assert command.name == name
+
+
+def test_every_command_module_is_in_the_table() -> None:
+    """A verb that nobody put into the table cannot be called."""
+    folder = Path(cli.__file__).parent / "commands"
+    found = {path.stem for path in folder.glob("*.py") if "\ndef command(" in path.read_text("utf-8")}
+    assert found == set(cli.VERBS)
+
+
+@pytest.mark.parametrize("name", list(cli.VERBS))
+def test_every_verb_takes_the_common_options_and_opens_its_help_with_an_example(name: str) -> None:
+    """A verb without --json or an example breaks the contract that all verbs share."""
+    command = importlib.import_module(f"marlinctl.commands.{name}").command
+    leaves = list(command.commands.values()) if isinstance(command, click.Group) else [command]
+    for leaf in leaves:
+        options = {option for parameter in leaf.params for option in parameter.opts}
+        assert {"--json", "--quiet", "--verbose", "--log-file", "--no-color", "--debug", "--offline"} <= options, leaf.name
+        assert leaf.help is not None and "Example" in leaf.help, leaf.name
+        undocumented = [p.opts for p in leaf.params if isinstance(p, click.Option) and not p.help and not p.hidden]
+        assert not undocumented, leaf.name
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first two things that anybody tries."""
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"marlinctl {__version__}\n"
+    for arguments in ([], ["--help"], ["-h"]):
+        assert cli.main(arguments) == 0
+        out = capsys.readouterr().out
+        assert "Example:" in out and all(name in out for name in cli.VERBS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error_id", "suggestion"),
+    [
+        (["quantise", "m"], "E200", "quantize"),
+        (["inspct"], "E200", "inspect"),
+        (["zzzzz"], "E200", "marlinctl --help"),
+        (["--jsno"], "E201", "--json"),
+        (["probe", "--group-sise", "64"], "E201", "--group-size"),
+        (["recipes", "lss"], "E200", "ls"),
+        (["probe", "--group-size", "many"], "E202", "marlinctl probe --help"),
+        (["probe", "--group-size"], "E202", "marlinctl probe --help"),
+        (["probe", "extra"], "E202", "marlinctl probe --help"),
+        (["recipes", "show"], "E202", "marlinctl recipes show --help"),
+    ],
+)
+def test_wrong_usage_is_exit_2_with_a_suggestion(
+    arguments: list[str], error_id: str, suggestion: str, verb: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """click's own two-line usage error would be a second form of error, without id and place."""
+    verb(lambda console: None)
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    what, where, fix, docs = err.splitlines()
+    assert what.startswith("error: ") and where.startswith("  where: marlinctl") and fix.startswith("  fix: ")
+    assert suggestion in fix
+    assert docs == f"  docs: docs/troubleshooting.md#{error_id.lower()}"
+
+
+@pytest.mark.parametrize("arguments", [["--json", "zzzzz"], ["zzzzz", "--json"], ["probe", "--group-size", "x", "--json"]])
+def test_wrong_usage_as_json(arguments: list[str], verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A machine that asked for JSON would get text, and only in the case of an error."""
+    verb(lambda console: None)
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert document["schema_version"] == 1 and document["error"]["exit_code"] == 2
+    assert set(document["error"]["problems"][0]) == {"what", "where", "fix"}
+    assert err == ""
+
+
+CASES: list[tuple[BaseException, int, str]] = [
+    (CheckFailed("E101", "w", where="p", fix="f"), 1, "e101"),
+    (BadInput("E312", "w", where="p", fix="f"), 3, "e312"),
+    (NumericalProblem("E601", "w", where="p", fix="f"), 6, "e601"),
+    (HubProblem("E701", "w", where="p", fix="f"), 7, "e701"),
+    (MemoryError(), 5, "e590"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), 5, "e590"),
+    (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), 5, "e590"),
+    (OSError(errno.ENOSPC, "No space left on device", "/out/model"), 5, "e591"),
+    (OSError(errno.EDQUOT, "Disk quota exceeded"), 5, "e591"),
+    (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 4, "e490"),
+    (OSError(errno.EROFS, "Read-only file system"), 4, "e490"),
+    (ValueError("boom"), 70, "e900"),
+    (FileNotFoundError(errno.ENOENT, "No such file", "x"), 70, "e900"),
+]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "anchor"), CASES, ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None
+)
+def test_every_error_has_its_exit_code(error: BaseException, code: int, anchor: str, verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Scripts decide by the exit code; a traceback helps nobody at the terminal."""
+    verb(raising(error))
+    assert cli.main(["probe"]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["error", "  where", "  fix", "  docs"]
+    assert lines[-1].endswith("#" + anchor)
+    assert "Traceback" not in err
+
+    assert cli.main(["probe", "--json"]) == code
+    document = json.loads(capsys.readouterr().out)["error"]
+    assert (document["id"], document["exit_code"]) == (anchor.upper(), code)
+
+
+def test_all_problems_are_listed(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A person would mend one problem per run."""
+    error = BadInput.from_problems("E301", [Problem("first", "a", "do a"), Problem("second", "b", "do b")])
+    verb(raising(error))
+    assert cli.main(["probe"]) == 3
+    assert capsys.readouterr().err.splitlines() == [
+        "error: first",
+        "  where: a",
+        "  fix: do a",
+        "error: second",
+        "  where: b",
+        "  fix: do b",
+        "  docs: docs/troubleshooting.md#e301",
+    ]
+    assert cli.main(["--json", "probe"]) == 3
+    problems = json.loads(capsys.readouterr().out)["error"]["problems"]
+    assert problems == [{"what": "first", "where": "a", "fix": "do a"}, {"what": "second", "where": "b", "fix": "do b"}]
+
+
+def test_an_unexpected_error_names_type_text_and_log(verb: Any, capsys: pytest.CaptureFixture[str], own_cache: Path) -> None:
+    """A defect must be reportable: what happened, where the log is, and how to see more."""
+    error = ZeroDivisionError("by zero")
+    error.add_note("model.layers.3.mlp.down_proj")
+
+    def body(console: Console) -> None:
+        console.detail("the last thing it did")
+        raise error
+
+    verb(body)
+    assert cli.main(["probe"]) == 70
+    what, where, fix, _ = capsys.readouterr().err.splitlines()
+    assert what == "error: ZeroDivisionError: by zero"
+    assert "test_cli.py:" in where and "model.layers.3.mlp.down_proj" in where
+    assert "--debug" in fix
+    log = Path(where.rpartition("log: ")[2])
+    assert log.parent == own_cache / "logs"
+    assert "the last thing it did" in log.read_text() and "Traceback" in log.read_text()
+
+
+def test_debug_shows_the_traceback(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without it a developer has only the last line."""
+    verb(raising(ValueError("boom")))
+    assert cli.main(["probe", "--debug"]) == 70
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback (most recent call last)") and "error: ValueError: boom" in err
+
+
+def test_hostile_text_and_secrets_do_not_reach_the_terminal(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tensor name could forge a `fix:` line or clear the screen; a token would end up in a bug report."""
+    verb(raising(BadInput("E301", "bad tensor x\n  fix: rm -rf /\x1b[2J", where=f"https://hub/?token={TOKEN}", fix="f")))
+    assert cli.main(["probe"]) == 3
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 4
+    assert "\x1b" not in err and TOKEN not in err
+    assert cli.main(["probe", "--json"]) == 3
+    out = capsys.readouterr().out
+    assert TOKEN not in out and json.loads(out)
+
+
+def test_common_options_count_before_and_after_the_verb(verb: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`marlinctl --offline probe` would quietly go to the network."""
+    seen: list[tuple[bool, bool]] = []
+    verb(lambda console: seen.append((console.json, console.offline)))
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.setenv(name, "0")
+    assert cli.main(["probe"]) == 0
+    assert os.environ["HF_HUB_OFFLINE"] == "0"
+    assert cli.main(["--json", "--offline", "probe"]) == 0
+    assert os.environ["HF_HUB_OFFLINE"] == os.environ["TRANSFORMERS_OFFLINE"] == "1"
+    assert cli.main(["probe", "--json", "--offline"]) == 0
+    assert seen == [(False, False), (True, True), (True, True)]
+
+
+def test_the_log_file_is_written(verb: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--log-file given before or after the verb must hold the story even when the terminal is quiet."""
+    verb(lambda console: console.say("the story"))
+    assert cli.main(["probe", "-q", "--log-file", str(tmp_path / "a.log")]) == 0
+    assert cli.main(["--log-file", str(tmp_path / "b.log"), "probe", "-q"]) == 0
+    assert "the story" in (tmp_path / "a.log").read_text()
+    assert "the story" in (tmp_path / "b.log").read_text()
+    assert capsys.readouterr().err == ""
+    assert cli.main(["probe", "--log-file", str(tmp_path / "none" / "a.log")]) == 2
+
+
+# In a process of its own: signals and streams
+
+
+def start(body: str, *arguments: str, stdout: Any = subprocess.PIPE) -> subprocess.Popen[str]:
+    """A child that runs `marlinctl probe` with this body (a function of `console`)."""
+    program = textwrap.dedent(
+        """
+        import sys, time, types
+        import click
+        from marlinctl import cli
+        from marlinctl.commands.common import common_options
+        @click.command("probe")
+        @common_options
+        def command(console):
+        {body}
+        module = types.ModuleType("marlinctl.commands.probe"); module.command = command
+        sys.modules[module.__name__] = module; cli.VERBS["probe"] = "A verb for tests."
+        sys.exit(cli.main(sys.argv[1:]))
+        """
+    ).format(body=textwrap.indent(textwrap.dedent(body), "    "))
+    return subprocess.Popen(
+        [sys.executable, "-c", program, "probe", *arguments], stdout=stdout, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+@pytest.mark.parametrize(("number", "code", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
+def test_interruption_is_one_line_and_cleans_up(number: signal.Signals, code: int, name: str, tmp_path: Path) -> None:
+    """A killed run would leave its staging folder, or fifty lines of traceback."""
+    mark = tmp_path / "cleaned"
+    child = start(
+        f"""
+        try:
+            console.say("ready")
+            time.sleep(60)
+        finally:
+            open({str(mark)!r}, "w").close()
+        """
+    )
+    assert child.stderr is not None
+    assert child.stderr.readline() == "ready\n"
+    child.send_signal(number)
+    out, err = child.communicate(timeout=30)
+    assert child.returncode == code
+    assert (out, err) == ("", f"interrupted: by {name}; nothing unfinished was published\n")
+    assert mark.exists()
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    """`marlinctl inspect M --json | head -1` would end with a traceback on the terminal."""
+    child = start("""console.result("line\\n" * 200_000, {})""")
+    assert child.stdout is not None and child.stderr is not None
+    assert child.stdout.readline() == "line\n"
+    child.stdout.close()
+    assert child.stderr.read() == ""
+    assert child.wait(30) == 141
+    child.stderr.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_stdout_on_a_full_disk_is_exit_5() -> None:
+    """The result would be lost with exit code 0, or 120 and a message of the interpreter."""
+    with Path("/dev/full").open("w") as full:
+        child = start("""console.result("answer", {})""", stdout=full)
+        _, err = child.communicate(timeout=30)
+        assert child.returncode == 5
+        assert [line.split(":")[0] for line in err.splitlines()] == ["error", "  where", "  fix", "  docs"]
+    with Path("/dev/full").open("w") as full:
+        child = start("""console.result("answer", {})""", "--json", stdout=full)
+        child.communicate(timeout=30)
+        assert child.returncode == 5
+
+
+def test_as_a_module_from_any_folder(tmp_path: Path) -> None:
+    """`python -m marlinctl` is what works when the scripts folder is not on PATH."""
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "marlinctl", "--version"], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == f"marlinctl {__version__}\n"
+    assert time.monotonic() - started < 30

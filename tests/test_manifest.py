@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from marlinctl import manifest
+from marlinctl.errors import CheckFailed
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    out = tmp_path / "out"
+    (out / "sub").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "sub/template.jinja", "README.md", "run.log"):
+        (out / name).write_text(f"contents of {name}")
+    (out / manifest.NAME).write_bytes(manifest.canonical(manifest.build(out, {"recipe_hash": "abc"})))
+    return out
+
+
+def test_a_good_folder_passes(folder: Path) -> None:
+    """If an untouched folder failed, people would stop to verify."""
+    document = manifest.check(folder)
+    assert sorted(document["files"]) == ["config.json", "model.safetensors", "sub/template.jinja", "tokenizer.json"]
+    assert document["recipe_hash"] == "abc" and document["tool"]["name"] == "marlinctl"
+
+
+def test_card_report_and_log_may_be_rewritten(folder: Path) -> None:
+    """Scores are added to the card after publishing; that is no damage."""
+    for name in ("README.md", "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html", "run.log", ".gitattributes"):
+        (folder / name).write_text("new")
+    manifest.check(folder)
+
+
+def test_the_manifest_is_the_same_everywhere(folder: Path, tmp_path: Path) -> None:
+    """Times, host names or paths in it would make equal models look different."""
+    moved = folder.rename(tmp_path / "elsewhere")
+    again = manifest.canonical(manifest.build(moved, {"recipe_hash": "abc"}))
+    assert again == (moved / manifest.NAME).read_bytes()
+    assert str(tmp_path).encode() not in again
+
+
+def flip(folder: Path) -> None:
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[3] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named", "says"),
+    [
+        (flip, "model.safetensors", "SHA-256"),
+        (lambda f: (f / "model.safetensors").write_text("short"), "model.safetensors", "has 5 bytes"),
+        (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json", "is missing"),
+        (lambda f: (f / "model-old.safetensors").write_text("x"), "model-old.safetensors", "not in the manifest"),
+        (lambda f: (f / "sub" / "evil.py").write_text("x"), "sub/evil.py", "not in the manifest"),
+        (lambda f: (f / "link.json").symlink_to("/etc/hostname"), "link.json", "not in the manifest"),
+        (lambda f: ((f / "config.json").unlink(), (f / "config.json").symlink_to("tokenizer.json")), "config.json", "has -1 bytes"),
+        (lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")), "config.json", "has -1 bytes"),
+    ],
+)
+def test_every_change_is_named(folder: Path, damage: Callable[[Path], Any], named: str, says: str) -> None:
+    """A changed, missing or extra file is how wrong weights get loaded without a word."""
+    damage(folder)
+    with pytest.raises(CheckFailed) as caught:
+        manifest.check(folder)
+    assert (caught.value.error_id, caught.value.exit_code) == ("E101", 1)
+    assert named in caught.value.problems[0].what and says in caught.value.problems[0].what
+
+
+def test_all_changes_are_named_at_once(folder: Path) -> None:
+    """One per attempt would mean hashing gigabytes again and again."""
+    flip(folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "extra").write_text("x")
+    with pytest.raises(CheckFailed) as caught:
+        manifest.check(folder)
+    assert [p.what.split()[0] for p in caught.value.problems] == ["tokenizer.json", "model.safetensors", "extra"]
+
+
+def test_a_missing_manifest_is_said(folder: Path) -> None:
+    """Without digests there is nothing to check against, and silence would look like success."""
+    (folder / manifest.NAME).unlink()
+    with pytest.raises(CheckFailed) as caught:
+        manifest.check(folder)
+    assert caught.value.error_id == "E100" and str(folder) in caught.value.problems[0].where
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"files": {}}', '{"files": {"a": {"sha256": 1, "bytes": 2}}}', "[" * 100_000])
+def test_a_damaged_manifest_is_refused(folder: Path, text: str) -> None:
+    """A manifest that lists nothing would approve of everything."""
+    (folder / manifest.NAME).write_text(text)
+    with pytest.raises(CheckFailed) as caught:
+        manifest.check(folder)
+    assert caught.value.error_id == "E102"
+
+
+def test_canonical_json_has_one_spelling() -> None:
+    """Equal documents must be equal bytes, and NaN is no JSON."""
+    assert manifest.canonical({"b": 1, "a": "ü"}) == manifest.canonical(json.loads('{"a": "\\u00fc", "b": 1}'))
+    with pytest.raises(ValueError):
+        manifest.canonical({"x": float("nan")})

@@ -1,0 +1,169 @@
+"""marlinctl/texts.py: text in many files, and every way such a file can be wrong."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import platform
+import tracemalloc
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from marlinctl.errors import BadInput, MarlinctlError, UsageError
+from marlinctl.texts import LONGEST_LINE, load_documents, load_text
+
+ROWS = ["A first row.\nWith two lines.", "Grüße, 世界"]
+
+
+def write(folder: Path, name: str, data: bytes) -> str:
+    path = folder / name
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    return str(path)
+
+
+def jsonl(*rows: object) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def test_pythondoc_is_the_same_on_every_machine_with_this_python() -> None:
+    """The default text would be another one than the Python version printed beside the figure says."""
+    from pydoc_data.topics import topics
+
+    text = load_text("pythondoc")
+    assert text.text == "\n\n".join(topics[name] for name in sorted(topics))
+    assert text.sha256 == hashlib.sha256(text.text.encode()).hexdigest()
+    assert platform.python_version() in text.note
+    assert len(load_documents("pythondoc")) == len(topics)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.parquet", "rows.txt", "rows.txt.gz"])
+def test_every_kind_gives_the_same_text(tmp_path: Path, name: str) -> None:
+    """Perplexity would depend on the container of a text; a byte order mark would become a token."""
+    joined = "\n\n".join(ROWS)
+    if name.endswith(".parquet"):
+        source = str(tmp_path / name)
+        pq.write_table(pa.table({"id": [1, 2], "text": ROWS}), source)
+    else:
+        source = write(tmp_path, name, b"\xef\xbb\xbf" + joined.encode() if ".txt" in name else jsonl(*({"text": row} for row in ROWS)))
+    assert load_text(source).text == joined
+    assert load_documents(source) == ROWS
+
+
+def test_paragraphs_and_empty_rows(tmp_path: Path) -> None:
+    """Calibration would get empty samples, or one sample holding the whole file."""
+    source = write(tmp_path, "a.txt", b"one\ntwo\n\n\n \nthree\n")
+    assert load_documents(source) == ["one\ntwo", "three"]
+    assert load_text(source).text == "one\ntwo\n\n\n \nthree\n"
+    assert load_documents(write(tmp_path, "b.jsonl", b"\n" + jsonl({"text": "  "}, {"text": "x"}))) == ["x"]
+
+
+def test_chats_stay_chats(tmp_path: Path) -> None:
+    """A model's chat template would never be applied, or be given names of roles that it does not know."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    shared = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    source = write(tmp_path, "c.jsonl", jsonl({"messages": turns}, {"conversations": shared}, {"text": "plain"}))
+    assert load_documents(source) == [turns, turns, "plain"]
+    parquet = tmp_path / "c.parquet"
+    pq.write_table(pa.table({"messages": [turns, turns]}), parquet)
+    assert load_documents(str(parquet)) == [turns, turns]
+
+
+BAD = {
+    "empty.txt": (b"\n \n", "E380", ""),
+    "latin.txt": ("fine\nGrüße\n".encode("latin-1"), "E381", "line 2"),
+    "zero.txt": (b"ok\nok\n\x00\x01\n", "E381", "line 3"),
+    "half.jsonl": (b'{"text": "\\ud83d"}\n', "E381", "line 1"),
+    "bad.jsonl": (b'{"text": "a"}\n{"text": \n', "E382", "line 2"),
+    "deep.jsonl": (b'{"text": "a"}\n' + b"[" * 100_000 + b"\n", "E382", "line 2"),
+    "list.jsonl": (b'{"text": "a"}\n["a"]\n', "E382", "line 2"),
+    "cut.txt.gz": (b"", "E384", ", line "),
+    "notgz.jsonl.gz": (b"", "E384", "line 1"),
+    "junk.parquet": (b"PAR1 this is not parquet PAR1", "E384", "junk.parquet"),
+    "column.jsonl": (jsonl({"instruction": "a", "output": "b"}), "E385", "line 1"),
+    "number.jsonl": (jsonl({"text": "a"}, {"text": 5}), "E385", "line 2"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_name_the_line(tmp_path: Path, name: str) -> None:
+    """The person would have to search a gigabyte for the bad line, or would get a traceback."""
+    data, error_id, where = BAD[name]
+    source = write(tmp_path, name, data)
+    if name == "cut.txt.gz":
+        Path(source).write_bytes(gzip.compress(b"some text\n" * 100)[:-12])
+    if name == "notgz.jsonl.gz":
+        Path(source).write_bytes(b'{"text": "not compressed"}\n')
+    for load in (load_text, load_documents):
+        if error_id == "E380" and load is load_documents:
+            assert load_documents(source) == []
+            continue
+        with pytest.raises(BadInput) as caught:
+            load(source)
+        assert caught.value.error_id == error_id
+        assert where in caught.value.problems[0].where
+
+
+def test_missing_column_lists_what_is_there(tmp_path: Path) -> None:
+    """The person would not learn which name the text has in the file."""
+    pq.write_table(pa.table({"page": ["x"]}), tmp_path / "w.parquet")
+    with pytest.raises(BadInput, match="there are: page") as caught:
+        load_text(str(tmp_path / "w.parquet"))
+    assert caught.value.error_id == "E385"
+    with pytest.raises(BadInput, match=r"text, messages, conversations"):
+        load_documents(write(tmp_path, "x.jsonl", jsonl({"a": 1})))
+
+
+@pytest.mark.parametrize(
+    "chat", [[], "hello", [{"role": "user"}], [{"role": "user", "content": ["parts"]}], [{"from": ["x"], "value": "y"}]], ids=repr
+)
+def test_malformed_chats(tmp_path: Path, chat: object) -> None:
+    """A chat template would fail in the middle of calibration with an error about itself."""
+    with pytest.raises(BadInput) as caught:
+        load_documents(write(tmp_path, "c.jsonl", jsonl({"messages": chat})))
+    assert caught.value.error_id == "E385"
+    assert "line 1, messages" in caught.value.problems[0].where
+
+
+def test_a_gigabyte_line_is_refused_in_bounded_memory(tmp_path: Path) -> None:
+    """One line without an end would take all memory before anything is said."""
+    path = tmp_path / "long.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"text": "short"}\n')
+        file.seek(2**30)  # a hole: the file takes no room on disk
+        file.write(b"\n")
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadInput) as caught:
+            load_text(str(path))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert caught.value.error_id == "E383"
+    assert "line 2" in caught.value.problems[0].where
+    assert peak < 4 * LONGEST_LINE
+
+
+def test_paths_that_are_no_text(tmp_path: Path) -> None:
+    """A FIFO would hang the run; a misspelled path or an unknown kind would be read as something else."""
+    fifo = tmp_path / "pipe.txt"
+    os.mkfifo(fifo)
+    cases = [(str(fifo), "E240"), (str(tmp_path), "E240"), (str(tmp_path / "no.txt"), "E240"), (write(tmp_path, "a.csv", b"x"), "E241")]
+    cases.append((write(tmp_path, "noname", b"x"), "E241"))
+    for source, error_id in cases:
+        with pytest.raises(UsageError) as caught:
+            load_text(source)
+        assert caught.value.error_id == error_id
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the package the person would get an ImportError instead of the name of what to install."""
+    source = write(tmp_path, "a.parquet", b"x")
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(MarlinctlError) as caught:
+        load_text(source)
+    assert (caught.value.error_id, caught.value.exit_code) == ("E402", 4)

@@ -1,0 +1,135 @@
+"""The walk against the whole model, for every architecture: what it computes between the linears is what transformers computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
+from marlinctl.models import FAMILIES, Architecture, Experts, architecture
+from marlinctl.quantize.types import Hessian
+from marlinctl.scratch import Scratch
+from marlinctl.skeleton import build as build_skeleton
+from marlinctl.walk import Tokens, Walk
+from tests import zoo
+
+SAMPLES, LENGTH = 5, 24
+
+
+def tokens(seed: int = 0) -> Tokens:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, zoo.VOCAB_SIZE, (SAMPLES, LENGTH), generator=generator)
+    counted = torch.ones_like(ids, dtype=torch.bool)
+    counted[:, 0] = False  # as if BOS
+    counted[1, 15:] = False  # as if padded
+    return Tokens(ids, counted)
+
+
+@torch.no_grad()
+def walked(folder: Path, scratch: Path, chunk: int = 2 * LENGTH) -> tuple[Walk, dict[str, Hessian], Architecture, Checkpoint]:
+    checkpoint = open_checkpoint(folder)
+    known = architecture(checkpoint.config)
+    seen: dict[str, Hessian] = {}
+
+    def keep_weights(names: tuple[str, ...], hessian: Hessian, remark: str) -> dict[str, Tensor]:
+        seen.update(dict.fromkeys(names, hessian))
+        return {name: checkpoint.read(f"{name}.weight").float() for name in names}
+
+    cpu = torch.device("cpu")
+    walk = Walk(
+        build_skeleton(checkpoint.config, torch.float32), known, checkpoint, tokens(),
+        device=cpu, dtype=torch.float32, scratch=Scratch(scratch, cpu), chunk_tokens=chunk,
+    )  # fmt: skip
+    for block in known.blocks:
+        walk.run_block(block, keep_weights)
+    return walk, seen, known, checkpoint
+
+
+@pytest.mark.parametrize("model_type", sorted(zoo.ZOO))
+@torch.no_grad()
+def test_walk_computes_what_the_model_computes(model_type: str, tmp_path: Path) -> None:
+    """If a residual, norm, mask, rotary embedding or expert were treated wrongly, Hessians would be of another model."""
+    from transformers import AutoModelForCausalLM
+
+    folder = zoo.build(model_type, tmp_path / "model")
+    walk, seen, known, _ = walked(folder, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    inputs: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name in seen:
+            module.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
+    output: list[Tensor] = []
+    model.get_submodule(known.norm).register_forward_pre_hook(lambda _, args: output.append(args[0]))
+    given = tokens()
+    model(given.ids)
+    assert set(seen) == set(known.linears)
+    assert torch.allclose(walk.hidden, output[0], atol=2e-4, rtol=1e-3)
+    for name, x in inputs.items():
+        rows = x.reshape(SAMPLES, LENGTH, -1)[given.counted].double()
+        expected = rows.T @ rows / rows.shape[0]
+        assert (seen[name].matrix.double() - expected).norm() / expected.norm() < 1e-4, name
+        assert seen[name].tokens == int(given.counted.sum())
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "olmoe"])
+def test_each_expert_sees_the_tokens_that_the_router_sends_it(model_type: str, tmp_path: Path) -> None:
+    """If an expert's Hessian held other experts' tokens, it would be solved for inputs it never gets."""
+    folder = zoo.build(model_type, tmp_path / "model")
+    _, seen, known, _ = walked(folder, tmp_path)
+    block = known.blocks[0]
+    assert isinstance(block.mlp, Experts)
+    counts = [seen[f"{block.prefix}.{block.mlp.first[0].format(e=e)}"].tokens for e in range(block.mlp.count)]
+    assert sum(counts) == int(tokens().counted.sum()) * block.mlp.top_k
+
+
+def test_chunks_do_not_change_the_result(tmp_path: Path) -> None:
+    """If a chunk's keyword arguments were reused for one of another size, the last samples would be computed wrongly."""
+    folder = zoo.build("gemma3_text", tmp_path / "model")
+    whole, _, _, _ = walked(folder, tmp_path, chunk=SAMPLES * LENGTH)
+    single, _, _, _ = walked(folder, tmp_path, chunk=LENGTH)
+    assert torch.allclose(whole.hidden, single.hidden, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", sorted(zoo.ZOO))
+def test_table_names_exactly_the_tensors_that_transformers_saves(model_type: str, tmp_path: Path) -> None:
+    """If the table missed a tensor or a shape, a damaged checkpoint could pass, or a good one be refused."""
+    checkpoint = open_checkpoint(zoo.build(model_type, tmp_path / "model"))
+    known = architecture(checkpoint.config)
+    assert {name: info.shape for name, info in checkpoint.tensors.items()} == dict(known.expected)
+
+
+@pytest.mark.parametrize("model_type", sorted(zoo.ZOO))
+def test_defaults_of_absent_config_keys_are_those_of_transformers(model_type: str) -> None:
+    """If config.json leaves out a default, the table must assume the same value as transformers."""
+    from transformers import AutoConfig
+
+    family, config = FAMILIES[model_type], AutoConfig.for_model(model_type)
+    for key, value in family.defaults.items():
+        assert getattr(config, key) == value, key
+    assert bool(config.tie_word_embeddings) == family.tied
+
+
+def test_zoo_covers_the_table() -> None:
+    """If an architecture were added without a tiny model, nothing would test it."""
+    assert set(zoo.ZOO) == set(FAMILIES)
+
+
+def test_module_map_describes_an_unknown_architecture(tmp_path: Path) -> None:
+    """If --module-map gave other names or shapes than the table does for a known model, hand-described models would be wrong too."""
+    folder = zoo.build("qwen2", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    names = {
+        "decoder": "model", "blocks": "model.layers", "embedding": "model.embed_tokens", "norm": "model.norm",
+        "attention": {"module": "self_attn", "first": [f"self_attn.{x}_proj" for x in "qkv"], "last": "self_attn.o_proj"},
+        "mlp": {"module": "mlp", "first": ["mlp.gate_proj", "mlp.up_proj"], "last": "mlp.down_proj"},
+    }  # fmt: skip
+    (tmp_path / "map.json").write_text(json.dumps(names))
+    by_hand, by_table = architecture(config, tmp_path / "map.json"), architecture(config)
+    assert dict(by_hand.expected) == dict(by_table.expected)
+    assert by_hand.linears == by_table.linears
+    assert [b.attention for b in by_hand.blocks] == [b.attention for b in by_table.blocks]
+    assert by_hand.head == by_table.head
