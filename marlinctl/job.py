@@ -252,8 +252,7 @@ class _Job:
         architecture = self.opened.architecture
         model = build(self.opened.checkpoint.config, dtype)
         budget = int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE) if device.type == "cuda" else 0
-        total = sum(spec.out_features * spec.in_features for spec in self.specs.values())
-        with self.console.progress("quantize", total) as self.progress, _deterministic(self.options.deterministic):
+        with self.console.progress("quantize", len(self.specs)) as self.progress, _deterministic(self.options.deterministic):
             walk = Walk(
                 model, architecture, self.opened.checkpoint, tokens,
                 device=device, dtype=dtype, scratch=Scratch(self.staged.path, device, budget), chunk_tokens=CHUNK_TOKENS,
@@ -277,7 +276,7 @@ class _Job:
         sizes = self.opened.plan.group_sizes
         for name in names:
             if name not in sizes and self.progress is not None:
-                self.progress.advance(weights[name].numel())
+                self.progress.advance()
         for size in dict.fromkeys(sizes[name] for name in names if name in sizes):
             members = [name for name in names if sizes.get(name) == size]
             started = time.monotonic()
@@ -335,9 +334,7 @@ class _Job:
             self.console.warn(f"{name}: {solved.fallback}")
         if self.progress is not None:
             extra = "".join(f"  {text}" for text in (f"{solved.dead} dead inputs" if solved.dead else "", remark) if text)
-            self.progress.advance(
-                linear.codes.numel(), f"{name:<44} error {record.error:.5f}  damping {solved.damping:g}  {seconds:6.2f} s{extra}"
-            )
+            self.progress.advance(1, f"{name:<44} error {record.error:.5f}  damping {solved.damping:g}  {seconds:6.2f} s{extra}")
 
 
 def _digest(linear: QuantizedLinear) -> str:

@@ -90,7 +90,7 @@ def test_all_of_mmlu_as_a_group(model: Path, other: Path, tmp_path: Path) -> Non
     from lm_eval.tasks.mmlu._generate_configs import SUBJECTS
 
     for place, name in enumerate(SUBJECTS):
-        for split, count in (("test", 2 + place % 3), ("dev", 1)):
+        for split, count in (("test", 1 + place % 3), ("dev", 1)):
             write_parquet(tmp_path / "mmlu" / name, split, mmlu(count, name))
     settings = EvalSettings(tasks=("mmlu",), task_data=tmp_path, tokens=512, window=256, **SMALL)
     document = evaluate(model, settings, QUIET, baseline=other)
@@ -317,8 +317,8 @@ def test_batches_shrink_with_length(model: Path) -> None:
     harness = Harness(load_dense(model, dtype=torch.float32), loading.load_tokenizer(opened), batch_size="auto", console=QUIET)
     assert harness.fitting_batch(10) == MOST_ON_CPU
     harness.model.config.vocab_size = 262_144
-    sizes = [harness.fitting_batch(length) for length in (50, 200, 500)]
-    assert sizes[0] > sizes[1] > sizes[2] >= 1
+    sizes = [harness.fitting_batch(length) for length in (50, 100, 500)]
+    assert sizes[0] > sizes[1] > sizes[2] == 1
 
 
 def test_out_of_memory_is_tried_once_with_half(model: Path, layouts: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,5 +398,5 @@ def test_real_local_copies(model: Path, data_dir: Path) -> None:
 def test_real_text(data_dir: Path) -> None:
     """The rows of WikiText-2 would be joined otherwise than for the published perplexities."""
     text = subject.load_text(str(data_dir / "wikitext" / "wikitext-2-raw-v1" / "test-00000-of-00001.parquet"))
-    assert text.text.startswith("\n\n = Robert Boulter = \n\n\n\n Robert Boulter is an English film")
+    assert text.text.startswith("\n\n = Robert Boulter = \n\n\n\n\n Robert Boulter is an English film")
     assert "4,358 rows joined by blank lines" in text.note

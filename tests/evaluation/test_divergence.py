@@ -80,7 +80,11 @@ def test_hand_made_logits() -> None:
     theirs = torch.tensor([[0.75, 0.25], [0.5, 0.5], [0.9, 0.1]]).log()
     ours = torch.tensor([[0.5, 0.5], [0.25, 0.75], [0.2, 0.8]]).log() + 3.0  # a shift of all logits changes nothing
     losses, base, kl, agrees = divergence.compare_logits(ours, theirs, torch.tensor([0, 1, 1]))
-    expected = [0.75 * math.log(1.5) + 0.25 * math.log(0.5), 0.5 * math.log(2) + 0.5 * math.log(2 / 3), 0.9 * math.log(4.5) + 0.1 * math.log(1 / 8)]
+    expected = [
+        0.75 * math.log(1.5) + 0.25 * math.log(0.5),
+        0.5 * math.log(2) + 0.5 * math.log(2 / 3),
+        0.9 * math.log(4.5) + 0.1 * math.log(1 / 8),
+    ]
     torch.testing.assert_close(kl, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(losses, -torch.tensor([0.5, 0.75, 0.8], dtype=torch.float64).log(), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(base, -torch.tensor([0.75, 0.5, 0.1], dtype=torch.float64).log(), rtol=1e-6, atol=1e-7)

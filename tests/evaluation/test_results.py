@@ -102,7 +102,9 @@ def test_existing_files_and_impossible_places(tmp_path: Path) -> None:
         results.write_atomically(tmp_path, b"x")
 
 
-@pytest.mark.parametrize("content", [b"", b"[1]", b'{"kind": "evaluation"}', b'{"kind": "other", "settings": {}, "versions": {}, "model": {}}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"[1]", b'{"kind": "evaluation"}', b'{"kind": "other", "settings": {}, "versions": {}, "model": {}}']
+)
 def test_damaged_files_are_refused(tmp_path: Path, content: bytes) -> None:
     """A foreign file would be filled with results, or end in a traceback."""
     path = tmp_path / "r.json"

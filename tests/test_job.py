@@ -1,0 +1,249 @@
+"""The quantize job on tiny models of every architecture, all the way: quantize, pack, load with transformers, compare logits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from marlinctl.checkpoint.formats import detect, read_linear
+from marlinctl.checkpoint.reader import open_checkpoint
+from marlinctl.console import Console
+from marlinctl.errors import BadInput, MarlinctlError, NumericalProblem, ResourceProblem, UsageError
+from marlinctl.job import Options, run_quantize
+from marlinctl.load import load_dense
+from marlinctl.recipe import Recipe, load_recipe, resolve
+from marlinctl.repack import repack
+from tests import zoo
+from tests.tiny import make_tiny
+
+TEXT = " ".join(f"The {a} {b} of number {i} is on the table in the garden." for i, (a, b) in enumerate(zip("abcdefgh" * 40, "klmnopqrst" * 32, strict=True)))
+
+
+def recipe(text: Path, **changes: Any) -> Recipe:
+    given = {
+        "quantize.group_size": 32, "quantize.refine": 1, "calibration.source": str(text), "calibration.samples": 8,
+        "calibration.sequence_length": 64, "calibration.minimum_tokens": 256,
+    }  # fmt: skip
+    return resolve(load_recipe("int4"), given | {key.replace("__", "."): value for key, value in changes.items()})[0]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def quantize(model: Path, out: Path, chosen: Recipe, **options: Any) -> dict[str, Any]:
+    return run_quantize(str(model), out, chosen, replace(Options(dtype="float32"), **options), Console.quiet())[0]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    apart = {"README.md", "marlinctl_report.json", "marlinctl_report.md", "run.log"}
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.name not in apart}
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    ids = torch.randint(3, zoo.VOCAB_SIZE, (2, 20), generator=torch.Generator().manual_seed(1))
+    return model.eval()(ids).logits.double()
+
+
+@pytest.mark.parametrize("model_type", sorted(zoo.ZOO))
+def test_every_architecture_goes_all_the_way(model_type: str, tmp_path: Path, text: Path) -> None:
+    """If any tensor were lost, misnamed or wrongly packed, transformers would compute other logits than the dequantized weights give."""
+    from transformers import AutoModelForCausalLM
+
+    source = zoo.build(model_type, tmp_path / "model", dtype=torch.bfloat16)
+    report = quantize(source, tmp_path / "ct", recipe(text))
+    assert len(report["layers"]) > 0 and not report["fallbacks"]
+    repack(tmp_path / "ct", tmp_path / "marlin", format="marlin")
+    original, dense = load_dense(source, dtype=torch.float32), load_dense(tmp_path / "ct", dtype=torch.float32)
+    native = load_dense(tmp_path / "marlin", dtype=torch.float32)
+    expected = logits(dense)
+    assert torch.equal(logits(native), expected)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ct", dtype=torch.float32)
+    assert (logits(loaded) - expected).norm() / expected.norm() < 1e-3
+    drift = (expected - logits(original)).norm() / logits(original).norm()
+    assert 0.005 < drift < 0.5, "4-bit weights move the logits a little, and not much"
+
+
+def test_two_runs_publish_the_same_bytes(tmp_path: Path, text: Path) -> None:
+    """If anything depended on time, place or chance, a result could not be reproduced or checked."""
+    source = make_tiny(tmp_path / "model")
+    for name in ("first", "second"):
+        quantize(source, tmp_path / name, recipe(text))
+    assert digests(tmp_path / "first") == digests(tmp_path / "second")
+    manifest = (tmp_path / "first" / "marlinctl_manifest.json").read_text()
+    assert str(tmp_path) not in manifest and '"seconds"' not in manifest
+
+
+def test_self_calibration_is_drawn_with_a_seed_of_its_own(tmp_path: Path, text: Path) -> None:
+    """If sampling used the global generator, --seed would not decide the calibration text."""
+    source = make_tiny(tmp_path / "model")
+    chosen = recipe(text, calibration__source="self")
+    runs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(runs))
+        report = quantize(source, tmp_path / f"out{len(runs)}", resolve(chosen, {"calibration.seed": seed})[0])
+        runs.append(report["calibration"]["sha256"])
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_rules_decide_layer_by_layer(tmp_path: Path, text: Path) -> None:
+    """If --skip or --override reached the wrong linears, users would ship a model they did not ask for."""
+    source = make_tiny(tmp_path / "model")
+    chosen = recipe(text, quantize__skip=["k_proj"], quantize__overrides={"down_proj": {"group_size": 64}, "layers.1.self_attn.q_proj": {"group_size": -1}})
+    report = quantize(source, tmp_path / "out", chosen)
+    with open_checkpoint(tmp_path / "out") as written, open_checkpoint(source) as original:
+        info = detect(written.config, written.tensors)
+        assert not [name for name in info.layers if "k_proj" in name]
+        assert written.raw("model.layers.0.self_attn.k_proj.weight") == original.raw("model.layers.0.self_attn.k_proj.weight")
+        assert info.layers["model.layers.0.mlp.down_proj"] == 64
+        assert info.layers["model.layers.1.self_attn.q_proj"] == -1
+        assert info.layers["model.layers.0.self_attn.q_proj"] == 32
+        assert read_linear(written, info, "model.layers.0.mlp.down_proj").group_size == 64
+    assert {item["name"] for item in report["kept"]} >= {"model.layers.0.self_attn.k_proj", "lm_head"}
+
+
+def test_the_head_is_quantized_when_asked(tmp_path: Path, text: Path) -> None:
+    """If --include lm_head were ignored, the largest matrix of a small model would stay 16-bit unnoticed."""
+    from transformers import AutoModelForCausalLM
+
+    source = make_tiny(tmp_path / "model")
+    quantize(source, tmp_path / "out", recipe(text, quantize__include=["lm_head"]))
+    with open_checkpoint(tmp_path / "out") as written:
+        assert "lm_head.weight_packed" in written.tensors and "lm_head.weight" not in written.tensors
+    expected = logits(load_dense(tmp_path / "out", dtype=torch.float32))
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32))
+    assert (found - expected).norm() / expected.norm() < 1e-3
+
+
+def test_a_tied_head_stays_tied(tmp_path: Path, text: Path) -> None:
+    """If a tied head were quantized, the embedding would change with it."""
+    source = zoo.build("qwen2", tmp_path / "model")
+    with pytest.raises(UsageError, match="tied to the embedding"):
+        quantize(source, tmp_path / "out", recipe(text, quantize__include=["lm_head"]))
+    quantize(source, tmp_path / "out", recipe(text))
+    with open_checkpoint(tmp_path / "out") as written:
+        assert "lm_head.weight" not in written.tensors and written.config["tie_word_embeddings"] is True
+
+
+def test_biases_travel(tmp_path: Path, text: Path) -> None:
+    """If a bias were left behind, q, k and v of every Qwen model would be wrong."""
+    source = zoo.build("qwen2", tmp_path / "model")
+    quantize(source, tmp_path / "out", recipe(text))
+    with open_checkpoint(tmp_path / "out") as written, open_checkpoint(source) as original:
+        name = "model.layers.1.self_attn.v_proj.bias"
+        assert written.raw(name) == original.raw(name)
+
+
+def test_experts_that_saw_few_tokens_are_reported(tmp_path: Path, text: Path) -> None:
+    """If a starved expert were solved from a handful of tokens in silence, one topic of the model would break unnoticed."""
+    source = zoo.build("qwen3_moe", tmp_path / "model")
+    chosen = recipe(text, calibration__samples=1, calibration__sequence_length=12, calibration__minimum_tokens=8)
+    report = quantize(source, tmp_path / "out", chosen)
+    starved = {item["name"]: item for item in report["underfed"]}
+    assert starved and all("expert" in name for name in starved)
+    assert all("blended" in item["remark"] or item["tokens"] == 0 for item in starved.values())
+
+
+def test_scales_of_a_bfloat16_model_are_exact_in_bfloat16(tmp_path: Path, text: Path) -> None:
+    """If scales lost digits when a runtime loads the model in its own bfloat16, it would not compute what was solved."""
+    source = zoo.build("llama", tmp_path / "model", dtype=torch.bfloat16)
+    quantize(source, tmp_path / "out", recipe(text))
+    with open_checkpoint(tmp_path / "out") as written:
+        scales = written.read("model.layers.0.mlp.up_proj.weight_scale")
+        assert scales.dtype == torch.float16
+        assert torch.equal(scales.to(torch.bfloat16).to(torch.float16), scales)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "kind", "words"),
+    [
+        ({"quantize__group_size": 128}, {}, UsageError, "not a multiple of group size 128"),
+        ({"quantize__skip": ["q_porj"]}, {}, UsageError, "matches no linear"),
+        ({"quantize__overrides": {"mlp.dwon_proj": {"group_size": 32}}}, {}, UsageError, "matches no linear"),
+        ({"quantize__skip": ["*"]}, {}, UsageError, "nothing would be quantized"),
+        ({"calibration__samples": 10_000}, {}, BadInput, "10000 were asked for"),
+        ({"calibration__minimum_tokens": 100_000}, {}, BadInput, "count for calibration"),
+        ({"calibration__sequence_length": 4096}, {}, UsageError, "longer than the model can read"),
+        ({}, {"max_memory": 1 << 20}, ResourceProblem, "needs about"),
+        ({}, {"device": "tpu"}, MarlinctlError, "no device"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_work(
+    changes: dict[str, Any], options: dict[str, Any], kind: type[MarlinctlError], words: str, tmp_path: Path, text: Path
+) -> None:
+    """If these were found late, hours would be lost; if something were written, it would look like a model."""
+    source = zoo.build("phi3", tmp_path / "model")
+    with pytest.raises(kind, match=words) as caught:
+        quantize(source, tmp_path / "out", recipe(text, **changes), **options)
+    assert all(p.what and p.where and p.fix for p in caught.value.problems)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out.tmp-*"))
+
+
+def test_nearest_names_help_with_a_misspelled_pattern(tmp_path: Path, text: Path) -> None:
+    """If the error did not name what is there, users would have to read the code to find a layer's name."""
+    with pytest.raises(UsageError) as caught:
+        quantize(make_tiny(tmp_path / "model"), tmp_path / "out", recipe(text, quantize__skip=["dwon_proj"]))
+    assert "down_proj" in caught.value.problems[0].fix
+
+
+def test_nan_in_a_weight_is_named(tmp_path: Path, text: Path) -> None:
+    """If a NaN went unnoticed, a whole layer would become NaN after hours."""
+    from safetensors.torch import load_file, save_file
+
+    source = make_tiny(tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(NumericalProblem) as caught:
+        quantize(source, tmp_path / "out", recipe(text))
+    told = caught.value.problems[0]
+    assert "model.layers.1.mlp.up_proj.weight" in told.what + told.where and "3, 5" in told.what + told.where
+
+
+def test_more_weights_than_the_config_describes_are_refused(tmp_path: Path, text: Path) -> None:
+    """If a config with fewer layers were accepted, half the model would be dropped in silence."""
+    source = make_tiny(tmp_path / "model")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.raises(BadInput, match="no place in the model"):
+        quantize(source, tmp_path / "out", recipe(text))
+
+
+def test_strict_stops_where_a_fallback_would_be_needed(tmp_path: Path, text: Path) -> None:
+    """If --strict let a fallback pass, CI jobs that rely on it would publish rounded layers."""
+    from safetensors.torch import load_file, save_file
+
+    source = make_tiny(tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.input_layernorm.weight"].zero_()  # q, k and v of block 0 see zeros only
+    save_file(tensors, source / "model.safetensors")
+    report = quantize(source, tmp_path / "out", recipe(text))
+    assert [item["name"].rpartition(".")[2] for item in report["fallbacks"]][:3] == ["q_proj", "k_proj", "v_proj"]
+    with pytest.raises(NumericalProblem, match="--strict"):
+        quantize(source, tmp_path / "strict", recipe(text), strict=True)
+    assert not (tmp_path / "strict").exists()
+
+
+def test_a_failure_leaves_the_old_output_untouched(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If --overwrite removed the old model before the new one is checked, a failed run would cost both."""
+    source = make_tiny(tmp_path / "model")
+    quantize(source, tmp_path / "out", recipe(text))
+    before = digests(tmp_path / "out")
+    with pytest.raises(UsageError, match="not empty"):
+        quantize(source, tmp_path / "out", recipe(text))
+    monkeypatch.setattr("marlinctl.job._digest", lambda linear: str(torch.rand(1)))
+    with pytest.raises(MarlinctlError, match="differ from those that were solved"):
+        quantize(source, tmp_path / "out", recipe(text, quantize__refine=0), overwrite=True)
+    assert digests(tmp_path / "out") == before
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "out", "out.log", "text.txt"}
