@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin
 CONSTRAINTS = constraints.txt
 
-.PHONY: help demo test lint types tests format docs gpu slow wheel clean
+.PHONY: help demo test lint types tests format docs site gpu slow wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -21,6 +21,10 @@ $(VENV)/.installed-demo: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 $(VENV)/.installed-test: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	$(RUN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[test]'
 	@touch $@ $(VENV)/.installed-demo
+
+$(VENV)/.installed-docs: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(RUN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[docs]'
+	@touch $@
 
 demo: $(VENV)/.installed-demo  ## quantize a real model, pack it twice, verify and evaluate it
 	$(RUN)/python scripts/demo.py
@@ -48,8 +52,11 @@ format: $(VENV)/.installed-test  ## ruff format
 docs: $(VENV)/.installed-test  ## write the generated pages anew
 	$(RUN)/python scripts/make_cli_docs.py
 
+site: $(VENV)/.installed-docs  ## docs/ as a site
+	$(RUN)/python -m mkdocs build -q
+
 wheel: $(VENV)/.installed-test  ## dist/marlinctl-*.whl
 	$(RUN)/python -m build -q --wheel
 
 clean:  ## everything that git does not track, but for downloads
-	rm -rf $(VENV) build dist demo-out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site demo-out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 SECONDS_BETWEEN_LINES = 10.0
+COUNTABLE = 10_000  # totals from here on are shown as a share
 LINES_IN_MEMORY = 2000  # of log, as long as no file is known
 
 _TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_(?:(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{8,}|[a-z]{17,})")  # not `hf_datasets`
@@ -146,11 +147,17 @@ class Progress:
             if note:
                 self._console.say(note)
         elif note:
-            self._console.say(f"{self._label} {self._done}/{self._total}: {note}")
+            self._console.say(f"{self._label} {self._how_far()}: {note}")
             self._last_line = now
         elif now - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._console.say(f"{self._label} {self._done}/{self._total}, {self._left(now)} left")
+            self._console.say(f"{self._label} {self._how_far()}, {self._left(now)} left")
             self._last_line = now
+
+    def _how_far(self) -> str:
+        """Steps that a person can count are counted; weights and bytes are a share."""
+        if self._total < COUNTABLE:
+            return f"{self._done}/{self._total}"
+        return f"{100 * self._done // self._total} %"
 
     def _left(self, now: float) -> str:
         return duration((now - self._started) / max(self._done, 1) * max(self._total - self._done, 0))
@@ -224,7 +231,7 @@ class Console:
         if self._quiet or self.json or self._bar is not None or not self._err.isatty():
             yield Progress(self, label, total, None)
         else:
-            with _draw_bar(self._err, self._colour and colour_wanted(self._err)) as self._bar:
+            with _draw_bar(self._err, self._colour and colour_wanted(self._err), total) as self._bar:
                 try:
                     yield Progress(self, label, total, self._bar)
                 finally:
@@ -317,15 +324,15 @@ class _SilentConsole(Console):
         self._record(logging.INFO, f"result:\n{text}")
 
 
-def _draw_bar(stream: TextIO, colour: bool) -> Bar:
+def _draw_bar(stream: TextIO, colour: bool, total: int) -> Bar:
     from rich.console import Console as RichConsole
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
     return Bar(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        MofNCompleteColumn(),
+        MofNCompleteColumn() if total < COUNTABLE else TaskProgressColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

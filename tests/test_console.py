@@ -142,6 +142,16 @@ def test_progress_without_a_terminal_is_a_line_per_note_and_few_others(
     assert lines[1].endswith(" left") and lines[-1].endswith(", 0 s left")
 
 
+def test_large_totals_are_a_share(streams: tuple[io.StringIO, io.StringIO]) -> None:
+    """`quantize 103514112/106168320` tells a person nothing."""
+    _, err = streams
+    console = Console(stderr=err)
+    with console.progress("quantize", 106_168_320) as progress:
+        progress.advance(103_514_112, note="o_proj")
+    console.close()
+    assert err.getvalue() == "quantize 97 %: o_proj\n"
+
+
 def test_progress_on_a_terminal_is_a_bar_with_lines_above(monkeypatch: pytest.MonkeyPatch) -> None:
     """Notes and warnings would be lost behind the bar, or tear it."""
     monkeypatch.setenv("TERM", "xterm")

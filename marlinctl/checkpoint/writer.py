@@ -173,7 +173,8 @@ class StagedCheckpoint:
         """Write one small file. Existing ones are replaced: companions may be overridden."""
         target = self.path / name
         with _disk_problems(target, len(data)):
-            target.parent.mkdir(exist_ok=True)
+            if not target.parent.exists():
+                target.parent.mkdir()
             with _whole_file(target) as file:
                 file.write(data)
 

@@ -16,12 +16,16 @@ from typing import Any
 Row = tuple[str, str, str, str, str, str]
 
 
+def rows(document: dict[str, Any]) -> list[Row]:
+    """Every figure: task or text, split, metric, score, baseline, difference."""
+    return [*_task_rows(document), *_text_rows(document)]
+
+
 def render_table(document: dict[str, Any]) -> str:
-    rows = [*_task_rows(document), *_text_rows(document)]
     compared = document.get("baseline") is not None
     head: Row = ("task", "split", "metric", "score", "baseline", "difference")
     width = 6 if compared else 4
-    cells = [row[:width] for row in [head, *rows]]
+    cells = [row[:width] for row in [head, *rows(document)]]
     widths = [max(len(row[column]) for row in cells) for column in range(width)]
     lines = ["  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip() for row in cells]
     return "\n".join([*lines, *_notes(document)])

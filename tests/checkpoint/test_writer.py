@@ -93,7 +93,12 @@ def test_config_comes_after_all_weights_and_the_manifest_last(source: Path, tmp_
     """A killed run must not leave a folder that looks like a model, nor a manifest of an incomplete one."""
     renamed: list[str] = []
     replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: (renamed.append(Path(b).name), replace(a, b))[1])
+
+    def spy(a: Path, b: Path) -> None:
+        renamed.append(Path(b).name)
+        replace(a, b)
+
+    monkeypatch.setattr(os, "replace", spy)
     publish(tmp_path / "out")
     assert renamed[-2:] == ["config.json", manifest.NAME]
 
@@ -306,13 +311,16 @@ def test_a_disk_that_fails_at_any_call_leaves_the_old_model(source: Path, tmp_pa
     publish(tmp_path / "out", value=1.0)
     old = tree(tmp_path / "out")
     for n, _, fault in every_call(tmp_path, lambda: OSError(code, os.strerror(code))):
+        noticed = None
         try:
             publish(tmp_path / "out", value=2.0, overwrite=True)
         except ResourceProblem as problem:
-            assert problem.exit_code == 5 and "nothing was published" in problem.problems[0].fix
-            assert tree(tmp_path / "out") == old, f"call {n}"
-        else:
+            noticed = problem
+        if noticed is None:
             assert fault.on, f"call {n} failed and nobody noticed"
+        else:
+            assert noticed.exit_code == 5 and "nothing was published" in noticed.problems[0].fix
+            assert tree(tmp_path / "out") == old, f"call {n}"
         assert [p.name for p in tmp_path.iterdir() if p.name.startswith("out.")] == [], f"call {n} left something behind"
     assert tree(tmp_path / "out") != old  # the last round had no fault
 

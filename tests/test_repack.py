@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from marlinctl import manifest, repack
+from marlinctl.checkpoint import formats, writer
+from marlinctl.checkpoint.reader import open_checkpoint
+from marlinctl.errors import BadInput, CheckFailed, MarlinctlError, ResourceProblem, UsageError
+from marlinctl.load import load_dense
+from tests.packed import ct_block, edit_json, foreign_ct, foreign_gptq, gptq_block, make_foreign, make_packed, tree
+from tests.tiny import make_tiny
+
+LAYER = "model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("repack") / "source", shards=2)
+
+
+@pytest.fixture(scope="module")
+def packed(source: Path) -> dict[str, Path]:
+    """One model in each packed format, with exceptions among its group sizes and a skipped linear."""
+    folders = {}
+    for fmt in ("ct", "gptq", "marlin"):
+        folders[fmt] = source.parent / fmt
+        options = {"overrides": {"model.layers.1.mlp.down_proj": 64, "model.layers.0.self_attn.o_proj": -1}}
+        make_packed(source, folders[fmt], fmt, skip=["model.layers.1.self_attn.o_proj"], **options)  # type: ignore[arg-type]
+    return folders
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {path: tensor for shard in folder.glob("*.safetensors") for path, tensor in load_file(shard).items()}
+
+
+@pytest.mark.parametrize("target", ["ct", "gptq", "marlin"])
+@pytest.mark.parametrize("origin", ["ct", "gptq", "marlin"])
+def test_every_format_becomes_every_other_bit_for_bit(packed: dict[str, Path], tmp_path: Path, origin: str, target: str) -> None:
+    """The codes are the model; converting there must give what quantizing into that format gave in the first place."""
+    repack.repack(packed[origin], tmp_path / "out", format=target)
+    made, want = weights(tmp_path / "out"), weights(packed[target])
+    assert set(made) == set(want)
+    assert all(torch.equal(made[name], want[name]) for name in want)
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", packed[target])]
+    for config in configs:
+        config["quantization_config"].pop("marlinctl")
+    assert configs[0] == configs[1]
+    manifest.check(tmp_path / "out")
+
+
+def test_repacking_twice_gives_equal_files(packed: dict[str, Path], tmp_path: Path) -> None:
+    """Published files must not depend on the run."""
+    for name in ("a", "b"):
+        repack.repack(packed["ct"], tmp_path / name, format="marlin")
+    one, two = tree(tmp_path / "a"), tree(tmp_path / "b")
+    assert {name: data for name, data in one.items() if name != "README.md"} == {n: d for n, d in two.items() if n != "README.md"}
+
+
+def test_dense_is_the_dequantized_model_rounded_to_fp16(packed: dict[str, Path], tmp_path: Path) -> None:
+    """A dense copy with other weights than the packed model would be measured in its place."""
+    repack.repack(packed["marlin"], tmp_path / "out", format="dense")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config
+    dense, reference = load_dense(tmp_path / "out", dtype=torch.float32), load_dense(packed["ct"], dtype=torch.float32)
+    for name, tensor in reference.state_dict().items():
+        want = tensor.half().float() if name.endswith("proj.weight") else tensor
+        assert torch.equal(dense.state_dict()[name], want), name
+
+
+def test_companions_provenance_and_origin_travel(packed: dict[str, Path], tmp_path: Path) -> None:
+    """Without the tokenizer the folder does not run; without the source's digest nobody can tell what it was made from."""
+    repack.repack(packed["ct"], tmp_path / "out", format="gptq")
+    out = tmp_path / "out"
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (out / name).read_bytes() == (packed["ct"] / name).read_bytes()
+    document = manifest.read(out)
+    assert document["packed_from"] == {"format": "ct", "variant": "", "manifest_sha256": manifest.digest(packed["ct"])}
+    assert document["recipe_hash"] == "0" * 64  # what the quantization noted is kept
+    block = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert block["marlinctl"]["version"] != "test" and json.loads((out / "quantize_config.json").read_text()) == block
+    card = (out / "README.md").read_text()
+    assert "marlinctl pack ct out --format gptq" in card and "model.layers.1.self_attn.o_proj" in card
+
+
+# ---- several folders at once ---------------------------------------------------------------------------------------------------------
+
+
+def test_also_publishes_a_second_folder(packed: dict[str, Path], tmp_path: Path) -> None:
+    """A native folder alone is useless to servers; one pass must give both."""
+    done = repack.repack(packed["gptq"], tmp_path / "m", format="marlin", also=("ct", "dense"))
+    assert [entry["format"] for entry in done["outputs"]] == ["marlin", "ct", "dense"]
+    for name, fmt in (("m", "marlin"), ("m-ct", "ct"), ("m-dense", "dense")):
+        checkpoint = open_checkpoint(tmp_path / name, weight_files="auto")
+        assert formats.detect(checkpoint.config, checkpoint.tensors).name == fmt
+        size = next(entry["weight_bytes"] for entry in done["outputs"] if entry["format"] == fmt)
+        assert size == sum(info.end - info.begin for info in checkpoint.tensors.values())  # what the disk was asked for
+
+
+def test_both_folders_or_neither(packed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two would be taken for a finished run."""
+    real = repack.check_written
+
+    def second_fails(source: repack.Source, fmt: str, folder: Path, console: object) -> None:
+        if fmt == "ct":
+            raise CheckFailed("E103", "damaged", where="", fix="")
+        real(source, fmt, folder, console)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(repack, "check_written", second_fails)
+    with pytest.raises(CheckFailed):
+        repack.repack(packed["gptq"], tmp_path / "m", format="marlin", also=("ct",))
+    assert list(tmp_path.iterdir()) == [tmp_path / "marlinctl-cache"] or list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("fmt", "also"), [("ct", ("ct",)), ("awq", ()), ("ct", ("marlin", "marlin")), ("marlin", ("gguf",))])
+def test_impossible_formats_are_refused(packed: dict[str, Path], tmp_path: Path, fmt: str, also: tuple[str, ...]) -> None:
+    """A mistyped format must not cost a pass over the model."""
+    with pytest.raises(UsageError):
+        repack.repack(packed["ct"], tmp_path / "out", format=fmt, also=also)
+
+
+def test_output_rules_hold_for_every_folder(packed: dict[str, Path], tmp_path: Path) -> None:
+    """OUT-ct may exist although OUT does not: it must not be replaced."""
+    (tmp_path / "out-ct").mkdir()
+    (tmp_path / "out-ct" / "config.json").write_text("{}")
+    with pytest.raises(UsageError) as caught:
+        repack.repack(packed["ct"], tmp_path / "out", format="marlin", also=("ct",))
+    assert caught.value.error_id == "E222" and not (tmp_path / "out").exists()
+
+
+# ---- foreign input -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("v2", "block"), [(False, {}), (True, {"checkpoint_format": "gptq_v2"}), (False, {"desc_act": True})])
+def test_foreign_gptq_becomes_ct(source: Path, tmp_path: Path, v2: bool, block: dict[str, object]) -> None:
+    """Most published 4-bit models are GPTQ files of other programs."""
+    single = make_tiny(tmp_path / "single")
+    codes = make_foreign(single, tmp_path / "in", gptq_block(**block), lambda q: foreign_gptq(q, v2=v2))
+    repack.repack(tmp_path / "in", tmp_path / "out", format="ct")
+    checkpoint = open_checkpoint(tmp_path / "out")
+    info = formats.detect(checkpoint.config, checkpoint.tensors)
+    assert all(torch.equal(formats.read_linear(checkpoint, info, layer).codes, q.codes) for layer, q in codes.items())
+    assert "fingerprint" in manifest.read(tmp_path / "out")["packed_from"]
+
+
+def test_act_order_is_explained(tmp_path: Path) -> None:
+    """Old GPTQ files have activation order at run time; converting them without their order gives noise."""
+    make_foreign(
+        make_tiny(tmp_path / "single"),
+        tmp_path / "in",
+        gptq_block(desc_act=True),
+        lambda q: {**foreign_gptq(q), "g_idx": foreign_gptq(q)["g_idx"].flip(0)},
+    )
+    with pytest.raises(BadInput) as caught:
+        repack.repack(tmp_path / "in", tmp_path / "out", format="ct")
+    problem = caught.value.problems[0]
+    assert "model.layers.0" in problem.what and "static order" in problem.fix and not (tmp_path / "out").exists()
+
+
+def test_scales_that_fp16_cannot_hold_go_to_ct_only(tmp_path: Path) -> None:
+    """bf16 scales of foreign files reach 1e38; rounding them quietly would change the model."""
+    make_foreign(
+        make_tiny(tmp_path / "single"),
+        tmp_path / "in",
+        ct_block(actorder="static"),
+        lambda q: {**foreign_ct(q), "weight_scale": q.scales.float() * 1.001},
+    )
+    repack.repack(tmp_path / "in", tmp_path / "ct", format="ct")
+    assert open_checkpoint(tmp_path / "ct").tensors[f"{LAYER}.weight_scale"].dtype == "F32"
+    for fmt in ("marlin", "gptq"):
+        with pytest.raises(BadInput) as caught:
+            repack.repack(tmp_path / "in", tmp_path / fmt, format=fmt)
+        assert caught.value.error_id == "E344" and "model.layers." in caught.value.problems[0].what
+    repack.repack(tmp_path / "in", tmp_path / "dense", format="dense")
+    want = {name: tensor.half() for name, tensor in load_dense(tmp_path / "in", dtype=torch.float32).state_dict().items()}
+    assert torch.equal(weights(tmp_path / "dense")[f"{LAYER}.weight"], want[f"{LAYER}.weight"])
+
+
+def test_dense_refuses_what_float16_cannot_hold(tmp_path: Path) -> None:
+    """Infinity in a weight makes every output NaN."""
+    make_foreign(
+        make_tiny(tmp_path / "single"),
+        tmp_path / "in",
+        ct_block(),
+        lambda q: {**foreign_ct(q), "weight_scale": torch.full_like(q.scales, 6e4).bfloat16()},
+    )
+    with pytest.raises(MarlinctlError) as caught:
+        repack.repack(tmp_path / "in", tmp_path / "out", format="dense")
+    assert (caught.value.error_id, caught.value.exit_code) == ("E600", 6)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "error_id"),
+    [
+        (lambda single, out: single.rename(out), "E347"),
+        (lambda single, out: make_foreign(single, out, ct_block(num_bits=8), foreign_ct), "E341"),
+        (lambda single, out: make_foreign(single, out, gptq_block(bits=8), foreign_gptq), "E342"),
+        (lambda single, out: make_foreign(single, out, gptq_block(), foreign_ct), "E348"),
+        (lambda single, out: make_foreign(single, out, ct_block(group_size=96), foreign_ct), "E349"),
+        (lambda single, out: make_foreign(single, out, ct_block(group_size=64), foreign_ct), "E346"),
+    ],
+)
+def test_unfit_input_is_refused_and_nothing_is_written(tmp_path: Path, prepare: object, error_id: str) -> None:
+    """Exit 3 with the reason, instead of a folder of noise."""
+    prepare(make_tiny(tmp_path / "single"), tmp_path / "in")  # type: ignore[operator]
+    with pytest.raises(BadInput) as caught:
+        repack.repack(tmp_path / "in", tmp_path / "out", format="marlin")
+    assert caught.value.error_id == error_id and not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_gptq_needs_multiples_of_eight_and_says_so_first(tmp_path: Path) -> None:
+    """Eight codes share a word: an odd shape would fail in the middle of the pass."""
+    folder = make_tiny(tmp_path / "single", hidden_size=48, num_attention_heads=4, num_key_value_heads=1, head_dim=12, intermediate_size=36)
+    make_packed(folder, tmp_path / "in", "ct", group_size=-1)
+    with pytest.raises(BadInput) as caught:
+        repack.repack(tmp_path / "in", tmp_path / "out", format="gptq")
+    assert caught.value.error_id == "E349" and len(caught.value.problems) == 10  # k, v, gate, up and down of two blocks
+    repack.repack(tmp_path / "in", tmp_path / "out", format="marlin")  # which pads
+
+
+# ---- faults --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_byte_on_the_way_to_disk_is_noticed(packed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check reads what was written, from disk: a packer or a disk that corrupts codes must not get past it."""
+    real = formats.linear_tensors
+
+    def corrupt(fmt: str, layer: str, q: formats.LinearParts) -> dict[str, torch.Tensor]:
+        tensors = real(fmt, layer, q)
+        if layer == LAYER:
+            tensors[f"{layer}.B"] = tensors[f"{layer}.B"].clone()
+            tensors[f"{layer}.B"][0, 0] ^= 1 << 9
+        return tensors
+
+    monkeypatch.setattr(formats, "linear_tensors", corrupt)
+    with pytest.raises(CheckFailed) as caught:
+        repack.repack(packed["ct"], tmp_path / "out", format="marlin")
+    assert caught.value.error_id == "E103" and LAYER in caught.value.problems[0].what
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_lost_tensor_is_noticed(packed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients fill a missing norm with ones and go on."""
+    real = writer.StagedCheckpoint.copy_tensors
+    monkeypatch.setattr(
+        writer.StagedCheckpoint, "copy_tensors", lambda self, c, names: real(self, c, [n for n in names if n != "model.norm.weight"])
+    )
+    with pytest.raises(CheckFailed, match=r"model\.norm\.weight"):
+        repack.repack(packed["ct"], tmp_path / "out", format="gptq")
+
+
+def test_a_full_disk_is_said_before_the_pass(packed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sizes are known from the headers, so the pass need not be tried."""
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    with pytest.raises(ResourceProblem) as caught:
+        repack.repack(packed["ct"], tmp_path / "out", format="marlin", also=("ct",))
+    assert "10 are free" in caught.value.problems[0].what
+
+
+def test_shards_stay_small_in_memory(packed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finished tensors are written as soon as a shard's worth is there: the whole model is never in memory."""
+    monkeypatch.setattr(repack, "_SHARD_BYTES", 20_000)
+    repack.repack(packed["ct"], tmp_path / "out", format="marlin")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
+    manifest.check(tmp_path / "out")
+
+
+def test_a_damaged_source_config_is_no_model(packed: dict[str, Path], tmp_path: Path) -> None:
+    """A source whose codes belong to another group size must be refused by the layer's name."""
+    import shutil
+
+    shutil.copytree(packed["marlin"], tmp_path / "in")
+    edit_json(tmp_path / "in" / "config.json", lambda c: c["quantization_config"].update(group_size=16))
+    with pytest.raises(BadInput) as caught:
+        repack.repack(tmp_path / "in", tmp_path / "out")
+    assert caught.value.error_id == "E346" and "s has shape" in caught.value.problems[0].what
+
+
+def test_extra_tensors_of_the_source_are_kept(tmp_path: Path) -> None:
+    """A bias or a buffer that no linear owns must not get lost."""
+    make_foreign(make_tiny(tmp_path / "single"), tmp_path / "in", ct_block(), foreign_ct)
+    tensors = load_file(tmp_path / "in" / "model.safetensors")
+    save_file({**tensors, f"{LAYER}.bias": torch.ones(256)}, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
+    repack.repack(tmp_path / "in", tmp_path / "out", format="marlin")
+    assert torch.equal(weights(tmp_path / "out")[f"{LAYER}.bias"], torch.ones(256))
