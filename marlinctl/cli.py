@@ -32,8 +32,9 @@ import click
 
 from marlinctl import __version__
 from marlinctl.commands.common import add_common_options
-from marlinctl.console import Console, printable
+from marlinctl.console import Console
 from marlinctl.errors import EnvironmentProblem, MarlinctlError, ResourceProblem, UsageError
+from marlinctl.log import printable
 
 VERBS = {
     "compress": "Quantize, pack, verify and evaluate a model in one go.",

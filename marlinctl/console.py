@@ -17,17 +17,16 @@ import json
 import logging
 import math
 import os
-import re
 import sys
 import time
 import traceback
-from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from marlinctl.errors import UsageError
+from marlinctl.log import MemoryThenFile, printable, redact
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -35,29 +34,10 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 SECONDS_BETWEEN_LINES = 10.0
 COUNTABLE = 10_000  # totals from here on are shown as a share
-LINES_IN_MEMORY = 2000  # of log, as long as no file is known
-
-_TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_(?:(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{8,}|[a-z]{17,})")  # not `hf_datasets`
-_BEARER = re.compile(r"(?i)\b(bearer|authorization:|token=)\s*[A-Za-z0-9._~+/=-]{8,}")
-_LOGIN = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
-_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")  # all but the newline
 
 _LOGGER = logging.getLogger("marlinctl")
 _LOGGER.setLevel(logging.DEBUG)
 _LOGGER.addHandler(logging.NullHandler())  # as every library does: without a handler, logging would print warnings itself
-
-
-def redact(text: str) -> str:
-    """Without secrets: hub tokens, bearer headers, logins in addresses."""
-    text = _TOKEN.sub("hf_<redacted>", text)
-    text = _BEARER.sub(lambda match: f"{match[1]} <redacted>", text)
-    return _LOGIN.sub("<redacted>", text)
-
-
-def printable(text: str, *, one_line: bool = False) -> str:
-    """Without control characters: names in a checkpoint are written by strangers and must not steer a terminal."""
-    text = _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode() if match[0] != "\t" else "    ", text)
-    return text.replace("\n", "\\n") if one_line else text
 
 
 def duration(seconds: float) -> str:
@@ -73,57 +53,6 @@ def duration(seconds: float) -> str:
 def colour_wanted(stream: TextIO) -> bool:
     """A terminal, and nobody asked for none (https://no-color.org: set and not empty)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
-class _MemoryThenFile(logging.Handler):
-    """Keeps the last lines until it learns of a file, then writes every line through."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.DEBUG)
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
-        self.lines: deque[str] = deque(maxlen=LINES_IN_MEMORY)
-        self.file: TextIO | None = None
-        self.path: Path | None = None
-
-    def open(self, path: Path) -> None:
-        self.file = path.open("a", encoding="utf-8", errors="backslashreplace")
-        try:
-            self.file.writelines(self.lines)
-            self.file.flush()
-        except OSError:
-            self._let_go()
-            raise
-        self.path = path
-        self.lines.clear()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        home = str(Path.home())
-        text = redact(self.format(record))
-        text = printable(text.replace(home + os.sep, "~" + os.sep) if len(home) > 1 else text) + "\n"
-        if self.file is None:
-            self.lines.append(text)
-            return
-        try:
-            self.file.write(text)
-            self.file.flush()
-        except OSError:
-            self._let_go()  # raised once, so that the error itself can still be reported
-            raise
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """A log that cannot be written means a full disk: stop for it, as for any other file, instead of going on without."""
-        raise
-
-    def close(self) -> None:
-        self._let_go()
-        super().close()
-
-    def _let_go(self) -> None:
-        """Every line is flushed as it is written, so that closing has nothing left to lose."""
-        if self.file is not None:
-            with suppress(OSError):
-                self.file.close()
-            self.file = None
 
 
 class Progress:
@@ -281,8 +210,8 @@ class Console:
         _LOGGER.propagate = True
         self._log.close()
 
-    def _attach_log(self) -> _MemoryThenFile:
-        log = _MemoryThenFile()
+    def _attach_log(self) -> MemoryThenFile:
+        log = MemoryThenFile()
         _LOGGER.addHandler(log)
         _LOGGER.propagate = False  # lm_eval and others set up the root logger, and every line would come twice
         return log
@@ -314,8 +243,8 @@ class Console:
 class _SilentConsole(Console):
     """Says nothing at all; every line still reaches the `marlinctl` logger, which the embedding program may show."""
 
-    def _attach_log(self) -> _MemoryThenFile:
-        return _MemoryThenFile()  # not attached: a library makes many consoles and closes none
+    def _attach_log(self) -> MemoryThenFile:
+        return MemoryThenFile()  # not attached: a library makes many consoles and closes none
 
     def _write_story(self, text: str, *, label: str = "", colour: str = "") -> None:
         pass

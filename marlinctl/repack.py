@@ -139,7 +139,8 @@ def written_bytes(source: Source, fmt: str) -> int:
             for axis in shape:
                 count *= axis
             packed += count * _DTYPE_BYTES.get(dtypes[0], 2)
-    return packed + sum(info.end - info.begin for name, info in source.checkpoint.tensors.items() if name in set(source.untouched))
+    untouched = (source.checkpoint.tensors[name] for name in source.untouched)
+    return packed + sum(info.end - info.begin for info in untouched)
 
 
 def _write_linears(source: Source, stages: Mapping[str, writer.StagedCheckpoint], console: Console) -> None:
@@ -198,8 +199,17 @@ def _finish(source: Source, fmt: str, stage: writer.StagedCheckpoint, console: C
     if fmt == "gptq":
         stage.write_file("quantize_config.json", manifest.canonical(config["quantization_config"]))  # what old loaders read
     origin = {"format": source.info.name, "variant": source.info.variant, **_source_digest(source)}
-    facts = _earlier_facts(source.checkpoint.folder) | {"packed_from": origin, "format": fmt}
-    details = card.CardFacts(fmt, source.info.layers, source.ignore, command, **_earlier_facts(source.checkpoint.folder))
+    earlier = _earlier_facts(source.checkpoint.folder)
+    facts = {**earlier, "packed_from": origin, "format": fmt}
+    made_from, recipe = earlier.get("source", {}), earlier.get("recipe", {})
+    details = card.CardFacts(
+        fmt,
+        source.info.layers,
+        source.ignore,
+        command,
+        base_model=made_from.get("name") if made_from.get("kind") == "hub" else None,
+        recipe_hash=recipe.get("sha256"),
+    )
     stage.finish(
         config,
         manifest=facts,
@@ -217,11 +227,11 @@ def provenance(old_block: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _earlier_facts(folder: Path) -> dict[str, Any]:
-    """What the source's manifest says of the model it was made from; nothing for a foreign folder."""
+    """What the source's manifest says of the model and the recipe it was made from; nothing for a foreign folder."""
     if not (folder / manifest.NAME).is_file():
         return {}
     document = manifest.read(folder)
-    return {key: document[key] for key in ("base_model", "license", "recipe_hash") if isinstance(document.get(key), str)}
+    return {key: document[key] for key in ("source", "recipe", "calibration") if isinstance(document.get(key), dict)}
 
 
 def _source_digest(source: Source) -> dict[str, Any]:

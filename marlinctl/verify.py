@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from marlinctl import fidelity, manifest
 from marlinctl.checkpoint import formats
-from marlinctl.checkpoint.targets import first_group, matches
+from marlinctl.checkpoint.targets import matches
 from marlinctl.errors import BadInput, CheckFailed, Problem
 from marlinctl.models import architecture
 
@@ -148,12 +148,11 @@ def _config_problems(checkpoint: Checkpoint, info: formats.FormatInfo) -> list[P
     if info.name == "ct":
         must("quantization_status", "compressed", "transformers would fill the linears with random numbers")
         ignore = [str(entry) for entry in block.get("ignore") or []]
-        targets = {name: [str(t) for t in group["targets"]] for name, group in block["config_groups"].items()}
         others = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
         problems += [
             Problem(f"{name} is 16-bit, but `ignore` does not say so: clients would look for packed tensors", where, _AGAIN)
             for name in formats.sixteen_bit_linears(others, info.layers)
-            if first_group(name, targets) and not any(matches(name, entry) for entry in ignore)
+            if not any(matches(name, entry) for entry in ignore)
         ]
         problems += [
             Problem(f"{layer} is packed, but `ignore` names it: clients would look for a 16-bit weight", where, _AGAIN)

@@ -96,7 +96,10 @@ def _replace(name: str, make: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 def _text(name: str, text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_text(text) and None
+    def damage(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return damage
 
 
 def _edit_json(name: str, edit: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
@@ -197,7 +200,11 @@ def _drop_tensor_everywhere(folder: Path) -> None:
     before = set(read_shard(folder / SECOND)[0])
     _drop_tensor(folder)
     gone = before - set(read_shard(folder / SECOND)[0])
-    _edit_json(INDEX, lambda index: [index["weight_map"].pop(name) for name in gone] and None)(folder)
+
+    def forget(index: dict[str, Any]) -> None:
+        index["weight_map"] = {tensor: shard for tensor, shard in index["weight_map"].items() if tensor not in gone}
+
+    _edit_json(INDEX, forget)(folder)
 
 
 def _forget_in_index(folder: Path) -> None:
@@ -241,6 +248,11 @@ def _link_out(folder: Path) -> None:
 def _parent_path(folder: Path) -> None:
     (folder / SECOND).rename(folder.parent / SECOND)
     _index_path(f"../{SECOND}")(folder)
+
+
+def _index_to_pickle(folder: Path) -> None:
+    (folder / SECOND).rename(folder / "weights.bin")
+    _index_path("weights.bin")(folder)
 
 
 def _remote_code(folder: Path) -> None:
@@ -342,7 +354,7 @@ FAULTS: dict[str, Fault] = {
     "index path with backslash": Fault(_index_path("..\\model.safetensors"), 3, "may leave the checkpoint folder"),
     "index path empty": Fault(_index_path(""), 3, "may leave the checkpoint folder"),
     "index path endless": Fault(_index_path("a" * 100_000 + ".safetensors"), 3, "cannot be followed"),
-    "index names a pickle": Fault(lambda f: (_replace(SECOND, lambda p: p.with_suffix(".bin").touch())(f), _index_path(SECOND.replace(".safetensors", ".bin"))(f))[0], 3, "no safetensors file"),
+    "index names a pickle": Fault(_index_to_pickle, 3, "no safetensors file"),
     "index promises too much": Fault(_drop_tensor, 3, "does not hold it"),
     "index forgets a tensor": Fault(_forget_in_index, 3, "not in the index"),
     "tensor in two shards": Fault(_tensor_in_two_shards, 3, "two shards"),

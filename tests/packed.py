@@ -59,7 +59,12 @@ def make_packed(
         stage.copy_companions(source)
         if fmt == "gptq":
             stage.write_file("quantize_config.json", canonical(config["quantization_config"]))
-        stage.publish(config, manifest={"recipe_hash": "0" * 64}, verify=verify, report_files={"README.md": b"# card\n"})
+        stage.publish(
+            config,
+            manifest={"recipe": {"sha256": "0" * 64}, "source": {"kind": "hub", "name": "org/Tiny"}},
+            verify=verify,
+            report_files={"README.md": b"# card\n"},
+        )
     return codes
 
 

@@ -141,7 +141,7 @@ CASES: list[tuple[BaseException, int, str]] = [
     (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), 5, "e590"),
     (OSError(errno.ENOSPC, "No space left on device", "/out/model"), 5, "e591"),
     (OSError(errno.EDQUOT, "Disk quota exceeded"), 5, "e591"),
-    (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 4, "e490"),
+    (PermissionError(errno.EACCES, "Permission denied", "/srv/x"), 4, "e490"),
     (OSError(errno.EROFS, "Read-only file system"), 4, "e490"),
     (ValueError("boom"), 70, "e900"),
     (FileNotFoundError(errno.ENOENT, "No such file", "x"), 70, "e900"),

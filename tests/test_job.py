@@ -247,3 +247,24 @@ def test_a_failure_leaves_the_old_output_untouched(tmp_path: Path, text: Path, m
         quantize(source, tmp_path / "out", recipe(text, quantize__refine=0), overwrite=True)
     assert digests(tmp_path / "out") == before
     assert {p.name for p in tmp_path.iterdir()} == {"model", "out", "out.log", "text.txt"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "qwen3_moe"])
+def test_cuda_does_the_same_job(model_type: str, tmp_path: Path, text: Path) -> None:
+    """If the CUDA path took other tokens, order or precision, its model would differ from the CPU's by more than rounding."""
+    source = zoo.build(model_type, tmp_path / "model", dtype=torch.bfloat16)
+    on_cpu = quantize(source, tmp_path / "cpu", recipe(text))
+    on_cuda = quantize(source, tmp_path / "cuda", recipe(text), device="cuda")
+    assert on_cuda["error"]["mean"] == pytest.approx(on_cpu["error"]["mean"], rel=0.02)
+    expected, found = (logits(load_dense(tmp_path / name, dtype=torch.float32)) for name in ("cpu", "cuda"))
+    assert (found - expected).norm() / expected.norm() < 0.1
+
+
+@pytest.mark.gpu
+def test_deterministic_runs_on_cuda_publish_the_same_bytes(tmp_path: Path, text: Path) -> None:
+    """If --deterministic did not hold on CUDA, a resumed or repeated job there could not be checked."""
+    source = make_tiny(tmp_path / "model")
+    for name in ("first", "second"):
+        quantize(source, tmp_path / name, recipe(text), device="cuda", dtype="bfloat16", deterministic=True)
+    assert digests(tmp_path / "first") == digests(tmp_path / "second")

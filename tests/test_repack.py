@@ -80,11 +80,12 @@ def test_companions_provenance_and_origin_travel(packed: dict[str, Path], tmp_pa
         assert (out / name).read_bytes() == (packed["ct"] / name).read_bytes()
     document = manifest.read(out)
     assert document["packed_from"] == {"format": "ct", "variant": "", "manifest_sha256": manifest.digest(packed["ct"])}
-    assert document["recipe_hash"] == "0" * 64  # what the quantization noted is kept
+    assert document["recipe"] == {"sha256": "0" * 64}  # what the quantization noted is kept
     block = json.loads((out / "config.json").read_text())["quantization_config"]
     assert block["marlinctl"]["version"] != "test" and json.loads((out / "quantize_config.json").read_text()) == block
     card = (out / "README.md").read_text()
     assert "marlinctl pack ct out --format gptq" in card and "model.layers.1.self_attn.o_proj" in card
+    assert 'base_model: "org/Tiny"' in card and "0" * 64 in card
 
 
 # ---- several folders at once ---------------------------------------------------------------------------------------------------------

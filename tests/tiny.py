@@ -81,7 +81,7 @@ def tiny_tensors(config: Mapping[str, Any], *, seed: int = 0, dtype: torch.dtype
 def tiny_tokenizer() -> Tokenizer:
     """Byte-level BPE with a few merges. Ids: special tokens, then the bytes, then what the merges make."""
     vocab = {token: i for i, token in enumerate(SPECIAL_TOKENS)}
-    pairs = [tuple(merge.split(" ")) for merge in MERGES]
+    pairs = [(left, right) for left, right in (merge.split(" ") for merge in MERGES)]
     for token in [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in pairs)]:
         vocab[token] = len(vocab)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs, fuse_unk=False, byte_fallback=False))

@@ -29,7 +29,7 @@ _LIMITS = {
 _MAX_EXPERTS_IN_MODEL = 10**6  # layers x experts
 # Ids beyond the embedding that no text produces: Gemma 3's text models ship the tokenizer of their multimodal siblings.
 _KNOWN_STRAYS = {"gemma3_text": {"<image_soft_token>"}}
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def check_remote_code(folder: Path, config: dict[str, Any]) -> tuple[str, ...]:
         return ()
     model_type = config.get("model_type")
     if _known_to_transformers(model_type):
-        return (f"auto_map in {' and '.join(carriers)} is ignored: transformers knows {model_type} itself, the code in the folder is not run",)
+        return (f"auto_map in {' and '.join(carriers)} is ignored and its code is not run: transformers knows {model_type} itself",)
     raise BadInput(
         "E312",
         f"the model needs Python code from its folder (auto_map in {' and '.join(carriers)}), which marlinctl never runs",
@@ -87,13 +87,13 @@ def check_remote_code(folder: Path, config: dict[str, Any]) -> tuple[str, ...]:
 
 def check_tokenizer(folder: Path, config: dict[str, Any]) -> None:
     """A tokenizer is there and none of its ids lies behind the embedding's last row."""
-    present = [name for name in _TOKENIZER_FILES if exists(folder, name)]
+    present = [name for name in TOKENIZER_FILES if exists(folder, name)]
     if not present:
         raise BadInput(
             "E314",
             "the tokenizer is missing",
             where=str(folder),
-            fix=f"download it into the folder (one of {', '.join(_TOKENIZER_FILES)}, with tokenizer_config.json)",
+            fix=f"download it into the folder (one of {', '.join(TOKENIZER_FILES)}, with tokenizer_config.json)",
         )
     try:
         ids = _token_ids(folder, present[0])
@@ -104,12 +104,11 @@ def check_tokenizer(folder: Path, config: dict[str, Any]) -> None:
     if not isinstance(rows, int):
         return  # the model class then has a size of its own, and check_expected compares it with the embedding
     strays = _KNOWN_STRAYS.get(str((text or config).get("model_type")), set())
-    beyond = {token: number for token, number in ids.items() if number >= rows and token not in strays}
-    if beyond:
-        token, number = max(beyond.items(), key=lambda item: item[1])
+    token, number = max(((t, i) for t, i in ids.items() if t not in strays), key=lambda item: item[1], default=("", -1))
+    if number >= rows:
         raise BadInput(
             "E315",
-            f"the tokenizer is larger than the embedding: {shown(token, 60)!r} has id {number}, vocab_size is {rows} ({len(beyond)} such tokens)",
+            f"the tokenizer is larger than the embedding: {shown(token, 60)!r} has id {number}, but vocab_size is {rows}",
             where=str(folder / present[0]),
             fix="the tokenizer belongs to another model, or the embedding was not resized; take both from one checkpoint",
         )

@@ -78,7 +78,7 @@ def open_member(folder: Path, name: str) -> FileIO:
     """Open a regular file of the checkpoint for reading; FileRefused for anything else. Never blocks."""
     real = member(folder, name)
     try:
-        _refuse_special(os.stat(real).st_mode, folder / name)
+        _refuse_special(real.stat().st_mode, folder / name)
         descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise FileRefused(
@@ -103,7 +103,8 @@ def read_json(folder: Path, name: str, *, limit: int = MAX_JSON_BYTES) -> Any:
     with open_member(folder, name) as handle:
         size = os.fstat(handle.fileno()).st_size
         if size > limit:
-            raise FileRefused(f"the file has {size:,} bytes, more than {limit:,}", folder / name, "this is no metadata file; download it again")
+            what = f"the file has {size:,} bytes, more than {limit:,}"
+            raise FileRefused(what, folder / name, "this is no metadata file; download it again")
         data = handle.read()
     return parse_json(data, folder / name)
 

@@ -29,7 +29,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from marlinctl.checkpoint.targets import first_group, name_patterns, with_fused_names
+from marlinctl.checkpoint.targets import GroupOf, matches, name_patterns, with_fused_names
 from marlinctl.errors import BadInput, Problem
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from marlinctl.quantize.types import QuantizedLinear
 
 WRITABLE = ("ct", "gptq", "marlin", "dense")
+_AGAIN = "fetch or write the checkpoint again"
 FORMAT_VERSION = 1  # of native folders; a higher one was written by a newer marlinctl
 
 # The tensors of one quantized linear; the first one marks a linear as quantized.
@@ -70,7 +71,7 @@ class FormatInfo:
     @property
     def group_size(self) -> int | None:
         """The group size of most layers; None for a dense model."""
-        return Counter(self.layers.values()).most_common(1)[0][0] if self.layers else None
+        return _sizes_by_count(self.layers)[0] if self.layers else None
 
     @property
     def loaders(self) -> tuple[str, ...]:
@@ -130,16 +131,25 @@ def detect(config: Mapping[str, Any], tensor_names: Iterable[str]) -> FormatInfo
     if not isinstance(block, Mapping):
         raise _unreadable("quantization_config is not an object", "write it again, or fetch config.json again")
     method = block.get("quant_method", "compressed-tensors" if "config_groups" in block else None)
-    if method == "compressed-tensors":
-        return _detect_ct(block, names)
-    if method in ("gptq", "gptq_marlin", "auto_gptq"):
-        return _detect_gptq(block, names)
-    if method == "marlinctl":
-        return _detect_marlin(block, names)
+    try:
+        if method == "compressed-tensors":
+            return _detect_ct(block, names)
+        if method in ("gptq", "gptq_marlin", "auto_gptq"):
+            return _detect_gptq(block, names)
+        if method == "marlinctl":
+            return _detect_marlin(block, names)
+    except ValueError as problem:
+        raise _unreadable(str(problem), "restore quantization_config from the original") from None
     raise _unreadable(
         f"the model is quantized with {method!r}, which marlinctl does not read",
         "use compressed-tensors pack-quantized or GPTQ, 4-bit symmetric, or quantize the original 16-bit model",
     )
+
+
+def _sizes_by_count(layers: Mapping[str, int]) -> list[int]:
+    """Group sizes, the most frequent first; among equals the smaller, so that the order of the layers does not matter."""
+    counts = Counter(layers.values())
+    return sorted(counts, key=lambda size: (-counts[size], size))
 
 
 def layer_names(names: Iterable[str], fmt: str) -> list[str]:
@@ -174,18 +184,23 @@ def _dense(names: Sequence[str]) -> FormatInfo:
 def _detect_ct(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
     if block.get("format") != "pack-quantized":
         raise _unreadable(f"compressed-tensors format {block.get('format')!r} is not pack-quantized", "only 4-bit pack-quantized is read")
-    sparsity = block.get("sparsity_config") or {}
+    sparsity = _object(block, "sparsity_config")
     if sparsity.get("format", "dense") != "dense":
         raise _unreadable(f"sparsity format {sparsity['format']!r} is not read", "save the model without sparse compression")
     groups = block.get("config_groups")
     usable = isinstance(groups, Mapping) and all(isinstance(g, Mapping) and isinstance(g.get("targets"), list) for g in groups.values())
     if not isinstance(groups, Mapping) or not usable:
         raise _unreadable("config_groups is missing or has a group without targets", "restore quantization_config from the original")
-    targets = {name: [str(t) for t in group["targets"]] for name, group in groups.items()}
+    group_of = GroupOf({name: [str(t) for t in group["targets"]] for name, group in groups.items()})
+    ignore = block.get("ignore") or []
+    if not isinstance(ignore, list):
+        raise ValueError("ignore is not a list")
+    for entry in ignore:
+        matches("", str(entry))  # an expression that is none is refused here, once
     layers: dict[str, int] = {}
     problems: list[Problem] = []
     for layer in layer_names(names, "ct"):
-        group = first_group(layer, targets)
+        group = group_of(layer)
         if group is None:
             what = f"{layer} is packed but no config group names it"
             problems.append(Problem(what, "config.json: config_groups", "add it to a group's targets"))
@@ -206,7 +221,7 @@ def _detect_ct(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
 
 def _ct_reason(group: Mapping[str, Any]) -> str | None:
     """Why a config group is not 4-bit symmetric weight-only, or None."""
-    weights = group.get("weights") or {}
+    weights = _object(group, "weights")
     if weights.get("num_bits") != 4 or weights.get("type", "int") != "int":
         return f"{weights.get('num_bits')}-bit {weights.get('type', 'int')}"
     if weights.get("symmetric", True) is not True:
@@ -216,7 +231,7 @@ def _ct_reason(group: Mapping[str, Any]) -> str | None:
     if group.get("input_activations"):
         return "its activations are quantized too"
     strategy, size = weights.get("strategy"), weights.get("group_size")
-    if strategy == "group" and not (isinstance(size, int) and size > 0):
+    if strategy == "group" and not (isinstance(size, int) and not isinstance(size, bool) and size > 0):
         return f"strategy group with group_size {size!r}"
     if strategy not in ("group", "channel", None):
         return f"strategy {strategy!r}"
@@ -226,7 +241,7 @@ def _ct_reason(group: Mapping[str, Any]) -> str | None:
 
 
 def _ct_group_size(group: Mapping[str, Any]) -> int:
-    weights = group.get("weights") or {}
+    weights = _object(group, "weights")
     size = weights.get("group_size")
     return int(size) if isinstance(size, int) and size > 0 and weights.get("strategy") != "channel" else -1
 
@@ -241,17 +256,13 @@ def _detect_gptq(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
         problems.append(Problem(f"{block.get('bits')!r}-bit GPTQ is not read", "config.json: bits", "only 4 bits are read"))
     if block.get("sym", True) is not True:
         problems.append(Problem("asymmetric GPTQ is not read", "config.json: sym", "quantize the original model symmetrically"))
-    size = block.get("group_size", -1)
-    if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):
-        what = f"group_size {size!r} is no group size"
-        problems.append(Problem(what, "config.json: group_size", "a positive number, or -1 for whole rows"))
-        size = -1
+    size, dynamic = _size(block.get("group_size", -1)), _object(block, "dynamic")
     layers: dict[str, int] = {}
     for layer in layer_names(names, "gptq"):
-        rule = _dynamic_rule(block.get("dynamic") or {}, layer)
+        rule = _dynamic_rule(dynamic, layer)
         if rule.get("bits", 4) != 4 or rule.get("sym", True) is not True:
             problems.append(Problem(f"{layer}: {rule} is not 4-bit symmetric", "config.json: dynamic", "only 4-bit symmetric is read"))
-        layers[layer] = int(rule.get("group_size", size))
+        layers[layer] = _size(rule.get("group_size", size))
     _refuse("E342", problems)
     return FormatInfo("gptq", 4, layers, "v2" if label == "gptq_v2" else "v1")
 
@@ -259,14 +270,14 @@ def _detect_gptq(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
 def _dynamic_rule(dynamic: Mapping[str, Any], layer: str) -> Mapping[str, Any]:
     """The first rule of GPTQModel's `dynamic` whose expression matches the layer."""
     for pattern, rule in dynamic.items():
-        if not pattern.startswith("-:") and isinstance(rule, Mapping) and re.match(pattern.removeprefix("+:"), layer):
+        if not pattern.startswith("-:") and isinstance(rule, Mapping) and matches(layer, f"re:{pattern.removeprefix('+:')}"):
             return rule
     return {}
 
 
 def _detect_marlin(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
     version = block.get("format_version")
-    if not isinstance(version, int) or version < 1:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise _unreadable(f"format_version {version!r} is not a version", "write the folder again with `marlinctl pack --format marlin`")
     if version > FORMAT_VERSION:
         raise BadInput(
@@ -278,8 +289,22 @@ def _detect_marlin(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo
     if block.get("format") != "marlin" or block.get("bits") != 4:
         what = f"native format {block.get('format')!r} with {block.get('bits')!r} bits is not read"
         raise _unreadable(what, "only marlin with 4 bits is")
-    overrides, size = block.get("overrides") or {}, block.get("group_size", -1)
-    return FormatInfo("marlin", 4, {layer: int(overrides.get(layer, size)) for layer in layer_names(names, "marlin")})
+    overrides, size = _object(block, "overrides"), block.get("group_size", -1)
+    return FormatInfo("marlin", 4, {layer: _size(overrides.get(layer, size)) for layer in layer_names(names, "marlin")})
+
+
+def _object(block: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """block[key], which must be an object; absent and null are an empty one."""
+    value = block.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{key} is not an object")
+    return value or {}
+
+
+def _size(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
+        raise ValueError(f"group_size {value!r} is neither a positive number nor -1 (whole rows)")
+    return value
 
 
 def _unreadable(what: str, fix: str) -> BadInput:
@@ -301,7 +326,7 @@ def quantization_config(
     provenance: Mapping[str, Any] | None = None,  # goes under the key "marlinctl", which clients ignore
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
-    majority = Counter(layers.values()).most_common(1)[0][0]
+    majority = _sizes_by_count(layers)[0]
     differing = {name: size for name, size in layers.items() if size != majority}
     everything = [*layers, *ignore]
     block: dict[str, Any]
@@ -325,8 +350,9 @@ def _ct_block(layers: Mapping[str, int], everything: Sequence[str], ignore: Sequ
 
     NOTE: with several sizes no group may say "Linear". compressed-tensors prefers a layer's own name to its class, but vLLM asks for the
     class before it asks for the shards of a fused linear, so qkv_proj (a QKVParallelLinear) would get the group that says "Linear".
+    transformers' default mode follows the groups; its `dequantize=True` (5.23) takes the first group for every linear, and stops.
     """
-    sizes = sorted(set(layers.values()), key=lambda size: (-sum(1 for s in layers.values() if s == size), size))
+    sizes = _sizes_by_count(layers)
     groups = {}
     for i, size in enumerate(sizes):
         chosen = [name for name, s in layers.items() if s == size]
@@ -387,14 +413,26 @@ def linear_shapes(fmt: str, n: int, k: int, group_size: int) -> dict[str, tuple[
     }
 
 
+_RANKS = {"weight_shape": 1, "g_idx": 1}  # all others are matrices
+
+
+def _check_ranks(checkpoint: Checkpoint, layer: str, suffixes: Iterable[str]) -> None:
+    for suffix in suffixes:
+        shape = checkpoint.tensors[f"{layer}.{suffix}"].shape
+        if len(shape) != _RANKS.get(suffix, 2) or 0 in shape:
+            raise ValueError(f"{suffix} has shape {list(shape)}")
+
+
 def layer_shape(checkpoint: Checkpoint, info: FormatInfo, layer: str) -> tuple[int, int]:
-    """(N, K) of a packed linear: from the header where it says so, else from weight_shape."""
-    if info.name == "gptq":
-        rows, n = checkpoint.tensors[f"{layer}.qweight"].shape
-        return n, 8 * rows
-    name = f"{layer}.weight_shape"
+    """(N, K) of a packed linear: from the header where it says so, else from weight_shape. Reads sixteen bytes, no torch."""
+    name = f"{layer}.{'qweight' if info.name == 'gptq' else 'weight_shape'}"
     if name not in checkpoint.tensors:
-        raise BadInput("E345", f"{name} is missing", where=str(checkpoint.folder), fix="fetch or write the checkpoint again")
+        raise BadInput("E345", f"{name} is missing", where=str(checkpoint.folder), fix=_AGAIN)
+    tensor = checkpoint.tensors[name]
+    if info.name == "gptq" and len(tensor.shape) == 2:
+        return tensor.shape[1], 8 * tensor.shape[0]
+    if info.name == "gptq" or tensor.dtype not in ("I64", "I32") or tuple(tensor.shape) != (2,):
+        raise BadInput("E346", f"{name} is {tensor.dtype} {list(tensor.shape)}", where=str(tensor.file), fix=_AGAIN)
     data = bytes(checkpoint.raw(name))
     width = len(data) // 2
     n, k = (int.from_bytes(data[i * width : (i + 1) * width], "little", signed=True) for i in range(2))
@@ -429,10 +467,10 @@ def read_parts(checkpoint: Checkpoint, fmt: FormatInfo, layer: str) -> LinearPar
     needed = [suffix for suffix in SUFFIXES[fmt.name] if suffix != "g_idx"]  # old GPTQ files lack it, which means plain order
     missing = [f"{layer}.{suffix}" for suffix in needed if suffix not in present]
     if missing:
-        fix = "fetch or write the checkpoint again"
-        raise BadInput.from_problems("E345", [Problem(f"{name} is missing", str(checkpoint.folder), fix) for name in missing])
-    tensors = {suffix: checkpoint.read(f"{layer}.{suffix}") for suffix in present}
+        raise BadInput.from_problems("E345", [Problem(f"{name} is missing", str(checkpoint.folder), _AGAIN) for name in missing])
     try:
+        _check_ranks(checkpoint, layer, present)
+        tensors = {suffix: checkpoint.read(f"{layer}.{suffix}") for suffix in present}
         return _UNPACK[fmt.name](tensors, fmt.layers[layer], fmt.variant)
     except ValueError as problem:
         raise BadInput(
@@ -455,8 +493,8 @@ _UNPACK_FIX = {
 
 
 def _true_shape(tensor: Tensor) -> tuple[int, int]:
-    if tuple(tensor.shape) != (2,):
-        raise ValueError(f"weight_shape must hold two numbers, it has shape {tuple(tensor.shape)}")
+    if tensor.is_floating_point() or tuple(tensor.shape) != (2,):
+        raise ValueError(f"weight_shape must hold two whole numbers, it is {tensor.dtype} {list(tensor.shape)}")
     n, k = (int(size) for size in tensor)
     if n < 1 or k < 1:
         raise ValueError(f"weight_shape says [{n}, {k}]")

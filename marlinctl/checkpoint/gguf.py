@@ -69,7 +69,8 @@ def _build(header: GgufHeader, config: dict[str, Any], plan: list[PlannedTensor]
     try:
         staging.mkdir()
         texts = tokenizer_files(header, config)
-        texts["generation_config.json"] = json.dumps({k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config[k] is not None})
+        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
+        texts["generation_config.json"] = json.dumps(ids)
         for name, text in texts.items():
             (staging / name).write_text(text, encoding="utf-8")
         with console.progress(f"reading {header.path.name}", len(plan)) as progress:
@@ -83,7 +84,10 @@ def _build(header: GgufHeader, config: dict[str, Any], plan: list[PlannedTensor]
         _sync(folder.parent)
     except OSError as error:
         raise ResourceProblem(
-            "E530", f"the converted model cannot be written: {error.strerror or error}", where=str(folder), fix="free some space, or name another --cache-dir"
+            "E530",
+            f"the converted model cannot be written: {error.strerror or error}",
+            where=str(folder),
+            fix="free some space, or name another --cache-dir",
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -117,7 +121,10 @@ def _refuse_unknown_kinds(header: GgufHeader) -> None:
             dequantize(np.zeros((1, GGML_QUANT_SIZES[GGMLQuantizationType(kind)][1]), dtype=np.uint8), GGMLQuantizationType(kind))
         except NotImplementedError:
             raise BadInput(
-                "E324", f"the quantization type {name} cannot be dequantized", where=str(header.path), fix="use a GGUF file of another type, or the safetensors folder"
+                "E324",
+                f"the quantization type {name} cannot be dequantized",
+                where=str(header.path),
+                fix="use a GGUF file of another type, or the safetensors folder",
             ) from None
 
 
@@ -202,7 +209,9 @@ def _dequantized(source: Any, tensor: GgufTensor, path: Path) -> Iterator[np.nda
         count = min(step, rows - start)
         raw = source.read(count * row_bytes)
         if len(raw) != count * row_bytes:
-            raise BadInput("E320", f"the file ends inside {shown(tensor.name)}", where=str(path), fix="it changed while it was read; try again")
+            raise BadInput(
+                "E320", f"the file ends inside {shown(tensor.name)}", where=str(path), fix="it changed while it was read; try again"
+            )
         blocks = np.frombuffer(raw, dtype=np.uint8).reshape(count, row_bytes)
         numbers = dequantize(blocks, GGMLQuantizationType(tensor.kind)).astype(np.float32, copy=False)
         yield numbers.reshape(count, columns) if len(tensor.shape) > 1 else numbers.reshape(-1)

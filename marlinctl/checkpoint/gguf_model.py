@@ -33,6 +33,8 @@ _HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_no
 _SANDWICH = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 _TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}
 
+LLAMA3_RULE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # of all its releases
+
 # GGUF key behind "<architecture>." -> config.json key. What is not in here, nor in _READ_ELSEWHERE, is refused.
 _KEYS = {
     "context_length": "max_position_embeddings", "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
@@ -189,7 +191,7 @@ def _plain(value: Any) -> Any:
 def _head_dim(facts: _Facts, family: _Family, config: dict[str, Any]) -> None:
     plain = config["hidden_size"] // max(config["num_attention_heads"], 1)
     rotated = facts.get("rope.dimension_count")
-    head_dim = facts.get("attention.key_length") or (rotated if facts.prefix != "phi3" else None) or plain
+    head_dim = facts.get("attention.key_length") or plain
     if facts.get("attention.value_length", head_dim) != head_dim:
         raise facts.refuse("keys and values have different head sizes")
     if family.model_type == "phi3":
@@ -237,27 +239,25 @@ def _llama3_scaling(facts: _Facts, config: dict[str, Any]) -> dict[str, Any]:
         stored = np.frombuffer(handle.read(tensor.nbytes), dtype="<f4")
     head_dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
     for factor in (8.0, 16.0, 32.0):
-        rule = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-        wanted = np.array(llama3_factors(config["rope_theta"], head_dim, **rule))
-        if wanted.shape == stored.shape and np.allclose(stored, wanted, rtol=1e-4):
-            return {"rope_type": "llama3", **rule}
+        wanted = llama3_factors(config["rope_theta"], head_dim, factor)
+        if len(wanted) == len(stored) and all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(stored.tolist(), wanted, strict=True)):
+            return {"rope_type": "llama3", "factor": factor, **LLAMA3_RULE}
     raise facts.refuse("the rotary frequency factors of the file follow no known rule")
 
 
-def llama3_factors(
-    theta: float, head_dim: int, *, factor: float, low_freq_factor: float, high_freq_factor: float, original_max_position_embeddings: int
-) -> list[float]:
+def llama3_factors(theta: float, head_dim: int, factor: float) -> list[float]:
     """By how much each rotary frequency is divided: short waves by 1, long ones by `factor`, those between by a blend."""
+    low, high, context = LLAMA3_RULE["low_freq_factor"], LLAMA3_RULE["high_freq_factor"], LLAMA3_RULE["original_max_position_embeddings"]
     factors = []
     for i in range(0, head_dim, 2):
         wavelength = 2 * math.pi * theta ** (i / head_dim)
-        turns = original_max_position_embeddings / wavelength  # in the original context
-        if turns > high_freq_factor:
+        turns = context / wavelength  # in the original context
+        if turns > high:
             factors.append(1.0)
-        elif turns < low_freq_factor:
+        elif turns < low:
             factors.append(factor)
         else:
-            blend = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor)
+            blend = (turns - low) / (high - low)
             factors.append(1 / ((1 - blend) / factor + blend))
     return factors
 

@@ -76,12 +76,14 @@ def tokenizer_files(header: GgufHeader, config: Mapping[str, Any]) -> dict[str, 
     vocabulary = _vocabulary(header)
     model = header.facts.get("tokenizer.ggml.model")
     if model == "gpt2":
-        tokenizer, adds_bos = _byte_level(vocabulary, header), False
+        tokenizer = _byte_level(vocabulary, header)
+        adds_bos = header.facts["tokenizer.ggml.pre"] in ("llama-bpe", "tekken")
     elif model == "llama":
-        tokenizer, adds_bos = _sentencepiece(vocabulary, header, str(header.facts["general.architecture"])), True
+        tokenizer = _sentencepiece(vocabulary, header, str(header.facts["general.architecture"]))
+        adds_bos = True
     else:
         raise _refuse(header, f"the tokenizer model {shown(repr(model), 40)} is not supported (gpt2 and llama are)")
-    adds_bos = bool(header.facts.get("tokenizer.ggml.add_bos_token", adds_bos or header.facts.get("tokenizer.ggml.pre") in ("llama-bpe", "tekken")))
+    adds_bos = bool(header.facts.get("tokenizer.ggml.add_bos_token", adds_bos))  # files older than the flag leave it out
     adds_eos = bool(header.facts.get("tokenizer.ggml.add_eos_token", False))
     _add_special(tokenizer, vocabulary, rstrip=header.facts["general.architecture"] == "phi3" and model == "llama")
     _add_template(tokenizer, vocabulary.named("bos") if adds_bos else None, vocabulary.named("eos") if adds_eos else None)

@@ -45,6 +45,7 @@ _STRING = re.compile(_TEXT)
 _KEY = re.compile(rb"(" + _TEXT + rb")[ \t\r\n]*:[ \t\r\n]*")
 _ENTRY = re.compile(rb"\{[^{}]{0,4096}\}")  # an entry has no inner objects; 4 KB is room for more than 100 dimensions
 _SPACE = re.compile(rb"[ \t\r\n]*+")
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 _LFS = b"version https://git-lfs"
 _AGAIN = "download the file again"
 
@@ -92,9 +93,10 @@ def _parse(data: mmap.mmap, size: int, where: Path) -> tuple[dict[str, TensorInf
         raise FileRefused("this is a git-LFS pointer, not the weights", where, "run git lfs pull in the folder")
     length = int.from_bytes(data[:8], "little")
     if length > MAX_HEADER_BYTES:
-        raise FileRefused(f"the header claims {length:,} bytes; the format allows {MAX_HEADER_BYTES:,}", where, f"this is not a safetensors file; {_AGAIN}")
+        what = f"the header claims {length:,} bytes; the format allows {MAX_HEADER_BYTES:,}"
+        raise FileRefused(what, where, f"this is not a safetensors file; {_AGAIN}")
     if length < 2:
-        raise FileRefused(f"the header claims {length} bytes; the shortest one, {{}}, has 2", where, f"this is not a safetensors file; {_AGAIN}")
+        raise FileRefused(f"the header claims {length} bytes; the shortest has 2", where, f"this is not a safetensors file; {_AGAIN}")
     if 8 + length > size:
         raise FileRefused(f"truncated: the header alone needs {8 + length:,} bytes, the file has {size:,}", where, _AGAIN)
     _require_utf8(data, 8, 8 + length, where)
@@ -173,7 +175,7 @@ class _Scanner:
         if match is None:
             raise self._wrong(f"{shown(name)!r} must be an object of dtype, shape and data_offsets")
         try:
-            entry = json.loads(match[0], object_pairs_hook=unique_keys)
+            entry = _DECODER.decode(match[0].decode())
         except DuplicateKey as error:
             raise self._wrong(f"the key {shown(error.key)!r} appears twice") from None
         except (ValueError, RecursionError):

@@ -70,7 +70,7 @@ class Checkpoint:
         info = self.tensors[name]
         tensor = torch.empty(info.shape, dtype=torch_dtype(info))
         if info.nbytes:
-            self.read_into(info, info.begin, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            self.read_into(info, info.begin, tensor.reshape(-1).view(torch.uint8).numpy().data)
         return tensor
 
     def rows(self, name: str, row_ids: Iterable[int] | Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class Checkpoint:
         found = torch.empty(len(wanted), info.shape[1], dtype=torch_dtype(info))
         stride = info.nbytes // max(info.shape[0], 1)
         if stride:
-            buffer = memoryview(found.view(torch.uint8).numpy().reshape(-1))
+            buffer = found.view(torch.uint8).numpy().reshape(-1).data
             for i, row in enumerate(wanted.tolist()):
                 self.read_into(info, info.begin + row * stride, buffer[i * stride : (i + 1) * stride])
         return found[place]
@@ -176,13 +176,14 @@ def check_expected(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...
         info = checkpoint.tensors.get(name)
         where = str(info.file) if info else str(checkpoint.folder)
         if info is None:
-            problems.append(Problem(f"the tensor {name} is missing", where, "the checkpoint is incomplete or config.json belongs to another model"))
+            fix = "the checkpoint is incomplete, or config.json belongs to another model"
+            problems.append(Problem(f"the tensor {name} is missing", where, fix))
         elif info.shape != tuple(shape):
             what = f"{name} has shape {list(info.shape)}; config.json asks for {list(shape)}"
             problems.append(Problem(what, where, "config.json and the weights do not belong together; download both again"))
         elif info.dtype not in FLOAT_DTYPES:
             what = f"{name} holds {info.dtype}, not one of {', '.join(FLOAT_DTYPES)}"
-            problems.append(Problem(what, where, "start from the original checkpoint; one that is quantized already cannot be quantized again"))
+            problems.append(Problem(what, where, "start from the original checkpoint, with floating-point weights"))
     if problems:
         raise BadInput.from_problems("E302", _capped(problems, checkpoint.folder))
 
@@ -266,7 +267,8 @@ def _read_index(folder: Path, index: str, problems: list[Problem]) -> dict[str, 
     judged: dict[str, bool] = {}
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str):
-            problems.append(Problem(f"weight_map gives no file name for {shown(tensor)}, but {shown(repr(shard), 60)}", str(folder / index), again))
+            what = f"weight_map gives no file name for {shown(tensor)}, but {shown(repr(shard), 60)}"
+            problems.append(Problem(what, str(folder / index), again))
         else:
             if shard not in judged:
                 judged[shard] = _may_follow(folder, index, shard, problems)
@@ -282,7 +284,8 @@ def _may_follow(folder: Path, index: str, shard: str, problems: list[Problem]) -
         problems.append(refused.problem)
         return False
     if not shard.endswith(".safetensors"):
-        problems.append(Problem(f"the index names {shown(shard)}, which is no safetensors file", str(folder / index), _CONVERT.replace("FOLDER", str(folder))))
+        what = f"the index names {shown(shard)}, which is no safetensors file"
+        problems.append(Problem(what, str(folder / index), _CONVERT.replace("FOLDER", str(folder))))
         return False
     return True
 

@@ -20,8 +20,10 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 _EXACT_AT_MOST = 8  # a family up to this size stays a list of names: readable, and immune to regex dialects
+_LONGEST = 2000  # characters of an expression from a stranger's config
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 # What servers fuse at load: the shards of one fused linear must be quantized alike.
@@ -29,9 +31,9 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 
 
 def name_patterns(chosen: Iterable[str], everything: Iterable[str]) -> list[str]:
-    """Entries that match exactly `chosen` among `everything` (all linears of the model, quantized or not)."""
+    """Entries that match exactly `chosen` among `everything` (all linears of the model, quantized or not), in an order of their own."""
     families: dict[str, list[str]] = defaultdict(list)
-    for name in everything:
+    for name in sorted(everything, key=_by_number):
         families[_NUMBER.sub("#", name)].append(name)
     wanted = set(chosen)
     patterns: list[str] = []
@@ -45,7 +47,7 @@ def name_patterns(chosen: Iterable[str], everything: Iterable[str]) -> list[str]
 def _family_patterns(family: str, members: Sequence[str], hits: Sequence[str]) -> list[str]:
     few = len(hits) <= _EXACT_AT_MOST and "experts" not in family
     if few or "#" not in family:
-        return sorted(hits)
+        return list(hits)
     if len(hits) == len(members):
         return ["re:" + _expression(family)]
     per_block: dict[str, list[str]] = defaultdict(list)
@@ -55,7 +57,12 @@ def _family_patterns(family: str, members: Sequence[str], hits: Sequence[str]) -
     whole = [block for block, names in per_block.items() if all(name in chosen for name in names)]
     rest = [name for name in hits if _block(name) not in set(whole)]
     first = ["re:" + _expression(family, whole)] if whole else []
-    return first + sorted(rest)
+    return first + rest
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sorts block 2 before block 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _block(name: str) -> str:
@@ -69,22 +76,36 @@ def _expression(family: str, blocks: Sequence[str] = ()) -> str:
     return "^" + parts[0] + first + r"\d+".join(["", *parts[1:]])[len(r"\d+") :] + "$"
 
 
-def matches(name: str, target: str, class_name: str = "Linear") -> bool:
-    """Whether an entry of `targets` or `ignore` means this linear."""
+def matches(name: str, target: str) -> bool:
+    """Whether an entry of `targets` or `ignore` means this linear. ValueError for an expression that is none."""
     if target.startswith("re:"):
-        return re.match(target[3:], name) is not None
-    return target in (name, class_name)
+        return _compiled(target[3:]).match(name) is not None
+    return target in (name, "Linear")
 
 
-def first_group(name: str, groups: Mapping[str, Sequence[str]]) -> str | None:
-    """The group whose targets win: an exact name beats an expression, an expression beats a class name."""
-    ranks = [
-        (2 if target == "Linear" else 1 if target.startswith("re:") else 0, target, group)
-        for group, targets in groups.items()
-        for target in targets
-        if matches(name, target)
-    ]
-    return min(ranks)[2] if ranks else None
+@lru_cache(maxsize=4096)
+def _compiled(expression: str) -> re.Pattern[str]:
+    if len(expression) > _LONGEST:
+        raise ValueError(f"a regular expression of {len(expression)} characters is no layer pattern")
+    try:
+        return re.compile(expression)
+    except re.error as problem:
+        raise ValueError(f"{expression!r} is no regular expression: {problem}") from None
+
+
+class GroupOf:
+    """Which group's targets win for a layer: an exact name beats an expression, an expression beats a class name."""
+
+    def __init__(self, groups: Mapping[str, Sequence[str]]) -> None:
+        entries = [(target, group) for group, targets in groups.items() for target in targets]
+        self._exact = dict(reversed(entries))  # the first group that names it
+        self._expressions = sorted((target, group) for target, group in entries if target.startswith("re:"))
+
+    def __call__(self, name: str) -> str | None:
+        if name in self._exact:
+            return self._exact[name]
+        found = next((group for target, group in self._expressions if matches(name, target)), None)
+        return found if found is not None else self._exact.get("Linear")
 
 
 def split_fused(sizes: Mapping[str, int | None]) -> list[tuple[str, dict[str, int | None]]]:

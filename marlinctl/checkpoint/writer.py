@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from marlinctl import manifest as manifests
 from marlinctl.checkpoint.files import FileRefused, open_member
@@ -271,7 +271,18 @@ def _is_companion(name: str) -> bool:
 # ---- moving into place ---------------------------------------------------------------------------------------------------------------
 
 
-def publish_together(stages: Sequence[StagedCheckpoint]) -> None:
+class Finished(Protocol):
+    """A complete, checked folder on its way to its place."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def out(self) -> Path: ...
+    @property
+    def overwrite(self) -> bool: ...
+
+
+def publish_together(stages: Sequence[Finished]) -> None:
     """Move finished folders into place: all of them, or none and the old ones as they were."""
     undo: list[tuple[Path, Path]] = []  # renames done so far, as (from, to)
     aside: list[Path] = []

@@ -19,16 +19,25 @@ _SHOWN = 3  # reasons per verdict; the rest is counted
 
 
 @click.command("pack")
-@click.argument("source", type=click.Path(path_type=Path), metavar="SOURCE")
+@click.argument("source", metavar="SOURCE")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT", required=False)
 @click.option("--format", "fmt", default="ct", show_default=True, metavar="ct|gptq|marlin|dense", help="What to write.")
 @click.option("--also", multiple=True, metavar="FORMAT", help="Publish this format too, in OUT-FORMAT; may be given again.")
 @click.option("--check", is_flag=True, help="Write nothing; tell which runtimes accept the shapes.")
 @click.option("--tp", type=click.IntRange(1, 1024), metavar="N", help="With --check: tensor-parallel splits up to N. Default: 1.")
+@click.option("--cache-dir", type=click.Path(path_type=Path), metavar="DIR", help="Where a SOURCE from the hub is kept.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing OUT, after the new one is complete.")
 @common_options
 def command(
-    console: Console, source: Path, out: Path | None, fmt: str, also: tuple[str, ...], check: bool, tp: int | None, overwrite: bool
+    console: Console,
+    source: str,
+    out: Path | None,
+    fmt: str,
+    also: tuple[str, ...],
+    check: bool,
+    tp: int | None,
+    cache_dir: Path | None,
+    overwrite: bool,
 ) -> None:
     """Write a 4-bit checkpoint in another format.
 
@@ -38,7 +47,7 @@ def command(
         marlinctl pack ./smollm2-int4 ./smollm2-gptq --format gptq --overwrite
         marlinctl pack ./smollm2-int4 --check --tp 4
 
-    SOURCE is a compressed-tensors (pack-quantized), GPTQ or native folder, 4-bit symmetric, from marlinctl or elsewhere. The
+    SOURCE is a compressed-tensors (pack-quantized), GPTQ or native folder, or a hub id, 4-bit symmetric, from marlinctl or not. The
     integer codes are moved, never rounded again; neither the model nor a GPU is needed. `ct` is what vLLM, SGLang and transformers
     load, `gptq` what GPTQModel and its relatives load, `marlin` the tiles of marlinctl's kernels, `dense` a 16-bit copy for
     everything else (its products are rounded to float16).
@@ -49,16 +58,26 @@ def command(
     if check:
         if out is not None:
             raise UsageError("E232", "--check writes nothing, so it takes no OUT", where=str(out), fix=f"marlinctl pack {source} --check")
-        _check(console, source, fmt, tp or 1)
+        _check(console, _folder(source, cache_dir, console), fmt, tp or 1)
         return
     if out is None:
         raise UsageError("E232", "OUT is missing", where="the command line", fix=f"marlinctl pack {source} OUT --format {fmt}, or --check")
     if tp is not None:
         raise UsageError("E232", "--tp goes with --check", where="--tp", fix=f"marlinctl pack {source} --check --tp {tp}")
-    from marlinctl.repack import repack
+    from marlinctl.checkpoint.writer import check_output
+    from marlinctl.repack import output_folders, repack
 
-    written = repack(source, out, format=fmt, also=also, overwrite=overwrite, console=console)
+    local = [Path(source)] if Path(source).exists() else []
+    for folder in output_folders(out, fmt, also).values():
+        check_output(folder, overwrite=overwrite, sources=local)  # before anything is fetched
+    written = repack(_folder(source, cache_dir, console), out, format=fmt, also=also, overwrite=overwrite, console=console)
     console.result("\n".join(f"{entry['folder']} ({entry['format']})" for entry in written["outputs"]), written)
+
+
+def _folder(source: str, cache_dir: Path | None, console: Console) -> Path:
+    from marlinctl.checkpoint.source import resolve_model
+
+    return resolve_model(source, revision=None, cache_dir=cache_dir, offline=console.offline, console=console).folder
 
 
 def _check(console: Console, source: Path, fmt: str, tp: int) -> None:

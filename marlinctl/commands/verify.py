@@ -12,11 +12,12 @@ from marlinctl.console import Console
 
 @click.command("verify")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="FOLDER")
-@click.option("--source", type=click.Path(path_type=Path), metavar="MODEL", help="Compare with this folder, the model it was made from.")
+@click.option("--source", metavar="MODEL", help="Compare with the model it was made from: a folder, a hub id or a GGUF file.")
+@click.option("--cache-dir", type=click.Path(path_type=Path), metavar="DIR", help="Where a fetched or converted --source is kept.")
 @click.option("--load/--no-load", default=None, help="Load it with transformers on the CPU, compare logits. Default: if memory allows.")
 @click.option("--module-map", type=click.Path(path_type=Path), metavar="FILE", help="Describes an unknown architecture.")
 @common_options
-def command(console: Console, folder: Path, source: Path | None, load: bool | None, module_map: Path | None) -> None:
+def command(console: Console, folder: Path, source: str | None, cache_dir: Path | None, load: bool | None, module_map: Path | None) -> None:
     """Check a folder that marlinctl published.
 
     \b
@@ -31,7 +32,12 @@ def command(console: Console, folder: Path, source: Path | None, load: bool | No
     from marlinctl.fidelity import summary
     from marlinctl.verify import verify
 
-    checked = verify(folder, source=source, load=load, console=console, module_map=module_map)
+    original = None
+    if source is not None:
+        from marlinctl.checkpoint.source import resolve_model
+
+        original = resolve_model(source, revision=None, cache_dir=cache_dir, offline=console.offline, console=console).folder
+    checked = verify(folder, source=original, load=load, console=console, module_map=module_map)
     facts = checked.document()
     lines = [f"{folder}: ok", f"  {facts['files']} files, {facts['linears']} linears in {facts['format']}"]
     if checked.logit_error is not None:

@@ -9,8 +9,8 @@ Three kinds of figure, three rules:
     a score over documents     task scores              lm_eval's own
 
 A difference of two models on the same tokens or documents is *paired*: what is common to both cancels, and the standard error of the
-differences is what counts. It is far smaller than the two errors added: SmolLM2 against its int4 copy, 20 windows of 1,024 tokens,
-perplexity: about 0.7 each, less than 0.2 paired (2026-11, bf16, CPU).
+differences is what counts. Perplexity of SmolLM2-135M and of its int4 copy, 20 windows of 1,024 tokens of WikiText-2: 23.48 ± 2.12 and
+27.28 ± 2.54, but their difference is 3.80 ± 0.43 (bf16, CPU, 2026-11-20).
 
 One document or one window has no spread: its standard error is unknown, `None`, never 0.
 """

@@ -1,9 +1,9 @@
 """An evaluation as text: aligned columns, every figure with its standard error.
 
     task        split       metric           score            baseline         difference
-    mmlu        test        acc              0.2301 ± 0.0035  0.2294 ± 0.0035  +0.0007 ± 0.0021
-    winogrande  validation  acc              0.5075 ± 0.0141  0.5107 ± 0.0140  -0.0032 ± 0.0088
-    pythondoc   -           perplexity       31.251 ± 1.208   23.148 ± 0.842   +8.103 ± 0.401
+    winogrande  validation  acc              0.xxxx ± 0.xxxx  0.5075 ± 0.0141  -0.xxxx ± 0.xxxx
+    wiki.txt    -           perplexity       27.281 ± 2.535   23.477 ± 2.120   +3.805 ± 0.434
+    wiki.txt    -           KL, nats         0.16818 ± 0.00184
 
 The difference's error is the paired one (statistics.py): smaller than the two errors beside it suggest.
 """

@@ -28,7 +28,9 @@ def checkpoint(folder: Path, **tensors: torch.Tensor) -> Checkpoint:
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [(0, 0, 0), (2, 1, 3), (4, 2, 6)])
-def test_one_bad_number_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, value: float, place: tuple[int, ...]) -> None:
+def test_one_bad_number_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, value: float, place: tuple[int, ...]
+) -> None:
     """A NaN or an infinity would slip through, or be named at the wrong place."""
     monkeypatch.setattr(finite, "CHUNK_BYTES", 64)  # the tensor spans several chunks, the last one is short
     bad = torch.randn(5, 3, 7).to(dtype)
@@ -54,7 +56,11 @@ def test_the_largest_and_smallest_numbers_are_finite(tmp_path: Path, dtype: torc
 def test_every_bad_tensor_is_named_and_integers_are_skipped(tmp_path: Path) -> None:
     """Only the first damaged tensor would be told, or packed integers would be read as floats."""
     folder = checkpoint(
-        tmp_path, a=torch.tensor([1.0, math.nan]), b=torch.tensor(math.inf), c=torch.full((8,), -1, dtype=torch.int32), empty=torch.empty(0, 3)
+        tmp_path,
+        a=torch.tensor([1.0, math.nan]),
+        b=torch.tensor(math.inf),
+        c=torch.full((8,), -1, dtype=torch.int32),
+        empty=torch.empty(0, 3),
     )
     steps = 0
 
@@ -71,13 +77,12 @@ def test_every_bad_tensor_is_named_and_integers_are_skipped(tmp_path: Path) -> N
 
 
 def test_speed(tmp_path: Path) -> None:
-    """The preflight of a large model would take as long as its quantization. (Alone it runs at about 4 GB/s.)"""
+    """The preflight of a large model would take as long as its quantization. (Alone it runs at about 4.5 GB/s of processor time.)"""
     size = 64 << 20
     folder = checkpoint(tmp_path, weights=torch.zeros(size // 2, dtype=torch.float16))
-    scan_finite(folder, ["weights"])
     best = math.inf
     for _ in range(5):
-        started = time.perf_counter()
+        started = time.process_time()  # not the wall: other processes may want the cores
         scan_finite(folder, ["weights"])
-        best = min(best, time.perf_counter() - started)
-    assert size / best > 0.5e9
+        best = min(best, time.process_time() - started)
+    assert size / best > 1e9

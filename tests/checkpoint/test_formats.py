@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from marlinctl.checkpoint import formats
@@ -105,7 +108,7 @@ def test_formats_are_told_apart(block: Any, names: list[str], name: str, variant
         (gptq_block(bits=8), GPTQ_NAMES, "E342", "8-bit"),
         (gptq_block(sym=False), GPTQ_NAMES, "E342", "asymmetric"),
         (gptq_block(checkpoint_format="marlin"), GPTQ_NAMES, "E342", "marlin"),
-        (gptq_block(group_size=0), GPTQ_NAMES, "E342", "group_size"),
+        (gptq_block(group_size=0), GPTQ_NAMES, "E340", "group_size"),
         (gptq_block(dynamic={".*": {"bits": 8}}), GPTQ_NAMES, "E342", LAYER),
         ({**MARLIN, "format_version": 2}, MARLIN_NAMES, "E343", "update marlinctl"),
         ({**MARLIN, "format_version": "1"}, MARLIN_NAMES, "E340", "format_version"),
@@ -262,7 +265,15 @@ def vllm_group(name: str, class_name: str, groups: dict[str, list[str]]) -> str 
     from marlinctl.checkpoint.targets import FUSED, matches
 
     def find(value: str, contains: bool = False) -> str | None:
-        return next((g for g, ts in groups.items() for t in ts if matches(value, t, "") or (contains and t.lower() in value.lower())), None)
+        return next(
+            (
+                g
+                for g, ts in groups.items()
+                for t in ts
+                if (t != "Linear" and matches(value, t)) or (contains and t.lower() in value.lower())
+            ),
+            None,
+        )
 
     parent, _, last = name.rpartition(".")
     shards = [find(f"{parent}.{shard}") for shard in FUSED.get(last, ())]
@@ -404,3 +415,51 @@ def test_foreign_ct_with_fp32_scales_is_read_exactly(source: Path, tmp_path: Pat
     parts = formats.read_parts(checkpoint, formats.detect(checkpoint.config, checkpoint.tensors), LAYER)
     assert parts.scales.dtype == torch.float32
     assert tree(tmp_path / "out")
+
+
+# ---- hostile input -------------------------------------------------------------------------------------------------------------------
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 200)
+    | st.floats()
+    | st.sampled_from(["group", "channel", "int", "gptq", "marlin", "re:(", "Linear", ""]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["weights", "targets", "group_size", "g", "re:(", "+:("]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@given(st.sampled_from([ct_block(), gptq_block(), MARLIN]), st.data())
+def test_any_config_is_understood_or_refused(block: dict[str, Any], data: st.DataObject) -> None:
+    """config.json comes from strangers: whatever stands in it, the person gets three lines and never a traceback."""
+    path = data.draw(st.lists(st.sampled_from(["config_groups", "group_0", "weights"]), max_size=3))
+    damaged = json.loads(json.dumps(block))
+    place = damaged
+    for step in path:
+        place = place[step] if isinstance(place.get(step), dict) else place
+    keys = [*place, "dynamic", "overrides", "sparsity_config", "ignore", "format", "actorder", "input_activations"]
+    for key in data.draw(st.lists(st.sampled_from(keys), max_size=3)):
+        place[key] = data.draw(VALUES)
+    try:
+        info = formats.detect({"quantization_config": damaged}, [*CT_NAMES, *GPTQ_NAMES, *MARLIN_NAMES])
+    except BadInput:
+        return
+    assert all(isinstance(size, int) and (size == -1 or size > 0) for size in info.layers.values())
+
+
+@given(st.sampled_from(["ct", "gptq", "marlin"]), st.data())
+def test_any_tensors_are_unpacked_or_refused(fmt: str, data: st.DataObject) -> None:
+    """So do the tensors: shapes and dtypes that do not belong together must not reach an index error, or a huge allocation."""
+    tensors = formats.linear_tensors(fmt, "l", rtn(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), 32))
+    name = data.draw(st.sampled_from(sorted(tensors)))
+    shape = data.draw(st.lists(st.integers(0, 9), max_size=3))
+    dtype = data.draw(st.sampled_from([torch.int32, torch.int64, torch.float16, torch.float32, torch.uint8]))
+    tensors[name] = data.draw(st.sampled_from([torch.zeros, torch.ones]))(shape, dtype=dtype)
+    info = formats.FormatInfo(fmt, 4, {"l": data.draw(st.sampled_from([-1, 7, 32, 64, 10**30]))}, "v1" if fmt == "gptq" else "")
+    with suppress(BadInput):
+        parts = formats.read_parts(Folderless(tensors), info, "l")  # type: ignore[arg-type]
+        assert parts.weight().shape == parts.codes.shape

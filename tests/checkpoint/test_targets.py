@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marlinctl.checkpoint.targets import first_group, matches, name_patterns, split_fused, with_fused_names
+from marlinctl.checkpoint.targets import GroupOf, matches, name_patterns, split_fused, with_fused_names
 
 BLOCKS, EXPERTS = 13, 5
 ATTENTION = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(BLOCKS) for p in "qkvo"]
@@ -46,10 +46,18 @@ def test_experts_are_always_an_expression() -> None:
 def test_a_name_beats_an_expression_beats_a_class() -> None:
     """The precedence of compressed-tensors: with another one, foreign checkpoints with several groups would be unpacked wrongly."""
     groups = {"a": ["Linear"], "b": [r"re:.*q_proj$"], "c": ["model.layers.3.self_attn.q_proj"]}
-    assert first_group("model.layers.0.self_attn.o_proj", groups) == "a"
-    assert first_group("model.layers.0.self_attn.q_proj", groups) == "b"
-    assert first_group("model.layers.3.self_attn.q_proj", groups) == "c"
-    assert first_group("model.layers.0.self_attn.o_proj", {"b": groups["b"]}) is None
+    group_of = GroupOf(groups)
+    assert group_of("model.layers.0.self_attn.o_proj") == "a"
+    assert group_of("model.layers.0.self_attn.q_proj") == "b"
+    assert group_of("model.layers.3.self_attn.q_proj") == "c"
+    assert GroupOf({"b": groups["b"]})("model.layers.0.self_attn.o_proj") is None
+
+
+@pytest.mark.parametrize("target", ["re:(", "re:" + "a" * 5000])
+def test_expressions_that_are_none_are_said(target: str) -> None:
+    """A config of a stranger must not end in a traceback."""
+    with pytest.raises(ValueError, match="expression"):
+        matches("model.layers.0.self_attn.o_proj", target)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,252 @@
+"""A model from the hub, through the hub's own library and cache, and its refusals as one line each.
+
+What is fetched: weights in safetensors, JSON, tokenizer files, chat templates and licences; never a pickle, never code, nothing
+from sub-folders (other formats and older copies live there). The revision is resolved to a commit first and compared with what
+arrives, because the library quietly falls back to older files when the hub does not answer: those are for `--offline`.
+The library resumes a cut transfer a few times by itself; what we repeat, three times at most, is the first question.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from marlinctl.checkpoint.config import TOKENIZER_FILES
+from marlinctl.checkpoint.files import FileRefused, exists, read_json, shown
+from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, MarlinctlError, ResourceProblem
+
+if TYPE_CHECKING:
+    from marlinctl.checkpoint.reader import Checkpoint
+    from marlinctl.console import Console, Progress
+
+WANTED = [
+    "model*.safetensors",
+    "marlin*.safetensors",
+    "*.json",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "*.tiktoken",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+]
+UNWANTED = ["*/*"]
+ATTEMPTS = 3
+_FIRST_WAIT = 1.0  # seconds; doubles
+_AGAIN = "the download goes on where it stopped; --offline uses what was downloaded before"
+_Result = TypeVar("_Result")
+
+
+def is_hub_id(text: str) -> bool:
+    """The hub's own rule for names: `name` or `organisation/name`. File names of models are no ids."""
+    parts = text.split("/")
+    return (
+        1 <= len(parts) <= 2
+        and all(re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?", part) for part in parts)
+        and not re.search(r"--|\.\.|\.(git|gguf|safetensors|bin|pt)$", text)
+    )
+
+
+def fetch(model: str, *, revision: str | None, cache_dir: Path | None, offline: bool, console: Console) -> tuple[Path, str, str]:
+    """Folder, commit and a note. `cache_dir` None is the hub's own cache, which other tools share."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE  # what the environment says, in each of its spellings
+
+    wanted = {"revision": revision, "cache_dir": cache_dir, "allow_patterns": WANTED, "ignore_patterns": UNWANTED}
+    if offline or HF_HUB_OFFLINE:
+        folder = _cached(model, wanted)
+        return folder, folder.name, "offline: the cached copy is used"
+    folder = _download(model, wanted, console)
+    return folder, folder.name, ""
+
+
+def missing_files(folder: Path) -> list[str]:
+    """What a snapshot lacks to be a model, as far as it tells itself."""
+    missing = [] if exists(folder, "config.json") else ["config.json"]
+    missing += [] if any(exists(folder, name) for name in TOKENIZER_FILES) else ["tokenizer.json"]
+    stem = next((stem for stem in ("model", "marlin") if exists(folder, f"{stem}.safetensors.index.json")), None)
+    if stem is None:
+        return missing + ([] if any(exists(folder, f"{stem}.safetensors") for stem in ("model", "marlin")) else ["model.safetensors"])
+    index = f"{stem}.safetensors.index.json"
+    try:
+        document = read_json(folder, index)
+    except FileRefused:
+        return [*missing, index]
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    shards = {s for s in weight_map.values() if isinstance(s, str)} if isinstance(weight_map, dict) else set()
+    return missing + sorted(shard for shard in shards if "\0" in shard or not (folder / shard).exists())
+
+
+def check_hub_digests(checkpoint: Checkpoint, progress: Progress | None = None) -> int:
+    """Compare weights in the hub cache with the SHA-256 that names their blob; how many files had one. A flipped bit is found here.
+
+    A local folder has no such names, so nothing can be promised for it.
+    """
+    checked = 0
+    for path in checkpoint.files:
+        real = path.resolve()
+        if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
+            with real.open("rb") as handle:
+                digest = hashlib.file_digest(handle, "sha256").hexdigest()
+            if digest != real.name:
+                fix = "delete that file and start again; it is then downloaded anew"
+                raise BadInput("E304", "the file is not what the hub holds: its SHA-256 differs", where=str(real), fix=fix)
+            checked += 1
+        if progress is not None:
+            progress.advance()
+    return checked
+
+
+def _cached(model: str, wanted: dict[str, Any]) -> Path:
+    """What earlier downloads left: enough for a model, or an error that lists what is missing."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(model, local_files_only=True, **wanted))
+    except LocalEntryNotFoundError as error:
+        partial = getattr(error, "snapshot_path", None)  # newer releases tell a partial snapshot from none
+        if partial is None:
+            at = f" at revision {shown(wanted['revision'], 80)}" if wanted["revision"] else ""
+            what = f"{model}{at} is not in the cache, and offline means that the hub is not asked"
+            fix = "run once without --offline (and without HF_HUB_OFFLINE) where there is a network"
+            raise HubProblem("E708", what, where=_where(model), fix=fix) from None
+        folder = Path(partial)
+    missing = missing_files(folder)
+    if missing:
+        raise HubProblem(
+            "E709",
+            f"the cached copy of {model} is incomplete; missing: {shown(', '.join(missing), 2000)}",
+            where=str(folder),
+            fix="run once without --offline where there is a network; the download goes on where it stopped",
+        )
+    return folder
+
+
+def _download(model: str, wanted: dict[str, Any], console: Console) -> Path:
+    """Ask for the commit and the list of files, then fetch what we read."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    revision = wanted["revision"]
+    with _translated(model, revision):
+        info = _repeated(lambda: HfApi(library_name="marlinctl").model_info(model, revision=revision, files_metadata=True, timeout=30))
+    where = f"hub model {model}, commit {info.sha}"
+    files = {entry.rfilename: entry.size or 0 for entry in info.siblings or [] if "/" not in entry.rfilename}
+    if not any(name.startswith(("model", "marlin")) and name.endswith(".safetensors") for name in files):
+        pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
+        what = f"the model has no safetensors weights{f', only {shown(pickles[0])}' if pickles else ''}"
+        fix = "choose another model, or convert it on a machine you can afford to lose: from_pretrained, then save_pretrained"
+        raise BadInput("E305", what, where=where, fix=fix)
+    weights = sum(size for name, size in files.items() if name.endswith(".safetensors"))
+    console.say(f"{model}: commit {info.sha}, {weights / 1e9:.2f} GB of weights (fetching what the cache lacks)")
+    with _translated(model, revision), _quiet_bars():
+        folder = Path(snapshot_download(model, library_name="marlinctl", **wanted))
+    if folder.name != info.sha:  # the library fell back to an older copy, or somebody pushed just now
+        what = f"commit {info.sha} was asked for and {folder.name} came"
+        raise HubProblem("E707", what, where=where, fix="start again; a commit named with --revision cannot move")
+    missing = missing_files(folder)
+    if missing:
+        what = f"the model on the hub lacks {shown(', '.join(missing), 2000)}"
+        raise BadInput("E305", what, where=where, fix="choose another revision or another model")
+    return folder
+
+
+def _repeated(ask: Callable[[], _Result]) -> _Result:
+    """Ask again after a short wait if the hub is busy or the connection fails; a refusal is an answer."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # HTTPError: the base class of whichever HTTP client it uses
+
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return ask()
+        except HTTPError as error:
+            status = _status(error) if isinstance(error, HfHubHTTPError) else 429
+            if status != 429 and status < 500:
+                raise
+        time.sleep(_FIRST_WAIT * 2 ** (attempt - 1))
+    return ask()
+
+
+@contextmanager
+def _quiet_bars() -> Iterator[None]:
+    """No bars of the hub library where there is no terminal to draw them on."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    quiet = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if quiet:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if quiet:
+            enable_progress_bars()
+
+
+@contextmanager
+def _translated(model: str, revision: str | None) -> Iterator[None]:
+    """A failure of the hub library as one of our errors, with one line about the cause."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        raise _refusal(model, revision, error) from error
+    except LocalEntryNotFoundError as error:
+        cause = error.__cause__ or error
+        raise (_refusal(model, revision, cause) if isinstance(cause, HfHubHTTPError) else _no_connection(model, cause)) from error
+    except HTTPError as error:
+        raise _no_connection(model, error) from error
+    except OSError as error:
+        place = str(error.filename or "the hub cache")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            fix = "free some space, or name another --cache-dir"
+            raise ResourceProblem("E530", f"the disk is full: {error.strerror}", where=place, fix=fix) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            fix = "name another place with --cache-dir or HF_HOME"
+            raise EnvironmentProblem("E410", f"the hub cache cannot be written: {error.strerror}", where=place, fix=fix) from error
+        raise _no_connection(model, error) from error  # among others, the library's size check after a cut transfer
+
+
+def _refusal(model: str, revision: str | None, error: Exception) -> MarlinctlError:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    status = _status(error)
+    if isinstance(error, GatedRepoError):
+        facts = "E701", "the model is gated: its owner wants to be asked first", "ask for access on its page, then run hf auth login"
+    elif isinstance(error, RevisionNotFoundError):
+        what = f"the hub has no revision {shown(revision or 'main', 80)!r} of this model"
+        facts = "E703", what, "see the branches and tags on the model's page"
+    elif isinstance(error, RepositoryNotFoundError):
+        what = "the hub has no model of that name, or it is private"
+        facts = "E702", what, "check the spelling; for a private model, run hf auth login"
+    elif status in (401, 403):
+        what = f"the hub refuses the access token (HTTP {status})"
+        facts = "E704", what, "run hf auth login, or unset HF_TOKEN if it is outdated"
+    elif status == 429:
+        what = "the hub asks to slow down (HTTP 429, too many requests)"
+        facts = "E705", what, "wait some minutes; with hf auth login the limits are higher"
+    else:
+        facts = "E706", f"the hub answers with an error (HTTP {status})", f"try again later; {_AGAIN}"
+    error_id, what, fix = facts
+    return HubProblem(error_id, what, where=_where(model), fix=fix)
+
+
+def _no_connection(model: str, error: BaseException) -> HubProblem:
+    cause = shown(str(error).splitlines()[0]) if str(error) else "no more is known"
+    what = f"the connection to the hub failed: {type(error).__name__}: {cause}"
+    return HubProblem("E707", what, where=_where(model), fix=f"check the network and the proxy, then start again: {_AGAIN}")
+
+
+def _status(error: Exception) -> int:
+    response = getattr(error, "response", None)
+    return int(response.status_code) if response is not None else 0
+
+
+def _where(model: str) -> str:
+    return f"hub model {model} (there is no local path of that name)"

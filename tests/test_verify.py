@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from marlinctl import verify as module
+from marlinctl.console import Console
+from marlinctl.errors import BadInput, CheckFailed, MarlinctlError
+from marlinctl.verify import verify
+from tests.packed import edit_json, edit_tensors, make_packed, remake_manifest
+from tests.tiny import make_tiny
+
+LAYER = "model.layers.1.mlp.gate_proj"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("verify") / "source")
+
+
+@pytest.fixture(scope="module")
+def good(source: Path) -> dict[str, Path]:
+    folders = {fmt: source.parent / fmt for fmt in ("ct", "gptq", "marlin")}
+    for fmt, folder in folders.items():
+        make_packed(source, folder, fmt, skip=["model.layers.0.self_attn.o_proj"], overrides={"model.layers.1.mlp.down_proj": 64})
+    return folders
+
+
+@pytest.fixture
+def copy(good: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
+    def make(fmt: str) -> Path:
+        return Path(shutil.copytree(good[fmt], tmp_path / fmt))
+
+    return make
+
+
+def failure(folder: Path, *, source: Path | None = None, load: bool | None = False) -> MarlinctlError:
+    with pytest.raises((CheckFailed, BadInput)) as caught:
+        verify(folder, source=source, load=load, console=Console.quiet())
+    return caught.value
+
+
+# ---- good folders --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", ["ct", "gptq", "marlin"])
+def test_a_good_folder_passes(good: dict[str, Path], source: Path, fmt: str) -> None:
+    """A check that fails on good folders is switched off, and then finds nothing."""
+    checked = verify(good[fmt], source=source, load=None, console=Console.quiet())
+    assert (checked.format, checked.linears) == (fmt, 13)
+    assert checked.source is not None and 0.05 < checked.source["median_error"] < 0.15 and checked.source["converted"] == []
+    if fmt == "ct":
+        assert checked.logit_error is not None and checked.logit_error <= 1e-3 and checked.skipped == ()
+    else:
+        assert checked.logit_error is None and "not loaded with transformers" in checked.skipped[0]
+    json.dumps(checked.document())
+
+
+def test_what_was_not_loaded_is_said(good: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silence would read as success."""
+    assert "--no-load" in verify(good["ct"], source=None, load=False, console=Console.quiet()).skipped[0]
+    monkeypatch.setattr(module, "available_memory", lambda: 1000)
+    assert "GB of memory" in verify(good["ct"], source=None, load=None, console=Console.quiet()).skipped[0]
+    assert verify(good["ct"], source=None, load=True, console=Console.quiet()).skipped == ()
+
+
+def test_available_memory_is_a_plausible_number() -> None:
+    """Zero would skip every load check, a wrong unit would swap the machine to death."""
+    assert 1 << 26 < module.available_memory() <= 1 << 62
+
+
+# ---- five ways to break a packed file, noticed by the digests, and without them ------------------------------------------------------
+
+Damage = Callable[[dict[str, Tensor]], Any]
+CODES = {"ct": "weight_packed", "gptq": "qweight", "marlin": "B"}
+SCALES = {"ct": "weight_scale", "gptq": "scales", "marlin": "s"}
+
+
+def permute_scales(fmt: str) -> Damage:
+    """The scales of another order, as a packer with a wrong permutation writes them: reversed along N."""
+
+    def damage(tensors: dict[str, Tensor]) -> None:
+        name = f"{LAYER}.{SCALES[fmt]}"
+        tensors[name] = tensors[name].flip(0 if fmt == "ct" else 1)
+
+    return damage
+
+
+def swap_nibbles(fmt: str) -> Damage:
+    """The two nibbles of every byte exchanged: another convention of packing."""
+
+    def damage(tensors: dict[str, Tensor]) -> None:
+        name = f"{LAYER}.{CODES[fmt]}"
+        data = tensors[name].contiguous().view(torch.uint8)
+        tensors[name] = (data >> 4 | data << 4).view(torch.int32)
+
+    return damage
+
+
+def swap_words(fmt: str) -> Damage:
+    """Words of a row in reverse: a wrong tile order."""
+
+    def damage(tensors: dict[str, Tensor]) -> None:
+        name = f"{LAYER}.{CODES[fmt]}"
+        tensors[name] = tensors[name].flip(1)
+
+    return damage
+
+
+def other_layer(fmt: str) -> Damage:
+    """gate and up exchanged: right shapes, wrong layer."""
+
+    def damage(tensors: dict[str, Tensor]) -> None:
+        for suffix in (CODES[fmt], SCALES[fmt]):
+            a, b = f"{LAYER}.{suffix}", f"model.layers.1.mlp.up_proj.{suffix}"
+            tensors[a], tensors[b] = tensors[b], tensors[a]
+
+    return damage
+
+
+def shift_codes(fmt: str) -> Damage:
+    """Every code one too high, as zero points that are off by one give: v1 tensors read as v2."""
+
+    def damage(tensors: dict[str, Tensor]) -> None:
+        name = f"{LAYER}.{CODES[fmt]}"
+        words = tensors[name].to(torch.int64) & 0xFFFFFFFF
+        nibbles = (words.unsqueeze(-1) >> torch.arange(0, 32, 4) & 15) + 4 & 15
+        total = (nibbles << torch.arange(0, 32, 4)).sum(-1)
+        tensors[name] = torch.where(total >= 1 << 31, total - (1 << 32), total).to(torch.int32)
+
+    return damage
+
+
+@pytest.mark.parametrize("fmt", ["ct", "gptq", "marlin"])
+@pytest.mark.parametrize("breakage", [permute_scales, swap_nibbles, swap_words, other_layer, shift_codes])
+def test_breakages_are_noticed(copy: Callable[[str], Path], source: Path, fmt: str, breakage: Callable[[str], Damage]) -> None:
+    """Every one of these loads everywhere and computes nonsense. The digests notice; if it happened before publishing, the source does."""
+    folder = copy(fmt)
+    edit_tensors(folder, breakage(fmt))
+    assert failure(folder).error_id == "E101"
+    remake_manifest(folder)
+    problem = failure(folder, source=source)
+    assert problem.error_id == "E107" and problem.exit_code == 1
+    assert LAYER in problem.problems[0].what
+
+
+@pytest.mark.parametrize("fmt", ["ct", "gptq", "marlin"])
+def test_one_flipped_bit_is_noticed(copy: Callable[[str], Path], fmt: str) -> None:
+    """A bit that rots on disk changes one weight; only the digest can know."""
+    folder = copy(fmt)
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 4
+    shard.write_bytes(data)
+    problem = failure(folder)
+    assert problem.error_id == "E101" and shard.name in problem.problems[0].what
+
+
+@pytest.mark.parametrize(
+    ("fmt", "change", "error_id", "says"),
+    [
+        ("gptq", lambda b: b.update(checkpoint_format="gptq_v2"), "E105", "off by one"),
+        ("gptq", lambda b: b.update(desc_act=True), "E105", "desc_act"),
+        ("ct", lambda b: b.pop("quantization_status"), "E105", "random numbers"),
+        ("ct", lambda b: b.update(ignore=["lm_head"]), "E105", "model.layers.0.self_attn.o_proj is 16-bit"),
+        ("ct", lambda b: b["ignore"].append(LAYER), "E105", f"{LAYER} is packed"),
+        ("ct", lambda b: b["config_groups"]["group_0"]["weights"].update(group_size=64), "E105", "weight_scale"),
+        ("marlin", lambda b: b.update(group_size=64), "E105", ".s is F16"),
+        ("marlin", lambda b: b.update(format_version=2), "E343", "format_version 2"),
+        ("marlin", lambda b: b.pop("overrides"), "E105", "down_proj.s"),
+    ],
+)
+def test_a_wrong_label_is_noticed(copy: Callable[[str], Path], fmt: str, change: Callable[[Any], Any], error_id: str, says: str) -> None:
+    """The tensors are right and their label is not: clients believe the label."""
+    folder = copy(fmt)
+    edit_json(folder / "config.json", lambda config: change(config["quantization_config"]))
+    remake_manifest(folder)
+    problem = failure(folder)
+    assert problem.error_id == error_id
+    assert says in " ".join(p.what for p in problem.problems)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "damage", "error_id", "says"),
+    [
+        ("ct", lambda t: t.pop("model.norm.weight"), "E105", "model.norm.weight is missing"),
+        ("ct", lambda t: t.pop(f"{LAYER}.weight_scale"), "E105", f"{LAYER}.weight_scale is missing"),
+        ("gptq", lambda t: t.pop(f"{LAYER}.qzeros"), "E105", f"{LAYER}.qzeros is missing"),
+        ("gptq", lambda t: t[f"{LAYER}.g_idx"].fill_(0), "E346", "act-order"),
+        ("ct", lambda t: t.update({"model.layers.9.mlp.up_proj.weight": torch.zeros(2, 2)}), "E105", "not a tensor of this model"),
+        ("ct", lambda t: t.update({f"{LAYER}.weight_shape": torch.tensor([128, 256])}), "E105", "weight_shape does not say"),
+        ("ct", lambda t: t.update({"model.norm.weight": torch.ones(64).half()}), "E105", "expected"),
+        ("marlin", lambda t: t.update({f"{LAYER}.s": t[f"{LAYER}.s"].bfloat16()}), "E105", "BF16"),
+        ("ct", lambda t: t[f"{LAYER}.weight_scale"].view(-1)[3:4].fill_(float("inf")), "E346", "NaN or infinity"),
+        ("marlin", lambda t: t[f"{LAYER}.s"].view(-1)[3:4].fill_(float("nan")), "E346", "NaN or infinity"),
+    ],
+)
+def test_structure_and_numbers_are_checked(copy: Callable[[str], Path], fmt: str, damage: Damage, error_id: str, says: str) -> None:
+    """Clients fill what is missing with random numbers and drop what they do not know."""
+    folder = copy(fmt)
+    edit_tensors(folder, damage)
+    remake_manifest(folder)
+    problem = failure(folder)
+    assert problem.error_id == error_id
+    assert says in " ".join(p.what for p in problem.problems)
+
+
+def test_padding_must_be_zero(tmp_path: Path) -> None:
+    """Kernels multiply the padding; anything but code 0 there may end up in real outputs."""
+    folder = make_tiny(tmp_path / "s", hidden_size=48, num_attention_heads=4, num_key_value_heads=4, head_dim=12, intermediate_size=80)
+    make_packed(folder, tmp_path / "out", "marlin", group_size=16)
+    verify(tmp_path / "out", source=folder, load=False, console=Console.quiet())
+
+    def dirty(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.0.self_attn.q_proj.B"][-1, -1] += 1
+
+    edit_tensors(tmp_path / "out", dirty)
+    remake_manifest(tmp_path / "out")
+    problem = failure(tmp_path / "out")
+    assert problem.error_id == "E106" and "padding" in problem.problems[0].what
+
+
+def test_logits_are_compared_and_not_only_loaded(copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading without an error proves nothing: transformers loads garbage happily when a field is missing."""
+    folder = copy("ct")
+    edit_json(folder / "config.json", lambda config: config["quantization_config"].pop("quantization_status"))
+    remake_manifest(folder)
+    monkeypatch.setattr(module, "_config_problems", lambda checkpoint, info: [])  # only the logits are left to notice
+    assert failure(folder, load=True).error_id == "E108"
+
+
+def test_a_folder_that_transformers_refuses_is_a_failure(copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception of another library must become three lines that a person understands."""
+    folder = copy("ct")
+    edit_json(
+        folder / "config.json", lambda config: config["quantization_config"]["config_groups"]["group_0"]["weights"].update(surprise=1)
+    )
+    remake_manifest(folder)
+    problem = failure(folder, load=True)
+    assert problem.error_id == "E109" and problem.exit_code == 1
+
+
+def test_an_altered_norm_is_noticed_with_the_source(copy: Callable[[str], Path], source: Path) -> None:
+    """What was not quantized must be the source's bytes; another dtype is told and allowed."""
+    folder = copy("marlin")
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].bfloat16()
+
+    edit_tensors(folder, change)
+    remake_manifest(folder)
+    problem = failure(folder, source=source)
+    assert problem.error_id == "E107" and [p.what.split()[0] for p in problem.problems] == ["model.norm.weight"]
+
+
+def test_another_model_as_source_is_noticed(good: dict[str, Path], tmp_path: Path) -> None:
+    """Comparing with the wrong original must not end in a table of numbers."""
+    other = make_tiny(tmp_path / "other", seed=5)
+    assert failure(good["ct"], source=other).error_id == "E107"
+    smaller = make_tiny(tmp_path / "smaller", num_hidden_layers=1)
+    assert failure(good["ct"], source=smaller).error_id == "E351"
+
+
+def test_unknown_architectures_are_checked_as_far_as_possible(tmp_path: Path, source: Path) -> None:
+    """A model outside the table still has layers whose tensors belong together; what could not be checked is said."""
+    out = tmp_path / "out"
+    make_packed(source, out, edit_config=lambda config: config.update(model_type="fancy"))
+    checked = verify(out, source=None, load=False, console=Console.quiet())
+    assert any("own list of tensors was not checked" in line for line in checked.skipped)
+    edit_tensors(out, lambda tensors: tensors.update({f"{LAYER}.weight_scale": tensors[f"{LAYER}.weight_scale"][:, :1]}))
+    remake_manifest(out)
+    assert failure(out).error_id == "E105"
