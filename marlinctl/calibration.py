@@ -66,18 +66,19 @@ def load_calibration(
     _require(asked, ids, counted)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     ids = torch.where(padding, pad, ids)
+    sizes = {"asked": asked.samples * asked.sequence_length, "got": int((~padding).sum()), "counted": int(counted.sum())}
     facts = {
         "source": asked.source,
         "how": how,
         "samples": {"asked": asked.samples, "got": ids.shape[0]},
-        "tokens": {"asked": asked.samples * asked.sequence_length, "got": int((~padding).sum()), "counted": int(counted.sum())},
+        "tokens": sizes,
         "sequence_length": asked.sequence_length,
         "seed": asked.seed,
         "sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
     }
     console.say(
         f"calibration: {asked.source} ({how}), {ids.shape[0]} of {asked.samples} samples, "
-        f"{facts['tokens']['got']:,} of {facts['tokens']['asked']:,} tokens, {facts['tokens']['counted']:,} counted"
+        f"{sizes['got']:,} of {sizes['asked']:,} tokens, {sizes['counted']:,} counted"
     )
     return CalibrationSet(Tokens(ids, counted), facts)
 
@@ -127,7 +128,9 @@ def _read_samples(asked: Calibration, tokenizer: PreTrainedTokenizerBase) -> tup
         missing = "the model has no chat template" if not template else "the data are no chats"
         raise UsageError("E253", f"--chat always, but {missing}", where=f"calibration {asked.source}", fix="--chat auto")
     if chats and template and asked.chat != "never":
-        return _pad([_chat_ids(tokenizer, chat) for chat in chats[: asked.samples]], asked.sequence_length), "chats, with the model's template"
+        return _pad(
+            [_chat_ids(tokenizer, chat) for chat in chats[: asked.samples]], asked.sequence_length
+        ), "chats, with the model's template"
     texts += ["\n\n".join(turn["content"] for turn in chat) for chat in chats]
     return _cut(texts, tokenizer, asked.samples, asked.sequence_length), "documents joined by blank lines and cut"
 
@@ -162,7 +165,9 @@ def _hub_documents(source: str) -> Iterator[Document]:
         ) from error
     if first is None or not ({"text", "messages"} & set(first)):
         columns = ", ".join(first or ()) or "none"
-        raise BadInput("E395", f"no column text or messages; it has: {columns}", where=f"calibration {source}", fix="choose another data set")
+        raise BadInput(
+            "E395", f"no column text or messages; it has: {columns}", where=f"calibration {source}", fix="choose another data set"
+        )
     column = "messages" if "messages" in first else "text"
     yield first[column]
     for row in rows:

@@ -22,8 +22,6 @@ from torch import Tensor
 
 from marlinctl import __version__
 from marlinctl.calibration import load_calibration
-from marlinctl.card import CardFacts
-from marlinctl.card import render as render_card
 from marlinctl.checkpoint.config import check_tokenizer, refuse_quantized
 from marlinctl.checkpoint.finite import scan_finite
 from marlinctl.checkpoint.formats import detect, linear_tensors, quantization_config, read_linear, sixteen_bit_linears
@@ -37,7 +35,7 @@ from marlinctl.models import Architecture, LinearSpec, architecture
 from marlinctl.quantize.gptq import Solved, SolveSettings, round_to_nearest, solve
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipe import Recipe, recipe_hash
-from marlinctl.report import markdown
+from marlinctl.report import report_files
 from marlinctl.rules import Plan, plan
 from marlinctl.scratch import Scratch
 from marlinctl.skeleton import build
@@ -127,7 +125,7 @@ def run_quantize(model: str, out: Path, recipe: Recipe, options: Options, consol
                 _config(opened, recipe),
                 manifest=_manifest(opened, recipe, calibration.facts, job.records, device, dtype),
                 verify=lambda folder: _verify_written(folder, job.records, console),
-                report_files=_report_files(report, opened, recipe, options),
+                report_files=report_files(report, fmt="ct", layers=opened.plan.group_sizes, ignore=_ignore(opened)),
             )
     return report, opened.source
 
@@ -193,9 +191,10 @@ def open_model(model: str, recipe: Recipe, options: Options, console: Console) -
 def _refuse_unexpected(checkpoint: Checkpoint, known: Architecture) -> None:
     extra = known.unexpected(checkpoint.tensors)
     if extra:
+        shown = ", ".join(extra[:5]) + (" ..." if len(extra) > 5 else "")
         raise BadInput(
             "E396",
-            f"{len(extra)} tensors have no place in the model that config.json describes: {', '.join(extra[:5])}{' ...' if len(extra) > 5 else ''}",
+            f"{len(extra)} tensors have no place in the model that config.json describes: {shown}",
             where=str(checkpoint.folder),
             fix="config.json and the weights do not belong together (fewer layers than weights?); download both again",
         )
@@ -350,7 +349,10 @@ def _verify_written(folder: Path, records: list[LayerRecord], console: Console) 
         for record in records:
             if _digest(read_linear(written, info, record.name)) != record.digest:
                 raise CheckFailed(
-                    "E110", "codes or scales on disk differ from those that were solved", where=record.name, fix="check the disk, then run again"
+                    "E110",
+                    "codes or scales on disk differ from those that were solved",
+                    where=record.name,
+                    fix="check the disk, then run again",
                 )
             progress.advance()
 
@@ -360,8 +362,10 @@ def _verify_written(folder: Path, records: list[LayerRecord], console: Console) 
 
 def _config(opened: Opened, recipe: Recipe) -> dict[str, Any]:
     config = {k: v for k, v in opened.checkpoint.config.items() if k != "auto_map"}
-    layers = {name: size for name, size in opened.plan.group_sizes.items()}
-    config["quantization_config"] = quantization_config("ct", layers, _ignore(opened), {"version": __version__, "recipe_sha256": recipe_hash(recipe)})
+    layers = dict(opened.plan.group_sizes)
+    config["quantization_config"] = quantization_config(
+        "ct", layers, _ignore(opened), {"version": __version__, "recipe_sha256": recipe_hash(recipe)}
+    )
     return config
 
 
@@ -426,29 +430,6 @@ def _report(
         "seconds": round(seconds, 1),
         "peak_memory_bytes": peak_rss(),
         "layers": [asdict(record) for record in records],
-    }
-
-
-def _report_files(report: Mapping[str, Any], opened: Opened, recipe: Recipe, options: Options) -> dict[str, bytes]:
-    import json
-
-    from marlinctl.console import SCHEMA_VERSION
-
-    source = opened.source
-    facts = CardFacts(
-        fmt="ct",
-        layers=opened.plan.group_sizes,
-        ignore=_ignore(opened),
-        command=options.command,
-        base_model=source.name if source.kind == "hub" else None,
-        calibration=f"{report['calibration']['samples']['got']} samples, {report['calibration']['tokens']['counted']:,} tokens ({report['calibration']['how']})",
-        recipe_hash=recipe_hash(recipe),
-    )
-    document = {"schema_version": SCHEMA_VERSION, **report}
-    return {
-        "README.md": render_card(facts).encode(),
-        "marlinctl_report.json": (json.dumps(document, indent=1) + "\n").encode(),
-        "marlinctl_report.md": markdown(report).encode(),
     }
 
 

@@ -11,7 +11,7 @@ BASE = int(0.6 * 2**30)  # python, torch and transformers before any tensor
 
 
 def predicted_peak(architecture: Architecture, *, samples: int, length: int, element: int, chunk_tokens: int) -> int:
-    """Upper bound in bytes of anonymous memory: hidden states once, three K x K matrices, two blocks, one chunk of the widest activation."""
+    """Upper bound of anonymous memory in bytes: hidden states once, three K x K matrices, two blocks, chunks of the widest activation."""
     hidden = samples * length * architecture.hidden_size * element
     largest_k = max(spec.in_features for spec in architecture.linears.values())
     widest = max(spec.out_features for spec in architecture.linears.values())

@@ -128,12 +128,19 @@ FAMILIES: Mapping[str, _Family] = {
     "mixtral": _Family(
         attention_bias=False,
         output_bias=False,
-        experts=("block_sparse_moe.gate", "block_sparse_moe.experts.{e}.w1", "block_sparse_moe.experts.{e}.w3", "block_sparse_moe.experts.{e}.w2"),
+        experts=(
+            "block_sparse_moe.gate",
+            "block_sparse_moe.experts.{e}.w1",
+            "block_sparse_moe.experts.{e}.w3",
+            "block_sparse_moe.experts.{e}.w2",
+        ),
         experts_key="num_local_experts",
         defaults={"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
     ),
     "qwen3_moe": _Family(
-        qk_norm="head", experts=_EXPERTS, defaults={"num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "decoder_sparse_step": 1}
+        qk_norm="head",
+        experts=_EXPERTS,
+        defaults={"num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "decoder_sparse_step": 1},
     ),
     "olmoe": _Family(qk_norm="full", experts=_EXPERTS, defaults={"num_experts": 64, "num_experts_per_tok": 8}),
 }
@@ -182,7 +189,11 @@ class _Sizes:
                 value = family.defaults.get(key, fallback)
             if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
                 problems.append(
-                    Problem(f"{key} is {value!r}, not a whole number from 1 to {limit}", f"config.json, key {key}", "restore the model's own config.json")
+                    Problem(
+                        f"{key} is {value!r}, not a whole number from 1 to {limit}",
+                        f"config.json, key {key}",
+                        "restore the model's own config.json",
+                    )
                 )
                 return 1
             return value
@@ -255,7 +266,11 @@ def _block(index: int, family: _Family, sizes: _Sizes) -> Block:
             "mlp.experts", count, int(sizes.config["num_experts_per_tok"]), (gate, up), down, str(sizes.config.get("hidden_act", "silu"))
         )
     else:
-        first = {"mlp.gate_up_proj": 2 * sizes.intermediate} if family.fused else dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), sizes.intermediate)
+        first = (
+            {"mlp.gate_up_proj": 2 * sizes.intermediate}
+            if family.fused
+            else dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), sizes.intermediate)
+        )
         linears += [LinearSpec(f"{prefix}.{name}", n, sizes.hidden, mlp_bias) for name, n in first.items()]
         linears.append(LinearSpec(f"{prefix}.mlp.down_proj", sizes.hidden, sizes.intermediate, mlp_bias))
         mlp = Branch("mlp", tuple(first), "mlp.down_proj", returns_tuple=False)
@@ -274,7 +289,8 @@ def _is_sparse(index: int, config: Mapping[str, Any]) -> bool:
 def _by_hand(config: Mapping[str, Any], module_map: Path) -> Architecture:
     """An architecture from a module map: a JSON object with the names that the table would give.
 
-    {"attention": {"module": "self_attn", "first": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "last": "self_attn.o_proj"},
+    {"attention": {"module": "self_attn", "first": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+                   "last": "self_attn.o_proj"},
      "mlp": {"module": "mlp", "first": ["mlp.gate_proj", "mlp.up_proj"], "last": "mlp.down_proj"},
      "decoder": "model", "blocks": "model.layers", "embedding": "model.embed_tokens", "norm": "model.norm"}
 
@@ -284,7 +300,12 @@ def _by_hand(config: Mapping[str, Any], module_map: Path) -> Architecture:
     try:
         given = json.loads(module_map.read_text(encoding="utf-8"))
         branches = {
-            key: Branch(given[key]["module"], tuple(given[key]["first"]), given[key]["last"], bool(given[key].get("returns_tuple", key == "attention")))
+            key: Branch(
+                given[key]["module"],
+                tuple(given[key]["first"]),
+                given[key]["last"],
+                bool(given[key].get("returns_tuple", key == "attention")),
+            )
             for key in ("attention", "mlp")
         }
         decoder, blocks_at, embedding, norm = (given[key] for key in ("decoder", "blocks", "embedding", "norm"))
@@ -311,7 +332,7 @@ def _by_hand(config: Mapping[str, Any], module_map: Path) -> Architecture:
     for i in range(count):
         prefix = f"{blocks_at}.{i}"
         names = [f"{prefix}.{name}" for b in branches.values() for name in (*b.first, b.last)]
-        linears = {n: LinearSpec(n, *shapes[f"{n}.weight"], bias=f"{n}.bias" in shapes) for n in names}  # type: ignore[misc]
+        linears = {n: LinearSpec(n, shapes[f"{n}.weight"][0], shapes[f"{n}.weight"][1], f"{n}.bias" in shapes) for n in names}
         weights = {f"{n}.weight" for n in names}
         others = {n: s for n, s in shapes.items() if n.startswith(prefix + ".") and n not in weights}
         blocks.append(Block(i, prefix, branches["attention"], branches["mlp"], linears, others))

@@ -9,7 +9,6 @@ Nothing appears under its final name before everything is checked.
 
 from __future__ import annotations
 
-import json
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -17,18 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marlinctl.card import CardFacts
-from marlinctl.card import render as render_card
 from marlinctl.checkpoint.formats import detect
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.source import Source
 from marlinctl.checkpoint.writer import check_output, publish_together
-from marlinctl.console import SCHEMA_VERSION, Console
+from marlinctl.console import Console
 from marlinctl.evaluation.tasks import require_lm_eval
 from marlinctl.job import Options, run_quantize
 from marlinctl.recipe import Recipe
 from marlinctl.repack import repack
-from marlinctl.report import markdown
+from marlinctl.report import report_files
 from marlinctl.verify import available_memory, verify
 
 
@@ -42,7 +39,14 @@ class Finished:
 
 
 def run_compress(
-    model: str, out: Path, recipe: Recipe, options: Options, console: Console, *, evaluate_result: bool = True, task_data: Path | None = None
+    model: str,
+    out: Path,
+    recipe: Recipe,
+    options: Options,
+    console: Console,
+    *,
+    evaluate_result: bool = True,
+    task_data: Path | None = None,
 ) -> dict[str, Any]:
     """The whole way from a model to published folders: OUT in the recipe's first format, OUT-<format> for each further one."""
     first, *others = recipe.pack.formats
@@ -65,7 +69,7 @@ def run_compress(
         if evaluate_result:
             report["evaluation"] = _evaluation(work / "ct", source, recipe, task_data, console)
         for fmt in places:
-            _write_reports(work / fmt, fmt, report, source)
+            _write_reports(work / fmt, fmt, report)
         publish_together([Finished(work / fmt, place.resolve(), options.overwrite) for fmt, place in places.items()])
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -91,27 +95,21 @@ def _evaluation(folder: Path, source: Source, recipe: Recipe, task_data: Path | 
     return {"table": render_table(document), "document": document}
 
 
-def _write_reports(folder: Path, fmt: str, report: Mapping[str, Any], source: Source) -> None:
+def _write_reports(folder: Path, fmt: str, report: Mapping[str, Any]) -> None:
     """Card and report of each folder, with what was measured. They lie outside the manifest and may be rewritten."""
     with open_checkpoint(folder, weight_files="auto") as checkpoint:
-        info = detect(checkpoint.config, checkpoint.tensors)
-    facts = CardFacts(
-        fmt=fmt,
-        layers=info.layers,
-        ignore=[item["name"] for item in report["kept"]],
-        command=report["command"],
-        base_model=source.name if source.kind == "hub" else None,
-        calibration=f"{report['calibration']['samples']['got']} samples, {report['calibration']['tokens']['counted']:,} tokens ({report['calibration']['how']})",
-        recipe_hash=report["recipe"]["sha256"],
-        scores=_scores(report.get("evaluation", {})),
-    )
-    (folder / "README.md").write_text(render_card(facts), encoding="utf-8")
-    (folder / "marlinctl_report.json").write_text(json.dumps({"schema_version": SCHEMA_VERSION, **report}, indent=1) + "\n", encoding="utf-8")
-    (folder / "marlinctl_report.md").write_text(markdown(report), encoding="utf-8")
+        layers = detect(checkpoint.config, checkpoint.tensors).layers
+    kept = [item["name"] for item in report["kept"]]
+    for name, data in report_files(report, fmt=fmt, layers=layers, ignore=kept, scores=_scores(report.get("evaluation", {}))).items():
+        (folder / name).write_bytes(data)
 
 
 def _scores(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """Rows for the card: task, metric, this model, the original."""
     from marlinctl.evaluation.table import rows
 
-    return [(task, metric, ours, theirs) for task, _, metric, ours, theirs, _ in rows(evaluation["document"])] if "document" in evaluation else []
+    return (
+        [(task, metric, ours, theirs) for task, _, metric, ours, theirs, _ in rows(evaluation["document"])]
+        if "document" in evaluation
+        else []
+    )

@@ -27,6 +27,7 @@ from marlinctl.errors import Problem, UsageError
 from marlinctl.yaml_positions import Place, read_yaml
 
 DEFAULT = "int4"
+_FLAG_NAMES = {"source": "--calibration", "formats": "--format/--also", "overrides": "--override"}  # of keys whose flag is called otherwise
 MAXIMUM_BYTES = 1 << 20
 _SECTIONS = ("quantize", "calibration", "pack", "evaluate")
 
@@ -52,11 +53,9 @@ class Quantize(_Section):
     scale_search: Literal["none", "mse", "hessian"]
     damping: float = Field(gt=0, le=1)
     refine: int = Field(ge=0, le=100)
-    match_dense: float = Field(ge=0, le=1)
     skip: Names
     overrides: dict[str, Override]
     include: Names
-    solver_block: int = Field(ge=1, le=4096)
 
 
 class Calibration(_Section):
@@ -128,7 +127,7 @@ def resolve(recipe: Recipe, overrides: Mapping[str, Any]) -> tuple[Recipe, list[
         if value is None:
             continue
         value = list(value) if isinstance(value, tuple) else value
-        flag = "--" + field.replace("_", "-")
+        flag = _FLAG_NAMES.get(field, "--" + field.replace("_", "-"))
         places[section, field] = Place(f"{flag} {value}")
         if values[section][field] != value:
             changes.append(f"{flag} {value} instead of {values[section][field]} (recipe {recipe.name})")

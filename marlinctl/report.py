@@ -1,9 +1,41 @@
-"""The report of a run, as Markdown made from its JSON document."""
+"""The report of a run: one JSON document, and the Markdown page and model card made from it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from marlinctl.card import CardFacts
+from marlinctl.card import render as render_card
+from marlinctl.console import SCHEMA_VERSION
+
+
+def report_files(
+    report: Mapping[str, Any],
+    *,
+    fmt: str,
+    layers: Mapping[str, int],
+    ignore: Sequence[str],
+    scores: Sequence[tuple[str, str, str, str]] = (),
+) -> dict[str, bytes]:
+    """What is published about a checkpoint beside it, outside the manifest: card, JSON and Markdown."""
+    calibration, source = report["calibration"], report["source"]
+    facts = CardFacts(
+        fmt=fmt,
+        layers=layers,
+        ignore=ignore,
+        command=report["command"],
+        base_model=source["name"] if source["kind"] == "hub" else None,
+        calibration=f"{calibration['samples']['got']} samples, {calibration['tokens']['counted']:,} tokens ({calibration['how']})",
+        recipe_hash=report["recipe"]["sha256"],
+        scores=scores,
+    )
+    return {
+        "README.md": render_card(facts).encode(),
+        "marlinctl_report.json": (json.dumps({"schema_version": SCHEMA_VERSION, **report}, indent=1) + "\n").encode(),
+        "marlinctl_report.md": markdown(report).encode(),
+    }
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -25,7 +57,11 @@ def _summary(report: Mapping[str, Any]) -> str:
     source, calibration, size = report["source"], report["calibration"], report["bytes"]
     recipe = report["recipe"]
     rows = [
-        ("source", f"{source['name']}{' @ ' + source['revision'] if source['revision'] else ''}" + (f" ({source['note']})" if source["note"] else "")),
+        (
+            "source",
+            f"{source['name']}{' @ ' + source['revision'] if source['revision'] else ''}"
+            + (f" ({source['note']})" if source["note"] else ""),
+        ),
         ("recipe", f"{recipe['name']}, group size {recipe['quantize']['group_size']}"),
         (
             "calibration",
@@ -44,7 +80,10 @@ def _summary(report: Mapping[str, Any]) -> str:
 def _attention(report: Mapping[str, Any]) -> str:
     lines = [f"- {item['name']}: {item['fallback']}" for item in report["fallbacks"]]
     lines += [f"- {item['name']}: {item['remark']}" for item in report["underfed"]]
-    lines += [f"- {item['name']}: {item['count']} inputs were zero in all of calibration; their weights are rounded and kept" for item in report["dead_inputs"]]
+    lines += [
+        f"- {item['name']}: {item['count']} inputs were zero in all of calibration; their weights are rounded and kept"
+        for item in report["dead_inputs"]
+    ]
     return "## Needs attention\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
@@ -55,7 +94,15 @@ def _quality(report: Mapping[str, Any]) -> str:
 
 def _layers(report: Mapping[str, Any]) -> str:
     rows = [
-        (r["name"], f"{r['shape'][0]} x {r['shape'][1]}", r["group_size"], f"{r['error']:.5f}", f"{r['damping']:g}", r["tokens"], f"{r['seconds']:.2f}")
+        (
+            r["name"],
+            f"{r['shape'][0]} x {r['shape'][1]}",
+            r["group_size"],
+            f"{r['error']:.5f}",
+            f"{r['damping']:g}",
+            r["tokens"],
+            f"{r['seconds']:.2f}",
+        )
         for r in report["layers"]
     ]
     return "## Layers\n\n" + table(("linear", "N x K", "group", "error", "damping", "tokens", "seconds"), rows)

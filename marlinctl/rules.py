@@ -36,8 +36,12 @@ def plan(architecture: Architecture, *, group_size: int, skip: Sequence[str], ov
     problems: list[Problem] = []
     for pattern in (*skip, *overrides):
         if not matching(pattern, linears):
-            near = get_close_matches(pattern, {*linears, *(name.rpartition(".")[2] for name in linears)}, n=3, cutoff=0.3) or list(linears)[:3]
-            problems.append(Problem(f"the pattern {pattern!r} matches no linear", "--skip / --override", f"nearest names: {', '.join(near)}"))
+            near = (
+                get_close_matches(pattern, {*linears, *(name.rpartition(".")[2] for name in linears)}, n=3, cutoff=0.3) or list(linears)[:3]
+            )
+            problems.append(
+                Problem(f"the pattern {pattern!r} matches no linear", "--skip / --override", f"nearest names: {', '.join(near)}")
+            )
     if problems:
         raise UsageError.from_problems("E254", problems)
 
@@ -61,7 +65,9 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
         try:
             expression = re.compile(pattern[3:])
         except re.error as error:
-            raise UsageError("E254", f"{pattern!r} is no regular expression: {error}", where="--skip / --override", fix="mend it") from error
+            raise UsageError(
+                "E254", f"{pattern!r} is no regular expression: {error}", where="--skip / --override", fix="mend it"
+            ) from error
         return [name for name in names if expression.search(name)]
     return [name for name in names if any(fnmatchcase(tail, pattern) for tail in _tails(name))]
 

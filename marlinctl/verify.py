@@ -250,18 +250,19 @@ def logit_error(checkpoint: Checkpoint) -> float:
 
     from marlinctl.load import dense_tensors, model_from, quietly
 
-    with quietly():
-        try:
+    try:
+        with quietly():
             client = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True).eval()
-        except (RuntimeError, ValueError, OSError, KeyError) as problem:
-            raise CheckFailed(
-                "E109",
-                f"transformers does not load the folder: {str(problem).strip().splitlines()[0][:300]}",
-                where=str(checkpoint.folder),
-                fix="`marlinctl pack FOLDER --check` names linears that no client loads; else report it, with the log of --verbose",
-            ) from problem
-        tokens = _probe(int(client.config.get_text_config().vocab_size))
-        theirs = _logits(client, tokens)
+            tokens = _probe(int(client.config.get_text_config().vocab_size))
+            theirs = _logits(client, tokens)
+    except (RuntimeError, ValueError, OSError, LookupError, TypeError, AttributeError) as problem:
+        lines = [*str(problem).strip().splitlines(), type(problem).__name__]
+        raise CheckFailed(
+            "E109",
+            f"transformers does not load the folder: {lines[0][:300]}",
+            where=str(checkpoint.folder),
+            fix="`marlinctl pack FOLDER --check` names linears that no client loads together; for anything else please report it",
+        ) from problem
     del client
     ours = _logits(model_from(checkpoint, dense_tensors(checkpoint), dtype=torch.float32), tokens)
     return float((theirs - ours).norm() / ours.norm())

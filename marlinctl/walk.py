@@ -1,8 +1,8 @@
 """The loop over decoder blocks: every linear runs once, with the final weights of all linears before it.
 
-    hidden states x ─► norm ─► h ─┬─► Gram of h ─► solve q k v ─► run attention up to o ─► a ─► Gram of a ─► solve o ─► output of attention ─┐
-         ▲                        └────────── kept, in scratch ──────────┘                  └── kept, in scratch ──┘                            │
-         └──────────── next block ◄── run the rest of the block with both outputs replayed ◄── solve down ◄── m ◄── solve gate up ◄── norm ◄────┘
+    hidden states x ─► norm ─► h ─► Gram of h ─► solve q k v ─► attention up to o ─► a ─► Gram of a ─► solve o ─► its output ─┐
+         ▲                     (h is kept in scratch)                           (a is kept in scratch)                       │
+         └── next block ◄── the block once more, both outputs replayed ◄── solve down ◄── m ◄── solve gate up ◄── norm ◄──────┘
 
 The block's own code, from transformers, runs everything between the linears. It is stopped where a branch (attention, MLP) begins, the
 branch is run by itself in two steps, and its output is replayed when the block goes on. So no forward of any model is written again
@@ -100,7 +100,7 @@ class Walk:
             return hidden
 
         for block in blocks:
-            block.forward = passing  # type: ignore[method-assign]
+            block.forward = passing
         try:
             for part in self.chunks():
                 calls.clear()
@@ -111,7 +111,7 @@ class Walk:
                 self.calls.setdefault(batch.shape[0], list(calls))
         finally:
             for block in blocks:
-                del block.forward  # type: ignore[method-assign]
+                del block.forward
         set_parameter(self.model, name, torch.empty(0, device="meta"))
 
     def run_block(self, block: Block, solve: SolveStage) -> None:
@@ -124,8 +124,10 @@ class Walk:
             replays: dict[str, Replay] = {}
             outputs: dict[str, Tensor] = {}
             for branch in (block.attention, block.mlp):
-                run = self._run_experts if isinstance(branch, Experts) else self._run_branch
-                outputs[branch.module] = run(block, layer, branch, replays, outputs, solve)  # type: ignore[operator]
+                if isinstance(branch, Experts):
+                    outputs[branch.module] = self._run_experts(block, layer, branch, replays, outputs, solve)
+                else:
+                    outputs[branch.module] = self._run_branch(block, layer, branch, replays, outputs, solve)
                 replays[branch.module] = Replay(isinstance(branch, Branch) and branch.returns_tuple, flat=isinstance(branch, Experts))
                 layer.set_submodule(branch.module, replays[branch.module])
             for part in self.chunks():
@@ -208,7 +210,7 @@ class Walk:
             inputs[rows], routed[rows], shares[rows] = x, ids.to(torch.int32), weights.float()
             everyone.add(x, self.counted[part])
         counted = self.counted.reshape(-1)
-        sample = counted.nonzero().squeeze(-1)[: _MOST_BORROWED]
+        sample = counted.nonzero().squeeze(-1)[:_MOST_BORROWED]
         h_all = everyone.hessian((block.prefix + "." + experts.module,))
         output = self.scratch.tensor("experts output", (self.samples, self.length, hidden), self.dtype).zero_()
         flat = output.view(-1, hidden)

@@ -22,7 +22,10 @@ from marlinctl.repack import repack
 from tests import zoo
 from tests.tiny import make_tiny
 
-TEXT = " ".join(f"The {a} {b} of number {i} is on the table in the garden." for i, (a, b) in enumerate(zip("abcdefgh" * 40, "klmnopqrst" * 32, strict=True)))
+TEXT = " ".join(
+    f"The {a} {b} of number {i} is on the table in the garden."
+    for i, (a, b) in enumerate(zip("abcdefgh" * 40, "klmnopqrst" * 32, strict=True))
+)
 
 
 def recipe(text: Path, **changes: Any) -> Recipe:
@@ -99,7 +102,11 @@ def test_self_calibration_is_drawn_with_a_seed_of_its_own(tmp_path: Path, text: 
 def test_rules_decide_layer_by_layer(tmp_path: Path, text: Path) -> None:
     """If --skip or --override reached the wrong linears, users would ship a model they did not ask for."""
     source = make_tiny(tmp_path / "model")
-    chosen = recipe(text, quantize__skip=["k_proj"], quantize__overrides={"down_proj": {"group_size": 64}, "layers.1.self_attn.q_proj": {"group_size": -1}})
+    chosen = recipe(
+        text,
+        quantize__skip=["k_proj"],
+        quantize__overrides={"down_proj": {"group_size": 64}, "layers.1.self_attn.q_proj": {"group_size": -1}},
+    )
     report = quantize(source, tmp_path / "out", chosen)
     with open_checkpoint(tmp_path / "out") as written, open_checkpoint(source) as original:
         info = detect(written.config, written.tensors)

@@ -90,7 +90,7 @@ def test_flags_win_and_are_told_once() -> None:
     assert changes == [
         "--group-size 64 instead of 128 (recipe int4)",
         "--skip ['a'] instead of [] (recipe int4)",
-        "--formats ['ct', 'marlin'] instead of ['ct'] (recipe int4)",
+        "--format/--also ['ct', 'marlin'] instead of ['ct'] (recipe int4)",
     ]
 
 
@@ -105,7 +105,7 @@ def test_no_flags_change_nothing() -> None:
         ({"quantize.group_size": 100}, "--group-size 100", "128, 64, 32 or -1"),
         ({"quantize.bits": 3}, "--bits 3", "4"),
         ({"quantize.damping": 0.0}, "--damping 0.0", "greater than 0"),
-        ({"quantize.overrides": {"x": {"group_size": 48}}}, "--overrides", "128, 64, 32 or -1"),
+        ({"quantize.overrides": {"x": {"group_size": 48}}}, "--override ", "128, 64, 32 or -1"),
         ({"calibration.samples": 0}, "--samples 0", "greater than or equal to 1"),
     ],
 )

@@ -61,9 +61,8 @@ def command(
     report = run_compress(model, out, recipe, chosen_options(console, values), console, evaluate_result=not no_eval, task_data=task_data)
     size = report["bytes"]
     lines = [f"{item['folder']} ({item['format']})" for item in report["outputs"]]
-    lines.append(
-        f"{len(report['layers'])} linears in 4 bits, {size['source'] / 1e6:,.1f} MB -> {size['result'] / 1e6:,.1f} MB, {report['seconds']:.1f} s to quantize"
-    )
+    sizes = f"{size['source'] / 1e6:,.1f} MB -> {size['result'] / 1e6:,.1f} MB"
+    lines.append(f"{len(report['layers'])} linears in 4 bits, {sizes}, {report['seconds']:.1f} s to quantize")
     if "evaluation" in report:
         lines += ["", report["evaluation"]["table"]]
     lines += ["", f"report: {Path(report['outputs'][0]['folder']) / 'marlinctl_report.md'}"]

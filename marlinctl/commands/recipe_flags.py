@@ -1,7 +1,7 @@
 """The flags of `quantize` and `compress` that change a recipe, and those that say how the job runs.
 
-Each recipe flag is one row of `_RECIPE_FLAGS`: the key it sets and its help. A flag that is not given is None and leaves the recipe alone, so
-defaults live in recipes/int4.yaml and nowhere else.
+Each recipe flag is one row of `_RECIPE_FLAGS`: the key it sets and its help. A flag that is not given is None and leaves the recipe
+alone, so defaults live in recipes/int4.yaml and nowhere else.
 """
 
 from __future__ import annotations
@@ -24,13 +24,19 @@ _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "quantize.bits": ("--bits", {"type": int, "metavar": "4", "help": "Bits per weight; 4 is all there is."}),
-    "quantize.group_size": ("--group-size", {"type": int, "metavar": "128|64|32|-1", "help": "Inputs that share a scale; -1: the whole row."}),
+    "quantize.group_size": (
+        "--group-size",
+        {"type": int, "metavar": "128|64|32|-1", "help": "Inputs that share a scale; -1: the whole row."},
+    ),
     "quantize.scale_sign": ("--scale-sign", {"metavar": "both|positive", "help": "positive for runtimes that want scales above zero."}),
     "quantize.act_order": ("--act-order", {"metavar": "static|none", "help": "Order of columns during the solve; files stay the same."}),
     "quantize.scale_search": ("--scale-search", {"metavar": "hessian|mse|none", "help": "Error that a group's scale minimises."}),
     "quantize.damping": ("--damping", {"type": float, "help": "Fraction of the mean diagonal added to the Hessian."}),
     "quantize.refine": ("--refine", {"type": int, "help": "Rounds of coordinate descent and scale re-fit after the solve."}),
-    "quantize.skip": ("--skip", {"multiple": True, "metavar": "PATTERN", "help": "Leave these linears 16-bit (k_proj, layers.0.*, re:...)."}),
+    "quantize.skip": (
+        "--skip",
+        {"multiple": True, "metavar": "PATTERN", "help": "Leave these linears 16-bit (k_proj, layers.0.*, re:...)."},
+    ),
     "quantize.include": ("--include", {"multiple": True, "metavar": "lm_head", "help": "Quantize the output head too."}),
     "calibration.source": ("--calibration", {"metavar": "SOURCE", "help": "self, a .txt/.jsonl/.parquet file, or a hub data set."}),
     "calibration.samples": ("--samples", {"type": int, "help": "Calibration samples."}),
@@ -42,10 +48,14 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
 
 def recipe_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     """--recipe, one flag for each key of the recipe that a run may want to change, and --override."""
-    decorators: list[_Decorator] = [click.option("--recipe", "recipe_name", default="int4", show_default=True, metavar="NAME|FILE", help="See `marlinctl recipes ls`.")]
+    decorators: list[_Decorator] = [
+        click.option("--recipe", "recipe_name", default="int4", show_default=True, metavar="NAME|FILE", help="See `marlinctl recipes ls`.")
+    ]
     decorators += [click.option(flag, _parameter(key), default=None, **attributes) for key, (flag, attributes) in _RECIPE_FLAGS.items()]
     decorators.append(
-        click.option("--override", multiple=True, metavar="PATTERN=group_size:N", help="Another group size for these linears; may be given again.")
+        click.option(
+            "--override", multiple=True, metavar="PATTERN=group_size:N", help="Another group size for these linears; may be given again."
+        )
     )
     return _apply(function, decorators)
 
@@ -58,7 +68,12 @@ def run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
         [
             click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
             click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute."),
-            click.option("--dtype", default="auto", metavar="auto|bfloat16|float32", help="Of the forward pass. auto: bfloat16 where the hardware has it."),
+            click.option(
+                "--dtype",
+                default="auto",
+                metavar="auto|bfloat16|float32",
+                help="Of the forward pass. auto: bfloat16 where the hardware has it.",
+            ),
             click.option("--overwrite", is_flag=True, help="Replace an existing OUT, after the new one is complete."),
             click.option("--strict", is_flag=True, help="Stop (exit 6) where a Hessian needs a fallback."),
             click.option("--deterministic", is_flag=True, help="The same bytes every time on CUDA; the CPU always does that."),
@@ -75,7 +90,10 @@ def chosen_recipe(console: Console, values: dict[str, Any], extra: Mapping[str, 
     from marlinctl.recipe import load_recipe, resolve
 
     recipe = load_recipe(values.pop("recipe_name"))
-    overrides = {key: values.pop(_parameter(key)) or None if attributes.get("multiple") else values.pop(_parameter(key)) for key, (_, attributes) in _RECIPE_FLAGS.items()}
+    overrides = {
+        key: values.pop(_parameter(key)) or None if attributes.get("multiple") else values.pop(_parameter(key))
+        for key, (_, attributes) in _RECIPE_FLAGS.items()
+    }
     given = values.pop("override")
     overrides["quantize.overrides"] = dict(_override(text) for text in given) or None
     resolved, changes = resolve(recipe, {**overrides, **(extra or {})})
@@ -89,7 +107,10 @@ def chosen_options(console: Console, values: Mapping[str, Any]) -> Options:
 
     if values["dtype"] not in ("auto", "bfloat16", "float32"):
         raise UsageError(
-            "E257", f"--dtype {values['dtype']} is not offered", where="--dtype", fix="auto, bfloat16 or float32 (float16 overflows in some models)"
+            "E257",
+            f"--dtype {values['dtype']} is not offered",
+            where="--dtype",
+            fix="auto, bfloat16 or float32 (float16 overflows in some models)",
         )
     return Options(
         revision=values["revision"],

@@ -1,9 +1,9 @@
 """An evaluation as text: aligned columns, every figure with its standard error.
 
-    task        split       metric           score            baseline         difference
-    winogrande  validation  acc              0.xxxx ± 0.xxxx  0.5075 ± 0.0141  -0.xxxx ± 0.xxxx
-    wiki.txt    -           perplexity       27.281 ± 2.535   23.477 ± 2.120   +3.805 ± 0.434
-    wiki.txt    -           KL, nats         0.16818 ± 0.00184
+    task        split       metric           score              baseline         difference
+    winogrande  validation  acc              0.5201 ± 0.0140    0.5028 ± 0.0141  +0.0174 ± 0.0119
+    pythondoc   -           perplexity       14.766 ± 0.777     12.427 ± 0.661   +2.340 ± 0.131
+    pythondoc   -           KL, nats         0.18246 ± 0.00158
 
 The difference's error is the paired one (statistics.py): smaller than the two errors beside it suggest.
 """

@@ -1,7 +1,7 @@
 """GPTQ for linears that share an input: one Hessian, one factorisation, their rows stacked into one solve.
 
-    stacked weights [R, K] ─► static scales per group of original columns ─► columns by falling diag(H) ─► sweep ─► (descent, re-fit) x n
-                                                                             └── static activation order ──┘        codes in original order
+stacked weights [R, K] ─► static scales per group of original columns ─► columns by falling diag(H) ─► sweep ─► (descent, re-fit) x n
+                                                                         └── static activation order ──┘        codes in original order
 """
 
 from __future__ import annotations
@@ -60,33 +60,39 @@ def solve(weight: Tensor, hessian: Hessian, settings: SolveSettings, keep: Tenso
     if not bool(torch.isfinite(hessian.matrix).all()):
         raise ValueError(f"the Hessian of {hessian.tokens} tokens holds NaN or infinity")
 
-    matrix = hessian.matrix
-    diagonal = matrix.diagonal()
+    diagonal = hessian.matrix.diagonal().clone()
     scales = static_scales(weight, diagonal, settings)  # [R, G]
-    order = torch.argsort(diagonal, descending=True, stable=True) if settings.act_order == "static" else torch.arange(k, device=weight.device)
+    order = (
+        torch.argsort(diagonal, descending=True, stable=True) if settings.act_order == "static" else torch.arange(k, device=weight.device)
+    )
     group_of = (order // group_size).tolist()
-    ordered = matrix[order][:, order]
-    factored = factor(ordered, settings.damping)
+    matrix = hessian.matrix[order[:, None], order]
+    factored = factor(matrix, settings.damping)
 
-    w = weight.T[order].contiguous()  # [K, R]
+    w = weight.T[order]  # [K, R]
     s = scales.T.contiguous()  # [G, R]
-    kept = None if keep is None else keep.T[order].contiguous()
-    codes, _ = sweep(w, w, factored.feedback, s, group_of, kept)
+    kept = None if keep is None else keep.T[order]
+    codes, delta = sweep(w, w, factored.feedback, s, group_of, kept)
+    ridge = factored.damping * float(diagonal.mean())
     if settings.refine and factored.fallback is None:
-        damped = ordered.clone()
-        damped.diagonal().add_(factored.damping * float(diagonal.mean()))
+        matrix.diagonal().add_(ridge)
         for _ in range(settings.refine):
             for _ in range(2):
-                codes = descend(w, codes, s, damped, group_of, kept)
-            s = refit_scales(w, codes, s, damped, group_of, positive=not settings.both_signs, bfloat16_exact=settings.bfloat16_exact)
-    index = torch.as_tensor(group_of, device=weight.device)
-    error = layer_error(w - codes * s[index], ordered)
-    energy = layer_error(w, ordered)
+                codes = descend(w, codes, s, matrix, group_of, kept)
+            s = refit_scales(w, codes, s, matrix, group_of, positive=not settings.both_signs, bfloat16_exact=settings.bfloat16_exact)
+        matrix.diagonal().sub_(ridge)
+        delta = w - codes * s[torch.as_tensor(group_of, device=weight.device)]
 
     in_place = torch.empty(rows, k, dtype=torch.int8, device=weight.device)
     in_place[:, order] = codes.T.to(torch.int8)
-    linear = QuantizedLinear(in_place, s.T.to(torch.float16).contiguous(), group_size)
-    return Solved(linear, error.double(), energy.double(), factored.damping, factored.fallback, int((diagonal == 0).sum()))
+    return Solved(
+        linear=QuantizedLinear(in_place, s.T.to(torch.float16).contiguous(), group_size),
+        error=layer_error(delta, matrix).double(),
+        energy=layer_error(w, matrix).double(),
+        damping=factored.damping,
+        fallback=factored.fallback,
+        dead=int((diagonal == 0).sum()),
+    )
 
 
 def static_scales(weight: Tensor, importance: Tensor, settings: SolveSettings) -> Tensor:
@@ -105,4 +111,6 @@ def round_to_nearest(weight: Tensor, settings: SolveSettings) -> QuantizedLinear
     group_size = k if settings.group_size == -1 else settings.group_size
     scales = static_scales(weight, torch.ones(k, device=weight.device), settings)
     codes = (weight.reshape(rows, -1, group_size) / scales.unsqueeze(-1)).round().clamp(-8, 7)
-    return QuantizedLinear(codes.reshape(rows, k).to(torch.int8), round_scales(scales, settings.bfloat16_exact).to(torch.float16), group_size)
+    return QuantizedLinear(
+        codes.reshape(rows, k).to(torch.int8), round_scales(scales, settings.bfloat16_exact).to(torch.float16), group_size
+    )

@@ -17,9 +17,7 @@ def layer_error(delta: Tensor, matrix: Tensor) -> Tensor:
     return (torch.mm(matrix, delta) * delta).sum(0)
 
 
-def descend(
-    weight: Tensor, codes: Tensor, scales: Tensor, matrix: Tensor, group_of: list[int], keep: Tensor | None = None
-) -> Tensor:
+def descend(weight: Tensor, codes: Tensor, scales: Tensor, matrix: Tensor, group_of: list[int], keep: Tensor | None = None) -> Tensor:
     """One sweep of coordinate descent: every code in turn takes its best value given all others.
 
     weight, codes: [K, R] float32; scales: [G, R] float32; matrix: [K, K] float32 with a positive diagonal. Returns codes [K, R].
@@ -33,7 +31,9 @@ def descend(
     return codes
 
 
-def refit_scales(weight: Tensor, codes: Tensor, scales: Tensor, matrix: Tensor, group_of: list[int], *, positive: bool, bfloat16_exact: bool) -> Tensor:
+def refit_scales(
+    weight: Tensor, codes: Tensor, scales: Tensor, matrix: Tensor, group_of: list[int], *, positive: bool, bfloat16_exact: bool
+) -> Tensor:
     """The scales that minimise the layer error for fixed codes, row by row: a G x G least-squares system, G = number of groups.
 
     Σ_h (c_g H_gh c_hᵀ) s_h = c_g H_g: wᵀ. Rows whose rounded solution is not better keep their scales.

@@ -44,7 +44,8 @@ def factor(matrix: Tensor, damping: float) -> Factor:
     """Factor a symmetric matrix [K, K] float32 (in solve order) as R Rᵀ, with a rising damping where it is not positive definite.
 
     The ladder is damping x 1, 3, 10 (at most 0.3); if no rung holds, the matrix is replaced by its diagonal, which makes the solve
-    importance-weighted rounding. The result says which happened.
+    importance-weighted rounding. The result says which happened. Needs two more K x K matrices in the precision of the factorisation,
+    which is float64 where the condition number may pass what float32 pivots bear.
     """
     k = matrix.shape[0]
     diagonal = matrix.diagonal()
@@ -52,14 +53,15 @@ def factor(matrix: Tensor, damping: float) -> Factor:
     if not mean > 0.0:
         return _diagonal_factor(diagonal.clone(), damping, "all inputs are zero")
     for rung in dict.fromkeys(min(damping * step, max(damping, _DAMPING_CEILING)) for step in (1.0, 3.0, 10.0)):
-        exact = rung == 0.0 or k / rung > _FLOAT64_ABOVE
-        work = matrix.to(torch.float64 if exact else torch.float32, copy=True)
+        work = matrix.flip(0, 1).to(torch.float64 if k / rung > _FLOAT64_ABOVE else torch.float32)
         work.diagonal().add_(rung * mean)
-        lower, info = torch.linalg.cholesky_ex(work.flip(0, 1))
-        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-            upper = lower.flip(0, 1)
-            pivots = upper.diagonal().clone()
-            return Factor((upper / pivots).float(), pivots.float(), rung, None)
+        lower, info = torch.linalg.cholesky_ex(work)
+        del work
+        pivots = lower.diagonal().clone()  # of the flipped matrix: last column first
+        if int(info) == 0 and bool(torch.isfinite(pivots).all()):
+            feedback = lower.div_(pivots).float()
+            del lower
+            return Factor(feedback.flip(0, 1), pivots.flip(0).float(), rung, None)
     return _diagonal_factor(diagonal + damping * mean, damping, "not positive definite")
 
 
@@ -69,7 +71,9 @@ def _diagonal_factor(diagonal: Tensor, damping: float, reason: str) -> Factor:
     return Factor(torch.eye(k, dtype=torch.float32, device=diagonal.device), pivots.float(), damping, f"diagonal Hessian: {reason}")
 
 
-def sweep(base: Tensor, anchor: Tensor, feedback: Tensor, scales: Tensor, group_of: Sequence[int], keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def sweep(
+    base: Tensor, anchor: Tensor, feedback: Tensor, scales: Tensor, group_of: Sequence[int], keep: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Round all columns in order, each with the feedback of those before it.
 
     For k = 0..K-1:  t_k = base_k + Σ_{i<k} (anchor_i - q_i) feedback_ik ;  code_k = clamp(round(t_k / s_k)) ;  q_k = code_k s_k
