@@ -252,7 +252,10 @@ def logit_error(checkpoint: Checkpoint) -> float:
 
     try:
         with quietly():
-            client = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True).eval()
+            client, info = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+            client.eval()
             tokens = _probe(int(client.config.get_text_config().vocab_size))
             theirs = _logits(client, tokens)
     except (RuntimeError, ValueError, OSError, LookupError, TypeError, AttributeError) as problem:
@@ -263,9 +266,19 @@ def logit_error(checkpoint: Checkpoint) -> float:
             where=str(checkpoint.folder),
             fix="`marlinctl pack FOLDER --check` names linears that no client loads together; for anything else please report it",
         ) from problem
+    _raise("E108", _loading_problems(checkpoint.folder, info))
     del client
     ours = _logits(model_from(checkpoint, dense_tensors(checkpoint), dtype=torch.float32), tokens)
     return float((theirs - ours).norm() / ours.norm())
+
+
+def _loading_problems(folder: Path, info: Mapping[str, Any]) -> list[Problem]:
+    """What transformers itself noted, and went on: a missing tensor is filled with random numbers, an unknown one is dropped."""
+    fix = "a client would compute garbage from this folder; write it again, and report it if that does not help"
+    problems = [
+        Problem(f"transformers misses {name} and fills it with random numbers", str(folder), fix) for name in sorted(info["missing_keys"])
+    ]
+    return problems + [Problem(f"transformers has no place for {name}", str(folder), fix) for name in sorted(info["unexpected_keys"])]
 
 
 def _probe(vocab_size: int) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from marlinctl import verify as module
+from marlinctl.checkpoint import formats
+from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, CheckFailed, MarlinctlError
 from marlinctl.verify import verify
@@ -233,7 +235,19 @@ def test_logits_are_compared_and_not_only_loaded(copy: Callable[[str], Path], mo
     edit_json(folder / "config.json", lambda config: config["quantization_config"].pop("quantization_status"))
     remake_manifest(folder)
     monkeypatch.setattr(module, "_config_problems", lambda checkpoint, info: [])  # only the logits are left to notice
-    assert failure(folder, load=True).error_id == "E108"
+    problem = failure(folder, load=True)
+    assert problem.error_id == "E108" and any(f"misses {LAYER}.weight " in p.what for p in problem.problems)
+
+
+def test_logits_must_agree(good: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client may find all its tensors and still read them otherwise; here ours is the one that reads them otherwise."""
+    real = formats.LinearParts.weight
+    monkeypatch.setattr(formats.LinearParts, "weight", lambda parts: real(parts) * 1.01)
+    checkpoint = open_checkpoint(good["ct"])
+    assert module.logit_error(checkpoint) > module.MAX_LOGIT_ERROR
+    monkeypatch.setattr(module, "check_contents", lambda *arguments: None)
+    problem = failure(good["ct"], load=True)
+    assert problem.error_id == "E108" and "relative error" in problem.problems[0].what
 
 
 def test_a_folder_that_transformers_refuses_is_a_failure(copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

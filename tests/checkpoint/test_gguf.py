@@ -573,17 +573,18 @@ def test_gemma_spaces(tmp_path: Path) -> None:
 
     def fill(writer: gguf.GGUFWriter) -> None:
         pieces = ["a", "b", "▁", "▁b", "ab"]
-        tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "  ", "   ", "\n", "\n\n", *[f"<0x{i:02X}>" for i in range(256)], *pieces]
+        tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "  ", "   ", "    ", "\n", "\n\n", *[f"<0x{i:02X}>" for i in range(256)], *pieces]
         writer.add_tokenizer_model("llama")
         writer.add_token_list(tokens)
         writer.add_token_scores([-1000.0] * len(tokens))
-        writer.add_token_types([3] * 4 + [4] * 4 + [6] * 256 + [1] * len(pieces))
+        writer.add_token_types([3] * 4 + [4] * 5 + [6] * 256 + [1] * len(pieces))
         writer.add_bos_token_id(2)
         writer.add_unk_token_id(3)
 
     tokenizer, _ = build(tmp_path, fill, architecture="gemma3")
     assert tokenizer.encode("a   b\n\nab b").tokens == ["<bos>", "a", "▁▁▁", "b", "\n\n", "ab", "▁b"]
     assert tokenizer.decode(tokenizer.encode("a   b\n\nab b").ids) == "a   b\n\nab b"
+    assert tokenizer.encode("     a").tokens == ["<bos>", "▁▁▁▁", "▁", "a"]  # the longest run first, as in the model's own tokenizer.json
 
 
 # ---- hostile files -------------------------------------------------------------------------------------------------------------------
