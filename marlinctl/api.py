@@ -39,7 +39,8 @@ def quantize(
 
     `options` are keys of the recipe (group_size=64, samples=256, source="mine.jsonl"); they win over the recipe.
     """
-    from marlinctl.job import Options, run_quantize
+    from marlinctl.job import run_quantize
+    from marlinctl.opening import Options
     from marlinctl.recipe import load_recipe, resolve, with_sections
 
     resolved, _ = resolve(load_recipe(recipe), with_sections(options))

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from marlinctl import devices
 from marlinctl.console import Console
 from marlinctl.errors import UsageError
 from marlinctl.evaluation import divergence, loading, results, statistics, table, tasks, windows
@@ -111,7 +112,7 @@ class _Run:
 
     def __init__(self, subject: loading.Subject, other: loading.Subject | None, settings: EvalSettings, console: Console) -> None:
         self.subject, self.other, self.settings, self.console = subject, other, settings, console
-        self.device = loading.choose_device(settings.device)
+        self.device = devices.choose_device(settings.device)
         self.dtype = loading.choose_dtype(settings.dtype, self.device, subject.config)
 
     def fresh_document(self, text: Text | None, plan: tasks.TaskPlan | None) -> results.Document:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +22,23 @@ from torch import Tensor
 
 from marlinctl import __version__
 from marlinctl.calibration import load_calibration
-from marlinctl.checkpoint.config import check_tokenizer, refuse_quantized
-from marlinctl.checkpoint.finite import scan_finite
 from marlinctl.checkpoint.formats import detect, linear_tensors, quantization_config, read_linear, sixteen_bit_linears
-from marlinctl.checkpoint.reader import Checkpoint, check_expected, fingerprint, open_checkpoint
-from marlinctl.checkpoint.source import Source, resolve_model
-from marlinctl.checkpoint.writer import StagedCheckpoint, check_output, require_space
+from marlinctl.checkpoint.reader import fingerprint, open_checkpoint
+from marlinctl.checkpoint.source import Source
+from marlinctl.checkpoint.writer import StagedCheckpoint, check_output
 from marlinctl.console import Console, Progress
-from marlinctl.errors import BadInput, CheckFailed, EnvironmentProblem, NumericalProblem, Problem, ResourceProblem
-from marlinctl.memory import peak_rss, predicted_peak
-from marlinctl.models import Architecture, LinearSpec, architecture
-from marlinctl.quantize.gptq import Solved, SolveSettings, round_to_nearest, solve
+from marlinctl.errors import CheckFailed, NumericalProblem
+from marlinctl.memory import peak_rss
+from marlinctl.models import LinearSpec
+from marlinctl.opening import Opened, Options, open_model
+from marlinctl.quantize.gptq import Solved, SolveSettings, solve
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipe import Recipe, recipe_hash
 from marlinctl.report import report_files
-from marlinctl.rules import Plan, plan
 from marlinctl.scratch import Scratch
 from marlinctl.skeleton import build
-from marlinctl.walk import Walk
+from marlinctl.walk import CHUNK_TOKENS, Walk
 
-CHUNK_TOKENS = 4096  # tokens in flight: enough for full speed of the matrix units, little enough for any memory
 ALGORITHM_VERSION = 1  # goes up when the same recipe on the same input gives other codes
 _DEVICE_SHARE = 0.5  # of free device memory that activations may take
 
@@ -65,46 +62,14 @@ class LayerRecord:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How the job runs, as against what it computes (the recipe)."""
-
-    revision: str | None = None
-    device: str = "cpu"
-    dtype: str = "auto"
-    cache_dir: Path | None = None
-    offline: bool = False
-    overwrite: bool = False
-    strict: bool = False
-    deterministic: bool = False
-    threads: int | None = None
-    max_memory: int | None = None  # bytes
-    module_map: Path | None = None
-    command: str = "marlinctl quantize"
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """A model that has passed every check."""
-
-    source: Source
-    checkpoint: Checkpoint
-    architecture: Architecture
-    plan: Plan
-    notes: list[str] = field(default_factory=list)
-
-
 def run_quantize(model: str, out: Path, recipe: Recipe, options: Options, console: Console) -> tuple[dict[str, Any], Source]:
     """Quantize `model` (folder, hub id or GGUF file) into `out`. Returns the report as a JSON document, and where the model was found."""
     started = time.monotonic()
     local = [Path(model)] if Path(model).exists() else []
     check_output(out, overwrite=options.overwrite, sources=local)
     console.log_to(out.with_name(out.name + ".log"))
-    device, dtype = choose_device(options)
-    opened = open_model(model, recipe, options, console)
-    _require_room(opened, recipe, out, options, dtype)
-    with console.progress("look for NaN and infinity", len(opened.checkpoint.tensors)) as progress:
-        scan_finite(opened.checkpoint, opened.architecture.expected, progress)
+    opened = open_model(model, out, recipe, options, console)
+    device, dtype = opened.device, opened.dtype
     with _threads(options.threads), torch.no_grad():
         calibration = load_calibration(
             recipe.calibration,
@@ -128,94 +93,6 @@ def run_quantize(model: str, out: Path, recipe: Recipe, options: Options, consol
                 report_files=report_files(report, fmt="ct", layers=opened.plan.group_sizes, ignore=_ignore(opened)),
             )
     return report, opened.source
-
-
-# ---- before the work -----------------------------------------------------------------------------------------------------------------
-
-
-def choose_device(options: Options) -> tuple[torch.device, torch.dtype]:
-    """The device, and the dtype of the forward pass: bfloat16 where the hardware multiplies it, else float32, never float16."""
-    try:
-        device = torch.device(options.device)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        reason = "no CUDA device can be used" if device.type == "cuda" else f"{options.device!r} is no device marlinctl computes on"
-        raise EnvironmentProblem("E401", reason, where="--device", fix="--device cpu, or check the driver with nvidia-smi")
-    if options.dtype != "auto":
-        return device, getattr(torch, options.dtype)
-    return device, torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def open_model(model: str, recipe: Recipe, options: Options, console: Console) -> Opened:
-    """Find the model and look at all of it. What is wrong with the checkpoint is listed at once; then the rules are resolved."""
-    source = resolve_model(model, revision=options.revision, cache_dir=options.cache_dir, offline=options.offline, console=console)
-    if source.note:
-        console.say(source.note)
-    checkpoint = open_checkpoint(source.folder)
-    for note in checkpoint.notes:
-        console.warn(note)
-    refuse_quantized(checkpoint)
-    known = architecture(checkpoint.config, options.module_map)
-    problems: list[Problem] = []
-    first_id = ""
-    checks: tuple[Callable[[], None], ...] = (
-        lambda: check_expected(checkpoint, known.expected),
-        lambda: _refuse_unexpected(checkpoint, known),
-        lambda: check_tokenizer(source.folder, checkpoint.config),
-    )
-    for check in checks:
-        try:
-            check()
-        except BadInput as error:
-            first_id = first_id or error.error_id
-            problems += error.problems
-    if problems:
-        raise BadInput.from_problems(first_id, problems)
-    rules = plan(
-        known,
-        group_size=recipe.quantize.group_size,
-        skip=recipe.quantize.skip,
-        overrides={pattern: override.group_size for pattern, override in recipe.quantize.overrides.items()},
-        include=recipe.quantize.include,
-    )
-    return Opened(source, checkpoint, known, rules)
-
-
-def _refuse_unexpected(checkpoint: Checkpoint, known: Architecture) -> None:
-    extra = known.unexpected(checkpoint.tensors)
-    if extra:
-        shown = ", ".join(extra[:5]) + (" ..." if len(extra) > 5 else "")
-        raise BadInput(
-            "E396",
-            f"{len(extra)} tensors have no place in the model that config.json describes: {shown}",
-            where=str(checkpoint.folder),
-            fix="config.json and the weights do not belong together (fewer layers than weights?); download both again",
-        )
-
-
-def _require_room(opened: Opened, recipe: Recipe, out: Path, options: Options, dtype: torch.dtype) -> None:
-    """Memory and disk, before anything is computed."""
-    asked = recipe.calibration
-    needed = predicted_peak(
-        opened.architecture, samples=asked.samples, length=asked.sequence_length, element=dtype.itemsize, chunk_tokens=CHUNK_TOKENS
-    )
-    if options.max_memory is not None and needed > options.max_memory:
-        raise ResourceProblem(
-            "E520",
-            f"the run needs about {needed / 2**30:.2f} GiB, --max-memory allows {options.max_memory / 2**30:.2f} GiB",
-            where="memory",
-            fix="fewer --samples or a smaller --sequence-length: the hidden states of all calibration tokens are held",
-        )
-    weights = sum(spec.out_features * spec.in_features for spec in opened.architecture.linears.values())
-    total = sum(info.end - info.begin for info in opened.checkpoint.tensors.values())
-    require_space(out, total - 2 * weights + weights * 5 // 8)
 
 
 # ---- the work ------------------------------------------------------------------------------------------------------------------------
@@ -292,10 +169,6 @@ class _Job:
         return weights
 
     def _solve_stack(self, members: list[str], stack: Tensor, hessian: Hessian, settings: SolveSettings) -> Solved:
-        if hessian.tokens == 0:
-            linear = round_to_nearest(stack, settings)
-            nothing = torch.zeros(stack.shape[0], dtype=torch.float64)
-            return Solved(linear, nothing, nothing, settings.damping, "plain rounding: no calibration token came here", stack.shape[1])
         try:
             return solve(stack, hessian, settings)
         except ValueError as error:

@@ -22,7 +22,8 @@ from marlinctl.checkpoint.source import Source
 from marlinctl.checkpoint.writer import check_output, publish_together
 from marlinctl.console import Console
 from marlinctl.evaluation.tasks import require_lm_eval
-from marlinctl.job import Options, run_quantize
+from marlinctl.job import run_quantize
+from marlinctl.opening import Options
 from marlinctl.recipe import Recipe
 from marlinctl.repack import repack
 from marlinctl.report import report_files

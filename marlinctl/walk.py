@@ -28,6 +28,7 @@ from marlinctl.quantize.types import Hessian
 from marlinctl.scratch import Scratch
 from marlinctl.skeleton import Replay, call_until, drop_parameters, set_parameter
 
+CHUNK_TOKENS = 4096  # tokens in flight: enough for full speed of the matrix units, little enough for any memory
 LOST_TOKENS_LIMIT = 0.1  # share of calibration tokens whose activations may be NaN or infinite before the run stops
 
 
@@ -78,8 +79,10 @@ class Walk:
         self._embed(tokens.ids)
 
     def chunks(self) -> Iterator[slice]:
+        """Ranges of samples; what a chunk touched in scratch leaves memory when the next one begins."""
         for first in range(0, self.samples, self.step):
             yield slice(first, min(first + self.step, self.samples))
+            self.scratch.release()
 
     def _embed(self, ids: Tensor) -> None:
         """Hidden states that enter the first block, and the keyword arguments that the decoder gives to each block.
@@ -171,7 +174,7 @@ class Walk:
             gram.add(x, self.counted[part])
         self._install(layer, block, solve(first, gram.hessian(first), ""))
 
-        between = self.scratch.tensor(f"{branch.module} between", (self.samples, self.length, width_last), self.dtype)
+        between = self.scratch.tensor("between", (self.samples, self.length, width_last), self.dtype)
         gram = _Gram(width_last, self.device)
         last_module = layer.get_submodule(branch.last)
         for part in self.chunks():
@@ -244,7 +247,7 @@ class Walk:
             return activation(nn.functional.linear(x, weights[gate])) * nn.functional.linear(x, weights[up])
 
         width = weights[gate].shape[0]
-        between = self.scratch.tensor("expert between", (len(where), width), self.dtype)
+        between = self.scratch.tensor("between", (len(where), width), self.dtype)
         own = _Gram(width, self.device)
         for rows, kept in zip(pieces(where), pieces(between), strict=True):
             kept.copy_(middle(rows))
@@ -316,7 +319,7 @@ class _Gram:
     def hessian(self, names: tuple[str, ...]) -> Hessian:
         if self.lost > LOST_TOKENS_LIMIT * (self.tokens + self.lost):
             raise NumericalProblem(
-                "E600",
+                "E603",
                 f"the inputs of this linear are NaN or infinite for {self.lost} of {self.tokens + self.lost} calibration tokens",
                 where=", ".join(names),
                 fix="check the model with its own weights first; a model that overflows in bfloat16 needs --dtype float32",

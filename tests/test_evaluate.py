@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from marlinctl import devices
 from marlinctl import evaluate as subject
 from marlinctl.cli import main
 from marlinctl.console import Console
@@ -301,11 +302,11 @@ def test_device_and_dtype() -> None:
     assert loading.choose_dtype("auto", "cuda:0", {"torch_dtype": "bfloat16"}) == "bfloat16"
     assert loading.choose_dtype("auto", "cuda:0", {"dtype": "float64"}) == "bfloat16"
     assert loading.choose_dtype("float32", "cpu", {}) == "float32"
-    for call in (lambda: loading.choose_dtype("float16", "cpu", {}), lambda: loading.choose_device("gpu")):
+    for call in (lambda: loading.choose_dtype("float16", "cpu", {}), lambda: devices.choose_device("gpu")):
         with pytest.raises(UsageError):
             call()
     with pytest.raises(EnvironmentProblem) as caught:
-        loading.choose_device("cuda:99")
+        devices.choose_device("cuda:99")
     assert caught.value.error_id == "E401"
 
 

@@ -15,8 +15,9 @@ from marlinctl.checkpoint.formats import detect, read_linear
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, MarlinctlError, NumericalProblem, ResourceProblem, UsageError
-from marlinctl.job import Options, run_quantize
+from marlinctl.job import run_quantize
 from marlinctl.load import load_dense
+from marlinctl.opening import Options
 from marlinctl.recipe import Recipe, load_recipe, resolve
 from marlinctl.repack import repack
 from tests import zoo
@@ -182,7 +183,7 @@ def test_scales_of_a_bfloat16_model_are_exact_in_bfloat16(tmp_path: Path, text: 
         ({"calibration__minimum_tokens": 100_000}, {}, BadInput, "count for calibration"),
         ({"calibration__sequence_length": 4096}, {}, UsageError, "longer than the model can read"),
         ({}, {"max_memory": 1 << 20}, ResourceProblem, "needs about"),
-        ({}, {"device": "tpu"}, MarlinctlError, "no device"),
+        ({}, {"device": "tpu"}, MarlinctlError, "unknown device"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_work(

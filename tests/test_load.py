@@ -94,6 +94,7 @@ def test_a_model_that_is_no_language_model_is_refused(tmp_path: Path) -> None:
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
     "phi3": {},
     "qwen2": {},
     "gemma3_text": {},

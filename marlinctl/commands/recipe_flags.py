@@ -17,7 +17,7 @@ from marlinctl.errors import UsageError
 
 if TYPE_CHECKING:
     from marlinctl.console import Console
-    from marlinctl.job import Options
+    from marlinctl.opening import Options
     from marlinctl.recipe import Recipe
 
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -103,7 +103,7 @@ def chosen_recipe(console: Console, values: dict[str, Any], extra: Mapping[str, 
 
 
 def chosen_options(console: Console, values: Mapping[str, Any]) -> Options:
-    from marlinctl.job import Options
+    from marlinctl.opening import Options
 
     if values["dtype"] not in ("auto", "bfloat16", "float32"):
         raise UsageError(

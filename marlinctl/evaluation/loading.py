@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl.errors import BadInput, EnvironmentProblem, UsageError
+from marlinctl.devices import cpu_has_bf16
+from marlinctl.errors import BadInput, UsageError
 
 if TYPE_CHECKING:
     from marlinctl.checkpoint.reader import Checkpoint
@@ -70,23 +71,6 @@ def _identity(checkpoint: Checkpoint) -> str:
     return whole.hexdigest()
 
 
-def choose_device(device: str) -> str:
-    """`auto` resolved; a device that is not there is an error, not a slow surprise."""
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError("E248", f"unknown device {device}", where="--device", fix="give auto, cpu, cuda or cuda:N") from error
-    if kind.type == "cuda" and (not torch.cuda.is_available() or (kind.index or 0) >= torch.cuda.device_count()):
-        raise EnvironmentProblem(
-            "E401", f"there is no {device} on this machine", where="--device", fix="give --device cpu, or check the driver with nvidia-smi"
-        )
-    return device
-
-
 def choose_dtype(dtype: str, device: str, config: dict[str, Any]) -> str:
     """`auto` resolved to bfloat16, float16 or float32."""
     on_cpu = device.startswith("cpu")
@@ -98,14 +82,6 @@ def choose_dtype(dtype: str, device: str, config: dict[str, Any]) -> str:
         return "bfloat16" if cpu_has_bf16() else "float32"
     stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     return stored if stored in DTYPES else "bfloat16"
-
-
-def cpu_has_bf16() -> bool:
-    """True where the processor itself multiplies bf16 (AVX512-BF16, AMX, Arm's BF16); elsewhere it is emulated, slower than fp32."""
-    import torch
-
-    abilities = torch.cpu.get_capabilities()
-    return any(abilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def load_tokenizer(subject: Subject) -> Any:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from marlinctl.quantize.grid import round_scales, search_scales
+from marlinctl.quantize.grid import search_scales
 from marlinctl.quantize.refine import descend, layer_error, refit_scales
 from marlinctl.quantize.solver import factor, sweep
-from marlinctl.quantize.types import Hessian, QuantizedLinear
+from marlinctl.quantize.types import CODE_MAX, CODE_MIN, Hessian, QuantizedLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,10 @@ def solve(weight: Tensor, hessian: Hessian, settings: SolveSettings, keep: Tenso
         raise ValueError(f"the Hessian of {hessian.tokens} tokens holds NaN or infinity")
 
     diagonal = hessian.matrix.diagonal().clone()
+    if not bool(diagonal.any()):
+        nothing = torch.zeros(rows, dtype=torch.float64, device=weight.device)
+        reason = "plain rounding: no calibration token reached this input, or all of them were zero"
+        return Solved(round_to_nearest(weight, settings), nothing, nothing, settings.damping, reason, k)
     scales = static_scales(weight, diagonal, settings)  # [R, G]
     order = (
         torch.argsort(diagonal, descending=True, stable=True) if settings.act_order == "static" else torch.arange(k, device=weight.device)
@@ -110,7 +114,5 @@ def round_to_nearest(weight: Tensor, settings: SolveSettings) -> QuantizedLinear
     rows, k = weight.shape
     group_size = k if settings.group_size == -1 else settings.group_size
     scales = static_scales(weight, torch.ones(k, device=weight.device), settings)
-    codes = (weight.reshape(rows, -1, group_size) / scales.unsqueeze(-1)).round().clamp(-8, 7)
-    return QuantizedLinear(
-        codes.reshape(rows, k).to(torch.int8), round_scales(scales, settings.bfloat16_exact).to(torch.float16), group_size
-    )
+    codes = (weight.reshape(rows, -1, group_size) / scales.unsqueeze(-1)).round().clamp(CODE_MIN, CODE_MAX)
+    return QuantizedLinear(codes.reshape(rows, k).to(torch.int8), scales.to(torch.float16), group_size)

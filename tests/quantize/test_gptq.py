@@ -109,3 +109,12 @@ def test_a_hessian_with_nan_is_refused() -> None:
     matrix[3, 3] = torch.nan
     with pytest.raises(ValueError, match="NaN or infinity"):
         solve(weight(), Hessian(matrix, 384), SETTINGS)
+
+
+def test_an_input_that_nothing_reached_is_rounded_and_reported() -> None:
+    """If an expert without a token were solved with a zero Hessian, its scales would be arbitrary."""
+    w = weight()
+    solved = solve(w, Hessian(torch.zeros(128, 128), 0), SETTINGS)
+    assert solved.fallback is not None and "plain rounding" in solved.fallback
+    assert torch.equal(solved.linear.codes, round_to_nearest(w, SETTINGS).codes)
+    assert (solved.linear.dequantize() - w).norm() / w.norm() < 0.15

@@ -1,0 +1,145 @@
+"""Before the long work: find the model, look at all of it, resolve the rules, count memory and disk. Nothing is written.
+
+Whatever is wrong with a checkpoint is listed at once. Weights are looked at too: the scan for NaN and infinity reads each once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from marlinctl.checkpoint.config import check_remote_code, check_tokenizer, refuse_quantized
+from marlinctl.checkpoint.finite import scan_finite
+from marlinctl.checkpoint.hub import check_hub_digests
+from marlinctl.checkpoint.reader import Checkpoint, check_expected, open_checkpoint
+from marlinctl.checkpoint.source import Source, resolve_model
+from marlinctl.checkpoint.writer import require_space
+from marlinctl.console import Console
+from marlinctl.devices import choose_device, cpu_has_bf16
+from marlinctl.errors import BadInput, Problem, ResourceProblem
+from marlinctl.memory import predicted_peak
+from marlinctl.models import Architecture, architecture
+from marlinctl.recipe import Recipe
+from marlinctl.rules import Plan, plan
+from marlinctl.walk import CHUNK_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How the job runs, as against what it computes (the recipe)."""
+
+    revision: str | None = None
+    device: str = "cpu"
+    dtype: str = "auto"
+    cache_dir: Path | None = None
+    offline: bool = False
+    overwrite: bool = False
+    strict: bool = False
+    deterministic: bool = False
+    threads: int | None = None
+    max_memory: int | None = None  # bytes
+    module_map: Path | None = None
+    command: str = "marlinctl quantize"
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model that has passed every check, and what will be done to it."""
+
+    source: Source
+    checkpoint: Checkpoint
+    architecture: Architecture
+    plan: Plan
+    device: torch.device
+    dtype: torch.dtype  # of the forward pass
+
+
+def open_model(model: str, out: Path, recipe: Recipe, options: Options, console: Console) -> Opened:
+    """All checks, from cheap to dear."""
+    device, dtype = _device(options)
+    source = resolve_model(model, revision=options.revision, cache_dir=options.cache_dir, offline=options.offline, console=console)
+    if source.note:
+        console.say(source.note)
+    checkpoint = open_checkpoint(source.folder)
+    refuse_quantized(checkpoint)
+    for note in (*checkpoint.notes, *check_remote_code(source.folder, checkpoint.config)):
+        console.warn(note)
+    known = architecture(checkpoint.config, options.module_map)
+    _check_together(
+        lambda: check_expected(checkpoint, known.expected),
+        lambda: _refuse_unexpected(checkpoint, known),
+        lambda: check_tokenizer(source.folder, checkpoint.config),
+    )
+    rules = plan(
+        known,
+        group_size=recipe.quantize.group_size,
+        skip=recipe.quantize.skip,
+        overrides={pattern: override.group_size for pattern, override in recipe.quantize.overrides.items()},
+        include=recipe.quantize.include,
+    )
+    opened = Opened(source, checkpoint, known, rules, device, dtype)
+    _require_room(opened, out, recipe, options)
+    if source.kind == "hub":
+        with console.progress("compare with the hub's digests", len(checkpoint.files)) as progress:
+            check_hub_digests(checkpoint, progress)
+    with console.progress("look for NaN and infinity", len(checkpoint.tensors)) as progress:
+        scan_finite(checkpoint, known.expected, progress)
+    return opened
+
+
+def _device(options: Options) -> tuple[torch.device, torch.dtype]:
+    """The forward pass runs in bfloat16 where the hardware multiplies it, else in float32, never in float16."""
+    device = torch.device(choose_device(options.device))
+    if options.dtype != "auto":
+        return device, getattr(torch, options.dtype)
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bf16()
+    return device, torch.bfloat16 if fast else torch.float32
+
+
+def _check_together(*checks: Callable[[], None]) -> None:
+    """Run all checks of the checkpoint and list the problems of all of them."""
+    errors: list[BadInput] = []
+    for check in checks:
+        try:
+            check()
+        except BadInput as error:
+            errors.append(error)
+    if errors:
+        problems: list[Problem] = [problem for error in errors for problem in error.problems]
+        raise BadInput.from_problems(errors[0].error_id, problems)
+
+
+def _refuse_unexpected(checkpoint: Checkpoint, known: Architecture) -> None:
+    extra = known.unexpected(checkpoint.tensors)
+    if extra:
+        shown = ", ".join(extra[:5]) + (" ..." if len(extra) > 5 else "")
+        raise BadInput(
+            "E396",
+            f"{len(extra)} tensors have no place in the model that config.json describes: {shown}",
+            where=str(checkpoint.folder),
+            fix="config.json and the weights do not belong together (fewer layers than weights?); download both again",
+        )
+
+
+def _require_room(opened: Opened, out: Path, recipe: Recipe, options: Options) -> None:
+    asked = recipe.calibration
+    needed = predicted_peak(
+        opened.architecture,
+        samples=asked.samples,
+        length=asked.sequence_length,
+        element=opened.dtype.itemsize,
+        chunk_tokens=CHUNK_TOKENS,
+    )
+    if options.max_memory is not None and needed > options.max_memory:
+        raise ResourceProblem(
+            "E520",
+            f"the run needs about {needed / 2**30:.2f} GiB, --max-memory allows {options.max_memory / 2**30:.2f} GiB",
+            where="memory",
+            fix="fewer --samples or a smaller --sequence-length: the hidden states of all calibration tokens are held",
+        )
+    weights = sum(spec.out_features * spec.in_features for spec in opened.architecture.linears.values())
+    total = sum(info.end - info.begin for info in opened.checkpoint.tensors.values())
+    require_space(out, total - 2 * weights + weights * 5 // 8)
