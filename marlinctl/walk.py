@@ -25,10 +25,10 @@ from marlinctl.errors import NumericalProblem
 from marlinctl.models import Architecture, Block, Branch, Experts
 from marlinctl.quantize.hessian import add_gram, mirror
 from marlinctl.quantize.types import Hessian
-from marlinctl.scratch import Scratch
+from marlinctl.scratch import FileTensor, Scratch
 from marlinctl.skeleton import Replay, call_until, drop_parameters, set_parameter
 
-CHUNK_TOKENS = 4096  # tokens in flight: enough for full speed of the matrix units, little enough for any memory
+CHUNK_TOKENS = 2048  # tokens in flight: enough for full speed of the matrix units, little enough for any memory
 LOST_TOKENS_LIMIT = 0.1  # share of calibration tokens whose activations may be NaN or infinite before the run stops
 
 
@@ -43,6 +43,10 @@ class Tensors(Protocol):
 # Called with the names of linears that share an input, that input's Hessian, and a remark for the report ("" mostly);
 # returns each linear's final weight [N, K] float32.
 SolveStage = Callable[[tuple[str, ...], Hessian, str], Mapping[str, Tensor]]
+
+
+# The output of a branch on a range of samples, [B, L, hidden] on the device.
+Output = Callable[[slice], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +83,8 @@ class Walk:
         self._embed(tokens.ids)
 
     def chunks(self) -> Iterator[slice]:
-        """Ranges of samples; what a chunk touched in scratch leaves memory when the next one begins."""
         for first in range(0, self.samples, self.step):
             yield slice(first, min(first + self.step, self.samples))
-            self.scratch.release()
 
     def _embed(self, ids: Tensor) -> None:
         """Hidden states that enter the first block, and the keyword arguments that the decoder gives to each block.
@@ -125,18 +127,24 @@ class Walk:
         whole = {part: layer.get_submodule(part) for part in (block.attention.module, block.mlp.module)}
         try:
             replays: dict[str, Replay] = {}
-            outputs: dict[str, Tensor] = {}
-            for branch in (block.attention, block.mlp):
+            outputs: dict[str, Output] = {}
+            bypassed: list[nn.Module] = []
+            for branch, following in ((block.attention, block.mlp), (block.mlp, None)):
+                feeder = self._feeder(layer, block, branch, replays, outputs)
                 if isinstance(branch, Experts):
                     outputs[branch.module] = self._run_experts(block, layer, branch, replays, outputs, solve)
                 else:
                     outputs[branch.module] = self._run_branch(block, layer, branch, replays, outputs, solve)
                 replays[branch.module] = Replay(isinstance(branch, Branch) and branch.returns_tuple, flat=isinstance(branch, Experts))
                 layer.set_submodule(branch.module, replays[branch.module])
+                if feeder is not None and self._may_bypass(feeder, layer, block, following, replays, outputs):
+                    bypassed.append(feeder)
             for part in self.chunks():
                 self._set_replays(replays, outputs, part)
                 self.hidden[part] = self._call(layer, block.index, part)
         finally:
+            for module in bypassed:
+                del module.forward
             for name, module in whole.items():
                 layer.set_submodule(name, module)
             drop_parameters(layer)
@@ -145,15 +153,57 @@ class Walk:
         hidden = self.hidden[part].to(self.device)
         return layer(hidden, **self.calls[hidden.shape[0]][index])
 
-    def _set_replays(self, replays: Mapping[str, Replay], outputs: Mapping[str, Tensor], part: slice) -> None:
+    def _set_replays(self, replays: Mapping[str, Replay], outputs: Mapping[str, Output], part: slice) -> None:
         for name, replay in replays.items():
-            replay.output = outputs[name][part].to(self.device)
+            replay.output = outputs[name](part)
+
+    def _feeder(
+        self,
+        layer: nn.Module,
+        block: Block,
+        branch: Branch | Experts,
+        replays: Mapping[str, Replay],
+        outputs: Mapping[str, Output],
+    ) -> nn.Module | None:
+        """The child of the block whose output is the branch's input, mostly a norm: its work is wasted once the branch is replayed."""
+        made: dict[int, nn.Module] = {}
+        handles = [child.register_forward_hook(lambda child, _, out: made.__setitem__(id(out), child)) for child in layer.children()]
+        part = next(self.chunks())
+        self._set_replays(replays, outputs, part)
+        try:
+            args, kwargs = call_until(layer.get_submodule(branch.module), self._call, layer, block.index, part)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return made.get(id(args[0] if args else kwargs["hidden_states"]))
+
+    def _may_bypass(
+        self, feeder: nn.Module, layer: nn.Module, block: Block, following: Branch | Experts | None,
+        replays: Mapping[str, Replay], outputs: Mapping[str, Output],
+    ) -> bool:  # fmt: skip
+        """Let `feeder` pass its input through, if that changes nothing: tried on a chunk, because it might feed something else too."""
+        part = next(self.chunks())
+        self._set_replays(replays, outputs, part)
+
+        def rest() -> Tensor:
+            if following is None:
+                result: Tensor = self._call(layer, block.index, part)
+                return result
+            args, kwargs = call_until(layer.get_submodule(following.module), self._call, layer, block.index, part)
+            return args[0] if args else kwargs["hidden_states"]
+
+        expected = rest()
+        feeder.forward = lambda hidden, *args, **kwargs: hidden
+        if torch.equal(rest(), expected):
+            return True
+        del feeder.forward
+        return False
 
     def _run_branch(
         self, block: Block, layer: nn.Module, branch: Branch,
-        replays: Mapping[str, Replay], outputs: Mapping[str, Tensor], solve: SolveStage,
-    ) -> Tensor:  # fmt: skip
-        """Solve the linears of one branch and return its output on all tokens, [S, L, hidden] in scratch."""
+        replays: Mapping[str, Replay], outputs: Mapping[str, Output], solve: SolveStage,
+    ) -> Output:  # fmt: skip
+        """Solve the linears of one branch; returns its output."""
         module = layer.get_submodule(branch.module)
         prefix = block.prefix + "."
         first = tuple(prefix + name for name in branch.first)
@@ -185,16 +235,18 @@ class Walk:
             gram.add(middle, self.counted[part])
         self._install(layer, block, solve((last,), gram.hessian((last,)), ""))
 
-        output = self.scratch.tensor(f"{branch.module} output", (self.samples, self.length, self.architecture.hidden_size), self.dtype)
+        if branch is block.mlp:  # its output is used once, when the block is left
+            return lambda part: last_module(between[part].to(self.device))
+        output = self.scratch.tensor("attention output", (self.samples, self.length, self.architecture.hidden_size), self.dtype)
         for part in self.chunks():
             output[part] = last_module(between[part].to(self.device))
-        return output
+        return lambda part: output[part].to(self.device)
 
     def _run_experts(
         self, block: Block, layer: nn.Module, experts: Experts,
-        replays: Mapping[str, Replay], outputs: Mapping[str, Tensor], solve: SolveStage,
-    ) -> Tensor:  # fmt: skip
-        """Solve the experts of a block one after another; returns their summed output on all tokens, [S, L, hidden] in scratch.
+        replays: Mapping[str, Replay], outputs: Mapping[str, Output], solve: SolveStage,
+    ) -> Output:  # fmt: skip
+        """Solve the experts of a block one after another; returns their summed output.
 
         Each expert is two Hessians over the tokens that the router sent it. An expert that saw fewer than a trustworthy number of
         tokens is blended with the layer: H = a H_expert + (1 - a) H_all, a = tokens / trustworthy, where H_all comes from tokens of
@@ -215,28 +267,31 @@ class Walk:
         counted = self.counted.reshape(-1)
         sample = counted.nonzero().squeeze(-1)[:_MOST_BORROWED]
         h_all = everyone.hessian((block.prefix + "." + experts.module,))
-        output = self.scratch.tensor("experts output", (self.samples, self.length, hidden), self.dtype).zero_()
-        flat = output.view(-1, hidden)
+        output = self.scratch.tensor("experts output", (self.samples * self.length, hidden), self.dtype).zero_()
         for e in range(experts.count):
             where = (routed == e).any(-1).nonzero().squeeze(-1)
             share = shares[where].masked_fill(routed[where] != e, 0.0).sum(-1)
-            self._run_expert(block, experts, e, inputs, where, share, counted, sample, h_all, flat, solve)
-        return output
+            self._run_expert(block, experts, e, inputs, where, share, counted, sample, h_all, output, solve)
+        whole = self.scratch.tensor("experts output", (self.samples, self.length, hidden), self.dtype)
+        return lambda part: whole[part].to(self.device)
 
     def _run_expert(
-        self, block: Block, experts: Experts, e: int, inputs: Tensor, where: Tensor, share: Tensor, counted: Tensor, sample: Tensor,
-        h_all: Hessian, output: Tensor, solve: SolveStage,
+        self, block: Block, experts: Experts, e: int, inputs: Tensor | FileTensor, where: Tensor, share: Tensor, counted: Tensor,
+        sample: Tensor, h_all: Hessian, output: Tensor | FileTensor, solve: SolveStage,
     ) -> None:  # fmt: skip
         from transformers.activations import ACT2FN
 
         activation = ACT2FN[experts.activation]
         gate, up, down = (f"{block.prefix}.{name.format(e=e)}" for name in (*experts.first, experts.last))
 
-        def pieces(rows: Tensor) -> Iterator[Tensor]:
-            yield from rows.split(self.step * self.length)
+        def pieces(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+            """Chunks of an index tensor, with their place in it."""
+            for first in range(0, len(rows), self.step * self.length):
+                part = slice(first, min(first + self.step * self.length, len(rows)))
+                yield part, rows[part]
 
         own = _Gram(inputs.shape[1], self.device)
-        for rows in pieces(where):
+        for _, rows in pieces(where):
             own.add(inputs[rows].to(self.device), counted[rows])
         h_own = own.hessian((gate, up))
         blended, remark = _blend(h_own, h_all, experts)
@@ -249,19 +304,19 @@ class Walk:
         width = weights[gate].shape[0]
         between = self.scratch.tensor("between", (len(where), width), self.dtype)
         own = _Gram(width, self.device)
-        for rows, kept in zip(pieces(where), pieces(between), strict=True):
-            kept.copy_(middle(rows))
-            own.add(kept.to(self.device), counted[rows])
+        for part, rows in pieces(where):
+            between[part] = m = middle(rows)
+            own.add(m, counted[rows])
         h_down = own.hessian((down,))
         if remark:
             borrowed = _Gram(width, self.device)
-            for rows in pieces(sample):
+            for _, rows in pieces(sample):
                 borrowed.add(middle(rows), counted[rows])
             h_down, remark = _blend(h_down, borrowed.hessian((down,)), experts, trusted=_trustworthy(h_own, h_all, experts))
         weight = solve((down,), h_down, remark)[down].to(self.device, self.dtype)
-        for rows, part, kept in zip(pieces(where), pieces(share), pieces(between), strict=True):
-            y = nn.functional.linear(kept.to(self.device), weight) * part.to(self.device, self.dtype).unsqueeze(-1)
-            output[rows] += y.to(output.device)
+        for part, rows in pieces(where):
+            y = nn.functional.linear(between[part].to(self.device), weight) * share[part].to(self.device, self.dtype).unsqueeze(-1)
+            output[rows] = output[rows].to(self.device) + y
 
     def run_head(self, head: str, solve: SolveStage) -> None:
         """Solve the output head, whose input is the final norm of the last block's output."""

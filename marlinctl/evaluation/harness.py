@@ -1,10 +1,12 @@
 """The model as lm_eval wants it: its own HFLM around a model that is already loaded, with our batch sizes, progress and errors.
 
 lm_eval's `batch_size="auto"` tries ever smaller batches of the longest context until memory suffices. On a CPU memory does not
-run out politely, so `auto` here is computed: the logits of a batch, and what a block holds, must fit into a share of the memory. The
-batch size moves scores in the last digit (padding changes the shapes of the matrix products), so for published figures give a
-number. Everything else is lm_eval's default, log-softmax in the dtype of the model included: figures made with plain lm_eval and
-these are the same figures.
+run out politely, so `auto` here is computed: the logits of a batch, and what a block holds, must fit into a share of the memory.
+
+In bf16 the batch size is part of the measurement: other shapes, other rounding, and close answers flip. SmolLM2-135M on the 1,267
+questions of WinoGrande (CPU, 2026-11-20): 0.5130, 0.5107, 0.5028, 0.5138 with batches of 1, 8, 16, 32, and 0.5043 in fp32. 46 answers
+differ between 8 and 16, 50 and 60 between these and fp32. A log-softmax in fp32 does not help (0.5083, 0.5020, 0.5099 with 8, 16, 32;
+48 answers differ between 8 and 16), so it stays lm_eval's default, and plain lm_eval with the same batches gives the same figures.
 
 This module imports lm_eval and torch; only marlinctl/evaluation/tasks.py imports it, when tasks are run.
 """

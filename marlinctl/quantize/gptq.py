@@ -42,7 +42,7 @@ class Solved:
     dead: int  # columns whose input was zero in all of calibration; their weights are rounded and kept
 
 
-SEARCH_RATIOS = (1.04, 1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7, 0.64, 0.57, 0.5)
+SEARCH_RATIOS = (1.03, 0.97, 0.91, 0.85, 0.79, 0.72, 0.64, 0.54)
 
 
 def solve(weight: Tensor, hessian: Hessian, settings: SolveSettings, keep: Tensor | None = None) -> Solved:
@@ -73,9 +73,9 @@ def solve(weight: Tensor, hessian: Hessian, settings: SolveSettings, keep: Tenso
     matrix = hessian.matrix[order[:, None], order]
     factored = factor(matrix, settings.damping)
 
-    w = weight.T[order]  # [K, R]
+    w = weight.T[order].contiguous()  # [K, R], columns as rows: indexing a transposed view keeps its strides, and the sweep would crawl
     s = scales.T.contiguous()  # [G, R]
-    kept = None if keep is None else keep.T[order]
+    kept = None if keep is None else keep.T[order].contiguous()
     codes, delta = sweep(w, w, factored.feedback, s, group_of, kept)
     ridge = factored.damping * float(diagonal.mean())
     if settings.refine and factored.fallback is None:

@@ -42,22 +42,27 @@ def refit_scales(
     groups, rows = scales.shape
     index = torch.as_tensor(group_of, device=codes.device)
     order = torch.argsort(index, stable=True)
-    c, w, h = codes[order], weight[order], matrix[order][:, order]
+    c, h = codes[order], matrix[order[:, None], order]
     size = c.shape[0] // groups
-    right = torch.mm(h, w).mul_(c).reshape(groups, size, rows).sum(1)  # [G, R]
+    right = torch.mm(h, weight[order]).mul_(c).reshape(groups, size, rows).sum(1)  # [G, R]
     normal = torch.empty(rows, groups, groups, dtype=torch.float32, device=codes.device)
     for g in range(groups):
         part = slice(g * size, (g + 1) * size)
         product = torch.mm(h[:, part], c[part]).mul_(c).reshape(groups, size, rows).sum(1)  # [G, R]: c_h H_hg c_g
         normal[:, :, g] = product.T
-    diagonal = normal.diagonal(dim1=1, dim2=2)
-    diagonal.add_(1e-6 * diagonal.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny)  # a group of zero codes has no scale of its own
-    lower, info = torch.linalg.cholesky_ex(normal)
+
+    def error(s: Tensor) -> Tensor:
+        """[R]: the layer error of scales [G, R] up to w H wᵀ, which does not depend on them."""
+        column = s.T.unsqueeze(-1)  # [R, G, 1]
+        return (column.mT @ (normal @ column)).reshape(rows) - 2.0 * (right * s).sum(0)
+
+    before = error(scales)
+    ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
+    damped = normal + torch.diag_embed(ridge.expand(-1, groups))  # a group of zero codes has no scale of its own
+    lower, info = torch.linalg.cholesky_ex(damped)
     solved = torch.cholesky_solve(right.T.unsqueeze(-1), lower).squeeze(-1).T  # [G, R]
     usable = (info == 0) & torch.isfinite(solved).all(0)
     if positive:
         usable &= (solved > 0).all(0)
     candidate = round_scales(torch.where(usable, solved, scales), bfloat16_exact)
-    before = layer_error(weight - codes * scales[index], matrix)
-    after = layer_error(weight - codes * candidate[index], matrix)
-    return torch.where(usable & (after < before), candidate, scales)
+    return torch.where(usable & (error(candidate) < before), candidate, scales)

@@ -83,10 +83,14 @@ def sweep(
     Returns codes [K, R] float32 (whole numbers) and errors anchor - q, [K, R] float32.
     """
     k_total, rows = base.shape
+    if not (base.is_contiguous() and anchor.is_contiguous()):
+        raise ValueError("base and anchor must be contiguous [K, R]: a step reads one column as one row")
     codes = torch.empty_like(base)
     errors = torch.empty_like(base)
-    inverse = scales.reciprocal()
     target = torch.empty(COLUMN_BLOCK, rows, dtype=base.dtype, device=base.device)
+    # Views are made once: a step is a few microseconds of arithmetic, and indexing a tensor costs one each time.
+    code_of, error_of, target_of, anchor_of = codes.unbind(0), errors.unbind(0), target.unbind(0), anchor.unbind(0)
+    scale_of, inverse_of = scales.unbind(0), scales.reciprocal().unbind(0)
     for start in range(0, k_total, COLUMN_BLOCK):
         stop = min(start + COLUMN_BLOCK, k_total)
         block = target[: stop - start]
@@ -96,12 +100,12 @@ def sweep(
             if run > start:
                 target[run - start : end - start].addmm_(feedback[start:run, run:end].T, errors[start:run])
             for k in range(run, end):
-                group, code, error = group_of[k], codes[k], errors[k]
-                torch.mul(block[k - start], inverse[group], out=code)
+                group, code, error = group_of[k], code_of[k], error_of[k]
+                torch.mul(target_of[k - start], inverse_of[group], out=code)
                 code.round_().clamp_(CODE_MIN, CODE_MAX)
                 if keep is not None:
                     code.mul_(keep[k])
-                torch.addcmul(anchor[k], code, scales[group], value=-1.0, out=error)
+                torch.addcmul(anchor_of[k], code, scale_of[group], value=-1.0, out=error)
                 if k + 1 < end:
-                    block[k + 1 - start : end - start].addr_(feedback[k, k + 1 : end], error)
+                    target[k + 1 - start : end - start].addr_(feedback[k, k + 1 : end], error)
     return codes, errors
