@@ -94,6 +94,7 @@ class Walk:
         used, compact = torch.unique(ids, return_inverse=True)
         name = f"{self.architecture.embedding}.weight"
         set_parameter(self.model, name, self.checkpoint.rows(name, used).to(self.device, self.dtype))
+        setattr(self.model.get_submodule(self.architecture.embedding), "padding_idx", None)  # noqa: B010  # an id of the whole vocabulary
         blocks = [self.model.get_submodule(block.prefix) for block in self.architecture.blocks]
         norm = self.model.get_submodule(self.architecture.norm)
         calls: list[dict[str, Any]] = []

@@ -17,7 +17,7 @@ _COMMON: dict[str, Any] = {
     "num_key_value_heads": 2,
     "vocab_size": VOCAB_SIZE,
     "max_position_embeddings": 128,
-    "pad_token_id": 0,
+    "pad_token_id": VOCAB_SIZE - 1,  # beyond the rows that a calibration text uses, as in Qwen
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
