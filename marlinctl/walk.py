@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,8 @@ class Walk:
         used, compact = torch.unique(ids, return_inverse=True)
         name = f"{self.architecture.embedding}.weight"
         set_parameter(self.model, name, self.checkpoint.rows(name, used).to(self.device, self.dtype))
-        setattr(self.model.get_submodule(self.architecture.embedding), "padding_idx", None)  # noqa: B010  # an id of the whole vocabulary
+        embedding = cast(nn.Embedding, self.model.get_submodule(self.architecture.embedding))
+        embedding.padding_idx = None  # it counts in the whole vocabulary, and a forward pass does not need it
         blocks = [self.model.get_submodule(block.prefix) for block in self.architecture.blocks]
         norm = self.model.get_submodule(self.architecture.norm)
         calls: list[dict[str, Any]] = []
