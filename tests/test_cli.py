@@ -272,7 +272,12 @@ def start(body: str, *arguments: str, stdout: Any = subprocess.PIPE) -> subproce
         """
     ).format(body=textwrap.indent(textwrap.dedent(body), "    "))
     return subprocess.Popen(
-        [sys.executable, "-c", program, "probe", *arguments], stdout=stdout, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", program, "probe", *arguments],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell that runs tests in the background ignores it
     )
 
 

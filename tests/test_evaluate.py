@@ -338,7 +338,7 @@ def test_out_of_memory_is_tried_once_with_half(model: Path, layouts: dict[str, P
         sizes.clear()
         with pytest.raises(ResourceProblem) as caught:
             evaluate(model, EvalSettings(tasks=("winogrande",), task_data=layouts["saved"], batch_size=batch_size, **SMALL), QUIET)
-        assert caught.value.error_id == "E530" and "--batch-size" in caught.value.problems[0].fix
+        assert caught.value.error_id == "E532" and "--batch-size" in caught.value.problems[0].fix
         assert sizes == asked  # 7 questions of 2 answers; `auto` offers 16, then 8
 
 

@@ -52,7 +52,13 @@ class _BatchSize(click.ParamType):
 @click.option("--tokens", type=int, default=20480, show_default=True, metavar="N", help="Use the first N tokens of the text.")
 @click.option("--window", type=int, default=1024, show_default=True, metavar="N", help="Tokens read together.")
 @click.option("--seed", type=int, default=1234, show_default=True, metavar="N", help="For few-shot examples and bootstraps.")
-@click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float16", "float32"]), default="auto", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="Of weights and activations. auto: as stored, on a CPU bfloat16 where the processor has it, else float32.",
+)
 @click.option("--device", metavar="DEVICE", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json", help="Write results here, after each task.")
 @click.option("--resume", is_flag=True, help="Continue --out; model, settings and versions must be equal.")
