@@ -100,9 +100,14 @@ def solve(weight: Tensor, hessian: Hessian, settings: SolveSettings, keep: Tenso
 
 
 def static_scales(weight: Tensor, importance: Tensor, settings: SolveSettings) -> Tensor:
-    """Scales [R, G] float32 of the original columns, before any column is rounded."""
+    """Scales [R, G] float32 of the original columns, before any column is rounded.
+
+    importance: [K], the diagonal of the Hessian. The search weighs errors with it plus its mean: without the mean, models with a few
+    enormous inputs (Qwen2.5's down_proj: 577 times the median energy) get scales that fit those and clip everything else, and with the
+    mean alone, models without them lose what the weights are worth (docs/log/2026-11-20-solver-settings.md).
+    """
     ratios = (1.0,) if settings.scale_search == "none" else SEARCH_RATIOS
-    weights = importance if settings.scale_search == "hessian" else None
+    weights = importance + importance.mean() if settings.scale_search == "hessian" else None
     group_size = weight.shape[1] if settings.group_size == -1 else settings.group_size
     return search_scales(
         weight, weights, group_size=group_size, both_signs=settings.both_signs, bfloat16_exact=settings.bfloat16_exact, ratios=ratios
