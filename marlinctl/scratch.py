@@ -25,7 +25,7 @@ from marlinctl.errors import ResourceProblem
 class FileTensor:
     """A tensor [n, ...] in a file. `t[a:b]` is a copy in memory; `t[a:b] = x` writes; an index tensor gathers or scatters rows."""
 
-    def __init__(self, file: int, mapped: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(self, file: BinaryIO, mapped: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._file, self._mapped, self.shape, self.dtype = file, mapped, shape, dtype
         self._row = math.prod(shape[1:]) * dtype.itemsize
 
@@ -36,7 +36,7 @@ class FileTensor:
         data = _bytes(out)
         done = 0
         while done < len(data):
-            done += os.preadv(self._file, [data[done:]], key.start * self._row + done)
+            done += os.preadv(self._file.fileno(), [data[done:]], key.start * self._row + done)
         return out
 
     def __setitem__(self, key: slice | Tensor, value: Tensor) -> None:
@@ -47,7 +47,7 @@ class FileTensor:
         data = _bytes(value.to("cpu", self.dtype).contiguous())
         done = 0
         while done < len(data):
-            done += os.pwrite(self._file, data[done:], key.start * self._row + done)
+            done += os.pwrite(self._file.fileno(), data[done:], key.start * self._row + done)
 
     def zero_(self) -> FileTensor:
         for start in range(0, self.shape[0], 1024):
@@ -82,7 +82,7 @@ class Scratch:
             self._files.pop(slot, None)
             self._files[slot] = self._new_file(size)
         file, mapped = self._files[slot]
-        return FileTensor(file.fileno(), mapped, shape, dtype)
+        return FileTensor(file, mapped, shape, dtype)
 
     def _new_file(self, size: int) -> tuple[BinaryIO, mmap.mmap]:
         file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115  # lives as long as the slot, without a name

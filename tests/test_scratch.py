@@ -1,0 +1,56 @@
+"""Slots of activations: in files and on a device alike."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+
+from marlinctl.errors import ResourceProblem
+from marlinctl.scratch import FileTensor, Scratch
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("budget", [0, 1 << 20])
+def test_what_is_written_is_read_back(budget: int, tmp_path: Path) -> None:
+    """If a chunk landed at another place, a linear would be solved for other tokens' activations."""
+    slot = Scratch(tmp_path, CPU, budget).tensor("a", (7, 5, 3), torch.bfloat16)
+    expected = torch.randn(7, 5, 3).bfloat16()
+    for part in (slice(4, 7), slice(0, 4)):
+        slot[part] = expected[part]
+    assert torch.equal(slot[0:7], expected)
+    rows = torch.tensor([6, 0, 3])
+    assert torch.equal(slot[rows], expected[rows])
+    slot[rows] = expected[rows] * 2
+    assert torch.equal(slot[3:4], expected[3:4] * 2) and torch.equal(slot[1:3], expected[1:3])
+    assert isinstance(slot, FileTensor) == (budget == 0)
+
+
+def test_a_slot_can_be_seen_in_two_shapes(tmp_path: Path) -> None:
+    """If a second request gave other storage, the summed output of experts would be lost before it is replayed."""
+    scratch = Scratch(tmp_path, CPU)
+    flat = scratch.tensor("a", (6, 4), torch.float32).zero_()
+    flat[2:3] = torch.ones(1, 4)
+    assert torch.equal(scratch.tensor("a", (2, 3, 4), torch.float32)[0:1][0, 2], torch.ones(4))
+
+
+def test_no_file_has_a_name(tmp_path: Path) -> None:
+    """If scratch files had names, a killed run would leave gigabytes behind."""
+    slot = Scratch(tmp_path, CPU).tensor("a", (1000, 1000), torch.float32)
+    slot[0:1] = torch.ones(1, 1000)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_an_error_where_the_slot_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If blocks were not reserved, a full disk would end the job with SIGBUS, hours later and without a word."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(ResourceProblem, match="of disk") as caught:
+        Scratch(tmp_path, CPU).tensor("a", (10, 10), torch.float32)
+    assert caught.value.exit_code == 5
