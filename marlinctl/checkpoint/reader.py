@@ -132,12 +132,18 @@ class Checkpoint:
         self.close()
 
     def _handle(self, file: Path) -> FileIO:
-        if file not in self._open:
+        """One handle for each shard. transformers reads from several threads: the first to open it wins, a later one must not replace it,
+        because the replaced handle would be closed while its descriptor is in use."""
+        handle = self._open.get(file)
+        if handle is None:
             try:
-                self._open[file] = open_member(self.folder, str(file.relative_to(self.folder)))
+                opened = open_member(self.folder, str(file.relative_to(self.folder)))
             except FileRefused as refused:
                 raise BadInput.from_problems("E303", [refused.problem]) from None
-        return self._open[file]
+            handle = self._open.setdefault(file, opened)
+            if handle is not opened:
+                opened.close()
+        return handle
 
 
 def torch_dtype(info: TensorInfo) -> torch.dtype:

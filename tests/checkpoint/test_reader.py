@@ -7,10 +7,12 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -424,3 +426,23 @@ def test_problem_lists_are_capped(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
     assert len(caught.value.problems) == reader.MAX_PROBLEMS + 1
     assert "200 more" in caught.value.problems[-1].what
+
+
+def test_threads_share_one_handle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If two threads opened a shard at once and one handle replaced the other, a read in flight would hit a closed descriptor."""
+    checkpoint = open_checkpoint(make_tiny(tmp_path / "model"))
+    barrier, real = threading.Barrier(2), reader.open_member
+
+    def together(*arguments: Any) -> Any:
+        opened = real(*arguments)
+        barrier.wait(timeout=10)
+        return opened
+
+    monkeypatch.setattr(reader, "open_member", together)
+    handles: list[Any] = []
+    threads = [threading.Thread(target=lambda: handles.append(checkpoint._handle(checkpoint.files[0]))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert handles[0] is handles[1] and not handles[0].closed
