@@ -2,7 +2,7 @@
 
     OUT.tmp-1f0c9a2e/  beside OUT, on the same filesystem, so that the last step is one rename
         every file:    temporary name ─► write ─► fsync ─► rename          a file with its final name is a whole file
-        in this order: shards ─► index ─► tokenizer and other companions ─► config.json ─► manifest
+        in this order: shards ─► index ─► mask ─► tokenizer and other companions ─► config.json ─► manifest
         then:          fsync the folder ─► read everything back and check it ─► rename to OUT ─► fsync the parent
 
 config.json comes last of the model's files, because a folder with config.json looks like a model: a save that was killed must not.
@@ -29,6 +29,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from marlinctl import manifest as manifests
+from marlinctl.checkpoint import mask as masks
 from marlinctl.checkpoint.files import FileRefused, open_member
 from marlinctl.errors import BadInput, ResourceProblem, UsageError
 
@@ -140,7 +141,7 @@ class StagedCheckpoint:
         self.stem = "marlin" if fmt == "marlin" else "model"
         self.path = self.out.with_name(f"{self.out.name}.tmp-{secrets.token_hex(4)}")
         self._shards: list[list[_Entry]] = []
-        self._bytes = 0
+        self._masks: list[_Entry] = []
 
     def __enter__(self) -> StagedCheckpoint:
         with _disk_problems(self.path):
@@ -153,6 +154,15 @@ class StagedCheckpoint:
     def write_shard(self, tensors: Mapping[str, Tensor]) -> str:
         """Write the next shard; returns its name while staged (the final one says how many there are)."""
         return self._write_entries([_tensor_entry(name, tensor) for name, tensor in tensors.items()])
+
+    def write_mask(self, layer: str, keep: Tensor) -> None:
+        """Add the survivors [N, K] bool of one linear to the mask file (checkpoint/mask.py)."""
+        entry = _tensor_entry(layer + masks.SUFFIX, masks.pack_bits(keep))
+        spool = self.path / (masks.NAME + ".spool")  # the header of a file comes first, but is known last
+        begin = spool.stat().st_size if self._masks else 0
+        with _disk_problems(spool, entry.size), spool.open("ab" if self._masks else "wb") as file:
+            file.write(entry.data())
+        self._masks.append(_Entry(entry.name, entry.dtype, entry.shape, entry.size, lambda: _read_part(spool, begin, entry.size)))
 
     def copy_tensors(self, checkpoint: Checkpoint, names: Sequence[str]) -> None:
         """Copy tensors byte by byte into shards of their own, streaming; order and shard borders depend on the names alone."""
@@ -205,6 +215,7 @@ class StagedCheckpoint:
     ) -> None:
         """Everything of `publish` but the last rename, for folders that appear together (`publish_together`)."""
         self._name_shards()
+        self._finish_masks()
         for name, data in report_files.items():
             self.write_file(name, data)
         self.write_file("config.json", manifests.canonical(config))
@@ -221,6 +232,12 @@ class StagedCheckpoint:
             raise ValueError(f"tensor {twice[0]} was written before")
         entries = sorted(entries, key=lambda entry: (-_WIDTHS[entry.dtype], entry.name))
         name = f"{self.stem}-{len(self._shards) + 1:05d}.safetensors"
+        self._write_tensors(name, entries)
+        self._shards.append([_Entry(e.name, e.dtype, e.shape, e.size, _no_data) for e in entries])
+        return name
+
+    def _write_tensors(self, name: str, entries: list[_Entry]) -> None:
+        """One safetensors file, `entries` in file order."""
         needed = sum(entry.size for entry in entries)
         with _disk_problems(self.path / name, needed), _whole_file(self.path / name) as file:
             file.write(_header(entries))
@@ -230,8 +247,12 @@ class StagedCheckpoint:
                     raise ValueError(f"tensor {entry.name} has {len(data)} bytes, its shape says {entry.size}")
                 for begin in range(0, len(data), _CHUNK):
                     file.write(data[begin : begin + _CHUNK])
-        self._shards.append([_Entry(e.name, e.dtype, e.shape, e.size, _no_data) for e in entries])
-        return name
+
+    def _finish_masks(self) -> None:
+        if self._masks:
+            self._write_tensors(masks.NAME, sorted(self._masks, key=lambda entry: entry.name))
+            with _disk_problems(self.path):
+                (self.path / (masks.NAME + ".spool")).unlink()
 
     def _name_shards(self) -> None:
         """Give the shards their final names and write the index."""
@@ -336,6 +357,12 @@ def _tensor_entry(name: str, tensor: Tensor) -> _Entry:
         return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")  # type: ignore[arg-type]  # numpy's stubs
 
     return _Entry(name, names[tensor.dtype], tuple(tensor.shape), tensor.numel() * tensor.element_size(), data)
+
+
+def _read_part(path: Path, begin: int, size: int) -> memoryview:
+    with path.open("rb") as file:
+        file.seek(begin)
+        return memoryview(file.read(size))
 
 
 def _no_data() -> memoryview:
