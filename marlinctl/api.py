@@ -39,13 +39,13 @@ def quantize(
 
     `options` are keys of the recipe (group_size=64, samples=256, source="mine.jsonl"); they win over the recipe.
     """
-    from marlinctl.job import run_quantize
+    from marlinctl.job import run_job
     from marlinctl.opening import Options
     from marlinctl.recipe import load_recipe, resolve, with_sections
 
     resolved, _ = resolve(load_recipe(recipe), with_sections(options))
     settings = Options(revision=revision, device=device, overwrite=overwrite, command="marlinctl.api.quantize")
-    run_quantize(str(model), Path(out), resolved, settings, Console.quiet())
+    run_job(str(model), Path(out), resolved, settings, Console.quiet())
     return Path(out)
 
 

@@ -1,19 +1,18 @@
-"""The quantize job: from a model to a published 4-bit checkpoint.
+"""The job that walks a model: from a checkpoint to a published one whose linears are quantized, pruned, or both.
 
-    look at everything ─► calibration ─► walk the blocks, one shard each ─► copy the rest ─► verify from disk ─► publish
+    look at everything ─► calibration ─► walk the blocks, one shard each ─► copy the rest ─► verify from disk ─► (measure) ─► publish
     (nothing written)                    (solve, pack, unpack == codes)
 
-Everything that can be refused is refused in the first step. The linears come out in the interchange form (compressed-tensors); `pack` makes
-the other formats from it.
+Everything that can be refused is refused in the first step. Quantized linears come out in the interchange form (compressed-tensors), from
+which `pack` makes the other formats; linears that are pruned and not quantized stay 16-bit. A mask lies beside them in its own file.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,212 +21,134 @@ from torch import Tensor
 
 from marlinctl import __version__
 from marlinctl.calibration import load_calibration
-from marlinctl.checkpoint.formats import detect, linear_tensors, quantization_config, read_linear, sixteen_bit_linears
-from marlinctl.checkpoint.reader import fingerprint, open_checkpoint
+from marlinctl.checkpoint.formats import detect, quantization_config, read_linear, sixteen_bit_linears
+from marlinctl.checkpoint.mask import Masks, open_masks
+from marlinctl.checkpoint.reader import Checkpoint, fingerprint, open_checkpoint
 from marlinctl.checkpoint.source import Source
-from marlinctl.checkpoint.writer import StagedCheckpoint, check_output
-from marlinctl.console import Console, Progress
-from marlinctl.errors import CheckFailed, NumericalProblem
+from marlinctl.checkpoint.writer import StagedCheckpoint, check_output, publish_together
+from marlinctl.console import Console
+from marlinctl.errors import CheckFailed
 from marlinctl.memory import peak_rss
-from marlinctl.models import LinearSpec
 from marlinctl.opening import Opened, Options, open_model
-from marlinctl.quantize.gptq import Solved, SolveSettings, solve
-from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipe import Recipe, recipe_hash
 from marlinctl.report import report_files
 from marlinctl.scratch import Scratch
 from marlinctl.skeleton import build
+from marlinctl.solving import LayerRecord, Solving, linear_digest, weight_digest
+from marlinctl.sparsify.types import SparseQuantizedLinear
 from marlinctl.walk import CHUNK_TOKENS, Walk
 
-ALGORITHM_VERSION = 1  # goes up when the same recipe on the same input gives other codes
+ALGORITHM_VERSION = 2  # goes up when the same recipe on the same input gives other codes
 _DEVICE_SHARE = 0.5  # of free device memory that activations may take
 
-
-@dataclass(frozen=True, slots=True)
-class LayerRecord:
-    """What happened to one linear. `seconds` goes to the report and not to the manifest."""
-
-    name: str
-    shape: tuple[int, int]
-    group_size: int
-    error: float  # share of the output energy that is lost: tr(δ H δᵀ) / tr(W H Wᵀ)
-    damping: float
-    tokens: int
-    dead: int
-    fallback: str | None
-    remark: str
-    digest: str  # SHA-256 of codes and scales
-    bytes_in: int
-    bytes_out: int
-    seconds: float
+# Looks at the finished folder before it is published and returns what the report shall say about its quality; raises to keep it back.
+Measure = Callable[[Path, Source], Mapping[str, Any]]
 
 
-def run_quantize(model: str, out: Path, recipe: Recipe, options: Options, console: Console) -> tuple[dict[str, Any], Source]:
-    """Quantize `model` (folder, hub id or GGUF file) into `out`. Returns the report as a JSON document, and where the model was found."""
+def run_job(
+    model: str, out: Path, recipe: Recipe, options: Options, console: Console, measure: Measure | None = None
+) -> tuple[dict[str, Any], Source]:
+    """Quantize, prune or both: `model` (folder, hub id or GGUF file) into `out`.
+
+    Returns the report as a JSON document, and where the model was found. Where `measure` raises CheckFailed the finished folder is kept
+    beside `out`, as OUT.job.
+    """
     started = time.monotonic()
     local = [Path(model)] if Path(model).exists() else []
     check_output(out, overwrite=options.overwrite, sources=local)
     console.log_to(out.with_name(out.name + ".log"))
     opened = open_model(model, out, recipe, options, console)
-    device, dtype = opened.device, opened.dtype
+    bits = recipe.quantize.bits
+    fmt = "ct" if bits == 4 else "dense"
     with _threads(options.threads), torch.no_grad():
         calibration = load_calibration(
             recipe.calibration,
             opened.source.folder,
             opened.checkpoint.config,
             console=console,
-            load_model=lambda: _whole_model(opened.source.folder, dtype, device),
+            load_model=lambda: _whole_model(opened.source.folder, opened.dtype, opened.device),
         )
-        with StagedCheckpoint(out, overwrite=options.overwrite, fmt="ct") as staged:
-            job = _Job(opened, recipe, options, staged, console)
-            job.walk(calibration.tokens, device, dtype)
-            quantized = {f"{name}.weight" for name in opened.plan.group_sizes}
-            staged.copy_tensors(opened.checkpoint, [n for n in opened.checkpoint.tensors if n not in quantized])
+        with StagedCheckpoint(out, overwrite=options.overwrite, fmt=fmt) as staged:
+            solving = Solving(opened, recipe, options, staged, console)
+            _walk(opened, calibration.tokens, staged, solving, options, console)
+            solved = {f"{name}.weight" for name in opened.plan.group_sizes}
+            staged.copy_tensors(opened.checkpoint, [n for n in opened.checkpoint.tensors if n not in solved])
             staged.copy_companions(opened.source.folder)
             staged.write_file("recipe.yaml", recipe.to_yaml().encode())
-            report = _report(opened, recipe, options, calibration.facts, job.records, device, dtype, time.monotonic() - started)
-            staged.publish(
+            report = _report(opened, recipe, options, calibration.facts, solving.records, time.monotonic() - started)
+            layers = opened.plan.group_sizes if bits == 4 else {}
+            staged.finish(
                 _config(opened, recipe),
-                manifest=_manifest(opened, recipe, calibration.facts, job.records, device, dtype),
-                verify=lambda folder: _verify_written(folder, job.records, console),
-                report_files=report_files(report, fmt="ct", layers=opened.plan.group_sizes, ignore=_ignore(opened)),
+                manifest=_manifest(opened, recipe, calibration.facts, solving.records),
+                verify=lambda folder: _verify_written(folder, solving.records, console),
+                report_files=report_files(report, fmt=fmt, layers=layers, ignore=_ignore(opened)),
             )
+            if measure is not None:
+                try:
+                    report["evaluation"] = measure(staged.path, opened.source)
+                except CheckFailed:
+                    staged.set_aside()
+                    raise
+                for name, data in report_files(report, fmt=fmt, layers=layers, ignore=_ignore(opened)).items():
+                    staged.write_file(name, data)
+            publish_together([staged])
     return report, opened.source
 
 
 # ---- the work ------------------------------------------------------------------------------------------------------------------------
 
 
-class _Job:
-    """The walk's other half: solves what the walk hands over, writes a shard when a block is done."""
-
-    def __init__(self, opened: Opened, recipe: Recipe, options: Options, staged: StagedCheckpoint, console: Console) -> None:
-        self.opened, self.options, self.staged, self.console = opened, options, staged, console
-        self.records: list[LayerRecord] = []
-        self.specs: dict[str, LinearSpec] = dict(opened.architecture.linears)
+def _walk(opened: Opened, tokens: Any, staged: StagedCheckpoint, solving: Solving, options: Options, console: Console) -> None:
+    architecture, device, dtype = opened.architecture, opened.device, opened.dtype
+    model = build(opened.checkpoint.config, dtype)
+    budget = int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE) if device.type == "cuda" else 0
+    linears = len(architecture.linears) + (opened.plan.head is not None)
+    with (
+        console.progress("prune" if solving.bits == 16 else "quantize", linears) as solving.progress,
+        _deterministic(options.deterministic),
+    ):
+        walk = Walk(
+            model, architecture, opened.checkpoint, tokens,
+            device=device, dtype=dtype, scratch=Scratch(staged.path, device, budget), chunk_tokens=CHUNK_TOKENS,
+        )  # fmt: skip
+        for block in architecture.blocks:
+            walk.run_block(block, solving.stage)
+            solving.flush()
         if opened.plan.head is not None:
-            self.specs[opened.plan.head.name] = opened.plan.head
-        source_is_bfloat16 = any(opened.checkpoint.tensors[f"{name}.weight"].dtype == "BF16" for name in opened.plan.group_sizes)
-        q = recipe.quantize
-        self.settings = {
-            size: SolveSettings(
-                group_size=size,
-                both_signs=q.scale_sign == "both",
-                bfloat16_exact=source_is_bfloat16,
-                act_order=q.act_order,
-                scale_search=q.scale_search,
-                damping=q.damping,
-                refine=q.refine,
-            )
-            for size in set(opened.plan.group_sizes.values())
-        }
-        self.pending: dict[str, Tensor] = {}
-        self.progress: Progress | None = None
-
-    def walk(self, tokens: Any, device: torch.device, dtype: torch.dtype) -> None:
-        architecture = self.opened.architecture
-        model = build(self.opened.checkpoint.config, dtype)
-        budget = int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE) if device.type == "cuda" else 0
-        with self.console.progress("quantize", len(self.specs)) as self.progress, _deterministic(self.options.deterministic):
-            walk = Walk(
-                model, architecture, self.opened.checkpoint, tokens,
-                device=device, dtype=dtype, scratch=Scratch(self.staged.path, device, budget), chunk_tokens=CHUNK_TOKENS,
-            )  # fmt: skip
-            for block in architecture.blocks:
-                walk.run_block(block, self.solve)
-                self._flush()
-            if self.opened.plan.head is not None:
-                walk.run_head(self.opened.plan.head.name, self.solve)
-                self._flush()
-
-    def _flush(self) -> None:
-        if self.pending:
-            self.staged.write_shard(self.pending)
-            self.pending = {}
-
-    def solve(self, names: tuple[str, ...], hessian: Hessian, remark: str) -> dict[str, Tensor]:
-        """Final weights of linears that share an input: one solve for each group size among them, skipped ones as they are."""
-        device = hessian.matrix.device
-        weights = {name: self.opened.checkpoint.read(f"{name}.weight").to(device, torch.float32) for name in names}
-        sizes = self.opened.plan.group_sizes
-        for name in names:
-            if name not in sizes and self.progress is not None:
-                self.progress.advance()
-        for size in dict.fromkeys(sizes[name] for name in names if name in sizes):
-            members = [name for name in names if sizes.get(name) == size]
-            started = time.monotonic()
-            solved = self._solve_stack(members, torch.cat([weights[name] for name in members]), hessian, self.settings[size])
-            seconds = time.monotonic() - started
-            first = 0
-            for name in members:
-                rows = slice(first, first + weights[name].shape[0])
-                first = rows.stop
-                linear = QuantizedLinear(solved.linear.codes[rows].cpu(), solved.linear.scales[rows].cpu(), solved.linear.group_size)
-                share = seconds * weights[name].shape[0] / solved.linear.out_features
-                self._keep(name, linear, solved, rows, hessian.tokens, remark, share)
-                weights[name] = linear.dequantize().to(device)
-        return weights
-
-    def _solve_stack(self, members: list[str], stack: Tensor, hessian: Hessian, settings: SolveSettings) -> Solved:
-        try:
-            return solve(stack, hessian, settings)
-        except ValueError as error:
-            raise NumericalProblem(
-                "E601", str(error), where=", ".join(members), fix="check the model with its own weights; try --dtype float32"
-            ) from error
-
-    def _keep(self, name: str, linear: QuantizedLinear, solved: Solved, rows: slice, tokens: int, remark: str, seconds: float) -> None:
-        if solved.fallback and self.options.strict:
-            raise NumericalProblem(
-                "E602", f"the Hessian cannot be used as it is ({solved.fallback}), and --strict forbids a fallback", where=name,
-                fix="more or other calibration text, a higher --damping, or no --strict",
-            )  # fmt: skip
-        tensors = linear_tensors("ct", name, linear)
-        self.pending |= tensors
-        energy = float(solved.energy[rows].sum())
-        info = self.opened.checkpoint.tensors[f"{name}.weight"]
-        record = LayerRecord(
-            name=name,
-            shape=(linear.out_features, linear.in_features),
-            group_size=linear.group_size,
-            error=float(solved.error[rows].sum()) / energy if energy > 0 else 0.0,
-            damping=solved.damping,
-            tokens=tokens,
-            dead=solved.dead,
-            fallback=solved.fallback,
-            remark=remark,
-            digest=_digest(linear),
-            bytes_in=info.end - info.begin,
-            bytes_out=sum(t.numel() * t.element_size() for t in tensors.values()),
-            seconds=round(seconds, 4),
-        )
-        self.records.append(record)
-        if solved.fallback:
-            self.console.warn(f"{name}: {solved.fallback}")
-        if self.progress is not None:
-            extra = "".join(f"  {text}" for text in (f"{solved.dead} dead inputs" if solved.dead else "", remark) if text)
-            self.progress.advance(1, f"{name:<44} error {record.error:.5f}  damping {solved.damping:g}  {seconds:6.2f} s{extra}")
-
-
-def _digest(linear: QuantizedLinear) -> str:
-    digest = hashlib.sha256(linear.codes.contiguous().numpy().tobytes())
-    digest.update(linear.scales.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+            walk.run_head(opened.plan.head.name, solving.stage)
+            solving.flush()
 
 
 def _verify_written(folder: Path, records: list[LayerRecord], console: Console) -> None:
-    """Read the staged checkpoint back: every linear holds the codes and scales that were solved."""
-    with open_checkpoint(folder) as written, console.progress("check from disk", len(records)) as progress:
-        info = detect(written.config, written.tensors)
+    """Read the staged checkpoint back: every linear holds what was solved, and its mask."""
+    with (
+        open_checkpoint(folder) as written,
+        open_masks(folder) as masks,
+        console.progress("check from disk", len(records)) as progress,
+    ):
         for record in records:
-            if _digest(read_linear(written, info, record.name)) != record.digest:
+            if _digest_on_disk(written, masks, record) != record.digest:
                 raise CheckFailed(
                     "E110",
-                    "codes or scales on disk differ from those that were solved",
+                    "weights, scales or mask on disk differ from those that were solved",
                     where=record.name,
                     fix="check the disk, then run again",
                 )
             progress.advance()
+
+
+def _digest_on_disk(written: Checkpoint, masks: Masks | None, record: LayerRecord) -> str:
+    keep: Tensor | None = None
+    if record.pattern is not None:
+        if masks is None:
+            return "no mask file"
+        keep = masks.keep(record.name, *record.shape)
+    if record.group_size is None:
+        return weight_digest(written.read(f"{record.name}.weight"), keep)
+    linear = read_linear(written, detect(written.config, written.tensors), record.name)
+    if keep is not None:
+        linear = SparseQuantizedLinear(linear.codes, linear.scales, linear.group_size, keep)
+    return linear_digest(linear)
 
 
 # ---- what is written about it --------------------------------------------------------------------------------------------------------
@@ -235,6 +156,8 @@ def _verify_written(folder: Path, records: list[LayerRecord], console: Console) 
 
 def _config(opened: Opened, recipe: Recipe) -> dict[str, Any]:
     config = {k: v for k, v in opened.checkpoint.config.items() if k != "auto_map"}
+    if recipe.quantize.bits == 16:
+        return config
     layers = dict(opened.plan.group_sizes)
     config["quantization_config"] = quantization_config(
         "ct", layers, _ignore(opened), {"version": __version__, "recipe_sha256": recipe_hash(recipe)}
@@ -260,40 +183,40 @@ def _source_facts(opened: Opened) -> dict[str, Any]:
     return {"kind": source.kind, "name": Path(source.name).name if source.kind != "hub" else source.name, "revision": source.revision}
 
 
-def _manifest(
-    opened: Opened, recipe: Recipe, calibration: Mapping[str, Any], records: list[LayerRecord], device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
+def _manifest(opened: Opened, recipe: Recipe, calibration: Mapping[str, Any], records: list[LayerRecord]) -> dict[str, Any]:
     layers = [{k: v for k, v in asdict(record).items() if k != "seconds"} for record in records]
     source = {key: value for key, value in calibration.items() if key != "source"}
     return {
-        "format": "ct",
+        "format": "ct" if recipe.quantize.bits == 4 else "dense",
         "recipe": {"sha256": recipe_hash(recipe)},
         "source": {**_source_facts(opened), "fingerprint": fingerprint(opened.checkpoint)},
         "calibration": source,
         "versions": versions(),
-        "device": device.type,
-        "dtype": str(dtype).removeprefix("torch."),
+        "device": opened.device.type,
+        "dtype": str(opened.dtype).removeprefix("torch."),
         "layers": layers,
         "finished": True,
     }
 
 
 def _report(
-    opened: Opened, recipe: Recipe, options: Options, calibration: Mapping[str, Any], records: list[LayerRecord],
-    device: torch.device, dtype: torch.dtype, seconds: float,
-) -> dict[str, Any]:  # fmt: skip
+    opened: Opened, recipe: Recipe, options: Options, calibration: Mapping[str, Any], records: list[LayerRecord], seconds: float
+) -> dict[str, Any]:
+    device = opened.device
     tensors = opened.checkpoint.tensors
     dense = sum(info.end - info.begin for info in tensors.values())
     saved = sum(r.bytes_in - r.bytes_out for r in records)
     return {
-        "kind": "quantize",
+        "kind": "quantize" if recipe.quantize.bits == 4 else "sparsify",
         "command": options.command,
         "source": {**_source_facts(opened), "note": opened.source.note},
         "recipe": {"sha256": recipe_hash(recipe), **recipe.model_dump(mode="json")},
         "calibration": dict(calibration),
         "versions": versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(opened.dtype).removeprefix("torch."),
+        "bits": recipe.quantize.bits,
+        "sparse": sum(r.pattern is not None for r in records),
         "bytes": {"source": dense, "result": dense - saved},
         "kept": [{"name": name, "reason": reason} for name, reason in opened.plan.kept.items()],
         "fallbacks": [{"name": r.name, "fallback": r.fallback} for r in records if r.fallback],

@@ -5,7 +5,7 @@ Whatever is wrong with a checkpoint is listed at once. Weights are looked at too
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +19,10 @@ from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import require_space
 from marlinctl.console import Console
 from marlinctl.devices import choose_device, cpu_has_bf16
-from marlinctl.errors import BadInput, Problem, ResourceProblem
+from marlinctl.errors import BadInput, Problem, ResourceProblem, UsageError
 from marlinctl.memory import predicted_peak
-from marlinctl.models import Architecture, architecture
+from marlinctl.models import Architecture, LinearSpec, architecture
+from marlinctl.patterns import Patterns, find_patterns
 from marlinctl.recipe import Recipe
 from marlinctl.rules import Plan, plan
 from marlinctl.walk import CHUNK_TOKENS
@@ -53,12 +54,15 @@ class Opened:
     checkpoint: Checkpoint
     architecture: Architecture
     plan: Plan
+    patterns: Patterns  # 2:4 that the source has already
     device: torch.device
     dtype: torch.dtype  # of the forward pass
 
 
 def open_model(model: str, out: Path, recipe: Recipe, options: Options, console: Console) -> Opened:
     """All checks, from cheap to dear."""
+    if recipe.quantize.bits == 16 and recipe.sparsify.pattern == "none":
+        raise UsageError("E272", "16 bits and no pattern: nothing would change", where="--bits 16", fix="--bits 4, or `marlinctl sparsify`")
     device, dtype = _device(options)
     source = resolve_model(model, revision=options.revision, cache_dir=options.cache_dir, offline=options.offline, console=console)
     if source.note:
@@ -80,7 +84,12 @@ def open_model(model: str, out: Path, recipe: Recipe, options: Options, console:
         overrides={pattern: override.group_size for pattern, override in recipe.quantize.overrides.items()},
         include=recipe.quantize.include,
     )
-    opened = Opened(source, checkpoint, known, rules, device, dtype)
+    shapes = {name: (spec.out_features, spec.in_features) for name, spec in _planned(known, rules).items()}
+    if recipe.sparsify.pattern == "2:4":
+        _refuse_odd_widths(shapes)
+    patterns = find_patterns(checkpoint, shapes, console)
+    _say_pattern(patterns, len(shapes), recipe, console)
+    opened = Opened(source, checkpoint, known, rules, patterns, device, dtype)
     _require_room(opened, out, recipe, options)
     if source.kind == "hub":
         with console.progress("compare with the hub's digests", len(checkpoint.files)) as progress:
@@ -88,6 +97,34 @@ def open_model(model: str, out: Path, recipe: Recipe, options: Options, console:
     with console.progress("look for NaN and infinity", len(checkpoint.tensors)) as progress:
         scan_finite(checkpoint, known.expected, progress)
     return opened
+
+
+def _planned(known: Architecture, rules: Plan) -> dict[str, LinearSpec]:
+    specs = dict(known.linears) | ({rules.head.name: rules.head} if rules.head is not None else {})
+    return {name: specs[name] for name in rules.group_sizes}
+
+
+def _refuse_odd_widths(shapes: Mapping[str, tuple[int, int]]) -> None:
+    odd = [Problem(f"K={k} of {name} is not a multiple of 4", "--pattern 2:4", "--skip it") for name, (_, k) in shapes.items() if k % 4]
+    if odd:
+        raise UsageError.from_problems("E271", odd)
+
+
+def _say_pattern(patterns: Patterns, planned: int, recipe: Recipe, console: Console) -> None:
+    """A pattern that is there already is kept, and said aloud; to prune once more is refused."""
+    if not patterns.linears:
+        return
+    known = "its mask file" if "mask" in patterns.linears.values() else "the zeros of its weights"
+    if recipe.sparsify.pattern != "none":
+        raise UsageError(
+            "E270",
+            f"{len(patterns.linears)} of {planned} linears are 2:4 already ({known})",
+            where="--pattern 2:4",
+            fix="`marlinctl quantize` keeps the pattern; start from the dense model to prune anew",
+        )
+    console.say(f"{len(patterns.linears)} of {planned} linears are 2:4, by {known}; the pattern is kept")
+    if len(patterns.linears) < planned:
+        console.warn(f"{planned - len(patterns.linears)} linears are not 2:4, so the result cannot be packed to marlin_24")
 
 
 def _device(options: Options) -> tuple[torch.device, torch.dtype]:
@@ -142,4 +179,6 @@ def _require_room(opened: Opened, out: Path, recipe: Recipe, options: Options) -
         )
     weights = sum(spec.out_features * spec.in_features for spec in opened.architecture.linears.values())
     total = sum(info.end - info.begin for info in opened.checkpoint.tensors.values())
-    require_space(out, total - 2 * weights + weights * 5 // 8)
+    packed = weights * 5 // 8 if recipe.quantize.bits == 4 else 2 * weights
+    masks = weights // 8 if recipe.sparsify.pattern != "none" or opened.patterns.linears else 0
+    require_space(out, total - 2 * weights + packed + masks)

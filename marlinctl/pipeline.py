@@ -18,16 +18,16 @@ from typing import Any
 
 from marlinctl.checkpoint.formats import detect
 from marlinctl.checkpoint.reader import open_checkpoint
-from marlinctl.checkpoint.source import Source
 from marlinctl.checkpoint.writer import check_output, publish_together
 from marlinctl.console import Console
 from marlinctl.evaluation.tasks import require_lm_eval
-from marlinctl.job import run_quantize
+from marlinctl.gate import against_original
+from marlinctl.job import run_job
 from marlinctl.opening import Options
 from marlinctl.recipe import Recipe
 from marlinctl.repack import repack
 from marlinctl.report import report_files
-from marlinctl.verify import available_memory, verify
+from marlinctl.verify import verify
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,39 +61,20 @@ def run_compress(
     work = out.resolve().with_name(f"{out.name}.work-{secrets.token_hex(4)}")
     work.mkdir()
     try:
-        report, source = run_quantize(model, work / "ct", recipe, options, console)
+        report, source = run_job(model, work / "ct", recipe, options, console)
         for fmt in places:
             if fmt != "ct":
                 repack(work / "ct", work / fmt, format=fmt, console=console)
         report = {**report, "kind": "compress", "outputs": [{"folder": str(place), "format": fmt} for fmt, place in places.items()]}
         report["verified"] = {fmt: verify(work / fmt, source=source.folder, load=None, console=console).document() for fmt in places}
         if evaluate_result:
-            report["evaluation"] = _evaluation(work / "ct", source, recipe, task_data, console)
+            report["evaluation"] = against_original(work / "ct", source, recipe, task_data, console)
         for fmt in places:
             _write_reports(work / fmt, fmt, report)
         publish_together([Finished(work / fmt, place.resolve(), options.overwrite) for fmt, place in places.items()])
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return report
-
-
-def _evaluation(folder: Path, source: Source, recipe: Recipe, task_data: Path | None, console: Console) -> dict[str, Any]:
-    """Perplexity, KL and top-1 agreement against the original, and the recipe's tasks; or why they could not be measured."""
-    from marlinctl.evaluate import EvalSettings, evaluate, render_table
-
-    with open_checkpoint(source.folder) as checkpoint:
-        elements = sum(info.nbytes // 2 for info in checkpoint.tensors.values())
-    needed, available = 2 * 2 * elements, available_memory()
-    if needed > available:
-        reason = f"not evaluated: both models need {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free"
-        console.warn(f"{reason}; run `marlinctl eval` on a larger machine")
-        return {"table": reason}
-    asked = recipe.evaluate
-    settings = EvalSettings(
-        tasks=tuple(asked.tasks), task_data=task_data, limit=asked.limit, text=asked.text, tokens=asked.tokens, window=asked.window
-    )
-    document = evaluate(folder, settings, console, baseline=source.folder, names=("compressed", Path(source.name).name))
-    return {"table": render_table(document), "document": document}
 
 
 def _write_reports(folder: Path, fmt: str, report: Mapping[str, Any]) -> None:

@@ -4,7 +4,8 @@ A recipe is a YAML file. It says only what differs from the recipe it extends, i
 home of every default. Flags of the command line override the recipe (`resolve`), and what they changed is said and recorded.
 
     quantize:     how weights become codes          pack:      which formats are published
-    calibration:  which tokens the Hessian sees     evaluate:  how the result is measured
+    sparsify:     which weights survive             evaluate:  how the result is measured
+    calibration:  which tokens the Hessian sees
 
 A recipe may come from a stranger. It is data only: reading is `yaml_positions` (no tags, no aliases, no repeated keys), checking
 is pydantic with unknown keys forbidden, and every refusal names file, line and column.
@@ -29,7 +30,7 @@ from marlinctl.yaml_positions import Place, read_yaml
 DEFAULT = "int4"
 _FLAG_NAMES = {"source": "--calibration", "formats": "--format/--also", "overrides": "--override"}  # of keys whose flag is called otherwise
 MAXIMUM_BYTES = 1 << 20
-_SECTIONS = ("quantize", "calibration", "pack", "evaluate")
+_SECTIONS = ("quantize", "sparsify", "calibration", "pack", "evaluate")
 
 GroupSize = Literal[128, 64, 32, -1]
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # YAML knows lists, a frozen value wants tuples
@@ -46,7 +47,7 @@ class Override(_Section):
 
 
 class Quantize(_Section):
-    bits: Literal[4]
+    bits: Literal[4, 16]
     group_size: GroupSize
     scale_sign: Literal["both", "positive"]
     act_order: Literal["static", "none"]
@@ -56,6 +57,13 @@ class Quantize(_Section):
     skip: Names
     overrides: dict[str, Override]
     include: Names
+
+
+class Sparsify(_Section):
+    pattern: Literal["none", "2:4"]
+    method: Literal["magnitude", "wanda", "sparsegpt", "refined"]
+    mask_sweeps: int = Field(ge=0, le=100)
+    ls_iterations: int = Field(ge=0, le=1000)
 
 
 class Calibration(_Section):
@@ -83,6 +91,7 @@ class Recipe(_Section):
     name: str = Field(min_length=1)
     description: str
     quantize: Quantize
+    sparsify: Sparsify
     calibration: Calibration
     pack: Pack
     evaluate: Evaluate

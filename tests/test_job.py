@@ -15,7 +15,7 @@ from marlinctl.checkpoint.formats import detect, read_linear
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, MarlinctlError, NumericalProblem, ResourceProblem, UsageError
-from marlinctl.job import run_quantize
+from marlinctl.job import run_job
 from marlinctl.load import load_dense
 from marlinctl.opening import Options
 from marlinctl.recipe import Recipe, load_recipe, resolve
@@ -45,7 +45,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def quantize(model: Path, out: Path, chosen: Recipe, **options: Any) -> dict[str, Any]:
-    return run_quantize(str(model), out, chosen, replace(Options(dtype="float32"), **options), Console.quiet())[0]
+    return run_job(str(model), out, chosen, replace(Options(dtype="float32"), **options), Console.quiet())[0]
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -225,6 +225,14 @@ class StagedCheckpoint:
                 _sync_folder(Path(folder))
         verify(self.path)
 
+    def set_aside(self) -> Path:
+        """Keep the staged folder as OUT.job, for somebody to look at, instead of removing it. An older one there is replaced."""
+        place = self.out.with_name(f"{self.out.name}.job")
+        with _disk_problems(place):
+            shutil.rmtree(place, ignore_errors=True)
+            self.path.rename(place)
+        return place
+
     def _write_entries(self, entries: list[_Entry]) -> str:
         taken = {entry.name for shard in self._shards for entry in shard}
         twice = [entry.name for entry in entries if entry.name in taken]

@@ -31,10 +31,10 @@ def command(console: Console, model: str, out: Path, **values: Any) -> None:
     transformers load; `marlinctl pack` turns it into other formats. Blocks stream from the source to OUT one at a time, and OUT
     appears whole or not at all.
     """
-    from marlinctl.job import run_quantize
+    from marlinctl.job import run_job
 
     recipe = chosen_recipe(console, values)
-    report, _ = run_quantize(model, out, recipe, chosen_options(console, values), console)
+    report, _ = run_job(model, out, recipe, chosen_options(console, values), console)
     size = report["bytes"]
     text = (
         f"{out}: {len(report['layers'])} linears in 4 bits, {size['source'] / 1e6:,.1f} MB -> {size['result'] / 1e6:,.1f} MB, "

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "quantize.bits": ("--bits", {"type": int, "metavar": "4", "help": "Bits per weight; 4 is all there is."}),
+    "quantize.bits": ("--bits", {"type": int, "metavar": "4", "help": "Bits per weight; `sparsify` leaves 16 without it."}),
     "quantize.group_size": (
         "--group-size",
         {"type": int, "metavar": "128|64|32|-1", "help": "Inputs that share a scale; -1: the whole row."},
@@ -38,6 +38,12 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
         {"multiple": True, "metavar": "PATTERN", "help": "Leave these linears 16-bit (k_proj, layers.0.*, re:...)."},
     ),
     "quantize.include": ("--include", {"multiple": True, "metavar": "lm_head", "help": "Quantize the output head too."}),
+    "sparsify.method": (
+        "--method",
+        {"metavar": "refined|sparsegpt|wanda|magnitude", "help": "How survivors are chosen, where there is a 2:4 pattern to make."},
+    ),
+    "sparsify.mask_sweeps": ("--mask-sweeps", {"type": int, "help": "Sweeps of --method refined that may change the mask."}),
+    "sparsify.ls_iterations": ("--ls-iterations", {"type": int, "help": "Least-squares steps of --method refined."}),
     "calibration.source": ("--calibration", {"metavar": "SOURCE", "help": "self, a .txt/.jsonl/.parquet file, or a hub data set."}),
     "calibration.samples": ("--samples", {"type": int, "help": "Calibration samples."}),
     "calibration.sequence_length": ("--sequence-length", {"type": int, "help": "Tokens per sample."}),
@@ -85,8 +91,13 @@ def run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
-def chosen_recipe(console: Console, values: dict[str, Any], extra: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe with the given flags over it; takes what `recipe_flags` added out of `values`. What flags changed is said once."""
+def chosen_recipe(
+    console: Console, values: dict[str, Any], extra: Mapping[str, Any] | None = None, verb: Mapping[str, Any] | None = None
+) -> Recipe:
+    """The recipe with the given flags over it; takes what `recipe_flags` added out of `values`. What flags changed is said once.
+
+    extra: keys that flags of the verb itself set. verb: keys that the verb means whatever the recipe says, and nobody is told about.
+    """
     from marlinctl.recipe import load_recipe, resolve
 
     recipe = load_recipe(values.pop("recipe_name"))
@@ -96,6 +107,7 @@ def chosen_recipe(console: Console, values: dict[str, Any], extra: Mapping[str, 
     }
     given = values.pop("override")
     overrides["quantize.overrides"] = dict(_override(text) for text in given) or None
+    recipe, _ = resolve(recipe, verb or {})
     resolved, changes = resolve(recipe, {**overrides, **(extra or {})})
     if changes:
         console.say("flags win over the recipe: " + "; ".join(changes))

@@ -45,10 +45,11 @@ class Solved:
 SEARCH_RATIOS = (1.03, 0.97, 0.91, 0.85, 0.79, 0.72, 0.64, 0.54)
 
 
-def solve(weight: Tensor, hessian: Hessian, settings: SolveSettings, keep: Tensor | None = None) -> Solved:
+def solve(weight: Tensor, hessian: Hessian, settings: SolveSettings, keep: Tensor | None = None, original: Tensor | None = None) -> Solved:
     """Quantize stacked rows that share one input.
 
     weight: [R, K] float32, finite. hessian.matrix: [K, K]. keep: [R, K] bool, or None; where it is False the code is 0.
+    original: [R, K] float32, where `weight` is already a pruned stand-in for it: what refinement aims at and errors are measured against.
     Raises ValueError for shapes that do not fit, for a group size that does not divide K and for a Hessian that is not finite.
     """
     rows, k = weight.shape
@@ -76,23 +77,23 @@ def solve(weight: Tensor, hessian: Hessian, settings: SolveSettings, keep: Tenso
     w = weight.T[order].contiguous()  # [K, R], columns as rows: indexing a transposed view keeps its strides, and the sweep would crawl
     s = scales.T.contiguous()  # [G, R]
     kept = None if keep is None else keep.T[order].contiguous()
-    codes, delta = sweep(w, w, factored.feedback, s, group_of, kept)
+    aim = w if original is None else original.T[order].contiguous()
+    codes, _ = sweep(w, w, factored.feedback, s, group_of, kept)
     ridge = factored.damping * float(diagonal.mean())
     if settings.refine and factored.fallback is None:
         matrix.diagonal().add_(ridge)
         for _ in range(settings.refine):
             for _ in range(2):
-                codes = descend(w, codes, s, matrix, group_of, kept)
-            s = refit_scales(w, codes, s, matrix, group_of, positive=not settings.both_signs, bfloat16_exact=settings.bfloat16_exact)
+                codes = descend(aim, codes, s, matrix, group_of, kept)
+            s = refit_scales(aim, codes, s, matrix, group_of, positive=not settings.both_signs, bfloat16_exact=settings.bfloat16_exact)
         matrix.diagonal().sub_(ridge)
-        delta = w - codes * s[torch.as_tensor(group_of, device=weight.device)]
 
     in_place = torch.empty(rows, k, dtype=torch.int8, device=weight.device)
     in_place[:, order] = codes.T.to(torch.int8)
     return Solved(
         linear=QuantizedLinear(in_place, s.T.to(torch.float16).contiguous(), group_size),
-        error=layer_error(delta, matrix).double(),
-        energy=layer_error(w, matrix).double(),
+        error=layer_error(aim - codes * s[torch.as_tensor(group_of, device=weight.device)], matrix).double(),
+        energy=layer_error(aim, matrix).double(),
         damping=factored.damping,
         fallback=factored.fallback,
         dead=int((diagonal == 0).sum()),

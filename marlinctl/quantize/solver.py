@@ -11,11 +11,14 @@ factorisation and no inverse (the Babai view, arXiv 2507.18553). Coordinate desc
 
 Everything is kept transposed, [K, R]: a column of the weight is then one contiguous row, and a step is vector arithmetic over R outputs.
 Sweeps look back: before a column block the errors so far are gathered by one matrix product, so nothing ahead is ever rewritten.
+
+Pruning is the same sweep with another projection: a column that is not kept becomes zero, and without scales the others stay as they are
+(SparseGPT, arXiv 2301.00774). Who is kept may be decided on the way (`choose`), from weights that make up for everything before them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +27,7 @@ from torch import Tensor
 from marlinctl.quantize.types import CODE_MAX, CODE_MIN
 
 COLUMN_BLOCK = 128  # columns gathered by one product over everything before them
-COLUMN_RUN = 16  # columns updated among themselves one by one; 16 x R floats stay in the cache
+COLUMN_RUN = 16  # columns updated among themselves one by one; 16 x R floats stay in the cache. A multiple of 4: quads lie in one run
 
 _DAMPING_CEILING = 0.3
 _FLOAT64_ABOVE = 3e5  # bound on the condition number K / damping + 1 above which float32 pivots lose digits
@@ -71,16 +74,27 @@ def _diagonal_factor(diagonal: Tensor, damping: float, reason: str) -> Factor:
     return Factor(torch.eye(k, dtype=torch.float32, device=diagonal.device), pivots.float(), damping, f"diagonal Hessian: {reason}")
 
 
+# Called before column k is visited, with the targets t_k .. of its run [columns, R], all compensated for columns before k.
+Choose = Callable[[int, Tensor], None]
+
+
 def sweep(
-    base: Tensor, anchor: Tensor, feedback: Tensor, scales: Tensor, group_of: Sequence[int], keep: Tensor | None = None
+    base: Tensor,
+    anchor: Tensor,
+    feedback: Tensor,
+    scales: Tensor | None,
+    group_of: Sequence[int],
+    keep: Tensor | None = None,
+    choose: Choose | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Round all columns in order, each with the feedback of those before it.
+    """Project all columns in order, each with the feedback of those before it.
 
     For k = 0..K-1:  t_k = base_k + Σ_{i<k} (anchor_i - q_i) feedback_ik ;  code_k = clamp(round(t_k / s_k)) ;  q_k = code_k s_k
 
     base, anchor: [K, R] float32. feedback: [K, K] float32, read above the diagonal only. scales: [G, R] float32, none zero;
-    group_of[k] is the row of `scales` for column k. keep: [K, R] bool or None; a column that is not kept gets code 0.
-    Returns codes [K, R] float32 (whole numbers) and errors anchor - q, [K, R] float32.
+    group_of[k] is the row of `scales` for column k. Without scales nothing is rounded: q_k = t_k.
+    keep: [K, R] bool or None; where it is False, q is 0. choose: may fill keep[k:] before column k is visited.
+    Returns codes (or q, without scales) [K, R] float32 and errors anchor - q, [K, R] float32.
     """
     k_total, rows = base.shape
     if not (base.is_contiguous() and anchor.is_contiguous()):
@@ -90,7 +104,8 @@ def sweep(
     target = torch.empty(COLUMN_BLOCK, rows, dtype=base.dtype, device=base.device)
     # Views are made once: a step is a few microseconds of arithmetic, and indexing a tensor costs one each time.
     code_of, error_of, target_of, anchor_of = codes.unbind(0), errors.unbind(0), target.unbind(0), anchor.unbind(0)
-    scale_of, inverse_of = scales.unbind(0), scales.reciprocal().unbind(0)
+    keep_of = None if keep is None else keep.unbind(0)
+    steps = None if scales is None else (scales.unbind(0), scales.reciprocal().unbind(0))
     for start in range(0, k_total, COLUMN_BLOCK):
         stop = min(start + COLUMN_BLOCK, k_total)
         block = target[: stop - start]
@@ -100,12 +115,20 @@ def sweep(
             if run > start:
                 target[run - start : end - start].addmm_(feedback[start:run, run:end].T, errors[start:run])
             for k in range(run, end):
-                group, code, error = group_of[k], code_of[k], error_of[k]
-                torch.mul(target_of[k - start], inverse_of[group], out=code)
-                code.round_().clamp_(CODE_MIN, CODE_MAX)
-                if keep is not None:
-                    code.mul_(keep[k])
-                torch.addcmul(anchor_of[k], code, scale_of[group], value=-1.0, out=error)
+                if choose is not None:
+                    choose(k, target[k - start : end - start])
+                code, error = code_of[k], error_of[k]
+                if steps is None:
+                    code.copy_(target_of[k - start])
+                else:
+                    torch.mul(target_of[k - start], steps[1][group_of[k]], out=code)
+                    code.round_().clamp_(CODE_MIN, CODE_MAX)
+                if keep_of is not None:
+                    code.mul_(keep_of[k])
+                if steps is None:
+                    torch.sub(anchor_of[k], code, out=error)
+                else:
+                    torch.addcmul(anchor_of[k], code, steps[0][group_of[k]], value=-1.0, out=error)
                 if k + 1 < end:
                     target[k + 1 - start : end - start].addr_(feedback[k, k + 1 : end], error)
     return codes, errors

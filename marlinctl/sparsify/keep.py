@@ -1,4 +1,4 @@
-"""Which weights survive: finding the 2:4 pattern that somebody else has already put into a weight."""
+"""Which weights survive: the two best of each four, or the 2:4 pattern that somebody else has already put into a weight."""
 
 from __future__ import annotations
 
@@ -6,6 +6,20 @@ import torch
 from torch import Tensor
 
 from marlinctl.sparsify.types import QUAD, SURVIVORS
+
+
+def best_two(score: Tensor) -> Tensor:
+    """[4, ...] float -> [4, ...] bool, True for the two highest along the first axis; among equals the lower index wins."""
+    first = torch.arange(QUAD, device=score.device).reshape(-1, 1, *[1] * (score.ndim - 1))
+    ahead = (score.unsqueeze(0) > score.unsqueeze(1)) | ((score.unsqueeze(0) == score.unsqueeze(1)) & (first.transpose(0, 1) < first))
+    survives: Tensor = ahead.sum(1, dtype=torch.uint8) < SURVIVORS  # [i, j]: j is ahead of i
+    return survives
+
+
+def best_of_quads(score: Tensor) -> Tensor:
+    """[K, R] float -> [K, R] bool: the two highest of each aligned four along K."""
+    k, rows = score.shape
+    return best_two(score.reshape(k // QUAD, QUAD, rows).transpose(0, 1)).transpose(0, 1).reshape(k, rows)
 
 
 def two_of_four(weight: Tensor) -> Tensor | None:

@@ -1,0 +1,55 @@
+"""`marlinctl sparsify`: 2:4 pruning, with or without int4."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from marlinctl.commands.common import common_options
+from marlinctl.commands.gate_flags import chosen_gate, gate_flags
+from marlinctl.commands.recipe_flags import chosen_options, chosen_recipe, recipe_flags, run_flags
+from marlinctl.console import Console
+
+
+@click.command("sparsify")
+@click.argument("model", metavar="MODEL")
+@click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
+@click.option("--pattern", default="2:4", show_default=True, metavar="2:4", help="What survives; 2:4 is all that tensor cores know.")
+@gate_flags
+@recipe_flags
+@run_flags
+@common_options
+def command(console: Console, model: str, out: Path, pattern: str, **values: Any) -> None:
+    """Prune a model to 2:4, at 16 bits or together with int4.
+
+    \b
+    Example:
+        marlinctl sparsify Qwen/Qwen3-0.6B ./qwen3-2of4
+        marlinctl sparsify ./smollm2 ./smollm2-2of4-int4 --bits 4 --group-size 64 --refine 2
+        marlinctl sparsify ./smollm2 ./smollm2-2of4 --method wanda --max-ppl-ratio 2
+
+    Without --bits 4, OUT is a 16-bit model with the mask beside it (marlinctl_mask.safetensors), ready for `marlinctl distill` and then
+    `marlinctl quantize`, which keep the pattern. With --bits 4, mask, codes and scales are solved together, and OUT is a
+    compressed-tensors checkpoint that `marlinctl pack --format marlin_24` turns into sparse tensor-core tiles.
+
+    One-shot 2:4 hurts modern models badly: perplexity and KL divergence to the original are measured and reported, and --max-kl and
+    --max-ppl-ratio keep a bad result from being published.
+    """
+    from marlinctl.gate import measure
+    from marlinctl.job import run_job
+
+    gate, evaluated = chosen_gate(values), values.pop("evaluated")
+    recipe = chosen_recipe(console, values, verb={"sparsify.pattern": pattern, "quantize.bits": 16})
+    looking = measure(recipe, gate, console) if evaluated or gate.asked else None
+    report, _ = run_job(model, out, recipe, chosen_options(console, values), console, looking)
+    size = report["bytes"]
+    sizes = f"{size['source'] / 1e6:,.1f} MB -> {size['result'] / 1e6:,.1f} MB"
+    lines = [
+        f"{out}: {report['sparse']} linears 2:4 at {report['bits']} bits, {sizes}, mean layer error {report['error']['mean']:.5f}, "
+        f"{report['seconds']:.1f} s, peak {report['peak_memory_bytes'] / 2**30:.2f} GiB"
+    ]
+    if "evaluation" in report:
+        lines += ["", report["evaluation"]["table"]]
+    console.result("\n".join(lines), {"out": str(out), **report})

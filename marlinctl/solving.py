@@ -1,0 +1,219 @@
+"""What happens to each linear that the walk hands over: prune, quantize or both, and what is written and noted about it.
+
+weights of linears that share an input, their Hessian
+    ─► members with equal group size and equal source of the mask are stacked into one solve
+    ─► codes (+ keep) + scales, or pruned 16-bit weights + keep
+    ─► tensors of the interchange form, mask, LayerRecord;   the final weight goes back to the walk
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from marlinctl.checkpoint.formats import linear_tensors
+from marlinctl.checkpoint.reader import torch_dtype
+from marlinctl.checkpoint.writer import StagedCheckpoint
+from marlinctl.console import Console, Progress
+from marlinctl.errors import NumericalProblem
+from marlinctl.opening import Opened, Options
+from marlinctl.quantize.gptq import Solved, SolveSettings, solve
+from marlinctl.quantize.types import Hessian, QuantizedLinear
+from marlinctl.recipe import Recipe
+from marlinctl.sparsify.sparsegpt import PruneSettings, prune, prune_and_quantize, solve_pruned
+from marlinctl.sparsify.types import SparseQuantizedLinear
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRecord:
+    """What happened to one linear. `seconds` goes to the report and not to the manifest."""
+
+    name: str
+    shape: tuple[int, int]
+    group_size: int | None  # None: 16-bit
+    pattern: str | None  # "2:4" or None
+    error: float  # share of the output energy that is lost: tr(δ H δᵀ) / tr(W H Wᵀ)
+    damping: float
+    tokens: int
+    dead: int
+    fallback: str | None
+    remark: str
+    digest: str  # SHA-256 of what was solved: codes and scales, or the 16-bit weight; then keep
+    bytes_in: int
+    bytes_out: int
+    seconds: float
+
+
+class Outcome(Protocol):
+    """What every solve reports about its stacked rows (quantize.gptq.Solved, sparsify.sparsegpt.Pruned)."""
+
+    @property
+    def error(self) -> Tensor: ...
+    @property
+    def energy(self) -> Tensor: ...
+    @property
+    def damping(self) -> float: ...
+    @property
+    def fallback(self) -> str | None: ...
+    @property
+    def dead(self) -> int: ...
+
+
+class Solving:
+    """The walk's other half. `stage` is its SolveStage; `flush` writes a shard when a block is done."""
+
+    def __init__(self, opened: Opened, recipe: Recipe, options: Options, staged: StagedCheckpoint, console: Console) -> None:
+        self.opened, self.options, self.staged, self.console = opened, options, staged, console
+        self.records: list[LayerRecord] = []
+        self.bits = recipe.quantize.bits
+        self.prunes = recipe.sparsify.pattern == "2:4"
+        self.pruning = PruneSettings(
+            method=recipe.sparsify.method,
+            damping=recipe.quantize.damping,
+            mask_sweeps=recipe.sparsify.mask_sweeps,
+            iterations=recipe.sparsify.ls_iterations,
+        )
+        self.settings = {size: _settings(opened, recipe, size) for size in set(opened.plan.group_sizes.values())}
+        self.pending: dict[str, Tensor] = {}
+        self.progress: Progress | None = None
+
+    def flush(self) -> None:
+        if self.pending:
+            self.staged.write_shard(self.pending)
+            self.pending = {}
+
+    def stage(self, names: tuple[str, ...], hessian: Hessian, remark: str) -> dict[str, Tensor]:
+        """Final weights of linears that share an input; skipped ones as they are."""
+        device = hessian.matrix.device
+        weights = {name: self.opened.checkpoint.read(f"{name}.weight").to(device, torch.float32) for name in names}
+        sizes, patterns = self.opened.plan.group_sizes, self.opened.patterns
+        for name in names:
+            if name not in sizes and self.progress is not None:
+                self.progress.advance()
+        kinds = {name: (sizes[name], patterns.found(name)) for name in names if name in sizes}
+        for kind in dict.fromkeys(kinds.values()):
+            members = [name for name in names if kinds.get(name) == kind]
+            started = time.monotonic()
+            stack = torch.cat([weights[name] for name in members])
+            keep = torch.cat([patterns.keep(name, weights[name]).to(device) for name in members]) if kind[1] else None
+            outcome, final, kept = self._solve(members, stack, keep, hessian, kind[0])
+            seconds = time.monotonic() - started
+            first = 0
+            for name in members:
+                rows = slice(first, first + weights[name].shape[0])
+                first = rows.stop
+                share = seconds * weights[name].shape[0] / stack.shape[0]
+                weights[name] = self._keep(name, outcome, final(rows), kept, rows, hessian.tokens, remark, share).to(device)
+        return weights
+
+    def _solve(
+        self, members: list[str], stack: Tensor, keep: Tensor | None, hessian: Hessian, group_size: int
+    ) -> tuple[Outcome, Callable[[slice], Tensor | QuantizedLinear], Tensor | None]:
+        """The outcome, what each slice of rows became, and the mask of all rows [R, K] on the CPU."""
+        try:
+            if self.bits == 16:
+                pruned = prune(stack, hessian, self.pruning)
+                return pruned, lambda rows: pruned.weight[rows], pruned.keep.cpu()
+            settings = self.settings[group_size]
+            solved: Solved
+            if keep is not None:
+                solved, keep = solve_pruned(stack, keep, hessian, settings)
+            elif self.prunes:
+                solved, keep = prune_and_quantize(stack, hessian, self.pruning, settings)
+            else:
+                solved = solve(stack, hessian, settings)
+        except ValueError as error:
+            raise NumericalProblem(
+                "E601", str(error), where=", ".join(members), fix="check the model with its own weights; try --dtype float32"
+            ) from error
+        kept = None if keep is None else keep.cpu()
+        return solved, lambda rows: _rows(solved.linear, kept, rows), kept
+
+    def _keep(
+        self, name: str, outcome: Outcome, result: Tensor | QuantizedLinear, keep: Tensor | None,
+        rows: slice, tokens: int, remark: str, seconds: float,
+    ) -> Tensor:  # fmt: skip
+        """Note and queue one linear; returns the weight [N, K] that the published model computes with."""
+        if outcome.fallback and self.options.strict:
+            raise NumericalProblem(
+                "E602", f"the Hessian cannot be used as it is ({outcome.fallback}), and --strict forbids a fallback", where=name,
+                fix="more or other calibration text, a higher --damping, or no --strict",
+            )  # fmt: skip
+        info = self.opened.checkpoint.tensors[f"{name}.weight"]
+        if isinstance(result, QuantizedLinear):
+            tensors = linear_tensors("ct", name, result)
+            weight, digest = result.dequantize(), linear_digest(result)
+        else:
+            stored = result.to("cpu", torch_dtype(info))
+            tensors = {f"{name}.weight": stored}
+            weight, digest = stored.float(), weight_digest(stored, keep[rows] if keep is not None else None)
+        self.pending |= tensors
+        if keep is not None:
+            self.staged.write_mask(name, keep[rows])
+        energy = float(outcome.energy[rows].sum())
+        record = LayerRecord(
+            name=name,
+            shape=(weight.shape[0], weight.shape[1]),
+            group_size=result.group_size if isinstance(result, QuantizedLinear) else None,
+            pattern=None if keep is None else "2:4",
+            error=float(outcome.error[rows].sum()) / energy if energy > 0 else 0.0,
+            damping=outcome.damping,
+            tokens=tokens,
+            dead=outcome.dead,
+            fallback=outcome.fallback,
+            remark=remark,
+            digest=digest,
+            bytes_in=info.end - info.begin,
+            bytes_out=sum(t.numel() * t.element_size() for t in tensors.values()),
+            seconds=round(seconds, 4),
+        )
+        self.records.append(record)
+        if outcome.fallback:
+            self.console.warn(f"{name}: {outcome.fallback}")
+        if self.progress is not None:
+            extra = "".join(f"  {text}" for text in (f"{outcome.dead} dead inputs" if outcome.dead else "", remark) if text)
+            self.progress.advance(1, f"{name:<44} error {record.error:.5f}  damping {outcome.damping:g}  {seconds:6.2f} s{extra}")
+        return weight
+
+
+def _settings(opened: Opened, recipe: Recipe, group_size: int) -> SolveSettings:
+    q = recipe.quantize
+    return SolveSettings(
+        group_size=group_size,
+        both_signs=q.scale_sign == "both",
+        bfloat16_exact=any(opened.checkpoint.tensors[f"{name}.weight"].dtype == "BF16" for name in opened.plan.group_sizes),
+        act_order=q.act_order,
+        scale_search=q.scale_search,
+        damping=q.damping,
+        refine=q.refine,
+    )
+
+
+def _rows(linear: QuantizedLinear, keep: Tensor | None, rows: slice) -> QuantizedLinear:
+    codes, scales = linear.codes[rows].cpu(), linear.scales[rows].cpu()
+    if keep is None:
+        return QuantizedLinear(codes, scales, linear.group_size)
+    return SparseQuantizedLinear(codes, scales, linear.group_size, keep[rows])
+
+
+def linear_digest(linear: QuantizedLinear) -> str:
+    """SHA-256 of codes, scales and, where there is one, the mask."""
+    digest = hashlib.sha256(linear.codes.contiguous().numpy().tobytes())
+    digest.update(linear.scales.contiguous().numpy().tobytes())
+    if isinstance(linear, SparseQuantizedLinear):
+        digest.update(linear.keep.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def weight_digest(weight: Tensor, keep: Tensor | None) -> str:
+    """SHA-256 of a 16-bit weight and its mask."""
+    digest = hashlib.sha256(weight.contiguous().view(torch.uint8).numpy().tobytes())
+    if keep is not None:
+        digest.update(keep.contiguous().numpy().tobytes())
+    return digest.hexdigest()
