@@ -70,7 +70,7 @@ def run_job(
         )
         with StagedCheckpoint(out, overwrite=options.overwrite, fmt=fmt) as staged:
             solving = Solving(opened, recipe, options, staged, console)
-            _walk(opened, calibration.tokens, staged, solving, options, console)
+            _walk(opened, calibration.tokens, staged, solving, recipe, options, console)
             solved = {f"{name}.weight" for name in opened.plan.group_sizes}
             staged.copy_tensors(opened.checkpoint, [n for n in opened.checkpoint.tensors if n not in solved])
             staged.copy_companions(opened.source.folder)
@@ -98,7 +98,7 @@ def run_job(
 # ---- the work ------------------------------------------------------------------------------------------------------------------------
 
 
-def _walk(opened: Opened, tokens: Any, staged: StagedCheckpoint, solving: Solving, options: Options, console: Console) -> None:
+def _walk(opened: Opened, tokens: Any, staged: StagedCheckpoint, solving: Solving, recipe: Recipe, options: Options, console: Console) -> None:
     architecture, device, dtype = opened.architecture, opened.device, opened.dtype
     model = build(opened.checkpoint.config, dtype)
     budget = int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE) if device.type == "cuda" else 0
@@ -110,6 +110,7 @@ def _walk(opened: Opened, tokens: Any, staged: StagedCheckpoint, solving: Solvin
         walk = Walk(
             model, architecture, opened.checkpoint, tokens,
             device=device, dtype=dtype, scratch=Scratch(staged.path, device, budget), chunk_tokens=CHUNK_TOKENS,
+            match=recipe.quantize.match > 0,
         )  # fmt: skip
         for block in architecture.blocks:
             walk.run_block(block, solving.stage)

@@ -54,6 +54,8 @@ class Quantize(_Section):
     scale_search: Literal["none", "mse", "hessian"]
     damping: float = Field(gt=0, le=1)
     refine: int = Field(ge=0, le=100)
+    match: float = Field(ge=0, le=1)
+    match_residual: bool
     skip: Names
     overrides: dict[str, Override]
     include: Names

@@ -24,10 +24,14 @@ from marlinctl.console import Console, Progress
 from marlinctl.errors import NumericalProblem
 from marlinctl.opening import Opened, Options
 from marlinctl.quantize.gptq import Solved, SolveSettings, solve
+from marlinctl.quantize.match import matched
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipe import Recipe
 from marlinctl.sparsify.sparsegpt import PruneSettings, prune, prune_and_quantize, solve_pruned
 from marlinctl.sparsify.types import SparseQuantizedLinear
+
+
+MATCH_DAMPING = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,7 @@ class Solving:
     def __init__(self, opened: Opened, recipe: Recipe, options: Options, staged: StagedCheckpoint, console: Console) -> None:
         self.opened, self.options, self.staged, self.console = opened, options, staged, console
         self.records: list[LayerRecord] = []
+        self.recipe = recipe
         self.bits = recipe.quantize.bits
         self.prunes = recipe.sparsify.pattern == "2:4"
         self.pruning = PruneSettings(
@@ -101,6 +106,7 @@ class Solving:
             members = [name for name in names if kinds.get(name) == kind]
             started = time.monotonic()
             stack = torch.cat([weights[name] for name in members])
+            stack = matched(stack, hessian, share=self.recipe.quantize.match, damping=MATCH_DAMPING, residual=self.recipe.quantize.match_residual)
             keep = torch.cat([patterns.keep(name, weights[name]).to(device) for name in members]) if kind[1] else None
             outcome, final, kept = self._solve(members, stack, keep, hessian, kind[0])
             seconds = time.monotonic() - started

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from marlinctl.errors import NumericalProblem
 from marlinctl.models import Architecture, Block, Branch, Experts
-from marlinctl.quantize.hessian import add_gram, mirror
+from marlinctl.original import Original
+from marlinctl.quantize.hessian import add_cross, add_gram, mirror
 from marlinctl.quantize.types import Hessian
 from marlinctl.scratch import FileTensor, Scratch
 from marlinctl.skeleton import Replay, call_until, drop_parameters, set_parameter
@@ -71,6 +72,7 @@ class Walk:
         dtype: torch.dtype,
         scratch: Scratch,
         chunk_tokens: int,
+        match: bool = False,  # let the original walk along, so that Hessians hold the drift
     ) -> None:
         self.model, self.architecture, self.checkpoint = model, architecture, checkpoint
         self.device, self.dtype, self.scratch = device, dtype, scratch
@@ -81,6 +83,7 @@ class Walk:
         self.calls: dict[int, list[dict[str, Any]]] = {}  # samples in a chunk -> keyword arguments of every block
         self.hidden = torch.empty(self.samples, self.length, architecture.hidden_size, dtype=dtype)
         self._embed(tokens.ids)
+        self.original = Original(self.hidden.clone(), checkpoint.read, scratch, device) if match else None
 
     def chunks(self) -> Iterator[slice]:
         for first in range(0, self.samples, self.step):
@@ -126,6 +129,8 @@ class Walk:
         layer = self.model.get_submodule(block.prefix)
         for name in block.others:
             set_parameter(layer, block.parameter(name), self.checkpoint.read(name).to(self.device, self.dtype))
+        if self.original is not None:
+            self.original.run_block(block, layer, self.chunks(), lambda hidden, index: layer(hidden, **self.calls[hidden.shape[0]][index]))
         whole = {part: layer.get_submodule(part) for part in (block.attention.module, block.mlp.module)}
         try:
             replays: dict[str, Replay] = {}
@@ -224,6 +229,8 @@ class Walk:
             by_name = not args
             calls.setdefault(x.shape[0], kwargs)
             gram.add(x, self.counted[part])
+            if self.original is not None:
+                gram.add_drift(x, self.original.input(branch.first[0], width_in, part), self.counted[part])
         self._install(layer, block, solve(first, gram.hessian(first), ""))
 
         between = self.scratch.tensor("between", (self.samples, self.length, width_last), self.dtype)
@@ -235,6 +242,12 @@ class Walk:
             (middle, *_), _ = call_until(last_module, module, *given[0], **given[1], **calls[x.shape[0]])
             between[part] = middle
             gram.add(middle, self.counted[part])
+            if self.original is not None:
+                gram.add_drift(middle, self.original.input(branch.last, width_last, part), self.counted[part])
+                if self.original.adds:
+                    stream = self.hidden[part].to(self.device)
+                    stream = stream if branch is block.attention else stream + outputs[block.attention.module](part)
+                    gram.add_residual(middle, self.original.residual(branch, part).float() - stream.float(), self.counted[part])
         self._install(layer, block, solve((last,), gram.hessian((last,)), ""))
 
         if branch is block.mlp:  # its output is used once, when the block is left
@@ -355,12 +368,17 @@ def _blend(own: Hessian, everyone: Hessian, experts: Experts, trusted: int | Non
 
 
 class _Gram:
-    """The running sum of x xᵀ over counted tokens. A token with a value that is not finite is dropped and counted."""
+    """The running sum of x xᵀ over counted tokens. A token with a value that is not finite is dropped and counted.
+
+    Where the original walks along, also those of x x'ᵀ and x (r' - r)ᵀ (quantize/types.py, Hessian).
+    """
 
     def __init__(self, k: int, device: torch.device) -> None:
         self.total = torch.zeros(k, k, dtype=torch.float32, device=device)
         self.tokens = 0
         self.lost = 0
+        self.cross: Tensor | None = None
+        self.residual: Tensor | None = None
 
     def add(self, x: Tensor, counted: Tensor) -> None:
         rows = x.reshape(-1, x.shape[-1])
@@ -373,6 +391,22 @@ class _Gram:
         self.tokens += rows.shape[0]
         add_gram(self.total, rows)
 
+    def add_drift(self, x: Tensor, original: Tensor, counted: Tensor) -> None:
+        if self.cross is None:
+            self.cross = torch.zeros_like(self.total)
+        add_cross(self.cross, *self._usable(x, original, counted))
+
+    def add_residual(self, x: Tensor, difference: Tensor, counted: Tensor) -> None:
+        if self.residual is None:
+            self.residual = torch.zeros(x.shape[-1], difference.shape[-1], dtype=torch.float32, device=x.device)
+        add_cross(self.residual, *self._usable(x.float(), difference, counted))
+
+    def _usable(self, x: Tensor, y: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of both that are counted and finite."""
+        x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        good = counted.reshape(-1).to(x.device) & torch.isfinite(x).all(-1) & torch.isfinite(y).all(-1)
+        return x[good], y[good]
+
     def hessian(self, names: tuple[str, ...]) -> Hessian:
         if self.lost > LOST_TOKENS_LIMIT * (self.tokens + self.lost):
             raise NumericalProblem(
@@ -381,4 +415,7 @@ class _Gram:
                 where=", ".join(names),
                 fix="check the model with its own weights first; a model that overflows in bfloat16 needs --dtype float32",
             )
-        return Hessian(mirror(self.total).div_(max(self.tokens, 1)), self.tokens)
+        count = max(self.tokens, 1)
+        matrix = mirror(self.total).div_(count)
+        drift = None if self.cross is None else self.cross.div_(count).sub_(matrix)
+        return Hessian(matrix, self.tokens, drift, None if self.residual is None else self.residual.div_(count))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
-from marlinctl.models import FAMILIES, Architecture, Experts, architecture
+from marlinctl.models import FAMILIES, Architecture, Branch, Experts, architecture
 from marlinctl.quantize.types import Hessian
 from marlinctl.scratch import Scratch
 from marlinctl.skeleton import build as build_skeleton
@@ -73,6 +73,73 @@ def test_walk_computes_what_the_model_computes(model_type: str, tmp_path: Path) 
         expected = rows.T @ rows / rows.shape[0]
         assert (seen[name].matrix.double() - expected).norm() / expected.norm() < 1e-4, name
         assert seen[name].tokens == int(given.counted.sum())
+
+
+@pytest.mark.parametrize("model_type", sorted(set(zoo.ZOO) - {"mixtral", "qwen3_moe", "olmoe"}))
+@torch.no_grad()
+def test_drift_is_the_difference_between_two_models(model_type: str, tmp_path: Path) -> None:
+    """If x' and x were of other tokens, places or blocks, matching would push the weights somewhere else than to the original."""
+    from transformers import AutoModelForCausalLM
+
+    folder = zoo.build(model_type, tmp_path / "model")
+    checkpoint = open_checkpoint(folder)
+    known = architecture(checkpoint.config)
+    seen: dict[str, Hessian] = {}
+    changed: dict[str, Tensor] = {}
+
+    def disturb(names: tuple[str, ...], hessian: Hessian, remark: str) -> dict[str, Tensor]:
+        seen.update(dict.fromkeys(names, hessian))
+        for name in names:
+            weight = checkpoint.read(f"{name}.weight").float()
+            noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(changed)))
+            changed[name] = weight + 0.2 * weight.std() * noise
+        return {name: changed[name] for name in names}
+
+    cpu = torch.device("cpu")
+    walk = Walk(
+        build_skeleton(checkpoint.config, torch.float32), known, checkpoint, tokens(),
+        device=cpu, dtype=torch.float32, scratch=Scratch(tmp_path, cpu), chunk_tokens=2 * LENGTH, match=True,
+    )  # fmt: skip
+    for block in known.blocks:
+        walk.run_block(block, disturb)
+
+    def record(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        inputs: dict[str, Tensor] = {}
+        streams: dict[str, Tensor] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and name in seen:
+                if name in weights:
+                    module.weight.copy_(weights[name])
+                module.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
+        for block in known.blocks:
+            layer = model.get_submodule(block.prefix)
+            layer.register_forward_pre_hook(lambda _, args, p=block.prefix: streams.__setitem__(p, args[0]))
+            attention = layer.get_submodule(block.attention.module)
+            attention.register_forward_hook(lambda _, __, out, p=block.prefix: streams.__setitem__(p + " middle", streams[p] + out[0]))
+        model(tokens().ids)
+        return inputs, streams
+
+    counted = tokens().counted
+    (theirs, their_streams), (ours, our_streams) = record({}), record(changed)
+    for name in known.linears:
+        x = ours[name].reshape(SAMPLES, LENGTH, -1)[counted].double()
+        gone = theirs[name].reshape(SAMPLES, LENGTH, -1)[counted].double() - x
+        expected, drift = x.T @ gone / len(x), seen[name].drift
+        assert drift is not None
+        assert (drift.double() - expected).norm() <= 2e-4 * expected.norm() + 1e-5 * seen[name].matrix.norm(), name
+    for block in known.blocks:
+        for branch, stream in ((block.attention, block.prefix), (block.mlp, block.prefix + " middle")):
+            assert isinstance(branch, Branch)
+            found = seen[f"{block.prefix}.{branch.last}"].residual
+            if model_type in ("gemma2", "gemma3_text", "olmo2", "granite"):
+                assert found is None  # a norm or a factor stands between the branch and the residual stream
+                continue
+            assert found is not None
+            x = ours[f"{block.prefix}.{branch.last}"].reshape(SAMPLES, LENGTH, -1)[counted].double()
+            gone = (their_streams[stream] - our_streams[stream])[counted].double()
+            expected = x.T @ gone / len(x)
+            assert (found.double() - expected).norm() <= 1e-3 * expected.norm() + 1e-5, (block.prefix, branch.last)
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "olmoe"])

@@ -42,7 +42,8 @@ class Solved:
     dead: int  # columns whose input was zero in all of calibration; their weights are rounded and kept
 
 
-SEARCH_RATIOS = (1.03, 0.97, 0.91, 0.85, 0.79, 0.72, 0.64, 0.54)
+SEARCH_RATIOS = tuple(round(1.0 - 0.02 * i, 2) for i in range(16)) + (0.66, 0.62, 0.58)
+SEARCH_MARGIN = 0.35
 
 
 def solve(weight: Tensor, hessian: Hessian, settings: SolveSettings, keep: Tensor | None = None, original: Tensor | None = None) -> Solved:
@@ -108,10 +109,16 @@ def static_scales(weight: Tensor, importance: Tensor, settings: SolveSettings) -
     mean alone, models without them lose what the weights are worth (docs/log/2026-11-20-solver-settings.md).
     """
     ratios = (1.0,) if settings.scale_search == "none" else SEARCH_RATIOS
-    weights = importance + importance.mean() if settings.scale_search == "hessian" else None
+    weights = importance if settings.scale_search == "hessian" else None
     group_size = weight.shape[1] if settings.group_size == -1 else settings.group_size
     return search_scales(
-        weight, weights, group_size=group_size, both_signs=settings.both_signs, bfloat16_exact=settings.bfloat16_exact, ratios=ratios
+        weight,
+        weights,
+        group_size=group_size,
+        both_signs=settings.both_signs,
+        bfloat16_exact=settings.bfloat16_exact,
+        ratios=ratios,
+        margin=SEARCH_MARGIN,
     )
 
 

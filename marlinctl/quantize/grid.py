@@ -30,12 +30,22 @@ def round_scales(scales: Tensor, bfloat16_exact: bool) -> Tensor:
 
 
 def search_scales(
-    weight: Tensor, importance: Tensor | None, *, group_size: int, both_signs: bool, bfloat16_exact: bool, ratios: tuple[float, ...]
+    weight: Tensor,
+    importance: Tensor | None,
+    *,
+    group_size: int,
+    both_signs: bool,
+    bfloat16_exact: bool,
+    ratios: tuple[float, ...],
+    margin: float = 0.0,
 ) -> Tensor:
     """For each group of each row the scale with the least weighted rounding error Σ_j h_j (w_j - q_j)².
 
+    The scale that just covers the largest weight, with -8 for it where both signs are allowed, stands unless another one promises an error
+    smaller by more than `margin`, a share of the standing one's.
+
     weight: [R, K] float32. importance: [K] float32 >= 0 (the diagonal of the Hessian), or None for plain squares.
-    ratios: candidates as fractions of the scale that just covers the largest weight w: w / -8, which puts it on level -8, and w / 7.5 for
+    ratios: the other candidates, as fractions of the scale that just covers the largest weight w: w / -8, which puts it on level -8, and w / 7.5 for
     the other sign; |w| / 7.5 alone where scales must be positive. Returns scales [R, G] float32, already rounded by `round_scales`.
     """
     rows, k = weight.shape
@@ -45,18 +55,21 @@ def search_scales(
     starts = [signed / CODE_MIN, signed / (CODE_MAX + 0.5)] if both_signs else [signed.abs() / (CODE_MAX + 0.5)]
     h = None if importance is None else importance.reshape(groups, group_size)
     best = round_scales(starts[0], bfloat16_exact)
-    best_error = torch.full_like(best, torch.inf)
     chunk = max(1, 2**18 // k)  # rows whose temporaries stay in the cache
+
+    def error(w: Tensor, s: Tensor) -> Tensor:
+        t = w * s.reciprocal().unsqueeze(-1)
+        delta = t.round().clamp_(CODE_MIN, CODE_MAX).sub_(t).square_()
+        return (delta.sum(-1) if h is None else (delta * h).sum(-1)) * s.square()
+
     for first in range(0, rows, chunk):
         part = slice(first, min(first + chunk, rows))
-        w = grouped[part]
+        least = error(grouped[part], best[part]) * (1.0 - margin)
         for start in starts:
             for ratio in ratios:
                 s = round_scales(start[part] * ratio, bfloat16_exact)
-                t = w * s.reciprocal().unsqueeze(-1)
-                delta = t.round().clamp_(CODE_MIN, CODE_MAX).sub_(t).square_()
-                error = (delta.sum(-1) if h is None else (delta * h).sum(-1)) * s.square()
-                better = error < best_error[part]
-                best_error[part] = torch.where(better, error, best_error[part])
+                found = error(grouped[part], s)
+                better = found < least
+                least = torch.where(better, found, least)
                 best[part] = torch.where(better, s, best[part])
     return best

@@ -39,6 +39,15 @@ def add_gram(total: Tensor, x: Tensor) -> None:
             total[start : start + step, : start + step].addmm_(wide[:, start : start + step].T, wide[:, : start + step])
 
 
+def add_cross(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """total += xᵀ y. total: [K, N] float32, changed in place. x: [T, K], y: [T, N], of one dtype."""
+    if x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16):
+        total += torch.mm(x.T, y, out_dtype=torch.float32)
+        return
+    with _bfloat16_products(x.dtype == torch.bfloat16):
+        total.addmm_(x.float().T, y.float())
+
+
 def mirror(total: Tensor) -> Tensor:
     """The whole symmetric matrix from the lower panels that `add_gram` filled. Changes `total` and returns it."""
     lower = torch.tril(total)

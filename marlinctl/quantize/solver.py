@@ -74,7 +74,7 @@ def _diagonal_factor(diagonal: Tensor, damping: float, reason: str) -> Factor:
     return Factor(torch.eye(k, dtype=torch.float32, device=diagonal.device), pivots.float(), damping, f"diagonal Hessian: {reason}")
 
 
-# Called before column k is visited, with the targets t_k .. of its run [columns, R], all compensated for columns before k.
+# Called before column k is visited, with the targets of its run from t_k on, [columns, R]: base plus the feedback of the columns before k.
 Choose = Callable[[int, Tensor], None]
 
 

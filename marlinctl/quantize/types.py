@@ -55,10 +55,16 @@ class QuantizedLinear:
 
 @dataclass(frozen=True, slots=True)
 class Hessian:
-    """Mean of x xᵀ over calibration tokens (no factor 2; it cancels in every use)."""
+    """Mean of x xᵀ over calibration tokens (no factor 2; it cancels in every use).
+
+    Where the original model walks along, also how far its activations (x', and r' of the residual stream that the output is added to) have
+    drifted from those of the compressed one.
+    """
 
     matrix: Tensor  # [K, K] float32, symmetric
     tokens: int
+    drift: Tensor | None = None  # [K, K] float32: mean of x (x' - x)ᵀ
+    residual: Tensor | None = None  # [K, N] float32: mean of x (r' - r)ᵀ, for a linear whose output goes to the residual stream
 
     def __post_init__(self) -> None:
         k = self.matrix.shape[0]

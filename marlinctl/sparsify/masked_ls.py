@@ -60,19 +60,17 @@ def improve_mask(weight: Tensor, values: Tensor, keep: Tensor, matrix: Tensor) -
     v, keep = values * keep, keep.clone()
     pair = _pair_index(keep)  # [K/4, R]
     error = weight - v
-    left, right = ([p[i] for p in _PRODUCTS] for i in (0, 1))
-    order = torch.arange(len(_PAIRS), device=weight.device).unsqueeze(1)
+    left, right = (torch.tensor([p[i] for p in _PRODUCTS], device=weight.device) for i in (0, 1))
     for start in range(0, k, COLUMN_BLOCK):
         stop = min(start + COLUMN_BLOCK, k)
         pull = torch.mm(matrix[start:stop], error)  # P of this block, kept up to date below
         for at in range(start, stop, QUAD):
             here, quad = slice(at, at + QUAD), at // QUAD
             b = torch.addmm(pull[at - start : at - start + QUAD], matrix[here, here], v[here])
-            gains = torch.mm(gain_of[quad], b[left] * b[right])  # [6, R]
-            standing = gains.gather(0, pair[quad : quad + 1])
-            best = gains.amax(0, keepdim=True)
-            first = torch.where(gains == best, order, len(_PAIRS) - 1).amin(0, keepdim=True)
-            chosen = torch.where(best > standing * (1.0 + _MARGIN), first, pair[quad : quad + 1])  # [1, R]
+            gains = torch.mm(gain_of[quad], b.index_select(0, left).mul_(b.index_select(0, right)))  # [6, R]
+            standing = pair[quad : quad + 1]
+            gains.scatter_(0, standing, gains.gather(0, standing).mul_(1.0 + _MARGIN).add_(torch.finfo(torch.float32).tiny))
+            chosen = gains.max(0, keepdim=True).indices  # the first of equals, as torch promises
             pair[quad] = chosen[0]
             candidates = torch.mm(values_of[quad], b).reshape(len(_PAIRS), QUAD, rows)
             u = candidates.gather(0, chosen.unsqueeze(1).expand(1, QUAD, rows))[0]

@@ -97,17 +97,21 @@ def _start(w: Tensor, diagonal: Tensor, factored: Factor, settings: PruneSetting
         score = w.abs() if settings.method == "magnitude" else w.abs() * diagonal.sqrt().unsqueeze(1)
         keep = best_of_quads(score)
         return w * keep, keep
-    return _sparsegpt_sweep(w, factored, None, [])
+    return _sparsegpt_sweep(w, diagonal, factored, None, [])
 
 
-def _sparsegpt_sweep(w: Tensor, factored: Factor, scales: Tensor | None, group_of: list[int]) -> tuple[Tensor, Tensor]:
+def _sparsegpt_sweep(w: Tensor, diagonal: Tensor, factored: Factor, scales: Tensor | None, group_of: list[int]) -> tuple[Tensor, Tensor]:
     """One pass in natural order that decides the mask on the way; returns what the sweep returns first, and keep, [K, R] each."""
     keep = torch.zeros(w.shape, dtype=torch.bool, device=w.device)
-    pivots = factored.pivots.unsqueeze(1)
+    pivots = (factored.pivots * (diagonal > 0)).unsqueeze(1)  # damping gives a dead input a pivot that it has not earned
 
     def choose(k: int, targets: Tensor) -> None:
-        if k % QUAD == 0:
-            keep[k : k + QUAD] = best_two((targets[:QUAD] * pivots[k : k + QUAD]).abs())
+        if k % QUAD:
+            return
+        quad = targets[:QUAD].clone()
+        for i in range(QUAD - 1):  # what the later ones become if the earlier ones stay: the solver adds that only as it goes
+            quad[i + 1 :].addr_(factored.feedback[k + i, k + i + 1 : k + QUAD], w[k + i] - quad[i])
+        keep[k : k + QUAD] = best_two((quad * pivots[k : k + QUAD]).abs())
 
     values, _ = sweep(w, w, factored.feedback, scales, group_of, keep, choose)
     return values, keep
@@ -126,7 +130,7 @@ def _one_pass(weight: Tensor, hessian: Hessian, pruning: PruneSettings, settings
         w = rows.T.contiguous()
         provisional = best_of_quads(w.abs() * factored.pivots.unsqueeze(1))
         s = static_scales((w * provisional).T.contiguous(), diagonal, settings).T.contiguous()  # [G, R]
-        part, keep = _sparsegpt_sweep(w, factored, s, group_of)
+        part, keep = _sparsegpt_sweep(w, diagonal, factored, s, group_of)
         delta = w - part * s[torch.as_tensor(group_of, device=w.device)]
         codes.append(part.T.to(torch.int8))
         kept.append(keep.T)

@@ -1,0 +1,82 @@
+"""The original model, walking along: what each linear would read if nothing before it had been compressed.
+
+    original block, original weights:    h' ─► x'(q k v) ─► x'(o) ─► r' = h' + attention ─► x'(gate up) ─► x'(down) ─► next h'
+                                               kept in scratch until the compressed block has passed the same place
+
+It takes one more forward pass, one more copy of the hidden states and, on disk, the inputs of four linears. Models with experts have no
+such twin: the original's router sends other tokens to them, so there is nothing to compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from marlinctl.models import Block, Branch
+from marlinctl.scratch import FileTensor, Scratch
+from marlinctl.skeleton import set_parameter
+
+_SAME_SUM = 0.02  # relative difference up to which a block's output is the sum of its input and its branches' outputs: bfloat16 rounds
+
+
+class Original:
+    """The original's hidden states, block by block."""
+
+    def __init__(self, hidden: Tensor, read: Callable[[str], Tensor], scratch: Scratch, device: torch.device) -> None:
+        self.hidden = hidden  # [S, L, hidden] before the block that comes next
+        self.read, self.scratch, self.device, self.dtype = read, scratch, device, hidden.dtype
+        self.adds = False  # whether the block adds its branches to the residual stream as they are
+
+    def run_block(self, block: Block, layer: nn.Module, parts: Iterable[slice], call: Callable[[Tensor, int], Tensor]) -> None:
+        """Take the hidden states through `layer`, whose norms and biases are in place; afterwards its linears hold the original's weights."""
+        assert isinstance(block.mlp, Branch)
+        branches = (block.attention, block.mlp)
+        for name in block.linears:
+            set_parameter(layer, f"{name[len(block.prefix) + 1 :]}.weight", self.read(f"{name}.weight").to(self.device, self.dtype))
+        seen: dict[str, Tensor] = {}
+        handles = []
+        for branch in branches:
+            for place in (branch.first[0], branch.last):
+                module = layer.get_submodule(place)
+                handles.append(module.register_forward_pre_hook(lambda _, args, place=place: seen.__setitem__(place, args[0])))
+            module = layer.get_submodule(branch.module)
+            handles.append(module.register_forward_hook(_store(seen, branch)))
+        self.adds = True
+        try:
+            for part in parts:
+                before = self.hidden[part].to(self.device)
+                after = call(before, block.index)
+                for branch in branches:
+                    for place in (branch.first[0], branch.last):
+                        self._slot(place, seen[place].shape[-1])[part] = seen[place]
+                middle = before + seen[block.attention.module]
+                self._slot(f"{block.attention.module} residual", before.shape[-1])[part] = before
+                self._slot(f"{block.mlp.module} residual", before.shape[-1])[part] = middle
+                if self.adds:
+                    total = middle + seen[block.mlp.module]
+                    self.adds = bool((total - after).float().norm() <= _SAME_SUM * (after - before).float().norm())
+                self.hidden[part] = after
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def input(self, place: str, width: int, part: slice) -> Tensor:
+        """What the linear `place` of the block (name relative to it) reads in the original model, [B, L, width]."""
+        return self._slot(place, width)[part].to(self.device)
+
+    def residual(self, branch: Branch, part: slice) -> Tensor:
+        """The original's residual stream where `branch` begins, [B, L, hidden]."""
+        return self._slot(f"{branch.module} residual", self.hidden.shape[-1])[part].to(self.device)
+
+    def _slot(self, place: str, width: int) -> Tensor | FileTensor:
+        return self.scratch.tensor(f"original {place}", (*self.hidden.shape[:2], width), self.dtype)
+
+
+def _store(seen: dict[str, Tensor], branch: Branch) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        seen[branch.module] = output[0] if branch.returns_tuple else output
+
+    return hook
