@@ -39,6 +39,7 @@ from marlinctl.log import printable
 VERBS = {
     "compress": "Quantize, pack, verify and evaluate a model in one go.",
     "quantize": "Quantize a model to 4 bits with GPTQ.",
+    "distill": "Train a 2:4 or 4-bit model towards its original.",
     "pack": "Turn a 4-bit checkpoint into another format, exactly.",
     "eval": "Score a model on tasks; compare it with its original.",
     "inspect": "Tell what a checkpoint is, from its headers alone.",

@@ -27,6 +27,7 @@ from marlinctl.checkpoint.reader import fingerprint, open_checkpoint
 from marlinctl.checkpoint.source import Source
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output
 from marlinctl.console import Console, Progress
+from marlinctl.devices import threads
 from marlinctl.errors import CheckFailed, NumericalProblem
 from marlinctl.memory import peak_rss
 from marlinctl.models import LinearSpec
@@ -70,7 +71,7 @@ def run_quantize(model: str, out: Path, recipe: Recipe, options: Options, consol
     console.log_to(out.with_name(out.name + ".log"))
     opened = open_model(model, out, recipe, options, console)
     device, dtype = opened.device, opened.dtype
-    with _threads(options.threads), torch.no_grad():
+    with threads(options.threads), torch.no_grad():
         calibration = load_calibration(
             recipe.calibration,
             opened.source.folder,
@@ -313,20 +314,6 @@ def _whole_model(folder: Path, dtype: torch.dtype, device: torch.device) -> torc
     from marlinctl.load import load_dense
 
     return load_dense(folder, dtype=dtype, device=device).eval()
-
-
-class _threads:
-    """Use this many threads for the time being."""
-
-    def __init__(self, count: int | None) -> None:
-        self.count, self.before = count, torch.get_num_threads()
-
-    def __enter__(self) -> None:
-        if self.count is not None:
-            torch.set_num_threads(self.count)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self.before)
 
 
 class _deterministic:
