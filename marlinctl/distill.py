@@ -163,13 +163,14 @@ def _fingerprint(run: _Run, opened: Opened, rows: Rows) -> dict[str, Any]:
 
 
 def _require_room(opened: Opened, out: Path, asked: Distill) -> None:
-    """Disk for the result and, beside it, for two states: weights and two moments in float32."""
+    """Disk for the result and, beside it, for two states (weights and two moments in float32) and what the teacher predicts."""
     tensors = opened.student.checkpoint.tensors
     result = sum(info.nbytes for info in tensors.values())
     linears = sum(spec.out_features * spec.in_features for spec in opened.student.architecture.linears.values())
     blocks = len(opened.student.architecture.blocks)
     states = {"full": 2 * 12 * linears, "blockwise": 2 * 12 * linears // blocks + 4 * linears, "scales": result}[asked.mode]
-    require_space(out, result + states)
+    cached = 12 * asked.cache_logits * asked.tokens
+    require_space(out, result + states + cached)
 
 
 # ---- the modes -----------------------------------------------------------------------------------------------------------------------
@@ -205,6 +206,8 @@ def _train(run: _Run, opened: Opened, rows: Rows, state: State | None) -> dict[s
         student.settle(opened)
         after = loop.measure()
         run.console.say(f"held out, after, as published: {_told(after)}")
+        if after["loss"] > before["loss"]:
+            run.console.warn("the held-out loss has risen: the result is worse than the student; try a lower --learning-rate")
     return _publish(run, opened, rows, student.values, loop.facts(), before, after)
 
 

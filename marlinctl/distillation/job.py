@@ -54,7 +54,7 @@ class JobFolder:
 
         if resume and not (self.path / "job.json").is_file():
             raise UsageError("E287", "there is no job to go on with", where=str(self.path), fix="leave --resume out: the job starts anew")
-        if not resume and self.path.exists():
+        if not resume and (self.path / "job.json").exists():
             fix = f"--resume goes on with it; to start anew, delete {self.path}"
             raise UsageError("E285", "an unfinished job for this output is there", where=str(self.path), fix=fix)
         self.path.mkdir(exist_ok=True)

@@ -73,12 +73,12 @@ class Loop:
                 done = step + 1
                 self.seconds, started = self.seconds + time.monotonic() - started, time.monotonic()
                 stopping.asked = self.processes.largest(stopping.asked)
-                last = done == self.steps
-                save = (done % self.asked.save_every == 0 or bool(stopping.asked)) and not last
-                progress.advance(1, self._log(done) if done % LOG_EVERY == 0 or save or last else "")
+                # The last step too: what comes after it (rounding, writing, checking) may fail, and should not cost the training.
+                save = done % self.asked.save_every == 0 or done == self.steps or bool(stopping.asked)
+                progress.advance(1, self._log(done) if done % LOG_EVERY == 0 or save else "")
                 if save:
                     self._save(done)
-                if stopping.asked and not last:
+                if stopping.asked:
                     self.console.say(f"state after step {done} of {self.steps} is saved; to go on: {resume_command(self.command)}")
                     stopping.raise_again()
 

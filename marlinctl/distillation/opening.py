@@ -41,7 +41,7 @@ class Pattern:
         if known.head is not None:
             specs[known.head.name] = (known.head.out_features, known.head.in_features)
         self.from_file = opened is not None
-        layers = opened.layers if opened is not None else tuple(specs) if found else ()
+        layers = opened.layers if opened is not None else tuple(known.linears) if found else ()
         self.shapes: Mapping[str, tuple[int, int]] = {layer: specs[layer] for layer in layers if layer in specs}
         self.strangers = [layer for layer in layers if layer not in specs]
 
@@ -239,6 +239,9 @@ def _check_pattern(student: Model, pattern: Pattern, console: Console) -> None:
                 first_id = first_id or error.error_id
                 problems += error.problems
             progress.advance()
+    if problems and not pattern.from_file and len(problems) == len(pattern.shapes):
+        what = f"the student is not pruned: none of its {len(problems)} linears is 2:4"
+        raise BadInput("E370", what, where=str(student.source.folder), fix=_SPARSIFY)
     if problems:
         raise BadInput.from_problems(first_id, problems)
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from marlinctl.checkpoint.formats import read_parts
 from marlinctl.checkpoint.reader import torch_dtype
@@ -72,9 +74,8 @@ def load_student(opened: Opened, mode: str, checkpointing: bool, processes: Proc
             model.get_parameter(parameter).requires_grad_(True)
     blocks = [model.get_submodule(block.prefix) for block in known.blocks]
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        for block in blocks:
-            block.training = True  # recomputes only then; the modules inside stay as they are
+        for block in blocks:  # keeps a block's input alone and runs it again in the backward pass
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     processes.shard(model, blocks)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     pruned = [] if mode == "scales" else _pruned(model, places, opened, processes)
