@@ -5,8 +5,9 @@
                                      mask again ◄── AdamW step, learning rate ◄───┘
 
 AdamW without weight decay, betas 0.9 and 0.999, on the trained parameters alone; the learning rate rises linearly and falls linearly to 0.
-The losses of a step are means over the tokens of the whole step, however it is split into parts and over processes, so the split decides
-nothing but rounding. A step does not wait for the device: losses are fetched every LOG_EVERY steps.
+A step is worked off in parts of `micro_batch` rows, over all processes. Its losses are means over the tokens of the whole step, so that how
+many processes share the parts decides nothing but rounding; SquareHead divides by the teacher's energy in a part.
+A step does not wait for the device: losses are fetched every LOG_EVERY steps.
 """
 
 from __future__ import annotations

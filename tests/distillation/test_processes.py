@@ -58,7 +58,7 @@ def alone(place: Path) -> dict[str, Path]:
     done = {}
     for student, mode in (("student", "full"), ("packed", "scales")):
         done[mode] = place / f"alone-{mode}"
-        arguments = command(place, done[mode], "--mode", mode, "--micro-batch", "3", student=student)
+        arguments = command(place, done[mode], "--mode", mode, "--micro-batch", "4", student=student)
         subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)
     return done
 
