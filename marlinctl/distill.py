@@ -102,7 +102,7 @@ def run_distill(
         report = _train_blocks(run, opened, rows, state) if run.asked.mode == "blockwise" else _train(run, opened, rows, state)
     if processes.main:
         run.job.remove()
-    processes.wait()
+    processes.part()
     return report
 
 

@@ -303,6 +303,19 @@ def test_a_job_goes_on_only_as_what_it_was(place: Path, tmp_path: Path, monkeypa
     assert sorted(path.name for path in (tmp_path / "out.job").iterdir()) == state
 
 
+def test_text_that_the_teacher_wrote_is_kept(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing it again would take hours, and on a GPU give another text."""
+    chosen = recipe("self", tokens=8 * 256)
+    distill(place / "student", tmp_path / "whole", place / "teacher", chosen)
+    with monkeypatch.context() as patched:
+        crash_after(patched, 6)
+        with pytest.raises(_Crash):
+            distill(place / "student", tmp_path / "out", place / "teacher", chosen)
+    monkeypatch.delattr("marlinctl.distillation.rows.write_samples")
+    distill(place / "student", tmp_path / "out", place / "teacher", chosen, resume=True)
+    assert_same_tensors(tmp_path / "whole", tmp_path / "out")
+
+
 def test_nothing_to_go_on_with_is_said(place: Path, tmp_path: Path) -> None:
     """--resume without a job must not begin one that the person takes for the old one."""
     with pytest.raises(UsageError, match="no job to go on with"):

@@ -35,15 +35,17 @@ class Processes:
 
     def __init__(self, device: str) -> None:
         from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, parse_flag_from_env
 
         self.sharded = _sharding_asked()
-        on_cpu = choose_device(device) == "cpu"
+        # `accelerate launch --cpu` is heard where the person did not say otherwise.
+        on_cpu = choose_device(device) == "cpu" or (device == "auto" and parse_flag_from_env("ACCELERATE_USE_CPU"))
         handlers = [InitProcessGroupKwargs(timeout=PATIENCE), DistributedDataParallelKwargs(broadcast_buffers=False)]
         self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
         self.count, self.index = self.accelerator.num_processes, self.accelerator.process_index
         self.sharded = self.sharded and self.count > 1
-        self.device: torch.device = self.accelerator.device if self.count > 1 else torch.device(choose_device(device))
+        alone = torch.device("cpu" if on_cpu else choose_device(device))
+        self.device: torch.device = self.accelerator.device if self.count > 1 else alone
         # Answers of one byte on the host: asking the accelerator's own group would wait for the device.
         self._host_group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE) if self.count > 1 else None
 
@@ -103,6 +105,12 @@ class Processes:
     def wait(self) -> None:
         if self.count > 1:
             torch.distributed.barrier(group=self._host_group)
+
+    def part(self) -> None:
+        """The run is over: wait for the slowest, and let the others go."""
+        self.wait()
+        if self.count > 1:
+            torch.distributed.destroy_process_group()
 
     # Models
 
