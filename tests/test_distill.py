@@ -382,3 +382,47 @@ def test_ctrl_c_saves_the_current_step(place: Path, tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "out.job" / "state.json").read_text())["step"]
     assert f"state after step {saved} of 50 is saved" in told
     assert not (tmp_path / "out").exists()
+
+
+# ---- on GPUs -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("mode", "student"), [("full", "student"), ("scales", "packed"), ("blockwise", "student")])
+def test_cuda_trains_the_same_model(place: Path, tmp_path: Path, mode: str, student: str) -> None:
+    """If the CUDA path read other rows, masked later or stepped otherwise, its losses would leave those of the CPU."""
+    chosen = recipe(place / "text.txt", mode=mode, tokens=30 * 256)
+    reports = {device: distill(place / student, tmp_path / device, place / "teacher", chosen, device=device) for device in ("cpu", "cuda")}
+    for found, wanted in zip(*(reports[device]["training"]["curve"] for device in ("cuda", "cpu")), strict=True):
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=0.01)
+    assert reports["cuda"]["peak_device_memory_bytes"] > 0
+    ours, theirs = read_all(tmp_path / "cuda"), read_all(tmp_path / "cpu")
+    assert all(torch.equal(ours[name] == 0, theirs[name] == 0) for name in ours if name.endswith("proj.weight"))
+
+
+@pytest.mark.gpu
+def test_a_job_resumed_on_cuda_ends_nearby(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused step keeps its counter on the device; a counter lost on resuming would show as a jump of the loss."""
+    whole = distill(place / "student", tmp_path / "whole", place / "teacher", recipe(place / "text.txt"), device="cuda")
+    with monkeypatch.context() as patched:
+        crash_after(patched, 8)
+        with pytest.raises(_Crash):
+            distill(place / "student", tmp_path / "out", place / "teacher", recipe(place / "text.txt"), device="cuda")
+    resumed = distill(place / "student", tmp_path / "out", place / "teacher", recipe(place / "text.txt"), device="cuda", resume=True)
+    assert resumed["held_out"]["after"]["loss"] == pytest.approx(whole["held_out"]["after"]["loss"], rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("launcher", [["--multi_gpu"], ["--use_fsdp", "--fsdp_version", "2"]], ids=["replicated", "sharded"])
+def test_two_gpus_train_the_same_model(place: Path, tmp_path: Path, launcher: list[str]) -> None:
+    """NCCL, devices of their own and shards on them: the losses must be those of one GPU."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    arguments = [word for word in command(place, tmp_path / "two")[1:] if word not in ("--device", "cpu")]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "--num_processes", "2", "--main_process_port", "0"]
+    subprocess.run([*launch, *arguments], cwd=ROOT, check=True, capture_output=True)
+    alone = [word for word in command(place, tmp_path / "one") if word not in ("--device", "cpu")]
+    subprocess.run(alone, cwd=ROOT, check=True, capture_output=True)
+    curves = [json.loads((tmp_path / name / "marlinctl_report.json").read_text())["training"]["curve"] for name in ("two", "one")]
+    for found, wanted in zip(*curves, strict=True):
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=0.01)

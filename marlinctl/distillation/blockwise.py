@@ -78,6 +78,8 @@ class BlockLoop:
                     self._train(block, layer, energy, resumed, stopping, progress)
                 self.student.advance(layer, block, self._autocast)
                 drop_parameters(layer)
+        if stopping.asked:  # came behind the last block, which is saved
+            stopping.raise_again()
 
     def values(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that changes, by its name in the checkpoint."""

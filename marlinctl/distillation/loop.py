@@ -80,8 +80,12 @@ class Loop:
                 if save:
                     self._save(done)
                 if stopping.asked:
-                    self.console.say(f"state after step {done} of {self.steps} is saved; to go on: {resume_command(self.command)}")
+                    launcher = "accelerate launch ... -m " if self.processes.count > 1 else ""
+                    again = f"{launcher}{resume_command(self.command)}"
+                    self.console.say(f"state after step {done} of {self.steps} is saved; to go on: {again}")
                     stopping.raise_again()
+        if stopping.asked:  # came behind the last step, which is saved
+            stopping.raise_again()
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, pad
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 2048  # predictions worked off at a time
+CHUNK = 1024  # predictions worked off at a time
 EPSILON = 1e-6  # keeps a block whose hidden states are all zero from dividing by zero
 NAMES = ("ce", "squarehead", "kl")  # the order of the sums everywhere
 
