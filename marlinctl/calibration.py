@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from marlinctl.texts import Chat, Document
 
-_CHARACTERS_PER_TOKEN = 6  # generous first guess of how much text is enough; doubled until it is
+_CHARACTERS_PER_TOKEN = 6  # generous first guess of how much text is enough; what is missing is read after it
+_PIECE = 4_000_000  # characters that are tokenized at a time: a tokenizer needs some 100 bytes for each of them
 SELF_BATCH = 32  # samples that the model writes at a time
 
 
@@ -59,7 +60,7 @@ def load_calibration(
     if asked.source == "self":
         ids, how = write_samples(load_model(), tokenizer, asked, console), "written by the model itself"
     else:
-        ids, how = _read_samples(asked, tokenizer)
+        ids, how = read_samples(asked, tokenizer)
     special = torch.tensor(sorted({i for i in tokenizer.all_special_ids if i is not None}), dtype=torch.int64)
     padding = ids < 0
     counted = ~padding & ~torch.isin(ids, special)
@@ -118,7 +119,7 @@ def _require(asked: Calibration, ids: Tensor, counted: Tensor) -> None:
 # ---- text and chats ------------------------------------------------------------------------------------------------------------------
 
 
-def _read_samples(asked: Calibration, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, str]:
+def read_samples(asked: Calibration, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, str]:
     """[S, L] int64 with -1 where padded, and how they were made."""
     documents = list(_documents(asked))
     chats = [d for d in documents if not isinstance(d, str)]
@@ -149,7 +150,7 @@ def _hub_documents(source: str) -> Iterator[Document]:
         from datasets import load_dataset
     except ImportError as error:
         raise EnvironmentProblem(
-            "E400", "hub data sets need the package datasets", where=f"calibration {source}", fix="pip install 'marlinctl[eval]'"
+            "E400", "hub data sets need the package datasets", where=source, fix="pip install 'marlinctl[distill]'"
         ) from error
     name, *rest = source.split(":")
     split = rest[-1] if rest else "train"
@@ -179,22 +180,29 @@ def _cut(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, samples: int,
     begins = _begins_with(tokenizer)
     body = length - len(begins)
     needed = samples * body
-    budget = needed * _CHARACTERS_PER_TOKEN
-    while True:
-        taken: list[str] = []
-        size = 0
-        for text in texts:
-            if size >= budget:
-                break
-            taken.append(text)
-            size += len(text) + 2
-        ids = tokenizer("\n\n".join(taken), add_special_tokens=False, verbose=False)["input_ids"] if taken else []
-        if len(ids) >= needed or len(taken) == len(texts):
+    found = [torch.empty(0, dtype=torch.int64)]
+    got = 0
+    for piece in _pieces(texts, min(needed * _CHARACTERS_PER_TOKEN, _PIECE)):
+        ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        found.append(torch.tensor(ids, dtype=torch.int64))
+        got += len(ids)
+        if got >= needed:
             break
-        budget *= 2
-    count = min(samples, len(ids) // body)
-    cut = torch.tensor(ids[: count * body], dtype=torch.int64).reshape(count, body)
+    count = min(samples, got // body)
+    cut = torch.cat(found)[: count * body].reshape(count, body)
     return torch.cat([torch.tensor(begins, dtype=torch.int64).expand(count, -1), cut], dim=1)
+
+
+def _pieces(texts: Sequence[str], size: int) -> Iterator[str]:
+    """All texts joined by blank lines, in pieces of at least `size` characters that end where a text ends."""
+    taken: list[str] = []
+    length = 0
+    for i, text in enumerate(texts):
+        taken.append(text)
+        length += len(text) + 2
+        if length >= size or i == len(texts) - 1:
+            yield "\n\n".join(taken) + ("\n\n" if i < len(texts) - 1 else "")
+            taken, length = [], 0
 
 
 def _begins_with(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -222,8 +230,12 @@ def _pad(rows: Sequence[list[int]], length: int) -> Tensor:
 
 
 @torch.no_grad()
-def write_samples(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, asked: Calibration, console: Console) -> Tensor:
+def write_samples(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, asked: Calibration, console: Console, *, together: int = SELF_BATCH
+) -> Tensor:
     """[S, L] int64 that the model writes from its BOS token, by plain sampling (temperature 1) with a generator of its own.
+
+    `together`: samples written at a time; it changes which ones are drawn.
 
     A model's own text has the statistics of what it was trained on, and needs no data set (LLM-QAT, arXiv 2305.17888).
     """
@@ -232,10 +244,10 @@ def write_samples(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, as
     device = next(model.parameters()).device
     samples = torch.empty(asked.samples, asked.sequence_length, dtype=torch.int64)
     samples[:, 0] = start
-    steps = -(-asked.samples // SELF_BATCH) * (asked.sequence_length - 1)
+    steps = -(-asked.samples // together) * (asked.sequence_length - 1)
     with console.progress("the model writes its calibration text", steps) as progress:
-        for first in range(0, asked.samples, SELF_BATCH):
-            batch = samples[first : first + SELF_BATCH]
+        for first in range(0, asked.samples, together):
+            batch = samples[first : first + together]
             cache = None
             for position in range(1, asked.sequence_length):
                 given = batch[:, position - 1 : position].to(device)

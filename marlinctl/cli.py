@@ -40,6 +40,7 @@ VERBS = {
     "compress": "Quantize, pack, verify and evaluate a model in one go.",
     "quantize": "Quantize a model to 4 bits with GPTQ.",
     "sparsify": "Prune a model to 2:4, at 16 bits or together with int4.",
+    "distill": "Train a 2:4 or 4-bit model towards its original.",
     "pack": "Turn a 4-bit checkpoint into another format, exactly.",
     "eval": "Score a model on tasks; compare it with its original.",
     "inspect": "Tell what a checkpoint is, from its headers alone.",

@@ -116,6 +116,7 @@ class Console:
         self._colour = colour
         self._bar: Bar | None = None
         self._has_result = False
+        self._muted = False
         self._log = self._attach_log()
         if log_file is not None:
             self.log_to(log_file)
@@ -124,6 +125,10 @@ class Console:
     def quiet(cls) -> Console:
         """A silent one, for use as a library and in tests. Warnings go to the log only."""
         return _SilentConsole(quiet=True)
+
+    def mute(self) -> None:
+        """For every process of a run but the main one: errors are told, nothing else, and there is no result."""
+        self._quiet = self._muted = True
 
     # The story
 
@@ -139,7 +144,8 @@ class Console:
 
     def warn(self, text: str) -> None:
         self._record(logging.WARNING, text)
-        self._write_story(text, label="warning:", colour="33")
+        if not self._muted:
+            self._write_story(text, label="warning:", colour="33")
 
     def error(self, text: str, label: str = "error:") -> None:
         """One line of an error report (marlinctl/cli.py)."""
@@ -175,6 +181,8 @@ class Console:
             raise RuntimeError("Console.result was called twice in one run")
         self._has_result = True
         self._record(logging.INFO, f"result:\n{text}")
+        if self._muted:
+            return
         if self.json:
             self.write_json(document)
         else:

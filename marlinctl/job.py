@@ -27,6 +27,7 @@ from marlinctl.checkpoint.reader import Checkpoint, fingerprint, open_checkpoint
 from marlinctl.checkpoint.source import Source
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output, publish_together
 from marlinctl.console import Console
+from marlinctl.devices import threads
 from marlinctl.errors import CheckFailed
 from marlinctl.memory import peak_rss
 from marlinctl.opening import Opened, Options, open_model
@@ -60,7 +61,7 @@ def run_job(
     opened = open_model(model, out, recipe, options, console)
     bits = recipe.quantize.bits
     fmt = "ct" if bits == 4 else "dense"
-    with _threads(options.threads), torch.no_grad():
+    with threads(options.threads), torch.no_grad():
         calibration = load_calibration(
             recipe.calibration,
             opened.source.folder,
@@ -98,7 +99,9 @@ def run_job(
 # ---- the work ------------------------------------------------------------------------------------------------------------------------
 
 
-def _walk(opened: Opened, tokens: Any, staged: StagedCheckpoint, solving: Solving, recipe: Recipe, options: Options, console: Console) -> None:
+def _walk(
+    opened: Opened, tokens: Any, staged: StagedCheckpoint, solving: Solving, recipe: Recipe, options: Options, console: Console
+) -> None:
     architecture, device, dtype = opened.architecture, opened.device, opened.dtype
     model = build(opened.checkpoint.config, dtype)
     budget = int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE) if device.type == "cuda" else 0
@@ -237,20 +240,6 @@ def _whole_model(folder: Path, dtype: torch.dtype, device: torch.device) -> torc
     from marlinctl.load import load_dense
 
     return load_dense(folder, dtype=dtype, device=device).eval()
-
-
-class _threads:
-    """Use this many threads for the time being."""
-
-    def __init__(self, count: int | None) -> None:
-        self.count, self.before = count, torch.get_num_threads()
-
-    def __enter__(self) -> None:
-        if self.count is not None:
-            torch.set_num_threads(self.count)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self.before)
 
 
 class _deterministic:

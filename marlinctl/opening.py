@@ -5,7 +5,7 @@ Whatever is wrong with a checkpoint is listed at once. Weights are looked at too
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from marlinctl.checkpoint.reader import Checkpoint, check_expected, open_checkpo
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import require_space
 from marlinctl.console import Console
-from marlinctl.devices import choose_device, cpu_has_bf16
+from marlinctl.devices import choose_device, forward_dtype
 from marlinctl.errors import BadInput, Problem, ResourceProblem, UsageError
 from marlinctl.memory import predicted_peak
 from marlinctl.models import Architecture, LinearSpec, architecture
@@ -63,7 +63,8 @@ def open_model(model: str, out: Path, recipe: Recipe, options: Options, console:
     """All checks, from cheap to dear."""
     if recipe.quantize.bits == 16 and recipe.sparsify.pattern == "none":
         raise UsageError("E272", "16 bits and no pattern: nothing would change", where="--bits 16", fix="--bits 4, or `marlinctl sparsify`")
-    device, dtype = _device(options)
+    device = torch.device(choose_device(options.device))
+    dtype = forward_dtype(device, options.dtype)
     source = resolve_model(model, revision=options.revision, cache_dir=options.cache_dir, offline=options.offline, console=console)
     if source.note:
         console.say(source.note)
@@ -72,9 +73,9 @@ def open_model(model: str, out: Path, recipe: Recipe, options: Options, console:
     for note in (*checkpoint.notes, *check_remote_code(source.folder, checkpoint.config)):
         console.warn(note)
     known = architecture(checkpoint.config, options.module_map)
-    _check_together(
+    check_together(
         lambda: check_expected(checkpoint, known.expected),
-        lambda: _refuse_unexpected(checkpoint, known),
+        lambda: refuse_unexpected(checkpoint, known, checkpoint.tensors),
         lambda: check_tokenizer(source.folder, checkpoint.config),
     )
     rules = plan(
@@ -127,16 +128,7 @@ def _say_pattern(patterns: Patterns, planned: int, recipe: Recipe, console: Cons
         console.warn(f"{planned - len(patterns.linears)} linears are not 2:4, so the result cannot be packed to marlin_24")
 
 
-def _device(options: Options) -> tuple[torch.device, torch.dtype]:
-    """The forward pass runs in bfloat16 where the hardware multiplies it, else in float32, never in float16."""
-    device = torch.device(choose_device(options.device))
-    if options.dtype != "auto":
-        return device, getattr(torch, options.dtype)
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bf16()
-    return device, torch.bfloat16 if fast else torch.float32
-
-
-def _check_together(*checks: Callable[[], None]) -> None:
+def check_together(*checks: Callable[[], None]) -> None:
     """Run all checks of the checkpoint and list the problems of all of them."""
     errors: list[BadInput] = []
     for check in checks:
@@ -149,8 +141,9 @@ def _check_together(*checks: Callable[[], None]) -> None:
         raise BadInput.from_problems(errors[0].error_id, problems)
 
 
-def _refuse_unexpected(checkpoint: Checkpoint, known: Architecture) -> None:
-    extra = known.unexpected(checkpoint.tensors)
+def refuse_unexpected(checkpoint: Checkpoint, known: Architecture, names: Iterable[str]) -> None:
+    """BadInput E396 for tensors that the model has no place for."""
+    extra = known.unexpected(dict.fromkeys(names))
     if extra:
         shown = ", ".join(extra[:5]) + (" ..." if len(extra) > 5 else "")
         raise BadInput(

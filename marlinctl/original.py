@@ -10,9 +10,9 @@ such twin: the original's router sends other tokens to them, so there is nothing
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from marlinctl.models import Block, Branch

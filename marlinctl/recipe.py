@@ -6,6 +6,7 @@ home of every default. Flags of the command line override the recipe (`resolve`)
     quantize:     how weights become codes          pack:      which formats are published
     sparsify:     which weights survive             evaluate:  how the result is measured
     calibration:  which tokens the Hessian sees
+    distill:      how a 2:4 or 4-bit model is trained towards its original
 
 A recipe may come from a stranger. It is data only: reading is `yaml_positions` (no tags, no aliases, no repeated keys), checking
 is pydantic with unknown keys forbidden, and every refusal names file, line and column.
@@ -30,7 +31,7 @@ from marlinctl.yaml_positions import Place, read_yaml
 DEFAULT = "int4"
 _FLAG_NAMES = {"source": "--calibration", "formats": "--format/--also", "overrides": "--override"}  # of keys whose flag is called otherwise
 MAXIMUM_BYTES = 1 << 20
-_SECTIONS = ("quantize", "sparsify", "calibration", "pack", "evaluate")
+_SECTIONS = ("quantize", "sparsify", "calibration", "pack", "evaluate")  # whose keys `with_sections` knows
 
 GroupSize = Literal[128, 64, 32, -1]
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # YAML knows lists, a frozen value wants tuples
@@ -89,6 +90,25 @@ class Evaluate(_Section):
     window: int = Field(ge=2)
 
 
+class Distill(_Section):
+    mode: Literal["full", "blockwise", "scales"]
+    data: str = Field(min_length=1)
+    tokens: int = Field(ge=0)
+    sequence_length: int = Field(ge=2)
+    batch_tokens: int = Field(ge=2)
+    micro_batch: int = Field(ge=1)
+    learning_rate: float = Field(gt=0, le=1)
+    warmup: float = Field(ge=0, le=1)
+    ce: float = Field(ge=0)
+    squarehead: float = Field(ge=0)
+    kl: float = Field(ge=0)
+    temperature: float = Field(gt=0)
+    cache_logits: int = Field(ge=0)
+    checkpointing: bool
+    save_every: int = Field(ge=1)
+    seed: int = Field(ge=0, lt=2**62)
+
+
 class Recipe(_Section):
     name: str = Field(min_length=1)
     description: str
@@ -97,6 +117,7 @@ class Recipe(_Section):
     calibration: Calibration
     pack: Pack
     evaluate: Evaluate
+    distill: Distill
 
     def canonical_json(self) -> str:
         """The same recipe gives the same text everywhere: sorted keys, no spaces, ASCII."""

@@ -30,7 +30,6 @@ from marlinctl.recipe import Recipe
 from marlinctl.sparsify.sparsegpt import PruneSettings, prune, prune_and_quantize, solve_pruned
 from marlinctl.sparsify.types import SparseQuantizedLinear
 
-
 MATCH_DAMPING = 0.01
 
 
@@ -106,7 +105,9 @@ class Solving:
             members = [name for name in names if kinds.get(name) == kind]
             started = time.monotonic()
             stack = torch.cat([weights[name] for name in members])
-            stack = matched(stack, hessian, share=self.recipe.quantize.match, damping=MATCH_DAMPING, residual=self.recipe.quantize.match_residual)
+            stack = matched(
+                stack, hessian, share=self.recipe.quantize.match, damping=MATCH_DAMPING, residual=self.recipe.quantize.match_residual
+            )
             keep = torch.cat([patterns.keep(name, weights[name]).to(device) for name in members]) if kind[1] else None
             outcome, final, kept = self._solve(members, stack, keep, hessian, kind[0])
             seconds = time.monotonic() - started

@@ -21,7 +21,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "marlinctl"
 ROOMS = ["quantize", "sparsify", "pack", "kernels"]  # left to right; everything else is the tool
-STAGES = {"distill": "distill", "evaluate": "evaluate", "evaluation": "evaluate", "bench": "bench", "report": "report"}
+STAGES = {"evaluate": "evaluate", "evaluation": "evaluate", "distill": "distill", "distillation": "distill", "bench": "bench"}
+STAGES |= {"report": "report"}
 LIGHT = sys.stdlib_module_names | {"click", "marlinctl"}
 
 

@@ -102,7 +102,11 @@ def test_quantize_finds_the_pattern_says_so_and_keeps_it(
     assert code == 0, told
     assert "14 of 14 linears are 2:4" in told
     assert ("its mask file" in told) == with_mask
-    with open_checkpoint(tmp_path / "sparse") as before, open_checkpoint(tmp_path / "out") as after, mask.open_masks(tmp_path / "out") as masks:
+    with (
+        open_checkpoint(tmp_path / "sparse") as before,
+        open_checkpoint(tmp_path / "out") as after,
+        mask.open_masks(tmp_path / "out") as masks,
+    ):
         assert masks is not None
         info = detect(after.config, after.tensors)
         for name in info.layers:

@@ -246,15 +246,7 @@ class StagedCheckpoint:
 
     def _write_tensors(self, name: str, entries: list[_Entry]) -> None:
         """One safetensors file, `entries` in file order."""
-        needed = sum(entry.size for entry in entries)
-        with _disk_problems(self.path / name, needed), _whole_file(self.path / name) as file:
-            file.write(_header(entries))
-            for entry in entries:
-                data = entry.data().cast("B")
-                if len(data) != entry.size:
-                    raise ValueError(f"tensor {entry.name} has {len(data)} bytes, its shape says {entry.size}")
-                for begin in range(0, len(data), _CHUNK):
-                    file.write(data[begin : begin + _CHUNK])
+        _write_entries(self.path / name, entries)
 
     def _finish_masks(self) -> None:
         if self._masks:
@@ -295,6 +287,24 @@ def companions(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 def _is_companion(name: str) -> bool:
     return name in _COMPANION_NAMES or name.endswith(_COMPANION_ENDS) or (name.startswith(_COMPANION_STARTS) and not name.endswith(".py"))
+
+
+# ---- files of a running job ----------------------------------------------------------------------------------------------------------
+
+
+def write_tensors(target: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file that is no part of a checkpoint: there as a whole, on the disk, or not at all."""
+    entries = [_tensor_entry(name, tensor) for name, tensor in tensors.items()]
+    _write_entries(target, sorted(entries, key=lambda entry: (-_WIDTHS[entry.dtype], entry.name)))
+    _sync_folder(target.parent)
+
+
+def write_document(target: Path, document: Mapping[str, Any]) -> None:
+    """The same for a JSON document."""
+    data = manifests.canonical(document)
+    with _disk_problems(target, len(data)), _whole_file(target) as file:
+        file.write(data)
+    _sync_folder(target.parent)
 
 
 # ---- moving into place ---------------------------------------------------------------------------------------------------------------
@@ -348,6 +358,18 @@ def publish_together(stages: Sequence[Finished]) -> None:
 
 _WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _WIDTHS |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
+
+
+def _write_entries(target: Path, entries: Sequence[_Entry]) -> None:
+    needed = sum(entry.size for entry in entries)
+    with _disk_problems(target, needed), _whole_file(target) as file:
+        file.write(_header(entries))
+        for entry in entries:
+            data = entry.data().cast("B")
+            if len(data) != entry.size:
+                raise ValueError(f"tensor {entry.name} has {len(data)} bytes, its shape says {entry.size}")
+            for begin in range(0, len(data), _CHUNK):
+                file.write(data[begin : begin + _CHUNK])
 
 
 def _tensor_entry(name: str, tensor: Tensor) -> _Entry:

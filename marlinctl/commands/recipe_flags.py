@@ -1,7 +1,7 @@
-"""The flags of `quantize` and `compress` that change a recipe, and those that say how the job runs.
+"""The flags of `quantize`, `compress` and `distill` that change a recipe, and those that say how the job runs.
 
-Each recipe flag is one row of `_RECIPE_FLAGS`: the key it sets and its help. A flag that is not given is None and leaves the recipe
-alone, so defaults live in recipes/int4.yaml and nowhere else.
+Each recipe flag is one row of `_RECIPE_FLAGS` or `_DISTILL_FLAGS`: the key it sets and its help. A flag that is not given is None and
+leaves the recipe alone, so defaults live in recipes/int4.yaml and nowhere else.
 """
 
 from __future__ import annotations
@@ -52,18 +52,46 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+_DISTILL_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "distill.data": ("--data", {"metavar": "SOURCE", "help": "self, a .txt/.jsonl/.parquet file, or a hub data set."}),
+    "distill.tokens": ("--tokens", {"type": int, "metavar": "N", "help": "Tokens to train on."}),
+    "distill.mode": ("--mode", {"metavar": "full|blockwise|scales", "help": "The whole model, one block at a time, or scales and norms."}),
+    "distill.learning_rate": ("--learning-rate", {"type": float, "help": "Its peak."}),
+    "distill.warmup": ("--warmup", {"type": float, "help": "Share of the steps in which the learning rate rises."}),
+    "distill.batch_tokens": ("--batch-tokens", {"type": int, "help": "Tokens per optimiser step, over all processes."}),
+    "distill.micro_batch": ("--micro-batch", {"type": int, "help": "Rows in one forward pass; fewer need less memory."}),
+    "distill.sequence_length": ("--sequence-length", {"type": int, "help": "Tokens per row."}),
+    "distill.ce": ("--ce", {"type": float, "metavar": "WEIGHT", "help": "Weight of the cross entropy with the text."}),
+    "distill.squarehead": ("--squarehead", {"type": float, "metavar": "WEIGHT", "help": "Weight of the error of the hidden states."}),
+    "distill.kl": ("--kl", {"type": float, "metavar": "WEIGHT", "help": "Weight of the divergence from the teacher."}),
+    "distill.temperature": ("--temperature", {"type": float, "help": "Of the predictions in the divergence."}),
+    "distill.cache_logits": (
+        "--cache-logits",
+        {"type": int, "metavar": "K", "help": "Keep the teacher's K largest predictions on disk, and not the teacher in memory."},
+    ),
+    "distill.checkpointing": (
+        "--checkpointing/--no-checkpointing",
+        {"is_flag": True, "help": "Recompute activations: less memory, a third more time."},
+    ),
+    "distill.save_every": ("--save-every", {"type": int, "metavar": "STEPS", "help": "Steps between two saved states."}),
+    "distill.seed": ("--seed", {"type": int, "help": "Seed of the order of the data, and of text that the teacher writes."}),
+}
+
+
 def recipe_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     """--recipe, one flag for each key of the recipe that a run may want to change, and --override."""
-    decorators: list[_Decorator] = [
-        click.option("--recipe", "recipe_name", default="int4", show_default=True, metavar="NAME|FILE", help="See `marlinctl recipes ls`.")
-    ]
-    decorators += [click.option(flag, _parameter(key), default=None, **attributes) for key, (flag, attributes) in _RECIPE_FLAGS.items()]
+    decorators = _of_table(_RECIPE_FLAGS)
     decorators.append(
         click.option(
             "--override", multiple=True, metavar="PATTERN=group_size:N", help="Another group size for these linears; may be given again."
         )
     )
     return _apply(function, decorators)
+
+
+def distill_flags(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--recipe, and one flag for each key of its section `distill`."""
+    return _apply(function, _of_table(_DISTILL_FLAGS))
 
 
 def run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,6 +119,28 @@ def run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
+def distill_run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
+    """How a distillation runs. A GPU is taken where there is one: training without it takes days."""
+    path = click.Path(path_type=Path)
+    return _apply(
+        function,
+        [
+            click.option("--revision", metavar="REV", help="Branch, tag or commit of a teacher on the hub."),
+            click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute."),
+            click.option(
+                "--dtype",
+                default="auto",
+                metavar="auto|bfloat16|float32",
+                help="Of the products; weights are trained in float32. auto: bfloat16 where the hardware has it.",
+            ),
+            click.option("--overwrite", is_flag=True, help="Replace an existing OUT, after the new one is complete."),
+            click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads."),
+            click.option("--cache-dir", type=path, metavar="DIR", help="Downloads and converted GGUF files."),
+            click.option("--module-map", type=path, metavar="FILE", help="Describe an architecture that marlinctl does not know."),
+        ],
+    )
+
+
 def chosen_recipe(
     console: Console, values: dict[str, Any], extra: Mapping[str, Any] | None = None, verb: Mapping[str, Any] | None = None
 ) -> Recipe:
@@ -98,20 +148,14 @@ def chosen_recipe(
 
     extra: keys that flags of the verb itself set. verb: keys that the verb means whatever the recipe says, and nobody is told about.
     """
-    from marlinctl.recipe import load_recipe, resolve
+    overrides = _given(values, _RECIPE_FLAGS)
+    overrides["quantize.overrides"] = dict(_override(text) for text in values.pop("override")) or None
+    return _resolved(console, values, {**overrides, **(extra or {})}, verb)
 
-    recipe = load_recipe(values.pop("recipe_name"))
-    overrides = {
-        key: values.pop(_parameter(key)) or None if attributes.get("multiple") else values.pop(_parameter(key))
-        for key, (_, attributes) in _RECIPE_FLAGS.items()
-    }
-    given = values.pop("override")
-    overrides["quantize.overrides"] = dict(_override(text) for text in given) or None
-    recipe, _ = resolve(recipe, verb or {})
-    resolved, changes = resolve(recipe, {**overrides, **(extra or {})})
-    if changes:
-        console.say("flags win over the recipe: " + "; ".join(changes))
-    return resolved
+
+def chosen_distillation(console: Console, values: dict[str, Any]) -> Recipe:
+    """The same for what `distill_flags` added."""
+    return _resolved(console, values, _given(values, _DISTILL_FLAGS))
 
 
 def chosen_options(console: Console, values: Mapping[str, Any]) -> Options:
@@ -131,10 +175,10 @@ def chosen_options(console: Console, values: Mapping[str, Any]) -> Options:
         cache_dir=values["cache_dir"],
         offline=console.offline,
         overwrite=values["overwrite"],
-        strict=values["strict"],
-        deterministic=values["deterministic"],
+        strict=values.get("strict", False),
+        deterministic=values.get("deterministic", False),
         threads=values["threads"],
-        max_memory=_bytes(values["max_memory"]),
+        max_memory=_bytes(values.get("max_memory")),
         module_map=values["module_map"],
         command=command_line(),
     )
@@ -145,6 +189,31 @@ def command_line() -> str:
     import shlex
 
     return shlex.join(["marlinctl", *sys.argv[1:]])
+
+
+def _of_table(flags: Mapping[str, tuple[str, dict[str, Any]]]) -> list[_Decorator]:
+    recipe = click.option(
+        "--recipe", "recipe_name", default="int4", show_default=True, metavar="NAME|FILE", help="See `marlinctl recipes ls`."
+    )
+    return [recipe, *(click.option(flag, _parameter(key), default=None, **attributes) for key, (flag, attributes) in flags.items())]
+
+
+def _given(values: dict[str, Any], flags: Mapping[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """The keys that flags set, taken out of `values`; None for a flag that was not given."""
+    return {
+        key: values.pop(_parameter(key)) or None if attributes.get("multiple") else values.pop(_parameter(key))
+        for key, (_, attributes) in flags.items()
+    }
+
+
+def _resolved(console: Console, values: dict[str, Any], overrides: Mapping[str, Any], verb: Mapping[str, Any] | None = None) -> Recipe:
+    from marlinctl.recipe import load_recipe, resolve
+
+    recipe, _ = resolve(load_recipe(values.pop("recipe_name")), verb or {})
+    resolved, changes = resolve(recipe, overrides)
+    if changes:
+        console.say("flags win over the recipe: " + "; ".join(changes))
+    return resolved
 
 
 def _apply(function: Callable[..., Any], decorators: list[_Decorator]) -> Callable[..., Any]:

@@ -48,7 +48,9 @@ def test_conjugate_gradients_reach_the_exact_solution() -> None:
 def test_each_iteration_lowers_the_error_and_twenty_are_nearly_enough() -> None:
     weight, matrix, keep = problem(seed=3)
     best = losses(weight, exact(weight, keep, matrix), matrix).sum()
-    found = [float(losses(weight, masked_least_squares(weight, weight * keep, keep, matrix, n), matrix).sum() / best) for n in (0, 2, 5, 20)]
+    found = [
+        float(losses(weight, masked_least_squares(weight, weight * keep, keep, matrix, n), matrix).sum() / best) for n in (0, 2, 5, 20)
+    ]
     assert found == sorted(found, reverse=True)
     assert found[-1] < 1.01
 

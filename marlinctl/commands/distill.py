@@ -1,0 +1,49 @@
+"""`marlinctl distill`: train a pruned or quantized model towards its original."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from marlinctl.commands.common import common_options
+from marlinctl.commands.recipe_flags import chosen_distillation, chosen_options, distill_flags, distill_run_flags
+from marlinctl.console import Console
+
+
+@click.command("distill")
+@click.argument("student", metavar="STUDENT")
+@click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
+@click.option("--teacher", required=True, metavar="MODEL", help="The original: a folder, a hub id or a GGUF file.")
+@distill_flags
+@click.option("--resume", is_flag=True, help="Go on with a job that was stopped, from its last saved state.")
+@distill_run_flags
+@common_options
+def command(console: Console, student: str, out: Path, teacher: str, resume: bool, **values: Any) -> None:
+    """Train a 2:4 model towards its original, with the mask fixed; or the scales of a 4-bit model, with the codes fixed.
+
+    \b
+    Example:
+        marlinctl distill ./qwen3-2of4 ./qwen3-2of4-kd --teacher Qwen/Qwen3-0.6B --tokens 20000000 --data text.jsonl
+        marlinctl distill ./qwen3-int4 ./qwen3-int4-kd --teacher Qwen/Qwen3-0.6B --tokens 2000000 --mode scales
+        marlinctl distill ./qwen3-2of4 ./qwen3-2of4-kd --teacher Qwen/Qwen3-0.6B --tokens 20000000 --resume
+
+    STUDENT is a 2:4 folder, or a 4-bit folder for --mode scales. OUT gets the same form and appears whole or not at all. Several GPUs and
+    machines: accelerate launch --multi_gpu -m marlinctl distill ... (docs/distill.md).
+    """
+    from marlinctl.distillation.processes import silence_if_second
+
+    silence_if_second(console)
+    recipe = chosen_distillation(console, values)
+
+    from marlinctl.distill import run_distill
+
+    report = run_distill(student, out, teacher, recipe, chosen_options(console, values), console, resume=resume)
+    training, held_out = report["training"], report["held_out"]
+    losses = ", ".join(f"{name} {held_out['before'][name]:.4f} -> {value:.4f}" for name, value in held_out["after"].items())
+    text = (
+        f"{out}: {training['tokens']:,} tokens in {training['steps']} steps, {training['seconds']:,.1f} s; "
+        f"held out: {losses}; peak {report['peak_memory_bytes'] / 2**30:.2f} GiB"
+    )
+    console.result(text, {"out": str(out), **report})

@@ -1,0 +1,297 @@
+"""`distill`: train a pruned or quantized model towards its original, with the mask or the codes fixed.
+
+    look at both models ─► rows of tokens ─► losses before ─► train ─► round ─► losses after ─► check from disk ─► publish
+    (nothing written)                                         │
+                                                              └─► OUT.job/ every `save_every` steps, for --resume
+
+Three modes (docs/distill.md): full trains the linears and norms of the whole model, blockwise the same one block at a time, scales the
+scales and norms of a 4-bit model. The result has the form of the student: a folder for `quantize`, or for `pack`.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marlinctl.checkpoint.reader import fingerprint
+from marlinctl.checkpoint.source import Source
+from marlinctl.checkpoint.writer import StagedCheckpoint, check_output, require_space
+from marlinctl.console import Console
+from marlinctl.devices import forward_dtype, threads
+from marlinctl.distillation.blockwise import BlockLoop
+from marlinctl.distillation.job import JobFolder, State
+from marlinctl.distillation.loop import Loop
+from marlinctl.distillation.losses import Weights
+from marlinctl.distillation.opening import Opened, check_settings, open_models
+from marlinctl.distillation.processes import Processes
+from marlinctl.distillation.publish import publish
+from marlinctl.distillation.rows import Rows, check_sizes, load_rows, make_rows
+from marlinctl.distillation.student import load_student
+from marlinctl.distillation.summary import report_files
+from marlinctl.distillation.teacher import Cached, Teacher, live, write_cache
+from marlinctl.job import versions
+from marlinctl.load import load_dense
+from marlinctl.memory import peak_rss
+from marlinctl.opening import Options
+from marlinctl.recipe import Distill, Recipe, recipe_hash
+from marlinctl.scratch import Scratch
+
+_DEVICE_SHARE = 0.4  # of free device memory that hidden states may take in mode blockwise
+
+
+@dataclass(slots=True)
+class _Run:
+    """What all parts of one run need."""
+
+    out: Path
+    recipe: Recipe
+    options: Options
+    console: Console
+    processes: Processes
+    job: JobFolder
+    dtype: torch.dtype
+    _teacher: nn.Module | None = field(default=None)
+
+    @property
+    def asked(self) -> Distill:
+        return self.recipe.distill
+
+    def whole_teacher(self, opened: Opened) -> nn.Module:
+        """The teacher on this process's device, read once."""
+        if self._teacher is None:
+            self._teacher = load_dense(opened.teacher.source.folder, dtype=self.dtype, device=self.processes.device)
+        return self._teacher
+
+    def let_teacher_go(self) -> None:
+        self._teacher = None
+        gc.collect()
+        if self.processes.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def run_distill(
+    student: str, out: Path, teacher: str, recipe: Recipe, options: Options, console: Console, *, resume: bool = False
+) -> dict[str, Any]:
+    """Train `student` towards `teacher` and publish it as `out`. Returns the report as a JSON document."""
+    processes = Processes(options.device)
+    run = _Run(out, recipe, options, console, processes, JobFolder(out), forward_dtype(processes.device, options.dtype))
+
+    with ExitStack() as stack, threads(options.threads):
+
+        def look() -> Opened:
+            check_settings(run.asked, processes.count)
+            check_output(out, overwrite=options.overwrite, sources=[Path(name) for name in (student, teacher) if Path(name).exists()])
+            if processes.main:
+                stack.enter_context(run.job.held(resume=resume))
+                console.log_to(out.with_name(out.name + ".log"))
+            opened = open_models(student, teacher, run.asked, options, console, stack)
+            check_sizes(run.asked, opened.student.checkpoint.config, processes.count)
+            _require_room(opened, out, run.asked)
+            return opened
+
+        opened = processes.main_first(look)
+        rows = _rows(run, opened, resume)
+        state = _state(run, resume)
+        report = _train_blocks(run, opened, rows, state) if run.asked.mode == "blockwise" else _train(run, opened, rows, state)
+    if processes.main:
+        run.job.remove()
+    processes.part()
+    return report
+
+
+# ---- what the job reads --------------------------------------------------------------------------------------------------------------
+
+
+def _rows(run: _Run, opened: Opened, resume: bool) -> Rows:
+    """The training text: read (or written by the teacher) by the main process, compared with that of the job on resuming."""
+
+    def read() -> Rows:
+        if not run.processes.main:
+            return None  # type: ignore[return-value]  # it comes below
+        kept = run.job.rows() if resume and run.asked.data == "self" else None
+        if kept is not None:
+            rows = make_rows(*kept, run.asked, "written by the teacher", run.console)
+        else:
+            folder = opened.student.source.folder
+            rows = load_rows(run.asked, folder, console=run.console, load_teacher=lambda: run.whole_teacher(opened))
+        facts = _fingerprint(run, opened, rows)
+        if resume:
+            run.job.check(facts)
+        else:
+            run.job.save_rows(rows.ids, rows.counted)
+            run.job.begin(facts)
+        return rows
+
+    rows = run.processes.main_first(read)
+    if run.processes.count == 1:
+        return rows
+    ids, counted = (run.processes.share_tensor(getattr(rows, name, None)) for name in ("ids", "counted"))
+    held_out, facts = run.processes.share((rows.held_out, rows.facts) if rows is not None else (0, {}))
+    return Rows(ids, counted, held_out, facts)
+
+
+def _state(run: _Run, resume: bool) -> State | None:
+    """The newest state of the job. Its tensors are the main process's; the others get their part of them in the loop."""
+    found = run.job.newest() if resume and run.processes.main else None
+    described = run.processes.share((found.step, dict(found.document)) if found is not None else None)
+    if described is None:
+        if resume:
+            run.console.say("the job has no saved state: it starts with its first step")
+        return None
+    run.console.say(f"going on after step {described[0]}")
+    return found if found is not None else State(described[0], {}, described[1])
+
+
+def _fingerprint(run: _Run, opened: Opened, rows: Rows) -> dict[str, Any]:
+    """Everything that decides the numbers. Where any of it differs, going on would mix two jobs."""
+    return {
+        "student": fingerprint(opened.student.checkpoint),
+        "teacher": fingerprint(opened.teacher.checkpoint),
+        "recipe": run.asked.model_dump(mode="json"),
+        "rows_sha256": rows.sha256,
+        "versions": versions(),
+        "device": run.processes.device.type,
+        "dtype": str(run.dtype).removeprefix("torch."),
+    }
+
+
+def _require_room(opened: Opened, out: Path, asked: Distill) -> None:
+    """Disk for the result and, beside it, for two states (weights and two moments in float32) and what the teacher predicts."""
+    tensors = opened.student.checkpoint.tensors
+    result = sum(info.nbytes for info in tensors.values())
+    linears = sum(spec.out_features * spec.in_features for spec in opened.student.architecture.linears.values())
+    blocks = len(opened.student.architecture.blocks)
+    states = {"full": 2 * 12 * linears, "blockwise": 2 * 12 * linears // blocks + 4 * linears, "scales": result}[asked.mode]
+    cached = 12 * asked.cache_logits * asked.tokens
+    require_space(out, result + states + cached)
+
+
+# ---- the modes -----------------------------------------------------------------------------------------------------------------------
+
+
+def _train(run: _Run, opened: Opened, rows: Rows, state: State | None) -> dict[str, Any]:
+    asked, processes = run.asked, run.processes
+    weights = Weights(asked.ce, asked.squarehead, asked.kl, asked.temperature)
+    with ExitStack() as stack:
+        if asked.cache_logits:
+            known = opened.student.architecture.vocab_size
+            teacher = run.whole_teacher(opened)
+            k = min(asked.cache_logits, known)
+            write_cache(teacher, rows, k, weights, asked.micro_batch, run.job, processes, run.console)
+            del teacher
+            run.let_teacher_go()
+            ask: Teacher = stack.enter_context(Cached(run.job))
+        elif processes.sharded:
+            run.let_teacher_go()
+            original = load_dense(opened.teacher.source.folder, dtype=run.dtype, device="cpu")
+            processes.shard(original, [original.get_submodule(block.prefix) for block in opened.teacher.architecture.blocks])
+            ask = live(original, weights)
+        else:
+            ask = live(run.whole_teacher(opened), weights)
+        student = load_student(opened, asked.mode, asked.checkpointing, processes)
+        loop = Loop(
+            student, ask, rows, asked,
+            dtype=run.dtype, processes=processes, job=run.job, console=run.console, command=run.options.command,
+        )  # fmt: skip
+        before = loop.measure()
+        run.console.say(f"held out, before: {_told(before)}")
+        loop.run(state)
+        student.settle(opened)
+        after = loop.measure()
+        run.console.say(f"held out, after, as published: {_told(after)}")
+        if after["loss"] > before["loss"]:
+            run.console.warn("the held-out loss has risen: the result is worse than the student; try a lower --learning-rate")
+    return _publish(run, opened, rows, student.values, loop.facts(), before, after)
+
+
+def _train_blocks(run: _Run, opened: Opened, rows: Rows, state: State | None) -> dict[str, Any]:
+    run.let_teacher_go()
+    device = run.processes.device
+    budget = int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE) if device.type == "cuda" else 0
+    loop = BlockLoop(
+        opened, rows, run.asked, device=device, dtype=run.dtype, job=run.job,
+        scratch=Scratch(run.job.path, device, budget), console=run.console, command=run.options.command,
+    )  # fmt: skip
+    loop.run(state)
+    before, after = loop.measured()
+    run.console.say(f"held out, before: {_told(before)}; after, as published: {_told(after)}")
+    return _publish(run, opened, rows, loop.values, loop.facts(), before, after)
+
+
+def _told(losses: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+
+
+# ---- the result ----------------------------------------------------------------------------------------------------------------------
+
+
+def _publish(
+    run: _Run, opened: Opened, rows: Rows, values: Callable[[], Iterable[tuple[str, Tensor]]], training: Mapping[str, Any],
+    before: Mapping[str, float], after: Mapping[str, float],
+) -> dict[str, Any]:  # fmt: skip
+    report = _report(run, opened, rows, training, before, after)
+    if not run.processes.main:
+        for _ in values():  # gathering a sharded parameter takes all processes
+            pass
+        return report
+    with StagedCheckpoint(run.out, overwrite=run.options.overwrite, fmt=opened.student.info.name) as staged:
+        publish(
+            opened,
+            values(),
+            staged,
+            recipe_yaml=run.recipe.to_yaml(),
+            manifest=_manifest(run, opened, rows),
+            report_files=report_files(report),
+            console=run.console,
+        )
+    return report
+
+
+def _report(
+    run: _Run, opened: Opened, rows: Rows, training: Mapping[str, Any], before: Mapping[str, float], after: Mapping[str, float]
+) -> dict[str, Any]:
+    device = run.processes.device
+    on_cuda = device.type == "cuda"
+    return {
+        "kind": "distill",
+        "command": run.options.command,
+        "format": opened.student.info.name,
+        "student": _source_facts(opened.student.source),
+        "teacher": _source_facts(opened.teacher.source),
+        "recipe": {"sha256": recipe_hash(run.recipe), **run.recipe.model_dump(mode="json")},
+        "sparse_linears": len(opened.pattern.shapes),
+        "data": dict(rows.facts),
+        "training": dict(training),
+        "held_out": {"before": dict(before), "after": dict(after)},
+        "versions": versions(),
+        "device": torch.cuda.get_device_name(device) if on_cuda else f"cpu, {torch.get_num_threads()} threads",
+        "processes": run.processes.count,
+        "dtype": str(run.dtype).removeprefix("torch."),
+        "peak_memory_bytes": peak_rss(),
+        "peak_device_memory_bytes": torch.cuda.max_memory_allocated(device) if on_cuda else None,
+    }
+
+
+def _manifest(run: _Run, opened: Opened, rows: Rows) -> dict[str, Any]:
+    """No times and no losses: two equal runs give two equal manifests."""
+    return {
+        "format": opened.student.info.name,
+        "recipe": {"sha256": recipe_hash(run.recipe)},
+        "source": {**_source_facts(opened.student.source), "fingerprint": fingerprint(opened.student.checkpoint)},
+        "teacher": {**_source_facts(opened.teacher.source), "fingerprint": fingerprint(opened.teacher.checkpoint)},
+        "data": {"sha256": rows.sha256, **{key: value for key, value in rows.facts.items() if key != "source"}},
+        "versions": versions(),
+        "device": run.processes.device.type,
+        "dtype": str(run.dtype).removeprefix("torch."),
+    }
+
+
+def _source_facts(source: Source) -> dict[str, Any]:
+    return {"kind": source.kind, "name": Path(source.name).name if source.kind != "hub" else source.name, "revision": source.revision}

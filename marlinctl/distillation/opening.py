@@ -1,0 +1,263 @@
+"""Before any work: are student and teacher what they must be, and do they belong together? Nothing is written.
+
+    student   dense, 2:4      a mask file, or else zeros that show the pattern               modes full and blockwise
+              ct, 4 bits      with a mask file or without                                    mode scales
+    teacher   dense           as deep, as wide and with the vocabulary of the student        folder, hub id or GGUF file
+
+Every weight is looked at: for NaN and infinity, and for a value where the mask prunes. All that is wrong is listed, by linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from marlinctl.calibration import load_tokenizer
+from marlinctl.checkpoint import mask as masks
+from marlinctl.checkpoint.config import check_remote_code, check_tokenizer, refuse_quantized
+from marlinctl.checkpoint.finite import scan_finite
+from marlinctl.checkpoint.formats import SUFFIXES, FormatInfo, detect, layer_shape, read_parts
+from marlinctl.checkpoint.reader import Checkpoint, check_expected, open_checkpoint
+from marlinctl.checkpoint.source import Source, resolve_model
+from marlinctl.console import Console
+from marlinctl.errors import BadInput, Problem, UsageError
+from marlinctl.models import Architecture, architecture
+from marlinctl.opening import Options, check_together, refuse_unexpected
+from marlinctl.recipe import Distill
+from marlinctl.sparsify.keep import two_of_four
+
+_SPARSIFY = "make it 2:4 first: marlinctl sparsify MODEL OUT"
+
+
+class Pattern:
+    """The masks of the student: from its mask file, or found from its zeros."""
+
+    def __init__(self, checkpoint: Checkpoint, known: Architecture, opened: masks.Masks | None, *, found: bool) -> None:
+        self._checkpoint, self._masks = checkpoint, opened
+        specs = {name: (spec.out_features, spec.in_features) for name, spec in known.linears.items()}
+        if known.head is not None:
+            specs[known.head.name] = (known.head.out_features, known.head.in_features)
+        self.from_file = opened is not None
+        layers = opened.layers if opened is not None else tuple(known.linears) if found else ()
+        self.shapes: Mapping[str, tuple[int, int]] = {layer: specs[layer] for layer in layers if layer in specs}
+        self.strangers = [layer for layer in layers if layer not in specs]
+
+    def keep(self, layer: str) -> Tensor:
+        """[N, K] bool, True = survives."""
+        if self._masks is not None:
+            return self._masks.keep(layer, *self.shapes[layer])
+        keep = two_of_four(self._checkpoint.read(f"{layer}.weight"))
+        if keep is None:
+            raise BadInput(
+                "E370",
+                f"{layer} is not 2:4: some four neighbours along K hold more than two weights",
+                where=str(self._checkpoint.tensors[f"{layer}.weight"].file),
+                fix=f"the folder has no {masks.NAME}, so every linear must show the pattern; {_SPARSIFY}",
+            )
+        return keep
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One of the two models, checked."""
+
+    source: Source
+    checkpoint: Checkpoint
+    architecture: Architecture
+    info: FormatInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    student: Model
+    teacher: Model
+    pattern: Pattern
+
+
+def check_settings(asked: Distill, processes: int) -> None:
+    """Refuse settings that contradict each other."""
+    if not asked.tokens:
+        raise UsageError("E284", "nothing says for how long to train", where="--tokens", fix="--tokens 2000000, for two million tokens")
+    problems: list[Problem] = []
+    if asked.mode == "blockwise":
+        if asked.cache_logits:
+            problems.append(Problem("a block learns from hidden states, not from logits", "--cache-logits", "leave it out"))
+        if processes > 1:
+            problems.append(Problem("one block at a time is for one process", "--mode blockwise", "start one process, or --mode full"))
+    elif not (asked.ce or asked.squarehead or asked.kl):
+        problems.append(Problem("every loss has weight 0: there is nothing to train on", "--ce, --squarehead, --kl", "--kl 1"))
+    elif asked.cache_logits and asked.squarehead:
+        what = "SquareHead needs the teacher's hidden states, and a cache holds its predictions only"
+        problems.append(Problem(what, "--cache-logits and --squarehead", "--squarehead 0, or no --cache-logits"))
+    if problems:
+        raise UsageError.from_problems("E288", problems)
+
+
+def open_models(student: str, teacher: str, asked: Distill, options: Options, console: Console, stack: ExitStack) -> Opened:
+    """All checks, from cheap to dear. What is opened is closed by `stack`."""
+    pupil = _open_student(_resolve(student, None, options, console), asked, options, console, stack)
+    original = _open_teacher(_resolve(teacher, options.revision, options, console), options, console, stack)
+    _check_kinship(pupil, original)
+    pattern = _open_pattern(pupil, console, stack)
+    for model, title in ((pupil, "student"), (original, "teacher")):
+        with console.progress(f"look for NaN and infinity in the {title}", len(model.checkpoint.tensors)) as progress:
+            scan_finite(model.checkpoint, model.checkpoint.tensors, progress)
+    _check_pattern(pupil, pattern, console)
+    return Opened(pupil, original, pattern)
+
+
+def _resolve(name: str, revision: str | None, options: Options, console: Console) -> Source:
+    source = resolve_model(name, revision=revision, cache_dir=options.cache_dir, offline=options.offline, console=console)
+    if source.note:
+        console.say(source.note)
+    return source
+
+
+# ---- each by itself ------------------------------------------------------------------------------------------------------------------
+
+
+def _open_student(source: Source, asked: Distill, options: Options, console: Console, stack: ExitStack) -> Model:
+    checkpoint = stack.enter_context(open_checkpoint(source.folder, weight_files="auto"))
+    info = detect(checkpoint.config, checkpoint.tensors)
+    _check_form(source, info, asked)
+    known = _know(checkpoint, options, console)
+    packed = {f"{layer}.weight" for layer in info.layers}
+    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in SUFFIXES[info.name]}
+    check_together(
+        lambda: check_expected(checkpoint, {name: shape for name, shape in known.expected.items() if name not in packed}),
+        lambda: refuse_unexpected(checkpoint, known, {name for name in checkpoint.tensors if name not in owned}),
+        lambda: check_tokenizer(source.folder, checkpoint.config),
+        lambda: _check_packed(checkpoint, info, known),
+    )
+    return Model(source, checkpoint, known, info)
+
+
+def _check_form(source: Source, info: FormatInfo, asked: Distill) -> None:
+    where = str(source.folder)
+    if info.name == "dense" and asked.mode == "scales":
+        fix = "--mode full or --mode blockwise trains its weights"
+        raise UsageError("E288", "the student is 16-bit and has no scales to train", where=where, fix=fix)
+    if info.name == "ct" and asked.mode != "scales":
+        fix = "--mode scales trains its scales and norms, and leaves the codes alone"
+        raise UsageError("E288", f"the student is quantized: --mode {asked.mode} would change its codes", where=where, fix=fix)
+    if info.name not in ("dense", "ct"):
+        fix = "marlinctl pack STUDENT OUT --format ct, and distill that"
+        raise BadInput("E373", f"a student in the format {info.name} is not trained", where=where, fix=fix)
+
+
+def _open_teacher(source: Source, options: Options, console: Console, stack: ExitStack) -> Model:
+    checkpoint = stack.enter_context(open_checkpoint(source.folder))
+    refuse_quantized(checkpoint)
+    known = _know(checkpoint, options, console)
+    check_together(
+        lambda: check_expected(checkpoint, known.expected),
+        lambda: refuse_unexpected(checkpoint, known, checkpoint.tensors),
+        lambda: check_tokenizer(source.folder, checkpoint.config),
+    )
+    return Model(source, checkpoint, known, FormatInfo("dense", 16))
+
+
+def _know(checkpoint: Checkpoint, options: Options, console: Console) -> Architecture:
+    for note in (*checkpoint.notes, *check_remote_code(checkpoint.folder, checkpoint.config)):
+        console.warn(note)
+    return architecture(checkpoint.config, options.module_map)
+
+
+def _check_packed(checkpoint: Checkpoint, info: FormatInfo, known: Architecture) -> None:
+    """Every packed linear is one of the model's, has its size, and can be unpacked."""
+    specs = dict(known.linears)
+    if known.head is not None:
+        specs[known.head.name] = known.head
+    problems: list[Problem] = []
+    for layer in info.layers:
+        spec = specs.get(layer)
+        where = str(checkpoint.tensors[f"{layer}.{SUFFIXES[info.name][0]}"].file)
+        apart = "config.json and the weights do not belong together; write or fetch both again"
+        if spec is None:
+            problems.append(Problem(f"{layer} is packed, but the model has no such linear", where, apart))
+        elif (shape := layer_shape(checkpoint, info, layer)) != (spec.out_features, spec.in_features):
+            wanted = [spec.out_features, spec.in_features]
+            problems.append(Problem(f"{layer} is {list(shape)}, config.json asks for {wanted}", where, apart))
+    if problems:
+        raise BadInput.from_problems("E302", problems)
+
+
+# ---- together ------------------------------------------------------------------------------------------------------------------------
+
+
+def _check_kinship(student: Model, teacher: Model) -> None:
+    """Hidden states are compared block by block and predictions token by token, so both must be built alike."""
+    ours, theirs = student.architecture, teacher.architecture
+    pairs = [
+        ("blocks", len(ours.blocks), len(theirs.blocks)),
+        ("hidden size", ours.hidden_size, theirs.hidden_size),
+        ("vocabulary", ours.vocab_size, theirs.vocab_size),
+    ]
+    where = f"{teacher.source.name} (teacher of {student.source.name})"
+    fix = "the teacher is the model that the student was made from, or one of the same size and vocabulary"
+    problems = [Problem(f"{what}: the student has {mine}, the teacher {other}", where, fix) for what, mine, other in pairs if mine != other]
+    if not problems:
+        mine, other = (load_tokenizer(model.source.folder).get_vocab() for model in (student, teacher))
+        moved = sorted(token for token in mine.keys() & other.keys() if mine[token] != other[token])
+        if moved:
+            what = f"{len(moved)} tokens have other ids in the teacher's tokenizer, {moved[0]!r} among them"
+            problems.append(Problem(what, where, fix))
+    if problems:
+        raise BadInput.from_problems("E371", problems)
+
+
+def _open_pattern(student: Model, console: Console, stack: ExitStack) -> Pattern:
+    opened = stack.enter_context(masks.open_masks(student.source.folder))
+    dense = student.info.name == "dense"
+    pattern = Pattern(student.checkpoint, student.architecture, opened, found=dense)
+    if pattern.strangers:
+        where = str(student.source.folder / masks.NAME)
+        raise BadInput.from_problems(
+            "E352",
+            [
+                Problem(f"there is a mask for {layer}, but the model has no such linear", where, "take mask and weights from one folder")
+                for layer in pattern.strangers
+            ],
+        )
+    if opened is None and dense:
+        console.say(f"the student has no {masks.NAME}: its 2:4 pattern is found from the zeros of its weights")
+    return pattern
+
+
+def _check_pattern(student: Model, pattern: Pattern, console: Console) -> None:
+    """Every mask is 2:4, and what it prunes is zero. Lists all linears where that does not hold."""
+    problems: list[Problem] = []
+    first_id = ""
+    with console.progress("check the 2:4 pattern", len(pattern.shapes)) as progress:
+        for layer in pattern.shapes:
+            try:
+                _check_layer(student, pattern, layer)
+            except BadInput as error:
+                first_id = first_id or error.error_id
+                problems += error.problems
+            progress.advance()
+    if problems and not pattern.from_file and len(problems) == len(pattern.shapes):
+        what = f"the student is not pruned: none of its {len(problems)} linears is 2:4"
+        raise BadInput("E370", what, where=str(student.source.folder), fix=_SPARSIFY)
+    if problems:
+        raise BadInput.from_problems(first_id, problems)
+
+
+def _check_layer(student: Model, pattern: Pattern, layer: str) -> None:
+    keep = pattern.keep(layer)
+    if not pattern.from_file:
+        return
+    packed = layer in student.info.layers
+    values = read_parts(student.checkpoint, student.info, layer).codes if packed else student.checkpoint.read(f"{layer}.weight")
+    alive = (values != 0) & ~keep
+    if bool(alive.any()):
+        row, column = alive.nonzero()[0].tolist()
+        raise BadInput(
+            "E372",
+            f"{layer}: {int(alive.sum())} weights are not zero although the mask prunes them; the first is [{row}, {column}]",
+            where=str(student.source.folder / masks.NAME),
+            fix=f"mask and weights do not belong together; write or fetch the checkpoint again, or {_SPARSIFY}",
+        )

@@ -1,0 +1,118 @@
+"""The result as a checkpoint: of the student's own form, checked from disk, and there as a whole or not at all.
+
+what was trained      rounded to the dtype that the student's checkpoint has; scales to float16
+everything else       copied as bytes: codes, embedding, head, tokenizer, config
+the mask              travels on, or is written for the first time where it was found from zeros
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marlinctl.checkpoint.formats import detect, layer_names
+from marlinctl.checkpoint.mask import open_masks
+from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint, torch_dtype
+from marlinctl.checkpoint.writer import StagedCheckpoint
+from marlinctl.console import Console
+from marlinctl.distillation.opening import Opened
+from marlinctl.errors import CheckFailed, NumericalProblem, Problem
+from marlinctl.sparsify.types import check_keep
+
+SHARD_BYTES = 1 << 30
+
+
+def publish(
+    opened: Opened,
+    values: Iterable[tuple[str, Tensor]],
+    staged: StagedCheckpoint,
+    *,
+    recipe_yaml: str,
+    manifest: Mapping[str, Any],
+    report_files: Mapping[str, bytes],
+    console: Console,
+) -> None:
+    """Write, check and move into place. `values`: every tensor that changes, by name, already rounded."""
+    checkpoint = opened.student.checkpoint
+    digests = _write_changed(opened, values, staged)
+    staged.copy_tensors(checkpoint, [name for name in checkpoint.tensors if name not in digests])
+    for layer in opened.pattern.shapes:
+        staged.write_mask(layer, opened.pattern.keep(layer))
+    staged.copy_companions(checkpoint.folder)
+    staged.write_file("recipe.yaml", recipe_yaml.encode())
+    staged.publish(
+        {key: value for key, value in checkpoint.config.items() if key != "auto_map"},
+        manifest={**manifest, "tensors": digests, "finished": True},
+        verify=lambda folder: check_written(folder, opened, digests, console),
+        report_files=report_files,
+    )
+
+
+def _write_changed(opened: Opened, values: Iterable[tuple[str, Tensor]], staged: StagedCheckpoint) -> dict[str, str]:
+    """Shards of what was trained; returns SHA-256 by tensor name."""
+    digests: dict[str, str] = {}
+    pending: dict[str, Tensor] = {}
+    size = 0
+    for name, value in values:
+        scales = name.endswith(".weight_scale")
+        dtype = torch.float16 if scales else torch_dtype(opened.student.checkpoint.tensors[name])
+        tensor = value.to("cpu", dtype).contiguous()
+        if not bool(torch.isfinite(tensor).all()):
+            raise NumericalProblem(
+                "E623",
+                f"{name} holds values that {str(dtype).removeprefix('torch.')} cannot hold after training",
+                where=name,
+                fix="a lower --learning-rate; the job's folder is kept",
+            )
+        digests[name] = _digest(tensor)
+        pending[name] = tensor
+        size += tensor.numel() * tensor.element_size()
+        if size >= SHARD_BYTES:
+            staged.write_shard(pending)
+            pending, size = {}, 0
+    if pending:
+        staged.write_shard(pending)
+    return digests
+
+
+def check_written(folder: Path, opened: Opened, digests: Mapping[str, str], console: Console) -> None:
+    """CheckFailed unless every trained tensor reads back, every mask is 2:4 and obeyed, and codes are the student's, bit for bit."""
+    problems: list[Problem] = []
+    again = "check the disk, then run again with --resume"
+    with open_checkpoint(folder) as written, open_masks(folder) as masks:
+        with console.progress("check from disk", len(digests) + len(opened.pattern.shapes)) as progress:
+            for name, digest in digests.items():
+                if name not in written.tensors or _digest(written.read(name)) != digest:
+                    problems.append(Problem(f"{name} on disk differs from what was trained", str(folder), again))
+                progress.advance()
+            for layer, (n, k) in opened.pattern.shapes.items():
+                keep = masks.keep(layer, n, k) if masks is not None else opened.pattern.keep(layer)
+                problems += _pattern_problems(layer, keep, opened, written)
+                progress.advance()
+        packed = layer_names(written.tensors, "ct") if detect(written.config, written.tensors).name == "ct" else []
+        for layer in packed:
+            for suffix in ("weight_packed", "weight_shape"):
+                if written.raw(f"{layer}.{suffix}") != opened.student.checkpoint.raw(f"{layer}.{suffix}"):
+                    problems.append(Problem(f"{layer}.{suffix} is not the student's", str(folder), again))
+    if problems:
+        raise CheckFailed.from_problems("E103", problems)
+
+
+def _pattern_problems(layer: str, keep: Tensor, opened: Opened, written: Checkpoint) -> list[Problem]:
+    check_keep(keep)
+    if not torch.equal(keep, opened.pattern.keep(layer)):
+        return [Problem(f"the mask of {layer} is not the one that was trained with", layer, "please report it: a defect of marlinctl")]
+    if f"{layer}.weight" not in written.tensors:
+        return []  # packed: its codes are compared with the student's
+    alive = int(((written.read(f"{layer}.weight") != 0) & ~keep).sum())
+    what = f"{layer} is not 2:4 any more: {alive} pruned weights are not zero"
+    return [Problem(what, layer, "please report it: a defect of marlinctl")] if alive else []
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()

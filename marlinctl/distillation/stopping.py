@@ -1,0 +1,43 @@
+"""Ctrl-C and SIGTERM, answered after the current step.
+
+The first signal is remembered, so that the step is finished and saved; a second one acts at once. After saving, `raise_again` lets the
+signal do what it does everywhere in marlinctl: the command line turns it into exit code 130 or 143.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class Stopping:
+    """Use as a context manager around the loop; `asked` is the number of the signal that came, or 0."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stopping:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._remember)
+            except ValueError:  # not the main thread: the embedding program owns the signals
+                break
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._restore()
+
+    def raise_again(self) -> None:
+        self._restore()
+        signal.raise_signal(signal.Signals(self.asked))
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        self.asked = number
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, handler)

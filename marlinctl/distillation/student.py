@@ -1,0 +1,117 @@
+"""The student as the loop trains it: transformers' model, which of its parameters are trained, and what stays zero.
+
+Weights are held in float32, whatever the checkpoint stores: a step of 1e-4 on a bfloat16 weight would mostly round to nothing.
+The model stays in eval mode, so nothing in it is random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from marlinctl.checkpoint.formats import read_parts
+from marlinctl.checkpoint.reader import torch_dtype
+from marlinctl.distillation.opening import Opened
+from marlinctl.distillation.places import Place, assemble, by_parameter, trained_places
+from marlinctl.distillation.processes import Processes, local, shard_like, whole
+from marlinctl.distillation.scales import exact_in_bfloat16, freeze_codes, settle, trained_scales
+from marlinctl.load import load_dense
+from marlinctl.models import Architecture
+
+
+@dataclass(frozen=True, slots=True)
+class Student:
+    model: nn.Module
+    trained: Mapping[str, nn.Parameter]  # by their names in the model
+    pruned: Sequence[tuple[nn.Parameter, Tensor]]  # parameter and what must stay zero of it, both this process's part
+    places: Mapping[str, Place]  # the tensors of the checkpoint that change -> where they lie
+    scaled: Mapping[str, bool]  # parameters made of codes and scales -> whether their scales stay exact in bfloat16
+
+    @torch.no_grad()
+    def prune(self) -> None:
+        """Apply the mask again. An optimiser moves what the gradient moves, and pruned weights have a gradient too."""
+        for parameter, mask in self.pruned:
+            local(parameter).masked_fill_(mask, 0.0)
+
+    @torch.no_grad()
+    def settle(self, opened: Opened) -> None:
+        """Round everything trained to what the checkpoint can hold, so that what is measured is what is published."""
+        settle(self.model, self.scaled)
+        for parameter, tensors in by_parameter(self.places).items():
+            if parameter not in self.scaled:
+                held = local(self.trained[parameter])
+                held.copy_(held.to(torch_dtype(opened.student.checkpoint.tensors[tensors[0]])))
+        self.prune()
+
+    def values(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor that changes, by its name in the checkpoint, in float32. All processes must ask together."""
+        for parameter, tensors in by_parameter(self.places).items():
+            if parameter in self.scaled:
+                for tensor in tensors:
+                    yield f"{tensor}_scale", trained_scales(self.model, self.places[tensor])
+            else:
+                full = whole(self.trained[parameter].detach())
+                for tensor in tensors:
+                    yield tensor, full[self.places[tensor].index]
+
+
+def load_student(opened: Opened, mode: str, checkpointing: bool, processes: Processes) -> Student:
+    """Read the student and prepare it for training in this process."""
+    known = opened.student.architecture
+    model = load_dense(opened.student.source.folder, dtype=torch.float32, device="cpu" if processes.sharded else processes.device)
+    model.requires_grad_(False)
+    places = trained_places(known)
+    scaled: dict[str, bool] = {}
+    if mode == "scales":
+        places, scaled = _freeze_codes(model, places, opened)
+    else:
+        for parameter in by_parameter(places):
+            model.get_parameter(parameter).requires_grad_(True)
+    blocks = [model.get_submodule(block.prefix) for block in known.blocks]
+    if checkpointing:
+        for block in blocks:  # keeps a block's input alone and runs it again in the backward pass
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    processes.shard(model, blocks)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    pruned = [] if mode == "scales" else _pruned(model, places, opened, processes)
+    return Student(model, trained, pruned, places, scaled)
+
+
+def _pruned(model: nn.Module, places: Mapping[str, Place], opened: Opened, processes: Processes) -> list[tuple[nn.Parameter, Tensor]]:
+    masked = {name: place for name, place in places.items() if name.removesuffix(".weight") in opened.pattern.shapes}
+    found = []
+    for name, tensors in by_parameter(masked).items():
+        parameter = model.get_parameter(name)
+        pieces = ((places[tensor], ~opened.pattern.keep(tensor.removesuffix(".weight"))) for tensor in tensors)
+        mask = assemble(pieces, parameter.shape, torch.bool).to(processes.device)
+        found.append((parameter, local(shard_like(mask, parameter))))
+    return found
+
+
+def _freeze_codes(model: nn.Module, places: Mapping[str, Place], opened: Opened) -> tuple[dict[str, Place], dict[str, bool]]:
+    """Train the factors of packed linears and the norms; no 16-bit linear, no bias."""
+    student = opened.student
+    parts = {layer: read_parts(student.checkpoint, student.info, layer) for layer in student.info.layers if f"{layer}.weight" in places}
+    norms = {name: place for name, place in places.items() if _is_norm(name, student.architecture)}
+    packed = {f"{layer}.weight": places[f"{layer}.weight"] for layer in parts}
+    freeze_codes(model, packed, parts)
+    for place in norms.values():
+        model.get_parameter(place.parameter).requires_grad_(True)
+    scaled = {
+        parameter: all(exact_in_bfloat16(parts[tensor.removesuffix(".weight")].scales) for tensor in tensors)
+        for parameter, tensors in by_parameter(packed).items()
+    }
+    for parameter in scaled:
+        path, _, name = parameter.rpartition(".")
+        model.get_parameter(f"{path}.parametrizations.{name}.original").requires_grad_(True)
+    return {**norms, **packed}, scaled
+
+
+def _is_norm(tensor: str, known: Architecture) -> bool:
+    linears = known.linears
+    return tensor.removesuffix(".weight") not in linears and not tensor.endswith(".bias")

@@ -1,0 +1,29 @@
+"""Signals: the first waits for the step, the second does not."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from marlinctl.distillation.stopping import Stopping
+
+
+def test_the_first_signal_is_remembered_and_raised_again() -> None:
+    """A step that is cut off is lost; a signal that is swallowed leaves a run that nobody can stop."""
+    before = signal.getsignal(signal.SIGINT)
+    with Stopping() as stopping:
+        signal.raise_signal(signal.SIGINT)
+        assert stopping.asked == signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) is before, "a second Ctrl-C acts at once"
+        with pytest.raises(KeyboardInterrupt):
+            stopping.raise_again()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_handlers_come_back() -> None:
+    """A program that uses marlinctl as a library must get its own handlers back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with Stopping() as stopping:
+        assert all(signal.getsignal(number) != handler for number, handler in before.items())
+    assert not stopping.asked and {number: signal.getsignal(number) for number in before} == before
