@@ -1,6 +1,6 @@
 """Quality against the original: measured before anything is published, and held against what the person allows.
 
-A gate that says no ends the run with exit code 1; the finished folder is kept as OUT.job and nothing is published.
+A gate that says no ends the run with exit code 1; the finished folder is kept as OUT.rejected and nothing is published.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from marlinctl.recipe import Recipe
 
 
+class GateRefused(CheckFailed):
+    """The result is not what was asked for; it is finished and kept, but not published."""
+
+
 @dataclass(frozen=True, slots=True)
 class Gate:
     """None: not asked for."""
@@ -33,10 +37,10 @@ class Gate:
         return self.max_kl is not None or self.max_ppl_ratio is not None
 
     def check(self, evaluation: Mapping[str, Any], console: Console) -> dict[str, Any]:
-        """Passes, or CheckFailed E115 with everything that is too bad. Returns what the report says of the gate."""
+        """Passes, or GateRefused E115 with everything that is too bad. Returns what the report says of the gate."""
         document = evaluation.get("document")
         if document is None:
-            raise CheckFailed(
+            raise GateRefused(
                 "E116",
                 f"the quality gate needs a measurement, and there is none ({evaluation['table']})",
                 where="--max-kl / --max-ppl-ratio",
@@ -51,7 +55,7 @@ class Gate:
             problems.append(_problem(what))
         verdict = {"max_kl": self.max_kl, "max_ppl_ratio": self.max_ppl_ratio, "kl": kl, "ppl_ratio": ratio, "passed": not problems}
         if problems and not self.publish_anyway:
-            raise CheckFailed.from_problems("E115", problems)
+            raise GateRefused.from_problems("E115", problems)
         for problem in problems:
             console.warn(f"{problem.what}; published all the same (--publish-anyway)")
         return verdict
@@ -66,7 +70,7 @@ def figures(document: Mapping[str, Any]) -> tuple[float, float]:
 def _problem(what: str) -> Problem:
     return Problem(
         what,
-        "the result, which is kept as OUT.job and not published",
+        "the result, which is kept as OUT.rejected and not published",
         "distil it, prune or quantize less, or pass --publish-anyway",
     )
 

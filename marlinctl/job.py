@@ -29,6 +29,7 @@ from marlinctl.checkpoint.writer import StagedCheckpoint, check_output, publish_
 from marlinctl.console import Console
 from marlinctl.devices import threads
 from marlinctl.errors import CheckFailed
+from marlinctl.gate import GateRefused
 from marlinctl.memory import peak_rss
 from marlinctl.opening import Opened, Options, open_model
 from marlinctl.recipe import Recipe, recipe_hash
@@ -51,8 +52,8 @@ def run_job(
 ) -> tuple[dict[str, Any], Source]:
     """Quantize, prune or both: `model` (folder, hub id or GGUF file) into `out`.
 
-    Returns the report as a JSON document, and where the model was found. Where `measure` raises CheckFailed the finished folder is kept
-    beside `out`, as OUT.job.
+    Returns the report as a JSON document, and where the model was found. Where `measure` raises GateRefused the finished folder is kept
+    beside `out`, as OUT.rejected.
     """
     started = time.monotonic()
     local = [Path(model)] if Path(model).exists() else []
@@ -71,7 +72,7 @@ def run_job(
         )
         with StagedCheckpoint(out, overwrite=options.overwrite, fmt=fmt) as staged:
             solving = Solving(opened, recipe, options, staged, console)
-            _walk(opened, calibration.tokens, staged, solving, recipe, options, console)
+            _walk(opened, calibration.tokens, staged, solving, options, console)
             solved = {f"{name}.weight" for name in opened.plan.group_sizes}
             staged.copy_tensors(opened.checkpoint, [n for n in opened.checkpoint.tensors if n not in solved])
             staged.copy_companions(opened.source.folder)
@@ -87,7 +88,7 @@ def run_job(
             if measure is not None:
                 try:
                     report["evaluation"] = measure(staged.path, opened.source)
-                except CheckFailed:
+                except GateRefused:
                     staged.set_aside()
                     raise
                 for name, data in report_files(report, fmt=fmt, layers=layers, ignore=_ignore(opened)).items():
@@ -99,9 +100,7 @@ def run_job(
 # ---- the work ------------------------------------------------------------------------------------------------------------------------
 
 
-def _walk(
-    opened: Opened, tokens: Any, staged: StagedCheckpoint, solving: Solving, recipe: Recipe, options: Options, console: Console
-) -> None:
+def _walk(opened: Opened, tokens: Any, staged: StagedCheckpoint, solving: Solving, options: Options, console: Console) -> None:
     architecture, device, dtype = opened.architecture, opened.device, opened.dtype
     model = build(opened.checkpoint.config, dtype)
     budget = int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE) if device.type == "cuda" else 0
@@ -113,7 +112,7 @@ def _walk(
         walk = Walk(
             model, architecture, opened.checkpoint, tokens,
             device=device, dtype=dtype, scratch=Scratch(staged.path, device, budget), chunk_tokens=CHUNK_TOKENS,
-            match=recipe.quantize.match > 0,
+            match=opened.matches,
         )  # fmt: skip
         for block in architecture.blocks:
             walk.run_block(block, solving.stage)

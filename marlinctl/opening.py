@@ -21,7 +21,7 @@ from marlinctl.console import Console
 from marlinctl.devices import choose_device, forward_dtype
 from marlinctl.errors import BadInput, Problem, ResourceProblem, UsageError
 from marlinctl.memory import predicted_peak
-from marlinctl.models import Architecture, LinearSpec, architecture
+from marlinctl.models import Architecture, Experts, LinearSpec, architecture
 from marlinctl.patterns import Patterns, find_patterns
 from marlinctl.recipe import Recipe
 from marlinctl.rules import Plan, plan
@@ -55,6 +55,7 @@ class Opened:
     architecture: Architecture
     plan: Plan
     patterns: Patterns  # 2:4 that the source has already
+    matches: bool  # whether the original walks along (walk.py)
     device: torch.device
     dtype: torch.dtype  # of the forward pass
 
@@ -90,7 +91,11 @@ def open_model(model: str, out: Path, recipe: Recipe, options: Options, console:
         _refuse_odd_widths(shapes)
     patterns = find_patterns(checkpoint, shapes, console)
     _say_pattern(patterns, len(shapes), recipe, console)
-    opened = Opened(source, checkpoint, known, rules, patterns, device, dtype)
+    matches = recipe.quantize.match > 0
+    if matches and any(isinstance(block.mlp, Experts) for block in known.blocks):
+        console.warn("a model with experts: their router sends other tokens than the original's, so nothing is matched (--match 0)")
+        matches = False
+    opened = Opened(source, checkpoint, known, rules, patterns, matches, device, dtype)
     _require_room(opened, out, recipe, options)
     if source.kind == "hub":
         with console.progress("compare with the hub's digests", len(checkpoint.files)) as progress:
@@ -162,6 +167,7 @@ def _require_room(opened: Opened, out: Path, recipe: Recipe, options: Options) -
         length=asked.sequence_length,
         element=opened.dtype.itemsize,
         chunk_tokens=CHUNK_TOKENS,
+        matches=opened.matches,
     )
     if options.max_memory is not None and needed > options.max_memory:
         raise ResourceProblem(

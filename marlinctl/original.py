@@ -31,7 +31,7 @@ class Original:
         self.adds = False  # whether the block adds its branches to the residual stream as they are
 
     def run_block(self, block: Block, layer: nn.Module, parts: Iterable[slice], call: Callable[[Tensor, int], Tensor]) -> None:
-        """Take the hidden states through `layer`, whose norms and biases are in place; afterwards its linears hold the original's weights."""
+        """Take the hidden states through `layer`, whose norms and biases are in place; its linears hold the original's weights then."""
         assert isinstance(block.mlp, Branch)
         branches = (block.attention, block.mlp)
         for name in block.linears:

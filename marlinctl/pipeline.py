@@ -1,10 +1,10 @@
-"""`compress`: quantize, pack, verify, evaluate and report, as one run with one result.
+"""`compress`: prune, distil, quantize, pack, verify, evaluate and report, as one run with one result.
 
-    OUT.work-1f0c9a2e/ct   ◄── quantize
+    OUT.work-1f0c9a2e/ct   ◄── quantize, or prune and quantize in one walk, or prune ─► distil ─► quantize where tokens are given
     OUT.work-1f0c9a2e/...  ◄── pack, once for each format
-                               verify each ─► evaluate against the original ─► reports ─► rename all of them into place, or none
+                               verify each ─► evaluate against the original ─► gate ─► reports ─► rename all of them into place, or none
 
-Nothing appears under its final name before everything is checked.
+Nothing appears under its final name before everything is checked. A result that the gate refuses is kept as OUT.rejected.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from __future__ import annotations
 import secrets
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from marlinctl.checkpoint.formats import detect
 from marlinctl.checkpoint.reader import open_checkpoint
-from marlinctl.checkpoint.writer import check_output, publish_together
+from marlinctl.checkpoint.source import Source
+from marlinctl.checkpoint.writer import check_output, keep_rejected, publish_together
 from marlinctl.console import Console
 from marlinctl.evaluation.tasks import require_lm_eval
-from marlinctl.gate import against_original
+from marlinctl.gate import Gate, GateRefused, measure
 from marlinctl.job import run_job
 from marlinctl.opening import Options
-from marlinctl.recipe import Recipe
+from marlinctl.recipe import Recipe, resolve
 from marlinctl.repack import repack
 from marlinctl.report import report_files
 from marlinctl.verify import verify
@@ -48,6 +49,7 @@ def run_compress(
     *,
     evaluate_result: bool = True,
     task_data: Path | None = None,
+    gate: Gate | None = None,
 ) -> dict[str, Any]:
     """The whole way from a model to published folders: OUT in the recipe's first format, OUT-<format> for each further one."""
     first, *others = recipe.pack.formats
@@ -61,20 +63,46 @@ def run_compress(
     work = out.resolve().with_name(f"{out.name}.work-{secrets.token_hex(4)}")
     work.mkdir()
     try:
-        report, source = run_job(model, work / "ct", recipe, options, console)
+        report, source = _interchange(model, work, recipe, options, console)
         for fmt in places:
             if fmt != "ct":
                 repack(work / "ct", work / fmt, format=fmt, console=console)
         report = {**report, "kind": "compress", "outputs": [{"folder": str(place), "format": fmt} for fmt, place in places.items()]}
         report["verified"] = {fmt: verify(work / fmt, source=source.folder, load=None, console=console).document() for fmt in places}
-        if evaluate_result:
-            report["evaluation"] = against_original(work / "ct", source, recipe, task_data, console)
+        if evaluate_result or (gate is not None and gate.asked):
+            report["evaluation"] = measure(recipe, gate or Gate(), console, task_data)(work / "ct", source)
         for fmt in places:
             _write_reports(work / fmt, fmt, report)
         publish_together([Finished(work / fmt, place.resolve(), options.overwrite) for fmt, place in places.items()])
+    except GateRefused:
+        keep_rejected(work, out.resolve())
+        raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return report
+
+
+def _interchange(model: str, work: Path, recipe: Recipe, options: Options, console: Console) -> tuple[dict[str, Any], Source]:
+    """The 4-bit checkpoint in the interchange form, as work/ct, by one walk or by three stages."""
+    if recipe.sparsify.pattern == "none" or recipe.distill.tokens == 0:
+        return run_job(model, work / "ct", recipe, options, console)
+    from marlinctl.distill import run_distill
+
+    pruning, _ = resolve(recipe, {"quantize.bits": 16})
+    pruned, source = run_job(model, work / "pruned", pruning, options, console)
+    distilled = run_distill(str(work / "pruned"), work / "distilled", str(source.folder), recipe, options, console)
+    shutil.rmtree(work / "pruned")
+    quantizing, _ = resolve(recipe, {"sparsify.pattern": "none"})
+    report, _ = run_job(str(work / "distilled"), work / "ct", quantizing, replace(options, revision=None), console)
+    shutil.rmtree(work / "distilled")
+    stages = {
+        "pruned": {key: pruned[key] for key in ("error", "seconds", "layers")},
+        "distilled": {key: distilled[key] for key in ("training", "held_out")},
+    }
+    report |= {key: pruned[key] for key in ("source", "recipe")} | {"stages": stages}
+    report["bytes"] = {**report["bytes"], "source": pruned["bytes"]["source"]}
+    report["seconds"] = round(pruned["seconds"] + distilled["training"]["seconds"] + report["seconds"], 1)
+    return report, source
 
 
 def _write_reports(folder: Path, fmt: str, report: Mapping[str, Any]) -> None:

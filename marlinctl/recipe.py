@@ -56,7 +56,6 @@ class Quantize(_Section):
     damping: float = Field(gt=0, le=1)
     refine: int = Field(ge=0, le=100)
     match: float = Field(ge=0, le=1)
-    match_residual: bool
     skip: Names
     overrides: dict[str, Override]
     include: Names

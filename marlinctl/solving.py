@@ -27,10 +27,8 @@ from marlinctl.quantize.gptq import Solved, SolveSettings, solve
 from marlinctl.quantize.match import matched
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipe import Recipe
-from marlinctl.sparsify.sparsegpt import PruneSettings, prune, prune_and_quantize, solve_pruned
+from marlinctl.sparsify.sparsegpt import PruneSettings, fit_mask, prune, prune_and_quantize, solve_pruned
 from marlinctl.sparsify.types import SparseQuantizedLinear
-
-MATCH_DAMPING = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +39,7 @@ class LayerRecord:
     shape: tuple[int, int]
     group_size: int | None  # None: 16-bit
     pattern: str | None  # "2:4" or None
-    error: float  # share of the output energy that is lost: tr(δ H δᵀ) / tr(W H Wᵀ)
+    error: float  # share of the output energy that is lost: tr(δ H δᵀ) / tr(W H Wᵀ); with `match`, W is what would match the original
     damping: float
     tokens: int
     dead: int
@@ -74,7 +72,7 @@ class Solving:
     def __init__(self, opened: Opened, recipe: Recipe, options: Options, staged: StagedCheckpoint, console: Console) -> None:
         self.opened, self.options, self.staged, self.console = opened, options, staged, console
         self.records: list[LayerRecord] = []
-        self.recipe = recipe
+        self.match = recipe.quantize.match if opened.matches else 0.0
         self.bits = recipe.quantize.bits
         self.prunes = recipe.sparsify.pattern == "2:4"
         self.pruning = PruneSettings(
@@ -105,9 +103,6 @@ class Solving:
             members = [name for name in names if kinds.get(name) == kind]
             started = time.monotonic()
             stack = torch.cat([weights[name] for name in members])
-            stack = matched(
-                stack, hessian, share=self.recipe.quantize.match, damping=MATCH_DAMPING, residual=self.recipe.quantize.match_residual
-            )
             keep = torch.cat([patterns.keep(name, weights[name]).to(device) for name in members]) if kind[1] else None
             outcome, final, kept = self._solve(members, stack, keep, hessian, kind[0])
             seconds = time.monotonic() - started
@@ -124,13 +119,16 @@ class Solving:
     ) -> tuple[Outcome, Callable[[slice], Tensor | QuantizedLinear], Tensor | None]:
         """The outcome, what each slice of rows became, and the mask of all rows [R, K] on the CPU."""
         try:
+            if self.match:
+                stack = matched(stack, hessian, share=self.match, damping=self.pruning.damping)
             if self.bits == 16:
                 pruned = prune(stack, hessian, self.pruning)
                 return pruned, lambda rows: pruned.weight[rows], pruned.keep.cpu()
             settings = self.settings[group_size]
             solved: Solved
             if keep is not None:
-                solved, keep = solve_pruned(stack, keep, hessian, settings)
+                pruned_stack = fit_mask(stack, keep, hessian, self.pruning) if self.match else stack
+                solved, keep = solve_pruned(pruned_stack, keep, hessian, settings, original=stack)
             elif self.prunes:
                 solved, keep = prune_and_quantize(stack, hessian, self.pruning, settings)
             else:

@@ -246,7 +246,7 @@ def test_a_result_that_is_too_bad_is_kept_back(tmp_path: Path, text: Path, capfd
     assert "--max-kl allows 1e-09" in told and "--max-ppl-ratio allows 1e-09" in told
     assert "Traceback" not in told
     assert digests(out) == before
-    with mask.open_masks(tmp_path / "out.job") as masks:
+    with mask.open_masks(tmp_path / "out.rejected") as masks:
         assert masks is not None and len(masks.layers) == 14
     assert not list(tmp_path.glob("out.tmp-*"))
 

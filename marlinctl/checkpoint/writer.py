@@ -226,12 +226,8 @@ class StagedCheckpoint:
         verify(self.path)
 
     def set_aside(self) -> Path:
-        """Keep the staged folder as OUT.job, for somebody to look at, instead of removing it. An older one there is replaced."""
-        place = self.out.with_name(f"{self.out.name}.job")
-        with _disk_problems(place):
-            shutil.rmtree(place, ignore_errors=True)
-            self.path.rename(place)
-        return place
+        """Keep the staged folder as OUT.rejected, for somebody to look at, instead of removing it."""
+        return keep_rejected(self.path, self.out)
 
     def _write_entries(self, entries: list[_Entry]) -> str:
         taken = {entry.name for shard in self._shards for entry in shard}
@@ -266,6 +262,15 @@ class StagedCheckpoint:
         total = sum(entry.size for shard in self._shards for entry in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         self.write_file(f"{self.stem}.safetensors.index.json", manifests.canonical(index))
+
+
+def keep_rejected(folder: Path, out: Path) -> Path:
+    """Move a finished folder that may not be published beside its place, as OUT.rejected; an older one there is replaced."""
+    place = out.with_name(f"{out.name}.rejected")
+    with _disk_problems(place):
+        shutil.rmtree(place, ignore_errors=True)
+        folder.rename(place)
+    return place
 
 
 def companions(folder: Path) -> Iterator[tuple[str, bytes]]:

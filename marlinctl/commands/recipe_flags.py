@@ -33,6 +33,10 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "quantize.scale_search": ("--scale-search", {"metavar": "hessian|mse|none", "help": "Error that a group's scale minimises."}),
     "quantize.damping": ("--damping", {"type": float, "help": "Fraction of the mean diagonal added to the Hessian."}),
     "quantize.refine": ("--refine", {"type": int, "help": "Rounds of coordinate descent and scale re-fit after the solve."}),
+    "quantize.match": (
+        "--match",
+        {"type": float, "metavar": "0..1", "help": "Share of the drift from the original that each linear makes up for."},
+    ),
     "quantize.skip": (
         "--skip",
         {"multiple": True, "metavar": "PATTERN", "help": "Leave these linears 16-bit (k_proj, layers.0.*, re:...)."},

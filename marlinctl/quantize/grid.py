@@ -45,8 +45,9 @@ def search_scales(
     smaller by more than `margin`, a share of the standing one's.
 
     weight: [R, K] float32. importance: [K] float32 >= 0 (the diagonal of the Hessian), or None for plain squares.
-    ratios: the other candidates, as fractions of the scale that just covers the largest weight w: w / -8, which puts it on level -8, and w / 7.5 for
-    the other sign; |w| / 7.5 alone where scales must be positive. Returns scales [R, G] float32, already rounded by `round_scales`.
+    ratios: the other candidates, as fractions of the scale that just covers the largest weight w: w / -8, which puts it on level -8,
+    and w / 7.5 for the other sign; |w| / 7.5 alone where scales must be positive. Returns scales [R, G] float32, already rounded by
+    `round_scales`.
     """
     rows, k = weight.shape
     groups = k // group_size

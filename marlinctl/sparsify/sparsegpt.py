@@ -91,6 +91,19 @@ def solve_pruned(
     return replace(solved, linear=SparseQuantizedLinear(linear.codes, linear.scales, linear.group_size, keep)), keep
 
 
+def fit_mask(weight: Tensor, keep: Tensor, hessian: Hessian, settings: PruneSettings) -> Tensor:
+    """The weights on a given mask that come closest to `weight` [R, K] float32 in the Hessian's metric. Returns [R, K]."""
+    factored = factor(hessian.matrix, settings.damping)
+    if factored.fallback is not None:
+        return weight * keep
+    damped = _damped(hessian.matrix, factored)
+    parts = []
+    for rows, kept in zip(torch.split(weight, _ROWS), torch.split(keep, _ROWS), strict=True):
+        w, mask = rows.T.contiguous(), kept.T.contiguous()
+        parts.append(masked_least_squares(w, w * mask, mask, damped, settings.iterations).T)
+    return torch.cat(parts).contiguous()
+
+
 def _start(w: Tensor, diagonal: Tensor, factored: Factor, settings: PruneSettings) -> tuple[Tensor, Tensor]:
     """The first mask and what the survivors are under it, [K, R] each."""
     if settings.method in ("magnitude", "wanda"):

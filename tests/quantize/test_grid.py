@@ -63,3 +63,21 @@ def test_positive_scales_are_positive() -> None:
     weight = -torch.rand(5, 64)
     found = search_scales(weight, None, group_size=64, both_signs=False, bfloat16_exact=False, ratios=(1.0, 0.8))
     assert (found > 0).all()
+
+
+def test_another_scale_must_promise_more_than_the_margin() -> None:
+    """If any small gain counted, scales would clip weights for errors that later columns make up for (docs/log/2026-11-21-drift.md)."""
+    weight = torch.randn(50, 64, generator=torch.Generator().manual_seed(4))
+
+    def errors(s: torch.Tensor) -> torch.Tensor:
+        return ((weight / s).round().clamp(-8, 7) * s - weight).square().sum(1)
+
+    def search(margin: float) -> torch.Tensor:
+        ratios = (0.9, 0.8, 0.7)
+        return search_scales(weight, None, group_size=64, both_signs=False, bfloat16_exact=False, ratios=ratios, margin=margin)
+
+    covering, free, strict = search(0.999), search(0.0), search(0.2)
+    assert torch.allclose(covering[:, 0], weight.abs().amax(1) / 7.5, rtol=1e-3)
+    moved = strict != covering
+    assert bool(moved.any()) and bool((free != covering).sum() > moved.sum())
+    assert bool((errors(strict)[moved[:, 0]] < 0.8 * errors(covering)[moved[:, 0]] * 1.001).all())
