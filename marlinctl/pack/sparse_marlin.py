@@ -9,8 +9,8 @@ survivor to where it is wanted. The bits of n and of survivor c, lowest last:
     nibbles    [n: block, octet, pair, j]  [row, half] of 4 quads                          one byte each
     meta       [row, block, j high, octet, j low, half, pair] of 16 bits = nibbles of 4 quads
 
-Who survived is data and comes from `keep`, never from the codes. The packers of Sparse-MARLIN and of compressed-tensors
-looked for nonzeros: the first lost survivors with code -8 (nibble 0), both move one whose code is 0.
+Who survived is data and comes from `keep`, never from the codes. The first packer of Sparse-MARLIN looked for nonzero nibbles
+and lost survivors with code -8; that of compressed-tensors looked for nonzero codes and moved survivors with code 0.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from marlinctl.quantize.types import QuantizedLinear
 from marlinctl.sparsify.types import QUAD, SURVIVORS, SparseQuantizedLinear
 
 ROW_K = TILE_K * QUAD // SURVIVORS  # columns of K in one row of words
-WEIGHTS_AT_ONCE = 1 << 26  # of a GPU in `remask`: every step is a launch there, so as few as half a gigabyte of steps allows
+WEIGHTS_AT_ONCE = 1 << 26  # in `remask` on a GPU, where every step is a launch: few large ones, and still below a gigabyte of them
 ZEROS = 0x08080808  # code 0 in each byte of a quad
 
 
