@@ -21,7 +21,9 @@ import torch
 
 from marlinctl.pack.interchange import pack_ct, pack_gptq, unpack_ct, unpack_gptq
 from marlinctl.pack.marlin import pack_marlin, unpack_marlin
+from marlinctl.pack.sparse_marlin import pack_sparse_marlin, unpack_sparse_marlin
 from marlinctl.quantize.types import QuantizedLinear
+from marlinctl.sparsify.types import QUAD, SparseQuantizedLinear
 
 
 def main() -> None:
@@ -55,6 +57,12 @@ def steps(n: int, k: int, group_size: int, device: torch.device) -> Iterator[tup
     yield "pack_marlin", lambda: pack_marlin(q)
     packed = pack_marlin(q)
     yield "unpack_marlin", lambda: unpack_marlin(packed)
+    order = torch.rand(n, k // QUAD, QUAD, generator=generator).argsort(-1).to(device)
+    keep = (order < 2).reshape(n, k)
+    sparse = SparseQuantizedLinear(codes * keep, scales, group_size, keep)
+    yield "pack_sparse_marlin", lambda: pack_sparse_marlin(sparse)
+    tiles = pack_sparse_marlin(sparse)
+    yield "unpack_sparse_marlin", lambda: unpack_sparse_marlin(tiles)
     yield "pack_ct", lambda: pack_ct(codes)
     words = pack_ct(codes)
     yield "unpack_ct", lambda: unpack_ct(words, n, k)

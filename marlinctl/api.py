@@ -50,7 +50,7 @@ def quantize(
 
 
 def pack(source: str | Path, out: str | Path, *, format: str, also: Sequence[str] = (), overwrite: bool = False) -> list[Path]:
-    """Write a 4-bit folder in another format (ct, gptq, marlin, dense), exactly. Returns `out` and the OUT-<format> of `also`."""
+    """Write a 4-bit folder in another format (ct, gptq, marlin, marlin_24, dense), exactly. Returns `out` and each OUT-<format>."""
     from marlinctl.repack import repack
 
     written = repack(Path(source), Path(out), format=format, also=also, overwrite=overwrite, console=Console.quiet())

@@ -12,15 +12,19 @@ from dataclasses import dataclass, field
 
 from marlinctl import __version__
 from marlinctl.checkpoint.formats import LOADERS
+from marlinctl.checkpoint.mask import NAME as MASK_FILE
 
 _TITLES = {
     "ct": "4-bit weights, compressed-tensors `pack-quantized`",
     "gptq": "4-bit weights, GPTQ v1",
     "marlin": "4-bit weights, native MARLIN tiles of marlinctl",
+    "marlin_24": "4-bit weights, 2:4, native Sparse-MARLIN tiles of marlinctl",
     "dense": "16-bit copy of a 4-bit model",
 }
+_NATIVE_NOTE = "Plain transformers finds no model file in this folder, on purpose: it would fill the packed layers with random numbers.\n"
 _NOTES = {
-    "marlin": "Plain transformers finds no model file in this folder, on purpose: it would fill the packed layers with random numbers.\n",
+    "marlin": _NATIVE_NOTE,
+    "marlin_24": _NATIVE_NOTE,
     "dense": "Every linear holds float16(code * scale). The product is rounded to 11 significant bits, so logits are close to those of the "
     "packed model and not equal to them.\n",
 }
@@ -39,6 +43,7 @@ class CardFacts:
     calibration: str | None = None
     recipe_hash: str | None = None
     scores: Sequence[tuple[str, str, str, str]] = field(default=())
+    two_of_four: bool = False  # pruned to 2:4
 
 
 def render(facts: CardFacts) -> str:
@@ -53,7 +58,13 @@ def _front_matter(facts: CardFacts) -> list[str]:
         lines += [f"base_model: {json.dumps(facts.base_model)}", "base_model_relation: quantized"]
     if facts.license:
         lines.append(f"license: {json.dumps(facts.license)}")
-    tags = ["marlinctl", *{"ct": ["compressed-tensors", "int4"], "gptq": ["gptq", "int4"], "marlin": ["marlin", "int4"]}.get(facts.fmt, [])]
+    of_format = {
+        "ct": ["compressed-tensors", "int4"],
+        "gptq": ["gptq", "int4"],
+        "marlin": ["marlin", "int4"],
+        "marlin_24": ["marlin", "int4"],
+    }
+    tags = ["marlinctl", *of_format.get(facts.fmt, []), *(["sparse"] if facts.two_of_four else [])]
     return [*lines, "tags:", *(f"- {tag}" for tag in tags), "---"]
 
 
@@ -64,6 +75,7 @@ def _what(facts: CardFacts) -> list[str]:
         ("Format", _TITLES[facts.fmt]),
         ("Quantized", f"{len(facts.layers)} linears, int4 symmetric, codes -8..7 times one scale per group"),
         ("Group size", groups),
+        ("Pruned", f"2:4, two of each four neighbours along K are zero; {_survivors(facts.fmt)}" if facts.two_of_four else ""),
         ("Left 16-bit", _shorten(facts.ignore)),
         ("Original", f"`{facts.base_model}`" if facts.base_model else ""),
         ("Calibration", facts.calibration or ""),
@@ -75,6 +87,10 @@ def _what(facts: CardFacts) -> list[str]:
     table = ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows if value)]
     note = _NOTES.get(facts.fmt)
     return [f"# {name}: {_TITLES[facts.fmt]}", "", *table, "", *([note] if note else [])]
+
+
+def _survivors(fmt: str) -> str:
+    return "the metadata says which" if fmt == "marlin_24" else f"`{MASK_FILE}` says which"
 
 
 def _scores(facts: CardFacts) -> list[str]:

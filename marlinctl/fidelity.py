@@ -22,6 +22,7 @@ from marlinctl.errors import BadInput, CheckFailed, Problem
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from marlinctl.checkpoint.mask import Masks
     from marlinctl.checkpoint.reader import Checkpoint
     from marlinctl.console import Console
 
@@ -38,14 +39,16 @@ class LayerFidelity:
     scale_match: float | None  # None where there are too few groups, or all scales are alike
 
 
-def compare(checkpoint: Checkpoint, info: formats.FormatInfo, source: Checkpoint, console: Console) -> dict[str, Any]:
+def compare(
+    checkpoint: Checkpoint, info: formats.FormatInfo, source: Checkpoint, console: Console, masks: Masks | None = None
+) -> dict[str, Any]:
     """Every linear and every untouched tensor against the source. CheckFailed lists all that are implausible."""
     problems, converted = _untouched(checkpoint, info, source)
     layers: list[LayerFidelity] = []
     with console.progress("compare with source", len(info.layers)) as progress:
         for layer in info.layers:
             weight = _source_weight(source, layer)
-            measured = measure(layer, weight, formats.read_parts(checkpoint, info, layer))
+            measured = measure(layer, weight, formats.read_parts(checkpoint, info, layer, masks))
             layers.append(measured)
             problems += _implausible(measured)
             progress.advance()
@@ -65,7 +68,7 @@ def measure(layer: str, weight: Tensor, parts: formats.LinearParts) -> LayerFide
     """weight: [N, K] of the source."""
     import torch
 
-    weight = weight.to(torch.float32)
+    weight = weight.to(torch.float32) if parts.keep is None else weight.to(torch.float32) * parts.keep
     error = float((weight - parts.weight()).norm() / weight.norm().clamp_min(torch.finfo(torch.float32).tiny))
     return LayerFidelity(layer, error, _scale_match(weight, parts))
 

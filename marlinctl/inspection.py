@@ -1,6 +1,8 @@
 """What a checkpoint is, told from config.json and the headers of its shards: no torch, no weights, well under a second.
 
-The one thing that headers do not say is the true K of a packed linear; it is read from `weight_shape`, sixteen bytes.
+The one thing that headers do not say is the true K of a packed linear; it is read from `weight_shape`, sixteen bytes. Of the 2:4 pattern
+they know what metadata or a mask file states; whether the weights have one that nobody states, and how many survivors are zero, only the
+weights tell, and reading them is asked for.
 """
 
 from __future__ import annotations
@@ -11,28 +13,31 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl import manifest
+from marlinctl import manifest, pattern
 from marlinctl.checkpoint import formats
+from marlinctl.checkpoint.mask import open_masks
 
 if TYPE_CHECKING:
+    from marlinctl.checkpoint.mask import Masks
     from marlinctl.checkpoint.reader import Checkpoint
 
 _KINDS = {  # suffix of a packed linear's tensors -> what its bytes are
-    "weight_packed": "codes", "qweight": "codes", "B": "codes",
+    "weight_packed": "codes", "qweight": "codes", "B": "codes", "B_24": "codes", "B_meta": "metadata",
     "weight_scale": "scales", "scales": "scales", "s": "scales",
     "qzeros": "zeros and indices", "g_idx": "zeros and indices", "weight_shape": "zeros and indices",
 }  # fmt: skip
+_ORIGINS = {pattern.METADATA: "metadata", pattern.MASK_FILE: "mask file", pattern.ZEROS: "zeros of the weights alone"}
 _NATIVE_WARNING = (
     "plain transformers and vLLM do not load native folders: transformers finds no model file and stops; "
     "`marlinctl pack --format ct` writes one they load"
 )
 
 
-def inspect(folder: Path) -> dict[str, Any]:
-    """The facts as one JSON-ready document."""
+def inspect(folder: Path, *, weights: bool = False) -> dict[str, Any]:
+    """The facts as one JSON-ready document. `weights`: read them all, for what only they tell."""
     from marlinctl.checkpoint.reader import open_checkpoint
 
-    with open_checkpoint(folder, weight_files="auto") as checkpoint:
+    with open_checkpoint(folder, weight_files="auto") as checkpoint, open_masks(folder) as masks:
         info = formats.detect(checkpoint.config, checkpoint.tensors)
         shapes = {layer: formats.layer_shape(checkpoint, info, layer) for layer in info.layers}
         return {
@@ -44,9 +49,10 @@ def inspect(folder: Path) -> dict[str, Any]:
             "group_sizes": {str(size): count for size, count in Counter(info.layers.values()).most_common()},
             "scale_dtypes": _dtypes(checkpoint, info),
             **_parameters(checkpoint, info, shapes),
+            "pattern": _pattern(checkpoint, info, masks, weights),
             "shards": len(checkpoint.files),
             "loads_in": list(info.loaders),
-            "warnings": [*checkpoint.notes, *([_NATIVE_WARNING] if info.name == "marlin" else [])],
+            "warnings": [*checkpoint.notes, *([_NATIVE_WARNING] if info.name in formats.NATIVE else [])],
             "manifest": _manifest(folder),
         }
 
@@ -89,9 +95,27 @@ def _parameters(checkpoint: Checkpoint, info: formats.FormatInfo, shapes: Mappin
 
 
 def _dtypes(checkpoint: Checkpoint, info: formats.FormatInfo) -> list[str]:
-    suffix = {"ct": "weight_scale", "gptq": "scales", "marlin": "s"}.get(info.name)
+    suffix = {"ct": "weight_scale", "gptq": "scales", "marlin": "s", "marlin_24": "s"}.get(info.name)
     names = (f"{layer}.{suffix}" for layer in info.layers)
     return sorted({checkpoint.tensors[name].dtype for name in names if name in checkpoint.tensors})
+
+
+def _pattern(checkpoint: Checkpoint, info: formats.FormatInfo, masks: Masks | None, weights: bool) -> dict[str, Any]:
+    """2:4 or not, in which linears, and who says so. `kind` is None where nobody says and the weights were not read."""
+    survivors = pattern.counted(checkpoint, info, masks) if weights else None
+    found = survivors.pattern if survivors else pattern.stated(checkpoint, info, masks)
+    shapes = pattern.shapes(checkpoint, info)
+    total = sum(n * k for n, k in shapes.values())
+    pruned = sum(n * k // 2 for n, k in (shapes[layer] for layer in found.linears))
+    return {
+        "kind": "2:4" if found.linears else "none" if weights else None,
+        "origin": found.origin,
+        "linears": len(found.linears),
+        "of_linears": len(shapes),
+        "density": round(1 - pruned / total, 4) if total and (found.linears or weights) else None,
+        "zero_survivors": survivors.zero if survivors and found.linears else None,
+        "zero_survivor_share": round(survivors.zero / survivors.kept, 6) if survivors and survivors.kept else None,
+    }
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
@@ -114,6 +138,7 @@ def table(facts: Mapping[str, Any]) -> str:
         ("scales", ", ".join(facts["scale_dtypes"])),
         ("quantized", f"{facts['quantized_linears']} linears, {facts['quantized_parameters']:,} weights"),
         ("bits per weight", str(facts["bits_per_quantized_weight"] or "")),
+        ("pattern", _pattern_line(facts["pattern"])),
         ("not quantized", f"{facts['other_parameters']:,} weights"),
         ("on disk", f"{_megabytes(facts['bytes']['total'])} in {facts['shards']} shards: {kinds}"),
         ("as 16-bit", f"{_megabytes(facts['dense_16bit_bytes'])}, {facts['ratio_to_16bit']} times as much"),
@@ -122,6 +147,18 @@ def table(facts: Mapping[str, Any]) -> str:
     )
     lines = [f"{key:<16}{value}" for key, value in rows if value]
     return "\n".join([*lines, *(f"{'note':<16}{warning}" for warning in facts["warnings"])])
+
+
+def _pattern_line(facts: Mapping[str, Any]) -> str:
+    if facts["kind"] is None:
+        return "none stated; --weights tells whether the weights have one"
+    if facts["kind"] == "none":
+        return "none: no linear has two zeros in each aligned four"
+    parts = [f"2:4 in {facts['linears']} of {facts['of_linears']} linears", f"by the {_ORIGINS[facts['origin']]}"]
+    parts.append(f"density of all linears {facts['density']}")
+    if facts["zero_survivors"] is not None:
+        parts.append(f"{facts['zero_survivors']:,} survivors are zero ({100 * facts['zero_survivor_share']:.2f} %)")
+    return ", ".join(parts)
 
 
 def _megabytes(size: int) -> str:

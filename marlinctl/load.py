@@ -1,4 +1,4 @@
-"""A transformers model from any folder that marlinctl reads: dense, ct, gptq or marlin, packed weights dequantized on the way in.
+"""A transformers model from any folder that marlinctl reads: dense, ct, gptq or native, packed weights dequantized on the way in.
 
 transformers gets a dictionary of tensors that do not exist yet: asked for one, it is read, unpacked and dequantized, and freed when it
 has been copied into the model. So memory is the model in `dtype` plus one linear, and everything transformers does to checkpoints

@@ -22,7 +22,7 @@ from marlinctl.devices import choose_device, forward_dtype
 from marlinctl.errors import BadInput, Problem, ResourceProblem, UsageError
 from marlinctl.memory import predicted_peak
 from marlinctl.models import Architecture, Experts, LinearSpec, architecture
-from marlinctl.patterns import Patterns, find_patterns
+from marlinctl.pattern import MASK_FILE, Known, of_source
 from marlinctl.recipe import Recipe
 from marlinctl.rules import Plan, plan
 from marlinctl.walk import CHUNK_TOKENS
@@ -54,7 +54,7 @@ class Opened:
     checkpoint: Checkpoint
     architecture: Architecture
     plan: Plan
-    patterns: Patterns  # 2:4 that the source has already
+    pattern: Known  # 2:4 that the source has already
     matches: bool  # whether the original walks along (walk.py)
     device: torch.device
     dtype: torch.dtype  # of the forward pass
@@ -89,13 +89,13 @@ def open_model(model: str, out: Path, recipe: Recipe, options: Options, console:
     shapes = {name: (spec.out_features, spec.in_features) for name, spec in _planned(known, rules).items()}
     if recipe.sparsify.pattern == "2:4":
         _refuse_odd_widths(shapes)
-    patterns = find_patterns(checkpoint, shapes, console)
-    _say_pattern(patterns, len(shapes), recipe, console)
+    pattern = of_source(checkpoint, shapes, console)
+    _say_pattern(pattern, len(shapes), recipe, console)
     matches = recipe.quantize.match > 0
     if matches and any(isinstance(block.mlp, Experts) for block in known.blocks):
         console.warn("a model with experts: their router sends other tokens than the original's, so nothing is matched (--match 0)")
         matches = False
-    opened = Opened(source, checkpoint, known, rules, patterns, matches, device, dtype)
+    opened = Opened(source, checkpoint, known, rules, pattern, matches, device, dtype)
     _require_room(opened, out, recipe, options)
     if source.kind == "hub":
         with console.progress("compare with the hub's digests", len(checkpoint.files)) as progress:
@@ -116,21 +116,22 @@ def _refuse_odd_widths(shapes: Mapping[str, tuple[int, int]]) -> None:
         raise UsageError.from_problems("E271", odd)
 
 
-def _say_pattern(patterns: Patterns, planned: int, recipe: Recipe, console: Console) -> None:
+def _say_pattern(known: Known, planned: int, recipe: Recipe, console: Console) -> None:
     """A pattern that is there already is kept, and said aloud; to prune once more is refused."""
-    if not patterns.linears:
+    found = known.pattern
+    if not found.linears:
         return
-    known = "its mask file" if "mask" in patterns.linears.values() else "the zeros of its weights"
+    origin = "its mask file" if found.origin == MASK_FILE else "the zeros of its weights"
     if recipe.sparsify.pattern != "none":
         raise UsageError(
             "E270",
-            f"{len(patterns.linears)} of {planned} linears are 2:4 already ({known})",
+            f"{len(found.linears)} of {planned} linears are 2:4 already ({origin})",
             where="--pattern 2:4",
             fix="`marlinctl quantize` keeps the pattern; start from the dense model to prune anew",
         )
-    console.say(f"{len(patterns.linears)} of {planned} linears are 2:4, by {known}; the pattern is kept")
-    if len(patterns.linears) < planned:
-        console.warn(f"{planned - len(patterns.linears)} linears are not 2:4, so the result cannot be packed to marlin_24")
+    console.say(f"{len(found.linears)} of {planned} linears are 2:4, by {origin}; the pattern is kept")
+    if len(found.linears) < planned:
+        console.warn(f"{planned - len(found.linears)} linears are not 2:4, so the result cannot be packed to marlin_24")
 
 
 def check_together(*checks: Callable[[], None]) -> None:
@@ -179,5 +180,5 @@ def _require_room(opened: Opened, out: Path, recipe: Recipe, options: Options) -
     weights = sum(spec.out_features * spec.in_features for spec in opened.architecture.linears.values())
     total = sum(info.end - info.begin for info in opened.checkpoint.tensors.values())
     packed = weights * 5 // 8 if recipe.quantize.bits == 4 else 2 * weights
-    masks = weights // 8 if recipe.sparsify.pattern != "none" or opened.patterns.linears else 0
+    masks = weights // 8 if recipe.sparsify.pattern != "none" or opened.pattern.pattern.linears else 0
     require_space(out, total - 2 * weights + packed + masks)

@@ -78,7 +78,7 @@ class Calibration(_Section):
 
 
 class Pack(_Section):
-    formats: Annotated[tuple[Literal["ct", "gptq", "marlin"], ...], Field(strict=False, min_length=1)]
+    formats: Annotated[tuple[Literal["ct", "gptq", "marlin", "marlin_24"], ...], Field(strict=False, min_length=1)]
 
 
 class Evaluate(_Section):

@@ -1,28 +1,33 @@
 """`marlinctl pack`: the same integer codes in another format. No model, no GPU, no calibration; nothing is rounded.
 
     source shard ─ one linear ─► codes [N, K], scales [N, G] ─► the target's tensors ─► staged shard
+    mask file or metadata ─────► keep [N, K], if it is 2:4 ───► metadata, or the staged mask file
     untouched tensors ─────────────── as bytes ──────────────────────────────────────► their own shards
     companions, config with the new quantization_config, manifest
-    from disk: codes and scales of every linear equal the source's, untouched bytes too ─► published
+    from disk: codes, scales and mask of every linear equal the source's, untouched bytes too ─► published
 
 It streams: at most `_SHARD_BYTES` of finished tensors and one linear are in memory. Several target formats come from one pass and
 appear together or not at all.
 
-To `ct`, scales go as they are. `gptq` and `marlin` hold fp16 scales, so foreign bf16 or fp32 ones pass only where fp16 holds them
-exactly. `dense` is for clients that read no packed format: fp16(code * scale), which rounds to 11 significant bits (the product has
+To `ct`, scales go as they are. `gptq` and the native formats hold fp16 scales, so foreign bf16 or fp32 ones pass only where fp16 holds
+them exactly. `dense` is for clients that read no packed format: fp16(code * scale), which rounds to 11 significant bits (the product has
 up to 14), so a dense copy is close to the packed model and not equal to it.
+
+A mask travels along, into whatever form. `marlin_24` needs one for every linear; where nobody states a pattern, it is found from the
+codes that are zero, and that is said. Masks and codes are compared before anything is written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl import card, manifest
+from marlinctl import card, manifest, pattern
 from marlinctl.checkpoint import formats, writer
+from marlinctl.checkpoint.mask import Masks, open_masks
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, CheckFailed, NumericalProblem, Problem, UsageError
 
@@ -43,6 +48,37 @@ class Source:
     info: formats.FormatInfo
     shapes: Mapping[str, tuple[int, int]]  # layer -> (N, K)
     untouched: tuple[str, ...]  # tensors that no packed linear owns
+    masks: Masks | None = None
+    carried: tuple[str, ...] = ()  # linears that stayed 16-bit and have a mask all the same: it travels with them
+    from_zeros: bool = False  # nobody states the 2:4 pattern that a target needs: the codes that are zero tell
+
+    @property
+    def origin(self) -> str | None:
+        """Who states the 2:4 pattern; None where the model is dense, as far as anybody says."""
+        return pattern.ZEROS if self.from_zeros else pattern.origin(self.info, self.masks)
+
+    def parts(self, layer: str) -> formats.LinearParts:
+        """One packed linear with its mask. BadInput where it is not the 2:4 linear that it must be."""
+        parts = formats.read_parts(self.checkpoint, self.info, layer, self.masks)
+        if not self.from_zeros:
+            return parts
+        from marlinctl.sparsify.keep import two_of_four
+
+        keep = two_of_four(parts.codes)
+        if keep is None:
+            raise BadInput.from_problems("E355", [pattern.crowded(layer, parts.codes)])
+        return replace(parts, keep=keep)
+
+    def keep(self, layer: str) -> Tensor | None:
+        """The mask of a linear, packed or carried, compared with its weight."""
+        if layer in self.info.layers:
+            return self.parts(layer).keep
+        return pattern.weight_and_keep(self.checkpoint, self.info, layer, self.masks)[1]
+
+    def masked(self, fmt: str) -> set[str]:
+        """The linears that the mask file of a target names: metadata is one already."""
+        packed = {layer for layer in self.info.layers if self.masks is None or self.info.name == "marlin_24" or layer in self.masks}
+        return {*self.carried, *(packed if self.origin and fmt != "marlin_24" else ())}
 
     @property
     def ignore(self) -> list[str]:
@@ -57,13 +93,16 @@ def repack(
     outputs = output_folders(out, format, also)
     for folder in outputs.values():
         writer.check_output(folder, overwrite=overwrite, sources=[source])
-    opened = open_source(source)
-    refuse_misfits(opened, list(outputs))
-    sizes = {fmt: written_bytes(opened, fmt) for fmt in outputs}
-    writer.require_space(out, sum(sizes.values()))
-    console.say(f"{source}: {opened.info.name}, {len(opened.info.layers)} linears, group size {opened.info.group_size}")
-
     with ExitStack() as stack:
+        masks = stack.enter_context(open_masks(source))
+        opened = open_source(source, masks)
+        opened = replace(opened, from_zeros="marlin_24" in outputs and opened.origin is None)
+        refuse_misfits(opened, list(outputs))
+        sizes = {fmt: written_bytes(opened, fmt) for fmt in outputs}
+        writer.require_space(out, sum(sizes.values()) + sum(_mask_bytes(opened, fmt) for fmt in outputs))
+        console.say(f"{source}: {opened.info.name}, {len(opened.info.layers)} linears, group size {opened.info.group_size}")
+        _check_pattern(opened, console)
+
         stages = {fmt: writer.StagedCheckpoint(folder, overwrite=overwrite, fmt=fmt) for fmt, folder in outputs.items()}
         for stage in stages.values():
             stack.enter_context(stage)
@@ -73,8 +112,9 @@ def repack(
         writer.publish_together(list(stages.values()))
     for fmt, folder in outputs.items():
         console.say(f"wrote {folder} ({fmt}, {sizes[fmt] / 1e6:,.1f} MB of weights)")
+    facts = {"format": opened.info.name, "layers": len(opened.info.layers), "group_size": opened.info.group_size, "pattern": opened.origin}
     return {
-        "source": {"format": opened.info.name, "layers": len(opened.info.layers), "group_size": opened.info.group_size},
+        "source": facts,
         "outputs": [{"folder": str(folder), "format": fmt, "weight_bytes": sizes[fmt]} for fmt, folder in outputs.items()],
     }
 
@@ -90,8 +130,8 @@ def output_folders(out: Path, fmt: str, also: Sequence[str]) -> dict[str, Path]:
     return {fmt: out} | {name: out.with_name(f"{out.name}-{name}") for name in also}
 
 
-def open_source(folder: Path) -> Source:
-    """Open a packed checkpoint. BadInput when it is dense, damaged, or in a format that cannot be read exactly."""
+def open_source(folder: Path, masks: Masks | None = None) -> Source:
+    """Open a packed checkpoint; `masks` is its mask file. BadInput when it is dense, damaged, or in no format that can be read exactly."""
     from marlinctl.checkpoint.reader import open_checkpoint
 
     checkpoint = open_checkpoint(folder, weight_files="auto")
@@ -112,7 +152,9 @@ def open_source(folder: Path) -> Source:
         )
     owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in formats.SUFFIXES[info.name]}
     shapes = {layer: formats.layer_shape(checkpoint, info, layer) for layer in info.layers}
-    return Source(checkpoint, info, shapes, tuple(name for name in checkpoint.tensors if name not in owned))
+    untouched = tuple(name for name in checkpoint.tensors if name not in owned)
+    carried = () if masks is None else tuple(layer for layer in masks.layers if f"{layer}.weight" in checkpoint.tensors)
+    return Source(checkpoint, info, shapes, untouched, masks, carried)
 
 
 def refuse_misfits(source: Source, targets: Sequence[str]) -> None:
@@ -128,6 +170,51 @@ def refuse_misfits(source: Source, targets: Sequence[str]) -> None:
             problems.append(Problem(what, layer, "config.json belongs to another model; fetch the checkpoint again"))
     if problems:
         raise BadInput.from_problems("E349", problems)
+    if source.masks is not None:
+        _refuse_mask_misfits(source, source.masks, targets)
+
+
+def _refuse_mask_misfits(source: Source, masks: Masks, targets: Sequence[str]) -> None:
+    problems = pattern.strangers(pattern.shapes(source.checkpoint, source.info), source.info, masks)
+    if problems:
+        raise BadInput.from_problems("E357", problems)
+    if "marlin_24" not in targets or source.info.name == "marlin_24":
+        return
+    fix = "marlin takes dense linears too; for marlin_24 prune the whole model"
+    problems = [
+        Problem(f"{layer} has no mask, so it is dense, and marlin_24 holds 2:4 linears alone", masks.where, fix)
+        for layer in source.info.layers
+        if layer not in masks
+    ]
+    if problems:
+        raise BadInput.from_problems("E355", problems)
+
+
+def _check_pattern(source: Source, console: Console) -> None:
+    """Every mask against its codes, or the pattern in the codes themselves; all that is wrong at once, before anything is written."""
+    if source.origin is None:
+        return
+    if source.masks is None and not source.from_zeros:
+        console.say("2:4: the metadata says which weights survived")
+        return  # it is checked whenever it is read
+    console.say(
+        "2:4: no mask file says which weights survived, so it is told from the codes that are zero; "
+        "where a quad has more than two of those, its lowest columns count as survivors"
+        if source.masks is None
+        else f"2:4: {source.masks.where} says which weights of {len(source.masks.layers)} linears survived"
+    )
+    problems: dict[str, list[Problem]] = {}
+    with console.progress("check the 2:4 pattern", len(source.info.layers) + len(source.carried)) as progress:
+        for layer in (*source.info.layers, *source.carried):
+            try:
+                source.keep(layer)
+            except BadInput as refused:
+                if refused.error_id not in pattern.REFUSALS:
+                    raise
+                problems.setdefault(refused.error_id, []).extend(refused.problems)
+            progress.advance()
+    if problems:
+        raise BadInput.from_problems(next(iter(problems)), [problem for found in problems.values() for problem in found])
 
 
 def written_bytes(source: Source, fmt: str) -> int:
@@ -143,6 +230,12 @@ def written_bytes(source: Source, fmt: str) -> int:
     return packed + sum(info.end - info.begin for info in untouched)
 
 
+def _mask_bytes(source: Source, fmt: str) -> int:
+    """Bytes of the mask file, twice: it is spooled first (checkpoint/writer.py)."""
+    linears = source.masked(fmt) & set(source.shapes)
+    return 2 * sum(n * -(-k // 8) for n, k in (source.shapes[layer] for layer in linears))
+
+
 def _write_linears(source: Source, stages: Mapping[str, writer.StagedCheckpoint], console: Console) -> None:
     """One pass over the source, shard by shard, so that each file is read once and in order."""
     marking = formats.SUFFIXES[source.info.name][0]
@@ -152,9 +245,11 @@ def _write_linears(source: Source, stages: Mapping[str, writer.StagedCheckpoint]
     size = 0
     with console.progress("pack", len(order)) as progress:
         for layer in order:
-            parts = formats.read_parts(source.checkpoint, source.info, layer)
-            for fmt in stages:
+            parts = source.parts(layer)
+            for fmt, stage in stages.items():
                 tensors = target_tensors(fmt, layer, parts)
+                if parts.keep is not None and fmt != "marlin_24":
+                    stage.write_mask(layer, parts.keep)
                 pending[fmt] |= tensors
                 size += sum(t.numel() * t.element_size() for t in tensors.values())
             if size >= _SHARD_BYTES:
@@ -162,6 +257,11 @@ def _write_linears(source: Source, stages: Mapping[str, writer.StagedCheckpoint]
                 size = 0
             progress.advance()
     _flush(stages, pending)
+    for layer in source.carried:
+        keep = source.keep(layer)
+        for stage in stages.values():
+            if keep is not None:
+                stage.write_mask(layer, keep)
 
 
 def _flush(stages: Mapping[str, writer.StagedCheckpoint], pending: dict[str, dict[str, Tensor]]) -> None:
@@ -183,7 +283,7 @@ def target_tensors(fmt: str, layer: str, parts: formats.LinearParts) -> dict[str
             "E600",
             f"{layer}: dequantized weights exceed what float16 holds (65504)",
             where=layer,
-            fix="keep a packed format: ct, gptq or marlin",
+            fix="keep a packed format: ct, gptq, marlin or marlin_24",
         )
     return {f"{layer}.weight": weight}
 
@@ -200,7 +300,7 @@ def _finish(source: Source, fmt: str, stage: writer.StagedCheckpoint, console: C
         stage.write_file("quantize_config.json", manifest.canonical(config["quantization_config"]))  # what old loaders read
     origin = {"format": source.info.name, "variant": source.info.variant, **_source_digest(source)}
     earlier = _earlier_facts(source.checkpoint.folder)
-    facts = {**earlier, "packed_from": origin, "format": fmt}
+    facts = {**earlier, "packed_from": origin, "format": fmt, **({"pattern": "2:4"} if source.origin else {})}
     made_from, recipe = earlier.get("source", {}), earlier.get("recipe", {})
     details = card.CardFacts(
         fmt,
@@ -209,6 +309,7 @@ def _finish(source: Source, fmt: str, stage: writer.StagedCheckpoint, console: C
         command,
         base_model=made_from.get("name") if made_from.get("kind") == "hub" else None,
         recipe_hash=recipe.get("sha256"),
+        two_of_four=source.origin is not None,
     )
     stage.finish(
         config,
@@ -244,7 +345,7 @@ def _source_digest(source: Source) -> dict[str, Any]:
 
 
 def check_written(source: Source, fmt: str, folder: Path, console: Console) -> None:
-    """Read the staged folder back: same tensors, same codes and scales, same untouched bytes. CheckFailed names the first difference."""
+    """Read the staged folder back: same tensors, codes, scales and masks, same untouched bytes. CheckFailed names the first difference."""
     from marlinctl.checkpoint.reader import open_checkpoint
 
     written = open_checkpoint(folder, weight_files="auto")
@@ -254,30 +355,46 @@ def check_written(source: Source, fmt: str, folder: Path, console: Console) -> N
         different = sorted(set(written.tensors) ^ expected)
         raise _unequal(folder, f"the written tensors are not the expected ones ({info.name}; {', '.join(different[:5])})")
     compare = _same_weight if fmt == "dense" else _same_parts
-    with console.progress("check from disk", len(source.info.layers)) as progress:
-        for layer in source.info.layers:
-            compare(source, written, info, layer)
-            progress.advance()
+    with open_masks(folder) as masks:
+        different = sorted(source.masked(fmt) ^ set(masks.layers if masks else ()))
+        if different:
+            raise _unequal(folder, f"the written masks are not the expected ones ({', '.join(different[:5])})")
+        with console.progress("check from disk", len(source.info.layers)) as progress:
+            for layer in source.info.layers:
+                compare(source, written, info, layer, masks)
+                progress.advance()
+        for layer in source.carried:
+            _same_keep(folder, layer, source.keep(layer), pattern.weight_and_keep(written, info, layer, masks)[1])
     for name in source.untouched:
         if written.raw(name) != source.checkpoint.raw(name):
             raise _unequal(folder, f"{name} differs from the source")
 
 
-def _same_parts(source: Source, written: Checkpoint, info: formats.FormatInfo, layer: str) -> None:
+def _same_parts(source: Source, written: Checkpoint, info: formats.FormatInfo, layer: str, masks: Masks | None) -> None:
     import torch
 
-    want, got = formats.read_parts(source.checkpoint, source.info, layer), formats.read_parts(written, info, layer)
+    want, got = source.parts(layer), formats.read_parts(written, info, layer, masks)
     same_scales = torch.equal(want.scales.to(torch.float32), got.scales.to(torch.float32))
     if not torch.equal(want.codes, got.codes) or not same_scales or want.group_size != got.group_size:
         raise _unequal(written.folder, f"{layer}: codes or scales read back differ from what was packed")
+    _same_keep(written.folder, layer, want.keep, got.keep)
 
 
-def _same_weight(source: Source, written: Checkpoint, info: formats.FormatInfo, layer: str) -> None:
+def _same_weight(source: Source, written: Checkpoint, info: formats.FormatInfo, layer: str, masks: Masks | None) -> None:
     import torch
 
-    want = formats.read_parts(source.checkpoint, source.info, layer).weight().to(torch.float16)
-    if not torch.equal(want, written.read(f"{layer}.weight")):
+    parts = source.parts(layer)
+    weight, keep = pattern.weight_and_keep(written, info, layer, masks)
+    if not torch.equal(parts.weight().to(torch.float16), weight):
         raise _unequal(written.folder, f"{layer}: the weight read back differs from what was written")
+    _same_keep(written.folder, layer, parts.keep, keep)
+
+
+def _same_keep(folder: Path, layer: str, want: Tensor | None, got: Tensor | None) -> None:
+    import torch
+
+    if want is not None and (got is None or not torch.equal(want, got)):
+        raise _unequal(folder, f"{layer}: the survivors read back differ from those that were packed")
 
 
 def _unequal(folder: Path, what: str) -> CheckFailed:

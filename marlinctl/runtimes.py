@@ -49,7 +49,7 @@ RUNTIMES = (
     Runtime("GPTQModel 7 Marlin", ("gptq",), _COMMON_GROUPS, 8, 8, False),
     Runtime("IST-DASLab kernels", (), (-1, 128), 256, 128, False, "the kernel's shapes; it reads no checkpoint format of today"),
     Runtime("vLLM 0.3-0.10 marlin", (), (-1, 128), 64, 128, True, "the kernel's shapes; its checkpoint format is gone from vLLM"),
-    Runtime("marlinctl", ("ct", "gptq", "marlin", "dense"), None, 1, 1, False, "pads N and K to multiples of 64"),
+    Runtime("marlinctl", ("ct", "gptq", "marlin", "marlin_24", "dense"), None, 1, 1, False, "pads N and K to multiples of 64"),
 )
 
 

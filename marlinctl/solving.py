@@ -94,16 +94,16 @@ class Solving:
         """Final weights of linears that share an input; skipped ones as they are."""
         device = hessian.matrix.device
         weights = {name: self.opened.checkpoint.read(f"{name}.weight").to(device, torch.float32) for name in names}
-        sizes, patterns = self.opened.plan.group_sizes, self.opened.patterns
+        sizes, pattern = self.opened.plan.group_sizes, self.opened.pattern
         for name in names:
             if name not in sizes and self.progress is not None:
                 self.progress.advance()
-        kinds = {name: (sizes[name], patterns.found(name)) for name in names if name in sizes}
+        kinds = {name: (sizes[name], pattern.origin(name)) for name in names if name in sizes}
         for kind in dict.fromkeys(kinds.values()):
             members = [name for name in names if kinds.get(name) == kind]
             started = time.monotonic()
             stack = torch.cat([weights[name] for name in members])
-            keep = torch.cat([patterns.keep(name, weights[name]).to(device) for name in members]) if kind[1] else None
+            keep = torch.cat([pattern.keep(name, weights[name]).to(device) for name in members]) if kind[1] else None
             outcome, final, kept = self._solve(members, stack, keep, hessian, kind[0])
             seconds = time.monotonic() - started
             first = 0

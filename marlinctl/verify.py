@@ -5,6 +5,7 @@
                   fields without which clients load garbage and say nothing
     3 contents    scales finite, codes readable, packing the codes again gives the same bytes (so      CheckFailed E106, BadInput E346
                   padding is zero), and a second, independent reading of the bytes gives the same weights
+                  masks 2:4, of linears that exist, and what they say was pruned is zero                       CheckFailed E111, E112
     4 load        transformers and compressed-tensors load the folder on the CPU, and their logits     CheckFailed E108
                   equal those of the dense model that holds the dequantized weights
     5 source      with --source: marlinctl/fidelity.py                                                 CheckFailed E107
@@ -20,8 +21,9 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl import fidelity, manifest
+from marlinctl import fidelity, manifest, pattern
 from marlinctl.checkpoint import formats
+from marlinctl.checkpoint.mask import open_masks
 from marlinctl.checkpoint.targets import matches
 from marlinctl.errors import BadInput, CheckFailed, Problem
 from marlinctl.models import architecture
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from marlinctl.checkpoint.mask import Masks
     from marlinctl.checkpoint.reader import Checkpoint
     from marlinctl.console import Console
 
@@ -51,9 +54,11 @@ class Verified:
     logit_error: float | None
     skipped: tuple[str, ...]
     source: dict[str, Any] | None = field(default=None)
+    pattern: dict[str, Any] | None = field(default=None)
 
     def document(self) -> dict[str, Any]:
-        return {"ok": True, **{name: getattr(self, name) for name in ("format", "linears", "files", "logit_error", "skipped", "source")}}
+        names = ("format", "linears", "files", "pattern", "logit_error", "skipped", "source")
+        return {"ok": True, **{name: getattr(self, name) for name in names}}
 
 
 def verify(folder: Path, *, source: Path | None, load: bool | None, console: Console, module_map: Path | None = None) -> Verified:
@@ -62,20 +67,23 @@ def verify(folder: Path, *, source: Path | None, load: bool | None, console: Con
 
     document = manifest.check(folder)
     console.say(f"digests: {len(document['files'])} files as the manifest says")
-    with open_checkpoint(folder, weight_files="auto") as checkpoint:
+    with open_checkpoint(folder, weight_files="auto") as checkpoint, open_masks(folder) as masks:
         info = formats.detect(checkpoint.config, checkpoint.tensors)
         skipped = check_structure(checkpoint, info, module_map)
         console.say(f"structure: {len(checkpoint.tensors)} tensors, {len(info.layers)} linears in {info.name}")
         check_contents(checkpoint, info, console)
         console.say("contents: scales finite, packing again gives the same bytes")
+        sparse = check_pattern(checkpoint, info, masks, console)
+        if sparse is not None:
+            console.say(f"2:4: {sparse['linears']} linears by the {sparse['origin']}; what was pruned is zero")
         error, reason = _load_check(checkpoint, info, load)
         skipped += [reason] if reason else []
         if error is not None:
             console.say(f"load: logits agree with the dequantized model, relative error {error:.1e}")
-        compared = _compare(checkpoint, info, source, console)
+        compared = _compare(checkpoint, info, masks, source, console)
     for line in skipped:
         console.warn(line)
-    return Verified(info.name, len(info.layers), len(document["files"]), error, tuple(skipped), compared)
+    return Verified(info.name, len(info.layers), len(document["files"]), error, tuple(skipped), compared, sparse)
 
 
 # ---- 2 structure ---------------------------------------------------------------------------------------------------------------------
@@ -189,17 +197,45 @@ def check_contents(checkpoint: Checkpoint, info: formats.FormatInfo, console: Co
     _raise("E106", problems)
 
 
+def check_pattern(checkpoint: Checkpoint, info: formats.FormatInfo, masks: Masks | None, console: Console) -> dict[str, Any] | None:
+    """Every mask that the folder states against its weights. Returns what it states, None for a folder that states nothing."""
+    stated = pattern.stated(checkpoint, info, masks)
+    if stated.origin is None:
+        return None
+    if masks is not None:
+        _raise("E112", pattern.strangers(pattern.shapes(checkpoint, info), info, masks))
+    problems: list[Problem] = []
+    zero = 0
+    with console.progress("check the 2:4 pattern", len(stated.linears)) as progress:
+        for layer in stated.linears:
+            try:
+                weight, keep = pattern.weight_and_keep(checkpoint, info, layer, masks)
+            except BadInput as refused:
+                if refused.error_id not in pattern.REFUSALS:
+                    raise
+                problems += refused.problems
+            else:
+                zero += 0 if keep is None else int(((weight == 0) & keep).sum())
+            progress.advance()
+    _raise("E111", problems)
+    return {"origin": stated.origin, "linears": len(stated.linears), "zero_survivors": zero}
+
+
 def _second_reading(checkpoint: Checkpoint, info: formats.FormatInfo, layer: str) -> Tensor:
-    """[N, K] fp32, without the fast unpackers: MARLIN through the maps of pack/tile.py, the others nibble by nibble as their clients do."""
+    """[N, K] fp32, without the fast unpackers: tiles through the maps of pack/tile.py, the others nibble by nibble as their clients do."""
     import torch
 
-    if info.name == "marlin":
-        from marlinctl.kernels.reference import dequantize
-        from marlinctl.pack.types import PackedLinear
+    if info.name in formats.NATIVE:
+        from marlinctl.kernels.reference import dequantize, dequantize_sparse
+        from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 
         n, k = formats.layer_shape(checkpoint, info, layer)
-        size = info.layers[layer]
-        return dequantize(PackedLinear(checkpoint.read(f"{layer}.B"), checkpoint.read(f"{layer}.s"), n, k, k if size == -1 else size))
+        size = k if info.layers[layer] == -1 else info.layers[layer]
+        scales = checkpoint.read(f"{layer}.s")
+        if info.name == "marlin":
+            return dequantize(PackedLinear(checkpoint.read(f"{layer}.B"), scales, n, k, size))
+        survivors, meta = checkpoint.read(f"{layer}.B_24"), checkpoint.read(f"{layer}.B_meta")
+        return dequantize_sparse(PackedSparseLinear(survivors, meta, scales, n, k, size))
     if info.name == "gptq":
         nibbles = _nibbles(checkpoint.read(f"{layer}.qweight").T)  # [N, K]
         zeros = _nibbles(checkpoint.read(f"{layer}.qzeros")) + 1  # [G, N], v1 stores one less
@@ -315,7 +351,9 @@ def available_memory() -> int:
 # ---- 5 source ------------------------------------------------------------------------------------------------------------------------
 
 
-def _compare(checkpoint: Checkpoint, info: formats.FormatInfo, source: Path | None, console: Console) -> dict[str, Any] | None:
+def _compare(
+    checkpoint: Checkpoint, info: formats.FormatInfo, masks: Masks | None, source: Path | None, console: Console
+) -> dict[str, Any] | None:
     if source is None:
         return None
     from marlinctl.checkpoint.reader import open_checkpoint
@@ -323,7 +361,7 @@ def _compare(checkpoint: Checkpoint, info: formats.FormatInfo, source: Path | No
     if not info.layers:
         raise BadInput("E347", "the folder holds no quantized linear to compare", where=str(checkpoint.folder), fix="leave --source out")
     with open_checkpoint(source) as original:
-        report = fidelity.compare(checkpoint, info, original, console)
+        report = fidelity.compare(checkpoint, info, original, console, masks)
     console.say(f"source: {fidelity.summary(report)}")
     return report
 

@@ -75,6 +75,96 @@ def marlin_example() -> str:
     return "\n".join(lines)
 
 
+def sparse_quads() -> str:
+    """The six nibbles of metadata."""
+    columns = [(first, second) for second in range(4) for first in range(second)]
+    pictures = ["".join("x" if i in pair else "." for i in range(4)) for pair in columns]
+    return "\n".join(
+        [
+            "columns k % 4 = 0123   " + "".join(f"{picture:>7}" for picture in pictures) + "     x survives",
+            "first, second          " + "".join(f"{f'{first}, {second}':>7}" for first, second in columns),
+            "nibble                 " + "".join(f"{f'0x{tile.meta_nibble(*pair):X}':>7}" for pair in columns),
+        ]
+    )
+
+
+def sparse_tile() -> str:
+    """Which lane and nibble hold each survivor of the 16 x 16 block that word 0 of every lane covers."""
+    outputs = range(0, tile.TILE_N, 4)
+    lines = ["lane.nibble of survivor (c, n) in the words of j = 0; outputs n + j lie in word j of the same lane at the same nibble", ""]
+    lines.append("  c\\n" + "".join(f"{n:>6}" for n in outputs))
+    for c in range(tile.TILE_K):
+        places = [tile.sparse_place(c, n) for n in outputs]
+        lines.append(f"{c:>5}" + "".join(f"{f'{p.column // 4}.{p.nibble}':>6}" for p in places))
+    return "\n".join(lines)
+
+
+def sparse_word() -> str:
+    """What the eight nibbles of a word are, seen from its lane."""
+    nibbles = range(tile.NIBBLES - 1, -1, -1)
+    survivors = [tile.sparse_survivor(0, 0, nibble) for nibble in nibbles]
+    return "\n".join(
+        [
+            "word j of lane t:  qweight[row, 128 block + 4t + j],   c0 = 16 row + 2 (t % 4),   n0 = 64 block + 8 (t // 4) + j",
+            "",
+            "bits    " + "".join(f"{f'{4 * i + 3}..{4 * i}':>8}" for i in nibbles),
+            "nibble  " + "".join(f"{i:>8}" for i in nibbles),
+            "c - c0  " + "".join(f"{c:>8}" for c, _ in survivors),
+            "n - n0  " + "".join(f"{n:>8}" for _, n in survivors),
+        ]
+    )
+
+
+def sparse_meta() -> str:
+    """Where the two metadata words of each output lie among the 128 of a block, and who reads them."""
+    lines = ["column of meta[row, 128 block + ..] for output n; further octets of outputs lie 8 columns on", ""]
+    lines.append("n % 64               " + "".join(f"{n:>5}" for n in (*range(8), 8, 9, 63)))
+    for half in range(2):
+        columns = [tile.meta_place(4 * half, n).column for n in (*range(8), 8, 9, 63)]
+        lines.append(f"k % 32 = {16 * half:>2}..{16 * half + 15}      " + "".join(f"{column:>5}" for column in columns))
+    lines.append("")
+    lines.append("ldmatrix.x2 gives lane t columns 2t, 2t + 1 (register 0) and 64 + 2t, 64 + 2t + 1 (register 1):")
+    lines.append("")
+    lines.append("lane                 " + "".join(f"{lane:>16}" for lane in (0, 1, 2, 3, 4)))
+    for register in range(2):
+        for half_word, name in enumerate(("low ", "high")):
+            cells = [tile.meta_quad(0, 64 * register + 2 * lane + half_word, 0) for lane in (0, 1, 2, 3, 4)]
+            shown = [f"n={n} k={4 * quad}..{4 * quad + 15}" for quad, n in cells]
+            lines.append(f"register {register}, {name}      " + "".join(f"{cell:>16}" for cell in shown))
+    return "\n".join(lines)
+
+
+def sparse_scales() -> str:
+    """The columns in stored order."""
+    grouped = [tile.sparse_grouped_column(slot) for slot in range(16)]
+    return "\n".join(
+        [
+            "slot         " + "".join(f"{i:>4}" for i in range(16)) + "  ..",
+            "grouped      " + "".join(f"{n:>4}" for n in grouped) + "  ..   repeats every 8 columns",
+            "channel-wise " + "".join(f"{n:>4}" for n in range(16)) + "  ..   plain order",
+        ]
+    )
+
+
+EXAMPLE = (((1, 3), (5, -2)), ((0, 1), (1, 2)), ((2, 3), (-8, 7)), ((0, 2), (3, -3)))  # survivors of quads 0..3 of row 0, and their codes
+
+
+def sparse_example() -> str:
+    """The words of row 0 of EXAMPLE; every other code is 0."""
+    words, meta = [0x88888888] * 128, 0
+    for quad, (columns, codes) in enumerate(EXAMPLE):
+        meta |= tile.meta_nibble(*columns) << 4 * tile.meta_place(quad, 0).nibble
+        for odd, code in enumerate(codes):
+            place = tile.sparse_place(2 * quad + odd, 0)
+            words[place.column] ^= (8 ^ code + 8) << 4 * place.nibble
+    lines = [f"B_24[0, {i:>2}] = 0x{words[i]:08X}   lane {i // 4}, word {i % 4}" for i in range(128) if words[i] != 0x88888888]
+    lines.append(f"B_meta[0, {tile.meta_place(0, 0).column}] = 0x{meta:04X}")
+    lines.append("")
+    for k, n in ((16, 0), (0, 1), (0, 2), (0, 4), (0, 8), (16, 63)):
+        lines.append(f"k = {k:>2} .. {k + 15}, n = {n:>2}  ->  B_meta[0, {tile.meta_place(k // 4, n).column:>3}]")
+    return "\n".join(lines)
+
+
 def along_k(word: str, place: Callable[[int, int], tile.Place[int]], weight: Callable[[int, int, int], tuple[int, int]]) -> str:
     """The nibbles of word [0, 0] of a matrix that is packed along K, and the words of nibbles 0, 1, .. 15."""
     nibbles = range(tile.NIBBLES - 1, -1, -1)
@@ -112,6 +202,12 @@ DRAWINGS: dict[str, Callable[[], str]] = {
     "marlin-word": marlin_word,
     "marlin-scales": marlin_scales,
     "marlin-example": marlin_example,
+    "sparse-quads": sparse_quads,
+    "sparse-tile": sparse_tile,
+    "sparse-word": sparse_word,
+    "sparse-meta": sparse_meta,
+    "sparse-scales": sparse_scales,
+    "sparse-example": sparse_example,
     "ct-word": lambda: along_k("word [n, r] of weight_packed", tile.ct_place, tile.ct_weight),
     "gptq-word": lambda: along_k("word [r, n] of qweight", tile.gptq_place, tile.gptq_weight),
     "gptq-zeros": gptq_zeros,

@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from marlinctl.checkpoint import formats, reader, writer
+from marlinctl.checkpoint import formats, mask, reader, writer
 from marlinctl.manifest import canonical
 from marlinctl.models import architecture
 from marlinctl.quantize.types import QuantizedLinear
+from marlinctl.sparsify.types import SparseQuantizedLinear
 
 
 def rtn(weight: Tensor, group_size: int) -> QuantizedLinear:
@@ -43,12 +44,14 @@ def make_packed(
     skip: Sequence[str] = (),
     verify: Callable[[Path], None] = lambda folder: None,
     edit_config: Callable[[dict[str, Any]], None] = lambda config: None,
+    prune: Callable[[str, QuantizedLinear], QuantizedLinear] = lambda name, q: q,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> dict[str, QuantizedLinear]:
-    """Quantize every linear of `source` but those in `skip` and publish; returns the codes."""
+    """Quantize every linear of `source` but those in `skip` and publish; returns the codes. `masks` go into the mask file."""
     checkpoint = reader.open_checkpoint(source)
     names = [name for name in architecture(checkpoint.config).linears if name not in skip]
     sizes = {name: (overrides or {}).get(name, group_size) for name in names}
-    codes = {name: rtn(checkpoint.read(f"{name}.weight"), size) for name, size in sizes.items()}
+    codes = {name: prune(name, rtn(checkpoint.read(f"{name}.weight"), size)) for name, size in sizes.items()}
     rest = [name for name in checkpoint.tensors if name.removesuffix(".weight") not in codes]
     ignore = formats.sixteen_bit_linears({name: checkpoint.tensors[name].shape for name in rest}, names)
     config = {**checkpoint.config, "quantization_config": formats.quantization_config(fmt, sizes, ignore, {"version": "test"})}
@@ -57,6 +60,8 @@ def make_packed(
         stage.write_shard({k: v for name, q in codes.items() for k, v in formats.linear_tensors(fmt, name, q).items()})
         stage.copy_tensors(checkpoint, rest)
         stage.copy_companions(source)
+        for name, keep in (masks or {}).items():
+            stage.write_mask(name, keep)
         if fmt == "gptq":
             stage.write_file("quantize_config.json", canonical(config["quantization_config"]))
         stage.publish(
@@ -66,6 +71,30 @@ def make_packed(
             report_files={"README.md": b"# card\n"},
         )
     return codes
+
+
+def keep_of(name: str, n: int, k: int) -> Tensor:
+    """Survivors [N, K] that depend on the name alone, and not on the weight: many of them are zero."""
+    order = torch.rand(n, k // 4, 4, generator=torch.Generator().manual_seed(sum(name.encode()))).argsort(-1)
+    return torch.zeros(n, k // 4, 4, dtype=torch.bool).scatter_(-1, order[..., :2], True).reshape(n, k)
+
+
+def pruned(name: str, q: QuantizedLinear) -> SparseQuantizedLinear:
+    keep = keep_of(name, *q.codes.shape)
+    return SparseQuantizedLinear(q.codes * keep, q.scales, q.group_size, keep)
+
+
+def make_sparse_packed(
+    source: Path, out: Path, fmt: str = "ct", *, stated: bool = True, **options: Any
+) -> dict[str, SparseQuantizedLinear]:
+    """make_packed of a 2:4 model, with its mask file where the format needs one. `stated=False`: as tools that know of none write it."""
+    shapes = {
+        name: (spec.out_features, spec.in_features) for name, spec in architecture(reader.open_checkpoint(source).config).linears.items()
+    }
+    named = {name: keep_of(name, *shape) for name, shape in shapes.items() if name not in options.get("skip", ())}
+    masks = named if stated and fmt != "marlin_24" else None
+    codes = make_packed(source, out, fmt, prune=pruned, masks=masks, **options)
+    return {name: q for name, q in codes.items() if isinstance(q, SparseQuantizedLinear)}
 
 
 def words(codes: np.ndarray) -> np.ndarray:
@@ -133,7 +162,7 @@ def edit_json(path: Path, change: Callable[[Any], None]) -> None:
 def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
     """Rewrite the shards of a folder as one, after a change; the index follows."""
     stem = "marlin" if list(folder.glob("marlin-*")) else "model"
-    shards = sorted(folder.glob("*.safetensors"))
+    shards = sorted(path for path in folder.glob("*.safetensors") if path.name != mask.NAME)
     tensors = {name: tensor.clone() for shard in shards for name, tensor in load_file(shard).items()}
     change(tensors)
     for shard in shards:
@@ -141,6 +170,15 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> N
     name = f"{stem}-00001-of-00001.safetensors"
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / name, metadata={"format": "pt"})
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}))
+
+
+def edit_masks(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Rewrite the mask file after a change; one that is left empty goes away."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / mask.NAME).items()}
+    change(tensors)
+    (folder / mask.NAME).unlink()
+    if tensors:
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / mask.NAME)
 
 
 def remake_manifest(folder: Path) -> None:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from marlinctl.checkpoint.formats import LinearParts
 from marlinctl.fidelity import MAX_ERROR, MIN_SCALE_MATCH, measure
+from tests.pack.naive import random_keep
 from tests.packed import rtn
 
 
@@ -69,3 +72,19 @@ def test_a_weight_of_zeros_is_no_division_by_zero() -> None:
     parts = LinearParts(torch.zeros(96, 64, dtype=torch.int8), torch.ones(96, 1, dtype=torch.float16), 64)
     measured = measure("l", zero, parts)
     assert (measured.error, measured.scale_match) == (0.0, None)
+
+
+def test_of_a_sparse_linear_only_survivors_are_compared() -> None:
+    """Pruning half of a weight costs a third of it, on purpose; with all weights, good 2:4 models would fail."""
+    weight = random_weight()
+    keep = random_keep(96, 256)
+    q = rtn(weight, 64)
+    parts = LinearParts(q.codes * keep, q.scales, 64)
+    everything = measure("l", weight, parts)
+    survivors = measure("l", weight, replace(parts, keep=keep))
+    exact = ((weight.double() - q.dequantize().double()) * keep).norm() / (weight.double() * keep).norm()
+    assert survivors.error == pytest.approx(float(exact), rel=1e-5)
+    assert everything.error > MAX_ERROR > 0.2 > survivors.error
+    assert survivors.scale_match is not None and survivors.scale_match > 0.95
+    elsewhere = replace(parts, codes=parts.codes.roll(1, 0), keep=keep.roll(1, 0))
+    assert measure("l", weight, elsewhere).error > MAX_ERROR  # survivors of another row are still noticed

@@ -10,7 +10,7 @@ import pytest
 
 from marlinctl.errors import BadInput, CheckFailed
 from marlinctl.inspection import inspect, table
-from tests.packed import edit_json, make_packed
+from tests.packed import edit_json, make_packed, make_sparse_packed
 from tests.tiny import make_tiny
 
 QUANTIZED = 2 * (128 * 128 * 2 + 64 * 128 * 2 + 128 * 256 * 3)
@@ -51,9 +51,54 @@ def test_packed_models_are_described(source: Path, tmp_path: Path, fmt: str, ext
     json.dumps(facts)
 
 
+@pytest.mark.parametrize(
+    ("fmt", "origin"), [("ct", "mask file"), ("gptq", "mask file"), ("marlin", "mask file"), ("marlin_24", "metadata")]
+)
+def test_the_pattern_is_told_with_its_origin(source: Path, tmp_path: Path, fmt: str, origin: str) -> None:
+    """Whether a 4-bit model can become marlin_24, and by whose word, is what decides the next step."""
+    codes = make_sparse_packed(source, tmp_path / "out", fmt)
+    facts = inspect(tmp_path / "out")
+    stated = {
+        "kind": "2:4",
+        "origin": origin,
+        "linears": 14,
+        "of_linears": 15,
+        "density": round(1 - QUANTIZED / 2 / (QUANTIZED + 288 * 128), 4),
+    }
+    assert facts["pattern"] == {**stated, "zero_survivors": None, "zero_survivor_share": None}
+    assert f"2:4 in 14 of 15 linears, by the {origin}" in table(facts)
+    zero = sum(int((q.codes[q.keep] == 0).sum()) for q in codes.values())
+    looked = inspect(tmp_path / "out", weights=True)
+    assert looked["pattern"] == {**stated, "zero_survivors": zero, "zero_survivor_share": round(zero / (QUANTIZED / 2), 6)} and zero > 100
+    assert f"{zero:,} survivors are zero" in table(looked)
+    json.dumps(looked)
+
+
+def test_a_pattern_that_nobody_states_needs_the_weights(source: Path, tmp_path: Path) -> None:
+    """Headers know nothing of zeros: saying `none` without looking would be wrong."""
+    make_sparse_packed(source, tmp_path / "sparse", "ct", stated=False)
+    assert inspect(tmp_path / "sparse")["pattern"]["kind"] is None and "none stated" in table(inspect(tmp_path / "sparse"))
+    looked = inspect(tmp_path / "sparse", weights=True)
+    assert (looked["pattern"]["kind"], looked["pattern"]["origin"], looked["pattern"]["linears"]) == ("2:4", "zeros", 14)
+    assert "by the zeros of the weights alone" in table(looked)
+    looked = inspect(source, weights=True)
+    assert (looked["pattern"]["kind"], looked["pattern"]["linears"], looked["pattern"]["density"]) == ("none", 0, 1.0)
+    assert "no linear has two zeros" in table(looked)
+
+
+def test_marlin_24_is_described(source: Path, tmp_path: Path) -> None:
+    """3 bits and the scales: codes of the survivors are 2, their places 1."""
+    make_sparse_packed(source, tmp_path / "out", "marlin_24", group_size=64)
+    facts = inspect(tmp_path / "out")
+    assert (facts["format"], facts["bits"], facts["scale_dtypes"], facts["loads_in"]) == ("marlin_24", 4, ["F16"], ["marlinctl"])
+    assert (facts["bytes"]["codes"], facts["bytes"]["metadata"]) == (QUANTIZED // 4, QUANTIZED // 8)
+    assert facts["bits_per_quantized_weight"] == round(3 + 16 / 64 + 8 * 16 * 14 / QUANTIZED, 3)
+    assert facts["warnings"]
+
+
 def test_inspect_imports_nothing_heavy_and_is_quick(source: Path, tmp_path: Path) -> None:
     """Seconds of imports for a look at a header would make people write their own."""
-    make_packed(source, tmp_path / "out", "ct")
+    make_sparse_packed(source, tmp_path / "out", "ct")
     program = (
         "import sys, time\nstart = time.perf_counter()\nfrom pathlib import Path\nfrom marlinctl.inspection import inspect, table\n"
         f"table(inspect(Path({str(tmp_path / 'out')!r})))\nspent = time.perf_counter() - start\n"

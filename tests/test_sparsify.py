@@ -22,7 +22,7 @@ from marlinctl.job import run_job
 from marlinctl.load import load_dense
 from marlinctl.models import architecture
 from marlinctl.opening import Options
-from marlinctl.patterns import find_patterns
+from marlinctl.pattern import of_source
 from marlinctl.sparsify.keep import two_of_four
 from tests import zoo
 from tests.test_job import TEXT, digests, logits, recipe
@@ -166,9 +166,9 @@ def test_a_mask_that_contradicts_a_weight_is_refused(sparse: Path, tmp_path: Pat
     keep[row] = ~keep[row]
     tensors[f"{name}.keep"] = mask.pack_bits(keep)
     save_file(tensors, sparse / mask.NAME)
-    with pytest.raises(BadInput, match=rf"model\.layers\.1\.mlp\.up_proj: the mask prunes weight \[{row}, ") as caught:
+    with pytest.raises(BadInput, match=rf"model\.layers\.1\.mlp\.up_proj: row {row}, column \d+ was pruned") as caught:
         run(sparse, tmp_path / "out", text)
-    assert caught.value.error_id == "E362"
+    assert caught.value.error_id == "E356"
     assert untouched(tmp_path / "out")
 
 
@@ -186,7 +186,7 @@ def test_three_kept_in_a_four_and_a_mask_of_another_shape_are_both_named(sparse:
     said = " ".join(problem.what for problem in caught.value.problems)
     assert "q_proj is not 2:4" in said and "row 5, columns 8..11, keeps 3" in said
     assert "mask of model.layers.1.mlp.down_proj is U8" in said
-    assert "model.layers.7.mlp.up_proj, which is no linear of this model" in said
+    assert "there is a mask of model.layers.7.mlp.up_proj, and no such linear" in said
     assert untouched(tmp_path / "out")
 
 
@@ -214,15 +214,15 @@ def test_a_model_that_is_2of4_in_part_says_which_part(sparse: Path, tmp_path: Pa
         save_file(tensors, shard, metadata={"format": "pt"})
     with open_checkpoint(sparse) as checkpoint:
         shapes = {n: (s.out_features, s.in_features) for n, s in architecture(checkpoint.config).linears.items()}
-        found = find_patterns(checkpoint, shapes, Console.quiet())
-    assert len(found.linears) == 13 and found.found("model.layers.1.mlp.up_proj") is None
+        found = of_source(checkpoint, shapes, Console.quiet())
+    assert len(found.pattern.linears) == 13 and found.origin("model.layers.1.mlp.up_proj") is None
 
 
 def test_the_zeros_of_a_dense_model_are_no_pattern(tmp_path: Path) -> None:
     source = tiny(tmp_path / "tiny")
     with open_checkpoint(source) as checkpoint:
         shapes = {n: (s.out_features, s.in_features) for n, s in architecture(checkpoint.config).linears.items()}
-        assert not find_patterns(checkpoint, shapes, Console.quiet()).linears
+        assert not of_source(checkpoint, shapes, Console.quiet()).pattern.linears
         assert two_of_four(checkpoint.read("model.layers.0.self_attn.q_proj.weight")) is None
 
 

@@ -16,7 +16,7 @@ from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, CheckFailed, MarlinctlError
 from marlinctl.verify import verify
-from tests.packed import edit_json, edit_tensors, make_packed, remake_manifest
+from tests.packed import edit_json, edit_masks, edit_tensors, make_packed, make_sparse_packed, remake_manifest
 from tests.tiny import make_tiny
 
 LAYER = "model.layers.1.mlp.gate_proj"
@@ -29,9 +29,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def good(source: Path) -> dict[str, Path]:
-    folders = {fmt: source.parent / fmt for fmt in ("ct", "gptq", "marlin")}
-    for fmt, folder in folders.items():
-        make_packed(source, folder, fmt, skip=["model.layers.0.self_attn.o_proj"], overrides={"model.layers.1.mlp.down_proj": 64})
+    folders = {fmt: source.parent / fmt for fmt in ("ct", "gptq", "marlin", "marlin_24", "sparse-ct")}
+    for name, folder in folders.items():
+        make = make_sparse_packed if name in ("marlin_24", "sparse-ct") else make_packed
+        fmt = name.removeprefix("sparse-")
+        make(source, folder, fmt, skip=["model.layers.0.self_attn.o_proj"], overrides={"model.layers.1.mlp.down_proj": 64})
     return folders
 
 
@@ -78,11 +80,35 @@ def test_available_memory_is_a_plausible_number() -> None:
     assert 1 << 26 < module.available_memory() <= 1 << 62
 
 
+@pytest.mark.parametrize(("name", "origin"), [("marlin_24", "metadata"), ("sparse-ct", "mask file")])
+def test_a_good_sparse_folder_passes(good: dict[str, Path], source: Path, name: str, origin: str) -> None:
+    """Half of the weights are pruned on purpose: compared with the original, only survivors may count."""
+    checked = verify(good[name], source=source, load=None, console=Console.quiet())
+    assert checked.pattern is not None and (checked.pattern["origin"], checked.pattern["linears"]) == (origin, 13)
+    assert checked.pattern["zero_survivors"] > 100
+    assert checked.source is not None and 0.05 < checked.source["median_error"] < 0.15
+    assert checked.document()["pattern"] == checked.pattern
+    assert (checked.logit_error is None) is (name == "marlin_24")
+
+
+def test_a_dense_sparse_folder_passes(good: dict[str, Path], tmp_path: Path) -> None:
+    """16-bit 2:4 folders are what `sparsify` writes and what fine-tuning starts from."""
+    from marlinctl.repack import repack
+
+    repack(good["marlin_24"], tmp_path / "out", format="dense")
+    checked = verify(tmp_path / "out", source=None, load=False, console=Console.quiet())
+    assert (checked.format, checked.linears) == ("dense", 0) and checked.pattern is not None and checked.pattern["linears"] == 13
+    edit_tensors(tmp_path / "out", lambda tensors: tensors[f"{LAYER}.weight"].fill_(1))
+    remake_manifest(tmp_path / "out")
+    problem = failure(tmp_path / "out")
+    assert problem.error_id == "E111" and LAYER in problem.problems[0].what
+
+
 # ---- five ways to break a packed file, noticed by the digests, and without them ------------------------------------------------------
 
 Damage = Callable[[dict[str, Tensor]], Any]
-CODES = {"ct": "weight_packed", "gptq": "qweight", "marlin": "B"}
-SCALES = {"ct": "weight_scale", "gptq": "scales", "marlin": "s"}
+CODES = {"ct": "weight_packed", "gptq": "qweight", "marlin": "B", "marlin_24": "B_24"}
+SCALES = {"ct": "weight_scale", "gptq": "scales", "marlin": "s", "marlin_24": "s"}
 
 
 def permute_scales(fmt: str) -> Damage:
@@ -140,7 +166,7 @@ def shift_codes(fmt: str) -> Damage:
     return damage
 
 
-@pytest.mark.parametrize("fmt", ["ct", "gptq", "marlin"])
+@pytest.mark.parametrize("fmt", ["ct", "gptq", "marlin", "marlin_24"])
 @pytest.mark.parametrize("breakage", [permute_scales, swap_nibbles, swap_words, other_layer, shift_codes])
 def test_breakages_are_noticed(copy: Callable[[str], Path], source: Path, fmt: str, breakage: Callable[[str], Damage]) -> None:
     """Every one of these loads everywhere and computes nonsense. The digests notice; if it happened before publishing, the source does."""
@@ -153,7 +179,7 @@ def test_breakages_are_noticed(copy: Callable[[str], Path], source: Path, fmt: s
     assert LAYER in problem.problems[0].what
 
 
-@pytest.mark.parametrize("fmt", ["ct", "gptq", "marlin"])
+@pytest.mark.parametrize("fmt", ["ct", "gptq", "marlin", "marlin_24"])
 def test_one_flipped_bit_is_noticed(copy: Callable[[str], Path], fmt: str) -> None:
     """A bit that rots on disk changes one weight; only the digest can know."""
     folder = copy(fmt)
@@ -177,6 +203,8 @@ def test_one_flipped_bit_is_noticed(copy: Callable[[str], Path], fmt: str) -> No
         ("marlin", lambda b: b.update(group_size=64), "E105", ".s is F16"),
         ("marlin", lambda b: b.update(format_version=2), "E343", "format_version 2"),
         ("marlin", lambda b: b.pop("overrides"), "E105", "down_proj.s"),
+        ("marlin", lambda b: b.update(format="marlin_24"), "E340", "says marlin_24, but"),
+        ("marlin_24", lambda b: b.update(format="marlin"), "E340", "says marlin, but"),
     ],
 )
 def test_a_wrong_label_is_noticed(copy: Callable[[str], Path], fmt: str, change: Callable[[Any], Any], error_id: str, says: str) -> None:
@@ -202,6 +230,9 @@ def test_a_wrong_label_is_noticed(copy: Callable[[str], Path], fmt: str, change:
         ("marlin", lambda t: t.update({f"{LAYER}.s": t[f"{LAYER}.s"].bfloat16()}), "E105", "BF16"),
         ("ct", lambda t: t[f"{LAYER}.weight_scale"].view(-1)[3:4].fill_(float("inf")), "E346", "NaN or infinity"),
         ("marlin", lambda t: t[f"{LAYER}.s"].view(-1)[3:4].fill_(float("nan")), "E346", "NaN or infinity"),
+        ("marlin_24", lambda t: t.pop(f"{LAYER}.B_meta"), "E105", f"{LAYER}.B_meta is missing"),
+        ("marlin_24", lambda t: t.update({f"{LAYER}.B_meta": t[f"{LAYER}.B_meta"][1:].contiguous()}), "E105", "B_meta is I16"),
+        ("marlin_24", lambda t: t[f"{LAYER}.B_meta"].view(-1)[700:701].fill_(0x4F44), "E346", "0xf, which names no two survivors"),
     ],
 )
 def test_structure_and_numbers_are_checked(copy: Callable[[str], Path], fmt: str, damage: Damage, error_id: str, says: str) -> None:
@@ -227,6 +258,61 @@ def test_padding_must_be_zero(tmp_path: Path) -> None:
     remake_manifest(tmp_path / "out")
     problem = failure(tmp_path / "out")
     assert problem.error_id == "E106" and "padding" in problem.problems[0].what
+
+
+def test_sparse_padding_must_be_zero(tmp_path: Path) -> None:
+    """Kernels read the padding of 2:4 tiles too: codes that are not 0, and metadata that is not what the packer writes."""
+    folder = make_tiny(tmp_path / "s", hidden_size=48, num_attention_heads=4, num_key_value_heads=4, head_dim=12, intermediate_size=80)
+    make_sparse_packed(folder, tmp_path / "out", "marlin_24", group_size=16)
+    verify(tmp_path / "out", source=folder, load=False, console=Console.quiet())
+    name = "model.layers.0.self_attn.q_proj"
+    for suffix, bit in (("B_24", 1 << 28), ("B_meta", 1 << 3)):
+        bad = Path(shutil.copytree(tmp_path / "out", tmp_path / suffix))
+
+        def dirty(tensors: dict[str, Tensor], suffix: str = suffix, bit: int = bit) -> None:
+            tensors[f"{name}.{suffix}"][-1, -1] ^= bit
+
+        edit_tensors(bad, dirty)
+        remake_manifest(bad)
+        problem = failure(bad)
+        assert problem.error_id == "E106" and f"{name}.{suffix} is not what packing" in problem.problems[0].what
+
+
+def test_permuted_metadata_is_noticed_with_the_source(copy: Callable[[str], Path], source: Path) -> None:
+    """Survivors at the places of another row are plausible numbers: only the original tells."""
+    folder = copy("marlin_24")
+    edit_tensors(folder, lambda tensors: tensors.update({f"{LAYER}.B_meta": tensors[f"{LAYER}.B_meta"].flip(1)}))
+    remake_manifest(folder)
+    problem = failure(folder, source=source)
+    assert problem.error_id == "E107" and [p.where for p in problem.problems] == [LAYER]
+
+
+@pytest.mark.parametrize(
+    ("change", "error_id", "says"),
+    [
+        (lambda masks: masks.update({f"{LAYER}.keep": masks[f"{LAYER}.keep"].flip(0)}), "E111", f"{LAYER}: row 0, column"),
+        (lambda masks: masks.update({f"{LAYER}.keep": masks[f"{LAYER}.keep"][:8].contiguous()}), "E111", f"the mask of {LAYER} is U8"),
+        (lambda masks: masks[f"{LAYER}.keep"].fill_(0x77), "E111", "is not 2:4"),
+        (lambda masks: masks.update({"model.layers.5.mlp.up_proj.keep": masks[f"{LAYER}.keep"].clone()}), "E112", "no such linear"),
+    ],
+)
+def test_masks_are_compared_with_weights(copy: Callable[[str], Path], change: Callable[[Any], Any], error_id: str, says: str) -> None:
+    """A mask that lies makes the next packing drop weights; no client would notice, because none reads the file."""
+    folder = copy("sparse-ct")
+    edit_masks(folder, change)
+    assert failure(folder).error_id == "E101"
+    remake_manifest(folder)
+    problem = failure(folder)
+    assert problem.error_id == error_id and says in problem.problems[0].what and problem.exit_code == 1
+
+
+def test_a_mask_beside_metadata_is_noticed(good: dict[str, Path], copy: Callable[[str], Path]) -> None:
+    """Two statements about one linear could differ; nobody could say which is true."""
+    folder = copy("marlin_24")
+    shutil.copy(good["sparse-ct"] / "marlinctl_mask.safetensors", folder)
+    remake_manifest(folder)
+    problem = failure(folder)
+    assert problem.error_id == "E112" and len(problem.problems) == 13
 
 
 def test_logits_are_compared_and_not_only_loaded(copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

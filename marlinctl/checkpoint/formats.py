@@ -13,9 +13,13 @@ For a linear P with weight [N, K], group size g and G = K / g groups (G = 1 when
     marlin   P.B              [K'/16, 2N']    int32    our own kernels; N', K' are N, K padded to multiples of 64
              P.s              [G', N']        fp16     in MARLIN order
              P.weight_shape   [2] = [N, K]    int64    the true sizes
+    marlin_24  P.B_24         [K'/32, 2N']    int32    the same for 2:4: survivors only
+             P.B_meta         [K'/32, 2N']    int16    where in their quads they were
+             P.s, P.weight_shape                       as marlin, scales in Sparse-MARLIN order
 
-A bias stays P.bias everywhere. The layouts inside a word are functions in marlinctl/pack/tile.py. Everything here except the three
-functions that touch tensors works from config.json and tensor names alone, without torch.
+In all but the last, the survivors of a 2:4 model lie in a file of their own (checkpoint/mask.py). A bias stays P.bias everywhere.
+The layouts inside a word are functions in marlinctl/pack/tile.py. Everything here except the three functions that touch tensors works
+from config.json and tensor names alone, without torch.
 
 Three fields look like decoration and are not: without `quantization_status: compressed` transformers loads random numbers and says
 nothing, without `qzeros` GPTQModel does, and v1 tensors under a v2 label (or the reverse) are off by one step everywhere.
@@ -26,7 +30,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint.targets import GroupOf, matches, name_patterns, with_fused_names
@@ -35,10 +39,12 @@ from marlinctl.errors import BadInput, Problem
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from marlinctl.checkpoint.mask import Masks
     from marlinctl.checkpoint.reader import Checkpoint
     from marlinctl.quantize.types import QuantizedLinear
 
-WRITABLE = ("ct", "gptq", "marlin", "dense")
+WRITABLE = ("ct", "gptq", "marlin", "marlin_24", "dense")
+NATIVE = ("marlin", "marlin_24")  # quant_method marlinctl
 _AGAIN = "fetch or write the checkpoint again"
 FORMAT_VERSION = 1  # of native folders; a higher one was written by a newer marlinctl
 
@@ -48,6 +54,7 @@ SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "ct": ("weight_packed", "weight_scale", "weight_shape"),
     "gptq": ("qweight", "qzeros", "scales", "g_idx"),
     "marlin": ("B", "s", "weight_shape"),
+    "marlin_24": ("B_24", "B_meta", "s", "weight_shape"),
 }
 
 LOADERS: Mapping[str, tuple[str, ...]] = {
@@ -56,6 +63,7 @@ LOADERS: Mapping[str, tuple[str, ...]] = {
     "gptq": ("GPTQModel", "vLLM", "SGLang", "transformers (with optimum and gptqmodel)", "marlinctl"),
     "gptq_v2": ("GPTQModel", "vLLM", "transformers (with optimum and gptqmodel)", "marlinctl"),
     "marlin": ("marlinctl",),
+    "marlin_24": ("marlinctl",),
 }
 
 
@@ -63,7 +71,7 @@ LOADERS: Mapping[str, tuple[str, ...]] = {
 class FormatInfo:
     """What config.json and the tensor names say a checkpoint is."""
 
-    name: str  # "dense", "ct", "gptq" or "marlin"
+    name: str  # "dense", "ct", "gptq", "marlin" or "marlin_24"
     bits: int  # 4, or 16 for dense
     layers: Mapping[str, int] = field(default_factory=dict)  # quantized linears -> group size; -1 is one group for the whole row
     variant: str = ""  # gptq: "v1" or "v2"
@@ -77,10 +85,10 @@ class FormatInfo:
     def loaders(self) -> tuple[str, ...]:
         return LOADERS["gptq_v2" if self.variant == "v2" else self.name]
 
-    @property
-    def weight_files(self) -> str:
-        """How the shards are called: native folders must not look like a model that plain transformers can load."""
-        return "marlin" if self.name == "marlin" else "model"
+
+def weight_files(fmt: str) -> str:
+    """How the shards are called: native folders must not look like a model that plain transformers can load."""
+    return "marlin" if fmt in NATIVE else "model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +98,7 @@ class LinearParts:
     codes: Tensor  # [N, K] int8
     scales: Tensor  # [N, G] float16, bfloat16 or float32
     group_size: int  # K when one group spans the row
+    keep: Tensor | None = None  # [N, K] bool, the survivors of a 2:4 linear; None: dense, or nobody says
 
     def weight(self) -> Tensor:
         """[N, K] float32: the weight that every runtime must compute with. Exact."""
@@ -104,6 +113,7 @@ class LinearParts:
         import torch
 
         from marlinctl.quantize.types import QuantizedLinear
+        from marlinctl.sparsify.types import SparseQuantizedLinear
 
         scales = self.scales.to(torch.float16)
         wrong = scales.to(torch.float32) != self.scales.to(torch.float32)
@@ -116,6 +126,8 @@ class LinearParts:
                 where=f"{layer}, row {row}, group {group}",
                 fix="pack to ct, which keeps the scales as they are, or quantize the original model again with marlinctl",
             )
+        if self.keep is not None:
+            return SparseQuantizedLinear(self.codes, scales, self.group_size, self.keep)
         return QuantizedLinear(self.codes, scales, self.group_size)
 
 
@@ -137,7 +149,7 @@ def detect(config: Mapping[str, Any], tensor_names: Iterable[str]) -> FormatInfo
         if method in ("gptq", "gptq_marlin", "auto_gptq"):
             return _detect_gptq(block, names)
         if method == "marlinctl":
-            return _detect_marlin(block, names)
+            return _detect_native(block, names)
     except ValueError as problem:
         raise _unreadable(str(problem), "restore quantization_config from the original") from None
     raise _unreadable(
@@ -171,7 +183,7 @@ def sixteen_bit_linears(shapes: Mapping[str, Sequence[int]], layers: Iterable[st
 
 
 def _dense(names: Sequence[str]) -> FormatInfo:
-    for fmt in ("ct", "gptq", "marlin"):
+    for fmt in ("ct", "gptq", *NATIVE):
         packed = layer_names(names, fmt)
         if packed:
             raise _unreadable(
@@ -275,7 +287,7 @@ def _dynamic_rule(dynamic: Mapping[str, Any], layer: str) -> Mapping[str, Any]:
     return {}
 
 
-def _detect_marlin(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
+def _detect_native(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
     version = block.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise _unreadable(f"format_version {version!r} is not a version", "write the folder again with `marlinctl pack --format marlin`")
@@ -286,11 +298,17 @@ def _detect_marlin(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo
             where="config.json: quantization_config.format_version",
             fix="update marlinctl, or pack the model again to ct with the version that wrote it",
         )
-    if block.get("format") != "marlin" or block.get("bits") != 4:
-        what = f"native format {block.get('format')!r} with {block.get('bits')!r} bits is not read"
-        raise _unreadable(what, "only marlin with 4 bits is")
+    fmt = block.get("format")
+    if fmt not in NATIVE or block.get("bits") != 4:
+        what = f"native format {fmt!r} with {block.get('bits')!r} bits is not read"
+        raise _unreadable(what, f"only {' and '.join(NATIVE)} with 4 bits are")
+    other = next(iter(layer_names(names, "marlin_24" if fmt == "marlin" else "marlin")), None)
+    if other is not None:
+        raise _unreadable(
+            f"config.json says {fmt}, but {other} is packed the other way", "config.json belongs to another model; restore it"
+        )
     overrides, size = _object(block, "overrides"), block.get("group_size", -1)
-    return FormatInfo("marlin", 4, {layer: _size(overrides.get(layer, size)) for layer in layer_names(names, "marlin")})
+    return FormatInfo(fmt, 4, {layer: _size(overrides.get(layer, size)) for layer in layer_names(names, fmt)})
 
 
 def _object(block: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -337,8 +355,8 @@ def quantization_config(
         block |= {"format": "gptq", "pack_dtype": "int32", "lm_head": "lm_head" in layers}
         dynamic = _dynamic_block(differing, [name for name in ignore if name != "lm_head"], everything)
         block |= {"dynamic": dynamic} if dynamic else {}
-    elif fmt == "marlin":
-        block = {"quant_method": "marlinctl", "format": "marlin", "format_version": FORMAT_VERSION, "bits": 4, "group_size": majority}
+    elif fmt in NATIVE:
+        block = {"quant_method": "marlinctl", "format": fmt, "format_version": FORMAT_VERSION, "bits": 4, "group_size": majority}
         block |= {"overrides": differing} if differing else {}
     else:
         raise ValueError(f"no config block for format {fmt!r}")
@@ -406,11 +424,10 @@ def linear_shapes(fmt: str, n: int, k: int, group_size: int) -> dict[str, tuple[
         }
     padded_n, padded_k = -(-n // 64) * 64, -(-k // 64) * 64
     padded_groups = 1 if groups == 1 else -(-padded_k // group_size)
-    return {
-        "B": (("I32",), (padded_k // 16, 2 * padded_n)),
-        "s": (("F16",), (padded_groups, padded_n)),
-        "weight_shape": (("I64",), (2,)),
-    }
+    common = {"s": (("F16",), (padded_groups, padded_n)), "weight_shape": (("I64",), (2,))}
+    if fmt == "marlin":
+        return {"B": (("I32",), (padded_k // 16, 2 * padded_n)), **common}
+    return {"B_24": (("I32",), (padded_k // 32, 2 * padded_n)), "B_meta": (("I16",), (padded_k // 32, 2 * padded_n)), **common}
 
 
 _RANKS = {"weight_shape": 1, "g_idx": 1}  # all others are matrices
@@ -440,29 +457,39 @@ def layer_shape(checkpoint: Checkpoint, info: FormatInfo, layer: str) -> tuple[i
 
 
 def linear_tensors(fmt: str, layer: str, q: QuantizedLinear | LinearParts) -> dict[str, Tensor]:
-    """What is written for one layer, by full tensor name. ct takes the scales as they are; gptq and marlin need them exact in fp16."""
+    """What is written for one layer, by full tensor name. ct takes the scales as they are, the others need them exact in fp16.
+
+    marlin_24 needs a mask: `q` is a SparseQuantizedLinear, or parts with `keep`. The other formats have no place for one.
+    """
     import torch
 
     from marlinctl.pack.interchange import pack_ct, pack_gptq
     from marlinctl.pack.marlin import pack_marlin
+    from marlinctl.pack.sparse_marlin import pack_sparse_marlin
+    from marlinctl.sparsify.types import SparseQuantizedLinear
 
-    n, k = q.codes.shape
+    shape = torch.tensor(q.codes.shape, dtype=torch.int64)
     if fmt == "ct":
-        parts = {"weight_packed": pack_ct(q.codes), "weight_scale": q.scales, "weight_shape": torch.tensor([n, k], dtype=torch.int64)}
+        parts = {"weight_packed": pack_ct(q.codes), "weight_scale": q.scales, "weight_shape": shape}
         return {f"{layer}.{suffix}": tensor.contiguous() for suffix, tensor in parts.items()}
-    exact = LinearParts(q.codes, q.scales, q.group_size).quantized(layer)
+    exact = LinearParts(q.codes, q.scales, q.group_size, getattr(q, "keep", None)).quantized(layer)
     if fmt == "gptq":
         parts = pack_gptq(exact)
     elif fmt == "marlin":
         packed = pack_marlin(exact)
-        parts = {"B": packed.qweight, "s": packed.scales, "weight_shape": torch.tensor([n, k], dtype=torch.int64)}
+        parts = {"B": packed.qweight, "s": packed.scales, "weight_shape": shape}
+    elif fmt == "marlin_24":
+        if not isinstance(exact, SparseQuantizedLinear):
+            raise ValueError(f"{layer} has no mask, so it cannot be written as marlin_24")
+        sparse = pack_sparse_marlin(exact)
+        parts = {"B_24": sparse.qweight, "B_meta": sparse.meta, "s": sparse.scales, "weight_shape": shape}
     else:
         raise ValueError(f"format {fmt!r} has no packed tensors")
     return {f"{layer}.{suffix}": tensor.contiguous() for suffix, tensor in parts.items()}
 
 
-def read_parts(checkpoint: Checkpoint, fmt: FormatInfo, layer: str) -> LinearParts:
-    """One layer from disk, unpacked, scales in their own dtype. BadInput names the layer."""
+def read_parts(checkpoint: Checkpoint, fmt: FormatInfo, layer: str, masks: Masks | None = None) -> LinearParts:
+    """One layer from disk, unpacked, scales in their own dtype; with its mask, if metadata or `masks` has one. BadInput names the layer."""
     present = [suffix for suffix in SUFFIXES[fmt.name] if f"{layer}.{suffix}" in checkpoint.tensors]
     needed = [suffix for suffix in SUFFIXES[fmt.name] if suffix != "g_idx"]  # old GPTQ files lack it, which means plain order
     missing = [f"{layer}.{suffix}" for suffix in needed if suffix not in present]
@@ -471,7 +498,7 @@ def read_parts(checkpoint: Checkpoint, fmt: FormatInfo, layer: str) -> LinearPar
     try:
         _check_ranks(checkpoint, layer, present)
         tensors = {suffix: checkpoint.read(f"{layer}.{suffix}") for suffix in present}
-        return _UNPACK[fmt.name](tensors, fmt.layers[layer], fmt.variant)
+        parts = _UNPACK[fmt.name](tensors, fmt.layers[layer], fmt.variant)
     except ValueError as problem:
         raise BadInput(
             "E346",
@@ -479,6 +506,9 @@ def read_parts(checkpoint: Checkpoint, fmt: FormatInfo, layer: str) -> LinearPar
             where=str(checkpoint.tensors[f"{layer}.{SUFFIXES[fmt.name][0]}"].file),
             fix=_UNPACK_FIX.get(fmt.name, "the file is damaged or its config.json belongs to another model; fetch or write it again"),
         ) from problem
+    if masks is None or layer not in masks:
+        return parts
+    return replace(parts, keep=masks.checked_keep(layer, parts.codes))
 
 
 def read_linear(checkpoint: Checkpoint, fmt: FormatInfo, layer: str) -> QuantizedLinear:
@@ -540,17 +570,31 @@ def _unpack_gptq(tensors: Mapping[str, Tensor], group_size: int, variant: str) -
     return LinearParts(q.codes, scales.T.contiguous(), _group_size(group_size, k, int(scales.shape[0])))
 
 
+def _native_sizes(fmt: str, tensors: Mapping[str, Tensor], group_size: int) -> tuple[int, int, int]:
+    """(N, K, group size) of a native linear whose tensors have the shapes that these ask for."""
+    n, k = _true_shape(tensors["weight_shape"])
+    for suffix, (_, shape) in linear_shapes(fmt, n, k, group_size).items():
+        if tuple(tensors[suffix].shape) != shape:
+            raise ValueError(f"{suffix} has shape {tuple(tensors[suffix].shape)}, expected {shape} for [{n}, {k}]")
+    return n, k, k if group_size == -1 else group_size
+
+
 def _unpack_marlin(tensors: Mapping[str, Tensor], group_size: int, variant: str) -> LinearParts:
     from marlinctl.pack.marlin import unpack_marlin
     from marlinctl.pack.types import PackedLinear
 
-    n, k = _true_shape(tensors["weight_shape"])
-    shapes = linear_shapes("marlin", n, k, group_size)
-    for suffix in ("B", "s"):
-        if tuple(tensors[suffix].shape) != shapes[suffix][1]:
-            raise ValueError(f"{suffix} has shape {tuple(tensors[suffix].shape)}, expected {shapes[suffix][1]} for [{n}, {k}]")
-    q = unpack_marlin(PackedLinear(tensors["B"], tensors["s"], n, k, k if group_size == -1 else group_size))
+    sizes = _native_sizes("marlin", tensors, group_size)
+    q = unpack_marlin(PackedLinear(tensors["B"], tensors["s"], *sizes))
     return LinearParts(q.codes, q.scales, q.group_size)
 
 
-_UNPACK = {"ct": _unpack_ct, "gptq": _unpack_gptq, "marlin": _unpack_marlin}
+def _unpack_marlin_24(tensors: Mapping[str, Tensor], group_size: int, variant: str) -> LinearParts:
+    from marlinctl.pack.sparse_marlin import unpack_sparse_marlin
+    from marlinctl.pack.types import PackedSparseLinear
+
+    sizes = _native_sizes("marlin_24", tensors, group_size)
+    q = unpack_sparse_marlin(PackedSparseLinear(tensors["B_24"], tensors["B_meta"], tensors["s"], *sizes))
+    return LinearParts(q.codes, q.scales, q.group_size, q.keep)
+
+
+_UNPACK = {"ct": _unpack_ct, "gptq": _unpack_gptq, "marlin": _unpack_marlin, "marlin_24": _unpack_marlin_24}

@@ -52,6 +52,10 @@ class Masks:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self.layers = tuple(name.removesuffix(SUFFIX) for name in checkpoint.tensors)
+        self.where = str(checkpoint.folder / NAME)
+
+    def __contains__(self, layer: str) -> bool:
+        return layer + SUFFIX in self._checkpoint.tensors
 
     def keep(self, layer: str, n: int, k: int) -> Tensor:
         """[n, k] bool, exactly two True in each aligned four. BadInput names the linear whose mask does not fit or is not 2:4."""
@@ -67,6 +71,21 @@ class Masks:
             check_keep(keep)
         except ValueError as problem:
             raise BadInput("E353", f"the mask of {layer} is not 2:4: {problem}", where=where, fix=_AGAIN) from None
+        return keep
+
+    def checked_keep(self, layer: str, weight: Tensor) -> Tensor:
+        """keep of weights or codes [N, K]. BadInput where they are not zero although the mask says that they were pruned."""
+        keep = self.keep(layer, *weight.shape)
+        pruned = (weight != 0) & ~keep
+        if bool(pruned.any()):
+            row, column = pruned.nonzero()[0].tolist()
+            raise BadInput(
+                "E356",
+                f"{layer}: row {row}, column {column} was pruned, says the mask, and yet is {weight[row, column].item()} "
+                f"({int(pruned.sum()):,} such weights)",
+                where=self.where,
+                fix="mask and weights do not belong together; " + _AGAIN,
+            )
         return keep
 
 

@@ -29,6 +29,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from marlinctl import manifest as manifests
+from marlinctl.checkpoint import formats
 from marlinctl.checkpoint import mask as masks
 from marlinctl.checkpoint.files import FileRefused, open_member
 from marlinctl.errors import BadInput, ResourceProblem, UsageError
@@ -132,13 +133,13 @@ class _Entry:
 class StagedCheckpoint:
     """A checkpoint under construction. Use as a context manager; `publish` makes it real, leaving without it removes it.
 
-    A native folder (fmt "marlin") calls its weights marlin-*.safetensors, so that plain transformers finds no model in it.
+    A native folder (fmt "marlin" or "marlin_24") calls its weights marlin-*.safetensors, so that plain transformers finds no model in it.
     """
 
     def __init__(self, out: Path, *, overwrite: bool, fmt: str) -> None:
         self.out = out.resolve()  # a link to a folder is followed: the folder is replaced, the link stays
         self.overwrite = overwrite
-        self.stem = "marlin" if fmt == "marlin" else "model"
+        self.stem = formats.weight_files(fmt)
         self.path = self.out.with_name(f"{self.out.name}.tmp-{secrets.token_hex(4)}")
         self._shards: list[list[_Entry]] = []
         self._masks: list[_Entry] = []

@@ -16,7 +16,7 @@ from marlinctl.console import Console
 @click.command("compress")
 @click.argument("model", metavar="MODEL")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
-@click.option("--format", "fmt", metavar="ct|gptq|marlin", help="What OUT holds. Default: the recipe's first format, ct.")
+@click.option("--format", "fmt", metavar="ct|gptq|marlin|marlin_24", help="What OUT holds. Default: the recipe's first format, ct.")
 @click.option("--also", multiple=True, metavar="FORMAT", help="Publish this format too, in OUT-FORMAT; may be given again.")
 @click.option("--tasks", metavar="NAMES", help="Tasks of lm_eval to score before and after: mmlu,arc,winogrande. Needs the extra `eval`.")
 @click.option("--task-data", type=click.Path(path_type=Path), metavar="DIR", help="Local copies of the tasks' data, read without network.")

@@ -92,7 +92,7 @@ def command(
       marlinctl eval OUT --against MODEL
       marlinctl eval OUT --tasks mmlu,arc,winogrande --against MODEL --out scores.json
 
-    MODEL and BASELINE are folders (dense, compressed-tensors, GPTQ or native MARLIN), hub ids or GGUF files. Without --tasks, or
+    MODEL and BASELINE are folders (dense, compressed-tensors, GPTQ or native), hub ids or GGUF files. Without --tasks, or
     with --against, a text is measured too. Every figure comes with its standard error.
     """
     if task_data is not None and not console.offline and _is_local(model) and (against is None or _is_local(against)):

@@ -21,7 +21,7 @@ _SHOWN = 3  # reasons per verdict; the rest is counted
 @click.command("pack")
 @click.argument("source", metavar="SOURCE")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT", required=False)
-@click.option("--format", "fmt", default="ct", show_default=True, metavar="ct|gptq|marlin|dense", help="What to write.")
+@click.option("--format", "fmt", default="ct", show_default=True, metavar="ct|gptq|marlin|marlin_24|dense", help="What to write.")
 @click.option("--also", multiple=True, metavar="FORMAT", help="Publish this format too, in OUT-FORMAT; may be given again.")
 @click.option("--check", is_flag=True, help="Write nothing; tell which runtimes accept the shapes.")
 @click.option("--tp", type=click.IntRange(1, 1024), metavar="N", help="With --check: tensor-parallel splits up to N. Default: 1.")
@@ -45,12 +45,16 @@ def command(
     Example:
         marlinctl pack ./smollm2-int4 ./smollm2-marlin --format marlin
         marlinctl pack ./smollm2-int4 ./smollm2-gptq --format gptq --overwrite
+        marlinctl pack ./smollm2-sparse ./smollm2-24 --format marlin_24 --also ct
         marlinctl pack ./smollm2-int4 --check --tp 4
 
     SOURCE is a compressed-tensors (pack-quantized), GPTQ or native folder, or a hub id, 4-bit symmetric, from marlinctl or not. The
     integer codes are moved, never rounded again; neither the model nor a GPU is needed. `ct` is what vLLM, SGLang and transformers
-    load, `gptq` what GPTQModel and its relatives load, `marlin` the tiles of marlinctl's kernels, `dense` a 16-bit copy for
-    everything else (its products are rounded to float16).
+    load, `gptq` what GPTQModel and its relatives load, `marlin` the tiles of marlinctl's kernels, `marlin_24` those of its 2:4
+    kernels, `dense` a 16-bit copy for everything else (its products are rounded to float16).
+
+    `marlin_24` keeps the survivors of a 2:4 model only, half of the codes. Which ones those are is taken from the mask file beside
+    the weights; without one, from the codes that are zero. Every other format carries the mask along in such a file.
 
     --check prints, for each runtime and tensor-parallel split, whether it accepts the shapes, and exits with 1 when marlinctl would
     be the only one to load FORMAT at split N, although servers read that format.

@@ -1,6 +1,6 @@
-"""The plain reference: what a kernel over MARLIN tiles must compute, written so that nobody can doubt it.
+"""The plain reference: what a kernel over MARLIN or Sparse-MARLIN tiles must compute, written so that nobody can doubt it.
 
-It finds every weight through the map in pack/tile.py, one index per nibble, and shares no step with the packer's fast
+It finds every weight through the maps in pack/tile.py, one index per nibble, and shares no step with the packer's fast
 path; the sum runs in fp32. It is slow and meant to be: emulator and kernels are compared with it.
 """
 
@@ -9,8 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from marlinctl.pack.tile import OFFSET, channel_slot, grouped_slot, marlin_place
-from marlinctl.pack.types import PackedLinear
+from marlinctl.pack.tile import (
+    OFFSET,
+    channel_slot,
+    grouped_slot,
+    marlin_place,
+    meta_columns,
+    meta_place,
+    sparse_grouped_slot,
+    sparse_place,
+)
+from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 
 ROWS_AT_ONCE = 256  # index tensors take 8 bytes per weight; this bounds them to tens of megabytes
 
@@ -21,16 +30,23 @@ def dequantize(p: PackedLinear) -> Tensor:
     return torch.cat([_rows(p, n) for n in torch.split(columns, ROWS_AT_ONCE)])
 
 
+def dequantize_sparse(p: PackedSparseLinear) -> Tensor:
+    """The weight [N, K] fp32, zero where pruned, that survivors, metadata and scales of `p` stand for."""
+    rows = torch.arange(p.out_features, device=p.qweight.device)
+    return torch.cat([_sparse_rows(p, n) for n in torch.split(rows, ROWS_AT_ONCE)])
+
+
 def gemm(
     activations: Tensor,  # [M, K], any float
-    p: PackedLinear,
+    p: PackedLinear | PackedSparseLinear,
     bias: Tensor | None = None,  # [N]
 ) -> Tensor:  # [M, N] fp32
     if activations.ndim != 2 or activations.shape[1] != p.in_features:
         raise ValueError(f"activations must be [M, {p.in_features}], got {list(activations.shape)}")
     if bias is not None and tuple(bias.shape) != (p.out_features,):
         raise ValueError(f"bias must be [{p.out_features}], got {list(bias.shape)}")
-    product = activations.to(torch.float32) @ dequantize(p).T
+    weight = dequantize_sparse(p) if isinstance(p, PackedSparseLinear) else dequantize(p)
+    product = activations.to(torch.float32) @ weight.T
     return product if bias is None else product + bias.to(torch.float32)
 
 
@@ -43,3 +59,19 @@ def _rows(p: PackedLinear, n: Tensor) -> Tensor:
     codes = (words >> (4 * place.nibble) & 15) - OFFSET
     slot = channel_slot(n) if p.channel_wise else grouped_slot(n)
     return codes.to(torch.float32) * p.scales[k // p.group_size, slot].to(torch.float32)
+
+
+def _sparse_rows(p: PackedSparseLinear, n: Tensor) -> Tensor:
+    """Rows `n` of the weight: [len(n), K] fp32."""
+    n = n.unsqueeze(1)  # [rows, 1]
+    quads = torch.arange(p.in_features // 4, device=n.device)  # [K/4], broadcasts to [rows, K/4]
+    places = meta_place(quads, n)
+    nibbles = p.meta[places.row, places.column].to(torch.int64) >> (4 * places.nibble) & 15
+    slot = n if p.channel_wise else sparse_grouped_slot(n)
+    weight = torch.zeros(len(n), p.in_features, device=n.device)
+    for odd, column in enumerate(meta_columns(nibbles)):
+        k = 4 * quads + column  # [rows, K/4]
+        place = sparse_place(2 * quads + odd, n)
+        codes = (p.qweight[place.row, place.column] >> (4 * place.nibble) & 15) - OFFSET
+        weight.scatter_(1, k, codes.to(torch.float32) * p.scales[k // p.group_size, slot].to(torch.float32))
+    return weight

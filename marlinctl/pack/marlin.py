@@ -50,9 +50,7 @@ def unpack_marlin(p: PackedLinear) -> QuantizedLinear:
 
 def _words(codes: Tensor) -> Tensor:
     """int8 [64 blocks, K'] -> int32 [row, block, column, quad, j], a permuted view."""
-    nibbles = (codes + OFFSET).reshape(-1).view(torch.int64).view(codes.shape[0], -1, 2)  # [n, row, half] x 8 bytes [quad, odd]
-    both_halves = nibbles[..., 0] | nibbles[..., 1] << 4  # [n, row] x 8 bytes [quad, odd] of nibbles [half]
-    columns = _spread(both_halves.view(torch.int16).to(torch.int32))  # [n, row quad] x bytes [odd, 0]
+    columns = fold(codes + OFFSET, len(codes))  # [n, row quad] x bytes [odd, 0]
     columns = columns.view(-1, 4, 2, 8, columns.shape[1] // 4, 4)  # [block, j, pair, column, row, quad]
     words = columns[:, :, 0] | columns[:, :, 1] << 8  # [block, j, column, row, quad] x bytes [odd, pair]
     return words.permute(3, 0, 2, 4, 1)
@@ -61,12 +59,23 @@ def _words(codes: Tensor) -> Tensor:
 def _codes(words: Tensor, out: Tensor) -> None:
     """int32 [row, block, column, quad, j] -> int8 [64 blocks, K'], the steps of _words backwards."""
     words = words.permute(1, 4, 2, 0, 3).contiguous()  # [block, j, column, row, quad] x bytes [odd, pair]
-    columns = torch.stack((_gather(words), _gather(words >> 8)), dim=2)  # int16 [block, j, pair, column, row, quad] x bytes [odd]
-    both_halves = columns.view(out.shape[0], -1).view(torch.int64)  # [n, row] x 8 bytes [quad, odd] of nibbles [half]
-    nibbles = out.view(torch.int64).view(out.shape[0], -1, 2)  # [n, row, half] x 8 bytes [quad, odd]
-    nibbles[..., 0] = both_halves & LOW_NIBBLES
-    nibbles[..., 1] = both_halves >> 4 & LOW_NIBBLES
+    unfold(torch.stack((gather(words), gather(words >> 8)), dim=2), out)  # int16 [block, j, pair, column, row, quad] x bytes [odd]
     out.sub_(OFFSET)
+
+
+def fold(nibbles: Tensor, rows: int) -> Tensor:
+    """A nibble in each byte, [n: rows] [row, half, quad, odd] -> int32 [n, row quad] x bytes [odd, 0] of nibbles [half]."""
+    halves = nibbles.reshape(-1).view(torch.int64).view(rows, -1, 2)  # [n, row, half] x 8 bytes [quad, odd]
+    both_halves = halves[..., 0] | halves[..., 1] << 4  # [n, row] x 8 bytes [quad, odd] of nibbles [half]
+    return _spread(both_halves.view(torch.int16).to(torch.int32))
+
+
+def unfold(columns: Tensor, out: Tensor) -> None:
+    """int16 [n.., row, quad] x bytes [odd] of nibbles [half] -> int8 [n, K'], a nibble in each byte: the inverse of fold."""
+    both_halves = columns.view(out.shape[0], -1).view(torch.int64)  # [n, row] x 8 bytes [quad, odd] of nibbles [half]
+    halves = out.view(torch.int64).view(out.shape[0], -1, 2)  # [n, row, half] x 8 bytes [quad, odd]
+    halves[..., 0] = both_halves & LOW_NIBBLES
+    halves[..., 1] = both_halves >> 4 & LOW_NIBBLES
 
 
 def _spread(pairs: Tensor) -> Tensor:
@@ -74,7 +83,7 @@ def _spread(pairs: Tensor) -> Tensor:
     return pairs & 0xFF | (pairs & 0xFF00) << 8
 
 
-def _gather(spread: Tensor) -> Tensor:
+def gather(spread: Tensor) -> Tensor:
     """int32 0x..AA..BB -> int16 0xAABB"""
     return (spread & 0xFF | spread >> 8 & 0xFF00).to(torch.int16)
 

@@ -11,6 +11,12 @@ of a warp owns words 4t..4t+3 and fetches them with a single 16-byte load. For m
 four k = 2(t % 4) + {0, 1, 8, 9} of column t // 4; word j carries those for two columns, 16j + t // 4 and its
 neighbour 8 further on. Inside a word the order is such that `w & 0x000f000f`, `w & 0x00f000f0` and the same two
 masks on `w >> 8` each give a ready pair of neighbours in k, one in each half of the register.
+
+Sparse-MARLIN stores the survivors of 2:4 alone: survivor c of a row is the (c % 2)-th of quad c // 2, the aligned four
+k = 4 (c // 2) .. + 3. The weight is now the A operand of mma.sp.m16n8k32, so k of the tile counts survivors and rows of
+the fragment are columns of MARLIN: word j of lane t holds survivors 2(t % 4) + {0, 1, 8, 9} of the outputs 8(t // 4) + j
+and 4 further on, in the same order of nibbles. Which two of a quad survived lies in `meta`, in the order in which one
+ldmatrix hands it to the warp.
 """
 
 from __future__ import annotations
@@ -23,7 +29,7 @@ Index = TypeVar("Index", int, Tensor)  # one place, or a tensor of places
 
 NIBBLES = 8  # 4-bit values in an int32 word
 OFFSET = 8  # a nibble holds code + OFFSET, so that -8..7 becomes 0..15
-TILE_K, TILE_N = 16, 64  # weights of one MARLIN tile: 32 lanes x 4 words x 8 nibbles
+TILE_K, TILE_N = 16, 64  # weights of one MARLIN tile: 32 lanes x 4 words x 8 nibbles; in a 2:4 tile k counts survivors
 
 
 class Place(NamedTuple, Generic[Index]):
@@ -68,6 +74,68 @@ def grouped_slot(n: Index) -> Index:
 def channel_slot(n: Index) -> Index:
     """One group: the scales multiply the finished sums, of which a lane holds the pairs 0 1, 8 9, 16 17, 24 25."""
     return 32 * (n // 32) + 8 * ((n % 8) // 2) + 2 * ((n % 32) // 8) + n % 2
+
+
+# Sparse-MARLIN: qweight [K/32, 2N] of survivors
+
+
+def sparse_lane(c: Index, n: Index) -> Index:
+    """The thread of the warp, 0..31, that loads survivor c of output n."""
+    return 4 * ((n % 64) // 8) + (c % 8) // 2
+
+
+def sparse_place(c: Index, n: Index) -> Place[Index]:
+    column = 128 * (n // 64) + 4 * sparse_lane(c, n) + n % 4
+    nibble = 4 * (c % 2) + 2 * ((n % 8) // 4) + (c % 16) // 8
+    return Place(c // 16, column, nibble)
+
+
+def sparse_survivor(row: Index, column: Index, nibble: Index) -> tuple[Index, Index]:
+    """The (c, n) that a nibble stands for: the inverse of sparse_place."""
+    lane = (column % 128) // 4
+    c = 16 * row + 8 * (nibble % 2) + 2 * (lane % 4) + nibble // 4
+    n = 64 * (column // 128) + 8 * (lane // 4) + 4 * ((nibble // 2) % 2) + column % 4
+    return c, n
+
+
+# Sparse-MARLIN metadata: meta [K/32, 2N] of int16, a nibble for each quad. A word covers 16 k of one output. The 128 words
+# of 32 k x 64 n are two 8 x 8 matrices of ldmatrix, the first for outputs with n % 4 = 0, 1, the second for 2, 3.
+
+
+def meta_place(quad: Index, n: Index) -> Place[Index]:
+    """`nibble` is 0..3 here, since a word has 16 bits."""
+    column = 128 * (n // 64) + 64 * ((n % 4) // 2) + 8 * ((n % 64) // 8) + 4 * (n % 2) + 2 * ((quad % 8) // 4) + (n % 8) // 4
+    return Place(quad // 8, column, quad % 4)
+
+
+def meta_quad(row: Index, column: Index, nibble: Index) -> tuple[Index, Index]:
+    """The (quad, n) that a nibble of meta stands for: the inverse of meta_place."""
+    quad = 8 * row + 4 * ((column % 4) // 2) + nibble
+    n = 64 * (column // 128) + 8 * ((column % 64) // 8) + 4 * (column % 2) + 2 * ((column % 128) // 64) + (column % 8) // 4
+    return quad, n
+
+
+def meta_nibble(first: Index, second: Index) -> Index:
+    """Survivors in columns first < second of their quad, each 0..3: one of 0x4 0x8 0x9 0xC 0xD 0xE."""
+    return first + 4 * second
+
+
+def meta_columns(nibble: Index) -> tuple[Index, Index]:
+    """The (first, second) that a nibble stands for: the inverse of meta_nibble."""
+    return nibble % 4, nibble // 4
+
+
+# Sparse-MARLIN scales: [G, N]. With one group the columns keep their order. This order is not its own inverse.
+
+
+def sparse_grouped_slot(n: Index) -> Index:
+    """More than one group: the outputs n and n + 4 of a word lie side by side."""
+    return 8 * (n // 8) + 2 * (n % 4) + (n % 8) // 4
+
+
+def sparse_grouped_column(slot: Index) -> Index:
+    """The column that lies in a slot: the inverse of sparse_grouped_slot."""
+    return 8 * (slot // 8) + 4 * (slot % 2) + (slot % 8) // 2
 
 
 # compressed-tensors pack-quantized: weight_packed [N, ceil(K/8)]

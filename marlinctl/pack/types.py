@@ -1,4 +1,4 @@
-"""What the packers hand over: tiles of nibbles with their scales.
+"""What the packers hand over: tiles of nibbles with their scales, and for 2:4 the places of the survivors.
 
 Axes: N out_features, K in_features, G groups; N' and K' are N and K rounded up to whole tiles, G' the groups of K'.
 """
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from marlinctl.sparsify.types import QUAD
 
 PAD_TO = 64  # N' and K' are multiples of this; kernels walk K in steps of 64 and tiles are 64 columns wide
 
@@ -23,35 +25,18 @@ def padded(size: int) -> int:
     return -(-size // PAD_TO) * PAD_TO
 
 
-@dataclass(frozen=True, slots=True)
-class PackedLinear:
-    """One linear in MARLIN tiles (tile.py has the maps). Padding multiplies by zero: code 0 everywhere, scale 0 where there is a slot.
+class _Tiles:
+    """What both kinds of tiles know of their linear, and check of it.
 
     group_size counts true columns and divides in_features, so group_size == in_features is channel-wise: one scale per
     row of the weight, in channel order. Otherwise the order is the grouped one.
     """
 
-    qweight: Tensor  # [K'/16, 2N'] int32
-    scales: Tensor  # [G', N'] float16, in MARLIN order
+    __slots__ = ()
+    scales: Tensor  # [G', N'] float16
     out_features: int  # N
     in_features: int  # K
     group_size: int
-
-    def __post_init__(self) -> None:
-        n, k, group_size = self.out_features, self.in_features, self.group_size
-        if n < 1 or k < 1:
-            raise ValueError(f"out_features and in_features must be positive, got N={n}, K={k}")
-        if group_size < 1 or k % group_size:
-            raise ValueError(f"group_size {group_size} does not divide K={k}")
-        words = (padded(k) // 16, 2 * padded(n))
-        if self.qweight.dtype != torch.int32 or tuple(self.qweight.shape) != words:
-            raise ValueError(f"qweight of N={n}, K={k} must be int32 {list(words)}, got {self.qweight.dtype} {list(self.qweight.shape)}")
-        steps = (self.padded_groups, padded(n))
-        if self.scales.dtype != torch.float16 or tuple(self.scales.shape) != steps:
-            raise ValueError(
-                f"scales of N={n}, K={k}, group_size={group_size} must be float16 {list(steps)}, "
-                f"got {self.scales.dtype} {list(self.scales.shape)}"
-            )
 
     @property
     def channel_wise(self) -> bool:
@@ -66,6 +51,64 @@ class PackedLinear:
     def padded_groups(self) -> int:
         """G': one scale per started group of K', and a single one when channel-wise."""
         return 1 if self.channel_wise else -(-padded(self.in_features) // self.group_size)
+
+    def _check_sizes(self) -> None:
+        n, k, group_size = self.out_features, self.in_features, self.group_size
+        if n < 1 or k < 1:
+            raise ValueError(f"out_features and in_features must be positive, got N={n}, K={k}")
+        if group_size < 1 or k % group_size:
+            raise ValueError(f"group_size {group_size} does not divide K={k}")
+        steps = (self.padded_groups, padded(n))
+        if self.scales.dtype != torch.float16 or tuple(self.scales.shape) != steps:
+            raise ValueError(
+                f"scales of N={n}, K={k}, group_size={group_size} must be float16 {list(steps)}, "
+                f"got {self.scales.dtype} {list(self.scales.shape)}"
+            )
+
+    def _check_words(self, name: str, words: Tensor, dtype: torch.dtype, columns_per_row: int) -> None:
+        n, k = self.out_features, self.in_features
+        shape = (padded(k) // columns_per_row, 2 * padded(n))
+        if words.dtype != dtype or tuple(words.shape) != shape:
+            wanted = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+            raise ValueError(f"{name} of N={n}, K={k} must be {wanted}, got {words.dtype} {list(words.shape)}")
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLinear(_Tiles):
+    """One linear in MARLIN tiles (tile.py has the maps). Padding multiplies by zero: code 0 everywhere, scale 0 where there is a slot."""
+
+    qweight: Tensor  # [K'/16, 2N'] int32
+    scales: Tensor  # [G', N'] float16, in MARLIN order
+    out_features: int  # N
+    in_features: int  # K
+    group_size: int
+
+    def __post_init__(self) -> None:
+        self._check_sizes()
+        self._check_words("qweight", self.qweight, torch.int32, 16)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSparseLinear(_Tiles):
+    """One 2:4 linear in Sparse-MARLIN tiles. Padding multiplies by zero, as in MARLIN; its quads keep their first two columns (0x4).
+
+    Padded quads need metadata too: the hardware defines only first < second, and 0x4 is the smallest such nibble. It is also what
+    filling up a quad of zeros, lowest column first, gives, so a padded and a wholly pruned quad look alike.
+    """
+
+    qweight: Tensor  # [K'/32, 2N'] int32, survivors only
+    meta: Tensor  # [K'/32, 2N'] int16, a nibble for each quad
+    scales: Tensor  # [G', N'] float16, in Sparse-MARLIN order
+    out_features: int  # N
+    in_features: int  # K, a multiple of 4
+    group_size: int
+
+    def __post_init__(self) -> None:
+        self._check_sizes()
+        if self.in_features % QUAD:
+            raise ValueError(f"K={self.in_features} is not a multiple of {QUAD}, so 2:4 cannot cover it")
+        self._check_words("qweight", self.qweight, torch.int32, 32)
+        self._check_words("meta", self.meta, torch.int16, 32)
 
 
 def transposed(matrix: Tensor) -> Tensor:

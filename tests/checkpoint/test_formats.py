@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,20 @@ from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.errors import BadInput
 from marlinctl.load import load_dense
 from marlinctl.quantize.types import QuantizedLinear
-from tests.packed import ct_block, edit_json, edit_tensors, foreign_ct, foreign_gptq, gptq_block, make_foreign, make_packed, rtn
+from marlinctl.sparsify.types import SparseQuantizedLinear
+from tests.packed import (
+    ct_block,
+    edit_json,
+    edit_tensors,
+    foreign_ct,
+    foreign_gptq,
+    gptq_block,
+    make_foreign,
+    make_packed,
+    make_sparse_packed,
+    pruned,
+    rtn,
+)
 from tests.tiny import make_tiny
 
 TOKENS = torch.arange(1, 25).reshape(1, -1)
@@ -62,6 +76,7 @@ CT_NAMES = [f"{LAYER}.{suffix}" for suffix in formats.SUFFIXES["ct"]]
 GPTQ_NAMES = [f"{LAYER}.{suffix}" for suffix in formats.SUFFIXES["gptq"]]
 MARLIN = {"quant_method": "marlinctl", "format": "marlin", "format_version": 1, "bits": 4, "group_size": 64}
 MARLIN_NAMES = [f"{LAYER}.{suffix}" for suffix in formats.SUFFIXES["marlin"]]
+MARLIN_24_NAMES = [f"{LAYER}.{suffix}" for suffix in formats.SUFFIXES["marlin_24"]]
 
 
 @pytest.mark.parametrize(
@@ -77,6 +92,7 @@ MARLIN_NAMES = [f"{LAYER}.{suffix}" for suffix in formats.SUFFIXES["marlin"]]
         (gptq_block(dynamic={r"+:.*\.up_proj$": {"group_size": 64}}), GPTQ_NAMES, "gptq", "v1", 64),
         (MARLIN, MARLIN_NAMES, "marlin", "", 64),
         ({**MARLIN, "overrides": {LAYER: 32}}, MARLIN_NAMES, "marlin", "", 32),
+        ({**MARLIN, "format": "marlin_24"}, MARLIN_24_NAMES, "marlin_24", "", 64),
     ],
 )
 def test_formats_are_told_apart(block: Any, names: list[str], name: str, variant: str, size: int | None) -> None:
@@ -92,6 +108,10 @@ def test_formats_are_told_apart(block: Any, names: list[str], name: str, variant
         ({"quant_method": "awq", "bits": 4}, GPTQ_NAMES, "E340", "awq"),
         ({"quant_method": "bitsandbytes"}, [], "E340", "bitsandbytes"),
         ([1], CT_NAMES, "E340", "not an object"),
+        (None, MARLIN_24_NAMES, "E340", "no quantization_config"),
+        (MARLIN, MARLIN_24_NAMES, "E340", "says marlin, but"),
+        ({**MARLIN, "format": "marlin_24"}, MARLIN_NAMES, "E340", "says marlin_24, but"),
+        ({**MARLIN, "format": "marlin_28"}, MARLIN_NAMES, "E340", "marlin_28"),
         (None, CT_NAMES, "E340", "no quantization_config"),
         (None, GPTQ_NAMES, "E340", "no quantization_config"),
         ({**ct_block(), "format": "marlin-24"}, CT_NAMES, "E340", "marlin-24"),
@@ -144,23 +164,37 @@ class Folderless:
         self.folder = Path("memory")
 
 
-@pytest.mark.parametrize("fmt", ["ct", "gptq", "marlin"])
+@pytest.mark.parametrize("fmt", ["ct", "gptq", "marlin", "marlin_24"])
 @pytest.mark.parametrize(("n", "k", "size"), [(64, 128, 32), (128, 128, -1), (16, 80, 16), (200, 48, 48), (80, 192, 64)])
 def test_what_is_written_reads_back_bit_for_bit(fmt: str, n: int, k: int, size: int) -> None:
     """Codes are data: a format that loses one on the way changes the model."""
     q = rtn(torch.randn(n, k, generator=torch.Generator().manual_seed(n + k)), size)
     q = QuantizedLinear(q.codes, q.scales * torch.where(torch.arange(n) % 2 == 0, 1, -1).unsqueeze(1).half(), q.group_size)
+    q = pruned("l", q) if fmt == "marlin_24" else q
     tensors = formats.linear_tensors(fmt, "l", q)
     info = formats.FormatInfo(fmt, 4, {"l": size}, "v1" if fmt == "gptq" else "")
     back = formats.read_linear(Folderless(tensors), info, "l")  # type: ignore[arg-type]
     assert torch.equal(back.codes, q.codes)
     assert torch.equal(back.scales, q.scales)
     assert back.group_size == q.group_size
+    assert not isinstance(q, SparseQuantizedLinear) or torch.equal(back.keep, q.keep)  # type: ignore[attr-defined]
     for suffix, (dtypes, shape) in formats.linear_shapes(fmt, n, k, size).items():
-        names = {torch.int32: "I32", torch.int64: "I64", torch.float16: "F16"}
+        names = {torch.int32: "I32", torch.int64: "I64", torch.int16: "I16", torch.float16: "F16"}
         assert tuple(tensors[f"l.{suffix}"].shape) == shape
         assert names[tensors[f"l.{suffix}"].dtype] in dtypes
     assert set(tensors) == {f"l.{suffix}" for suffix in formats.SUFFIXES[fmt]}
+
+
+def test_marlin_24_needs_a_mask() -> None:
+    """A mask made up from the codes would move survivors that are zero; who has none has to say where it comes from."""
+    q = pruned("l", rtn(torch.randn(64, 64), 32))
+    with pytest.raises(ValueError, match="l has no mask"):
+        formats.linear_tensors("marlin_24", "l", QuantizedLinear(q.codes, q.scales, 32))
+    parts = formats.LinearParts(q.codes, q.scales, 32, q.keep)
+    assert all(
+        torch.equal(t, formats.linear_tensors("marlin_24", "l", q)[name])
+        for name, t in formats.linear_tensors("marlin_24", "l", parts).items()
+    )
 
 
 def test_gptq_decodes_by_the_published_formula() -> None:
@@ -204,11 +238,15 @@ def test_foreign_scales_pass_to_ct_unchanged_and_elsewhere_only_when_exact(dtype
         ("ct", lambda t: t.update({"l.weight_scale": t["l.weight_scale"].int()}), "scales"),
         ("marlin", lambda t: t.update({"l.s": t["l.s"][:1].contiguous()}), "s has shape"),
         ("marlin", lambda t: t.update({"l.weight_shape": torch.tensor([640, 640])}), "B has shape"),
+        ("marlin_24", lambda t: t.update({"l.weight_shape": torch.tensor([640, 640])}), "B_24 has shape"),
+        ("marlin_24", lambda t: t["l.B_meta"].fill_(0), "row 0, columns 0..3 is 0x0"),
+        ("marlin_24", lambda t: t.update({"l.B_meta": t["l.B_meta"].int()}), "meta of N=64, K=64 must be int16"),
+        ("marlin_24", lambda t: t.pop("l.B_meta"), "l.B_meta is missing"),
     ],
 )
 def test_a_damaged_layer_is_refused_by_name(fmt: str, damage: Callable[[dict[str, torch.Tensor]], Any], says: str) -> None:
     """Each of these loads in some client and computes garbage there."""
-    tensors = formats.linear_tensors(fmt, "l", rtn(torch.randn(64, 64), 32))
+    tensors = formats.linear_tensors(fmt, "l", pruned("l", rtn(torch.randn(64, 64), 32)))
     damage(tensors)
     info = formats.FormatInfo(fmt, 4, {"l": 32}, "v1" if fmt == "gptq" else "")
     with pytest.raises(BadInput) as caught:
@@ -399,18 +437,19 @@ def test_gptq_exceptions_become_dynamic_rules_that_reach_fused_linears() -> None
         assert rule(f"model.layers.11.self_attn.{last}") is None
 
 
-def test_native_folders_make_plain_transformers_stop(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [partial(make_packed, fmt="marlin"), partial(make_sparse_packed, fmt="marlin_24")], ids=formats.NATIVE)
+def test_native_folders_make_plain_transformers_stop(source: Path, tmp_path: Path, make: Callable[[Path, Path], Any]) -> None:
     """transformers only warns about an unknown quant_method and fills the layers with random numbers; without a model file it stops."""
-    make_packed(source, tmp_path / "out", "marlin")
+    make(source, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["format_version"] == 1
     with pytest.raises(OSError, match=r"model\.safetensors"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-@pytest.mark.parametrize("fmt", ["ct", "gptq", "marlin"])
+@pytest.mark.parametrize("fmt", ["ct", "gptq", "marlin", "marlin_24"])
 def test_every_format_loads_to_the_same_model(source: Path, tmp_path: Path, fmt: str) -> None:
     """One set of codes must be one model, whatever the packing."""
-    codes = make_packed(source, tmp_path / fmt, fmt, overrides=mixed(0), skip=["model.layers.1.mlp.down_proj"])
+    codes = make_sparse_packed(source, tmp_path / fmt, fmt, overrides=mixed(0), skip=["model.layers.1.mlp.down_proj"])
     model = load_dense(tmp_path / fmt, dtype=torch.float32)
     for layer, q in codes.items():
         assert torch.equal(model.get_parameter(f"{layer}.weight"), q.dequantize())
@@ -432,7 +471,7 @@ VALUES = st.recursive(
     | st.booleans()
     | st.integers(-3, 200)
     | st.floats()
-    | st.sampled_from(["group", "channel", "int", "gptq", "marlin", "re:(", "Linear", ""]),
+    | st.sampled_from(["group", "channel", "int", "gptq", "marlin", "marlin_24", "re:(", "Linear", ""]),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(st.sampled_from(["weights", "targets", "group_size", "g", "re:(", "+:("]), inner, max_size=3)
@@ -459,13 +498,13 @@ def test_any_config_is_understood_or_refused(block: dict[str, Any], data: st.Dat
     assert all(isinstance(size, int) and (size == -1 or size > 0) for size in info.layers.values())
 
 
-@given(st.sampled_from(["ct", "gptq", "marlin"]), st.data())
+@given(st.sampled_from(["ct", "gptq", "marlin", "marlin_24"]), st.data())
 def test_any_tensors_are_unpacked_or_refused(fmt: str, data: st.DataObject) -> None:
     """So do the tensors: shapes and dtypes that do not belong together must not reach an index error, or a huge allocation."""
-    tensors = formats.linear_tensors(fmt, "l", rtn(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), 32))
+    tensors = formats.linear_tensors(fmt, "l", pruned("l", rtn(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), 32)))
     name = data.draw(st.sampled_from(sorted(tensors)))
     shape = data.draw(st.lists(st.integers(0, 9), max_size=3))
-    dtype = data.draw(st.sampled_from([torch.int32, torch.int64, torch.float16, torch.float32, torch.uint8]))
+    dtype = data.draw(st.sampled_from([torch.int32, torch.int64, torch.int16, torch.float16, torch.float32, torch.uint8]))
     tensors[name] = data.draw(st.sampled_from([torch.zeros, torch.ones]))(shape, dtype=dtype)
     info = formats.FormatInfo(fmt, 4, {"l": data.draw(st.sampled_from([-1, 7, 32, 64, 10**30]))}, "v1" if fmt == "gptq" else "")
     with suppress(BadInput):

@@ -90,3 +90,19 @@ def test_a_file_that_is_no_mask_is_refused(tmp_path: Path) -> None:
     (tmp_path / mask.NAME).write_bytes(b"\xff" * 64)
     with pytest.raises(BadInput), mask.open_masks(tmp_path):
         pass
+
+
+def test_a_mask_and_a_weight_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    """The weight would be lost without a word: packed 2:4 it has no place."""
+    keep = random_keep(6, 16)
+    with mask.open_masks(written(tmp_path / "out", {"a.q": keep})) as masks:
+        assert masks is not None and "a.q" in masks and "a.k" not in masks
+        weight = torch.ones(6, 16, dtype=torch.float16) * keep
+        assert torch.equal(masks.checked_keep("a.q", weight), keep)
+        assert torch.equal(masks.checked_keep("a.q", torch.zeros(6, 16, dtype=torch.int8)), keep)  # survivors may be zero
+        row, column = (~keep).nonzero()[7].tolist()
+        weight[row, column] = -0.5
+        with pytest.raises(BadInput) as caught:
+            masks.checked_keep("a.q", weight)
+    assert caught.value.error_id == "E356"
+    assert f"a.q: row {row}, column {column}" in caught.value.problems[0].what and "-0.5" in caught.value.problems[0].what

@@ -11,7 +11,7 @@ import pytest
 
 from marlinctl.cli import main
 from marlinctl.manifest import NAME
-from tests.packed import ct_block, foreign_ct, make_foreign, make_packed
+from tests.packed import ct_block, foreign_ct, make_foreign, make_packed, make_sparse_packed
 from tests.tiny import make_tiny
 
 
@@ -69,6 +69,31 @@ def test_pack_and_verify(marlinctl: Any, packed: Path, source: Path, tmp_path: P
         assert result.code == 0 and f"{name}: ok" in result.out and "median" in result.out, result.err
     facts = marlinctl("verify", tmp_path / "m-ct", "--json").document
     assert facts["ok"] is True and facts["logit_error"] <= 1e-3 and facts["skipped"] == []
+
+
+def test_a_sparse_model_goes_to_marlin_24_and_back(marlinctl: Any, source: Path, tmp_path: Path) -> None:
+    """The way of a 2:4 model: small for our kernels, a copy for everybody else, and each step says where the mask comes from."""
+    make_sparse_packed(source, tmp_path / "in", group_size=64)
+    done = marlinctl("pack", tmp_path / "in", tmp_path / "m", "--format", "marlin_24", "--also", "ct", "--json")
+    assert done.code == 0 and done.document["source"]["pattern"] == "mask file", done.err
+    assert "marlinctl_mask.safetensors says which weights of 14 linears survived" in done.err
+    for name in ("m", "m-ct"):
+        result = marlinctl("verify", tmp_path / name, "--source", source)
+        assert result.code == 0 and f"{name}: ok" in result.out, result.err
+    assert "2:4: 14 linears by the metadata" in marlinctl("verify", tmp_path / "m").err
+    assert "2:4 in 14 of 15 linears, by the metadata" in marlinctl("inspect", tmp_path / "m").out
+    assert "survivors are zero" in marlinctl("inspect", tmp_path / "m", "--weights").out
+    assert marlinctl("pack", tmp_path / "m", tmp_path / "back").code == 0
+    for name in ("in", "back"):
+        assert (tmp_path / name / "marlinctl_mask.safetensors").read_bytes() == (tmp_path / "m-ct/marlinctl_mask.safetensors").read_bytes()
+
+
+def test_a_dense_model_is_no_marlin_24(marlinctl: Any, packed: Path, tmp_path: Path) -> None:
+    """Exit 3 before any work, with every linear that is in the way."""
+    result = marlinctl("pack", packed, tmp_path / "out", "--format", "marlin_24", "--json")
+    assert result.code == 3 and result.document["error"]["id"] == "E355" and not list(tmp_path.glob("out*"))
+    assert len(result.document["error"]["problems"]) == 14
+    assert marlinctl("pack", packed, "--check", "--format", "marlin_24").code == 0  # the shapes are fine, and marlinctl its only reader
 
 
 def test_pack_needs_overwrite(marlinctl: Any, packed: Path, tmp_path: Path) -> None:

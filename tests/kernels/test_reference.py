@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from marlinctl.kernels.reference import ROWS_AT_ONCE, dequantize, gemm
+from marlinctl.kernels.reference import ROWS_AT_ONCE, dequantize, dequantize_sparse, gemm
 from marlinctl.pack.marlin import pack_marlin
-from marlinctl.pack.types import PackedLinear
-from tests.pack.naive import random_linear
+from marlinctl.pack.sparse_marlin import pack_sparse_marlin
+from marlinctl.pack.types import PackedLinear, PackedSparseLinear
+from tests.pack.naive import random_linear, random_sparse
 
 SHAPES = [(16, 16, -1), (48, 80, 16), (80, 200, -1), (200, 48, 24), (64, 256, 128), (ROWS_AT_ONCE + 20, 64, 32)]
 
@@ -18,6 +19,29 @@ def test_dequantize_gives_the_weight_that_was_packed(n: int, k: int, group_size:
     """If this failed, the fast packer and the maps would disagree, or scales would sit on the wrong columns."""
     q = random_linear(n, k, group_size)
     assert torch.equal(dequantize(pack_marlin(q)), q.dequantize())
+
+
+@pytest.mark.parametrize(("n", "k", "group_size"), [(16, 16, -1), (48, 80, 16), (80, 200, -1), (64, 256, 128), (ROWS_AT_ONCE + 20, 64, 32)])
+def test_dequantize_sparse_gives_the_weight_that_was_packed(n: int, k: int, group_size: int) -> None:
+    """If this failed, the fast packer and the maps would disagree, or survivors or scales would sit in the wrong columns."""
+    q = random_sparse(n, k, group_size)
+    assert torch.equal(dequantize_sparse(pack_sparse_marlin(q)), q.dequantize())
+
+
+def test_dequantize_sparse_reads_words_written_by_hand() -> None:
+    """If this failed, packer and reference could be wrong together: here no packer takes part."""
+    words = torch.full((2, 128), 0x88888888 - (1 << 32), dtype=torch.int32)  # code 0 everywhere
+    words[0, 1] = 0x888F8888 - (1 << 32)  # n = 1, nibble 4: survivor 1, the second of quad 0
+    words[1, 10] = 0x88888808 - (1 << 32)  # lane 2, word 2: n = 2, nibble 1: survivor 16 + 4 + 8 = 28, the first of quad 14
+    meta = torch.full((2, 128), 0x4444, dtype=torch.int16)
+    meta[0, 4] = 0x444D  # n = 1: quad 0 keeps columns 1 and 3
+    meta[1, 66] = 0x4E44  # n = 2, columns 16..31 of the second 32: quads 12..15, of which 14 keeps columns 2 and 3
+    scales = torch.zeros(2, 64, dtype=torch.float16)
+    scales[0, 2] = 2.0  # grouped order: slot 2 is column 1
+    scales[1, 4] = -0.5  # and slot 4 is column 2
+    weight = dequantize_sparse(PackedSparseLinear(words, meta, scales, 64, 64, 32))
+    assert weight.nonzero().tolist() == [[1, 3], [2, 58]]
+    assert (float(weight[1, 3]), float(weight[2, 58])) == (14.0, 4.0)
 
 
 def test_dequantize_reads_words_written_by_hand() -> None:
@@ -54,6 +78,12 @@ def test_gemm_agrees_with_fp64_and_adds_the_bias_once() -> None:
     result = gemm(activations, pack_marlin(q), bias)
     assert result.dtype == torch.float32 and result.shape == (7, 80)
     assert bool(((result.double() - exact).abs() <= bound).all())
+
+
+def test_gemm_reads_sparse_tiles_too() -> None:
+    """If this failed, 2:4 kernels would have no yardstick. An identity as input makes the product the weight itself."""
+    q = random_sparse(80, 200, 40)
+    assert torch.equal(gemm(torch.eye(200), pack_sparse_marlin(q)), q.dequantize().T)
 
 
 def test_wrong_shapes_are_refused() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from marlinctl.quantize.types import QuantizedLinear
+from marlinctl.sparsify.types import SparseQuantizedLinear
 
 
 def or_together(codes: Tensor, place: Callable, rows: int, columns: int, *, padded_n: int, padded_k: int, fill: int) -> Tensor:
@@ -37,3 +38,20 @@ def random_linear(n: int, k: int, group_size: int, seed: int = 0) -> QuantizedLi
 def same_bits(left: Tensor, right: Tensor) -> bool:
     """Equality that also tells -0.0 from 0.0; it fails on strides that view(dtype) refuses, which nothing we hand out may have."""
     return left.dtype == right.dtype and left.shape == right.shape and torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+
+
+def random_keep(n: int, k: int, seed: int = 0) -> Tensor:
+    """Two of each four, all six choices equally often."""
+    order = torch.rand(n, k // 4, 4, generator=torch.Generator().manual_seed(seed)).argsort(-1)
+    return torch.zeros(n, k // 4, 4, dtype=torch.bool).scatter_(-1, order[..., :2], True).reshape(n, k)
+
+
+def random_sparse(n: int, k: int, group_size: int, seed: int = 0) -> SparseQuantizedLinear:
+    """random_linear with half of it pruned; survivors hold every code, 0 and -8 among them."""
+    q = random_linear(n, k, group_size, seed)
+    return sparse(q, random_keep(n, k, seed))
+
+
+def sparse(q: QuantizedLinear, keep: Tensor) -> SparseQuantizedLinear:
+    """What is left of q where keep says so."""
+    return SparseQuantizedLinear(q.codes * keep, q.scales, q.group_size, keep)

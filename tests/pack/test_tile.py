@@ -9,29 +9,31 @@ import torch
 
 from marlinctl.pack import tile
 
-MATRIX_MAPS = [  # place, its inverse, [rows, columns] of words for K = 32, N = 128
-    pytest.param(tile.marlin_place, tile.marlin_weight, (2, 256), id="marlin"),
-    pytest.param(tile.ct_place, tile.ct_weight, (128, 4), id="ct"),
-    pytest.param(tile.gptq_place, tile.gptq_weight, (4, 128), id="gptq"),
-    pytest.param(tile.gptq_zero_place, tile.gptq_zero, (32, 16), id="gptq-zeros"),
+MATRIX_MAPS = [  # place, its inverse, [rows, columns] of words and nibbles of a word, for 32 of what lies along K and N = 128
+    pytest.param(tile.marlin_place, tile.marlin_weight, (2, 256, 8), id="marlin"),
+    pytest.param(tile.sparse_place, tile.sparse_survivor, (2, 256, 8), id="sparse"),
+    pytest.param(tile.meta_place, tile.meta_quad, (4, 256, 4), id="meta"),
+    pytest.param(tile.ct_place, tile.ct_weight, (128, 4, 8), id="ct"),
+    pytest.param(tile.gptq_place, tile.gptq_weight, (4, 128, 8), id="gptq"),
+    pytest.param(tile.gptq_zero_place, tile.gptq_zero, (32, 16, 8), id="gptq-zeros"),
 ]
 
 
 @pytest.mark.parametrize(("place", "weight", "words"), MATRIX_MAPS)
-def test_every_weight_has_a_nibble_of_its_own(place: Callable, weight: Callable, words: tuple[int, int]) -> None:
+def test_every_weight_has_a_nibble_of_its_own(place: Callable, weight: Callable, words: tuple[int, int, int]) -> None:
     """If this failed, two weights would share four bits, or some bits would belong to none."""
     every = {tuple(place(k, n)) for k in range(32) for n in range(128)}
-    assert every == {(row, column, nibble) for row in range(words[0]) for column in range(words[1]) for nibble in range(8)}
+    assert every == {(row, column, nibble) for row in range(words[0]) for column in range(words[1]) for nibble in range(words[2])}
 
 
 @pytest.mark.parametrize(("place", "weight", "words"), MATRIX_MAPS)
-def test_the_way_back_ends_where_it_began(place: Callable, weight: Callable, words: tuple[int, int]) -> None:
+def test_the_way_back_ends_where_it_began(place: Callable, weight: Callable, words: tuple[int, int, int]) -> None:
     """If this failed, unpacking by the inverse map would return weights to the wrong row or column."""
     assert all(weight(*place(k, n)) == (k, n) for k in range(32) for n in range(128))
 
 
 @pytest.mark.parametrize(("place", "weight", "words"), MATRIX_MAPS)
-def test_tensors_and_ints_agree(place: Callable, weight: Callable, words: tuple[int, int]) -> None:
+def test_tensors_and_ints_agree(place: Callable, weight: Callable, words: tuple[int, int, int]) -> None:
     """If this failed, a map would mean one thing to the drawings (ints) and another to the reference (index tensors)."""
     k, n = torch.meshgrid(torch.arange(32), torch.arange(128), indexing="ij")
     places = torch.stack(torch.broadcast_tensors(*place(k, n)), dim=-1)  # [32, 128, 3]
@@ -83,3 +85,50 @@ def test_scale_orders_are_their_own_inverse(slot: Callable) -> None:
     """If this failed, packing and unpacking scales with one and the same index would scramble them."""
     assert [slot(slot(n)) for n in range(192)] == list(range(192))
     assert slot(torch.arange(192)).tolist() == [slot(n) for n in range(192)]
+
+
+@pytest.mark.parametrize(
+    ("c", "n", "column", "nibble"),
+    [(0, 0, 0, 0), (1, 0, 0, 4), (8, 0, 0, 1), (0, 4, 0, 2), (9, 4, 0, 7), (2, 0, 4, 0), (0, 1, 1, 0), (0, 8, 16, 0), (15, 63, 127, 7)]
+    + [(0, 64, 128, 0), (6, 0, 12, 0), (7, 59, 127, 4), (8, 62, 114, 3)],
+)
+def test_survivor_places_worked_out_by_hand(c: int, n: int, column: int, nibble: int) -> None:
+    """If this failed, our 2:4 tiles would differ from those of the original Sparse-MARLIN kernel, which these places were taken from."""
+    assert tile.sparse_place(c, n) == (0, column, nibble)
+    assert tile.sparse_place(c + 32, n) == (2, column, nibble)
+
+
+def test_a_lane_holds_what_the_sparse_tensor_core_wants_of_it() -> None:
+    """If this failed, lane t would not hold survivors 2(t % 4) + {0, 1, 8, 9} of fragment rows t // 4 and t // 4 + 8 for each word."""
+    for lane in range(32):
+        for j in range(4):
+            held = {tile.sparse_survivor(0, 4 * lane + j, nibble) for nibble in range(8)}
+            survivors = {2 * (lane % 4) + i for i in (0, 1, 8, 9)}
+            assert held == {(c, 8 * (lane // 4) + j + pair) for c in survivors for pair in (0, 4)}
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "column"), [(0, 0, 0), (16, 0, 2), (0, 1, 4), (0, 2, 64), (0, 4, 1), (0, 8, 8), (16, 63, 127), (0, 64, 128), (28, 3, 70)]
+)
+def test_metadata_places_worked_out_by_hand(k: int, n: int, column: int) -> None:
+    """If this failed, the hardware would read the places of another row's survivors: plausible numbers, garbage text."""
+    assert tile.meta_place(k // 4, n) == (0, column, k // 4 % 4)
+    assert tile.meta_place((k + 96) // 4, n) == (3, column, k // 4 % 4)
+
+
+def test_metadata_nibbles_written_by_hand() -> None:
+    """If this failed, a survivor would be multiplied by its neighbour's activation."""
+    nibbles = {(0, 1): 0x4, (0, 2): 0x8, (1, 2): 0x9, (0, 3): 0xC, (1, 3): 0xD, (2, 3): 0xE}
+    for columns, nibble in nibbles.items():
+        assert tile.meta_nibble(*columns) == nibble
+        assert tile.meta_columns(nibble) == columns
+
+
+def test_sparse_scale_order_written_by_hand() -> None:
+    """If this failed, scales would multiply the wrong columns. The order is not its own inverse, so both ways are looked at."""
+    stored = [0] * 128
+    for n in range(128):
+        stored[tile.sparse_grouped_slot(n)] = n
+    assert stored[:10] == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12] and stored[120:] == [120, 124, 121, 125, 122, 126, 123, 127]
+    assert [tile.sparse_grouped_column(slot) for slot in range(128)] == stored
+    assert tile.sparse_grouped_column(torch.arange(128)).tolist() == stored

@@ -1,11 +1,11 @@
-"""PackedLinear takes only what the layout allows, and float16 means the same numbers."""
+"""PackedLinear and PackedSparseLinear take only what the layout allows, and float16 means the same numbers."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from marlinctl.pack.types import PackedLinear, as_float16, padded
+from marlinctl.pack.types import PackedLinear, PackedSparseLinear, as_float16, padded
 
 
 def parts(n: int = 80, k: int = 192, groups: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,6 +45,22 @@ def test_wrong_shapes_are_refused_with_the_right_ones() -> None:
         PackedLinear(words, scales, 80, 192, -1)
     with pytest.raises(ValueError, match="N=0"):
         PackedLinear(words, scales, 0, 192, 64)
+
+
+def test_wrong_sparse_shapes_are_refused_with_the_right_ones() -> None:
+    """If this failed, survivors and metadata of two linears, or dense tiles, would be read as one 2:4 linear."""
+    words, scales = torch.zeros(6, 256, dtype=torch.int32), torch.zeros(3, 128, dtype=torch.float16)
+    meta = words.to(torch.int16)
+    p = PackedSparseLinear(words, meta, scales, 80, 192, 64)
+    assert (p.groups, p.padded_groups, p.channel_wise) == (3, 3, False)
+    with pytest.raises(ValueError, match=r"qweight of N=80, K=192 must be int32 \[6, 256\], got torch.int32 \[12, 256\]"):
+        PackedSparseLinear(torch.zeros(12, 256, dtype=torch.int32), meta, scales, 80, 192, 64)
+    with pytest.raises(ValueError, match=r"meta of N=80, K=192 must be int16 \[6, 256\], got torch.int32 \[6, 256\]"):
+        PackedSparseLinear(words, words, scales, 80, 192, 64)
+    with pytest.raises(ValueError, match=r"scales of N=80, K=192, group_size=32 must be float16 \[6, 128\]"):
+        PackedSparseLinear(words, meta, scales, 80, 192, 32)
+    with pytest.raises(ValueError, match="K=190 is not a multiple of 4"):
+        PackedSparseLinear(words, meta, scales[:1], 80, 190, 190)
 
 
 def test_bfloat16_scales_that_float16_holds_pass() -> None:

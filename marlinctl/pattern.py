@@ -1,0 +1,174 @@
+"""The 2:4 pattern of a checkpoint folder: who states it, and what the weights say themselves.
+
+    metadata     native marlin_24: its tiles cannot be read without it
+    mask file    beside any other form (checkpoint/mask.py); a linear that it does not name is dense
+    zeros        nobody states anything, yet two of each four weights are zero: a 2:4 model of another tool
+
+The first two are believed, and checked. Zeros are a guess: a survivor may be zero too, and then nobody knows which of several it was.
+So a pattern found that way is always said aloud.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from marlinctl.checkpoint import formats
+from marlinctl.checkpoint.mask import open_masks
+from marlinctl.errors import BadInput, Problem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from marlinctl.checkpoint.mask import Masks
+    from marlinctl.checkpoint.reader import Checkpoint
+    from marlinctl.console import Console
+
+METADATA, MASK_FILE, ZEROS = "metadata", "mask file", "zeros"
+REFUSALS = ("E352", "E353", "E355", "E356")  # a mask of the wrong shape, not 2:4, needed and not there, contradicted by the weight
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """Which linears are 2:4, and who says so: METADATA, MASK_FILE, ZEROS or nobody."""
+
+    origin: str | None
+    linears: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Survivors:
+    """What the weights of a folder's 2:4 linears hold."""
+
+    pattern: Pattern
+    kept: int
+    zero: int  # survivors that are 0: nobody can tell them from pruned weights but by the mask
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The pattern that a 16-bit source brings along, checked before any work; each mask is read when its linear is solved."""
+
+    checkpoint: Checkpoint
+    pattern: Pattern
+
+    def origin(self, name: str) -> str | None:
+        return self.pattern.origin if name in self.pattern.linears else None
+
+    def keep(self, name: str, weight: Tensor) -> Tensor:
+        """[N, K] bool of a linear that the pattern names."""
+        if self.pattern.origin == MASK_FILE:
+            with open_masks(self.checkpoint.folder) as masks:
+                assert masks is not None
+                return masks.keep(name, *weight.shape)
+        from marlinctl.sparsify.keep import two_of_four
+
+        keep = two_of_four(weight)
+        assert keep is not None
+        return keep
+
+
+def of_source(checkpoint: Checkpoint, linears: Mapping[str, tuple[int, int]], console: Console) -> Known:
+    """Which of these linears (name -> (N, K)) of a 16-bit checkpoint are 2:4. BadInput lists every mask that does not belong to its weight.
+
+    Without a mask file the first linear decides whether the others are looked at: no dense model has such zeros by accident.
+    """
+    from marlinctl.sparsify.keep import two_of_four
+
+    def shown(name: str) -> bool:
+        return two_of_four(checkpoint.read(f"{name}.weight")) is not None
+
+    with open_masks(checkpoint.folder) as masks:
+        if masks is not None:
+            problems = strangers(linears, formats.FormatInfo("dense", 16), masks)
+            found = tuple(name for name in linears if name in masks)
+            with console.progress("check the 2:4 masks", len(found)) as progress:
+                for name in found:
+                    try:
+                        masks.checked_keep(name, checkpoint.read(f"{name}.weight"))
+                    except BadInput as error:
+                        problems += error.problems
+                    progress.advance()
+            if problems:
+                raise BadInput.from_problems("E356", problems)
+            return Known(checkpoint, Pattern(MASK_FILE, found))
+    names = list(linears)
+    if not names or not shown(names[0]):
+        return Known(checkpoint, Pattern(None, ()))
+    with console.progress("look for the 2:4 pattern", len(names)) as progress:
+        found_in_zeros = []
+        for name in names:
+            found_in_zeros += [name] if shown(name) else []
+            progress.advance()
+    return Known(checkpoint, Pattern(ZEROS, tuple(found_in_zeros)))
+
+
+def origin(info: formats.FormatInfo, masks: Masks | None) -> str | None:
+    """Who states the pattern of a folder."""
+    return METADATA if info.name == "marlin_24" else None if masks is None else MASK_FILE
+
+
+def stated(checkpoint: Checkpoint, info: formats.FormatInfo, masks: Masks | None) -> Pattern:
+    """From names alone, without torch: what metadata or the mask file claims."""
+    in_metadata = info.layers if info.name == "marlin_24" else {}
+    in_file = [] if masks is None else [layer for layer in shapes(checkpoint, info) if layer in masks]
+    return Pattern(origin(info, masks), tuple(sorted({*in_metadata, *in_file})))
+
+
+def counted(checkpoint: Checkpoint, info: formats.FormatInfo, masks: Masks | None) -> Survivors:
+    """From the weights of all linears. Where nobody states a pattern, zeros are looked at."""
+    from marlinctl.sparsify.keep import two_of_four
+
+    claim = stated(checkpoint, info, masks)
+    linears, kept, zero = [], 0, 0
+    for layer, (n, k) in shapes(checkpoint, info).items():
+        weight, keep = weight_and_keep(checkpoint, info, layer, masks)
+        if claim.origin is None and bool(weight.any()):  # a weight of zeros alone is no pattern
+            keep = two_of_four(weight)
+        if keep is not None:
+            linears.append(layer)
+            kept += n * k // 2
+            zero += int(((weight == 0) & keep).sum())
+    return Survivors(Pattern(claim.origin or (ZEROS if linears else None), tuple(linears)), kept, zero)
+
+
+def weight_and_keep(checkpoint: Checkpoint, info: formats.FormatInfo, layer: str, masks: Masks | None) -> tuple[Tensor, Tensor | None]:
+    """Codes, or the 16-bit weight, [N, K] of a linear and its mask where one is stated. BadInput where the two contradict each other."""
+    if layer in info.layers:
+        parts = formats.read_parts(checkpoint, info, layer, masks)
+        return parts.codes, parts.keep
+    weight = checkpoint.read(f"{layer}.weight")
+    return weight, masks.checked_keep(layer, weight) if masks is not None and layer in masks else None
+
+
+def shapes(checkpoint: Checkpoint, info: formats.FormatInfo) -> dict[str, tuple[int, int]]:
+    """(N, K) of every linear, packed or 16-bit, in the order of their names."""
+    others = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    dense = [layer for layer in formats.sixteen_bit_linears(others, info.layers) if f"{layer}.weight" in others]
+    found = {layer: (others[f"{layer}.weight"][0], others[f"{layer}.weight"][1]) for layer in dense}
+    found |= {layer: formats.layer_shape(checkpoint, info, layer) for layer in info.layers}
+    return dict(sorted(found.items()))
+
+
+def strangers(linears: Mapping[str, tuple[int, int]], info: formats.FormatInfo, masks: Masks) -> list[Problem]:
+    """Masks that no linear of the folder needs."""
+    fix = "mask and weights do not belong together; fetch or write the checkpoint again"
+    problems = [Problem(f"there is a mask of {name}, and no such linear", masks.where, fix) for name in masks.layers if name not in linears]
+    if info.name == "marlin_24":
+        twice = [name for name in masks.layers if name in info.layers]
+        problems += [Problem(f"{name} has a mask beside its metadata, which is its mask already", masks.where, fix) for name in twice]
+    return problems
+
+
+def crowded(layer: str, codes: Tensor) -> Problem:
+    """Why codes [N, K] for which two_of_four finds no mask are not 2:4."""
+    fix = "only 2:4 models become marlin_24: prune the original with marlinctl sparsify, or pack to marlin"
+    n, k = codes.shape
+    if k % 4:
+        return Problem(f"{layer}: K={k} is not a multiple of 4, so 2:4 cannot cover it", layer, fix)
+    kept = (codes != 0).reshape(n, -1, 4).sum(-1)  # [N, K/4]
+    row, quad = (kept > 2).nonzero()[0].tolist()
+    where = f"row {row}, columns {4 * quad}..{4 * quad + 3}"
+    what = f"{layer}: {where}: {int(kept[row, quad])} of four codes are not zero, 2:4 keeps two"
+    return Problem(f"{what} ({int((kept > 2).sum()):,} of {kept.numel():,} such quads)", layer, fix)
