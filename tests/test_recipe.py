@@ -129,7 +129,7 @@ WRONG = {
     "true is not 1": ("calibration:\n  samples: true", "E209", "2:3", "valid integer"),
     "section is a list": ("quantize: [1, 2]", "E209", "1:1", "valid dictionary"),
     "section is empty": ("quantize:", "E209", "1:1", "valid dictionary"),
-    "list item": ("pack:\n  formats:\n    - ct\n    - awq", "E209", "4:7", "'ct', 'gptq' or 'marlin'"),
+    "list item": ("pack:\n  formats:\n    - ct\n    - awq", "E209", "4:7", "'ct', 'gptq', 'marlin' or 'marlin_24'"),
     "not in the set": ("quantize: {group_size: 100}", "E209", "1:12", "128, 64, 32 or -1"),
     "three bits": ("quantize:\n  bits: 3", "E209", "2:3", "4"),
     "out of range": ("quantize:\n  damping: 0", "E209", "2:3", "greater than 0"),

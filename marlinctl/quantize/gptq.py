@@ -42,6 +42,8 @@ class Solved:
     dead: int  # columns whose input was zero in all of calibration; their weights are rounded and kept
 
 
+# Fractions of the covering scale. 0.35 and steps of 0.02: docs/log/2026-11-21-drift.md.
+# Fractions of the covering scale, and what another one must promise: docs/log/2026-11-21-drift.md.
 SEARCH_RATIOS = tuple(round(1.0 - 0.02 * i, 2) for i in range(16)) + (0.66, 0.62, 0.58)
 SEARCH_MARGIN = 0.35
 
@@ -104,9 +106,9 @@ def solve(weight: Tensor, hessian: Hessian, settings: SolveSettings, keep: Tenso
 def static_scales(weight: Tensor, importance: Tensor, settings: SolveSettings) -> Tensor:
     """Scales [R, G] float32 of the original columns, before any column is rounded.
 
-    importance: [K], the diagonal of the Hessian. The search weighs errors with it plus its mean: without the mean, models with a few
-    enormous inputs (Qwen2.5's down_proj: 577 times the median energy) get scales that fit those and clip everything else, and with the
-    mean alone, models without them lose what the weights are worth (docs/log/2026-11-20-solver-settings.md).
+    importance: [K], the diagonal of the Hessian, which weighs the errors of the search. The scale that covers the largest weight stands
+    unless another one promises SEARCH_MARGIN less: small gains come from clipping, and cost more later than the search can see
+    (docs/log/2026-11-21-drift.md).
     """
     ratios = (1.0,) if settings.scale_search == "none" else SEARCH_RATIOS
     weights = importance if settings.scale_search == "hessian" else None
