@@ -26,8 +26,9 @@ def command(console: Console, folder: Path, source: str | None, cache_dir: Path 
         marlinctl verify ./smollm2-int4 --source ./SmolLM2-135M
 
     Compares every file with the manifest, every tensor with what the model needs, packs the codes again and compares bytes, and
-    loads the model with transformers to compare its logits with those of the dequantized weights. With --source it also tells
-    how far each linear is from the original, and fails where that is implausible. Exit code 1: a check failed.
+    loads the model with transformers to compare its logits with those of the dequantized weights. Masks of a 2:4 model are compared
+    with its weights. With --source it also tells how far each linear is from the original (of a 2:4 linear, its survivors), and
+    fails where that is implausible. Exit code 1: a check failed.
     """
     from marlinctl.fidelity import summary
     from marlinctl.verify import verify
@@ -40,6 +41,9 @@ def command(console: Console, folder: Path, source: str | None, cache_dir: Path 
     checked = verify(folder, source=original, load=load, console=console, module_map=module_map)
     facts = checked.document()
     lines = [f"{folder}: ok", f"  {facts['files']} files, {facts['linears']} linears in {facts['format']}"]
+    if checked.pattern is not None:
+        zero = f"{checked.pattern['zero_survivors']:,} survivors are zero"
+        lines.append(f"  2:4 in {checked.pattern['linears']} linears by the {checked.pattern['origin']}, what was pruned is zero, {zero}")
     if checked.logit_error is not None:
         lines.append(f"  logits of transformers against the dequantized weights: relative error {checked.logit_error:.1e}")
     if checked.source is not None:
