@@ -91,6 +91,7 @@ def open_model(model: str, out: Path, recipe: Recipe, options: Options, console:
         _refuse_odd_widths(shapes)
     pattern = of_source(checkpoint, shapes, console)
     _say_pattern(pattern, len(shapes), recipe, console)
+    _refuse_dense_tiles(pattern, shapes, recipe)
     matches = recipe.quantize.match > 0
     if matches and any(isinstance(block.mlp, Experts) for block in known.blocks):
         console.warn("a model with experts: their router sends other tokens than the original's, so nothing is matched (--match 0)")
@@ -114,6 +115,18 @@ def _refuse_odd_widths(shapes: Mapping[str, tuple[int, int]]) -> None:
     odd = [Problem(f"K={k} of {name} is not a multiple of 4", "--pattern 2:4", "--skip it") for name, (_, k) in shapes.items() if k % 4]
     if odd:
         raise UsageError.from_problems("E271", odd)
+
+
+def _refuse_dense_tiles(known: Known, shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> None:
+    """marlin_24 holds 2:4 linears alone: found out here, and not when hours of work are to be packed."""
+    dense = [name for name in shapes if name not in known.pattern.linears]
+    if "marlin_24" in recipe.pack.formats and recipe.sparsify.pattern == "none" and dense:
+        raise UsageError(
+            "E273",
+            f"the format marlin_24 needs 2:4 linears, and {len(dense)} of {len(shapes)} are not, {dense[0]} first",
+            where="--format marlin_24",
+            fix="--recipe sparse-int4, or prune the model first with `marlinctl sparsify`",
+        )
 
 
 def _say_pattern(known: Known, planned: int, recipe: Recipe, console: Console) -> None:

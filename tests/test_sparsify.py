@@ -24,6 +24,7 @@ from marlinctl.models import architecture
 from marlinctl.opening import Options
 from marlinctl.pattern import of_source
 from marlinctl.sparsify.keep import two_of_four
+from marlinctl.sparsify.types import SparseQuantizedLinear
 from tests import zoo
 from tests.test_job import TEXT, digests, logits, recipe
 from tests.tiny import make_tiny
@@ -224,6 +225,66 @@ def test_the_zeros_of_a_dense_model_are_no_pattern(tmp_path: Path) -> None:
         shapes = {n: (s.out_features, s.in_features) for n, s in architecture(checkpoint.config).linears.items()}
         assert not of_source(checkpoint, shapes, Console.quiet()).pattern.linears
         assert two_of_four(checkpoint.read("model.layers.0.self_attn.q_proj.weight")) is None
+
+
+def test_sparse_tiles_of_a_dense_model_are_refused_before_any_work(tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Packing comes last: without this check the refusal would come after hours."""
+    source, out = tiny(tmp_path / "tiny"), tmp_path / "out"
+    code = main(["compress", str(source), str(out), "--calibration", str(text), "--format", "marlin_24"])
+    told = capfd.readouterr().err
+    assert code == 2 and "needs 2:4 linears, and 14 of 14 are not" in told and "e273" in told
+    assert untouched(out)
+
+
+# ---- compress ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("distil", [False, True])
+def test_compress_goes_all_the_way_to_sparse_tiles(tmp_path: Path, text: Path, distil: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    """If a stage lost the mask, the tiles would be refused or hold other survivors than the interchange copy."""
+    source, out = tiny(tmp_path / "tiny"), tmp_path / "out"
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "extends: sparse-int4\nquantize: {group_size: 32}\nevaluate: {tokens: 512, window: 128}\n"
+        "calibration: {minimum_tokens: 256, samples: 8, sequence_length: 64}\n"
+        "distill: {sequence_length: 32, batch_tokens: 128, micro_batch: 2}\n"
+    )
+    given = ["--recipe", str(mine), "--calibration", str(text), "--dtype", "float32", "--json"]
+    if distil:
+        given += ["--distill-tokens", "256", "--distill-data", str(text)]
+    assert main(["compress", str(source), str(out), *given]) == 0, capfd.readouterr().err
+    report = json.loads(capfd.readouterr().out)
+    assert [item["format"] for item in report["outputs"]] == ["ct", "marlin_24"]
+    assert ("stages" in report) == distil
+    if distil:
+        assert report["stages"]["distilled"]["training"]["tokens"] >= 256
+    kl = report["evaluation"]["document"]["comparison"]["kl"]["value"]
+    assert 0.0 < kl < 10.0
+    native = tmp_path / "out-marlin_24"
+    with open_checkpoint(out) as ct, open_checkpoint(native, weight_files="auto") as tiles, mask.open_masks(out) as masks:
+        assert masks is not None
+        ct_info, tile_info = detect(ct.config, ct.tensors), detect(tiles.config, tiles.tensors)
+        for name in ct_info.layers:
+            plain, sparse = read_linear(ct, ct_info, name), read_linear(tiles, tile_info, name)
+            assert isinstance(sparse, SparseQuantizedLinear)
+            assert torch.equal(plain.codes, sparse.codes) and torch.equal(plain.scales, sparse.scales)
+            assert torch.equal(masks.keep(name, *plain.codes.shape), sparse.keep)
+    assert not list(tmp_path.glob("out.work-*"))
+
+
+def test_compress_keeps_a_rejected_result_with_all_its_formats(tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source, out = tiny(tmp_path / "tiny"), tmp_path / "out"
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "quantize: {group_size: 32}\nevaluate: {tokens: 512, window: 128}\n"
+        "calibration: {minimum_tokens: 256, samples: 8, sequence_length: 64}\n"
+    )
+    given = ["--recipe", str(mine), "--calibration", str(text), "--dtype", "float32", "--also", "marlin", "--max-kl", "1e-12"]
+    assert main(["compress", str(source), str(out), *given]) == 1
+    assert "--max-kl allows 1e-12" in capfd.readouterr().err
+    assert not out.exists() and not (tmp_path / "out-marlin").exists()
+    assert (tmp_path / "out.rejected" / "ct" / "config.json").is_file()
+    assert (tmp_path / "out.rejected" / "marlin" / "config.json").is_file()
 
 
 # ---- the gate ------------------------------------------------------------------------------------------------------------------------
