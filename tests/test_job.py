@@ -75,7 +75,9 @@ def test_every_architecture_goes_all_the_way(model_type: str, tmp_path: Path, te
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ct", dtype=torch.float32)
     assert (logits(loaded) - expected).norm() / expected.norm() < 1e-3
     drift = (expected - logits(original)).norm() / logits(original).norm()
-    assert 0.005 < drift < 0.5, "4-bit weights move the logits a little, and not much"
+    # The experts of a random model have nothing in common, so a token that a router sends elsewhere gets quite another answer.
+    most = 0.7 if model_type in ("mixtral", "qwen3_moe", "olmoe") else 0.5
+    assert 0.005 < drift < most, "4-bit weights move the logits a little, and not much"
 
 
 def test_two_runs_publish_the_same_bytes(tmp_path: Path, text: Path) -> None:
@@ -250,7 +252,7 @@ def test_a_failure_leaves_the_old_output_untouched(tmp_path: Path, text: Path, m
     before = digests(tmp_path / "out")
     with pytest.raises(UsageError, match="not empty"):
         quantize(source, tmp_path / "out", recipe(text))
-    monkeypatch.setattr("marlinctl.job._digest", lambda linear: str(torch.rand(1)))
+    monkeypatch.setattr("marlinctl.job._digest_on_disk", lambda *_: str(torch.rand(1)))
     with pytest.raises(MarlinctlError, match="differ from those that were solved"):
         quantize(source, tmp_path / "out", recipe(text, quantize__refine=0), overwrite=True)
     assert digests(tmp_path / "out") == before
