@@ -25,7 +25,7 @@ from marlinctl.evaluation.tasks import require_lm_eval
 from marlinctl.gate import Gate, GateRefused, measure
 from marlinctl.job import run_job
 from marlinctl.opening import Options
-from marlinctl.recipe import Recipe, resolve
+from marlinctl.recipe import Recipe, recipe_hash, resolve
 from marlinctl.repack import repack
 from marlinctl.report import report_files
 from marlinctl.verify import verify
@@ -99,7 +99,8 @@ def _interchange(model: str, work: Path, recipe: Recipe, options: Options, conso
         "pruned": {key: pruned[key] for key in ("error", "seconds", "layers")},
         "distilled": {key: distilled[key] for key in ("training", "held_out")},
     }
-    report |= {key: pruned[key] for key in ("source", "recipe")} | {"stages": stages}
+    whole_recipe = {"sha256": recipe_hash(recipe), **recipe.model_dump(mode="json")}  # each stage saw a part of it
+    report |= {"source": pruned["source"], "recipe": whole_recipe, "stages": stages}
     report["bytes"] = {**report["bytes"], "source": pruned["bytes"]["source"]}
     report["seconds"] = round(pruned["seconds"] + distilled["training"]["seconds"] + report["seconds"], 1)
     return report, source

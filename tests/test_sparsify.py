@@ -258,6 +258,7 @@ def test_compress_goes_all_the_way_to_sparse_tiles(tmp_path: Path, text: Path, d
     assert ("stages" in report) == distil
     if distil:
         assert report["stages"]["distilled"]["training"]["tokens"] >= 256
+    assert (report["recipe"]["quantize"]["bits"], report["recipe"]["sparsify"]["pattern"]) == (4, "2:4")
     kl = report["evaluation"]["document"]["comparison"]["kl"]["value"]
     assert 0.0 < kl < 10.0
     native = tmp_path / "out-marlin_24"
