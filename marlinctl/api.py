@@ -1,13 +1,14 @@
-"""The public Python API: three functions, with the promise of stability that docs/api.md gives.
+"""The public Python API: four functions, with the promise of stability that docs/api.md gives.
 
-    from marlinctl.api import load, pack, quantize
+    from marlinctl.api import load, pack, quantize, sparsify
 
     quantize("Qwen/Qwen3-0.6B", "out/qwen3-int4", group_size=64)
     pack("out/qwen3-int4", "out/qwen3-marlin", format="marlin")
     model = load("out/qwen3-marlin")
+    sparsify("Qwen/Qwen3-0.6B", "out/qwen3-2of4-int4", bits=4, match=0.5, refine=2)
 
 They do what the verbs of the same name do, raise marlinctl.errors.MarlinctlError, and print nothing: the story goes to the logger
-`marlinctl`. (`sparsify` joins them with 2:4 support.)
+`marlinctl`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["load", "pack", "quantize"]
+__all__ = ["load", "pack", "quantize", "sparsify"]
 
 
 def quantize(
@@ -45,6 +46,31 @@ def quantize(
 
     resolved, _ = resolve(load_recipe(recipe), with_sections(options))
     settings = Options(revision=revision, device=device, overwrite=overwrite, command="marlinctl.api.quantize")
+    run_job(str(model), Path(out), resolved, settings, Console.quiet())
+    return Path(out)
+
+
+def sparsify(
+    model: str | Path,
+    out: str | Path,
+    *,
+    bits: int = 16,
+    recipe: str | Path = "int4",
+    revision: str | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    **options: Any,
+) -> Path:
+    """Prune a folder, hub id or GGUF file to 2:4, at 16 bits or together with int4 (bits=4), and publish it as the folder `out`.
+
+    `options` are keys of the recipe (method="wanda", match=0.5); they win over the recipe. Nothing is measured; `marlinctl eval` does.
+    """
+    from marlinctl.job import run_job
+    from marlinctl.opening import Options
+    from marlinctl.recipe import load_recipe, resolve, with_sections
+
+    resolved, _ = resolve(load_recipe(recipe), with_sections({"pattern": "2:4", **options, "bits": bits}))
+    settings = Options(revision=revision, device=device, overwrite=overwrite, command="marlinctl.api.sparsify")
     run_job(str(model), Path(out), resolved, settings, Console.quiet())
     return Path(out)
 

@@ -42,6 +42,19 @@ def test_quantize_pack_load(model: Path, tmp_path: Path, capfd: pytest.CaptureFi
     assert capfd.readouterr() == ("", "")
 
 
+def test_sparsify_prunes_with_or_without_int4(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A program that embeds the tool must get the same 2:4 folders as the command line, and the next function must take them."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"The {i} quick brown foxes jump over {i * i} lazy dogs." for i in range(400)))
+    given = {"source": str(text), "samples": 4, "sequence_length": 128, "minimum_tokens": 100}
+    pruned = api.sparsify(model, tmp_path / "pruned", **given)
+    for weight in (p for name, p in api.load(pruned).named_parameters() if name.endswith("_proj.weight")):
+        assert int((weight.reshape(-1, 4) != 0).sum(1).max()) == 2
+    joint = api.sparsify(model, tmp_path / "joint", bits=4, group_size=32, match=0.5, method="refined", **given)
+    assert api.pack(joint, tmp_path / "tiles", format="marlin_24") == [tmp_path / "tiles"]
+    assert capfd.readouterr() == ("", "")
+
+
 def test_options_are_the_keys_of_a_recipe(model: Path, tmp_path: Path) -> None:
     """A misspelled option must not be ignored, and a wrong value must be refused before any work."""
     with pytest.raises(UsageError) as caught:
