@@ -68,7 +68,9 @@ def run_compress(
             if fmt != "ct":
                 repack(work / "ct", work / fmt, format=fmt, console=console)
         report = {**report, "kind": "compress", "outputs": [{"folder": str(place), "format": fmt} for fmt, place in places.items()]}
-        report["verified"] = {fmt: verify(work / fmt, source=source.folder, load=None, console=console).document() for fmt in places}
+        distilled = work / "distilled"  # trained weights and norms are what the codes were made from
+        made_from = distilled if distilled.is_dir() else source.folder
+        report["verified"] = {fmt: verify(work / fmt, source=made_from, load=None, console=console).document() for fmt in places}
         if evaluate_result or (gate is not None and gate.asked):
             report["evaluation"] = measure(recipe, gate or Gate(), console, task_data)(work / "ct", source)
         for fmt in places:
@@ -94,7 +96,6 @@ def _interchange(model: str, work: Path, recipe: Recipe, options: Options, conso
     shutil.rmtree(work / "pruned")
     quantizing, _ = resolve(recipe, {"sparsify.pattern": "none"})
     report, _ = run_job(str(work / "distilled"), work / "ct", quantizing, replace(options, revision=None), console)
-    shutil.rmtree(work / "distilled")
     stages = {
         "pruned": {key: pruned[key] for key in ("error", "seconds", "layers")},
         "distilled": {key: distilled[key] for key in ("training", "held_out")},

@@ -247,7 +247,7 @@ def test_compress_goes_all_the_way_to_sparse_tiles(tmp_path: Path, text: Path, d
     mine.write_text(
         "extends: sparse-int4\nquantize: {group_size: 32}\nevaluate: {tokens: 512, window: 128}\n"
         "calibration: {minimum_tokens: 256, samples: 8, sequence_length: 64}\n"
-        "distill: {sequence_length: 32, batch_tokens: 128, micro_batch: 2}\n"
+        "distill: {sequence_length: 32, batch_tokens: 128, micro_batch: 2, learning_rate: 0.01}\n"
     )
     given = ["--recipe", str(mine), "--calibration", str(text), "--dtype", "float32", "--json"]
     if distil:
@@ -270,6 +270,9 @@ def test_compress_goes_all_the_way_to_sparse_tiles(tmp_path: Path, text: Path, d
             assert isinstance(sparse, SparseQuantizedLinear)
             assert torch.equal(plain.codes, sparse.codes) and torch.equal(plain.scales, sparse.scales)
             assert torch.equal(masks.keep(name, *plain.codes.shape), sparse.keep)
+        norm = "model.norm.weight"
+        with open_checkpoint(source) as original:
+            assert torch.equal(ct.read(norm), original.read(norm)) != distil  # trained norms must get through the check of the result
     assert not list(tmp_path.glob("out.work-*"))
 
 
