@@ -71,9 +71,10 @@ def _front_matter(facts: CardFacts) -> list[str]:
 def _what(facts: CardFacts) -> list[str]:
     sizes = Counter(facts.layers.values())
     groups = ", ".join(f"{'whole rows' if size == -1 else size} ({count} linears)" for size, count in sizes.most_common())
+    title = _TITLES[facts.fmt] if facts.layers else "16-bit weights, pruned to 2:4"  # nothing quantized: `sparsify` without --bits 4
     rows = [
-        ("Format", _TITLES[facts.fmt]),
-        ("Quantized", f"{len(facts.layers)} linears, int4 symmetric, codes -8..7 times one scale per group"),
+        ("Format", title),
+        ("Quantized", f"{len(facts.layers)} linears, int4 symmetric, codes -8..7 times one scale per group" if facts.layers else ""),
         ("Group size", groups),
         ("Pruned", f"2:4, two of each four neighbours along K are zero; {_survivors(facts.fmt)}" if facts.two_of_four else ""),
         ("Left 16-bit", _shorten(facts.ignore)),
@@ -85,8 +86,8 @@ def _what(facts: CardFacts) -> list[str]:
     ]
     name = facts.base_model.rpartition("/")[2] if facts.base_model else "This model"
     table = ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows if value)]
-    note = _NOTES.get(facts.fmt)
-    return [f"# {name}: {_TITLES[facts.fmt]}", "", *table, "", *([note] if note else [])]
+    note = _NOTES.get(facts.fmt) if facts.layers else None
+    return [f"# {name}: {title}", "", *table, "", *([note] if note else [])]
 
 
 def _survivors(fmt: str) -> str:

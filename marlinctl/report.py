@@ -30,6 +30,7 @@ def report_files(
         calibration=f"{calibration['samples']['got']} samples, {calibration['tokens']['counted']:,} tokens ({calibration['how']})",
         recipe_hash=report["recipe"]["sha256"],
         scores=scores,
+        two_of_four=report["sparse"] > 0,
     )
     return {
         "README.md": render_card(facts).encode(),
@@ -68,13 +69,20 @@ def _summary(report: Mapping[str, Any]) -> str:
             f"{calibration['source']}: {calibration['samples']['got']} samples, {calibration['tokens']['counted']:,} tokens counted, "
             f"SHA-256 of the ids {calibration['sha256'][:16]}...",
         ),
-        ("linears", f"{len(report['layers'])} quantized, {len(report['kept'])} left 16-bit"),
+        ("linears", ", ".join(_linears(report))),
         ("size", f"{size['source'] / 1e6:,.1f} MB -> {size['result'] / 1e6:,.1f} MB ({size['source'] / size['result']:.2f} times smaller)"),
         ("mean layer error", f"{report['error']['mean']:.5f} of the output energy; worst: {report['error']['worst']}"),
         ("time", f"{report['seconds']:.1f} s on {report['device']}, forward in {report['dtype']}"),
         ("peak memory", f"{report['peak_memory_bytes'] / 2**30:.2f} GiB"),
     ]
     return "# marlinctl report\n\n" + table(("", ""), rows)
+
+
+def _linears(report: Mapping[str, Any]) -> list[str]:
+    """How many were quantized, pruned and left alone."""
+    done = len(report["layers"]) if report["bits"] == 4 else 0
+    counts = {"quantized": done, "pruned to 2:4": report["sparse"], "left 16-bit": len(report["kept"])}
+    return [f"{count} {what}" for what, count in counts.items() if count]
 
 
 def _attention(report: Mapping[str, Any]) -> str:
@@ -97,7 +105,7 @@ def _layers(report: Mapping[str, Any]) -> str:
         (
             r["name"],
             f"{r['shape'][0]} x {r['shape'][1]}",
-            r["group_size"],
+            r["group_size"] or "16-bit",
             f"{r['error']:.5f}",
             f"{r['damping']:g}",
             r["tokens"],

@@ -98,9 +98,17 @@ def distill_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     return _apply(function, _of_table(_DISTILL_FLAGS))
 
 
+# What every job has.
+_OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an existing OUT, after the new one is complete.")
+_THREADS = click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads.")
+_CACHE_DIR = click.option("--cache-dir", type=click.Path(path_type=Path), metavar="DIR", help="Downloads and converted GGUF files.")
+_MODULE_MAP = click.option(
+    "--module-map", type=click.Path(path_type=Path), metavar="FILE", help="Describe an architecture that marlinctl does not know."
+)
+
+
 def run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     """How the job runs; none of these changes the codes on a CPU, but --device and --dtype."""
-    path = click.Path(path_type=Path)
     return _apply(
         function,
         [
@@ -112,20 +120,19 @@ def run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
                 metavar="auto|bfloat16|float32",
                 help="Of the forward pass. auto: bfloat16 where the hardware has it.",
             ),
-            click.option("--overwrite", is_flag=True, help="Replace an existing OUT, after the new one is complete."),
+            _OVERWRITE,
             click.option("--strict", is_flag=True, help="Stop (exit 6) where a Hessian needs a fallback."),
             click.option("--deterministic", is_flag=True, help="The same bytes every time on CUDA; the CPU always does that."),
-            click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads."),
+            _THREADS,
             click.option("--max-memory", metavar="SIZE", help="Refuse to start where more memory would be needed (4GiB, 800MiB)."),
-            click.option("--cache-dir", type=path, metavar="DIR", help="Downloads and converted GGUF files."),
-            click.option("--module-map", type=path, metavar="FILE", help="Describe an architecture that marlinctl does not know."),
+            _CACHE_DIR,
+            _MODULE_MAP,
         ],
     )
 
 
 def distill_run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     """How a distillation runs. A GPU is taken where there is one: training without it takes days."""
-    path = click.Path(path_type=Path)
     return _apply(
         function,
         [
@@ -137,10 +144,10 @@ def distill_run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
                 metavar="auto|bfloat16|float32",
                 help="Of the products; weights are trained in float32. auto: bfloat16 where the hardware has it.",
             ),
-            click.option("--overwrite", is_flag=True, help="Replace an existing OUT, after the new one is complete."),
-            click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads."),
-            click.option("--cache-dir", type=path, metavar="DIR", help="Downloads and converted GGUF files."),
-            click.option("--module-map", type=path, metavar="FILE", help="Describe an architecture that marlinctl does not know."),
+            _OVERWRITE,
+            _THREADS,
+            _CACHE_DIR,
+            _MODULE_MAP,
         ],
     )
 
