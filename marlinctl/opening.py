@@ -79,11 +79,13 @@ def open_model(model: str, out: Path, recipe: Recipe, options: Options, console:
         lambda: refuse_unexpected(checkpoint, known, checkpoint.tensors),
         lambda: check_tokenizer(source.folder, checkpoint.config),
     )
+    # At 16 bits there are no groups, unless the recipe distils: then int4 comes last, and must not fail after hours of work.
+    groups = recipe.quantize.bits == 4 or recipe.distill.tokens > 0
     rules = plan(
         known,
-        group_size=recipe.quantize.group_size,
+        group_size=recipe.quantize.group_size if groups else -1,
         skip=recipe.quantize.skip,
-        overrides={pattern: override.group_size for pattern, override in recipe.quantize.overrides.items()},
+        overrides={pattern: override.group_size if groups else -1 for pattern, override in recipe.quantize.overrides.items()},
         include=recipe.quantize.include,
     )
     shapes = {name: (spec.out_features, spec.in_features) for name, spec in _planned(known, rules).items()}

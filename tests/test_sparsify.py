@@ -242,6 +242,26 @@ def test_sparse_tiles_of_a_dense_model_are_refused_before_any_work(tmp_path: Pat
 # ---- compress ------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def narrow(tmp_path: Path) -> Path:
+    """A model with widths that no group of 128 divides, as SmolLM2-135M has them."""
+    make_tiny(tmp_path / "narrow", intermediate_size=160)
+    return tmp_path / "narrow"
+
+
+def test_pruning_alone_asks_for_no_group_size(narrow: Path, tmp_path: Path, text: Path) -> None:
+    """If 16-bit pruning were refused for widths that a group of 128 does not divide, half of the small models could not be pruned."""
+    report = sparsify(narrow, tmp_path / "out", text, quantize__group_size=128)
+    assert report["sparse"] == 14
+
+
+def test_stages_that_end_in_int4_ask_for_the_group_size_before_the_first(narrow: Path, tmp_path: Path, text: Path) -> None:
+    """If the size were looked at by the last stage only, pruning and distillation would have been for nothing."""
+    with pytest.raises(UsageError) as caught:
+        sparsify(narrow, tmp_path / "out", text, quantize__group_size=128, distill__tokens=256)
+    assert caught.value.error_id == "E255"
+
+
 @pytest.mark.parametrize("distil", [False, True])
 def test_compress_goes_all_the_way_to_sparse_tiles(tmp_path: Path, text: Path, distil: bool, capfd: pytest.CaptureFixture[str]) -> None:
     """If a stage lost the mask, the tiles would be refused or hold other survivors than the interchange copy."""
