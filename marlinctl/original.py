@@ -3,6 +3,11 @@
     original block, original weights:    h' ─► x'(q k v) ─► x'(o) ─► r' = h' + attention ─► x'(gate up) ─► x'(down) ─► next h'
                                                kept in scratch until the compressed block has passed the same place
 
+Where a branch is added to the residual stream as it is, the stream is normalised before anything reads it. So what an error of the branch
+does at a token is measured against the length of the stream there, and tokens are weighted by the inverse of its mean square
+(`token_scale`). Otherwise the few tokens that carry massive activations (arXiv 2402.17762), whose stream is hundreds of times
+longer, would decide what the other thousands get.
+
 It takes one more forward pass, one more copy of the hidden states and, on disk, the inputs of four linears. Models with experts have no
 such twin: the original's router sends other tokens to them, so there is nothing to compare.
 """
@@ -29,6 +34,7 @@ class Original:
         self.hidden = hidden  # [S, L, hidden] before the block that comes next
         self.read, self.scratch, self.device, self.dtype = read, scratch, device, hidden.dtype
         self.adds = False  # whether the block adds its branches to the residual stream as they are
+        self.energy: dict[str, Tensor] = {}  # branch -> [S, L] float32, mean square of the stream that it has been added to
 
     def run_block(self, block: Block, layer: nn.Module, parts: Iterable[slice], call: Callable[[Tensor, int], Tensor]) -> None:
         """Take the hidden states through `layer`, whose norms and biases are in place; its linears hold the original's weights then."""
@@ -55,6 +61,8 @@ class Original:
                 middle = before + seen[block.attention.module]
                 self._slot(f"{block.attention.module} residual", before.shape[-1])[part] = before
                 self._slot(f"{block.mlp.module} residual", before.shape[-1])[part] = middle
+                for branch, stream in zip(branches, (middle, after), strict=True):
+                    self.energy.setdefault(branch.module, torch.empty(self.hidden.shape[:2]))[part] = stream.float().square().mean(-1).cpu()
                 if self.adds:
                     total = middle + seen[block.mlp.module]
                     self.adds = bool((total - after).float().norm() <= _SAME_SUM * (after - before).float().norm())
@@ -70,6 +78,12 @@ class Original:
     def residual(self, branch: Branch, part: slice) -> Tensor:
         """The original's residual stream where `branch` begins, [B, L, hidden]."""
         return self._slot(f"{branch.module} residual", self.hidden.shape[-1])[part].to(self.device)
+
+    def token_scale(self, branch: Branch, part: slice) -> Tensor:
+        """What the inputs of the branch's last linear are multiplied by, [B, L, 1] float32; the weight of a token is its square."""
+        energy = self.energy[branch.module]
+        floor = torch.finfo(torch.float32).eps * energy.mean()
+        return (energy.mean() / energy[part].clamp_min(floor)).sqrt().unsqueeze(-1).to(self.device)
 
     def _slot(self, place: str, width: int) -> Tensor | FileTensor:
         return self.scratch.tensor(f"original {place}", (*self.hidden.shape[:2], width), self.dtype)

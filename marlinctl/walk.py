@@ -241,13 +241,18 @@ class Walk:
             given = ((), {"hidden_states": x}) if by_name else ((x,), {})
             (middle, *_), _ = call_until(last_module, module, *given[0], **given[1], **calls[x.shape[0]])
             between[part] = middle
+            if self.original is None:
+                gram.add(middle, self.counted[part])
+                continue
+            theirs = self.original.input(branch.last, width_last, part)
+            if self.original.adds:
+                scale = self.original.token_scale(branch, part)
+                stream = self.hidden[part].to(self.device)
+                stream = stream if branch is block.attention else stream + outputs[block.attention.module](part)
+                middle, theirs = (middle.float() * scale).to(self.dtype), (theirs.float() * scale).to(self.dtype)
+                gram.add_residual(middle, (self.original.residual(branch, part).float() - stream.float()) * scale, self.counted[part])
             gram.add(middle, self.counted[part])
-            if self.original is not None:
-                gram.add_drift(middle, self.original.input(branch.last, width_last, part), self.counted[part])
-                if self.original.adds:
-                    stream = self.hidden[part].to(self.device)
-                    stream = stream if branch is block.attention else stream + outputs[block.attention.module](part)
-                    gram.add_residual(middle, self.original.residual(branch, part).float() - stream.float(), self.counted[part])
+            gram.add_drift(middle, theirs, self.counted[part])
         self._install(layer, block, solve((last,), gram.hessian((last,)), ""))
 
         if branch is block.mlp:  # its output is used once, when the block is left

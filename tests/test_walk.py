@@ -117,29 +117,41 @@ def test_drift_is_the_difference_between_two_models(model_type: str, tmp_path: P
             layer.register_forward_pre_hook(lambda _, args, p=block.prefix: streams.__setitem__(p, args[0]))
             attention = layer.get_submodule(block.attention.module)
             attention.register_forward_hook(lambda _, __, out, p=block.prefix: streams.__setitem__(p + " middle", streams[p] + out[0]))
+            layer.register_forward_hook(lambda _, __, out, p=block.prefix: streams.__setitem__(p + " after", out))
         model(tokens().ids)
         return inputs, streams
 
     counted = tokens().counted
     (theirs, their_streams), (ours, our_streams) = record({}), record(changed)
+    weighted: dict[str, Tensor] = {}  # last linears whose tokens are weighted -> [T, 1] float64
+    for block in known.blocks:
+        for branch, after in ((block.attention, " middle"), (block.mlp, " after")):
+            assert isinstance(branch, Branch)
+            if model_type not in ("gemma2", "gemma3_text", "olmo2", "granite"):
+                energy = their_streams[block.prefix + after].double().square().mean(-1)
+                weighted[f"{block.prefix}.{branch.last}"] = (energy.mean() / energy)[counted].unsqueeze(1)
     for name in known.linears:
         x = ours[name].reshape(SAMPLES, LENGTH, -1)[counted].double()
         gone = theirs[name].reshape(SAMPLES, LENGTH, -1)[counted].double() - x
-        expected, drift = x.T @ gone / len(x), seen[name].drift
+        weight = weighted.get(name, torch.ones(1, 1))
+        expected, drift = x.T @ (gone * weight) / len(x), seen[name].drift
         assert drift is not None
         assert (drift.double() - expected).norm() <= 2e-4 * expected.norm() + 1e-5 * seen[name].matrix.norm(), name
+        gram = x.T @ (x * weight) / len(x)
+        assert (seen[name].matrix.double() - gram).norm() <= 2e-4 * gram.norm(), name
     for block in known.blocks:
         for branch, stream in ((block.attention, block.prefix), (block.mlp, block.prefix + " middle")):
             assert isinstance(branch, Branch)
-            found = seen[f"{block.prefix}.{branch.last}"].residual
-            if model_type in ("gemma2", "gemma3_text", "olmo2", "granite"):
+            last = f"{block.prefix}.{branch.last}"
+            found = seen[last].residual
+            if last not in weighted:
                 assert found is None  # a norm or a factor stands between the branch and the residual stream
                 continue
             assert found is not None
-            x = ours[f"{block.prefix}.{branch.last}"].reshape(SAMPLES, LENGTH, -1)[counted].double()
+            x = ours[last].reshape(SAMPLES, LENGTH, -1)[counted].double()
             gone = (their_streams[stream] - our_streams[stream])[counted].double()
-            expected = x.T @ gone / len(x)
-            assert (found.double() - expected).norm() <= 1e-3 * expected.norm() + 1e-5, (block.prefix, branch.last)
+            expected = x.T @ (gone * weighted[last]) / len(x)
+            assert (found.double() - expected).norm() <= 1e-3 * expected.norm() + 1e-5, last
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "olmoe"])
