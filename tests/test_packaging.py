@@ -110,7 +110,9 @@ def test_every_import_is_declared() -> None:
     known = {IMPORT_NAMES.get(name, name) for name in declared} | sys.stdlib_module_names | {"marlinctl"}
     strangers = [found for found in all_imports() if found.target.split(".")[0] not in known]
     # CUDA builds of torch depend on cuda-bindings and NVRTC; without a GPU nobody needs them, and jit.py says so when they are missing
-    assert {(found.importer, found.target, found.at_import) for found in strangers} == {("marlinctl.kernels.jit", "cuda.bindings.nvrtc", False)}
+    assert {(found.importer, found.target, found.at_import) for found in strangers} == {
+        ("marlinctl.kernels.jit", "cuda.bindings.nvrtc", False)
+    }
 
 
 def test_what_an_extra_brings_is_never_needed_to_start() -> None:
