@@ -160,7 +160,7 @@ def _write(entry: Path, code: bytes) -> None:
             file.write(hashlib.sha256(code).digest() + code)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, entry)
+        Path(name).replace(entry)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,8 @@ import torch
 
 from marlinctl.kernels import jit
 from marlinctl.kernels.configurations import DENSE, MAX_SHARED_BYTES, Configuration
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90")
 RESERVED_BYTES = 1024  # of shared memory, by the system, in every CTA since sm_80
@@ -74,7 +77,7 @@ def test_machine_code(
     case: tuple[Configuration, torch.dtype, str], machine_codes: dict[tuple[Configuration, torch.dtype, str], Future[MachineCode]]
 ) -> None:
     """If this failed, the kernel would be slow (spills, plain loads, conversions) or not start at all (registers)."""
-    configuration, dtype, architecture = case
+    configuration, dtype, _ = case
     code = machine_codes[case].result()
 
     assert (code.stack, code.local) == (0, 0), "a spill, or an array that is indexed at run time"

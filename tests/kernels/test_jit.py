@@ -14,6 +14,8 @@ import pytest
 
 from marlinctl.kernels import jit
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")
+
 KERNEL = '#include "number.cuh"\nextern "C" __global__ void kernel(int* out) { *out = NUMBER + VALUE; }\n'
 HEADER = "#pragma once\n#define NUMBER 3\n"
 ARGUMENTS = ("kernel.cu", ("VALUE=4",), "sm_90")

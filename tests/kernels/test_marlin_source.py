@@ -57,7 +57,7 @@ def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: 
     def launch(
         activations: Tensor, p: PackedLinear, bias: Tensor | None, order: list[int], *, eager: bool = False, backwards: bool = False
     ) -> Tensor:
-        """One launch of len(order) CTAs, which run in that order; outputs and partial sums are poisoned, counters must come back as zeros."""
+        """One launch of len(order) CTAs, run in that order. Outputs and partial sums are poisoned; counters must come back as zeros."""
         (m, k), n, ctas = activations.shape, p.out_features, len(order)
         out = torch.full((m * n + 2 * GUARD,), torch.nan, dtype=dtype)
         partials = aligned(torch.full((configuration.partial_floats(ctas),), torch.nan))
