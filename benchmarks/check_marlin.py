@@ -68,9 +68,10 @@ def main() -> int:
     gpu = torch.cuda.get_device_properties(0)
     today = datetime.datetime.now(datetime.UTC).date()
     print(f"{gpu.name}, {gpu.multi_processor_count} multiprocessors, torch {torch.__version__}, CUDA {torch.version.cuda}, {today}")
-    configurations = [c for c in DENSE if not arguments.only or c.name in arguments.only]
+    fitting = [c for c in DENSE if c.fits(architecture())]
+    configurations = [c for c in fitting if not arguments.only or c.name in arguments.only]
     if not configurations:
-        parser.error(f"--only: the configurations are {', '.join(c.name for c in DENSE)}")
+        parser.error(f"--only: the configurations for this GPU are {', '.join(c.name for c in fitting)}")
     cache = arguments.cache or Path(tempfile.mkdtemp(prefix="marlin-"))
     kernels = [Kernel.load(c, dtype, cache) for c, dtype in itertools.product(configurations, DTYPES)]
     figures: dict[str, Any] = {"gpu": gpu.name, "torch": torch.__version__, "date": str(today)}
@@ -92,6 +93,11 @@ def main() -> int:
 # Loading and launching
 
 
+def architecture() -> str:
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One configuration, loaded."""
@@ -106,9 +112,8 @@ class Kernel:
         from cuda.bindings import driver
 
         torch.zeros(1, device="cuda")  # makes torch's context current
-        major, minor = torch.cuda.get_device_capability()
         start = time.perf_counter()
-        code = jit.cubin("marlin_sm80.cu", configuration.defines(dtype), f"sm_{major}{minor}", cache)
+        code = jit.cubin("marlin_sm80.cu", configuration.defines(dtype), architecture(), cache)
         compiled = time.perf_counter()
         library = done(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
         function = done(driver.cuKernelGetFunction(done(driver.cuLibraryGetKernel(library, b"marlin_sm80"))))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-MAX_SHARED_BYTES = 99 * 1024  # sm_86 and sm_89; sm_80 has 163 KB, sm_90 227
+SHARED_BYTES = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_90a": 227 * 1024}  # of a CTA, at most
 NUMBERS = {torch.float16: "Half", torch.bfloat16: "BFloat"}  # the structs of csrc/dequantize.cuh
 GROUP_SIZES = (32, 64, 128)  # and channel-wise
 
@@ -67,6 +67,9 @@ class Configuration:
         }
         return (f"NUMBER={NUMBERS[dtype]}", *(f"{name}={value}" for name, value in sizes.items()))
 
+    def fits(self, architecture: str) -> bool:
+        return self.shared_bytes <= SHARED_BYTES[architecture]
+
     def output_tiles(self, m: int, n: int) -> int:
         """Counters that the workspace must have, an int32 each, all zero."""
         return -(-m // self.tokens) * -(-n // self.columns)
@@ -80,15 +83,20 @@ class Configuration:
         return 2 * ctas * self.tokens * self.columns
 
 
-# A stage is to bring 8 to 16 KB of weights: few barriers, and at least 32 KB of weights under way on each multiprocessor. Eight warps or
-# two CTAs of four keep the four schedulers busy. For small M, K is shared among warps rather than among CTAs: a tile of 64 or 128 columns
-# has fewer CTAs to add up than one of 256. NOTE: reasoned, not measured.
+# A stage is to bring 8 KB of weights or more, and 32 KB or more are to be under way on each multiprocessor. Eight warps, or two
+# CTAs of four, keep the four schedulers busy. For small M, K is shared among warps: a tile of 128 columns leaves less to add up
+# among CTAs than one of 256. The first five fit every architecture. The others have longer stages for sm_90, where copying, closing
+# groups and barriers cost each weight less. NOTE: reasoned, not measured (docs/log/2026-11-21-dense-kernel.md).
 DENSE = (
     Configuration(tokens=8, blocks=2, split=1, k_warps=4, k_step=256, stages=4, ctas=2),
     Configuration(tokens=16, blocks=2, split=1, k_warps=4, k_step=256, stages=3, ctas=2),
     Configuration(tokens=16, blocks=4, split=1, k_warps=1, k_step=128, stages=4, ctas=2),
     Configuration(tokens=32, blocks=4, split=2, k_warps=1, k_step=64, stages=7, ctas=1),
     Configuration(tokens=64, blocks=4, split=2, k_warps=1, k_step=64, stages=4, ctas=1),
+    Configuration(tokens=8, blocks=2, split=1, k_warps=4, k_step=512, stages=5, ctas=1),
+    Configuration(tokens=16, blocks=2, split=1, k_warps=4, k_step=512, stages=4, ctas=1),
+    Configuration(tokens=32, blocks=4, split=1, k_warps=2, k_step=256, stages=4, ctas=1),
+    Configuration(tokens=64, blocks=4, split=2, k_warps=1, k_step=128, stages=6, ctas=1),
 )
 
 

@@ -54,8 +54,8 @@
 // anybody, so CTAs need not be resident together. The last one sets the counter back to 0: the workspace is zeroed once
 // in its life. Two launches that may run at the same time need a workspace each.
 //
-// LIMITS.  N and K multiples of 8 (rows of 16 bytes); 99 KB of shared memory, what sm_86 and sm_89 have; mma.sync, which
-// reaches about two thirds of what wgmma does on Hopper: a kernel for M up to about 64 there.
+// LIMITS.  N and K multiples of 8 (rows of 16 bytes), everything aligned to 16 bytes; 2^31 units. mma.sync reaches about two
+// thirds of what wgmma does on Hopper: there this is a kernel for M up to about 64.
 //
 // MEASURED.  Nothing yet; this file has been compiled, and never run.
 //
@@ -87,8 +87,8 @@ static_assert(TOKENS == 8 || TOKENS % 16 == 0, "ldmatrix reads four matrices: 16
 static_assert(WARP_TILES % 2 == 0, "a warp takes 32 of k at a time, and never a part of a group");
 static_assert(CHUNKS >= 8, "the swizzle needs a row of 128 bytes");
 static_assert(STAGES >= 2, "one stage is read while another one is filled");
-static_assert(THREADS % (BLOCKS * 32) == 0 && THREADS % (8 * CHUNKS) == 0 && SCALE_BYTES / 16 <= THREADS,
-              "a thread copies the same column of weights, the same chunk of activations in the same place, and at most one piece of scales");
+static_assert(THREADS % (BLOCKS * 32) == 0 && THREADS % CHUNKS == 0 && SCALE_BYTES / 16 <= THREADS,
+              "a thread copies one column of weights, one chunk of each of its rows of activations, and at most one piece of scales");
 
 // A place in the row of units.
 struct Cursor {
@@ -162,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) marlin_sm80(
     const unsigned copy_row = thread / CHUNKS, copy_chunk = thread % CHUNKS;
     const unsigned copy_group = thread / SCALE_COLUMNS, copy_scales = thread % SCALE_COLUMNS * 8;
     const unsigned weights_to = shared_base + thread * 16;
-    const unsigned activations_to = shared_base + WEIGHT_BYTES + (copy_row * CHUNKS + (copy_chunk ^ copy_row % 8)) * 16;
+    const unsigned activations_to = shared_base + WEIGHT_BYTES + copy_row * CHUNKS * 16;
     const unsigned scales_to = shared_base + WEIGHT_BYTES + ACTIVATION_BYTES + thread * 16;
     const size_t tile_row = static_cast<size_t>(n_blocks) * 32;  // uint4 in a row of tiles
 
@@ -183,7 +183,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) marlin_sm80(
         for (int i = 0; i < (TOKENS + TOKEN_ROWS - 1) / TOKEN_ROWS; ++i) {
             const bool inside = first < k && token + i * TOKEN_ROWS < m;
             if (TOKENS % TOKEN_ROWS == 0 || copy_row + i * TOKEN_ROWS < TOKENS) {
-                copy_async(activations_to + offset + i * (THREADS * 16), numbers + static_cast<size_t>(i * TOKEN_ROWS) * k * 2, inside);
+                const unsigned place = copy_chunk ^ copy_row % 8 ^ i * TOKEN_ROWS % 8;  // TOKEN_ROWS is a power of two: the row's last bits
+                copy_async(activations_to + offset + i * (THREADS * 16) + place * 16, numbers + static_cast<size_t>(i * TOKEN_ROWS) * k * 2, inside);
             }
         }
         if (grouped) {
