@@ -54,7 +54,8 @@ def main() -> None:
     data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * chosen.sequence_length] * chosen.samples})
     weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=chosen.group_size)
     gptq = GPTQModifier(config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}, ignore=["lm_head"])
-    common = dict(dataset=data, max_seq_length=chosen.sequence_length, num_calibration_samples=chosen.samples, tokenizer=tokenizer)
+    size = {"max_seq_length": chosen.sequence_length, "num_calibration_samples": chosen.samples}
+    common = {"dataset": data, "tokenizer": tokenizer, **size}
     if chosen.sparse:
         oneshot(model=model, recipe=SparseGPTModifier(sparsity=0.5, mask_structure="2:4", ignore=["re:.*lm_head"]), **common)
         masks = {name: module.weight != 0 for name, module in linears(model)}

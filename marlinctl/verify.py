@@ -6,9 +6,11 @@
     3 contents    scales finite, codes readable, packing the codes again gives the same bytes (so      CheckFailed E106, BadInput E346
                   padding is zero), and a second, independent reading of the bytes gives the same weights
                   masks 2:4, of linears that exist, and what they say was pruned is zero                       CheckFailed E111, E112
-    4 load        transformers and compressed-tensors load the folder on the CPU, and their logits     CheckFailed E108
+    4 kernels     the tiles of native formats, read lane by lane as a kernel reads them, give the       CheckFailed E113
+                  product of the same weights: marlinctl/kernel_check.py
+    5 load        transformers and compressed-tensors load the folder on the CPU, and their logits     CheckFailed E108
                   equal those of the dense model that holds the dequantized weights
-    5 source      with --source: marlinctl/fidelity.py                                                 CheckFailed E107
+    6 source      with --source: marlinctl/fidelity.py                                                 CheckFailed E107
 
 Other tools check that a model loads. That is not enough here: most of the ways to get a packed checkpoint wrong still load.
 """
@@ -16,7 +18,7 @@ Other tools check that a model loads. That is not enough here: most of the ways 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,7 @@ from marlinctl.checkpoint import formats
 from marlinctl.checkpoint.mask import open_masks
 from marlinctl.checkpoint.targets import matches
 from marlinctl.errors import BadInput, CheckFailed, Problem
+from marlinctl.kernel_check import KernelCheck, check_kernels, tiles
 from marlinctl.models import architecture
 
 if TYPE_CHECKING:
@@ -55,13 +58,17 @@ class Verified:
     skipped: tuple[str, ...]
     source: dict[str, Any] | None = field(default=None)
     pattern: dict[str, Any] | None = field(default=None)
+    kernels: KernelCheck | None = field(default=None)
 
     def document(self) -> dict[str, Any]:
         names = ("format", "linears", "files", "pattern", "logit_error", "skipped", "source")
-        return {"ok": True, **{name: getattr(self, name) for name in names}}
+        read = None if self.kernels is None else asdict(self.kernels)
+        return {"ok": True, **{name: getattr(self, name) for name in names}, "kernels": read}
 
 
-def verify(folder: Path, *, source: Path | None, load: bool | None, console: Console, module_map: Path | None = None) -> Verified:
+def verify(
+    folder: Path, *, source: Path | None, load: bool | None, console: Console, module_map: Path | None = None, kernels: bool = True
+) -> Verified:
     """All checks in turn; the first kind that fails raises, naming everything it found. `load` None: if it fits into memory."""
     from marlinctl.checkpoint.reader import open_checkpoint
 
@@ -76,6 +83,15 @@ def verify(folder: Path, *, source: Path | None, load: bool | None, console: Con
         sparse = check_pattern(checkpoint, info, masks, console)
         if sparse is not None:
             console.say(f"2:4: {sparse['linears']} linears by the {sparse['origin']}; what was pruned is zero")
+        read = check_kernels(checkpoint, info, console) if kernels and info.name in formats.NATIVE else None
+        if read is not None:
+            console.say(
+                f"kernels: tiles read by the {read.by}, {read.blocks} of {read.of_blocks} blocks; error {read.error:.1e}, rounding alone"
+            )
+            if read.unread:
+                skipped.append(f"{len(read.unread)} linears have groups that no kernel multiplies, {read.unread[0]} first")
+        elif info.name in formats.NATIVE:
+            skipped.append("tiles not read as a kernel reads them: --no-kernels")
         error, reason = _load_check(checkpoint, info, load)
         skipped += [reason] if reason else []
         if error is not None:
@@ -83,7 +99,7 @@ def verify(folder: Path, *, source: Path | None, load: bool | None, console: Con
         compared = _compare(checkpoint, info, masks, source, console)
     for line in skipped:
         console.warn(line)
-    return Verified(info.name, len(info.layers), len(document["files"]), error, tuple(skipped), compared, sparse)
+    return Verified(info.name, len(info.layers), len(document["files"]), error, tuple(skipped), compared, sparse, read)
 
 
 # ---- 2 structure ---------------------------------------------------------------------------------------------------------------------
@@ -227,22 +243,17 @@ def _second_reading(checkpoint: Checkpoint, info: formats.FormatInfo, layer: str
 
     if info.name in formats.NATIVE:
         from marlinctl.kernels.reference import dequantize, dequantize_sparse
-        from marlinctl.pack.types import PackedLinear, PackedSparseLinear
+        from marlinctl.pack.types import PackedLinear
 
-        n, k = formats.layer_shape(checkpoint, info, layer)
-        size = k if info.layers[layer] == -1 else info.layers[layer]
-        scales = checkpoint.read(f"{layer}.s")
-        if info.name == "marlin":
-            return dequantize(PackedLinear(checkpoint.read(f"{layer}.B"), scales, n, k, size))
-        survivors, meta = checkpoint.read(f"{layer}.B_24"), checkpoint.read(f"{layer}.B_meta")
-        return dequantize_sparse(PackedSparseLinear(survivors, meta, scales, n, k, size))
+        packed = tiles(checkpoint, info, layer)
+        return dequantize(packed) if isinstance(packed, PackedLinear) else dequantize_sparse(packed)
     if info.name == "gptq":
         nibbles = _nibbles(checkpoint.read(f"{layer}.qweight").T)  # [N, K]
         zeros = _nibbles(checkpoint.read(f"{layer}.qzeros")) + 1  # [G, N], v1 stores one less
         group = checkpoint.read(f"{layer}.g_idx").to(torch.int64)
         scales = checkpoint.read(f"{layer}.scales").to(torch.float32)  # [G, N]
         return (nibbles - zeros[group].T).to(torch.float32) * scales[group].T
-    n, k = formats.layer_shape(checkpoint, info, layer)
+    _, k = formats.layer_shape(checkpoint, info, layer)
     scales = checkpoint.read(f"{layer}.weight_scale").to(torch.float32)
     codes = _nibbles(checkpoint.read(f"{layer}.weight_packed"))[:, :k] - 8
     return codes.to(torch.float32) * scales.repeat_interleave(k // scales.shape[1], dim=1)
@@ -255,7 +266,7 @@ def _nibbles(words: Tensor) -> Tensor:
     return (words.unsqueeze(-1) >> torch.arange(0, 32, 4, dtype=torch.int32) & 15).reshape(words.shape[0], -1)
 
 
-# ---- 4 load --------------------------------------------------------------------------------------------------------------------------
+# ---- 5 load --------------------------------------------------------------------------------------------------------------------------
 
 
 def _load_check(checkpoint: Checkpoint, info: formats.FormatInfo, load: bool | None) -> tuple[float | None, str | None]:
@@ -348,7 +359,7 @@ def available_memory() -> int:
     return min(bounds, default=1 << 62)
 
 
-# ---- 5 source ------------------------------------------------------------------------------------------------------------------------
+# ---- 6 source ------------------------------------------------------------------------------------------------------------------------
 
 
 def _compare(

@@ -91,6 +91,45 @@ def test_a_good_sparse_folder_passes(good: dict[str, Path], source: Path, name: 
     assert (checked.logit_error is None) is (name == "marlin_24")
 
 
+@pytest.mark.parametrize("name", ["marlin", "marlin_24"])
+def test_tiles_are_read_as_a_kernel_reads_them(good: dict[str, Path], name: str) -> None:
+    """If no check ever multiplied with the tiles, packing and unpacking could be wrong in the same way, and all models garbage on a GPU."""
+    checked = verify(good[name], source=None, load=False, console=Console.quiet()).kernels
+    assert checked is not None and checked.by == "emulator" and checked.linears == 13
+    assert 13 <= checked.blocks < checked.of_blocks
+    assert 0.0 < checked.error < 1e-6
+    unread = verify(good[name], source=None, load=False, kernels=False, console=Console.quiet())
+    assert unread.kernels is None and any("--no-kernels" in line for line in unread.skipped)
+
+
+def test_groups_that_no_kernel_multiplies_are_told(source: Path, tmp_path: Path) -> None:
+    """If they were passed over in silence, the user would learn it when the model is served."""
+    make_sparse_packed(source, tmp_path / "out", "marlin_24", group_size=16)
+    checked = verify(tmp_path / "out", source=None, load=False, console=Console.quiet())
+    assert checked.kernels is not None and (checked.kernels.linears, len(checked.kernels.unread)) == (0, 14)
+    assert any("14 linears have groups that no kernel multiplies" in line for line in checked.skipped)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"), [("marlin", "B"), ("marlin", "s"), ("marlin_24", "B_24"), ("marlin_24", "B_meta"), ("marlin_24", "s")]
+)
+def test_tiles_in_another_order_are_found_by_their_products(
+    copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, name: str, tensor: str
+) -> None:
+    """If packer and unpacker agreed on a wrong order, comparing bytes would find nothing; only a kernel's eyes do."""
+    folder = copy(name)
+    with open_checkpoint(folder, weight_files="auto") as checkpoint:
+        right = formats.read_parts(checkpoint, formats.detect(checkpoint.config, checkpoint.tensors), LAYER)
+    edit_tensors(folder, lambda tensors: tensors.update({f"{LAYER}.{tensor}": tensors[f"{LAYER}.{tensor}"].roll(1, dims=1)}))
+    remake_manifest(folder)
+    read = formats.read_parts
+    monkeypatch.setattr(module, "check_contents", lambda *_: None)
+    monkeypatch.setattr(module, "check_pattern", lambda *_: None)
+    monkeypatch.setattr(formats, "read_parts", lambda c, i, layer, m=None: right if layer == LAYER else read(c, i, layer, m))
+    caught = failure(folder)
+    assert caught.error_id == "E113" and len(caught.problems) == 1 and LAYER in caught.problems[0].what
+
+
 def test_a_dense_sparse_folder_passes(good: dict[str, Path], tmp_path: Path) -> None:
     """16-bit 2:4 folders are what `sparsify` writes and what fine-tuning starts from."""
     from marlinctl.repack import repack

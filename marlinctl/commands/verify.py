@@ -15,9 +15,12 @@ from marlinctl.console import Console
 @click.option("--source", metavar="MODEL", help="Compare with the model it was made from: a folder, a hub id or a GGUF file.")
 @click.option("--cache-dir", type=click.Path(path_type=Path), metavar="DIR", help="Where a fetched or converted --source is kept.")
 @click.option("--load/--no-load", default=None, help="Load it with transformers on the CPU, compare logits. Default: if memory allows.")
+@click.option("--kernels/--no-kernels", default=True, help="Read native tiles lane by lane as a kernel does, and multiply. Default: yes.")
 @click.option("--module-map", type=click.Path(path_type=Path), metavar="FILE", help="Describes an unknown architecture.")
 @common_options
-def command(console: Console, folder: Path, source: str | None, cache_dir: Path | None, load: bool | None, module_map: Path | None) -> None:
+def command(
+    console: Console, folder: Path, source: str | None, cache_dir: Path | None, load: bool | None, kernels: bool, module_map: Path | None
+) -> None:
     """Check a folder that marlinctl published.
 
     \b
@@ -27,7 +30,8 @@ def command(console: Console, folder: Path, source: str | None, cache_dir: Path 
 
     Compares every file with the manifest, every tensor with what the model needs, packs the codes again and compares bytes, and
     loads the model with transformers to compare its logits with those of the dequantized weights. Masks of a 2:4 model are compared
-    with its weights. With --source it also tells how far each linear is from the original (of a 2:4 linear, its survivors), and
+    with its weights; native tiles are read as a GPU's kernel reads them (a sample of each linear, through an emulator), and the products
+    compared. With --source it also tells how far each linear is from the original (of a 2:4 linear, its survivors), and
     fails where that is implausible. Exit code 1: a check failed.
     """
     from marlinctl.fidelity import summary
@@ -38,12 +42,15 @@ def command(console: Console, folder: Path, source: str | None, cache_dir: Path 
         from marlinctl.checkpoint.source import resolve_model
 
         original = resolve_model(source, revision=None, cache_dir=cache_dir, offline=console.offline, console=console).folder
-    checked = verify(folder, source=original, load=load, console=console, module_map=module_map)
+    checked = verify(folder, source=original, load=load, console=console, module_map=module_map, kernels=kernels)
     facts = checked.document()
     lines = [f"{folder}: ok", f"  {facts['files']} files, {facts['linears']} linears in {facts['format']}"]
     if checked.pattern is not None:
         zero = f"{checked.pattern['zero_survivors']:,} survivors are zero"
         lines.append(f"  2:4 in {checked.pattern['linears']} linears by the {checked.pattern['origin']}, what was pruned is zero, {zero}")
+    if checked.kernels is not None:
+        read = f"{checked.kernels.blocks} of {checked.kernels.of_blocks} blocks of 64 outputs"
+        lines.append(f"  tiles read by the {checked.kernels.by}, {read}: the same products, relative error {checked.kernels.error:.1e}")
     if checked.logit_error is not None:
         lines.append(f"  logits of transformers against the dequantized weights: relative error {checked.logit_error:.1e}")
     if checked.source is not None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from marlinctl.kernels.emulate import gemm
 from marlinctl.pack import tile
 from marlinctl.pack.sparse_marlin import pack_sparse_marlin, remask, unpack_sparse_marlin
 from marlinctl.pack.types import SLAB, PackedSparseLinear, padded, transposed
@@ -84,75 +85,17 @@ def test_words_equal_the_maps_across_slabs() -> None:
     assert torch.equal(p.qweight, words) and torch.equal(p.meta, meta)
 
 
-# ---- the hardware, from its own rules ------------------------------------------------------------------------------------------------
+# ---- the hardware, in software -------------------------------------------------------------------------------------------------------
 
 
 def warp_reads(p: PackedSparseLinear) -> Tensor:
-    """The dense codes [N', K'] that mma.sp.m16n8k32 multiplies with, from the packed bytes and the rules of the instructions alone.
+    """The dense codes [N', K'] that mma.sp multiplies with: what the emulator makes of the identity when every scale is 1.
 
-    Nothing of tile.py takes part. The kernel's own arrangement is four lines, each marked; all else is what PTX says.
+    Nothing of tile.py takes part, see tests/kernels/test_emulate.py.
     """
-    qweight, meta = p.qweight.numpy().view(np.uint32), p.meta.numpy().view(np.uint16)
-    dense = np.zeros((padded(p.out_features), padded(p.in_features)), dtype=np.int8)
-    for row in range(qweight.shape[0]):
-        for block in range(qweight.shape[1] // 128):
-            tile_words, tile_meta = (matrix[row, 128 * block : 128 * block + 128] for matrix in (qweight, meta))
-            loaded = [tile_words[4 * lane : 4 * lane + 4] for lane in range(32)]  # kernel: one 16-byte load for each lane
-            registers = ldmatrix_x2(tile_meta)
-            for j in range(4):
-                stored = np.zeros((16, 16), dtype=np.int8)
-                for lane in range(32):
-                    fill_fragment(stored, lane, dequantize(int(loaded[lane][j])))
-                metadata = [registers[lane][j // 2] for lane in range(32)]  # kernel: words 0, 1 use register 0, words 2, 3 register 1
-                expanded = select(stored, metadata, selector=j % 2)  # kernel: of the two words of a register, the selector tells
-                for fragment_row in range(16):
-                    n = 64 * block + 8 * (fragment_row % 8) + j + 4 * (fragment_row // 8)  # kernel: where the accumulators go
-                    dense[n, 32 * row : 32 * row + 32] = expanded[fragment_row]
-    return torch.from_numpy(dense)
-
-
-def dequantize(word: int) -> list[tuple[int, int]]:
-    """Registers R0..R3 of an A fragment, as (low half, high half): masks pick a nibble from each half of the word."""
-    halves = [word & 0x000F000F, (word & 0x00F000F0) >> 4, word >> 8 & 0x000F000F, (word >> 8 & 0x00F000F0) >> 4]
-    same_row_k0, same_row_k8, next_row_k0, next_row_k8 = [((h & 0xFFFF) - 8, (h >> 16) - 8) for h in halves]
-    return [same_row_k0, next_row_k0, same_row_k8, next_row_k8]
-
-
-def fill_fragment(stored: np.ndarray, lane: int, registers: list[tuple[int, int]]) -> None:
-    """A of m16n8k32, 2:4: 16 x 16 stored values. R0, R2 hold row lane / 4, R1, R3 the row 8 below; R2, R3 lie 8 columns right."""
-    for i, (low, high) in enumerate(registers):
-        fragment_row, column = lane // 4 + 8 * (i % 2), 2 * (lane % 4) + 8 * (i // 2)
-        stored[fragment_row, column], stored[fragment_row, column + 1] = low, high
-
-
-def ldmatrix_x2(shared: np.ndarray) -> list[tuple[int, int]]:
-    """Two 8 x 8 matrices of 16-bit values, rows pointed to by lanes 0..15. A lane gets values 2 (t % 4), + 1 of row t / 4 of each."""
-    rows = shared.reshape(2, 8, 8)
-    return [
-        tuple(int(rows[m, t // 4, 2 * (t % 4)]) | int(rows[m, t // 4, 2 * (t % 4) + 1]) << 16 for m in range(2))  # type: ignore[misc]
-        for t in range(32)
-    ]
-
-
-def select(stored: np.ndarray, metadata: list[int], selector: int) -> np.ndarray:
-    """[16, 16] stored values where metadata puts them in [16, 32].
-
-    Of each group of four lanes, selector 0 takes the metadata of the first two, 1 of the last two: one for columns 0..15, one for
-    16..31. Their low half is for row group, the high one for row group + 8; four bits name the two places in a quad, lower first.
-    """
-    expanded = np.zeros((16, 32), dtype=np.int8)
-    for group in range(8):
-        for half in range(2):
-            word = metadata[4 * group + 2 * selector + half]
-            for below in range(2):
-                bits = word >> 16 * below & 0xFFFF
-                for quad in range(4):
-                    first, second = bits >> 4 * quad & 3, bits >> 4 * quad + 2 & 3
-                    assert first < second, "undefined on the device"
-                    fragment_row, quad_of_tile = group + 8 * below, 4 * half + quad
-                    expanded[fragment_row, 4 * quad_of_tile + first] = stored[fragment_row, 2 * quad_of_tile]
-                    expanded[fragment_row, 4 * quad_of_tile + second] = stored[fragment_row, 2 * quad_of_tile + 1]
-    return expanded
+    n, k = padded(p.out_features), padded(p.in_features)
+    whole = PackedSparseLinear(p.qweight, p.meta, torch.ones(1, n, dtype=torch.float16), n, k, k)
+    return gemm(torch.eye(k, dtype=torch.float16), whole).T.to(torch.int8)
 
 
 @pytest.mark.parametrize(("n", "k"), [(64, 128), (256, 256), (128, 512), (80, 160)])
