@@ -266,8 +266,9 @@ def check_streams_and_graph(kernel: Kernel) -> Iterator[str]:
     for x, out, workspace in zip(activations, alone, workspaces, strict=True):
         kernel.launch(x, p, None, out, workspace, ctas)
     torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(2)]  # each keeps its workspace: launches on one stream follow each other
     for _ in range(20):
-        for x, out, workspace, stream in zip(activations, together, workspaces, (torch.cuda.Stream(), torch.cuda.Stream()), strict=True):
+        for x, out, workspace, stream in zip(activations, together, workspaces, streams, strict=True):
             with torch.cuda.stream(stream):
                 kernel.launch(x, p, None, out, workspace, ctas)
     torch.cuda.synchronize()

@@ -39,6 +39,7 @@ class MachineCode:
     registers: int
     stack: int
     local: int
+    shared: int  # static, and what the system reserves
     instructions: Counter[str]
 
     def count(self, pattern: str) -> int:
@@ -47,10 +48,10 @@ class MachineCode:
 
 def disassemble(cubin: Path) -> MachineCode:
     usage = subprocess.run([tool("cuobjdump"), "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True).stdout
-    numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
+    numbers = dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage))
     listing = subprocess.run([tool("nvdisasm"), "--print-code", str(cubin)], capture_output=True, text=True, check=True).stdout
     names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", listing, flags=re.MULTILINE)
-    return MachineCode(int(numbers["REG"]), int(numbers["STACK"]), int(numbers["LOCAL"]), Counter(names))
+    return MachineCode(int(numbers["REG"]), int(numbers["STACK"]), int(numbers["LOCAL"]), int(numbers["SHARED"]), Counter(names))
 
 
 CASES = [(c, dtype, a) for c in DENSE for dtype in (torch.float16, torch.bfloat16) for a in ARCHITECTURES if c.fits(a)]
@@ -82,6 +83,7 @@ def test_machine_code(
 
     assert (code.stack, code.local) == (0, 0), "a spill, or an array that is indexed at run time"
     assert code.count(r"(LDL|STL)\b.*") == 0
+    assert code.shared <= RESERVED_BYTES, "shared memory beside the stages, which `shared_bytes` does not count"
     assert code.registers * configuration.threads * configuration.ctas <= 65536
 
     kind = r"\.BF16" if dtype == torch.bfloat16 else ""

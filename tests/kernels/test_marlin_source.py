@@ -59,14 +59,16 @@ def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: 
         """One launch of len(order) CTAs, run in that order. Outputs and partial sums are poisoned; counters must come back as zeros."""
         (m, k), n, ctas = activations.shape, p.out_features, len(order)
         out = torch.full((m * n + 2 * GUARD,), torch.nan, dtype=dtype)
-        partials = aligned(torch.full((configuration.partial_floats(ctas),), torch.nan))
-        counters = torch.zeros(configuration.output_tiles(m, n), dtype=torch.int32)
+        size, tiles = configuration.partial_floats(ctas), configuration.output_tiles(m, n)
+        partials = aligned(torch.full((size + GUARD,), torch.nan))
+        counters = torch.zeros(tiles + GUARD, dtype=torch.int32)
         inputs = [aligned(tensor) for tensor in (activations, p.qweight, p.scales)]
         pointers = [*(tensor.data_ptr() for tensor in inputs), None if bias is None else bias.data_ptr()]
         pointers += [out[GUARD:].data_ptr(), partials.data_ptr(), counters.data_ptr()]
         arguments = Arguments(*pointers, m, n, k, group_shift(p.group_size, k))
         library.launch(arguments, (ctypes.c_int * ctas)(*order), ctas, ctypes.c_bool(eager), ctypes.c_bool(backwards))
         assert not counters.any(), "the next launch would find a used workspace"
+        assert partials[size:].isnan().all(), "written behind the workspace"
         assert out[:GUARD].isnan().all() and out[-GUARD:].isnan().all(), "written outside of the output"
         return out[GUARD:-GUARD].view(m, n)
 

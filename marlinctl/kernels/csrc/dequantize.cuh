@@ -41,7 +41,9 @@ struct Half {
     static __device__ __forceinline__ unsigned upper(unsigned word) {  // codes of nibbles 1 and 5
         return fma_half(and_or(word, 0x00f000f0, 0x64006400), 0x2c002c00, 0xd480d480);  // 1/16, -72
     }
-    static __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { mma_half(d, a, b0, b1); }
+    static __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+        mma_half(d, a, b0, b1);
+    }
     static __device__ __forceinline__ unsigned round(float first, float second) { return round_to_half(first, second); }
     static __device__ __forceinline__ float widen(unsigned short bits) { return widen_half(bits); }
 };
@@ -51,7 +53,9 @@ struct BFloat {
         return fma_bfloat(and_or(word, 0x000f000f, 0x43004300), 0x3f803f80, 0xc308c308);  // 1, -136
     }
     static __device__ __forceinline__ unsigned upper(unsigned word) { return lower(word >> 4); }
-    static __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { mma_bfloat(d, a, b0, b1); }
+    static __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+        mma_bfloat(d, a, b0, b1);
+    }
     static __device__ __forceinline__ unsigned round(float first, float second) { return round_to_bfloat(first, second); }
     static __device__ __forceinline__ float widen(unsigned short bits) { return widen_bfloat(bits); }
 };

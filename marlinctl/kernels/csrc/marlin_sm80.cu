@@ -57,7 +57,7 @@
 // LIMITS.  N and K multiples of 8 (rows of 16 bytes), everything aligned to 16 bytes; 2^31 units. mma.sync reaches about two
 // thirds of what wgmma does on Hopper: there this is a kernel for M up to about 64.
 //
-// MEASURED.  Nothing yet; this file has been compiled, and never run.
+// MEASURED.  Nothing: no GPU has run this file yet (kernels/README.md says what is known of it).
 //
 // Compile-time configuration (kernels/configurations.py): NUMBER, TOKENS, BLOCKS, SPLIT, K_WARPS, K_STEP, STAGES,
 // CTAS (per multiprocessor, what registers are allotted for), SHARED_BYTES.
@@ -184,11 +184,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) marlin_sm80(
             const bool inside = first < k && token + i * TOKEN_ROWS < m;
             if (TOKENS % TOKEN_ROWS == 0 || copy_row + i * TOKEN_ROWS < TOKENS) {
                 const unsigned place = copy_chunk ^ copy_row % 8 ^ i * TOKEN_ROWS % 8;  // TOKEN_ROWS is a power of two: the row's last bits
-                copy_async(activations_to + offset + i * (THREADS * 16) + place * 16, numbers + static_cast<size_t>(i * TOKEN_ROWS) * k * 2, inside);
+                const char* from = numbers + static_cast<size_t>(i * TOKEN_ROWS) * k * 2;
+                copy_async(activations_to + offset + i * (THREADS * 16) + place * 16, from, inside);
             }
         }
         if (grouped) {
-            const unsigned first_group = (at.step * K_TILES) >> group_shift, last_group = (at.step * K_TILES + K_TILES - 1) >> group_shift;
+            const unsigned first_tile = at.step * K_TILES;
+            const unsigned first_group = first_tile >> group_shift, last_group = (first_tile + K_TILES - 1) >> group_shift;
             const unsigned group = first_group + copy_group, scale = at.slice * COLUMNS + copy_scales;
             if (group <= last_group) {
                 const bool inside = group < groups && scale < n_blocks * 64;
@@ -217,11 +219,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) marlin_sm80(
         load_words(pairs, mine);
 #pragma unroll
         for (int word = 0; word < WORDS; ++word) {
-            const float lower = widen_half(static_cast<unsigned short>(pairs[word])), upper = widen_half(static_cast<unsigned short>(pairs[word] >> 16));
+            const float lower = widen_half(static_cast<unsigned short>(pairs[word]));
+            const float upper = widen_half(static_cast<unsigned short>(pairs[word] >> 16));
 #pragma unroll
             for (int slab = 0; slab < SLABS; ++slab)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) sums[word][slab][i] = __fmaf_rn(i < 2 ? lower : upper, group_sums[word][slab][i], sums[word][slab][i]);
+                for (int i = 0; i < 4; ++i) {
+                    float& sum = sums[word][slab][i];
+                    sum = __fmaf_rn(i < 2 ? lower : upper, group_sums[word][slab][i], sum);
+                }
         }
         zero(group_sums);
     };
@@ -269,7 +275,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) marlin_sm80(
             }
             // Where warps share k, a warp's next tiles are not those that follow: it closes its part of the group.
             const bool leaves = K_WARPS > 1 && i == WARP_TILES - 1;
-            if (i % 2 == 1 && (((first_tile + tile + 1) & group_mask) == 0 || (leaves && grouped))) close_group(stage, first_tile, first_tile + tile);
+            const int k_tile = first_tile + tile;
+            if (i % 2 == 1 && (((k_tile + 1) & group_mask) == 0 || (leaves && grouped))) close_group(stage, first_tile, k_tile);
         }
     };
 

@@ -1,7 +1,7 @@
 // The instructions that the kernels are made of, one function each, under the names of the PTX ISA.
 //
-// All inline PTX is in this file, so that the rest is plain C++: tests/kernels/software_gpu puts a ptx.cuh of its own in this one's place and
-// runs the kernels on the CPU. No header is included anywhere: NVRTC's wheel brings none, and integers and PTX need none.
+// All inline PTX is in this file, so that the rest is plain C++: tests/kernels/software_gpu puts a ptx.cuh of its own in this
+// one's place and runs the kernels on the CPU. No header is included anywhere: NVRTC's wheel brings none, and integers and PTX need none.
 // Pairs of 16-bit numbers travel as unsigned, the first one in the low half.
 #pragma once
 

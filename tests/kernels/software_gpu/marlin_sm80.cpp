@@ -21,7 +21,8 @@ static void thread_main() {
     gpu::fibers[gpu::current].finished = true;
 }
 
-// `order`: the CTAs in the order in which they run. `backwards`: the last thread of a CTA goes first. Shared memory starts as garbage (0xff: NaN).
+// `order`: the CTAs in the order in which they run. `backwards`: the last thread of a CTA goes first. Shared memory starts as
+// garbage (0xff: NaN).
 extern "C" void launch(Arguments given, const int* order, int ctas, bool eager, bool backwards) {
     arguments = given;
     gpu::eager = eager;

@@ -5,7 +5,8 @@
 // at the instructions that a whole warp executes. CTAs run one after the other, in the order the test asks for. cp.async is as
 // lazy as the PTX ISA allows, or as eager: the copy happens at the last moment, in wait_group, or at once. A kernel that reads
 // a stage too early is caught by the former, one that overwrites a stage too early by the latter. Fragment layouts are those
-// of the PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type", "ldmatrix" and "movmatrix", as (row, column) of lane and register.
+// of the PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type", "ldmatrix" and "movmatrix", as (row, column) of
+// lane and register.
 #pragma once
 #include <ucontext.h>
 
