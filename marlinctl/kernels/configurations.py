@@ -1,7 +1,8 @@
-"""The shapes in which the dense kernel is compiled: how much a CTA takes on, and how its warps share it.
+"""The shapes in which the kernels are compiled: how much a CTA takes on, and how its warps share it.
 
-csrc/marlin_sm80.cu is one source; a configuration is the set of constants that it is compiled with. What the constants mean
-is drawn at its top; in short, a CTA computes an output tile of `tokens` (M) x 64 `blocks` (N), in stages of `k_step` (K):
+csrc/marlin_sm80.cu (dense) and csrc/sparse_marlin_sm80.cu (2:4) are one source each; a configuration is the set of constants that it
+is compiled with. What the constants mean is drawn there and in csrc/tile.cuh; in short, a CTA computes an output tile of `tokens`
+(M) x 64 `blocks` (N), in stages of `k_step` (K):
 
     warps = blocks x split x k_warps      split: warps that share the 64 columns of a block
                                           k_warps: warps that share the k of a stage
@@ -31,10 +32,21 @@ class Configuration:
     k_step: int  # K of a stage
     stages: int  # of which all but one are on their way from memory
     ctas: int  # per multiprocessor, what the compiler allots registers for
+    sparse: bool = False  # 2:4
 
     @property
     def name(self) -> str:
-        return f"m{self.tokens}n{64 * self.blocks}k{self.k_step}x{self.stages}"
+        return f"{'sparse-' if self.sparse else ''}m{self.tokens}n{64 * self.blocks}k{self.k_step}x{self.stages}"
+
+    @property
+    def kernel(self) -> str:
+        """The name of the function, and with .cu of its source."""
+        return "sparse_marlin_sm80" if self.sparse else "marlin_sm80"
+
+    @property
+    def tile_k(self) -> int:
+        """K of a row of words, and of one product of the tensor core."""
+        return 32 if self.sparse else 16
 
     @property
     def columns(self) -> int:
@@ -45,13 +57,18 @@ class Configuration:
         return 32 * self.blocks * self.split * self.k_warps
 
     @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory of a CTA: the stages, the sums that warps exchange, and a word for the count of CTAs."""
-        weights = self.k_step * self.columns // 2
+    def stage_bytes(self) -> int:
+        bits = 2 + 1 if self.sparse else 4  # of a weight: two codes for four weights, and metadata of half their size
+        weights = self.k_step * self.columns * bits // 8
         activations = 2 * self.tokens * self.k_step
         scales = 2 * (self.k_step // 32) * self.columns
+        return weights + activations + scales
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a CTA: the stages, the sums that warps exchange, and a word for the count of CTAs."""
         exchange = self.threads // 32 * (self.tokens // 8) * 512 if self.k_warps > 1 else 0
-        return self.stages * (weights + activations + scales) + exchange + 16
+        return self.stages * self.stage_bytes + exchange + 16
 
     def defines(self, dtype: torch.dtype) -> tuple[str, ...]:
         """What the compiler is told, for activations of `dtype` (float16 or bfloat16)."""
@@ -100,8 +117,22 @@ DENSE = (
 )
 
 
+# The same of 2:4, with 4 KB or more of codes and 2 KB of metadata in a stage that had 8 KB of dense weights. One ldmatrix brings
+# metadata for 64 of k, or where warps share the words of a block for 128: from 32 tokens on a stage is that long.
+SPARSE = (
+    Configuration(tokens=8, blocks=2, split=1, k_warps=4, k_step=256, stages=5, ctas=2, sparse=True),
+    Configuration(tokens=16, blocks=2, split=1, k_warps=4, k_step=256, stages=4, ctas=2, sparse=True),
+    Configuration(tokens=16, blocks=4, split=1, k_warps=1, k_step=128, stages=5, ctas=2, sparse=True),
+    Configuration(tokens=32, blocks=4, split=2, k_warps=1, k_step=128, stages=4, ctas=1, sparse=True),
+    Configuration(tokens=64, blocks=4, split=2, k_warps=1, k_step=128, stages=3, ctas=1, sparse=True),
+    Configuration(tokens=8, blocks=2, split=1, k_warps=4, k_step=512, stages=6, ctas=1, sparse=True),
+    Configuration(tokens=16, blocks=2, split=1, k_warps=4, k_step=512, stages=4, ctas=1, sparse=True),
+    Configuration(tokens=32, blocks=4, split=1, k_warps=2, k_step=256, stages=4, ctas=1, sparse=True),
+    Configuration(tokens=64, blocks=4, split=2, k_warps=1, k_step=256, stages=3, ctas=1, sparse=True),
+)
+
 def group_shift(group_size: int, in_features: int) -> int:
-    """The kernel's last argument: log2 of the k tiles in a group, or -1 where one scale serves a whole column."""
+    """The last argument of both kernels: log2 of the 16 k in a group, or -1 where one scale serves a whole column."""
     if group_size == in_features:
         return -1
     if group_size not in GROUP_SIZES:

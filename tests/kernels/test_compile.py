@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from marlinctl.kernels import jit
-from marlinctl.kernels.configurations import DENSE, SHARED_BYTES, Configuration
+from marlinctl.kernels.configurations import DENSE, SHARED_BYTES, SPARSE, Configuration
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")
 
@@ -54,7 +54,7 @@ def disassemble(cubin: Path) -> MachineCode:
     return MachineCode(int(numbers["REG"]), int(numbers["STACK"]), int(numbers["LOCAL"]), int(numbers["SHARED"]), Counter(names))
 
 
-CASES = [(c, dtype, a) for c in DENSE for dtype in (torch.float16, torch.bfloat16) for a in ARCHITECTURES if c.fits(a)]
+CASES = [(c, dtype, a) for c in (*DENSE, *SPARSE) for dtype in (torch.float16, torch.bfloat16) for a in ARCHITECTURES if c.fits(a)]
 IDS = [f"{c.name}-{str(dtype).removeprefix('torch.')}-{architecture}" for c, dtype, architecture in CASES]
 
 
@@ -65,7 +65,7 @@ def machine_codes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tup
 
     def build(configuration: Configuration, dtype: torch.dtype, architecture: str) -> MachineCode:
         path = folder / f"{configuration.name}-{dtype}-{architecture}.cubin"
-        path.write_bytes(jit.cubin("marlin_sm80.cu", configuration.defines(dtype), architecture, folder / "cache"))
+        path.write_bytes(jit.cubin(f"{configuration.kernel}.cu", configuration.defines(dtype), architecture, folder / "cache"))
         return disassemble(path)
 
     with ThreadPoolExecutor(2) as pool:
@@ -87,17 +87,23 @@ def test_machine_code(
     assert code.registers * configuration.threads * configuration.ctas <= 65536
 
     kind = r"\.BF16" if dtype == torch.bfloat16 else ""
-    tiles = configuration.k_step // 16 // configuration.k_warps  # k tiles of a warp in a stage
+    product = rf"HMMA\.SP\.16832\.F32{kind}" if configuration.sparse else rf"HMMA\.16816\.F32{kind}"
+    tiles = configuration.k_step // configuration.tile_k // configuration.k_warps  # k tiles of a warp in a stage
     words = 4 // configuration.split
-    assert code.count(rf"HMMA\.16816\.F32{kind}") == tiles * words * configuration.tokens // 8, "each of a stage's products, once"
-    assert code.count(r"HMMA.*") == code.count(rf"HMMA\.16816\.F32{kind}"), "a product in the other type"
+    slabs = configuration.tokens // 8
+    assert code.count(product) == tiles * words * slabs, "each of a stage's products, once"
+    assert code.count(r"HMMA.*") == code.count(product), "a product in the other type, or with a dense weight"
 
-    copies = configuration.k_step * (configuration.columns // 2 + 2 * configuration.tokens) // WORD_BYTES / configuration.threads
-    assert code.count(r"LDGSTS\.E\.BYPASS(\.LTC128B)?\.128(\.ZFILL)?") >= configuration.stages * int(copies), (
-        "cp.async of 16 bytes, past L1"
-    )
-    assert code.count(r"LDSM\.16\.M88\.4") == tiles * max(1, configuration.tokens // 16) // (2 if configuration.tokens == 8 else 1)
-    assert code.count(r"MOVM\.16\.MT88") >= words // configuration.k_warps * 2 * configuration.tokens // 8
+    copies = configuration.stage_bytes - 2 * configuration.k_step // 32 * configuration.columns  # without scales
+    assert code.count(r"LDGSTS\.E\.BYPASS(\.LTC128B)?\.128(\.ZFILL)?") >= configuration.stages * (
+        copies // WORD_BYTES // configuration.threads
+    ), "cp.async of 16 bytes, past L1"
+    if configuration.sparse:  # 8 tokens x 32 k, and the metadata of eight words
+        assert code.count(r"LDSM\.16\.M88\.4") == tiles * slabs + tiles * words // 8
+        assert code.count(r"MOVM.*") == 0, "outputs lie as they are written"
+    else:
+        assert code.count(r"LDSM\.16\.M88\.4") == tiles * slabs // 2
+        assert code.count(r"MOVM\.16\.MT88") >= words // configuration.k_warps * 2 * slabs
     assert code.count(r"LOP3\.LUT") >= 4 * tiles * words, "four and-or for each word"
     assert code.count(r"I2F.*|I2HP.*") <= 32, "numbers come out of lop3; what is left are the integer divisions of addresses"
 
@@ -119,7 +125,7 @@ def test_every_architecture_has_a_kernel_for_every_m(architecture: str) -> None:
     assert {c.tokens for c in DENSE if c.fits(architecture)} == {8, 16, 32, 64}
 
 
-@pytest.mark.parametrize("configuration", DENSE, ids=lambda c: c.name)
+@pytest.mark.parametrize("configuration", (*DENSE, *SPARSE), ids=lambda c: c.name)
 def test_the_promised_ctas_fit(configuration: Configuration) -> None:
     """If this failed, registers would be saved for CTAs that shared memory does not let in, on any architecture."""
     assert (configuration.shared_bytes + RESERVED_BYTES) * configuration.ctas <= SHARED_BYTES["sm_90"] + RESERVED_BYTES
@@ -127,14 +133,15 @@ def test_the_promised_ctas_fit(configuration: Configuration) -> None:
 
 def test_names_are_unique() -> None:
     """If this failed, two configurations would share a row of every table."""
-    assert len({configuration.name for configuration in DENSE}) == len(DENSE)
+    assert len({configuration.name for configuration in (*DENSE, *SPARSE)}) == len(DENSE) + len(SPARSE)
 
 
-def test_host_and_kernel_agree_on_shared_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("configuration", (DENSE[0], SPARSE[0]), ids=lambda c: c.kernel)
+def test_host_and_kernel_agree_on_shared_memory(tmp_path: Path, configuration: Configuration) -> None:
     """If this failed, a change of the stages on one side alone would write past the end of shared memory."""
-    wrong = [re.sub(r"SHARED_BYTES=\d+", "SHARED_BYTES=4096", define) for define in DENSE[0].defines(torch.float16)]
+    wrong = [re.sub(r"SHARED_BYTES=\d+", "SHARED_BYTES=4096", define) for define in configuration.defines(torch.float16)]
     with pytest.raises(jit.CompilationFailed, match="the host allots other shared memory than the kernel uses"):
-        jit.cubin("marlin_sm80.cu", wrong, "sm_80", tmp_path)
+        jit.cubin(f"{configuration.kernel}.cu", wrong, "sm_80", tmp_path)
 
 
 def test_a_spill_would_be_seen(tmp_path: Path) -> None:

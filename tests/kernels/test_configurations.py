@@ -19,6 +19,14 @@ def test_sizes_by_hand() -> None:
     assert CONFIGURATION.partial_floats(3) == 3 * 2 * 16 * 128
 
 
+def test_sparse_sizes_by_hand() -> None:
+    """If this failed, a launch of the 2:4 kernel would have too little shared memory, or another kernel would be launched."""
+    sparse = Configuration(tokens=8, blocks=4, split=2, k_warps=1, k_step=128, stages=3, ctas=1, sparse=True)
+    assert (sparse.threads, sparse.columns, sparse.tile_k, sparse.kernel) == (256, 256, 32, "sparse_marlin_sm80")
+    # a stage: 64 x 256 survivors of half a byte, 32 x 256 nibbles of metadata, 8 x 128 x 2 of activations, 4 x 256 x 2 of scales
+    assert sparse.shared_bytes == 3 * (8192 + 4096 + 2048 + 2048) + 16
+
+
 def test_what_fits_where() -> None:
     """If this failed, a GPU would be given a kernel that it cannot start."""
     longer = Configuration(tokens=16, blocks=2, split=1, k_warps=4, k_step=512, stages=4, ctas=1)

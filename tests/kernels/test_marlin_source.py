@@ -1,4 +1,5 @@
-"""csrc/marlin_sm80.cu itself, run on the CPU: the source that NVRTC compiles, built by a C++ compiler against a software GPU.
+"""csrc/marlin_sm80.cu and sparse_marlin_sm80.cu themselves, run on the CPU: the sources that NVRTC compiles, built by a C++ compiler
+against a software GPU.
 
 software_gpu/ptx.cuh takes the place of the instructions; everything else, addresses, pipeline, stripes and reduction, is the kernel's own.
 What this cannot show: races between warps that the order of fibers hides, what the compiler for the GPU does, and speed.
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor
 
 from marlinctl.kernels import jit
-from marlinctl.kernels.configurations import DENSE, Configuration, group_shift
-from marlinctl.kernels.reference import dequantize
+from marlinctl.kernels.configurations import DENSE, SPARSE, Configuration, group_shift
+from marlinctl.kernels.reference import dequantize, dequantize_sparse
 from marlinctl.pack.marlin import pack_marlin
-from marlinctl.pack.types import PackedLinear
-from tests.pack.naive import random_linear
+from marlinctl.pack.sparse_marlin import pack_sparse_marlin
+from marlinctl.pack.types import PackedLinear, PackedSparseLinear
+from tests.pack.naive import random_linear, random_sparse
 
 SOFTWARE_GPU = Path(__file__).parent / "software_gpu"
 GUARD = 64  # elements before and after the output that nobody may touch
@@ -31,10 +33,10 @@ Launch = Callable[..., Tensor]
 
 
 class Arguments(ctypes.Structure):
-    """struct Arguments of software_gpu/marlin_sm80.cpp."""
+    """struct Arguments of software_gpu/launch.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("activations", "qweight", "scales", "bias", "out", "partials", "counters")),
+        *((name, ctypes.c_void_p) for name in ("activations", "qweight", "meta", "scales", "bias", "out", "partials", "counters")),
         *((name, ctypes.c_int) for name in ("m", "n", "k", "group_shift")),
     ]
 
@@ -45,16 +47,22 @@ def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: 
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     shutil.copytree(jit.SOURCES, folder)
-    for path in folder.iterdir():
+    for path in (folder / f"{configuration.kernel}.cu", *folder.glob("*.cuh")):
         path.write_text(edit(path.read_text("utf-8")), "utf-8")
     shutil.copy(SOFTWARE_GPU / "ptx.cuh", folder)
-    defines = [f"-D{define}" for define in configuration.defines(dtype)]
+    defines = [f"-D{define}" for define in (*configuration.defines(dtype), f"SPARSE={int(configuration.sparse)}")]
     command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-w", f"-I{folder}", *defines, "-o", str(folder / "kernel.so")]
-    subprocess.run([*command, str(SOFTWARE_GPU / "marlin_sm80.cpp")], check=True)
+    subprocess.run([*command, str(SOFTWARE_GPU / "launch.cpp")], check=True)
     library = ctypes.CDLL(str(folder / "kernel.so"))
 
     def launch(
-        activations: Tensor, p: PackedLinear, bias: Tensor | None, order: list[int], *, eager: bool = False, backwards: bool = False
+        activations: Tensor,
+        p: PackedLinear | PackedSparseLinear,
+        bias: Tensor | None,
+        order: list[int],
+        *,
+        eager: bool = False,
+        backwards: bool = False,
     ) -> Tensor:
         """One launch of len(order) CTAs, run in that order. Outputs and partial sums are poisoned; counters must come back as zeros."""
         (m, k), n, ctas = activations.shape, p.out_features, len(order)
@@ -62,7 +70,8 @@ def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: 
         size, tiles = configuration.partial_floats(ctas), configuration.output_tiles(m, n)
         partials = aligned(torch.full((size + GUARD,), torch.nan))
         counters = torch.zeros(tiles + GUARD, dtype=torch.int32)
-        inputs = [aligned(tensor) for tensor in (activations, p.qweight, p.scales)]
+        meta = p.meta if isinstance(p, PackedSparseLinear) else torch.empty(0, dtype=torch.int16)
+        inputs = [aligned(tensor) for tensor in (activations, p.qweight, meta, p.scales)]
         pointers = [*(tensor.data_ptr() for tensor in inputs), None if bias is None else bias.data_ptr()]
         pointers += [out[GUARD:].data_ptr(), partials.data_ptr(), counters.data_ptr()]
         arguments = Arguments(*pointers, m, n, k, group_shift(p.group_size, k))
@@ -82,7 +91,19 @@ def aligned(tensor: Tensor) -> Tensor:
     return room[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
-KERNELS = [*((c, torch.float16) for c in DENSE), (DENSE[0], torch.bfloat16), (DENSE[4], torch.bfloat16)]  # each takes a second to build
+def random_packed(configuration: Configuration, n: int, k: int, group_size: int, seed: int) -> tuple[PackedLinear | PackedSparseLinear, Tensor]:
+    """What this kernel multiplies with, and the weight [N, K] that it stands for."""
+    if configuration.sparse:
+        sparse = pack_sparse_marlin(random_sparse(n, k, group_size, seed))
+        return sparse, dequantize_sparse(sparse)
+    dense = pack_marlin(random_linear(n, k, group_size, seed))
+    return dense, dequantize(dense)
+
+
+KERNELS = [  # each takes a second to build
+    *((c, torch.float16) for c in (*DENSE, *SPARSE)),
+    *((c, torch.bfloat16) for c in (DENSE[0], DENSE[4], SPARSE[0], SPARSE[4])),
+]
 
 
 @pytest.fixture(scope="module", params=KERNELS, ids=lambda p: f"{p[0].name}-{str(p[1])[6:]}")
@@ -101,10 +122,10 @@ def test_products(kernel: tuple[Configuration, torch.dtype, Launch]) -> None:
     configuration, dtype, launch = kernel
     for m, n, k, group_size, ctas in CASES:
         generator = torch.Generator().manual_seed(m)
-        p = pack_marlin(random_linear(n, k, group_size, seed=m))
+        p, weight = random_packed(configuration, n, k, group_size, seed=m)
         activations = torch.randn(m, k, generator=generator).to(dtype)
         bias = (torch.randn(n, generator=generator) / 16).to(dtype)
-        weight = dequantize(p).double()
+        weight = weight.double()
         exact = activations.double() @ weight.T + bias.double()
         # One rounding of the output, and float32 sums in any order: K roundings of at most the sum of magnitudes.
         bound = EPSILON[dtype] * exact.abs() + k * 2**-24 * (activations.double().abs() @ weight.abs().T + bias.double().abs()) + 2**-24
@@ -117,44 +138,47 @@ def test_products(kernel: tuple[Configuration, torch.dtype, Launch]) -> None:
 
 def test_identity_gives_the_weight(kernel: tuple[Configuration, torch.dtype, Launch]) -> None:
     """If this failed, some code, scale or column would not be decoded exactly; every one of -8..7 occurs, and scales of both signs."""
-    _, dtype, launch = kernel
+    configuration, dtype, launch = kernel
     for group_size in (-1, 32):
-        p = pack_marlin(random_linear(192, 64, group_size, seed=3))
+        p, weight = random_packed(configuration, 192, 64, group_size, seed=3)
         out = launch(torch.eye(64, dtype=dtype), p, None, [0, 1, 2])
-        assert torch.equal(out, dequantize(p).T.to(dtype))
+        assert torch.equal(out, weight.T.to(dtype))
 
 
 def test_padding_of_k_is_never_read(kernel: tuple[Configuration, torch.dtype, Launch]) -> None:
     """If this failed, what lies behind a row of activations would reach the sums: here that is the next row, full of infinities."""
-    _, dtype, launch = kernel
-    p = pack_marlin(random_linear(64, 48, -1))
+    configuration, dtype, launch = kernel
+    p, _ = random_packed(configuration, 64, 48, -1, seed=0)
     activations = torch.ones(2, 48, dtype=dtype)
     activations[1] = torch.inf
     assert launch(activations, p, None, [0])[0].isfinite().all()
 
 
+SHARED = [  # by both kernels
+    ("copy_async_wait<STAGES - 2>();", "copy_async_wait<STAGES - 1>();", "waits for too few copies"),
+    ("__syncthreads();  // everybody's copies have arrived, and everybody is done with the stage that is filled next", "", "no barrier"),
+    ("stage == 0 ? STAGES - 1 : stage - 1", "stage", "fills the stage that is read"),
+    ("copy_chunk ^ copy_row % 8 ^ i * ROWS % 8", "copy_chunk", "no swizzle"),
+    ("(cta == first_cta ? 1 : 0)", "0", "parts in one place"),
+    ("a[1] = Number::lower(word >> 8)", "a[1] = Number::lower(word >> 4)", "nibbles"),
+]
+DENSE_ALONE = [("self.first_word + self.k_warp * OWN + word", "self.first_word + word", "wrong words")]
+SPARSE_ALONE = [
+    ("mma_sparse<0>", "mma_sparse<1>", "selector"),
+    ("its_half * 128", "0", "one half of the metadata for all words"),
+    ("(tile + its_tile) * BLOCKS", "tile * BLOCKS", "one tile's metadata for two"),
+    ("inside ? places + i * META_ROWS * meta_row : meta, true", "places + i * META_ROWS * meta_row, inside", "zeros as metadata"),
+    ("self.k_warp * OWN + i, second", "i, second", "wrong words"),
+    ("part % 2 * 2 + part / 2", "part", "tokens for outputs"),
+    ("grouped ? sums[word][slab][i] : group_sums[word][slab][i]", "group_sums[word][slab][i]", "grouped as channel-wise"),
+]
+MISTAKES = [*((DENSE[1], *m) for m in (*SHARED, *DENSE_ALONE)), *((SPARSE[1], *m) for m in (*SHARED, *SPARSE_ALONE))]
+
+
 @pytest.mark.parametrize(
-    ("right", "wrong"),
-    [
-        ("copy_async_wait<STAGES - 2>();", "copy_async_wait<STAGES - 1>();"),
-        ("__syncthreads();  // everybody's copies have arrived, and everybody is done with the stage that is filled next", ""),
-        ("stage == 0 ? STAGES - 1 : stage - 1", "stage"),
-        ("copy_chunk ^ copy_row % 8 ^ i * TOKEN_ROWS % 8", "copy_chunk"),
-        ("k_warp * OWN + word", "word"),
-        ("(cta == first_cta ? 1 : 0)", "0"),
-        ("a[1] = Number::lower(word >> 8)", "a[1] = Number::lower(word >> 4)"),
-    ],
-    ids=[
-        "waits for too few copies",
-        "no barrier",
-        "fills the stage that is read",
-        "no swizzle",
-        "wrong words",
-        "parts in one place",
-        "nibbles",
-    ],
+    ("configuration", "right", "wrong"), [m[:3] for m in MISTAKES], ids=[f"{m[0].kernel.removesuffix('_sm80')}: {m[3]}" for m in MISTAKES]
 )
-def test_the_software_gpu_sees_mistakes(tmp_path: Path, right: str, wrong: str) -> None:
+def test_the_software_gpu_sees_mistakes(tmp_path: Path, configuration: Configuration, right: str, wrong: str) -> None:
     """If this failed, the tests above could not fail."""
     hits = []
 
@@ -162,10 +186,10 @@ def test_the_software_gpu_sees_mistakes(tmp_path: Path, right: str, wrong: str) 
         hits.append(source.count(right))
         return source.replace(right, wrong)
 
-    launch = build(DENSE[1], torch.float16, tmp_path / "csrc", edit)
+    launch = build(configuration, torch.float16, tmp_path / "csrc", edit)
     assert sum(hits) == 1
-    p = pack_marlin(random_linear(448, 1280, 64, seed=1))
-    activations = torch.randn(16, 1280, generator=torch.Generator().manual_seed(1)).to(torch.float16)
-    exact = activations.double() @ dequantize(p).double().T
+    p, weight = random_packed(configuration, 448, 1344, 64, seed=1)  # the last stage of K is not full
+    activations = torch.randn(16, 1344, generator=torch.Generator().manual_seed(1)).to(torch.float16)
+    exact = activations.double() @ weight.double().T
     outputs = [launch(activations, p, None, [2, 0, 1]), launch(activations, p, None, [1, 0, 2], eager=True, backwards=True)]
     assert any(not torch.allclose(out.double(), exact, rtol=1e-2, atol=1e-2) for out in outputs)

@@ -1,4 +1,4 @@
-// From packed int4 to the A operand of mma.m16n8k16: one word in, four registers out, in float16 or bfloat16.
+// From packed int4 to the A operand of mma.m16n8k16 and mma.sp.m16n8k32: one word in, four registers out, in float16 or bfloat16.
 //
 // A word holds eight nibbles, code + 8 each (marlinctl/pack/tile.py). Lane t, word j of the tile (k0, n0):
 //
@@ -13,6 +13,9 @@
 //   a1   row t/4 + 8   columns 2(t%4) + {0, 1}       word & 0x0f000f00            nibbles 2 and 6
 //   a2   row t/4       columns 2(t%4) + {8, 9}       word & 0x00f000f0            nibbles 1 and 5
 //   a3   row t/4 + 8   columns 2(t%4) + {8, 9}       word & 0xf000f000            nibbles 3 and 7
+//
+// A word of Sparse-MARLIN has the same nibbles in the same order: k then counts survivors, which mma.sp.m16n8k32 stores like a
+// 16 x 16 block, and the rows t/4 and t/4 + 8 are outputs n and n + 4 instead of n and n + 8.
 //
 // Each mask leaves two nibbles at the same height of the two halves of the register: one instruction decodes two weights.
 //
@@ -44,6 +47,10 @@ struct Half {
     static __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
         mma_half(d, a, b0, b1);
     }
+    template <int selector>
+    static __device__ __forceinline__ void mma_sparse(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[4], unsigned e) {
+        mma_sparse_half<selector>(d, a, b, e);
+    }
     static __device__ __forceinline__ unsigned round(float first, float second) { return round_to_half(first, second); }
     static __device__ __forceinline__ float widen(unsigned short bits) { return widen_half(bits); }
 };
@@ -55,6 +62,10 @@ struct BFloat {
     static __device__ __forceinline__ unsigned upper(unsigned word) { return lower(word >> 4); }
     static __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
         mma_bfloat(d, a, b0, b1);
+    }
+    template <int selector>
+    static __device__ __forceinline__ void mma_sparse(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[4], unsigned e) {
+        mma_sparse_bfloat<selector>(d, a, b, e);
     }
     static __device__ __forceinline__ unsigned round(float first, float second) { return round_to_bfloat(first, second); }
     static __device__ __forceinline__ float widen(unsigned short bits) { return widen_bfloat(bits); }

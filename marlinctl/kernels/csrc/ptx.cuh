@@ -103,3 +103,22 @@ __device__ __forceinline__ void mma_bfloat(float (&d)[4], const unsigned (&a)[4]
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+// mma.sp.m16n8k32: the same with a 2:4 matrix a, 16 x 32, of which 16 x 16 survivors are stored as above; b is 32 x 8. e says
+// where they were: four bits for each four columns, the places of the two in rising order (ordered_metadata). Of each four lanes
+// two hold what is used, the first two where `selector` is 0, the others where it is 1.
+template <int selector>
+__device__ __forceinline__ void mma_sparse_half(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[4], unsigned e) {
+    asm("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(e), "n"(selector));
+}
+
+template <int selector>
+__device__ __forceinline__ void mma_sparse_bfloat(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[4], unsigned e) {
+    asm("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(e), "n"(selector));
+}

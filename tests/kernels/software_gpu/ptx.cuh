@@ -5,8 +5,8 @@
 // at the instructions that a whole warp executes. CTAs run one after the other, in the order the test asks for. cp.async is as
 // lazy as the PTX ISA allows, or as eager: the copy happens at the last moment, in wait_group, or at once. A kernel that reads
 // a stage too early is caught by the former, one that overwrites a stage too early by the latter. Fragment layouts are those
-// of the PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type", "ldmatrix" and "movmatrix", as (row, column) of
-// lane and register.
+// of the PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type", "Matrix Fragments for sparse mma.m16n8k32 with
+// .f16 and .bf16 types", "ldmatrix" and "movmatrix", as (row, column) of lane and register.
 #pragma once
 #include <ucontext.h>
 
@@ -37,6 +37,7 @@ uint4 shared[232448 / 16];
 
 namespace gpu {
 constexpr unsigned STACK = 1 << 17;
+constexpr int SHOWN = 9;  // registers of a lane that an instruction reads: four of A, four of B, metadata
 struct Copy { unsigned to; const void* from; bool inside; };
 struct Fiber {
     ucontext_t context;
@@ -52,7 +53,7 @@ bool eager;
 
 struct Meeting { unsigned waiting = 0, generation = 0; };
 Meeting cta, warps[32];
-unsigned exchange[32][32][8];  // [warp][lane]: what lanes show each other
+unsigned exchange[32][32][SHOWN];  // [warp][lane]: what lanes show each other
 
 inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
 
@@ -73,7 +74,7 @@ inline void carry_out(const Copy& copy) {
 }
 
 // All lanes of the warp show `count` registers and then read each other's.
-inline const unsigned (&show(const unsigned* registers, int count))[32][8] {
+inline const unsigned (&show(const unsigned* registers, int count))[32][SHOWN] {
     const unsigned warp = current / 32;
     meet(warps[warp], 32);  // everybody has read what was there before
     std::memcpy(exchange[warp][current % 32], registers, count * 4);
@@ -115,6 +116,30 @@ inline void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
             const int a_lane = row % 8 * 4 + k % 8 / 2, a_register = row / 8 + k / 8 * 2;
             const int b_lane = column * 4 + k % 8 / 2, b_register = 4 + k / 8;
             d[i] += widen(all[a_lane][a_register] >> 16 * (k % 2) & 0xffff) * widen(all[b_lane][b_register] >> 16 * (k % 2) & 0xffff);
+        }
+    }
+}
+
+// A is 16 x 32, two of each four columns. Stored are 16 x 16 values, spread like the A of mma above; B has 32 rows, spread like that
+// B, 16 rows further down in its other two registers. Metadata: of each four lanes the selector names two, the first for columns
+// 0..15 of A, the second for 16..31; the low half of it is for row lane / 4, the high half for the row 8 below; four bits for each
+// four columns, two for the place of the first stored value and two for that of the second.
+template <class Widen>
+inline void mma_sparse(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[4], unsigned e, int selector, Widen widen) {
+    const unsigned mine[9] = {a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], e};
+    const auto& all = show(mine, 9);
+    const int lane = current % 32;
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + (i / 2) * 8, column = lane % 4 * 2 + i % 2;
+        for (int stored = 0; stored < 16; ++stored) {
+            const int quad = stored / 2;
+            const unsigned word = all[row % 8 * 4 + 2 * selector + quad / 4][8] >> 16 * (row / 8) & 0xffff;
+            const int first = word >> 4 * (quad % 4) & 3, second = word >> (4 * (quad % 4) + 2) & 3;
+            if (first >= second) d[i] = NAN;  // undefined: the two places must rise
+            const int k = 4 * quad + (stored % 2 ? second : first);
+            const int a_lane = row % 8 * 4 + stored % 8 / 2, a_register = row / 8 + stored / 8 * 2;
+            const int b_lane = column * 4 + k % 8 / 2, b_register = 4 + k / 8;
+            d[i] += widen(all[a_lane][a_register] >> 16 * (stored % 2) & 0xffff) * widen(all[b_lane][b_register] >> 16 * (k % 2) & 0xffff);
         }
     }
 }
@@ -178,3 +203,11 @@ inline float widen_half(unsigned short bits) { return gpu::half(bits); }
 inline float widen_bfloat(unsigned short bits) { return gpu::bfloat(bits); }
 inline void mma_half(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { gpu::mma(d, a, b0, b1, gpu::half); }
 inline void mma_bfloat(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { gpu::mma(d, a, b0, b1, gpu::bfloat); }
+template <int selector>
+inline void mma_sparse_half(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[4], unsigned e) {
+    gpu::mma_sparse(d, a, b, e, selector, gpu::half);
+}
+template <int selector>
+inline void mma_sparse_bfloat(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[4], unsigned e) {
+    gpu::mma_sparse(d, a, b, e, selector, gpu::bfloat);
+}

@@ -1,13 +1,18 @@
-// csrc/marlin_sm80.cu as a function of the CPU, for a grid of CTAs in a given order. Built in a folder with copies of csrc, of
-// which ptx.cuh has been replaced.
+// A kernel of csrc as a function of the CPU, for a grid of CTAs in a given order. Built in a folder with copies of csrc, of which
+// ptx.cuh has been replaced; -DSPARSE=1 is the 2:4 kernel, -DSPARSE=0 the dense one.
+#if SPARSE
+#include "sparse_marlin_sm80.cu"
+#else
 #include "marlin_sm80.cu"
+#endif
 
 struct Arguments {
     const char* activations;
     const uint4* qweight;
+    const uint4* meta;  // of the 2:4 kernel alone
     const char* scales;
     const unsigned short* bias;
-    unsigned* out;
+    void* out;
     float4* partials;
     int* counters;
     int m, n, k, group_shift;
@@ -17,7 +22,13 @@ static Arguments arguments;
 
 static void thread_main() {
     const Arguments& a = arguments;
-    marlin_sm80(a.activations, a.qweight, a.scales, a.bias, a.out, a.partials, a.counters, a.m, a.n, a.k, a.group_shift);
+#if SPARSE
+    unsigned short* const out = static_cast<unsigned short*>(a.out);
+    sparse_marlin_sm80(a.activations, a.qweight, a.meta, a.scales, a.bias, out, a.partials, a.counters, a.m, a.n, a.k, a.group_shift);
+#else
+    unsigned* const out = static_cast<unsigned*>(a.out);
+    marlin_sm80(a.activations, a.qweight, a.scales, a.bias, out, a.partials, a.counters, a.m, a.n, a.k, a.group_shift);
+#endif
     gpu::fibers[gpu::current].finished = true;
 }
 

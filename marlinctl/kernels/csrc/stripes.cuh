@@ -1,0 +1,84 @@
+// How the CTAs of a grid share the work, and how one CTA walks through its share with copies under way.
+//
+// STRIPES.  The work is a row of units, (tile of n, tile of m, step of k) with k fastest, cut into equal runs, one for each
+// CTA, wherever the cuts fall:
+//
+//   units   | tile 0: k 0 1 2 3 | tile 1: k 0 1 2 3 | tile 2: k 0 1 2 3 |
+//   CTAs    |     0     |     1     |     2     |     3     |          (3 units each)
+//
+// A tile that several CTAs share is put together in reduce_across_ctas (tile.cuh).
+#pragma once
+#include "ptx.cuh"
+
+// A place in the row of units.
+struct Cursor {
+    int slice, token_tile, step;  // columns, tokens, k
+};
+
+struct Stripes {
+    int token_tiles, steps;
+    int run, longer;  // units of a CTA; the first `longer` CTAs take one unit more
+    int begin, end;   // of this CTA
+
+    __device__ __forceinline__ Stripes(int slices, int token_tiles, int steps) : token_tiles(token_tiles), steps(steps) {
+        const int units = slices * token_tiles * steps;
+        run = units / gridDim.x, longer = units % gridDim.x;
+        begin = blockIdx.x * run + min(static_cast<int>(blockIdx.x), longer);
+        end = begin + run + (blockIdx.x < longer ? 1 : 0);
+    }
+
+    __device__ __forceinline__ Cursor at(int unit) const {
+        const int tile = unit / steps;
+        return Cursor{tile / token_tiles, tile % token_tiles, unit % steps};
+    }
+
+    __device__ __forceinline__ void advance(Cursor& at) const {
+        if (++at.step == steps) {
+            at.step = 0;
+            if (++at.token_tile == token_tiles) {
+                at.token_tile = 0;
+                ++at.slice;
+            }
+        }
+    }
+
+    __device__ __forceinline__ int cta_of(int unit) const {
+        const int in_longer = longer * (run + 1);
+        return unit < in_longer ? unit / (run + 1) : longer + (unit - in_longer) / run;
+    }
+};
+
+// The main loop, STAGES deep, one barrier per stage (u counts units of this CTA, S = STAGES):
+//
+//   cp.async   | u, u+1 .. u+S-2 under way  | u+S-1 ..
+//   warps      | wait for u, barrier        | multiply u | at the end of an output tile, or of the run: finish
+//
+// fetch(cursor, stage) issues the copies of a unit, multiply(stage, step) is this warp's part of it, and
+// finish(unit, stage, step) writes the sums and starts new ones.
+template <class Fetch, class Multiply, class Finish>
+__device__ __forceinline__ void walk(const Stripes& stripes, Fetch fetch, Multiply multiply, Finish finish) {
+    Cursor fetching = stripes.at(stripes.begin);
+    int step = fetching.step;
+#pragma unroll
+    for (int stage = 0; stage < STAGES - 1; ++stage) {
+        if (stripes.begin + stage < stripes.end) {
+            fetch(fetching, stage);
+            stripes.advance(fetching);
+        }
+        copy_async_commit();
+    }
+    int stage = 0;
+    for (int unit = stripes.begin; unit < stripes.end; ++unit) {
+        copy_async_wait<STAGES - 2>();
+        __syncthreads();  // everybody's copies have arrived, and everybody is done with the stage that is filled next
+        if (unit + STAGES - 1 < stripes.end) {
+            fetch(fetching, stage == 0 ? STAGES - 1 : stage - 1);
+            stripes.advance(fetching);
+        }
+        copy_async_commit();
+        multiply(stage, step);
+        if (step == stripes.steps - 1 || unit == stripes.end - 1) finish(unit, stage, step);
+        step = step == stripes.steps - 1 ? 0 : step + 1;
+        stage = stage == STAGES - 1 ? 0 : stage + 1;
+    }
+}

@@ -1,0 +1,240 @@
+// The output tile of a CTA: who holds which sums, how groups are closed, how the parts of a sum come together. Dense and 2:4
+// kernels differ in how weights are stored and multiplied, and in where an accumulator lies in the output; this is what they share.
+//
+//   a CTA:  BLOCKS x 64 columns (n), TOKENS rows (m). K_WARPS warps share the k of a stage among them, SPLIT warps the four
+//           words of a block (the accumulators of 64 x 64 would not fit one warp's registers).
+//
+//   a warp: WORDS x SLABS accumulators of 16 (n) x 8 (m), float32: lane t holds rows t/4 and t/4 + 8, columns 2(t%4) and the next
+//
+// THE SUM.  Codes go to the tensor core unscaled; the sums of a group are multiplied by its scales in float32 when the group
+// is over. That is one fma for each accumulator and group instead of one multiplication for each pair of weights, and nothing
+// is rounded before the output: with identity activations the output is the dequantized weight rounded once. Channel-wise
+// scales multiply the finished sums.
+//
+// Compile-time configuration (kernels/configurations.py): NUMBER, TOKENS, BLOCKS, SPLIT, K_WARPS, K_STEP, STAGES,
+// CTAS (per multiprocessor, what registers are allotted for), SHARED_BYTES.
+#pragma once
+#include "stripes.cuh"
+
+constexpr int WORDS = 4 / SPLIT;                       // of a lane's four words, those of this warp
+constexpr int OWN = WORDS / K_WARPS;                   // parts of its sums, a word's worth each, that it finishes
+constexpr int SLABS = TOKENS / 8;                      // of eight tokens: the n of mma.m16n8
+constexpr int COLUMNS = 64 * BLOCKS;                   // n of an output tile
+constexpr int COLUMN_WARPS = BLOCKS * SPLIT;           // warps side by side in n
+constexpr int THREADS = 32 * COLUMN_WARPS * K_WARPS;
+constexpr int CHUNKS = K_STEP / 8;                     // of 16 bytes in a row of activations
+constexpr int SCALE_ROWS = K_STEP / 32;                // the smallest group is 32
+
+constexpr int ACTIVATION_BYTES = TOKENS * K_STEP * 2;
+constexpr int SCALE_BYTES = SCALE_ROWS * COLUMNS * 2;
+constexpr int SCRATCH_BYTES = K_WARPS > 1 ? COLUMN_WARPS * K_WARPS * SLABS * 512 : 0;  // one part of the sums of every warp
+
+static_assert(SPLIT <= 2, "a lane reads four or two of its words at once");
+static_assert(OWN >= 1 && OWN * K_WARPS * SPLIT == 4, "the warps of a block share its four words evenly");
+static_assert(CHUNKS >= 8, "the swizzle needs a row of 128 bytes");
+static_assert(STAGES >= 2, "one stage is read while another one is filled");
+static_assert(THREADS % CHUNKS == 0 && SCALE_BYTES / 16 <= THREADS,
+              "a thread copies one chunk of each of its rows of activations, and at most one piece of scales");
+
+using Sums = float[WORDS][SLABS][4];
+using OwnSums = float[OWN][SLABS][4];
+
+// What this thread is to the CTA.
+struct Self {
+    unsigned thread, lane, warp, k_warp, column_warp, block, first_word;
+
+    __device__ __forceinline__ Self() {
+        thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+        k_warp = warp / COLUMN_WARPS, column_warp = warp % COLUMN_WARPS;
+        block = column_warp / SPLIT, first_word = column_warp % SPLIT * WORDS;
+    }
+};
+
+// Copies of activations [M, K] into stages: [TOKENS][K_STEP/8] of 16 bytes, chunk c of row r in place c ^ (r % 8), so that the
+// 8 rows that ldmatrix reads together lie in different banks. A thread copies one chunk of every ROWS-th token.
+struct ActivationCopies {
+    static constexpr int ROWS = THREADS / CHUNKS;
+    const char* activations;
+    unsigned m, k, copy_row, copy_chunk, to;
+
+    __device__ __forceinline__ ActivationCopies(const Self& self, const char* activations, unsigned m, unsigned k, unsigned first_stage)
+        : activations(activations), m(m), k(k), copy_row(self.thread / CHUNKS), copy_chunk(self.thread % CHUNKS) {
+        to = first_stage + copy_row * CHUNKS * 16;
+    }
+
+    // What lies outside of the matrix becomes zeros: sums of zeros.
+    __device__ __forceinline__ void operator()(const Cursor& at, unsigned offset) const {
+        const unsigned token = at.token_tile * TOKENS + copy_row, first = at.step * K_STEP + copy_chunk * 8;
+        const char* numbers = activations + (static_cast<size_t>(token) * k + first) * 2;
+#pragma unroll
+        for (int i = 0; i < (TOKENS + ROWS - 1) / ROWS; ++i) {
+            const bool inside = first < k && token + i * ROWS < m;
+            if (TOKENS % ROWS == 0 || copy_row + i * ROWS < TOKENS) {
+                const unsigned place = copy_chunk ^ copy_row % 8 ^ i * ROWS % 8;  // ROWS is a power of two: the row's last bits
+                copy_async(to + offset + i * (THREADS * 16) + place * 16, numbers + static_cast<size_t>(i * ROWS) * k * 2, inside);
+            }
+        }
+    }
+};
+
+// Copies of grouped scales [G', N'] into stages: [K_STEP/32][64 BLOCKS], the rows of the groups that the stage touches.
+struct ScaleCopies {
+    static constexpr int PIECES = COLUMNS / 8;  // of 16 bytes in a row
+    const char* scales;
+    unsigned groups, columns, copy_group, copy_scales, to;
+
+    __device__ __forceinline__ ScaleCopies(const Self& self, const char* scales, unsigned groups, unsigned columns, unsigned first_stage)
+        : scales(scales), groups(groups), columns(columns), copy_group(self.thread / PIECES), copy_scales(self.thread % PIECES * 8) {
+        to = first_stage + self.thread * 16;
+    }
+
+    __device__ __forceinline__ void operator()(const Cursor& at, unsigned offset, unsigned first_group, unsigned last_group) const {
+        const unsigned group = first_group + copy_group, scale = at.slice * COLUMNS + copy_scales;
+        if (group <= last_group) {
+            const bool inside = group < groups && scale < columns;
+            copy_async(to + offset, scales + (static_cast<size_t>(group) * columns + scale) * 2, inside);
+        }
+    }
+};
+
+// The words of this warp among four that lie together.
+__device__ __forceinline__ void load_words(unsigned (&words)[4], const char* from) {
+    if constexpr (WORDS == 4) {
+        const uint4 four = *reinterpret_cast<const uint4*>(from);
+        words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+    } else {
+        const uint2 two = *reinterpret_cast<const uint2*>(from);
+        words[0] = two.x, words[1] = two.y;
+    }
+}
+
+__device__ __forceinline__ void zero(Sums& sums) {
+#pragma unroll
+    for (int word = 0; word < WORDS; ++word)
+#pragma unroll
+        for (int slab = 0; slab < SLABS; ++slab)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[word][slab][i] = 0.0f;
+}
+
+// sums += scale * group_sums. In both formats a lane's eight scales lie together, rows t/4 and t/4 + 8 of a word side by side.
+__device__ __forceinline__ void close_group(Sums& sums, Sums& group_sums, const char* row_of_scales, const Self& self) {
+    unsigned pairs[4];
+    load_words(pairs, row_of_scales + (self.block * 64 + self.lane / 4 * 8 + 2 * self.first_word) * 2);
+#pragma unroll
+    for (int word = 0; word < WORDS; ++word) {
+        const float lower = widen_half(static_cast<unsigned short>(pairs[word]));
+        const float upper = widen_half(static_cast<unsigned short>(pairs[word] >> 16));
+#pragma unroll
+        for (int slab = 0; slab < SLABS; ++slab)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                float& sum = sums[word][slab][i];
+                sum = __fmaf_rn(i < 2 ? lower : upper, group_sums[word][slab][i], sum);
+            }
+    }
+    zero(group_sums);
+}
+
+// The end of a tile, with every group closed. Channel-wise there was none: the scale waits until the sums are done. A selection
+// and no branch, around which the compiler would copy every sum.
+__device__ __forceinline__ void close_channels(Sums& sums, Sums& group_sums, bool grouped) {
+#pragma unroll
+    for (int word = 0; word < WORDS; ++word)
+#pragma unroll
+        for (int slab = 0; slab < SLABS; ++slab)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[word][slab][i] = grouped ? sums[word][slab][i] : group_sums[word][slab][i];
+    zero(group_sums);
+}
+
+// Warps that shared k add up, in the order of k; warp i of them keeps parts i OWN .. of sums[part].
+__device__ __forceinline__ void reduce_in_cta(OwnSums& own, const Sums& sums, float4* scratch, const Self& self) {
+#pragma unroll
+    for (int part = 0; part < WORDS; ++part) {
+        if constexpr (K_WARPS == 1) {
+#pragma unroll
+            for (int slab = 0; slab < SLABS; ++slab)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) own[part][slab][i] = sums[part][slab][i];
+        } else {
+#pragma unroll
+            for (int slab = 0; slab < SLABS; ++slab) {
+                const float(&s)[4] = sums[part][slab];
+                scratch[(self.warp * SLABS + slab) * 32 + self.lane] = make_float4(s[0], s[1], s[2], s[3]);
+            }
+            __syncthreads();
+            if (self.k_warp == part / OWN) {
+#pragma unroll
+                for (int slab = 0; slab < SLABS; ++slab) {
+                    float(&total)[4] = own[part % OWN][slab];
+#pragma unroll
+                    for (int other = 0; other < K_WARPS; ++other) {
+                        const float4 theirs = scratch[((other * COLUMN_WARPS + self.column_warp) * SLABS + slab) * 32 + self.lane];
+                        total[0] = other ? total[0] + theirs.x : theirs.x;
+                        total[1] = other ? total[1] + theirs.y : theirs.y;
+                        total[2] = other ? total[2] + theirs.z : theirs.z;
+                        total[3] = other ? total[3] + theirs.w : theirs.w;
+                    }
+                }
+            }
+            __syncthreads();
+        }
+    }
+}
+
+// A tile that several CTAs share is put together in float32 through `partials`: each of them writes its part to a place of
+// its own and counts up `counters[tile]`; whoever comes last adds the parts in the order of k and writes the output. The
+// order of the additions never depends on who that is: equal inputs give equal bits on the same number of CTAs. Nobody waits for
+// anybody, so CTAs need not be resident together. The last one sets the counter back to 0: the workspace is zeroed once
+// in its life. Two launches that may run at the same time need a workspace each.
+//
+// True in the CTA that came last, which then holds the sum of all.
+__device__ __forceinline__ bool reduce_across_ctas(
+    OwnSums& own,
+    float4* partials,  // [2 CTAs][OWN][SLABS][THREADS]: two tiles for each CTA
+    int* counter,      // of this tile
+    int* arrived,      // a place in shared memory
+    int first_cta, int last_cta, const Self& self
+) {
+    auto place = [&](int cta, int i) {
+        const int slot = 2 * cta + (cta == first_cta ? 1 : 0);  // the part at the start of a tile is a CTA's last, any other its first
+        return partials + (static_cast<size_t>(slot) * (OWN * SLABS) + i) * THREADS + self.thread;
+    };
+#pragma unroll
+    for (int part = 0; part < OWN; ++part)
+#pragma unroll
+        for (int slab = 0; slab < SLABS; ++slab) {
+            const float(&s)[4] = own[part][slab];
+            __stcg(place(blockIdx.x, part * SLABS + slab), make_float4(s[0], s[1], s[2], s[3]));
+        }
+    __threadfence();  // the part is visible before the count is
+    __syncthreads();
+    if (self.thread == 0) {
+        *arrived = atomicAdd(counter, 1);
+        __threadfence();
+    }
+    __syncthreads();
+    if (*arrived != last_cta - first_cta) return false;
+    if (self.thread == 0) *counter = 0;
+#pragma unroll
+    for (int part = 0; part < OWN; ++part)
+#pragma unroll
+        for (int slab = 0; slab < SLABS; ++slab)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) own[part][slab][i] = 0.0f;
+#pragma unroll(OWN * SLABS <= 2 ? 4 : 1)
+    for (int cta = first_cta; cta <= last_cta; ++cta) {
+#pragma unroll
+        for (int part = 0; part < OWN; ++part)
+#pragma unroll
+            for (int slab = 0; slab < SLABS; ++slab) {
+                const float4 theirs = __ldcg(place(cta, part * SLABS + slab));
+                own[part][slab][0] += theirs.x;
+                own[part][slab][1] += theirs.y;
+                own[part][slab][2] += theirs.z;
+                own[part][slab][3] += theirs.w;
+            }
+    }
+    return true;
+}
