@@ -1,7 +1,8 @@
-"""The dense INT4 kernel on a GPU: is it right, and how fast is it.
+"""The INT4 kernels, dense and 2:4, on a GPU: are they right, and how fast are they.
 
     python benchmarks/check_marlin.py
     python benchmarks/check_marlin.py --check                                     # no timing
+    python benchmarks/check_marlin.py --kernel sparse                             # one of the two
     python benchmarks/check_marlin.py --shape 4096x14336 --tokens 1,16 --json out.json
 
 First every configuration of marlinctl/kernels/configurations.py, in float16 and bfloat16, against the float64 product of the weights
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import datetime
 import itertools
 import json
@@ -37,11 +39,16 @@ import torch
 from torch import Tensor
 
 from marlinctl.kernels import jit
-from marlinctl.kernels.configurations import DENSE, GROUP_SIZES, Configuration, group_shift
-from marlinctl.kernels.reference import dequantize
+from marlinctl.kernels.configurations import DENSE, GROUP_SIZES, SPARSE, Configuration, group_shift
+from marlinctl.kernels.reference import dequantize, dequantize_sparse
 from marlinctl.pack.marlin import pack_marlin
-from marlinctl.pack.types import PackedLinear, padded
+from marlinctl.pack.sparse_marlin import pack_sparse_marlin
+from marlinctl.pack.types import PackedLinear, PackedSparseLinear, padded
 from marlinctl.quantize.types import QuantizedLinear
+from marlinctl.sparsify.keep import best_of_quads
+from marlinctl.sparsify.types import SparseQuantizedLinear
+
+Packed = PackedLinear | PackedSparseLinear
 
 DTYPES = (torch.float16, torch.bfloat16)
 GATES = {torch.float16: 1e-3, torch.bfloat16: 5e-3}  # relative error, Frobenius
@@ -59,6 +66,7 @@ def main() -> int:
     parser.add_argument("--tokens", default="1,8,16,32,64,128", help="values of M to time (default: %(default)s)")
     parser.add_argument("--group-size", type=int, default=128, help="of what is timed; -1 is channel-wise (default: 128)")
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16", help="of what is timed")
+    parser.add_argument("--kernel", choices=["dense", "sparse"], help="which of the two (default: both)")
     parser.add_argument("--only", metavar="NAME", action="append", help="a configuration; repeatable")
     parser.add_argument("--cache", type=Path, help="folder of compiled kernels (default: a new one, so that compiling is timed)")
     parser.add_argument("--json", type=Path, help="where every figure goes")
@@ -68,23 +76,30 @@ def main() -> int:
     gpu = torch.cuda.get_device_properties(0)
     today = datetime.datetime.now(datetime.UTC).date()
     print(f"{gpu.name}, {gpu.multi_processor_count} multiprocessors, torch {torch.__version__}, CUDA {torch.version.cuda}, {today}")
-    fitting = [c for c in DENSE if c.fits(architecture())]
+    of_kernel = {"dense": DENSE, "sparse": SPARSE, None: (*DENSE, *SPARSE)}
+    fitting = [c for c in of_kernel[arguments.kernel] if c.fits(architecture())]
     configurations = [c for c in fitting if not arguments.only or c.name in arguments.only]
     if not configurations:
         parser.error(f"--only: the configurations for this GPU are {', '.join(c.name for c in fitting)}")
     cache = arguments.cache or Path(tempfile.mkdtemp(prefix="marlin-"))
-    kernels = [Kernel.load(c, dtype, cache) for c, dtype in itertools.product(configurations, DTYPES)]
+    loaded = [Kernel.load(c, dtype, cache) for c, dtype in itertools.product(configurations, DTYPES)]
     figures: dict[str, Any] = {"gpu": gpu.name, "torch": torch.__version__, "date": str(today)}
+    both = [[k for k in loaded if k.configuration.sparse == sparse] for sparse in (False, True)]
     wrong = []
     if not arguments.time:
-        wrong = check(kernels)
+        wrong = [line for kernels in both if kernels for line in check(kernels)]
         figures["wrong"] = wrong
         print("\n".join(wrong[:40]) if wrong else "all checks passed", flush=True)
     if not arguments.check and not wrong:
         dtype = getattr(torch, arguments.dtype)
         shapes = [tuple(int(size) for size in shape.lower().split("x")) for shape in arguments.shape or [*LLAMA3_8B, *IDEAL]]
         tokens = [int(m) for m in arguments.tokens.split(",")]
-        figures["timing"] = time_all([k for k in kernels if k.dtype == dtype], shapes, tokens, arguments.group_size)
+        figures["timing"] = [
+            row
+            for kernels in both
+            if kernels
+            for row in time_all([k for k in kernels if k.dtype == dtype], shapes, tokens, arguments.group_size)
+        ]
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 1 if wrong else 0
@@ -113,10 +128,10 @@ class Kernel:
 
         torch.zeros(1, device="cuda")  # makes torch's context current
         start = time.perf_counter()
-        code = jit.cubin("marlin_sm80.cu", configuration.defines(dtype), architecture(), cache)
+        code = jit.cubin(f"{configuration.kernel}.cu", configuration.defines(dtype), architecture(), cache)
         compiled = time.perf_counter()
         library = done(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
-        function = done(driver.cuKernelGetFunction(done(driver.cuLibraryGetKernel(library, b"marlin_sm80"))))
+        function = done(driver.cuKernelGetFunction(done(driver.cuLibraryGetKernel(library, configuration.kernel.encode()))))
         size = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         done(driver.cuFuncSetAttribute(function, size, configuration.shared_bytes))
         resident = done(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, configuration.threads, configuration.shared_bytes))
@@ -124,7 +139,7 @@ class Kernel:
         local = done(driver.cuFuncGetAttribute(driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, function))
         loaded = time.perf_counter() - compiled
         print(
-            f"{configuration.name:16} {str(dtype)[6:]:9} compiled in {compiled - start:.2f} s, loaded in {loaded:.3f} s, "
+            f"{configuration.name:22} {str(dtype)[6:]:9} compiled in {compiled - start:.2f} s, loaded in {loaded:.3f} s, "
             f"{registers} registers, {local} bytes of local memory, {configuration.shared_bytes} of shared, {resident} CTAs each",
             flush=True,
         )
@@ -143,15 +158,14 @@ class Kernel:
         everywhere = torch.cuda.get_device_properties(0).multi_processor_count * per_multiprocessor
         return min(everywhere, self.configuration.units(m, n, k))
 
-    def launch(
-        self, activations: Tensor, p: PackedLinear, bias: Tensor | None, out: Tensor, workspace: tuple[Tensor, Tensor], ctas: int
-    ) -> None:
+    def launch(self, activations: Tensor, p: Packed, bias: Tensor | None, out: Tensor, workspace: tuple[Tensor, Tensor], ctas: int) -> None:
         """On torch's current stream."""
         from cuda.bindings import driver
 
         m, k = activations.shape
         partials, counters = workspace
-        tensors = (activations, p.qweight, p.scales, bias, out, partials, counters)
+        weights = (p.qweight, p.meta) if isinstance(p, PackedSparseLinear) else (p.qweight,)
+        tensors = (activations, *weights, p.scales, bias, out, partials, counters)
         pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
         numbers = [ctypes.c_int(value) for value in (m, p.out_features, k, group_shift(p.group_size, k))]
         values = [*pointers, *numbers]
@@ -175,7 +189,8 @@ def done(result: tuple[Any, ...]) -> Any:
 
 
 def check(kernels: list[Kernel]) -> list[str]:
-    """Every failure, told in a line."""
+    """Every failure, told in a line. The kernels are all dense or all 2:4."""
+    sparse = kernels[0].configuration.sparse
     tokens = (1, 7, 17, 65, 129, 1000)
     shapes = [
         (64, 48, -1),
@@ -190,8 +205,8 @@ def check(kernels: list[Kernel]) -> list[str]:
     wrong: list[str] = []
     worst = {(kernel.name, what): 0.0 for kernel in kernels for what in ("relative", "mean ratio")}
     for (n, k, group_size), m in itertools.product(shapes, tokens):
-        p = random_packed(n, k, group_size, seed=n + k + m)
-        weight = dequantize(p).double()  # [N, K]
+        p = random_packed(sparse, n, k, group_size, seed=n + k + m)
+        weight = decoded(p).double()  # [N, K]
         for kernel in kernels:
             for residents, with_bias in ((kernel.resident, True), (1, False), (0, True)):
                 ctas = kernel.ctas(m, n, k, residents) if residents else min(7, kernel.configuration.units(m, n, k))
@@ -221,7 +236,7 @@ def check(kernels: list[Kernel]) -> list[str]:
     for kernel in kernels:
         wrong += [*check_identity(kernel), *check_large(kernel), *check_streams_and_graph(kernel)]
         figures = ", ".join(f"{what} {worst[kernel.name, what]:.2e}" for what in ("relative", "mean ratio"))
-        print(f"{kernel.name:26} worst error against float64: {figures}", flush=True)
+        print(f"{kernel.name:32} worst error against float64: {figures}", flush=True)
     return wrong
 
 
@@ -229,11 +244,11 @@ def check_identity(kernel: Kernel) -> Iterator[str]:
     """Identity activations give the decoded weight, rounded once."""
     for group_size in (*GROUP_SIZES, -1):
         n, k = 448, 640
-        p = random_packed(n, k, group_size, seed=group_size)
+        p = random_packed(kernel.configuration.sparse, n, k, group_size, seed=group_size)
         ctas = kernel.ctas(k, n, k, kernel.resident)
         out, _ = guarded(k, n, kernel.dtype)
         kernel.launch(torch.eye(k, device="cuda", dtype=kernel.dtype), p, None, out, kernel.workspace(k, n, ctas), ctas)
-        expected = dequantize(p).T.to(kernel.dtype)
+        expected = decoded(p).T.to(kernel.dtype)
         if not torch.equal(out, expected):
             k_wrong, n_wrong = (out != expected).nonzero()[0].tolist()
             values = f"{float(out[k_wrong, n_wrong])} instead of {float(expected[k_wrong, n_wrong])}"
@@ -243,13 +258,13 @@ def check_identity(kernel: Kernel) -> Iterator[str]:
 def check_large(kernel: Kernel) -> Iterator[str]:
     """First and last columns of more weights than 2**30: indices that overflow show at the end."""
     m, n, k, group_size = kernel.configuration.tokens + 1, 73728, 18432, 128
-    p = random_words(n, k, group_size)
+    p = random_words(kernel.configuration.sparse, n, k, group_size)
     activations = torch.randn(m, k, device="cuda").to(kernel.dtype)
     ctas = kernel.ctas(m, n, k, kernel.resident)
     out, _ = guarded(m, n, kernel.dtype)
     kernel.launch(activations, p, None, out, kernel.workspace(m, n, ctas), ctas)
     for first in (0, n - 256):
-        exact = activations.double() @ dequantize(columns(p, first, first + 256)).double().T
+        exact = activations.double() @ decoded(columns(p, first, first + 256)).double().T
         relative = float((out[:, first : first + 256].double() - exact).norm() / exact.norm())
         if not relative <= GATES[kernel.dtype]:
             yield f"{kernel.name}: N={n} K={k}, columns from {first}: relative error {relative:.2e}"
@@ -258,7 +273,7 @@ def check_large(kernel: Kernel) -> Iterator[str]:
 def check_streams_and_graph(kernel: Kernel) -> Iterator[str]:
     """Two streams with a workspace each, and a graph that is replayed with other inputs, give what one launch gives."""
     m, n, k = 33, 576, 4096
-    p = random_packed(n, k, 128, seed=5)
+    p = random_packed(kernel.configuration.sparse, n, k, 128, seed=5)
     ctas = kernel.ctas(m, n, k, 1)
     activations = [torch.randn(m, k, device="cuda").to(kernel.dtype) for _ in range(2)]
     workspaces = [kernel.workspace(m, n, ctas) for _ in range(2)]
@@ -286,31 +301,50 @@ def check_streams_and_graph(kernel: Kernel) -> Iterator[str]:
             yield f"{kernel.name}: a graph gives something else than a launch"
 
 
-def random_packed(n: int, k: int, group_size: int, seed: int) -> PackedLinear:
-    """Every code, scales of both signs, through the packer."""
+def random_packed(sparse: bool, n: int, k: int, group_size: int, seed: int) -> Packed:
+    """Every code, scales of both signs, all six choices of survivors, through the packer."""
     generator = torch.Generator().manual_seed(abs(seed))
     size = k if group_size == -1 else group_size
     codes = torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=generator)
     scales = (torch.randn(n, k // size, generator=generator) * 0.02).to(torch.float16)
-    return on_gpu(pack_marlin(QuantizedLinear(codes, scales, size)))
+    if not sparse:
+        return on_gpu(pack_marlin(QuantizedLinear(codes, scales, size)))
+    keep = best_of_quads(torch.rand(k, n, generator=generator)).T.contiguous()
+    return on_gpu(pack_sparse_marlin(SparseQuantizedLinear(codes * keep, scales, size, keep)))
 
 
-def random_words(n: int, k: int, group_size: int) -> PackedLinear:
-    """Random words and scales without the packer, for sizes at which the packer takes seconds; N and K multiples of 64."""
+def random_words(sparse: bool, n: int, k: int, group_size: int) -> Packed:
+    """Random words, metadata and scales without the packer, for sizes at which the packer takes seconds; N and K multiples of 64."""
     size = k if group_size == -1 else group_size
-    words = torch.randint(-(2**31), 2**31, (k // 16, 2 * n), dtype=torch.int32, device="cuda")
+    words = torch.randint(-(2**31), 2**31, (k // (32 if sparse else 16), 2 * n), dtype=torch.int32, device="cuda")
     scales = (torch.randn(k // size, n, device="cuda") * 0.02).to(torch.float16)
-    return PackedLinear(words, scales, n, k, size)
+    if not sparse:
+        return PackedLinear(words, scales, n, k, size)
+    pairs = [first + 4 * second for second in range(4) for first in range(second)]
+    nibbles = torch.tensor(pairs, dtype=torch.int16, device="cuda")
+    meta = torch.zeros(k // 32, 2 * n, dtype=torch.int16, device="cuda")
+    for shift in (0, 4, 8, 12):
+        meta |= nibbles[torch.randint(len(pairs), meta.shape, dtype=torch.int32, device="cuda")] << shift
+    return PackedSparseLinear(words, meta, scales, n, k, size)
 
 
-def on_gpu(p: PackedLinear) -> PackedLinear:
-    return PackedLinear(p.qweight.cuda(), p.scales.cuda(), p.out_features, p.in_features, p.group_size)
+def decoded(p: Packed) -> Tensor:
+    return dequantize_sparse(p) if isinstance(p, PackedSparseLinear) else dequantize(p)
 
 
-def columns(p: PackedLinear, first: int, last: int) -> PackedLinear:
+def on_gpu(p: Packed) -> Packed:
+    return dataclasses.replace(p, **{name: tensor.cuda() for name, tensor in tensors_of(p).items()})
+
+
+def columns(p: Packed, first: int, last: int) -> Packed:
     """Columns first..last of the output, multiples of 64: tiles are independent."""
-    words, scales = p.qweight[:, 2 * first : 2 * last].contiguous(), p.scales[:, first:last].contiguous()
-    return PackedLinear(words, scales, last - first, p.in_features, p.group_size)
+    parts = {name: t[:, first:last] if name == "scales" else t[:, 2 * first : 2 * last] for name, t in tensors_of(p).items()}
+    return dataclasses.replace(p, **{name: t.contiguous() for name, t in parts.items()}, out_features=last - first)
+
+
+def tensors_of(p: Packed) -> dict[str, Tensor]:
+    names = ("qweight", "meta", "scales") if isinstance(p, PackedSparseLinear) else ("qweight", "scales")
+    return {name: getattr(p, name) for name in names}
 
 
 def between_nans(inner: Tensor) -> Tensor:
@@ -344,10 +378,12 @@ def time_all(kernels: list[Kernel], shapes: list[tuple[int, ...]], tokens: list[
 
 def time_shape(kernels: list[Kernel], n: int, k: int, tokens: list[int], group_size: int, rate: float) -> list[dict[str, Any]]:
     dtype, l2 = kernels[0].dtype, torch.cuda.get_device_properties(0).L2_cache_size
-    packed = [random_words(n, k, group_size) for _ in range(1 + -(-L2_TIMES * l2 // (n * k // 2)))]
+    sparse = kernels[0].configuration.sparse
+    word_bytes = n * k * (3 if sparse else 4) // 8  # with metadata
+    packed = [random_words(sparse, n, k, group_size) for _ in range(1 + -(-L2_TIMES * l2 // word_bytes))]
     dense = [torch.randn(n, k, device="cuda", dtype=dtype) for _ in range(1 + -(-L2_TIMES * l2 // (2 * n * k)))]
-    weight_bytes = n * k // 2 + packed[0].scales.numel() * 2
-    copies = f"{len(packed)} copies in 4 bits, {len(dense)} in 16"
+    weight_bytes = word_bytes + packed[0].scales.numel() * 2
+    copies = f"{len(packed)} copies {'of 2:4 ' if sparse else ''}in 4 bits, {len(dense)} in 16"
     print(f"\nN={n} K={k}, {copies}; the weights alone take {weight_bytes / rate * 1e6:.1f} us", flush=True)
     calls = max(len(packed), min(40, 40_000_000_000 // (n * k)))
     rows = []
@@ -366,11 +402,11 @@ def time_shape(kernels: list[Kernel], n: int, k: int, tokens: list[int], group_s
         moved = weight_bytes + 2 * m * (n + k)
         print(
             f"M={m:<5} torch {baseline:8.1f}  best {medians[best]:8.1f}  {baseline / medians[best]:5.2f}x  "
-            f"{moved / medians[best] / 1e6:5.2f} TB/s  {2 * m * n * k / medians[best] / 1e6:6.1f} TFLOP/s  {best:18} | "
+            f"{moved / medians[best] / 1e6:5.2f} TB/s  {2 * m * n * k / medians[best] / 1e6:6.1f} TFLOP/s  {best:24} | "
             + " ".join(f"{name} {value:.1f}" for name, value in medians.items()),
             flush=True,
         )
-        rows.append({"n": n, "k": k, "m": m, "group_size": group_size, "torch.matmul": baseline, **medians})
+        rows.append({"sparse": sparse, "n": n, "k": k, "m": m, "group_size": group_size, "torch.matmul": baseline, **medians})
     return rows
 
 
@@ -379,7 +415,7 @@ def dense_call(activations: Tensor, weights: list[Tensor], out: Tensor, i: int) 
 
 
 def packed_call(
-    kernel: Kernel, activations: Tensor, packed: list[PackedLinear], out: Tensor, workspace: tuple[Tensor, Tensor], ctas: int, i: int
+    kernel: Kernel, activations: Tensor, packed: list[Packed], out: Tensor, workspace: tuple[Tensor, Tensor], ctas: int, i: int
 ) -> None:
     kernel.launch(activations, packed[i % len(packed)], None, out, workspace, ctas)
 

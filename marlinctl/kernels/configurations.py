@@ -131,6 +131,7 @@ SPARSE = (
     Configuration(tokens=64, blocks=4, split=2, k_warps=1, k_step=256, stages=3, ctas=1, sparse=True),
 )
 
+
 def group_shift(group_size: int, in_features: int) -> int:
     """The last argument of both kernels: log2 of the 16 k in a group, or -1 where one scale serves a whole column."""
     if group_size == in_features:

@@ -125,7 +125,7 @@ def test_every_architecture_has_a_kernel_for_every_m(architecture: str) -> None:
     assert {c.tokens for c in DENSE if c.fits(architecture)} == {8, 16, 32, 64}
 
 
-@pytest.mark.parametrize("configuration", (*DENSE, *SPARSE), ids=lambda c: c.name)
+@pytest.mark.parametrize("configuration", [*DENSE, *SPARSE], ids=lambda c: c.name)
 def test_the_promised_ctas_fit(configuration: Configuration) -> None:
     """If this failed, registers would be saved for CTAs that shared memory does not let in, on any architecture."""
     assert (configuration.shared_bytes + RESERVED_BYTES) * configuration.ctas <= SHARED_BYTES["sm_90"] + RESERVED_BYTES
@@ -136,7 +136,7 @@ def test_names_are_unique() -> None:
     assert len({configuration.name for configuration in (*DENSE, *SPARSE)}) == len(DENSE) + len(SPARSE)
 
 
-@pytest.mark.parametrize("configuration", (DENSE[0], SPARSE[0]), ids=lambda c: c.kernel)
+@pytest.mark.parametrize("configuration", [DENSE[0], SPARSE[0]], ids=lambda c: c.kernel)
 def test_host_and_kernel_agree_on_shared_memory(tmp_path: Path, configuration: Configuration) -> None:
     """If this failed, a change of the stages on one side alone would write past the end of shared memory."""
     wrong = [re.sub(r"SHARED_BYTES=\d+", "SHARED_BYTES=4096", define) for define in configuration.defines(torch.float16)]

@@ -91,7 +91,9 @@ def aligned(tensor: Tensor) -> Tensor:
     return room[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
-def random_packed(configuration: Configuration, n: int, k: int, group_size: int, seed: int) -> tuple[PackedLinear | PackedSparseLinear, Tensor]:
+def random_packed(
+    configuration: Configuration, n: int, k: int, group_size: int, seed: int
+) -> tuple[PackedLinear | PackedSparseLinear, Tensor]:
     """What this kernel multiplies with, and the weight [N, K] that it stands for."""
     if configuration.sparse:
         sparse = pack_sparse_marlin(random_sparse(n, k, group_size, seed))
