@@ -54,7 +54,6 @@ constexpr int STAGE_BYTES = WEIGHT_BYTES + META_BYTES + ACTIVATION_BYTES + SCALE
 static_assert(STAGES * STAGE_BYTES + SCRATCH_BYTES + 16 == SHARED_BYTES, "the host allots other shared memory than the kernel uses");
 static_assert(K_STEP % 128 == 0, "a group never reaches over the end of a stage");
 static_assert(WARP_TILES % META_TILES == 0, "a warp takes as much of k at a time as one ldmatrix brings metadata for");
-static_assert(SPLIT == 1 || K_WARPS == 1, "parts of sums that warps exchange are those of all four words");
 static_assert(THREADS % (BLOCKS * 32) == 0 && META_BYTES % (THREADS * 16) == 0,
               "a thread copies one column of weights, one column of metadata, and as many rows as every other thread");
 
