@@ -41,6 +41,7 @@ class MachineCode:
     local: int
     shared: int  # static, and what the system reserves
     instructions: Counter[str]
+    selectors: Counter[str]  # of the lanes with metadata, in sparse products
 
     def count(self, pattern: str) -> int:
         return sum(number for name, number in self.instructions.items() if re.fullmatch(pattern, name))
@@ -51,7 +52,9 @@ def disassemble(cubin: Path) -> MachineCode:
     numbers = dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage))
     listing = subprocess.run([tool("nvdisasm"), "--print-code", str(cubin)], capture_output=True, text=True, check=True).stdout
     names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", listing, flags=re.MULTILINE)
-    return MachineCode(int(numbers["REG"]), int(numbers["STACK"]), int(numbers["LOCAL"]), int(numbers["SHARED"]), Counter(names))
+    selectors = re.findall(r"HMMA\.SP\..*, (0x\d+) ;", listing)
+    sizes = (int(numbers[name]) for name in ("REG", "STACK", "LOCAL", "SHARED"))
+    return MachineCode(*sizes, Counter(names), Counter(selectors))
 
 
 CASES = [(c, dtype, a) for c in (*DENSE, *SPARSE) for dtype in (torch.float16, torch.bfloat16) for a in ARCHITECTURES if c.fits(a)]
@@ -100,6 +103,7 @@ def test_machine_code(
     ), "cp.async of 16 bytes, past L1"
     if configuration.sparse:  # 8 tokens x 32 k, and the metadata of eight words
         assert code.count(r"LDSM\.16\.M88\.4") == tiles * slabs + tiles * words // 8
+        assert code.selectors["0x0"] == code.selectors["0x1"] == code.count(product) // 2, "the even words, and the odd ones"
         assert code.count(r"MOVM.*") == 0, "outputs lie as they are written"
     else:
         assert code.count(r"LDSM\.16\.M88\.4") == tiles * slabs // 2
