@@ -45,6 +45,7 @@ VERBS = {
     "eval": "Score a model on tasks; compare it with its original.",
     "inspect": "Tell what a checkpoint is, from its headers alone.",
     "verify": "Check a checkpoint's digests, structure and numbers.",
+    "doctor": "Test what marlinctl needs of this machine.",
     "recipes": "List, show and check recipes.",
 }
 DOCS = "docs/troubleshooting.md"
