@@ -16,8 +16,8 @@ def command(console: Console, quick: bool) -> None:
 
     \b
     Example:
-        marlinctl doctor
         marlinctl doctor --quick
+        marlinctl doctor
         marlinctl doctor --json
 
     Each line is ok, warn or fail, with what was found and its cure. Tested are Python and the installed versions, names that hide a

@@ -41,7 +41,11 @@ def test_a_container_has_device_files(tmp_path: Path) -> None:
     ("file", "text", "version"),
     [
         ("sys/module/nvidia/version", "580.65.06\n", "580.65.06"),
-        ("proc/driver/nvidia/version", "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.124.06  Release Build\n", "570.124.06"),
+        (
+            "proc/driver/nvidia/version",
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.124.06  Release Build\n",
+            "570.124.06",
+        ),
     ],
 )
 def test_the_version_of_the_kernel_module(tmp_path: Path, file: str, text: str, version: str) -> None:
