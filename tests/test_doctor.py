@@ -117,6 +117,16 @@ def test_private(text: str, shown: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert doctor.private(text.format(home=home)) == shown.format(home=home)
 
 
+def test_a_cure_holds_no_secret_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, the cure would name the home folder that the finding leaves out."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "transformers.py").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "code"))
+    (hidden,) = [check for check in doctor.examine(quick=True, offline=True) if check.name == "names"]
+    assert hidden.cure == "rename it, or take ~/code off PYTHONPATH"
+
+
 def test_offline_is_handed_down(tmp_path: Path) -> None:
     """If this failed, `marlinctl --offline doctor` would ask the hub."""
     done = run("--quick", "--offline", "--json", cwd=tmp_path)

@@ -7,7 +7,6 @@ would import the wrong module, `warn` where those others would. A folder without
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,6 @@ STANDARD = sys.stdlib_module_names - set(sys.builtin_module_names) - {"test"}
 
 def shadowed(own: Distribution | None, cwd: Path, path: Sequence[str], pythonpath: str) -> Iterator[Check]:
     """cwd: the current folder; path: sys.path; pythonpath: the variable."""
-    importlib.invalidate_caches()
     needed = needed_names(own)
     standard_folder = Path(os.__file__).resolve().parent
     looked = dict.fromkeys(folder.resolve() for folder in [cwd, *map(Path, filter(None, pythonpath.split(os.pathsep)))])
