@@ -145,6 +145,19 @@ def test_a_check_that_breaks_is_a_finding() -> None:
     assert (second.name, second.status, second.found) == ("names", "fail", "cannot be tested: RuntimeError: two")
 
 
+def test_a_current_folder_that_was_deleted(tmp_path: Path) -> None:
+    """If this failed, a shell that stands in a deleted folder would get a traceback, or advice to reinstall."""
+    program = "import os, sys; os.rmdir(os.getcwd()); from marlinctl.cli import main; sys.exit(main(['doctor', '--quick', '--json']))"
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], cwd=gone, env=environment, capture_output=True, text=True, check=False)
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert done.returncode == 4
+    assert checks["disk"]["status"] == "fail" and "change into one that exists" in checks["disk"]["cure"]
+    assert checks["requirements"]["status"] == "ok"
+
+
 def test_without_packaging_the_rest_is_still_told(tmp_path: Path) -> None:
     """If this failed, a half-installed environment, the very case for a doctor, would get a traceback."""
     (tmp_path / "lib" / "packaging").mkdir(parents=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -48,6 +51,19 @@ def test_a_read_only_cache(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     monkeypatch.setenv("MARLINCTL_CACHE", "/sys/kernel")
     check = by_name(list(places.cache()))["cache"]
     assert check.status == "fail" and "/sys/kernel" in check.found
+
+
+def test_a_disk_that_takes_nothing(home: Path) -> None:
+    """If this failed, a full disk or a quota would pass, because the folder itself can be made."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        checks = list(places.cache())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert {check.status for check in checks} == {"fail"}
+    assert all("writing failed: File too large" in check.found for check in checks)
+    assert not home.exists()
 
 
 @pytest.mark.parametrize(("call", "step"), [("fsync", "fsync"), ("replace", "renaming")])
@@ -96,9 +112,6 @@ def test_shared_memory_matters_to_several_gpus(tmp_path: Path, monkeypatch: pyte
 
 def test_the_hub_cache_is_where_the_hub_library_puts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, the doctor would test another folder than downloads use. The library itself is asked, in each environment."""
-    import subprocess
-    import sys
-
     settings = [{}, {"HF_HOME": "~/hf"}, {"HF_HUB_CACHE": "$HOME/hub"}, {"XDG_CACHE_HOME": str(tmp_path / "xdg")}]
     for setting in settings:
         for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "HUGGINGFACE_HUB_CACHE"):
