@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import time
@@ -34,13 +35,18 @@ def test_nothing_heavy_is_imported(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], ["eval", "--help"], QUICK], ids=" ".join)
 def test_the_answer_is_quick(arguments: list[str]) -> None:
-    """Under 0.3 s: the best of seven, because a loaded machine makes any single run slow; what the interpreter itself needs is not ours."""
+    """Under 0.3 s: once in fifteen runs, because a loaded machine makes any single run slow; what the interpreter itself needs is not ours."""
 
     def seconds(*command: str) -> float:
         started = time.perf_counter()
         subprocess.run([sys.executable, *command], capture_output=True, timeout=60, check=True)
         return time.perf_counter() - started
 
-    best = min(seconds("-m", "marlinctl", *arguments) for _ in range(7))
     interpreter = min(seconds("-c", "pass") for _ in range(3))
-    assert best < 0.3 + max(interpreter - 0.05, 0), f"{best:.2f} s, of which the interpreter {interpreter:.2f} s"
+    limit = 0.3 + max(interpreter - 0.05, 0)
+    best = math.inf
+    for _ in range(15):
+        best = min(best, seconds("-m", "marlinctl", *arguments))
+        if best < limit:
+            break
+    assert best < limit, f"{best:.2f} s, of which the interpreter {interpreter:.2f} s"
