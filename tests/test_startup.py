@@ -35,7 +35,7 @@ def test_nothing_heavy_is_imported(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], ["eval", "--help"], QUICK], ids=" ".join)
 def test_the_answer_is_quick(arguments: list[str]) -> None:
-    """Under 0.3 s: once in fifteen runs, because a loaded machine makes any single run slow; what the interpreter itself needs is not ours."""
+    """Under 0.3 s: in one of fifteen runs, as a loaded machine slows any single one; what the interpreter needs is not ours."""
 
     def seconds(*command: str) -> float:
         started = time.perf_counter()
