@@ -1,0 +1,31 @@
+"""Machine code of the kernels for the tool: where it is kept, and what is said when it cannot be made.
+
+kernels/jit.py compiles and caches; it knows neither the cache folder of the user nor the errors of the command line. Both
+are added here. The entries lie in `kernels` below the cache folder, beside downloads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from marlinctl.checkpoint.source import writable_cache
+from marlinctl.errors import EnvironmentProblem
+from marlinctl.kernels import jit
+
+
+def kernel_cubin(source: str, defines: Sequence[str], architecture: str, cache_dir: Path | None) -> bytes:
+    """The machine code of a source of kernels/csrc; `cache_dir` None is MARLINCTL_CACHE or the user's cache folder."""
+    folder = writable_cache(cache_dir) / "kernels"
+    try:
+        return jit.cubin(source, defines, architecture, folder)
+    except jit.CompilerMissing as error:
+        fix = "install a CUDA build of torch, which brings both, or pip install cuda-bindings nvidia-cuda-nvrtc"
+        raise EnvironmentProblem("E403", str(error), where="compiling a CUDA kernel", fix=fix) from error
+    except jit.CompilationFailed as error:
+        fix = "use the versions of torch and nvidia-cuda-nvrtc in constraints.txt; if that does not help, report these lines"
+        raise EnvironmentProblem("E404", str(error), where=f"{source} for {architecture}", fix=fix) from error
+    except OSError as error:
+        fix = "name another place with --cache-dir or MARLINCTL_CACHE"
+        what = f"the cache of compiled kernels cannot be used: {error.strerror or error}"
+        raise EnvironmentProblem("E410", what, where=str(folder), fix=fix) from error

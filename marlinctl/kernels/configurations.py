@@ -1,0 +1,109 @@
+"""The shapes in which the dense kernel is compiled: how much a CTA takes on, and how its warps share it.
+
+csrc/marlin_sm80.cu is one source; a configuration is the set of constants that it is compiled with. What the constants mean
+is drawn at its top; in short, a CTA computes an output tile of `tokens` (M) x 64 `blocks` (N), in stages of `k_step` (K):
+
+    warps = blocks x split x k_warps      split: warps that share the 64 columns of a block
+                                          k_warps: warps that share the k of a stage
+
+Everything that the host must know beside that, threads, shared memory, workspace, follows from them and is computed here;
+the kernel checks the shared memory when it is compiled. Which configuration is used for which M, N, K is not decided yet:
+that takes measurements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+SHARED_BYTES = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_90a": 227 * 1024}  # of a CTA, at most
+NUMBERS = {torch.float16: "Half", torch.bfloat16: "BFloat"}  # the structs of csrc/dequantize.cuh
+GROUP_SIZES = (32, 64, 128)  # and channel-wise
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    tokens: int  # M of an output tile: 8, 16, 32 or 64
+    blocks: int  # N of an output tile, in blocks of 64
+    split: int
+    k_warps: int
+    k_step: int  # K of a stage
+    stages: int  # of which all but one are on their way from memory
+    ctas: int  # per multiprocessor, what the compiler allots registers for
+
+    @property
+    def name(self) -> str:
+        return f"m{self.tokens}n{64 * self.blocks}k{self.k_step}x{self.stages}"
+
+    @property
+    def columns(self) -> int:
+        return 64 * self.blocks
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.blocks * self.split * self.k_warps
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a CTA: the stages, the sums that warps exchange, and a word for the count of CTAs."""
+        weights = self.k_step * self.columns // 2
+        activations = 2 * self.tokens * self.k_step
+        scales = 2 * (self.k_step // 32) * self.columns
+        exchange = self.threads // 32 * (self.tokens // 8) * 512 if self.k_warps > 1 else 0
+        return self.stages * (weights + activations + scales) + exchange + 16
+
+    def defines(self, dtype: torch.dtype) -> tuple[str, ...]:
+        """What the compiler is told, for activations of `dtype` (float16 or bfloat16)."""
+        sizes = {
+            "TOKENS": self.tokens,
+            "BLOCKS": self.blocks,
+            "SPLIT": self.split,
+            "K_WARPS": self.k_warps,
+            "K_STEP": self.k_step,
+            "STAGES": self.stages,
+            "CTAS": self.ctas,
+            "SHARED_BYTES": self.shared_bytes,
+        }
+        return (f"NUMBER={NUMBERS[dtype]}", *(f"{name}={value}" for name, value in sizes.items()))
+
+    def fits(self, architecture: str) -> bool:
+        return self.shared_bytes <= SHARED_BYTES[architecture]
+
+    def output_tiles(self, m: int, n: int) -> int:
+        """Counters that the workspace must have, an int32 each, all zero."""
+        return -(-m // self.tokens) * -(-n // self.columns)
+
+    def units(self, m: int, n: int, k: int) -> int:
+        """Steps of the whole product, the most CTAs that find work."""
+        return self.output_tiles(m, n) * -(-k // self.k_step)
+
+    def partial_floats(self, ctas: int) -> int:
+        """float32 that the workspace must have for a grid of `ctas`: two output tiles each, uninitialised."""
+        return 2 * ctas * self.tokens * self.columns
+
+
+# A stage is to bring 8 KB of weights or more, and 32 KB or more are to be under way on each multiprocessor. Eight warps, or two
+# CTAs of four, keep the four schedulers busy. For small M, K is shared among warps: a tile of 128 columns leaves less to add up
+# among CTAs than one of 256. The first five fit every architecture. The others have longer stages for sm_90, where copying, closing
+# groups and barriers cost each weight less. NOTE: reasoned, not measured (docs/log/2026-11-21-dense-kernel.md).
+DENSE = (
+    Configuration(tokens=8, blocks=2, split=1, k_warps=4, k_step=256, stages=4, ctas=2),
+    Configuration(tokens=16, blocks=2, split=1, k_warps=4, k_step=256, stages=3, ctas=2),
+    Configuration(tokens=16, blocks=4, split=1, k_warps=1, k_step=128, stages=4, ctas=2),
+    Configuration(tokens=32, blocks=4, split=2, k_warps=1, k_step=64, stages=7, ctas=1),
+    Configuration(tokens=64, blocks=4, split=2, k_warps=1, k_step=64, stages=4, ctas=1),
+    Configuration(tokens=8, blocks=2, split=1, k_warps=4, k_step=512, stages=5, ctas=1),
+    Configuration(tokens=16, blocks=2, split=1, k_warps=4, k_step=512, stages=4, ctas=1),
+    Configuration(tokens=32, blocks=4, split=1, k_warps=2, k_step=256, stages=4, ctas=1),
+    Configuration(tokens=64, blocks=4, split=2, k_warps=1, k_step=128, stages=6, ctas=1),
+)
+
+
+def group_shift(group_size: int, in_features: int) -> int:
+    """The kernel's last argument: log2 of the k tiles in a group, or -1 where one scale serves a whole column."""
+    if group_size == in_features:
+        return -1
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"the kernel has group sizes 32, 64, 128 and channel-wise, got {group_size} with K={in_features}")
+    return (group_size // 16).bit_length() - 1

@@ -1,0 +1,105 @@
+// The instructions that the kernels are made of, one function each, under the names of the PTX ISA.
+//
+// All inline PTX is in this file, so that the rest is plain C++: tests/kernels/software_gpu puts a ptx.cuh of its own in this
+// one's place and runs the kernels on the CPU. No header is included anywhere: NVRTC's wheel brings none, and integers and PTX need none.
+// Pairs of 16-bit numbers travel as unsigned, the first one in the low half.
+#pragma once
+
+// A generic pointer into shared memory as the 32-bit address that shared-memory instructions take.
+__device__ __forceinline__ unsigned shared_address(const void* pointer) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+// cp.async.cg: 16 bytes from global to shared memory past L1, without registers; the bytes are there after the group's wait.
+// Where `inside` is false nothing is read and 16 zeros are written (src-size 0).
+// NOTE: no L2 cache hint. The form with one stops with "illegal instruction" on an H200 as the original MARLIN used it.
+__device__ __forceinline__ void copy_async(unsigned shared, const void* global, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(inside ? 16 : 0) : "memory");
+}
+
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most `pending` of this thread's groups are still under way.
+template <int pending>
+__device__ __forceinline__ void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// ldmatrix: four 8 x 8 matrices of 16-bit numbers. Lane t names row t % 8 of matrix t / 8 (16 bytes), and receives in
+// register i the pair 2 (t % 4) of row t / 4 of matrix i.
+__device__ __forceinline__ void load_matrices(unsigned (&r)[4], unsigned shared) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared)
+                 : "memory");
+}
+
+// movmatrix: an 8 x 8 matrix of 16-bit numbers, a pair in each lane as ldmatrix delivers it, comes back transposed.
+__device__ __forceinline__ unsigned transpose(unsigned pair) {
+    unsigned out;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
+    return out;
+}
+
+// lop3 with the table of (a & b) | c: the truth tables of a, b, c are 0xf0, 0xcc, 0xaa, and (0xf0 & 0xcc) | 0xaa = 0xea.
+__device__ __forceinline__ unsigned and_or(unsigned a, unsigned b, unsigned c) {
+    unsigned out;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+    return out;
+}
+
+// sub.f16x2
+__device__ __forceinline__ unsigned subtract_half(unsigned a, unsigned b) {
+    unsigned out;
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    return out;
+}
+
+// fma.f16x2: a * b + c, rounded once
+__device__ __forceinline__ unsigned fma_half(unsigned a, unsigned b, unsigned c) {
+    unsigned out;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+    return out;
+}
+
+// fma.bf16x2: a * b + c, rounded once. (sub.bf16x2 needs sm_90.)
+__device__ __forceinline__ unsigned fma_bfloat(unsigned a, unsigned b, unsigned c) {
+    unsigned out;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+    return out;
+}
+
+// Two float32 rounded to nearest into one register.
+__device__ __forceinline__ unsigned round_to_half(float first, float second) {
+    unsigned out;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(second), "f"(first));
+    return out;
+}
+
+__device__ __forceinline__ unsigned round_to_bfloat(float first, float second) {
+    unsigned out;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(second), "f"(first));
+    return out;
+}
+
+// To float32, exactly.
+__device__ __forceinline__ float widen_half(unsigned short bits) {
+    float out;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(bits));
+    return out;
+}
+
+__device__ __forceinline__ float widen_bfloat(unsigned short bits) { return __uint_as_float(static_cast<unsigned>(bits) << 16); }
+
+// mma.sync.m16n8k16: d += a * b in float32; a is 16 x 16, b 16 x 8, d 16 x 8, spread over the warp.
+__device__ __forceinline__ void mma_half(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void mma_bfloat(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}

@@ -1,0 +1,146 @@
+"""What NVRTC makes of the kernels, read from the machine code: no GPU is needed to see a spill or a missing instruction."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+from marlinctl.kernels import jit
+from marlinctl.kernels.configurations import DENSE, SHARED_BYTES, Configuration
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90")
+RESERVED_BYTES = 1024  # of shared memory, by the system, in every CTA since sm_80
+WORD_BYTES = 16  # what a lane fetches, copies and loads at once
+
+
+def tool(name: str) -> str:
+    """A program of NVIDIA's that a wheel brought."""
+    files = [path for path in metadata.files(f"nvidia-cuda-{name}") or () if path.name == name and path.parent.name == "bin"]
+    assert len(files) == 1, f"{name} is not where its wheel used to put it"
+    return str(files[0].locate())
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What the assembler says of one kernel, and its instructions with all their modifiers."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int  # static, and what the system reserves
+    instructions: Counter[str]
+
+    def count(self, pattern: str) -> int:
+        return sum(number for name, number in self.instructions.items() if re.fullmatch(pattern, name))
+
+
+def disassemble(cubin: Path) -> MachineCode:
+    usage = subprocess.run([tool("cuobjdump"), "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True).stdout
+    numbers = dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage))
+    listing = subprocess.run([tool("nvdisasm"), "--print-code", str(cubin)], capture_output=True, text=True, check=True).stdout
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", listing, flags=re.MULTILINE)
+    return MachineCode(int(numbers["REG"]), int(numbers["STACK"]), int(numbers["LOCAL"]), int(numbers["SHARED"]), Counter(names))
+
+
+CASES = [(c, dtype, a) for c in DENSE for dtype in (torch.float16, torch.bfloat16) for a in ARCHITECTURES if c.fits(a)]
+IDS = [f"{c.name}-{str(dtype).removeprefix('torch.')}-{architecture}" for c, dtype, architecture in CASES]
+
+
+@pytest.fixture(scope="module")
+def machine_codes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[Configuration, torch.dtype, str], Future[MachineCode]]]:
+    """All of them, two at a time: compiler and disassembler leave the interpreter alone while they work."""
+    folder = tmp_path_factory.mktemp("cubins")
+
+    def build(configuration: Configuration, dtype: torch.dtype, architecture: str) -> MachineCode:
+        path = folder / f"{configuration.name}-{dtype}-{architecture}.cubin"
+        path.write_bytes(jit.cubin("marlin_sm80.cu", configuration.defines(dtype), architecture, folder / "cache"))
+        return disassemble(path)
+
+    with ThreadPoolExecutor(2) as pool:
+        yield {case: pool.submit(build, *case) for case in CASES}
+        pool.shutdown(cancel_futures=True)  # a run of one test need not wait for the others
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_machine_code(
+    case: tuple[Configuration, torch.dtype, str], machine_codes: dict[tuple[Configuration, torch.dtype, str], Future[MachineCode]]
+) -> None:
+    """If this failed, the kernel would be slow (spills, plain loads, conversions) or not start at all (registers)."""
+    configuration, dtype, _ = case
+    code = machine_codes[case].result()
+
+    assert (code.stack, code.local) == (0, 0), "a spill, or an array that is indexed at run time"
+    assert code.count(r"(LDL|STL)\b.*") == 0
+    assert code.shared <= RESERVED_BYTES, "shared memory beside the stages, which `shared_bytes` does not count"
+    assert code.registers * configuration.threads * configuration.ctas <= 65536
+
+    kind = r"\.BF16" if dtype == torch.bfloat16 else ""
+    tiles = configuration.k_step // 16 // configuration.k_warps  # k tiles of a warp in a stage
+    words = 4 // configuration.split
+    assert code.count(rf"HMMA\.16816\.F32{kind}") == tiles * words * configuration.tokens // 8, "each of a stage's products, once"
+    assert code.count(r"HMMA.*") == code.count(rf"HMMA\.16816\.F32{kind}"), "a product in the other type"
+
+    copies = configuration.k_step * (configuration.columns // 2 + 2 * configuration.tokens) // WORD_BYTES / configuration.threads
+    assert code.count(r"LDGSTS\.E\.BYPASS(\.LTC128B)?\.128(\.ZFILL)?") >= configuration.stages * int(copies), (
+        "cp.async of 16 bytes, past L1"
+    )
+    assert code.count(r"LDSM\.16\.M88\.4") == tiles * max(1, configuration.tokens // 16) // (2 if configuration.tokens == 8 else 1)
+    assert code.count(r"MOVM\.16\.MT88") >= words // configuration.k_warps * 2 * configuration.tokens // 8
+    assert code.count(r"LOP3\.LUT") >= 4 * tiles * words, "four and-or for each word"
+    assert code.count(r"I2F.*|I2HP.*") <= 32, "numbers come out of lop3; what is left are the integer divisions of addresses"
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_the_sum_has_no_atomics(
+    case: tuple[Configuration, torch.dtype, str], machine_codes: dict[tuple[Configuration, torch.dtype, str], Future[MachineCode]]
+) -> None:
+    """If this failed, the order of additions, and with it the last bits, could change from run to run."""
+    code = machine_codes[case].result()
+    assert code.count(r"RED\b.*") == 0
+    assert code.count(r"ATOM(G|S)?\b.*") == code.count(r"ATOMG?\.E\.ADD\.STRONG\.GPU") == 1, "one integer counter"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_has_a_kernel_for_every_m(architecture: str) -> None:
+    """If this failed, sm_86 and sm_89, with 99 KB of shared memory, could not start what small or large M asks for."""
+    assert {c.tokens for c in DENSE if c.shared_bytes <= 99 * 1024} == {8, 16, 32, 64}
+    assert {c.tokens for c in DENSE if c.fits(architecture)} == {8, 16, 32, 64}
+
+
+@pytest.mark.parametrize("configuration", DENSE, ids=lambda c: c.name)
+def test_the_promised_ctas_fit(configuration: Configuration) -> None:
+    """If this failed, registers would be saved for CTAs that shared memory does not let in, on any architecture."""
+    assert (configuration.shared_bytes + RESERVED_BYTES) * configuration.ctas <= SHARED_BYTES["sm_90"] + RESERVED_BYTES
+
+
+def test_names_are_unique() -> None:
+    """If this failed, two configurations would share a row of every table."""
+    assert len({configuration.name for configuration in DENSE}) == len(DENSE)
+
+
+def test_host_and_kernel_agree_on_shared_memory(tmp_path: Path) -> None:
+    """If this failed, a change of the stages on one side alone would write past the end of shared memory."""
+    wrong = [re.sub(r"SHARED_BYTES=\d+", "SHARED_BYTES=4096", define) for define in DENSE[0].defines(torch.float16)]
+    with pytest.raises(jit.CompilationFailed, match="the host allots other shared memory than the kernel uses"):
+        jit.cubin("marlin_sm80.cu", wrong, "sm_80", tmp_path)
+
+
+def test_a_spill_would_be_seen(tmp_path: Path) -> None:
+    """If this failed, the checks above could not fail: 8 CTAs of 256 threads leave 32 registers, far too few."""
+    tight = [re.sub(r"CTAS=\d+", "CTAS=8", define) for define in DENSE[0].defines(torch.float16)]
+    (tmp_path / "tight.cubin").write_bytes(jit.cubin("marlin_sm80.cu", tight, "sm_80", tmp_path / "cache"))
+    code = disassemble(tmp_path / "tight.cubin")
+    assert code.stack > 0
+    assert code.count(r"(LDL|STL)\b.*") > 0

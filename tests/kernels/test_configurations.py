@@ -1,0 +1,41 @@
+"""What the host computes from a configuration; that the kernel agrees is tested where it is compiled and where it runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from marlinctl.kernels.configurations import Configuration, group_shift
+
+CONFIGURATION = Configuration(tokens=16, blocks=2, split=1, k_warps=4, k_step=256, stages=3, ctas=2)
+
+
+def test_sizes_by_hand() -> None:
+    """If this failed, a launch would have the wrong number of threads or too little shared memory or workspace."""
+    assert (CONFIGURATION.threads, CONFIGURATION.columns) == (256, 128)
+    # a stage: 256 x 128 / 2 of weights, 16 x 256 x 2 of activations, 8 x 128 x 2 of scales; 8 warps exchange 16 x 64 / 4 float32
+    assert CONFIGURATION.shared_bytes == 3 * (16384 + 8192 + 2048) + 8 * 16 * 16 * 4 + 16
+    assert CONFIGURATION.output_tiles(17, 129) == 4
+    assert CONFIGURATION.units(17, 129, 257) == 8
+    assert CONFIGURATION.partial_floats(3) == 3 * 2 * 16 * 128
+
+
+def test_what_fits_where() -> None:
+    """If this failed, a GPU would be given a kernel that it cannot start."""
+    longer = Configuration(tokens=16, blocks=2, split=1, k_warps=4, k_step=512, stages=4, ctas=1)
+    assert [CONFIGURATION.fits(a) for a in ("sm_80", "sm_86", "sm_89", "sm_90")] == [True, True, True, True]
+    assert [longer.fits(a) for a in ("sm_80", "sm_86", "sm_89", "sm_90")] == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("group_size", "k", "shift"), [(32, 64, 1), (64, 128, 2), (128, 256, 3), (128, 128, -1), (64, 64, -1), (896, 896, -1)]
+)
+def test_group_shift(group_size: int, k: int, shift: int) -> None:
+    """If this failed, a group's scale would reach too many or too few weights; one group is channel-wise, whatever its size."""
+    assert group_shift(group_size, k) == shift
+
+
+@pytest.mark.parametrize("group_size", [16, 48, 256])
+def test_other_groups_are_refused(group_size: int) -> None:
+    """If this failed, the kernel would multiply by the wrong scales without a word."""
+    with pytest.raises(ValueError, match=f"32, 64, 128 and channel-wise, got {group_size} with K=768"):
+        group_shift(group_size, 768)

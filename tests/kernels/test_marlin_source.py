@@ -1,0 +1,171 @@
+"""csrc/marlin_sm80.cu itself, run on the CPU: the source that NVRTC compiles, built by a C++ compiler against a software GPU.
+
+software_gpu/ptx.cuh takes the place of the instructions; everything else, addresses, pipeline, stripes and reduction, is the kernel's own.
+What this cannot show: races between warps that the order of fibers hides, what the compiler for the GPU does, and speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from marlinctl.kernels import jit
+from marlinctl.kernels.configurations import DENSE, Configuration, group_shift
+from marlinctl.kernels.reference import dequantize
+from marlinctl.pack.marlin import pack_marlin
+from marlinctl.pack.types import PackedLinear
+from tests.pack.naive import random_linear
+
+SOFTWARE_GPU = Path(__file__).parent / "software_gpu"
+GUARD = 64  # elements before and after the output that nobody may touch
+EPSILON = {torch.float16: 2**-11, torch.bfloat16: 2**-8}  # of rounding to the output
+
+Launch = Callable[..., Tensor]
+
+
+class Arguments(ctypes.Structure):
+    """struct Arguments of software_gpu/marlin_sm80.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("activations", "qweight", "scales", "bias", "out", "partials", "counters")),
+        *((name, ctypes.c_int) for name in ("m", "n", "k", "group_shift")),
+    ]
+
+
+def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: Callable[[str], str] = lambda source: source) -> Launch:
+    """The kernel as a function; `edit` may break its sources first."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    shutil.copytree(jit.SOURCES, folder)
+    for path in folder.iterdir():
+        path.write_text(edit(path.read_text("utf-8")), "utf-8")
+    shutil.copy(SOFTWARE_GPU / "ptx.cuh", folder)
+    defines = [f"-D{define}" for define in configuration.defines(dtype)]
+    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-w", f"-I{folder}", *defines, "-o", str(folder / "kernel.so")]
+    subprocess.run([*command, str(SOFTWARE_GPU / "marlin_sm80.cpp")], check=True)
+    library = ctypes.CDLL(str(folder / "kernel.so"))
+
+    def launch(
+        activations: Tensor, p: PackedLinear, bias: Tensor | None, order: list[int], *, eager: bool = False, backwards: bool = False
+    ) -> Tensor:
+        """One launch of len(order) CTAs, run in that order. Outputs and partial sums are poisoned; counters must come back as zeros."""
+        (m, k), n, ctas = activations.shape, p.out_features, len(order)
+        out = torch.full((m * n + 2 * GUARD,), torch.nan, dtype=dtype)
+        size, tiles = configuration.partial_floats(ctas), configuration.output_tiles(m, n)
+        partials = aligned(torch.full((size + GUARD,), torch.nan))
+        counters = torch.zeros(tiles + GUARD, dtype=torch.int32)
+        inputs = [aligned(tensor) for tensor in (activations, p.qweight, p.scales)]
+        pointers = [*(tensor.data_ptr() for tensor in inputs), None if bias is None else bias.data_ptr()]
+        pointers += [out[GUARD:].data_ptr(), partials.data_ptr(), counters.data_ptr()]
+        arguments = Arguments(*pointers, m, n, k, group_shift(p.group_size, k))
+        library.launch(arguments, (ctypes.c_int * ctas)(*order), ctas, ctypes.c_bool(eager), ctypes.c_bool(backwards))
+        assert not counters.any(), "the next launch would find a used workspace"
+        assert partials[size:].isnan().all(), "written behind the workspace"
+        assert out[:GUARD].isnan().all() and out[-GUARD:].isnan().all(), "written outside of the output"
+        return out[GUARD:-GUARD].view(m, n)
+
+    return launch
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """A copy at a multiple of 16 bytes, as CUDA's allocator has it."""
+    room = torch.empty(tensor.numel() + 16, dtype=tensor.dtype)
+    start = (-room.data_ptr() % 16) // tensor.element_size()
+    return room[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+KERNELS = [*((c, torch.float16) for c in DENSE), (DENSE[0], torch.bfloat16), (DENSE[4], torch.bfloat16)]  # each takes a second to build
+
+
+@pytest.fixture(scope="module", params=KERNELS, ids=lambda p: f"{p[0].name}-{str(p[1])[6:]}")
+def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Configuration, torch.dtype, Launch]:
+    configuration, dtype = request.param
+    return configuration, dtype, build(configuration, dtype, tmp_path_factory.mktemp("build") / "csrc")
+
+
+# M, N, K, group size, CTAs: tiles that are not full in any direction, K of odd numbers of 64, runs that begin and end inside of tiles and
+# groups, tiles of many CTAs and CTAs of many tiles, CTAs without work.
+CASES = [(1, 64, 64, -1, 2), (9, 80, 48, -1, 1), (17, 192, 576, -1, 5), (7, 64, 160, 32, 2), (13, 448, 320, 64, 6), (65, 136, 896, 128, 7)]
+
+
+def test_products(kernel: tuple[Configuration, torch.dtype, Launch]) -> None:
+    """If this failed, the kernel would multiply wrongly: fragments, swizzle, scales, edges, or the way parts of a tile come together."""
+    configuration, dtype, launch = kernel
+    for m, n, k, group_size, ctas in CASES:
+        generator = torch.Generator().manual_seed(m)
+        p = pack_marlin(random_linear(n, k, group_size, seed=m))
+        activations = torch.randn(m, k, generator=generator).to(dtype)
+        bias = (torch.randn(n, generator=generator) / 16).to(dtype)
+        weight = dequantize(p).double()
+        exact = activations.double() @ weight.T + bias.double()
+        # One rounding of the output, and float32 sums in any order: K roundings of at most the sum of magnitudes.
+        bound = EPSILON[dtype] * exact.abs() + k * 2**-24 * (activations.double().abs() @ weight.abs().T + bias.double().abs()) + 2**-24
+        forwards, case = list(range(ctas)), f"{configuration.name}: M={m} N={n} K={k} group_size={group_size} CTAs={ctas}"
+        lazy = launch(activations, p, bias, forwards)
+        assert bool(((lazy.double() - exact).abs() <= bound).all()), case
+        eager = launch(activations, p, bias, forwards[::-1], eager=True, backwards=True)
+        assert torch.equal(lazy, eager), f"{case}: the order of CTAs or copies changes the bits"
+
+
+def test_identity_gives_the_weight(kernel: tuple[Configuration, torch.dtype, Launch]) -> None:
+    """If this failed, some code, scale or column would not be decoded exactly; every one of -8..7 occurs, and scales of both signs."""
+    _, dtype, launch = kernel
+    for group_size in (-1, 32):
+        p = pack_marlin(random_linear(192, 64, group_size, seed=3))
+        out = launch(torch.eye(64, dtype=dtype), p, None, [0, 1, 2])
+        assert torch.equal(out, dequantize(p).T.to(dtype))
+
+
+def test_padding_of_k_is_never_read(kernel: tuple[Configuration, torch.dtype, Launch]) -> None:
+    """If this failed, what lies behind a row of activations would reach the sums: here that is the next row, full of infinities."""
+    _, dtype, launch = kernel
+    p = pack_marlin(random_linear(64, 48, -1))
+    activations = torch.ones(2, 48, dtype=dtype)
+    activations[1] = torch.inf
+    assert launch(activations, p, None, [0])[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("copy_async_wait<STAGES - 2>();", "copy_async_wait<STAGES - 1>();"),
+        ("__syncthreads();  // everybody's copies have arrived, and everybody is done with the stage that is filled next", ""),
+        ("stage == 0 ? STAGES - 1 : stage - 1", "stage"),
+        ("copy_chunk ^ copy_row % 8 ^ i * TOKEN_ROWS % 8", "copy_chunk"),
+        ("k_warp * OWN + word", "word"),
+        ("(cta == first_cta ? 1 : 0)", "0"),
+        ("a[1] = Number::lower(word >> 8)", "a[1] = Number::lower(word >> 4)"),
+    ],
+    ids=[
+        "waits for too few copies",
+        "no barrier",
+        "fills the stage that is read",
+        "no swizzle",
+        "wrong words",
+        "parts in one place",
+        "nibbles",
+    ],
+)
+def test_the_software_gpu_sees_mistakes(tmp_path: Path, right: str, wrong: str) -> None:
+    """If this failed, the tests above could not fail."""
+    hits = []
+
+    def edit(source: str) -> str:
+        hits.append(source.count(right))
+        return source.replace(right, wrong)
+
+    launch = build(DENSE[1], torch.float16, tmp_path / "csrc", edit)
+    assert sum(hits) == 1
+    p = pack_marlin(random_linear(448, 1280, 64, seed=1))
+    activations = torch.randn(16, 1280, generator=torch.Generator().manual_seed(1)).to(torch.float16)
+    exact = activations.double() @ dequantize(p).double().T
+    outputs = [launch(activations, p, None, [2, 0, 1]), launch(activations, p, None, [1, 0, 2], eager=True, backwards=True)]
+    assert any(not torch.allclose(out.double(), exact, rtol=1e-2, atol=1e-2) for out in outputs)
