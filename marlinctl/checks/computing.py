@@ -7,10 +7,11 @@ say what must come out, to the last bit.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from marlinctl.checks.driver import OLDEST_DRIVER, Driver, find_driver
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 SIZE = 16  # of the matrices: 16 products of at most 3 * 4 each, so no sum exceeds 192
 OLDEST_CAPABILITY = (8, 0)  # of the CUDA kernels: mma.m16n8k16, cp.async, mma.sp
-SOURCE = b'extern "C" __global__ void triple(int *x) { x[threadIdx.x] *= 3; }'
 
 
 def main() -> None:
@@ -111,24 +111,28 @@ def gpu(index: int) -> Check:
 
 
 def nvrtc(capability: tuple[int, int] | None) -> Check:
-    """The compiler of the CUDA kernels makes a cubin of a small one for this device."""
+    """The dense kernel is compiled for this device as it will be when it is wanted, past the cache."""
+    import torch
+
+    from marlinctl.kernels import jit
+    from marlinctl.kernels.configurations import DENSE
+
     if capability is None:
         return Check("nvrtc", "ok", "not needed without a GPU")
     name = f"sm_{capability[0]}{capability[1]}"
+    if name not in jit.ARCHITECTURES:
+        known = ", ".join(jit.ARCHITECTURES)
+        return Check(
+            "nvrtc", "warn", f"the CUDA kernels are not made for {name}, but for {known}", "only the CUDA kernels need another GPU"
+        )
+    configuration = next(one for one in DENSE if one.fits(name))
     cure = "pip install cuda-bindings nvidia-cuda-nvrtc; until then only the CUDA kernels are missing"
     try:
-        api = importlib.import_module("cuda.bindings.nvrtc")
-        _, major, minor = api.nvrtcVersion()
-        _, program = api.nvrtcCreateProgram(SOURCE, b"triple.cu", 0, [], [])
-        (status,) = api.nvrtcCompileProgram(program, 1, [f"--gpu-architecture={name}".encode()])
-        _, size = api.nvrtcGetCUBINSize(program) if int(status) == 0 else (None, 0)
-        api.nvrtcDestroyProgram(program)
-    except Exception as error:  # noqa: BLE001  the bindings have exceptions of their own for a library that is not found
-        cause = (str(error).splitlines() or [""])[0]
-        return Check("nvrtc", "warn", f"NVRTC cannot be used: {type(error).__name__}: {cause}", cure)
-    if not size:
-        return Check("nvrtc", "warn", f"NVRTC {major}.{minor} does not compile for {name}: {status.name}", cure)
-    return Check("nvrtc", "ok", f"NVRTC {major}.{minor} compiles for {name}")
+        with tempfile.TemporaryDirectory() as folder:
+            code = jit.cubin("marlin_sm80.cu", configuration.defines(torch.float16), name, Path(folder))
+    except (jit.CompilerMissing, jit.CompilationFailed) as error:
+        return Check("nvrtc", "warn", " ".join(str(error).split()), cure)
+    return Check("nvrtc", "ok", f"the dense kernel compiles for {name}, {len(code):,} bytes of machine code")
 
 
 def packed(*, sparse: bool) -> Check:

@@ -10,6 +10,7 @@ import torch
 
 from marlinctl.checks import computing
 from marlinctl.checks.driver import Driver
+from marlinctl.kernels import jit
 from marlinctl.pack import marlin, sparse_marlin
 
 H200 = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=139 * 2**30)
@@ -96,20 +97,28 @@ def test_a_real_gpu() -> None:
     assert computing.nvrtc(torch.cuda.get_device_capability(0)).status == "ok"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")
 def test_the_compiler() -> None:
     """If this failed, an NVRTC that cannot compile for the device would show when the first kernel is wanted. It needs no GPU for this."""
-    pytest.importorskip("cuda.bindings.nvrtc")
-    assert computing.nvrtc((9, 0)).status == "ok"
-    unknown = computing.nvrtc((1, 0))
-    assert unknown.status == "warn" and "sm_10: NVRTC_ERROR_INVALID_OPTION" in unknown.found
+    compiled = computing.nvrtc((9, 0))
+    assert compiled.status == "ok" and "sm_90" in compiled.found
+    unknown = computing.nvrtc((7, 0))
+    assert unknown.status == "warn" and "not made for sm_70" in unknown.found
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, a machine without cuda-bindings would get a traceback, or one without a GPU a warning about a compiler."""
-    monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     missing = computing.nvrtc((9, 0))
-    assert missing.status == "warn" and "ModuleNotFoundError" in missing.found
+    assert missing.status == "warn" and "cuda-bindings cannot be imported" in missing.found
     assert computing.nvrtc(None).status == "ok"
+
+
+def test_a_compiler_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, an NVRTC too old for the sources would be called sound."""
+    monkeypatch.setattr(jit, "OPTIONS", ("--std=c++99",))
+    refused = computing.nvrtc((9, 0))
+    assert refused.status == "warn" and "\n" not in refused.found and "marlin_sm80.cu" in refused.found
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["marlin", "sparse-marlin"])
