@@ -22,6 +22,7 @@ from torch import Tensor
 
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, UsageError
+from marlinctl.memory import SELF_BATCH
 from marlinctl.recipe import Calibration
 from marlinctl.walk import Tokens
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 _CHARACTERS_PER_TOKEN = 6  # generous first guess of how much text is enough; what is missing is read after it
 _PIECE = 4_000_000  # characters that are tokenized at a time: a tokenizer needs some 100 bytes for each of them
-SELF_BATCH = 32  # samples that the model writes at a time
 
 
 @dataclass(frozen=True, slots=True)
