@@ -1,6 +1,6 @@
 """How much memory a run takes: before it, from names and shapes alone, and after it. Nothing here imports torch.
 
-    anonymous memory = BASE + hidden states of all tokens + one block as it is run + the largest of:
+    anonymous memory = BASE + text as it is tokenized + hidden states of all tokens + one block as it is run + the largest of:
         collecting   a Gram matrix while chunks of tokens pass
         matching     the regression on the original's inputs, in double precision (recipe: match)
         factoring    H, its reordered copy, and the factorisation with its input, in the precision that its condition asks for
@@ -30,12 +30,16 @@ from marlinctl.recipe import Distill, Recipe
 
 CHUNK_TOKENS = 2048  # tokens in flight: enough for full speed of the matrix units, little enough for any memory
 SELF_BATCH = 32  # samples that the model writes at a time, when it writes its calibration text
+CHARACTERS_PER_TOKEN = 6  # generous first guess of how much calibration text is enough; what is missing is read after it
+PIECE = 4_000_000  # characters that are tokenized at a time
 SHARD_BYTES = 1 << 30  # finished tensors that `pack` keeps in memory before they become a shard
 
 BASE = 310 << 20  # python, torch and transformers before any tensor, and the threads' buffers
 BASE_ON_DEVICE = 600 << 20  # the CUDA context and the libraries' workspaces; not measured yet
 _HEAP_BELOW = 32 << 20  # glibc takes smaller arrays from its heap, and keeps what is freed there (mallopt(3), M_MMAP_THRESHOLD)
-_FRAGMENTS = 1.7  # what the heap holds over what is alive in it: five synthetic models, docs/plan.md
+_HOLES = 1.9  # what the heap grows to over what is alive in it: arrays of a dozen sizes leave holes
+_KEPT = 1.1  # what it keeps of that for the phases after; both from seven synthetic models (docs/plan.md)
+_TOKENIZING = 100  # bytes that a tokenizer needs for each character
 _PACKING = 24  # bytes for each weight of a linear that is packed and read back
 _PRUNED_TOGETHER = 8192  # rows of one least-squares problem (sparsify/sparsegpt.py)
 _FLOAT64_ABOVE = 3e5  # K / damping above which the factorisation is in double precision (quantize/solver.py)
@@ -85,7 +89,7 @@ class Stage:
 
 def predicted_peak(architecture: Architecture, compressed: Mapping[str, int], work: Work) -> int:
     """Anonymous host memory of a run at its peak, in bytes. compressed: linear -> group size."""
-    hidden = _hidden_states(architecture, work)
+    hidden = _hidden_states(architecture, work) + _text(work)
     if work.on_device:  # weights pass through on their way to the device, results on their way back
         stage = max(8 * (s.rows + s.other_rows) * s.k for s in stages(architecture, compressed))
         return BASE + _BASE_OF_CUDA + hidden + stage
@@ -136,6 +140,11 @@ def _hidden_states(architecture: Architecture, work: Work) -> int:
     return work.samples * work.length * architecture.hidden_size * work.element * (2 if work.matches else 1)
 
 
+def _text(work: Work) -> int:
+    """What the tokenizer took: the heap keeps it."""
+    return 0 if work.writes_text else _TOKENIZING * min(CHARACTERS_PER_TOKEN * work.samples * work.length, PIECE)
+
+
 def _block_bytes(architecture: Architecture, work: Work) -> int:
     """The weights of the largest block as the forward pass holds them. Experts are read one by one and stay nowhere."""
     sizes = []
@@ -151,9 +160,10 @@ def _solving(architecture: Architecture, compressed: Mapping[str, int], work: Wo
     phases = [phase for stage in stages(architecture, compressed) for phase in _phases(architecture, stage, work)]
     if work.on_device:
         return max(sum(count * size for count, size in phase) for phase in phases)
-    from_heap = max(sum(count * size for count, size in phase if size < _HEAP_BELOW) for phase in phases)
-    mapped = max(sum(count * size for count, size in phase if size >= _HEAP_BELOW) for phase in phases)
-    return mapped + int(_FRAGMENTS * from_heap)
+    heap = [sum(count * size for count, size in phase if size < _HEAP_BELOW) for phase in phases]
+    mapped = [sum(count * size for count, size in phase if size >= _HEAP_BELOW) for phase in phases]
+    together = max(_HOLES * below + above for below, above in zip(heap, mapped, strict=True))
+    return int(max(together, _KEPT * max(heap) + max(mapped)))
 
 
 def _phases(architecture: Architecture, stage: Stage, work: Work) -> Iterator[list[tuple[int, int]]]:
@@ -194,7 +204,7 @@ def _writing(architecture: Architecture, work: Work) -> int:
     attention = [block.linears[f"{block.prefix}.{name}"] for block in architecture.blocks for name in block.attention.first[1:]]
     together = min(SELF_BATCH, work.samples)
     cache = together * work.length * sum(spec.out_features for spec in attention) * work.element
-    return parameters(architecture) * work.element + cache + together * architecture.vocab_size * 12
+    return parameters(architecture) * work.element + int(_HOLES * cache) + together * architecture.vocab_size * 12  # it grows by the token
 
 
 def predicted_repack(linears: Sequence[int], outputs: Sequence[int]) -> int:

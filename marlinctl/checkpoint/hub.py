@@ -117,14 +117,18 @@ def fetch_headers(model: str, folder: Path, *, revision: str | None, cache_dir: 
                 continue
             cached = try_to_load_from_cache(model, name, cache_dir=cache_dir, revision=info.sha)
             if isinstance(cached, str):
-                (folder / name).symlink_to(Path(cached).resolve())
-                continue
-            missing += size
-            url = hf_hub_url(model, name, revision=info.sha)
-            front = _front(url, _HEADER_GUESS)
-            length = 8 + int.from_bytes(front[:8], "little")
-            if len(front) < length <= min(size, 8 + MAX_HEADER_BYTES):
-                front = _front(url, length)
+                with open(cached, "rb") as file:
+                    front = file.read(8)
+                    length = 8 + int.from_bytes(front, "little")
+                    front += file.read(min(length, 8 + MAX_HEADER_BYTES))
+                size = Path(cached).stat().st_size
+            else:
+                missing += size
+                url = hf_hub_url(model, name, revision=info.sha)
+                front = _front(url, _HEADER_GUESS)
+                length = 8 + int.from_bytes(front[:8], "little")
+                if len(front) < length <= min(size, 8 + MAX_HEADER_BYTES):
+                    front = _front(url, length)
             with (folder / name).open("wb") as file:
                 file.write(front[:length])
                 file.truncate(size)
