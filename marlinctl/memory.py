@@ -39,6 +39,7 @@ BASE_ON_DEVICE = 600 << 20  # the CUDA context and the libraries' workspaces; no
 _HEAP_BELOW = 32 << 20  # glibc takes smaller arrays from its heap, and keeps what is freed there (mallopt(3), M_MMAP_THRESHOLD)
 _HOLES = 1.9  # what the heap grows to over what is alive in it: arrays of a dozen sizes leave holes
 _KEPT = 1.1  # what it keeps of that for the phases after; both from seven synthetic models (docs/plan.md)
+_TOKENIZER = 36 << 20  # 42 and 27 MiB with 49,152 and 151,665 entries (SmolLM2, Qwen2.5)
 _TOKENIZING = 100  # bytes that a tokenizer needs for each character
 _PACKING = 24  # bytes for each weight of a linear that is packed and read back
 _PRUNED_TOGETHER = 8192  # rows of one least-squares problem (sparsify/sparsegpt.py)
@@ -89,12 +90,12 @@ class Stage:
 
 def predicted_peak(architecture: Architecture, compressed: Mapping[str, int], work: Work) -> int:
     """Anonymous host memory of a run at its peak, in bytes. compressed: linear -> group size."""
-    hidden = _hidden_states(architecture, work) + _text(work)
+    hidden, base = _hidden_states(architecture, work) + _text(work), BASE + _tokenizer(architecture)
     if work.on_device:  # weights pass through on their way to the device, results on their way back
         stage = max(8 * (s.rows + s.other_rows) * s.k for s in stages(architecture, compressed))
-        return BASE + _BASE_OF_CUDA + hidden + stage
+        return base + _BASE_OF_CUDA + hidden + stage
     walking = hidden + _block_bytes(architecture, work) + _solving(architecture, compressed, work)
-    return BASE + max(walking, _writing(architecture, work))
+    return base + max(walking, _writing(architecture, work))
 
 
 def predicted_device_peak(architecture: Architecture, compressed: Mapping[str, int], work: Work) -> int:
@@ -138,6 +139,10 @@ def _stage(linears: list[LinearSpec], compressed: Mapping[str, int]) -> Stage:
 
 def _hidden_states(architecture: Architecture, work: Work) -> int:
     return work.samples * work.length * architecture.hidden_size * work.element * (2 if work.matches else 1)
+
+
+def _tokenizer(architecture: Architecture) -> int:
+    return min(_TOKENIZER, 800 * architecture.vocab_size)
 
 
 def _text(work: Work) -> int:

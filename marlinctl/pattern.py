@@ -104,9 +104,9 @@ def of_source(checkpoint: Checkpoint, linears: Mapping[str, tuple[int, int]], co
     return Known(checkpoint, Pattern(ZEROS, tuple(found_in_zeros)))
 
 
-def from_headers(checkpoint: Checkpoint, linears: Mapping[str, tuple[int, int]]) -> Pattern:
+def from_headers(checkpoint: Checkpoint, linears: Mapping[str, tuple[int, int]], *, weights: bool) -> Pattern:
     """What `of_source` will most likely find in a 16-bit checkpoint, without torch: the mask file's names; else, for all linears, what one
-    row of the first one shows. No mask is compared with its weights."""
+    row of the first one shows, where there are weights to read. No mask is compared with its weights."""
     with open_masks(checkpoint.folder) as masks:
         if masks is not None:
             problems = strangers(linears, formats.FormatInfo("dense", 16), masks)
@@ -114,7 +114,7 @@ def from_headers(checkpoint: Checkpoint, linears: Mapping[str, tuple[int, int]])
                 raise BadInput.from_problems("E356", problems)
             return Pattern(MASK_FILE, tuple(name for name in linears if name in masks))
     first = next(iter(linears))
-    return Pattern(ZEROS, tuple(linears)) if _row_is_two_of_four(checkpoint, f"{first}.weight") else Pattern(None, ())
+    return Pattern(ZEROS, tuple(linears)) if weights and _row_is_two_of_four(checkpoint, f"{first}.weight") else Pattern(None, ())
 
 
 def _row_is_two_of_four(checkpoint: Checkpoint, name: str) -> bool:

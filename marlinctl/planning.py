@@ -81,7 +81,7 @@ def make_plan(model: str, recipe: Recipe, settings: Settings, console: Console) 
 
 def _document(seen: Headers, recipe: Recipe, settings: Settings, console: Console) -> dict[str, Any]:
     looked = look(seen.checkpoint, recipe, settings.module_map, console, files=seen.files)
-    found = _pattern(seen, looked)
+    found = from_headers(seen.checkpoint, looked.shapes, weights=seen.weights)
     if not (found.origin is None and "marlin_24" in recipe.pack.formats and not seen.weights):
         check_pattern(found, looked, recipe, console)
     dtype = planned_dtype(settings.device, settings.dtype)
@@ -114,12 +114,6 @@ def _document(seen: Headers, recipe: Recipe, settings: Settings, console: Consol
         "fits": all(check.fits for check in checks),
         "notes": _notes(seen, found, recipe),
     }
-
-
-def _pattern(seen: Headers, looked: Looked) -> Pattern:
-    if seen.weights:
-        return from_headers(seen.checkpoint, looked.shapes)
-    return Pattern(None, ())
 
 
 def _formats(recipe: Recipe) -> tuple[str, ...]:
@@ -320,7 +314,7 @@ def _notes(seen: Headers, found: Pattern, recipe: Recipe) -> list[str]:
         notes.append("--calibration self loads the whole model once to write its text; a file of text does not")
     if found.linears and found.origin != MASK_FILE:
         notes.append("the first row of the first linear is 2:4, so all linears are taken to be; the run looks at every weight")
-    if not seen.weights and recipe.sparsify.pattern == "none" and "marlin_24" in recipe.pack.formats:
+    if found.origin is None and not seen.weights and recipe.sparsify.pattern == "none" and "marlin_24" in recipe.pack.formats:
         notes.append("marlin_24 holds 2:4 linears alone, and only weights tell whether these are: a dense model is refused (E273)")
     if _distils(recipe):
         notes.append("distillation is planned without its activations: --micro-batch and --checkpointing decide those")

@@ -31,7 +31,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert not HEAVY & set(done.stderr.split())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], ["eval", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], ["eval", "--help"], ["plan", "--help"]], ids=" ".join)
 def test_help_is_quick(arguments: list[str]) -> None:
     """Under 0.3 s: the best of seven, because a loaded machine makes any single run slow; what the interpreter itself needs is not ours."""
 

@@ -117,26 +117,34 @@ def fetch_headers(model: str, folder: Path, *, revision: str | None, cache_dir: 
                 continue
             cached = try_to_load_from_cache(model, name, cache_dir=cache_dir, revision=info.sha)
             if isinstance(cached, str):
-                with open(cached, "rb") as file:
-                    front = file.read(8)
-                    length = 8 + int.from_bytes(front, "little")
-                    front += file.read(min(length, 8 + MAX_HEADER_BYTES))
                 size = Path(cached).stat().st_size
+                front = _header(lambda count, path=cached: _first_bytes(path, count), size)  # type: ignore[misc]
             else:
                 missing += size
                 url = hf_hub_url(model, name, revision=info.sha)
-                front = _front(url, _HEADER_GUESS)
-                length = 8 + int.from_bytes(front[:8], "little")
-                if len(front) < length <= min(size, 8 + MAX_HEADER_BYTES):
-                    front = _front(url, length)
+                front = _header(lambda count, url=url: _front(url, count), size)  # type: ignore[misc]
             with (folder / name).open("wb") as file:
-                file.write(front[:length])
+                file.write(front)
                 file.truncate(size)
     console.say(f"{model}: commit {info.sha}, headers of its shards alone ({missing / 1e9:.2f} GB of weights are not in the cache)")
     return str(info.sha), missing
 
 
 _HEADER_GUESS = 200_000  # bytes of a shard's front that are asked for; a shard of a few hundred tensors needs a tenth
+
+
+def _header(read: Callable[[int], bytes], size: int) -> bytes:
+    """Length and header of a shard of `size` bytes, as far as it is there. read: the first so many bytes."""
+    front = read(_HEADER_GUESS)
+    length = 8 + int.from_bytes(front[:8], "little")
+    if len(front) < length <= min(size, 8 + MAX_HEADER_BYTES):
+        front = read(length)
+    return front[: min(length, size)]
+
+
+def _first_bytes(path: str, count: int) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(count)
 
 
 def _front(url: str, count: int) -> bytes:
