@@ -24,7 +24,8 @@ class Machine:
     """Rates of one machine, all threads together."""
 
     title: str
-    products: float  # operations a second, a multiplication and an addition being two
+    products: float  # operations a second in the dtype of the forward pass, a multiplication and an addition being two
+    full: float  # the same in float32, which solves use
     column: float  # seconds of overhead for a step of the sweep
     elements: float  # a second, in element-wise passes
     memory: float  # bytes a second, for reading the whole model once a token
@@ -39,10 +40,10 @@ _PASSES = 2 * 9 * 8  # the scale search: two signs, nine candidates, eight passe
 def machine(device: str, cores: int, element: int, *, matrix_units: bool) -> Machine:
     """The measured machine that comes closest."""
     if device.startswith("cuda"):
-        return Machine("NVIDIA H200", 2e14, 1e-4, 2e11, 2e12, 5e-4)
+        return Machine("NVIDIA H200", 2e14, 3e13, 1e-4, 2e11, 2e12, 5e-4)
     kind = "Intel Xeon with AMX" if matrix_units and element == 2 else "AMD EPYC"
     rate = 2.35e11 if matrix_units and element == 2 else 9e10 if element == 2 else 3.5e10
-    return Machine(f"{cores} cores of an {kind}", cores * rate, 4e-6, cores * 1e9, 1.5e10, 1e-3)
+    return Machine(f"{cores} cores of an {kind}", cores * rate, cores * 3.5e10, 4e-6, cores * 1e9, 1.5e10, 1e-3)
 
 
 def seconds_of_walk(
@@ -65,7 +66,7 @@ def seconds_of_walk(
         "start": _START,
         "forward": forward / speed.products,
         "gram": gram / speed.products,
-        "solve": sweeps / min(speed.products, speed.elements * 35) + columns * speed.column + elements / speed.elements,
+        "solve": sweeps / speed.full + columns * speed.column + elements / speed.elements,
         "files": 3.5 * model_bytes / _DISK,
     }
     if work.writes_text:

@@ -65,7 +65,9 @@ def _output(output: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "", f"loads in {', '.join(output['loads_in'])}"
     for runtime, reasons in output["refused_by"].items():
         yield "", f"{runtime} refuses {len(reasons)} linears: {_first(reasons)}"
-    yield from (("", warning) for warning in output["warnings"])
+    if output["warnings"]:
+        first, *more = output["warnings"]
+        yield "", first + (f" (and {len(more)} more)" if more else "")
 
 
 def _memory(memory: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -258,6 +258,7 @@ def _describe(output: room.Output, looked: Looked, found: Pattern, recipe: Recip
     readers = [runtime for runtime in runtimes.RUNTIMES if output.format in runtime.reads]
     sizes = looked.plan.group_sizes if output.format != "dense" else {}
     verdicts = runtimes.survey(looked.shapes, sizes, seen.checkpoint.config, (1,)) if sizes else []
+    warnings = runtimes.uneven(sizes, _ignored(looked, seen)) if output.format in ("ct", "gptq") else []
     refused = {v.runtime: list(v.refused) for v in verdicts if v.refused and v.runtime in {runtime.name for runtime in readers}}
     return {
         "format": output.format,
@@ -270,9 +271,9 @@ def _describe(output: room.Output, looked: Looked, found: Pattern, recipe: Recip
             "companions": small,
             "on_disk_about": output.on_disk + small,
         },
-        "loads_in": list(formats.LOADERS[output.format]),
+        "loads_in": runtimes.loaders(output.format, verdicts, uneven=bool(warnings)),
         "refused_by": refused,
-        "warnings": runtimes.uneven(sizes, _ignored(looked, seen)) if output.format in ("ct", "gptq") else [],
+        "warnings": warnings,
     }
 
 

@@ -343,3 +343,12 @@ def test_the_forward_dtype_is_told_without_torch() -> None:
     assert (
         torch.empty(0, dtype=getattr(torch, planned_dtype("cpu", "auto"))).element_size() == planning._ELEMENT[planned_dtype("cpu", "auto")]
     )
+
+
+def test_a_skipped_shard_is_told_before_the_run(tiny: Path) -> None:
+    """vLLM and SGLang load q, k and v as one linear: a plan that lists them although k stays 16-bit sends people into a wall."""
+    (output,) = plan(tiny, recipe("t.txt", quantize__skip=["k_proj"]))["outputs"]
+    assert len(output["warnings"]) == 2 and not {"vLLM", "SGLang"} & set(output["loads_in"])
+    text = table(plan(tiny, recipe("t.txt", quantize__skip=["k_proj"])))
+    assert text.count("not quantized alike") == 1 and "(and 1 more)" in text
+    assert {item["reason"] for item in plan(tiny, recipe("t.txt", quantize__skip=["k_proj"]))["linears"]["skipped"]} == {"--skip k_proj"}
