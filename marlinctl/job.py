@@ -30,7 +30,7 @@ from marlinctl.console import Console
 from marlinctl.devices import threads
 from marlinctl.errors import CheckFailed
 from marlinctl.gate import GateRefused
-from marlinctl.memory import CHUNK_TOKENS, peak_rss
+from marlinctl.memory import CHUNK_TOKENS, peak_rss, release_heap
 from marlinctl.opening import Opened, Options, open_model
 from marlinctl.recipe import Recipe, recipe_hash
 from marlinctl.report import report_files
@@ -117,6 +117,7 @@ def _walk(opened: Opened, tokens: Any, staged: StagedCheckpoint, solving: Solvin
         for block in architecture.blocks:
             walk.run_block(block, solving.stage)
             solving.flush()
+            release_heap()
         if opened.plan.head is not None:
             walk.run_head(opened.plan.head.name, solving.stage)
             solving.flush()

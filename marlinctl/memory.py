@@ -17,6 +17,7 @@ with the measured peak; docs/plan.md has the comparison.
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from collections import Counter
@@ -259,6 +260,16 @@ def available_memory() -> int:
     if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
         bounds.append(int(limit.read_text()) - int(used.read_text()))
     return min(bounds, default=1 << 62)
+
+
+def release_heap() -> None:
+    """Give freed pages of the C library's heap back to the system, those between living arrays too; nothing where it is not glibc.
+
+    Without it the holes between arrays add up from block to block: Qwen2.5-0.5B on 32 x 512 tokens grew by 18 MiB a block, to 1.54 GiB.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def peak_rss() -> int:

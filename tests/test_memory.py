@@ -132,3 +132,23 @@ def test_work_takes_what_the_recipe_says() -> None:
 def test_available_memory_is_a_plausible_number() -> None:
     """A wrong reading of the container's limit would refuse, or permit, everything."""
     assert 1 << 26 < available_memory() <= 1 << 62
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the heap of glibc, and /proc to look at it")
+def test_holes_in_the_heap_are_given_back() -> None:
+    """Freed arrays between living ones stay resident otherwise, and a run's memory grows with every block."""
+    program = """
+import re
+from pathlib import Path
+from marlinctl.memory import release_heap
+def resident():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
+arrays = [bytearray(60_000) for _ in range(3000)]
+living = arrays[::30]
+del arrays
+before = resident()
+release_heap()
+print(before - resident())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert int(done.stdout) > 100 << 20
