@@ -33,7 +33,7 @@ def test_nothing_heavy_is_imported(arguments: list[str]) -> None:
     assert not HEAVY & set(done.stderr.split())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], ["eval", "--help"], QUICK], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], ["eval", "--help"], ["plan", "--help"], QUICK], ids=" ".join)
 def test_the_answer_is_quick(arguments: list[str]) -> None:
     """Under 0.3 s: in one of fifteen runs, as a loaded machine slows any single one; what the interpreter needs is not ours."""
 
