@@ -40,7 +40,7 @@ from marlinctl.solving import LayerRecord, Solving, linear_digest, weight_digest
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from marlinctl.walk import Walk
 
-ALGORITHM_VERSION = 2  # goes up when the same recipe on the same input gives other codes
+ALGORITHM_VERSION = 3  # goes up when the same recipe on the same input gives other codes
 _DEVICE_SHARE = 0.5  # of free device memory that activations may take
 
 # Looks at the finished folder before it is published and returns what the report shall say about its quality; raises to keep it back.

@@ -61,7 +61,7 @@ def _output(output: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     sizes = output["bytes"]
     parts = f"linears {_gigabytes(sizes['linears'])} ({output['bits_per_weight']} bits a weight), the rest {_gigabytes(sizes['untouched'])}"
     mask = f", mask {_gigabytes(sizes['mask'])}" if sizes["mask"] else ""
-    yield f"output {output['format']}"[:13], f"{_gigabytes(sizes['weights'])}: {parts}{mask}"
+    yield "output", f"{output['format']}, {_gigabytes(sizes['weights'])}: {parts}{mask}"
     yield "", f"loads in {', '.join(output['loads_in'])}"
     for runtime, reasons in output["refused_by"].items():
         yield "", f"{runtime} refuses {len(reasons)} linears: {_first(reasons)}"
