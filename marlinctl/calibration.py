@@ -22,6 +22,7 @@ from torch import Tensor
 
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, UsageError
+from marlinctl.memory import CHARACTERS_PER_TOKEN, PIECE, SELF_BATCH
 from marlinctl.recipe import Calibration
 from marlinctl.walk import Tokens
 
@@ -29,10 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from marlinctl.texts import Chat, Document
-
-_CHARACTERS_PER_TOKEN = 6  # generous first guess of how much text is enough; what is missing is read after it
-_PIECE = 4_000_000  # characters that are tokenized at a time: a tokenizer needs some 100 bytes for each of them
-SELF_BATCH = 32  # samples that the model writes at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +179,7 @@ def _cut(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, samples: int,
     needed = samples * body
     found = [torch.empty(0, dtype=torch.int64)]
     got = 0
-    for piece in _pieces(texts, min(needed * _CHARACTERS_PER_TOKEN, _PIECE)):
+    for piece in _pieces(texts, min(needed * CHARACTERS_PER_TOKEN, PIECE)):
         ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
         found.append(torch.tensor(ids, dtype=torch.int64))
         got += len(ids)

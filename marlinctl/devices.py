@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from marlinctl.errors import EnvironmentProblem, UsageError
@@ -46,6 +49,42 @@ def cpu_has_bf16() -> bool:
 
     abilities = torch.cpu.get_capabilities()
     return any(abilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def planned_dtype(device: str, asked: str) -> str:
+    """What `forward_dtype` will choose, told without torch: bfloat16 on a GPU, and where the processor names it."""
+    if asked != "auto":
+        return asked
+    return "bfloat16" if device.startswith("cuda") or _processor_says_bf16() else "float32"
+
+
+def _processor_says_bf16() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file():
+        return False  # macOS: torch names no ability there either
+    words = set(cpuinfo.read_text(errors="replace").split())
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def has_matrix_units() -> bool:
+    """Whether the processor has Intel's AMX for bfloat16."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.is_file() and "amx_bf16" in cpuinfo.read_text(errors="replace")
+
+
+def free_device_memory(device: str) -> tuple[str, int] | None:
+    """Name and free bytes of a CUDA device, as nvidia-smi says; None where there is none. No CUDA context is made."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return None
+    index = device.partition(":")[2] or "0"
+    command = [smi, f"--id={index}", "--query-gpu=name,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        name, free = done.stdout.splitlines()[0].rsplit(",", 1)
+        return name.strip(), int(free) << 20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
 
 
 @contextmanager

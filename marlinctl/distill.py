@@ -41,6 +41,7 @@ from marlinctl.load import load_dense
 from marlinctl.memory import peak_rss
 from marlinctl.opening import Options
 from marlinctl.recipe import Distill, Recipe, recipe_hash
+from marlinctl.room import needed_by_distillation
 from marlinctl.scratch import Scratch
 
 _DEVICE_SHARE = 0.4  # of free device memory that hidden states may take in mode blockwise
@@ -166,11 +167,7 @@ def _require_room(opened: Opened, out: Path, asked: Distill) -> None:
     """Disk for the result and, beside it, for two states (weights and two moments in float32) and what the teacher predicts."""
     tensors = opened.student.checkpoint.tensors
     result = sum(info.nbytes for info in tensors.values())
-    linears = sum(spec.out_features * spec.in_features for spec in opened.student.architecture.linears.values())
-    blocks = len(opened.student.architecture.blocks)
-    states = {"full": 2 * 12 * linears, "blockwise": 2 * 12 * linears // blocks + 4 * linears, "scales": result}[asked.mode]
-    cached = 12 * asked.cache_logits * asked.tokens
-    require_space(out, result + states + cached)
+    require_space(out, result + needed_by_distillation(opened.student.architecture, result, asked))
 
 
 # ---- the modes -----------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.errors import CheckFailed, Problem
-from marlinctl.verify import available_memory
+from marlinctl.memory import available_memory
 
 if TYPE_CHECKING:
     from marlinctl.checkpoint.source import Source

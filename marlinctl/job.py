@@ -30,7 +30,7 @@ from marlinctl.console import Console
 from marlinctl.devices import threads
 from marlinctl.errors import CheckFailed
 from marlinctl.gate import GateRefused
-from marlinctl.memory import peak_rss
+from marlinctl.memory import CHUNK_TOKENS, peak_rss, release_heap
 from marlinctl.opening import Opened, Options, open_model
 from marlinctl.recipe import Recipe, recipe_hash
 from marlinctl.report import report_files
@@ -38,9 +38,9 @@ from marlinctl.scratch import Scratch
 from marlinctl.skeleton import build
 from marlinctl.solving import LayerRecord, Solving, linear_digest, weight_digest
 from marlinctl.sparsify.types import SparseQuantizedLinear
-from marlinctl.walk import CHUNK_TOKENS, Walk
+from marlinctl.walk import Walk
 
-ALGORITHM_VERSION = 2  # goes up when the same recipe on the same input gives other codes
+ALGORITHM_VERSION = 3  # goes up when the same recipe on the same input gives other codes
 _DEVICE_SHARE = 0.5  # of free device memory that activations may take
 
 # Looks at the finished folder before it is published and returns what the report shall say about its quality; raises to keep it back.
@@ -117,6 +117,7 @@ def _walk(opened: Opened, tokens: Any, staged: StagedCheckpoint, solving: Solvin
         for block in architecture.blocks:
             walk.run_block(block, solving.stage)
             solving.flush()
+            release_heap()
         if opened.plan.head is not None:
             walk.run_head(opened.plan.head.name, solving.stage)
             solving.flush()

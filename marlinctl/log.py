@@ -3,7 +3,8 @@
 A log line has a timestamp and a level. Lines are kept in memory until a file is known, then written through one by one, so that a
 killed run leaves a log that ends where the run ended.
 
-`redact` takes out secrets. `printable` makes control characters visible: the names in a checkpoint are written by strangers.
+`redact` takes out secrets, `without_home` the home folder. `printable` makes control characters visible: the names in a checkpoint
+are written by strangers.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ LINES_IN_MEMORY = 2000  # of log, as long as no file is known
 
 _TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_(?:(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{8,}|[a-z]{17,})")  # not `hf_datasets`
 _BEARER = re.compile(r"(?i)\b(bearer|authorization:|token=)\s*[A-Za-z0-9._~+/=-]{8,}")
-_LOGIN = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+_LOGIN = re.compile(r"(?<=://)[^/\s?#]+(?=@)")  # a user alone too: it is often a token
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")  # all but the newline
 
 
@@ -29,6 +30,17 @@ def redact(text: str) -> str:
     text = _TOKEN.sub("hf_<redacted>", text)
     text = _BEARER.sub(lambda match: f"{match[1]} <redacted>", text)
     return _LOGIN.sub("<redacted>", text)
+
+
+def without_home(text: str) -> str:
+    """With `~` for the home folder, which mostly holds somebody's name. `/root` leaves `/rootfs` alone."""
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user without one, as containers have
+        return text
+    for folder in {str(home), os.path.realpath(home)} - {os.sep}:
+        text = re.sub(rf"(?<![\w.-]){re.escape(folder)}(?![\w.-])", "~", text)
+    return text
 
 
 def printable(text: str, *, one_line: bool = False) -> str:
@@ -59,9 +71,7 @@ class MemoryThenFile(logging.Handler):
         self.lines.clear()
 
     def emit(self, record: logging.LogRecord) -> None:
-        home = str(Path.home())
-        text = redact(self.format(record))
-        text = printable(text.replace(home + os.sep, "~" + os.sep) if len(home) > 1 else text) + "\n"
+        text = printable(without_home(redact(self.format(record)))) + "\n"
         if self.file is None:
             self.lines.append(text)
             return

@@ -1,27 +1,275 @@
-"""How much memory a run takes, before it and after it."""
+"""How much memory a run takes: before it, from names and shapes alone, and after it. Nothing here imports torch.
+
+    anonymous memory = BASE + text as it is tokenized + hidden states of all tokens + one block as it is run + the largest of:
+        collecting   a Gram matrix while chunks of tokens pass
+        matching     the regression on the original's inputs, in double precision (recipe: match)
+        factoring    H, its reordered copy, and the factorisation with its input, in the precision that its condition asks for
+        sweeping     the rows of linears that share an input, as weights, stack, targets, codes and errors
+        pruning      the same with the matrices of least squares
+
+`_phases` has the arrays of each, counted in the code that is named there. What the C library's heap keeps of freed arrays is added, which
+decides for models with small matrices. A mapped file is not counted: the system takes its pages back when it needs them. Text that the
+model writes itself (--calibration self) needs the whole model and its cache of keys and values, before the walk.
+
+`predicted_peak` is what a run is held to before it starts (opening.py), what `plan` prints and what benchmarks/peak_memory.py compares
+with the measured peak; docs/plan.md has the comparison.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
 
-from marlinctl.models import Architecture
+from marlinctl.models import Architecture, Block, Experts, LinearSpec
+from marlinctl.recipe import Distill, Recipe
 
-BASE = int(0.6 * 2**30)  # python, torch and transformers before any tensor
+CHUNK_TOKENS = 2048  # tokens in flight: enough for full speed of the matrix units, little enough for any memory
+SELF_BATCH = 32  # samples that the model writes at a time, when it writes its calibration text
+CHARACTERS_PER_TOKEN = 6  # generous first guess of how much calibration text is enough; what is missing is read after it
+PIECE = 4_000_000  # characters that are tokenized at a time
+SHARD_BYTES = 1 << 30  # finished tensors that `pack` keeps in memory before they become a shard
+
+BASE = 310 << 20  # python, torch and transformers before any tensor, and the threads' buffers
+BASE_ON_DEVICE = 600 << 20  # the CUDA context and the libraries' workspaces; not measured yet
+_HEAP_BELOW = 32 << 20  # glibc takes smaller arrays from its heap, and keeps what is freed there (mallopt(3), M_MMAP_THRESHOLD)
+_HOLES = 1.9  # what the heap grows to over what is alive in it: arrays of a dozen sizes leave holes
+_KEPT = 1.1  # what it keeps of that for the phases after; both from seven synthetic models (docs/plan.md)
+_TOKENIZER = 36 << 20  # 42 and 27 MiB with 49,152 and 151,665 entries (SmolLM2, Qwen2.5)
+_TOKENIZING = 100  # bytes that a tokenizer needs for each character
+_PACKING = 24  # bytes for each weight of a linear that is packed and read back
+_PRUNED_TOGETHER = 8192  # rows of one least-squares problem (sparsify/sparsegpt.py)
+_FLOAT64_ABOVE = 3e5  # K / damping above which the factorisation is in double precision (quantize/solver.py)
 
 
-def predicted_peak(architecture: Architecture, *, samples: int, length: int, element: int, chunk_tokens: int, matches: bool) -> int:
-    """Upper bound of anonymous memory in bytes: hidden states once, three K x K matrices, two blocks, chunks of the widest activation.
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What of a recipe and of its settings decides the memory of the walk."""
 
-    matches: the original walks along, which takes its hidden states, one more matrix and the double precision of its regression.
+    samples: int
+    length: int  # tokens of a sample
+    element: int  # bytes of an activation
+    damping: float
+    matches: bool  # the original walks along
+    refines: bool
+    prunes: bool
+    bits: int
+    writes_text: bool  # --calibration self
+    on_device: bool
+
+    @classmethod
+    def of(cls, recipe: Recipe, *, element: int, matches: bool, on_device: bool) -> Work:
+        asked = recipe.calibration
+        return cls(
+            samples=asked.samples,
+            length=asked.sequence_length,
+            element=element,
+            damping=recipe.quantize.damping,
+            matches=matches,
+            refines=recipe.quantize.refine > 0,
+            prunes=recipe.sparsify.pattern != "none",
+            bits=recipe.quantize.bits,
+            writes_text=asked.source == "self",
+            on_device=on_device,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Linears that share an input and are solved together."""
+
+    k: int
+    rows: int  # of those that are compressed
+    other_rows: int  # of those that stay as they are
+    groups: int  # of a row, at the smallest group size
+
+
+def predicted_peak(architecture: Architecture, compressed: Mapping[str, int], work: Work) -> int:
+    """Anonymous host memory of a run at its peak, in bytes. compressed: linear -> group size."""
+    hidden, base = _hidden_states(architecture, work) + _text(work), BASE + _tokenizer(architecture)
+    if work.on_device:  # weights pass through on their way to the device, results on their way back
+        stage = max(8 * (s.rows + s.other_rows) * s.k for s in stages(architecture, compressed))
+        return base + _BASE_OF_CUDA + hidden + stage
+    walking = hidden + _block_bytes(architecture, work) + _solving(architecture, compressed, work)
+    return base + max(walking, _writing(architecture, work))
+
+
+def predicted_device_peak(architecture: Architecture, compressed: Mapping[str, int], work: Work) -> int:
+    """Memory of the CUDA device at the peak, in bytes, without the activations that stay there when there is room (scratch.py)."""
+    walking = _block_bytes(architecture, work) + _solving(architecture, compressed, work)
+    return BASE_ON_DEVICE + max(walking, _writing(architecture, work))
+
+
+_BASE_OF_CUDA = 1 << 30  # what the CUDA libraries take of host memory; not measured yet
+
+
+def stages(architecture: Architecture, compressed: Mapping[str, int]) -> set[Stage]:
+    """The different solves of a walk."""
+    found = {stage for block in architecture.blocks for stage in stages_of_block(block, compressed)}
+    if architecture.head is not None and architecture.head.name in compressed:
+        found.add(_stage([architecture.head], compressed))
+    return found
+
+
+def stages_of_block(block: Block, compressed: Mapping[str, int]) -> Counter[Stage]:
+    """The solves of one block, and how many of each; experts are taken to be alike."""
+    prefix = block.prefix + "."
+    groups = [(1, block.attention.first), (1, (block.attention.last,))]
+    if isinstance(block.mlp, Experts):
+        groups += [(block.mlp.count, tuple(name.format(e=0) for name in names)) for names in (block.mlp.first, (block.mlp.last,))]
+    else:
+        groups += [(1, block.mlp.first), (1, (block.mlp.last,))]
+    found: Counter[Stage] = Counter()
+    for count, names in groups:
+        found[_stage([block.linears[prefix + name] for name in names], compressed)] += count
+    return found
+
+
+def _stage(linears: list[LinearSpec], compressed: Mapping[str, int]) -> Stage:
+    rows = sum(spec.out_features for spec in linears if spec.name in compressed)
+    k = linears[0].in_features
+    sizes = [compressed[spec.name] for spec in linears if spec.name in compressed]
+    groups = max((1 if size == -1 else k // size for size in sizes), default=0)
+    return Stage(k, rows, sum(spec.out_features for spec in linears) - rows, groups)
+
+
+def _hidden_states(architecture: Architecture, work: Work) -> int:
+    return work.samples * work.length * architecture.hidden_size * work.element * (2 if work.matches else 1)
+
+
+def _tokenizer(architecture: Architecture) -> int:
+    return min(_TOKENIZER, 800 * architecture.vocab_size)
+
+
+def _text(work: Work) -> int:
+    """What the tokenizer took: the heap keeps it."""
+    return 0 if work.writes_text else _TOKENIZING * min(CHARACTERS_PER_TOKEN * work.samples * work.length, PIECE)
+
+
+def _block_bytes(architecture: Architecture, work: Work) -> int:
+    """The weights of the largest block as the forward pass holds them. Experts are read one by one and stay nowhere."""
+    sizes = []
+    for block in architecture.blocks:
+        experts = isinstance(block.mlp, Experts)
+        names = [block.prefix + "." + name for name in (*block.attention.first, block.attention.last)] if experts else list(block.linears)
+        sizes.append(sum(block.linears[name].out_features * block.linears[name].in_features for name in names))
+    return max(sizes) * work.element
+
+
+def _solving(architecture: Architecture, compressed: Mapping[str, int], work: Work) -> int:
+    """The fullest phase of all stages; on the host, with what the heap keeps of the others."""
+    phases = [phase for stage in stages(architecture, compressed) for phase in _phases(architecture, stage, work)]
+    if work.on_device:
+        return max(sum(count * size for count, size in phase) for phase in phases)
+    heap = [sum(count * size for count, size in phase if size < _HEAP_BELOW) for phase in phases]
+    mapped = [sum(count * size for count, size in phase if size >= _HEAP_BELOW) for phase in phases]
+    together = max(_HOLES * below + above for below, above in zip(heap, mapped, strict=True))
+    return int(max(together, _KEPT * max(heap) + max(mapped)))
+
+
+def _phases(architecture: Architecture, stage: Stage, work: Work) -> Iterator[list[tuple[int, int]]]:
+    """The arrays that are alive in each phase of one stage, as (how many, bytes of each)."""
+    k, rows, tokens = stage.k, stage.rows, max(CHUNK_TOKENS, work.length)
+    square, stack = 4 * k * k, 4 * rows * k  # in float32
+    held = [(1, 4 * stage.other_rows * k)]  # weights that pass through the solve untouched
+    if work.matches:  # E[(x' - x) xᵀ], E[(r' - r) xᵀ] and the stack before it was matched
+        held += [(1, square), (1, 4 * k * architecture.hidden_size), (1, stack)]
+
+    # walk.py, _Gram: activations of a chunk, as they are and in float32; then H and its two triangles
+    widest = max(k, *(spec.out_features for spec in architecture.blocks[0].linears.values()))
+    yield [*held, (1, square), (4, tokens * widest * work.element), (4 if work.matches else 1, 4 * tokens * k)]
+    yield [*held, (3, square)]
+    if not rows:
+        return
+    if work.matches:  # quantize/match.py: right-hand sides and solutions in both precisions, H in float64 and its factor
+        yield [*held, (4, stack), (2, 2 * stack), (1, square), (2, 2 * square)]
+    # quantize/solver.py, factor: H and its reordered copy; the matrix to be factored and its factor
+    precise = 2 if k / work.damping > _FLOAT64_ABOVE else 1
+    yield [*held, (2, stack), (2, square), (2, precise * square)]
+    pruned = [(2, stack), (2, stack // 4)] if work.prunes else []  # values, what refinement aims at, and the mask twice
+    if work.bits == 4:
+        # quantize/gptq.py, solve: at its end weights, stack, w, codes, errors, two temporaries, and the codes as int8
+        yield [*held, *pruned, (7, stack), (1, stack // 4), (3, square)]
+        if work.refines:  # quantize/refine.py: one more sweep beside the first; the normal equations of the scales
+            yield [*held, *pruned, (9, stack), (4, square)]
+            yield [*held, *pruned, (7, stack), (4, square), (4, 4 * rows * stage.groups**2)]
+    if work.prunes:  # sparsify/sparsegpt.py and masked_ls.py: what is finished, and seven matrices of the rows at hand
+        part = 4 * min(rows, _PRUNED_TOGETHER) * k
+        yield [*held, (3, stack), (1, stack // 4), (7, part), (1, part // 4), (3, square)]
+
+
+def _writing(architecture: Architecture, work: Work) -> int:
+    """The whole model, the keys and values of the samples that it writes together, and their last logits."""
+    if not work.writes_text:
+        return 0
+    attention = [block.linears[f"{block.prefix}.{name}"] for block in architecture.blocks for name in block.attention.first[1:]]
+    together = min(SELF_BATCH, work.samples)
+    cache = together * work.length * sum(spec.out_features for spec in attention) * work.element
+    return parameters(architecture) * work.element + int(_HOLES * cache) + together * architecture.vocab_size * 12  # it grows by the token
+
+
+def predicted_repack(linears: Sequence[int], outputs: Sequence[int]) -> int:
+    """Anonymous memory of packing: finished tensors up to a shard's worth, and one linear as codes, words and tiles.
+
+    linears: weights of each. outputs: bytes of all linears in each format.
     """
-    hidden = samples * length * architecture.hidden_size * element * (2 if matches else 1)
-    largest_k = max(spec.in_features for spec in architecture.linears.values())
-    widest = max(spec.out_features for spec in architecture.linears.values())
-    block = max(sum(s.out_features * s.in_features for s in b.linears.values()) for b in architecture.blocks)
-    chunk = max(chunk_tokens, length) * max(largest_k, widest) * 4
-    matrices = (3 + (5 if matches else 0)) * largest_k * largest_k * 4
-    return BASE + hidden + matrices + 2 * block * 4 + 3 * chunk
+    pending = min(sum(outputs), SHARD_BYTES)
+    return BASE + pending + _PACKING * max(linears)
+
+
+def parameters(architecture: Architecture) -> int:
+    return sum(prod(shape) for shape in architecture.expected.values())
+
+
+# ---- distillation --------------------------------------------------------------------------------------------------------------------
+
+
+def predicted_distillation(architecture: Architecture, asked: Distill) -> int:
+    """Memory that training needs besides activations, in bytes (the table of docs/distill.md).
+
+    Trained weights are float32 with gradient and two moments, and one byte of mask; everything else of the student is float32, the
+    teacher 2 bytes a weight. Mode scales is largest while it reads the model.
+    """
+    everything = parameters(architecture)
+    if asked.mode == "scales":
+        return 6 * everything
+    if asked.mode == "blockwise":
+        return 19 * max(sum(s.out_features * s.in_features for s in block.linears.values()) for block in architecture.blocks)
+    trained = trained_weights(architecture)
+    return 17 * trained + 4 * (everything - trained) + (0 if asked.cache_logits else 2 * everything)
+
+
+def trained_weights(architecture: Architecture) -> int:
+    return sum(spec.out_features * spec.in_features for spec in architecture.linears.values())
+
+
+# ---- what there is, and what was used ------------------------------------------------------------------------------------------------
+
+
+def available_memory() -> int:
+    """Bytes that can be allocated now: what the system has free, or what a container's limit leaves; a large number where nobody says."""
+    bounds = []
+    meminfo, limit, used = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if meminfo.is_file():
+        bounds += [1024 * int(line.split()[1]) for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")]
+    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
+        bounds.append(int(limit.read_text()) - int(used.read_text()))
+    return min(bounds, default=1 << 62)
+
+
+def release_heap() -> None:
+    """Give freed pages of the C library's heap back to the system, those between living arrays too; nothing where it is not glibc.
+
+    Without it the holes between arrays add up from block to block: Qwen2.5-0.5B on 32 x 512 tokens grew by 18 MiB a block, to 1.54 GiB.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def peak_rss() -> int:

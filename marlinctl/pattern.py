@@ -104,6 +104,29 @@ def of_source(checkpoint: Checkpoint, linears: Mapping[str, tuple[int, int]], co
     return Known(checkpoint, Pattern(ZEROS, tuple(found_in_zeros)))
 
 
+def from_headers(checkpoint: Checkpoint, linears: Mapping[str, tuple[int, int]], *, weights: bool) -> Pattern:
+    """What `of_source` will most likely find in a 16-bit checkpoint, without torch: the mask file's names; else, for all linears, what one
+    row of the first one shows, where there are weights to read. No mask is compared with its weights."""
+    with open_masks(checkpoint.folder) as masks:
+        if masks is not None:
+            problems = strangers(linears, formats.FormatInfo("dense", 16), masks)
+            if problems:
+                raise BadInput.from_problems("E356", problems)
+            return Pattern(MASK_FILE, tuple(name for name in linears if name in masks))
+    first = next(iter(linears))
+    return Pattern(ZEROS, tuple(linears)) if weights and _row_is_two_of_four(checkpoint, f"{first}.weight") else Pattern(None, ())
+
+
+def _row_is_two_of_four(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether each aligned four of the first row has two zeros. False for a row of zeros alone, which shows nothing."""
+    tensor = checkpoint.tensors[name]
+    n, k = tensor.shape
+    width = tensor.nbytes // (n * k)
+    row = bytes(checkpoint.raw(name)[: k * width])
+    alive = [any(row[i : i + width - 1]) or row[i + width - 1] & 0x7F != 0 for i in range(0, len(row), width)]  # -0.0 is zero too
+    return k % 4 == 0 and any(alive) and all(sum(alive[i : i + 4]) <= 2 for i in range(0, k, 4))
+
+
 def origin(info: formats.FormatInfo, masks: Masks | None) -> str | None:
     """Who states the pattern of a folder."""
     return METADATA if info.name == "marlin_24" else None if masks is None else MASK_FILE

@@ -6,7 +6,7 @@
     companions, config with the new quantization_config, manifest
     from disk: codes, scales and mask of every linear equal the source's, untouched bytes too ─► published
 
-It streams: at most `_SHARD_BYTES` of finished tensors and one linear are in memory. Several target formats come from one pass and
+It streams: at most `SHARD_BYTES` of finished tensors and one linear are in memory. Several target formats come from one pass and
 appear together or not at all.
 
 To `ct`, scales go as they are. `gptq` and the native formats hold fp16 scales, so foreign bf16 or fp32 ones pass only where fp16 holds
@@ -30,14 +30,12 @@ from marlinctl.checkpoint import formats, writer
 from marlinctl.checkpoint.mask import Masks, open_masks
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, CheckFailed, NumericalProblem, Problem, UsageError
+from marlinctl.memory import SHARD_BYTES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from marlinctl.checkpoint.reader import Checkpoint
-
-_SHARD_BYTES = 1 << 30  # finished tensors kept in memory before they become a shard
-_DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +157,9 @@ def open_source(folder: Path, masks: Masks | None = None) -> Source:
 
 def refuse_misfits(source: Source, targets: Sequence[str]) -> None:
     """Everything that would fail later, found first and named all at once."""
-    problems: list[Problem] = []
-    for layer, (n, k) in source.shapes.items():
+    problems = formats.misfits(source.shapes, targets)
+    for layer, (_, k) in source.shapes.items():
         size = source.info.layers[layer]
-        if "gptq" in targets and (n % 8 or k % 8):
-            what = f"{layer}: GPTQ needs N and K in multiples of 8, this linear is [{n}, {k}]"
-            problems.append(Problem(what, layer, "pack to ct or marlin"))
         if size != -1 and (size < 1 or k % size):
             what = f"{layer}: K={k} is not a multiple of group_size {size}"
             problems.append(Problem(what, layer, "config.json belongs to another model; fetch the checkpoint again"))
@@ -219,13 +214,7 @@ def _check_pattern(source: Source, console: Console) -> None:
 
 def written_bytes(source: Source, fmt: str) -> int:
     """Bytes of weights that a target will have."""
-    packed = 0
-    for layer, (n, k) in source.shapes.items():
-        for dtypes, shape in formats.linear_shapes(fmt, n, k, source.info.layers[layer]).values():
-            count = 1
-            for axis in shape:
-                count *= axis
-            packed += count * _DTYPE_BYTES.get(dtypes[0], 2)
+    packed = sum(formats.linear_bytes(fmt, n, k, source.info.layers[layer]) for layer, (n, k) in source.shapes.items())
     untouched = (source.checkpoint.tensors[name] for name in source.untouched)
     return packed + sum(info.end - info.begin for info in untouched)
 
@@ -252,7 +241,7 @@ def _write_linears(source: Source, stages: Mapping[str, writer.StagedCheckpoint]
                     stage.write_mask(layer, parts.keep)
                 pending[fmt] |= tensors
                 size += sum(t.numel() * t.element_size() for t in tensors.values())
-            if size >= _SHARD_BYTES:
+            if size >= SHARD_BYTES:
                 _flush(stages, pending)
                 size = 0
             progress.advance()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from marlinctl.checkpoint.formats import LOADERS
 from marlinctl.checkpoint.targets import FUSED, split_fused
 
 _ROW_PARALLEL = ("o_proj", "down_proj", "w2", "dense", "fc2", "out_proj")
@@ -153,3 +154,15 @@ def servers_that_accept(verdicts: Sequence[Verdict], fmt: str, split: int) -> li
     """Servers that read the format and accept every shape at this split (Machete is a kernel inside vLLM, not a server of its own)."""
     able = {r.name for r in RUNTIMES if r.serves and fmt in r.reads and "Machete" not in r.name}
     return [v.runtime for v in verdicts if v.runtime in able and v.tensor_parallel == split and v.accepted]
+
+
+def loaders(fmt: str, verdicts: Sequence[Verdict], *, uneven: bool) -> list[str]:
+    """The programs that load a folder of this format (formats.LOADERS), less the servers that refuse these shapes on one device.
+
+    uneven: fused linears are not quantized alike, which no server takes.
+    """
+    able = servers_that_accept(verdicts, fmt, 1)
+    servers = {runtime.name.partition(" ")[0] for runtime in RUNTIMES if runtime.serves and fmt in runtime.reads}
+    return [
+        name for name in LOADERS[fmt] if name not in servers or (not uneven and any(runtime.partition(" ")[0] == name for runtime in able))
+    ]

@@ -29,6 +29,7 @@ from marlinctl.checkpoint.mask import open_masks
 from marlinctl.checkpoint.targets import matches
 from marlinctl.errors import BadInput, CheckFailed, Problem
 from marlinctl.kernel_check import KernelCheck, check_kernels, tiles
+from marlinctl.memory import available_memory
 from marlinctl.models import architecture
 
 if TYPE_CHECKING:
@@ -346,17 +347,6 @@ def _parameters(checkpoint: Checkpoint, info: formats.FormatInfo) -> int:
     return sum(prod(tensor.shape) for name, tensor in checkpoint.tensors.items() if name not in owned) + sum(
         n * k for n, k in (formats.layer_shape(checkpoint, info, layer) for layer in info.layers)
     )
-
-
-def available_memory() -> int:
-    """Bytes that can be allocated now: what the system has free, or what a container's limit leaves; a large number where nobody says."""
-    bounds = []
-    meminfo, limit, used = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if meminfo.is_file():
-        bounds += [1024 * int(line.split()[1]) for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")]
-    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
-        bounds.append(int(limit.read_text()) - int(used.read_text()))
-    return min(bounds, default=1 << 62)
 
 
 # ---- 6 source ------------------------------------------------------------------------------------------------------------------------

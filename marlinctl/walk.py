@@ -29,7 +29,6 @@ from marlinctl.quantize.types import Hessian
 from marlinctl.scratch import FileTensor, Scratch
 from marlinctl.skeleton import Replay, call_until, drop_parameters, set_parameter
 
-CHUNK_TOKENS = 2048  # tokens in flight: enough for full speed of the matrix units, little enough for any memory
 LOST_TOKENS_LIMIT = 0.1  # share of calibration tokens whose activations may be NaN or infinite before the run stops
 
 

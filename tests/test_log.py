@@ -11,7 +11,15 @@ TOKEN = "hf_" + "aBcDeFgHiJ1234567890KlMnOpQrStUvWx"
 
 @pytest.mark.parametrize(
     "secret",
-    [TOKEN, f"token={TOKEN}", f"Authorization: Bearer {TOKEN}", "hf_abcDEF12", "https://me:passw0rd@hub/x", "Bearer abcdefghijklmnop"],
+    [
+        TOKEN,
+        f"token={TOKEN}",
+        f"Authorization: Bearer {TOKEN}",
+        "hf_abcDEF12",
+        "https://me:passw0rd@hub/x",
+        "Bearer abcdefghijklmnop",
+        "http://passw0rd@hub",
+    ],
 )
 def test_secrets_are_redacted(secret: str) -> None:
     """A hub token in an error message or a log would be published with the next bug report."""

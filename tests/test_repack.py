@@ -470,7 +470,7 @@ def test_a_full_disk_is_said_before_the_pass(packed: dict[str, Path], tmp_path: 
 
 def test_shards_stay_small_in_memory(packed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finished tensors are written as soon as a shard's worth is there: the whole model is never in memory."""
-    monkeypatch.setattr(repack, "_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(repack, "SHARD_BYTES", 20_000)
     repack.repack(packed["ct"], tmp_path / "out", format="marlin")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
     manifest.check(tmp_path / "out")

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from marlinctl.runtimes import Verdict, servers_that_accept, split_units, survey, uneven
+from marlinctl.checkpoint.formats import LOADERS
+from marlinctl.runtimes import Verdict, loaders, servers_that_accept, split_units, survey, uneven
 
 LLAMA_8B = {"num_attention_heads": 32, "num_key_value_heads": 8}
 BLOCK = "model.layers.0."
@@ -97,3 +98,15 @@ def test_uneven_linears_are_warned_of() -> None:
     assert [line.split(":")[0] for line in lines[:2]] == ["a.qkv_proj", "b.gate_up_proj"]
     assert "16-bit, group 32, group 64" in lines[0] and lines[2].startswith("experts have group sizes -1, 64")
     assert uneven({"a.q_proj": 32, "a.k_proj": 32, "a.v_proj": 32}, ["lm_head"]) == []
+
+
+def test_loaders_leave_out_the_servers_that_refuse() -> None:
+    """A plan that promises SGLang for K=576 promises a server that stops at its first layer."""
+    config = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    odd = survey({"o_proj": (576, 576)}, {"o_proj": 64}, config, (1,))
+    even = survey({"o_proj": (512, 512)}, {"o_proj": 64}, config, (1,))
+    assert {"vLLM", "SGLang"} <= set(loaders("ct", even, uneven=False))
+    assert "vLLM" in loaders("ct", odd, uneven=False) and "SGLang" not in loaders("ct", odd, uneven=False)
+    assert not {"vLLM", "SGLang"} & set(loaders("gptq", even, uneven=True))
+    assert loaders("dense", [], uneven=False) == list(LOADERS["dense"])
+    assert loaders("marlin", odd, uneven=True) == ["marlinctl"]

@@ -31,6 +31,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint.targets import GroupOf, matches, name_patterns, with_fused_names
@@ -428,6 +429,25 @@ def linear_shapes(fmt: str, n: int, k: int, group_size: int) -> dict[str, tuple[
     if fmt == "marlin":
         return {"B": (("I32",), (padded_k // 16, 2 * padded_n)), **common}
     return {"B_24": (("I32",), (padded_k // 32, 2 * padded_n)), "B_meta": (("I16",), (padded_k // 32, 2 * padded_n)), **common}
+
+
+_DTYPE_BYTES = {"I64": 8, "F32": 4, "I32": 4}  # of what marlinctl writes; the others have two
+
+
+def linear_bytes(fmt: str, n: int, k: int, group_size: int) -> int:
+    """Bytes of the tensors that marlinctl writes for a linear [n, k]."""
+    return sum(prod(shape) * _DTYPE_BYTES.get(dtypes[0], 2) for dtypes, shape in linear_shapes(fmt, n, k, group_size).values())
+
+
+def misfits(shapes: Mapping[str, tuple[int, int]], targets: Sequence[str]) -> list[Problem]:
+    """Linears (name -> (N, K)) that a target format cannot hold."""
+    if "gptq" not in targets:
+        return []
+    return [
+        Problem(f"{layer}: GPTQ needs N and K in multiples of 8, this linear is [{n}, {k}]", layer, "pack to ct or marlin")
+        for layer, (n, k) in shapes.items()
+        if n % 8 or k % 8
+    ]
 
 
 _RANKS = {"weight_shape": 1, "g_idx": 1}  # all others are matrices

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from marlinctl.checkpoint.config import TOKENIZER_FILES
 from marlinctl.checkpoint.files import FileRefused, exists, read_json, shown
-from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, MarlinctlError, ResourceProblem
+from marlinctl.checkpoint.header import MAX_HEADER_BYTES
+from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, MarlinctlError, ResourceProblem, UsageError
 
 if TYPE_CHECKING:
     from marlinctl.checkpoint.reader import Checkpoint
@@ -57,14 +59,111 @@ def is_hub_id(text: str) -> bool:
 
 def fetch(model: str, *, revision: str | None, cache_dir: Path | None, offline: bool, console: Console) -> tuple[Path, str, str]:
     """Folder, commit and a note. `cache_dir` None is the hub's own cache, which other tools share."""
-    from huggingface_hub.constants import HF_HUB_OFFLINE  # what the environment says, in each of its spellings
-
     wanted = {"revision": revision, "cache_dir": cache_dir, "allow_patterns": WANTED, "ignore_patterns": UNWANTED}
-    if offline or HF_HUB_OFFLINE:
+    if is_offline(offline):
         folder = _cached(model, wanted)
         return folder, folder.name, "offline: the cached copy is used"
     folder = _download(model, wanted, console)
     return folder, folder.name, ""
+
+
+def require_hub_id(model: str) -> None:
+    """UsageError E280 for what cannot be one."""
+    if not is_hub_id(model):
+        raise UsageError(
+            "E280",
+            f"there is no folder or file {shown(model)!r}, and it cannot be a hub id either (name or organisation/name)",
+            where="the argument MODEL",
+            fix="check the path; a hub id looks like HuggingFaceTB/SmolLM2-135M",
+        )
+
+
+def is_offline(asked: bool) -> bool:
+    """--offline, or what the environment says, in each of its spellings."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    return asked or HF_HUB_OFFLINE
+
+
+def hub_cache(cache_dir: Path | None) -> Path:
+    """Where downloads lie: in --cache-dir, else in the hub's own cache."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return cache_dir / "hub" if cache_dir is not None else Path(HF_HUB_CACHE)
+
+
+def fetch_headers(model: str, folder: Path, *, revision: str | None, cache_dir: Path, console: Console) -> tuple[str, int]:
+    """Fill `folder` with the small files of a hub model and, for each shard, a file of its size that holds its header and a hole.
+
+    Returns the commit, and how many bytes of weights the cache lacks. A shard costs one ranged request, two where its header is longer
+    than _HEADER_GUESS, none where it is in the cache.
+    """
+    from huggingface_hub import HfApi, hf_hub_url, snapshot_download, try_to_load_from_cache
+
+    require_hub_id(model)
+    with _translated(model, revision), _quiet_bars():
+        info = _repeated(lambda: HfApi(library_name="marlinctl").model_info(model, revision=revision, files_metadata=True, timeout=30))
+        small = [name for name in WANTED if not name.endswith(".safetensors")]
+        found = snapshot_download(
+            model, revision=info.sha, cache_dir=cache_dir, allow_patterns=small, ignore_patterns=UNWANTED, library_name="marlinctl"
+        )
+        for path in Path(found).iterdir():
+            if path.is_file() and path.suffix != ".safetensors":
+                shutil.copyfile(path, folder / path.name)
+        missing = 0
+        for entry in info.siblings or []:
+            name, size = entry.rfilename, entry.size or 0
+            if "/" in name or not re.fullmatch(r"(model|marlin)[^/]*\.safetensors|marlinctl_mask\.safetensors", name):
+                continue
+            cached = try_to_load_from_cache(model, name, cache_dir=cache_dir, revision=info.sha)
+            if isinstance(cached, str):
+                size = Path(cached).stat().st_size
+                front = _header(lambda count, path=cached: _first_bytes(path, count), size)  # type: ignore[misc]
+            else:
+                missing += size
+                url = hf_hub_url(model, name, revision=info.sha)
+                front = _header(lambda count, url=url: _front(url, count), size)  # type: ignore[misc]
+            with (folder / name).open("wb") as file:
+                file.write(front)
+                file.truncate(size)
+    console.say(f"{model}: commit {info.sha}, headers of its shards alone ({missing / 1e9:.2f} GB of weights are not in the cache)")
+    return str(info.sha), missing
+
+
+_HEADER_GUESS = 200_000  # bytes of a shard's front that are asked for; a shard of a few hundred tensors needs a tenth
+
+
+def _header(read: Callable[[int], bytes], size: int) -> bytes:
+    """Length and header of a shard of `size` bytes, as far as it is there. read: the first so many bytes."""
+    front = read(_HEADER_GUESS)
+    length = 8 + int.from_bytes(front[:8], "little")
+    if len(front) < length <= min(size, 8 + MAX_HEADER_BYTES):
+        front = read(length)
+    return front[: min(length, size)]
+
+
+def _first_bytes(path: str, count: int) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(count)
+
+
+def _front(url: str, count: int) -> bytes:
+    """The first `count` bytes of a file on the hub, or all of a shorter one; a server that ignores the range is cut off."""
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    asked = {**build_hf_headers(library_name="marlinctl"), "Range": f"bytes=0-{count - 1}", "Accept-Encoding": "identity"}
+
+    def ask() -> bytes:
+        with get_session().stream("GET", url, headers=asked, timeout=30, follow_redirects=True) as response:
+            hf_raise_for_status(response)
+            front = b""
+            for piece in response.iter_bytes():
+                front += piece
+                if len(front) >= count:
+                    break
+            return front[:count]
+
+    return _repeated(ask)
 
 
 def missing_files(folder: Path) -> list[str]:

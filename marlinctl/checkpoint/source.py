@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from marlinctl.checkpoint.files import shown
-from marlinctl.checkpoint.hub import fetch, is_hub_id
+from marlinctl.checkpoint.hub import fetch, require_hub_id
 from marlinctl.errors import BadInput, EnvironmentProblem, UsageError
 
 if TYPE_CHECKING:
@@ -35,21 +34,23 @@ class Source:
     note: str  # what the person should know about it; may be empty
 
 
+def is_local(model: str, revision: str | None) -> bool:
+    """Whether the text names something on this machine; UsageError E281 where a revision was asked for as well."""
+    path = Path(model).expanduser() if model.startswith("~") else Path(model)
+    if not model or "\0" in model or not os.path.lexists(path):
+        return False
+    if revision is not None:
+        what = "--revision names a version on the hub, but the model is a local path"
+        raise UsageError("E281", what, where=str(path), fix="leave --revision out")
+    return True
+
+
 def resolve_model(model: str, *, revision: str | None, cache_dir: Path | None, offline: bool, console: Console) -> Source:
     """The folder behind what the person typed; downloads or converts if need be."""
     path = Path(model).expanduser() if model.startswith("~") else Path(model)
-    if model and "\0" not in model and os.path.lexists(path):
-        if revision is not None:
-            what = "--revision names a version on the hub, but the model is a local path"
-            raise UsageError("E281", what, where=str(path), fix="leave --revision out")
+    if is_local(model, revision):
         return _local(path, model, cache_dir, console)
-    if not is_hub_id(model):
-        raise UsageError(
-            "E280",
-            f"there is no folder or file {shown(model)!r}, and it cannot be a hub id either (name or organisation/name)",
-            where="the argument MODEL",
-            fix="check the path; a hub id looks like HuggingFaceTB/SmolLM2-135M",
-        )
+    require_hub_id(model)
     hub_cache = writable_cache(cache_dir) / "hub" if cache_dir is not None else None
     folder, commit, note = fetch(model, revision=revision, cache_dir=hub_cache, offline=offline, console=console)
     return Source(folder, "hub", model, commit, note)
@@ -80,14 +81,15 @@ def writable_cache(cache_dir: Path | None) -> Path:
     return root
 
 
-def _local(path: Path, model: str, cache_dir: Path | None, console: Console) -> Source:
-    from marlinctl.checkpoint.gguf import gguf_folder
+def is_gguf(model: str) -> bool:
+    """Whether a local path is a GGUF file. BadInput E300 for what is neither that nor a folder."""
     from marlinctl.checkpoint.gguf_header import MAGIC
 
+    path = Path(model).expanduser() if model.startswith("~") else Path(model)
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            return Source(path, "folder", model, None, "")
+            return False
         magic = b""
         if stat.S_ISREG(mode):  # a FIFO would wait for a writer
             with path.open("rb") as handle:
@@ -99,5 +101,13 @@ def _local(path: Path, model: str, cache_dir: Path | None, console: Console) -> 
         part = path.suffix in (".safetensors", ".json")
         fix = "name the folder that holds it" if part else "name a model folder, a GGUF file or a hub id"
         raise BadInput("E300", "this is neither a folder nor a GGUF file", where=str(path), fix=fix)
+    return True
+
+
+def _local(path: Path, model: str, cache_dir: Path | None, console: Console) -> Source:
+    if not is_gguf(model):
+        return Source(path, "folder", model, None, "")
+    from marlinctl.checkpoint.gguf import gguf_folder
+
     folder, note = gguf_folder(path, writable_cache(cache_dir), console)
     return Source(folder, "gguf", model, None, note)

@@ -107,26 +107,41 @@ _MODULE_MAP = click.option(
 )
 
 
+_STRICT = click.option("--strict", is_flag=True, help="Stop (exit 6) where a Hessian needs a fallback.")
+_DETERMINISTIC = click.option("--deterministic", is_flag=True, help="The same bytes every time on CUDA; the CPU always does that.")
+_MAX_MEMORY = click.option(
+    "--max-memory", metavar="SIZE", help="Refuse to start where more memory would be needed (4GiB, 800MiB). Default: what is free."
+)
+_RUN_FLAGS: list[_Decorator] = [
+    click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
+    click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute."),
+    click.option(
+        "--dtype", default="auto", metavar="auto|bfloat16|float32", help="Of the forward pass. auto: bfloat16 where the hardware has it."
+    ),
+    _OVERWRITE,
+    _STRICT,
+    _DETERMINISTIC,
+    _THREADS,
+    _MAX_MEMORY,
+    _CACHE_DIR,
+    _MODULE_MAP,
+]
+
+
 def run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     """How the job runs; none of these changes the codes on a CPU, but --device and --dtype."""
+    return _apply(function, _RUN_FLAGS)
+
+
+def plan_flags(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Where the run that is planned would take place."""
+    chosen = [option for option in _RUN_FLAGS if option not in (_OVERWRITE, _STRICT, _DETERMINISTIC, _MAX_MEMORY)]
     return _apply(
         function,
         [
-            click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
-            click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute."),
-            click.option(
-                "--dtype",
-                default="auto",
-                metavar="auto|bfloat16|float32",
-                help="Of the forward pass. auto: bfloat16 where the hardware has it.",
-            ),
-            _OVERWRITE,
-            click.option("--strict", is_flag=True, help="Stop (exit 6) where a Hessian needs a fallback."),
-            click.option("--deterministic", is_flag=True, help="The same bytes every time on CUDA; the CPU always does that."),
-            _THREADS,
-            click.option("--max-memory", metavar="SIZE", help="Refuse to start where more memory would be needed (4GiB, 800MiB)."),
-            _CACHE_DIR,
-            _MODULE_MAP,
+            *chosen,
+            click.option("--max-memory", metavar="SIZE", help="Host memory to plan for (4GiB, 800MiB). Default: what is free."),
+            click.option("--device-memory", metavar="SIZE", help="GPU memory to plan for. Default: what nvidia-smi says is free."),
         ],
     )
 
@@ -172,13 +187,7 @@ def chosen_distillation(console: Console, values: dict[str, Any]) -> Recipe:
 def chosen_options(console: Console, values: Mapping[str, Any]) -> Options:
     from marlinctl.opening import Options
 
-    if values["dtype"] not in ("auto", "bfloat16", "float32"):
-        raise UsageError(
-            "E257",
-            f"--dtype {values['dtype']} is not offered",
-            where="--dtype",
-            fix="auto, bfloat16 or float32 (float16 overflows in some models)",
-        )
+    refuse_unknown_dtype(values["dtype"])
     return Options(
         revision=values["revision"],
         device=values["device"],
@@ -189,10 +198,20 @@ def chosen_options(console: Console, values: Mapping[str, Any]) -> Options:
         strict=values.get("strict", False),
         deterministic=values.get("deterministic", False),
         threads=values["threads"],
-        max_memory=_bytes(values.get("max_memory")),
+        max_memory=size_in_bytes(values.get("max_memory"), "--max-memory"),
         module_map=values["module_map"],
         command=command_line(),
     )
+
+
+def refuse_unknown_dtype(dtype: str) -> None:
+    if dtype not in ("auto", "bfloat16", "float32"):
+        raise UsageError(
+            "E257",
+            f"--dtype {dtype} is not offered",
+            where="--dtype",
+            fix="auto, bfloat16 or float32 (float16 overflows in some models)",
+        )
 
 
 def command_line() -> str:
@@ -245,7 +264,7 @@ def _override(text: str) -> tuple[str, dict[str, int]]:
     return pattern, {key: int(value)}
 
 
-def _bytes(text: str | None) -> int | None:
+def size_in_bytes(text: str | None, flag: str) -> int | None:
     """4GiB, 4G, 800MiB, 1.5GB -> bytes."""
     if text is None:
         return None
@@ -253,6 +272,6 @@ def _bytes(text: str | None) -> int | None:
 
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     if not match:
-        raise UsageError("E259", f"{text!r} is no amount of memory", where="--max-memory", fix="write it as 4GiB or 800MiB")
+        raise UsageError("E259", f"{text!r} is no amount of memory", where=flag, fix="write it as 4GiB or 800MiB")
     unit = 1024 if match[3] or not match[2] else 1000
     return int(float(match[1]) * unit ** " KMGT".index(match[2].upper() or " "))

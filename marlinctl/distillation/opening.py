@@ -25,7 +25,8 @@ from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, Problem, UsageError
 from marlinctl.models import Architecture, architecture
-from marlinctl.opening import Options, check_together, refuse_unexpected
+from marlinctl.opening import Options
+from marlinctl.preflight import check_together, refuse_unexpected
 from marlinctl.recipe import Distill
 from marlinctl.sparsify.keep import two_of_four
 

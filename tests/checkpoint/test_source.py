@@ -135,10 +135,10 @@ def serving(hub: Hub) -> Iterator[str]:
             weights = path.suffix == ".safetensors"
             etag = hashlib.sha256(data).hexdigest() if weights else hashlib.sha1(data).hexdigest()
             common = {"X_Repo_Commit": hub.commit, "ETag": f'"{etag}"', "Accept_Ranges": "bytes"}
-            start = 0
-            if asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
-                start = int(asked[1])
-                common["Content_Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            start, stop = 0, len(data)
+            if (asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))) and hub.fault != "no ranges":
+                start, stop = int(asked[1]), min(stop, int(asked[2] or len(data)) + 1)
+                common["Content_Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
             if hub.fault == "cut" and weights and self.command == "GET":
                 self.send_response(206 if start else 200)
                 for key, value in {"Content-Length": str(len(data) - start), **{k.replace("_", "-"): v for k, v in common.items()}}.items():
@@ -147,7 +147,7 @@ def serving(hub: Hub) -> Iterator[str]:
                 self.wfile.write(data[start : start + 1000] if start < 5000 else b"")
                 self.close_connection = True
                 return
-            self.answer(206 if start else 200, data[start:], **common)
+            self.answer(206 if "Content_Range" in common else 200, data[start:stop], **common)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -159,13 +159,19 @@ def serving(hub: Hub) -> Iterator[str]:
         server.server_close()
 
 
+def hub_environment(endpoint: str, cache: Path) -> dict[str, str]:
+    """The environment of a process whose hub is at `endpoint`."""
+    unwanted = ("HF_", "HUGGING", "TRANSFORMERS_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(unwanted) and "proxy" not in k.lower()}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache / "home"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return environment
+
+
 def ask(
     endpoint: str, cache: Path, *, name: str = "org/tiny", revision: str | None = None, offline: bool = False, **more: str
 ) -> dict[str, Any]:
     """resolve_model in a process of its own: the hub library reads its settings when it is imported."""
-    unwanted = ("HF_", "HUGGING", "TRANSFORMERS_")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(unwanted) and "proxy" not in k.lower()}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache / "home"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environment = hub_environment(endpoint, cache)
     command = [sys.executable, "-c", PROGRAM, json.dumps([name, revision, str(cache), offline])]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment | more, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

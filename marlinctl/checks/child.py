@@ -1,0 +1,68 @@
+"""Runs computing.py in a process of its own: a wheel for another processor, a sick driver or a half-installed library may crash or hang
+there, and what is left of the doctor tells about it.
+
+The child searches the modules that this process searches, in the same order: its sys.path is handed over.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+
+from marlinctl.checks.result import Check
+
+SECONDS = 180  # importing torch from a cold network drive takes a minute
+PROGRAM = "import sys; sys.path[:] = {path!r}; from marlinctl.checks.computing import main; main()"
+_CURES = {
+    "torch": "pip install --force-reinstall torch, in the variant for this processor and driver",
+    "gpu": "see nvidia-smi and the kernel's log (dmesg); until it works, give --device cpu",
+    "nvrtc": "pip install --force-reinstall cuda-bindings nvidia-cuda-nvrtc",
+}
+_DEFECT = "run marlinctl doctor again; if it stays, report it with this line"
+
+
+def computing(program: str = PROGRAM, seconds: float = SECONDS) -> list[Check]:
+    """program: Python, with {path!r} for sys.path. A process that dies or takes longer gives what it told, and one `fail`."""
+    command = [sys.executable, "-P", "-c", program.format(path=sys.path)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds, check=False)
+        output, errors, ended = done.stdout, done.stderr, _ended(done.returncode)
+    except subprocess.TimeoutExpired as late:
+        output, errors = _text(late.stdout), ""
+        ended = f"did not come back within {seconds:g} s"
+    checks, last = _read(output)
+    if ended is None:
+        return checks
+    told = errors.strip().splitlines()
+    found = f"the process that tested it {ended}{': ' + told[-1] if told else ''}"
+    return [*checks, Check(last, "fail", found, _CURES.get(last, _DEFECT))]
+
+
+def _read(output: str) -> tuple[list[Check], str]:
+    """The checks told, and the name of the one that was begun last. Libraries may print between the lines."""
+    checks, last = [], "torch"
+    for line in output.splitlines():
+        try:
+            told = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(told, dict) and "started" in told:
+            last = told["started"]
+        elif isinstance(told, dict) and told.keys() == {"name", "status", "found", "cure"}:
+            checks.append(Check(**told))
+    return checks, last
+
+
+def _ended(code: int) -> str | None:
+    if code == 0:
+        return None
+    if code < 0:
+        return f"was ended by {signal.Signals(-code).name}"
+    return f"ended with {code}"
+
+
+def _text(output: bytes | str | None) -> str:
+    """subprocess hands over bytes when the time is up, text or not."""
+    return output.decode("utf-8", "replace") if isinstance(output, bytes) else output or ""

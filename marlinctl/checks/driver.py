@@ -1,0 +1,77 @@
+"""Is there an NVIDIA device, and which driver serves it? Asked of the system alone, so that it is known when torch sees nothing.
+
+    device    PCI vendor 10de, class 03 (display) under /sys; or a device file /dev/nvidia0, which containers have
+    driver    its version from /sys/module/nvidia or /proc/driver/nvidia; the CUDA it knows from libcuda, which needs no device for that
+
+A driver runs programs built for its own major version of CUDA and older ones:
+https://docs.nvidia.com/deploy/cuda-compatibility/ (minor version compatibility: 13.x from driver 580 on, 12.x from 525 on).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from marlinctl.checks.result import Check
+
+OLDEST_DRIVER = {12: "525", 13: "580"}  # major version of CUDA -> major version of the driver
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    device: bool  # NVIDIA hardware, by PCI or device file
+    version: str | None  # of the kernel module, such as 580.65.06
+    cuda: tuple[int, int] | None  # the newest CUDA that libcuda knows; None: there is no libcuda that loads
+
+
+def find_driver(root: Path = Path("/"), library: str = "libcuda.so.1") -> Driver:
+    """root: where /sys, /proc and /dev lie."""
+    return Driver(_device(root), _version(root), _cuda(library))
+
+
+def driver(found: Driver) -> Iterator[Check]:
+    known = f"CUDA {found.cuda[0]}.{found.cuda[1]}" if found.cuda is not None else ""
+    if found.cuda is not None:
+        yield Check("driver", "ok", f"{found.version or 'version unknown'}, knows {known}")
+    elif found.version is not None:
+        cure = "in a container: start it with --gpus all and the NVIDIA container toolkit; else install the driver anew"
+        yield Check("driver", "warn", f"kernel module {found.version} is loaded, and libcuda.so.1 is not found", cure)
+    elif found.device:
+        yield Check("driver", "warn", "an NVIDIA device is there, and no driver", "install NVIDIA's driver; without it the CPU is used")
+    else:
+        yield Check("driver", "ok", "no NVIDIA device and no driver: the CPU is used")
+
+
+def _device(root: Path) -> bool:
+    if any((root / "dev").glob("nvidia[0-9]*")):
+        return True
+    for folder in (root / "sys/bus/pci/devices").glob("*"):
+        if _text(folder / "vendor") == "0x10de" and _text(folder / "class").startswith("0x03"):
+            return True
+    return False
+
+
+def _version(root: Path) -> str | None:
+    named = _text(root / "sys/module/nvidia/version") or _text(root / "proc/driver/nvidia/version")
+    found = re.search(r"\d{3}\.\d+(\.\d+)?", named)
+    return found[0] if found else None
+
+
+def _cuda(library: str) -> tuple[int, int] | None:
+    number = ctypes.c_int(0)
+    try:
+        if ctypes.CDLL(library).cuDriverGetVersion(ctypes.byref(number)) != 0:
+            return None
+    except (OSError, AttributeError):  # not there, not for this machine, or not a libcuda
+        return None
+    return number.value // 1000, number.value % 1000 // 10
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8", "replace").strip()
+    except OSError:
+        return ""

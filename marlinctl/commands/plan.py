@@ -1,0 +1,60 @@
+"""`marlinctl plan`: what compress would do, what it needs, whether it fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from marlinctl.commands.common import common_options
+from marlinctl.commands.recipe_flags import chosen_recipe, plan_flags, recipe_flags, refuse_unknown_dtype, size_in_bytes
+from marlinctl.console import Console
+from marlinctl.errors import CheckFailed
+
+
+@click.command("plan")
+@click.argument("model", metavar="MODEL")
+@click.option("--out", type=click.Path(path_type=Path), default=Path(), metavar="OUT", help="Where the result would lie. Default: here.")
+@click.option("--format", "fmt", metavar="ct|gptq|marlin|marlin_24", help="What OUT holds. Default: the recipe's first format, ct.")
+@click.option("--also", multiple=True, metavar="FORMAT", help="Publish this format too; may be given again.")
+@click.option("--distill-tokens", type=int, metavar="N", help="Train a pruned model on N tokens before it is quantized.")
+@recipe_flags
+@plan_flags
+@common_options
+def command(
+    console: Console, model: str, out: Path, fmt: str | None, also: tuple[str, ...], distill_tokens: int | None, **values: Any
+) -> None:
+    """Tell what compress would do, what it needs, and whether it fits.
+
+    \b
+    Example:
+        marlinctl plan Qwen/Qwen3-0.6B
+        marlinctl plan ./llama-70b --device cuda --device-memory 80GiB --also marlin
+        marlinctl plan ./model.gguf --recipe sparse-int4 --calibration text.jsonl --max-memory 8GiB --json
+
+    Lists which linears are compressed, skipped or kept, and why; the bytes of each output and who loads it; peak memory, disk and a
+    guess at the time. Reads config.json and the headers of the shards; of a hub model it fetches these alone. Exit code 1 where memory
+    or disk do not suffice; what a run would refuse is refused with the same error.
+    """
+    from marlinctl.plan_table import table
+    from marlinctl.planning import Settings, make_plan
+
+    refuse_unknown_dtype(values["dtype"])
+    formats = list(dict.fromkeys([*([fmt] if fmt else ["ct"] if also else []), *also])) or None
+    recipe = chosen_recipe(console, values, {"pack.formats": formats, "distill.tokens": distill_tokens})
+    settings = Settings(
+        out,
+        revision=values["revision"],
+        device=values["device"],
+        dtype=values["dtype"],
+        cache_dir=values["cache_dir"],
+        threads=values["threads"],
+        max_memory=size_in_bytes(values["max_memory"], "--max-memory"),
+        device_memory=size_in_bytes(values["device_memory"], "--device-memory"),
+        module_map=values["module_map"],
+    )
+    document = make_plan(model, recipe, settings, console)
+    console.result(table(document), document)
+    if not document["fits"]:
+        click.get_current_context().exit(CheckFailed.exit_code)

@@ -1,0 +1,114 @@
+"""How long a run takes, from counted operations and the rates of machines that were measured. A guess, and said to be one.
+
+    products     forward pass 2 N K a token, Gram matrix K² a token (twice both where the original walks along), sweeps R K² a stack
+    columns      a step of the sweep for each column of each stack: what a GPU waits for
+    elements     the scale search and the columns' arithmetic, a few passes over each weight for each candidate
+    bytes        read for the scan, read again, written, read back
+
+Rates are those of docs/comparison.md and docs/log (SmolLM2-135M, 2026-11): a core of an AMD EPYC without matrix units, a core of an Intel
+Xeon with AMX, an NVIDIA H200. Other machines differ; the order of magnitude is what the figure is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from marlinctl.memory import SELF_BATCH, Stage, Work, parameters, stages_of_block
+from marlinctl.models import Architecture, Block, Experts
+from marlinctl.recipe import Distill, Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Rates of one machine, all threads together."""
+
+    title: str
+    products: float  # operations a second in the dtype of the forward pass, a multiplication and an addition being two
+    full: float  # the same in float32, which solves use
+    column: float  # seconds of overhead for a step of the sweep
+    elements: float  # a second, in element-wise passes
+    memory: float  # bytes a second, for reading the whole model once a token
+    layer: float  # seconds of overhead for a block of one token
+
+
+_DISK = 5e8  # bytes a second, through checks and digests
+_START = 10.0  # seconds until torch and transformers are imported and the model is built
+_PASSES = 2 * 9 * 8  # the scale search: two signs, nine candidates, eight passes each
+
+
+def machine(device: str, cores: int, element: int, *, matrix_units: bool) -> Machine:
+    """The measured machine that comes closest."""
+    if device.startswith("cuda"):
+        return Machine("NVIDIA H200", 2e14, 3e13, 1e-4, 2e11, 2e12, 5e-4)
+    kind = "Intel Xeon with AMX" if matrix_units and element == 2 else "AMD EPYC"
+    rate = 2.35e11 if matrix_units and element == 2 else 9e10 if element == 2 else 3.5e10
+    return Machine(f"{cores} cores of an {kind}", cores * rate, cores * 3.5e10, 4e-6, cores * 1e9, 1.5e10, 1e-3)
+
+
+def seconds_of_walk(
+    architecture: Architecture, compressed: Mapping[str, int], work: Work, recipe: Recipe, speed: Machine, model_bytes: int
+) -> dict[str, float]:
+    """Seconds of each part of one walk."""
+    tokens = work.samples * work.length
+    twice = 2 if work.matches else 1
+    forward = gram = sweeps = columns = elements = 0.0
+    for block in architecture.blocks:
+        share = _share_of_tokens(block)
+        for stage, count in stages_of_block(block, compressed).items():
+            seen = tokens * (share if count > 1 else 1.0)
+            rows = stage.rows + stage.other_rows
+            forward += count * 2 * rows * stage.k * seen * twice
+            gram += count * stage.k**2 * seen * (3 if work.matches else 1)
+            s, c, e = _solve(stage, recipe)
+            sweeps, columns, elements = sweeps + count * s, columns + count * c, elements + count * e
+    parts = {
+        "start": _START,
+        "forward": forward / speed.products,
+        "gram": gram / speed.products,
+        "solve": sweeps / speed.full + columns * speed.column + elements / speed.elements,
+        "files": 3.5 * model_bytes / _DISK,
+    }
+    if work.writes_text:
+        parts["text"] = _writing(architecture, work, speed)
+    return parts
+
+
+def _share_of_tokens(block: Block) -> float:
+    """The part of the tokens that one expert sees."""
+    return block.mlp.top_k / block.mlp.count if isinstance(block.mlp, Experts) else 1.0
+
+
+def _solve(stage: Stage, recipe: Recipe) -> tuple[float, float, float]:
+    """Operations of products, columns visited, and element-wise passes of one stack."""
+    k, rows = stage.k, stage.rows
+    if not rows:
+        return 0.0, 0.0, 0.0
+    sweep = rows * k * k
+    quantizes, prunes = recipe.quantize.bits == 4, recipe.sparsify.pattern != "none"
+    operations, columns, passes = k**3 / 3.0, 0.0, 0.0
+    if quantizes:
+        rounds = 1 + 2 * recipe.quantize.refine
+        operations += rounds * sweep + recipe.quantize.refine * (2 + 4) * sweep
+        columns += rounds * k
+        passes += _PASSES + 8 * rounds
+    if prunes:
+        refined = recipe.sparsify.method == "refined"
+        operations += sweep + (2 * sweep * (recipe.sparsify.ls_iterations + recipe.sparsify.mask_sweeps) if refined else 0)
+        columns += k * (1 + (recipe.sparsify.mask_sweeps * 2 if refined else 0))
+        passes += 8 + (recipe.sparsify.mask_sweeps * 12 + recipe.sparsify.ls_iterations * 8 if refined else 0)
+    return operations, columns, passes * rows * k
+
+
+def _writing(architecture: Architecture, work: Work, speed: Machine) -> float:
+    """The model reads all its weights for each token that a batch of samples writes."""
+    batches = -(-work.samples // SELF_BATCH)
+    weights = parameters(architecture)
+    together = min(SELF_BATCH, work.samples)
+    step = max(weights * work.element / speed.memory, 2 * weights * together / speed.products) + len(architecture.blocks) * speed.layer
+    return batches * (work.length - 1) * step
+
+
+def seconds_of_training(architecture: Architecture, asked: Distill, speed: Machine) -> float:
+    """Student forward and backward, and the teacher's forward: 8 operations a weight and token, 10 with checkpointing."""
+    return asked.tokens * parameters(architecture) * (10 if asked.checkpointing else 8) / speed.products

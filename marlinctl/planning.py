@@ -1,0 +1,322 @@
+"""`plan`: what `compress` would do to a model, what it needs and whether it fits. Config and headers only, no torch.
+
+    headers ─► the checks of a run (preflight.py) ─► linears: compressed, skipped, kept
+                                                 ─► outputs, byte for byte (room.py)      ─┐
+                                                 ─► memory (memory.py) and disk (room.py) ─┼─► against what there is: fits, yes or no
+                                                 ─► time (estimate.py), a guess           ─┘
+
+The arithmetic has one home for plan and run. A recipe that prunes and distils runs in three stages, each of which is planned; the largest
+counts. What only weights tell is not known here: NaN and infinity, and masks that contradict their weights.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from marlinctl import estimate, room, runtimes
+from marlinctl.checkpoint import formats
+from marlinctl.checkpoint.headers import Headers, headers
+from marlinctl.checkpoint.writer import companions
+from marlinctl.console import Console
+from marlinctl.devices import free_device_memory, has_matrix_units, planned_dtype
+from marlinctl.errors import UsageError
+from marlinctl.memory import (
+    Work,
+    available_memory,
+    predicted_device_peak,
+    predicted_distillation,
+    predicted_peak,
+    predicted_repack,
+)
+from marlinctl.pattern import MASK_FILE, Pattern, from_headers
+from marlinctl.preflight import Looked, check_pattern, look, refuse_no_change
+from marlinctl.recipe import Recipe, recipe_hash, resolve
+
+_ELEMENT = {"bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Where the run would take place."""
+
+    out: Path  # OUT would lie here; it need not exist
+    revision: str | None = None
+    device: str = "cpu"
+    dtype: str = "auto"
+    cache_dir: Path | None = None
+    threads: int | None = None
+    max_memory: int | None = None  # bytes; None: what is free
+    device_memory: int | None = None  # bytes; None: what nvidia-smi says
+    module_map: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One resource: what is needed and what there is, in bytes."""
+
+    resource: str
+    needed: int
+    available: int | None
+    where: str
+
+    @property
+    def fits(self) -> bool:
+        return self.available is not None and self.needed <= self.available
+
+
+def make_plan(model: str, recipe: Recipe, settings: Settings, console: Console) -> dict[str, Any]:
+    """The plan as one JSON-ready document. Refuses what a run would refuse, with the same error ids."""
+    refuse_no_change(recipe)
+    if not settings.device.startswith(("cpu", "cuda")):
+        raise UsageError("E248", f"unknown device {settings.device}", where="--device", fix="give cpu, cuda or cuda:N")
+    with headers(model, revision=settings.revision, cache_dir=settings.cache_dir, offline=console.offline, console=console) as seen:
+        return _document(seen, recipe, settings, console)
+
+
+def _document(seen: Headers, recipe: Recipe, settings: Settings, console: Console) -> dict[str, Any]:
+    looked = look(seen.checkpoint, recipe, settings.module_map, console, files=seen.files)
+    found = from_headers(seen.checkpoint, looked.shapes, weights=seen.weights)
+    if not (found.origin is None and "marlin_24" in recipe.pack.formats and not seen.weights):
+        check_pattern(found, looked, recipe, console)
+    dtype = planned_dtype(settings.device, settings.dtype)
+    outputs = [_output(seen, looked, found, recipe, fmt) for fmt in _formats(recipe)]
+    small = sum(len(data) for _, data in companions(seen.checkpoint.folder)) if seen.files else 0
+    stages = _stages(recipe, looked, settings, _ELEMENT[dtype])
+    memory = _memory(looked, outputs, stages, recipe)
+    disk = _disk(seen, looked, found, outputs, small, stages, recipe)
+    checks = _checks(memory, disk, seen, settings)
+    info = seen.checkpoint.tensors
+    return {
+        "model": {
+            "name": seen.source.name,
+            "kind": seen.source.kind,
+            "revision": seen.source.revision,
+            "model_type": looked.architecture.model_type,
+            "blocks": len(looked.architecture.blocks),
+            "parameters": sum(prod(tensor.shape) for tensor in info.values()),
+            "bytes": sum(tensor.nbytes for tensor in info.values()),
+            "dtypes": sorted({tensor.dtype for tensor in info.values()}),
+        },
+        "recipe": {"name": recipe.name, "sha256": recipe_hash(recipe), **recipe.model_dump(mode="json", exclude={"name", "description"})},
+        "settings": {"device": settings.device, "dtype": dtype},
+        "linears": _linears(looked, found, recipe),
+        "outputs": [_describe(output, looked, found, recipe, seen, small) for output in outputs],
+        "memory": memory,
+        "disk": disk,
+        "time": _time(seen, looked, stages, recipe, settings, _ELEMENT[dtype]),
+        "checks": [{**asdict(check), "fits": check.fits} for check in checks],
+        "fits": all(check.fits for check in checks),
+        "notes": _notes(seen, found, recipe),
+    }
+
+
+def _formats(recipe: Recipe) -> tuple[str, ...]:
+    """What is published: at 16 bits the pruned model itself."""
+    return recipe.pack.formats if recipe.quantize.bits == 4 else ("dense",)
+
+
+def _masked(looked: Looked, found: Pattern, recipe: Recipe) -> tuple[str, ...]:
+    """The linears that are 2:4 in the end."""
+    return tuple(looked.shapes) if recipe.sparsify.pattern != "none" else found.linears
+
+
+def _output(seen: Headers, looked: Looked, found: Pattern, recipe: Recipe, fmt: str) -> room.Output:
+    return room.output(fmt, seen.checkpoint.tensors, looked.shapes, looked.plan.group_sizes, _masked(looked, found, recipe))
+
+
+# ---- stages: what runs one after another -----------------------------------------------------------------------------------------------
+
+
+def _stages(recipe: Recipe, looked: Looked, settings: Settings, element: int) -> list[tuple[str, Recipe, Work]]:
+    """The walks: one, or with distillation a first that prunes and a last that quantizes (pipeline.py)."""
+
+    def walk(name: str, part: Recipe) -> tuple[str, Recipe, Work]:
+        on_device = settings.device.startswith("cuda")
+        return name, part, Work.of(part, element=element, matches=looked.matches, on_device=on_device)
+
+    if recipe.sparsify.pattern == "none" or recipe.distill.tokens == 0:
+        return [walk("quantize" if recipe.sparsify.pattern == "none" else "prune", recipe)]
+    pruning, _ = resolve(recipe, {"quantize.bits": 16})
+    quantizing, _ = resolve(recipe, {"sparsify.pattern": "none"})
+    return [walk("prune", pruning), walk("quantize", quantizing)]
+
+
+def _distils(recipe: Recipe) -> bool:
+    return recipe.sparsify.pattern != "none" and recipe.distill.tokens > 0
+
+
+def _memory(looked: Looked, outputs: list[room.Output], stages: list[tuple[str, Recipe, Work]], recipe: Recipe) -> dict[str, Any]:
+    """Bytes at the peak of each stage, on the host and on the device. Evaluation takes what is free, or is left out (gate.py)."""
+    known, sizes = looked.architecture, looked.plan.group_sizes
+    host = {name: predicted_peak(known, sizes, work) for name, _, work in stages}
+    on_device = stages[0][2].on_device
+    device = {name: predicted_device_peak(known, sizes, work) for name, _, work in stages} if on_device else {}
+    if _distils(recipe):
+        training = predicted_distillation(known, recipe.distill)
+        host["distil"], device = (host["prune"], device | {"distil": training}) if on_device else (training, device)
+    if [output.format for output in outputs] not in (["ct"], ["dense"]):
+        host["pack"] = predicted_repack([n * k for n, k in looked.shapes.values()], [output.linears for output in outputs])
+    return {
+        "host": {"peak": max(host.values()), "stages": host},
+        "device": {"peak": max(device.values()), "stages": device} if device else None,
+    }
+
+
+def _disk(
+    seen: Headers,
+    looked: Looked,
+    found: Pattern,
+    outputs: list[room.Output],
+    small: int,
+    stages: list[tuple[str, Recipe, Work]],
+    recipe: Recipe,
+) -> dict[str, Any]:
+    """Bytes on the disk of OUT: at the fullest moment, and in the end. `fetch` is what a cache gets before."""
+    first = "ct" if recipe.quantize.bits == 4 else "dense"
+    walked = _output(seen, looked, found, recipe, first)
+    scratch = max(room.scratch_bytes(looked.architecture, work) for _, _, work in stages)
+    published = sum(output.on_disk + small for output in outputs)
+    extra = 0 if first in {output.format for output in outputs} else walked.on_disk + small
+    moments = {
+        "walk": room.needed_by_walk(walked, scratch) + small,
+        "publish": published + extra + sum(output.mask for output in outputs),
+    }
+    if _distils(recipe):
+        dense = _output(seen, looked, found, recipe, "dense")
+        training = room.needed_by_distillation(looked.architecture, dense.weights, recipe.distill)
+        moments["distil"] = 2 * (dense.on_disk + small) + training
+        moments["walk"] += dense.on_disk + small
+        moments["publish"] += dense.on_disk + small
+    return {"during": max(moments.values()), "outputs": published, "scratch": scratch, "moments": moments, "fetch": seen.to_fetch}
+
+
+def _checks(memory: Mapping[str, Any], disk: Mapping[str, Any], seen: Headers, settings: Settings) -> list[Check]:
+    limit = settings.max_memory
+    where = "free memory of this machine" if limit is None else "--max-memory"
+    checks = [Check("host memory", memory["host"]["peak"], available_memory() if limit is None else limit, where)]
+    if memory["device"] is not None:
+        card = None if settings.device_memory is not None else free_device_memory(settings.device)
+        available = settings.device_memory if settings.device_memory is not None else card[1] if card else None
+        title = "--device-memory" if settings.device_memory is not None else card[0] if card else "no GPU was found; give --device-memory"
+        checks.append(Check("GPU memory", memory["device"]["peak"], available, title))
+    place = _existing(settings.out)
+    needed = disk["during"]
+    if seen.to_fetch:
+        cache = _existing(seen.cache)
+        if cache.stat().st_dev == place.stat().st_dev:
+            needed += seen.to_fetch
+        else:
+            checks.append(Check("disk of the cache", seen.to_fetch, shutil.disk_usage(cache).free, str(cache)))
+    checks.append(Check("disk", needed, shutil.disk_usage(place).free, str(place)))
+    return checks
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above `path` that is there."""
+    path = path.expanduser().resolve()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+# ---- what the plan says --------------------------------------------------------------------------------------------------------------
+
+
+def _linears(looked: Looked, found: Pattern, recipe: Recipe) -> dict[str, Any]:
+    """Every matrix that a product is taken with, and what becomes of it."""
+    known, sizes = looked.architecture, looked.plan.group_sizes
+    four_bits = recipe.quantize.bits == 4
+    sparse = set(_masked(looked, found, recipe))
+    compressed = [
+        {
+            "name": name,
+            "shape": list(looked.shapes[name]),
+            "bits": 4 if four_bits else 16,
+            "group_size": size if four_bits else None,
+            "pattern": "2:4" if name in sparse else None,
+        }
+        for name, size in sizes.items()
+    ]
+    skipped = [{"name": name, "reason": reason} for name, reason in looked.plan.kept.items() if reason.startswith("--skip")]
+    kept = [{"name": name, "reason": reason} for name, reason in looked.plan.kept.items() if not reason.startswith("--skip")]
+    linears = {f"{name}.weight" for name in known.linears} | ({f"{known.head.name}.weight"} if known.head else set())
+    kept += [
+        {"name": name.removesuffix(".weight"), "reason": "embedding" if name == f"{known.embedding}.weight" else "router of the experts"}
+        for name, shape in known.expected.items()
+        if len(shape) == 2 and name not in linears
+    ]
+    return {"compressed": compressed, "skipped": skipped, "kept": kept}
+
+
+def _describe(output: room.Output, looked: Looked, found: Pattern, recipe: Recipe, seen: Headers, small: int) -> dict[str, Any]:
+    """One published folder: bytes and who loads it."""
+    weights = sum(n * k for n, k in looked.shapes.values())
+    readers = [runtime for runtime in runtimes.RUNTIMES if output.format in runtime.reads]
+    sizes = looked.plan.group_sizes if output.format != "dense" else {}
+    verdicts = runtimes.survey(looked.shapes, sizes, seen.checkpoint.config, (1,)) if sizes else []
+    warnings = runtimes.uneven(sizes, _ignored(looked, seen)) if output.format in ("ct", "gptq") else []
+    refused = {v.runtime: list(v.refused) for v in verdicts if v.refused and v.runtime in {runtime.name for runtime in readers}}
+    return {
+        "format": output.format,
+        "bits_per_weight": round(8 * output.linears / weights, 3),
+        "bytes": {
+            "weights": output.weights,
+            "linears": output.linears,
+            "untouched": output.untouched,
+            "mask": output.mask,
+            "companions": small,
+            "on_disk_about": output.on_disk + small,
+        },
+        "loads_in": runtimes.loaders(output.format, verdicts, uneven=bool(warnings)),
+        "refused_by": refused,
+        "warnings": warnings,
+    }
+
+
+def _ignored(looked: Looked, seen: Headers) -> list[str]:
+    shapes = {name: info.shape for name, info in seen.checkpoint.tensors.items() if name.removesuffix(".weight") not in looked.shapes}
+    return formats.sixteen_bit_linears(shapes, looked.shapes)
+
+
+def _time(
+    seen: Headers, looked: Looked, stages: list[tuple[str, Recipe, Work]], recipe: Recipe, settings: Settings, element: int
+) -> dict[str, Any]:
+    """Seconds of each part, and what they rest on."""
+    cores = settings.threads or _cores()
+    speed = estimate.machine(settings.device, cores, element, matrix_units=has_matrix_units())
+    size = sum(tensor.nbytes for tensor in seen.checkpoint.tensors.values())
+    parts: dict[str, float] = {}
+    for _, part, work in stages:
+        walk = estimate.seconds_of_walk(looked.architecture, looked.plan.group_sizes, work, part, speed, size)
+        parts = {name: parts.get(name, 0.0) + seconds for name, seconds in walk.items()} | {k: v for k, v in parts.items() if k not in walk}
+    if _distils(recipe):
+        parts["distil"] = estimate.seconds_of_training(looked.architecture, recipe.distill, speed)
+    return {
+        "seconds": round(sum(parts.values())),
+        "parts": {name: round(seconds, 1) for name, seconds in parts.items()},
+        "basis": f"counted operations at the rates measured on {speed.title}; downloads and evaluation apart; a factor of two either way",
+    }
+
+
+def _cores() -> int:
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
+def _notes(seen: Headers, found: Pattern, recipe: Recipe) -> list[str]:
+    notes = [seen.source.note] if seen.source.note else []
+    if recipe.quantize.bits == 16 and not _distils(recipe):
+        notes.append("at 16 bits this is what `marlinctl sparsify` writes")
+    if recipe.calibration.source == "self":
+        notes.append("--calibration self loads the whole model once to write its text; a file of text does not")
+    if found.linears and found.origin != MASK_FILE:
+        notes.append("the first row of the first linear is 2:4, so all linears are taken to be; the run looks at every weight")
+    if found.origin is None and not seen.weights and recipe.sparsify.pattern == "none" and "marlin_24" in recipe.pack.formats:
+        notes.append("marlin_24 holds 2:4 linears alone, and only weights tell whether these are: a dense model is refused (E273)")
+    if _distils(recipe):
+        notes.append("distillation is planned without its activations: --micro-batch and --checkpointing decide those")
+    return notes

@@ -1,0 +1,143 @@
+"""Everything that a run can be refused for before a weight is read: from config.json, names, shapes and the recipe, without torch.
+
+A run asks it first (opening.py), and so does `plan`, so that what a plan accepts is what the run accepts. Two checks need weights and
+belong to the run alone: the scan for NaN and infinity, and whether masks agree with the weights that they mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from marlinctl.checkpoint.config import check_remote_code, check_tokenizer, refuse_quantized
+from marlinctl.checkpoint.formats import misfits
+from marlinctl.checkpoint.reader import Checkpoint, check_expected
+from marlinctl.console import Console
+from marlinctl.errors import BadInput, Problem, UsageError
+from marlinctl.models import Architecture, Experts, LinearSpec, architecture
+from marlinctl.pattern import MASK_FILE, Pattern
+from marlinctl.recipe import Recipe
+from marlinctl.rules import Plan, plan
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """A model that fits its config and the recipe, as far as headers tell."""
+
+    architecture: Architecture
+    plan: Plan
+    shapes: Mapping[str, tuple[int, int]]  # the linears that are compressed -> (N, K)
+    matches: bool  # whether the original walks along (walk.py)
+
+
+def refuse_no_change(recipe: Recipe) -> None:
+    if recipe.quantize.bits == 16 and recipe.sparsify.pattern == "none":
+        raise UsageError("E272", "16 bits and no pattern: nothing would change", where="--bits 16", fix="--bits 4, or `marlinctl sparsify`")
+
+
+def look(checkpoint: Checkpoint, recipe: Recipe, module_map: Path | None, console: Console, *, files: bool = True) -> Looked:
+    """Config, tensors, tokenizer and rules. BadInput and UsageError list all that is wrong of a kind; notes are said.
+
+    files: False where there is no folder yet, because it will be made from a GGUF file, tokenizer and all.
+    """
+    refuse_quantized(checkpoint)
+    for note in (*checkpoint.notes, *(check_remote_code(checkpoint.folder, checkpoint.config) if files else ())):
+        console.warn(note)
+    known = architecture(checkpoint.config, module_map)
+    check_together(
+        lambda: check_expected(checkpoint, known.expected),
+        lambda: refuse_unexpected(checkpoint, known, checkpoint.tensors),
+        lambda: check_tokenizer(checkpoint.folder, checkpoint.config) if files else None,
+    )
+    # At 16 bits there are no groups, unless the recipe distils: then int4 comes last, and must not fail after hours of work.
+    groups = recipe.quantize.bits == 4 or recipe.distill.tokens > 0
+    rules = plan(
+        known,
+        group_size=recipe.quantize.group_size if groups else -1,
+        skip=recipe.quantize.skip,
+        overrides={pattern: override.group_size if groups else -1 for pattern, override in recipe.quantize.overrides.items()},
+        include=recipe.quantize.include,
+    )
+    shapes = {name: (spec.out_features, spec.in_features) for name, spec in _planned(known, rules).items()}
+    if recipe.sparsify.pattern == "2:4":
+        _refuse_odd_widths(shapes)
+    if problems := misfits(shapes, recipe.pack.formats):
+        raise BadInput.from_problems("E349", problems)
+    matches = recipe.quantize.match > 0
+    if matches and any(isinstance(block.mlp, Experts) for block in known.blocks):
+        console.warn("a model with experts: their router sends other tokens than the original's, so nothing is matched (--match 0)")
+        matches = False
+    return Looked(known, rules, shapes, matches)
+
+
+def check_pattern(found: Pattern, looked: Looked, recipe: Recipe, console: Console) -> None:
+    """A 2:4 pattern that the source has already: kept and said aloud, or refused where the recipe makes another or needs one."""
+    _say_pattern(found, len(looked.shapes), recipe, console)
+    _refuse_dense_tiles(found, looked.shapes, recipe)
+
+
+def check_together(*checks: Callable[[], None]) -> None:
+    """Run all checks of the checkpoint and list the problems of all of them."""
+    errors: list[BadInput] = []
+    for check in checks:
+        try:
+            check()
+        except BadInput as error:
+            errors.append(error)
+    if errors:
+        problems: list[Problem] = [problem for error in errors for problem in error.problems]
+        raise BadInput.from_problems(errors[0].error_id, problems)
+
+
+def refuse_unexpected(checkpoint: Checkpoint, known: Architecture, names: Iterable[str]) -> None:
+    """BadInput E396 for tensors that the model has no place for."""
+    extra = known.unexpected(dict.fromkeys(names))
+    if extra:
+        shown = ", ".join(extra[:5]) + (" ..." if len(extra) > 5 else "")
+        raise BadInput(
+            "E396",
+            f"{len(extra)} tensors have no place in the model that config.json describes: {shown}",
+            where=str(checkpoint.folder),
+            fix="config.json and the weights do not belong together (fewer layers than weights?); download both again",
+        )
+
+
+def _planned(known: Architecture, rules: Plan) -> dict[str, LinearSpec]:
+    specs = dict(known.linears) | ({rules.head.name: rules.head} if rules.head is not None else {})
+    return {name: specs[name] for name in rules.group_sizes}
+
+
+def _refuse_odd_widths(shapes: Mapping[str, tuple[int, int]]) -> None:
+    odd = [Problem(f"K={k} of {name} is not a multiple of 4", "--pattern 2:4", "--skip it") for name, (_, k) in shapes.items() if k % 4]
+    if odd:
+        raise UsageError.from_problems("E271", odd)
+
+
+def _say_pattern(found: Pattern, planned: int, recipe: Recipe, console: Console) -> None:
+    """A pattern that is there already is kept, and said aloud; to prune once more is refused."""
+    if not found.linears:
+        return
+    origin = "its mask file" if found.origin == MASK_FILE else "the zeros of its weights"
+    if recipe.sparsify.pattern != "none":
+        raise UsageError(
+            "E270",
+            f"{len(found.linears)} of {planned} linears are 2:4 already ({origin})",
+            where="--pattern 2:4",
+            fix="`marlinctl quantize` keeps the pattern; start from the dense model to prune anew",
+        )
+    console.say(f"{len(found.linears)} of {planned} linears are 2:4, by {origin}; the pattern is kept")
+    if len(found.linears) < planned:
+        console.warn(f"{planned - len(found.linears)} linears are not 2:4, so the result cannot be packed to marlin_24")
+
+
+def _refuse_dense_tiles(found: Pattern, shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> None:
+    """marlin_24 holds 2:4 linears alone: found out here, and not when hours of work are to be packed."""
+    dense = [name for name in shapes if name not in found.linears]
+    if "marlin_24" in recipe.pack.formats and recipe.sparsify.pattern == "none" and dense:
+        raise UsageError(
+            "E273",
+            f"the format marlin_24 needs 2:4 linears, and {len(dense)} of {len(shapes)} are not, {dense[0]} first",
+            where="--format marlin_24",
+            fix="--recipe sparse-int4, or prune the model first with `marlinctl sparsify`",
+        )

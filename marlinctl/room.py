@@ -1,0 +1,83 @@
+"""How many bytes of disk a run writes: its outputs, exactly, and what lies beside them while it runs. From names and shapes alone.
+
+walk      the finished linears in the interchange form, and the activations of one block in unnamed files (scratch.py)
+publish   every output at once: each is built beside its place and renamed
+mask      2:4 linears have one bit a weight in a file of its own, which is written twice: its header is known last
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from marlinctl.checkpoint import formats
+from marlinctl.checkpoint.header import TensorInfo
+from marlinctl.memory import Work, trained_weights
+from marlinctl.models import Architecture, Experts
+from marlinctl.recipe import Distill
+
+Shapes = Mapping[str, tuple[int, int]]  # linear -> (N, K)
+_PER_TENSOR = 600  # header, index, manifest and report, for each tensor; measured on the tests' models and SmolLM2
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one published folder holds, in bytes."""
+
+    format: str  # "dense": 16-bit linears with two survivors in each four
+    linears: int
+    untouched: int
+    mask: int
+    tensors: int  # how many
+
+    @property
+    def weights(self) -> int:
+        """All tensors together, without the headers of their files."""
+        return self.linears + self.untouched + self.mask
+
+    @property
+    def on_disk(self) -> int:
+        """With the small files whose size depends on the number of tensors."""
+        return self.weights + _PER_TENSOR * self.tensors
+
+
+def output(fmt: str, tensors: Mapping[str, TensorInfo], shapes: Shapes, sizes: Mapping[str, int], masked: Iterable[str]) -> Output:
+    """A folder in format `fmt` of a 16-bit model whose `shapes` are compressed. sizes: group sizes. masked: the 2:4 linears."""
+    weights = {f"{name}.weight" for name in shapes}
+    untouched = [info.nbytes for name, info in tensors.items() if name not in weights]
+    if fmt == "dense":
+        linears = sum(tensors[name].nbytes for name in weights)
+    else:
+        linears = sum(formats.linear_bytes(fmt, n, k, sizes[name]) for name, (n, k) in shapes.items())
+    each = len(formats.SUFFIXES[fmt])
+    named = [] if fmt == "marlin_24" else [shapes[name] for name in masked]
+    mask = sum(n * -(-k // 8) for n, k in named)
+    return Output(fmt, linears, sum(untouched), mask, len(untouched) + each * len(shapes) + len(named))
+
+
+def needed_by_walk(walked: Output, scratch: int) -> int:
+    """Bytes at the fullest moment of quantize or sparsify: activations are gone before the untouched tensors are copied."""
+    return max(walked.linears + walked.mask + scratch, walked.on_disk + walked.mask)
+
+
+def scratch_bytes(architecture: Architecture, work: Work) -> int:
+    """The unnamed files that hold activations beside the output: all slots of walk.py and original.py."""
+    tokens, hidden = work.samples * work.length, architecture.hidden_size
+    widths = {"branch input": hidden, "attention output": hidden, "between": 0}
+    for block in architecture.blocks:
+        for branch in (block.attention, block.mlp):
+            last = branch.last.format(e=0)
+            wide = block.linears[f"{block.prefix}.{last}"].in_features
+            widths["between"] = max(widths["between"], wide)
+            if isinstance(branch, Experts):
+                widths["experts output"] = hidden
+            elif work.matches:
+                widths |= {f"original {branch.first[0]}": hidden, f"original {last}": wide, f"residual {branch.module}": hidden}
+    return tokens * work.element * sum(widths.values())
+
+
+def needed_by_distillation(architecture: Architecture, result: int, asked: Distill) -> int:
+    """Bytes beside the result: two states (weights and two moments in float32) and what the teacher predicts."""
+    trained, blocks = trained_weights(architecture), len(architecture.blocks)
+    states = {"full": 2 * 12 * trained, "blockwise": 2 * 12 * trained // blocks + 4 * trained, "scales": result}[asked.mode]
+    return states + 12 * asked.cache_logits * asked.tokens
