@@ -341,7 +341,10 @@ def command(place: Path, out: Path, *more: str) -> list[str]:
 
 def start(place: Path, out: Path) -> subprocess.Popen[str]:
     """A real process, which has saved its first state when this returns."""
-    process = subprocess.Popen(command(place, out), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command(place, out), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell that runs tests in the background ignores it
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not JobFolder(out).path.joinpath("state.json").exists():
         assert process.poll() is None, process.stderr.read() if process.stderr else ""

@@ -1,7 +1,8 @@
 """Ctrl-C and SIGTERM, answered after the current step.
 
 The first signal is remembered, so that the step is finished and saved; a second one acts at once. After saving, `raise_again` lets the
-signal do what it does everywhere in marlinctl: the command line turns it into exit code 130 or 143.
+signal do what it does everywhere in marlinctl: the command line turns it into exit code 130 or 143. A signal that the process was started
+to ignore, as a shell does for what it runs in the background, stays ignored.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ class Stopping:
 
     def __enter__(self) -> Stopping:
         for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is signal.SIG_IGN:
+                continue
             try:
                 self._before[number] = signal.signal(number, self._remember)
             except ValueError:  # not the main thread: the embedding program owns the signals

@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 
 import pytest
 
 from marlinctl.distillation.stopping import Stopping
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """Python's own handler of SIGINT: a shell that runs tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    """A run in the background would save a state after every step, and never stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Stopping() as stopping:
+        signal.raise_signal(signal.SIGINT)
+        assert not stopping.asked
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_the_first_signal_is_remembered_and_raised_again() -> None:
