@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 
 BLOCKS = 2  # of each linear: 0.1 s for K = 4096 on one core
-STEPS = {"marlin": 16, "marlin_24": 32}  # of K, in one instruction of the tensor core
 ROWS = 16  # of activations: one tile of the tensor core
 
 
@@ -42,6 +41,9 @@ class KernelCheck:
 
 def check_kernels(checkpoint: Checkpoint, info: formats.FormatInfo, console: Console) -> KernelCheck:
     """Every native linear, a sample of its outputs. CheckFailed E113 lists the linears whose product is another."""
+    from marlinctl.kernels.emulate import BLOCK, SPARSE_STEP, STEP
+
+    step = SPARSE_STEP if info.name == "marlin_24" else STEP
     problems: list[Problem] = []
     unread: list[str] = []
     blocks = of_blocks = 0
@@ -49,11 +51,11 @@ def check_kernels(checkpoint: Checkpoint, info: formats.FormatInfo, console: Con
     with console.progress("read the tiles as a kernel does", len(info.layers)) as progress:
         for layer, group_size in info.layers.items():
             progress.advance()
-            if group_size != -1 and group_size % STEPS[info.name]:
+            if group_size != -1 and group_size % step:
                 unread.append(layer)
                 continue
             packed = tiles(checkpoint, info, layer)
-            there = packed.qweight.shape[1] // 128  # blocks of 64 outputs, two words each
+            there = packed.qweight.shape[1] // (2 * BLOCK)  # two words for each output of a block
             chosen = sample(layer, there)
             error, allowed = worst(packed, formats.read_parts(checkpoint, info, layer).weight(), chosen)
             if not error <= allowed:  # NaN too

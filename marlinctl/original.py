@@ -82,8 +82,9 @@ class Original:
     def token_scale(self, branch: Branch, part: slice) -> Tensor:
         """What the inputs of the branch's last linear are multiplied by, [B, L, 1] float32; the weight of a token is its square."""
         energy = self.energy[branch.module]
-        floor = torch.finfo(torch.float32).eps * energy.mean()
-        return (energy.mean() / energy[part].clamp_min(floor)).sqrt().unsqueeze(-1).to(self.device)
+        mean = energy[torch.isfinite(energy)].mean()  # a token whose stream overflowed is lost, and takes no other along
+        floor = torch.finfo(torch.float32).eps * mean
+        return (mean / energy[part].clamp_min(floor)).sqrt().unsqueeze(-1).to(self.device)
 
     def _slot(self, place: str, width: int) -> Tensor | FileTensor:
         return self.scratch.tensor(f"original {place}", (*self.hidden.shape[:2], width), self.dtype)

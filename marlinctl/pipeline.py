@@ -25,7 +25,7 @@ from marlinctl.evaluation.tasks import require_lm_eval
 from marlinctl.gate import Gate, GateRefused, measure
 from marlinctl.job import run_job
 from marlinctl.opening import Options
-from marlinctl.recipe import Recipe, recipe_hash, resolve
+from marlinctl.recipe import Recipe, divided, recipe_hash
 from marlinctl.repack import repack
 from marlinctl.report import report_files
 from marlinctl.verify import verify
@@ -86,15 +86,15 @@ def run_compress(
 
 def _interchange(model: str, work: Path, recipe: Recipe, options: Options, console: Console) -> tuple[dict[str, Any], Source]:
     """The 4-bit checkpoint in the interchange form, as work/ct, by one walk or by three stages."""
-    if recipe.sparsify.pattern == "none" or recipe.distill.tokens == 0:
+    parts = divided(recipe)
+    if parts is None:
         return run_job(model, work / "ct", recipe, options, console)
     from marlinctl.distill import run_distill
 
-    pruning, _ = resolve(recipe, {"quantize.bits": 16})
+    pruning, quantizing = parts
     pruned, source = run_job(model, work / "pruned", pruning, options, console)
     distilled = run_distill(str(work / "pruned"), work / "distilled", str(source.folder), recipe, options, console)
     shutil.rmtree(work / "pruned")
-    quantizing, _ = resolve(recipe, {"sparsify.pattern": "none"})
     report, _ = run_job(str(work / "distilled"), work / "ct", quantizing, replace(options, revision=None), console)
     stages = {
         "pruned": {key: pruned[key] for key in ("error", "seconds", "layers")},

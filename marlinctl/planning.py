@@ -36,7 +36,7 @@ from marlinctl.memory import (
 )
 from marlinctl.pattern import MASK_FILE, Pattern, from_headers
 from marlinctl.preflight import Looked, check_pattern, look, refuse_no_change
-from marlinctl.recipe import Recipe, recipe_hash, resolve
+from marlinctl.recipe import Recipe, divided, recipe_hash
 
 _ELEMENT = {"bfloat16": 2, "float32": 4}
 
@@ -140,15 +140,10 @@ def _stages(recipe: Recipe, looked: Looked, settings: Settings, element: int) ->
         on_device = settings.device.startswith("cuda")
         return name, part, Work.of(part, element=element, matches=looked.matches, on_device=on_device)
 
-    if recipe.sparsify.pattern == "none" or recipe.distill.tokens == 0:
+    parts = divided(recipe)
+    if parts is None:
         return [walk("quantize" if recipe.sparsify.pattern == "none" else "prune", recipe)]
-    pruning, _ = resolve(recipe, {"quantize.bits": 16})
-    quantizing, _ = resolve(recipe, {"sparsify.pattern": "none"})
-    return [walk("prune", pruning), walk("quantize", quantizing)]
-
-
-def _distils(recipe: Recipe) -> bool:
-    return recipe.sparsify.pattern != "none" and recipe.distill.tokens > 0
+    return [walk("prune", parts[0]), walk("quantize", parts[1])]
 
 
 def _memory(looked: Looked, outputs: list[room.Output], stages: list[tuple[str, Recipe, Work]], recipe: Recipe) -> dict[str, Any]:
@@ -157,7 +152,7 @@ def _memory(looked: Looked, outputs: list[room.Output], stages: list[tuple[str, 
     host = {name: predicted_peak(known, sizes, work) for name, _, work in stages}
     on_device = stages[0][2].on_device
     device = {name: predicted_device_peak(known, sizes, work) for name, _, work in stages} if on_device else {}
-    if _distils(recipe):
+    if divided(recipe) is not None:
         training = predicted_distillation(known, recipe.distill)
         host["distil"], device = (host["prune"], device | {"distil": training}) if on_device else (training, device)
     if [output.format for output in outputs] not in (["ct"], ["dense"]):
@@ -187,7 +182,7 @@ def _disk(
         "walk": room.needed_by_walk(walked, scratch) + small,
         "publish": published + extra + sum(output.mask for output in outputs),
     }
-    if _distils(recipe):
+    if divided(recipe) is not None:
         dense = _output(seen, looked, found, recipe, "dense")
         training = room.needed_by_distillation(looked.architecture, dense.weights, recipe.distill)
         moments["distil"] = 2 * (dense.on_disk + small) + training
@@ -293,7 +288,7 @@ def _time(
     for _, part, work in stages:
         walk = estimate.seconds_of_walk(looked.architecture, looked.plan.group_sizes, work, part, speed, size)
         parts = {name: parts.get(name, 0.0) + seconds for name, seconds in walk.items()} | {k: v for k, v in parts.items() if k not in walk}
-    if _distils(recipe):
+    if divided(recipe) is not None:
         parts["distil"] = estimate.seconds_of_training(looked.architecture, recipe.distill, speed)
     return {
         "seconds": round(sum(parts.values())),
@@ -309,7 +304,7 @@ def _cores() -> int:
 
 def _notes(seen: Headers, found: Pattern, recipe: Recipe) -> list[str]:
     notes = [seen.source.note] if seen.source.note else []
-    if recipe.quantize.bits == 16 and not _distils(recipe):
+    if recipe.quantize.bits == 16 and divided(recipe) is None:
         notes.append("at 16 bits this is what `marlinctl sparsify` writes")
     if recipe.calibration.source == "self":
         notes.append("--calibration self loads the whole model once to write its text; a file of text does not")
@@ -317,6 +312,6 @@ def _notes(seen: Headers, found: Pattern, recipe: Recipe) -> list[str]:
         notes.append("the first row of the first linear is 2:4, so all linears are taken to be; the run looks at every weight")
     if found.origin is None and not seen.weights and recipe.sparsify.pattern == "none" and "marlin_24" in recipe.pack.formats:
         notes.append("marlin_24 holds 2:4 linears alone, and only weights tell whether these are: a dense model is refused (E273)")
-    if _distils(recipe):
+    if divided(recipe) is not None:
         notes.append("distillation is planned without its activations: --micro-batch and --checkpointing decide those")
     return notes

@@ -166,6 +166,13 @@ def resolve(recipe: Recipe, overrides: Mapping[str, Any]) -> tuple[Recipe, list[
     return _validate(_Layer(values, places, Place(f"recipe {recipe.name}")), error_id="E211"), changes
 
 
+def divided(recipe: Recipe) -> tuple[Recipe, Recipe] | None:
+    """How `compress` divides a recipe that distils: what prunes before and what quantizes after. None: one walk does all."""
+    if recipe.sparsify.pattern == "none" or recipe.distill.tokens == 0:
+        return None
+    return resolve(recipe, {"quantize.bits": 16})[0], resolve(recipe, {"sparsify.pattern": "none"})[0]
+
+
 def with_sections(values: Mapping[str, Any]) -> dict[str, Any]:
     """{"group_size": 64} as `resolve` wants it: {"quantize.group_size": 64}. A key's name is unique over all sections."""
     homes = {field: f"{section}.{field}" for section in _SECTIONS for field in _keys_at((section,))}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.models import FAMILIES, Architecture, Branch, Experts, architecture
+from marlinctl.original import Original
 from marlinctl.quantize.types import Hessian
 from marlinctl.scratch import Scratch
 from marlinctl.skeleton import build as build_skeleton
@@ -152,6 +153,17 @@ def test_drift_is_the_difference_between_two_models(model_type: str, tmp_path: P
             gone = (their_streams[stream] - our_streams[stream])[counted].double()
             expected = x.T @ (gone * weighted[last]) / len(x)
             assert (found.double() - expected).norm() <= 1e-3 * expected.norm() + 1e-5, last
+
+
+def test_a_token_that_overflows_takes_no_other_along(tmp_path: Path) -> None:
+    """If one infinite stream made every weight NaN, a single bad token would end a run that may lose a tenth of them."""
+    cpu = torch.device("cpu")
+    original = Original(torch.zeros(1, 4, 8), lambda name: torch.empty(0), Scratch(tmp_path, cpu), cpu)
+    branch = Branch("mlp", ("up",), "down", False)
+    original.energy["mlp"] = torch.tensor([[1.0, 4.0, torch.inf, torch.nan]])
+    scale = original.token_scale(branch, slice(0, 1)).reshape(-1)
+    assert scale[:2].tolist() == pytest.approx([2.5**0.5, (2.5 / 4) ** 0.5])
+    assert not torch.isfinite(scale[3]) and scale[2] == 0
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "olmoe"])
