@@ -33,6 +33,7 @@ from marlinctl.gate import GateRefused
 from marlinctl.memory import CHUNK_TOKENS, peak_rss, release_heap
 from marlinctl.opening import Opened, Options, open_model
 from marlinctl.recipe import Recipe, recipe_hash
+from marlinctl.rehearsal import rehearse_before
 from marlinctl.report import report_files
 from marlinctl.scratch import Scratch
 from marlinctl.skeleton import build
@@ -63,6 +64,7 @@ def run_job(
     bits = recipe.quantize.bits
     fmt = "ct" if bits == 4 else "dense"
     with threads(options.threads), torch.no_grad():
+        rehearse_before(opened, recipe, console)
         calibration = load_calibration(
             recipe.calibration,
             opened.source.folder,

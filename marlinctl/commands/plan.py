@@ -19,23 +19,27 @@ from marlinctl.errors import CheckFailed
 @click.option("--format", "fmt", metavar="ct|gptq|marlin|marlin_24", help="What OUT holds. Default: the recipe's first format, ct.")
 @click.option("--also", multiple=True, metavar="FORMAT", help="Publish this format too; may be given again.")
 @click.option("--distill-tokens", type=int, metavar="N", help="Train a pruned model on N tokens before it is quantized.")
+@click.option("--probe", is_flag=True, help="Run the largest solve once, and tell the time from it.")
 @recipe_flags
 @plan_flags
 @common_options
 def command(
-    console: Console, model: str, out: Path, fmt: str | None, also: tuple[str, ...], distill_tokens: int | None, **values: Any
+    console: Console, model: str, out: Path, fmt: str | None, also: tuple[str, ...], distill_tokens: int | None, probe: bool, **values: Any
 ) -> None:
     """Tell what compress would do, what it needs, and whether it fits.
 
     \b
     Example:
         marlinctl plan Qwen/Qwen3-0.6B
+        marlinctl plan ./llama-8b --device cuda --probe
         marlinctl plan ./llama-70b --device cuda --device-memory 80GiB --also marlin
         marlinctl plan ./model.gguf --recipe sparse-int4 --calibration text.jsonl --max-memory 8GiB --json
 
     Lists which linears are compressed, skipped or kept, and why; the bytes of each output and who loads it; peak memory, disk and a
     guess at the time. Reads config.json and the headers of the shards; of a hub model it fetches these alone. Exit code 1 where memory
     or disk do not suffice; what a run would refuse is refused with the same error.
+
+    With --probe the largest solve runs once, on random numbers, and the time is told from what it took here.
     """
     from marlinctl.plan_table import table
     from marlinctl.planning import Settings, make_plan
@@ -53,6 +57,7 @@ def command(
         max_memory=size_in_bytes(values["max_memory"], "--max-memory"),
         device_memory=size_in_bytes(values["device_memory"], "--device-memory"),
         module_map=values["module_map"],
+        probe=probe,
     )
     document = make_plan(model, recipe, settings, console)
     console.result(table(document), document)
