@@ -41,8 +41,10 @@ class Arguments(ctypes.Structure):
     ]
 
 
-def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: Callable[[str], str] = lambda source: source) -> Launch:
-    """The kernel as a function; `edit` may break its sources first."""
+def library_of(
+    configuration: Configuration, dtype: torch.dtype, folder: Path, edit: Callable[[str], str] = lambda source: source
+) -> ctypes.CDLL:
+    """The kernel, built for the CPU; `edit` may break its sources first."""
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
@@ -53,7 +55,12 @@ def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: 
     defines = [f"-D{define}" for define in (*configuration.defines(dtype), f"SPARSE={int(configuration.sparse)}")]
     command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-w", f"-I{folder}", *defines, "-o", str(folder / "kernel.so")]
     subprocess.run([*command, str(SOFTWARE_GPU / "launch.cpp")], check=True)
-    library = ctypes.CDLL(str(folder / "kernel.so"))
+    return ctypes.CDLL(str(folder / "kernel.so"))
+
+
+def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: Callable[[str], str] = lambda source: source) -> Launch:
+    """The kernel as a function."""
+    library = library_of(configuration, dtype, folder, edit)
 
     def launch(
         activations: Tensor,
