@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.benchmarking.machine_code import resources
@@ -29,6 +28,8 @@ if TYPE_CHECKING:
     from marlinctl.console import Console
 
 DTYPES = ("float16", "bfloat16")
+EVERYWHERE = ("sm_80", "sm_86", "sm_89", "sm_90a")  # what launch.architecture_of answers
+RUNS = {"sm_90": "sm_90a"}  # a GPU of 9.0 is given the machine code of 90a, which may use all it has
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +54,14 @@ def offered(architecture: str, kind: str = "both") -> tuple[Configuration, ...]:
     return tuple(c for c in every if c.fits(architecture))
 
 
-def build(architectures: Sequence[str], *, only: Sequence[str], cache_dir: Path | None, console: Console) -> dict[str, Any]:
+def build(architectures: Sequence[str], *, only: Sequence[str], console: Console) -> dict[str, Any]:
     """Every configuration (or those named in `only`) for these architectures, in both types. Returns the JSON document.
 
     UsageError E291 for an unknown architecture or configuration; EnvironmentProblem E403, E404, E410 as cubins.telling raises them.
     """
     import torch
 
+    architectures = tuple(dict.fromkeys(RUNS.get(name, name) for name in architectures))
     _refuse_strangers(architectures, only)
     dtypes = {name: getattr(torch, name) for name in DTYPES}
     jobs = [(c, name, a) for a in architectures for c in offered(a) if not only or c.name in only for name in DTYPES]
@@ -67,7 +69,7 @@ def build(architectures: Sequence[str], *, only: Sequence[str], cache_dir: Path 
     built: list[Built] = []
     workers = os.cpu_count() or 1
     with console.progress("compile", len(jobs)) as progress, ThreadPoolExecutor(workers) as pool:
-        running = [pool.submit(_build, c, name, dtypes[name], a, cache_dir) for c, name, a in jobs]
+        running = [pool.submit(_build, c, name, dtypes[name], a) for c, name, a in jobs]
         try:
             for future in as_completed(running):
                 built.append(future.result())
@@ -82,9 +84,19 @@ def build(architectures: Sequence[str], *, only: Sequence[str], cache_dir: Path 
         "nvrtc": jit.compiler_version(),
         "workers": workers,
         "seconds": round(time.perf_counter() - started, 2),
-        "folder": str(kernel_folder(cache_dir)),
+        "folder": str(kernel_folder(None)),
         "built": [asdict(one) for one in built],
     }
+
+
+def default_architectures() -> tuple[str, ...]:
+    """Those of this machine's GPUs; without one, all that a GPU could ask for."""
+    import torch
+
+    from marlinctl.kernels.launch import architecture_of
+
+    there = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    return tuple(dict.fromkeys(architecture_of(torch.device("cuda", i)) for i in there)) or EVERYWHERE
 
 
 def build_table(document: dict[str, Any]) -> str:
@@ -120,8 +132,8 @@ def _refuse_strangers(architectures: Sequence[str], only: Sequence[str]) -> None
             raise UsageError("E291", f"there is no configuration {name} for {', '.join(architectures)}", where="--only", fix=fix)
 
 
-def _build(c: Configuration, name: str, dtype: torch.dtype, architecture: str, cache_dir: Path | None) -> Built:
-    folder, source, defines = kernel_folder(cache_dir), f"{c.kernel}.cu", c.defines(dtype)
+def _build(c: Configuration, name: str, dtype: torch.dtype, architecture: str) -> Built:
+    folder, source, defines = kernel_folder(None), f"{c.kernel}.cu", c.defines(dtype)
     started = time.perf_counter()
     with telling(folder, f"{source} for {architecture}"):
         cached = jit.cached(source, defines, architecture, folder)

@@ -98,17 +98,21 @@ def checkpoint_set(folder: Path, console: Console) -> tuple[LayerSet, Kind | Non
     fixed: dict[str, Kind] = {"marlin": "dense", "marlin_24": "sparse"}
     with open_checkpoint(folder, weight_files="auto") as checkpoint:
         info = formats.detect(checkpoint.config, checkpoint.tensors)
-        found = Counter(
-            (layer.rpartition(".")[2], *(_rounded(size) for size in formats.layer_shape(checkpoint, info, layer)), group_size)
-            for layer, group_size in info.layers.items()
-        )
-    layers = tuple(Layer(name, Shape(n, k, size), count) for (name, n, k, size), count in found.items() if size in GROUPS and _whole(k, size))
+        found: Counter[tuple[str, Shape]] = Counter()
+        for layer, group_size in info.layers.items():
+            n, k = formats.layer_shape(checkpoint, info, layer)
+            size = -1 if group_size == k else group_size
+            found[layer.rpartition(".")[2], Shape(_rounded(n), _rounded(k), size)] += 1
+    layers = tuple(Layer(name, shape, count) for (name, shape), count in found.items() if _multiplied(shape))
     left_out = sum(found.values()) - sum(layer.count for layer in layers)
     if left_out:
         console.warn(f"{left_out} of {sum(found.values())} linears have groups that no kernel multiplies; they are not measured")
     if not layers:
         raise UsageError(
-            "E292", f"there is no packed linear to measure ({info.name})", where=str(folder), fix="name a folder that `pack` wrote, or --layers"
+            "E292",
+            f"there is no packed linear to measure ({info.name})",
+            where=str(folder),
+            fix="name a folder that `pack` wrote, or --layers",
         )
     return LayerSet(folder.resolve().name, layers), fixed.get(info.name)
 
@@ -130,10 +134,11 @@ def checked(n: int, k: int, group_size: int) -> Shape:
     """UsageError E292 for what no tile holds."""
     if n % MULTIPLE or k % MULTIPLE or n < MULTIPLE or k < MULTIPLE:
         raise UsageError("E292", f"{n}x{k}: N and K of what is timed are multiples of 64", where="--shape", fix="round both up to 64")
-    if group_size not in GROUPS or not _whole(k, group_size):
+    shape = Shape(n, k, group_size)
+    if not _multiplied(shape):
         what = f"K={k} has no groups of {group_size}"
         raise UsageError("E292", what, where="--group-size", fix="give 32, 64, 128 or -1, of which K is a multiple")
-    return Shape(n, k, group_size)
+    return shape
 
 
 def _shape(text: str, group_size: int) -> Shape:
@@ -147,5 +152,6 @@ def _rounded(size: int) -> int:
     return -(-size // MULTIPLE) * MULTIPLE
 
 
-def _whole(k: int, group_size: int) -> bool:
-    return group_size == -1 or k % group_size == 0
+def _multiplied(shape: Shape) -> bool:
+    """Whether there is a kernel for its groups."""
+    return shape.group_size in GROUPS and (shape.group_size == -1 or shape.k % shape.group_size == 0)

@@ -29,7 +29,6 @@ from marlinctl.benchmarking.cases import LayerSet, Shape
 from marlinctl.benchmarking.timing import Sample
 from marlinctl.errors import BadInput, Problem
 
-VERSION = 1
 BITS = {"dense": 4, "sparse": 3}  # of a weight, metadata included, scales not
 Family = Literal["torch", "dense", "sparse", "peer"]
 
@@ -175,7 +174,7 @@ class Drift(_Part):
 
 class Document(_Part):
     kind: Literal["bench"] = "bench"
-    bench_version: Literal[1] = VERSION
+    bench_version: Literal[1] = 1
     machine: Machine
     settings: Settings
     ceilings: Ceilings | None

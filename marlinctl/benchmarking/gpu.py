@@ -30,7 +30,7 @@ def open_gpu(name: str) -> Gpu:
             "E420",
             "bench times kernels on an NVIDIA GPU, and torch sees none",
             where="this machine (`marlinctl doctor` says why)",
-            fix="compile the kernels here with --build, read tiles without a GPU with `marlinctl verify --kernels FOLDER`, or bench elsewhere",
+            fix="compile them here with --build; check a packed folder without a GPU with `marlinctl verify --kernels FOLDER`",
         )
     try:
         device = torch.device(name)
@@ -103,7 +103,6 @@ class Gpu:
         numbers = torch.randn(min(READ_BYTES, self.memory_bytes // 8) // 4, device=self.device, generator=generator)
         reading = take_turns(self, {"sum": Candidate(lambda i: numbers.sum(), 1)})["sum"].median
         read = numbers.numel() * 4 / reading * 1e6
-        del numbers
         a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=self.device, generator=generator).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
         multiplying = take_turns(self, {"matmul": Candidate(lambda i: torch.matmul(a, b.T, out=out), 1)})["matmul"].median

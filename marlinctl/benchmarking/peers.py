@@ -1,8 +1,8 @@
 """Other people's INT4 kernels, measured beside ours where they are installed. None of them is needed, and none comes with marlinctl.
 
-Words and scales are random and lie in the peer's own layout, in which every word is valid, so nothing of theirs is converted. Their interfaces
-change from release to release: before a call is made its keywords are compared with the signature of what is installed, and
-a peer whose interface is another is reported with the difference, not measured and not guessed at.
+Words and scales are random and lie in the peer's own layout, in which every word is valid, so nothing of theirs is converted. Their
+interfaces change from release to release: before a call is made its keywords are compared with the signature of what is installed, and a
+peer whose interface is another is reported with the difference, not measured and not guessed at.
 
     vLLM      Marlin (sm_80 and later) and Machete (sm_90)       vllm._custom_ops
     humming   W4A16                                              humming.layer, humming.tune
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from marlinctl.benchmarking.building import EVERYWHERE
 from marlinctl.benchmarking.cases import Shape
 from marlinctl.benchmarking.documents import PeerNote
 
@@ -97,7 +98,7 @@ def attribute(module: str, *names: str) -> Any:
     """The first of `names` that the module has: functions are renamed now and then. ApiDiffers where it has none."""
     try:
         found = import_module(module)
-    except Exception as error:  # an extension built for another torch fails in its own ways  # noqa: BLE001
+    except Exception as error:  # an extension built for another torch fails in its own ways
         raise ApiDiffers(f"{module} cannot be imported: {error}") from error
     for name in names:
         if hasattr(found, name):
@@ -169,7 +170,6 @@ def _humming(shape: Shape, dtype: torch.dtype, device: torch.device) -> Call:
     return lambda activations: layer(inputs=activations, compute_config=settings, tuning_config=tuned)
 
 
-EVERYWHERE = ("sm_80", "sm_86", "sm_89", "sm_90a")
 PEERS = (
     Peer("vllm marlin", "vllm", ("vllm",), EVERYWHERE, _vllm_marlin),
     Peer("vllm machete", "vllm", ("vllm",), ("sm_90a",), _machete),

@@ -23,7 +23,9 @@ def render(document: Document) -> str:
 
 
 def _cases_table(cases: Sequence[Case]) -> Table:
-    table = text_table("N x K", "M", "kernel", ">us", ">p20", ">p80", ">speed-up", ">TB/s", ">% of read", ">TFLOP/s", ">% of matmul", ">ideal us")
+    table = text_table(
+        "N x K", "M", "kernel", ">us", ">p20", ">p80", ">speed-up", ">TB/s", ">% of read", ">TFLOP/s", ">% of matmul", ">ideal us"
+    )
     for case in cases:
         first = True
         for timed in case.candidates:
@@ -66,9 +68,11 @@ def _set_table(one: Set) -> Table:
 
 def _notes(document: Document) -> Iterator[str]:
     machine, settings = document.machine, document.settings
-    yield f"{machine.gpu}, {machine.architecture}, torch {machine.torch}, CUDA {machine.cuda}, driver {machine.driver or 'unknown'}, {machine.date}"
+    versions = f"torch {machine.torch}, CUDA {machine.cuda}, driver {machine.driver or 'unknown'}"
+    yield f"{machine.gpu}, {machine.architecture}, {versions}, {machine.date}"
     group = "channel-wise" if settings.group_size == -1 else f"group size {settings.group_size}"
-    yield f"{settings.dtype}, {group}, random words and scales; time of a call in a CUDA graph, weights from memory, median of {settings.replays}"
+    how = f"time of a call in a CUDA graph, weights from memory, median of {settings.replays}"
+    yield f"{settings.dtype}, {group}, random words and scales; {how}"
     if document.ceilings is not None:
         rates = f"reads {document.ceilings.read / 1e12:.2f} TB/s, torch.matmul reaches {document.ceilings.matmul / 1e12:.0f} TFLOP/s"
         yield f"measured in this run: {rates}"

@@ -13,12 +13,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 L2_TIMES = 5
 REPLAYS = 20
 RUN_MICROSECONDS = 4000.0  # of one run: far above what starting it costs
 MOST_CALLS = 50
+TRIES = 3  # to learn how long a call takes, roughly
 LONG_MICROSECONDS = 20_000.0  # a call beyond this moves more than any cache holds: it needs no rotation
 
 
@@ -74,8 +76,9 @@ def take_turns(clock: Clock, candidates: Mapping[str, Candidate], *, replays: in
     """A sample of each candidate; the first turn warms up and is not counted."""
     runs: dict[str, tuple[Callable[[], None], int]] = {}
     for name, candidate in candidates.items():
-        candidate.call(0)  # what is compiled, loaded or allocated once
-        calls = calls_for(clock.microseconds(lambda c=candidate: c.call(0)), candidate.copies)  # type: ignore[misc]
+        one = partial(candidate.call, 0)
+        one()  # what is compiled, loaded or allocated once
+        calls = calls_for(min(clock.microseconds(one) for _ in range(TRIES)), candidate.copies)
         runs[name] = clock.record(candidate.call, calls), calls
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(1 + replays):

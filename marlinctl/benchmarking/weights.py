@@ -1,24 +1,18 @@
 """Random linears, made on the device that multiplies with them.
 
 Zeros draw less power than random bits and let a GPU clock higher (13 % on an H200), so every word, scale and metadata nibble is random:
-scales of both signs, and all six pairs of survivors of a quad. At the sizes that are timed the packer would take seconds, and every int32 is a
-valid word of MARLIN, so the words are drawn as they lie in the tiles.
+scales of both signs, and all six pairs of survivors of a quad. At the sizes that are timed the packer would take seconds, and every int32
+is a valid word of MARLIN, so the words are drawn as they lie in the tiles.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TypeVar
-
 import torch
-from torch import Tensor
 
 from marlinctl.benchmarking.cases import Kind, Shape
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 
 Packed = PackedLinear | PackedSparseLinear
-P = TypeVar("P", PackedLinear, PackedSparseLinear)
-
 PAIRS = tuple(first + 4 * second for second in range(4) for first in range(second))  # the nibbles of a quad's two survivors
 SCALE = 0.02
 
@@ -40,22 +34,16 @@ def random_packed(kind: Kind, shape: Shape, generator: torch.Generator) -> Packe
     return PackedSparseLinear(words, meta, scales, shape.n, shape.k, size)
 
 
-def tensors_of(p: Packed) -> dict[str, Tensor]:
-    names = ("qweight", "meta", "scales") if isinstance(p, PackedSparseLinear) else ("qweight", "scales")
-    return {name: getattr(p, name) for name in names}
-
-
 def packed_bytes(kind: Kind, shape: Shape) -> int:
     """Words, metadata and scales."""
     groups = 1 if shape.group_size == -1 else shape.k // shape.group_size
     return shape.n * shape.k * (3 if kind == "sparse" else 4) // 8 + 2 * groups * shape.n
 
 
-def columns(p: P, first: int, last: int) -> P:
+def columns(p: Packed, first: int, last: int) -> Packed:
     """Outputs first..last of a linear of whole tiles, multiples of 64: tiles do not know their neighbours."""
-    parts = {name: t[:, first:last] if name == "scales" else t[:, 2 * first : 2 * last] for name, t in tensors_of(p).items()}
-    return dataclasses.replace(p, **{name: t.contiguous() for name, t in parts.items()}, out_features=last - first)
-
-
-def on(p: P, device: torch.device) -> P:
-    return dataclasses.replace(p, **{name: tensor.to(device) for name, tensor in tensors_of(p).items()})
+    words = slice(2 * first, 2 * last)
+    qweight, scales = p.qweight[:, words].contiguous(), p.scales[:, first:last].contiguous()
+    if isinstance(p, PackedSparseLinear):
+        return PackedSparseLinear(qweight, p.meta[:, words].contiguous(), scales, last - first, p.in_features, p.group_size)
+    return PackedLinear(qweight, scales, last - first, p.in_features, p.group_size)
