@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.benchmarking.machine_code import resources
@@ -65,11 +66,12 @@ def build(architectures: Sequence[str], *, only: Sequence[str], console: Console
     _refuse_strangers(architectures, only)
     dtypes = {name: getattr(torch, name) for name in DTYPES}
     jobs = [(c, name, a) for a in architectures for c in offered(a) if not only or c.name in only for name in DTYPES]
+    folder = kernel_folder(None)
     started = time.perf_counter()
     built: list[Built] = []
     workers = os.cpu_count() or 1
     with console.progress("compile", len(jobs)) as progress, ThreadPoolExecutor(workers) as pool:
-        running = [pool.submit(_build, c, name, dtypes[name], a) for c, name, a in jobs]
+        running = [pool.submit(_build, c, name, dtypes[name], a, folder) for c, name, a in jobs]
         try:
             for future in as_completed(running):
                 built.append(future.result())
@@ -84,7 +86,7 @@ def build(architectures: Sequence[str], *, only: Sequence[str], console: Console
         "nvrtc": jit.compiler_version(),
         "workers": workers,
         "seconds": round(time.perf_counter() - started, 2),
-        "folder": str(kernel_folder(None)),
+        "folder": str(folder),
         "built": [asdict(one) for one in built],
     }
 
@@ -132,8 +134,8 @@ def _refuse_strangers(architectures: Sequence[str], only: Sequence[str]) -> None
             raise UsageError("E291", f"there is no configuration {name} for {', '.join(architectures)}", where="--only", fix=fix)
 
 
-def _build(c: Configuration, name: str, dtype: torch.dtype, architecture: str) -> Built:
-    folder, source, defines = kernel_folder(None), f"{c.kernel}.cu", c.defines(dtype)
+def _build(c: Configuration, name: str, dtype: torch.dtype, architecture: str, folder: Path) -> Built:
+    source, defines = f"{c.kernel}.cu", c.defines(dtype)
     started = time.perf_counter()
     with telling(folder, f"{source} for {architecture}"):
         cached = jit.cached(source, defines, architecture, folder)
