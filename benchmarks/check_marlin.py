@@ -84,6 +84,7 @@ def main() -> int:
     cache = arguments.cache or Path(tempfile.mkdtemp(prefix="marlin-"))
     loaded = [load(c, dtype, cache) for c, dtype in itertools.product(configurations, DTYPES)]
     figures: dict[str, Any] = {"gpu": gpu.name, "torch": torch.__version__, "date": str(today)}
+    figures |= {"architecture": architecture_of(torch.device("cuda", 0)), "dtype": arguments.dtype}
     both = [[k for k in loaded if k.configuration.sparse == sparse] for sparse in (False, True)]
     wrong = []
     if not arguments.time:

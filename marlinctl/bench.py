@@ -36,7 +36,7 @@ from marlinctl.benchmarking.documents import (
     make_drift,
     make_set,
 )
-from marlinctl.benchmarking.implementations import Operator, configured, fewest
+from marlinctl.benchmarking.implementations import Dequantized, Operator, configured, fewest
 from marlinctl.benchmarking.timing import REPLAYS, Candidate, Clock, copies_for, take_turns
 from marlinctl.benchmarking.weights import Packed, packed_bytes, random_packed
 from marlinctl.kernels import jit
@@ -108,8 +108,9 @@ def run(asked: Asked, gpu: Device, console: Console) -> Document:
         kernels: list[Kernel] = []
         if asked.every:
             every, kernels = configured(gpu.device, gpu.architecture, asked.kinds, asked.dtype, console)
-            ours += every
-            checked += fewest(every)
+            plain = [Dequantized(kind, asked.dtype) for kind in asked.kinds]
+            ours += [*plain, *every]
+            checked += [*plain, *fewest(every)]
         shapes = distinct(asked.sets)
         console.say(f"accuracy: {len(checked)} kernels, {len(shapes)} linears, against float64")
         found, problems = accuracy.check(checked, shapes, asked.tokens, gpu.device, thorough=True)

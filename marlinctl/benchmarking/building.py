@@ -21,11 +21,11 @@ from marlinctl.benchmarking.table import as_text, text_table
 from marlinctl.cubins import kernel_folder, telling
 from marlinctl.errors import UsageError
 from marlinctl.kernels import jit
-from marlinctl.kernels.configurations import DENSE, SHARED_BYTES, SPARSE, Configuration
+from marlinctl.kernels.configurations import SHARED_BYTES, Configuration
+from marlinctl.kernels.dispatch import configurations
+from marlinctl.kernels.launch import architecture_of, unpack_defines, unpack_shared_bytes
 
 if TYPE_CHECKING:
-    import torch
-
     from marlinctl.console import Console
 
 DTYPES = ("float16", "bfloat16")
@@ -49,10 +49,23 @@ class Built:
     code_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One compilation."""
+
+    name: str
+    kind: str
+    source: str
+    defines: tuple[str, ...]
+    dtype: str
+    architecture: str
+    shared_bytes: int
+
+
 def offered(architecture: str, kind: str = "both") -> tuple[Configuration, ...]:
     """The configurations that can run there. kind: dense, sparse or both."""
-    every = {"dense": DENSE, "sparse": SPARSE, "both": (*DENSE, *SPARSE)}[kind]
-    return tuple(c for c in every if c.fits(architecture))
+    kinds = ("dense", "sparse") if kind == "both" else (kind,)
+    return tuple(c for one in kinds for c in configurations(one) if c.fits(architecture))
 
 
 def build(architectures: Sequence[str], *, only: Sequence[str], console: Console) -> dict[str, Any]:
@@ -60,42 +73,35 @@ def build(architectures: Sequence[str], *, only: Sequence[str], console: Console
 
     UsageError E291 for an unknown architecture or configuration; EnvironmentProblem E403, E404, E410 as cubins.telling raises them.
     """
-    import torch
-
     architectures = tuple(dict.fromkeys(RUNS.get(name, name) for name in architectures))
     _refuse_strangers(architectures, only)
-    dtypes = {name: getattr(torch, name) for name in DTYPES}
-    jobs = [(c, name, a) for a in architectures for c in offered(a) if not only or c.name in only for name in DTYPES]
+    jobs = [job for a in architectures for job in _jobs(a) if not only or job.name in only]
     folder = kernel_folder(None)
     started = time.perf_counter()
-    built: list[Built] = []
+    built: dict[int, Built] = {}
     workers = os.cpu_count() or 1
     with console.progress("compile", len(jobs)) as progress, ThreadPoolExecutor(workers) as pool:
-        running = [pool.submit(_build, c, name, dtypes[name], a, folder) for c, name, a in jobs]
+        running = {pool.submit(_build, job, folder): i for i, job in enumerate(jobs)}
         try:
             for future in as_completed(running):
-                built.append(future.result())
+                built[running[future]] = future.result()
                 progress.advance()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    order = {(c.name, name, a): i for i, (c, name, a) in enumerate(jobs)}
-    built.sort(key=lambda b: order[b.configuration, b.dtype, b.architecture])
     return {
         "kind": "build",
         "nvrtc": jit.compiler_version(),
         "workers": workers,
         "seconds": round(time.perf_counter() - started, 2),
         "folder": str(folder),
-        "built": [asdict(one) for one in built],
+        "built": [asdict(built[i]) for i in range(len(jobs))],
     }
 
 
 def default_architectures() -> tuple[str, ...]:
     """Those of this machine's GPUs; without one, all that a GPU could ask for."""
     import torch
-
-    from marlinctl.kernels.launch import architecture_of
 
     there = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     return tuple(dict.fromkeys(architecture_of(torch.device("cuda", i)) for i in there)) or EVERYWHERE
@@ -122,34 +128,50 @@ def build_table(document: dict[str, Any]) -> str:
     return f"{as_text(table)}\n\n{counts} with {document['workers']} at a time, NVRTC {document['nvrtc']}; {document['folder']}"
 
 
+def _jobs(architecture: str) -> list[Job]:
+    """What an operator may ask for there: every configuration, and the kernel that makes a plain weight of tiles for many tokens."""
+    import torch
+
+    jobs = []
+    for dtype in DTYPES:
+        numbers = getattr(torch, dtype)
+        for c in offered(architecture):
+            kind = "sparse" if c.sparse else "dense"
+            jobs.append(Job(c.name, kind, f"{c.kernel}.cu", c.defines(numbers), dtype, architecture, c.shared_bytes))
+        for kind in ("dense", "sparse"):
+            sparse = kind == "sparse"
+            defines, shared = unpack_defines(sparse, numbers), unpack_shared_bytes(sparse)
+            jobs.append(Job(f"{'sparse-' if sparse else ''}unpack", kind, "unpack.cu", defines, dtype, architecture, shared))
+    return sorted(jobs, key=lambda job: job.kind)
+
+
 def _refuse_strangers(architectures: Sequence[str], only: Sequence[str]) -> None:
     for name in architectures:
         if name not in SHARED_BYTES:
             known = ", ".join(SHARED_BYTES)
             raise UsageError("E291", f"there are no kernels for {name}", where=f"--arch {name}", fix=f"known are {known}")
-    names = [c.name for a in architectures for c in offered(a)]
+    names = list(dict.fromkeys(job.name for architecture in architectures for job in _jobs(architecture)))
     for name in only:
         if name not in names:
-            fix = f"there are {', '.join(dict.fromkeys(names))}"
-            raise UsageError("E291", f"there is no configuration {name} for {', '.join(architectures)}", where="--only", fix=fix)
+            what = f"there is no kernel {name} for {', '.join(architectures)}"
+            raise UsageError("E291", what, where=f"--only {name}", fix=f"there are {', '.join(names)}")
 
 
-def _build(c: Configuration, name: str, dtype: torch.dtype, architecture: str, folder: Path) -> Built:
-    source, defines = f"{c.kernel}.cu", c.defines(dtype)
+def _build(job: Job, folder: Path) -> Built:
     started = time.perf_counter()
-    with telling(folder, f"{source} for {architecture}"):
-        cached = jit.cached(source, defines, architecture, folder)
-        code = jit.cubin(source, defines, architecture, folder)
+    with telling(folder, f"{job.source} for {job.architecture}"):
+        cached = jit.cached(job.source, job.defines, job.architecture, folder)
+        code = jit.cubin(job.source, job.defines, job.architecture, folder)
     found = resources(code)
     return Built(
-        configuration=c.name,
-        kind="sparse" if c.sparse else "dense",
-        dtype=name,
-        architecture=architecture,
+        configuration=job.name,
+        kind=job.kind,
+        dtype=job.dtype,
+        architecture=job.architecture,
         cached=cached,
         seconds=round(time.perf_counter() - started, 3),
         registers=found.registers,
         stack_bytes=found.stack_bytes,
-        shared_bytes=c.shared_bytes,
+        shared_bytes=job.shared_bytes,
         code_bytes=len(code),
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from marlinctl.benchmarking.building import offered
 from marlinctl.benchmarking.cases import Kind
@@ -20,7 +21,10 @@ from marlinctl.benchmarking.weights import Packed
 from marlinctl.console import Console
 from marlinctl.cubins import kernel_folder, telling
 from marlinctl.kernel_check import multiply
-from marlinctl.kernels.launch import LoadedKernel, launch, load
+from marlinctl.kernels.configurations import group_shift
+from marlinctl.kernels.dispatch import DEQUANTIZE
+from marlinctl.kernels.launch import LoadedKernel, launch, load, unpack
+from marlinctl.pack.types import PackedSparseLinear
 
 OPERATORS: dict[Kind, str] = {"dense": "int4", "sparse": "int4 2:4"}
 
@@ -38,6 +42,24 @@ class Operator:
 
     def run(self, activations: Tensor, p: Packed, bias: Tensor | None, out: Tensor) -> Tensor:
         return multiply(activations, p, bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Dequantized:
+    """What the operators do for many tokens, whatever M: a plain weight of the tiles, and torch.matmul with it."""
+
+    kind: Kind
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return dequantized_name(self.kind)
+
+    def run(self, activations: Tensor, p: Packed, bias: Tensor | None, out: Tensor) -> Tensor:
+        n, k = p.out_features, p.in_features
+        weights = (p.qweight, p.meta) if isinstance(p, PackedSparseLinear) else (p.qweight,)
+        weight = unpack(weights, p.scales, self.dtype, n, -(-k // 8) * 8, group_shift(p.group_size, k), kernel_folder(None))
+        return linear(activations, weight[:, :k], bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +104,10 @@ def configured(
             found += [Configured(kernel, ctas) for ctas in range(1, kernel.resident + 1)]
             progress.advance()
     return found, facts
+
+
+def dequantized_name(kind: Kind) -> str:
+    return f"{DEQUANTIZE} 2:4" if kind == "sparse" else DEQUANTIZE
 
 
 def fewest(implementations: Sequence[Configured]) -> Iterator[Configured]:

@@ -115,7 +115,7 @@ def _measure(console: Console, given: dict[str, Any]) -> None:
     import torch
 
     from marlinctl.bench import Asked, run
-    from marlinctl.benchmarking import cases
+    from marlinctl.benchmarking import cases, tuning
     from marlinctl.benchmarking.gpu import open_gpu
 
     tokens = cases.parse_tokens(given["tokens"]) if given["tokens"] else None
@@ -128,6 +128,10 @@ def _measure(console: Console, given: dict[str, Any]) -> None:
         tokens = tokens or cases.ROOFLINE_TOKENS
     kind: cases.Kind | None = given["kind"]
     gpu = open_gpu(given["device"])
+    table = tuning.read_own_table() if given["tune"] else None
+    if given["tune"]:
+        tokens = tokens or tuning.TOKENS
+        sets = sets or [cases.named_set(name, size) for name in tuning.SETS]
     if given["out"] is not None:
         _prepare_out(given["out"])
     if given["folder"] is not None:
@@ -146,6 +150,9 @@ def _measure(console: Console, given: dict[str, Any]) -> None:
         command=shlex.join(["marlinctl", *sys.argv[1:]]),
     )
     document = run(asked, gpu, console)
+    if table is not None:
+        path = tuning.write_own_table(tuning.merged(table, document))
+        console.say(f"{path}: the operators choose by these measurements from now on")
     _give(console, document, given["out"])
 
 

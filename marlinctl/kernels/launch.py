@@ -2,6 +2,7 @@
 
     configuration, dtype, device ─► jit.py ─► load: function of the driver, CTAs that fit ─┐
     activations, packed weight, bias, out ─────────────────────────────────────────────────┴─► launch ─► torch's current stream
+    packed weight ─► unpack: csrc/unpack.cu ───────────────────────────────────────────────────────────► the same
 
 A launch needs a workspace in which CTAs that share an output tile meet:
 
@@ -35,12 +36,27 @@ import torch
 from torch import Tensor
 
 from marlinctl.kernels import jit
-from marlinctl.kernels.configurations import Configuration, group_shift
+from marlinctl.kernels.configurations import NUMBERS, Configuration, group_shift
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 
 CHUNK_COUNTERS = 2**18  # that are allocated at a time
 FEWEST_COUNTERS = 2**10  # that a stream or capture is given, so that it rarely needs more later
 ALIGNMENT = 16  # bytes: every pointer that a kernel is given
+UNPACK_TILES, UNPACK_THREADS = 8, 256  # of a CTA of csrc/unpack.cu: rows of words, 64 columns wide
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A function of the driver on one device."""
+
+    handle: Any  # CUfunction
+    context: Any  # CUcontext, the device's primary one
+    device: torch.device  # with its index
+    threads: int
+    shared_bytes: int
+    resident: int  # CTAs that a multiprocessor holds at once
+    registers: int  # of a thread
+    local_bytes: int  # of a thread: 0, or registers were spilled
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +65,27 @@ class LoadedKernel:
 
     configuration: Configuration
     dtype: torch.dtype  # of activations and output
-    device: torch.device  # with its index
-    function: Any  # CUfunction of the driver
-    context: Any  # CUcontext, the device's primary one
-    resident: int  # CTAs that a multiprocessor holds at once
+    function: Function
     multiprocessors: int
-    registers: int  # of a thread
-    local_bytes: int  # of a thread: 0, or registers were spilled
+
+    @property
+    def device(self) -> torch.device:
+        return self.function.device
+
+    @property
+    def resident(self) -> int:
+        """CTAs that a multiprocessor holds at once."""
+        return self.function.resident
+
+    @property
+    def registers(self) -> int:
+        """Of a thread."""
+        return self.function.registers
+
+    @property
+    def local_bytes(self) -> int:
+        """Of a thread: 0, or registers were spilled."""
+        return self.function.local_bytes
 
     @property
     def name(self) -> str:
@@ -102,24 +132,29 @@ def _load(configuration: Configuration, dtype: torch.dtype, device: torch.device
     architecture = architecture_of(device)
     if not configuration.fits(architecture):
         raise ValueError(f"{configuration.name} does not fit {architecture}: it takes {configuration.shared_bytes} bytes of shared memory")
+    sizes = (configuration.threads, configuration.shared_bytes)
+    function = _load_function(configuration.kernel, configuration.defines(dtype), *sizes, device, folder)
+    return LoadedKernel(configuration, dtype, function, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _load_function(name: str, defines: tuple[str, ...], threads: int, shared_bytes: int, device: torch.device, folder: Path) -> Function:
+    """The function `name` of csrc/name.cu."""
     with torch.cuda.device(device):
         if torch.cuda.is_current_stream_capturing():
             what = "compiled or loaded while a CUDA graph is captured: call it once with as many rows before the capture"
-            raise RuntimeError(f"{configuration.name} cannot be {what}")
-        code = jit.cubin(f"{configuration.kernel}.cu", configuration.defines(dtype), architecture, folder)
+            raise RuntimeError(f"{name} ({', '.join(defines)}) cannot be {what}")
+        code = jit.cubin(f"{name}.cu", defines, architecture_of(device), folder)
         torch.zeros(1, device=device)  # torch makes the device's primary context, and makes it current
         driver = _driver()
         context = done(driver.cuDevicePrimaryCtxRetain(done(driver.cuDeviceGet(device.index))))
         library = done(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
-        function = done(driver.cuKernelGetFunction(done(driver.cuLibraryGetKernel(library, configuration.kernel.encode()))))
+        handle = done(driver.cuKernelGetFunction(done(driver.cuLibraryGetKernel(library, name.encode()))))
         attribute = driver.CUfunction_attribute
-        size = configuration.shared_bytes
-        done(driver.cuFuncSetAttribute(function, attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, size))
-        resident = done(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, configuration.threads, size))
-        registers = done(driver.cuFuncGetAttribute(attribute.CU_FUNC_ATTRIBUTE_NUM_REGS, function))
-        local_bytes = done(driver.cuFuncGetAttribute(attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, function))
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return LoadedKernel(configuration, dtype, device, function, context, resident, multiprocessors, registers, local_bytes)
+        done(driver.cuFuncSetAttribute(handle, attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes))
+        resident = done(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(handle, threads, shared_bytes))
+        registers = done(driver.cuFuncGetAttribute(attribute.CU_FUNC_ATTRIBUTE_NUM_REGS, handle))
+        local_bytes = done(driver.cuFuncGetAttribute(attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, handle))
+    return Function(handle, context, device, threads, shared_bytes, resident, registers, local_bytes)
 
 
 def launch(
@@ -165,20 +200,17 @@ def multiply(
     workspace: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """launch without its checks: for the operators, which have made theirs."""
-    device = kernel.device
+    function, configuration = kernel.function, kernel.configuration
+    device = function.device
     if torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
             multiply(kernel, activations, weights, scales, bias, out, shift, ctas, workspace)
         return
-    mine = _mine
-    if device.index not in mine.bound:  # a thread that torch has given no work yet has no context
-        done(_driver().cuCtxSetCurrent(kernel.context))
-        mine.bound.add(device.index)
-    (m, k), n, configuration = activations.shape, out.shape[1], kernel.configuration
+    (m, k), n = activations.shape, out.shape[1]
     stream = torch.cuda.current_stream(device).cuda_stream
     if workspace is None:
         partials = torch.empty(configuration.partial_floats(ctas), dtype=torch.float32, device=device)
-        counters = _counters_of(device.index).of(stream, configuration.output_tiles(m, n))
+        counters = _counters_of(device).of(stream, configuration.output_tiles(m, n))
     else:
         partials, counters = workspace[0], workspace[1].data_ptr()
     pointers = [
@@ -190,24 +222,90 @@ def multiply(
         partials.data_ptr(),
         counters,
     ]
-    arguments = mine.sparse if configuration.sparse else mine.dense
+    arguments = _mine.sparse if configuration.sparse else _mine.dense
     arguments.pack(*pointers, m, n, k, shift)
-    done(
-        _driver().cuLaunchKernel(
-            kernel.function, ctas, 1, 1, configuration.threads, 1, 1, configuration.shared_bytes, stream, arguments.address, 0
-        )
-    )
+    _enqueue(function, ctas, stream, arguments)
+
+
+# A dense weight out of tiles
+
+
+def unpack(
+    weights: tuple[Tensor, ...],  # qweight, and of 2:4 meta; contiguous, aligned
+    scales: Tensor,
+    dtype: torch.dtype,
+    n: int,
+    k: int,  # a multiple of 8, up to K'; what lies beyond the true K is zero
+    shift: int,  # of configurations.group_shift
+    folder: Path,
+) -> Tensor:  # [N, K]
+    """The weight in `dtype`, each code times its scale rounded once, on torch's current stream of the tensors' device."""
+    device = scales.device
+    if torch.cuda.current_device() != device.index:
+        with torch.cuda.device(device):
+            return unpack(weights, scales, dtype, n, k, shift, folder)
+    sparse = len(weights) == 2
+    function = load_unpack(sparse, dtype, device, folder)
+    weight = torch.empty(n, k, dtype=dtype, device=device)
+    meta = weights[1].data_ptr() if sparse else 0
+    arguments = _mine.unpack
+    arguments.pack(weights[0].data_ptr(), meta, scales.data_ptr(), weight.data_ptr(), n, k, shift)
+    ctas = -(-n // 64) * -(-k // (UNPACK_TILES * unpack_tile(sparse)))
+    _enqueue(function, ctas, torch.cuda.current_stream(device).cuda_stream, arguments)
+    return weight
+
+
+def unpack_tile(sparse: bool) -> int:
+    """K of a row of words."""
+    return 32 if sparse else 16
+
+
+def unpack_defines(sparse: bool, dtype: torch.dtype) -> tuple[str, ...]:
+    return (f"NUMBER={NUMBERS[dtype]}", f"SPARSE={int(sparse)}", f"SHARED_BYTES={unpack_shared_bytes(sparse)}")
+
+
+def unpack_shared_bytes(sparse: bool) -> int:
+    """64 rows of the tiles' k, each a little longer, as unpack.cu says."""
+    return 64 * (UNPACK_TILES * unpack_tile(sparse) * 2 + (32 if sparse else 16))
+
+
+def load_unpack(sparse: bool, dtype: torch.dtype, device: torch.device, folder: Path) -> Function:
+    """The function, loaded once; raises what load raises."""
+    key = (sparse, dtype, device.index)
+    known = _unpacks.get(key)
+    if known is None:
+        with _lock:
+            defines, shared_bytes = unpack_defines(sparse, dtype), unpack_shared_bytes(sparse)
+            known = _unpacks.get(key) or _load_function("unpack", defines, UNPACK_THREADS, shared_bytes, device, folder)
+            _unpacks[key] = known
+    return known
+
+
+_unpacks: dict[tuple[bool, torch.dtype, int | None], Function] = {}
+
+
+# Arguments
+
+
+def _enqueue(function: Function, ctas: int, stream: int, arguments: _Arguments) -> None:
+    """The device of the function is torch's current one."""
+    mine = _mine
+    if function.device.index not in mine.bound:  # a thread that torch has given no work yet has no context
+        done(_driver().cuCtxSetCurrent(function.context))
+        mine.bound.add(function.device.index)
+    sizes = (ctas, 1, 1, function.threads, 1, 1, function.shared_bytes)
+    done(_driver().cuLaunchKernel(function.handle, *sizes, stream, arguments.address, 0))
 
 
 class _Arguments:
     """The arguments of a launch in one buffer, and the array of their addresses that the driver wants: made once, filled each time."""
 
-    def __init__(self, pointers: int) -> None:
-        layout = struct.Struct(f"{pointers}Q3Ii")  # .., m, n, k, group_shift
+    def __init__(self, pointers: int, sizes: int) -> None:
+        layout = struct.Struct(f"{pointers}Q{sizes}Ii")  # .., m, n, k, group_shift
         buffer = ctypes.create_string_buffer(layout.size)
         start = ctypes.addressof(buffer)
         places = [start + 8 * i for i in range(pointers)]
-        places += [start + 8 * pointers + 4 * i for i in range(4)]
+        places += [start + 8 * pointers + 4 * i for i in range(sizes + 1)]
         self._addresses = (ctypes.c_void_p * len(places))(*places)
         self.address = ctypes.addressof(self._addresses)  # the driver copies the arguments before the launch returns
         self.pack = partial(layout.pack_into, buffer, 0)
@@ -217,8 +315,8 @@ class _Mine(threading.local):
     """What each thread has for itself: the driver reads arguments while other threads run."""
 
     def __init__(self) -> None:
-        self.dense, self.sparse = _Arguments(7), _Arguments(8)
-        self.bound: set[int] = set()  # devices whose context has been current here
+        self.dense, self.sparse, self.unpack = _Arguments(7, 3), _Arguments(8, 3), _Arguments(4, 2)
+        self.bound: set[int | None] = set()  # devices whose context has been current here
 
 
 _mine = _Mine()
@@ -261,14 +359,14 @@ class Counters:
             return address, size
 
 
-_counters: dict[int, Counters] = {}
+_counters: dict[int | None, Counters] = {}
 
 
-def _counters_of(index: int) -> Counters:
-    found = _counters.get(index)
+def _counters_of(device: torch.device) -> Counters:
+    found = _counters.get(device.index)
     if found is None:
         with _lock:
-            found = _counters.setdefault(index, Counters(_zeroed, _capture_of))
+            found = _counters.setdefault(device.index, Counters(_zeroed, _capture_of))
     return found
 
 

@@ -18,10 +18,14 @@ import torch
 
 from marlinctl.kernels import launch as launcher
 from marlinctl.kernels.configurations import Configuration
-from marlinctl.kernels.launch import LoadedKernel
-from tests.kernels.test_marlin_source import Arguments, library_of
+from marlinctl.kernels.launch import UNPACK_THREADS, Function, LoadedKernel, unpack_defines, unpack_shared_bytes
+from tests.kernels.test_marlin_source import Arguments, compiled, library_of
 
 DEVICE = torch.device("cpu")
+KINDS = dict(Arguments._fields_)
+SPARSE = list(KINDS)  # the arguments of each kernel, in order
+DENSE = [name for name in KINDS if name != "meta"]
+UNPACK = ["qweight", "meta", "scales", "out", "n", "k", "group_shift"]
 
 
 class Status(IntEnum):
@@ -82,12 +86,8 @@ class SoftwareDriver:
         self, function: Any, x: int, y: int, z: int, threads: int, ty: int, tz: int, shared: int, stream: int, params: int, extra: int
     ) -> tuple[Status]:
         assert (y, z, ty, tz, extra) == (1, 1, 1, 1, 0)
-        addresses = (ctypes.c_void_p * (12 if function.sparse else 11)).from_address(params)
-        names = [name for name, _ in Arguments._fields_ if function.sparse or name != "meta"]
-        given = {}
-        for name, address in zip(names, addresses, strict=True):
-            kind = dict(Arguments._fields_)[name]
-            given[name] = kind.from_address(address).value
+        addresses = (ctypes.c_void_p * len(function.names)).from_address(params)
+        given = {name: KINDS[name].from_address(address).value for name, address in zip(function.names, addresses, strict=True)}
         self.launches.append(SimpleNamespace(**given, ctas=x, threads=threads, shared=shared, stream=stream))
         if self.status is not Status.CUDA_SUCCESS:
             return (self.status,)
@@ -113,5 +113,14 @@ def software_kernel(
 ) -> LoadedKernel:
     """A loaded kernel. Without a folder to build it in, its launches are told and nothing is computed."""
     library = None if folder is None else library_of(configuration, dtype, folder / f"{configuration.name}-{str(dtype)[6:]}")
-    function = SimpleNamespace(library=library, sparse=configuration.sparse)
-    return LoadedKernel(configuration, dtype, DEVICE, function, "context", resident, multiprocessors, registers=0, local_bytes=0)
+    handle = SimpleNamespace(library=library, names=SPARSE if configuration.sparse else DENSE)
+    sizes = (configuration.threads, configuration.shared_bytes, resident)
+    return LoadedKernel(configuration, dtype, Function(handle, "context", DEVICE, *sizes, registers=0, local_bytes=0), multiprocessors)
+
+
+def software_unpack(sparse: bool, dtype: torch.dtype, folder: Path) -> Function:
+    """csrc/unpack.cu, as launch.load_unpack hands it out."""
+    defines = (*unpack_defines(sparse, dtype), "UNPACK=1")
+    library = compiled("unpack", defines, folder / f"unpack-{sparse}-{str(dtype)[6:]}")
+    handle = SimpleNamespace(library=library, names=UNPACK)
+    return Function(handle, "context", DEVICE, UNPACK_THREADS, unpack_shared_bytes(sparse), resident=1, registers=0, local_bytes=0)
