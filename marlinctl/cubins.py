@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from marlinctl.checkpoint.source import writable_cache
 from marlinctl.errors import EnvironmentProblem
 from marlinctl.kernels import jit
 
@@ -23,8 +22,8 @@ def kernel_cubin(source: str, defines: Sequence[str], architecture: str, cache_d
 
 
 def kernel_folder(cache_dir: Path | None) -> Path:
-    """Where the machine code lies, which is also where the operators look for it."""
-    return writable_cache(cache_dir) / "kernels"
+    """Where the machine code lies. None is where the operators look for it."""
+    return jit.default_folder() if cache_dir is None else cache_dir / "kernels"
 
 
 @contextmanager

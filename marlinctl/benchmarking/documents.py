@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, ValidationError
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from marlinctl.benchmarking.cases import LayerSet, Shape
 from marlinctl.benchmarking.timing import Sample
@@ -33,11 +33,8 @@ BITS = {"dense": 4, "sparse": 3}  # of a weight, metadata included, scales not
 Family = Literal["torch", "dense", "sparse", "peer"]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Clocks(_Part):
+@dataclass(frozen=True, slots=True)
+class Clocks:
     """As nvidia-smi reads them; None where it is not there. Nothing is ever set."""
 
     sm_mhz: float | None = None
@@ -46,7 +43,8 @@ class Clocks(_Part):
     temperature: float | None = None
 
 
-class Machine(_Part):
+@dataclass(frozen=True, slots=True)
+class Machine:
     gpu: str
     architecture: str
     multiprocessors: int
@@ -62,7 +60,8 @@ class Machine(_Part):
     clocks_at_end: Clocks
 
 
-class Settings(_Part):
+@dataclass(frozen=True, slots=True)
+class Settings:
     dtype: str
     kinds: list[str]
     tokens: list[int]
@@ -72,12 +71,14 @@ class Settings(_Part):
     command: str
 
 
-class Ceilings(_Part):
+@dataclass(frozen=True, slots=True)
+class Ceilings:
     read: float
     matmul: float
 
 
-class Kernel(_Part):
+@dataclass(frozen=True, slots=True)
+class Kernel:
     name: str
     kind: str
     dtype: str
@@ -88,7 +89,8 @@ class Kernel(_Part):
     resident: int
 
 
-class Worst(_Part):
+@dataclass(frozen=True, slots=True)
+class Worst:
     name: str
     kind: str
     dtype: str
@@ -98,19 +100,22 @@ class Worst(_Part):
     gate: float
 
 
-class Accuracy(_Part):
+@dataclass(frozen=True, slots=True)
+class Accuracy:
     checks: int
     worst: list[Worst]
 
 
-class PeerNote(_Part):
+@dataclass(frozen=True, slots=True)
+class PeerNote:
     name: str
     version: str | None
     status: Literal["measured", "absent", "differs", "failed"]
     why: str
 
 
-class Timed(_Part):
+@dataclass(frozen=True, slots=True)
+class Timed:
     name: str
     family: Family
     us: float
@@ -124,7 +129,8 @@ class Timed(_Part):
     of_matmul: float  # share of the matmul rate
 
 
-class Case(_Part):
+@dataclass(frozen=True, slots=True)
+class Case:
     n: int
     k: int
     m: int
@@ -141,7 +147,8 @@ class Case(_Part):
         return next((one for one in self.candidates if one.name == name), None)
 
 
-class SetLayer(_Part):
+@dataclass(frozen=True, slots=True)
+class SetLayer:
     name: str
     n: int
     k: int
@@ -149,7 +156,8 @@ class SetLayer(_Part):
     count: int
 
 
-class Sum(_Part):
+@dataclass(frozen=True, slots=True)
+class Sum:
     m: int
     name: str
     family: Family
@@ -158,23 +166,33 @@ class Sum(_Part):
     shares: list[float]  # of each layer, in their order; they add up to 1
 
 
-class Set(_Part):
+@dataclass(frozen=True, slots=True)
+class Ideal:
+    """What reading at the read rate and multiplying at the matmul rate would give for the whole set."""
+
+    kind: str
+    m: int
+    speedup: float
+
+
+@dataclass(frozen=True, slots=True)
+class Set:
     name: str
     layers: list[SetLayer]
     sums: list[Sum]
-    ideal: dict[str, dict[int, float]]  # kind -> m -> speedup
+    ideal: list[Ideal]
 
 
-class Drift(_Part):
+@dataclass(frozen=True, slots=True)
+class Drift:
     n: int
     k: int
     m: int
     ratios: dict[str, float]  # candidate -> its time at the end over its time at the start
 
 
-class Document(_Part):
-    kind: Literal["bench"] = "bench"
-    bench_version: Literal[1] = 1
+@dataclass(frozen=True, slots=True)
+class Document:
     machine: Machine
     settings: Settings
     ceilings: Ceilings | None
@@ -184,9 +202,11 @@ class Document(_Part):
     cases: list[Case]
     sets: list[Set]
     drift: Drift | None
+    kind: Literal["bench"] = "bench"
+    bench_version: Literal[1] = 1
 
     def as_json(self) -> dict[str, Any]:
-        return self.model_dump(mode="json")
+        return asdict(self)
 
 
 def read_document(path: Path) -> Document:
@@ -200,13 +220,12 @@ def read_document(path: Path) -> Document:
         raise BadInput("E398", f"this is no JSON file: {error}", where=str(path), fix=again) from error
     if isinstance(content, dict):
         content.pop("schema_version", None)  # of the console, where --json was redirected into a file
-    try:
-        return Document.model_validate(content)
-    except ValidationError as error:
-        problems = [
-            Problem(f"{'.'.join(map(str, one['loc'])) or 'the document'}: {one['msg']}", str(path), again) for one in error.errors()[:10]
-        ]
-        raise BadInput.from_problems("E398", problems) from error
+    wrong: list[str] = []
+    document = _read(Document, content, "", wrong)
+    if wrong:
+        raise BadInput.from_problems("E398", [Problem(line, str(path), again) for line in wrong[:10]])
+    assert isinstance(document, Document)
+    return document
 
 
 def write_document(document: Document, path: Path) -> None:
@@ -267,7 +286,7 @@ def make_set(one: LayerSet, cases: Iterable[Case]) -> Set:
         SetLayer(name=layer.name, n=layer.shape.n, k=layer.shape.k, group_size=layer.shape.group_size, count=layer.count)
         for layer in one.layers
     ]
-    ideal: dict[str, dict[int, float]] = {}
+    ideal: list[Ideal] = []
     sums: list[Sum] = []
     for m in sorted({m for _, m in by_place}):
         parts = [(by_place.get((layer.shape, m)), layer.count) for layer in one.layers]
@@ -283,7 +302,7 @@ def make_set(one: LayerSet, cases: Iterable[Case]) -> Set:
                 family = next(timed.family for timed in there[0][0].candidates if timed.name == name)
                 sums.append(_sum(name, family, m, times, baseline))
         for kind in there[0][0].ideal:
-            ideal.setdefault(kind, {})[m] = sum(baseline) / sum(case.ideal[kind] * count for case, count in there)
+            ideal.append(Ideal(kind=kind, m=m, speedup=sum(baseline) / sum(case.ideal[kind] * count for case, count in there)))
     return Set(name=one.name, layers=layers, sums=sums, ideal=ideal)
 
 
@@ -301,3 +320,42 @@ def _weighted(parts: Sequence[tuple[Timed | None, int]]) -> list[float] | None:
 def _sum(name: str, family: Family, m: int, times: Sequence[float], baseline: Sequence[float]) -> Sum:
     total = sum(times)
     return Sum(m=m, name=name, family=family, us=total, speedup=sum(baseline) / total, shares=[time / total for time in times])
+
+
+# Back from JSON: each value must be of the type that its field has here
+
+
+def _read(kind: Any, value: Any, place: str, wrong: list[str]) -> Any:
+    """`value` as a `kind`; what is not one is told in `wrong`, with its place."""
+    if is_dataclass(kind):
+        return _read_object(kind, value, place, wrong)
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _read(next(one for one in arguments if one is not type(None)), value, place, wrong)
+    if origin is list and isinstance(value, list):
+        return [_read(arguments[0], item, f"{place}[{i}]", wrong) for i, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {key: _read(arguments[1], item, f"{place}.{key}", wrong) for key, item in value.items()}
+    if origin is Literal and value in arguments and type(value) in map(type, arguments):
+        return value
+    if kind is float and type(value) in (int, float):
+        return float(value)
+    if kind in (int, str, bool) and type(value) is kind:
+        return value
+    expected = " or ".join(map(repr, arguments)) if origin is Literal else getattr(origin or kind, "__name__", str(kind))
+    wrong.append(f"{place or 'the document'} is {str(value)[:40]!r}, expected {expected}")
+    return None
+
+
+def _read_object(kind: Any, value: Any, place: str, wrong: list[str]) -> Any:
+    if not isinstance(value, dict):
+        wrong.append(f"{place or 'the document'} is no JSON object")
+        return None
+    types = get_type_hints(kind)
+    wrong += [f"{place}.{key}".lstrip(".") + " is no field of this document" for key in value if key not in types]
+    missing = [key for key in types if key not in value]
+    wrong += [f"{place}.{key}".lstrip(".") + " is missing" for key in missing]
+    parts = {key: _read(types[key], item, f"{place}.{key}".lstrip("."), wrong) for key, item in value.items() if key in types}
+    return None if missing else kind(**parts)

@@ -102,7 +102,8 @@ def _operators(document: Document) -> list[tuple[str, Family]]:
 
 def _speedup_of_set(one: Set, operators: Sequence[tuple[str, Family]], under: str) -> Figure:
     lines = {name: [(row.m, row.speedup) for row in one.sums if row.name == name] for name, _ in operators}
-    ideals = {kind: sorted(speedups.items()) for kind, speedups in one.ideal.items()}
+    kinds = dict.fromkeys(point.kind for point in one.ideal)
+    ideals = {kind: [(point.m, point.speedup) for point in one.ideal if point.kind == kind] for kind in kinds}
     return _speedup(lines, dict(operators), ideals, f"{one.name}: sum of its linears", under)
 
 

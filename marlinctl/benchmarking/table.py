@@ -61,8 +61,9 @@ def _set_table(one: Set) -> Table:
             row = by_place.get((name, m))
             cells.append("" if row is None else _time(row.us) if row.family == "torch" else f"{_time(row.us)} {row.speedup:.2f}x")
         table.add_row(name, *cells)
-    for kind, speedups in one.ideal.items():
-        table.add_row(f"ideal, {kind}", *(f"{speedups[m]:.2f}x" if m in speedups else "" for m in tokens))
+    for kind in dict.fromkeys(point.kind for point in one.ideal):
+        speedups = {point.m: f"{point.speedup:.2f}x" for point in one.ideal if point.kind == kind}
+        table.add_row(f"ideal, {kind}", *(speedups.get(m, "") for m in tokens))
     return table
 
 

@@ -129,18 +129,16 @@ def _measure(console: Console, given: dict[str, Any]) -> None:
     kind: cases.Kind | None = given["kind"]
     gpu = open_gpu(given["device"])
     table = tuning.read_own_table() if given["tune"] else None
-    if given["tune"]:
-        tokens = tokens or tuning.TOKENS
-        sets = sets or [cases.named_set(name, size) for name in tuning.SETS]
     if given["out"] is not None:
         _prepare_out(given["out"])
     if given["folder"] is not None:
         own, fixed = cases.checkpoint_set(given["folder"], console)
         sets.append(own)
         kind = kind or fixed
+    names, default_tokens = (tuning.SETS, tuning.TOKENS) if given["tune"] else (("llama3-8b",), cases.DEFAULT_TOKENS)
     asked = Asked(
-        sets=tuple(sets) or (cases.named_set("llama3-8b", size),),
-        tokens=tokens or cases.DEFAULT_TOKENS,
+        sets=tuple(sets) or tuple(cases.named_set(name, size) for name in names),
+        tokens=tokens or default_tokens,
         dtype=getattr(torch, given["dtype"]),
         group_size=size,
         kinds=cases.KINDS if kind is None else (kind,),
