@@ -158,8 +158,11 @@ class Kernel:
         everywhere = torch.cuda.get_device_properties(0).multi_processor_count * per_multiprocessor
         return min(everywhere, self.configuration.units(m, n, k))
 
-    def launch(self, activations: Tensor, p: Packed, bias: Tensor | None, out: Tensor, workspace: tuple[Tensor, Tensor], ctas: int) -> None:
-        """On torch's current stream."""
+    def launch(
+        self, activations: Tensor, p: Packed, bias: Tensor | None, out: Tensor, workspace: tuple[Tensor, Tensor], ctas: int,
+        overlap: bool = False,
+    ) -> None:  # fmt: skip
+        """On torch's current stream. overlap: it may begin, and read weights, while the kernel before it still runs."""
         from cuda.bindings import driver
 
         m, k = activations.shape
@@ -172,9 +175,16 @@ class Kernel:
         places = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))  # read before the call returns
         stream = torch.cuda.current_stream().cuda_stream
         shared = self.configuration.shared_bytes
-        done(
-            driver.cuLaunchKernel(self.function, ctas, 1, 1, self.configuration.threads, 1, 1, shared, stream, ctypes.addressof(places), 0)
-        )
+        launch = driver.CUlaunchConfig()
+        launch.gridDimX, launch.gridDimY, launch.gridDimZ = ctas, 1, 1
+        launch.blockDimX, launch.blockDimY, launch.blockDimZ = self.configuration.threads, 1, 1
+        launch.sharedMemBytes, launch.hStream = shared, driver.CUstream(stream)
+        if overlap:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            launch.attrs, launch.numAttrs = [attribute], 1
+        done(driver.cuLaunchKernelEx(launch, self.function, ctypes.addressof(places), 0))
 
 
 def done(result: tuple[Any, ...]) -> Any:
@@ -234,7 +244,7 @@ def check(kernels: list[Kernel]) -> list[str]:
                 if bool(workspace[1].any()):
                     wrong.append(f"{where}: counters are not back at 0")
     for kernel in kernels:
-        wrong += [*check_identity(kernel), *check_large(kernel), *check_streams_and_graph(kernel)]
+        wrong += [*check_identity(kernel), *check_large(kernel), *check_streams_and_graph(kernel), *check_overlap(kernel)]
         figures = ", ".join(f"{what} {worst[kernel.name, what]:.2e}" for what in ("relative", "mean ratio"))
         print(f"{kernel.name:32} worst error against float64: {figures}", flush=True)
     return wrong
@@ -299,6 +309,26 @@ def check_streams_and_graph(kernel: Kernel) -> Iterator[str]:
         torch.cuda.synchronize()
         if not torch.equal(out, expected):
             yield f"{kernel.name}: a graph gives something else than a launch"
+
+
+def check_overlap(kernel: Kernel) -> Iterator[str]:
+    """A chain in which each call reads what the one before it wrote, overlapped and not: the same bits."""
+    m, size = kernel.configuration.tokens, 4096
+    p = random_words(kernel.configuration.sparse, size, size, 128)
+    p.scales.mul_(0.1)
+    for residents in range(1, kernel.resident + 1):
+        ctas = kernel.ctas(m, size, size, residents)
+        workspace = kernel.workspace(m, size, ctas)
+        first = torch.randn(m, size, device="cuda").to(kernel.dtype)
+        chains = {overlap: [first, *(torch.empty_like(first) for _ in range(30))] for overlap in (False, True)}
+        for overlap, chain in chains.items():
+            for before, after in itertools.pairwise(chain):
+                kernel.launch(before, p, None, after, workspace, ctas, overlap)
+            torch.cuda.synchronize()
+        for i, (apart, together) in enumerate(zip(chains[False], chains[True], strict=True)):
+            if not torch.equal(apart.view(torch.int16), together.view(torch.int16)):
+                yield f"{kernel.name}: call {i} of a chain gives something else when it overlaps with the one before, {residents} CTAs each"
+                break
 
 
 def random_packed(sparse: bool, n: int, k: int, group_size: int, seed: int) -> Packed:
@@ -394,8 +424,9 @@ def time_shape(kernels: list[Kernel], n: int, k: int, tokens: list[int], group_s
         for kernel in kernels:
             for residents in range(1, kernel.resident + 1):
                 ctas = kernel.ctas(m, n, k, residents)
-                call = partial(packed_call, kernel, activations, packed, out, kernel.workspace(m, n, ctas), ctas)
-                candidates[f"{kernel.configuration.name}/{residents}"] = call
+                for overlap in (False, True):
+                    call = partial(packed_call, kernel, activations, packed, out, kernel.workspace(m, n, ctas), ctas, overlap)
+                    candidates[f"{kernel.configuration.name}/{residents}{'+' if overlap else ''}"] = call
         medians = {name: time / calls for name, time in replay({name: graph_of(call, calls) for name, call in candidates.items()}).items()}
         baseline = medians.pop("torch.matmul")
         best = min(medians, key=medians.__getitem__)
@@ -415,9 +446,16 @@ def dense_call(activations: Tensor, weights: list[Tensor], out: Tensor, i: int) 
 
 
 def packed_call(
-    kernel: Kernel, activations: Tensor, packed: list[Packed], out: Tensor, workspace: tuple[Tensor, Tensor], ctas: int, i: int
+    kernel: Kernel,
+    activations: Tensor,
+    packed: list[Packed],
+    out: Tensor,
+    workspace: tuple[Tensor, Tensor],
+    ctas: int,
+    overlap: bool,
+    i: int,
 ) -> None:
-    kernel.launch(activations, packed[i % len(packed)], None, out, workspace, ctas)
+    kernel.launch(activations, packed[i % len(packed)], None, out, workspace, ctas, overlap)
 
 
 def graph_of(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph:
