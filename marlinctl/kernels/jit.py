@@ -67,6 +67,14 @@ def cubin(source: str, defines: Sequence[str], architecture: str, folder: Path) 
     return code
 
 
+def default_folder() -> Path:
+    """The cache of a user: MARLINCTL_CACHE, else where caches lie by the XDG convention. Nothing is made."""
+    if os.environ.get("MARLINCTL_CACHE"):
+        return Path(os.environ["MARLINCTL_CACHE"]) / "kernels"
+    home = os.environ.get("XDG_CACHE_HOME", "").strip()
+    return (Path(home) if home else Path.home() / ".cache") / "marlinctl" / "kernels"
+
+
 def sources() -> dict[str, str]:
     """Every file of csrc by its name; they include each other by these names."""
     return {path.name: path.read_text("utf-8") for path in sorted(SOURCES.glob("*.cu*"))}
