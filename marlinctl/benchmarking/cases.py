@@ -122,11 +122,11 @@ def distinct(sets: Iterable[LayerSet]) -> tuple[Shape, ...]:
     return tuple(dict.fromkeys(shape for one in sets for shape in one.shapes))
 
 
-def parse_tokens(text: str) -> tuple[int, ...]:
+def parse_tokens(text: str, option: str = "--tokens") -> tuple[int, ...]:
     """`1,8,16`: ascending, each once. UsageError E292."""
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"[1-9][0-9]{0,6}", part) for part in parts):
-        raise UsageError("E292", f"--tokens {text!r} is not a list of numbers", where="--tokens", fix="give for example --tokens 1,8,16,64")
+        raise UsageError("E292", f"{option} {text!r} is not a list of numbers", where=option, fix=f"give for example {option} 1,8,16,64")
     return tuple(sorted({int(part) for part in parts}))
 
 

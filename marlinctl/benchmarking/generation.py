@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 REPEATS = 5  # of a whole text; the first one warms up and is not counted
 DEFAULT_BATCHES = (1, 16)
-DEFAULT_LENGTHS = ((64, 64),)
 
 
 class Device(Protocol):
@@ -51,6 +50,9 @@ class Lengths:
 
     prompt: int
     new: int
+
+
+DEFAULT_LENGTHS = (Lengths(64, 64),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,9 @@ def parse_lengths(text: str) -> tuple[Lengths, ...]:
     for part in text.split(","):
         prompt, _, new = part.partition(":")
         if not (prompt.isdecimal() and new.isdecimal() and int(prompt) >= 1 and int(new) >= 2):
-            raise UsageError("E295", f"{part!r} is no prompt length and number of new tokens", where="--lengths", fix="such as 64:64,1024:128")
+            raise UsageError(
+                "E295", f"{part!r} is no prompt length and number of new tokens", where="--lengths", fix="such as 64:64,1024:128"
+            )
         found.append(Lengths(int(prompt), int(new)))
     return tuple(found)
 
@@ -110,7 +114,7 @@ def run(
             cases.append(Case(batch, length.prompt, length.new, timed, baseline, agreement(tokens, theirs)))
     return {
         "kind": "generation",
-        "schema_version": 1,
+        "generation_version": 1,
         "model": str(folder),
         "gpu": gpu.name,
         "versions": _versions(),
@@ -147,7 +151,8 @@ def unpack_linears(model: nn.Module, dtype: torch.dtype) -> int:
     for name, module in packed:
         dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
         dense.weight = nn.Parameter(module.weight(dtype), requires_grad=False)
-        dense.bias = module.bias
+        if module.bias is not None:
+            dense.bias = module.bias
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, dense)
     return len(packed)
@@ -265,8 +270,8 @@ def table(document: dict[str, Any]) -> str:
 
     baseline = document["dtype"]
     rows = text_table(
-        ">batch", ">prompt", ">new", ">first, packed ms", f">{baseline} ms", ">speed-up", ">token, packed ms", f">{baseline} ms", ">speed-up",
-        ">tokens/s", ">same tokens",
+        ">batch", ">prompt", ">new", ">first, packed ms", f">{baseline} ms", ">speed-up",
+        ">token, packed ms", f">{baseline} ms", ">speed-up", ">tokens/s", ">same tokens",
     )  # fmt: skip
     for case in document["cases"]:
         packed, dense = case["packed"], case["dense"]

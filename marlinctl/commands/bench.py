@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -40,6 +41,9 @@ SET_NAMES = ("llama3-8b", "llama3-70b", "llama2-7b", "llama2-13b", "llama-33b", 
 @click.option("--tune", is_flag=True, help="The same, then write the table by which the operators choose on this GPU.")
 @click.option("--check", "only_check", is_flag=True, help="Only whether the kernels are right.")
 @click.option("--peers/--no-peers", default=True, help="Time vLLM's Marlin and Machete and humming too, if installed. Default: yes.")
+@click.option("--model", type=click.Path(path_type=Path), metavar="PACKED", help="Let this packed model write text, and time it.")
+@click.option("--batch", metavar="1,16,..", help="With --model: texts written together. Default: 1,16.")
+@click.option("--lengths", metavar="64:64,..", help="With --model: tokens of a prompt and tokens written. Default: 64:64.")
 @click.option("--device", default="cuda", show_default=True, metavar="DEVICE", help="cuda or cuda:N.")
 @click.option("--cache-dir", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Where compiled kernels are kept.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Write bench.json and the pictures here.")
@@ -54,18 +58,25 @@ def command(console: Console, **given: Any) -> None:
     Example:
         marlinctl bench --layers llama3-8b --out bench-8b
         marlinctl bench ./smollm2-marlin --tokens 1,16,64
+        marlinctl bench --model ./smollm2-marlin --batch 1,16 --lengths 64:64,1024:128
         marlinctl bench --build --arch sm_90
         marlinctl bench --from bench-8b/bench.json --out pictures
 
     On a GPU, products are compared with float64 first; one that is wrong ends the run with exit code 1. Then each linear is timed in
     a CUDA graph with weights that come from memory, beside torch.matmul in the same run. FOLDER is a packed checkpoint: its own linears
     are measured. Pictures need the extra `bench`. Exit code 4: there is no GPU.
+
+    With --model a packed checkpoint writes text in transformers, and then the same weights do in 16 bits: milliseconds to the first token
+    and for each one after it.
     """
     _refuse_contradictions(given)
     if given["cache_dir"] is not None:
         os.environ["MARLINCTL_CACHE"] = str(given["cache_dir"].absolute())  # where the operators look, in this process
     if given["build_only"]:
         _build(console, given)
+        return
+    if given["model"] is not None:
+        _generate(console, given)
         return
     if given["source"] is not None:
         from marlinctl.benchmarking.documents import read_document
@@ -79,7 +90,7 @@ def command(console: Console, **given: Any) -> None:
 
 def _refuse_contradictions(given: dict[str, Any]) -> None:
     """UsageError E290: options that mean nothing together."""
-    modes = [name for name, key in (("--build", "build_only"), ("--from", "source")) if given[key]]
+    modes = [name for name, key in (("--build", "build_only"), ("--from", "source"), ("--model", "model")) if given[key]]
     measuring = {
         "FOLDER": given["folder"],
         "--layers": given["layers"],
@@ -91,11 +102,15 @@ def _refuse_contradictions(given: dict[str, Any]) -> None:
         "--check": given["only_check"],
     }
     asked = [name for name, value in measuring.items() if value]
-    if len(modes) == 2 or (modes and asked):
+    if len(modes) > 1 or (modes and asked):
         both = [*modes, *asked]
         raise UsageError(
-            "E290", f"{both[0]} measures nothing, so {both[1]} means nothing", where=" ".join(both), fix=f"leave {both[1]} out"
+            "E290", f"{both[0]} measures no linears, so {both[1]} means nothing", where=" ".join(both), fix=f"leave {both[1]} out"
         )
+    if modes != ["--model"]:
+        for name, value in (("--batch", given["batch"]), ("--lengths", given["lengths"])):
+            if value:
+                raise UsageError("E290", f"{name} belongs to --model", where=name, fix=f"add --model, or leave {name} out")
     if modes != ["--build"]:
         for name, value in (("--arch", given["arch"]), ("--only", given["only"])):
             if value:
@@ -109,6 +124,23 @@ def _build(console: Console, given: dict[str, Any]) -> None:
 
     document = build(given["arch"] or default_architectures(), only=given["only"], console=console)
     console.result(build_table(document), document)
+
+
+def _generate(console: Console, given: dict[str, Any]) -> None:
+    import torch
+
+    from marlinctl.benchmarking import cases, generation
+    from marlinctl.benchmarking.gpu import open_gpu
+
+    batches = cases.parse_tokens(given["batch"], "--batch") if given["batch"] else generation.DEFAULT_BATCHES
+    lengths = generation.parse_lengths(given["lengths"]) if given["lengths"] else generation.DEFAULT_LENGTHS
+    gpu = open_gpu(given["device"])
+    with gpu.current():
+        document = generation.run(given["model"], gpu, batches, lengths, getattr(torch, given["dtype"]), console)
+    if given["out"] is not None:
+        given["out"].mkdir(parents=True, exist_ok=True)
+        (given["out"] / "generation.json").write_text(json.dumps(document, indent=1) + "\n")
+    console.result(generation.table(document), document)
 
 
 def _measure(console: Console, given: dict[str, Any]) -> None:

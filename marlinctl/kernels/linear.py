@@ -8,6 +8,8 @@ lies on disk. Scales stay float16 whatever the model is converted to: `.to(torch
 
 Without a GPU the reference multiplies: it decodes the weight in every call, 4 bytes for each weight of one linear while it runs, and keeps
 nothing. Slow, and the model takes no more memory than it does packed.
+
+On Hopper the kernels may begin while the one before still runs (ops.py, overlap): whoever changes buffers in place synchronizes first.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marlinctl.kernels.ops import marlin_gemm, sparse_marlin_gemm
+from marlinctl.kernels.ops import decode, marlin_gemm, sparse_marlin_gemm
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 
 
@@ -37,6 +39,13 @@ class _Packed(nn.Module):
         shape = torch.tensor([p.out_features, p.in_features], dtype=torch.int64, device="cpu")
         self.register_buffer("weight_shape", shape.to(p.scales.device))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def packed(self) -> PackedLinear | PackedSparseLinear:
+        raise NotImplementedError
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """[N, K] as these tiles stand for it, rounded once to `dtype`, float16 or bfloat16: a dense copy, made anew in each call."""
+        return decode(self.packed(), dtype)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}"
@@ -60,8 +69,12 @@ class MarlinLinear(_Packed):
         self.register_buffer("B", p.qweight)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = marlin_gemm(x, self.B, self.s, self.out_features, self.group_size, self.bias)
+        out: Tensor = marlin_gemm(x, self.B, self.s, self.out_features, self.group_size, self.bias, True)
         return out
+
+    def packed(self) -> PackedLinear:
+        """The tensors as the packer's type."""
+        return PackedLinear(self.B, self.s, self.out_features, self.in_features, self.group_size)
 
 
 class SparseMarlinLinear(_Packed):
@@ -76,8 +89,12 @@ class SparseMarlinLinear(_Packed):
         self.register_buffer("B_meta", p.meta)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = sparse_marlin_gemm(x, self.B_24, self.B_meta, self.s, self.out_features, self.group_size, self.bias)
+        out: Tensor = sparse_marlin_gemm(x, self.B_24, self.B_meta, self.s, self.out_features, self.group_size, self.bias, True)
         return out
+
+    def packed(self) -> PackedSparseLinear:
+        """The tensors as the packer's type."""
+        return PackedSparseLinear(self.B_24, self.B_meta, self.s, self.out_features, self.in_features, self.group_size)
 
 
 def packed_module(p: PackedLinear | PackedSparseLinear, bias: Tensor | None = None) -> MarlinLinear | SparseMarlinLinear:

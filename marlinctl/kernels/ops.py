@@ -26,7 +26,7 @@ from torch.nn.functional import linear, pad
 from marlinctl.kernels import dispatch, jit
 from marlinctl.kernels.configurations import NUMBERS, group_shift
 from marlinctl.kernels.launch import ALIGNMENT, LoadedKernel, architecture_of, load, multiply, unpack
-from marlinctl.kernels.reference import gemm
+from marlinctl.kernels.reference import dequantize, dequantize_sparse, gemm
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear, padded
 from marlinctl.sparsify.types import QUAD
 
@@ -159,6 +159,16 @@ def _on_gpu(
     if n_rows != n:
         out = out[:, :n].contiguous()
     return out.view(out_shape)
+
+
+def decode(p: PackedLinear | PackedSparseLinear, dtype: torch.dtype) -> Tensor:
+    """The weight [N, K] that the tiles stand for, each code times its scale rounded once to `dtype`, float16 or bfloat16."""
+    if p.scales.device.type != "cuda":
+        return (dequantize_sparse(p) if isinstance(p, PackedSparseLinear) else dequantize(p)).to(dtype)
+    n, k = p.out_features, p.in_features
+    weights = (p.qweight, p.meta) if isinstance(p, PackedSparseLinear) else (p.qweight,)
+    weight = unpack(weights, p.scales, dtype, n, -(-k // ROW) * ROW, group_shift(p.group_size, k), jit.default_folder())
+    return weight[:, :k].contiguous()
 
 
 @lru_cache(maxsize=4096)
