@@ -11,8 +11,8 @@ that lie between NaNs, poisoned outputs and workspaces, odd numbers of CTAs, two
 times, with equal bits. Any failure is listed and the script exits with 1 before it times anything.
 
 Then the time of a call inside a CUDA graph of many calls, over so many copies of the weights that they come from memory and not
-from L2, beside torch.matmul in the same type on weights [N, K], and on weights that csrc/unpack.cu dequantizes in every call; replays of all candidates take turns, the median is printed. Words and
-scales are random: zeros draw less power, and the GPU clocks higher.
+from L2, beside torch.matmul in the same type on weights [N, K], and on weights that csrc/unpack.cu dequantizes in every call; replays
+of all candidates take turns, the median is printed. Words and scales are random: zeros draw less power, and the GPU clocks higher.
 
 It needs a CUDA build of torch (which brings cuda-bindings and NVRTC) and nothing else of marlinctl's dependencies.
 """
