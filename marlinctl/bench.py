@@ -103,7 +103,8 @@ def run(asked: Asked, gpu: Device, console: Console) -> Document:
     """CheckFailed E120 where a product is wrong; what compiling and loading raise (E403, E404, E410)."""
     with gpu.current():
         clocks = gpu.clocks()
-        ours: list[accuracy.Implementation] = [Operator(kind, asked.dtype) for kind in asked.kinds]
+        ways = (False, True) if gpu.architecture == "sm_90a" else (False,)  # of overlapping with the call before
+        ours: list[accuracy.Implementation] = [Operator(kind, asked.dtype, way) for kind in asked.kinds for way in ways]
         checked = list(ours)
         kernels: list[Kernel] = []
         if asked.every:

@@ -161,15 +161,17 @@ def compared(kernel: CudaKernel, packed: PackedLinear | PackedSparseLinear, weig
     return Reading(packed.qweight.shape[1] // (2 * BLOCK), largest, ALLOWED)
 
 
-def multiply(activations: Tensor, packed: PackedLinear | PackedSparseLinear, bias: Tensor | None = None) -> Tensor:
+def multiply(
+    activations: Tensor, packed: PackedLinear | PackedSparseLinear, bias: Tensor | None = None, *, overlap: bool = False
+) -> Tensor:
     """[M, N], by the operator that a model calls: whichever kernel it chooses on this device."""
     from marlinctl.kernels import ops
     from marlinctl.pack.types import PackedSparseLinear
 
     n, size = packed.out_features, packed.group_size
     if isinstance(packed, PackedSparseLinear):
-        return ops.sparse_marlin_gemm(activations, packed.qweight, packed.meta, packed.scales, n, size, bias)
-    return ops.marlin_gemm(activations, packed.qweight, packed.scales, n, size, bias)
+        return ops.sparse_marlin_gemm(activations, packed.qweight, packed.meta, packed.scales, n, size, bias, overlap)
+    return ops.marlin_gemm(activations, packed.qweight, packed.scales, n, size, bias, overlap)
 
 
 def on_device(packed: PackedLinear | PackedSparseLinear, device: torch.device) -> PackedLinear | PackedSparseLinear:

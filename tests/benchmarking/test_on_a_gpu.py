@@ -87,7 +87,7 @@ def test_operators_and_every_configuration_are_right(gpu: Gpu, kind: str, dtype:
 
 def test_a_wrong_product_ends_the_run(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, a kernel that is wrong on this GPU would have a speed-up."""
-    monkeypatch.setattr(bench, "Operator", lambda kind, dtype: Pretended(kind, dtype, wrong=lambda product: product * 1.01))
+    monkeypatch.setattr(bench, "Operator", lambda kind, dtype, overlap: Pretended(kind, dtype, wrong=lambda product: product * 1.01))
     asked = Asked((shapes_set(["512x512"], 128),), (1,), torch.float16, 128, ("dense",), with_peers=False)
     with pytest.raises(CheckFailed):
         run(asked, gpu, Console.quiet())
