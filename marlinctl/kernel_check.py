@@ -93,9 +93,8 @@ def check_kernels(checkpoint: Checkpoint, info: formats.FormatInfo, console: Con
             packed = tiles(checkpoint, info, layer)
             there = packed.qweight.shape[1] // (2 * BLOCK)  # two words for each output of a block
             weight = formats.read_parts(checkpoint, info, layer).weight()
-            if kernel is not None and kernel.takes(packed):
-                reading = compared(kernel, packed, weight)
-            else:
+            reading = by_kernel(kernel, packed, weight) if kernel is not None else None
+            if reading is None:
                 emulated += 1
                 chosen = sample(layer, there)
                 reading = Reading(len(chosen), *worst(packed, weight, chosen))
@@ -134,6 +133,18 @@ def cuda_kernel(console: Console) -> CudaKernel | None:
         console.warn(f"the CUDA kernel does not run on {torch.cuda.get_device_name(device)}, so the emulator reads the tiles: {cause}")
         return None
     return kernel
+
+
+def by_kernel(kernel: CudaKernel, packed: PackedLinear | PackedSparseLinear, weight: Tensor) -> Reading | None:
+    """`compared`, or None where it is for the emulator: groups that only it reads, and a GPU whose memory others have taken."""
+    import torch
+
+    if not kernel.takes(packed):
+        return None
+    try:
+        return compared(kernel, packed, weight)
+    except torch.cuda.OutOfMemoryError:
+        return None
 
 
 def compared(kernel: CudaKernel, packed: PackedLinear | PackedSparseLinear, weight: Tensor) -> Reading:

@@ -17,7 +17,7 @@ from marlinctl.benchmarking.cases import KINDS, Layer, LayerSet, Shape, shapes_s
 from marlinctl.benchmarking.documents import read_document, write_document
 from marlinctl.benchmarking.implementations import dequantized_name
 from marlinctl.console import Console
-from marlinctl.errors import BadInput, CheckFailed
+from marlinctl.errors import BadInput, CheckFailed, UsageError
 from marlinctl.kernels import dispatch
 from marlinctl.kernels.configurations import DENSE, SPARSE
 from tests.benchmarking.figures import made_up
@@ -87,6 +87,17 @@ def test_check_alone_times_nothing() -> None:
     gpu = SoftwareGpu()
     document = run(asked(only_check=True), gpu, Console.quiet())
     assert gpu.recorded == [] and document.cases == [] and document.accuracy.checks > 0
+
+
+@pytest.mark.usefixtures("small")
+def test_what_does_not_fit_the_memory_is_left_out_and_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """If this failed, --roofline would end on a card of 24 GB after measuring half of it."""
+    gpu = SoftwareGpu(memory_bytes=4 * 2**20)
+    document = run(asked(tokens=(1, 4, 10_000)), gpu, Console())
+    assert {case.m for case in document.cases} == {1, 4}
+    assert "2 products do not fit into the 0 GiB of a CPU that plays a GPU" in capsys.readouterr().err
+    with pytest.raises(UsageError):
+        run(asked(tokens=(10_000,)), gpu, Console.quiet())
 
 
 def test_a_peer_that_differs_or_fails_is_noted_and_ours_go_on(small: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,16 +94,21 @@ class Tally:
 
 
 def check(
-    implementations: Sequence[Implementation], shapes: Iterable[Shape], tokens: Sequence[int], device: torch.device, *, thorough: bool
+    implementations: Sequence[Implementation],
+    work: Iterable[tuple[Shape, Sequence[int]]],  # what will be timed: linears, and M of each
+    device: torch.device,
+    *,
+    thorough: bool,
 ) -> tuple[Accuracy, list[Problem]]:
     """All of it; `thorough` False leaves the odd shapes and the identity out. Nothing is raised: see `refuse`."""
+    work = list(work)
     tallies = [Tally(one) for one in implementations]
     for kind in dict.fromkeys(one.kind for one in implementations):
         mine = [tally for tally in tallies if tally.implementation.kind == kind]
         if thorough:
             _odd(mine, kind, device)
             _identity(mine, kind, device)
-        for shape in shapes:
+        for shape, tokens in work:
             _timed(mine, kind, shape, tokens, device)
     worst = [
         Worst(

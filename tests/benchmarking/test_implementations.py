@@ -31,7 +31,7 @@ def test_a_configuration_passes_the_check(kind: Kind, driver: SoftwareDriver, tm
     """If this failed, bench would launch something else than it names, or call a right kernel wrong."""
     one = Configured(software_kernel(FIRST[kind], torch.float16, tmp_path, resident=2), 2)
     assert (one.name, one.kind, one.dtype) == (f"{FIRST[kind].name}/2", kind, torch.float16)
-    found, problems = accuracy.check([one], [Shape(128, 256, 64)], [3], CPU, thorough=True)
+    found, problems = accuracy.check([one], [(Shape(128, 256, 64), [3])], CPU, thorough=True)
     assert problems == []
     assert found.checks == 2 * 2 * 2 + 4 + 1
     units = FIRST[kind].units(3, 128, 256)
@@ -46,7 +46,7 @@ def test_the_way_over_a_plain_weight_passes_the_check(
     function = software_unpack(kind == "sparse", torch.float16, tmp_path)
     monkeypatch.setattr(launcher, "load_unpack", lambda *_: function)
     one = Dequantized(kind, torch.float16)
-    found, problems = accuracy.check([one], [], [], CPU, thorough=True)
+    found, problems = accuracy.check([one], [], CPU, thorough=True)
     assert problems == [] and found.checks > 0
     assert driver.launches
 
@@ -55,7 +55,7 @@ def test_a_wrong_configuration_fails_the_check(driver: SoftwareDriver, tmp_path:
     """If this failed, the checks above could not fail: the groups are told to be twice as long."""
     one = Configured(software_kernel(DENSE[0], torch.float16, tmp_path), 1)
     monkeypatch.setattr(launcher, "group_shift", lambda size, k: 2)
-    _, problems = accuracy.check([one], [], [], CPU, thorough=True)
+    _, problems = accuracy.check([one], [], CPU, thorough=True)
     assert problems
 
 

@@ -78,7 +78,7 @@ def test_operators_and_every_configuration_are_right(gpu: Gpu, kind: str, dtype:
     with gpu.current():
         loaded, kernels = configured(gpu.device, gpu.architecture, [kind], dtype, Console.quiet())  # type: ignore[list-item]
         everything = [Operator(kind, dtype), Dequantized(kind, dtype), *loaded]  # type: ignore[arg-type]
-        found, problems = accuracy.check(everything, [], [], gpu.device, thorough=True)
+        found, problems = accuracy.check(everything, [], gpu.device, thorough=True)
     assert [problem.what for problem in problems] == []
     assert {kernel.name for kernel in kernels} <= {c.name for c in (*DENSE, *SPARSE)} | {kernel.name for kernel in kernels}
     assert all(kernel.local_bytes == 0 for kernel in kernels)
