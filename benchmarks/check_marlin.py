@@ -11,8 +11,8 @@ that lie between NaNs, poisoned outputs and workspaces, odd numbers of CTAs, two
 times, with equal bits. Any failure is listed and the script exits with 1 before it times anything.
 
 Then the time of a call inside a CUDA graph of many calls, over so many copies of the weights that they come from memory and not
-from L2, beside torch.matmul in the same type on weights [N, K]; replays of all candidates take turns, the median is printed. Words and
-scales are random: zeros draw less power, and the GPU clocks higher.
+from L2, beside torch.matmul in the same type on weights [N, K], and on weights that csrc/unpack.cu dequantizes in every call; replays
+of all candidates take turns, the median is printed. Words and scales are random: zeros draw less power, and the GPU clocks higher.
 
 It needs a CUDA build of torch (which brings cuda-bindings and NVRTC) and nothing else of marlinctl's dependencies.
 """
@@ -38,8 +38,9 @@ from torch import Tensor
 
 from marlinctl.kernels import jit
 from marlinctl.kernels import launch as launcher
-from marlinctl.kernels.configurations import DENSE, GROUP_SIZES, SPARSE, Configuration
-from marlinctl.kernels.launch import LoadedKernel, architecture_of, launch
+from marlinctl.kernels.configurations import DENSE, GROUP_SIZES, SPARSE, Configuration, group_shift
+from marlinctl.kernels.dispatch import DEQUANTIZE
+from marlinctl.kernels.launch import LoadedKernel, architecture_of, launch, unpack
 from marlinctl.kernels.reference import dequantize, dequantize_sparse
 from marlinctl.pack.marlin import pack_marlin
 from marlinctl.pack.sparse_marlin import pack_sparse_marlin
@@ -102,7 +103,7 @@ def main() -> int:
             row
             for kernels in both
             if kernels
-            for row in time_all([k for k in kernels if k.dtype == dtype], shapes, tokens, arguments.group_size, not arguments.apart)
+            for row in time_all([k for k in kernels if k.dtype == dtype], shapes, tokens, arguments.group_size, cache, not arguments.apart)
         ]
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
@@ -331,7 +332,7 @@ def guarded(m: int, n: int, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, T
 
 
 def time_all(
-    kernels: list[LoadedKernel], shapes: list[tuple[int, ...]], tokens: list[int], group_size: int, overlap: bool
+    kernels: list[LoadedKernel], shapes: list[tuple[int, ...]], tokens: list[int], group_size: int, cache: Path, overlap: bool
 ) -> list[dict[str, Any]]:
     """A line for each shape and M; returns all figures in microseconds."""
     rate = read_rate()
@@ -341,13 +342,20 @@ def time_all(
     for n, k in shapes:
         if n != padded(n) or k != padded(k):
             raise SystemExit(f"{n}x{k}: what is timed must have multiples of 64")
-        rows += time_shape(kernels, n, k, tokens, group_size, rate, overlap)
+        rows += time_shape(kernels, n, k, tokens, group_size, rate, cache, overlap)
         torch.cuda.empty_cache()
     return rows
 
 
 def time_shape(
-    kernels: list[LoadedKernel], n: int, k: int, tokens: list[int], group_size: int, rate: float, overlap: bool
+    kernels: list[LoadedKernel],
+    n: int,
+    k: int,
+    tokens: list[int],
+    group_size: int,
+    rate: float,
+    cache: Path,
+    overlap: bool,
 ) -> list[dict[str, Any]]:
     dtype, l2 = kernels[0].dtype, torch.cuda.get_device_properties(0).L2_cache_size
     sparse = kernels[0].configuration.sparse
@@ -363,6 +371,7 @@ def time_shape(
         activations = torch.randn(m, k, device="cuda", dtype=dtype)
         out = torch.empty(m, n, device="cuda", dtype=dtype)
         candidates: dict[str, Callable[[int], object]] = {"torch.matmul": partial(dense_call, activations, dense, out)}
+        candidates[DEQUANTIZE] = partial(dequantized_call, activations, packed, out, cache)
         for kernel in kernels:
             for residents in range(1, kernel.resident + 1):
                 ctas = kernel.ctas(m, n, k, residents)
@@ -384,6 +393,13 @@ def time_shape(
 
 def dense_call(activations: Tensor, weights: list[Tensor], out: Tensor, i: int) -> None:
     torch.matmul(activations, weights[i % len(weights)].T, out=out)
+
+
+def dequantized_call(activations: Tensor, packed: list[Packed], out: Tensor, cache: Path, i: int) -> None:
+    p = packed[i % len(packed)]
+    weights, shift = tuple(t for name, t in tensors_of(p).items() if name != "scales"), group_shift(p.group_size, p.in_features)
+    weight = unpack(weights, p.scales, out.dtype, p.out_features, p.in_features, shift, cache)
+    torch.matmul(activations, weight.T, out=out)
 
 
 def packed_call(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from marlinctl.benchmarking import accuracy, peers
-from marlinctl.benchmarking.cases import Kind, LayerSet, Shape, distinct
+from marlinctl.benchmarking.cases import OPERATORS, Kind, LayerSet, Shape, distinct
 from marlinctl.benchmarking.documents import (
     Case,
     Ceilings,
@@ -39,6 +39,7 @@ from marlinctl.benchmarking.documents import (
 from marlinctl.benchmarking.implementations import Dequantized, Operator, configured, fewest
 from marlinctl.benchmarking.timing import REPLAYS, Candidate, Clock, copies_for, take_turns
 from marlinctl.benchmarking.weights import Packed, packed_bytes, random_packed
+from marlinctl.errors import UsageError
 from marlinctl.kernels import jit
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from marlinctl.console import Console
 
 __all__ = ["Asked", "run"]
+
+MEMORY_SHARE = 0.8  # of the device's memory that a product may take
 
 
 class Device(Clock, Protocol):
@@ -103,7 +106,8 @@ def run(asked: Asked, gpu: Device, console: Console) -> Document:
     """CheckFailed E120 where a product is wrong; what compiling and loading raise (E403, E404, E410)."""
     with gpu.current():
         clocks = gpu.clocks()
-        ours: list[accuracy.Implementation] = [Operator(kind, asked.dtype) for kind in asked.kinds]
+        ways = (False, True) if gpu.architecture == "sm_90a" else (False,)  # of overlapping with the call before
+        ours: list[accuracy.Implementation] = [Operator(kind, asked.dtype, way) for kind in asked.kinds for way in ways]
         checked = list(ours)
         kernels: list[Kernel] = []
         if asked.every:
@@ -111,9 +115,9 @@ def run(asked: Asked, gpu: Device, console: Console) -> Document:
             plain = [Dequantized(kind, asked.dtype) for kind in asked.kinds]
             ours += [*plain, *every]
             checked += [*plain, *fewest(every)]
-        shapes = distinct(asked.sets)
-        console.say(f"accuracy: {len(checked)} kernels, {len(shapes)} linears, against float64")
-        found, problems = accuracy.check(checked, shapes, asked.tokens, gpu.device, thorough=True)
+        work = _work(asked, gpu, console)
+        console.say(f"accuracy: {len(checked)} kernels, {len(work)} linears, against float64")
+        found, problems = accuracy.check(checked, work, gpu.device, thorough=True)
         accuracy.refuse(problems)
         console.say(f"accuracy: {found.checks} products are right")
         gpu.free()
@@ -127,7 +131,7 @@ def run(asked: Asked, gpu: Device, console: Console) -> Document:
                 bench.notes = {note.name: note for note in absent}
             ceilings = gpu.ceilings(asked.dtype)
             console.say(f"this GPU reads {ceilings.read / 1e12:.2f} TB/s, torch.matmul reaches {ceilings.matmul / 1e12:.0f} TFLOP/s")
-            cases, drift = _measure(bench, shapes, ceilings)
+            cases, drift = _measure(bench, work, ceilings)
         return Document(
             machine=_machine(gpu, clocks),
             settings=_settings(asked),
@@ -141,13 +145,37 @@ def run(asked: Asked, gpu: Device, console: Console) -> Document:
         )
 
 
-def _measure(bench: _Bench, shapes: Sequence[Shape], ceilings: Ceilings) -> tuple[list[Case], Drift]:
+def _work(asked: Asked, gpu: Device, console: Console) -> list[tuple[Shape, list[int]]]:
+    """Each linear and its values of M, without those that do not fit into the device's memory. UsageError E292 if nothing does."""
+    shapes = distinct(asked.sets)
+    work = [
+        (shape, [m for m in asked.tokens if needed_bytes(shape, m, gpu.l2_bytes) <= MEMORY_SHARE * gpu.memory_bytes]) for shape in shapes
+    ]
+    work = [(shape, tokens) for shape, tokens in work if tokens]
+    left_out = len(shapes) * len(asked.tokens) - sum(len(tokens) for _, tokens in work)
+    if left_out:
+        console.warn(f"{left_out} products do not fit into the {gpu.memory_bytes / 2**30:.0f} GiB of {gpu.name} and are left out")
+    if not work:
+        fix = "take a smaller linear, or fewer tokens"
+        raise UsageError("E292", f"nothing that was asked for fits into the memory of {gpu.name}", where="--shape, --tokens", fix=fix)
+    return work
+
+
+def needed_bytes(shape: Shape, m: int, l2_bytes: int) -> int:
+    """The most that is held at once, roughly: copies of the weights, a plain weight beside them, a few activations and outputs."""
+    plain = 2 * shape.n * shape.k
+    packed = sum(packed_bytes(kind, shape) for kind in OPERATORS)
+    weights = plain * (copies_for(plain, l2_bytes) + 2) + packed * copies_for(packed // 2, l2_bytes)
+    return weights + 2 * m * (4 * shape.k + 6 * shape.n)
+
+
+def _measure(bench: _Bench, work: Sequence[tuple[Shape, Sequence[int]]], ceilings: Ceilings) -> tuple[list[Case], Drift]:
     asked = bench.asked
     cases: list[Case] = []
-    with bench.console.progress("measure", len(shapes) * len(asked.tokens)) as progress:
-        for shape in shapes:
+    with bench.console.progress("measure", sum(len(tokens) for _, tokens in work)) as progress:
+        for shape, tokens in work:
             weights = _Weights(bench, shape)
-            for m in asked.tokens:
+            for m in tokens:
                 samples = take_turns(bench.gpu, weights.candidates(m), replays=asked.replays)
                 families = {name: (weights.family(name), taken) for name, taken in samples.items()}
                 cases.append(make_case(shape, m, families, ceilings, asked.kinds))

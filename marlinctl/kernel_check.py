@@ -93,9 +93,8 @@ def check_kernels(checkpoint: Checkpoint, info: formats.FormatInfo, console: Con
             packed = tiles(checkpoint, info, layer)
             there = packed.qweight.shape[1] // (2 * BLOCK)  # two words for each output of a block
             weight = formats.read_parts(checkpoint, info, layer).weight()
-            if kernel is not None and kernel.takes(packed):
-                reading = compared(kernel, packed, weight)
-            else:
+            reading = by_kernel(kernel, packed, weight) if kernel is not None else None
+            if reading is None:
                 emulated += 1
                 chosen = sample(layer, there)
                 reading = Reading(len(chosen), *worst(packed, weight, chosen))
@@ -136,6 +135,18 @@ def cuda_kernel(console: Console) -> CudaKernel | None:
     return kernel
 
 
+def by_kernel(kernel: CudaKernel, packed: PackedLinear | PackedSparseLinear, weight: Tensor) -> Reading | None:
+    """`compared`, or None where it is for the emulator: groups that only it reads, and a GPU whose memory others have taken."""
+    import torch
+
+    if not kernel.takes(packed):
+        return None
+    try:
+        return compared(kernel, packed, weight)
+    except torch.cuda.OutOfMemoryError:
+        return None
+
+
 def compared(kernel: CudaKernel, packed: PackedLinear | PackedSparseLinear, weight: Tensor) -> Reading:
     """All outputs of the kernel on random activations against float64. weight: [N, K] float32, on the CPU.
 
@@ -161,15 +172,17 @@ def compared(kernel: CudaKernel, packed: PackedLinear | PackedSparseLinear, weig
     return Reading(packed.qweight.shape[1] // (2 * BLOCK), largest, ALLOWED)
 
 
-def multiply(activations: Tensor, packed: PackedLinear | PackedSparseLinear, bias: Tensor | None = None) -> Tensor:
+def multiply(
+    activations: Tensor, packed: PackedLinear | PackedSparseLinear, bias: Tensor | None = None, *, overlap: bool = False
+) -> Tensor:
     """[M, N], by the operator that a model calls: whichever kernel it chooses on this device."""
     from marlinctl.kernels import ops
     from marlinctl.pack.types import PackedSparseLinear
 
     n, size = packed.out_features, packed.group_size
     if isinstance(packed, PackedSparseLinear):
-        return ops.sparse_marlin_gemm(activations, packed.qweight, packed.meta, packed.scales, n, size, bias)
-    return ops.marlin_gemm(activations, packed.qweight, packed.scales, n, size, bias)
+        return ops.sparse_marlin_gemm(activations, packed.qweight, packed.meta, packed.scales, n, size, bias, overlap)
+    return ops.marlin_gemm(activations, packed.qweight, packed.scales, n, size, bias, overlap)
 
 
 def on_device(packed: PackedLinear | PackedSparseLinear, device: torch.device) -> PackedLinear | PackedSparseLinear:

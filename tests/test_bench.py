@@ -17,7 +17,7 @@ from marlinctl.benchmarking.cases import KINDS, Layer, LayerSet, Shape, shapes_s
 from marlinctl.benchmarking.documents import read_document, write_document
 from marlinctl.benchmarking.implementations import dequantized_name
 from marlinctl.console import Console
-from marlinctl.errors import BadInput, CheckFailed
+from marlinctl.errors import BadInput, CheckFailed, UsageError
 from marlinctl.kernels import dispatch
 from marlinctl.kernels.configurations import DENSE, SPARSE
 from tests.benchmarking.figures import made_up
@@ -57,22 +57,24 @@ def test_a_run_measures_every_linear_times_every_m(tmp_path: Path) -> None:
     ]  # fmt: skip
     for case in document.cases:
         assert [(timed.name, timed.family) for timed in case.candidates] == [
-            ("torch [N, K]", "torch"), ("torch [K, N]", "torch"), ("int4", "dense"), ("int4 2:4", "sparse")
+            ("torch [N, K]", "torch"), ("torch [K, N]", "torch"), ("int4", "dense"),
+            ("int4, overlap", "dense"), ("int4 2:4", "sparse"), ("int4 2:4, overlap", "sparse"),
         ]  # fmt: skip
         assert case.baseline.startswith("torch [")
     assert [one.name for one in document.sets] == ["model", "shapes"]
     ours = [row for row in document.sets[0].sums if row.name == "int4" and row.m == 4]
     times = {(case.n, case.m): timed.us for case in document.cases if (timed := case.named("int4")) is not None}
     assert ours[0].us == pytest.approx(times[128, 4] + 2 * times[64, 4])
-    assert document.drift is not None and set(document.drift.ratios) == {"torch [N, K]", "torch [K, N]", "int4", "int4 2:4"}
-    assert document.accuracy.checks > 0 and {worst.name for worst in document.accuracy.worst} == {"int4", "int4 2:4"}
+    names = {timed.name for timed in document.cases[0].candidates}
+    assert document.drift is not None and set(document.drift.ratios) == names
+    assert document.accuracy.checks > 0 and {worst.name for worst in document.accuracy.worst} == names - {"torch [N, K]", "torch [K, N]"}
     write_document(document, tmp_path / "bench.json")
     assert read_document(tmp_path / "bench.json") == document
 
 
 def test_a_wrong_product_ends_the_run_before_anything_is_timed(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, a kernel that is wrong would have a speed-up."""
-    monkeypatch.setattr(bench, "Operator", lambda kind, dtype: Pretended(kind, dtype, wrong=lambda product: product * 1.01))
+    monkeypatch.setattr(bench, "Operator", lambda kind, dtype, overlap: Pretended(kind, dtype, wrong=lambda product: product * 1.01))
     gpu = SoftwareGpu()
     with pytest.raises(CheckFailed) as caught:
         run(asked(), gpu, Console.quiet())
@@ -85,6 +87,17 @@ def test_check_alone_times_nothing() -> None:
     gpu = SoftwareGpu()
     document = run(asked(only_check=True), gpu, Console.quiet())
     assert gpu.recorded == [] and document.cases == [] and document.accuracy.checks > 0
+
+
+@pytest.mark.usefixtures("small")
+def test_what_does_not_fit_the_memory_is_left_out_and_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """If this failed, --roofline would end on a card of 24 GB after measuring half of it."""
+    gpu = SoftwareGpu(memory_bytes=4 * 2**20)
+    document = run(asked(tokens=(1, 4, 10_000)), gpu, Console())
+    assert {case.m for case in document.cases} == {1, 4}
+    assert "2 products do not fit into the 0 GiB of a CPU that plays a GPU" in capsys.readouterr().err
+    with pytest.raises(UsageError):
+        run(asked(tokens=(10_000,)), gpu, Console.quiet())
 
 
 def test_a_peer_that_differs_or_fails_is_noted_and_ours_go_on(small: None, monkeypatch: pytest.MonkeyPatch) -> None:

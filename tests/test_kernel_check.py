@@ -124,6 +124,22 @@ def test_verify_fails_where_the_kernel_gives_another_product(folder: Path, monke
     assert caught.value.error_id == "E113"
 
 
+def test_a_gpu_without_memory_leaves_linears_to_the_emulator(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, somebody else's job on the GPU would end hours of work at its last step."""
+    left = [2]
+
+    def runs_out(activations: Tensor, p: Packed) -> Tensor:
+        left[0] -= 1
+        if left[0] < 0:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return in_software(activations, p)
+
+    monkeypatch.setattr(kernel_check, "cuda_kernel", lambda console: replace(KERNEL, multiply=runs_out))
+    checked = verify(folder, source=None, load=False, console=Console.quiet()).kernels
+    assert checked is not None
+    assert checked.by == f"a kernel in software ({checked.linears - 2} linears by the emulator)"
+
+
 def test_a_gpu_whose_kernel_does_not_run_is_told_and_the_emulator_reads(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

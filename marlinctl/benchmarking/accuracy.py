@@ -10,6 +10,7 @@ read beyond the one, left out of the other, or written beyond it, shows. Every l
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -93,16 +94,21 @@ class Tally:
 
 
 def check(
-    implementations: Sequence[Implementation], shapes: Iterable[Shape], tokens: Sequence[int], device: torch.device, *, thorough: bool
+    implementations: Sequence[Implementation],
+    work: Iterable[tuple[Shape, Sequence[int]]],  # what will be timed: linears, and M of each
+    device: torch.device,
+    *,
+    thorough: bool,
 ) -> tuple[Accuracy, list[Problem]]:
     """All of it; `thorough` False leaves the odd shapes and the identity out. Nothing is raised: see `refuse`."""
+    work = list(work)
     tallies = [Tally(one) for one in implementations]
     for kind in dict.fromkeys(one.kind for one in implementations):
         mine = [tally for tally in tallies if tally.implementation.kind == kind]
         if thorough:
             _odd(mine, kind, device)
             _identity(mine, kind, device)
-        for shape in shapes:
+        for shape, tokens in work:
             _timed(mine, kind, shape, tokens, device)
     worst = [
         Worst(
@@ -131,16 +137,15 @@ def _odd(tallies: Sequence[Tally], kind: Kind, device: torch.device) -> None:
     for n, k, group_size in ODD_SHAPES:
         p = through_the_packer(kind, n, k, group_size, seed=n + k, device=device)
         weight = decoded(p).double()  # [N, K]
-        for m in ODD_TOKENS:
+        for m, with_bias, (dtype, mine) in itertools.product(ODD_TOKENS, (False, True), _by_dtype(tallies)):
             inner = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
-            for tally in tallies:
-                dtype = tally.implementation.dtype
-                activations = between_nans(inner.to(device, dtype))
-                for with_bias in (False, True):
-                    bias = torch.linspace(-3, 3, n, device=device).to(dtype) if with_bias else None
-                    where = f"{tally.implementation.name}: M={m} N={n} K={k} group_size={group_size}{' with bias' if with_bias else ''}"
-                    found = _three(tally, where, activations, p, bias)
-                    tally.compare(where, found, activations.double() @ weight.T + (0 if bias is None else bias.double()))
+            activations = between_nans(inner.to(device, dtype))
+            bias = torch.linspace(-3, 3, n, device=device).to(dtype) if with_bias else None
+            exact = activations.double() @ weight.T + (0 if bias is None else bias.double())
+            case = f"M={m} N={n} K={k} group_size={group_size}{' with bias' if with_bias else ''}"
+            for tally in mine:
+                where = f"{tally.implementation.name}: {case}"
+                tally.compare(where, _three(tally, where, activations, p, bias), exact)
 
 
 def _identity(tallies: Sequence[Tally], kind: Kind, device: torch.device) -> None:
@@ -164,18 +169,25 @@ def _timed(tallies: Sequence[Tally], kind: Kind, shape: Shape, tokens: Sequence[
     p = random_packed(kind, shape, torch.Generator(device).manual_seed(shape.n + shape.k))
     windows = list(_windows(shape.n, 64))
     weights = [decoded(columns(p, first, last)).double() for first, last in windows]
-    for m in tokens:
-        for tally in tallies:
-            activations = torch.randn(m, shape.k, device=device, generator=torch.Generator(device).manual_seed(m)).to(
-                tally.implementation.dtype
-            )
+    for m, (dtype, mine) in itertools.product(tokens, _by_dtype(tallies)):
+        activations = torch.randn(m, shape.k, device=device, generator=torch.Generator(device).manual_seed(m)).to(dtype)
+        exact = {  # rows and columns -> their product
+            (rows, between): activations[rows[0] : rows[1]].double() @ weight.T
+            for rows in _windows(m, 1)
+            for between, weight in zip(windows, weights, strict=True)
+        }
+        for tally in mine:
             where = f"{tally.implementation.name}: M={m} N={shape.n} K={shape.k} group_size={shape.group_size}"
             found = _three(tally, where, activations, p, None)
-            for top, bottom in _windows(m, 1):
-                rows = activations[top:bottom].double()
-                for (first, last), weight in zip(windows, weights, strict=True):
-                    part = f"{where}, rows from {top}, columns from {first}"
-                    tally.compare(part, found[top:bottom, first:last], rows @ weight.T)
+            for (rows, between), product in exact.items():
+                part = f"{where}, rows from {rows[0]}, columns from {between[0]}"
+                tally.compare(part, found[rows[0] : rows[1], between[0] : between[1]], product)
+
+
+def _by_dtype(tallies: Sequence[Tally]) -> list[tuple[torch.dtype, list[Tally]]]:
+    """Those that share activations and products."""
+    dtypes = dict.fromkeys(tally.implementation.dtype for tally in tallies)
+    return [(dtype, [tally for tally in tallies if tally.implementation.dtype == dtype]) for dtype in dtypes]
 
 
 def _three(tally: Tally, where: str, activations: Tensor, p: Packed, bias: Tensor | None) -> Tensor:

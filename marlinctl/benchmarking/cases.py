@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["dense", "sparse"]
 KINDS: tuple[Kind, ...] = ("dense", "sparse")
+OPERATORS: dict[Kind, str] = {"dense": "int4", "sparse": "int4 2:4"}  # what they are called in tables
 DEFAULT_TOKENS = (1, 8, 16, 32, 64, 128)
 GROUPS = (32, 64, 128, -1)
 ROOFLINE_SIZES = (4096, 8192, 16384, 32768)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from marlinctl.benchmarking.building import offered
-from marlinctl.benchmarking.cases import Kind
+from marlinctl.benchmarking.cases import OPERATORS, Kind
 from marlinctl.benchmarking.documents import Kernel
 from marlinctl.benchmarking.weights import Packed
 from marlinctl.console import Console
@@ -25,7 +25,7 @@ from marlinctl.kernels.dispatch import DEQUANTIZE
 from marlinctl.kernels.launch import LoadedKernel, launch, load
 from marlinctl.kernels.ops import decode
 
-OPERATORS: dict[Kind, str] = {"dense": "int4", "sparse": "int4 2:4"}
+OVERLAP = ", overlap"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +34,14 @@ class Operator:
 
     kind: Kind
     dtype: torch.dtype
+    overlap: bool = False
 
     @property
     def name(self) -> str:
-        return OPERATORS[self.kind]
+        return OPERATORS[self.kind] + (OVERLAP if self.overlap else "")
 
     def run(self, activations: Tensor, p: Packed, bias: Tensor | None, out: Tensor) -> Tensor:
-        return multiply(activations, p, bias)
+        return multiply(activations, p, bias, overlap=self.overlap)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from marlinctl.benchmarking.cases import OPERATORS
 from marlinctl.benchmarking.documents import BITS, Case, Ceilings, Document, Family, Set, moved_bytes
 from marlinctl.errors import EnvironmentProblem
 
@@ -95,7 +96,7 @@ def _operators(document: Document) -> list[tuple[str, Family]]:
     found: dict[str, Family] = {}
     for case in document.cases:
         for timed in case.candidates:
-            if timed.family == "peer" or timed.name in ("int4", "int4 2:4"):
+            if timed.family == "peer" or timed.name in OPERATORS.values():
                 found.setdefault(timed.name, timed.family)
     return list(found.items())
 

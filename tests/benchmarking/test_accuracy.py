@@ -30,7 +30,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_right_products_pass(kind: str, dtype: torch.dtype) -> None:
     """If this failed, nothing could ever be timed. A product rounded once is within half of the gate."""
-    found, problems = accuracy.check([Pretended(kind, dtype)], [LARGE], [1, 5], CPU, thorough=True)  # type: ignore[arg-type]
+    found, problems = accuracy.check([Pretended(kind, dtype)], [(LARGE, [1, 5])], CPU, thorough=True)  # type: ignore[arg-type]
     assert problems == []
     (worst,) = found.worst
     assert 0 < worst.relative < worst.gate / 2
@@ -69,7 +69,7 @@ def another_each_time(product: Tensor) -> Tensor:
 )
 def test_wrong_products_fail(wrong: Callable[[Tensor], Tensor], what: str) -> None:
     """If this failed, a kernel that is wrong would get a speed-up."""
-    _, problems = accuracy.check([Pretended(wrong=wrong)], [LARGE], [1, 5], CPU, thorough=True)
+    _, problems = accuracy.check([Pretended(wrong=wrong)], [(LARGE, [1, 5])], CPU, thorough=True)
     assert any(what in problem.what for problem in problems)
     with pytest.raises(CheckFailed) as caught:
         accuracy.refuse(problems)
@@ -86,7 +86,7 @@ def test_a_write_beyond_the_output_fails() -> None:
             whole.zero_()
             return out
 
-    _, problems = accuracy.check([Spills()], [], [], CPU, thorough=True)
+    _, problems = accuracy.check([Spills()], [], CPU, thorough=True)
     assert all("written outside of the output" in problem.what for problem in problems) and problems
 
 
@@ -98,11 +98,11 @@ def test_a_wrong_column_in_the_middle_of_a_large_linear_fails() -> None:
         wrong[:, wrong.shape[1] // 2] = 0
         return wrong
 
-    _, problems = accuracy.check([Pretended(wrong=middle)], [LARGE], [1], CPU, thorough=False)
+    _, problems = accuracy.check([Pretended(wrong=middle)], [(LARGE, [1])], CPU, thorough=False)
     assert [problem.what.rpartition("columns from ")[2].partition(":")[0] for problem in problems] == ["384"]
 
 
 def test_only_what_is_timed_is_compared_where_the_rest_was() -> None:
     """If this failed, a run would check the odd shapes again and again."""
-    found, _ = accuracy.check([Pretended()], [LARGE], [1], CPU, thorough=False)
+    found, _ = accuracy.check([Pretended()], [(LARGE, [1])], CPU, thorough=False)
     assert found.checks == 3

@@ -78,7 +78,7 @@ def test_operators_and_every_configuration_are_right(gpu: Gpu, kind: str, dtype:
     with gpu.current():
         loaded, kernels = configured(gpu.device, gpu.architecture, [kind], dtype, Console.quiet())  # type: ignore[list-item]
         everything = [Operator(kind, dtype), Dequantized(kind, dtype), *loaded]  # type: ignore[arg-type]
-        found, problems = accuracy.check(everything, [], [], gpu.device, thorough=True)
+        found, problems = accuracy.check(everything, [], gpu.device, thorough=True)
     assert [problem.what for problem in problems] == []
     assert {kernel.name for kernel in kernels} <= {c.name for c in (*DENSE, *SPARSE)} | {kernel.name for kernel in kernels}
     assert all(kernel.local_bytes == 0 for kernel in kernels)
@@ -87,7 +87,7 @@ def test_operators_and_every_configuration_are_right(gpu: Gpu, kind: str, dtype:
 
 def test_a_wrong_product_ends_the_run(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, a kernel that is wrong on this GPU would have a speed-up."""
-    monkeypatch.setattr(bench, "Operator", lambda kind, dtype: Pretended(kind, dtype, wrong=lambda product: product * 1.01))
+    monkeypatch.setattr(bench, "Operator", lambda kind, dtype, overlap: Pretended(kind, dtype, wrong=lambda product: product * 1.01))
     asked = Asked((shapes_set(["512x512"], 128),), (1,), torch.float16, 128, ("dense",), with_peers=False)
     with pytest.raises(CheckFailed):
         run(asked, gpu, Console.quiet())

@@ -103,6 +103,18 @@ def test_generation(source: Path, tmp_path: Path) -> None:
     assert torch.equal(out[0, 5:], whole)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", ["marlin", "marlin_24"])
+def test_on_a_gpu(source: Path, tmp_path: Path, fmt: str) -> None:
+    """If this failed, tensors would be left on the CPU, or the kernels would compute another model than the reference."""
+    MAKE[fmt](source, tmp_path / "native", fmt)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "native", device_map="cuda")
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"cuda"}
+    with torch.no_grad():
+        found = model(IDS.cuda()).logits.double().cpu()
+    assert distance(found, logits(load_dense(tmp_path / "native", dtype=torch.float32))) < 3e-3
+
+
 # What must not load
 
 
