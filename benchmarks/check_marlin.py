@@ -11,8 +11,8 @@ that lie between NaNs, poisoned outputs and workspaces, odd numbers of CTAs, two
 times, with equal bits. Any failure is listed and the script exits with 1 before it times anything.
 
 Then the time of a call inside a CUDA graph of many calls, over so many copies of the weights that they come from memory and not
-from L2, beside torch.matmul in the same type on weights [N, K]; replays of all candidates take turns, the median is printed. Words and
-scales are random: zeros draw less power, and the GPU clocks higher.
+from L2, beside torch.matmul in the same type on weights [N, K], and on weights that csrc/unpack.cu dequantizes in every call; replays
+of all candidates take turns, the median is printed. Words and scales are random: zeros draw less power, and the GPU clocks higher.
 
 It needs a CUDA build of torch (which brings cuda-bindings and NVRTC) and nothing else of marlinctl's dependencies.
 """
@@ -20,7 +20,6 @@ It needs a CUDA build of torch (which brings cuda-bindings and NVRTC) and nothin
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import datetime
 import itertools
@@ -30,7 +29,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +37,10 @@ import torch
 from torch import Tensor
 
 from marlinctl.kernels import jit
+from marlinctl.kernels import launch as launcher
 from marlinctl.kernels.configurations import DENSE, GROUP_SIZES, SPARSE, Configuration, group_shift
+from marlinctl.kernels.dispatch import DEQUANTIZE
+from marlinctl.kernels.launch import LoadedKernel, architecture_of, launch, unpack
 from marlinctl.kernels.reference import dequantize, dequantize_sparse
 from marlinctl.pack.marlin import pack_marlin
 from marlinctl.pack.sparse_marlin import pack_sparse_marlin
@@ -67,6 +68,9 @@ def main() -> int:
     parser.add_argument("--group-size", type=int, default=128, help="of what is timed; -1 is channel-wise (default: 128)")
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16", help="of what is timed")
     parser.add_argument("--kernel", choices=["dense", "sparse"], help="which of the two (default: both)")
+    parser.add_argument(
+        "--apart", action="store_true", help="time calls that do not overlap with the one before (default: as operators launch)"
+    )
     parser.add_argument("--only", metavar="NAME", action="append", help="a configuration; repeatable")
     parser.add_argument("--cache", type=Path, help="folder of compiled kernels (default: a new one, so that compiling is timed)")
     parser.add_argument("--json", type=Path, help="where every figure goes")
@@ -77,13 +81,14 @@ def main() -> int:
     today = datetime.datetime.now(datetime.UTC).date()
     print(f"{gpu.name}, {gpu.multi_processor_count} multiprocessors, torch {torch.__version__}, CUDA {torch.version.cuda}, {today}")
     of_kernel = {"dense": DENSE, "sparse": SPARSE, None: (*DENSE, *SPARSE)}
-    fitting = [c for c in of_kernel[arguments.kernel] if c.fits(architecture())]
+    fitting = [c for c in of_kernel[arguments.kernel] if c.fits(architecture_of(torch.device("cuda", 0)))]
     configurations = [c for c in fitting if not arguments.only or c.name in arguments.only]
     if not configurations:
         parser.error(f"--only: the configurations for this GPU are {', '.join(c.name for c in fitting)}")
     cache = arguments.cache or Path(tempfile.mkdtemp(prefix="marlin-"))
-    loaded = [Kernel.load(c, dtype, cache) for c, dtype in itertools.product(configurations, DTYPES)]
-    figures: dict[str, Any] = {"gpu": gpu.name, "torch": torch.__version__, "date": str(today)}
+    loaded = [load(c, dtype, cache) for c, dtype in itertools.product(configurations, DTYPES)]
+    figures: dict[str, Any] = {"overlap": not arguments.apart, "gpu": gpu.name, "torch": torch.__version__, "date": str(today)}
+    figures |= {"architecture": architecture_of(torch.device("cuda", 0)), "dtype": arguments.dtype}
     both = [[k for k in loaded if k.configuration.sparse == sparse] for sparse in (False, True)]
     wrong = []
     if not arguments.time:
@@ -98,97 +103,43 @@ def main() -> int:
             row
             for kernels in both
             if kernels
-            for row in time_all([k for k in kernels if k.dtype == dtype], shapes, tokens, arguments.group_size)
+            for row in time_all([k for k in kernels if k.dtype == dtype], shapes, tokens, arguments.group_size, cache, not arguments.apart)
         ]
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 1 if wrong else 0
 
 
-# Loading and launching
+# Loading
 
 
-def architecture() -> str:
-    major, minor = torch.cuda.get_device_capability()
-    return f"sm_{major}{minor}"
+def load(configuration: Configuration, dtype: torch.dtype, cache: Path) -> LoadedKernel:
+    """One configuration, compiled and loaded; what that took is told."""
+    device = torch.device("cuda", 0)
+    start = time.perf_counter()
+    jit.cubin(f"{configuration.kernel}.cu", configuration.defines(dtype), architecture_of(device), cache)
+    compiled = time.perf_counter()
+    kernel = launcher.load(configuration, dtype, device, cache)
+    loaded = time.perf_counter() - compiled
+    print(
+        f"{configuration.name:22} {str(dtype)[6:]:9} compiled in {compiled - start:.2f} s, loaded in {loaded:.3f} s, "
+        f"{kernel.registers} registers, {kernel.local_bytes} bytes of local memory, {configuration.shared_bytes} of shared, "
+        f"{kernel.resident} CTAs each",
+        flush=True,
+    )
+    return kernel
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """One configuration, loaded."""
-
-    configuration: Configuration
-    dtype: torch.dtype
-    function: Any  # CUfunction
-    resident: int  # CTAs that fit on the GPU at once, by multiprocessor
-
-    @classmethod
-    def load(cls, configuration: Configuration, dtype: torch.dtype, cache: Path) -> Kernel:
-        from cuda.bindings import driver
-
-        torch.zeros(1, device="cuda")  # makes torch's context current
-        start = time.perf_counter()
-        code = jit.cubin(f"{configuration.kernel}.cu", configuration.defines(dtype), architecture(), cache)
-        compiled = time.perf_counter()
-        library = done(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
-        function = done(driver.cuKernelGetFunction(done(driver.cuLibraryGetKernel(library, configuration.kernel.encode()))))
-        size = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        done(driver.cuFuncSetAttribute(function, size, configuration.shared_bytes))
-        resident = done(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, configuration.threads, configuration.shared_bytes))
-        registers = done(driver.cuFuncGetAttribute(driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NUM_REGS, function))
-        local = done(driver.cuFuncGetAttribute(driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, function))
-        loaded = time.perf_counter() - compiled
-        print(
-            f"{configuration.name:22} {str(dtype)[6:]:9} compiled in {compiled - start:.2f} s, loaded in {loaded:.3f} s, "
-            f"{registers} registers, {local} bytes of local memory, {configuration.shared_bytes} of shared, {resident} CTAs each",
-            flush=True,
-        )
-        return cls(configuration, dtype, function, resident)
-
-    @property
-    def name(self) -> str:
-        return f"{self.configuration.name} {str(self.dtype)[6:]}"
-
-    def workspace(self, m: int, n: int, ctas: int) -> tuple[Tensor, Tensor]:
-        """Partial sums, poisoned, and counters, zero."""
-        partials = torch.full((self.configuration.partial_floats(ctas),), torch.nan, device="cuda")
-        return partials, torch.zeros(self.configuration.output_tiles(m, n), dtype=torch.int32, device="cuda")
-
-    def ctas(self, m: int, n: int, k: int, per_multiprocessor: int) -> int:
-        everywhere = torch.cuda.get_device_properties(0).multi_processor_count * per_multiprocessor
-        return min(everywhere, self.configuration.units(m, n, k))
-
-    def launch(self, activations: Tensor, p: Packed, bias: Tensor | None, out: Tensor, workspace: tuple[Tensor, Tensor], ctas: int) -> None:
-        """On torch's current stream."""
-        from cuda.bindings import driver
-
-        m, k = activations.shape
-        partials, counters = workspace
-        weights = (p.qweight, p.meta) if isinstance(p, PackedSparseLinear) else (p.qweight,)
-        tensors = (activations, *weights, p.scales, bias, out, partials, counters)
-        pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
-        numbers = [ctypes.c_int(value) for value in (m, p.out_features, k, group_shift(p.group_size, k))]
-        values = [*pointers, *numbers]
-        places = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))  # read before the call returns
-        stream = torch.cuda.current_stream().cuda_stream
-        shared = self.configuration.shared_bytes
-        done(
-            driver.cuLaunchKernel(self.function, ctas, 1, 1, self.configuration.threads, 1, 1, shared, stream, ctypes.addressof(places), 0)
-        )
-
-
-def done(result: tuple[Any, ...]) -> Any:
-    """What a driver call gives, or its error as an exception."""
-    status, *values = result
-    if int(status) != 0:
-        raise RuntimeError(f"the driver reports {status.name}")
-    return values[0] if values else None
+def workspace_of(kernel: LoadedKernel, m: int, n: int, ctas: int) -> tuple[Tensor, Tensor]:
+    """Partial sums, poisoned, and counters, zero."""
+    partials = torch.full((kernel.configuration.partial_floats(ctas),), torch.nan, device="cuda")
+    return partials, torch.zeros(kernel.configuration.output_tiles(m, n), dtype=torch.int32, device="cuda")
 
 
 # Is it right
 
 
-def check(kernels: list[Kernel]) -> list[str]:
+def check(kernels: list[LoadedKernel]) -> list[str]:
     """Every failure, told in a line. The kernels are all dense or all 2:4."""
     sparse = kernels[0].configuration.sparse
     tokens = (1, 7, 17, 65, 129, 1000)
@@ -214,10 +165,10 @@ def check(kernels: list[Kernel]) -> list[str]:
                 bias = torch.randn(n, device="cuda").to(kernel.dtype) if with_bias else None
                 exact = activations.double() @ weight.T + (0 if bias is None else bias.double())
                 where = f"{kernel.name}: M={m} N={n} K={k} group_size={group_size} CTAs={ctas}"
-                workspace = kernel.workspace(m, n, ctas)
+                workspace = workspace_of(kernel, m, n, ctas)
                 outs = [guarded(m, n, kernel.dtype) for _ in range(3)]
                 for out, _ in outs:
-                    kernel.launch(activations, p, bias, out, workspace, ctas)
+                    launch(kernel, activations, p, bias, out, ctas, workspace)
                 torch.cuda.synchronize()
                 error = outs[0][0].double() - exact
                 relative = float(error.norm() / exact.norm())
@@ -234,20 +185,20 @@ def check(kernels: list[Kernel]) -> list[str]:
                 if bool(workspace[1].any()):
                     wrong.append(f"{where}: counters are not back at 0")
     for kernel in kernels:
-        wrong += [*check_identity(kernel), *check_large(kernel), *check_streams_and_graph(kernel)]
+        wrong += [*check_identity(kernel), *check_large(kernel), *check_streams_and_graph(kernel), *check_overlap(kernel)]
         figures = ", ".join(f"{what} {worst[kernel.name, what]:.2e}" for what in ("relative", "mean ratio"))
         print(f"{kernel.name:32} worst error against float64: {figures}", flush=True)
     return wrong
 
 
-def check_identity(kernel: Kernel) -> Iterator[str]:
+def check_identity(kernel: LoadedKernel) -> Iterator[str]:
     """Identity activations give the decoded weight, rounded once."""
     for group_size in (*GROUP_SIZES, -1):
         n, k = 448, 640
         p = random_packed(kernel.configuration.sparse, n, k, group_size, seed=group_size)
         ctas = kernel.ctas(k, n, k, kernel.resident)
         out, _ = guarded(k, n, kernel.dtype)
-        kernel.launch(torch.eye(k, device="cuda", dtype=kernel.dtype), p, None, out, kernel.workspace(k, n, ctas), ctas)
+        launch(kernel, torch.eye(k, device="cuda", dtype=kernel.dtype), p, None, out, ctas, workspace_of(kernel, k, n, ctas))
         expected = decoded(p).T.to(kernel.dtype)
         if not torch.equal(out, expected):
             k_wrong, n_wrong = (out != expected).nonzero()[0].tolist()
@@ -255,14 +206,14 @@ def check_identity(kernel: Kernel) -> Iterator[str]:
             yield f"{kernel.name}: identity, group_size={group_size}: weight n={n_wrong} k={k_wrong} is {values}"
 
 
-def check_large(kernel: Kernel) -> Iterator[str]:
+def check_large(kernel: LoadedKernel) -> Iterator[str]:
     """First and last columns of more weights than 2**30: indices that overflow show at the end."""
     m, n, k, group_size = kernel.configuration.tokens + 1, 73728, 18432, 128
     p = random_words(kernel.configuration.sparse, n, k, group_size)
     activations = torch.randn(m, k, device="cuda").to(kernel.dtype)
     ctas = kernel.ctas(m, n, k, kernel.resident)
     out, _ = guarded(m, n, kernel.dtype)
-    kernel.launch(activations, p, None, out, kernel.workspace(m, n, ctas), ctas)
+    launch(kernel, activations, p, None, out, ctas, workspace_of(kernel, m, n, ctas))
     for first in (0, n - 256):
         exact = activations.double() @ decoded(columns(p, first, first + 256)).double().T
         relative = float((out[:, first : first + 256].double() - exact).norm() / exact.norm())
@@ -270,35 +221,53 @@ def check_large(kernel: Kernel) -> Iterator[str]:
             yield f"{kernel.name}: N={n} K={k}, columns from {first}: relative error {relative:.2e}"
 
 
-def check_streams_and_graph(kernel: Kernel) -> Iterator[str]:
-    """Two streams with a workspace each, and a graph that is replayed with other inputs, give what one launch gives."""
+def check_streams_and_graph(kernel: LoadedKernel) -> Iterator[str]:
+    """Two streams, and a graph that is replayed with other inputs, give what one launch gives; with the workspaces of the launcher."""
     m, n, k = 33, 576, 4096
     p = random_packed(kernel.configuration.sparse, n, k, 128, seed=5)
     ctas = kernel.ctas(m, n, k, 1)
     activations = [torch.randn(m, k, device="cuda").to(kernel.dtype) for _ in range(2)]
-    workspaces = [kernel.workspace(m, n, ctas) for _ in range(2)]
     alone, together = ([guarded(m, n, kernel.dtype)[0] for _ in range(2)] for _ in range(2))
-    for x, out, workspace in zip(activations, alone, workspaces, strict=True):
-        kernel.launch(x, p, None, out, workspace, ctas)
+    for x, out in zip(activations, alone, strict=True):
+        launch(kernel, x, p, None, out, ctas)
     torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in range(2)]  # each keeps its workspace: launches on one stream follow each other
+    streams = [torch.cuda.Stream() for _ in range(2)]
     for _ in range(20):
-        for x, out, workspace, stream in zip(activations, together, workspaces, streams, strict=True):
+        for x, out, stream in zip(activations, together, streams, strict=True):
             with torch.cuda.stream(stream):
-                kernel.launch(x, p, None, out, workspace, ctas)
+                launch(kernel, x, p, None, out, ctas)
     torch.cuda.synchronize()
     if not all(torch.equal(a, b) for a, b in zip(alone, together, strict=True)):
         yield f"{kernel.name}: two streams at once differ from one after the other"
     x, out = activations[0].clone(), guarded(m, n, kernel.dtype)[0]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kernel.launch(x, p, None, out, workspaces[0], ctas)
+        launch(kernel, x, p, None, out, ctas)
     for inputs, expected in zip(activations, alone, strict=True):
         x.copy_(inputs)
         graph.replay()
         torch.cuda.synchronize()
         if not torch.equal(out, expected):
             yield f"{kernel.name}: a graph gives something else than a launch"
+
+
+def check_overlap(kernel: LoadedKernel) -> Iterator[str]:
+    """A chain in which each call reads what the one before it wrote, overlapped and not: the same bits."""
+    m, size = kernel.configuration.tokens, 4096
+    p = random_words(kernel.configuration.sparse, size, size, 128)
+    p.scales.mul_(0.1)
+    for residents in range(1, kernel.resident + 1):
+        ctas = kernel.ctas(m, size, size, residents)
+        first = torch.randn(m, size, device="cuda").to(kernel.dtype)
+        chains = {overlap: [first, *(torch.empty_like(first) for _ in range(30))] for overlap in (False, True)}
+        for overlap, chain in chains.items():
+            for before, after in itertools.pairwise(chain):
+                launch(kernel, before, p, None, after, ctas, overlap=overlap)
+            torch.cuda.synchronize()
+        for i, (apart, together) in enumerate(zip(chains[False], chains[True], strict=True)):
+            if not torch.equal(apart.view(torch.int16), together.view(torch.int16)):
+                yield f"{kernel.name}: call {i} of a chain gives something else when it overlaps with the one before, {residents} CTAs each"
+                break
 
 
 def random_packed(sparse: bool, n: int, k: int, group_size: int, seed: int) -> Packed:
@@ -362,7 +331,9 @@ def guarded(m: int, n: int, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, T
 # How fast is it
 
 
-def time_all(kernels: list[Kernel], shapes: list[tuple[int, ...]], tokens: list[int], group_size: int) -> list[dict[str, Any]]:
+def time_all(
+    kernels: list[LoadedKernel], shapes: list[tuple[int, ...]], tokens: list[int], group_size: int, cache: Path, overlap: bool
+) -> list[dict[str, Any]]:
     """A line for each shape and M; returns all figures in microseconds."""
     rate = read_rate()
     what = f"{str(kernels[0].dtype)[6:]}, group size {group_size}; microseconds per call, speed-up over torch.matmul"
@@ -371,12 +342,21 @@ def time_all(kernels: list[Kernel], shapes: list[tuple[int, ...]], tokens: list[
     for n, k in shapes:
         if n != padded(n) or k != padded(k):
             raise SystemExit(f"{n}x{k}: what is timed must have multiples of 64")
-        rows += time_shape(kernels, n, k, tokens, group_size, rate)
+        rows += time_shape(kernels, n, k, tokens, group_size, rate, cache, overlap)
         torch.cuda.empty_cache()
     return rows
 
 
-def time_shape(kernels: list[Kernel], n: int, k: int, tokens: list[int], group_size: int, rate: float) -> list[dict[str, Any]]:
+def time_shape(
+    kernels: list[LoadedKernel],
+    n: int,
+    k: int,
+    tokens: list[int],
+    group_size: int,
+    rate: float,
+    cache: Path,
+    overlap: bool,
+) -> list[dict[str, Any]]:
     dtype, l2 = kernels[0].dtype, torch.cuda.get_device_properties(0).L2_cache_size
     sparse = kernels[0].configuration.sparse
     word_bytes = n * k * (3 if sparse else 4) // 8  # with metadata
@@ -391,10 +371,11 @@ def time_shape(kernels: list[Kernel], n: int, k: int, tokens: list[int], group_s
         activations = torch.randn(m, k, device="cuda", dtype=dtype)
         out = torch.empty(m, n, device="cuda", dtype=dtype)
         candidates: dict[str, Callable[[int], object]] = {"torch.matmul": partial(dense_call, activations, dense, out)}
+        candidates[DEQUANTIZE] = partial(dequantized_call, activations, packed, out, cache)
         for kernel in kernels:
             for residents in range(1, kernel.resident + 1):
                 ctas = kernel.ctas(m, n, k, residents)
-                call = partial(packed_call, kernel, activations, packed, out, kernel.workspace(m, n, ctas), ctas)
+                call = partial(packed_call, kernel, activations, packed, out, workspace_of(kernel, m, n, ctas), ctas, overlap)
                 candidates[f"{kernel.configuration.name}/{residents}"] = call
         medians = {name: time / calls for name, time in replay({name: graph_of(call, calls) for name, call in candidates.items()}).items()}
         baseline = medians.pop("torch.matmul")
@@ -414,10 +395,18 @@ def dense_call(activations: Tensor, weights: list[Tensor], out: Tensor, i: int) 
     torch.matmul(activations, weights[i % len(weights)].T, out=out)
 
 
+def dequantized_call(activations: Tensor, packed: list[Packed], out: Tensor, cache: Path, i: int) -> None:
+    p = packed[i % len(packed)]
+    weights, shift = tuple(t for name, t in tensors_of(p).items() if name != "scales"), group_shift(p.group_size, p.in_features)
+    weight = unpack(weights, p.scales, out.dtype, p.out_features, p.in_features, shift, cache)
+    torch.matmul(activations, weight.T, out=out)
+
+
 def packed_call(
-    kernel: Kernel, activations: Tensor, packed: list[Packed], out: Tensor, workspace: tuple[Tensor, Tensor], ctas: int, i: int
-) -> None:
-    kernel.launch(activations, packed[i % len(packed)], None, out, workspace, ctas)
+    kernel: LoadedKernel, activations: Tensor, packed: list[Packed], out: Tensor, workspace: tuple[Tensor, Tensor], ctas: int,
+    overlap: bool, i: int,
+) -> None:  # fmt: skip
+    launch(kernel, activations, packed[i % len(packed)], None, out, ctas, workspace, overlap)
 
 
 def graph_of(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph:

@@ -43,6 +43,7 @@ VERBS = {
     "distill": "Train a 2:4 or 4-bit model towards its original.",
     "pack": "Turn a 4-bit checkpoint into another format, exactly.",
     "eval": "Score a model on tasks; compare it with its original.",
+    "bench": "Check and time the INT4 kernels; compile them ahead of time.",
     "plan": "Tell what compress would do, what it needs, and whether it fits.",
     "inspect": "Tell what a checkpoint is, from its headers alone.",
     "verify": "Check a checkpoint's digests, structure and numbers.",

@@ -99,19 +99,20 @@ def test_metadata(wheel: Path) -> None:
         assert f"{folder}/licenses/LICENSE" in archive.namelist()
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
-    assert set(metadata.get_all("Provides-Extra") or []) == {"eval", "distill", "docs", "test"}
+    assert set(metadata.get_all("Provides-Extra") or []) == {"eval", "distill", "bench", "docs", "test"}
     assert "marlinctl = marlinctl.cli:main" in entry_points
 
 
 def test_every_import_is_declared() -> None:
     """A dependency that only happens to be installed with another one disappears with it."""
-    extras = [line for name in ("eval", "distill") for line in PROJECT["optional-dependencies"][name]]
+    extras = [line for name in ("eval", "distill", "bench") for line in PROJECT["optional-dependencies"][name]]
     declared = {requirement_name(line) for line in [*PROJECT["dependencies"], *extras]}
     known = {IMPORT_NAMES.get(name, name) for name in declared} | sys.stdlib_module_names | {"marlinctl"}
     strangers = [found for found in all_imports() if found.target.split(".")[0] not in known]
     # CUDA builds of torch depend on cuda-bindings and NVRTC; without a GPU nobody needs them, and jit.py says so when they are missing
     assert {(found.importer, found.target, found.at_import) for found in strangers} == {
-        ("marlinctl.kernels.jit", "cuda.bindings.nvrtc", False)
+        ("marlinctl.kernels.jit", "cuda.bindings.nvrtc", False),
+        ("marlinctl.kernels.launch", "cuda.bindings.driver", False),
     }
 
 
@@ -130,7 +131,7 @@ def test_what_an_extra_brings_is_never_needed_to_start() -> None:
 def test_every_dependency_is_pinned_within_its_bounds() -> None:
     """A figure in the docs belongs to exact versions; `make demo` must install those."""
     pinned = pins()
-    wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["eval"]
+    wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["eval"] + PROJECT["optional-dependencies"]["bench"]
     wanted += [line for line in PROJECT["optional-dependencies"]["test"] if not line.startswith("marlinctl")]
 
     def version(text: str) -> tuple[int, ...]:

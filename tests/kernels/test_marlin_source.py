@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -41,19 +41,32 @@ class Arguments(ctypes.Structure):
     ]
 
 
-def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: Callable[[str], str] = lambda source: source) -> Launch:
-    """The kernel as a function; `edit` may break its sources first."""
+def library_of(
+    configuration: Configuration, dtype: torch.dtype, folder: Path, edit: Callable[[str], str] = lambda source: source
+) -> ctypes.CDLL:
+    """The kernel, built for the CPU; `edit` may break its sources first."""
+    defines = (*configuration.defines(dtype), f"SPARSE={int(configuration.sparse)}")
+    return compiled(configuration.kernel, defines, folder, edit)
+
+
+def compiled(kernel: str, defines: Sequence[str], folder: Path, edit: Callable[[str], str] = lambda source: source) -> ctypes.CDLL:
+    """kernel.cu and the software GPU in one library."""
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     shutil.copytree(jit.SOURCES, folder)
-    for path in (folder / f"{configuration.kernel}.cu", *folder.glob("*.cuh")):
+    for path in (folder / f"{kernel}.cu", *folder.glob("*.cuh")):
         path.write_text(edit(path.read_text("utf-8")), "utf-8")
     shutil.copy(SOFTWARE_GPU / "ptx.cuh", folder)
-    defines = [f"-D{define}" for define in (*configuration.defines(dtype), f"SPARSE={int(configuration.sparse)}")]
-    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-w", f"-I{folder}", *defines, "-o", str(folder / "kernel.so")]
+    flags = [f"-I{folder}", *(f"-D{define}" for define in defines), "-o", str(folder / "kernel.so")]
+    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-w", *flags]
     subprocess.run([*command, str(SOFTWARE_GPU / "launch.cpp")], check=True)
-    library = ctypes.CDLL(str(folder / "kernel.so"))
+    return ctypes.CDLL(str(folder / "kernel.so"))
+
+
+def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: Callable[[str], str] = lambda source: source) -> Launch:
+    """The kernel as a function."""
+    library = library_of(configuration, dtype, folder, edit)
 
     def launch(
         activations: Tensor,

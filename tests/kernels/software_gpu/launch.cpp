@@ -1,6 +1,8 @@
 // A kernel of csrc as a function of the CPU, for a grid of CTAs in a given order. Built in a folder with copies of csrc, of which
-// ptx.cuh has been replaced; -DSPARSE=1 is the 2:4 kernel, -DSPARSE=0 the dense one.
-#if SPARSE
+// ptx.cuh has been replaced; -DSPARSE=1 is the 2:4 kernel, -DSPARSE=0 the dense one, and with -DUNPACK=1 unpack.cu for either.
+#if UNPACK
+#include "unpack.cu"
+#elif SPARSE
 #include "sparse_marlin_sm80.cu"
 #else
 #include "marlin_sm80.cu"
@@ -22,7 +24,11 @@ static Arguments arguments;
 
 static void thread_main() {
     const Arguments& a = arguments;
-#if SPARSE
+#if UNPACK
+    const auto* const meta = reinterpret_cast<const unsigned short*>(a.meta);
+    const auto* const scales = reinterpret_cast<const unsigned short*>(a.scales);
+    unpack(a.qweight, meta, scales, static_cast<char*>(a.out), a.n, a.k, a.group_shift);
+#elif SPARSE
     unsigned short* const out = static_cast<unsigned short*>(a.out);
     sparse_marlin_sm80(a.activations, a.qweight, a.meta, a.scales, a.bias, out, a.partials, a.counters, a.m, a.n, a.k, a.group_shift);
 #else
