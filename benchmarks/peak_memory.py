@@ -4,8 +4,8 @@
                                      [further flags of quantize: --match 0.5 --dtype float32 ...]
 
 The checkpoint is written block by block with random weights. The job runs as a child process; anonymous resident memory is sampled
-from /proc (mapped file pages are not counted: the system gives them back when it needs them), with --device cuda also what nvidia-smi says is
-used of the GPU, beyond what was before. Exit code 1 where either is more than 15 % away from the plan.
+from /proc (mapped file pages are not counted: the system gives them back when it needs them), with --device cuda also what nvidia-smi says
+is used of the GPU, beyond what was before. Exit code 1 where either is more than 15 % away from the plan.
 """
 
 from __future__ import annotations
