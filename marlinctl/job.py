@@ -231,6 +231,7 @@ def _report(
         "error": {"mean": sum(r.error for r in records) / len(records), "worst": max(records, key=lambda r: r.error).name},
         "seconds": round(seconds, 1),
         "peak_memory_bytes": peak_rss(),
+        "peak_device_memory_bytes": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
         "layers": [asdict(record) for record in records],
     }
 

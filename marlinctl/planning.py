@@ -34,6 +34,7 @@ from marlinctl.memory import (
     predicted_peak,
     predicted_repack,
 )
+from marlinctl.models import Architecture
 from marlinctl.pattern import MASK_FILE, Pattern, from_headers
 from marlinctl.preflight import Looked, check_pattern, look, refuse_no_change
 from marlinctl.recipe import Recipe, divided, recipe_hash
@@ -162,8 +163,13 @@ def _memory(looked: Looked, outputs: list[room.Output], stages: list[tuple[str, 
         host["pack"] = predicted_repack([n * k for n, k in looked.shapes.values()], [output.linears for output in outputs])
     return {
         "host": {"peak": max(host.values()), "stages": host},
-        "device": {"peak": max(device.values()), "stages": device} if device else None,
+        "device": {"peak": max(device.values()), "stages": device, "activations": _activations(known, stages)} if device else None,
     }
+
+
+def _activations(known: Architecture, stages: list[tuple[str, Recipe, Work]]) -> int:
+    """What stays on the device besides, where half of what is free suffices (scratch.py); in host memory or on disk where it does not."""
+    return max(room.scratch_bytes(known, work) for _, _, work in stages)
 
 
 def _disk(
