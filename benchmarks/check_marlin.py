@@ -68,6 +68,9 @@ def main() -> int:
     parser.add_argument("--group-size", type=int, default=128, help="of what is timed; -1 is channel-wise (default: 128)")
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16", help="of what is timed")
     parser.add_argument("--kernel", choices=["dense", "sparse"], help="which of the two (default: both)")
+    parser.add_argument(
+        "--apart", action="store_true", help="time calls that do not overlap with the one before (default: as operators launch)"
+    )
     parser.add_argument("--only", metavar="NAME", action="append", help="a configuration; repeatable")
     parser.add_argument("--cache", type=Path, help="folder of compiled kernels (default: a new one, so that compiling is timed)")
     parser.add_argument("--json", type=Path, help="where every figure goes")
@@ -84,7 +87,7 @@ def main() -> int:
         parser.error(f"--only: the configurations for this GPU are {', '.join(c.name for c in fitting)}")
     cache = arguments.cache or Path(tempfile.mkdtemp(prefix="marlin-"))
     loaded = [load(c, dtype, cache) for c, dtype in itertools.product(configurations, DTYPES)]
-    figures: dict[str, Any] = {"gpu": gpu.name, "torch": torch.__version__, "date": str(today)}
+    figures: dict[str, Any] = {"overlap": not arguments.apart, "gpu": gpu.name, "torch": torch.__version__, "date": str(today)}
     figures |= {"architecture": architecture_of(torch.device("cuda", 0)), "dtype": arguments.dtype}
     both = [[k for k in loaded if k.configuration.sparse == sparse] for sparse in (False, True)]
     wrong = []
@@ -100,7 +103,7 @@ def main() -> int:
             row
             for kernels in both
             if kernels
-            for row in time_all([k for k in kernels if k.dtype == dtype], shapes, tokens, arguments.group_size, cache)
+            for row in time_all([k for k in kernels if k.dtype == dtype], shapes, tokens, arguments.group_size, cache, not arguments.apart)
         ]
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
@@ -182,7 +185,7 @@ def check(kernels: list[LoadedKernel]) -> list[str]:
                 if bool(workspace[1].any()):
                     wrong.append(f"{where}: counters are not back at 0")
     for kernel in kernels:
-        wrong += [*check_identity(kernel), *check_large(kernel), *check_streams_and_graph(kernel)]
+        wrong += [*check_identity(kernel), *check_large(kernel), *check_streams_and_graph(kernel), *check_overlap(kernel)]
         figures = ", ".join(f"{what} {worst[kernel.name, what]:.2e}" for what in ("relative", "mean ratio"))
         print(f"{kernel.name:32} worst error against float64: {figures}", flush=True)
     return wrong
@@ -248,6 +251,25 @@ def check_streams_and_graph(kernel: LoadedKernel) -> Iterator[str]:
             yield f"{kernel.name}: a graph gives something else than a launch"
 
 
+def check_overlap(kernel: LoadedKernel) -> Iterator[str]:
+    """A chain in which each call reads what the one before it wrote, overlapped and not: the same bits."""
+    m, size = kernel.configuration.tokens, 4096
+    p = random_words(kernel.configuration.sparse, size, size, 128)
+    p.scales.mul_(0.1)
+    for residents in range(1, kernel.resident + 1):
+        ctas = kernel.ctas(m, size, size, residents)
+        first = torch.randn(m, size, device="cuda").to(kernel.dtype)
+        chains = {overlap: [first, *(torch.empty_like(first) for _ in range(30))] for overlap in (False, True)}
+        for overlap, chain in chains.items():
+            for before, after in itertools.pairwise(chain):
+                launch(kernel, before, p, None, after, ctas, overlap=overlap)
+            torch.cuda.synchronize()
+        for i, (apart, together) in enumerate(zip(chains[False], chains[True], strict=True)):
+            if not torch.equal(apart.view(torch.int16), together.view(torch.int16)):
+                yield f"{kernel.name}: call {i} of a chain gives something else when it overlaps with the one before, {residents} CTAs each"
+                break
+
+
 def random_packed(sparse: bool, n: int, k: int, group_size: int, seed: int) -> Packed:
     """Every code, scales of both signs, all six choices of survivors, through the packer."""
     generator = torch.Generator().manual_seed(abs(seed))
@@ -310,7 +332,7 @@ def guarded(m: int, n: int, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, T
 
 
 def time_all(
-    kernels: list[LoadedKernel], shapes: list[tuple[int, ...]], tokens: list[int], group_size: int, cache: Path
+    kernels: list[LoadedKernel], shapes: list[tuple[int, ...]], tokens: list[int], group_size: int, cache: Path, overlap: bool
 ) -> list[dict[str, Any]]:
     """A line for each shape and M; returns all figures in microseconds."""
     rate = read_rate()
@@ -320,13 +342,20 @@ def time_all(
     for n, k in shapes:
         if n != padded(n) or k != padded(k):
             raise SystemExit(f"{n}x{k}: what is timed must have multiples of 64")
-        rows += time_shape(kernels, n, k, tokens, group_size, rate, cache)
+        rows += time_shape(kernels, n, k, tokens, group_size, rate, cache, overlap)
         torch.cuda.empty_cache()
     return rows
 
 
 def time_shape(
-    kernels: list[LoadedKernel], n: int, k: int, tokens: list[int], group_size: int, rate: float, cache: Path
+    kernels: list[LoadedKernel],
+    n: int,
+    k: int,
+    tokens: list[int],
+    group_size: int,
+    rate: float,
+    cache: Path,
+    overlap: bool,
 ) -> list[dict[str, Any]]:
     dtype, l2 = kernels[0].dtype, torch.cuda.get_device_properties(0).L2_cache_size
     sparse = kernels[0].configuration.sparse
@@ -346,7 +375,7 @@ def time_shape(
         for kernel in kernels:
             for residents in range(1, kernel.resident + 1):
                 ctas = kernel.ctas(m, n, k, residents)
-                call = partial(packed_call, kernel, activations, packed, out, workspace_of(kernel, m, n, ctas), ctas)
+                call = partial(packed_call, kernel, activations, packed, out, workspace_of(kernel, m, n, ctas), ctas, overlap)
                 candidates[f"{kernel.configuration.name}/{residents}"] = call
         medians = {name: time / calls for name, time in replay({name: graph_of(call, calls) for name, call in candidates.items()}).items()}
         baseline = medians.pop("torch.matmul")
@@ -374,9 +403,10 @@ def dequantized_call(activations: Tensor, packed: list[Packed], out: Tensor, cac
 
 
 def packed_call(
-    kernel: LoadedKernel, activations: Tensor, packed: list[Packed], out: Tensor, workspace: tuple[Tensor, Tensor], ctas: int, i: int
-) -> None:
-    launch(kernel, activations, packed[i % len(packed)], None, out, ctas, workspace)
+    kernel: LoadedKernel, activations: Tensor, packed: list[Packed], out: Tensor, workspace: tuple[Tensor, Tensor], ctas: int,
+    overlap: bool, i: int,
+) -> None:  # fmt: skip
+    launch(kernel, activations, packed[i % len(packed)], None, out, ctas, workspace, overlap)
 
 
 def graph_of(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph:

@@ -45,7 +45,7 @@ ALIGNMENT = 16  # bytes: every pointer that a kernel is given
 UNPACK_TILES, UNPACK_THREADS = 8, 256  # of a CTA of csrc/unpack.cu: rows of words, 64 columns wide
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Function:
     """A function of the driver on one device."""
 
@@ -57,6 +57,7 @@ class Function:
     resident: int  # CTAs that a multiprocessor holds at once
     registers: int  # of a thread
     local_bytes: int  # of a thread: 0, or registers were spilled
+    overlaps: bool  # whether it may begin before the kernel before it on the stream has ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,8 @@ def _load_function(name: str, defines: tuple[str, ...], threads: int, shared_byt
         resident = done(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(handle, threads, shared_bytes))
         registers = done(driver.cuFuncGetAttribute(attribute.CU_FUNC_ATTRIBUTE_NUM_REGS, handle))
         local_bytes = done(driver.cuFuncGetAttribute(attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, handle))
-    return Function(handle, context, device, threads, shared_bytes, resident, registers, local_bytes)
+    overlaps = torch.cuda.get_device_capability(device) >= (9, 0)
+    return Function(handle, context, device, threads, shared_bytes, resident, registers, local_bytes, overlaps)
 
 
 def launch(
@@ -165,8 +167,12 @@ def launch(
     out: Tensor,  # [M, N], contiguous; all of it is written
     ctas: int,  # 1 .. units of the product
     workspace: tuple[Tensor, Tensor] | None = None,
+    overlap: bool = False,
 ) -> None:
     """out = activations . weightᵀ + bias, on torch's current stream of the tensors' device.
+
+    overlap: on Hopper the kernel may begin, and read weights, while the one before it on the stream still runs: 2 to 3 us less a call. Not
+    for weights that the kernel before changes.
 
     A caller that looks into the workspace brings its own: partial_floats(ctas) float32, and output_tiles(M, N) int32, all zero.
     N and K must be multiples of 8. ValueError for tensors that the kernel would read wrongly.
@@ -185,7 +191,7 @@ def launch(
             raise ValueError(f"a tensor {list(tensor.shape)} on {tensor.device} is not contiguous, aligned and on {kernel.device}")
     if not activations.dtype == out.dtype == kernel.dtype or (bias is not None and bias.dtype != kernel.dtype):
         raise ValueError(f"activations, bias and out must be {kernel.dtype}")
-    multiply(kernel, activations, weights, p.scales, bias, out, group_shift(p.group_size, k), ctas, workspace)
+    multiply(kernel, activations, weights, p.scales, bias, out, group_shift(p.group_size, k), ctas, workspace, overlap)
 
 
 def multiply(
@@ -198,13 +204,14 @@ def multiply(
     shift: int,  # of configurations.group_shift
     ctas: int,
     workspace: tuple[Tensor, Tensor] | None = None,
+    overlap: bool = False,
 ) -> None:
     """launch without its checks: for the operators, which have made theirs."""
     function, configuration = kernel.function, kernel.configuration
     device = function.device
     if torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
-            multiply(kernel, activations, weights, scales, bias, out, shift, ctas, workspace)
+            multiply(kernel, activations, weights, scales, bias, out, shift, ctas, workspace, overlap)
         return
     (m, k), n = activations.shape, out.shape[1]
     stream = torch.cuda.current_stream(device).cuda_stream
@@ -224,7 +231,7 @@ def multiply(
     ]
     arguments = _mine.sparse if configuration.sparse else _mine.dense
     arguments.pack(*pointers, m, n, k, shift)
-    _enqueue(function, ctas, stream, arguments)
+    _enqueue(function, ctas, stream, arguments, overlap=overlap and function.overlaps)
 
 
 # A dense weight out of tiles
@@ -251,7 +258,7 @@ def unpack(
     arguments = _mine.unpack
     arguments.pack(weights[0].data_ptr(), meta, scales.data_ptr(), weight.data_ptr(), n, k, shift)
     ctas = -(-n // 64) * -(-k // (UNPACK_TILES * unpack_tile(sparse)))
-    _enqueue(function, ctas, torch.cuda.current_stream(device).cuda_stream, arguments)
+    _enqueue(function, ctas, torch.cuda.current_stream(device).cuda_stream, arguments, overlap=False)
     return weight
 
 
@@ -287,14 +294,34 @@ _unpacks: dict[tuple[bool, torch.dtype, int | None], Function] = {}
 # Arguments
 
 
-def _enqueue(function: Function, ctas: int, stream: int, arguments: _Arguments) -> None:
+def _enqueue(function: Function, ctas: int, stream: int, arguments: _Arguments, *, overlap: bool) -> None:
     """The device of the function is torch's current one."""
     mine = _mine
     if function.device.index not in mine.bound:  # a thread that torch has given no work yet has no context
         done(_driver().cuCtxSetCurrent(function.context))
         mine.bound.add(function.device.index)
-    sizes = (ctas, 1, 1, function.threads, 1, 1, function.shared_bytes)
-    done(_driver().cuLaunchKernel(function.handle, *sizes, stream, arguments.address, 0))
+    if not overlap:
+        sizes = (ctas, 1, 1, function.threads, 1, 1, function.shared_bytes)
+        done(_driver().cuLaunchKernel(function.handle, *sizes, stream, arguments.address, 0))
+        return
+    config = mine.configs.get(function)
+    if config is None:
+        config = mine.configs[function] = _overlapping(function)
+    config.gridDimX, config.hStream = ctas, stream
+    done(_driver().cuLaunchKernelEx(config, function.handle, arguments.address, 0))
+
+
+def _overlapping(function: Function) -> Any:
+    """A launch that may begin before the kernel before it has ended; grid and stream are filled in later."""
+    driver = _driver()
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config = driver.CUlaunchConfig()
+    config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+    config.blockDimX, config.sharedMemBytes = function.threads, function.shared_bytes
+    config.attrs, config.numAttrs = [attribute], 1
+    return config
 
 
 class _Arguments:
@@ -316,6 +343,7 @@ class _Mine(threading.local):
 
     def __init__(self) -> None:
         self.dense, self.sparse, self.unpack = _Arguments(7, 3), _Arguments(8, 3), _Arguments(4, 2)
+        self.configs: dict[Function, Any] = {}  # of launches that overlap
         self.bound: set[int | None] = set()  # devices whose context has been current here
 
 

@@ -1,7 +1,7 @@
 """The operators: a 16-bit matrix times packed weights, as torch knows it.
 
-    torch.ops.marlinctl.marlin_gemm(activations, qweight, scales, out_features, group_size, bias=None)
-    torch.ops.marlinctl.sparse_marlin_gemm(activations, qweight, meta, scales, out_features, group_size, bias=None)
+    torch.ops.marlinctl.marlin_gemm(activations, qweight, scales, out_features, group_size, bias=None, overlap=False)
+    torch.ops.marlinctl.sparse_marlin_gemm(activations, qweight, meta, scales, out_features, group_size, bias=None, overlap=False)
 
     CUDA   a kernel that dispatch.py picks for this M, N, K; for large M one dense weight and torch.matmul
     CPU    reference.py: slow, with the same result up to rounding; said once
@@ -9,6 +9,9 @@
 
 Importing this module registers them. Both return a new tensor and change nothing, so torch.compile needs no graph break. Which kernel runs
 is decided inside, by the M of the call: a traced program holds no choice. They are not differentiable.
+
+overlap: on Hopper the kernel may begin, and read weights, while the one before it on the stream still runs (programmatic dependent launch):
+2 to 3 us less a call. What the kernel before writes must not be these weights; activations may be.
 """
 
 from __future__ import annotations
@@ -31,37 +34,76 @@ ROW = 8  # numbers in 16 bytes: the kernels read and write rows that are multipl
 
 
 def _marlin_gemm(
-    activations: Tensor, qweight: Tensor, scales: Tensor, out_features: int, group_size: int, bias: Tensor | None = None
+    activations: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    out_features: int,
+    group_size: int,
+    bias: Tensor | None = None,
+    overlap: bool = False,
 ) -> Tensor:
-    return _on_gpu(activations, (qweight,), scales, out_features, group_size, bias)
+    return _on_gpu(activations, (qweight,), scales, out_features, group_size, bias, overlap)
 
 
 def _sparse_marlin_gemm(
-    activations: Tensor, qweight: Tensor, meta: Tensor, scales: Tensor, out_features: int, group_size: int, bias: Tensor | None = None
+    activations: Tensor,
+    qweight: Tensor,
+    meta: Tensor,
+    scales: Tensor,
+    out_features: int,
+    group_size: int,
+    bias: Tensor | None = None,
+    overlap: bool = False,
 ) -> Tensor:
-    return _on_gpu(activations, (qweight, meta), scales, out_features, group_size, bias)
+    return _on_gpu(activations, (qweight, meta), scales, out_features, group_size, bias, overlap)
 
 
 def _marlin_gemm_cpu(
-    activations: Tensor, qweight: Tensor, scales: Tensor, out_features: int, group_size: int, bias: Tensor | None = None
+    activations: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    out_features: int,
+    group_size: int,
+    bias: Tensor | None = None,
+    overlap: bool = False,
 ) -> Tensor:
     return _on_cpu(activations, (qweight,), scales, out_features, group_size, bias)
 
 
 def _sparse_marlin_gemm_cpu(
-    activations: Tensor, qweight: Tensor, meta: Tensor, scales: Tensor, out_features: int, group_size: int, bias: Tensor | None = None
+    activations: Tensor,
+    qweight: Tensor,
+    meta: Tensor,
+    scales: Tensor,
+    out_features: int,
+    group_size: int,
+    bias: Tensor | None = None,
+    overlap: bool = False,
 ) -> Tensor:
     return _on_cpu(activations, (qweight, meta), scales, out_features, group_size, bias)
 
 
 def _marlin_gemm_meta(
-    activations: Tensor, qweight: Tensor, scales: Tensor, out_features: int, group_size: int, bias: Tensor | None = None
+    activations: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    out_features: int,
+    group_size: int,
+    bias: Tensor | None = None,
+    overlap: bool = False,
 ) -> Tensor:
     return activations.new_empty((*activations.shape[:-1], out_features))
 
 
 def _sparse_marlin_gemm_meta(
-    activations: Tensor, qweight: Tensor, meta: Tensor, scales: Tensor, out_features: int, group_size: int, bias: Tensor | None = None
+    activations: Tensor,
+    qweight: Tensor,
+    meta: Tensor,
+    scales: Tensor,
+    out_features: int,
+    group_size: int,
+    bias: Tensor | None = None,
+    overlap: bool = False,
 ) -> Tensor:
     return activations.new_empty((*activations.shape[:-1], out_features))
 
@@ -76,7 +118,8 @@ for _name, _metadata, _implementations in (
         {"CUDA": _sparse_marlin_gemm, "CPU": _sparse_marlin_gemm_cpu, "Meta": _sparse_marlin_gemm_meta},
     ),
 ):
-    _arguments = f"Tensor activations, Tensor qweight, {_metadata}Tensor scales, int out_features, int group_size, Tensor? bias=None"
+    _arguments = f"Tensor activations, Tensor qweight, {_metadata}Tensor scales, int out_features, int group_size"
+    _arguments += ", Tensor? bias=None, bool overlap=False"
     _library.define(f"{_name}({_arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     for _key, _implementation in _implementations.items():
         _library.impl(_name, _implementation, _key)  # type: ignore[no-untyped-call]
@@ -86,7 +129,9 @@ marlin_gemm = torch.ops.marlinctl.marlin_gemm.default
 sparse_marlin_gemm = torch.ops.marlinctl.sparse_marlin_gemm.default
 
 
-def _on_gpu(activations: Tensor, weights: tuple[Tensor, ...], scales: Tensor, n: int, group_size: int, bias: Tensor | None) -> Tensor:
+def _on_gpu(
+    activations: Tensor, weights: tuple[Tensor, ...], scales: Tensor, n: int, group_size: int, bias: Tensor | None, overlap: bool
+) -> Tensor:
     k = _check(activations, weights, scales, n, group_size, bias)
     sparse, device, dtype = len(weights) == 2, activations.device, activations.dtype
     for tensor in (*weights, scales):
@@ -110,7 +155,7 @@ def _on_gpu(activations: Tensor, weights: tuple[Tensor, ...], scales: Tensor, n:
         bias = pad(bias, (0, n_rows - n)).contiguous()
     kernel, ctas = route
     out = torch.empty(m, n_rows, dtype=dtype, device=device)
-    multiply(kernel, x, weights, scales, bias, out, shift, ctas)
+    multiply(kernel, x, weights, scales, bias, out, shift, ctas, overlap=overlap)
     if n_rows != n:
         out = out[:, :n].contiguous()
     return out.view(out_shape)

@@ -40,6 +40,7 @@ class SoftwareDriver:
     stream: int = 7
     capture: int | None = None  # what is captured on the stream
     status: Status = Status.CUDA_SUCCESS  # of the next launch
+    overlap: bool = False  # whether the launch under way may begin early
     launches: list[SimpleNamespace] = field(default_factory=list)
     memory: list[Any] = field(default_factory=list)
     modes: list[object] = field(default_factory=list)  # of capture, as the thread changed them
@@ -88,13 +89,31 @@ class SoftwareDriver:
         assert (y, z, ty, tz, extra) == (1, 1, 1, 1, 0)
         addresses = (ctypes.c_void_p * len(function.names)).from_address(params)
         given = {name: KINDS[name].from_address(address).value for name, address in zip(function.names, addresses, strict=True)}
-        self.launches.append(SimpleNamespace(**given, ctas=x, threads=threads, shared=shared, stream=stream))
+        self.launches.append(SimpleNamespace(**given, ctas=x, threads=threads, shared=shared, stream=stream, overlap=self.overlap))
         if self.status is not Status.CUDA_SUCCESS:
             return (self.status,)
         if function.library is not None:
             order = (ctypes.c_int * x)(*range(x))
             function.library.launch(Arguments(**given), order, x, ctypes.c_bool(False), ctypes.c_bool(False))
         return (Status.CUDA_SUCCESS,)
+
+    def CUlaunchAttribute(self) -> SimpleNamespace:
+        return SimpleNamespace(id=None, value=SimpleNamespace(programmaticStreamSerializationAllowed=0))
+
+    CUlaunchConfig = SimpleNamespace
+    CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="programmatic stream serialization")
+
+    def cuLaunchKernelEx(self, config: SimpleNamespace, function: Any, params: int, extra: int) -> tuple[Status]:
+        (attribute,) = config.attrs
+        assert config.numAttrs == 1 and attribute.id == "programmatic stream serialization"
+        self.overlap = bool(attribute.value.programmaticStreamSerializationAllowed)
+        threads = (config.blockDimX, config.blockDimY, config.blockDimZ)
+        try:
+            return self.cuLaunchKernel(
+                function, config.gridDimX, config.gridDimY, config.gridDimZ, *threads, config.sharedMemBytes, config.hStream, params, extra
+            )
+        finally:
+            self.overlap = False
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> SoftwareDriver:
@@ -109,13 +128,20 @@ def install(monkeypatch: pytest.MonkeyPatch) -> SoftwareDriver:
 
 
 def software_kernel(
-    configuration: Configuration, dtype: torch.dtype, folder: Path | None, *, resident: int = 1, multiprocessors: int = 3
+    configuration: Configuration,
+    dtype: torch.dtype,
+    folder: Path | None,
+    *,
+    resident: int = 1,
+    multiprocessors: int = 3,
+    overlaps: bool = False,
 ) -> LoadedKernel:
     """A loaded kernel. Without a folder to build it in, its launches are told and nothing is computed."""
     library = None if folder is None else library_of(configuration, dtype, folder / f"{configuration.name}-{str(dtype)[6:]}")
     handle = SimpleNamespace(library=library, names=SPARSE if configuration.sparse else DENSE)
     sizes = (configuration.threads, configuration.shared_bytes, resident)
-    return LoadedKernel(configuration, dtype, Function(handle, "context", DEVICE, *sizes, registers=0, local_bytes=0), multiprocessors)
+    function = Function(handle, "context", DEVICE, *sizes, registers=0, local_bytes=0, overlaps=overlaps)
+    return LoadedKernel(configuration, dtype, function, multiprocessors)
 
 
 def software_unpack(sparse: bool, dtype: torch.dtype, folder: Path) -> Function:
@@ -123,4 +149,6 @@ def software_unpack(sparse: bool, dtype: torch.dtype, folder: Path) -> Function:
     defines = (*unpack_defines(sparse, dtype), "UNPACK=1")
     library = compiled("unpack", defines, folder / f"unpack-{sparse}-{str(dtype)[6:]}")
     handle = SimpleNamespace(library=library, names=UNPACK)
-    return Function(handle, "context", DEVICE, UNPACK_THREADS, unpack_shared_bytes(sparse), resident=1, registers=0, local_bytes=0)
+    return Function(
+        handle, "context", DEVICE, UNPACK_THREADS, unpack_shared_bytes(sparse), resident=1, registers=0, local_bytes=0, overlaps=True
+    )

@@ -45,6 +45,21 @@ def test_a_launch_multiplies(configuration, driver: SoftwareDriver, tmp_path: Pa
     assert driver.bound == ["context"], "bound once for each thread"
 
 
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_kernels_overlap_where_that_is_asked_for_and_there_is_hopper(overlaps: bool, driver: SoftwareDriver) -> None:
+    """If this failed, every call would pay 2 us, or a kernel would read weights that the one before it still changes."""
+    kernel = software_kernel(DENSE[0], torch.float16, None, overlaps=overlaps)
+    p, _ = random_packed(DENSE[0], 64, 128, 32, seed=0)
+    x, out = aligned(torch.zeros(3, 128, dtype=torch.float16)), aligned(torch.zeros(3, 64, dtype=torch.float16))
+    launch(kernel, x, p, None, out, 1)
+    launch(kernel, x, p, None, out, 1, overlap=True)
+    driver.stream = 9
+    launch(kernel, x, p, None, out, 1, overlap=True)
+    assert [entry.overlap for entry in driver.launches] == [False, overlaps, overlaps]
+    assert [entry.stream for entry in driver.launches] == [7, 7, 9]
+    assert {(entry.ctas, entry.threads, entry.shared) for entry in driver.launches} == {(1, DENSE[0].threads, DENSE[0].shared_bytes)}
+
+
 def test_what_a_kernel_would_read_wrongly_is_refused(driver: SoftwareDriver) -> None:
     """If this failed, a mistake of the caller would read foreign memory."""
     kernel = software_kernel(DENSE[0], torch.float16, None)
