@@ -179,9 +179,8 @@ def _dequantize_from(architecture: str, kind: str, timing: Iterable[Mapping[str,
     rows = [row for row in timing if DEQUANTIZE in row]
     if not rows:
         return guess
-    largest = max(row["m"] for row in rows)
-    lost = {row["m"] for row in rows if row[DEQUANTIZE] >= row[best(row)]}
-    won = {row["m"] for row in rows if row["m"] > max(lost, default=0)}
+    lost = [int(row["m"]) for row in rows if row[DEQUANTIZE] >= row[best(row)]]
+    won = [int(row["m"]) for row in rows if row["m"] > max(lost, default=0)]
     if won:
         return min(won)
-    return max(guess, largest + 1) if largest < LARGE else None
+    return max(guess, max(lost) + 1) if max(lost) < LARGE else None
