@@ -38,8 +38,9 @@ from torch import Tensor
 
 from marlinctl.kernels import jit
 from marlinctl.kernels import launch as launcher
-from marlinctl.kernels.configurations import DENSE, GROUP_SIZES, SPARSE, Configuration, group_shift
-from marlinctl.kernels.dispatch import DEQUANTIZE
+from marlinctl.kernels.configurations import GROUP_SIZES, Configuration, group_shift
+from marlinctl.kernels.dispatch import DEQUANTIZE, KINDS
+from marlinctl.kernels.dispatch import configurations as configurations_of
 from marlinctl.kernels.launch import LoadedKernel, architecture_of, launch, unpack
 from marlinctl.kernels.reference import dequantize, dequantize_sparse
 from marlinctl.pack.marlin import pack_marlin
@@ -80,8 +81,8 @@ def main() -> int:
     gpu = torch.cuda.get_device_properties(0)
     today = datetime.datetime.now(datetime.UTC).date()
     print(f"{gpu.name}, {gpu.multi_processor_count} multiprocessors, torch {torch.__version__}, CUDA {torch.version.cuda}, {today}")
-    of_kernel = {"dense": DENSE, "sparse": SPARSE, None: (*DENSE, *SPARSE)}
-    fitting = [c for c in of_kernel[arguments.kernel] if c.fits(architecture_of(torch.device("cuda", 0)))]
+    kinds = [arguments.kernel] if arguments.kernel else KINDS
+    fitting = [c for kind in kinds for c in configurations_of(kind) if c.fits(architecture_of(torch.device("cuda", 0)))]
     configurations = [c for c in fitting if not arguments.only or c.name in arguments.only]
     if not configurations:
         parser.error(f"--only: the configurations for this GPU are {', '.join(c.name for c in fitting)}")

@@ -137,13 +137,13 @@ def _on_gpu(
     for tensor in (*weights, scales):
         if tensor.data_ptr() % ALIGNMENT:
             raise ValueError(f"{_operator(sparse)}: a tensor {list(tensor.shape)} is not aligned to {ALIGNMENT} bytes")
-    x = activations.reshape(-1, k)
+    x = activations if activations.ndim == 2 else activations.reshape(-1, k)  # torch's shape functions cost a microsecond each
     m, n_rows, k_rows = x.shape[0], -(-n // ROW) * ROW, -(-k // ROW) * ROW  # the last two as the kernels write and read them
     out_shape = (*activations.shape[:-1], n)
     if m == 0:
         return activations.new_empty(out_shape)
     shift = group_shift(k if group_size == -1 else group_size, k)
-    route = _route(device.index, dtype, sparse, m, n_rows, k_rows)
+    route = _route(device.index, dtype, sparse, m, n_rows, k_rows, shift)
     if route is None:
         weight = unpack(weights, scales, dtype, n, k_rows, shift, jit.default_folder())
         return linear(x, weight[:, :k], bias).view(out_shape)
@@ -158,7 +158,7 @@ def _on_gpu(
     multiply(kernel, x, weights, scales, bias, out, shift, ctas, overlap=overlap)
     if n_rows != n:
         out = out[:, :n].contiguous()
-    return out.view(out_shape)
+    return out if activations.ndim == 2 else out.view(out_shape)
 
 
 def decode(p: PackedLinear | PackedSparseLinear, dtype: torch.dtype) -> Tensor:
@@ -172,13 +172,13 @@ def decode(p: PackedLinear | PackedSparseLinear, dtype: torch.dtype) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _route(index: int, dtype: torch.dtype, sparse: bool, m: int, n: int, k: int) -> tuple[LoadedKernel, int] | None:
+def _route(index: int, dtype: torch.dtype, sparse: bool, m: int, n: int, k: int, shift: int) -> tuple[LoadedKernel, int] | None:
     """The kernel for a product and its CTAs; None: dequantize."""
     device = torch.device("cuda", index)
     choice = dispatch.choose(architecture_of(device), sparse, m, n, k)
     if choice is None:
         return None
-    kernel = load(choice.configuration, dtype, device, jit.default_folder())
+    kernel = load(choice.configuration, dtype, device, jit.default_folder(), shift)
     return kernel, kernel.ctas(m, n, k, min(choice.per_multiprocessor, kernel.resident))
 
 
