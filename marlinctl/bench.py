@@ -36,7 +36,7 @@ from marlinctl.benchmarking.documents import (
     make_drift,
     make_set,
 )
-from marlinctl.benchmarking.implementations import Dequantized, Operator, configured, fewest
+from marlinctl.benchmarking.implementations import Dequantized, Operator, configured, fewest, overlaps
 from marlinctl.benchmarking.timing import REPLAYS, Candidate, Clock, copies_for, take_turns
 from marlinctl.benchmarking.weights import Packed, packed_bytes, random_packed
 from marlinctl.errors import UsageError
@@ -106,7 +106,7 @@ def run(asked: Asked, gpu: Device, console: Console) -> Document:
     """CheckFailed E120 where a product is wrong; what compiling and loading raise (E403, E404, E410)."""
     with gpu.current():
         clocks = gpu.clocks()
-        ways = (False, True) if gpu.architecture == "sm_90a" else (False,)  # of overlapping with the call before
+        ways = (False, True) if overlaps(gpu.architecture) else (False,)
         ours: list[accuracy.Implementation] = [Operator(kind, asked.dtype, way) for kind in asked.kinds for way in ways]
         checked = list(ours)
         kernels: list[Kernel] = []

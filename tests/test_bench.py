@@ -128,7 +128,7 @@ def test_a_peer_that_differs_or_fails_is_noted_and_ours_go_on(small: None, monke
 def every(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Configurations that are the reference under real names."""
     chosen = [*DENSE[:2], *SPARSE[:2]]
-    ours = [Pretended("sparse" if c.sparse else "dense", name=f"{c.name}/1") for c in chosen]
+    ours = [Pretended("sparse" if c.sparse else "dense", name=f"{c.name}/1, overlap") for c in chosen]
     monkeypatch.setattr(bench, "configured", lambda device, architecture, kinds, *_: ([one for one in ours if one.kind in kinds], []))
     monkeypatch.setattr(bench, "fewest", lambda implementations: implementations)
     monkeypatch.setattr(bench, "Dequantized", lambda kind, dtype: Pretended(kind, dtype, name=dequantized_name(kind)))
@@ -147,7 +147,7 @@ def test_tuning_writes_what_the_operators_read(every: list[str], own_cache: Path
     for case in document.cases:
         fastest = min((t for t in case.candidates if t.family == "dense" and "/" in t.name), key=lambda t: t.us)
         row = next(row for row in table.rows if (row.m, row.n, row.k) == (case.m, case.n, case.k))
-        assert f"{row.choice.configuration.name}/{row.choice.per_multiprocessor}" == fastest.name
+        assert f"{row.choice.configuration.name}/{row.choice.per_multiprocessor}, overlap" == fastest.name
     dispatch.tables.cache_clear()
 
 

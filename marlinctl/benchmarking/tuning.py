@@ -16,7 +16,7 @@ from typing import Any
 
 from marlinctl.benchmarking.cases import Kind
 from marlinctl.benchmarking.documents import Case, Document
-from marlinctl.benchmarking.implementations import dequantized_name
+from marlinctl.benchmarking.implementations import OVERLAP, dequantized_name
 from marlinctl.errors import BadInput
 from marlinctl.kernels import dispatch, jit
 
@@ -88,5 +88,5 @@ def _rows(cases: list[Case], kind: Kind) -> Iterator[dict[str, Any]]:
             if timed.name == dequantized_name(kind):
                 row[dispatch.DEQUANTIZE] = timed.us
             elif timed.family == kind and "/" in timed.name:
-                row[timed.name] = timed.us
+                row[timed.name.removesuffix(OVERLAP)] = timed.us
         yield row

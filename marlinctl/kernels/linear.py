@@ -6,8 +6,8 @@
 The tensors are buffers under the names that native folders have (docs/formats/marlin.md, marlin_24.md), so a state_dict holds what
 lies on disk. Scales stay float16 whatever the model is converted to: `.to(torch.bfloat16)` changes a bias and nothing else.
 
-Calls overlap with the kernel before them (`overlap` of the operators): whoever changes these tensors in place calls torch.cuda.synchronize()
-before the next forward pass.
+Calls overlap with the kernel before them (`overlap` of the operators): whoever changes these tensors in place calls
+torch.cuda.synchronize() before the next forward pass.
 
 Without a GPU the reference multiplies: it decodes the weight in every call, 4 bytes for each weight of one linear while it runs, and keeps
 nothing. Slow, and the model takes no more memory than it does packed.

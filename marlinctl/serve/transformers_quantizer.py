@@ -52,9 +52,11 @@ class MarlinctlQuantizer(HfQuantizer):
     requires_calibration = True  # a model that is not packed yet is not packed here
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """transformers hands the config over here before it looks for files: the one place to name ours."""
+        """transformers hands the config over here before it looks for files, and nowhere else: the place to name ours."""
         config.transformers_weights = f"{formats.weight_files('marlin')}.safetensors.index.json"
         return config
+
+    update_tp_plan = update_attn_implementation  # where 5.17 hands it over
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         import torch
@@ -124,6 +126,11 @@ def _put_packed_linears(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
             _replace(model, layer, packed_module(_without_memory(info.name, n, k, group_size), linear.bias))
         else:
             problems += wrong
+    for name, tensor in model.state_dict().items():  # transformers 5.17 takes any shape into a quantized model
+        found = checkpoint.tensors.get(name)
+        if found is not None and tuple(found.shape) != tuple(tensor.shape):
+            what = f"{name} is {list(found.shape)} in the folder and {list(tensor.shape)} in the model"
+            problems.append(Problem(what, str(found.file), _AGAIN))
     if problems:
         raise BadInput.from_problems("E360", problems)
 
