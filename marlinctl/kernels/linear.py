@@ -6,8 +6,8 @@
 The tensors are buffers under the names that native folders have (docs/formats/marlin.md, marlin_24.md), so a state_dict holds what
 lies on disk. Scales stay float16 whatever the model is converted to: `.to(torch.bfloat16)` changes a bias and nothing else.
 
-Calls overlap with the kernel before them (`overlap` of the operators): whoever changes these tensors in place calls
-torch.cuda.synchronize() before the next forward pass.
+Calls overlap with the kernel before them (`overlap` of the operators). Where that kernel changes these very tensors, as pack's `remask`
+does, set `overlap` of the module to False.
 
 Without a GPU the reference multiplies: it decodes the weight in every call, 4 bytes for each weight of one linear while it runs, and keeps
 nothing. Slow, and the model takes no more memory than it does packed.
@@ -39,6 +39,7 @@ class _Packed(nn.Module):
         self.register_buffer("s", p.scales)
         shape = torch.tensor([p.out_features, p.in_features], dtype=torch.int64, device="cpu")
         self.register_buffer("weight_shape", shape.to(p.scales.device))
+        self.overlap = True
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def extra_repr(self) -> str:
@@ -63,7 +64,7 @@ class MarlinLinear(_Packed):
         self.register_buffer("B", p.qweight)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = marlin_gemm(x, self.B, self.s, self.out_features, self.group_size, self.bias, True)
+        out: Tensor = marlin_gemm(x, self.B, self.s, self.out_features, self.group_size, self.bias, self.overlap)
         return out
 
 
@@ -79,7 +80,7 @@ class SparseMarlinLinear(_Packed):
         self.register_buffer("B_meta", p.meta)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = sparse_marlin_gemm(x, self.B_24, self.B_meta, self.s, self.out_features, self.group_size, self.bias, True)
+        out: Tensor = sparse_marlin_gemm(x, self.B_24, self.B_meta, self.s, self.out_features, self.group_size, self.bias, self.overlap)
         return out
 
 

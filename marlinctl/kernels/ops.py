@@ -137,7 +137,7 @@ def _on_gpu(
     for tensor in (*weights, scales):
         if tensor.data_ptr() % ALIGNMENT:
             raise ValueError(f"{_operator(sparse)}: a tensor {list(tensor.shape)} is not aligned to {ALIGNMENT} bytes")
-    x = activations.reshape(-1, k)
+    x = activations if activations.ndim == 2 else activations.reshape(-1, k)  # torch's shape functions cost a microsecond each
     m, n_rows, k_rows = x.shape[0], -(-n // ROW) * ROW, -(-k // ROW) * ROW  # the last two as the kernels write and read them
     out_shape = (*activations.shape[:-1], n)
     if m == 0:
@@ -158,7 +158,7 @@ def _on_gpu(
     multiply(kernel, x, weights, scales, bias, out, shift, ctas, overlap=overlap)
     if n_rows != n:
         out = out[:, :n].contiguous()
-    return out.view(out_shape)
+    return out if activations.ndim == 2 else out.view(out_shape)
 
 
 @lru_cache(maxsize=4096)

@@ -103,6 +103,32 @@ def test_activations_may_lie_as_they_like() -> None:
     assert linear(wide[:0, :128]).shape == (0, 64)
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_opcheck(sparse: bool) -> None:
+    """If this failed, torch would trace another operator than the one that runs on a GPU."""
+    linear = Linear(sparse, 80, 128, 32)
+    for m in (3, 400):
+        torch.library.opcheck(linear.operator, (linear.inputs(m, torch.float16), *linear.tensors, 80, 32))
+
+
+def test_calls_that_overlap() -> None:
+    """If this failed, a kernel would start with activations or counters that the one before it has not finished with."""
+    linear, back = Linear(False, 576, 1024, 128), Linear(True, 1024, 576, 64)
+
+    def chain(x: Tensor, overlap: bool) -> Tensor:
+        for _ in range(20):
+            x = linear.operator(x, *linear.tensors, 576, 128, None, overlap)
+            x = back.operator(x, *back.tensors, 1024, 64, None, overlap)
+            x = x / x.abs().amax()
+        return x
+
+    for m in (1, 16, 33, 65):
+        x = linear.inputs(m, torch.float16)
+        expected = chain(x, False)
+        assert not expected.isnan().any()
+        assert all(torch.equal(chain(x, True), expected) for _ in range(10))
+
+
 def test_tensors_on_the_cpu_are_refused() -> None:
     """If this failed, the kernel would read the address of another memory: an illegal access, after which nothing works."""
     linear = Linear(False, 64, 128, 32)

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from marlinctl.kernels import linear
 from marlinctl.kernels.configurations import DENSE, SPARSE
 from marlinctl.kernels.linear import MarlinLinear, SparseMarlinLinear, packed_module
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
@@ -64,6 +65,18 @@ def test_copies_and_moves() -> None:
     module, _ = module_of(True, torch.zeros(80).half())
     assert torch.equal(copy.deepcopy(module)(torch.ones(1, 96).half()), module(torch.ones(1, 96).half()))
     assert {tensor.device.type for tensor in module.to("meta").state_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_whoever_changes_weights_can_say_so(sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, a kernel could read tiles that the one before it still writes."""
+    module, _ = module_of(sparse)
+    given = []
+    monkeypatch.setattr(linear, "sparse_marlin_gemm" if sparse else "marlin_gemm", lambda *arguments: given.append(arguments[-1]))
+    module(torch.zeros(1, 96).half())
+    module.overlap = False
+    module(torch.zeros(1, 96).half())
+    assert given == [True, False]
 
 
 def test_a_wrong_bias_is_refused() -> None:
