@@ -32,6 +32,7 @@ from marlinctl.benchmarking.documents import (
     Machine,
     PeerNote,
     Settings,
+    fixed_costs,
     make_case,
     make_drift,
     make_set,
@@ -142,6 +143,7 @@ def run(asked: Asked, gpu: Device, console: Console) -> Document:
             cases=cases,
             sets=[made for one in asked.sets if (made := make_set(one, cases)).sums],
             drift=drift,
+            fixed_costs=fixed_costs(cases),
         )
 
 

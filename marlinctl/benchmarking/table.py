@@ -80,6 +80,10 @@ def _notes(document: Document) -> Iterator[str]:
     for worst in document.accuracy.worst:
         errors = f"relative {worst.relative:.1e} (at most {worst.gate:.0e}), mean ratio {worst.mean_ratio:.1e}"
         yield f"error against float64, {worst.name}: {errors}, {worst.checks} checks"
+    shown = [cost for cost in document.fixed_costs if "/" not in cost.name]  # single configurations would hide the rest
+    if shown:
+        costs = ", ".join(f"{cost.name} {cost.us:.1f} us + {cost.bytes_per_second / 1e12:.2f} TB/s" for cost in shown)
+        yield f"a line through the linears at M={shown[0].m}: {costs}"
     if document.drift is not None:
         moved = ", ".join(f"{name} {100 * (ratio - 1):+.1f} %" for name, ratio in document.drift.ratios.items())
         yield f"drift, {document.drift.n} x {document.drift.k} at M={document.drift.m} measured again at the end: {moved}"
