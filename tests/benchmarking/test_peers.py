@@ -18,6 +18,11 @@ def test_keywords_are_given_where_the_installed_version_has_them() -> None:
     assert bound("rows") == ("rows", 2, None, 3)
 
 
+def test_a_function_that_takes_any_keyword_is_given_ours() -> None:
+    """If this failed, a wrapper of theirs would count as another interface."""
+    assert peers.bind(lambda a, **others: (a, others), {"a": ..., "size_m": 3})(1) == (1, {"size_m": 3})
+
+
 @pytest.mark.parametrize(
     ("given", "what"),
     [({"a": ..., "b_q": 2, "size_m": 3}, "no parameter b_q"), ({"a": ..., "b_q_weight": 2}, "wants size_m too")],
