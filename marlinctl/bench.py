@@ -6,7 +6,7 @@
     4 drift       the first case once more
     5 document    everything as JSON (benchmarking/documents.py), from which tables and pictures are made
 
-kernels/README.md says what is measured; docs/bench.md how to read it.
+docs/bench.md says how each is done, and why.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from marlinctl.benchmarking.documents import (
 from marlinctl.benchmarking.implementations import Dequantized, Operator, configured, fewest, overlaps
 from marlinctl.benchmarking.timing import REPLAYS, Candidate, Clock, copies_for, take_turns
 from marlinctl.benchmarking.weights import Packed, packed_bytes, random_packed
+from marlinctl.cubins import kernel_folder, telling
 from marlinctl.errors import UsageError
 from marlinctl.kernels import jit
 
@@ -118,7 +119,8 @@ def run(asked: Asked, gpu: Device, console: Console) -> Document:
             checked += [*plain, *fewest(every)]
         work = _work(asked, gpu, console)
         console.say(f"accuracy: {len(checked)} kernels, {len(work)} linears, against float64")
-        found, problems = accuracy.check(checked, work, gpu.device, thorough=True)
+        with telling(kernel_folder(None), f"the operators on {gpu.name}"):  # they compile what they choose
+            found, problems = accuracy.check(checked, work, gpu.device, thorough=True)
         accuracy.refuse(problems)
         console.say(f"accuracy: {found.checks} products are right")
         gpu.free()

@@ -17,9 +17,10 @@ from marlinctl.benchmarking.cases import KINDS, Layer, LayerSet, Shape, shapes_s
 from marlinctl.benchmarking.documents import read_document, write_document
 from marlinctl.benchmarking.implementations import dequantized_name
 from marlinctl.console import Console
-from marlinctl.errors import BadInput, CheckFailed, UsageError
+from marlinctl.errors import BadInput, CheckFailed, EnvironmentProblem, UsageError
 from marlinctl.kernels import dispatch
 from marlinctl.kernels.configurations import DENSE, SPARSE
+from marlinctl.kernels.jit import CompilerMissing
 from tests.benchmarking.figures import made_up
 from tests.benchmarking.software import Pretended, SoftwareGpu
 
@@ -80,6 +81,18 @@ def test_a_wrong_product_ends_the_run_before_anything_is_timed(small: None, monk
         run(asked(), gpu, Console.quiet())
     assert caught.value.error_id == "E120"
     assert gpu.recorded == []
+
+
+def test_an_operator_without_a_compiler_says_what_to_install(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, a machine whose torch came without cuda-bindings would show a traceback."""
+
+    def missing(product: torch.Tensor) -> torch.Tensor:
+        raise CompilerMissing("the package cuda-bindings cannot be imported")
+
+    monkeypatch.setattr(bench, "Operator", lambda kind, dtype, overlap: Pretended(kind, dtype, wrong=missing))
+    with pytest.raises(EnvironmentProblem) as caught:
+        run(asked(), SoftwareGpu(), Console.quiet())
+    assert caught.value.error_id == "E403"
 
 
 @pytest.mark.usefixtures("small")
