@@ -68,6 +68,12 @@ class LoadedKernel:
     dtype: torch.dtype  # of activations and output
     function: Function
     multiprocessors: int
+    folder: Path  # of the cache that it came from
+    shift: int | None  # the group size that is compiled in, as group_shift() says it; None: all
+
+    def for_groups(self, shift: int) -> LoadedKernel:
+        """The same for another group size."""
+        return self if self.shift in (None, shift) else load(self.configuration, self.dtype, self.device, self.folder, shift)
 
     @property
     def device(self) -> torch.device:
@@ -108,34 +114,37 @@ def architecture_of(device: torch.device) -> str:
     raise ValueError(f"the kernels need a GPU of compute capability 8.0 to 9.0, and {name} ({device}) has {major}.{minor}")
 
 
-def load(configuration: Configuration, dtype: torch.dtype, device: torch.device, folder: Path) -> LoadedKernel:
+def load(configuration: Configuration, dtype: torch.dtype, device: torch.device, folder: Path, shift: int = 3) -> LoadedKernel:
     """The kernel, compiled or taken from the cache in `folder`, and loaded once for each configuration, dtype and device.
+
+    shift: of configurations.group_shift; kernels with wgmma are compiled for one group size each.
 
     Raises:
         ValueError: the device is no GPU that the kernels run on, or the configuration needs more shared memory than it has.
         RuntimeError: a CUDA graph is being captured, or the driver refuses; what jit.cubin raises.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
-    key = (configuration, dtype, index)
+    key = (configuration, dtype, index, shift if configuration.wgmma else None)
     known = _loaded.get(key)
     if known is None:
         with _lock:
-            known = _loaded.get(key) or _load(configuration, dtype, torch.device("cuda", index), folder)
+            known = _loaded.get(key) or _load(configuration, dtype, torch.device("cuda", index), folder, shift)
             _loaded[key] = known
     return known
 
 
-_loaded: dict[tuple[Configuration, torch.dtype, int], LoadedKernel] = {}
+_loaded: dict[tuple[Configuration, torch.dtype, int, int | None], LoadedKernel] = {}
 _lock = threading.Lock()
 
 
-def _load(configuration: Configuration, dtype: torch.dtype, device: torch.device, folder: Path) -> LoadedKernel:
+def _load(configuration: Configuration, dtype: torch.dtype, device: torch.device, folder: Path, shift: int) -> LoadedKernel:
     architecture = architecture_of(device)
     if not configuration.fits(architecture):
         raise ValueError(f"{configuration.name} does not fit {architecture}: it takes {configuration.shared_bytes} bytes of shared memory")
     sizes = (configuration.threads, configuration.shared_bytes)
-    function = _load_function(configuration.kernel, configuration.defines(dtype), *sizes, device, folder)
-    return LoadedKernel(configuration, dtype, function, torch.cuda.get_device_properties(device).multi_processor_count)
+    function = _load_function(configuration.kernel, configuration.defines(dtype, shift), *sizes, device, folder)
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return LoadedKernel(configuration, dtype, function, multiprocessors, folder, shift if configuration.wgmma else None)
 
 
 def _load_function(name: str, defines: tuple[str, ...], threads: int, shared_bytes: int, device: torch.device, folder: Path) -> Function:
@@ -191,7 +200,8 @@ def launch(
             raise ValueError(f"a tensor {list(tensor.shape)} on {tensor.device} is not contiguous, aligned and on {kernel.device}")
     if not activations.dtype == out.dtype == kernel.dtype or (bias is not None and bias.dtype != kernel.dtype):
         raise ValueError(f"activations, bias and out must be {kernel.dtype}")
-    multiply(kernel, activations, weights, p.scales, bias, out, group_shift(p.group_size, k), ctas, workspace, overlap)
+    shift = group_shift(p.group_size, k)
+    multiply(kernel.for_groups(shift), activations, weights, p.scales, bias, out, shift, ctas, workspace, overlap)
 
 
 def multiply(
@@ -206,7 +216,7 @@ def multiply(
     workspace: tuple[Tensor, Tensor] | None = None,
     overlap: bool = False,
 ) -> None:
-    """launch without its checks: for the operators, which have made theirs."""
+    """launch without its checks, with a kernel for these groups: for the operators, which have made theirs."""
     function, configuration = kernel.function, kernel.configuration
     device = function.device
     if torch.cuda.current_device() != device.index:

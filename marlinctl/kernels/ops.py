@@ -143,7 +143,7 @@ def _on_gpu(
     if m == 0:
         return activations.new_empty(out_shape)
     shift = group_shift(k if group_size == -1 else group_size, k)
-    route = _route(device.index, dtype, sparse, m, n_rows, k_rows)
+    route = _route(device.index, dtype, sparse, m, n_rows, k_rows, shift)
     if route is None:
         weight = unpack(weights, scales, dtype, n, k_rows, shift, jit.default_folder())
         return linear(x, weight[:, :k], bias).view(out_shape)
@@ -162,13 +162,13 @@ def _on_gpu(
 
 
 @lru_cache(maxsize=4096)
-def _route(index: int, dtype: torch.dtype, sparse: bool, m: int, n: int, k: int) -> tuple[LoadedKernel, int] | None:
+def _route(index: int, dtype: torch.dtype, sparse: bool, m: int, n: int, k: int, shift: int) -> tuple[LoadedKernel, int] | None:
     """The kernel for a product and its CTAs; None: dequantize."""
     device = torch.device("cuda", index)
     choice = dispatch.choose(architecture_of(device), sparse, m, n, k)
     if choice is None:
         return None
-    kernel = load(choice.configuration, dtype, device, jit.default_folder())
+    kernel = load(choice.configuration, dtype, device, jit.default_folder(), shift)
     return kernel, kernel.ctas(m, n, k, min(choice.per_multiprocessor, kernel.resident))
 
 

@@ -135,13 +135,14 @@ def software_kernel(
     resident: int = 1,
     multiprocessors: int = 3,
     overlaps: bool = False,
+    shift: int | None = None,
 ) -> LoadedKernel:
     """A loaded kernel. Without a folder to build it in, its launches are told and nothing is computed."""
     library = None if folder is None else library_of(configuration, dtype, folder / f"{configuration.name}-{str(dtype)[6:]}")
     handle = SimpleNamespace(library=library, names=SPARSE if configuration.sparse else DENSE)
     sizes = (configuration.threads, configuration.shared_bytes, resident)
     function = Function(handle, "context", DEVICE, *sizes, registers=0, local_bytes=0, overlaps=overlaps)
-    return LoadedKernel(configuration, dtype, function, multiprocessors)
+    return LoadedKernel(configuration, dtype, function, multiprocessors, Path("cache"), shift)
 
 
 def software_unpack(sparse: bool, dtype: torch.dtype, folder: Path) -> Function:

@@ -14,7 +14,7 @@ import torch
 
 from marlinctl.kernels import jit
 from marlinctl.kernels import launch as launcher
-from marlinctl.kernels.configurations import DENSE, SPARSE
+from marlinctl.kernels.configurations import DENSE, DENSE_SM90, SPARSE
 from marlinctl.kernels.launch import CHUNK_COUNTERS, FEWEST_COUNTERS, Counters, architecture_of, launch, load
 from tests.kernels.software_driver import SoftwareDriver, Status, install, software_kernel
 from tests.kernels.test_marlin_source import aligned, random_packed
@@ -58,6 +58,19 @@ def test_kernels_overlap_where_that_is_asked_for_and_there_is_hopper(overlaps: b
     assert [entry.overlap for entry in driver.launches] == [False, overlaps, overlaps]
     assert [entry.stream for entry in driver.launches] == [7, 7, 9]
     assert {(entry.ctas, entry.threads, entry.shared) for entry in driver.launches} == {(1, DENSE[0].threads, DENSE[0].shared_bytes)}
+
+
+def test_group_sizes_that_are_compiled_in(driver: SoftwareDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, a kernel that is compiled for groups of 128 would multiply weights in groups of 32, with the wrong scales."""
+    loaded = []
+    for_32 = software_kernel(DENSE[0], torch.float16, None, shift=1)
+    monkeypatch.setattr(launcher, "load", lambda *key: loaded.append(key[-1]) or for_32)
+    x, out = aligned(torch.zeros(3, 128, dtype=torch.float16)), aligned(torch.zeros(3, 64, dtype=torch.float16))
+    p, _ = random_packed(DENSE[0], 64, 128, 32, seed=0)
+    launch(for_32, x, p, None, out, 1)
+    assert not loaded
+    launch(software_kernel(DENSE[0], torch.float16, None, shift=3), x, p, None, out, 1)
+    assert loaded == [1]
 
 
 def test_what_a_kernel_would_read_wrongly_is_refused(driver: SoftwareDriver) -> None:
@@ -244,6 +257,10 @@ def test_a_kernel_is_loaded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     current = load(DENSE[0], torch.float16, torch.device("cuda"), tmp_path)
     assert load(DENSE[0], torch.float16, torch.device("cuda", 1), tmp_path) is current
     load(DENSE[0], torch.bfloat16, torch.device("cuda", 0), tmp_path)
+    assert load(DENSE[0], torch.float16, torch.device("cuda", 0), tmp_path, -1) is first, "one for all group sizes"
+    hopper = load(DENSE_SM90[0], torch.float16, torch.device("cuda", 0), tmp_path, 3)
+    assert load(DENSE_SM90[0], torch.float16, torch.device("cuda", 0), tmp_path, -1) is not hopper, "one for each"
+    del loads[-2:]
     assert loads == [
         (DENSE[0], torch.float16, torch.device("cuda", 0)),
         (DENSE[0], torch.float16, torch.device("cuda", 1)),

@@ -183,7 +183,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, built: dict[Any, Any]) -> Iterator[Soft
         configuration = (SPARSE if sparse else DENSE)[0 if m <= 8 else 2]
         return None if m >= 40 else Choice(configuration, 9)
 
-    def load(configuration: Any, dtype: torch.dtype, device: torch.device, folder: Path) -> LoadedKernel:
+    def load(configuration: Any, dtype: torch.dtype, device: torch.device, folder: Path, shift: int) -> LoadedKernel:
         assert folder.name == "kernels"
         key = (configuration, dtype)
         if key not in built:
