@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from marlinctl.benchmarking.documents import Case, Document, Set
+from marlinctl.benchmarking.documents import Case, Document, Set, Timed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,7 +28,7 @@ def _cases_table(cases: Sequence[Case]) -> Table:
     )
     for case in cases:
         first = True
-        for timed in case.candidates:
+        for timed in _told(case):
             ideal = case.ideal.get(timed.family)
             name = f"{timed.name} (baseline)" if timed.name == case.baseline else timed.name
             table.add_row(
@@ -50,8 +50,15 @@ def _cases_table(cases: Sequence[Case]) -> Table:
     return table
 
 
+def _told(case: Case) -> Iterator[Timed]:
+    """All but configurations that another one of their kind beats: the JSON has them."""
+    configurations = [timed for timed in case.candidates if "/" in timed.name]
+    best = {timed.family: timed for timed in sorted(configurations, key=lambda timed: -timed.us)}
+    yield from (timed for timed in case.candidates if "/" not in timed.name or timed is best[timed.family])
+
+
 def _set_table(one: Set) -> Table:
-    names = list(dict.fromkeys(row.name for row in one.sums))
+    names = list(dict.fromkeys(row.name for row in one.sums if "/" not in row.name))  # of a configuration no model makes all its products
     tokens = sorted({row.m for row in one.sums})
     by_place = {(row.name, row.m): row for row in one.sums}
     table = text_table(f"{one.name}, sum of {sum(layer.count for layer in one.layers)} linears, us", *(f">M={m}" for m in tokens))

@@ -61,7 +61,10 @@ def merged(table: dict[str, Any], document: Document) -> dict[str, Any]:
 
 
 def write_own_table(table: dict[str, Any]) -> Path:
-    """Under a temporary name, then renamed: an operator that starts now reads the old table or the new one. It is used from here on."""
+    """Under a temporary name, then renamed: a program that starts now reads the old table or the new one.
+
+    An operator of this process that has chosen already keeps its choice.
+    """
     path = own_table()
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
