@@ -85,7 +85,7 @@ def test_the_software_gpu_sees_mistakes(sparse: bool, right: str, wrong: str, tm
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "sm_90a"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("sparse", "dtype"), KINDS, ids=IDS)
 def test_machine_code(sparse: bool, dtype: torch.dtype, architecture: str, tmp_path: Path) -> None:
     """If this failed, dequantizing would be bound by something else than memory: spills, or reads and writes of fewer bytes."""
