@@ -41,6 +41,7 @@ DEQUANTIZE = "dequantize"  # the column of a measurement for a dense weight and 
 # mma.sync behind, what is left is that every 64 tokens decode the weights anew. NOTE: reasoned, not measured.
 DEQUANTIZE_FROM = {"sm_90a": {"dense": 192, "sparse": 320}}
 DEQUANTIZE_FROM_ELSEWHERE = {"dense": 512, "sparse": 1024}
+LARGE = 4096  # M at which a kernel that still wins is taken to win for ever
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +171,16 @@ def best(row: Mapping[str, Any]) -> str:
 
 
 def _dequantize_from(architecture: str, kind: str, timing: Iterable[Mapping[str, Any]]) -> int | None:
-    """The smallest measured M from which dequantizing is faster for every shape; reasoned where it was not measured at all."""
+    """The smallest measured M from which dequantizing is faster for every shape.
+
+    Reasoned, but beyond what was measured, where it was slower at the largest M, and reasoned where it was not measured at all.
+    """
+    guess = DEQUANTIZE_FROM.get(architecture, DEQUANTIZE_FROM_ELSEWHERE)[kind]
     rows = [row for row in timing if DEQUANTIZE in row]
     if not rows:
-        return DEQUANTIZE_FROM.get(architecture, DEQUANTIZE_FROM_ELSEWHERE)[kind]
-    lost = {row["m"] for row in rows if row[DEQUANTIZE] >= row[best(row)]}
-    won = {row["m"] for row in rows if row["m"] > max(lost, default=0)}
-    return min(won, default=None)
+        return guess
+    lost = [int(row["m"]) for row in rows if row[DEQUANTIZE] >= row[best(row)]]
+    won = [int(row["m"]) for row in rows if row["m"] > max(lost, default=0)]
+    if won:
+        return min(won)
+    return max(guess, max(lost) + 1) if max(lost) < LARGE else None

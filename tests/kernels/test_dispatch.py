@@ -131,7 +131,10 @@ def test_where_dequantizing_pays_is_measured() -> None:
     assert table_of("sm_80", {}, rows)["dequantize_from"] == 128
     rows.append(measured_row(128, small=128, large=128, dequantize=200.0))
     assert table_of("sm_80", {}, rows)["dequantize_from"] == 256
-    assert table_of("sm_80", {}, rows[:2])["dequantize_from"] is None, "nowhere as far as was measured"
+    assert table_of("sm_80", {}, rows[:2])["dequantize_from"] == 512, "nowhere as far as was measured: reasoned"
+    rows = [measured_row(m, small=m, large=m, dequantize=5000.0) for m in (1, 1024)]
+    assert table_of("sm_80", {}, rows)["dequantize_from"] == 1025, "and not where it was measured to be slower"
+    assert table_of("sm_80", {}, [*rows, measured_row(4096, small=1, large=1, dequantize=2.0)])["dequantize_from"] is None
 
 
 def test_the_packaged_table_is_as_the_program_writes_it() -> None:
