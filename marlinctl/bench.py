@@ -264,7 +264,8 @@ class _Weights:
 
 
 def _candidate(one: accuracy.Implementation, activations: Tensor, packed: Sequence[Packed], out: Tensor) -> Candidate:
-    return Candidate(lambda i: one.run(activations, packed[i % len(packed)], None, out), len(packed))
+    rivals = one.kind if "/" in one.name else ""  # configurations, of which there are many
+    return Candidate(lambda i: one.run(activations, packed[i % len(packed)], None, out), len(packed), rivals)
 
 
 def _peer_candidate(calls: Sequence[Callable[[Tensor], object]], activations: Tensor) -> Candidate:

@@ -153,7 +153,8 @@ def test_tuning_writes_what_the_operators_read(every: list[str], own_cache: Path
     """If this failed, --tune would measure for an hour and change nothing, or the wrong thing."""
     dispatch.tables.cache_clear()
     document = run(asked(every=True), SoftwareGpu(), Console.quiet())
-    assert {timed.name for timed in document.cases[0].candidates} >= {*every, "dequantize", "dequantize 2:4"}
+    names = {timed.name for timed in document.cases[0].candidates}
+    assert names >= {"dequantize", "dequantize 2:4"} and names & set(every), "a rival that is slow here today may be left out"
     path = tuning.write_own_table(tuning.merged(tuning.read_own_table(), document))
     assert path == own_cache / "kernels" / "dispatch.json"
     table = dispatch.tables()["sm_90a", "dense"]

@@ -119,6 +119,7 @@ def _measure(console: Console, given: dict[str, Any]) -> None:
     from marlinctl.bench import Asked, run
     from marlinctl.benchmarking import cases, tuning
     from marlinctl.benchmarking.gpu import open_gpu
+    from marlinctl.benchmarking.timing import REPLAYS
 
     tokens = cases.parse_tokens(given["tokens"]) if given["tokens"] else None
     size = 128 if given["group_size"] is None else given["group_size"]
@@ -147,6 +148,7 @@ def _measure(console: Console, given: dict[str, Any]) -> None:
         every=given["configurations"] or given["tune"],
         only_check=given["only_check"],
         with_peers=given["peers"],
+        replays=tuning.REPLAYS if given["tune"] else REPLAYS,
         command=shlex.join(["marlinctl", *sys.argv[1:]]),
     )
     document = run(asked, gpu, console)
