@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from marlinctl.benchmarking.cases import SIDE_BY_SIDE
 from marlinctl.benchmarking.documents import Case, Document, Set, Timed
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ def render(document: Document) -> str:
     parts = []
     if document.cases:
         parts.append(as_text(_cases_table(document.cases)))
-        parts += [as_text(_set_table(one)) for one in document.sets if one.sums and len(one.layers) > 1]
+        parts += [as_text(_set_table(one)) for one in document.sets if one.sums and len(one.layers) > 1 and one.name not in SIDE_BY_SIDE]
     return "\n\n".join([*parts, "\n".join(_notes(document))])
 
 

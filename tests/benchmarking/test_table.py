@@ -28,6 +28,7 @@ def test_sums_and_the_ideal_stand_beside_each_other() -> None:
     text = render(document)
     total = next(row for row in document.sets[0].sums if row.name == "int4" and row.m == 16)
     assert f"{total.us:.1f} {total.speedup:.2f}x" in text
+    assert "ideal, sum of" not in text, "the two orientations of one product are no model"
     assert re.search(r"ideal, sparse +\d\.\d\dx", text)
 
 
