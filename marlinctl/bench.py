@@ -6,7 +6,7 @@
     4 drift       the first case once more
     5 document    everything as JSON (benchmarking/documents.py), from which tables and pictures are made
 
-kernels/README.md says what is measured; docs/bench.md how to read it.
+docs/bench.md says how each is done, and why.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ from marlinctl.benchmarking.documents import (
     Machine,
     PeerNote,
     Settings,
+    fixed_costs,
     make_case,
     make_drift,
     make_set,
 )
-from marlinctl.benchmarking.implementations import Dequantized, Operator, configured, fewest
+from marlinctl.benchmarking.implementations import Dequantized, Operator, configured, fewest, overlaps
 from marlinctl.benchmarking.timing import REPLAYS, Candidate, Clock, copies_for, take_turns
 from marlinctl.benchmarking.weights import Packed, packed_bytes, random_packed
+from marlinctl.cubins import kernel_folder, telling
 from marlinctl.errors import UsageError
 from marlinctl.kernels import jit
 
@@ -106,7 +108,7 @@ def run(asked: Asked, gpu: Device, console: Console) -> Document:
     """CheckFailed E120 where a product is wrong; what compiling and loading raise (E403, E404, E410)."""
     with gpu.current():
         clocks = gpu.clocks()
-        ways = (False, True) if gpu.architecture == "sm_90a" else (False,)  # of overlapping with the call before
+        ways = (False, True) if overlaps(gpu.architecture) else (False,)
         ours: list[accuracy.Implementation] = [Operator(kind, asked.dtype, way) for kind in asked.kinds for way in ways]
         checked = list(ours)
         kernels: list[Kernel] = []
@@ -117,7 +119,8 @@ def run(asked: Asked, gpu: Device, console: Console) -> Document:
             checked += [*plain, *fewest(every)]
         work = _work(asked, gpu, console)
         console.say(f"accuracy: {len(checked)} kernels, {len(work)} linears, against float64")
-        found, problems = accuracy.check(checked, work, gpu.device, thorough=True)
+        with telling(kernel_folder(None), f"the operators on {gpu.name}"):  # they compile what they choose
+            found, problems = accuracy.check(checked, work, gpu.device, thorough=True)
         accuracy.refuse(problems)
         console.say(f"accuracy: {found.checks} products are right")
         gpu.free()
@@ -142,6 +145,7 @@ def run(asked: Asked, gpu: Device, console: Console) -> Document:
             cases=cases,
             sets=[made for one in asked.sets if (made := make_set(one, cases)).sums],
             drift=drift,
+            fixed_costs=fixed_costs(cases),
         )
 
 
@@ -260,7 +264,8 @@ class _Weights:
 
 
 def _candidate(one: accuracy.Implementation, activations: Tensor, packed: Sequence[Packed], out: Tensor) -> Candidate:
-    return Candidate(lambda i: one.run(activations, packed[i % len(packed)], None, out), len(packed))
+    rivals = one.kind if "/" in one.name else ""  # configurations, of which there are many
+    return Candidate(lambda i: one.run(activations, packed[i % len(packed)], None, out), len(packed), rivals)
 
 
 def _peer_candidate(calls: Sequence[Callable[[Tensor], object]], activations: Tensor) -> Candidate:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from marlinctl import kernel_check
+from marlinctl.cli import main
 from marlinctl.console import Console
 from marlinctl.errors import CheckFailed
 from marlinctl.kernel_check import ALLOWED, CudaKernel, compared, multiply
@@ -22,6 +23,7 @@ from marlinctl.sparsify.keep import best_of_quads
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from marlinctl.verify import verify
 from tests.packed import make_packed
+from tests.test_job import TEXT
 from tests.tiny import make_tiny
 
 Packed = PackedLinear | PackedSparseLinear
@@ -122,6 +124,21 @@ def test_verify_fails_where_the_kernel_gives_another_product(folder: Path, monke
     with pytest.raises(CheckFailed) as caught:
         verify(folder, source=None, load=False, console=Console.quiet())
     assert caught.value.error_id == "E113"
+
+
+def test_compress_publishes_nothing_that_the_kernel_multiplies_wrongly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """If this failed, the model would be out before anybody knows: no format of it may appear."""
+    make_tiny(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "mine.yaml").write_text("quantize: {group_size: 32}\ncalibration: {minimum_tokens: 256, samples: 8, sequence_length: 64}\n")
+    monkeypatch.setattr(kernel_check, "cuda_kernel", lambda console: replace(KERNEL, multiply=lambda a, p: in_software(a, p) * 1.01))
+    command = ["compress", str(tmp_path / "model"), str(tmp_path / "out"), "--recipe", str(tmp_path / "mine.yaml"), "--also", "marlin"]
+    code = main([*command, "--calibration", str(tmp_path / "text.txt"), "--dtype", "float32", "--no-eval"])
+    assert code == 1
+    assert "#e113" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out-marlin").exists()
 
 
 def test_a_gpu_without_memory_leaves_linears_to_the_emulator(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from marlinctl.benchmarking.cases import GROUPS
 from marlinctl.benchmarking.machine_code import resources
 from marlinctl.benchmarking.table import as_text, text_table
 from marlinctl.cubins import kernel_folder, telling
 from marlinctl.errors import UsageError
 from marlinctl.kernels import jit
-from marlinctl.kernels.configurations import SHARED_BYTES, Configuration
+from marlinctl.kernels.configurations import SHARED_BYTES, Configuration, group_shift
 from marlinctl.kernels.dispatch import configurations
 from marlinctl.kernels.launch import architecture_of, unpack_defines, unpack_shared_bytes
 
@@ -39,6 +40,7 @@ class Built:
 
     configuration: str
     kind: str
+    group_size: int | None  # that is compiled in, as in the kernels with wgmma; None: all
     dtype: str
     architecture: str
     cached: bool
@@ -55,6 +57,7 @@ class Job:
 
     name: str
     kind: str
+    group_size: int | None
     source: str
     defines: tuple[str, ...]
     dtype: str
@@ -68,14 +71,16 @@ def offered(architecture: str, kind: str = "both") -> tuple[Configuration, ...]:
     return tuple(c for one in kinds for c in configurations(one) if c.fits(architecture))
 
 
-def build(architectures: Sequence[str], *, only: Sequence[str], console: Console) -> dict[str, Any]:
+def build(architectures: Sequence[str], *, only: Sequence[str], console: Console, group_sizes: Sequence[int] = GROUPS) -> dict[str, Any]:
     """Every configuration (or those named in `only`) for these architectures, in both types. Returns the JSON document.
+
+    group_sizes: of kernels that are compiled for one each; the others take all.
 
     UsageError E291 for an unknown architecture or configuration; EnvironmentProblem E403, E404, E410 as cubins.telling raises them.
     """
     architectures = tuple(dict.fromkeys(RUNS.get(name, name) for name in architectures))
     _refuse_strangers(architectures, only)
-    jobs = [job for a in architectures for job in _jobs(a) if not only or job.name in only]
+    jobs = [job for a in architectures for job in _jobs(a, group_sizes) if not only or job.name in only]
     folder = kernel_folder(None)
     started = time.perf_counter()
     built: dict[int, Built] = {}
@@ -109,13 +114,16 @@ def default_architectures() -> tuple[str, ...]:
 
 def build_table(document: dict[str, Any]) -> str:
     """A row for each configuration, type and architecture."""
-    table = text_table("configuration", "kernel", "arch", "dtype", ">seconds", ">registers", ">stack", ">shared KB", ">code KB")
+    table = text_table(
+        "configuration", "kernel", "arch", "dtype", ">group size", ">seconds", ">registers", ">stack", ">shared KB", ">code KB"
+    )
     for one in document["built"]:
         table.add_row(
             one["configuration"],
             one["kind"],
             one["architecture"],
             one["dtype"],
+            "all" if one["group_size"] is None else str(one["group_size"]),
             "cached" if one["cached"] else f"{one['seconds']:.2f}",
             str(one["registers"]),
             str(one["stack_bytes"]),
@@ -128,7 +136,7 @@ def build_table(document: dict[str, Any]) -> str:
     return f"{as_text(table)}\n\n{counts} with {document['workers']} at a time, NVRTC {document['nvrtc']}; {document['folder']}"
 
 
-def _jobs(architecture: str) -> list[Job]:
+def _jobs(architecture: str, group_sizes: Sequence[int] = GROUPS) -> list[Job]:
     """What an operator may ask for there: every configuration, and the kernel that makes a plain weight of tiles for many tokens."""
     import torch
 
@@ -136,12 +144,14 @@ def _jobs(architecture: str) -> list[Job]:
     for dtype in DTYPES:
         numbers = getattr(torch, dtype)
         for c in offered(architecture):
-            kind = "sparse" if c.sparse else "dense"
-            jobs.append(Job(c.name, kind, f"{c.kernel}.cu", c.defines(numbers), dtype, architecture, c.shared_bytes))
+            kind, source = "sparse" if c.sparse else "dense", f"{c.kernel}.cu"
+            for size in group_sizes if c.wgmma else (None,):  # -1, channel-wise, is group_shift's K here
+                defines = c.defines(numbers) if size is None else c.defines(numbers, group_shift(size, -1))
+                jobs.append(Job(c.name, kind, size, source, defines, dtype, architecture, c.shared_bytes))
         for kind in ("dense", "sparse"):
             sparse = kind == "sparse"
             defines, shared = unpack_defines(sparse, numbers), unpack_shared_bytes(sparse)
-            jobs.append(Job(f"{'sparse-' if sparse else ''}unpack", kind, "unpack.cu", defines, dtype, architecture, shared))
+            jobs.append(Job(f"{'sparse-' if sparse else ''}unpack", kind, None, "unpack.cu", defines, dtype, architecture, shared))
     return sorted(jobs, key=lambda job: job.kind)
 
 
@@ -166,6 +176,7 @@ def _build(job: Job, folder: Path) -> Built:
     return Built(
         configuration=job.name,
         kind=job.kind,
+        group_size=job.group_size,
         dtype=job.dtype,
         architecture=job.architecture,
         cached=cached,

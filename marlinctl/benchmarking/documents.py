@@ -9,7 +9,8 @@
      "peers":    [measured, absent or other than expected],
      "cases":    [one linear times M tokens: every candidate's time, and the ideal],
      "sets":     [linears of a block, and their sums],
-     "drift":    the first case measured again at the end}
+     "drift":    the first case measured again at the end,
+     "fixed_costs": [what a call costs beside reading, fitted over the linears]}
 
 Times are microseconds. The baseline of a case is the faster of torch's two layouts; speedup is baseline over time. The ideal is the time to
 read and write everything once at the measured read rate, or to multiply at the measured rate of torch.matmul (twice that for 2:4, which no
@@ -19,8 +20,9 @@ library reaches), whichever is longer.
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -29,6 +31,7 @@ from marlinctl.benchmarking.cases import LayerSet, Shape
 from marlinctl.benchmarking.timing import Sample
 from marlinctl.errors import BadInput, Problem
 
+FIT_LINEARS = 3  # through fewer a line says nothing
 BITS = {"dense": 4, "sparse": 3}  # of a weight, metadata included, scales not
 Family = Literal["torch", "dense", "sparse", "peer"]
 
@@ -184,6 +187,17 @@ class Set:
 
 
 @dataclass(frozen=True, slots=True)
+class FixedCost:
+    """The line us = fixed + bytes / rate through the linears of the smallest M, by least squares: what a call costs before it reads."""
+
+    name: str
+    m: int
+    linears: int
+    us: float
+    bytes_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
 class Drift:
     n: int
     k: int
@@ -202,6 +216,7 @@ class Document:
     cases: list[Case]
     sets: list[Set]
     drift: Drift | None
+    fixed_costs: list[FixedCost] = field(default_factory=list)
     kind: Literal["bench"] = "bench"
     bench_version: Literal[1] = 1
 
@@ -309,6 +324,24 @@ def make_set(one: LayerSet, cases: Iterable[Case]) -> Set:
 def make_drift(first: Case, again: Mapping[str, Sample]) -> Drift:
     ratios = {timed.name: again[timed.name].median / timed.us for timed in first.candidates if timed.name in again}
     return Drift(n=first.n, k=first.k, m=first.m, ratios=ratios)
+
+
+def fixed_costs(cases: Sequence[Case]) -> list[FixedCost]:
+    """Of every candidate that was measured for three linears or more, of different sizes, where reading is what takes the time."""
+    found = []
+    least = min((case.m for case in cases), default=0)
+    for name in dict.fromkeys(timed.name for case in cases for timed in case.candidates):
+        points = [  # bytes, microseconds
+            (timed.bytes_per_second * timed.us / 1e6, timed.us)
+            for case in cases
+            if case.m == least and (timed := case.named(name)) is not None
+        ]
+        if len({moved for moved, _ in points}) < FIT_LINEARS:
+            continue
+        slope, us = statistics.linear_regression([moved for moved, _ in points], [us for _, us in points])
+        if slope > 0:
+            found.append(FixedCost(name=name, m=least, linears=len(points), us=us, bytes_per_second=1e6 / slope))
+    return found
 
 
 def _weighted(parts: Sequence[tuple[Timed | None, int]]) -> list[float] | None:

@@ -1,7 +1,11 @@
 """What is checked and timed of ours: the operators as a model calls them, and every configuration with every number of CTAs.
 
-int4, int4 2:4          torch.ops.marlinctl: it chooses kernel, configuration and CTAs itself
-m16n128k256x3/2         a configuration, with two CTAs on each multiprocessor
+    int4, int4 2:4               torch.ops.marlinctl: it chooses kernel, configuration and CTAs itself
+    int4, overlap                the same, allowed to begin before the call before it has ended (Hopper)
+    dequantize, dequantize 2:4   a plain weight of the tiles, then torch.matmul: what the operators choose for many tokens
+    m16n128k256x3/2              a configuration, with two CTAs on each multiprocessor; on Hopper with ", overlap"
+
+The operators are timed without overlap, as peers have none, and with it, as marlinctl's modules call them.
 """
 
 from __future__ import annotations
@@ -65,10 +69,11 @@ class Configured:
 
     kernel: LoadedKernel
     per_multiprocessor: int
+    overlap: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.kernel.configuration.name}/{self.per_multiprocessor}"
+        return f"{self.kernel.configuration.name}/{self.per_multiprocessor}" + (OVERLAP if self.overlap else "")
 
     @property
     def kind(self) -> Kind:
@@ -80,14 +85,18 @@ class Configured:
 
     def run(self, activations: Tensor, p: Packed, bias: Tensor | None, out: Tensor) -> Tensor:
         m, k = activations.shape
-        launch(self.kernel, activations, p, bias, out, self.kernel.ctas(m, p.out_features, k, self.per_multiprocessor))
+        ctas = self.kernel.ctas(m, p.out_features, k, self.per_multiprocessor)
+        launch(self.kernel, activations, p, bias, out, ctas, overlap=self.overlap)
         return out
 
 
 def configured(
     device: torch.device, architecture: str, kinds: Sequence[Kind], dtype: torch.dtype, console: Console
 ) -> tuple[list[Configured], list[Kernel]]:
-    """Every configuration that fits the device, with 1 to as many CTAs as a multiprocessor holds; and what loading them took."""
+    """Every configuration that fits the device, with 1 to as many CTAs as a multiprocessor holds; and what loading them took.
+
+    Where calls can overlap they do, as modules launch them: it is for those that the best is looked for.
+    """
     folder = kernel_folder(None)
     wanted = [c for kind in kinds for c in offered(architecture, kind)]
     found: list[Configured] = []
@@ -98,13 +107,18 @@ def configured(
             with telling(folder, f"{c.kernel}.cu for {architecture}"):
                 kernel = load(c, dtype, device, folder)
             facts.append(_facts(kernel, time.perf_counter() - started))
-            found += [Configured(kernel, ctas) for ctas in range(1, kernel.resident + 1)]
+            found += [Configured(kernel, ctas, overlaps(architecture)) for ctas in range(1, kernel.resident + 1)]
             progress.advance()
     return found, facts
 
 
 def dequantized_name(kind: Kind) -> str:
     return f"{DEQUANTIZE} 2:4" if kind == "sparse" else DEQUANTIZE
+
+
+def overlaps(architecture: str) -> bool:
+    """Whether a launch may begin before the one before it has ended: programmatic dependent launch, since Hopper."""
+    return architecture == "sm_90a"
 
 
 def fewest(implementations: Sequence[Configured]) -> Iterator[Configured]:

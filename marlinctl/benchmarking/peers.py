@@ -74,7 +74,8 @@ def bind(function: Callable[..., Any], given: Mapping[str, object], empty: tuple
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError) as error:
         raise ApiDiffers(f"{name} does not tell its parameters") from error
-    missing = [key for key in given if key not in parameters]
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    missing = [key for key in given if key not in parameters and not takes_any]
     if missing:
         raise ApiDiffers(f"{name} has no parameter {', '.join(missing)}")
     keywords = {key: None for key in empty if key in parameters} | dict(given)
@@ -138,7 +139,8 @@ def _machete(shape: Shape, dtype: torch.dtype, device: torch.device) -> Call:
     words = _words(shape.n, shape.k // 8, device).T  # [K/8, N], columns in a row
     prepack = attribute("vllm._custom_ops", "machete_prepack_B")
     packed = bind(prepack, {"b_q_weight": words, "a_type": dtype, "b_type": int4, "group_scales_type": dtype})()
-    given = {"a": ..., "b_q": packed, "b_type": int4, "b_group_scales": _scales(shape, dtype, device), "b_group_size": shape.group_size}
+    size = shape.k if shape.group_size == -1 else shape.group_size
+    given = {"a": ..., "b_q": packed, "b_type": int4, "b_group_scales": _scales(shape, dtype, device), "b_group_size": size}
     return bind(attribute("vllm._custom_ops", "machete_mm"), given)
 
 

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl.benchmarking.cases import OPERATORS
+from marlinctl.benchmarking.cases import OPERATORS, SIDE_BY_SIDE
 from marlinctl.benchmarking.documents import BITS, Case, Ceilings, Document, Family, Set, moved_bytes
 from marlinctl.errors import EnvironmentProblem
 
@@ -75,8 +75,7 @@ def _figures(document: Document) -> Iterator[tuple[str, Figure]]:
     under = f"{document.machine.gpu}, {document.settings.dtype}, {_group(document.settings.group_size)}"
     operators = _operators(document)
     for one in document.sets:
-        single = one.name in ("shapes", "ideal", "roofline")  # linears side by side, which nobody adds up
-        if not single:
+        if one.name not in SIDE_BY_SIDE:
             yield f"speedup-{one.name}", _speedup_of_set(one, operators, under)
             yield f"shares-{one.name}", _shares(one, operators, under)
     drawn = set()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from marlinctl.benchmarking.documents import Case, Document, Set
+from marlinctl.benchmarking.cases import SIDE_BY_SIDE
+from marlinctl.benchmarking.documents import Case, Document, Set, Timed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,7 +19,7 @@ def render(document: Document) -> str:
     parts = []
     if document.cases:
         parts.append(as_text(_cases_table(document.cases)))
-        parts += [as_text(_set_table(one)) for one in document.sets if one.sums and len(one.layers) > 1]
+        parts += [as_text(_set_table(one)) for one in document.sets if one.sums and len(one.layers) > 1 and one.name not in SIDE_BY_SIDE]
     return "\n\n".join([*parts, "\n".join(_notes(document))])
 
 
@@ -28,7 +29,7 @@ def _cases_table(cases: Sequence[Case]) -> Table:
     )
     for case in cases:
         first = True
-        for timed in case.candidates:
+        for timed in _told(case):
             ideal = case.ideal.get(timed.family)
             name = f"{timed.name} (baseline)" if timed.name == case.baseline else timed.name
             table.add_row(
@@ -50,8 +51,15 @@ def _cases_table(cases: Sequence[Case]) -> Table:
     return table
 
 
+def _told(case: Case) -> Iterator[Timed]:
+    """All but configurations that another one of their kind beats: the JSON has them."""
+    configurations = [timed for timed in case.candidates if "/" in timed.name]
+    best = {timed.family: timed for timed in sorted(configurations, key=lambda timed: -timed.us)}
+    yield from (timed for timed in case.candidates if "/" not in timed.name or timed is best[timed.family])
+
+
 def _set_table(one: Set) -> Table:
-    names = list(dict.fromkeys(row.name for row in one.sums))
+    names = list(dict.fromkeys(row.name for row in one.sums if "/" not in row.name))  # of a configuration no model makes all its products
     tokens = sorted({row.m for row in one.sums})
     by_place = {(row.name, row.m): row for row in one.sums}
     table = text_table(f"{one.name}, sum of {sum(layer.count for layer in one.layers)} linears, us", *(f">M={m}" for m in tokens))
@@ -80,6 +88,10 @@ def _notes(document: Document) -> Iterator[str]:
     for worst in document.accuracy.worst:
         errors = f"relative {worst.relative:.1e} (at most {worst.gate:.0e}), mean ratio {worst.mean_ratio:.1e}"
         yield f"error against float64, {worst.name}: {errors}, {worst.checks} checks"
+    shown = [cost for cost in document.fixed_costs if "/" not in cost.name]  # single configurations would hide the rest
+    if shown:
+        costs = ", ".join(f"{cost.name} {cost.us:.1f} us + {cost.bytes_per_second / 1e12:.2f} TB/s" for cost in shown)
+        yield f"a line through the linears at M={shown[0].m}: {costs}"
     if document.drift is not None:
         moved = ", ".join(f"{name} {100 * (ratio - 1):+.1f} %" for name, ratio in document.drift.ratios.items())
         yield f"drift, {document.drift.n} x {document.drift.k} at M={document.drift.m} measured again at the end: {moved}"

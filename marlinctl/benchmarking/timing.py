@@ -20,16 +20,18 @@ L2_TIMES = 5
 REPLAYS = 20
 RUN_MICROSECONDS = 4000.0  # of one run: far above what starting it costs
 MOST_CALLS = 50
+HOPELESS = 3.0  # times as slow as the fastest of its rivals
 TRIES = 3  # to learn how long a call takes, roughly
 LONG_MICROSECONDS = 20_000.0  # a call beyond this moves more than any cache holds: it needs no rotation
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """call(i) computes with copy i % copies of its weights."""
+    """call(i) computes with copy i % copies of its weights. Of those with equal `rivals` the hopeless are not timed to the end."""
 
     call: Callable[[int], object]
     copies: int
+    rivals: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +75,18 @@ def sample(times: list[float], calls: int) -> Sample:
 
 
 def take_turns(clock: Clock, candidates: Mapping[str, Candidate], *, replays: int = REPLAYS) -> dict[str, Sample]:
-    """A sample of each candidate; the first turn warms up and is not counted."""
-    runs: dict[str, tuple[Callable[[], None], int]] = {}
+    """A sample of each candidate that is not hopeless; the first turn warms up and is not counted."""
+    roughly: dict[str, float] = {}  # microseconds of a single call, launching included
     for name, candidate in candidates.items():
         one = partial(candidate.call, 0)
         one()  # what is compiled, loaded or allocated once
-        calls = calls_for(min(clock.microseconds(one) for _ in range(TRIES)), candidate.copies)
+        roughly[name] = min(clock.microseconds(one) for _ in range(TRIES))
+    runs: dict[str, tuple[Callable[[], None], int]] = {}
+    for name, candidate in candidates.items():
+        rivals = [roughly[other] for other, its in candidates.items() if candidate.rivals and its.rivals == candidate.rivals]
+        if rivals and roughly[name] > HOPELESS * min(rivals):
+            continue
+        calls = calls_for(roughly[name], candidate.copies)
         runs[name] = clock.record(candidate.call, calls), calls
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(1 + replays):

@@ -34,7 +34,7 @@ SET_NAMES = ("llama3-8b", "llama3-70b", "llama2-7b", "llama2-13b", "llama-33b", 
 @click.option(
     "--dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True, help="Of activations and outputs."
 )
-@click.option("--group-size", type=int, default=128, show_default=True, metavar="N", help="32, 64, 128, or -1 for channel-wise.")
+@click.option("--group-size", type=int, metavar="N", help="32, 64, 128, or -1 for channel-wise. Default: 128; --build: all.")
 @click.option("--dense", "kind", flag_value="dense", help="Only the dense kernels.")
 @click.option("--sparse", "kind", flag_value="sparse", help="Only the 2:4 kernels. Default: both.")
 @click.option("--configurations", is_flag=True, help="Check and time every configuration beside the operator's own choice.")
@@ -121,8 +121,10 @@ def _refuse_contradictions(given: dict[str, Any]) -> None:
 
 def _build(console: Console, given: dict[str, Any]) -> None:
     from marlinctl.benchmarking.building import build, build_table, default_architectures
+    from marlinctl.benchmarking.cases import GROUPS, checked
 
-    document = build(given["arch"] or default_architectures(), only=given["only"], console=console)
+    sizes = GROUPS if given["group_size"] is None else (checked(128, 128, given["group_size"]).group_size,)
+    document = build(given["arch"] or default_architectures(), only=given["only"], group_sizes=sizes, console=console)
     console.result(build_table(document), document)
 
 
@@ -149,9 +151,10 @@ def _measure(console: Console, given: dict[str, Any]) -> None:
     from marlinctl.bench import Asked, run
     from marlinctl.benchmarking import cases, tuning
     from marlinctl.benchmarking.gpu import open_gpu
+    from marlinctl.benchmarking.timing import REPLAYS
 
     tokens = cases.parse_tokens(given["tokens"]) if given["tokens"] else None
-    size = given["group_size"]
+    size = 128 if given["group_size"] is None else given["group_size"]
     sets = [cases.named_set(name, size) for name in given["layers"]]
     if given["shape"]:
         sets.append(cases.shapes_set(given["shape"], size))
@@ -177,6 +180,7 @@ def _measure(console: Console, given: dict[str, Any]) -> None:
         every=given["configurations"] or given["tune"],
         only_check=given["only_check"],
         with_peers=given["peers"],
+        replays=tuning.REPLAYS if given["tune"] else REPLAYS,
         command=shlex.join(["marlinctl", *sys.argv[1:]]),
     )
     document = run(asked, gpu, console)

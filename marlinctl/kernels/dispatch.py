@@ -145,7 +145,7 @@ def _table(architecture: str, kind: str, document: Mapping[str, Any]) -> Table:
 
 
 def table_of(architecture: str, measured: Mapping[str, Any], timing: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The document of one kind from measurements: `timing` as benchmarks/check_marlin.py --json has it, all dense or all 2:4.
+    """The document of one kind from measurements: a row for each linear and M, all dense or all 2:4.
 
     Each of its rows has m, n, k, sparse and the microseconds of "name/CTAs", "torch.matmul" and, where it was measured, "dequantize".
     """

@@ -14,6 +14,7 @@ from marlinctl.benchmarking.documents import (
     PeerNote,
     Settings,
     Worst,
+    fixed_costs,
     ideal_us,
     make_case,
     make_drift,
@@ -84,6 +85,7 @@ def made_up(sets: tuple[LayerSet, ...] | None = None, tokens: tuple[int, ...] = 
         cases=cases,
         sets=[make_set(one, cases) for one in chosen],
         drift=make_drift(cases[0], again),
+        fixed_costs=fixed_costs(cases),
     )
 
 

@@ -12,7 +12,7 @@ from marlinctl.benchmarking import building
 from marlinctl.console import Console
 from marlinctl.errors import UsageError
 from marlinctl.kernels import jit
-from marlinctl.kernels.configurations import DENSE, SPARSE
+from marlinctl.kernels.configurations import DENSE, DENSE_SM90, SPARSE
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")
 
@@ -59,6 +59,18 @@ def test_small_shared_memory_leaves_configurations_out() -> None:
     assert {c.name for c in building.offered("sm_86")} < {c.name for c in building.offered("sm_90a")}
     assert all(c.shared_bytes <= 99 * 1024 for c in building.offered("sm_86"))
     assert all(c.sparse for c in building.offered("sm_80", "sparse"))
+
+
+def test_a_kernel_for_one_group_size_is_built_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, a model with groups of 64 would find nothing in the cache on Hopper, or something compiled for groups of 128."""
+    monkeypatch.setattr(building, "configurations", lambda kind: (DENSE[0], DENSE_SM90[0]) if kind == "dense" else ())
+    found = [job for job in building._jobs("sm_90a") if job.name == DENSE_SM90[0].name and job.dtype == "float16"]
+    assert {(job.group_size, *(part for part in job.defines if part.startswith("GROUP_SHIFT"))) for job in found} == {
+        (32, "GROUP_SHIFT=1"), (64, "GROUP_SHIFT=2"), (128, "GROUP_SHIFT=3"), (-1, "GROUP_SHIFT=-1")
+    }  # fmt: skip
+    assert [job.group_size for job in building._jobs("sm_90a") if job.name == DENSE[0].name] == [None, None]
+    assert {job.group_size for job in building._jobs("sm_90a", [64]) if job.name == DENSE_SM90[0].name} == {64}
+    assert not [job for job in building._jobs("sm_89") if job.name == DENSE_SM90[0].name]
 
 
 def test_every_architecture_that_is_built_is_one_the_compiler_knows() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from marlinctl.benchmarking.cases import Layer, LayerSet, Shape
-from marlinctl.benchmarking.documents import Ceilings, ideal_us, make_case, make_drift, make_set, moved_bytes, read_document
+from marlinctl.benchmarking.documents import Ceilings, fixed_costs, ideal_us, make_case, make_drift, make_set, moved_bytes, read_document
 from marlinctl.benchmarking.documents import write_document as write
 from marlinctl.errors import BadInput
 from tests.benchmarking.figures import flat, made_up
@@ -67,6 +67,18 @@ def test_a_sum_leaves_out_who_was_not_measured_everywhere() -> None:
     cases[0] = replace(first, candidates=[timed for timed in first.candidates if timed.family != "peer"])
     one = make_set(LayerSet("model", tuple(Layer(x.name, Shape(x.n, x.k, x.group_size)) for x in document.sets[0].layers)), cases)
     assert {row.m for row in one.sums if row.family == "peer"} == {row.m for row in one.sums} - {first.m}
+
+
+def test_the_fixed_cost_is_where_the_line_meets_nothing_to_read() -> None:
+    """If this failed, the target of 5.5 us a call could not be judged. 4 us and 2 TB/s by construction, whatever the size."""
+    cases = [
+        make_case(shape, 1, {"torch [N, K]": ("torch", flat(4 + moved_bytes(shape, 1, 16) / 2e6))}, CEILINGS, ["dense"])
+        for shape in (Shape(4096, 4096, 128), Shape(6144, 4096, 128), Shape(28672, 4096, 128))
+    ]
+    (found,) = fixed_costs(cases)
+    assert (found.name, found.m, found.linears) == ("torch [N, K]", 1, 3)
+    assert (found.us, found.bytes_per_second) == (pytest.approx(4), pytest.approx(2e12))
+    assert fixed_costs(cases[:2]) == [] == fixed_costs([])
 
 
 def test_drift_is_the_end_over_the_start() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
+from marlinctl.benchmarking.cases import named_set
+from marlinctl.benchmarking.documents import make_set
 from marlinctl.benchmarking.table import render
 from tests.benchmarking.figures import MADE_UP, made_up
 
@@ -25,6 +28,7 @@ def test_sums_and_the_ideal_stand_beside_each_other() -> None:
     text = render(document)
     total = next(row for row in document.sets[0].sums if row.name == "int4" and row.m == 16)
     assert f"{total.us:.1f} {total.speedup:.2f}x" in text
+    assert "ideal, sum of" not in text, "the two orientations of one product are no model"
     assert re.search(r"ideal, sparse +\d\.\d\dx", text)
 
 
@@ -39,3 +43,15 @@ def test_what_the_figures_stand_on_is_told() -> None:
 def test_no_line_has_trailing_blanks_or_colour() -> None:
     """If this failed, a table in a page or a file would hold escape sequences."""
     assert not re.search(r"\x1b| $", render(made_up()), flags=re.MULTILINE)
+
+
+def test_of_many_configurations_the_fastest_is_told() -> None:
+    """If this failed, --tune would print thousands of rows, or hide what it found."""
+    document = made_up()
+    first = document.cases[0]
+    ours = first.named("int4")
+    assert ours is not None
+    many = [replace(ours, name=f"m8n128k256x4/{i}", us=ours.us + i) for i in (3, 1, 2)]
+    case = replace(first, candidates=[*first.candidates, *many])
+    text = render(replace(document, cases=[case], sets=[make_set(named_set("llama3-8b", 128), [case, *document.cases[1:]])]))
+    assert "m8n128k256x4/1" in text and "m8n128k256x4/2" not in text and "m8n128k256x4/3" not in text

@@ -76,3 +76,23 @@ def test_candidates_take_turns_and_the_first_turn_does_not_count() -> None:
     assert order[8:] == ["a", "b"] * 6
     assert {i for name, i in seen if name == "b"} == set(range(found["b"].calls))
     assert found["b"].calls % 3 == 0
+
+
+def test_hopeless_rivals_drop_out_and_others_never() -> None:
+    """If this failed, tuning would take hours over configurations for 8 tokens at M=1024, or lose torch because it is slow."""
+    clock = Numbers()
+
+    def call(us: float) -> Callable[[int], None]:
+        def run(i: int) -> None:
+            clock.pending += us
+
+        return run
+
+    candidates = {
+        "torch": Candidate(call(1000.0), 2),
+        "good": Candidate(call(10.0), 2, "dense"),
+        "bad": Candidate(call(31.0), 2, "dense"),
+        "so-so": Candidate(call(29.0), 2, "dense"),
+        "other kind": Candidate(call(100.0), 2, "sparse"),
+    }
+    assert set(take_turns(clock, candidates, replays=2)) == {"torch", "good", "so-so", "other kind"}
