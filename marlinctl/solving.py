@@ -85,10 +85,13 @@ class Solving:
         self.pending: dict[str, Tensor] = {}
         self.progress: Progress | None = None
 
-    def flush(self) -> None:
-        if self.pending:
-            self.staged.write_shard(self.pending)
-            self.pending = {}
+    def flush(self) -> str | None:
+        """Write what is finished as a shard; returns its name, None where nothing was solved."""
+        if not self.pending:
+            return None
+        shard = self.staged.write_shard(self.pending)
+        self.pending = {}
+        return shard
 
     def stage(self, names: tuple[str, ...], hessian: Hessian, remark: str) -> dict[str, Tensor]:
         """Final weights of linears that share an input; skipped ones as they are."""

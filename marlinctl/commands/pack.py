@@ -27,6 +27,7 @@ _SHOWN = 3  # reasons per verdict; the rest is counted
 @click.option("--tp", type=click.IntRange(1, 1024), metavar="N", help="With --check: tensor-parallel splits up to N. Default: 1.")
 @click.option("--cache-dir", type=click.Path(path_type=Path), metavar="DIR", help="Where a SOURCE from the hub is kept.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing OUT, after the new one is complete.")
+@click.option("--keep-job", is_flag=True, help="Keep OUT.job, the run's journal, when OUT is published.")
 @common_options
 def command(
     console: Console,
@@ -38,6 +39,7 @@ def command(
     tp: int | None,
     cache_dir: Path | None,
     overwrite: bool,
+    keep_job: bool,
 ) -> None:
     """Write a 4-bit checkpoint in another format.
 
@@ -69,12 +71,19 @@ def command(
     if tp is not None:
         raise UsageError("E232", "--tp goes with --check", where="--tp", fix=f"marlinctl pack {source} --check --tp {tp}")
     from marlinctl.checkpoint.writer import check_output
-    from marlinctl.repack import output_folders, repack
+    from marlinctl.repack import output_folders
 
     local = [Path(source)] if Path(source).exists() else []
     for folder in output_folders(out, fmt, also).values():
         check_output(folder, overwrite=overwrite, sources=local)  # before anything is fetched
-    written = repack(_folder(source, cache_dir, console), out, format=fmt, also=also, overwrite=overwrite, console=console)
+    pack(console, out, source=source, format=fmt, also=list(also), overwrite=overwrite, keep_job=keep_job, cache_dir=cache_dir)
+
+
+def pack(console: Console, out: Path, *, source: str, cache_dir: Path | None = None, **asked: Any) -> None:
+    """Pack and tell the result. `asked` goes to repack."""
+    from marlinctl.repack import repack
+
+    written = repack(_folder(source, cache_dir, console), out, console=console, name=source, **asked)
     console.result("\n".join(f"{entry['folder']} ({entry['format']})" for entry in written["outputs"]), written)
 
 
