@@ -29,6 +29,7 @@ calibration: {{source: {text}, samples: 2, sequence_length: 32, minimum_tokens: 
 distill: {{data: {words}, tokens: {tokens}, sequence_length: 32, batch_tokens: 128, micro_batch: 4, learning_rate: 0.01, save_every: 1}}
 """
 VERBS = ("quantize", "head", "sparsify", "pack", "distill", "blockwise", "compress", "distilled")
+QUICK = {"quantize": 1, "sparsify": 1, "pack": 1, "distill": 1, "compress": 3}  # verb -> every so many lines without `-m slow`
 
 
 class Place(NamedTuple):
@@ -115,19 +116,33 @@ def fresh(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_killed_at_every_line_of_the_journal(place: Place, tmp_path: Path, verb: str) -> None:
+@pytest.mark.parametrize("verb", QUICK)
+def test_killed_at_lines_of_the_journal(place: Place, tmp_path: Path, verb: str) -> None:
     """If a line spoke of something that is not on the disk, or something finished had no line, the resumed run would give other bytes."""
+    every_line(place, verb, tmp_path, QUICK[verb])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("at", ["half", "after"])
+def test_killed_at_every_line_of_the_journal(place: Place, tmp_path: Path, verb: str, at: str) -> None:
+    """The same for every verb, each line torn, and each line whole."""
+    every_line(place, verb, tmp_path, 1, at)
+
+
+def every_line(place: Place, verb: str, tmp_path: Path, stride: int, always: str = "") -> None:
     whole = place.whole(verb)
     count = steps(place, verb, fresh(tmp_path / "count"), "after")
     assert count >= 3
-    for n in range(1, count + 1):
-        at = ("half", "after")[n % 2]
+    for n in range(1, count + 1, stride):
+        at = always or ("half", "after")[n % 2]
         folder = fresh(tmp_path / "run")
         ended = place.run(place.arguments(verb, folder / "out"), at=at, n=n)
         assert ended.code == -9, (at, n, ended.told)
         go_on(place, verb, folder / "out")
         assert published(folder) == whole, f"killed {at} line {n} of {count}"
+    print(f"{verb}: killed at {len(range(1, count + 1, stride))} of {count} lines")
 
 
 @pytest.mark.slow
@@ -158,6 +173,7 @@ def test_killed_at_every_call(place: Place, tmp_path: Path, verb: str) -> None:
             assert ended.code == 0, ended.told
         found = {name: digest for name, digest in published(folder).items() if ".job/" not in name}
         assert found == whole, f"killed at call {n} of {count}"
+    print(f"{verb}: killed at {count} calls")
 
 
 def old_part(files: dict[str, str]) -> dict[str, str]:
@@ -172,6 +188,7 @@ def test_every_write_fails_once(place: Place, tmp_path: Path, verb: str) -> None
     whole = place.whole(verb)
     count = steps(place, verb, fresh(tmp_path / "count"), "writes")
     every_write(place, verb, tmp_path, whole, range(1, count + 1))
+    print(f"{verb}: {count} writes failed")
 
 
 def test_some_writes_fail(place: Place, tmp_path: Path) -> None:
