@@ -92,8 +92,8 @@ def run_compress(
             job.begin(facts)
         work = job.path
         if options.redo_from is not None:
-            for fmt in places:
-                shutil.rmtree(work / fmt, ignore_errors=True)
+            for made in ("ct", *(name for fmt in places if fmt != "ct" for name in (fmt, f"{fmt}.job"))):
+                shutil.rmtree(work / made, ignore_errors=True)
         inner = replace(options, keep_job=False, overwrite=False)
         report = _interchange(model, source, work, recipe, inner, console)
         for fmt in places:

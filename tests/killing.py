@@ -2,8 +2,8 @@
 
     test ──► one helper process, which has imported everything ──► a fork for each run: `marlinctl ARGUMENTS`, killed at step N
 
-A fork costs milliseconds where a new interpreter costs seconds, and SIGKILL is as real in it. The steps are seen from outside: the functions of
-the system, and the two that write the journal, are replaced by doubles that count. Nothing in marlinctl knows of it.
+A fork costs milliseconds where a new interpreter costs seconds, and SIGKILL is as real in it. The steps are seen from outside: the
+functions of the system, and the two that write the journal, are replaced by doubles that count. Nothing in marlinctl knows of it.
 
     lines   every journal line and every JSON document of a job's folder; `half`: killed with half of it written, `after`: with all of it
     calls   every fsync, rename, replace, unlink, truncate and mkdir; killed before it is made
@@ -96,7 +96,8 @@ def _fork(arguments: list[str], at: str, n: int) -> dict[str, Any]:
         try:
             os.close(told)
             os.dup2(telling, 2)
-            sys.stdout, sys.stderr = Path(os.devnull).open("w"), os.fdopen(telling, "w", buffering=1)
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  the fork's for as long as it lives
+            sys.stderr = os.fdopen(telling, "w", buffering=1)
             code = _child(arguments, at, n)
         except BaseException:  # noqa: BLE001  a fork must never go on with what its parent was doing
             traceback.print_exc()

@@ -39,10 +39,8 @@ def command(console: Console, out: Path, redo_from: int | None, overwrite: bool,
     --redo-from goes back instead: what is finished from block N on is solved again. The states that enter the last two blocks are kept, so
     going further back begins with the first block.
     """
-    from marlinctl.distillation.processes import silence_if_second
     from marlinctl.journal import JOB, JobFolder
 
-    silence_if_second(console)
     out = out.absolute()
     job = JobFolder(out)
     if not (job.path / JOB).is_file():
@@ -89,6 +87,9 @@ def _walk(console: Console, out: Path, asked: dict[str, Any], *changes: Any) -> 
 
 def _distill(console: Console, out: Path, asked: dict[str, Any], *changes: Any) -> None:
     from marlinctl.commands.distill import tell
+    from marlinctl.distillation.processes import silence_if_second
+
+    silence_if_second(console)
     from marlinctl.distill import run_distill
     from marlinctl.recipe import Recipe
 
