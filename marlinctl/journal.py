@@ -141,7 +141,7 @@ class JobFolder:
         """After a run that did not get through: keep the folder and say how to go on, or remove it."""
         if not (self.path / JOB).exists():
             return
-        if not self.progress and not isinstance(error, (ResourceProblem, OSError)):
+        if not self.progress and not (self.begun and isinstance(error, (ResourceProblem, OSError))):
             self.remove()
         elif not isinstance(error, _REFUSALS) and self.path.parent.suffix != ENDING:  # a stage goes on with the whole
             console.error(f"{launcher}marlinctl resume {shlex.quote(str(self._shown))}", label="to go on:")

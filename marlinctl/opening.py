@@ -93,7 +93,8 @@ def open_model(model: str, out: Path, recipe: Recipe, options: Options, console:
         with console.progress("compare with the hub's digests", len(checkpoint.files)) as progress:
             check_hub_digests(checkpoint, progress)
     with console.progress("look for NaN and infinity", len(checkpoint.tensors)) as progress:
-        scan_finite(checkpoint, looked.architecture.expected, progress)
+        packed = {f"{name}.weight" for name in looked.plan.group_sizes} if recipe.quantize.bits == 4 else set()
+        scan_finite(checkpoint, looked.architecture.expected, progress, for_4_bits=packed)
     return opened
 
 

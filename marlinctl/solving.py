@@ -154,6 +154,11 @@ class Solving:
                 fix="more or other calibration text, a higher --damping, or no --strict",
             )  # fmt: skip
         info = self.opened.checkpoint.tensors[f"{name}.weight"]
+        if isinstance(result, QuantizedLinear) and not bool(result.codes.any()) and float(outcome.energy[rows].sum()) > 0:
+            raise NumericalProblem(
+                "E604", "every weight rounds to zero: they are smaller than the smallest scale that float16 holds", where=name,
+                fix=f"leave this linear 16-bit: --skip {name}",
+            )  # fmt: skip
         if isinstance(result, QuantizedLinear):
             tensors = linear_tensors("ct", name, result)
             weight, digest = result.dequantize(), linear_digest(result)

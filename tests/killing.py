@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,10 +50,13 @@ class Runner:
             env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
 
-    def run(self, arguments: list[str], *, at: str = "", n: int = 0) -> Ended:
-        """`marlinctl ARGUMENTS`; at: half or after (lines), calls, writes, or nothing; n: the step, counted from 1."""
+    def run(self, arguments: list[str], *, at: str = "", n: int = 0, environment: Mapping[str, str | None] | None = None) -> Ended:
+        """`marlinctl ARGUMENTS`; at: half or after (lines), calls, writes, or nothing; n: the step, counted from 1.
+
+        environment: variables that differ; None: not set.
+        """
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"arguments": arguments, "at": at, "n": n}) + "\n")
+        self._process.stdin.write(json.dumps({"arguments": arguments, "at": at, "n": n, "environment": dict(environment or {})}) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         assert answer, "the helper process is gone"
@@ -88,7 +91,7 @@ def _serve() -> None:
         answers.flush()
 
 
-def _fork(arguments: list[str], at: str, n: int) -> dict[str, Any]:
+def _fork(arguments: list[str], at: str, n: int, environment: dict[str, str | None]) -> dict[str, Any]:
     told, telling = os.pipe()
     child = os.fork()
     if child == 0:
@@ -98,6 +101,9 @@ def _fork(arguments: list[str], at: str, n: int) -> dict[str, Any]:
             os.dup2(telling, 2)
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  the fork's for as long as it lives
             sys.stderr = os.fdopen(telling, "w", buffering=1)
+            os.environ.update({key: value for key, value in environment.items() if value is not None})
+            for key in [key for key, value in environment.items() if value is None]:
+                os.environ.pop(key, None)
             code = _child(arguments, at, n)
         except BaseException:  # noqa: BLE001  a fork must never go on with what its parent was doing
             traceback.print_exc()
