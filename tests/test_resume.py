@@ -229,6 +229,34 @@ def test_a_disk_that_is_full_costs_nothing_that_was_finished(place: Path, tmp_pa
     assert published(tmp_path) == published(place / "whole")
 
 
+def test_memory_that_runs_out_costs_nothing_that_was_finished(place: Path, tmp_path: Path) -> None:
+    """RLIMIT_AS refuses memory as a small container does: exit 5, not a traceback, and with more of it the run goes on."""
+    out = tmp_path / "out"
+    program = textwrap.dedent(
+        """
+        import resource, sys
+        from pathlib import Path
+        from marlinctl.cli import main
+        from marlinctl.walk import Walk
+        run_block = Walk.run_block
+        def starved(self, block, solve):
+            if block.index == 2:
+                used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), resource.RLIM_INFINITY))
+                self.step, self.hidden = self.samples, self.hidden.repeat(1, 1, 1024)
+            run_block(self, block, solve)
+        Walk.run_block = starved
+        sys.exit(main(sys.argv[1:]))
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", program, *quantize(place, out)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 5 and "memory ran out" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert len([line for line in lines_of(out) if line["step"] == "block"]) == 2
+    assert "layers.1.mlp.down_proj" in (tmp_path / "out.log").read_text(), "the log shows the last layer"
+    assert main(["resume", str(out), "-q"]) == 0
+    assert published(tmp_path) == published(place / "whole")
+
+
 # ---- going back ----------------------------------------------------------------------------------------------------------------------
 
 
