@@ -128,7 +128,9 @@ def _found(model: str, options: Options, console: Console) -> Source:
 
 def _calibration(job: WalkJob, opened: Opened, recipe: Recipe, console: Console) -> CalibrationSet:
     """The job's own text, where it has one; else it is read (or written by the model), and the job begins."""
-    kept = job.calibration()
+    begun, kept = job.begun, job.calibration()
+    if begun and kept is None:
+        console.warn("the calibration tokens of the job are damaged or missing: it starts anew")
     if kept is not None:
         job.check(_fingerprint(opened, recipe, kept))
         return kept

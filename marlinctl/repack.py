@@ -93,23 +93,24 @@ def repack(
     also: Sequence[str] = (),
     overwrite: bool = False,
     console: Console | None = None,
-    name: str | None = None,
+    request: Request | None = None,
     resume: bool = False,
     keep_job: bool = False,
 ) -> dict[str, Any]:
     """Write `source` in another format to `out`, and in each format of `also` to OUT-<format>. Returns what was written.
 
-    name: what the person called the source. resume: take up a job that was killed; the codes are packed again, unless only the last rename
-    is missing.
+    request: what the person asked for, where that says more than these arguments. resume: take up a job that was killed; the codes are
+    packed again, unless only the last rename is missing.
     """
     console = console or Console.quiet()
     outputs = output_folders(out, format, also)
-    asked = {"source": name or str(source), "format": format, "also": list(also), "overwrite": overwrite, "keep_job": keep_job}
+    asked = {"source": str(source), "format": format, "also": list(also), "overwrite": overwrite, "keep_job": keep_job, "cache_dir": None}
+    request = request or Request("pack", asked)
     job = JobFolder(out)
     if not resume:
         for folder in outputs.values():
             writer.check_output(folder, overwrite=overwrite, sources=[source])
-    with job.held(Request("pack", asked), resume=resume, console=console):
+    with job.held(request, resume=resume, console=console):
         if job.publishing is not None:
             job.publish_again(overwrite=overwrite, keep=keep_job)
             with open_masks(out) as masks:

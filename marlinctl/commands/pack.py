@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,14 +77,27 @@ def command(
     local = [Path(source)] if Path(source).exists() else []
     for folder in output_folders(out, fmt, also).values():
         check_output(folder, overwrite=overwrite, sources=local)  # before anything is fetched
-    pack(console, out, source=source, format=fmt, also=list(also), overwrite=overwrite, keep_job=keep_job, cache_dir=cache_dir)
+    asked = {"source": source, "format": fmt, "also": list(also), "overwrite": overwrite, "keep_job": keep_job}
+    pack(console, out, {**asked, "cache_dir": None if cache_dir is None else str(cache_dir)}, resume=False)
 
 
-def pack(console: Console, out: Path, *, source: str, cache_dir: Path | None = None, **asked: Any) -> None:
-    """Pack and tell the result. `asked` goes to repack."""
+def pack(console: Console, out: Path, asked: Mapping[str, Any], *, resume: bool) -> None:
+    """Pack what is asked for (the arguments that a job's folder keeps) and tell the result."""
+    from marlinctl.journal import Request
     from marlinctl.repack import repack
 
-    written = repack(_folder(source, cache_dir, console), out, console=console, name=source, **asked)
+    cache_dir = None if asked["cache_dir"] is None else Path(asked["cache_dir"])
+    written = repack(
+        _folder(asked["source"], cache_dir, console),
+        out,
+        format=asked["format"],
+        also=asked["also"],
+        overwrite=asked["overwrite"],
+        keep_job=asked["keep_job"],
+        console=console,
+        request=Request("pack", asked),
+        resume=resume,
+    )
     console.result("\n".join(f"{entry['folder']} ({entry['format']})" for entry in written["outputs"]), written)
 
 

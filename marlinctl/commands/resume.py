@@ -123,7 +123,7 @@ def _pack(console: Console, out: Path, asked: dict[str, Any], _redo_from: int | 
     from marlinctl.commands.pack import pack
 
     changed = {"overwrite": asked["overwrite"] or overwrite, "keep_job": asked["keep_job"] or keep_job}
-    pack(console, out, resume=True, **{**asked, **changed})
+    pack(console, out, {**asked, **changed}, resume=True)
 
 
 _VERBS = {"quantize": _walk, "sparsify": _walk, "distill": _distill, "compress": _compress, "pack": _pack}
