@@ -99,7 +99,8 @@ def run_distill(student: str, out: Path, teacher: str, recipe: Recipe, options: 
                 console.log_to(out.with_name(out.name + ".log"))
 
         def look() -> Opened:
-            check_output(out, overwrite=options.overwrite, sources=sources)
+            if options.resume:
+                check_output(out, overwrite=options.overwrite, sources=sources)
             opened = open_models(student, teacher, run.asked, options, console, stack)
             check_sizes(run.asked, opened.student.checkpoint.config, processes.count)
             _require_room(opened, out, run.asked)

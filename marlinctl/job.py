@@ -78,7 +78,8 @@ def run_job(
         if job.publishing is not None and options.redo_from is None:
             job.publish_again(overwrite=options.overwrite, keep=options.keep_job)
             return published_report(out), _found(model, options, console)
-        check_output(out, overwrite=options.overwrite, sources=local)
+        if options.resume:  # there may be an output by now
+            check_output(out, overwrite=options.overwrite, sources=local)
         return _run(job, model, out, recipe, options, console, measure)
 
 

@@ -81,7 +81,8 @@ def run_compress(
         if job.publishing is not None and options.redo_from is None:
             job.publish_again(overwrite=options.overwrite, keep=options.keep_job)
             return published_report(out)
-        _check_places(places.values(), options, sources)
+        if options.resume:
+            _check_places(places.values(), options, sources)
         source = resolve_model(model, revision=options.revision, cache_dir=options.cache_dir, offline=options.offline, console=console)
         with open_checkpoint(source.folder) as checkpoint:
             facts = {"model": fingerprint(checkpoint), "recipe": recipe.model_dump(mode="json"), "versions": versions()}

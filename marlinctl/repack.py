@@ -115,7 +115,7 @@ def repack(
             job.publish_again(overwrite=overwrite, keep=keep_job)
             with open_masks(out) as masks:
                 return _written(open_source(out, masks), outputs)
-        for folder in outputs.values():
+        for folder in outputs.values() if resume else ():
             writer.check_output(folder, overwrite=overwrite, sources=[source])
         return _repack(job, source, outputs, overwrite, console, keep_job)
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 MAX_SHARD_BYTES = 5 * 10**9
 _CHUNK = 64 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # What travels with the weights. Never weights, never code, never a README (the card is new).
 _COMPANION_NAMES = frozenset(
@@ -100,6 +101,8 @@ def check_output(out: Path, *, overwrite: bool, sources: Sequence[Path]) -> None
         probe.mkdir()
         probe.rmdir()
     except OSError as problem:
+        if problem.errno in _FULL:
+            raise _disk_full(probe, None, shutil.disk_usage(parent).free) from problem
         raise UsageError(
             "E223",
             f"the folder that shall hold the output cannot be written to: {problem.strerror}",
@@ -511,7 +514,7 @@ def _disk_problems(path: Path, needed: int | None = None) -> Iterator[None]:
         free = None
         with suppress(OSError):
             free = shutil.disk_usage(path.parent).free
-        if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if problem.errno in _FULL:
             raise _disk_full(path, needed, free) from problem
         raise ResourceProblem(
             "E501",
