@@ -8,13 +8,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.checkpoint.test_source import Hub, hub_environment, serving
 from tests.faults import COMMANDS, FAULTS, SHARDS, WORKS, Command
 from tests.killing import Ended, Runner
+from tests.test_architecture import ROOT
 from tests.test_job import TEXT
 from tests.tiny import make_tiny
 
@@ -96,3 +100,37 @@ def test_what_looks_wrong_and_is_not_works(runner: Runner, place: Path, name: st
     assert ended.code == 0, ended.told
     report = json.loads((place / "out" / "marlinctl_report.json").read_text())
     assert command.text in json.dumps(report)
+
+
+def test_a_model_of_the_hub_from_refusal_to_result(place: Path) -> None:
+    """Gated, cut in the middle of a file, whole, then without network: each refusal would be a traceback, or half a model would be used."""
+    hub = Hub(place / "model")
+
+    def quantize(endpoint: str, out: str, *more: str) -> Ended:
+        arguments = ["quantize", "org/tiny", str(place / out), "--recipe", str(place / "small.yaml"), "--group-size", "32"]
+        arguments += [
+            "--calibration",
+            str(place / "text.txt"),
+            "--samples",
+            "2",
+            "--sequence-length",
+            "32",
+            "--dtype",
+            "float32",
+            "-q",
+            *more,
+        ]
+        environment = hub_environment(endpoint, place / "cache")
+        command = [sys.executable, "-m", "marlinctl", *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        return Ended(done.returncode, 0, done.stderr)
+
+    with serving(hub) as endpoint:
+        for hub.fault, text in (("gated", "gated"), ("cut", "org/tiny")):
+            assert_told(quantize(endpoint, "out"), 7, text)
+            assert [path.name for path in place.glob("out*")] == ["out.log"]
+        hub.fault = ""
+        assert quantize(endpoint, "out").code == 0
+    assert quantize("http://127.0.0.1:9", "again", "--offline").code == 0
+    for name in ("config.json", "marlinctl_manifest.json"):
+        assert (place / "out" / name).read_bytes() == (place / "again" / name).read_bytes()
