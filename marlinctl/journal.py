@@ -254,7 +254,7 @@ class JobFolder:
     def publish(self, stages: Sequence[Finished], *, keep: bool) -> None:
         """Give checked folders of this job their names, all or none; then the job is over."""
         places = [
-            {"from": stage.path.relative_to(self.path).as_posix(), "to": stage.out.name, "manifest": manifest.digest(stage.path)}
+            {"from": stage.path.name, "to": stage.out.name, "manifest": manifest.digest(stage.path)}
             for stage in stages
         ]
         self.append({"step": "publishing", "folders": places})
@@ -268,7 +268,7 @@ class JobFolder:
         waiting: list[Place] = []
         places = [self.out.with_name(item["to"]) for item in line["folders"]]
         for item, place in zip(line["folders"], places, strict=True):
-            folder = self.path / item["from"]
+            folder = self.path / Path(item["from"]).name
             if _digest(folder) == item["manifest"]:
                 waiting.append(Place(folder, place, overwrite))
             elif _digest(place) != item["manifest"]:
