@@ -8,6 +8,7 @@ docs/reliability.md has the counts.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,6 +122,24 @@ def fresh(folder: Path) -> Path:
 def test_killed_at_lines_of_the_journal(place: Place, tmp_path: Path, verb: str) -> None:
     """If a line spoke of something that is not on the disk, or something finished had no line, the resumed run would give other bytes."""
     every_line(place, verb, tmp_path, QUICK[verb])
+
+
+@pytest.mark.parametrize("verb", QUICK)
+def test_a_job_is_kept_on_demand_and_is_over(place: Place, tmp_path: Path, verb: str) -> None:
+    """--keep-job would be ignored by a verb, or `resume` would do finished work again; the next run with this OUT must not be refused."""
+    out = tmp_path / "out"
+    assert place.run([*place.arguments(verb, out), "--keep-job"]).code == 0
+    whole = place.whole(verb)
+
+    def result() -> dict[str, str]:
+        return {name: digest for name, digest in published(tmp_path).items() if not name.startswith("out.job/")}
+
+    journal = (tmp_path / "out.job" / "journal.jsonl").read_text().splitlines()
+    assert json.loads(journal[-1]) == {"step": "published"} and result() == whole
+    assert place.run(["resume", str(out), "-q"]).code == 0
+    assert result() == whole
+    assert place.run([*place.arguments(verb, out), "--overwrite"]).code == 0
+    assert published(tmp_path) == whole, "and without --keep-job nothing is left of either"
 
 
 @pytest.mark.slow
