@@ -150,7 +150,7 @@ def run(asked: Asked, gpu: Device, console: Console) -> Document:
 
 
 def _work(asked: Asked, gpu: Device, console: Console) -> list[tuple[Shape, list[int]]]:
-    """Each linear and its values of M, without those that do not fit into the device's memory. UsageError E292 if nothing does."""
+    """Each linear and its values of M, without those that do not fit into the device's memory. UsageError E298 if nothing does."""
     shapes = distinct(asked.sets)
     work = [
         (shape, [m for m in asked.tokens if needed_bytes(shape, m, gpu.l2_bytes) <= MEMORY_SHARE * gpu.memory_bytes]) for shape in shapes
@@ -161,7 +161,7 @@ def _work(asked: Asked, gpu: Device, console: Console) -> list[tuple[Shape, list
         console.warn(f"{left_out} products do not fit into the {gpu.memory_bytes / 2**30:.0f} GiB of {gpu.name} and are left out")
     if not work:
         fix = "take a smaller linear, or fewer tokens"
-        raise UsageError("E292", f"nothing that was asked for fits into the memory of {gpu.name}", where="--shape, --tokens", fix=fix)
+        raise UsageError("E298", f"nothing that was asked for fits into the memory of {gpu.name}", where="--shape, --tokens", fix=fix)
     return work
 
 

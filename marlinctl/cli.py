@@ -44,6 +44,8 @@ VERBS = {
     "pack": "Turn a 4-bit checkpoint into another format, exactly.",
     "eval": "Score a model on tasks; compare it with its original.",
     "bench": "Check and time the INT4 kernels; compile them ahead of time.",
+    "resume": "Go on with a run that was stopped or killed.",
+    "jobs": "List or remove what unfinished runs left behind.",
     "plan": "Tell what compress would do, what it needs, and whether it fits.",
     "inspect": "Tell what a checkpoint is, from its headers alone.",
     "verify": "Check a checkpoint's digests, structure and numbers.",

@@ -185,10 +185,11 @@ def _disk(
     first = "ct" if recipe.quantize.bits == 4 else "dense"
     walked = _output(seen, looked, found, recipe, first)
     scratch = max(room.scratch_bytes(looked.architecture, work) for _, _, work in stages)
+    states = max(room.state_bytes(looked.architecture, work) for _, _, work in stages)
     published = sum(output.on_disk + small for output in outputs)
     extra = 0 if first in {output.format for output in outputs} else walked.on_disk + small
     moments = {
-        "walk": room.needed_by_walk(walked, scratch) + small,
+        "walk": room.needed_by_walk(walked, scratch, states) + small,
         "publish": published + extra + sum(output.mask for output in outputs),
     }
     if divided(recipe) is not None:

@@ -6,6 +6,7 @@
     companions, config with the new quantization_config, manifest
     from disk: codes, scales and mask of every linear equal the source's, untouched bytes too ─► published
 
+A run that was killed packs again from the start when it is resumed, unless nothing but the last rename is missing: it takes minutes.
 It streams: at most `SHARD_BYTES` of finished tensors and one linear are in memory. Several target formats come from one pass and
 appear together or not at all.
 
@@ -30,6 +31,7 @@ from marlinctl.checkpoint import formats, writer
 from marlinctl.checkpoint.mask import Masks, open_masks
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, CheckFailed, NumericalProblem, Problem, UsageError
+from marlinctl.journal import JobFolder, Request
 from marlinctl.memory import SHARD_BYTES
 
 if TYPE_CHECKING:
@@ -84,36 +86,80 @@ class Source:
 
 
 def repack(
-    source: Path, out: Path, *, format: str = "ct", also: Sequence[str] = (), overwrite: bool = False, console: Console | None = None
+    source: Path,
+    out: Path,
+    *,
+    format: str = "ct",
+    also: Sequence[str] = (),
+    overwrite: bool = False,
+    console: Console | None = None,
+    request: Request | None = None,
+    resume: bool = False,
+    keep_job: bool = False,
 ) -> dict[str, Any]:
-    """Write `source` in another format to `out`, and in each format of `also` to OUT-<format>. Returns what was written."""
+    """Write `source` in another format to `out`, and in each format of `also` to OUT-<format>. Returns what was written.
+
+    request: what the person asked for, where that says more than these arguments. resume: take up a job that was killed; the codes are
+    packed again, unless only the last rename is missing.
+    """
     console = console or Console.quiet()
     outputs = output_folders(out, format, also)
-    for folder in outputs.values():
-        writer.check_output(folder, overwrite=overwrite, sources=[source])
+    asked = {"source": str(source), "format": format, "also": list(also), "overwrite": overwrite, "keep_job": keep_job, "cache_dir": None}
+    request = request or Request("pack", asked)
+    job = JobFolder(out)
+    if not resume:
+        for folder in outputs.values():
+            writer.check_output(folder, overwrite=overwrite, sources=[source])
+    with job.held(request, resume=resume, console=console):
+        if job.publishing is not None:
+            job.publish_again(overwrite=overwrite, keep=keep_job)
+            with open_masks(out) as masks:
+                return _written(open_source(out, masks), outputs)
+        for folder in outputs.values() if resume else ():
+            writer.check_output(folder, overwrite=overwrite, sources=[source])
+        return _repack(job, source, outputs, overwrite, console, keep_job)
+
+
+def _repack(job: JobFolder, source: Path, outputs: Mapping[str, Path], overwrite: bool, console: Console, keep_job: bool) -> dict[str, Any]:
+    out = next(iter(outputs.values()))
     with ExitStack() as stack:
         masks = stack.enter_context(open_masks(source))
         opened = open_source(source, masks)
         opened = replace(opened, from_zeros="marlin_24" in outputs and opened.origin is None)
         refuse_misfits(opened, list(outputs))
+        facts = {"source": _source_digest(opened), "formats": list(outputs), "version": provenance({})["version"]}
+        job.check(facts) if job.begun else job.begin(facts)
         sizes = {fmt: written_bytes(opened, fmt) for fmt in outputs}
         writer.require_space(out, sum(sizes.values()) + sum(_mask_bytes(opened, fmt) for fmt in outputs))
         console.say(f"{source}: {opened.info.name}, {len(opened.info.layers)} linears, group size {opened.info.group_size}")
         _check_pattern(opened, console)
 
-        stages = {fmt: writer.StagedCheckpoint(folder, overwrite=overwrite, fmt=fmt) for fmt, folder in outputs.items()}
+        stages = {
+            fmt: writer.StagedCheckpoint(folder, overwrite=overwrite, fmt=fmt, path=job.path / f"staged-{fmt}")
+            for fmt, folder in outputs.items()
+        }
         for stage in stages.values():
-            stack.enter_context(stage)
+            stack.enter_context(stage).restore([], [])
         _write_linears(opened, stages, console)
         for fmt, stage in stages.items():
             _finish(opened, fmt, stage, console, f"marlinctl pack {source.name} {outputs[fmt].name} --format {fmt}")
-        writer.publish_together(list(stages.values()))
+        job.publish(list(stages.values()), keep=keep_job)
     for fmt, folder in outputs.items():
         console.say(f"wrote {folder} ({fmt}, {sizes[fmt] / 1e6:,.1f} MB of weights)")
-    facts = {"format": opened.info.name, "layers": len(opened.info.layers), "group_size": opened.info.group_size, "pattern": opened.origin}
+    return _written(opened, outputs)
+
+
+def _written(source: Source, outputs: Mapping[str, Path]) -> dict[str, Any]:
+    """What `repack` returns: of what was packed, and of every folder that came out."""
+    facts = {
+        "format": source.info.name,
+        "layers": len(source.info.layers),
+        "group_size": source.info.group_size,
+        "pattern": source.origin,
+    }
     return {
         "source": facts,
-        "outputs": [{"folder": str(folder), "format": fmt, "weight_bytes": sizes[fmt]} for fmt, folder in outputs.items()],
+        "outputs": [{"folder": str(folder), "format": fmt, "weight_bytes": written_bytes(source, fmt)} for fmt, folder in outputs.items()],
     }
 
 

@@ -59,10 +59,13 @@ class Solving:
         self.pending: dict[str, Tensor] = {}
         self.progress: Progress | None = None
 
-    def flush(self) -> None:
-        if self.pending:
-            self.staged.write_shard(self.pending)
-            self.pending = {}
+    def flush(self) -> str | None:
+        """Write what is finished as a shard; returns its name, None where nothing was solved."""
+        if not self.pending:
+            return None
+        shard = self.staged.write_shard(self.pending)
+        self.pending = {}
+        return shard
 
     def stage(self, names: tuple[str, ...], hessian: Hessian, remark: str) -> dict[str, Tensor]:
         """Final weights of linears that share an input; skipped ones as they are."""
@@ -109,6 +112,11 @@ class Solving:
                 fix="more or other calibration text, a higher --damping, or no --strict",
             )  # fmt: skip
         info = self.opened.checkpoint.tensors[f"{name}.weight"]
+        if isinstance(result, QuantizedLinear) and not bool(result.codes.any()) and float(outcome.energy[rows].sum()) > 0:
+            raise NumericalProblem(
+                "E604", "every weight rounds to zero: they are smaller than the smallest scale that float16 holds", where=name,
+                fix=f"leave this linear 16-bit: --skip {name}",
+            )  # fmt: skip
         if isinstance(result, QuantizedLinear):
             tensors = linear_tensors("ct", name, result)
             weight, digest = result.dequantize(), linear_digest(result)

@@ -256,7 +256,7 @@ def test_a_failure_leaves_the_old_output_untouched(tmp_path: Path, text: Path, m
     with pytest.raises(MarlinctlError, match="differ from those that were solved"):
         quantize(source, tmp_path / "out", recipe(text, quantize__refine=0), overwrite=True)
     assert digests(tmp_path / "out") == before
-    assert {p.name for p in tmp_path.iterdir()} == {"model", "out", "out.log", "text.txt"}
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "out", "out.job", "out.log", "text.txt"}
 
 
 @pytest.mark.gpu

@@ -76,7 +76,7 @@ def build(architectures: Sequence[str], *, only: Sequence[str], console: Console
 
     group_sizes: of kernels that are compiled for one each; the others take all.
 
-    UsageError E291 for an unknown architecture or configuration; EnvironmentProblem E403, E404, E410 as cubins.telling raises them.
+    UsageError E297 for an unknown architecture or configuration; EnvironmentProblem E403, E404, E410 as cubins.telling raises them.
     """
     architectures = tuple(dict.fromkeys(RUNS.get(name, name) for name in architectures))
     _refuse_strangers(architectures, only)
@@ -159,12 +159,12 @@ def _refuse_strangers(architectures: Sequence[str], only: Sequence[str]) -> None
     for name in architectures:
         if name not in SHARED_BYTES:
             known = ", ".join(SHARED_BYTES)
-            raise UsageError("E291", f"there are no kernels for {name}", where=f"--arch {name}", fix=f"known are {known}")
+            raise UsageError("E297", f"there are no kernels for {name}", where=f"--arch {name}", fix=f"known are {known}")
     names = list(dict.fromkeys(job.name for architecture in architectures for job in _jobs(architecture)))
     for name in only:
         if name not in names:
             what = f"there is no kernel {name} for {', '.join(architectures)}"
-            raise UsageError("E291", what, where=f"--only {name}", fix=f"there are {', '.join(names)}")
+            raise UsageError("E297", what, where=f"--only {name}", fix=f"there are {', '.join(names)}")
 
 
 def _build(job: Job, folder: Path) -> Built:

@@ -78,13 +78,13 @@ class Case:
 
 
 def parse_lengths(text: str) -> tuple[Lengths, ...]:
-    """`64:64,1024:128`: prompt and new tokens of each case. UsageError E291 for anything else."""
+    """`64:64,1024:128`: prompt and new tokens of each case. UsageError E297 for anything else."""
     found = []
     for part in text.split(","):
         prompt, _, new = part.partition(":")
         if not (prompt.isdecimal() and new.isdecimal() and int(prompt) >= 1 and int(new) >= 2):
             raise UsageError(
-                "E295", f"{part!r} is no prompt length and number of new tokens", where="--lengths", fix="such as 64:64,1024:128"
+                "E299", f"{part!r} is no prompt length and number of new tokens", where="--lengths", fix="such as 64:64,1024:128"
             )
         found.append(Lengths(int(prompt), int(new)))
     return tuple(found)
@@ -244,7 +244,7 @@ def _refuse_long(model: PreTrainedModel, lengths: Sequence[Lengths]) -> None:
     for length in lengths:
         if limit is not None and length.prompt + length.new > limit:
             raise UsageError(
-                "E295",
+                "E299",
                 f"{length.prompt} + {length.new} tokens are more than the {limit} positions of this model",
                 where="--lengths",
                 fix=f"at most {limit} together",

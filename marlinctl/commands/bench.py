@@ -89,7 +89,7 @@ def command(console: Console, **given: Any) -> None:
 
 
 def _refuse_contradictions(given: dict[str, Any]) -> None:
-    """UsageError E290: options that mean nothing together."""
+    """UsageError E296: options that mean nothing together."""
     modes = [name for name, key in (("--build", "build_only"), ("--from", "source"), ("--model", "model")) if given[key]]
     measuring = {
         "FOLDER": given["folder"],
@@ -105,18 +105,18 @@ def _refuse_contradictions(given: dict[str, Any]) -> None:
     if len(modes) > 1 or (modes and asked):
         both = [*modes, *asked]
         raise UsageError(
-            "E290", f"{both[0]} measures no linears, so {both[1]} means nothing", where=" ".join(both), fix=f"leave {both[1]} out"
+            "E296", f"{both[0]} measures no linears, so {both[1]} means nothing", where=" ".join(both), fix=f"leave {both[1]} out"
         )
     if modes != ["--model"]:
         for name, value in (("--batch", given["batch"]), ("--lengths", given["lengths"])):
             if value:
-                raise UsageError("E290", f"{name} belongs to --model", where=name, fix=f"add --model, or leave {name} out")
+                raise UsageError("E296", f"{name} belongs to --model", where=name, fix=f"add --model, or leave {name} out")
     if modes != ["--build"]:
         for name, value in (("--arch", given["arch"]), ("--only", given["only"])):
             if value:
-                raise UsageError("E290", f"{name} belongs to --build", where=name, fix=f"add --build, or leave {name} out")
+                raise UsageError("E296", f"{name} belongs to --build", where=name, fix=f"add --build, or leave {name} out")
     if given["tune"] and given["only_check"]:
-        raise UsageError("E290", "--tune measures, --check does not", where="--tune --check", fix="leave one of them out")
+        raise UsageError("E296", "--tune measures, --check does not", where="--tune --check", fix="leave one of them out")
 
 
 def _build(console: Console, given: dict[str, Any]) -> None:

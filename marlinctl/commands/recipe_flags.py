@@ -112,6 +112,8 @@ _DETERMINISTIC = click.option("--deterministic", is_flag=True, help="The same by
 _MAX_MEMORY = click.option(
     "--max-memory", metavar="SIZE", help="Refuse to start where more memory would be needed (4GiB, 800MiB). Default: what is free."
 )
+_KEEP_JOB = click.option("--keep-job", is_flag=True, help="Keep OUT.job, the run's journal, when OUT is published.")
+_RESUME = click.option("--resume", is_flag=True, help="Go on with this very job, which was stopped (`marlinctl resume OUT` is shorter).")
 _RUN_FLAGS: list[_Decorator] = [
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
     click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute."),
@@ -119,6 +121,8 @@ _RUN_FLAGS: list[_Decorator] = [
         "--dtype", default="auto", metavar="auto|bfloat16|float32", help="Of the forward pass. auto: bfloat16 where the hardware has it."
     ),
     _OVERWRITE,
+    _RESUME,
+    _KEEP_JOB,
     _STRICT,
     _DETERMINISTIC,
     _THREADS,
@@ -135,7 +139,8 @@ def run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def plan_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     """Where the run that is planned would take place."""
-    chosen = [option for option in _RUN_FLAGS if option not in (_OVERWRITE, _STRICT, _DETERMINISTIC, _MAX_MEMORY)]
+    apart = (_OVERWRITE, _RESUME, _KEEP_JOB, _STRICT, _DETERMINISTIC, _MAX_MEMORY)
+    chosen = [option for option in _RUN_FLAGS if option not in apart]
     return _apply(
         function,
         [
@@ -160,6 +165,8 @@ def distill_run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
                 help="Of the products; weights are trained in float32. auto: bfloat16 where the hardware has it.",
             ),
             _OVERWRITE,
+            _RESUME,
+            _KEEP_JOB,
             _THREADS,
             _CACHE_DIR,
             _MODULE_MAP,
@@ -201,6 +208,8 @@ def chosen_options(console: Console, values: Mapping[str, Any]) -> Options:
         max_memory=size_in_bytes(values.get("max_memory"), "--max-memory"),
         module_map=values["module_map"],
         command=command_line(),
+        keep_job=values["keep_job"],
+        resume=values["resume"],
     )
 
 

@@ -27,7 +27,7 @@ from marlinctl.sparsify.types import check_keep
 SHARD_BYTES = 1 << 30
 
 
-def publish(
+def build(
     opened: Opened,
     values: Iterable[tuple[str, Tensor]],
     staged: StagedCheckpoint,
@@ -37,7 +37,7 @@ def publish(
     report_files: Mapping[str, bytes],
     console: Console,
 ) -> None:
-    """Write, check and move into place. `values`: every tensor that changes, by name, already rounded."""
+    """Write and check; moving into place is the job's. `values`: every tensor that changes, by name, already rounded."""
     checkpoint = opened.student.checkpoint
     digests = _write_changed(opened, values, staged)
     staged.copy_tensors(checkpoint, [name for name in checkpoint.tensors if name not in digests])
@@ -45,7 +45,7 @@ def publish(
         staged.write_mask(layer, opened.pattern.keep(layer))
     staged.copy_companions(checkpoint.folder)
     staged.write_file("recipe.yaml", recipe_yaml.encode())
-    staged.publish(
+    staged.finish(
         {key: value for key, value in checkpoint.config.items() if key != "auto_map"},
         manifest={**manifest, "tensors": digests, "finished": True},
         verify=lambda folder: check_written(folder, opened, digests, console),
@@ -83,7 +83,7 @@ def _write_changed(opened: Opened, values: Iterable[tuple[str, Tensor]], staged:
 def check_written(folder: Path, opened: Opened, digests: Mapping[str, str], console: Console) -> None:
     """CheckFailed unless every trained tensor reads back, every mask is 2:4 and obeyed, and codes are the student's, bit for bit."""
     problems: list[Problem] = []
-    again = "check the disk, then run again with --resume"
+    again = "check the disk, then `marlinctl resume OUT`"
     with open_checkpoint(folder) as written, open_masks(folder) as masks:
         with console.progress("check from disk", len(digests) + len(opened.pattern.shapes)) as progress:
             for name, digest in digests.items():

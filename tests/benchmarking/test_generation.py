@@ -90,7 +90,7 @@ def test_lengths_that_say_nothing_are_refused(text: str) -> None:
     """If they were not, a crash in torch would say so."""
     with pytest.raises(UsageError) as caught:
         parse_lengths(text)
-    assert caught.value.error_id == "E295"
+    assert caught.value.error_id == "E299"
 
 
 def test_a_text_longer_than_the_model_reads_is_refused(packed: Path) -> None:
