@@ -22,6 +22,7 @@ from torch import Tensor
 from marlinctl import __version__
 from marlinctl.calibration import load_calibration
 from marlinctl.checkpoint.formats import detect, quantization_config, read_linear, sixteen_bit_linears
+from marlinctl.checkpoint.licence import licence_of
 from marlinctl.checkpoint.mask import Masks, open_masks
 from marlinctl.checkpoint.reader import Checkpoint, fingerprint, open_checkpoint
 from marlinctl.checkpoint.source import Source
@@ -32,8 +33,8 @@ from marlinctl.errors import CheckFailed
 from marlinctl.gate import GateRefused
 from marlinctl.memory import CHUNK_TOKENS, peak_rss, release_heap
 from marlinctl.opening import Opened, Options, open_model
+from marlinctl.pages.files import report_files
 from marlinctl.recipe import Recipe, recipe_hash
-from marlinctl.report import report_files
 from marlinctl.scratch import Scratch
 from marlinctl.skeleton import build
 from marlinctl.solving import LayerRecord, Solving, linear_digest, weight_digest
@@ -78,21 +79,20 @@ def run_job(
             staged.copy_companions(opened.source.folder)
             staged.write_file("recipe.yaml", recipe.to_yaml().encode())
             report = _report(opened, recipe, options, calibration.facts, solving.records, time.monotonic() - started)
-            layers = opened.plan.group_sizes if bits == 4 else {}
             staged.finish(
                 _config(opened, recipe),
                 manifest=_manifest(opened, recipe, calibration.facts, solving.records),
                 verify=lambda folder: _verify_written(folder, solving.records, console),
-                report_files=report_files(report, fmt=fmt, layers=layers, ignore=_ignore(opened)),
+                report_files={},
             )
             if measure is not None:
                 try:
                     report["evaluation"] = measure(staged.path, opened.source)
                 except GateRefused:
+                    _write_reports(staged, report, opened, fmt)
                     staged.set_aside()
                     raise
-                for name, data in report_files(report, fmt=fmt, layers=layers, ignore=_ignore(opened)).items():
-                    staged.write_file(name, data)
+            _write_reports(staged, report, opened, fmt)
             publish_together([staged])
     return report, opened.source
 
@@ -175,6 +175,13 @@ def _ignore(opened: Opened) -> list[str]:
     return sixteen_bit_linears(shapes, quantized)
 
 
+def _write_reports(staged: StagedCheckpoint, report: Mapping[str, Any], opened: Opened, fmt: str) -> None:
+    """They name the digest of the manifest, so they come after it."""
+    layers = opened.plan.group_sizes if fmt == "ct" else {}
+    for name, data in report_files(report, staged.path, fmt=fmt, layers=layers, ignore=_ignore(opened)).items():
+        staged.write_file(name, data)
+
+
 def versions() -> dict[str, str]:
     from importlib.metadata import version
 
@@ -213,7 +220,8 @@ def _report(
     return {
         "kind": "quantize" if recipe.quantize.bits == 4 else "sparsify",
         "command": options.command,
-        "source": {**_source_facts(opened), "note": opened.source.note},
+        "written": time.strftime("%Y-%m-%d", time.gmtime()),
+        "source": {**_source_facts(opened), "note": opened.source.note, "license": licence_of(opened.source)},
         "recipe": {"sha256": recipe_hash(recipe), **recipe.model_dump(mode="json")},
         "calibration": dict(calibration),
         "versions": versions(),

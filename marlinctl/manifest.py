@@ -18,8 +18,10 @@ from typing import Any
 from marlinctl.errors import CheckFailed, Problem
 
 NAME = "marlinctl_manifest.json"
+_REWRITABLE = ("README.md", "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html")
 OUTSIDE = frozenset(
-    {NAME, "README.md", "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html", "run.log", ".gitattributes"}
+    # a rewrite that was killed leaves NAME.part, which no loader takes for anything
+    {NAME, *_REWRITABLE, *(f"{name}.part" for name in _REWRITABLE), "run.log", ".gitattributes"}
 )
 _CHUNK = 8 << 20
 

@@ -72,6 +72,7 @@ def test_everything_that_is_needed_is_in_the_wheel(wheel: Path) -> None:
     wanted = {str(Path("marlinctl") / path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")}
     wanted |= {f"marlinctl/recipes/{path.name}" for path in (PACKAGE / "recipes").glob("*.yaml")}
     wanted |= {f"marlinctl/kernels/csrc/{path.name}" for path in (PACKAGE / "kernels" / "csrc").iterdir()}
+    wanted |= {f"marlinctl/pages/{path.name}" for path in (PACKAGE / "pages").glob("*.jinja")}
     wanted |= {"marlinctl/py.typed", "marlinctl/kernels/reference.py", "marlinctl/recipes/int4.yaml", "marlinctl/recipes/quick.yaml"}
     assert wanted <= packed
     assert not [name for name in packed if "__pycache__" in name]

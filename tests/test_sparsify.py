@@ -68,7 +68,7 @@ def test_a_pruned_model_is_2of4_beside_its_mask_and_loads_in_transformers(tmp_pa
             assert weight[keep].any()
     card = (tmp_path / "out" / "README.md").read_text()
     assert "16-bit weights, pruned to 2:4" in card and "4-bit" not in card and "0 linears" not in card
-    assert "14 pruned to 2:4" in (tmp_path / "out" / "marlinctl_report.md").read_text()
+    assert "14 linears pruned to 2:4" in (tmp_path / "out" / "marlinctl_report.md").read_text()
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert torch.equal(logits(theirs), logits(load_dense(tmp_path / "out", dtype=torch.float32)))
 

@@ -14,7 +14,7 @@ from marlinctl.errors import CheckFailed
 
 
 @click.command("plan")
-@click.argument("model", metavar="MODEL")
+@click.argument("model", type=click.Path(), metavar="MODEL")
 @click.option("--out", type=click.Path(path_type=Path), default=Path(), metavar="OUT", help="Where the result would lie. Default: here.")
 @click.option("--format", "fmt", metavar="ct|gptq|marlin|marlin_24", help="What OUT holds. Default: the recipe's first format, ct.")
 @click.option("--also", multiple=True, metavar="FORMAT", help="Publish this format too; may be given again.")

@@ -8,7 +8,7 @@ the mask              travels on, or is written for the first time where it was 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from marlinctl.checkpoint.formats import detect, layer_names
 from marlinctl.checkpoint.mask import open_masks
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint, torch_dtype
-from marlinctl.checkpoint.writer import StagedCheckpoint
+from marlinctl.checkpoint.writer import StagedCheckpoint, publish_together
 from marlinctl.console import Console
 from marlinctl.distillation.opening import Opened
 from marlinctl.errors import CheckFailed, NumericalProblem, Problem
@@ -34,7 +34,7 @@ def publish(
     *,
     recipe_yaml: str,
     manifest: Mapping[str, Any],
-    report_files: Mapping[str, bytes],
+    report_files: Callable[[Path], Mapping[str, bytes]],  # of the finished folder
     console: Console,
 ) -> None:
     """Write, check and move into place. `values`: every tensor that changes, by name, already rounded."""
@@ -45,12 +45,15 @@ def publish(
         staged.write_mask(layer, opened.pattern.keep(layer))
     staged.copy_companions(checkpoint.folder)
     staged.write_file("recipe.yaml", recipe_yaml.encode())
-    staged.publish(
+    staged.finish(
         {key: value for key, value in checkpoint.config.items() if key != "auto_map"},
         manifest={**manifest, "tensors": digests, "finished": True},
         verify=lambda folder: check_written(folder, opened, digests, console),
-        report_files=report_files,
+        report_files={},
     )
+    for name, data in report_files(staged.path).items():
+        staged.write_file(name, data)
+    publish_together([staged])
 
 
 def _write_changed(opened: Opened, values: Iterable[tuple[str, Tensor]], staged: StagedCheckpoint) -> dict[str, str]:
