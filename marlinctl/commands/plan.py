@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +57,20 @@ def command(
         device_memory=size_in_bytes(values["device_memory"], "--device-memory"),
         module_map=values["module_map"],
     )
-    document = make_plan(model, recipe, settings, console)
+    with _without_collection():
+        document = make_plan(model, recipe, settings, console)
     console.result(table(document), document)
     if not document["fits"]:
         click.get_current_context().exit(CheckFailed.exit_code)
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Nothing that a plan makes is garbage before it ends, and looking for some while a vocabulary is parsed takes a fifth of that time."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
