@@ -6,6 +6,7 @@ the two errors beside it suggest: what is common to both models cancels (evaluat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,10 +37,15 @@ def figure(estimate: Estimate | None, *, digits: int = 4, signed: bool = False) 
     """0.5075 ± 0.0141; a dash where there is nothing; no ± where the error is not known."""
     if estimate is None:
         return "-"
-    if estimate["value"] is None:
+    if not finite(estimate["value"]):
         return "not a number"
     value = f"{estimate['value']:{'+' if signed else ''}.{digits}f}"
-    return value if estimate.get("stderr") is None else f"{value} ± {estimate['stderr']:.{digits}f}"
+    return f"{value} ± {estimate['stderr']:.{digits}f}" if finite(estimate.get("stderr")) else value
+
+
+def finite(value: float | None) -> bool:
+    """JSON has no NaN: it is written as null."""
+    return value is not None and math.isfinite(value)
 
 
 def notes(document: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from marlinctl.pages import pictures
 from marlinctl.pages.page import Block, Cell, Figure, Name, Page, Paragraph, Points, Section, Table
 from marlinctl.pages.provenance import Folder, provenance, reproduce
 from marlinctl.pages.speed import speed
-from marlinctl.scores import Estimate, Score, figure, notes, scores
+from marlinctl.scores import Estimate, Score, figure, finite, notes, scores
 
 _FORMATS = {
     "ct": "compressed-tensors",
@@ -167,10 +167,14 @@ def _gate(gate: Mapping[str, Any]) -> str:
 def _layers(report: Mapping[str, Any], layers: Sequence[_Layer]) -> list[Block]:
     error = report["error"]
     blocks: list[Block] = [
-        Table((), [("mean error", f"{error['mean']:.5f} of the output energy"), ("largest error", Name(error["worst"]))])
+        Table((), [("mean error", f"{_share(error['mean'])} of the output energy"), ("largest error", Name(error["worst"]))])
     ]
     shown = [(layer.place, layer) for layer in layers]
-    drawn = tuple(pictures.Layer(*place, layer.record["error"], layer.bits, layer.record["seconds"]) for place, layer in shown if place)
+    drawn = tuple(
+        pictures.Layer(*place, layer.record["error"], layer.bits, layer.record["seconds"])
+        for place, layer in shown
+        if place and finite(layer.record["error"])
+    )
     if drawn:
         caption = "Over the decoder blocks: error of each kind of linear, bits per weight with scales, and the time of the solve."
         blocks.append(pictures.layers(drawn, caption))
@@ -181,7 +185,7 @@ def _layers(report: Mapping[str, Any], layers: Sequence[_Layer]) -> list[Block]:
             str(r["group_size"] or "16-bit"),
             r["pattern"] or "-",
             f"{layer.bits:.3f}",
-            f"{r['error']:.5f}",
+            _share(r["error"]),
             f"{r['damping']:g}",
             f"{r['tokens']:,}",
             f"{r['seconds']:.2f}",
@@ -195,6 +199,10 @@ def _layers(report: Mapping[str, Any], layers: Sequence[_Layer]) -> list[Block]:
         kept = [(Name(item["name"]), item["reason"]) for item in report["kept"]]
         blocks.append(Table(("linear", "why"), kept, folded=f"Left at 16 bits ({len(kept)})"))
     return blocks
+
+
+def _share(error: float | None) -> str:
+    return f"{error:.5f}" if error is not None and finite(error) else "not a number"
 
 
 def _training(report: Mapping[str, Any]) -> list[Block]:

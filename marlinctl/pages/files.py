@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from marlinctl import card, manifest
-from marlinctl.console import SCHEMA_VERSION
+from marlinctl.console import SCHEMA_VERSION, strict
 from marlinctl.pages import compression, html, markdown, training
 from marlinctl.pages.provenance import Folder
 
@@ -32,7 +32,7 @@ def report_files(
         page, readme = compression.page(report, about), card.of_compression(report, about, layers, ignore)
     return {
         CARD: readme.encode(),
-        JSON: (json.dumps({"schema_version": SCHEMA_VERSION, **report}, indent=1) + "\n").encode(),
+        JSON: (json.dumps(strict({"schema_version": SCHEMA_VERSION, **report}), indent=1, allow_nan=False) + "\n").encode(),
         MARKDOWN: markdown.render(page).encode(),
         HTML: html.render(page).encode(),
     }

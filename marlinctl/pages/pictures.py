@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from marlinctl.log import printable
 from marlinctl.pages.page import Picture
+from marlinctl.scores import finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +36,7 @@ _LINE, _LETTER = 0.19, 0.075  # inches: a line of text, a letter of DejaVu Sans 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One linear, as the pictures need it."""
+    """One linear, as the pictures need it. Only finite numbers are drawn."""
 
     block: int
     kind: str  # q_proj, experts.up_proj, ...
@@ -238,10 +239,11 @@ def _logarithmic(axis: Axes, which: str) -> None:
 
 
 def _dot(axis: Axes, estimate: Estimate | None, height: float, number: int, label: str) -> None:
-    if estimate is None or estimate["value"] is None:
+    if estimate is None or not finite(estimate["value"]):
         return
+    error = estimate.get("stderr")
     axis.errorbar(
-        [estimate["value"]], [height], xerr=estimate.get("stderr") or 0.0,
+        [estimate["value"]], [height], xerr=max(error, 0.0) if error is not None and finite(error) else 0.0,
         fmt=_MARKERS[number], color=SERIES[number], markersize=5, capsize=3, linewidth=1.4, label=label,
     )  # fmt: skip
 

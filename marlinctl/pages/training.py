@@ -9,6 +9,7 @@ from marlinctl.checkpoint.licence import spoken
 from marlinctl.pages import pictures
 from marlinctl.pages.page import Block, Cell, Figure, Name, Page, Section, Table
 from marlinctl.pages.provenance import Folder, named, reproduce
+from marlinctl.scores import finite
 
 _TRAINED = {"full": "linears and norms", "blockwise": "linears and norms, block by block", "scales": "scales and norms, codes fixed"}
 _CURVE_LINES = 25
@@ -48,7 +49,8 @@ def curve(training: Mapping[str, Any]) -> Block:
     for row in training["curve"]:
         values = {f"block {row['block']}": row["loss"]} if "block" in row else {k: v for k, v in row.items() if k not in _NO_LOSS}
         for name, value in values.items():
-            lines.setdefault(name, []).append((row["step"], value))
+            if finite(value):
+                lines.setdefault(name, []).append((row["step"], value))
     return pictures.curves(lines, "step", "Losses of the training, each the mean since the point before it.")
 
 
@@ -97,5 +99,7 @@ def _curve_table(rows: Sequence[Mapping[str, float]]) -> Block:
     return Table(tuple(rows[0]), cells, numbers=frozenset(range(len(rows[0]))), folded="The curve as numbers")
 
 
-def _number(value: float) -> str:
+def _number(value: float | None) -> str:
+    if value is None or not finite(value):
+        return "not a number"
     return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"

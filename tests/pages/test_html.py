@@ -146,3 +146,36 @@ def test_the_bits_are_those_of_the_format() -> None:
     """Sparse-MARLIN holds three bits a weight, whatever the interchange form that was made first takes."""
     figures = compression.page(documents.report(), documents.folder("marlin_24")).figures
     assert next(figure.value for figure in figures if figure.label == "Bits per weight").startswith("3.2")
+
+
+ODD = (0.0, -0.0, float("nan"), float("inf"), -1.0, 1e-300, 1e300, None)
+
+
+@pytest.mark.parametrize("odd", ODD, ids=str)
+def test_no_figure_stops_the_page(odd: float | None) -> None:
+    """The page is made after hours of work: a figure that nobody foresaw must not be their end."""
+    names = ["model.layers.0.q", "model.layers.999999999999999999.q", "lm_head", "model.layers.3.experts.7.up_proj", ""]
+    layers = [documents.layer(name, error=odd, seconds=abs(odd or 0.0) if odd == odd else 0.1, damping=1e-300) for name in names]
+    layers[1]["error"] = 0.5
+    estimate = documents.estimate(odd, odd)
+    one = documents.evaluation()
+    one["model"]["perplexity"] = one["baseline"]["perplexity"] = one["comparison"]["kl"] = one["comparison"]["perplexity"] = estimate
+    one["model"]["tasks"]["winogrande"]["metrics"]["acc"] = estimate
+    report = documents.report(layers=layers, evaluation={"document": one}, error={"mean": odd, "worst": "x"})
+    text = html.render(compression.page(report, documents.folder()))
+    assert ("not a number" in text) is (odd is None or odd != odd or odd == float("inf"))
+    curve = [{"step": 1, "loss": odd}, {"step": 2, "loss": 1.0}]
+    losses = {"before": {"loss": odd}, "after": {"loss": 1.0}}
+    trained = documents.training(held_out=losses)
+    trained["training"]["curve"] = curve
+    assert html.render(training.page(trained, documents.folder("dense")))
+
+
+def test_a_model_without_linears_to_show() -> None:
+    """Everything skipped, or a single step: lists that are empty where they never were."""
+    assert html.render(
+        compression.page(documents.report([], evaluation={"document": documents.evaluation(names=[], text=None)}), documents.folder())
+    )
+    short = documents.training()
+    short["training"]["curve"] = short["training"]["curve"][:1]
+    assert html.render(training.page(short, documents.folder("dense")))
