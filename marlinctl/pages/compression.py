@@ -33,6 +33,12 @@ class _Layer:
     bits: float
 
     @property
+    def group(self) -> str:
+        """A record has K where the whole row shares a scale."""
+        size = self.record["group_size"]
+        return "16-bit" if size is None else "row" if size == self.record["shape"][1] else str(size)
+
+    @property
     def place(self) -> tuple[int, str] | None:
         """Block and kind: model.layers.3.mlp.experts.7.up_proj -> 3, experts.up_proj. None outside of the blocks (the head)."""
         parts = str(self.record["name"]).split(".")
@@ -57,7 +63,7 @@ def page(report: Mapping[str, Any], folder: Folder) -> Page:
     done = ", ".join(_counts(report))
     return Page(
         f"{report['source']['name']}, {_FORMATS.get(folder.fmt, folder.fmt)}",
-        f"{done}; recipe {report['recipe']['name']}, {_groups(report)}.",
+        f"{done}; recipe {report['recipe']['name']}, {_groups(report, layers)}.",
         list(_figures(report, layers)),
         [section for section in sections if section.blocks],
         f"Written by marlinctl {report['versions']['marlinctl']} from marlinctl_report.json, which has every figure of this page.",
@@ -67,7 +73,7 @@ def page(report: Mapping[str, Any], folder: Folder) -> Page:
 def _bits(record: Mapping[str, Any], folder: Folder) -> float:
     n, k = record["shape"]
     group_size = record["group_size"]
-    bytes_out = record["bytes_out"] if group_size is None else folder.linear_bytes(n, k, group_size)
+    bytes_out = record["bytes_out"] if group_size is None else folder.linear_bytes(n, k, -1 if group_size == k else group_size)
     return 8 * bytes_out / (n * k)
 
 
@@ -78,11 +84,11 @@ def _counts(report: Mapping[str, Any]) -> list[str]:
     return [f"{count} linears {what}" for what, count in counts.items() if count]
 
 
-def _groups(report: Mapping[str, Any]) -> str:
+def _groups(report: Mapping[str, Any], layers: Sequence[_Layer]) -> str:
     if report["bits"] != 4:
         return "not quantized"
-    sizes = Counter(record["group_size"] for record in report["layers"]).most_common()
-    names = ["one scale a row" if size == -1 else f"group size {size}" for size, _ in sizes]
+    sizes = Counter(layer.group for layer in layers).most_common()
+    names = ["one scale a row" if size == "row" else f"group size {size}" for size, _ in sizes]
     if len(sizes) == 1:
         return names[0]
     return ", ".join(f"{name} ({count} linears)" for name, (_, count) in zip(names, sizes, strict=True))
@@ -182,7 +188,7 @@ def _layers(report: Mapping[str, Any], layers: Sequence[_Layer]) -> list[Block]:
         (
             Name(r["name"]),
             f"{r['shape'][0]} x {r['shape'][1]}",
-            str(r["group_size"] or "16-bit"),
+            layer.group,
             r["pattern"] or "-",
             f"{layer.bits:.3f}",
             _share(r["error"]),

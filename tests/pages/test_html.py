@@ -179,3 +179,11 @@ def test_a_model_without_linears_to_show() -> None:
     short = documents.training()
     short["training"]["curve"] = short["training"]["curve"][:1]
     assert html.render(training.page(short, documents.folder("dense")))
+
+
+def test_a_row_with_one_scale_is_no_group() -> None:
+    """`group size 576` for some linears and 1536 for others is not what --group-size -1 was."""
+    names = ["model.layers.0.q", "model.layers.0.down"]
+    layers = [documents.layer(names[0], group_size=128), documents.layer(names[1], shape=[64, 256], group_size=256)]
+    page = compression.page(documents.report(names, layers=layers), documents.folder("marlin"))
+    assert page.lead.endswith("one scale a row.") and "group size" not in html.render(page).split("The recipe")[0]
