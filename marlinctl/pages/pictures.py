@@ -8,6 +8,7 @@ light or dark mode. Labels come from checkpoints: matplotlib's own formula langu
 from __future__ import annotations
 
 import io
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -136,11 +137,11 @@ def roofline(points: Mapping[str, Sequence[tuple[float, float]]], bandwidth: flo
 
 
 def _draw(draw: Callable[[Figure, str], None], heights: Mapping[str, float], caption: str) -> Picture:
-    from matplotlib.figure import Figure
-
     svgs = {}
     for name, width in _WIDTHS.items():
         with _settings():
+            from matplotlib.figure import Figure
+
             figure = Figure(figsize=(width, heights[name]))
             draw(figure, name)
             out = io.StringIO()
@@ -151,7 +152,19 @@ def _draw(draw: Callable[[Figure, str], None], heights: Mapping[str, float], cap
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    """Nobody's matplotlibrc has a say."""
+    """Nobody's matplotlibrc has a say, and what matplotlib thinks of a home that cannot be written is no part of our story."""
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with _own_parameters():
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _own_parameters() -> Iterator[None]:
     import matplotlib as mpl
 
     with mpl.rc_context():

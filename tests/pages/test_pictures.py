@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -94,3 +97,13 @@ def test_scores_without_an_error_or_a_value() -> None:
     ]
     labels = texts(pictures.comparison(rows, "c").wide)
     assert "a, acc" in labels and "t, perplexity" in labels
+
+
+def test_a_home_that_cannot_be_written_is_no_trouble() -> None:
+    """In a container without a home, matplotlib would add its own lines to the story of a quiet run."""
+    program = "from marlinctl.pages.pictures import Layer, layers; print(len(layers((Layer(0, 'q', 0.1, 4.0, 0.1),), 'c').wide) > 1000)"
+    nowhere = {"HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null/a", "XDG_CONFIG_HOME": "/dev/null/b", "MPLCONFIGDIR": "/dev/null/c"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | nowhere, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.stdout, done.stderr) == ("True\n", "")
