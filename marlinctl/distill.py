@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from marlinctl.checkpoint.licence import licence_of
 from marlinctl.checkpoint.reader import fingerprint
 from marlinctl.checkpoint.source import Source
-from marlinctl.checkpoint.writer import StagedCheckpoint, check_output, require_space
+from marlinctl.checkpoint.writer import StagedCheckpoint, check_output, publish_together, require_space
 from marlinctl.console import Console
 from marlinctl.devices import forward_dtype, threads
 from marlinctl.distillation.blockwise import BlockLoop
@@ -33,7 +33,7 @@ from marlinctl.distillation.loop import Loop
 from marlinctl.distillation.losses import Weights
 from marlinctl.distillation.opening import Opened, check_settings, open_models
 from marlinctl.distillation.processes import Processes
-from marlinctl.distillation.publish import publish
+from marlinctl.distillation.publish import build
 from marlinctl.distillation.rows import Rows, check_sizes, load_rows, make_rows
 from marlinctl.distillation.student import load_student
 from marlinctl.distillation.teacher import Cached, Teacher, live, write_cache
@@ -241,7 +241,7 @@ def _publish(
             pass
         return report
     with StagedCheckpoint(run.out, overwrite=run.options.overwrite, fmt=opened.student.info.name) as staged:
-        publish(
+        build(
             opened,
             values(),
             staged,
@@ -250,6 +250,7 @@ def _publish(
             report_files=lambda folder: report_files(report, folder, fmt=opened.student.info.name, layers={}, ignore=()),
             console=run.console,
         )
+        publish_together([staged])
     return report
 
 

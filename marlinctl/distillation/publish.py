@@ -18,7 +18,7 @@ from torch import Tensor
 from marlinctl.checkpoint.formats import detect, layer_names
 from marlinctl.checkpoint.mask import open_masks
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint, torch_dtype
-from marlinctl.checkpoint.writer import StagedCheckpoint, publish_together
+from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.console import Console
 from marlinctl.distillation.opening import Opened
 from marlinctl.errors import CheckFailed, NumericalProblem, Problem
@@ -27,7 +27,7 @@ from marlinctl.sparsify.types import check_keep
 SHARD_BYTES = 1 << 30
 
 
-def publish(
+def build(
     opened: Opened,
     values: Iterable[tuple[str, Tensor]],
     staged: StagedCheckpoint,
@@ -37,7 +37,7 @@ def publish(
     report_files: Callable[[Path], Mapping[str, bytes]],  # of the finished folder
     console: Console,
 ) -> None:
-    """Write, check and move into place. `values`: every tensor that changes, by name, already rounded."""
+    """Write and check; moving into place is the caller's. `values`: every tensor that changes, by name, already rounded."""
     checkpoint = opened.student.checkpoint
     digests = _write_changed(opened, values, staged)
     staged.copy_tensors(checkpoint, [name for name in checkpoint.tensors if name not in digests])
@@ -53,7 +53,6 @@ def publish(
     )
     for name, data in report_files(staged.path).items():
         staged.write_file(name, data)
-    publish_together([staged])
 
 
 def _write_changed(opened: Opened, values: Iterable[tuple[str, Tensor]], staged: StagedCheckpoint) -> dict[str, str]:
