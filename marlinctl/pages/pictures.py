@@ -128,7 +128,7 @@ def roofline(points: Mapping[str, Sequence[tuple[float, float]]], bandwidth: flo
         axis.set_xlabel("operations per byte moved")
         axis.set_title("TFLOP/s")
         _logarithmic(axis, "xy")
-        _fit(figure, _legend(figure, axis, columns=4 if name == "wide" else 2))
+        _fit(figure, _legend(figure, axis, columns=5 if name == "wide" else 2))
 
     return _draw(draw, {"wide": 4.2, "narrow": 4.0}, caption)
 

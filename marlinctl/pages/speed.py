@@ -1,6 +1,7 @@
 """What `marlinctl bench` measured (its bench.json), as a section: each linear against torch.matmul, and the roofline of that machine.
 
-{"kind": "bench", "machine", "settings", "ceilings": {"read", "matmul"}, "accuracy", "cases": [{n, k, m, baseline, ideal, candidates}]}
+{"kind": "bench", "machine", "settings", "ceilings": {"read", "matmul"}, "accuracy", "cases": [{n, k, m, baseline, ideal, candidates}],
+     "sets": [{name, layers, sums: [{m, name, family, us, speedup}]}]}
 """
 
 from __future__ import annotations
@@ -43,7 +44,21 @@ def speed(bench: Mapping[str, Any] | None) -> list[Block]:
     blocks: list[Block] = [Paragraph(said)]
     if ceilings:
         blocks.append(_roofline(bench["cases"], ceilings))
+    blocks += _sums(bench.get("sets", ()))
     return [*blocks, Table(header, rows, numbers=frozenset(range(3, 10)) | {1}, folded=f"Every time ({len(rows)})"), *_accuracy(bench)]
+
+
+def _sums(sets: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """All linears of a model's block together: what its speed depends on, when the rest costs nothing."""
+    rows: list[Sequence[Cell]] = []
+    for one in sets:
+        if len(one["layers"]) < 2:
+            continue
+        for m in sorted({row["m"] for row in one["sums"]}):
+            for row in _fastest([row for row in one["sums"] if row["m"] == m]):
+                rows.append((one["name"], str(m), row["name"], f"{row['us']:,.1f}", f"{row['speedup']:.2f}"))
+    header = ("linears of a block of", "tokens", "kernel", "us", "speed-up")
+    return [Table(header, rows, numbers=frozenset((1, 3, 4)), folded=f"Sums over whole blocks ({len(rows)})")] if rows else []
 
 
 def _fastest(candidates: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -63,7 +78,8 @@ def _roofline(cases: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float])
     read, matmul = ceilings["read"] / 1e12, ceilings["matmul"] / 1e12
     caption = (
         f"Roofline of this machine as it was measured: reads at {read:.2f} TB/s, torch.matmul at {matmul:,.0f} TFLOP/s. "
-        "Each point is a linear at one number of tokens; packed weights move fewer bytes, so their points lie further right."
+        "Each point is a linear at one number of tokens; packed weights move fewer bytes, so their points lie further right. "
+        "2:4 counts the products of the dense matrix, of which it computes half, and may lie above the roof."
     )
     return pictures.roofline(points, read, matmul, caption)
 

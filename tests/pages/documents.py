@@ -91,6 +91,16 @@ def bench() -> dict[str, Any]:
         "ceilings": {"read": 4.2e12, "matmul": 7.0e14},
         "accuracy": {"checks": 3, "worst": [{"name": "n128 m16", "dtype": "float16", "relative": 2e-4, "gate": 1e-3, "checks": 3}]},
         "cases": [case(1, 12.0, 4.0), case(16, 13.0, 4.4), case(256, 40.0, 38.0)],
+        "sets": [
+            {
+                "name": "llama3-8b",
+                "layers": [{"name": "qkv"}, {"name": "o"}],
+                "sums": [
+                    {"m": 1, "name": "torch", "family": "torch", "us": 80.0, "speedup": 1.0},
+                    {"m": 1, "name": "n128 m16", "family": "dense", "us": 25.0, "speedup": 3.2},
+                ],
+            }
+        ],
     }
 
 

@@ -117,7 +117,7 @@ def test_everything_that_was_measured_is_on_the_page() -> None:
         "winogrande (validation)", "0.5300 ± 0.0100", "-0.0200 ± 0.0040", "14.400 ± 0.700", "0.12340 ± 0.00200",
         "on a part of their documents",
         "model.layers.3.mlp.up_proj", "lm_head", "output head",
-        "Roofline", "Some GPU", "n128 m16", "2.0e-04",
+        "Roofline", "llama3-8b", "3.20", "Some GPU", "n128 m16", "2.0e-04",
         "apache-2.0", "cccc", "dede", "calibration 0", "torch 2.13.0+cpu", "ffff", "logits within 1.0e-07",
         "pip install marlinctl==0.1.0 torch==2.13.0 transformers==5.23.0", "marlinctl compress org/Model-1B out/model", "group_size: 128",
     ):  # fmt: skip
