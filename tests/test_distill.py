@@ -275,7 +275,7 @@ def test_a_resumed_job_ends_with_the_same_bits(
 def test_a_failed_publish_does_not_cost_the_training(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk at the end must leave a state from which nothing is trained again."""
     with monkeypatch.context() as patched:
-        patched.setattr("marlinctl.distill.publish", lambda *args, **kwargs: (_ for _ in ()).throw(_Crash()))
+        patched.setattr("marlinctl.distill.build", lambda *args, **kwargs: (_ for _ in ()).throw(_Crash()))
         with pytest.raises(_Crash):
             run(place, tmp_path / "out")
     crash_after(monkeypatch, 0)
