@@ -64,7 +64,7 @@ class CardFacts:
 
 def of_compression(report: Mapping[str, Any], folder: Folder, layers: Mapping[str, int], ignore: Sequence[str]) -> str:
     """The card of what compress, quantize, sparsify or pack published."""
-    from marlinctl.pages.provenance import card_rows
+    from marlinctl.pages.provenance import card_rows, hub_ancestor
     from marlinctl.scores import notes
 
     source, document = report["source"], report.get("evaluation", {}).get("document")
@@ -74,7 +74,7 @@ def of_compression(report: Mapping[str, Any], folder: Folder, layers: Mapping[st
         layers=layers,
         ignore=ignore,
         command=report["command"] + (f"\n{packed['command']}" if packed else ""),
-        base_model=source["name"] if source["kind"] == "hub" else None,
+        base_model=source["name"] if source["kind"] == "hub" else hub_ancestor(folder),
         license=source.get("license"),
         made_from=card_rows(report, folder),
         scores=_score_rows(document) if document else (),

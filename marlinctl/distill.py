@@ -39,6 +39,7 @@ from marlinctl.distillation.student import load_student
 from marlinctl.distillation.teacher import Cached, Teacher, live, write_cache
 from marlinctl.job import versions
 from marlinctl.load import load_dense
+from marlinctl.manifest import made_from
 from marlinctl.memory import peak_rss
 from marlinctl.opening import Options
 from marlinctl.pages.files import report_files
@@ -282,10 +283,13 @@ def _report(
 
 def _manifest(run: _Run, opened: Opened, rows: Rows) -> dict[str, Any]:
     """No times and no losses: two equal runs give two equal manifests."""
+    student = opened.student
+    earlier = made_from(student.source.folder)
+    source = {**_source_facts(student.source), "fingerprint": fingerprint(student.checkpoint)}
     return {
-        "format": opened.student.info.name,
+        "format": student.info.name,
         "recipe": {"sha256": recipe_hash(run.recipe)},
-        "source": {**_source_facts(opened.student.source), "fingerprint": fingerprint(opened.student.checkpoint)},
+        "source": {**source, **({"made_from": earlier} if earlier else {})},
         "teacher": {**_source_facts(opened.teacher.source), "fingerprint": fingerprint(opened.teacher.checkpoint)},
         "data": {"sha256": rows.sha256, **{key: value for key, value in rows.facts.items() if key != "source"}},
         "versions": versions(),

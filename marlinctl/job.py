@@ -31,6 +31,7 @@ from marlinctl.console import Console
 from marlinctl.devices import threads
 from marlinctl.errors import CheckFailed
 from marlinctl.gate import GateRefused
+from marlinctl.manifest import made_from
 from marlinctl.memory import CHUNK_TOKENS, peak_rss, release_heap
 from marlinctl.opening import Opened, Options, open_model
 from marlinctl.pages.files import report_files
@@ -197,10 +198,11 @@ def _source_facts(opened: Opened) -> dict[str, Any]:
 def _manifest(opened: Opened, recipe: Recipe, calibration: Mapping[str, Any], records: list[LayerRecord]) -> dict[str, Any]:
     layers = [{k: v for k, v in asdict(record).items() if k != "seconds"} for record in records]
     source = {key: value for key, value in calibration.items() if key != "source"}
+    earlier = made_from(opened.source.folder)
     return {
         "format": "ct" if recipe.quantize.bits == 4 else "dense",
         "recipe": {"sha256": recipe_hash(recipe)},
-        "source": {**_source_facts(opened), "fingerprint": fingerprint(opened.checkpoint)},
+        "source": {**_source_facts(opened), "fingerprint": fingerprint(opened.checkpoint), **({"made_from": earlier} if earlier else {})},
         "calibration": source,
         "versions": versions(),
         "device": opened.device.type,

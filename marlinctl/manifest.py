@@ -84,6 +84,20 @@ def check(folder: Path) -> dict[str, Any]:
     return document
 
 
+def made_from(folder: Path) -> dict[str, Any]:
+    """What a folder that marlinctl published says it was made from: `source`, and `teacher` of a distilled one.
+
+    Empty for any other folder, and for a manifest that cannot be used: whether it is sound is `verify`'s question.
+    """
+    try:
+        document = read(folder)
+        found = {key: document[key] for key in ("source", "teacher") if isinstance(document.get(key), dict)}
+        canonical(found)  # without NaN, and no deeper than can be written again
+    except (CheckFailed, ValueError, RecursionError):
+        return {}
+    return found
+
+
 def digest(folder: Path) -> str:
     """SHA-256 of the manifest: one name for everything that was published."""
     return hashlib.sha256((folder / NAME).read_bytes()).hexdigest()

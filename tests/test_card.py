@@ -117,3 +117,11 @@ def test_no_licence_is_said() -> None:
     """Silence would read as permission."""
     card = of_compression(documents.report(source={"kind": "folder", "name": "x", "revision": None}), documents.folder(), {"a": 64}, [])
     assert "| Its licence | not stated" in card and "license" not in front_matter(card)
+
+
+def test_the_base_model_is_the_one_that_it_all_began_with() -> None:
+    """Pruned, distilled, then quantized: the hub would link the result to nothing, and its licence to nobody."""
+    distilled = {"kind": "folder", "name": "distilled", "revision": None, "license": {"license": "apache-2.0"}}
+    card = of_compression(documents.report(source=distilled), documents.after_distilling(), {"a": 64}, [])
+    meta = front_matter(card)
+    assert (meta["base_model"], meta["license"]) == ("org/Model-1B", "apache-2.0")

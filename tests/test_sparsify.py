@@ -281,6 +281,13 @@ def test_compress_goes_all_the_way_to_sparse_tiles(tmp_path: Path, text: Path, d
     assert ("stages" in report) == distil
     if distil:
         assert report["stages"]["distilled"]["training"]["tokens"] >= 256
+        for folder in (out, tmp_path / "out-marlin_24"):  # back to the original, whatever lies between
+            made = json.loads((folder / "marlinctl_manifest.json").read_text())["source"]["made_from"]
+            assert (made["teacher"]["name"], made["source"]["name"], made["source"]["made_from"]["source"]["name"]) == (
+                "tiny",
+                "pruned",
+                "tiny",
+            )
     assert (report["recipe"]["quantize"]["bits"], report["recipe"]["sparsify"]["pattern"]) == (4, "2:4")
     kl = report["evaluation"]["document"]["comparison"]["kl"]["value"]
     assert 0.0 < kl < 10.0

@@ -10,6 +10,7 @@ from marlinctl.checkpoint.formats import LOADERS, linear_bytes
 from marlinctl.checkpoint.licence import spoken
 from marlinctl.pages.page import Block, Cell, Listing, Name, Paragraph, Table
 
+_MOST_ANCESTORS = 20
 _INSTALLED = ("marlinctl", "torch", "transformers", "safetensors", "tokenizers", "accelerate")
 
 
@@ -31,7 +32,9 @@ def provenance(report: Mapping[str, Any], folder: Folder) -> list[Block]:
     rows: list[tuple[Cell, Cell]] = [("original", Name(named(source)))]
     rows += [("", source["note"])] if source.get("note") else []
     rows += [("its licence", spoken(source.get("license")))]
-    rows += _digests(folder.manifest.get("source", {}))
+    chain = ancestors(folder)
+    rows += [("by way of", Name(", ".join(named(ancestor) for ancestor in chain[:-1])))] if len(chain) > 1 else []
+    rows += _digests(chain[-1]) if chain else []
     if calibration := report.get("calibration"):
         rows += _calibration(calibration)
     rows += [
@@ -64,6 +67,22 @@ def reproduce(report: Mapping[str, Any], folder: Folder) -> list[Block]:
 
 def named(source: Mapping[str, Any]) -> str:
     return f"{source['name']} @ {source['revision']}" if source.get("revision") else str(source["name"])
+
+
+def ancestors(folder: Folder) -> list[Mapping[str, Any]]:
+    """What the folder was made from, the nearest first: a model that was pruned and distilled before it was quantized has three."""
+    found: list[Mapping[str, Any]] = []
+    source = folder.manifest.get("source")
+    while isinstance(source, dict) and isinstance(source.get("name"), str) and len(found) < _MOST_ANCESTORS:
+        found.append(source)
+        earlier = source.get("made_from")
+        source = (earlier.get("teacher") or earlier.get("source")) if isinstance(earlier, dict) else None
+    return found
+
+
+def hub_ancestor(folder: Folder) -> str | None:
+    """The hub's name of the model that all of it began with, where it came from there."""
+    return next((str(source["name"]) for source in reversed(ancestors(folder)) if source.get("kind") == "hub"), None)
 
 
 def _digests(source: Mapping[str, Any]) -> list[tuple[str, Cell]]:
@@ -116,7 +135,8 @@ def card_rows(report: Mapping[str, Any], folder: Folder) -> list[tuple[str, Cell
     rows: list[tuple[str, Cell]] = []
     source = report["source"]
     rows += [("Its commit", Name(source["revision"]))] if source.get("revision") else []
-    rows += _digests(folder.manifest.get("source", {}))
+    chain = ancestors(folder)
+    rows += _digests(chain[-1]) if chain else []
     if calibration := report.get("calibration"):
         samples, tokens = calibration["samples"], calibration["tokens"]
         text = f"{_public(calibration['source'])}: {samples['got']} samples, {tokens['counted']:,} tokens ({calibration['how']})"

@@ -177,4 +177,17 @@ def training(mode: str = "full", **changes: Any) -> dict[str, Any]:
 
 
 def folder(fmt: str = "ct") -> Folder:
-    return Folder(fmt, {"source": {"fingerprint": {"files": {}, "shards": {}}}}, "f" * 64)
+    return Folder(fmt, {"source": {"kind": "hub", "name": "org/Model-1B", "fingerprint": {"files": {}, "shards": {}}}}, "f" * 64)
+
+
+def after_distilling() -> Folder:
+    """Of a model that was quantized after it was distilled, and pruned before."""
+    original = {"kind": "hub", "name": "org/Model-1B", "fingerprint": {"files": {"a": "1"}}}
+    pruned = {"kind": "folder", "name": "pruned", "fingerprint": {"files": {"a": "2"}}, "made_from": {"source": original}}
+    distilled = {
+        "kind": "folder",
+        "name": "distilled",
+        "fingerprint": {"files": {"a": "3"}},
+        "made_from": {"source": pruned, "teacher": original},
+    }
+    return Folder("ct", {"source": distilled}, "f" * 64)
