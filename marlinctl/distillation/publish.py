@@ -37,7 +37,7 @@ def build(
     report_files: Callable[[Path], Mapping[str, bytes]],  # of the finished folder
     console: Console,
 ) -> None:
-    """Write and check; moving into place is the caller's. `values`: every tensor that changes, by name, already rounded."""
+    """Write and check; moving into place is the job's. `values`: every tensor that changes, by name, already rounded."""
     checkpoint = opened.student.checkpoint
     digests = _write_changed(opened, values, staged)
     staged.copy_tensors(checkpoint, [name for name in checkpoint.tensors if name not in digests])
