@@ -61,7 +61,7 @@ docs: $(VENV)/.installed-test  ## write the generated pages anew
 	$(RUN)/python scripts/make_cli_docs.py
 
 site: $(VENV)/.installed-docs  ## docs/ as a site
-	$(RUN)/python -m mkdocs build -q
+	NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs build -q
 
 wheel: $(VENV)/.installed-test  ## dist/marlinctl-*.whl
 	$(RUN)/python -m build -q --wheel

@@ -11,6 +11,7 @@ scales and norms of a 4-bit model. The result has the form of the student: a fol
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from marlinctl.checkpoint.licence import licence_of
 from marlinctl.checkpoint.reader import fingerprint
 from marlinctl.checkpoint.source import Source
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output, require_space
@@ -34,13 +36,14 @@ from marlinctl.distillation.processes import Processes
 from marlinctl.distillation.publish import build
 from marlinctl.distillation.rows import Rows, check_sizes, load_rows, make_rows
 from marlinctl.distillation.student import load_student
-from marlinctl.distillation.summary import report_files
 from marlinctl.distillation.teacher import Cached, Teacher, live, write_cache
 from marlinctl.job import published_report, versions
 from marlinctl.journal import Request
 from marlinctl.load import load_dense
+from marlinctl.manifest import made_from
 from marlinctl.memory import peak_rss
 from marlinctl.opening import Options
+from marlinctl.pages.files import report_files
 from marlinctl.recipe import Distill, Recipe, recipe_hash
 from marlinctl.room import needed_by_distillation
 from marlinctl.scratch import Scratch
@@ -259,7 +262,7 @@ def _publish(
             staged,
             recipe_yaml=run.recipe.to_yaml(),
             manifest=_manifest(run, opened, rows),
-            report_files=report_files(report),
+            report_files=lambda folder: report_files(report, folder, fmt=opened.student.info.name, layers={}, ignore=()),
             console=run.console,
         )
         job.publish([staged], keep=run.options.keep_job)
@@ -283,7 +286,8 @@ def _report(
         "command": run.options.command,
         "format": opened.student.info.name,
         "student": _source_facts(opened.student.source),
-        "teacher": _source_facts(opened.teacher.source),
+        "teacher": {**_source_facts(opened.teacher.source), "license": licence_of(opened.teacher.source)},
+        "written": time.strftime("%Y-%m-%d", time.gmtime()),
         "recipe": {"sha256": recipe_hash(run.recipe), **run.recipe.model_dump(mode="json")},
         "sparse_linears": len(opened.pattern.shapes),
         "data": dict(rows.facts),
@@ -300,10 +304,13 @@ def _report(
 
 def _manifest(run: _Run, opened: Opened, rows: Rows) -> dict[str, Any]:
     """No times and no losses: two equal runs give two equal manifests."""
+    student = opened.student
+    earlier = made_from(student.source.folder)
+    source = {**_source_facts(student.source), "fingerprint": fingerprint(student.checkpoint)}
     return {
-        "format": opened.student.info.name,
+        "format": student.info.name,
         "recipe": {"sha256": recipe_hash(run.recipe)},
-        "source": {**_source_facts(opened.student.source), "fingerprint": fingerprint(opened.student.checkpoint)},
+        "source": {**source, **({"made_from": earlier} if earlier else {})},
         "teacher": {**_source_facts(opened.teacher.source), "fingerprint": fingerprint(opened.teacher.checkpoint)},
         "data": {"sha256": rows.sha256, **{key: value for key, value in rows.facts.items() if key != "source"}},
         "versions": versions(),

@@ -24,6 +24,7 @@ from torch import Tensor
 from marlinctl import __version__
 from marlinctl.calibration import CalibrationSet, load_calibration
 from marlinctl.checkpoint.formats import detect, quantization_config, read_linear, sixteen_bit_linears
+from marlinctl.checkpoint.licence import licence_of
 from marlinctl.checkpoint.mask import Masks, open_masks
 from marlinctl.checkpoint.reader import Checkpoint, fingerprint, open_checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
@@ -33,11 +34,12 @@ from marlinctl.devices import threads
 from marlinctl.errors import CheckFailed
 from marlinctl.gate import GateRefused
 from marlinctl.journal import Request
+from marlinctl.manifest import made_from
 from marlinctl.memory import CHUNK_TOKENS, peak_rss, release_heap
 from marlinctl.opening import Opened, Options, open_model
+from marlinctl.pages.files import report_files
 from marlinctl.recipe import Recipe, recipe_hash
 from marlinctl.rehearsal import rehearse_before
-from marlinctl.report import report_files
 from marlinctl.scratch import Scratch
 from marlinctl.skeleton import build
 from marlinctl.solving import LayerRecord, Solving, linear_digest, weight_digest
@@ -102,22 +104,21 @@ def _run(
             staged.copy_companions(opened.source.folder)
             staged.write_file("recipe.yaml", recipe.to_yaml().encode())
             report = _report(opened, recipe, options, calibration.facts, solving.records, time.monotonic() - started)
-            layers = opened.plan.group_sizes if bits == 4 else {}
             staged.finish(
                 _config(opened, recipe),
                 manifest=_manifest(opened, recipe, calibration.facts, solving.records),
                 verify=lambda folder: _verify_written(folder, solving.records, console),
-                report_files=report_files(report, fmt=fmt, layers=layers, ignore=_ignore(opened)),
+                report_files={},
             )
             if measure is not None:
                 try:
                     report["evaluation"] = measure(staged.path, opened.source)
                 except GateRefused:
+                    _write_reports(staged, report, opened, fmt)
                     staged.set_aside()
                     job.remove()
                     raise
-                for name, data in report_files(report, fmt=fmt, layers=layers, ignore=_ignore(opened)).items():
-                    staged.write_file(name, data)
+            _write_reports(staged, report, opened, fmt)
             job.publish([staged], keep=options.keep_job)
     return report, opened.source
 
@@ -254,6 +255,13 @@ def published_report(out: Path) -> dict[str, Any]:
     return {key: value for key, value in document.items() if key != "schema_version"}
 
 
+def _write_reports(staged: StagedCheckpoint, report: Mapping[str, Any], opened: Opened, fmt: str) -> None:
+    """They name the digest of the manifest, so they come after it."""
+    layers = opened.plan.group_sizes if fmt == "ct" else {}
+    for name, data in report_files(report, staged.path, fmt=fmt, layers=layers, ignore=_ignore(opened)).items():
+        staged.write_file(name, data)
+
+
 def versions() -> dict[str, str]:
     from importlib.metadata import version
 
@@ -269,10 +277,11 @@ def _source_facts(opened: Opened) -> dict[str, Any]:
 def _manifest(opened: Opened, recipe: Recipe, calibration: Mapping[str, Any], records: list[LayerRecord]) -> dict[str, Any]:
     layers = [{k: v for k, v in asdict(record).items() if k != "seconds"} for record in records]
     source = {key: value for key, value in calibration.items() if key != "source"}
+    earlier = made_from(opened.source.folder)
     return {
         "format": "ct" if recipe.quantize.bits == 4 else "dense",
         "recipe": {"sha256": recipe_hash(recipe)},
-        "source": {**_source_facts(opened), "fingerprint": fingerprint(opened.checkpoint)},
+        "source": {**_source_facts(opened), "fingerprint": fingerprint(opened.checkpoint), **({"made_from": earlier} if earlier else {})},
         "calibration": source,
         "versions": versions(),
         "device": opened.device.type,
@@ -292,7 +301,8 @@ def _report(
     return {
         "kind": "quantize" if recipe.quantize.bits == 4 else "sparsify",
         "command": options.command,
-        "source": {**_source_facts(opened), "note": opened.source.note},
+        "written": time.strftime("%Y-%m-%d", time.gmtime()),
+        "source": {**_source_facts(opened), "note": opened.source.note, "license": licence_of(opened.source)},
         "recipe": {"sha256": recipe_hash(recipe), **recipe.model_dump(mode="json")},
         "calibration": dict(calibration),
         "versions": versions(),

@@ -31,9 +31,9 @@ from marlinctl.job import published_report, run_job, versions
 from marlinctl.journal import JOB, JobFolder, Place, Request
 from marlinctl.manifest import check as check_manifest
 from marlinctl.opening import Options
+from marlinctl.pages.files import report_files
 from marlinctl.recipe import Recipe, divided, recipe_hash
 from marlinctl.repack import repack
-from marlinctl.report import report_files
 from marlinctl.verify import verify
 
 
@@ -173,17 +173,7 @@ def _write_reports(folder: Path, fmt: str, report: Mapping[str, Any]) -> None:
     """Card and report of each folder, with what was measured. They lie outside the manifest and may be rewritten."""
     with open_checkpoint(folder, weight_files="auto") as checkpoint:
         layers = detect(checkpoint.config, checkpoint.tensors).layers
+        report = {**report, "bytes": {**report["bytes"], "result": sum(info.nbytes for info in checkpoint.tensors.values())}}
     kept = [item["name"] for item in report["kept"]]
-    for name, data in report_files(report, fmt=fmt, layers=layers, ignore=kept, scores=_scores(report.get("evaluation", {}))).items():
+    for name, data in report_files(report, folder, fmt=fmt, layers=layers, ignore=kept).items():
         (folder / name).write_bytes(data)
-
-
-def _scores(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Rows for the card: task, metric, this model, the original."""
-    from marlinctl.evaluation.table import rows
-
-    return (
-        [(task, metric, ours, theirs) for task, _, metric, ours, theirs, _ in rows(evaluation["document"])]
-        if "document" in evaluation
-        else []
-    )

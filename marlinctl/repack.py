@@ -33,6 +33,7 @@ from marlinctl.console import Console
 from marlinctl.errors import BadInput, CheckFailed, NumericalProblem, Problem, UsageError
 from marlinctl.journal import JobFolder, Request
 from marlinctl.memory import SHARD_BYTES
+from marlinctl.pages.page import Name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -337,21 +338,36 @@ def _finish(source: Source, fmt: str, stage: writer.StagedCheckpoint, console: C
     earlier = _earlier_facts(source.checkpoint.folder)
     facts = {**earlier, "packed_from": origin, "format": fmt, **({"pattern": "2:4"} if source.origin else {})}
     made_from, recipe = earlier.get("source", {}), earlier.get("recipe", {})
+    digest = recipe.get("sha256")
     details = card.CardFacts(
         fmt,
         source.info.layers,
         source.ignore,
         command,
         base_model=made_from.get("name") if made_from.get("kind") == "hub" else None,
-        recipe_hash=recipe.get("sha256"),
+        made_from=[("SHA-256 of the recipe", Name(digest))] if isinstance(digest, str) else (),
         two_of_four=source.origin is not None,
     )
-    stage.finish(
-        config,
-        manifest=facts,
-        verify=lambda folder: check_written(source, fmt, folder, console),
-        report_files={"README.md": card.render(details).encode()},
-    )
+    stage.finish(config, manifest=facts, verify=lambda folder: check_written(source, fmt, folder, console), report_files={})
+    written = _report_files(source, fmt, stage.path, command, console) or {"README.md": card.render(details).encode()}
+    for name, data in written.items():
+        stage.write_file(name, data)
+
+
+def _report_files(source: Source, fmt: str, folder: Path, command: str, console: Console) -> dict[str, bytes]:
+    """The source's report travels on: its codes are the same. Nothing where there is none, as in a foreign folder."""
+    from marlinctl import report
+
+    try:
+        document = report.read_report(source.checkpoint.folder)
+        sizes = {**document["bytes"], "result": written_bytes(source, fmt)}
+        packed = {**document, "bytes": sizes, "packed": {"command": command, "format": fmt}}
+        return report.checked_files(packed, folder, fmt=fmt, layers=source.info.layers, ignore=source.ignore)
+    except CheckFailed:
+        return {}
+    except (BadInput, KeyError, TypeError) as refused:
+        console.warn(f"the report of {source.checkpoint.folder} stays behind: {refused}")
+        return {}
 
 
 def provenance(old_block: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from marlinctl.models import Architecture, Experts
 from marlinctl.recipe import Distill
 
 Shapes = Mapping[str, tuple[int, int]]  # linear -> (N, K)
-_PER_TENSOR = 600  # header, index, manifest and report, for each tensor; measured on the tests' models and SmolLM2
+_PER_TENSOR = 1100  # header, index, manifest and report with its pictures, for each tensor; measured on the tests' models and SmolLM2
+_PAGE = 120_000  # card and report of a model that has no layer at all
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,8 @@ class Output:
 
     @property
     def on_disk(self) -> int:
-        """With the small files whose size depends on the number of tensors."""
-        return self.weights + _PER_TENSOR * self.tensors
+        """With the small files, whose size depends on the number of tensors."""
+        return self.weights + _PER_TENSOR * self.tensors + _PAGE
 
 
 def output(fmt: str, tensors: Mapping[str, TensorInfo], shapes: Shapes, sizes: Mapping[str, int], masked: Iterable[str]) -> Output:

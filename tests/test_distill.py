@@ -204,7 +204,7 @@ def test_two_runs_publish_the_same_bytes(place: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         torch.manual_seed(len(name))
         run(place, tmp_path / name)
-    apart = {"README.md", "marlinctl_report.json", "marlinctl_report.md"}
+    apart = {"README.md", "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html"}
     for path in (tmp_path / "one").iterdir():
         if path.name not in apart:
             assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name

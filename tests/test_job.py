@@ -49,7 +49,7 @@ def quantize(model: Path, out: Path, chosen: Recipe, **options: Any) -> dict[str
 
 
 def digests(folder: Path) -> dict[str, str]:
-    apart = {"README.md", "marlinctl_report.json", "marlinctl_report.md", "run.log"}
+    apart = {"README.md", "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html", "run.log"}
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.name not in apart}
 
 

@@ -72,6 +72,7 @@ def test_everything_that_is_needed_is_in_the_wheel(wheel: Path) -> None:
     wanted = {str(Path("marlinctl") / path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")}
     wanted |= {f"marlinctl/recipes/{path.name}" for path in (PACKAGE / "recipes").glob("*.yaml")}
     wanted |= {f"marlinctl/kernels/csrc/{path.name}" for path in (PACKAGE / "kernels" / "csrc").iterdir()}
+    wanted |= {f"marlinctl/pages/{path.name}" for path in (PACKAGE / "pages").glob("*.jinja")}
     wanted |= {"marlinctl/py.typed", "marlinctl/kernels/reference.py", "marlinctl/recipes/int4.yaml", "marlinctl/recipes/quick.yaml"}
     assert wanted <= packed
     assert not [name for name in packed if "__pycache__" in name]
@@ -87,7 +88,7 @@ def test_the_wheel_runs_by_itself(wheel: Path, tmp_path: Path) -> None:
     )
     where, *recipes = done.stdout.splitlines()
     assert Path(where).is_relative_to(tmp_path)
-    assert [line.split()[0] for line in recipes] == ["int4", "int4-best", "quick", "sparse-int4"]
+    assert [line.split()[0] for line in recipes] == ["int4", "int4-best", "int4-channel", "quick", "sparse-int4"]
 
 
 def test_metadata(wheel: Path) -> None:
@@ -99,13 +100,13 @@ def test_metadata(wheel: Path) -> None:
         assert f"{folder}/licenses/LICENSE" in archive.namelist()
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
-    assert set(metadata.get_all("Provides-Extra") or []) == {"eval", "distill", "bench", "docs", "test", "fuzz"}
+    assert set(metadata.get_all("Provides-Extra") or []) == {"eval", "distill", "docs", "test", "fuzz"}
     assert "marlinctl = marlinctl.cli:main" in entry_points
 
 
 def test_every_import_is_declared() -> None:
     """A dependency that only happens to be installed with another one disappears with it."""
-    extras = [line for name in ("eval", "distill", "bench") for line in PROJECT["optional-dependencies"][name]]
+    extras = [line for name in ("eval", "distill") for line in PROJECT["optional-dependencies"][name]]
     declared = {requirement_name(line) for line in [*PROJECT["dependencies"], *extras]}
     known = {IMPORT_NAMES.get(name, name) for name in declared} | sys.stdlib_module_names | {"marlinctl"}
     strangers = [found for found in all_imports() if found.target.split(".")[0] not in known]
@@ -131,7 +132,7 @@ def test_what_an_extra_brings_is_never_needed_to_start() -> None:
 def test_every_dependency_is_pinned_within_its_bounds() -> None:
     """A figure in the docs belongs to exact versions; `make demo` must install those."""
     pinned = pins()
-    wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["eval"] + PROJECT["optional-dependencies"]["bench"]
+    wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["eval"]
     wanted += [line for line in PROJECT["optional-dependencies"]["test"] if not line.startswith("marlinctl")]
 
     def version(text: str) -> tuple[int, ...]:

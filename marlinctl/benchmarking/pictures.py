@@ -4,20 +4,18 @@
     shares-<set>.png             where the time of a set goes: its linears stacked, torch beside ours
     roofline.png                 operations per second against operations per byte, below the measured roofs
 
-matplotlib (the extra `bench`) is imported only here, and only when a picture is drawn; no display is needed.
+matplotlib is imported only here, and only when a picture is drawn; no display is needed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.benchmarking.cases import OPERATORS, SIDE_BY_SIDE
 from marlinctl.benchmarking.documents import BITS, Case, Ceilings, Document, Family, Set, moved_bytes
-from marlinctl.errors import EnvironmentProblem
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,17 +43,6 @@ PEER_COLOURS = ("#6a3d9a", "#1b9e77", "#b8860b")
 LAYER_COLOURS = ("#264653", "#2a9d8f", "#e9c46a", "#e76f51", "#9b5de5", "#8d99ae", "#bc6c25", "#457b9d")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 SIZES_COLOUR_MAP = "viridis"
-
-
-def require_matplotlib() -> None:
-    """EnvironmentProblem E422, before anything is measured."""
-    if find_spec("matplotlib") is None:
-        raise EnvironmentProblem(
-            "E422",
-            "pictures need matplotlib, which is not installed",
-            where="--out",
-            fix="pip install 'marlinctl[bench]', or use --json alone",
-        )
 
 
 def draw(document: Document, folder: Path) -> list[Path]:

@@ -26,14 +26,14 @@ TOKENS = (1, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 
 
 def read_own_table() -> dict[str, Any]:
-    """The user's table as it is, or an empty one. BadInput E399 where it is damaged, before anything is measured."""
+    """The user's table as it is, or an empty one. BadInput E397 where it is damaged, before anything is measured."""
     path = own_table()
     if not path.is_file():
         return {"schema_version": dispatch.SCHEMA_VERSION, "architectures": {}}
     try:
         dispatch.read(path)
     except ValueError as error:
-        raise BadInput("E399", str(error), where=str(path), fix="remove it; the packaged table and --tune do without") from error
+        raise BadInput("E397", str(error), where=str(path), fix="remove it; the packaged table and --tune do without") from error
     table: dict[str, Any] = json.loads(path.read_text("utf-8"))
     return table
 

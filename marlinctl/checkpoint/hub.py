@@ -40,6 +40,7 @@ WANTED = [
     "LICENSE*",
     "LICENCE*",
     "NOTICE*",
+    "README.md",  # its front matter states the licence; it is never copied
 ]
 UNWANTED = ["*/*"]
 ATTEMPTS = 3

@@ -361,7 +361,11 @@ def write_tensors(target: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def write_document(target: Path, document: Mapping[str, Any]) -> None:
     """The same for a JSON document."""
-    data = manifests.canonical(document)
+    write_bytes(target, manifests.canonical(document))
+
+
+def write_bytes(target: Path, data: bytes) -> None:
+    """The same for anything else."""
     with _disk_problems(target, len(data)), _whole_file(target) as file:
         file.write(data)
     with _disk_problems(target):

@@ -64,7 +64,7 @@ def command(console: Console, **given: Any) -> None:
 
     On a GPU, products are compared with float64 first; one that is wrong ends the run with exit code 1. Then each linear is timed in
     a CUDA graph with weights that come from memory, beside torch.matmul in the same run. FOLDER is a packed checkpoint: its own linears
-    are measured. Pictures need the extra `bench`. Exit code 4: there is no GPU.
+    are measured. Exit code 4: there is no GPU.
 
     With --model a packed checkpoint writes text in transformers, and then the same weights do in 16 bits: milliseconds to the first token
     and for each one after it.
@@ -82,7 +82,7 @@ def command(console: Console, **given: Any) -> None:
         from marlinctl.benchmarking.documents import read_document
 
         if given["out"] is not None:
-            _prepare_out(given["out"])
+            given["out"].mkdir(parents=True, exist_ok=True)
         _give(console, read_document(given["source"]), given["out"])
         return
     _measure(console, given)
@@ -165,7 +165,7 @@ def _measure(console: Console, given: dict[str, Any]) -> None:
     gpu = open_gpu(given["device"])
     table = tuning.read_own_table() if given["tune"] else None
     if given["out"] is not None:
-        _prepare_out(given["out"])
+        given["out"].mkdir(parents=True, exist_ok=True)
     if given["folder"] is not None:
         own, fixed = cases.checkpoint_set(given["folder"], console)
         sets.append(own)
@@ -188,14 +188,6 @@ def _measure(console: Console, given: dict[str, Any]) -> None:
         path = tuning.write_own_table(tuning.merged(table, document))
         console.say(f"{path}: the operators choose by these measurements from now on")
     _give(console, document, given["out"])
-
-
-def _prepare_out(out: Path) -> None:
-    """Before anything is measured: the folder, and what draws."""
-    from marlinctl.benchmarking.pictures import require_matplotlib
-
-    require_matplotlib()
-    out.mkdir(parents=True, exist_ok=True)
 
 
 def _give(console: Console, document: Any, out: Path | None) -> None:

@@ -14,7 +14,7 @@ from marlinctl.console import Console
 
 
 @click.command("compress")
-@click.argument("model", metavar="MODEL")
+@click.argument("model", type=click.Path(), metavar="MODEL")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
 @click.option("--format", "fmt", metavar="ct|gptq|marlin|marlin_24", help="What OUT holds. Default: the recipe's first format, ct.")
 @click.option("--also", multiple=True, metavar="FORMAT", help="Publish this format too, in OUT-FORMAT; may be given again.")
@@ -80,5 +80,5 @@ def tell(console: Console, report: dict[str, Any]) -> None:
     lines.append(f"{len(report['layers'])} linears in 4 bits, {sizes}, {report['seconds']:.1f} s to quantize")
     if "evaluation" in report:
         lines += ["", report["evaluation"]["table"]]
-    lines += ["", f"report: {Path(report['outputs'][0]['folder']) / 'marlinctl_report.md'}"]
+    lines += ["", f"report: {Path(report['outputs'][0]['folder']) / 'marlinctl_report.html'}"]
     console.result("\n".join(lines), report)

@@ -13,7 +13,7 @@ from marlinctl.console import Console
 
 
 @click.command("distill")
-@click.argument("student", metavar="STUDENT")
+@click.argument("student", type=click.Path(), metavar="STUDENT")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
 @click.option("--teacher", required=True, metavar="MODEL", help="The original: a folder, a hub id or a GGUF file.")
 @distill_flags

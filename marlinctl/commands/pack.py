@@ -20,7 +20,7 @@ _SHOWN = 3  # reasons per verdict; the rest is counted
 
 
 @click.command("pack")
-@click.argument("source", metavar="SOURCE")
+@click.argument("source", type=click.Path(), metavar="SOURCE")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT", required=False)
 @click.option("--format", "fmt", default="ct", show_default=True, metavar="ct|gptq|marlin|marlin_24|dense", help="What to write.")
 @click.option("--also", multiple=True, metavar="FORMAT", help="Publish this format too, in OUT-FORMAT; may be given again.")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from marlinctl.errors import CheckFailed
 
 
 @click.command("plan")
-@click.argument("model", metavar="MODEL")
+@click.argument("model", type=click.Path(), metavar="MODEL")
 @click.option("--out", type=click.Path(path_type=Path), default=Path(), metavar="OUT", help="Where the result would lie. Default: here.")
 @click.option("--format", "fmt", metavar="ct|gptq|marlin|marlin_24", help="What OUT holds. Default: the recipe's first format, ct.")
 @click.option("--also", multiple=True, metavar="FORMAT", help="Publish this format too; may be given again.")
@@ -59,7 +62,20 @@ def command(
         module_map=values["module_map"],
         probe=probe,
     )
-    document = make_plan(model, recipe, settings, console)
+    with _without_collection():
+        document = make_plan(model, recipe, settings, console)
     console.result(table(document), document)
     if not document["fits"]:
         click.get_current_context().exit(CheckFailed.exit_code)
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Nothing that a plan makes is garbage before it ends, and looking for some while a vocabulary is parsed takes a fifth of that time."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()

@@ -13,7 +13,7 @@ from marlinctl.console import Console
 
 
 @click.command("quantize")
-@click.argument("model", metavar="MODEL")
+@click.argument("model", type=click.Path(), metavar="MODEL")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
 @recipe_flags
 @run_flags

@@ -16,6 +16,8 @@ import click
 from marlinctl.errors import UsageError
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from marlinctl.console import Console
     from marlinctl.opening import Options
     from marlinctl.recipe import Recipe
@@ -232,9 +234,34 @@ def command_line() -> str:
 
 def _of_table(flags: Mapping[str, tuple[str, dict[str, Any]]]) -> list[_Decorator]:
     recipe = click.option(
-        "--recipe", "recipe_name", default="int4", show_default=True, metavar="NAME|FILE", help="See `marlinctl recipes ls`."
+        "--recipe",
+        "recipe_name",
+        default="int4",
+        show_default=True,
+        metavar="NAME|FILE",
+        help="See `marlinctl recipes ls`.",
+        shell_complete=_recipe_names,
     )
-    return [recipe, *(click.option(flag, _parameter(key), default=None, **attributes) for key, (flag, attributes) in flags.items())]
+    options = []
+    for key, (flag, attributes) in flags.items():
+        values = str(attributes.get("metavar", "")).split("|")
+        complete = _beginning_with(values) if len(values) > 1 else None
+        options.append(click.option(flag, _parameter(key), default=None, shell_complete=complete, **attributes))
+    return [recipe, *options]
+
+
+def _beginning_with(values: list[str]) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """For the shell: the values that the help shows."""
+    return lambda _context, _parameter, typed: [value for value in values if value.startswith(typed)]
+
+
+def _recipe_names(context: click.Context, parameter: click.Parameter, typed: str) -> list[CompletionItem]:
+    from click.shell_completion import CompletionItem
+
+    from marlinctl.recipe import builtin_names
+
+    names = [CompletionItem(name) for name in builtin_names() if name.startswith(typed)]
+    return names or click.Path().shell_complete(context, parameter, typed)
 
 
 def _given(values: dict[str, Any], flags: Mapping[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from marlinctl.console import Console
 
 
 @click.command("sparsify")
-@click.argument("model", metavar="MODEL")
+@click.argument("model", type=click.Path(), metavar="MODEL")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
 @click.option("--pattern", default="2:4", show_default=True, metavar="2:4", help="What survives; 2:4 is all that tensor cores know.")
 @gate_flags

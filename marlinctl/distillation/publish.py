@@ -8,7 +8,7 @@ the mask              travels on, or is written for the first time where it was 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def build(
     *,
     recipe_yaml: str,
     manifest: Mapping[str, Any],
-    report_files: Mapping[str, bytes],
+    report_files: Callable[[Path], Mapping[str, bytes]],  # of the finished folder
     console: Console,
 ) -> None:
     """Write and check; moving into place is the job's. `values`: every tensor that changes, by name, already rounded."""
@@ -49,8 +49,10 @@ def build(
         {key: value for key, value in checkpoint.config.items() if key != "auto_map"},
         manifest={**manifest, "tensors": digests, "finished": True},
         verify=lambda folder: check_written(folder, opened, digests, console),
-        report_files=report_files,
+        report_files={},
     )
+    for name, data in report_files(staged.path).items():
+        staged.write_file(name, data)
 
 
 def _write_changed(opened: Opened, values: Iterable[tuple[str, Tensor]], staged: StagedCheckpoint) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from marlinctl.benchmarking import pictures
-from marlinctl.errors import EnvironmentProblem
 from tests.benchmarking.figures import made_up, made_up_roofline
 
 
@@ -56,12 +54,3 @@ def test_nothing_measured_draws_nothing(tmp_path: Path) -> None:
     """If this failed, `bench --check --out` would end in a traceback."""
     document = replace(made_up(), cases=[], sets=[], ceilings=None, drift=None)
     assert pictures.draw(document, tmp_path) == []
-
-
-def test_a_missing_matplotlib_is_told_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If this failed, the run would be over before it is noticed that nothing can draw."""
-    monkeypatch.setattr(pictures, "find_spec", lambda name: None if name == "matplotlib" else importlib.util.find_spec(name))
-    with pytest.raises(EnvironmentProblem) as caught:
-        pictures.require_matplotlib()
-    assert caught.value.error_id == "E422"
-    assert "marlinctl[bench]" in caught.value.problems[0].fix
