@@ -10,10 +10,11 @@ import json
 import os
 import pty
 import select
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +23,8 @@ import pytest
 
 from marlinctl import cli
 from marlinctl.console import SCHEMA_VERSION
+from marlinctl.models import Block
+from marlinctl.walk import SolveStage, Walk
 from tests.test_job import TEXT
 from tests.tiny import make_tiny
 
@@ -34,6 +37,10 @@ CALLS = {
     "distill": "distill S OUT --teacher M --data T --tokens 64 --sequence-length 16 --batch-tokens 32 --micro-batch 2 --dtype float32",
     "pack": "pack P OUT --format marlin",
     "eval": f"eval P --against M --dtype float32 {MEASURE}",
+    "bench": "bench --build --arch sm_80 --only m8n128k256x4",
+    "resume": "resume OUT",
+    "jobs ls": "jobs ls .",
+    "jobs rm": "jobs rm OUT --yes",
     "plan": f"plan M --out OUT {SOLVE}",
     "inspect": "inspect P",
     "report": "report Q",
@@ -69,7 +76,26 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     found = {letter: str(path) for letter, path in names.items()}
     assert cli.main([*spelled(f"quantize M {folder / 'quantized'} -q {SOLVE}", found)]) == 0
     assert cli.main([*spelled(f"sparsify M {folder / 'sparse'} -q --no-eval {SOLVE}", found)]) == 0
-    return found | {"P": str(folder / "quantized"), "Q": str(folder / "quantized"), "S": str(folder / "sparse")}
+    with pytest.MonkeyPatch.context() as stopped:  # a run that was stopped in its second block
+        stopped.setattr(Walk, "run_block", stopping_at_the_second(Walk.run_block))
+        assert cli.main([*spelled(f"quantize M {folder / 'unfinished'} -q {SOLVE}", found)]) == 130
+    jobs = {"JOB": str(folder / "unfinished.job")}
+    return found | jobs | {"P": str(folder / "quantized"), "Q": str(folder / "quantized"), "S": str(folder / "sparse")}
+
+
+def stopping_at_the_second(run_block: Callable[..., None]) -> Callable[..., None]:
+    def stopping(self: Walk, block: Block, solve: SolveStage) -> None:
+        if block.index == 1:
+            raise KeyboardInterrupt
+        run_block(self, block, solve)
+
+    return stopping
+
+
+def put_job(name: str, places: dict[str, str]) -> None:
+    """What `resume` and `jobs` work with: an unfinished job for OUT, in the current folder."""
+    if name == "resume" or name.startswith("jobs"):
+        shutil.copytree(places["JOB"], "OUT.job")
 
 
 def spelled(call: str, places: dict[str, str]) -> list[str]:
@@ -87,6 +113,7 @@ def test_json_is_alone_on_stdout_and_the_log_has_the_story(
 ) -> None:
     """A program that reads stdout would stumble over one stray line, from us or from a library."""
     monkeypatch.chdir(tmp_path)
+    put_job(name, places)
     log = tmp_path / "run.log"
     assert cli.main([*spelled(CALLS[name], places), "--json", "--verbose", "--log-file", str(log)]) == 0
     out, err = capfd.readouterr()
@@ -105,6 +132,7 @@ def test_quiet_leaves_the_result(
 ) -> None:
     """Cron mails whatever a quiet program says."""
     monkeypatch.chdir(tmp_path)
+    put_job(name, places)
     assert cli.main([*spelled(CALLS[name], places), "--quiet"]) == 0
     out, err = capfd.readouterr()
     assert out.strip() and "\x1b" not in out
