@@ -22,7 +22,7 @@ from tests.pruned import prune
 from tests.test_job import TEXT
 from tests.tiny import make_tiny
 
-APART = {"README.md", "marlinctl_report.json", "marlinctl_report.md"}
+APART = {"README.md", "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html"}
 SMALL = """
 extends: {extends}
 quantize: {{group_size: 32, refine: 0}}
