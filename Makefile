@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 RUN = $(VENV)/bin
 CONSTRAINTS = constraints.txt
+WORKERS ?= 2
 
 .PHONY: help demo test lint types tests format docs site gpu slow fuzz wheel clean
 .DEFAULT_GOAL := help
@@ -42,7 +43,7 @@ types: $(VENV)/.installed-test  ## mypy
 	$(RUN)/mypy
 
 tests: $(VENV)/.installed-test  ## pytest, without what needs a GPU or minutes
-	$(RUN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 slow: $(VENV)/.installed-test  ## the tests that take minutes
 	$(RUN)/python -m pytest -q -m slow
