@@ -253,10 +253,7 @@ class JobFolder:
 
     def publish(self, stages: Sequence[Finished], *, keep: bool) -> None:
         """Give checked folders of this job their names, all or none; then the job is over."""
-        places = [
-            {"from": stage.path.name, "to": stage.out.name, "manifest": manifest.digest(stage.path)}
-            for stage in stages
-        ]
+        places = [{"from": stage.path.name, "to": stage.out.name, "manifest": manifest.digest(stage.path)} for stage in stages]
         self.append({"step": "publishing", "folders": places})
         publish_together(stages, aside_in=self.path)
         self._over(keep)
