@@ -242,8 +242,8 @@ def test_memory_that_runs_out_costs_nothing_that_was_finished(place: Path, tmp_p
         def starved(self, block, solve):
             if block.index == 2:
                 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-                resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), resource.RLIM_INFINITY))
-                self.step, self.hidden = self.samples, self.hidden.repeat(1, 1, 1024)
+                resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
+                self.hidden = self.hidden.repeat(1, 1, 1 << 16)  # a gigabyte
             run_block(self, block, solve)
         Walk.run_block = starved
         sys.exit(main(sys.argv[1:]))
@@ -336,8 +336,14 @@ def test_going_back_in_a_verb_without_blocks_is_refused(place: Path, tmp_path: P
     from marlinctl.console import Console
     from marlinctl.journal import JobFolder, Request
 
-    with pytest.raises(OSError, match="full"), JobFolder(tmp_path / "out").held(Request("pack", {}), resume=False, console=Console.quiet()):
-        raise OSError("full")
+    def run() -> None:
+        folder = JobFolder(tmp_path / "out")
+        with folder.held(Request("pack", {}), resume=False, console=Console.quiet()):
+            folder.begin({})
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        run()
     assert refused(capfd, "resume", str(tmp_path / "out"), "--redo-from", "1")["id"] == "E291"
 
 
