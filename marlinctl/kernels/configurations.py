@@ -1,11 +1,13 @@
 """The shapes in which the kernels are compiled: how much a CTA takes on, and how its warps share it.
 
-csrc/marlin_sm80.cu (dense) and csrc/sparse_marlin_sm80.cu (2:4) are one source each; a configuration is the set of constants that it
-is compiled with. What the constants mean is drawn there and in csrc/tile.cuh; in short, a CTA computes an output tile of `tokens`
-(M) x 64 `blocks` (N), in stages of `k_step` (K):
+csrc/marlin_sm80.cu (dense) and csrc/sparse_marlin_sm80.cu (2:4) are one source each, and so are their twins for Hopper, .._sm90.cu; a
+configuration is the set of constants that it is compiled with. What the constants mean is drawn there and in csrc/tile.cuh; in
+short, a CTA computes an output tile of `tokens` (M) x 64 `blocks` (N), in stages of `k_step` (K):
 
     warps = blocks x split x k_warps      split: warps that share the 64 columns of a block
                                           k_warps: warps that share the k of a stage
+
+On Hopper four more warps copy, and the group size is compiled in.
 
 Everything that the host must know beside that, threads, shared memory, workspace, follows from them and is computed here;
 the kernel checks the shared memory when it is compiled. Which configuration is used for which M, N, K is not decided yet:
@@ -25,7 +27,7 @@ GROUP_SIZES = (32, 64, 128)  # and channel-wise
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    tokens: int  # M of an output tile: 8, 16, 32 or 64
+    tokens: int  # M of an output tile: 8, 16, 32 or 64, with wgmma also 48, 96 and 128
     blocks: int  # N of an output tile, in blocks of 64
     split: int
     k_warps: int
@@ -33,15 +35,18 @@ class Configuration:
     stages: int  # of which all but one are on their way from memory
     ctas: int  # per multiprocessor, what the compiler allots registers for
     sparse: bool = False  # 2:4
+    wgmma: bool = False  # for Hopper alone
+    scale_weights: bool = False  # with wgmma: scales multiply weights, in 16 bits, instead of sums of groups
 
     @property
     def name(self) -> str:
-        return f"{'sparse-' if self.sparse else ''}m{self.tokens}n{64 * self.blocks}k{self.k_step}x{self.stages}"
+        kernel = f"{'sparse-' if self.sparse else ''}{'wgmma-' if self.wgmma else ''}"
+        return f"{kernel}m{self.tokens}n{64 * self.blocks}k{self.k_step}x{self.stages}{'w' if self.scale_weights else ''}"
 
     @property
     def kernel(self) -> str:
         """The name of the function, and with .cu of its source."""
-        return "sparse_marlin_sm80" if self.sparse else "marlin_sm80"
+        return f"{'sparse_' if self.sparse else ''}marlin_{'sm90' if self.wgmma else 'sm80'}"
 
     @property
     def tile_k(self) -> int:
@@ -54,7 +59,13 @@ class Configuration:
 
     @property
     def threads(self) -> int:
-        return 32 * self.blocks * self.split * self.k_warps
+        """Of a CTA, with those that copy."""
+        return 32 * (self.warps + (4 if self.wgmma else 0))
+
+    @property
+    def warps(self) -> int:
+        """Those that multiply."""
+        return self.blocks * self.split * self.k_warps
 
     @property
     def stage_bytes(self) -> int:
@@ -66,12 +77,13 @@ class Configuration:
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a CTA: the stages, the sums that warps exchange, and a word for the count of CTAs."""
-        exchange = self.threads // 32 * (self.tokens // 8) * 512 if self.k_warps > 1 else 0
-        return self.stages * self.stage_bytes + exchange + 16
+        """Dynamic shared memory of a CTA: the stages, the sums that warps exchange, barriers, and a word for the count of CTAs."""
+        exchange = self.warps * (self.tokens // 8) * 512 if self.k_warps > 1 else 0
+        barriers = 16 * self.stages if self.wgmma else 0
+        return self.stages * self.stage_bytes + exchange + barriers + 16
 
-    def defines(self, dtype: torch.dtype) -> tuple[str, ...]:
-        """What the compiler is told, for activations of `dtype` (float16 or bfloat16)."""
+    def defines(self, dtype: torch.dtype, group_shift: int = 3) -> tuple[str, ...]:
+        """What the compiler is told, for activations of `dtype` (float16 or bfloat16); group_shift() matters to wgmma alone."""
         sizes = {
             "TOKENS": self.tokens,
             "BLOCKS": self.blocks,
@@ -82,10 +94,12 @@ class Configuration:
             "CTAS": self.ctas,
             "SHARED_BYTES": self.shared_bytes,
         }
+        if self.wgmma:
+            sizes |= {"GROUP_SHIFT": group_shift, "SCALE_WEIGHTS": int(self.scale_weights)}
         return (f"NUMBER={NUMBERS[dtype]}", *(f"{name}={value}" for name, value in sizes.items()))
 
     def fits(self, architecture: str) -> bool:
-        return self.shared_bytes <= SHARED_BYTES[architecture]
+        return self.shared_bytes <= SHARED_BYTES[architecture] and (architecture == "sm_90a" or not self.wgmma)
 
     def output_tiles(self, m: int, n: int) -> int:
         """Counters that the workspace must have, an int32 each, all zero."""
@@ -132,8 +146,21 @@ SPARSE = (
 )
 
 
+# With wgmma a warpgroup, four warps, multiplies 256 columns: all of their words, and the two share the k of a stage, or from 64 tokens on
+# half of their words, because of the registers of the sums. 96 KB or more of weights are under way.
+DENSE_SM90 = (
+    Configuration(tokens=8, blocks=4, split=1, k_warps=2, k_step=256, stages=5, ctas=1, wgmma=True),
+    Configuration(tokens=16, blocks=4, split=1, k_warps=2, k_step=256, stages=4, ctas=1, wgmma=True),
+    Configuration(tokens=32, blocks=4, split=1, k_warps=2, k_step=256, stages=4, ctas=1, wgmma=True),
+    Configuration(tokens=48, blocks=4, split=2, k_warps=1, k_step=128, stages=7, ctas=1, wgmma=True),
+    Configuration(tokens=64, blocks=4, split=2, k_warps=1, k_step=128, stages=6, ctas=1, wgmma=True, scale_weights=True),
+    Configuration(tokens=96, blocks=4, split=2, k_warps=1, k_step=128, stages=5, ctas=1, wgmma=True, scale_weights=True),
+    Configuration(tokens=128, blocks=4, split=2, k_warps=1, k_step=128, stages=4, ctas=1, wgmma=True, scale_weights=True),
+)
+
+
 def group_shift(group_size: int, in_features: int) -> int:
-    """The last argument of both kernels: log2 of the 16 k in a group, or -1 where one scale serves a whole column."""
+    """The last argument of the kernels: log2 of the 16 k in a group, or -1 where one scale serves a whole column."""
     if group_size == in_features:
         return -1
     if group_size not in GROUP_SIZES:

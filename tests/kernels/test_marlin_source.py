@@ -1,13 +1,13 @@
-"""csrc/marlin_sm80.cu and sparse_marlin_sm80.cu themselves, run on the CPU: the sources that NVRTC compiles, built by a C++ compiler
-against a software GPU.
+"""The kernels of csrc themselves, run on the CPU: the sources that NVRTC compiles, built by a C++ compiler against a software GPU.
 
-software_gpu/ptx.cuh takes the place of the instructions; everything else, addresses, pipeline, stripes and reduction, is the kernel's own.
+software_gpu/ptx.cuh and ptx_sm90.cuh take the place of the instructions; everything else, addresses, pipeline, stripes and reduction, is the kernel's own.
 What this cannot show: races between warps that the order of fibers hides, what the compiler for the GPU does, and speed.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from marlinctl.kernels import jit
-from marlinctl.kernels.configurations import DENSE, SPARSE, Configuration, group_shift
+from marlinctl.kernels.configurations import DENSE, DENSE_SM90, SPARSE, Configuration, group_shift
 from marlinctl.kernels.reference import dequantize, dequantize_sparse
 from marlinctl.pack.marlin import pack_marlin
 from marlinctl.pack.sparse_marlin import pack_sparse_marlin
@@ -49,11 +49,17 @@ def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: 
     shutil.copytree(jit.SOURCES, folder)
     for path in (folder / f"{configuration.kernel}.cu", *folder.glob("*.cuh")):
         path.write_text(edit(path.read_text("utf-8")), "utf-8")
-    shutil.copy(SOFTWARE_GPU / "ptx.cuh", folder)
-    defines = [f"-D{define}" for define in (*configuration.defines(dtype), f"SPARSE={int(configuration.sparse)}")]
-    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-w", f"-I{folder}", *defines, "-o", str(folder / "kernel.so")]
-    subprocess.run([*command, str(SOFTWARE_GPU / "launch.cpp")], check=True)
-    library = ctypes.CDLL(str(folder / "kernel.so"))
+    for name in ("ptx.cuh", "ptx_sm90.cuh"):
+        shutil.copy(SOFTWARE_GPU / name, folder)
+
+    @functools.cache
+    def library(shift: int) -> ctypes.CDLL:
+        kernel = (f"SPARSE={int(configuration.sparse)}", f"WGMMA={int(configuration.wgmma)}")
+        defines = [f"-D{define}" for define in (*configuration.defines(dtype, shift), *kernel)]
+        target = folder / f"kernel{shift}.so"
+        command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-w", f"-I{folder}", *defines, "-o", str(target)]
+        subprocess.run([*command, str(SOFTWARE_GPU / "launch.cpp")], check=True)
+        return ctypes.CDLL(str(target))
 
     def launch(
         activations: Tensor,
@@ -74,8 +80,9 @@ def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: 
         inputs = [aligned(tensor) for tensor in (activations, p.qweight, meta, p.scales)]
         pointers = [*(tensor.data_ptr() for tensor in inputs), None if bias is None else bias.data_ptr()]
         pointers += [out[GUARD:].data_ptr(), partials.data_ptr(), counters.data_ptr()]
-        arguments = Arguments(*pointers, m, n, k, group_shift(p.group_size, k))
-        library.launch(arguments, (ctypes.c_int * ctas)(*order), ctas, ctypes.c_bool(eager), ctypes.c_bool(backwards))
+        shift = group_shift(p.group_size, k)
+        arguments = Arguments(*pointers, m, n, k, shift)
+        library(shift if configuration.wgmma else 0).launch(arguments, (ctypes.c_int * ctas)(*order), ctas, ctypes.c_bool(eager), ctypes.c_bool(backwards))
         assert not counters.any(), "the next launch would find a used workspace"
         assert partials[size:].isnan().all(), "written behind the workspace"
         assert out[:GUARD].isnan().all() and out[-GUARD:].isnan().all(), "written outside of the output"
@@ -103,8 +110,8 @@ def random_packed(
 
 
 KERNELS = [  # each takes a second to build
-    *((c, torch.float16) for c in (*DENSE, *SPARSE)),
-    *((c, torch.bfloat16) for c in (DENSE[0], DENSE[4], SPARSE[0], SPARSE[4])),
+    *((c, torch.float16) for c in (*DENSE, *SPARSE, *DENSE_SM90)),
+    *((c, torch.bfloat16) for c in (DENSE[0], DENSE[4], SPARSE[0], SPARSE[4], DENSE_SM90[0], DENSE_SM90[4])),
 ]
 
 

@@ -36,6 +36,9 @@
 #pragma once
 #include "ptx.cuh"
 
+// Where weights are scaled before they are multiplied, a Scale is what one scale has to be for `times`, which gives the decoded weights
+// as they are defined: code * scale, rounded once to 16 bits.
+
 // The two formats of activations, under the same names.
 struct Half {
     static __device__ __forceinline__ unsigned lower(unsigned word) {  // codes of nibbles 0 and 4
@@ -51,6 +54,11 @@ struct Half {
     static __device__ __forceinline__ void mma_sparse(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[4], unsigned e) {
         mma_sparse_half<selector>(d, a, b, e);
     }
+    struct Scale {
+        unsigned both;
+    };
+    static __device__ __forceinline__ Scale scale(unsigned short bits) { return {bits * 0x10001u}; }
+    static __device__ __forceinline__ unsigned times(unsigned codes, Scale s) { return multiply_half(codes, s.both); }
     static __device__ __forceinline__ unsigned round(float first, float second) { return round_to_half(first, second); }
     static __device__ __forceinline__ float widen(unsigned short bits) { return widen_half(bits); }
 };
@@ -66,6 +74,20 @@ struct BFloat {
     template <int selector>
     static __device__ __forceinline__ void mma_sparse(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[4], unsigned e) {
         mma_sparse_bfloat<selector>(d, a, b, e);
+    }
+    // A float16 has 11 bits and bfloat16 8: upper is what fits, and lower the rest, of 3 bits. A code has 4, so code * lower is
+    // exact, and code * upper + that is rounded once, to what code * scale would be rounded to.
+    struct Scale {
+        unsigned upper, lower;
+    };
+    static __device__ __forceinline__ Scale scale(unsigned short bits) {
+        const float whole = widen_half(bits);
+        const unsigned upper = round(whole, whole);
+        const float rest = whole - widen_bfloat(static_cast<unsigned short>(upper));
+        return {upper, round(rest, rest)};
+    }
+    static __device__ __forceinline__ unsigned times(unsigned codes, Scale s) {
+        return fma_bfloat(codes, s.upper, fma_bfloat(codes, s.lower, 0x80008000));  // - 0
     }
     static __device__ __forceinline__ unsigned round(float first, float second) { return round_to_bfloat(first, second); }
     static __device__ __forceinline__ float widen(unsigned short bits) { return widen_bfloat(bits); }

@@ -35,8 +35,7 @@
 // thirds of what wgmma does on Hopper: there this is a kernel for M up to about 64.
 //
 // MEASURED.  Nothing: no GPU has run this file yet (kernels/README.md says what is known of it).
-#include "dequantize.cuh"
-#include "tile.cuh"
+#include "write_marlin.cuh"
 
 constexpr int K_TILES = K_STEP / 16;                   // rows of qweight in a stage
 constexpr int WARP_TILES = K_TILES / K_WARPS;          // and of them those of one warp
@@ -97,6 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) marlin_sm80(
         if (grouped) copy_scales(at, offset, first_tile >> group_shift, (first_tile + K_TILES - 1) >> group_shift);
     };
 
+    const Output output{scales, bias, out, m, n, grouped};
     Sums sums;        // scaled
     Sums group_sums;  // of the group under way: sums of code times activation
 
@@ -142,30 +142,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) marlin_sm80(
         }
     };
 
-    // Channel-wise scales, bias, rounding; movmatrix turns 8 (n) x 8 (m) around, so that a lane holds neighbours in n.
-    auto write_result = [&](OwnSums& own, const Cursor& at) {
-#pragma unroll
-        for (int word = 0; word < OWN; ++word)
-#pragma unroll
-            for (int upper = 0; upper < 2; ++upper) {  // rows 0..7 and 8..15 of the 16 x 8
-                const int eight = (at.slice * BLOCKS + self.block) * 64 + (self.first_word + self.k_warp * OWN + word) * 16 + upper * 8;
-                const int column = eight + lane / 4;  // as the accumulator holds it
-                float scale = 1.0f, shift = 0.0f;
-                if (!grouped && column < n_blocks * 64) {
-                    const int slot = column / 32 * 32 + column % 8 / 2 * 8 + column % 32 / 8 * 2 + column % 2;
-                    scale = widen_half(reinterpret_cast<const unsigned short*>(scales)[slot]);
-                }
-                if (bias != nullptr && column < n) shift = NUMBER::widen(bias[column]);
-#pragma unroll
-                for (int slab = 0; slab < SLABS; ++slab) {
-                    const float* s = own[word][slab] + 2 * upper;
-                    const unsigned pair = transpose(NUMBER::round(s[0] * scale + shift, s[1] * scale + shift));
-                    const int token = at.token_tile * TOKENS + slab * 8 + lane / 4, first = eight + lane % 4 * 2;
-                    if (token < m && first < n) out[(static_cast<size_t>(token) * n + first) / 2] = pair;
-                }
-            }
-    };
-
     // The end of an output tile, or of this CTA's part of one.
     auto finish = [&](int unit, int stage, int step) {
         const int last_tile = step * K_TILES + K_TILES - 1;
@@ -178,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) marlin_sm80(
         const int tile = unit / stripes.steps, first = tile * stripes.steps;
         const int first_cta = stripes.cta_of(first), last_cta = stripes.cta_of(first + stripes.steps - 1);
         if (first_cta == last_cta || reduce_across_ctas(own, partials, counters + tile, arrived, first_cta, last_cta, self)) {
-            write_result(own, stripes.at(unit));
+            write_result(own, output, stripes.at(unit), self);
         }
         zero(sums);
     };

@@ -10,6 +10,12 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
+// __syncthreads for the first `threads` of a CTA (barrier 0, for all of them, is __syncthreads' own).
+template <int threads>
+__device__ __forceinline__ void meet() {
+    asm volatile("bar.sync 1, %0;" ::"n"(threads) : "memory");
+}
+
 // cp.async.cg: 16 bytes from global to shared memory past L1, without registers; the bytes are there after the group's wait.
 // Where `inside` is false nothing is read and 16 zeros are written (src-size 0).
 // NOTE: no L2 cache hint. The form with one stops with "illegal instruction" on an H200 as the original MARLIN used it.
@@ -52,6 +58,13 @@ __device__ __forceinline__ unsigned and_or(unsigned a, unsigned b, unsigned c) {
 __device__ __forceinline__ unsigned subtract_half(unsigned a, unsigned b) {
     unsigned out;
     asm("sub.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    return out;
+}
+
+// mul.f16x2
+__device__ __forceinline__ unsigned multiply_half(unsigned a, unsigned b) {
+    unsigned out;
+    asm("mul.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
     return out;
 }
 

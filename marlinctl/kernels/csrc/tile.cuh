@@ -13,6 +13,8 @@
 //
 // Compile-time configuration (kernels/configurations.py): NUMBER, TOKENS, BLOCKS, SPLIT, K_WARPS, K_STEP, STAGES,
 // CTAS (per multiprocessor, what registers are allotted for), SHARED_BYTES.
+//
+// On Hopper the warps here are the consumers; the copying warps come after them (pipeline_sm90.cuh).
 #pragma once
 #include "stripes.cuh"
 
@@ -117,6 +119,20 @@ __device__ __forceinline__ void zero(Sums& sums) {
             for (int i = 0; i < 4; ++i) sums[word][slab][i] = 0.0f;
 }
 
+// What close_group would multiply with, for weights that are scaled before they are multiplied.
+template <class Number>
+__device__ __forceinline__ void load_scales(
+    typename Number::Scale (&lower)[WORDS], typename Number::Scale (&upper)[WORDS], const char* row_of_scales, const Self& self
+) {
+    unsigned pairs[4];
+    load_words(pairs, row_of_scales + (self.block * 64 + self.lane / 4 * 8 + 2 * self.first_word) * 2);
+#pragma unroll
+    for (int word = 0; word < WORDS; ++word) {
+        lower[word] = Number::scale(static_cast<unsigned short>(pairs[word]));
+        upper[word] = Number::scale(static_cast<unsigned short>(pairs[word] >> 16));
+    }
+}
+
 // sums += scale * group_sums. In both formats a lane's eight scales lie together, rows t/4 and t/4 + 8 of a word side by side.
 __device__ __forceinline__ void close_group(Sums& sums, Sums& group_sums, const char* row_of_scales, const Self& self) {
     unsigned pairs[4];
@@ -163,7 +179,7 @@ __device__ __forceinline__ void reduce_in_cta(OwnSums& own, const Sums& sums, fl
                 const float(&s)[4] = sums[part][slab];
                 scratch[(self.warp * SLABS + slab) * 32 + self.lane] = make_float4(s[0], s[1], s[2], s[3]);
             }
-            __syncthreads();
+            meet<THREADS>();
             if (self.k_warp == part / OWN) {
 #pragma unroll
                 for (int slab = 0; slab < SLABS; ++slab) {
@@ -178,7 +194,7 @@ __device__ __forceinline__ void reduce_in_cta(OwnSums& own, const Sums& sums, fl
                     }
                 }
             }
-            __syncthreads();
+            meet<THREADS>();
         }
     }
 }
@@ -209,12 +225,12 @@ __device__ __forceinline__ bool reduce_across_ctas(
             __stcg(place(blockIdx.x, part * SLABS + slab), make_float4(s[0], s[1], s[2], s[3]));
         }
     __threadfence();  // the part is visible before the count is
-    __syncthreads();
+    meet<THREADS>();
     if (self.thread == 0) {
         *arrived = atomicAdd(counter, 1);
         __threadfence();
     }
-    __syncthreads();
+    meet<THREADS>();
     if (*arrived != last_cta - first_cta) return false;
     if (self.thread == 0) *counter = 0;
 #pragma unroll

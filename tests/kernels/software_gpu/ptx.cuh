@@ -23,6 +23,7 @@
 #define __shared__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __align__(...)
 
 using std::min;
 using std::size_t;
@@ -52,7 +53,7 @@ unsigned current;
 bool eager;
 
 struct Meeting { unsigned waiting = 0, generation = 0; };
-Meeting cta, warps[32];
+Meeting cta, named, warps[32];
 unsigned exchange[32][32][SHOWN];  // [warp][lane]: what lanes show each other
 
 inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
@@ -146,6 +147,8 @@ inline void mma_sparse(float (&d)[4], const unsigned (&a)[4], const unsigned (&b
 }  // namespace gpu
 
 inline void __syncthreads() { gpu::meet(gpu::cta, gpu::fibers.size()); }
+inline void __syncwarp() { gpu::meet(gpu::warps[gpu::current / 32], 32); }
+template <int threads> inline void meet() { gpu::meet(gpu::named, threads); }
 inline void __threadfence() {}
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline int atomicAdd(int* place, int value) { return (*place += value) - value; }
@@ -189,6 +192,9 @@ template <class Both>
 inline unsigned each(Both both) { return both(0) | both(16) << 16; }
 inline unsigned subtract_half(unsigned a, unsigned b) {
     return each([=](int s) { return gpu::half_bits(double(gpu::half(a >> s)) - gpu::half(b >> s)); });
+}
+inline unsigned multiply_half(unsigned a, unsigned b) {
+    return each([=](int s) { return gpu::half_bits(double(gpu::half(a >> s)) * gpu::half(b >> s)); });
 }
 inline unsigned fma_half(unsigned a, unsigned b, unsigned c) {
     return each([=](int s) { return gpu::half_bits(double(gpu::half(a >> s)) * gpu::half(b >> s) + gpu::half(c >> s)); });
