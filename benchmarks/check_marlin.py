@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from marlinctl.kernels import jit
-from marlinctl.kernels.configurations import DENSE, GROUP_SIZES, SPARSE, Configuration, group_shift
+from marlinctl.kernels.configurations import DENSE, DENSE_SM90, GROUP_SIZES, SPARSE, SPARSE_SM90, Configuration, group_shift
 from marlinctl.kernels.reference import dequantize, dequantize_sparse
 from marlinctl.pack.marlin import pack_marlin
 from marlinctl.pack.sparse_marlin import pack_sparse_marlin
@@ -76,8 +76,9 @@ def main() -> int:
     gpu = torch.cuda.get_device_properties(0)
     today = datetime.datetime.now(datetime.UTC).date()
     print(f"{gpu.name}, {gpu.multi_processor_count} multiprocessors, torch {torch.__version__}, CUDA {torch.version.cuda}, {today}")
-    of_kernel = {"dense": DENSE, "sparse": SPARSE, None: (*DENSE, *SPARSE)}
-    fitting = [c for c in of_kernel[arguments.kernel] if c.fits(architecture())]
+    of_kernel = {"dense": (*DENSE, *DENSE_SM90), "sparse": (*SPARSE, *SPARSE_SM90)}
+    wanted = [arguments.kernel] if arguments.kernel else list(of_kernel)
+    fitting = [c for kernel in wanted for c in of_kernel[kernel] if c.fits(architecture(c))]
     configurations = [c for c in fitting if not arguments.only or c.name in arguments.only]
     if not configurations:
         parser.error(f"--only: the configurations for this GPU are {', '.join(c.name for c in fitting)}")
@@ -108,9 +109,10 @@ def main() -> int:
 # Loading and launching
 
 
-def architecture() -> str:
+def architecture(configuration: Configuration) -> str:
+    """What this GPU runs it as: wgmma takes the instructions that no architecture but Hopper has."""
     major, minor = torch.cuda.get_device_capability()
-    return f"sm_{major}{minor}"
+    return f"sm_{major}{minor}{'a' if configuration.wgmma and major == 9 else ''}"
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Kernel:
 
     configuration: Configuration
     dtype: torch.dtype
-    function: Any  # CUfunction
+    functions: dict[int, Any]  # CUfunction, by group_shift(); where it is not compiled in, one for all
     resident: int  # CTAs that fit on the GPU at once, by multiprocessor
 
     @classmethod
@@ -127,23 +129,26 @@ class Kernel:
         from cuda.bindings import driver
 
         torch.zeros(1, device="cuda")  # makes torch's context current
-        start = time.perf_counter()
-        code = jit.cubin(f"{configuration.kernel}.cu", configuration.defines(dtype), architecture(), cache)
-        compiled = time.perf_counter()
-        library = done(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
-        function = done(driver.cuKernelGetFunction(done(driver.cuLibraryGetKernel(library, configuration.kernel.encode()))))
-        size = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        done(driver.cuFuncSetAttribute(function, size, configuration.shared_bytes))
-        resident = done(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, configuration.threads, configuration.shared_bytes))
-        registers = done(driver.cuFuncGetAttribute(driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NUM_REGS, function))
-        local = done(driver.cuFuncGetAttribute(driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, function))
-        loaded = time.perf_counter() - compiled
+        functions, registers, local, resident, start = {}, 0, 0, 99, time.perf_counter()
+        for shift in (-1, 1, 2, 3) if configuration.wgmma else (3,):
+            defines = configuration.defines(dtype, shift)
+            code = jit.cubin(f"{configuration.kernel}.cu", defines, architecture(configuration), cache)
+            library = done(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
+            function = done(driver.cuKernelGetFunction(done(driver.cuLibraryGetKernel(library, configuration.kernel.encode()))))
+            size = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            done(driver.cuFuncSetAttribute(function, size, configuration.shared_bytes))
+            shape = configuration.threads, configuration.shared_bytes
+            resident = min(resident, done(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, *shape)))
+            attribute = driver.CUfunction_attribute
+            registers = max(registers, done(driver.cuFuncGetAttribute(attribute.CU_FUNC_ATTRIBUTE_NUM_REGS, function)))
+            local = max(local, done(driver.cuFuncGetAttribute(attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, function)))
+            functions[shift] = function
         print(
-            f"{configuration.name:22} {str(dtype)[6:]:9} compiled in {compiled - start:.2f} s, loaded in {loaded:.3f} s, "
+            f"{configuration.name:24} {str(dtype)[6:]:9} compiled and loaded in {time.perf_counter() - start:.2f} s, "
             f"{registers} registers, {local} bytes of local memory, {configuration.shared_bytes} of shared, {resident} CTAs each",
             flush=True,
         )
-        return cls(configuration, dtype, function, resident)
+        return cls(configuration, dtype, functions, resident)
 
     @property
     def name(self) -> str:
@@ -172,8 +177,9 @@ class Kernel:
         places = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))  # read before the call returns
         stream = torch.cuda.current_stream().cuda_stream
         shared = self.configuration.shared_bytes
+        function = self.functions[group_shift(p.group_size, k) if self.configuration.wgmma else 3]
         done(
-            driver.cuLaunchKernel(self.function, ctas, 1, 1, self.configuration.threads, 1, 1, shared, stream, ctypes.addressof(places), 0)
+            driver.cuLaunchKernel(function, ctas, 1, 1, self.configuration.threads, 1, 1, shared, stream, ctypes.addressof(places), 0)
         )
 
 
@@ -236,7 +242,7 @@ def check(kernels: list[Kernel]) -> list[str]:
     for kernel in kernels:
         wrong += [*check_identity(kernel), *check_large(kernel), *check_streams_and_graph(kernel)]
         figures = ", ".join(f"{what} {worst[kernel.name, what]:.2e}" for what in ("relative", "mean ratio"))
-        print(f"{kernel.name:32} worst error against float64: {figures}", flush=True)
+        print(f"{kernel.name:40} worst error against float64: {figures}", flush=True)
     return wrong
 
 
@@ -392,6 +398,8 @@ def time_shape(kernels: list[Kernel], n: int, k: int, tokens: list[int], group_s
         out = torch.empty(m, n, device="cuda", dtype=dtype)
         candidates: dict[str, Callable[[int], object]] = {"torch.matmul": partial(dense_call, activations, dense, out)}
         for kernel in kernels:
+            if m > 4 * kernel.configuration.tokens:
+                continue  # a tile this small is not for so many tokens
             for residents in range(1, kernel.resident + 1):
                 ctas = kernel.ctas(m, n, k, residents)
                 call = partial(packed_call, kernel, activations, packed, out, kernel.workspace(m, n, ctas), ctas)

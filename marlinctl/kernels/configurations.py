@@ -95,7 +95,9 @@ class Configuration:
             "SHARED_BYTES": self.shared_bytes,
         }
         if self.wgmma:
-            sizes |= {"GROUP_SHIFT": group_shift, "SCALE_WEIGHTS": int(self.scale_weights)}
+            # Sums of many small groups are dearer to scale than weights, and leave too few registers.
+            scale_weights = self.scale_weights or (group_shift == 1 and self.tokens >= 32)
+            sizes |= {"GROUP_SHIFT": group_shift, "SCALE_WEIGHTS": int(scale_weights)}
         return (f"NUMBER={NUMBERS[dtype]}", *(f"{name}={value}" for name, value in sizes.items()))
 
     def fits(self, architecture: str) -> bool:
@@ -156,6 +158,16 @@ DENSE_SM90 = (
     Configuration(tokens=64, blocks=4, split=2, k_warps=1, k_step=128, stages=6, ctas=1, wgmma=True, scale_weights=True),
     Configuration(tokens=96, blocks=4, split=2, k_warps=1, k_step=128, stages=5, ctas=1, wgmma=True, scale_weights=True),
     Configuration(tokens=128, blocks=4, split=2, k_warps=1, k_step=128, stages=4, ctas=1, wgmma=True, scale_weights=True),
+)
+
+SPARSE_SM90 = (
+    Configuration(tokens=8, blocks=4, split=1, k_warps=2, k_step=256, stages=6, ctas=1, sparse=True, wgmma=True),
+    Configuration(tokens=16, blocks=4, split=1, k_warps=2, k_step=256, stages=5, ctas=1, sparse=True, wgmma=True),
+    Configuration(tokens=32, blocks=4, split=1, k_warps=2, k_step=256, stages=4, ctas=1, sparse=True, wgmma=True),
+    Configuration(tokens=48, blocks=4, split=2, k_warps=1, k_step=128, stages=8, ctas=1, sparse=True, wgmma=True),
+    Configuration(tokens=64, blocks=4, split=2, k_warps=1, k_step=128, stages=7, ctas=1, sparse=True, wgmma=True, scale_weights=True),
+    Configuration(tokens=96, blocks=4, split=2, k_warps=1, k_step=128, stages=5, ctas=1, sparse=True, wgmma=True, scale_weights=True),
+    Configuration(tokens=128, blocks=4, split=2, k_warps=1, k_step=128, stages=4, ctas=1, sparse=True, wgmma=True, scale_weights=True),
 )
 
 

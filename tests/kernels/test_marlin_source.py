@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from marlinctl.kernels import jit
-from marlinctl.kernels.configurations import DENSE, DENSE_SM90, SPARSE, Configuration, group_shift
+from marlinctl.kernels.configurations import DENSE, DENSE_SM90, SPARSE, SPARSE_SM90, Configuration, group_shift
 from marlinctl.kernels.reference import dequantize, dequantize_sparse
 from marlinctl.pack.marlin import pack_marlin
 from marlinctl.pack.sparse_marlin import pack_sparse_marlin
@@ -110,8 +110,8 @@ def random_packed(
 
 
 KERNELS = [  # each takes a second to build
-    *((c, torch.float16) for c in (*DENSE, *SPARSE, *DENSE_SM90)),
-    *((c, torch.bfloat16) for c in (DENSE[0], DENSE[4], SPARSE[0], SPARSE[4], DENSE_SM90[0], DENSE_SM90[4])),
+    *((c, torch.float16) for c in (*DENSE, *SPARSE, *DENSE_SM90, *SPARSE_SM90)),
+    *((c, torch.bfloat16) for c in (DENSE[0], DENSE[4], SPARSE[0], SPARSE[4], DENSE_SM90[0], DENSE_SM90[4], SPARSE_SM90[0], SPARSE_SM90[4])),
 ]
 
 
@@ -136,8 +136,12 @@ def test_products(kernel: tuple[Configuration, torch.dtype, Launch]) -> None:
         bias = (torch.randn(n, generator=generator) / 16).to(dtype)
         weight = weight.double()
         exact = activations.double() @ weight.T + bias.double()
-        # One rounding of the output, and float32 sums in any order: K roundings of at most the sum of magnitudes.
-        bound = EPSILON[dtype] * exact.abs() + k * 2**-24 * (activations.double().abs() @ weight.abs().T + bias.double().abs()) + 2**-24
+        # One rounding of the output, one of each weight where they are scaled, and float32 sums in any order: K roundings of at most
+        # the sum of magnitudes.
+        magnitudes = activations.double().abs() @ weight.abs().T
+        bound = EPSILON[dtype] * exact.abs() + k * 2**-24 * (magnitudes + bias.double().abs()) + 2**-24
+        if configuration.wgmma and "SCALE_WEIGHTS=1" in configuration.defines(dtype, group_shift(k if group_size == -1 else group_size, k)):
+            bound += EPSILON[dtype] * magnitudes
         forwards, case = list(range(ctas)), f"{configuration.name}: M={m} N={n} K={k} group_size={group_size} CTAs={ctas}"
         lazy = launch(activations, p, bias, forwards)
         assert bool(((lazy.double() - exact).abs() <= bound).all()), case

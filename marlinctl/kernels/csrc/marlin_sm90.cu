@@ -46,8 +46,6 @@
 
 constexpr int K_TILES = K_STEP / 16;                   // rows of qweight in a stage
 constexpr int WARP_TILES = K_TILES / K_WARPS;          // and of them those of one warp
-constexpr bool GROUPED = GROUP_SHIFT >= 0;
-constexpr bool SCALE_SUMS = GROUPED && !SCALE_WEIGHTS;
 constexpr int GROUP_TILES = GROUPED ? 1 << GROUP_SHIFT : K_TILES;
 constexpr int GROUP_ROWS = !GROUPED ? 0 : K_TILES > GROUP_TILES ? K_TILES / GROUP_TILES : 1;  // of scales in a stage
 constexpr int WEIGHT_BYTES = K_TILES * BLOCKS * 512;
@@ -101,16 +99,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, 1) marlin_s
                 const unsigned to = shared_base + stage * STAGE_BYTES, full = ring.full(stage);
                 if (lane == 0) barrier_arrive_expecting(full, blocks * (K_TILES * 512 + GROUP_ROWS * 128));
                 __syncwarp();
-                for (unsigned i = lane; i < K_TILES + GROUP_ROWS; i += 32) {
-                    if (i < K_TILES) {
-                        const size_t tile = min(at.step * K_TILES + i, k_tiles - 1);
-                        copy_bulk(to + WEIGHTS_AT + i * (BLOCKS * 512), qweight + (tile * n_blocks + first_block) * 512, blocks * 512, full);
-                    } else {
-                        const unsigned row = i - K_TILES;
-                        const size_t group = min(at.step * K_TILES / GROUP_TILES + row, groups - 1);
-                        copy_bulk(to + SCALES_AT + row * (BLOCKS * 128), scales + (group * n_blocks + first_block) * 128, blocks * 128, full);
-                    }
-                }
+                copy_rows<K_TILES, 512>(to + WEIGHTS_AT, qweight, at.step * K_TILES, k_tiles, n_blocks, first_block, blocks, full, lane);
+                const unsigned first_group = at.step * K_TILES / GROUP_TILES;
+                copy_rows<GROUP_ROWS, 128>(to + SCALES_AT, scales, first_group, groups, n_blocks, first_block, blocks, full, lane);
             });
         } else if (warp <= ACTIVATION_THREADS / 32) {
             const SwizzledActivations copy_activations(thread - 32, activations, m, k, shared_base);
@@ -149,18 +140,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, 1) marlin_s
                 for (int word = 0; word < WORDS; ++word) {
                     unsigned(&fragment)[4] = a[i % 2][word];
                     dequantize<NUMBER>(fragment, words[i % 2][word]);
-                    if (GROUPED && !SCALE_SUMS) {
-                        fragment[0] = NUMBER::times(fragment[0], lower[word]);
-                        fragment[1] = NUMBER::times(fragment[1], upper[word]);
-                        fragment[2] = NUMBER::times(fragment[2], lower[word]);
-                        fragment[3] = NUMBER::times(fragment[3], upper[word]);
-                    }
+                    if (GROUPED && !SCALE_SUMS) scale_fragment<NUMBER>(fragment, lower[word], upper[word]);
                 }
                 wgmma_fence();
+                Sums& into = SCALE_SUMS ? group_sums : sums;
+                const unsigned long long step = b + (i / 4 * (TOKENS * 128) + i % 4 * 32) / 16;
 #pragma unroll
                 for (int word = 0; word < WORDS; ++word) {
-                    Sums& into = SCALE_SUMS ? group_sums : sums;
-                    multiply_async(NUMBER(), into[word], a[i % 2][word], b + (i / 4 * (TOKENS * 128) + i % 4 * 32) / 16, !(SCALE_SUMS && begins));
+                    multiply_async(NUMBER(), into[word], a[i % 2][word], step, !(SCALE_SUMS && begins));
                 }
                 wgmma_commit();
                 if (SCALE_SUMS ? ends : i == WARP_TILES - 1) {
@@ -182,13 +169,22 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, 1) marlin_s
         auto finish = [&](int unit) {
             if (first) wait_for_previous_grid();  // the workspace is its until then
             first = false;
-            OwnSums own;
-            reduce_in_cta(own, sums, reinterpret_cast<float4*>(stages + SCRATCH_AT), self);
             const int tile = unit / stripes.steps, first_unit = tile * stripes.steps;
             const int first_cta = stripes.cta_of(first_unit), last_cta = stripes.cta_of(first_unit + stripes.steps - 1);
             int* const count = reinterpret_cast<int*>(stages + ARRIVED_AT);
-            if (first_cta == last_cta || reduce_across_ctas(own, partials, counters + tile, count, first_cta, last_cta, self)) {
-                write_result(own, output, stripes.at(unit), self);
+            auto end = [&](OwnSums& own) {
+                if (first_cta == last_cta) {  // written in two places: where they met, the compiler would move and spill the sums
+                    write_result(own, output, stripes.at(unit), self);
+                } else if (reduce_across_ctas(own, partials, counters + tile, count, first_cta, last_cta, self)) {
+                    write_result(own, output, stripes.at(unit), self);
+                }
+            };
+            if constexpr (K_WARPS == 1) {
+                end(reinterpret_cast<OwnSums&>(sums));  // the same type, and in place: 128 of them leave no room for a copy
+            } else {
+                OwnSums own;
+                reduce_in_cta(own, sums, reinterpret_cast<float4*>(stages + SCRATCH_AT), self);
+                end(own);
             }
             zero(sums);
         };

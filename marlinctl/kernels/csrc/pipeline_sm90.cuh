@@ -24,6 +24,8 @@
 #include "tile.cuh"
 #include "ptx_sm90.cuh"
 
+constexpr bool GROUPED = GROUP_SHIFT >= 0;
+constexpr bool SCALE_SUMS = GROUPED && !SCALE_WEIGHTS;
 constexpr int COPY_THREADS = 128, ACTIVATION_THREADS = 64;
 constexpr int RING_BYTES = 16 * STAGES;         // full and empty, 8 bytes each
 constexpr int COPY_REGISTERS = 40, MULTIPLY_REGISTERS = 232;
@@ -89,6 +91,19 @@ __device__ __forceinline__ void drain(const Stripes& stripes, const Ring& ring, 
         if (step == stripes.steps - 1 || unit == stripes.end - 1) finish(unit);
         step = step == stripes.steps - 1 ? 0 : step + 1;
         place.advance();
+    }
+}
+
+// Rows of a matrix of blocks into a stage, by the copy engine: of each row one run of `blocks` blocks. Rows beyond the last one are the
+// last one once more: activations are zero there.
+template <int ROWS, int BLOCK_BYTES>
+__device__ __forceinline__ void copy_rows(
+    unsigned to, const char* from, unsigned first_row, unsigned rows, unsigned row_blocks, unsigned first_block, unsigned blocks,
+    unsigned full, unsigned lane
+) {
+    for (unsigned i = lane; i < ROWS; i += 32) {
+        const size_t row = min(first_row + i, rows - 1);
+        copy_bulk(to + i * (BLOCKS * BLOCK_BYTES), from + (row * row_blocks + first_block) * BLOCK_BYTES, blocks * BLOCK_BYTES, full);
     }
 }
 

@@ -165,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) sparse_marlin_sm80(
     auto finish = [&](int unit, int, int) {
         close_channels(sums, group_sums, grouped);
         Sums parts;
-        neighbours(parts, sums);
+        sort_for_exchange(parts, sums);
         OwnSums own;
         reduce_in_cta(own, parts, scratch, self);
         const int tile = unit / stripes.steps, first = tile * stripes.steps;

@@ -13,15 +13,20 @@ struct Output {
 
 // The sums of a lane by where they go. Of all four words, part 2c + r is row r (0: n = 8g + 0..3, 1: n = 8g + 4..7) of token
 // 2(t%4) + c; of two words, part c is both rows of it, two outputs each.
-__device__ __forceinline__ void neighbours(Sums& parts, const Sums& sums) {
+template <int words>
+__device__ __forceinline__ float neighbour(const float (&sums)[words][SLABS][4], int part, int slab, int i) {
+    return SPLIT == 1 ? sums[i][slab][part % 2 * 2 + part / 2] : sums[i % 2][slab][i / 2 * 2 + part];
+}
+
+// Warps that share k exchange parts, so that is what they must be given; where none do, the sums may stay where they are until they
+// are written.
+__device__ __forceinline__ void sort_for_exchange(Sums& parts, const Sums& sums) {
 #pragma unroll
     for (int slab = 0; slab < SLABS; ++slab)
 #pragma unroll
         for (int part = 0; part < WORDS; ++part)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                parts[part][slab][i] = SPLIT == 1 ? sums[i][slab][part % 2 * 2 + part / 2] : sums[i % 2][slab][i / 2 * 2 + part];
-            }
+            for (int i = 0; i < 4; ++i) parts[part][slab][i] = K_WARPS > 1 ? neighbour(sums, part, slab, i) : sums[part][slab][i];
 }
 
 // Channel-wise scales, bias, rounding.
@@ -41,14 +46,19 @@ __device__ __forceinline__ void write_result(const OwnSums& own, const Output& o
             scale[j] = output.grouped ? 1.0f : widen_half(channel_scales[its_column]);
             shift[j] = output.bias == nullptr ? 0.0f : NUMBER::widen(output.bias[its_column]);
         }
+        unsigned token = at.token_tile * TOKENS + lane % 4 * 2 + second;
+        unsigned short* to = output.out + (static_cast<size_t>(token) * n + column);
 #pragma unroll
-        for (int slab = 0; slab < SLABS; ++slab) {
-            const float(&s)[4] = own[i][slab];
+        for (int slab = 0; slab < SLABS; ++slab, token += 8, to += static_cast<size_t>(8) * n) {
+            float s[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                if constexpr (K_WARPS > 1) s[j] = own[i][slab][j];
+                else s[j] = neighbour(own, i, slab, j);
+            }
             const unsigned first_pair = NUMBER::round(s[0] * scale[0] + shift[0], s[1] * scale[1] + shift[1]);
             const unsigned second_pair = NUMBER::round(s[2] * scale[2] + shift[2], s[3] * scale[3] + shift[3]);
-            const int token = at.token_tile * TOKENS + slab * 8 + lane % 4 * 2 + second;
             if (token >= output.m) continue;
-            unsigned short* const to = output.out + (static_cast<size_t>(token) * n + column);
             if constexpr (SPLIT == 1) {
                 *reinterpret_cast<uint2*>(to) = uint2{first_pair, second_pair};
             } else {
