@@ -56,6 +56,7 @@ constexpr int SCRATCH_AT = STAGES * STAGE_BYTES, RING_AT = SCRATCH_AT + SCRATCH_
 static_assert(ARRIVED_AT + 16 == SHARED_BYTES, "the host allots other shared memory than the kernel uses");
 static_assert(STAGE_BYTES % 1024 == 0, "the swizzle is one of address bits");
 static_assert(WARP_TILES % 4 == 0, "a warp's part of k begins with a row of 128 bytes");
+static_assert(WARP_TILES % BUFFERS == 0 && BUFFERS >= 2, "a stage begins with the first part of a");
 static_assert(WARP_TILES % GROUP_TILES == 0 || GROUP_TILES % WARP_TILES == 0, "groups and parts of a stage end together");
 
 __device__ __forceinline__ void multiply_async(Half, float (&d)[SLABS][4], const unsigned (&a)[4], unsigned long long b, bool keep) {
@@ -65,13 +66,13 @@ __device__ __forceinline__ void multiply_async(BFloat, float (&d)[SLABS][4], con
     wgmma_bfloat(d, a, b, keep);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, 1) marlin_sm90(
+extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) marlin_sm90(
     const char* __restrict__ activations,  // [M, K] 16-bit
     const char* __restrict__ qweight,      // [K'/16, N'/64] of 512 bytes: 32 lanes, four words
     const char* __restrict__ scales,       // [G', N'] float16
     const unsigned short* __restrict__ bias,  // [N] as activations, or null
     unsigned* __restrict__ out,            // [M, N/2] pairs
-    float4* __restrict__ partials,         // [2 CTAs][OWN][SLABS][THREADS], of reduce_across_ctas
+    float4* __restrict__ partials,         // [2 CTAs][OWN][SLABS][THREADS], of a tile's CTAs
     int* __restrict__ counters,            // [tiles of n][tiles of m], zero before and after
     unsigned m, unsigned n, unsigned k,    // true sizes
     int                                    // group_shift, which is GROUP_SHIFT here
@@ -121,13 +122,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, 1) marlin_s
         Sums group_sums;  // of the group under way: sums of code times activation
 
         // The warp's part of one stage.
-        auto multiply = [&](int stage_index, int) {
+        auto multiply = [&](int stage_index, Held& before) {
             const char* stage = stages + stage_index * STAGE_BYTES;
             const unsigned first_tile = warp_uniform(self.k_warp) * WARP_TILES;
             const unsigned long long b = describe_rows(shared_base + stage_index * STAGE_BYTES + first_tile / 4 * (TOKENS * 128));
             const char* words_at = stage + WEIGHTS_AT + ((first_tile * BLOCKS + self.block) * 32 + self.lane) * 16 + self.first_word * 4;
             const char* scales_at = stage + SCALES_AT;
-            unsigned words[2][4], a[2][WORDS][4];
+            unsigned words[2][4], a[BUFFERS][WORDS][4];
             NUMBER::Scale lower[WORDS], upper[WORDS];
             load_words(words[0], words_at);
 #pragma unroll
@@ -138,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, 1) marlin_s
                 if (GROUPED && !SCALE_SUMS && begins) load_scales<NUMBER>(lower, upper, scales_at + row_of_scales, self);
 #pragma unroll
                 for (int word = 0; word < WORDS; ++word) {
-                    unsigned(&fragment)[4] = a[i % 2][word];
+                    unsigned(&fragment)[4] = a[i % BUFFERS][word];
                     dequantize<NUMBER>(fragment, words[i % 2][word]);
                     if (GROUPED && !SCALE_SUMS) scale_fragment<NUMBER>(fragment, lower[word], upper[word]);
                 }
@@ -147,37 +148,34 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, 1) marlin_s
                 const unsigned long long step = b + (i / 4 * (TOKENS * 128) + i % 4 * 32) / 16;
 #pragma unroll
                 for (int word = 0; word < WORDS; ++word) {
-                    multiply_async(NUMBER(), into[word], a[i % 2][word], step, !(SCALE_SUMS && begins));
+                    multiply_async(NUMBER(), into[word], a[i % BUFFERS][word], step, !(SCALE_SUMS && begins));
                 }
                 wgmma_commit();
-                if (SCALE_SUMS ? ends : i == WARP_TILES - 1) {
-                    wgmma_wait<0>();
-                } else {
-                    wgmma_wait<1>();  // the step before: its half of a may be filled again
-                }
                 if (SCALE_SUMS && ends) {
+                    wgmma_wait<0>();
                     arrived(group_sums);
                     close_group(sums, group_sums, scales_at + row_of_scales, self);
+                } else {
+                    wgmma_wait<BUFFERS - 1>();  // the part of a that is filled next has been read
                 }
+                if (!SCALE_SUMS && i == BUFFERS - 2) before.release();  // and the whole stage before
             }
-            if (!SCALE_SUMS) arrived(sums);
         };
 
         // The end of an output tile, or of this CTA's part of one.
         const Output output{scales, bias, out, m, n, GROUPED};
         bool first = true;
         auto finish = [&](int unit) {
+            if (!SCALE_SUMS) arrived(sums);
             if (first) wait_for_previous_grid();  // the workspace is its until then
             first = false;
             const int tile = unit / stripes.steps, first_unit = tile * stripes.steps;
-            const int first_cta = stripes.cta_of(first_unit), last_cta = stripes.cta_of(first_unit + stripes.steps - 1);
+            const Shared part_of{partials, counters + tile, stripes.cta_of(first_unit), stripes.cta_of(first_unit + stripes.steps - 1)};
             int* const count = reinterpret_cast<int*>(stages + ARRIVED_AT);
             auto end = [&](OwnSums& own) {
-                if (first_cta == last_cta) {  // written in two places: where they met, the compiler would move and spill the sums
-                    write_result(own, output, stripes.at(unit), self);
-                } else if (reduce_across_ctas(own, partials, counters + tile, count, first_cta, last_cta, self)) {
-                    write_result(own, output, stripes.at(unit), self);
-                }
+                complete(own, part_of, count, self, [&](const OwnSums& whole, int first_slab) {
+                    write_result(whole, output, stripes.at(unit), first_slab, self);
+                });
             };
             if constexpr (K_WARPS == 1) {
                 end(reinterpret_cast<OwnSums&>(sums));  // the same type, and in place: 128 of them leave no room for a copy

@@ -28,12 +28,13 @@ constexpr bool GROUPED = GROUP_SHIFT >= 0;
 constexpr bool SCALE_SUMS = GROUPED && !SCALE_WEIGHTS;
 constexpr int COPY_THREADS = 128, ACTIVATION_THREADS = 64;
 constexpr int RING_BYTES = 16 * STAGES;         // full and empty, 8 bytes each
-constexpr int COPY_REGISTERS = 40, MULTIPLY_REGISTERS = 232;
+// What a CTA is started with, in steps of 8, is what setmaxnreg shares out anew; more would be waited for until the end of time.
+constexpr int START_REGISTERS = 65536 / CTAS / (THREADS + COPY_THREADS) / 8 * 8;
+constexpr int COPY_REGISTERS = THREADS * CTAS == 256 ? 40 : 32;
+constexpr int MULTIPLY_REGISTERS = (START_REGISTERS * (THREADS + COPY_THREADS) - COPY_REGISTERS * COPY_THREADS) / THREADS / 8 * 8;
 
-static_assert(THREADS == 256, "two warpgroups");
 static_assert(COLUMN_WARPS % 4 == 0, "the warps of a warpgroup share their activations, and so their part of k");
 static_assert(K_STEP % 64 == 0, "128 bytes of each row of activations lie together");
-static_assert(MULTIPLY_REGISTERS * THREADS + COPY_REGISTERS * COPY_THREADS <= 65536);
 
 // The barriers of the stages.
 struct Ring {
@@ -77,18 +78,35 @@ __device__ __forceinline__ void fill(const Stripes& stripes, const Ring& ring, F
     }
 }
 
-// What a multiplying warp does. multiply(stage, step) leaves nothing under way that reads the stage; finish(unit) is as in walk.
+// A stage that a multiplying warp still reads.
+struct Held {
+    const Ring& ring;
+    unsigned lane;
+    int stage;
+
+    __device__ __forceinline__ void release() {
+        __syncwarp();
+        if (lane == 0 && stage >= 0) barrier_arrive(ring.empty(stage));
+        stage = -1;
+    }
+};
+
+// What a multiplying warp does. multiply(stage, before) multiplies a stage; where products stay under way beyond its end, it releases the
+// stage before when those of that one have ended. finish(unit) is as in walk.
 template <class Multiply, class Finish>
 __device__ __forceinline__ void drain(const Stripes& stripes, const Ring& ring, const Self& self, Multiply multiply, Finish finish) {
     Place place;
     int step = stripes.at(stripes.begin).step;
+    Held held{ring, self.lane, -1};
     for (int unit = stripes.begin; unit < stripes.end; ++unit) {
         barrier_wait(ring.full(place.stage), place.parity);
         fence_proxy_async();  // activations came by cp.async, and wgmma reads them
-        multiply(place.stage, step);
-        __syncwarp();
-        if (self.lane == 0) barrier_arrive(ring.empty(place.stage));
-        if (step == stripes.steps - 1 || unit == stripes.end - 1) finish(unit);
+        multiply(place.stage, held);
+        held.stage = place.stage;
+        const bool last = step == stripes.steps - 1 || unit == stripes.end - 1;
+        if (last) wgmma_wait<0>();
+        if (last || SCALE_SUMS) held.release();
+        if (last) finish(unit);
         step = step == stripes.steps - 1 ? 0 : step + 1;
         place.advance();
     }

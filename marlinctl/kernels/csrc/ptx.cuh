@@ -31,6 +31,13 @@ __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
+// atom.acq_rel: adds 1 and gives what was there. What the CTA wrote before it met is visible to every CTA that meets after it sees that.
+__device__ __forceinline__ int count_up(int* counter) {
+    int before;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+
 // ldmatrix: four 8 x 8 matrices of 16-bit numbers. Lane t names row t % 8 of matrix t / 8 (16 bytes), and receives in
 // register i the pair 2 (t % 4) of row t / 4 of matrix i.
 __device__ __forceinline__ void load_matrices(unsigned (&r)[4], unsigned shared) {
@@ -38,6 +45,11 @@ __device__ __forceinline__ void load_matrices(unsigned (&r)[4], unsigned shared)
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(shared)
                  : "memory");
+}
+
+// The first two of them: the lanes of the others name nothing.
+__device__ __forceinline__ void load_two_matrices(unsigned (&r)[4], unsigned shared) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(shared) : "memory");
 }
 
 // movmatrix: an 8 x 8 matrix of 16-bit numbers, a pair in each lane as ldmatrix delivers it, comes back transposed.

@@ -63,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) sparse_marlin_sm80(
     const char* __restrict__ scales,       // [G', N'] float16
     const unsigned short* __restrict__ bias,  // [N] as activations, or null
     unsigned short* __restrict__ out,      // [M, N]
-    float4* __restrict__ partials,         // [2 CTAs][OWN][SLABS][THREADS], of reduce_across_ctas
+    float4* __restrict__ partials,         // [2 CTAs][OWN][SLABS][THREADS], of a tile's CTAs
     int* __restrict__ counters,            // [tiles of n][tiles of m], zero before and after
     unsigned m, unsigned n, unsigned k,    // true sizes
     int group_shift                        // log2(group_size / 16), or -1: channel-wise
@@ -169,10 +169,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) sparse_marlin_sm80(
         OwnSums own;
         reduce_in_cta(own, parts, scratch, self);
         const int tile = unit / stripes.steps, first = tile * stripes.steps;
-        const int first_cta = stripes.cta_of(first), last_cta = stripes.cta_of(first + stripes.steps - 1);
-        if (first_cta == last_cta || reduce_across_ctas(own, partials, counters + tile, arrived, first_cta, last_cta, self)) {
-            write_result(own, output, stripes.at(unit), self);
-        }
+        const Shared part_of{partials, counters + tile, stripes.cta_of(first), stripes.cta_of(first + stripes.steps - 1)};
+        complete(own, part_of, arrived, self, [&](const OwnSums& whole, int first_slab) {
+            write_result(whole, output, stripes.at(unit), first_slab, self);
+        });
         zero(sums);
     };
 

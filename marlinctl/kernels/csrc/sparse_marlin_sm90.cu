@@ -23,7 +23,7 @@
 //              └───────────────────┘          └─────────────┘
 //
 // METADATA of a warp's 16 rows lies in its lanes as for mma.sp.m16n8k32: of each four lanes two, which the selector names, the first
-// for k 0..15, the second for k 16..31; low half of a register row t/4, high half row t/4 + 8. One ldmatrix brings that of eight words.
+// for k 0..15, the second for k 16..31; low half of a register row t/4, high half row t/4 + 8. One ldmatrix brings that of two steps.
 //
 // A STAGE holds K_STEP of k:
 //
@@ -43,7 +43,9 @@
 
 constexpr int K_TILES = K_STEP / 32;                   // rows of qweight and meta in a stage
 constexpr int WARP_TILES = K_TILES / K_WARPS;          // and of them those of one warp
-constexpr int META_TILES = 2 * SPLIT;                  // of which one ldmatrix brings a warp's metadata
+constexpr int META_TILES = 2;                          // of which one ldmatrix brings a warp's metadata
+constexpr int META_LATER = WARP_TILES - META_TILES;    // steps after their last use the registers of metadata are filled again
+constexpr int IN_FLIGHT = BUFFERS - 1 < META_LATER ? BUFFERS - 1 : META_LATER;
 constexpr int GROUP_TILES = GROUPED ? 1 << GROUP_SHIFT >> 1 : K_TILES;
 constexpr int GROUP_ROWS = !GROUPED ? 0 : K_TILES > GROUP_TILES ? K_TILES / GROUP_TILES : 1;  // of scales in a stage
 constexpr int WEIGHT_BYTES = K_TILES * BLOCKS * 512;
@@ -56,6 +58,7 @@ static_assert(ARRIVED_AT + 16 == SHARED_BYTES, "the host allots other shared mem
 static_assert(STAGE_BYTES % 1024 == 0, "the swizzle is one of address bits");
 static_assert(WARP_TILES % 2 == 0, "a warp's part of k begins with a row of 128 bytes");
 static_assert(WARP_TILES % META_TILES == 0, "a warp takes as much of k at a time as one ldmatrix brings metadata for");
+static_assert(WARP_TILES % BUFFERS == 0 && BUFFERS >= 2, "a stage begins with the first part of a");
 static_assert(WARP_TILES % GROUP_TILES == 0 || GROUP_TILES % WARP_TILES == 0, "groups and parts of a stage end together");
 
 template <int selector>
@@ -71,14 +74,14 @@ __device__ __forceinline__ void multiply_async(
     wgmma_sparse_bfloat<selector>(d, a, b, e, keep);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, 1) sparse_marlin_sm90(
+extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) sparse_marlin_sm90(
     const char* __restrict__ activations,  // [M, K] 16-bit
     const char* __restrict__ qweight,      // [K'/32, N'/64] of 512 bytes: 32 lanes, four words
     const char* __restrict__ meta,         // [K'/32, N'/64] of 256 bytes: two matrices, 8 rows, eight int16
     const char* __restrict__ scales,       // [G', N'] float16
     const unsigned short* __restrict__ bias,  // [N] as activations, or null
     unsigned short* __restrict__ out,      // [M, N]
-    float4* __restrict__ partials,         // [2 CTAs][OWN][SLABS][THREADS], of reduce_across_ctas
+    float4* __restrict__ partials,         // [2 CTAs][OWN][SLABS][THREADS], of a tile's CTAs
     int* __restrict__ counters,            // [tiles of n][tiles of m], zero before and after
     unsigned m, unsigned n, unsigned k,    // true sizes
     int                                    // group_shift, which is GROUP_SHIFT here
@@ -129,17 +132,17 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, 1) sparse_m
         Sums group_sums;  // of the group under way: sums of code times activation
 
         // The warp's part of one stage.
-        auto multiply = [&](int stage_index, int) {
+        auto multiply = [&](int stage_index, Held& before) {
             const char* stage = stages + stage_index * STAGE_BYTES;
             const unsigned first_tile = warp_uniform(self.k_warp) * WARP_TILES;
             const unsigned long long b = describe_rows(shared_base + stage_index * STAGE_BYTES + first_tile / 2 * (TOKENS * 128));
             const char* words_at = stage + WEIGHTS_AT + ((first_tile * BLOCKS + self.block) * 32 + self.lane) * 16 + self.first_word * 4;
             const char* scales_at = stage + SCALES_AT;
             const unsigned matrix = self.lane / 8;  // of metadata, that this lane names for ldmatrix: a half of a tile
-            const unsigned its_tile = SPLIT == 1 ? matrix / 2 : matrix, its_half = SPLIT == 1 ? matrix % 2 : self.first_word / 2;
+            const unsigned its_tile = SPLIT == 1 ? matrix / 2 : matrix % 2, its_half = SPLIT == 1 ? matrix % 2 : self.first_word / 2;
             const unsigned meta_at = shared_base + stage_index * STAGE_BYTES + META_AT +
                                      ((first_tile + its_tile) * BLOCKS + self.block) * 256 + its_half * 128 + self.lane % 8 * 16;
-            unsigned words[2][4], a[2][WORDS][4], e[2][4];
+            unsigned words[2][4], a[BUFFERS][WORDS][4], e[2][4];
             NUMBER::Scale lower[WORDS], upper[WORDS];
             load_words(words[0], words_at);
 #pragma unroll
@@ -147,12 +150,15 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, 1) sparse_m
                 const bool begins = i % GROUP_TILES == 0, ends = i % GROUP_TILES == GROUP_TILES - 1 || i == WARP_TILES - 1;
                 const unsigned row_of_scales = (first_tile + i) / GROUP_TILES * (COLUMNS * 2);
                 unsigned(&places)[4] = e[i / META_TILES % 2];
-                if (i % META_TILES == 0) load_matrices(places, meta_at + i * (BLOCKS * 256));
+                if (i % META_TILES == 0) {
+                    if constexpr (SPLIT == 1) load_matrices(places, meta_at + i * (BLOCKS * 256));
+                    else load_two_matrices(places, meta_at + i * (BLOCKS * 256));
+                }
                 if (i + 1 < WARP_TILES) load_words(words[(i + 1) % 2], words_at + (i + 1) * (BLOCKS * 512));
                 if (GROUPED && !SCALE_SUMS && begins) load_scales<NUMBER>(lower, upper, scales_at + row_of_scales, self);
 #pragma unroll
                 for (int word = 0; word < WORDS; ++word) {
-                    unsigned(&fragment)[4] = a[i % 2][word];
+                    unsigned(&fragment)[4] = a[i % BUFFERS][word];
                     dequantize<NUMBER>(fragment, words[i % 2][word]);
                     if (GROUPED && !SCALE_SUMS) scale_fragment<NUMBER>(fragment, lower[word], upper[word]);
                 }
@@ -162,38 +168,35 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, 1) sparse_m
 #pragma unroll
                 for (int word = 0; word < WORDS; word += 2) {  // first_word is even: the selector is that of the word in its pair
                     const unsigned its_places = places[SPLIT == 1 ? i % META_TILES * 2 + word / 2 : i % META_TILES];
-                    multiply_async<0>(NUMBER(), into[word], a[i % 2][word], step, its_places, !(SCALE_SUMS && begins));
-                    multiply_async<1>(NUMBER(), into[word + 1], a[i % 2][word + 1], step, its_places, !(SCALE_SUMS && begins));
+                    multiply_async<0>(NUMBER(), into[word], a[i % BUFFERS][word], step, its_places, !(SCALE_SUMS && begins));
+                    multiply_async<1>(NUMBER(), into[word + 1], a[i % BUFFERS][word + 1], step, its_places, !(SCALE_SUMS && begins));
                 }
                 wgmma_commit();
-                if (SCALE_SUMS ? ends : i == WARP_TILES - 1) {
-                    wgmma_wait<0>();
-                } else {
-                    wgmma_wait<1>();  // the step before: its half of a may be filled again
-                }
                 if (SCALE_SUMS && ends) {
+                    wgmma_wait<0>();
                     arrived(group_sums);
                     close_group(sums, group_sums, scales_at + row_of_scales, self);
+                } else {
+                    wgmma_wait<IN_FLIGHT>();  // the parts of a and of e that are filled next have been read
                 }
+                if (!SCALE_SUMS && i == IN_FLIGHT - 1) before.release();  // and the whole stage before
             }
-            if (!SCALE_SUMS) arrived(sums);
         };
 
         // The end of an output tile, or of this CTA's part of one.
         const Output output{scales, bias, out, m, n, GROUPED};
         bool first = true;
         auto finish = [&](int unit) {
+            if (!SCALE_SUMS) arrived(sums);
             if (first) wait_for_previous_grid();  // the workspace is its until then
             first = false;
             const int tile = unit / stripes.steps, first_unit = tile * stripes.steps;
-            const int first_cta = stripes.cta_of(first_unit), last_cta = stripes.cta_of(first_unit + stripes.steps - 1);
+            const Shared part_of{partials, counters + tile, stripes.cta_of(first_unit), stripes.cta_of(first_unit + stripes.steps - 1)};
             int* const count = reinterpret_cast<int*>(stages + ARRIVED_AT);
             auto end = [&](OwnSums& own) {
-                if (first_cta == last_cta) {  // written in two places: where they met, the compiler would move and spill the sums
-                    write_result(own, output, stripes.at(unit), self);
-                } else if (reduce_across_ctas(own, partials, counters + tile, count, first_cta, last_cta, self)) {
-                    write_result(own, output, stripes.at(unit), self);
-                }
+                complete(own, part_of, count, self, [&](const OwnSums& whole, int first_slab) {
+                    write_result(whole, output, stripes.at(unit), first_slab, self);
+                });
             };
             if constexpr (K_WARPS == 1) {
                 end(reinterpret_cast<OwnSums&>(sums));  // the same type, and in place: 128 of them leave no room for a copy

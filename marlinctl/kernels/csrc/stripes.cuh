@@ -6,7 +6,7 @@
 //   units   | tile 0: k 0 1 2 3 | tile 1: k 0 1 2 3 | tile 2: k 0 1 2 3 |
 //   CTAs    |     0     |     1     |     2     |     3     |          (3 units each)
 //
-// A tile that several CTAs share is put together in reduce_across_ctas (tile.cuh).
+// A tile that several CTAs share is put together by `complete` (tile.cuh).
 #pragma once
 #include "ptx.cuh"
 

@@ -11,8 +11,8 @@ struct Output {
     bool grouped;
 };
 
-// Channel-wise scales, bias, rounding; movmatrix turns 8 (n) x 8 (m) around, so that a lane holds neighbours in n.
-__device__ __forceinline__ void write_result(const OwnSums& own, const Output& output, const Cursor& at, const Self& self) {
+// WRITTEN slabs: channel-wise scales, bias, rounding; movmatrix turns 8 (n) x 8 (m) around, so that a lane holds neighbours in n.
+__device__ __forceinline__ void write_result(const OwnSums& own, const Output& output, const Cursor& at, int first_slab, const Self& self) {
     const unsigned lane = self.lane, n = output.n, padded_n = (n + 63) / 64 * 64;
 #pragma unroll
     for (int word = 0; word < OWN; ++word)
@@ -26,12 +26,14 @@ __device__ __forceinline__ void write_result(const OwnSums& own, const Output& o
                 scale = widen_half(reinterpret_cast<const unsigned short*>(output.scales)[slot]);
             }
             if (output.bias != nullptr && column < n) shift = NUMBER::widen(output.bias[column]);
+            const unsigned first = eight + lane % 4 * 2;  // as the transposed pair does
+            unsigned token = at.token_tile * TOKENS + first_slab * 8 + lane / 4;
+            unsigned* to = output.out + (static_cast<size_t>(token) * n + first) / 2;
 #pragma unroll
-            for (int slab = 0; slab < SLABS; ++slab) {
+            for (int slab = first_slab; slab < first_slab + WRITTEN; ++slab, token += 8, to += static_cast<size_t>(4) * n) {
                 const float* s = own[word][slab] + 2 * upper;
                 const unsigned pair = transpose(NUMBER::round(s[0] * scale + shift, s[1] * scale + shift));
-                const int token = at.token_tile * TOKENS + slab * 8 + lane / 4, first = eight + lane % 4 * 2;
-                if (token < output.m && first < n) output.out[(static_cast<size_t>(token) * n + first) / 2] = pair;
+                if (token < output.m && first < n) *to = pair;
             }
         }
 }

@@ -29,8 +29,8 @@ __device__ __forceinline__ void sort_for_exchange(Sums& parts, const Sums& sums)
             for (int i = 0; i < 4; ++i) parts[part][slab][i] = K_WARPS > 1 ? neighbour(sums, part, slab, i) : sums[part][slab][i];
 }
 
-// Channel-wise scales, bias, rounding.
-__device__ __forceinline__ void write_result(const OwnSums& own, const Output& output, const Cursor& at, const Self& self) {
+// WRITTEN slabs: channel-wise scales, bias, rounding.
+__device__ __forceinline__ void write_result(const OwnSums& own, const Output& output, const Cursor& at, int first_slab, const Self& self) {
     const unsigned lane = self.lane, n = output.n;
     const int eight = (at.slice * BLOCKS + self.block) * 64 + lane / 4 * 8;  // the lane's eight outputs
     const unsigned short* const channel_scales = reinterpret_cast<const unsigned short*>(output.scales);
@@ -46,10 +46,10 @@ __device__ __forceinline__ void write_result(const OwnSums& own, const Output& o
             scale[j] = output.grouped ? 1.0f : widen_half(channel_scales[its_column]);
             shift[j] = output.bias == nullptr ? 0.0f : NUMBER::widen(output.bias[its_column]);
         }
-        unsigned token = at.token_tile * TOKENS + lane % 4 * 2 + second;
+        unsigned token = at.token_tile * TOKENS + first_slab * 8 + lane % 4 * 2 + second;
         unsigned short* to = output.out + (static_cast<size_t>(token) * n + column);
 #pragma unroll
-        for (int slab = 0; slab < SLABS; ++slab, token += 8, to += static_cast<size_t>(8) * n) {
+        for (int slab = first_slab; slab < first_slab + WRITTEN; ++slab, token += 8, to += static_cast<size_t>(8) * n) {
             float s[4];
 #pragma unroll
             for (int j = 0; j < 4; ++j) {

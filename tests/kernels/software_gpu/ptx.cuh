@@ -149,9 +149,8 @@ inline void mma_sparse(float (&d)[4], const unsigned (&a)[4], const unsigned (&b
 inline void __syncthreads() { gpu::meet(gpu::cta, gpu::fibers.size()); }
 inline void __syncwarp() { gpu::meet(gpu::warps[gpu::current / 32], 32); }
 template <int threads> inline void meet() { gpu::meet(gpu::named, threads); }
-inline void __threadfence() {}
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline int atomicAdd(int* place, int value) { return (*place += value) - value; }
+inline int count_up(int* counter) { return (*counter)++; }
 template <class T> inline void __stcg(T* place, T value) { *place = value; }
 template <class T> inline T __ldcg(const T* place) { return *place; }
 
@@ -174,12 +173,14 @@ inline void copy_async_wait() {
     for (; groups.size() > pending; groups.pop_front())
         for (const gpu::Copy& copy : groups.front()) gpu::carry_out(copy);
 }
-inline void load_matrices(unsigned (&r)[4], unsigned address) {
+inline void load_matrices(unsigned* r, unsigned address, int matrices) {
     const auto& all = gpu::show(&address, 1);
     const int lane = gpu::current % 32;
-    for (int matrix = 0; matrix < 4; ++matrix)
+    for (int matrix = 0; matrix < matrices; ++matrix)
         std::memcpy(&r[matrix], reinterpret_cast<const char*>(shared) + all[matrix * 8 + lane / 4][0] + lane % 4 * 4, 4);
 }
+inline void load_matrices(unsigned (&r)[4], unsigned address) { load_matrices(r, address, 4); }
+inline void load_two_matrices(unsigned (&r)[4], unsigned address) { load_matrices(r, address, 2); }
 inline unsigned transpose(unsigned pair) {
     const auto& all = gpu::show(&pair, 1);
     const int lane = gpu::current % 32, row = lane / 4, column = lane % 4 * 2;

@@ -46,8 +46,8 @@ struct Product {
     int selector;
     bool bfloat;
 };
-std::vector<Product> open_products[384];                // of each thread, since the last commit
-std::deque<std::vector<Product>> committed[384];
+std::vector<Product> open_products[1024];               // of each thread, since the last commit
+std::deque<std::vector<Product>> committed[1024];
 
 inline float number(unsigned bits, bool is_bfloat) { return is_bfloat ? bfloat(bits) : half(bits); }
 
