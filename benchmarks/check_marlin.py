@@ -163,8 +163,17 @@ class Kernel:
         everywhere = torch.cuda.get_device_properties(0).multi_processor_count * per_multiprocessor
         return min(everywhere, self.configuration.units(m, n, k))
 
-    def launch(self, activations: Tensor, p: Packed, bias: Tensor | None, out: Tensor, workspace: tuple[Tensor, Tensor], ctas: int) -> None:
-        """On torch's current stream."""
+    def launch(
+        self,
+        activations: Tensor,
+        p: Packed,
+        bias: Tensor | None,
+        out: Tensor,
+        workspace: tuple[Tensor, Tensor],
+        ctas: int,
+        programmatic: bool = False,
+    ) -> None:
+        """On torch's current stream. `programmatic`: CTAs may start before the kernel before has ended; Hopper's kernels wait where they must."""
         from cuda.bindings import driver
 
         m, k = activations.shape
@@ -178,9 +187,19 @@ class Kernel:
         stream = torch.cuda.current_stream().cuda_stream
         shared = self.configuration.shared_bytes
         function = self.functions[group_shift(p.group_size, k) if self.configuration.wgmma else 3]
-        done(
-            driver.cuLaunchKernel(function, ctas, 1, 1, self.configuration.threads, 1, 1, shared, stream, ctypes.addressof(places), 0)
-        )
+        threads = self.configuration.threads
+        if not programmatic:
+            done(driver.cuLaunchKernel(function, ctas, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(places), 0))
+            return
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = ctas, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes, config.hStream = shared, stream
+        config.attrs, config.numAttrs = [attribute], 1
+        done(driver.cuLaunchKernelEx(config, function, ctypes.addressof(places), 0))
 
 
 def done(result: tuple[Any, ...]) -> Any:

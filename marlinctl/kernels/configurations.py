@@ -36,7 +36,7 @@ class Configuration:
     ctas: int  # per multiprocessor, what the compiler allots registers for
     sparse: bool = False  # 2:4
     wgmma: bool = False  # for Hopper alone
-    buffers: int = 2  # with wgmma: steps of k of which a warp holds decoded weights, all but one of them being multiplied
+    batch: int = 1  # with wgmma: steps of k that a warp decodes before it multiplies, while those before them are multiplied
     scale_weights: bool = False  # with wgmma: scales multiply weights, in 16 bits, instead of sums of groups
 
     @property
@@ -98,7 +98,7 @@ class Configuration:
         if self.wgmma:
             # Sums of many small groups are dearer to scale than weights, and leave too few registers.
             scale_weights = self.scale_weights or (group_shift == 1 and self.tokens >= 32)
-            sizes |= {"GROUP_SHIFT": group_shift, "SCALE_WEIGHTS": int(scale_weights), "BUFFERS": self.buffers}
+            sizes |= {"GROUP_SHIFT": group_shift, "SCALE_WEIGHTS": int(scale_weights), "STEPS": self.batch}
         return (f"NUMBER={NUMBERS[dtype]}", *(f"{name}={value}" for name, value in sizes.items()))
 
     def fits(self, architecture: str) -> bool:

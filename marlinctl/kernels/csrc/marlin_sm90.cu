@@ -22,7 +22,8 @@
 //     warp 3   │  word j  │       16          │             │
 //              └──────────┘                   └─────────────┘
 //
-// While the tensor core works on one step, the warp decodes the words of the next into the other half of its A registers.
+// While the tensor core works on a batch of steps, the warp decodes the words of the next into the other half of its A registers. Every batch
+// begins with a meeting of the four warps (wgmma.fence), which is why it is more than one step.
 //
 // THE SCALES.  SCALE_WEIGHTS = 0: sums of a group are scaled in float32 (tile.cuh). The group is known to the compiler, so the loop
 // below is straight: GROUP_SHIFT = log2(group_size / 16), -1 for channel-wise. SCALE_WEIGHTS = 1: codes are scaled before they are multiplied,
@@ -47,6 +48,7 @@
 constexpr int K_TILES = K_STEP / 16;                   // rows of qweight in a stage
 constexpr int WARP_TILES = K_TILES / K_WARPS;          // and of them those of one warp
 constexpr int GROUP_TILES = GROUPED ? 1 << GROUP_SHIFT : K_TILES;
+constexpr int BATCH = SCALE_SUMS && GROUP_TILES < STEPS ? GROUP_TILES : STEPS;  // steps of k multiplied at a time, never of two groups
 constexpr int GROUP_ROWS = !GROUPED ? 0 : K_TILES > GROUP_TILES ? K_TILES / GROUP_TILES : 1;  // of scales in a stage
 constexpr int WEIGHT_BYTES = K_TILES * BLOCKS * 512;
 constexpr int WEIGHTS_AT = ACTIVATION_BYTES, SCALES_AT = WEIGHTS_AT + WEIGHT_BYTES;
@@ -56,7 +58,7 @@ constexpr int SCRATCH_AT = STAGES * STAGE_BYTES, RING_AT = SCRATCH_AT + SCRATCH_
 static_assert(ARRIVED_AT + 16 == SHARED_BYTES, "the host allots other shared memory than the kernel uses");
 static_assert(STAGE_BYTES % 1024 == 0, "the swizzle is one of address bits");
 static_assert(WARP_TILES % 4 == 0, "a warp's part of k begins with a row of 128 bytes");
-static_assert(WARP_TILES % BUFFERS == 0 && BUFFERS >= 2, "a stage begins with the first part of a");
+static_assert(WARP_TILES % (2 * BATCH) == 0, "a stage begins with the first half of a");
 static_assert(WARP_TILES % GROUP_TILES == 0 || GROUP_TILES % WARP_TILES == 0, "groups and parts of a stage end together");
 
 __device__ __forceinline__ void multiply_async(Half, float (&d)[SLABS][4], const unsigned (&a)[4], unsigned long long b, bool keep) {
@@ -113,6 +115,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) marli
             });
             copy_async_commit();
             copy_async_wait<0>();
+        } else {
+            allow_next_grid();
         }
     } else {
         take_registers<MULTIPLY_REGISTERS>();
@@ -127,38 +131,46 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) marli
             const unsigned first_tile = warp_uniform(self.k_warp) * WARP_TILES;
             const unsigned long long b = describe_rows(shared_base + stage_index * STAGE_BYTES + first_tile / 4 * (TOKENS * 128));
             const char* words_at = stage + WEIGHTS_AT + ((first_tile * BLOCKS + self.block) * 32 + self.lane) * 16 + self.first_word * 4;
-            const char* scales_at = stage + SCALES_AT;
-            unsigned words[2][4], a[BUFFERS][WORDS][4];
+            unsigned words[2][4], a[2 * BATCH][WORDS][4];
             NUMBER::Scale lower[WORDS], upper[WORDS];
             load_words(words[0], words_at);
 #pragma unroll
-            for (int i = 0; i < WARP_TILES; ++i) {
-                const bool begins = i % GROUP_TILES == 0, ends = i % GROUP_TILES == GROUP_TILES - 1 || i == WARP_TILES - 1;
-                const unsigned row_of_scales = (first_tile + i) / GROUP_TILES * (COLUMNS * 2);
-                if (i + 1 < WARP_TILES) load_words(words[(i + 1) % 2], words_at + (i + 1) * (BLOCKS * 512));
-                if (GROUPED && !SCALE_SUMS && begins) load_scales<NUMBER>(lower, upper, scales_at + row_of_scales, self);
+            for (int first = 0; first < WARP_TILES; first += BATCH) {
+                const bool begins = first % GROUP_TILES == 0;
+                const bool ends = (first + BATCH) % GROUP_TILES == 0 || first + BATCH == WARP_TILES;
+                const char* const row_of_scales = stage + SCALES_AT + (first_tile + first) / GROUP_TILES * (COLUMNS * 2);
 #pragma unroll
-                for (int word = 0; word < WORDS; ++word) {
-                    unsigned(&fragment)[4] = a[i % BUFFERS][word];
-                    dequantize<NUMBER>(fragment, words[i % 2][word]);
-                    if (GROUPED && !SCALE_SUMS) scale_fragment<NUMBER>(fragment, lower[word], upper[word]);
+                for (int i = first; i < first + BATCH; ++i) {
+                    if (i + 1 < WARP_TILES) load_words(words[(i + 1) % 2], words_at + (i + 1) * (BLOCKS * 512));
+                    if (GROUPED && !SCALE_SUMS && i % GROUP_TILES == 0) {
+                        load_scales<NUMBER>(lower, upper, stage + SCALES_AT + (first_tile + i) / GROUP_TILES * (COLUMNS * 2), self);
+                    }
+#pragma unroll
+                    for (int word = 0; word < WORDS; ++word) {
+                        unsigned(&fragment)[4] = a[i % (2 * BATCH)][word];
+                        dequantize<NUMBER>(fragment, words[i % 2][word]);
+                        if (GROUPED && !SCALE_SUMS) scale_fragment<NUMBER>(fragment, lower[word], upper[word]);
+                    }
                 }
                 wgmma_fence();
-                Sums& into = SCALE_SUMS ? group_sums : sums;
-                const unsigned long long step = b + (i / 4 * (TOKENS * 128) + i % 4 * 32) / 16;
 #pragma unroll
-                for (int word = 0; word < WORDS; ++word) {
-                    multiply_async(NUMBER(), into[word], a[i % BUFFERS][word], step, !(SCALE_SUMS && begins));
+                for (int i = first; i < first + BATCH; ++i) {
+                    const unsigned long long step = b + (i / 4 * (TOKENS * 128) + i % 4 * 32) / 16;
+                    const bool keep = !SCALE_SUMS || !begins || i > first;
+                    Sums& into = SCALE_SUMS ? group_sums : sums;
+                    const unsigned(&fragments)[WORDS][4] = a[i % (2 * BATCH)];
+#pragma unroll
+                    for (int word = 0; word < WORDS; ++word) multiply_async(NUMBER(), into[word], fragments[word], step, keep);
                 }
                 wgmma_commit();
                 if (SCALE_SUMS && ends) {
                     wgmma_wait<0>();
                     arrived(group_sums);
-                    close_group(sums, group_sums, scales_at + row_of_scales, self);
+                    close_group(sums, group_sums, row_of_scales, self);
                 } else {
-                    wgmma_wait<BUFFERS - 1>();  // the part of a that is filled next has been read
+                    wgmma_wait<1>();  // the batch before: its half of a may be filled again
                 }
-                if (!SCALE_SUMS && i == BUFFERS - 2) before.release();  // and the whole stage before
+                if (!SCALE_SUMS && first == 0) before.release();
             }
         };
 

@@ -44,9 +44,8 @@
 constexpr int K_TILES = K_STEP / 32;                   // rows of qweight and meta in a stage
 constexpr int WARP_TILES = K_TILES / K_WARPS;          // and of them those of one warp
 constexpr int META_TILES = 2;                          // of which one ldmatrix brings a warp's metadata
-constexpr int META_LATER = WARP_TILES - META_TILES;    // steps after their last use the registers of metadata are filled again
-constexpr int IN_FLIGHT = BUFFERS - 1 < META_LATER ? BUFFERS - 1 : META_LATER;
 constexpr int GROUP_TILES = GROUPED ? 1 << GROUP_SHIFT >> 1 : K_TILES;
+constexpr int BATCH = SCALE_SUMS && GROUP_TILES < STEPS ? GROUP_TILES : STEPS;  // steps of k multiplied at a time, never of two groups
 constexpr int GROUP_ROWS = !GROUPED ? 0 : K_TILES > GROUP_TILES ? K_TILES / GROUP_TILES : 1;  // of scales in a stage
 constexpr int WEIGHT_BYTES = K_TILES * BLOCKS * 512;
 constexpr int META_BYTES = K_TILES * BLOCKS * 256;
@@ -58,7 +57,7 @@ static_assert(ARRIVED_AT + 16 == SHARED_BYTES, "the host allots other shared mem
 static_assert(STAGE_BYTES % 1024 == 0, "the swizzle is one of address bits");
 static_assert(WARP_TILES % 2 == 0, "a warp's part of k begins with a row of 128 bytes");
 static_assert(WARP_TILES % META_TILES == 0, "a warp takes as much of k at a time as one ldmatrix brings metadata for");
-static_assert(WARP_TILES % BUFFERS == 0 && BUFFERS >= 2, "a stage begins with the first part of a");
+static_assert(WARP_TILES % (2 * BATCH) == 0, "a stage begins with the first half of a");
 static_assert(WARP_TILES % GROUP_TILES == 0 || GROUP_TILES % WARP_TILES == 0, "groups and parts of a stage end together");
 
 template <int selector>
@@ -123,6 +122,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) spars
             });
             copy_async_commit();
             copy_async_wait<0>();
+        } else {
+            allow_next_grid();
         }
     } else {
         take_registers<MULTIPLY_REGISTERS>();
@@ -137,49 +138,59 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) spars
             const unsigned first_tile = warp_uniform(self.k_warp) * WARP_TILES;
             const unsigned long long b = describe_rows(shared_base + stage_index * STAGE_BYTES + first_tile / 2 * (TOKENS * 128));
             const char* words_at = stage + WEIGHTS_AT + ((first_tile * BLOCKS + self.block) * 32 + self.lane) * 16 + self.first_word * 4;
-            const char* scales_at = stage + SCALES_AT;
             const unsigned matrix = self.lane / 8;  // of metadata, that this lane names for ldmatrix: a half of a tile
             const unsigned its_tile = SPLIT == 1 ? matrix / 2 : matrix % 2, its_half = SPLIT == 1 ? matrix % 2 : self.first_word / 2;
             const unsigned meta_at = shared_base + stage_index * STAGE_BYTES + META_AT +
                                      ((first_tile + its_tile) * BLOCKS + self.block) * 256 + its_half * 128 + self.lane % 8 * 16;
-            unsigned words[2][4], a[BUFFERS][WORDS][4], e[2][4];
+            unsigned words[2][4], a[2 * BATCH][WORDS][4], e[2][4];
             NUMBER::Scale lower[WORDS], upper[WORDS];
             load_words(words[0], words_at);
 #pragma unroll
-            for (int i = 0; i < WARP_TILES; ++i) {
-                const bool begins = i % GROUP_TILES == 0, ends = i % GROUP_TILES == GROUP_TILES - 1 || i == WARP_TILES - 1;
-                const unsigned row_of_scales = (first_tile + i) / GROUP_TILES * (COLUMNS * 2);
-                unsigned(&places)[4] = e[i / META_TILES % 2];
-                if (i % META_TILES == 0) {
-                    if constexpr (SPLIT == 1) load_matrices(places, meta_at + i * (BLOCKS * 256));
-                    else load_two_matrices(places, meta_at + i * (BLOCKS * 256));
-                }
-                if (i + 1 < WARP_TILES) load_words(words[(i + 1) % 2], words_at + (i + 1) * (BLOCKS * 512));
-                if (GROUPED && !SCALE_SUMS && begins) load_scales<NUMBER>(lower, upper, scales_at + row_of_scales, self);
+            for (int first = 0; first < WARP_TILES; first += BATCH) {
+                const bool begins = first % GROUP_TILES == 0;
+                const bool ends = (first + BATCH) % GROUP_TILES == 0 || first + BATCH == WARP_TILES;
+                const char* const row_of_scales = stage + SCALES_AT + (first_tile + first) / GROUP_TILES * (COLUMNS * 2);
 #pragma unroll
-                for (int word = 0; word < WORDS; ++word) {
-                    unsigned(&fragment)[4] = a[i % BUFFERS][word];
-                    dequantize<NUMBER>(fragment, words[i % 2][word]);
-                    if (GROUPED && !SCALE_SUMS) scale_fragment<NUMBER>(fragment, lower[word], upper[word]);
+                for (int i = first; i < first + BATCH; ++i) {
+                    if (i + 1 < WARP_TILES) load_words(words[(i + 1) % 2], words_at + (i + 1) * (BLOCKS * 512));
+                    if (i % META_TILES == 0) {
+                        unsigned(&places)[4] = e[i / META_TILES % 2];
+                        if constexpr (SPLIT == 1) load_matrices(places, meta_at + i * (BLOCKS * 256));
+                        else load_two_matrices(places, meta_at + i * (BLOCKS * 256));
+                    }
+                    if (GROUPED && !SCALE_SUMS && i % GROUP_TILES == 0) {
+                        load_scales<NUMBER>(lower, upper, stage + SCALES_AT + (first_tile + i) / GROUP_TILES * (COLUMNS * 2), self);
+                    }
+#pragma unroll
+                    for (int word = 0; word < WORDS; ++word) {
+                        unsigned(&fragment)[4] = a[i % (2 * BATCH)][word];
+                        dequantize<NUMBER>(fragment, words[i % 2][word]);
+                        if (GROUPED && !SCALE_SUMS) scale_fragment<NUMBER>(fragment, lower[word], upper[word]);
+                    }
                 }
                 wgmma_fence();
-                Sums& into = SCALE_SUMS ? group_sums : sums;
-                const unsigned long long step = b + (i / 2 * (TOKENS * 128) + i % 2 * 64) / 16;
 #pragma unroll
-                for (int word = 0; word < WORDS; word += 2) {  // first_word is even: the selector is that of the word in its pair
-                    const unsigned its_places = places[SPLIT == 1 ? i % META_TILES * 2 + word / 2 : i % META_TILES];
-                    multiply_async<0>(NUMBER(), into[word], a[i % BUFFERS][word], step, its_places, !(SCALE_SUMS && begins));
-                    multiply_async<1>(NUMBER(), into[word + 1], a[i % BUFFERS][word + 1], step, its_places, !(SCALE_SUMS && begins));
+                for (int i = first; i < first + BATCH; ++i) {
+                    const unsigned long long step = b + (i / 2 * (TOKENS * 128) + i % 2 * 64) / 16;
+                    const bool keep = !SCALE_SUMS || !begins || i > first;
+                    Sums& into = SCALE_SUMS ? group_sums : sums;
+                    const unsigned(&fragments)[WORDS][4] = a[i % (2 * BATCH)];
+#pragma unroll
+                    for (int word = 0; word < WORDS; word += 2) {  // first_word is even: the selector is that of the word in its pair
+                        const unsigned places = e[i / META_TILES % 2][SPLIT == 1 ? i % META_TILES * 2 + word / 2 : i % META_TILES];
+                        multiply_async<0>(NUMBER(), into[word], fragments[word], step, places, keep);
+                        multiply_async<1>(NUMBER(), into[word + 1], fragments[word + 1], step, places, keep);
+                    }
                 }
                 wgmma_commit();
                 if (SCALE_SUMS && ends) {
                     wgmma_wait<0>();
                     arrived(group_sums);
-                    close_group(sums, group_sums, scales_at + row_of_scales, self);
+                    close_group(sums, group_sums, row_of_scales, self);
                 } else {
-                    wgmma_wait<IN_FLIGHT>();  // the parts of a and of e that are filled next have been read
+                    wgmma_wait<1>();  // the batch before: its half of a may be filled again
                 }
-                if (!SCALE_SUMS && i == IN_FLIGHT - 1) before.release();  // and the whole stage before
+                if (!SCALE_SUMS && first == 0) before.release();
             }
         };
 
