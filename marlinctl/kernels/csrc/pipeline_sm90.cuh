@@ -140,13 +140,14 @@ struct SwizzledActivations {
     }
 
     __device__ __forceinline__ void operator()(const Cursor& at, unsigned offset) const {
-        const unsigned token = at.token_tile * TOKENS + copy_row, first = at.step * K_STEP + copy_chunk * 8;
+        const unsigned first = at.step * K_STEP + copy_chunk * 8;
+        unsigned token = at.token_tile * TOKENS + copy_row, row = to + offset;
         const char* numbers = activations + (static_cast<size_t>(token) * k + first) * 2;
-#pragma unroll 8
+#pragma unroll(TOKENS / ROWS < 4 ? TOKENS / ROWS : 4)
         for (int i = 0; i < TOKENS / ROWS; ++i) {  // not all at once: a copying warp has few registers
-            const bool inside = first < k && token + i * ROWS < m;
             const unsigned place = copy_chunk % 8 ^ copy_row % 8 ^ i * ROWS % 8;  // ROWS is a power of two: the row's last bits
-            copy_async(to + offset + i * (ROWS * 128) + place * 16, numbers + static_cast<size_t>(i * ROWS) * k * 2, inside);
+            copy_async(row + place * 16, numbers, first < k && token < m);
+            token += ROWS, row += ROWS * 128, numbers += static_cast<size_t>(ROWS) * k * 2;
         }
     }
 };

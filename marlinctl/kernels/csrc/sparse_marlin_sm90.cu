@@ -92,9 +92,11 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) spars
     if (threadIdx.x == 0) ring.init();
     __syncthreads();
 
-    const unsigned n_blocks = (n + 63) / 64, k_tiles = (k + 63) / 64 * 2;
-    auto make_stripes = [&] {  // where it is needed: what is computed up here is spilled
-        return Stripes((n_blocks + BLOCKS - 1) / BLOCKS, (m + TOKENS - 1) / TOKENS, (k_tiles + K_TILES - 1) / K_TILES);
+    // For each role anew: what is computed before they part is kept in memory.
+    auto blocks_of_n = [&] { return (n + 63) / 64; };
+    auto tiles_of_k = [&] { return (k + 63) / 64 * 2; };
+    auto make_stripes = [&] {
+        return Stripes((blocks_of_n() + BLOCKS - 1) / BLOCKS, (m + TOKENS - 1) / TOKENS, (tiles_of_k() + K_TILES - 1) / K_TILES);
     };
 
     if (threadIdx.x >= THREADS) {
@@ -102,6 +104,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) spars
         const Stripes stripes = make_stripes();
         const unsigned thread = threadIdx.x - THREADS, warp = thread / 32, lane = thread % 32;
         if (warp == 0) {
+            const unsigned n_blocks = blocks_of_n(), k_tiles = tiles_of_k();
             const unsigned groups = GROUPED ? (k_tiles + GROUP_TILES - 1) / GROUP_TILES : 1;
             fill(stripes, ring, [&](const Cursor& at, int stage) {
                 const unsigned first_block = at.slice * BLOCKS, blocks = min(static_cast<unsigned>(BLOCKS), n_blocks - first_block);
