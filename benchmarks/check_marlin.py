@@ -8,11 +8,13 @@
 First every configuration of marlinctl/kernels/configurations.py, in float16 and bfloat16, against the float64 product of the weights
 that kernels/reference.py decodes: random inputs on odd shapes, identity activations (which must give the weights bit for bit), inputs
 that lie between NaNs, poisoned outputs and workspaces, odd numbers of CTAs, two streams at once, a CUDA graph; each launch three
-times, with equal bits. Any failure is listed and the script exits with 1 before it times anything.
+times, with equal bits. Each configuration is checked in a process of its own, several at once: one that hangs is stopped and is a failure
+like any other. Any failure is listed and the script exits with 1 before it times anything.
 
 Then the time of a call inside a CUDA graph of many calls, over so many copies of the weights that they come from memory and not
 from L2, beside torch.matmul in the same type on weights [N, K]; replays of all candidates take turns, the median is printed. Words and
-scales are random: zeros draw less power, and the GPU clocks higher.
+scales are random: zeros draw less power, and the GPU clocks higher. Kernels for Hopper are timed with programmatic dependent launch too
+(+p, "overlapped"), where a call fetches its first weights while the call before it ends; the speed-up is that without.
 
 It needs a CUDA build of torch (which brings cuda-bindings and NVRTC) and nothing else of marlinctl's dependencies.
 """
@@ -25,11 +27,14 @@ import dataclasses
 import datetime
 import itertools
 import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,6 +61,7 @@ IDEAL = ["73728x18432", "18432x73728"]  # N x K
 LLAMA3_8B = ["6144x4096", "4096x4096", "28672x4096", "4096x14336"]
 L2_TIMES = 5  # copies of the weights hold this many times the L2 cache
 REPLAYS = 15
+CHECK_SECONDS = 180  # for one configuration; some of it is for compiling
 
 
 def main() -> int:
@@ -67,6 +73,7 @@ def main() -> int:
     parser.add_argument("--group-size", type=int, default=128, help="of what is timed; -1 is channel-wise (default: 128)")
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16", help="of what is timed")
     parser.add_argument("--kernel", choices=["dense", "sparse"], help="which of the two (default: both)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="configurations checked at once (default: one for each processor)")
     parser.add_argument("--only", metavar="NAME", action="append", help="a configuration; repeatable")
     parser.add_argument("--cache", type=Path, help="folder of compiled kernels (default: a new one, so that compiling is timed)")
     parser.add_argument("--json", type=Path, help="where every figure goes")
@@ -83,24 +90,24 @@ def main() -> int:
     if not configurations:
         parser.error(f"--only: the configurations for this GPU are {', '.join(c.name for c in fitting)}")
     cache = arguments.cache or Path(tempfile.mkdtemp(prefix="marlin-"))
-    loaded = [Kernel.load(c, dtype, cache) for c, dtype in itertools.product(configurations, DTYPES)]
     figures: dict[str, Any] = {"gpu": gpu.name, "torch": torch.__version__, "date": str(today)}
-    both = [[k for k in loaded if k.configuration.sparse == sparse] for sparse in (False, True)]
     wrong = []
     if not arguments.time:
-        wrong = [line for kernels in both if kernels for line in check(kernels)]
+        if len(configurations) == 1:
+            wrong = check([Kernel.load(configurations[0], dtype, cache) for dtype in DTYPES])
+        else:
+            wrong = check_apart(configurations, cache, arguments.jobs)
         figures["wrong"] = wrong
         print("\n".join(wrong[:40]) if wrong else "all checks passed", flush=True)
     if not arguments.check and not wrong:
         dtype = getattr(torch, arguments.dtype)
         shapes = [tuple(int(size) for size in shape.lower().split("x")) for shape in arguments.shape or [*LLAMA3_8B, *IDEAL]]
         tokens = [int(m) for m in arguments.tokens.split(",")]
-        figures["timing"] = [
-            row
-            for kernels in both
-            if kernels
-            for row in time_all([k for k in kernels if k.dtype == dtype], shapes, tokens, arguments.group_size)
-        ]
+        shift = -1 if arguments.group_size == -1 else group_shift(arguments.group_size, 2 * arguments.group_size)
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            kernels = list(pool.map(lambda c: Kernel.load(c, dtype, cache, (shift,)), configurations))
+        both = [[k for k in kernels if k.configuration.sparse == sparse] for sparse in (False, True)]
+        figures["timing"] = [row for some in both if some for row in time_all(some, shapes, tokens, arguments.group_size)]
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 1 if wrong else 0
@@ -125,12 +132,12 @@ class Kernel:
     resident: int  # CTAs that fit on the GPU at once, by multiprocessor
 
     @classmethod
-    def load(cls, configuration: Configuration, dtype: torch.dtype, cache: Path) -> Kernel:
+    def load(cls, configuration: Configuration, dtype: torch.dtype, cache: Path, shifts: tuple[int, ...] = (-1, 1, 2, 3)) -> Kernel:
         from cuda.bindings import driver
 
         torch.zeros(1, device="cuda")  # makes torch's context current
         functions, registers, local, resident, start = {}, 0, 0, 99, time.perf_counter()
-        for shift in (-1, 1, 2, 3) if configuration.wgmma else (3,):
+        for shift in shifts if configuration.wgmma else (3,):
             defines = configuration.defines(dtype, shift)
             code = jit.cubin(f"{configuration.kernel}.cu", defines, architecture(configuration), cache)
             library = done(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
@@ -173,7 +180,7 @@ class Kernel:
         ctas: int,
         programmatic: bool = False,
     ) -> None:
-        """On torch's current stream. `programmatic`: CTAs may start before the kernel before has ended; Hopper's kernels wait where they must."""
+        """On torch's current stream. `programmatic` (for Hopper's): the kernel may start before the one before it has ended."""
         from cuda.bindings import driver
 
         m, k = activations.shape
@@ -211,6 +218,25 @@ def done(result: tuple[Any, ...]) -> Any:
 
 
 # Is it right
+
+
+def check_apart(configurations: list[Configuration], cache: Path, jobs: int) -> list[str]:
+    """Every failure of every configuration, of which each is checked by this script in another process."""
+
+    def run(configuration: Configuration) -> list[str]:
+        command = [sys.executable, __file__, "--check", "--only", configuration.name, "--cache", str(cache)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=CHECK_SECONDS, check=False)
+        except subprocess.TimeoutExpired:
+            return [f"{configuration.name}: stopped after {CHECK_SECONDS} s"]
+        lines = done.stdout.splitlines()[1:]  # without the GPU
+        if done.returncode == 0:
+            print("\n".join(lines[:-1]), flush=True)
+            return []
+        return [line for line in lines if " compiled and loaded " not in line] + done.stderr.splitlines()[-3:]
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return [line for lines in pool.map(run, configurations) for line in lines]
 
 
 def check(kernels: list[Kernel]) -> list[str]:
@@ -314,6 +340,14 @@ def check_streams_and_graph(kernel: Kernel) -> Iterator[str]:
     torch.cuda.synchronize()
     if not all(torch.equal(a, b) for a, b in zip(alone, together, strict=True)):
         yield f"{kernel.name}: two streams at once differ from one after the other"
+    if kernel.configuration.wgmma:  # one workspace for launches that overlap
+        for _ in range(20):
+            for x, out in zip(activations, together, strict=True):
+                kernel.launch(x, p, None, out.fill_(torch.nan), workspaces[0], ctas, programmatic=True)
+                kernel.launch(x, p, None, out, workspaces[0], ctas, programmatic=True)
+        torch.cuda.synchronize()
+        if not all(torch.equal(a, b) for a, b in zip(alone, together, strict=True)):
+            yield f"{kernel.name}: programmatic dependent launches differ from one after the other"
     x, out = activations[0].clone(), guarded(m, n, kernel.dtype)[0]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -422,15 +456,18 @@ def time_shape(kernels: list[Kernel], n: int, k: int, tokens: list[int], group_s
             for residents in range(1, kernel.resident + 1):
                 ctas = kernel.ctas(m, n, k, residents)
                 call = partial(packed_call, kernel, activations, packed, out, kernel.workspace(m, n, ctas), ctas)
-                candidates[f"{kernel.configuration.name}/{residents}"] = call
+                candidates[f"{kernel.configuration.name}/{residents}"] = partial(call, False)
+                if kernel.configuration.wgmma:
+                    candidates[f"{kernel.configuration.name}/{residents}+p"] = partial(call, True)
         medians = {name: time / calls for name, time in replay({name: graph_of(call, calls) for name, call in candidates.items()}).items()}
         baseline = medians.pop("torch.matmul")
-        best = min(medians, key=medians.__getitem__)
+        best = min((name for name in medians if not name.endswith("+p")), key=medians.__getitem__)
+        overlapped = min((value for name, value in medians.items() if name.endswith("+p")), default=medians[best])
         moved = weight_bytes + 2 * m * (n + k)
         print(
             f"M={m:<5} torch {baseline:8.1f}  best {medians[best]:8.1f}  {baseline / medians[best]:5.2f}x  "
-            f"{moved / medians[best] / 1e6:5.2f} TB/s  {2 * m * n * k / medians[best] / 1e6:6.1f} TFLOP/s  {best:24} | "
-            + " ".join(f"{name} {value:.1f}" for name, value in medians.items()),
+            f"{moved / medians[best] / 1e6:5.2f} TB/s  {2 * m * n * k / medians[best] / 1e6:6.1f} TFLOP/s  {best:28} "
+            f"overlapped {overlapped:8.1f} | " + " ".join(f"{name} {value:.1f}" for name, value in medians.items()),
             flush=True,
         )
         rows.append({"sparse": sparse, "n": n, "k": k, "m": m, "group_size": group_size, "torch.matmul": baseline, **medians})
@@ -442,9 +479,16 @@ def dense_call(activations: Tensor, weights: list[Tensor], out: Tensor, i: int) 
 
 
 def packed_call(
-    kernel: Kernel, activations: Tensor, packed: list[Packed], out: Tensor, workspace: tuple[Tensor, Tensor], ctas: int, i: int
+    kernel: Kernel,
+    activations: Tensor,
+    packed: list[Packed],
+    out: Tensor,
+    workspace: tuple[Tensor, Tensor],
+    ctas: int,
+    programmatic: bool,
+    i: int,
 ) -> None:
-    kernel.launch(activations, packed[i % len(packed)], None, out, workspace, ctas)
+    kernel.launch(activations, packed[i % len(packed)], None, out, workspace, ctas, programmatic)
 
 
 def graph_of(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph:

@@ -22,7 +22,9 @@ SOURCE = """
 #include "ptx_sm90.cuh"
 
 template <int selector>
-__device__ void probe(const unsigned (&a)[4], unsigned e, const unsigned (&b)[4], unsigned long long rows, float4* by_wgmma, float4* by_mma) {
+__device__ void probe(
+    const unsigned (&a)[4], unsigned e, const unsigned (&b)[4], unsigned long long rows, float4* by_wgmma, float4* by_mma
+) {
     float d[1][4] = {{0, 0, 0, 0}}, s[4] = {0, 0, 0, 0};
     wgmma_fence();
     wgmma_sparse_half<selector>(d, a, rows, e, false);
@@ -76,7 +78,9 @@ def main() -> int:
     code = jit._compile(nvrtc, "probe.cu", {**jit.sources(), "probe.cu": SOURCE}, flags)
     inputs = [fragment.cuda(), meta.to(torch.int32).cuda(), numbers.cuda()]
     outputs = [torch.full((2, 128, 4), torch.nan, device="cuda") for _ in range(2)]
-    function = done(driver.cuKernelGetFunction(done(driver.cuLibraryGetKernel(done(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0)), b"both"))))
+    function = done(
+        driver.cuKernelGetFunction(done(driver.cuLibraryGetKernel(done(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0)), b"both")))
+    )
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (*inputs, *outputs)]
     table = (ctypes.c_void_p * len(pointers))(*(ctypes.addressof(pointer) for pointer in pointers))
     done(driver.cuLaunchKernel(function, 1, 1, 1, 128, 1, 1, 0, torch.cuda.current_stream().cuda_stream, ctypes.addressof(table), 0))

@@ -22,13 +22,13 @@
 //     warp 3   │  word j  │       16          │             │
 //              └──────────┘                   └─────────────┘
 //
-// While the tensor core works on a batch of steps, the warp decodes the words of the next into the other half of its A registers. Every batch
-// begins with a meeting of the four warps (wgmma.fence), which is why it is more than one step.
+// While the tensor core works on a batch of steps, the warp decodes the words of the next batch into the other half of its A
+// registers. Every batch begins with a meeting of the four warps (wgmma.fence): where that shows, a batch is more than one step.
 //
 // THE SCALES.  SCALE_WEIGHTS = 0: sums of a group are scaled in float32 (tile.cuh). The group is known to the compiler, so the loop
-// below is straight: GROUP_SHIFT = log2(group_size / 16), -1 for channel-wise. SCALE_WEIGHTS = 1: codes are scaled before they are multiplied,
-// code * scale rounded once to 16 bits, which is the decoded weight as it is defined. From 64 tokens on a group's sums are dear: as many
-// registers as the sums, an fma for each, and the tensor core stands still until they are done.
+// below is straight: GROUP_SHIFT = log2(group_size / 16), -1 for channel-wise. SCALE_WEIGHTS = 1: codes are scaled before they are
+// multiplied, code * scale rounded once to 16 bits, which is the decoded weight as it is defined. With many tokens a group's sums are
+// dear: as many registers as the sums, an fma for each, and the tensor core stands still until they are done.
 //
 // A STAGE holds K_STEP of k (pipeline_sm90.cuh says who fills it):
 //
@@ -39,7 +39,7 @@
 // What lies outside of the matrices: activations become zeros, rows of words and scales are copied once more, and columns keep
 // what was in the stage before. A code is finite whatever the word, and a column that nobody writes may be what it likes.
 //
-// LIMITS.  N and K multiples of 8 (rows of 16 bytes), everything aligned to 16 bytes; 2^31 units; one CTA per multiprocessor.
+// LIMITS.  N and K multiples of 8 (rows of 16 bytes), everything aligned to 16 bytes; 2^31 units.
 //
 // MEASURED.  docs/log/2026-11-21-hopper-kernel.md
 #include "write_marlin.cuh"
@@ -96,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) marli
     if (threadIdx.x >= THREADS) {
         give_registers<COPY_REGISTERS>();
         const Stripes stripes = make_stripes();
-        const unsigned thread = threadIdx.x - THREADS, warp = thread / 32, lane = thread % 32;
+        const unsigned thread = thread_index() - THREADS, warp = thread / 32, lane = thread % 32;
         if (warp == 0) {
             const unsigned n_blocks = blocks_of_n(), k_tiles = tiles_of_k();
             const unsigned groups = GROUPED ? (k_tiles + GROUP_TILES - 1) / GROUP_TILES : 1;

@@ -10,6 +10,19 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
+// threadIdx.x and blockIdx.x, read where they are asked for: volatile, lest the compiler keeps them from the start on, in registers or
+// spilled.
+__device__ __forceinline__ unsigned thread_index() {
+    unsigned out;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(out));
+    return out;
+}
+__device__ __forceinline__ unsigned cta_index() {
+    unsigned out;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(out));
+    return out;
+}
+
 // __syncthreads for the first `threads` of a CTA (barrier 0, for all of them, is __syncthreads' own).
 template <int threads>
 __device__ __forceinline__ void meet() {

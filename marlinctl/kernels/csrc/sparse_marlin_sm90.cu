@@ -102,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) spars
     if (threadIdx.x >= THREADS) {
         give_registers<COPY_REGISTERS>();
         const Stripes stripes = make_stripes();
-        const unsigned thread = threadIdx.x - THREADS, warp = thread / 32, lane = thread % 32;
+        const unsigned thread = thread_index() - THREADS, warp = thread / 32, lane = thread % 32;
         if (warp == 0) {
             const unsigned n_blocks = blocks_of_n(), k_tiles = tiles_of_k();
             const unsigned groups = GROUPED ? (k_tiles + GROUP_TILES - 1) / GROUP_TILES : 1;

@@ -46,7 +46,7 @@ struct Self {
     unsigned thread, lane, warp, k_warp, column_warp, block, first_word;
 
     __device__ __forceinline__ Self() {
-        thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+        thread = thread_index(), lane = thread % 32, warp = thread / 32;
         k_warp = warp / COLUMN_WARPS, column_warp = warp % COLUMN_WARPS;
         block = column_warp / SPLIT, first_word = column_warp % SPLIT * WORDS;
     }
@@ -222,7 +222,7 @@ __device__ __forceinline__ bool contribute(const OwnSums& own, const Shared& sha
 #pragma unroll
         for (int slab = 0; slab < SLABS; ++slab) {
             const float(&s)[4] = own[part][slab];
-            __stcg(shared.place(blockIdx.x, part, slab, self), make_float4(s[0], s[1], s[2], s[3]));
+            __stcg(shared.place(cta_index(), part, slab, self), make_float4(s[0], s[1], s[2], s[3]));
         }
     meet<THREADS>();
     if (self.thread == 0) *arrived = count_up(shared.counter);  // whoever sees the count sees the parts that were there before it

@@ -154,6 +154,8 @@ inline int count_up(int* counter) { return (*counter)++; }
 template <class T> inline void __stcg(T* place, T value) { *place = value; }
 template <class T> inline T __ldcg(const T* place) { return *place; }
 
+inline unsigned thread_index() { return threadIdx.x; }
+inline unsigned cta_index() { return blockIdx.x; }
 inline unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(static_cast<const char*>(pointer) - reinterpret_cast<const char*>(shared));
 }
