@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin
 CONSTRAINTS = constraints.txt
 
-.PHONY: help demo test lint types tests format docs site gpu slow wheel clean
+.PHONY: help demo test lint types tests format docs site gpu slow fuzz wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -21,6 +21,10 @@ $(VENV)/.installed-demo: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 $(VENV)/.installed-test: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	$(RUN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[test]'
 	@touch $@ $(VENV)/.installed-demo
+
+$(VENV)/.installed-fuzz: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(RUN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[fuzz]'
+	@touch $@ $(VENV)/.installed-test $(VENV)/.installed-demo
 
 $(VENV)/.installed-docs: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	$(RUN)/python -m pip install -q -c $(CONSTRAINTS) -e '.[docs]'
@@ -43,6 +47,10 @@ tests: $(VENV)/.installed-test  ## pytest, without what needs a GPU or minutes
 slow: $(VENV)/.installed-test  ## the tests that take minutes
 	$(RUN)/python -m pytest -q -m slow
 
+fuzz: $(VENV)/.installed-fuzz  ## a minute of hostile bytes
+	$(RUN)/python -m tests.fuzz checkpoint -max_total_time=30 -verbosity=0
+	$(RUN)/python -m tests.fuzz packed -max_total_time=30 -verbosity=0
+
 gpu: $(VENV)/.installed-test  ## the tests that need a CUDA device
 	$(RUN)/python -m pytest -q -m gpu
 
@@ -53,7 +61,7 @@ docs: $(VENV)/.installed-test  ## write the generated pages anew
 	$(RUN)/python scripts/make_cli_docs.py
 
 site: $(VENV)/.installed-docs  ## docs/ as a site
-	$(RUN)/python -m mkdocs build -q
+	NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs build -q
 
 wheel: $(VENV)/.installed-test  ## dist/marlinctl-*.whl
 	$(RUN)/python -m build -q --wheel

@@ -4,8 +4,8 @@
                                      [further flags of quantize: --match 0.5 --dtype float32 ...]
 
 The checkpoint is written block by block with random weights. The job runs as a child process; anonymous resident memory is sampled
-from /proc (mapped file pages are not counted: the system gives them back when it needs them). Exit code 1 where it is more than 15 %
-away from the plan.
+from /proc (mapped file pages are not counted: the system gives them back when it needs them), with --device cuda also what nvidia-smi says
+is used of the GPU, beyond what was before. Exit code 1 where either is more than 15 % away from the plan.
 """
 
 from __future__ import annotations
@@ -48,16 +48,32 @@ def run(folder: Path, chosen: argparse.Namespace, further: list[str]) -> int:
     planned = json.loads(subprocess.run([*marlinctl, "plan", str(source), *flags], capture_output=True, text=True, check=False).stdout)
     promised = planned["memory"]["host"]["stages"]["quantize"]
     started = time.monotonic()
+    device = planned["memory"]["device"]
+    before = peak_of_device = used_of_device() if device else 0
     child = subprocess.Popen([*marlinctl, "quantize", str(source), str(folder / "out"), *flags], stdout=subprocess.DEVNULL)
     peak = 0
     while child.poll() is None:
         peak = max(peak, anonymous(child.pid))
-        time.sleep(0.02)
+        if device:
+            peak_of_device = max(peak_of_device, used_of_device())
+        else:
+            time.sleep(0.02)
     seconds = time.monotonic() - started
     print(f"checkpoint {size / 2**30:.2f} GiB, {chosen.blocks} blocks, {chosen.samples} x {chosen.length} tokens {' '.join(further)}")
     print(f"peak anonymous memory {peak / 2**30:.2f} GiB, planned {promised / 2**30:.2f} GiB ({promised / max(peak, 1) - 1:+.1%})")
     print(f"{seconds:.0f} s, planned {planned['time']['seconds']} s")
-    return child.returncode or int(abs(promised / peak - 1) > TOLERANCE)
+    wrong = abs(promised / peak - 1) > TOLERANCE
+    if device:
+        measured, promised = peak_of_device - before, device["peak"] + device["activations"]
+        print(f"peak GPU memory {measured / 2**30:.2f} GiB, planned {promised / 2**30:.2f} GiB ({promised / max(measured, 1) - 1:+.1%})")
+        wrong |= abs(promised / max(measured, 1) - 1) > TOLERANCE
+    return child.returncode or int(wrong)
+
+
+def used_of_device() -> int:
+    """Bytes in use on the first GPU, by whomever."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) << 20
 
 
 def anonymous(process: int) -> int:

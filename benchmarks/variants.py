@@ -6,7 +6,7 @@
 
     int4        one-pass (--method sparsegpt)
     pruned ─► distilled ─► distilled-int4          each ─► texts, against MODEL ─► tasks
-    joint       llm-compressor (--llm-compressor PYTHON, its own environment)
+    joint       llm-compressor (--llm-compressor PYTHON, its own environment)      (tasks: of those that are meant to be used)
 
 Every step is a marlinctl command in a process of its own. A step runs as soon as what it needs is there and a GPU has room; steps that are
 done are not done again, so a run that was stopped is started with the same words. Prints what each step ended with, and two Markdown
@@ -38,6 +38,7 @@ VARIANTS = {
     "one-pass": "2:4 and int4, one pass",
     "llm-compressor": "llm-compressor",
 }
+WITHOUT_TASKS = ("distilled", "one-pass", "llm-compressor")  # a stage on the way and the two baselines: texts tell enough of them
 METRICS = {"mmlu": "acc", "arc_easy": "acc_norm", "arc_challenge": "acc_norm", "winogrande": "acc"}
 
 
@@ -132,7 +133,7 @@ def steps(chosen: argparse.Namespace) -> list[Step]:
                 name, file = text.split("=", 1)
                 result = ["--out", str(chosen.work / "results" / f"{variant}.{name}.json")]
                 measuring.append(Step(f"{variant}.{name}", [*evaluation, "--against", model, "--text", file, *result], needs))
-        if chosen.tasks:
+        if chosen.tasks and variant not in WITHOUT_TASKS:
             asked = ["--tasks", chosen.tasks, "--batch-size", "32", "--out", str(chosen.work / "results" / f"{variant}.tasks.json")]
             asked += ["--task-data", chosen.task_data] if chosen.task_data else []
             asked += ["--limit", str(chosen.limit)] if chosen.limit else []

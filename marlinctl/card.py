@@ -1,6 +1,7 @@
 """README.md of a published folder: the model card that people and the hub read.
 
-It lies outside the manifest, so scores can be added later without touching the model.
+It lies outside the manifest, so scores can be added later without touching the model. What it says of a run comes from the run's JSON; what
+`pack` knows of a foreign folder is less, and every line that nothing is known for stays out.
 """
 
 from __future__ import annotations
@@ -9,10 +10,18 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from marlinctl import __version__
 from marlinctl.checkpoint.formats import LOADERS
+from marlinctl.checkpoint.licence import KEYS, spoken
 from marlinctl.checkpoint.mask import NAME as MASK_FILE
+from marlinctl.pages.markdown import code, listing, table, text
+from marlinctl.pages.page import Cell, Name, Table
+from marlinctl.scores import figure, scores
+
+if TYPE_CHECKING:
+    from marlinctl.pages.provenance import Folder
 
 _TITLES = {
     "ct": "4-bit weights, compressed-tensors `pack-quantized`",
@@ -21,6 +30,12 @@ _TITLES = {
     "marlin_24": "4-bit weights, 2:4, native Sparse-MARLIN tiles of marlinctl",
     "dense": "16-bit copy of a 4-bit model",
 }
+_TAGS = {
+    "ct": ["compressed-tensors", "int4"],
+    "gptq": ["gptq", "int4"],
+    "marlin": ["marlin", "int4"],
+    "marlin_24": ["marlin", "int4"],
+}
 _NATIVE_NOTE = "Plain transformers finds no model file in this folder, on purpose: it would fill the packed layers with random numbers.\n"
 _NOTES = {
     "marlin": _NATIVE_NOTE,
@@ -28,86 +43,137 @@ _NOTES = {
     "dense": "Every linear holds float16(code * scale). The product is rounded to 11 significant bits, so logits are close to those of the "
     "packed model and not equal to them.\n",
 }
+Row = tuple[str, Cell]
 
 
 @dataclass(frozen=True, slots=True)
 class CardFacts:
-    """What the card says. `scores`: rows of (task, metric, value, value of the original or '')."""
+    """What the card says. `scores`: rows of (measured on, metric, value, value of the original or '')."""
 
     fmt: str
     layers: Mapping[str, int]  # quantized linears -> group size, -1 for whole rows
     ignore: Sequence[str]  # linears left 16-bit
     command: str  # the exact command line, with output paths as the person gave them
     base_model: str | None = None  # a hub id; a local path is nobody's business
-    license: str | None = None
-    calibration: str | None = None
-    recipe_hash: str | None = None
+    license: Mapping[str, str] | None = None  # of the original: license, license_name, license_link
+    made_from: Sequence[Row] = field(default=())  # data, seeds, versions, digests
     scores: Sequence[tuple[str, str, str, str]] = field(default=())
+    measured: Sequence[str] = field(default=())  # on which text, and what must not be overlooked
     two_of_four: bool = False  # pruned to 2:4
+
+
+def of_compression(report: Mapping[str, Any], folder: Folder, layers: Mapping[str, int], ignore: Sequence[str]) -> str:
+    """The card of what compress, quantize, sparsify or pack published."""
+    from marlinctl.pages.provenance import card_rows, hub_ancestor
+    from marlinctl.scores import notes
+
+    source, document = report["source"], report.get("evaluation", {}).get("document")
+    packed = report.get("packed")
+    facts = CardFacts(
+        fmt=folder.fmt,
+        layers=layers,
+        ignore=ignore,
+        command=report["command"] + (f"\n{packed['command']}" if packed else ""),
+        base_model=source["name"] if source["kind"] == "hub" else hub_ancestor(folder),
+        license=source.get("license"),
+        made_from=card_rows(report, folder),
+        scores=_score_rows(document) if document else (),
+        measured=[line.strip() for line in notes(document)] if document else (),
+        two_of_four=report["sparse"] > 0,
+    )
+    return render(facts)
+
+
+def of_training(report: Mapping[str, Any], folder: Folder) -> str:
+    """The card of what distill published."""
+    from marlinctl.pages.provenance import training_rows
+    from marlinctl.pages.training import held_out, trained
+
+    title = "4-bit weights, compressed-tensors `pack-quantized`" if folder.fmt == "ct" else "16-bit weights"
+    title += ", 2:4 sparse" if report["sparse_linears"] else ""
+    teacher = report["teacher"]
+    original = teacher["name"] if teacher["kind"] == "hub" else None
+    tags = ["distillation", *_TAGS.get(folder.fmt, []), *(["sparse"] if report["sparse_linears"] else [])]
+    rows: list[Row] = [
+        ("Trained", f"{trained(report)}, towards the original"),
+        ("Original", Name(original) if original else ""),
+        ("Its licence", spoken(teacher.get("license"))),
+        *training_rows(report, folder),
+        ("Loads in", ", ".join(LOADERS[folder.fmt])),
+    ]
+    losses = held_out(report["held_out"])
+    assert isinstance(losses, Table)
+    lines = [*_front_matter(original, teacher.get("license"), tags, relation="finetune"), "", f"# {_named(original)}: {title}", ""]
+    lines += [table(("", ""), [row for row in rows if row[1]]), "", "## Held-out loss", "", table(losses.header, losses.rows), ""]
+    return "\n".join([*lines, *_how(report["command"])])
 
 
 def render(facts: CardFacts) -> str:
     """The card as Markdown with YAML front matter."""
-    return "\n".join([*_front_matter(facts), "", *_what(facts), *_scores(facts), *_how(facts)])
+    tags = [*_TAGS.get(facts.fmt, []), *(["sparse"] if facts.two_of_four else [])]
+    front = _front_matter(facts.base_model, facts.license, tags, relation="quantized")
+    return "\n".join([*front, "", *_what(facts), *_scores(facts), *_how(facts.command)])
 
 
-def _front_matter(facts: CardFacts) -> list[str]:
+def _front_matter(base_model: str | None, licence: Mapping[str, str] | None, tags: Sequence[str], *, relation: str) -> list[str]:
     """JSON strings are YAML strings, so nothing in a name can break out of the block."""
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if facts.base_model:
-        lines += [f"base_model: {json.dumps(facts.base_model)}", "base_model_relation: quantized"]
-    if facts.license:
-        lines.append(f"license: {json.dumps(facts.license)}")
-    of_format = {
-        "ct": ["compressed-tensors", "int4"],
-        "gptq": ["gptq", "int4"],
-        "marlin": ["marlin", "int4"],
-        "marlin_24": ["marlin", "int4"],
-    }
-    tags = ["marlinctl", *of_format.get(facts.fmt, []), *(["sparse"] if facts.two_of_four else [])]
-    return [*lines, "tags:", *(f"- {tag}" for tag in tags), "---"]
+    if base_model:
+        lines += [f"base_model: {json.dumps(base_model)}", f"base_model_relation: {relation}"]
+    lines += [f"{key}: {json.dumps(licence[key])}" for key in KEYS if licence and key in licence]
+    return [*lines, "tags:", *(f"- {tag}" for tag in ["marlinctl", *tags]), "---"]
 
 
 def _what(facts: CardFacts) -> list[str]:
     sizes = Counter(facts.layers.values())
     groups = ", ".join(f"{'whole rows' if size == -1 else size} ({count} linears)" for size, count in sizes.most_common())
     title = _TITLES[facts.fmt] if facts.layers else "16-bit weights, pruned to 2:4"  # nothing quantized: `sparsify` without --bits 4
-    rows = [
-        ("Format", title),
+    rows: list[Row] = [
+        ("Format", title.replace("`", "")),
         ("Quantized", f"{len(facts.layers)} linears, int4 symmetric, codes -8..7 times one scale per group" if facts.layers else ""),
         ("Group size", groups),
         ("Pruned", f"2:4, two of each four neighbours along K are zero; {_survivors(facts.fmt)}" if facts.two_of_four else ""),
-        ("Left 16-bit", _shorten(facts.ignore)),
-        ("Original", f"`{facts.base_model}`" if facts.base_model else ""),
-        ("Calibration", facts.calibration or ""),
-        ("Recipe", f"SHA-256 `{facts.recipe_hash}`" if facts.recipe_hash else ""),
+        ("Original", Name(facts.base_model) if facts.base_model else ""),
+        ("Its licence", spoken(facts.license)),
+        *facts.made_from,
         ("Written by", f"marlinctl {__version__}"),
         ("Loads in", ", ".join(LOADERS[facts.fmt])),
     ]
-    name = facts.base_model.rpartition("/")[2] if facts.base_model else "This model"
-    table = ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows if value)]
+    lines = [table(("", ""), [row for row in rows if row[1]])]
+    if facts.ignore:
+        lines += ["", f"Left at 16 bits: {_shorten(facts.ignore)}."]
     note = _NOTES.get(facts.fmt) if facts.layers else None
-    return [f"# {name}: {title}", "", *table, "", *([note] if note else [])]
+    return [f"# {_named(facts.base_model)}: {title}", "", *lines, "", *([note] if note else [])]
+
+
+def _named(base_model: str | None) -> str:
+    return text(base_model.rpartition("/")[2]) if base_model else "This model"
 
 
 def _survivors(fmt: str) -> str:
-    return "the metadata says which" if fmt == "marlin_24" else f"`{MASK_FILE}` says which"
+    return "the metadata says which" if fmt == "marlin_24" else f"{MASK_FILE} says which"
+
+
+def _score_rows(document: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    found = scores(document)
+    alone = {"distance": ""}
+    return [(s.name, s.metric, figure(s.ours, digits=s.digits), alone.get(s.kind, figure(s.baseline, digits=s.digits))) for s in found]
 
 
 def _scores(facts: CardFacts) -> list[str]:
     if not facts.scores:
         return []
-    head = ["## Scores", "", "| Task | Metric | This model | Original |", "|---|---|---|---|"]
-    return [*head, *("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in facts.scores), ""]
+    rows = table(("Measured on", "Metric", "This model", "Original"), facts.scores)
+    return ["## Scores", "", rows, "", *(f"{text(line)}\n" for line in facts.measured)]
 
 
-def _how(facts: CardFacts) -> list[str]:
+def _how(command: str) -> list[str]:
     return [
         "## How it was made",
         "",
-        "```",
-        facts.command.replace("```", "'''"),
-        "```",
+        listing(command),
+        "",
+        "`marlinctl_report.html` beside this card shows every layer, `recipe.yaml` holds every setting.",
         "",
         "## How to check it",
         "",
@@ -118,9 +184,5 @@ def _how(facts: CardFacts) -> list[str]:
 
 
 def _shorten(names: Sequence[str]) -> str:
-    shown = ", ".join(f"`{name}`" for name in names[:6])
+    shown = ", ".join(code(name) for name in names[:6])
     return shown + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

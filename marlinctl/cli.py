@@ -43,13 +43,19 @@ VERBS = {
     "distill": "Train a 2:4 or 4-bit model towards its original.",
     "pack": "Turn a 4-bit checkpoint into another format, exactly.",
     "eval": "Score a model on tasks; compare it with its original.",
+    "bench": "Check and time the INT4 kernels; compile them ahead of time.",
+    "resume": "Go on with a run that was stopped or killed.",
+    "jobs": "List or remove what unfinished runs left behind.",
     "plan": "Tell what compress would do, what it needs, and whether it fits.",
     "inspect": "Tell what a checkpoint is, from its headers alone.",
+    "report": "Write the report and model card of a published folder anew.",
     "verify": "Check a checkpoint's digests, structure and numbers.",
     "doctor": "Test what marlinctl needs of this machine.",
     "recipes": "List, show and check recipes.",
+    "completion": "Print the completion script of a shell.",
 }
 DOCS = "docs/troubleshooting.md"
+COMPLETION_VARIABLE = "_MARLINCTL_COMPLETE"  # click's protocol: a shell sets it to ask what may follow
 
 
 class _Terminated(BaseException):
@@ -97,6 +103,10 @@ def marlinctl(**_common: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code. Nothing but SystemExit of the interpreter itself gets past it."""
     args = list(sys.argv[1:] if arguments is None else arguments)
+    if instruction := os.environ.get(COMPLETION_VARIABLE):
+        from click.shell_completion import shell_complete
+
+        return shell_complete(marlinctl, {}, "marlinctl", COMPLETION_VARIABLE, instruction)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a name that the locale cannot spell must not stop the program

@@ -190,7 +190,7 @@ class Console:
 
     def write_json(self, document: dict[str, Any]) -> None:
         """ASCII, so that no locale can break it; NaN and infinity, which JSON does not know, become null."""
-        body = json.dumps(_strict({"schema_version": SCHEMA_VERSION, **document}), indent=2, allow_nan=False)
+        body = json.dumps(strict({"schema_version": SCHEMA_VERSION, **document}), indent=2, allow_nan=False)
         print(redact(body), file=self._out, flush=True)
 
     # The log
@@ -278,12 +278,12 @@ def _draw_bar(stream: TextIO, colour: bool, total: int) -> Bar:
     )
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
     """The same document in what JSON knows: no NaN, text keys, paths as text."""
     if isinstance(value, dict):
-        return {str(key): _strict(item) for key, item in value.items()}
+        return {str(key): strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
+        return [strict(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, (bool, int, str)):

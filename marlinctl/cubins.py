@@ -6,25 +6,37 @@ are added here. The entries lie in `kernels` below the cache folder, beside down
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from marlinctl.checkpoint.source import writable_cache
 from marlinctl.errors import EnvironmentProblem
 from marlinctl.kernels import jit
 
 
 def kernel_cubin(source: str, defines: Sequence[str], architecture: str, cache_dir: Path | None) -> bytes:
     """The machine code of a source of kernels/csrc; `cache_dir` None is MARLINCTL_CACHE or the user's cache folder."""
-    folder = writable_cache(cache_dir) / "kernels"
-    try:
+    folder = kernel_folder(cache_dir)
+    with telling(folder, f"{source} for {architecture}"):
         return jit.cubin(source, defines, architecture, folder)
+
+
+def kernel_folder(cache_dir: Path | None) -> Path:
+    """Where the machine code lies. None is where the operators look for it."""
+    return jit.default_folder() if cache_dir is None else cache_dir / "kernels"
+
+
+@contextmanager
+def telling(folder: Path, where: str) -> Iterator[None]:
+    """What compiling raises, as errors of the command line: E403, E404, E410."""
+    try:
+        yield
     except jit.CompilerMissing as error:
         fix = "install a CUDA build of torch, which brings both, or pip install cuda-bindings nvidia-cuda-nvrtc"
         raise EnvironmentProblem("E403", str(error), where="compiling a CUDA kernel", fix=fix) from error
     except jit.CompilationFailed as error:
         fix = "use the versions of torch and nvidia-cuda-nvrtc in constraints.txt; if that does not help, report these lines"
-        raise EnvironmentProblem("E404", str(error), where=f"{source} for {architecture}", fix=fix) from error
+        raise EnvironmentProblem("E404", str(error), where=where, fix=fix) from error
     except OSError as error:
         fix = "name another place with --cache-dir or MARLINCTL_CACHE"
         what = f"the cache of compiled kernels cannot be used: {error.strerror or error}"

@@ -2,7 +2,7 @@
 
     look at both models ─► rows of tokens ─► losses before ─► train ─► round ─► losses after ─► check from disk ─► publish
     (nothing written)                                         │
-                                                              └─► OUT.job/ every `save_every` steps, for --resume
+                                                              └─► OUT.job/ every `save_every` steps, to go on from
 
 Three modes (docs/distill.md): full trains the linears and norms of the whole model, blockwise the same one block at a time, scales the
 scales and norms of a 4-bit model. The result has the form of the student: a folder for `quantize`, or for `pack`.
@@ -11,6 +11,7 @@ scales and norms of a 4-bit model. The result has the form of the student: a fol
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,26 +21,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from marlinctl.checkpoint.licence import licence_of
 from marlinctl.checkpoint.reader import fingerprint
 from marlinctl.checkpoint.source import Source
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output, require_space
 from marlinctl.console import Console
 from marlinctl.devices import forward_dtype, threads
 from marlinctl.distillation.blockwise import BlockLoop
-from marlinctl.distillation.job import JobFolder, State
+from marlinctl.distillation.job import DistillJob, State
 from marlinctl.distillation.loop import Loop
 from marlinctl.distillation.losses import Weights
 from marlinctl.distillation.opening import Opened, check_settings, open_models
 from marlinctl.distillation.processes import Processes
-from marlinctl.distillation.publish import publish
+from marlinctl.distillation.publish import build
 from marlinctl.distillation.rows import Rows, check_sizes, load_rows, make_rows
 from marlinctl.distillation.student import load_student
-from marlinctl.distillation.summary import report_files
 from marlinctl.distillation.teacher import Cached, Teacher, live, write_cache
-from marlinctl.job import versions
+from marlinctl.job import published_report, versions
+from marlinctl.journal import Request
 from marlinctl.load import load_dense
+from marlinctl.manifest import made_from
 from marlinctl.memory import peak_rss
 from marlinctl.opening import Options
+from marlinctl.pages.files import report_files
 from marlinctl.recipe import Distill, Recipe, recipe_hash
 from marlinctl.room import needed_by_distillation
 from marlinctl.scratch import Scratch
@@ -56,7 +60,7 @@ class _Run:
     options: Options
     console: Console
     processes: Processes
-    job: JobFolder
+    job: DistillJob
     dtype: torch.dtype
     _teacher: nn.Module | None = field(default=None)
 
@@ -77,32 +81,43 @@ class _Run:
             torch.cuda.empty_cache()
 
 
-def run_distill(
-    student: str, out: Path, teacher: str, recipe: Recipe, options: Options, console: Console, *, resume: bool = False
-) -> dict[str, Any]:
+def run_distill(student: str, out: Path, teacher: str, recipe: Recipe, options: Options, console: Console) -> dict[str, Any]:
     """Train `student` towards `teacher` and publish it as `out`. Returns the report as a JSON document."""
     processes = Processes(options.device)
-    run = _Run(out, recipe, options, console, processes, JobFolder(out), forward_dtype(processes.device, options.dtype))
+    run = _Run(out, recipe, options, console, processes, DistillJob(out), forward_dtype(processes.device, options.dtype))
+    asked = {"student": student, "teacher": teacher, "recipe": recipe.model_dump(mode="json"), "options": options.document()}
+    request = Request("distill", asked)
+    launcher = "accelerate launch ... -m " if processes.count > 1 else ""
+
+    sources = [Path(name) for name in (student, teacher) if Path(name).exists()]
 
     with ExitStack() as stack, threads(options.threads):
 
-        def look() -> Opened:
+        def take() -> None:
             check_settings(run.asked, processes.count)
-            check_output(out, overwrite=options.overwrite, sources=[Path(name) for name in (student, teacher) if Path(name).exists()])
+            if not options.resume:
+                check_output(out, overwrite=options.overwrite, sources=sources)
             if processes.main:
-                stack.enter_context(run.job.held(resume=resume))
+                stack.enter_context(run.job.held(request, resume=options.resume, console=console, launcher=launcher))
                 console.log_to(out.with_name(out.name + ".log"))
+
+        def look() -> Opened:
+            if options.resume:
+                check_output(out, overwrite=options.overwrite, sources=sources)
             opened = open_models(student, teacher, run.asked, options, console, stack)
             check_sizes(run.asked, opened.student.checkpoint.config, processes.count)
             _require_room(opened, out, run.asked)
             return opened
 
-        opened = processes.main_first(look)
-        rows = _rows(run, opened, resume)
-        state = _state(run, resume)
-        report = _train_blocks(run, opened, rows, state) if run.asked.mode == "blockwise" else _train(run, opened, rows, state)
-    if processes.main:
-        run.job.remove()
+        processes.main_first(take)
+        if processes.share(run.job.publishing is not None):
+            report = _publish_again(run)
+        else:
+            opened = processes.main_first(look)
+            begun = processes.share(run.job.begun)
+            rows = _rows(run, opened, begun)
+            state = _state(run, begun)
+            report = _train_blocks(run, opened, rows, state) if run.asked.mode == "blockwise" else _train(run, opened, rows, state)
     processes.part()
     return report
 
@@ -195,7 +210,7 @@ def _train(run: _Run, opened: Opened, rows: Rows, state: State | None) -> dict[s
         student = load_student(opened, asked.mode, asked.checkpointing, processes)
         loop = Loop(
             student, ask, rows, asked,
-            dtype=run.dtype, processes=processes, job=run.job, console=run.console, command=run.options.command,
+            dtype=run.dtype, processes=processes, job=run.job, console=run.console,
         )  # fmt: skip
         before = loop.measure()
         run.console.say(f"held out, before: {_told(before)}")
@@ -214,7 +229,7 @@ def _train_blocks(run: _Run, opened: Opened, rows: Rows, state: State | None) ->
     budget = int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE) if device.type == "cuda" else 0
     loop = BlockLoop(
         opened, rows, run.asked, device=device, dtype=run.dtype, job=run.job,
-        scratch=Scratch(run.job.path, device, budget), console=run.console, command=run.options.command,
+        scratch=Scratch(run.job.path, device, budget), console=run.console,
     )  # fmt: skip
     loop.run(state)
     before, after = loop.measured()
@@ -238,17 +253,27 @@ def _publish(
         for _ in values():  # gathering a sharded parameter takes all processes
             pass
         return report
-    with StagedCheckpoint(run.out, overwrite=run.options.overwrite, fmt=opened.student.info.name) as staged:
-        publish(
+    job = run.job
+    with StagedCheckpoint(run.out, overwrite=run.options.overwrite, fmt=opened.student.info.name, path=job.staged) as staged:
+        staged.restore([], [])
+        build(
             opened,
             values(),
             staged,
             recipe_yaml=run.recipe.to_yaml(),
             manifest=_manifest(run, opened, rows),
-            report_files=report_files(report),
+            report_files=lambda folder: report_files(report, folder, fmt=opened.student.info.name, layers={}, ignore=()),
             console=run.console,
         )
+        job.publish([staged], keep=run.options.keep_job)
     return report
+
+
+def _publish_again(run: _Run) -> dict[str, Any]:
+    if run.processes.main:
+        run.job.publish_again(overwrite=run.options.overwrite, keep=run.options.keep_job)
+    run.processes.wait()
+    return published_report(run.out)
 
 
 def _report(
@@ -261,7 +286,8 @@ def _report(
         "command": run.options.command,
         "format": opened.student.info.name,
         "student": _source_facts(opened.student.source),
-        "teacher": _source_facts(opened.teacher.source),
+        "teacher": {**_source_facts(opened.teacher.source), "license": licence_of(opened.teacher.source)},
+        "written": time.strftime("%Y-%m-%d", time.gmtime()),
         "recipe": {"sha256": recipe_hash(run.recipe), **run.recipe.model_dump(mode="json")},
         "sparse_linears": len(opened.pattern.shapes),
         "data": dict(rows.facts),
@@ -278,10 +304,13 @@ def _report(
 
 def _manifest(run: _Run, opened: Opened, rows: Rows) -> dict[str, Any]:
     """No times and no losses: two equal runs give two equal manifests."""
+    student = opened.student
+    earlier = made_from(student.source.folder)
+    source = {**_source_facts(student.source), "fingerprint": fingerprint(student.checkpoint)}
     return {
-        "format": opened.student.info.name,
+        "format": student.info.name,
         "recipe": {"sha256": recipe_hash(run.recipe)},
-        "source": {**_source_facts(opened.student.source), "fingerprint": fingerprint(opened.student.checkpoint)},
+        "source": {**source, **({"made_from": earlier} if earlier else {})},
         "teacher": {**_source_facts(opened.teacher.source), "fingerprint": fingerprint(opened.teacher.checkpoint)},
         "data": {"sha256": rows.sha256, **{key: value for key, value in rows.facts.items() if key != "source"}},
         "versions": versions(),

@@ -12,9 +12,9 @@ Xeon with AMX, an NVIDIA H200. Other machines differ; the order of magnitude is 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from marlinctl.memory import SELF_BATCH, Stage, Work, parameters, stages_of_block
+from marlinctl.memory import SELF_BATCH, Stage, Work, parameters, stages, stages_of_block
 from marlinctl.models import Architecture, Block, Experts
 from marlinctl.recipe import Distill, Recipe
 
@@ -25,11 +25,13 @@ class Machine:
 
     title: str
     products: float  # operations a second in the dtype of the forward pass, a multiplication and an addition being two
+    gram: float  # the same of Gram matrices
     full: float  # the same in float32, which solves use
     column: float  # seconds of overhead for a step of the sweep
     elements: float  # a second, in element-wise passes
     memory: float  # bytes a second, for reading the whole model once a token
     layer: float  # seconds of overhead for a block of one token
+    solves: float = 1.0  # seconds that a solve took, over seconds that were counted for it
 
 
 _DISK = 5e8  # bytes a second, through checks and digests
@@ -40,10 +42,38 @@ _PASSES = 2 * 9 * 8  # the scale search: two signs, nine candidates, eight passe
 def machine(device: str, cores: int, element: int, *, matrix_units: bool) -> Machine:
     """The measured machine that comes closest."""
     if device.startswith("cuda"):
-        return Machine("NVIDIA H200", 2e14, 3e13, 1e-4, 2e11, 2e12, 5e-4)
+        return Machine("NVIDIA H200", 2e14, 2e14, 3e13, 1e-4, 2e11, 2e12, 5e-4)
     kind = "Intel Xeon with AMX" if matrix_units and element == 2 else "AMD EPYC"
     rate = 2.35e11 if matrix_units and element == 2 else 9e10 if element == 2 else 3.5e10
-    return Machine(f"{cores} cores of an {kind}", cores * rate, cores * 3.5e10, 4e-6, cores * 1e9, 1.5e10, 1e-3)
+    return Machine(f"{cores} cores of an {kind}", cores * rate, cores * rate, cores * 3.5e10, 4e-6, cores * 1e9, 1.5e10, 1e-3)
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsed:
+    """What rehearsal.py measured: one solve of a recipe, and the products beside it."""
+
+    stage: Stage
+    seconds: float  # of the solve
+    products: float  # operations a second
+    gram: float  # operations a second
+    device_peak: int | None  # bytes of the CUDA device that were in use at the fullest moment
+
+
+def largest_stage(architecture: Architecture, compressed: Mapping[str, int], recipe: Recipe, speed: Machine) -> Stage:
+    """The solve that takes longest."""
+    return max(stages(architecture, compressed), key=lambda stage: (_seconds(speed, *_solve(stage, recipe)), stage.k))
+
+
+def rehearsed_machine(speed: Machine, measured: Rehearsed, recipe: Recipe) -> Machine:
+    """`speed` with the rates that this machine has shown. Disk, start-up and one token at a time keep theirs."""
+    stage = measured.stage
+    return replace(
+        speed,
+        title=f"this machine, whose largest solve ({stage.rows} x {stage.k}) took {measured.seconds:.2f} s",
+        products=measured.products,
+        gram=measured.gram,
+        solves=measured.seconds / _seconds(speed, *_solve(stage, recipe)),
+    )
 
 
 def seconds_of_walk(
@@ -65,13 +95,17 @@ def seconds_of_walk(
     parts = {
         "start": _START,
         "forward": forward / speed.products,
-        "gram": gram / speed.products,
-        "solve": sweeps / speed.full + columns * speed.column + elements / speed.elements,
+        "gram": gram / speed.gram,
+        "solve": speed.solves * _seconds(speed, sweeps, columns, elements),
         "files": 3.5 * model_bytes / _DISK,
     }
     if work.writes_text:
         parts["text"] = _writing(architecture, work, speed)
     return parts
+
+
+def _seconds(speed: Machine, sweeps: float, columns: float, elements: float) -> float:
+    return sweeps / speed.full + columns * speed.column + elements / speed.elements
 
 
 def _share_of_tokens(block: Block) -> float:

@@ -25,6 +25,7 @@ from marlinctl import devices
 from marlinctl.console import Console
 from marlinctl.errors import UsageError
 from marlinctl.evaluation import divergence, loading, results, statistics, table, tasks, windows
+from marlinctl.scores import figure
 from marlinctl.texts import PYTHONDOC, Text, load_text
 
 DEFAULT_TOKENS = 20480
@@ -230,7 +231,7 @@ class _Run:
             def finished(name: str, record: tasks.Record) -> None:
                 records[name] = record
                 file.save()
-                scores = ", ".join(f"{metric} {table.figure(estimate)}" for metric, estimate in record["metrics"].items())
+                scores = ", ".join(f"{metric} {figure(estimate)}" for metric, estimate in record["metrics"].items())
                 self.console.say(f"{who.name}: {name}: {scores}")
 
             with self.loaded(who) as model:

@@ -6,7 +6,7 @@ A gate that says no ends the run with exit code 1; the finished folder is kept a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,10 @@ class Gate:
     @property
     def asked(self) -> bool:
         return self.max_kl is not None or self.max_ppl_ratio is not None
+
+    def document(self) -> dict[str, Any]:
+        """For the job's folder; Gate(**document) is the inverse."""
+        return asdict(self)
 
     def check(self, evaluation: Mapping[str, Any], console: Console) -> dict[str, Any]:
         """Passes, or GateRefused E115 with everything that is too bad. Returns what the report says of the gate."""

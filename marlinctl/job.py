@@ -2,6 +2,7 @@
 
     look at everything ─► calibration ─► walk the blocks, one shard each ─► copy the rest ─► verify from disk ─► (measure) ─► publish
     (nothing written)                    (solve, pack, unpack == codes)
+                                         └─► OUT.job/ after each block, to go on from (walk_job.py)
 
 Everything that can be refused is refused in the first step. Quantized linears come out in the interchange form (compressed-tensors), from
 which `pack` makes the other formats; linears that are pruned and not quantized stay 16-bit. A mask lies beside them in its own file.
@@ -9,6 +10,7 @@ which `pack` makes the other formats; linears that are pruned and not quantized 
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -20,25 +22,31 @@ import torch
 from torch import Tensor
 
 from marlinctl import __version__
-from marlinctl.calibration import load_calibration
+from marlinctl.calibration import CalibrationSet, load_calibration
 from marlinctl.checkpoint.formats import detect, quantization_config, read_linear, sixteen_bit_linears
+from marlinctl.checkpoint.licence import licence_of
 from marlinctl.checkpoint.mask import Masks, open_masks
 from marlinctl.checkpoint.reader import Checkpoint, fingerprint, open_checkpoint
-from marlinctl.checkpoint.source import Source
-from marlinctl.checkpoint.writer import StagedCheckpoint, check_output, publish_together
+from marlinctl.checkpoint.source import Source, resolve_model
+from marlinctl.checkpoint.writer import StagedCheckpoint, check_output
 from marlinctl.console import Console
 from marlinctl.devices import threads
 from marlinctl.errors import CheckFailed
 from marlinctl.gate import GateRefused
+from marlinctl.journal import Request
+from marlinctl.manifest import made_from
 from marlinctl.memory import CHUNK_TOKENS, peak_rss, release_heap
 from marlinctl.opening import Opened, Options, open_model
+from marlinctl.pages.files import report_files
 from marlinctl.recipe import Recipe, recipe_hash
-from marlinctl.report import report_files
+from marlinctl.rehearsal import rehearse_before
 from marlinctl.scratch import Scratch
 from marlinctl.skeleton import build
 from marlinctl.solving import LayerRecord, Solving, linear_digest, weight_digest
 from marlinctl.sparsify.types import SparseQuantizedLinear
-from marlinctl.walk import Walk
+from marlinctl.stopping import Stopping
+from marlinctl.walk import Tokens, Walk
+from marlinctl.walk_job import WalkJob
 
 ALGORITHM_VERSION = 3  # goes up when the same recipe on the same input gives other codes
 _DEVICE_SHARE = 0.5  # of free device memory that activations may take
@@ -48,79 +56,145 @@ Measure = Callable[[Path, Source], Mapping[str, Any]]
 
 
 def run_job(
-    model: str, out: Path, recipe: Recipe, options: Options, console: Console, measure: Measure | None = None
+    model: str,
+    out: Path,
+    recipe: Recipe,
+    options: Options,
+    console: Console,
+    measure: Measure | None = None,
+    *,
+    measured: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], Source]:
     """Quantize, prune or both: `model` (folder, hub id or GGUF file) into `out`.
 
     Returns the report as a JSON document, and where the model was found. Where `measure` raises GateRefused the finished folder is kept
-    beside `out`, as OUT.rejected.
+    beside `out`, as OUT.rejected. measured: what `resume` needs to make `measure` again.
     """
-    started = time.monotonic()
     local = [Path(model)] if Path(model).exists() else []
-    check_output(out, overwrite=options.overwrite, sources=local)
-    console.log_to(out.with_name(out.name + ".log"))
+    job = WalkJob(out)
+    asked = {"model": model, "recipe": recipe.model_dump(mode="json"), "options": options.document(), "measured": measured}
+    request = Request("quantize" if recipe.sparsify.pattern == "none" else "sparsify", asked)
+    if not options.resume:
+        check_output(out, overwrite=options.overwrite, sources=local)
+    with job.held(request, resume=options.resume, console=console):
+        console.log_to(out.with_name(out.name + ".log"))
+        if job.publishing is not None and options.redo_from is None:
+            job.publish_again(overwrite=options.overwrite, keep=options.keep_job)
+            return published_report(out), _found(model, options, console)
+        if options.resume:  # there may be an output by now
+            check_output(out, overwrite=options.overwrite, sources=local)
+        return _run(job, model, out, recipe, options, console, measure)
+
+
+def _run(
+    job: WalkJob, model: str, out: Path, recipe: Recipe, options: Options, console: Console, measure: Measure | None
+) -> tuple[dict[str, Any], Source]:
+    started = time.monotonic()
     opened = open_model(model, out, recipe, options, console)
     bits = recipe.quantize.bits
     fmt = "ct" if bits == 4 else "dense"
     with threads(options.threads), torch.no_grad():
-        calibration = load_calibration(
-            recipe.calibration,
-            opened.source.folder,
-            opened.checkpoint.config,
-            console=console,
-            load_model=lambda: _whole_model(opened.source.folder, opened.dtype, opened.device),
-        )
-        with StagedCheckpoint(out, overwrite=options.overwrite, fmt=fmt) as staged:
+        rehearse_before(opened, recipe, console)
+        calibration = _calibration(job, opened, recipe, console)
+        with StagedCheckpoint(out, overwrite=options.overwrite, fmt=fmt, path=job.staged) as staged:
             solving = Solving(opened, recipe, options, staged, console)
-            _walk(opened, calibration.tokens, staged, solving, options, console)
+            _walk(opened, calibration.tokens, job, solving, options, console)
             solved = {f"{name}.weight" for name in opened.plan.group_sizes}
             staged.copy_tensors(opened.checkpoint, [n for n in opened.checkpoint.tensors if n not in solved])
             staged.copy_companions(opened.source.folder)
             staged.write_file("recipe.yaml", recipe.to_yaml().encode())
             report = _report(opened, recipe, options, calibration.facts, solving.records, time.monotonic() - started)
-            layers = opened.plan.group_sizes if bits == 4 else {}
             staged.finish(
                 _config(opened, recipe),
                 manifest=_manifest(opened, recipe, calibration.facts, solving.records),
                 verify=lambda folder: _verify_written(folder, solving.records, console),
-                report_files=report_files(report, fmt=fmt, layers=layers, ignore=_ignore(opened)),
+                report_files={},
             )
             if measure is not None:
                 try:
                     report["evaluation"] = measure(staged.path, opened.source)
                 except GateRefused:
+                    _write_reports(staged, report, opened, fmt)
                     staged.set_aside()
+                    job.remove()
                     raise
-                for name, data in report_files(report, fmt=fmt, layers=layers, ignore=_ignore(opened)).items():
-                    staged.write_file(name, data)
-            publish_together([staged])
+            _write_reports(staged, report, opened, fmt)
+            job.publish([staged], keep=options.keep_job)
     return report, opened.source
+
+
+def _found(model: str, options: Options, console: Console) -> Source:
+    return resolve_model(model, revision=options.revision, cache_dir=options.cache_dir, offline=options.offline, console=console)
 
 
 # ---- the work ------------------------------------------------------------------------------------------------------------------------
 
 
-def _walk(opened: Opened, tokens: Any, staged: StagedCheckpoint, solving: Solving, options: Options, console: Console) -> None:
-    architecture, device, dtype = opened.architecture, opened.device, opened.dtype
+def _calibration(job: WalkJob, opened: Opened, recipe: Recipe, console: Console) -> CalibrationSet:
+    """The job's own text, where it has one; else it is read (or written by the model), and the job begins."""
+    begun, kept = job.begun, job.calibration()
+    if begun and kept is None:
+        console.warn("the calibration tokens of the job are damaged or missing: it starts anew")
+    if kept is not None:
+        job.check(_fingerprint(opened, recipe, kept))
+        return kept
+    made = load_calibration(
+        recipe.calibration,
+        opened.source.folder,
+        opened.checkpoint.config,
+        console=console,
+        load_model=lambda: _whole_model(opened.source.folder, opened.dtype, opened.device),
+    )
+    job.begin_walk(_fingerprint(opened, recipe, made), made)
+    return made
+
+
+def _fingerprint(opened: Opened, recipe: Recipe, calibration: CalibrationSet) -> dict[str, Any]:
+    """Everything that decides the numbers. Where any of it differs, going on would mix two jobs."""
+    return {
+        "model": fingerprint(opened.checkpoint),
+        "recipe": recipe.model_dump(mode="json"),
+        "calibration_sha256": calibration.facts["sha256"],
+        "versions": versions(),
+        "device": opened.device.type,
+        "dtype": str(opened.dtype).removeprefix("torch."),
+    }
+
+
+def _walk(opened: Opened, tokens: Tokens, job: WalkJob, solving: Solving, options: Options, console: Console) -> None:
+    architecture, device, dtype, head = opened.architecture, opened.device, opened.dtype, opened.plan.head
+    pieces = len(architecture.blocks) + (head is not None)
+    solving.records = job.take_up(solving.staged, console, redo_from=options.redo_from, pieces=pieces)
     model = build(opened.checkpoint.config, dtype)
     budget = int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE) if device.type == "cuda" else 0
-    linears = len(architecture.linears) + (opened.plan.head is not None)
+    linears = len(architecture.linears) + (head is not None)
     with (
         console.progress("prune" if solving.bits == 16 else "quantize", linears) as solving.progress,
         _deterministic(options.deterministic),
     ):
+        first = job.finished
+        solving.progress.advance(sum(len(block.linears) for block in architecture.blocks[:first]))
+        if first == pieces:
+            return
         walk = Walk(
             model, architecture, opened.checkpoint, tokens,
-            device=device, dtype=dtype, scratch=Scratch(staged.path, device, budget), chunk_tokens=CHUNK_TOKENS,
+            device=device, dtype=dtype, scratch=Scratch(job.path, device, budget), chunk_tokens=CHUNK_TOKENS,
             match=opened.matches,
         )  # fmt: skip
-        for block in architecture.blocks:
-            walk.run_block(block, solving.stage)
-            solving.flush()
-            release_heap()
-        if opened.plan.head is not None:
-            walk.run_head(opened.plan.head.name, solving.stage)
-            solving.flush()
+        if first:
+            walk.go_on(job.states())
+        for block in architecture.blocks[first:]:
+            with Stopping("block") as stopping:
+                walk.run_block(block, solving.stage)
+                shard = solving.flush()
+                job.commit("block", block.index, solving, shard, walk.states() if block.index + 1 < pieces else {})
+                release_heap()
+            if stopping.asked:
+                console.say(f"block {block.index} is finished and kept")
+                stopping.raise_again()
+        if head is not None:
+            walk.run_head(head.name, solving.stage)
+            job.commit("head", len(architecture.blocks), solving, solving.flush(), {})
 
 
 def _verify_written(folder: Path, records: list[LayerRecord], console: Console) -> None:
@@ -175,6 +249,19 @@ def _ignore(opened: Opened) -> list[str]:
     return sixteen_bit_linears(shapes, quantized)
 
 
+def published_report(out: Path) -> dict[str, Any]:
+    """The report of a folder that is published already."""
+    document: dict[str, Any] = json.loads((out / "marlinctl_report.json").read_text("utf-8"))
+    return {key: value for key, value in document.items() if key != "schema_version"}
+
+
+def _write_reports(staged: StagedCheckpoint, report: Mapping[str, Any], opened: Opened, fmt: str) -> None:
+    """They name the digest of the manifest, so they come after it."""
+    layers = opened.plan.group_sizes if fmt == "ct" else {}
+    for name, data in report_files(report, staged.path, fmt=fmt, layers=layers, ignore=_ignore(opened)).items():
+        staged.write_file(name, data)
+
+
 def versions() -> dict[str, str]:
     from importlib.metadata import version
 
@@ -190,10 +277,11 @@ def _source_facts(opened: Opened) -> dict[str, Any]:
 def _manifest(opened: Opened, recipe: Recipe, calibration: Mapping[str, Any], records: list[LayerRecord]) -> dict[str, Any]:
     layers = [{k: v for k, v in asdict(record).items() if k != "seconds"} for record in records]
     source = {key: value for key, value in calibration.items() if key != "source"}
+    earlier = made_from(opened.source.folder)
     return {
         "format": "ct" if recipe.quantize.bits == 4 else "dense",
         "recipe": {"sha256": recipe_hash(recipe)},
-        "source": {**_source_facts(opened), "fingerprint": fingerprint(opened.checkpoint)},
+        "source": {**_source_facts(opened), "fingerprint": fingerprint(opened.checkpoint), **({"made_from": earlier} if earlier else {})},
         "calibration": source,
         "versions": versions(),
         "device": opened.device.type,
@@ -213,7 +301,8 @@ def _report(
     return {
         "kind": "quantize" if recipe.quantize.bits == 4 else "sparsify",
         "command": options.command,
-        "source": {**_source_facts(opened), "note": opened.source.note},
+        "written": time.strftime("%Y-%m-%d", time.gmtime()),
+        "source": {**_source_facts(opened), "note": opened.source.note, "license": licence_of(opened.source)},
         "recipe": {"sha256": recipe_hash(recipe), **recipe.model_dump(mode="json")},
         "calibration": dict(calibration),
         "versions": versions(),
@@ -229,6 +318,7 @@ def _report(
         "error": {"mean": sum(r.error for r in records) / len(records), "worst": max(records, key=lambda r: r.error).name},
         "seconds": round(seconds, 1),
         "peak_memory_bytes": peak_rss(),
+        "peak_device_memory_bytes": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
         "layers": [asdict(record) for record in records],
     }
 

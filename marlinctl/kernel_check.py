@@ -1,37 +1,48 @@
 """Do the tiles of a native folder, read as a kernel reads them, give the product of the linear's weights?
 
-    tiles ─► lane-exact emulator (kernels/emulate.py), sampled blocks of 64 outputs ─► sums   ┐
-    codes, scales and mask as every other part of marlinctl reads them ─► float64 product     ┘ differ by rounding alone, or the check fails
+    tiles ─► with a GPU: the CUDA kernel, through the operator that models call, all outputs             ┐ differ by rounding
+          └► without: the lane-exact emulator (kernels/emulate.py), sampled blocks of 64 outputs         │ alone, or the check
+    codes, scales and mask as every other part of marlinctl reads them ─► float64 product, in chunks    ┘ fails
 
-Packing and unpacking that are wrong in the same way cancel out; the emulator knows neither. Activations are random, so a weight in a wrong
-place shows in the sums, and float32 bounds what rounding may do:  |error| <= (K'/16 + G') 2^-24 sum |a w|,  twice for good measure.
+Packing and unpacking that are wrong in the same way cancel out; kernel and emulator know neither. Activations are random, so a weight in a
+wrong place shows in the sums.
+
+What rounding may do. The emulator's sums are float32:  |error| <= (K'/16 + G') 2^-24 sum |a w|,  twice for good measure. The kernel rounds
+its output to float16 as well, and where it dequantizes first, each weight: independent roundings, whose sum stays within a few times the
+root of the sum of squares:  |error| <= 2^-10 |product| + 2^-9 sqrt(sum (a w)^2) + 2^-24.  Both hold for each output by itself, so that one
+wrong block among many does not drown in the rest.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from marlinctl.checkpoint import formats
 from marlinctl.errors import CheckFailed, Problem
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from marlinctl.checkpoint.reader import Checkpoint
     from marlinctl.console import Console
     from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 
-BLOCKS = 2  # of each linear: 0.1 s for K = 4096 on one core
+BLOCKS = 2  # of each linear that the emulator reads: 0.1 s for K = 4096 on one core
 ROWS = 16  # of activations: one tile of the tensor core
+CHUNK = 1024  # outputs whose weights are in float64 at once
+ALLOWED = 2.0**-9  # of the kernel's error over its scale, as `compared` measures it
+EMULATOR = "emulator"
 
 
 @dataclass(frozen=True, slots=True)
 class KernelCheck:
-    """How the tiles were read. `error` is the largest |error| / sum |a w| over all sampled outputs."""
+    """How the tiles were read. `error` is the largest of all outputs that were read, relative to the scale of its own sum."""
 
-    by: str
+    by: str  # emulator, or the CUDA kernel and its device
     linears: int
     unread: tuple[str, ...]  # groups that end within a step of the kernels: these linears can be stored, but no kernel multiplies them
     blocks: int
@@ -39,14 +50,39 @@ class KernelCheck:
     error: float
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One linear: what the tiles gave, and what rounding allows."""
+
+    blocks: int
+    error: float
+    allowed: float
+
+
+@dataclass(frozen=True, slots=True)
+class CudaKernel:
+    """The operator on one GPU. `name` is for people."""
+
+    name: str
+    device: torch.device
+    multiply: Callable[[Tensor, PackedLinear | PackedSparseLinear], Tensor]
+
+    def takes(self, packed: PackedLinear | PackedSparseLinear) -> bool:
+        """The emulator knows more group sizes than the kernels."""
+        from marlinctl.kernels.configurations import GROUP_SIZES
+
+        return packed.channel_wise or packed.group_size in GROUP_SIZES
+
+
 def check_kernels(checkpoint: Checkpoint, info: formats.FormatInfo, console: Console) -> KernelCheck:
-    """Every native linear, a sample of its outputs. CheckFailed E113 lists the linears whose product is another."""
+    """Every native linear. CheckFailed E113 lists the linears whose product is another."""
     from marlinctl.kernels.emulate import BLOCK, SPARSE_STEP, STEP
 
     step = SPARSE_STEP if info.name == "marlin_24" else STEP
+    kernel = cuda_kernel(console)
     problems: list[Problem] = []
     unread: list[str] = []
-    blocks = of_blocks = 0
+    emulated = blocks = of_blocks = 0
     largest = 0.0
     with console.progress("read the tiles as a kernel does", len(info.layers)) as progress:
         for layer, group_size in info.layers.items():
@@ -56,16 +92,113 @@ def check_kernels(checkpoint: Checkpoint, info: formats.FormatInfo, console: Con
                 continue
             packed = tiles(checkpoint, info, layer)
             there = packed.qweight.shape[1] // (2 * BLOCK)  # two words for each output of a block
-            chosen = sample(layer, there)
-            error, allowed = worst(packed, formats.read_parts(checkpoint, info, layer).weight(), chosen)
-            if not error <= allowed:  # NaN too
+            weight = formats.read_parts(checkpoint, info, layer).weight()
+            reading = by_kernel(kernel, packed, weight) if kernel is not None else None
+            if reading is None:
+                emulated += 1
+                chosen = sample(layer, there)
+                reading = Reading(len(chosen), *worst(packed, weight, chosen))
+            if not reading.error <= reading.allowed:  # NaN too
                 what = f"{layer}: its tiles, read as a kernel reads them, give another product"
-                what += f" (error {error:.1e}, at most {allowed:.1e} is rounding)"
+                what += f" (error {reading.error:.1e}, at most {reading.allowed:.1e} is rounding)"
                 problems.append(Problem(what, layer, "pack the model again, and report it if that does not help"))
-            blocks, of_blocks, largest = blocks + len(chosen), of_blocks + there, max(largest, error)
+            blocks, of_blocks, largest = blocks + reading.blocks, of_blocks + there, max(largest, reading.error)
     if problems:
         raise CheckFailed.from_problems("E113", problems)
-    return KernelCheck("emulator", len(info.layers) - len(unread), tuple(unread), blocks, of_blocks, largest)
+    read = len(info.layers) - len(unread)
+    by = EMULATOR if kernel is None or emulated == read else kernel.name + (f" ({emulated} linears by the {EMULATOR})" if emulated else "")
+    return KernelCheck(by, read, tuple(unread), blocks, of_blocks, largest)
+
+
+def cuda_kernel(console: Console) -> CudaKernel | None:
+    """The operator on the current GPU, tried on a small linear; None where there is no GPU, or, with a warning, where it cannot run.
+
+    A kernel that does not compile says nothing about the tiles: after hours of work the emulator still can.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    from marlinctl.pack.marlin import pack_marlin
+    from marlinctl.quantize.types import QuantizedLinear
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    kernel = CudaKernel(f"CUDA kernel on {torch.cuda.get_device_name(device)}", device, multiply)
+    try:
+        compared(
+            kernel, pack_marlin(QuantizedLinear(torch.ones(64, 64, dtype=torch.int8), torch.ones(64, 1).half(), 64)), torch.ones(64, 64)
+        )
+    except (RuntimeError, ValueError, OSError) as error:  # no compiler, an old or new GPU, a cache that cannot be written, no memory
+        cause = (str(error).splitlines() or [""])[0]
+        console.warn(f"the CUDA kernel does not run on {torch.cuda.get_device_name(device)}, so the emulator reads the tiles: {cause}")
+        return None
+    return kernel
+
+
+def by_kernel(kernel: CudaKernel, packed: PackedLinear | PackedSparseLinear, weight: Tensor) -> Reading | None:
+    """`compared`, or None where it is for the emulator: groups that only it reads, and a GPU whose memory others have taken."""
+    import torch
+
+    if not kernel.takes(packed):
+        return None
+    try:
+        return compared(kernel, packed, weight)
+    except torch.cuda.OutOfMemoryError:
+        return None
+
+
+def compared(kernel: CudaKernel, packed: PackedLinear | PackedSparseLinear, weight: Tensor) -> Reading:
+    """All outputs of the kernel on random activations against float64. weight: [N, K] float32, on the CPU.
+
+    The error of an output is |error| over (|product| / 2 + sqrt(sum (a w)^2)), after 2^-24 for numbers that float16 barely holds.
+    """
+    import torch
+
+    from marlinctl.kernels.emulate import BLOCK
+
+    n, k = weight.shape
+    activations = torch.randn(ROWS, k, generator=torch.Generator().manual_seed(0))
+    activations = (activations * _comfortable(weight)).to(kernel.device, torch.float16)
+    found = kernel.multiply(activations, on_device(packed, kernel.device))
+    wide = activations.double()
+    largest = 0.0
+    for first in range(0, n, CHUNK):
+        rows = weight[first : first + CHUNK].to(kernel.device).double()
+        exact = wide @ rows.T
+        error = (found[:, first : first + CHUNK].double() - exact).abs()
+        scale = exact.abs() / 2 + (wide.square() @ rows.square().T).sqrt()
+        share = torch.where(error <= 2.0**-24, 0.0, error / scale)  # a scale of 0 gives infinity
+        largest = max(largest, float(share.max().nan_to_num(nan=torch.inf, posinf=torch.inf)))
+    return Reading(packed.qweight.shape[1] // (2 * BLOCK), largest, ALLOWED)
+
+
+def multiply(
+    activations: Tensor, packed: PackedLinear | PackedSparseLinear, bias: Tensor | None = None, *, overlap: bool = False
+) -> Tensor:
+    """[M, N], by the operator that a model calls: whichever kernel it chooses on this device."""
+    from marlinctl.kernels import ops
+    from marlinctl.pack.types import PackedSparseLinear
+
+    n, size = packed.out_features, packed.group_size
+    if isinstance(packed, PackedSparseLinear):
+        return ops.sparse_marlin_gemm(activations, packed.qweight, packed.meta, packed.scales, n, size, bias, overlap)
+    return ops.marlin_gemm(activations, packed.qweight, packed.scales, n, size, bias, overlap)
+
+
+def on_device(packed: PackedLinear | PackedSparseLinear, device: torch.device) -> PackedLinear | PackedSparseLinear:
+    from marlinctl.pack.types import PackedSparseLinear
+
+    if isinstance(packed, PackedSparseLinear):
+        return replace(packed, qweight=packed.qweight.to(device), meta=packed.meta.to(device), scales=packed.scales.to(device))
+    return replace(packed, qweight=packed.qweight.to(device), scales=packed.scales.to(device))
+
+
+def _comfortable(weight: Tensor) -> float:
+    """A power of two that brings the largest sum near 1, where float16 neither overflows nor thins out."""
+    import math
+
+    norm = float(weight.norm(dim=1).max())
+    return 2.0 ** min(max(-round(math.log2(norm)), -10), 10) if norm > 0 else 1.0
 
 
 def sample(layer: str, there: int) -> list[int]:

@@ -57,7 +57,7 @@ def model_from(
         model, info = model_class.from_pretrained(
             None, config=config, state_dict=dict(tensors), dtype=dtype, device_map={"": str(device)}, output_loading_info=True
         )
-    _refuse_incomplete(checkpoint.folder, info)
+    refuse_incomplete(checkpoint.folder, info)
     return model.eval()
 
 
@@ -91,7 +91,8 @@ def quietly() -> Iterator[StringIO]:
         yield story
 
 
-def _refuse_incomplete(folder: Path, info: Mapping[str, Any]) -> None:
+def refuse_incomplete(folder: Path, info: Mapping[str, Any]) -> None:
+    """BadInput E360 for what transformers' loading info lists as missing, left over or of another shape."""
     where = str(folder)
     apart = "config.json and weights do not belong together; fetch both again"
     mismatched = sorted(str(entry[0]) if isinstance(entry, tuple) else str(entry) for entry in info["mismatched_keys"])

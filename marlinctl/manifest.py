@@ -18,8 +18,10 @@ from typing import Any
 from marlinctl.errors import CheckFailed, Problem
 
 NAME = "marlinctl_manifest.json"
+_REWRITABLE = ("README.md", "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html")
 OUTSIDE = frozenset(
-    {NAME, "README.md", "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html", "run.log", ".gitattributes"}
+    # a rewrite that was killed leaves NAME.part, which no loader takes for anything
+    {NAME, *_REWRITABLE, *(f"{name}.part" for name in _REWRITABLE), "run.log", ".gitattributes"}
 )
 _CHUNK = 8 << 20
 
@@ -80,6 +82,20 @@ def check(folder: Path) -> dict[str, Any]:
     if problems:
         raise CheckFailed.from_problems("E101", problems)
     return document
+
+
+def made_from(folder: Path) -> dict[str, Any]:
+    """What a folder that marlinctl published says it was made from: `source`, and `teacher` of a distilled one.
+
+    Empty for any other folder, and for a manifest that cannot be used: whether it is sound is `verify`'s question.
+    """
+    try:
+        document = read(folder)
+        found = {key: document[key] for key in ("source", "teacher") if isinstance(document.get(key), dict)}
+        canonical(found)  # without NaN, and no deeper than can be written again
+    except (CheckFailed, ValueError, RecursionError):
+        return {}
+    return found
 
 
 def digest(folder: Path) -> str:

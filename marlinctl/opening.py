@@ -6,8 +6,9 @@ Whatever is wrong with a checkpoint is listed at once. Weights are looked at too
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,6 +45,20 @@ class Options:
     max_memory: int | None = None  # bytes
     module_map: Path | None = None
     command: str = "marlinctl quantize"
+    keep_job: bool = False
+    resume: bool = False  # go on with the job that is there
+    redo_from: int | None = None  # with `resume`: the first block to solve again
+
+    def document(self) -> dict[str, Any]:
+        """For the job's folder: everything but how this one run goes about it."""
+        apart = ("resume", "redo_from")
+        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items() if key not in apart}
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Options:
+        """The inverse of `document`."""
+        paths = {key: Path(document[key]) for key in ("cache_dir", "module_map") if document[key] is not None}
+        return cls(**{**document, **paths})
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +93,8 @@ def open_model(model: str, out: Path, recipe: Recipe, options: Options, console:
         with console.progress("compare with the hub's digests", len(checkpoint.files)) as progress:
             check_hub_digests(checkpoint, progress)
     with console.progress("look for NaN and infinity", len(checkpoint.tensors)) as progress:
-        scan_finite(checkpoint, looked.architecture.expected, progress)
+        packed = {f"{name}.weight" for name in looked.plan.group_sizes} if recipe.quantize.bits == 4 else set()
+        scan_finite(checkpoint, looked.architecture.expected, progress, for_4_bits=packed)
     return opened
 
 
@@ -99,4 +115,5 @@ def _require_room(opened: Opened, shapes: Mapping[str, tuple[int, int]], out: Pa
     masked = shapes if work.prunes else opened.pattern.pattern.linears
     fmt = "ct" if work.bits == 4 else "dense"
     walked = room.output(fmt, opened.checkpoint.tensors, shapes, opened.plan.group_sizes, masked)
-    require_space(out, room.needed_by_walk(walked, 0 if work.on_device else room.scratch_bytes(opened.architecture, work)))
+    scratch = 0 if work.on_device else room.scratch_bytes(opened.architecture, work)
+    require_space(out, room.needed_by_walk(walked, scratch, room.state_bytes(opened.architecture, work)))

@@ -1,43 +1,50 @@
 """`compress`: prune, distil, quantize, pack, verify, evaluate and report, as one run with one result.
 
-    OUT.work-1f0c9a2e/ct   ◄── quantize, or prune and quantize in one walk, or prune ─► distil ─► quantize where tokens are given
-    OUT.work-1f0c9a2e/...  ◄── pack, once for each format
-                               verify each ─► evaluate against the original ─► gate ─► reports ─► rename all of them into place, or none
+    OUT.job/ct   ◄── quantize, or prune and quantize in one walk, or prune ─► distil ─► quantize where tokens are given
+    OUT.job/...  ◄── pack, once for each format
+                     verify each ─► evaluate against the original ─► gate ─► reports ─► rename all of them into place, or none
 
 Nothing appears under its final name before everything is checked. A result that the gate refuses is kept as OUT.rejected.
+
+Each stage is a job of its own inside (OUT.job/ct.job, ...), so a resumed run takes up the stage it died in where that one stood, and
+skips those whose folders are there: a folder gets its name when it is whole.
 """
 
 from __future__ import annotations
 
-import secrets
+import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from marlinctl.checkpoint.formats import detect
-from marlinctl.checkpoint.reader import open_checkpoint
-from marlinctl.checkpoint.source import Source
-from marlinctl.checkpoint.writer import check_output, keep_rejected, publish_together
+from marlinctl.checkpoint.reader import fingerprint, open_checkpoint
+from marlinctl.checkpoint.source import Source, resolve_model
+from marlinctl.checkpoint.writer import check_output, keep_rejected, write_document
 from marlinctl.console import Console
 from marlinctl.evaluation.tasks import require_lm_eval
 from marlinctl.gate import Gate, GateRefused, measure
-from marlinctl.job import run_job
+from marlinctl.job import published_report, run_job, versions
+from marlinctl.journal import JOB, JobFolder, Place, Request
+from marlinctl.manifest import check as check_manifest
 from marlinctl.opening import Options
+from marlinctl.pages.files import report_files
 from marlinctl.recipe import Recipe, divided, recipe_hash
 from marlinctl.repack import repack
-from marlinctl.report import report_files
 from marlinctl.verify import verify
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A checked folder on its way to its place (what publish_together needs)."""
-
-    path: Path
-    out: Path
-    overwrite: bool
+class _CompressJob(JobFolder):
+    @property
+    def progress(self) -> bool:
+        """A stage is finished, or one of them has something to go on with."""
+        if self.publishing is not None:
+            return True
+        inner = [path for path in self.path.iterdir() if path.is_dir()] if self.path.is_dir() else []
+        return any(path.suffix != ".job" or JobFolder(path.with_suffix("")).has_progress() for path in inner)
 
 
 def run_compress(
@@ -52,50 +59,94 @@ def run_compress(
     gate: Gate | None = None,
 ) -> dict[str, Any]:
     """The whole way from a model to published folders: OUT in the recipe's first format, OUT-<format> for each further one."""
+    gate = gate or Gate()
     first, *others = recipe.pack.formats
     places = {first: out} | {fmt: out.with_name(f"{out.name}-{fmt}") for fmt in others}
     sources = [Path(model)] if Path(model).exists() else []
-    for place in places.values():
-        check_output(place, overwrite=options.overwrite, sources=sources)
+    asked = {
+        "model": model,
+        "recipe": recipe.model_dump(mode="json"),
+        "options": options.document(),
+        "evaluate_result": evaluate_result,
+        "task_data": None if task_data is None else str(task_data),
+        "gate": gate.document(),
+    }
+    job = _CompressJob(out)
+    if not options.resume:
+        _check_places(places.values(), options, sources)
     if evaluate_result and recipe.evaluate.tasks:
         require_lm_eval()
-    console.log_to(out.with_name(out.name + ".log"))
-    work = out.resolve().with_name(f"{out.name}.work-{secrets.token_hex(4)}")
-    work.mkdir()
-    try:
-        report, source = _interchange(model, work, recipe, options, console)
+    with job.held(Request("compress", asked), resume=options.resume, console=console):
+        console.log_to(out.with_name(out.name + ".log"))
+        if job.publishing is not None and options.redo_from is None:
+            job.publish_again(overwrite=options.overwrite, keep=options.keep_job)
+            return published_report(out)
+        if options.resume:
+            _check_places(places.values(), options, sources)
+        source = resolve_model(model, revision=options.revision, cache_dir=options.cache_dir, offline=options.offline, console=console)
+        with open_checkpoint(source.folder) as checkpoint:
+            facts = {"model": fingerprint(checkpoint), "recipe": recipe.model_dump(mode="json"), "versions": versions()}
+        if job.begun:
+            job.check(facts)
+            job.drop_from(1)
+        else:
+            job.begin(facts)
+        work = job.path
+        if options.redo_from is not None:
+            for made in ("ct", *(name for fmt in places if fmt != "ct" for name in (fmt, f"{fmt}.job"))):
+                shutil.rmtree(work / made, ignore_errors=True)
+        inner = replace(options, keep_job=False, overwrite=False)
+        report = _interchange(model, source, work, recipe, inner, console)
         for fmt in places:
-            if fmt != "ct":
-                repack(work / "ct", work / fmt, format=fmt, console=console)
+            if fmt != "ct" and not (work / fmt).is_dir():
+                repack(work / "ct", work / fmt, format=fmt, console=console, resume=(work / f"{fmt}.job" / JOB).is_file())
         report = {**report, "kind": "compress", "outputs": [{"folder": str(place), "format": fmt} for fmt, place in places.items()]}
         distilled = work / "distilled"  # trained weights and norms are what the codes were made from
         made_from = distilled if distilled.is_dir() else source.folder
         report["verified"] = {fmt: verify(work / fmt, source=made_from, load=None, console=console).document() for fmt in places}
-        if evaluate_result or (gate is not None and gate.asked):
-            report["evaluation"] = measure(recipe, gate or Gate(), console, task_data)(work / "ct", source)
+        if evaluate_result or gate.asked:
+            try:
+                report["evaluation"] = measure(recipe, gate, console, task_data)(work / "ct", source)
+            except GateRefused:
+                for path in work.iterdir():
+                    if path.is_file():  # the job's own; folders are results
+                        path.unlink()
+                keep_rejected(work, out.resolve())
+                raise
         for fmt in places:
             _write_reports(work / fmt, fmt, report)
-        publish_together([Finished(work / fmt, place.resolve(), options.overwrite) for fmt, place in places.items()])
-    except GateRefused:
-        keep_rejected(work, out.resolve())
-        raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        stages = [Place(work / fmt, place.resolve(), options.overwrite) for fmt, place in places.items()]
+        job.publish(stages, keep=options.keep_job)
     return report
 
 
-def _interchange(model: str, work: Path, recipe: Recipe, options: Options, console: Console) -> tuple[dict[str, Any], Source]:
+def _check_places(places: Iterable[Path], options: Options, sources: list[Path]) -> None:
+    for place in places:
+        check_output(place, overwrite=options.overwrite, sources=sources)
+
+
+def _interchange(model: str, source: Source, work: Path, recipe: Recipe, options: Options, console: Console) -> dict[str, Any]:
     """The 4-bit checkpoint in the interchange form, as work/ct, by one walk or by three stages."""
     parts = divided(recipe)
     if parts is None:
-        return run_job(model, work / "ct", recipe, options, console)
+        return _stage(work / "ct", options, lambda inner: run_job(model, work / "ct", recipe, inner, console)[0])
     from marlinctl.distill import run_distill
 
     pruning, quantizing = parts
-    pruned, source = run_job(model, work / "pruned", pruning, options, console)
-    distilled = run_distill(str(work / "pruned"), work / "distilled", str(source.folder), recipe, options, console)
-    shutil.rmtree(work / "pruned")
-    report, _ = run_job(str(work / "distilled"), work / "ct", quantizing, replace(options, revision=None), console)
+    pruned_at, distilled_at = work / "pruned", work / "distilled"
+    without = replace(options, redo_from=None)  # blocks are counted in the walk that makes the result
+    if not distilled_at.is_dir():
+        _stage(pruned_at, without, lambda inner: run_job(model, pruned_at, pruning, inner, console)[0])
+    if not (work / "pruned.json").is_file():  # its report stays when its weights go
+        write_document(work / "pruned.json", published_report(pruned_at))
+    distilled = _stage(
+        distilled_at, without, lambda inner: run_distill(str(pruned_at), distilled_at, str(source.folder), recipe, inner, console)
+    )
+    with suppress(FileNotFoundError):
+        shutil.rmtree(pruned_at)
+    at_hand = replace(options, revision=None)
+    report = _stage(work / "ct", at_hand, lambda inner: run_job(str(distilled_at), work / "ct", quantizing, inner, console)[0])
+    pruned = json.loads((work / "pruned.json").read_text("utf-8"))
     stages = {
         "pruned": {key: pruned[key] for key in ("error", "seconds", "layers")},
         "distilled": {key: distilled[key] for key in ("training", "held_out")},
@@ -104,24 +155,25 @@ def _interchange(model: str, work: Path, recipe: Recipe, options: Options, conso
     report |= {"source": pruned["source"], "recipe": whole_recipe, "stages": stages}
     report["bytes"] = {**report["bytes"], "source": pruned["bytes"]["source"]}
     report["seconds"] = round(pruned["seconds"] + distilled["training"]["seconds"] + report["seconds"], 1)
-    return report, source
+    return report
+
+
+def _stage(folder: Path, options: Options, run: Callable[[Options], dict[str, Any]]) -> dict[str, Any]:
+    """The report of a stage: of the folder that is there already, or of a run that takes up what an earlier one left."""
+    job = JobFolder(folder)
+    if folder.is_dir():
+        job.remove()  # it died between the rename and the removal
+        check_manifest(folder)
+        return published_report(folder)
+    again = (job.path / JOB).is_file()
+    return run(replace(options, resume=again, redo_from=options.redo_from if again else None))
 
 
 def _write_reports(folder: Path, fmt: str, report: Mapping[str, Any]) -> None:
     """Card and report of each folder, with what was measured. They lie outside the manifest and may be rewritten."""
     with open_checkpoint(folder, weight_files="auto") as checkpoint:
         layers = detect(checkpoint.config, checkpoint.tensors).layers
+        report = {**report, "bytes": {**report["bytes"], "result": sum(info.nbytes for info in checkpoint.tensors.values())}}
     kept = [item["name"] for item in report["kept"]]
-    for name, data in report_files(report, fmt=fmt, layers=layers, ignore=kept, scores=_scores(report.get("evaluation", {}))).items():
+    for name, data in report_files(report, folder, fmt=fmt, layers=layers, ignore=kept).items():
         (folder / name).write_bytes(data)
-
-
-def _scores(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Rows for the card: task, metric, this model, the original."""
-    from marlinctl.evaluation.table import rows
-
-    return (
-        [(task, metric, ours, theirs) for task, _, metric, ours, theirs, _ in rows(evaluation["document"])]
-        if "document" in evaluation
-        else []
-    )

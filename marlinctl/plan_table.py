@@ -75,7 +75,12 @@ def _memory(memory: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if memory[key] is not None:
             stages = memory[key]["stages"]
             detail = f" ({', '.join(f'{name} {_binary(size)}' for name, size in stages.items())})" if len(stages) > 1 else ""
-            yield title, f"{_binary(memory[key]['peak'])} at the peak{detail}"
+            beside = (
+                f", and {_binary(memory[key]['activations'])} of activations where half of what is free holds them"
+                if key == "device"
+                else ""
+            )
+            yield title, f"{_binary(memory[key]['peak'])} at the peak{detail}{beside}"
 
 
 def _disk(disk: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -34,6 +34,7 @@ from marlinctl.memory import (
     predicted_peak,
     predicted_repack,
 )
+from marlinctl.models import Architecture
 from marlinctl.pattern import MASK_FILE, Pattern, from_headers
 from marlinctl.preflight import Looked, check_pattern, look, refuse_no_change
 from marlinctl.recipe import Recipe, divided, recipe_hash
@@ -54,6 +55,7 @@ class Settings:
     max_memory: int | None = None  # bytes; None: what is free
     device_memory: int | None = None  # bytes; None: what nvidia-smi says
     module_map: Path | None = None
+    probe: bool = False  # run the largest solve of each stage once
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,7 @@ def _document(seen: Headers, recipe: Recipe, settings: Settings, console: Consol
     memory = _memory(looked, outputs, stages, recipe)
     disk = _disk(seen, looked, found, outputs, small, stages, recipe)
     checks = _checks(memory, disk, seen, settings)
+    rehearsed = _rehearse(looked, stages, settings, dtype) if settings.probe else {}
     info = seen.checkpoint.tensors
     return {
         "model": {
@@ -109,7 +112,8 @@ def _document(seen: Headers, recipe: Recipe, settings: Settings, console: Consol
         "outputs": [_describe(output, looked, found, recipe, seen, small) for output in outputs],
         "memory": memory,
         "disk": disk,
-        "time": _time(seen, looked, stages, recipe, settings, _ELEMENT[dtype]),
+        "time": _time(seen, looked, stages, recipe, settings, _ELEMENT[dtype], rehearsed),
+        "rehearsed": [{"name": name, **asdict(measured)} for name, measured in rehearsed.items()],
         "checks": [{**asdict(check), "fits": check.fits} for check in checks],
         "fits": all(check.fits for check in checks),
         "notes": _notes(seen, found, recipe),
@@ -159,8 +163,13 @@ def _memory(looked: Looked, outputs: list[room.Output], stages: list[tuple[str, 
         host["pack"] = predicted_repack([n * k for n, k in looked.shapes.values()], [output.linears for output in outputs])
     return {
         "host": {"peak": max(host.values()), "stages": host},
-        "device": {"peak": max(device.values()), "stages": device} if device else None,
+        "device": {"peak": max(device.values()), "stages": device, "activations": _activations(known, stages)} if device else None,
     }
+
+
+def _activations(known: Architecture, stages: list[tuple[str, Recipe, Work]]) -> int:
+    """What stays on the device besides, where half of what is free suffices (scratch.py); in host memory or on disk where it does not."""
+    return max(room.scratch_bytes(known, work) for _, _, work in stages)
 
 
 def _disk(
@@ -176,10 +185,11 @@ def _disk(
     first = "ct" if recipe.quantize.bits == 4 else "dense"
     walked = _output(seen, looked, found, recipe, first)
     scratch = max(room.scratch_bytes(looked.architecture, work) for _, _, work in stages)
+    states = max(room.state_bytes(looked.architecture, work) for _, _, work in stages)
     published = sum(output.on_disk + small for output in outputs)
     extra = 0 if first in {output.format for output in outputs} else walked.on_disk + small
     moments = {
-        "walk": room.needed_by_walk(walked, scratch) + small,
+        "walk": room.needed_by_walk(walked, scratch, states) + small,
         "publish": published + extra + sum(output.mask for output in outputs),
     }
     if divided(recipe) is not None:
@@ -277,15 +287,46 @@ def _ignored(looked: Looked, seen: Headers) -> list[str]:
     return formats.sixteen_bit_linears(shapes, looked.shapes)
 
 
+def _rehearse(looked: Looked, stages: list[tuple[str, Recipe, Work]], settings: Settings, dtype: str) -> dict[str, estimate.Rehearsed]:
+    """The largest solve of each walk, run once; the one thing in a plan that imports torch."""
+    import torch
+
+    from marlinctl.devices import choose_device, threads
+    from marlinctl.rehearsal import rehearse
+
+    device = torch.device(choose_device(settings.device))
+    with threads(settings.threads):
+        return {
+            name: rehearse(
+                looked.architecture,
+                looked.plan.group_sizes,
+                part,
+                matches=looked.matches,
+                device=device,
+                dtype=getattr(torch, dtype),
+            )
+            for name, part, _ in stages
+        }
+
+
 def _time(
-    seen: Headers, looked: Looked, stages: list[tuple[str, Recipe, Work]], recipe: Recipe, settings: Settings, element: int
+    seen: Headers,
+    looked: Looked,
+    stages: list[tuple[str, Recipe, Work]],
+    recipe: Recipe,
+    settings: Settings,
+    element: int,
+    rehearsed: Mapping[str, estimate.Rehearsed],
 ) -> dict[str, Any]:
     """Seconds of each part, and what they rest on."""
     cores = settings.threads or _cores()
     speed = estimate.machine(settings.device, cores, element, matrix_units=has_matrix_units())
     size = sum(tensor.nbytes for tensor in seen.checkpoint.tensors.values())
     parts: dict[str, float] = {}
-    for _, part, work in stages:
+    counted_at = speed
+    for name, part, work in stages:
+        if name in rehearsed:
+            speed = estimate.rehearsed_machine(counted_at, rehearsed[name], part)
         walk = estimate.seconds_of_walk(looked.architecture, looked.plan.group_sizes, work, part, speed, size)
         parts = {name: parts.get(name, 0.0) + seconds for name, seconds in walk.items()} | {k: v for k, v in parts.items() if k not in walk}
     if divided(recipe) is not None:
@@ -293,7 +334,8 @@ def _time(
     return {
         "seconds": round(sum(parts.values())),
         "parts": {name: round(seconds, 1) for name, seconds in parts.items()},
-        "basis": f"counted operations at the rates measured on {speed.title}; downloads and evaluation apart; a factor of two either way",
+        "basis": f"counted operations at the rates measured on {speed.title}; downloads and evaluation apart"
+        + ("" if rehearsed else "; a factor of two either way"),
     }
 
 

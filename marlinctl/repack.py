@@ -6,6 +6,7 @@
     companions, config with the new quantization_config, manifest
     from disk: codes, scales and mask of every linear equal the source's, untouched bytes too ─► published
 
+A run that was killed packs again from the start when it is resumed, unless nothing but the last rename is missing: it takes minutes.
 It streams: at most `SHARD_BYTES` of finished tensors and one linear are in memory. Several target formats come from one pass and
 appear together or not at all.
 
@@ -30,7 +31,9 @@ from marlinctl.checkpoint import formats, writer
 from marlinctl.checkpoint.mask import Masks, open_masks
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, CheckFailed, NumericalProblem, Problem, UsageError
+from marlinctl.journal import JobFolder, Request
 from marlinctl.memory import SHARD_BYTES
+from marlinctl.pages.page import Name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,36 +87,80 @@ class Source:
 
 
 def repack(
-    source: Path, out: Path, *, format: str = "ct", also: Sequence[str] = (), overwrite: bool = False, console: Console | None = None
+    source: Path,
+    out: Path,
+    *,
+    format: str = "ct",
+    also: Sequence[str] = (),
+    overwrite: bool = False,
+    console: Console | None = None,
+    request: Request | None = None,
+    resume: bool = False,
+    keep_job: bool = False,
 ) -> dict[str, Any]:
-    """Write `source` in another format to `out`, and in each format of `also` to OUT-<format>. Returns what was written."""
+    """Write `source` in another format to `out`, and in each format of `also` to OUT-<format>. Returns what was written.
+
+    request: what the person asked for, where that says more than these arguments. resume: take up a job that was killed; the codes are
+    packed again, unless only the last rename is missing.
+    """
     console = console or Console.quiet()
     outputs = output_folders(out, format, also)
-    for folder in outputs.values():
-        writer.check_output(folder, overwrite=overwrite, sources=[source])
+    asked = {"source": str(source), "format": format, "also": list(also), "overwrite": overwrite, "keep_job": keep_job, "cache_dir": None}
+    request = request or Request("pack", asked)
+    job = JobFolder(out)
+    if not resume:
+        for folder in outputs.values():
+            writer.check_output(folder, overwrite=overwrite, sources=[source])
+    with job.held(request, resume=resume, console=console):
+        if job.publishing is not None:
+            job.publish_again(overwrite=overwrite, keep=keep_job)
+            with open_masks(out) as masks:
+                return _written(open_source(out, masks), outputs)
+        for folder in outputs.values() if resume else ():
+            writer.check_output(folder, overwrite=overwrite, sources=[source])
+        return _repack(job, source, outputs, overwrite, console, keep_job)
+
+
+def _repack(job: JobFolder, source: Path, outputs: Mapping[str, Path], overwrite: bool, console: Console, keep_job: bool) -> dict[str, Any]:
+    out = next(iter(outputs.values()))
     with ExitStack() as stack:
         masks = stack.enter_context(open_masks(source))
         opened = open_source(source, masks)
         opened = replace(opened, from_zeros="marlin_24" in outputs and opened.origin is None)
         refuse_misfits(opened, list(outputs))
+        facts = {"source": _source_digest(opened), "formats": list(outputs), "version": provenance({})["version"]}
+        job.check(facts) if job.begun else job.begin(facts)
         sizes = {fmt: written_bytes(opened, fmt) for fmt in outputs}
         writer.require_space(out, sum(sizes.values()) + sum(_mask_bytes(opened, fmt) for fmt in outputs))
         console.say(f"{source}: {opened.info.name}, {len(opened.info.layers)} linears, group size {opened.info.group_size}")
         _check_pattern(opened, console)
 
-        stages = {fmt: writer.StagedCheckpoint(folder, overwrite=overwrite, fmt=fmt) for fmt, folder in outputs.items()}
+        stages = {
+            fmt: writer.StagedCheckpoint(folder, overwrite=overwrite, fmt=fmt, path=job.path / f"staged-{fmt}")
+            for fmt, folder in outputs.items()
+        }
         for stage in stages.values():
-            stack.enter_context(stage)
+            stack.enter_context(stage).restore([], [])
         _write_linears(opened, stages, console)
         for fmt, stage in stages.items():
             _finish(opened, fmt, stage, console, f"marlinctl pack {source.name} {outputs[fmt].name} --format {fmt}")
-        writer.publish_together(list(stages.values()))
+        job.publish(list(stages.values()), keep=keep_job)
     for fmt, folder in outputs.items():
         console.say(f"wrote {folder} ({fmt}, {sizes[fmt] / 1e6:,.1f} MB of weights)")
-    facts = {"format": opened.info.name, "layers": len(opened.info.layers), "group_size": opened.info.group_size, "pattern": opened.origin}
+    return _written(opened, outputs)
+
+
+def _written(source: Source, outputs: Mapping[str, Path]) -> dict[str, Any]:
+    """What `repack` returns: of what was packed, and of every folder that came out."""
+    facts = {
+        "format": source.info.name,
+        "layers": len(source.info.layers),
+        "group_size": source.info.group_size,
+        "pattern": source.origin,
+    }
     return {
         "source": facts,
-        "outputs": [{"folder": str(folder), "format": fmt, "weight_bytes": sizes[fmt]} for fmt, folder in outputs.items()],
+        "outputs": [{"folder": str(folder), "format": fmt, "weight_bytes": written_bytes(source, fmt)} for fmt, folder in outputs.items()],
     }
 
 
@@ -291,21 +338,36 @@ def _finish(source: Source, fmt: str, stage: writer.StagedCheckpoint, console: C
     earlier = _earlier_facts(source.checkpoint.folder)
     facts = {**earlier, "packed_from": origin, "format": fmt, **({"pattern": "2:4"} if source.origin else {})}
     made_from, recipe = earlier.get("source", {}), earlier.get("recipe", {})
+    digest = recipe.get("sha256")
     details = card.CardFacts(
         fmt,
         source.info.layers,
         source.ignore,
         command,
         base_model=made_from.get("name") if made_from.get("kind") == "hub" else None,
-        recipe_hash=recipe.get("sha256"),
+        made_from=[("SHA-256 of the recipe", Name(digest))] if isinstance(digest, str) else (),
         two_of_four=source.origin is not None,
     )
-    stage.finish(
-        config,
-        manifest=facts,
-        verify=lambda folder: check_written(source, fmt, folder, console),
-        report_files={"README.md": card.render(details).encode()},
-    )
+    stage.finish(config, manifest=facts, verify=lambda folder: check_written(source, fmt, folder, console), report_files={})
+    written = _report_files(source, fmt, stage.path, command, console) or {"README.md": card.render(details).encode()}
+    for name, data in written.items():
+        stage.write_file(name, data)
+
+
+def _report_files(source: Source, fmt: str, folder: Path, command: str, console: Console) -> dict[str, bytes]:
+    """The source's report travels on: its codes are the same. Nothing where there is none, as in a foreign folder."""
+    from marlinctl import report
+
+    try:
+        document = report.read_report(source.checkpoint.folder)
+        sizes = {**document["bytes"], "result": written_bytes(source, fmt)}
+        packed = {**document, "bytes": sizes, "packed": {"command": command, "format": fmt}}
+        return report.checked_files(packed, folder, fmt=fmt, layers=source.info.layers, ignore=source.ignore)
+    except CheckFailed:
+        return {}
+    except (BadInput, KeyError, TypeError) as refused:
+        console.warn(f"the report of {source.checkpoint.folder} stays behind: {refused}")
+        return {}
 
 
 def provenance(old_block: Mapping[str, Any]) -> dict[str, Any]:

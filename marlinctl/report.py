@@ -1,121 +1,99 @@
-"""The report of a run: one JSON document, and the Markdown page and model card made from it."""
+"""`report`: card and report of a published folder, made anew from its JSON, after scores or speeds were added to it.
+
+The run itself writes the same files when it publishes (pages/files.py). They lie outside the manifest, so the model is not touched.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from marlinctl.card import CardFacts
-from marlinctl.card import render as render_card
-from marlinctl.console import SCHEMA_VERSION
+from marlinctl.checkpoint.formats import detect, layer_shape
+from marlinctl.checkpoint.reader import open_checkpoint
+from marlinctl.checkpoint.writer import write_bytes
+from marlinctl.errors import BadInput, CheckFailed
+from marlinctl.pages.files import JSON, report_files
+
+_MOST_BYTES = 1 << 30  # a report of ten thousand linears with all answers of an evaluation has some tens of megabytes
+_KINDS = ("compress", "quantize", "sparsify", "distill")
 
 
-def report_files(
-    report: Mapping[str, Any],
-    *,
-    fmt: str,
-    layers: Mapping[str, int],
-    ignore: Sequence[str],
-    scores: Sequence[tuple[str, str, str, str]] = (),
-) -> dict[str, bytes]:
-    """What is published about a checkpoint beside it, outside the manifest: card, JSON and Markdown."""
-    calibration, source = report["calibration"], report["source"]
-    facts = CardFacts(
-        fmt=fmt,
-        layers=layers,
-        ignore=ignore,
-        command=report["command"],
-        base_model=source["name"] if source["kind"] == "hub" else None,
-        calibration=f"{calibration['samples']['got']} samples, {calibration['tokens']['counted']:,} tokens ({calibration['how']})",
-        recipe_hash=report["recipe"]["sha256"],
-        scores=scores,
-        two_of_four=report["sparse"] > 0,
-    )
-    return {
-        "README.md": render_card(facts).encode(),
-        "marlinctl_report.json": (json.dumps({"schema_version": SCHEMA_VERSION, **report}, indent=1) + "\n").encode(),
-        "marlinctl_report.md": markdown(report).encode(),
-    }
-
-
-def markdown(report: Mapping[str, Any]) -> str:
-    """One page: what was done, how good it is, what needs attention, every layer."""
-    parts = [_summary(report), _attention(report), _quality(report), _layers(report), _reproduce(report)]
-    return "\n".join(part for part in parts if part)
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [_row(header), _row(["---"] * len(header)), *(_row(row) for row in rows)]
-    return "\n".join(lines) + "\n"
-
-
-def _row(cells: Sequence[Any]) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-
-def _summary(report: Mapping[str, Any]) -> str:
-    source, calibration, size = report["source"], report["calibration"], report["bytes"]
-    recipe = report["recipe"]
-    rows = [
-        (
-            "source",
-            f"{source['name']}{' @ ' + source['revision'] if source['revision'] else ''}"
-            + (f" ({source['note']})" if source["note"] else ""),
-        ),
-        ("recipe", f"{recipe['name']}, group size {recipe['quantize']['group_size']}"),
-        (
-            "calibration",
-            f"{calibration['source']}: {calibration['samples']['got']} samples, {calibration['tokens']['counted']:,} tokens counted, "
-            f"SHA-256 of the ids {calibration['sha256'][:16]}...",
-        ),
-        ("linears", ", ".join(_linears(report))),
-        ("size", f"{size['source'] / 1e6:,.1f} MB -> {size['result'] / 1e6:,.1f} MB ({size['source'] / size['result']:.2f} times smaller)"),
-        ("mean layer error", f"{report['error']['mean']:.5f} of the output energy; worst: {report['error']['worst']}"),
-        ("time", f"{report['seconds']:.1f} s on {report['device']}, forward in {report['dtype']}"),
-        ("peak memory", f"{report['peak_memory_bytes'] / 2**30:.2f} GiB"),
-    ]
-    return "# marlinctl report\n\n" + table(("", ""), rows)
-
-
-def _linears(report: Mapping[str, Any]) -> list[str]:
-    """How many were quantized, pruned and left alone."""
-    done = len(report["layers"]) if report["bits"] == 4 else 0
-    counts = {"quantized": done, "pruned to 2:4": report["sparse"], "left 16-bit": len(report["kept"])}
-    return [f"{count} {what}" for what, count in counts.items() if count]
-
-
-def _attention(report: Mapping[str, Any]) -> str:
-    lines = [f"- {item['name']}: {item['fallback']}" for item in report["fallbacks"]]
-    lines += [f"- {item['name']}: {item['remark']}" for item in report["underfed"]]
-    lines += [
-        f"- {item['name']}: {item['count']} inputs were zero in all of calibration; their weights are rounded and kept"
-        for item in report["dead_inputs"]
-    ]
-    return "## Needs attention\n\n" + "\n".join(lines) + "\n" if lines else ""
-
-
-def _quality(report: Mapping[str, Any]) -> str:
-    measured = report.get("evaluation")
-    return "## Quality\n\n" + str(measured["table"]) + "\n" if measured else ""
-
-
-def _layers(report: Mapping[str, Any]) -> str:
-    rows = [
-        (
-            r["name"],
-            f"{r['shape'][0]} x {r['shape'][1]}",
-            r["group_size"] or "16-bit",
-            f"{r['error']:.5f}",
-            f"{r['damping']:g}",
-            r["tokens"],
-            f"{r['seconds']:.2f}",
+def rewrite(folder: Path, *, evaluation: Mapping[str, Any] | None = None, bench: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Card and report of a published folder, anew from its JSON, which gets what is given here. Returns the document."""
+    report = read_report(folder)
+    if evaluation is not None:
+        report["evaluation"] = {"document": evaluation}
+    if bench is not None:
+        report["bench"] = bench
+    with open_checkpoint(folder, weight_files="auto") as checkpoint:
+        info = detect(checkpoint.config, checkpoint.tensors)
+        shapes = {layer: layer_shape(checkpoint, info, layer) for layer in info.layers}
+    with _ours(folder / JSON):
+        recorded = {record["name"]: tuple(record["shape"]) for record in report.get("layers", ()) if record["group_size"] is not None}
+        kept = [item["name"] for item in report.get("kept", ())]
+    if recorded and recorded != shapes:
+        raise BadInput(
+            "E399",
+            "the report is of another model: its linears are not those of this folder",
+            where=str(folder / JSON),
+            fix="put the report back that was published with these weights, or write the checkpoint again",
         )
-        for r in report["layers"]
-    ]
-    return "## Layers\n\n" + table(("linear", "N x K", "group", "error", "damping", "tokens", "seconds"), rows)
+    written = checked_files(report, folder, fmt=info.name, layers=info.layers, ignore=kept)
+    for name, data in written.items():
+        write_bytes(folder / name, data)
+    return report
 
 
-def _reproduce(report: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    return f"## Reproduce\n\n    {report['command']}\n\nVersions: {versions}. Recipe SHA-256 {report['recipe']['sha256']}.\n"
+def checked_files(
+    report: Mapping[str, Any], folder: Path, *, fmt: str, layers: Mapping[str, int], ignore: Sequence[str]
+) -> dict[str, bytes]:
+    """`report_files` of a document that somebody else may have written: BadInput where it has not the form of ours."""
+    with _ours(folder / JSON):
+        return report_files(report, folder, fmt=fmt, layers=layers, ignore=ignore)
+
+
+@contextmanager
+def _ours(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """marlinctl_report.json of a published folder."""
+    path = folder / JSON
+    if not path.is_file():
+        raise CheckFailed(
+            "E118",
+            f"there is no {JSON}, so nothing is known about how this folder was made",
+            where=str(folder),
+            fix="name a folder that compress, quantize, sparsify or distill published; other folders have `inspect` and `eval`",
+        )
+    return _document(path, _KINDS)
+
+
+def read_bench(path: Path) -> dict[str, Any]:
+    """The bench.json that `marlinctl bench` wrote."""
+    return _document(path, ("bench",))
+
+
+def _document(path: Path, kinds: Sequence[str]) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"more than {_MOST_BYTES:,} bytes")
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(document, dict) or document.get("kind") not in kinds:
+        raise _damaged(path, f"its kind is none of {', '.join(kinds)}")
+    return document
+
+
+def _damaged(path: Path, reason: str) -> BadInput:
+    return BadInput(
+        "E399", f"this is no document that can be reported: {reason}", where=str(path), fix="give the file that marlinctl wrote"
+    )

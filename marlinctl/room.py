@@ -1,6 +1,7 @@
 """How many bytes of disk a run writes: its outputs, exactly, and what lies beside them while it runs. From names and shapes alone.
 
-walk      the finished linears in the interchange form, and the activations of one block in unnamed files (scratch.py)
+walk      the finished linears in the interchange form, the activations of one block in unnamed files (scratch.py), and the hidden states
+          that enter the last two blocks, to go on from (walk_job.py)
 publish   every output at once: each is built beside its place and renamed
 mask      2:4 linears have one bit a weight in a file of its own, which is written twice: its header is known last
 """
@@ -17,7 +18,8 @@ from marlinctl.models import Architecture, Experts
 from marlinctl.recipe import Distill
 
 Shapes = Mapping[str, tuple[int, int]]  # linear -> (N, K)
-_PER_TENSOR = 600  # header, index, manifest and report, for each tensor; measured on the tests' models and SmolLM2
+_PER_TENSOR = 1100  # header, index, manifest and report with its pictures, for each tensor; measured on the tests' models and SmolLM2
+_PAGE = 120_000  # card and report of a model that has no layer at all
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +39,8 @@ class Output:
 
     @property
     def on_disk(self) -> int:
-        """With the small files whose size depends on the number of tensors."""
-        return self.weights + _PER_TENSOR * self.tensors
+        """With the small files, whose size depends on the number of tensors."""
+        return self.weights + _PER_TENSOR * self.tensors + _PAGE
 
 
 def output(fmt: str, tensors: Mapping[str, TensorInfo], shapes: Shapes, sizes: Mapping[str, int], masked: Iterable[str]) -> Output:
@@ -55,9 +57,15 @@ def output(fmt: str, tensors: Mapping[str, TensorInfo], shapes: Shapes, sizes: M
     return Output(fmt, linears, sum(untouched), mask, len(untouched) + each * len(shapes) + len(named))
 
 
-def needed_by_walk(walked: Output, scratch: int) -> int:
+def needed_by_walk(walked: Output, scratch: int, states: int) -> int:
     """Bytes at the fullest moment of quantize or sparsify: activations are gone before the untouched tensors are copied."""
-    return max(walked.linears + walked.mask + scratch, walked.on_disk + walked.mask)
+    return max(walked.linears + walked.mask + scratch, walked.on_disk + walked.mask) + states
+
+
+def state_bytes(architecture: Architecture, work: Work) -> int:
+    """The hidden states that enter the last two blocks, and the original's where it walks along: what a stopped walk goes on from."""
+    copies = 2 * (2 if work.matches else 1)
+    return copies * work.samples * work.length * architecture.hidden_size * work.element
 
 
 def scratch_bytes(architecture: Architecture, work: Work) -> int:

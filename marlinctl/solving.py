@@ -12,7 +12,6 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,12 +22,10 @@ from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.console import Console, Progress
 from marlinctl.errors import NumericalProblem
 from marlinctl.opening import Opened, Options
-from marlinctl.quantize.gptq import Solved, SolveSettings, solve
-from marlinctl.quantize.match import matched
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipe import Recipe
-from marlinctl.sparsify.sparsegpt import PruneSettings, fit_mask, prune, prune_and_quantize, solve_pruned
 from marlinctl.sparsify.types import SparseQuantizedLinear
+from marlinctl.stack import Outcome, StackSolver
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,44 +48,24 @@ class LayerRecord:
     seconds: float
 
 
-class Outcome(Protocol):
-    """What every solve reports about its stacked rows (quantize.gptq.Solved, sparsify.sparsegpt.Pruned)."""
-
-    @property
-    def error(self) -> Tensor: ...
-    @property
-    def energy(self) -> Tensor: ...
-    @property
-    def damping(self) -> float: ...
-    @property
-    def fallback(self) -> str | None: ...
-    @property
-    def dead(self) -> int: ...
-
-
 class Solving:
     """The walk's other half. `stage` is its SolveStage; `flush` writes a shard when a block is done."""
 
     def __init__(self, opened: Opened, recipe: Recipe, options: Options, staged: StagedCheckpoint, console: Console) -> None:
         self.opened, self.options, self.staged, self.console = opened, options, staged, console
         self.records: list[LayerRecord] = []
-        self.match = recipe.quantize.match if opened.matches else 0.0
         self.bits = recipe.quantize.bits
-        self.prunes = recipe.sparsify.pattern == "2:4"
-        self.pruning = PruneSettings(
-            method=recipe.sparsify.method,
-            damping=recipe.quantize.damping,
-            mask_sweeps=recipe.sparsify.mask_sweeps,
-            iterations=recipe.sparsify.ls_iterations,
-        )
-        self.settings = {size: _settings(opened, recipe, size) for size in set(opened.plan.group_sizes.values())}
+        self.solver = StackSolver.of(recipe, matches=opened.matches, bfloat16_exact=bfloat16_exact(opened))
         self.pending: dict[str, Tensor] = {}
         self.progress: Progress | None = None
 
-    def flush(self) -> None:
-        if self.pending:
-            self.staged.write_shard(self.pending)
-            self.pending = {}
+    def flush(self) -> str | None:
+        """Write what is finished as a shard; returns its name, None where nothing was solved."""
+        if not self.pending:
+            return None
+        shard = self.staged.write_shard(self.pending)
+        self.pending = {}
+        return shard
 
     def stage(self, names: tuple[str, ...], hessian: Hessian, remark: str) -> dict[str, Tensor]:
         """Final weights of linears that share an input; skipped ones as they are."""
@@ -117,28 +94,12 @@ class Solving:
     def _solve(
         self, members: list[str], stack: Tensor, keep: Tensor | None, hessian: Hessian, group_size: int
     ) -> tuple[Outcome, Callable[[slice], Tensor | QuantizedLinear], Tensor | None]:
-        """The outcome, what each slice of rows became, and the mask of all rows [R, K] on the CPU."""
         try:
-            if self.match:
-                stack = matched(stack, hessian, share=self.match, damping=self.pruning.damping)
-            if self.bits == 16:
-                pruned = prune(stack, hessian, self.pruning)
-                return pruned, lambda rows: pruned.weight[rows], pruned.keep.cpu()
-            settings = self.settings[group_size]
-            solved: Solved
-            if keep is not None:
-                pruned_stack = fit_mask(stack, keep, hessian, self.pruning) if self.match else stack
-                solved, keep = solve_pruned(pruned_stack, keep, hessian, settings, original=stack)
-            elif self.prunes:
-                solved, keep = prune_and_quantize(stack, hessian, self.pruning, settings)
-            else:
-                solved = solve(stack, hessian, settings)
+            return self.solver.solve(stack, keep, hessian, group_size)
         except ValueError as error:
             raise NumericalProblem(
                 "E601", str(error), where=", ".join(members), fix="check the model with its own weights; try --dtype float32"
             ) from error
-        kept = None if keep is None else keep.cpu()
-        return solved, lambda rows: _rows(solved.linear, kept, rows), kept
 
     def _keep(
         self, name: str, outcome: Outcome, result: Tensor | QuantizedLinear, keep: Tensor | None,
@@ -151,6 +112,11 @@ class Solving:
                 fix="more or other calibration text, a higher --damping, or no --strict",
             )  # fmt: skip
         info = self.opened.checkpoint.tensors[f"{name}.weight"]
+        if isinstance(result, QuantizedLinear) and not bool(result.codes.any()) and float(outcome.energy[rows].sum()) > 0:
+            raise NumericalProblem(
+                "E604", "every weight rounds to zero: they are smaller than the smallest scale that float16 holds", where=name,
+                fix=f"leave this linear 16-bit: --skip {name}",
+            )  # fmt: skip
         if isinstance(result, QuantizedLinear):
             tensors = linear_tensors("ct", name, result)
             weight, digest = result.dequantize(), linear_digest(result)
@@ -187,24 +153,9 @@ class Solving:
         return weight
 
 
-def _settings(opened: Opened, recipe: Recipe, group_size: int) -> SolveSettings:
-    q = recipe.quantize
-    return SolveSettings(
-        group_size=group_size,
-        both_signs=q.scale_sign == "both",
-        bfloat16_exact=any(opened.checkpoint.tensors[f"{name}.weight"].dtype == "BF16" for name in opened.plan.group_sizes),
-        act_order=q.act_order,
-        scale_search=q.scale_search,
-        damping=q.damping,
-        refine=q.refine,
-    )
-
-
-def _rows(linear: QuantizedLinear, keep: Tensor | None, rows: slice) -> QuantizedLinear:
-    codes, scales = linear.codes[rows].cpu(), linear.scales[rows].cpu()
-    if keep is None:
-        return QuantizedLinear(codes, scales, linear.group_size)
-    return SparseQuantizedLinear(codes, scales, linear.group_size, keep[rows])
+def bfloat16_exact(opened: Opened) -> bool:
+    """Whether scales shall be exact in bfloat16 too: where the source has such weights."""
+    return any(opened.checkpoint.tensors[f"{name}.weight"].dtype == "BF16" for name in opened.plan.group_sizes)
 
 
 def linear_digest(linear: QuantizedLinear) -> str:

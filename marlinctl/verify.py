@@ -6,8 +6,8 @@
     3 contents    scales finite, codes readable, packing the codes again gives the same bytes (so      CheckFailed E106, BadInput E346
                   padding is zero), and a second, independent reading of the bytes gives the same weights
                   masks 2:4, of linears that exist, and what they say was pruned is zero                       CheckFailed E111, E112
-    4 kernels     the tiles of native formats, read lane by lane as a kernel reads them, give the       CheckFailed E113
-                  product of the same weights: marlinctl/kernel_check.py
+    4 kernels     the tiles of native formats, multiplied by the CUDA kernel or, without a GPU, read    CheckFailed E113
+                  lane by lane as it reads them, give the product of the same weights: marlinctl/kernel_check.py
     5 load        transformers and compressed-tensors load the folder on the CPU, and their logits     CheckFailed E108
                   equal those of the dense model that holds the dequantized weights
     6 source      with --source: marlinctl/fidelity.py                                                 CheckFailed E107

@@ -84,6 +84,16 @@ class Walk:
         self._embed(tokens.ids)
         self.original = Original(self.hidden.clone(), checkpoint.read, scratch, device) if match else None
 
+    def states(self) -> dict[str, Tensor]:
+        """Everything that the next block depends on, as it is: not copies."""
+        return {"hidden": self.hidden} | ({"original": self.original.hidden} if self.original is not None else {})
+
+    def go_on(self, states: Mapping[str, Tensor]) -> None:
+        """Stand where another walk over the same tokens stood, given its `states`."""
+        self.hidden = states["hidden"]
+        if self.original is not None:
+            self.original.hidden = states["original"]
+
     def chunks(self) -> Iterator[slice]:
         for first in range(0, self.samples, self.step):
             yield slice(first, min(first + self.step, self.samples))

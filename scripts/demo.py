@@ -56,10 +56,11 @@ def main() -> int:
         limits = ["--limit", str(arguments.limit), "--task-data", str(tasks)]
         scores.unlink(missing_ok=True)
         marlinctl(report, cache, "eval", str(interchange), *EVALUATE, *limits, "--against", str(model), "--out", str(scores))
+        marlinctl(report, cache, "report", str(interchange), "--scores", str(scores))
         samples(report, cache, {"original": model, "4-bit": interchange, "4-bit, MARLIN tiles": marlin}, tokenizer=interchange)
         minutes = (time.monotonic() - started) / 60
         tell(report, f"\nDone in {minutes:.1f} minutes. The session is saved in {out / 'demo.md'}, the scores in {scores},")
-        tell(report, f"the report of the job in {marlin / 'marlinctl_report.md'}; the models are {marlin} and {interchange}.")
+        tell(report, f"the report of the job in {interchange / 'marlinctl_report.html'}; the models are {marlin} and {interchange}.")
     return 0
 
 

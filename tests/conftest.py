@@ -7,6 +7,7 @@ published figures need it and are skipped, with the reason, without it. Nothing 
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,14 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFL
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    if find_spec("pytest_timeout") is None:  # a machine that is there for its GPU: what the plugin would register
+        parser.addini("timeout", "ignored without pytest-timeout")
     parser.addoption("--data", type=Path, default=None, metavar="DIR", help="folder with local evaluation sets and texts")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if find_spec("pytest_timeout") is None:
+        config.addinivalue_line("markers", "timeout(seconds): ignored without pytest-timeout")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

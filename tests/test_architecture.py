@@ -21,9 +21,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "marlinctl"
 ROOMS = ["quantize", "sparsify", "pack", "kernels"]  # left to right; everything else is the tool
-STAGES = {"evaluate": "evaluate", "evaluation": "evaluate", "distill": "distill", "distillation": "distill", "bench": "bench"}
+STAGES = {"evaluate": "evaluate", "evaluation": "evaluate", "distill": "distill", "distillation": "distill"}
+STAGES |= {"bench": "bench", "benchmarking": "bench"}
 STAGES |= {"report": "report"}
-ROOMS_MAY_ALSO = {"marlinctl.kernels.jit": {"cuda"}}  # the compiler's bindings, inside a function: a CPU build of torch comes without them
+# The bindings of compiler and driver, inside of functions: a CPU build of torch comes without them.
+ROOMS_MAY_ALSO = {"marlinctl.kernels.jit": {"cuda"}, "marlinctl.kernels.launch": {"cuda"}}
 LIGHT = sys.stdlib_module_names | {"click", "marlinctl"}
 
 

@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import yaml
 
-from marlinctl.card import CardFacts, render
+from marlinctl.card import CardFacts, of_compression, of_training, render
+from marlinctl.pages.page import Name
+from tests.pages import documents
 
 
 def front_matter(card: str) -> dict[str, Any]:
@@ -20,9 +22,8 @@ FACTS = CardFacts(
     [f"skipped_{i}" for i in range(9)],
     "marlinctl quantize org/Model OUT --recipe int4",
     base_model="org/Model-1B",
-    license="apache-2.0",
-    calibration="128 samples of 2,048 tokens of self",
-    recipe_hash="ab" * 32,
+    license={"license": "other", "license_name": "own", "license_link": "https://example.org/licence"},
+    made_from=[("Calibration", "128 samples of 2,048 tokens of self"), ("SHA-256 of the recipe", Name("ab" * 32))],
     scores=[("winogrande", "acc", "0.51 ± 0.01", "0.52 ± 0.01")],
 )
 
@@ -31,7 +32,8 @@ def test_the_hub_understands_the_front_matter() -> None:
     """base_model is how the hub links a quantized model to its original; the licence is a duty."""
     meta = front_matter(render(FACTS))
     assert meta["base_model"] == "org/Model-1B" and meta["base_model_relation"] == "quantized"
-    assert meta["license"] == "apache-2.0" and meta["pipeline_tag"] == "text-generation"
+    assert (meta["license"], meta["license_name"], meta["license_link"]) == ("other", "own", "https://example.org/licence")
+    assert meta["pipeline_tag"] == "text-generation"
     assert "compressed-tensors" in meta["tags"]
 
 
@@ -64,8 +66,62 @@ def test_hostile_names_stay_inside_their_place() -> None:
     """Names come from configs and command lines of strangers: they must not add keys, rows or end a code block."""
     hostile = 'x"\nlicense: mit\n---\n| a | b |'
     card = render(
-        CardFacts("ct", {"a": 64}, ["l|m"], "run ``` now", base_model=hostile, license=hostile, scores=[("t|u", "m\nn", "1", "2")])
+        CardFacts(
+            "ct", {"a": 64}, ["l|m"], "run ``` now", base_model=hostile, license={"license": hostile}, scores=[("t|u", "m\nn", "1", "2")]
+        )
     )
     meta = front_matter(card)
     assert meta["base_model"] == hostile and meta["license"] == hostile
-    assert card.count("```") == 2 and "t\\|u | m n" in card
+    assert "````text\nrun ``` now\n````" in card and "t\\|u | m\\\\nn" in card
+
+
+def test_a_run_tells_everything_that_a_card_needs() -> None:
+    """Whoever gets the model must be able to judge it: licence, data, seeds, versions, scores, digests, runtimes."""
+    card = of_compression(documents.report(), documents.folder(), {"a": 64}, ["lm_head"])
+    for wanted in (
+        "| Original | `org/Model-1B` |",
+        "| Its licence | apache-2.0 |",
+        "c" * 40,  # the original's commit
+        "| Calibration | texts.jsonl: 8 samples, 4,000 tokens",
+        "de" * 32,  # the token ids
+        "| Seeds | calibration 0 |",
+        "torch 2.13.0+cpu, transformers 5.23.0",
+        "f" * 64,  # the manifest
+        "vLLM, SGLang",
+        "| winogrande | acc | 0.5300 ± 0.0100 | 0.5500 ± 0.0100 |",
+        "4 windows of 1,024 tokens",
+        "marlinctl compress org/Model-1B out/model",
+    ):
+        assert wanted in card, wanted
+    assert "/home/somebody" not in card, "a path of the machine that made it is nobody's business"
+    assert front_matter(card)["license"] == "apache-2.0"
+
+
+def test_a_distilled_model_has_a_card_of_the_same_form() -> None:
+    """Its licence is the teacher's, and its data is what it was trained on."""
+    card = of_training(documents.training(), documents.folder("dense"))
+    meta = front_matter(card)
+    assert (meta["base_model"], meta["base_model_relation"], meta["license_name"]) == ("org/Model-1B", "finetune", "own")
+    for wanted in (
+        "2:4 sparse",
+        "| Data | self: 960 tokens in 60 steps",
+        "| Seeds | 0 |",
+        "| loss | 2 | 1 |",
+        "marlinctl distill a b",
+        "f" * 64,
+    ):
+        assert wanted in card, wanted
+
+
+def test_no_licence_is_said() -> None:
+    """Silence would read as permission."""
+    card = of_compression(documents.report(source={"kind": "folder", "name": "x", "revision": None}), documents.folder(), {"a": 64}, [])
+    assert "| Its licence | not stated" in card and "license" not in front_matter(card)
+
+
+def test_the_base_model_is_the_one_that_it_all_began_with() -> None:
+    """Pruned, distilled, then quantized: the hub would link the result to nothing, and its licence to nobody."""
+    distilled = {"kind": "folder", "name": "distilled", "revision": None, "license": {"license": "apache-2.0"}}
+    card = of_compression(documents.report(source=distilled), documents.after_distilling(), {"a": 64}, [])
+    meta = front_matter(card)
+    assert (meta["base_model"], meta["license"]) == ("org/Model-1B", "apache-2.0")

@@ -19,7 +19,7 @@ from marlinctl.checkpoint.mask import open_masks
 from marlinctl.cli import main
 from marlinctl.console import Console
 from marlinctl.distillation import loop as loops
-from marlinctl.distillation.job import JobFolder
+from marlinctl.distillation.job import DistillJob
 from marlinctl.errors import NumericalProblem, UsageError
 from marlinctl.load import load_dense
 from marlinctl.verify import verify
@@ -204,7 +204,7 @@ def test_two_runs_publish_the_same_bytes(place: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         torch.manual_seed(len(name))
         run(place, tmp_path / name)
-    apart = {"README.md", "marlinctl_report.json", "marlinctl_report.md"}
+    apart = {"README.md", "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html"}
     for path in (tmp_path / "one").iterdir():
         if path.name not in apart:
             assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
@@ -275,7 +275,7 @@ def test_a_resumed_job_ends_with_the_same_bits(
 def test_a_failed_publish_does_not_cost_the_training(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk at the end must leave a state from which nothing is trained again."""
     with monkeypatch.context() as patched:
-        patched.setattr("marlinctl.distill.publish", lambda *args, **kwargs: (_ for _ in ()).throw(_Crash()))
+        patched.setattr("marlinctl.distill.build", lambda *args, **kwargs: (_ for _ in ()).throw(_Crash()))
         with pytest.raises(_Crash):
             run(place, tmp_path / "out")
     crash_after(monkeypatch, 0)
@@ -346,7 +346,7 @@ def start(place: Path, out: Path) -> subprocess.Popen[str]:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell that runs tests in the background ignores it
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    while not JobFolder(out).path.joinpath("state.json").exists():
+    while not DistillJob(out).path.joinpath("state.json").exists():
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -361,7 +361,7 @@ def test_killed_and_interrupted_processes_go_on(place: Path, tmp_path: Path) -> 
     killed.kill()
     killed.communicate()
     assert not out.exists()
-    state = JobFolder(out).path / "state.json"
+    state = DistillJob(out).path / "state.json"
     before = state.read_bytes()
     stopped = subprocess.Popen(command(place, out, "--resume"), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     while state.read_bytes() == before:
@@ -370,7 +370,7 @@ def test_killed_and_interrupted_processes_go_on(place: Path, tmp_path: Path) -> 
     stopped.send_signal(signal.SIGTERM)
     _, told = stopped.communicate(timeout=120)
     assert stopped.returncode == 143, told
-    assert "is saved; to go on: marlinctl distill" in told and "--resume" in told
+    assert f"to go on: marlinctl resume {out}" in told
     assert json.loads(state.read_text())["step"] < 50
     subprocess.run(command(place, out, "--resume"), cwd=ROOT, check=True, capture_output=True)
     assert_same_tensors(tmp_path / "whole", out)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import click
 import pytest
 
 from marlinctl import cli
-from marlinctl.recipe import Recipe
+from marlinctl.recipe import Recipe, builtin_names
 from tests.test_architecture import PACKAGE, ROOT
 
 DOCS = ROOT / "docs"
@@ -128,3 +130,33 @@ def test_the_commands_of_the_readme_are_verbs() -> None:
     verbs = re.findall(r"^marlinctl (\w+)", "\n".join(blocks), flags=re.MULTILINE)
     assert len(verbs) >= 2
     assert set(verbs) <= set(cli.VERBS)
+
+
+def test_every_page_is_in_the_sites_list() -> None:
+    """`make site` stops at a page without a place; this finds it without the generator."""
+    import yaml
+
+    def pages(entry: object) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        return [page for part in (entry.values() if isinstance(entry, dict) else entry) for page in pages(part)]  # type: ignore[attr-defined]
+
+    listed = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))["nav"])
+    assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+
+
+def test_every_built_in_recipe_is_explained() -> None:
+    """A recipe that no page names is a recipe that nobody uses."""
+    page = (DOCS / "recipes.md").read_text("utf-8")
+    assert [name for name in builtin_names() if not re.search(rf"^\| `{name}` ", page, flags=re.MULTILINE)] == []
+
+
+def test_the_site_builds() -> None:
+    """A broken link or anchor in the site, which its own generator finds."""
+    pytest.importorskip("mkdocs", reason="needs the extra `docs`; `make site` builds the site in continuous integration")
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-m", "mkdocs", "build", "-q", "-d", folder],
+            cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr

@@ -49,7 +49,7 @@ def quantize(model: Path, out: Path, chosen: Recipe, **options: Any) -> dict[str
 
 
 def digests(folder: Path) -> dict[str, str]:
-    apart = {"README.md", "marlinctl_report.json", "marlinctl_report.md", "run.log"}
+    apart = {"README.md", "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html", "run.log"}
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.name not in apart}
 
 
@@ -256,7 +256,7 @@ def test_a_failure_leaves_the_old_output_untouched(tmp_path: Path, text: Path, m
     with pytest.raises(MarlinctlError, match="differ from those that were solved"):
         quantize(source, tmp_path / "out", recipe(text, quantize__refine=0), overwrite=True)
     assert digests(tmp_path / "out") == before
-    assert {p.name for p in tmp_path.iterdir()} == {"model", "out", "out.log", "text.txt"}
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "out", "out.job", "out.log", "text.txt"}
 
 
 @pytest.mark.gpu

@@ -109,3 +109,19 @@ def test_canonical_json_has_one_spelling() -> None:
     assert manifest.canonical({"b": 1, "a": "ü"}) == manifest.canonical(json.loads('{"a": "\\u00fc", "b": 1}'))
     with pytest.raises(ValueError):
         manifest.canonical({"x": float("nan")})
+
+
+def test_what_a_folder_was_made_from(folder: Path) -> None:
+    """The chain from a distilled model back to its original would break at the first folder that was quantized from another."""
+    facts = {"source": {"name": "student"}, "teacher": {"name": "original"}, "recipe": {"sha256": "1"}}
+    (folder / manifest.NAME).write_bytes(manifest.canonical(manifest.build(folder, facts)))
+    assert manifest.made_from(folder) == {"source": {"name": "student"}, "teacher": {"name": "original"}}
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"files": {"a": {"sha256": "1", "bytes": 1}}, "source": {"name": NaN}}', "[" * 100000])
+def test_a_manifest_that_cannot_be_used_tells_nothing(folder: Path, damage: str) -> None:
+    """It is asked after hours of work, when a damaged manifest of the source must not be their end."""
+    (folder / manifest.NAME).write_text(damage)
+    assert manifest.made_from(folder) == {}
+    (folder / manifest.NAME).unlink()
+    assert manifest.made_from(folder) == {}

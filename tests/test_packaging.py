@@ -72,6 +72,7 @@ def test_everything_that_is_needed_is_in_the_wheel(wheel: Path) -> None:
     wanted = {str(Path("marlinctl") / path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")}
     wanted |= {f"marlinctl/recipes/{path.name}" for path in (PACKAGE / "recipes").glob("*.yaml")}
     wanted |= {f"marlinctl/kernels/csrc/{path.name}" for path in (PACKAGE / "kernels" / "csrc").iterdir()}
+    wanted |= {f"marlinctl/pages/{path.name}" for path in (PACKAGE / "pages").glob("*.jinja")}
     wanted |= {"marlinctl/py.typed", "marlinctl/kernels/reference.py", "marlinctl/recipes/int4.yaml", "marlinctl/recipes/quick.yaml"}
     assert wanted <= packed
     assert not [name for name in packed if "__pycache__" in name]
@@ -87,7 +88,7 @@ def test_the_wheel_runs_by_itself(wheel: Path, tmp_path: Path) -> None:
     )
     where, *recipes = done.stdout.splitlines()
     assert Path(where).is_relative_to(tmp_path)
-    assert [line.split()[0] for line in recipes] == ["int4", "int4-best", "quick", "sparse-int4"]
+    assert [line.split()[0] for line in recipes] == ["int4", "int4-best", "int4-channel", "quick", "sparse-int4"]
 
 
 def test_metadata(wheel: Path) -> None:
@@ -99,7 +100,7 @@ def test_metadata(wheel: Path) -> None:
         assert f"{folder}/licenses/LICENSE" in archive.namelist()
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
-    assert set(metadata.get_all("Provides-Extra") or []) == {"eval", "distill", "docs", "test"}
+    assert set(metadata.get_all("Provides-Extra") or []) == {"eval", "distill", "docs", "test", "fuzz"}
     assert "marlinctl = marlinctl.cli:main" in entry_points
 
 
@@ -111,7 +112,8 @@ def test_every_import_is_declared() -> None:
     strangers = [found for found in all_imports() if found.target.split(".")[0] not in known]
     # CUDA builds of torch depend on cuda-bindings and NVRTC; without a GPU nobody needs them, and jit.py says so when they are missing
     assert {(found.importer, found.target, found.at_import) for found in strangers} == {
-        ("marlinctl.kernels.jit", "cuda.bindings.nvrtc", False)
+        ("marlinctl.kernels.jit", "cuda.bindings.nvrtc", False),
+        ("marlinctl.kernels.launch", "cuda.bindings.driver", False),
     }
 
 

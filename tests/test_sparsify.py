@@ -68,7 +68,7 @@ def test_a_pruned_model_is_2of4_beside_its_mask_and_loads_in_transformers(tmp_pa
             assert weight[keep].any()
     card = (tmp_path / "out" / "README.md").read_text()
     assert "16-bit weights, pruned to 2:4" in card and "4-bit" not in card and "0 linears" not in card
-    assert "14 pruned to 2:4" in (tmp_path / "out" / "marlinctl_report.md").read_text()
+    assert "14 linears pruned to 2:4" in (tmp_path / "out" / "marlinctl_report.md").read_text()
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert torch.equal(logits(theirs), logits(load_dense(tmp_path / "out", dtype=torch.float32)))
 
@@ -281,6 +281,13 @@ def test_compress_goes_all_the_way_to_sparse_tiles(tmp_path: Path, text: Path, d
     assert ("stages" in report) == distil
     if distil:
         assert report["stages"]["distilled"]["training"]["tokens"] >= 256
+        for folder in (out, tmp_path / "out-marlin_24"):  # back to the original, whatever lies between
+            made = json.loads((folder / "marlinctl_manifest.json").read_text())["source"]["made_from"]
+            assert (made["teacher"]["name"], made["source"]["name"], made["source"]["made_from"]["source"]["name"]) == (
+                "tiny",
+                "pruned",
+                "tiny",
+            )
     assert (report["recipe"]["quantize"]["bits"], report["recipe"]["sparsify"]["pattern"]) == (4, "2:4")
     kl = report["evaluation"]["document"]["comparison"]["kl"]["value"]
     assert 0.0 < kl < 10.0

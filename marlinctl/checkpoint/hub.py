@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import re
 import shutil
 import sys
@@ -39,6 +40,7 @@ WANTED = [
     "LICENSE*",
     "LICENCE*",
     "NOTICE*",
+    "README.md",  # its front matter states the licence; it is never copied
 ]
 UNWANTED = ["*/*"]
 ATTEMPTS = 3
@@ -101,7 +103,7 @@ def fetch_headers(model: str, folder: Path, *, revision: str | None, cache_dir: 
     from huggingface_hub import HfApi, hf_hub_url, snapshot_download, try_to_load_from_cache
 
     require_hub_id(model)
-    with _translated(model, revision), _quiet_bars():
+    with _translated(model, revision), _quiet_library():
         info = _repeated(lambda: HfApi(library_name="marlinctl").model_info(model, revision=revision, files_metadata=True, timeout=30))
         small = [name for name in WANTED if not name.endswith(".safetensors")]
         found = snapshot_download(
@@ -245,7 +247,7 @@ def _download(model: str, wanted: dict[str, Any], console: Console) -> Path:
         raise BadInput("E305", what, where=where, fix=fix)
     weights = sum(size for name, size in files.items() if name.endswith(".safetensors"))
     console.say(f"{model}: commit {info.sha}, {weights / 1e9:.2f} GB of weights (fetching what the cache lacks)")
-    with _translated(model, revision), _quiet_bars():
+    with _translated(model, revision), _quiet_library():
         folder = Path(snapshot_download(model, library_name="marlinctl", **wanted))
     if folder.name != info.sha:  # the library fell back to an older copy, or somebody pushed just now
         what = f"commit {info.sha} was asked for and {folder.name} came"
@@ -272,17 +274,27 @@ def _repeated(ask: Callable[[], _Result]) -> _Result:
     return ask()
 
 
+class _IntoOurLog(logging.Handler):
+    """What the hub library tells while it tries again belongs into the log; the terminal gets one line when it gives up."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        logging.getLogger("marlinctl").debug("huggingface_hub: %s", record.getMessage())
+
+
 @contextmanager
-def _quiet_bars() -> Iterator[None]:
-    """No bars of the hub library where there is no terminal to draw them on."""
+def _quiet_library() -> Iterator[None]:
+    """No story of the hub library beside ours, and no bars where there is no terminal to draw them on."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     quiet = not sys.stderr.isatty() and not are_progress_bars_disabled()
     if quiet:
         disable_progress_bars()
+    library = logging.getLogger("huggingface_hub")
+    before, library.handlers = library.handlers, [_IntoOurLog()]
     try:
         yield
     finally:
+        library.handlers = before
         if quiet:
             enable_progress_bars()
 

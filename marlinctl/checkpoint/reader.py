@@ -26,6 +26,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from marlinctl import manifest
 from marlinctl.checkpoint.config import read_config
 from marlinctl.checkpoint.files import FileRefused, exists, member, open_member, read_json, shown
 from marlinctl.checkpoint.header import TensorInfo, header_bytes, read_header
@@ -44,6 +45,7 @@ _TORCH_DTYPES = {
     "I64": "int64", "U64": "uint64", "F64": "float64",
 }  # fmt: skip
 MAX_PROBLEMS = 100
+_REPORTS = manifest.OUTSIDE - {manifest.NAME}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CONVERT = (
     "marlinctl reads safetensors only, because opening a pickle can run any program; on a machine you can afford to lose, run "
@@ -195,10 +197,13 @@ def check_expected(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...
 
 
 def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What identifies the checkpoint without reading its weights: digests of the small files and of every shard's header."""
+    """What identifies the checkpoint without reading its weights: digests of the small files and of every shard's header.
+
+    A report of marlinctl's own is left out: it tells how long things took, so two equal folders would have two fingerprints.
+    """
     small: dict[str, str] = {}
     for path in sorted(checkpoint.folder.iterdir()):
-        if path.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken") and path.is_file():
+        if path.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken") and path.name not in _REPORTS and path.is_file():
             with open_member(checkpoint.folder, path.name) as handle:
                 small[path.name] = hashlib.file_digest(handle, "sha256").hexdigest()
     shards = {

@@ -7,7 +7,8 @@
 
 config.json comes last of the model's files, because a folder with config.json looks like a model: a save that was killed must not.
 An old OUT is renamed aside, and deleted only after the new one stands; any failure puts it back. A body that raises (Ctrl-C too)
-leaves no staging folder. After `kill -9` one may stay behind; it is never read again and may be deleted.
+leaves no staging folder, unless the folder belongs to a job: then it stays, and `restore` takes up what the job's journal vouches for
+(marlinctl/journal.py).
 
 Shards are written here, not by safetensors' save_file: that makes files with mode 0600, does not fsync, and needs all tensors of a
 shard in memory, while untouched tensors are copied from the mapped source as bytes. The format is eight bytes of header length,
@@ -24,6 +25,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,6 +34,7 @@ from marlinctl import manifest as manifests
 from marlinctl.checkpoint import formats
 from marlinctl.checkpoint import mask as masks
 from marlinctl.checkpoint.files import FileRefused, open_member
+from marlinctl.checkpoint.header import read_header
 from marlinctl.errors import BadInput, ResourceProblem, UsageError
 
 if TYPE_CHECKING:
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 
 MAX_SHARD_BYTES = 5 * 10**9
 _CHUNK = 64 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # What travels with the weights. Never weights, never code, never a README (the card is new).
 _COMPANION_NAMES = frozenset(
@@ -97,6 +101,8 @@ def check_output(out: Path, *, overwrite: bool, sources: Sequence[Path]) -> None
         probe.mkdir()
         probe.rmdir()
     except OSError as problem:
+        if problem.errno in _FULL:
+            raise _disk_full(probe, None, shutil.disk_usage(parent).free) from problem
         raise UsageError(
             "E223",
             f"the folder that shall hold the output cannot be written to: {problem.strerror}",
@@ -133,24 +139,58 @@ class _Entry:
 class StagedCheckpoint:
     """A checkpoint under construction. Use as a context manager; `publish` makes it real, leaving without it removes it.
 
+    path: the folder it is built in, which then stays when something goes wrong; without it, a new one beside `out`.
     A native folder (fmt "marlin" or "marlin_24") calls its weights marlin-*.safetensors, so that plain transformers finds no model in it.
     """
 
-    def __init__(self, out: Path, *, overwrite: bool, fmt: str) -> None:
+    def __init__(self, out: Path, *, overwrite: bool, fmt: str, path: Path | None = None) -> None:
         self.out = out.resolve()  # a link to a folder is followed: the folder is replaced, the link stays
         self.overwrite = overwrite
         self.stem = formats.weight_files(fmt)
-        self.path = self.out.with_name(f"{self.out.name}.tmp-{secrets.token_hex(4)}")
+        self.path = path or self.out.with_name(f"{self.out.name}.tmp-{secrets.token_hex(4)}")
+        self.spool = self.path.with_name(self.path.name + ".masks")  # the header of a file comes first, but is known last
+        self._stays = path is not None
         self._shards: list[list[_Entry]] = []
         self._masks: list[_Entry] = []
 
     def __enter__(self) -> StagedCheckpoint:
         with _disk_problems(self.path):
-            self.path.mkdir()
+            self.path.mkdir(exist_ok=self._stays)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)  # gone already after a publish
+        if not self._stays:
+            shutil.rmtree(self.path, ignore_errors=True)  # gone already after a publish
+            self.spool.unlink(missing_ok=True)
+
+    def restore(self, shards: Sequence[str], layers: Sequence[tuple[str, int, int]]) -> None:
+        """Take up what an earlier run left: these shards, as they were called while staged, and the masks of these linears [N, K].
+
+        Everything else in the folder is removed. What is taken up must have been compared with its digest.
+        """
+        begin = 0
+        self._masks.clear()
+        for layer, n, k in layers:
+            entry = self._spooled(layer + masks.SUFFIX, (n, -(-k // 8)), begin)
+            self._masks.append(entry)
+            begin += entry.size
+        with _disk_problems(self.path):
+            if self.spool.exists():
+                os.truncate(self.spool, begin)
+            for name in shards:
+                for renamed in self.path.glob(f"{name.removesuffix('.safetensors')}-of-*.safetensors"):
+                    renamed.replace(self.path / name)  # it had its final name already
+            for path in self.path.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name not in shards:
+                    path.unlink()
+        for name in shards:
+            found, problems = read_header(self.path, name)
+            if problems:
+                raise BadInput.from_problems("E374", problems)
+            in_order = sorted(found.values(), key=lambda info: info.begin)
+            self._shards.append([_Entry(info.name, info.dtype, info.shape, info.nbytes, _no_data) for info in in_order])
 
     def write_shard(self, tensors: Mapping[str, Tensor]) -> str:
         """Write the next shard; returns its name while staged (the final one says how many there are)."""
@@ -159,11 +199,26 @@ class StagedCheckpoint:
     def write_mask(self, layer: str, keep: Tensor) -> None:
         """Add the survivors [N, K] bool of one linear to the mask file (checkpoint/mask.py)."""
         entry = _tensor_entry(layer + masks.SUFFIX, masks.pack_bits(keep))
-        spool = self.path / (masks.NAME + ".spool")  # the header of a file comes first, but is known last
-        begin = spool.stat().st_size if self._masks else 0
-        with _disk_problems(spool, entry.size), spool.open("ab" if self._masks else "wb") as file:
+        begin = sum(written.size for written in self._masks)
+        with _disk_problems(self.spool, entry.size), self.spool.open("r+b" if begin else "wb") as file:
+            file.seek(begin)
             file.write(entry.data())
-        self._masks.append(_Entry(entry.name, entry.dtype, entry.shape, entry.size, lambda: _read_part(spool, begin, entry.size)))
+        self._masks.append(self._spooled(entry.name, entry.shape, begin))
+
+    def sync(self) -> int:
+        """Make shards and masks written so far durable, names included; returns the bytes of the masks."""
+        with _disk_problems(self.path):
+            _sync_folder(self.path)
+        if not self._masks:
+            return 0
+        with _disk_problems(self.spool), self.spool.open("rb") as file:
+            os.fsync(file.fileno())
+            _sync_folder(self.spool.parent)
+        return sum(entry.size for entry in self._masks)
+
+    def _spooled(self, name: str, shape: tuple[int, ...], begin: int) -> _Entry:
+        size = prod(shape)
+        return _Entry(name, "U8", shape, size, lambda: _read_part(self.spool, begin, size))
 
     def copy_tensors(self, checkpoint: Checkpoint, names: Sequence[str]) -> None:
         """Copy tensors byte by byte into shards of their own, streaming; order and shard borders depend on the names alone."""
@@ -248,8 +303,6 @@ class StagedCheckpoint:
     def _finish_masks(self) -> None:
         if self._masks:
             self._write_tensors(masks.NAME, sorted(self._masks, key=lambda entry: entry.name))
-            with _disk_problems(self.path):
-                (self.path / (masks.NAME + ".spool")).unlink()
 
     def _name_shards(self) -> None:
         """Give the shards their final names and write the index."""
@@ -302,15 +355,33 @@ def write_tensors(target: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file that is no part of a checkpoint: there as a whole, on the disk, or not at all."""
     entries = [_tensor_entry(name, tensor) for name, tensor in tensors.items()]
     _write_entries(target, sorted(entries, key=lambda entry: (-_WIDTHS[entry.dtype], entry.name)))
-    _sync_folder(target.parent)
+    with _disk_problems(target):
+        _sync_folder(target.parent)
 
 
 def write_document(target: Path, document: Mapping[str, Any]) -> None:
     """The same for a JSON document."""
-    data = manifests.canonical(document)
+    write_bytes(target, manifests.canonical(document))
+
+
+def write_bytes(target: Path, data: bytes) -> None:
+    """The same for anything else."""
     with _disk_problems(target, len(data)), _whole_file(target) as file:
         file.write(data)
-    _sync_folder(target.parent)
+    with _disk_problems(target):
+        _sync_folder(target.parent)
+
+
+def append_line(target: Path, document: Mapping[str, Any]) -> None:
+    """One JSON document as a further line of a file; on the disk when this returns."""
+    data = json.dumps(document, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+    new = not target.exists()
+    with _disk_problems(target, len(data)), target.open("ab") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        if new:
+            _sync_folder(target.parent)
 
 
 # ---- moving into place ---------------------------------------------------------------------------------------------------------------
@@ -327,8 +398,11 @@ class Finished(Protocol):
     def overwrite(self) -> bool: ...
 
 
-def publish_together(stages: Sequence[Finished]) -> None:
-    """Move finished folders into place: all of them, or none and the old ones as they were."""
+def publish_together(stages: Sequence[Finished], *, aside_in: Path | None = None) -> None:
+    """Move finished folders into place: all of them, or none and the old ones as they were.
+
+    aside_in: where old ones wait until all new ones stand, on the same disk. Default: beside their place.
+    """
     undo: list[tuple[Path, Path]] = []  # renames done so far, as (from, to)
     aside: list[Path] = []
     try:
@@ -337,7 +411,7 @@ def publish_together(stages: Sequence[Finished]) -> None:
                 if stage.out.is_dir() and any(stage.out.iterdir()):
                     if not stage.overwrite:
                         raise UsageError("E222", "the output appeared while this ran", where=str(stage.out), fix="name a new folder")
-                    old = stage.out.with_name(f"{stage.out.name}.old-{secrets.token_hex(4)}")
+                    old = (aside_in or stage.out.parent) / f"{stage.out.name}.old-{secrets.token_hex(4)}"
                     stage.out.rename(old)
                     undo.append((stage.out, old))
                     aside.append(old)
@@ -444,7 +518,7 @@ def _disk_problems(path: Path, needed: int | None = None) -> Iterator[None]:
         free = None
         with suppress(OSError):
             free = shutil.disk_usage(path.parent).free
-        if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if problem.errno in _FULL:
             raise _disk_full(path, needed, free) from problem
         raise ResourceProblem(
             "E501",

@@ -14,7 +14,7 @@ from marlinctl.console import Console
 
 
 @click.command("compress")
-@click.argument("model", metavar="MODEL")
+@click.argument("model", type=click.Path(), metavar="MODEL")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
 @click.option("--format", "fmt", metavar="ct|gptq|marlin|marlin_24", help="What OUT holds. Default: the recipe's first format, ct.")
 @click.option("--also", multiple=True, metavar="FORMAT", help="Publish this format too, in OUT-FORMAT; may be given again.")
@@ -69,11 +69,16 @@ def command(
     report = run_compress(
         model, out, recipe, chosen_options(console, values), console, evaluate_result=evaluated, task_data=task_data, gate=gate
     )
+    tell(console, report)
+
+
+def tell(console: Console, report: dict[str, Any]) -> None:
+    """The result, for a person and for a machine."""
     size = report["bytes"]
     lines = [f"{item['folder']} ({item['format']})" for item in report["outputs"]]
     sizes = f"{size['source'] / 1e6:,.1f} MB -> {size['result'] / 1e6:,.1f} MB"
     lines.append(f"{len(report['layers'])} linears in 4 bits, {sizes}, {report['seconds']:.1f} s to quantize")
     if "evaluation" in report:
         lines += ["", report["evaluation"]["table"]]
-    lines += ["", f"report: {Path(report['outputs'][0]['folder']) / 'marlinctl_report.md'}"]
+    lines += ["", f"report: {Path(report['outputs'][0]['folder']) / 'marlinctl_report.html'}"]
     console.result("\n".join(lines), report)

@@ -13,21 +13,20 @@ from marlinctl.console import Console
 
 
 @click.command("distill")
-@click.argument("student", metavar="STUDENT")
+@click.argument("student", type=click.Path(), metavar="STUDENT")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
 @click.option("--teacher", required=True, metavar="MODEL", help="The original: a folder, a hub id or a GGUF file.")
 @distill_flags
-@click.option("--resume", is_flag=True, help="Go on with a job that was stopped, from its last saved state.")
 @distill_run_flags
 @common_options
-def command(console: Console, student: str, out: Path, teacher: str, resume: bool, **values: Any) -> None:
+def command(console: Console, student: str, out: Path, teacher: str, **values: Any) -> None:
     """Train a 2:4 model towards its original, with the mask fixed; or the scales of a 4-bit model, with the codes fixed.
 
     \b
     Example:
         marlinctl distill ./qwen3-2of4 ./qwen3-2of4-kd --teacher Qwen/Qwen3-0.6B --tokens 20000000 --data text.jsonl
         marlinctl distill ./qwen3-int4 ./qwen3-int4-kd --teacher Qwen/Qwen3-0.6B --tokens 2000000 --mode scales
-        marlinctl distill ./qwen3-2of4 ./qwen3-2of4-kd --teacher Qwen/Qwen3-0.6B --tokens 20000000 --resume
+        marlinctl resume ./qwen3-2of4-kd
 
     STUDENT is a 2:4 folder, or a 4-bit folder for --mode scales. OUT gets the same form and appears whole or not at all. Several GPUs and
     machines: accelerate launch --multi_gpu -m marlinctl distill ... (docs/distill.md).
@@ -39,7 +38,12 @@ def command(console: Console, student: str, out: Path, teacher: str, resume: boo
 
     from marlinctl.distill import run_distill
 
-    report = run_distill(student, out, teacher, recipe, chosen_options(console, values), console, resume=resume)
+    report = run_distill(student, out, teacher, recipe, chosen_options(console, values), console)
+    tell(console, out, report)
+
+
+def tell(console: Console, out: Path, report: dict[str, Any]) -> None:
+    """The result, for a person and for a machine."""
     training, held_out = report["training"], report["held_out"]
     losses = ", ".join(f"{name} {held_out['before'][name]:.4f} -> {value:.4f}" for name, value in held_out["after"].items())
     text = (

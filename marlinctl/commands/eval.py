@@ -24,7 +24,7 @@ class _BatchSize(click.ParamType):
 
 
 @click.command("eval")
-@click.argument("model")
+@click.argument("model", type=click.Path())
 @click.option("--tasks", metavar="NAMES", default="", help="Tasks of lm_eval, by comma; arc means both ARC sets. Needs the extra `eval`.")
 @click.option(
     "--task-data",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ _SHOWN = 3  # reasons per verdict; the rest is counted
 
 
 @click.command("pack")
-@click.argument("source", metavar="SOURCE")
+@click.argument("source", type=click.Path(), metavar="SOURCE")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT", required=False)
 @click.option("--format", "fmt", default="ct", show_default=True, metavar="ct|gptq|marlin|marlin_24|dense", help="What to write.")
 @click.option("--also", multiple=True, metavar="FORMAT", help="Publish this format too, in OUT-FORMAT; may be given again.")
@@ -27,6 +28,7 @@ _SHOWN = 3  # reasons per verdict; the rest is counted
 @click.option("--tp", type=click.IntRange(1, 1024), metavar="N", help="With --check: tensor-parallel splits up to N. Default: 1.")
 @click.option("--cache-dir", type=click.Path(path_type=Path), metavar="DIR", help="Where a SOURCE from the hub is kept.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing OUT, after the new one is complete.")
+@click.option("--keep-job", is_flag=True, help="Keep OUT.job, the run's journal, when OUT is published.")
 @common_options
 def command(
     console: Console,
@@ -38,6 +40,7 @@ def command(
     tp: int | None,
     cache_dir: Path | None,
     overwrite: bool,
+    keep_job: bool,
 ) -> None:
     """Write a 4-bit checkpoint in another format.
 
@@ -69,12 +72,32 @@ def command(
     if tp is not None:
         raise UsageError("E232", "--tp goes with --check", where="--tp", fix=f"marlinctl pack {source} --check --tp {tp}")
     from marlinctl.checkpoint.writer import check_output
-    from marlinctl.repack import output_folders, repack
+    from marlinctl.repack import output_folders
 
     local = [Path(source)] if Path(source).exists() else []
     for folder in output_folders(out, fmt, also).values():
         check_output(folder, overwrite=overwrite, sources=local)  # before anything is fetched
-    written = repack(_folder(source, cache_dir, console), out, format=fmt, also=also, overwrite=overwrite, console=console)
+    asked = {"source": source, "format": fmt, "also": list(also), "overwrite": overwrite, "keep_job": keep_job}
+    pack(console, out, {**asked, "cache_dir": None if cache_dir is None else str(cache_dir)}, resume=False)
+
+
+def pack(console: Console, out: Path, asked: Mapping[str, Any], *, resume: bool) -> None:
+    """Pack what is asked for (the arguments that a job's folder keeps) and tell the result."""
+    from marlinctl.journal import Request
+    from marlinctl.repack import repack
+
+    cache_dir = None if asked["cache_dir"] is None else Path(asked["cache_dir"])
+    written = repack(
+        _folder(asked["source"], cache_dir, console),
+        out,
+        format=asked["format"],
+        also=asked["also"],
+        overwrite=asked["overwrite"],
+        keep_job=asked["keep_job"],
+        console=console,
+        request=Request("pack", asked),
+        resume=resume,
+    )
     console.result("\n".join(f"{entry['folder']} ({entry['format']})" for entry in written["outputs"]), written)
 
 

@@ -13,7 +13,7 @@ from marlinctl.console import Console
 
 
 @click.command("quantize")
-@click.argument("model", metavar="MODEL")
+@click.argument("model", type=click.Path(), metavar="MODEL")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
 @recipe_flags
 @run_flags
@@ -29,12 +29,17 @@ def command(console: Console, model: str, out: Path, **values: Any) -> None:
 
     MODEL is a Hugging Face folder, a hub id or a GGUF file. OUT gets compressed-tensors `pack-quantized`, which vLLM, SGLang and
     transformers load; `marlinctl pack` turns it into other formats. Blocks stream from the source to OUT one at a time, and OUT
-    appears whole or not at all.
+    appears whole or not at all. What is finished is kept in OUT.job: `marlinctl resume OUT` goes on after Ctrl-C or a crash.
     """
     from marlinctl.job import run_job
 
     recipe = chosen_recipe(console, values)
     report, _ = run_job(model, out, recipe, chosen_options(console, values), console)
+    tell(console, out, report)
+
+
+def tell(console: Console, out: Path, report: dict[str, Any]) -> None:
+    """The result, for a person and for a machine."""
     size = report["bytes"]
     text = (
         f"{out}: {len(report['layers'])} linears in 4 bits, {size['source'] / 1e6:,.1f} MB -> {size['result'] / 1e6:,.1f} MB, "

@@ -16,6 +16,8 @@ import click
 from marlinctl.errors import UsageError
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from marlinctl.console import Console
     from marlinctl.opening import Options
     from marlinctl.recipe import Recipe
@@ -112,6 +114,8 @@ _DETERMINISTIC = click.option("--deterministic", is_flag=True, help="The same by
 _MAX_MEMORY = click.option(
     "--max-memory", metavar="SIZE", help="Refuse to start where more memory would be needed (4GiB, 800MiB). Default: what is free."
 )
+_KEEP_JOB = click.option("--keep-job", is_flag=True, help="Keep OUT.job, the run's journal, when OUT is published.")
+_RESUME = click.option("--resume", is_flag=True, help="Go on with this very job, which was stopped (`marlinctl resume OUT` is shorter).")
 _RUN_FLAGS: list[_Decorator] = [
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
     click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute."),
@@ -119,6 +123,8 @@ _RUN_FLAGS: list[_Decorator] = [
         "--dtype", default="auto", metavar="auto|bfloat16|float32", help="Of the forward pass. auto: bfloat16 where the hardware has it."
     ),
     _OVERWRITE,
+    _RESUME,
+    _KEEP_JOB,
     _STRICT,
     _DETERMINISTIC,
     _THREADS,
@@ -135,7 +141,8 @@ def run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def plan_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     """Where the run that is planned would take place."""
-    chosen = [option for option in _RUN_FLAGS if option not in (_OVERWRITE, _STRICT, _DETERMINISTIC, _MAX_MEMORY)]
+    apart = (_OVERWRITE, _RESUME, _KEEP_JOB, _STRICT, _DETERMINISTIC, _MAX_MEMORY)
+    chosen = [option for option in _RUN_FLAGS if option not in apart]
     return _apply(
         function,
         [
@@ -160,6 +167,8 @@ def distill_run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
                 help="Of the products; weights are trained in float32. auto: bfloat16 where the hardware has it.",
             ),
             _OVERWRITE,
+            _RESUME,
+            _KEEP_JOB,
             _THREADS,
             _CACHE_DIR,
             _MODULE_MAP,
@@ -201,6 +210,8 @@ def chosen_options(console: Console, values: Mapping[str, Any]) -> Options:
         max_memory=size_in_bytes(values.get("max_memory"), "--max-memory"),
         module_map=values["module_map"],
         command=command_line(),
+        keep_job=values["keep_job"],
+        resume=values["resume"],
     )
 
 
@@ -223,9 +234,34 @@ def command_line() -> str:
 
 def _of_table(flags: Mapping[str, tuple[str, dict[str, Any]]]) -> list[_Decorator]:
     recipe = click.option(
-        "--recipe", "recipe_name", default="int4", show_default=True, metavar="NAME|FILE", help="See `marlinctl recipes ls`."
+        "--recipe",
+        "recipe_name",
+        default="int4",
+        show_default=True,
+        metavar="NAME|FILE",
+        help="See `marlinctl recipes ls`.",
+        shell_complete=_recipe_names,
     )
-    return [recipe, *(click.option(flag, _parameter(key), default=None, **attributes) for key, (flag, attributes) in flags.items())]
+    options = []
+    for key, (flag, attributes) in flags.items():
+        values = str(attributes.get("metavar", "")).split("|")
+        complete = _beginning_with(values) if len(values) > 1 else None
+        options.append(click.option(flag, _parameter(key), default=None, shell_complete=complete, **attributes))
+    return [recipe, *options]
+
+
+def _beginning_with(values: list[str]) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """For the shell: the values that the help shows."""
+    return lambda _context, _parameter, typed: [value for value in values if value.startswith(typed)]
+
+
+def _recipe_names(context: click.Context, parameter: click.Parameter, typed: str) -> list[CompletionItem]:
+    from click.shell_completion import CompletionItem
+
+    from marlinctl.recipe import builtin_names
+
+    names = [CompletionItem(name) for name in builtin_names() if name.startswith(typed)]
+    return names or click.Path().shell_complete(context, parameter, typed)
 
 
 def _given(values: dict[str, Any], flags: Mapping[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from marlinctl.console import Console
 
 
 @click.command("sparsify")
-@click.argument("model", metavar="MODEL")
+@click.argument("model", type=click.Path(), metavar="MODEL")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
 @click.option("--pattern", default="2:4", show_default=True, metavar="2:4", help="What survives; 2:4 is all that tensor cores know.")
 @gate_flags
@@ -43,7 +43,13 @@ def command(console: Console, model: str, out: Path, pattern: str, **values: Any
     gate, evaluated = chosen_gate(values), values.pop("evaluated")
     recipe = chosen_recipe(console, values, verb={"sparsify.pattern": pattern, "quantize.bits": 16})
     looking = measure(recipe, gate, console) if evaluated or gate.asked else None
-    report, _ = run_job(model, out, recipe, chosen_options(console, values), console, looking)
+    measured = {"gate": gate.document()} if looking is not None else None
+    report, _ = run_job(model, out, recipe, chosen_options(console, values), console, looking, measured=measured)
+    tell(console, out, report)
+
+
+def tell(console: Console, out: Path, report: dict[str, Any]) -> None:
+    """The result, for a person and for a machine."""
     size = report["bytes"]
     sizes = f"{size['source'] / 1e6:,.1f} MB -> {size['result'] / 1e6:,.1f} MB"
     lines = [

@@ -15,7 +15,9 @@ from marlinctl.console import Console
 @click.option("--source", metavar="MODEL", help="Compare with the model it was made from: a folder, a hub id or a GGUF file.")
 @click.option("--cache-dir", type=click.Path(path_type=Path), metavar="DIR", help="Where a fetched or converted --source is kept.")
 @click.option("--load/--no-load", default=None, help="Load it with transformers on the CPU, compare logits. Default: if memory allows.")
-@click.option("--kernels/--no-kernels", default=True, help="Read native tiles lane by lane as a kernel does, and multiply. Default: yes.")
+@click.option(
+    "--kernels/--no-kernels", default=True, help="Multiply with native tiles: by the GPU, else as its kernel reads them. Default: yes."
+)
 @click.option("--module-map", type=click.Path(path_type=Path), metavar="FILE", help="Describes an unknown architecture.")
 @common_options
 def command(
@@ -30,9 +32,9 @@ def command(
 
     Compares every file with the manifest, every tensor with what the model needs, packs the codes again and compares bytes, and
     loads the model with transformers to compare its logits with those of the dequantized weights. Masks of a 2:4 model are compared
-    with its weights; native tiles are read as a GPU's kernel reads them (a sample of each linear, through an emulator), and the products
-    compared. With --source it also tells how far each linear is from the original (of a 2:4 linear, its survivors), and
-    fails where that is implausible. Exit code 1: a check failed.
+    with its weights. Native tiles are multiplied by the CUDA kernel where there is a GPU (all outputs), elsewhere read as that kernel
+    reads them, through an emulator (a sample of each linear), and the products compared. With --source it also tells how far each
+    linear is from the original (of a 2:4 linear, its survivors), and fails where that is implausible. Exit code 1: a check failed.
     """
     from marlinctl.fidelity import summary
     from marlinctl.verify import verify

@@ -12,5 +12,4 @@ stopping.py    Ctrl-C and SIGTERM, answered after the current step
 loop.py        the training loop over the whole model
 blockwise.py   the training loop over one block at a time
 publish.py     the result as a checkpoint, checked from disk
-summary.py     report and card
 """

@@ -21,16 +21,16 @@ from torch import Tensor, nn
 
 from marlinctl.checkpoint.reader import torch_dtype
 from marlinctl.console import Console, Progress, duration
-from marlinctl.distillation.job import JobFolder, State
-from marlinctl.distillation.loop import LOG_EVERY, learning_rate, make_optimizer, not_finite, resume_command, training_facts
+from marlinctl.distillation.job import DistillJob, State
+from marlinctl.distillation.loop import LOG_EVERY, learning_rate, make_optimizer, not_finite, training_facts
 from marlinctl.distillation.opening import Model, Opened
 from marlinctl.distillation.places import Place, assemble, block_places, by_parameter, trained_places
 from marlinctl.distillation.rows import Rows, rows_of_step, rows_per_step, steps_of
-from marlinctl.distillation.stopping import Stopping
 from marlinctl.models import Block
 from marlinctl.recipe import Distill
 from marlinctl.scratch import FileTensor, Scratch
 from marlinctl.skeleton import build, drop_parameters, set_parameter
+from marlinctl.stopping import Stopping
 from marlinctl.walk import Tokens, Walk
 
 EMBEDDED_TOGETHER = 64  # rows
@@ -46,13 +46,12 @@ class BlockLoop:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        job: JobFolder,
+        job: DistillJob,
         scratch: Scratch,
         console: Console,
-        command: str,
     ) -> None:
         self.opened, self.rows, self.asked = opened, rows, asked
-        self.device, self.dtype, self.job, self.console, self.command = device, dtype, job, console, command
+        self.device, self.dtype, self.job, self.console = device, dtype, job, console
         self.blocks = opened.student.architecture.blocks
         self.steps, self.per_step = steps_of(asked), rows_per_step(asked)
         self.trained = trained_places(opened.student.architecture)
@@ -145,12 +144,11 @@ class BlockLoop:
                 document = {"curve": self.curve, "seconds": self.seconds}
                 self.job.save(State(base + done, _state(parameters, optimizer), document))
             if stopping.asked and not last:
-                told = f"state after step {done} of {self.steps} of block {block.index} is saved"
-                self.console.say(f"{told}; to go on: {resume_command(self.command)}")
+                self.console.say(f"state after step {done} of {self.steps} of block {block.index} is saved")
                 stopping.raise_again()
         self._finish(block, layer, places, parameters, before, energy)
         if stopping.asked:
-            self.console.say(f"block {block.index} is finished and saved; to go on: {resume_command(self.command)}")
+            self.console.say(f"block {block.index} is finished and saved")
             stopping.raise_again()
 
     def _step(self, layer: nn.Module, block: Block, step: int, energy: float) -> Tensor:

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 from marlinctl.console import Console, duration
-from marlinctl.distillation.job import JobFolder, State
+from marlinctl.distillation.job import DistillJob, State
 from marlinctl.distillation.losses import NAMES, Weights, loss_sums
 from marlinctl.distillation.processes import Processes, local, whole
 from marlinctl.distillation.rows import Rows, rows_of_step, rows_per_step, steps_of
-from marlinctl.distillation.stopping import Stopping
 from marlinctl.distillation.student import Student
 from marlinctl.distillation.teacher import Teacher
 from marlinctl.errors import NumericalProblem
 from marlinctl.recipe import Distill
+from marlinctl.stopping import Stopping
 
 BETAS = (0.9, 0.999)
 LOG_EVERY = 10  # steps
@@ -46,12 +46,11 @@ class Loop:
         *,
         dtype: torch.dtype,
         processes: Processes,
-        job: JobFolder,
+        job: DistillJob,
         console: Console,
-        command: str,
     ) -> None:
         self.student, self.teacher, self.rows, self.asked = student, teacher, rows, asked
-        self.dtype, self.processes, self.job, self.console, self.command = dtype, processes, job, console, command
+        self.dtype, self.processes, self.job, self.console = dtype, processes, job, console
         self.weights = Weights(asked.ce, asked.squarehead, asked.kl, asked.temperature)
         self.steps, self.per_step = steps_of(asked), rows_per_step(asked)
         self.called = processes.replicate(student.model)
@@ -80,9 +79,7 @@ class Loop:
                 if save:
                     self._save(done)
                 if stopping.asked:
-                    launcher = "accelerate launch ... -m " if self.processes.count > 1 else ""
-                    again = f"{launcher}{resume_command(self.command)}"
-                    self.console.say(f"state after step {done} of {self.steps} is saved; to go on: {again}")
+                    self.console.say(f"state after step {done} of {self.steps} is saved")
                     stopping.raise_again()
         if stopping.asked:  # came behind the last step, which is saved
             stopping.raise_again()
@@ -200,10 +197,6 @@ def learning_rate(step: int, steps: int, asked: Distill) -> float:
     if step < rising:
         return asked.learning_rate * (step + 1) / rising
     return asked.learning_rate * (steps - step) / (steps - rising)
-
-
-def resume_command(command: str) -> str:
-    return command if "--resume" in command.split() else f"{command} --resume"
 
 
 def training_facts(steps: int, tokens: int, seconds: float, curve: Sequence[Mapping[str, float]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ the mask              travels on, or is written for the first time where it was 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,17 @@ from marlinctl.sparsify.types import check_keep
 SHARD_BYTES = 1 << 30
 
 
-def publish(
+def build(
     opened: Opened,
     values: Iterable[tuple[str, Tensor]],
     staged: StagedCheckpoint,
     *,
     recipe_yaml: str,
     manifest: Mapping[str, Any],
-    report_files: Mapping[str, bytes],
+    report_files: Callable[[Path], Mapping[str, bytes]],  # of the finished folder
     console: Console,
 ) -> None:
-    """Write, check and move into place. `values`: every tensor that changes, by name, already rounded."""
+    """Write and check; moving into place is the job's. `values`: every tensor that changes, by name, already rounded."""
     checkpoint = opened.student.checkpoint
     digests = _write_changed(opened, values, staged)
     staged.copy_tensors(checkpoint, [name for name in checkpoint.tensors if name not in digests])
@@ -45,12 +45,14 @@ def publish(
         staged.write_mask(layer, opened.pattern.keep(layer))
     staged.copy_companions(checkpoint.folder)
     staged.write_file("recipe.yaml", recipe_yaml.encode())
-    staged.publish(
+    staged.finish(
         {key: value for key, value in checkpoint.config.items() if key != "auto_map"},
         manifest={**manifest, "tensors": digests, "finished": True},
         verify=lambda folder: check_written(folder, opened, digests, console),
-        report_files=report_files,
+        report_files={},
     )
+    for name, data in report_files(staged.path).items():
+        staged.write_file(name, data)
 
 
 def _write_changed(opened: Opened, values: Iterable[tuple[str, Tensor]], staged: StagedCheckpoint) -> dict[str, str]:
@@ -83,7 +85,7 @@ def _write_changed(opened: Opened, values: Iterable[tuple[str, Tensor]], staged:
 def check_written(folder: Path, opened: Opened, digests: Mapping[str, str], console: Console) -> None:
     """CheckFailed unless every trained tensor reads back, every mask is 2:4 and obeyed, and codes are the student's, bit for bit."""
     problems: list[Problem] = []
-    again = "check the disk, then run again with --resume"
+    again = "check the disk, then `marlinctl resume OUT`"
     with open_checkpoint(folder) as written, open_masks(folder) as masks:
         with console.progress("check from disk", len(digests) + len(opened.pattern.shapes)) as progress:
             for name, digest in digests.items():

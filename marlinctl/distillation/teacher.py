@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.writer import write_tensors
 from marlinctl.console import Console
-from marlinctl.distillation.job import JobFolder
+from marlinctl.distillation.job import DistillJob
 from marlinctl.distillation.losses import Signals, Top, Weights, top_of
 from marlinctl.distillation.processes import Processes
 from marlinctl.distillation.rows import Rows
@@ -43,7 +43,7 @@ def live(model: nn.Module, weights: Weights) -> Teacher:
 
 
 def write_cache(
-    model: nn.Module, rows: Rows, k: int, weights: Weights, together: int, job: JobFolder, processes: Processes, console: Console
+    model: nn.Module, rows: Rows, k: int, weights: Weights, together: int, job: DistillJob, processes: Processes, console: Console
 ) -> None:
     """One pass of the teacher over all rows. Files that a killed run has finished stay; processes share the work by files."""
     files = range(0, rows.ids.shape[0], CACHE_ROWS)
@@ -74,7 +74,7 @@ def _predict(model: nn.Module, ids: Tensor, k: int, weights: Weights) -> Top:
 class Cached(AbstractContextManager["Cached"]):
     """Answers from the cache. Files are opened when they are first needed."""
 
-    def __init__(self, job: JobFolder) -> None:
+    def __init__(self, job: DistillJob) -> None:
         self._job, self._stack = job, ExitStack()
         self._open: dict[int, Checkpoint] = {}
 

@@ -55,16 +55,32 @@ def cubin(source: str, defines: Sequence[str], architecture: str, folder: Path) 
         PermissionError: the folder belongs to somebody else.
         OSError: the folder cannot be read or written.
     """
-    texts = sources()
-    flags = flags_for(defines, architecture)
     nvrtc = _nvrtc()
-    entry = _private(folder) / f"{cache_key(texts, flags, source, nvrtc_version(nvrtc))}.cubin"
+    texts, flags, entry = _entry(nvrtc, source, defines, architecture, folder)
     known = _read(entry)
     if known is not None:
         return known
     code = _compile(nvrtc, source, texts, flags)
     _write(entry, code)
     return code
+
+
+def cached(source: str, defines: Sequence[str], architecture: str, folder: Path) -> bool:
+    """Whether `cubin` would find its answer in the cache. Raises what it raises, but for CompilationFailed."""
+    return _read(_entry(_nvrtc(), source, defines, architecture, folder)[2]) is not None
+
+
+def compiler_version() -> str:
+    """NVRTC's, such as 13.0. CompilerMissing where there is none."""
+    return nvrtc_version(_nvrtc())
+
+
+def default_folder() -> Path:
+    """The cache of a user: MARLINCTL_CACHE, else where caches lie by the XDG convention. Nothing is made."""
+    if os.environ.get("MARLINCTL_CACHE"):
+        return Path(os.environ["MARLINCTL_CACHE"]) / "kernels"
+    home = os.environ.get("XDG_CACHE_HOME", "").strip()
+    return (Path(home) if home else Path.home() / ".cache") / "marlinctl" / "kernels"
 
 
 def sources() -> dict[str, str]:
@@ -90,6 +106,14 @@ def nvrtc_version(nvrtc: ModuleType) -> str:
     except RuntimeError as error:  # the library is looked for at the first call
         raise CompilerMissing(f"the library NVRTC cannot be loaded: {str(error).splitlines()[0]}") from error
     return f"{major}.{minor}"
+
+
+def _entry(
+    nvrtc: ModuleType, source: str, defines: Sequence[str], architecture: str, folder: Path
+) -> tuple[dict[str, str], tuple[str, ...], Path]:
+    """All sources, the flags, and the file of the cache that belongs to them."""
+    texts, flags = sources(), flags_for(defines, architecture)
+    return texts, flags, _private(folder) / f"{cache_key(texts, flags, source, nvrtc_version(nvrtc))}.cubin"
 
 
 def _nvrtc() -> ModuleType:

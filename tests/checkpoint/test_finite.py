@@ -53,6 +53,22 @@ def test_the_largest_and_smallest_numbers_are_finite(tmp_path: Path, dtype: torc
     scan_finite(checkpoint(tmp_path, edges=edges), ["edges"])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_weights_that_4_bits_cannot_hold_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """A scale beyond float16 would be cut off in silence, and the linear published as something else."""
+    monkeypatch.setattr(finite, "CHUNK_BYTES", 64)
+    edge = torch.ones(6, 9, dtype=dtype)
+    edge[1, 1] = -finite.LARGEST_IN_4_BITS
+    large = edge.clone()
+    large[2, 5], large[5, 0] = -2e6, 3e6
+    folder = checkpoint(tmp_path, edge=edge, large=large, free=large.clone())
+    scan_finite(folder, folder.tensors, for_4_bits={"edge"})
+    with pytest.raises(NumericalProblem) as caught:
+        scan_finite(folder, folder.tensors, for_4_bits={"edge", "large"})
+    assert caught.value.error_id == "E604"
+    assert [problem.what.split(";")[0] for problem in caught.value.problems] == [f"large[2, 5] is {float(large[2, 5]):.4g}"]
+
+
 def test_every_bad_tensor_is_named_and_integers_are_skipped(tmp_path: Path) -> None:
     """Only the first damaged tensor would be told, or packed integers would be read as floats."""
     folder = checkpoint(

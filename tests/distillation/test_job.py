@@ -1,14 +1,17 @@
-"""The folder of a running job: what is whole, what is newest, and who may use it."""
+"""States of a training in its job's folder: what is whole, and what is newest. tests/test_journal.py has the folder itself."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from marlinctl.distillation.job import JobFolder, State
-from marlinctl.errors import BadInput, UsageError
+from marlinctl.console import Console
+from marlinctl.distillation.job import DistillJob, State
+from marlinctl.errors import BadInput
+from marlinctl.journal import Request
 
 
 def state(step: int) -> State:
@@ -17,15 +20,18 @@ def state(step: int) -> State:
     )
 
 
+REQUEST = Request("distill", {})
+
+
 @pytest.fixture
-def job(tmp_path: Path) -> JobFolder:
-    folder = JobFolder(tmp_path / "out")
-    folder.path.mkdir()
-    folder.begin({"recipe": {"a": 1}})
-    return folder
+def job(tmp_path: Path) -> Iterator[DistillJob]:
+    folder = DistillJob(tmp_path / "out")
+    with folder.held(REQUEST, resume=False, console=Console.quiet()):
+        folder.begin({"recipe": {"a": 1}})
+        yield folder
 
 
-def test_the_newest_state_comes_back(job: JobFolder) -> None:
+def test_the_newest_state_comes_back(job: DistillJob) -> None:
     """Losing a digit, a tensor or the curve would make the resumed job another job."""
     assert job.newest() is None
     for step in (5, 10):
@@ -39,7 +45,7 @@ def test_the_newest_state_comes_back(job: JobFolder) -> None:
 
 
 @pytest.mark.parametrize("moment", ["tensors", "document"])
-def test_a_state_that_was_killed_half_way_does_not_count(job: JobFolder, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_that_was_killed_half_way_does_not_count(job: DistillJob, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever moment the power fails at, the state before must be there and whole."""
     job.save(state(5))
 
@@ -53,7 +59,7 @@ def test_a_state_that_was_killed_half_way_does_not_count(job: JobFolder, moment:
     assert found is not None and found.step == 5 and float(found.tensors["weight.a"][0, 0]) == 5.0
 
 
-def test_a_damaged_state_is_refused(job: JobFolder) -> None:
+def test_a_damaged_state_is_refused(job: DistillJob) -> None:
     """A truncated file must be an error that names it, not random weights."""
     job.save(state(5))
     path = job.path / "state-00000005.safetensors"
@@ -64,30 +70,3 @@ def test_a_damaged_state_is_refused(job: JobFolder) -> None:
     (job.path / "state.json").write_text("{")
     with pytest.raises(BadInput):
         job.newest()
-
-
-def test_differences_are_told_field_by_field(job: JobFolder) -> None:
-    """`something differs` does not tell what to put back."""
-    job.check({"recipe": {"a": 1}})
-    with pytest.raises(UsageError) as caught:
-        job.check({"recipe": {"a": 2, "b": "new"}})
-    assert [problem.what for problem in caught.value.problems] == ["recipe.a was 1 and is now 2", "recipe.b was None and is now 'new'"]
-
-
-def test_two_runs_cannot_share_a_folder(job: JobFolder) -> None:
-    """Two writers of one state would leave a mixture."""
-    with job.held(resume=True):
-        with pytest.raises(UsageError, match="another run is at work"), JobFolder(job.path.with_name("out")).held(resume=True):
-            pass
-    with job.held(resume=True):
-        pass
-
-
-def test_a_folder_that_was_never_begun_is_no_obstacle(tmp_path: Path) -> None:
-    """A run that is killed while it reads its text has nothing to go on with, and must not block the next one."""
-    folder = JobFolder(tmp_path / "out")
-    folder.path.mkdir()
-    (folder.path / "lock").touch()
-    with folder.held(resume=False):
-        pass
-    assert not folder.path.exists(), "and a run that is refused leaves nothing"

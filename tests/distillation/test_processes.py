@@ -99,7 +99,7 @@ def test_a_sharded_job_goes_on_alone(place: Path, tmp_path: Path, alone: dict[st
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGTERM)
     _, told = process.communicate(timeout=100)
-    assert process.returncode != 0 and "is saved; to go on" in told, told[-3000:]
+    assert process.returncode != 0 and "to go on: accelerate launch ... -m marlinctl resume" in told, told[-3000:]
     saved = json.loads((tmp_path / "out.job" / "state.json").read_text())["step"]
     assert 5 <= saved < 100
     finished = subprocess.run(

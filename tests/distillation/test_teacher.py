@@ -9,7 +9,7 @@ import torch
 
 from marlinctl.console import Console
 from marlinctl.distillation import teacher as subject
-from marlinctl.distillation.job import JobFolder
+from marlinctl.distillation.job import DistillJob
 from marlinctl.distillation.losses import Weights
 from marlinctl.distillation.processes import Processes
 from marlinctl.distillation.rows import Rows
@@ -26,9 +26,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
 
 
 @pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobFolder:
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DistillJob:
     monkeypatch.setattr(subject, "CACHE_ROWS", 4)
-    folder = JobFolder(tmp_path / "out")
+    folder = DistillJob(tmp_path / "out")
     folder.path.mkdir()
     return folder
 
@@ -38,11 +38,11 @@ def some_rows(count: int = 10) -> Rows:
     return Rows(ids, torch.ones_like(ids, dtype=torch.bool), 1, {})
 
 
-def write(model: torch.nn.Module, rows: Rows, job: JobFolder) -> None:
+def write(model: torch.nn.Module, rows: Rows, job: DistillJob) -> None:
     subject.write_cache(model, rows, K, WEIGHTS, 3, job, Processes("cpu"), Console.quiet())
 
 
-def test_cached_rows_are_those_of_the_model(model: torch.nn.Module, job: JobFolder) -> None:
+def test_cached_rows_are_those_of_the_model(model: torch.nn.Module, job: DistillJob) -> None:
     """A row that is off by one, in whatever order it is asked for, would teach the answers to another text."""
     rows = some_rows()
     write(model, rows, job)
@@ -57,7 +57,7 @@ def test_cached_rows_are_those_of_the_model(model: torch.nn.Module, job: JobFold
     torch.testing.assert_close(top.rest.double().exp(), 1 - p.topk(K, -1).values.sum(-1), rtol=1e-5, atol=1e-7)
 
 
-def test_finished_files_of_a_killed_run_are_kept(model: torch.nn.Module, job: JobFolder) -> None:
+def test_finished_files_of_a_killed_run_are_kept(model: torch.nn.Module, job: DistillJob) -> None:
     """A pass over a billion tokens must not begin again because of its last file."""
     rows = some_rows()
     write(model, rows, job)

@@ -11,7 +11,7 @@ import ctypes
 import functools
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -42,25 +42,36 @@ class Arguments(ctypes.Structure):
     ]
 
 
-def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: Callable[[str], str] = lambda source: source) -> Launch:
-    """The kernel as a function; `edit` may break its sources first."""
+def library_of(
+    configuration: Configuration, dtype: torch.dtype, folder: Path, edit: Callable[[str], str] = lambda source: source, shift: int = 3
+) -> ctypes.CDLL:
+    """The kernel, built for the CPU; `edit` may break its sources first."""
+    kernel = (f"SPARSE={int(configuration.sparse)}", f"WGMMA={int(configuration.wgmma)}")
+    return compiled(configuration.kernel, (*configuration.defines(dtype, shift), *kernel), folder, edit)
+
+
+def compiled(kernel: str, defines: Sequence[str], folder: Path, edit: Callable[[str], str] = lambda source: source) -> ctypes.CDLL:
+    """kernel.cu and the software GPU in one library."""
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     shutil.copytree(jit.SOURCES, folder)
-    for path in (folder / f"{configuration.kernel}.cu", *folder.glob("*.cuh")):
+    for path in (folder / f"{kernel}.cu", *folder.glob("*.cuh")):
         path.write_text(edit(path.read_text("utf-8")), "utf-8")
     for name in ("ptx.cuh", "ptx_sm90.cuh"):
         shutil.copy(SOFTWARE_GPU / name, folder)
+    flags = [f"-I{folder}", *(f"-D{define}" for define in defines), "-o", str(folder / "kernel.so")]
+    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-w", *flags]
+    subprocess.run([*command, str(SOFTWARE_GPU / "launch.cpp")], check=True)
+    return ctypes.CDLL(str(folder / "kernel.so"))
+
+
+def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: Callable[[str], str] = lambda source: source) -> Launch:
+    """The kernel as a function; one with wgmma is built for each group size that it is called with."""
 
     @functools.cache
     def library(shift: int) -> ctypes.CDLL:
-        kernel = (f"SPARSE={int(configuration.sparse)}", f"WGMMA={int(configuration.wgmma)}")
-        defines = [f"-D{define}" for define in (*configuration.defines(dtype, shift), *kernel)]
-        target = folder / f"kernel{shift}.so"
-        command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-w", f"-I{folder}", *defines, "-o", str(target)]
-        subprocess.run([*command, str(SOFTWARE_GPU / "launch.cpp")], check=True)
-        return ctypes.CDLL(str(target))
+        return library_of(configuration, dtype, folder.with_name(f"{folder.name}{shift}"), edit, shift)
 
     def launch(
         activations: Tensor,

@@ -81,8 +81,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) marlin_sm80(
     const ActivationCopies copy_activations(self, activations, m, k, shared_base + WEIGHT_BYTES);
     const ScaleCopies copy_scales(self, scales, groups, n_blocks * 64, shared_base + WEIGHT_BYTES + ACTIVATION_BYTES);
 
-    // Everything of one unit on its way into a stage. What lies outside of the matrices becomes zeros: sums of zeros.
-    auto fetch_to_shared = [&](const Cursor& at, int stage) {
+    // Weights and scales of one unit on their way into a stage. What lies outside of the matrices becomes zeros: sums of zeros.
+    auto fetch_weights = [&](const Cursor& at, int stage) {
         const unsigned offset = stage * STAGE_BYTES, first_tile = at.step * K_TILES;
         const unsigned tile = first_tile + copy_tile, column = at.slice * (BLOCKS * 32) + copy_column;
         const uint4* weights = qweight + (tile * tile_row + column);
@@ -92,9 +92,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) marlin_sm80(
             const bool inside = column_inside && tile + i * COPY_TILES < k_tiles;
             copy_async(weights_to + offset + i * (THREADS * 16), weights + i * COPY_TILES * tile_row, inside);
         }
-        copy_activations(at, offset);
         if (grouped) copy_scales(at, offset, first_tile >> group_shift, (first_tile + K_TILES - 1) >> group_shift);
     };
+
+    auto fetch_activations = [&](const Cursor& at, int stage) { copy_activations(at, stage * STAGE_BYTES); };
+    auto first_activations = [&] { copy_activations.first_stages<STAGE_BYTES>(stripes); };
 
     const Output output{scales, bias, out, m, n, grouped};
     Sums sums;        // scaled
@@ -161,5 +163,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) marlin_sm80(
 
     zero(sums);
     zero(group_sums);
-    walk(stripes, fetch_to_shared, multiply, finish);
+    walk(stripes, fetch_weights, fetch_activations, first_activations, multiply, finish);
 }

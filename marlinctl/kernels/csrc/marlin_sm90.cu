@@ -111,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) marli
             });
         } else if (warp <= ACTIVATION_THREADS / 32) {
             const SwizzledActivations copy_activations(thread - 32, activations, m, k, shared_base);
-            wait_for_previous_grid();
+            wait_for_previous_kernel();
             fill(stripes, ring, [&](const Cursor& at, int stage) {
                 copy_activations(at, stage * STAGE_BYTES);
                 barrier_arrive_when_copied(ring.full(stage));
@@ -119,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) marli
             copy_async_commit();
             copy_async_wait<0>();
         } else {
-            allow_next_grid();
+            let_next_kernel_start();
         }
     } else {
         take_registers<MULTIPLY_REGISTERS>();
@@ -182,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) marli
         bool first = true;
         auto finish = [&](int unit) {
             if (!SCALE_SUMS) arrived(sums);
-            if (first) wait_for_previous_grid();  // the workspace is its until then
+            if (first) wait_for_previous_kernel();  // the workspace is its until then
             first = false;
             const int tile = unit / stripes.steps, first_unit = tile * stripes.steps;
             const Shared part_of{partials, counters + tile, stripes.cta_of(first_unit), stripes.cta_of(first_unit + stripes.steps - 1)};

@@ -4,7 +4,7 @@
 //
 //   warp 0 of it       weights (and metadata) and scales, contiguous runs, by the copy engine (cp.async.bulk)
 //   warps 1 and 2      activations, by cp.async, into the 128-byte swizzle that wgmma reads
-//   warp 3             lets the next grid start, and is there because setmaxnreg is for four warps together
+//   warp 3             lets the next kernel start, and is there because setmaxnreg is for four warps together
 //
 //   stage          0         1         2         0         1    ..            STAGES = 3, u counts units of this CTA
 //   weights     | u=0     | u=1     | u=2     | wait for empty[0], u=3 | ..
@@ -18,9 +18,9 @@
 // bring 8 to 128 tokens in time, and nobody waits for them: cp.async arrives at the barrier by itself. What it costs is a
 // fence.proxy.async in the warps that multiply, once for each stage.
 //
-// PROGRAMMATIC DEPENDENT LAUNCH.  Weights depend on no grid before this one; activations, and the workspace, may. So warp 0 starts at
-// once, and the others wait for the previous grid first. A CTA of the next grid finds room when one of this grid has ended, and then
-// already fetches its weights while others of this grid are still adding up. Without the launch attribute all of that is nothing.
+// PROGRAMMATIC DEPENDENT LAUNCH.  Weights depend on no kernel before this one; activations, and the workspace, may. So warp 0 starts at
+// once, and the others wait for the previous kernel first. A CTA of the next kernel finds room when one of this kernel has ended, and
+// then already fetches its weights while others of this kernel are still adding up. Without the launch attribute all of that is nothing.
 #pragma once
 #include "tile.cuh"
 #include "ptx_sm90.cuh"

@@ -36,6 +36,11 @@ __device__ __forceinline__ void copy_async(unsigned shared, const void* global, 
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(inside ? 16 : 0) : "memory");
 }
 
+// 16 bytes to shared memory.
+__device__ __forceinline__ void store_shared(unsigned shared, uint4 four) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(four.x), "r"(four.y), "r"(four.z), "r"(four.w) : "memory");
+}
+
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until at most `pending` of this thread's groups are still under way.
@@ -49,6 +54,21 @@ __device__ __forceinline__ int count_up(int* counter) {
     int before;
     asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
     return before;
+}
+
+// griddepcontrol: two kernels of a stream may overlap where the host allows it (programmatic dependent launch, sm_90). The next kernel's
+// CTAs come as soon as all of this one's have said so and there is room; what it writes they see after their own wait.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Until the kernels before this one have ended and what they wrote is visible. Nothing where they had ended anyhow.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // ldmatrix: four 8 x 8 matrices of 16-bit numbers. Lane t names row t % 8 of matrix t / 8 (16 bytes), and receives in

@@ -93,9 +93,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) sparse_marlin_sm80(
     const ActivationCopies copy_activations(self, activations, m, k, shared_base + WEIGHT_BYTES + META_BYTES);
     const ScaleCopies copy_scales(self, scales, groups, n_blocks * 64, shared_base + WEIGHT_BYTES + META_BYTES + ACTIVATION_BYTES);
 
-    // Everything of one unit on its way into a stage. What lies outside of the matrices becomes zeros: sums of zeros. Zeros are no
-    // metadata, though (two survivors in one place are undefined): there, any other metadata is as good as any, the first, say.
-    auto fetch_to_shared = [&](const Cursor& at, int stage) {
+    // Weights, metadata and scales of one unit on their way into a stage. What lies outside of the matrices becomes zeros: sums of
+    // zeros. Zeros are no metadata, though (two survivors in one place are undefined): there, any other is as good as any, the first, say.
+    auto fetch_weights = [&](const Cursor& at, int stage) {
         const unsigned offset = stage * STAGE_BYTES, first_tile = at.step * K_TILES;
         const unsigned tile = first_tile + copy_tile, column = at.slice * (BLOCKS * 32) + copy_column;
         const uint4* weights = qweight + (tile * tile_row + column);
@@ -113,9 +113,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) sparse_marlin_sm80(
             const bool inside = places_inside && places_tile + i * META_ROWS < k_tiles;
             copy_async(meta_to + offset + i * (THREADS * 16), inside ? places + i * META_ROWS * meta_row : meta, true);
         }
-        copy_activations(at, offset);
         if (grouped) copy_scales(at, offset, first_tile >> tile_shift, (first_tile + K_TILES - 1) >> tile_shift);
     };
+
+    auto fetch_activations = [&](const Cursor& at, int stage) { copy_activations(at, stage * STAGE_BYTES); };
+    auto first_activations = [&] { copy_activations.first_stages<STAGE_BYTES>(stripes); };
 
     const Output output{scales, bias, out, m, n, grouped};
     Sums sums;        // scaled
@@ -178,5 +180,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) sparse_marlin_sm80(
 
     zero(sums);
     zero(group_sums);
-    walk(stripes, fetch_to_shared, multiply, finish);
+    walk(stripes, fetch_weights, fetch_activations, first_activations, multiply, finish);
 }

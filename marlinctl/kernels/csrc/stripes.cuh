@@ -54,26 +54,38 @@ struct Stripes {
 //   cp.async   | u, u+1 .. u+S-2 under way  | u+S-1 ..
 //   warps      | wait for u, barrier        | multiply u | at the end of an output tile, or of the run: finish
 //
-// fetch(cursor, stage) issues the copies of a unit, multiply(stage, step) is this warp's part of it, and
+// fetch_weights(cursor, stage) issues the copies of what belongs to the model, fetch_activations those of what the kernel before this one
+// may still be writing, and read_first_activations() fills the first stages with them; multiply(stage, step) is this warp's part of a unit, and
 // finish(unit, stage, step) writes the sums and starts new ones.
-template <class Fetch, class Multiply, class Finish>
-__device__ __forceinline__ void walk(const Stripes& stripes, Fetch fetch, Multiply multiply, Finish finish) {
+//
+// The first weights are under way before the kernel waits for the one before it. The activations of these stages are read and stored
+// without cp.async: groups of copies complete in the order in which they were sent, and stage 0 would wait for the weights of all.
+template <class FetchWeights, class FetchActivations, class ReadFirst, class Multiply, class Finish>
+__device__ __forceinline__ void walk(
+    const Stripes& stripes, FetchWeights fetch_weights, FetchActivations fetch_activations, ReadFirst read_first_activations,
+    Multiply multiply, Finish finish
+) {
     Cursor fetching = stripes.at(stripes.begin);
     int step = fetching.step;
+    let_next_kernel_start();
 #pragma unroll
     for (int stage = 0; stage < STAGES - 1; ++stage) {
         if (stripes.begin + stage < stripes.end) {
-            fetch(fetching, stage);
+            fetch_weights(fetching, stage);
             stripes.advance(fetching);
         }
         copy_async_commit();
     }
+    wait_for_previous_kernel();
+    read_first_activations();
     int stage = 0;
     for (int unit = stripes.begin; unit < stripes.end; ++unit) {
         copy_async_wait<STAGES - 2>();
         __syncthreads();  // everybody's copies have arrived, and everybody is done with the stage that is filled next
         if (unit + STAGES - 1 < stripes.end) {
-            fetch(fetching, stage == 0 ? STAGES - 1 : stage - 1);
+            const int free = stage == 0 ? STAGES - 1 : stage - 1;
+            fetch_weights(fetching, free);
+            fetch_activations(fetching, free);
             stripes.advance(fetching);
         }
         copy_async_commit();

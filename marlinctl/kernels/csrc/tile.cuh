@@ -55,7 +55,7 @@ struct Self {
 // Copies of activations [M, K] into stages: [TOKENS][K_STEP/8] of 16 bytes, chunk c of row r in place c ^ (r % 8), so that the
 // 8 rows that ldmatrix reads together lie in different banks. A thread copies one chunk of every ROWS-th token.
 struct ActivationCopies {
-    static constexpr int ROWS = THREADS / CHUNKS;
+    static constexpr int ROWS = THREADS / CHUNKS, PIECES = (TOKENS + ROWS - 1) / ROWS;
     const char* activations;
     unsigned m, k, copy_row, copy_chunk, to;
 
@@ -64,17 +64,42 @@ struct ActivationCopies {
         to = first_stage + copy_row * CHUNKS * 16;
     }
 
-    // What lies outside of the matrix becomes zeros: sums of zeros.
-    __device__ __forceinline__ void operator()(const Cursor& at, unsigned offset) const {
+    // copy(i, to, from, inside) for each of this thread's pieces of 16 bytes. What lies outside of the matrix becomes zeros: sums of zeros.
+    template <class Copy>
+    __device__ __forceinline__ void each(const Cursor& at, unsigned offset, Copy copy) const {
         const unsigned token = at.token_tile * TOKENS + copy_row, first = at.step * K_STEP + copy_chunk * 8;
         const char* numbers = activations + (static_cast<size_t>(token) * k + first) * 2;
 #pragma unroll
-        for (int i = 0; i < (TOKENS + ROWS - 1) / ROWS; ++i) {
+        for (int i = 0; i < PIECES; ++i) {
             const bool inside = first < k && token + i * ROWS < m;
             if (TOKENS % ROWS == 0 || copy_row + i * ROWS < TOKENS) {
                 const unsigned place = copy_chunk ^ copy_row % 8 ^ i * ROWS % 8;  // ROWS is a power of two: the row's last bits
-                copy_async(to + offset + i * (THREADS * 16) + place * 16, numbers + static_cast<size_t>(i * ROWS) * k * 2, inside);
+                copy(i, to + offset + i * (THREADS * 16) + place * 16, numbers + static_cast<size_t>(i * ROWS) * k * 2, inside);
             }
+        }
+    }
+
+    __device__ __forceinline__ void operator()(const Cursor& at, unsigned offset) const {
+        each(at, offset, [](int, unsigned shared, const char* global, bool inside) { copy_async(shared, global, inside); });
+    }
+
+    // The stages that are filled before the main loop, through registers: all of them are asked for before the first is stored. Past L1,
+    // because the kernel before this one may have written them after this one had started.
+    template <int stage_bytes>
+    __device__ __forceinline__ void first_stages(const Stripes& stripes) const {
+        uint4 held[STAGES - 1][PIECES];
+        Cursor at = stripes.at(stripes.begin);
+#pragma unroll
+        for (int stage = 0; stage < STAGES - 1; ++stage) {
+            const bool there = stripes.begin + stage < stripes.end;
+            each(at, 0, [&](int i, unsigned, const char* global, bool inside) {
+                held[stage][i] = there && inside ? __ldcg(reinterpret_cast<const uint4*>(global)) : make_uint4(0, 0, 0, 0);
+            });
+            stripes.advance(at);
+        }
+#pragma unroll
+        for (int stage = 0; stage < STAGES - 1; ++stage) {
+            each(at, stage * stage_bytes, [&](int i, unsigned shared, const char*, bool) { store_shared(shared, held[stage][i]); });
         }
     }
 };

@@ -1,6 +1,9 @@
 // A kernel of csrc as a function of the CPU, for a grid of CTAs in a given order. Built in a folder with copies of csrc, of which
-// ptx.cuh and ptx_sm90.cuh have been replaced. -DSPARSE=1: a 2:4 kernel, 0: a dense one. -DWGMMA=1: one for Hopper.
-#if SPARSE && WGMMA
+// ptx.cuh and ptx_sm90.cuh have been replaced. -DSPARSE=1 is a 2:4 kernel, -DSPARSE=0 a dense one; -DWGMMA=1 is that for Hopper, and
+// -DUNPACK=1 unpack.cu for either.
+#if UNPACK
+#include "unpack.cu"
+#elif SPARSE && WGMMA
 #include "sparse_marlin_sm90.cu"
 #define KERNEL sparse_marlin_sm90
 #elif SPARSE
@@ -22,7 +25,7 @@ constexpr int CTA_THREADS = THREADS;
 struct Arguments {
     const char* activations;
     const void* qweight;
-    const void* meta;  // of 2:4 kernels alone
+    const void* meta;  // of 2:4 weights alone
     const char* scales;
     const unsigned short* bias;
     void* out;
@@ -40,11 +43,13 @@ struct Pointer {  // to whatever the kernel says it is
 
 static void thread_main() {
     const Arguments& a = arguments;
-    const Pointer qweight{a.qweight}, meta{a.meta}, out{a.out};
-#if SPARSE
-    KERNEL(a.activations, qweight, meta, a.scales, a.bias, out, a.partials, a.counters, a.m, a.n, a.k, a.group_shift);
+    const Pointer qweight{a.qweight}, meta{a.meta}, scales{a.scales}, out{a.out};
+#if UNPACK
+    unpack(qweight, meta, scales, out, a.n, a.k, a.group_shift);
+#elif SPARSE
+    KERNEL(a.activations, qweight, meta, scales, a.bias, out, a.partials, a.counters, a.m, a.n, a.k, a.group_shift);
 #else
-    KERNEL(a.activations, qweight, a.scales, a.bias, out, a.partials, a.counters, a.m, a.n, a.k, a.group_shift);
+    KERNEL(a.activations, qweight, scales, a.bias, out, a.partials, a.counters, a.m, a.n, a.k, a.group_shift);
 #endif
     gpu::fibers[gpu::current].finished = true;
 }

@@ -126,8 +126,6 @@ inline void fence_proxy_async() {}
 inline unsigned warp_uniform(unsigned number) { return gpu::show(&number, 1)[0][0]; }
 template <int> inline void give_registers() {}
 template <int> inline void take_registers() {}
-inline void wait_for_previous_grid() {}
-inline void allow_next_grid() {}
 
 inline void wgmma_fence() {}
 inline void wgmma_commit() {

@@ -1,13 +1,15 @@
-"""Ctrl-C and SIGTERM, answered after the current step.
+"""Ctrl-C and SIGTERM, answered when a piece of work is whole: a block, or a step of training.
 
-The first signal is remembered, so that the step is finished and saved; a second one acts at once. After saving, `raise_again` lets the
-signal do what it does everywhere in marlinctl: the command line turns it into exit code 130 or 143. A signal that the process was started
-to ignore, as a shell does for what it runs in the background, stays ignored.
+The first signal is remembered, so that the piece is finished and saved, and one line says so; a second one acts at once. After saving,
+`raise_again` lets the signal do what it does everywhere in marlinctl: the command line turns it into exit code 130 or 143. A signal that
+the process was started to ignore, as a shell does for what it runs in the background, stays ignored.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -15,8 +17,9 @@ from typing import Any
 class Stopping:
     """Use as a context manager around the loop; `asked` is the number of the signal that came, or 0."""
 
-    def __init__(self) -> None:
+    def __init__(self, piece: str = "step") -> None:
         self.asked = 0
+        self._piece = piece
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stopping:
@@ -39,6 +42,9 @@ class Stopping:
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         self.asked = number
         self._restore()
+        # Past sys.stderr: the signal may have come in the middle of its own write, which it does not bear.
+        with suppress(OSError):
+            os.write(2, f"\nfinishing the current {self._piece}, then stopping; once more stops at once and loses it\n".encode())
 
     def _restore(self) -> None:
         while self._before:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from marlinctl.distillation.stopping import Stopping
+from marlinctl.stopping import Stopping
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,78 @@
+"""Every configuration of the INT4 kernels once on every odd shape, and nothing else: what compute-sanitizer is to look at.
+
+    compute-sanitizer --tool memcheck --kernel-name kernel_substring=marlin --error-exitcode 1 python benchmarks/sanitize_marlin.py
+    compute-sanitizer --tool racecheck --kernel-name kernel_substring=marlin --error-exitcode 1 python benchmarks/sanitize_marlin.py --quick
+
+Results are not compared (benchmarks/check_marlin.py does that): under a sanitizer every launch takes milliseconds. Inputs and outputs end
+where their allocation ends, so that one number too many is found. --quick leaves out the longest K and most of the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+
+from marlinctl.kernels import jit
+from marlinctl.kernels.configurations import GROUP_SIZES, group_shift
+from marlinctl.kernels.dispatch import KINDS, configurations
+from marlinctl.kernels.launch import architecture_of, launch, load, unpack
+from marlinctl.pack.types import PackedLinear, PackedSparseLinear, padded
+
+SHAPES = [(64, 48), (80, 64), (192, 64), (576, 576), (896, 896), (192, 160), (576, 18432)]  # N, K
+TOKENS = (1, 7, 17, 65, 129, 1000)
+PAIRS = torch.tensor([first + 4 * second for second in range(4) for first in range(second)], dtype=torch.int16)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and rows: racecheck is slow")
+    parser.add_argument("--cache", type=Path, default=None, help="folder of compiled kernels (default: the user's)")
+    parser.add_argument("--only", action="append", metavar="NAME", help="a configuration; repeatable")
+    chosen = parser.parse_args()
+    device = torch.device("cuda", 0)
+    folder = chosen.cache or jit.default_folder()
+    shapes = [(n, k) for n, k in SHAPES if not chosen.quick or k <= 896]
+    tokens = (7, 65) if chosen.quick else TOKENS
+    launches = 0
+    for kind, dtype in itertools.product(KINDS, (torch.float16, torch.bfloat16)):
+        fitting = [c for c in configurations(kind) if c.fits(architecture_of(device)) and (not chosen.only or c.name in chosen.only)]
+        kernels = [load(c, dtype, device, folder) for c in fitting]
+        for (n, k), m in itertools.product(shapes, tokens):
+            p = packed(kind, n, k, group_size_of(k))
+            activations, bias = torch.randn(m, k).to(dtype).cuda(), torch.randn(n).to(dtype).cuda()
+            for kernel in kernels:
+                for ctas in {kernel.ctas(m, n, k, kernel.resident), min(7, kernel.configuration.units(m, n, k))}:
+                    launch(kernel, activations, p, bias, torch.empty(m, n, dtype=dtype, device=device), ctas)
+                    launches += 1
+            weights = (p.qweight, p.meta) if isinstance(p, PackedSparseLinear) else (p.qweight,)
+            unpack(weights, p.scales, dtype, n, k, group_shift(p.group_size, k), folder)
+            torch.cuda.synchronize()
+        print(f"{kind}, {str(dtype)[6:]}: {len(kernels)} configurations, {launches} launches so far", flush=True)
+    return 0
+
+
+def group_size_of(k: int) -> int:
+    """The smallest that there is for this K; all of K where none divides it."""
+    return next((size for size in GROUP_SIZES if k % size == 0), k)
+
+
+def packed(kind: str, n: int, k: int, group_size: int) -> PackedLinear | PackedSparseLinear:
+    """Random tiles."""
+    rows, columns = padded(k), 2 * padded(n)
+    groups = 1 if group_size == k else -(-rows // group_size)
+    scales = torch.randn(groups, padded(n)).half().cuda()
+    if kind == "dense":
+        return PackedLinear(torch.randint(-(2**31), 2**31, (rows // 16, columns), dtype=torch.int32).cuda(), scales, n, k, group_size)
+    words = torch.randint(-(2**31), 2**31, (rows // 32, columns), dtype=torch.int32).cuda()
+    meta = torch.zeros(rows // 32, columns, dtype=torch.int16)
+    for shift in (0, 4, 8, 12):
+        meta |= PAIRS[torch.randint(len(PAIRS), meta.shape)] << shift
+    return PackedSparseLinear(words, meta.cuda(), scales, n, k, group_size)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

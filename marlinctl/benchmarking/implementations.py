@@ -1,0 +1,141 @@
+"""What is checked and timed of ours: the operators as a model calls them, and every configuration with every number of CTAs.
+
+    int4, int4 2:4               torch.ops.marlinctl: it chooses kernel, configuration and CTAs itself
+    int4, overlap                the same, allowed to begin before the call before it has ended (Hopper)
+    dequantize, dequantize 2:4   a plain weight of the tiles, then torch.matmul: what the operators choose for many tokens
+    m16n128k256x3/2              a configuration, with two CTAs on each multiprocessor; on Hopper with ", overlap"
+
+The operators are timed without overlap, as peers have none, and with it, as marlinctl's modules call them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from marlinctl.benchmarking.building import offered
+from marlinctl.benchmarking.cases import OPERATORS, Kind
+from marlinctl.benchmarking.documents import Kernel
+from marlinctl.benchmarking.weights import Packed
+from marlinctl.console import Console
+from marlinctl.cubins import kernel_folder, telling
+from marlinctl.kernel_check import multiply
+from marlinctl.kernels.dispatch import DEQUANTIZE
+from marlinctl.kernels.launch import LoadedKernel, launch, load
+from marlinctl.kernels.ops import decode
+
+OVERLAP = ", overlap"
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """torch.ops.marlinctl, as a model calls it: the kernel is its choice, and the output its own tensor."""
+
+    kind: Kind
+    dtype: torch.dtype
+    overlap: bool = False
+
+    @property
+    def name(self) -> str:
+        return OPERATORS[self.kind] + (OVERLAP if self.overlap else "")
+
+    def run(self, activations: Tensor, p: Packed, bias: Tensor | None, out: Tensor) -> Tensor:
+        return multiply(activations, p, bias, overlap=self.overlap)
+
+
+@dataclass(frozen=True, slots=True)
+class Dequantized:
+    """What the operators do for many tokens, whatever M: a plain weight of the tiles, and torch.matmul with it."""
+
+    kind: Kind
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return dequantized_name(self.kind)
+
+    def run(self, activations: Tensor, p: Packed, bias: Tensor | None, out: Tensor) -> Tensor:
+        return linear(activations, decode(p, self.dtype), bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Configured:
+    """One configuration, launched with a grid that puts so many CTAs on each multiprocessor, as far as there is work."""
+
+    kernel: LoadedKernel
+    per_multiprocessor: int
+    overlap: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel.configuration.name}/{self.per_multiprocessor}" + (OVERLAP if self.overlap else "")
+
+    @property
+    def kind(self) -> Kind:
+        return "sparse" if self.kernel.configuration.sparse else "dense"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.kernel.dtype
+
+    def run(self, activations: Tensor, p: Packed, bias: Tensor | None, out: Tensor) -> Tensor:
+        m, k = activations.shape
+        ctas = self.kernel.ctas(m, p.out_features, k, self.per_multiprocessor)
+        launch(self.kernel, activations, p, bias, out, ctas, overlap=self.overlap)
+        return out
+
+
+def configured(
+    device: torch.device, architecture: str, kinds: Sequence[Kind], dtype: torch.dtype, console: Console
+) -> tuple[list[Configured], list[Kernel]]:
+    """Every configuration that fits the device, with 1 to as many CTAs as a multiprocessor holds; and what loading them took.
+
+    Where calls can overlap they do, as modules launch them: it is for those that the best is looked for.
+    """
+    folder = kernel_folder(None)
+    wanted = [c for kind in kinds for c in offered(architecture, kind)]
+    found: list[Configured] = []
+    facts: list[Kernel] = []
+    with console.progress("compile and load", len(wanted)) as progress:
+        for c in wanted:
+            started = time.perf_counter()
+            with telling(folder, f"{c.kernel}.cu for {architecture}"):
+                kernel = load(c, dtype, device, folder)
+            facts.append(_facts(kernel, time.perf_counter() - started))
+            found += [Configured(kernel, ctas, overlaps(architecture)) for ctas in range(1, kernel.resident + 1)]
+            progress.advance()
+    return found, facts
+
+
+def dequantized_name(kind: Kind) -> str:
+    return f"{DEQUANTIZE} 2:4" if kind == "sparse" else DEQUANTIZE
+
+
+def overlaps(architecture: str) -> bool:
+    """Whether a launch may begin before the one before it has ended: programmatic dependent launch, since Hopper."""
+    return architecture == "sm_90a"
+
+
+def fewest(implementations: Sequence[Configured]) -> Iterator[Configured]:
+    """One CTA on each multiprocessor and the most that fit: what accuracy looks at, as the numbers between them split work alike."""
+    for one in implementations:
+        if one.per_multiprocessor in (1, one.kernel.resident):
+            yield one
+
+
+def _facts(kernel: LoadedKernel, seconds: float) -> Kernel:
+    return Kernel(
+        name=kernel.configuration.name,
+        kind="sparse" if kernel.configuration.sparse else "dense",
+        dtype=str(kernel.dtype).removeprefix("torch."),
+        seconds=seconds,
+        registers=kernel.registers,
+        local_bytes=kernel.local_bytes,
+        shared_bytes=kernel.configuration.shared_bytes,
+        resident=kernel.resident,
+    )

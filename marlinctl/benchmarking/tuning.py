@@ -1,0 +1,96 @@
+"""From measurements to the table by which the operators choose: `dispatch.json` in the user's folder of compiled kernels.
+
+    bench document with every configuration ─► rows of times ─► kernels/dispatch.py: table_of ─► <cache>/kernels/dispatch.json
+
+The user's file goes before the packaged one, table by table (architecture, dense or 2:4). What this run did not measure stays as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from marlinctl.benchmarking.cases import Kind
+from marlinctl.benchmarking.documents import Case, Document
+from marlinctl.benchmarking.implementations import OVERLAP, dequantized_name
+from marlinctl.errors import BadInput
+from marlinctl.kernels import dispatch, jit
+
+SETS = ("llama3-8b", "llama3-70b", "ideal")  # where none is asked for: small, middle and large
+REPLAYS = 8  # of each configuration: enough to tell the best, and some minutes on an H200
+TOKENS = (1, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
+
+
+def read_own_table() -> dict[str, Any]:
+    """The user's table as it is, or an empty one. BadInput E397 where it is damaged, before anything is measured."""
+    path = own_table()
+    if not path.is_file():
+        return {"schema_version": dispatch.SCHEMA_VERSION, "architectures": {}}
+    try:
+        dispatch.read(path)
+    except ValueError as error:
+        raise BadInput("E397", str(error), where=str(path), fix="remove it; the packaged table and --tune do without") from error
+    table: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return table
+
+
+def own_table() -> Path:
+    return jit.default_folder() / "dispatch.json"
+
+
+def merged(table: dict[str, Any], document: Document) -> dict[str, Any]:
+    """The table with this run's choices in place of those of its architecture and kinds."""
+    machine, settings = document.machine, document.settings
+    measured = {
+        "gpu": machine.gpu,
+        "torch": machine.torch,
+        "date": machine.date,
+        "dtype": settings.dtype,
+        "group_size": settings.group_size,
+    }
+    kinds = {
+        str(kind): dispatch.table_of(machine.architecture, measured, list(_rows(document.cases, kind)))
+        for kind in ("dense", "sparse")
+        if kind in settings.kinds
+    }
+    architectures = table["architectures"]
+    return {**table, "architectures": {**architectures, machine.architecture: {**architectures.get(machine.architecture, {}), **kinds}}}
+
+
+def write_own_table(table: dict[str, Any]) -> Path:
+    """Under a temporary name, then renamed: a program that starts now reads the old table or the new one.
+
+    An operator of this process that has chosen already keeps its choice.
+    """
+    path = own_table()
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(dispatch.text_of(table))
+            file.flush()
+            os.fsync(file.fileno())
+        dispatch.read(Path(name))
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    dispatch.tables.cache_clear()
+    dispatch.choose.cache_clear()
+    return path
+
+
+def _rows(cases: list[Case], kind: Kind) -> Iterator[dict[str, Any]]:
+    """As dispatch.table_of takes them."""
+    for case in cases:
+        row: dict[str, Any] = {"sparse": kind == "sparse", "m": case.m, "n": case.n, "k": case.k, "group_size": case.group_size}
+        for timed in case.candidates:
+            if timed.name == dequantized_name(kind):
+                row[dispatch.DEQUANTIZE] = timed.us
+            elif timed.family == kind and "/" in timed.name:
+                row[timed.name.removesuffix(OVERLAP)] = timed.us
+        yield row

@@ -1,0 +1,33 @@
+"""`marlinctl completion`: what a shell must read to complete verbs, options and paths."""
+
+from __future__ import annotations
+
+import click
+
+from marlinctl.commands.common import common_options
+from marlinctl.console import Console
+
+
+@click.command("completion")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@common_options
+def command(console: Console, shell: str) -> None:
+    """Print the completion script of a shell.
+
+    \b
+    Example:
+        marlinctl completion bash > ~/.local/share/bash-completion/completions/marlinctl
+        marlinctl completion zsh > ~/.zfunc/_marlinctl      (with `fpath+=~/.zfunc` before compinit)
+        marlinctl completion fish > ~/.config/fish/completions/marlinctl.fish
+
+    Verbs, options, their values and paths are completed. The script asks the program itself, so it need not be written anew after
+    an update. bash 4.4 or later.
+    """
+    from click.shell_completion import get_completion_class
+
+    from marlinctl.cli import COMPLETION_VARIABLE, marlinctl
+
+    found = get_completion_class(shell)
+    assert found is not None  # click knows the three
+    script = found(marlinctl, {}, "marlinctl", COMPLETION_VARIABLE).source().strip()
+    console.result(script, {"shell": shell, "script": script})

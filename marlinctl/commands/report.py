@@ -1,0 +1,55 @@
+"""`marlinctl report`: card and report of a published folder, anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from marlinctl.commands.common import common_options
+from marlinctl.console import Console
+from marlinctl.errors import UsageError
+
+
+@click.command("report")
+@click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
+@click.option(
+    "--scores", type=click.Path(path_type=Path), metavar="FILE.json", help="Add what `marlinctl eval OUT --out FILE.json` measured."
+)
+@click.option("--bench", type=click.Path(path_type=Path), metavar="FILE.json", help="Add what `marlinctl bench` measured: its bench.json.")
+@common_options
+def command(console: Console, out: Path, scores: Path | None, bench: Path | None) -> None:
+    """Write the report and the model card of a published folder anew.
+
+    \b
+    Example:
+        marlinctl report ./smollm2-int4
+        marlinctl report ./smollm2-int4 --scores scores.json
+        marlinctl report ./smollm2-int4 --bench bench/bench.json
+
+    OUT is a folder that compress, quantize, sparsify, distill or pack published. From its marlinctl_report.json come
+    marlinctl_report.html, one page for a browser that needs no network (error, bits and time of every layer, quality with its
+    uncertainty, provenance, the command that makes it again), marlinctl_report.md and README.md, the model card. Scores and speeds
+    that are given become part of the JSON. The weights are not touched: all four files lie outside the manifest.
+    """
+    from marlinctl.pages.files import CARD, HTML, JSON, MARKDOWN
+    from marlinctl.report import read_bench, rewrite
+
+    evaluation = None if scores is None else _evaluation_of(scores, out)
+    document = rewrite(out, evaluation=evaluation, bench=None if bench is None else read_bench(bench))
+    files = [str(out / name) for name in (HTML, MARKDOWN, CARD, JSON)]
+    console.result("\n".join(files), {"out": str(out), "files": files, "report": document})
+
+
+def _evaluation_of(scores: Path, out: Path) -> dict[str, object]:
+    """The results file, if it is of this very folder and complete."""
+    from marlinctl.evaluation.loading import open_subject
+    from marlinctl.evaluation.results import read
+
+    document = read(scores)
+    if document["model"].get("identity") != open_subject(out).identity:
+        fix = f"marlinctl eval {out} --out FILE.json, then name that file"
+        raise UsageError("E261", "the scores are of another model, or of an earlier state of this one", where=str(scores), fix=fix)
+    if not document.get("finished"):
+        raise UsageError("E261", "the evaluation is not finished", where=str(scores), fix="marlinctl eval ... --out FILE.json --resume")
+    return document

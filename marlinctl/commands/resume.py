@@ -1,0 +1,129 @@
+"""`marlinctl resume`: go on with a run that was stopped, killed, or ran out of disk."""
+
+from __future__ import annotations
+
+from contextlib import chdir, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from marlinctl.commands.common import common_options, go_offline
+from marlinctl.console import Console
+from marlinctl.errors import UsageError
+
+if TYPE_CHECKING:
+    from marlinctl.opening import Options
+
+
+@click.command("resume")
+@click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
+@click.option("--redo-from", type=click.IntRange(0), metavar="N", help="Solve block N and all behind it again.")
+@click.option("--overwrite", is_flag=True, help="Replace an OUT that is there by now, after the new one is complete.")
+@click.option("--keep-job", is_flag=True, help="Keep OUT.job, the run's journal, when OUT is published.")
+@common_options
+def command(console: Console, out: Path, redo_from: int | None, overwrite: bool, keep_job: bool) -> None:
+    """Go on with a quantize, sparsify, distill, pack or compress that did not come to its end.
+
+    \b
+    Example:
+        marlinctl resume ./qwen3-int4
+        marlinctl resume ./qwen3-int4 --redo-from 12
+        marlinctl jobs ls .
+
+    OUT is what the command named; its folder OUT.job holds what was asked for and what is finished. The same recipe, options and paths are
+    used again, the paths from where the command was given. On a CPU the result is that of a run that was never stopped, byte for
+    byte. Where the model, the recipe or a version differs from what the job was begun with, every difference is listed and nothing is done.
+
+    --redo-from goes back instead: what is finished from block N on is solved again. The states that enter the last two blocks are kept, so
+    going further back begins with the first block.
+    """
+    from marlinctl.journal import JOB, JobFolder
+
+    out = out.absolute()
+    job = JobFolder(out)
+    if not (job.path / JOB).is_file():
+        fix = "`marlinctl jobs ls FOLDER` lists the jobs below a folder; to start anew, give the whole command again"
+        raise UsageError("E287", "there is no job to go on with", where=str(job.path), fix=fix)
+    request = job.request()
+    if redo_from is not None and request.verb not in ("quantize", "sparsify", "compress"):
+        what = f"--redo-from counts the blocks of a walk, and {request.verb} has none"
+        raise UsageError("E291", what, where="--redo-from", fix="leave it out")
+    console.say(f"{request.verb}, as it was asked for in {job.path}")
+    with chdir(request.folder) if request.folder and request.folder.is_dir() else nullcontext():
+        _VERBS[request.verb](console, out, dict(request.arguments), redo_from, overwrite, keep_job)
+
+
+def _options(console: Console, document: dict[str, Any], redo_from: int | None, overwrite: bool, keep_job: bool) -> Options:
+    from marlinctl.opening import Options
+
+    asked = Options.of(document)
+    if asked.offline:
+        go_offline()
+    return replace(
+        asked,
+        offline=asked.offline or console.offline,
+        resume=True,
+        redo_from=redo_from,
+        overwrite=asked.overwrite or overwrite,
+        keep_job=asked.keep_job or keep_job,
+    )
+
+
+def _walk(console: Console, out: Path, asked: dict[str, Any], *changes: Any) -> None:
+    from marlinctl.commands import quantize, sparsify
+    from marlinctl.gate import Gate, measure
+    from marlinctl.job import run_job
+    from marlinctl.recipe import Recipe
+
+    recipe = Recipe.model_validate(asked["recipe"])
+    measured = asked["measured"]
+    looking = measure(recipe, Gate(**measured["gate"]), console) if measured is not None else None
+    options = _options(console, asked["options"], *changes)
+    report, _ = run_job(asked["model"], out, recipe, options, console, looking, measured=measured)
+    (quantize.tell if report["kind"] == "quantize" and not report["sparse"] else sparsify.tell)(console, out, report)
+
+
+def _distill(console: Console, out: Path, asked: dict[str, Any], *changes: Any) -> None:
+    from marlinctl.commands.distill import tell
+    from marlinctl.distillation.processes import silence_if_second
+
+    silence_if_second(console)
+    from marlinctl.distill import run_distill
+    from marlinctl.recipe import Recipe
+
+    options = _options(console, asked["options"], *changes)
+    tell(console, out, run_distill(asked["student"], out, asked["teacher"], Recipe.model_validate(asked["recipe"]), options, console))
+
+
+def _compress(console: Console, out: Path, asked: dict[str, Any], *changes: Any) -> None:
+    from marlinctl.commands.compress import tell
+    from marlinctl.gate import Gate
+    from marlinctl.pipeline import run_compress
+    from marlinctl.recipe import Recipe
+
+    task_data = None if asked["task_data"] is None else Path(asked["task_data"])
+    if task_data is not None:
+        go_offline()
+    report = run_compress(
+        asked["model"],
+        out,
+        Recipe.model_validate(asked["recipe"]),
+        _options(console, asked["options"], *changes),
+        console,
+        evaluate_result=asked["evaluate_result"],
+        task_data=task_data,
+        gate=Gate(**asked["gate"]),
+    )
+    tell(console, report)
+
+
+def _pack(console: Console, out: Path, asked: dict[str, Any], _redo_from: int | None, overwrite: bool, keep_job: bool) -> None:
+    from marlinctl.commands.pack import pack
+
+    changed = {"overwrite": asked["overwrite"] or overwrite, "keep_job": asked["keep_job"] or keep_job}
+    pack(console, out, {**asked, **changed}, resume=True)
+
+
+_VERBS = {"quantize": _walk, "sparsify": _walk, "distill": _distill, "compress": _compress, "pack": _pack}

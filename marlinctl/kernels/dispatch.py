@@ -1,0 +1,186 @@
+"""Which kernel multiplies: a table of measurements, read from dispatch.json beside this file.
+
+    architecture, dense or 2:4 ─► table ─► nearest shape (N, K) ─► row of M ─► configuration and CTAs per multiprocessor
+                                    │
+                                    └──── M >= dequantize_from: one dense weight in memory, and torch.matmul
+
+    {"schema_version": 1,
+     "architectures": {
+       "sm_90a": {
+         "dense": {"measured": {"gpu": "NVIDIA H200", "torch": "2.11.0+cu130", "date": "2026-11-21", "group_size": 128, "dtype": "float16"},
+                   "dequantize_from": 192,
+                   "choices": [[1, 4096, 4096, "m8n128k512x5", 1], ..]},       M, N, K, configuration, CTAs per multiprocessor
+         "sparse": {..}}}}
+
+A file of the same form in the folder of compiled kernels, which is the user's, goes first, table by table. Shapes are compared by the
+ratio of their sizes: |log N/N'| + |log K/K'|. Of a shape's rows the first with M tokens or more counts; but a row for fewer whose tile
+holds all M goes before it, as a tile costs the same however full it is. Above the last row the last row counts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import log
+from pathlib import Path
+from typing import Any
+
+from marlinctl.kernels import jit
+from marlinctl.kernels.configurations import DENSE, SPARSE, Configuration
+
+PACKAGED = Path(__file__).parent / "dispatch.json"
+SCHEMA_VERSION = 1
+KINDS = ("dense", "sparse")
+DEQUANTIZE = "dequantize"  # the column of a measurement for a dense weight and torch.matmul
+
+# Where nothing is measured. A kernel of mma.sync multiplies at most at about 280 TFLOP/s on an H200 (2:4: 390) and torch.matmul at 700,
+# but dequantizing costs 2.5 bytes for each weight: equal at about M = 170 (2:4: 330). On GPUs whose tensor cores do not leave
+# mma.sync behind, what is left is that every 64 tokens decode the weights anew. NOTE: reasoned, not measured.
+DEQUANTIZE_FROM = {"sm_90a": {"dense": 192, "sparse": 320}}
+DEQUANTIZE_FROM_ELSEWHERE = {"dense": 512, "sparse": 1024}
+LARGE = 4096  # M at which a kernel that still wins is taken to win for ever
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A kernel, and how many of its CTAs each multiprocessor is given."""
+
+    configuration: Configuration
+    per_multiprocessor: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    m: int
+    n: int
+    k: int
+    choice: Choice
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """What was measured of one kind of weights on one architecture."""
+
+    dequantize_from: int | None  # the smallest M for which a dense weight pays; None: never
+    rows: tuple[Row, ...]
+
+    def choose(self, m: int, n: int, k: int) -> Choice:
+        def distance(shape: tuple[int, int]) -> float:
+            return abs(log(n / shape[0])) + abs(log(k / shape[1]))
+
+        nearest = min(sorted({(row.n, row.k) for row in self.rows}), key=distance)
+        rows = sorted((row for row in self.rows if (row.n, row.k) == nearest), key=lambda row: row.m)
+        for row in rows:
+            if row.m >= m or row.choice.configuration.tokens >= m:
+                return row.choice
+        return rows[-1].choice
+
+
+@lru_cache(maxsize=4096)
+def choose(architecture: str, sparse: bool, m: int, n: int, k: int) -> Choice | None:
+    """How to multiply M rows with a weight [N, K]; None is: dequantize it and multiply with torch.matmul."""
+    kind = KINDS[sparse]
+    table = tables().get((architecture, kind)) or reasoned(architecture, kind)
+    if table.dequantize_from is not None and m >= table.dequantize_from:
+        return None
+    return table.choose(m, n, k)
+
+
+@lru_cache(maxsize=1)
+def tables() -> dict[tuple[str, str], Table]:
+    """What was measured, by architecture and kind, as the user's file and the packaged one have it."""
+    own = jit.default_folder() / "dispatch.json"
+    return {**read(PACKAGED), **(read(own) if own.is_file() else {})}
+
+
+def reasoned(architecture: str, kind: str) -> Table:
+    """For an architecture without measurements: the first configuration for so many tokens that fits."""
+    fitting = [c for c in configurations(kind) if c.fits(architecture)]
+    first = {c.tokens: c for c in reversed(fitting)}
+    rows = tuple(Row(tokens, 4096, 4096, Choice(c, c.ctas)) for tokens, c in sorted(first.items()))
+    return Table(DEQUANTIZE_FROM.get(architecture, DEQUANTIZE_FROM_ELSEWHERE)[kind], rows)
+
+
+def configurations(kind: str) -> tuple[Configuration, ...]:
+    return SPARSE if kind == "sparse" else DENSE
+
+
+# The file
+
+
+def read(path: Path) -> dict[tuple[str, str], Table]:
+    """The tables of a file. ValueError names the file and what is wrong with it."""
+    try:
+        document = json.loads(path.read_text("utf-8"))
+        if document["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"schema_version is {document['schema_version']!r}, and this version reads {SCHEMA_VERSION}")
+        return {
+            (architecture, kind): _table(architecture, kind, table)
+            for architecture, kinds in document["architectures"].items()
+            for kind, table in kinds.items()
+        }
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path} is no table of kernels: {what}; measure again, or remove it") from error
+
+
+def _table(architecture: str, kind: str, document: Mapping[str, Any]) -> Table:
+    if architecture not in jit.ARCHITECTURES or kind not in KINDS:
+        raise ValueError(f"there is no kernel for {architecture}, {kind}")
+    by_name = {c.name: c for c in configurations(kind) if c.fits(architecture)}
+    rows = []
+    for m, n, k, name, per_multiprocessor in document["choices"]:
+        if not all(isinstance(number, int) and number > 0 for number in (m, n, k, per_multiprocessor)):
+            raise ValueError(f"{[m, n, k, name, per_multiprocessor]}: M, N, K and CTAs are positive integers")
+        if name not in by_name:
+            raise ValueError(f"{architecture} has no configuration {name!r}")
+        rows.append(Row(m, n, k, Choice(by_name[name], per_multiprocessor)))
+    least = document["dequantize_from"]
+    if not rows or not (least is None or (isinstance(least, int) and least > 0)):
+        raise ValueError(f"{architecture}, {kind}: no choices, or dequantize_from is no positive integer or null")
+    return Table(least, tuple(rows))
+
+
+def table_of(architecture: str, measured: Mapping[str, Any], timing: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The document of one kind from measurements: a row for each linear and M, all dense or all 2:4.
+
+    Each of its rows has m, n, k, sparse and the microseconds of "name/CTAs", "torch.matmul" and, where it was measured, "dequantize".
+    """
+    kind = KINDS[timing[0]["sparse"]]
+    choices = []
+    for row in sorted(timing, key=lambda row: (row["n"], row["k"], row["m"])):
+        if bool(row["sparse"]) != (kind == "sparse"):
+            raise ValueError("rows of dense and of 2:4 kernels in one table")
+        name, _, ctas = best(row).partition("/")
+        choices.append([row["m"], row["n"], row["k"], name, int(ctas)])
+    return {"measured": dict(measured), "dequantize_from": _dequantize_from(architecture, kind, timing), "choices": choices}
+
+
+def text_of(document: Mapping[str, Any]) -> str:
+    """The document as a file has it: a choice on each line."""
+    return re.sub(r"\[\s+([^\[\]]*?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", json.dumps(document, indent=1)) + "\n"
+
+
+def best(row: Mapping[str, Any]) -> str:
+    """The fastest "name/CTAs" of a measured row."""
+    times = {name: time for name, time in row.items() if "/" in name}
+    return min(times, key=times.__getitem__)
+
+
+def _dequantize_from(architecture: str, kind: str, timing: Iterable[Mapping[str, Any]]) -> int | None:
+    """The smallest measured M from which dequantizing is faster for every shape.
+
+    Reasoned, but beyond what was measured, where it was slower at the largest M, and reasoned where it was not measured at all.
+    """
+    guess = DEQUANTIZE_FROM.get(architecture, DEQUANTIZE_FROM_ELSEWHERE)[kind]
+    rows = [row for row in timing if DEQUANTIZE in row]
+    if not rows:
+        return guess
+    lost = [int(row["m"]) for row in rows if row[DEQUANTIZE] >= row[best(row)]]
+    won = [int(row["m"]) for row in rows if row["m"] > max(lost, default=0)]
+    if won:
+        return min(won)
+    return max(guess, max(lost) + 1) if max(lost) < LARGE else None

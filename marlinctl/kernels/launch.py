@@ -1,0 +1,459 @@
+"""From a configuration to work on a stream: machine code loaded once, workspaces that no two launches share, and the launch itself.
+
+    configuration, dtype, device ─► jit.py ─► load: function of the driver, CTAs that fit ─┐
+    activations, packed weight, bias, out ─────────────────────────────────────────────────┴─► launch ─► torch's current stream
+    packed weight ─► unpack: csrc/unpack.cu ───────────────────────────────────────────────────────────► the same
+
+A launch needs a workspace in which CTAs that share an output tile meet:
+
+    partial sums   float32, undefined before and after      torch.empty for each launch, so the allocator orders their reuse by stream, and
+                                                            gives a captured launch memory of its graph
+    counters       int32, zero before and after: the last   kept, as zeroing them would cost each launch as much as another kernel;
+                   CTA of a tile sets its counter back      never shared by launches that may run at the same time
+
+Counters are handed out once and never again: to a stream, whose launches follow each other, or to one capture on a stream, whose graph
+may be replayed anywhere, beside anything. They come from memory of our own, 1 MiB at a time. Tensors would not do: what a tensor
+allocates under capture belongs to the graph's pool, and inductor's graphs refuse a pool in which a tensor survives that is no output.
+A capture takes 4 KiB for each stream it uses, mostly; they stay taken when the graph is gone. Graphs that are captured from one another's
+memory pool must not be replayed at once, as torch says; those that are not may.
+
+Streams are told apart by their handle, as torch's allocator does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marlinctl.kernels import jit
+from marlinctl.kernels.configurations import NUMBERS, Configuration, group_shift
+from marlinctl.pack.types import PackedLinear, PackedSparseLinear
+
+CHUNK_COUNTERS = 2**18  # that are allocated at a time
+FEWEST_COUNTERS = 2**10  # that a stream or capture is given, so that it rarely needs more later
+ALIGNMENT = 16  # bytes: every pointer that a kernel is given
+UNPACK_TILES, UNPACK_THREADS = 8, 256  # of a CTA of csrc/unpack.cu: rows of words, 64 columns wide
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Function:
+    """A function of the driver on one device."""
+
+    handle: Any  # CUfunction
+    context: Any  # CUcontext, the device's primary one
+    device: torch.device  # with its index
+    threads: int
+    shared_bytes: int
+    resident: int  # CTAs that a multiprocessor holds at once
+    registers: int  # of a thread
+    local_bytes: int  # of a thread: 0, or registers were spilled
+    overlaps: bool  # whether it may begin before the kernel before it on the stream has ended
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedKernel:
+    """A configuration on one device, ready to launch."""
+
+    configuration: Configuration
+    dtype: torch.dtype  # of activations and output
+    function: Function
+    multiprocessors: int
+    folder: Path  # of the cache that it came from
+    shift: int | None  # the group size that is compiled in, as group_shift() says it; None: all
+
+    def for_groups(self, shift: int) -> LoadedKernel:
+        """The same for another group size."""
+        return self if self.shift in (None, shift) else load(self.configuration, self.dtype, self.device, self.folder, shift)
+
+    @property
+    def device(self) -> torch.device:
+        return self.function.device
+
+    @property
+    def resident(self) -> int:
+        """CTAs that a multiprocessor holds at once."""
+        return self.function.resident
+
+    @property
+    def registers(self) -> int:
+        """Of a thread."""
+        return self.function.registers
+
+    @property
+    def local_bytes(self) -> int:
+        """Of a thread: 0, or registers were spilled."""
+        return self.function.local_bytes
+
+    @property
+    def name(self) -> str:
+        return f"{self.configuration.name} {str(self.dtype)[6:]}"
+
+    def ctas(self, m: int, n: int, k: int, per_multiprocessor: int) -> int:
+        """The grid that puts so many CTAs on each multiprocessor, as far as there is work for them."""
+        return min(self.multiprocessors * per_multiprocessor, self.configuration.units(m, n, k))
+
+
+def architecture_of(device: torch.device) -> str:
+    """The architecture, one of jit.ARCHITECTURES, whose machine code this GPU runs. ValueError where there is none."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 8:
+        return "sm_89" if minor >= 9 else "sm_86" if minor >= 6 else "sm_80"  # machine code runs on later minor versions too
+    if (major, minor) == (9, 0):
+        return "sm_90a"
+    name = torch.cuda.get_device_name(device)
+    raise ValueError(f"the kernels need a GPU of compute capability 8.0 to 9.0, and {name} ({device}) has {major}.{minor}")
+
+
+def load(configuration: Configuration, dtype: torch.dtype, device: torch.device, folder: Path, shift: int = 3) -> LoadedKernel:
+    """The kernel, compiled or taken from the cache in `folder`, and loaded once for each configuration, dtype and device.
+
+    shift: of configurations.group_shift; kernels with wgmma are compiled for one group size each.
+
+    Raises:
+        ValueError: the device is no GPU that the kernels run on, or the configuration needs more shared memory than it has.
+        RuntimeError: a CUDA graph is being captured, or the driver refuses; what jit.cubin raises.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    key = (configuration, dtype, index, shift if configuration.wgmma else None)
+    known = _loaded.get(key)
+    if known is None:
+        with _lock:
+            known = _loaded.get(key) or _load(configuration, dtype, torch.device("cuda", index), folder, shift)
+            _loaded[key] = known
+    return known
+
+
+_loaded: dict[tuple[Configuration, torch.dtype, int, int | None], LoadedKernel] = {}
+_lock = threading.Lock()
+
+
+def _load(configuration: Configuration, dtype: torch.dtype, device: torch.device, folder: Path, shift: int) -> LoadedKernel:
+    architecture = architecture_of(device)
+    if not configuration.fits(architecture):
+        raise ValueError(f"{configuration.name} does not fit {architecture}: it takes {configuration.shared_bytes} bytes of shared memory")
+    sizes = (configuration.threads, configuration.shared_bytes)
+    function = _load_function(configuration.kernel, configuration.defines(dtype, shift), *sizes, device, folder)
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return LoadedKernel(configuration, dtype, function, multiprocessors, folder, shift if configuration.wgmma else None)
+
+
+def _load_function(name: str, defines: tuple[str, ...], threads: int, shared_bytes: int, device: torch.device, folder: Path) -> Function:
+    """The function `name` of csrc/name.cu."""
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            what = "compiled or loaded while a CUDA graph is captured: call it once with as many rows before the capture"
+            raise RuntimeError(f"{name} ({', '.join(defines)}) cannot be {what}")
+        code = jit.cubin(f"{name}.cu", defines, architecture_of(device), folder)
+        torch.zeros(1, device=device)  # torch makes the device's primary context, and makes it current
+        driver = _driver()
+        context = done(driver.cuDevicePrimaryCtxRetain(done(driver.cuDeviceGet(device.index))))
+        library = done(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
+        handle = done(driver.cuKernelGetFunction(done(driver.cuLibraryGetKernel(library, name.encode()))))
+        attribute = driver.CUfunction_attribute
+        done(driver.cuFuncSetAttribute(handle, attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes))
+        resident = done(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(handle, threads, shared_bytes))
+        registers = done(driver.cuFuncGetAttribute(attribute.CU_FUNC_ATTRIBUTE_NUM_REGS, handle))
+        local_bytes = done(driver.cuFuncGetAttribute(attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, handle))
+    overlaps = torch.cuda.get_device_capability(device) >= (9, 0)
+    return Function(handle, context, device, threads, shared_bytes, resident, registers, local_bytes, overlaps)
+
+
+def launch(
+    kernel: LoadedKernel,
+    activations: Tensor,  # [M, K], contiguous, M > 0
+    p: PackedLinear | PackedSparseLinear,
+    bias: Tensor | None,  # [N]
+    out: Tensor,  # [M, N], contiguous; all of it is written
+    ctas: int,  # 1 .. units of the product
+    workspace: tuple[Tensor, Tensor] | None = None,
+    overlap: bool = False,
+) -> None:
+    """out = activations . weightᵀ + bias, on torch's current stream of the tensors' device.
+
+    overlap: on Hopper the kernel may begin, and read weights, while the one before it on the stream still runs: 2 to 3 us less a call. Not
+    for weights that the kernel before changes.
+
+    A caller that looks into the workspace brings its own: partial_floats(ctas) float32, and output_tiles(M, N) int32, all zero.
+    N and K must be multiples of 8. ValueError for tensors that the kernel would read wrongly.
+    """
+    configuration, (m, k) = kernel.configuration, activations.shape
+    weights = (p.qweight, p.meta) if isinstance(p, PackedSparseLinear) else (p.qweight,)
+    if configuration.sparse != isinstance(p, PackedSparseLinear):
+        raise ValueError(f"{configuration.name} does not multiply with {type(p).__name__}")
+    if k != p.in_features or tuple(out.shape) != (m, p.out_features) or k % 8 or p.out_features % 8 or m < 1:
+        shapes = f"activations {list(activations.shape)} and out {list(out.shape)}"
+        raise ValueError(f"{shapes} do not belong to N={p.out_features}, K={p.in_features}, multiples of 8")
+    if not 1 <= ctas <= configuration.units(m, p.out_features, k):
+        raise ValueError(f"{ctas} CTAs for {configuration.units(m, p.out_features, k)} units of work")
+    for tensor in (activations, *weights, p.scales, out, *(() if bias is None else (bias,))):
+        if tensor.device != kernel.device or not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
+            raise ValueError(f"a tensor {list(tensor.shape)} on {tensor.device} is not contiguous, aligned and on {kernel.device}")
+    if not activations.dtype == out.dtype == kernel.dtype or (bias is not None and bias.dtype != kernel.dtype):
+        raise ValueError(f"activations, bias and out must be {kernel.dtype}")
+    shift = group_shift(p.group_size, k)
+    multiply(kernel.for_groups(shift), activations, weights, p.scales, bias, out, shift, ctas, workspace, overlap)
+
+
+def multiply(
+    kernel: LoadedKernel,
+    activations: Tensor,
+    weights: tuple[Tensor, ...],
+    scales: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    shift: int,  # of configurations.group_shift
+    ctas: int,
+    workspace: tuple[Tensor, Tensor] | None = None,
+    overlap: bool = False,
+) -> None:
+    """launch without its checks, with a kernel for these groups: for the operators, which have made theirs."""
+    function, configuration = kernel.function, kernel.configuration
+    device = function.device
+    if torch.cuda.current_device() != device.index:
+        with torch.cuda.device(device):
+            multiply(kernel, activations, weights, scales, bias, out, shift, ctas, workspace, overlap)
+        return
+    (m, k), n = activations.shape, out.shape[1]
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if workspace is None:
+        partials = torch.empty(configuration.partial_floats(ctas), dtype=torch.float32, device=device)
+        counters = _counters_of(device).of(stream, configuration.output_tiles(m, n))
+    else:
+        partials, counters = workspace[0], workspace[1].data_ptr()
+    pointers = [
+        activations.data_ptr(),
+        *(tensor.data_ptr() for tensor in weights),
+        scales.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        partials.data_ptr(),
+        counters,
+    ]
+    arguments = _mine.sparse if configuration.sparse else _mine.dense
+    arguments.pack(*pointers, m, n, k, shift)
+    _enqueue(function, ctas, stream, arguments, overlap=overlap and function.overlaps)
+
+
+# A dense weight out of tiles
+
+
+def unpack(
+    weights: tuple[Tensor, ...],  # qweight, and of 2:4 meta; contiguous, aligned
+    scales: Tensor,
+    dtype: torch.dtype,
+    n: int,
+    k: int,  # a multiple of 8, up to K'; what lies beyond the true K is zero
+    shift: int,  # of configurations.group_shift
+    folder: Path,
+) -> Tensor:  # [N, K]
+    """The weight in `dtype`, each code times its scale rounded once, on torch's current stream of the tensors' device."""
+    device = scales.device
+    if torch.cuda.current_device() != device.index:
+        with torch.cuda.device(device):
+            return unpack(weights, scales, dtype, n, k, shift, folder)
+    sparse = len(weights) == 2
+    function = load_unpack(sparse, dtype, device, folder)
+    weight = torch.empty(n, k, dtype=dtype, device=device)
+    meta = weights[1].data_ptr() if sparse else 0
+    arguments = _mine.unpack
+    arguments.pack(weights[0].data_ptr(), meta, scales.data_ptr(), weight.data_ptr(), n, k, shift)
+    ctas = -(-n // 64) * -(-k // (UNPACK_TILES * unpack_tile(sparse)))
+    _enqueue(function, ctas, torch.cuda.current_stream(device).cuda_stream, arguments, overlap=False)
+    return weight
+
+
+def unpack_tile(sparse: bool) -> int:
+    """K of a row of words."""
+    return 32 if sparse else 16
+
+
+def unpack_defines(sparse: bool, dtype: torch.dtype) -> tuple[str, ...]:
+    return (f"NUMBER={NUMBERS[dtype]}", f"SPARSE={int(sparse)}", f"SHARED_BYTES={unpack_shared_bytes(sparse)}")
+
+
+def unpack_shared_bytes(sparse: bool) -> int:
+    """64 rows of the tiles' k, each a little longer, as unpack.cu says."""
+    return 64 * (UNPACK_TILES * unpack_tile(sparse) * 2 + (32 if sparse else 16))
+
+
+def load_unpack(sparse: bool, dtype: torch.dtype, device: torch.device, folder: Path) -> Function:
+    """The function, loaded once; raises what load raises."""
+    key = (sparse, dtype, device.index)
+    known = _unpacks.get(key)
+    if known is None:
+        with _lock:
+            defines, shared_bytes = unpack_defines(sparse, dtype), unpack_shared_bytes(sparse)
+            known = _unpacks.get(key) or _load_function("unpack", defines, UNPACK_THREADS, shared_bytes, device, folder)
+            _unpacks[key] = known
+    return known
+
+
+_unpacks: dict[tuple[bool, torch.dtype, int | None], Function] = {}
+
+
+# Arguments
+
+
+def _enqueue(function: Function, ctas: int, stream: int, arguments: _Arguments, *, overlap: bool) -> None:
+    """The device of the function is torch's current one."""
+    mine = _mine
+    if function.device.index not in mine.bound:  # a thread that torch has given no work yet has no context
+        done(_driver().cuCtxSetCurrent(function.context))
+        mine.bound.add(function.device.index)
+    if not overlap:
+        sizes = (ctas, 1, 1, function.threads, 1, 1, function.shared_bytes)
+        done(_driver().cuLaunchKernel(function.handle, *sizes, stream, arguments.address, 0))
+        return
+    config = mine.configs.get(function)
+    if config is None:
+        config = mine.configs[function] = _overlapping(function)
+    config.gridDimX, config.hStream = ctas, stream
+    done(_driver().cuLaunchKernelEx(config, function.handle, arguments.address, 0))
+
+
+def _overlapping(function: Function) -> Any:
+    """A launch that may begin before the kernel before it has ended; grid and stream are filled in later."""
+    driver = _driver()
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config = driver.CUlaunchConfig()
+    config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+    config.blockDimX, config.sharedMemBytes = function.threads, function.shared_bytes
+    config.attrs, config.numAttrs = [attribute], 1
+    return config
+
+
+class _Arguments:
+    """The arguments of a launch in one buffer, and the array of their addresses that the driver wants: made once, filled each time."""
+
+    def __init__(self, pointers: int, sizes: int) -> None:
+        layout = struct.Struct(f"{pointers}Q{sizes}Ii")  # .., m, n, k, group_shift
+        buffer = ctypes.create_string_buffer(layout.size)
+        start = ctypes.addressof(buffer)
+        places = [start + 8 * i for i in range(pointers)]
+        places += [start + 8 * pointers + 4 * i for i in range(sizes + 1)]
+        self._addresses = (ctypes.c_void_p * len(places))(*places)
+        self.address = ctypes.addressof(self._addresses)  # the driver copies the arguments before the launch returns
+        self.pack = partial(layout.pack_into, buffer, 0)
+
+
+class _Mine(threading.local):
+    """What each thread has for itself: the driver reads arguments while other threads run."""
+
+    def __init__(self) -> None:
+        self.dense, self.sparse, self.unpack = _Arguments(7, 3), _Arguments(8, 3), _Arguments(4, 2)
+        self.configs: dict[Function, Any] = {}  # of launches that overlap
+        self.bound: set[int | None] = set()  # devices whose context has been current here
+
+
+_mine = _Mine()
+
+
+class Counters:
+    """The counters of one device, all zero: a piece for each stream, and one for each capture on a stream."""
+
+    def __init__(self, zeroed: Callable[[int], int], capture_of: Callable[[int], int | None]) -> None:
+        self._zeroed = zeroed  # so many bytes of memory, as their address
+        self._capture_of = capture_of  # what is captured on a stream, by a number that no other capture has
+        self._of_stream: dict[int, tuple[int, int]] = {}  # stream -> address, counters
+        self._of_capture: dict[int, tuple[int, int, int]] = {}  # stream -> the last capture on it, address, counters
+        self._next, self._left = 0, 0
+        self._lock = threading.Lock()
+
+    def of(self, stream: int, count: int) -> int:
+        """The address of at least `count` counters for a launch on this stream, now."""
+        capture = self._capture_of(stream)
+        if capture is None:
+            address, there = self._of_stream.get(stream, (0, 0))
+            if there < count:
+                address, there = self._of_stream[stream] = self._take(count)
+            return address
+        last, address, there = self._of_capture.get(stream, (None, 0, 0))
+        if last != capture or there < count:
+            address, there = self._take(count)
+            self._of_capture[stream] = (capture, address, there)
+        return address
+
+    def _take(self, count: int) -> tuple[int, int]:
+        """A piece that nobody had before: a power of two of counters, so that what is outgrown sums up to less than what is used."""
+        size = max(FEWEST_COUNTERS, 1 << (count - 1).bit_length())
+        with self._lock:
+            if size > self._left:
+                chunk = max(CHUNK_COUNTERS, size)
+                self._next, self._left = self._zeroed(4 * chunk), chunk
+            address = self._next
+            self._next, self._left = address + 4 * size, self._left - size
+            return address, size
+
+
+_counters: dict[int | None, Counters] = {}
+
+
+def _counters_of(device: torch.device) -> Counters:
+    found = _counters.get(device.index)
+    if found is None:
+        with _lock:
+            found = _counters.setdefault(device.index, Counters(_zeroed, _capture_of))
+    return found
+
+
+def _capture_of(stream: int) -> int | None:
+    """The capture that records what is launched on torch's current stream, which is `stream`."""
+    if not torch.cuda.is_current_stream_capturing():
+        return None
+    _, capture, *_ = done_all(_driver().cuStreamGetCaptureInfo(stream))
+    return int(capture)
+
+
+def _zeroed(size: int) -> int:
+    """Memory of the current device, as torch's allocator takes it under capture: from the driver, with the capture looking away."""
+    driver = _driver()
+    mode = done(driver.cuThreadExchangeStreamCaptureMode(driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED))
+    try:
+        address = done(driver.cuMemAlloc(size))
+        stream = done(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value))
+        done(driver.cuMemsetD32Async(address, 0, size // 4, stream))
+        done(driver.cuStreamSynchronize(stream))
+        done(driver.cuStreamDestroy(stream))
+    finally:
+        done(driver.cuThreadExchangeStreamCaptureMode(mode))
+    return int(address)
+
+
+def _driver() -> ModuleType:
+    global _driver_module
+    if _driver_module is None:
+        try:
+            from cuda.bindings import driver
+        except ImportError as error:
+            raise jit.CompilerMissing(f"the package cuda-bindings cannot be imported: {error}") from error
+        _driver_module = driver
+    return _driver_module
+
+
+_driver_module: ModuleType | None = None
+
+
+def done_all(result: tuple[Any, ...]) -> list[Any]:
+    """What a driver call gives, or its error as an exception."""
+    status, *values = result
+    if int(status) != 0:
+        raise RuntimeError(f"the CUDA driver reports {status.name}")
+    return values
+
+
+def done(result: tuple[Any, ...]) -> Any:
+    """The first of what a driver call gives; None for a call that gives nothing."""
+    values = done_all(result)
+    return values[0] if values else None

@@ -1,0 +1,250 @@
+"""The operators: a 16-bit matrix times packed weights, as torch knows it.
+
+    torch.ops.marlinctl.marlin_gemm(activations, qweight, scales, out_features, group_size, bias=None, overlap=False)
+    torch.ops.marlinctl.sparse_marlin_gemm(activations, qweight, meta, scales, out_features, group_size, bias=None, overlap=False)
+
+    CUDA   a kernel that dispatch.py picks for this M, N, K; for large M one dense weight and torch.matmul
+    CPU    reference.py: slow, with the same result up to rounding; said once
+    meta   the shape alone, for torch.compile
+
+Importing this module registers them. Both return a new tensor and change nothing, so torch.compile needs no graph break. Which kernel runs
+is decided inside, by the M of the call: a traced program holds no choice. They are not differentiable.
+
+overlap: on Hopper the kernel may begin, and read weights, while the one before it on the stream still runs (programmatic dependent launch):
+2 to 3 us less a call. What the kernel before writes must not be these weights; activations may be.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from marlinctl.kernels import dispatch, jit
+from marlinctl.kernels.configurations import NUMBERS, group_shift
+from marlinctl.kernels.launch import ALIGNMENT, LoadedKernel, architecture_of, load, multiply, unpack
+from marlinctl.kernels.reference import dequantize, dequantize_sparse, gemm
+from marlinctl.pack.types import PackedLinear, PackedSparseLinear, padded
+from marlinctl.sparsify.types import QUAD
+
+ROW = 8  # numbers in 16 bytes: the kernels read and write rows that are multiples of it
+
+
+def _marlin_gemm(
+    activations: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    out_features: int,
+    group_size: int,
+    bias: Tensor | None = None,
+    overlap: bool = False,
+) -> Tensor:
+    return _on_gpu(activations, (qweight,), scales, out_features, group_size, bias, overlap)
+
+
+def _sparse_marlin_gemm(
+    activations: Tensor,
+    qweight: Tensor,
+    meta: Tensor,
+    scales: Tensor,
+    out_features: int,
+    group_size: int,
+    bias: Tensor | None = None,
+    overlap: bool = False,
+) -> Tensor:
+    return _on_gpu(activations, (qweight, meta), scales, out_features, group_size, bias, overlap)
+
+
+def _marlin_gemm_cpu(
+    activations: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    out_features: int,
+    group_size: int,
+    bias: Tensor | None = None,
+    overlap: bool = False,
+) -> Tensor:
+    return _on_cpu(activations, (qweight,), scales, out_features, group_size, bias)
+
+
+def _sparse_marlin_gemm_cpu(
+    activations: Tensor,
+    qweight: Tensor,
+    meta: Tensor,
+    scales: Tensor,
+    out_features: int,
+    group_size: int,
+    bias: Tensor | None = None,
+    overlap: bool = False,
+) -> Tensor:
+    return _on_cpu(activations, (qweight, meta), scales, out_features, group_size, bias)
+
+
+def _marlin_gemm_meta(
+    activations: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    out_features: int,
+    group_size: int,
+    bias: Tensor | None = None,
+    overlap: bool = False,
+) -> Tensor:
+    return activations.new_empty((*activations.shape[:-1], out_features))
+
+
+def _sparse_marlin_gemm_meta(
+    activations: Tensor,
+    qweight: Tensor,
+    meta: Tensor,
+    scales: Tensor,
+    out_features: int,
+    group_size: int,
+    bias: Tensor | None = None,
+    overlap: bool = False,
+) -> Tensor:
+    return activations.new_empty((*activations.shape[:-1], out_features))
+
+
+# `custom_op` would do the same at half as much time again for each call.
+_library = torch.library.Library("marlinctl", "DEF")  # type: ignore[no-untyped-call]
+for _name, _metadata, _implementations in (
+    ("marlin_gemm", "", {"CUDA": _marlin_gemm, "CPU": _marlin_gemm_cpu, "Meta": _marlin_gemm_meta}),
+    (
+        "sparse_marlin_gemm",
+        "Tensor meta, ",
+        {"CUDA": _sparse_marlin_gemm, "CPU": _sparse_marlin_gemm_cpu, "Meta": _sparse_marlin_gemm_meta},
+    ),
+):
+    _arguments = f"Tensor activations, Tensor qweight, {_metadata}Tensor scales, int out_features, int group_size"
+    _arguments += ", Tensor? bias=None, bool overlap=False"
+    _library.define(f"{_name}({_arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    for _key, _implementation in _implementations.items():
+        _library.impl(_name, _implementation, _key)  # type: ignore[no-untyped-call]
+
+# Held, so that a call does not look them up by name.
+marlin_gemm = torch.ops.marlinctl.marlin_gemm.default
+sparse_marlin_gemm = torch.ops.marlinctl.sparse_marlin_gemm.default
+
+
+def _on_gpu(
+    activations: Tensor, weights: tuple[Tensor, ...], scales: Tensor, n: int, group_size: int, bias: Tensor | None, overlap: bool
+) -> Tensor:
+    k = _check(activations, weights, scales, n, group_size, bias)
+    sparse, device, dtype = len(weights) == 2, activations.device, activations.dtype
+    for tensor in (*weights, scales):
+        if tensor.data_ptr() % ALIGNMENT:
+            raise ValueError(f"{_operator(sparse)}: a tensor {list(tensor.shape)} is not aligned to {ALIGNMENT} bytes")
+    x = activations if activations.ndim == 2 else activations.reshape(-1, k)  # torch's shape functions cost a microsecond each
+    m, n_rows, k_rows = x.shape[0], -(-n // ROW) * ROW, -(-k // ROW) * ROW  # the last two as the kernels write and read them
+    out_shape = (*activations.shape[:-1], n)
+    if m == 0:
+        return activations.new_empty(out_shape)
+    shift = group_shift(k if group_size == -1 else group_size, k)
+    route = _route(device.index, dtype, sparse, m, n_rows, k_rows, shift)
+    if route is None:
+        weight = unpack(weights, scales, dtype, n, k_rows, shift, jit.default_folder())
+        return linear(x, weight[:, :k], bias).view(out_shape)
+    if k_rows != k:
+        x = pad(x, (0, k_rows - k))
+    if not x.is_contiguous() or x.data_ptr() % ALIGNMENT:
+        x = x.clone(memory_format=torch.contiguous_format)
+    if bias is not None and (n_rows != n or not bias.is_contiguous()):
+        bias = pad(bias, (0, n_rows - n)).contiguous()
+    kernel, ctas = route
+    out = torch.empty(m, n_rows, dtype=dtype, device=device)
+    multiply(kernel, x, weights, scales, bias, out, shift, ctas, overlap=overlap)
+    if n_rows != n:
+        out = out[:, :n].contiguous()
+    return out if activations.ndim == 2 else out.view(out_shape)
+
+
+def decode(p: PackedLinear | PackedSparseLinear, dtype: torch.dtype) -> Tensor:
+    """The weight [N, K] that the tiles stand for, each code times its scale rounded once to `dtype`, float16 or bfloat16."""
+    if p.scales.device.type != "cuda":
+        return (dequantize_sparse(p) if isinstance(p, PackedSparseLinear) else dequantize(p)).to(dtype)
+    n, k = p.out_features, p.in_features
+    weights = (p.qweight, p.meta) if isinstance(p, PackedSparseLinear) else (p.qweight,)
+    weight = unpack(weights, p.scales, dtype, n, -(-k // ROW) * ROW, group_shift(p.group_size, k), jit.default_folder())
+    return weight[:, :k].contiguous()
+
+
+@lru_cache(maxsize=4096)
+def _route(index: int, dtype: torch.dtype, sparse: bool, m: int, n: int, k: int, shift: int) -> tuple[LoadedKernel, int] | None:
+    """The kernel for a product and its CTAs; None: dequantize."""
+    device = torch.device("cuda", index)
+    choice = dispatch.choose(architecture_of(device), sparse, m, n, k)
+    if choice is None:
+        return None
+    kernel = load(choice.configuration, dtype, device, jit.default_folder(), shift)
+    return kernel, kernel.ctas(m, n, k, min(choice.per_multiprocessor, kernel.resident))
+
+
+def _on_cpu(activations: Tensor, weights: tuple[Tensor, ...], scales: Tensor, n: int, group_size: int, bias: Tensor | None) -> Tensor:
+    k = _check(activations, weights, scales, n, group_size, bias)
+    _say_that_it_is_slow()
+    size = k if group_size == -1 else group_size
+    p: PackedLinear | PackedSparseLinear
+    if len(weights) == 2:
+        p = PackedSparseLinear(weights[0], weights[1], scales, n, k, size)
+    else:
+        p = PackedLinear(weights[0], scales, n, k, size)
+    return gemm(activations.reshape(-1, k), p, bias).to(activations.dtype).view(*activations.shape[:-1], n)
+
+
+@lru_cache(maxsize=1)
+def _say_that_it_is_slow() -> None:
+    """Once in a process."""
+    what = "packed linears on the CPU are multiplied by marlinctl's reference, which decodes every weight in each call: right, and slow"
+    warnings.warn(what, UserWarning, stacklevel=2)
+
+
+# What would be read wrongly is refused before anything is launched
+
+
+def _check(activations: Tensor, weights: tuple[Tensor, ...], scales: Tensor, n: int, group_size: int, bias: Tensor | None) -> int:
+    """K. ValueError names the tensor, what it must be and what it is."""
+    sparse = len(weights) == 2
+    if activations.dtype not in NUMBERS:
+        raise ValueError(f"{_operator(sparse)}: activations must be float16 or bfloat16, got {activations.dtype}")
+    if activations.ndim == 0:
+        raise ValueError(f"{_operator(sparse)}: activations must be [.., K], got a single number")
+    k = activations.shape[-1]
+    words, scale_shape = _shapes(sparse, n, k, group_size)
+    _must_be("qweight", weights[0], torch.int32, words, activations.device, sparse)
+    if sparse:
+        _must_be("meta", weights[1], torch.int16, words, activations.device, sparse)
+    _must_be("scales", scales, torch.float16, scale_shape, activations.device, sparse)
+    if bias is not None and (bias.dtype != activations.dtype or bias.shape != (n,) or bias.device != activations.device):
+        what = f"bias must be {activations.dtype} [{n}] on {activations.device}"
+        raise ValueError(f"{_operator(sparse)}: {what}, got {bias.dtype} {list(bias.shape)} on {bias.device}")
+    return k
+
+
+def _must_be(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, int], device: torch.device, sparse: bool) -> None:
+    if tensor.dtype != dtype or tensor.shape != shape or tensor.device != device:
+        what = f"{name} must be {dtype} {list(shape)} on {device}"
+        raise ValueError(f"{_operator(sparse)}: {what}, got {tensor.dtype} {list(tensor.shape)} on {tensor.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{_operator(sparse)}: {name} must be contiguous")
+
+
+@lru_cache(maxsize=4096)
+def _shapes(sparse: bool, n: int, k: int, group_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of words and metadata, and of scales, for a weight [N, K]."""
+    size = k if group_size == -1 else group_size
+    if n < 1 or k < 1:
+        raise ValueError(f"{_operator(sparse)}: out_features and in_features must be positive, got N={n}, K={k}")
+    if size < 1 or k % size:
+        raise ValueError(f"{_operator(sparse)}: group_size {group_size} does not divide K={k}")
+    if sparse and k % QUAD:
+        raise ValueError(f"{_operator(sparse)}: K={k} is not a multiple of {QUAD}, so 2:4 cannot cover it")
+    group_shift(size, k)  # ValueError for other sizes than the kernels have
+    groups = 1 if size == k else -(-padded(k) // size)
+    return (padded(k) // (32 if sparse else 16), 2 * padded(n)), (groups, padded(n))
+
+
+def _operator(sparse: bool) -> str:
+    return "sparse_marlin_gemm" if sparse else "marlin_gemm"

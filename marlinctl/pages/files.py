@@ -1,0 +1,38 @@
+"""What people read about a published folder, from the one JSON document of its run.
+
+    marlinctl_report.json ─► a page ─► marlinctl_report.md, marlinctl_report.html
+                          └► a card ─► README.md
+
+All four lie outside the manifest, whose digest they name; they are written when the folder is finished, and may be rewritten.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from marlinctl import card, manifest
+from marlinctl.console import SCHEMA_VERSION, strict
+from marlinctl.pages import compression, html, markdown, training
+from marlinctl.pages.provenance import Folder
+
+JSON, MARKDOWN, HTML, CARD = "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html", "README.md"
+
+
+def report_files(
+    report: Mapping[str, Any], folder: Path, *, fmt: str, layers: Mapping[str, int], ignore: Sequence[str]
+) -> dict[str, bytes]:
+    """What is published beside the finished checkpoint in `folder`. layers: its quantized linears and their group sizes."""
+    about = Folder(fmt, manifest.read(folder), manifest.digest(folder))
+    if report["kind"] == "distill":
+        page, readme = training.page(report, about), card.of_training(report, about)
+    else:
+        page, readme = compression.page(report, about), card.of_compression(report, about, layers, ignore)
+    return {
+        CARD: readme.encode(),
+        JSON: (json.dumps(strict({"schema_version": SCHEMA_VERSION, **report}), indent=1, allow_nan=False) + "\n").encode(),
+        MARKDOWN: markdown.render(page).encode(),
+        HTML: html.render(page).encode(),
+    }

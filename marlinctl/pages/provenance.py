@@ -1,0 +1,168 @@
+"""Where a result comes from, down to the digests, and how to make it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from marlinctl.checkpoint.formats import LOADERS, linear_bytes
+from marlinctl.checkpoint.licence import spoken
+from marlinctl.pages.page import Block, Cell, Listing, Name, Paragraph, Table
+
+_MOST_ANCESTORS = 20
+_INSTALLED = ("marlinctl", "torch", "transformers", "safetensors", "tokenizers", "accelerate")
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """What the pages know of the folder beside which they lie."""
+
+    fmt: str
+    manifest: Mapping[str, Any]
+    manifest_sha256: str
+
+    def linear_bytes(self, n: int, k: int, group_size: int) -> int:
+        """Of one quantized linear in this folder's format."""
+        return linear_bytes(self.fmt, n, k, group_size)
+
+
+def provenance(report: Mapping[str, Any], folder: Folder) -> list[Block]:
+    source, recipe = report["source"], report["recipe"]
+    rows: list[tuple[Cell, Cell]] = [("original", Name(named(source)))]
+    rows += [("", source["note"])] if source.get("note") else []
+    rows += [("its licence", spoken(source.get("license")))]
+    chain = ancestors(folder)
+    rows += [("by way of", Name(", ".join(named(ancestor) for ancestor in chain[:-1])))] if len(chain) > 1 else []
+    rows += _digests(chain[-1]) if chain else []
+    if calibration := report.get("calibration"):
+        rows += _calibration(calibration)
+    rows += [
+        ("recipe", recipe["name"]),
+        ("SHA-256 of the recipe", Name(recipe["sha256"])),
+        ("seeds", _seeds(recipe)),
+        ("computed on", f"{report['device']}, forward pass in {report['dtype']}"),
+        ("versions", ", ".join(f"{name} {number}" for name, number in report["versions"].items())),
+        ("written", report.get("written", "")),
+        ("loads in", ", ".join(LOADERS[folder.fmt])),
+        ("SHA-256 of the manifest", Name(folder.manifest_sha256)),
+    ]
+    blocks: list[Block] = [Table((), [row for row in rows if row[1] not in ("", Name(""))])]
+    blocks += _checks(report)
+    return blocks
+
+
+def reproduce(report: Mapping[str, Any], folder: Folder) -> list[Block]:
+    """The versions, the command, and the recipe with every value."""
+    import yaml
+
+    installed = " ".join(f"{name}=={number.partition('+')[0]}" for name, number in report["versions"].items() if name in _INSTALLED)
+    recipe = {key: value for key, value in report["recipe"].items() if key != "sha256"}
+    packed = report.get("packed")
+    command = report["command"] + (f"\n{packed['command']}" if packed else "")
+    said = "The same input, recipe, versions and number of threads give the same files on a CPU, card, report and log apart."
+    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100)
+    return [Listing(f"pip install {installed}\n{command}"), Paragraph(said), Listing(text, folded="The recipe, with every value")]
+
+
+def named(source: Mapping[str, Any]) -> str:
+    return f"{source['name']} @ {source['revision']}" if source.get("revision") else str(source["name"])
+
+
+def ancestors(folder: Folder) -> list[Mapping[str, Any]]:
+    """What the folder was made from, the nearest first: a model that was pruned and distilled before it was quantized has three."""
+    found: list[Mapping[str, Any]] = []
+    source = folder.manifest.get("source")
+    while isinstance(source, dict) and isinstance(source.get("name"), str) and len(found) < _MOST_ANCESTORS:
+        found.append(source)
+        earlier = source.get("made_from")
+        source = (earlier.get("teacher") or earlier.get("source")) if isinstance(earlier, dict) else None
+    return found
+
+
+def hub_ancestor(folder: Folder) -> str | None:
+    """The hub's name of the model that all of it began with, where it came from there."""
+    return next((str(source["name"]) for source in reversed(ancestors(folder)) if source.get("kind") == "hub"), None)
+
+
+def _digests(source: Mapping[str, Any]) -> list[tuple[str, Cell]]:
+    """One name for everything that was read: the digest of the fingerprint, whose parts are in the manifest."""
+    import hashlib
+
+    from marlinctl.manifest import canonical
+
+    fingerprint = source.get("fingerprint")
+    return [("SHA-256 of its fingerprint", Name(hashlib.sha256(canonical(fingerprint)).hexdigest()))] if fingerprint else []
+
+
+def _calibration(calibration: Mapping[str, Any]) -> list[tuple[Cell, Cell]]:
+    samples, tokens = calibration["samples"], calibration["tokens"]
+    text = f"{samples['got']} samples of at most {calibration['sequence_length']} tokens, {tokens['counted']:,} tokens counted"
+    return [
+        ("calibration", Name(str(calibration["source"]))),
+        ("", f"{text} ({calibration['how']})"),
+        ("SHA-256 of the token ids", Name(calibration["sha256"])),
+    ]
+
+
+def _seeds(recipe: Mapping[str, Any]) -> str:
+    seeds = [f"calibration {recipe['calibration']['seed']}"]
+    if recipe["distill"]["tokens"]:
+        seeds.append(f"distillation {recipe['distill']['seed']}")
+    return ", ".join(seeds)
+
+
+def _checks(report: Mapping[str, Any]) -> list[Block]:
+    """What `verify` found before anything was published."""
+    rows: list[Sequence[Cell]] = []
+    for fmt, checked in report.get("verified", {}).items():
+        kernels, source = checked.get("kernels"), checked.get("source")
+        found = [f"{checked['files']} files and {checked['linears']} linears as they must be"]
+        found += (
+            [f"logits within {checked['logit_error']:.1e} of the dequantized weights"] if checked.get("logit_error") is not None else []
+        )
+        found += [f"products of its tiles within {kernels['error']:.1e} ({kernels['by']})"] if kernels else []
+        found += ["each linear compared with the original"] if source else []
+        rows.append((fmt, "; ".join(found)))
+    return [Paragraph("Checked before it was published:"), Table(("format", "found"), rows)] if rows else []
+
+
+# ---- the same, short, for a model card -------------------------------------------------------------------------------------------------
+
+
+def card_rows(report: Mapping[str, Any], folder: Folder) -> list[tuple[str, Cell]]:
+    """Data, seeds, versions and digests. A local file's path is nobody's business: of calibration only its own name is told."""
+    rows: list[tuple[str, Cell]] = []
+    source = report["source"]
+    rows += [("Its commit", Name(source["revision"]))] if source.get("revision") else []
+    chain = ancestors(folder)
+    rows += _digests(chain[-1]) if chain else []
+    if calibration := report.get("calibration"):
+        samples, tokens = calibration["samples"], calibration["tokens"]
+        text = f"{_public(calibration['source'])}: {samples['got']} samples, {tokens['counted']:,} tokens ({calibration['how']})"
+        rows += [("Calibration", text), ("SHA-256 of its token ids", Name(calibration["sha256"]))]
+    return [*rows, *_card_tail(report, folder, _seeds(report["recipe"]))]
+
+
+def training_rows(report: Mapping[str, Any], folder: Folder) -> list[tuple[str, Cell]]:
+    data, training = report["data"], report["training"]
+    text = f"{_public(data['source'])}: {training['tokens']:,} tokens in {training['steps']} steps ({data['how']})"
+    return [("Data", text), *_card_tail(report, folder, str(report["recipe"]["distill"]["seed"]))]
+
+
+def _card_tail(report: Mapping[str, Any], folder: Folder, seeds: str) -> list[tuple[str, Cell]]:
+    recipe = report["recipe"]
+    return [
+        ("Recipe", f"{recipe['name']}, every value in recipe.yaml"),
+        ("SHA-256 of the recipe", Name(recipe["sha256"])),
+        ("Seeds", seeds),
+        ("Versions", ", ".join(f"{name} {number}" for name, number in report["versions"].items())),
+        ("SHA-256 of the manifest", Name(folder.manifest_sha256)),
+    ]
+
+
+def _public(source: str) -> str:
+    """`self` and data sets of the hub as they are; of a path the last part."""
+    import re
+
+    return re.split(r"[/\\]", source)[-1] if re.search(r"\.(txt|jsonl|parquet)$", source) else source

@@ -1,0 +1,105 @@
+"""The document of `distill` as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from marlinctl.checkpoint.licence import spoken
+from marlinctl.pages import pictures
+from marlinctl.pages.page import Block, Cell, Figure, Name, Page, Section, Table
+from marlinctl.pages.provenance import Folder, named, reproduce
+from marlinctl.scores import finite
+
+_TRAINED = {"full": "linears and norms", "blockwise": "linears and norms, block by block", "scales": "scales and norms, codes fixed"}
+_CURVE_LINES = 25
+_NO_LOSS = ("step", "tokens", "learning_rate")
+
+
+def page(report: Mapping[str, Any], folder: Folder) -> Page:
+    """What was done, what it changed, how the loss went."""
+    training, losses = report["training"], report["held_out"]
+    sections = [
+        Section("Held-out loss", [held_out(losses)]),
+        Section("Loss curve", [curve(training), _curve_table(training["curve"])]),
+        Section("Where it comes from", [Table((), _facts(report, folder))]),
+        Section("Make it again", reproduce(report, folder)),
+    ]
+    figures = [
+        Figure("Held-out loss", _number(losses["after"]["loss"]), f"before: {_number(losses['before']['loss'])}"),
+        Figure("Tokens", f"{training['tokens']:,}", f"in {training['steps']} steps" + (" for each block" if _is_blockwise(report) else "")),
+        Figure("Speed", f"{training['tokens_per_second'] or 0:,.0f} tokens/s", f"on {report['device']}"),
+        Figure("Time", f"{training['seconds']:,.1f} s", "of training"),
+        Figure("Peak memory", f"{report['peak_memory_bytes'] / 2**30:.2f} GiB", _device_memory(report)),
+    ]
+    lead = f"Trained towards {report['teacher']['name']}: {trained(report)}."
+    by = f"Written by marlinctl {report['versions']['marlinctl']} from marlinctl_report.json, which has every figure of this page."
+    return Page(f"{report['student']['name']}, distilled", lead, figures, sections, by)
+
+
+def held_out(losses: Mapping[str, Mapping[str, float]]) -> Block:
+    before, after = losses["before"], losses["after"]
+    rows = [(name, _number(before[name]), _number(after[name])) for name in before]
+    return Table(("held-out loss", "before", "after"), rows, numbers=frozenset((1, 2)))
+
+
+def curve(training: Mapping[str, Any]) -> Block:
+    """The losses over the steps; of mode blockwise one line for each block."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in training["curve"]:
+        values = {f"block {row['block']}": row["loss"]} if "block" in row else {k: v for k, v in row.items() if k not in _NO_LOSS}
+        for name, value in values.items():
+            if finite(value):
+                lines.setdefault(name, []).append((row["step"], value))
+    return pictures.curves(lines, "step", "Losses of the training, each the mean since the point before it.")
+
+
+def trained(report: Mapping[str, Any]) -> str:
+    sparse = report["sparse_linears"]
+    return _TRAINED[report["recipe"]["distill"]["mode"]] + (f"; 2:4 masks of {sparse} linears fixed" if sparse else "")
+
+
+def _is_blockwise(report: Mapping[str, Any]) -> bool:
+    return bool(report["recipe"]["distill"]["mode"] == "blockwise")
+
+
+def _facts(report: Mapping[str, Any], folder: Folder) -> list[tuple[Cell, Cell]]:
+    asked, training, data = report["recipe"]["distill"], report["training"], report["data"]
+    losses = ", ".join(f"{name} {asked[name]:g}" for name in ("ce", "squarehead", "kl") if asked[name])
+    losses = "relative error of each block's output" if _is_blockwise(report) else f"{losses}, temperature {asked['temperature']:g}"
+    rows = f"{data['rows']['trained']} rows, {data['rows']['held_out']} held out ({data['how']})"
+    return [
+        ("student", Name(report["student"]["name"])),
+        ("teacher", Name(named(report["teacher"]))),
+        ("its licence", spoken(report["teacher"].get("license"))),
+        ("losses", losses),
+        ("data", Name(str(data["source"]))),
+        ("", rows),
+        ("learning rate", f"{asked['learning_rate']:g}, batches of {asked['batch_tokens']:,} tokens"),
+        ("tokens", f"{training['tokens']:,} in {training['steps']} steps"),
+        ("seed", str(asked["seed"])),
+        ("computed on", f"{report['device']}, {report['processes']} processes, products in {report['dtype']}"),
+        ("versions", ", ".join(f"{name} {number}" for name, number in report["versions"].items())),
+        ("written", report.get("written", "")),
+        ("SHA-256 of the recipe", Name(report["recipe"]["sha256"])),
+        ("SHA-256 of the manifest", Name(folder.manifest_sha256)),
+    ]
+
+
+def _device_memory(report: Mapping[str, Any]) -> str:
+    device = report["peak_device_memory_bytes"]
+    return f"of the host; {device / 2**30:.2f} GiB on the device" if device else "of the host"
+
+
+def _curve_table(rows: Sequence[Mapping[str, float]]) -> Block:
+    """Every so many lines of it, the last one always."""
+    step = -(-len(rows) // _CURVE_LINES)
+    thinned = [*rows[: len(rows) - 1 : step], rows[-1]]
+    cells = [[_number(value) for value in row.values()] for row in thinned]
+    return Table(tuple(rows[0]), cells, numbers=frozenset(range(len(rows[0]))), folded="The curve as numbers")
+
+
+def _number(value: float | None) -> str:
+    if value is None or not finite(value):
+        return "not a number"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"

@@ -1,0 +1,124 @@
+"""The largest solve of a run, once, on random numbers and before the long part: does it fit into memory, and how fast is this machine.
+
+    x [T, K] random ─► Gram matrix, timed ─► H ─┐
+    W [R, K] random ─► x Wᵀ, timed              ├─► the run's own solve (stack.py), timed;   peak of the CUDA device
+                       the recipe ──────────────┘
+
+Time and memory of a solve depend on shapes and recipe alone, not on values, so random ones will do. What it costs is one solve of the many
+that follow. The forward pass has attention and norms beside its products, so its rate is that of products times what the measured machines
+keep of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from marlinctl.console import Console, duration
+from marlinctl.devices import has_matrix_units
+from marlinctl.errors import ResourceProblem
+from marlinctl.estimate import Rehearsed, largest_stage, machine, rehearsed_machine, seconds_of_walk
+from marlinctl.memory import CHUNK_TOKENS, Stage, Work, release_heap
+from marlinctl.models import Architecture
+from marlinctl.opening import Opened
+from marlinctl.quantize.hessian import add_gram, mirror
+from marlinctl.quantize.types import Hessian
+from marlinctl.recipe import Recipe
+from marlinctl.stack import StackSolver
+
+_SEED = 0
+_FORWARD_SHARE = 0.7  # of the rate of products that a forward pass through a block keeps
+
+
+def rehearse(
+    architecture: Architecture, compressed: Mapping[str, int], recipe: Recipe, *, matches: bool, device: torch.device, dtype: torch.dtype
+) -> Rehearsed:
+    """One solve of the stage that takes longest. compressed: linear -> group size.
+
+    Raises:
+        ResourceProblem: E522, it does not fit into memory.
+    """
+    speed = machine(device.type, torch.get_num_threads(), dtype.itemsize, matrix_units=False)
+    stage = largest_stage(architecture, compressed, recipe, speed)
+    solver = StackSolver.of(recipe, matches=matches, bfloat16_exact=False)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        with torch.no_grad():
+            measured = _measure(stage, solver, architecture.hidden_size, device, dtype)
+    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
+            raise
+        raise ResourceProblem(
+            "E522",
+            f"the largest solve, {stage.rows} rows of {stage.k} inputs, does not fit: {str(error).splitlines()[0]}",
+            where=f"memory of {device}",
+            fix="free memory there (`marlinctl plan` says how much is needed), or --device cpu",
+        ) from error
+    finally:
+        release_heap()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return measured
+
+
+def rehearse_before(opened: Opened, recipe: Recipe, console: Console) -> None:
+    """The largest solve once, so that a machine whose memory does not hold it says so in seconds and not after hours."""
+    sizes = opened.plan.group_sizes
+    measured = rehearse(opened.architecture, sizes, recipe, matches=opened.matches, device=opened.device, dtype=opened.dtype)
+    work = Work.of(recipe, element=opened.dtype.itemsize, matches=opened.matches, on_device=opened.device.type == "cuda")
+    counted_at = machine(opened.device.type, torch.get_num_threads(), opened.dtype.itemsize, matrix_units=has_matrix_units())
+    speed = rehearsed_machine(counted_at, measured, recipe)
+    size = sum(tensor.nbytes for tensor in opened.checkpoint.tensors.values())
+    left = sum(seconds_of_walk(opened.architecture, sizes, work, recipe, speed, size).values())
+    stage = measured.stage
+    console.say(
+        f"rehearsed the largest solve, {stage.rows} rows of {stage.k} inputs: {measured.seconds:.2f} s; all of it will take about "
+        f"{duration(left)}"
+    )
+
+
+def _measure(stage: Stage, solver: StackSolver, hidden: int, device: torch.device, dtype: torch.dtype) -> Rehearsed:
+    generator = torch.Generator(device).manual_seed(_SEED)
+    x = torch.randn(CHUNK_TOKENS, stage.k, generator=generator, device=device).to(dtype)
+    weight = torch.randn(stage.rows, stage.k, generator=generator, device=device)
+    narrow = weight.to(dtype)
+    gram = torch.zeros(stage.k, stage.k, device=device)
+    seconds_gram = _timed(lambda: add_gram(gram, x), device)
+    seconds_forward = _timed(lambda: x @ narrow.T, device)
+    matrix = mirror(gram) / CHUNK_TOKENS
+    matrix.diagonal().add_(0.1)  # fewer tokens than inputs leave it singular; a run has more
+    drift = residual = None
+    if solver.match:
+        drift = 0.01 * matrix
+        residual = torch.zeros(stage.k, stage.rows, device=device) if stage.rows == hidden else None
+    hessian = Hessian(matrix, CHUNK_TOKENS, drift, residual)
+    group_size = -1 if stage.groups <= 1 else stage.k // stage.groups
+    started = time.monotonic()
+    solver.solve(weight, None, hessian, group_size)
+    _wait(device)
+    return Rehearsed(
+        stage=stage,
+        seconds=time.monotonic() - started,
+        products=_FORWARD_SHARE * 2 * stage.rows * stage.k * CHUNK_TOKENS / seconds_forward,
+        gram=stage.k**2 * CHUNK_TOKENS / seconds_gram,
+        device_peak=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
+    )
+
+
+def _timed(work: Callable[[], Tensor | None], device: torch.device) -> float:
+    """Seconds of the second of two calls: the first one initialises libraries."""
+    work()
+    _wait(device)
+    started = time.monotonic()
+    work()
+    _wait(device)
+    return max(time.monotonic() - started, 1e-9)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

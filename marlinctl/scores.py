@@ -1,0 +1,95 @@
+"""The figures of an evaluation's JSON document, one by one: for the table at the terminal, the card and the report.
+
+Each is an estimate, {"value", "stderr"}, of the model, of its baseline and of the paired difference. The difference's error is smaller than
+the two errors beside it suggest: what is common to both models cancels (evaluation/statistics.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Estimate = Mapping[str, Any]  # {"value": float or None, "stderr": float or None}
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """`kind` is "task", "perplexity" or "distance" (KL and agreement, which no model has alone)."""
+
+    kind: str
+    name: str  # of the task or the text
+    split: str
+    metric: str
+    digits: int
+    ours: Estimate | None
+    baseline: Estimate | None = None
+    difference: Estimate | None = None
+
+
+def scores(document: Mapping[str, Any]) -> list[Score]:
+    """Every figure, tasks first."""
+    return [*_of_tasks(document), *_of_text(document)]
+
+
+def figure(estimate: Estimate | None, *, digits: int = 4, signed: bool = False) -> str:
+    """0.5075 ± 0.0141; a dash where there is nothing; no ± where the error is not known."""
+    if estimate is None:
+        return "-"
+    if not finite(estimate["value"]):
+        return "not a number"
+    value = f"{estimate['value']:{'+' if signed else ''}.{digits}f}"
+    return f"{value} ± {estimate['stderr']:.{digits}f}" if finite(estimate.get("stderr")) else value
+
+
+def finite(value: float | None) -> bool:
+    """JSON has no NaN: it is written as null."""
+    return value is not None and math.isfinite(value)
+
+
+def notes(document: Mapping[str, Any]) -> list[str]:
+    """What the figures were measured on, and what a reader must not overlook."""
+    lines = []
+    if (text := document.get("text")) is not None:
+        start = ", each after the beginning-of-sequence token" if text["starts_with"] is not None else ""
+        lines.append(f"text: {text['note']}, SHA-256 {text['sha256']}")
+        lines.append(f"      {text['windows']} windows of {text['window']:,} tokens{start}")
+    records = document["model"].get("tasks", {})
+    limited = [name for name, record in records.items() if record["documents"] < record["of_documents"]]
+    if limited:
+        lines.append(f"limited: {len(limited)} of {len(records)} tasks ran on a part of their documents; such scores are for trying out")
+    return lines
+
+
+def _of_tasks(document: Mapping[str, Any]) -> Iterator[Score]:
+    baseline = document.get("baseline") or {}
+    differences = (document.get("comparison") or {}).get("tasks", {})
+    for name in document.get("names", []):
+        theirs = _metrics(baseline, name)
+        for metric, estimate in _metrics(document["model"], name).items():
+            difference = differences.get(name, {}).get(metric)
+            yield Score("task", name, _splits(document["model"], name), metric, 4, estimate, theirs.get(metric), difference)
+
+
+def _metrics(side: Mapping[str, Any], name: str) -> dict[str, Estimate]:
+    record = side.get("groups", {}).get(name) or side.get("tasks", {}).get(name) or {}
+    found: dict[str, Estimate] = record.get("metrics", {})
+    return found
+
+
+def _splits(side: Mapping[str, Any], name: str) -> str:
+    leaves = side.get("groups", {}).get(name, {}).get("tasks", [name])
+    return ", ".join(sorted({side["tasks"][leaf]["split"] for leaf in leaves}))
+
+
+def _of_text(document: Mapping[str, Any]) -> Iterator[Score]:
+    if (text := document.get("text")) is None:
+        return
+    comparison = document.get("comparison") or {}
+    ours, theirs = document["model"].get("perplexity"), (document.get("baseline") or {}).get("perplexity")
+    if ours is not None:
+        yield Score("perplexity", text["name"], "-", "perplexity", 3, ours, theirs, comparison.get("perplexity"))
+    for key, metric, digits in (("kl", "KL, nats", 5), ("top1", "top-1 agreement", 4)):
+        if (estimate := comparison.get(key)) is not None:
+            yield Score("distance", text["name"], "-", metric, digits, estimate)

@@ -1,0 +1,1 @@
+"""Native folders in programs that serve models."""

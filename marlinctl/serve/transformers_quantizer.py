@@ -1,0 +1,168 @@
+"""Native folders in transformers: AutoModelForCausalLM.from_pretrained(folder) with linears that stay packed.
+
+    config.json: quant_method marlinctl ─► MarlinctlConfig, MarlinctlQuantizer, by transformers' own registry
+    before files are looked for         ─► config.transformers_weights: our index, as native shards are not called model*.safetensors
+    before weights are loaded           ─► every packed linear of the folder becomes a MarlinLinear or SparseMarlinLinear, without memory
+    transformers loads                  ─► buffers by name: B, s, .., each with the dtype that it has on disk
+    after that                          ─► anything missing, left over or of another shape is an error
+
+transformers alone would warn, fill what is missing with random numbers, and go on. Importing this module registers; importing
+marlinctl imports it as soon as transformers' registry is there (marlinctl/__init__.py).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from marlinctl.checkpoint import formats
+from marlinctl.errors import BadInput, Problem
+from marlinctl.load import refuse_incomplete
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from marlinctl.checkpoint.reader import Checkpoint
+    from marlinctl.pack.types import PackedLinear, PackedSparseLinear
+
+METHOD = "marlinctl"
+_AGAIN = "config.json and weights do not belong together, or the copy is incomplete; fetch or write the folder again"
+
+
+@register_quantization_config(METHOD)
+class MarlinctlConfig(QuantizationConfigMixin):
+    """The quantization_config of a native folder, kept as it is; formats.py reads it."""
+
+    def __init__(self, **block: Any) -> None:
+        self.__dict__.update(block)
+        self.quant_method = METHOD
+
+
+@register_quantizer(METHOD)
+class MarlinctlQuantizer(HfQuantizer):
+    """Puts packed linears into a model that has no weights yet, and sees to it that all of them arrive."""
+
+    requires_calibration = True  # a model that is not packed yet is not packed here
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """transformers hands the config over here before it looks for files, and nowhere else: the place to name ours."""
+        config.transformers_weights = f"{formats.weight_files('marlin')}.safetensors.index.json"
+        return config
+
+    update_tp_plan = update_attn_implementation  # where 5.17 hands it over
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        import torch
+
+        if dtype not in (torch.float16, torch.bfloat16):
+            fix = "from_pretrained(folder, dtype=torch.bfloat16) or float16; marlinctl.api.load dequantizes to float32"
+            raise BadInput("E362", f"packed linears compute in float16 or bfloat16, not in {dtype}", where="from_pretrained", fix=fix)
+        return dtype
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> PreTrainedModel:
+        from marlinctl.checkpoint.reader import open_checkpoint
+
+        if not checkpoint_files:
+            raise BadInput("E360", "a packed model is loaded from its folder alone", where="from_pretrained", fix="name the folder")
+        folder = Path(checkpoint_files[0]).parent
+        with open_checkpoint(folder, weight_files=formats.weight_files("marlin")) as checkpoint:
+            _put_packed_linears(model, checkpoint)
+        model._adjust_missing_and_unexpected_keys = partial(_refuse, model, folder, model._adjust_missing_and_unexpected_keys)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        del model.config.transformers_weights  # it said where the weights are, not what the model is
+        return model
+
+    def is_serializable(self) -> bool:
+        """save_pretrained would call the files model*.safetensors, and plain transformers would load them at random."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _refuse(model: PreTrainedModel, folder: Path, adjust: Any, loading_info: Any) -> None:
+    """In the place of a method that knows at last what was missing and left over, once what the model says is harmless is off the lists."""
+    del model._adjust_missing_and_unexpected_keys  # the method of the class is back
+    adjust(loading_info)
+    refuse_incomplete(folder, loading_info.to_dict())
+
+
+def _put_packed_linears(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Every linear that the folder has packed, without memory. BadInput lists what does not fit the model."""
+    from torch import nn
+
+    from marlinctl.kernels.linear import packed_module
+
+    info = formats.detect(checkpoint.config, checkpoint.tensors)
+    modules = dict(model.named_modules())
+    problems: list[Problem] = []
+    for layer, group_size in info.layers.items():
+        n, k = formats.layer_shape(checkpoint, info, layer)
+        linear = modules.get(layer)
+        if not isinstance(linear, nn.Linear):
+            what = f"the model has no linear {layer}, which the folder has packed"
+            fix = "experts that transformers fuses into one tensor cannot stay packed: `marlinctl pack FOLDER OUT --format ct`"
+            problems.append(Problem(what, layer, fix))
+        elif (linear.out_features, linear.in_features) != (n, k):
+            shape = [linear.out_features, linear.in_features]
+            problems.append(Problem(f"{layer} is [{n}, {k}] in the folder and {shape} in the model", layer, _AGAIN))
+        elif not (wrong := _wrong_tensors(checkpoint, info.name, layer, n, k, group_size)):
+            _replace(model, layer, packed_module(_without_memory(info.name, n, k, group_size), linear.bias))
+        else:
+            problems += wrong
+    for name, tensor in model.state_dict().items():  # transformers 5.17 takes any shape into a quantized model
+        found = checkpoint.tensors.get(name)
+        if found is not None and tuple(found.shape) != tuple(tensor.shape):
+            what = f"{name} is {list(found.shape)} in the folder and {list(tensor.shape)} in the model"
+            problems.append(Problem(what, str(found.file), _AGAIN))
+    if problems:
+        raise BadInput.from_problems("E360", problems)
+
+
+def _wrong_tensors(checkpoint: Checkpoint, fmt: str, layer: str, n: int, k: int, group_size: int) -> list[Problem]:
+    problems = []
+    for suffix, (dtypes, shape) in formats.linear_shapes(fmt, n, k, group_size).items():
+        found = checkpoint.tensors.get(f"{layer}.{suffix}")
+        if found is None:
+            problems.append(Problem(f"the model needs {layer}.{suffix}, which the checkpoint lacks", str(checkpoint.folder), _AGAIN))
+        elif found.dtype not in dtypes or tuple(found.shape) != shape:
+            what = f"{layer}.{suffix} is {found.dtype} {list(found.shape)}, expected {' or '.join(dtypes)} {list(shape)}"
+            problems.append(Problem(what, str(found.file), _AGAIN))
+    return problems
+
+
+def _without_memory(fmt: str, n: int, k: int, group_size: int) -> PackedLinear | PackedSparseLinear:
+    import torch
+
+    from marlinctl.pack.types import PackedLinear, PackedSparseLinear
+
+    shapes = {suffix: shape for suffix, (_, shape) in formats.linear_shapes(fmt, n, k, group_size).items()}
+
+    def empty(suffix: str, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shapes[suffix], dtype=dtype, device="meta")
+
+    sizes = (empty("s", torch.float16), n, k, k if group_size == -1 else group_size)
+    if fmt == "marlin":
+        return PackedLinear(empty("B", torch.int32), *sizes)
+    return PackedSparseLinear(empty("B_24", torch.int32), empty("B_meta", torch.int16), *sizes)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

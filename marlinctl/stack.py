@@ -1,0 +1,102 @@
+"""What a recipe does to the stacked rows of linears that share an input: match, prune, quantize, or two of these together.
+
+The walk solves every stack of a model with it (solving.py), and the rehearsal one stack of random numbers (rehearsal.py): what is rehearsed
+is what is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from torch import Tensor
+
+from marlinctl.quantize.gptq import Solved, SolveSettings, solve
+from marlinctl.quantize.match import matched
+from marlinctl.quantize.types import Hessian, QuantizedLinear
+from marlinctl.recipe import Recipe
+from marlinctl.sparsify.sparsegpt import PruneSettings, fit_mask, prune, prune_and_quantize, solve_pruned
+from marlinctl.sparsify.types import SparseQuantizedLinear
+
+
+class Outcome(Protocol):
+    """What every solve reports about its stacked rows (quantize.gptq.Solved, sparsify.sparsegpt.Pruned)."""
+
+    @property
+    def error(self) -> Tensor: ...
+    @property
+    def energy(self) -> Tensor: ...
+    @property
+    def damping(self) -> float: ...
+    @property
+    def fallback(self) -> str | None: ...
+    @property
+    def dead(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StackSolver:
+    match: float  # share in which the original is matched; 0 where it does not walk along
+    bits: int
+    prunes: bool
+    pruning: PruneSettings
+    settings: SolveSettings  # of int4; the group size is that of each stack
+
+    @classmethod
+    def of(cls, recipe: Recipe, *, matches: bool, bfloat16_exact: bool) -> StackSolver:
+        q = recipe.quantize
+        return cls(
+            match=q.match if matches else 0.0,
+            bits=q.bits,
+            prunes=recipe.sparsify.pattern == "2:4",
+            pruning=PruneSettings(
+                method=recipe.sparsify.method,
+                damping=q.damping,
+                mask_sweeps=recipe.sparsify.mask_sweeps,
+                iterations=recipe.sparsify.ls_iterations,
+            ),
+            settings=SolveSettings(
+                group_size=q.group_size,
+                both_signs=q.scale_sign == "both",
+                bfloat16_exact=bfloat16_exact,
+                act_order=q.act_order,
+                scale_search=q.scale_search,
+                damping=q.damping,
+                refine=q.refine,
+            ),
+        )
+
+    def solve(
+        self, stack: Tensor, keep: Tensor | None, hessian: Hessian, group_size: int
+    ) -> tuple[Outcome, Callable[[slice], Tensor | QuantizedLinear], Tensor | None]:
+        """The outcome, what each slice of rows became, and the mask of all rows [R, K] on the CPU.
+
+        stack: [R, K] float32. keep: a mask that the source has already, [R, K] bool, or None.
+
+        Raises:
+            ValueError: weights or Hessian are not finite, or no damping makes the Hessian positive definite.
+        """
+        if self.match:
+            stack = matched(stack, hessian, share=self.match, damping=self.pruning.damping)
+        if self.bits == 16:
+            pruned = prune(stack, hessian, self.pruning)
+            return pruned, lambda rows: pruned.weight[rows], pruned.keep.cpu()
+        settings = replace(self.settings, group_size=group_size)
+        solved: Solved
+        if keep is not None:
+            pruned_stack = fit_mask(stack, keep, hessian, self.pruning) if self.match else stack
+            solved, keep = solve_pruned(pruned_stack, keep, hessian, settings, original=stack)
+        elif self.prunes:
+            solved, keep = prune_and_quantize(stack, hessian, self.pruning, settings)
+        else:
+            solved = solve(stack, hessian, settings)
+        kept = None if keep is None else keep.cpu()
+        return solved, lambda rows: _rows(solved.linear, kept, rows), kept
+
+
+def _rows(linear: QuantizedLinear, keep: Tensor | None, rows: slice) -> QuantizedLinear:
+    codes, scales = linear.codes[rows].cpu(), linear.scales[rows].cpu()
+    if keep is None:
+        return QuantizedLinear(codes, scales, linear.group_size)
+    return SparseQuantizedLinear(codes, scales, linear.group_size, keep[rows])

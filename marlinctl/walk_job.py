@@ -1,0 +1,175 @@
+"""What a walk over the blocks leaves in its job's folder, so that it can go on behind the last finished block.
+
+    calibration.safetensors     the token ids, and which of them count: nobody has to read or write that text again
+    staged/                     a shard for each finished block
+    staged.masks                the masks of the finished blocks, where there are any
+    states/00012.safetensors    the hidden states that enter block 12; the last two are kept
+
+    journal    begun ─► block 0 ─► block 1 ─► ... ─► head
+
+A block is finished when its shard, its masks and the hidden states behind it are on the disk; then its line is written. What no line
+names is made again. On a CPU a resumed walk computes what the one before would have computed, bit for bit: hidden states are kept in
+the dtype in which they are passed on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from marlinctl.calibration import CalibrationSet
+from marlinctl.checkpoint.header import read_header
+from marlinctl.checkpoint.reader import Checkpoint
+from marlinctl.checkpoint.writer import StagedCheckpoint, write_tensors
+from marlinctl.console import Console
+from marlinctl.errors import UsageError
+from marlinctl.journal import JobFolder, sha256_of
+from marlinctl.solving import LayerRecord, Solving
+from marlinctl.walk import Tokens
+
+_CALIBRATION = "calibration.safetensors"
+_STATES_KEPT = 2
+
+
+class WalkJob(JobFolder):
+    @property
+    def staged(self) -> Path:
+        return self.path / "staged"
+
+    # Calibration
+
+    def begin_walk(self, fingerprint: Mapping[str, Any], calibration: CalibrationSet) -> None:
+        tokens = calibration.tokens
+        write_tensors(self.path / _CALIBRATION, {"ids": tokens.ids, "counted": tokens.counted})
+        self.begin(fingerprint, calibration={"facts": dict(calibration.facts), "file": self._described(_CALIBRATION)})
+
+    def calibration(self) -> CalibrationSet | None:
+        """The text that the job was begun with; None where it was killed before it had any, or where the file is damaged."""
+        if not self.begun:
+            return None
+        noted = self.lines[0]["calibration"]
+        if not self._is_as_noted(noted["file"]):
+            self.drop_from(0)
+            return None
+        found = self._tensors(_CALIBRATION)
+        return CalibrationSet(Tokens(found["ids"], found["counted"]), noted["facts"])
+
+    # Blocks
+
+    def commit(self, step: str, index: int, solving: Solving, shard: str | None, states: Mapping[str, Tensor]) -> None:
+        """Note a finished block, or the head (whose `states` are empty: nothing comes behind it)."""
+        done = [line for line in self.lines if line["step"] in ("block", "head")]
+        known, masked = sum(len(line["records"]) for line in done), sum(line["masks"]["bytes"] for line in done)
+        records = solving.records[known:]
+        noted: dict[str, Any] = {"step": step, "index": index, "records": [asdict(record) for record in records]}
+        noted["shard"] = self._described(f"staged/{shard}") if shard is not None else None
+        size = solving.staged.sync() - masked
+        noted["masks"] = {"bytes": size, "sha256": _sha256_of_part(solving.staged.spool, masked, size) if size else None}
+        if states:
+            (self.path / "states").mkdir(exist_ok=True)
+            self._forget_states(before=index + 2 - _STATES_KEPT)
+            write_tensors(self.path / _state_name(index + 1), states)
+            noted["state"] = self._described(_state_name(index + 1))
+        self.append(noted)
+
+    def take_up(self, staged: StagedCheckpoint, console: Console, *, redo_from: int | None, pieces: int) -> list[LayerRecord]:
+        """Put `staged` where the last finished block left it; returns the records so far. Lines whose files are damaged are dropped.
+
+        redo_from: blocks from this one on are dropped too, and as many before it as have to be solved again because the hidden states
+        between them are gone. pieces: blocks, and the head if it is solved.
+        """
+        if redo_from is not None and redo_from >= pieces:
+            what = f"--redo-from {redo_from}: the pieces of this model are 0 to {pieces - 1}"
+            raise UsageError("E291", what, where="--redo-from", fix="name one of them, or leave it out")
+        found = len(self.lines)
+        good = 1 + self._whole()
+        if redo_from is not None:
+            good = min(good, 1 + redo_from)
+        while good > 1 and not self._can_enter(good - 1, pieces):
+            good -= 1
+        if redo_from is not None and good - 1 < redo_from:
+            console.say(f"what enters block {redo_from} is not there (the last {_STATES_KEPT} are kept): again from block {good - 1}")
+        elif redo_from is None and good < found:
+            console.warn(f"files of the job are damaged or missing behind block {good - 2}; what they held is solved again")
+        self.drop_from(good)
+        done = self.lines[1:]
+        records = [LayerRecord(**{**record, "shape": tuple(record["shape"])}) for line in done for record in line["records"]]
+        shards = [Path(line["shard"]["name"]).name for line in done if line["shard"] is not None]
+        layers = [(record.name, *record.shape) for record in records if record.pattern is not None]
+        staged.restore(shards, layers)
+        if done:
+            console.say(f"going on: {len(done)} of {pieces} blocks are finished")
+        return records
+
+    @property
+    def finished(self) -> int:
+        """How many blocks are finished; one more than there are blocks when the head is, too."""
+        return sum(line["step"] in ("block", "head") for line in self.lines)
+
+    def states(self) -> dict[str, Tensor]:
+        """The hidden states that enter the first block that is not finished."""
+        return self._tensors(_state_name(self.finished))
+
+    # Files
+
+    def _whole(self) -> int:
+        """How many lines behind the first are followed by files that are as they say."""
+        count, masked = 0, 0
+        for line in self.lines[1:]:
+            if line["step"] not in ("block", "head") or (line["shard"] is not None and not self._is_as_noted(line["shard"])):
+                break
+            size, spool = line["masks"]["bytes"], self.staged.with_name(self.staged.name + ".masks")
+            if size and (not spool.is_file() or _sha256_of_part(spool, masked, size) != line["masks"]["sha256"]):
+                break
+            masked += size
+            count += 1
+        return count
+
+    def _can_enter(self, index: int, pieces: int) -> bool:
+        """Whether the walk can go on with piece `index`."""
+        if index >= pieces:
+            return True  # nothing is left to solve
+        state = self.lines[index].get("state")
+        return state is not None and self._is_as_noted(state)
+
+    def _forget_states(self, before: int) -> None:
+        """Remove older ones first: the disk then never holds more than are kept."""
+        for path in (self.path / "states").glob("*.safetensors"):
+            if int(path.stem) < before:
+                path.unlink()
+
+    def _described(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        return {"name": name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+    def _is_as_noted(self, noted: Mapping[str, Any]) -> bool:
+        path = self.path / noted["name"]
+        if not path.is_file():  # a shard that had its final name when the run died
+            path = next(iter(path.parent.glob(f"{path.stem}-of-*{path.suffix}")), path)
+        return path.is_file() and path.stat().st_size == noted["bytes"] and sha256_of(path) == noted["sha256"]
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        infos, problems = read_header(self.path, name)
+        if problems:
+            raise self.damaged(problems[0].what, problems[0].where)
+        with Checkpoint(self.path, {}, infos, (self.path / name,)) as found:
+            return {key: found.read(key) for key in infos}
+
+
+def _state_name(index: int) -> str:
+    return f"states/{index:05d}.safetensors"
+
+
+def _sha256_of_part(path: Path, begin: int, size: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(begin)
+        while size and (chunk := file.read(min(size, 8 << 20))):
+            digest.update(chunk)
+            size -= len(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,152 @@
+"""Other people's kernels: found where they are, and refused where their interface is another."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+
+from marlinctl.benchmarking import peers
+from marlinctl.benchmarking.cases import Shape
+
+CPU = torch.device("cpu")
+
+
+def gemm(a: object, b_q_weight: object, c: object = None, *, size_m: int) -> tuple[object, ...]:
+    return a, b_q_weight, c, size_m
+
+
+def test_keywords_are_given_where_the_installed_version_has_them() -> None:
+    """If this failed, a release that adds an optional tensor would break the comparison."""
+    bound = peers.bind(gemm, {"a": ..., "b_q_weight": 2, "size_m": 3}, empty=("c", "b_bias"))
+    assert bound("rows") == ("rows", 2, None, 3)
+
+
+def test_a_function_that_takes_any_keyword_is_given_ours() -> None:
+    """If this failed, a wrapper of theirs would count as another interface."""
+    assert peers.bind(lambda a, **others: (a, others), {"a": ..., "size_m": 3})(1) == (1, {"size_m": 3})
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [({"a": ..., "b_q": 2, "size_m": 3}, "no parameter b_q"), ({"a": ..., "b_q_weight": 2}, "wants size_m too")],
+)
+def test_another_interface_is_told(given: dict[str, object], what: str) -> None:
+    """If this failed, a renamed parameter would end the run, or worse, be passed as another one."""
+    with pytest.raises(peers.ApiDiffers, match=what):
+        peers.bind(gemm, given)
+
+
+def test_what_is_not_installed_is_noted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, nobody would know that the comparison lacks somebody."""
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    there, notes = peers.find_peers("sm_90a")
+    assert there == []
+    assert [(note.name, note.status) for note in notes] == [(peer.name, "absent") for peer in peers.PEERS]
+
+
+def test_a_peer_for_another_architecture_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, Machete would fail on every linear of an A100."""
+    monkeypatch.setattr(peers, "find_spec", lambda name: object())
+    assert "vllm machete" not in {peer.name for peer in peers.find_peers("sm_80")[0]}
+    assert "vllm machete" in {peer.name for peer in peers.find_peers("sm_90a")[0]}
+
+
+def test_a_package_that_cannot_be_imported_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, an extension that was built for another torch would end our run."""
+    with pytest.raises(peers.ApiDiffers, match="cannot be imported"):
+        peers.attribute("a_module_that_is_not_there", "gemm")
+    with pytest.raises(peers.ApiDiffers, match="torch has no marlin or machete"):
+        peers.attribute("torch", "marlin", "machete")
+    assert peers.attribute("torch", "marlin", "matmul") is torch.matmul
+
+
+def module(monkeypatch: pytest.MonkeyPatch, name: str, **members: object) -> None:
+    """A package that is not here, with what we call of it."""
+    made = types.ModuleType(name)
+    made.__dict__.update(members)
+    monkeypatch.setitem(sys.modules, name, made)
+
+
+def vllm(monkeypatch: pytest.MonkeyPatch, told: dict[str, object]) -> None:
+    """The parameters of vLLM 0.13's functions, by name; they tell what they were given."""
+
+    def gptq_marlin_gemm(
+        a, c, b_q_weight, b_bias, b_scales, a_scales, global_scale, b_zeros, g_idx, perm, workspace, b_q_type, size_m, size_n, size_k,
+        is_k_full=True, use_atomic_add=False, use_fp32_reduce=False, is_zp_float=False,
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
+        told.update(locals())
+
+    def machete_prepack_B(b_q_weight, a_type, b_type, group_scales_type):  # type: ignore[no-untyped-def]
+        told["prepacked"] = b_q_weight
+        return b_q_weight
+
+    def machete_mm(
+        a, b_q, b_type, out_type=None, b_group_scales=None, b_group_zeros=None, b_group_size=None, b_channel_scales=None,
+        a_token_scales=None, schedule=None,
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
+        told.update(locals())
+
+    functions = {f.__name__: f for f in (gptq_marlin_gemm, machete_prepack_B, machete_mm)}
+    module(monkeypatch, "vllm")
+    module(monkeypatch, "vllm._custom_ops", **functions)
+    module(monkeypatch, "vllm.scalar_type", scalar_types=types.SimpleNamespace(uint4b8="uint4b8"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(multi_processor_count=7))
+
+
+def test_vllms_marlin_gets_its_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, the comparison with vLLM would end with `differs`, or time another product."""
+    told: dict[str, object] = {}
+    vllm(monkeypatch, told)
+    call = peers._vllm_marlin(Shape(256, 512, 128), torch.bfloat16, CPU)
+    assert told == {}, "only looked at, not called"
+    call(torch.zeros(3, 512, dtype=torch.bfloat16))
+    assert (told["size_m"], told["size_n"], told["size_k"], told["use_fp32_reduce"]) == (3, 256, 512, True)
+    shapes = {name: tuple(tensor.shape) for name, tensor in told.items() if isinstance(tensor, torch.Tensor)}
+    assert shapes == {"a": (3, 512), "b_q_weight": (32, 512), "b_scales": (4, 256), "workspace": (7,)}
+    scales = told["b_scales"]
+    assert isinstance(scales, torch.Tensor) and scales.dtype == torch.bfloat16 and bool((scales < 0).any()) and bool((scales > 0).any())
+
+
+def test_machete_gets_columns_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, Machete would be given a matrix it does not read, or one scale for the whole of K as a group of -1."""
+    told: dict[str, object] = {}
+    vllm(monkeypatch, told)
+    peers._machete(Shape(256, 512, -1), torch.float16, CPU)(torch.zeros(3, 512, dtype=torch.float16))
+    packed = told["prepacked"]
+    assert isinstance(packed, torch.Tensor) and (packed.shape, packed.stride()) == ((64, 256), (1, 64))
+    assert told["b_group_size"] == 512 and told["b_type"] == "uint4b8"
+
+
+def test_humming_is_made_filled_and_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, the comparison with humming would end with `differs`."""
+    told: dict[str, object] = {}
+
+    class HummingLayer(torch.nn.Module):
+        def __init__(self, shape_n: int, shape_k: int, weight_config: object, input_config: object, torch_dtype: object) -> None:
+            super().__init__()
+            told.update(weight_config=weight_config, shape=(shape_n, shape_k))
+            self.words = torch.nn.Parameter(torch.zeros(8, dtype=torch.int32), requires_grad=False)
+            self.scale = torch.nn.Parameter(torch.zeros(8, dtype=torch.float16), requires_grad=False)
+            self.humming_metas = {"": "meta"}
+
+        def transform(self) -> None:
+            told["filled"] = bool(self.words.any()) and bool(self.scale.any())
+
+        def forward(self, inputs: torch.Tensor, compute_config: str, tuning_config: object) -> None:
+            told.update(inputs=inputs.shape, compute_config=compute_config, tuning_config=tuning_config)
+
+    def get_heuristics_config(meta: object, use_f16_accum: bool = False, gemm_type: object = None) -> object:
+        return meta, gemm_type
+
+    dense = types.SimpleNamespace(value="dense")
+    module(monkeypatch, "humming")
+    module(monkeypatch, "humming.layer", HummingLayer=HummingLayer)
+    module(monkeypatch, "humming.config", GemmType=types.SimpleNamespace(DENSE=dense))
+    module(monkeypatch, "humming.tune", get_heuristics_config=get_heuristics_config)
+    peers._humming(Shape(256, 512, 128), torch.float16, CPU)(torch.zeros(3, 512))
+    assert told["shape"] == (256, 512) and told["filled"]
+    assert told["weight_config"] == {"dtype": "uint4", "group_size": 128, "scale_dtype": "float16"}
+    assert (told["compute_config"], told["tuning_config"]) == ('{"gemm_type": "dense"}', ("meta", dense))

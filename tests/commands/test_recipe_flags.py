@@ -1,0 +1,103 @@
+"""Every flag of every verb that changes a recipe: given, it changes the recipe that the job gets; left away, it does not."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import click
+import pytest
+
+from marlinctl import cli
+from marlinctl.recipe import Recipe, load_recipe, recipe_hash
+
+# verb -> what it is called with, and what gets its recipe
+VERBS = {
+    "compress": (["MODEL", "OUT"], "marlinctl.pipeline.run_compress"),
+    "quantize": (["MODEL", "OUT"], "marlinctl.job.run_job"),
+    "sparsify": (["MODEL", "OUT"], "marlinctl.job.run_job"),
+    "plan": (["MODEL"], "marlinctl.planning.make_plan"),
+    "distill": (["STUDENT", "OUT", "--teacher", "MODEL"], "marlinctl.distill.run_distill"),
+}
+# flag -> a value that no recipe has by itself
+VALUES = {
+    "--bits": "16", "--group-size": "32", "--scale-sign": "positive", "--act-order": "none", "--scale-search": "mse", "--damping": "0.5",
+    "--refine": "7", "--match": "0.25", "--skip": "k_proj", "--include": "lm_head", "--override": "down_proj=group_size:32",
+    "--method": "wanda", "--mask-sweeps": "9", "--ls-iterations": "3",
+    "--calibration": "other.txt", "--samples": "5", "--sequence-length": "77", "--seed": "123", "--chat": "never",
+    "--format": "gptq", "--also": "gptq", "--tasks": "arc", "--limit": "3", "--text": "other.txt", "--tokens": "5000", "--window": "64",
+    "--distill-tokens": "5000", "--distill-data": "other.txt", "--data": "other.txt", "--mode": "scales", "--learning-rate": "0.25",
+    "--warmup": "0.5", "--batch-tokens": "64", "--micro-batch": "3", "--ce": "0.5", "--squarehead": "0.5", "--kl": "0.5",
+    "--temperature": "2", "--cache-logits": "5", "--checkpointing": None, "--save-every": "3",
+}  # fmt: skip
+# flags that say how or where a job runs, or how good its result must be: none of them may change what is computed
+NOT_OF_THE_RECIPE = {
+    "--json", "--quiet", "--verbose", "--log-file", "--no-color", "--debug", "--offline",
+    "--revision", "--device", "--dtype", "--overwrite", "--strict", "--deterministic", "--threads", "--max-memory", "--cache-dir",
+    "--module-map", "--task-data", "--max-kl", "--max-ppl-ratio", "--publish-anyway", "--eval", "--pattern", "--out", "--device-memory",
+    "--teacher", "--resume", "--recipe",
+}  # fmt: skip
+
+
+class Asked(Exception):
+    pass
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Recipe]:
+    """The recipe with which a verb would start its job."""
+
+    def run(verb: str, *flags: str) -> Recipe:
+        arguments, place = VERBS[verb]
+        found: list[Recipe] = []
+
+        def job(*given: Any, **named: Any) -> None:
+            found.extend(value for value in (*given, *named.values()) if isinstance(value, Recipe))
+            raise Asked
+
+        monkeypatch.setattr(place, job)
+        assert cli.main([verb, *arguments, *flags, "-q"]) == 70  # our exception is no known one
+        (recipe,) = found
+        return recipe
+
+    return run
+
+
+def flags(verb: str) -> list[str]:
+    command = importlib.import_module(f"marlinctl.commands.{verb}").command
+    return [max(parameter.opts, key=len) for parameter in command.params if isinstance(parameter, click.Option)]
+
+
+CASES = [(verb, flag) for verb in VERBS for flag in flags(verb) if flag not in NOT_OF_THE_RECIPE]
+
+
+@pytest.mark.parametrize(("verb", "flag"), CASES, ids=lambda value: value)
+def test_each_flag_changes_the_recipe(verb: str, flag: str, asked: Callable[..., Recipe]) -> None:
+    """A flag that is parsed and then forgotten: the job runs, and the person believes in what it did not do."""
+    value = "4" if (verb, flag) == ("sparsify", "--bits") else VALUES[flag]  # it means 16 unless told
+    plain, changed = asked(verb), asked(verb, flag, *([] if value is None else [value]))
+    assert recipe_hash(plain) != recipe_hash(changed)
+    different = {
+        f"{section}.{key}"
+        for section, values in plain.model_dump().items()
+        if isinstance(values, dict)
+        for key, was in values.items()
+        if was != changed.model_dump()[section][key]
+    }
+    assert len(different) == 1, f"{flag} changes {different}"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_without_flags_the_recipe_is_as_it_was(verb: str, asked: Callable[..., Recipe]) -> None:
+    """A default of a flag would be a second home of a default."""
+    wanted = load_recipe("quick").model_dump()
+    if verb == "sparsify":  # what the verb means, whatever the recipe says
+        wanted["sparsify"]["pattern"], wanted["quantize"]["bits"] = "2:4", 16
+    assert asked(verb, "--recipe", "quick").model_dump() == wanted
+
+
+def test_every_value_of_the_table_is_a_flag() -> None:
+    """A flag that was renamed would leave its row behind, and this file would look complete."""
+    known = {flag for verb in VERBS for flag in flags(verb)}
+    assert set(VALUES) <= known and known >= NOT_OF_THE_RECIPE

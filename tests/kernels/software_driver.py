@@ -1,0 +1,155 @@
+"""A CUDA driver that launches on the software GPU: what marlinctl/kernels/launch.py asks of the real one, on the CPU.
+
+`install` puts it in the place of cuda-bindings and of the few functions of torch.cuda that a launch calls; CPU tensors then take the
+way of CUDA tensors, from the arguments in their buffer to the kernel's own text, built by a C++ compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from marlinctl.kernels import launch as launcher
+from marlinctl.kernels.configurations import Configuration
+from marlinctl.kernels.launch import UNPACK_THREADS, Function, LoadedKernel, unpack_defines, unpack_shared_bytes
+from tests.kernels.test_marlin_source import Arguments, compiled, library_of
+
+DEVICE = torch.device("cpu")
+KINDS = dict(Arguments._fields_)
+SPARSE = list(KINDS)  # the arguments of each kernel, in order
+DENSE = [name for name in KINDS if name != "meta"]
+UNPACK = ["qweight", "meta", "scales", "out", "n", "k", "group_shift"]
+
+
+class Status(IntEnum):
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_LAUNCH_FAILED = 719
+
+
+@dataclass
+class SoftwareDriver:
+    """The driver's calls, each with the values of cuda-bindings; `launches` are told in order."""
+
+    stream: int = 7
+    capture: int | None = None  # what is captured on the stream
+    status: Status = Status.CUDA_SUCCESS  # of the next launch
+    overlap: bool = False  # whether the launch under way may begin early
+    launches: list[SimpleNamespace] = field(default_factory=list)
+    memory: list[Any] = field(default_factory=list)
+    modes: list[object] = field(default_factory=list)  # of capture, as the thread changed them
+    bound: list[object] = field(default_factory=list)  # contexts that were made current
+
+    class CUstreamCaptureMode(IntEnum):
+        CU_STREAM_CAPTURE_MODE_GLOBAL = 0
+        CU_STREAM_CAPTURE_MODE_RELAXED = 2
+
+    class CUstream_flags(IntEnum):
+        CU_STREAM_NON_BLOCKING = 1
+
+    def cuCtxSetCurrent(self, context: object) -> tuple[Status]:
+        self.bound.append(context)
+        return (Status.CUDA_SUCCESS,)
+
+    def cuThreadExchangeStreamCaptureMode(self, mode: object) -> tuple[Status, object]:
+        self.modes.append(mode)
+        return Status.CUDA_SUCCESS, self.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL
+
+    def cuMemAlloc(self, size: int) -> tuple[Status, int]:
+        self.memory.append(ctypes.create_string_buffer(b"\xff" * size, size))
+        return Status.CUDA_SUCCESS, ctypes.addressof(self.memory[-1])
+
+    def cuMemsetD32Async(self, address: int, value: int, count: int, stream: object) -> tuple[Status]:
+        assert value == 0
+        ctypes.memset(address, 0, 4 * count)
+        return (Status.CUDA_SUCCESS,)
+
+    def cuStreamCreate(self, flags: int) -> tuple[Status, str]:
+        assert flags == self.CUstream_flags.CU_STREAM_NON_BLOCKING, "a blocking stream waits for a capture on the default one"
+        return Status.CUDA_SUCCESS, "stream"
+
+    def cuStreamSynchronize(self, stream: str) -> tuple[Status]:
+        return (Status.CUDA_SUCCESS,)
+
+    cuStreamDestroy = cuStreamSynchronize
+
+    def cuStreamGetCaptureInfo(self, stream: int) -> tuple[Any, ...]:
+        assert self.capture is not None
+        return Status.CUDA_SUCCESS, 1, self.capture, None, [], [], 0
+
+    def cuLaunchKernel(
+        self, function: Any, x: int, y: int, z: int, threads: int, ty: int, tz: int, shared: int, stream: int, params: int, extra: int
+    ) -> tuple[Status]:
+        assert (y, z, ty, tz, extra) == (1, 1, 1, 1, 0)
+        addresses = (ctypes.c_void_p * len(function.names)).from_address(params)
+        given = {name: KINDS[name].from_address(address).value for name, address in zip(function.names, addresses, strict=True)}
+        self.launches.append(SimpleNamespace(**given, ctas=x, threads=threads, shared=shared, stream=stream, overlap=self.overlap))
+        if self.status is not Status.CUDA_SUCCESS:
+            return (self.status,)
+        if function.library is not None:
+            order = (ctypes.c_int * x)(*range(x))
+            function.library.launch(Arguments(**given), order, x, ctypes.c_bool(False), ctypes.c_bool(False))
+        return (Status.CUDA_SUCCESS,)
+
+    def CUlaunchAttribute(self) -> SimpleNamespace:
+        return SimpleNamespace(id=None, value=SimpleNamespace(programmaticStreamSerializationAllowed=0))
+
+    CUlaunchConfig = SimpleNamespace
+    CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="programmatic stream serialization")
+
+    def cuLaunchKernelEx(self, config: SimpleNamespace, function: Any, params: int, extra: int) -> tuple[Status]:
+        (attribute,) = config.attrs
+        assert config.numAttrs == 1 and attribute.id == "programmatic stream serialization"
+        self.overlap = bool(attribute.value.programmaticStreamSerializationAllowed)
+        threads = (config.blockDimX, config.blockDimY, config.blockDimZ)
+        try:
+            return self.cuLaunchKernel(
+                function, config.gridDimX, config.gridDimY, config.gridDimZ, *threads, config.sharedMemBytes, config.hStream, params, extra
+            )
+        finally:
+            self.overlap = False
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> SoftwareDriver:
+    driver = SoftwareDriver()
+    monkeypatch.setattr(launcher, "_driver_module", driver)
+    monkeypatch.setattr(launcher, "_counters", {})
+    monkeypatch.setattr(launcher, "_mine", launcher._Mine())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: DEVICE.index)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=driver.stream))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: driver.capture is not None)
+    return driver
+
+
+def software_kernel(
+    configuration: Configuration,
+    dtype: torch.dtype,
+    folder: Path | None,
+    *,
+    resident: int = 1,
+    multiprocessors: int = 3,
+    overlaps: bool = False,
+    shift: int | None = None,
+) -> LoadedKernel:
+    """A loaded kernel. Without a folder to build it in, its launches are told and nothing is computed."""
+    library = None if folder is None else library_of(configuration, dtype, folder / f"{configuration.name}-{str(dtype)[6:]}")
+    handle = SimpleNamespace(library=library, names=SPARSE if configuration.sparse else DENSE)
+    sizes = (configuration.threads, configuration.shared_bytes, resident)
+    function = Function(handle, "context", DEVICE, *sizes, registers=0, local_bytes=0, overlaps=overlaps)
+    return LoadedKernel(configuration, dtype, function, multiprocessors, Path("cache"), shift)
+
+
+def software_unpack(sparse: bool, dtype: torch.dtype, folder: Path) -> Function:
+    """csrc/unpack.cu, as launch.load_unpack hands it out."""
+    defines = (*unpack_defines(sparse, dtype), "UNPACK=1")
+    library = compiled("unpack", defines, folder / f"unpack-{sparse}-{str(dtype)[6:]}")
+    handle = SimpleNamespace(library=library, names=UNPACK)
+    return Function(
+        handle, "context", DEVICE, UNPACK_THREADS, unpack_shared_bytes(sparse), resident=1, registers=0, local_bytes=0, overlaps=True
+    )

@@ -1,0 +1,154 @@
+"""Which kernel multiplies: the packaged table, files that are wrong, and what measurements become."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from marlinctl.checkpoint.source import cache_root
+from marlinctl.kernels import dispatch, jit
+from marlinctl.kernels.configurations import DENSE, SPARSE
+from marlinctl.kernels.dispatch import PACKAGED, choose, read, reasoned, table_of, text_of
+
+
+@pytest.fixture(autouse=True)
+def no_memory(own_cache: Path) -> None:
+    """Choices and tables are remembered for a process; every test has its own cache folder."""
+    dispatch.choose.cache_clear()
+    dispatch.tables.cache_clear()
+
+
+def name(architecture: str, sparse: bool, m: int, n: int, k: int) -> str | None:
+    choice = choose(architecture, sparse, m, n, k)
+    return None if choice is None else f"{choice.configuration.name}/{choice.per_multiprocessor}"
+
+
+def test_measured_shapes_get_the_fastest_kernel() -> None:
+    """If this failed, the operator would run another kernel than the one that won."""
+    assert name("sm_90a", False, 1, 73728, 18432) == "m8n128k256x4/2"
+    assert name("sm_90a", False, 1, 4096, 4096) == "m8n128k512x5/1"
+    assert name("sm_90a", True, 64, 28672, 4096) == "sparse-m64n256k256x3/1"
+
+
+def test_what_lies_between_measured_m() -> None:
+    """If this failed, 8 tokens would pay for 16, or 40 would run in a tile for 32 with half of a second one empty."""
+    at = [name("sm_90a", False, m, 28672, 4096) for m in (8, 9, 17, 40, 129, 191)]
+    assert at == [f"{c}" for c in ("m8n128k256x4/2", "m16n256k128x4/2", "m32n256k256x4/1", *["m64n256k128x6/1"] * 3)]
+
+
+def test_the_nearest_shape_decides_for_others() -> None:
+    """If this failed, a model whose layers were not measured would get whatever comes first."""
+    near = dispatch.tables()["sm_90a", "dense"]
+    assert near.choose(1, 29568, 3584) == near.choose(1, 28672, 4096)
+    assert near.choose(1, 3584, 3584) == near.choose(1, 4096, 4096)
+    assert near.choose(1, 4096, 3584) != near.choose(1, 29568, 3584)
+
+
+def test_large_m_is_dequantized_once() -> None:
+    """If this failed, long prompts would decode every weight for every 64 tokens."""
+    assert choose("sm_90a", False, 191, 4096, 4096) is not None
+    assert choose("sm_90a", False, 192, 4096, 4096) is None
+    assert choose("sm_80", False, 511, 4096, 4096) is not None
+    assert choose("sm_80", True, 1024, 4096, 4096) is None
+
+
+@pytest.mark.parametrize("architecture", jit.ARCHITECTURES)
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_every_architecture_has_a_choice_that_fits(architecture: str, sparse: bool) -> None:
+    """If this failed, a GPU without measurements would have no kernel, or one that it cannot start."""
+    for m in (1, 8, 9, 16, 17, 32, 33, 64, 65, 100000):
+        choice = reasoned(architecture, dispatch.KINDS[sparse]).choose(m, 4096, 11008)
+        assert choice.configuration.fits(architecture) and choice.configuration.sparse == sparse
+        assert choice.configuration.tokens >= min(m, 64)
+        assert choice.per_multiprocessor == choice.configuration.ctas
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    table = {"measured": {"gpu": "a GPU"}, "dequantize_from": 64, "choices": [[1, 64, 64, DENSE[2].name, 2]]} | changes
+    return {"schema_version": 1, "architectures": {"sm_80": {"dense": table}}}
+
+
+def test_the_users_table_goes_first(own_cache: Path) -> None:
+    """If this failed, what `--tune` measured on this very GPU would be ignored, or would take the other tables away."""
+    jit.default_folder().mkdir(parents=True)
+    (jit.default_folder() / "dispatch.json").write_text(json.dumps(document()))
+    assert name("sm_80", False, 1, 4096, 4096) == f"{DENSE[2].name}/2"
+    assert choose("sm_80", False, 64, 4096, 4096) is None
+    assert name("sm_90a", False, 1, 4096, 4096) == "m8n128k512x5/1"
+    assert choose("sm_80", True, 1, 64, 64).configuration in SPARSE
+
+
+@pytest.mark.parametrize(
+    ("broken", "what"),
+    [
+        ([], "list indices"),
+        ({"architectures": {}}, "it lacks 'schema_version'"),
+        ({"schema_version": 2, "architectures": {}}, "schema_version is 2"),
+        ({"schema_version": 1, "architectures": {"sm_70": {"dense": {}}}}, "no kernel for sm_70, dense"),
+        ({"schema_version": 1, "architectures": {"sm_80": {"thick": {}}}}, "no kernel for sm_80, thick"),
+        (document(choices=[]), "no choices"),
+        (document(choices=[[1, 64, 64, "m7n7k7x7", 1]]), "sm_80 has no configuration 'm7n7k7x7'"),
+        (document(choices=[[1, 64, 64, DENSE[6].name, 1]]), "sm_80 has no configuration"),
+        (document(choices=[[1, 64, 64, SPARSE[0].name, 1]]), "sm_80 has no configuration"),
+        (document(choices=[[1, 64, 64, DENSE[0].name]]), "not enough values"),
+        (document(choices=[[1, 64, 0, DENSE[0].name, 1]]), "positive integers"),
+        (document(choices=[[1, 64, 64, DENSE[0].name, "2"]]), "positive integers"),
+        (document(dequantize_from="64"), "dequantize_from"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, broken: Any, what: str) -> None:
+    """If this failed, a damaged table would choose silently, or end in a traceback that names no file."""
+    path = tmp_path / "dispatch.json"
+    path.write_text(json.dumps(broken))
+    with pytest.raises(ValueError, match="is no table of kernels") as caught:
+        read(path)
+    assert what in str(caught.value) and str(path) in str(caught.value)
+
+
+def measured_row(m: int, **times: float) -> dict[str, Any]:
+    names = {"small": f"{DENSE[0].name}/2", "large": f"{DENSE[4].name}/1", "matmul": "torch.matmul", "dequantize": "dequantize"}
+    return {"sparse": False, "n": 64, "k": 128, "m": m, "group_size": 128, **{names[name]: time for name, time in times.items()}}
+
+
+def test_measurements_become_a_table(tmp_path: Path) -> None:
+    """If this failed, --tune would write another table than it measured."""
+    timing = [measured_row(64, small=9.0, large=4.0, matmul=3.0), measured_row(1, small=1.0, large=2.0, matmul=0.5)]
+    table = table_of("sm_80", {"gpu": "a GPU"}, timing)
+    assert table["choices"] == [[1, 64, 128, DENSE[0].name, 2], [64, 64, 128, DENSE[4].name, 1]]
+    assert table["dequantize_from"] == 512, "reasoned where it was not measured"
+    path = tmp_path / "table.json"
+    path.write_text(text_of({"schema_version": 1, "architectures": {"sm_80": {"dense": table}}}))
+    assert read(path)["sm_80", "dense"].choose(64, 64, 128).configuration == DENSE[4]
+    assert path.read_text().count("\n") < 30
+
+
+def test_where_dequantizing_pays_is_measured() -> None:
+    """If this failed, one lucky shape or M would send slower ones to torch.matmul."""
+    rows = [measured_row(m, small=m, large=m, dequantize=100.0) for m in (1, 64, 128, 256)]
+    assert table_of("sm_80", {}, rows)["dequantize_from"] == 128
+    rows.append(measured_row(128, small=128, large=128, dequantize=200.0))
+    assert table_of("sm_80", {}, rows)["dequantize_from"] == 256
+    assert table_of("sm_80", {}, rows[:2])["dequantize_from"] == 512, "nowhere as far as was measured: reasoned"
+    rows = [measured_row(m, small=m, large=m, dequantize=5000.0) for m in (1, 1024)]
+    assert table_of("sm_80", {}, rows)["dequantize_from"] == 1025, "and not where it was measured to be slower"
+    assert table_of("sm_80", {}, [*rows, measured_row(4096, small=1, large=1, dequantize=2.0)])["dequantize_from"] is None
+
+
+def test_the_packaged_table_is_as_the_program_writes_it() -> None:
+    """If this failed, the next measurement would change lines that it did not measure."""
+    assert PACKAGED.read_text("utf-8") == text_of(json.loads(PACKAGED.read_text("utf-8")))
+
+
+@pytest.mark.parametrize(
+    "variables", [{}, {"XDG_CACHE_HOME": "/somewhere/cache"}, {"XDG_CACHE_HOME": ""}, {"MARLINCTL_CACHE": "/elsewhere"}]
+)
+def test_kernels_and_tool_agree_on_the_cache(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, `bench --build` would compile into a folder in which the operators do not look."""
+    for variable in ("XDG_CACHE_HOME", "MARLINCTL_CACHE"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    assert jit.default_folder() == cache_root(None) / "kernels"

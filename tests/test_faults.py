@@ -1,0 +1,136 @@
+"""Every fault of tests/faults.py, as the command line answers it: exit code, three lines, no traceback, nothing published, nothing left.
+
+Each runs in a process of its own; none may hang.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoint.test_source import Hub, hub_environment, serving
+from tests.faults import COMMANDS, FAULTS, SHARDS, WORKS, Command
+from tests.killing import Ended, Runner
+from tests.test_architecture import ROOT
+from tests.test_job import TEXT
+from tests.tiny import make_tiny
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[Runner]:
+    with Runner() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model, good (the same in one shard), text and recipe."""
+    root = tmp_path_factory.mktemp("good")
+    make_tiny(root / "model", shards=SHARDS)
+    make_tiny(root / "good")
+    (root / "text.txt").write_text(TEXT)
+    (root / "small.yaml").write_text("extends: int4\nquantize: {refine: 0}\ncalibration: {minimum_tokens: 16}\n")
+    return root
+
+
+@pytest.fixture
+def place(good: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(good, tmp_path / "place"))
+
+
+def names(root: Path) -> set[str]:
+    return {path.relative_to(root).as_posix() for path in root.rglob("*")}
+
+
+def assert_told(ended: Ended, exit_code: int, text: str) -> None:
+    assert ended.code == exit_code, ended.told
+    lines = [line for line in ended.told.splitlines() if not line.startswith(("warning: ", "to go on: "))]
+    assert text in ended.told and "Traceback" not in ended.told
+    kinds = [re.match(r"error: |  where: |  fix: |  docs: ", line) for line in lines if line]
+    assert all(kinds), ended.told
+    told = [match[0].strip() for match in kinds if match]
+    assert told[-1] == "docs:" and told[:-1] == ["error:", "where:", "fix:"] * (len(told[:-1]) // 3) and len(told) >= 4
+    assert re.search(r"docs/troubleshooting.md#e\d{3}$", ended.told.strip())
+
+
+def assert_nothing_left(root: Path, before: set[str]) -> None:
+    """A log may be written: it tells what happened. Nothing else is."""
+    assert {name for name in names(root) - before if not name.endswith(".log")} == set()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_damaged_checkpoint_is_refused(runner: Runner, place: Path, name: str) -> None:
+    """A damaged model would be quantized, or the person would get a traceback, a hang, or a folder that looks like a result."""
+    fault = FAULTS[name]
+    shutil.copytree(place / "model", place / "spoilt" / "model")
+    fault.damage(place / "spoilt" / "model")
+    before = names(place)
+    arguments = ["quantize", str(place / "spoilt" / "model"), str(place / "out"), "--calibration", str(place / "text.txt")]
+    ended = runner.run([*arguments, "--recipe", str(place / "small.yaml"), "--group-size", "32", "-q"])
+    assert_told(ended, fault.exit_code, fault.text)
+    assert_nothing_left(place, before)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_that_cannot_work_is_refused(runner: Runner, place: Path, name: str) -> None:
+    """The same for arguments, places, recipes, numbers, texts and the machine."""
+    command: Command = COMMANDS[name]
+    arguments = command.prepare(place)
+    before = names(place)
+    ended = runner.run([*arguments, "-q"], environment=command.environment)
+    assert_told(ended, command.exit_code, command.text)
+    assert_nothing_left(place, before)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", WORKS)
+def test_what_looks_wrong_and_is_not_works(runner: Runner, place: Path, name: str) -> None:
+    """A check that is too strict turns people away; what was done instead must be in the report."""
+    command: Command = WORKS[name]
+    ended = runner.run([*command.prepare(place), "-q"], environment=command.environment)
+    assert ended.code == 0, ended.told
+    report = json.loads((place / "out" / "marlinctl_report.json").read_text())
+    assert command.text in json.dumps(report)
+
+
+def test_a_model_of_the_hub_from_refusal_to_result(place: Path) -> None:
+    """Gated, cut in the middle of a file, whole, then without network: each refusal would be a traceback, or half a model would be used."""
+    hub = Hub(place / "model")
+
+    def quantize(endpoint: str, out: str, *more: str) -> Ended:
+        arguments = ["quantize", "org/tiny", str(place / out), "--recipe", str(place / "small.yaml"), "--group-size", "32"]
+        arguments += [
+            "--calibration",
+            str(place / "text.txt"),
+            "--samples",
+            "2",
+            "--sequence-length",
+            "32",
+            "--dtype",
+            "float32",
+            "-q",
+            *more,
+        ]
+        environment = hub_environment(endpoint, place / "cache")
+        command = [sys.executable, "-m", "marlinctl", *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        return Ended(done.returncode, 0, done.stderr)
+
+    with serving(hub) as endpoint:
+        for hub.fault, text in (("gated", "gated"), ("cut", "org/tiny")):
+            assert_told(quantize(endpoint, "out"), 7, text)
+            assert [path.name for path in place.glob("out*")] == ["out.log"]
+        hub.fault = ""
+        assert quantize(endpoint, "out").code == 0
+    assert quantize("http://127.0.0.1:9", "again", "--offline").code == 0
+    for name in ("config.json", "marlinctl_manifest.json"):
+        assert (place / "out" / name).read_bytes() == (place / "again" / name).read_bytes()

@@ -1,0 +1,142 @@
+"""The rehearsal: one solve on random numbers before the long part, and what a plan makes of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from marlinctl import rehearsal
+from marlinctl.checkpoint.reader import open_checkpoint
+from marlinctl.cli import main
+from marlinctl.console import Console
+from marlinctl.errors import ResourceProblem
+from marlinctl.estimate import largest_stage, machine, rehearsed_machine, seconds_of_walk
+from marlinctl.memory import Work, stages
+from marlinctl.models import architecture
+from marlinctl.opening import Options
+from marlinctl.rehearsal import rehearse
+from marlinctl.rules import plan as rules
+from marlinctl.stack import StackSolver
+from tests.test_job import TEXT, quantize
+from tests.test_planning import plan, recipe
+from tests.tiny import make_tiny
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("rehearsal") / "tiny")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def known(tiny: Path) -> tuple[Any, dict[str, int]]:
+    found = architecture(open_checkpoint(tiny).config, None)
+    return found, dict(rules(found, group_size=32, skip=(), overrides={}, include=()).group_sizes)
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-best", "sparse-int4"])
+def test_the_stack_that_takes_longest_is_solved_as_the_run_would(
+    tiny: Path, text: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rehearsal of another shape, or with other steps, promises what the run does not keep."""
+    found, sizes = known(tiny)
+    chosen = recipe(text, name)
+    seen: list[tuple[tuple[int, ...], int, bool]] = []
+    solve = StackSolver.solve
+
+    def spy(self: StackSolver, stack: torch.Tensor, keep: Any, hessian: Any, group_size: int) -> Any:
+        assert self == StackSolver.of(chosen, matches=True, bfloat16_exact=False)
+        seen.append((tuple(stack.shape), group_size, hessian.drift is not None))
+        return solve(self, stack, keep, hessian, group_size)
+
+    monkeypatch.setattr(StackSolver, "solve", spy)
+    measured = rehearse(found, sizes, chosen, matches=True, device=torch.device("cpu"), dtype=torch.float32)
+    expected = largest_stage(found, sizes, chosen, machine("cpu", 1, 4, matrix_units=False))
+    assert seen == [((expected.rows, expected.k), 32, chosen.quantize.match > 0)]
+    assert expected in stages(found, sizes)
+    assert measured.stage == expected and measured.seconds > 0 and measured.products > 0 and measured.gram > 0
+
+
+def test_a_rehearsal_leaves_no_trace_in_random_numbers(tiny: Path, text: Path) -> None:
+    """If it drew from the global generator, a run with a rehearsal would differ from one without."""
+    found, sizes = known(tiny)
+    before = torch.get_rng_state()
+    rehearse(found, sizes, recipe(text), matches=False, device=torch.device("cpu"), dtype=torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_time_of_a_walk_is_told_from_the_measured_rates(tiny: Path, text: Path) -> None:
+    """Otherwise --probe would print the guess of another machine."""
+    found, sizes = known(tiny)
+    chosen = recipe(text)
+    guess = machine("cpu", 2, 4, matrix_units=False)
+    measured = rehearse(found, sizes, chosen, matches=False, device=torch.device("cpu"), dtype=torch.float32)
+    work = Work.of(chosen, element=4, matches=False, on_device=False)
+    slow = rehearsed_machine(guess, measured, chosen)
+    twice = rehearsed_machine(
+        guess, type(measured)(measured.stage, 2 * measured.seconds, measured.products / 2, measured.gram / 2, None), chosen
+    )
+    first, second = (seconds_of_walk(found, sizes, work, chosen, speed, 10**6) for speed in (slow, twice))
+    for part in ("forward", "gram", "solve"):
+        assert second[part] == pytest.approx(2 * first[part])
+    assert first["files"] == second["files"] and first["start"] == second["start"]
+
+
+def test_memory_that_does_not_suffice_is_found_before_anything_is_written(tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the first large layer says so, hours later, with a traceback of torch."""
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore lines")
+
+    monkeypatch.setattr(rehearsal, "_measure", full)
+    out = text.parent / "out"
+    with pytest.raises(ResourceProblem) as caught:
+        quantize(tiny, out, recipe(text))
+    assert caught.value.error_id == "E522" and caught.value.exit_code == 5
+    assert "Tried to allocate" in str(caught.value) and "more lines" not in str(caught.value)
+    assert not out.exists() and not list(text.parent.glob("out.tmp*"))
+
+
+def test_other_errors_of_a_rehearsal_are_not_called_a_lack_of_memory(tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug in a solve would be blamed on the machine."""
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(rehearsal, "_measure", broken)
+    found, sizes = known(tiny)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        rehearse(found, sizes, recipe(text), matches=False, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def test_a_run_says_how_long_it_will_take(tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever starts ten hours of work wants to know that at the start."""
+    from marlinctl.job import run_job
+
+    run_job(str(tiny), text.parent / "out", recipe(text), Options(dtype="float32"), Console())
+    assert "rehearsed the largest solve" in capsys.readouterr().err
+
+
+def test_plan_probes_when_it_is_asked_to(tiny: Path, text: Path) -> None:
+    """--probe without effect would leave the guess, and a probe that nobody asked for would import torch."""
+    assert plan(tiny, recipe(text))["rehearsed"] == []
+    chosen = recipe(text, "sparse-int4", distill__tokens=1000, distill__data=str(text))
+    document = plan(tiny, chosen, probe=True)
+    assert [entry["name"] for entry in document["rehearsed"]] == ["prune", "quantize"]
+    assert "this machine" in document["time"]["basis"] and "factor of two" not in document["time"]["basis"]
+
+
+def test_the_flag_reaches_the_plan(tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A flag that click swallows."""
+    arguments = ["plan", str(tiny), "--calibration", str(text), "--group-size", "32", "--dtype", "float32", "--json", "--probe"]
+    assert main(arguments) == 0
+    assert len(json.loads(capsys.readouterr().out)["rehearsed"]) == 1

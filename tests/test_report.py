@@ -1,0 +1,164 @@
+"""`marlinctl report`: card and report of a published folder anew, from real runs; nothing else of the folder changes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from marlinctl.cli import main
+from marlinctl.repack import repack
+from tests.pages import documents
+from tests.test_job import TEXT, digests
+from tests.tiny import make_tiny
+
+FLAGS = ["--calibration", "TEXT", "--samples", "8", "--sequence-length", "64", "--group-size", "32", "--dtype", "float32", "-q"]
+OURS = ("README.md", "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """out and out-marlin by compress, with everything that it publishes."""
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "text.txt").write_text(TEXT)
+    recipe = folder / "tiny.yaml"
+    recipe.write_text("calibration:\n  minimum_tokens: 256\nevaluate:\n  tokens: 256\n  window: 64\n")
+    make_tiny(folder / "tiny")
+    (folder / "tiny" / "README.md").write_text("---\nlicense: mit\n---\n# Tiny\n")
+    flags = [str(folder / "text.txt") if flag == "TEXT" else flag for flag in FLAGS]
+    arguments = ["compress", str(folder / "tiny"), str(folder / "out"), "--also", "marlin", "--recipe", str(recipe), *flags]
+    assert main([*arguments, "--text", str(folder / "text.txt")]) == 0
+    return folder
+
+
+@pytest.fixture
+def out(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made / "out", tmp_path / "out")
+    return tmp_path / "out"
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def test_compress_writes_all_four_beside_each_folder(made: Path) -> None:
+    """Whoever gets only the folder gets the report, and each says what its own folder is."""
+    for name, wanted in (("out", "compressed-tensors"), ("out-marlin", "MARLIN tiles")):
+        page = (made / name / "marlinctl_report.html").read_text("utf-8")
+        assert wanted in page and "KL divergence" in page and "model.layers.1.mlp.down_proj" in page and "mit" in page
+        assert json.loads((made / name / "marlinctl_report.json").read_text())["schema_version"] == 1
+        card = (made / name / "README.md").read_text("utf-8")
+        assert 'license: "mit"' in card and "| Its licence | mit |" in card
+        assert run("verify", made / name, "--no-load", "-q") == 0
+
+
+def test_rewriting_gives_the_same_files_and_touches_no_other(out: Path) -> None:
+    """If the run and `report` wrote different pages, one of them would be wrong; if weights moved, verify would fail."""
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for name in OURS[2:]:
+        (out / name).write_text("spoiled")
+    (out / "README.md").unlink()
+    assert run("report", out, "-q") == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert run("verify", out, "--no-load", "-q") == 0
+
+
+def test_scores_of_this_folder_are_added(out: Path, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Scores are often measured later, on a larger machine: card and report must take them, and only those of this very model."""
+    scores = tmp_path / "scores.json"
+    text = ["--text", made / "text.txt", "--tokens", "128", "--window", "32", "--dtype", "float32", "--out", scores, "-q"]
+    assert run("eval", out, "--against", made / "tiny", *text) == 0
+    assert run("report", out, "--scores", scores, "--json") == 0
+    told = capsys.readouterr().out
+    answer = json.loads(told[told.index("\n{\n") :])  # after the table of eval
+    assert answer["report"]["evaluation"]["document"]["text"]["windows"] == 4
+    assert "4 windows of 32 tokens" in (out / "marlinctl_report.html").read_text("utf-8")
+    assert "4 windows of 32 tokens" in (out / "README.md").read_text("utf-8")
+    assert run("report", out, "-q") == 0, "and they stay"
+    assert "4 windows of 32 tokens" in (out / "marlinctl_report.md").read_text("utf-8")
+    assert run("report", made / "out-marlin", "--scores", scores) == 2
+    assert "#e261" in capsys.readouterr().err
+    unfinished = json.loads(scores.read_text()) | {"finished": False}
+    scores.write_text(json.dumps(unfinished))
+    assert run("report", out, "--scores", scores) == 2
+    assert "not finished" in capsys.readouterr().err
+
+
+def test_speeds_are_added(out: Path, tmp_path: Path) -> None:
+    """bench runs on another machine, at another time."""
+    (tmp_path / "bench.json").write_text(json.dumps(documents.bench()))
+    assert run("report", out, "--bench", tmp_path / "bench.json", "-q") == 0
+    page = (out / "marlinctl_report.html").read_text("utf-8")
+    assert "Roofline" in page and "Some GPU" in page
+
+
+def test_a_packed_copy_keeps_the_report(out: Path, tmp_path: Path) -> None:
+    """The codes are the same, so their errors and scores are; the card of a packed model would otherwise know nothing."""
+    repack(out, tmp_path / "gptq", format="gptq")
+    page = (tmp_path / "gptq" / "marlinctl_report.html").read_text("utf-8")
+    assert "GPTQ" in page and "KL divergence" in page and "marlinctl pack out gptq --format gptq" in page
+    assert "| Its licence | mit |" in (tmp_path / "gptq" / "README.md").read_text("utf-8")
+    assert run("report", tmp_path / "gptq", "-q") == 0
+    assert run("verify", tmp_path / "gptq", "--no-load", "-q") == 0
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"{}",
+        b"[" * 10000,
+        b'{"kind": "compress"}',
+        b'{"kind": "compress", "layers": [{"name": "x"}]}',
+        b'{"kind": "evaluation"}',
+        b"\xff",
+    ],
+)
+def test_a_damaged_report_is_refused_and_nothing_is_lost(out: Path, damage: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    """A traceback, or a half-written page over a good one."""
+    (out / "marlinctl_report.json").write_bytes(damage)
+    before = {name: (out / name).read_bytes() for name in OURS}
+    assert run("report", out) == 3
+    assert "#e399" in capsys.readouterr().err
+    assert {name: (out / name).read_bytes() for name in OURS} == before
+
+
+def test_packing_goes_on_without_a_damaged_report(out: Path, tmp_path: Path) -> None:
+    """The report is not the model: a spoiled one must not keep a sound checkpoint from being packed."""
+    (out / "marlinctl_report.json").write_text('{"kind": "compress", "bytes": 3}')
+    repack(out, tmp_path / "gptq", format="gptq")
+    assert not (tmp_path / "gptq" / "marlinctl_report.json").exists() and (tmp_path / "gptq" / "README.md").is_file()
+
+
+def test_a_report_of_another_model_is_refused(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A report that was copied into the wrong folder would give a model somebody else's scores."""
+    report: dict[str, Any] = json.loads((out / "marlinctl_report.json").read_text())
+    report["layers"][0]["shape"] = [64, 64]
+    (out / "marlinctl_report.json").write_text(json.dumps(report))
+    assert run("report", out) == 3
+    assert "another model" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_report(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A dense or foreign folder has no run to report."""
+    assert run("report", made / "tiny") == 1
+    assert "#e118" in capsys.readouterr().err
+    assert run("report", made / "out", "--bench", tmp_path / "missing.json") == 3
+    assert "#e399" in capsys.readouterr().err
+
+
+def test_what_a_killed_rewrite_leaves_is_no_damage(out: Path) -> None:
+    """`kill -9` in the middle of a rewrite would make a sound model fail its check."""
+    (out / "marlinctl_report.html.part").write_text("half a pa")
+    assert run("verify", out, "--no-load", "-q") == 0
+    assert run("report", out, "-q") == 0 and not (out / "marlinctl_report.html.part").exists()
+
+
+def test_weights_are_not_touched(out: Path) -> None:
+    """The digest of the manifest is the name of the model: adding scores must not change it."""
+    before = digests(out)
+    assert run("report", out, "-q") == 0
+    assert digests(out) == before

@@ -1,0 +1,391 @@
+"""`resume` and `jobs` as a person uses them: Ctrl-C, a full disk, a damaged file, another folder, another model, going back."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from marlinctl.cli import main
+from marlinctl.walk import Walk
+from tests.test_architecture import ROOT
+from tests.test_job import TEXT
+from tests.test_kill import published
+from tests.tiny import make_tiny
+
+SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 4}
+ASKED = ["--group-size", "32", "--samples", "2", "--sequence-length", "32", "--refine", "0", "--dtype", "float32", "--threads", "1", "-q"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model, text, and what a run that nobody stopped publishes."""
+    root = tmp_path_factory.mktemp("resume")
+    make_tiny(root / "model", **SIZES)
+    (root / "text.txt").write_text(TEXT)
+    (root / "mine.yaml").write_text("extends: int4\ncalibration: {minimum_tokens: 32}\n")
+    (root / "whole").mkdir()
+    assert main(quantize(root, root / "whole" / "out")) == 0
+    return root
+
+
+def quantize(place: Path, out: Path, *more: str) -> list[str]:
+    return [
+        "quantize",
+        str(place / "model"),
+        str(out),
+        "--recipe",
+        f"{place}/mine.yaml",
+        "--calibration",
+        f"{place}/text.txt",
+        *ASKED,
+        *more,
+    ]
+
+
+def stop_in(monkeypatch: pytest.MonkeyPatch, index: int, arguments: list[str], error: type[BaseException] = KeyboardInterrupt) -> int:
+    """Run, and stop when this block begins."""
+    run_block = Walk.run_block
+
+    def stopping(self: Walk, block: Any, solve: Any) -> None:
+        if block.index == index:
+            raise error
+        run_block(self, block, solve)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Walk, "run_block", stopping)
+        return main(arguments)
+
+
+def blocks_solved(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> tuple[int, list[int]]:
+    """The exit code, and which blocks a run solves."""
+    solved: list[int] = []
+    run_block = Walk.run_block
+
+    def noting(self: Walk, block: Any, solve: Any) -> None:
+        solved.append(block.index)
+        run_block(self, block, solve)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Walk, "run_block", noting)
+        return main(arguments), solved
+
+
+def lines_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out.with_name(out.name + ".job") / "journal.jsonl").read_text().splitlines()]
+
+
+# ---- signals -------------------------------------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import sys, time
+from marlinctl.cli import main
+from marlinctl.walk import Walk
+run_block = Walk.run_block
+def slowly(self, block, solve):
+    if block.index == 1:
+        print("in block 1", flush=True)
+        end = time.monotonic() + float(sys.argv[1])
+        while time.monotonic() < end:
+            time.sleep(0.01)
+    run_block(self, block, solve)
+Walk.run_block = slowly
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "times", "code", "finished"),
+    [(signal.SIGINT, 1, 130, 2), (signal.SIGTERM, 1, 143, 2), (signal.SIGINT, 2, 130, 1)],
+    ids=["Ctrl-C", "SIGTERM", "Ctrl-C twice"],
+)
+def test_a_signal_lets_the_block_end_and_a_second_one_does_not(
+    place: Path, tmp_path: Path, number: signal.Signals, times: int, code: int, finished: int
+) -> None:
+    """Ctrl-C would lose a block that took an hour, or could not be obeyed at once by who is in a hurry."""
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "1" if times == 1 else "60", *quantize(place, out)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell that runs tests in the background ignores it
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline() == "in block 1\n"
+    process.send_signal(number)
+    while "finishing the current block" not in process.stderr.readline():
+        pass
+    if times == 2:
+        process.send_signal(number)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == code, told
+    assert f"to go on: marlinctl resume {out}\n" in told and "interrupted: by" in told
+    assert [line["step"] for line in lines_of(out)] == ["begun", *["block"] * finished]
+    assert not out.exists()
+    assert main(["resume", str(out), "-q"]) == 0
+    assert published(tmp_path) == published(place / "whole")
+
+
+# ---- going on ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_finished_blocks_are_not_solved_again(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resume that begins anew would give the right bytes and be of no use."""
+    out = tmp_path / "out"
+    assert stop_in(monkeypatch, 3, quantize(place, out)) == 130
+    assert sorted(path.name for path in (tmp_path / "out.job" / "states").iterdir()) == ["00002.safetensors", "00003.safetensors"]
+    assert blocks_solved(monkeypatch, ["resume", str(out), "-q"]) == (0, [3])
+    assert published(tmp_path) == published(place / "whole")
+
+
+def test_a_kept_job_and_paths_from_where_the_command_was_given(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths would be looked for where `resume` is typed; --keep-job would be forgotten on the way."""
+    monkeypatch.chdir(place)
+    asked = ["quantize", "model", str(tmp_path / "out"), "--recipe", "mine.yaml", "--calibration", "text.txt", *ASKED, "--keep-job"]
+    assert stop_in(monkeypatch, 2, asked) == 130
+    monkeypatch.chdir(tmp_path)
+    (place / "text.txt").rename(place / "elsewhere.txt")  # its tokens are in the job
+    try:
+        assert main(["resume", "out", "-q"]) == 0
+    finally:
+        (place / "elsewhere.txt").rename(place / "text.txt")
+    assert Path.cwd() == tmp_path
+    assert [line["step"] for line in lines_of(tmp_path / "out")][-2:] == ["publishing", "published"]
+    whole = published(place / "whole")
+    found = {name: digest for name, digest in published(tmp_path).items() if name.startswith("out/") and name != "out/recipe.yaml"}
+    differing = {name for name in found if found[name] != whole[name]}
+    assert differing <= {"out/marlinctl_manifest.json", "out/config.json"}, (
+        "the recipe says `text.txt` where the other names the whole path"
+    )
+    assert main(["resume", "out", "-q"]) == 0, "asked again, a published job is no error"
+
+
+def test_a_job_that_was_moved_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job copied to another disk or machine would look for its files where it was begun."""
+    (tmp_path / "here").mkdir()
+    assert stop_in(monkeypatch, 2, quantize(place, tmp_path / "here" / "out")) == 130
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    for path in [*(tmp_path / "there").rglob("*")]:
+        os.utime(path, (0, 0))  # a clock that went back decides nothing
+    shutil.rmtree(tmp_path / "here")
+    assert blocks_solved(monkeypatch, ["resume", str(tmp_path / "there" / "out"), "-q"]) == (0, [2, 3])
+    assert published(tmp_path / "there") == published(place / "whole")
+
+
+@pytest.mark.parametrize(
+    ("damaged", "solved"),
+    [
+        ("staged/model-00003.safetensors", [2, 3]),
+        ("states/00003.safetensors", [2, 3]),
+        ("staged/model-00001.safetensors", [0, 1, 2, 3]),
+        ("calibration.safetensors", [0, 1, 2, 3]),
+    ],
+)
+def test_what_is_damaged_is_solved_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str, solved: list[int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One flipped bit in a finished block would be published, or would make the whole job worthless."""
+    out = tmp_path / "out"
+    assert stop_in(monkeypatch, 3, quantize(place, out)) == 130
+    path = tmp_path / "out.job" / damaged
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    assert blocks_solved(monkeypatch, ["resume", str(out)]) == (0, solved)
+    assert "damaged or missing" in capfd.readouterr().err
+    assert published(tmp_path) == published(place / "whole")
+
+
+def test_a_disk_that_is_full_costs_nothing_that_was_finished(place: Path, tmp_path: Path) -> None:
+    """RLIMIT_FSIZE fails inside write(), as a full disk does: exit 5, and with room the run goes on behind its last block."""
+    out = tmp_path / "out"
+    program = textwrap.dedent(
+        """
+        import resource, signal, sys
+        from marlinctl.cli import main
+        from marlinctl.checkpoint.writer import StagedCheckpoint
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        copy = StagedCheckpoint.copy_tensors
+        def full(self, *rest):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, resource.RLIM_INFINITY))
+            copy(self, *rest)
+        StagedCheckpoint.copy_tensors = full
+        sys.exit(main(sys.argv[1:]))
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", program, *quantize(place, out)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 5 and "the disk is full" in done.stderr, done.stderr
+    assert f"to go on: marlinctl resume {out}" in done.stderr and not out.exists()
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 9_000
+    assert main(["resume", str(out), "-q"]) == 0
+    assert published(tmp_path) == published(place / "whole")
+
+
+def test_memory_that_runs_out_costs_nothing_that_was_finished(place: Path, tmp_path: Path) -> None:
+    """RLIMIT_AS refuses memory as a small container does: exit 5, not a traceback, and with more of it the run goes on."""
+    out = tmp_path / "out"
+    program = textwrap.dedent(
+        """
+        import resource, sys
+        from pathlib import Path
+        from marlinctl.cli import main
+        from marlinctl.walk import Walk
+        run_block = Walk.run_block
+        def starved(self, block, solve):
+            if block.index == 2:
+                used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), resource.RLIM_INFINITY))
+                self.step, self.hidden = self.samples, self.hidden.repeat(1, 1, 1024)
+            run_block(self, block, solve)
+        Walk.run_block = starved
+        sys.exit(main(sys.argv[1:]))
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", program, *quantize(place, out)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 5 and "memory ran out" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert len([line for line in lines_of(out) if line["step"] == "block"]) == 2
+    assert "layers.1.mlp.down_proj" in (tmp_path / "out.log").read_text(), "the log shows the last layer"
+    assert main(["resume", str(out), "-q"]) == 0
+    assert published(tmp_path) == published(place / "whole")
+
+
+# ---- going back ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("back_to", "solved"), [(2, [2, 3]), (1, [0, 1, 2, 3]), (0, [0, 1, 2, 3])])
+def test_blocks_are_solved_again_on_demand(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back_to: int, solved: list[int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """--redo-from would keep what it shall drop, or start from hidden states of another block."""
+    out = tmp_path / "out"
+    assert stop_in(monkeypatch, 3, quantize(place, out)) == 130
+    capfd.readouterr()
+    assert blocks_solved(monkeypatch, ["resume", str(out), "--redo-from", str(back_to)]) == (0, solved)
+    assert ("what enters block 1 is not there" in capfd.readouterr().err) == (back_to == 1), "that it goes further back must be said"
+    assert published(tmp_path) == published(place / "whole")
+
+
+def test_going_back_in_a_compress(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--redo-from must reach the walk inside, finished or not, and everything made from it."""
+    asked = ["compress", *quantize(place, tmp_path / "out")[1:], "--format", "marlin", "--no-eval"]
+    assert stop_in(monkeypatch, 3, asked) == 130
+    assert blocks_solved(monkeypatch, ["resume", str(tmp_path / "out"), "--redo-from", "2", "-q"]) == (0, [2, 3])
+    first = published(tmp_path)
+    shutil.rmtree(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("marlinctl.pipeline.verify", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(asked) == 130
+    assert blocks_solved(monkeypatch, ["resume", str(tmp_path / "out"), "--redo-from", "3", "-q"]) == (0, [0, 1, 2, 3])
+    assert published(tmp_path) == first
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------------------------
+
+
+def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    capfd.readouterr()
+    assert main([*arguments, "--json"]) == 2
+    error: dict[str, Any] = json.loads(capfd.readouterr().out)["error"]
+    return error
+
+
+def test_another_model_recipe_or_format_is_refused_field_by_field(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Half of the blocks of one model and half of another would be published as one."""
+    shutil.copytree(place / "model", tmp_path / "model")
+    out = tmp_path / "out"
+    asked = ["quantize", str(tmp_path / "model"), *quantize(place, out)[2:]]
+    assert stop_in(monkeypatch, 3, asked) == 130
+    job = tmp_path / "out.job" / "job.json"
+    before = published(tmp_path / "out.job")
+
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"rope_theta": 5000.0}))
+    told = refused(capfd, "resume", str(out))
+    assert told["id"] == "E286" and [problem["what"].split(" was ")[0] for problem in told["problems"]] == ["model.files.config.json"]
+    shutil.copy(place / "model" / "config.json", tmp_path / "model" / "config.json")
+
+    told = refused(capfd, *asked, "--resume", "--damping", "0.05")
+    assert [problem["what"] for problem in told["problems"]] == ["recipe.quantize.damping was 0.01 and is now 0.05"]
+
+    request = json.loads(job.read_text())
+    job.write_text(json.dumps(request | {"format": 2}))
+    assert refused(capfd, "resume", str(out))["id"] == "E290"
+    job.write_text(json.dumps(request))
+
+    assert refused(capfd, *asked)["id"] == "E285"
+    assert refused(capfd, "resume", str(out), "--redo-from", "4")["id"] == "E291"
+    assert refused(capfd, "resume", str(tmp_path / "other"))["id"] == "E287"
+    shutil.copy(place / "model" / "config.json", tmp_path / "model" / "config.json")
+    after = published(tmp_path / "out.job")
+    assert {k for k in after.keys() | before.keys() if after.get(k) != before.get(k)} <= {"job.json"}, "a refusal changes nothing"
+    assert main(["resume", str(out), "-q"]) == 0
+
+
+def test_going_back_in_a_verb_without_blocks_is_refused(place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The number would be ignored in silence."""
+    from marlinctl.console import Console
+    from marlinctl.journal import JobFolder, Request
+
+    with pytest.raises(OSError, match="full"), JobFolder(tmp_path / "out").held(Request("pack", {}), resume=False, console=Console.quiet()):
+        raise OSError("full")
+    assert refused(capfd, "resume", str(tmp_path / "out"), "--redo-from", "1")["id"] == "E291"
+
+
+# ---- jobs ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_jobs_are_listed_and_removed(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What fills the disk would not be found, or the wrong thing would be removed."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    assert stop_in(monkeypatch, 3, quantize(place, tmp_path / "a" / "b" / "out")) == 130
+    assert stop_in(monkeypatch, 1, ["compress", *quantize(place, tmp_path / "a" / "whole")[1:], "--no-eval"]) == 130
+    capfd.readouterr()
+    assert main(["jobs", "ls", str(tmp_path), "--json"]) == 0
+    found = {Path(job["path"]).name: job for job in json.loads(capfd.readouterr().out)["jobs"]}
+    assert {name: (job["verb"], job["stage"], job["blocks"]) for name, job in found.items()} == {
+        "out.job": ("quantize", "3 blocks finished", 3),
+        "whole.job": ("compress", "ct: 1 blocks finished", 1),
+    }
+    on_disk = sum(path.stat().st_size for path in (tmp_path / "a" / "b" / "out.job").rglob("*") if path.is_file())
+    assert found["out.job"]["size"] == on_disk and found["out.job"]["running"] is None and 0 <= found["out.job"]["age"] < 300
+
+    assert refused(capfd, "jobs", "rm", str(tmp_path / "a" / "whole"))["id"] == "E293"
+    assert refused(capfd, "jobs", "rm", str(tmp_path / "nothing"), "--yes")["id"] == "E287"
+    assert refused(capfd, "jobs", "ls", str(tmp_path / "nothing"))["id"] == "E292"
+    assert main(["jobs", "rm", str(tmp_path / "a" / "whole"), str(tmp_path / "a" / "b" / "out.job"), "--yes"]) == 0
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_dir()) == ["a", "b"]
+    capfd.readouterr()
+    assert main(["jobs", "ls", str(tmp_path)]) == 0
+    assert capfd.readouterr().out == f"no jobs below {tmp_path}\n"
+
+
+def test_a_job_at_work_is_shown_and_not_removed(place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Removing the folder under a running process would break it hours in."""
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "60", *quantize(place, out)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "in block 1\n"
+        assert main(["jobs", "ls", str(tmp_path), "--json"]) == 0
+        (job,) = json.loads(capfd.readouterr().out)["jobs"]
+        assert job["running"]["pid"] == process.pid and job["blocks"] == 1
+        assert refused(capfd, "jobs", "rm", str(out), "--yes")["id"] == "E285"
+    finally:
+        process.kill()
+        process.communicate()
+    assert main(["jobs", "rm", str(out), "--yes"]) == 0
+    assert not (tmp_path / "out.job").exists()
