@@ -96,8 +96,8 @@ class Configuration:
             "SHARED_BYTES": self.shared_bytes,
         }
         if self.wgmma:
-            # Sums of many small groups are dearer to scale than weights, and leave too few registers.
-            scale_weights = self.scale_weights or (group_shift == 1 and self.tokens >= 16)
+            # Sums of many small groups are dearer to scale than weights, and leave too few registers: groups of 32 and of 64.
+            scale_weights = self.scale_weights or (group_shift == 1 and self.tokens >= 16) or (group_shift == 2 and self.tokens >= 32)
             sizes |= {"GROUP_SHIFT": group_shift, "SCALE_WEIGHTS": int(scale_weights), "STEPS": self.batch}
         return (f"NUMBER={NUMBERS[dtype]}", *(f"{name}={value}" for name, value in sizes.items()))
 

@@ -63,11 +63,11 @@ CASES: list[Case] = [
     (c, dtype, a, 3) for c in (*DENSE, *SPARSE) for dtype in (torch.float16, torch.bfloat16) for a in ARCHITECTURES if c.fits(a)
 ]
 IDS = [f"{c.name}-{str(dtype).removeprefix('torch.')}-{architecture}" for c, dtype, architecture, _ in CASES]
-# With wgmma the group size is compiled in: 128, and for the type that takes more registers 32 and channel-wise by turns.
+# With wgmma the group size is compiled in: 128, and for the type that takes more registers one of the others, by turns.
 HOPPER: list[Case] = [
     (c, dtype, "sm_90a", shift)
     for i, c in enumerate((*DENSE_SM90, *SPARSE_SM90))
-    for dtype, shift in ((torch.float16, 3), (torch.bfloat16, 3), (torch.bfloat16, (1, -1)[i % 2]))
+    for dtype, shift in ((torch.float16, 3), (torch.bfloat16, 3), (torch.bfloat16, (1, 2, -1)[i % 3]))
 ]
 HOPPER_IDS = [f"{c.name}-{str(dtype).removeprefix('torch.')}-groups{16 << shift if shift > 0 else 'K'}" for c, dtype, _, shift in HOPPER]
 

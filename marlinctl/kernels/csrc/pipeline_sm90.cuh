@@ -1,6 +1,6 @@
 // Hopper: warps that copy and warps that multiply, and the ring of stages between them.
 //
-// A CTA has THREADS that multiply, two warpgroups, and after them a warpgroup that copies and gives most of its registers away:
+// A CTA has THREADS that multiply, two or three warpgroups, and after them a warpgroup that copies and gives most of its registers away:
 //
 //   warp 0 of it       weights (and metadata) and scales, contiguous runs, by the copy engine (cp.async.bulk)
 //   warps 1 and 2      activations, by cp.async, into the 128-byte swizzle that wgmma reads
