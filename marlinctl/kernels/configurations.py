@@ -36,6 +36,7 @@ class Configuration:
     ctas: int  # per multiprocessor, what the compiler allots registers for
     sparse: bool = False  # 2:4
     wgmma: bool = False  # for Hopper alone
+    batch: int = 1  # with wgmma: steps of k that a warp decodes before it multiplies, while those before them are multiplied
     scale_weights: bool = False  # with wgmma: scales multiply weights, in 16 bits, instead of sums of groups
 
     @property
@@ -95,9 +96,9 @@ class Configuration:
             "SHARED_BYTES": self.shared_bytes,
         }
         if self.wgmma:
-            # Sums of many small groups are dearer to scale than weights, and leave too few registers.
-            scale_weights = self.scale_weights or (group_shift == 1 and self.tokens >= 32)
-            sizes |= {"GROUP_SHIFT": group_shift, "SCALE_WEIGHTS": int(scale_weights)}
+            # Sums of many small groups are dearer to scale than weights, and leave too few registers: groups of 32 and of 64.
+            scale_weights = self.scale_weights or (group_shift == 1 and self.tokens >= 16) or (group_shift == 2 and self.tokens >= 32)
+            sizes |= {"GROUP_SHIFT": group_shift, "SCALE_WEIGHTS": int(scale_weights), "STEPS": self.batch}
         return (f"NUMBER={NUMBERS[dtype]}", *(f"{name}={value}" for name, value in sizes.items()))
 
     def fits(self, architecture: str) -> bool:
@@ -148,26 +149,52 @@ SPARSE = (
 )
 
 
-# With wgmma a warpgroup, four warps, multiplies 256 columns: all of their words, and the two share the k of a stage, or from 64 tokens on
-# half of their words, because of the registers of the sums. 96 KB or more of weights are under way.
+# With wgmma a warpgroup is four warps, and two or three of them multiply. Of each M the first is for large matrices: 384 or 512 columns,
+# and all of K in every warp; the second, with 256 columns and K shared between two warpgroups, for smaller ones; the third, with 128
+# columns, for those of which so many CTAs share a tile that adding up is what takes time. From 48 tokens on scales multiply weights.
+# Chosen on an H200 (docs/log/2026-11-21-hopper-kernel.md).
 DENSE_SM90 = (
+    Configuration(tokens=8, blocks=6, split=2, k_warps=1, k_step=256, stages=3, ctas=1, wgmma=True),
     Configuration(tokens=8, blocks=4, split=1, k_warps=2, k_step=256, stages=5, ctas=1, wgmma=True),
+    Configuration(tokens=8, blocks=2, split=2, k_warps=2, k_step=512, stages=4, ctas=1, wgmma=True),
+    Configuration(tokens=16, blocks=6, split=2, k_warps=1, k_step=256, stages=3, ctas=1, wgmma=True),
     Configuration(tokens=16, blocks=4, split=1, k_warps=2, k_step=256, stages=4, ctas=1, wgmma=True),
+    Configuration(tokens=16, blocks=2, split=2, k_warps=2, k_step=512, stages=3, ctas=1, wgmma=True),
+    Configuration(tokens=32, blocks=8, split=1, k_warps=1, k_step=128, stages=4, ctas=1, wgmma=True),
     Configuration(tokens=32, blocks=4, split=1, k_warps=2, k_step=256, stages=4, ctas=1, wgmma=True),
-    Configuration(tokens=48, blocks=4, split=2, k_warps=1, k_step=128, stages=7, ctas=1, wgmma=True),
-    Configuration(tokens=64, blocks=4, split=2, k_warps=1, k_step=128, stages=6, ctas=1, wgmma=True, scale_weights=True),
+    Configuration(tokens=32, blocks=2, split=2, k_warps=2, k_step=256, stages=5, ctas=1, wgmma=True),
+    Configuration(tokens=48, blocks=6, split=2, k_warps=1, k_step=128, stages=5, ctas=1, wgmma=True, batch=4, scale_weights=True),
+    Configuration(tokens=64, blocks=8, split=1, k_warps=1, k_step=128, stages=4, ctas=1, wgmma=True, scale_weights=True),
+    Configuration(tokens=64, blocks=4, split=2, k_warps=1, k_step=256, stages=3, ctas=1, wgmma=True, batch=4, scale_weights=True),
+    Configuration(tokens=64, blocks=2, split=2, k_warps=2, k_step=256, stages=3, ctas=1, wgmma=True, batch=4, scale_weights=True),
     Configuration(tokens=96, blocks=4, split=2, k_warps=1, k_step=128, stages=5, ctas=1, wgmma=True, scale_weights=True),
-    Configuration(tokens=128, blocks=4, split=2, k_warps=1, k_step=128, stages=4, ctas=1, wgmma=True, scale_weights=True),
+    Configuration(tokens=128, blocks=4, split=2, k_warps=1, k_step=128, stages=4, ctas=1, wgmma=True, batch=4, scale_weights=True),
 )
 
 SPARSE_SM90 = (
+    Configuration(tokens=8, blocks=6, split=2, k_warps=1, k_step=256, stages=4, ctas=1, sparse=True, wgmma=True),
     Configuration(tokens=8, blocks=4, split=1, k_warps=2, k_step=256, stages=6, ctas=1, sparse=True, wgmma=True),
+    Configuration(tokens=16, blocks=6, split=2, k_warps=1, k_step=256, stages=4, ctas=1, sparse=True, wgmma=True, batch=2),
     Configuration(tokens=16, blocks=4, split=1, k_warps=2, k_step=256, stages=5, ctas=1, sparse=True, wgmma=True),
+    Configuration(tokens=16, blocks=2, split=2, k_warps=2, k_step=512, stages=4, ctas=1, sparse=True, wgmma=True, batch=2),
+    Configuration(tokens=32, blocks=6, split=2, k_warps=1, k_step=256, stages=3, ctas=1, sparse=True, wgmma=True),
     Configuration(tokens=32, blocks=4, split=1, k_warps=2, k_step=256, stages=4, ctas=1, sparse=True, wgmma=True),
-    Configuration(tokens=48, blocks=4, split=2, k_warps=1, k_step=128, stages=8, ctas=1, sparse=True, wgmma=True),
-    Configuration(tokens=64, blocks=4, split=2, k_warps=1, k_step=128, stages=7, ctas=1, sparse=True, wgmma=True, scale_weights=True),
-    Configuration(tokens=96, blocks=4, split=2, k_warps=1, k_step=128, stages=5, ctas=1, sparse=True, wgmma=True, scale_weights=True),
-    Configuration(tokens=128, blocks=4, split=2, k_warps=1, k_step=128, stages=4, ctas=1, sparse=True, wgmma=True, scale_weights=True),
+    Configuration(tokens=32, blocks=2, split=2, k_warps=2, k_step=256, stages=5, ctas=1, sparse=True, wgmma=True),
+    Configuration(
+        tokens=48, blocks=6, split=2, k_warps=1, k_step=256, stages=3, ctas=1, sparse=True, wgmma=True, batch=2, scale_weights=True
+    ),
+    Configuration(
+        tokens=64, blocks=4, split=2, k_warps=1, k_step=256, stages=3, ctas=1, sparse=True, wgmma=True, batch=2, scale_weights=True
+    ),
+    Configuration(
+        tokens=64, blocks=2, split=2, k_warps=2, k_step=256, stages=3, ctas=1, sparse=True, wgmma=True, batch=2, scale_weights=True
+    ),
+    Configuration(
+        tokens=96, blocks=4, split=2, k_warps=1, k_step=128, stages=5, ctas=1, sparse=True, wgmma=True, batch=2, scale_weights=True
+    ),
+    Configuration(
+        tokens=128, blocks=4, split=2, k_warps=1, k_step=128, stages=4, ctas=1, sparse=True, wgmma=True, batch=2, scale_weights=True
+    ),
 )
 
 

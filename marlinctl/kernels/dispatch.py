@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from marlinctl.kernels import jit
-from marlinctl.kernels.configurations import DENSE, SPARSE, Configuration
+from marlinctl.kernels.configurations import DENSE, DENSE_SM90, SPARSE, SPARSE_SM90, Configuration
 
 PACKAGED = Path(__file__).parent / "dispatch.json"
 SCHEMA_VERSION = 1
@@ -105,7 +105,8 @@ def reasoned(architecture: str, kind: str) -> Table:
 
 
 def configurations(kind: str) -> tuple[Configuration, ...]:
-    return SPARSE if kind == "sparse" else DENSE
+    """Those of mma.sync first: `reasoned` takes the first that fits."""
+    return (*SPARSE, *SPARSE_SM90) if kind == "sparse" else (*DENSE, *DENSE_SM90)
 
 
 # The file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from marlinctl.kernels import jit
-from marlinctl.kernels.configurations import DENSE, SHARED_BYTES, SPARSE, Configuration
+from marlinctl.kernels.configurations import DENSE, DENSE_SM90, SHARED_BYTES, SPARSE, SPARSE_SM90, Configuration
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")
 
@@ -51,37 +52,53 @@ def disassemble(cubin: Path) -> MachineCode:
     usage = subprocess.run([tool("cuobjdump"), "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True).stdout
     numbers = dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage))
     listing = subprocess.run([tool("nvdisasm"), "--print-code", str(cubin)], capture_output=True, text=True, check=True).stdout
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", listing, flags=re.MULTILINE)
-    selectors = re.findall(r"HMMA\.SP\..*, (0x\d+) ;", listing)
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)", listing, flags=re.MULTILINE)
+    selectors = re.findall(r"HG?MMA\.SP\..*?, (0x\d+)(?:, gsb0)? ;", listing)
     sizes = (int(numbers[name]) for name in ("REG", "STACK", "LOCAL", "SHARED"))
     return MachineCode(*sizes, Counter(names), Counter(selectors))
 
 
-CASES = [(c, dtype, a) for c in (*DENSE, *SPARSE) for dtype in (torch.float16, torch.bfloat16) for a in ARCHITECTURES if c.fits(a)]
-IDS = [f"{c.name}-{str(dtype).removeprefix('torch.')}-{architecture}" for c, dtype, architecture in CASES]
+Case = tuple[Configuration, torch.dtype, str, int]  # the last is group_shift()
+CASES: list[Case] = [
+    (c, dtype, a, 3) for c in (*DENSE, *SPARSE) for dtype in (torch.float16, torch.bfloat16) for a in ARCHITECTURES if c.fits(a)
+]
+IDS = [f"{c.name}-{str(dtype).removeprefix('torch.')}-{architecture}" for c, dtype, architecture, _ in CASES]
+# With wgmma the group size is compiled in: 128, and for the type that takes more registers one of the others, by turns.
+HOPPER: list[Case] = [
+    (c, dtype, "sm_90a", shift)
+    for i, c in enumerate((*DENSE_SM90, *SPARSE_SM90))
+    for dtype, shift in ((torch.float16, 3), (torch.bfloat16, 3), (torch.bfloat16, (1, 2, -1)[i % 3]))
+]
+HOPPER_IDS = [f"{c.name}-{str(dtype).removeprefix('torch.')}-groups{16 << shift if shift > 0 else 'K'}" for c, dtype, _, shift in HOPPER]
 
 
-@pytest.fixture(scope="module")
-def machine_codes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[Configuration, torch.dtype, str], Future[MachineCode]]]:
-    """All of them, two at a time: compiler and disassembler leave the interpreter alone while they work."""
-    folder = tmp_path_factory.mktemp("cubins")
+def build_all(cases: list[Case], folder: Path) -> Iterator[dict[Case, Future[MachineCode]]]:
+    """Two at a time: compiler and disassembler leave the interpreter alone while they work."""
 
-    def build(configuration: Configuration, dtype: torch.dtype, architecture: str) -> MachineCode:
-        path = folder / f"{configuration.name}-{dtype}-{architecture}.cubin"
-        path.write_bytes(jit.cubin(f"{configuration.kernel}.cu", configuration.defines(dtype), architecture, folder / "cache"))
+    def build(configuration: Configuration, dtype: torch.dtype, architecture: str, shift: int) -> MachineCode:
+        path = folder / f"{configuration.name}-{dtype}-{architecture}-{shift}.cubin"
+        path.write_bytes(jit.cubin(f"{configuration.kernel}.cu", configuration.defines(dtype, shift), architecture, folder / "cache"))
         return disassemble(path)
 
     with ThreadPoolExecutor(2) as pool:
-        yield {case: pool.submit(build, *case) for case in CASES}
+        yield {case: pool.submit(build, *case) for case in cases}
         pool.shutdown(cancel_futures=True)  # a run of one test need not wait for the others
 
 
+@pytest.fixture(scope="module")
+def machine_codes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Case, Future[MachineCode]]]:
+    yield from build_all(CASES, tmp_path_factory.mktemp("cubins"))
+
+
+@pytest.fixture(scope="module")
+def hopper_codes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Case, Future[MachineCode]]]:
+    yield from build_all(HOPPER, tmp_path_factory.mktemp("cubins"))
+
+
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_machine_code(
-    case: tuple[Configuration, torch.dtype, str], machine_codes: dict[tuple[Configuration, torch.dtype, str], Future[MachineCode]]
-) -> None:
+def test_machine_code(case: Case, machine_codes: dict[Case, Future[MachineCode]]) -> None:
     """If this failed, the kernel would be slow (spills, plain loads, conversions) or not start at all (registers)."""
-    configuration, dtype, _ = case
+    configuration, dtype, *_ = case
     code = machine_codes[case].result()
 
     assert (code.stack, code.local) == (0, 0), "a spill, or an array that is indexed at run time"
@@ -113,14 +130,56 @@ def test_machine_code(
     assert code.count(r"I2F.*|I2HP.*") <= 32, "numbers come out of lop3; what is left are the integer divisions of addresses"
 
 
+@pytest.mark.parametrize("case", HOPPER, ids=HOPPER_IDS)
+def test_machine_code_for_hopper(case: Case, hopper_codes: dict[Case, Future[MachineCode]]) -> None:
+    """If this failed, the kernel would be slow (spills, serialized products, copies by threads) or hang (registers that are not there)."""
+    configuration, dtype, _, shift = case
+    code = hopper_codes[case].result()
+
+    assert (code.stack, code.local) == (0, 0), "a spill, or an array that is indexed at run time"
+    assert code.count(r"(LDL|STL)\b.*") == 0
+    assert code.shared <= RESERVED_BYTES, "shared memory beside the stages, which `shared_bytes` does not count"
+    assert code.registers * configuration.threads * configuration.ctas <= 65536
+    assert code.count(r"USETMAXREG\..*") == 2, "copying warps give registers, the others take them"
+
+    kind = r"\.BF16" if dtype == torch.bfloat16 else ""
+    product = rf"HGMMA(\.SP)?\.64x{configuration.tokens}x{configuration.tile_k}\.F32{kind}"
+    tiles = configuration.k_step // configuration.tile_k // configuration.k_warps  # k tiles of a warp in a stage
+    words = 4 // configuration.split
+    assert code.count(product) == tiles * words, "each of a stage's products, once"
+    assert code.count(r"HG?MMA.*") == code.count(product), "a product of another kind"
+    sums_of_groups = shift >= 0 and "SCALE_WEIGHTS=0" in configuration.defines(dtype, shift)
+    batch = min(configuration.batch, (16 << shift) // configuration.tile_k) if sums_of_groups else configuration.batch
+    assert code.count(r"WARPGROUP\.ARRIVE") == tiles // batch, "ptxas has serialized the products, or split a batch"
+
+    assert code.count(r"UBLKCP\..*") == (2 if configuration.sparse else 1) + (shift >= 0), (
+        "weights, metadata and scales, by the copy engine"
+    )
+    assert code.count(r"LDGSTS\.E\.BYPASS\.128(\.ZFILL)?") > 0, "activations, by cp.async"
+    assert code.count(r"ARRIVES\.LDGSTSBAR\..*") > 0, "which arrive at the barrier by themselves"
+    assert code.count(r"ACQBULK") > 0, "the wait for the grid before"
+    assert code.count(r"PREEXIT") > 0, "and the next grid is let in"
+    if configuration.sparse:
+        assert code.selectors["0x0"] == code.selectors["0x1"] == code.count(product) // 2, "the even words, and the odd ones"
+    assert code.count(r"LOP3\.LUT") >= 4 * tiles * words, "four and-or for each word"
+    assert code.count(r"I2F.*|I2HP.*") <= 32, "numbers come out of lop3; what is left are the integer divisions of addresses"
+
+
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_the_sum_has_no_atomics(
-    case: tuple[Configuration, torch.dtype, str], machine_codes: dict[tuple[Configuration, torch.dtype, str], Future[MachineCode]]
-) -> None:
+def test_the_sum_has_no_atomics(case: Case, machine_codes: dict[Case, Future[MachineCode]]) -> None:
     """If this failed, the order of additions, and with it the last bits, could change from run to run."""
-    code = machine_codes[case].result()
+    assert_one_atomic(machine_codes[case].result())
+
+
+@pytest.mark.parametrize("case", HOPPER, ids=HOPPER_IDS)
+def test_the_sum_on_hopper_has_no_atomics(case: Case, hopper_codes: dict[Case, Future[MachineCode]]) -> None:
+    """As above."""
+    assert_one_atomic(hopper_codes[case].result())
+
+
+def assert_one_atomic(code: MachineCode) -> None:
     assert code.count(r"RED\b.*") == 0
-    assert code.count(r"ATOM(G|S)?\b.*") == code.count(r"ATOMG?\.E\.ADD\.STRONG\.GPU") == 1, "one integer counter"
+    assert code.count(r"ATOM(G|S)?\b.*") == code.count(r"ATOMG?\.E\.ADD\.S32\.STRONG\.GPU") == 1, "one integer counter"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -130,7 +189,7 @@ def test_every_architecture_has_a_kernel_for_every_m(architecture: str) -> None:
     assert {c.tokens for c in DENSE if c.fits(architecture)} == {8, 16, 32, 64}
 
 
-@pytest.mark.parametrize("configuration", [*DENSE, *SPARSE], ids=lambda c: c.name)
+@pytest.mark.parametrize("configuration", [*DENSE, *SPARSE, *DENSE_SM90, *SPARSE_SM90], ids=lambda c: c.name)
 def test_the_promised_ctas_fit(configuration: Configuration) -> None:
     """If this failed, registers would be saved for CTAs that shared memory does not let in, on any architecture."""
     assert (configuration.shared_bytes + RESERVED_BYTES) * configuration.ctas <= SHARED_BYTES["sm_90"] + RESERVED_BYTES
@@ -138,15 +197,16 @@ def test_the_promised_ctas_fit(configuration: Configuration) -> None:
 
 def test_names_are_unique() -> None:
     """If this failed, two configurations would share a row of every table."""
-    assert len({configuration.name for configuration in (*DENSE, *SPARSE)}) == len(DENSE) + len(SPARSE)
+    names = [configuration.name for configuration in (*DENSE, *SPARSE, *DENSE_SM90, *SPARSE_SM90)]
+    assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("configuration", [DENSE[0], SPARSE[0]], ids=lambda c: c.kernel)
+@pytest.mark.parametrize("configuration", [DENSE[0], SPARSE[0], DENSE_SM90[0], SPARSE_SM90[0]], ids=lambda c: c.kernel)
 def test_host_and_kernel_agree_on_shared_memory(tmp_path: Path, configuration: Configuration) -> None:
     """If this failed, a change of the stages on one side alone would write past the end of shared memory."""
     wrong = [re.sub(r"SHARED_BYTES=\d+", "SHARED_BYTES=4096", define) for define in configuration.defines(torch.float16)]
     with pytest.raises(jit.CompilationFailed, match="the host allots other shared memory than the kernel uses"):
-        jit.cubin(f"{configuration.kernel}.cu", wrong, "sm_80", tmp_path)
+        jit.cubin(f"{configuration.kernel}.cu", wrong, "sm_90a" if configuration.wgmma else "sm_80", tmp_path)
 
 
 def test_a_spill_would_be_seen(tmp_path: Path) -> None:
@@ -156,3 +216,18 @@ def test_a_spill_would_be_seen(tmp_path: Path) -> None:
     code = disassemble(tmp_path / "tight.cubin")
     assert code.stack > 0
     assert code.count(r"(LDL|STL)\b.*") > 0
+
+
+def test_serialized_products_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, the check above could not fail: sums that are read before the wait for them make ptxas wait after every product."""
+    broken = tmp_path / "csrc"
+    shutil.copytree(jit.SOURCES, broken)
+    source = broken / "marlin_sm90.cu"
+    wait = "wgmma_wait<0>();\n                    arrived(group_sums);"
+    assert wait in source.read_text("utf-8")
+    source.write_text(source.read_text("utf-8").replace(wait, "arrived(group_sums);"), "utf-8")
+    monkeypatch.setattr(jit, "SOURCES", broken)
+    configuration = DENSE_SM90[0]
+    (tmp_path / "serial.cubin").write_bytes(jit.cubin(source.name, configuration.defines(torch.float16), "sm_90a", tmp_path / "cache"))
+    code = disassemble(tmp_path / "serial.cubin")
+    assert code.count(r"WARPGROUP\.ARRIVE") == code.count(r"HGMMA\..*")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from marlinctl.kernels.configurations import Configuration, group_shift
 
@@ -25,6 +26,24 @@ def test_sparse_sizes_by_hand() -> None:
     assert (sparse.threads, sparse.columns, sparse.tile_k, sparse.kernel) == (256, 256, 32, "sparse_marlin_sm80")
     # a stage: 64 x 256 survivors of half a byte, 32 x 256 nibbles of metadata, 8 x 128 x 2 of activations, 4 x 256 x 2 of scales
     assert sparse.shared_bytes == 3 * (8192 + 4096 + 2048 + 2048) + 16
+
+
+HOPPER = Configuration(tokens=16, blocks=6, split=2, k_warps=1, k_step=256, stages=3, ctas=1, wgmma=True)
+
+
+def test_sizes_for_hopper_by_hand() -> None:
+    """If this failed, warps that copy would be missing, or the barriers of the ring would lie outside of shared memory."""
+    assert (HOPPER.warps, HOPPER.threads, HOPPER.kernel) == (12, 512, "marlin_sm90")
+    # as above, and 16 bytes of barriers for each stage
+    assert HOPPER.shared_bytes == 3 * (49152 + 8192 + 6144) + 3 * 16 + 16
+    assert [HOPPER.fits(a) for a in ("sm_80", "sm_90", "sm_90a")] == [False, False, True]
+
+
+def test_what_hopper_is_compiled_for() -> None:
+    """If this failed, the kernel would take groups of another size than the scales have, or spill for groups of 32."""
+    assert {"GROUP_SHIFT=3", "SCALE_WEIGHTS=0"} <= set(HOPPER.defines(torch.float16, 3))
+    assert {"GROUP_SHIFT=1", "SCALE_WEIGHTS=1"} <= set(HOPPER.defines(torch.float16, 1))
+    assert CONFIGURATION.defines(torch.float16, 1) == CONFIGURATION.defines(torch.float16, -1), "mma.sync is told at run time"
 
 
 def test_what_fits_where() -> None:

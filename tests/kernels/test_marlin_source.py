@@ -1,13 +1,14 @@
-"""csrc/marlin_sm80.cu and sparse_marlin_sm80.cu themselves, run on the CPU: the sources that NVRTC compiles, built by a C++ compiler
-against a software GPU.
+"""The kernels of csrc themselves, run on the CPU: the sources that NVRTC compiles, built by a C++ compiler against a software GPU.
 
-software_gpu/ptx.cuh takes the place of the instructions; everything else, addresses, pipeline, stripes and reduction, is the kernel's own.
+software_gpu/ptx.cuh and ptx_sm90.cuh take the place of the instructions; everything else, addresses, pipeline, stripes and reduction,
+is the kernels' own.
 What this cannot show: races between warps that the order of fibers hides, what the compiler for the GPU does, and speed.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from marlinctl.kernels import jit
-from marlinctl.kernels.configurations import DENSE, SPARSE, Configuration, group_shift
+from marlinctl.kernels.configurations import DENSE, DENSE_SM90, SPARSE, SPARSE_SM90, Configuration, group_shift
 from marlinctl.kernels.reference import dequantize, dequantize_sparse
 from marlinctl.pack.marlin import pack_marlin
 from marlinctl.pack.sparse_marlin import pack_sparse_marlin
@@ -42,11 +43,11 @@ class Arguments(ctypes.Structure):
 
 
 def library_of(
-    configuration: Configuration, dtype: torch.dtype, folder: Path, edit: Callable[[str], str] = lambda source: source
+    configuration: Configuration, dtype: torch.dtype, folder: Path, edit: Callable[[str], str] = lambda source: source, shift: int = 3
 ) -> ctypes.CDLL:
     """The kernel, built for the CPU; `edit` may break its sources first."""
-    defines = (*configuration.defines(dtype), f"SPARSE={int(configuration.sparse)}")
-    return compiled(configuration.kernel, defines, folder, edit)
+    kernel = (f"SPARSE={int(configuration.sparse)}", f"WGMMA={int(configuration.wgmma)}")
+    return compiled(configuration.kernel, (*configuration.defines(dtype, shift), *kernel), folder, edit)
 
 
 def compiled(kernel: str, defines: Sequence[str], folder: Path, edit: Callable[[str], str] = lambda source: source) -> ctypes.CDLL:
@@ -57,7 +58,8 @@ def compiled(kernel: str, defines: Sequence[str], folder: Path, edit: Callable[[
     shutil.copytree(jit.SOURCES, folder)
     for path in (folder / f"{kernel}.cu", *folder.glob("*.cuh")):
         path.write_text(edit(path.read_text("utf-8")), "utf-8")
-    shutil.copy(SOFTWARE_GPU / "ptx.cuh", folder)
+    for name in ("ptx.cuh", "ptx_sm90.cuh"):
+        shutil.copy(SOFTWARE_GPU / name, folder)
     flags = [f"-I{folder}", *(f"-D{define}" for define in defines), "-o", str(folder / "kernel.so")]
     command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-w", *flags]
     subprocess.run([*command, str(SOFTWARE_GPU / "launch.cpp")], check=True)
@@ -65,8 +67,11 @@ def compiled(kernel: str, defines: Sequence[str], folder: Path, edit: Callable[[
 
 
 def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: Callable[[str], str] = lambda source: source) -> Launch:
-    """The kernel as a function."""
-    library = library_of(configuration, dtype, folder, edit)
+    """The kernel as a function; one with wgmma is built for each group size that it is called with."""
+
+    @functools.cache
+    def library(shift: int) -> ctypes.CDLL:
+        return library_of(configuration, dtype, folder.with_name(f"{folder.name}{shift}"), edit, shift)
 
     def launch(
         activations: Tensor,
@@ -87,8 +92,11 @@ def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: 
         inputs = [aligned(tensor) for tensor in (activations, p.qweight, meta, p.scales)]
         pointers = [*(tensor.data_ptr() for tensor in inputs), None if bias is None else bias.data_ptr()]
         pointers += [out[GUARD:].data_ptr(), partials.data_ptr(), counters.data_ptr()]
-        arguments = Arguments(*pointers, m, n, k, group_shift(p.group_size, k))
-        library.launch(arguments, (ctypes.c_int * ctas)(*order), ctas, ctypes.c_bool(eager), ctypes.c_bool(backwards))
+        shift = group_shift(p.group_size, k)
+        arguments = Arguments(*pointers, m, n, k, shift)
+        library(shift if configuration.wgmma else 0).launch(
+            arguments, (ctypes.c_int * ctas)(*order), ctas, ctypes.c_bool(eager), ctypes.c_bool(backwards)
+        )
         assert not counters.any(), "the next launch would find a used workspace"
         assert partials[size:].isnan().all(), "written behind the workspace"
         assert out[:GUARD].isnan().all() and out[-GUARD:].isnan().all(), "written outside of the output"
@@ -115,9 +123,14 @@ def random_packed(
     return dense, dequantize(dense)
 
 
-KERNELS = [  # each takes a second to build
-    *((c, torch.float16) for c in (*DENSE, *SPARSE)),
-    *((c, torch.bfloat16) for c in (DENSE[0], DENSE[4], SPARSE[0], SPARSE[4])),
+# Each takes a second to build, and with wgmma one for each group size: of those the ones that differ in more than their sizes.
+HOPPER = [*(DENSE_SM90[i] for i in (0, 1, 5, 6, 9, 12, 14)), *(SPARSE_SM90[i] for i in (0, 1, 4, 7, 8, 10, 12))]
+KERNELS = [
+    *((c, torch.float16) for c in (*DENSE, *SPARSE, *HOPPER)),
+    *(
+        (c, torch.bfloat16)
+        for c in (DENSE[0], DENSE[4], SPARSE[0], SPARSE[4], DENSE_SM90[0], DENSE_SM90[-1], SPARSE_SM90[0], SPARSE_SM90[-1])
+    ),
 ]
 
 
@@ -142,8 +155,12 @@ def test_products(kernel: tuple[Configuration, torch.dtype, Launch]) -> None:
         bias = (torch.randn(n, generator=generator) / 16).to(dtype)
         weight = weight.double()
         exact = activations.double() @ weight.T + bias.double()
-        # One rounding of the output, and float32 sums in any order: K roundings of at most the sum of magnitudes.
-        bound = EPSILON[dtype] * exact.abs() + k * 2**-24 * (activations.double().abs() @ weight.abs().T + bias.double().abs()) + 2**-24
+        # One rounding of the output, one of each weight where they are scaled, and float32 sums in any order: K roundings of at most
+        # the sum of magnitudes.
+        magnitudes = activations.double().abs() @ weight.abs().T
+        bound = EPSILON[dtype] * exact.abs() + k * 2**-24 * (magnitudes + bias.double().abs()) + 2**-24
+        if configuration.wgmma and "SCALE_WEIGHTS=1" in configuration.defines(dtype, group_shift(k if group_size == -1 else group_size, k)):
+            bound += EPSILON[dtype] * magnitudes
         forwards, case = list(range(ctas)), f"{configuration.name}: M={m} N={n} K={k} group_size={group_size} CTAs={ctas}"
         lazy = launch(activations, p, bias, forwards)
         assert bool(((lazy.double() - exact).abs() <= bound).all()), case
@@ -187,12 +204,28 @@ SPARSE_ALONE = [
     ("part % 2 * 2 + part / 2", "part", "tokens for outputs"),
     ("grouped ? sums[word][slab][i] : group_sums[word][slab][i]", "group_sums[word][slab][i]", "grouped as channel-wise"),
 ]
-MISTAKES = [*((DENSE[1], *m) for m in (*SHARED, *DENSE_ALONE)), *((SPARSE[1], *m) for m in SPARSE_ALONE)]
+HOPPER_BOTH = [
+    ("barrier_wait(ring.full(place.stage), place.parity);", "", "does not wait for a stage"),
+    ("copy_chunk % 8 ^ copy_row % 8 ^ i * ROWS % 8", "copy_chunk % 8", "no swizzle"),
+    ("wgmma_wait<1>();  // the batch before", "wgmma_wait<2>();  //", "decodes over what is multiplied"),
+    ("load_words(words[(i + 1) % 2], words_at + (i + 1)", "load_words(words[(i + 1) % 2], words_at + i", "a step's words twice"),
+]
+HOPPER_WEIGHTS = [("a[1] = Number::times(a[1], upper);", "a[1] = Number::times(a[1], lower);", "the scale of another column")]
+HOPPER_SPARSE = [
+    ("multiply_async<0>(NUMBER()", "multiply_async<1>(NUMBER()", "selector"),
+    ("i % META_TILES * 2 + word / 2", "word / 2", "one step's metadata for two"),
+    ("K_WARPS > 1 ? neighbour(sums, part, slab, i) : sums[part][slab][i]", "sums[part][slab][i]", "tokens for outputs"),
+]
+MISTAKES = [
+    *((DENSE[1], *m) for m in (*SHARED, *DENSE_ALONE)),
+    *((SPARSE[1], *m) for m in SPARSE_ALONE),
+    *((DENSE_SM90[1], *m) for m in HOPPER_BOTH),
+    *((DENSE_SM90[-1], *m) for m in HOPPER_WEIGHTS),
+    *((SPARSE_SM90[1], *m) for m in HOPPER_SPARSE),
+]
 
 
-@pytest.mark.parametrize(
-    ("configuration", "right", "wrong"), [m[:3] for m in MISTAKES], ids=[f"{m[0].kernel.removesuffix('_sm80')}: {m[3]}" for m in MISTAKES]
-)
+@pytest.mark.parametrize(("configuration", "right", "wrong"), [m[:3] for m in MISTAKES], ids=[f"{m[0].kernel}: {m[3]}" for m in MISTAKES])
 def test_the_software_gpu_sees_mistakes(tmp_path: Path, configuration: Configuration, right: str, wrong: str) -> None:
     """If this failed, the tests above could not fail."""
     hits = []

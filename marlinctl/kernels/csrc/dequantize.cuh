@@ -36,6 +36,9 @@
 #pragma once
 #include "ptx.cuh"
 
+// Where weights are scaled before they are multiplied, a Scale is what one scale has to be for `times`, which gives the decoded weights
+// as they are defined: code * scale, rounded once to 16 bits.
+
 // The two formats of activations, under the same names.
 struct Half {
     static __device__ __forceinline__ unsigned lower(unsigned word) {  // codes of nibbles 0 and 4
@@ -51,6 +54,11 @@ struct Half {
     static __device__ __forceinline__ void mma_sparse(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[4], unsigned e) {
         mma_sparse_half<selector>(d, a, b, e);
     }
+    struct Scale {
+        unsigned both;
+    };
+    static __device__ __forceinline__ Scale scale(unsigned short bits) { return {bits * 0x10001u}; }
+    static __device__ __forceinline__ unsigned times(unsigned codes, Scale s) { return multiply_half(codes, s.both); }
     static __device__ __forceinline__ unsigned round(float first, float second) { return round_to_half(first, second); }
     static __device__ __forceinline__ float widen(unsigned short bits) { return widen_half(bits); }
 };
@@ -67,6 +75,20 @@ struct BFloat {
     static __device__ __forceinline__ void mma_sparse(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[4], unsigned e) {
         mma_sparse_bfloat<selector>(d, a, b, e);
     }
+    // A float16 has 11 bits and bfloat16 8: upper is what fits, and lower the rest, of 3 bits. A code has 4, so code * lower is
+    // exact, and code * upper + that is rounded once, to what code * scale would be rounded to.
+    struct Scale {
+        unsigned upper, lower;
+    };
+    static __device__ __forceinline__ Scale scale(unsigned short bits) {
+        const float whole = widen_half(bits);
+        const unsigned upper = round(whole, whole);
+        const float rest = whole - widen_bfloat(static_cast<unsigned short>(upper));
+        return {upper, round(rest, rest)};
+    }
+    static __device__ __forceinline__ unsigned times(unsigned codes, Scale s) {
+        return fma_bfloat(codes, s.upper, fma_bfloat(codes, s.lower, 0x80008000));  // - 0
+    }
     static __device__ __forceinline__ unsigned round(float first, float second) { return round_to_bfloat(first, second); }
     static __device__ __forceinline__ float widen(unsigned short bits) { return widen_bfloat(bits); }
 };
@@ -78,4 +100,13 @@ __device__ __forceinline__ void dequantize(unsigned (&a)[4], unsigned word) {
     a[2] = Number::upper(word);
     a[1] = Number::lower(word >> 8);
     a[3] = Number::upper(word >> 8);
+}
+
+// The same fragment, scaled: rows t/4 with one scale, rows t/4 + 8 with the other.
+template <class Number>
+__device__ __forceinline__ void scale_fragment(unsigned (&a)[4], typename Number::Scale lower, typename Number::Scale upper) {
+    a[0] = Number::times(a[0], lower);
+    a[2] = Number::times(a[2], lower);
+    a[1] = Number::times(a[1], upper);
+    a[3] = Number::times(a[3], upper);
 }

@@ -35,8 +35,7 @@
 // thirds of what wgmma does on Hopper: there this is a kernel for M up to about 64.
 //
 // MEASURED.  Nothing: no GPU has run this file yet (kernels/README.md says what is known of it).
-#include "dequantize.cuh"
-#include "tile.cuh"
+#include "write_marlin.cuh"
 
 constexpr int K_TILES = K_STEP / 16;                   // rows of qweight in a stage
 constexpr int WARP_TILES = K_TILES / K_WARPS;          // and of them those of one warp
@@ -54,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) marlin_sm80(
     const char* __restrict__ scales,       // [G', N'] float16
     const unsigned short* __restrict__ bias,  // [N] as activations, or null
     unsigned* __restrict__ out,            // [M, N/2] pairs
-    float4* __restrict__ partials,         // [2 CTAs][OWN][SLABS][THREADS], of reduce_across_ctas
+    float4* __restrict__ partials,         // [2 CTAs][OWN][SLABS][THREADS], of a tile's CTAs
     int* __restrict__ counters,            // [tiles of n][tiles of m], zero before and after
     unsigned m, unsigned n, unsigned k,    // true sizes
     int group_shift                        // log2(group_size / 16), or -1: channel-wise
@@ -99,6 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) marlin_sm80(
     auto fetch_activations = [&](const Cursor& at, int stage) { copy_activations(at, stage * STAGE_BYTES); };
     auto first_activations = [&] { copy_activations.first_stages<STAGE_BYTES>(stripes); };
 
+    const Output output{scales, bias, out, m, n, grouped};
     Sums sums;        // scaled
     Sums group_sums;  // of the group under way: sums of code times activation
 
@@ -144,30 +144,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) marlin_sm80(
         }
     };
 
-    // Channel-wise scales, bias, rounding; movmatrix turns 8 (n) x 8 (m) around, so that a lane holds neighbours in n.
-    auto write_result = [&](OwnSums& own, const Cursor& at) {
-#pragma unroll
-        for (int word = 0; word < OWN; ++word)
-#pragma unroll
-            for (int upper = 0; upper < 2; ++upper) {  // rows 0..7 and 8..15 of the 16 x 8
-                const int eight = (at.slice * BLOCKS + self.block) * 64 + (self.first_word + self.k_warp * OWN + word) * 16 + upper * 8;
-                const int column = eight + lane / 4;  // as the accumulator holds it
-                float scale = 1.0f, shift = 0.0f;
-                if (!grouped && column < n_blocks * 64) {
-                    const int slot = column / 32 * 32 + column % 8 / 2 * 8 + column % 32 / 8 * 2 + column % 2;
-                    scale = widen_half(reinterpret_cast<const unsigned short*>(scales)[slot]);
-                }
-                if (bias != nullptr && column < n) shift = NUMBER::widen(bias[column]);
-#pragma unroll
-                for (int slab = 0; slab < SLABS; ++slab) {
-                    const float* s = own[word][slab] + 2 * upper;
-                    const unsigned pair = transpose(NUMBER::round(s[0] * scale + shift, s[1] * scale + shift));
-                    const int token = at.token_tile * TOKENS + slab * 8 + lane / 4, first = eight + lane % 4 * 2;
-                    if (token < m && first < n) out[(static_cast<size_t>(token) * n + first) / 2] = pair;
-                }
-            }
-    };
-
     // The end of an output tile, or of this CTA's part of one.
     auto finish = [&](int unit, int stage, int step) {
         const int last_tile = step * K_TILES + K_TILES - 1;
@@ -178,10 +154,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) marlin_sm80(
         OwnSums own;
         reduce_in_cta(own, sums, scratch, self);
         const int tile = unit / stripes.steps, first = tile * stripes.steps;
-        const int first_cta = stripes.cta_of(first), last_cta = stripes.cta_of(first + stripes.steps - 1);
-        if (first_cta == last_cta || reduce_across_ctas(own, partials, counters + tile, arrived, first_cta, last_cta, self)) {
-            write_result(own, stripes.at(unit));
-        }
+        const Shared part_of{partials, counters + tile, stripes.cta_of(first), stripes.cta_of(first + stripes.steps - 1)};
+        complete(own, part_of, arrived, self, [&](const OwnSums& whole, int first_slab) {
+            write_result(whole, output, stripes.at(unit), first_slab, self);
+        });
         zero(sums);
     };
 

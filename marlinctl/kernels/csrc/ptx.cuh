@@ -10,6 +10,25 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
+// threadIdx.x and blockIdx.x, read where they are asked for: volatile, lest the compiler keeps them from the start on, in registers or
+// spilled.
+__device__ __forceinline__ unsigned thread_index() {
+    unsigned out;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(out));
+    return out;
+}
+__device__ __forceinline__ unsigned cta_index() {
+    unsigned out;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(out));
+    return out;
+}
+
+// __syncthreads for the first `threads` of a CTA (barrier 0, for all of them, is __syncthreads' own).
+template <int threads>
+__device__ __forceinline__ void meet() {
+    asm volatile("bar.sync 1, %0;" ::"n"(threads) : "memory");
+}
+
 // cp.async.cg: 16 bytes from global to shared memory past L1, without registers; the bytes are there after the group's wait.
 // Where `inside` is false nothing is read and 16 zeros are written (src-size 0).
 // NOTE: no L2 cache hint. The form with one stops with "illegal instruction" on an H200 as the original MARLIN used it.
@@ -28,6 +47,13 @@ __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.com
 template <int pending>
 __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// atom.acq_rel: adds 1 and gives what was there. What the CTA wrote before it met is visible to every CTA that meets after it sees that.
+__device__ __forceinline__ int count_up(int* counter) {
+    int before;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
 }
 
 // griddepcontrol: two kernels of a stream may overlap where the host allows it (programmatic dependent launch, sm_90). The next kernel's
@@ -54,6 +80,11 @@ __device__ __forceinline__ void load_matrices(unsigned (&r)[4], unsigned shared)
                  : "memory");
 }
 
+// The first two of them: the lanes of the others name nothing.
+__device__ __forceinline__ void load_two_matrices(unsigned (&r)[4], unsigned shared) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(shared) : "memory");
+}
+
 // movmatrix: an 8 x 8 matrix of 16-bit numbers, a pair in each lane as ldmatrix delivers it, comes back transposed.
 __device__ __forceinline__ unsigned transpose(unsigned pair) {
     unsigned out;
@@ -72,6 +103,13 @@ __device__ __forceinline__ unsigned and_or(unsigned a, unsigned b, unsigned c) {
 __device__ __forceinline__ unsigned subtract_half(unsigned a, unsigned b) {
     unsigned out;
     asm("sub.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    return out;
+}
+
+// mul.f16x2
+__device__ __forceinline__ unsigned multiply_half(unsigned a, unsigned b) {
+    unsigned out;
+    asm("mul.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
     return out;
 }
 

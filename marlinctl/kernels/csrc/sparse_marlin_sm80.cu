@@ -41,8 +41,7 @@
 // so that a group never reaches over the end of a stage.
 //
 // MEASURED.  Nothing: no GPU has run this file yet (kernels/README.md says what is known of it).
-#include "dequantize.cuh"
-#include "tile.cuh"
+#include "write_sparse_marlin.cuh"
 
 constexpr int K_TILES = K_STEP / 32;                   // rows of qweight and meta in a stage
 constexpr int WARP_TILES = K_TILES / K_WARPS;          // and of them those of one warp
@@ -64,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) sparse_marlin_sm80(
     const char* __restrict__ scales,       // [G', N'] float16
     const unsigned short* __restrict__ bias,  // [N] as activations, or null
     unsigned short* __restrict__ out,      // [M, N]
-    float4* __restrict__ partials,         // [2 CTAs][OWN][SLABS][THREADS], of reduce_across_ctas
+    float4* __restrict__ partials,         // [2 CTAs][OWN][SLABS][THREADS], of a tile's CTAs
     int* __restrict__ counters,            // [tiles of n][tiles of m], zero before and after
     unsigned m, unsigned n, unsigned k,    // true sizes
     int group_shift                        // log2(group_size / 16), or -1: channel-wise
@@ -120,6 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) sparse_marlin_sm80(
     auto fetch_activations = [&](const Cursor& at, int stage) { copy_activations(at, stage * STAGE_BYTES); };
     auto first_activations = [&] { copy_activations.first_stages<STAGE_BYTES>(stripes); };
 
+    const Output output{scales, bias, out, m, n, grouped};
     Sums sums;        // scaled
     Sums group_sums;  // of the group under way: sums of code times activation
 
@@ -163,65 +163,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) sparse_marlin_sm80(
         }
     };
 
-    // The sums of a lane by where they go. Of all four words, part 2c + r is row r (0: n = 8g + 0..3, 1: n = 8g + 4..7) of token
-    // 2(t%4) + c; of two words, part c is both rows of it, two outputs each.
-    auto neighbours = [&](Sums& parts) {
-#pragma unroll
-        for (int slab = 0; slab < SLABS; ++slab)
-#pragma unroll
-            for (int part = 0; part < WORDS; ++part)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    parts[part][slab][i] = SPLIT == 1 ? sums[i][slab][part % 2 * 2 + part / 2] : sums[i % 2][slab][i / 2 * 2 + part];
-                }
-    };
-
-    // Channel-wise scales, bias, rounding.
-    auto write_result = [&](OwnSums& own, const Cursor& at) {
-        const int eight = (at.slice * BLOCKS + self.block) * 64 + lane / 4 * 8;  // the lane's eight outputs
-        const unsigned short* const channel_scales = reinterpret_cast<const unsigned short*>(scales);
-#pragma unroll
-        for (int i = 0; i < OWN; ++i) {
-            const int part = self.k_warp * OWN + i, second = SPLIT == 1 ? part / 2 : part;  // of the two tokens
-            const int column = eight + (SPLIT == 1 ? part % 2 * 4 : self.first_word), beyond = SPLIT == 1 ? 2 : 4;  // to the other pair
-            if (column >= n) continue;  // n is a multiple of 8: all or nothing
-            float scale[4], shift[4];
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const int its_column = column + j / 2 * beyond + j % 2;
-                scale[j] = grouped ? 1.0f : widen_half(channel_scales[its_column]);
-                shift[j] = bias == nullptr ? 0.0f : NUMBER::widen(bias[its_column]);
-            }
-#pragma unroll
-            for (int slab = 0; slab < SLABS; ++slab) {
-                const float(&s)[4] = own[i][slab];
-                const unsigned first_pair = NUMBER::round(s[0] * scale[0] + shift[0], s[1] * scale[1] + shift[1]);
-                const unsigned second_pair = NUMBER::round(s[2] * scale[2] + shift[2], s[3] * scale[3] + shift[3]);
-                const int token = at.token_tile * TOKENS + slab * 8 + lane % 4 * 2 + second;
-                if (token >= m) continue;
-                unsigned short* const to = out + (static_cast<size_t>(token) * n + column);
-                if constexpr (SPLIT == 1) {
-                    *reinterpret_cast<uint2*>(to) = uint2{first_pair, second_pair};
-                } else {
-                    *reinterpret_cast<unsigned*>(to) = first_pair;
-                    *reinterpret_cast<unsigned*>(to + beyond) = second_pair;
-                }
-            }
-        }
-    };
-
     // The end of an output tile, or of this CTA's part of one.
     auto finish = [&](int unit, int, int) {
         close_channels(sums, group_sums, grouped);
         Sums parts;
-        neighbours(parts);
+        sort_for_exchange(parts, sums);
         OwnSums own;
         reduce_in_cta(own, parts, scratch, self);
         const int tile = unit / stripes.steps, first = tile * stripes.steps;
-        const int first_cta = stripes.cta_of(first), last_cta = stripes.cta_of(first + stripes.steps - 1);
-        if (first_cta == last_cta || reduce_across_ctas(own, partials, counters + tile, arrived, first_cta, last_cta, self)) {
-            write_result(own, stripes.at(unit));
-        }
+        const Shared part_of{partials, counters + tile, stripes.cta_of(first), stripes.cta_of(first + stripes.steps - 1)};
+        complete(own, part_of, arrived, self, [&](const OwnSums& whole, int first_slab) {
+            write_result(whole, output, stripes.at(unit), first_slab, self);
+        });
         zero(sums);
     };
 

@@ -6,7 +6,7 @@
 //   units   | tile 0: k 0 1 2 3 | tile 1: k 0 1 2 3 | tile 2: k 0 1 2 3 |
 //   CTAs    |     0     |     1     |     2     |     3     |          (3 units each)
 //
-// A tile that several CTAs share is put together in reduce_across_ctas (tile.cuh).
+// A tile that several CTAs share is put together by `complete` (tile.cuh).
 #pragma once
 #include "ptx.cuh"
 
@@ -23,8 +23,9 @@ struct Stripes {
     __device__ __forceinline__ Stripes(int slices, int token_tiles, int steps) : token_tiles(token_tiles), steps(steps) {
         const int units = slices * token_tiles * steps;
         run = units / gridDim.x, longer = units % gridDim.x;
-        begin = blockIdx.x * run + min(static_cast<int>(blockIdx.x), longer);
-        end = begin + run + (blockIdx.x < longer ? 1 : 0);
+        const int cta = cta_index();
+        begin = cta * run + min(cta, longer);
+        end = begin + run + (cta < longer ? 1 : 0);
     }
 
     __device__ __forceinline__ Cursor at(int unit) const {

@@ -13,6 +13,8 @@
 //
 // Compile-time configuration (kernels/configurations.py): NUMBER, TOKENS, BLOCKS, SPLIT, K_WARPS, K_STEP, STAGES,
 // CTAS (per multiprocessor, what registers are allotted for), SHARED_BYTES.
+//
+// On Hopper the warps here are the consumers; the copying warps come after them (pipeline_sm90.cuh).
 #pragma once
 #include "stripes.cuh"
 
@@ -44,7 +46,7 @@ struct Self {
     unsigned thread, lane, warp, k_warp, column_warp, block, first_word;
 
     __device__ __forceinline__ Self() {
-        thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+        thread = thread_index(), lane = thread % 32, warp = thread / 32;
         k_warp = warp / COLUMN_WARPS, column_warp = warp % COLUMN_WARPS;
         block = column_warp / SPLIT, first_word = column_warp % SPLIT * WORDS;
     }
@@ -142,6 +144,20 @@ __device__ __forceinline__ void zero(Sums& sums) {
             for (int i = 0; i < 4; ++i) sums[word][slab][i] = 0.0f;
 }
 
+// What close_group would multiply with, for weights that are scaled before they are multiplied.
+template <class Number>
+__device__ __forceinline__ void load_scales(
+    typename Number::Scale (&lower)[WORDS], typename Number::Scale (&upper)[WORDS], const char* row_of_scales, const Self& self
+) {
+    unsigned pairs[4];
+    load_words(pairs, row_of_scales + (self.block * 64 + self.lane / 4 * 8 + 2 * self.first_word) * 2);
+#pragma unroll
+    for (int word = 0; word < WORDS; ++word) {
+        lower[word] = Number::scale(static_cast<unsigned short>(pairs[word]));
+        upper[word] = Number::scale(static_cast<unsigned short>(pairs[word] >> 16));
+    }
+}
+
 // sums += scale * group_sums. In both formats a lane's eight scales lie together, rows t/4 and t/4 + 8 of a word side by side.
 __device__ __forceinline__ void close_group(Sums& sums, Sums& group_sums, const char* row_of_scales, const Self& self) {
     unsigned pairs[4];
@@ -188,7 +204,7 @@ __device__ __forceinline__ void reduce_in_cta(OwnSums& own, const Sums& sums, fl
                 const float(&s)[4] = sums[part][slab];
                 scratch[(self.warp * SLABS + slab) * 32 + self.lane] = make_float4(s[0], s[1], s[2], s[3]);
             }
-            __syncthreads();
+            meet<THREADS>();
             if (self.k_warp == part / OWN) {
 #pragma unroll
                 for (int slab = 0; slab < SLABS; ++slab) {
@@ -203,63 +219,80 @@ __device__ __forceinline__ void reduce_in_cta(OwnSums& own, const Sums& sums, fl
                     }
                 }
             }
-            __syncthreads();
+            meet<THREADS>();
         }
     }
 }
 
 // A tile that several CTAs share is put together in float32 through `partials`: each of them writes its part to a place of
-// its own and counts up `counters[tile]`; whoever comes last adds the parts in the order of k and writes the output. The
-// order of the additions never depends on who that is: equal inputs give equal bits on the same number of CTAs. Nobody waits for
-// anybody, so CTAs need not be resident together. The last one sets the counter back to 0: the workspace is zeroed once
+// its own and counts up `counters[tile]` (contribute); whoever comes last adds the parts in the order of k (gather) and writes the
+// output. The order of the additions never depends on who that is: equal inputs give equal bits on the same number of CTAs. Nobody
+// waits for anybody, so CTAs need not be resident together. The last one sets the counter back to 0: the workspace is zeroed once
 // in its life. Two launches that may run at the same time need a workspace each.
-//
-// True in the CTA that came last, which then holds the sum of all.
-__device__ __forceinline__ bool reduce_across_ctas(
-    OwnSums& own,
-    float4* partials,  // [2 CTAs][OWN][SLABS][THREADS]: two tiles for each CTA
-    int* counter,      // of this tile
-    int* arrived,      // a place in shared memory
-    int first_cta, int last_cta, const Self& self
-) {
-    auto place = [&](int cta, int i) {
+struct Shared {  // a tile and its CTAs
+    float4* partials;  // [2 CTAs][OWN][SLABS][THREADS]: two tiles for each CTA
+    int* counter;      // of this tile
+    int first_cta, last_cta;
+
+    __device__ __forceinline__ float4* place(int cta, int part, int slab, const Self& self) const {
         const int slot = 2 * cta + (cta == first_cta ? 1 : 0);  // the part at the start of a tile is a CTA's last, any other its first
-        return partials + (static_cast<size_t>(slot) * (OWN * SLABS) + i) * THREADS + self.thread;
-    };
+        return partials + (static_cast<size_t>(slot) * (OWN * SLABS) + part * SLABS + slab) * THREADS + self.thread;
+    }
+};
+
+// True in the CTA that came last. `arrived` is a place in shared memory.
+__device__ __forceinline__ bool contribute(const OwnSums& own, const Shared& shared, int* arrived, const Self& self) {
 #pragma unroll
     for (int part = 0; part < OWN; ++part)
 #pragma unroll
         for (int slab = 0; slab < SLABS; ++slab) {
             const float(&s)[4] = own[part][slab];
-            __stcg(place(blockIdx.x, part * SLABS + slab), make_float4(s[0], s[1], s[2], s[3]));
+            __stcg(shared.place(cta_index(), part, slab, self), make_float4(s[0], s[1], s[2], s[3]));
         }
-    __threadfence();  // the part is visible before the count is
-    __syncthreads();
-    if (self.thread == 0) {
-        *arrived = atomicAdd(counter, 1);
-        __threadfence();
-    }
-    __syncthreads();
-    if (*arrived != last_cta - first_cta) return false;
-    if (self.thread == 0) *counter = 0;
+    meet<THREADS>();
+    if (self.thread == 0) *arrived = count_up(shared.counter);  // whoever sees the count sees the parts that were there before it
+    meet<THREADS>();
+    const bool last = *arrived == shared.last_cta - shared.first_cta;
+    if (last && self.thread == 0) *shared.counter = 0;
+    return last;
+}
+
+// The sums of `slabs` slabs.
+template <int slabs>
+__device__ __forceinline__ void gather(OwnSums& own, const Shared& shared, int first_slab, const Self& self) {
 #pragma unroll
     for (int part = 0; part < OWN; ++part)
 #pragma unroll
-        for (int slab = 0; slab < SLABS; ++slab)
+        for (int slab = first_slab; slab < first_slab + slabs; ++slab)
 #pragma unroll
             for (int i = 0; i < 4; ++i) own[part][slab][i] = 0.0f;
 #pragma unroll(OWN * SLABS <= 2 ? 4 : 1)
-    for (int cta = first_cta; cta <= last_cta; ++cta) {
+    for (int cta = shared.first_cta; cta <= shared.last_cta; ++cta) {
 #pragma unroll
         for (int part = 0; part < OWN; ++part)
 #pragma unroll
-            for (int slab = 0; slab < SLABS; ++slab) {
-                const float4 theirs = __ldcg(place(cta, part * SLABS + slab));
-                own[part][slab][0] += theirs.x;
-                own[part][slab][1] += theirs.y;
-                own[part][slab][2] += theirs.z;
-                own[part][slab][3] += theirs.w;
+            for (int slab = first_slab; slab < first_slab + slabs; ++slab) {
+                const float4 theirs = __ldcg(shared.place(cta, part, slab, self));
+                float(&s)[4] = own[part][slab];
+                s[0] += theirs.x, s[1] += theirs.y, s[2] += theirs.z, s[3] += theirs.w;
             }
     }
-    return true;
+}
+
+// The end of a tile in its CTA: write(own, first_slab) writes so many slabs. Many of them are gathered and written by halves, and in
+// either case in a place of its own in the code: else the compiler would move them about and spill.
+constexpr int WRITTEN = SLABS > 8 && SLABS % 2 == 0 ? SLABS / 2 : SLABS;
+
+template <class Write>
+__device__ __forceinline__ void complete(OwnSums& own, const Shared& shared, int* arrived, const Self& self, Write write) {
+    if (shared.first_cta == shared.last_cta) {
+#pragma unroll
+        for (int slab = 0; slab < SLABS; slab += WRITTEN) write(own, slab);
+    } else if (contribute(own, shared, arrived, self)) {
+#pragma unroll
+        for (int slab = 0; slab < SLABS; slab += WRITTEN) {
+            gather<WRITTEN>(own, shared, slab, self);
+            write(own, slab);
+        }
+    }
 }

@@ -23,6 +23,7 @@
 #define __shared__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __align__(...)
 
 using std::min;
 using std::size_t;
@@ -53,7 +54,7 @@ unsigned current;
 bool eager;
 
 struct Meeting { unsigned waiting = 0, generation = 0; };
-Meeting cta, warps[32];
+Meeting cta, named, warps[32];
 unsigned exchange[32][32][SHOWN];  // [warp][lane]: what lanes show each other
 
 inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
@@ -147,12 +148,15 @@ inline void mma_sparse(float (&d)[4], const unsigned (&a)[4], const unsigned (&b
 }  // namespace gpu
 
 inline void __syncthreads() { gpu::meet(gpu::cta, gpu::fibers.size()); }
-inline void __threadfence() {}
+inline void __syncwarp() { gpu::meet(gpu::warps[gpu::current / 32], 32); }
+template <int threads> inline void meet() { gpu::meet(gpu::named, threads); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline int atomicAdd(int* place, int value) { return (*place += value) - value; }
+inline int count_up(int* counter) { return (*counter)++; }
 template <class T> inline void __stcg(T* place, T value) { *place = value; }
 template <class T> inline T __ldcg(const T* place) { return *place; }
 
+inline unsigned thread_index() { return threadIdx.x; }
+inline unsigned cta_index() { return blockIdx.x; }
 inline unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(static_cast<const char*>(pointer) - reinterpret_cast<const char*>(shared));
 }
@@ -179,12 +183,14 @@ inline void copy_async_wait() {
     for (; groups.size() > pending; groups.pop_front())
         for (const gpu::Copy& copy : groups.front()) gpu::carry_out(copy);
 }
-inline void load_matrices(unsigned (&r)[4], unsigned address) {
+inline void load_matrices(unsigned* r, unsigned address, int matrices) {
     const auto& all = gpu::show(&address, 1);
     const int lane = gpu::current % 32;
-    for (int matrix = 0; matrix < 4; ++matrix)
+    for (int matrix = 0; matrix < matrices; ++matrix)
         std::memcpy(&r[matrix], reinterpret_cast<const char*>(shared) + all[matrix * 8 + lane / 4][0] + lane % 4 * 4, 4);
 }
+inline void load_matrices(unsigned (&r)[4], unsigned address) { load_matrices(r, address, 4); }
+inline void load_two_matrices(unsigned (&r)[4], unsigned address) { load_matrices(r, address, 2); }
 inline unsigned transpose(unsigned pair) {
     const auto& all = gpu::show(&pair, 1);
     const int lane = gpu::current % 32, row = lane / 4, column = lane % 4 * 2;
@@ -197,6 +203,9 @@ template <class Both>
 inline unsigned each(Both both) { return both(0) | both(16) << 16; }
 inline unsigned subtract_half(unsigned a, unsigned b) {
     return each([=](int s) { return gpu::half_bits(double(gpu::half(a >> s)) - gpu::half(b >> s)); });
+}
+inline unsigned multiply_half(unsigned a, unsigned b) {
+    return each([=](int s) { return gpu::half_bits(double(gpu::half(a >> s)) * gpu::half(b >> s)); });
 }
 inline unsigned fma_half(unsigned a, unsigned b, unsigned c) {
     return each([=](int s) { return gpu::half_bits(double(gpu::half(a >> s)) * gpu::half(b >> s) + gpu::half(c >> s)); });

@@ -1,0 +1,159 @@
+// Hopper: warps that copy and warps that multiply, and the ring of stages between them.
+//
+// A CTA has THREADS that multiply, two or three warpgroups, and after them a warpgroup that copies and gives most of its registers away:
+//
+//   warp 0 of it       weights (and metadata) and scales, contiguous runs, by the copy engine (cp.async.bulk)
+//   warps 1 and 2      activations, by cp.async, into the 128-byte swizzle that wgmma reads
+//   warp 3             lets the next kernel start, and is there because setmaxnreg is for four warps together
+//
+//   stage          0         1         2         0         1    ..            STAGES = 3, u counts units of this CTA
+//   weights     | u=0     | u=1     | u=2     | wait for empty[0], u=3 | ..
+//   activations | u=0     | u=1     | u=2     | wait for empty[0], u=3 | ..
+//   multiply    | wait for full[0] .. u=0 .. arrive at empty[0] | wait for full[1] .. | ..
+//
+// full[stage] ends a phase when all bytes of both are there, empty[stage] when every warp that multiplies has arrived.
+//
+// WHY NO TENSOR MAP.  TMA would write the swizzle by itself, but its map is made by the host for one pointer: microseconds for each
+// call, one more thing to keep alive in a CUDA graph, and another argument list than the other kernels have. Two warps with cp.async
+// bring 8 to 128 tokens in time, and nobody waits for them: cp.async arrives at the barrier by itself. What it costs is a
+// fence.proxy.async in the warps that multiply, once for each stage.
+//
+// PROGRAMMATIC DEPENDENT LAUNCH.  Weights depend on no kernel before this one; activations, and the workspace, may. So warp 0 starts at
+// once, and the others wait for the previous kernel first. A CTA of the next kernel finds room when one of this kernel has ended, and
+// then already fetches its weights while others of this kernel are still adding up. Without the launch attribute all of that is nothing.
+#pragma once
+#include "tile.cuh"
+#include "ptx_sm90.cuh"
+
+constexpr bool GROUPED = GROUP_SHIFT >= 0;
+constexpr bool SCALE_SUMS = GROUPED && !SCALE_WEIGHTS;
+constexpr int COPY_THREADS = 128, ACTIVATION_THREADS = 64;
+constexpr int RING_BYTES = 16 * STAGES;         // full and empty, 8 bytes each
+// What a CTA is started with, in steps of 8, is what setmaxnreg shares out anew; more would be waited for until the end of time.
+constexpr int START_REGISTERS = 65536 / CTAS / (THREADS + COPY_THREADS) / 8 * 8;
+constexpr int COPY_REGISTERS = THREADS * CTAS == 256 ? 40 : 32;
+constexpr int MULTIPLY_REGISTERS = (START_REGISTERS * (THREADS + COPY_THREADS) - COPY_REGISTERS * COPY_THREADS) / THREADS / 8 * 8;
+
+static_assert(COLUMN_WARPS % 4 == 0, "the warps of a warpgroup share their activations, and so their part of k");
+static_assert(K_STEP % 64 == 0, "128 bytes of each row of activations lie together");
+
+// The barriers of the stages.
+struct Ring {
+    unsigned barriers;
+
+    __device__ __forceinline__ unsigned full(int stage) const { return barriers + 16 * stage; }
+    __device__ __forceinline__ unsigned empty(int stage) const { return barriers + 16 * stage + 8; }
+
+    __device__ __forceinline__ void init() const {
+        for (int stage = 0; stage < STAGES; ++stage) {
+            barrier_init(full(stage), 1 + ACTIVATION_THREADS);
+            barrier_init(empty(stage), THREADS / 32);
+        }
+        barrier_init_done();
+    }
+};
+
+// A warp's place in the ring: which stage, and the parity of how often it has been around.
+struct Place {
+    int stage = 0;
+    unsigned parity = 0;
+
+    __device__ __forceinline__ void advance() {
+        if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// What a copying warp does: fetch(cursor, stage) issues its copies of a unit, and its arrivals.
+template <class Fetch>
+__device__ __forceinline__ void fill(const Stripes& stripes, const Ring& ring, Fetch fetch) {
+    Place place;
+    Cursor at = stripes.at(stripes.begin);
+    for (int unit = stripes.begin; unit < stripes.end; ++unit) {
+        barrier_wait(ring.empty(place.stage), place.parity ^ 1);
+        fetch(at, place.stage);
+        stripes.advance(at);
+        place.advance();
+    }
+}
+
+// A stage that a multiplying warp still reads.
+struct Held {
+    const Ring& ring;
+    unsigned lane;
+    int stage;
+
+    __device__ __forceinline__ void release() {
+        __syncwarp();
+        if (lane == 0 && stage >= 0) barrier_arrive(ring.empty(stage));
+        stage = -1;
+    }
+};
+
+// What a multiplying warp does. multiply(stage, before) multiplies a stage; where products stay under way beyond its end, it releases the
+// stage before when those of that one have ended. finish(unit) is as in walk.
+template <class Multiply, class Finish>
+__device__ __forceinline__ void drain(const Stripes& stripes, const Ring& ring, const Self& self, Multiply multiply, Finish finish) {
+    Place place;
+    int step = stripes.at(stripes.begin).step;
+    Held held{ring, self.lane, -1};
+    for (int unit = stripes.begin; unit < stripes.end; ++unit) {
+        barrier_wait(ring.full(place.stage), place.parity);
+        fence_proxy_async();  // activations came by cp.async, and wgmma reads them
+        multiply(place.stage, held);
+        held.stage = place.stage;
+        const bool last = step == stripes.steps - 1 || unit == stripes.end - 1;
+        if (last) wgmma_wait<0>();
+        if (last || SCALE_SUMS) held.release();
+        if (last) finish(unit);
+        step = step == stripes.steps - 1 ? 0 : step + 1;
+        place.advance();
+    }
+}
+
+// Rows of a matrix of blocks into a stage, by the copy engine: of each row one run of `blocks` blocks. Rows beyond the last one are the
+// last one once more: activations are zero there.
+template <int ROWS, int BLOCK_BYTES>
+__device__ __forceinline__ void copy_rows(
+    unsigned to, const char* from, unsigned first_row, unsigned rows, unsigned row_blocks, unsigned first_block, unsigned blocks,
+    unsigned full, unsigned lane
+) {
+    for (unsigned i = lane; i < ROWS; i += 32) {
+        const size_t row = min(first_row + i, rows - 1);
+        copy_bulk(to + i * (BLOCKS * BLOCK_BYTES), from + (row * row_blocks + first_block) * BLOCK_BYTES, blocks * BLOCK_BYTES, full);
+    }
+}
+
+// Activations [M, K] into stages: [K_STEP/64][TOKENS] rows of 128 bytes, chunk c of row r in place c ^ (r % 8). A thread copies one
+// chunk of every ROWS-th token. What lies outside of the matrix becomes zeros: sums of zeros.
+struct SwizzledActivations {
+    static constexpr int ROWS = ACTIVATION_THREADS / CHUNKS;
+    static_assert(ACTIVATION_THREADS % CHUNKS == 0 && TOKENS % ROWS == 0, "every thread copies as many rows");
+    const char* activations;
+    unsigned m, k, copy_row, copy_chunk, to;
+
+    __device__ __forceinline__ SwizzledActivations(unsigned thread, const char* activations, unsigned m, unsigned k, unsigned first_stage)
+        : activations(activations), m(m), k(k), copy_row(thread / CHUNKS), copy_chunk(thread % CHUNKS) {
+        to = first_stage + (copy_chunk / 8 * TOKENS + copy_row) * 128;
+    }
+
+    __device__ __forceinline__ void operator()(const Cursor& at, unsigned offset) const {
+        const unsigned first = at.step * K_STEP + copy_chunk * 8;
+        unsigned token = at.token_tile * TOKENS + copy_row, row = to + offset;
+        const char* numbers = activations + (static_cast<size_t>(token) * k + first) * 2;
+#pragma unroll(TOKENS / ROWS < 4 ? TOKENS / ROWS : 4)
+        for (int i = 0; i < TOKENS / ROWS; ++i) {  // not all at once: a copying warp has few registers
+            const unsigned place = copy_chunk % 8 ^ copy_row % 8 ^ i * ROWS % 8;  // ROWS is a power of two: the row's last bits
+            copy_async(row + place * 16, numbers, first < k && token < m);
+            token += ROWS, row += ROWS * 128, numbers += static_cast<size_t>(ROWS) * k * 2;
+        }
+    }
+};
+
+// After a wait, before the sums are read.
+__device__ __forceinline__ void arrived(Sums& sums) {
+#pragma unroll
+    for (int word = 0; word < WORDS; ++word) wgmma_arrived(sums[word]);
+}

@@ -1,0 +1,207 @@
+// The instructions that Hopper added, one function each, under the names of the PTX ISA; all of them need sm_90a or sm_90. As ptx.cuh,
+// this file has a twin in tests/kernels/software_gpu.
+#pragma once
+#include "ptx.cuh"
+
+// mbarrier: a phase ends when `arrivals` threads have arrived and all announced bytes have been copied; then the next begins.
+__device__ __forceinline__ void barrier_init(unsigned barrier, unsigned arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// After barrier_init and before the threads meet: bulk copies see the barriers too.
+__device__ __forceinline__ void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ __forceinline__ void barrier_arrive(unsigned barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives, and announces bytes that bulk copies will bring.
+__device__ __forceinline__ void barrier_arrive_expecting(unsigned barrier, unsigned bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// An arrival that happens when this thread's cp.async before it have written; it counts as one of the `arrivals` (noinc).
+__device__ __forceinline__ void barrier_arrive_when_copied(unsigned barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Until the phase of this parity has ended. A new barrier is in phase 0, and the phase before it counts as ended.
+__device__ __forceinline__ void barrier_wait(unsigned barrier, unsigned parity) {
+    unsigned done;
+    do {
+        asm volatile(
+            "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+            : "=r"(done)
+            : "r"(barrier), "r"(parity)
+            : "memory");
+    } while (!done);
+}
+
+// cp.async.bulk: contiguous bytes, a multiple of 16 from and to multiples of 16, by the copy engine; they count at the barrier.
+__device__ __forceinline__ void copy_bulk(unsigned shared, const void* global, unsigned bytes, unsigned barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared), "l"(global),
+                 "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+// Between ordinary accesses of shared memory, cp.async among them, and those of wgmma.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The same number, which every lane of the warp has: the compiler then knows it, and keeps what follows from it once for all lanes.
+__device__ __forceinline__ unsigned warp_uniform(unsigned number) { return __shfl_sync(0xffffffff, number, 0); }
+
+// setmaxnreg, by every warp of a warpgroup.
+template <int registers>
+__device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
+template <int registers>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
+// Between other accesses of the registers of a wgmma, accumulators and operand A, and the wgmma.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Until at most `pending` of this warp's groups are still under way.
+template <int pending>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+
+// After a wait: what is read of these accumulators below is read below (the compiler knows nothing of the wait).
+template <int slabs>
+__device__ __forceinline__ void wgmma_arrived(float (&d)[slabs][4]) {
+#pragma unroll
+    for (int slab = 0; slab < slabs; ++slab)
+        asm volatile("" : "+f"(d[slab][0]), "+f"(d[slab][1]), "+f"(d[slab][2]), "+f"(d[slab][3])::"memory");
+}
+
+// What operand B is: rows of 64 16-bit numbers of k, 128 bytes, one for each column of D. Eight rows lie together, 1024 bytes at a
+// multiple of 1024; of row r the 16 bytes c lie in place c ^ (r % 8). `shared` is the first row's first k of the product: inside of the
+// 128 bytes k advances by plain addition, because the exchange works on address bits. (PTX ISA, "Matrix Descriptor Format": start and
+// stride in units of 16 bytes, swizzle mode 1 = 128 bytes.)
+__device__ __forceinline__ unsigned long long describe_rows(unsigned shared) {
+    constexpr unsigned long long EIGHT_ROWS = 1024 / 16, SWIZZLE_128 = 1;
+    return SWIZZLE_128 << 62 | EIGHT_ROWS << 32 | 1ull << 16 | (shared & 0x3ffff) / 16;
+}
+
+// wgmma.mma_async.m64nNk16 and .sp.m64nNk32 with N = TOKENS: d = a * b, or d += a * b where `keep` is true, in float32. Each of the four
+// warps of a warpgroup has 16 rows of A in registers, laid out as for mma.m16n8k16 (or mma.sp.m16n8k32), and of D the same 16 rows:
+// slab s is columns 8s .. 8s + 7, laid out as there. They run asynchronously: registers must stay as they are until a wait.
+//
+// An asm statement numbers its operands: TOKENS / 2 accumulators, four registers of A, and what follows them.
+#define MARLIN_SLAB(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define MARLIN_0_3 "%0, %1, %2, %3"
+#define MARLIN_0_7 MARLIN_0_3 ", %4, %5, %6, %7"
+#define MARLIN_0_15 MARLIN_0_7 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define MARLIN_0_23 MARLIN_0_15 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define MARLIN_0_31 MARLIN_0_23 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define MARLIN_0_47 \
+    MARLIN_0_31 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define MARLIN_0_63 \
+    MARLIN_0_47 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define MARLIN_SLABS_2 MARLIN_SLAB(0), MARLIN_SLAB(1)
+#define MARLIN_SLABS_4 MARLIN_SLABS_2, MARLIN_SLAB(2), MARLIN_SLAB(3)
+#define MARLIN_SLABS_6 MARLIN_SLABS_4, MARLIN_SLAB(4), MARLIN_SLAB(5)
+#define MARLIN_SLABS_8 MARLIN_SLABS_6, MARLIN_SLAB(6), MARLIN_SLAB(7)
+#define MARLIN_SLABS_12 MARLIN_SLABS_8, MARLIN_SLAB(8), MARLIN_SLAB(9), MARLIN_SLAB(10), MARLIN_SLAB(11)
+#define MARLIN_SLABS_16 MARLIN_SLABS_12, MARLIN_SLAB(12), MARLIN_SLAB(13), MARLIN_SLAB(14), MARLIN_SLAB(15)
+
+#if TOKENS == 8
+#define MARLIN_N "8"
+#define MARLIN_D MARLIN_0_3
+#define MARLIN_SUMS MARLIN_SLAB(0)
+#define MARLIN_A "%4, %5, %6, %7"
+#define MARLIN_B "%8"
+#define MARLIN_KEEP "%9"
+#define MARLIN_PLACES "%10, %11"  // metadata and selector
+#elif TOKENS == 16
+#define MARLIN_N "16"
+#define MARLIN_D MARLIN_0_7
+#define MARLIN_SUMS MARLIN_SLABS_2
+#define MARLIN_A "%8, %9, %10, %11"
+#define MARLIN_B "%12"
+#define MARLIN_KEEP "%13"
+#define MARLIN_PLACES "%14, %15"  // metadata and selector
+#elif TOKENS == 32
+#define MARLIN_N "32"
+#define MARLIN_D MARLIN_0_15
+#define MARLIN_SUMS MARLIN_SLABS_4
+#define MARLIN_A "%16, %17, %18, %19"
+#define MARLIN_B "%20"
+#define MARLIN_KEEP "%21"
+#define MARLIN_PLACES "%22, %23"  // metadata and selector
+#elif TOKENS == 48
+#define MARLIN_N "48"
+#define MARLIN_D MARLIN_0_23
+#define MARLIN_SUMS MARLIN_SLABS_6
+#define MARLIN_A "%24, %25, %26, %27"
+#define MARLIN_B "%28"
+#define MARLIN_KEEP "%29"
+#define MARLIN_PLACES "%30, %31"  // metadata and selector
+#elif TOKENS == 64
+#define MARLIN_N "64"
+#define MARLIN_D MARLIN_0_31
+#define MARLIN_SUMS MARLIN_SLABS_8
+#define MARLIN_A "%32, %33, %34, %35"
+#define MARLIN_B "%36"
+#define MARLIN_KEEP "%37"
+#define MARLIN_PLACES "%38, %39"  // metadata and selector
+#elif TOKENS == 96
+#define MARLIN_N "96"
+#define MARLIN_D MARLIN_0_47
+#define MARLIN_SUMS MARLIN_SLABS_12
+#define MARLIN_A "%48, %49, %50, %51"
+#define MARLIN_B "%52"
+#define MARLIN_KEEP "%53"
+#define MARLIN_PLACES "%54, %55"  // metadata and selector
+#elif TOKENS == 128
+#define MARLIN_N "128"
+#define MARLIN_D MARLIN_0_63
+#define MARLIN_SUMS MARLIN_SLABS_16
+#define MARLIN_A "%64, %65, %66, %67"
+#define MARLIN_B "%68"
+#define MARLIN_KEEP "%69"
+#define MARLIN_PLACES "%70, %71"  // metadata and selector
+#endif
+
+__device__ __forceinline__ void wgmma_half(float (&d)[TOKENS / 8][4], const unsigned (&a)[4], unsigned long long b, bool keep) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, " MARLIN_KEEP ", 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n" MARLIN_N "k16.f32.f16.f16 {" MARLIN_D "}, {" MARLIN_A "}, " MARLIN_B ", p, 1, 1, 0;\n}"
+        : MARLIN_SUMS
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<unsigned>(keep)));
+}
+
+__device__ __forceinline__ void wgmma_bfloat(float (&d)[TOKENS / 8][4], const unsigned (&a)[4], unsigned long long b, bool keep) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, " MARLIN_KEEP ", 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n" MARLIN_N "k16.f32.bf16.bf16 {" MARLIN_D "}, {" MARLIN_A "}, " MARLIN_B ", p, 1, 1, 0;\n}"
+        : MARLIN_SUMS
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<unsigned>(keep)));
+}
+
+template <int selector>
+__device__ __forceinline__ void wgmma_sparse_half(float (&d)[TOKENS / 8][4], const unsigned (&a)[4], unsigned long long b,
+                                                   unsigned e, bool keep) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, " MARLIN_KEEP ", 0;\n"
+        "wgmma.mma_async.sp.sync.aligned.m64n" MARLIN_N "k32.f32.f16.f16 {" MARLIN_D "}, {" MARLIN_A "}, " MARLIN_B ", " MARLIN_PLACES
+        ", p, 1, 1, 0;\n}"
+        : MARLIN_SUMS
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<unsigned>(keep)), "r"(e), "n"(selector));
+}
+
+template <int selector>
+__device__ __forceinline__ void wgmma_sparse_bfloat(float (&d)[TOKENS / 8][4], const unsigned (&a)[4], unsigned long long b,
+                                                   unsigned e, bool keep) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, " MARLIN_KEEP ", 0;\n"
+        "wgmma.mma_async.sp.sync.aligned.m64n" MARLIN_N "k32.f32.bf16.bf16 {" MARLIN_D "}, {" MARLIN_A "}, " MARLIN_B ", " MARLIN_PLACES
+        ", p, 1, 1, 0;\n}"
+        : MARLIN_SUMS
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<unsigned>(keep)), "r"(e), "n"(selector));
+}

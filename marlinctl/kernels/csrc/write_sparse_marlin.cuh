@@ -1,0 +1,70 @@
+// The end of the 2:4 kernels: finished sums as numbers of 16 bits in their places.
+#pragma once
+#include "dequantize.cuh"
+#include "tile.cuh"
+
+struct Output {
+    const char* scales;          // [G', N'] float16, which are applied here where they are channel-wise
+    const unsigned short* bias;  // [N], or null
+    unsigned short* out;         // [M, N]
+    unsigned m, n;
+    bool grouped;
+};
+
+// The sums of a lane by where they go. Of all four words, part 2c + r is row r (0: n = 8g + 0..3, 1: n = 8g + 4..7) of token
+// 2(t%4) + c; of two words, part c is both rows of it, two outputs each.
+template <int words>
+__device__ __forceinline__ float neighbour(const float (&sums)[words][SLABS][4], int part, int slab, int i) {
+    return SPLIT == 1 ? sums[i][slab][part % 2 * 2 + part / 2] : sums[i % 2][slab][i / 2 * 2 + part];
+}
+
+// Warps that share k exchange parts, so that is what they must be given; where none do, the sums may stay where they are until they
+// are written.
+__device__ __forceinline__ void sort_for_exchange(Sums& parts, const Sums& sums) {
+#pragma unroll
+    for (int slab = 0; slab < SLABS; ++slab)
+#pragma unroll
+        for (int part = 0; part < WORDS; ++part)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) parts[part][slab][i] = K_WARPS > 1 ? neighbour(sums, part, slab, i) : sums[part][slab][i];
+}
+
+// WRITTEN slabs: channel-wise scales, bias, rounding.
+__device__ __forceinline__ void write_result(const OwnSums& own, const Output& output, const Cursor& at, int first_slab, const Self& self) {
+    const unsigned lane = self.lane, n = output.n;
+    const int eight = (at.slice * BLOCKS + self.block) * 64 + lane / 4 * 8;  // the lane's eight outputs
+    const unsigned short* const channel_scales = reinterpret_cast<const unsigned short*>(output.scales);
+#pragma unroll
+    for (int i = 0; i < OWN; ++i) {
+        const int part = self.k_warp * OWN + i, second = SPLIT == 1 ? part / 2 : part;  // of the two tokens
+        const int column = eight + (SPLIT == 1 ? part % 2 * 4 : self.first_word), beyond = SPLIT == 1 ? 2 : 4;  // to the other pair
+        if (column >= n) continue;  // n is a multiple of 8: all or nothing
+        float scale[4], shift[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const int its_column = column + j / 2 * beyond + j % 2;
+            scale[j] = output.grouped ? 1.0f : widen_half(channel_scales[its_column]);
+            shift[j] = output.bias == nullptr ? 0.0f : NUMBER::widen(output.bias[its_column]);
+        }
+        unsigned token = at.token_tile * TOKENS + first_slab * 8 + lane % 4 * 2 + second;
+        unsigned short* to = output.out + (static_cast<size_t>(token) * n + column);
+#pragma unroll
+        for (int slab = first_slab; slab < first_slab + WRITTEN; ++slab, token += 8, to += static_cast<size_t>(8) * n) {
+            float s[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                if constexpr (K_WARPS > 1) s[j] = own[i][slab][j];
+                else s[j] = neighbour(own, i, slab, j);
+            }
+            const unsigned first_pair = NUMBER::round(s[0] * scale[0] + shift[0], s[1] * scale[1] + shift[1]);
+            const unsigned second_pair = NUMBER::round(s[2] * scale[2] + shift[2], s[3] * scale[3] + shift[3]);
+            if (token >= output.m) continue;
+            if constexpr (SPLIT == 1) {
+                *reinterpret_cast<uint2*>(to) = uint2{first_pair, second_pair};
+            } else {
+                *reinterpret_cast<unsigned*>(to) = first_pair;
+                *reinterpret_cast<unsigned*>(to + beyond) = second_pair;
+            }
+        }
+    }
+}

@@ -1,0 +1,158 @@
+// The instructions of csrc/ptx_sm90.cuh in software. As with cp.async, everything asynchronous happens as late as the PTX ISA allows, or as
+// early: a bulk copy when somebody waits for its barrier, a wgmma in the wait for it (with its operands as they are by then, in
+// registers and shared memory), or both at once. Fragments: PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16" and "..sp", of
+// which a warp's part is that of mma; operand B: "Matrix Descriptor Format" and "Swizzling Modes".
+#pragma once
+#include <functional>
+#include <map>
+#include <utility>
+
+#include "ptx.cuh"
+
+namespace gpu {
+struct Barrier {
+    unsigned arrivals, pending, parity = 0;
+    long bytes = 0;                              // announced, and not yet copied
+    std::vector<std::function<void()>> copies;   // under way
+};
+std::map<unsigned, Barrier> barriers;  // by address
+
+inline void turn(Barrier& barrier) {
+    if (barrier.pending || barrier.bytes) return;
+    barrier.pending = barrier.arrivals;
+    barrier.parity ^= 1;
+}
+inline void arrive(Barrier& barrier) {
+    if (barrier.pending == 0) std::abort();  // more arrivals than the phase has
+    --barrier.pending;
+    turn(barrier);
+}
+inline Barrier& barrier_at(unsigned address) {
+    if (!barriers.count(address)) std::abort();  // not initialised
+    return barriers[address];
+}
+inline void begin(Barrier& barrier, std::function<void()> copy) {
+    if (eager) copy();
+    else barrier.copies.push_back(copy);
+}
+
+struct Product {
+    float (*d)[4];
+    const unsigned* a;
+    unsigned long long b;
+    bool keep;
+    int steps;  // of 16 in k: 1, or 2 where A is 2:4
+    unsigned e;
+    int selector;
+    bool bfloat;
+};
+std::vector<Product> open_products[1024];               // of each thread, since the last commit
+std::deque<std::vector<Product>> committed[1024];
+
+inline float number(unsigned bits, bool is_bfloat) { return is_bfloat ? bfloat(bits) : half(bits); }
+
+// Column n, row k of operand B.
+inline float element(const Product& p, int n, int k) {
+    if (p.b >> 62 != 1) std::abort();  // not the 128-byte swizzle
+    unsigned address = (p.b & 0x3fff) * 16 + n / 8 * ((p.b >> 32 & 0x3fff) * 16) + n % 8 * 128 + k * 2;
+    address ^= (address >> 7 & 7) << 4;
+    std::uint16_t bits;
+    std::memcpy(&bits, reinterpret_cast<const char*>(shared) + address, 2);
+    return number(bits, p.bfloat);
+}
+
+inline void carry_out(const Product& p) {
+    const unsigned mine[5] = {p.a[0], p.a[1], p.a[2], p.a[3], p.e};
+    const auto& all = show(mine, 5);
+    const int lane = current % 32;
+    for (int row = lane / 4; row < 16; row += 8)
+        for (int n = 0; n < TOKENS; ++n) {
+            if (n % 8 / 2 != lane % 4) continue;
+            float& d = p.d[n / 8][row / 8 * 2 + n % 2];
+            if (!p.keep) d = 0;
+            for (int stored = 0; stored < 16; ++stored) {
+                int k = stored;
+                if (p.steps == 2) {
+                    const int quad = stored / 2;
+                    const unsigned word = all[row % 8 * 4 + 2 * p.selector + quad / 4][4] >> 16 * (row / 8) & 0xffff;
+                    const int first = word >> 4 * (quad % 4) & 3, second = word >> (4 * (quad % 4) + 2) & 3;
+                    if (first >= second) d = NAN;  // undefined: the two places must rise
+                    k = 4 * quad + (stored % 2 ? second : first);
+                }
+                const unsigned pair = all[row % 8 * 4 + stored % 8 / 2][row / 8 + stored / 8 * 2];
+                d += number(pair >> 16 * (stored % 2) & 0xffff, p.bfloat) * element(p, n, k);
+            }
+        }
+}
+inline void begin(const Product& p) {
+    if (eager) carry_out(p);
+    else open_products[current].push_back(p);
+}
+}  // namespace gpu
+
+inline void barrier_init(unsigned barrier, unsigned arrivals) { gpu::barriers[barrier] = {arrivals, arrivals}; }
+inline void barrier_init_done() {}
+inline void barrier_arrive(unsigned barrier) { gpu::arrive(gpu::barrier_at(barrier)); }
+inline void barrier_arrive_expecting(unsigned barrier, unsigned bytes) {
+    gpu::barrier_at(barrier).bytes += bytes;
+    barrier_arrive(barrier);
+}
+inline void barrier_arrive_when_copied(unsigned barrier) {
+    gpu::Barrier& at = gpu::barrier_at(barrier);
+    gpu::begin(at, [&at, copies = std::move(gpu::fibers[gpu::current].open)] {
+        for (const gpu::Copy& copy : copies) gpu::carry_out(copy);
+        gpu::arrive(at);
+    });
+    gpu::fibers[gpu::current].open.clear();
+}
+inline void barrier_wait(unsigned barrier, unsigned parity) {
+    gpu::Barrier& at = gpu::barrier_at(barrier);
+    for (long turns = 0; at.parity == parity; ++turns) {
+        if (turns == 1'000'000) std::abort();  // nobody will ever arrive
+        for (const auto& copy : std::exchange(at.copies, {})) copy();
+        if (at.parity == parity) gpu::yield();
+    }
+}
+inline void copy_bulk(unsigned to, const void* from, unsigned bytes, unsigned barrier) {
+    if (reinterpret_cast<std::uintptr_t>(from) % 16 || to % 16 || bytes % 16) std::abort();
+    gpu::Barrier& at = gpu::barrier_at(barrier);
+    gpu::begin(at, [=, &at] {
+        std::memcpy(reinterpret_cast<char*>(shared) + to, from, bytes);
+        at.bytes -= bytes;
+        gpu::turn(at);
+    });
+}
+inline void fence_proxy_async() {}
+inline unsigned warp_uniform(unsigned number) { return gpu::show(&number, 1)[0][0]; }
+template <int> inline void give_registers() {}
+template <int> inline void take_registers() {}
+
+inline void wgmma_fence() {}
+inline void wgmma_commit() {
+    gpu::committed[gpu::current].push_back(std::exchange(gpu::open_products[gpu::current], {}));
+}
+template <int pending>
+inline void wgmma_wait() {
+    auto& groups = gpu::committed[gpu::current];
+    for (; groups.size() > pending; groups.pop_front())
+        for (const gpu::Product& product : groups.front()) gpu::carry_out(product);
+}
+template <int slabs> inline void wgmma_arrived(float (&)[slabs][4]) {}
+inline unsigned long long describe_rows(unsigned shared) { return 1ull << 62 | 64ull << 32 | 1ull << 16 | (shared & 0x3ffff) / 16; }
+
+using Accumulators = float (&)[TOKENS / 8][4];
+using Fragment = const unsigned (&)[4];
+inline void wgmma_half(Accumulators d, Fragment a, unsigned long long b, bool keep) {
+    gpu::begin(gpu::Product{d, a, b, keep, 1, 0, 0, false});
+}
+inline void wgmma_bfloat(Accumulators d, Fragment a, unsigned long long b, bool keep) {
+    gpu::begin(gpu::Product{d, a, b, keep, 1, 0, 0, true});
+}
+template <int selector>
+inline void wgmma_sparse_half(Accumulators d, Fragment a, unsigned long long b, unsigned e, bool keep) {
+    gpu::begin(gpu::Product{d, a, b, keep, 2, e, selector, false});
+}
+template <int selector>
+inline void wgmma_sparse_bfloat(Accumulators d, Fragment a, unsigned long long b, unsigned e, bool keep) {
+    gpu::begin(gpu::Product{d, a, b, keep, 2, e, selector, true});
+}
