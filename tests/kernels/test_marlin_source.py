@@ -235,9 +235,9 @@ def test_the_software_gpu_sees_mistakes(tmp_path: Path, configuration: Configura
         return source.replace(right, wrong)
 
     launch = build(configuration, torch.float16, tmp_path / "csrc", edit)
-    assert sum(hits) == 1
     p, weight = random_packed(configuration, 448, 1344, 64, seed=1)  # the last stage of K is not full
     activations = torch.randn(16, 1344, generator=torch.Generator().manual_seed(1)).to(torch.float16)
     exact = activations.double() @ weight.double().T
     outputs = [launch(activations, p, None, [2, 0, 1]), launch(activations, p, None, [1, 0, 2], eager=True, backwards=True)]
+    assert sum(hits) == 1
     assert any(not torch.allclose(out.double(), exact, rtol=1e-2, atol=1e-2) for out in outputs)
