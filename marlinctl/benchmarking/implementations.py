@@ -25,9 +25,10 @@ from marlinctl.benchmarking.weights import Packed
 from marlinctl.console import Console
 from marlinctl.cubins import kernel_folder, telling
 from marlinctl.kernel_check import multiply
+from marlinctl.kernels.configurations import group_shift
 from marlinctl.kernels.dispatch import DEQUANTIZE
-from marlinctl.kernels.launch import LoadedKernel, launch, load
-from marlinctl.kernels.ops import decode
+from marlinctl.kernels.launch import LoadedKernel, launch, load, unpack
+from marlinctl.pack.types import PackedSparseLinear
 
 OVERLAP = ", overlap"
 
@@ -60,7 +61,10 @@ class Dequantized:
         return dequantized_name(self.kind)
 
     def run(self, activations: Tensor, p: Packed, bias: Tensor | None, out: Tensor) -> Tensor:
-        return linear(activations, decode(p, self.dtype), bias)
+        n, k = p.out_features, p.in_features
+        weights = (p.qweight, p.meta) if isinstance(p, PackedSparseLinear) else (p.qweight,)
+        weight = unpack(weights, p.scales, self.dtype, n, -(-k // 8) * 8, group_shift(p.group_size, k), kernel_folder(None))
+        return linear(activations, weight[:, :k], bias)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ def page(report: Mapping[str, Any], folder: Folder) -> Page:
         Section("Make it again", reproduce(report, folder)),
     ]
     figures = [
-        Figure("Held-out loss", _number(losses["after"]["loss"]), f"before: {_number(losses['before']['loss'])}"),
+        _headline(losses),
         Figure("Tokens", f"{training['tokens']:,}", f"in {training['steps']} steps" + (" for each block" if _is_blockwise(report) else "")),
         Figure("Speed", f"{training['tokens_per_second'] or 0:,.0f} tokens/s", f"on {report['device']}"),
         Figure("Time", f"{training['seconds']:,.1f} s", "of training"),
@@ -35,6 +35,13 @@ def page(report: Mapping[str, Any], folder: Folder) -> Page:
     lead = f"Trained towards {report['teacher']['name']}: {trained(report)}."
     by = f"Written by marlinctl {report['versions']['marlinctl']} from marlinctl_report.json, which has every figure of this page."
     return Page(f"{report['student']['name']}, distilled", lead, figures, sections, by)
+
+
+def _headline(losses: Mapping[str, Mapping[str, float]]) -> Figure:
+    """The loss; of mode blockwise, which has one for each block, that of the last, behind which all errors have met."""
+    name = "loss" if "loss" in losses["after"] else [*losses["after"]][-1]
+    title = "Held-out loss" if name == "loss" else f"Held-out loss, {name}"
+    return Figure(title, _number(losses["after"][name]), f"before: {_number(losses['before'][name])}")
 
 
 def held_out(losses: Mapping[str, Mapping[str, float]]) -> Block:
