@@ -31,7 +31,7 @@ from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output
 from marlinctl.console import Console
 from marlinctl.devices import threads
-from marlinctl.errors import CheckFailed
+from marlinctl.errors import CheckFailed, ResourceProblem
 from marlinctl.gate import GateRefused
 from marlinctl.journal import Request
 from marlinctl.manifest import made_from
@@ -162,11 +162,47 @@ def _fingerprint(opened: Opened, recipe: Recipe, calibration: CalibrationSet) ->
 
 
 def _walk(opened: Opened, tokens: Tokens, job: WalkJob, solving: Solving, options: Options, console: Console) -> None:
+    """All blocks. Where the device's memory runs out, once more from the last finished block with less of it: half of the tokens in
+    flight, and activations in host memory or on the disk. ResourceProblem E523 where that does not suffice either."""
+    budget = int(torch.cuda.mem_get_info(opened.device)[0] * _DEVICE_SHARE) if opened.device.type == "cuda" else 0
+    full = _walk_blocks(opened, tokens, job, solving, options, console, CHUNK_TOKENS, budget, options.redo_from)
+    if full is None:
+        return
+    console.warn(f"{full}; once more from block {job.finished}, with half of the tokens in flight")
+    solving.pending = {}
+    if opened.device.type == "cuda":
+        torch.cuda.empty_cache()
+    full = _walk_blocks(opened, tokens, job, solving, options, console, CHUNK_TOKENS // 2, 0, None)
+    if full is not None:
+        raise ResourceProblem(
+            "E523", f"{full}, twice", where=f"block {job.finished}",
+            fix="free memory of the GPU, or a smaller --sequence-length, or --device cpu; what is finished is kept",
+        )  # fmt: skip
+
+
+def _walk_blocks(
+    opened: Opened, tokens: Tokens, job: WalkJob, solving: Solving, options: Options, console: Console,
+    chunk_tokens: int, budget: int, redo_from: int | None,
+) -> str | None:  # fmt: skip
+    """From the first block that is not finished to the last. Where the device's memory runs out, what torch says of it; else None.
+
+    A text and not the error, whose traceback would keep the tensors of the attempt alive.
+    """
+    try:
+        _every_block(opened, tokens, job, solving, options, console, chunk_tokens, budget, redo_from)
+    except torch.OutOfMemoryError as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def _every_block(
+    opened: Opened, tokens: Tokens, job: WalkJob, solving: Solving, options: Options, console: Console,
+    chunk_tokens: int, budget: int, redo_from: int | None,
+) -> None:  # fmt: skip
     architecture, device, dtype, head = opened.architecture, opened.device, opened.dtype, opened.plan.head
     pieces = len(architecture.blocks) + (head is not None)
-    solving.records = job.take_up(solving.staged, console, redo_from=options.redo_from, pieces=pieces)
+    solving.records = job.take_up(solving.staged, console, redo_from=redo_from, pieces=pieces)
     model = build(opened.checkpoint.config, dtype)
-    budget = int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE) if device.type == "cuda" else 0
     linears = len(architecture.linears) + (head is not None)
     with (
         console.progress("prune" if solving.bits == 16 else "quantize", linears) as solving.progress,
@@ -178,7 +214,7 @@ def _walk(opened: Opened, tokens: Tokens, job: WalkJob, solving: Solving, option
             return
         walk = Walk(
             model, architecture, opened.checkpoint, tokens,
-            device=device, dtype=dtype, scratch=Scratch(job.path, device, budget), chunk_tokens=CHUNK_TOKENS,
+            device=device, dtype=dtype, scratch=Scratch(job.path, device, budget), chunk_tokens=chunk_tokens,
             match=opened.matches,
         )  # fmt: skip
         if first:

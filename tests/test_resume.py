@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from marlinctl.cli import main
+from marlinctl.memory import CHUNK_TOKENS
 from marlinctl.walk import Walk
 from tests.test_architecture import ROOT
 from tests.test_job import TEXT
@@ -226,6 +228,51 @@ def test_a_disk_that_is_full_costs_nothing_that_was_finished(place: Path, tmp_pa
     assert f"to go on: marlinctl resume {out}" in done.stderr and not out.exists()
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 9_000
     assert main(["resume", str(out), "-q"]) == 0
+    assert published(tmp_path) == published(place / "whole")
+
+
+def full_gpu(monkeypatch: pytest.MonkeyPatch, times: int, arguments: list[str]) -> tuple[int, list[int]]:
+    """Run, and let the device's memory run out in the middle of block 2, so often. The exit code, and the tokens in flight of each walk."""
+    run_block, made, steps, left = Walk.run_block, Walk.__init__, [], [times]
+
+    def filling(self: Walk, block: Any, solve: Any) -> None:
+        def solving(*given: Any) -> Any:
+            result = solve(*given)
+            if block.index == 2 and left[0]:
+                left[0] -= 1
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nand more lines")
+            return result
+
+        run_block(self, block, solving)
+
+    def noting(self: Walk, *given: Any, **named: Any) -> None:
+        steps.append(named["chunk_tokens"])
+        made(self, *given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Walk, "run_block", filling)
+        patch.setattr(Walk, "__init__", noting)
+        return main(arguments), steps
+
+
+def test_a_gpu_that_is_full_is_asked_once_more_with_less(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A moment in which another process had the memory would end a job of ten hours; and half a block must not be in the result."""
+    assert full_gpu(monkeypatch, 1, quantize(place, tmp_path / "out")) == (0, [CHUNK_TOKENS, CHUNK_TOKENS // 2])
+    assert "Tried to allocate 9 GiB.; once more from block 2" in capfd.readouterr().err
+    assert published(tmp_path) == published(place / "whole")
+
+
+def test_a_gpu_that_stays_full_is_an_error_and_the_job_is_kept(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Without the setting to change, and without the finished blocks, a person would begin again and fail again."""
+    out = tmp_path / "out"
+    assert full_gpu(monkeypatch, 2, quantize(place, out))[0] == 5
+    told = capfd.readouterr().err
+    assert "e523" in told and "--sequence-length" in told and "and more lines" not in told and "Traceback" not in told
+    assert blocks_solved(monkeypatch, ["resume", str(out), "-q"]) == (0, [2, 3])
     assert published(tmp_path) == published(place / "whole")
 
 

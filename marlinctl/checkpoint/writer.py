@@ -169,6 +169,7 @@ class StagedCheckpoint:
         Everything else in the folder is removed. What is taken up must have been compared with its digest.
         """
         begin = 0
+        self._shards.clear()
         self._masks.clear()
         for layer, n, k in layers:
             entry = self._spooled(layer + masks.SUFFIX, (n, -(-k // 8)), begin)
