@@ -155,6 +155,13 @@ def _hub_documents(source: str) -> Iterator[Document]:
         rows = iter(load_dataset(name, rest[0] if len(rest) > 1 else None, split=split, streaming=True))
         first = next(rows, None)
     except Exception as error:  # the library raises many kinds for an absent, gated or unreachable data set
+        if "scripts are no longer supported" in str(error):  # datasets >= 4 runs none, and tells nobody but by these words
+            raise BadInput(
+                "E379",
+                "this data set is a program that would have to be run to read it",
+                where=f"calibration {source}",
+                fix="choose a data set of .parquet or .jsonl files, or give a local .txt, .jsonl or .parquet file",
+            ) from error
         raise HubProblem(
             "E710",
             f"the data set cannot be read: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
