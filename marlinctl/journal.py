@@ -33,8 +33,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlinctl import manifest
+from marlinctl.checkpoint.durable import append_line, write_document
 from marlinctl.checkpoint.files import FileRefused, read_json
-from marlinctl.checkpoint.writer import Finished, append_line, publish_together, write_document
+from marlinctl.checkpoint.writer import Finished, publish_together
 from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, Problem, ResourceProblem, UsageError
 
 if TYPE_CHECKING:

@@ -20,10 +20,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from marlinctl.checkpoint.durable import write_document
 from marlinctl.checkpoint.formats import detect
 from marlinctl.checkpoint.reader import fingerprint, open_checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
-from marlinctl.checkpoint.writer import check_output, keep_rejected, write_document
+from marlinctl.checkpoint.writer import check_output, keep_rejected
 from marlinctl.console import Console
 from marlinctl.evaluation.tasks import require_lm_eval
 from marlinctl.gate import Gate, GateRefused, measure

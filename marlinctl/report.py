@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from marlinctl.checkpoint.durable import write_bytes
 from marlinctl.checkpoint.formats import detect, layer_shape
 from marlinctl.checkpoint.reader import open_checkpoint
-from marlinctl.checkpoint.writer import write_bytes
 from marlinctl.errors import BadInput, CheckFailed
 from marlinctl.pages.files import JSON, report_files
 

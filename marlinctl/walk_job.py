@@ -23,9 +23,10 @@ from typing import Any
 from torch import Tensor
 
 from marlinctl.calibration import CalibrationSet
+from marlinctl.checkpoint.durable import write_tensors
 from marlinctl.checkpoint.header import read_header
 from marlinctl.checkpoint.reader import Checkpoint
-from marlinctl.checkpoint.writer import StagedCheckpoint, write_tensors
+from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.console import Console
 from marlinctl.errors import UsageError
 from marlinctl.journal import JobFolder, sha256_of

@@ -153,7 +153,7 @@ class _Counter:
 
     def _lines(self, at: str) -> None:
         from marlinctl import journal, pipeline
-        from marlinctl.checkpoint import writer
+        from marlinctl.checkpoint import durable
         from marlinctl.distillation import job
 
         def double(real: Callable[..., None], appends: bool) -> Callable[..., None]:
@@ -172,8 +172,8 @@ class _Counter:
 
             return write
 
-        journal.append_line = double(writer.append_line, True)  # type: ignore[attr-defined]
-        document = double(writer.write_document, False)
+        journal.append_line = double(durable.append_line, True)  # type: ignore[attr-defined]
+        document = double(durable.write_document, False)
         for module in (journal, pipeline, job):
             module.write_document = document  # type: ignore[attr-defined]
 

@@ -146,11 +146,12 @@ def load_packed(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTr
 def unpack_linears(model: nn.Module, dtype: torch.dtype) -> int:
     """Every packed linear becomes an nn.Linear with the weight that it stands for, rounded to `dtype`; one at a time. Returns how many."""
     from marlinctl.kernels.linear import MarlinLinear, SparseMarlinLinear
+    from marlinctl.kernels.ops import decode
 
     packed = [(name, module) for name, module in model.named_modules() if isinstance(module, MarlinLinear | SparseMarlinLinear)]
     for name, module in packed:
         dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-        dense.weight = nn.Parameter(module.weight(dtype), requires_grad=False)
+        dense.weight = nn.Parameter(decode(module.packed(), dtype), requires_grad=False)
         if module.bias is not None:
             dense.bias = module.bias
         parent, _, leaf = name.rpartition(".")

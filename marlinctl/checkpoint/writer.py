@@ -9,22 +9,14 @@ config.json comes last of the model's files, because a folder with config.json l
 An old OUT is renamed aside, and deleted only after the new one stands; any failure puts it back. A body that raises (Ctrl-C too)
 leaves no staging folder, unless the folder belongs to a job: then it stays, and `restore` takes up what the job's journal vouches for
 (marlinctl/journal.py).
-
-Shards are written here, not by safetensors' save_file: that makes files with mode 0600, does not fsync, and needs all tensors of a
-shard in memory, while untouched tensors are copied from the mapped source as bytes. The format is eight bytes of header length,
-the header as JSON, and the tensors without gaps, widest dtype first so that each is aligned.
 """
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +25,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 from marlinctl import manifest as manifests
 from marlinctl.checkpoint import formats
 from marlinctl.checkpoint import mask as masks
+from marlinctl.checkpoint.durable import (
+    FULL,
+    Entry,
+    disk_full,
+    disk_problems,
+    in_file_order,
+    read_part,
+    sync_folder,
+    tensor_entry,
+    whole_file,
+    write_entries,
+)
 from marlinctl.checkpoint.files import FileRefused, open_member
 from marlinctl.checkpoint.header import read_header
 from marlinctl.errors import BadInput, ResourceProblem, UsageError
@@ -43,8 +47,7 @@ if TYPE_CHECKING:
     from marlinctl.checkpoint.reader import Checkpoint
 
 MAX_SHARD_BYTES = 5 * 10**9
-_CHUNK = 64 << 20
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 # What travels with the weights. Never weights, never code, never a README (the card is new).
 _COMPANION_NAMES = frozenset(
@@ -101,8 +104,8 @@ def check_output(out: Path, *, overwrite: bool, sources: Sequence[Path]) -> None
         probe.mkdir()
         probe.rmdir()
     except OSError as problem:
-        if problem.errno in _FULL:
-            raise _disk_full(probe, None, shutil.disk_usage(parent).free) from problem
+        if problem.errno in FULL:
+            raise disk_full(probe, None, shutil.disk_usage(parent).free) from problem
         raise UsageError(
             "E223",
             f"the folder that shall hold the output cannot be written to: {problem.strerror}",
@@ -119,21 +122,10 @@ def require_space(out: Path, needed: int) -> None:
     """ResourceProblem when the disk that shall hold `out` has less than `needed` bytes free."""
     free = shutil.disk_usage(out.resolve().parent).free
     if free < needed:
-        raise _disk_full(out.resolve().parent, needed, free)
+        raise disk_full(out.resolve().parent, needed, free)
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """One tensor of a shard: what the header says, and its bytes when they are asked for."""
-
-    name: str
-    dtype: str  # safetensors spelling
-    shape: tuple[int, ...]
-    size: int
-    data: Callable[[], memoryview]
 
 
 class StagedCheckpoint:
@@ -150,11 +142,11 @@ class StagedCheckpoint:
         self.path = path or self.out.with_name(f"{self.out.name}.tmp-{secrets.token_hex(4)}")
         self.spool = self.path.with_name(self.path.name + ".masks")  # the header of a file comes first, but is known last
         self._stays = path is not None
-        self._shards: list[list[_Entry]] = []
-        self._masks: list[_Entry] = []
+        self._shards: list[list[Entry]] = []
+        self._masks: list[Entry] = []
 
     def __enter__(self) -> StagedCheckpoint:
-        with _disk_problems(self.path):
+        with disk_problems(self.path):
             self.path.mkdir(exist_ok=self._stays)
         return self
 
@@ -175,7 +167,7 @@ class StagedCheckpoint:
             entry = self._spooled(layer + masks.SUFFIX, (n, -(-k // 8)), begin)
             self._masks.append(entry)
             begin += entry.size
-        with _disk_problems(self.path):
+        with disk_problems(self.path):
             if self.spool.exists():
                 os.truncate(self.spool, begin)
             for name in shards:
@@ -191,39 +183,39 @@ class StagedCheckpoint:
             if problems:
                 raise BadInput.from_problems("E374", problems)
             in_order = sorted(found.values(), key=lambda info: info.begin)
-            self._shards.append([_Entry(info.name, info.dtype, info.shape, info.nbytes, _no_data) for info in in_order])
+            self._shards.append([Entry(info.name, info.dtype, info.shape, info.nbytes, _no_data) for info in in_order])
 
     def write_shard(self, tensors: Mapping[str, Tensor]) -> str:
         """Write the next shard; returns its name while staged (the final one says how many there are)."""
-        return self._write_entries([_tensor_entry(name, tensor) for name, tensor in tensors.items()])
+        return self._write_entries([tensor_entry(name, tensor) for name, tensor in tensors.items()])
 
     def write_mask(self, layer: str, keep: Tensor) -> None:
         """Add the survivors [N, K] bool of one linear to the mask file (checkpoint/mask.py)."""
-        entry = _tensor_entry(layer + masks.SUFFIX, masks.pack_bits(keep))
+        entry = tensor_entry(layer + masks.SUFFIX, masks.pack_bits(keep))
         begin = sum(written.size for written in self._masks)
-        with _disk_problems(self.spool, entry.size), self.spool.open("r+b" if begin else "wb") as file:
+        with disk_problems(self.spool, entry.size), self.spool.open("r+b" if begin else "wb") as file:
             file.seek(begin)
             file.write(entry.data())
         self._masks.append(self._spooled(entry.name, entry.shape, begin))
 
     def sync(self) -> int:
         """Make shards and masks written so far durable, names included; returns the bytes of the masks."""
-        with _disk_problems(self.path):
-            _sync_folder(self.path)
+        with disk_problems(self.path):
+            sync_folder(self.path)
         if not self._masks:
             return 0
-        with _disk_problems(self.spool), self.spool.open("rb") as file:
+        with disk_problems(self.spool), self.spool.open("rb") as file:
             os.fsync(file.fileno())
-            _sync_folder(self.spool.parent)
+            sync_folder(self.spool.parent)
         return sum(entry.size for entry in self._masks)
 
-    def _spooled(self, name: str, shape: tuple[int, ...], begin: int) -> _Entry:
+    def _spooled(self, name: str, shape: tuple[int, ...], begin: int) -> Entry:
         size = prod(shape)
-        return _Entry(name, "U8", shape, size, lambda: _read_part(self.spool, begin, size))
+        return Entry(name, "U8", shape, size, lambda: read_part(self.spool, begin, size))
 
     def copy_tensors(self, checkpoint: Checkpoint, names: Sequence[str]) -> None:
         """Copy tensors byte by byte into shards of their own, streaming; order and shard borders depend on the names alone."""
-        pending: list[_Entry] = []
+        pending: list[Entry] = []
         size = 0
         for name in sorted(names):
             info = checkpoint.tensors[name]
@@ -231,7 +223,7 @@ class StagedCheckpoint:
             if pending and size + length > MAX_SHARD_BYTES:
                 self._write_entries(pending)
                 pending, size = [], 0
-            pending.append(_Entry(name, info.dtype, info.shape, length, lambda name=name: checkpoint.raw(name)))  # type: ignore[misc]
+            pending.append(Entry(name, info.dtype, info.shape, length, lambda name=name: checkpoint.raw(name)))  # type: ignore[misc]
             size += length
         if pending:
             self._write_entries(pending)
@@ -239,10 +231,10 @@ class StagedCheckpoint:
     def write_file(self, name: str, data: bytes) -> None:
         """Write one small file. Existing ones are replaced: companions may be overridden."""
         target = self.path / name
-        with _disk_problems(target, len(data)):
+        with disk_problems(target, len(data)):
             if not target.parent.exists():
                 target.parent.mkdir()
-            with _whole_file(target) as file:
+            with whole_file(target) as file:
                 file.write(data)
 
     def copy_companions(self, folder: Path) -> None:
@@ -277,33 +269,29 @@ class StagedCheckpoint:
             self.write_file(name, data)
         self.write_file("config.json", manifests.canonical(config))
         self.write_file(manifests.NAME, manifests.canonical(manifests.build(self.path, manifest)))
-        with _disk_problems(self.path):
+        with disk_problems(self.path):
             for folder, _, _ in os.walk(self.path):
-                _sync_folder(Path(folder))
+                sync_folder(Path(folder))
         verify(self.path)
 
     def set_aside(self) -> Path:
         """Keep the staged folder as OUT.rejected, for somebody to look at, instead of removing it."""
         return keep_rejected(self.path, self.out)
 
-    def _write_entries(self, entries: list[_Entry]) -> str:
+    def _write_entries(self, entries: list[Entry]) -> str:
         taken = {entry.name for shard in self._shards for entry in shard}
         twice = [entry.name for entry in entries if entry.name in taken]
         if twice:
             raise ValueError(f"tensor {twice[0]} was written before")
-        entries = sorted(entries, key=lambda entry: (-_WIDTHS[entry.dtype], entry.name))
+        entries = in_file_order(entries)
         name = f"{self.stem}-{len(self._shards) + 1:05d}.safetensors"
-        self._write_tensors(name, entries)
-        self._shards.append([_Entry(e.name, e.dtype, e.shape, e.size, _no_data) for e in entries])
+        write_entries(self.path / name, entries)
+        self._shards.append([Entry(e.name, e.dtype, e.shape, e.size, _no_data) for e in entries])
         return name
-
-    def _write_tensors(self, name: str, entries: list[_Entry]) -> None:
-        """One safetensors file, `entries` in file order."""
-        _write_entries(self.path / name, entries)
 
     def _finish_masks(self) -> None:
         if self._masks:
-            self._write_tensors(masks.NAME, sorted(self._masks, key=lambda entry: entry.name))
+            write_entries(self.path / masks.NAME, sorted(self._masks, key=lambda entry: entry.name))
 
     def _name_shards(self) -> None:
         """Give the shards their final names and write the index."""
@@ -311,7 +299,7 @@ class StagedCheckpoint:
         weight_map: dict[str, str] = {}
         for i, shard in enumerate(self._shards, start=1):
             final = f"{self.stem}-{i:05d}-of-{count:05d}.safetensors"
-            with _disk_problems(self.path / final):
+            with disk_problems(self.path / final):
                 (self.path / f"{self.stem}-{i:05d}.safetensors").replace(self.path / final)
             weight_map |= {entry.name: final for entry in shard}
         total = sum(entry.size for shard in self._shards for entry in shard)
@@ -319,10 +307,14 @@ class StagedCheckpoint:
         self.write_file(f"{self.stem}.safetensors.index.json", manifests.canonical(index))
 
 
+def _no_data() -> memoryview:
+    raise AssertionError("a written shard keeps no data")
+
+
 def keep_rejected(folder: Path, out: Path) -> Path:
     """Move a finished folder that may not be published beside its place, as OUT.rejected; an older one there is replaced."""
     place = out.with_name(f"{out.name}.rejected")
-    with _disk_problems(place):
+    with disk_problems(place):
         shutil.rmtree(place, ignore_errors=True)
         folder.rename(place)
     return place
@@ -349,42 +341,6 @@ def _is_companion(name: str) -> bool:
     return name in _COMPANION_NAMES or name.endswith(_COMPANION_ENDS) or (name.startswith(_COMPANION_STARTS) and not name.endswith(".py"))
 
 
-# ---- files of a running job ----------------------------------------------------------------------------------------------------------
-
-
-def write_tensors(target: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file that is no part of a checkpoint: there as a whole, on the disk, or not at all."""
-    entries = [_tensor_entry(name, tensor) for name, tensor in tensors.items()]
-    _write_entries(target, sorted(entries, key=lambda entry: (-_WIDTHS[entry.dtype], entry.name)))
-    with _disk_problems(target):
-        _sync_folder(target.parent)
-
-
-def write_document(target: Path, document: Mapping[str, Any]) -> None:
-    """The same for a JSON document."""
-    write_bytes(target, manifests.canonical(document))
-
-
-def write_bytes(target: Path, data: bytes) -> None:
-    """The same for anything else."""
-    with _disk_problems(target, len(data)), _whole_file(target) as file:
-        file.write(data)
-    with _disk_problems(target):
-        _sync_folder(target.parent)
-
-
-def append_line(target: Path, document: Mapping[str, Any]) -> None:
-    """One JSON document as a further line of a file; on the disk when this returns."""
-    data = json.dumps(document, separators=(",", ":"), allow_nan=False).encode() + b"\n"
-    new = not target.exists()
-    with _disk_problems(target, len(data)), target.open("ab") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-        if new:
-            _sync_folder(target.parent)
-
-
 # ---- moving into place ---------------------------------------------------------------------------------------------------------------
 
 
@@ -408,7 +364,7 @@ def publish_together(stages: Sequence[Finished], *, aside_in: Path | None = None
     aside: list[Path] = []
     try:
         for stage in stages:
-            with _disk_problems(stage.out):
+            with disk_problems(stage.out):
                 if stage.out.is_dir() and any(stage.out.iterdir()):
                     if not stage.overwrite:
                         raise UsageError("E222", "the output appeared while this ran", where=str(stage.out), fix="name a new folder")
@@ -418,7 +374,7 @@ def publish_together(stages: Sequence[Finished], *, aside_in: Path | None = None
                     aside.append(old)
                 stage.path.rename(stage.out)  # an empty folder in the way is replaced
                 undo.append((stage.path, stage.out))
-                _sync_folder(stage.out.parent)
+                sync_folder(stage.out.parent)
     except BaseException:
         for source, target in reversed(undo):
             target.rename(source)
@@ -433,108 +389,3 @@ def publish_together(stages: Sequence[Finished], *, aside_in: Path | None = None
                 where=str(old),
                 fix="delete it yourself; nothing else is left to do",
             ) from problem
-
-
-# ---- bytes ---------------------------------------------------------------------------------------------------------------------------
-
-_WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-_WIDTHS |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
-
-
-def _write_entries(target: Path, entries: Sequence[_Entry]) -> None:
-    needed = sum(entry.size for entry in entries)
-    with _disk_problems(target, needed), _whole_file(target) as file:
-        file.write(_header(entries))
-        for entry in entries:
-            data = entry.data().cast("B")
-            if len(data) != entry.size:
-                raise ValueError(f"tensor {entry.name} has {len(data)} bytes, its shape says {entry.size}")
-            for begin in range(0, len(data), _CHUNK):
-                file.write(data[begin : begin + _CHUNK])
-
-
-def _tensor_entry(name: str, tensor: Tensor) -> _Entry:
-    import torch
-
-    names = {
-        torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-        torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    }  # fmt: skip
-    if tensor.dtype not in names:
-        raise ValueError(f"tensor {name} has dtype {tensor.dtype}, which is not written")
-
-    def data() -> memoryview:
-        flat = tensor.detach().contiguous().cpu().reshape(-1)
-        return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")  # type: ignore[arg-type]  # numpy's stubs
-
-    return _Entry(name, names[tensor.dtype], tuple(tensor.shape), tensor.numel() * tensor.element_size(), data)
-
-
-def _read_part(path: Path, begin: int, size: int) -> memoryview:
-    with path.open("rb") as file:
-        file.seek(begin)
-        return memoryview(file.read(size))
-
-
-def _no_data() -> memoryview:
-    raise AssertionError("a written shard keeps no data")
-
-
-def _header(entries: Sequence[_Entry]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a shard that does not say so
-    begin = 0
-    for entry in entries:
-        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, begin + entry.size]}
-        begin += entry.size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-@contextmanager
-def _whole_file(target: Path) -> Iterator[Any]:
-    """A file that gets its name only when all of it is on the disk. Permissions follow the umask."""
-    temporary = target.with_name(target.name + ".part")
-    with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(target)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def _disk_problems(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Turn a failing disk into a ResourceProblem that says how much was needed and how much is free."""
-    try:
-        yield
-    except OSError as problem:
-        free = None
-        with suppress(OSError):
-            free = shutil.disk_usage(path.parent).free
-        if problem.errno in _FULL:
-            raise _disk_full(path, needed, free) from problem
-        raise ResourceProblem(
-            "E501",
-            f"writing failed: {problem.strerror or problem}",
-            where=str(path),
-            fix="mend the disk or name another place; nothing was published",
-        ) from problem
-
-
-def _disk_full(path: Path, needed: int | None, free: int | None) -> ResourceProblem:
-    numbers = [f"{needed:,} bytes were needed"] if needed else []
-    numbers += [f"{free:,} are free"] if free is not None else []
-    return ResourceProblem(
-        "E500",
-        "the disk is full, or a quota or file-size limit is reached" + (f": {', '.join(numbers)}" if numbers else ""),
-        where=str(path),
-        fix="free space or name a place with more room; nothing was published and an existing output is untouched",
-    )

@@ -20,9 +20,9 @@ from typing import Any
 
 from torch import Tensor
 
+from marlinctl.checkpoint.durable import write_document, write_tensors
 from marlinctl.checkpoint.header import read_header
 from marlinctl.checkpoint.reader import Checkpoint
-from marlinctl.checkpoint.writer import write_document, write_tensors
 from marlinctl.journal import JobFolder
 
 _ROWS = "rows.safetensors"

@@ -15,8 +15,8 @@ from contextlib import AbstractContextManager, ExitStack
 import torch
 from torch import Tensor, nn
 
+from marlinctl.checkpoint.durable import write_tensors
 from marlinctl.checkpoint.reader import Checkpoint
-from marlinctl.checkpoint.writer import write_tensors
 from marlinctl.console import Console
 from marlinctl.distillation.job import DistillJob
 from marlinctl.distillation.losses import Signals, Top, Weights, top_of

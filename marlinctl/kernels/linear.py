@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marlinctl.kernels.ops import decode, marlin_gemm, sparse_marlin_gemm
+from marlinctl.kernels.ops import marlin_gemm, sparse_marlin_gemm
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 
 
@@ -41,13 +41,6 @@ class _Packed(nn.Module):
         self.register_buffer("weight_shape", shape.to(p.scales.device))
         self.overlap = True
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-
-    def packed(self) -> PackedLinear | PackedSparseLinear:
-        raise NotImplementedError
-
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        """[N, K] as these tiles stand for it, rounded once to `dtype`, float16 or bfloat16: a dense copy, made anew in each call."""
-        return decode(self.packed(), dtype)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}"

@@ -1,0 +1,177 @@
+"""Files that are there as a whole, on the disk, or not at all; and what is said when the disk refuses.
+
+    temporary name ─► write ─► fsync ─► rename (─► fsync of the folder)       a file with its final name is a whole file
+    a journal:        append a line ─► fsync                                  a line without its end was never finished
+
+The shards of a checkpoint (writer.py) and everything in a job's folder (journal.py) are written here. Not by safetensors' save_file: that
+makes files with mode 0600, does not fsync, and needs all tensors of a shard in memory, while untouched tensors are copied from the
+mapped source as bytes. The format is eight bytes of header length, the header as JSON, and the tensors without gaps, widest dtype
+first so that each is aligned.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from marlinctl import manifest as manifests
+from marlinctl.errors import ResourceProblem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_CHUNK = 64 << 20
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+_WIDTHS |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a shard: what the header says, and its bytes when they are asked for."""
+
+    name: str
+    dtype: str  # safetensors spelling
+    shape: tuple[int, ...]
+    size: int
+    data: Callable[[], memoryview]
+
+
+def write_tensors(target: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file that is no part of a checkpoint: there as a whole, on the disk, or not at all."""
+    entries = [tensor_entry(name, tensor) for name, tensor in tensors.items()]
+    write_entries(target, in_file_order(entries))
+    with disk_problems(target):
+        sync_folder(target.parent)
+
+
+def write_document(target: Path, document: Mapping[str, Any]) -> None:
+    """The same for a JSON document."""
+    write_bytes(target, manifests.canonical(document))
+
+
+def write_bytes(target: Path, data: bytes) -> None:
+    """The same for anything else."""
+    with disk_problems(target, len(data)), whole_file(target) as file:
+        file.write(data)
+    with disk_problems(target):
+        sync_folder(target.parent)
+
+
+def append_line(target: Path, document: Mapping[str, Any]) -> None:
+    """One JSON document as a further line of a file; on the disk when this returns."""
+    data = json.dumps(document, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+    new = not target.exists()
+    with disk_problems(target, len(data)), target.open("ab") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        if new:
+            sync_folder(target.parent)
+
+
+def in_file_order(entries: Iterable[Entry]) -> list[Entry]:
+    """Widest dtype first, then by name."""
+    return sorted(entries, key=lambda entry: (-_WIDTHS[entry.dtype], entry.name))
+
+
+def write_entries(target: Path, entries: Sequence[Entry]) -> None:
+    needed = sum(entry.size for entry in entries)
+    with disk_problems(target, needed), whole_file(target) as file:
+        file.write(_header(entries))
+        for entry in entries:
+            data = entry.data().cast("B")
+            if len(data) != entry.size:
+                raise ValueError(f"tensor {entry.name} has {len(data)} bytes, its shape says {entry.size}")
+            for begin in range(0, len(data), _CHUNK):
+                file.write(data[begin : begin + _CHUNK])
+
+
+def tensor_entry(name: str, tensor: Tensor) -> Entry:
+    import torch
+
+    names = {
+        torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+        torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    }  # fmt: skip
+    if tensor.dtype not in names:
+        raise ValueError(f"tensor {name} has dtype {tensor.dtype}, which is not written")
+
+    def data() -> memoryview:
+        flat = tensor.detach().contiguous().cpu().reshape(-1)
+        return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")  # type: ignore[arg-type]  # numpy's stubs
+
+    return Entry(name, names[tensor.dtype], tuple(tensor.shape), tensor.numel() * tensor.element_size(), data)
+
+
+def read_part(path: Path, begin: int, size: int) -> memoryview:
+    with path.open("rb") as file:
+        file.seek(begin)
+        return memoryview(file.read(size))
+
+
+def _header(entries: Sequence[Entry]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a shard that does not say so
+    begin = 0
+    for entry in entries:
+        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, begin + entry.size]}
+        begin += entry.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[Any]:
+    """A file that gets its name only when all of it is on the disk. Permissions follow the umask."""
+    temporary = target.with_name(target.name + ".part")
+    with temporary.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(target)
+
+
+def sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def disk_problems(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn a failing disk into a ResourceProblem that says how much was needed and how much is free."""
+    try:
+        yield
+    except OSError as problem:
+        free = None
+        with suppress(OSError):
+            free = shutil.disk_usage(path.parent).free
+        if problem.errno in FULL:
+            raise disk_full(path, needed, free) from problem
+        raise ResourceProblem(
+            "E501",
+            f"writing failed: {problem.strerror or problem}",
+            where=str(path),
+            fix="mend the disk or name another place; nothing was published",
+        ) from problem
+
+
+def disk_full(path: Path, needed: int | None, free: int | None) -> ResourceProblem:
+    numbers = [f"{needed:,} bytes were needed"] if needed else []
+    numbers += [f"{free:,} are free"] if free is not None else []
+    return ResourceProblem(
+        "E500",
+        "the disk is full, or a quota or file-size limit is reached" + (f": {', '.join(numbers)}" if numbers else ""),
+        where=str(path),
+        fix="free space or name a place with more room; nothing was published and an existing output is untouched",
+    )
