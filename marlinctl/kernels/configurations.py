@@ -120,7 +120,8 @@ class Configuration:
 # A stage is to bring 8 KB of weights or more, and 32 KB or more are to be under way on each multiprocessor. Eight warps, or two
 # CTAs of four, keep the four schedulers busy. For small M, K is shared among warps: a tile of 128 columns leaves less to add up
 # among CTAs than one of 256. The first five fit every architecture. The others have longer stages for sm_90, where copying, closing
-# groups and barriers cost each weight less. NOTE: reasoned, not measured (docs/log/2026-11-21-dense-kernel.md).
+# groups and barriers cost each weight less. The sizes are reasoned; which of them is fastest where was measured on an H200
+# (dispatch.json, docs/log/2026-11-21-dense-kernel.md).
 DENSE = (
     Configuration(tokens=8, blocks=2, split=1, k_warps=4, k_step=256, stages=4, ctas=2),
     Configuration(tokens=16, blocks=2, split=1, k_warps=4, k_step=256, stages=3, ctas=2),

@@ -23,7 +23,7 @@
 //
 // LIMITS.  K a multiple of 8, everything aligned to 16 bytes; (K'/span) x (N'/64) < 2^31 CTAs.
 //
-// MEASURED.  Nothing: no GPU has run this file yet.
+// MEASURED.  Nothing: no GPU has run this file yet (2026-11-21).
 #include "dequantize.cuh"
 
 constexpr int TILE = SPARSE ? 32 : 16;                  // k of a row of words
