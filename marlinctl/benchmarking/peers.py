@@ -7,15 +7,16 @@ peer whose interface is another is reported with the difference, not measured an
     vLLM      Marlin (sm_80 and later) and Machete (sm_90)       vllm._custom_ops
     humming   W4A16                                              humming.layer, humming.tune
 
-Written against vLLM 0.11 to 0.14 and humming 0.1.19, as published; no test here runs them.
+Written against the published wheels of vLLM 0.24.0 and humming 0.1.19 (2026-11-21): the tests have their signatures and do not run
+them.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any
@@ -67,7 +68,7 @@ def installed_version(peer: Peer) -> str | None:
 def bind(function: Callable[..., Any], given: Mapping[str, object], empty: tuple[str, ...] = ()) -> Callable[..., Any]:
     """The function with keywords fixed; `empty` are None where the installed version has them. ApiDiffers where that does not suffice.
 
-    Activations come later, as the keyword that `given` holds with the value `...`.
+    What is known only at the call, activations mostly, is the keyword that `given` holds with the value `...`.
     """
     name = getattr(function, "__name__", str(function))
     try:
@@ -89,8 +90,8 @@ def bind(function: Callable[..., Any], given: Mapping[str, object], empty: tuple
         raise ApiDiffers(f"{name} wants {', '.join(unknown)} too")
     late = next((key for key, value in given.items() if value is ...), None)
 
-    def call(activations: Tensor | None = None) -> Any:
-        return function(**(keywords if late is None else {**keywords, late: activations}))
+    def call(value: object = None) -> Any:
+        return function(**(keywords if late is None else {**keywords, late: value}))
 
     return call
 
@@ -128,6 +129,7 @@ def _vllm_marlin(shape: Shape, dtype: torch.dtype, device: torch.device) -> Call
         "is_k_full": True,
         "use_fp32_reduce": True,
     }
+    # Renamed marlin_gemm by 0.24. Where both are there, marlin_gemm is the operator of the first MARLIN, which takes fewer arguments.
     function = attribute("vllm._custom_ops", "gptq_marlin_gemm", "marlin_gemm")
     empty = ("c", "b_bias", "a_scales", "global_scale", "b_zeros", "g_idx", "perm")
     bind(function, {**given, "size_m": 1}, empty)  # now, rather than while it is timed
@@ -145,31 +147,27 @@ def _machete(shape: Shape, dtype: torch.dtype, device: torch.device) -> Call:
 
 
 def _humming(shape: Shape, dtype: torch.dtype, device: torch.device) -> Call:
-    name = str(dtype).removeprefix("torch.")
-    group = 0 if shape.group_size == -1 else shape.group_size
+    weights = {"dtype": "uint4", "group_size": 0 if shape.group_size == -1 else shape.group_size}
     make = bind(
         attribute("humming.layer", "HummingLayer"),
-        {
-            "shape_n": shape.n,
-            "shape_k": shape.k,
-            "weight_config": {"dtype": "uint4", "group_size": group, "scale_dtype": name},
-            "input_config": {"dtype": name, "group_size": 0},
-            "torch_dtype": dtype,
-        },
+        {"shape_n": shape.n, "shape_k": shape.k, "weight_config": weights, "torch_dtype": dtype},
     )
     layer = make().to(device)
     for tensor in layer.parameters():
         if tensor.is_floating_point():
             tensor.data.normal_().mul_(SCALE)
-        else:
-            tensor.data.random_()
-    if not hasattr(layer, "transform") or "" not in getattr(layer, "humming_metas", {}):
-        raise ApiDiffers("HummingLayer has no transform or no humming_metas")
+        else:  # all 16 codes, as in a checkpoint: words without code 0 would be turned into sign and magnitude, another kernel
+            tensor.data.random_(-(2**31), 2**31)
+    if not hasattr(layer, "transform"):
+        raise ApiDiffers("HummingLayer has no transform")
     layer.transform()
-    kind = attribute("humming.config", "GemmType").DENSE
-    tuned = bind(attribute("humming.tune", "get_heuristics_config"), {"meta": layer.humming_metas[""], "gemm_type": kind})()
-    settings = json.dumps({"gemm_type": kind.value})
-    return lambda activations: layer(inputs=activations, compute_config=settings, tuning_config=tuned)
+    if getattr(layer, "humming_config", None) is None:
+        raise ApiDiffers("HummingLayer.transform sets no humming_config")
+    # For one M at a time. Left to itself, the layer compiles what it would choose for any M up to 8192, 33 kernels, at its first call.
+    heuristics = {"layer_config": layer.humming_config, "shape_m": ..., "gemm_type": "dense", "device": device}
+    tuned = cache(bind(attribute("humming.tune", "get_heuristics_config"), heuristics))
+    bind(layer.forward, {"inputs": ..., "tuning_config": None})  # now, rather than while it is timed
+    return lambda activations: layer(inputs=activations, tuning_config=tuned(len(activations)))
 
 
 PEERS = (

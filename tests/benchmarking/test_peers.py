@@ -71,9 +71,9 @@ def module(monkeypatch: pytest.MonkeyPatch, name: str, **members: object) -> Non
 
 
 def vllm(monkeypatch: pytest.MonkeyPatch, told: dict[str, object]) -> None:
-    """The parameters of vLLM 0.13's functions, by name; they tell what they were given."""
+    """The parameters of vLLM 0.24's functions, in their order; they tell what they were given."""
 
-    def gptq_marlin_gemm(
+    def marlin_gemm(
         a, c, b_q_weight, b_bias, b_scales, a_scales, global_scale, b_zeros, g_idx, perm, workspace, b_q_type, size_m, size_n, size_k,
         is_k_full=True, use_atomic_add=False, use_fp32_reduce=False, is_zp_float=False,
     ):  # type: ignore[no-untyped-def]  # fmt: skip
@@ -89,7 +89,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch, told: dict[str, object]) -> None:
     ):  # type: ignore[no-untyped-def]  # fmt: skip
         told.update(locals())
 
-    functions = {f.__name__: f for f in (gptq_marlin_gemm, machete_prepack_B, machete_mm)}
+    functions = {f.__name__: f for f in (marlin_gemm, machete_prepack_B, machete_mm)}
     module(monkeypatch, "vllm")
     module(monkeypatch, "vllm._custom_ops", **functions)
     module(monkeypatch, "vllm.scalar_type", scalar_types=types.SimpleNamespace(uint4b8="uint4b8"))
@@ -106,6 +106,7 @@ def test_vllms_marlin_gets_its_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (told["size_m"], told["size_n"], told["size_k"], told["use_fp32_reduce"]) == (3, 256, 512, True)
     shapes = {name: tuple(tensor.shape) for name, tensor in told.items() if isinstance(tensor, torch.Tensor)}
     assert shapes == {"a": (3, 512), "b_q_weight": (32, 512), "b_scales": (4, 256), "workspace": (7,)}
+    assert told["b_zeros"] is told["g_idx"] is told["perm"] is None
     scales = told["b_scales"]
     assert isinstance(scales, torch.Tensor) and scales.dtype == torch.bfloat16 and bool((scales < 0).any()) and bool((scales > 0).any())
 
@@ -120,33 +121,76 @@ def test_machete_gets_columns_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told["b_group_size"] == 512 and told["b_type"] == "uint4b8"
 
 
-def test_humming_is_made_filled_and_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If this failed, the comparison with humming would end with `differs`."""
-    told: dict[str, object] = {}
+class HummingLayer(torch.nn.Module):
+    """What humming 0.1.19's layer has of use here: its parameters' shapes, and a configuration once it is transformed."""
 
-    class HummingLayer(torch.nn.Module):
-        def __init__(self, shape_n: int, shape_k: int, weight_config: object, input_config: object, torch_dtype: object) -> None:
-            super().__init__()
-            told.update(weight_config=weight_config, shape=(shape_n, shape_k))
-            self.words = torch.nn.Parameter(torch.zeros(8, dtype=torch.int32), requires_grad=False)
-            self.scale = torch.nn.Parameter(torch.zeros(8, dtype=torch.float16), requires_grad=False)
-            self.humming_metas = {"": "meta"}
+    def __init__(
+        self, shape_n: int, shape_k: int, weight_config: dict[str, object], input_config: object = None, pad_n_to_multiple: int = 1,
+        pad_k_to_multiple: int = 1, num_experts: int | None = None, has_bias: bool = False, torch_dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.weight_config, self.humming_config = weight_config, None
+        size = weight_config["group_size"]
+        assert isinstance(size, int)
+        self.weight = torch.nn.Parameter(torch.zeros(shape_n, shape_k // 8, dtype=torch.int32), requires_grad=False)
+        scales = torch.zeros(shape_n, shape_k // (size or shape_k), dtype=torch_dtype)
+        self.weight_scale = torch.nn.Parameter(scales, requires_grad=False)
+        self.called_with: dict[str, object] = {}
 
-        def transform(self) -> None:
-            told["filled"] = bool(self.words.any()) and bool(self.scale.any())
+    def transform(self) -> None:
+        self.words = self.weight.clone()
+        self.humming_config = "configuration"
 
-        def forward(self, inputs: torch.Tensor, compute_config: str, tuning_config: object) -> None:
-            told.update(inputs=inputs.shape, compute_config=compute_config, tuning_config=tuning_config)
+    def forward(
+        self, inputs: torch.Tensor, outputs: object = None, input_scale: object = None, input_scale_2: object = None,
+        sorted_ids: object = None, expert_ids: object = None, num_tokens_padded: object = None, expert_layout: object = None,
+        top_k: int = 1, valid_shape_m: int = 0, compute_config: object = None, tuning_config: object = None,
+        hadamard_block_size: object = None, use_pdl: object = None,
+    ) -> HummingLayer:  # fmt: skip
+        self.called_with = {"rows": len(inputs), "compute_config": compute_config, "tuning_config": tuning_config}
+        return self
 
-    def get_heuristics_config(meta: object, use_f16_accum: bool = False, gemm_type: object = None) -> object:
-        return meta, gemm_type
 
-    dense = types.SimpleNamespace(value="dense")
+def humming(monkeypatch: pytest.MonkeyPatch, layer: type[torch.nn.Module], asked: list[object]) -> None:
+    """The parameters of humming 0.1.19's heuristics; `asked` gets what they were asked for."""
+
+    def get_heuristics_config(
+        layer_config: object, shape_m: int | None = None, use_f16_accum: bool = False, use_batch_invariant: bool = False,
+        use_m_major_input_scale: bool = False, gemm_type: object = "dense", device: object = None,
+    ) -> object:  # fmt: skip
+        asked.append(shape_m)
+        return {"of": layer_config, "for": shape_m, "as": gemm_type}
+
     module(monkeypatch, "humming")
-    module(monkeypatch, "humming.layer", HummingLayer=HummingLayer)
-    module(monkeypatch, "humming.config", GemmType=types.SimpleNamespace(DENSE=dense))
+    module(monkeypatch, "humming.layer", HummingLayer=layer)
     module(monkeypatch, "humming.tune", get_heuristics_config=get_heuristics_config)
-    peers._humming(Shape(256, 512, 128), torch.float16, CPU)(torch.zeros(3, 512))
-    assert told["shape"] == (256, 512) and told["filled"]
-    assert told["weight_config"] == {"dtype": "uint4", "group_size": 128, "scale_dtype": "float16"}
-    assert (told["compute_config"], told["tuning_config"]) == ('{"gemm_type": "dense"}', ("meta", dense))
+
+
+@pytest.mark.parametrize(("group_size", "told"), [(128, 128), (-1, 0)])
+def test_humming_is_made_filled_and_tuned(monkeypatch: pytest.MonkeyPatch, group_size: int, told: int) -> None:
+    """If this failed, the comparison with humming would end with `differs`, time zeros, or time what was chosen for another M."""
+    asked: list[object] = []
+    humming(monkeypatch, HummingLayer, asked)
+    call = peers._humming(Shape(256, 512, group_size), torch.float16, CPU)
+    assert asked == [], "nothing is chosen before M is known"
+    for rows in (3, 3, 16):
+        layer = call(torch.zeros(rows, 512))
+        assert isinstance(layer, HummingLayer)
+        assert layer.called_with == {
+            "rows": rows, "compute_config": None, "tuning_config": {"of": "configuration", "for": rows, "as": "dense"},
+        }  # fmt: skip
+    assert asked == [3, 16], "once for each M, and not while it is timed"
+    assert layer.weight_config == {"dtype": "uint4", "group_size": told}
+    assert bool((layer.words < 0).any()) and bool(layer.weight_scale.any()), "filled before it is transformed, with all 32 bits"
+
+
+def test_a_layer_that_is_transformed_otherwise_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, a later humming would end the run at its first call, in the middle of the measurements."""
+
+    class Later(HummingLayer):
+        def transform(self) -> None:
+            pass
+
+    humming(monkeypatch, Later, [])
+    with pytest.raises(peers.ApiDiffers, match="humming_config"):
+        peers._humming(Shape(256, 512, 128), torch.float16, CPU)
