@@ -27,6 +27,7 @@ from marlinctl.benchmarking.building import offered
 from marlinctl.benchmarking.cases import Kind, Shape
 from marlinctl.benchmarking.weights import Packed, random_packed
 from marlinctl.kernels import jit
+from marlinctl.kernels.configurations import SHARINGS
 from marlinctl.kernels.launch import LoadedKernel, architecture_of, launch, load
 
 DEVICE = torch.device("cuda", 0)
@@ -58,17 +59,17 @@ def main() -> int:
 
 def check_workspace(kernel: LoadedKernel) -> Iterator[str]:
     """With a workspace of ours: what a CTA reads before another wrote it, and counters that are left, show."""
-    for (n, k, group_size), m in itertools.product(SHAPES, TOKENS):
+    for (n, k, group_size), m, sharing in itertools.product(SHAPES, TOKENS, SHARINGS):
         p = packed(kernel, n, k, group_size, seed=n + k + m)
         activations = between_nans(torch.randn(m, k, device=DEVICE).to(kernel.dtype))
         exact = activations.double() @ decoded(p).double().T
-        ctas = min(GRID, kernel.configuration.units(m, n, k))
-        partials = torch.full((kernel.configuration.partial_floats(ctas),), torch.nan, device=DEVICE)
+        grid = kernel.configuration.grid(m, n, k, GRID, sharing)
+        partials = torch.full((kernel.configuration.partial_floats(grid.ctas),), torch.nan, device=DEVICE)
         counters = torch.zeros(kernel.configuration.output_tiles(m, n), dtype=torch.int32, device=DEVICE)
         out = empty(m, n, kernel)
-        launch(kernel, activations, p, None, out, ctas, (partials, counters))
+        launch(kernel, activations, p, None, out, grid, (partials, counters))
         relative = float((out.double() - exact).norm() / exact.norm())
-        where = f"{kernel.name}: M={m} N={n} K={k} group_size={group_size} CTAs={ctas}"
+        where = f"{kernel.name}: M={m} N={n} K={k} group_size={group_size} {grid}"
         if not relative <= GATES[kernel.dtype]:  # NaN fails too
             yield f"{where}: relative error {relative:.2e}"
         if bool(counters.any()):
@@ -79,24 +80,24 @@ def check_streams_and_graph(kernel: LoadedKernel) -> Iterator[str]:
     """Two streams, and a graph that is replayed with other inputs, give what one launch gives; with the workspaces of the launcher."""
     m, n, k = 33, 576, 4096
     p = packed(kernel, n, k, 128, seed=5)
-    ctas = kernel.ctas(m, n, k, 1)
+    grid = kernel.grid(m, n, k, 1)
     activations = [torch.randn(m, k, device="cuda").to(kernel.dtype) for _ in range(2)]
     alone, together = ([empty(m, n, kernel) for _ in range(2)] for _ in range(2))
     for x, out in zip(activations, alone, strict=True):
-        launch(kernel, x, p, None, out, ctas)
+        launch(kernel, x, p, None, out, grid)
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in range(2)]
     for _ in range(20):
         for x, out, stream in zip(activations, together, streams, strict=True):
             with torch.cuda.stream(stream):
-                launch(kernel, x, p, None, out, ctas)
+                launch(kernel, x, p, None, out, grid)
     torch.cuda.synchronize()
     if not all(torch.equal(a, b) for a, b in zip(alone, together, strict=True)):
         yield f"{kernel.name}: two streams at once differ from one after the other"
     x, out = activations[0].clone(), empty(m, n, kernel)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        launch(kernel, x, p, None, out, ctas)
+        launch(kernel, x, p, None, out, grid)
     for inputs, expected in zip(activations, alone, strict=True):
         x.copy_(inputs)
         graph.replay()
@@ -110,17 +111,17 @@ def check_overlap(kernel: LoadedKernel) -> Iterator[str]:
     m, size = kernel.configuration.tokens, 4096
     p = random_packed(kind_of(kernel), Shape(size, size, 128), torch.Generator(DEVICE).manual_seed(0))
     p.scales.mul_(0.1)
-    for residents in range(1, kernel.resident + 1):
-        ctas = kernel.ctas(m, size, size, residents)
+    for residents, sharing in itertools.product(range(1, kernel.resident + 1), SHARINGS):
+        grid = kernel.grid(m, size, size, residents, sharing)
         first = torch.randn(m, size, device="cuda").to(kernel.dtype)
         chains = {overlap: [first, *(torch.empty_like(first) for _ in range(30))] for overlap in (False, True)}
         for overlap, chain in chains.items():
             for before, after in itertools.pairwise(chain):
-                launch(kernel, before, p, None, after, ctas, overlap=overlap)
+                launch(kernel, before, p, None, after, grid, overlap=overlap)
             torch.cuda.synchronize()
         for i, (apart, together) in enumerate(zip(chains[False], chains[True], strict=True)):
             if not torch.equal(apart.view(torch.int16), together.view(torch.int16)):
-                yield f"{kernel.name}: call {i} of a chain gives something else when it overlaps with the one before, {residents} CTAs each"
+                yield f"{kernel.name}: call {i} of a chain gives something else when it overlaps with the one before, {grid}"
                 break
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from marlinctl.kernels import jit
-from marlinctl.kernels.configurations import GROUP_SIZES, group_shift
+from marlinctl.kernels.configurations import GROUP_SIZES, SHARINGS, group_shift
 from marlinctl.kernels.dispatch import KINDS, configurations
 from marlinctl.kernels.launch import architecture_of, launch, load, unpack
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear, padded
@@ -45,8 +45,11 @@ def main() -> int:
             p = packed(kind, n, k, group_size_of(k))
             activations, bias = torch.randn(m, k).to(dtype).cuda(), torch.randn(n).to(dtype).cuda()
             for kernel in kernels:
-                for ctas in {kernel.ctas(m, n, k, kernel.resident), min(7, kernel.configuration.units(m, n, k))}:
-                    launch(kernel, activations, p, bias, torch.empty(m, n, dtype=dtype, device=device), ctas)
+                for grid in {
+                    kernel.grid(m, n, k, kernel.resident),
+                    *(kernel.configuration.grid(m, n, k, 7, sharing) for sharing in SHARINGS),
+                }:
+                    launch(kernel, activations, p, bias, torch.empty(m, n, dtype=dtype, device=device), grid)
                     launches += 1
             weights = (p.qweight, p.meta) if isinstance(p, PackedSparseLinear) else (p.qweight,)
             unpack(weights, p.scales, dtype, n, k, group_shift(p.group_size, k), folder)

@@ -161,14 +161,14 @@ def test_tuning_writes_what_the_operators_read(every: list[str], own_cache: Path
     for case in document.cases:
         fastest = min((t for t in case.candidates if t.family == "dense" and "/" in t.name), key=lambda t: t.us)
         row = next(row for row in table.rows if (row.m, row.n, row.k) == (case.m, case.n, case.k))
-        assert f"{row.choice.configuration.name}/{row.choice.per_multiprocessor}, overlap" == fastest.name
+        assert f"{row.choice.name}, overlap" == fastest.name
     dispatch.tables.cache_clear()
 
 
 @pytest.mark.usefixtures("small", "every")
 def test_tuning_keeps_what_it_did_not_measure(own_cache: Path) -> None:
     """If this failed, tuning the dense kernels would forget the 2:4 ones, or another GPU's."""
-    other = {"measured": {}, "dequantize_from": None, "choices": [[1, 64, 64, SPARSE[0].name, 1]]}
+    other = {"measured": {}, "dequantize_from": None, "choices": [[1, 64, 64, f"{SPARSE[0].name}/1"]]}
     before = {"schema_version": dispatch.SCHEMA_VERSION, "architectures": {"sm_80": {"sparse": other}, "sm_90a": {"sparse": other}}}
     document = run(asked(every=True, kinds=("dense",)), SoftwareGpu(), Console.quiet())
     after = tuning.merged(before, document)["architectures"]

@@ -4,6 +4,7 @@
     int4, overlap                the same, allowed to begin before the call before it has ended (Hopper)
     dequantize, dequantize 2:4   a plain weight of the tiles, then torch.matmul: what the operators choose for many tokens
     m16n128k256x3/2              a configuration, with two CTAs on each multiprocessor; on Hopper with ", overlap"
+    m16n128k256x3/2 even         the same, with another way of sharing output tiles (kernels/configurations.py)
 
 The operators are timed without overlap, as peers have none, and with it, as marlinctl's modules call them.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,8 +26,8 @@ from marlinctl.benchmarking.weights import Packed
 from marlinctl.console import Console
 from marlinctl.cubins import kernel_folder, telling
 from marlinctl.kernel_check import multiply
-from marlinctl.kernels.configurations import group_shift
-from marlinctl.kernels.dispatch import DEQUANTIZE
+from marlinctl.kernels.configurations import SHARINGS, Grid, Sharing, group_shift
+from marlinctl.kernels.dispatch import DEQUANTIZE, Choice
 from marlinctl.kernels.launch import LoadedKernel, launch, load, unpack
 from marlinctl.pack.types import PackedSparseLinear
 
@@ -69,15 +70,16 @@ class Dequantized:
 
 @dataclass(frozen=True, slots=True)
 class Configured:
-    """One configuration, launched with a grid that puts so many CTAs on each multiprocessor, as far as there is work."""
+    """One configuration, at most so many of its CTAs on each multiprocessor, and one way in which they share output tiles."""
 
     kernel: LoadedKernel
     per_multiprocessor: int
+    sharing: Sharing = "striped"
     overlap: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.kernel.configuration.name}/{self.per_multiprocessor}" + (OVERLAP if self.overlap else "")
+        return Choice(self.kernel.configuration, self.per_multiprocessor, self.sharing).name + (OVERLAP if self.overlap else "")
 
     @property
     def kind(self) -> Kind:
@@ -89,15 +91,22 @@ class Configured:
 
     def run(self, activations: Tensor, p: Packed, bias: Tensor | None, out: Tensor) -> Tensor:
         m, k = activations.shape
-        ctas = self.kernel.ctas(m, p.out_features, k, self.per_multiprocessor)
-        launch(self.kernel, activations, p, bias, out, ctas, overlap=self.overlap)
+        launch(self.kernel, activations, p, bias, out, self.grid(m, p.out_features, k), overlap=self.overlap)
         return out
+
+    def grid(self, m: int, n: int, k: int) -> Grid:
+        return self.kernel.grid(m, n, k, self.per_multiprocessor, self.sharing)
+
+    def is_another(self, m: int, n: int, k: int) -> bool:
+        """Whether this way of sharing is not the striped one for this product, which is measured under its own name."""
+        return self.sharing == "striped" or self.grid(m, n, k) != replace(self, sharing="striped").grid(m, n, k)
 
 
 def configured(
     device: torch.device, architecture: str, kinds: Sequence[Kind], dtype: torch.dtype, console: Console
 ) -> tuple[list[Configured], list[Kernel]]:
-    """Every configuration that fits the device, with 1 to as many CTAs as a multiprocessor holds; and what loading them took.
+    """Every configuration that fits the device, with 1 to as many CTAs as a multiprocessor holds, and every way of sharing; and what
+    loading them took.
 
     Where calls can overlap they do, as modules launch them: it is for those that the best is looked for.
     """
@@ -111,7 +120,9 @@ def configured(
             with telling(folder, f"{c.kernel}.cu for {architecture}"):
                 kernel = load(c, dtype, device, folder)
             facts.append(_facts(kernel, time.perf_counter() - started))
-            found += [Configured(kernel, ctas, overlaps(architecture)) for ctas in range(1, kernel.resident + 1)]
+            found += [
+                Configured(kernel, ctas, sharing, overlaps(architecture)) for ctas in range(1, kernel.resident + 1) for sharing in SHARINGS
+            ]
             progress.advance()
     return found, facts
 

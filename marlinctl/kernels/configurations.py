@@ -10,19 +10,34 @@ short, a CTA computes an output tile of `tokens` (M) x 64 `blocks` (N), in stage
 On Hopper four more warps copy, and the group size is compiled in.
 
 Everything that the host must know beside that, threads, shared memory, workspace, follows from them and is computed here;
-the kernel checks the shared memory when it is compiled. Which configuration is used for which M, N, K is not decided yet:
-that takes measurements.
+the kernel checks the shared memory when it is compiled. Which configuration is used for which M, N, K is measured: dispatch.py.
+
+A Grid says how the CTAs of a launch share the output tiles (csrc/stripes.cuh draws it), in one of three ways:
+
+    striped   every CTA the same number of steps, wherever that cuts the tiles: nobody idles
+    even      every CTA the same part of a tile, or as many whole tiles: fewer parts to put together, on fewer CTAs
+    mixed     as many whole tiles for each CTA as there are for all, and stripes of the rest
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 
+Sharing = Literal["striped", "even", "mixed"]
+SHARINGS: tuple[Sharing, ...] = get_args(Sharing)
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_90a": 227 * 1024}  # of a CTA, at most
 NUMBERS = {torch.float16: "Half", torch.bfloat16: "BFloat"}  # the structs of csrc/dequantize.cuh
 GROUP_SIZES = (32, 64, 128)  # and channel-wise
+LEAST_BUSY = 0.7  # of the CTAs that there is room for: 96 of 132 were faster than 132 that share unevenly (6144 x 4096, H200)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    ctas: int
+    whole: int = 0  # output tiles that each of them computes alone; the others are striped
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +126,22 @@ class Configuration:
     def units(self, m: int, n: int, k: int) -> int:
         """Steps of the whole product, the most CTAs that find work."""
         return self.output_tiles(m, n) * -(-k // self.k_step)
+
+    def grid(self, m: int, n: int, k: int, most: int, sharing: Sharing = "striped") -> Grid:
+        """The CTAs of a product, at most `most`. Striped where another way has nothing to offer, or would leave too many without work."""
+        tiles, units = self.output_tiles(m, n), self.units(m, n, k)
+        if sharing == "mixed" and tiles >= most:
+            return Grid(most, tiles // most)
+        if sharing == "even" and tiles <= most:
+            steps = units // tiles
+            ctas = tiles * max(parts for parts in range(1, steps + 1) if steps % parts == 0 and parts * tiles <= most)
+        elif sharing == "even":
+            ctas = tiles // next(rounds for rounds in range(-(-tiles // most), tiles + 1) if tiles % rounds == 0)
+        else:
+            ctas = 0
+        if ctas >= LEAST_BUSY * most:
+            return Grid(ctas)
+        return Grid(min(most, units))
 
     def partial_floats(self, ctas: int) -> int:
         """float32 that the workspace must have for a grid of `ctas`: two output tiles each, uninitialised."""

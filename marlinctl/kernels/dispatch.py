@@ -1,15 +1,15 @@
 """Which kernel multiplies: a table of measurements, read from dispatch.json beside this file.
 
-    architecture, dense or 2:4 ─► table ─► nearest shape (N, K) ─► row of M ─► configuration and CTAs per multiprocessor
+    architecture, dense or 2:4 ─► table ─► nearest shape (N, K) ─► row of M ─► configuration, CTAs per multiprocessor, how they share tiles
                                     │
                                     └──── M >= dequantize_from: one dense weight in memory, and torch.matmul
 
-    {"schema_version": 1,
+    {"schema_version": 2,
      "architectures": {
        "sm_90a": {
          "dense": {"measured": {"gpu": "NVIDIA H200", "torch": "2.11.0+cu130", "date": "2026-11-21", "group_size": 128, "dtype": "float16"},
                    "dequantize_from": 192,
-                   "choices": [[1, 4096, 4096, "m8n128k512x5", 1], ..]},       M, N, K, configuration, CTAs per multiprocessor
+                   "choices": [[1, 4096, 4096, "m8n128k512x5/1 even"], ..]},     M, N, K, and a choice by its name
          "sparse": {..}}}}
 
 A file of the same form in the folder of compiled kernels, which is the user's, goes first, table by table. Shapes are compared by the
@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from marlinctl.kernels import jit
-from marlinctl.kernels.configurations import DENSE, DENSE_SM90, SPARSE, SPARSE_SM90, Configuration
+from marlinctl.kernels.configurations import DENSE, DENSE_SM90, SHARINGS, SPARSE, SPARSE_SM90, Configuration, Sharing
 
 PACKAGED = Path(__file__).parent / "dispatch.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KINDS = ("dense", "sparse")
 DEQUANTIZE = "dequantize"  # the column of a measurement for a dense weight and torch.matmul
 
@@ -46,10 +46,16 @@ LARGE = 4096  # M at which a kernel that still wins is taken to win for ever
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A kernel, and how many of its CTAs each multiprocessor is given."""
+    """A kernel, how many of its CTAs each multiprocessor is given at most, and how they share output tiles."""
 
     configuration: Configuration
     per_multiprocessor: int
+    sharing: Sharing = "striped"
+
+    @property
+    def name(self) -> str:
+        """Such as m16n128k256x3/2, or m16n128k256x3/2 even."""
+        return f"{self.configuration.name}/{self.per_multiprocessor}" + ("" if self.sharing == "striped" else f" {self.sharing}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,30 +139,39 @@ def _table(architecture: str, kind: str, document: Mapping[str, Any]) -> Table:
         raise ValueError(f"there is no kernel for {architecture}, {kind}")
     by_name = {c.name: c for c in configurations(kind) if c.fits(architecture)}
     rows = []
-    for m, n, k, name, per_multiprocessor in document["choices"]:
-        if not all(isinstance(number, int) and number > 0 for number in (m, n, k, per_multiprocessor)):
-            raise ValueError(f"{[m, n, k, name, per_multiprocessor]}: M, N, K and CTAs are positive integers")
-        if name not in by_name:
-            raise ValueError(f"{architecture} has no configuration {name!r}")
-        rows.append(Row(m, n, k, Choice(by_name[name], per_multiprocessor)))
+    for m, n, k, name in document["choices"]:
+        if not all(isinstance(number, int) and number > 0 for number in (m, n, k)):
+            raise ValueError(f"{[m, n, k, name]}: M, N and K are positive integers")
+        rows.append(Row(m, n, k, _choice(name, by_name, architecture)))
     least = document["dequantize_from"]
     if not rows or not (least is None or (isinstance(least, int) and least > 0)):
         raise ValueError(f"{architecture}, {kind}: no choices, or dequantize_from is no positive integer or null")
     return Table(least, tuple(rows))
 
 
+def _choice(name: object, by_name: Mapping[str, Configuration], architecture: str) -> Choice:
+    """By its name."""
+    found = re.fullmatch(r"([^/ ]+)/([1-9]\d*)(?: (\w+))?", str(name))
+    if found is None or (found[3] or "striped") not in SHARINGS:
+        raise ValueError(f"{name!r} is not CONFIGURATION/CTAs, followed by one of {', '.join(SHARINGS)} or nothing")
+    if found[1] not in by_name:
+        raise ValueError(f"{architecture} has no configuration {found[1]!r}")
+    sharing: Sharing = next((sharing for sharing in SHARINGS if sharing == found[3]), "striped")
+    return Choice(by_name[found[1]], int(found[2]), sharing)
+
+
 def table_of(architecture: str, measured: Mapping[str, Any], timing: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The document of one kind from measurements: a row for each linear and M, all dense or all 2:4.
 
-    Each of its rows has m, n, k, sparse and the microseconds of "name/CTAs", "torch.matmul" and, where it was measured, "dequantize".
+    Each of its rows has m, n, k, sparse and the microseconds of choices by their names, of "torch.matmul" and, where it was measured, of
+    "dequantize".
     """
     kind = KINDS[timing[0]["sparse"]]
     choices = []
     for row in sorted(timing, key=lambda row: (row["n"], row["k"], row["m"])):
         if bool(row["sparse"]) != (kind == "sparse"):
             raise ValueError("rows of dense and of 2:4 kernels in one table")
-        name, _, ctas = best(row).partition("/")
-        choices.append([row["m"], row["n"], row["k"], name, int(ctas)])
+        choices.append([row["m"], row["n"], row["k"], best(row)])
     return {"measured": dict(measured), "dequantize_from": _dequantize_from(architecture, kind, timing), "choices": choices}
 
 
@@ -166,7 +181,7 @@ def text_of(document: Mapping[str, Any]) -> str:
 
 
 def best(row: Mapping[str, Any]) -> str:
-    """The fastest "name/CTAs" of a measured row."""
+    """The name of the fastest choice of a measured row."""
     times = {name: time for name, time in row.items() if "/" in name}
     return min(times, key=times.__getitem__)
 

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from marlinctl.kernels import jit
-from marlinctl.kernels.configurations import NUMBERS, Configuration, group_shift
+from marlinctl.kernels.configurations import NUMBERS, Configuration, Grid, Sharing, group_shift
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 
 CHUNK_COUNTERS = 2**18  # that are allocated at a time
@@ -98,9 +98,9 @@ class LoadedKernel:
     def name(self) -> str:
         return f"{self.configuration.name} {str(self.dtype)[6:]}"
 
-    def ctas(self, m: int, n: int, k: int, per_multiprocessor: int) -> int:
-        """The grid that puts so many CTAs on each multiprocessor, as far as there is work for them."""
-        return min(self.multiprocessors * per_multiprocessor, self.configuration.units(m, n, k))
+    def grid(self, m: int, n: int, k: int, per_multiprocessor: int, sharing: Sharing = "striped") -> Grid:
+        """With at most so many CTAs on each multiprocessor."""
+        return self.configuration.grid(m, n, k, self.multiprocessors * per_multiprocessor, sharing)
 
 
 def architecture_of(device: torch.device) -> str:
@@ -174,7 +174,7 @@ def launch(
     p: PackedLinear | PackedSparseLinear,
     bias: Tensor | None,  # [N]
     out: Tensor,  # [M, N], contiguous; all of it is written
-    ctas: int,  # 1 .. units of the product
+    grid: Grid,
     workspace: tuple[Tensor, Tensor] | None = None,
     overlap: bool = False,
 ) -> None:
@@ -183,7 +183,7 @@ def launch(
     overlap: on Hopper the kernel may begin, and read weights, while the one before it on the stream still runs: 2 to 3 us less a call. Not
     for weights that the kernel before changes.
 
-    A caller that looks into the workspace brings its own: partial_floats(ctas) float32, and output_tiles(M, N) int32, all zero.
+    A caller that looks into the workspace brings its own: partial_floats(grid.ctas) float32, and output_tiles(M, N) int32, all zero.
     N and K must be multiples of 8. ValueError for tensors that the kernel would read wrongly.
     """
     configuration, (m, k) = kernel.configuration, activations.shape
@@ -193,15 +193,16 @@ def launch(
     if k != p.in_features or tuple(out.shape) != (m, p.out_features) or k % 8 or p.out_features % 8 or m < 1:
         shapes = f"activations {list(activations.shape)} and out {list(out.shape)}"
         raise ValueError(f"{shapes} do not belong to N={p.out_features}, K={p.in_features}, multiples of 8")
-    if not 1 <= ctas <= configuration.units(m, p.out_features, k):
-        raise ValueError(f"{ctas} CTAs for {configuration.units(m, p.out_features, k)} units of work")
+    tiles, units = configuration.output_tiles(m, p.out_features), configuration.units(m, p.out_features, k)
+    if not 1 <= grid.ctas <= units or not 0 <= grid.whole <= tiles // grid.ctas:
+        raise ValueError(f"{grid.ctas} CTAs with {grid.whole} whole tiles each, for {tiles} tiles of {units} units of work")
     for tensor in (activations, *weights, p.scales, out, *(() if bias is None else (bias,))):
         if tensor.device != kernel.device or not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
             raise ValueError(f"a tensor {list(tensor.shape)} on {tensor.device} is not contiguous, aligned and on {kernel.device}")
     if not activations.dtype == out.dtype == kernel.dtype or (bias is not None and bias.dtype != kernel.dtype):
         raise ValueError(f"activations, bias and out must be {kernel.dtype}")
     shift = group_shift(p.group_size, k)
-    multiply(kernel.for_groups(shift), activations, weights, p.scales, bias, out, shift, ctas, workspace, overlap)
+    multiply(kernel.for_groups(shift), activations, weights, p.scales, bias, out, shift, grid, workspace, overlap)
 
 
 def multiply(
@@ -212,7 +213,7 @@ def multiply(
     bias: Tensor | None,
     out: Tensor,
     shift: int,  # of configurations.group_shift
-    ctas: int,
+    grid: Grid,
     workspace: tuple[Tensor, Tensor] | None = None,
     overlap: bool = False,
 ) -> None:
@@ -221,12 +222,12 @@ def multiply(
     device = function.device
     if torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
-            multiply(kernel, activations, weights, scales, bias, out, shift, ctas, workspace, overlap)
+            multiply(kernel, activations, weights, scales, bias, out, shift, grid, workspace, overlap)
         return
     (m, k), n = activations.shape, out.shape[1]
     stream = torch.cuda.current_stream(device).cuda_stream
     if workspace is None:
-        partials = torch.empty(configuration.partial_floats(ctas), dtype=torch.float32, device=device)
+        partials = torch.empty(configuration.partial_floats(grid.ctas), dtype=torch.float32, device=device)
         counters = _counters_of(device).of(stream, configuration.output_tiles(m, n))
     else:
         partials, counters = workspace[0], workspace[1].data_ptr()
@@ -240,8 +241,8 @@ def multiply(
         counters,
     ]
     arguments = _mine.sparse if configuration.sparse else _mine.dense
-    arguments.pack(*pointers, m, n, k, shift)
-    _enqueue(function, ctas, stream, arguments, overlap=overlap and function.overlaps)
+    arguments.pack(*pointers, m, n, k, grid.whole, shift)
+    _enqueue(function, grid.ctas, stream, arguments, overlap=overlap and function.overlaps)
 
 
 # A dense weight out of tiles
@@ -338,7 +339,7 @@ class _Arguments:
     """The arguments of a launch in one buffer, and the array of their addresses that the driver wants: made once, filled each time."""
 
     def __init__(self, pointers: int, sizes: int) -> None:
-        layout = struct.Struct(f"{pointers}Q{sizes}Ii")  # .., m, n, k, group_shift
+        layout = struct.Struct(f"{pointers}Q{sizes}Ii")  # .., m, n, k, whole, group_shift
         buffer = ctypes.create_string_buffer(layout.size)
         start = ctypes.addressof(buffer)
         places = [start + 8 * i for i in range(pointers)]
@@ -352,7 +353,7 @@ class _Mine(threading.local):
     """What each thread has for itself: the driver reads arguments while other threads run."""
 
     def __init__(self) -> None:
-        self.dense, self.sparse, self.unpack = _Arguments(7, 3), _Arguments(8, 3), _Arguments(4, 2)
+        self.dense, self.sparse, self.unpack = _Arguments(7, 4), _Arguments(8, 4), _Arguments(4, 2)
         self.configs: dict[Function, Any] = {}  # of launches that overlap
         self.bound: set[int | None] = set()  # devices whose context has been current here
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from marlinctl.kernels import dispatch, jit
-from marlinctl.kernels.configurations import NUMBERS, group_shift
+from marlinctl.kernels.configurations import NUMBERS, Grid, group_shift
 from marlinctl.kernels.launch import ALIGNMENT, LoadedKernel, architecture_of, load, multiply, unpack
 from marlinctl.kernels.reference import dequantize, dequantize_sparse, gemm
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear, padded
@@ -153,9 +153,9 @@ def _on_gpu(
         x = x.clone(memory_format=torch.contiguous_format)
     if bias is not None and (n_rows != n or not bias.is_contiguous()):
         bias = pad(bias, (0, n_rows - n)).contiguous()
-    kernel, ctas = route
+    kernel, grid = route
     out = torch.empty(m, n_rows, dtype=dtype, device=device)
-    multiply(kernel, x, weights, scales, bias, out, shift, ctas, overlap=overlap)
+    multiply(kernel, x, weights, scales, bias, out, shift, grid, overlap=overlap)
     if n_rows != n:
         out = out[:, :n].contiguous()
     return out if activations.ndim == 2 else out.view(out_shape)
@@ -172,14 +172,14 @@ def decode(p: PackedLinear | PackedSparseLinear, dtype: torch.dtype) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _route(index: int, dtype: torch.dtype, sparse: bool, m: int, n: int, k: int, shift: int) -> tuple[LoadedKernel, int] | None:
-    """The kernel for a product and its CTAs; None: dequantize."""
+def _route(index: int, dtype: torch.dtype, sparse: bool, m: int, n: int, k: int, shift: int) -> tuple[LoadedKernel, Grid] | None:
+    """The kernel for a product and its grid; None: dequantize."""
     device = torch.device("cuda", index)
     choice = dispatch.choose(architecture_of(device), sparse, m, n, k)
     if choice is None:
         return None
     kernel = load(choice.configuration, dtype, device, jit.default_folder(), shift)
-    return kernel, kernel.ctas(m, n, k, min(choice.per_multiprocessor, kernel.resident))
+    return kernel, kernel.grid(m, n, k, min(choice.per_multiprocessor, kernel.resident), choice.sharing)
 
 
 def _on_cpu(activations: Tensor, weights: tuple[Tensor, ...], scales: Tensor, n: int, group_size: int, bias: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from marlinctl.kernels.configurations import Configuration, group_shift
+from marlinctl.kernels.configurations import Configuration, Grid, group_shift
 
 CONFIGURATION = Configuration(tokens=16, blocks=2, split=1, k_warps=4, k_step=256, stages=3, ctas=2)
 
@@ -66,3 +66,18 @@ def test_other_groups_are_refused(group_size: int) -> None:
     """If this failed, the kernel would multiply by the wrong scales without a word."""
     with pytest.raises(ValueError, match=f"32, 64, 128 and channel-wise, got {group_size} with K=768"):
         group_shift(group_size, 768)
+
+
+def test_how_ctas_share_tiles() -> None:
+    """If this failed, tiles would be cut where none needs to be, or most of the GPU would wait for a few CTAs."""
+    c = Configuration(tokens=64, blocks=4, split=2, k_warps=1, k_step=256, stages=3, ctas=1, wgmma=True)
+    assert c.grid(64, 28672, 4096, 132) == Grid(132), "112 tiles, wherever 132 CTAs cut them"
+    assert c.grid(64, 28672, 4096, 132, "even") == Grid(112), "a tile each"
+    assert c.grid(64, 6144, 4096, 132, "even") == Grid(96), "24 tiles in four parts of four steps"
+    assert c.grid(64, 4096, 14336, 132, "even") == Grid(128), "16 tiles in eight parts of seven steps"
+    assert c.grid(64, 57344, 8192, 132, "even") == Grid(112), "224 tiles, two each"
+    assert c.grid(64, 57344, 8192, 132, "mixed") == Grid(132, 1), "one each, and 92 that are cut"
+    assert c.grid(64, 73728, 18432, 132, "mixed") == Grid(132, 2)
+    assert c.grid(64, 28672, 4096, 132, "mixed") == Grid(132), "not even one each"
+    assert c.grid(64, 67 * 256, 4096, 132, "even") == Grid(132), "67 tiles would leave half of the GPU without work"
+    assert c.grid(64, 256, 512, 132, "even") == Grid(2) == c.grid(64, 256, 512, 132), "two steps in all"

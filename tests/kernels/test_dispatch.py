@@ -23,7 +23,7 @@ def no_memory(own_cache: Path) -> None:
 
 def name(architecture: str, sparse: bool, m: int, n: int, k: int) -> str | None:
     choice = choose(architecture, sparse, m, n, k)
-    return None if choice is None else f"{choice.configuration.name}/{choice.per_multiprocessor}"
+    return None if choice is None else choice.name
 
 
 def test_measured_shapes_get_the_fastest_kernel() -> None:
@@ -67,8 +67,8 @@ def test_every_architecture_has_a_choice_that_fits(architecture: str, sparse: bo
 
 
 def document(**changes: Any) -> dict[str, Any]:
-    table = {"measured": {"gpu": "a GPU"}, "dequantize_from": 64, "choices": [[1, 64, 64, DENSE[2].name, 2]]} | changes
-    return {"schema_version": 1, "architectures": {"sm_80": {"dense": table}}}
+    table = {"measured": {"gpu": "a GPU"}, "dequantize_from": 64, "choices": [[1, 64, 64, f"{DENSE[2].name}/2"]]} | changes
+    return {"schema_version": 2, "architectures": {"sm_80": {"dense": table}}}
 
 
 def test_the_users_table_goes_first(own_cache: Path) -> None:
@@ -86,16 +86,19 @@ def test_the_users_table_goes_first(own_cache: Path) -> None:
     [
         ([], "list indices"),
         ({"architectures": {}}, "it lacks 'schema_version'"),
-        ({"schema_version": 2, "architectures": {}}, "schema_version is 2"),
-        ({"schema_version": 1, "architectures": {"sm_70": {"dense": {}}}}, "no kernel for sm_70, dense"),
-        ({"schema_version": 1, "architectures": {"sm_80": {"thick": {}}}}, "no kernel for sm_80, thick"),
+        ({"schema_version": 1, "architectures": {}}, "schema_version is 1"),
+        ({"schema_version": 2, "architectures": {"sm_70": {"dense": {}}}}, "no kernel for sm_70, dense"),
+        ({"schema_version": 2, "architectures": {"sm_80": {"thick": {}}}}, "no kernel for sm_80, thick"),
         (document(choices=[]), "no choices"),
-        (document(choices=[[1, 64, 64, "m7n7k7x7", 1]]), "sm_80 has no configuration 'm7n7k7x7'"),
-        (document(choices=[[1, 64, 64, DENSE[6].name, 1]]), "sm_80 has no configuration"),
-        (document(choices=[[1, 64, 64, SPARSE[0].name, 1]]), "sm_80 has no configuration"),
-        (document(choices=[[1, 64, 64, DENSE[0].name]]), "not enough values"),
-        (document(choices=[[1, 64, 0, DENSE[0].name, 1]]), "positive integers"),
-        (document(choices=[[1, 64, 64, DENSE[0].name, "2"]]), "positive integers"),
+        (document(choices=[[1, 64, 64, "m7n7k7x7/1"]]), "sm_80 has no configuration 'm7n7k7x7'"),
+        (document(choices=[[1, 64, 64, f"{DENSE[6].name}/1"]]), "sm_80 has no configuration"),
+        (document(choices=[[1, 64, 64, f"{SPARSE[0].name}/1"]]), "sm_80 has no configuration"),
+        (document(choices=[[1, 64, f"{DENSE[0].name}/1"]]), "not enough values"),
+        (document(choices=[[1, 64, 0, f"{DENSE[0].name}/1"]]), "positive integers"),
+        (document(choices=[[1, 64, 64, DENSE[0].name]]), "is not CONFIGURATION/CTAs"),
+        (document(choices=[[1, 64, 64, f"{DENSE[0].name}/0"]]), "is not CONFIGURATION/CTAs"),
+        (document(choices=[[1, 64, 64, f"{DENSE[0].name}/1 uneven"]]), "followed by one of striped, even, mixed"),
+        (document(choices=[[1, 64, 64, 7]]), "7 is not CONFIGURATION/CTAs"),
         (document(dequantize_from="64"), "dequantize_from"),
     ],
 )
@@ -109,7 +112,7 @@ def test_a_wrong_file_is_named(tmp_path: Path, broken: Any, what: str) -> None:
 
 
 def measured_row(m: int, **times: float) -> dict[str, Any]:
-    names = {"small": f"{DENSE[0].name}/2", "large": f"{DENSE[4].name}/1", "matmul": "torch.matmul", "dequantize": "dequantize"}
+    names = {"small": f"{DENSE[0].name}/2", "large": f"{DENSE[4].name}/1 even", "matmul": "torch.matmul", "dequantize": "dequantize"}
     return {"sparse": False, "n": 64, "k": 128, "m": m, "group_size": 128, **{names[name]: time for name, time in times.items()}}
 
 
@@ -117,7 +120,7 @@ def test_measurements_become_a_table(tmp_path: Path) -> None:
     """If this failed, --tune would write another table than it measured."""
     timing = [measured_row(64, small=9.0, large=4.0, matmul=3.0), measured_row(1, small=1.0, large=2.0, matmul=0.5)]
     table = table_of("sm_80", {"gpu": "a GPU"}, timing)
-    assert table["choices"] == [[1, 64, 128, DENSE[0].name, 2], [64, 64, 128, DENSE[4].name, 1]]
+    assert table["choices"] == [[1, 64, 128, f"{DENSE[0].name}/2"], [64, 64, 128, f"{DENSE[4].name}/1 even"]]
     assert table["dequantize_from"] == 512, "reasoned where it was not measured"
     path = tmp_path / "table.json"
     path.write_text(text_of({"schema_version": 1, "architectures": {"sm_80": {"dense": table}}}))

@@ -14,7 +14,7 @@ import torch
 
 from marlinctl.kernels import jit
 from marlinctl.kernels import launch as launcher
-from marlinctl.kernels.configurations import DENSE, DENSE_SM90, SPARSE
+from marlinctl.kernels.configurations import DENSE, DENSE_SM90, SPARSE, Grid
 from marlinctl.kernels.launch import CHUNK_COUNTERS, FEWEST_COUNTERS, Counters, architecture_of, launch, load
 from tests.kernels.software_driver import SoftwareDriver, Status, install, software_kernel
 from tests.kernels.test_marlin_source import aligned, random_packed
@@ -34,7 +34,7 @@ def test_a_launch_multiplies(configuration, driver: SoftwareDriver, tmp_path: Pa
     activations, bias = (aligned(torch.randn(*shape).to(torch.float16)) for shape in ((m, k), (n,)))
     for with_bias in (bias, None):
         out = aligned(torch.full((m, n), torch.nan, dtype=torch.float16))
-        launch(kernel, activations, p, with_bias, out, ctas)
+        launch(kernel, activations, p, with_bias, out, Grid(ctas))
         exact = activations.double() @ weight.double().T + (0 if with_bias is None else bias.double())
         assert torch.allclose(out.double(), exact, rtol=1e-3, atol=1e-3)
     first, second = driver.launches

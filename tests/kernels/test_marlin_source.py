@@ -38,7 +38,7 @@ class Arguments(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("activations", "qweight", "meta", "scales", "bias", "out", "partials", "counters")),
-        *((name, ctypes.c_int) for name in ("m", "n", "k", "group_shift")),
+        *((name, ctypes.c_int) for name in ("m", "n", "k", "whole", "group_shift")),
     ]
 
 
@@ -79,10 +79,13 @@ def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: 
         bias: Tensor | None,
         order: list[int],
         *,
+        whole: int = 0,
         eager: bool = False,
         backwards: bool = False,
     ) -> Tensor:
-        """One launch of len(order) CTAs, run in that order. Outputs and partial sums are poisoned; counters must come back as zeros."""
+        """One launch of len(order) CTAs with `whole` tiles each, run in that order. Outputs and partial sums are poisoned; counters must
+        come back as zeros.
+        """
         (m, k), n, ctas = activations.shape, p.out_features, len(order)
         out = torch.full((m * n + 2 * GUARD,), torch.nan, dtype=dtype)
         size, tiles = configuration.partial_floats(ctas), configuration.output_tiles(m, n)
@@ -93,7 +96,7 @@ def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: 
         pointers = [*(tensor.data_ptr() for tensor in inputs), None if bias is None else bias.data_ptr()]
         pointers += [out[GUARD:].data_ptr(), partials.data_ptr(), counters.data_ptr()]
         shift = group_shift(p.group_size, k)
-        arguments = Arguments(*pointers, m, n, k, shift)
+        arguments = Arguments(*pointers, m, n, k, whole, shift)
         library(shift if configuration.wgmma else 0).launch(
             arguments, (ctypes.c_int * ctas)(*order), ctas, ctypes.c_bool(eager), ctypes.c_bool(backwards)
         )
@@ -141,8 +144,12 @@ def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 # M, N, K, group size, CTAs: tiles that are not full in any direction, K of odd numbers of 64, runs that begin and end inside of tiles and
-# groups, tiles of many CTAs and CTAs of many tiles, CTAs without work.
-CASES = [(1, 64, 64, -1, 2), (9, 80, 48, -1, 1), (17, 192, 576, -1, 5), (7, 64, 160, 32, 2), (13, 448, 320, 64, 6), (65, 136, 896, 128, 7)]
+# groups, tiles of many CTAs and CTAs of many tiles, CTAs without work. The last has more tiles than CTAs, whatever the tile: some whole
+# ones for each, and others that are cut.
+CASES = [
+    *((1, 64, 64, -1, 2), (9, 80, 48, -1, 1), (17, 192, 576, -1, 5), (7, 64, 160, 32, 2), (13, 448, 320, 64, 6), (65, 136, 896, 128, 7)),
+    (5, 1096, 192, 64, 2),
+]
 
 
 def test_products(kernel: tuple[Configuration, torch.dtype, Launch]) -> None:
@@ -162,10 +169,11 @@ def test_products(kernel: tuple[Configuration, torch.dtype, Launch]) -> None:
         if configuration.wgmma and "SCALE_WEIGHTS=1" in configuration.defines(dtype, group_shift(k if group_size == -1 else group_size, k)):
             bound += EPSILON[dtype] * magnitudes
         forwards, case = list(range(ctas)), f"{configuration.name}: M={m} N={n} K={k} group_size={group_size} CTAs={ctas}"
-        lazy = launch(activations, p, bias, forwards)
-        assert bool(((lazy.double() - exact).abs() <= bound).all()), case
-        eager = launch(activations, p, bias, forwards[::-1], eager=True, backwards=True)
-        assert torch.equal(lazy, eager), f"{case}: the order of CTAs or copies changes the bits"
+        for whole in sorted({0, configuration.output_tiles(m, n) // ctas}):
+            lazy = launch(activations, p, bias, forwards, whole=whole)
+            assert bool(((lazy.double() - exact).abs() <= bound).all()), f"{case} whole={whole}"
+            eager = launch(activations, p, bias, forwards[::-1], whole=whole, eager=True, backwards=True)
+            assert torch.equal(lazy, eager), f"{case} whole={whole}: the order of CTAs or copies changes the bits"
 
 
 def test_identity_gives_the_weight(kernel: tuple[Configuration, torch.dtype, Launch]) -> None:

@@ -62,6 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) marlin_sm80(
     float4* __restrict__ partials,         // [2 CTAs][OWN][SLABS][THREADS], of a tile's CTAs
     int* __restrict__ counters,            // [tiles of n][tiles of m], zero before and after
     unsigned m, unsigned n, unsigned k,    // true sizes
+    int whole,                             // tiles that each CTA computes alone (stripes.cuh)
     int group_shift                        // log2(group_size / 16), or -1: channel-wise
 ) {
     extern __shared__ uint4 shared[];
@@ -77,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) marlin_sm80(
     const int group_mask = grouped ? (1 << group_shift) - 1 : -1;  // -1: no tile ends a group
     const unsigned groups = grouped ? (k_tiles + group_mask) >> group_shift : 1;
 
-    const Stripes stripes((n_blocks + BLOCKS - 1) / BLOCKS, (m + TOKENS - 1) / TOKENS, (k_tiles + K_TILES - 1) / K_TILES);
+    const Stripes stripes((n_blocks + BLOCKS - 1) / BLOCKS, (m + TOKENS - 1) / TOKENS, (k_tiles + K_TILES - 1) / K_TILES, whole);
 
     // What this thread copies of a stage's weights: every COPY_TILES-th row of tiles from its own on.
     constexpr int COPY_TILES = THREADS / (BLOCKS * 32);
@@ -159,10 +160,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) marlin_sm80(
         close_channels(sums, group_sums, grouped);
         OwnSums own;
         reduce_in_cta(own, sums, scratch, self);
-        const int tile = unit / stripes.steps, first = tile * stripes.steps;
-        const Shared part_of{partials, counters + tile, stripes.cta_of(first), stripes.cta_of(first + stripes.steps - 1)};
-        complete(own, part_of, arrived, self, [&](const OwnSums& whole, int first_slab) {
-            write_result(whole, output, stripes.at(unit), first_slab, self);
+        const int tile = unit / stripes.steps;
+        const Sharers ctas = stripes.sharers(tile);
+        const Shared part_of{partials, counters + tile, ctas.first, ctas.last};
+        complete(own, part_of, arrived, self, [&](const OwnSums& total, int first_slab) {
+            write_result(total, output, stripes.at(unit), first_slab, self);
         });
         zero(sums);
     };

@@ -83,6 +83,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) marli
     float4* __restrict__ partials,         // [2 CTAs][OWN][SLABS][THREADS], of a tile's CTAs
     int* __restrict__ counters,            // [tiles of n][tiles of m], zero before and after
     unsigned m, unsigned n, unsigned k,    // true sizes
+    int whole,                             // tiles that each CTA computes alone (stripes.cuh)
     int                                    // group_shift, which is GROUP_SHIFT here
 ) {
     extern __shared__ __align__(1024) uint4 shared[];
@@ -96,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) marli
     auto blocks_of_n = [&] { return (n + 63) / 64; };
     auto tiles_of_k = [&] { return (k + 63) / 64 * 4; };
     auto make_stripes = [&] {
-        return Stripes((blocks_of_n() + BLOCKS - 1) / BLOCKS, (m + TOKENS - 1) / TOKENS, (tiles_of_k() + K_TILES - 1) / K_TILES);
+        return Stripes((blocks_of_n() + BLOCKS - 1) / BLOCKS, (m + TOKENS - 1) / TOKENS, (tiles_of_k() + K_TILES - 1) / K_TILES, whole);
     };
 
     if (threadIdx.x >= THREADS) {
@@ -190,12 +191,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) marli
             if (!SCALE_SUMS) arrived(sums);
             if (first) wait_for_previous_kernel();  // the workspace is its until then
             first = false;
-            const int tile = unit / stripes.steps, first_unit = tile * stripes.steps;
-            const Shared part_of{partials, counters + tile, stripes.cta_of(first_unit), stripes.cta_of(first_unit + stripes.steps - 1)};
+            const int tile = unit / stripes.steps;
+            const Sharers ctas = stripes.sharers(tile);
+            const Shared part_of{partials, counters + tile, ctas.first, ctas.last};
             int* const count = reinterpret_cast<int*>(stages + ARRIVED_AT);
             auto end = [&](OwnSums& own) {
-                complete(own, part_of, count, self, [&](const OwnSums& whole, int first_slab) {
-                    write_result(whole, output, stripes.at(unit), first_slab, self);
+                complete(own, part_of, count, self, [&](const OwnSums& total, int first_slab) {
+                    write_result(total, output, stripes.at(unit), first_slab, self);
                 });
             };
             if constexpr (K_WARPS == 1) {

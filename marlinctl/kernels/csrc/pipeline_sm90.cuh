@@ -70,11 +70,9 @@ struct Place {
 template <class Fetch>
 __device__ __forceinline__ void fill(const Stripes& stripes, const Ring& ring, Fetch fetch) {
     Place place;
-    Cursor at = stripes.at(stripes.begin);
-    for (int unit = stripes.begin; unit < stripes.end; ++unit) {
+    for (Cursor at = stripes.first(); stripes.inside(at); stripes.advance(at)) {
         barrier_wait(ring.empty(place.stage), place.parity ^ 1);
         fetch(at, place.stage);
-        stripes.advance(at);
         place.advance();
     }
 }
@@ -97,18 +95,18 @@ struct Held {
 template <class Multiply, class Finish>
 __device__ __forceinline__ void drain(const Stripes& stripes, const Ring& ring, const Self& self, Multiply multiply, Finish finish) {
     Place place;
-    int step = stripes.at(stripes.begin).step;
+    int step = stripes.first().step;
     Held held{ring, self.lane, -1};
-    for (int unit = stripes.begin; unit < stripes.end; ++unit) {
+    for (int unit = stripes.begin; unit < stripes.end; unit = stripes.after(unit)) {
         barrier_wait(ring.full(place.stage), place.parity);
         fence_proxy_async();  // activations came by cp.async, and wgmma reads them
         multiply(place.stage, held);
         held.stage = place.stage;
-        const bool last = step == stripes.steps - 1 || unit == stripes.end - 1;
+        const bool last = stripes.ends_part(unit, step);
         if (last) wgmma_wait<0>();
         if (last || SCALE_SUMS) held.release();
         if (last) finish(unit);
-        step = step == stripes.steps - 1 ? 0 : step + 1;
+        step = last ? 0 : step + 1;
         place.advance();
     }
 }

@@ -72,6 +72,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) sparse_marlin_sm80(
     float4* __restrict__ partials,         // [2 CTAs][OWN][SLABS][THREADS], of a tile's CTAs
     int* __restrict__ counters,            // [tiles of n][tiles of m], zero before and after
     unsigned m, unsigned n, unsigned k,    // true sizes
+    int whole,                             // tiles that each CTA computes alone (stripes.cuh)
     int group_shift                        // log2(group_size / 16), or -1: channel-wise
 ) {
     extern __shared__ uint4 shared[];
@@ -88,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) sparse_marlin_sm80(
     const int group_mask = grouped ? (1 << tile_shift) - 1 : -1;  // -1: no tile ends a group
     const unsigned groups = grouped ? (k_tiles + group_mask) >> tile_shift : 1;
 
-    const Stripes stripes((n_blocks + BLOCKS - 1) / BLOCKS, (m + TOKENS - 1) / TOKENS, (k_tiles + K_TILES - 1) / K_TILES);
+    const Stripes stripes((n_blocks + BLOCKS - 1) / BLOCKS, (m + TOKENS - 1) / TOKENS, (k_tiles + K_TILES - 1) / K_TILES, whole);
 
     // What this thread copies of a stage's weights and metadata: every COPY_TILES-th or META_ROWS-th row from its own on.
     constexpr int COPY_TILES = THREADS / (BLOCKS * 32), META_ROWS = THREADS / (BLOCKS * 16);
@@ -176,10 +177,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) sparse_marlin_sm80(
         sort_for_exchange(parts, sums);
         OwnSums own;
         reduce_in_cta(own, parts, scratch, self);
-        const int tile = unit / stripes.steps, first = tile * stripes.steps;
-        const Shared part_of{partials, counters + tile, stripes.cta_of(first), stripes.cta_of(first + stripes.steps - 1)};
-        complete(own, part_of, arrived, self, [&](const OwnSums& whole, int first_slab) {
-            write_result(whole, output, stripes.at(unit), first_slab, self);
+        const int tile = unit / stripes.steps;
+        const Sharers ctas = stripes.sharers(tile);
+        const Shared part_of{partials, counters + tile, ctas.first, ctas.last};
+        complete(own, part_of, arrived, self, [&](const OwnSums& total, int first_slab) {
+            write_result(total, output, stripes.at(unit), first_slab, self);
         });
         zero(sums);
     };

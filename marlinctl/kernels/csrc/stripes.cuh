@@ -6,35 +6,59 @@
 //   units   | tile 0: k 0 1 2 3 | tile 1: k 0 1 2 3 | tile 2: k 0 1 2 3 |
 //   CTAs    |     0     |     1     |     2     |     3     |          (3 units each)
 //
-// A tile that several CTAs share is put together by `complete` (tile.cuh).
+// A tile that several CTAs share is put together by `complete` (tile.cuh), which costs more than any other step: its sums go to memory
+// and back. So a CTA may be given `whole` tiles for itself, and only what lies before them in the row is cut:
+//
+//   units   | tile 0: k 0 1 2 3 | tile 1: k 0 1 2 3 | tile 2: .. | tile 3: .. |      whole = 1, two CTAs
+//   CTAs    |         0         |         1         |     0      |     1      |      (here every tile has one CTA)
+//
+// Its share of the cut ones comes first: while parts are put together, others are busy with whole tiles.
 #pragma once
 #include "ptx.cuh"
 
-// A place in the row of units.
+// A place in the row of units, and the unit's number.
 struct Cursor {
     int slice, token_tile, step;  // columns, tokens, k
+    int unit;
+};
+
+// The first and the last CTA of a tile; equal where it has one alone.
+struct Sharers {
+    int first, last;
 };
 
 struct Stripes {
     int token_tiles, steps;
-    int run, longer;  // units of a CTA; the first `longer` CTAs take one unit more
-    int begin, end;   // of this CTA
+    int cut;          // tiles that are cut into runs, before the whole ones
+    int run, longer;  // units of a CTA's run; the first `longer` CTAs take one unit more
+    int begin, jump;  // of this CTA: its first unit, and where its run ends
+    int resume, end;  // and where its whole tiles begin and end; both are `jump` where it has none
 
-    __device__ __forceinline__ Stripes(int slices, int token_tiles, int steps) : token_tiles(token_tiles), steps(steps) {
-        const int units = slices * token_tiles * steps;
+    __device__ __forceinline__ Stripes(int slices, int token_tiles, int steps, int whole) : token_tiles(token_tiles), steps(steps) {
+        cut = slices * token_tiles - whole * static_cast<int>(gridDim.x);
+        const int units = cut * steps, cta = cta_index();
         run = units / gridDim.x, longer = units % gridDim.x;
-        const int cta = cta_index();
         begin = cta * run + min(cta, longer);
-        end = begin + run + (cta < longer ? 1 : 0);
+        jump = begin + run + (cta < longer ? 1 : 0);
+        resume = whole ? units + cta * whole * steps : jump;
+        end = resume + whole * steps;
+        if (begin == jump) begin = resume;
     }
 
     __device__ __forceinline__ Cursor at(int unit) const {
         const int tile = unit / steps;
-        return Cursor{tile / token_tiles, tile % token_tiles, unit % steps};
+        return Cursor{tile / token_tiles, tile % token_tiles, unit % steps, unit};
     }
 
+    __device__ __forceinline__ Cursor first() const { return at(begin); }
+
+    __device__ __forceinline__ bool inside(const Cursor& at) const { return at.unit < end; }
+
+    // Past `end` it may go on, to places that nobody reads.
     __device__ __forceinline__ void advance(Cursor& at) const {
-        if (++at.step == steps) {
+        if (++at.unit == jump) {
+            at = this->at(resume);
+        } else if (++at.step == steps) {
             at.step = 0;
             if (++at.token_tile == token_tiles) {
                 at.token_tile = 0;
@@ -43,9 +67,21 @@ struct Stripes {
         }
     }
 
+    // Whether this CTA's part of a tile ends with the unit, which is step `step` of its tile.
+    __device__ __forceinline__ bool ends_part(int unit, int step) const { return step == steps - 1 || unit + 1 == jump; }
+
+    // The next unit of this CTA after `unit`.
+    __device__ __forceinline__ int after(int unit) const { return unit + 1 == jump ? resume : unit + 1; }
+
+    // The CTA that computes a unit of a cut tile.
     __device__ __forceinline__ int cta_of(int unit) const {
         const int in_longer = longer * (run + 1);
         return unit < in_longer ? unit / (run + 1) : longer + (unit - in_longer) / run;
+    }
+
+    __device__ __forceinline__ Sharers sharers(int tile) const {
+        if (tile >= cut) return Sharers{0, 0};
+        return Sharers{cta_of(tile * steps), cta_of((tile + 1) * steps - 1)};
     }
 };
 
@@ -65,12 +101,12 @@ __device__ __forceinline__ void walk(
     const Stripes& stripes, FetchWeights fetch_weights, FetchActivations fetch_activations, ReadFirst read_first_activations,
     Multiply multiply, Finish finish
 ) {
-    Cursor fetching = stripes.at(stripes.begin);
+    Cursor fetching = stripes.first();
     int step = fetching.step;
     let_next_kernel_start();
 #pragma unroll
     for (int stage = 0; stage < STAGES - 1; ++stage) {
-        if (stripes.begin + stage < stripes.end) {
+        if (stripes.inside(fetching)) {
             fetch_weights(fetching, stage);
             stripes.advance(fetching);
         }
@@ -79,10 +115,10 @@ __device__ __forceinline__ void walk(
     wait_for_previous_kernel();
     read_first_activations();
     int stage = 0;
-    for (int unit = stripes.begin; unit < stripes.end; ++unit) {
+    for (int unit = stripes.begin; unit < stripes.end; unit = stripes.after(unit)) {
         copy_async_wait<STAGES - 2>();
         __syncthreads();  // everybody's copies have arrived, and everybody is done with the stage that is filled next
-        if (unit + STAGES - 1 < stripes.end) {
+        if (stripes.inside(fetching)) {
             const int free = stage == 0 ? STAGES - 1 : stage - 1;
             fetch_weights(fetching, free);
             fetch_activations(fetching, free);
@@ -90,8 +126,9 @@ __device__ __forceinline__ void walk(
         }
         copy_async_commit();
         multiply(stage, step);
-        if (step == stripes.steps - 1 || unit == stripes.end - 1) finish(unit, stage, step);
-        step = step == stripes.steps - 1 ? 0 : step + 1;
+        const bool last = stripes.ends_part(unit, step);
+        if (last) finish(unit, stage, step);
+        step = last ? 0 : step + 1;
         stage = stage == STAGES - 1 ? 0 : stage + 1;
     }
 }

@@ -88,10 +88,10 @@ struct ActivationCopies {
     template <int stage_bytes>
     __device__ __forceinline__ void first_stages(const Stripes& stripes) const {
         uint4 held[STAGES - 1][PIECES];
-        Cursor at = stripes.at(stripes.begin);
+        Cursor at = stripes.first();
 #pragma unroll
         for (int stage = 0; stage < STAGES - 1; ++stage) {
-            const bool there = stripes.begin + stage < stripes.end;
+            const bool there = stripes.inside(at);
             each(at, 0, [&](int i, unsigned, const char* global, bool inside) {
                 held[stage][i] = there && inside ? __ldcg(reinterpret_cast<const uint4*>(global)) : make_uint4(0, 0, 0, 0);
             });

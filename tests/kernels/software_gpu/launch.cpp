@@ -31,7 +31,7 @@ struct Arguments {
     void* out;
     float4* partials;
     int* counters;
-    int m, n, k, group_shift;
+    int m, n, k, whole, group_shift;
 };
 
 static Arguments arguments;
@@ -47,9 +47,9 @@ static void thread_main() {
 #if UNPACK
     unpack(qweight, meta, scales, out, a.n, a.k, a.group_shift);
 #elif SPARSE
-    KERNEL(a.activations, qweight, meta, scales, a.bias, out, a.partials, a.counters, a.m, a.n, a.k, a.group_shift);
+    KERNEL(a.activations, qweight, meta, scales, a.bias, out, a.partials, a.counters, a.m, a.n, a.k, a.whole, a.group_shift);
 #else
-    KERNEL(a.activations, qweight, scales, a.bias, out, a.partials, a.counters, a.m, a.n, a.k, a.group_shift);
+    KERNEL(a.activations, qweight, scales, a.bias, out, a.partials, a.counters, a.m, a.n, a.k, a.whole, a.group_shift);
 #endif
     gpu::fibers[gpu::current].finished = true;
 }
