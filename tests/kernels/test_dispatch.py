@@ -123,7 +123,7 @@ def test_measurements_become_a_table(tmp_path: Path) -> None:
     assert table["choices"] == [[1, 64, 128, f"{DENSE[0].name}/2"], [64, 64, 128, f"{DENSE[4].name}/1 even"]]
     assert table["dequantize_from"] == 512, "reasoned where it was not measured"
     path = tmp_path / "table.json"
-    path.write_text(text_of({"schema_version": 1, "architectures": {"sm_80": {"dense": table}}}))
+    path.write_text(text_of({"schema_version": 2, "architectures": {"sm_80": {"dense": table}}}))
     assert read(path)["sm_80", "dense"].choose(64, 64, 128).configuration == DENSE[4]
     assert path.read_text().count("\n") < 30
 

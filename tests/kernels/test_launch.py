@@ -51,10 +51,10 @@ def test_kernels_overlap_where_that_is_asked_for_and_there_is_hopper(overlaps: b
     kernel = software_kernel(DENSE[0], torch.float16, None, overlaps=overlaps)
     p, _ = random_packed(DENSE[0], 64, 128, 32, seed=0)
     x, out = aligned(torch.zeros(3, 128, dtype=torch.float16)), aligned(torch.zeros(3, 64, dtype=torch.float16))
-    launch(kernel, x, p, None, out, 1)
-    launch(kernel, x, p, None, out, 1, overlap=True)
+    launch(kernel, x, p, None, out, Grid(1))
+    launch(kernel, x, p, None, out, Grid(1), overlap=True)
     driver.stream = 9
-    launch(kernel, x, p, None, out, 1, overlap=True)
+    launch(kernel, x, p, None, out, Grid(1), overlap=True)
     assert [entry.overlap for entry in driver.launches] == [False, overlaps, overlaps]
     assert [entry.stream for entry in driver.launches] == [7, 7, 9]
     assert {(entry.ctas, entry.threads, entry.shared) for entry in driver.launches} == {(1, DENSE[0].threads, DENSE[0].shared_bytes)}
@@ -67,9 +67,9 @@ def test_group_sizes_that_are_compiled_in(driver: SoftwareDriver, monkeypatch: p
     monkeypatch.setattr(launcher, "load", lambda *key: loaded.append(key[-1]) or for_32)
     x, out = aligned(torch.zeros(3, 128, dtype=torch.float16)), aligned(torch.zeros(3, 64, dtype=torch.float16))
     p, _ = random_packed(DENSE[0], 64, 128, 32, seed=0)
-    launch(for_32, x, p, None, out, 1)
+    launch(for_32, x, p, None, out, Grid(1))
     assert not loaded
-    launch(software_kernel(DENSE[0], torch.float16, None, shift=3), x, p, None, out, 1)
+    launch(software_kernel(DENSE[0], torch.float16, None, shift=3), x, p, None, out, Grid(1))
     assert loaded == [1]
 
 
@@ -82,18 +82,19 @@ def test_what_a_kernel_would_read_wrongly_is_refused(driver: SoftwareDriver) -> 
     sparse, _ = random_packed(SPARSE[0], 64, 128, 32, seed=0)
     shifted = torch.zeros(3 * 128 + 1, dtype=torch.float16)[1:].view(3, 128)
     for arguments, what in [
-        ((x[:, :64], p, None, out, 1), "do not belong to N=64, K=128"),
-        ((x, p, None, out[:2], 1), "do not belong"),
-        ((x[:0], p, None, out[:0], 1), "do not belong"),
-        ((x, odd, None, torch.zeros(3, 68, dtype=torch.float16), 1), "multiples of 8"),
-        ((x, sparse, None, out, 1), "does not multiply with PackedSparseLinear"),
-        ((x, p, None, out, 0), "0 CTAs for 1 units"),
-        ((x, p, None, out, 2), "2 CTAs for 1 units"),
-        ((shifted, p, None, out, 1), "not contiguous, aligned"),
-        ((torch.zeros(128, 3, dtype=torch.float16).T, p, None, out, 1), "not contiguous, aligned"),
-        ((x, p, torch.zeros(64), out, 1), "must be torch.float16"),
-        ((x.to(torch.bfloat16), p, None, out, 1), "must be torch.float16"),
-        ((x.to("meta"), p, None, out, 1), "on meta is not"),
+        ((x[:, :64], p, None, out, Grid(1)), "do not belong to N=64, K=128"),
+        ((x, p, None, out[:2], Grid(1)), "do not belong"),
+        ((x[:0], p, None, out[:0], Grid(1)), "do not belong"),
+        ((x, odd, None, torch.zeros(3, 68, dtype=torch.float16), Grid(1)), "multiples of 8"),
+        ((x, sparse, None, out, Grid(1)), "does not multiply with PackedSparseLinear"),
+        ((x, p, None, out, Grid(0)), "0 CTAs with 0 whole tiles"),
+        ((x, p, None, out, Grid(2)), "2 CTAs with 0 whole tiles each, for 1 tiles of 1 units"),
+        ((x, p, None, out, Grid(1, 2)), "1 CTAs with 2 whole tiles"),
+        ((shifted, p, None, out, Grid(1)), "not contiguous, aligned"),
+        ((torch.zeros(128, 3, dtype=torch.float16).T, p, None, out, Grid(1)), "not contiguous, aligned"),
+        ((x, p, torch.zeros(64), out, Grid(1)), "must be torch.float16"),
+        ((x.to(torch.bfloat16), p, None, out, Grid(1)), "must be torch.float16"),
+        ((x.to("meta"), p, None, out, Grid(1)), "on meta is not"),
     ]:
         with pytest.raises(ValueError, match=what):
             launch(kernel, *arguments)
@@ -106,7 +107,7 @@ def test_an_error_of_the_driver_is_an_error(driver: SoftwareDriver) -> None:
     p, _ = random_packed(DENSE[0], 64, 64, 32, seed=0)
     x = torch.zeros(1, 64, dtype=torch.float16)
     with pytest.raises(RuntimeError, match="CUDA_ERROR_LAUNCH_FAILED"):
-        launch(software_kernel(DENSE[0], torch.float16, None), x, p, None, x.clone(), 1)
+        launch(software_kernel(DENSE[0], torch.float16, None), x, p, None, x.clone(), Grid(1))
 
 
 def test_threads_do_not_share_arguments(driver: SoftwareDriver) -> None:
@@ -126,7 +127,7 @@ def test_threads_do_not_share_arguments(driver: SoftwareDriver) -> None:
 
     def work(m: int) -> None:
         x = torch.zeros(m, 64, dtype=torch.float16)
-        launch(kernel, x, p, None, x.clone(), 1)
+        launch(kernel, x, p, None, x.clone(), Grid(1))
 
     threads = [threading.Thread(target=work, args=(m,)) for m in (1, 2)]
     for thread in threads:
@@ -195,7 +196,7 @@ def test_memory_for_counters_is_taken_beside_a_capture(driver: SoftwareDriver) -
     p, _ = random_packed(DENSE[0], 64, 64, 32, seed=0)
     x = torch.zeros(1, 64, dtype=torch.float16)
     for driver.capture in (5, 5, 6, None, None):
-        launch(kernel, x, p, None, x.clone(), 1)
+        launch(kernel, x, p, None, x.clone(), Grid(1))
     mode = SoftwareDriver.CUstreamCaptureMode
     assert driver.modes == [mode.CU_STREAM_CAPTURE_MODE_RELAXED, mode.CU_STREAM_CAPTURE_MODE_GLOBAL], "looked away, and back"
     first, again, other, eager, later = [launched.counters for launched in driver.launches]
