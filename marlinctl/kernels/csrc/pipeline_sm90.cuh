@@ -91,23 +91,30 @@ struct Held {
 };
 
 // What a multiplying warp does. multiply(stage, before) multiplies a stage; where products stay under way beyond its end, it releases the
-// stage before when those of that one have ended. finish(unit) is as in walk.
-template <class Multiply, class Finish>
-__device__ __forceinline__ void drain(const Stripes& stripes, const Ring& ring, const Self& self, Multiply multiply, Finish finish) {
+// stage before when those of that one have ended. finish(stripes, unit) is as in walk.
+//
+// Part by part, a part being what this CTA computes of one tile: in the inner loop, where registers are scarce, only its end is known. The
+// stripes are computed anew where a part ends.
+template <class MakeStripes, class Multiply, class Finish>
+__device__ __forceinline__ void drain(MakeStripes make_stripes, const Ring& ring, const Self& self, Multiply multiply, Finish finish) {
     Place place;
-    int step = stripes.first().step;
     Held held{ring, self.lane, -1};
-    for (int unit = stripes.begin; unit < stripes.end; unit = stripes.after(unit)) {
-        barrier_wait(ring.full(place.stage), place.parity);
-        fence_proxy_async();  // activations came by cp.async, and wgmma reads them
-        multiply(place.stage, held);
-        held.stage = place.stage;
-        const bool last = stripes.ends_part(unit, step);
-        if (last) wgmma_wait<0>();
-        if (last || SCALE_SUMS) held.release();
-        if (last) finish(unit);
-        step = last ? 0 : step + 1;
-        place.advance();
+    int unit = make_stripes().begin_or_none();
+    while (unit != Stripes::NONE) {
+        const int end = make_stripes().part_end(unit);
+        for (bool last = false; !last;) {
+            barrier_wait(ring.full(place.stage), place.parity);
+            fence_proxy_async();  // activations came by cp.async, and wgmma reads them
+            multiply(place.stage, held);
+            held.stage = place.stage;
+            last = ++unit == end;
+            if (last) wgmma_wait<0>();
+            if (last || SCALE_SUMS) held.release();
+            place.advance();
+        }
+        const Stripes stripes = make_stripes();
+        finish(stripes, unit - 1);
+        unit = stripes.after_or_none(unit - 1);
     }
 }
 

@@ -10,7 +10,7 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
-// threadIdx.x and blockIdx.x, read where they are asked for: volatile, lest the compiler keeps them from the start on, in registers or
+// threadIdx.x, blockIdx.x and gridDim.x, read where they are asked for: volatile, lest the compiler keeps them from the start on, in registers or
 // spilled.
 __device__ __forceinline__ unsigned thread_index() {
     unsigned out;
@@ -20,6 +20,11 @@ __device__ __forceinline__ unsigned thread_index() {
 __device__ __forceinline__ unsigned cta_index() {
     unsigned out;
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(out));
+    return out;
+}
+__device__ __forceinline__ unsigned cta_count() {
+    unsigned out;
+    asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(out));
     return out;
 }
 

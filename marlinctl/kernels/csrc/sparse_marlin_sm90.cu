@@ -137,7 +137,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) spars
         }
     } else {
         take_registers<MULTIPLY_REGISTERS>();
-        const Stripes stripes = make_stripes();
         const Self self;
         Sums sums;        // scaled
         Sums group_sums;  // of the group under way: sums of code times activation
@@ -207,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) spars
         // The end of an output tile, or of this CTA's part of one.
         const Output output{scales, bias, out, m, n, GROUPED};
         bool first = true;
-        auto finish = [&](int unit) {
+        auto finish = [&](const Stripes& stripes, int unit) {
             if (!SCALE_SUMS) arrived(sums);
             if (first) wait_for_previous_kernel();  // the workspace is its until then
             first = false;
@@ -234,6 +233,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) spars
 
         zero(sums);
         zero(group_sums);
-        drain(stripes, ring, self, multiply, finish);
+        drain(make_stripes, ring, self, multiply, finish);
     }
 }

@@ -35,9 +35,10 @@ struct Stripes {
     int resume, end;  // and where its whole tiles begin and end; both are `jump` where it has none
 
     __device__ __forceinline__ Stripes(int slices, int token_tiles, int steps, int whole) : token_tiles(token_tiles), steps(steps) {
-        cut = slices * token_tiles - whole * static_cast<int>(gridDim.x);
-        const int units = cut * steps, cta = cta_index();
-        run = units / gridDim.x, longer = units % gridDim.x;
+        const int ctas = cta_count(), cta = cta_index();
+        cut = slices * token_tiles - whole * ctas;
+        const int units = cut * steps;
+        run = units / ctas, longer = units % ctas;
         begin = cta * run + min(cta, longer);
         jump = begin + run + (cta < longer ? 1 : 0);
         resume = whole ? units + cta * whole * steps : jump;
@@ -72,6 +73,17 @@ struct Stripes {
 
     // The next unit of this CTA after `unit`.
     __device__ __forceinline__ int after(int unit) const { return unit + 1 == jump ? resume : unit + 1; }
+
+    // The same for who has no other way to see the end.
+    static constexpr int NONE = -1;
+    __device__ __forceinline__ int begin_or_none() const { return begin < end ? begin : NONE; }
+    __device__ __forceinline__ int after_or_none(int unit) const { return after(unit) < end ? after(unit) : NONE; }
+
+    // Where this CTA's part of the tile of a unit ends: one behind its last unit.
+    __device__ __forceinline__ int part_end(int unit) const {
+        const int tile_end = (unit / steps + 1) * steps;
+        return unit < jump ? min(tile_end, jump) : tile_end;
+    }
 
     // The CTA that computes a unit of a cut tile.
     __device__ __forceinline__ int cta_of(int unit) const {

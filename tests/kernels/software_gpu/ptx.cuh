@@ -157,6 +157,7 @@ template <class T> inline T __ldcg(const T* place) { return *place; }
 
 inline unsigned thread_index() { return threadIdx.x; }
 inline unsigned cta_index() { return blockIdx.x; }
+inline unsigned cta_count() { return gridDim.x; }
 inline unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(static_cast<const char*>(pointer) - reinterpret_cast<const char*>(shared));
 }
