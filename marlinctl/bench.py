@@ -218,7 +218,7 @@ class _Weights:
             ),
         }
         for one in self._bench.implementations:
-            if isinstance(one, Configured) and not one.is_another(m, shape.n, shape.k):
+            if isinstance(one, Configured) and not one.is_worth_timing(m, shape.n, shape.k):
                 continue
             found[one.name] = _candidate(one, activations, self._packed[one.kind], out)
         for name, calls in list(self._peers.items()):

@@ -32,6 +32,7 @@ from marlinctl.kernels.launch import LoadedKernel, launch, load, unpack
 from marlinctl.pack.types import PackedSparseLinear
 
 OVERLAP = ", overlap"
+LARGEST_TILE = 128  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +98,11 @@ class Configured:
     def grid(self, m: int, n: int, k: int) -> Grid:
         return self.kernel.grid(m, n, k, self.per_multiprocessor, self.sharing)
 
-    def is_another(self, m: int, n: int, k: int) -> bool:
-        """Whether this way of sharing is not the striped one for this product, which is measured under its own name."""
-        return self.sharing == "striped" or self.grid(m, n, k) != replace(self, sharing="striped").grid(m, n, k)
+    def is_worth_timing(self, m: int, n: int, k: int) -> bool:
+        """Whether it may be the fastest for this product: not where its tile is far too small or large, nor where its way of sharing is
+        the striped one, which is measured under its own name."""
+        fits = self.kernel.configuration.tokens <= max(2 * m, 16) and 4 * self.kernel.configuration.tokens >= min(m, LARGEST_TILE)
+        return fits and (self.sharing == "striped" or self.grid(m, n, k) != replace(self, sharing="striped").grid(m, n, k))
 
 
 def configured(

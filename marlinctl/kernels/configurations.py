@@ -181,8 +181,8 @@ SPARSE = (
 )
 
 
-# With wgmma a warpgroup is four warps, and two or three of them multiply. Of each M the first is for large matrices: 384 or 512 columns,
-# and all of K in every warp; the second, with 256 columns and K shared between two warpgroups, for smaller ones; the third, with 128
+# With wgmma a warpgroup is four warps, and two to four of them multiply. Of each M the first are for large matrices: 384 or 512 columns,
+# and all of K in every warp; the next, with 256 columns and K shared between two warpgroups, for smaller ones; the third, with 128
 # columns, for those of which so many CTAs share a tile that adding up is what takes time. From 48 tokens on scales multiply weights.
 # Chosen on an H200 (docs/log/2026-11-21-hopper-kernel.md).
 DENSE_SM90 = (
@@ -192,13 +192,16 @@ DENSE_SM90 = (
     Configuration(tokens=16, blocks=6, split=2, k_warps=1, k_step=256, stages=3, ctas=1, wgmma=True),
     Configuration(tokens=16, blocks=4, split=1, k_warps=2, k_step=256, stages=4, ctas=1, wgmma=True),
     Configuration(tokens=16, blocks=2, split=2, k_warps=2, k_step=512, stages=3, ctas=1, wgmma=True),
-    Configuration(tokens=32, blocks=8, split=1, k_warps=1, k_step=128, stages=4, ctas=1, wgmma=True),
+    Configuration(tokens=32, blocks=6, split=2, k_warps=1, k_step=256, stages=3, ctas=1, wgmma=True),
+    Configuration(tokens=32, blocks=8, split=2, k_warps=1, k_step=128, stages=4, ctas=1, wgmma=True, batch=2),
     Configuration(tokens=32, blocks=4, split=1, k_warps=2, k_step=256, stages=4, ctas=1, wgmma=True),
     Configuration(tokens=32, blocks=2, split=2, k_warps=2, k_step=256, stages=5, ctas=1, wgmma=True),
-    Configuration(tokens=48, blocks=6, split=2, k_warps=1, k_step=128, stages=5, ctas=1, wgmma=True, batch=4, scale_weights=True),
+    Configuration(tokens=48, blocks=6, split=2, k_warps=1, k_step=128, stages=5, ctas=1, wgmma=True, batch=2, scale_weights=True),
+    Configuration(tokens=64, blocks=6, split=2, k_warps=1, k_step=128, stages=5, ctas=1, wgmma=True, scale_weights=True),
     Configuration(tokens=64, blocks=8, split=1, k_warps=1, k_step=128, stages=4, ctas=1, wgmma=True, scale_weights=True),
     Configuration(tokens=64, blocks=4, split=2, k_warps=1, k_step=256, stages=3, ctas=1, wgmma=True, batch=4, scale_weights=True),
     Configuration(tokens=64, blocks=2, split=2, k_warps=2, k_step=256, stages=3, ctas=1, wgmma=True, batch=4, scale_weights=True),
+    Configuration(tokens=96, blocks=6, split=2, k_warps=1, k_step=128, stages=4, ctas=1, wgmma=True, batch=2, scale_weights=True),
     Configuration(tokens=96, blocks=4, split=2, k_warps=1, k_step=128, stages=5, ctas=1, wgmma=True, scale_weights=True),
     Configuration(tokens=128, blocks=4, split=2, k_warps=1, k_step=128, stages=4, ctas=1, wgmma=True, batch=4, scale_weights=True),
 )
@@ -214,6 +217,9 @@ SPARSE_SM90 = (
     Configuration(tokens=32, blocks=2, split=2, k_warps=2, k_step=256, stages=5, ctas=1, sparse=True, wgmma=True),
     Configuration(
         tokens=48, blocks=6, split=2, k_warps=1, k_step=256, stages=3, ctas=1, sparse=True, wgmma=True, batch=2, scale_weights=True
+    ),
+    Configuration(
+        tokens=64, blocks=6, split=2, k_warps=1, k_step=128, stages=4, ctas=1, sparse=True, wgmma=True, batch=2, scale_weights=True
     ),
     Configuration(
         tokens=64, blocks=4, split=2, k_warps=1, k_step=256, stages=3, ctas=1, sparse=True, wgmma=True, batch=2, scale_weights=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,10 @@ def gpu() -> Gpu:
 
 @pytest.fixture(autouse=True)
 def one_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled once for all tests here, and the table of the package in each."""
+    """Compiled once for all tests here, or before; and the table of the package in each."""
     folder = tmp_path_factory.getbasetemp() / "one-cache"
+    if not folder.exists() and jit.default_folder().exists():
+        shutil.copytree(jit.default_folder(), folder / "kernels")
     monkeypatch.setenv("MARLINCTL_CACHE", str(folder))
     (folder / "kernels" / "dispatch.json").unlink(missing_ok=True)
     forget()
