@@ -1,4 +1,4 @@
-"""Every fault of tests/faults.py, as the command line answers it: exit code, three lines, no traceback, nothing published, nothing left.
+"""Every fault of tests/faults, as the command line answers it: exit code, three lines, no traceback, nothing published, nothing left.
 
 Each runs in a process of its own; none may hang.
 """
@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoint.test_source import Hub, hub_environment, serving
-from tests.faults import COMMANDS, FAULTS, SHARDS, WORKS, Command
+from tests.faults.checkpoints import FAULTS, SHARDS
+from tests.faults.commands import COMMANDS, WORKS, Command
 from tests.killing import Ended, Runner
 from tests.test_architecture import ROOT
 from tests.test_job import TEXT
