@@ -18,10 +18,13 @@ import pytest
 from tests.checkpoint.test_source import Hub, hub_environment, serving
 from tests.faults.checkpoints import FAULTS, SHARDS
 from tests.faults.commands import COMMANDS, WORKS, Command
+from tests.faults.packed import PACKED
 from tests.killing import Ended, Runner
 from tests.test_architecture import ROOT
 from tests.test_job import TEXT
 from tests.tiny import make_tiny
+
+REFUSED = COMMANDS | PACKED
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +84,14 @@ def test_a_damaged_checkpoint_is_refused(runner: Runner, place: Path, name: str)
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_that_cannot_work_is_refused(runner: Runner, place: Path, name: str) -> None:
-    """The same for arguments, places, recipes, numbers, texts and the machine."""
-    command: Command = COMMANDS[name]
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_command_that_cannot_work_is_refused(runner: Runner, place: Path, own_cache: Path, name: str) -> None:
+    """The same for arguments, places, recipes, numbers, texts and the machine, and for damage of what marlinctl published."""
+    command: Command = REFUSED[name]
     arguments = command.prepare(place)
     before = names(place)
-    ended = runner.run([*arguments, "-q"], environment=command.environment)
+    environment = {"MARLINCTL_CACHE": str(own_cache), **command.environment}
+    ended = runner.run([*arguments, "-q"], environment=environment)
     assert_told(ended, command.exit_code, command.text)
     assert_nothing_left(place, before)
 
@@ -95,12 +99,14 @@ def test_a_command_that_cannot_work_is_refused(runner: Runner, place: Path, name
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", WORKS)
 def test_what_looks_wrong_and_is_not_works(runner: Runner, place: Path, name: str) -> None:
-    """A check that is too strict turns people away; what was done instead must be in the report."""
+    """A check that is too strict turns people away; what was done instead must be in the report, and in the result."""
     command: Command = WORKS[name]
     ended = runner.run([*command.prepare(place), "-q"], environment=command.environment)
     assert ended.code == 0, ended.told
     report = json.loads((place / "out" / "marlinctl_report.json").read_text())
     assert command.text in json.dumps(report)
+    if command.holds is not None:
+        command.holds(place)
 
 
 def test_a_model_of_the_hub_from_refusal_to_result(place: Path) -> None:

@@ -20,6 +20,7 @@ class Command(NamedTuple):
     exit_code: int
     text: str  # appears in what, where or fix of one of the problems; for exit code 0 in the report
     environment: Mapping[str, str | None] = {}  # None: not set
+    holds: Callable[[Path], None] | None = None  # asserts of what was published what the report does not tell
 
 
 def asked(root: Path, *more: str, model: str = "model", out: str = "out", text: str = "text.txt") -> list[str]:
@@ -96,6 +97,35 @@ def _overflowing_norm(tensors: dict[str, Any]) -> None:
     tensors["model.layers.0.input_layernorm.weight"].fill_(3e38)
 
 
+def _head_is_embedding(tensors: dict[str, Any]) -> None:
+    """A tied model whose file has the one matrix under both names."""
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+
+def _two_heads(tensors: dict[str, Any]) -> None:
+    """A tied model whose file has a head that is not the embedding."""
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+
+
+def _saved_once(root: Path) -> None:
+    """The embedding is the source's, no head lies beside it, and transformers, which ties them again, gives the same logits."""
+    from marlinctl.checkpoint.reader import open_checkpoint
+    from marlinctl.console import Console
+    from marlinctl.verify import verify
+
+    with open_checkpoint(root / "out") as written, open_checkpoint(root / "model") as source:
+        assert "lm_head.weight" not in written.tensors and written.config["tie_word_embeddings"] is True
+        assert written.raw("model.embed_tokens.weight") == source.raw("model.embed_tokens.weight")
+    assert verify(root / "out", source=None, load=True, console=Console.quiet()).logit_error is not None
+
+
+def _program(root: Path) -> list[str]:
+    """A data set of the old kind: a program beside its data. It would leave a file."""
+    (root / "mine").mkdir()
+    (root / "mine" / "mine.py").write_text(f"open({str(root / 'canary')!r}, 'w')\n")
+    return asked(root, text="mine:train")
+
+
 def _then(prepare: Prepare, *more: str) -> Prepare:
     return lambda root: [*prepare(root), *more]
 
@@ -124,6 +154,9 @@ COMMANDS: dict[str, Command] = {
     "group size that does not divide K": Command(
         _then(_model(lambda tensors: None, intermediate_size=192), "--group-size", "128"), 2, "model.layers.1.mlp.down_proj"
     ),
+    "a tied head, included": Command(
+        _then(_model(lambda tensors: None, tie_word_embeddings=True), "--include", "lm_head"), 2, "tied to the embedding"
+    ),
     "an unknown dtype": Command(_with("--dtype", "float16"), 2, "bfloat16"),
     "no such size": Command(_with("--max-memory", "lots"), 2, "800MiB"),
     # recipes
@@ -141,6 +174,7 @@ COMMANDS: dict[str, Command] = {
     "weights too small for a float16 scale": Command(_model(_scaled(1e-6), dtype="float32"), 6, "every weight rounds to zero"),
     "activations that overflow": Command(_model(_overflowing_norm, dtype="float32"), 6, "NaN or infinite"),
     "an input that is always zero, strict": Command(_then(_model(_zero_norm), "--strict"), 6, "--strict"),
+    "a tied head that is another matrix": Command(_model(_two_heads, tie_word_embeddings=True), 3, "tie_word_embeddings"),
     # calibration
     "text: empty": Command(_calibration("empty.txt", b""), 3, "0 samples"),
     "text: blank lines": Command(_calibration("blank.txt", b"\n \n\n"), 3, "0 samples"),
@@ -149,6 +183,7 @@ COMMANDS: dict[str, Command] = {
     "text: another encoding": Command(_calibration("latin.txt", "fine\nGr\u00fc\u00dfe\n".encode("latin-1")), 3, "line 2"),
     "text: JSON lines that are none": Command(_calibration("bad.jsonl", b'{"text": "a"}\n{"text": \n'), 3, "line 2"),
     "text: without the column": Command(_calibration("column.jsonl", b'{"body": "a"}\n'), 3, "text"),
+    "text: a data set that is a program": Command(_program, 3, "a program that would have to be run"),
     "text: CSV": Command(_calibration("rows.csv", b"text\na\n"), 2, ".jsonl"),
     "text: no such file": Command(lambda root: asked(root, text="nope.txt"), 2, "nope.txt"),
     # the machine
@@ -164,6 +199,8 @@ WORKS: dict[str, Command] = {
     "an input that is always zero": Command(_model(_zero_norm), 0, '"fallbacks": [{'),
     "weights near the largest float16": Command(_model(_scaled(1e5)), 0, "error"),
     "weights near the largest that 4 bits hold": Command(_model(_scaled(1e6), dtype="bfloat16"), 0, "error"),
+    "a tied head": Command(_model(lambda tensors: None, tie_word_embeddings=True), 0, "error", holds=_saved_once),
+    "a tied head, stored twice": Command(_model(_head_is_embedding, tie_word_embeddings=True), 0, "error", holds=_saved_once),
     "no home, no place for temporary files": Command(
         _with(), 0, "error", {"HOME": None, "TMPDIR": "/nowhere", "MARLINCTL_CACHE": "/dev/null/cache"}
     ),
