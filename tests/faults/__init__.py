@@ -2,6 +2,7 @@
 
     checkpoints.py   a folder of weights is damaged                                    B, C, D   FAULTS
     commands.py      arguments, places, recipes, numbers, texts, the machine           A, C, E, F   COMMANDS; WORKS: must work all the same
+    machines.py      GPUs, drivers and compilers that cannot be used                   F   MACHINES; STILL_WORKS: compressing does
     packed.py        what marlinctl published comes back damaged                       H   PACKED
 
 An entry makes the damage and names the exit code and a text that the error must have. tests/test_faults.py runs every entry of every table
