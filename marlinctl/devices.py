@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -26,10 +27,23 @@ def choose_device(device: str) -> str:
     except RuntimeError as error:
         raise UsageError("E248", f"unknown device {device}", where="--device", fix="give auto, cpu, cuda or cuda:N") from error
     if kind.type == "cuda" and (not torch.cuda.is_available() or (kind.index or 0) >= torch.cuda.device_count()):
-        raise EnvironmentProblem(
-            "E401", f"there is no {device} on this machine", where="--device", fix="give --device cpu, or check the driver with nvidia-smi"
-        )
+        reason, cure = no_cuda()
+        fix = f"give --device cpu, or {cure}" if cure else "give --device cpu"
+        raise EnvironmentProblem("E401", f"there is no {device}: {reason}", where="--device", fix=fix)
     return device
+
+
+def no_cuda() -> tuple[str, str]:
+    """Why torch offers no such CUDA device, and what would help; nothing helps where there is none."""
+    import torch
+
+    from marlinctl.checks.driver import find_driver, no_gpu
+
+    if torch.cuda.is_available():
+        there = ", ".join(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+        return f"torch sees {there}", f"one of {there}"
+    check = no_gpu(find_driver(), torch.version.cuda, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return ("this machine has no GPU", "") if check.status == "ok" else (check.found, check.cure)
 
 
 def forward_dtype(device: torch.device, asked: str) -> torch.dtype:

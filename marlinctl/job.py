@@ -100,7 +100,7 @@ def _run(
             solving = Solving(opened, recipe, options, staged, console)
             _walk(opened, calibration.tokens, job, solving, options, console)
             solved = {f"{name}.weight" for name in opened.plan.group_sizes}
-            staged.copy_tensors(opened.checkpoint, [n for n in opened.checkpoint.tensors if n not in solved])
+            staged.copy_tensors(opened.checkpoint, [n for n in opened.tensors if n not in solved])
             staged.copy_companions(opened.source.folder)
             staged.write_file("recipe.yaml", recipe.to_yaml().encode())
             report = _report(opened, recipe, options, calibration.facts, solving.records, time.monotonic() - started)

@@ -119,12 +119,14 @@ def cuda_kernel(console: Console) -> CudaKernel | None:
 
     if not torch.cuda.is_available():
         return None
+    from marlinctl.kernels.launch import checked_architecture
     from marlinctl.pack.marlin import pack_marlin
     from marlinctl.quantize.types import QuantizedLinear
 
     device = torch.device("cuda", torch.cuda.current_device())
     kernel = CudaKernel(f"CUDA kernel on {torch.cuda.get_device_name(device)}", device, multiply)
     try:
+        checked_architecture(device)
         compared(
             kernel, pack_marlin(QuantizedLinear(torch.ones(64, 64, dtype=torch.int8), torch.ones(64, 1).half(), 64)), torch.ones(64, 64)
         )

@@ -14,7 +14,7 @@ so `inspect` and the preflight of a run can ask it too. A model that is not in t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,10 @@ class Architecture:
     def unexpected(self, names: Mapping[str, object]) -> list[str]:
         """Tensors of a checkpoint that this architecture has no place for: a sign that config and weights do not belong together."""
         return sorted(n for n in names if n not in self.expected and not n.endswith(self.ignorable))
+
+    def tied_copies(self, names: Iterable[str]) -> list[str]:
+        """A head that config.json ties to the embedding and the checkpoint holds all the same."""
+        return [n for n in names if self.head is None and n not in self.expected and n.endswith("lm_head.weight")]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,17 +14,18 @@ import torch
 
 from marlinctl import room
 from marlinctl.checkpoint.finite import scan_finite
-from marlinctl.checkpoint.hub import check_hub_digests
+from marlinctl.checkpoint.header import TensorInfo
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import require_space
 from marlinctl.console import Console
 from marlinctl.devices import choose_device, forward_dtype
-from marlinctl.errors import ResourceProblem
+from marlinctl.errors import BadInput, ResourceProblem
+from marlinctl.known_digests import check_known_digests
 from marlinctl.memory import Work, available_memory, predicted_peak
 from marlinctl.models import Architecture
 from marlinctl.pattern import Known, of_source
-from marlinctl.preflight import check_pattern, look, refuse_no_change
+from marlinctl.preflight import check_pattern, look, refuse_no_change, stored_once
 from marlinctl.recipe import Recipe
 from marlinctl.rules import Plan
 
@@ -69,6 +70,7 @@ class Opened:
     checkpoint: Checkpoint
     architecture: Architecture
     plan: Plan
+    tensors: Mapping[str, TensorInfo]  # of the checkpoint, a tied head once
     pattern: Known  # 2:4 that the source has already
     matches: bool  # whether the original walks along (walk.py)
     device: torch.device
@@ -87,15 +89,24 @@ def open_model(model: str, out: Path, recipe: Recipe, options: Options, console:
     looked = look(checkpoint, recipe, options.module_map, console)
     pattern = of_source(checkpoint, looked.shapes, console)
     check_pattern(pattern.pattern, looked, recipe, console)
-    opened = Opened(source, checkpoint, looked.architecture, looked.plan, pattern, looked.matches, device, dtype)
+    tensors = stored_once(checkpoint, looked.architecture)
+    opened = Opened(source, checkpoint, looked.architecture, looked.plan, tensors, pattern, looked.matches, device, dtype)
     _require_room(opened, looked.shapes, out, recipe, options)
-    if source.kind == "hub":
-        with console.progress("compare with the hub's digests", len(checkpoint.files)) as progress:
-            check_hub_digests(checkpoint, progress)
+    check_known_digests(checkpoint, console)
+    _refuse_two_heads(checkpoint, looked.architecture)
     with console.progress("look for NaN and infinity", len(checkpoint.tensors)) as progress:
         packed = {f"{name}.weight" for name in looked.plan.group_sizes} if recipe.quantize.bits == 4 else set()
         scan_finite(checkpoint, looked.architecture.expected, progress, for_4_bits=packed)
     return opened
+
+
+def _refuse_two_heads(checkpoint: Checkpoint, known: Architecture) -> None:
+    """BadInput E375: transformers would compute with the stored head, vLLM with the embedding, and the walk with what is tied."""
+    for name in known.tied_copies(checkpoint.tensors):
+        if checkpoint.raw(name) != checkpoint.raw(f"{known.embedding}.weight"):
+            what = f"config.json ties the output head to the embedding, and {name} is another matrix"
+            fix = 'write "tie_word_embeddings": false into config.json if the model has a head of its own'
+            raise BadInput("E375", what, where=str(checkpoint.tensors[name].file), fix=fix)
 
 
 def _require_room(opened: Opened, shapes: Mapping[str, tuple[int, int]], out: Path, recipe: Recipe, options: Options) -> None:
@@ -114,6 +125,6 @@ def _require_room(opened: Opened, shapes: Mapping[str, tuple[int, int]], out: Pa
         )
     masked = shapes if work.prunes else opened.pattern.pattern.linears
     fmt = "ct" if work.bits == 4 else "dense"
-    walked = room.output(fmt, opened.checkpoint.tensors, shapes, opened.plan.group_sizes, masked)
+    walked = room.output(fmt, opened.tensors, shapes, opened.plan.group_sizes, masked)
     scratch = 0 if work.on_device else room.scratch_bytes(opened.architecture, work)
     require_space(out, room.needed_by_walk(walked, scratch, room.state_bytes(opened.architecture, work)))

@@ -36,7 +36,7 @@ from marlinctl.memory import (
 )
 from marlinctl.models import Architecture
 from marlinctl.pattern import MASK_FILE, Pattern, from_headers
-from marlinctl.preflight import Looked, check_pattern, look, refuse_no_change
+from marlinctl.preflight import Looked, check_pattern, look, refuse_no_change, stored_once
 from marlinctl.recipe import Recipe, divided, recipe_hash
 
 _ELEMENT = {"bfloat16": 2, "float32": 4}
@@ -131,7 +131,8 @@ def _masked(looked: Looked, found: Pattern, recipe: Recipe) -> tuple[str, ...]:
 
 
 def _output(seen: Headers, looked: Looked, found: Pattern, recipe: Recipe, fmt: str) -> room.Output:
-    return room.output(fmt, seen.checkpoint.tensors, looked.shapes, looked.plan.group_sizes, _masked(looked, found, recipe))
+    tensors = stored_once(seen.checkpoint, looked.architecture)
+    return room.output(fmt, tensors, looked.shapes, looked.plan.group_sizes, _masked(looked, found, recipe))
 
 
 # ---- stages: what runs one after another -----------------------------------------------------------------------------------------------

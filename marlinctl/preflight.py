@@ -12,6 +12,7 @@ from pathlib import Path
 
 from marlinctl.checkpoint.config import check_remote_code, check_tokenizer, refuse_quantized
 from marlinctl.checkpoint.formats import misfits
+from marlinctl.checkpoint.header import TensorInfo
 from marlinctl.checkpoint.reader import Checkpoint, check_expected
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, Problem, UsageError
@@ -69,6 +70,12 @@ def look(checkpoint: Checkpoint, recipe: Recipe, module_map: Path | None, consol
         console.warn("a model with experts: their router sends other tokens than the original's, so nothing is matched (--match 0)")
         matches = False
     return Looked(known, rules, shapes, matches)
+
+
+def stored_once(checkpoint: Checkpoint, known: Architecture) -> dict[str, TensorInfo]:
+    """All tensors, a tied head only under the name of the embedding: some tools store it twice."""
+    copies = known.tied_copies(checkpoint.tensors)
+    return {name: info for name, info in checkpoint.tensors.items() if name not in copies}
 
 
 def check_pattern(found: Pattern, looked: Looked, recipe: Recipe, console: Console) -> None:

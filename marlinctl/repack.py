@@ -32,6 +32,7 @@ from marlinctl.checkpoint.mask import Masks, open_masks
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, CheckFailed, NumericalProblem, Problem, UsageError
 from marlinctl.journal import JobFolder, Request
+from marlinctl.known_digests import check_known_digests
 from marlinctl.memory import SHARD_BYTES
 from marlinctl.pages.page import Name
 
@@ -128,6 +129,7 @@ def _repack(job: JobFolder, source: Path, outputs: Mapping[str, Path], overwrite
         opened = open_source(source, masks)
         opened = replace(opened, from_zeros="marlin_24" in outputs and opened.origin is None)
         refuse_misfits(opened, list(outputs))
+        check_known_digests(opened.checkpoint, console)
         facts = {"source": _source_digest(opened), "formats": list(outputs), "version": provenance({})["version"]}
         job.check(facts) if job.begun else job.begin(facts)
         sizes = {fmt: written_bytes(opened, fmt) for fmt in outputs}

@@ -36,7 +36,7 @@ def checkpoint(folder: Path, data: bytes) -> bool:
     from marlinctl.checkpoint.finite import scan_finite
     from marlinctl.checkpoint.reader import open_checkpoint
     from marlinctl.errors import BadInput, NumericalProblem
-    from tests.faults import INDEX
+    from tests.faults.checkpoints import INDEX
 
     kind, rest = (data[0] % 4 if data else 0), data[1:]
     entry = {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]}

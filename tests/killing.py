@@ -19,13 +19,14 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tests.faults.machines import STATES
 from tests.test_architecture import ROOT
 
 _CALLS = ("fsync", "rename", "replace", "unlink", "truncate", "mkdir")
@@ -50,13 +51,22 @@ class Runner:
             env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
 
-    def run(self, arguments: list[str], *, at: str = "", n: int = 0, environment: Mapping[str, str | None] | None = None) -> Ended:
+    def run(
+        self,
+        arguments: list[str],
+        *,
+        at: str = "",
+        n: int = 0,
+        environment: Mapping[str, str | None] | None = None,
+        machine: Sequence[str] = (),
+    ) -> Ended:
         """`marlinctl ARGUMENTS`; at: half or after (lines), calls, writes, or nothing; n: the step, counted from 1.
 
-        environment: variables that differ; None: not set.
+        environment: variables that differ; None: not set. machine: states of tests/faults/machines.py.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"arguments": arguments, "at": at, "n": n, "environment": dict(environment or {})}) + "\n")
+        asked = {"arguments": arguments, "at": at, "n": n, "environment": dict(environment or {}), "machine": list(machine)}
+        self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         assert answer, "the helper process is gone"
@@ -91,7 +101,7 @@ def _serve() -> None:
         answers.flush()
 
 
-def _fork(arguments: list[str], at: str, n: int, environment: dict[str, str | None]) -> dict[str, Any]:
+def _fork(arguments: list[str], at: str, n: int, environment: dict[str, str | None], machine: list[str]) -> dict[str, Any]:
     told, telling = os.pipe()
     child = os.fork()
     if child == 0:
@@ -104,6 +114,8 @@ def _fork(arguments: list[str], at: str, n: int, environment: dict[str, str | No
             os.environ.update({key: value for key, value in environment.items() if value is not None})
             for key in [key for key, value in environment.items() if value is None]:
                 os.environ.pop(key, None)
+            for state in machine:
+                STATES[state]()
             code = _child(arguments, at, n)
         except BaseException:  # noqa: BLE001  a fork must never go on with what its parent was doing
             traceback.print_exc()

@@ -185,7 +185,7 @@ def remake_manifest(folder: Path) -> None:
     """As if the damage had happened before publishing: digests agree with the damaged files."""
     from marlinctl import manifest
 
-    (folder / manifest.NAME).unlink()
+    (folder / manifest.NAME).unlink(missing_ok=True)
     (folder / manifest.NAME).write_bytes(manifest.canonical(manifest.build(folder, {})))
 
 

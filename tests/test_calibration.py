@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from marlinctl.calibration import CalibrationSet, _hub_documents, load_calibration, load_tokenizer
+from marlinctl.calibration import CalibrationSet, load_calibration, load_tokenizer
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, UsageError
 from marlinctl.recipe import load_recipe, resolve
@@ -85,14 +85,3 @@ def test_too_little_text_names_asked_and_got(model: Path, tmp_path: Path) -> Non
     source = write(tmp_path / "text.jsonl", [{"text": "rain falls"}])
     with pytest.raises(BadInput, match="0 samples of 40 tokens are there, 3 were asked for"):
         calibrate(model, source)
-
-
-def test_a_data_set_that_is_a_program_is_refused_and_not_run(tmp_path: Path) -> None:
-    """If it were run, a name from a web page would be somebody else's code on this machine."""
-    (tmp_path / "mine").mkdir()
-    canary = tmp_path / "canary"
-    (tmp_path / "mine" / "mine.py").write_text(f"open({str(canary)!r}, 'w')\n")
-    with pytest.raises(BadInput, match="a program") as caught:
-        next(iter(_hub_documents(str(tmp_path / "mine"))))
-    assert caught.value.error_id == "E379" and caught.value.exit_code == 3
-    assert not canary.exists()

@@ -25,7 +25,7 @@ from marlinctl.load import load_dense
 from marlinctl.verify import verify
 from tests import zoo
 from tests.distillation.runs import distill, recipe, write_text
-from tests.packed import edit_tensors
+from tests.packed import edit_tensors, remake_manifest
 from tests.pruned import prune, prune_and_quantize, read_all
 from tests.test_architecture import ROOT
 from tests.tiny import make_tiny
@@ -149,6 +149,7 @@ def test_scales_stay_exact_in_bfloat16(place: Path, tmp_path: Path) -> None:
 
     prune_and_quantize(place / "teacher", tmp_path / "int4", mask=False)
     edit_tensors(tmp_path / "int4", round_all)
+    remake_manifest(tmp_path / "int4")
     run(place, tmp_path / "out", student=str(tmp_path / "int4"), mode="scales")
     for name, tensor in read_all(tmp_path / "out").items():
         if name.endswith("weight_scale"):

@@ -135,16 +135,6 @@ def test_the_head_is_quantized_when_asked(tmp_path: Path, text: Path) -> None:
     assert (found - expected).norm() / expected.norm() < 1e-3
 
 
-def test_a_tied_head_stays_tied(tmp_path: Path, text: Path) -> None:
-    """If a tied head were quantized, the embedding would change with it."""
-    source = zoo.build("qwen2", tmp_path / "model")
-    with pytest.raises(UsageError, match="tied to the embedding"):
-        quantize(source, tmp_path / "out", recipe(text, quantize__include=["lm_head"]))
-    quantize(source, tmp_path / "out", recipe(text))
-    with open_checkpoint(tmp_path / "out") as written:
-        assert "lm_head.weight" not in written.tensors and written.config["tie_word_embeddings"] is True
-
-
 def test_biases_travel(tmp_path: Path, text: Path) -> None:
     """If a bias were left behind, q, k and v of every Qwen model would be wrong."""
     source = zoo.build("qwen2", tmp_path / "model")

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -50,33 +47,6 @@ def flip(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(data)
 
 
-def swap_for_fifo(folder: Path) -> None:
-    (folder / "config.json").unlink()
-    os.mkfifo(folder / "config.json")
-
-
-@pytest.mark.parametrize(
-    ("damage", "named", "says"),
-    [
-        (flip, "model.safetensors", "SHA-256"),
-        (lambda f: (f / "model.safetensors").write_text("short"), "model.safetensors", "has 5 bytes"),
-        (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json", "is missing"),
-        (lambda f: (f / "model-old.safetensors").write_text("x"), "model-old.safetensors", "not in the manifest"),
-        (lambda f: (f / "sub" / "evil.py").write_text("x"), "sub/evil.py", "not in the manifest"),
-        (lambda f: (f / "link.json").symlink_to("/etc/hostname"), "link.json", "not in the manifest"),
-        (lambda f: ((f / "config.json").unlink(), (f / "config.json").symlink_to("tokenizer.json")), "config.json", "has -1 bytes"),
-        (swap_for_fifo, "config.json", "has -1 bytes"),
-    ],
-)
-def test_every_change_is_named(folder: Path, damage: Callable[[Path], Any], named: str, says: str) -> None:
-    """A changed, missing or extra file is how wrong weights get loaded without a word."""
-    damage(folder)
-    with pytest.raises(CheckFailed) as caught:
-        manifest.check(folder)
-    assert (caught.value.error_id, caught.value.exit_code) == ("E101", 1)
-    assert named in caught.value.problems[0].what and says in caught.value.problems[0].what
-
-
 def test_all_changes_are_named_at_once(folder: Path) -> None:
     """One per attempt would mean hashing gigabytes again and again."""
     flip(folder)
@@ -85,14 +55,6 @@ def test_all_changes_are_named_at_once(folder: Path) -> None:
     with pytest.raises(CheckFailed) as caught:
         manifest.check(folder)
     assert [p.what.split()[0] for p in caught.value.problems] == ["tokenizer.json", "model.safetensors", "extra"]
-
-
-def test_a_missing_manifest_is_said(folder: Path) -> None:
-    """Without digests there is nothing to check against, and silence would look like success."""
-    (folder / manifest.NAME).unlink()
-    with pytest.raises(CheckFailed) as caught:
-        manifest.check(folder)
-    assert caught.value.error_id == "E100" and str(folder) in caught.value.problems[0].where
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"files": {}}', '{"files": {"a": {"sha256": 1, "bytes": 2}}}', "[" * 100_000])

@@ -30,6 +30,7 @@ from tests.packed import (
     make_packed,
     make_sparse_packed,
     pruned,
+    remake_manifest,
     tree,
 )
 from tests.tiny import make_tiny
@@ -188,6 +189,7 @@ def test_linears_that_are_not_two_of_four_are_listed(source: Path, tmp_path: Pat
         tensors[f"{DOWN}.weight_packed"][0, 0] = 0x7777_8888
 
     edit_tensors(tmp_path / "in", crowd)
+    remake_manifest(tmp_path / "in")
     problem = refused(tmp_path / "in", tmp_path / "out")
     assert problem.error_id == "E355" and [p.what.split(":")[0] for p in problem.problems] == [LAYER, DOWN]
     assert "row 7, columns 24..27: 4 of four codes" in problem.problems[0].what
@@ -204,6 +206,7 @@ def test_masks_and_codes_that_contradict_each_other_are_refused(sparse: dict[str
             masks[name] = masks[name].flip(1)
 
     edit_masks(tmp_path / "in", shift)
+    remake_manifest(tmp_path / "in")
     for fmt in ("marlin_24", "marlin", "dense"):
         problem = refused(tmp_path / "in", tmp_path / "out", fmt)
         assert problem.error_id == "E356" and [p.what.split(":")[0] for p in problem.problems] == [LAYER, DOWN]
@@ -219,6 +222,7 @@ def test_damaged_masks_are_all_listed(sparse: dict[str, Path], tmp_path: Path) -
             {f"{LAYER}.keep": masks[f"{LAYER}.keep"] | 1, f"{DOWN}.keep": masks[f"{DOWN}.keep"][:, :-1].contiguous()}
         ),
     )
+    remake_manifest(tmp_path / "in")
     problem = refused(tmp_path / "in", tmp_path / "out")
     assert {p.what.split(" ")[3] for p in problem.problems} == {LAYER, DOWN} and problem.error_id == "E353"
 
@@ -227,6 +231,7 @@ def test_a_linear_without_a_mask_is_dense(sparse: dict[str, Path], tmp_path: Pat
     """In a folder with a mask file, what it does not name was not pruned, even if its codes look so; only marlin_24 minds."""
     shutil.copytree(sparse["ct"], tmp_path / "in")
     edit_masks(tmp_path / "in", lambda masks: masks.pop(f"{LAYER}.keep"))
+    remake_manifest(tmp_path / "in")
     problem = refused(tmp_path / "in", tmp_path / "out")
     assert problem.error_id == "E355" and [p.what.split(" ")[0] for p in problem.problems] == [LAYER]
     repack.repack(tmp_path / "in", tmp_path / "out", format="gptq")
@@ -257,6 +262,7 @@ def test_masks_of_16_bit_linears_travel_along(source: Path, tmp_path: Path) -> N
     repack.repack(tmp_path / "marlin_24", tmp_path / "back", format="ct")
     assert weights(tmp_path / "back").keys() == weights(tmp_path / "in").keys()
     edit_tensors(tmp_path / "in", lambda tensors: tensors[f"{name}.weight"].fill_(1))
+    remake_manifest(tmp_path / "in")
     assert refused(tmp_path / "in", tmp_path / "out", "ct").error_id == "E356"
 
 

@@ -20,7 +20,7 @@ from marlinctl.benchmarking.cases import GROUPS
 from marlinctl.benchmarking.machine_code import resources
 from marlinctl.benchmarking.table import as_text, text_table
 from marlinctl.cubins import kernel_folder, telling
-from marlinctl.errors import UsageError
+from marlinctl.errors import EnvironmentProblem, UsageError
 from marlinctl.kernels import jit
 from marlinctl.kernels.configurations import SHARED_BYTES, Configuration, group_shift
 from marlinctl.kernels.dispatch import configurations
@@ -105,11 +105,15 @@ def build(architectures: Sequence[str], *, only: Sequence[str], console: Console
 
 
 def default_architectures() -> tuple[str, ...]:
-    """Those of this machine's GPUs; without one, all that a GPU could ask for."""
+    """Those of this machine's GPUs; without one, all that a GPU could ask for. EnvironmentProblem E421: one that no kernel is made for."""
     import torch
 
     there = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    return tuple(dict.fromkeys(architecture_of(torch.device("cuda", i)) for i in there)) or EVERYWHERE
+    try:
+        return tuple(dict.fromkeys(architecture_of(torch.device("cuda", i)) for i in there)) or EVERYWHERE
+    except ValueError as error:
+        fix = f"name the GPUs that the kernels are for: --arch {EVERYWHERE[0]}, or another of {', '.join(EVERYWHERE)}"
+        raise EnvironmentProblem("E421", str(error), where="bench --build without --arch", fix=fix) from error
 
 
 def build_table(document: dict[str, Any]) -> str:

@@ -15,8 +15,10 @@ import torch
 
 from marlinctl.benchmarking.documents import Ceilings, Clocks
 from marlinctl.benchmarking.timing import Candidate, take_turns
+from marlinctl.cubins import kernel_folder, telling
+from marlinctl.devices import no_cuda
 from marlinctl.errors import EnvironmentProblem
-from marlinctl.kernels.launch import architecture_of
+from marlinctl.kernels.launch import architecture_of, checked_architecture
 
 READ_BYTES = 2**32  # that the read rate is measured over: no cache holds any of it
 MATMUL_SIZE = 8192
@@ -24,14 +26,16 @@ OLDEST = (8, 0)
 
 
 def open_gpu(name: str) -> Gpu:
-    """EnvironmentProblem E420 where there is no CUDA device, E421 where it is one that no kernel is made for."""
+    """Asked before anything is put on the GPU.
+
+    EnvironmentProblem E420 where there is no CUDA device, E421 where no kernel is made for it, E403 and E405 where none can be compiled or
+    loaded.
+    """
     if not torch.cuda.is_available():
-        raise EnvironmentProblem(
-            "E420",
-            "bench times kernels on an NVIDIA GPU, and torch sees none",
-            where="this machine (`marlinctl doctor` says why)",
-            fix="compile them here with --build; check a packed folder without a GPU with `marlinctl verify --kernels FOLDER`",
-        )
+        reason, cure = no_cuda()
+        without = "compile them here with --build; check a packed folder without a GPU with `marlinctl verify --kernels FOLDER`"
+        what = f"bench times kernels on an NVIDIA GPU: {reason}"
+        raise EnvironmentProblem("E420", what, where="this machine (see `marlinctl doctor`)", fix=cure or without)
     try:
         device = torch.device(name)
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -42,7 +46,8 @@ def open_gpu(name: str) -> Gpu:
         there = ", ".join(f"cuda:{i}" for i in range(torch.cuda.device_count()))
         raise EnvironmentProblem("E420", f"there is no GPU {name!r}", where=f"--device {name}", fix=f"give one of {there}")
     try:
-        architecture_of(torch.device("cuda", index))
+        with telling(kernel_folder(None), f"cuda:{index}"):
+            checked_architecture(torch.device("cuda", index))
     except ValueError as error:
         fix = "bench on an A100, A10, RTX 30 or 40, L4, L40, H100 or H200"
         raise EnvironmentProblem("E421", str(error), where=f"cuda:{index}", fix=fix) from error

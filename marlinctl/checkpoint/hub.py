@@ -9,7 +9,6 @@ The library resumes a cut transfer a few times by itself; what we repeat, three 
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
 import re
 import shutil
@@ -26,8 +25,7 @@ from marlinctl.checkpoint.header import MAX_HEADER_BYTES
 from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, MarlinctlError, ResourceProblem, UsageError
 
 if TYPE_CHECKING:
-    from marlinctl.checkpoint.reader import Checkpoint
-    from marlinctl.console import Console, Progress
+    from marlinctl.console import Console
 
 WANTED = [
     "model*.safetensors",
@@ -183,26 +181,6 @@ def missing_files(folder: Path) -> list[str]:
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     shards = {s for s in weight_map.values() if isinstance(s, str)} if isinstance(weight_map, dict) else set()
     return missing + sorted(shard for shard in shards if "\0" in shard or not (folder / shard).exists())
-
-
-def check_hub_digests(checkpoint: Checkpoint, progress: Progress | None = None) -> int:
-    """Compare weights in the hub cache with the SHA-256 that names their blob; how many files had one. A flipped bit is found here.
-
-    A local folder has no such names, so nothing can be promised for it.
-    """
-    checked = 0
-    for path in checkpoint.files:
-        real = path.resolve()
-        if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
-            with real.open("rb") as handle:
-                digest = hashlib.file_digest(handle, "sha256").hexdigest()
-            if digest != real.name:
-                fix = "delete that file and start again; it is then downloaded anew"
-                raise BadInput("E304", "the file is not what the hub holds: its SHA-256 differs", where=str(real), fix=fix)
-            checked += 1
-        if progress is not None:
-            progress.advance()
-    return checked
 
 
 def _cached(model: str, wanted: dict[str, Any]) -> Path:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from marlinctl.checks.driver import OLDEST_DRIVER, Driver, find_driver
+from marlinctl.checks.driver import OLDEST_DRIVER, Driver, find_driver, no_gpu
 from marlinctl.checks.places import shared_memory
 from marlinctl.checks.result import Check
 
@@ -48,7 +48,7 @@ def main() -> None:
         _told(check)
     _started("nvrtc")
     capability = torch.cuda.get_device_capability(0) if count else None
-    _told(nvrtc(capability))
+    _told(nvrtc(capability, find_driver()))
     _started("marlin")
     _told(packed(sparse=False))
     _started("sparse-marlin")
@@ -67,28 +67,6 @@ def cpu(version: str) -> Iterator[Check]:
         return
     unit = "the processor multiplies bfloat16 itself" if cpu_has_bf16() else "bfloat16 is emulated, so runs on the CPU take float32"
     yield Check("torch", "ok", f"{version}: products on the CPU are right, {torch.get_num_threads()} threads; {unit}")
-
-
-def no_gpu(found: Driver, built_for: str | None, visible: str | None) -> Check:
-    """Why torch sees none. built_for: the CUDA of torch's wheel; visible: CUDA_VISIBLE_DEVICES."""
-    there = found.device or found.cuda is not None
-    if not there:
-        return Check("gpu", "ok", "none: everything but the CUDA kernels runs on the CPU")
-    if built_for is None:
-        cure = "install the CUDA wheel of torch (pytorch.org/get-started); until then the CPU is used"
-        return Check("gpu", "warn", "torch is built without CUDA, so it does not see the GPU", cure)
-    if found.cuda is None:
-        return Check(
-            "gpu", "warn", "there is one, and no driver that torch could ask", "install NVIDIA's driver; until then the CPU is used"
-        )
-    major = int(built_for.partition(".")[0])
-    if found.cuda[0] < major:
-        driver = f"driver {found.version or 'of unknown version'} knows CUDA {found.cuda[0]}.{found.cuda[1]}"
-        cure = f"install driver {OLDEST_DRIVER.get(major, 'of a newer branch')} or newer, or a torch built for CUDA {found.cuda[0]}"
-        return Check("gpu", "warn", f"{driver}, and torch is built for {built_for}", cure)
-    if visible is not None and not visible.strip("-1, "):
-        return Check("gpu", "warn", f"hidden by CUDA_VISIBLE_DEVICES={visible!r}", "unset CUDA_VISIBLE_DEVICES to use the GPU")
-    return Check("gpu", "warn", "driver and torch belong together, yet torch sees no device", "see nvidia-smi and the kernel's log (dmesg)")
 
 
 def gpu(index: int) -> Check:
@@ -110,8 +88,8 @@ def gpu(index: int) -> Check:
     return Check("gpu", "ok", f"{described}: products are right")
 
 
-def nvrtc(capability: tuple[int, int] | None) -> Check:
-    """The dense kernel is compiled for this device as it will be when it is wanted, past the cache."""
+def nvrtc(capability: tuple[int, int] | None, found: Driver) -> Check:
+    """The dense kernel is compiled for this device as it will be when it is wanted, past the cache; its driver must know this CUDA."""
     import torch
 
     from marlinctl.kernels import jit
@@ -130,8 +108,12 @@ def nvrtc(capability: tuple[int, int] | None) -> Check:
     try:
         with tempfile.TemporaryDirectory() as folder:
             code = jit.cubin("marlin_sm80.cu", configuration.defines(torch.float16), name, Path(folder))
+        if found.cuda is not None:
+            jit.refuse_old_driver(found.cuda)
     except (jit.CompilerMissing, jit.CompilationFailed) as error:
         return Check("nvrtc", "warn", " ".join(str(error).split()), cure)
+    except jit.DriverTooOld as error:
+        return Check("nvrtc", "warn", str(error), f"install driver {OLDEST_DRIVER.get(error.needed, 'of a newer branch')} or newer")
     return Check("nvrtc", "ok", f"the dense kernel compiles for {name}, {len(code):,} bytes of machine code")
 
 

@@ -45,6 +45,26 @@ def driver(found: Driver) -> Iterator[Check]:
         yield Check("driver", "ok", "no NVIDIA device and no driver: the CPU is used")
 
 
+def no_gpu(found: Driver, built_for: str | None, visible: str | None) -> Check:
+    """Why torch sees none. built_for: the CUDA of torch's wheel; visible: CUDA_VISIBLE_DEVICES."""
+    there = found.device or found.cuda is not None
+    if not there:
+        return Check("gpu", "ok", "none: everything but the CUDA kernels runs on the CPU")
+    if built_for is None:
+        cure = "install the CUDA wheel of torch (pytorch.org/get-started)"
+        return Check("gpu", "warn", "torch is built without CUDA, so it does not see the GPU", cure)
+    if found.cuda is None:
+        return Check("gpu", "warn", "there is one, and no driver that torch could ask", "install NVIDIA's driver")
+    major = int(built_for.partition(".")[0])
+    if found.cuda[0] < major:
+        driver = f"driver {found.version or 'of unknown version'} knows CUDA {found.cuda[0]}.{found.cuda[1]}"
+        cure = f"install driver {OLDEST_DRIVER.get(major, 'of a newer branch')} or newer, or a torch built for CUDA {found.cuda[0]}"
+        return Check("gpu", "warn", f"{driver}, and torch is built for {built_for}", cure)
+    if visible is not None and not visible.strip("-1, "):
+        return Check("gpu", "warn", f"hidden by CUDA_VISIBLE_DEVICES={visible!r}", "unset CUDA_VISIBLE_DEVICES to use the GPU")
+    return Check("gpu", "warn", "driver and torch belong together, yet torch sees no device", "see nvidia-smi and the kernel's log (dmesg)")
+
+
 def _device(root: Path) -> bool:
     if any((root / "dev").glob("nvidia[0-9]*")):
         return True

@@ -24,6 +24,7 @@ from marlinctl.checkpoint.reader import Checkpoint, check_expected, open_checkpo
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, Problem, UsageError
+from marlinctl.known_digests import check_known_digests
 from marlinctl.models import Architecture, architecture
 from marlinctl.opening import Options
 from marlinctl.preflight import check_together, refuse_unexpected
@@ -104,6 +105,7 @@ def open_models(student: str, teacher: str, asked: Distill, options: Options, co
     _check_kinship(pupil, original)
     pattern = _open_pattern(pupil, console, stack)
     for model, title in ((pupil, "student"), (original, "teacher")):
+        check_known_digests(model.checkpoint, console)
         with console.progress(f"look for NaN and infinity in the {title}", len(model.checkpoint.tensors)) as progress:
             scan_finite(model.checkpoint, model.checkpoint.tensors, progress)
     _check_pattern(pupil, pattern, console)

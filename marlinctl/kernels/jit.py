@@ -33,7 +33,15 @@ LOG_LINES = 12  # of NVRTC's log in an error: the first mistake, mostly
 
 
 class CompilerMissing(RuntimeError):
-    """cuda-bindings or NVRTC is not installed, or cannot be loaded."""
+    """cuda-bindings or NVRTC is not installed, not whole, or cannot be loaded."""
+
+
+class DriverTooOld(RuntimeError):
+    """The driver knows an older major version of CUDA than NVRTC compiles for, so it may not load the machine code."""
+
+    def __init__(self, known: tuple[int, int], made: str) -> None:
+        super().__init__(f"the driver knows CUDA {known[0]}.{known[1]}, and the machine code would be made by NVRTC {made}")
+        self.known, self.needed = known[0], int(made.partition(".")[0])  # major versions
 
 
 class CompilationFailed(RuntimeError):
@@ -73,6 +81,15 @@ def cached(source: str, defines: Sequence[str], architecture: str, folder: Path)
 def compiler_version() -> str:
     """NVRTC's, such as 13.0. CompilerMissing where there is none."""
     return nvrtc_version(_nvrtc())
+
+
+def refuse_old_driver(known: tuple[int, int]) -> None:
+    """DriverTooOld where `known`, the newest CUDA of the driver, is of an older major version than NVRTC. Newer minor versions load:
+    https://docs.nvidia.com/deploy/cuda-compatibility/
+    """
+    made = compiler_version()
+    if known[0] < int(made.partition(".")[0]):
+        raise DriverTooOld(known, made)
 
 
 def default_folder() -> Path:
@@ -135,6 +152,8 @@ def _compile(nvrtc: ModuleType, source: str, texts: dict[str, str], flags: Seque
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             log = _filled(nvrtc, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).rstrip(b"\0").decode("utf-8", "replace")
             lines = [line for line in log.splitlines() if line.strip()][:LOG_LINES]
+            if status == nvrtc.nvrtcResult.NVRTC_ERROR_BUILTIN_OPERATION_FAILURE:  # libnvrtc-builtins, a library of its own
+                raise CompilerMissing(f"NVRTC {nvrtc_version(nvrtc)} is not whole: {lines[0] if lines else status.name}")
             what = f"NVRTC {nvrtc_version(nvrtc)} stopped at {source} ({' '.join(flags)}): {status.name}"
             raise CompilationFailed("\n".join([what, *lines]))
         return _filled(nvrtc, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)

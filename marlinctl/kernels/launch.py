@@ -114,6 +114,19 @@ def architecture_of(device: torch.device) -> str:
     raise ValueError(f"the kernels need a GPU of compute capability 8.0 to 9.0, and {name} ({device}) has {major}.{minor}")
 
 
+def checked_architecture(device: torch.device) -> str:
+    """`architecture_of`, where compiler and driver are there and belong together. Nothing is compiled, or put on the GPU.
+
+    Raises:
+        ValueError: no kernel is made for this GPU.
+        jit.CompilerMissing, jit.DriverTooOld: no kernel can be compiled here, or what is compiled cannot be loaded.
+    """
+    architecture = architecture_of(device)
+    known = done(_driver().cuDriverGetVersion())
+    jit.refuse_old_driver((known // 1000, known % 1000 // 10))
+    return architecture
+
+
 def load(configuration: Configuration, dtype: torch.dtype, device: torch.device, folder: Path, shift: int = 3) -> LoadedKernel:
     """The kernel, compiled or taken from the cache in `folder`, and loaded once for each configuration, dtype and device.
 
@@ -153,7 +166,7 @@ def _load_function(name: str, defines: tuple[str, ...], threads: int, shared_byt
         if torch.cuda.is_current_stream_capturing():
             what = "compiled or loaded while a CUDA graph is captured: call it once with as many rows before the capture"
             raise RuntimeError(f"{name} ({', '.join(defines)}) cannot be {what}")
-        code = jit.cubin(f"{name}.cu", defines, architecture_of(device), folder)
+        code = jit.cubin(f"{name}.cu", defines, checked_architecture(device), folder)
         torch.zeros(1, device=device)  # torch makes the device's primary context, and makes it current
         driver = _driver()
         context = done(driver.cuDevicePrimaryCtxRetain(done(driver.cuDeviceGet(device.index))))

@@ -1,4 +1,4 @@
-"""The preflight: what a good checkpoint gives, and that every damage of tests/faults.py is named, with its exit code."""
+"""The preflight: what a good checkpoint gives, and that every damage of tests/faults/checkpoints.py is named, with its exit code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from marlinctl.checkpoint.header import read_header
 from marlinctl.checkpoint.reader import Checkpoint, check_expected, fingerprint, open_checkpoint
 from marlinctl.errors import BadInput, MarlinctlError
 from marlinctl.models import architecture
-from tests.faults import FAULTS, INDEX, SECOND, SHARDS, Fault, write_shard
+from tests.faults.checkpoints import FAULTS, INDEX, SECOND, SHARDS, Fault, write_shard
 from tests.tiny import make_tiny, tiny_config, tiny_tensors, write_weights
 
 REPOSITORY = Path(__file__).parents[2]

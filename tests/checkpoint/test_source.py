@@ -19,10 +19,11 @@ import pytest
 
 from marlinctl.checkpoint import hub as hubs
 from marlinctl.checkpoint import source
-from marlinctl.checkpoint.hub import check_hub_digests, is_hub_id
+from marlinctl.checkpoint.hub import is_hub_id
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, EnvironmentProblem, UsageError
+from marlinctl.known_digests import check_known_digests
 from tests.tiny import make_tiny
 
 REPOSITORY = Path(__file__).parents[2]
@@ -201,20 +202,13 @@ def test_download_then_offline(tmp_path: Path, model: Path) -> None:
         assert not names & {"pytorch_model.bin", "modeling_evil.py"}
         checkpoint = open_checkpoint(folder)
         assert len(checkpoint.tensors) == 21
-        assert check_hub_digests(checkpoint) == 2
+        assert check_known_digests(checkpoint, Console.quiet()) == 2
         hub.asked.clear()
         ask(endpoint, tmp_path / "cache")
         assert not [line for line in hub.asked if "GET" in line and "safetensors" in line]
     again = ask("http://127.0.0.1:9", tmp_path / "cache", offline=True)
     assert again["folder"] == first["folder"] and "offline" in again["note"]
     assert ask("http://127.0.0.1:9", tmp_path / "cache", HF_HUB_OFFLINE="1")["folder"] == first["folder"]
-    # a bit flips on disk
-    blob = (folder / "model-00001-of-00002.safetensors").resolve()
-    data = bytearray(blob.read_bytes())
-    data[-1] ^= 1
-    blob.write_bytes(bytes(data))
-    with pytest.raises(BadInput, match="SHA-256 differs"):
-        check_hub_digests(open_checkpoint(folder))
     # a file disappears from the cache
     (folder / "model-00002-of-00002.safetensors").unlink()
     partial = ask("http://127.0.0.1:9", tmp_path / "cache", offline=True)

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from marlinctl.checks import computing
-from marlinctl.checks.driver import Driver
+from marlinctl.checks.driver import Driver, find_driver
 from marlinctl.kernels import jit
 from marlinctl.pack import marlin, sparse_marlin
 
 H200 = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=139 * 2**30)
+NEW = Driver(True, "999.1", (99, 0))
 V100 = SimpleNamespace(name="Tesla V100", major=7, minor=0, total_memory=16 * 2**30)
 
 
@@ -47,27 +48,6 @@ def test_every_partial_sum_is_exact_in_bfloat16() -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "built_for", "visible", "status", "said"),
-    [
-        (Driver(False, None, None), None, None, "ok", "none"),
-        (Driver(True, "580.65.06", (13, 0)), None, None, "warn", "built without CUDA"),
-        (Driver(True, None, None), "13.0", None, "warn", "no driver"),
-        (Driver(True, "535.183.01", (12, 2)), "13.0", None, "warn", "driver 535.183.01 knows CUDA 12.2, and torch is built for 13.0"),
-        (Driver(True, "580.65.06", (13, 0)), "13.0", "-1", "warn", "CUDA_VISIBLE_DEVICES='-1'"),
-        (Driver(True, "580.65.06", (13, 0)), "13.0", "", "warn", "CUDA_VISIBLE_DEVICES=''"),
-        (Driver(True, "580.65.06", (13, 0)), "12.8", None, "warn", "torch sees no device"),
-        (Driver(True, "580.65.06", (13, 0)), "13.0", "0,1", "warn", "torch sees no device"),
-    ],
-)
-def test_why_there_is_no_gpu(found: Driver, built_for: str | None, visible: str | None, status: str, said: str) -> None:
-    """If this failed, the reason would be guessed wrong, and the cure would be for another illness."""
-    check = computing.no_gpu(found, built_for, visible)
-    assert check.status == status and said in check.found
-    if "535" in said:
-        assert "580" in check.cure
-
-
-@pytest.mark.parametrize(
     ("facts", "right", "status"), [(H200, True, "ok"), (H200, False, "fail"), (V100, True, "warn")], ids=["sound", "wrong", "old"]
 )
 def test_a_gpu_that_torch_sees(facts: SimpleNamespace, right: bool, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,30 +74,32 @@ def test_a_gpu_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_real_gpu() -> None:
     """If this failed, the doctor would not know a sound GPU, or a compiler that works."""
     assert computing.gpu(0).status == "ok"
-    assert computing.nvrtc(torch.cuda.get_device_capability(0)).status == "ok"
+    assert computing.nvrtc(torch.cuda.get_device_capability(0), find_driver()).status == "ok"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")
 def test_the_compiler() -> None:
     """If this failed, an NVRTC that cannot compile for the device would show when the first kernel is wanted. It needs no GPU for this."""
-    compiled = computing.nvrtc((9, 0))
+    compiled = computing.nvrtc((9, 0), NEW)
     assert compiled.status == "ok" and "sm_90" in compiled.found
-    unknown = computing.nvrtc((7, 0))
+    unknown = computing.nvrtc((7, 0), NEW)
     assert unknown.status == "warn" and "not made for sm_70" in unknown.found
+    older = computing.nvrtc((9, 0), Driver(True, "570.86.15", (12, 8)))
+    assert older.status == "warn" and "knows CUDA 12.8" in older.found and "580" in older.cure
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, a machine without cuda-bindings would get a traceback, or one without a GPU a warning about a compiler."""
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    missing = computing.nvrtc((9, 0))
+    missing = computing.nvrtc((9, 0), NEW)
     assert missing.status == "warn" and "cuda-bindings cannot be imported" in missing.found
-    assert computing.nvrtc(None).status == "ok"
+    assert computing.nvrtc(None, NEW).status == "ok"
 
 
 def test_a_compiler_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, an NVRTC too old for the sources would be called sound."""
     monkeypatch.setattr(jit, "OPTIONS", ("--std=c++99",))
-    refused = computing.nvrtc((9, 0))
+    refused = computing.nvrtc((9, 0), NEW)
     assert refused.status == "warn" and "\n" not in refused.found and "marlin_sm80.cu" in refused.found
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from marlinctl.checks.driver import Driver, driver, find_driver
+from marlinctl.checks.driver import Driver, driver, find_driver, no_gpu
 
 NONE = "libmarlinctl-none.so.1"
 
@@ -74,3 +74,24 @@ def test_what_is_said(found: Driver, status: str, said: str) -> None:
     """If this failed, a container started without its GPU would be called sound, or a laptop without one would be warned."""
     (check,) = driver(found)
     assert check.status == status and said in check.found
+
+
+@pytest.mark.parametrize(
+    ("found", "built_for", "visible", "status", "said"),
+    [
+        (Driver(False, None, None), None, None, "ok", "none"),
+        (Driver(True, "580.65.06", (13, 0)), None, None, "warn", "built without CUDA"),
+        (Driver(True, None, None), "13.0", None, "warn", "no driver"),
+        (Driver(True, "535.183.01", (12, 2)), "13.0", None, "warn", "driver 535.183.01 knows CUDA 12.2, and torch is built for 13.0"),
+        (Driver(True, "580.65.06", (13, 0)), "13.0", "-1", "warn", "CUDA_VISIBLE_DEVICES='-1'"),
+        (Driver(True, "580.65.06", (13, 0)), "13.0", "", "warn", "CUDA_VISIBLE_DEVICES=''"),
+        (Driver(True, "580.65.06", (13, 0)), "12.8", None, "warn", "torch sees no device"),
+        (Driver(True, "580.65.06", (13, 0)), "13.0", "0,1", "warn", "torch sees no device"),
+    ],
+)
+def test_why_there_is_no_gpu(found: Driver, built_for: str | None, visible: str | None, status: str, said: str) -> None:
+    """If this failed, the reason would be guessed wrong, and the cure would be for another illness."""
+    check = no_gpu(found, built_for, visible)
+    assert check.status == status and said in check.found
+    if "535" in said:
+        assert "580" in check.cure

@@ -16,7 +16,7 @@ from torch import Tensor
 from marlinctl.checkpoint.mask import NAME
 from marlinctl.errors import BadInput, MarlinctlError, NumericalProblem, UsageError
 from tests.distillation.runs import distill, recipe, write_text
-from tests.packed import make_packed
+from tests.packed import make_packed, remake_manifest
 from tests.pruned import edit_tensor, prune, prune_and_quantize, write_masks
 from tests.tiny import make_tiny
 
@@ -106,6 +106,7 @@ def test_weights_that_the_mask_prunes(place: Path, tmp_path: Path, form: str) ->
         keep = unpack_bits(masks[f"{name}.keep"], 128).reshape(-1, 32, 4)
         masks[f"{name}.keep"] = pack_bits(keep.flip(-1).reshape(-1, 128))
     save_file(masks, tmp_path / "student" / NAME)
+    remake_manifest(tmp_path / "student")
     mode = "full" if form == "dense" else "scales"
     error = refused(BadInput, tmp_path / "student", tmp_path / "out", place / "teacher", place / "text.txt", mode=mode)
     assert error.error_id == "E372"

@@ -1,14 +1,11 @@
-"""Everything that can be wrong, made on purpose: one function per way, and what must be said about it.
+"""Damaged checkpoints: sections B, C and D of the fault list. One function per way, and what must be said about it.
 
-`FAULTS` maps a name to (damage, exit code, text in the error). A damage function takes a good sharded folder, as
+A damage function takes a good sharded folder, as
 
     make_tiny(folder, shards=SHARDS)
 
-leaves it, and spoils it in one way. The table is shared: the reader's tests ask the preflight, test_faults.py asks `marlinctl quantize`,
-and both expect the same exit code. Nothing in here is allowed to hang or to need more than a few megabytes.
-
-`COMMANDS` is the same for what is no damage of a checkpoint: arguments, places, numbers, texts, the machine. Its functions get a folder
-with a good `model` and a good `text.txt`, and return the arguments of the command that must end that way.
+leaves it, and spoils it in one way. The reader's tests ask the preflight, test_faults.py asks `marlinctl quantize`, and both expect the
+same exit code. Nothing in here is allowed to hang or to need more than a few megabytes.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,6 +166,11 @@ def _integers(folder: Path) -> None:
     name = next(n for n in header if n.endswith("proj.weight"))
     header[name]["dtype"] = "I16"
     write_shard(folder / SECOND, header, data)
+
+
+def _grown(folder: Path) -> tuple[dict[str, Any], bytes]:
+    header, data = read_shard(folder / SECOND)
+    return header, data + b"\0" * 16
 
 
 def _duplicate_tensor(folder: Path) -> None:
@@ -384,177 +386,10 @@ FAULTS: dict[str, Fault] = {
     "config asks for more layers": Fault(_config(num_hidden_layers=3), 3, "is missing"),
     "config with another hidden_size": Fault(_config(hidden_size=64), 3, "config.json asks for"),
     "already quantized": Fault(_config(quantization_config={"quant_method": "gptq", "bits": 4}), 3, "marlinctl pack"),
+    "unknown architecture": Fault(_config(model_type="mamba9"), 3, "--module-map"),
     "remote code": Fault(_remote_code, 3, "never runs"),
     "tokenizer missing": Fault(_no_tokenizer, 3, "tokenizer is missing"),
     "tokenizer larger than the embedding": Fault(_edit_json("tokenizer.json", _larger_tokenizer), 3, "larger than the embedding"),
     "tokenizer cut": Fault(lambda f: os.truncate(f / "tokenizer.json", 1000), 3, "not JSON"),
     "tokenizer is a fifo": Fault(_replace("tokenizer.json", lambda p: os.mkfifo(p)), 3, "FIFO"),
 }  # fmt: skip
-
-
-def _grown(folder: Path) -> tuple[dict[str, Any], bytes]:
-    header, data = read_shard(folder / SECOND)
-    return header, data + b"\0" * 16
-
-
-# ---- commands that cannot work -------------------------------------------------------------------------------------------------------
-
-Prepare = Callable[[Path], list[str]]
-
-
-class Command(NamedTuple):
-    prepare: Prepare
-    exit_code: int
-    text: str  # appears in what, where or fix of one of the problems; for exit code 0 in the report
-    environment: Mapping[str, str | None] = {}  # None: not set
-
-
-def _asked(root: Path, *more: str, model: str = "model", out: str = "out", text: str = "text.txt") -> list[str]:
-    small = ["--recipe", f"{root}/small.yaml", "--group-size", "32", "--samples", "2", "--sequence-length", "32", "--dtype", "float32"]
-    return ["quantize", f"{root}/{model}", f"{root}/{out}", "--calibration", f"{root}/{text}", *small, *more]
-
-
-def _with(*more: str) -> Prepare:
-    return lambda root: _asked(root, *more)
-
-
-def _recipe(text: str) -> Prepare:
-    def prepare(root: Path) -> list[str]:
-        (root / "mine.yaml").write_text(text)
-        return _asked(root, "--recipe", f"{root}/mine.yaml")
-
-    return prepare
-
-
-def _calibration(name: str, data: bytes) -> Prepare:
-    def prepare(root: Path) -> list[str]:
-        (root / name).write_bytes(data)
-        return _asked(root, text=name)
-
-    return prepare
-
-
-def _out_full(root: Path) -> list[str]:
-    (root / "out").mkdir()
-    (root / "out" / "config.json").write_text("{}")
-    return _asked(root)
-
-
-def _out_is_link_to_input(root: Path) -> list[str]:
-    (root / "out").symlink_to("model")
-    return _asked(root, "--overwrite")
-
-
-def _model(change: Callable[[dict[str, Any]], None], dtype: str = "float16", **changes: Any) -> Prepare:
-    """A model whose weights are changed before it is asked for."""
-
-    def prepare(root: Path) -> list[str]:
-        import shutil
-
-        import torch
-
-        from tests.tiny import tiny_config, tiny_tensors, write_weights
-
-        shutil.rmtree(root / "model")
-        shutil.copytree(root / "good", root / "model")
-        (root / "model" / "model.safetensors").unlink(missing_ok=True)
-        config = tiny_config(**({"dtype": dtype} | changes))
-        tensors = tiny_tensors(config, dtype=getattr(torch, dtype))
-        change(tensors)
-        (root / "model" / "config.json").write_text(json.dumps(config))
-        write_weights(root / "model", tensors)
-        return _asked(root)
-
-    return prepare
-
-
-def _scaled(factor: float) -> Callable[[dict[str, Any]], None]:
-    def change(tensors: dict[str, Any]) -> None:
-        for name in tensors:
-            if name.endswith("up_proj.weight"):
-                tensors[name] = tensors[name] * factor
-
-    return change
-
-
-def _zero_norm(tensors: dict[str, Any]) -> None:
-    tensors["model.layers.0.input_layernorm.weight"].zero_()
-
-
-def _overflowing_norm(tensors: dict[str, Any]) -> None:
-    tensors["model.layers.0.input_layernorm.weight"].fill_(3e38)
-
-
-def _then(prepare: Prepare, *more: str) -> Prepare:
-    return lambda root: [*prepare(root), *more]
-
-
-def _gguf(root: Path) -> list[str]:
-    (root / "m.gguf").write_bytes(b"GGUF" + bytes(100))
-    return _asked(root, model="m.gguf")
-
-
-COMMANDS: dict[str, Command] = {
-    # arguments and places
-    "misspelled verb": Command(lambda root: ["quantise", f"{root}/model", f"{root}/out"], 2, "quantize"),
-    "misspelled option": Command(_with("--gruop-size", "64"), 2, "--group-size"),
-    "no such model": Command(lambda root: _asked(root, model="nope"), 2, "hub id"),
-    "no such model, a hub id": Command(lambda root: ["quantize", "no/such", f"{root}/out", "--offline"], 7, "no/such"),
-    "output is not empty": Command(_out_full, 2, "--overwrite"),
-    "output is the input": Command(lambda root: _asked(root, out="model"), 2, "the output is the input"),
-    "output is inside the input": Command(lambda root: _asked(root, out="model/out"), 2, "inside the input"),
-    "output holds the input": Command(lambda root: _asked(root, out="../" + root.name), 2, "inside the output"),
-    "output is a link to the input": Command(_out_is_link_to_input, 2, "the output is the input"),
-    "no folder for the output": Command(lambda root: _asked(root, out="no/out"), 2, "mkdir -p"),
-    "output below a file": Command(lambda root: _asked(root, out="text.txt/out"), 2, "does not exist"),
-    "output in a folder that the system owns": Command(lambda root: ["quantize", f"{root}/model", "/proc/out"], 2, "cannot be written to"),
-    "three bits": Command(_with("--bits", "3"), 2, "4"),
-    "group size 100": Command(_with("--group-size", "100"), 2, "128"),
-    "group size that does not divide K": Command(
-        _then(_model(lambda tensors: None, intermediate_size=192), "--group-size", "128"), 2, "model.layers.1.mlp.down_proj"
-    ),
-    "an unknown dtype": Command(_with("--dtype", "float16"), 2, "bfloat16"),
-    "no such size": Command(_with("--max-memory", "lots"), 2, "800MiB"),
-    # recipes
-    "recipe: unknown key": Command(_recipe("extends: int4\nquantize: {grop_size: 64}\n"), 2, "group_size"),
-    "recipe: wrong type": Command(_recipe("extends: int4\nquantize: {group_size: many}\n"), 2, "mine.yaml:2:12"),
-    "recipe: key twice": Command(_recipe("extends: int4\nquantize: {refine: 1}\nquantize: {refine: 2}\n"), 2, "mine.yaml:3:1"),
-    "recipe: python tag": Command(_recipe("extends: int4\nquantize: !!python/object/apply:os.system [ls]\n"), 2, "mine.yaml:2:11"),
-    "recipe: deep nesting": Command(_recipe("a: " + "[" * 100_000), 2, "mine.yaml"),
-    "recipe: no such file": Command(_with("--recipe", "nope.yaml"), 2, "nope.yaml"),
-    "pattern that matches nothing": Command(_with("--skip", "dwon_proj"), 2, "down_proj"),
-    "pattern that matches all": Command(_with("--skip", "*"), 2, "nothing would be quantized"),
-    # numbers
-    "weights too large for a float16 scale": Command(_model(_scaled(1e9), dtype="float32"), 6, "mlp.up_proj.weight[0, 0]"),
-    "weights too large, bfloat16": Command(_model(_scaled(1e9), dtype="bfloat16"), 6, "hold up to 456,960"),
-    "weights too small for a float16 scale": Command(_model(_scaled(1e-6), dtype="float32"), 6, "every weight rounds to zero"),
-    "activations that overflow": Command(_model(_overflowing_norm, dtype="float32"), 6, "NaN or infinite"),
-    "an input that is always zero, strict": Command(_then(_model(_zero_norm), "--strict"), 6, "--strict"),
-    # calibration
-    "text: empty": Command(_calibration("empty.txt", b""), 3, "0 samples"),
-    "text: blank lines": Command(_calibration("blank.txt", b"\n \n\n"), 3, "0 samples"),
-    "text: too little": Command(_calibration("little.txt", b"a word"), 3, "2 were asked for"),
-    "text: binary": Command(_calibration("junk.txt", b"ok\n\x00\x01\x02\n"), 3, "line 2"),
-    "text: another encoding": Command(_calibration("latin.txt", "fine\nGr\u00fc\u00dfe\n".encode("latin-1")), 3, "line 2"),
-    "text: JSON lines that are none": Command(_calibration("bad.jsonl", b'{"text": "a"}\n{"text": \n'), 3, "line 2"),
-    "text: without the column": Command(_calibration("column.jsonl", b'{"body": "a"}\n'), 3, "text"),
-    "text: CSV": Command(_calibration("rows.csv", b"text\na\n"), 2, ".jsonl"),
-    "text: no such file": Command(lambda root: _asked(root, text="nope.txt"), 2, "nope.txt"),
-    # the machine
-    "no GPU": Command(_with("--device", "cuda"), 4, "cuda"),
-    "an unknown device": Command(_with("--device", "tpu"), 2, "cuda"),
-    "too little memory": Command(_with("--max-memory", "1MiB"), 5, "--max-memory"),
-    "a cache that cannot be written": Command(_gguf, 4, "--cache-dir", {"MARLINCTL_CACHE": "/dev/null/cache"}),
-}  # fmt: skip
-
-# What looks wrong and must work, with what the report must say.
-WORKS: dict[str, Command] = {
-    "one repeated token": Command(_calibration("one.txt", b"a" * 4000), 0, "damping"),
-    "an input that is always zero": Command(_model(_zero_norm), 0, '"fallbacks": [{'),
-    "weights near the largest float16": Command(_model(_scaled(1e5)), 0, "error"),
-    "weights near the largest that 4 bits hold": Command(_model(_scaled(1e6), dtype="bfloat16"), 0, "error"),
-    "no home, no place for temporary files": Command(
-        _with(), 0, "error", {"HOME": None, "TMPDIR": "/nowhere", "MARLINCTL_CACHE": "/dev/null/cache"}
-    ),
-    "flag and recipe disagree": Command(_with("--damping", "0.05"), 0, "0.05"),
-}
