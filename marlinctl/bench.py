@@ -37,7 +37,7 @@ from marlinctl.benchmarking.documents import (
     make_drift,
     make_set,
 )
-from marlinctl.benchmarking.implementations import Configured, Dequantized, Operator, configured, fewest, overlaps
+from marlinctl.benchmarking.implementations import Dequantized, Operator, configured, fewest, overlaps
 from marlinctl.benchmarking.timing import REPLAYS, Candidate, Clock, copies_for, take_turns
 from marlinctl.benchmarking.weights import Packed, packed_bytes, random_packed
 from marlinctl.cubins import kernel_folder, telling
@@ -218,7 +218,7 @@ class _Weights:
             ),
         }
         for one in self._bench.implementations:
-            if isinstance(one, Configured) and not one.is_worth_timing(m, shape.n, shape.k):
+            if not one.is_worth_timing(m, shape.n, shape.k):
                 continue
             found[one.name] = _candidate(one, activations, self._packed[one.kind], out)
         for name, calls in list(self._peers.items()):

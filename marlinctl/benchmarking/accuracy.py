@@ -64,6 +64,10 @@ class Implementation(Protocol):
         """The product [M, N]: in `out`, or in a tensor of its own."""
         ...
 
+    def is_worth_timing(self, m: int, n: int, k: int) -> bool:
+        """Whether it may be the fastest for this product."""
+        ...
+
 
 @dataclass(slots=True)
 class Tally:
@@ -177,6 +181,8 @@ def _timed(tallies: Sequence[Tally], kind: Kind, shape: Shape, tokens: Sequence[
             for between, weight in zip(windows, weights, strict=True)
         }
         for tally in mine:
+            if not tally.implementation.is_worth_timing(m, shape.n, shape.k):
+                continue
             where = f"{tally.implementation.name}: M={m} N={shape.n} K={shape.k} group_size={shape.group_size}"
             found = _three(tally, where, activations, p, None)
             for (rows, between), product in exact.items():

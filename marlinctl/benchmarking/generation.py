@@ -7,6 +7,9 @@
 Prompt and step are CUDA graphs over a cache of fixed size: a model of 32 blocks launches a thousand kernels for a token, and without graphs
 what is measured is Python. Both models are measured in the same way, one after the other, because both together may not fit.
 Prompts are random tokens, and writing is greedy.
+
+With `compiled` the step goes through torch.compile first, whose Triton kernels take the place of the many small ones between the linears.
+The prompt does not: it is read once, and compiling takes a minute for each shape.
 """
 
 from __future__ import annotations
@@ -91,7 +94,14 @@ def parse_lengths(text: str) -> tuple[Lengths, ...]:
 
 
 def run(
-    folder: Path, gpu: Device, batches: Sequence[int], lengths: Sequence[Lengths], dtype: torch.dtype, console: Console
+    folder: Path,
+    gpu: Device,
+    batches: Sequence[int],
+    lengths: Sequence[Lengths],
+    dtype: torch.dtype,
+    console: Console,
+    *,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """The document of one model: every batch size times every pair of lengths, packed and dense."""
     model = load_packed(folder, gpu.device, dtype)
@@ -101,14 +111,14 @@ def run(
     with torch.inference_mode(), console.progress("write", 2 * len(asked)) as progress:
         packed = []
         for case in asked:
-            packed.append(_write(model, gpu, *case))
+            packed.append(_write(model, gpu, *case, compiled))
             progress.advance(note=_line("packed", case, packed[-1][0]))
         unpack_linears(model, dtype)
         gpu.free()
         dense_bytes = weight_bytes(model)
         cases = []
         for case, (timed, tokens) in zip(asked, packed, strict=True):
-            baseline, theirs = _write(model, gpu, *case)
+            baseline, theirs = _write(model, gpu, *case, compiled)
             progress.advance(note=_line(str(dtype).removeprefix("torch."), case, baseline))
             batch, length = case
             cases.append(Case(batch, length.prompt, length.new, timed, baseline, agreement(tokens, theirs)))
@@ -120,6 +130,7 @@ def run(
         "versions": _versions(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "dtype": str(dtype).removeprefix("torch."),
+        "compiled": compiled,
         "bytes": {"packed": packed_bytes, "dense": dense_bytes},
         "cases": [{**asdict(case), "speedup": case.speedup} for case in cases],
     }
@@ -168,11 +179,12 @@ def weight_bytes(model: nn.Module) -> int:
 class Writer:
     """A model, a cache that holds `length` positions, and the tensors that both graphs read and write."""
 
-    def __init__(self, model: PreTrainedModel, batch: int, length: int) -> None:
+    def __init__(self, model: PreTrainedModel, batch: int, length: int, compiled: bool = False) -> None:
         from transformers import StaticCache
 
         device = model.device
         self.model, self.cache = model, StaticCache(config=model.config, max_cache_len=length)
+        self._next: Callable[..., Any] = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
         self.positions = torch.arange(length, device=device)
         self.at = torch.zeros(1, dtype=torch.int64, device=device)  # where the next token goes
         self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)  # the last ones written
@@ -180,12 +192,12 @@ class Writer:
     def read(self, prompt: Tensor) -> None:
         """prompt: [B, P]. Writes the first token after it."""
         self.rewind()
-        self._run(prompt, self.positions[: prompt.shape[1]])
+        self._run(self.model, prompt, self.positions[: prompt.shape[1]])
         self.at.fill_(prompt.shape[1])
 
     def step(self) -> None:
         """One token more."""
-        self._run(self.tokens, self.at)
+        self._run(self._next, self.tokens, self.at)
         self.at.add_(1)
 
     def rewind(self) -> None:
@@ -193,9 +205,9 @@ class Writer:
         for layer in self.cache.layers:
             layer.cumulative_length.zero_()
 
-    def _run(self, ids: Tensor, positions: Tensor) -> None:
+    def _run(self, model: Callable[..., Any], ids: Tensor, positions: Tensor) -> None:
         mask = self.positions <= positions[:, None]  # [queries, keys]: what lies behind a token
-        out = self.model(
+        out = model(
             input_ids=ids,
             attention_mask=mask[None, None].expand(ids.shape[0], 1, -1, -1),
             position_ids=positions[None].expand(ids.shape[0], -1),
@@ -206,11 +218,11 @@ class Writer:
         self.tokens.copy_(out.logits[:, -1].argmax(-1, keepdim=True))
 
 
-def _write(model: PreTrainedModel, gpu: Device, batch: int, length: Lengths) -> tuple[Timed, Tensor]:
+def _write(model: PreTrainedModel, gpu: Device, batch: int, length: Lengths, compiled: bool) -> tuple[Timed, Tensor]:
     """Medians over texts, and the tokens [B, new] of the last one."""
     vocabulary = int(model.config.vocab_size)
     prompt = torch.randint(vocabulary, (batch, length.prompt), device=gpu.device, generator=gpu.generator(batch))
-    writer = Writer(model, batch, length.prompt + length.new)
+    writer = Writer(model, batch, length.prompt + length.new, compiled)
     for _ in range(2):  # what is compiled, loaded or allocated once; the cache among it
         writer.read(prompt)
         writer.step()
@@ -287,5 +299,6 @@ def table(document: dict[str, Any]) -> str:
 
 def _notes(document: dict[str, Any]) -> Iterator[str]:
     size, versions = document["bytes"], document["versions"]
+    how = "torch.compile for tokens after the first, CUDA graphs" if document["compiled"] else "CUDA graphs"
     yield f"{document['model']}: {size['packed'] / 1e9:.2f} GB packed, {size['dense'] / 1e9:.2f} GB in {document['dtype']}"
-    yield f"{document['gpu']}, torch {versions['torch']}, transformers {versions['transformers']}, {document['date']}; CUDA graphs, medians"
+    yield f"{document['gpu']}, torch {versions['torch']}, transformers {versions['transformers']}, {document['date']}; {how}, medians"

@@ -50,6 +50,9 @@ class Operator:
     def run(self, activations: Tensor, p: Packed, bias: Tensor | None, out: Tensor) -> Tensor:
         return multiply(activations, p, bias, overlap=self.overlap)
 
+    def is_worth_timing(self, m: int, n: int, k: int) -> bool:
+        return True
+
 
 @dataclass(frozen=True, slots=True)
 class Dequantized:
@@ -67,6 +70,9 @@ class Dequantized:
         weights = (p.qweight, p.meta) if isinstance(p, PackedSparseLinear) else (p.qweight,)
         weight = unpack(weights, p.scales, self.dtype, n, -(-k // 8) * 8, group_shift(p.group_size, k), kernel_folder(None))
         return linear(activations, weight[:, :k], bias)
+
+    def is_worth_timing(self, m: int, n: int, k: int) -> bool:
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +105,7 @@ class Configured:
         return self.kernel.grid(m, n, k, self.per_multiprocessor, self.sharing)
 
     def is_worth_timing(self, m: int, n: int, k: int) -> bool:
-        """Whether it may be the fastest for this product: not where its tile is far too small or large, nor where its way of sharing is
-        the striped one, which is measured under its own name."""
+        """Not where its tile is far too small or large, nor where its way of sharing is the striped one, which has a name of its own."""
         fits = self.kernel.configuration.tokens <= max(2 * m, 16) and 4 * self.kernel.configuration.tokens >= min(m, LARGEST_TILE)
         return fits and (self.sharing == "striped" or self.grid(m, n, k) != replace(self, sharing="striped").grid(m, n, k))
 

@@ -49,6 +49,23 @@ def test_the_writer_writes_what_transformers_would(packed: Path) -> None:
         assert torch.equal(torch.cat(written, dim=1), expected)
 
 
+@torch.inference_mode()
+def test_a_compiled_step_writes_the_same(packed: Path) -> None:
+    """If the operators broke a graph, or the compiled step forgot the cache, --compile would stop or be fast at writing nonsense."""
+    model = load_packed(packed, CPU, torch.bfloat16)
+    prompt = torch.randint(VOCAB_SIZE, (2, 5), generator=torch.Generator().manual_seed(3))
+    texts = []
+    for compiled in (False, True):
+        writer = Writer(model, 2, 5 + 6, compiled)
+        writer.read(prompt)
+        written = [writer.tokens.clone()]
+        for _ in range(5):
+            writer.step()
+            written.append(writer.tokens.clone())
+        texts.append(torch.cat(written, dim=1))
+    assert agreement(*texts) > 0.5  # nearly equal logits may fall either way
+
+
 @pytest.mark.parametrize("fmt", ["marlin", "marlin_24"])
 @torch.inference_mode()
 def test_the_baseline_has_the_same_weights(fmt: str, tmp_path: Path) -> None:

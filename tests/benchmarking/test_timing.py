@@ -91,8 +91,8 @@ def test_hopeless_rivals_drop_out_and_others_never() -> None:
     candidates = {
         "torch": Candidate(call(1000.0), 2),
         "good": Candidate(call(10.0), 2, "dense"),
-        "bad": Candidate(call(31.0), 2, "dense"),
-        "so-so": Candidate(call(29.0), 2, "dense"),
+        "bad": Candidate(call(18.0), 2, "dense"),
+        "so-so": Candidate(call(16.0), 2, "dense"),
         "other kind": Candidate(call(100.0), 2, "sparse"),
     }
     assert set(take_turns(clock, candidates, replays=2)) == {"torch", "good", "so-so", "other kind"}
