@@ -12,11 +12,12 @@ On Hopper four more warps copy, and the group size is compiled in.
 Everything that the host must know beside that, threads, shared memory, workspace, follows from them and is computed here;
 the kernel checks the shared memory when it is compiled. Which configuration is used for which M, N, K is measured: dispatch.py.
 
-A Grid says how the CTAs of a launch share the output tiles (csrc/stripes.cuh draws it), in one of three ways:
+A Grid says how the CTAs of a launch share the output tiles (csrc/stripes.cuh draws it), in one of four ways:
 
     striped   every CTA the same number of steps, wherever that cuts the tiles: nobody idles
     even      every CTA the same part of a tile, or as many whole tiles: fewer parts to put together, on fewer CTAs
     mixed     as many whole tiles for each CTA as there are for all, and stripes of the rest
+    cluster   with wgmma: every CTA the same part of a tile, the CTAs of a tile a thread block cluster (csrc/cluster_sm90.cuh)
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from typing import Literal, get_args
 
 import torch
 
-Sharing = Literal["striped", "even", "mixed"]
+Sharing = Literal["striped", "even", "mixed", "cluster"]
 SHARINGS: tuple[Sharing, ...] = get_args(Sharing)
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_90a": 227 * 1024}  # of a CTA, at most
 NUMBERS = {torch.float16: "Half", torch.bfloat16: "BFloat"}  # the structs of csrc/dequantize.cuh
 GROUP_SIZES = (32, 64, 128)  # and channel-wise
+LARGEST_CLUSTER = 8  # CTAs: what every GPU with clusters starts
 LEAST_BUSY = 0.7  # of the CTAs that there is room for: 96 of 132 were faster than 132 that share unevenly (6144 x 4096, H200)
 
 
@@ -38,6 +40,7 @@ LEAST_BUSY = 0.7  # of the CTAs that there is room for: 96 of 132 were faster th
 class Grid:
     ctas: int
     whole: int = 0  # output tiles that each of them computes alone; the others are striped
+    cluster: int = 1  # CTAs of a thread block cluster: those of one output tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,20 +135,25 @@ class Configuration:
         tiles, units = self.output_tiles(m, n), self.units(m, n, k)
         if sharing == "mixed" and tiles >= most:
             return Grid(most, tiles // most)
-        if sharing == "even" and tiles <= most:
-            steps = units // tiles
-            ctas = tiles * max(parts for parts in range(1, steps + 1) if steps % parts == 0 and parts * tiles <= most)
+        grid = Grid(0)
+        if sharing == "cluster" and self.wgmma:
+            parts = _parts(units // tiles, min(most // tiles, LARGEST_CLUSTER))
+            if parts > 1:
+                grid = Grid(tiles * parts, cluster=parts)
+        elif sharing == "even" and tiles <= most:
+            grid = Grid(tiles * _parts(units // tiles, most // tiles))
         elif sharing == "even":
-            ctas = tiles // next(rounds for rounds in range(-(-tiles // most), tiles + 1) if tiles % rounds == 0)
-        else:
-            ctas = 0
-        if ctas >= LEAST_BUSY * most:
-            return Grid(ctas)
-        return Grid(min(most, units))
+            grid = Grid(tiles // next(rounds for rounds in range(-(-tiles // most), tiles + 1) if tiles % rounds == 0))
+        return grid if grid.ctas >= LEAST_BUSY * most else Grid(min(most, units))
 
     def partial_floats(self, ctas: int) -> int:
         """float32 that the workspace must have for a grid of `ctas`: two output tiles each, uninitialised."""
         return 2 * ctas * self.tokens * self.columns
+
+
+def _parts(steps: int, most: int) -> int:
+    """The most equal parts of a tile's steps, up to `most`; 0 where `most` is."""
+    return max((parts for parts in range(1, min(steps, most) + 1) if steps % parts == 0), default=0)
 
 
 # A stage is to bring 8 KB of weights or more, and 32 KB or more are to be under way on each multiprocessor. Eight warps, or two

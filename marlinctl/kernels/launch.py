@@ -11,6 +11,8 @@ A launch needs a workspace in which CTAs that share an output tile meet:
     counters       int32, zero before and after: the last   kept, as zeroing them would cost each launch as much as another kernel;
                    CTA of a tile sets its counter back      never shared by launches that may run at the same time
 
+CTAs of a thread block cluster meet in shared memory, and need none of it.
+
 Counters are handed out once and never again: to a stream, whose launches follow each other, or to one capture on a stream, whose graph
 may be replayed anywhere, beside anything. They come from memory of our own, 1 MiB at a time. Tensors would not do: what a tensor
 allocates under capture belongs to the graph's pool, and inductor's graphs refuse a pool in which a tensor survives that is no output.
@@ -36,7 +38,7 @@ import torch
 from torch import Tensor
 
 from marlinctl.kernels import jit
-from marlinctl.kernels.configurations import NUMBERS, Configuration, Grid, Sharing, group_shift
+from marlinctl.kernels.configurations import LARGEST_CLUSTER, NUMBERS, Configuration, Grid, Sharing, group_shift
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 
 CHUNK_COUNTERS = 2**18  # that are allocated at a time
@@ -196,6 +198,8 @@ def launch(
     overlap: on Hopper the kernel may begin, and read weights, while the one before it on the stream still runs: 2 to 3 us less a call. Not
     for weights that the kernel before changes.
 
+    grid.cluster: above 1, the CTAs of an output tile are a thread block cluster, and each has the same part of it; for wgmma alone.
+
     A caller that looks into the workspace brings its own: partial_floats(grid.ctas) float32, and output_tiles(M, N) int32, all zero.
     N and K must be multiples of 8. ValueError for tensors that the kernel would read wrongly.
     """
@@ -209,6 +213,13 @@ def launch(
     tiles, units = configuration.output_tiles(m, p.out_features), configuration.units(m, p.out_features, k)
     if not 1 <= grid.ctas <= units or not 0 <= grid.whole <= tiles // grid.ctas:
         raise ValueError(f"{grid.ctas} CTAs with {grid.whole} whole tiles each, for {tiles} tiles of {units} units of work")
+    if grid.cluster != 1 and not (
+        configuration.wgmma
+        and 1 < grid.cluster <= LARGEST_CLUSTER
+        and grid == Grid(tiles * grid.cluster, cluster=grid.cluster)
+        and units // tiles % grid.cluster == 0
+    ):
+        raise ValueError(f"{configuration.name} does not share {tiles} tiles of {units // tiles} steps in clusters as {grid} says")
     for tensor in (activations, *weights, p.scales, out, *(() if bias is None else (bias,))):
         if tensor.device != kernel.device or not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
             raise ValueError(f"a tensor {list(tensor.shape)} on {tensor.device} is not contiguous, aligned and on {kernel.device}")
@@ -239,23 +250,24 @@ def multiply(
         return
     (m, k), n = activations.shape, out.shape[1]
     stream = torch.cuda.current_stream(device).cuda_stream
-    if workspace is None:
+    partials, counters = None, 0
+    if workspace is not None:
+        partials, counters = workspace[0], workspace[1].data_ptr()
+    elif grid.cluster == 1:
         partials = torch.empty(configuration.partial_floats(grid.ctas), dtype=torch.float32, device=device)
         counters = _counters_of(device).of(stream, configuration.output_tiles(m, n))
-    else:
-        partials, counters = workspace[0], workspace[1].data_ptr()
     pointers = [
         activations.data_ptr(),
         *(tensor.data_ptr() for tensor in weights),
         scales.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
-        partials.data_ptr(),
+        0 if partials is None else partials.data_ptr(),
         counters,
     ]
     arguments = _mine.sparse if configuration.sparse else _mine.dense
     arguments.pack(*pointers, m, n, k, grid.whole, shift)
-    _enqueue(function, grid.ctas, stream, arguments, overlap=overlap and function.overlaps)
+    _enqueue(function, grid.ctas, stream, arguments, overlap=overlap and function.overlaps, cluster=grid.cluster)
 
 
 # A dense weight out of tiles
@@ -318,33 +330,40 @@ _unpacks: dict[tuple[bool, torch.dtype, int | None], Function] = {}
 # Arguments
 
 
-def _enqueue(function: Function, ctas: int, stream: int, arguments: _Arguments, *, overlap: bool) -> None:
+def _enqueue(function: Function, ctas: int, stream: int, arguments: _Arguments, *, overlap: bool, cluster: int = 1) -> None:
     """The device of the function is torch's current one."""
     mine = _mine
     if function.device.index not in mine.bound:  # a thread that torch has given no work yet has no context
         done(_driver().cuCtxSetCurrent(function.context))
         mine.bound.add(function.device.index)
-    if not overlap:
+    if not overlap and cluster == 1:
         sizes = (ctas, 1, 1, function.threads, 1, 1, function.shared_bytes)
         done(_driver().cuLaunchKernel(function.handle, *sizes, stream, arguments.address, 0))
         return
-    config = mine.configs.get(function)
+    config = mine.configs.get((function, overlap, cluster))
     if config is None:
-        config = mine.configs[function] = _overlapping(function)
+        config = mine.configs[function, overlap, cluster] = _config(function, overlap, cluster)
     config.gridDimX, config.hStream = ctas, stream
     done(_driver().cuLaunchKernelEx(config, function.handle, arguments.address, 0))
 
 
-def _overlapping(function: Function) -> Any:
-    """A launch that may begin before the kernel before it has ended; grid and stream are filled in later."""
+def _config(function: Function, overlap: bool, cluster: int) -> Any:
+    """A launch that may begin before the kernel before it has ended, or in clusters; grid and stream are filled in later."""
     driver = _driver()
-    attribute = driver.CUlaunchAttribute()
-    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    attribute.value.programmaticStreamSerializationAllowed = 1
+    attributes = []
+    if overlap:
+        attributes.append(driver.CUlaunchAttribute())
+        attributes[-1].id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attributes[-1].value.programmaticStreamSerializationAllowed = 1
+    if cluster > 1:
+        attributes.append(driver.CUlaunchAttribute())
+        attributes[-1].id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        size = attributes[-1].value.clusterDim
+        size.x, size.y, size.z = cluster, 1, 1
     config = driver.CUlaunchConfig()
     config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
     config.blockDimX, config.sharedMemBytes = function.threads, function.shared_bytes
-    config.attrs, config.numAttrs = [attribute], 1
+    config.attrs, config.numAttrs = attributes, len(attributes)
     return config
 
 
@@ -367,7 +386,7 @@ class _Mine(threading.local):
 
     def __init__(self) -> None:
         self.dense, self.sparse, self.unpack = _Arguments(7, 4), _Arguments(8, 4), _Arguments(4, 2)
-        self.configs: dict[Function, Any] = {}  # of launches that overlap
+        self.configs: dict[tuple[Function, bool, int], Any] = {}  # of launches that overlap, or in clusters of so many CTAs
         self.bound: set[int | None] = set()  # devices whose context has been current here
 
 

@@ -41,6 +41,7 @@ class SoftwareDriver:
     capture: int | None = None  # what is captured on the stream
     status: Status = Status.CUDA_SUCCESS  # of the next launch
     overlap: bool = False  # whether the launch under way may begin early
+    cluster: int = 1  # CTAs of a cluster of it
     launches: list[SimpleNamespace] = field(default_factory=list)
     memory: list[Any] = field(default_factory=list)
     modes: list[object] = field(default_factory=list)  # of capture, as the thread changed them
@@ -89,31 +90,40 @@ class SoftwareDriver:
         assert (y, z, ty, tz, extra) == (1, 1, 1, 1, 0)
         addresses = (ctypes.c_void_p * len(function.names)).from_address(params)
         given = {name: KINDS[name].from_address(address).value for name, address in zip(function.names, addresses, strict=True)}
-        self.launches.append(SimpleNamespace(**given, ctas=x, threads=threads, shared=shared, stream=stream, overlap=self.overlap))
+        how = {"threads": threads, "shared": shared, "stream": stream, "overlap": self.overlap, "cluster": self.cluster}
+        self.launches.append(SimpleNamespace(**given, ctas=x, **how))
         if self.status is not Status.CUDA_SUCCESS:
             return (self.status,)
         if function.library is not None:
             order = (ctypes.c_int * x)(*range(x))
-            function.library.launch(Arguments(**given), order, x, ctypes.c_bool(False), ctypes.c_bool(False))
+            function.library.launch(Arguments(**given), order, x, self.cluster, ctypes.c_bool(False), ctypes.c_bool(False))
         return (Status.CUDA_SUCCESS,)
 
     def CUlaunchAttribute(self) -> SimpleNamespace:
-        return SimpleNamespace(id=None, value=SimpleNamespace(programmaticStreamSerializationAllowed=0))
+        return SimpleNamespace(id=None, value=SimpleNamespace(programmaticStreamSerializationAllowed=0, clusterDim=SimpleNamespace()))
 
     CUlaunchConfig = SimpleNamespace
-    CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="programmatic stream serialization")
+    CUlaunchAttributeID = SimpleNamespace(
+        CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="programmatic stream serialization",
+        CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION="cluster dimension",
+    )
 
     def cuLaunchKernelEx(self, config: SimpleNamespace, function: Any, params: int, extra: int) -> tuple[Status]:
-        (attribute,) = config.attrs
-        assert config.numAttrs == 1 and attribute.id == "programmatic stream serialization"
-        self.overlap = bool(attribute.value.programmaticStreamSerializationAllowed)
+        attributes = {attribute.id: attribute.value for attribute in config.attrs}
+        assert config.numAttrs == len(config.attrs) == len(attributes) > 0
+        if (early := attributes.pop("programmatic stream serialization", None)) is not None:
+            self.overlap = bool(early.programmaticStreamSerializationAllowed)
+        if (cluster := attributes.pop("cluster dimension", None)) is not None:
+            self.cluster = cluster.clusterDim.x
+            assert (cluster.clusterDim.y, cluster.clusterDim.z) == (1, 1) and config.gridDimX % self.cluster == 0
+        assert not attributes
         threads = (config.blockDimX, config.blockDimY, config.blockDimZ)
         try:
             return self.cuLaunchKernel(
                 function, config.gridDimX, config.gridDimY, config.gridDimZ, *threads, config.sharedMemBytes, config.hStream, params, extra
             )
         finally:
-            self.overlap = False
+            self.overlap, self.cluster = False, 1
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> SoftwareDriver:

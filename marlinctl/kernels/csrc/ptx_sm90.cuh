@@ -50,6 +50,34 @@ __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.
 // The same number, which every lane of the warp has: the compiler then knows it, and keeps what follows from it once for all lanes.
 __device__ __forceinline__ unsigned warp_uniform(unsigned number) { return __shfl_sync(0xffffffff, number, 0); }
 
+// A thread block cluster: its CTAs, 1 where the host asked for none, and which of them this is. CTAs of one cluster are neighbours in the grid.
+__device__ __forceinline__ unsigned cluster_size() {
+    unsigned out;
+    asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(out));
+    return out;
+}
+__device__ __forceinline__ unsigned cluster_rank() {
+    unsigned out;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(out));
+    return out;
+}
+
+// barrier.cluster, for all threads of all its CTAs but those that have ended. What they wrote before they see of each other behind it.
+__device__ __forceinline__ void meet_in_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// 16 bytes of the shared memory of CTA `rank` of the cluster, at the address that they have there (mapa: distributed shared memory).
+__device__ __forceinline__ float4 load_of_cta(unsigned rank, unsigned shared) {
+    float4 out;
+    asm volatile(
+        "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %4, %5;\nld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
+        : "=f"(out.x), "=f"(out.y), "=f"(out.z), "=f"(out.w)
+        : "r"(shared), "r"(rank)
+        : "memory");
+    return out;
+}
+
 // setmaxnreg, by every warp of a warpgroup.
 template <int registers>
 __device__ __forceinline__ void give_registers() {

@@ -45,6 +45,7 @@
 //
 // docs/log/2026-11-21-hopper-kernel.md has the rest, what bounds it, and what has changed since.
 #include "write_sparse_marlin.cuh"
+#include "cluster_sm90.cuh"
 #include "pipeline_sm90.cuh"
 
 constexpr int K_TILES = K_STEP / 32;                   // rows of qweight and meta in a stage
@@ -61,6 +62,7 @@ constexpr int SCRATCH_AT = STAGES * STAGE_BYTES, RING_AT = SCRATCH_AT + SCRATCH_
 
 static_assert(ARRIVED_AT + 16 == SHARED_BYTES, "the host allots other shared memory than the kernel uses");
 static_assert(STAGE_BYTES % 1024 == 0, "the swizzle is one of address bits");
+static_assert(PART_BYTES <= STAGES * STAGE_BYTES, "a cluster's CTAs show each other their sums where the stages were");
 static_assert(WARP_TILES % 2 == 0, "a warp's part of k begins with a row of 128 bytes");
 static_assert(WARP_TILES % META_TILES == 0, "a warp takes as much of k at a time as one ldmatrix brings metadata for");
 static_assert(WARP_TILES % (2 * BATCH) == 0, "a stage begins with the first half of a");
@@ -215,6 +217,12 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) spars
             const Shared part_of{partials, counters + tile, ctas.first, ctas.last};
             int* const count = reinterpret_cast<int*>(stages + ARRIVED_AT);
             auto end = [&](OwnSums& own) {
+                if (cluster_size() > 1) {
+                    complete_in_cluster(own, reinterpret_cast<float4*>(stages), self, [&](const Piece& piece, int slab, const Self& owner) {
+                        write_result(piece, output, stripes.at(unit), slab, owner);
+                    });
+                    return;
+                }
                 complete(own, part_of, count, self, [&](const OwnSums& total, int first_slab) {
                     write_result(total, output, stripes.at(unit), first_slab, self);
                 });

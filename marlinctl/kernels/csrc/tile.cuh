@@ -45,8 +45,9 @@ using OwnSums = float[OWN][SLABS][4];
 struct Self {
     unsigned thread, lane, warp, k_warp, column_warp, block, first_word;
 
-    __device__ __forceinline__ Self() {
-        thread = thread_index(), lane = thread % 32, warp = thread / 32;
+    __device__ __forceinline__ Self() : Self(thread_index()) {}
+
+    __device__ __forceinline__ explicit Self(unsigned thread) : thread(thread), lane(thread % 32), warp(thread / 32) {
         k_warp = warp / COLUMN_WARPS, column_warp = warp % COLUMN_WARPS;
         block = column_warp / SPLIT, first_word = column_warp % SPLIT * WORDS;
     }

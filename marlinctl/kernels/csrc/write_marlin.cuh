@@ -11,8 +11,14 @@ struct Output {
     bool grouped;
 };
 
-// WRITTEN slabs: channel-wise scales, bias, rounding; movmatrix turns 8 (n) x 8 (m) around, so that a lane holds neighbours in n.
-__device__ __forceinline__ void write_result(const OwnSums& own, const Output& output, const Cursor& at, int first_slab, const Self& self) {
+// Slabs of the tile from `first_slab` on, WRITTEN of the sums of all, or the only one that `own` holds: channel-wise scales, bias,
+// rounding; movmatrix turns 8 (n) x 8 (m) around, so that a lane holds neighbours in n.
+template <int held>
+__device__ __forceinline__ void write_result(
+    const float (&own)[OWN][held][4], const Output& output, const Cursor& at, int first_slab, const Self& self
+) {
+    constexpr int slabs = held == 1 ? 1 : WRITTEN;
+    const int first_held = held == 1 ? 0 : first_slab;
     const unsigned lane = self.lane, n = output.n, padded_n = (n + 63) / 64 * 64;
 #pragma unroll
     for (int word = 0; word < OWN; ++word)
@@ -30,7 +36,7 @@ __device__ __forceinline__ void write_result(const OwnSums& own, const Output& o
             unsigned token = at.token_tile * TOKENS + first_slab * 8 + lane / 4;
             unsigned* to = output.out + (static_cast<size_t>(token) * n + first) / 2;
 #pragma unroll
-            for (int slab = first_slab; slab < first_slab + WRITTEN; ++slab, token += 8, to += static_cast<size_t>(4) * n) {
+            for (int slab = first_held; slab < first_held + slabs; ++slab, token += 8, to += static_cast<size_t>(4) * n) {
                 const float* s = own[word][slab] + 2 * upper;
                 const unsigned pair = transpose(NUMBER::round(s[0] * scale + shift, s[1] * scale + shift));
                 if (token < output.m && first < n) *to = pair;

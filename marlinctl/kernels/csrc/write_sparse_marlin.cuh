@@ -13,8 +13,8 @@ struct Output {
 
 // The sums of a lane by where they go. Of all four words, part 2c + r is row r (0: n = 8g + 0..3, 1: n = 8g + 4..7) of token
 // 2(t%4) + c; of two words, part c is both rows of it, two outputs each.
-template <int words>
-__device__ __forceinline__ float neighbour(const float (&sums)[words][SLABS][4], int part, int slab, int i) {
+template <int words, int held>
+__device__ __forceinline__ float neighbour(const float (&sums)[words][held][4], int part, int slab, int i) {
     return SPLIT == 1 ? sums[i][slab][part % 2 * 2 + part / 2] : sums[i % 2][slab][i / 2 * 2 + part];
 }
 
@@ -29,8 +29,13 @@ __device__ __forceinline__ void sort_for_exchange(Sums& parts, const Sums& sums)
             for (int i = 0; i < 4; ++i) parts[part][slab][i] = K_WARPS > 1 ? neighbour(sums, part, slab, i) : sums[part][slab][i];
 }
 
-// WRITTEN slabs: channel-wise scales, bias, rounding.
-__device__ __forceinline__ void write_result(const OwnSums& own, const Output& output, const Cursor& at, int first_slab, const Self& self) {
+// Slabs of the tile from `first_slab` on, WRITTEN of the sums of all, or the only one that `own` holds: channel-wise scales, bias, rounding.
+template <int held>
+__device__ __forceinline__ void write_result(
+    const float (&own)[OWN][held][4], const Output& output, const Cursor& at, int first_slab, const Self& self
+) {
+    constexpr int slabs = held == 1 ? 1 : WRITTEN;
+    const int first_held = held == 1 ? 0 : first_slab;
     const unsigned lane = self.lane, n = output.n;
     const int eight = (at.slice * BLOCKS + self.block) * 64 + lane / 4 * 8;  // the lane's eight outputs
     const unsigned short* const channel_scales = reinterpret_cast<const unsigned short*>(output.scales);
@@ -49,7 +54,7 @@ __device__ __forceinline__ void write_result(const OwnSums& own, const Output& o
         unsigned token = at.token_tile * TOKENS + first_slab * 8 + lane % 4 * 2 + second;
         unsigned short* to = output.out + (static_cast<size_t>(token) * n + column);
 #pragma unroll
-        for (int slab = first_slab; slab < first_slab + WRITTEN; ++slab, token += 8, to += static_cast<size_t>(8) * n) {
+        for (int slab = first_held; slab < first_held + slabs; ++slab, token += 8, to += static_cast<size_t>(8) * n) {
             float s[4];
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
