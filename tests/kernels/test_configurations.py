@@ -80,4 +80,10 @@ def test_how_ctas_share_tiles() -> None:
     assert c.grid(64, 73728, 18432, 132, "mixed") == Grid(132, 2)
     assert c.grid(64, 28672, 4096, 132, "mixed") == Grid(132), "not even one each"
     assert c.grid(64, 67 * 256, 4096, 132, "even") == Grid(132), "67 tiles would leave half of the GPU without work"
+    assert c.grid(64, 6144, 4096, 132, "cluster") == Grid(96, cluster=4), "24 clusters of four CTAs, of four steps each"
+    assert c.grid(64, 4096, 14336, 132, "cluster") == Grid(128, cluster=8)
+    assert c.grid(64, 2048, 4096, 132, "cluster") == Grid(128) == c.grid(64, 2048, 4096, 132), "16 parts are no cluster, and 8 too few CTAs"
+    assert c.grid(64, 28672, 4096, 132, "cluster") == Grid(132), "a tile each: nothing to add up"
+    assert c.grid(64, 57344, 8192, 132, "cluster") == Grid(132), "more tiles than CTAs"
+    assert CONFIGURATION.grid(16, 2048, 4096, 132, "cluster") == Grid(132), "mma.sync knows no clusters"
     assert c.grid(64, 256, 512, 132, "even") == Grid(2) == c.grid(64, 256, 512, 132), "two steps in all"

@@ -60,6 +60,45 @@ def test_kernels_overlap_where_that_is_asked_for_and_there_is_hopper(overlaps: b
     assert {(entry.ctas, entry.threads, entry.shared) for entry in driver.launches} == {(1, DENSE[0].threads, DENSE[0].shared_bytes)}
 
 
+def test_clusters_are_asked_for(driver: SoftwareDriver) -> None:
+    """If this failed, CTAs would wait for others that are in no cluster with them, or a cluster would not begin early."""
+    c = DENSE_SM90[14]
+    kernel = software_kernel(c, torch.float16, None, overlaps=True)
+    p, _ = random_packed(c, 192, 4 * c.k_step, 128, seed=0)
+    x, out = (aligned(torch.zeros(3, size, dtype=torch.float16)) for size in (4 * c.k_step, 192))
+    for overlap in (False, True):
+        for grid in (Grid(8, cluster=4), Grid(4, cluster=2), Grid(8)):
+            launch(kernel, x, p, None, out, grid, overlap=overlap)
+    assert [(entry.ctas, entry.cluster, entry.overlap) for entry in driver.launches] == [
+        *((8, 4, False), (4, 2, False), (8, 1, False)),
+        *((8, 4, True), (4, 2, True), (8, 1, True)),
+    ]
+    assert [bool(entry.partials or entry.counters) for entry in driver.launches] == [False, False, True] * 2, "a cluster needs no workspace"
+
+
+def test_a_cluster_multiplies(driver: SoftwareDriver, tmp_path: Path) -> None:
+    """If this failed, the way from a grid to a cluster would be broken somewhere between the launcher and the kernel."""
+    c = DENSE_SM90[14]
+    kernel = software_kernel(c, torch.float16, tmp_path)
+    p, weight = random_packed(c, 192, 768, 128, seed=1)
+    activations, out = aligned(torch.randn(9, 768).to(torch.float16)), aligned(torch.full((9, 192), torch.nan, dtype=torch.float16))
+    launch(kernel, activations, p, None, out, Grid(6, cluster=3))
+    assert torch.allclose(out.double(), activations.double() @ weight.double().T, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("grid", [Grid(6, cluster=2), Grid(10, cluster=5), Grid(4, 1, cluster=2), Grid(2, cluster=0), Grid(32, cluster=16)])
+def test_clusters_that_share_no_tile_evenly_are_refused(grid: Grid, driver: SoftwareDriver) -> None:
+    """If this failed, a cluster would add up parts of different tiles, or the GPU would refuse it without saying why."""
+    c = DENSE_SM90[14]
+    p, _ = random_packed(c, 192, 16 * c.k_step, 128, seed=0)
+    x, out = (aligned(torch.zeros(3, size, dtype=torch.float16)) for size in (16 * c.k_step, 192))
+    with pytest.raises(ValueError, match=r"CTAs with . whole|does not share 2 tiles of 16 steps in clusters"):
+        launch(software_kernel(c, torch.float16, None), x, p, None, out, grid)
+    with pytest.raises(ValueError, match="does not share"):
+        launch(software_kernel(DENSE[0], torch.float16, None), x, p, None, out, Grid(4, cluster=2))
+    assert not driver.launches
+
+
 def test_group_sizes_that_are_compiled_in(driver: SoftwareDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, a kernel that is compiled for groups of 128 would multiply weights in groups of 32, with the wrong scales."""
     loaded = []

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from marlinctl.kernels import jit
-from marlinctl.kernels.configurations import DENSE, DENSE_SM90, SPARSE, SPARSE_SM90, Configuration, group_shift
+from marlinctl.kernels.configurations import DENSE, DENSE_SM90, LARGEST_CLUSTER, SPARSE, SPARSE_SM90, Configuration, Grid, group_shift
 from marlinctl.kernels.reference import dequantize, dequantize_sparse
 from marlinctl.pack.marlin import pack_marlin
 from marlinctl.pack.sparse_marlin import pack_sparse_marlin
@@ -80,11 +80,12 @@ def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: 
         order: list[int],
         *,
         whole: int = 0,
+        cluster: int = 1,
         eager: bool = False,
         backwards: bool = False,
     ) -> Tensor:
         """One launch of len(order) CTAs with `whole` tiles each, run in that order. Outputs and partial sums are poisoned; counters must
-        come back as zeros.
+        come back as zeros, and clusters must use neither.
         """
         (m, k), n, ctas = activations.shape, p.out_features, len(order)
         out = torch.full((m * n + 2 * GUARD,), torch.nan, dtype=dtype)
@@ -98,10 +99,10 @@ def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: 
         shift = group_shift(p.group_size, k)
         arguments = Arguments(*pointers, m, n, k, whole, shift)
         library(shift if configuration.wgmma else 0).launch(
-            arguments, (ctypes.c_int * ctas)(*order), ctas, ctypes.c_bool(eager), ctypes.c_bool(backwards)
+            arguments, (ctypes.c_int * ctas)(*order), ctas, cluster, ctypes.c_bool(eager), ctypes.c_bool(backwards)
         )
         assert not counters.any(), "the next launch would find a used workspace"
-        assert partials[size:].isnan().all(), "written behind the workspace"
+        assert partials[0 if cluster > 1 else size :].isnan().all(), "written behind the workspace"
         assert out[:GUARD].isnan().all() and out[-GUARD:].isnan().all(), "written outside of the output"
         return out[GUARD:-GUARD].view(m, n)
 
@@ -150,6 +151,15 @@ CASES = [
     *((1, 64, 64, -1, 2), (9, 80, 48, -1, 1), (17, 192, 576, -1, 5), (7, 64, 160, 32, 2), (13, 448, 320, 64, 6), (65, 136, 896, 128, 7)),
     (5, 1096, 192, 64, 2),
 ]
+CLUSTER_CASES = [(3, 72, 2048, 128), (17, 192, 576, -1), (65, 136, 896, 128)]  # 2 to 8 CTAs, as the steps of k divide
+
+
+def clustered(configuration: Configuration, m: int, n: int, k: int) -> Grid:
+    """As large clusters as this product can have."""
+    tiles = configuration.output_tiles(m, n)
+    steps = configuration.units(m, n, k) // tiles
+    cluster = max(parts for parts in range(1, LARGEST_CLUSTER + 1) if steps % parts == 0)
+    return Grid(tiles * cluster, cluster=cluster)
 
 
 def test_products(kernel: tuple[Configuration, torch.dtype, Launch]) -> None:
@@ -174,6 +184,31 @@ def test_products(kernel: tuple[Configuration, torch.dtype, Launch]) -> None:
             assert bool(((lazy.double() - exact).abs() <= bound).all()), f"{case} whole={whole}"
             eager = launch(activations, p, bias, forwards[::-1], whole=whole, eager=True, backwards=True)
             assert torch.equal(lazy, eager), f"{case} whole={whole}: the order of CTAs or copies changes the bits"
+
+
+CLUSTERED = [(c, dtype) for c, dtype in KERNELS if c.wgmma]
+
+
+@pytest.mark.parametrize(("configuration", "dtype"), CLUSTERED, ids=[f"{c.name}-{str(dtype)[6:]}" for c, dtype in CLUSTERED])
+def test_clusters(configuration: Configuration, dtype: torch.dtype, tmp_path: Path) -> None:
+    """If this failed, a part that a cluster's CTA shows to the others would be lost, added in another order, or read too early or too late:
+    what comes through distributed shared memory has the bits of what comes through L2.
+    """
+    launch, sizes = build(configuration, dtype, tmp_path / "csrc"), set()
+    for m, n, k, group_size in CLUSTER_CASES:
+        p, _ = random_packed(configuration, n, k, group_size, seed=m)
+        activations, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
+        grid = clustered(configuration, m, n, k)
+        ctas = list(range(grid.ctas))
+        through_l2 = launch(activations, p, bias, ctas)
+        lazy = launch(activations, p, bias, ctas, cluster=grid.cluster)
+        eager = launch(activations, p, bias, ctas[::-1], cluster=grid.cluster, eager=True, backwards=True)
+        case = f"{configuration.name}: M={m} N={n} K={k} group_size={group_size} {grid}"
+        assert bool(through_l2.isfinite().all()), case
+        assert torch.equal(through_l2, lazy), case
+        assert torch.equal(through_l2, eager), f"{case}: the order of CTAs or copies changes the bits"
+        sizes.add(grid.cluster)
+    assert len(sizes) > 1
 
 
 def test_identity_gives_the_weight(kernel: tuple[Configuration, torch.dtype, Launch]) -> None:
@@ -247,5 +282,39 @@ def test_the_software_gpu_sees_mistakes(tmp_path: Path, configuration: Configura
     activations = torch.randn(16, 1344, generator=torch.Generator().manual_seed(1)).to(torch.float16)
     exact = activations.double() @ weight.double().T
     outputs = [launch(activations, p, None, [2, 0, 1]), launch(activations, p, None, [1, 0, 2], eager=True, backwards=True)]
+    assert sum(hits) == 1
+    assert any(not torch.allclose(out.double(), exact, rtol=1e-2, atol=1e-2) for out in outputs)
+
+
+CLUSTER_MISTAKES = [
+    ("    meet_in_cluster();\n", "", "reads parts that are not there"),
+    ("    meet_in_cluster();  // a CTA's memory is there", "    //", "leaves while others read"),
+    ("if constexpr (K_WARPS == 1) meet<THREADS>();", "", "writes over what is multiplied"),
+    ("load_of_cta(cta, from", "load_of_cta(0, from", "one part for all"),
+    ("piece % WARPS * 32 + self.lane", "self.thread", "a piece as if it were its reader's"),
+    ("self.warp * ctas + cluster_rank()", "self.warp * ctas", "pieces of nobody"),
+]
+
+
+@pytest.mark.parametrize(("right", "wrong"), [m[:2] for m in CLUSTER_MISTAKES], ids=[m[2] for m in CLUSTER_MISTAKES])
+def test_the_software_gpu_sees_mistakes_of_clusters(tmp_path: Path, right: str, wrong: str) -> None:
+    """If this failed, test_clusters could not fail."""
+    hits = []
+
+    def edit(source: str) -> str:
+        hits.append(source.count(right))
+        return source.replace(right, wrong)
+
+    configuration = DENSE_SM90[0]
+    launch = build(configuration, torch.float16, tmp_path / "csrc", edit)
+    p, weight = random_packed(configuration, 448, 1344, 64, seed=1)
+    activations = torch.randn(16, 1344, generator=torch.Generator().manual_seed(1)).to(torch.float16)
+    exact = activations.double() @ weight.double().T
+    grid = clustered(configuration, 16, 448, 1344)
+    ctas = list(range(grid.ctas))
+    outputs = [
+        launch(activations, p, None, ctas, cluster=grid.cluster),
+        launch(activations, p, None, ctas[::-1], cluster=grid.cluster, eager=True, backwards=True),
+    ]
     assert sum(hits) == 1
     assert any(not torch.allclose(out.double(), exact, rtol=1e-2, atol=1e-2) for out in outputs)

@@ -54,38 +54,79 @@ static void thread_main() {
     gpu::fibers[gpu::current].finished = true;
 }
 
-// `order`: the CTAs in the order in which they run. `backwards`: the last thread of a CTA goes first. Shared memory starts as
-// garbage (0xff: NaN).
-extern "C" void launch(Arguments given, const int* order, int ctas, bool eager, bool backwards) {
+// Puts in place what belongs to one CTA, or puts it away again.
+static void exchange_cta(gpu::Cta& cta) {
+    std::swap(gpu::fibers, cta.fibers);
+    std::swap_ranges(cta.memory.begin(), cta.memory.end(), reinterpret_cast<char*>(shared));
+}
+
+// Shared memory as nobody may read it: before a CTA has started and after it has ended.
+static void forget_memory(gpu::Cta& cta) { cta.memory.assign(sizeof shared, '\xff'); }
+
+static void start(gpu::Cta& cta, int index) {
+    cta.index = index;
+    forget_memory(cta);
+#if WGMMA
+    gpu::barriers[index % gpu::cluster.size()].clear();
+#endif
+    cta.fibers.resize(CTA_THREADS);
+    for (gpu::Fiber& fiber : cta.fibers) {
+        if (!fiber.stack) fiber.stack.reset(new char[gpu::STACK]);
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.get();
+        fiber.context.uc_stack.ss_size = gpu::STACK;
+        fiber.context.uc_link = &gpu::scheduler;
+        makecontext(&fiber.context, thread_main, 0);
+        fiber.finished = fiber.in_cluster_barrier = false;
+        fiber.open.clear();
+        fiber.groups.clear();
+    }
+}
+
+// Until all threads have ended or wait for the cluster. True where some wait.
+static bool run(gpu::Cta& cta, bool backwards) {
+    blockIdx.x = cta.index;
+    exchange_cta(cta);
+    bool waiting = false;
+    for (bool running = true; running;) {
+        running = waiting = false;
+        for (int j = 0; j < CTA_THREADS; ++j) {
+            gpu::current = threadIdx.x = backwards ? CTA_THREADS - 1 - j : j;
+            gpu::Fiber& fiber = gpu::fibers[gpu::current];
+            waiting |= fiber.in_cluster_barrier;
+            if (fiber.finished || fiber.in_cluster_barrier) continue;
+            running = true;
+            swapcontext(&gpu::scheduler, &fiber.context);
+        }
+    }
+    exchange_cta(cta);
+    return waiting;
+}
+
+// `order`: the CTAs in the order in which they run, `cluster` neighbours of the grid after each other. `backwards`: the last thread of a
+// CTA goes first. Shared memory starts as garbage (0xff: NaN), and is garbage again when its CTA has ended.
+extern "C" void launch(Arguments given, const int* order, int ctas, int cluster, bool eager, bool backwards) {
     arguments = given;
     gpu::eager = eager;
     gridDim.x = ctas;
-    gpu::fibers.resize(CTA_THREADS);
-    for (gpu::Fiber& fiber : gpu::fibers) fiber.stack.resize(gpu::STACK);
-    for (int i = 0; i < ctas; ++i) {
-        blockIdx.x = order[i];
-        std::memset(shared, 0xff, sizeof shared);
-#if WGMMA
-        gpu::barriers.clear();
-#endif
-        for (gpu::Fiber& fiber : gpu::fibers) {
-            getcontext(&fiber.context);
-            fiber.context.uc_stack.ss_sp = fiber.stack.data();
-            fiber.context.uc_stack.ss_size = gpu::STACK;
-            fiber.context.uc_link = &gpu::scheduler;
-            makecontext(&fiber.context, thread_main, 0);
-            fiber.finished = false;
-            fiber.open.clear();
-            fiber.groups.clear();
+    gpu::cluster.resize(cluster);
+    for (int first = 0; first < ctas; first += cluster) {
+        std::vector<gpu::Cta*> left;
+        for (int i = first; i < first + cluster; ++i) {
+            if (order[i] / cluster != order[first] / cluster) std::abort();  // no neighbours
+            left.push_back(&gpu::cluster[order[i] % cluster]);
+            start(*left.back(), order[i]);
         }
-        for (bool running = true; running;) {
-            running = false;
-            for (int j = 0; j < CTA_THREADS; ++j) {
-                gpu::current = threadIdx.x = backwards ? CTA_THREADS - 1 - j : j;
-                if (gpu::fibers[gpu::current].finished) continue;
-                running = true;
-                swapcontext(&gpu::scheduler, &gpu::fibers[gpu::current].context);
+        while (!left.empty()) {
+            std::vector<gpu::Cta*> waiting;
+            for (gpu::Cta* cta : left) {
+                if (run(*cta, backwards)) waiting.push_back(cta);
+                else forget_memory(*cta);
             }
+            // Whoever has not ended has arrived: the barrier opens.
+            for (gpu::Cta* cta : waiting)
+                for (gpu::Fiber& fiber : cta->fibers) fiber.in_cluster_barrier = false;
+            left = waiting;
         }
     }
 }

@@ -2,7 +2,8 @@
 // build it and a test can call it. It takes the place of csrc/ptx.cuh.
 //
 // The threads of a CTA are fibers (ucontext) that take turns; they change only where CUDA threads meet: at __syncthreads and
-// at the instructions that a whole warp executes. CTAs run one after the other, in the order the test asks for. cp.async is as
+// at the instructions that a whole warp executes. CTAs run one after the other, in the order the test asks for; of a cluster each runs
+// until nothing is left of it but threads that wait for the cluster, and the barrier opens when all are that far. cp.async is as
 // lazy as the PTX ISA allows, or as eager: the copy happens at the last moment, in wait_group, or at once. A kernel that reads
 // a stage too early is caught by the former, one that overwrites a stage too early by the latter. Fragment layouts are those
 // of the PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type", "Matrix Fragments for sparse mma.m16n8k32 with
@@ -16,6 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <memory>
 #include <vector>
 
 #define __device__
@@ -43,12 +45,18 @@ constexpr int SHOWN = 9;  // registers of a lane that an instruction reads: four
 struct Copy { unsigned to; const void* from; bool inside; };
 struct Fiber {
     ucontext_t context;
-    std::vector<char> stack;
-    bool finished;
+    std::unique_ptr<char[]> stack;
+    bool finished, in_cluster_barrier;
     std::vector<Copy> open;                // copies since the last commit
     std::deque<std::vector<Copy>> groups;  // committed and not yet carried out
 };
-std::vector<Fiber> fibers;
+std::vector<Fiber> fibers;  // of the CTA that runs
+struct Cta {                // of a cluster, while others of it run
+    int index;
+    std::vector<Fiber> fibers;
+    std::vector<char> memory;
+};
+std::vector<Cta> cluster;  // by rank
 ucontext_t scheduler;
 unsigned current;
 bool eager;

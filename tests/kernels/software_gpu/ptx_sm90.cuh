@@ -1,6 +1,6 @@
 // The instructions of csrc/ptx_sm90.cuh in software. As with cp.async, everything asynchronous happens as late as the PTX ISA allows, or as
-// early: a bulk copy when somebody waits for its barrier, a wgmma in the wait for it (with its operands as they are by then, in
-// registers and shared memory), or both at once. Fragments: PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16" and "..sp", of
+// early: a bulk copy when somebody waits for its barrier, a wgmma in the wait for it (with what is in shared memory by then, and NaN where its
+// registers of A have become those of another), or both at once. Fragments: PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16" and "..sp", of
 // which a warp's part is that of mma; operand B: "Matrix Descriptor Format" and "Swizzling Modes".
 #pragma once
 #include <functional>
@@ -15,7 +15,8 @@ struct Barrier {
     long bytes = 0;                              // announced, and not yet copied
     std::vector<std::function<void()>> copies;   // under way
 };
-std::map<unsigned, Barrier> barriers;  // by address
+std::map<unsigned, Barrier> barriers[8];  // of each CTA of a cluster, by address
+inline std::map<unsigned, Barrier>& own_barriers() { return barriers[blockIdx.x % cluster.size()]; }
 
 inline void turn(Barrier& barrier) {
     if (barrier.pending || barrier.bytes) return;
@@ -28,8 +29,8 @@ inline void arrive(Barrier& barrier) {
     turn(barrier);
 }
 inline Barrier& barrier_at(unsigned address) {
-    if (!barriers.count(address)) std::abort();  // not initialised
-    return barriers[address];
+    if (!own_barriers().count(address)) std::abort();  // not initialised
+    return own_barriers()[address];
 }
 inline void begin(Barrier& barrier, std::function<void()> copy) {
     if (eager) copy();
@@ -38,13 +39,15 @@ inline void begin(Barrier& barrier, std::function<void()> copy) {
 
 struct Product {
     float (*d)[4];
-    const unsigned* a;
+    const unsigned* a;  // registers, and what is in them: they may have ended by the time it is carried out, as far as C++ knows
     unsigned long long b;
     bool keep;
     int steps;  // of 16 in k: 1, or 2 where A is 2:4
     unsigned e;
     int selector;
     bool bfloat;
+    unsigned values[4] = {a[0], a[1], a[2], a[3]};
+    bool overwritten = false;
 };
 std::vector<Product> open_products[1024];               // of each thread, since the last commit
 std::deque<std::vector<Product>> committed[1024];
@@ -62,7 +65,7 @@ inline float element(const Product& p, int n, int k) {
 }
 
 inline void carry_out(const Product& p) {
-    const unsigned mine[5] = {p.a[0], p.a[1], p.a[2], p.a[3], p.e};
+    const unsigned mine[5] = {p.values[0], p.values[1], p.values[2], p.values[3], p.e};
     const auto& all = show(mine, 5);
     const int lane = current % 32;
     for (int row = lane / 4; row < 16; row += 8)
@@ -70,6 +73,7 @@ inline void carry_out(const Product& p) {
             if (n % 8 / 2 != lane % 4) continue;
             float& d = p.d[n / 8][row / 8 * 2 + n % 2];
             if (!p.keep) d = 0;
+            if (p.overwritten) d = NAN;
             for (int stored = 0; stored < 16; ++stored) {
                 int k = stored;
                 if (p.steps == 2) {
@@ -85,12 +89,17 @@ inline void carry_out(const Product& p) {
         }
 }
 inline void begin(const Product& p) {
-    if (eager) carry_out(p);
-    else open_products[current].push_back(p);
+    if (eager) return carry_out(p);
+    auto overwrite = [&](std::vector<Product>& under_way) {
+        for (Product& before : under_way) before.overwritten |= before.a == p.a;
+    };
+    for (std::vector<Product>& group : committed[current]) overwrite(group);
+    overwrite(open_products[current]);
+    open_products[current].push_back(p);
 }
 }  // namespace gpu
 
-inline void barrier_init(unsigned barrier, unsigned arrivals) { gpu::barriers[barrier] = {arrivals, arrivals}; }
+inline void barrier_init(unsigned barrier, unsigned arrivals) { gpu::own_barriers()[barrier] = {arrivals, arrivals}; }
 inline void barrier_init_done() {}
 inline void barrier_arrive(unsigned barrier) { gpu::arrive(gpu::barrier_at(barrier)); }
 inline void barrier_arrive_expecting(unsigned barrier, unsigned bytes) {
@@ -123,6 +132,19 @@ inline void copy_bulk(unsigned to, const void* from, unsigned bytes, unsigned ba
     });
 }
 inline void fence_proxy_async() {}
+inline unsigned cluster_size() { return gpu::cluster.size(); }
+inline unsigned cluster_rank() { return blockIdx.x % gpu::cluster.size(); }
+inline void meet_in_cluster() {
+    gpu::fibers[gpu::current].in_cluster_barrier = true;
+    gpu::yield();
+}
+inline float4 load_of_cta(unsigned rank, unsigned from) {
+    if (from % 16 || from + 16 > sizeof shared || rank >= gpu::cluster.size()) std::abort();
+    const char* memory = rank == cluster_rank() ? reinterpret_cast<const char*>(shared) : gpu::cluster[rank].memory.data();
+    float4 out;
+    std::memcpy(&out, memory + from, 16);
+    return out;
+}
 inline unsigned warp_uniform(unsigned number) { return gpu::show(&number, 1)[0][0]; }
 template <int> inline void give_registers() {}
 template <int> inline void take_registers() {}
