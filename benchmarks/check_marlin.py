@@ -4,6 +4,8 @@
     python benchmarks/check_marlin.py --kernel sparse --only sparse-m8n128k256x5
 
     workspace   partial sums are poisoned before the launch and counters are back at zero after it, with grids that divide nothing evenly
+    clusters    with as many CTAs as divide the steps of a tile, what they add up through distributed shared memory has the bits of what
+                comes through L2
     streams     two at once give what one after the other gives
     graph       replayed with other inputs, it gives what a launch gives
     overlap     a chain in which each call reads what the one before it wrote gives the same bits overlapped and not
@@ -28,7 +30,7 @@ from marlinctl.benchmarking.building import offered
 from marlinctl.benchmarking.cases import Kind, Shape
 from marlinctl.benchmarking.weights import Packed, random_packed
 from marlinctl.kernels import jit
-from marlinctl.kernels.configurations import SHARINGS
+from marlinctl.kernels.configurations import LARGEST_CLUSTER, SHARINGS, Grid
 from marlinctl.kernels.launch import LoadedKernel, architecture_of, launch, load
 
 DEVICE = torch.device("cuda", 0)
@@ -52,6 +54,8 @@ def main() -> int:
     for configuration, dtype in itertools.product(configurations, DTYPES):
         kernel = load(configuration, dtype, DEVICE, jit.default_folder())
         found = [*check_workspace(kernel), *check_streams_and_graph(kernel), *check_overlap(kernel)]
+        if configuration.wgmma:
+            found += check_clusters(kernel)
         print(f"{kernel.name:32} {'ok' if not found else f'{len(found)} wrong'}", flush=True)
         wrong += found
     print("\n".join(wrong[:40]) if wrong else "all checks passed")
@@ -60,21 +64,41 @@ def main() -> int:
 
 def check_workspace(kernel: LoadedKernel) -> Iterator[str]:
     """With a workspace of ours: what a CTA reads before another wrote it, and counters that are left, show."""
-    for (n, k, group_size), m, sharing in itertools.product(SHAPES, TOKENS, SHARINGS):
+    for (n, k, group_size), m in itertools.product(SHAPES, TOKENS):
         p = packed(kind_of(kernel), n, k, group_size)
         activations = between_nans(torch.randn(m, k, device=DEVICE).to(kernel.dtype))
         exact = activations.double() @ weight_of(kind_of(kernel), n, k, group_size).T
-        grid = kernel.configuration.grid(m, n, k, GRID, sharing)
-        partials = torch.full((kernel.configuration.partial_floats(grid.ctas),), torch.nan, device=DEVICE)
-        counters = torch.zeros(kernel.configuration.output_tiles(m, n), dtype=torch.int32, device=DEVICE)
-        out = empty(m, n, kernel)
-        launch(kernel, activations, p, None, out, grid, (partials, counters))
-        relative = float((out.double() - exact).norm() / exact.norm())
-        where = f"{kernel.name}: M={m} N={n} K={k} group_size={group_size} {grid}"
-        if not relative <= GATES[kernel.dtype]:  # NaN fails too
-            yield f"{where}: relative error {relative:.2e}"
-        if bool(counters.any()):
-            yield f"{where}: counters are not back at 0"
+        for grid in dict.fromkeys(kernel.configuration.grid(m, n, k, GRID, sharing) for sharing in SHARINGS):
+            partials = torch.full((kernel.configuration.partial_floats(grid.ctas),), torch.nan, device=DEVICE)
+            counters = torch.zeros(kernel.configuration.output_tiles(m, n), dtype=torch.int32, device=DEVICE)
+            out = empty(m, n, kernel)
+            launch(kernel, activations, p, None, out, grid, (partials, counters))
+            relative = float((out.double() - exact).norm() / exact.norm())
+            where = f"{kernel.name}: M={m} N={n} K={k} group_size={group_size} {grid}"
+            if not relative <= GATES[kernel.dtype]:  # NaN fails too
+                yield f"{where}: relative error {relative:.2e}"
+            if bool(counters.any()):
+                yield f"{where}: counters are not back at 0"
+
+
+def check_clusters(kernel: LoadedKernel) -> Iterator[str]:
+    """Clusters of every size, three times each: a CTA that reads a part too early, or leaves too early, shows as other bits."""
+    configuration = kernel.configuration
+    for (n, k, group_size), m in itertools.product(SHAPES, TOKENS):
+        p = packed(kind_of(kernel), n, k, group_size)
+        activations = between_nans(torch.randn(m, k, device=DEVICE).to(kernel.dtype))
+        tiles, units = configuration.output_tiles(m, n), configuration.units(m, n, k)
+        for cluster in range(2, LARGEST_CLUSTER + 1):
+            if units // tiles % cluster:
+                continue
+            through_l2 = empty(m, n, kernel)
+            launch(kernel, activations, p, None, through_l2, Grid(tiles * cluster))
+            for _ in range(3):
+                out = empty(m, n, kernel)
+                launch(kernel, activations, p, None, out, Grid(tiles * cluster, cluster=cluster))
+                if not torch.equal(out.view(torch.int16), through_l2.view(torch.int16)):
+                    yield f"{kernel.name}: M={m} N={n} K={k} group_size={group_size}: other bits in clusters of {cluster} CTAs than through L2"
+                    break
 
 
 def check_streams_and_graph(kernel: LoadedKernel) -> Iterator[str]:
@@ -112,8 +136,8 @@ def check_overlap(kernel: LoadedKernel) -> Iterator[str]:
     m, size = kernel.configuration.tokens, 4096
     p = random_packed(kind_of(kernel), Shape(size, size, 128), torch.Generator(DEVICE).manual_seed(0))
     p.scales.mul_(0.1)
-    for residents, sharing in itertools.product(range(1, kernel.resident + 1), SHARINGS):
-        grid = kernel.grid(m, size, size, residents, sharing)
+    wanted = itertools.product(range(1, kernel.resident + 1), SHARINGS)
+    for grid in dict.fromkeys(kernel.grid(m, size, size, residents, sharing) for residents, sharing in wanted):
         first = torch.randn(m, size, device="cuda").to(kernel.dtype)
         chains = {overlap: [first, *(torch.empty_like(first) for _ in range(30))] for overlap in (False, True)}
         for overlap, chain in chains.items():
