@@ -97,7 +97,8 @@ def check_clusters(kernel: LoadedKernel) -> Iterator[str]:
                 out = empty(m, n, kernel)
                 launch(kernel, activations, p, None, out, Grid(tiles * cluster, cluster=cluster))
                 if not torch.equal(out.view(torch.int16), through_l2.view(torch.int16)):
-                    yield f"{kernel.name}: M={m} N={n} K={k} group_size={group_size}: other bits in clusters of {cluster} CTAs than through L2"
+                    where = f"{kernel.name}: M={m} N={n} K={k} group_size={group_size}"
+                    yield f"{where}: other bits in clusters of {cluster} CTAs than through L2"
                     break
 
 

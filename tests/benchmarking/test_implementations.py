@@ -11,7 +11,7 @@ from marlinctl.benchmarking import accuracy
 from marlinctl.benchmarking.cases import KINDS, Kind, Shape
 from marlinctl.benchmarking.implementations import Configured, Dequantized, Operator, fewest
 from marlinctl.kernels import launch as launcher
-from marlinctl.kernels.configurations import DENSE, SPARSE
+from marlinctl.kernels.configurations import DENSE, DENSE_SM90, SHARINGS, SPARSE
 from tests.kernels.software_driver import SoftwareDriver, install, software_kernel, software_unpack
 
 CPU = torch.device("cpu")
@@ -68,3 +68,12 @@ def test_names_are_those_of_the_table() -> None:
     """If this failed, tables, pictures and tuning would not find what was measured."""
     names = [one(kind, torch.float16).name for one in (Operator, Dequantized) for kind in KINDS]  # type: ignore[operator]
     assert names == ["int4", "int4 2:4", "dequantize", "dequantize 2:4"]
+
+
+def test_ways_of_sharing_that_come_to_the_same_are_timed_once() -> None:
+    """If this failed, `bench --tune` would time clusters of kernels that have none, or leave out those that are there."""
+    ways = {}
+    for c in (DENSE[0], DENSE_SM90[1]):  # 32 and 16 tiles, of 16 steps each
+        kernel = software_kernel(c, torch.float16, None, multiprocessors=132)
+        ways[c.wgmma] = [s for s in SHARINGS if Configured(kernel, 1, s).is_worth_timing(8, 4096, 4096)]
+    assert ways == {False: ["striped", "even"], True: ["striped", "even", "cluster"]}

@@ -50,7 +50,7 @@ __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.
 // The same number, which every lane of the warp has: the compiler then knows it, and keeps what follows from it once for all lanes.
 __device__ __forceinline__ unsigned warp_uniform(unsigned number) { return __shfl_sync(0xffffffff, number, 0); }
 
-// A thread block cluster: its CTAs, 1 where the host asked for none, and which of them this is. CTAs of one cluster are neighbours in the grid.
+// A thread block cluster: how many CTAs it has, 1 where the host asked for none, and which of them this is. They are neighbours in the grid.
 __device__ __forceinline__ unsigned cluster_size() {
     unsigned out;
     asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(out));

@@ -88,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) spars
     const char* __restrict__ scales,       // [G', N'] float16
     const unsigned short* __restrict__ bias,  // [N] as activations, or null
     unsigned short* __restrict__ out,      // [M, N]
-    float4* __restrict__ partials,         // [2 CTAs][OWN][SLABS][THREADS], of a tile's CTAs
+    float4* __restrict__ partials,         // [2 CTAs][OWN][SLABS][THREADS], of a tile's CTAs; null in clusters, as counters
     int* __restrict__ counters,            // [tiles of n][tiles of m], zero before and after
     unsigned m, unsigned n, unsigned k,    // true sizes
     int whole,                             // tiles that each CTA computes alone (stripes.cuh)

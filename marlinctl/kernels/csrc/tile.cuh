@@ -225,11 +225,11 @@ __device__ __forceinline__ void reduce_in_cta(OwnSums& own, const Sums& sums, fl
     }
 }
 
-// A tile that several CTAs share is put together in float32 through `partials`: each of them writes its part to a place of
-// its own and counts up `counters[tile]` (contribute); whoever comes last adds the parts in the order of k (gather) and writes the
-// output. The order of the additions never depends on who that is: equal inputs give equal bits on the same number of CTAs. Nobody
-// waits for anybody, so CTAs need not be resident together. The last one sets the counter back to 0: the workspace is zeroed once
-// in its life. Two launches that may run at the same time need a workspace each.
+// A tile that several CTAs share is put together in float32 through `partials`, or on Hopper in a cluster (cluster_sm90.cuh): each of
+// them writes its part to a place of its own and counts up `counters[tile]` (contribute); whoever comes last adds the parts in the
+// order of k (gather) and writes the output. The order of the additions never depends on who that is: equal inputs give equal bits on
+// the same number of CTAs. Nobody waits for anybody, so CTAs need not be resident together. The last one sets the counter back to 0:
+// the workspace is zeroed once in its life. Two launches that may run at the same time need a workspace each.
 struct Shared {  // a tile and its CTAs
     float4* partials;  // [2 CTAs][OWN][SLABS][THREADS]: two tiles for each CTA
     int* counter;      // of this tile

@@ -1,7 +1,8 @@
 // The instructions of csrc/ptx_sm90.cuh in software. As with cp.async, everything asynchronous happens as late as the PTX ISA allows, or as
-// early: a bulk copy when somebody waits for its barrier, a wgmma in the wait for it (with what is in shared memory by then, and NaN where its
-// registers of A have become those of another), or both at once. Fragments: PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16" and "..sp", of
-// which a warp's part is that of mma; operand B: "Matrix Descriptor Format" and "Swizzling Modes".
+// early: a bulk copy when somebody waits for its barrier, a wgmma in the wait for it (with what is in shared memory by then, and NaN
+// where its registers of A have become those of another), or both at once. Fragments: PTX ISA, "Register Fragments for
+// wgmma.mma_async.m64nNk16" and "..sp", of which a warp's part is that of mma; operand B: "Matrix Descriptor Format" and "Swizzling
+// Modes". The barrier of a cluster: "barrier.cluster", which waits for threads that have not exited alone.
 #pragma once
 #include <functional>
 #include <map>
