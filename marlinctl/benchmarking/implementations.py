@@ -26,7 +26,7 @@ from marlinctl.benchmarking.weights import Packed
 from marlinctl.console import Console
 from marlinctl.cubins import kernel_folder, telling
 from marlinctl.kernel_check import multiply
-from marlinctl.kernels.configurations import SHARINGS, Grid, Sharing, group_shift
+from marlinctl.kernels.configurations import Grid, Sharing, group_shift
 from marlinctl.kernels.dispatch import DEQUANTIZE, Choice
 from marlinctl.kernels.launch import LoadedKernel, launch, load, unpack
 from marlinctl.pack.types import PackedSparseLinear
@@ -129,7 +129,9 @@ def configured(
                 kernel = load(c, dtype, device, folder)
             facts.append(_facts(kernel, time.perf_counter() - started))
             found += [
-                Configured(kernel, ctas, sharing, overlaps(architecture)) for ctas in range(1, kernel.resident + 1) for sharing in SHARINGS
+                Configured(kernel, ctas, sharing, overlaps(architecture))
+                for ctas in range(1, kernel.resident + 1)
+                for sharing in c.sharings
             ]
             progress.advance()
     return found, facts

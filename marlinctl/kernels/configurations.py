@@ -122,6 +122,11 @@ class Configuration:
     def fits(self, architecture: str) -> bool:
         return self.shared_bytes <= SHARED_BYTES[architecture] and (architecture == "sm_90a" or not self.wgmma)
 
+    @property
+    def sharings(self) -> tuple[Sharing, ...]:
+        """The ways in which CTAs may share its tiles."""
+        return SHARINGS if self.wgmma else tuple(sharing for sharing in SHARINGS if sharing != "cluster")
+
     def output_tiles(self, m: int, n: int) -> int:
         """Counters that the workspace must have, an int32 each, all zero."""
         return -(-m // self.tokens) * -(-n // self.columns)

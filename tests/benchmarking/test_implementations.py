@@ -11,7 +11,7 @@ from marlinctl.benchmarking import accuracy
 from marlinctl.benchmarking.cases import KINDS, Kind, Shape
 from marlinctl.benchmarking.implementations import Configured, Dequantized, Operator, fewest
 from marlinctl.kernels import launch as launcher
-from marlinctl.kernels.configurations import DENSE, DENSE_SM90, SHARINGS, SPARSE
+from marlinctl.kernels.configurations import DENSE, DENSE_SM90, SPARSE
 from tests.kernels.software_driver import SoftwareDriver, install, software_kernel, software_unpack
 
 CPU = torch.device("cpu")
@@ -71,9 +71,9 @@ def test_names_are_those_of_the_table() -> None:
 
 
 def test_ways_of_sharing_that_come_to_the_same_are_timed_once() -> None:
-    """If this failed, `bench --tune` would time clusters of kernels that have none, or leave out those that are there."""
+    """If this failed, `bench --tune` would check and time clusters of kernels that have none, or leave out those that are there."""
     ways = {}
     for c in (DENSE[0], DENSE_SM90[1]):  # 32 and 16 tiles, of 16 steps each
         kernel = software_kernel(c, torch.float16, None, multiprocessors=132)
-        ways[c.wgmma] = [s for s in SHARINGS if Configured(kernel, 1, s).is_worth_timing(8, 4096, 4096)]
+        ways[c.wgmma] = [s for s in c.sharings if Configured(kernel, 1, s).is_worth_timing(8, 4096, 4096)]
     assert ways == {False: ["striped", "even"], True: ["striped", "even", "cluster"]}
