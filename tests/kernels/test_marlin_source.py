@@ -186,7 +186,10 @@ def test_products(kernel: tuple[Configuration, torch.dtype, Launch]) -> None:
             assert torch.equal(lazy, eager), f"{case} whole={whole}: the order of CTAs or copies changes the bits"
 
 
-CLUSTERED = [(c, dtype) for c, dtype in KERNELS if c.wgmma]
+CLUSTERED = [  # each way in which warps share words and k, of both kinds
+    *((c, torch.float16) for c in (*(DENSE_SM90[i] for i in (0, 9, 12)), *(SPARSE_SM90[i] for i in (1, 4, 12)))),
+    *((c, torch.bfloat16) for c in (DENSE_SM90[-1], SPARSE_SM90[-1])),
+]
 
 
 @pytest.mark.parametrize(("configuration", "dtype"), CLUSTERED, ids=[f"{c.name}-{str(dtype)[6:]}" for c, dtype in CLUSTERED])
