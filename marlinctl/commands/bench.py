@@ -15,7 +15,7 @@ from marlinctl.commands.common import common_options
 from marlinctl.console import Console
 from marlinctl.errors import UsageError
 
-SET_NAMES = ("llama3-8b", "llama3-70b", "llama2-7b", "llama2-13b", "llama-33b", "llama-65b", "falcon-180b", "ideal")
+SET_NAMES = ("llama3-8b", "llama3-8b-unfused", "llama3-70b", "llama2-7b", "llama2-13b", "llama-33b", "llama-65b", "falcon-180b", "ideal")
 
 
 @click.command("bench")
