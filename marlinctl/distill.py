@@ -26,7 +26,7 @@ from marlinctl.checkpoint.reader import fingerprint
 from marlinctl.checkpoint.source import Source
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output, require_space
 from marlinctl.console import Console
-from marlinctl.devices import forward_dtype, threads
+from marlinctl.devices import device_peaks, forward_dtype, threads
 from marlinctl.distillation.blockwise import BlockLoop
 from marlinctl.distillation.job import DistillJob, State
 from marlinctl.distillation.loop import Loop
@@ -280,7 +280,6 @@ def _report(
     run: _Run, opened: Opened, rows: Rows, training: Mapping[str, Any], before: Mapping[str, float], after: Mapping[str, float]
 ) -> dict[str, Any]:
     device = run.processes.device
-    on_cuda = device.type == "cuda"
     return {
         "kind": "distill",
         "command": run.options.command,
@@ -294,11 +293,11 @@ def _report(
         "training": dict(training),
         "held_out": {"before": dict(before), "after": dict(after)},
         "versions": versions(),
-        "device": torch.cuda.get_device_name(device) if on_cuda else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "processes": run.processes.count,
         "dtype": str(run.dtype).removeprefix("torch."),
         "peak_memory_bytes": peak_rss(),
-        "peak_device_memory_bytes": torch.cuda.max_memory_allocated(device) if on_cuda else None,
+        **device_peaks(device),
     }
 
 

@@ -56,7 +56,8 @@ class Rehearsed:
     seconds: float  # of the solve
     products: float  # operations a second
     gram: float  # operations a second
-    device_peak: int | None  # bytes of the CUDA device that were in use at the fullest moment
+    device_peak: int | None  # bytes that were alive on the CUDA device at the fullest moment
+    device_reserved: int | None  # with what torch's allocator kept beside them
 
 
 def largest_stage(architecture: Architecture, compressed: Mapping[str, int], recipe: Recipe, speed: Machine) -> Stage:

@@ -30,7 +30,7 @@ from marlinctl.checkpoint.reader import Checkpoint, fingerprint, open_checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output
 from marlinctl.console import Console
-from marlinctl.devices import threads
+from marlinctl.devices import device_peaks, threads
 from marlinctl.errors import CheckFailed, ResourceProblem
 from marlinctl.gate import GateRefused
 from marlinctl.journal import Request
@@ -354,7 +354,7 @@ def _report(
         "error": {"mean": sum(r.error for r in records) / len(records), "worst": max(records, key=lambda r: r.error).name},
         "seconds": round(seconds, 1),
         "peak_memory_bytes": peak_rss(),
-        "peak_device_memory_bytes": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
+        **device_peaks(device),
         "layers": [asdict(record) for record in records],
     }
 

@@ -19,7 +19,7 @@ from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import require_space
 from marlinctl.console import Console
-from marlinctl.devices import choose_device, forward_dtype
+from marlinctl.devices import choose_device, forward_dtype, grow_segments
 from marlinctl.errors import BadInput, ResourceProblem
 from marlinctl.known_digests import check_known_digests
 from marlinctl.memory import Work, available_memory, predicted_peak
@@ -81,6 +81,7 @@ def open_model(model: str, out: Path, recipe: Recipe, options: Options, console:
     """All checks, from cheap to dear."""
     refuse_no_change(recipe)
     device = torch.device(choose_device(options.device))
+    grow_segments(device)
     dtype = forward_dtype(device, options.dtype)
     source = resolve_model(model, revision=options.revision, cache_dir=options.cache_dir, offline=options.offline, console=console)
     if source.note:

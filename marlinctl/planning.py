@@ -292,10 +292,11 @@ def _rehearse(looked: Looked, stages: list[tuple[str, Recipe, Work]], settings: 
     """The largest solve of each walk, run once; the one thing in a plan that imports torch."""
     import torch
 
-    from marlinctl.devices import choose_device, threads
+    from marlinctl.devices import choose_device, grow_segments, threads
     from marlinctl.rehearsal import rehearse
 
     device = torch.device(choose_device(settings.device))
+    grow_segments(device)
     with threads(settings.threads):
         return {
             name: rehearse(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from marlinctl.console import Console, duration
-from marlinctl.devices import has_matrix_units
+from marlinctl.devices import device_peaks, has_matrix_units
 from marlinctl.errors import ResourceProblem
 from marlinctl.estimate import Rehearsed, largest_stage, machine, rehearsed_machine, seconds_of_walk
 from marlinctl.memory import CHUNK_TOKENS, Stage, Work, release_heap
@@ -100,12 +100,14 @@ def _measure(stage: Stage, solver: StackSolver, hidden: int, device: torch.devic
     started = time.monotonic()
     solver.solve(weight, None, hessian, group_size)
     _wait(device)
+    seconds, peaks = time.monotonic() - started, device_peaks(device)
     return Rehearsed(
         stage=stage,
-        seconds=time.monotonic() - started,
+        seconds=seconds,
         products=_FORWARD_SHARE * 2 * stage.rows * stage.k * CHUNK_TOKENS / seconds_forward,
         gram=stage.k**2 * CHUNK_TOKENS / seconds_gram,
-        device_peak=torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
+        device_peak=peaks["peak_device_memory_bytes"],
+        device_reserved=peaks["peak_device_reserved_bytes"],
     )
 
 

@@ -3,8 +3,7 @@
     marlinctl bench --tune --out figures
     python scripts/make_dispatch.py figures/bench.json
 
-Each file's dense rows replace the dense table of its architecture, its 2:4 rows the other one; what a file does not hold stays. Files
-that benchmarks/check_marlin.py wrote while it still measured are read, too.
+Each file's dense rows replace the dense table of its architecture, its 2:4 rows the other one; what a file does not hold stays.
 """
 
 from __future__ import annotations
@@ -27,17 +26,7 @@ def main() -> None:
     if arguments.out.is_file():
         document = json.loads(arguments.out.read_text("utf-8"))
     for path in arguments.figures:
-        figures = json.loads(path.read_text("utf-8"))
-        if figures.get("kind") == "bench":
-            document = merged(document, read_document(path))
-            continue
-        measured = {name: figures[name] for name in ("gpu", "torch", "date", "dtype")}
-        tables = document["architectures"].setdefault(figures["architecture"], {})
-        for sparse, kind in enumerate(dispatch.KINDS):
-            rows = [row for row in figures["timing"] if row["sparse"] == bool(sparse)]
-            if rows:
-                sizes = {"group_size": rows[0]["group_size"]}
-                tables[kind] = dispatch.table_of(figures["architecture"], measured | sizes, rows)
+        document = merged(document, read_document(path))
     arguments.out.write_text(dispatch.text_of(document), "utf-8")
     dispatch.read(arguments.out)
 

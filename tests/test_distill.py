@@ -399,7 +399,7 @@ def test_cuda_trains_the_same_model(place: Path, tmp_path: Path, mode: str, stud
     reports = {device: distill(place / student, tmp_path / device, place / "teacher", chosen, device=device) for device in ("cpu", "cuda")}
     for found, wanted in zip(*(reports[device]["training"]["curve"] for device in ("cuda", "cpu")), strict=True):
         assert found["loss"] == pytest.approx(wanted["loss"], rel=0.01)
-    assert reports["cuda"]["peak_device_memory_bytes"] > 0
+    assert 0 < reports["cuda"]["peak_device_memory_bytes"] <= reports["cuda"]["peak_device_reserved_bytes"]
     ours, theirs = read_all(tmp_path / "cuda"), read_all(tmp_path / "cpu")
     assert all(torch.equal(ours[name] == 0, theirs[name] == 0) for name in ours if name.endswith("proj.weight"))
 

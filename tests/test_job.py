@@ -257,6 +257,7 @@ def test_cuda_does_the_same_job(model_type: str, tmp_path: Path, text: Path) -> 
     on_cpu = quantize(source, tmp_path / "cpu", recipe(text))
     on_cuda = quantize(source, tmp_path / "cuda", recipe(text), device="cuda")
     assert on_cuda["error"]["mean"] == pytest.approx(on_cpu["error"]["mean"], rel=0.02)
+    assert 0 < on_cuda["peak_device_memory_bytes"] <= on_cuda["peak_device_reserved_bytes"]
     expected, found = (logits(load_dense(tmp_path / name, dtype=torch.float32)) for name in ("cpu", "cuda"))
     assert (found - expected).norm() / expected.norm() < 0.1
 

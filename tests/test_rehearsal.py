@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_the_stack_that_takes_longest_is_solved_as_the_run_would(
 
     monkeypatch.setattr(StackSolver, "solve", spy)
     measured = rehearse(found, sizes, chosen, matches=True, device=torch.device("cpu"), dtype=torch.float32)
-    expected = largest_stage(found, sizes, chosen, machine("cpu", 1, 4, matrix_units=False))
+    expected = largest_stage(found, sizes, chosen, machine("cpu", torch.get_num_threads(), 4, matrix_units=False))
     assert seen == [((expected.rows, expected.k), 32, chosen.quantize.match > 0)]
     assert expected in stages(found, sizes)
     assert measured.stage == expected and measured.seconds > 0 and measured.products > 0 and measured.gram > 0
@@ -82,9 +83,8 @@ def test_time_of_a_walk_is_told_from_the_measured_rates(tiny: Path, text: Path) 
     measured = rehearse(found, sizes, chosen, matches=False, device=torch.device("cpu"), dtype=torch.float32)
     work = Work.of(chosen, element=4, matches=False, on_device=False)
     slow = rehearsed_machine(guess, measured, chosen)
-    twice = rehearsed_machine(
-        guess, type(measured)(measured.stage, 2 * measured.seconds, measured.products / 2, measured.gram / 2, None), chosen
-    )
+    slower = replace(measured, seconds=2 * measured.seconds, products=measured.products / 2, gram=measured.gram / 2)
+    twice = rehearsed_machine(guess, slower, chosen)
     first, second = (seconds_of_walk(found, sizes, work, chosen, speed, 10**6) for speed in (slow, twice))
     for part in ("forward", "gram", "solve"):
         assert second[part] == pytest.approx(2 * first[part])

@@ -40,11 +40,13 @@ ZOO: dict[str, dict[str, Any]] = {
 }
 
 
-def build(model_type: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
-    """Save a random model of this type with a tokenizer; weights are large enough that every layer matters to the logits."""
+def build(model_type: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Path:
+    """Save a random model of this type with a tokenizer; weights are large enough that every layer matters to the logits. Further
+    keywords change its config.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(model_type, **{**_COMMON, **ZOO[model_type]})
+    config = AutoConfig.for_model(model_type, **{**_COMMON, **ZOO[model_type], **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config).to(dtype).eval()

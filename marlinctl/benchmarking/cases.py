@@ -6,6 +6,7 @@ measured once.
 
     llama2-7b .. falcon-180b   the five sets of MARLIN's bench.py, whose sizes are rounded to multiples of 256: 10752 for Llama-2-7B's 11008
     llama3-8b, llama3-70b      true sizes
+    llama3-8b-unfused          the same as transformers calls them, one by one
     ideal                      the two orientations of 73728 x 18432, which is MARLIN's peak shape for 72 multiprocessors
 """
 
@@ -62,8 +63,10 @@ class LayerSet:
 
 
 _BLOCK = ("qkv", "o", "gate_up", "down")
+_APART = ("q", "k", "v", "o", "gate", "up", "down")
 SETS: dict[str, tuple[tuple[str, int, int], ...]] = {  # name, N, K
     "llama3-8b": tuple(zip(_BLOCK, (6144, 4096, 28672, 4096), (4096, 4096, 4096, 14336), strict=True)),
+    "llama3-8b-unfused": tuple(zip(_APART, (4096, 1024, 1024, 4096, 14336, 14336, 4096), (*[4096] * 6, 14336), strict=True)),
     "llama3-70b": tuple(zip(_BLOCK, (10240, 8192, 57344, 8192), (8192, 8192, 8192, 28672), strict=True)),
     "llama2-7b": tuple(zip(_BLOCK, (12288, 4096, 21504, 4096), (4096, 4096, 4096, 10752), strict=True)),
     "llama2-13b": tuple(zip(_BLOCK, (15360, 5120, 27136, 5120), (5120, 5120, 5120, 13568), strict=True)),

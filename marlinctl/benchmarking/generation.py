@@ -8,8 +8,9 @@ Prompt and step are CUDA graphs over a cache of fixed size: a model of 32 blocks
 what is measured is Python. Both models are measured in the same way, one after the other, because both together may not fit.
 Prompts are random tokens, and writing is greedy.
 
-With `compiled` the step goes through torch.compile first, whose Triton kernels take the place of the many small ones between the linears.
-The prompt does not: it is read once, and compiling takes a minute for each shape.
+With `fused` linears that read the same activations are one (serve/fusing.py), of the packed model alone: what it is compared with is
+transformers' own. With `compiled` the step goes through torch.compile first, whose Triton kernels take the place of the many small ones
+between the linears. The prompt does not: it is read once, and compiling takes a minute for each shape.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from marlinctl.errors import BadInput, UsageError
+from marlinctl.serve.fusing import fuse_linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,9 +104,12 @@ def run(
     console: Console,
     *,
     compiled: bool = False,
+    fused: bool = False,
 ) -> dict[str, Any]:
     """The document of one model: every batch size times every pair of lengths, packed and dense."""
     model = load_packed(folder, gpu.device, dtype)
+    if fused:
+        console.say(f"{fuse_linears(model)} groups of linears fused; the same in 16 bits are not")
     packed_bytes = weight_bytes(model)
     asked = [(batch, length) for batch in batches for length in lengths]
     _refuse_long(model, lengths)
@@ -131,6 +136,7 @@ def run(
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "dtype": str(dtype).removeprefix("torch."),
         "compiled": compiled,
+        "fused": fused,
         "bytes": {"packed": packed_bytes, "dense": dense_bytes},
         "cases": [{**asdict(case), "speedup": case.speedup} for case in cases],
     }
@@ -156,15 +162,18 @@ def load_packed(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTr
 
 def unpack_linears(model: nn.Module, dtype: torch.dtype) -> int:
     """Every packed linear becomes an nn.Linear with the weight that it stands for, rounded to `dtype`; one at a time. Returns how many."""
-    from marlinctl.kernels.linear import MarlinLinear, SparseMarlinLinear
+    from marlinctl.kernels.linear import LinearPart, MarlinLinear, SparseMarlinLinear
     from marlinctl.kernels.ops import decode
 
-    packed = [(name, module) for name, module in model.named_modules() if isinstance(module, MarlinLinear | SparseMarlinLinear)]
+    found = {name: module for name, module in model.named_modules() if isinstance(module, LinearPart | MarlinLinear | SparseMarlinLinear)}
+    packed = [(name, module) for name, module in found.items() if name.removesuffix(".shared.linear") == name]
     for name, module in packed:
-        dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-        dense.weight = nn.Parameter(decode(module.packed(), dtype), requires_grad=False)
-        if module.bias is not None:
-            dense.bias = module.bias
+        linear, first = (module.shared.linear, module.first) if isinstance(module, LinearPart) else (module, 0)
+        rows = slice(first, first + module.out_features)
+        dense = nn.Linear(module.in_features, module.out_features, bias=linear.bias is not None, device="meta")
+        dense.weight = nn.Parameter(decode(linear.packed(), dtype)[rows].clone(), requires_grad=False)
+        if linear.bias is not None:
+            dense.bias = nn.Parameter(linear.bias[rows].clone(), requires_grad=False)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, dense)
     return len(packed)
@@ -300,5 +309,7 @@ def table(document: dict[str, Any]) -> str:
 def _notes(document: dict[str, Any]) -> Iterator[str]:
     size, versions = document["bytes"], document["versions"]
     how = "torch.compile for tokens after the first, CUDA graphs" if document["compiled"] else "CUDA graphs"
+    if document["fused"]:
+        how = f"packed linears with the same input fused, {how}"
     yield f"{document['model']}: {size['packed'] / 1e9:.2f} GB packed, {size['dense'] / 1e9:.2f} GB in {document['dtype']}"
     yield f"{document['gpu']}, torch {versions['torch']}, transformers {versions['transformers']}, {document['date']}; {how}, medians"

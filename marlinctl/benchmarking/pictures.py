@@ -41,6 +41,7 @@ STYLE: dict[str, Any] = {
 COLOURS: dict[str, str] = {"torch": "#4d4d4d", "dense": "#0b6fb8", "sparse": "#c8501e"}  # legible in grey and to the colour-blind
 PEER_COLOURS = ("#6a3d9a", "#1b9e77", "#b8860b")
 LAYER_COLOURS = ("#264653", "#2a9d8f", "#e9c46a", "#e76f51", "#9b5de5", "#8d99ae", "#bc6c25", "#457b9d")
+LABEL_WIDTH = 0.08  # of the axis
 MARKERS = ("o", "s", "^", "D", "v", "P")
 SIZES_COLOUR_MAP = "viridis"
 
@@ -221,10 +222,14 @@ def _legend(axes: Axes) -> None:
 
 
 def _plain_ticks(axes: Axes, values: Sequence[int]) -> None:
-    axes.set_xticks(values, [str(value) if value < 10_000 else f"{value // 1024}k" for value in values])
+    """A line at each of the values, which are sorted; its label where there is room on a logarithmic axis."""
+    labels, widest, last = [], values[-1] / values[0], 0.0
+    for value in values:
+        room = not last or math.log(value / last) > LABEL_WIDTH * math.log(widest)
+        labels.append((str(value) if value < 10_000 else f"{value // 1024}k") if room else "")
+        last = value if room else last
+    axes.set_xticks(values, labels)
     axes.minorticks_off()
-    if len(values) > 9:
-        axes.tick_params(axis="x", rotation=60)
 
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

@@ -7,7 +7,7 @@
     places.py        cache folders, temporary folder, free space, shared memory
     hub.py           reachable, or offline by whose wish; is there a token
     driver.py        an NVIDIA device and its driver, asked without torch
-    computing.py     torch, GPU, NVRTC and a packed product, in a child process: an import that crashes or hangs must not end the doctor
+    computing.py     torch, GPU, NVRTC, kernels, packed products, in a child process: an import that crashes must not end the doctor
     child.py         runs that process and reads its lines
 
 All but computing.py import neither torch nor anything else that is slow, so that `doctor --quick` answers at once; what may be broken

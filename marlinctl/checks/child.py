@@ -19,6 +19,7 @@ _CURES = {
     "torch": "pip install --force-reinstall torch, in the variant for this processor and driver",
     "gpu": "see nvidia-smi and the kernel's log (dmesg); until it works, give --device cpu",
     "nvrtc": "pip install --force-reinstall cuda-bindings nvidia-cuda-nvrtc",
+    "kernels": "update the driver; until it works, compress on the CPU, and do not serve packed folders from this GPU",
 }
 _DEFECT = "run marlinctl doctor again; if it stays, report it with this line"
 

@@ -1,4 +1,4 @@
-"""Does this machine multiply right? torch on the CPU, torch on each GPU, NVRTC, and the packed formats through the emulator.
+"""Does this machine multiply right? torch on the CPU and on each GPU, NVRTC, the kernels, and the packed formats through the emulator.
 
 Runs as the child process of child.py, one JSON line as each check starts and one for each result, so that a crash tells where it was.
 The matrices hold small integers: every partial sum is a whole number below 256, which bfloat16 holds exactly, and Python's own integers
@@ -48,7 +48,11 @@ def main() -> None:
         _told(check)
     _started("nvrtc")
     capability = torch.cuda.get_device_capability(0) if count else None
-    _told(nvrtc(capability, find_driver()))
+    compiler = nvrtc(capability, find_driver())
+    _told(compiler)
+    if count and compiler.status == "ok":
+        _started("kernels")
+        _told(kernels(torch.device("cuda", 0)))
     _started("marlin")
     _told(packed(sparse=False))
     _started("sparse-marlin")
@@ -117,17 +121,55 @@ def nvrtc(capability: tuple[int, int] | None, found: Driver) -> Check:
     return Check("nvrtc", "ok", f"the dense kernel compiles for {name}, {len(code):,} bytes of machine code")
 
 
+def kernels(device: torch.device) -> Check:
+    """Both kinds of tiles through the operators, as a model calls them: compiled if they are not in the cache, run, against float64."""
+    from marlinctl.kernel_check import CudaKernel, compared, multiply
+
+    kernel = CudaKernel("the operators", device, multiply)
+    readings = {}
+    try:
+        for sparse in (False, True):
+            readings["2:4" if sparse else "dense"] = compared(kernel, *_tiles(sparse=sparse))
+    except (RuntimeError, ValueError, OSError) as error:
+        cause = (str(error).splitlines() or [""])[0]
+        return Check(
+            "kernels",
+            "fail",
+            f"{device}: {cause}",
+            "clear the folder of compiled kernels, update the driver; until it works, compress on the CPU",
+        )
+    wrong = [f"{kind}, off by {reading.error:.1e}" for kind, reading in readings.items() if not reading.error <= reading.allowed]
+    if wrong:
+        cure = "marlinctl bench --check tells more; report it, and do not serve from this GPU"
+        return Check("kernels", "fail", f"{device}: a product of the INT4 kernels is wrong: {', '.join(wrong)}", cure)
+    largest = max(reading.error for reading in readings.values())
+    return Check("kernels", "ok", f"{device}: the INT4 kernels, dense and 2:4, multiply right: error {largest:.1e}")
+
+
 def packed(*, sparse: bool) -> Check:
     """128 x 128 weights packed, read lane by lane as a kernel reads them, and multiplied; against codes times scales in float64."""
+    from marlinctl.kernel_check import worst
+
+    name = "sparse-marlin" if sparse else "marlin"
+    error, allowed = worst(*_tiles(sparse=sparse), [0, 1])
+    if not error <= allowed:  # NaN too
+        found = f"packed and read as a kernel reads it, the product is off by {error:.1e}; rounding explains {allowed:.1e}"
+        return Check(
+            name, "fail", found, "pip install --force-reinstall torch marlinctl; if it stays, report it: nothing packed here is sound"
+        )
+    return Check(name, "ok", f"128 x 128 weights packed, read as a kernel reads them, multiplied: relative error {error:.1e}")
+
+
+def _tiles(*, sparse: bool) -> tuple[PackedLinear | PackedSparseLinear, torch.Tensor]:
+    """128 x 128 weights as the packer writes them, and as they are in float32."""
     import torch
 
-    from marlinctl.kernel_check import worst
     from marlinctl.pack.marlin import pack_marlin
     from marlinctl.pack.sparse_marlin import pack_sparse_marlin
     from marlinctl.quantize.types import QuantizedLinear
     from marlinctl.sparsify.types import SparseQuantizedLinear
 
-    name, group_size = ("sparse-marlin", 64) if sparse else ("marlin", 32)
+    group_size = 64 if sparse else 32
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-8, 8, (128, 128), dtype=torch.int8, generator=generator)
     scales = torch.rand(128, 128 // group_size, generator=generator).to(torch.float16)
@@ -139,14 +181,7 @@ def packed(*, sparse: bool) -> Check:
         tiles = pack_sparse_marlin(SparseQuantizedLinear(codes, scales, group_size, keep.reshape(128, 128)))
     else:
         tiles = pack_marlin(QuantizedLinear(codes, scales, group_size))
-    weight = codes.float() * scales.float().repeat_interleave(group_size, 1)
-    error, allowed = worst(tiles, weight, [0, 1])
-    if not error <= allowed:  # NaN too
-        found = f"packed and read as a kernel reads it, the product is off by {error:.1e}; rounding explains {allowed:.1e}"
-        return Check(
-            name, "fail", found, "pip install --force-reinstall torch marlinctl; if it stays, report it: nothing packed here is sound"
-        )
-    return Check(name, "ok", f"128 x 128 weights packed, read as a kernel reads them, multiplied: relative error {error:.1e}")
+    return tiles, codes.float() * scales.float().repeat_interleave(group_size, 1)
 
 
 def _dtypes() -> tuple[torch.dtype, ...]:

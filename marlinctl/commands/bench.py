@@ -15,7 +15,7 @@ from marlinctl.commands.common import common_options
 from marlinctl.console import Console
 from marlinctl.errors import UsageError
 
-SET_NAMES = ("llama3-8b", "llama3-70b", "llama2-7b", "llama2-13b", "llama-33b", "llama-65b", "falcon-180b", "ideal")
+SET_NAMES = ("llama3-8b", "llama3-8b-unfused", "llama3-70b", "llama2-7b", "llama2-13b", "llama-33b", "llama-65b", "falcon-180b", "ideal")
 
 
 @click.command("bench")
@@ -44,6 +44,7 @@ SET_NAMES = ("llama3-8b", "llama3-70b", "llama2-7b", "llama2-13b", "llama-33b", 
 @click.option("--model", type=click.Path(path_type=Path), metavar="PACKED", help="Let this packed model write text, and time it.")
 @click.option("--batch", metavar="1,16,..", help="With --model: texts written together. Default: 1,16.")
 @click.option("--lengths", metavar="64:64,..", help="With --model: tokens of a prompt and tokens written. Default: 64:64.")
+@click.option("--fuse", "fused", is_flag=True, help="With --model: q, k, v and gate, up of the packed model as one linear each.")
 @click.option("--compile", "compiled", is_flag=True, help="With --model: torch.compile for the step of one token.")
 @click.option("--device", default="cuda", show_default=True, metavar="DEVICE", help="cuda or cuda:N.")
 @click.option("--cache-dir", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Where compiled kernels are kept.")
@@ -109,7 +110,12 @@ def _refuse_contradictions(given: dict[str, Any]) -> None:
             "E296", f"{both[0]} measures no linears, so {both[1]} means nothing", where=" ".join(both), fix=f"leave {both[1]} out"
         )
     if modes != ["--model"]:
-        for name, value in (("--batch", given["batch"]), ("--lengths", given["lengths"]), ("--compile", given["compiled"])):
+        for name, value in (
+            ("--batch", given["batch"]),
+            ("--lengths", given["lengths"]),
+            ("--fuse", given["fused"]),
+            ("--compile", given["compiled"]),
+        ):
             if value:
                 raise UsageError("E296", f"{name} belongs to --model", where=name, fix=f"add --model, or leave {name} out")
     if modes != ["--build"]:
@@ -140,7 +146,7 @@ def _generate(console: Console, given: dict[str, Any]) -> None:
     gpu = open_gpu(given["device"])
     with gpu.current():
         dtype = getattr(torch, given["dtype"])
-        document = generation.run(given["model"], gpu, batches, lengths, dtype, console, compiled=given["compiled"])
+        document = generation.run(given["model"], gpu, batches, lengths, dtype, console, compiled=given["compiled"], fused=given["fused"])
     if given["out"] is not None:
         given["out"].mkdir(parents=True, exist_ok=True)
         (given["out"] / "generation.json").write_text(json.dumps(document, indent=1) + "\n")

@@ -94,3 +94,37 @@ class SparseMarlinLinear(_Packed):
 
 def packed_module(p: PackedLinear | PackedSparseLinear, bias: Tensor | None = None) -> MarlinLinear | SparseMarlinLinear:
     return SparseMarlinLinear(p, bias) if isinstance(p, PackedSparseLinear) else MarlinLinear(p, bias)
+
+
+class SharedLinear(nn.Module):
+    """Linears that are given the same activations, multiplied as one when the first of them is called. Its LinearParts take its place."""
+
+    def __init__(self, linear: MarlinLinear | SparseMarlinLinear, parts: int) -> None:
+        super().__init__()
+        self.linear, self.parts = linear, parts
+        self.latest: tuple[Tensor, Tensor, int] | None = None  # activations, their product, and how many parts have not taken theirs
+
+    def product(self, x: Tensor) -> Tensor:
+        """Of all parts. Kept until each of them has asked; whoever asks with other activations gets another product."""
+        latest = self.latest
+        if latest is not None and latest[0] is x:
+            product, missing = latest[1], latest[2] - 1
+        else:
+            product, missing = self.linear(x), self.parts - 1
+        self.latest = (x, product, missing) if missing else None
+        return product
+
+
+class LinearPart(nn.Module):
+    """x [.., K] -> [.., N]: outputs `first` .. `first` + N of a SharedLinear, not contiguous."""
+
+    def __init__(self, shared: SharedLinear, first: int, out_features: int) -> None:
+        super().__init__()
+        self.shared, self.first = shared, first
+        self.in_features, self.out_features = shared.linear.in_features, out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shared.product(x)[..., self.first : self.first + self.out_features]
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, first={self.first}"

@@ -20,13 +20,14 @@ from torch import Tensor, split
 from torch.nn.functional import pad
 
 from marlinctl.pack.marlin import fold, gather, unfold
-from marlinctl.pack.tile import OFFSET, TILE_K, TILE_N, sparse_grouped_column, sparse_grouped_slot
+from marlinctl.pack.tile import OFFSET, TILE_K, TILE_N, meta_quad, sparse_grouped_column, sparse_grouped_slot
 from marlinctl.pack.types import SLAB, PackedSparseLinear, as_float16, padded, transposed
 from marlinctl.quantize.types import QuantizedLinear
 from marlinctl.sparsify.types import QUAD, SURVIVORS, SparseQuantizedLinear
 
 ROW_K = TILE_K * QUAD // SURVIVORS  # columns of K in one row of words
 WEIGHTS_AT_ONCE = 1 << 26  # in `remask` on a GPU, where every step is a launch: few large ones, and still below a gigabyte of them
+PLACES_AT_ONCE = 1 << 20  # words in `check_metadata`
 ZEROS = 0x08080808  # code 0 in each byte of a quad
 
 
@@ -45,14 +46,14 @@ def pack_sparse_marlin(q: SparseQuantizedLinear) -> PackedSparseLinear:
 
 
 def unpack_sparse_marlin(p: PackedSparseLinear) -> SparseQuantizedLinear:
-    """The inverse of pack_sparse_marlin, bit for bit. Metadata that no packer writes is refused."""
+    """The inverse of pack_sparse_marlin, bit for bit. Metadata that no packer writes is refused (check_metadata)."""
     n, k = p.out_features, p.in_features
     codes = torch.empty(padded(n), padded(k), dtype=torch.int8, device=p.qweight.device)
     keep = torch.empty_like(codes, dtype=torch.bool)
     tiles = _split(p.qweight.contiguous(), p.meta.contiguous(), SLAB)
-    for i, (words, places, slab, kept) in enumerate(zip(*tiles, split(codes, SLAB), split(keep, SLAB), strict=True)):
+    check_metadata(p.meta)
+    for words, places, slab, kept in zip(*tiles, split(codes, SLAB), split(keep, SLAB), strict=True):
         nibbles = _read_nibbles(places)
-        _refuse_unordered(nibbles, SLAB * i)
         first, second = (nibbles & 3) << 3, (nibbles & 12) << 1  # bit of the quad where each survivor's byte begins
         pairs = torch.empty(len(slab), 2 * nibbles.shape[1], dtype=torch.int8, device=codes.device)
         _read_words(words, out=pairs)
@@ -92,6 +93,36 @@ def remask(packed: PackedSparseLinear, q: QuantizedLinear, importance: Tensor | 
     slab_rows = SLAB if codes.device.type == "cpu" else max(TILE_N, WEIGHTS_AT_ONCE // codes.shape[1] // TILE_N * TILE_N)
     for words, places, slab in zip(*_split(packed.qweight, packed.meta, slab_rows), split(codes, slab_rows), strict=True):
         _write(words, places, slab, _best(slab, by_column))
+
+
+def check_metadata(meta: Tensor) -> None:
+    """ValueError for metadata int16 [K'/32, 2N'] with a quad whose first survivor does not lie before its second; it names the first one.
+
+    Hardware leaves undefined what such metadata means (PTX ISA, mma.sp::ordered_metadata), so nothing may multiply with it. Works on the
+    device of `meta`, which it reads once, in parts: a few temporaries of PLACES_AT_ONCE words, and one answer that is waited for.
+    """
+    flat = meta.reshape(-1)
+    unordered = [_unordered(part).any() for part in split(flat, PLACES_AT_ONCE)]
+    if not bool(torch.stack(unordered).any()):
+        return
+    start = PLACES_AT_ONCE * int(torch.stack(unordered).nonzero()[0])
+    place = start + int(_unordered(flat[start : start + PLACES_AT_ONCE]).nonzero()[0])
+    word = int(flat[place]) & 0xFFFF
+    nibbles = [word >> 4 * i & 15 for i in range(4)]
+    wrong = next(i for i, nibble in enumerate(nibbles) if nibble & 3 >= nibble >> 2)
+    quad, row = meta_quad(*divmod(place, meta.shape[1]), wrong)
+    raise ValueError(
+        f"metadata of row {row}, columns {QUAD * quad}..{QUAD * quad + QUAD - 1} is {nibbles[wrong]:#x}, "
+        f"which names no two survivors in order"
+    )
+
+
+def _unordered(words: Tensor) -> Tensor:
+    """bool, True where int16 metadata holds a quad whose second survivor does not lie behind the first. Four quads are compared at once."""
+    second = words >> 2  # the low two bits of each nibble; `words` has the first survivor there. What lies in the high two is cut off below
+    more, less = second & ~words, words & ~second  # the bits in which they differ, by which of them has it
+    behind = more >> 1 | more & ~(less >> 1)  # the high bit decides, and where both have the same, the low one
+    return behind & 0x1111 != 0x1111
 
 
 # ---- both matrices, slab by slab -----------------------------------------------------------------------------------------------------
@@ -183,17 +214,6 @@ def _by_column(importance: Tensor, padded_k: int) -> Tensor:
     """[K] -> [4, K'/4] float32, by column of the quad."""
     plain = pad(importance.to(torch.float32).nan_to_num(), (0, padded_k - len(importance)))
     return transposed(plain.view(-1, QUAD))
-
-
-def _refuse_unordered(nibbles: Tensor, first_row: int) -> None:
-    """Hardware leaves undefined what metadata means whose first survivor does not lie before the second."""
-    wrong = (nibbles & 3) >= nibbles >> 2
-    if bool(wrong.any()):
-        row, quad = wrong.nonzero()[0].tolist()
-        raise ValueError(
-            f"metadata of row {first_row + row}, columns {QUAD * quad}..{QUAD * quad + QUAD - 1} is {int(nibbles[row, quad]):#x}, "
-            f"which names no two survivors in order"
-        )
 
 
 # ---- scales --------------------------------------------------------------------------------------------------------------------------

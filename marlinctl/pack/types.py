@@ -5,6 +5,7 @@ Axes: N out_features, K in_features, G groups; N' and K' are N and K rounded up 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,6 +110,25 @@ class PackedSparseLinear(_Tiles):
             raise ValueError(f"K={self.in_features} is not a multiple of {QUAD}, so 2:4 cannot cover it")
         self._check_words("qweight", self.qweight, torch.int32, 32)
         self._check_words("meta", self.meta, torch.int16, 32)
+
+
+def side_by_side(parts: Sequence[PackedLinear | PackedSparseLinear]) -> PackedLinear | PackedSparseLinear:
+    """Linears with the same inputs as one, whose outputs are theirs one after the other. Copies: tiles are 64 outputs wide, whole columns.
+
+    ValueError where K, group size or kind differ, or where outputs of one but the last end inside of a tile.
+    """
+    first = parts[0]
+    k, group_size = first.in_features, first.group_size
+    if any(type(one) is not type(first) or (one.in_features, one.group_size) != (k, group_size) for one in parts):
+        raise ValueError("linears side by side must be of one kind, with the same K and group size")
+    if any(one.out_features % PAD_TO for one in parts[:-1]):
+        raise ValueError(f"outputs of all but the last must be multiples of {PAD_TO}, got {[one.out_features for one in parts]}")
+    n = sum(one.out_features for one in parts)
+    words, scales = (torch.cat([getattr(one, name) for one in parts], dim=1) for name in ("qweight", "scales"))
+    if isinstance(first, PackedLinear):
+        return PackedLinear(words, scales, n, k, group_size)
+    meta = torch.cat([one.meta for one in parts if isinstance(one, PackedSparseLinear)], dim=1)
+    return PackedSparseLinear(words, meta, scales, n, k, group_size)
 
 
 def transposed(matrix: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 from marlinctl.pages import pictures
 from marlinctl.pages.page import Block, Cell, Figure, Name, Page, Paragraph, Points, Section, Table
-from marlinctl.pages.provenance import Folder, provenance, reproduce
+from marlinctl.pages.provenance import Folder, peak_memory, provenance, reproduce
 from marlinctl.pages.speed import speed
 from marlinctl.scores import Estimate, Score, figure, finite, notes, scores
 
@@ -110,7 +110,7 @@ def _figures(report: Mapping[str, Any], layers: Sequence[_Layer]) -> Iterator[Fi
         elif score.metric.startswith("KL"):
             yield Figure("KL divergence", value, f"{error}nats a token, from the original")
     yield Figure("Time", f"{report['seconds']:,.1f} s", f"on {report['device']}, evaluation apart")
-    yield Figure("Peak memory", f"{report['peak_memory_bytes'] / 2**30:.2f} GiB", "of the host")
+    yield peak_memory(report)
 
 
 def _apart(estimate: Estimate | None, digits: int) -> tuple[str, str]:

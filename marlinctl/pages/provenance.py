@@ -8,7 +8,7 @@ from typing import Any
 
 from marlinctl.checkpoint.formats import LOADERS, linear_bytes
 from marlinctl.checkpoint.licence import spoken
-from marlinctl.pages.page import Block, Cell, Listing, Name, Paragraph, Table
+from marlinctl.pages.page import Block, Cell, Figure, Listing, Name, Paragraph, Table
 
 _MOST_ANCESTORS = 20
 _INSTALLED = ("marlinctl", "torch", "transformers", "safetensors", "tokenizers", "accelerate")
@@ -63,6 +63,13 @@ def reproduce(report: Mapping[str, Any], folder: Folder) -> list[Block]:
     said = "The same input, recipe, versions and number of threads give the same files on a CPU, card, report and log apart."
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100)
     return [Listing(f"pip install {installed}\n{command}"), Paragraph(said), Listing(text, folded="The recipe, with every value")]
+
+
+def peak_memory(report: Mapping[str, Any]) -> Figure:
+    """What making it took: resident memory of the host, and of a GPU what was alive there."""
+    device = report["peak_device_memory_bytes"]
+    note = "of the host" if device is None else f"of the host; {device / 2**30:.2f} GiB alive on the GPU"
+    return Figure("Peak memory", f"{report['peak_memory_bytes'] / 2**30:.2f} GiB", note)
 
 
 def named(source: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from marlinctl.checkpoint.licence import spoken
 from marlinctl.pages import pictures
 from marlinctl.pages.page import Block, Cell, Figure, Name, Page, Section, Table
-from marlinctl.pages.provenance import Folder, named, reproduce
+from marlinctl.pages.provenance import Folder, named, peak_memory, reproduce
 from marlinctl.scores import finite
 
 _TRAINED = {"full": "linears and norms", "blockwise": "linears and norms, block by block", "scales": "scales and norms, codes fixed"}
@@ -30,7 +30,7 @@ def page(report: Mapping[str, Any], folder: Folder) -> Page:
         Figure("Tokens", f"{training['tokens']:,}", f"in {training['steps']} steps" + (" for each block" if _is_blockwise(report) else "")),
         Figure("Speed", f"{training['tokens_per_second'] or 0:,.0f} tokens/s", f"on {report['device']}"),
         Figure("Time", f"{training['seconds']:,.1f} s", "of training"),
-        Figure("Peak memory", f"{report['peak_memory_bytes'] / 2**30:.2f} GiB", _device_memory(report)),
+        peak_memory(report),
     ]
     lead = f"Trained towards {report['teacher']['name']}: {trained(report)}."
     by = f"Written by marlinctl {report['versions']['marlinctl']} from marlinctl_report.json, which has every figure of this page."
@@ -91,11 +91,6 @@ def _facts(report: Mapping[str, Any], folder: Folder) -> list[tuple[Cell, Cell]]
         ("SHA-256 of the recipe", Name(report["recipe"]["sha256"])),
         ("SHA-256 of the manifest", Name(folder.manifest_sha256)),
     ]
-
-
-def _device_memory(report: Mapping[str, Any]) -> str:
-    device = report["peak_device_memory_bytes"]
-    return f"of the host; {device / 2**30:.2f} GiB on the device" if device else "of the host"
 
 
 def _curve_table(rows: Sequence[Mapping[str, float]]) -> Block:

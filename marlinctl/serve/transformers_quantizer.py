@@ -4,7 +4,8 @@
     before files are looked for         ─► config.transformers_weights: our index, as native shards are not called model*.safetensors
     before weights are loaded           ─► every packed linear of the folder becomes a MarlinLinear or SparseMarlinLinear, without memory
     transformers loads                  ─► buffers by name: B, s, .., each with the dtype that it has on disk
-    after that                          ─► anything missing, left over or of another shape is an error
+    after that                          ─► anything missing, left over or of another shape is an error, and so is 2:4 metadata that
+                                           the hardware has no meaning for: kernels do not look, and compute with whatever it does
 
 transformers alone would warn, fill what is missing with random numbers, and go on. Importing this module registers; importing
 marlinctl imports it as soon as transformers' registry is there (marlinctl/__init__.py).
@@ -101,6 +102,29 @@ def _refuse(model: PreTrainedModel, folder: Path, adjust: Any, loading_info: Any
     del model._adjust_missing_and_unexpected_keys  # the method of the class is back
     adjust(loading_info)
     refuse_incomplete(folder, loading_info.to_dict())
+    _refuse_metadata(model, folder)
+
+
+def _refuse_metadata(model: nn.Module, folder: Path) -> None:
+    """BadInput E346 lists the 2:4 linears whose metadata no kernel may see. Each is read once, on the device where it lies.
+
+    What transformers leaves on the disk (device_map) has no memory yet, and is read from there.
+    """
+    from marlinctl.checkpoint.reader import open_checkpoint
+    from marlinctl.kernels.linear import SparseMarlinLinear
+    from marlinctl.pack.sparse_marlin import check_metadata
+
+    sparse = {f"{layer}.B_meta": module for layer, module in model.named_modules() if isinstance(module, SparseMarlinLinear)}
+    problems = []
+    with open_checkpoint(folder, weight_files=formats.weight_files("marlin")) as checkpoint:
+        for name, module in sparse.items():
+            try:
+                check_metadata(checkpoint.read(name) if module.B_meta.is_meta else module.B_meta)
+            except ValueError as problem:
+                fix = "the file is damaged; fetch or write it again"
+                problems.append(Problem(f"{name}: {problem}", str(checkpoint.tensors[name].file), fix))
+    if problems:
+        raise BadInput.from_problems("E346", problems)
 
 
 def _put_packed_linears(model: PreTrainedModel, checkpoint: Checkpoint) -> None:

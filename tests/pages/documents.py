@@ -137,6 +137,8 @@ def report(names: list[str] | None = None, **changes: Any) -> dict[str, Any]:
         "error": {"mean": 0.002, "worst": names[0] if names else ""},
         "seconds": 12.3,
         "peak_memory_bytes": 1 << 29,
+        "peak_device_memory_bytes": None,
+        "peak_device_reserved_bytes": None,
         "layers": layers,
         "outputs": [{"folder": "out/model", "format": "ct"}],
         "verified": {"ct": {"files": 9, "linears": len(names), "logit_error": 1e-7, "kernels": None, "source": None}},
@@ -172,6 +174,7 @@ def training(mode: str = "full", **changes: Any) -> dict[str, Any]:
         "dtype": "float32",
         "peak_memory_bytes": 1 << 29,
         "peak_device_memory_bytes": None,
+        "peak_device_reserved_bytes": None,
     }
     return document | changes
 

@@ -39,3 +39,15 @@ def test_figures_and_tables_are_there() -> None:
     assert "| `model.layers.5.mlp.down_proj` | 64 x 128 | 64 | - | 4.266 |" in page
     page = markdown.render(training.page(documents.training(), documents.folder("dense")))
     assert "| loss | 2 | 1 |" in page and "| 60 | 960 | 0.0001 | 0.05 |" in page
+
+
+def test_memory_of_a_gpu_is_told_beside_that_of_the_host() -> None:
+    """Somebody with a smaller GPU would take the host's figure for what the job needs."""
+    taken = {"peak_device_memory_bytes": 5 << 29, "peak_device_reserved_bytes": 7 << 29}
+    on_gpu = (
+        compression.page(documents.report(**taken), documents.folder()),
+        training.page(documents.training(**taken), documents.folder("dense")),
+    )
+    for page in map(markdown.render, on_gpu):
+        assert "0.50 GiB" in page and "of the host; 2.50 GiB alive on the GPU" in page
+    assert "alive on the GPU" not in markdown.render(compression.page(documents.report(), documents.folder()))

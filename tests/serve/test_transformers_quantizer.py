@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import marlinctl
+from marlinctl.benchmarking.generation import load_packed
 from marlinctl.errors import BadInput
 from marlinctl.kernels.linear import MarlinLinear, SparseMarlinLinear
 from marlinctl.load import load_dense
@@ -156,6 +157,51 @@ def test_a_damaged_folder_does_not_load(source: Path, tmp_path: Path, damage: Ca
     assert any(what in problem.what for problem in caught.value.problems), caught.value.problems
 
 
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture
+def damaged(source: Path, tmp_path: Path) -> Path:
+    """One quad of a 2:4 linear names its second survivor first; shapes, dtypes and every other number are right."""
+    make_sparse_packed(source, tmp_path / "native", "marlin_24")
+    edit_tensors(tmp_path / "native", lambda tensors: tensors[f"{UP}.B_meta"].view(-1)[700:701].fill_(0x4144))
+    return tmp_path / "native"
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        AutoModelForCausalLM.from_pretrained,
+        lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": "cpu"}),
+        lambda folder: load_packed(folder, torch.device("cpu"), torch.float16),
+    ],
+    ids=["from_pretrained", "device_map", "bench --model"],
+)
+def test_no_kernel_ever_sees_damaged_metadata(damaged: Path, load: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, a GPU would compute with metadata that it has no meaning for, and say nothing."""
+    monkeypatch.setattr(SparseMarlinLinear, "forward", lambda *_: pytest.fail("a packed linear was multiplied with"))
+    with pytest.raises(BadInput) as caught:
+        load(damaged)
+    assert caught.value.error_id == "E346"
+    (problem,) = caught.value.problems
+    assert problem.what.startswith(f"{UP}.B_meta: metadata of row 121, columns ") and "is 0x1," in problem.what
+    assert problem.where == str(damaged / "marlin-00001-of-00001.safetensors") and problem.fix
+    with pytest.raises(BadInput, match=re.escape(problem.what.partition(": ")[2])):  # verify reads it so
+        load_dense(damaged, dtype=torch.float32)
+
+
+def test_offloaded_metadata_are_looked_at_too(source: Path, damaged: Path, tmp_path: Path) -> None:
+    """If what lies on the disk were passed over, kernels would see it later; if tensors without memory were asked, nothing would load."""
+    places = {"model.layers.0": "disk", "model.layers.1": "disk", "model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    where = {"device_map": {**places, "model.rotary_emb": "cpu"}, "offload_folder": tmp_path / "offloaded", "offload_buffers": True}
+    with pytest.raises(BadInput, match=f"{UP}.B_meta: metadata of row 121"):
+        AutoModelForCausalLM.from_pretrained(damaged, **where)
+    make_sparse_packed(source, tmp_path / "sound", "marlin_24")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "sound", **where)
+    assert model.get_submodule(UP).B_meta.is_meta
+    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "sound")))
+
+
 def test_experts_that_are_fused_are_refused(tmp_path: Path) -> None:
     """If this failed, a mixture of experts would load with random experts."""
     source = build("mixtral", tmp_path / "mixtral", dtype=torch.float16)
@@ -221,9 +267,9 @@ def test_the_example_of_the_page(source: Path, tmp_path: Path) -> None:
     """If this failed, what docs/serve.md tells people to run would not run."""
     make_packed(source, tmp_path / "my-model-marlin", "marlin")
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "serve.md").read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
-        done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    loading, fusing, operators = blocks
+    for program in (loading + fusing, operators):
+        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.strip()
     assert json.loads((tmp_path / "my-model-marlin" / "config.json").read_text())["quantization_config"]["quant_method"] == "marlinctl"
