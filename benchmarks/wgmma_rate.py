@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import ctypes
 import sys
-from typing import Any
 
 import torch
 
 from marlinctl.kernels import jit
+from marlinctl.kernels.launch import done
 
 SOURCE = """
 #include "ptx_sm90.cuh"
@@ -113,14 +113,6 @@ def compiled(tokens: int, warpgroups: int, words: int, sparse: int, decoding: in
     sizes = {"NUMBER": "Half", "TOKENS": tokens, "WARPGROUPS": warpgroups, "WORDS": words, "SPARSE": sparse, "DECODING": decoding}
     flags = jit.flags_for([f"{name}={value}" for name, value in sizes.items()], "sm_90a")
     return jit._compile(nvrtc, "rate.cu", {**jit.sources(), "rate.cu": SOURCE}, flags)
-
-
-def done(result: tuple[Any, ...]) -> Any:
-    """What a driver call gives, or its error as an exception."""
-    status, *values = result
-    if int(status) != 0:
-        raise RuntimeError(f"the driver reports {status.name}")
-    return values[0] if values else None
 
 
 if __name__ == "__main__":
