@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from typing import Any
 
 import torch
 
 from marlinctl.kernels import jit
+from marlinctl.kernels.launch import done
 
 SOURCE = """
 #include "ptx_sm90.cuh"
@@ -101,14 +101,6 @@ def main() -> int:
             if not agrees:
                 print(f"  threads that are wrong: {(~(error < 1e-4)).any(1).nonzero().flatten().tolist()}")
     return int(wrong)
-
-
-def done(result: tuple[Any, ...]) -> Any:
-    """What a driver call gives, or its error as an exception."""
-    status, *values = result
-    if int(status) != 0:
-        raise RuntimeError(f"the driver reports {status.name}")
-    return values[0] if values else None
 
 
 if __name__ == "__main__":

@@ -70,6 +70,14 @@ def grow_segments(device: torch.device) -> None:
         os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
 
 
+def forget_device_peaks(device: torch.device) -> None:
+    """device_peaks counts from now on: what ran before in this process is not this run's."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def device_peaks(device: torch.device) -> dict[str, int | None]:
     """For a report: bytes of a CUDA device at the fullest moment, of tensors that were alive, and all that torch's allocator held for them.
 

@@ -26,7 +26,7 @@ from marlinctl.checkpoint.reader import fingerprint
 from marlinctl.checkpoint.source import Source
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output, require_space
 from marlinctl.console import Console
-from marlinctl.devices import device_peaks, forward_dtype, threads
+from marlinctl.devices import device_peaks, forget_device_peaks, forward_dtype, threads
 from marlinctl.distillation.blockwise import BlockLoop
 from marlinctl.distillation.job import DistillJob, State
 from marlinctl.distillation.loop import Loop
@@ -84,6 +84,7 @@ class _Run:
 def run_distill(student: str, out: Path, teacher: str, recipe: Recipe, options: Options, console: Console) -> dict[str, Any]:
     """Train `student` towards `teacher` and publish it as `out`. Returns the report as a JSON document."""
     processes = Processes(options.device)
+    forget_device_peaks(processes.device)  # `compress` quantizes first
     run = _Run(out, recipe, options, console, processes, DistillJob(out), forward_dtype(processes.device, options.dtype))
     asked = {"student": student, "teacher": teacher, "recipe": recipe.model_dump(mode="json"), "options": options.document()}
     request = Request("distill", asked)

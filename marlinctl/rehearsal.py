@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from marlinctl.console import Console, duration
-from marlinctl.devices import device_peaks, has_matrix_units
+from marlinctl.devices import device_peaks, forget_device_peaks, has_matrix_units
 from marlinctl.errors import ResourceProblem
 from marlinctl.estimate import Rehearsed, largest_stage, machine, rehearsed_machine, seconds_of_walk
 from marlinctl.memory import CHUNK_TOKENS, Stage, Work, release_heap
@@ -44,8 +44,7 @@ def rehearse(
     speed = machine(device.type, torch.get_num_threads(), dtype.itemsize, matrix_units=False)
     stage = largest_stage(architecture, compressed, recipe, speed)
     solver = StackSolver.of(recipe, matches=matches, bfloat16_exact=False)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    forget_device_peaks(device)
     try:
         with torch.no_grad():
             measured = _measure(stage, solver, architecture.hidden_size, device, dtype)

@@ -132,12 +132,8 @@ def kernels(device: torch.device) -> Check:
             readings["2:4" if sparse else "dense"] = compared(kernel, *_tiles(sparse=sparse))
     except (RuntimeError, ValueError, OSError) as error:
         cause = (str(error).splitlines() or [""])[0]
-        return Check(
-            "kernels",
-            "fail",
-            f"{device}: {cause}",
-            "clear the folder of compiled kernels, update the driver; until it works, compress on the CPU",
-        )
+        cure = "clear the folder of compiled kernels, update the driver; until it works, compress on the CPU"
+        return Check("kernels", "fail", f"{device}: {cause}", cure)
     wrong = [f"{kind}, off by {reading.error:.1e}" for kind, reading in readings.items() if not reading.error <= reading.allowed]
     if wrong:
         cure = "marlinctl bench --check tells more; report it, and do not serve from this GPU"

@@ -102,29 +102,30 @@ class SharedLinear(nn.Module):
     def __init__(self, linear: MarlinLinear | SparseMarlinLinear, parts: int) -> None:
         super().__init__()
         self.linear, self.parts = linear, parts
-        self.latest: tuple[Tensor, Tensor, int] | None = None  # activations, their product, and how many parts have not taken theirs
+        self.latest: tuple[Tensor, Tensor, tuple[int, ...]] | None = None  # activations, their product, and the parts that have not asked
 
-    def product(self, x: Tensor) -> Tensor:
-        """Of all parts. Kept until each of them has asked; whoever asks with other activations gets another product."""
+    def product(self, x: Tensor, part: int) -> Tensor:
+        """Of all parts. Kept until each of them has asked once; a part that asks again, or with other activations, gets a new one."""
         latest = self.latest
-        if latest is not None and latest[0] is x:
-            product, missing = latest[1], latest[2] - 1
+        if latest is not None and latest[0] is x and part in latest[2]:
+            product, waiting = latest[1], latest[2]
         else:
-            product, missing = self.linear(x), self.parts - 1
-        self.latest = (x, product, missing) if missing else None
+            product, waiting = self.linear(x), tuple(range(self.parts))
+        waiting = tuple(other for other in waiting if other != part)
+        self.latest = (x, product, waiting) if waiting else None
         return product
 
 
 class LinearPart(nn.Module):
     """x [.., K] -> [.., N]: outputs `first` .. `first` + N of a SharedLinear, not contiguous."""
 
-    def __init__(self, shared: SharedLinear, first: int, out_features: int) -> None:
+    def __init__(self, shared: SharedLinear, part: int, first: int, out_features: int) -> None:
         super().__init__()
-        self.shared, self.first = shared, first
+        self.shared, self.part, self.first = shared, part, first
         self.in_features, self.out_features = shared.linear.in_features, out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.shared.product(x)[..., self.first : self.first + self.out_features]
+        return self.shared.product(x, self.part)[..., self.first : self.first + self.out_features]
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, first={self.first}"

@@ -64,7 +64,7 @@ def _fuse(model: nn.Module, names: Sequence[str], linears: Sequence[MarlinLinear
     shared = SharedLinear(packed_module(side_by_side([linear.packed() for linear in linears]), bias), len(linears))
     shared.linear.overlap = all(linear.overlap for linear in linears)
     first = 0
-    for name, linear in zip(names, linears, strict=True):
+    for part, (name, linear) in enumerate(zip(names, linears, strict=True)):
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, LinearPart(shared, first, linear.out_features))
+        setattr(model.get_submodule(parent), leaf, LinearPart(shared, part, first, linear.out_features))
         first += linear.out_features

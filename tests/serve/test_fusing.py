@@ -84,6 +84,9 @@ def test_each_product_is_made_once(tmp_path: Path) -> None:
     attention.q_proj(x)
     assert near(attention.k_proj(y).double(), alone["k_proj"][1].double())
     assert near(attention.v_proj(x).double(), alone["v_proj"][0].double())
+    buffer = x.clone()
+    attention.q_proj(buffer)  # and nobody asks for k and v
+    assert near(attention.q_proj(buffer.copy_(y)).double(), alone["q_proj"][1].double()), "the product of what the buffer held before"
 
 
 def test_what_is_not_alike_stays_apart(tmp_path: Path) -> None:
