@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from marlinctl.kernels import jit
-from marlinctl.kernels.configurations import GROUP_SIZES, SHARINGS, Configuration, group_shift
+from marlinctl.kernels.configurations import GROUP_SIZES, LARGEST_CLUSTER, SHARINGS, Configuration, Grid, group_shift
 from marlinctl.kernels.dispatch import KINDS, configurations
 from marlinctl.kernels.launch import architecture_of, launch, load, unpack
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear, padded
@@ -58,6 +58,7 @@ def main() -> int:
                 for grid in {
                     kernel.grid(m, n, k, kernel.resident),
                     *(kernel.configuration.grid(m, n, k, 7, sharing) for sharing in SHARINGS),
+                    *largest_cluster(kernel.configuration, m, n, k),
                 }:
                     launch(kernel, activations, p, bias, torch.empty(m, n, dtype=dtype, device=device), grid)
                     launches += 1
@@ -66,6 +67,14 @@ def main() -> int:
             torch.cuda.synchronize()
         print(f"{kind}, {str(dtype)[6:]}: {len(kernels)} configurations, {launches} launches so far", flush=True)
     return 0
+
+
+def largest_cluster(configuration: Configuration, m: int, n: int, k: int) -> list[Grid]:
+    """The most CTAs of a cluster that share the tiles evenly, however many CTAs that makes; none where nothing divides them."""
+    tiles = configuration.output_tiles(m, n)
+    steps = configuration.units(m, n, k) // tiles
+    sizes = [size for size in range(2, LARGEST_CLUSTER + 1) if steps % size == 0] if configuration.wgmma else []
+    return [Grid(tiles * size, cluster=size) for size in sizes[-1:]]
 
 
 def group_size_of(k: int) -> int:

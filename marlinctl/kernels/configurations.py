@@ -241,6 +241,9 @@ SPARSE_SM90 = (
         tokens=64, blocks=2, split=2, k_warps=2, k_step=256, stages=3, ctas=1, sparse=True, wgmma=True, batch=2, scale_weights=True
     ),
     Configuration(
+        tokens=96, blocks=6, split=2, k_warps=1, k_step=128, stages=4, ctas=1, sparse=True, wgmma=True, batch=2, scale_weights=True
+    ),
+    Configuration(
         tokens=96, blocks=4, split=2, k_warps=1, k_step=128, stages=5, ctas=1, sparse=True, wgmma=True, batch=2, scale_weights=True
     ),
     Configuration(
