@@ -210,13 +210,17 @@ DENSE_SM90 = (
     Configuration(tokens=32, blocks=4, split=1, k_warps=2, k_step=256, stages=4, ctas=1, wgmma=True),
     Configuration(tokens=32, blocks=2, split=2, k_warps=2, k_step=256, stages=5, ctas=1, wgmma=True),
     Configuration(tokens=48, blocks=6, split=2, k_warps=1, k_step=128, stages=5, ctas=1, wgmma=True, batch=2, scale_weights=True),
+    Configuration(tokens=48, blocks=4, split=2, k_warps=1, k_step=256, stages=3, ctas=1, wgmma=True, batch=4, scale_weights=True),
+    Configuration(tokens=48, blocks=2, split=2, k_warps=2, k_step=256, stages=4, ctas=1, wgmma=True, batch=4, scale_weights=True),
     Configuration(tokens=64, blocks=6, split=2, k_warps=1, k_step=128, stages=5, ctas=1, wgmma=True, scale_weights=True),
     Configuration(tokens=64, blocks=8, split=1, k_warps=1, k_step=128, stages=4, ctas=1, wgmma=True, scale_weights=True),
     Configuration(tokens=64, blocks=4, split=2, k_warps=1, k_step=256, stages=3, ctas=1, wgmma=True, batch=4, scale_weights=True),
     Configuration(tokens=64, blocks=2, split=2, k_warps=2, k_step=256, stages=3, ctas=1, wgmma=True, batch=4, scale_weights=True),
     Configuration(tokens=96, blocks=6, split=2, k_warps=1, k_step=128, stages=4, ctas=1, wgmma=True, scale_weights=True),
     Configuration(tokens=96, blocks=4, split=2, k_warps=1, k_step=128, stages=5, ctas=1, wgmma=True, scale_weights=True),
+    Configuration(tokens=96, blocks=2, split=2, k_warps=2, k_step=256, stages=3, ctas=1, wgmma=True, batch=2, scale_weights=True),
     Configuration(tokens=128, blocks=4, split=2, k_warps=1, k_step=128, stages=4, ctas=1, wgmma=True, batch=4, scale_weights=True),
+    Configuration(tokens=128, blocks=2, split=2, k_warps=2, k_step=128, stages=5, ctas=1, wgmma=True, scale_weights=True),
 )
 
 SPARSE_SM90 = (
@@ -232,6 +236,12 @@ SPARSE_SM90 = (
         tokens=48, blocks=6, split=2, k_warps=1, k_step=256, stages=3, ctas=1, sparse=True, wgmma=True, batch=2, scale_weights=True
     ),
     Configuration(
+        tokens=48, blocks=4, split=2, k_warps=1, k_step=256, stages=4, ctas=1, sparse=True, wgmma=True, batch=2, scale_weights=True
+    ),
+    Configuration(
+        tokens=48, blocks=2, split=2, k_warps=2, k_step=256, stages=4, ctas=1, sparse=True, wgmma=True, batch=2, scale_weights=True
+    ),
+    Configuration(
         tokens=64, blocks=6, split=2, k_warps=1, k_step=128, stages=4, ctas=1, sparse=True, wgmma=True, batch=2, scale_weights=True
     ),
     Configuration(
@@ -240,9 +250,7 @@ SPARSE_SM90 = (
     Configuration(
         tokens=64, blocks=2, split=2, k_warps=2, k_step=256, stages=3, ctas=1, sparse=True, wgmma=True, batch=2, scale_weights=True
     ),
-    Configuration(
-        tokens=96, blocks=6, split=2, k_warps=1, k_step=128, stages=4, ctas=1, sparse=True, wgmma=True, batch=2, scale_weights=True
-    ),
+    Configuration(tokens=96, blocks=6, split=2, k_warps=1, k_step=128, stages=4, ctas=1, sparse=True, wgmma=True, scale_weights=True),
     Configuration(
         tokens=96, blocks=4, split=2, k_warps=1, k_step=128, stages=5, ctas=1, sparse=True, wgmma=True, batch=2, scale_weights=True
     ),

@@ -258,16 +258,18 @@ __device__ __forceinline__ bool contribute(const OwnSums& own, const Shared& sha
     return last;
 }
 
-// The sums of `slabs` slabs.
+// The sums of `slabs` slabs. Parts of several CTAs are on their way at a time where registers hold them: one after the other, each takes
+// the latency of L2.
 template <int slabs>
 __device__ __forceinline__ void gather(OwnSums& own, const Shared& shared, int first_slab, const Self& self) {
+    constexpr int NUMBERS = OWN * slabs, GATHERED = NUMBERS <= 2 ? 4 : THREADS > 256 || SLABS > 12 ? 1 : NUMBERS <= 8 ? 4 : NUMBERS <= 16 ? 2 : 1;
 #pragma unroll
     for (int part = 0; part < OWN; ++part)
 #pragma unroll
         for (int slab = first_slab; slab < first_slab + slabs; ++slab)
 #pragma unroll
             for (int i = 0; i < 4; ++i) own[part][slab][i] = 0.0f;
-#pragma unroll(OWN * SLABS <= 2 ? 4 : 1)
+#pragma unroll(GATHERED)
     for (int cta = shared.first_cta; cta <= shared.last_cta; ++cta) {
 #pragma unroll
         for (int part = 0; part < OWN; ++part)
