@@ -91,12 +91,12 @@ def measure(tokens: int, warpgroups: int, words: int, sparse: int, decoding: int
     """Clocks of a multiprocessor for one product, the mean over multiprocessors of the second launch."""
     from cuda.bindings import driver
 
+    ctas = torch.cuda.get_device_properties(0).multi_processor_count
+    clocks, never = torch.zeros(ctas, dtype=torch.int32, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")  # and a context
     code = compiled(tokens, warpgroups, words, sparse, decoding)
     function = done(
         driver.cuKernelGetFunction(done(driver.cuLibraryGetKernel(done(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0)), b"rate")))
     )
-    ctas = torch.cuda.get_device_properties(0).multi_processor_count
-    clocks, never = torch.zeros(ctas, dtype=torch.int32, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
     given = [ctypes.c_void_p(clocks.data_ptr()), ctypes.c_void_p(never.data_ptr()), ctypes.c_int(rounds)]
     table = (ctypes.c_void_p * len(given))(*(ctypes.addressof(one) for one in given))
     for _ in range(2):

@@ -218,9 +218,8 @@ DENSE_SM90 = (
     Configuration(tokens=64, blocks=2, split=2, k_warps=2, k_step=256, stages=3, ctas=1, wgmma=True, batch=4, scale_weights=True),
     Configuration(tokens=96, blocks=6, split=2, k_warps=1, k_step=128, stages=4, ctas=1, wgmma=True, scale_weights=True),
     Configuration(tokens=96, blocks=4, split=2, k_warps=1, k_step=128, stages=5, ctas=1, wgmma=True, scale_weights=True),
-    Configuration(tokens=96, blocks=2, split=2, k_warps=2, k_step=256, stages=3, ctas=1, wgmma=True, batch=2, scale_weights=True),
+    Configuration(tokens=96, blocks=2, split=2, k_warps=2, k_step=128, stages=4, ctas=1, wgmma=True, batch=2, scale_weights=True),
     Configuration(tokens=128, blocks=4, split=2, k_warps=1, k_step=128, stages=4, ctas=1, wgmma=True, batch=4, scale_weights=True),
-    Configuration(tokens=128, blocks=2, split=2, k_warps=2, k_step=128, stages=5, ctas=1, wgmma=True, scale_weights=True),
 )
 
 SPARSE_SM90 = (

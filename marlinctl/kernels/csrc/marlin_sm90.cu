@@ -142,9 +142,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) marli
             const unsigned first_tile = warp_uniform(self.k_warp) * WARP_TILES;
             const unsigned long long b = describe_rows(shared_base + stage_index * STAGE_BYTES + first_tile / 4 * (TOKENS * 128));
             const char* words_at = stage + WEIGHTS_AT + ((first_tile * BLOCKS + self.block) * 32 + self.lane) * 16 + self.first_word * 4;
-            unsigned words[2][4], a[2 * BATCH][WORDS][4];
+            unsigned words[AHEAD + 1][4], a[2 * BATCH][WORDS][4];
             NUMBER::Scale lower[WORDS], upper[WORDS];
-            load_words(words[0], words_at);
+#pragma unroll
+            for (int i = 0; i < AHEAD; ++i) load_words(words[i], words_at + i * (BLOCKS * 512));
 #pragma unroll
             for (int first = 0; first < WARP_TILES; first += BATCH) {
                 const bool begins = first % GROUP_TILES == 0;
@@ -152,14 +153,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) marli
                 const char* const row_of_scales = stage + SCALES_AT + (first_tile + first) / GROUP_TILES * (COLUMNS * 2);
 #pragma unroll
                 for (int i = first; i < first + BATCH; ++i) {
-                    if (i + 1 < WARP_TILES) load_words(words[(i + 1) % 2], words_at + (i + 1) * (BLOCKS * 512));
+                    if (i + AHEAD < WARP_TILES) load_words(words[(i + AHEAD) % (AHEAD + 1)], words_at + (i + AHEAD) * (BLOCKS * 512));
                     if (GROUPED && !SCALE_SUMS && i % GROUP_TILES == 0) {
                         load_scales<NUMBER>(lower, upper, stage + SCALES_AT + (first_tile + i) / GROUP_TILES * (COLUMNS * 2), self);
                     }
 #pragma unroll
                     for (int word = 0; word < WORDS; ++word) {
                         unsigned(&fragment)[4] = a[i % (2 * BATCH)][word];
-                        dequantize<NUMBER>(fragment, words[i % 2][word]);
+                        dequantize<NUMBER>(fragment, words[i % (AHEAD + 1)][word]);
                         if (GROUPED && !SCALE_SUMS) scale_fragment<NUMBER>(fragment, lower[word], upper[word]);
                     }
                 }

@@ -34,6 +34,9 @@ constexpr int ARRIVING_LANES = EVERY_LANE_ARRIVES ? 32 : 1;
 
 constexpr bool GROUPED = GROUP_SHIFT >= 0;
 constexpr bool SCALE_SUMS = GROUPED && !SCALE_WEIGHTS;
+// Steps of k between a word's load and its decoding. With one, the compiler decodes a word right behind its load, and the latency of shared
+// memory shows where decoding is longest: 374 us with one, 364 with two (73728 x 18432, M=64); up to M=32 one is as fast or faster.
+constexpr int AHEAD = SCALE_WEIGHTS ? 2 : 1;
 constexpr int COPY_THREADS = 128, ACTIVATION_THREADS = 64;
 constexpr int RING_BYTES = 16 * STAGES;         // full and empty, 8 bytes each
 // What a CTA is started with, in steps of 8, is what setmaxnreg shares out anew; more would be waited for until the end of time.
@@ -109,16 +112,16 @@ __device__ __forceinline__ void drain(MakeStripes make_stripes, const Ring& ring
     int unit = make_stripes().begin_or_none();
     while (unit != Stripes::NONE) {
         const int end = make_stripes().part_end(unit);
-        for (bool last = false; !last;) {
+        do {
             barrier_wait(ring.full(place.stage), place.parity);
             fence_proxy_async();  // activations came by cp.async, and wgmma reads them
             multiply(place.stage, held);
             held.stage = place.stage;
-            last = ++unit == end;
-            if (last) wgmma_wait<0>();
-            if (last || SCALE_SUMS) held.release();
+            if (SCALE_SUMS) held.release();
             place.advance();
-        }
+        } while (++unit != end);
+        wgmma_wait<0>();
+        held.release();
         const Stripes stripes = make_stripes();
         finish(stripes, unit - 1);
         unit = stripes.after_or_none(unit - 1);

@@ -262,7 +262,7 @@ __device__ __forceinline__ bool contribute(const OwnSums& own, const Shared& sha
 // the latency of L2.
 template <int slabs>
 __device__ __forceinline__ void gather(OwnSums& own, const Shared& shared, int first_slab, const Self& self) {
-    constexpr int NUMBERS = OWN * slabs, GATHERED = NUMBERS <= 2 ? 4 : THREADS > 256 || SLABS > 12 ? 1 : NUMBERS <= 8 ? 4 : NUMBERS <= 16 ? 2 : 1;
+        constexpr int NUMBERS = OWN * slabs, GATHERED = NUMBERS <= 2 ? 4 : THREADS > 256 || SLABS > 12 ? 1 : NUMBERS <= 8 ? 4 : NUMBERS <= 16 ? 2 : 1;
 #pragma unroll
     for (int part = 0; part < OWN; ++part)
 #pragma unroll
