@@ -34,9 +34,6 @@ constexpr int ARRIVING_LANES = EVERY_LANE_ARRIVES ? 32 : 1;
 
 constexpr bool GROUPED = GROUP_SHIFT >= 0;
 constexpr bool SCALE_SUMS = GROUPED && !SCALE_WEIGHTS;
-// Steps of k between a word's load and its decoding. With one, the compiler decodes a word right behind its load, and the latency of shared
-// memory shows where decoding is longest: 374 us with one, 364 with two (73728 x 18432, M=64); up to M=32 one is as fast or faster.
-constexpr int AHEAD = SCALE_WEIGHTS ? 2 : 1;
 constexpr int COPY_THREADS = 128, ACTIVATION_THREADS = 64;
 constexpr int RING_BYTES = 16 * STAGES;         // full and empty, 8 bytes each
 // What a CTA is started with, in steps of 8, is what setmaxnreg shares out anew; more would be waited for until the end of time.

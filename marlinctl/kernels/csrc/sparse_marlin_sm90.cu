@@ -153,10 +153,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) spars
             const unsigned its_tile = SPLIT == 1 ? matrix / 2 : matrix % 2, its_half = SPLIT == 1 ? matrix % 2 : self.first_word / 2;
             const unsigned meta_at = shared_base + stage_index * STAGE_BYTES + META_AT +
                                      ((first_tile + its_tile) * BLOCKS + self.block) * 256 + its_half * 128 + self.lane % 8 * 16;
-            unsigned words[AHEAD + 1][4], a[2 * BATCH][WORDS][4], e[2][4];
+            unsigned words[2][4], a[2 * BATCH][WORDS][4], e[2][4];
             NUMBER::Scale lower[WORDS], upper[WORDS];
-#pragma unroll
-            for (int i = 0; i < AHEAD; ++i) load_words(words[i], words_at + i * (BLOCKS * 512));
+            load_words(words[0], words_at);
 #pragma unroll
             for (int first = 0; first < WARP_TILES; first += BATCH) {
                 const bool begins = first % GROUP_TILES == 0;
@@ -164,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) spars
                 const char* const row_of_scales = stage + SCALES_AT + (first_tile + first) / GROUP_TILES * (COLUMNS * 2);
 #pragma unroll
                 for (int i = first; i < first + BATCH; ++i) {
-                    if (i + AHEAD < WARP_TILES) load_words(words[(i + AHEAD) % (AHEAD + 1)], words_at + (i + AHEAD) * (BLOCKS * 512));
+                    if (i + 1 < WARP_TILES) load_words(words[(i + 1) % 2], words_at + (i + 1) * (BLOCKS * 512));
                     if (i % META_TILES == 0) {
                         unsigned(&places)[4] = e[i / META_TILES % 2];
                         if constexpr (SPLIT == 1) load_matrices(places, meta_at + i * (BLOCKS * 256));
@@ -176,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) spars
 #pragma unroll
                     for (int word = 0; word < WORDS; ++word) {
                         unsigned(&fragment)[4] = a[i % (2 * BATCH)][word];
-                        dequantize<NUMBER>(fragment, words[i % (AHEAD + 1)][word]);
+                        dequantize<NUMBER>(fragment, words[i % 2][word]);
                         if (GROUPED && !SCALE_SUMS) scale_fragment<NUMBER>(fragment, lower[word], upper[word]);
                     }
                 }
