@@ -42,6 +42,7 @@ from marlinctl.kernels.configurations import LARGEST_CLUSTER, NUMBERS, Configura
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 
 CHUNK_COUNTERS = 2**18  # that are allocated at a time
+MOST_MAPS = 4096  # that a thread keeps
 FEWEST_COUNTERS = 2**10  # that a stream or capture is given, so that it rarely needs more later
 ALIGNMENT = 16  # bytes: every pointer that a kernel is given
 UNPACK_TILES, UNPACK_THREADS = 8, 256  # of a CTA of csrc/unpack.cu: rows of words, 64 columns wide
@@ -256,8 +257,9 @@ def multiply(
     elif grid.cluster == 1:
         partials = torch.empty(configuration.partial_floats(grid.ctas), dtype=torch.float32, device=device)
         counters = _counters_of(device).of(stream, configuration.output_tiles(m, n))
+    given = activations.data_ptr()
     pointers = [
-        activations.data_ptr(),
+        given,
         *(tensor.data_ptr() for tensor in weights),
         scales.data_ptr(),
         0 if bias is None else bias.data_ptr(),
@@ -265,8 +267,10 @@ def multiply(
         0 if partials is None else partials.data_ptr(),
         counters,
     ]
-    arguments = _mine.sparse if configuration.sparse else _mine.dense
+    arguments = _mine.of[configuration.sparse, configuration.wgmma]
     arguments.pack(*pointers, m, n, k, grid.whole, shift)
+    if configuration.wgmma:
+        arguments.begin_with(_mine.maps.of(given, m, k, configuration.tokens))
     _enqueue(function, grid.ctas, stream, arguments, overlap=overlap and function.overlaps, cluster=grid.cluster)
 
 
@@ -380,12 +384,58 @@ class _Arguments:
         self.address = ctypes.addressof(self._addresses)  # the driver copies the arguments before the launch returns
         self.pack = partial(layout.pack_into, buffer, 0)
 
+    def begin_with(self, address: int) -> None:
+        """The first argument is at this address instead: a tensor map, where kernels for Hopper have it."""
+        self._addresses[0] = address
+
+
+class _TensorMaps:
+    """Activations [M, K] as Hopper's copy engine knows them, in boxes of `tokens` x 64, by their address: made once, and kept for a while,
+    as allocators hand out the same addresses again and again. A launch copies the map, so a CUDA graph has its own.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int, int, int], Any] = {}
+
+    def of(self, address: int, m: int, k: int, tokens: int) -> int:
+        """The address of the map, which stays there until another one is asked for."""
+        key = (address, m, k, tokens)
+        known = self._known.get(key)
+        if known is None:
+            if len(self._known) == MOST_MAPS:
+                self._known.clear()
+            known = self._known[key] = _tensor_map(*key)
+        return int(known.getPtr())
+
+
+def _tensor_map(address: int, m: int, k: int, tokens: int) -> Any:
+    """A matrix of 16-bit numbers, K a multiple of 8; zeros outside, 128-byte swizzle (CUDA driver API, cuTensorMapEncodeTiled)."""
+    driver = _driver()
+    sizes, strides = [driver.cuuint64_t(k), driver.cuuint64_t(m)], [driver.cuuint64_t(2 * k)]
+    box, steps = [driver.cuuint32_t(64), driver.cuuint32_t(tokens)], [driver.cuuint32_t(1), driver.cuuint32_t(1)]
+    return done(
+        driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,
+            2,
+            address,
+            sizes,
+            strides,
+            box,
+            steps,
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+
 
 class _Mine(threading.local):
     """What each thread has for itself: the driver reads arguments while other threads run."""
 
     def __init__(self) -> None:
-        self.dense, self.sparse, self.unpack = _Arguments(7, 4), _Arguments(8, 4), _Arguments(4, 2)
+        self.of = {(sparse, wgmma): _Arguments(8 if sparse else 7, 4) for sparse in (False, True) for wgmma in (False, True)}
+        self.unpack, self.maps = _Arguments(4, 2), _TensorMaps()
         self.configs: dict[tuple[Function, bool, int], Any] = {}  # of launches that overlap, or in clusters of so many CTAs
         self.bound: set[int | None] = set()  # devices whose context has been current here
 

@@ -154,14 +154,15 @@ def test_flags_that_mean_nothing_together_are_refused(flags: list[str]) -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_graphs_write_what_transformers_would(packed: Path) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_a_gpu_graphs_write_what_transformers_would(packed: Path, compiled: bool) -> None:
     """If a graph were recorded with a wrong state, it would be fast at writing nonsense."""
     device = torch.device("cuda", 0)
     with torch.cuda.device(device), torch.inference_mode():
         model = load_packed(packed, device, torch.bfloat16)
         plain = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.bfloat16, device_map={"": str(device)})
         clock = gpu.Gpu(0)
-        _, written = generation._write(model, clock, 2, Lengths(16, 8))
+        _, written = generation._write(model, clock, 2, Lengths(16, 8), compiled)
         prompt = torch.randint(int(model.config.vocab_size), (2, 16), device=device, generator=clock.generator(2))
         expected = plain.generate(prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)[:, 16:]
         assert agreement(written, expected) > 0.5  # nearly equal logits may fall either way

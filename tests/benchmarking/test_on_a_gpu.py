@@ -11,6 +11,7 @@ import torch
 from marlinctl import bench, kernel_check
 from marlinctl.bench import Asked, run
 from marlinctl.benchmarking import accuracy, tuning
+from marlinctl.benchmarking.building import offered
 from marlinctl.benchmarking.cases import KINDS, shapes_set
 from marlinctl.benchmarking.gpu import Gpu, open_gpu
 from marlinctl.benchmarking.implementations import OVERLAP, Dequantized, Operator, configured, overlaps
@@ -18,7 +19,6 @@ from marlinctl.benchmarking.timing import Candidate, take_turns
 from marlinctl.console import Console
 from marlinctl.errors import CheckFailed, EnvironmentProblem
 from marlinctl.kernels import dispatch, jit, ops
-from marlinctl.kernels.configurations import DENSE, SPARSE
 from tests.benchmarking.software import Pretended
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
@@ -83,7 +83,7 @@ def test_operators_and_every_configuration_are_right(gpu: Gpu, kind: str, dtype:
         everything = [Operator(kind, dtype), Dequantized(kind, dtype), *loaded]  # type: ignore[arg-type]
         found, problems = accuracy.check(everything, [], gpu.device, thorough=True)
     assert [problem.what for problem in problems] == []
-    assert {kernel.name for kernel in kernels} <= {c.name for c in (*DENSE, *SPARSE)} | {kernel.name for kernel in kernels}
+    assert {kernel.name for kernel in kernels} == {c.name for c in offered(gpu.architecture, kind)}
     assert all(kernel.local_bytes == 0 for kernel in kernels)
     assert found.checks == len(everything) * (len(accuracy.ODD_SHAPES) * len(accuracy.ODD_TOKENS) * 2 + 4)
 

@@ -42,6 +42,7 @@ class SoftwareDriver:
     status: Status = Status.CUDA_SUCCESS  # of the next launch
     overlap: bool = False  # whether the launch under way may begin early
     cluster: int = 1  # CTAs of a cluster of it
+    maps: int = 0  # tensor maps that were made
     launches: list[SimpleNamespace] = field(default_factory=list)
     memory: list[Any] = field(default_factory=list)
     modes: list[object] = field(default_factory=list)  # of capture, as the thread changed them
@@ -90,6 +91,9 @@ class SoftwareDriver:
         assert (y, z, ty, tz, extra) == (1, 1, 1, 1, 0)
         addresses = (ctypes.c_void_p * len(function.names)).from_address(params)
         given = {name: KINDS[name].from_address(address).value for name, address in zip(function.names, addresses, strict=True)}
+        if function.tokens:  # what is there instead of the activations' address is a map, which begins with it
+            sizes = (ctypes.c_uint64 * 4).from_address(addresses[0])
+            assert list(sizes)[1:] == [given["k"], given["m"], function.tokens], "the map is of another matrix, or another box"
         how = {"threads": threads, "shared": shared, "stream": stream, "overlap": self.overlap, "cluster": self.cluster}
         self.launches.append(SimpleNamespace(**given, ctas=x, **how))
         if self.status is not Status.CUDA_SUCCESS:
@@ -98,6 +102,24 @@ class SoftwareDriver:
             order = (ctypes.c_int * x)(*range(x))
             function.library.launch(Arguments(**given), order, x, self.cluster, ctypes.c_bool(False), ctypes.c_bool(False))
         return (Status.CUDA_SUCCESS,)
+
+    cuuint32_t = cuuint64_t = int
+    CUtensorMapDataType = SimpleNamespace(CU_TENSOR_MAP_DATA_TYPE_UINT16="uint16")
+    CUtensorMapInterleave = SimpleNamespace(CU_TENSOR_MAP_INTERLEAVE_NONE="none")
+    CUtensorMapSwizzle = SimpleNamespace(CU_TENSOR_MAP_SWIZZLE_128B="128 bytes")
+    CUtensorMapL2promotion = SimpleNamespace(CU_TENSOR_MAP_L2_PROMOTION_L2_128B="128 bytes")
+    CUtensorMapFloatOOBfill = SimpleNamespace(CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE="zeros")
+
+    def cuTensorMapEncodeTiled(
+        self, kind: str, rank: int, address: int, sizes: list[int], strides: list[int], box: list[int], steps: list[int], *how: str
+    ) -> tuple[Status, SimpleNamespace]:
+        """Not the driver's 128 bytes, but what launches are looked at for: address, K, M, tokens of a box."""
+        assert (kind, rank, steps, how) == ("uint16", 2, [1, 1], ("none", "128 bytes", "128 bytes", "zeros"))
+        k, m = sizes
+        assert strides == [2 * k] and box[0] == 64 and box[1] <= 256 and address % 16 == 0 and strides[0] % 16 == 0
+        made = (ctypes.c_uint64 * 4)(address, k, m, box[1])
+        self.maps += 1
+        return Status.CUDA_SUCCESS, SimpleNamespace(getPtr=lambda: ctypes.addressof(made), made=made)
 
     def CUlaunchAttribute(self) -> SimpleNamespace:
         return SimpleNamespace(id=None, value=SimpleNamespace(programmaticStreamSerializationAllowed=0, clusterDim=SimpleNamespace()))
@@ -149,7 +171,8 @@ def software_kernel(
 ) -> LoadedKernel:
     """A loaded kernel. Without a folder to build it in, its launches are told and nothing is computed."""
     library = None if folder is None else library_of(configuration, dtype, folder / f"{configuration.name}-{str(dtype)[6:]}")
-    handle = SimpleNamespace(library=library, names=SPARSE if configuration.sparse else DENSE)
+    tokens = configuration.tokens if configuration.wgmma else 0  # of a box of activations
+    handle = SimpleNamespace(library=library, names=SPARSE if configuration.sparse else DENSE, tokens=tokens)
     sizes = (configuration.threads, configuration.shared_bytes, resident)
     function = Function(handle, "context", DEVICE, *sizes, registers=0, local_bytes=0, overlaps=overlaps)
     return LoadedKernel(configuration, dtype, function, multiprocessors, Path("cache"), shift)
@@ -159,7 +182,7 @@ def software_unpack(sparse: bool, dtype: torch.dtype, folder: Path) -> Function:
     """csrc/unpack.cu, as launch.load_unpack hands it out."""
     defines = (*unpack_defines(sparse, dtype), "UNPACK=1")
     library = compiled("unpack", defines, folder / f"unpack-{sparse}-{str(dtype)[6:]}")
-    handle = SimpleNamespace(library=library, names=UNPACK)
+    handle = SimpleNamespace(library=library, names=UNPACK, tokens=0)
     return Function(
         handle, "context", DEVICE, UNPACK_THREADS, unpack_shared_bytes(sparse), resident=1, registers=0, local_bytes=0, overlaps=True
     )

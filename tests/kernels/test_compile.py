@@ -152,11 +152,14 @@ def test_machine_code_for_hopper(case: Case, hopper_codes: dict[Case, Future[Mac
     batch = min(configuration.batch, (16 << shift) // configuration.tile_k) if sums_of_groups else configuration.batch
     assert code.count(r"WARPGROUP\.ARRIVE") == tiles // batch, "ptxas has serialized the products, or split a batch"
 
+    if not sums_of_groups:  # one for each batch, and one behind the last stage of a tile
+        assert code.count(r"WARPGROUP\.DEPBAR\.LE") == tiles // batch + 1, "ptxas waits for products at the end of every stage"
+
     assert code.count(r"UBLKCP\..*") == (2 if configuration.sparse else 1) + (shift >= 0), (
         "weights, metadata and scales, by the copy engine"
     )
-    assert code.count(r"LDGSTS\.E\.BYPASS\.128(\.ZFILL)?") > 0, "activations, by cp.async"
-    assert code.count(r"ARRIVES\.LDGSTSBAR\..*") > 0, "which arrive at the barrier by themselves"
+    assert code.count(r"UTMALDG\.2D") > 0, "activations, boxes of a tensor map"
+    assert code.count(r"LDGSTS.*") == 0, "a copy by threads"
     assert code.count(r"ACQBULK") > 0, "the wait for the grid before"
     assert code.count(r"PREEXIT") > 0, "and the next grid is let in"
     if configuration.sparse:

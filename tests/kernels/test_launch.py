@@ -60,9 +60,28 @@ def test_kernels_overlap_where_that_is_asked_for_and_there_is_hopper(overlaps: b
     assert {(entry.ctas, entry.threads, entry.shared) for entry in driver.launches} == {(1, DENSE[0].threads, DENSE[0].shared_bytes)}
 
 
+CLUSTERED = next(c for c in DENSE_SM90 if c.name == "wgmma-m64n128k256x3w")
+
+
+def test_a_map_is_made_once_for_activations_at_an_address(driver: SoftwareDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, every call would cost the host microseconds, read the activations of another, or maps pile up."""
+    kernel = software_kernel(CLUSTERED, torch.float16, None)
+    p, _ = random_packed(CLUSTERED, 192, 512, 128, seed=0)
+    first, second = (aligned(torch.zeros(3, 512, dtype=torch.float16)) for _ in range(2))
+    out = aligned(torch.zeros(3, 192, dtype=torch.float16))
+    for x in (first, second, first, first[:2], first):
+        launch(kernel, x, p, None, out[: len(x)], Grid(1))
+    assert [entry.activations for entry in driver.launches] == [x.data_ptr() for x in (first, second, first, first, first)]
+    assert driver.maps == 3, "two addresses, one of them with two sizes"
+    monkeypatch.setattr(launcher, "MOST_MAPS", 3)
+    for x in (second[:1], first):
+        launch(kernel, x, p, None, out[: len(x)], Grid(1))
+    assert driver.maps == 5, "the others were let go"
+
+
 def test_clusters_are_asked_for(driver: SoftwareDriver) -> None:
     """If this failed, CTAs would wait for others that are in no cluster with them, or a cluster would not begin early."""
-    c = DENSE_SM90[14]
+    c = CLUSTERED
     kernel = software_kernel(c, torch.float16, None, overlaps=True)
     p, _ = random_packed(c, 192, 4 * c.k_step, 128, seed=0)
     x, out = (aligned(torch.zeros(3, size, dtype=torch.float16)) for size in (4 * c.k_step, 192))
@@ -78,7 +97,7 @@ def test_clusters_are_asked_for(driver: SoftwareDriver) -> None:
 
 def test_a_cluster_multiplies(driver: SoftwareDriver, tmp_path: Path) -> None:
     """If this failed, the way from a grid to a cluster would be broken somewhere between the launcher and the kernel."""
-    c = DENSE_SM90[14]
+    c = CLUSTERED
     kernel = software_kernel(c, torch.float16, tmp_path)
     p, weight = random_packed(c, 192, 768, 128, seed=1)
     activations, out = aligned(torch.randn(9, 768).to(torch.float16)), aligned(torch.full((9, 192), torch.nan, dtype=torch.float16))
@@ -89,7 +108,7 @@ def test_a_cluster_multiplies(driver: SoftwareDriver, tmp_path: Path) -> None:
 @pytest.mark.parametrize("grid", [Grid(6, cluster=2), Grid(10, cluster=5), Grid(4, 1, cluster=2), Grid(2, cluster=0), Grid(32, cluster=16)])
 def test_clusters_that_share_no_tile_evenly_are_refused(grid: Grid, driver: SoftwareDriver) -> None:
     """If this failed, a cluster would add up parts of different tiles, or the GPU would refuse it without saying why."""
-    c = DENSE_SM90[14]
+    c = CLUSTERED
     p, _ = random_packed(c, 192, 16 * c.k_step, 128, seed=0)
     x, out = (aligned(torch.zeros(3, size, dtype=torch.float16)) for size in (16 * c.k_step, 192))
     with pytest.raises(ValueError, match=r"CTAs with . whole|does not share 2 tiles of 16 steps in clusters"):

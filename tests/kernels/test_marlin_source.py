@@ -128,7 +128,13 @@ def random_packed(
 
 
 # Each takes a second to build, and with wgmma one for each group size: of those the ones that differ in more than their sizes.
-HOPPER = [*(DENSE_SM90[i] for i in (0, 1, 5, 6, 9, 12, 14)), *(SPARSE_SM90[i] for i in (0, 1, 4, 7, 8, 10, 12))]
+NAMED = {c.name.removeprefix("sparse-").removeprefix("wgmma-") + ("s" if c.sparse else ""): c for c in (*DENSE_SM90, *SPARSE_SM90)}
+HOPPER = [
+    *(NAMED[name] for name in ("m8n384k256x3", "m8n256k256x5", "m16n128k512x3", "m32n384k256x3", "m32n128k256x5")),
+    *(NAMED[name] for name in ("m48n128k256x4w", "m64n512k128x4w", "m64n128k256x3w", "m96n128k128x4w")),
+    *(NAMED[name] for name in ("m8n384k256x4s", "m8n256k256x6s", "m16n128k512x4s", "m32n128k256x5s", "m48n384k256x3ws")),
+    *(NAMED[name] for name in ("m48n128k256x4ws", "m64n256k256x3ws", "m96n256k128x5ws")),
+]
 KERNELS = [
     *((c, torch.float16) for c in (*DENSE, *SPARSE, *HOPPER)),
     *(
@@ -184,7 +190,8 @@ def test_products(kernel: tuple[Configuration, torch.dtype, Launch]) -> None:
 
 
 CLUSTERED = [  # each way in which warps share words and k, of both kinds
-    *((c, torch.float16) for c in (*(DENSE_SM90[i] for i in (0, 9, 12)), *(SPARSE_SM90[i] for i in (1, 4, 12)))),
+    *((NAMED[name], torch.float16) for name in ("m8n384k256x3", "m32n128k256x5", "m64n512k128x4w")),
+    *((NAMED[name], torch.float16) for name in ("m8n256k256x6s", "m16n128k512x4s", "m96n256k128x5ws")),
     *((c, torch.bfloat16) for c in (DENSE_SM90[-1], SPARSE_SM90[-1])),
 ]
 
@@ -249,9 +256,11 @@ SPARSE_ALONE = [
 ]
 HOPPER_BOTH = [
     ("barrier_wait(ring.full(place.stage), place.parity);", "", "does not wait for a stage"),
-    ("copy_chunk % 8 ^ copy_row % 8 ^ i * ROWS % 8", "copy_chunk % 8", "no swizzle"),
+    ("part * (TOKENS * 128), activations", "0, activations", "one place for all boxes"),
+    ("at.token_tile * TOKENS, full", "0, full", "the first tokens for all"),
+    ("wgmma_wait<0>();\n        held.release();", "held.release();", "ends a tile while it is multiplied"),
     ("wgmma_wait<1>();  // the batch before", "wgmma_wait<2>();  //", "decodes over what is multiplied"),
-    ("load_words(words[(i + 1) % 2], words_at + (i + 1)", "load_words(words[(i + 1) % 2], words_at + i", "a step's words twice"),
+    ("words_at + (i + AHEAD)", "words_at + i", "a step's words twice"),
 ]
 HOPPER_WEIGHTS = [("a[1] = Number::times(a[1], upper);", "a[1] = Number::times(a[1], lower);", "the scale of another column")]
 HOPPER_SPARSE = [

@@ -80,7 +80,7 @@ __device__ __forceinline__ void multiply_async(BFloat, float (&d)[SLABS][4], con
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) marlin_sm90(
-    const char* __restrict__ activations,  // [M, K] 16-bit
+    const __grid_constant__ TensorMap activations,  // [M, K] 16-bit, in boxes of TOKENS x 64
     const char* __restrict__ qweight,      // [K'/16, N'/64] of 512 bytes: 32 lanes, four words
     const char* __restrict__ scales,       // [G', N'] float16
     const unsigned short* __restrict__ bias,  // [N] as activations, or null
@@ -121,15 +121,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) marli
                 const unsigned first_group = at.step * K_TILES / GROUP_TILES;
                 copy_rows<GROUP_ROWS, 128>(to + SCALES_AT, scales, first_group, groups, n_blocks, first_block, blocks, full, lane);
             });
-        } else if (warp <= ACTIVATION_THREADS / 32) {
-            const SwizzledActivations copy_activations(thread - 32, activations, m, k, shared_base);
+        } else if (warp == 1) {
+            if (lane == 0) prefetch_map(activations);
             wait_for_previous_kernel();
             fill(stripes, ring, [&](const Cursor& at, int stage) {
-                copy_activations(at, stage * STAGE_BYTES);
-                barrier_arrive_when_copied(ring.full(stage));
+                if (lane == 0) copy_activations(activations, at, shared_base + stage * STAGE_BYTES, ring.full(stage));
+                __syncwarp();
             });
-            copy_async_commit();
-            copy_async_wait<0>();
         } else {
             let_next_kernel_start();
         }

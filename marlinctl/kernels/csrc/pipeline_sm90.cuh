@@ -3,8 +3,8 @@
 // A CTA has THREADS that multiply, two or three warpgroups, and after them a warpgroup that copies and gives most of its registers away:
 //
 //   warp 0 of it       weights (and metadata) and scales, contiguous runs, by the copy engine (cp.async.bulk)
-//   warps 1 and 2      activations, by cp.async, into the 128-byte swizzle that wgmma reads
-//   warp 3             lets the next kernel start, and is there because setmaxnreg is for four warps together
+//   warp 1             activations, boxes of a tensor map, into the 128-byte swizzle that wgmma reads (cp.async.bulk.tensor)
+//   warps 2 and 3      let the next kernel start, and are there because setmaxnreg is for four warps together
 //
 //   stage          0         1         2         0         1    ..            STAGES = 3, u counts units of this CTA
 //   weights     | u=0     | u=1     | u=2     | wait for empty[0], u=3 | ..
@@ -13,10 +13,9 @@
 //
 // full[stage] ends a phase when all bytes of both are there, empty[stage] when every warp that multiplies has arrived.
 //
-// WHY NO TENSOR MAP.  TMA would write the swizzle by itself, but its map is made by the host for one pointer: microseconds for each
-// call, one more thing to keep alive in a CUDA graph, and another argument list than the other kernels have. Two warps with cp.async
-// bring 8 to 128 tokens in time, and nobody waits for them: cp.async arrives at the barrier by itself. What it costs is a
-// fence.proxy.async in the warps that multiply, once for each stage.
+// WHY A TENSOR MAP.  It is made by the host for one address, microseconds where the address is new. Two warps with cp.async did without,
+// and up to 32 tokens are as fast; but what they copy goes through registers' paths, and an H200 under load is bound by its 700 W: 128
+// tokens take 651 us with cp.async and 549 with a map, 64 tokens 383 and 355, 128 tokens of 2:4 466 and 382 (73728 x 18432, in turns).
 //
 // PROGRAMMATIC DEPENDENT LAUNCH.  Weights depend on no kernel before this one; activations, and the workspace, may. So warp 0 starts at
 // once, and the others wait for the previous kernel first. A CTA of the next kernel finds room when one of this kernel has ended, and
@@ -34,7 +33,7 @@ constexpr int ARRIVING_LANES = EVERY_LANE_ARRIVES ? 32 : 1;
 
 constexpr bool GROUPED = GROUP_SHIFT >= 0;
 constexpr bool SCALE_SUMS = GROUPED && !SCALE_WEIGHTS;
-constexpr int COPY_THREADS = 128, ACTIVATION_THREADS = 64;
+constexpr int COPY_THREADS = 128;
 constexpr int RING_BYTES = 16 * STAGES;         // full and empty, 8 bytes each
 // What a CTA is started with, in steps of 8, is what setmaxnreg shares out anew; more would be waited for until the end of time.
 constexpr int START_REGISTERS = 65536 / CTAS / (THREADS + COPY_THREADS) / 8 * 8;
@@ -53,7 +52,7 @@ struct Ring {
 
     __device__ __forceinline__ void init() const {
         for (int stage = 0; stage < STAGES; ++stage) {
-            barrier_init(full(stage), 1 + ACTIVATION_THREADS);
+            barrier_init(full(stage), 2);  // weights, activations
             barrier_init(empty(stage), THREADS / 32 * ARRIVING_LANES);
         }
         barrier_init_done();
@@ -111,7 +110,6 @@ __device__ __forceinline__ void drain(MakeStripes make_stripes, const Ring& ring
         const int end = make_stripes().part_end(unit);
         do {
             barrier_wait(ring.full(place.stage), place.parity);
-            fence_proxy_async();  // activations came by cp.async, and wgmma reads them
             multiply(place.stage, held);
             held.stage = place.stage;
             if (SCALE_SUMS) held.release();
@@ -138,31 +136,14 @@ __device__ __forceinline__ void copy_rows(
     }
 }
 
-// Activations [M, K] into stages: [K_STEP/64][TOKENS] rows of 128 bytes, chunk c of row r in place c ^ (r % 8). A thread copies one
-// chunk of every ROWS-th token. What lies outside of the matrix becomes zeros: sums of zeros.
-struct SwizzledActivations {
-    static constexpr int ROWS = ACTIVATION_THREADS / CHUNKS;
-    static_assert(ACTIVATION_THREADS % CHUNKS == 0 && TOKENS % ROWS == 0, "every thread copies as many rows");
-    const char* activations;
-    unsigned m, k, copy_row, copy_chunk, to;
-
-    __device__ __forceinline__ SwizzledActivations(unsigned thread, const char* activations, unsigned m, unsigned k, unsigned first_stage)
-        : activations(activations), m(m), k(k), copy_row(thread / CHUNKS), copy_chunk(thread % CHUNKS) {
-        to = first_stage + (copy_chunk / 8 * TOKENS + copy_row) * 128;
+// Activations [M, K] into a stage: [K_STEP/64][TOKENS] rows of 128 bytes, swizzled. What lies outside of the matrix becomes zeros: sums of
+// zeros. By one lane.
+__device__ __forceinline__ void copy_activations(const TensorMap& activations, const Cursor& at, unsigned to, unsigned full) {
+    barrier_arrive_expecting(full, ACTIVATION_BYTES);
+    for (int part = 0; part < K_STEP / 64; ++part) {
+        copy_box(to + part * (TOKENS * 128), activations, at.step * K_STEP + part * 64, at.token_tile * TOKENS, full);
     }
-
-    __device__ __forceinline__ void operator()(const Cursor& at, unsigned offset) const {
-        const unsigned first = at.step * K_STEP + copy_chunk * 8;
-        unsigned token = at.token_tile * TOKENS + copy_row, row = to + offset;
-        const char* numbers = activations + (static_cast<size_t>(token) * k + first) * 2;
-#pragma unroll(TOKENS / ROWS < 4 ? TOKENS / ROWS : 4)
-        for (int i = 0; i < TOKENS / ROWS; ++i) {  // not all at once: a copying warp has few registers
-            const unsigned place = copy_chunk % 8 ^ copy_row % 8 ^ i * ROWS % 8;  // ROWS is a power of two: the row's last bits
-            copy_async(row + place * 16, numbers, first < k && token < m);
-            token += ROWS, row += ROWS * 128, numbers += static_cast<size_t>(ROWS) * k * 2;
-        }
-    }
-};
+}
 
 // After a wait, before the sums are read.
 __device__ __forceinline__ void arrived(Sums& sums) {

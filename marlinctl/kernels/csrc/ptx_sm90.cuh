@@ -20,11 +20,6 @@ __device__ __forceinline__ void barrier_arrive_expecting(unsigned barrier, unsig
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// An arrival that happens when this thread's cp.async before it have written; it counts as one of the `arrivals` (noinc).
-__device__ __forceinline__ void barrier_arrive_when_copied(unsigned barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
 // Until the phase of this parity has ended. A new barrier is in phase 0, and the phase before it counts as ended.
 __device__ __forceinline__ void barrier_wait(unsigned barrier, unsigned parity) {
     unsigned done;
@@ -44,7 +39,21 @@ __device__ __forceinline__ void copy_bulk(unsigned shared, const void* global, u
                  : "memory");
 }
 
-// Between ordinary accesses of shared memory, cp.async among them, and those of wgmma.
+// A matrix in global memory as the copy engine knows it (CUtensorMap): the host makes it, for one address and one box (kernels/launch.py).
+struct alignas(64) TensorMap {
+    unsigned long long opaque[16];
+};
+
+// cp.async.bulk.tensor: the box of a matrix that begins at column x, row y, in the swizzle of its map. Outside of the matrix are zeros; all
+// bytes of the box count at the barrier.
+__device__ __forceinline__ void copy_box(unsigned shared, const TensorMap& map, unsigned x, unsigned y, unsigned barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(shared),
+                 "l"(&map), "r"(x), "r"(y), "r"(barrier)
+                 : "memory");
+}
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
+
+// Between ordinary accesses of shared memory and those of wgmma.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // The same number, which every lane of the warp has: the compiler then knows it, and keeps what follows from it once for all lanes.

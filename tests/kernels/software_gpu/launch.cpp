@@ -44,12 +44,17 @@ struct Pointer {  // to whatever the kernel says it is
 static void thread_main() {
     const Arguments& a = arguments;
     const Pointer qweight{a.qweight}, meta{a.meta}, scales{a.scales}, out{a.out};
+#if WGMMA
+    const TensorMap activations{a.activations, static_cast<unsigned>(a.k), static_cast<unsigned>(a.m)};
+#else
+    const char* const activations = a.activations;
+#endif
 #if UNPACK
     unpack(qweight, meta, scales, out, a.n, a.k, a.group_shift);
 #elif SPARSE
-    KERNEL(a.activations, qweight, meta, scales, a.bias, out, a.partials, a.counters, a.m, a.n, a.k, a.whole, a.group_shift);
+    KERNEL(activations, qweight, meta, scales, a.bias, out, a.partials, a.counters, a.m, a.n, a.k, a.whole, a.group_shift);
 #else
-    KERNEL(a.activations, qweight, scales, a.bias, out, a.partials, a.counters, a.m, a.n, a.k, a.whole, a.group_shift);
+    KERNEL(activations, qweight, scales, a.bias, out, a.partials, a.counters, a.m, a.n, a.k, a.whole, a.group_shift);
 #endif
     gpu::fibers[gpu::current].finished = true;
 }

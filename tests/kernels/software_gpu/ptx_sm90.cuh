@@ -107,14 +107,6 @@ inline void barrier_arrive_expecting(unsigned barrier, unsigned bytes) {
     gpu::barrier_at(barrier).bytes += bytes;
     barrier_arrive(barrier);
 }
-inline void barrier_arrive_when_copied(unsigned barrier) {
-    gpu::Barrier& at = gpu::barrier_at(barrier);
-    gpu::begin(at, [&at, copies = std::move(gpu::fibers[gpu::current].open)] {
-        for (const gpu::Copy& copy : copies) gpu::carry_out(copy);
-        gpu::arrive(at);
-    });
-    gpu::fibers[gpu::current].open.clear();
-}
 inline void barrier_wait(unsigned barrier, unsigned parity) {
     gpu::Barrier& at = gpu::barrier_at(barrier);
     for (long turns = 0; at.parity == parity; ++turns) {
@@ -132,6 +124,27 @@ inline void copy_bulk(unsigned to, const void* from, unsigned bytes, unsigned ba
         gpu::turn(at);
     });
 }
+// Rows of 128 bytes of a matrix, as the host's map for the 128-byte swizzle says: 64 numbers of 16 bits, TOKENS rows.
+struct TensorMap {
+    const char* matrix;
+    unsigned columns, rows;
+};
+inline void copy_box(unsigned to, const TensorMap& map, unsigned x, unsigned y, unsigned barrier) {
+    if (reinterpret_cast<std::uintptr_t>(map.matrix) % 16 || map.columns % 8 || to % 1024) std::abort();
+    gpu::Barrier& at = gpu::barrier_at(barrier);
+    gpu::begin(at, [=, &at] {
+        for (unsigned row = 0; row < TOKENS; ++row)
+            for (unsigned column = 0; column < 64; column += 8) {
+                char* place = reinterpret_cast<char*>(shared) + to + row * 128 + (column / 8 ^ row % 8) * 16;
+                std::memset(place, 0, 16);
+                if (y + row >= map.rows || x + column >= map.columns) continue;
+                std::memcpy(place, map.matrix + (static_cast<size_t>(y + row) * map.columns + x + column) * 2, 16);
+            }
+        at.bytes -= TOKENS * 128;
+        gpu::turn(at);
+    });
+}
+inline void prefetch_map(const TensorMap&) {}
 inline void fence_proxy_async() {}
 inline unsigned cluster_size() { return gpu::cluster.size(); }
 inline unsigned cluster_rank() { return blockIdx.x % gpu::cluster.size(); }
