@@ -3,7 +3,7 @@
     python benchmarks/llama_shape.py OUT [--format marlin_24] [--blocks 32] [--group-size 128] [--device cuda]
     marlinctl bench --model OUT --batch 1,16 --lengths 64:64
 
-Words, scales and metadata are random, as zeros would draw less power. 5.7 GB in marlin, 4.8 GB in marlin_24, of which 2.1 GB are the
+Words, scales and metadata are random, as those of a model are. 5.7 GB in marlin, 4.8 GB in marlin_24, of which 2.1 GB are the
 embedding and the output head, which stay 16 bit.
 """
 

@@ -197,7 +197,7 @@ SPARSE = (
 # With wgmma a warpgroup is four warps, and two to four of them multiply. Of each M the first are for large matrices: 384 or 512 columns,
 # and all of K in every warp; the next, with 256 columns and K shared between two warpgroups, for smaller ones; the third, with 128
 # columns, for those of which so many CTAs share a tile that adding up is what takes time. From 48 tokens on scales multiply weights.
-# Chosen on an H200 (docs/log/2026-11-21-hopper-kernel.md).
+# Chosen on an H200 (docs/log/2026-11-21-hopper-kernel.md, 2026-11-22-power-and-tensor-maps.md).
 DENSE_SM90 = (
     Configuration(tokens=8, blocks=6, split=2, k_warps=1, k_step=256, stages=3, ctas=1, wgmma=True),
     Configuration(tokens=8, blocks=4, split=1, k_warps=2, k_step=256, stages=5, ctas=1, wgmma=True),

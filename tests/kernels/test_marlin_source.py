@@ -258,11 +258,13 @@ HOPPER_BOTH = [
     ("barrier_wait(ring.full(place.stage), place.parity);", "", "does not wait for a stage"),
     ("part * (TOKENS * 128), activations", "0, activations", "one place for all boxes"),
     ("at.token_tile * TOKENS, full", "0, full", "the first tokens for all"),
-    ("wgmma_wait<0>();\n        held.release();", "held.release();", "ends a tile while it is multiplied"),
     ("wgmma_wait<1>();  // the batch before", "wgmma_wait<2>();  //", "decodes over what is multiplied"),
     ("words_at + (i + AHEAD)", "words_at + i", "a step's words twice"),
 ]
-HOPPER_WEIGHTS = [("a[1] = Number::times(a[1], upper);", "a[1] = Number::times(a[1], lower);", "the scale of another column")]
+HOPPER_WEIGHTS = [
+    ("a[1] = Number::times(a[1], upper);", "a[1] = Number::times(a[1], lower);", "the scale of another column"),
+    ("wgmma_wait<0>();\n        held.release();", "held.release();", "ends a tile while it is multiplied"),
+]
 HOPPER_SPARSE = [
     ("multiply_async<0>(NUMBER()", "multiply_async<1>(NUMBER()", "selector"),
     ("i % META_TILES * 2 + word / 2", "word / 2", "one step's metadata for two"),

@@ -41,13 +41,13 @@
 //
 // LIMITS.  N and K multiples of 8 (rows of 16 bytes), everything aligned to 16 bytes; 2^31 units.
 //
-// MEASURED.  NVIDIA H200, 2026-11-21, microseconds in a CUDA graph, no overlap, groups of 128, float16; torch.matmul takes 632 to 678,
-// and 1072 at M=256:
+// MEASURED.  NVIDIA H200, 2026-11-22, microseconds in a CUDA graph, with overlap, groups of 128, float16; torch.matmul takes 615 to 686,
+// and 1117 at M=256:
 //
 //   M                1       16       32       64      128      256
-//   73728 x 18432    171      189      229    367-394  612-677     1309
+//   73728 x 18432    167      201      243      361      587     1142
 //
-// docs/log/2026-11-21-hopper-kernel.md has the rest, what bounds it, and what has changed since.
+// What bounds it is the GPU's 700 W: docs/log/2026-11-22-power-and-tensor-maps.md.
 #include "write_marlin.cuh"
 #include "cluster_sm90.cuh"
 #include "pipeline_sm90.cuh"

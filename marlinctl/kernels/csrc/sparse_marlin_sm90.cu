@@ -37,13 +37,13 @@
 //
 // LIMITS.  As marlin_sm90.cu.
 //
-// MEASURED.  NVIDIA H200, 2026-11-21, microseconds in a CUDA graph, no overlap, groups of 128, float16; torch.matmul takes 632 to 678,
-// and 1072 at M=256:
+// MEASURED.  NVIDIA H200, 2026-11-22, microseconds in a CUDA graph, with overlap, groups of 128, float16; torch.matmul takes 615 to 686,
+// and 1117 at M=256:
 //
 //   M                1       16       32       64      128      256
-//   73728 x 18432    134      148      172      238    465-511      863
+//   73728 x 18432    134      158      183      251      395      762
 //
-// docs/log/2026-11-21-hopper-kernel.md has the rest, what bounds it, and what has changed since.
+// What bounds it is the GPU's 700 W: docs/log/2026-11-22-power-and-tensor-maps.md.
 #include "write_sparse_marlin.cuh"
 #include "cluster_sm90.cuh"
 #include "pipeline_sm90.cuh"

@@ -35,6 +35,7 @@ struct Arguments {
 };
 
 static Arguments arguments;
+constexpr int AHEAD_TURNS = 6;
 
 struct Pointer {  // to whatever the kernel says it is
     const void* bytes;
@@ -95,8 +96,10 @@ static bool run(gpu::Cta& cta, bool backwards) {
     bool waiting = false;
     for (bool running = true; running;) {
         running = waiting = false;
-        for (int j = 0; j < CTA_THREADS; ++j) {
-            gpu::current = threadIdx.x = backwards ? CTA_THREADS - 1 - j : j;
+        // Backwards, a warp has several turns before the next has one: they drift apart.
+        for (int j = 0; j < CTA_THREADS * (backwards ? AHEAD_TURNS : 1); ++j) {
+            const int warp = backwards ? j / (32 * AHEAD_TURNS) : j / 32, thread = warp * 32 + j % 32;
+            gpu::current = threadIdx.x = backwards ? CTA_THREADS - 1 - thread : thread;
             gpu::Fiber& fiber = gpu::fibers[gpu::current];
             waiting |= fiber.in_cluster_barrier;
             if (fiber.finished || fiber.in_cluster_barrier) continue;
@@ -109,7 +112,7 @@ static bool run(gpu::Cta& cta, bool backwards) {
 }
 
 // `order`: the CTAs in the order in which they run, `cluster` neighbours of the grid after each other. `backwards`: the last thread of a
-// CTA goes first. Shared memory starts as garbage (0xff: NaN), and is garbage again when its CTA has ended.
+// CTA goes first, and its warp a few steps ahead. Shared memory starts as garbage (0xff: NaN), and is garbage again when its CTA has ended.
 extern "C" void launch(Arguments given, const int* order, int ctas, int cluster, bool eager, bool backwards) {
     arguments = given;
     gpu::eager = eager;

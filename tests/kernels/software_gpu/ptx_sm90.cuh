@@ -24,8 +24,13 @@ inline void turn(Barrier& barrier) {
     barrier.pending = barrier.arrivals;
     barrier.parity ^= 1;
 }
-inline void arrive(Barrier& barrier) {
+inline void make_room(Barrier& barrier) {
+    if (barrier.pending) return;
+    for (const auto& copy : std::exchange(barrier.copies, {})) copy();  // the last moment for those of this phase
     if (barrier.pending == 0) std::abort();  // more arrivals than the phase has
+}
+inline void arrive(Barrier& barrier) {
+    make_room(barrier);
     --barrier.pending;
     turn(barrier);
 }
@@ -104,8 +109,10 @@ inline void barrier_init(unsigned barrier, unsigned arrivals) { gpu::own_barrier
 inline void barrier_init_done() {}
 inline void barrier_arrive(unsigned barrier) { gpu::arrive(gpu::barrier_at(barrier)); }
 inline void barrier_arrive_expecting(unsigned barrier, unsigned bytes) {
-    gpu::barrier_at(barrier).bytes += bytes;
-    barrier_arrive(barrier);
+    gpu::Barrier& at = gpu::barrier_at(barrier);
+    gpu::make_room(at);
+    at.bytes += bytes;
+    gpu::arrive(at);
 }
 inline void barrier_wait(unsigned barrier, unsigned parity) {
     gpu::Barrier& at = gpu::barrier_at(barrier);
