@@ -270,6 +270,7 @@ def multiply(
     arguments = _mine.of[configuration.sparse, configuration.wgmma]
     arguments.pack(*pointers, m, n, k, grid.whole, shift)
     if configuration.wgmma:
+        _make_current(function)
         arguments.begin_with(_mine.maps.of(given, m, k, configuration.tokens))
     _enqueue(function, grid.ctas, stream, arguments, overlap=overlap and function.overlaps, cluster=grid.cluster)
 
@@ -337,9 +338,7 @@ _unpacks: dict[tuple[bool, torch.dtype, int | None], Function] = {}
 def _enqueue(function: Function, ctas: int, stream: int, arguments: _Arguments, *, overlap: bool, cluster: int = 1) -> None:
     """The device of the function is torch's current one."""
     mine = _mine
-    if function.device.index not in mine.bound:  # a thread that torch has given no work yet has no context
-        done(_driver().cuCtxSetCurrent(function.context))
-        mine.bound.add(function.device.index)
+    _make_current(function)
     if not overlap and cluster == 1:
         sizes = (ctas, 1, 1, function.threads, 1, 1, function.shared_bytes)
         done(_driver().cuLaunchKernel(function.handle, *sizes, stream, arguments.address, 0))
@@ -349,6 +348,13 @@ def _enqueue(function: Function, ctas: int, stream: int, arguments: _Arguments, 
         config = mine.configs[function, overlap, cluster] = _config(function, overlap, cluster)
     config.gridDimX, config.hStream = ctas, stream
     done(_driver().cuLaunchKernelEx(config, function.handle, arguments.address, 0))
+
+
+def _make_current(function: Function) -> None:
+    """The context of its device: a thread that torch has given no work yet has none."""
+    if function.device.index not in _mine.bound:
+        done(_driver().cuCtxSetCurrent(function.context))
+        _mine.bound.add(function.device.index)
 
 
 def _config(function: Function, overlap: bool, cluster: int) -> Any:

@@ -115,6 +115,7 @@ class SoftwareDriver:
     ) -> tuple[Status, SimpleNamespace]:
         """Not the driver's 128 bytes, but what launches are looked at for: address, K, M, tokens of a box."""
         assert (kind, rank, steps, how) == ("uint16", 2, [1, 1], ("none", "128 bytes", "128 bytes", "zeros"))
+        assert self.bound, "the driver may want a context"
         k, m = sizes
         assert strides == [2 * k] and box[0] == 64 and box[1] <= 256 and address % 16 == 0 and strides[0] % 16 == 0
         made = (ctypes.c_uint64 * 4)(address, k, m, box[1])

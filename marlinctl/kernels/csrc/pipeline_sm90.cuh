@@ -13,9 +13,9 @@
 //
 // full[stage] ends a phase when all bytes of both are there, empty[stage] when every warp that multiplies has arrived.
 //
-// WHY A TENSOR MAP.  It is made by the host for one address, microseconds where the address is new. Two warps with cp.async did without,
-// and up to 32 tokens are as fast; but what they copy goes through registers' paths, and an H200 under load is bound by its 700 W: 128
-// tokens take 651 us with cp.async and 549 with a map, 64 tokens 383 and 355, 128 tokens of 2:4 466 and 382 (73728 x 18432, in turns).
+// WHY A TENSOR MAP.  It is made by the host for one address, microseconds where the address is new. Two warps with cp.async did without;
+// nobody waited for them, and up to 32 tokens they are as fast. But 128 tokens took 651 us with them and 549 with a map, 64 tokens 383
+// and 355, 128 tokens of 2:4 466 and 382 (73728 x 18432, in turns): an H200 under load is bound by its 700 W, and they must take more.
 //
 // PROGRAMMATIC DEPENDENT LAUNCH.  Weights depend on no kernel before this one; activations, and the workspace, may. So warp 0 starts at
 // once, and the others wait for the previous kernel first. A CTA of the next kernel finds room when one of this kernel has ended, and
