@@ -16,7 +16,7 @@ import sys
 import torch
 
 from marlinctl.kernels import jit
-from marlinctl.kernels.launch import done
+from marlinctl.kernels.driver import done
 
 SOURCE = """
 #include "ptx_sm90.cuh"

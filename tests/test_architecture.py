@@ -25,7 +25,7 @@ STAGES = {"evaluate": "evaluate", "evaluation": "evaluate", "distill": "distill"
 STAGES |= {"bench": "bench", "benchmarking": "bench"}
 STAGES |= {"report": "report"}
 # The bindings of compiler and driver, inside of functions: a CPU build of torch comes without them.
-ROOMS_MAY_ALSO = {"marlinctl.kernels.jit": {"cuda"}, "marlinctl.kernels.launch": {"cuda"}}
+ROOMS_MAY_ALSO = {"marlinctl.kernels.jit": {"cuda"}, "marlinctl.kernels.driver": {"cuda"}}
 LIGHT = sys.stdlib_module_names | {"click", "marlinctl"}
 
 

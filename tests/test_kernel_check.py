@@ -15,7 +15,7 @@ from marlinctl.cli import main
 from marlinctl.console import Console
 from marlinctl.errors import CheckFailed
 from marlinctl.kernel_check import ALLOWED, CudaKernel, compared, multiply
-from marlinctl.kernels import launch
+from marlinctl.kernels import driver as cuda_driver
 from marlinctl.kernels.reference import dequantize, dequantize_sparse, gemm
 from marlinctl.pack.marlin import pack_marlin
 from marlinctl.pack.sparse_marlin import pack_sparse_marlin
@@ -164,7 +164,7 @@ def test_a_gpu_whose_kernel_does_not_run_is_told_and_the_emulator_reads(
 ) -> None:
     """If this failed, hours of work would end because a compiler is missing, or the weaker check would pass for the stronger."""
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    monkeypatch.setattr(launch, "_driver_module", None)
+    monkeypatch.setattr(cuda_driver, "_module", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")

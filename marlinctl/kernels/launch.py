@@ -31,7 +31,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -39,10 +38,11 @@ from torch import Tensor
 
 from marlinctl.kernels import jit
 from marlinctl.kernels.configurations import LARGEST_CLUSTER, NUMBERS, Configuration, Grid, Sharing, group_shift
+from marlinctl.kernels.driver import done, done_all, driver
+from marlinctl.kernels.tensor_maps import TensorMaps
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 
 CHUNK_COUNTERS = 2**18  # that are allocated at a time
-MOST_MAPS = 4096  # that a thread keeps
 FEWEST_COUNTERS = 2**10  # that a stream or capture is given, so that it rarely needs more later
 ALIGNMENT = 16  # bytes: every pointer that a kernel is given
 UNPACK_TILES, UNPACK_THREADS = 8, 256  # of a CTA of csrc/unpack.cu: rows of words, 64 columns wide
@@ -125,7 +125,7 @@ def checked_architecture(device: torch.device) -> str:
         jit.CompilerMissing, jit.DriverTooOld: no kernel can be compiled here, or what is compiled cannot be loaded.
     """
     architecture = architecture_of(device)
-    known = done(_driver().cuDriverGetVersion())
+    known = done(driver().cuDriverGetVersion())
     jit.refuse_old_driver((known // 1000, known % 1000 // 10))
     return architecture
 
@@ -171,15 +171,15 @@ def _load_function(name: str, defines: tuple[str, ...], threads: int, shared_byt
             raise RuntimeError(f"{name} ({', '.join(defines)}) cannot be {what}")
         code = jit.cubin(f"{name}.cu", defines, checked_architecture(device), folder)
         torch.zeros(1, device=device)  # torch makes the device's primary context, and makes it current
-        driver = _driver()
-        context = done(driver.cuDevicePrimaryCtxRetain(done(driver.cuDeviceGet(device.index))))
-        library = done(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
-        handle = done(driver.cuKernelGetFunction(done(driver.cuLibraryGetKernel(library, name.encode()))))
-        attribute = driver.CUfunction_attribute
-        done(driver.cuFuncSetAttribute(handle, attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes))
-        resident = done(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(handle, threads, shared_bytes))
-        registers = done(driver.cuFuncGetAttribute(attribute.CU_FUNC_ATTRIBUTE_NUM_REGS, handle))
-        local_bytes = done(driver.cuFuncGetAttribute(attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, handle))
+        cuda = driver()
+        context = done(cuda.cuDevicePrimaryCtxRetain(done(cuda.cuDeviceGet(device.index))))
+        library = done(cuda.cuLibraryLoadData(code, [], [], 0, [], [], 0))
+        handle = done(cuda.cuKernelGetFunction(done(cuda.cuLibraryGetKernel(library, name.encode()))))
+        attribute = cuda.CUfunction_attribute
+        done(cuda.cuFuncSetAttribute(handle, attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes))
+        resident = done(cuda.cuOccupancyMaxActiveBlocksPerMultiprocessor(handle, threads, shared_bytes))
+        registers = done(cuda.cuFuncGetAttribute(attribute.CU_FUNC_ATTRIBUTE_NUM_REGS, handle))
+        local_bytes = done(cuda.cuFuncGetAttribute(attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, handle))
     overlaps = torch.cuda.get_device_capability(device) >= (9, 0)
     return Function(handle, context, device, threads, shared_bytes, resident, registers, local_bytes, overlaps)
 
@@ -341,36 +341,36 @@ def _enqueue(function: Function, ctas: int, stream: int, arguments: _Arguments, 
     _make_current(function)
     if not overlap and cluster == 1:
         sizes = (ctas, 1, 1, function.threads, 1, 1, function.shared_bytes)
-        done(_driver().cuLaunchKernel(function.handle, *sizes, stream, arguments.address, 0))
+        done(driver().cuLaunchKernel(function.handle, *sizes, stream, arguments.address, 0))
         return
     config = mine.configs.get((function, overlap, cluster))
     if config is None:
         config = mine.configs[function, overlap, cluster] = _config(function, overlap, cluster)
     config.gridDimX, config.hStream = ctas, stream
-    done(_driver().cuLaunchKernelEx(config, function.handle, arguments.address, 0))
+    done(driver().cuLaunchKernelEx(config, function.handle, arguments.address, 0))
 
 
 def _make_current(function: Function) -> None:
     """The context of its device: a thread that torch has given no work yet has none."""
     if function.device.index not in _mine.bound:
-        done(_driver().cuCtxSetCurrent(function.context))
+        done(driver().cuCtxSetCurrent(function.context))
         _mine.bound.add(function.device.index)
 
 
 def _config(function: Function, overlap: bool, cluster: int) -> Any:
     """A launch that may begin before the kernel before it has ended, or in clusters; grid and stream are filled in later."""
-    driver = _driver()
+    cuda = driver()
     attributes = []
     if overlap:
-        attributes.append(driver.CUlaunchAttribute())
-        attributes[-1].id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attributes.append(cuda.CUlaunchAttribute())
+        attributes[-1].id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         attributes[-1].value.programmaticStreamSerializationAllowed = 1
     if cluster > 1:
-        attributes.append(driver.CUlaunchAttribute())
-        attributes[-1].id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        attributes.append(cuda.CUlaunchAttribute())
+        attributes[-1].id = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
         size = attributes[-1].value.clusterDim
         size.x, size.y, size.z = cluster, 1, 1
-    config = driver.CUlaunchConfig()
+    config = cuda.CUlaunchConfig()
     config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
     config.blockDimX, config.sharedMemBytes = function.threads, function.shared_bytes
     config.attrs, config.numAttrs = attributes, len(attributes)
@@ -395,53 +395,12 @@ class _Arguments:
         self._addresses[0] = address
 
 
-class _TensorMaps:
-    """Activations [M, K] as Hopper's copy engine knows them, in boxes of `tokens` x 64, by their address: made once, and kept for a while,
-    as allocators hand out the same addresses again and again. A launch copies the map, so a CUDA graph has its own.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[int, int, int, int], Any] = {}
-
-    def of(self, address: int, m: int, k: int, tokens: int) -> int:
-        """The address of the map, which stays there until another one is asked for."""
-        key = (address, m, k, tokens)
-        known = self._known.get(key)
-        if known is None:
-            if len(self._known) == MOST_MAPS:
-                self._known.clear()
-            known = self._known[key] = _tensor_map(*key)
-        return int(known.getPtr())
-
-
-def _tensor_map(address: int, m: int, k: int, tokens: int) -> Any:
-    """A matrix of 16-bit numbers, K a multiple of 8; zeros outside, 128-byte swizzle (CUDA driver API, cuTensorMapEncodeTiled)."""
-    driver = _driver()
-    sizes, strides = [driver.cuuint64_t(k), driver.cuuint64_t(m)], [driver.cuuint64_t(2 * k)]
-    box, steps = [driver.cuuint32_t(64), driver.cuuint32_t(tokens)], [driver.cuuint32_t(1), driver.cuuint32_t(1)]
-    return done(
-        driver.cuTensorMapEncodeTiled(
-            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,
-            2,
-            address,
-            sizes,
-            strides,
-            box,
-            steps,
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-    )
-
-
 class _Mine(threading.local):
     """What each thread has for itself: the driver reads arguments while other threads run."""
 
     def __init__(self) -> None:
         self.of = {(sparse, wgmma): _Arguments(8 if sparse else 7, 4) for sparse in (False, True) for wgmma in (False, True)}
-        self.unpack, self.maps = _Arguments(4, 2), _TensorMaps()
+        self.unpack, self.maps = _Arguments(4, 2), TensorMaps()
         self.configs: dict[tuple[Function, bool, int], Any] = {}  # of launches that overlap, or in clusters of so many CTAs
         self.bound: set[int | None] = set()  # devices whose context has been current here
 
@@ -501,48 +460,20 @@ def _capture_of(stream: int) -> int | None:
     """The capture that records what is launched on torch's current stream, which is `stream`."""
     if not torch.cuda.is_current_stream_capturing():
         return None
-    _, capture, *_ = done_all(_driver().cuStreamGetCaptureInfo(stream))
+    _, capture, *_ = done_all(driver().cuStreamGetCaptureInfo(stream))
     return int(capture)
 
 
 def _zeroed(size: int) -> int:
     """Memory of the current device, as torch's allocator takes it under capture: from the driver, with the capture looking away."""
-    driver = _driver()
-    mode = done(driver.cuThreadExchangeStreamCaptureMode(driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED))
+    cuda = driver()
+    mode = done(cuda.cuThreadExchangeStreamCaptureMode(cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED))
     try:
-        address = done(driver.cuMemAlloc(size))
-        stream = done(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value))
-        done(driver.cuMemsetD32Async(address, 0, size // 4, stream))
-        done(driver.cuStreamSynchronize(stream))
-        done(driver.cuStreamDestroy(stream))
+        address = done(cuda.cuMemAlloc(size))
+        stream = done(cuda.cuStreamCreate(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING.value))
+        done(cuda.cuMemsetD32Async(address, 0, size // 4, stream))
+        done(cuda.cuStreamSynchronize(stream))
+        done(cuda.cuStreamDestroy(stream))
     finally:
-        done(driver.cuThreadExchangeStreamCaptureMode(mode))
+        done(cuda.cuThreadExchangeStreamCaptureMode(mode))
     return int(address)
-
-
-def _driver() -> ModuleType:
-    global _driver_module
-    if _driver_module is None:
-        try:
-            from cuda.bindings import driver
-        except ImportError as error:
-            raise jit.CompilerMissing(f"the package cuda-bindings cannot be imported: {error}") from error
-        _driver_module = driver
-    return _driver_module
-
-
-_driver_module: ModuleType | None = None
-
-
-def done_all(result: tuple[Any, ...]) -> list[Any]:
-    """What a driver call gives, or its error as an exception."""
-    status, *values = result
-    if int(status) != 0:
-        raise RuntimeError(f"the CUDA driver reports {status.name}")
-    return values
-
-
-def done(result: tuple[Any, ...]) -> Any:
-    """The first of what a driver call gives; None for a call that gives nothing."""
-    values = done_all(result)
-    return values[0] if values else None

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from marlinctl.kernels import driver as cuda_driver
 from marlinctl.kernels import launch as launcher
 from marlinctl.kernels.configurations import Configuration
 from marlinctl.kernels.launch import UNPACK_THREADS, Function, LoadedKernel, unpack_defines, unpack_shared_bytes
@@ -151,7 +152,7 @@ class SoftwareDriver:
 
 def install(monkeypatch: pytest.MonkeyPatch) -> SoftwareDriver:
     driver = SoftwareDriver()
-    monkeypatch.setattr(launcher, "_driver_module", driver)
+    monkeypatch.setattr(cuda_driver, "_module", driver)
     monkeypatch.setattr(launcher, "_counters", {})
     monkeypatch.setattr(launcher, "_mine", launcher._Mine())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: DEVICE.index)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from marlinctl.kernels import jit
+from marlinctl.kernels import jit, tensor_maps
 from marlinctl.kernels import launch as launcher
 from marlinctl.kernels.configurations import DENSE, DENSE_SM90, SPARSE, Grid
 from marlinctl.kernels.launch import CHUNK_COUNTERS, FEWEST_COUNTERS, Counters, architecture_of, launch, load
@@ -73,7 +73,7 @@ def test_a_map_is_made_once_for_activations_at_an_address(driver: SoftwareDriver
         launch(kernel, x, p, None, out[: len(x)], Grid(1))
     assert [entry.activations for entry in driver.launches] == [x.data_ptr() for x in (first, second, first, first, first)]
     assert driver.maps == 3, "two addresses, one of them with two sizes"
-    monkeypatch.setattr(launcher, "MOST_MAPS", 3)
+    monkeypatch.setattr(tensor_maps, "MOST_MAPS", 3)
     for x in (second[:1], first):
         launch(kernel, x, p, None, out[: len(x)], Grid(1))
     assert driver.maps == 5, "the others were let go"
