@@ -39,7 +39,7 @@ __device__ __forceinline__ void copy_bulk(unsigned shared, const void* global, u
                  : "memory");
 }
 
-// A matrix in global memory as the copy engine knows it (CUtensorMap): the host makes it, for one address and one box (kernels/launch.py).
+// A matrix in global memory as the copy engine knows it (CUtensorMap): the host makes it, for one address and one box (kernels/tensor_maps.py).
 struct alignas(64) TensorMap {
     unsigned long long opaque[16];
 };
