@@ -279,15 +279,21 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("configuration", "right", "wrong"), [m[:3] for m in MISTAKES], ids=[f"{m[0].kernel}: {m[3]}" for m in MISTAKES])
-def test_the_software_gpu_sees_mistakes(tmp_path: Path, configuration: Configuration, right: str, wrong: str) -> None:
-    """If this failed, the tests above could not fail."""
-    hits = []
+def mistake(right: str, wrong: str) -> tuple[Callable[[str], str], list[int]]:
+    """An edit of sources, and how often each had what it replaces."""
+    hits: list[int] = []
 
     def edit(source: str) -> str:
         hits.append(source.count(right))
         return source.replace(right, wrong)
 
+    return edit, hits
+
+
+@pytest.mark.parametrize(("configuration", "right", "wrong"), [m[:3] for m in MISTAKES], ids=[f"{m[0].kernel}: {m[3]}" for m in MISTAKES])
+def test_the_software_gpu_sees_mistakes(tmp_path: Path, configuration: Configuration, right: str, wrong: str) -> None:
+    """If this failed, the tests above could not fail."""
+    edit, hits = mistake(right, wrong)
     launch = build(configuration, torch.float16, tmp_path / "csrc", edit)
     p, weight = random_packed(configuration, 448, 1344, 64, seed=1)  # the last stage of K is not full
     activations = torch.randn(16, 1344, generator=torch.Generator().manual_seed(1)).to(torch.float16)
@@ -310,12 +316,7 @@ CLUSTER_MISTAKES = [
 @pytest.mark.parametrize(("right", "wrong"), [m[:2] for m in CLUSTER_MISTAKES], ids=[m[2] for m in CLUSTER_MISTAKES])
 def test_the_software_gpu_sees_mistakes_of_clusters(tmp_path: Path, right: str, wrong: str) -> None:
     """If this failed, test_clusters could not fail."""
-    hits = []
-
-    def edit(source: str) -> str:
-        hits.append(source.count(right))
-        return source.replace(right, wrong)
-
+    edit, hits = mistake(right, wrong)
     configuration = DENSE_SM90[0]
     launch = build(configuration, torch.float16, tmp_path / "csrc", edit)
     p, weight = random_packed(configuration, 448, 1344, 64, seed=1)

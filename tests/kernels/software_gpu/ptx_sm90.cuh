@@ -152,7 +152,6 @@ inline void copy_box(unsigned to, const TensorMap& map, unsigned x, unsigned y, 
     });
 }
 inline void prefetch_map(const TensorMap&) {}
-inline void fence_proxy_async() {}
 inline unsigned cluster_size() { return gpu::cluster.size(); }
 inline unsigned cluster_rank() { return blockIdx.x % gpu::cluster.size(); }
 inline void meet_in_cluster() {
