@@ -39,6 +39,7 @@ from marlinctl.checkpoint.durable import (
 )
 from marlinctl.checkpoint.files import FileRefused, open_member
 from marlinctl.checkpoint.header import read_header
+from marlinctl.checkpoint.switches import cleaned
 from marlinctl.errors import BadInput, ResourceProblem, UsageError
 
 if TYPE_CHECKING:
@@ -238,9 +239,9 @@ class StagedCheckpoint:
                 file.write(data)
 
     def copy_companions(self, folder: Path) -> None:
-        """Tokenizer, generation config, chat templates, licence: known names only."""
+        """Tokenizer, generation config, chat templates, licence: known names only, and of their JSON no key that chooses code."""
         for name, data in companions(folder):
-            self.write_file(name, data)
+            self.write_file(name, cleaned(name, data))
 
     def publish(
         self,
@@ -322,7 +323,7 @@ def keep_rejected(folder: Path, out: Path) -> Path:
 
 def companions(folder: Path) -> Iterator[tuple[str, bytes]]:
     """The companion files of a checkpoint folder, as (name, bytes). BadInput for one that may not be followed or is no plain file."""
-    names = [path.name for path in folder.iterdir() if _is_companion(path.name)]
+    names = [path.name for path in folder.iterdir() if is_companion(path.name)]
     templates = folder / _COMPANION_FOLDER
     if templates.is_dir():
         names += [f"{_COMPANION_FOLDER}/{path.name}" for path in templates.glob("*.jinja")]
@@ -337,7 +338,8 @@ def companions(folder: Path) -> Iterator[tuple[str, bytes]]:
             raise BadInput.from_problems("E350", [refused.problem]) from None
 
 
-def _is_companion(name: str) -> bool:
+def is_companion(name: str) -> bool:
+    """Whether a file of that name travels with the weights."""
     return name in _COMPANION_NAMES or name.endswith(_COMPANION_ENDS) or (name.startswith(_COMPANION_STARTS) and not name.endswith(".py"))
 
 
