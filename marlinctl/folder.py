@@ -39,9 +39,10 @@ from marlinctl.models import Architecture, architecture
 Structure = Literal["needed", "known", "no"]
 _READ_BY_LOADERS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _APART = "config.json and the weights do not belong together; write or fetch both again"
-_SAVED_AGAIN = (
+_SAVED_AGAIN = (  # a second object, because one that was loaded is saved in the layout that it came in
     'let transformers save it in the usual layout: python -c "from transformers import AutoModelForCausalLM as M; '
-    "M.from_pretrained('FOLDER', dtype='auto').save_pretrained('NEW')\", and copy the tokenizer's files into NEW"
+    "m = M.from_pretrained('FOLDER', dtype='auto'); n = M.from_config(m.config, dtype=m.dtype); n.load_state_dict(m.state_dict()); "
+    "n.save_pretrained('NEW')\", and copy the tokenizer's files into NEW"
 )
 _GUESTS = (  # tensors that others add to a model
     (r"\.(k|v|q|prob)_(scale|zero_point)$", "scales of a quantized KV cache"),
