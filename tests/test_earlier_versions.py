@@ -1,6 +1,6 @@
 """What marlinctl 0.1.0 (cd6a5ea) left behind: its published folders load and verify, and its interrupted job continues.
 
-tests/published_0_1 was written by that version: a model of two blocks (hidden size 32), `quantize` of it, `pack` of that, `compress --recipe
+tests/published_0_1 was written by it: a model of two blocks (hidden size 32), `quantize` of it, `pack` of that, `compress --recipe
 sparse-int4` of it, and the job of a `quantize` that was stopped after its first block. Reports are left out, but for the JSON document.
 """
 
