@@ -24,7 +24,8 @@ from tests.test_architecture import ROOT
 from tests.tiny import make_tiny
 
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+# A script's own folder comes first on its path: the repository's must be named, beside what the person has there.
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 LAUNCHED = str(ROOT / "tests" / "distillation" / "launched.py")
 
 
