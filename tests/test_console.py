@@ -174,7 +174,7 @@ def test_a_full_disk_under_the_log_is_not_swallowed(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     console = Console(quiet=True)
-    console.log_to(Path("/dev/full"))  # nothing was said yet, so nothing is written yet
+    console.log_to(Path("/dev/full"), named=True)  # nothing was said yet, so nothing is written yet
     with pytest.raises(OSError, match="No space left"):
         console.say("text")
     console.say("the report of the error itself")

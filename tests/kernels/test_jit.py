@@ -172,7 +172,7 @@ def test_nobody_else_can_write_the_cache(csrc: Path, tmp_path: Path, exists: boo
 def test_the_folder_of_another_user_is_refused(csrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, entries prepared by somebody else would be run."""
     (tmp_path / "cache").mkdir()
-    monkeypatch.setattr(os, "getuid", lambda: (tmp_path / "cache").stat().st_uid + 1)
+    monkeypatch.setattr(os, "geteuid", lambda: (tmp_path / "cache").stat().st_uid + 1)
     with pytest.raises(PermissionError, match="belongs to user"):
         jit.cubin(*ARGUMENTS, tmp_path / "cache")
 
