@@ -102,16 +102,14 @@ def test_a_job_without_anything_finished_is_in_nobodys_way(tmp_path: Path) -> No
     assert not (tmp_path / "out.job").exists()
 
 
-@pytest.mark.parametrize("refused", [False, True])
-def test_a_folder_of_somebody_else_is_not_taken(tmp_path: Path, refused: bool) -> None:
+def test_a_folder_of_somebody_else_is_not_taken(tmp_path: Path) -> None:
     """Somebody keeps a thesis in out.job: a run with the output `out` would delete it, a refused run too."""
     theirs = tmp_path / "out.job"
     theirs.mkdir()
     (theirs / "thesis.tex").write_text("mine")
     for resume in (False, True):
         with pytest.raises(UsageError) as caught, held(tmp_path / "out", resume=resume):
-            if refused:
-                raise UsageError("E204", "no", where="", fix="")
+            pass
         assert caught.value.error_id == "E224" and "thesis.tex" in caught.value.problems[0].what
     JobFolder(tmp_path / "out").remove()
     assert [path.name for path in theirs.iterdir()] == ["thesis.tex"]
@@ -132,7 +130,7 @@ def test_a_link_in_the_place_of_the_folder_is_not_followed(tmp_path: Path) -> No
     (real / JOURNAL).symlink_to(tmp_path / "precious")
     precious = (tmp_path / "precious").read_bytes() + b"torn"
     (tmp_path / "precious").write_bytes(precious)
-    with pytest.raises(UsageError, match="journal.jsonl .a link."), held(tmp_path / "real", resume=True):
+    with pytest.raises(UsageError, match=r"journal\.jsonl .a link."), held(tmp_path / "real", resume=True):
         pass
     assert (tmp_path / "precious").read_bytes() == precious
 
