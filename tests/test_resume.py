@@ -434,6 +434,8 @@ def test_only_jobs_of_ours_are_removed(tmp_path: Path, capfd: pytest.CaptureFixt
     for name in ("x", "x.job", "link", "link.job"):
         told = refused(capfd, "jobs", "rm", str(tmp_path / name), "--yes")
         assert told["id"] == "E224", name
+    for name in ("x", "link"):
+        assert refused(capfd, "resume", str(tmp_path / name))["id"] == "E224"
     assert sorted(path.name for path in theirs.iterdir()) == ["job.json", "thesis.tex"]
     capfd.readouterr()
     assert main(["jobs", "ls", str(tmp_path)]) == 0

@@ -34,6 +34,7 @@ _SHOWN = 5  # names in a refusal; the rest is counted
 _REQUEST = "job.json"
 _LOCK, _RUNNING = "lock", "running.json"
 _OUTPUTS = r"ct|gptq|marlin|marlin_24|dense|pruned|distilled"  # of the stages of compress
+_NFS = re.compile(r"\.nfs[0-9a-f]+")  # what a network file system shows of a file that is removed and still open
 _JOB_FOLDERS = re.compile(rf"staged(-({_OUTPUTS}))?|states|({_OUTPUTS})(\.job)?|[^/]+\.old-[0-9a-f]{{8}}")
 # With .part: what an earlier version of marlinctl left of a file that it was writing.
 _JOB_FILES = re.compile(
@@ -104,7 +105,7 @@ def remove_temporaries(folder: Path, *, older: float = 0.0) -> None:
 def _is_job_entry(name: str, kind: str) -> bool:
     if kind == "/":
         return _JOB_FOLDERS.fullmatch(name) is not None
-    return not kind and (_JOB_FILES.fullmatch(name) is not None or is_temporary(name))
+    return not kind and (is_temporary(name) or any(known.fullmatch(name) for known in (_JOB_FILES, _NFS)))
 
 
 def _is_marked(folder: Path) -> bool:

@@ -11,6 +11,7 @@ import pytest
 
 from marlinctl import manifest
 from marlinctl.checkpoint import ownership
+from marlinctl.checkpoint.formats import WRITABLE
 from marlinctl.checkpoint.model_files import is_companion, is_model_file, is_temporary, temporary_name
 from marlinctl.errors import UsageError
 
@@ -26,7 +27,7 @@ def job(path: Path, *, marked: bool = True, request: object = REQUEST) -> Path:
     (path / "job.json").write_text(json.dumps(request))
     for name in (LINES, "lock", "calibration.safetensors", "staged.masks", "state-00000200.safetensors", temporary_name()):
         (path / name).write_text("")
-    for name in ("staged", "states", "ct", "marlin.job", "out.old-1f0c9a2e"):
+    for name in ("staged", "states", *WRITABLE, *(f"staged-{fmt}" for fmt in WRITABLE), "marlin.job", "out.old-1f0c9a2e"):
         (path / name).mkdir()
         (path / name / "anything").write_text("x")
     return path
@@ -203,7 +204,7 @@ def test_rejected_results(tmp_path: Path) -> None:
     """The result that was refused last time must be replaceable, a checkpoint or all formats of a compress; a thesis must not."""
     assert ownership.strangers_in_rejected(published(tmp_path / "one")) == []
     whole = job(tmp_path / "two")
-    for name in ("job.json", LINES, "lock"):
+    for name in ("job.json", LINES, "lock"):  # as compress leaves it
         (whole / name).unlink()
     assert ownership.strangers_in_rejected(whole) == []
     earlier = tmp_path / "three"
