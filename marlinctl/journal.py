@@ -1,6 +1,7 @@
 """The folder of an unfinished run, OUT.job/ beside OUT: what was asked for, what is finished, who is at work on it.
 
-    marlinctl_job.json    says that the folder is marlinctl's, and is in it before anything else; no folder without it is taken or removed
+    marlinctl_job.json
+                      says that the folder is marlinctl's: written before anything else, removed last
     job.json          what was asked for: the verb, the model, the whole recipe, the options. `marlinctl resume OUT` asks for it again
     journal.jsonl     one line for each thing that is finished, each on the disk before the next thing begins:
                         begun        what decides the numbers (the fingerprint): model, recipe, tokens, versions, dtype, kind of device
@@ -324,6 +325,8 @@ class JobFolder:
     def remove(self) -> None:
         """Remove what marlinctl wrote; the folder stays where somebody else's files are in it."""
         if ownership.is_job(self.path):
+            with suppress(OSError, ResourceProblem):  # of an earlier version: a removal that is cut short leaves a folder that is ours
+                ownership.mark_job(self.path)
             self._put_back()
             ownership.remove_job(self.path)
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from marlinctl.checkpoint.durable import write_bytes, write_document
 from marlinctl.checkpoint.formats import detect
-from marlinctl.checkpoint.ownership import JOB_MARKER
+from marlinctl.checkpoint.ownership import leave_results
 from marlinctl.checkpoint.reader import fingerprint, open_checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import check_output, keep_rejected
@@ -112,9 +112,7 @@ def run_compress(
                 report["evaluation"] = measure(recipe, gate, console, task_data)(work / "ct", source)
             except GateRefused:
                 kept = keep_rejected(work, job.out)
-                for path in kept.iterdir():
-                    if path.is_file() and path.name != JOB_MARKER:  # the job's own; folders are results
-                        path.unlink()
+                leave_results(kept)
                 console.warn(f"not published; the result is kept in {kept}")
                 raise
         for fmt in places:

@@ -47,7 +47,7 @@ _JOB_FILES = re.compile(
 
 def mark_job(folder: Path) -> None:
     """Say that this folder is a job's. The first thing that is written into it, and the last that goes."""
-    if not (folder / JOB_MARKER).exists():
+    if not _is_marked(folder):
         write_document(folder / JOB_MARKER, _MARK)
         sync_folder(folder.parent)
 
@@ -91,6 +91,13 @@ def empty_job(folder: Path) -> None:
     """The same, but what says whose folder it is and who is at work stays. An OSError goes to the caller: what stays would be taken up."""
     for name, kind in list(_entries(folder)):
         if _is_job_entry(name, kind) and name not in (JOB_MARKER, _LOCK, _RUNNING):
+            remove(folder / name)
+
+
+def leave_results(folder: Path) -> None:
+    """Remove a job's own files where the folder is kept for the outputs in it; the mark stays, so that it may be replaced one day."""
+    for name, kind in list(_entries(folder)):
+        if not kind and _is_job_entry(name, kind) and name != JOB_MARKER:
             remove(folder / name)
 
 

@@ -60,7 +60,8 @@ def common_options(function: Command) -> Command:
             context.obj.append(console)  # marlinctl/cli.py reports errors through it and closes it
         else:
             context.call_on_close(console.close)
-        _refuse_deleted_folder()
+        if context.command.name != "doctor":  # which tells it among its findings
+            _refuse_deleted_folder()
         return function(console=console, **values)
 
     return add_common_options(with_console)  # type: ignore[return-value]  # click keeps the callable's type

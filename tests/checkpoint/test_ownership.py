@@ -204,8 +204,10 @@ def test_rejected_results(tmp_path: Path) -> None:
     """The result that was refused last time must be replaceable, a checkpoint or all formats of a compress; a thesis must not."""
     assert ownership.strangers_in_rejected(published(tmp_path / "one")) == []
     whole = job(tmp_path / "two")
-    for name in ("job.json", LINES, "lock"):  # as compress leaves it
-        (whole / name).unlink()
+    (whole / "notes.txt").write_text("mine")
+    ownership.leave_results(whole)
+    assert sorted(path.name for path in whole.iterdir() if path.is_file()) == [ownership.JOB_MARKER, "notes.txt"]
+    (whole / "notes.txt").unlink()
     assert ownership.strangers_in_rejected(whole) == []
     earlier = tmp_path / "three"
     earlier.mkdir()
