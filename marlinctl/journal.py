@@ -126,7 +126,7 @@ class JobFolder:
     def refuse_foreign(self, *, resume: bool = False) -> None:
         """UsageError E224 where OUT.job is there and is not marlinctl's, ResourceProblem E504 for its lock. Nothing is changed.
 
-        resume: files that somebody put beside those of the job are in nobody's way then, because they stay where they are.
+        resume: files that somebody put beside those of the job are allowed then, because they stay where they are.
         """
         if not os.path.lexists(self.path):
             return

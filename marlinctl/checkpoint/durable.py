@@ -3,7 +3,7 @@
     temporary name ─► write ─► fsync ─► rename (─► fsync of the folder)       a file with its final name is a whole file
     a journal:        append a line ─► fsync                                  a line without its end was never finished
 
-No link is followed, because a folder may come from a stranger: the temporary file is new and has a name that nobody can guess, a link with
+No link is followed, because a folder may come from a stranger: the temporary file is new and has a name that cannot be guessed, a link with
 the final name is replaced by the file, and what is appended to is a regular file or refused.
 
 The shards of a checkpoint (writer.py) and everything in a job's folder (journal.py) are written here. Not by safetensors' save_file: that

@@ -75,7 +75,7 @@ def misfits_in_job(folder: Path) -> list[str]:
 def remove_job(folder: Path) -> None:
     """Remove what marlinctl wrote into a job's folder, and the folder if nothing else is in it. What cannot be removed stays.
 
-    The request goes first: without it nobody takes the rest for a job, should this be cut short. The mark goes last: with it the next
+    The request goes first: without it the rest is not taken for a job if this is cut short. The mark goes last: with it the next
     run may remove the rest.
     """
     order = {_REQUEST: 0, _LOCK: 2, JOB_MARKER: 3}

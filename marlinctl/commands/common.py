@@ -60,7 +60,7 @@ def common_options(function: Command) -> Command:
             context.obj.append(console)  # marlinctl/cli.py reports errors through it and closes it
         else:
             context.call_on_close(console.close)
-        if context.command.name != "doctor":  # which tells it among its findings
+        if context.command.name != "doctor":  # which reports it among its findings
             _refuse_deleted_folder()
         return function(console=console, **values)
 

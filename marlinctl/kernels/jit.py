@@ -13,7 +13,7 @@ of its key and the rest; one that does not match is compiled again. It is writte
 renamed, so two processes at once both succeed and whoever reads sees a whole entry or none.
 
 Machine code that somebody else could have written is not run. The folder is the user's own, no link, and gets mode 0700. An
-entry is a regular file of the user's that nobody else may write; whatever else has its name, such as a file that was planted
+entry is a regular file of the user's that others cannot write; whatever else has its name, such as a file that was planted
 while the folder was open to others, is compiled again and replaced. The folder is opened once, and entries are found from there.
 """
 
@@ -233,7 +233,7 @@ def _private(folder: Path) -> Iterator[int]:
 
 
 def _read(folder: int, name: str) -> bytes | None:
-    """A regular file of the user's that nobody else may write; None for anything else of that name."""
+    """A regular file of the user's that others cannot write; None for anything else of that name."""
     try:
         handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     except OSError:  # not there, a link, not readable
