@@ -75,14 +75,14 @@ def run_job(
     asked = {"model": model, "recipe": recipe.model_dump(mode="json"), "options": options.document(), "measured": measured}
     request = Request("quantize" if recipe.sparsify.pattern == "none" else "sparsify", asked)
     if not options.resume:
-        check_output(out, overwrite=options.overwrite, sources=local)
+        check_output(out, overwrite=options.overwrite, sources=local, rejects=measure is not None)
     with job.held(request, resume=options.resume, console=console):
-        console.log_to(out.with_name(out.name + ".log"))
+        console.log_to(job.log)
         if job.publishing is not None and options.redo_from is None:
             job.publish_again(overwrite=options.overwrite, keep=options.keep_job)
             return published_report(out), _found(model, options, console)
         if options.resume:  # there may be an output by now
-            check_output(out, overwrite=options.overwrite, sources=local)
+            check_output(out, overwrite=options.overwrite, sources=local, rejects=measure is not None)
         return _run(job, model, out, recipe, options, console, measure)
 
 
@@ -115,7 +115,7 @@ def _run(
                     report["evaluation"] = measure(staged.path, opened.source)
                 except GateRefused:
                     _write_reports(staged, report, opened, fmt)
-                    staged.set_aside()
+                    console.warn(f"not published; the result is kept in {staged.set_aside()}")
                     job.remove()
                     raise
             _write_reports(staged, report, opened, fmt)

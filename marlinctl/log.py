@@ -9,6 +9,7 @@ are written by strangers.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -19,6 +20,7 @@ from typing import TextIO
 
 LINES_IN_MEMORY = 2000  # of log, as long as no file is known
 
+_LINE = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} [A-Z]+ +")  # how every line of a log begins
 _TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_(?:(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{8,}|[a-z]{17,})")  # not `hf_datasets`
 _BEARER = re.compile(r"(?i)\b(bearer|authorization:|token=)\s*[A-Za-z0-9._~+/=-]{8,}")
 _LOGIN = re.compile(r"(?<=://)[^/\s?#]+(?=@)")  # a user alone too: it is often a token
@@ -49,6 +51,18 @@ def printable(text: str, *, one_line: bool = False) -> str:
     return text.replace("\n", "\\n") if one_line else text
 
 
+def _own_log(path: Path) -> TextIO:
+    """A log to append to. OSError for a link, for what is no regular file, and for a file that does not begin as our logs do."""
+    from marlinctl.checkpoint.durable import open_regular
+
+    file = os.fdopen(open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "a+", encoding="utf-8", errors="backslashreplace")
+    begin = os.pread(file.fileno(), 64, 0)
+    if begin and not _LINE.match(begin):
+        file.close()
+        raise FileExistsError(errno.EEXIST, "the file that is there is no log of marlinctl", str(path))
+    return file
+
+
 class MemoryThenFile(logging.Handler):
     """Keeps the last lines until it learns of a file, then writes every line through."""
 
@@ -59,8 +73,9 @@ class MemoryThenFile(logging.Handler):
         self.file: TextIO | None = None
         self.path: Path | None = None
 
-    def open(self, path: Path) -> None:
-        self.file = path.open("a", encoding="utf-8", errors="backslashreplace")
+    def open(self, path: Path, *, named: bool) -> None:
+        """named: the person named this file, so whatever it is, lines are appended to it. Otherwise it is new, or a log of ours."""
+        self.file = path.open("a", encoding="utf-8", errors="backslashreplace") if named else _own_log(path)
         try:
             self.file.writelines(self.lines)
             self.file.flush()

@@ -3,8 +3,9 @@
 Written last, so its existence means that the folder is complete. It holds the SHA-256 and the size of every published file, and
 nothing that differs from run to run (no times, host names or output paths), so two equal runs give two equal manifests.
 
-Outside it lie the files that may be rewritten later without touching the model: the card, the report, the log. Any other file that
-the manifest does not name fails the check: an extra shard beside the right ones is how mixed weights are loaded by accident.
+Outside it lie the files that may be rewritten later without touching the model: the card, the report, the log; and what a killed
+rewrite leaves, under a name that no loader takes for anything. Any other file that the manifest does not name fails the check: an
+extra shard beside the right ones is how mixed weights are loaded by accident.
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from marlinctl.checkpoint.model_files import is_temporary
 from marlinctl.errors import CheckFailed, Problem
 
 NAME = "marlinctl_manifest.json"
-_REWRITABLE = ("README.md", "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html")
 OUTSIDE = frozenset(
-    # a rewrite that was killed leaves NAME.part, which no loader takes for anything
-    {NAME, *_REWRITABLE, *(f"{name}.part" for name in _REWRITABLE), "run.log", ".gitattributes"}
+    {NAME, "README.md", "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html", "run.log", ".gitattributes"}
 )
 _CHUNK = 8 << 20
 
@@ -106,11 +106,15 @@ def digest(folder: Path) -> str:
 def _published(folder: Path) -> list[str]:
     """Every file below the folder that belongs into the manifest, as posix paths. Links count: they can be followed by loaders."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return sorted(name for name in names if name not in OUTSIDE)
+    return sorted(name for name in names if name not in OUTSIDE and not (is_temporary(name) and _is_regular(folder / name)))
+
+
+def _is_regular(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    if path.is_symlink() or not path.is_file():  # a FIFO would hang the reader, a link may lead anywhere
+    if not _is_regular(path):  # a FIFO would hang the reader, a link may lead anywhere
         return {"bytes": -1, "sha256": "not a regular file"}
     sha256 = hashlib.sha256()
     with path.open("rb") as file:

@@ -13,11 +13,13 @@ from typing import Any
 
 from marlinctl.checkpoint.durable import write_bytes
 from marlinctl.checkpoint.formats import detect, layer_shape
+from marlinctl.checkpoint.ownership import remove_temporaries
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.errors import BadInput, CheckFailed
 from marlinctl.pages.files import JSON, report_files
 
 _MOST_BYTES = 1 << 30  # a report of ten thousand linears with all answers of an evaluation has some tens of megabytes
+_ABANDONED = 3600  # seconds; a file that was begun earlier and never got its name is of a `report` that was killed
 _KINDS = ("compress", "quantize", "sparsify", "distill")
 
 
@@ -42,6 +44,7 @@ def rewrite(folder: Path, *, evaluation: Mapping[str, Any] | None = None, bench:
             fix="put the report back that was published with these weights, or write the checkpoint again",
         )
     written = checked_files(report, folder, fmt=info.name, layers=info.layers, ignore=kept)
+    remove_temporaries(folder, older=_ABANDONED)
     for name, data in written.items():
         write_bytes(folder / name, data)
     return report
