@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from marlinctl.errors import BadInput, MarlinctlError, UsageError
-from marlinctl.texts import LONGEST_LINE, load_documents, load_text
+from marlinctl import texts
+from marlinctl.texts import LONGEST_LINE, Document, load_text
 
 ROWS = ["A first row.\nWith two lines.", "Grüße, 世界"]
 
@@ -24,6 +25,10 @@ def write(folder: Path, name: str, data: bytes) -> str:
     path = folder / name
     path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     return str(path)
+
+
+def documents(source: str) -> list[Document]:
+    return list(texts.documents(source))
 
 
 def jsonl(*rows: object) -> bytes:
@@ -38,7 +43,7 @@ def test_pythondoc_is_the_same_on_every_machine_with_this_python() -> None:
     assert text.text == "\n\n".join(topics[name] for name in sorted(topics))
     assert text.sha256 == hashlib.sha256(text.text.encode()).hexdigest()
     assert platform.python_version() in text.note
-    assert len(load_documents("pythondoc")) == len(topics)
+    assert len(documents("pythondoc")) == len(topics)
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.parquet", "rows.txt", "rows.txt.gz"])
@@ -51,15 +56,15 @@ def test_every_kind_gives_the_same_text(tmp_path: Path, name: str) -> None:
     else:
         source = write(tmp_path, name, b"\xef\xbb\xbf" + joined.encode() if ".txt" in name else jsonl(*({"text": row} for row in ROWS)))
     assert load_text(source).text == joined
-    assert load_documents(source) == ROWS
+    assert documents(source) == ROWS
 
 
 def test_paragraphs_and_empty_rows(tmp_path: Path) -> None:
     """Calibration would get empty samples, or one sample holding the whole file."""
     source = write(tmp_path, "a.txt", b"one\ntwo\n\n\n \nthree\n")
-    assert load_documents(source) == ["one\ntwo", "three"]
+    assert documents(source) == ["one\ntwo", "three"]
     assert load_text(source).text == "one\ntwo\n\n\n \nthree\n"
-    assert load_documents(write(tmp_path, "b.jsonl", b"\n" + jsonl({"text": "  "}, {"text": "x"}))) == ["x"]
+    assert documents(write(tmp_path, "b.jsonl", b"\n" + jsonl({"text": "  "}, {"text": "x"}))) == ["x"]
 
 
 def test_chats_stay_chats(tmp_path: Path) -> None:
@@ -67,10 +72,10 @@ def test_chats_stay_chats(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     shared = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
     source = write(tmp_path, "c.jsonl", jsonl({"messages": turns}, {"conversations": shared}, {"text": "plain"}))
-    assert load_documents(source) == [turns, turns, "plain"]
+    assert documents(source) == [turns, turns, "plain"]
     parquet = tmp_path / "c.parquet"
     pq.write_table(pa.table({"messages": [turns, turns]}), parquet)
-    assert load_documents(str(parquet)) == [turns, turns]
+    assert documents(str(parquet)) == [turns, turns]
 
 
 BAD = {
@@ -98,9 +103,9 @@ def test_bad_files_name_the_line(tmp_path: Path, name: str) -> None:
         Path(source).write_bytes(gzip.compress(b"some text\n" * 100)[:-12])
     if name == "notgz.jsonl.gz":
         Path(source).write_bytes(b'{"text": "not compressed"}\n')
-    for load in (load_text, load_documents):
-        if error_id == "E380" and load is load_documents:
-            assert load_documents(source) == []
+    for load in (load_text, documents):
+        if error_id == "E380" and load is documents:
+            assert documents(source) == []
             continue
         with pytest.raises(BadInput) as caught:
             load(source)
@@ -115,7 +120,7 @@ def test_missing_column_lists_what_is_there(tmp_path: Path) -> None:
         load_text(str(tmp_path / "w.parquet"))
     assert caught.value.error_id == "E385"
     with pytest.raises(BadInput, match=r"text, messages, conversations"):
-        load_documents(write(tmp_path, "x.jsonl", jsonl({"a": 1})))
+        documents(write(tmp_path, "x.jsonl", jsonl({"a": 1})))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +129,7 @@ def test_missing_column_lists_what_is_there(tmp_path: Path) -> None:
 def test_malformed_chats(tmp_path: Path, chat: object) -> None:
     """A chat template would fail in the middle of calibration with an error about itself."""
     with pytest.raises(BadInput) as caught:
-        load_documents(write(tmp_path, "c.jsonl", jsonl({"messages": chat})))
+        documents(write(tmp_path, "c.jsonl", jsonl({"messages": chat})))
     assert caught.value.error_id == "E385"
     assert "line 1, messages" in caught.value.problems[0].where
 
