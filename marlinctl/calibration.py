@@ -121,7 +121,8 @@ def _require(asked: Calibration, ids: Tensor, counted: Tensor) -> None:
 def read_samples(asked: Calibration, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, str]:
     """[S, L] int64 with -1 where padded, and how they were made. No more is read than the samples need.
 
-    Whether the data are chats is told by their first document (with --chat always by any). BadInput E326 where the chat template takes too much time or memory.
+    Whether the data are chats is told by their first document (with --chat always by any). BadInput E326 where the chat template takes
+    too much time or memory.
     """
     found = iter(_documents(asked))
     if asked.chat == "always":
@@ -220,7 +221,7 @@ def _cut(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, samples: int,
 def _pieces(texts: Iterable[str], size: int) -> Iterator[tuple[str, bool]]:
     """All texts joined by blank lines, in pieces of `size` to two times `size` characters, and whether the piece ends where a text ends.
 
-    Only a text longer than `size` is divided, before a word; what is tokenized for the first samples of any other file is what it always was.
+    Only a text longer than `size` is divided, before a word.
     """
     taken: list[str] = []
     length = 0

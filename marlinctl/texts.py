@@ -34,7 +34,7 @@ from marlinctl.errors import BadInput, EnvironmentProblem, UsageError
 PYTHONDOC = "pythondoc"
 LONGEST_LINE = 16 << 20  # bytes; a row of 16 MiB is some 4 million tokens
 LONGEST_TEXT = 1 << 24  # characters of one text or paragraph; WikiText-2's test text has 1.3 million
-MOST_UNPACKED = 100  # times the size of a .gz, beyond the first 64 MiB; text packs to a fifth, logs to a thirtieth, one letter to a thousandth
+MOST_UNPACKED = 100  # times the size of a .gz, beyond the first 64 MiB; text packs to a fifth, a log to a thirtieth
 UNPACKED_FREELY = 64 << 20
 READING = Bounds(memory=1 << 30, cpu=600, wait=120)  # of a parquet file
 KINDS = ".txt, .jsonl (both also as .gz), .parquet or the word pythondoc"

@@ -113,7 +113,8 @@ def _whole(handle: FileIO, where: Path, limit: int) -> bytes:
     size = os.fstat(handle.fileno()).st_size
     data = handle.read(min(limit, max(size, 1 << 16)) + 1) if size <= limit else b""  # memory for so much is taken at once
     if max(size, len(data)) > limit:
-        raise FileRefused(f"the file has {size:,} bytes, more than {limit:,}", where, "it is not what its name says; fetch or write it again")
+        what = f"the file has {size:,} bytes, more than {limit:,}"
+        raise FileRefused(what, where, "it is not what its name says; fetch or write it again")
     return data
 
 
