@@ -60,7 +60,10 @@ class MemoryThenFile(logging.Handler):
         self.path: Path | None = None
 
     def open(self, path: Path) -> None:
-        self.file = path.open("a", encoding="utf-8", errors="backslashreplace")
+        # O_NONBLOCK: a FIFO that nobody reads is an error (ENXIO) and not a wait without an end
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        os.set_blocking(descriptor, True)
+        self.file = os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace")
         try:
             self.file.writelines(self.lines)
             self.file.flush()

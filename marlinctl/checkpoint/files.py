@@ -29,6 +29,8 @@ from marlinctl.errors import Problem
 
 MAX_JSON_BYTES = 64_000_000  # the largest index seen in the wild is below 20 MB
 MAX_JSON_VALUES = 2_000_000  # that index names 300,000 tensors
+MAX_OWN_BYTES, MAX_OWN_VALUES = 512_000_000, 24_000_000  # manifests and reports of marlinctl: 600 bytes and 25 values for each linear
+_TEMPLATES = ("additional_chat_templates", "chat_templates")  # folders in which transformers looks for templates
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a named pipe (FIFO)"),
@@ -116,6 +118,22 @@ def _whole(handle: FileIO, where: Path, limit: int) -> bytes:
         what = f"the file has {size:,} bytes, more than {limit:,}"
         raise FileRefused(what, where, "it is not what its name says; fetch or write it again")
     return data
+
+
+def special_files(folder: Path) -> list[Problem]:
+    """FIFOs, devices and sockets that lie in a model's folder: other libraries open files by their names, and would wait for ever."""
+    places = [folder, *(place for name in _TEMPLATES if (place := folder / name).is_dir())]
+    problems = []
+    for path in (path for place in places for path in place.iterdir()):
+        try:
+            mode = path.stat().st_mode
+            if not stat.S_ISDIR(mode):
+                _refuse_special(mode, path)
+        except FileRefused as refused:
+            problems.append(refused.problem)
+        except OSError:  # a link that leads nowhere: whoever needs the file says so
+            continue
+    return problems
 
 
 def exists(folder: Path, name: str) -> bool:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from marlinctl import manifest
 from marlinctl.checkpoint.config import read_config
-from marlinctl.checkpoint.files import FileRefused, exists, member, open_member, read_json, shown
+from marlinctl.checkpoint.files import FileRefused, exists, member, open_member, read_json, shown, special_files
 from marlinctl.checkpoint.header import TensorInfo, header_bytes, read_header
 from marlinctl.errors import BadInput, Problem
 
@@ -162,7 +162,7 @@ def open_checkpoint(folder: Path, *, weight_files: str = "model") -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         raise BadInput("E300", "there is no such folder", where=str(folder), fix="name a folder that holds config.json and *.safetensors")
-    problems: list[Problem] = []
+    problems = special_files(folder)[:MAX_PROBLEMS]
     notes: list[str] = []
     config: dict[str, Any] = {}
     try:

