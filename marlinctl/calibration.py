@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
     from marlinctl.texts import Chat, Document
 
+# What regular expressions of tokenizers divide: words, numbers, runs of a letter, of spaces and of signs, other scripts, lines.
+_LINE = f"The quick brown fox jumps over the lazy dog 1234567890 times; it's {'a' * 40} {' ' * 40} {'!?' * 20} Grüße, 世界\n\n\tEnd. #$%&@~|\"<>"
+
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSet:
@@ -84,10 +87,11 @@ def load_calibration(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer. BadInput E394 where it cannot be loaded, E327 where it takes too long for a line of text."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise BadInput(
             "E394",
@@ -95,6 +99,26 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             where=str(folder),
             fix="copy tokenizer.json and tokenizer_config.json from the original model",
         ) from error
+    _try(tokenizer, folder)
+    return tokenizer
+
+
+def _try(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """One line of text in a process of its own: tokenizer.json may hold regular expressions, whose engine goes back as it likes.
+
+    It gives up on a single match after ten million steps (tokenizers then panics), and may be led into that for every letter.
+    """
+    try:
+        for _ in confined(lambda: iter((len(tokenizer(_LINE, verbose=False)["input_ids"]),)), Bounds(memory=1 << 30, cpu=10, wait=30)):
+            return
+    except (Exceeded, RuntimeError) as reason:
+        shown_reason = str(reason) if isinstance(reason, Exceeded) else str(reason).strip().splitlines()[-1]
+        raise BadInput(
+            "E327",
+            f"the tokenizer cannot read a line of text: {shown_reason}",
+            where=str(folder),
+            fix="copy tokenizer.json and tokenizer_config.json from the original model",
+        ) from None
 
 
 def _require(asked: Calibration, ids: Tensor, counted: Tensor) -> None:

@@ -100,6 +100,7 @@ class JobFolder:
                 self.clear()
                 asked = {"verb": request.verb, "arguments": request.arguments, "folder": str(Path.cwd())}
                 write_document(self.path / JOB, {"format": FORMAT, **asked})
+                (self.path / JOB).chmod(0o600)  # it has the arguments as they were typed, to ask for them again
             try:
                 yield
             except BaseException as error:

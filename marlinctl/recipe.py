@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from marlinctl.checkpoint.files import FileRefused, read_plain
 from marlinctl.errors import Problem, UsageError
+from marlinctl.log import redacted
 from marlinctl.yaml_positions import Place, read_yaml
 
 DEFAULT = "int4"
@@ -124,10 +125,11 @@ class Recipe(_Section):
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
     def to_yaml(self) -> str:
-        """A file that `load_recipe` turns into an equal recipe, whatever the defaults are by then."""
+        """A file that `load_recipe` turns into an equal recipe, whatever the defaults are by then. Without secrets: it is published."""
         import yaml
 
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=False, width=120)
+        values = redacted(self.model_dump(mode="json"))
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=False, width=120)
 
 
 def recipe_hash(recipe: Recipe) -> str:
