@@ -22,6 +22,7 @@ from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
 LONGEST = 2000  # characters of an expression
+MOST_GROUPS = 100
 MOST_PATTERNS = 5000  # in one list; each takes a fifth of a millisecond to read
 MOST_STEPS = 100_000_000  # of all matches of one set of expressions; a step takes a fifth of a microsecond
 _CATEGORIES: dict[Any, Callable[[str], bool]] = {
@@ -85,6 +86,8 @@ class Pattern:
     def __init__(self, expression: str) -> None:
         if len(expression) > LONGEST:
             raise ValueError(f"a regular expression of {len(expression):,} characters is no layer pattern")
+        if expression.count("(") > MOST_GROUPS:  # Python's parser and what is made here call themselves once for each level
+            raise ValueError(f"a regular expression of more than {MOST_GROUPS} groups is no layer pattern")
         try:
             parsed = _parser.parse(expression)
             if parsed.state.flags & ~re.UNICODE:
@@ -92,9 +95,8 @@ class Pattern:
             self._run = _sequence(parsed)
         except _NotOffered as problem:
             raise ValueError(f"{expression!r} holds {problem}, which a layer pattern cannot have here") from None
-        except (re.error, RecursionError, OverflowError) as problem:
-            reason = "nested too deeply" if isinstance(problem, RecursionError) else str(problem)
-            raise ValueError(f"{expression!r} is no regular expression: {reason}") from None
+        except (re.error, OverflowError) as problem:
+            raise ValueError(f"{expression!r} is no regular expression: {problem}") from None
         self.expression = expression
         self._needed = max(_literals(parsed), key=len, default="")
 

@@ -36,6 +36,7 @@ LONGEST_LINE = 16 << 20  # bytes; a row of 16 MiB is some 4 million tokens
 LONGEST_TEXT = 1 << 24  # characters of one text or paragraph; WikiText-2's test text has 1.3 million
 MOST_UNPACKED = 100  # times the size of a .gz, beyond the first 64 MiB; text packs to a fifth, a log to a thirtieth
 UNPACKED_FREELY = 64 << 20
+MOST_BLANK = 1_000_000  # lines; a second of reading
 READING = Bounds(memory=1 << 30, cpu=600, wait=120)  # of a parquet file
 KINDS = ".txt, .jsonl (both also as .gz), .parquet or the word pythondoc"
 CHAT_COLUMNS = ("messages", "conversations")
@@ -130,7 +131,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     packed = path.suffix.lower() == ".gz"
     with _open(path) as plain, _unpacked(plain, packed=packed) as file:
         most = max(UNPACKED_FREELY, MOST_UNPACKED * os.fstat(plain.fileno()).st_size)
-        number = unpacked = 0
+        number = unpacked = blank = 0
         while True:
             number += 1
             where = f"{path}, line {number}"
@@ -148,6 +149,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                     fix="split the text into lines; a file without line ends is most often not text",
                 )
             unpacked += len(line)
+            blank = blank + 1 if line.isspace() else 0
+            if blank > MOST_BLANK:
+                what = f"more than {MOST_BLANK:,} blank lines in a row"
+                raise BadInput("E325", what, where=where, fix="give a file that holds text")
             if packed and unpacked > most:
                 what = f"the file unpacks to more than {MOST_UNPACKED} times its size"
                 raise BadInput("E325", what, where=where, fix="no text does that; if this one does, unpack it first (gunzip)")
@@ -223,7 +228,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _parquet_rows(path: Path, *, chats: bool) -> Iterator[Document]:
-    """Row by row, reading only the column that counts. A few rows at a time: each may repeat a value of megabytes that is stored once."""
+    """Row by row, reading only the column that counts. Each row may repeat a value of megabytes that is stored once; a row costs 16 us."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -238,7 +243,7 @@ def _parquet_rows(path: Path, *, chats: bool) -> Iterator[Document]:
             column = next((name for name in ("text", *(CHAT_COLUMNS if chats else ())) if name in names), None)
             if column is None:
                 raise _no_text(names, chats=chats, where=str(path))
-            for batch in file.iter_batches(batch_size=4, columns=[column], use_threads=False):
+            for batch in file.iter_batches(batch_size=1, columns=[column], use_threads=False):
                 for row in batch.to_pylist():
                     number += 1
                     yield checked_row(row, chats=chats, where=f"{path}, row {number}")
