@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from marlinctl import manifest, pattern
 from marlinctl.checkpoint import formats
 from marlinctl.checkpoint.mask import open_masks
+from marlinctl.log import printable
 
 if TYPE_CHECKING:
     from marlinctl.checkpoint.mask import Masks
@@ -145,8 +146,9 @@ def table(facts: Mapping[str, Any]) -> str:
         ("loads in", ", ".join(facts["loads_in"])),
         ("manifest", f"{facts['manifest']['files']} files; check them with marlinctl verify" if facts["manifest"] else "none"),
     )
-    lines = [f"{key:<16}{value}" for key, value in rows if value]
-    return "\n".join([*lines, *(f"{'note':<16}{warning}" for warning in facts["warnings"])])
+    lines = [(key, value) for key, value in rows if value]
+    lines += [("note", warning) for warning in facts["warnings"]]
+    return "\n".join(f"{key:<16}{printable(value, one_line=True)}" for key, value in lines)
 
 
 def _pattern_line(facts: Mapping[str, Any]) -> str:

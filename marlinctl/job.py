@@ -10,7 +10,6 @@ which `pack` makes the other formats; linears that are pruned and not quantized 
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -40,6 +39,7 @@ from marlinctl.opening import Opened, Options, open_model
 from marlinctl.pages.files import report_files
 from marlinctl.recipe import Recipe, recipe_hash
 from marlinctl.rehearsal import rehearse_before
+from marlinctl.report import read_report
 from marlinctl.scratch import Scratch
 from marlinctl.skeleton import build
 from marlinctl.solving import LayerRecord, Solving, linear_digest, weight_digest
@@ -287,8 +287,7 @@ def _ignore(opened: Opened) -> list[str]:
 
 def published_report(out: Path) -> dict[str, Any]:
     """The report of a folder that is published already."""
-    document: dict[str, Any] = json.loads((out / "marlinctl_report.json").read_text("utf-8"))
-    return {key: value for key, value in document.items() if key != "schema_version"}
+    return {key: value for key, value in read_report(out).items() if key != "schema_version"}
 
 
 def _write_reports(staged: StagedCheckpoint, report: Mapping[str, Any], opened: Opened, fmt: str) -> None:

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 from marlinctl import manifest
 from marlinctl.checkpoint import ownership
 from marlinctl.checkpoint.durable import append_line, disk_problems, whole_file, write_document
-from marlinctl.checkpoint.files import FileRefused, read_json
+from marlinctl.checkpoint.files import FileRefused, read_json, read_plain, read_plain_json
 from marlinctl.checkpoint.writer import Finished, publish_together
 from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, Problem, ResourceProblem, UsageError
 from marlinctl.locks import Held, lock, refuse_unusable
@@ -50,6 +50,7 @@ FORMAT = 1  # of job.json and the journal; a greater one was written by a newer 
 ENDING = ".job"
 JOB, JOURNAL = "job.json", "journal.jsonl"
 _LOCK, _RUNNING = "lock", "running.json"
+_MOST_BYTES = 1 << 30  # of a journal; a line has a kilobyte for each linear of a block
 # Refusals: running again without a change would end the same way, so they alone are no reason to keep a folder or to name `resume`.
 _REFUSALS = (UsageError, BadInput, EnvironmentProblem, HubProblem)
 
@@ -117,6 +118,7 @@ class JobFolder:
                 ownership.mark_job(self.path)
                 asked = {"verb": request.verb, "arguments": request.arguments, "folder": str(Path.cwd())}
                 write_document(self.path / JOB, {"format": FORMAT, **asked})
+                (self.path / JOB).chmod(0o600)  # it has the arguments as they were typed, to ask for them again
             try:
                 yield
             except BaseException as error:
@@ -250,9 +252,9 @@ class JobFolder:
     def _read(self) -> None:
         """Lines up to the first that is torn or no line of a journal. Changes nothing on the disk."""
         self.lines, self._ends = [], []
-        with suppress(FileNotFoundError):
+        with suppress(FileRefused):  # there is none, or `jobs ls` came upon what only looks like a job
             end = 0
-            for raw in (self.path / JOURNAL).read_bytes().splitlines(keepends=True):
+            for raw in read_plain(self.path / JOURNAL, limit=_MOST_BYTES).splitlines(keepends=True):
                 end += len(raw)
                 try:
                     line = json.loads(raw)
@@ -363,8 +365,8 @@ def held_by(path: Path) -> dict[str, Any] | None:
     except ResourceProblem:
         return None
     except Held:
-        with suppress(OSError, ValueError):
-            found = json.loads((path / _RUNNING).read_text())
+        with suppress(FileRefused):
+            found = read_plain_json(path / _RUNNING)
             if isinstance(found, dict):
                 return found
         return {}
@@ -379,7 +381,7 @@ def _digest(folder: Path) -> str | None:
     """The SHA-256 of a folder's manifest, None where there is none."""
     try:
         return manifest.digest(folder)
-    except OSError:
+    except (OSError, FileRefused):
         return None
 
 

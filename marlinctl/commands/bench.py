@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from marlinctl.commands.common import common_options
+from marlinctl.commands.recipe_flags import command_line
 from marlinctl.console import Console
 from marlinctl.errors import UsageError
 
@@ -189,7 +188,7 @@ def _measure(console: Console, given: dict[str, Any]) -> None:
         only_check=given["only_check"],
         with_peers=given["peers"],
         replays=tuning.REPLAYS if given["tune"] else REPLAYS,
-        command=shlex.join(["marlinctl", *sys.argv[1:]]),
+        command=command_line(),
     )
     document = run(asked, gpu, console)
     if table is not None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from marlinctl.checkpoint.durable import sync_folder, whole_file
+from marlinctl.checkpoint.files import MAX_OWN_BYTES, MAX_OWN_VALUES, FileRefused, read_plain_json
 from marlinctl.errors import BadInput, Problem, ResourceProblem, UsageError
 
 Document = dict[str, Any]
@@ -85,9 +86,9 @@ def _continued(path: Path, fresh: Document) -> Document:
 
 def read(path: Path) -> Document:
     try:
-        document = json.loads(path.read_bytes())
-    except (ValueError, RecursionError, OSError) as error:
-        raise _damaged(path, str(error)) from error
+        document = read_plain_json(path, limit=MAX_OWN_BYTES, values=MAX_OWN_VALUES)
+    except FileRefused as refused:
+        raise _damaged(path, refused.problem.what) from None
     parts = ("settings", "versions", "model")
     if not isinstance(document, dict) or document.get("kind") != "evaluation" or not all(isinstance(document.get(p), dict) for p in parts):
         raise _damaged(path, "it holds no evaluation")
