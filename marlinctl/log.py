@@ -75,6 +75,8 @@ def _own_log(path: Path) -> TextIO:
         file.close()
         raise FileExistsError(errno.EEXIST, "the file that is there is no log of marlinctl", str(path))
     return file
+
+
 def _named_log(path: Path) -> TextIO:
     # O_NONBLOCK: a FIFO that nobody reads is an error (ENXIO) and not a wait without an end
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
