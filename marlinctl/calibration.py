@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from marlinctl.checkpoint.config import read_config
 from marlinctl.confined import Bounds, Exceeded, confined
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, UsageError
 from marlinctl.evaluation.windows import SLACK, first_ids
 from marlinctl.memory import CHARACTERS_PER_TOKEN, PIECE, SELF_BATCH
+from marlinctl.model_config import transformers_config
 from marlinctl.recipe import Calibration
 from marlinctl.walk import Tokens
 
@@ -87,12 +89,16 @@ def load_calibration(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer. BadInput E394 where it cannot be loaded, E327 where it takes too long for a line of text."""
-    from transformers import AutoTokenizer
+    """The tokenizer of an examined folder. BadInput E394 where it cannot be loaded, E327 where it takes too long for a line of text."""
+    from transformers import AutoTokenizer, PreTrainedConfig
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        config = transformers_config(read_config(folder), folder)
+    except BadInput:
+        config = PreTrainedConfig(name_or_path=str(folder))  # transformers does not know the model; its tokenizer may be one that it knows
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # pydantic, pyo3 and each of a hundred tokenizer classes raise what they like
         raise BadInput(
             "E394",
             f"the tokenizer cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",

@@ -74,13 +74,18 @@ def evaluate(
     out: Path | None = None,
     resume: bool = False,
     names: tuple[str | None, str | None] = (None, None),
+    weights_known: bool = False,
 ) -> results.Document:
-    """Task scores, and the text when it is asked for, when there is a baseline, or when there are no tasks."""
+    """Task scores, and the text when it is asked for, when there is a baseline, or when there are no tasks.
+
+    weights_known: this process has compared and scanned the weights of both already.
+    """
     subject = loading.open_subject(model_folder, names[0])
     other = None if baseline is None else loading.open_subject(baseline, names[1])
     run = _Run(subject, other, settings, console)
     text = _text(settings) if settings.text or other or not settings.tasks else None
     with run.planned_tasks() as plan:
+        run.look(weights=not weights_known)
         file = results.ResultsFile(out, run.fresh_document(text, plan), resume=resume)
         document = file.document
         if text is not None and not _text_is_done(document):
@@ -102,6 +107,7 @@ def compare(model_folder: Path, baseline_folder: Path, settings: EvalSettings, c
     subject, other = loading.open_subject(model_folder), loading.open_subject(baseline_folder)
     run = _Run(subject, other, settings, console)
     text = _text(settings)
+    run.look(weights=True)
     document = run.fresh_document(text, None)
     run.measure_text(text, document)
     document["finished"] = True
@@ -120,6 +126,15 @@ class _Run:
         self.subject, self.other, self.settings, self.console = subject, other, settings, console
         self.device = devices.choose_device(settings.device)
         self.dtype = loading.choose_dtype(settings.dtype, self.device, subject.config)
+
+    def look(self, *, weights: bool) -> None:
+        """What the person should know of the folders, and whether their weights can be believed."""
+        for who in (self.subject, self.other):
+            if who is not None:
+                for note in who.notes:
+                    self.console.warn(f"{who.name}: {note}")
+                if weights:
+                    loading.look_at_weights(who, self.console)
 
     def fresh_document(self, text: Text | None, plan: tasks.TaskPlan | None) -> results.Document:
         s = self.settings

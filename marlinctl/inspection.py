@@ -36,10 +36,10 @@ _NATIVE_WARNING = (
 
 def inspect(folder: Path, *, weights: bool = False) -> dict[str, Any]:
     """The facts as one JSON-ready document. `weights`: read them all, for what only they tell."""
-    from marlinctl.checkpoint.reader import open_checkpoint
+    from marlinctl.folder import open_folder
 
-    with open_checkpoint(folder, weight_files="auto") as checkpoint, open_masks(folder) as masks:
-        info = formats.detect(checkpoint.config, checkpoint.tensors)
+    with open_folder(folder) as examined, open_masks(folder) as masks:
+        checkpoint, info = examined.checkpoint, examined.info
         shapes = {layer: formats.layer_shape(checkpoint, info, layer) for layer in info.layers}
         return {
             "folder": str(folder),
@@ -53,7 +53,7 @@ def inspect(folder: Path, *, weights: bool = False) -> dict[str, Any]:
             "pattern": _pattern(checkpoint, info, masks, weights),
             "shards": len(checkpoint.files),
             "loads_in": list(info.loaders),
-            "warnings": [*checkpoint.notes, *([_NATIVE_WARNING] if info.name in formats.NATIVE else [])],
+            "warnings": [*examined.notes, *([_NATIVE_WARNING] if info.name in formats.NATIVE else [])],
             "manifest": _manifest(folder),
         }
 

@@ -27,6 +27,7 @@ from marlinctl.checkpoint.licence import licence_of
 from marlinctl.checkpoint.mask import Masks, open_masks
 from marlinctl.checkpoint.reader import Checkpoint, fingerprint, open_checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
+from marlinctl.checkpoint.switches import without
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output
 from marlinctl.console import Console
 from marlinctl.devices import device_peaks, threads
@@ -269,7 +270,7 @@ def _digest_on_disk(written: Checkpoint, masks: Masks | None, record: LayerRecor
 
 
 def _config(opened: Opened, recipe: Recipe) -> dict[str, Any]:
-    config = {k: v for k, v in opened.checkpoint.config.items() if k != "auto_map"}
+    config: dict[str, Any] = without(opened.checkpoint.config)
     if recipe.quantize.bits == 16:
         return config
     layers = dict(opened.plan.group_sizes)

@@ -19,12 +19,15 @@ from typing import Any
 from marlinctl.checkpoint.files import MAX_OWN_BYTES, MAX_OWN_VALUES, FileRefused, exists, open_member, open_plain, read_json, shown
 from marlinctl.checkpoint.model_files import is_temporary
 from marlinctl.errors import CheckFailed, Problem
+from marlinctl.log import printable
 
 NAME = "marlinctl_manifest.json"
 OUTSIDE = frozenset(
     {NAME, "README.md", "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html", "run.log", ".gitattributes"}
 )
 _CHUNK = 8 << 20
+UPDATE = "update marlinctl to read it (pip install --upgrade marlinctl)"
+SCHEMA = 1  # of the manifest; a greater one was written by a newer marlinctl, and nobody here knows what its keys mean
 
 
 def canonical(document: Mapping[str, Any]) -> bytes:
@@ -37,7 +40,7 @@ def build(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     from marlinctl import __version__
 
     files = {name: _describe(folder / name) for name in _published(folder)}
-    return {"schema_version": 1, "tool": {"name": "marlinctl", "version": __version__}, **facts, "files": files}
+    return {"schema_version": SCHEMA, "tool": {"name": "marlinctl", "version": __version__}, **facts, "files": files}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -54,12 +57,27 @@ def read(folder: Path) -> dict[str, Any]:
         document = read_json(folder, NAME, limit=MAX_OWN_BYTES, values=MAX_OWN_VALUES)
     except FileRefused as refused:
         raise _damaged(path, refused.problem.what) from None
+    if isinstance(document, dict) and (newer := written_by_newer(document, SCHEMA)):
+        raise CheckFailed("E102", f"the manifest cannot be used: {newer}", where=str(path), fix=UPDATE)
     files = document.get("files") if isinstance(document, dict) else None
     if not isinstance(files, dict) or not files:
         raise _damaged(path, "it lists no files")
     if not all(isinstance(d, dict) and isinstance(d.get("sha256"), str) and isinstance(d.get("bytes"), int) for d in files.values()):
         raise _damaged(path, "an entry lacks its digest or size")
     return document
+
+
+def written_by_newer(document: Mapping[str, Any], known: int) -> str | None:
+    """What to say of a document of ours whose schema is newer than `known`, or is no number; None where it can be read."""
+    from marlinctl import __version__
+
+    schema = document.get("schema_version", 1)
+    if type(schema) is int and 1 <= schema <= known:
+        return None
+    tool, versions = document.get("tool"), document.get("versions")
+    writer = tool.get("version") if isinstance(tool, dict) else versions.get("marlinctl") if isinstance(versions, dict) else None
+    by = f" by marlinctl {printable(str(writer), one_line=True)[:40]}" if writer else ""
+    return f"it was written{by} in schema {printable(str(schema), one_line=True)[:40]}; this is {__version__}, which reads up to {known}"
 
 
 def check(folder: Path) -> dict[str, Any]:

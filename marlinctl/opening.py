@@ -20,7 +20,7 @@ from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import require_space
 from marlinctl.console import Console
 from marlinctl.devices import choose_device, forward_dtype, grow_segments
-from marlinctl.errors import BadInput, ResourceProblem
+from marlinctl.errors import ResourceProblem
 from marlinctl.known_digests import check_known_digests
 from marlinctl.memory import Work, available_memory, predicted_peak
 from marlinctl.models import Architecture
@@ -94,20 +94,10 @@ def open_model(model: str, out: Path, recipe: Recipe, options: Options, console:
     opened = Opened(source, checkpoint, looked.architecture, looked.plan, tensors, pattern, looked.matches, device, dtype)
     _require_room(opened, looked.shapes, out, recipe, options)
     check_known_digests(checkpoint, console)
-    _refuse_two_heads(checkpoint, looked.architecture)
     with console.progress("look for NaN and infinity", len(checkpoint.tensors)) as progress:
         packed = {f"{name}.weight" for name in looked.plan.group_sizes} if recipe.quantize.bits == 4 else set()
         scan_finite(checkpoint, looked.architecture.expected, progress, for_4_bits=packed)
     return opened
-
-
-def _refuse_two_heads(checkpoint: Checkpoint, known: Architecture) -> None:
-    """BadInput E375: transformers would compute with the stored head, vLLM with the embedding, and the walk with what is tied."""
-    for name in known.tied_copies(checkpoint.tensors):
-        if checkpoint.raw(name) != checkpoint.raw(f"{known.embedding}.weight"):
-            what = f"config.json ties the output head to the embedding, and {name} is another matrix"
-            fix = 'write "tie_word_embeddings": false into config.json if the model has a head of its own'
-            raise BadInput("E375", what, where=str(checkpoint.tensors[name].file), fix=fix)
 
 
 def _require_room(opened: Opened, shapes: Mapping[str, tuple[int, int]], out: Path, recipe: Recipe, options: Options) -> None:

@@ -28,6 +28,7 @@ from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import check_output, keep_rejected
 from marlinctl.console import Console
 from marlinctl.evaluation.tasks import require_lm_eval
+from marlinctl.folder import examine
 from marlinctl.gate import Gate, GateRefused, measure
 from marlinctl.job import published_report, run_job, versions
 from marlinctl.journal import JOB, JobFolder, Place, Request
@@ -88,6 +89,7 @@ def run_compress(
             _check_places(places.values(), options, sources, rejects)
         source = resolve_model(model, revision=options.revision, cache_dir=options.cache_dir, offline=options.offline, console=console)
         with open_checkpoint(source.folder) as checkpoint:
+            examine(checkpoint, structure="needed", dense=True, tokenizer=True, module_map=options.module_map)  # the stages say its notes
             facts = {"model": fingerprint(checkpoint), "recipe": recipe.model_dump(mode="json"), "versions": versions()}
         if job.begun:
             job.check(facts)

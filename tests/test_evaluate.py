@@ -20,6 +20,7 @@ from marlinctl.evaluate import EvalSettings, compare, evaluate, render_table
 from marlinctl.evaluation import loading, tasks
 from marlinctl.load import load_dense
 from tests.evaluation.local_copies import mmlu, parquet_layout, saved_layout, write_parquet
+from tests.packed import edit_json
 from tests.tiny import make_tiny, tiny_tokenizer
 
 QUIET = Console.quiet()
@@ -252,8 +253,14 @@ def test_other_tokenizer_is_refused(model: Path, tmp_path: Path, prose: str) -> 
 
 def test_tokenizer_that_is_too_large(tmp_path: Path, prose: str) -> None:
     """An id beyond the embedding would end in an IndexError in the middle of the run."""
-    folder = make_tiny(tmp_path / "small", vocab_size=256)
-    with pytest.raises(BadInput, match="the model knows 256 words") as caught:
+    with pytest.raises(BadInput, match="vocab_size is 256") as caught:
+        evaluate(make_tiny(tmp_path / "small", vocab_size=256), EvalSettings(text=prose, tokens=64, window=32, **SMALL), QUIET)
+    assert caught.value.error_id == "E315"
+    folder = make_tiny(tmp_path / "added")
+    token = {"content": "<late>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+    late = {str(i): {**token, "content": f"<{i}>"} for i in range(269, 300)}
+    edit_json(folder / "tokenizer_config.json", lambda document: document.update(added_tokens_decoder=late))
+    with pytest.raises(BadInput, match="the model knows 288 words") as caught:
         evaluate(folder, EvalSettings(text=prose, tokens=64, window=32, **SMALL), QUIET)
     assert caught.value.error_id == "E386"
 

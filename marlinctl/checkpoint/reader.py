@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from marlinctl import manifest
-from marlinctl.checkpoint.config import read_config
+from marlinctl.checkpoint.config import CONFIG, read_config
 from marlinctl.checkpoint.files import FileRefused, exists, member, open_member, read_json, shown, special_files
 from marlinctl.checkpoint.header import TensorInfo, header_bytes, read_header
 from marlinctl.errors import BadInput, Problem
@@ -46,6 +46,7 @@ _TORCH_DTYPES = {
 }  # fmt: skip
 MAX_PROBLEMS = 100
 _MAX_SHARDS = 10_000  # a model of 700 GB has 163
+_ADAPTER, _MAX_ADAPTER_BYTES = "adapter_config.json", 1_000_000
 _REPORTS = manifest.OUTSIDE - {manifest.NAME}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CONVERT = (
@@ -162,6 +163,7 @@ def open_checkpoint(folder: Path, *, weight_files: str = "model") -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         raise BadInput("E300", "there is no such folder", where=str(folder), fix="name a folder that holds config.json and *.safetensors")
+    _refuse_adapter(folder)
     problems = special_files(folder)[:MAX_PROBLEMS]
     notes: list[str] = []
     config: dict[str, Any] = {}
@@ -176,6 +178,24 @@ def open_checkpoint(folder: Path, *, weight_files: str = "model") -> Checkpoint:
     if problems:
         raise BadInput.from_problems("E301", problems)
     return Checkpoint(folder, config, tensors, tuple(folder / name for name in shards), tuple(notes))
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """BadInput E316 for a folder that peft wrote. Beside a whole model too: transformers with peft applies such an adapter unasked."""
+    if not exists(folder, _ADAPTER):
+        return
+    try:
+        document = read_json(folder, _ADAPTER, limit=_MAX_ADAPTER_BYTES)
+    except FileRefused as refused:
+        raise BadInput.from_problems("E316", [refused.problem]) from None
+    base = document.get("base_model_name_or_path") if isinstance(document, dict) else None
+    of = f" of {shown(base)}" if isinstance(base, str) and base else ""
+    what = f"this is an adapter (LoRA){of}, not a model"
+    fix = "merge it into its model first, with peft: PeftModel.from_pretrained(model, FOLDER).merge_and_unload().save_pretrained(NEW)"
+    if exists(folder, CONFIG):
+        what = f"an adapter (LoRA){of} lies beside the model, and is not in its weights"
+        fix += f"; or move {_ADAPTER} out of the folder to leave it out"
+    raise BadInput("E316", what, where=str(folder / _ADAPTER), fix=fix)
 
 
 def check_expected(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -42,6 +42,7 @@ from marlinctl.checkpoint.durable import (
 from marlinctl.checkpoint.files import FileRefused, open_member
 from marlinctl.checkpoint.header import read_header
 from marlinctl.checkpoint.model_files import COMPANION_FOLDER, is_companion
+from marlinctl.checkpoint.switches import cleaned
 from marlinctl.errors import BadInput, ResourceProblem, UsageError
 
 if TYPE_CHECKING:
@@ -225,9 +226,9 @@ class StagedCheckpoint:
                 file.write(data)
 
     def copy_companions(self, folder: Path) -> None:
-        """Tokenizer, generation config, chat templates, licence: known names only."""
+        """Tokenizer, generation config, chat templates, licence: known names only, and of their JSON no key that chooses code."""
         for name, data in companions(folder):
-            self.write_file(name, data)
+            self.write_file(name, cleaned(name, data))
 
     def publish(
         self,

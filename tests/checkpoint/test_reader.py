@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from marlinctl.checkpoint import reader
-from marlinctl.checkpoint.config import check_remote_code, check_tokenizer, refuse_quantized
+from marlinctl.checkpoint.config import check_tokenizer
 from marlinctl.checkpoint.finite import scan_finite
 from marlinctl.checkpoint.header import read_header
-from marlinctl.checkpoint.reader import Checkpoint, check_expected, fingerprint, open_checkpoint
+from marlinctl.checkpoint.reader import Checkpoint, fingerprint, open_checkpoint
+from marlinctl.checkpoint.switches import check_switches
 from marlinctl.errors import BadInput, MarlinctlError
-from marlinctl.models import architecture
+from marlinctl.folder import examine
 from tests.faults.checkpoints import FAULTS, INDEX, SECOND, SHARDS, Fault, write_shard
 from tests.tiny import make_tiny, tiny_config, tiny_tensors, write_weights
 
@@ -36,10 +37,7 @@ REPOSITORY = Path(__file__).parents[2]
 def preflight(folder: Path) -> Checkpoint:
     """What `quantize` asks before it starts."""
     checkpoint = open_checkpoint(folder)
-    refuse_quantized(checkpoint)
-    check_remote_code(folder, checkpoint.config)
-    check_tokenizer(folder, checkpoint.config)
-    check_expected(checkpoint, architecture(checkpoint.config).expected)
+    examine(checkpoint, structure="needed", dense=True, tokenizer=True)
     scan_finite(checkpoint, checkpoint.tensors)
     return checkpoint
 
@@ -239,7 +237,7 @@ def test_remote_code_of_a_known_model_is_ignored(tmp_path: Path) -> None:
     """A Llama that carries its own code would be refused, or its code would be run."""
     folder = make_tiny(tmp_path / "model", auto_map={"AutoModelForCausalLM": "modeling_x.M"})
     (folder / "modeling_x.py").write_text(f"import os\nos.mkdir({str(folder / 'canary')!r})\n")
-    notes = check_remote_code(folder, open_checkpoint(folder).config)
+    notes = check_switches(folder, open_checkpoint(folder).config)
     assert len(notes) == 1 and "is not run" in notes[0]
     assert not (folder / "canary").exists()
 
@@ -409,8 +407,8 @@ def test_importing_and_opening_need_no_torch(tmp_path: Path) -> None:
     program = (
         "import sys, pathlib\nfrom marlinctl.checkpoint.reader import open_checkpoint\n"
         "from marlinctl.checkpoint import config, finite, gguf, hub, source\n"
-        "c = open_checkpoint(pathlib.Path(sys.argv[1])); config.refuse_quantized(c); config.check_tokenizer(c.folder, c.config)\n"
-        "config.check_remote_code(c.folder, c.config)\n"
+        "from marlinctl.folder import examine\n"
+        "examine(open_checkpoint(pathlib.Path(sys.argv[1])), structure='needed', dense=True, tokenizer=True)\n"
         "print({'torch', 'transformers', 'safetensors', 'gguf', 'huggingface_hub'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program, str(folder)], cwd=REPOSITORY, capture_output=True, text=True, check=True)
