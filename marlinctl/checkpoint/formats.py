@@ -58,15 +58,6 @@ SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "marlin_24": ("B_24", "B_meta", "s", "weight_shape"),
 }
 
-LOADERS: Mapping[str, tuple[str, ...]] = {
-    "dense": ("transformers", "vLLM", "SGLang", "marlinctl"),
-    "ct": ("vLLM", "SGLang", "transformers (with compressed-tensors)", "marlinctl"),
-    "gptq": ("GPTQModel", "vLLM", "SGLang", "transformers (with optimum and gptqmodel)", "marlinctl"),
-    "gptq_v2": ("GPTQModel", "vLLM", "transformers (with optimum and gptqmodel)", "marlinctl"),
-    "marlin": ("marlinctl",),
-    "marlin_24": ("marlinctl",),
-}
-
 
 @dataclass(frozen=True, slots=True)
 class FormatInfo:
@@ -81,10 +72,6 @@ class FormatInfo:
     def group_size(self) -> int | None:
         """The group size of most layers; None for a dense model."""
         return _sizes_by_count(self.layers)[0] if self.layers else None
-
-    @property
-    def loaders(self) -> tuple[str, ...]:
-        return LOADERS["gptq_v2" if self.variant == "v2" else self.name]
 
 
 def weight_files(fmt: str) -> str:

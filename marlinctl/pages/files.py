@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from marlinctl import card, manifest
+from marlinctl import card, manifest, runtimes
+from marlinctl.checkpoint.formats import detect
+from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.console import SCHEMA_VERSION, strict
 from marlinctl.pages import compression, html, markdown, training
 from marlinctl.pages.provenance import Folder
@@ -25,7 +27,9 @@ def report_files(
     report: Mapping[str, Any], folder: Path, *, fmt: str, layers: Mapping[str, int], ignore: Sequence[str]
 ) -> dict[str, bytes]:
     """What is published beside the finished checkpoint in `folder`. layers: its quantized linears and their group sizes."""
-    about = Folder(fmt, manifest.read(folder), manifest.digest(folder))
+    with open_checkpoint(folder, weight_files="auto") as checkpoint:
+        loads = runtimes.loads(runtimes.Packed.of(checkpoint, detect(checkpoint.config, checkpoint.tensors)))
+    about = Folder(fmt, manifest.read(folder), manifest.digest(folder), loads)
     if report["kind"] == "distill":
         page, readme = training.page(report, about), card.of_training(report, about)
     else:
