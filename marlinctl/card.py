@@ -63,7 +63,7 @@ class CardFacts:
     two_of_four: bool = False  # pruned to 2:4
 
 
-def of_compression(report: Mapping[str, Any], folder: Folder, layers: Mapping[str, int], ignore: Sequence[str]) -> str:
+def of_compression(report: Mapping[str, Any], folder: Folder, layers: Mapping[str, int]) -> str:
     """The card of what compress, quantize, sparsify or pack published."""
     from marlinctl.pages.provenance import card_rows, hub_ancestor
     from marlinctl.scores import notes
@@ -73,7 +73,7 @@ def of_compression(report: Mapping[str, Any], folder: Folder, layers: Mapping[st
     facts = CardFacts(
         fmt=folder.fmt,
         layers=layers,
-        ignore=ignore,
+        ignore=[item["name"] for item in report["kept"]],
         command=report["command"] + (f"\n{packed['command']}" if packed else ""),
         loads=folder.loads,
         base_model=source["name"] if source["kind"] == "hub" else hub_ancestor(folder),

@@ -278,13 +278,9 @@ def _config(opened: Opened, recipe: Recipe) -> dict[str, Any]:
         return config
     layers = dict(opened.plan.group_sizes)
     config["quantization_config"] = quantization_config(
-        "ct", layers, _ignore(opened), {"version": __version__, "recipe_sha256": recipe_hash(recipe)}
+        "ct", layers, sixteen_bit(opened.checkpoint, layers), {"version": __version__, "recipe_sha256": recipe_hash(recipe)}
     )
     return config
-
-
-def _ignore(opened: Opened) -> list[str]:
-    return sixteen_bit(opened.checkpoint, opened.plan.group_sizes)
 
 
 def published_report(out: Path) -> dict[str, Any]:
@@ -296,7 +292,7 @@ def published_report(out: Path) -> dict[str, Any]:
 def _write_reports(staged: StagedCheckpoint, report: Mapping[str, Any], opened: Opened, fmt: str) -> None:
     """They name the digest of the manifest, so they come after it."""
     layers = opened.plan.group_sizes if fmt == "ct" else {}
-    for name, data in report_files(report, staged.path, fmt=fmt, layers=layers, ignore=_ignore(opened)).items():
+    for name, data in report_files(report, staged.path, fmt=fmt, layers=layers).items():
         staged.write_file(name, data)
 
 

@@ -177,6 +177,5 @@ def _write_reports(folder: Path, fmt: str, report: Mapping[str, Any]) -> None:
     with open_checkpoint(folder, weight_files="auto") as checkpoint:
         layers = detect(checkpoint.config, checkpoint.tensors).layers
         report = {**report, "bytes": {**report["bytes"], "result": sum(info.nbytes for info in checkpoint.tensors.values())}}
-    kept = [item["name"] for item in report["kept"]]
-    for name, data in report_files(report, folder, fmt=fmt, layers=layers, ignore=kept).items():
+    for name, data in report_files(report, folder, fmt=fmt, layers=layers).items():
         (folder / name).write_bytes(data)

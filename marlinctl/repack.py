@@ -375,7 +375,7 @@ def _report_files(source: Source, fmt: str, folder: Path, command: str, console:
         document = report.read_report(source.checkpoint.folder)
         sizes = {**document["bytes"], "result": written_bytes(source, fmt)}
         packed = {**document, "bytes": sizes, "packed": {"command": command, "format": fmt}}
-        return report.checked_files(packed, folder, fmt=fmt, layers=source.info.layers, ignore=source.ignore)
+        return report.checked_files(packed, folder, fmt=fmt, layers=source.info.layers)
     except CheckFailed:
         return {}
     except (BadInput, KeyError, TypeError) as refused:

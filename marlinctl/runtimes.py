@@ -211,10 +211,13 @@ def _experts(packed: Packed, program: str) -> list[str]:
 
 
 def _transformers(packed: Packed) -> list[str]:
-    """transformers fuses the experts of a block, and takes one scheme for all experts of a model."""
-    sizes = sorted({packed.sizes[name] for name in packed.experts})
-    if len(sizes) > 1:
-        text = ", ".join(_size(size) for size in sizes)
+    """transformers fuses the experts of a block. It takes one scheme for all experts of a model, that of the first config group which names
+    some; a single scale per row fits whatever scheme has groups, but not the reverse."""
+    used = {packed.sizes[name] for name in packed.experts}
+    grouped = {packed.sizes[name] for name in packed.experts if packed.sizes[name] not in (-1, packed.shapes[name][1])}
+    scheme = next((size for size in formats.sizes_by_count(packed.sizes) if size in used), None)
+    if grouped - {scheme}:
+        text = ", ".join(_size(size) for size in sorted(used))
         return [f"{packed.experts[0]}: experts have {text}, and transformers takes one for all experts of a model"]
     if packed.sixteen_bit_experts and packed.sizes:
         return [f"{packed.sixteen_bit_experts[0]}: it stays 16-bit, and transformers looks for packed experts alone"]

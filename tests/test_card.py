@@ -87,7 +87,7 @@ def test_hostile_names_stay_inside_their_place() -> None:
 
 def test_a_run_tells_everything_that_a_card_needs() -> None:
     """Whoever gets the model must be able to judge it: licence, data, seeds, versions, scores, digests, runtimes."""
-    card = of_compression(documents.report(), documents.folder(), {"a": 64}, ["lm_head"])
+    card = of_compression(documents.report(), documents.folder(), {"a": 64})
     for wanted in (
         "| Original | `org/Model-1B` |",
         "| Its licence | apache-2.0 |",
@@ -128,20 +128,20 @@ def test_programs_that_refuse_the_model_are_named_with_the_reason(kind: str) -> 
     """A card that lists vLLM for a model that it refuses costs whoever believes it a download and a GPU."""
     found = Loads(("transformers", "marlinctl"), {"vLLM": ("a.qkv_proj: q_proj, k_proj, v_proj are not alike", "b")}, {"SGLang": "x"})
     about = documents.folder("ct", found)
-    card = of_training(documents.training(), about) if kind == "distill" else of_compression(documents.report(), about, {"a": 64}, [])
+    card = of_training(documents.training(), about) if kind == "distill" else of_compression(documents.report(), about, {"a": 64})
     assert "| Loads in | transformers, marlinctl |" in card and "| Not tested | SGLang, with x |" in card
     assert "| Refused by | vLLM: a.qkv_proj: q_proj, k_proj, v_proj are not alike (and 1 more) |" in card
 
 
 def test_no_licence_is_said() -> None:
     """Silence would read as permission."""
-    card = of_compression(documents.report(source={"kind": "folder", "name": "x", "revision": None}), documents.folder(), {"a": 64}, [])
+    card = of_compression(documents.report(source={"kind": "folder", "name": "x", "revision": None}), documents.folder(), {"a": 64})
     assert "| Its licence | not stated" in card and "license" not in front_matter(card)
 
 
 def test_the_base_model_is_the_one_that_it_all_began_with() -> None:
     """Pruned, distilled, then quantized: the hub would link the result to nothing, and its licence to nobody."""
     distilled = {"kind": "folder", "name": "distilled", "revision": None, "license": {"license": "apache-2.0"}}
-    card = of_compression(documents.report(source=distilled), documents.after_distilling(), {"a": 64}, [])
+    card = of_compression(documents.report(source=distilled), documents.after_distilling(), {"a": 64})
     meta = front_matter(card)
     assert (meta["base_model"], meta["license"]) == ("org/Model-1B", "apache-2.0")

@@ -71,7 +71,7 @@ class FormatInfo:
     @property
     def group_size(self) -> int | None:
         """The group size of most layers; None for a dense model."""
-        return _sizes_by_count(self.layers)[0] if self.layers else None
+        return sizes_by_count(self.layers)[0] if self.layers else None
 
 
 def weight_files(fmt: str) -> str:
@@ -146,7 +146,7 @@ def detect(config: Mapping[str, Any], tensor_names: Iterable[str]) -> FormatInfo
     )
 
 
-def _sizes_by_count(layers: Mapping[str, int]) -> list[int]:
+def sizes_by_count(layers: Mapping[str, int]) -> list[int]:
     """Group sizes, the most frequent first; among equals the smaller, so that the order of the layers does not matter."""
     counts = Counter(layers.values())
     return sorted(counts, key=lambda size: (-counts[size], size))
@@ -332,7 +332,7 @@ def quantization_config(
     provenance: Mapping[str, Any] | None = None,  # goes under the key "marlinctl", which clients ignore
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
-    majority = _sizes_by_count(layers)[0]
+    majority = sizes_by_count(layers)[0]
     differing = {name: size for name, size in layers.items() if size != majority}
     everything = [*layers, *ignore]
     block: dict[str, Any]
@@ -358,7 +358,7 @@ def _ct_block(layers: Mapping[str, int], everything: Sequence[str], ignore: Sequ
     class before it asks for the shards of a fused linear, so qkv_proj (a QKVParallelLinear) would get the group that says "Linear".
     transformers' default mode follows the groups; its `dequantize=True` (5.23) takes the first group for every linear, and stops.
     """
-    sizes = _sizes_by_count(layers)
+    sizes = sizes_by_count(layers)
     groups = {}
     for i, size in enumerate(sizes):
         chosen = [name for name, s in layers.items() if s == size]
