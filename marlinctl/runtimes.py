@@ -168,16 +168,14 @@ def loads(packed: Packed) -> Loads:
 
 def survey(packed: Packed, splits: Sequence[int]) -> list[Verdict]:
     """Every runtime at every split."""
-    verdicts = []
+    whole: tuple[list[Unit], list[str]] = (_single(packed.shapes, packed.sizes), [])
+    cut = {split: split_units(packed.shapes, packed.sizes, packed.config, split) for split in splits}
     uneven = _uneven(packed)
+    verdicts = []
     for runtime in RUNTIMES:
         alike = [*uneven, *_experts(packed, runtime.program)] if runtime.serves else []
         for split in splits if runtime.serves else (1,):
-            units, broken = (
-                split_units(packed.shapes, packed.sizes, packed.config, split)
-                if runtime.serves
-                else (_single(packed.shapes, packed.sizes), [])
-            )
+            units, broken = cut[split] if runtime.serves else whole
             verdicts.append(Verdict(runtime.name, split, (*alike, *broken, *_refusals(runtime, units))))
     return verdicts
 

@@ -305,8 +305,8 @@ def logit_error(checkpoint: Checkpoint) -> float:
     in memory at a time; of the client's weights the digests stay.
 
     NOTE: transformers decompresses experts in the dtype of their scales, and now and then the last bit of a weight sends a token to another
-    expert: of sound models up to 40 % had logits 1e-3 to 4e-2 apart. So weights are compared first, exactly or as that rounding leaves
-    them, and the logits are those of equal weights.
+    expert: of sound models, logits were 1e-3 to 7e-2 apart in 2 % of probes (2 blocks, 6 experts) to 45 % (16 blocks, 64). So weights are
+    compared first, exactly or as that rounding leaves them, and the logits are those of equal weights.
     """
     import torch
     from transformers import AutoModelForCausalLM

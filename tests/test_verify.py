@@ -268,7 +268,7 @@ def probes(vocab_size: int) -> Tensor:
     [(8, 16, 2), pytest.param(6, 64, 8, marks=pytest.mark.slow), pytest.param(16, 64, 8, marks=pytest.mark.slow)],
 )
 def test_a_sound_mixture_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: int, experts: int, chosen: int) -> None:
-    """9, 2 and 5 of 60 such texts were called garbage, which kept a sound model from being published at the end of all the work."""
+    """A tenth of such texts and more were called garbage, which kept a sound model from being published at the end of all the work."""
     monkeypatch.setattr(module, "_probe", probes)
     folder = mixture(tmp_path, layers, experts, chosen)
     checked = verify(folder, source=None, load=True, console=Console.quiet())
