@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from marlinctl import __version__
 from marlinctl.checkpoint.licence import KEYS, spoken
 from marlinctl.checkpoint.mask import NAME as MASK_FILE
+from marlinctl.log import redact
 from marlinctl.pages.markdown import code, listing, table, text
 from marlinctl.pages.page import Cell, Name, Table
 from marlinctl.runtimes import Loads
@@ -173,7 +174,7 @@ def _how(command: str) -> list[str]:
     return [
         "## How it was made",
         "",
-        listing(command),
+        listing(redact(command)),
         "",
         "`marlinctl_report.html` beside this card shows every layer, `recipe.yaml` holds every setting.",
         "",

@@ -26,7 +26,7 @@ from marlinctl.console import Console
 from marlinctl.errors import UsageError
 from marlinctl.evaluation import divergence, loading, results, statistics, table, tasks, windows
 from marlinctl.scores import figure
-from marlinctl.texts import PYTHONDOC, Text, load_text
+from marlinctl.texts import LONGEST_TEXT, PYTHONDOC, Text, load_text
 
 DEFAULT_TOKENS = 20480
 DEFAULT_WINDOW = 1024
@@ -79,7 +79,7 @@ def evaluate(
     subject = loading.open_subject(model_folder, names[0])
     other = None if baseline is None else loading.open_subject(baseline, names[1])
     run = _Run(subject, other, settings, console)
-    text = load_text(settings.text or PYTHONDOC) if settings.text or other or not settings.tasks else None
+    text = _text(settings) if settings.text or other or not settings.tasks else None
     with run.planned_tasks() as plan:
         file = results.ResultsFile(out, run.fresh_document(text, plan), resume=resume)
         document = file.document
@@ -101,11 +101,16 @@ def compare(model_folder: Path, baseline_folder: Path, settings: EvalSettings, c
     """Perplexity of both on a text, KL(baseline || model) and top-1 agreement."""
     subject, other = loading.open_subject(model_folder), loading.open_subject(baseline_folder)
     run = _Run(subject, other, settings, console)
-    text = load_text(settings.text or PYTHONDOC)
+    text = _text(settings)
     document = run.fresh_document(text, None)
     run.measure_text(text, document)
     document["finished"] = True
     return document
+
+
+def _text(settings: EvalSettings) -> Text:
+    """As much of it as the windows can need, and never less than what is read of every text, whose digest stands beside the figures."""
+    return load_text(settings.text or PYTHONDOC, longest=max(LONGEST_TEXT, settings.tokens * windows.MOST_CHARACTERS_PER_TOKEN))
 
 
 class _Run:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from marlinctl import manifest, pattern, runtimes
 from marlinctl.checkpoint import formats
 from marlinctl.checkpoint.mask import open_masks
+from marlinctl.log import printable
 
 if TYPE_CHECKING:
     from marlinctl.checkpoint.mask import Masks
@@ -151,8 +152,9 @@ def table(facts: Mapping[str, Any]) -> str:
         *((title.lower(), said) for title, said in loads.rows()),
         ("manifest", f"{facts['manifest']['files']} files; check them with marlinctl verify" if facts["manifest"] else "none"),
     )
-    lines = [f"{key:<16}{value}" for key, value in rows if value]
-    return "\n".join([*lines, *(f"{'note':<16}{warning}" for warning in facts["warnings"])])
+    lines = [(key, value) for key, value in rows if value]
+    lines += [("note", warning) for warning in facts["warnings"]]
+    return "\n".join(f"{key:<16}{printable(value, one_line=True)}" for key, value in lines)
 
 
 def _pattern_line(facts: Mapping[str, Any]) -> str:

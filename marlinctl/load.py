@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint import formats
 from marlinctl.errors import BadInput, Problem
+from marlinctl.launcher import settings_aside
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +54,7 @@ def model_from(
             fix="only decoder language models that transformers itself supports are loaded",
         )
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class insists on a folder or a name
-    with quietly():
+    with quietly(), settings_aside():  # transformers must load the weights in every process
         model, info = model_class.from_pretrained(
             None, config=config, state_dict=dict(tensors), dtype=dtype, device_map={"": str(device)}, output_loading_info=True
         )

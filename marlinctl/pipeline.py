@@ -20,8 +20,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from marlinctl.checkpoint.durable import write_document
+from marlinctl.checkpoint.durable import write_bytes, write_document
 from marlinctl.checkpoint.formats import detect
+from marlinctl.checkpoint.ownership import leave_results
 from marlinctl.checkpoint.reader import fingerprint, open_checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import check_output, keep_rejected
@@ -73,17 +74,18 @@ def run_compress(
         "gate": gate.document(),
     }
     job = _CompressJob(out)
+    rejects = evaluate_result or gate.asked
     if not options.resume:
-        _check_places(places.values(), options, sources)
+        _check_places(places.values(), options, sources, rejects)
     if evaluate_result and recipe.evaluate.tasks:
         require_lm_eval()
     with job.held(Request("compress", asked), resume=options.resume, console=console):
-        console.log_to(out.with_name(out.name + ".log"))
+        console.log_to(job.log)
         if job.publishing is not None and options.redo_from is None:
             job.publish_again(overwrite=options.overwrite, keep=options.keep_job)
             return published_report(out)
         if options.resume:
-            _check_places(places.values(), options, sources)
+            _check_places(places.values(), options, sources, rejects)
         source = resolve_model(model, revision=options.revision, cache_dir=options.cache_dir, offline=options.offline, console=console)
         with open_checkpoint(source.folder) as checkpoint:
             facts = {"model": fingerprint(checkpoint), "recipe": recipe.model_dump(mode="json"), "versions": versions()}
@@ -105,14 +107,13 @@ def run_compress(
         distilled = work / "distilled"  # trained weights and norms are what the codes were made from
         made_from = distilled if distilled.is_dir() else source.folder
         report["verified"] = {fmt: verify(work / fmt, source=made_from, load=None, console=console).document() for fmt in places}
-        if evaluate_result or gate.asked:
+        if rejects:
             try:
                 report["evaluation"] = measure(recipe, gate, console, task_data)(work / "ct", source)
             except GateRefused:
-                for path in work.iterdir():
-                    if path.is_file():  # the job's own; folders are results
-                        path.unlink()
-                keep_rejected(work, out.resolve())
+                kept = keep_rejected(work, job.out)
+                leave_results(kept)
+                console.warn(f"not published; the result is kept in {kept}")
                 raise
         for fmt in places:
             _write_reports(work / fmt, fmt, report)
@@ -121,9 +122,9 @@ def run_compress(
     return report
 
 
-def _check_places(places: Iterable[Path], options: Options, sources: list[Path]) -> None:
-    for place in places:
-        check_output(place, overwrite=options.overwrite, sources=sources)
+def _check_places(places: Iterable[Path], options: Options, sources: list[Path], rejects: bool) -> None:
+    for i, place in enumerate(places):
+        check_output(place, overwrite=options.overwrite, sources=sources, rejects=rejects and i == 0)  # all are kept as the first one's
 
 
 def _interchange(model: str, source: Source, work: Path, recipe: Recipe, options: Options, console: Console) -> dict[str, Any]:
@@ -178,4 +179,4 @@ def _write_reports(folder: Path, fmt: str, report: Mapping[str, Any]) -> None:
         layers = detect(checkpoint.config, checkpoint.tensors).layers
         report = {**report, "bytes": {**report["bytes"], "result": sum(info.nbytes for info in checkpoint.tensors.values())}}
     for name, data in report_files(report, folder, fmt=fmt, layers=layers).items():
-        (folder / name).write_bytes(data)
+        write_bytes(folder / name, data)

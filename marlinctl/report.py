@@ -5,19 +5,20 @@ The run itself writes the same files when it publishes (pages/files.py). They li
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from marlinctl.checkpoint.durable import write_bytes
+from marlinctl.checkpoint.files import MAX_OWN_BYTES, MAX_OWN_VALUES, FileRefused, read_plain_json
 from marlinctl.checkpoint.formats import detect, layer_shape
+from marlinctl.checkpoint.ownership import remove_temporaries
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.errors import BadInput, CheckFailed
 from marlinctl.pages.files import JSON, report_files
 
-_MOST_BYTES = 1 << 30  # a report of ten thousand linears with all answers of an evaluation has some tens of megabytes
+_ABANDONED = 3600  # seconds; a file that was begun earlier and never got its name is of a `report` that was killed
 _KINDS = ("compress", "quantize", "sparsify", "distill")
 
 
@@ -41,6 +42,7 @@ def rewrite(folder: Path, *, evaluation: Mapping[str, Any] | None = None, bench:
             fix="put the report back that was published with these weights, or write the checkpoint again",
         )
     written = checked_files(report, folder, fmt=info.name, layers=info.layers)
+    remove_temporaries(folder, older=_ABANDONED)
     for name, data in written.items():
         write_bytes(folder / name, data)
     return report
@@ -80,11 +82,9 @@ def read_bench(path: Path) -> dict[str, Any]:
 
 def _document(path: Path, kinds: Sequence[str]) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise ValueError(f"more than {_MOST_BYTES:,} bytes")
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, str(error)) from error
+        document = read_plain_json(path, limit=MAX_OWN_BYTES, values=MAX_OWN_VALUES)
+    except FileRefused as refused:
+        raise _damaged(path, refused.problem.what) from None
     if not isinstance(document, dict) or document.get("kind") not in kinds:
         raise _damaged(path, f"its kind is none of {', '.join(kinds)}")
     return document

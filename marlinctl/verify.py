@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from marlinctl import fidelity, manifest, pattern, runtimes
 from marlinctl.checkpoint import formats
 from marlinctl.checkpoint.mask import open_masks
-from marlinctl.checkpoint.targets import matches
+from marlinctl.checkpoint.targets import Entries
 from marlinctl.errors import BadInput, CheckFailed, Problem
 from marlinctl.kernel_check import KernelCheck, check_kernels, tiles
 from marlinctl.memory import available_memory
@@ -176,18 +176,21 @@ def _config_problems(checkpoint: Checkpoint, info: formats.FormatInfo) -> list[P
 
     if info.name == "ct":
         must("quantization_status", "compressed", "transformers would fill the linears with random numbers")
-        ignore = [str(entry) for entry in block.get("ignore") or []]
         others = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-        problems += [
-            Problem(f"{name} is 16-bit, but `ignore` does not say so: clients would look for packed tensors", where, _AGAIN)
-            for name in formats.sixteen_bit_linears(others, info.layers)
-            if not any(matches(name, entry) for entry in ignore)
-        ]
-        problems += [
-            Problem(f"{layer} is packed, but `ignore` names it: clients would look for a 16-bit weight", where, _AGAIN)
-            for layer in info.layers
-            if any(matches(layer, entry) for entry in ignore)
-        ]
+        try:
+            ignored = Entries(str(entry) for entry in block.get("ignore") or [])
+            problems += [
+                Problem(f"{name} is 16-bit, but `ignore` does not say so: clients would look for packed tensors", where, _AGAIN)
+                for name in formats.sixteen_bit_linears(others, info.layers)
+                if name not in ignored
+            ]
+            problems += [
+                Problem(f"{layer} is packed, but `ignore` names it: clients would look for a 16-bit weight", where, _AGAIN)
+                for layer in info.layers
+                if layer in ignored
+            ]
+        except ValueError as problem:  # expressions that take too long
+            problems.append(Problem(f"quantization_config.ignore: {problem}", where, _AGAIN))
     if info.name == "gptq":
         must("checkpoint_format", "gptq", "clients would be off by one step everywhere")
         must("desc_act", False, "current servers refuse activation order at run time")

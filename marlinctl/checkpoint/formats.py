@@ -34,8 +34,9 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from marlinctl.checkpoint.targets import GroupOf, matches, name_patterns, with_fused_names
+from marlinctl.checkpoint.targets import Entries, GroupOf, name_patterns, with_fused_names
 from marlinctl.errors import BadInput, Problem
+from marlinctl.patterns import Expressions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -195,8 +196,7 @@ def _detect_ct(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
     ignore = block.get("ignore") or []
     if not isinstance(ignore, list):
         raise ValueError("ignore is not a list")
-    for entry in ignore:
-        matches("", str(entry))  # an expression that is none is refused here, once
+    Entries(str(entry) for entry in ignore)  # an expression that is none is refused here, once
     layers: dict[str, int] = {}
     problems: list[Problem] = []
     for layer in layer_names(names, "ct"):
@@ -257,9 +257,10 @@ def _detect_gptq(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
     if block.get("sym", True) is not True:
         problems.append(Problem("asymmetric GPTQ is not read", "config.json: sym", "quantize the original model symmetrically"))
     size, dynamic = _size(block.get("group_size", -1)), _object(block, "dynamic")
+    rule_of = _DynamicRules(dynamic)
     layers: dict[str, int] = {}
     for layer in layer_names(names, "gptq"):
-        rule = _dynamic_rule(dynamic, layer)
+        rule = rule_of(layer)
         if rule.get("bits", 4) != 4 or rule.get("sym", True) is not True:
             problems.append(Problem(f"{layer}: {rule} is not 4-bit symmetric", "config.json: dynamic", "only 4-bit symmetric is read"))
         layers[layer] = _size(rule.get("group_size", size))
@@ -267,12 +268,17 @@ def _detect_gptq(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
     return FormatInfo("gptq", 4, layers, "v2" if label == "gptq_v2" else "v1")
 
 
-def _dynamic_rule(dynamic: Mapping[str, Any], layer: str) -> Mapping[str, Any]:
-    """The first rule of GPTQModel's `dynamic` whose expression matches the layer."""
-    for pattern, rule in dynamic.items():
-        if not pattern.startswith("-:") and isinstance(rule, Mapping) and matches(layer, f"re:{pattern.removeprefix('+:')}"):
-            return rule
-    return {}
+class _DynamicRules:
+    """GPTQModel's `dynamic`: the first rule whose expression matches a layer. Those that begin with "-:" only leave layers out."""
+
+    def __init__(self, dynamic: Mapping[str, Any]) -> None:
+        rules = {pattern: rule for pattern, rule in dynamic.items() if not pattern.startswith("-:") and isinstance(rule, Mapping)}
+        self._rules: list[Mapping[str, Any]] = list(rules.values())
+        self._expressions = Expressions(pattern.removeprefix("+:") for pattern in rules)
+
+    def __call__(self, layer: str) -> Mapping[str, Any]:
+        found = self._expressions.first(layer)
+        return {} if found is None else self._rules[found]
 
 
 def _detect_native(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:

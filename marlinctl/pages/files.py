@@ -17,6 +17,7 @@ from marlinctl import card, manifest, runtimes
 from marlinctl.checkpoint.formats import detect
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.console import SCHEMA_VERSION, strict
+from marlinctl.log import redacted
 from marlinctl.pages import compression, html, markdown, training
 from marlinctl.pages.provenance import Folder
 
@@ -24,7 +25,11 @@ JSON, MARKDOWN, HTML, CARD = "marlinctl_report.json", "marlinctl_report.md", "ma
 
 
 def report_files(report: Mapping[str, Any], folder: Path, *, fmt: str, layers: Mapping[str, int]) -> dict[str, bytes]:
-    """What is published beside the finished checkpoint in `folder`. layers: its quantized linears and their group sizes."""
+    """What is published beside the finished checkpoint in `folder`. layers: its quantized linears and their group sizes.
+
+    The document holds what a person typed: its command, and the names of texts. Secrets in it are taken out here.
+    """
+    report = redacted(report)
     with open_checkpoint(folder, weight_files="auto") as checkpoint:
         loads = runtimes.loads(runtimes.Packed.of(checkpoint, detect(checkpoint.config, checkpoint.tensors)))
     about = Folder(fmt, manifest.read(folder), manifest.digest(folder), loads)

@@ -428,6 +428,40 @@ def test_problem_lists_are_capped(tmp_path: Path) -> None:
     assert "200 more" in caught.value.problems[-1].what
 
 
+@pytest.mark.parametrize(("entry", "count"), [('"{}":5', 2_100_000), ('"{}":5', 200_000), ('"{}":"m{}.safetensors"', 200_000), ('"{}":[]', 200_000)])
+def test_a_large_bad_index_costs_little(tmp_path: Path, entry: str, count: int) -> None:
+    """An index of 57 MB with five million bad entries took 129 s and 1.9 GB; every entry became a line of the report."""
+    folder = make_tiny(tmp_path / "model", shards=2)
+    (folder / INDEX).write_text('{"weight_map":{' + ",".join(entry.replace("{}", str(i)) for i in range(count)) + "}}")
+    started = time.monotonic()
+    with pytest.raises(BadInput) as caught:
+        open_checkpoint(folder)
+    assert len(caught.value.problems) <= reader.MAX_PROBLEMS + 1
+    assert time.monotonic() - started < 10
+
+
+def test_one_file_under_many_names_is_not_read_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`./model.safetensors`, `././model.safetensors`, ... are one file, whose header of 100 MB would be parsed ten thousand times."""
+    folder = make_tiny(tmp_path / "model")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {f"t{i}": "./" * i + "model.safetensors" for i in range(2000)}}))
+    asked: list[str] = []
+    real = reader.read_header
+    monkeypatch.setattr(reader, "read_header", lambda folder, name: asked.append(name) or real(folder, name))  # type: ignore[func-returns-value]
+    with pytest.raises(BadInput, match="lies in two shards") as caught:
+        open_checkpoint(folder)
+    assert len(asked) < 20 and "were not looked at" in caught.value.problems[-1].what
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja", "anything"])
+def test_no_fifo_lies_in_a_model(tmp_path: Path, name: str) -> None:
+    """transformers opens files by their names and would wait for a writer for ever."""
+    folder = make_tiny(tmp_path / "model")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(BadInput, match="named pipe"):
+        open_checkpoint(folder)
+
+
 def test_threads_share_one_handle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If two threads opened a shard at once and one handle replaced the other, a read in flight would hit a closed descriptor."""
     checkpoint = open_checkpoint(make_tiny(tmp_path / "model"))
