@@ -5,7 +5,7 @@ Whatever is wrong with a checkpoint is listed at once. Weights are looked at too
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from marlinctl.known_digests import check_known_digests
 from marlinctl.memory import Work, available_memory, predicted_peak
 from marlinctl.models import Architecture
 from marlinctl.pattern import Known, of_source
-from marlinctl.preflight import check_pattern, look, refuse_no_change, stored_once
+from marlinctl.preflight import as_published, check_pattern, look, refuse_no_change, stored_once
 from marlinctl.recipe import Recipe
 from marlinctl.rules import Plan
+from marlinctl.runtimes import loads
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +78,8 @@ class Opened:
     dtype: torch.dtype  # of the forward pass
 
 
-def open_model(model: str, out: Path, recipe: Recipe, options: Options, console: Console) -> Opened:
-    """All checks, from cheap to dear."""
+def open_model(model: str, out: Path, recipe: Recipe, options: Options, console: Console, published: Sequence[str] = ()) -> Opened:
+    """All checks, from cheap to dear. published: the formats that come of it in the end; who will refuse them is said."""
     refuse_no_change(recipe)
     device = torch.device(choose_device(options.device))
     grow_segments(device)
@@ -88,6 +89,9 @@ def open_model(model: str, out: Path, recipe: Recipe, options: Options, console:
         console.say(source.note)
     checkpoint = open_checkpoint(source.folder)
     looked = look(checkpoint, recipe, options.module_map, console)
+    for fmt in published:
+        for line in loads(as_published(looked, checkpoint, fmt)).warnings(fmt):
+            console.warn(line)
     pattern = of_source(checkpoint, looked.shapes, console)
     check_pattern(pattern.pattern, looked, recipe, console)
     tensors = stored_once(checkpoint, looked.architecture)
