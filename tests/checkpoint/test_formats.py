@@ -259,7 +259,8 @@ AS_WRITTEN: dict[str, tuple[dict[str, Any], list[str]]] = {
     "GPTQModel": (
         {
             "bits": 4, "checkpoint_format": "gptq", "desc_act": False,
-            "dynamic": {r"-:.*\.o_proj": {}, r"+:.*\.up_proj$": {"group_size": 32}}, "format": "gptq", "group_size": 128, "lm_head": False, "pack_dtype": "int32", "quant_method": "gptq", "sym": True,
+            "dynamic": {r"-:.*\.o_proj": {}, r"+:.*\.up_proj$": {"group_size": 32}},
+            "format": "gptq", "group_size": 128, "lm_head": False, "pack_dtype": "int32", "quant_method": "gptq", "sym": True,
             "meta": {"act_group_aware": True, "damp_percent": 0.05, "mse": 0.0, "quantizer": ["gptqmodel:7.7.0"], "true_sequential": True},
         },
         GPTQ_NAMES,
@@ -267,7 +268,8 @@ AS_WRITTEN: dict[str, tuple[dict[str, Any], list[str]]] = {
     "AutoGPTQ, with activation order": (
         {
             "bits": 4, "damp_percent": 0.01, "desc_act": True, "group_size": 128, "is_marlin_format": False,
-            "model_file_base_name": "model", "model_name_or_path": None, "quant_method": "gptq", "static_groups": False, "sym": True, "true_sequential": True,
+            "model_file_base_name": "model", "model_name_or_path": None,
+            "quant_method": "gptq", "static_groups": False, "sym": True, "true_sequential": True,
         },
         [*GPTQ_NAMES, f"{LAYER}.bias"],  # it writes one for every linear
     ),
