@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from marlinctl import findings
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, UsageError
 from marlinctl.memory import CHARACTERS_PER_TOKEN, PIECE, SELF_BATCH
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from marlinctl.texts import Chat, Document
+
+
+NOTHING_CUT: Mapping[str, int] = {"samples": 0, "tokens": 0}  # text that is cut into samples goes on in the next one
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +59,9 @@ def load_calibration(
         )
     tokenizer = load_tokenizer(folder)
     if asked.source == "self":
-        ids, how = write_samples(load_model(), tokenizer, asked, console), "written by the model itself"
+        ids, how, cut = write_samples(load_model(), tokenizer, asked, console), "written by the model itself", NOTHING_CUT
     else:
-        ids, how = read_samples(asked, tokenizer)
+        ids, how, cut = read_samples(asked, tokenizer)
     special = torch.tensor(sorted({i for i in tokenizer.all_special_ids if i is not None}), dtype=torch.int64)
     padding = ids < 0
     counted = ~padding & ~torch.isin(ids, special)
@@ -71,6 +75,7 @@ def load_calibration(
         "samples": {"asked": asked.samples, "got": ids.shape[0]},
         "tokens": sizes,
         "sequence_length": asked.sequence_length,
+        "cut": cut,
         "seed": asked.seed,
         "sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
     }
@@ -78,6 +83,8 @@ def load_calibration(
         f"calibration: {asked.source} ({how}), {ids.shape[0]} of {asked.samples} samples, "
         f"{sizes['got']:,} of {sizes['asked']:,} tokens, {sizes['counted']:,} counted"
     )
+    for warning in findings.of_text(facts, "--sequence-length"):
+        console.warn(warning)
     return CalibrationSet(Tokens(ids, counted), facts)
 
 
@@ -116,8 +123,8 @@ def _require(asked: Calibration, ids: Tensor, counted: Tensor) -> None:
 # ---- text and chats ------------------------------------------------------------------------------------------------------------------
 
 
-def read_samples(asked: Calibration, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, str]:
-    """[S, L] int64 with -1 where padded, and how they were made."""
+def read_samples(asked: Calibration, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, str, Mapping[str, int]]:
+    """[S, L] int64 with -1 where padded; how they were made; how many samples were cut to L, and the tokens that this left out."""
     documents = list(_documents(asked))
     chats = [d for d in documents if not isinstance(d, str)]
     texts = [d for d in documents if isinstance(d, str)]
@@ -126,11 +133,12 @@ def read_samples(asked: Calibration, tokenizer: PreTrainedTokenizerBase) -> tupl
         missing = "the model has no chat template" if not template else "the data are no chats"
         raise UsageError("E253", f"--chat always, but {missing}", where=f"calibration {asked.source}", fix="--chat auto")
     if chats and template and asked.chat != "never":
-        return _pad(
-            [_chat_ids(tokenizer, chat) for chat in chats[: asked.samples]], asked.sequence_length
-        ), "chats, with the model's template"
+        rows = [_chat_ids(tokenizer, chat) for chat in chats[: asked.samples]]
+        beyond = [len(row) - asked.sequence_length for row in rows if len(row) > asked.sequence_length]
+        cut = {"samples": len(beyond), "tokens": sum(beyond)}
+        return _pad(rows, asked.sequence_length), "chats, with the model's template", cut
     texts += ["\n\n".join(turn["content"] for turn in chat) for chat in chats]
-    return _cut(texts, tokenizer, asked.samples, asked.sequence_length), "documents joined by blank lines and cut"
+    return _cut(texts, tokenizer, asked.samples, asked.sequence_length), "documents joined by blank lines and cut", NOTHING_CUT
 
 
 def _documents(asked: Calibration) -> Iterable[Document]:

@@ -76,8 +76,8 @@ def evaluate(
     names: tuple[str | None, str | None] = (None, None),
 ) -> results.Document:
     """Task scores, and the text when it is asked for, when there is a baseline, or when there are no tasks."""
-    subject = loading.open_subject(model_folder, names[0])
-    other = None if baseline is None else loading.open_subject(baseline, names[1])
+    subject = loading.open_subject(model_folder, console, names[0])
+    other = None if baseline is None else loading.open_subject(baseline, console, names[1])
     run = _Run(subject, other, settings, console)
     text = load_text(settings.text or PYTHONDOC) if settings.text or other or not settings.tasks else None
     with run.planned_tasks() as plan:
@@ -99,7 +99,7 @@ def evaluate(
 
 def compare(model_folder: Path, baseline_folder: Path, settings: EvalSettings, console: Console) -> results.Document:
     """Perplexity of both on a text, KL(baseline || model) and top-1 agreement."""
-    subject, other = loading.open_subject(model_folder), loading.open_subject(baseline_folder)
+    subject, other = loading.open_subject(model_folder, console), loading.open_subject(baseline_folder, console)
     run = _Run(subject, other, settings, console)
     text = load_text(settings.text or PYTHONDOC)
     document = run.fresh_document(text, None)

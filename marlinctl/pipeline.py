@@ -20,9 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from marlinctl.checkpoint.contents import read_contents
 from marlinctl.checkpoint.durable import write_document
 from marlinctl.checkpoint.formats import detect
-from marlinctl.checkpoint.reader import fingerprint, open_checkpoint
+from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import check_output, keep_rejected
 from marlinctl.console import Console
@@ -86,12 +87,14 @@ def run_compress(
             _check_places(places.values(), options, sources)
         source = resolve_model(model, revision=options.revision, cache_dir=options.cache_dir, offline=options.offline, console=console)
         with open_checkpoint(source.folder) as checkpoint:
-            facts = {"model": fingerprint(checkpoint), "recipe": recipe.model_dump(mode="json"), "versions": versions()}
+            contents = read_contents(checkpoint, console, noted=job.noted("model", console))
+        job.watch(contents)
+        facts = {"model": contents.fingerprint, "recipe": recipe.model_dump(mode="json"), "versions": versions()}
         if job.begun:
             job.check(facts)
             job.drop_from(1)
         else:
-            job.begin(facts)
+            job.begin(facts, inputs={"model": contents.document()})
         work = job.path
         if options.redo_from is not None:
             for made in ("ct", *(name for fmt in places if fmt != "ct" for name in (fmt, f"{fmt}.job"))):
@@ -155,6 +158,7 @@ def _interchange(model: str, source: Source, work: Path, recipe: Recipe, options
     whole_recipe = {"sha256": recipe_hash(recipe), **recipe.model_dump(mode="json")}  # each stage saw a part of it
     report |= {"source": pruned["source"], "recipe": whole_recipe, "stages": stages}
     report["bytes"] = {**report["bytes"], "source": pruned["bytes"]["source"]}
+    report["warnings"] = list(dict.fromkeys([*pruned.get("warnings", []), *distilled.get("warnings", []), *report["warnings"]]))
     report["seconds"] = round(pruned["seconds"] + distilled["training"]["seconds"] + report["seconds"], 1)
     return report
 

@@ -19,6 +19,7 @@ from marlinctl.errors import BadInput, EnvironmentProblem, UsageError
 from marlinctl.evaluate import EvalSettings, compare, evaluate, render_table
 from marlinctl.evaluation import loading, tasks
 from marlinctl.load import load_dense
+from tests.checkpoint.test_contents import flip
 from tests.evaluation.local_copies import mmlu, parquet_layout, saved_layout, write_parquet
 from tests.tiny import make_tiny, tiny_tokenizer
 
@@ -233,8 +234,8 @@ def test_gemma_starts_its_windows(tmp_path: Path, model: Path, prose: str) -> No
     folder.mkdir()
     for file in model.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    opened = loading.open_subject(folder)
-    gemma = loading.Subject(opened.folder, opened.name, opened.config | {"model_type": "gemma2"}, opened.identity)
+    opened = loading.open_subject(folder, QUIET)
+    gemma = loading.Subject(opened.folder, opened.name, opened.config | {"model_type": "gemma2"}, opened.contents)
     run = subject._Run(gemma, None, EvalSettings(text=prose, tokens=512, window=128, **SMALL), QUIET)
     rows, start = run._windows(subject.load_text(prose))
     assert start == 1 and rows[:, 0].tolist() == [1] * 4
@@ -275,12 +276,27 @@ def test_a_model_of_nan_has_no_score(model: Path, tmp_path: Path, layouts: dict[
 def test_identity_sees_weights(model: Path, other: Path, tmp_path: Path) -> None:
     """--resume would continue with the results of a model that differs in nothing but its weights."""
     again = make_tiny(tmp_path / "again")
-    identity = loading.open_subject(model).identity
-    assert loading.open_subject(again).identity == identity != loading.open_subject(other).identity
+    identity = loading.open_subject(model, QUIET).identity
+    assert loading.open_subject(again, QUIET).identity == identity != loading.open_subject(other, QUIET).identity
     (again / "marlinctl_report.json").write_text("{}")  # may be rewritten at any time
-    assert loading.open_subject(again).identity == identity
+    assert loading.open_subject(again, QUIET).identity == identity
+    shard = again / "model.safetensors"
+    for place in range(shard.stat().st_size // 2, shard.stat().st_size, shard.stat().st_size // 7):
+        flip(shard, place)
+        assert loading.open_subject(again, QUIET).identity != identity, "one bit, wherever it is"
+        flip(shard, place)
     (again / "tokenizer_config.json").write_text("{}")
-    assert loading.open_subject(again).identity != identity
+    assert loading.open_subject(again, QUIET).identity != identity
+
+
+def test_a_model_that_changes_before_it_is_loaded_is_not_measured(tmp_path: Path, prose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores would be noted under the name of other weights, and `--resume` would go on with those."""
+    folder = make_tiny(tmp_path / "model")
+    opened = subject._Run._windows
+    monkeypatch.setattr(subject._Run, "_windows", lambda *given: (flip(folder / "model.safetensors"), opened(*given))[1])
+    with pytest.raises(BadInput) as caught:
+        evaluate(folder, EvalSettings(text=prose, tokens=512, window=256, **SMALL), QUIET, out=tmp_path / "r.json")
+    assert caught.value.error_id == "E306" and "perplexity" not in json.loads((tmp_path / "r.json").read_text())["model"]
 
 
 @pytest.mark.parametrize(
@@ -314,7 +330,7 @@ def test_batches_shrink_with_length(model: Path) -> None:
     """`auto` would ask for a batch of long questions that no memory holds, or for batches of one everywhere."""
     from marlinctl.evaluation.harness import MOST_ON_CPU, Harness
 
-    opened = loading.open_subject(model)
+    opened = loading.open_subject(model, QUIET)
     harness = Harness(load_dense(model, dtype=torch.float32), loading.load_tokenizer(opened), batch_size="auto", console=QUIET)
     assert harness.fitting_batch(10) == MOST_ON_CPU
     harness.model.config.vocab_size = 262_144

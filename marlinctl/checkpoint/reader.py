@@ -17,7 +17,6 @@ Where both model.safetensors and an index exist, the index wins, as in transform
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
 from collections.abc import Mapping
@@ -26,10 +25,9 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl import manifest
 from marlinctl.checkpoint.config import read_config
 from marlinctl.checkpoint.files import FileRefused, exists, member, open_member, read_json, shown
-from marlinctl.checkpoint.header import TensorInfo, header_bytes, read_header
+from marlinctl.checkpoint.header import TensorInfo, read_header
 from marlinctl.errors import BadInput, Problem
 
 if TYPE_CHECKING:
@@ -45,7 +43,6 @@ _TORCH_DTYPES = {
     "I64": "int64", "U64": "uint64", "F64": "float64",
 }  # fmt: skip
 MAX_PROBLEMS = 100
-_REPORTS = manifest.OUTSIDE - {manifest.NAME}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CONVERT = (
     "marlinctl reads safetensors only, because opening a pickle can run any program; on a machine you can afford to lose, run "
@@ -103,19 +100,22 @@ class Checkpoint:
 
     def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset` of the tensor's file (an absolute position)."""
-        descriptor = self._handle(info.file).fileno()
+        self.read_file_into(info.file, offset, buffer, f"{info.file}, tensor {shown(info.name)}")
+
+    def read_file_into(self, file: Path, offset: int, buffer: memoryview, where: str) -> None:
+        """Fill `buffer` from `offset` of a shard. BadInput E303 where the file has become shorter, or cannot be read."""
+        descriptor = self._handle(file).fileno()
         done = 0
         while done < len(buffer):
             try:
                 got = os.preadv(descriptor, [buffer[done:]], offset + done)
             except OSError as error:
-                where = f"{info.file}, tensor {shown(info.name)}"
                 raise BadInput("E303", f"reading failed: {error.strerror}", where=where, fix="check the disk") from None
             if got == 0:
                 raise BadInput(
                     "E303",
                     f"the file ends at byte {offset + done:,}; it was longer when it was checked",
-                    where=f"{info.file}, tensor {shown(info.name)}",
+                    where=where,
                     fix="something changes the checkpoint while it is read; make a copy and use that",
                 )
             done += got
@@ -194,26 +194,6 @@ def check_expected(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...
             problems.append(Problem(what, where, "start from the original checkpoint, with floating-point weights"))
     if problems:
         raise BadInput.from_problems("E302", _capped(problems, checkpoint.folder))
-
-
-def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What identifies the checkpoint without reading its weights: digests of the small files and of every shard's header.
-
-    A report of marlinctl's own is left out: it tells how long things took, so two equal folders would have two fingerprints.
-    """
-    small: dict[str, str] = {}
-    for path in sorted(checkpoint.folder.iterdir()):
-        if path.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken") and path.name not in _REPORTS and path.is_file():
-            with open_member(checkpoint.folder, path.name) as handle:
-                small[path.name] = hashlib.file_digest(handle, "sha256").hexdigest()
-    shards = {
-        (name := str(path.relative_to(checkpoint.folder))): {
-            "bytes": path.stat().st_size,
-            "header_sha256": hashlib.sha256(header_bytes(checkpoint.folder, name)).hexdigest(),
-        }
-        for path in checkpoint.files
-    }
-    return {"files": small, "shards": shards}
 
 
 def _capped(problems: list[Problem], folder: Path) -> list[Problem]:

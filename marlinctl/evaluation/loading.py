@@ -6,8 +6,6 @@ else in fp32, and never in fp16: a recent server CPU makes 225 GFLOP/s in bf16, 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,20 +14,24 @@ from marlinctl.devices import cpu_has_bf16
 from marlinctl.errors import BadInput, UsageError
 
 if TYPE_CHECKING:
-    from marlinctl.checkpoint.reader import Checkpoint
+    from marlinctl.checkpoint.contents import Contents
+    from marlinctl.console import Console
 
-SLICES, SLICE_BYTES = 64, 65536  # of each shard, for the identity: 4 MiB
 DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model to evaluate. `identity` is equal for two folders if weights, config and tokenizer are."""
+    """A model to evaluate. `identity` is equal for two folders if all weights, config and tokenizer are."""
 
     folder: Path
     name: str
     config: dict[str, Any]
-    identity: str
+    contents: Contents
+
+    @property
+    def identity(self) -> str:
+        return self.contents.identity
 
     @property
     def longest(self) -> int | None:
@@ -45,30 +47,15 @@ class Subject:
         return str(self.config.get("model_type", ""))
 
 
-def open_subject(folder: Path, name: str | None = None) -> Subject:
+def open_subject(folder: Path, console: Console, name: str | None = None) -> Subject:
+    """Reads all weights once, for the identity. Another calibration changes codes all over the file and no header; a slice tells nothing
+    of the rest."""
+    from marlinctl.checkpoint.contents import read_contents
     from marlinctl.checkpoint.reader import open_checkpoint
 
     with open_checkpoint(folder, weight_files="auto") as checkpoint:
-        return Subject(folder, name or folder.name, checkpoint.config, _identity(checkpoint))
-
-
-def _identity(checkpoint: Checkpoint) -> str:
-    """Config, tokenizer, manifest and shard headers in full, and SLICES pieces of each shard: two results of the same job with other
-    calibration have equal headers, and reading 140 GB to tell them apart would take longer than many an evaluation."""
-    from marlinctl import manifest
-    from marlinctl.checkpoint.reader import fingerprint
-
-    facts = fingerprint(checkpoint)
-    rewritable = manifest.OUTSIDE - {manifest.NAME}
-    facts["files"] = {name: digest for name, digest in facts["files"].items() if name not in rewritable}
-    whole = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for path in checkpoint.files:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            for place in range(SLICES):
-                file.seek(size * place // SLICES)
-                whole.update(file.read(SLICE_BYTES))
-    return whole.hexdigest()
+        name = name or folder.name
+        return Subject(folder, name, checkpoint.config, read_contents(checkpoint, console, title=f"read all weights of {name}"))
 
 
 def choose_dtype(dtype: str, device: str, config: dict[str, Any]) -> str:
@@ -105,4 +92,6 @@ def load_model(subject: Subject, *, dtype: str, device: str) -> Any:
 
     from marlinctl.load import load_dense
 
-    return load_dense(subject.folder, dtype=getattr(torch, dtype), device=device).eval()
+    model = load_dense(subject.folder, dtype=getattr(torch, dtype), device=device).eval()
+    subject.contents.require_unchanged()  # scores are noted under the identity of what was read before
+    return model
