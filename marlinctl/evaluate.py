@@ -233,6 +233,9 @@ class _Run:
                 file.save()
                 scores = ", ".join(f"{metric} {figure(estimate)}" for metric, estimate in record["metrics"].items())
                 self.console.say(f"{who.name}: {name}: {scores}")
+                if record["cut"]:
+                    what = f"{record['cut']} of {record['documents']} questions are longer than the model reads"
+                    self.console.warn(f"{who.name}: {name}: {what}; their beginnings were left out")
 
             with self.loaded(who) as model:
                 harness = Harness(model, loading.load_tokenizer(who), batch_size=self.settings.batch_size, console=self.console)

@@ -268,11 +268,11 @@ def _digest_on_disk(written: Checkpoint, masks: Masks | None, record: LayerRecor
 
 
 def _warnings(opened: Opened, calibration: CalibrationSet, records: list[LayerRecord], console: Console) -> list[str]:
-    """All of the run, for the report; those of the linears are known, and said, at its end."""
-    linears = findings.of_linears(records)
-    for warning in linears:
+    """All of the run, for the report; those of the inputs are known, and said, at its end."""
+    inputs = findings.of_inputs(records)
+    for warning in inputs:
         console.warn(warning)
-    return [*opened.warnings, *findings.of_text(calibration.facts, "--sequence-length"), *linears]
+    return [*opened.warnings, *findings.of_text(calibration.facts, "--sequence-length"), *inputs]
 
 
 # ---- what is written about it --------------------------------------------------------------------------------------------------------

@@ -130,6 +130,8 @@ def _repack(job: JobFolder, source: Path, outputs: Mapping[str, Path], overwrite
         opened = open_source(source, masks)
         opened = replace(opened, from_zeros="marlin_24" in outputs and opened.origin is None)
         refuse_misfits(opened, list(outputs))
+        for note in opened.checkpoint.notes:
+            console.warn(note)
         contents = read_contents(opened.checkpoint, console)
         check_known_digests(opened.checkpoint, contents)
         job.watch(contents)

@@ -21,7 +21,6 @@ from marlinctl.checkpoint.reader import torch_dtype
 from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.console import Console, Progress
 from marlinctl.errors import NumericalProblem
-from marlinctl.findings import constant_columns, refuse_odd_linear
 from marlinctl.opening import Opened, Options
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipe import Recipe
@@ -47,7 +46,6 @@ class LayerRecord:
     bytes_in: int
     bytes_out: int
     seconds: float
-    constant: int = 0  # columns with one value in every row; a journal of marlinctl 0.1.0 has none
 
 
 class Solving:
@@ -90,8 +88,7 @@ class Solving:
                 rows = slice(first, first + weights[name].shape[0])
                 first = rows.stop
                 share = seconds * weights[name].shape[0] / stack.shape[0]
-                constant = constant_columns(weights[name])
-                weights[name] = self._keep(name, outcome, final(rows), kept, rows, hessian.tokens, remark, share, constant).to(device)
+                weights[name] = self._keep(name, outcome, final(rows), kept, rows, hessian.tokens, remark, share).to(device)
         return weights
 
     def _solve(
@@ -106,7 +103,7 @@ class Solving:
 
     def _keep(
         self, name: str, outcome: Outcome, result: Tensor | QuantizedLinear, keep: Tensor | None,
-        rows: slice, tokens: int, remark: str, seconds: float, constant: int,
+        rows: slice, tokens: int, remark: str, seconds: float,
     ) -> Tensor:  # fmt: skip
         """Note and queue one linear; returns the weight [N, K] that the published model computes with."""
         if outcome.fallback and self.options.strict:
@@ -114,8 +111,11 @@ class Solving:
                 "E602", f"the Hessian cannot be used as it is ({outcome.fallback}), and --strict forbids a fallback", where=name,
                 fix="more or other calibration text, a higher --damping, or no --strict",
             )  # fmt: skip
-        if self.options.strict:
-            refuse_odd_linear(name, constant, outcome.dead)
+        if self.options.strict and outcome.dead:
+            raise NumericalProblem(
+                "E605", f"{outcome.dead} inputs were zero in all of calibration, and --strict forbids that", where=name,
+                fix="more or other calibration text, --skip this linear, or no --strict",
+            )  # fmt: skip
         info = self.opened.checkpoint.tensors[f"{name}.weight"]
         if isinstance(result, QuantizedLinear) and not bool(result.codes.any()) and float(outcome.energy[rows].sum()) > 0:
             raise NumericalProblem(
@@ -148,14 +148,12 @@ class Solving:
             bytes_in=info.end - info.begin,
             bytes_out=sum(t.numel() * t.element_size() for t in tensors.values()),
             seconds=round(seconds, 4),
-            constant=constant,
         )
         self.records.append(record)
         if outcome.fallback:
             self.console.warn(f"{name}: {outcome.fallback}")
         if self.progress is not None:
-            odd = (f"{outcome.dead} dead inputs" if outcome.dead else "", f"{constant} constant columns" if constant else "", remark)
-            extra = "".join(f"  {text}" for text in odd if text)
+            extra = "".join(f"  {text}" for text in (f"{outcome.dead} dead inputs" if outcome.dead else "", remark) if text)
             self.progress.advance(1, f"{name:<44} error {record.error:.5f}  damping {outcome.damping:g}  {seconds:6.2f} s{extra}")
         return weight
 

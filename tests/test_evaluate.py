@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -124,6 +125,24 @@ def test_data_without_the_columns_of_the_task(model: Path, tmp_path: Path) -> No
     with pytest.raises(BadInput, match="the data of winogrande cannot be used") as caught:
         evaluate(model, EvalSettings(tasks=("winogrande",), task_data=tmp_path, **SMALL), QUIET)
     assert caught.value.error_id == "E387"
+
+
+def test_questions_that_are_cut_are_counted_and_told(layouts: dict[str, Path], tmp_path: Path) -> None:
+    """lm_eval cuts a question that is longer than the model reads; a score on halves of questions would look like any other."""
+    short = make_tiny(tmp_path / "short", max_position_embeddings=18)
+    told = io.StringIO()
+    settings = EvalSettings(tasks=("winogrande", "mmlu_anatomy"), task_data=layouts["parquet"], **SMALL)
+    document = evaluate(short, settings, Console(colour=False, stderr=told))
+    tokenizer = tiny_tokenizer()
+    longest = [
+        max(len(tokenizer.encode(f"The cat {i} saw the dog because the {option} was big.").ids) for option in ("cat", f"dog {i}"))
+        for i in range(7)
+    ]
+    cut = sum(length > 18 + 1 for length in longest)
+    records = document["model"]["tasks"]
+    assert records["winogrande"]["cut"] == cut > 0 and records["mmlu_anatomy"]["cut"] == 5
+    assert f"warning: short: winogrande: {cut} of 7 questions are longer than the model reads" in told.getvalue()
+    assert f"cut: {cut} of 7 questions of winogrande, 5 of 5 questions of mmlu_anatomy" in render_table(document)
 
 
 def test_limit(model: Path, layouts: dict[str, Path]) -> None:

@@ -1,7 +1,7 @@
 """What a checkpoint holds, by SHA-256: every shard is read once, in the order of the file, and judged on the way.
 
     shard ─► 256 KiB ─┬─► SHA-256 of the file
-                      └─► the tensor they belong to: NaN, infinity, too large for 4 bits, all zero (finite.py)
+                      └─► the tensor they belong to: NaN, infinity, too large for 4 bits, constant columns, all zero (finite.py)
 
 Two training checkpoints have the same names, shapes and sizes. Whoever goes on with one where another began publishes a mixture of two
 models, so a job notes the digests when it begins (journal.py). To compare them again costs reading all weights again. Therefore each
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 1 << 18  # stays in the processor's cache; a multiple of every dtype's width
 SHARDS_AT_ONCE = 4
 SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system that is in use (FAT) ticks every two seconds
+ALL_ZERO = -1
 _TOLD_EVERY = 1 << 24  # bytes between two steps of the progress bar
 _SMALL = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _REPORTS = manifest.OUTSIDE - {manifest.NAME}  # they tell how long things took, so two equal folders would have two fingerprints
@@ -50,26 +51,26 @@ Stamp = tuple[int, ...]  # device, inode, bytes, mtime and ctime in nanoseconds
 
 @dataclass(frozen=True, slots=True)
 class Noted:
-    """What a journal says of a folder's shards: their digests, their stamps, and which tensors of each are all zero."""
+    """What a journal says of a folder's shards: their digests, their stamps, and what is odd about their tensors."""
 
     digests: Mapping[str, str]
     stamps: Mapping[str, Stamp]
-    zeros: Mapping[str, tuple[str, ...]]
+    odd: Mapping[str, Mapping[str, int]]
 
     @classmethod
     def of(cls, fingerprint: object, document: object) -> Noted:
         """From `Contents.fingerprint` and `Contents.document`, as a journal holds them. What is not as it must be is left out: such a
         file is read again."""
-        digests, stamps, zeros = {}, {}, {}
+        digests, stamps, odd = {}, {}, {}
         shards = fingerprint.get("shards") if isinstance(fingerprint, dict) else None
         shards = shards if isinstance(shards, dict) else {}
         for name, noted in document.items() if isinstance(document, dict) else ():
             facts = shards.get(name)
             digest = facts.get("sha256") if isinstance(facts, dict) else None
-            stamp, empty = (noted.get("stamp"), noted.get("zeros")) if isinstance(noted, dict) else (None, None)
-            if isinstance(digest, str) and isinstance(stamp, list) and isinstance(empty, list):
-                digests[name], stamps[name], zeros[name] = digest, tuple(stamp), tuple(map(str, empty))
-        return cls(digests, stamps, zeros)
+            stamp, found = (noted.get("stamp"), noted.get("odd")) if isinstance(noted, dict) else (None, None)
+            if isinstance(digest, str) and isinstance(stamp, list) and isinstance(found, dict):
+                digests[name], stamps[name], odd[name] = digest, tuple(stamp), found
+        return cls(digests, stamps, odd)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +78,13 @@ class Contents:
     """What `read_contents` found in a folder.
 
     fingerprint: identifies it; two equal folders have the same one, wherever they lie.
-    zeros: shard -> its matrices that hold nothing but zeros. problems: error id -> what `require_finite` refuses.
+    odd: shard -> tensor -> how many of its columns hold one value in every row, ALL_ZERO where it holds nothing but zeros.
+    problems: error id -> what `require_finite` refuses.
     """
 
     folder: Path
     fingerprint: Mapping[str, Any]
-    zeros: Mapping[str, tuple[str, ...]]
+    odd: Mapping[str, Mapping[str, int]]
     problems: Mapping[str, tuple[Problem, ...]]
     _stamps: dict[str, Stamp | None] = field(repr=False, compare=False)  # name -> None where it was too new to be believed
 
@@ -99,14 +101,18 @@ class Contents:
         return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()
 
     @property
-    def zero_tensors(self) -> tuple[str, ...]:
-        return tuple(name for found in self.zeros.values() for name in found)
+    def zero_tensors(self) -> list[str]:
+        return [name for found in self.odd.values() for name, count in found.items() if count == ALL_ZERO]
+
+    @property
+    def constant_columns(self) -> dict[str, int]:
+        return {name: count for found in self.odd.values() for name, count in found.items() if count != ALL_ZERO}
 
     def document(self) -> dict[str, Any]:
         """For a journal, beside the fingerprint: what holds on this machine only, and what the scan would find again."""
         shards = self.fingerprint["shards"]
         stamps = {name: self._stamps[name] for name in shards}
-        return {name: {"stamp": None if s is None else list(s), "zeros": list(self.zeros[name])} for name, s in stamps.items()}
+        return {name: {"stamp": None if s is None else list(s), "odd": dict(self.odd[name])} for name, s in stamps.items()}
 
     def require_finite(self) -> None:
         """NumericalProblem E620 that names every tensor with a NaN or infinity, E604 for those with a weight that 4 bits cannot hold."""
@@ -146,8 +152,8 @@ def read_contents(
 ) -> Contents:
     """Digests of everything that makes the folder what it is. A shard that has the stamp in `noted` is not read.
 
-    scan: tensors to look at for NaN, infinity and zeros; for_4_bits: those of them that will be quantized. What is found does not stop
-    the pass: `Contents.require_finite` refuses it, so that a file with a known digest can be called damaged first (known_digests.py).
+    scan: tensors to look at for NaN, infinity and what is odd; for_4_bits: those of them that will be quantized. What is found does not
+    stop the pass: `Contents.require_finite` refuses it, so that a file with a known digest can be called damaged first (known_digests.py).
     BadInput E303 where a shard cannot be read to its end, E350 for a small file that may not be followed.
     """
     folder = checkpoint.folder
@@ -176,8 +182,8 @@ def read_contents(
     }
     if masks:
         fingerprint["masks"] = {"sha256": _digest_of(folder, mask.NAME)}
-    zeros = {name: known.zeros[name] if name in untouched else read[name].zeros for name in shards}
-    return Contents(folder, fingerprint, zeros, problems, stamps)
+    odd = {name: known.odd[name] if name in untouched else read[name].odd for name in shards}
+    return Contents(folder, fingerprint, odd, problems, stamps)
 
 
 # ---- one shard -----------------------------------------------------------------------------------------------------------------------
@@ -187,7 +193,7 @@ def read_contents(
 class _Shard:
     sha256: str
     problems: list[tuple[str, Problem]]
-    zeros: tuple[str, ...]
+    odd: dict[str, int]
 
 
 def _read_shards(
@@ -235,7 +241,7 @@ def _read_shard(
     buffer, scratch = np.empty(CHUNK_BYTES, dtype=np.uint8), np.empty(CHUNK_BYTES, dtype=np.uint8)
     digest = hashlib.sha256()
     problems: list[tuple[str, Problem]] = []
-    zeros: list[str] = []
+    odd: dict[str, int] = {}
     untold = 0
 
     def read(begin: int, end: int, look: TensorScan | None, where: str) -> None:
@@ -259,10 +265,10 @@ def _read_shard(
         read(info.begin, info.end, look, f"{path}, tensor {info.name}")
         if look is not None and look.problem is not None:
             problems.append(look.problem)
-        if look is not None and look.zero and len(info.shape) > 1:  # biases often are zero, and norms that are stored as a distance from 1
-            zeros.append(info.name)
+        if look is not None and len(info.shape) > 1 and (look.zero or look.constant):  # many a bias is zero
+            odd[info.name] = ALL_ZERO if look.zero else look.constant
     told.advance(untold)
-    return _Shard(digest.hexdigest(), problems, tuple(zeros))
+    return _Shard(digest.hexdigest(), problems, odd)
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------------------------

@@ -220,11 +220,24 @@ def _find_shards(folder: Path, weight_files: str, problems: list[Problem], notes
         problems.append(_no_weights(folder, index))
         return [], None
     if index not in found[stem]:
+        _note_strangers(folder, {single}, f"there is no {index} that names them", notes)
         return [single], None
     if single in found[stem]:
         notes.append(f"both {index} and {single} are there; the index is followed and {single} is not read")
-    weight_map = _read_index(folder, index, problems)
-    return sorted(set(weight_map.values())), weight_map
+    weight_map = _read_index(folder, index, problems, notes)
+    shards = sorted(set(weight_map.values()))
+    _note_strangers(folder, {single, *shards}, f"{index} does not name them", notes)
+    return shards, weight_map
+
+
+def _note_strangers(folder: Path, named: set[str], why: str, notes: list[str]) -> None:
+    """Files of weights that are not read: what is left of an earlier model, or a part of this one that the index has lost."""
+    from marlinctl.checkpoint.mask import NAME  # which imports this module
+
+    found = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors" and path.name not in (*named, NAME))
+    if found:
+        shown_names = ", ".join(shown(name, 80) for name in found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        notes.append(f"weights that are not read lie in the folder: {shown_names}; {why}")
 
 
 def _present(folder: Path, stem: str) -> list[str]:
@@ -242,7 +255,7 @@ def _no_weights(folder: Path, index: str) -> Problem:
     return Problem("there are no weights: no *.safetensors file", str(folder), "name the folder that holds the model's safetensors files")
 
 
-def _read_index(folder: Path, index: str, problems: list[Problem]) -> dict[str, str]:
+def _read_index(folder: Path, index: str, problems: list[Problem], notes: list[str]) -> dict[str, str]:
     """{tensor: shard} from the index; only entries that may be followed."""
     again = "the index is damaged; download it again"
     try:
@@ -254,6 +267,8 @@ def _read_index(folder: Path, index: str, problems: list[Problem]) -> dict[str, 
     if not isinstance(weight_map, dict) or not weight_map:
         problems.append(Problem("the index has no weight_map that names a tensor", str(folder / index), again))
         return {}
+    if not isinstance(document.get("metadata"), dict):
+        notes.append(f"{index} has no metadata; the folder can be worked with, but transformers does not load it")
     accepted: dict[str, str] = {}
     judged: dict[str, bool] = {}
     for tensor, shard in weight_map.items():

@@ -54,6 +54,8 @@ def open_subject(folder: Path, console: Console, name: str | None = None) -> Sub
     from marlinctl.checkpoint.reader import open_checkpoint
 
     with open_checkpoint(folder, weight_files="auto") as checkpoint:
+        for note in checkpoint.notes:
+            console.warn(f"{folder}: {note}")
         name = name or folder.name
         return Subject(folder, name, checkpoint.config, read_contents(checkpoint, console, title=f"read all weights of {name}"))
 

@@ -132,7 +132,27 @@ def test_matrices_of_zeros_are_found(tmp_path: Path) -> None:
     tensors["model.norm.weight"].zero_()
     tensors["codes"], tensors["nothing"] = torch.zeros(4, 4, dtype=torch.int32), torch.zeros(0, 4)
     write_weights(folder, tensors)
-    assert read(folder).zero_tensors == ("model.layers.1.mlp.up_proj.weight",)
+    assert read(folder).zero_tensors == ["model.layers.1.mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize("chunk", [64, 1 << 18])
+def test_columns_with_one_value_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """Inputs that a damaged or padded weight does nothing with would be told of nowhere; rows that span chunks would hide them."""
+    monkeypatch.setattr(subject, "CHUNK_BYTES", chunk)
+    folder = make_tiny(tmp_path / "model")
+    tensors = tiny_tensors(tiny_config())
+    up, down, head = (tensors[f"{name}.weight"] for name in ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj", "lm_head"))
+    up[:, [0, 5, 127]] = torch.tensor([1.0, 0.0, -2.0]).half()
+    up[3::2, 5] = -0.0
+    down[:, 77] = 0.5
+    head[:, 9] = 0.25
+    head[-1, 9] = 0.5  # all rows but the last
+    tensors["model.layers.0.self_attn.k_proj.weight"].zero_()
+    tensors["few"] = torch.ones(7, 4)
+    write_weights(folder, tensors)
+    found = read(folder)
+    assert found.constant_columns == {"model.layers.0.mlp.up_proj.weight": 3, "model.layers.1.mlp.down_proj.weight": 1}
+    assert found.zero_tensors == ["model.layers.0.self_attn.k_proj.weight"]
 
 
 # ---- what is read again --------------------------------------------------------------------------------------------------------------
@@ -149,7 +169,7 @@ def test_a_shard_that_nobody_touched_is_not_read_again(
     shards_read()
     again = read(folder, noted(first))
     assert shards_read() == {}
-    assert (again.fingerprint, again.zero_tensors, again.document()) == (first.fingerprint, ("model.norm.weight",), first.document())
+    assert (again.fingerprint, again.zero_tensors, again.document()) == (first.fingerprint, ["model.norm.weight"], first.document())
 
 
 def _flipped(path: Path) -> None:
@@ -201,7 +221,7 @@ def test_a_file_that_was_just_written_is_not_believed(tmp_path: Path, shards_rea
 
 @pytest.mark.parametrize(
     "document",
-    [None, [], "x", {FIRST: None}, {FIRST: {"stamp": 3, "zeros": []}}, {FIRST: {"stamp": [1, 2], "zeros": None}}, {FIRST: {}}],
+    [None, [], "x", {FIRST: None}, {FIRST: {"stamp": 3, "odd": {}}}, {FIRST: {"stamp": [1, 2], "odd": None}}, {FIRST: {}}],
 )
 @pytest.mark.parametrize("fingerprint", [None, {"shards": None}, {"shards": {FIRST: None}}, {"shards": {FIRST: {"sha256": 5}}}])
 def test_notes_of_a_damaged_journal_are_not_believed(tmp_path: Path, document: object, fingerprint: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from marlinctl.checkpoint import reader
+from marlinctl.checkpoint import mask, reader
 from marlinctl.checkpoint.config import check_remote_code, check_tokenizer, refuse_quantized
 from marlinctl.checkpoint.contents import read_contents
 from marlinctl.checkpoint.header import read_header
@@ -195,6 +196,21 @@ def test_index_wins_over_a_single_file(tmp_path: Path) -> None:
     assert len(checkpoint.files) == SHARDS
     assert any("index is followed" in note for note in checkpoint.notes)
     assert torch.equal(checkpoint.read("model.norm.weight"), tiny_tensors(tiny_config())["model.norm.weight"])
+
+
+def test_what_is_odd_about_a_folder_is_noted(tmp_path: Path) -> None:
+    """A shard that the index has lost, or one that an earlier model left, would be passed over without a word."""
+    folder = make_tiny(tmp_path / "model", shards=SHARDS)
+    (folder / mask.NAME).write_bytes(b"belongs here")
+    assert open_checkpoint(folder).notes == ()
+    shutil.copy(folder / SECOND, folder / "model-00007.safetensors")
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps({"weight_map": index["weight_map"]}))
+    metadata, stranger = open_checkpoint(folder).notes
+    assert metadata.startswith(f"{INDEX} has no metadata") and "model-00007.safetensors" in stranger and SECOND not in stranger
+    single = make_tiny(tmp_path / "single")
+    shutil.copy(folder / SECOND, single / "adapter_model.safetensors")
+    assert ["adapter_model.safetensors" in note for note in open_checkpoint(single).notes] == [True]
 
 
 def test_hub_cache_links_are_followed(tmp_path: Path) -> None:
