@@ -30,7 +30,7 @@ from marlinctl.console import Console
 from marlinctl.evaluation.tasks import require_lm_eval
 from marlinctl.gate import Gate, GateRefused, measure
 from marlinctl.job import published_report, run_job, versions
-from marlinctl.journal import JOB, JobFolder, Place, Request
+from marlinctl.journal import JOB, JobFolder, Place, Request, sha256_of
 from marlinctl.manifest import check as check_manifest
 from marlinctl.opening import Options
 from marlinctl.pages.files import report_files
@@ -89,7 +89,8 @@ def run_compress(
         with open_checkpoint(source.folder) as checkpoint:
             contents = read_contents(checkpoint, console, noted=job.noted("model", console))
         job.watch(contents)
-        facts = {"model": contents.fingerprint, "recipe": recipe.model_dump(mode="json"), "versions": versions()}
+        texts = _texts(recipe, job.lines[0]["fingerprint"].get("texts", {}) if job.begun else {})
+        facts = {"model": contents.fingerprint, **texts, "recipe": recipe.model_dump(mode="json"), "versions": versions()}
         if job.begun:
             job.check(facts)
             job.drop_from(1)
@@ -122,6 +123,18 @@ def run_compress(
         stages = [Place(work / fmt, place.resolve(), options.overwrite) for fmt, place in places.items()]
         job.publish(stages, keep=options.keep_job)
     return report
+
+
+def _texts(recipe: Recipe, noted: Mapping[str, Any]) -> dict[str, Any]:
+    """Digests of the files that stages read one after the other, so that all of them see one text.
+
+    A file that is gone has the digest that was `noted`: a stage that has its tokens does not need it, and any other says that it is gone.
+    """
+    if divided(recipe) is None:
+        return {}  # the tokens of the only walk are in its job
+    sources = {"calibration": recipe.calibration.source, "distillation": recipe.distill.data}
+    found = {name: {"sha256": sha256_of(Path(source))} for name, source in sources.items() if Path(source).is_file()}
+    return {"texts": {**noted, **found}}
 
 
 def _check_places(places: Iterable[Path], options: Options, sources: list[Path]) -> None:

@@ -421,6 +421,33 @@ def test_other_weights_under_the_same_headers_are_refused(
         assert published(tmp_path)["out/marlinctl_manifest.json"] == published(place / "whole")["out/marlinctl_manifest.json"]
 
 
+def test_a_text_that_changed_between_two_stages_is_refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A model would be pruned with one text, and distilled or quantized with another, under the name of one file."""
+    recipe = "extends: sparse-int4\ncalibration: {minimum_tokens: 32}\ndistill: {tokens: 1024, data: rows.txt}\n"
+    (tmp_path / "mine.yaml").write_text(recipe)
+    shutil.copy(place / "text.txt", tmp_path / "text.txt")
+    shutil.copy(place / "text.txt", tmp_path / "rows.txt")
+    monkeypatch.chdir(tmp_path)
+    asked = ["compress", str(place / "model"), "out", "--recipe", "mine.yaml", "--calibration", "text.txt", *ASKED, "--no-eval"]
+
+    def stopped(_model: str, _source: object, work: Path, *_: object) -> None:
+        (work / "pruned").mkdir(exist_ok=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("marlinctl.pipeline._interchange", stopped)
+    assert main(asked) == 130
+    for text, name in (("text.txt", "calibration"), ("rows.txt", "distillation")):
+        whole = Path(text).read_text()
+        Path(text).write_text(whole.upper())
+        told = refused(capfd, "resume", "out")
+        assert (told["id"], told["problems"][0]["what"].split(" was ")[0]) == ("E286", f"texts.{name}.sha256")
+        Path(text).unlink()
+        assert main(["resume", "out", "-q"]) == 130, "whether it is still needed, the stage knows"
+        Path(text).write_text(whole)
+
+
 def test_weights_that_nobody_touched_are_not_read_again(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resumed run of a large model would spend its first minutes with reading what it knows."""
     monkeypatch.setattr(contents, "SETTLED_NS", NEVER_NEW)

@@ -232,9 +232,7 @@ class _Told:
             self._progress.advance(count)
 
 
-def _read_shard(
-    checkpoint: Checkpoint, path: Path, tensors: list[TensorInfo], scan: set[str], for_4_bits: set[str], told: _Told
-) -> _Shard:
+def _read_shard(checkpoint: Checkpoint, path: Path, tensors: list[TensorInfo], scan: set[str], for_4_bits: set[str], told: _Told) -> _Shard:
     """Every byte of a file, the header first. `tensors` lie in it without gaps, in this order (reader.py)."""
     import numpy as np
 
