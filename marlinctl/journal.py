@@ -181,7 +181,7 @@ class JobFolder:
         self.append({"step": "begun", "fingerprint": fingerprint, **more})
 
     def noted(self, name: str, console: Console) -> Noted | None:
-        """What the job that is gone on with knows of the weights of `name` in its fingerprint; None where nothing was begun."""
+        """What a job that is resumed knows of the weights of `name` in its fingerprint; None where nothing was begun."""
         if not self.begun:
             return None
         fingerprint = self.lines[0]["fingerprint"].get(name)

@@ -4,8 +4,8 @@
     marlinctl          lists it in the manifest of what it publishes
 
 A bit that flipped on a disk makes a weight of a weight, and a new manifest would vouch for it: nothing later can tell. Of other local
-folders nobody wrote anything down, and nothing is promised, but that a job goes on with what it was begun with (checkpoint/contents.py,
-whose digests are compared here).
+folders nobody wrote anything down: of those is promised only that a job ends with what it was begun with (checkpoint/contents.py, which
+takes the digests that are compared here).
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class Opened:
 def open_model(
     model: str, out: Path, recipe: Recipe, options: Options, console: Console, noted: Callable[[], Noted | None] = lambda: None
 ) -> Opened:
-    """All checks, from cheap to dear. noted: what a job that goes on knows of the weights already.
+    """All checks, from cheap to dear. noted: what a resumed job knows of the weights.
 
     With --strict, what is a warning without it is BadInput E307 or NumericalProblem E605 (findings.py).
     """

@@ -112,8 +112,8 @@ _MODULE_MAP = click.option(
 _STRICT = click.option(
     "--strict",
     is_flag=True,
-    help="Stop where a run would only warn: exit 3 for shards that no index names or an index without metadata; exit 6 for a Hessian that "
-    "needs a fallback, weights of nothing but zeros, columns with one value, inputs that are always zero.",
+    help="Stop where a run would only warn: exit 3 for shards that no index names and an index without metadata, exit 6 for a Hessian that "
+    "needs a fallback, weights or inputs that are all zero, and columns with one value.",
 )
 _DETERMINISTIC = click.option("--deterministic", is_flag=True, help="The same bytes every time on CUDA; the CPU always does that.")
 _MAX_MEMORY = click.option(

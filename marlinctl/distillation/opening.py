@@ -105,7 +105,7 @@ def open_models(
     student: str, teacher: str, asked: Distill, options: Options, console: Console, stack: ExitStack,
     noted: Callable[[str], Noted | None] = lambda name: None,
 ) -> Opened:  # fmt: skip
-    """All checks, from cheap to dear. What is opened is closed by `stack`. noted: what a job that goes on knows of the weights already."""
+    """All checks, from cheap to dear. What is opened is closed by `stack`. noted: what a resumed job knows of the weights."""
     pupil = _open_student(_resolve(student, None, options, console), asked, options, console, stack)
     original = _open_teacher(_resolve(teacher, options.revision, options, console), options, console, stack)
     _check_kinship(pupil, original)
