@@ -16,6 +16,7 @@ from marlinctl import __version__
 from marlinctl.checkpoint.formats import LOADERS
 from marlinctl.checkpoint.licence import KEYS, spoken
 from marlinctl.checkpoint.mask import NAME as MASK_FILE
+from marlinctl.log import redact
 from marlinctl.pages.markdown import code, listing, table, text
 from marlinctl.pages.page import Cell, Name, Table
 from marlinctl.scores import figure, scores
@@ -171,7 +172,7 @@ def _how(command: str) -> list[str]:
     return [
         "## How it was made",
         "",
-        listing(command),
+        listing(redact(command)),
         "",
         "`marlinctl_report.html` beside this card shows every layer, `recipe.yaml` holds every setting.",
         "",

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from marlinctl.checkpoint.source import Source
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output, require_space
 from marlinctl.console import Console
 from marlinctl.devices import device_peaks, forget_device_peaks, forward_dtype, threads
+from marlinctl.distillation.agreement import Comparison, require_same_weights
 from marlinctl.distillation.blockwise import BlockLoop
 from marlinctl.distillation.job import DistillJob, State
 from marlinctl.distillation.loop import Loop
@@ -41,7 +43,7 @@ from marlinctl.job import published_report, versions
 from marlinctl.journal import Request
 from marlinctl.load import load_dense
 from marlinctl.manifest import made_from
-from marlinctl.memory import peak_rss
+from marlinctl.memory import parameters, peak_rss
 from marlinctl.opening import Options
 from marlinctl.pages.files import report_files
 from marlinctl.recipe import Distill, Recipe, recipe_hash
@@ -100,7 +102,7 @@ def run_distill(student: str, out: Path, teacher: str, recipe: Recipe, options: 
                 check_output(out, overwrite=options.overwrite, sources=sources)
             if processes.main:
                 stack.enter_context(run.job.held(request, resume=options.resume, console=console, launcher=launcher))
-                console.log_to(out.with_name(out.name + ".log"))
+                console.log_to(run.job.log)
 
         def look() -> Opened:
             if options.resume:
@@ -193,23 +195,31 @@ def _require_room(opened: Opened, out: Path, asked: Distill) -> None:
 def _train(run: _Run, opened: Opened, rows: Rows, state: State | None) -> dict[str, Any]:
     asked, processes = run.asked, run.processes
     weights = Weights(asked.ce, asked.squarehead, asked.kl, asked.temperature)
+    comparison = Comparison(rows.ids[rows.trained : rows.trained + 1], run.dtype, processes, run.console)
+    if processes.sharded:
+        _measure_whole(run, opened, comparison)
     with ExitStack() as stack:
         if asked.cache_logits:
             known = opened.student.architecture.vocab_size
             teacher = run.whole_teacher(opened)
+            require_same_weights("teacher", teacher, processes)
             k = min(asked.cache_logits, known)
             write_cache(teacher, rows, k, weights, asked.micro_batch, run.job, processes, run.console)
             del teacher
             run.let_teacher_go()
             ask: Teacher = stack.enter_context(Cached(run.job))
         elif processes.sharded:
-            run.let_teacher_go()
             original = load_dense(opened.teacher.source.folder, dtype=run.dtype, device="cpu")
+            require_same_weights("teacher", original, processes)
             processes.shard(original, [original.get_submodule(block.prefix) for block in opened.teacher.architecture.blocks])
+            comparison.require_same_losses("teacher", original)
             ask = live(original, weights)
         else:
-            ask = live(run.whole_teacher(opened), weights)
+            teacher = run.whole_teacher(opened)
+            require_same_weights("teacher", teacher, processes)
+            ask = live(teacher, weights)
         student = load_student(opened, asked.mode, asked.checkpointing, processes)
+        comparison.require_same_losses("student", student.model)
         loop = Loop(
             student, ask, rows, asked,
             dtype=run.dtype, processes=processes, job=run.job, console=run.console,
@@ -223,6 +233,17 @@ def _train(run: _Run, opened: Opened, rows: Rows, state: State | None) -> dict[s
         if after["loss"] > before["loss"]:
             run.console.warn("the held-out loss has risen: the result is worse than the student; try a lower --learning-rate")
     return _publish(run, opened, rows, student.values, loop.facts(), before, after)
+
+
+def _measure_whole(run: _Run, opened: Opened, comparison: Comparison) -> None:
+    """Before any device holds shards. A teacher that is asked once is never sharded."""
+    run.let_teacher_go()
+    asked_for = {"student": (opened.student, torch.float32)} | ({} if run.asked.cache_logits else {"teacher": (opened.teacher, run.dtype)})
+    for title, (model, dtype) in asked_for.items():
+        load = partial(load_dense, model.source.folder, dtype=dtype, device=run.processes.device)
+        comparison.measure(title, parameters(model.architecture) * dtype.itemsize, load)
+    if run.asked.data != "self":  # the report's peak is what a run needs: the whole teacher that writes text, not a comparison
+        forget_device_peaks(run.processes.device)
 
 
 def _train_blocks(run: _Run, opened: Opened, rows: Rows, state: State | None) -> dict[str, Any]:

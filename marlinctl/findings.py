@@ -53,10 +53,8 @@ def of_inputs(records: Sequence[LayerRecord]) -> list[str]:
 
 def of_text(facts: Mapping[str, Any], flag: str) -> list[str]:
     """facts: of a calibration, or of the rows of a distillation. flag: what sets the length."""
-    cut = facts.get("cut", {"samples": 0, "tokens": 0})  # a job of marlinctl 0.1.0 did not count them
-    if not cut["samples"]:
-        return []
-    return [f"{cut['samples']} chats are longer than {flag} {facts['sequence_length']} and were cut; {cut['tokens']:,} tokens are left out"]
+    cut = facts.get("cut", 0)  # a job of an earlier version did not count them
+    return [f"{cut} chats are longer than {flag} and were cut to {facts['sequence_length']} tokens"] if cut else []
 
 
 def _some(names: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from marlinctl import manifest, pattern
 from marlinctl.checkpoint import formats
 from marlinctl.checkpoint.mask import open_masks
+from marlinctl.log import printable
 
 if TYPE_CHECKING:
     from marlinctl.checkpoint.mask import Masks
@@ -35,10 +36,10 @@ _NATIVE_WARNING = (
 
 def inspect(folder: Path, *, weights: bool = False) -> dict[str, Any]:
     """The facts as one JSON-ready document. `weights`: read them all, for what only they tell."""
-    from marlinctl.checkpoint.reader import open_checkpoint
+    from marlinctl.folder import open_folder
 
-    with open_checkpoint(folder, weight_files="auto") as checkpoint, open_masks(folder) as masks:
-        info = formats.detect(checkpoint.config, checkpoint.tensors)
+    with open_folder(folder) as examined, open_masks(folder) as masks:
+        checkpoint, info = examined.checkpoint, examined.info
         shapes = {layer: formats.layer_shape(checkpoint, info, layer) for layer in info.layers}
         return {
             "folder": str(folder),
@@ -52,7 +53,7 @@ def inspect(folder: Path, *, weights: bool = False) -> dict[str, Any]:
             "pattern": _pattern(checkpoint, info, masks, weights),
             "shards": len(checkpoint.files),
             "loads_in": list(info.loaders),
-            "warnings": [*checkpoint.notes, *([_NATIVE_WARNING] if info.name in formats.NATIVE else [])],
+            "warnings": [*examined.notes, *([_NATIVE_WARNING] if info.name in formats.NATIVE else [])],
             "manifest": _manifest(folder),
         }
 
@@ -145,8 +146,9 @@ def table(facts: Mapping[str, Any]) -> str:
         ("loads in", ", ".join(facts["loads_in"])),
         ("manifest", f"{facts['manifest']['files']} files; check them with marlinctl verify" if facts["manifest"] else "none"),
     )
-    lines = [f"{key:<16}{value}" for key, value in rows if value]
-    return "\n".join([*lines, *(f"{'note':<16}{warning}" for warning in facts["warnings"])])
+    lines = [(key, value) for key, value in rows if value]
+    lines += [("note", warning) for warning in facts["warnings"]]
+    return "\n".join(f"{key:<16}{printable(value, one_line=True)}" for key, value in lines)
 
 
 def _pattern_line(facts: Mapping[str, Any]) -> str:

@@ -10,7 +10,6 @@ which `pack` makes the other formats; linears that are pruned and not quantized 
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +27,7 @@ from marlinctl.checkpoint.licence import licence_of
 from marlinctl.checkpoint.mask import Masks, open_masks
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
+from marlinctl.checkpoint.switches import without
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output
 from marlinctl.console import Console
 from marlinctl.devices import device_peaks, threads
@@ -40,6 +40,7 @@ from marlinctl.opening import Opened, Options, open_model
 from marlinctl.pages.files import report_files
 from marlinctl.recipe import Recipe, recipe_hash
 from marlinctl.rehearsal import rehearse_before
+from marlinctl.report import read_report
 from marlinctl.scratch import Scratch
 from marlinctl.skeleton import build
 from marlinctl.solving import LayerRecord, Solving, linear_digest, weight_digest
@@ -75,14 +76,14 @@ def run_job(
     asked = {"model": model, "recipe": recipe.model_dump(mode="json"), "options": options.document(), "measured": measured}
     request = Request("quantize" if recipe.sparsify.pattern == "none" else "sparsify", asked)
     if not options.resume:
-        check_output(out, overwrite=options.overwrite, sources=local)
+        check_output(out, overwrite=options.overwrite, sources=local, rejects=measure is not None)
     with job.held(request, resume=options.resume, console=console):
-        console.log_to(out.with_name(out.name + ".log"))
+        console.log_to(job.log)
         if job.publishing is not None and options.redo_from is None:
             job.publish_again(overwrite=options.overwrite, keep=options.keep_job)
             return published_report(out), _found(model, options, console)
         if options.resume:  # there may be an output by now
-            check_output(out, overwrite=options.overwrite, sources=local)
+            check_output(out, overwrite=options.overwrite, sources=local, rejects=measure is not None)
         return _run(job, model, out, recipe, options, console, measure)
 
 
@@ -117,7 +118,7 @@ def _run(
                     report["evaluation"] = measure(staged.path, opened.source)
                 except GateRefused:
                     _write_reports(staged, report, opened, fmt)
-                    staged.set_aside()
+                    console.warn(f"not published; the result is kept in {staged.set_aside()}")
                     job.remove()
                     raise
             _write_reports(staged, report, opened, fmt)
@@ -279,7 +280,7 @@ def _warnings(opened: Opened, calibration: CalibrationSet, records: list[LayerRe
 
 
 def _config(opened: Opened, recipe: Recipe) -> dict[str, Any]:
-    config = {k: v for k, v in opened.checkpoint.config.items() if k != "auto_map"}
+    config: dict[str, Any] = without(opened.checkpoint.config)
     if recipe.quantize.bits == 16:
         return config
     layers = dict(opened.plan.group_sizes)
@@ -297,8 +298,7 @@ def _ignore(opened: Opened) -> list[str]:
 
 def published_report(out: Path) -> dict[str, Any]:
     """The report of a folder that is published already."""
-    document: dict[str, Any] = json.loads((out / "marlinctl_report.json").read_text("utf-8"))
-    return {key: value for key, value in document.items() if key != "schema_version"}
+    return {key: value for key, value in read_report(out).items() if key != "schema_version"}
 
 
 def _write_reports(staged: StagedCheckpoint, report: Mapping[str, Any], opened: Opened, fmt: str) -> None:

@@ -20,7 +20,7 @@ from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import require_space
 from marlinctl.console import Console
 from marlinctl.devices import choose_device, forward_dtype, grow_segments
-from marlinctl.errors import BadInput, ResourceProblem
+from marlinctl.errors import ResourceProblem
 from marlinctl.known_digests import check_known_digests
 from marlinctl.memory import Work, available_memory, predicted_peak
 from marlinctl.models import Architecture
@@ -104,22 +104,12 @@ def open_model(
     packed = {f"{name}.weight" for name in looked.plan.group_sizes} if recipe.quantize.bits == 4 else set()
     contents = read_contents(checkpoint, console, scan=looked.architecture.expected, for_4_bits=packed, noted=noted())
     check_known_digests(checkpoint, contents)
-    _refuse_two_heads(checkpoint, looked.architecture)
     contents.require_finite()
     for warning in findings.of_weights(contents, strict=options.strict):
         console.warn(warning)
         warnings.append(warning)
     known = looked.architecture
     return Opened(source, checkpoint, known, looked.plan, tensors, pattern, looked.matches, device, dtype, contents, tuple(warnings))
-
-
-def _refuse_two_heads(checkpoint: Checkpoint, known: Architecture) -> None:
-    """BadInput E375: transformers would compute with the stored head, vLLM with the embedding, and the walk with what is tied."""
-    for name in known.tied_copies(checkpoint.tensors):
-        if checkpoint.raw(name) != checkpoint.raw(f"{known.embedding}.weight"):
-            what = f"config.json ties the output head to the embedding, and {name} is another matrix"
-            fix = 'write "tie_word_embeddings": false into config.json if the model has a head of its own'
-            raise BadInput("E375", what, where=str(checkpoint.tensors[name].file), fix=fix)
 
 
 def _require_room(looked: Looked, tensors: Mapping[str, TensorInfo], pattern: Known, work: Work, out: Path, options: Options) -> None:

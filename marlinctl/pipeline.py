@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from marlinctl.checkpoint.contents import read_contents
-from marlinctl.checkpoint.durable import write_document
+from marlinctl.checkpoint.durable import write_bytes, write_document
 from marlinctl.checkpoint.formats import detect
+from marlinctl.checkpoint.ownership import leave_results
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import check_output, keep_rejected
 from marlinctl.console import Console
 from marlinctl.evaluation.tasks import require_lm_eval
+from marlinctl.folder import examine
 from marlinctl.gate import Gate, GateRefused, measure
 from marlinctl.job import published_report, run_job, versions
 from marlinctl.journal import JOB, JobFolder, Place, Request, sha256_of
@@ -74,19 +76,21 @@ def run_compress(
         "gate": gate.document(),
     }
     job = _CompressJob(out)
+    rejects = evaluate_result or gate.asked
     if not options.resume:
-        _check_places(places.values(), options, sources)
+        _check_places(places.values(), options, sources, rejects)
     if evaluate_result and recipe.evaluate.tasks:
         require_lm_eval()
     with job.held(Request("compress", asked), resume=options.resume, console=console):
-        console.log_to(out.with_name(out.name + ".log"))
+        console.log_to(job.log)
         if job.publishing is not None and options.redo_from is None:
             job.publish_again(overwrite=options.overwrite, keep=options.keep_job)
             return published_report(out)
         if options.resume:
-            _check_places(places.values(), options, sources)
+            _check_places(places.values(), options, sources, rejects)
         source = resolve_model(model, revision=options.revision, cache_dir=options.cache_dir, offline=options.offline, console=console)
         with open_checkpoint(source.folder) as checkpoint:
+            examine(checkpoint, structure="needed", dense=True, tokenizer=True, module_map=options.module_map)  # the stages say its notes
             contents = read_contents(checkpoint, console, noted=job.noted("model", console))
         job.watch(contents)
         texts = _texts(recipe, job.lines[0]["fingerprint"].get("texts", {}) if job.begun else {})
@@ -109,14 +113,13 @@ def run_compress(
         distilled = work / "distilled"  # trained weights and norms are what the codes were made from
         made_from = distilled if distilled.is_dir() else source.folder
         report["verified"] = {fmt: verify(work / fmt, source=made_from, load=None, console=console).document() for fmt in places}
-        if evaluate_result or gate.asked:
+        if rejects:
             try:
                 report["evaluation"] = measure(recipe, gate, console, task_data)(work / "ct", source)
             except GateRefused:
-                for path in work.iterdir():
-                    if path.is_file():  # the job's own; folders are results
-                        path.unlink()
-                keep_rejected(work, out.resolve())
+                kept = keep_rejected(work, job.out)
+                leave_results(kept)
+                console.warn(f"not published; the result is kept in {kept}")
                 raise
         for fmt in places:
             _write_reports(work / fmt, fmt, report)
@@ -137,9 +140,9 @@ def _texts(recipe: Recipe, noted: Mapping[str, Any]) -> dict[str, Any]:
     return {"texts": {**noted, **found}}
 
 
-def _check_places(places: Iterable[Path], options: Options, sources: list[Path]) -> None:
-    for place in places:
-        check_output(place, overwrite=options.overwrite, sources=sources)
+def _check_places(places: Iterable[Path], options: Options, sources: list[Path], rejects: bool) -> None:
+    for i, place in enumerate(places):
+        check_output(place, overwrite=options.overwrite, sources=sources, rejects=rejects and i == 0)  # all are kept as the first one's
 
 
 def _interchange(model: str, source: Source, work: Path, recipe: Recipe, options: Options, console: Console) -> dict[str, Any]:
@@ -194,4 +197,4 @@ def _write_reports(folder: Path, fmt: str, report: Mapping[str, Any]) -> None:
         report = {**report, "bytes": {**report["bytes"], "result": sum(info.nbytes for info in checkpoint.tensors.values())}}
     kept = [item["name"] for item in report["kept"]]
     for name, data in report_files(report, folder, fmt=fmt, layers=layers, ignore=kept).items():
-        (folder / name).write_bytes(data)
+        write_bytes(folder / name, data)

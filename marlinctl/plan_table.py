@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from marlinctl.console import duration
+from marlinctl.log import printable
 
 
 def table(plan: Mapping[str, Any]) -> str:
     """The document of `make_plan` as text."""
-    return "\n".join(f"{key:<14}{value}" for key, value in _rows(plan))
+    return "\n".join(f"{key:<14}{printable(value, one_line=True)}" for key, value in _rows(plan))
 
 
 def _rows(plan: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

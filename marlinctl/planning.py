@@ -82,7 +82,7 @@ def make_plan(model: str, recipe: Recipe, settings: Settings, console: Console) 
 
 
 def _document(seen: Headers, recipe: Recipe, settings: Settings, console: Console) -> dict[str, Any]:
-    looked = look(seen.checkpoint, recipe, settings.module_map, console, files=seen.files)
+    looked = look(seen.checkpoint, recipe, settings.module_map, console, files=seen.files, weights=seen.weights)
     found = from_headers(seen.checkpoint, looked.shapes, weights=seen.weights)
     if not (found.origin is None and "marlin_24" in recipe.pack.formats and not seen.weights):
         check_pattern(found, looked, recipe, console)

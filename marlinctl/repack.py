@@ -30,8 +30,11 @@ from marlinctl import card, manifest, pattern
 from marlinctl.checkpoint import formats, writer
 from marlinctl.checkpoint.contents import Contents, read_contents
 from marlinctl.checkpoint.mask import Masks, open_masks
+from marlinctl.checkpoint.reader import open_checkpoint
+from marlinctl.checkpoint.switches import without
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, CheckFailed, NumericalProblem, Problem, UsageError
+from marlinctl.folder import examine
 from marlinctl.journal import JobFolder, Request
 from marlinctl.known_digests import check_known_digests
 from marlinctl.memory import SHARD_BYTES
@@ -53,6 +56,7 @@ class Source:
     untouched: tuple[str, ...]  # tensors that no packed linear owns
     masks: Masks | None = None
     carried: tuple[str, ...] = ()  # linears that stayed 16-bit and have a mask all the same: it travels with them
+    notes: tuple[str, ...] = ()  # what the person should know of the folder
     from_zeros: bool = False  # nobody states the 2:4 pattern that a target needs: the codes that are zero tell
 
     @property
@@ -128,12 +132,13 @@ def _repack(job: JobFolder, source: Path, outputs: Mapping[str, Path], overwrite
     with ExitStack() as stack:
         masks = stack.enter_context(open_masks(source))
         opened = open_source(source, masks)
+        for note in opened.notes:
+            console.warn(note)
         opened = replace(opened, from_zeros="marlin_24" in outputs and opened.origin is None)
         refuse_misfits(opened, list(outputs))
-        for note in opened.checkpoint.notes:
-            console.warn(note)
-        contents = read_contents(opened.checkpoint, console)
+        contents = read_contents(opened.checkpoint, console, scan=opened.untouched)
         check_known_digests(opened.checkpoint, contents)
+        contents.require_finite()
         job.watch(contents)
         facts = {"source": _source_digest(opened, contents), "formats": list(outputs), "version": provenance({})["version"]}
         job.check(facts) if job.begun else job.begin(facts)
@@ -184,10 +189,9 @@ def output_folders(out: Path, fmt: str, also: Sequence[str]) -> dict[str, Path]:
 
 def open_source(folder: Path, masks: Masks | None = None) -> Source:
     """Open a packed checkpoint; `masks` is its mask file. BadInput when it is dense, damaged, or in no format that can be read exactly."""
-    from marlinctl.checkpoint.reader import open_checkpoint
-
     checkpoint = open_checkpoint(folder, weight_files="auto")
-    info = formats.detect(checkpoint.config, checkpoint.tensors)
+    examined = examine(checkpoint, structure="known")
+    info = examined.info
     if info.name == "dense":
         raise BadInput(
             "E347",
@@ -195,18 +199,11 @@ def open_source(folder: Path, masks: Masks | None = None) -> Source:
             where=str(folder),
             fix=f"marlinctl quantize {folder} OUT",
         )
-    if not info.layers:
-        raise BadInput(
-            "E348",
-            f"config.json says {info.name}, but no tensor is packed that way",
-            where=str(folder),
-            fix="config.json belongs to another model; fetch the checkpoint again",
-        )
     owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in formats.SUFFIXES[info.name]}
     shapes = {layer: formats.layer_shape(checkpoint, info, layer) for layer in info.layers}
     untouched = tuple(name for name in checkpoint.tensors if name not in owned)
     carried = () if masks is None else tuple(layer for layer in masks.layers if f"{layer}.weight" in checkpoint.tensors)
-    return Source(checkpoint, info, shapes, untouched, masks, carried)
+    return Source(checkpoint, info, shapes, untouched, masks, carried, notes=examined.notes)
 
 
 def refuse_misfits(source: Source, targets: Sequence[str]) -> None:
@@ -335,8 +332,8 @@ def _finish(source: Source, contents: Contents, fmt: str, stage: writer.StagedCh
     """Everything of the folder but the linears, and the check from disk."""
     stage.copy_tensors(source.checkpoint, source.untouched)
     stage.copy_companions(source.checkpoint.folder)
-    old = source.checkpoint.config.get("quantization_config") or source.checkpoint.config.get("compression_config") or {}
-    config = {key: value for key, value in source.checkpoint.config.items() if key not in ("quantization_config", "compression_config")}
+    old = formats.quantization_block(source.checkpoint.config) or {}
+    config = without(formats.without_quantization(source.checkpoint.config))
     if fmt != "dense":
         config["quantization_config"] = formats.quantization_config(fmt, source.info.layers, source.ignore, provenance(old))
     if fmt == "gptq":
@@ -402,8 +399,6 @@ def _source_digest(source: Source, contents: Contents) -> dict[str, Any]:
 
 def check_written(source: Source, fmt: str, folder: Path, console: Console) -> None:
     """Read the staged folder back: same tensors, codes, scales and masks, same untouched bytes. CheckFailed names the first difference."""
-    from marlinctl.checkpoint.reader import open_checkpoint
-
     written = open_checkpoint(folder, weight_files="auto")
     info = formats.detect(written.config, written.tensors)
     expected = set(source.untouched) | {f"{layer}.{suffix}" for layer in source.info.layers for suffix in formats.SUFFIXES[fmt]}

@@ -25,9 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 from marlinctl import fidelity, manifest, pattern
 from marlinctl.checkpoint import formats
+from marlinctl.checkpoint.finite import scan_finite
 from marlinctl.checkpoint.mask import open_masks
-from marlinctl.checkpoint.targets import matches
-from marlinctl.errors import BadInput, CheckFailed, Problem
+from marlinctl.checkpoint.targets import Entries
+from marlinctl.errors import BadInput, CheckFailed, NumericalProblem, Problem
+from marlinctl.folder import refuse_two_heads
 from marlinctl.kernel_check import KernelCheck, check_kernels, tiles
 from marlinctl.memory import available_memory
 from marlinctl.models import architecture
@@ -71,12 +73,14 @@ def verify(
     folder: Path, *, source: Path | None, load: bool | None, console: Console, module_map: Path | None = None, kernels: bool = True
 ) -> Verified:
     """All checks in turn; the first kind that fails raises, naming everything it found. `load` None: if it fits into memory."""
-    from marlinctl.checkpoint.reader import open_checkpoint
+    from marlinctl.folder import open_folder
 
     document = manifest.check(folder)
     console.say(f"digests: {len(document['files'])} files as the manifest says")
-    with open_checkpoint(folder, weight_files="auto") as checkpoint, open_masks(folder) as masks:
-        info = formats.detect(checkpoint.config, checkpoint.tensors)
+    with open_folder(folder, structure="no") as examined, open_masks(folder) as masks:
+        checkpoint, info = examined.checkpoint, examined.info
+        for note in examined.notes:
+            console.warn(note)
         skipped = check_structure(checkpoint, info, module_map)
         console.say(f"structure: {len(checkpoint.tensors)} tensors, {len(info.layers)} linears in {info.name}")
         check_contents(checkpoint, info, console)
@@ -133,6 +137,7 @@ def check_structure(checkpoint: Checkpoint, info: formats.FormatInfo, module_map
         for name in model.unexpected({name: None for name in checkpoint.tensors if name not in owned})
     ]
     _raise("E105", problems)
+    refuse_two_heads(checkpoint, model)
     return []
 
 
@@ -162,7 +167,7 @@ def _tensor_problems(checkpoint: Checkpoint, name: str, dtypes: Sequence[str], s
 
 def _config_problems(checkpoint: Checkpoint, info: formats.FormatInfo) -> list[Problem]:
     """What clients need in quantization_config and do not miss aloud."""
-    block = checkpoint.config.get("quantization_config") or {}
+    block = formats.quantization_block(checkpoint.config) or {}
     where = str(checkpoint.folder / "config.json")
     problems: list[Problem] = []
 
@@ -172,18 +177,21 @@ def _config_problems(checkpoint: Checkpoint, info: formats.FormatInfo) -> list[P
 
     if info.name == "ct":
         must("quantization_status", "compressed", "transformers would fill the linears with random numbers")
-        ignore = [str(entry) for entry in block.get("ignore") or []]
         others = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-        problems += [
-            Problem(f"{name} is 16-bit, but `ignore` does not say so: clients would look for packed tensors", where, _AGAIN)
-            for name in formats.sixteen_bit_linears(others, info.layers)
-            if not any(matches(name, entry) for entry in ignore)
-        ]
-        problems += [
-            Problem(f"{layer} is packed, but `ignore` names it: clients would look for a 16-bit weight", where, _AGAIN)
-            for layer in info.layers
-            if any(matches(layer, entry) for entry in ignore)
-        ]
+        try:
+            ignored = Entries(str(entry) for entry in block.get("ignore") or [])
+            problems += [
+                Problem(f"{name} is 16-bit, but `ignore` does not say so: clients would look for packed tensors", where, _AGAIN)
+                for name in formats.sixteen_bit_linears(others, info.layers)
+                if name not in ignored
+            ]
+            problems += [
+                Problem(f"{layer} is packed, but `ignore` names it: clients would look for a 16-bit weight", where, _AGAIN)
+                for layer in info.layers
+                if layer in ignored
+            ]
+        except ValueError as problem:  # expressions that take too long
+            problems.append(Problem(f"quantization_config.ignore: {problem}", where, _AGAIN))
     if info.name == "gptq":
         must("checkpoint_format", "gptq", "clients would be off by one step everywhere")
         must("desc_act", False, "current servers refuse activation order at run time")
@@ -195,9 +203,14 @@ def _config_problems(checkpoint: Checkpoint, info: formats.FormatInfo) -> list[P
 
 
 def check_contents(checkpoint: Checkpoint, info: formats.FormatInfo, console: Console) -> None:
-    """Every packed linear is unpacked and packed again; some are read a second, independent way."""
+    """No NaN anywhere; every packed linear is unpacked and packed again; some are read a second, independent way."""
     import torch
 
+    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in formats.SUFFIXES[info.name]}
+    try:
+        scan_finite(checkpoint, [name for name in checkpoint.tensors if name not in owned])
+    except NumericalProblem as found:
+        _raise("E106", found.problems)
     layers = list(info.layers)
     sampled = set(layers[:: max(1, len(layers) // _SAMPLES)])
     problems: list[Problem] = []
@@ -297,12 +310,14 @@ def logit_error(checkpoint: Checkpoint) -> float:
     from transformers import AutoModelForCausalLM
 
     from marlinctl.load import dense_tensors, model_from, quietly
+    from marlinctl.model_config import transformers_config
 
     try:
         with quietly():
             client, info = AutoModelForCausalLM.from_pretrained(
-                checkpoint.folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-            )
+                checkpoint.folder, config=transformers_config(checkpoint.config, checkpoint.folder, quantized=True), dtype=torch.float32,
+                local_files_only=True, output_loading_info=True,
+            )  # fmt: skip
             client.eval()
             tokens = _probe(int(client.config.get_text_config().vocab_size))
             theirs = _logits(client, tokens)
@@ -357,12 +372,14 @@ def _compare(
 ) -> dict[str, Any] | None:
     if source is None:
         return None
-    from marlinctl.checkpoint.reader import open_checkpoint
+    from marlinctl.folder import open_folder
 
     if not info.layers:
         raise BadInput("E347", "the folder holds no quantized linear to compare", where=str(checkpoint.folder), fix="leave --source out")
-    with open_checkpoint(source) as original:
-        report = fidelity.compare(checkpoint, info, original, console, masks)
+    with open_folder(source, weight_files="model") as original:
+        for note in original.notes:
+            console.warn(f"source: {note}")
+        report = fidelity.compare(checkpoint, info, original.checkpoint, console, masks)
     console.say(f"source: {fidelity.summary(report)}")
     return report
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from marlinctl.calibration import CalibrationSet
 from marlinctl.checkpoint.contents import Contents
-from marlinctl.checkpoint.durable import write_tensors
+from marlinctl.checkpoint.durable import disk_problems, make_folder, write_tensors
 from marlinctl.checkpoint.header import read_header
 from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.writer import StagedCheckpoint
@@ -78,7 +78,8 @@ class WalkJob(JobFolder):
         size = solving.staged.sync() - masked
         noted["masks"] = {"bytes": size, "sha256": _sha256_of_part(solving.staged.spool, masked, size) if size else None}
         if states:
-            (self.path / "states").mkdir(exist_ok=True)
+            with disk_problems(self.path):
+                make_folder(self.path / "states")
             self._forget_states(before=index + 2 - _STATES_KEPT)
             write_tensors(self.path / _state_name(index + 1), states)
             noted["state"] = self._described(_state_name(index + 1))
@@ -158,7 +159,7 @@ class WalkJob(JobFolder):
         path = self.path / noted["name"]
         if not path.is_file():  # a shard that had its final name when the run died
             path = next(iter(path.parent.glob(f"{path.stem}-of-*{path.suffix}")), path)
-        return path.is_file() and path.stat().st_size == noted["bytes"] and sha256_of(path) == noted["sha256"]
+        return path.is_file() and not path.is_symlink() and path.stat().st_size == noted["bytes"] and sha256_of(path) == noted["sha256"]
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         infos, problems = read_header(self.path, name)

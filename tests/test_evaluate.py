@@ -22,6 +22,7 @@ from marlinctl.evaluation import loading, tasks
 from marlinctl.load import load_dense
 from tests.checkpoint.test_contents import flip
 from tests.evaluation.local_copies import mmlu, parquet_layout, saved_layout, write_parquet
+from tests.packed import edit_json
 from tests.tiny import make_tiny, tiny_tokenizer
 
 QUIET = Console.quiet()
@@ -253,8 +254,8 @@ def test_gemma_starts_its_windows(tmp_path: Path, model: Path, prose: str) -> No
     folder.mkdir()
     for file in model.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    opened = loading.open_subject(folder, QUIET)
-    gemma = loading.Subject(opened.folder, opened.name, opened.config | {"model_type": "gemma2"}, opened.contents)
+    opened = loading.open_subject(folder)
+    gemma = loading.Subject(opened.folder, opened.name, opened.config | {"model_type": "gemma2"})
     run = subject._Run(gemma, None, EvalSettings(text=prose, tokens=512, window=128, **SMALL), QUIET)
     rows, start = run._windows(subject.load_text(prose))
     assert start == 1 and rows[:, 0].tolist() == [1] * 4
@@ -272,8 +273,14 @@ def test_other_tokenizer_is_refused(model: Path, tmp_path: Path, prose: str) -> 
 
 def test_tokenizer_that_is_too_large(tmp_path: Path, prose: str) -> None:
     """An id beyond the embedding would end in an IndexError in the middle of the run."""
-    folder = make_tiny(tmp_path / "small", vocab_size=256)
-    with pytest.raises(BadInput, match="the model knows 256 words") as caught:
+    with pytest.raises(BadInput, match="vocab_size is 256") as caught:
+        evaluate(make_tiny(tmp_path / "small", vocab_size=256), EvalSettings(text=prose, tokens=64, window=32, **SMALL), QUIET)
+    assert caught.value.error_id == "E315"
+    folder = make_tiny(tmp_path / "added")
+    token = {"content": "<late>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+    late = {str(i): {**token, "content": f"<{i}>"} for i in range(269, 300)}
+    edit_json(folder / "tokenizer_config.json", lambda document: document.update(added_tokens_decoder=late))
+    with pytest.raises(BadInput, match="the model knows 288 words") as caught:
         evaluate(folder, EvalSettings(text=prose, tokens=64, window=32, **SMALL), QUIET)
     assert caught.value.error_id == "E386"
 
@@ -292,20 +299,24 @@ def test_a_model_of_nan_has_no_score(model: Path, tmp_path: Path, layouts: dict[
     assert caught.value.error_id == "E620"
 
 
+def identity_of(folder: Path) -> str:
+    return loading.read_weights(loading.open_subject(folder), QUIET).identity
+
+
 def test_identity_sees_weights(model: Path, other: Path, tmp_path: Path) -> None:
     """--resume would continue with the results of a model that differs in nothing but its weights."""
     again = make_tiny(tmp_path / "again")
-    identity = loading.open_subject(model, QUIET).identity
-    assert loading.open_subject(again, QUIET).identity == identity != loading.open_subject(other, QUIET).identity
+    identity = identity_of(model)
+    assert identity_of(again) == identity != identity_of(other)
     (again / "marlinctl_report.json").write_text("{}")  # may be rewritten at any time
-    assert loading.open_subject(again, QUIET).identity == identity
+    assert identity_of(again) == identity
     shard = again / "model.safetensors"
     for place in range(shard.stat().st_size // 2, shard.stat().st_size, shard.stat().st_size // 7):
         flip(shard, place)
-        assert loading.open_subject(again, QUIET).identity != identity, "one bit, wherever it is"
+        assert identity_of(again) != identity, "one bit, wherever it is"
         flip(shard, place)
     (again / "tokenizer_config.json").write_text("{}")
-    assert loading.open_subject(again, QUIET).identity != identity
+    assert identity_of(again) != identity
 
 
 def test_a_model_that_changes_before_it_is_loaded_is_not_measured(tmp_path: Path, prose: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +360,7 @@ def test_batches_shrink_with_length(model: Path) -> None:
     """`auto` would ask for a batch of long questions that no memory holds, or for batches of one everywhere."""
     from marlinctl.evaluation.harness import MOST_ON_CPU, Harness
 
-    opened = loading.open_subject(model, QUIET)
+    opened = loading.open_subject(model)
     harness = Harness(load_dense(model, dtype=torch.float32), loading.load_tokenizer(opened), batch_size="auto", console=QUIET)
     assert harness.fitting_batch(10) == MOST_ON_CPU
     harness.model.config.vocab_size = 262_144

@@ -341,9 +341,9 @@ def test_going_back_in_a_compress(place: Path, tmp_path: Path, monkeypatch: pyte
 # ---- refusals ------------------------------------------------------------------------------------------------------------------------
 
 
-def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+def refused(capfd: pytest.CaptureFixture[str], *arguments: str, code: int = 2) -> dict[str, Any]:
     capfd.readouterr()
-    assert main([*arguments, "--json"]) == 2
+    assert main([*arguments, "--json"]) == code
     error: dict[str, Any] = json.loads(capfd.readouterr().out)["error"]
     return error
 
@@ -538,6 +538,24 @@ def test_jobs_are_listed_and_removed(
     assert capfd.readouterr().out == f"no jobs below {tmp_path}\n"
 
 
+def test_only_jobs_of_ours_are_removed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Any folder called X.job with any job.json in it would be deleted, and what a link of that name leads to."""
+    theirs = tmp_path / "x.job"
+    theirs.mkdir()
+    (theirs / "job.json").write_text('{"queue": "long"}')
+    (theirs / "thesis.tex").write_text("mine")
+    (tmp_path / "link.job").symlink_to(theirs)
+    for name in ("x", "x.job", "link", "link.job"):
+        told = refused(capfd, "jobs", "rm", str(tmp_path / name), "--yes")
+        assert told["id"] == "E224", name
+    for name in ("x", "link"):
+        assert refused(capfd, "resume", str(tmp_path / name))["id"] == "E224"
+    assert sorted(path.name for path in theirs.iterdir()) == ["job.json", "thesis.tex"]
+    capfd.readouterr()
+    assert main(["jobs", "ls", str(tmp_path)]) == 0
+    assert capfd.readouterr().out == f"no jobs below {tmp_path}\n"
+
+
 def test_a_job_at_work_is_shown_and_not_removed(place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Removing the folder under a running process would break it hours in."""
     out = tmp_path / "out"
@@ -550,7 +568,9 @@ def test_a_job_at_work_is_shown_and_not_removed(place: Path, tmp_path: Path, cap
         assert main(["jobs", "ls", str(tmp_path), "--json"]) == 0
         (job,) = json.loads(capfd.readouterr().out)["jobs"]
         assert job["running"]["pid"] == process.pid and job["blocks"] == 1
-        assert refused(capfd, "jobs", "rm", str(out), "--yes")["id"] == "E285"
+        assert refused(capfd, "jobs", "rm", str(out), "--yes", code=5)["id"] == "E503"
+        told = refused(capfd, *quantize(place, out), code=5)
+        assert told["id"] == "E503" and f"process {process.pid} on {os.uname().nodename}" in told["problems"][0]["what"]
     finally:
         process.kill()
         process.communicate()

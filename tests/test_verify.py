@@ -229,12 +229,13 @@ def test_logits_must_agree(good: dict[str, Path], monkeypatch: pytest.MonkeyPatc
 
 def test_a_folder_that_transformers_refuses_is_a_failure(copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception of another library must become three lines that a person understands."""
-    folder = copy("ct")
-    edit_json(
-        folder / "config.json", lambda config: config["quantization_config"]["config_groups"]["group_0"]["weights"].update(surprise=1)
-    )
-    remake_manifest(folder)
-    problem = failure(folder, load=True)
+    import transformers
+
+    def stop(*_: object, **__: object) -> None:
+        raise ValueError("what another library says")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", stop)
+    problem = failure(copy("ct"), load=True)
     assert problem.error_id == "E109" and problem.exit_code == 1
 
 

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from marlinctl import manifest
 from marlinctl.checkpoint import mask
 from marlinctl.checkpoint.files import FileRefused, exists, open_member
-from marlinctl.checkpoint.finite import TensorScan
+from marlinctl.checkpoint.finite import CHUNK_BYTES, TensorScan
 from marlinctl.checkpoint.header import header_bytes
 from marlinctl.errors import BadInput, NumericalProblem, Problem
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from marlinctl.checkpoint.reader import Checkpoint
     from marlinctl.console import Console, Progress
 
-CHUNK_BYTES = 1 << 18  # stays in the processor's cache; a multiple of every dtype's width
 SHARDS_AT_ONCE = 4
 SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system that is in use (FAT) ticks every two seconds
 ALL_ZERO = -1

@@ -14,20 +14,41 @@ torch: these loops are short, and torch's thread pool makes them 30 times slower
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from marlinctl.checkpoint.files import shown
-from marlinctl.errors import Problem
+from marlinctl.errors import NumericalProblem, Problem
 
 if TYPE_CHECKING:
     import numpy as np
 
     from marlinctl.checkpoint.header import TensorInfo
+    from marlinctl.checkpoint.reader import Checkpoint
 
+CHUNK_BYTES = 1 << 18  # stays in the processor's cache; a multiple of every dtype's width
 _FEWEST_ROWS = 8  # two bfloat16 weights are equal by chance once in a few hundred times, eight never
 LARGEST_IN_4_BITS = 7 * 65280.0  # the largest positive code times the largest scale that float16 and bfloat16 hold
 # dtype -> (unsigned integer of the same width, the bit pattern of +infinity)
 _INFINITY = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F80_0000), "F64": ("<u8", 0x7FF0_0000_0000_0000)}
+
+
+def scan_finite(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """NumericalProblem E620 that names every one of these tensors with a NaN or infinity. Reads them alone, and takes no digests."""
+    import numpy as np
+
+    buffer, scratch = np.empty(CHUNK_BYTES, dtype=np.uint8), np.empty(CHUNK_BYTES, dtype=np.uint8)
+    problems: list[Problem] = []
+    for info in filter(TensorScan.reads, (checkpoint.tensors[name] for name in names)):
+        look = TensorScan(info, for_4_bits=False)
+        for start in range(info.begin, info.end, CHUNK_BYTES):
+            chunk = buffer[: min(CHUNK_BYTES, info.end - start)]
+            checkpoint.read_into(info, start, chunk.data)
+            look.see(chunk, start, scratch)
+        if look.problem is not None:
+            problems.append(look.problem[1])
+    if problems:
+        raise NumericalProblem.from_problems("E620", problems)
 
 
 class TensorScan:

@@ -72,11 +72,13 @@ def command(
     if tp is not None:
         raise UsageError("E232", "--tp goes with --check", where="--tp", fix=f"marlinctl pack {source} --check --tp {tp}")
     from marlinctl.checkpoint.writer import check_output
+    from marlinctl.journal import JobFolder
     from marlinctl.repack import output_folders
 
     local = [Path(source)] if Path(source).exists() else []
     for folder in output_folders(out, fmt, also).values():
         check_output(folder, overwrite=overwrite, sources=local)  # before anything is fetched
+    JobFolder(out).refuse_foreign()
     asked = {"source": source, "format": fmt, "also": list(also), "overwrite": overwrite, "keep_job": keep_job}
     pack(console, out, {**asked, "cache_dir": None if cache_dir is None else str(cache_dir)}, resume=False)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from marlinctl.errors import UsageError
+from marlinctl.log import redact
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -231,10 +232,10 @@ def refuse_unknown_dtype(dtype: str) -> None:
 
 
 def command_line() -> str:
-    """The command as it was typed, for report and card."""
+    """The command as it was typed, for report, card and manifest; without tokens and logins, which stand in files that are published."""
     import shlex
 
-    return shlex.join(["marlinctl", *sys.argv[1:]])
+    return redact(shlex.join(["marlinctl", *sys.argv[1:]]))
 
 
 def _of_table(flags: Mapping[str, tuple[str, dict[str, Any]]]) -> list[_Decorator]:

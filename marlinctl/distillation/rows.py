@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from marlinctl import findings
-from marlinctl.calibration import NOTHING_CUT, load_tokenizer, read_samples, write_samples
+from marlinctl.calibration import load_tokenizer, read_samples, write_samples
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, UsageError
 from marlinctl.recipe import Calibration, Distill
@@ -94,7 +94,7 @@ def load_rows(asked: Distill, folder: Path, *, console: Console, load_teacher: C
     tokenizer = load_tokenizer(folder)
     if asked.data == "self":
         teacher = load_teacher()
-        ids, how, cut = write_samples(teacher, tokenizer, sample, console, together=SELF_TOGETHER), "written by the teacher", NOTHING_CUT
+        ids, how, cut = write_samples(teacher, tokenizer, sample, console, together=SELF_TOGETHER), "written by the teacher", 0
     else:
         ids, how, cut = read_samples(sample, tokenizer)
     padding = ids < 0
@@ -102,9 +102,8 @@ def load_rows(asked: Distill, folder: Path, *, console: Console, load_teacher: C
     return make_rows(torch.where(padding, pad, ids), ~padding, asked, how, console, cut)
 
 
-def make_rows(
-    ids: Tensor, counted: Tensor, asked: Distill, how: str, console: Console, cut: Mapping[str, int] = NOTHING_CUT
-) -> Rows:
+def make_rows(ids: Tensor, counted: Tensor, asked: Distill, how: str, console: Console, cut: int = 0) -> Rows:
+    """cut: how many chats were longer than a row."""
     got = ids.shape[0]
     if got < 2:
         raise BadInput(

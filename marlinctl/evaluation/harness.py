@@ -102,7 +102,8 @@ class Harness(HFLM):
         tokens = min(longest, self.max_length)
         size = self.model.dtype.itemsize
         config = self.model.config.get_text_config()
-        per_token = size * (3 * config.vocab_size + 8 * getattr(config, "intermediate_size", config.hidden_size))
+        inner = getattr(config, "intermediate_size", config.hidden_size)  # some families have one for each layer
+        per_token = size * (3 * config.vocab_size + 8 * (max(inner) if isinstance(inner, (list, tuple)) else inner))
         if self.device.type == "cuda":
             budget, most = int(CUDA_SHARE * torch.cuda.mem_get_info(self.device)[0]), MOST_ON_CUDA
         else:

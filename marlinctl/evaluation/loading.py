@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from marlinctl.checkpoint.config import stray_tokens
 from marlinctl.devices import cpu_has_bf16
 from marlinctl.errors import BadInput, UsageError
 
@@ -22,16 +23,12 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model to evaluate. `identity` is equal for two folders if all weights, config and tokenizer are."""
+    """A model to evaluate."""
 
     folder: Path
     name: str
     config: dict[str, Any]
-    contents: Contents
-
-    @property
-    def identity(self) -> str:
-        return self.contents.identity
+    notes: tuple[str, ...] = ()  # what the person should know of the folder
 
     @property
     def longest(self) -> int | None:
@@ -47,17 +44,38 @@ class Subject:
         return str(self.config.get("model_type", ""))
 
 
-def open_subject(folder: Path, console: Console, name: str | None = None) -> Subject:
-    """Reads all weights once, for the identity. Another calibration changes codes all over the file and no header; a slice tells nothing
-    of the rest."""
+def open_subject(folder: Path, name: str | None = None) -> Subject:
+    """The folder, after the look that every verb takes (folder.py), its tokenizer included."""
+    from marlinctl.folder import open_folder
+
+    with open_folder(folder, tokenizer=True) as examined:
+        checkpoint = examined.checkpoint
+        return Subject(folder, name or folder.name, checkpoint.config, examined.notes)
+
+
+def read_weights(subject: Subject, console: Console) -> Contents:
+    """All weights once, for the identity: equal for two folders if weights, config and tokenizer are. Another calibration changes codes all
+    over a file and no header, so a part of the file does not answer for the rest."""
     from marlinctl.checkpoint.contents import read_contents
     from marlinctl.checkpoint.reader import open_checkpoint
 
-    with open_checkpoint(folder, weight_files="auto") as checkpoint:
-        for note in checkpoint.notes:
-            console.warn(f"{folder}: {note}")
-        name = name or folder.name
-        return Subject(folder, name, checkpoint.config, read_contents(checkpoint, console, title=f"read all weights of {name}"))
+    with open_checkpoint(subject.folder, weight_files="auto") as checkpoint:
+        return read_contents(checkpoint, console, scan=checkpoint.tensors, title=f"read all weights of {subject.name}")
+
+
+def look_at_weights(subject: Subject, console: Console) -> Contents:
+    """Are they what somebody wrote down, and finite? BadInput E304, NumericalProblem E620.
+
+    They are read for this before they are loaded, at 1 GB/s of a core: nothing against the forward passes that follow.
+    """
+    from marlinctl.checkpoint.reader import open_checkpoint
+    from marlinctl.known_digests import check_known_digests
+
+    contents = read_weights(subject, console)
+    with open_checkpoint(subject.folder, weight_files="auto") as checkpoint:
+        check_known_digests(checkpoint, contents)
+    contents.require_finite()
+    return contents
 
 
 def choose_dtype(dtype: str, device: str, config: dict[str, Any]) -> str:
@@ -77,7 +95,8 @@ def load_tokenizer(subject: Subject) -> Any:
     from marlinctl import calibration
 
     tokenizer = calibration.load_tokenizer(subject.folder)
-    largest = max(tokenizer.get_vocab().values(), default=-1)
+    strays = stray_tokens(subject.config)
+    largest = max((number for token, number in tokenizer.get_vocab().items() if token not in strays), default=-1)
     words = subject.config.get("vocab_size")
     if isinstance(words, int) and largest >= words:
         raise BadInput(
@@ -94,6 +113,4 @@ def load_model(subject: Subject, *, dtype: str, device: str) -> Any:
 
     from marlinctl.load import load_dense
 
-    model = load_dense(subject.folder, dtype=getattr(torch, dtype), device=device).eval()
-    subject.contents.require_unchanged()  # scores are noted under the identity of what was read before
-    return model
+    return load_dense(subject.folder, dtype=getattr(torch, dtype), device=device).eval()

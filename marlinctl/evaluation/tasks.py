@@ -228,6 +228,7 @@ def _with_local_data(wanted: Sequence[str], manager: Any, root: Path, temporary:
 
     index = manager.task_index
     missing: list[str] = []
+    copies: list[local_data.LocalCopy] = []
     needed = list(dict.fromkeys(below for name in wanted for below in _below(name, index)))
     leaves = [name for name in needed if index[name].kind.name not in ("GROUP", "TAG")]
     for place, leaf in enumerate(leaves):
@@ -237,11 +238,14 @@ def _with_local_data(wanted: Sequence[str], manager: Any, root: Path, temporary:
         if changed is None:
             missing.append(leaf)
             continue
+        assert copy is not None
+        copies.append(copy)
         changed["dataset_kwargs"]["cache_dir"] = str(temporary / "cache")
         definition = {"include": str(index[leaf].yaml_path), "task": leaf, **changed}
         (temporary / f"{place:04d}.yaml").write_text(yaml.safe_dump(definition, sort_keys=False), encoding="utf-8")
     if missing:
         raise _no_data(missing, root, index)
+    local_data.check_unpacked(copies)
     folders = sorted({path.parent for name in needed if (path := index[name].yaml_path) is not None})
     return TaskManager(include_path=[*folders, temporary], include_defaults=False)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from marlinctl import card, manifest
 from marlinctl.console import SCHEMA_VERSION, strict
+from marlinctl.log import redacted
 from marlinctl.pages import compression, html, markdown, training
 from marlinctl.pages.provenance import Folder
 
@@ -24,7 +25,11 @@ JSON, MARKDOWN, HTML, CARD = "marlinctl_report.json", "marlinctl_report.md", "ma
 def report_files(
     report: Mapping[str, Any], folder: Path, *, fmt: str, layers: Mapping[str, int], ignore: Sequence[str]
 ) -> dict[str, bytes]:
-    """What is published beside the finished checkpoint in `folder`. layers: its quantized linears and their group sizes."""
+    """What is published beside the finished checkpoint in `folder`. layers: its quantized linears and their group sizes.
+
+    The document holds what a person typed: its command, and the names of texts. Secrets in it are taken out here.
+    """
+    report = redacted(report)
     about = Folder(fmt, manifest.read(folder), manifest.digest(folder))
     if report["kind"] == "distill":
         page, readme = training.page(report, about), card.of_training(report, about)
