@@ -285,7 +285,7 @@ def _publish(
             staged,
             recipe_yaml=run.recipe.to_yaml(),
             manifest=_manifest(run, opened, rows),
-            report_files=lambda folder: report_files(report, folder, fmt=opened.student.info.name, layers={}, ignore=()),
+            report_files=lambda folder: report_files(report, folder, fmt=opened.student.info.name, layers={}),
             console=run.console,
         )
         job.publish([staged], keep=run.options.keep_job)

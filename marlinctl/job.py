@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from marlinctl import __version__, findings
 from marlinctl.calibration import CalibrationSet, load_calibration
-from marlinctl.checkpoint.formats import detect, quantization_config, read_linear, sixteen_bit_linears
+from marlinctl.checkpoint.formats import detect, quantization_config, read_linear
 from marlinctl.checkpoint.licence import licence_of
 from marlinctl.checkpoint.mask import Masks, open_masks
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
@@ -38,6 +38,7 @@ from marlinctl.manifest import made_from
 from marlinctl.memory import CHUNK_TOKENS, peak_rss, release_heap
 from marlinctl.opening import Opened, Options, open_model
 from marlinctl.pages.files import report_files
+from marlinctl.preflight import sixteen_bit
 from marlinctl.recipe import Recipe, recipe_hash
 from marlinctl.rehearsal import rehearse_before
 from marlinctl.report import read_report
@@ -65,11 +66,13 @@ def run_job(
     measure: Measure | None = None,
     *,
     measured: Mapping[str, Any] | None = None,
+    published: Sequence[str] | None = None,
 ) -> tuple[dict[str, Any], Source]:
     """Quantize, prune or both: `model` (folder, hub id or GGUF file) into `out`.
 
     Returns the report as a JSON document, and where the model was found. Where `measure` raises GateRefused the finished folder is kept
-    beside `out`, as OUT.rejected. measured: what `resume` needs to make `measure` again.
+    beside `out`, as OUT.rejected. measured: what `resume` needs to make `measure` again. published: the formats that the person gets in the
+    end, where this walk is a stage of `compress`; who will refuse them is said before the work.
     """
     local = [Path(model)] if Path(model).exists() else []
     job = WalkJob(out)
@@ -84,17 +87,19 @@ def run_job(
             return published_report(out), _found(model, options, console)
         if options.resume:  # there may be an output by now
             check_output(out, overwrite=options.overwrite, sources=local, rejects=measure is not None)
-        return _run(job, model, out, recipe, options, console, measure)
+        return _run(job, model, out, recipe, options, console, measure, published)
 
 
 def _run(
-    job: WalkJob, model: str, out: Path, recipe: Recipe, options: Options, console: Console, measure: Measure | None
-) -> tuple[dict[str, Any], Source]:
+    job: WalkJob, model: str, out: Path, recipe: Recipe, options: Options, console: Console, measure: Measure | None,
+    published: Sequence[str] | None,
+) -> tuple[dict[str, Any], Source]:  # fmt: skip
     started = time.monotonic()
-    opened = open_model(model, out, recipe, options, console, lambda: job.noted("model", console))
-    job.watch(opened.contents)
     bits = recipe.quantize.bits
     fmt = "ct" if bits == 4 else "dense"
+    published = (fmt,) if published is None else published
+    opened = open_model(model, out, recipe, options, console, published, lambda: job.noted("model", console))
+    job.watch(opened.contents)
     with threads(options.threads), torch.no_grad():
         rehearse_before(opened, recipe, console)
         calibration = _calibration(job, opened, recipe, console)
@@ -285,15 +290,9 @@ def _config(opened: Opened, recipe: Recipe) -> dict[str, Any]:
         return config
     layers = dict(opened.plan.group_sizes)
     config["quantization_config"] = quantization_config(
-        "ct", layers, _ignore(opened), {"version": __version__, "recipe_sha256": recipe_hash(recipe)}
+        "ct", layers, sixteen_bit(opened.checkpoint, layers), {"version": __version__, "recipe_sha256": recipe_hash(recipe)}
     )
     return config
-
-
-def _ignore(opened: Opened) -> list[str]:
-    quantized = set(opened.plan.group_sizes)
-    shapes = {name: info.shape for name, info in opened.checkpoint.tensors.items() if name.removesuffix(".weight") not in quantized}
-    return sixteen_bit_linears(shapes, quantized)
 
 
 def published_report(out: Path) -> dict[str, Any]:
@@ -304,7 +303,7 @@ def published_report(out: Path) -> dict[str, Any]:
 def _write_reports(staged: StagedCheckpoint, report: Mapping[str, Any], opened: Opened, fmt: str) -> None:
     """They name the digest of the manifest, so they come after it."""
     layers = opened.plan.group_sizes if fmt == "ct" else {}
-    for name, data in report_files(report, staged.path, fmt=fmt, layers=layers, ignore=_ignore(opened)).items():
+    for name, data in report_files(report, staged.path, fmt=fmt, layers=layers).items():
         staged.write_file(name, data)
 
 

@@ -5,7 +5,7 @@ Whatever is wrong with a checkpoint is listed at once. Weights are looked at too
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from marlinctl.known_digests import check_known_digests
 from marlinctl.memory import Work, available_memory, predicted_peak
 from marlinctl.models import Architecture
 from marlinctl.pattern import Known, of_source
-from marlinctl.preflight import Looked, check_pattern, look, refuse_no_change, stored_once
+from marlinctl.preflight import Looked, as_published, check_pattern, look, refuse_no_change, stored_once
 from marlinctl.recipe import Recipe
 from marlinctl.rules import Plan
+from marlinctl.runtimes import loads
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +81,11 @@ class Opened:
 
 
 def open_model(
-    model: str, out: Path, recipe: Recipe, options: Options, console: Console, noted: Callable[[], Noted | None] = lambda: None
-) -> Opened:
-    """All checks, from cheap to dear. noted: what a resumed job knows of the weights.
+    model: str, out: Path, recipe: Recipe, options: Options, console: Console,
+    published: Sequence[str] = (), noted: Callable[[], Noted | None] = lambda: None,
+) -> Opened:  # fmt: skip
+    """All checks, from cheap to dear. published: the formats that come of it in the end; who will refuse them is said. noted: what a
+    resumed job knows of the weights.
 
     With --strict, what is a warning without it is BadInput E307 or NumericalProblem E605 (findings.py).
     """
@@ -94,8 +97,11 @@ def open_model(
     if source.note:
         console.say(source.note)
     checkpoint = open_checkpoint(source.folder)
-    warnings = findings.of_folder(checkpoint, strict=options.strict)
     looked = look(checkpoint, recipe, options.module_map, console)
+    warnings = findings.of_folder(checkpoint, strict=options.strict)
+    for fmt in published:
+        for line in loads(as_published(looked, checkpoint, fmt)).warnings(fmt):
+            console.warn(line)
     pattern = of_source(checkpoint, looked.shapes, console)
     check_pattern(pattern.pattern, looked, recipe, console)
     tensors = stored_once(checkpoint, looked.architecture)

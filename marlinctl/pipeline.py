@@ -147,16 +147,16 @@ def _check_places(places: Iterable[Path], options: Options, sources: list[Path],
 
 def _interchange(model: str, source: Source, work: Path, recipe: Recipe, options: Options, console: Console) -> dict[str, Any]:
     """The 4-bit checkpoint in the interchange form, as work/ct, by one walk or by three stages."""
-    parts = divided(recipe)
+    parts, formats = divided(recipe), recipe.pack.formats
     if parts is None:
-        return _stage(work / "ct", options, lambda inner: run_job(model, work / "ct", recipe, inner, console)[0])
+        return _stage(work / "ct", options, lambda inner: run_job(model, work / "ct", recipe, inner, console, published=formats)[0])
     from marlinctl.distill import run_distill
 
     pruning, quantizing = parts
     pruned_at, distilled_at = work / "pruned", work / "distilled"
     without = replace(options, redo_from=None)  # blocks are counted in the walk that makes the result
     if not distilled_at.is_dir():
-        _stage(pruned_at, without, lambda inner: run_job(model, pruned_at, pruning, inner, console)[0])
+        _stage(pruned_at, without, lambda inner: run_job(model, pruned_at, pruning, inner, console, published=formats)[0])
     if not (work / "pruned.json").is_file():  # its report stays when its weights go
         write_document(work / "pruned.json", published_report(pruned_at))
     distilled = _stage(
@@ -165,7 +165,9 @@ def _interchange(model: str, source: Source, work: Path, recipe: Recipe, options
     with suppress(FileNotFoundError):
         shutil.rmtree(pruned_at)
     at_hand = replace(options, revision=None)
-    report = _stage(work / "ct", at_hand, lambda inner: run_job(str(distilled_at), work / "ct", quantizing, inner, console)[0])
+    report = _stage(
+        work / "ct", at_hand, lambda inner: run_job(str(distilled_at), work / "ct", quantizing, inner, console, published=())[0]
+    )
     pruned = json.loads((work / "pruned.json").read_text("utf-8"))
     stages = {
         "pruned": {key: pruned[key] for key in ("error", "seconds", "layers")},
@@ -195,6 +197,5 @@ def _write_reports(folder: Path, fmt: str, report: Mapping[str, Any]) -> None:
     with open_checkpoint(folder, weight_files="auto") as checkpoint:
         layers = detect(checkpoint.config, checkpoint.tensors).layers
         report = {**report, "bytes": {**report["bytes"], "result": sum(info.nbytes for info in checkpoint.tensors.values())}}
-    kept = [item["name"] for item in report["kept"]]
-    for name, data in report_files(report, folder, fmt=fmt, layers=layers, ignore=kept).items():
+    for name, data in report_files(report, folder, fmt=fmt, layers=layers).items():
         write_bytes(folder / name, data)

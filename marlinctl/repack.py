@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl import card, manifest, pattern
+from marlinctl import card, manifest, pattern, runtimes
 from marlinctl.checkpoint import formats, writer
 from marlinctl.checkpoint.contents import Contents, read_contents
 from marlinctl.checkpoint.mask import Masks, open_masks
@@ -91,6 +91,13 @@ class Source:
     def ignore(self) -> list[str]:
         return formats.sixteen_bit_linears({name: self.checkpoint.tensors[name].shape for name in self.untouched}, self.info.layers)
 
+    def packed(self, fmt: str) -> runtimes.Packed:
+        """What a target will be to its clients."""
+        sizes = self.info.layers if fmt != "dense" else {}
+        ignore = [*self.ignore, *(self.info.layers if fmt == "dense" else ())]
+        shapes = {layer: self.shapes[layer] for layer in sizes}
+        return runtimes.Packed(fmt, shapes, sizes, ignore, self.checkpoint.config, "v1" if fmt == "gptq" else "")
+
 
 def repack(
     source: Path,
@@ -140,6 +147,9 @@ def _repack(job: JobFolder, source: Path, outputs: Mapping[str, Path], overwrite
         check_known_digests(opened.checkpoint, contents)
         contents.require_finite()
         job.watch(contents)
+        for fmt in outputs:
+            for line in runtimes.loads(opened.packed(fmt)).warnings(fmt):
+                console.warn(line)
         facts = {"source": _source_digest(opened, contents), "formats": list(outputs), "version": provenance({})["version"]}
         job.check(facts) if job.begun else job.begin(facts)
         sizes = {fmt: written_bytes(opened, fmt) for fmt in outputs}
@@ -348,6 +358,7 @@ def _finish(source: Source, contents: Contents, fmt: str, stage: writer.StagedCh
         source.info.layers,
         source.ignore,
         command,
+        runtimes.loads(source.packed(fmt)),
         base_model=made_from.get("name") if made_from.get("kind") == "hub" else None,
         made_from=[("SHA-256 of the recipe", Name(digest))] if isinstance(digest, str) else (),
         two_of_four=source.origin is not None,
@@ -366,7 +377,7 @@ def _report_files(source: Source, fmt: str, folder: Path, command: str, console:
         document = report.read_report(source.checkpoint.folder)
         sizes = {**document["bytes"], "result": written_bytes(source, fmt)}
         packed = {**document, "bytes": sizes, "packed": {"command": command, "format": fmt}}
-        return report.checked_files(packed, folder, fmt=fmt, layers=source.info.layers, ignore=source.ignore)
+        return report.checked_files(packed, folder, fmt=fmt, layers=source.info.layers)
     except CheckFailed:
         return {}
     except (BadInput, KeyError, TypeError) as refused:

@@ -36,7 +36,6 @@ def rewrite(folder: Path, *, evaluation: Mapping[str, Any] | None = None, bench:
         shapes = {layer: layer_shape(examined.checkpoint, info, layer) for layer in info.layers}
     with _ours(folder / JSON):
         recorded = {record["name"]: tuple(record["shape"]) for record in report.get("layers", ()) if record["group_size"] is not None}
-        kept = [item["name"] for item in report.get("kept", ())]
     if recorded and recorded != shapes:
         raise BadInput(
             "E399",
@@ -44,19 +43,17 @@ def rewrite(folder: Path, *, evaluation: Mapping[str, Any] | None = None, bench:
             where=str(folder / JSON),
             fix="put the report back that was published with these weights, or write the checkpoint again",
         )
-    written = checked_files(report, folder, fmt=info.name, layers=info.layers, ignore=kept)
+    written = checked_files(report, folder, fmt=info.name, layers=info.layers)
     remove_temporaries(folder, older=_ABANDONED)
     for name, data in written.items():
         write_bytes(folder / name, data)
     return report
 
 
-def checked_files(
-    report: Mapping[str, Any], folder: Path, *, fmt: str, layers: Mapping[str, int], ignore: Sequence[str]
-) -> dict[str, bytes]:
+def checked_files(report: Mapping[str, Any], folder: Path, *, fmt: str, layers: Mapping[str, int]) -> dict[str, bytes]:
     """`report_files` of a document that somebody else may have written: BadInput where it has not the form of ours."""
     with _ours(folder / JSON):
-        return report_files(report, folder, fmt=fmt, layers=layers, ignore=ignore)
+        return report_files(report, folder, fmt=fmt, layers=layers)
 
 
 @contextmanager

@@ -61,15 +61,6 @@ SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "marlin_24": ("B_24", "B_meta", "s", "weight_shape"),
 }
 
-LOADERS: Mapping[str, tuple[str, ...]] = {
-    "dense": ("transformers", "vLLM", "SGLang", "marlinctl"),
-    "ct": ("vLLM", "SGLang", "transformers (with compressed-tensors)", "marlinctl"),
-    "gptq": ("GPTQModel", "vLLM", "SGLang", "transformers (with optimum and gptqmodel)", "marlinctl"),
-    "gptq_v2": ("GPTQModel", "vLLM", "transformers (with optimum and gptqmodel)", "marlinctl"),
-    "marlin": ("marlinctl",),
-    "marlin_24": ("marlinctl",),
-}
-
 
 @dataclass(frozen=True, slots=True)
 class FormatInfo:
@@ -83,11 +74,7 @@ class FormatInfo:
     @property
     def group_size(self) -> int | None:
         """The group size of most layers; None for a dense model."""
-        return _sizes_by_count(self.layers)[0] if self.layers else None
-
-    @property
-    def loaders(self) -> tuple[str, ...]:
-        return LOADERS["gptq_v2" if self.variant == "v2" else self.name]
+        return sizes_by_count(self.layers)[0] if self.layers else None
 
 
 def weight_files(fmt: str) -> str:
@@ -189,7 +176,7 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _sizes_by_count(layers: Mapping[str, int]) -> list[int]:
+def sizes_by_count(layers: Mapping[str, int]) -> list[int]:
     """Group sizes, the most frequent first; among equals the smaller, so that the order of the layers does not matter."""
     counts = Counter(layers.values())
     return sorted(counts, key=lambda size: (-counts[size], size))
@@ -444,7 +431,7 @@ def quantization_config(
     provenance: Mapping[str, Any] | None = None,  # goes under the key "marlinctl", which clients ignore
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
-    majority = _sizes_by_count(layers)[0]
+    majority = sizes_by_count(layers)[0]
     differing = {name: size for name, size in layers.items() if size != majority}
     everything = [*layers, *ignore]
     block: dict[str, Any]
@@ -470,7 +457,7 @@ def _ct_block(layers: Mapping[str, int], everything: Sequence[str], ignore: Sequ
     class before it asks for the shards of a fused linear, so qkv_proj (a QKVParallelLinear) would get the group that says "Linear".
     transformers' default mode follows the groups; its `dequantize=True` (5.23) takes the first group for every linear, and stops.
     """
-    sizes = _sizes_by_count(layers)
+    sizes = sizes_by_count(layers)
     groups = {}
     for i, size in enumerate(sizes):
         chosen = [name for name, s in layers.items() if s == size]

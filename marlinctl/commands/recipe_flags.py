@@ -42,7 +42,7 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     ),
     "quantize.skip": (
         "--skip",
-        {"multiple": True, "metavar": "PATTERN", "help": "Leave these linears 16-bit (k_proj, layers.0.*, re:...)."},
+        {"multiple": True, "metavar": "PATTERN", "help": "Leave these linears 16-bit (o_proj, layers.0.*, re:...)."},
     ),
     "quantize.include": ("--include", {"multiple": True, "metavar": "lm_head", "help": "Quantize the output head too."}),
     "sparsify.method": (
