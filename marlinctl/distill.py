@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from marlinctl import findings
 from marlinctl.checkpoint.licence import licence_of
-from marlinctl.checkpoint.reader import fingerprint
 from marlinctl.checkpoint.source import Source
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output, require_space
 from marlinctl.console import Console
@@ -107,7 +107,9 @@ def run_distill(student: str, out: Path, teacher: str, recipe: Recipe, options: 
         def look() -> Opened:
             if options.resume:
                 check_output(out, overwrite=options.overwrite, sources=sources)
-            opened = open_models(student, teacher, run.asked, options, console, stack)
+            opened = open_models(student, teacher, run.asked, options, console, stack, lambda name: run.job.noted(name, console))
+            for contents in opened.contents.values():
+                run.job.watch(contents)
             check_sizes(run.asked, opened.student.checkpoint.config, processes.count)
             _require_room(opened, out, run.asked)
             return opened
@@ -145,7 +147,7 @@ def _rows(run: _Run, opened: Opened, resume: bool) -> Rows:
             run.job.check(facts)
         else:
             run.job.save_rows(rows.ids, rows.counted)
-            run.job.begin(facts)
+            run.job.begin(facts, inputs={name: contents.document() for name, contents in opened.contents.items()})
         return rows
 
     rows = run.processes.main_first(read)
@@ -171,8 +173,7 @@ def _state(run: _Run, resume: bool) -> State | None:
 def _fingerprint(run: _Run, opened: Opened, rows: Rows) -> dict[str, Any]:
     """Everything that decides the numbers. Where any of it differs, going on would mix two jobs."""
     return {
-        "student": fingerprint(opened.student.checkpoint),
-        "teacher": fingerprint(opened.teacher.checkpoint),
+        **{name: contents.fingerprint for name, contents in opened.contents.items()},
         "recipe": run.asked.model_dump(mode="json"),
         "rows_sha256": rows.sha256,
         "versions": versions(),
@@ -312,6 +313,7 @@ def _report(
         "recipe": {"sha256": recipe_hash(run.recipe), **run.recipe.model_dump(mode="json")},
         "sparse_linears": len(opened.pattern.shapes),
         "data": dict(rows.facts),
+        "warnings": [*opened.warnings, *findings.of_text(rows.facts, "--sequence-length")],
         "training": dict(training),
         "held_out": {"before": dict(before), "after": dict(after)},
         "versions": versions(),
@@ -327,12 +329,12 @@ def _manifest(run: _Run, opened: Opened, rows: Rows) -> dict[str, Any]:
     """No times and no losses: two equal runs give two equal manifests."""
     student = opened.student
     earlier = made_from(student.source.folder)
-    source = {**_source_facts(student.source), "fingerprint": fingerprint(student.checkpoint)}
+    source = {**_source_facts(student.source), "fingerprint": opened.contents["student"].fingerprint}
     return {
         "format": student.info.name,
         "recipe": {"sha256": recipe_hash(run.recipe)},
         "source": {**source, **({"made_from": earlier} if earlier else {})},
-        "teacher": {**_source_facts(opened.teacher.source), "fingerprint": fingerprint(opened.teacher.checkpoint)},
+        "teacher": {**_source_facts(opened.teacher.source), "fingerprint": opened.contents["teacher"].fingerprint},
         "data": {"sha256": rows.sha256, **{key: value for key, value in rows.facts.items() if key != "source"}},
         "versions": versions(),
         "device": run.processes.device.type,

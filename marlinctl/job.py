@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlinctl import __version__
+from marlinctl import __version__, findings
 from marlinctl.calibration import CalibrationSet, load_calibration
 from marlinctl.checkpoint.formats import detect, quantization_config, read_linear
 from marlinctl.checkpoint.licence import licence_of
 from marlinctl.checkpoint.mask import Masks, open_masks
-from marlinctl.checkpoint.reader import Checkpoint, fingerprint, open_checkpoint
+from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.switches import without
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output
@@ -97,7 +97,9 @@ def _run(
     started = time.monotonic()
     bits = recipe.quantize.bits
     fmt = "ct" if bits == 4 else "dense"
-    opened = open_model(model, out, recipe, options, console, (fmt,) if published is None else published)
+    published = (fmt,) if published is None else published
+    opened = open_model(model, out, recipe, options, console, published, lambda: job.noted("model", console))
+    job.watch(opened.contents)
     with threads(options.threads), torch.no_grad():
         rehearse_before(opened, recipe, console)
         calibration = _calibration(job, opened, recipe, console)
@@ -108,7 +110,8 @@ def _run(
             staged.copy_tensors(opened.checkpoint, [n for n in opened.tensors if n not in solved])
             staged.copy_companions(opened.source.folder)
             staged.write_file("recipe.yaml", recipe.to_yaml().encode())
-            report = _report(opened, recipe, options, calibration.facts, solving.records, time.monotonic() - started)
+            warnings = _warnings(opened, calibration, solving.records, console)
+            report = _report(opened, recipe, options, calibration.facts, solving.records, warnings, time.monotonic() - started)
             staged.finish(
                 _config(opened, recipe),
                 manifest=_manifest(opened, recipe, calibration.facts, solving.records),
@@ -150,14 +153,14 @@ def _calibration(job: WalkJob, opened: Opened, recipe: Recipe, console: Console)
         console=console,
         load_model=lambda: _whole_model(opened.source.folder, opened.dtype, opened.device),
     )
-    job.begin_walk(_fingerprint(opened, recipe, made), made)
+    job.begin_walk(_fingerprint(opened, recipe, made), made, opened.contents)
     return made
 
 
 def _fingerprint(opened: Opened, recipe: Recipe, calibration: CalibrationSet) -> dict[str, Any]:
     """Everything that decides the numbers. Where any of it differs, going on would mix two jobs."""
     return {
-        "model": fingerprint(opened.checkpoint),
+        "model": opened.contents.fingerprint,
         "recipe": recipe.model_dump(mode="json"),
         "calibration_sha256": calibration.facts["sha256"],
         "versions": versions(),
@@ -270,6 +273,14 @@ def _digest_on_disk(written: Checkpoint, masks: Masks | None, record: LayerRecor
     return linear_digest(linear)
 
 
+def _warnings(opened: Opened, calibration: CalibrationSet, records: list[LayerRecord], console: Console) -> list[str]:
+    """All of the run, for the report; those of the inputs are known, and said, at its end."""
+    inputs = findings.of_inputs(records)
+    for warning in inputs:
+        console.warn(warning)
+    return [*opened.warnings, *findings.of_text(calibration.facts, "--sequence-length"), *inputs]
+
+
 # ---- what is written about it --------------------------------------------------------------------------------------------------------
 
 
@@ -315,7 +326,7 @@ def _manifest(opened: Opened, recipe: Recipe, calibration: Mapping[str, Any], re
     return {
         "format": "ct" if recipe.quantize.bits == 4 else "dense",
         "recipe": {"sha256": recipe_hash(recipe)},
-        "source": {**_source_facts(opened), "fingerprint": fingerprint(opened.checkpoint), **({"made_from": earlier} if earlier else {})},
+        "source": {**_source_facts(opened), "fingerprint": opened.contents.fingerprint, **({"made_from": earlier} if earlier else {})},
         "calibration": source,
         "versions": versions(),
         "device": opened.device.type,
@@ -326,8 +337,9 @@ def _manifest(opened: Opened, recipe: Recipe, calibration: Mapping[str, Any], re
 
 
 def _report(
-    opened: Opened, recipe: Recipe, options: Options, calibration: Mapping[str, Any], records: list[LayerRecord], seconds: float
-) -> dict[str, Any]:
+    opened: Opened, recipe: Recipe, options: Options, calibration: Mapping[str, Any], records: list[LayerRecord],
+    warnings: list[str], seconds: float,
+) -> dict[str, Any]:  # fmt: skip
     device = opened.device
     tensors = opened.checkpoint.tensors
     dense = sum(info.end - info.begin for info in tensors.values())
@@ -349,6 +361,7 @@ def _report(
         "fallbacks": [{"name": r.name, "fallback": r.fallback} for r in records if r.fallback],
         "underfed": [{"name": r.name, "tokens": r.tokens, "remark": r.remark} for r in records if r.remark],
         "dead_inputs": [{"name": r.name, "count": r.dead} for r in records if r.dead],
+        "warnings": warnings,
         "error": {"mean": sum(r.error for r in records) / len(records), "worst": max(records, key=lambda r: r.error).name},
         "seconds": round(seconds, 1),
         "peak_memory_bytes": peak_rss(),

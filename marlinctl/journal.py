@@ -4,7 +4,8 @@
                       says that the folder is marlinctl's: written before anything else, removed last
     job.json          what was asked for: the verb, the model, the whole recipe, the options. `marlinctl resume OUT` asks for it again
     journal.jsonl     one line for each thing that is finished, each on the disk before the next thing begins:
-                        begun        what decides the numbers (the fingerprint): model, recipe, tokens, versions, dtype, kind of device
+                        begun        what decides the numbers (the fingerprint): model, recipe, tokens, versions, dtype, kind of device;
+                                     and the stamps of the model's shards, by which a resumed run sees that nobody has touched them
                         block, head  a piece of the walk (walk_job.py), with size and SHA-256 of its files
                         publishing   everything is checked; these folders get their names now
                         published    they have them
@@ -37,6 +38,7 @@ from typing import TYPE_CHECKING, Any
 
 from marlinctl import manifest
 from marlinctl.checkpoint import ownership
+from marlinctl.checkpoint.contents import Noted
 from marlinctl.checkpoint.durable import append_line, disk_problems, whole_file, write_document
 from marlinctl.checkpoint.files import FileRefused, read_json, read_plain, read_plain_json
 from marlinctl.checkpoint.writer import Finished, publish_together
@@ -44,12 +46,14 @@ from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, Problem, 
 from marlinctl.locks import Held, lock, refuse_unusable
 
 if TYPE_CHECKING:
+    from marlinctl.checkpoint.contents import Contents
     from marlinctl.console import Console
 
 FORMAT = 1  # of job.json and the journal; a greater one was written by a newer marlinctl
 ENDING = ".job"
 JOB, JOURNAL = "job.json", "journal.jsonl"
 _LOCK, _RUNNING = "lock", "running.json"
+_CONTENTS = ".sha256"  # how the key of a digest of contents ends, in a flat fingerprint
 _MOST_BYTES = 1 << 30  # of a journal; a line has a kilobyte for each linear of a block
 # Refusals: running again without a change would end the same way, so they alone are no reason to keep a folder or to name `resume`.
 _REFUSALS = (UsageError, BadInput, EnvironmentProblem, HubProblem)
@@ -84,6 +88,7 @@ class JobFolder:
         self.lines: list[dict[str, Any]] = []
         self._ends: list[int] = []  # where each line ends in the file
         self._shown = out
+        self._inputs: list[Contents] = []
 
     @property
     def log(self) -> Path:
@@ -205,15 +210,36 @@ class JobFolder:
         """Note what decides the numbers; on resuming, compare it instead (`check`)."""
         self.append({"step": "begun", "fingerprint": fingerprint, **more})
 
+    def noted(self, name: str, console: Console) -> Noted | None:
+        """What a job that is resumed knows of the weights of `name` in its fingerprint; None where nothing was begun."""
+        if not self.begun:
+            return None
+        fingerprint = self.lines[0]["fingerprint"].get(name)
+        if not any(key.endswith(_CONTENTS) for key, _ in _flat(fingerprint)):
+            console.warn(f"an earlier marlinctl began this job and noted no digests: changes in the weights of the {name} are not seen")
+        return Noted.of(fingerprint, self.lines[0].get("inputs", {}).get(name))
+
+    def watch(self, contents: Contents) -> None:
+        """From now on nothing is noted as finished unless these files are what they were when they were read."""
+        self._inputs.append(contents)
+
+    def require_inputs_unchanged(self) -> None:
+        """BadInput E306. Asks stat, and reads what has another stamp."""
+        for contents in self._inputs:
+            contents.require_unchanged()
+
     def check(self, fingerprint: Mapping[str, Any]) -> None:
-        """UsageError E286 that lists every difference between the job that was begun and the one asked for now."""
+        """UsageError E286 that lists every difference between the job that was begun and the one asked for now.
+
+        A digest of contents that the job did not note is not compared (`noted` says so).
+        """
         begun = dict(_flat(self.lines[0]["fingerprint"]))
         now = dict(_flat(json.loads(json.dumps(fingerprint))))
         fix = "put back what the job was begun with, or start anew: " + f"marlinctl jobs rm {shlex.quote(str(self._shown))}"
         problems = [
             Problem(f"{key} was {begun.get(key)!r} and is now {now.get(key)!r}", str(self.path), fix)
             for key in sorted(begun.keys() | now.keys())
-            if begun.get(key) != now.get(key)
+            if begun.get(key) != now.get(key) and (key in begun or not key.endswith(_CONTENTS))
         ]
         if problems:
             raise UsageError.from_problems("E286", problems)
@@ -283,7 +309,8 @@ class JobFolder:
         return bool(self.lines) and self.lines[-1]["step"] == "published"
 
     def publish(self, stages: Sequence[Finished], *, keep: bool) -> None:
-        """Give checked folders of this job their names, all or none; then the job is over."""
+        """Give checked folders of this job their names, all or none; then the job is over. BadInput E306 where an input has changed."""
+        self.require_inputs_unchanged()
         places = [{"from": stage.path.name, "to": stage.out.name, "manifest": manifest.digest(stage.path)} for stage in stages]
         self.append({"step": "publishing", "folders": places})
         publish_together(stages, aside_in=self.path, later=self._again)

@@ -20,10 +20,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from marlinctl.checkpoint.contents import read_contents
 from marlinctl.checkpoint.durable import write_bytes, write_document
 from marlinctl.checkpoint.formats import detect
 from marlinctl.checkpoint.ownership import leave_results
-from marlinctl.checkpoint.reader import fingerprint, open_checkpoint
+from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import check_output, keep_rejected
 from marlinctl.console import Console
@@ -31,7 +32,7 @@ from marlinctl.evaluation.tasks import require_lm_eval
 from marlinctl.folder import examine
 from marlinctl.gate import Gate, GateRefused, measure
 from marlinctl.job import published_report, run_job, versions
-from marlinctl.journal import JOB, JobFolder, Place, Request
+from marlinctl.journal import JOB, JobFolder, Place, Request, sha256_of
 from marlinctl.manifest import check as check_manifest
 from marlinctl.opening import Options
 from marlinctl.pages.files import report_files
@@ -90,12 +91,15 @@ def run_compress(
         source = resolve_model(model, revision=options.revision, cache_dir=options.cache_dir, offline=options.offline, console=console)
         with open_checkpoint(source.folder) as checkpoint:
             examine(checkpoint, structure="needed", dense=True, tokenizer=True, module_map=options.module_map)  # the stages say its notes
-            facts = {"model": fingerprint(checkpoint), "recipe": recipe.model_dump(mode="json"), "versions": versions()}
+            contents = read_contents(checkpoint, console, noted=job.noted("model", console))
+        job.watch(contents)
+        texts = _texts(recipe, job.lines[0]["fingerprint"].get("texts", {}) if job.begun else {})
+        facts = {"model": contents.fingerprint, **texts, "recipe": recipe.model_dump(mode="json"), "versions": versions()}
         if job.begun:
             job.check(facts)
             job.drop_from(1)
         else:
-            job.begin(facts)
+            job.begin(facts, inputs={"model": contents.document()})
         work = job.path
         if options.redo_from is not None:
             for made in ("ct", *(name for fmt in places if fmt != "ct" for name in (fmt, f"{fmt}.job"))):
@@ -122,6 +126,18 @@ def run_compress(
         stages = [Place(work / fmt, place.resolve(), options.overwrite) for fmt, place in places.items()]
         job.publish(stages, keep=options.keep_job)
     return report
+
+
+def _texts(recipe: Recipe, noted: Mapping[str, Any]) -> dict[str, Any]:
+    """Digests of the files that stages read one after the other, so that all of them see one text.
+
+    A file that is gone has the digest that was `noted`: a stage that has its tokens does not need it, and any other says that it is gone.
+    """
+    if divided(recipe) is None:
+        return {}  # the tokens of the only walk are in its job
+    sources = {"calibration": recipe.calibration.source, "distillation": recipe.distill.data}
+    found = {name: {"sha256": sha256_of(Path(source))} for name, source in sources.items() if Path(source).is_file()}
+    return {"texts": {**noted, **found}}
 
 
 def _check_places(places: Iterable[Path], options: Options, sources: list[Path], rejects: bool) -> None:
@@ -160,6 +176,7 @@ def _interchange(model: str, source: Source, work: Path, recipe: Recipe, options
     whole_recipe = {"sha256": recipe_hash(recipe), **recipe.model_dump(mode="json")}  # each stage saw a part of it
     report |= {"source": pruned["source"], "recipe": whole_recipe, "stages": stages}
     report["bytes"] = {**report["bytes"], "source": pruned["bytes"]["source"]}
+    report["warnings"] = list(dict.fromkeys([*pruned.get("warnings", []), *distilled.get("warnings", []), *report["warnings"]]))
     report["seconds"] = round(pruned["seconds"] + distilled["training"]["seconds"] + report["seconds"], 1)
     return report
 

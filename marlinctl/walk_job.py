@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from marlinctl.calibration import CalibrationSet
+from marlinctl.checkpoint.contents import Contents
 from marlinctl.checkpoint.durable import disk_problems, make_folder, write_tensors
 from marlinctl.checkpoint.header import read_header
 from marlinctl.checkpoint.reader import Checkpoint
@@ -44,10 +45,11 @@ class WalkJob(JobFolder):
 
     # Calibration
 
-    def begin_walk(self, fingerprint: Mapping[str, Any], calibration: CalibrationSet) -> None:
+    def begin_walk(self, fingerprint: Mapping[str, Any], calibration: CalibrationSet, model: Contents) -> None:
         tokens = calibration.tokens
         write_tensors(self.path / _CALIBRATION, {"ids": tokens.ids, "counted": tokens.counted})
-        self.begin(fingerprint, calibration={"facts": dict(calibration.facts), "file": self._described(_CALIBRATION)})
+        noted = {"facts": dict(calibration.facts), "file": self._described(_CALIBRATION)}
+        self.begin(fingerprint, inputs={"model": model.document()}, calibration=noted)
 
     def calibration(self) -> CalibrationSet | None:
         """The text that the job was begun with; None where it was killed before it had any, or where the file is damaged."""
@@ -63,7 +65,11 @@ class WalkJob(JobFolder):
     # Blocks
 
     def commit(self, step: str, index: int, solving: Solving, shard: str | None, states: Mapping[str, Tensor]) -> None:
-        """Note a finished block, or the head (whose `states` are empty: nothing comes behind it)."""
+        """Note a finished block, or the head (whose `states` are empty: nothing comes behind it).
+
+        BadInput E306 where the model has changed: the block may be of the weights of before or of those of now.
+        """
+        self.require_inputs_unchanged()
         done = [line for line in self.lines if line["step"] in ("block", "head")]
         known, masked = sum(len(line["records"]) for line in done), sum(line["masks"]["bytes"] for line in done)
         records = solving.records[known:]
