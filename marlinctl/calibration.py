@@ -13,16 +13,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from marlinctl import findings
 from marlinctl.checkpoint.config import read_config
+from marlinctl.confined import Bounds, Exceeded, confined
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, UsageError
+from marlinctl.evaluation.windows import SLACK, first_ids
 from marlinctl.memory import CHARACTERS_PER_TOKEN, PIECE, SELF_BATCH
 from marlinctl.model_config import transformers_config
 from marlinctl.recipe import Calibration
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from marlinctl.texts import Chat, Document
+
+# What regular expressions of tokenizers divide: words, numbers, runs of a letter, of spaces and of signs, other scripts, lines.
+_LINE = f"The quick brown fox jumps over the dog 1234567890 times; it's {'a' * 40} {' ' * 40} {'!?' * 20} Grüße, 世界\n\n\tEnd. #$%&@~|\"<>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +63,9 @@ def load_calibration(
         )
     tokenizer = load_tokenizer(folder)
     if asked.source == "self":
-        ids, how = write_samples(load_model(), tokenizer, asked, console), "written by the model itself"
+        ids, how, cut = write_samples(load_model(), tokenizer, asked, console), "written by the model itself", 0
     else:
-        ids, how = read_samples(asked, tokenizer)
+        ids, how, cut = read_samples(asked, tokenizer)
     special = torch.tensor(sorted({i for i in tokenizer.all_special_ids if i is not None}), dtype=torch.int64)
     padding = ids < 0
     counted = ~padding & ~torch.isin(ids, special)
@@ -73,6 +79,7 @@ def load_calibration(
         "samples": {"asked": asked.samples, "got": ids.shape[0]},
         "tokens": sizes,
         "sequence_length": asked.sequence_length,
+        "cut": cut,
         "seed": asked.seed,
         "sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
     }
@@ -80,11 +87,13 @@ def load_calibration(
         f"calibration: {asked.source} ({how}), {ids.shape[0]} of {asked.samples} samples, "
         f"{sizes['got']:,} of {sizes['asked']:,} tokens, {sizes['counted']:,} counted"
     )
+    for warning in findings.of_text(facts, "--sequence-length"):
+        console.warn(warning)
     return CalibrationSet(Tokens(ids, counted), facts)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder that was examined. BadInput E394 where transformers cannot load it."""
+    """The tokenizer of an examined folder. BadInput E394 where it cannot be loaded, E327 where it takes too long for a line of text."""
     from transformers import AutoTokenizer, PreTrainedConfig
 
     try:
@@ -92,7 +101,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except BadInput:
         config = PreTrainedConfig(name_or_path=str(folder))  # transformers does not know the model; its tokenizer may be one that it knows
     try:
-        return AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # pydantic, pyo3 and each of a hundred tokenizer classes raise what they like
         raise BadInput(
             "E394",
@@ -100,6 +109,26 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             where=str(folder),
             fix="copy tokenizer.json and tokenizer_config.json from the original model",
         ) from error
+    _try(tokenizer, folder)
+    return tokenizer
+
+
+def _try(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """One line of text in a process of its own: tokenizer.json may hold regular expressions, whose engine goes back as it likes.
+
+    It gives up on a single match after ten million steps (tokenizers then panics), and may be led into that for every letter.
+    """
+    try:
+        for _ in confined(lambda: iter((len(tokenizer(_LINE, verbose=False)["input_ids"]),)), Bounds(memory=1 << 30, cpu=10, wait=30)):
+            return
+    except (Exceeded, RuntimeError) as reason:
+        shown_reason = str(reason) if isinstance(reason, Exceeded) else str(reason).strip().splitlines()[-1]
+        raise BadInput(
+            "E327",
+            f"the tokenizer cannot read a line of text: {shown_reason}",
+            where=str(folder),
+            fix="copy tokenizer.json and tokenizer_config.json from the original model",
+        ) from None
 
 
 def _require(asked: Calibration, ids: Tensor, counted: Tensor) -> None:
@@ -123,33 +152,54 @@ def _require(asked: Calibration, ids: Tensor, counted: Tensor) -> None:
 # ---- text and chats ------------------------------------------------------------------------------------------------------------------
 
 
-def read_samples(asked: Calibration, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, str]:
-    """[S, L] int64 with -1 where padded, and how they were made."""
-    documents = list(_documents(asked))
-    chats = [d for d in documents if not isinstance(d, str)]
-    texts = [d for d in documents if isinstance(d, str)]
+def read_samples(asked: Calibration, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, str, int]:
+    """[S, L] int64 with -1 where padded; how they were made; how many chats were longer than L. No more is read than the samples need.
+
+    Whether the data are chats is told by their first document (with --chat always by any). BadInput E326 where the chat template takes
+    too much time or memory.
+    """
+    found = iter(_documents(asked))
+    if asked.chat == "always":
+        found = (document for document in found if not isinstance(document, str))
+    first = next(found, None)
     template = getattr(tokenizer, "chat_template", None)
-    if asked.chat == "always" and (not template or not chats):
+    as_chats = bool(template) and first is not None and not isinstance(first, str) and asked.chat != "never"
+    if asked.chat == "always" and not as_chats:
         missing = "the model has no chat template" if not template else "the data are no chats"
         raise UsageError("E253", f"--chat always, but {missing}", where=f"calibration {asked.source}", fix="--chat auto")
-    if chats and template and asked.chat != "never":
-        return _pad(
-            [_chat_ids(tokenizer, chat) for chat in chats[: asked.samples]], asked.sequence_length
-        ), "chats, with the model's template"
-    texts += ["\n\n".join(turn["content"] for turn in chat) for chat in chats]
-    return _cut(texts, tokenizer, asked.samples, asked.sequence_length), "documents joined by blank lines and cut"
+    everything = chain(() if first is None else (first,), found)
+    if as_chats:
+        chats = list(islice((d for d in everything if not isinstance(d, str)), asked.samples))
+        rows = [first_ids(text, tokenizer, asked.sequence_length) for text in _rendered(chats, tokenizer)]
+        cut = sum(len(row) > asked.sequence_length for row in rows)
+        return _pad(rows, asked.sequence_length), "chats, with the model's template", cut
+    texts = (d if isinstance(d, str) else "\n\n".join(turn["content"] for turn in d) for d in everything)
+    return _cut(texts, tokenizer, asked.samples, asked.sequence_length), "documents joined by blank lines and cut", 0
 
 
 def _documents(asked: Calibration) -> Iterable[Document]:
-    from marlinctl.texts import load_documents
+    from marlinctl.texts import documents
 
     if Path(asked.source).exists() or "/" not in asked.source or Path(asked.source).suffix in (".txt", ".jsonl", ".parquet", ".gz"):
-        return load_documents(asked.source)
-    return islice(_hub_documents(asked.source), 64 * asked.samples)
+        return documents(asked.source)
+    return islice(_confined_hub_documents(asked.source), 64 * asked.samples)
+
+
+def _confined_hub_documents(source: str) -> Iterator[Document]:
+    """In a process of its own: the library unpacks what the hub's files say, and they are as much a stranger's as a local one."""
+    from marlinctl.texts import READING
+
+    try:
+        yield from confined(lambda: _hub_documents(source), READING)
+    except Exceeded as reason:
+        what = f"reading the data set was stopped: {reason}"
+        raise BadInput("E325", what, where=f"calibration {source}", fix="choose another data set") from None
 
 
 def _hub_documents(source: str) -> Iterator[Document]:
     """Rows of a hub data set `org/name[:config][:split]`, streamed: column text, or messages for chats."""
+    from marlinctl.texts import checked_row
+
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -181,39 +231,84 @@ def _hub_documents(source: str) -> Iterator[Document]:
             "E395", f"no column text or messages; it has: {columns}", where=f"calibration {source}", fix="choose another data set"
         )
     column = "messages" if "messages" in first else "text"
-    yield first[column]
-    for row in rows:
-        yield row[column]
+    for number, row in enumerate(chain((first,), rows), start=1):
+        yield checked_row({column: row[column]}, chats=True, where=f"calibration {source}, row {number}")
 
 
-def _cut(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, samples: int, length: int) -> Tensor:
+def _cut(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, samples: int, length: int) -> Tensor:
     """Join, tokenize, cut. Samples begin with BOS where the tokenizer puts one before every text."""
     begins = _begins_with(tokenizer)
     body = length - len(begins)
     needed = samples * body
     found = [torch.empty(0, dtype=torch.int64)]
     got = 0
-    for piece in _pieces(texts, min(needed * CHARACTERS_PER_TOKEN, PIECE)):
+    for piece, whole in _pieces(texts, min(needed * CHARACTERS_PER_TOKEN, PIECE)):
         ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
         found.append(torch.tensor(ids, dtype=torch.int64))
         got += len(ids)
-        if got >= needed:
+        if got >= (needed if whole else needed + SLACK):
             break
     count = min(samples, got // body)
     cut = torch.cat(found)[: count * body].reshape(count, body)
     return torch.cat([torch.tensor(begins, dtype=torch.int64).expand(count, -1), cut], dim=1)
 
 
-def _pieces(texts: Sequence[str], size: int) -> Iterator[str]:
-    """All texts joined by blank lines, in pieces of at least `size` characters that end where a text ends."""
+def _pieces(texts: Iterable[str], size: int) -> Iterator[tuple[str, bool]]:
+    """All texts joined by blank lines, in pieces of `size` to two times `size` characters, and whether the piece ends where a text ends.
+
+    Only a text longer than `size` is divided, before a word.
+    """
     taken: list[str] = []
     length = 0
-    for i, text in enumerate(texts):
-        taken.append(text)
-        length += len(text) + 2
-        if length >= size or i == len(texts) - 1:
-            yield "\n\n".join(taken) + ("\n\n" if i < len(texts) - 1 else "")
-            taken, length = [], 0
+    for text, last in _with_last(texts):
+        parts = _divided(text, size)
+        for i, part in enumerate(parts):
+            ends = i == len(parts) - 1
+            taken.append(part + ("\n\n" if ends and not last else ""))
+            length += len(part) + 2
+            if length >= size or (ends and last):
+                yield "".join(taken), ends
+                taken, length = [], 0
+
+
+def _with_last(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Each text, and whether it is the last one."""
+    ahead = iter(texts)
+    for text in ahead:
+        for following in ahead:
+            yield text, False
+            text = following
+        yield text, True
+
+
+def _divided(text: str, size: int) -> list[str]:
+    """A text in parts of at most `size` characters; a part ends before a space where there is one in its last thousand characters."""
+    parts = []
+    begin = 0
+    while len(text) - begin > size:
+        end = begin + size
+        space = text.rfind(" ", max(begin + 1, end - 1000), end)
+        end = space if space > begin else end
+        parts.append(text[begin:end])
+        begin = end
+    return [*parts, text[begin:]]
+
+
+def _rendered(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Each chat in the model's template, which is a program that came with the model: it runs in a process of its own (confined.py)."""
+
+    def render() -> Iterator[str]:
+        return (str(tokenizer.apply_chat_template(chat, tokenize=False)) for chat in chats)
+
+    try:
+        yield from confined(render, Bounds(memory=1 << 30, cpu=30 + len(chats) // 20, wait=20))
+    except Exceeded as reason:
+        raise BadInput(
+            "E326",
+            f"the model's chat template was stopped: {reason}",
+            where="chat_template.jinja or tokenizer_config.json of the model",
+            fix="--chat never reads the chats as plain text; a template that does this is not to be trusted",
+        ) from None
 
 
 def _begins_with(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -221,11 +316,6 @@ def _begins_with(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     bos = tokenizer.bos_token_id
     first = tokenizer("a")["input_ids"][:1]
     return [bos] if bos is not None and first == [bos] else []
-
-
-def _chat_ids(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> list[int]:
-    text = tokenizer.apply_chat_template(chat, tokenize=False)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _pad(rows: Sequence[list[int]], length: int) -> Tensor:

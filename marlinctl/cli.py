@@ -33,8 +33,8 @@ import click
 from marlinctl import __version__
 from marlinctl.commands.common import add_common_options
 from marlinctl.console import Console
-from marlinctl.errors import EnvironmentProblem, MarlinctlError, ResourceProblem, UsageError
-from marlinctl.log import printable
+from marlinctl.errors import BadInput, EnvironmentProblem, MarlinctlError, ResourceProblem, UsageError
+from marlinctl.log import printable, visible_streams
 
 VERBS = {
     "compress": "Quantize, pack, verify and evaluate a model in one go.",
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a name that the locale cannot spell must not stop the program
     consoles: list[Console] = []  # the running verb puts its console here
     try:
-        with _sigterm_raises():
+        with _sigterm_raises(), visible_streams():
             code = _run(args, consoles)
             _flush()
     except BaseException as error:  # noqa: BLE001  the edge: every exception becomes an exit code here
@@ -197,6 +197,9 @@ def _as_marlinctl_error(error: BaseException) -> MarlinctlError | None:
             where=_notes(error) or "this run",
             fix="close other programs, lower --max-memory, or use fewer or shorter calibration samples",
         )
+    if type(error).__name__ == "PanicException":  # of a library in Rust; it derives from BaseException and from nothing else
+        what, fix = f"a file of the model or a text makes a library give up: {error}", "take the tokenizer's files from the original model"
+        return BadInput("E328", what, where=_notes(error) or "the tokenizer, most often", fix=fix)
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         where = str(error.filename) if error.filename else "the output of this run"
         return ResourceProblem("E591", f"writing failed: {error.strerror}", where=where, fix="free some space, or write to another disk")

@@ -8,7 +8,8 @@
 
 On a terminal, progress is a bar with the time left, drawn by rich, which is imported only then. Elsewhere it is plain lines:
 every step that carries a note is a line, and bare steps make at most one line in ten seconds.
-All text passes through `redact` (tokens) and `printable` (a tensor name may hold escape sequences) before it leaves.
+All text passes through `redact` (tokens) and `printable` (a tensor name may hold escape sequences) before it leaves, and what is said is
+one line. What other libraries print meets the same at the edge of the program (`visible_streams`, marlinctl/cli.py).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from marlinctl.errors import UsageError
-from marlinctl.log import MemoryThenFile, printable, redact
+from marlinctl.log import MemoryThenFile, plain, printable, redact, visible_streams
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -119,7 +120,7 @@ class Console:
         self._muted = False
         self._log = self._attach_log()
         if log_file is not None:
-            self.log_to(log_file)
+            self.log_to(log_file, named=True)
 
     @classmethod
     def quiet(cls) -> Console:
@@ -133,16 +134,19 @@ class Console:
     # The story
 
     def say(self, text: str) -> None:
+        text = printable(text, one_line=True)
         self._record(logging.INFO, text)
         if not self._quiet:
             self._write_story(text)
 
     def detail(self, text: str) -> None:
+        text = printable(text, one_line=True)
         self._record(logging.DEBUG, text)
         if self._verbose:
             self._write_story(text)
 
     def warn(self, text: str) -> None:
+        text = printable(text, one_line=True)
         self._record(logging.WARNING, text)
         if not self._muted:
             self._write_story(text, label="warning:", colour="33")
@@ -166,7 +170,7 @@ class Console:
         if self._quiet or self.json or self._bar is not None or not self._err.isatty():
             yield Progress(self, label, total, None)
         else:
-            with _draw_bar(self._err, self._colour and colour_wanted(self._err), total) as self._bar:
+            with _draw_bar(self._err, self._colour and colour_wanted(self._err), total) as self._bar, visible_streams():
                 try:
                     yield Progress(self, label, total, self._bar)
                 finally:
@@ -199,18 +203,22 @@ class Console:
     def log_path(self) -> Path | None:
         return self._log.path
 
-    def log_to(self, path: Path) -> None:
-        """From here on, and with what was said so far, into this file. --log-file given by the person wins."""
+    def log_to(self, path: Path, *, named: bool = False) -> None:
+        """From here on, and with what was said so far, into this file. --log-file given by the person (`named`) wins.
+
+        UsageError E204, also where the file is somebody else's and the person did not name it.
+        """
         if self._log.path is not None:
             return
+        fix = "name a file in a folder that exists and is writable: --log-file FILE"
         try:
-            self._log.open(path)
+            self._log.open(path, named=named)
         except OSError as error:
             raise UsageError(
                 "E204",
                 f"the log cannot be written: {error.strerror}",
                 where=str(path),
-                fix="name a file in a folder that exists and is writable: --log-file FILE",
+                fix=fix if named else f"move what is there away, or {fix}",
             ) from error
 
     def close(self) -> None:
@@ -231,11 +239,11 @@ class Console:
 
     @property
     def _out(self) -> TextIO:
-        return self._stdout or sys.stdout
+        return plain(self._stdout or sys.stdout)
 
     @property
     def _err(self) -> TextIO:
-        return self._stderr or sys.stderr
+        return plain(self._stderr or sys.stderr)
 
     def _write_story(self, text: str, *, label: str = "", colour: str = "") -> None:
         safe = printable(redact(text))

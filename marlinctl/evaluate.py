@@ -19,14 +19,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from marlinctl import devices
 from marlinctl.console import Console
 from marlinctl.errors import UsageError
 from marlinctl.evaluation import divergence, loading, results, statistics, table, tasks, windows
 from marlinctl.scores import figure
-from marlinctl.texts import PYTHONDOC, Text, load_text
+from marlinctl.texts import LONGEST_TEXT, PYTHONDOC, Text, load_text
+
+if TYPE_CHECKING:
+    from marlinctl.checkpoint.contents import Contents
 
 DEFAULT_TOKENS = 20480
 DEFAULT_WINDOW = 1024
@@ -74,18 +77,14 @@ def evaluate(
     out: Path | None = None,
     resume: bool = False,
     names: tuple[str | None, str | None] = (None, None),
-    weights_known: bool = False,
 ) -> results.Document:
-    """Task scores, and the text when it is asked for, when there is a baseline, or when there are no tasks.
-
-    weights_known: this process has compared and scanned the weights of both already.
-    """
+    """Task scores, and the text when it is asked for, when there is a baseline, or when there are no tasks."""
     subject = loading.open_subject(model_folder, names[0])
     other = None if baseline is None else loading.open_subject(baseline, names[1])
     run = _Run(subject, other, settings, console)
-    text = load_text(settings.text or PYTHONDOC) if settings.text or other or not settings.tasks else None
+    text = _text(settings) if settings.text or other or not settings.tasks else None
     with run.planned_tasks() as plan:
-        run.look(weights=not weights_known)
+        run.look()
         file = results.ResultsFile(out, run.fresh_document(text, plan), resume=resume)
         document = file.document
         if text is not None and not _text_is_done(document):
@@ -106,12 +105,17 @@ def compare(model_folder: Path, baseline_folder: Path, settings: EvalSettings, c
     """Perplexity of both on a text, KL(baseline || model) and top-1 agreement."""
     subject, other = loading.open_subject(model_folder), loading.open_subject(baseline_folder)
     run = _Run(subject, other, settings, console)
-    text = load_text(settings.text or PYTHONDOC)
-    run.look(weights=True)
+    text = _text(settings)
+    run.look()
     document = run.fresh_document(text, None)
     run.measure_text(text, document)
     document["finished"] = True
     return document
+
+
+def _text(settings: EvalSettings) -> Text:
+    """As much of it as the windows can need, and never less than what is read of every text, whose digest stands beside the figures."""
+    return load_text(settings.text or PYTHONDOC, longest=max(LONGEST_TEXT, settings.tokens * windows.MOST_CHARACTERS_PER_TOKEN))
 
 
 class _Run:
@@ -121,19 +125,20 @@ class _Run:
         self.subject, self.other, self.settings, self.console = subject, other, settings, console
         self.device = devices.choose_device(settings.device)
         self.dtype = loading.choose_dtype(settings.dtype, self.device, subject.config)
+        self.contents: dict[Path, Contents] = {}  # of each folder; filled by `look`
 
-    def look(self, *, weights: bool) -> None:
-        """What the person should know of the folders, and whether their weights can be believed."""
+    def look(self) -> None:
+        """What the person should know of the folders, whether their weights can be believed, and their identity, in one reading."""
         for who in (self.subject, self.other):
             if who is not None:
                 for note in who.notes:
                     self.console.warn(f"{who.name}: {note}")
-                if weights:
-                    loading.look_at_weights(who, self.console)
+                self.contents[who.folder] = loading.look_at_weights(who, self.console)
 
     def fresh_document(self, text: Text | None, plan: tasks.TaskPlan | None) -> results.Document:
         s = self.settings
-        sides = [None if who is None else {"name": who.name, "identity": who.identity} for who in (self.subject, self.other)]
+        found = self.contents
+        sides = [None if w is None else {"name": w.name, "identity": found[w.folder].identity} for w in (self.subject, self.other)]
         return {
             "kind": "evaluation",
             "finished": False,
@@ -180,6 +185,7 @@ class _Run:
 
         self.console.say(f"loading {who.name} ({self.dtype} on {self.device})")
         model = loading.load_model(who, dtype=self.dtype, device=self.device)
+        self.contents[who.folder].require_unchanged()  # scores are noted under the identity of what was read before
         try:
             yield model
         finally:
@@ -248,6 +254,9 @@ class _Run:
                 file.save()
                 scores = ", ".join(f"{metric} {figure(estimate)}" for metric, estimate in record["metrics"].items())
                 self.console.say(f"{who.name}: {name}: {scores}")
+                if record["cut"]:
+                    what = f"{record['cut']} of {record['documents']} questions are longer than the model reads"
+                    self.console.warn(f"{who.name}: {name}: {what}; their beginnings were left out")
 
             with self.loaded(who) as model:
                 harness = Harness(model, loading.load_tokenizer(who), batch_size=self.settings.batch_size, console=self.console)

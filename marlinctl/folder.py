@@ -28,9 +28,9 @@ from typing import Literal
 from marlinctl.checkpoint import formats
 from marlinctl.checkpoint.config import check_tokenizer, refuse_quantized
 from marlinctl.checkpoint.files import FileRefused, open_member, shown
+from marlinctl.checkpoint.model_files import is_companion
 from marlinctl.checkpoint.reader import Checkpoint, check_expected, open_checkpoint
 from marlinctl.checkpoint.switches import check_switches
-from marlinctl.checkpoint.writer import is_companion
 from marlinctl.errors import BadInput, Problem
 from marlinctl.known_digests import check_small_files
 from marlinctl.models import Architecture, architecture

@@ -105,5 +105,5 @@ def against_original(folder: Path, source: Source, recipe: Recipe, task_data: Pa
     settings = EvalSettings(
         tasks=tuple(asked.tasks), task_data=task_data, limit=asked.limit, text=asked.text, tokens=asked.tokens, window=asked.window
     )
-    document = evaluate(folder, settings, console, baseline=source.folder, names=("compressed", Path(source.name).name), weights_known=True)
+    document = evaluate(folder, settings, console, baseline=source.folder, names=("compressed", Path(source.name).name))
     return {"table": render_table(document), "document": document}

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint import formats
 from marlinctl.errors import BadInput, Problem
+from marlinctl.launcher import settings_aside
 from marlinctl.model_config import cannot_build, transformers_config
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def model_from(
         )
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class insists on a folder or a name
     try:
-        with quietly():
+        with quietly(), settings_aside():  # transformers must load the weights in every process
             model, info = model_class.from_pretrained(
                 None, config=config, state_dict=dict(tensors), dtype=dtype, device_map={"": str(device)}, output_loading_info=True,
                 ignore_mismatched_sizes=True,  # else the first one raises; they are all refused below

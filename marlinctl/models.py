@@ -13,12 +13,12 @@ so `inspect` and the preflight of a run can ask it too. A model that is not in t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from marlinctl.checkpoint.files import FileRefused, read_plain_json
 from marlinctl.errors import BadInput, Problem, UsageError
 
 Shape = tuple[int, ...]
@@ -151,6 +151,7 @@ FAMILIES: Mapping[str, _Family] = {
 
 _MAX_DIMENSION = 2**24  # no layer, head or vocabulary of a real model is larger; a config that says so is damaged or hostile
 _MAX_BLOCKS = 10_000
+_MAX_MAP_BYTES = 1 << 20
 
 
 def architecture(config: Mapping[str, Any], module_map: Path | None = None) -> Architecture:
@@ -317,7 +318,7 @@ def _by_hand(config: Mapping[str, Any], module_map: Path) -> Architecture:
     """
     where = str(module_map)
     try:
-        given = json.loads(module_map.read_text(encoding="utf-8"))
+        given = read_plain_json(module_map, limit=_MAX_MAP_BYTES)
         branches = {
             key: Branch(
                 given[key]["module"],
@@ -328,7 +329,10 @@ def _by_hand(config: Mapping[str, Any], module_map: Path) -> Architecture:
             for key in ("attention", "mlp")
         }
         decoder, blocks_at, embedding, norm = (given[key] for key in ("decoder", "blocks", "embedding", "norm"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except FileRefused as refused:
+        what = f"the module map cannot be used: {refused.problem.what}"
+        raise UsageError("E251", what, where=where, fix="docs/module-map.md shows a whole one to start from") from None
+    except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
             "E251", f"the module map cannot be used: {error!r}", where=where, fix="docs/module-map.md shows a whole one to start from"
         ) from None

@@ -6,11 +6,11 @@ belong to the run alone: the scan for NaN and infinity, and whether masks agree 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from marlinctl.checkpoint.formats import misfits
+from marlinctl.checkpoint.formats import misfits, sixteen_bit_linears
 from marlinctl.checkpoint.header import TensorInfo
 from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.console import Console
@@ -20,6 +20,7 @@ from marlinctl.models import Architecture, Experts, LinearSpec
 from marlinctl.pattern import MASK_FILE, Pattern
 from marlinctl.recipe import Recipe
 from marlinctl.rules import Plan, plan
+from marlinctl.runtimes import Packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,20 @@ def stored_once(checkpoint: Checkpoint, known: Architecture) -> dict[str, Tensor
     """All tensors, a tied head only under the name of the embedding: some tools store it twice."""
     copies = known.tied_copies(checkpoint.tensors)
     return {name: info for name, info in checkpoint.tensors.items() if name not in copies}
+
+
+def as_published(looked: Looked, checkpoint: Checkpoint, fmt: str) -> Packed:
+    """What a published folder will be to its clients (runtimes.py)."""
+    quantized = looked.plan.group_sizes if fmt != "dense" else {}
+    shapes = {name: looked.shapes[name] for name in quantized}
+    return Packed(fmt, shapes, quantized, sixteen_bit(checkpoint, quantized), checkpoint.config, "v1" if fmt == "gptq" else "")
+
+
+def sixteen_bit(checkpoint: Checkpoint, quantized: Iterable[str]) -> list[str]:
+    """The linears of a 16-bit checkpoint that stay as they are."""
+    chosen = set(quantized)
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items() if name.removesuffix(".weight") not in chosen}
+    return sixteen_bit_linears(shapes, chosen)
 
 
 def check_pattern(found: Pattern, looked: Looked, recipe: Recipe, console: Console) -> None:

@@ -257,7 +257,7 @@ def test_verify_fails_where_the_others_refuse(place: Path, name: str) -> None:
         assert error.error_id in ("E105", "E101")
 
 
-@pytest.mark.parametrize("verb", NEED_A_TOKENIZER)
+@pytest.mark.parametrize("verb", sorted(NEED_A_TOKENIZER))
 def test_a_missing_tokenizer_is_found_where_one_is_needed(place: Path, verb: str) -> None:
     """Calibration or evaluation would fail with it, after the model is loaded."""
     folder = copied(place, "dense" if verb in DENSE else "packed")

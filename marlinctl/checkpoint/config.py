@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 _MAX_CONFIG_BYTES = 8_000_000
 _MAX_TOKENIZER_BYTES = 200_000_000  # the largest known tokenizer.json has 34 MB
+_MAX_TOKENIZER_VALUES = 12_000_000  # and two million tokens and merges
 _LIMITS = {
     "vocab_size": 10**8, "hidden_size": 10**6, "intermediate_size": 10**7, "moe_intermediate_size": 10**7, "head_dim": 10**5,
     "num_hidden_layers": 10**4, "num_attention_heads": 10**5, "num_key_value_heads": 10**5, "max_position_embeddings": 10**10,
@@ -31,7 +32,7 @@ _LIMITS = {
 _MAY_BE_ZERO = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size")  # a dense one of a family with experts
 _MAX_LIST = 10**4  # some families have one value for each layer
 _DTYPES = ("float16", "bfloat16", "float32", "float64", "half", "float", "double", "auto")
-_MAX_EXPERTS_IN_MODEL = 10**6  # layers x experts
+_MAX_EXPERTS_IN_MODEL = 2 * 10**5  # layers x experts; each is three linears, of which an object is made before any header is compared
 # Ids beyond the embedding that no text produces: Gemma 3's text models ship the tokenizer of their multimodal siblings.
 _KNOWN_STRAYS = {"gemma3_text": {"<image_soft_token>"}}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -144,7 +145,7 @@ def _token_ids(folder: Path, name: str) -> dict[str, int]:
         with open_member(folder, name) as handle:
             ids = {line.decode("utf-8", "replace"): i for i, line in enumerate(handle.readall().splitlines())}
     else:
-        document = read_json(folder, name, limit=_MAX_TOKENIZER_BYTES)
+        document = read_json(folder, name, limit=_MAX_TOKENIZER_BYTES, values=_MAX_TOKENIZER_VALUES)
         if not isinstance(document, dict):
             raise FileRefused("not an object", folder / name, "download it again")
         ids = _fast_ids(folder / name, document) if name == "tokenizer.json" else _whole_numbers(folder / name, document)

@@ -35,8 +35,9 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint import blocks
-from marlinctl.checkpoint.targets import GroupOf, matches, name_patterns, with_fused_names
+from marlinctl.checkpoint.targets import Entries, GroupOf, name_patterns, with_fused_names
 from marlinctl.errors import BadInput, Problem
+from marlinctl.patterns import Expressions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,15 +61,6 @@ SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "marlin_24": ("B_24", "B_meta", "s", "weight_shape"),
 }
 
-LOADERS: Mapping[str, tuple[str, ...]] = {
-    "dense": ("transformers", "vLLM", "SGLang", "marlinctl"),
-    "ct": ("vLLM", "SGLang", "transformers (with compressed-tensors)", "marlinctl"),
-    "gptq": ("GPTQModel", "vLLM", "SGLang", "transformers (with optimum and gptqmodel)", "marlinctl"),
-    "gptq_v2": ("GPTQModel", "vLLM", "transformers (with optimum and gptqmodel)", "marlinctl"),
-    "marlin": ("marlinctl",),
-    "marlin_24": ("marlinctl",),
-}
-
 
 @dataclass(frozen=True, slots=True)
 class FormatInfo:
@@ -82,11 +74,7 @@ class FormatInfo:
     @property
     def group_size(self) -> int | None:
         """The group size of most layers; None for a dense model."""
-        return _sizes_by_count(self.layers)[0] if self.layers else None
-
-    @property
-    def loaders(self) -> tuple[str, ...]:
-        return LOADERS["gptq_v2" if self.variant == "v2" else self.name]
+        return sizes_by_count(self.layers)[0] if self.layers else None
 
 
 def weight_files(fmt: str) -> str:
@@ -188,7 +176,7 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _sizes_by_count(layers: Mapping[str, int]) -> list[int]:
+def sizes_by_count(layers: Mapping[str, int]) -> list[int]:
     """Group sizes, the most frequent first; among equals the smaller, so that the order of the layers does not matter."""
     counts = Counter(layers.values())
     return sorted(counts, key=lambda size: (-counts[size], size))
@@ -236,8 +224,7 @@ def _detect_ct(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
     ignore = block.get("ignore") or []
     if not isinstance(ignore, list):
         raise ValueError("ignore is not a list")
-    for entry in ignore:
-        matches("", str(entry))  # an expression that is none is refused here, once
+    Entries(str(entry) for entry in ignore)  # an expression that is none is refused here, once
     reasons = {name: _ct_reason(group) for name, group in groups.items()}
     fix = "only 4-bit symmetric integer weights are read"
     layers: dict[str, int] = {}
@@ -308,9 +295,10 @@ def _detect_gptq(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
     size, dynamic = _size(block.get("group_size", -1)), _object(block, "dynamic")
     _refuse("E340", [*blocks.strange(block, blocks.GPTQ_BLOCK, _BLOCK), *_strange_rules(dynamic)])
     present = set(names)
+    rule_of = _DynamicRules(dynamic)
     layers: dict[str, int] = {}
     for layer in layer_names(names, "gptq"):
-        rule = _dynamic_rule(dynamic, layer)
+        rule = rule_of(layer)
         if rule is None:
             what = f"{layer} is packed, and a rule of `dynamic` says that it is not quantized"
             problems.append(Problem(what, "config.json: dynamic", "config.json belongs to another model; restore it"))
@@ -323,6 +311,19 @@ def _detect_gptq(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
         layers[layer] = _size(rule.get("group_size", size))
     _refuse("E342", problems or _strays("gptq", layers, names))
     return FormatInfo("gptq", 4, layers, "v2" if label == "gptq_v2" else "v1")
+
+
+class _DynamicRules:
+    """GPTQModel's `dynamic`: the first rule whose expression matches a layer. One that begins with "-:" takes its linears out."""
+
+    def __init__(self, dynamic: Mapping[str, Any]) -> None:
+        self._rules: list[Mapping[str, Any] | None] = [None if pattern.startswith("-:") else rule for pattern, rule in dynamic.items()]
+        self._expressions = Expressions(pattern.removeprefix("+:").removeprefix("-:") for pattern in dynamic)
+
+    def __call__(self, layer: str) -> Mapping[str, Any] | None:
+        """None for a rule that takes the layer out."""
+        found = self._expressions.first(layer)
+        return {} if found is None else self._rules[found]
 
 
 def _strange_rules(dynamic: Mapping[str, Any]) -> list[Problem]:
@@ -338,14 +339,6 @@ def _strange_rules(dynamic: Mapping[str, Any]) -> list[Problem]:
             what = f"the rule is {blocks.brief(rule)}, not an object"
             problems.append(Problem(what, f"config.json: {path}", "restore it from the original"))
     return problems
-
-
-def _dynamic_rule(dynamic: Mapping[str, Any], layer: str) -> Mapping[str, Any] | None:
-    """The first rule of GPTQModel's `dynamic` whose expression matches the layer; None for a rule that takes it out."""
-    for pattern, rule in dynamic.items():
-        if matches(layer, f"re:{pattern.removeprefix('+:').removeprefix('-:')}"):
-            return None if pattern.startswith("-:") else rule
-    return {}
 
 
 def _strays(fmt: str, layers: Mapping[str, int], names: Iterable[str]) -> list[Problem]:
@@ -437,7 +430,7 @@ def quantization_config(
     provenance: Mapping[str, Any] | None = None,  # goes under the key "marlinctl", which clients ignore
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
-    majority = _sizes_by_count(layers)[0]
+    majority = sizes_by_count(layers)[0]
     differing = {name: size for name, size in layers.items() if size != majority}
     everything = [*layers, *ignore]
     block: dict[str, Any]
@@ -463,7 +456,7 @@ def _ct_block(layers: Mapping[str, int], everything: Sequence[str], ignore: Sequ
     class before it asks for the shards of a fused linear, so qkv_proj (a QKVParallelLinear) would get the group that says "Linear".
     transformers' default mode follows the groups; its `dequantize=True` (5.23) takes the first group for every linear, and stops.
     """
-    sizes = _sizes_by_count(layers)
+    sizes = sizes_by_count(layers)
     groups = {}
     for i, size in enumerate(sizes):
         chosen = [name for name, s in layers.items() if s == size]

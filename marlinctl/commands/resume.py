@@ -45,6 +45,7 @@ def command(console: Console, out: Path, redo_from: int | None, overwrite: bool,
 
     out = out.absolute()
     job = JobFolder(out)
+    job.refuse_foreign(resume=True)
     if not (job.path / JOB).is_file():
         fix = "`marlinctl jobs ls FOLDER` lists the jobs below a folder; to start anew, give the whole command again"
         raise UsageError("E287", "there is no job to go on with", where=str(job.path), fix=fix)

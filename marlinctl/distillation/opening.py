@@ -9,15 +9,16 @@ Every weight is looked at: for NaN and infinity, and for a value where the mask 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from marlinctl import findings
 from marlinctl.calibration import load_tokenizer
 from marlinctl.checkpoint import mask as masks
-from marlinctl.checkpoint.finite import scan_finite
+from marlinctl.checkpoint.contents import Contents, Noted, read_contents
 from marlinctl.checkpoint.formats import FormatInfo, detect, read_parts
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
@@ -76,6 +77,8 @@ class Opened:
     student: Model
     teacher: Model
     pattern: Pattern
+    contents: Mapping[str, Contents]  # of "student" and "teacher"
+    warnings: tuple[str, ...]  # what looks wrong and can be worked with; for the report
 
 
 def check_settings(asked: Distill, processes: int) -> None:
@@ -97,18 +100,28 @@ def check_settings(asked: Distill, processes: int) -> None:
         raise UsageError.from_problems("E288", problems)
 
 
-def open_models(student: str, teacher: str, asked: Distill, options: Options, console: Console, stack: ExitStack) -> Opened:
-    """All checks, from cheap to dear. What is opened is closed by `stack`."""
+def open_models(
+    student: str, teacher: str, asked: Distill, options: Options, console: Console, stack: ExitStack,
+    noted: Callable[[str], Noted | None] = lambda name: None,
+) -> Opened:  # fmt: skip
+    """All checks, from cheap to dear. What is opened is closed by `stack`. noted: what a resumed job knows of the weights."""
     pupil = _open_student(_resolve(student, None, options, console), asked, options, console, stack)
     original = _open_teacher(_resolve(teacher, options.revision, options, console), options, console, stack)
     _check_kinship(pupil, original)
     pattern = _open_pattern(pupil, console, stack)
-    for model, title in ((pupil, "student"), (original, "teacher")):
-        check_known_digests(model.checkpoint, console)
-        with console.progress(f"look for NaN and infinity in the {title}", len(model.checkpoint.tensors)) as progress:
-            scan_finite(model.checkpoint, model.checkpoint.tensors, progress)
+    contents: dict[str, Contents] = {}
+    warnings: list[str] = []
+    for name, model in (("student", pupil), ("teacher", original)):
+        checkpoint = model.checkpoint
+        read = read_contents(checkpoint, console, scan=checkpoint.tensors, noted=noted(name), title=f"read all weights of the {name}")
+        check_known_digests(checkpoint, read)
+        read.require_finite()
+        for warning in (zeros := findings.of_weights(read, strict=False)):
+            console.warn(f"{name}: {warning}")
+        contents[name] = read
+        warnings += [f"{name}: {warning}" for warning in (*findings.of_folder(checkpoint, strict=False), *zeros)]
     _check_pattern(pupil, pattern, console)
-    return Opened(pupil, original, pattern)
+    return Opened(pupil, original, pattern, contents, tuple(warnings))
 
 
 def _resolve(name: str, revision: str | None, options: Options, console: Console) -> Source:
