@@ -22,7 +22,7 @@ from torch import Tensor
 
 from marlinctl import __version__, findings
 from marlinctl.calibration import CalibrationSet, load_calibration
-from marlinctl.checkpoint.formats import detect, quantization_config, read_linear
+from marlinctl.checkpoint.formats import detect, quantization_config, read_linear, without_quantization
 from marlinctl.checkpoint.licence import licence_of
 from marlinctl.checkpoint.mask import Masks, open_masks
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
@@ -285,7 +285,7 @@ def _warnings(opened: Opened, calibration: CalibrationSet, records: list[LayerRe
 
 
 def _config(opened: Opened, recipe: Recipe) -> dict[str, Any]:
-    config: dict[str, Any] = without(opened.checkpoint.config)
+    config: dict[str, Any] = without(without_quantization(opened.checkpoint.config))
     if recipe.quantize.bits == 16:
         return config
     layers = dict(opened.plan.group_sizes)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint import formats
-from marlinctl.errors import BadInput, Problem
+from marlinctl.errors import BadInput, MarlinctlError, Problem
 from marlinctl.launcher import settings_aside
 from marlinctl.model_config import cannot_build, transformers_config
 
@@ -60,9 +60,9 @@ def model_from(
                 None, config=config, state_dict=dict(tensors), dtype=dtype, device_map={"": str(device)}, output_loading_info=True,
                 ignore_mismatched_sizes=True,  # else the first one raises; they are all refused below
             )  # fmt: skip
-    except (torch.OutOfMemoryError, MemoryError):
+    except (torch.OutOfMemoryError, MemoryError, OSError, MarlinctlError):
         raise
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, IndexError, ArithmeticError) as error:
+    except Exception as error:  # as many kinds as there are model classes
         raise cannot_build(error, str(checkpoint.folder / "config.json")) from error
     refuse_incomplete(checkpoint.folder, info)
     return model.eval()

@@ -27,7 +27,7 @@ def build(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, ArithmeticError) as error:
+    except Exception as error:  # as many kinds as there are model classes; nothing has weights yet
         raise cannot_build(error, "config.json") from error
     return model.eval()
 

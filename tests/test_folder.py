@@ -408,6 +408,14 @@ def test_a_sound_config_of_an_unknown_kind_is_not_called_damaged(tmp_path: Path,
     assert error.exit_code == 3 and error.error_id in ("E360", "E361", "E392")
 
 
+@pytest.mark.parametrize("changes", [{"pretraining_tp": "x"}, {"initializer_range": True}, {"is_causal": "x"}, {"layer_types": 1}])
+def test_a_value_that_transformers_refuses_is_no_defect_of_ours(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Its classes raise errors of their own kinds, some only in the forward pass."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    error = refusal(_eval, make_tiny(tmp_path / "model", **changes))
+    assert error.error_id in ("E301", "E392") and error.exit_code == 3
+
+
 def test_hostile_sizes_in_lists_are_refused(tmp_path: Path) -> None:
     """A list is as good a place for 10^12 as a number."""
     for value in ([10**12], ["8"], [], [1] * 20_000, [[8]]):

@@ -120,6 +120,9 @@ def _problems(config: dict[str, Any], where: str) -> list[Problem]:
         if any(part is not None and part not in _DTYPES for part in (value.values() if isinstance(value, dict) else [value])):
             what = f"{key} is {brief(value)}, which names no type of floating-point weights"
             problems.append(Problem(what, where, f"one of {', '.join(_DTYPES[:4])}: the type that the weights have"))
+    if not isinstance(config.get("is_causal"), (bool, type(None))):  # no class of transformers checks it, and attention fails with it
+        what = f"is_causal is {brief(config['is_causal'])}, not true or false"
+        problems.append(Problem(what, where, "config.json is damaged; download it again"))
     experts = next((config[key] for key in ("num_experts", "num_local_experts") if type(config.get(key)) is int), 1)
     layers = config.get("num_hidden_layers")
     if not problems and type(layers) is int and layers * experts > _MAX_EXPERTS_IN_MODEL:
