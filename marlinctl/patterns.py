@@ -117,10 +117,10 @@ class Expressions:
     ValueError as of Pattern, for too many of them, and where matching takes too long.
     """
 
-    def __init__(self, expressions: Iterable[str]) -> None:
+    def __init__(self, expressions: Iterable[str], steps: Steps | None = None) -> None:
         self._exact: dict[str, int] = {}
         self._patterns: list[tuple[int, Pattern]] = []
-        self._steps = Steps()
+        self._steps = steps or Steps()
         for place, expression in enumerate(expressions):
             name = _EXACT.fullmatch(expression)
             if name is not None:

@@ -87,7 +87,8 @@ def calls(kind: str, folder: str, text: str, out: str) -> list[list[str]]:
     if kind in PACKED:
         return model[:-1]
     small = [text if word == "TEXT" else word for word in SMALL]
-    return [*model, ["quantize", folder, out, *small], ["sparsify", folder, out, *small[:-2]], ["distill", folder, out, "--teacher", folder]]
+    runs = [["quantize", folder, out, *small], ["sparsify", folder, out, *small[:-2]], ["distill", folder, out, "--teacher", folder]]
+    return [*model, *runs]
 
 
 @pytest.fixture
@@ -152,7 +153,7 @@ def test_names_that_a_person_was_sent(tmp_path: Path, text: str, capfd: pytest.C
 def test_what_libraries_print_is_made_visible(capfd: pytest.CaptureFixture[str]) -> None:
     """transformers warns of a config's model_type with the name as it is; so do logging, warnings and print of any library."""
     with visible_streams():
-        print(f"out {EVIL}")  # noqa: T201  what a library would do
+        print(f"out {EVIL}")
         sys.stderr.write(warnings.formatwarning(EVIL, UserWarning, "library.py", 1, f"warn({EVIL!r})"))  # pytest keeps warnings to itself
         handler = logging.StreamHandler()
         logger = logging.getLogger("a.library")

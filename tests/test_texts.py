@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from marlinctl.errors import BadInput, MarlinctlError, UsageError
 from marlinctl import texts
+from marlinctl.errors import BadInput, MarlinctlError, UsageError
 from marlinctl.texts import LONGEST_LINE, Document, load_text
 
 ROWS = ["A first row.\nWith two lines.", "Grüße, 世界"]

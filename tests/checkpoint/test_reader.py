@@ -428,7 +428,9 @@ def test_problem_lists_are_capped(tmp_path: Path) -> None:
     assert "200 more" in caught.value.problems[-1].what
 
 
-@pytest.mark.parametrize(("entry", "count"), [('"{}":5', 2_100_000), ('"{}":5', 200_000), ('"{}":"m{}.safetensors"', 200_000), ('"{}":[]', 200_000)])
+@pytest.mark.parametrize(
+    ("entry", "count"), [('"{}":5', 2_100_000), ('"{}":5', 200_000), ('"{}":"m{}.safetensors"', 200_000), ('"{}":[]', 200_000)]
+)
 def test_a_large_bad_index_costs_little(tmp_path: Path, entry: str, count: int) -> None:
     """An index of 57 MB with five million bad entries took 129 s and 1.9 GB; every entry became a line of the report."""
     folder = make_tiny(tmp_path / "model", shards=2)
