@@ -195,7 +195,7 @@ def test_two_gpus_train_what_one_trains(place: Path, tmp_path: Path) -> None:
         told[how] = json.loads(finished.stdout)
     for how in ("replicated", "sharded"):
         assert told[how]["processes"] == 2
-        for when, rel in (("before", 1e-5), ("after", 1e-2)):
+        for when, rel in (("before", 1e-4), ("after", 1e-2)):
             assert told[how]["held_out"][when] == pytest.approx(told["alone"]["held_out"][when], rel=rel)
 
 
