@@ -20,11 +20,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from marlinctl import findings
+from marlinctl.checkpoint.config import read_config
 from marlinctl.confined import Bounds, Exceeded, confined
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, UsageError
 from marlinctl.evaluation.windows import SLACK, first_ids
 from marlinctl.memory import CHARACTERS_PER_TOKEN, PIECE, SELF_BATCH
+from marlinctl.model_config import transformers_config
 from marlinctl.recipe import Calibration
 from marlinctl.walk import Tokens
 
@@ -60,9 +63,9 @@ def load_calibration(
         )
     tokenizer = load_tokenizer(folder)
     if asked.source == "self":
-        ids, how = write_samples(load_model(), tokenizer, asked, console), "written by the model itself"
+        ids, how, cut = write_samples(load_model(), tokenizer, asked, console), "written by the model itself", 0
     else:
-        ids, how = read_samples(asked, tokenizer)
+        ids, how, cut = read_samples(asked, tokenizer)
     special = torch.tensor(sorted({i for i in tokenizer.all_special_ids if i is not None}), dtype=torch.int64)
     padding = ids < 0
     counted = ~padding & ~torch.isin(ids, special)
@@ -76,6 +79,7 @@ def load_calibration(
         "samples": {"asked": asked.samples, "got": ids.shape[0]},
         "tokens": sizes,
         "sequence_length": asked.sequence_length,
+        "cut": cut,
         "seed": asked.seed,
         "sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
     }
@@ -83,16 +87,22 @@ def load_calibration(
         f"calibration: {asked.source} ({how}), {ids.shape[0]} of {asked.samples} samples, "
         f"{sizes['got']:,} of {sizes['asked']:,} tokens, {sizes['counted']:,} counted"
     )
+    for warning in findings.of_text(facts, "--sequence-length"):
+        console.warn(warning)
     return CalibrationSet(Tokens(ids, counted), facts)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer. BadInput E394 where it cannot be loaded, E327 where it takes too long for a line of text."""
-    from transformers import AutoTokenizer
+    """The tokenizer of an examined folder. BadInput E394 where it cannot be loaded, E327 where it takes too long for a line of text."""
+    from transformers import AutoTokenizer, PreTrainedConfig
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        config = transformers_config(read_config(folder), folder)
+    except BadInput:
+        config = PreTrainedConfig(name_or_path=str(folder))  # transformers does not know the model; its tokenizer may be one that it knows
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # pydantic, pyo3 and each of a hundred tokenizer classes raise what they like
         raise BadInput(
             "E394",
             f"the tokenizer cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
@@ -142,8 +152,8 @@ def _require(asked: Calibration, ids: Tensor, counted: Tensor) -> None:
 # ---- text and chats ------------------------------------------------------------------------------------------------------------------
 
 
-def read_samples(asked: Calibration, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, str]:
-    """[S, L] int64 with -1 where padded, and how they were made. No more is read than the samples need.
+def read_samples(asked: Calibration, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, str, int]:
+    """[S, L] int64 with -1 where padded; how they were made; how many chats were longer than L. No more is read than the samples need.
 
     Whether the data are chats is told by their first document (with --chat always by any). BadInput E326 where the chat template takes
     too much time or memory.
@@ -161,9 +171,10 @@ def read_samples(asked: Calibration, tokenizer: PreTrainedTokenizerBase) -> tupl
     if as_chats:
         chats = list(islice((d for d in everything if not isinstance(d, str)), asked.samples))
         rows = [first_ids(text, tokenizer, asked.sequence_length) for text in _rendered(chats, tokenizer)]
-        return _pad(rows, asked.sequence_length), "chats, with the model's template"
+        cut = sum(len(row) > asked.sequence_length for row in rows)
+        return _pad(rows, asked.sequence_length), "chats, with the model's template", cut
     texts = (d if isinstance(d, str) else "\n\n".join(turn["content"] for turn in d) for d in everything)
-    return _cut(texts, tokenizer, asked.samples, asked.sequence_length), "documents joined by blank lines and cut"
+    return _cut(texts, tokenizer, asked.samples, asked.sequence_length), "documents joined by blank lines and cut", 0
 
 
 def _documents(asked: Calibration) -> Iterable[Document]:

@@ -120,7 +120,7 @@ class Console:
         self._muted = False
         self._log = self._attach_log()
         if log_file is not None:
-            self.log_to(log_file)
+            self.log_to(log_file, named=True)
 
     @classmethod
     def quiet(cls) -> Console:
@@ -203,18 +203,22 @@ class Console:
     def log_path(self) -> Path | None:
         return self._log.path
 
-    def log_to(self, path: Path) -> None:
-        """From here on, and with what was said so far, into this file. --log-file given by the person wins."""
+    def log_to(self, path: Path, *, named: bool = False) -> None:
+        """From here on, and with what was said so far, into this file. --log-file given by the person (`named`) wins.
+
+        UsageError E204, also where the file is somebody else's and the person did not name it.
+        """
         if self._log.path is not None:
             return
+        fix = "name a file in a folder that exists and is writable: --log-file FILE"
         try:
-            self._log.open(path)
+            self._log.open(path, named=named)
         except OSError as error:
             raise UsageError(
                 "E204",
                 f"the log cannot be written: {error.strerror}",
                 where=str(path),
-                fix="name a file in a folder that exists and is writable: --log-file FILE",
+                fix=fix if named else f"move what is there away, or {fix}",
             ) from error
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from marlinctl import devices
 from marlinctl.console import Console
@@ -27,6 +27,9 @@ from marlinctl.errors import UsageError
 from marlinctl.evaluation import divergence, loading, results, statistics, table, tasks, windows
 from marlinctl.scores import figure
 from marlinctl.texts import LONGEST_TEXT, PYTHONDOC, Text, load_text
+
+if TYPE_CHECKING:
+    from marlinctl.checkpoint.contents import Contents
 
 DEFAULT_TOKENS = 20480
 DEFAULT_WINDOW = 1024
@@ -81,6 +84,7 @@ def evaluate(
     run = _Run(subject, other, settings, console)
     text = _text(settings) if settings.text or other or not settings.tasks else None
     with run.planned_tasks() as plan:
+        run.look()
         file = results.ResultsFile(out, run.fresh_document(text, plan), resume=resume)
         document = file.document
         if text is not None and not _text_is_done(document):
@@ -102,6 +106,7 @@ def compare(model_folder: Path, baseline_folder: Path, settings: EvalSettings, c
     subject, other = loading.open_subject(model_folder), loading.open_subject(baseline_folder)
     run = _Run(subject, other, settings, console)
     text = _text(settings)
+    run.look()
     document = run.fresh_document(text, None)
     run.measure_text(text, document)
     document["finished"] = True
@@ -120,10 +125,20 @@ class _Run:
         self.subject, self.other, self.settings, self.console = subject, other, settings, console
         self.device = devices.choose_device(settings.device)
         self.dtype = loading.choose_dtype(settings.dtype, self.device, subject.config)
+        self.contents: dict[Path, Contents] = {}  # of each folder; filled by `look`
+
+    def look(self) -> None:
+        """What the person should know of the folders, whether their weights can be believed, and their identity, in one reading."""
+        for who in (self.subject, self.other):
+            if who is not None:
+                for note in who.notes:
+                    self.console.warn(f"{who.name}: {note}")
+                self.contents[who.folder] = loading.look_at_weights(who, self.console)
 
     def fresh_document(self, text: Text | None, plan: tasks.TaskPlan | None) -> results.Document:
         s = self.settings
-        sides = [None if who is None else {"name": who.name, "identity": who.identity} for who in (self.subject, self.other)]
+        found = self.contents
+        sides = [None if w is None else {"name": w.name, "identity": found[w.folder].identity} for w in (self.subject, self.other)]
         return {
             "kind": "evaluation",
             "finished": False,
@@ -170,6 +185,7 @@ class _Run:
 
         self.console.say(f"loading {who.name} ({self.dtype} on {self.device})")
         model = loading.load_model(who, dtype=self.dtype, device=self.device)
+        self.contents[who.folder].require_unchanged()  # scores are noted under the identity of what was read before
         try:
             yield model
         finally:
@@ -238,6 +254,9 @@ class _Run:
                 file.save()
                 scores = ", ".join(f"{metric} {figure(estimate)}" for metric, estimate in record["metrics"].items())
                 self.console.say(f"{who.name}: {name}: {scores}")
+                if record["cut"]:
+                    what = f"{record['cut']} of {record['documents']} questions are longer than the model reads"
+                    self.console.warn(f"{who.name}: {name}: {what}; their beginnings were left out")
 
             with self.loaded(who) as model:
                 harness = Harness(model, loading.load_tokenizer(who), batch_size=self.settings.batch_size, console=self.console)

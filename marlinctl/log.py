@@ -9,6 +9,7 @@ are written by strangers.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -21,6 +22,7 @@ from typing import Any, TextIO, cast
 
 LINES_IN_MEMORY = 2000  # of log, as long as no file is known
 
+_LINE = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} [A-Z]+ +")  # how every line of a log begins
 _SHORTEST_SECRET = 8  # letters of a text that may hold one
 _TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_(?:(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{8,}|[a-z]{17,})")  # not `hf_datasets`
 _BEARER = re.compile(r"(?i)\b(bearer|authorization:|token=)\s*[A-Za-z0-9._~+/=-]{8,}")
@@ -61,6 +63,25 @@ def printable(text: str, *, one_line: bool = False) -> str:
     """Without control characters: names in a checkpoint are written by strangers and must not steer a terminal."""
     text = _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode() if match[0] != "\t" else "    ", text)
     return text.replace("\n", "\\n") if one_line else text
+
+
+def _own_log(path: Path) -> TextIO:
+    """A log to append to. OSError for a link, for what is no regular file, and for a file that does not begin as our logs do."""
+    from marlinctl.checkpoint.durable import open_regular
+
+    file = os.fdopen(open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "a+", encoding="utf-8", errors="backslashreplace")
+    begin = os.pread(file.fileno(), 64, 0)
+    if begin and not _LINE.match(begin):
+        file.close()
+        raise FileExistsError(errno.EEXIST, "the file that is there is no log of marlinctl", str(path))
+    return file
+
+
+def _named_log(path: Path) -> TextIO:
+    # O_NONBLOCK: a FIFO that nobody reads is an error (ENXIO) and not a wait without an end
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    os.set_blocking(descriptor, True)
+    return os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace")
 
 
 class Visible:
@@ -113,11 +134,9 @@ class MemoryThenFile(logging.Handler):
         self.file: TextIO | None = None
         self.path: Path | None = None
 
-    def open(self, path: Path) -> None:
-        # O_NONBLOCK: a FIFO that nobody reads is an error (ENXIO) and not a wait without an end
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-        os.set_blocking(descriptor, True)
-        self.file = os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace")
+    def open(self, path: Path, *, named: bool) -> None:
+        """named: the person named this file, so whatever it is, lines are appended to it. Otherwise it is new, or a log of ours."""
+        self.file = _named_log(path) if named else _own_log(path)
         try:
             self.file.writelines(self.lines)
             self.file.flush()

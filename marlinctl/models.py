@@ -161,6 +161,15 @@ def architecture(config: Mapping[str, Any], module_map: Path | None = None) -> A
     """
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    text = config.get("text_config")
+    if family is None and isinstance(text, Mapping):  # no module map can describe it: file and transformers call its tensors otherwise
+        inner = f" ({text['model_type']})" if isinstance(text.get("model_type"), str) else ""
+        raise BadInput(
+            "E390",
+            f"{model_type!r} is a wrapper around a language model{inner}, for images or sound, and not a language model by itself",
+            where="config.json, key text_config",
+            fix="make a copy of the language model alone, with transformers; docs/troubleshooting.md#e390 has the five lines",
+        )
     if module_map is not None:
         return _by_hand(config, module_map)
     if family is None:
@@ -207,6 +216,12 @@ class _Sizes:
             key = "num_local_experts" if "num_local_experts" in config else family.experts_key
             config = {**config, family.experts_key: size(key, limit=_MAX_BLOCKS)}
             size("num_experts_per_tok", limit=_MAX_BLOCKS)
+            size("moe_intermediate_size", 1)
+            size("decoder_sparse_step", 1)
+            dense = config.get("mlp_only_layers")
+            if dense is not None and not isinstance(dense, list):
+                what = f"mlp_only_layers is {dense!r}, not a list"
+                problems.append(Problem(what, "config.json, key mlp_only_layers", "restore the model's own config.json"))
         hidden, heads = size("hidden_size"), size("num_attention_heads")
         sizes = cls(
             config={**family.defaults, **{k: v for k, v in config.items() if v is not None}},
@@ -325,17 +340,29 @@ def _by_hand(config: Mapping[str, Any], module_map: Path) -> Architecture:
 
     shapes, tied = meta_shapes(config)
     modules = linear_modules(config)
-    count = 1 + max((int(n[len(blocks_at) + 1 :].split(".")[0]) for n in shapes if n.startswith(blocks_at + ".")), default=-1)
-    missing = [f"{embedding}.weight", f"{norm}.weight"]
-    missing += [f"{blocks_at}.0.{name}.weight" for b in branches.values() for name in (*b.first, b.last)]
-    absent = [name for name in missing if name not in shapes]
+    numbers = {name[len(blocks_at) + 1 :].split(".")[0] for name in shapes if name.startswith(f"{blocks_at}.")}
+    count = 1 + max((int(number) for number in numbers if number.isdecimal()), default=-1)
+    named = [name for b in branches.values() for name in (*b.first, b.last)]
+    absent = [f"{name}.weight" for name, rank in ((embedding, 2), (norm, 1)) if len(shapes.get(f"{name}.weight", ())) != rank]
+    absent += [f"{blocks_at}.0.{name}.weight" for name in named if f"{blocks_at}.0.{name}" not in modules]
     if absent or not count:
         raise UsageError(
             "E251",
             f"the module map names what the model does not have: {', '.join(absent) or blocks_at}",
             where=where,
-            fix=f"the first block holds: {', '.join(sorted(n for n in shapes if n.startswith(blocks_at + '.0.')))[:600]}",
+            fix=f"the first block holds: {_holdings(shapes, f'{blocks_at}.0')}",
         )
+    uneven = [
+        Problem(
+            f"block {i} lacks {', '.join(lacking)}: a module map describes blocks that are all built alike",
+            where,
+            f"block {i} holds: {_holdings(shapes, f'{blocks_at}.{i}')}; a model whose blocks differ cannot be described by a map",
+        )
+        for i in range(count)
+        if (lacking := [name for name in named if f"{blocks_at}.{i}.{name}" not in modules])
+    ]
+    if uneven:
+        raise UsageError.from_problems("E251", uneven)
     blocks = []
     for i in range(count):
         prefix = f"{blocks_at}.{i}"
@@ -348,3 +375,8 @@ def _by_hand(config: Mapping[str, Any], module_map: Path) -> Architecture:
     head = None if tied or "lm_head" not in modules else LinearSpec("lm_head", vocab, hidden, "lm_head.bias" in shapes)
     expected = {n: s for n, s in shapes.items() if not (tied and n == "lm_head.weight")}
     return Architecture(str(config.get("model_type")), decoder, tuple(blocks), embedding, norm, head, hidden, vocab, expected)
+
+
+def _holdings(shapes: Mapping[str, Shape], prefix: str) -> str:
+    """The parameters of a block, as a sentence that ends somewhere."""
+    return ", ".join(sorted(name for name in shapes if name.startswith(f"{prefix}.")))[:600]

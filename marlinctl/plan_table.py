@@ -66,9 +66,8 @@ def _output(output: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "", f"loads in {', '.join(output['loads_in'])}"
     for runtime, reasons in output["refused_by"].items():
         yield "", f"{runtime} refuses {len(reasons)} linears: {_first(reasons)}"
-    if output["warnings"]:
-        first, *more = output["warnings"]
-        yield "", first + (f" (and {len(more)} more)" if more else "")
+    for program, what in output["untested"].items():
+        yield "", f"{program}: not tested with {what}"
 
 
 def _memory(memory: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

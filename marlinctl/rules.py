@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 
 from marlinctl.errors import Problem, UsageError
 from marlinctl.models import Architecture, LinearSpec
-from marlinctl.patterns import Pattern, Steps
+from marlinctl.patterns import Time, compiled
 
 GROUP_SIZES = (128, 64, 32, -1)
 _MOST_PROBLEMS = 20
@@ -74,7 +74,7 @@ class _Names:
         for name in self._names:
             for tail in _tails(name):
                 self._tails.setdefault(tail, []).append(name)
-        self._steps = Steps()
+        self._time = Time()
         self._known: dict[str, list[str]] = {}
 
     def matching(self, pattern: str) -> list[str]:
@@ -90,11 +90,10 @@ class _Names:
 
     def _found(self, pattern: str) -> list[str]:
         if pattern.startswith("re:"):
-            expression = Pattern(pattern[3:])
-            return [name for name in self._names if expression.search(name, self._steps)]
+            search = compiled(pattern[3:]).search
+            return [name for name in self._names if self._time.matches(search, name)]
         if not any(letter in pattern for letter in "*?["):
             return self._tails.get(pattern, [])
-        self._steps.take(2 * len(self._tails))
         hits = {name for tail, names in self._tails.items() if fnmatchcase(tail, pattern) for name in names}
         return [name for name in self._names if name in hits]
 

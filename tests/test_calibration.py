@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def model(tmp_path: Path) -> Path:
     return make_tiny(tmp_path / "model")
 
 
-def calibrate(model: Path, source: Path, **changes: Any) -> CalibrationSet:
+def calibrate(model: Path, source: Path, *, console: Console | None = None, **changes: Any) -> CalibrationSet:
     given = {
         "calibration.source": str(source),
         "calibration.samples": 3,
@@ -36,7 +37,7 @@ def calibrate(model: Path, source: Path, **changes: Any) -> CalibrationSet:
     def never() -> torch.nn.Module:
         raise AssertionError("the model is loaded for `self` only")
 
-    return load_calibration(asked, model, config, console=Console.quiet(), load_model=never)
+    return load_calibration(asked, model, config, console=console or Console.quiet(), load_model=never)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -64,6 +65,19 @@ def test_chats_go_through_the_template_and_padding_is_not_counted(model: Path, t
         special = set(tokenizer.all_special_ids)
         assert counted[: len(expected)].tolist() == [token not in special for token in expected]
     assert found.facts["tokens"]["counted"] == int(found.tokens.counted.sum()) < found.facts["tokens"]["got"]
+
+
+def test_chats_that_are_cut_are_counted_and_told(model: Path, tmp_path: Path) -> None:
+    """The ends of the longest conversations would be left out of the calibration, and nobody would know."""
+    source = write(tmp_path / "chats.jsonl", [{"messages": chat} for chat in CHATS])
+    tokenizer = load_tokenizer(model)
+    lengths = [len(tokenizer(tokenizer.apply_chat_template(c, tokenize=False), add_special_tokens=False)["input_ids"]) for c in CHATS]
+    length = min(lengths) + 1
+    told = io.StringIO()
+    facts = calibrate(model, source, console=Console(colour=False, stderr=told), sequence_length=length).facts
+    assert facts["cut"] == sum(more > length for more in lengths) == 2
+    assert f"warning: 2 chats are longer than --sequence-length and were cut to {length} tokens" in told.getvalue()
+    assert calibrate(model, source, sequence_length=max(lengths)).facts["cut"] == 0
 
 
 def test_chat_never_reads_chats_as_text(model: Path, tmp_path: Path) -> None:

@@ -251,6 +251,20 @@ def test_the_log_file_is_written(verb: Any, tmp_path: Path, capsys: pytest.Captu
     assert cli.main(["probe", "--log-file", str(tmp_path / "none" / "a.log")]) == 2
 
 
+def test_a_current_folder_that_is_gone_is_told(
+    verb: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every relative path would end in a traceback, and torch's libraries end the process when they are loaded there."""
+    called: list[Console] = []
+    verb(called.append)
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert cli.main(["probe"]) == 4 and called == []
+    assert "was deleted" in capsys.readouterr().err
+    assert cli.main(["--version"]) == 0
+
+
 # In a process of its own: signals and streams
 
 

@@ -87,8 +87,12 @@ def calls(kind: str, folder: str, text: str, out: str) -> list[list[str]]:
     if kind in PACKED:
         return model[:-1]
     small = [text if word == "TEXT" else word for word in SMALL]
-    runs = [["quantize", folder, out, *small], ["sparsify", folder, out, *small[:-2]], ["distill", folder, out, "--teacher", folder]]
-    return [*model, *runs]
+    return [
+        *model,
+        ["quantize", folder, out, *small],
+        ["sparsify", folder, out, *small[:-2]],
+        ["distill", folder, out, "--teacher", folder],
+    ]
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from marlinctl.benchmarking.cases import LayerSet, Shape
 from marlinctl.benchmarking.timing import Sample
+from marlinctl.checkpoint.durable import write_bytes
 from marlinctl.checkpoint.files import FileRefused, read_plain_json
 from marlinctl.errors import BadInput, Problem
 
@@ -243,8 +244,7 @@ def read_document(path: Path) -> Document:
 
 
 def write_document(document: Document, path: Path) -> None:
-    """BadInput is not ours to raise here: an OSError of the disk goes its usual way."""
-    path.write_text(json.dumps(document.as_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_bytes(path, (json.dumps(document.as_json(), indent=1, allow_nan=False) + "\n").encode())
 
 
 def weight_bytes(shape: Shape, bits: int) -> int:

@@ -177,6 +177,17 @@ def parse_json(data: bytes, where: Path | str, *, values: int = MAX_JSON_VALUES)
         raise FileRefused(f"not usable as JSON: {shown(str(error))}", where, again) from None
 
 
+def refuse_deep(document: Any, where: Path | str, limit: int = 100) -> None:
+    """FileRefused for a document of more levels than any of its kind has: what walks it calls itself once for each."""
+    level = [document] if isinstance(document, (dict, list)) else []
+    for _ in range(limit):
+        items = (item for holder in level for item in (holder.values() if isinstance(holder, dict) else holder))
+        level = [item for item in items if isinstance(item, (dict, list))]
+        if not level:
+            return
+    raise FileRefused("not usable as JSON: nested too deeply", where, "the file is damaged or cut; download it again")
+
+
 class DuplicateKey(Exception):
     """Raised inside the JSON parser; not a ValueError, so that it is not taken for a syntax error."""
 

@@ -17,7 +17,6 @@ Where both model.safetensors and an index exist, the index wins, as in transform
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,10 +26,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from marlinctl import manifest
-from marlinctl.checkpoint.config import read_config
+from marlinctl.checkpoint.config import CONFIG, read_config
 from marlinctl.checkpoint.files import FileRefused, exists, member, open_member, read_json, shown, special_files
-from marlinctl.checkpoint.header import TensorInfo, header_bytes, read_header
+from marlinctl.checkpoint.header import TensorInfo, read_header
 from marlinctl.errors import BadInput, Problem
 
 if TYPE_CHECKING:
@@ -46,7 +44,7 @@ _TORCH_DTYPES = {
 }  # fmt: skip
 MAX_PROBLEMS = 100
 _MAX_SHARDS = 10_000  # a model of 700 GB has 163
-_REPORTS = manifest.OUTSIDE - {manifest.NAME}
+_ADAPTER, _MAX_ADAPTER_BYTES = "adapter_config.json", 1_000_000
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CONVERT = (
     "marlinctl reads safetensors only, because opening a pickle can run any program; on a machine you can afford to lose, run "
@@ -104,19 +102,22 @@ class Checkpoint:
 
     def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset` of the tensor's file (an absolute position)."""
-        descriptor = self._handle(info.file).fileno()
+        self.read_file_into(info.file, offset, buffer, f"{info.file}, tensor {shown(info.name)}")
+
+    def read_file_into(self, file: Path, offset: int, buffer: memoryview, where: str) -> None:
+        """Fill `buffer` from `offset` of a shard. BadInput E303 where the file has become shorter, or cannot be read."""
+        descriptor = self._handle(file).fileno()
         done = 0
         while done < len(buffer):
             try:
                 got = os.preadv(descriptor, [buffer[done:]], offset + done)
             except OSError as error:
-                where = f"{info.file}, tensor {shown(info.name)}"
                 raise BadInput("E303", f"reading failed: {error.strerror}", where=where, fix="check the disk") from None
             if got == 0:
                 raise BadInput(
                     "E303",
                     f"the file ends at byte {offset + done:,}; it was longer when it was checked",
-                    where=f"{info.file}, tensor {shown(info.name)}",
+                    where=where,
                     fix="something changes the checkpoint while it is read; make a copy and use that",
                 )
             done += got
@@ -162,6 +163,7 @@ def open_checkpoint(folder: Path, *, weight_files: str = "model") -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         raise BadInput("E300", "there is no such folder", where=str(folder), fix="name a folder that holds config.json and *.safetensors")
+    _refuse_adapter(folder)
     problems = special_files(folder)[:MAX_PROBLEMS]
     notes: list[str] = []
     config: dict[str, Any] = {}
@@ -176,6 +178,24 @@ def open_checkpoint(folder: Path, *, weight_files: str = "model") -> Checkpoint:
     if problems:
         raise BadInput.from_problems("E301", problems)
     return Checkpoint(folder, config, tensors, tuple(folder / name for name in shards), tuple(notes))
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """BadInput E316 for a folder that peft wrote. Beside a whole model too: transformers with peft applies such an adapter unasked."""
+    if not exists(folder, _ADAPTER):
+        return
+    try:
+        document = read_json(folder, _ADAPTER, limit=_MAX_ADAPTER_BYTES)
+    except FileRefused as refused:
+        raise BadInput.from_problems("E316", [refused.problem]) from None
+    base = document.get("base_model_name_or_path") if isinstance(document, dict) else None
+    of = f" of {shown(base)}" if isinstance(base, str) and base else ""
+    what = f"this is an adapter (LoRA){of}, not a model"
+    fix = "merge it into its model first, with peft: PeftModel.from_pretrained(model, FOLDER).merge_and_unload().save_pretrained(NEW)"
+    if exists(folder, CONFIG):
+        what = f"an adapter (LoRA){of} lies beside the model, and is not in its weights"
+        fix += f"; or move {_ADAPTER} out of the folder to leave it out"
+    raise BadInput("E316", what, where=str(folder / _ADAPTER), fix=fix)
 
 
 def check_expected(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -198,26 +218,6 @@ def check_expected(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...
     problems = list(_first_problems(wrong, describe, checkpoint.folder))
     if problems:
         raise BadInput.from_problems("E302", problems)
-
-
-def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What identifies the checkpoint without reading its weights: digests of the small files and of every shard's header.
-
-    A report of marlinctl's own is left out: it tells how long things took, so two equal folders would have two fingerprints.
-    """
-    small: dict[str, str] = {}
-    for path in sorted(checkpoint.folder.iterdir()):
-        if path.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken") and path.name not in _REPORTS and path.is_file():
-            with open_member(checkpoint.folder, path.name) as handle:
-                small[path.name] = hashlib.file_digest(handle, "sha256").hexdigest()
-    shards = {
-        (name := str(path.relative_to(checkpoint.folder))): {
-            "bytes": path.stat().st_size,
-            "header_sha256": hashlib.sha256(header_bytes(checkpoint.folder, name)).hexdigest(),
-        }
-        for path in checkpoint.files
-    }
-    return {"files": small, "shards": shards}
 
 
 def _first_problems(wrong: Iterable[_Wrong], describe: Callable[[_Wrong], Problem], folder: Path) -> Iterator[Problem]:
@@ -245,11 +245,24 @@ def _find_shards(folder: Path, weight_files: str, problems: list[Problem], notes
         problems.append(_no_weights(folder, index))
         return [], None
     if index not in found[stem]:
+        _note_strangers(folder, {single}, f"there is no {index} that names them", notes)
         return [single], None
     if single in found[stem]:
         notes.append(f"both {index} and {single} are there; the index is followed and {single} is not read")
-    weight_map = _read_index(folder, index, problems)
-    return sorted(set(weight_map.values())), weight_map
+    weight_map = _read_index(folder, index, problems, notes)
+    shards = sorted(set(weight_map.values()))
+    _note_strangers(folder, {single, *shards}, f"{index} does not name them", notes)
+    return shards, weight_map
+
+
+def _note_strangers(folder: Path, named: set[str], why: str, notes: list[str]) -> None:
+    """Files of weights that are not read: what is left of an earlier model, or a part of this one that the index has lost."""
+    from marlinctl.checkpoint.mask import NAME  # which imports this module
+
+    found = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors" and path.name not in (*named, NAME))
+    if found:
+        shown_names = ", ".join(shown(name, 80) for name in found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        notes.append(f"weights that are not read lie in the folder: {shown_names}; {why}")
 
 
 def _present(folder: Path, stem: str) -> list[str]:
@@ -267,7 +280,7 @@ def _no_weights(folder: Path, index: str) -> Problem:
     return Problem("there are no weights: no *.safetensors file", str(folder), "name the folder that holds the model's safetensors files")
 
 
-def _read_index(folder: Path, index: str, problems: list[Problem]) -> dict[str, str]:
+def _read_index(folder: Path, index: str, problems: list[Problem], notes: list[str]) -> dict[str, str]:
     """{tensor: shard} from the index; only entries that may be followed."""
     again = "the index is damaged; download it again"
     try:
@@ -279,6 +292,8 @@ def _read_index(folder: Path, index: str, problems: list[Problem]) -> dict[str, 
     if not isinstance(weight_map, dict) or not weight_map:
         problems.append(Problem("the index has no weight_map that names a tensor", str(folder / index), again))
         return {}
+    if not isinstance(document.get("metadata"), dict):
+        notes.append(f"{index} has no metadata; the folder can be worked with, but transformers does not load it")
     names = dict.fromkeys(shard for shard in weight_map.values() if isinstance(shard, str))
     if len(names) > _MAX_SHARDS:
         what = f"the index names {len(names):,} files; no model has more than {_MAX_SHARDS:,}"

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import click
 
 from marlinctl.console import Console
+from marlinctl.errors import EnvironmentProblem
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -59,9 +60,20 @@ def common_options(function: Command) -> Command:
             context.obj.append(console)  # marlinctl/cli.py reports errors through it and closes it
         else:
             context.call_on_close(console.close)
+        if context.command.name != "doctor":  # which reports it among its findings
+            _refuse_deleted_folder()
         return function(console=console, **values)
 
     return add_common_options(with_console)  # type: ignore[return-value]  # click keeps the callable's type
+
+
+def _refuse_deleted_folder() -> None:
+    """EnvironmentProblem E490 where the current folder is gone. Libraries end the process when they are loaded there."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        where = os.environ.get("PWD", "the current folder")
+        raise EnvironmentProblem("E490", "the current folder was deleted", where=where, fix="change to a folder that exists") from None
 
 
 def add_common_options(function: Command) -> Command:

@@ -10,7 +10,7 @@ import click
 
 from marlinctl.commands.common import common_options
 from marlinctl.console import Console, duration
-from marlinctl.errors import UsageError
+from marlinctl.errors import ResourceProblem, UsageError
 from marlinctl.log import printable
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def rm(console: Console, outs: tuple[Path, ...], yes: bool) -> None:
     busy = [item for item in found if item.running is not None]
     if busy:
         what = f"a process is at work on it: {_who(busy[0])}"
-        raise UsageError("E285", what, where=str(busy[0].path), fix="wait until it ends, or stop it")
+        raise ResourceProblem("E503", what, where=str(busy[0].path), fix="wait until it ends, or stop it")
     if not yes:
         if console.json or not sys.stdin.isatty():
             raise UsageError("E293", "nobody can be asked whether to remove it", where="jobs rm", fix="add --yes")

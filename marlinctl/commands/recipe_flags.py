@@ -42,7 +42,7 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     ),
     "quantize.skip": (
         "--skip",
-        {"multiple": True, "metavar": "PATTERN", "help": "Leave these linears 16-bit (k_proj, layers.0.*, re:...)."},
+        {"multiple": True, "metavar": "PATTERN", "help": "Leave these linears 16-bit (o_proj, layers.0.*, re:...)."},
     ),
     "quantize.include": ("--include", {"multiple": True, "metavar": "lm_head", "help": "Quantize the output head too."}),
     "sparsify.method": (
@@ -110,7 +110,12 @@ _MODULE_MAP = click.option(
 )
 
 
-_STRICT = click.option("--strict", is_flag=True, help="Stop (exit 6) where a Hessian needs a fallback.")
+_STRICT = click.option(
+    "--strict",
+    is_flag=True,
+    help="Stop where a run would only warn: exit 3 for shards that no index names and an index without metadata, exit 6 for a Hessian that "
+    "needs a fallback, weights or inputs that are all zero, and columns with one value.",
+)
 _DETERMINISTIC = click.option("--deterministic", is_flag=True, help="The same bytes every time on CUDA; the CPU always does that.")
 _MAX_MEMORY = click.option(
     "--max-memory", metavar="SIZE", help="Refuse to start where more memory would be needed (4GiB, 800MiB). Default: what is free."

@@ -12,9 +12,11 @@ import click
 from marlinctl.commands.common import common_options, go_offline
 from marlinctl.console import Console
 from marlinctl.errors import UsageError
+from marlinctl.log import printable
 
 if TYPE_CHECKING:
     from marlinctl.opening import Options
+    from marlinctl.recipe import Recipe
 
 
 @click.command("resume")
@@ -43,6 +45,7 @@ def command(console: Console, out: Path, redo_from: int | None, overwrite: bool,
 
     out = out.absolute()
     job = JobFolder(out)
+    job.refuse_foreign(resume=True)
     if not (job.path / JOB).is_file():
         fix = "`marlinctl jobs ls FOLDER` lists the jobs below a folder; to start anew, give the whole command again"
         raise UsageError("E287", "there is no job to go on with", where=str(job.path), fix=fix)
@@ -51,6 +54,9 @@ def command(console: Console, out: Path, redo_from: int | None, overwrite: bool,
         what = f"--redo-from counts the blocks of a walk, and {request.verb} has none"
         raise UsageError("E291", what, where="--redo-from", fix="leave it out")
     console.say(f"{request.verb}, as it was asked for in {job.path}")
+    if request.verb not in _VERBS:
+        fix = "go on with the version of marlinctl that began it, or start anew"
+        raise UsageError("E290", f"this marlinctl has no {printable(request.verb)!r} to go on with", where=str(job.path / JOB), fix=fix)
     with chdir(request.folder) if request.folder and request.folder.is_dir() else nullcontext():
         _VERBS[request.verb](console, out, dict(request.arguments), redo_from, overwrite, keep_job)
 
@@ -71,13 +77,27 @@ def _options(console: Console, document: dict[str, Any], redo_from: int | None, 
     )
 
 
+def _recipe(document: Any) -> Recipe:
+    """The recipe of a job. UsageError E290 where this version has other keys, or the file was changed."""
+    from pydantic import ValidationError
+
+    from marlinctl.recipe import Recipe
+
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"the recipe of the job cannot be read: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        fix = "go on with the version of marlinctl that began it, or start anew"
+        raise UsageError("E290", what, where="job.json", fix=fix) from error
+
+
 def _walk(console: Console, out: Path, asked: dict[str, Any], *changes: Any) -> None:
     from marlinctl.commands import quantize, sparsify
     from marlinctl.gate import Gate, measure
     from marlinctl.job import run_job
-    from marlinctl.recipe import Recipe
 
-    recipe = Recipe.model_validate(asked["recipe"])
+    recipe = _recipe(asked["recipe"])
     measured = asked["measured"]
     looking = measure(recipe, Gate(**measured["gate"]), console) if measured is not None else None
     options = _options(console, asked["options"], *changes)
@@ -91,17 +111,15 @@ def _distill(console: Console, out: Path, asked: dict[str, Any], *changes: Any) 
 
     silence_if_second(console)
     from marlinctl.distill import run_distill
-    from marlinctl.recipe import Recipe
 
     options = _options(console, asked["options"], *changes)
-    tell(console, out, run_distill(asked["student"], out, asked["teacher"], Recipe.model_validate(asked["recipe"]), options, console))
+    tell(console, out, run_distill(asked["student"], out, asked["teacher"], _recipe(asked["recipe"]), options, console))
 
 
 def _compress(console: Console, out: Path, asked: dict[str, Any], *changes: Any) -> None:
     from marlinctl.commands.compress import tell
     from marlinctl.gate import Gate
     from marlinctl.pipeline import run_compress
-    from marlinctl.recipe import Recipe
 
     task_data = None if asked["task_data"] is None else Path(asked["task_data"])
     if task_data is not None:
@@ -109,7 +127,7 @@ def _compress(console: Console, out: Path, asked: dict[str, Any], *changes: Any)
     report = run_compress(
         asked["model"],
         out,
-        Recipe.model_validate(asked["recipe"]),
+        _recipe(asked["recipe"]),
         _options(console, asked["options"], *changes),
         console,
         evaluate_result=asked["evaluate_result"],

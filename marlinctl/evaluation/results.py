@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import errno
 import json
-import os
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from marlinctl.checkpoint.durable import sync_folder, whole_file
 from marlinctl.checkpoint.files import MAX_OWN_BYTES, MAX_OWN_VALUES, FileRefused, read_plain_json
 from marlinctl.errors import BadInput, Problem, ResourceProblem, UsageError
 
@@ -62,37 +60,17 @@ def render(value: Any, depth: int = 0) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    temporary: Path | None = None
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
+        with whole_file(path) as file:
             file.write(data)
-            file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
     except OSError as error:
-        if temporary is not None:
-            with suppress(OSError):
-                temporary.unlink()
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR):
             fix = "name a file that you may write"
             raise UsageError("E244", f"cannot write the file: {error.strerror}", where=str(path), fix=fix) from error
         raise ResourceProblem(
             "E531", f"cannot write the results: {error.strerror}", where=str(path), fix="free some space, then run again with --resume"
         ) from error
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
 
 
 def _continued(path: Path, fresh: Document) -> Document:

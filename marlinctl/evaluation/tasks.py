@@ -78,6 +78,7 @@ def run_leaves(
     left = [name for name in plan.leaves if name not in done]
     for place, name in enumerate(left, start=1):
         model.label = f"{label}: {name} ({place} of {len(left)})"
+        model.cut.clear()
         try:
             result = evaluate(
                 lm=model,
@@ -88,11 +89,11 @@ def run_leaves(
             )
         except ValueError as error:  # a task that runs generated code, or wants pictures
             raise UsageError("E249", f"lm_eval refuses the task: {error}", where=name, fix="leave the task out") from error
-        finished(name, _record(plan, name, result))
+        finished(name, _record(plan, name, result, len(model.cut)))
 
 
-def _record(plan: TaskPlan, name: str, result: Any) -> Record:
-    """One leaf as JSON. `samples` holds each metric document by document, for paired differences."""
+def _record(plan: TaskPlan, name: str, result: Any, cut: int) -> Record:
+    """One leaf as JSON. `samples` holds each metric document by document, for paired differences; `cut` documents were too long."""
     metrics = {key: value for key, value in result["results"][name].items() if "," in key and "_stderr," not in key}
     samples: dict[str, list[Any]] = {key: [] for key in metrics}
     digest = hashlib.sha256()
@@ -106,6 +107,7 @@ def _record(plan: TaskPlan, name: str, result: Any) -> Record:
         "split": plan.splits[name],
         "documents": counts["effective"],
         "of_documents": counts["original"],
+        "cut": cut,
         "num_fewshot": result["n-shot"][name],
         "version": result["versions"][name],
         "prompts_sha256": digest.hexdigest(),
