@@ -176,7 +176,8 @@ def _interchange(model: str, source: Source, work: Path, recipe: Recipe, options
     whole_recipe = {"sha256": recipe_hash(recipe), **recipe.model_dump(mode="json")}  # each stage saw a part of it
     report |= {"source": pruned["source"], "recipe": whole_recipe, "stages": stages}
     report["bytes"] = {**report["bytes"], "source": pruned["bytes"]["source"]}
-    report["warnings"] = list(dict.fromkeys([*pruned.get("warnings", []), *distilled.get("warnings", []), *report["warnings"]]))
+    warned = [line for stage in (pruned, distilled, report) for line in stage.get("warnings", [])]  # an earlier marlinctl noted none
+    report["warnings"] = list(dict.fromkeys(warned))
     report["seconds"] = round(pruned["seconds"] + distilled["training"]["seconds"] + report["seconds"], 1)
     return report
 
