@@ -15,13 +15,16 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from marlinctl.console import Console
+from marlinctl.errors import UsageError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -59,7 +62,9 @@ def common_options(function: Command) -> Command:
             context.obj.append(console)  # marlinctl/cli.py reports errors through it and closes it
         else:
             context.call_on_close(console.close)
-        return function(console=console, **values)
+        typed = {name: value for name, value in values.items() if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+        with _somewhere(console, typed):
+            return function(console=console, **values)
 
     return add_common_options(with_console)  # type: ignore[return-value]  # click keeps the callable's type
 
@@ -68,6 +73,38 @@ def add_common_options(function: Command) -> Command:
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
+
+
+@contextmanager
+def _somewhere(console: Console, typed: Mapping[str, Any]) -> Iterator[None]:
+    """Run in a folder that exists: an empty one, where the one that marlinctl was started in has been removed.
+
+    Absolute paths work from there as from anywhere; without it, libraries that ask where they are end the process (oneMKL). What is read
+    by a relative path is not found, and what would be written by one is refused: UsageError E233.
+    """
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        pass
+    else:
+        yield
+        return
+    values = [item for value in typed.values() for item in (value if isinstance(value, tuple) else (value,))]
+    relative = [value for value in values if isinstance(value, Path) and not value.is_absolute()]
+    what = "the folder in which marlinctl was started has been removed, so relative paths lead nowhere"
+    if relative:
+        raise UsageError("E233", what, where=str(relative[0]), fix="change into a folder that exists, or give absolute paths")
+    console.warn(what)
+    import tempfile
+
+    before = os.open(".", os.O_RDONLY)
+    with tempfile.TemporaryDirectory(prefix="marlinctl-") as folder:
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.fchdir(before)
+            os.close(before)
 
 
 def go_offline() -> None:
