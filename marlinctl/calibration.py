@@ -23,6 +23,7 @@ from torch import Tensor
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, UsageError
 from marlinctl.memory import CHARACTERS_PER_TOKEN, PIECE, SELF_BATCH
+from marlinctl.preflight import check_length, too_few_tokens
 from marlinctl.recipe import Calibration
 from marlinctl.walk import Tokens
 
@@ -43,16 +44,10 @@ def load_calibration(
 ) -> CalibrationSet:
     """The samples that `asked` describes, for the model in `folder`. `load_model` is called for `self` only.
 
-    UsageError E252 for a length the model cannot read; BadInput E393 for fewer samples or tokens than asked.
+    UsageError E252 for a length the model cannot read; BadInput E393 for fewer samples or tokens than asked, E262 for a chat that the
+    template refuses.
     """
-    limit = config.get("max_position_embeddings")
-    if isinstance(limit, int) and asked.sequence_length > limit:
-        raise UsageError(
-            "E252",
-            f"samples of {asked.sequence_length} tokens are longer than the model can read ({limit})",
-            where="--sequence-length",
-            fix=f"--sequence-length {limit} or less",
-        )
+    check_length(asked, config)
     tokenizer = load_tokenizer(folder)
     if asked.source == "self":
         ids, how = write_samples(load_model(), tokenizer, asked, console), "written by the model itself"
@@ -86,13 +81,17 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise BadInput(
-            "E394",
-            f"the tokenizer cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            where=str(folder),
-            fix="copy tokenizer.json and tokenizer_config.json from the original model",
-        ) from error
+    except Exception as error:  # transformers and tokenizers raise what they like, a bare Exception too
+        raise _no_tokenizer("cannot be loaded", error, folder) from error
+
+
+def _no_tokenizer(what: str, error: Exception, folder: Path) -> BadInput:
+    return BadInput(
+        "E394",
+        f"the tokenizer {what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+        where=str(folder),
+        fix="copy tokenizer.json and tokenizer_config.json from the original model",
+    )
 
 
 def _require(asked: Calibration, ids: Tensor, counted: Tensor) -> None:
@@ -105,12 +104,7 @@ def _require(asked: Calibration, ids: Tensor, counted: Tensor) -> None:
             fix=f"give more text, or --samples {got}" if got else "give more text, or a smaller --sequence-length",
         )
     if tokens < asked.minimum_tokens:
-        raise BadInput(
-            "E393",
-            f"{tokens} tokens count for calibration, at least {asked.minimum_tokens} are needed",
-            where=f"calibration {asked.source}",
-            fix="more --samples or a greater --sequence-length (fewer tokens do not determine the Hessians)",
-        )
+        raise too_few_tokens(asked, str(tokens))
 
 
 # ---- text and chats ------------------------------------------------------------------------------------------------------------------
@@ -126,17 +120,18 @@ def read_samples(asked: Calibration, tokenizer: PreTrainedTokenizerBase) -> tupl
         missing = "the model has no chat template" if not template else "the data are no chats"
         raise UsageError("E253", f"--chat always, but {missing}", where=f"calibration {asked.source}", fix="--chat auto")
     if chats and template and asked.chat != "never":
-        return _pad(
-            [_chat_ids(tokenizer, chat) for chat in chats[: asked.samples]], asked.sequence_length
-        ), "chats, with the model's template"
+        rows = [number for number, document in enumerate(documents, start=1) if not isinstance(document, str)]
+        taken = list(zip(chats, rows, strict=True))[: asked.samples]
+        ids = [_chat_ids(tokenizer, chat, f"{asked.source}, row {row}") for chat, row in taken]
+        return _pad(ids, asked.sequence_length), "chats, with the model's template"
     texts += ["\n\n".join(turn["content"] for turn in chat) for chat in chats]
     return _cut(texts, tokenizer, asked.samples, asked.sequence_length), "documents joined by blank lines and cut"
 
 
 def _documents(asked: Calibration) -> Iterable[Document]:
-    from marlinctl.texts import load_documents
+    from marlinctl.texts import load_documents, names_a_file
 
-    if Path(asked.source).exists() or "/" not in asked.source or Path(asked.source).suffix in (".txt", ".jsonl", ".parquet", ".gz"):
+    if names_a_file(asked.source):
         return load_documents(asked.source)
     return islice(_hub_documents(asked.source), 64 * asked.samples)
 
@@ -187,7 +182,7 @@ def _cut(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, samples: int,
     found = [torch.empty(0, dtype=torch.int64)]
     got = 0
     for piece in _pieces(texts, min(needed * CHARACTERS_PER_TOKEN, PIECE)):
-        ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = token_ids(tokenizer, piece)
         found.append(torch.tensor(ids, dtype=torch.int64))
         got += len(ids)
         if got >= needed:
@@ -216,9 +211,29 @@ def _begins_with(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [bos] if bos is not None and first == [bos] else []
 
 
-def _chat_ids(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> list[int]:
-    text = tokenizer.apply_chat_template(chat, tokenize=False)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _chat_ids(tokenizer: PreTrainedTokenizerBase, chat: Chat, where: str) -> list[int]:
+    """A chat through the model's template. UsageError E262 where the template refuses it: it is a program of the model's maker."""
+    try:
+        text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    except Exception as error:  # raise_exception() of the template, and whatever its own mistakes raise in jinja or Python
+        roles = ", ".join(turn["role"] for turn in chat[:4]) + (", ..." if len(chat) > 4 else "")
+        reason = str(error).strip() or type(error).__name__
+        raise UsageError(
+            "E262",
+            f"the model's chat template refuses this chat ({roles}): {reason}",
+            where=where,
+            fix="leave out the turns that the template does not know, such as `system`; or calibrate with --chat never, on plain text",
+        ) from error
+    return token_ids(tokenizer, text)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a text, without special tokens. BadInput E394 where the tokenizer's files are such that it cannot read it."""
+    try:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception as error:  # tokenizers raise a bare Exception
+        raise _no_tokenizer("cannot read a text", error, Path(getattr(tokenizer, "name_or_path", ""))) from error
+    return ids
 
 
 def _pad(rows: Sequence[list[int]], length: int) -> Tensor:

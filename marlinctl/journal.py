@@ -45,6 +45,7 @@ FORMAT = 1  # of job.json and the journal; a greater one was written by a newer 
 ENDING = ".job"
 JOB, JOURNAL = "job.json", "journal.jsonl"
 _LOCK, _RUNNING = "lock", "running.json"
+_MEASURED = "recipe.evaluate."  # how a result is measured decides none of its numbers, so it may differ on resuming
 # Refusals: running again without a change would end the same way, so they alone are no reason to keep a folder or to name `resume`.
 _REFUSALS = (UsageError, BadInput, EnvironmentProblem, HubProblem)
 
@@ -76,6 +77,8 @@ class JobFolder:
         self.lines: list[dict[str, Any]] = []
         self._ends: list[int] = []  # where each line ends in the file
         self._shown = out
+        self._asked: Request | None = None
+        self._measures = False
 
     # Who may use it
 
@@ -89,6 +92,7 @@ class JobFolder:
         if resume and not (self.path / JOB).is_file():
             fix = "give the whole command again: it starts anew"
             raise UsageError("E287", "there is no job to go on with", where=str(self.path), fix=fix)
+        self._asked = request
         with self._locked():
             self._read()
             if resume:
@@ -97,8 +101,7 @@ class JobFolder:
             else:
                 self._refuse_unfinished()
                 self.clear()
-                asked = {"verb": request.verb, "arguments": request.arguments, "folder": str(Path.cwd())}
-                write_document(self.path / JOB, {"format": FORMAT, **asked})
+                self._note(request)
             try:
                 yield
             except BaseException as error:
@@ -135,7 +138,10 @@ class JobFolder:
     def _refuse_unfinished(self) -> None:
         if (self.path / JOB).exists() and self.progress and not self.published:
             again = shlex.quote(str(self._shown))
-            fix = f"`marlinctl resume {again}` goes on with it; to start anew, `marlinctl jobs rm {again}` first"
+            fix = (
+                f"`marlinctl resume {again}` goes on with it, and takes other --tasks, --text or --window where those were wrong; "
+                f"to start anew, `marlinctl jobs rm {again}` first"
+            )
             raise UsageError("E285", "an unfinished job for this output is there", where=str(self.path), fix=fix)
 
     def _leave(self, error: BaseException, console: Console, launcher: str) -> None:
@@ -144,8 +150,19 @@ class JobFolder:
             return
         if not self.progress and not (self.begun and isinstance(error, (ResourceProblem, OSError))):
             self.remove()
-        elif not isinstance(error, _REFUSALS) and self.path.parent.suffix != ENDING:  # a stage goes on with the whole
-            console.error(f"{launcher}marlinctl resume {shlex.quote(str(self._shown))}", label="to go on:")
+        elif self.path.parent.suffix != ENDING:  # a stage goes on with the whole
+            resume = f"{launcher}marlinctl resume {shlex.quote(str(self._shown))}"
+            if self._measures:
+                resume += "; add what shall be measured otherwise (--tasks, --text, --window, --limit, ...), or --no-eval"
+            if self._measures or not isinstance(error, _REFUSALS):
+                console.error(resume, label="to go on:")
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """While the finished result is measured: where that fails, the person is told that it can be measured otherwise."""
+        self._measures = True
+        yield
+        self._measures = False
 
     # What was asked for, and whether it is the same now
 
@@ -171,22 +188,31 @@ class JobFolder:
             raise self.damaged("it does not say what was asked for", self.path / JOB)
         return Request(verb, arguments, Path(folder))
 
+    def _note(self, request: Request) -> None:
+        asked = {"verb": request.verb, "arguments": request.arguments, "folder": str(Path.cwd())}
+        write_document(self.path / JOB, {"format": FORMAT, **asked})
+
     def begin(self, fingerprint: Mapping[str, Any], **more: Any) -> None:
         """Note what decides the numbers; on resuming, compare it instead (`check`)."""
         self.append({"step": "begun", "fingerprint": fingerprint, **more})
 
     def check(self, fingerprint: Mapping[str, Any]) -> None:
-        """UsageError E286 that lists every difference between the job that was begun and the one asked for now."""
+        """UsageError E286 that lists every difference between the job that was begun and the one asked for now.
+
+        What may differ, and does (how the result is measured), is noted for the next time that the job is resumed.
+        """
         begun = dict(_flat(self.lines[0]["fingerprint"]))
         now = dict(_flat(json.loads(json.dumps(fingerprint))))
         fix = "put back what the job was begun with, or start anew: " + f"marlinctl jobs rm {shlex.quote(str(self._shown))}"
         problems = [
             Problem(f"{key} was {begun.get(key)!r} and is now {now.get(key)!r}", str(self.path), fix)
             for key in sorted(begun.keys() | now.keys())
-            if begun.get(key) != now.get(key)
+            if begun.get(key) != now.get(key) and not key.startswith(_MEASURED)
         ]
         if problems:
             raise UsageError.from_problems("E286", problems)
+        if self._asked is not None and _apart_from_options(self._asked.arguments) != _apart_from_options(self.request().arguments):
+            self._note(self._asked)
 
     @property
     def begun(self) -> bool:
@@ -346,6 +372,12 @@ def _digest(folder: Path) -> str | None:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _apart_from_options(arguments: Mapping[str, Any]) -> Any:
+    """How a run goes about its work may differ each time; as JSON, so that a tuple is the list that it was written as."""
+    apart = ("options", "overwrite", "keep_job")
+    return json.loads(json.dumps({key: value for key, value in arguments.items() if key not in apart}))
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

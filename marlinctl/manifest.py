@@ -84,6 +84,24 @@ def check(folder: Path) -> dict[str, Any]:
     return document
 
 
+def describes(folder: Path, name: str, data: bytes) -> bool:
+    """Whether the folder holds this file with these contents, and its manifest says so."""
+    listed = read(folder)["files"].get(name)
+    wanted = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return listed == wanted and _describe(folder / name) == wanted
+
+
+def replace_file(folder: Path, name: str, data: bytes) -> None:
+    """Give a folder that is not published yet another small file of that name, and its manifest the new digest."""
+    from marlinctl.checkpoint.durable import whole_file
+
+    document = read(folder)
+    document["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    for path, content in ((folder / name, data), (folder / NAME, canonical(document))):
+        with whole_file(path) as file:
+            file.write(content)
+
+
 def made_from(folder: Path) -> dict[str, Any]:
     """What a folder that marlinctl published says it was made from: `source`, and `teacher` of a distilled one.
 

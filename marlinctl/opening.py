@@ -5,7 +5,7 @@ Whatever is wrong with a checkpoint is listed at once. Weights are looked at too
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,11 @@ class Opened:
     dtype: torch.dtype  # of the forward pass
 
 
-def open_model(model: str, out: Path, recipe: Recipe, options: Options, console: Console) -> Opened:
-    """All checks, from cheap to dear."""
+def open_model(
+    model: str, out: Path, recipe: Recipe, options: Options, console: Console,
+    before_weights: Callable[[Source, Checkpoint], None] = lambda _source, _checkpoint: None,
+) -> Opened:  # fmt: skip
+    """All checks, from cheap to dear. before_weights: those of the caller that need config.json and tokenizer alone."""
     refuse_no_change(recipe)
     device = torch.device(choose_device(options.device))
     grow_segments(device)
@@ -88,6 +91,7 @@ def open_model(model: str, out: Path, recipe: Recipe, options: Options, console:
         console.say(source.note)
     checkpoint = open_checkpoint(source.folder)
     looked = look(checkpoint, recipe, options.module_map, console)
+    before_weights(source, checkpoint)
     pattern = of_source(checkpoint, looked.shapes, console)
     check_pattern(pattern.pattern, looked, recipe, console)
     tensors = stored_once(checkpoint, looked.architecture)

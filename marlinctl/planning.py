@@ -21,11 +21,13 @@ from typing import Any
 
 from marlinctl import estimate, room, runtimes
 from marlinctl.checkpoint import formats
+from marlinctl.checkpoint.config import positions
 from marlinctl.checkpoint.headers import Headers, headers
 from marlinctl.checkpoint.writer import companions
 from marlinctl.console import Console
 from marlinctl.devices import free_device_memory, has_matrix_units, planned_dtype
 from marlinctl.errors import UsageError
+from marlinctl.evaluation.settings import EvalSettings
 from marlinctl.memory import (
     Work,
     available_memory,
@@ -36,7 +38,7 @@ from marlinctl.memory import (
 )
 from marlinctl.models import Architecture
 from marlinctl.pattern import MASK_FILE, Pattern, from_headers
-from marlinctl.preflight import Looked, check_pattern, look, refuse_no_change, stored_once
+from marlinctl.preflight import Looked, check_arguments, check_lengths, check_pattern, look, stored_once
 from marlinctl.recipe import Recipe, divided, recipe_hash
 
 _ELEMENT = {"bfloat16": 2, "float32": 4}
@@ -55,6 +57,7 @@ class Settings:
     max_memory: int | None = None  # bytes; None: what is free
     device_memory: int | None = None  # bytes; None: what nvidia-smi says
     module_map: Path | None = None
+    task_data: Path | None = None
     probe: bool = False  # run the largest solve of each stage once
 
 
@@ -74,10 +77,17 @@ class Check:
 
 def make_plan(model: str, recipe: Recipe, settings: Settings, console: Console) -> dict[str, Any]:
     """The plan as one JSON-ready document. Refuses what a run would refuse, with the same error ids."""
-    refuse_no_change(recipe)
     if not settings.device.startswith(("cpu", "cuda")):
         raise UsageError("E248", f"unknown device {settings.device}", where="--device", fix="give cpu, cuda or cuda:N")
+    check_arguments(recipe, settings.module_map, distils=True)
+    measuring = EvalSettings.of_recipe(recipe.evaluate, settings.task_data)
+    if recipe.evaluate.tasks or recipe.evaluate.text != "pythondoc":  # else there is nothing to look at, and nothing is imported for it
+        from marlinctl.evaluation import early
+
+        early.check_arguments(measuring, console, with_text=True, load_tasks=False)
     with headers(model, revision=settings.revision, cache_dir=settings.cache_dir, offline=console.offline, console=console) as seen:
+        check_lengths(recipe, seen.checkpoint.config, distils=True)
+        measuring.window_for(positions(seen.checkpoint.config))
         return _document(seen, recipe, settings, console)
 
 

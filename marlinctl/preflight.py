@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from marlinctl.checkpoint.config import check_remote_code, check_tokenizer, refuse_quantized
+from marlinctl.checkpoint.config import check_remote_code, check_tokenizer, positions, refuse_quantized
 from marlinctl.checkpoint.formats import misfits
 from marlinctl.checkpoint.header import TensorInfo
 from marlinctl.checkpoint.reader import Checkpoint, check_expected
 from marlinctl.console import Console
+from marlinctl.distillation.settings import check_settings, check_sizes
 from marlinctl.errors import BadInput, Problem, UsageError
-from marlinctl.models import Architecture, Experts, LinearSpec, architecture
+from marlinctl.models import Architecture, Experts, LinearSpec, architecture, check_module_map
 from marlinctl.pattern import MASK_FILE, Pattern
-from marlinctl.recipe import Recipe
+from marlinctl.recipe import Calibration, Recipe, divided
 from marlinctl.rules import Plan, plan
 
 
@@ -35,6 +37,71 @@ class Looked:
 def refuse_no_change(recipe: Recipe) -> None:
     if recipe.quantize.bits == 16 and recipe.sparsify.pattern == "none":
         raise UsageError("E272", "16 bits and no pattern: nothing would change", where="--bits 16", fix="--bits 4, or `marlinctl sparsify`")
+
+
+# ---- what needs no model, and what needs its config alone ----------------------------------------------------------------------------
+
+
+def check_arguments(recipe: Recipe, module_map: Path | None, *, distils: bool, texts: bool = True) -> None:
+    """What needs no model, before one is fetched. UsageError or BadInput, as the work would raise hours later.
+
+    distils: whether a recipe that trains is divided into stages (`compress`). texts: look at files of text too; a job that has begun has
+    done so.
+    """
+    refuse_no_change(recipe)
+    check_module_map(module_map)
+    trains = distils and divided(recipe) is not None
+    if trains:
+        check_settings(recipe.distill, 1)
+        if recipe.distill.mode == "scales":
+            fix = "full or blockwise; `marlinctl distill --mode scales` trains the scales of the result"
+            raise UsageError("E288", "a pruned model has no scales to train yet", where="distill.mode of the recipe", fix=fix)
+    if texts:
+        check_documents(recipe.calibration.source)
+        if (most := recipe.calibration.samples * recipe.calibration.sequence_length) < recipe.calibration.minimum_tokens:
+            raise too_few_tokens(recipe.calibration, f"at most {most}")
+    if texts and trains:
+        check_documents(recipe.distill.data)
+
+
+def check_lengths(recipe: Recipe, config: Mapping[str, Any], *, distils: bool) -> None:
+    """Samples and rows that the model cannot read: UsageError E252."""
+    check_length(recipe.calibration, config)
+    if distils and divided(recipe) is not None:
+        check_sizes(recipe.distill, config, 1, where="--distill-sequence-length")
+
+
+def check_documents(source: str) -> None:
+    """Text to calibrate with or to train on: the file is there, and its first row is what it must be."""
+    if source == "self":
+        return
+    from marlinctl.texts import check_text, names_a_file  # what unpacks files is not imported for nothing
+
+    if names_a_file(source):
+        check_text(source, chats=True)
+
+
+def check_length(asked: Calibration, config: Mapping[str, Any]) -> None:
+    limit = positions(config)
+    if limit is not None and asked.sequence_length > limit:
+        raise UsageError(
+            "E252",
+            f"samples of {asked.sequence_length} tokens are longer than the model can read ({limit})",
+            where="--sequence-length",
+            fix=f"--sequence-length {limit} or less",
+        )
+
+
+def too_few_tokens(asked: Calibration, count: str) -> BadInput:
+    return BadInput(
+        "E393",
+        f"{count} tokens count for calibration, at least {asked.minimum_tokens} are needed",
+        where=f"calibration {asked.source}",
+        fix="more --samples or a greater --sequence-length (fewer tokens do not determine the Hessians)",
+    )
+
+
+# ---- what needs the headers ----------------------------------------------------------------------------------------------------------
 
 
 def look(checkpoint: Checkpoint, recipe: Recipe, module_map: Path | None, console: Console, *, files: bool = True) -> Looked:

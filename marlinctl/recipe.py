@@ -37,6 +37,10 @@ GroupSize = Literal[128, 64, 32, -1]
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # YAML knows lists, a frozen value wants tuples
 
 
+# Upper ends are far beyond every use. They keep products of two of them within 64 bits, and what libraries are given within 32.
+_MOST = 2**31 - 1
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -70,11 +74,11 @@ class Sparsify(_Section):
 
 class Calibration(_Section):
     source: str = Field(min_length=1)
-    samples: int = Field(ge=1)
-    sequence_length: int = Field(ge=1)
+    samples: int = Field(ge=1, le=_MOST)
+    sequence_length: int = Field(ge=1, le=_MOST)
     seed: int = Field(ge=0, lt=2**63)
     chat: Literal["auto", "always", "never"]
-    minimum_tokens: int = Field(ge=1)
+    minimum_tokens: int = Field(ge=1, le=_MOST)
 
 
 class Pack(_Section):
@@ -83,28 +87,28 @@ class Pack(_Section):
 
 class Evaluate(_Section):
     tasks: Names
-    limit: Annotated[int, Field(ge=1)] | None
+    limit: Annotated[int, Field(ge=1, le=_MOST)] | None
     text: str = Field(min_length=1)
-    tokens: int = Field(ge=2)
-    window: int = Field(ge=2)
+    tokens: int = Field(ge=2, le=_MOST)
+    window: Annotated[int, Field(ge=2, le=_MOST)] | None
 
 
 class Distill(_Section):
     mode: Literal["full", "blockwise", "scales"]
     data: str = Field(min_length=1)
-    tokens: int = Field(ge=0)
-    sequence_length: int = Field(ge=2)
-    batch_tokens: int = Field(ge=2)
-    micro_batch: int = Field(ge=1)
+    tokens: int = Field(ge=0, le=10**15)
+    sequence_length: int = Field(ge=2, le=_MOST)
+    batch_tokens: int = Field(ge=2, le=_MOST)
+    micro_batch: int = Field(ge=1, le=_MOST)
     learning_rate: float = Field(gt=0, le=1)
     warmup: float = Field(ge=0, le=1)
     ce: float = Field(ge=0)
     squarehead: float = Field(ge=0)
     kl: float = Field(ge=0)
     temperature: float = Field(gt=0)
-    cache_logits: int = Field(ge=0)
+    cache_logits: int = Field(ge=0, le=_MOST)
     checkpointing: bool
-    save_every: int = Field(ge=1)
+    save_every: int = Field(ge=1, le=_MOST)
     seed: int = Field(ge=0, lt=2**62)
 
 
@@ -130,9 +134,12 @@ class Recipe(_Section):
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """SHA-256 of the canonical JSON without name and description: equal hashes mean the same job."""
+    """SHA-256 of the canonical JSON without name, description and `evaluate`: equal hashes mean the same codes of the same model.
+
+    How a result is measured may differ when a job is resumed; it decides none of the result's numbers.
+    """
     body = json.loads(recipe.canonical_json())
-    del body["name"], body["description"]
+    del body["name"], body["description"], body["evaluate"]
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -161,7 +168,8 @@ def resolve(recipe: Recipe, overrides: Mapping[str, Any]) -> tuple[Recipe, list[
         flag = _FLAG_NAMES.get(field, "--" + field.replace("_", "-"))
         places[section, field] = Place(f"{flag} {value}")
         if values[section][field] != value:
-            changes.append(f"{flag} {value} instead of {values[section][field]} (recipe {recipe.name})")
+            before = "null" if values[section][field] is None else values[section][field]
+            changes.append(f"{flag} {value} instead of {before} (recipe {recipe.name})")
         values[section][field] = value
     return _validate(_Layer(values, places, Place(f"recipe {recipe.name}")), error_id="E211"), changes
 

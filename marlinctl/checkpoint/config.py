@@ -9,6 +9,7 @@ imported: a model that transformers knows natively runs without it, any other mo
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +115,16 @@ def check_tokenizer(folder: Path, config: dict[str, Any]) -> None:
             where=str(folder / present[0]),
             fix="the tokenizer belongs to another model, or the embedding was not resized; take both from one checkpoint",
         )
+
+
+def positions(config: Mapping[str, Any]) -> int | None:
+    """How many tokens a model can read at once; None where config.json does not say."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for key in ("max_position_embeddings", "n_positions"):
+            if type(part.get(key)) is int:
+                return int(part[key])
+    return None
 
 
 def _size_problems(config: dict[str, Any], where: str) -> list[Problem]:

@@ -14,6 +14,7 @@ Importing this module costs click and nothing more.
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,17 @@ from marlinctl.console import Console
 from marlinctl.errors import UsageError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class FiniteFloat(click.FloatRange):
+    """A number in a range; neither NaN, which is in every range because it compares with nothing, nor infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
 
 _OPTIONS = (
     click.option("--json", "as_json", is_flag=True, help="Write the result as one JSON document to stdout."),

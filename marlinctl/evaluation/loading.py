@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from marlinctl.checkpoint.config import positions
 from marlinctl.devices import cpu_has_bf16
 from marlinctl.errors import BadInput, UsageError
+from marlinctl.evaluation.settings import DTYPES
 
 if TYPE_CHECKING:
     from marlinctl.checkpoint.reader import Checkpoint
 
 SLICES, SLICE_BYTES = 64, 65536  # of each shard, for the identity: 4 MiB
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,7 @@ class Subject:
     @property
     def longest(self) -> int | None:
         """The context the model was made for, in tokens."""
-        text_config = self.config.get("text_config")
-        for config in (self.config, text_config if isinstance(text_config, dict) else {}):
-            if isinstance(limit := config.get("max_position_embeddings"), int):
-                return limit
-        return None
+        return positions(self.config)
 
     @property
     def model_type(self) -> str:
