@@ -38,7 +38,7 @@ from marlinctl.manifest import made_from
 from marlinctl.memory import CHUNK_TOKENS, peak_rss, release_heap
 from marlinctl.opening import Opened, Options, open_model
 from marlinctl.pages.files import report_files
-from marlinctl.preflight import check_arguments, check_lengths
+from marlinctl.preflight import check_arguments, check_lengths, check_texts
 from marlinctl.recipe import Recipe, recipe_hash
 from marlinctl.rehearsal import rehearse_before
 from marlinctl.scratch import Scratch
@@ -88,7 +88,9 @@ def run_job(
 
 def _check_arguments(recipe: Recipe, options: Options, measure: Measurement | None, *, calibrated: bool = False) -> None:
     """What needs no model, before one is fetched. calibrated: the job has its text already."""
-    check_arguments(recipe, options.module_map, distils=False, texts=not calibrated)
+    check_arguments(recipe, options.module_map, distils=False)
+    if not calibrated:
+        check_texts(recipe, distils=False)
     choose_device(options.device)
     if measure is not None:
         measure.check_arguments()

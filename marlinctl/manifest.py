@@ -91,15 +91,16 @@ def describes(folder: Path, name: str, data: bytes) -> bool:
     return listed == wanted and _describe(folder / name) == wanted
 
 
-def replace_file(folder: Path, name: str, data: bytes) -> None:
-    """Give a folder that is not published yet another small file of that name, and its manifest the new digest."""
+def replace_files(folder: Path, files: Mapping[str, bytes], **facts: Any) -> None:
+    """Give a folder that is not published yet other small files of these names, and its manifest their digests and these facts, last."""
     from marlinctl.checkpoint.durable import whole_file
 
     document = read(folder)
-    document["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    for path, content in ((folder / name, data), (folder / NAME, canonical(document))):
-        with whole_file(path) as file:
-            file.write(content)
+    document |= facts
+    document["files"] |= {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    for name, data in (*files.items(), (NAME, canonical(document))):
+        with whole_file(folder / name) as file:
+            file.write(data)
 
 
 def made_from(folder: Path) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from marlinctl.errors import BadInput, ResourceProblem
 from marlinctl.known_digests import check_known_digests
 from marlinctl.memory import Work, available_memory, predicted_peak
 from marlinctl.models import Architecture
-from marlinctl.pattern import Known, of_source
-from marlinctl.preflight import check_pattern, look, refuse_no_change, stored_once
+from marlinctl.pattern import Known, from_headers, of_source
+from marlinctl.preflight import check_pattern, look, refuse_dense_tiles, refuse_no_change, stored_once
 from marlinctl.recipe import Recipe
 from marlinctl.rules import Plan
 
@@ -91,6 +91,7 @@ def open_model(
         console.say(source.note)
     checkpoint = open_checkpoint(source.folder)
     looked = look(checkpoint, recipe, options.module_map, console)
+    refuse_dense_tiles(from_headers(checkpoint, looked.shapes, weights=True), looked.shapes, recipe)  # a row tells, before a text is read
     before_weights(source, checkpoint)
     pattern = of_source(checkpoint, looked.shapes, console)
     check_pattern(pattern.pattern, looked, recipe, console)

@@ -36,7 +36,7 @@ from marlinctl.journal import JOB, JobFolder, Place, Request
 from marlinctl.manifest import check as check_manifest
 from marlinctl.opening import Options
 from marlinctl.pages.files import report_files
-from marlinctl.preflight import check_arguments, check_lengths
+from marlinctl.preflight import check_arguments, check_lengths, check_texts
 from marlinctl.recipe import Recipe, divided, recipe_hash
 from marlinctl.repack import repack
 from marlinctl.texts import names_a_file
@@ -142,7 +142,9 @@ def run_compress(
 
 def _check_arguments(recipe: Recipe, options: Options, looking: Measurement | None, *, begun: bool = False) -> None:
     """What needs no model, before one is fetched. begun: the texts of the job have been looked at before."""
-    check_arguments(recipe, options.module_map, distils=True, texts=not begun)
+    check_arguments(recipe, options.module_map, distils=True)
+    if not begun:
+        check_texts(recipe, distils=True)
     choose_device(options.device)
     if looking is not None:
         looking.check_arguments()
@@ -165,10 +167,10 @@ def _no_model() -> Any:
 
 
 def _note_recipe(work: Path, recipe: Recipe, packed: Iterable[str]) -> None:
-    """Where `resume` changed how the result is measured, the finished checkpoint's recipe.yaml says so, and so do the copies of it.
+    """Where `resume` changed how the result is measured, the finished checkpoint names the recipe that is used now, as if it always had.
 
-    The manifest's digest goes with it. What a kill leaves half done is done again: everything but that section is the same, or the job
-    would have been refused (JobFolder.check).
+    recipe.yaml and the recipe's hash in config.json and manifest; what was packed from it is packed again. What a kill leaves half done
+    is done again. The codes are those of this recipe: in all but its section `evaluate` it is the one that made them (JobFolder.check).
     """
     made = work / "ct"
     data = recipe.to_yaml().encode()
@@ -176,7 +178,10 @@ def _note_recipe(work: Path, recipe: Recipe, packed: Iterable[str]) -> None:
         return
     for name in packed:
         shutil.rmtree(work / name, ignore_errors=True)
-    manifest.replace_file(made, "recipe.yaml", data)
+    config = json.loads((made / "config.json").read_bytes())
+    config["quantization_config"]["marlinctl"]["recipe_sha256"] = recipe_hash(recipe)
+    files = {"config.json": manifest.canonical(config), "recipe.yaml": data}
+    manifest.replace_files(made, files, recipe={"sha256": recipe_hash(recipe)})
 
 
 def _check_places(places: Iterable[Path], options: Options, sources: list[Path]) -> None:

@@ -38,7 +38,7 @@ from marlinctl.memory import (
 )
 from marlinctl.models import Architecture
 from marlinctl.pattern import MASK_FILE, Pattern, from_headers
-from marlinctl.preflight import Looked, check_arguments, check_lengths, check_pattern, look, stored_once
+from marlinctl.preflight import Looked, check_arguments, check_lengths, check_pattern, check_texts, look, stored_once
 from marlinctl.recipe import Recipe, divided, recipe_hash
 
 _ELEMENT = {"bfloat16": 2, "float32": 4}
@@ -58,6 +58,7 @@ class Settings:
     device_memory: int | None = None  # bytes; None: what nvidia-smi says
     module_map: Path | None = None
     task_data: Path | None = None
+    files_are_here: bool = False  # texts and the tasks' data: else the run takes place where they are, and they are not looked at
     probe: bool = False  # run the largest solve of each stage once
 
 
@@ -81,14 +82,21 @@ def make_plan(model: str, recipe: Recipe, settings: Settings, console: Console) 
         raise UsageError("E248", f"unknown device {settings.device}", where="--device", fix="give cpu, cuda or cuda:N")
     check_arguments(recipe, settings.module_map, distils=True)
     measuring = EvalSettings.of_recipe(recipe.evaluate, settings.task_data)
-    if recipe.evaluate.tasks or recipe.evaluate.text != "pythondoc":  # else there is nothing to look at, and nothing is imported for it
-        from marlinctl.evaluation import early
-
-        early.check_arguments(measuring, console, with_text=True, load_tasks=False)
+    if settings.files_are_here:
+        _check_files(recipe, measuring, console)
     with headers(model, revision=settings.revision, cache_dir=settings.cache_dir, offline=console.offline, console=console) as seen:
         check_lengths(recipe, seen.checkpoint.config, distils=True)
         measuring.window_for(positions(seen.checkpoint.config))
         return _document(seen, recipe, settings, console)
+
+
+def _check_files(recipe: Recipe, measuring: EvalSettings, console: Console) -> None:
+    """Texts, names of tasks and copies of their data, as a run would refuse them."""
+    check_texts(recipe, distils=True)
+    if measuring.tasks or measuring.text != "pythondoc":  # else there is nothing to look at, and nothing is imported for it
+        from marlinctl.evaluation import early
+
+        early.check_arguments(measuring, console, with_text=True, load_tasks=False)
 
 
 def _document(seen: Headers, recipe: Recipe, settings: Settings, console: Console) -> dict[str, Any]:

@@ -42,25 +42,27 @@ def refuse_no_change(recipe: Recipe) -> None:
 # ---- what needs no model, and what needs its config alone ----------------------------------------------------------------------------
 
 
-def check_arguments(recipe: Recipe, module_map: Path | None, *, distils: bool, texts: bool = True) -> None:
+def check_arguments(recipe: Recipe, module_map: Path | None, *, distils: bool) -> None:
     """What needs no model, before one is fetched. UsageError or BadInput, as the work would raise hours later.
 
-    distils: whether a recipe that trains is divided into stages (`compress`). texts: look at files of text too; a job that has begun has
-    done so.
+    distils: whether a recipe that trains is divided into stages, as `compress` does.
     """
     refuse_no_change(recipe)
     check_module_map(module_map)
-    trains = distils and divided(recipe) is not None
-    if trains:
+    asked = recipe.calibration
+    if (most := asked.samples * asked.sequence_length) < asked.minimum_tokens:
+        raise too_few_tokens(asked, f"at most {most}")
+    if distils and divided(recipe) is not None:
         check_settings(recipe.distill, 1)
         if recipe.distill.mode == "scales":
             fix = "full or blockwise; `marlinctl distill --mode scales` trains the scales of the result"
             raise UsageError("E288", "a pruned model has no scales to train yet", where="distill.mode of the recipe", fix=fix)
-    if texts:
-        check_documents(recipe.calibration.source)
-        if (most := recipe.calibration.samples * recipe.calibration.sequence_length) < recipe.calibration.minimum_tokens:
-            raise too_few_tokens(recipe.calibration, f"at most {most}")
-    if texts and trains:
+
+
+def check_texts(recipe: Recipe, *, distils: bool) -> None:
+    """The files of text that the recipe names: they are there, and their first row is what it must be."""
+    check_documents(recipe.calibration.source)
+    if distils and divided(recipe) is not None:
         check_documents(recipe.distill.data)
 
 
@@ -148,7 +150,7 @@ def stored_once(checkpoint: Checkpoint, known: Architecture) -> dict[str, Tensor
 def check_pattern(found: Pattern, looked: Looked, recipe: Recipe, console: Console) -> None:
     """A 2:4 pattern that the source has already: kept and said aloud, or refused where the recipe makes another or needs one."""
     _say_pattern(found, len(looked.shapes), recipe, console)
-    _refuse_dense_tiles(found, looked.shapes, recipe)
+    refuse_dense_tiles(found, looked.shapes, recipe)
 
 
 def check_together(*checks: Callable[[], None]) -> None:
@@ -205,7 +207,7 @@ def _say_pattern(found: Pattern, planned: int, recipe: Recipe, console: Console)
         console.warn(f"{planned - len(found.linears)} linears are not 2:4, so the result cannot be packed to marlin_24")
 
 
-def _refuse_dense_tiles(found: Pattern, shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> None:
+def refuse_dense_tiles(found: Pattern, shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> None:
     """marlin_24 holds 2:4 linears alone: found out here, and not when hours of work are to be packed."""
     dense = [name for name in shapes if name not in found.linears]
     if "marlin_24" in recipe.pack.formats and recipe.sparsify.pattern == "none" and dense:

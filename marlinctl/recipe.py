@@ -134,12 +134,9 @@ class Recipe(_Section):
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """SHA-256 of the canonical JSON without name, description and `evaluate`: equal hashes mean the same codes of the same model.
-
-    How a result is measured may differ when a job is resumed; it decides none of the result's numbers.
-    """
+    """SHA-256 of the canonical JSON without name and description: equal hashes mean the same job."""
     body = json.loads(recipe.canonical_json())
-    del body["name"], body["description"], body["evaluate"]
+    del body["name"], body["description"]
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -59,8 +59,7 @@ def test_the_hash_is_of_the_job_not_of_its_name(tmp_path: Path) -> None:
     assert recipe_hash(one) == recipe_hash(load_recipe("int4"))
     assert recipe_hash(load_recipe(write(tmp_path, "calibration: {seed: 1}"))) != recipe_hash(one)
     body = json.loads(one.canonical_json())
-    del body["name"], body["description"], body["evaluate"]
-    assert recipe_hash(load_recipe(write(tmp_path, "evaluate: {tasks: [arc], window: 64}"))) == recipe_hash(one), "it decides no codes"
+    del body["name"], body["description"]
     assert recipe_hash(one) == hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     assert one.canonical_json() == json.dumps(json.loads(one.canonical_json()), sort_keys=True, separators=(",", ":"))
 

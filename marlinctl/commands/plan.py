@@ -68,6 +68,7 @@ def command(
         device_memory=size_in_bytes(values["device_memory"], "--device-memory"),
         module_map=values["module_map"],
         task_data=task_data,
+        files_are_here=True,
         probe=probe,
     )
     with _without_collection():
