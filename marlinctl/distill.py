@@ -110,7 +110,7 @@ def run_distill(student: str, out: Path, teacher: str, recipe: Recipe, options: 
                 check_arguments()
             if processes.main:
                 stack.enter_context(run.job.held(request, resume=options.resume, console=console, launcher=launcher))
-                console.log_to(out.with_name(out.name + ".log"))
+                console.log_to(run.job.out.with_name(run.job.out.name + ".log"))
 
         def look() -> Opened:
             if options.resume:

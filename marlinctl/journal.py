@@ -73,6 +73,8 @@ class JobFolder:
 
     def __init__(self, out: Path) -> None:
         self.out = out.resolve()
+        if not self.out.name:
+            raise UsageError("E234", "the root of the file system is no output", where=str(out), fix="name a folder in it")
         self.path = self.out.with_name(self.out.name + ENDING)
         self.lines: list[dict[str, Any]] = []
         self._ends: list[int] = []  # where each line ends in the file

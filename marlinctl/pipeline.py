@@ -86,7 +86,7 @@ def run_compress(
     if not options.resume:
         _check_arguments(recipe, options, looking)
     with job.held(Request("compress", asked), resume=options.resume, console=console):
-        console.log_to(out.with_name(out.name + ".log"))
+        console.log_to(job.out.with_name(job.out.name + ".log"))
         if job.publishing is not None and options.redo_from is None:
             job.publish_again(overwrite=options.overwrite, keep=options.keep_job)
             return published_report(out)

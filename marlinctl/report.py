@@ -83,6 +83,8 @@ def read_bench(path: Path) -> dict[str, Any]:
 
 def _document(path: Path, kinds: Sequence[str]) -> dict[str, Any]:
     try:
+        if not path.is_file():  # a FIFO would make us wait for ever
+            raise FileNotFoundError("there is no such file")
         if path.stat().st_size > _MOST_BYTES:
             raise ValueError(f"more than {_MOST_BYTES:,} bytes")
         document = json.loads(path.read_bytes())

@@ -227,11 +227,11 @@ class Document:
 def read_document(path: Path) -> Document:
     """BadInput E398 for a file that is not what a run writes; it names every field that is wrong."""
     again = "give the bench.json that `marlinctl bench --out DIR` wrote"
+    if not path.is_file():  # a FIFO would make us wait for ever
+        raise BadInput("E398", "there is no such file", where=str(path), fix=again)
     try:
         content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise BadInput("E398", "there is no such file", where=str(path), fix=again) from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise BadInput("E398", f"this is no JSON file: {error}", where=str(path), fix=again) from error
     if isinstance(content, dict):
         content.pop("schema_version", None)  # of the console, where --json was redirected into a file

@@ -112,6 +112,8 @@ def _continued(path: Path, fresh: Document) -> Document:
 
 
 def read(path: Path) -> Document:
+    if not path.is_file():  # a FIFO would make us wait for ever
+        raise _damaged(path, "it is no regular file" if path.exists() else "there is no such file")
     try:
         document = json.loads(path.read_bytes())
     except (ValueError, RecursionError, OSError) as error:
