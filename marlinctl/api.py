@@ -88,7 +88,10 @@ def load(model: str | Path, *, dtype: torch.dtype | None = None, device: str = "
     import torch
 
     from marlinctl.checkpoint.source import resolve_model
+    from marlinctl.folder import open_folder
     from marlinctl.load import load_dense
 
     source = resolve_model(str(model), revision=revision, cache_dir=None, offline=False, console=Console.quiet())
+    with open_folder(source.folder):
+        pass  # the look that every verb takes
     return load_dense(source.folder, dtype=dtype or torch.float32, device=device)

@@ -13,16 +13,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from marlinctl import findings
+from marlinctl.checkpoint.config import read_config
+from marlinctl.checkpoint.files import shown
+from marlinctl.confined import Bounds, Exceeded, confined
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, UsageError
+from marlinctl.evaluation.windows import SLACK, first_ids
 from marlinctl.memory import CHARACTERS_PER_TOKEN, PIECE, SELF_BATCH
+from marlinctl.model_config import transformers_config
 from marlinctl.preflight import check_length, too_few_tokens
 from marlinctl.recipe import Calibration
 from marlinctl.walk import Tokens
@@ -31,6 +37,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from marlinctl.texts import Chat, Document
+
+# What regular expressions of tokenizers divide: words, numbers, runs of a letter, of spaces and of signs, other scripts, lines.
+_LINE = f"The quick brown fox jumps over the dog 1234567890 times; it's {'a' * 40} {' ' * 40} {'!?' * 20} Grüße, 世界\n\n\tEnd. #$%&@~|\"<>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +59,9 @@ def load_calibration(
     check_length(asked, config)
     tokenizer = load_tokenizer(folder)
     if asked.source == "self":
-        ids, how = write_samples(load_model(), tokenizer, asked, console), "written by the model itself"
+        ids, how, cut = write_samples(load_model(), tokenizer, asked, console), "written by the model itself", 0
     else:
-        ids, how = read_samples(asked, tokenizer)
+        ids, how, cut = read_samples(asked, tokenizer)
     special = torch.tensor(sorted({i for i in tokenizer.all_special_ids if i is not None}), dtype=torch.int64)
     padding = ids < 0
     counted = ~padding & ~torch.isin(ids, special)
@@ -66,6 +75,7 @@ def load_calibration(
         "samples": {"asked": asked.samples, "got": ids.shape[0]},
         "tokens": sizes,
         "sequence_length": asked.sequence_length,
+        "cut": cut,
         "seed": asked.seed,
         "sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
     }
@@ -73,16 +83,25 @@ def load_calibration(
         f"calibration: {asked.source} ({how}), {ids.shape[0]} of {asked.samples} samples, "
         f"{sizes['got']:,} of {sizes['asked']:,} tokens, {sizes['counted']:,} counted"
     )
+    for warning in findings.of_text(facts, "--sequence-length"):
+        console.warn(warning)
     return CalibrationSet(Tokens(ids, counted), facts)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
+    """The tokenizer of an examined folder. BadInput E394 where it cannot be loaded, E327 where it takes too long for a line of text."""
+    from transformers import AutoTokenizer, PreTrainedConfig
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise what they like, a bare Exception too
+        config = transformers_config(read_config(folder), folder)
+    except BadInput:
+        config = PreTrainedConfig(name_or_path=str(folder))  # transformers does not know the model; its tokenizer may be one that it knows
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # pydantic, pyo3 and each of a hundred tokenizer classes raise what they like
         raise _no_tokenizer("cannot be loaded", error, folder) from error
+    _try(tokenizer, folder)
+    return tokenizer
 
 
 def _no_tokenizer(what: str, error: Exception, folder: Path) -> BadInput:
@@ -92,6 +111,24 @@ def _no_tokenizer(what: str, error: Exception, folder: Path) -> BadInput:
         where=str(folder),
         fix="copy tokenizer.json and tokenizer_config.json from the original model",
     )
+
+
+def _try(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """One line of text in a process of its own: tokenizer.json may hold regular expressions, whose engine goes back as it likes.
+
+    It gives up on a single match after ten million steps (tokenizers then panics), and may be led into that for every letter.
+    """
+    try:
+        for _ in confined(lambda: iter((len(tokenizer(_LINE, verbose=False)["input_ids"]),)), Bounds(memory=1 << 30, cpu=10, wait=30)):
+            return
+    except (Exceeded, RuntimeError) as reason:
+        shown_reason = str(reason) if isinstance(reason, Exceeded) else str(reason).strip().splitlines()[-1]
+        raise BadInput(
+            "E327",
+            f"the tokenizer cannot read a line of text: {shown_reason}",
+            where=str(folder),
+            fix="copy tokenizer.json and tokenizer_config.json from the original model",
+        ) from None
 
 
 def _require(asked: Calibration, ids: Tensor, counted: Tensor) -> None:
@@ -110,34 +147,54 @@ def _require(asked: Calibration, ids: Tensor, counted: Tensor) -> None:
 # ---- text and chats ------------------------------------------------------------------------------------------------------------------
 
 
-def read_samples(asked: Calibration, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, str]:
-    """[S, L] int64 with -1 where padded, and how they were made."""
-    documents = list(_documents(asked))
-    chats = [d for d in documents if not isinstance(d, str)]
-    texts = [d for d in documents if isinstance(d, str)]
+def read_samples(asked: Calibration, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, str, int]:
+    """[S, L] int64 with -1 where padded; how they were made; how many chats were longer than L. No more is read than the samples need.
+
+    Whether the data are chats is told by their first document (with --chat always by any). BadInput E326 where the chat template takes
+    too much time or memory.
+    """
+    found = iter(_documents(asked))
+    if asked.chat == "always":
+        found = (document for document in found if not isinstance(document, str))
+    first = next(found, None)
     template = getattr(tokenizer, "chat_template", None)
-    if asked.chat == "always" and (not template or not chats):
+    as_chats = bool(template) and first is not None and not isinstance(first, str) and asked.chat != "never"
+    if asked.chat == "always" and not as_chats:
         missing = "the model has no chat template" if not template else "the data are no chats"
         raise UsageError("E253", f"--chat always, but {missing}", where=f"calibration {asked.source}", fix="--chat auto")
-    if chats and template and asked.chat != "never":
-        rows = [number for number, document in enumerate(documents, start=1) if not isinstance(document, str)]
-        taken = list(zip(chats, rows, strict=True))[: asked.samples]
-        ids = [_chat_ids(tokenizer, chat, f"{asked.source}, row {row}") for chat, row in taken]
-        return _pad(ids, asked.sequence_length), "chats, with the model's template"
-    texts += ["\n\n".join(turn["content"] for turn in chat) for chat in chats]
-    return _cut(texts, tokenizer, asked.samples, asked.sequence_length), "documents joined by blank lines and cut"
+    everything = chain(() if first is None else (first,), found)
+    if as_chats:
+        chats = list(islice(((row, d) for row, d in enumerate(everything, start=1) if not isinstance(d, str)), asked.samples))
+        rows = [first_ids(text, tokenizer, asked.sequence_length) for text in _rendered(chats, tokenizer, asked.source)]
+        cut = sum(len(row) > asked.sequence_length for row in rows)
+        return _pad(rows, asked.sequence_length), "chats, with the model's template", cut
+    texts = (d if isinstance(d, str) else "\n\n".join(turn["content"] for turn in d) for d in everything)
+    return _cut(texts, tokenizer, asked.samples, asked.sequence_length), "documents joined by blank lines and cut", 0
 
 
 def _documents(asked: Calibration) -> Iterable[Document]:
-    from marlinctl.texts import load_documents, names_a_file
+    from marlinctl.texts import documents, names_a_file
 
     if names_a_file(asked.source):
-        return load_documents(asked.source)
-    return islice(_hub_documents(asked.source), 64 * asked.samples)
+        return documents(asked.source)
+    return islice(_confined_hub_documents(asked.source), 64 * asked.samples)
+
+
+def _confined_hub_documents(source: str) -> Iterator[Document]:
+    """In a process of its own: the library unpacks what the hub's files say, and they are as much a stranger's as a local one."""
+    from marlinctl.texts import READING
+
+    try:
+        yield from confined(lambda: _hub_documents(source), READING)
+    except Exceeded as reason:
+        what = f"reading the data set was stopped: {reason}"
+        raise BadInput("E325", what, where=f"calibration {source}", fix="choose another data set") from None
 
 
 def _hub_documents(source: str) -> Iterator[Document]:
     """Rows of a hub data set `org/name[:config][:split]`, streamed: column text, or messages for chats."""
+    from marlinctl.texts import checked_row
+
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -169,39 +226,102 @@ def _hub_documents(source: str) -> Iterator[Document]:
             "E395", f"no column text or messages; it has: {columns}", where=f"calibration {source}", fix="choose another data set"
         )
     column = "messages" if "messages" in first else "text"
-    yield first[column]
-    for row in rows:
-        yield row[column]
+    for number, row in enumerate(chain((first,), rows), start=1):
+        yield checked_row({column: row[column]}, chats=True, where=f"calibration {source}, row {number}")
 
 
-def _cut(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, samples: int, length: int) -> Tensor:
+def _cut(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, samples: int, length: int) -> Tensor:
     """Join, tokenize, cut. Samples begin with BOS where the tokenizer puts one before every text."""
     begins = _begins_with(tokenizer)
     body = length - len(begins)
     needed = samples * body
     found = [torch.empty(0, dtype=torch.int64)]
     got = 0
-    for piece in _pieces(texts, min(needed * CHARACTERS_PER_TOKEN, PIECE)):
+    for piece, whole in _pieces(texts, min(needed * CHARACTERS_PER_TOKEN, PIECE)):
         ids = token_ids(tokenizer, piece)
         found.append(torch.tensor(ids, dtype=torch.int64))
         got += len(ids)
-        if got >= needed:
+        if got >= (needed if whole else needed + SLACK):
             break
     count = min(samples, got // body)
     cut = torch.cat(found)[: count * body].reshape(count, body)
     return torch.cat([torch.tensor(begins, dtype=torch.int64).expand(count, -1), cut], dim=1)
 
 
-def _pieces(texts: Sequence[str], size: int) -> Iterator[str]:
-    """All texts joined by blank lines, in pieces of at least `size` characters that end where a text ends."""
+def _pieces(texts: Iterable[str], size: int) -> Iterator[tuple[str, bool]]:
+    """All texts joined by blank lines, in pieces of `size` to two times `size` characters, and whether the piece ends where a text ends.
+
+    Only a text longer than `size` is divided, before a word.
+    """
     taken: list[str] = []
     length = 0
-    for i, text in enumerate(texts):
-        taken.append(text)
-        length += len(text) + 2
-        if length >= size or i == len(texts) - 1:
-            yield "\n\n".join(taken) + ("\n\n" if i < len(texts) - 1 else "")
-            taken, length = [], 0
+    for text, last in _with_last(texts):
+        parts = _divided(text, size)
+        for i, part in enumerate(parts):
+            ends = i == len(parts) - 1
+            taken.append(part + ("\n\n" if ends and not last else ""))
+            length += len(part) + 2
+            if length >= size or (ends and last):
+                yield "".join(taken), ends
+                taken, length = [], 0
+
+
+def _with_last(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Each text, and whether it is the last one."""
+    ahead = iter(texts)
+    for text in ahead:
+        for following in ahead:
+            yield text, False
+            text = following
+        yield text, True
+
+
+def _divided(text: str, size: int) -> list[str]:
+    """A text in parts of at most `size` characters; a part ends before a space where there is one in its last thousand characters."""
+    parts = []
+    begin = 0
+    while len(text) - begin > size:
+        end = begin + size
+        space = text.rfind(" ", max(begin + 1, end - 1000), end)
+        end = space if space > begin else end
+        parts.append(text[begin:end])
+        begin = end
+    return [*parts, text[begin:]]
+
+
+def _rendered(chats: Sequence[tuple[int, Chat]], tokenizer: PreTrainedTokenizerBase, source: str) -> Iterator[str]:
+    """Each chat (and which row it is) in the model's template, which is a program that came with the model: it runs in a process of its
+    own (confined.py). UsageError E262 where the template refuses a chat."""
+
+    def render() -> Iterator[str]:
+        for row, chat in chats:
+            try:
+                text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+            except Exception as error:  # raise_exception() of the template, and whatever its own mistakes raise in jinja or Python
+                if isinstance(error, MemoryError):
+                    raise
+                raise _refused_chat(chat, f"{source}, row {row}", error) from error
+            yield text
+
+    try:
+        yield from confined(render, Bounds(memory=1 << 30, cpu=30 + len(chats) // 20, wait=20))
+    except Exceeded as reason:
+        raise BadInput(
+            "E326",
+            f"the model's chat template was stopped: {reason}",
+            where="chat_template.jinja or tokenizer_config.json of the model",
+            fix="--chat never reads the chats as plain text; a template that does this is not to be trusted",
+        ) from None
+
+
+def _refused_chat(chat: Chat, where: str, error: Exception) -> UsageError:
+    roles = ", ".join(shown(turn["role"], 30) for turn in chat[:4]) + (", ..." if len(chat) > 4 else "")
+    return UsageError(
+        "E262",
+        f"the model's chat template refuses this chat ({roles}): {shown(str(error).strip() or type(error).__name__)}",
+        where=where,
+        fix="leave out the turns that the template does not know, such as `system`; or calibrate with --chat never, on plain text",
+    )
 
 
 def _begins_with(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -209,22 +329,6 @@ def _begins_with(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     bos = tokenizer.bos_token_id
     first = tokenizer("a")["input_ids"][:1]
     return [bos] if bos is not None and first == [bos] else []
-
-
-def _chat_ids(tokenizer: PreTrainedTokenizerBase, chat: Chat, where: str) -> list[int]:
-    """A chat through the model's template. UsageError E262 where the template refuses it: it is a program of the model's maker."""
-    try:
-        text = str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except Exception as error:  # raise_exception() of the template, and whatever its own mistakes raise in jinja or Python
-        roles = ", ".join(turn["role"] for turn in chat[:4]) + (", ..." if len(chat) > 4 else "")
-        reason = str(error).strip() or type(error).__name__
-        raise UsageError(
-            "E262",
-            f"the model's chat template refuses this chat ({roles}): {reason}",
-            where=where,
-            fix="leave out the turns that the template does not know, such as `system`; or calibrate with --chat never, on plain text",
-        ) from error
-    return token_ids(tokenizer, text)
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from marlinctl import __version__
-from marlinctl.checkpoint.formats import LOADERS
 from marlinctl.checkpoint.licence import KEYS, spoken
 from marlinctl.checkpoint.mask import NAME as MASK_FILE
+from marlinctl.log import redact
 from marlinctl.pages.markdown import code, listing, table, text
 from marlinctl.pages.page import Cell, Name, Table
+from marlinctl.runtimes import Loads
 from marlinctl.scores import figure, scores
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class CardFacts:
     layers: Mapping[str, int]  # quantized linears -> group size, -1 for whole rows
     ignore: Sequence[str]  # linears left 16-bit
     command: str  # the exact command line, with output paths as the person gave them
+    loads: Loads
     base_model: str | None = None  # a hub id; a local path is nobody's business
     license: Mapping[str, str] | None = None  # of the original: license, license_name, license_link
     made_from: Sequence[Row] = field(default=())  # data, seeds, versions, digests
@@ -62,7 +64,7 @@ class CardFacts:
     two_of_four: bool = False  # pruned to 2:4
 
 
-def of_compression(report: Mapping[str, Any], folder: Folder, layers: Mapping[str, int], ignore: Sequence[str]) -> str:
+def of_compression(report: Mapping[str, Any], folder: Folder, layers: Mapping[str, int]) -> str:
     """The card of what compress, quantize, sparsify or pack published."""
     from marlinctl.pages.provenance import card_rows, hub_ancestor
     from marlinctl.scores import notes
@@ -72,8 +74,9 @@ def of_compression(report: Mapping[str, Any], folder: Folder, layers: Mapping[st
     facts = CardFacts(
         fmt=folder.fmt,
         layers=layers,
-        ignore=ignore,
+        ignore=[item["name"] for item in report["kept"]],
         command=report["command"] + (f"\n{packed['command']}" if packed else ""),
+        loads=folder.loads,
         base_model=source["name"] if source["kind"] == "hub" else hub_ancestor(folder),
         license=source.get("license"),
         made_from=card_rows(report, folder),
@@ -99,7 +102,7 @@ def of_training(report: Mapping[str, Any], folder: Folder) -> str:
         ("Original", Name(original) if original else ""),
         ("Its licence", spoken(teacher.get("license"))),
         *training_rows(report, folder),
-        ("Loads in", ", ".join(LOADERS[folder.fmt])),
+        *folder.loads.rows(),
     ]
     losses = held_out(report["held_out"])
     assert isinstance(losses, Table)
@@ -137,7 +140,7 @@ def _what(facts: CardFacts) -> list[str]:
         ("Its licence", spoken(facts.license)),
         *facts.made_from,
         ("Written by", f"marlinctl {__version__}"),
-        ("Loads in", ", ".join(LOADERS[facts.fmt])),
+        *facts.loads.rows(),
     ]
     lines = [table(("", ""), [row for row in rows if row[1]])]
     if facts.ignore:
@@ -171,7 +174,7 @@ def _how(command: str) -> list[str]:
     return [
         "## How it was made",
         "",
-        listing(command),
+        listing(redact(command)),
         "",
         "`marlinctl_report.html` beside this card shows every layer, `recipe.yaml` holds every setting.",
         "",

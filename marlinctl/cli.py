@@ -34,8 +34,8 @@ import click
 from marlinctl import __version__
 from marlinctl.commands.common import add_common_options
 from marlinctl.console import Console
-from marlinctl.errors import EnvironmentProblem, MarlinctlError, ResourceProblem, UsageError
-from marlinctl.log import printable
+from marlinctl.errors import BadInput, EnvironmentProblem, MarlinctlError, ResourceProblem, UsageError
+from marlinctl.log import printable, visible_streams
 
 VERBS = {
     "compress": "Quantize, pack, verify and evaluate a model in one go.",
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a name that the locale cannot spell must not stop the program
     consoles: list[Console] = []  # the running verb puts its console here
     try:
-        with _signals_raise():
+        with _signals_raise(), visible_streams():
             code = _run(args, consoles)
             _flush()
     except BaseException as error:  # noqa: BLE001  the edge: every exception becomes an exit code here
@@ -204,6 +204,9 @@ def _as_marlinctl_error(error: BaseException) -> MarlinctlError | None:
             where=_notes(error) or "this run",
             fix="close other programs, lower --max-memory, or use fewer or shorter calibration samples",
         )
+    if type(error).__name__ == "PanicException":  # of a library in Rust; it derives from BaseException and from nothing else
+        what, fix = f"a file of the model or a text makes a library give up: {error}", "take the tokenizer's files from the original model"
+        return BadInput("E328", what, where=_notes(error) or "the tokenizer, most often", fix=fix)
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         where = str(error.filename) if error.filename else "the output of this run"
         return ResourceProblem("E591", f"writing failed: {error.strerror}", where=where, fix="free some space, or write to another disk")
@@ -217,7 +220,7 @@ def _as_marlinctl_error(error: BaseException) -> MarlinctlError | None:
         return UsageError("E233", f"the path cannot be used: {error.strerror}", where=where, fix="give another path")
     if isinstance(error, FileNotFoundError) and not _is_somewhere():
         fix = "change into a folder that exists, then run it again"
-        return EnvironmentProblem("E490", "the folder in which marlinctl was started has been removed", where="this run", fix=fix)
+        return EnvironmentProblem("E490", "the current folder was deleted", where="this run", fix=fix)
     if isinstance(error, OSError) and error.errno in _NOT_ALLOWED:
         where = str(error.filename) if error.filename else "this run"
         return EnvironmentProblem(

@@ -8,7 +8,8 @@
 
 On a terminal, progress is a bar with the time left, drawn by rich, which is imported only then. Elsewhere it is plain lines:
 every step that carries a note is a line, and bare steps make at most one line in ten seconds.
-All text passes through `redact` (tokens) and `printable` (a tensor name may hold escape sequences) before it leaves.
+All text passes through `redact` (tokens) and `printable` (a tensor name may hold escape sequences) before it leaves, and what is said is
+one line. What other libraries print meets the same at the edge of the program (`visible_streams`, marlinctl/cli.py).
 
 A stderr that takes nothing more (its terminal or its reader is gone, its disk is full) costs the story and nothing else: the work and the
 log go on without it. A stdout that takes nothing more is an error, since the result is what was asked for.
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from marlinctl.errors import ResourceProblem, UsageError
-from marlinctl.log import MemoryThenFile, printable, redact
+from marlinctl.log import MemoryThenFile, plain, printable, redact, visible_streams
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -156,7 +157,7 @@ class Console:
         self._muted = False
         self._log = self._attach_log()
         if log_file is not None:
-            self.log_to(log_file)
+            self.log_to(log_file, named=True)
 
     @classmethod
     def quiet(cls) -> Console:
@@ -170,16 +171,19 @@ class Console:
     # The story
 
     def say(self, text: str) -> None:
+        text = printable(text, one_line=True)
         self._record(logging.INFO, text)
         if not self._quiet:
             self._write_story(text)
 
     def detail(self, text: str) -> None:
+        text = printable(text, one_line=True)
         self._record(logging.DEBUG, text)
         if self._verbose:
             self._write_story(text)
 
     def warn(self, text: str) -> None:
+        text = printable(text, one_line=True)
         self._record(logging.WARNING, text)
         if not self._muted:
             self._write_story(text, label="warning:", colour="33")
@@ -203,7 +207,7 @@ class Console:
         if self._quiet or self.json or self._bar is not None or not self._err.isatty():
             yield Progress(self, label, total, None)
         else:
-            with _draw_bar(self._err, self._colour and colour_wanted(self._err), total) as self._bar:
+            with _draw_bar(self._err, self._colour and colour_wanted(self._err), total) as self._bar, visible_streams():
                 try:
                     yield Progress(self, label, total, self._bar)
                 finally:
@@ -250,18 +254,22 @@ class Console:
     def log_path(self) -> Path | None:
         return self._log.path
 
-    def log_to(self, path: Path) -> None:
-        """From here on, and with what was said so far, into this file. --log-file given by the person wins."""
+    def log_to(self, path: Path, *, named: bool = False) -> None:
+        """From here on, and with what was said so far, into this file. --log-file given by the person (`named`) wins.
+
+        UsageError E204, also where the file is somebody else's and the person did not name it.
+        """
         if self._log.path is not None:
             return
+        fix = "name a file in a folder that exists and is writable: --log-file FILE"
         try:
-            self._log.open(path)
+            self._log.open(path, named=named)
         except OSError as error:
             raise UsageError(
                 "E204",
                 f"the log cannot be written: {error.strerror}",
                 where=str(path),
-                fix="name a file in a folder that exists and is writable: --log-file FILE",
+                fix=fix if named else f"move what is there away, or {fix}",
             ) from error
 
     def close(self) -> None:
@@ -282,11 +290,11 @@ class Console:
 
     @property
     def _out(self) -> TextIO:
-        return self._stdout or sys.stdout
+        return plain(self._stdout or sys.stdout)
 
     @property
     def _err(self) -> TextIO:
-        stream = self._stderr or sys.stderr
+        stream = plain(self._stderr or sys.stderr)
         if self._story is None or self._story.stream is not stream:
             self._story = _Story(stream)
         return cast(TextIO, self._story)

@@ -15,18 +15,20 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from marlinctl import findings
 from marlinctl.checkpoint.licence import licence_of
-from marlinctl.checkpoint.reader import fingerprint
 from marlinctl.checkpoint.source import Source
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output, require_space
 from marlinctl.console import Console
 from marlinctl.devices import device_peaks, forget_device_peaks, forward_dtype, threads
+from marlinctl.distillation.agreement import Comparison, require_same_weights
 from marlinctl.distillation.blockwise import BlockLoop
 from marlinctl.distillation.job import DistillJob, State
 from marlinctl.distillation.loop import Loop
@@ -42,7 +44,7 @@ from marlinctl.job import published_report, versions
 from marlinctl.journal import Request
 from marlinctl.load import load_dense
 from marlinctl.manifest import made_from
-from marlinctl.memory import peak_rss
+from marlinctl.memory import parameters, peak_rss
 from marlinctl.models import check_module_map
 from marlinctl.opening import Options
 from marlinctl.pages.files import report_files
@@ -110,7 +112,7 @@ def run_distill(student: str, out: Path, teacher: str, recipe: Recipe, options: 
                 check_arguments()
             if processes.main:
                 stack.enter_context(run.job.held(request, resume=options.resume, console=console, launcher=launcher))
-                console.log_to(run.job.out.with_name(run.job.out.name + ".log"))
+                console.log_to(run.job.log)
 
         def look() -> Opened:
             if options.resume:
@@ -121,7 +123,10 @@ def run_distill(student: str, out: Path, teacher: str, recipe: Recipe, options: 
                 if processes.main and run.asked.data != "self":
                     run.rows = load_rows(run.asked, pupil.source.folder, console=console, load_teacher=_no_model)
 
-            opened = open_models(student, teacher, run.asked, options, console, stack, before_weights)
+            noted = partial(run.job.noted, console=console)
+            opened = open_models(student, teacher, run.asked, options, console, stack, noted, before_weights)
+            for contents in opened.contents.values():
+                run.job.watch(contents)
             _require_room(opened, out, run.asked)
             return opened
 
@@ -160,7 +165,7 @@ def _rows(run: _Run, opened: Opened, resume: bool) -> Rows:
             run.job.check(facts)
         else:
             run.job.save_rows(rows.ids, rows.counted)
-            run.job.begin(facts)
+            run.job.begin(facts, inputs={name: contents.document() for name, contents in opened.contents.items()})
         return rows
 
     rows = run.processes.main_first(read)
@@ -190,8 +195,7 @@ def _state(run: _Run, resume: bool) -> State | None:
 def _fingerprint(run: _Run, opened: Opened, rows: Rows) -> dict[str, Any]:
     """Everything that decides the numbers. Where any of it differs, going on would mix two jobs."""
     return {
-        "student": fingerprint(opened.student.checkpoint),
-        "teacher": fingerprint(opened.teacher.checkpoint),
+        **{name: contents.fingerprint for name, contents in opened.contents.items()},
         "recipe": run.asked.model_dump(mode="json"),
         "rows_sha256": rows.sha256,
         "versions": versions(),
@@ -213,23 +217,31 @@ def _require_room(opened: Opened, out: Path, asked: Distill) -> None:
 def _train(run: _Run, opened: Opened, rows: Rows, state: State | None) -> dict[str, Any]:
     asked, processes = run.asked, run.processes
     weights = Weights(asked.ce, asked.squarehead, asked.kl, asked.temperature)
+    comparison = Comparison(rows.ids[rows.trained : rows.trained + 1], run.dtype, processes, run.console)
+    if processes.sharded:
+        _measure_whole(run, opened, comparison)
     with ExitStack() as stack:
         if asked.cache_logits:
             known = opened.student.architecture.vocab_size
             teacher = run.whole_teacher(opened)
+            require_same_weights("teacher", teacher, processes)
             k = min(asked.cache_logits, known)
             write_cache(teacher, rows, k, weights, asked.micro_batch, run.job, processes, run.console)
             del teacher
             run.let_teacher_go()
             ask: Teacher = stack.enter_context(Cached(run.job))
         elif processes.sharded:
-            run.let_teacher_go()
             original = load_dense(opened.teacher.source.folder, dtype=run.dtype, device="cpu")
+            require_same_weights("teacher", original, processes)
             processes.shard(original, [original.get_submodule(block.prefix) for block in opened.teacher.architecture.blocks])
+            comparison.require_same_losses("teacher", original)
             ask = live(original, weights)
         else:
-            ask = live(run.whole_teacher(opened), weights)
+            teacher = run.whole_teacher(opened)
+            require_same_weights("teacher", teacher, processes)
+            ask = live(teacher, weights)
         student = load_student(opened, asked.mode, asked.checkpointing, processes)
+        comparison.require_same_losses("student", student.model)
         loop = Loop(
             student, ask, rows, asked,
             dtype=run.dtype, processes=processes, job=run.job, console=run.console,
@@ -243,6 +255,17 @@ def _train(run: _Run, opened: Opened, rows: Rows, state: State | None) -> dict[s
         if after["loss"] > before["loss"]:
             run.console.warn("the held-out loss has risen: the result is worse than the student; try a lower --learning-rate")
     return _publish(run, opened, rows, student.values, loop.facts(), before, after)
+
+
+def _measure_whole(run: _Run, opened: Opened, comparison: Comparison) -> None:
+    """Before any device holds shards. A teacher that is asked once is never sharded."""
+    run.let_teacher_go()
+    asked_for = {"student": (opened.student, torch.float32)} | ({} if run.asked.cache_logits else {"teacher": (opened.teacher, run.dtype)})
+    for title, (model, dtype) in asked_for.items():
+        load = partial(load_dense, model.source.folder, dtype=dtype, device=run.processes.device)
+        comparison.measure(title, parameters(model.architecture) * dtype.itemsize, load)
+    if run.asked.data != "self":  # the report's peak is what a run needs: the whole teacher that writes text, not a comparison
+        forget_device_peaks(run.processes.device)
 
 
 def _train_blocks(run: _Run, opened: Opened, rows: Rows, state: State | None) -> dict[str, Any]:
@@ -284,7 +307,7 @@ def _publish(
             staged,
             recipe_yaml=run.recipe.to_yaml(),
             manifest=_manifest(run, opened, rows),
-            report_files=lambda folder: report_files(report, folder, fmt=opened.student.info.name, layers={}, ignore=()),
+            report_files=lambda folder: report_files(report, folder, fmt=opened.student.info.name, layers={}),
             console=run.console,
         )
         job.publish([staged], keep=run.options.keep_job)
@@ -312,6 +335,7 @@ def _report(
         "recipe": {"sha256": recipe_hash(run.recipe), **run.recipe.model_dump(mode="json")},
         "sparse_linears": len(opened.pattern.shapes),
         "data": dict(rows.facts),
+        "warnings": [*opened.warnings, *findings.of_text(rows.facts, "--sequence-length")],
         "training": dict(training),
         "held_out": {"before": dict(before), "after": dict(after)},
         "versions": versions(),
@@ -327,12 +351,12 @@ def _manifest(run: _Run, opened: Opened, rows: Rows) -> dict[str, Any]:
     """No times and no losses: two equal runs give two equal manifests."""
     student = opened.student
     earlier = made_from(student.source.folder)
-    source = {**_source_facts(student.source), "fingerprint": fingerprint(student.checkpoint)}
+    source = {**_source_facts(student.source), "fingerprint": opened.contents["student"].fingerprint}
     return {
         "format": student.info.name,
         "recipe": {"sha256": recipe_hash(run.recipe)},
         "source": {**source, **({"made_from": earlier} if earlier else {})},
-        "teacher": {**_source_facts(opened.teacher.source), "fingerprint": fingerprint(opened.teacher.checkpoint)},
+        "teacher": {**_source_facts(opened.teacher.source), "fingerprint": opened.contents["teacher"].fingerprint},
         "data": {"sha256": rows.sha256, **{key: value for key, value in rows.facts.items() if key != "source"}},
         "versions": versions(),
         "device": run.processes.device.type,

@@ -19,6 +19,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+MOST_PROBLEMS = 200  # a config of a stranger can be wrong for each of a hundred thousand layers
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -41,8 +43,10 @@ class MarlinctlError(Exception):
 
     @classmethod
     def from_problems(cls, error_id: str, problems: Sequence[Problem]) -> MarlinctlError:
-        """One error that lists all problems found; the first one gives the headline."""
-        first, *rest = problems
+        """One error that lists all problems found, up to MOST_PROBLEMS; the first one gives the headline."""
+        first, *rest = problems[:MOST_PROBLEMS]
+        if len(problems) > MOST_PROBLEMS:
+            rest.append(Problem(f"and {len(problems) - MOST_PROBLEMS:,} more problems", first.where, "mend the ones above first"))
         return cls(error_id, first.what, where=first.where, fix=first.fix, more=rest)
 
 

@@ -18,7 +18,7 @@ import importlib.metadata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from marlinctl import devices
 from marlinctl.console import Console
@@ -26,7 +26,10 @@ from marlinctl.errors import UsageError
 from marlinctl.evaluation import divergence, loading, results, statistics, table, tasks, windows
 from marlinctl.evaluation.settings import DEFAULT_WINDOW, EvalSettings
 from marlinctl.scores import figure
-from marlinctl.texts import PYTHONDOC, Text, load_text
+from marlinctl.texts import LONGEST_TEXT, PYTHONDOC, Text, load_text
+
+if TYPE_CHECKING:
+    from marlinctl.checkpoint.contents import Contents
 
 render_table = table.render_table
 
@@ -45,8 +48,11 @@ def evaluate(
     subject = loading.open_subject(model_folder, names[0])
     other = None if baseline is None else loading.open_subject(baseline, names[1])
     run = _Run(subject, other, settings, console)
-    text = load_text(settings.text or PYTHONDOC) if settings.text or other or not settings.tasks else None
+    text = text_of(settings) if settings.text or other or not settings.tasks else None
+    if text is not None:
+        run.cut(text)
     with run.planned_tasks() as plan:
+        run.look()
         file = results.ResultsFile(out, run.fresh_document(text, plan), resume=resume)
         document = file.document
         if text is not None and not _text_is_done(document):
@@ -67,11 +73,18 @@ def compare(model_folder: Path, baseline_folder: Path, settings: EvalSettings, c
     """Perplexity of both on a text, KL(baseline || model) and top-1 agreement."""
     subject, other = loading.open_subject(model_folder), loading.open_subject(baseline_folder)
     run = _Run(subject, other, settings, console)
-    text = load_text(settings.text or PYTHONDOC)
+    text = text_of(settings)
+    run.cut(text)
+    run.look()
     document = run.fresh_document(text, None)
     run.measure_text(text, document)
     document["finished"] = True
     return document
+
+
+def text_of(settings: EvalSettings) -> Text:
+    """As much of it as the windows can need, and never less than what is read of every text, whose digest stands beside the figures."""
+    return load_text(settings.text or PYTHONDOC, longest=max(LONGEST_TEXT, settings.tokens * windows.MOST_CHARACTERS_PER_TOKEN))
 
 
 class _Run:
@@ -82,10 +95,25 @@ class _Run:
         self.device = devices.choose_device(settings.device)
         self.dtype = loading.choose_dtype(settings.dtype, self.device, subject.config)
         self.window = settings.window_for(subject.longest, None if other is None else other.longest)
+        self._cut: tuple[Any, int | None] | None = None  # filled by `cut`
+        self.contents: dict[Path, Contents] = {}  # of each folder; filled by `look`
+
+    def cut(self, text: Text) -> None:
+        """Cut the text into windows: it may be too short, or they too long, and that shows before any weight is read."""
+        self._cut = self._windows(text)
+
+    def look(self) -> None:
+        """What the person should know of the folders, whether their weights can be believed, and their identity, in one reading."""
+        for who in (self.subject, self.other):
+            if who is not None:
+                for note in who.notes:
+                    self.console.warn(f"{who.name}: {note}")
+                self.contents[who.folder] = loading.look_at_weights(who, self.console)
 
     def fresh_document(self, text: Text | None, plan: tasks.TaskPlan | None) -> results.Document:
         s = self.settings
-        sides = [None if who is None else {"name": who.name, "identity": who.identity} for who in (self.subject, self.other)]
+        found = self.contents
+        sides = [None if w is None else {"name": w.name, "identity": found[w.folder].identity} for w in (self.subject, self.other)]
         return {
             "kind": "evaluation",
             "finished": False,
@@ -132,6 +160,7 @@ class _Run:
 
         self.console.say(f"loading {who.name} ({self.dtype} on {self.device})")
         model = loading.load_model(who, dtype=self.dtype, device=self.device)
+        self.contents[who.folder].require_unchanged()  # scores are noted under the identity of what was read before
         try:
             yield model
         finally:
@@ -142,7 +171,7 @@ class _Run:
 
     def measure_text(self, text: Text, document: results.Document) -> None:
         s = self.settings
-        rows, start = self._windows(text)
+        rows, start = self._cut or self._windows(text)
         document["text"] = {
             "name": text.name,
             "note": text.note,
@@ -186,6 +215,9 @@ class _Run:
                 file.save()
                 scores = ", ".join(f"{metric} {figure(estimate)}" for metric, estimate in record["metrics"].items())
                 self.console.say(f"{who.name}: {name}: {scores}")
+                if record["cut"]:
+                    what = f"{record['cut']} of {record['documents']} questions are longer than the model reads"
+                    self.console.warn(f"{who.name}: {name}: {what}; their beginnings were left out")
 
             with self.loaded(who) as model:
                 harness = Harness(model, loading.load_tokenizer(who), batch_size=self.settings.batch_size, console=self.console)

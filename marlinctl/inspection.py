@@ -13,9 +13,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl import manifest, pattern
+from marlinctl import manifest, pattern, runtimes
 from marlinctl.checkpoint import formats
 from marlinctl.checkpoint.mask import open_masks
+from marlinctl.log import printable
 
 if TYPE_CHECKING:
     from marlinctl.checkpoint.mask import Masks
@@ -35,11 +36,12 @@ _NATIVE_WARNING = (
 
 def inspect(folder: Path, *, weights: bool = False) -> dict[str, Any]:
     """The facts as one JSON-ready document. `weights`: read them all, for what only they tell."""
-    from marlinctl.checkpoint.reader import open_checkpoint
+    from marlinctl.folder import open_folder
 
-    with open_checkpoint(folder, weight_files="auto") as checkpoint, open_masks(folder) as masks:
-        info = formats.detect(checkpoint.config, checkpoint.tensors)
-        shapes = {layer: formats.layer_shape(checkpoint, info, layer) for layer in info.layers}
+    with open_folder(folder) as examined, open_masks(folder) as masks:
+        checkpoint, info = examined.checkpoint, examined.info
+        packed = runtimes.Packed.of(checkpoint, info)
+        loads = runtimes.loads(packed)
         return {
             "folder": str(folder),
             **_model(checkpoint.config),
@@ -48,11 +50,13 @@ def inspect(folder: Path, *, weights: bool = False) -> dict[str, Any]:
             "bits": info.bits,
             "group_sizes": {str(size): count for size, count in Counter(info.layers.values()).most_common()},
             "scale_dtypes": _dtypes(checkpoint, info),
-            **_parameters(checkpoint, info, shapes),
+            **_parameters(checkpoint, info, packed.shapes),
             "pattern": _pattern(checkpoint, info, masks, weights),
             "shards": len(checkpoint.files),
-            "loads_in": list(info.loaders),
-            "warnings": [*checkpoint.notes, *([_NATIVE_WARNING] if info.name in formats.NATIVE else [])],
+            "loads_in": list(loads.accepted),
+            "refused_by": {program: list(reasons) for program, reasons in loads.refused.items()},
+            "untested": dict(loads.untested),
+            "warnings": [*examined.notes, *([_NATIVE_WARNING] if info.name in formats.NATIVE else [])],
             "manifest": _manifest(folder),
         }
 
@@ -131,6 +135,9 @@ def table(facts: Mapping[str, Any]) -> str:
     sizes = ", ".join(f"{'whole rows' if size == '-1' else size} ({count} linears)" for size, count in facts["group_sizes"].items())
     kinds = ", ".join(f"{kind} {_megabytes(size)}" for kind, size in facts["bytes"].items() if kind != "total")
     name = f"{facts['architecture'] or 'unknown class'} ({facts['model_type']})"
+    loads = runtimes.Loads(
+        facts["loads_in"], {program: tuple(reasons) for program, reasons in facts["refused_by"].items()}, facts["untested"]
+    )
     rows: Sequence[tuple[str, str]] = (
         ("model", f"{name}, {facts['blocks']} blocks, hidden size {facts['hidden_size']}"),
         ("format", f"{facts['format']}{' ' + facts['variant'] if facts['variant'] else ''}, {facts['bits']} bits"),
@@ -142,11 +149,12 @@ def table(facts: Mapping[str, Any]) -> str:
         ("not quantized", f"{facts['other_parameters']:,} weights"),
         ("on disk", f"{_megabytes(facts['bytes']['total'])} in {facts['shards']} shards: {kinds}"),
         ("as 16-bit", f"{_megabytes(facts['dense_16bit_bytes'])}, {facts['ratio_to_16bit']} times as much"),
-        ("loads in", ", ".join(facts["loads_in"])),
+        *((title.lower(), said) for title, said in loads.rows()),
         ("manifest", f"{facts['manifest']['files']} files; check them with marlinctl verify" if facts["manifest"] else "none"),
     )
-    lines = [f"{key:<16}{value}" for key, value in rows if value]
-    return "\n".join([*lines, *(f"{'note':<16}{warning}" for warning in facts["warnings"])])
+    lines = [(key, value) for key, value in rows if value]
+    lines += [("note", warning) for warning in facts["warnings"]]
+    return "\n".join(f"{key:<16}{printable(value, one_line=True)}" for key, value in lines)
 
 
 def _pattern_line(facts: Mapping[str, Any]) -> str:

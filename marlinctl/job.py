@@ -10,10 +10,9 @@ which `pack` makes the other formats; linears that are pruned and not quantized 
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlinctl import __version__
+from marlinctl import __version__, findings
 from marlinctl.calibration import CalibrationSet, load_calibration
-from marlinctl.checkpoint.formats import detect, quantization_config, read_linear, sixteen_bit_linears
+from marlinctl.checkpoint.formats import detect, quantization_config, read_linear
 from marlinctl.checkpoint.licence import licence_of
 from marlinctl.checkpoint.mask import Masks, open_masks
-from marlinctl.checkpoint.reader import Checkpoint, fingerprint, open_checkpoint
+from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
+from marlinctl.checkpoint.switches import without
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output
 from marlinctl.console import Console
 from marlinctl.devices import choose_device, device_peaks, threads
@@ -38,9 +38,10 @@ from marlinctl.manifest import made_from
 from marlinctl.memory import CHUNK_TOKENS, peak_rss, release_heap
 from marlinctl.opening import Opened, Options, open_model
 from marlinctl.pages.files import report_files
-from marlinctl.preflight import check_arguments, check_lengths, check_texts
+from marlinctl.preflight import check_arguments, check_lengths, check_texts, sixteen_bit
 from marlinctl.recipe import Recipe, recipe_hash
 from marlinctl.rehearsal import rehearse_before
+from marlinctl.report import read_report
 from marlinctl.scratch import Scratch
 from marlinctl.skeleton import build
 from marlinctl.solving import LayerRecord, Solving, linear_digest, weight_digest
@@ -62,28 +63,31 @@ def run_job(
     measure: Measurement | None = None,
     *,
     measured: Mapping[str, Any] | None = None,
+    published: Sequence[str] | None = None,
 ) -> tuple[dict[str, Any], Source]:
     """Quantize, prune or both: `model` (folder, hub id or GGUF file) into `out`.
 
     Returns the report as a JSON document, and where the model was found. Where `measure` raises GateRefused the finished folder is kept
     beside `out`, as OUT.rejected; where it raises anything else, in the job. measured: what `resume` needs to make `measure` again.
+    published: the formats that the person gets in the end, where this walk is a stage of `compress`; who will refuse them is said before
+    the work.
     """
     local = [Path(model)] if Path(model).exists() else []
     job = WalkJob(out)
     asked = {"model": model, "recipe": recipe.model_dump(mode="json"), "options": options.document(), "measured": measured}
     request = Request("quantize" if recipe.sparsify.pattern == "none" else "sparsify", asked)
     if not options.resume:
-        check_output(out, overwrite=options.overwrite, sources=local)
+        check_output(out, overwrite=options.overwrite, sources=local, rejects=measure is not None)
         _check_arguments(recipe, options, measure)
     with job.held(request, resume=options.resume, console=console):
-        console.log_to(job.out.with_name(job.out.name + ".log"))
+        console.log_to(job.log)
         if job.publishing is not None and options.redo_from is None:
             job.publish_again(overwrite=options.overwrite, keep=options.keep_job)
             return published_report(out), _found(model, options, console)
         if options.resume:  # there may be an output by now
-            check_output(out, overwrite=options.overwrite, sources=local)
+            check_output(out, overwrite=options.overwrite, sources=local, rejects=measure is not None)
             _check_arguments(recipe, options, measure, calibrated=job.begun)
-        return _run(job, model, out, recipe, options, console, measure)
+        return _run(job, model, out, recipe, options, console, measure, published)
 
 
 def _check_arguments(recipe: Recipe, options: Options, measure: Measurement | None, *, calibrated: bool = False) -> None:
@@ -97,8 +101,9 @@ def _check_arguments(recipe: Recipe, options: Options, measure: Measurement | No
 
 
 def _run(
-    job: WalkJob, model: str, out: Path, recipe: Recipe, options: Options, console: Console, measure: Measurement | None
-) -> tuple[dict[str, Any], Source]:
+    job: WalkJob, model: str, out: Path, recipe: Recipe, options: Options, console: Console, measure: Measurement | None,
+    published: Sequence[str] | None,
+) -> tuple[dict[str, Any], Source]:  # fmt: skip
     started = time.monotonic()
     texts = [kept] if (kept := _kept_calibration(job, console)) is not None else []
 
@@ -111,9 +116,11 @@ def _run(
         if not texts and recipe.calibration.source != "self":
             texts.append(load_calibration(recipe.calibration, source.folder, checkpoint.config, console=console, load_model=_no_model))
 
-    opened = open_model(model, out, recipe, options, console, before_weights)
     bits = recipe.quantize.bits
     fmt = "ct" if bits == 4 else "dense"
+    published = (fmt,) if published is None else published
+    opened = open_model(model, out, recipe, options, console, published, lambda: job.noted("model", console), before_weights)
+    job.watch(opened.contents)
     with threads(options.threads), torch.no_grad():
         rehearse_before(opened, recipe, console)
         calibration = _calibration(job, opened, recipe, texts, console)
@@ -124,7 +131,8 @@ def _run(
             staged.copy_tensors(opened.checkpoint, [n for n in opened.tensors if n not in solved])
             staged.copy_companions(opened.source.folder)
             staged.write_file("recipe.yaml", recipe.to_yaml().encode())
-            report = _report(opened, recipe, options, calibration.facts, solving.records, time.monotonic() - started)
+            warnings = _warnings(opened, calibration, solving.records, console)
+            report = _report(opened, recipe, options, calibration.facts, solving.records, warnings, time.monotonic() - started)
             staged.finish(
                 _config(opened, recipe),
                 manifest=_manifest(opened, recipe, calibration.facts, solving.records),
@@ -137,7 +145,7 @@ def _run(
                         report["evaluation"] = measure(staged.path, opened.source)
                 except GateRefused:
                     _write_reports(staged, report, opened, fmt)
-                    staged.set_aside()
+                    console.warn(f"not published; the result is kept in {staged.set_aside()}")
                     job.remove()
                     raise
             _write_reports(staged, report, opened, fmt)
@@ -178,14 +186,14 @@ def _calibration(job: WalkJob, opened: Opened, recipe: Recipe, texts: list[Calib
     if job.begun:
         job.check(facts)
     else:
-        job.begin_walk(facts, made)
+        job.begin_walk(facts, made, opened.contents)
     return made
 
 
 def _fingerprint(opened: Opened, recipe: Recipe, calibration: CalibrationSet) -> dict[str, Any]:
     """Everything that decides the numbers. Where any of it differs, going on would mix two jobs."""
     return {
-        "model": fingerprint(opened.checkpoint),
+        "model": opened.contents.fingerprint,
         "recipe": recipe.model_dump(mode="json"),
         "calibration_sha256": calibration.facts["sha256"],
         "versions": versions(),
@@ -298,36 +306,37 @@ def _digest_on_disk(written: Checkpoint, masks: Masks | None, record: LayerRecor
     return linear_digest(linear)
 
 
+def _warnings(opened: Opened, calibration: CalibrationSet, records: list[LayerRecord], console: Console) -> list[str]:
+    """All of the run, for the report; those of the inputs are known, and said, at its end."""
+    inputs = findings.of_inputs(records)
+    for warning in inputs:
+        console.warn(warning)
+    return [*opened.warnings, *findings.of_text(calibration.facts, "--sequence-length"), *inputs]
+
+
 # ---- what is written about it --------------------------------------------------------------------------------------------------------
 
 
 def _config(opened: Opened, recipe: Recipe) -> dict[str, Any]:
-    config = {k: v for k, v in opened.checkpoint.config.items() if k != "auto_map"}
+    config: dict[str, Any] = without(opened.checkpoint.config)
     if recipe.quantize.bits == 16:
         return config
     layers = dict(opened.plan.group_sizes)
     config["quantization_config"] = quantization_config(
-        "ct", layers, _ignore(opened), {"version": __version__, "recipe_sha256": recipe_hash(recipe)}
+        "ct", layers, sixteen_bit(opened.checkpoint, layers), {"version": __version__, "recipe_sha256": recipe_hash(recipe)}
     )
     return config
 
 
-def _ignore(opened: Opened) -> list[str]:
-    quantized = set(opened.plan.group_sizes)
-    shapes = {name: info.shape for name, info in opened.checkpoint.tensors.items() if name.removesuffix(".weight") not in quantized}
-    return sixteen_bit_linears(shapes, quantized)
-
-
 def published_report(out: Path) -> dict[str, Any]:
     """The report of a folder that is published already."""
-    document: dict[str, Any] = json.loads((out / "marlinctl_report.json").read_text("utf-8"))
-    return {key: value for key, value in document.items() if key != "schema_version"}
+    return {key: value for key, value in read_report(out).items() if key != "schema_version"}
 
 
 def _write_reports(staged: StagedCheckpoint, report: Mapping[str, Any], opened: Opened, fmt: str) -> None:
     """They name the digest of the manifest, so they come after it."""
     layers = opened.plan.group_sizes if fmt == "ct" else {}
-    for name, data in report_files(report, staged.path, fmt=fmt, layers=layers, ignore=_ignore(opened)).items():
+    for name, data in report_files(report, staged.path, fmt=fmt, layers=layers).items():
         staged.write_file(name, data)
 
 
@@ -350,7 +359,7 @@ def _manifest(opened: Opened, recipe: Recipe, calibration: Mapping[str, Any], re
     return {
         "format": "ct" if recipe.quantize.bits == 4 else "dense",
         "recipe": {"sha256": recipe_hash(recipe)},
-        "source": {**_source_facts(opened), "fingerprint": fingerprint(opened.checkpoint), **({"made_from": earlier} if earlier else {})},
+        "source": {**_source_facts(opened), "fingerprint": opened.contents.fingerprint, **({"made_from": earlier} if earlier else {})},
         "calibration": source,
         "versions": versions(),
         "device": opened.device.type,
@@ -361,8 +370,9 @@ def _manifest(opened: Opened, recipe: Recipe, calibration: Mapping[str, Any], re
 
 
 def _report(
-    opened: Opened, recipe: Recipe, options: Options, calibration: Mapping[str, Any], records: list[LayerRecord], seconds: float
-) -> dict[str, Any]:
+    opened: Opened, recipe: Recipe, options: Options, calibration: Mapping[str, Any], records: list[LayerRecord],
+    warnings: list[str], seconds: float,
+) -> dict[str, Any]:  # fmt: skip
     device = opened.device
     tensors = opened.checkpoint.tensors
     dense = sum(info.end - info.begin for info in tensors.values())
@@ -384,6 +394,7 @@ def _report(
         "fallbacks": [{"name": r.name, "fallback": r.fallback} for r in records if r.fallback],
         "underfed": [{"name": r.name, "tokens": r.tokens, "remark": r.remark} for r in records if r.remark],
         "dead_inputs": [{"name": r.name, "count": r.dead} for r in records if r.dead],
+        "warnings": warnings,
         "error": {"mean": sum(r.error for r in records) / len(records), "worst": max(records, key=lambda r: r.error).name},
         "seconds": round(seconds, 1),
         "peak_memory_bytes": peak_rss(),

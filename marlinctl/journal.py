@@ -1,8 +1,11 @@
 """The folder of an unfinished run, OUT.job/ beside OUT: what was asked for, what is finished, who is at work on it.
 
+    marlinctl_job.json
+                      says that the folder is marlinctl's: written before anything else, removed last
     job.json          what was asked for: the verb, the model, the whole recipe, the options. `marlinctl resume OUT` asks for it again
     journal.jsonl     one line for each thing that is finished, each on the disk before the next thing begins:
-                        begun        what decides the numbers (the fingerprint): model, recipe, tokens, versions, dtype, kind of device
+                        begun        what decides the numbers (the fingerprint): model, recipe, tokens, versions, dtype, kind of device;
+                                     and the stamps of the model's shards, by which a resumed run sees that nobody has touched them
                         block, head  a piece of the walk (walk_job.py), with size and SHA-256 of its files
                         publishing   everything is checked; these folders get their names now
                         published    they have them
@@ -14,7 +17,8 @@ A line is written after the files that it names, so whatever moment a run dies a
 is dropped, and so is, with all that follow, one whose files are not as it says. Nothing here is a pickle, and nothing asks a clock. Paths
 inside are relative to the folder, so it may be moved together with OUT's place, to another disk or machine.
 
-The folder goes when OUT is published (--keep-job keeps it), and when a run ends with nothing finished. `distill` has files of its own in
+The folder goes when OUT is published (--keep-job keeps it), and when a run ends with nothing finished. Files in it that marlinctl did not
+write are never removed (checkpoint/ownership.py). `distill` has files of its own in
 it (distillation/job.py).
 """
 
@@ -23,8 +27,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
-import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -33,12 +37,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlinctl import manifest
-from marlinctl.checkpoint.durable import append_line, write_document
-from marlinctl.checkpoint.files import FileRefused, read_json
+from marlinctl.checkpoint import ownership
+from marlinctl.checkpoint.contents import Noted
+from marlinctl.checkpoint.durable import append_line, disk_problems, whole_file, write_document
+from marlinctl.checkpoint.files import FileRefused, read_json, read_plain, read_plain_json
 from marlinctl.checkpoint.writer import Finished, publish_together
 from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, Problem, ResourceProblem, UsageError
+from marlinctl.locks import Held, lock, refuse_unusable
 
 if TYPE_CHECKING:
+    from marlinctl.checkpoint.contents import Contents
     from marlinctl.console import Console
 
 FORMAT = 1  # of job.json and the journal; a greater one was written by a newer marlinctl
@@ -46,6 +54,8 @@ ENDING = ".job"
 JOB, JOURNAL = "job.json", "journal.jsonl"
 _LOCK, _RUNNING = "lock", "running.json"
 _MEASURED = "recipe.evaluate."  # how a result is measured decides none of its numbers, so it may differ on resuming
+_CONTENTS = ".sha256"  # how the key of a digest of contents ends, in a flat fingerprint
+_MOST_BYTES = 1 << 30  # of a journal; a line has a kilobyte for each linear of a block
 # Refusals: running again without a change would end the same way, so they alone are no reason to keep a folder or to name `resume`.
 _REFUSALS = (UsageError, BadInput, EnvironmentProblem, HubProblem)
 
@@ -74,13 +84,20 @@ class JobFolder:
     def __init__(self, out: Path) -> None:
         self.out = out.resolve()
         if not self.out.name:
-            raise UsageError("E234", "the root of the file system is no output", where=str(out), fix="name a folder in it")
+            ownership.refuse_protected(self.out)
         self.path = self.out.with_name(self.out.name + ENDING)
         self.lines: list[dict[str, Any]] = []
         self._ends: list[int] = []  # where each line ends in the file
         self._shown = out
+        self._inputs: list[Contents] = []
         self._asked: Request | None = None
         self._measures = False
+
+    @property
+    def log(self) -> Path:
+        """Where a run writes its log, unless the person names another place."""
+        out = self._shown.absolute()
+        return out.with_name(f"{out.name}.log")
 
     # Who may use it
 
@@ -89,20 +106,25 @@ class JobFolder:
         """Take the folder for this run: a new one, or with `resume` the one that is there. It stays if there is something to go on with.
 
         launcher: what stands before `marlinctl` on the command line, where the person is told how to go on.
-        UsageError E285 for an unfinished job without `resume`, or a run that is at work; E287 for `resume` and no job.
+        UsageError E285 for an unfinished job without `resume`, E287 for `resume` and no job, E224 for a folder of somebody else's;
+        ResourceProblem E503 for a run that is at work, E504 for a lock that cannot be taken.
         """
+        self.refuse_foreign(resume=resume)
         if resume and not (self.path / JOB).is_file():
             fix = "give the whole command again: it starts anew"
             raise UsageError("E287", "there is no job to go on with", where=str(self.path), fix=fix)
         self._asked = request
-        with self._locked():
+        with self._locked(new=not resume):
             self._read()
             if resume:
                 self.request()  # one that this version understands
                 self._cut(len(self.lines))
+                for folder in (self.path, self.path / "states"):
+                    ownership.remove_temporaries(folder)
             else:
                 self._refuse_unfinished()
                 self.clear()
+                ownership.mark_job(self.path)
                 self._note(request)
             try:
                 yield
@@ -110,32 +132,42 @@ class JobFolder:
                 self._leave(error, console, launcher)
                 raise
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        from filelock import FileLock, Timeout
+    def refuse_foreign(self, *, resume: bool = False) -> None:
+        """UsageError E224 where OUT.job is there and is not marlinctl's, ResourceProblem E504 for its lock. Nothing is changed.
 
+        resume: files that somebody put beside those of the job are allowed then, because they stay where they are.
+        """
+        if not os.path.lexists(self.path):
+            return
+        refuse_unusable(self.path / _LOCK)
+        if resume and ownership.is_job(self.path):
+            strangers = ownership.misfits_in_job(self.path)
+        else:
+            strangers = ownership.strangers_in_job(self.path)
+        what = "the job's folder would lie here, and there is what marlinctl did not write"
+        ownership.refuse_strangers(what, self.path, strangers, "move it away, or name another output")
+
+    @contextmanager
+    def _locked(self, *, new: bool) -> Iterator[None]:
+        with disk_problems(self.path):
+            if new:
+                self.path.mkdir(exist_ok=True)
+            if new and not any(self.path.iterdir()):
+                ownership.mark_job(self.path)
         try:
-            self.path.mkdir(exist_ok=True)
-        except OSError as problem:
-            raise ResourceProblem(
-                "E501", f"writing failed: {problem.strerror}", where=str(self.path), fix="mend the disk or name another place"
-            ) from problem
-        lock = FileLock(self.path / _LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
+            with lock(self.path / _LOCK, wait=False):
+                try:
+                    with suppress(OSError), whole_file(self.path / _RUNNING) as file:  # for people; nothing depends on it
+                        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+                    yield
+                finally:
+                    with suppress(OSError):
+                        (self.path / _RUNNING).unlink(missing_ok=True)
+                    if ownership.is_job(self.path) and not (self.path / JOB).exists():  # refused before it began: nothing to go on with
+                        self.remove()
+        except Held:
             what = f"another run is at work on this output{_by(self.path)}"
-            raise UsageError("E285", what, where=str(self.path), fix="wait until it ends, or stop it") from None
-        try:
-            with suppress(OSError):  # for people; nothing depends on it
-                (self.path / _RUNNING).write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-            yield
-        finally:
-            with suppress(OSError):
-                (self.path / _RUNNING).unlink(missing_ok=True)
-            lock.release()
-            if not (self.path / JOB).exists():  # refused before it began: nothing to go on with
-                shutil.rmtree(self.path, ignore_errors=True)
+            raise ResourceProblem("E503", what, where=str(self.path), fix="wait until it ends, or stop it") from None
 
     def _refuse_unfinished(self) -> None:
         if (self.path / JOB).exists() and self.progress and not self.published:
@@ -193,15 +225,35 @@ class JobFolder:
     def _note(self, request: Request) -> None:
         asked = {"verb": request.verb, "arguments": request.arguments, "folder": str(Path.cwd())}
         write_document(self.path / JOB, {"format": FORMAT, **asked})
+        (self.path / JOB).chmod(0o600)  # it has the arguments as they were typed, to ask for them again
 
     def begin(self, fingerprint: Mapping[str, Any], **more: Any) -> None:
         """Note what decides the numbers; on resuming, compare it instead (`check`)."""
         self.append({"step": "begun", "fingerprint": fingerprint, **more})
 
+    def noted(self, name: str, console: Console) -> Noted | None:
+        """What a job that is resumed knows of the weights of `name` in its fingerprint; None where nothing was begun."""
+        if not self.begun:
+            return None
+        fingerprint = self.lines[0]["fingerprint"].get(name)
+        if not any(key.endswith(_CONTENTS) for key, _ in _flat(fingerprint)):
+            console.warn(f"an earlier marlinctl began this job and noted no digests: changes in the weights of the {name} are not seen")
+        return Noted.of(fingerprint, self.lines[0].get("inputs", {}).get(name))
+
+    def watch(self, contents: Contents) -> None:
+        """From now on nothing is noted as finished unless these files are what they were when they were read."""
+        self._inputs.append(contents)
+
+    def require_inputs_unchanged(self) -> None:
+        """BadInput E306. Asks stat, and reads what has another stamp."""
+        for contents in self._inputs:
+            contents.require_unchanged()
+
     def check(self, fingerprint: Mapping[str, Any]) -> None:
         """UsageError E286 that lists every difference between the job that was begun and the one asked for now.
 
-        What may differ, and does (how the result is measured), is noted for the next time that the job is resumed.
+        What may differ, and does (how the result is measured), is noted for the next time that the job is resumed. A digest of contents
+        that the job did not note is not compared (`noted` says so).
         """
         begun = dict(_flat(self.lines[0]["fingerprint"]))
         now = dict(_flat(json.loads(json.dumps(fingerprint))))
@@ -209,7 +261,7 @@ class JobFolder:
         problems = [
             Problem(f"{key} was {begun.get(key)!r} and is now {now.get(key)!r}", str(self.path), fix)
             for key in sorted(begun.keys() | now.keys())
-            if begun.get(key) != now.get(key) and not key.startswith(_MEASURED)
+            if begun.get(key) != now.get(key) and not key.startswith(_MEASURED) and (key in begun or not key.endswith(_CONTENTS))
         ]
         if problems:
             raise UsageError.from_problems("E286", problems)
@@ -250,9 +302,9 @@ class JobFolder:
     def _read(self) -> None:
         """Lines up to the first that is torn or no line of a journal. Changes nothing on the disk."""
         self.lines, self._ends = [], []
-        with suppress(FileNotFoundError):
+        with suppress(FileRefused):  # there is none, or `jobs ls` came upon what only looks like a job
             end = 0
-            for raw in (self.path / JOURNAL).read_bytes().splitlines(keepends=True):
+            for raw in read_plain(self.path / JOURNAL, limit=_MOST_BYTES).splitlines(keepends=True):
                 end += len(raw)
                 try:
                     line = json.loads(raw)
@@ -281,10 +333,11 @@ class JobFolder:
         return bool(self.lines) and self.lines[-1]["step"] == "published"
 
     def publish(self, stages: Sequence[Finished], *, keep: bool) -> None:
-        """Give checked folders of this job their names, all or none; then the job is over."""
+        """Give checked folders of this job their names, all or none; then the job is over. BadInput E306 where an input has changed."""
+        self.require_inputs_unchanged()
         places = [{"from": stage.path.name, "to": stage.out.name, "manifest": manifest.digest(stage.path)} for stage in stages]
         self.append({"step": "publishing", "folders": places})
-        publish_together(stages, aside_in=self.path)
+        publish_together(stages, aside_in=self.path, later=self._again)
         self._over(keep)
 
     def publish_again(self, *, overwrite: bool, keep: bool) -> list[Path]:
@@ -299,9 +352,13 @@ class JobFolder:
                 waiting.append(Place(folder, place, overwrite))
             elif _digest(place) != item["manifest"]:
                 raise self.damaged("what was checked and should get its name now is neither here nor there", folder)
-        publish_together(waiting, aside_in=self.path)
+        publish_together(waiting, aside_in=self.path, later=self._again)
         self._over(keep)
         return places
+
+    @property
+    def _again(self) -> str:
+        return f"marlinctl resume {shlex.quote(str(self._shown))}"
 
     def _over(self, keep: bool) -> None:
         if keep:
@@ -314,48 +371,56 @@ class JobFolder:
     def clear(self) -> None:
         """Start anew: nothing of an earlier run stays, but for an output that it had set aside."""
         self._put_back()
-        for path in self.path.iterdir():
-            if path.name not in (_LOCK, _RUNNING):
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+        with disk_problems(self.path):
+            ownership.empty_job(self.path)
         self.lines, self._ends = [], []
 
     def remove(self) -> None:
-        self._put_back()
-        # The request first: without it nobody takes the rest for a job, should this be cut short.
-        with suppress(OSError):
-            (self.path / JOB).unlink(missing_ok=True)
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove what marlinctl wrote; the folder stays where somebody else's files are in it."""
+        if ownership.is_job(self.path):
+            with suppress(OSError, ResourceProblem):  # of an earlier version: a removal that is cut short leaves a folder that is ours
+                ownership.mark_job(self.path)
+            self._put_back()
+            ownership.remove_job(self.path)
 
     def _put_back(self) -> None:
-        """An output that was set aside, and whose successor never came, returns to its place: it may be the only copy."""
-        if not self.path.is_dir():
-            return
-        for old in self.path.glob("*.old-*"):
-            place = self.out.with_name(old.name.rpartition(".old-")[0])
-            if not place.exists():
+        """An output that was set aside, and whose successor never came, returns to its place: it may be the only copy.
+
+        Where something else has that place meanwhile, it gets out of the folder under the name that it has there.
+        """
+        for old in self.path.iterdir():
+            aside = re.fullmatch(r"(.+)\.old-[0-9a-f]{8}", old.name)
+            if aside is None or old.is_symlink() or not old.is_dir():
+                continue
+            place = self.out.with_name(aside[1])
+            if not os.path.lexists(place):
                 old.rename(place)
+            elif not self._stands(place):
+                old.rename(self.out.with_name(old.name))
+
+    def _stands(self, place: Path) -> bool:
+        """Whether what this job made has got its place."""
+        if not self.lines:
+            self._read()
+        made = self.publishing["folders"] if self.publishing is not None else []
+        return any(item["to"] == place.name and item["manifest"] == _digest(place) for item in made)
 
 
 def held_by(path: Path) -> dict[str, Any] | None:
     """Who is at work in a job's folder: {"pid", "host"}, {} where that is not known, None for nobody."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(path / _LOCK)
+    if not (path / _LOCK).is_file():
+        return None
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        with suppress(OSError, ValueError):
-            found = json.loads((path / _RUNNING).read_text())
+        with lock(path / _LOCK, wait=False):
+            return None
+    except ResourceProblem:
+        return None
+    except Held:
+        with suppress(FileRefused):
+            found = read_plain_json(path / _RUNNING)
             if isinstance(found, dict):
                 return found
         return {}
-    except OSError:
-        return None
-    lock.release()
-    return None
 
 
 def _by(path: Path) -> str:
@@ -367,7 +432,7 @@ def _digest(folder: Path) -> str | None:
     """The SHA-256 of a folder's manifest, None where there is none."""
     try:
         return manifest.digest(folder)
-    except OSError:
+    except (OSError, FileRefused):
         return None
 
 

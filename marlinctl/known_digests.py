@@ -4,38 +4,75 @@
     marlinctl          lists it in the manifest of what it publishes
 
 A bit that flipped on a disk makes a weight of a weight, and a new manifest would vouch for it: nothing later can tell. Of other local
-folders nobody wrote anything down, and nothing is promised. Files are read once for this, 1 to 2 GB/s.
+folders nobody wrote anything down: of those is promised only that a job ends with what it was begun with (checkpoint/contents.py, which
+takes the digests that are compared here).
+
+The small files of a published folder (config, tokenizer, chat template, index) cost nothing and are compared by every verb that opens one
+(folder.py): what is copied from it would be vouched for anew.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from marlinctl import manifest
 from marlinctl.checkpoint import mask
+from marlinctl.checkpoint.config import CONFIG
+from marlinctl.checkpoint.files import FileRefused, exists, open_member, shown
+from marlinctl.checkpoint.model_files import is_companion
 from marlinctl.errors import BadInput, Problem
 
 if TYPE_CHECKING:
+    from marlinctl.checkpoint.contents import Contents
     from marlinctl.checkpoint.reader import Checkpoint
-    from marlinctl.console import Console
 
 
-def check_known_digests(checkpoint: Checkpoint, console: Console) -> int:
+def check_known_digests(checkpoint: Checkpoint, contents: Contents) -> int:
     """How many files had a known digest. BadInput E304 names all that differ; CheckFailed E102 for a manifest that cannot be used."""
-    known = _known(checkpoint)
-    problems: list[Problem] = []
-    if known:
-        with console.progress("compare with known digests", len(known)) as progress:
-            for path, (digest, who, fix) in known.items():
-                if _sha256(path) != digest:
-                    problems.append(Problem(f"{path.name} is not what {who}: its SHA-256 differs", str(path), fix))
-                progress.advance()
+    known, found = _known(checkpoint), contents.digests
+    problems = [
+        Problem(f"{path.name} is not what {who}: its SHA-256 differs", str(path), fix)
+        for path, (digest, who, fix) in known.items()
+        if found[str(path.relative_to(checkpoint.folder))] != digest
+    ]
     if problems:
         raise BadInput.from_problems("E304", problems)
     return len(known)
+
+
+def check_small_files(folder: Path) -> None:
+    """Every file but the weights, in a folder that has a manifest: BadInput E304 names each that is missing, differs, or is not listed and
+    would be read or copied all the same. CheckFailed E102 for a manifest that cannot be used."""
+    if not exists(folder, manifest.NAME):
+        return
+    listed = manifest.read(folder)["files"]
+    fix = f"fetch or write the folder again; if the file was changed on purpose, remove {manifest.NAME}"
+    used = {path.name for path in folder.iterdir() if is_companion(path.name) or path.name == CONFIG}
+    problems = []
+    for name in sorted({name for name in listed if not name.endswith(".safetensors")} | used):
+        difference = _difference(folder, name, listed.get(name))
+        if difference:
+            problems.append(Problem(f"{shown(name)} {difference}", str(folder / shown(name)), fix))
+    if problems:
+        raise BadInput.from_problems("E304", problems)
+
+
+def _difference(folder: Path, name: str, entry: dict[str, Any] | None) -> str | None:
+    """What of a file is not as its entry says, None where all is. A file of another size is not read."""
+    if entry is None:
+        return "is not in the manifest"
+    if not exists(folder, name):
+        return "is missing, and the manifest lists it"
+    try:
+        with open_member(folder, name) as file:
+            same = os.fstat(file.fileno()).st_size == entry["bytes"] and hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
+    except FileRefused as refused:
+        return f"cannot be compared with the manifest: {refused.problem.what}"
+    return None if same else "is not what the manifest says: its SHA-256 differs"
 
 
 def _known(checkpoint: Checkpoint) -> dict[Path, tuple[str, str, str]]:
@@ -52,8 +89,3 @@ def _known(checkpoint: Checkpoint) -> dict[Path, tuple[str, str, str]]:
         for path in [*checkpoint.files, *masks]:
             known[path] = (listed.get(path.name, {"sha256": ""})["sha256"], "the manifest says", fix)
     return known
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from marlinctl.checkpoint.ownership import is_job, refuse_strangers, strangers_in_job
 from marlinctl.errors import BadInput, UsageError
-from marlinctl.journal import ENDING, JOB, JOURNAL, JobFolder, held_by
+from marlinctl.journal import ENDING, JobFolder, held_by
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +36,13 @@ def find(folder: Path) -> list[Leftover]:
 
 
 def look(out: Path) -> Leftover:
-    """The job of an output, named as OUT or as OUT.job. UsageError E287 where there is none."""
-    path = out.resolve() if out.name.endswith(ENDING) and _is_job(out.resolve()) else JobFolder(out).path
-    if not _is_job(path):
+    """The job of an output, named as OUT or as OUT.job. UsageError E287 where there is none, E224 for what is not marlinctl's."""
+    named = out.parent.resolve() / out.name  # a link in the place of the job's folder is not followed
+    path = named if out.name.endswith(ENDING) and os.path.lexists(named) else JobFolder(out).path
+    if os.path.lexists(path):
+        what = "this is not removed, because it holds what marlinctl did not write"
+        refuse_strangers(what, path, strangers_in_job(path), "move these files away, or remove the folder yourself")
+    if not is_job(path):
         raise UsageError("E287", "there is no job", where=str(path), fix="`marlinctl jobs ls FOLDER` lists those below a folder")
     return _of(path)
 
@@ -49,12 +54,8 @@ def remove(item: Leftover) -> None:
 def _below(folder: Path) -> Iterator[Path]:
     for name, folders, _ in os.walk(folder):
         jobs = [Path(name) / inner for inner in folders if inner.endswith(ENDING)]
-        yield from (path for path in jobs if _is_job(path))
+        yield from (path for path in jobs if is_job(path))
         folders[:] = [inner for inner in folders if not inner.endswith(ENDING)]
-
-
-def _is_job(path: Path) -> bool:
-    return any((path / name).is_file() for name in (JOB, JOURNAL))
 
 
 def _of(path: Path) -> Leftover:
@@ -83,7 +84,7 @@ def _stage(job: JobFolder) -> tuple[str, int]:
         return "published", 0
     if job.publishing is not None:
         return "checked, not all in place", 0
-    inner = sorted(path for path in job.path.glob(f"*{ENDING}") if _is_job(path))
+    inner = sorted(path for path in job.path.glob(f"*{ENDING}") if is_job(path))
     if inner:  # a stage of compress
         part = JobFolder(inner[0].with_suffix(""))
         part.has_progress()

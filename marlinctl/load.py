@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint import formats
 from marlinctl.errors import BadInput, Problem
+from marlinctl.launcher import settings_aside
+from marlinctl.model_config import cannot_build, transformers_config
 
 if TYPE_CHECKING:
     import torch
@@ -40,11 +42,10 @@ def model_from(
     checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor], *, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
     """A model of the checkpoint's config, filled with these tensors."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the tensors are dense: transformers must not look for packed ones
+    config = transformers_config(checkpoint.config, checkpoint.folder)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise BadInput(
             "E361",
@@ -53,10 +54,16 @@ def model_from(
             fix="only decoder language models that transformers itself supports are loaded",
         )
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class insists on a folder or a name
-    with quietly():
-        model, info = model_class.from_pretrained(
-            None, config=config, state_dict=dict(tensors), dtype=dtype, device_map={"": str(device)}, output_loading_info=True
-        )
+    try:
+        with quietly(), settings_aside():  # transformers must load the weights in every process
+            model, info = model_class.from_pretrained(
+                None, config=config, state_dict=dict(tensors), dtype=dtype, device_map={"": str(device)}, output_loading_info=True,
+                ignore_mismatched_sizes=True,  # else the first one raises; they are all refused below
+            )  # fmt: skip
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, IndexError, ArithmeticError) as error:
+        raise cannot_build(error, str(checkpoint.folder / "config.json")) from error
     refuse_incomplete(checkpoint.folder, info)
     return model.eval()
 

@@ -9,27 +9,43 @@ are written by strangers.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
+import sys
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO, cast
 
 LINES_IN_MEMORY = 2000  # of log, as long as no file is known
 
+_LINE = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} [A-Z]+ +")  # how every line of a log begins
+_SHORTEST_SECRET = 8  # letters of a text that may hold one
 _TOKEN = re.compile(r"(?<![A-Za-z0-9])hf_(?:(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{8,}|[a-z]{17,})")  # not `hf_datasets`
 _BEARER = re.compile(r"(?i)\b(bearer|authorization:|token=)\s*[A-Za-z0-9._~+/=-]{8,}")
-_LOGIN = re.compile(r"(?<=://)[^/\s?#]+(?=@)")  # a user alone too: it is often a token
+_KEY = re.compile(r"(?<![A-Za-z0-9])(sk-|gh[opsur]_|github_pat_|api_org_)[A-Za-z0-9_-]{16,}")  # of services beside the hub
+_LOGIN = re.compile(r"(?:(?<=://)|(?<=[a-z]:/))[^/\s?#]+(?=@)")  # a user alone too: it is often a token; a path has one slash
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")  # all but the newline
 
 
 def redact(text: str) -> str:
-    """Without secrets: hub tokens, bearer headers, logins in addresses."""
+    """Without secrets: tokens of the hub and of other services, bearer headers, logins in addresses."""
     text = _TOKEN.sub("hf_<redacted>", text)
+    text = _KEY.sub(lambda match: f"{match[1]}<redacted>", text)
     text = _BEARER.sub(lambda match: f"{match[1]} <redacted>", text)
     return _LOGIN.sub("<redacted>", text)
+
+
+def redacted(document: Any) -> Any:
+    """A JSON document whose texts are without secrets."""
+    if isinstance(document, dict):
+        return {key: redacted(item) for key, item in document.items()}
+    if isinstance(document, (list, tuple)):
+        return [redacted(item) for item in document]
+    return redact(document) if isinstance(document, str) and len(document) >= _SHORTEST_SECRET else document
 
 
 def without_home(text: str) -> str:
@@ -49,6 +65,65 @@ def printable(text: str, *, one_line: bool = False) -> str:
     return text.replace("\n", "\\n") if one_line else text
 
 
+def _own_log(path: Path) -> TextIO:
+    """A log to append to. OSError for a link, for what is no regular file, and for a file that does not begin as our logs do."""
+    from marlinctl.checkpoint.durable import open_regular
+
+    file = os.fdopen(open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "a+", encoding="utf-8", errors="backslashreplace")
+    begin = os.pread(file.fileno(), 64, 0)
+    if begin and not _LINE.match(begin):
+        file.close()
+        raise FileExistsError(errno.EEXIST, "the file that is there is no log of marlinctl", str(path))
+    return file
+
+
+def _named_log(path: Path) -> TextIO:
+    # O_NONBLOCK: a FIFO that nobody reads is an error (ENXIO) and not a wait without an end
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    os.set_blocking(descriptor, True)
+    return os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace")
+
+
+class Visible:
+    """A stream for what other libraries print: their warnings and messages quote names as they find them.
+
+    A bar is let through: tqdm begins each of its lines with a carriage return, and moves between bars in writes of their own.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        if text.replace("\x1b[A", "").strip("\n"):
+            body = text.lstrip("\r")
+            text = text[: len(text) - len(body)] + redact(printable(body.replace("\r\n", "\n")))
+        self.stream.write(text)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def plain(stream: TextIO) -> TextIO:
+    """The stream itself, for who makes its own text visible."""
+    return stream.stream if isinstance(stream, Visible) else stream
+
+
+@contextmanager
+def visible_streams() -> Iterator[None]:
+    """Everybody's stdout and stderr are `Visible` inside."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, Visible(plain(stream))) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
 class MemoryThenFile(logging.Handler):
     """Keeps the last lines until it learns of a file, then writes every line through."""
 
@@ -59,8 +134,9 @@ class MemoryThenFile(logging.Handler):
         self.file: TextIO | None = None
         self.path: Path | None = None
 
-    def open(self, path: Path) -> None:
-        self.file = path.open("a", encoding="utf-8", errors="backslashreplace")
+    def open(self, path: Path, *, named: bool) -> None:
+        """named: the person named this file, so whatever it is, lines are appended to it. Otherwise it is new, or a log of ours."""
+        self.file = _named_log(path) if named else _own_log(path)
         try:
             self.file.writelines(self.lines)
             self.file.flush()

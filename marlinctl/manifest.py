@@ -3,8 +3,9 @@
 Written last, so its existence means that the folder is complete. It holds the SHA-256 and the size of every published file, and
 nothing that differs from run to run (no times, host names or output paths), so two equal runs give two equal manifests.
 
-Outside it lie the files that may be rewritten later without touching the model: the card, the report, the log. Any other file that
-the manifest does not name fails the check: an extra shard beside the right ones is how mixed weights are loaded by accident.
+Outside it lie the files that may be rewritten later without touching the model: the card, the report, the log; and what a killed
+rewrite leaves, under a name that no loader takes for anything. Any other file that the manifest does not name fails the check: an
+extra shard beside the right ones is how mixed weights are loaded by accident.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from marlinctl.checkpoint.files import MAX_OWN_BYTES, MAX_OWN_VALUES, FileRefused, exists, open_member, open_plain, read_json, shown
+from marlinctl.checkpoint.model_files import is_temporary
 from marlinctl.errors import CheckFailed, Problem
+from marlinctl.log import printable
 
 NAME = "marlinctl_manifest.json"
-_REWRITABLE = ("README.md", "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html")
 OUTSIDE = frozenset(
-    # a rewrite that was killed leaves NAME.part, which no loader takes for anything
-    {NAME, *_REWRITABLE, *(f"{name}.part" for name in _REWRITABLE), "run.log", ".gitattributes"}
+    {NAME, "README.md", "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html", "run.log", ".gitattributes"}
 )
 _CHUNK = 8 << 20
+UPDATE = "update marlinctl to read it (pip install --upgrade marlinctl)"
+SCHEMA = 1  # of the manifest; a greater one was written by a newer marlinctl, and nobody here knows what its keys mean
 
 
 def canonical(document: Mapping[str, Any]) -> bytes:
@@ -36,29 +40,44 @@ def build(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     from marlinctl import __version__
 
     files = {name: _describe(folder / name) for name in _published(folder)}
-    return {"schema_version": 1, "tool": {"name": "marlinctl", "version": __version__}, **facts, "files": files}
+    return {"schema_version": SCHEMA, "tool": {"name": "marlinctl", "version": __version__}, **facts, "files": files}
 
 
 def read(folder: Path) -> dict[str, Any]:
     """The manifest of a folder; CheckFailed when there is none or it is no manifest."""
     path = folder / NAME
-    try:
-        document = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not exists(folder, NAME):
         raise CheckFailed(
             "E100",
             f"there is no {NAME}",
             where=str(folder),
             fix="only folders that marlinctl published can be verified; if this one was, it is incomplete: fetch or write it again",
-        ) from None
-    except (ValueError, RecursionError) as problem:
-        raise _damaged(path, f"it is not JSON ({problem})") from None
+        )
+    try:
+        document = read_json(folder, NAME, limit=MAX_OWN_BYTES, values=MAX_OWN_VALUES)
+    except FileRefused as refused:
+        raise _damaged(path, refused.problem.what) from None
+    if isinstance(document, dict) and (newer := written_by_newer(document, SCHEMA)):
+        raise CheckFailed("E102", f"the manifest cannot be used: {newer}", where=str(path), fix=UPDATE)
     files = document.get("files") if isinstance(document, dict) else None
     if not isinstance(files, dict) or not files:
         raise _damaged(path, "it lists no files")
     if not all(isinstance(d, dict) and isinstance(d.get("sha256"), str) and isinstance(d.get("bytes"), int) for d in files.values()):
         raise _damaged(path, "an entry lacks its digest or size")
     return document
+
+
+def written_by_newer(document: Mapping[str, Any], known: int) -> str | None:
+    """What to say of a document of ours whose schema is newer than `known`, or is no number; None where it can be read."""
+    from marlinctl import __version__
+
+    schema = document.get("schema_version", 1)
+    if type(schema) is int and 1 <= schema <= known:
+        return None
+    tool, versions = document.get("tool"), document.get("versions")
+    writer = tool.get("version") if isinstance(tool, dict) else versions.get("marlinctl") if isinstance(versions, dict) else None
+    by = f" by marlinctl {printable(str(writer), one_line=True)[:40]}" if writer else ""
+    return f"it was written{by} in schema {printable(str(schema), one_line=True)[:40]}; this is {__version__}, which reads up to {known}"
 
 
 def check(folder: Path) -> dict[str, Any]:
@@ -118,28 +137,33 @@ def made_from(folder: Path) -> dict[str, Any]:
 
 
 def digest(folder: Path) -> str:
-    """SHA-256 of the manifest: one name for everything that was published."""
-    return hashlib.sha256((folder / NAME).read_bytes()).hexdigest()
+    """SHA-256 of the manifest: one name for everything that was published. FileRefused where there is none that can be read."""
+    with open_member(folder, NAME) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _published(folder: Path) -> list[str]:
     """Every file below the folder that belongs into the manifest, as posix paths. Links count: they can be followed by loaders."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return sorted(name for name in names if name not in OUTSIDE)
+    return sorted(name for name in names if name not in OUTSIDE and not (is_temporary(name) and _is_regular(folder / name)))
+
+
+def _is_regular(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    if path.is_symlink() or not path.is_file():  # a FIFO would hang the reader, a link may lead anywhere
+    if not _is_regular(path):  # a FIFO would hang the reader, a link may lead anywhere
         return {"bytes": -1, "sha256": "not a regular file"}
     sha256 = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         while chunk := file.read(_CHUNK):
             sha256.update(chunk)
     return {"bytes": path.stat().st_size, "sha256": sha256.hexdigest()}
 
 
 def _problem(folder: Path, name: str, what: str, fix: str) -> Problem:
-    return Problem(f"{name} {what}", str(folder / name), fix)
+    return Problem(f"{shown(name)} {what}", str(folder / shown(name)), fix)
 
 
 def _damaged(path: Path, reason: str) -> CheckFailed:

@@ -13,12 +13,12 @@ so `inspect` and the preflight of a run can ask it too. A model that is not in t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from marlinctl.checkpoint.files import FileRefused, read_plain_json
 from marlinctl.errors import BadInput, Problem, UsageError
 
 Shape = tuple[int, ...]
@@ -151,6 +151,7 @@ FAMILIES: Mapping[str, _Family] = {
 
 _MAX_DIMENSION = 2**24  # no layer, head or vocabulary of a real model is larger; a config that says so is damaged or hostile
 _MAX_BLOCKS = 10_000
+_MAX_MAP_BYTES = 1 << 20
 
 
 def architecture(config: Mapping[str, Any], module_map: Path | None = None) -> Architecture:
@@ -160,6 +161,15 @@ def architecture(config: Mapping[str, Any], module_map: Path | None = None) -> A
     """
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    text = config.get("text_config")
+    if family is None and isinstance(text, Mapping):  # no module map can describe it: file and transformers call its tensors otherwise
+        inner = f" ({text['model_type']})" if isinstance(text.get("model_type"), str) else ""
+        raise BadInput(
+            "E390",
+            f"{model_type!r} is a wrapper around a language model{inner}, for images or sound, and not a language model by itself",
+            where="config.json, key text_config",
+            fix="make a copy of the language model alone, with transformers; docs/troubleshooting.md#e390 has the five lines",
+        )
     if module_map is not None:
         return _by_hand(config, module_map)
     if family is None:
@@ -206,6 +216,12 @@ class _Sizes:
             key = "num_local_experts" if "num_local_experts" in config else family.experts_key
             config = {**config, family.experts_key: size(key, limit=_MAX_BLOCKS)}
             size("num_experts_per_tok", limit=_MAX_BLOCKS)
+            size("moe_intermediate_size", 1)
+            size("decoder_sparse_step", 1)
+            dense = config.get("mlp_only_layers")
+            if dense is not None and not isinstance(dense, list):
+                what = f"mlp_only_layers is {dense!r}, not a list"
+                problems.append(Problem(what, "config.json, key mlp_only_layers", "restore the model's own config.json"))
         hidden, heads = size("hidden_size"), size("num_attention_heads")
         sizes = cls(
             config={**family.defaults, **{k: v for k, v in config.items() if v is not None}},
@@ -298,10 +314,9 @@ def check_module_map(module_map: Path | None) -> None:
 
 def _read_module_map(module_map: Path) -> tuple[dict[str, Branch], str, str, str, str]:
     """The branches, and the names of decoder, blocks, embedding and norm."""
+    fix = "docs/module-map.md shows a whole one to start from"
     try:
-        if not module_map.is_file():  # a FIFO would make us wait for ever
-            raise FileNotFoundError(f"there is no file {module_map}")
-        given = json.loads(module_map.read_text(encoding="utf-8"))
+        given = read_plain_json(module_map, limit=_MAX_MAP_BYTES)
         branches = {
             key: Branch(
                 _name(given[key]["module"]),
@@ -314,13 +329,11 @@ def _read_module_map(module_map: Path) -> tuple[dict[str, Branch], str, str, str
         decoder, blocks, embedding, norm = (_name(given[key]) for key in ("decoder", "blocks", "embedding", "norm"))
         if not all(branch.first for branch in branches.values()):
             raise ValueError("`first` is empty")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UsageError(
-            "E251",
-            f"the module map cannot be used: {error!r}",
-            where=str(module_map),
-            fix="docs/module-map.md shows a whole one to start from",
-        ) from None
+    except FileRefused as refused:
+        what = f"the module map cannot be used: {refused.problem.what}"
+        raise UsageError("E251", what, where=str(module_map), fix=fix) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError("E251", f"the module map cannot be used: {error!r}", where=str(module_map), fix=fix) from None
     return branches, decoder, blocks, embedding, norm
 
 
@@ -346,17 +359,29 @@ def _by_hand(config: Mapping[str, Any], module_map: Path) -> Architecture:
 
     shapes, tied = meta_shapes(config)
     modules = linear_modules(config)
-    count = 1 + max((int(n[len(blocks_at) + 1 :].split(".")[0]) for n in shapes if n.startswith(blocks_at + ".")), default=-1)
-    missing = [f"{embedding}.weight", f"{norm}.weight"]
-    missing += [f"{blocks_at}.0.{name}.weight" for b in branches.values() for name in (*b.first, b.last)]
-    absent = [name for name in missing if name not in shapes]
+    numbers = {name[len(blocks_at) + 1 :].split(".")[0] for name in shapes if name.startswith(f"{blocks_at}.")}
+    count = 1 + max((int(number) for number in numbers if number.isdecimal()), default=-1)
+    named = [name for b in branches.values() for name in (*b.first, b.last)]
+    absent = [f"{name}.weight" for name, rank in ((embedding, 2), (norm, 1)) if len(shapes.get(f"{name}.weight", ())) != rank]
+    absent += [f"{blocks_at}.0.{name}.weight" for name in named if f"{blocks_at}.0.{name}" not in modules]
     if absent or not count:
         raise UsageError(
             "E251",
             f"the module map names what the model does not have: {', '.join(absent) or blocks_at}",
             where=where,
-            fix=f"the first block holds: {', '.join(sorted(n for n in shapes if n.startswith(blocks_at + '.0.')))[:600]}",
+            fix=f"the first block holds: {_holdings(shapes, f'{blocks_at}.0')}",
         )
+    uneven = [
+        Problem(
+            f"block {i} lacks {', '.join(lacking)}: a module map describes blocks that are all built alike",
+            where,
+            f"block {i} holds: {_holdings(shapes, f'{blocks_at}.{i}')}; a model whose blocks differ cannot be described by a map",
+        )
+        for i in range(count)
+        if (lacking := [name for name in named if f"{blocks_at}.{i}.{name}" not in modules])
+    ]
+    if uneven:
+        raise UsageError.from_problems("E251", uneven)
     blocks = []
     for i in range(count):
         prefix = f"{blocks_at}.{i}"
@@ -369,3 +394,8 @@ def _by_hand(config: Mapping[str, Any], module_map: Path) -> Architecture:
     head = None if tied or "lm_head" not in modules else LinearSpec("lm_head", vocab, hidden, "lm_head.bias" in shapes)
     expected = {n: s for n, s in shapes.items() if not (tied and n == "lm_head.weight")}
     return Architecture(str(config.get("model_type")), decoder, tuple(blocks), embedding, norm, head, hidden, vocab, expected)
+
+
+def _holdings(shapes: Mapping[str, Shape], prefix: str) -> str:
+    """The parameters of a block, as a sentence that ends somewhere."""
+    return ", ".join(sorted(name for name in shapes if name.startswith(f"{prefix}.")))[:600]

@@ -1,33 +1,34 @@
 """Before the long work: find the model, look at all of it, resolve the rules, count memory and disk. Nothing is written.
 
-Whatever is wrong with a checkpoint is listed at once. Weights are looked at too: the scan for NaN and infinity reads each once.
+Whatever is wrong with a checkpoint is listed at once. Weights are looked at too: one pass reads each once, for digests, NaN and infinity.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from marlinctl import room
-from marlinctl.checkpoint.finite import scan_finite
+from marlinctl import findings, room
+from marlinctl.checkpoint.contents import Contents, Noted, read_contents
 from marlinctl.checkpoint.header import TensorInfo
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import require_space
 from marlinctl.console import Console
 from marlinctl.devices import choose_device, forward_dtype, grow_segments
-from marlinctl.errors import BadInput, ResourceProblem
+from marlinctl.errors import ResourceProblem
 from marlinctl.known_digests import check_known_digests
 from marlinctl.memory import Work, available_memory, predicted_peak
 from marlinctl.models import Architecture
 from marlinctl.pattern import Known, from_headers, of_source
-from marlinctl.preflight import check_pattern, look, refuse_dense_tiles, refuse_no_change, stored_once
+from marlinctl.preflight import Looked, as_published, check_pattern, look, refuse_dense_tiles, refuse_no_change, stored_once
 from marlinctl.recipe import Recipe
 from marlinctl.rules import Plan
+from marlinctl.runtimes import loads
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +76,20 @@ class Opened:
     matches: bool  # whether the original walks along (walk.py)
     device: torch.device
     dtype: torch.dtype  # of the forward pass
+    contents: Contents  # what its files hold
+    warnings: tuple[str, ...]  # what looks wrong and can be worked with; for the report
 
 
 def open_model(
     model: str, out: Path, recipe: Recipe, options: Options, console: Console,
-    before_weights: Callable[[Source, Checkpoint], None] = lambda _source, _checkpoint: None,
+    published: Sequence[str] = (), noted: Callable[[], Noted | None] = lambda: None,
+    before_weights: Callable[[Source, Checkpoint], None] = lambda source, checkpoint: None,
 ) -> Opened:  # fmt: skip
-    """All checks, from cheap to dear. before_weights: those of the caller that need config.json and tokenizer alone."""
+    """All checks, from cheap to dear. published: the formats that come of it in the end; who will refuse them is said. noted: what a
+    resumed job knows of the weights. before_weights: the caller's checks that need config.json and tokenizer alone.
+
+    With --strict, what is a warning without it is BadInput E307 or NumericalProblem E605 (findings.py).
+    """
     refuse_no_change(recipe)
     device = torch.device(choose_device(options.device))
     grow_segments(device)
@@ -91,34 +99,31 @@ def open_model(
         console.say(source.note)
     checkpoint = open_checkpoint(source.folder)
     looked = look(checkpoint, recipe, options.module_map, console)
+    warnings = findings.of_folder(checkpoint, strict=options.strict)
+    for fmt in published:
+        for line in loads(as_published(looked, checkpoint, fmt)).warnings(fmt):
+            console.warn(line)
     refuse_dense_tiles(from_headers(checkpoint, looked.shapes, weights=True), looked.shapes, recipe)  # a row tells, before a text is read
     before_weights(source, checkpoint)
     pattern = of_source(checkpoint, looked.shapes, console)
     check_pattern(pattern.pattern, looked, recipe, console)
     tensors = stored_once(checkpoint, looked.architecture)
-    opened = Opened(source, checkpoint, looked.architecture, looked.plan, tensors, pattern, looked.matches, device, dtype)
-    _require_room(opened, looked.shapes, out, recipe, options)
-    check_known_digests(checkpoint, console)
-    _refuse_two_heads(checkpoint, looked.architecture)
-    with console.progress("look for NaN and infinity", len(checkpoint.tensors)) as progress:
-        packed = {f"{name}.weight" for name in looked.plan.group_sizes} if recipe.quantize.bits == 4 else set()
-        scan_finite(checkpoint, looked.architecture.expected, progress, for_4_bits=packed)
-    return opened
+    work = Work.of(recipe, element=dtype.itemsize, matches=looked.matches, on_device=device.type == "cuda")
+    _require_room(looked, tensors, pattern, work, out, options)
+    packed = {f"{name}.weight" for name in looked.plan.group_sizes} if recipe.quantize.bits == 4 else set()
+    contents = read_contents(checkpoint, console, scan=looked.architecture.expected, for_4_bits=packed, noted=noted())
+    check_known_digests(checkpoint, contents)
+    contents.require_finite()
+    for warning in findings.of_weights(contents, strict=options.strict):
+        console.warn(warning)
+        warnings.append(warning)
+    known = looked.architecture
+    return Opened(source, checkpoint, known, looked.plan, tensors, pattern, looked.matches, device, dtype, contents, tuple(warnings))
 
 
-def _refuse_two_heads(checkpoint: Checkpoint, known: Architecture) -> None:
-    """BadInput E375: transformers would compute with the stored head, vLLM with the embedding, and the walk with what is tied."""
-    for name in known.tied_copies(checkpoint.tensors):
-        if checkpoint.raw(name) != checkpoint.raw(f"{known.embedding}.weight"):
-            what = f"config.json ties the output head to the embedding, and {name} is another matrix"
-            fix = 'write "tie_word_embeddings": false into config.json if the model has a head of its own'
-            raise BadInput("E375", what, where=str(checkpoint.tensors[name].file), fix=fix)
-
-
-def _require_room(opened: Opened, shapes: Mapping[str, tuple[int, int]], out: Path, recipe: Recipe, options: Options) -> None:
+def _require_room(looked: Looked, tensors: Mapping[str, TensorInfo], pattern: Known, work: Work, out: Path, options: Options) -> None:
     """Memory against --max-memory or what is free, disk against what is free beside OUT. `marlinctl plan` says the same before."""
-    work = Work.of(recipe, element=opened.dtype.itemsize, matches=opened.matches, on_device=opened.device.type == "cuda")
-    needed = predicted_peak(opened.architecture, opened.plan.group_sizes, work)
+    needed = predicted_peak(looked.architecture, looked.plan.group_sizes, work)
     allowed = available_memory() if options.max_memory is None else options.max_memory
     if needed > allowed:
         raise ResourceProblem(
@@ -129,8 +134,8 @@ def _require_room(opened: Opened, shapes: Mapping[str, tuple[int, int]], out: Pa
             fix="fewer --samples, a smaller --sequence-length, or --calibration FILE in place of self (`marlinctl plan` shows what takes "
             "how much); a larger --max-memory starts all the same",
         )
-    masked = shapes if work.prunes else opened.pattern.pattern.linears
+    masked = looked.shapes if work.prunes else pattern.pattern.linears
     fmt = "ct" if work.bits == 4 else "dense"
-    walked = room.output(fmt, opened.tensors, shapes, opened.plan.group_sizes, masked)
-    scratch = 0 if work.on_device else room.scratch_bytes(opened.architecture, work)
-    require_space(out, room.needed_by_walk(walked, scratch, room.state_bytes(opened.architecture, work)))
+    walked = room.output(fmt, tensors, looked.shapes, looked.plan.group_sizes, masked)
+    scratch = 0 if work.on_device else room.scratch_bytes(looked.architecture, work)
+    require_space(out, room.needed_by_walk(walked, scratch, room.state_bytes(looked.architecture, work)))

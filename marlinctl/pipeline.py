@@ -21,18 +21,21 @@ from pathlib import Path
 from typing import Any
 
 from marlinctl import manifest
-from marlinctl.checkpoint.durable import write_document
+from marlinctl.checkpoint.contents import read_contents
+from marlinctl.checkpoint.durable import write_bytes, write_document
 from marlinctl.checkpoint.formats import detect
-from marlinctl.checkpoint.reader import Checkpoint, fingerprint, open_checkpoint
+from marlinctl.checkpoint.ownership import leave_results
+from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import check_output, keep_rejected
 from marlinctl.console import Console
 from marlinctl.devices import choose_device
 from marlinctl.distillation.rows import load_rows
 from marlinctl.evaluation.settings import EvalSettings
+from marlinctl.folder import examine
 from marlinctl.gate import Gate, GateRefused, Measurement
 from marlinctl.job import published_report, run_job, versions
-from marlinctl.journal import JOB, JobFolder, Place, Request
+from marlinctl.journal import JOB, JobFolder, Place, Request, sha256_of
 from marlinctl.manifest import check as check_manifest
 from marlinctl.opening import Options
 from marlinctl.pages.files import report_files
@@ -78,30 +81,33 @@ def run_compress(
         "gate": gate.document(),
     }
     job = _CompressJob(out)
+    rejects = evaluate_result or gate.asked
     if not options.resume:
-        _check_places(places.values(), options, sources)
-    looking = None
-    if evaluate_result or gate.asked:
-        looking = Measurement(EvalSettings.of_recipe(recipe.evaluate, task_data), gate, console)
+        _check_places(places.values(), options, sources, rejects)
+    looking = Measurement(EvalSettings.of_recipe(recipe.evaluate, task_data), gate, console) if rejects else None
     if not options.resume:
         _check_arguments(recipe, options, looking)
     with job.held(Request("compress", asked), resume=options.resume, console=console):
-        console.log_to(job.out.with_name(job.out.name + ".log"))
+        console.log_to(job.log)
         if job.publishing is not None and options.redo_from is None:
             job.publish_again(overwrite=options.overwrite, keep=options.keep_job)
             return published_report(out)
         if options.resume:
-            _check_places(places.values(), options, sources)
+            _check_places(places.values(), options, sources, rejects)
             _check_arguments(recipe, options, looking, begun=job.begun)
         source = resolve_model(model, revision=options.revision, cache_dir=options.cache_dir, offline=options.offline, console=console)
         with open_checkpoint(source.folder) as checkpoint:
+            examine(checkpoint, structure="needed", dense=True, tokenizer=True, module_map=options.module_map)  # the stages say its notes
             _check_model(recipe, source, checkpoint, looking, begun=job.begun, console=console)
-            facts = {"model": fingerprint(checkpoint), "recipe": recipe.model_dump(mode="json"), "versions": versions()}
+            contents = read_contents(checkpoint, console, noted=job.noted("model", console))
+        job.watch(contents)
+        texts = _texts(recipe, job.lines[0]["fingerprint"].get("texts", {}) if job.begun else {})
+        facts = {"model": contents.fingerprint, **texts, "recipe": recipe.model_dump(mode="json"), "versions": versions()}
         if job.begun:
             job.check(facts)
             job.drop_from(1)
         else:
-            job.begin(facts)
+            job.begin(facts, inputs={"model": contents.document()})
         work = job.path
         packed = [name for fmt in places if fmt != "ct" for name in (fmt, f"{fmt}.job")]
         if options.redo_from is not None:
@@ -128,10 +134,9 @@ def run_compress(
                 with job.measuring():
                     report["evaluation"] = looking(work / "ct", source)
             except GateRefused:
-                for path in work.iterdir():
-                    if path.is_file():  # the job's own; folders are results
-                        path.unlink()
-                keep_rejected(work, out.resolve())
+                kept = keep_rejected(work, job.out)
+                leave_results(kept)
+                console.warn(f"not published; the result is kept in {kept}")
                 raise
         for fmt in places:
             _write_reports(work / fmt, fmt, report)
@@ -184,23 +189,35 @@ def _note_recipe(work: Path, recipe: Recipe, packed: Iterable[str]) -> None:
     manifest.replace_files(made, files, recipe={"sha256": recipe_hash(recipe)})
 
 
-def _check_places(places: Iterable[Path], options: Options, sources: list[Path]) -> None:
-    for place in places:
-        check_output(place, overwrite=options.overwrite, sources=sources)
+def _texts(recipe: Recipe, noted: Mapping[str, Any]) -> dict[str, Any]:
+    """Digests of the files that stages read one after the other, so that all of them see one text.
+
+    A file that is gone has the digest that was `noted`: a stage that has its tokens does not need it, and any other says that it is gone.
+    """
+    if divided(recipe) is None:
+        return {}  # the tokens of the only walk are in its job
+    sources = {"calibration": recipe.calibration.source, "distillation": recipe.distill.data}
+    found = {name: {"sha256": sha256_of(Path(source))} for name, source in sources.items() if Path(source).is_file()}
+    return {"texts": {**noted, **found}}
+
+
+def _check_places(places: Iterable[Path], options: Options, sources: list[Path], rejects: bool) -> None:
+    for i, place in enumerate(places):
+        check_output(place, overwrite=options.overwrite, sources=sources, rejects=rejects and i == 0)  # all are kept as the first one's
 
 
 def _interchange(model: str, source: Source, work: Path, recipe: Recipe, options: Options, console: Console) -> dict[str, Any]:
     """The 4-bit checkpoint in the interchange form, as work/ct, by one walk or by three stages."""
-    parts = divided(recipe)
+    parts, formats = divided(recipe), recipe.pack.formats
     if parts is None:
-        return _stage(work / "ct", options, lambda inner: run_job(model, work / "ct", recipe, inner, console)[0])
+        return _stage(work / "ct", options, lambda inner: run_job(model, work / "ct", recipe, inner, console, published=formats)[0])
     from marlinctl.distill import run_distill
 
     pruning, quantizing = parts
     pruned_at, distilled_at = work / "pruned", work / "distilled"
     without = replace(options, redo_from=None)  # blocks are counted in the walk that makes the result
     if not distilled_at.is_dir():
-        _stage(pruned_at, without, lambda inner: run_job(model, pruned_at, pruning, inner, console)[0])
+        _stage(pruned_at, without, lambda inner: run_job(model, pruned_at, pruning, inner, console, published=formats)[0])
     if not (work / "pruned.json").is_file():  # its report stays when its weights go
         write_document(work / "pruned.json", published_report(pruned_at))
     distilled = _stage(
@@ -209,7 +226,9 @@ def _interchange(model: str, source: Source, work: Path, recipe: Recipe, options
     with suppress(FileNotFoundError):
         shutil.rmtree(pruned_at)
     at_hand = replace(options, revision=None)
-    report = _stage(work / "ct", at_hand, lambda inner: run_job(str(distilled_at), work / "ct", quantizing, inner, console)[0])
+    report = _stage(
+        work / "ct", at_hand, lambda inner: run_job(str(distilled_at), work / "ct", quantizing, inner, console, published=())[0]
+    )
     pruned = json.loads((work / "pruned.json").read_text("utf-8"))
     stages = {
         "pruned": {key: pruned[key] for key in ("error", "seconds", "layers")},
@@ -217,6 +236,7 @@ def _interchange(model: str, source: Source, work: Path, recipe: Recipe, options
     }
     report |= {"source": pruned["source"], "stages": stages}
     report["bytes"] = {**report["bytes"], "source": pruned["bytes"]["source"]}
+    report["warnings"] = list(dict.fromkeys([*pruned.get("warnings", []), *distilled.get("warnings", []), *report["warnings"]]))
     report["seconds"] = round(pruned["seconds"] + distilled["training"]["seconds"] + report["seconds"], 1)
     return report
 
@@ -237,6 +257,5 @@ def _write_reports(folder: Path, fmt: str, report: Mapping[str, Any]) -> None:
     with open_checkpoint(folder, weight_files="auto") as checkpoint:
         layers = detect(checkpoint.config, checkpoint.tensors).layers
         report = {**report, "bytes": {**report["bytes"], "result": sum(info.nbytes for info in checkpoint.tensors.values())}}
-    kept = [item["name"] for item in report["kept"]]
-    for name, data in report_files(report, folder, fmt=fmt, layers=layers, ignore=kept).items():
-        (folder / name).write_bytes(data)
+    for name, data in report_files(report, folder, fmt=fmt, layers=layers).items():
+        write_bytes(folder / name, data)

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from marlinctl.console import duration
+from marlinctl.log import printable
 
 
 def table(plan: Mapping[str, Any]) -> str:
     """The document of `make_plan` as text."""
-    return "\n".join(f"{key:<14}{value}" for key, value in _rows(plan))
+    return "\n".join(f"{key:<14}{printable(value, one_line=True)}" for key, value in _rows(plan))
 
 
 def _rows(plan: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -65,9 +66,8 @@ def _output(output: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "", f"loads in {', '.join(output['loads_in'])}"
     for runtime, reasons in output["refused_by"].items():
         yield "", f"{runtime} refuses {len(reasons)} linears: {_first(reasons)}"
-    if output["warnings"]:
-        first, *more = output["warnings"]
-        yield "", first + (f" (and {len(more)} more)" if more else "")
+    for program, what in output["untested"].items():
+        yield "", f"{program}: not tested with {what}"
 
 
 def _memory(memory: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from marlinctl import estimate, room, runtimes
-from marlinctl.checkpoint import formats
 from marlinctl.checkpoint.config import positions
 from marlinctl.checkpoint.headers import Headers, headers
 from marlinctl.checkpoint.writer import companions
@@ -38,7 +37,7 @@ from marlinctl.memory import (
 )
 from marlinctl.models import Architecture
 from marlinctl.pattern import MASK_FILE, Pattern, from_headers
-from marlinctl.preflight import Looked, check_arguments, check_lengths, check_pattern, check_texts, look, stored_once
+from marlinctl.preflight import Looked, as_published, check_arguments, check_lengths, check_pattern, check_texts, look, stored_once
 from marlinctl.recipe import Recipe, divided, recipe_hash
 
 _ELEMENT = {"bfloat16": 2, "float32": 4}
@@ -100,7 +99,7 @@ def _check_files(recipe: Recipe, measuring: EvalSettings, console: Console) -> N
 
 
 def _document(seen: Headers, recipe: Recipe, settings: Settings, console: Console) -> dict[str, Any]:
-    looked = look(seen.checkpoint, recipe, settings.module_map, console, files=seen.files)
+    looked = look(seen.checkpoint, recipe, settings.module_map, console, files=seen.files, weights=seen.weights)
     found = from_headers(seen.checkpoint, looked.shapes, weights=seen.weights)
     if not (found.origin is None and "marlin_24" in recipe.pack.formats and not seen.weights):
         check_pattern(found, looked, recipe, console)
@@ -279,11 +278,12 @@ def _linears(looked: Looked, found: Pattern, recipe: Recipe) -> dict[str, Any]:
 def _describe(output: room.Output, looked: Looked, found: Pattern, recipe: Recipe, seen: Headers, small: int) -> dict[str, Any]:
     """One published folder: bytes and who loads it."""
     weights = sum(n * k for n, k in looked.shapes.values())
-    readers = [runtime for runtime in runtimes.RUNTIMES if output.format in runtime.reads]
-    sizes = looked.plan.group_sizes if output.format != "dense" else {}
-    verdicts = runtimes.survey(looked.shapes, sizes, seen.checkpoint.config, (1,)) if sizes else []
-    warnings = runtimes.uneven(sizes, _ignored(looked, seen)) if output.format in ("ct", "gptq") else []
-    refused = {v.runtime: list(v.refused) for v in verdicts if v.refused and v.runtime in {runtime.name for runtime in readers}}
+    planned = as_published(looked, seen.checkpoint, output.format)
+    loads = runtimes.loads(planned)
+    readers = {runtime.name for runtime in runtimes.RUNTIMES if output.format in runtime.reads}
+    refused = {v.runtime: list(v.refused) for v in runtimes.survey(planned, (1,)) if v.refused and v.runtime in readers}
+    servers = {runtime.program for runtime in runtimes.RUNTIMES}
+    refused |= {program: list(reasons) for program, reasons in loads.refused.items() if program not in servers}
     return {
         "format": output.format,
         "bits_per_weight": round(8 * output.linears / weights, 3),
@@ -295,15 +295,11 @@ def _describe(output: room.Output, looked: Looked, found: Pattern, recipe: Recip
             "companions": small,
             "on_disk_about": output.on_disk + small,
         },
-        "loads_in": runtimes.loaders(output.format, verdicts, uneven=bool(warnings)),
-        "refused_by": refused,
-        "warnings": warnings,
+        "loads_in": list(loads.accepted),
+        "refused_by": refused,  # kernels, and programs that are refused for other reasons than shapes
+        "untested": dict(loads.untested),
+        "warnings": loads.warnings(output.format),
     }
-
-
-def _ignored(looked: Looked, seen: Headers) -> list[str]:
-    shapes = {name: info.shape for name, info in seen.checkpoint.tensors.items() if name.removesuffix(".weight") not in looked.shapes}
-    return formats.sixteen_bit_linears(shapes, looked.shapes)
 
 
 def _rehearse(looked: Looked, stages: list[tuple[str, Recipe, Work]], settings: Settings, dtype: str) -> dict[str, estimate.Rehearsed]:

@@ -1,4 +1,4 @@
-"""Everything that a run can be refused for before a weight is read: from config.json, names, shapes and the recipe, without torch.
+"""Everything that a run can be refused for before its weights are read: the folder (folder.py) and the recipe, without torch.
 
 A run asks it first (opening.py), and so does `plan`, so that what a plan accepts is what the run accepts. Two checks need weights and
 belong to the run alone: the scan for NaN and infinity, and whether masks agree with the weights that they mask.
@@ -6,22 +6,24 @@ belong to the run alone: the scan for NaN and infinity, and whether masks agree 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marlinctl.checkpoint.config import check_remote_code, check_tokenizer, positions, refuse_quantized
-from marlinctl.checkpoint.formats import misfits
+from marlinctl.checkpoint.config import positions
+from marlinctl.checkpoint.formats import misfits, sixteen_bit_linears
 from marlinctl.checkpoint.header import TensorInfo
-from marlinctl.checkpoint.reader import Checkpoint, check_expected
+from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.console import Console
 from marlinctl.distillation.settings import check_settings, check_sizes
 from marlinctl.errors import BadInput, Problem, UsageError
-from marlinctl.models import Architecture, Experts, LinearSpec, architecture, check_module_map
+from marlinctl.folder import examine
+from marlinctl.models import Architecture, Experts, LinearSpec, check_module_map
 from marlinctl.pattern import MASK_FILE, Pattern
 from marlinctl.recipe import Calibration, Recipe, divided
 from marlinctl.rules import Plan, plan
+from marlinctl.runtimes import Packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,20 +108,21 @@ def too_few_tokens(asked: Calibration, count: str) -> BadInput:
 # ---- what needs the headers ----------------------------------------------------------------------------------------------------------
 
 
-def look(checkpoint: Checkpoint, recipe: Recipe, module_map: Path | None, console: Console, *, files: bool = True) -> Looked:
-    """Config, tensors, tokenizer and rules. BadInput and UsageError list all that is wrong of a kind; notes are said.
+def look(
+    checkpoint: Checkpoint, recipe: Recipe, module_map: Path | None, console: Console, *, files: bool = True, weights: bool = True
+) -> Looked:
+    """The folder (folder.py) and the rules. BadInput and UsageError list all that is wrong of a kind; notes are said.
 
-    files: False where there is no folder yet, because it will be made from a GGUF file, tokenizer and all.
+    files: False where there is no folder yet, because it will be made from a GGUF file, tokenizer and all. weights: False where it holds
+    headers alone.
     """
-    refuse_quantized(checkpoint)
-    for note in (*checkpoint.notes, *(check_remote_code(checkpoint.folder, checkpoint.config) if files else ())):
-        console.warn(note)
-    known = architecture(checkpoint.config, module_map)
-    check_together(
-        lambda: check_expected(checkpoint, known.expected),
-        lambda: refuse_unexpected(checkpoint, known, checkpoint.tensors),
-        lambda: check_tokenizer(checkpoint.folder, checkpoint.config) if files else None,
+    examined = examine(
+        checkpoint, structure="needed", dense=True, tokenizer=True, module_map=module_map, files=files, weights=weights and files
     )
+    for note in examined.notes:
+        console.warn(note)
+    known = examined.architecture
+    assert known is not None  # "needed"
     # At 16 bits there are no groups, unless the recipe distils: then int4 comes last, and must not fail after hours of work.
     groups = recipe.quantize.bits == 4 or recipe.distill.tokens > 0
     rules = plan(
@@ -147,36 +150,24 @@ def stored_once(checkpoint: Checkpoint, known: Architecture) -> dict[str, Tensor
     return {name: info for name, info in checkpoint.tensors.items() if name not in copies}
 
 
+def as_published(looked: Looked, checkpoint: Checkpoint, fmt: str) -> Packed:
+    """What a published folder will be to its clients (runtimes.py)."""
+    quantized = looked.plan.group_sizes if fmt != "dense" else {}
+    shapes = {name: looked.shapes[name] for name in quantized}
+    return Packed(fmt, shapes, quantized, sixteen_bit(checkpoint, quantized), checkpoint.config, "v1" if fmt == "gptq" else "")
+
+
+def sixteen_bit(checkpoint: Checkpoint, quantized: Iterable[str]) -> list[str]:
+    """The linears of a 16-bit checkpoint that stay as they are."""
+    chosen = set(quantized)
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items() if name.removesuffix(".weight") not in chosen}
+    return sixteen_bit_linears(shapes, chosen)
+
+
 def check_pattern(found: Pattern, looked: Looked, recipe: Recipe, console: Console) -> None:
     """A 2:4 pattern that the source has already: kept and said aloud, or refused where the recipe makes another or needs one."""
     _say_pattern(found, len(looked.shapes), recipe, console)
     refuse_dense_tiles(found, looked.shapes, recipe)
-
-
-def check_together(*checks: Callable[[], None]) -> None:
-    """Run all checks of the checkpoint and list the problems of all of them."""
-    errors: list[BadInput] = []
-    for check in checks:
-        try:
-            check()
-        except BadInput as error:
-            errors.append(error)
-    if errors:
-        problems: list[Problem] = [problem for error in errors for problem in error.problems]
-        raise BadInput.from_problems(errors[0].error_id, problems)
-
-
-def refuse_unexpected(checkpoint: Checkpoint, known: Architecture, names: Iterable[str]) -> None:
-    """BadInput E396 for tensors that the model has no place for."""
-    extra = known.unexpected(dict.fromkeys(names))
-    if extra:
-        shown = ", ".join(extra[:5]) + (" ..." if len(extra) > 5 else "")
-        raise BadInput(
-            "E396",
-            f"{len(extra)} tensors have no place in the model that config.json describes: {shown}",
-            where=str(checkpoint.folder),
-            fix="config.json and the weights do not belong together (fewer layers than weights?); download both again",
-        )
 
 
 def _planned(known: Architecture, rules: Plan) -> dict[str, LinearSpec]:

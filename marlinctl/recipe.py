@@ -25,7 +25,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from marlinctl.checkpoint.files import FileRefused, read_plain
 from marlinctl.errors import Problem, UsageError
+from marlinctl.log import redacted
 from marlinctl.yaml_positions import Place, read_yaml
 
 DEFAULT = "int4"
@@ -127,10 +129,11 @@ class Recipe(_Section):
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
     def to_yaml(self) -> str:
-        """A file that `load_recipe` turns into an equal recipe, whatever the defaults are by then."""
+        """A file that `load_recipe` turns into an equal recipe, whatever the defaults are by then. Without secrets: it is published."""
         import yaml
 
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=False, width=120)
+        values = redacted(self.model_dump(mode="json"))
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=False, width=120)
 
 
 def recipe_hash(recipe: Recipe) -> str:
@@ -222,11 +225,10 @@ def _locate(name_or_path: str | Path, folder: Path, *, where: str) -> _Found:
             where=where,
             fix=f"{hint}built in: {', '.join(builtin_names())}; or the path of a .yaml file",
         )
-    size = path.stat().st_size
-    if size > MAXIMUM_BYTES:
-        raise UsageError("E206", f"{size} bytes are too many for a recipe", where=str(path), fix=f"at most {MAXIMUM_BYTES}")
     try:
-        text = path.read_text("utf-8")
+        text = read_plain(path, limit=MAXIMUM_BYTES).decode("utf-8")
+    except FileRefused as refused:
+        raise UsageError("E206", f"the recipe cannot be read: {refused.problem.what}", where=str(path), fix=refused.problem.fix) from None
     except UnicodeDecodeError as error:
         raise UsageError("E206", f"not UTF-8 text at byte {error.start}", where=str(path), fix="save the recipe as UTF-8") from error
     return _Found(str(path), path.stem, path.parent, str(path.resolve()), text)

@@ -26,11 +26,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl import card, manifest, pattern
+from marlinctl import card, manifest, pattern, runtimes
 from marlinctl.checkpoint import formats, writer
+from marlinctl.checkpoint.contents import Contents, read_contents
 from marlinctl.checkpoint.mask import Masks, open_masks
+from marlinctl.checkpoint.reader import open_checkpoint
+from marlinctl.checkpoint.switches import without
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, CheckFailed, NumericalProblem, Problem, UsageError
+from marlinctl.folder import examine
 from marlinctl.journal import JobFolder, Request
 from marlinctl.known_digests import check_known_digests
 from marlinctl.memory import SHARD_BYTES
@@ -52,6 +56,7 @@ class Source:
     untouched: tuple[str, ...]  # tensors that no packed linear owns
     masks: Masks | None = None
     carried: tuple[str, ...] = ()  # linears that stayed 16-bit and have a mask all the same: it travels with them
+    notes: tuple[str, ...] = ()  # what the person should know of the folder
     from_zeros: bool = False  # nobody states the 2:4 pattern that a target needs: the codes that are zero tell
 
     @property
@@ -85,6 +90,13 @@ class Source:
     @property
     def ignore(self) -> list[str]:
         return formats.sixteen_bit_linears({name: self.checkpoint.tensors[name].shape for name in self.untouched}, self.info.layers)
+
+    def packed(self, fmt: str) -> runtimes.Packed:
+        """What a target will be to its clients."""
+        sizes = self.info.layers if fmt != "dense" else {}
+        ignore = [*self.ignore, *(self.info.layers if fmt == "dense" else ())]
+        shapes = {layer: self.shapes[layer] for layer in sizes}
+        return runtimes.Packed(fmt, shapes, sizes, ignore, self.checkpoint.config, "v1" if fmt == "gptq" else "")
 
 
 def repack(
@@ -127,10 +139,18 @@ def _repack(job: JobFolder, source: Path, outputs: Mapping[str, Path], overwrite
     with ExitStack() as stack:
         masks = stack.enter_context(open_masks(source))
         opened = open_source(source, masks)
+        for note in opened.notes:
+            console.warn(note)
         opened = replace(opened, from_zeros="marlin_24" in outputs and opened.origin is None)
         refuse_misfits(opened, list(outputs))
-        check_known_digests(opened.checkpoint, console)
-        facts = {"source": _source_digest(opened), "formats": list(outputs), "version": provenance({})["version"]}
+        contents = read_contents(opened.checkpoint, console, scan=opened.untouched)
+        check_known_digests(opened.checkpoint, contents)
+        contents.require_finite()
+        job.watch(contents)
+        for fmt in outputs:
+            for line in runtimes.loads(opened.packed(fmt)).warnings(fmt):
+                console.warn(line)
+        facts = {"source": _source_digest(opened, contents), "formats": list(outputs), "version": provenance({})["version"]}
         job.check(facts) if job.begun else job.begin(facts)
         sizes = {fmt: written_bytes(opened, fmt) for fmt in outputs}
         writer.require_space(out, sum(sizes.values()) + sum(_mask_bytes(opened, fmt) for fmt in outputs))
@@ -145,7 +165,7 @@ def _repack(job: JobFolder, source: Path, outputs: Mapping[str, Path], overwrite
             stack.enter_context(stage).restore([], [])
         _write_linears(opened, stages, console)
         for fmt, stage in stages.items():
-            _finish(opened, fmt, stage, console, f"marlinctl pack {source.name} {outputs[fmt].name} --format {fmt}")
+            _finish(opened, contents, fmt, stage, console, f"marlinctl pack {source.name} {outputs[fmt].name} --format {fmt}")
         job.publish(list(stages.values()), keep=keep_job)
     for fmt, folder in outputs.items():
         console.say(f"wrote {folder} ({fmt}, {sizes[fmt] / 1e6:,.1f} MB of weights)")
@@ -179,10 +199,9 @@ def output_folders(out: Path, fmt: str, also: Sequence[str]) -> dict[str, Path]:
 
 def open_source(folder: Path, masks: Masks | None = None) -> Source:
     """Open a packed checkpoint; `masks` is its mask file. BadInput when it is dense, damaged, or in no format that can be read exactly."""
-    from marlinctl.checkpoint.reader import open_checkpoint
-
     checkpoint = open_checkpoint(folder, weight_files="auto")
-    info = formats.detect(checkpoint.config, checkpoint.tensors)
+    examined = examine(checkpoint, structure="known")
+    info = examined.info
     if info.name == "dense":
         raise BadInput(
             "E347",
@@ -190,18 +209,11 @@ def open_source(folder: Path, masks: Masks | None = None) -> Source:
             where=str(folder),
             fix=f"marlinctl quantize {folder} OUT",
         )
-    if not info.layers:
-        raise BadInput(
-            "E348",
-            f"config.json says {info.name}, but no tensor is packed that way",
-            where=str(folder),
-            fix="config.json belongs to another model; fetch the checkpoint again",
-        )
     owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in formats.SUFFIXES[info.name]}
     shapes = {layer: formats.layer_shape(checkpoint, info, layer) for layer in info.layers}
     untouched = tuple(name for name in checkpoint.tensors if name not in owned)
     carried = () if masks is None else tuple(layer for layer in masks.layers if f"{layer}.weight" in checkpoint.tensors)
-    return Source(checkpoint, info, shapes, untouched, masks, carried)
+    return Source(checkpoint, info, shapes, untouched, masks, carried, notes=examined.notes)
 
 
 def refuse_misfits(source: Source, targets: Sequence[str]) -> None:
@@ -326,17 +338,17 @@ def target_tensors(fmt: str, layer: str, parts: formats.LinearParts) -> dict[str
     return {f"{layer}.weight": weight}
 
 
-def _finish(source: Source, fmt: str, stage: writer.StagedCheckpoint, console: Console, command: str) -> None:
+def _finish(source: Source, contents: Contents, fmt: str, stage: writer.StagedCheckpoint, console: Console, command: str) -> None:
     """Everything of the folder but the linears, and the check from disk."""
     stage.copy_tensors(source.checkpoint, source.untouched)
     stage.copy_companions(source.checkpoint.folder)
-    old = source.checkpoint.config.get("quantization_config") or source.checkpoint.config.get("compression_config") or {}
-    config = {key: value for key, value in source.checkpoint.config.items() if key not in ("quantization_config", "compression_config")}
+    old = formats.quantization_block(source.checkpoint.config) or {}
+    config = without(formats.without_quantization(source.checkpoint.config))
     if fmt != "dense":
         config["quantization_config"] = formats.quantization_config(fmt, source.info.layers, source.ignore, provenance(old))
     if fmt == "gptq":
         stage.write_file("quantize_config.json", manifest.canonical(config["quantization_config"]))  # what old loaders read
-    origin = {"format": source.info.name, "variant": source.info.variant, **_source_digest(source)}
+    origin = {"format": source.info.name, "variant": source.info.variant, **_source_digest(source, contents)}
     earlier = _earlier_facts(source.checkpoint.folder)
     facts = {**earlier, "packed_from": origin, "format": fmt, **({"pattern": "2:4"} if source.origin else {})}
     made_from, recipe = earlier.get("source", {}), earlier.get("recipe", {})
@@ -346,6 +358,7 @@ def _finish(source: Source, fmt: str, stage: writer.StagedCheckpoint, console: C
         source.info.layers,
         source.ignore,
         command,
+        runtimes.loads(source.packed(fmt)),
         base_model=made_from.get("name") if made_from.get("kind") == "hub" else None,
         made_from=[("SHA-256 of the recipe", Name(digest))] if isinstance(digest, str) else (),
         two_of_four=source.origin is not None,
@@ -364,7 +377,7 @@ def _report_files(source: Source, fmt: str, folder: Path, command: str, console:
         document = report.read_report(source.checkpoint.folder)
         sizes = {**document["bytes"], "result": written_bytes(source, fmt)}
         packed = {**document, "bytes": sizes, "packed": {"command": command, "format": fmt}}
-        return report.checked_files(packed, folder, fmt=fmt, layers=source.info.layers, ignore=source.ignore)
+        return report.checked_files(packed, folder, fmt=fmt, layers=source.info.layers)
     except CheckFailed:
         return {}
     except (BadInput, KeyError, TypeError) as refused:
@@ -388,19 +401,15 @@ def _earlier_facts(folder: Path) -> dict[str, Any]:
     return {key: document[key] for key in ("source", "recipe", "calibration") if isinstance(document.get(key), dict)}
 
 
-def _source_digest(source: Source) -> dict[str, Any]:
-    """What the codes came from: the source's manifest when it has one, else its fingerprint."""
-    from marlinctl.checkpoint.reader import fingerprint
-
+def _source_digest(source: Source, contents: Contents) -> dict[str, Any]:
+    """What the codes came from: the source's manifest when it has one, whose digests were compared, else its fingerprint."""
     if (source.checkpoint.folder / manifest.NAME).is_file():
         return {"manifest_sha256": manifest.digest(source.checkpoint.folder)}
-    return {"fingerprint": fingerprint(source.checkpoint)}
+    return {"fingerprint": contents.fingerprint}
 
 
 def check_written(source: Source, fmt: str, folder: Path, console: Console) -> None:
     """Read the staged folder back: same tensors, codes, scales and masks, same untouched bytes. CheckFailed names the first difference."""
-    from marlinctl.checkpoint.reader import open_checkpoint
-
     written = open_checkpoint(folder, weight_files="auto")
     info = formats.detect(written.config, written.tensors)
     expected = set(source.untouched) | {f"{layer}.{suffix}" for layer in source.info.layers for suffix in formats.SUFFIXES[fmt]}

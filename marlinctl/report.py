@@ -5,19 +5,22 @@ The run itself writes the same files when it publishes (pages/files.py). They li
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from marlinctl.checkpoint.durable import write_bytes
-from marlinctl.checkpoint.formats import detect, layer_shape
-from marlinctl.checkpoint.reader import open_checkpoint
+from marlinctl.checkpoint.files import MAX_OWN_BYTES, MAX_OWN_VALUES, FileRefused, read_plain_json
+from marlinctl.checkpoint.formats import layer_shape
+from marlinctl.checkpoint.ownership import remove_temporaries
+from marlinctl.console import SCHEMA_VERSION
 from marlinctl.errors import BadInput, CheckFailed
+from marlinctl.folder import open_folder
+from marlinctl.manifest import UPDATE, written_by_newer
 from marlinctl.pages.files import JSON, report_files
 
-_MOST_BYTES = 1 << 30  # a report of ten thousand linears with all answers of an evaluation has some tens of megabytes
+_ABANDONED = 3600  # seconds; a file that was begun earlier and never got its name is of a `report` that was killed
 _KINDS = ("compress", "quantize", "sparsify", "distill")
 
 
@@ -28,12 +31,11 @@ def rewrite(folder: Path, *, evaluation: Mapping[str, Any] | None = None, bench:
         report["evaluation"] = {"document": evaluation}
     if bench is not None:
         report["bench"] = bench
-    with open_checkpoint(folder, weight_files="auto") as checkpoint:
-        info = detect(checkpoint.config, checkpoint.tensors)
-        shapes = {layer: layer_shape(checkpoint, info, layer) for layer in info.layers}
+    with open_folder(folder) as examined:
+        info = examined.info
+        shapes = {layer: layer_shape(examined.checkpoint, info, layer) for layer in info.layers}
     with _ours(folder / JSON):
         recorded = {record["name"]: tuple(record["shape"]) for record in report.get("layers", ()) if record["group_size"] is not None}
-        kept = [item["name"] for item in report.get("kept", ())]
     if recorded and recorded != shapes:
         raise BadInput(
             "E399",
@@ -41,18 +43,17 @@ def rewrite(folder: Path, *, evaluation: Mapping[str, Any] | None = None, bench:
             where=str(folder / JSON),
             fix="put the report back that was published with these weights, or write the checkpoint again",
         )
-    written = checked_files(report, folder, fmt=info.name, layers=info.layers, ignore=kept)
+    written = checked_files(report, folder, fmt=info.name, layers=info.layers)
+    remove_temporaries(folder, older=_ABANDONED)
     for name, data in written.items():
         write_bytes(folder / name, data)
     return report
 
 
-def checked_files(
-    report: Mapping[str, Any], folder: Path, *, fmt: str, layers: Mapping[str, int], ignore: Sequence[str]
-) -> dict[str, bytes]:
+def checked_files(report: Mapping[str, Any], folder: Path, *, fmt: str, layers: Mapping[str, int]) -> dict[str, bytes]:
     """`report_files` of a document that somebody else may have written: BadInput where it has not the form of ours."""
     with _ours(folder / JSON):
-        return report_files(report, folder, fmt=fmt, layers=layers, ignore=ignore)
+        return report_files(report, folder, fmt=fmt, layers=layers)
 
 
 @contextmanager
@@ -83,15 +84,13 @@ def read_bench(path: Path) -> dict[str, Any]:
 
 def _document(path: Path, kinds: Sequence[str]) -> dict[str, Any]:
     try:
-        if not path.is_file():  # a FIFO would make us wait for ever
-            raise FileNotFoundError("there is no such file")
-        if path.stat().st_size > _MOST_BYTES:
-            raise ValueError(f"more than {_MOST_BYTES:,} bytes")
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, str(error)) from error
+        document = read_plain_json(path, limit=MAX_OWN_BYTES, values=MAX_OWN_VALUES)
+    except FileRefused as refused:
+        raise _damaged(path, refused.problem.what) from None
     if not isinstance(document, dict) or document.get("kind") not in kinds:
         raise _damaged(path, f"its kind is none of {', '.join(kinds)}")
+    if newer := written_by_newer(document, SCHEMA_VERSION):
+        raise BadInput("E399", f"this document cannot be read: {newer}", where=str(path), fix=UPDATE)
     return document
 
 

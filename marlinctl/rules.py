@@ -6,7 +6,6 @@ A pattern is a shell glob that is held against a linear's full name and against 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,8 +13,11 @@ from fnmatch import fnmatchcase
 
 from marlinctl.errors import Problem, UsageError
 from marlinctl.models import Architecture, LinearSpec
+from marlinctl.patterns import Time, compiled
 
 GROUP_SIZES = (128, 64, 32, -1)
+_MOST_PROBLEMS = 20
+_MOST_LIKELY = 1000  # names among which the nearest is looked for: 20 us each
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +35,25 @@ def plan(architecture: Architecture, *, group_size: int, skip: Sequence[str], ov
     head = _head(architecture, include)
     if head is not None:
         linears[head.name] = head
+    names = _Names(linears)
     problems: list[Problem] = []
     for pattern in (*skip, *overrides):
-        if not matching(pattern, linears):
-            near = (
-                get_close_matches(pattern, {*linears, *(name.rpartition(".")[2] for name in linears)}, n=3, cutoff=0.3) or list(linears)[:3]
-            )
+        if not names.matching(pattern):
+            if len(problems) == _MOST_PROBLEMS:
+                problems.append(Problem("and maybe more patterns", "--skip / --override", "mend the ones above first"))
+                break
+            likely = {*list(linears)[:_MOST_LIKELY], *(name.rpartition(".")[2] for name in linears)}
+            near = get_close_matches(pattern[:200], likely, n=3, cutoff=0.3) or list(linears)[:3]
             problems.append(
-                Problem(f"the pattern {pattern!r} matches no linear", "--skip / --override", f"nearest names: {', '.join(near)}")
+                Problem(f"the pattern {pattern[:200]!r} matches no linear", "--skip / --override", f"nearest names: {', '.join(near)}")
             )
     if problems:
         raise UsageError.from_problems("E254", problems)
 
-    kept = {name: f"--skip {pattern}" for pattern in skip for name in matching(pattern, linears)}
+    kept = {name: f"--skip {pattern}" for pattern in skip for name in names.matching(pattern)}
     sizes = dict.fromkeys((name for name in linears if name not in kept), group_size)
     for pattern, size in overrides.items():
-        sizes |= dict.fromkeys((name for name in matching(pattern, linears) if name not in kept), size)
+        sizes |= dict.fromkeys((name for name in names.matching(pattern) if name not in kept), size)
     if not sizes:
         raise UsageError("E254", "every linear is skipped; nothing would be quantized", where="--skip", fix="skip fewer linears")
     _require_divisible(linears, sizes)
@@ -60,16 +65,37 @@ def plan(architecture: Architecture, *, group_size: int, skip: Sequence[str], ov
     return Plan(sizes, kept, head)
 
 
-def matching(pattern: str, names: Iterable[str]) -> list[str]:
-    if pattern.startswith("re:"):
-        try:
-            expression = re.compile(pattern[3:])
-        except re.error as error:
-            raise UsageError(
-                "E254", f"{pattern!r} is no regular expression: {error}", where="--skip / --override", fix="mend it"
-            ) from error
-        return [name for name in names if expression.search(name)]
-    return [name for name in names if any(fnmatchcase(tail, pattern) for tail in _tails(name))]
+class _Names:
+    """The linears' names, asked for what a pattern means. A pattern without a wildcard costs a look-up, however many there are."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = list(names)
+        self._tails: dict[str, list[str]] = {}
+        for name in self._names:
+            for tail in _tails(name):
+                self._tails.setdefault(tail, []).append(name)
+        self._time = Time()
+        self._known: dict[str, list[str]] = {}
+
+    def matching(self, pattern: str) -> list[str]:
+        """UsageError E254 for an expression that is none, or for patterns that take too long."""
+        if pattern not in self._known:
+            try:
+                self._known[pattern] = self._found(pattern)
+            except ValueError as error:
+                fix = "docs/recipes.md has what a pattern may hold"
+                what = f"the pattern {pattern[:200]!r} cannot be used: {error}"
+                raise UsageError("E254", what, where="--skip / --override", fix=fix) from error
+        return self._known[pattern]
+
+    def _found(self, pattern: str) -> list[str]:
+        if pattern.startswith("re:"):
+            search = compiled(pattern[3:]).search
+            return [name for name in self._names if self._time.matches(search, name)]
+        if not any(letter in pattern for letter in "*?["):
+            return self._tails.get(pattern, [])
+        hits = {name for tail, names in self._tails.items() if fnmatchcase(tail, pattern) for name in names}
+        return [name for name in self._names if name in hits]
 
 
 def _tails(name: str) -> Iterable[str]:

@@ -59,6 +59,9 @@ def notes(document: Mapping[str, Any]) -> list[str]:
     limited = [name for name, record in records.items() if record["documents"] < record["of_documents"]]
     if limited:
         lines.append(f"limited: {len(limited)} of {len(records)} tasks ran on a part of their documents; such scores are for trying out")
+    cut = [f"{record['cut']} of {record['documents']} questions of {name}" for name, record in records.items() if record.get("cut")]
+    if cut:
+        lines.append(f"cut: {', '.join(cut)} are longer than the model reads; their beginnings were left out")
     return lines
 
 

@@ -12,29 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marlinctl.errors import BadInput
+from marlinctl.model_config import cannot_build, transformers_config
 
 
 def build(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     """The causal language model that `config` describes, with parameters on the meta device and code from transformers alone."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    plain = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
+    parsed = transformers_config(config)
+    parsed.use_cache = False
     try:
-        parsed = AutoConfig.for_model(**plain)
-        parsed.use_cache = False
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise BadInput(
-            "E392",
-            f"transformers cannot build this model: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            where="config.json",
-            fix="restore the model's own config.json, or install a transformers release that knows this model",
-        ) from error
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, ArithmeticError) as error:
+        raise cannot_build(error, "config.json") from error
     return model.eval()
 
 

@@ -111,6 +111,11 @@ class Solving:
                 "E602", f"the Hessian cannot be used as it is ({outcome.fallback}), and --strict forbids a fallback", where=name,
                 fix="more or other calibration text, a higher --damping, or no --strict",
             )  # fmt: skip
+        if self.options.strict and outcome.dead:
+            raise NumericalProblem(
+                "E605", f"{outcome.dead} inputs were zero in all of calibration, and --strict forbids that", where=name,
+                fix="more or other calibration text, --skip this linear, or no --strict",
+            )  # fmt: skip
         info = self.opened.checkpoint.tensors[f"{name}.weight"]
         if isinstance(result, QuantizedLinear) and not bool(result.codes.any()) and float(outcome.energy[rows].sum()) > 0:
             raise NumericalProblem(

@@ -6,10 +6,11 @@
     pythondoc                      pydoc_data.topics, the English prose behind help() that every CPython ships
 
 Rows become one text by joining them with a blank line, which is how the published WikiText-2 perplexities are made.
-`load_text` gives that one text with its SHA-256; `load_documents` gives the rows, and chats stay chats.
+`load_text` gives that one text with its SHA-256; `documents` gives the rows one by one, and chats stay chats.
 
-A data file is somebody else's: it may be binary, in another encoding, truncated, or hold one line of a gigabyte. Lines are read
-one by one with an upper size, so a refusal names the line and costs no memory. Nothing in a file is ever run.
+A data file is somebody else's: it may be binary, in another encoding, truncated, hold one line of a gigabyte, or unpack to a thousand
+times its size. It is read as a stream, up to what is needed. Lines have an upper size, so a refusal names the line and costs no memory;
+parquet, whose library unpacks as the file says, is read in a process of its own (confined.py). Nothing in a file is ever run.
 """
 
 from __future__ import annotations
@@ -17,18 +18,26 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import platform
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from io import BufferedReader
+from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from marlinctl.checkpoint.files import FileRefused, open_plain, shown
+from marlinctl.confined import Bounds, Exceeded, confined
 from marlinctl.errors import BadInput, EnvironmentProblem, UsageError
 
 PYTHONDOC = "pythondoc"
-LONGEST_LINE = 64 * 2**20  # bytes; a document of 64 MiB is some 16 million tokens
+LONGEST_LINE = 16 << 20  # bytes; a row of 16 MiB is some 4 million tokens
+LONGEST_TEXT = 1 << 24  # characters of one text or paragraph; WikiText-2's test text has 1.3 million
+MOST_UNPACKED = 100  # times the size of a .gz, beyond the first 64 MiB; text packs to a fifth, a log to a thirtieth
+UNPACKED_FREELY = 64 << 20
+MOST_BLANK = 1_000_000  # lines; a second of reading
+READING = Bounds(memory=1 << 30, cpu=600, wait=120)  # of a parquet file
 KINDS = ".txt, .jsonl (both also as .gz), .parquet or the word pythondoc"
 CHAT_COLUMNS = ("messages", "conversations")
 ROLES = {"human": "user", "gpt": "assistant"}  # the names that ShareGPT's `conversations` use
@@ -47,24 +56,43 @@ class Text:
     note: str
 
 
-def load_text(source: str) -> Text:
-    """The whole of `source` as one text."""
+def load_text(source: str, *, longest: int = LONGEST_TEXT) -> Text:
+    """`source` as one text; of a longer one the first `longest` characters, and the note says so."""
     if source == PYTHONDOC:
         return _text(PYTHONDOC, "\n\n".join(_python_topics()), f"pydoc_data.topics of Python {platform.python_version()}")
     path, kind = _open_kind(source)
     if kind == "txt":
-        return _text(path.name, "".join(line for _, line in _lines(path)), str(path))
-    rows = [document for document in _rows(path, kind, chats=False) if isinstance(document, str)]
-    return _text(path.name, "\n\n".join(rows), f"{path}, {len(rows):,} rows joined by blank lines")
+        parts, more = _first_characters((line for _, line in _lines(path)), longest)
+        text, note = "".join(parts), str(path)
+    else:
+        parts, more = _first_characters((row for row in _rows(path, kind, chats=False) if isinstance(row, str)), longest)
+        text, note = "\n\n".join(parts), f"{path}, {len(parts):,} rows joined by blank lines"
+    return _text(path.name, text[:longest] if more else text, f"{note}, the first {longest:,} characters" if more else note)
 
 
-def load_documents(source: str) -> list[Document]:
-    """The documents of `source`, in file order, empty ones left out."""
+def documents(source: str) -> Iterator[Document]:
+    """The documents of `source`, in file order, empty ones left out. Read as they are asked for: who has enough stops.
+
+    A paragraph of more than LONGEST_TEXT characters comes in several, divided where a line ends.
+    """
     if source == PYTHONDOC:
-        return [topic for topic in _python_topics() if topic.strip()]
-    path, kind = _open_kind(source)
-    documents = _paragraphs(path) if kind == "txt" else _rows(path, kind, chats=True)
-    return [document for document in documents if not isinstance(document, str) or document.strip()]
+        found: Iterable[Document] = _python_topics()
+    else:
+        path, kind = _open_kind(source)
+        found = _paragraphs(path) if kind == "txt" else _rows(path, kind, chats=True)
+    return (document for document in found if not isinstance(document, str) or document.strip())
+
+
+def _first_characters(parts: Iterable[str], longest: int) -> tuple[list[str], bool]:
+    """Parts until there are more than `longest` characters, and whether there are."""
+    taken: list[str] = []
+    left = longest
+    for part in parts:
+        taken.append(part)
+        left -= len(part)
+        if left < 0:
+            return taken, True
+    return taken, False
 
 
 def names_a_file(source: str) -> bool:
@@ -73,7 +101,7 @@ def names_a_file(source: str) -> bool:
 
 
 def check_text(source: str, *, chats: bool = False) -> None:
-    """What load_text (with `chats`, load_documents) would refuse of the file's name, kind and first row. Reads no further than that."""
+    """What load_text (with `chats`, documents) would refuse of the file's name, kind and first row. Reads no further than that."""
     if source == PYTHONDOC:
         return
     path, kind = _open_kind(source)
@@ -115,8 +143,10 @@ def _open_kind(source: str) -> tuple[Path, str]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, line with its newline), each checked for size, encoding and binary junk."""
-    with _open_bytes(path) as file:
-        number = 0
+    packed = path.suffix.lower() == ".gz"
+    with _open(path) as plain, _unpacked(plain, packed=packed) as file:
+        most = max(UNPACKED_FREELY, MOST_UNPACKED * os.fstat(plain.fileno()).st_size)
+        number = unpacked = blank = 0
         while True:
             number += 1
             where = f"{path}, line {number}"
@@ -133,14 +163,27 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                     where=where,
                     fix="split the text into lines; a file without line ends is most often not text",
                 )
+            unpacked += len(line)
+            blank = blank + 1 if line.isspace() else 0
+            if blank > MOST_BLANK:
+                what = f"more than {MOST_BLANK:,} blank lines in a row"
+                raise BadInput("E325", what, where=where, fix="give a file that holds text")
+            if packed and unpacked > most:
+                what = f"the file unpacks to more than {MOST_UNPACKED} times its size"
+                raise BadInput("E325", what, where=where, fix="no text does that; if this one does, unpack it first (gunzip)")
             yield number, _decode(line, first=number == 1, where=where)
 
 
-def _open_bytes(path: Path) -> BufferedReader | gzip.GzipFile:
+def _open(path: Path) -> FileIO:
     try:
-        return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
-    except OSError as error:
-        raise BadInput("E384", f"cannot open the file: {error.strerror}", where=str(path), fix="check the file's permissions") from error
+        return open_plain(path)
+    except FileRefused as refused:
+        problem = refused.problem
+        raise BadInput("E384", f"cannot open the file: {problem.what}", where=problem.where, fix=problem.fix) from None
+
+
+def _unpacked(file: FileIO, *, packed: bool) -> BufferedReader | gzip.GzipFile:
+    return gzip.GzipFile(fileobj=file, mode="rb") if packed else BufferedReader(file)
 
 
 def _decode(line: bytes, *, first: bool, where: str) -> str:
@@ -160,20 +203,28 @@ def _decode(line: bytes, *, first: bool, where: str) -> str:
 
 def _paragraphs(path: Path) -> Iterator[str]:
     lines: list[str] = []
+    length = 0
     for _, line in _lines(path):
         if line.strip():
             lines.append(line)
-        elif lines:
+            length += len(line)
+        if lines and (not line.strip() or length > LONGEST_TEXT):
             yield "".join(lines).strip()
-            lines = []
+            lines, length = [], 0
     if lines:
         yield "".join(lines).strip()
 
 
 def _rows(path: Path, kind: str, *, chats: bool) -> Iterator[Document]:
-    rows = _json_rows(path) if kind == "jsonl" else _parquet_rows(path, chats=chats)
-    for where, row in rows:
-        yield _document(row, chats=chats, where=where)
+    if kind == "jsonl":
+        for where, row in _json_rows(path):
+            yield checked_row(row, chats=chats, where=where)
+        return
+    try:
+        yield from cast(Iterator[Document], confined(lambda: _parquet_rows(path, chats=chats), READING))
+    except Exceeded as reason:
+        fix = "no text does that; if this one does, write it as .jsonl"
+        raise BadInput("E325", f"reading the parquet file was stopped: {reason}", where=str(path), fix=fix) from None
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -191,8 +242,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, row
 
 
-def _parquet_rows(path: Path, *, chats: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Row by row, in batches, reading only the column that counts."""
+def _parquet_rows(path: Path, *, chats: bool) -> Iterator[Document]:
+    """Row by row, reading only the column that counts. Each row may repeat a value of megabytes that is stored once; a row costs 16 us."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -202,23 +253,26 @@ def _parquet_rows(path: Path, *, chats: bool) -> Iterator[tuple[str, dict[str, A
         ) from error
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
+        with _open(path) as plain, pq.ParquetFile(plain, buffer_size=1 << 20) as file:
             names = file.schema_arrow.names
             column = next((name for name in ("text", *(CHAT_COLUMNS if chats else ())) if name in names), None)
             if column is None:
                 raise _no_text(names, chats=chats, where=str(path))
-            for batch in file.iter_batches(batch_size=256, columns=[column]):
+            for batch in file.iter_batches(batch_size=1, columns=[column], use_threads=False):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}, row {number}", row
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                    yield checked_row(row, chats=chats, where=f"{path}, row {number}")
+    except (pa.ArrowMemoryError, MemoryError):
+        raise MemoryError from None
+    except (pa.ArrowException, OSError, OverflowError) as error:
+        reason = shown(str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise BadInput(
             "E384", f"cannot read the parquet file: {reason}", where=f"{path}, after row {number}", fix="copy or download the file again"
         ) from error
 
 
-def _document(row: dict[str, Any], *, chats: bool, where: str) -> Document:
+def checked_row(row: dict[str, Any], *, chats: bool, where: str) -> Document:
+    """The text or chat of a row; BadInput E381 or E385 where it is neither, E383 where it is longer than LONGEST_TEXT."""
     if chats and "text" not in row:
         for column in CHAT_COLUMNS:
             if column in row:
@@ -240,12 +294,14 @@ def _chat(turns: Any, *, where: str) -> Chat:
             turn = {"role": ROLES.get(str(turn["from"]), turn["from"]), "content": turn["value"]}
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
             raise BadInput("E385", f"turn {place} of the chat has no role and content", where=where, fix=_CHAT_FIX)
-        chat.append({"role": turn["role"], "content": _encodable(turn["content"], where=where)})
+        chat.append({"role": _encodable(turn["role"], where=where), "content": _encodable(turn["content"], where=where)})
     return chat
 
 
 def _encodable(text: str, *, where: str) -> str:
     """JSON may spell half of a surrogate pair (\\ud83d), which is no character and which no tokenizer takes."""
+    if len(text) > LONGEST_TEXT:
+        raise BadInput("E383", f"a text is longer than {LONGEST_TEXT:,} characters", where=where, fix="divide it into several rows")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -261,8 +317,8 @@ _CHAT_FIX = 'write turns as {"role": "user", "content": "..."}'
 
 def _no_text(names: list[str], *, chats: bool, where: str) -> BadInput:
     wanted = ", ".join(("text", *CHAT_COLUMNS)) if chats else "text"
-    shown = ", ".join(str(name)[:40] for name in names[:12]) or "none"
-    return BadInput("E385", f"no field `{wanted}`; there are: {shown}", where=where, fix="rename the field that holds the text to `text`")
+    listed = ", ".join(str(name)[:40] for name in names[:12]) or "none"
+    return BadInput("E385", f"no field `{wanted}`; there are: {listed}", where=where, fix="rename the field that holds the text to `text`")
 
 
 def _kind_of(value: Any) -> str:

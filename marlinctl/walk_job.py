@@ -23,7 +23,8 @@ from typing import Any
 from torch import Tensor
 
 from marlinctl.calibration import CalibrationSet
-from marlinctl.checkpoint.durable import write_tensors
+from marlinctl.checkpoint.contents import Contents
+from marlinctl.checkpoint.durable import disk_problems, make_folder, write_tensors
 from marlinctl.checkpoint.header import read_header
 from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.writer import StagedCheckpoint
@@ -44,10 +45,11 @@ class WalkJob(JobFolder):
 
     # Calibration
 
-    def begin_walk(self, fingerprint: Mapping[str, Any], calibration: CalibrationSet) -> None:
+    def begin_walk(self, fingerprint: Mapping[str, Any], calibration: CalibrationSet, model: Contents) -> None:
         tokens = calibration.tokens
         write_tensors(self.path / _CALIBRATION, {"ids": tokens.ids, "counted": tokens.counted})
-        self.begin(fingerprint, calibration={"facts": dict(calibration.facts), "file": self._described(_CALIBRATION)})
+        noted = {"facts": dict(calibration.facts), "file": self._described(_CALIBRATION)}
+        self.begin(fingerprint, inputs={"model": model.document()}, calibration=noted)
 
     def calibration(self) -> CalibrationSet | None:
         """The text that the job was begun with; None where it was killed before it had any, or where the file is damaged."""
@@ -63,7 +65,11 @@ class WalkJob(JobFolder):
     # Blocks
 
     def commit(self, step: str, index: int, solving: Solving, shard: str | None, states: Mapping[str, Tensor]) -> None:
-        """Note a finished block, or the head (whose `states` are empty: nothing comes behind it)."""
+        """Note a finished block, or the head (whose `states` are empty: nothing comes behind it).
+
+        BadInput E306 where the model has changed: the block may be of the weights of before or of those of now.
+        """
+        self.require_inputs_unchanged()
         done = [line for line in self.lines if line["step"] in ("block", "head")]
         known, masked = sum(len(line["records"]) for line in done), sum(line["masks"]["bytes"] for line in done)
         records = solving.records[known:]
@@ -72,7 +78,8 @@ class WalkJob(JobFolder):
         size = solving.staged.sync() - masked
         noted["masks"] = {"bytes": size, "sha256": _sha256_of_part(solving.staged.spool, masked, size) if size else None}
         if states:
-            (self.path / "states").mkdir(exist_ok=True)
+            with disk_problems(self.path):
+                make_folder(self.path / "states")
             self._forget_states(before=index + 2 - _STATES_KEPT)
             write_tensors(self.path / _state_name(index + 1), states)
             noted["state"] = self._described(_state_name(index + 1))
@@ -152,7 +159,7 @@ class WalkJob(JobFolder):
         path = self.path / noted["name"]
         if not path.is_file():  # a shard that had its final name when the run died
             path = next(iter(path.parent.glob(f"{path.stem}-of-*{path.suffix}")), path)
-        return path.is_file() and path.stat().st_size == noted["bytes"] and sha256_of(path) == noted["sha256"]
+        return path.is_file() and not path.is_symlink() and path.stat().st_size == noted["bytes"] and sha256_of(path) == noted["sha256"]
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         infos, problems = read_header(self.path, name)

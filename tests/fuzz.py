@@ -33,8 +33,9 @@ LONGEST = 1 << 14  # bytes of one input
 
 def checkpoint(folder: Path, data: bytes) -> bool:
     """Whether the folder was accepted. The first byte says which file the rest is; the others are good."""
-    from marlinctl.checkpoint.finite import scan_finite
+    from marlinctl.checkpoint.contents import read_contents
     from marlinctl.checkpoint.reader import open_checkpoint
+    from marlinctl.console import Console
     from marlinctl.errors import BadInput, NumericalProblem
     from tests.faults.checkpoints import INDEX
 
@@ -54,8 +55,9 @@ def checkpoint(folder: Path, data: bytes) -> bool:
         (folder / INDEX).write_bytes(rest)
     try:
         with open_checkpoint(folder) as found:
+            contents = read_contents(found, Console.quiet(), scan=found.tensors, for_4_bits=found.tensors)
             with suppress(NumericalProblem):
-                scan_finite(found, found.tensors, for_4_bits=found.tensors)
+                contents.require_finite()
             names = {name: found.read(name).shape for name in found.tensors}
     except BadInput:
         return False

@@ -166,6 +166,7 @@ class _Counter:
     def _lines(self, at: str) -> None:
         from marlinctl import journal, pipeline
         from marlinctl.checkpoint import durable
+        from marlinctl.checkpoint.model_files import temporary_name
         from marlinctl.distillation import job
 
         def double(real: Callable[..., None], appends: bool) -> Callable[..., None]:
@@ -174,7 +175,7 @@ class _Counter:
                     real(target, document)
                     return
                 if at == "half":
-                    torn = target if appends else target.with_name(target.name + ".part")
+                    torn = target if appends else target.with_name(temporary_name())
                     text = json.dumps(document)
                     with torn.open("a") as file:
                         file.write(text[: len(text) // 2])
@@ -234,7 +235,14 @@ class _Counter:
             file = open_file(path, mode, *args, **kwargs)
             return File(file) if set(mode) & set("wa+x") else file
 
+        open_descriptor = os.fdopen
+
+        def opened_descriptor(descriptor: int, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            file = open_descriptor(descriptor, mode, *args, **kwargs)
+            return File(file) if set(mode) & set("wa+x") else file
+
         Path.open = opened  # type: ignore[method-assign, assignment]
+        os.fdopen = opened_descriptor  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

@@ -268,6 +268,32 @@ def test_pictures_are_drawn_from_a_file(tmp_path: Path, capsys: pytest.CaptureFi
     assert {**made_up().as_json(), "schema_version": 1} == json.loads(out)
 
 
+def test_files_of_somebody_else_are_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`bench --out .` in a project that has a bench.json of its own, or a link of that name, would overwrite it."""
+    document = tmp_path / "made.json"
+    write_document(made_up(), document)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "bench.json").write_text('{"kind": "mine"}')
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "roofline.png").write_text("mine")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "bench.json").symlink_to(document)
+    for name in "abc":
+        code, _, err = run_main(capsys, "--from", str(document), "--out", str(tmp_path / name))
+        assert code == 2 and "#e226" in err, name
+        assert len(list((tmp_path / name).iterdir())) == 1
+    assert (tmp_path / "a" / "bench.json").read_text() == '{"kind": "mine"}'
+    for _ in range(2):  # what it wrote itself may be replaced
+        code, _, err = run_main(capsys, "--from", str(document), "--out", str(tmp_path / "d"))
+        assert code == 0, err
+    secret = tmp_path / "secret"
+    secret.write_text("mine")
+    (tmp_path / "d" / "speedup-llama3-8b.png").unlink()
+    (tmp_path / "d" / "speedup-llama3-8b.png").symlink_to(secret)
+    assert run_main(capsys, "--from", str(document), "--out", str(tmp_path / "d"))[0] == 0
+    assert secret.read_text() == "mine"
+
+
 def test_a_file_that_is_no_document_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "other.json").write_text("[]")
     code, _, err = run_main(capsys, "--from", str(tmp_path / "other.json"))

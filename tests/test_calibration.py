@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def model(tmp_path: Path) -> Path:
     return make_tiny(tmp_path / "model")
 
 
-def calibrate(model: Path, source: Path, **changes: Any) -> CalibrationSet:
+def calibrate(model: Path, source: Path, *, console: Console | None = None, **changes: Any) -> CalibrationSet:
     given = {
         "calibration.source": str(source),
         "calibration.samples": 3,
@@ -36,7 +37,7 @@ def calibrate(model: Path, source: Path, **changes: Any) -> CalibrationSet:
     def never() -> torch.nn.Module:
         raise AssertionError("the model is loaded for `self` only")
 
-    return load_calibration(asked, model, config, console=Console.quiet(), load_model=never)
+    return load_calibration(asked, model, config, console=console or Console.quiet(), load_model=never)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -66,6 +67,19 @@ def test_chats_go_through_the_template_and_padding_is_not_counted(model: Path, t
     assert found.facts["tokens"]["counted"] == int(found.tokens.counted.sum()) < found.facts["tokens"]["got"]
 
 
+def test_chats_that_are_cut_are_counted_and_told(model: Path, tmp_path: Path) -> None:
+    """The ends of the longest conversations would be left out of the calibration, and nobody would know."""
+    source = write(tmp_path / "chats.jsonl", [{"messages": chat} for chat in CHATS])
+    tokenizer = load_tokenizer(model)
+    lengths = [len(tokenizer(tokenizer.apply_chat_template(c, tokenize=False), add_special_tokens=False)["input_ids"]) for c in CHATS]
+    length = min(lengths) + 1
+    told = io.StringIO()
+    facts = calibrate(model, source, console=Console(colour=False, stderr=told), sequence_length=length).facts
+    assert facts["cut"] == sum(more > length for more in lengths) == 2
+    assert f"warning: 2 chats are longer than --sequence-length and were cut to {length} tokens" in told.getvalue()
+    assert calibrate(model, source, sequence_length=max(lengths)).facts["cut"] == 0
+
+
 def test_chat_never_reads_chats_as_text(model: Path, tmp_path: Path) -> None:
     """If --chat never used the template all the same, base models would be calibrated on markup they never saw."""
     source = write(tmp_path / "chats.jsonl", [{"messages": chat} for chat in CHATS * 4])
@@ -85,3 +99,72 @@ def test_too_little_text_names_asked_and_got(model: Path, tmp_path: Path) -> Non
     source = write(tmp_path / "text.jsonl", [{"text": "rain falls"}])
     with pytest.raises(BadInput, match="0 samples of 40 tokens are there, 3 were asked for"):
         calibrate(model, source)
+
+
+def test_no_more_of_a_long_row_is_tokenized_than_the_samples_need(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A book as one row of 10 MB was tokenized whole, in a gigabyte of memory, for the first 120 tokens of it."""
+    from marlinctl import calibration
+
+    sentence = "The quick brown fox jumps over the lazy dog near the river bank. "
+    source = write(tmp_path / "book.jsonl", [{"text": sentence * 160_000}])
+    tokenizer = load_tokenizer(model)
+    expected = tokenizer(sentence * 50, add_special_tokens=False)["input_ids"][:120]
+    seen: list[int] = []
+
+    class Counting:
+        def __call__(self, text: str, **options: Any) -> Any:
+            seen.append(len(text))
+            return tokenizer(text, **options)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+    monkeypatch.setattr(calibration, "load_tokenizer", lambda folder: Counting())
+    assert calibrate(model, source).tokens.ids.flatten().tolist() == expected
+    assert sum(seen) < 5000
+
+
+@pytest.mark.parametrize("size", [7, 40, 1000])
+def test_pieces_are_all_of_the_text_and_not_too_long(size: int) -> None:
+    """A part of a long text would be lost or doubled where it is divided; texts that fit are divided as they always were."""
+    from marlinctl.calibration import _pieces
+
+    texts = ["one two three four", "", "x" * 95, "five six", "seven " * 30]
+    pieces = list(_pieces(texts, size))
+    assert "".join(piece for piece, _ in pieces) == "\n\n".join(texts)
+    assert all(len(piece) <= 2 * size + 2 * len(texts) for piece, _ in pieces)
+    assert pieces[-1][1]
+    short = ["one two", "three", "four five six"]
+    assert list(_pieces(short, 14)) == [("one two\n\nthree\n\n", True), ("four five six", True)]
+
+
+TEMPLATES = {
+    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}x",
+    "a power": "{{ 10 ** (10 ** 10) }}",
+    "a long text": "{{ 'a' * 10 ** 10 }}",
+    "doubling": "{% set ns = namespace(x='ab') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_chat_template_is_bounded(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chat template comes with the model and is a program: it could hold the run for ever, or take all memory."""
+    from marlinctl import calibration
+
+    bounds = calibration.Bounds
+    monkeypatch.setattr(calibration, "Bounds", lambda memory, cpu, wait: bounds(memory=300 << 20, cpu=2, wait=3))
+    model = make_tiny(tmp_path / "model", chat_template=TEMPLATES[name])
+    source = write(tmp_path / "chats.jsonl", [{"messages": chat} for chat in CHATS])
+    with pytest.raises(BadInput, match="chat template was stopped") as caught:
+        calibrate(model, source)
+    assert caught.value.error_id == "E326"
+
+
+def test_a_tokenizer_is_tried_on_a_line(model: Path) -> None:
+    """tokenizer.json may hold an expression that takes a second for every letter, and no Ctrl-C reaches it."""
+    document = json.loads((model / "tokenizer.json").read_text())
+    document["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    (model / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(BadInput, match="cannot read a line of text") as caught:
+        load_tokenizer(model)
+    assert caught.value.error_id == "E327"

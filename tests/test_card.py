@@ -7,6 +7,7 @@ import yaml
 
 from marlinctl.card import CardFacts, of_compression, of_training, render
 from marlinctl.pages.page import Name
+from marlinctl.runtimes import Loads
 from tests.pages import documents
 
 
@@ -21,6 +22,7 @@ FACTS = CardFacts(
     {"model.layers.0.mlp.up_proj": 128, "model.layers.0.mlp.down_proj": 128, "model.layers.1.mlp.down_proj": -1},
     [f"skipped_{i}" for i in range(9)],
     "marlinctl quantize org/Model OUT --recipe int4",
+    documents.loads(),
     base_model="org/Model-1B",
     license={"license": "other", "license_name": "own", "license_link": "https://example.org/licence"},
     made_from=[("Calibration", "128 samples of 2,048 tokens of self"), ("SHA-256 of the recipe", Name("ab" * 32))],
@@ -56,7 +58,7 @@ def test_the_card_says_what_was_done() -> None:
 @pytest.mark.parametrize("fmt", ["ct", "gptq", "marlin", "dense"])
 def test_a_card_without_optional_facts_is_whole(fmt: str) -> None:
     """Foreign input comes without base model, recipe and scores: no `None` may stand in the card."""
-    card = render(CardFacts(fmt, {"a": 64}, ["lm_head"], "marlinctl pack IN OUT"))
+    card = render(CardFacts(fmt, {"a": 64}, ["lm_head"], "marlinctl pack IN OUT", documents.loads(fmt)))
     assert "None" not in card and "## Scores" not in card and "base_model" not in front_matter(card)
     assert ("finds no model file" in card) is (fmt == "marlin")
     assert ("rounded to 11" in card) is (fmt == "dense")
@@ -67,9 +69,17 @@ def test_hostile_names_stay_inside_their_place() -> None:
     hostile = 'x"\nlicense: mit\n---\n| a | b |'
     card = render(
         CardFacts(
-            "ct", {"a": 64}, ["l|m"], "run ``` now", base_model=hostile, license={"license": hostile}, scores=[("t|u", "m\nn", "1", "2")]
+            "ct",
+            {"a": 64},
+            ["l|m"],
+            "run ``` now",
+            Loads(("marlinctl",), {"vLLM": (f"{hostile}: group size 16",)}, {}),
+            base_model=hostile,
+            license={"license": hostile},
+            scores=[("t|u", "m\nn", "1", "2")],
         )
     )
+    assert '| Refused by | vLLM: x"\\\\nlicense: mit' in card and "\\| a \\| b \\|: group size 16 |" in card
     meta = front_matter(card)
     assert meta["base_model"] == hostile and meta["license"] == hostile
     assert "````text\nrun ``` now\n````" in card and "t\\|u | m\\\\nn" in card
@@ -77,7 +87,7 @@ def test_hostile_names_stay_inside_their_place() -> None:
 
 def test_a_run_tells_everything_that_a_card_needs() -> None:
     """Whoever gets the model must be able to judge it: licence, data, seeds, versions, scores, digests, runtimes."""
-    card = of_compression(documents.report(), documents.folder(), {"a": 64}, ["lm_head"])
+    card = of_compression(documents.report(), documents.folder(), {"a": 64})
     for wanted in (
         "| Original | `org/Model-1B` |",
         "| Its licence | apache-2.0 |",
@@ -113,15 +123,25 @@ def test_a_distilled_model_has_a_card_of_the_same_form() -> None:
         assert wanted in card, wanted
 
 
+@pytest.mark.parametrize("kind", ["compress", "distill"])
+def test_programs_that_refuse_the_model_are_named_with_the_reason(kind: str) -> None:
+    """A card that lists vLLM for a model that it refuses costs whoever believes it a download and a GPU."""
+    found = Loads(("transformers", "marlinctl"), {"vLLM": ("a.qkv_proj: q_proj, k_proj, v_proj are not alike", "b")}, {"SGLang": "x"})
+    about = documents.folder("ct", found)
+    card = of_training(documents.training(), about) if kind == "distill" else of_compression(documents.report(), about, {"a": 64})
+    assert "| Loads in | transformers, marlinctl |" in card and "| Not tested | SGLang, with x |" in card
+    assert "| Refused by | vLLM: a.qkv_proj: q_proj, k_proj, v_proj are not alike (and 1 more) |" in card
+
+
 def test_no_licence_is_said() -> None:
     """Silence would read as permission."""
-    card = of_compression(documents.report(source={"kind": "folder", "name": "x", "revision": None}), documents.folder(), {"a": 64}, [])
+    card = of_compression(documents.report(source={"kind": "folder", "name": "x", "revision": None}), documents.folder(), {"a": 64})
     assert "| Its licence | not stated" in card and "license" not in front_matter(card)
 
 
 def test_the_base_model_is_the_one_that_it_all_began_with() -> None:
     """Pruned, distilled, then quantized: the hub would link the result to nothing, and its licence to nobody."""
     distilled = {"kind": "folder", "name": "distilled", "revision": None, "license": {"license": "apache-2.0"}}
-    card = of_compression(documents.report(source=distilled), documents.after_distilling(), {"a": 64}, [])
+    card = of_compression(documents.report(source=distilled), documents.after_distilling(), {"a": 64})
     meta = front_matter(card)
     assert (meta["base_model"], meta["license"]) == ("org/Model-1B", "apache-2.0")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -169,12 +170,54 @@ def test_a_log_that_cannot_be_opened_is_a_usage_error(tmp_path: Path) -> None:
     assert caught.value.error_id == "E204"
 
 
+@pytest.mark.parametrize("kind", ["text", "link", "dangling", "fifo", "folder"])
+def test_a_file_of_somebody_else_is_not_appended_to(tmp_path: Path, kind: str) -> None:
+    """`thesis.log` beside an output called `thesis` is LaTeX's; a link would spoil whatever it leads to."""
+    place, elsewhere = tmp_path / "out.log", tmp_path / "elsewhere"
+    if kind == "text":
+        place.write_text("This is pdfTeX, Version 3.14\n")
+    elif kind == "link":
+        elsewhere.write_text("2026-11-21T05:11:58+0000 INFO    even a log of ours\n")
+        place.symlink_to(elsewhere)
+    elif kind == "dangling":
+        place.symlink_to(elsewhere)
+    elif kind == "fifo":
+        os.mkfifo(place)
+    else:
+        place.mkdir()
+    before = [path.read_bytes() for path in (place, elsewhere) if path.is_file()]
+    console = Console(quiet=True)
+    with pytest.raises(UsageError) as caught:
+        console.log_to(place)
+    console.say("the error itself")
+    console.close()
+    assert caught.value.error_id == "E204" and "--log-file" in caught.value.problems[0].fix
+    assert [path.read_bytes() for path in (place, elsewhere) if path.is_file()] == before
+
+
+def test_a_log_of_ours_is_continued(tmp_path: Path) -> None:
+    """A resumed run would be refused for the log of the run that it continues, or would wipe it."""
+    for text in ("one", "two"):
+        console = Console(quiet=True)
+        console.say(text)
+        console.log_to(tmp_path / "out.log")
+        console.close()
+    lines = (tmp_path / "out.log").read_text().splitlines()
+    assert [line.split()[-1] for line in lines] == ["one", "two"]
+    (tmp_path / "mine.txt").write_text("mine\n")
+    (tmp_path / "link").symlink_to("mine.txt")
+    console = Console(quiet=True, log_file=tmp_path / "link")  # who names a file means it
+    console.say("text")
+    console.close()
+    assert (tmp_path / "mine.txt").read_text().splitlines()[0] == "mine" and "text" in (tmp_path / "mine.txt").read_text()
+
+
 def test_a_full_disk_under_the_log_is_not_swallowed(tmp_path: Path) -> None:
     """logging prints such errors and goes on; then the log of a long job ends in the middle, unnoticed."""
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     console = Console(quiet=True)
-    console.log_to(Path("/dev/full"))  # nothing was said yet, so nothing is written yet
+    console.log_to(Path("/dev/full"), named=True)  # nothing was said yet, so nothing is written yet
     with pytest.raises(OSError, match="No space left"):
         console.say("text")
     console.say("the report of the error itself")

@@ -49,7 +49,7 @@ def test_a_failed_compilation_shows_the_log(tmp_path: Path) -> None:
 
 def test_a_folder_of_somebody_elses_is_an_error_with_an_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, a shared cache folder would end in a traceback."""
-    monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
     error = refusal(tmp_path)
     assert error.error_id == "E410"
     assert "belongs to user" in str(error)

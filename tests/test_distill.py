@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,10 +21,11 @@ from marlinctl.cli import main
 from marlinctl.console import Console
 from marlinctl.distillation import loop as loops
 from marlinctl.distillation.job import DistillJob
-from marlinctl.errors import NumericalProblem, UsageError
+from marlinctl.errors import BadInput, NumericalProblem, UsageError
 from marlinctl.load import load_dense
 from marlinctl.verify import verify
 from tests import zoo
+from tests.checkpoint.test_contents import flip
 from tests.distillation.runs import distill, recipe, write_text
 from tests.packed import edit_tensors, remake_manifest
 from tests.pruned import prune, prune_and_quantize, read_all
@@ -302,6 +304,45 @@ def test_a_job_goes_on_only_as_what_it_was(place: Path, tmp_path: Path, monkeypa
     with pytest.raises(UsageError, match="unfinished job"):
         run(place, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out.job").iterdir()) == state
+
+
+@pytest.mark.parametrize("changed", ["student", "teacher"])
+def test_other_weights_under_the_same_headers_are_refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    """The first half of a training would be towards one teacher, the other half towards another; which bit differs, no header says."""
+    for name in ("student", "teacher"):
+        shutil.copytree(place / name, tmp_path / name)
+    chosen = recipe(place / "text.txt")
+    with monkeypatch.context() as patched:
+        crash_after(patched, 6)
+        with pytest.raises(_Crash):
+            distill(tmp_path / "student", tmp_path / "out", tmp_path / "teacher", chosen)
+    shard = next((tmp_path / changed).glob("model*.safetensors"))
+    flip(shard)
+    with pytest.raises(UsageError) as caught:
+        distill(tmp_path / "student", tmp_path / "out", tmp_path / "teacher", chosen, resume=True)
+    assert caught.value.error_id == "E286"
+    assert [problem.what.split(" was ")[0] for problem in caught.value.problems] == [f"{changed}.shards.{shard.name}.sha256"]
+    flip(shard)
+    distill(tmp_path / "student", tmp_path / "out", tmp_path / "teacher", chosen, resume=True)
+
+
+def test_a_teacher_that_changes_during_the_training_ends_it(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state that was trained towards two teachers would be gone on with."""
+    shutil.copytree(place / "teacher", tmp_path / "teacher")
+    step = loops.Loop._step
+
+    def changing(self: loops.Loop, *given: Any) -> Any:
+        if given[0] == 3:
+            flip(next((tmp_path / "teacher").glob("model*.safetensors")))
+        return step(self, *given)
+
+    monkeypatch.setattr(loops.Loop, "_step", changing)
+    with pytest.raises(BadInput) as caught:
+        distill(place / "student", tmp_path / "out", tmp_path / "teacher", recipe(place / "text.txt"))
+    assert caught.value.error_id == "E306" and "teacher" in caught.value.problems[0].where
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.job" / "state.json").exists()
 
 
 def test_text_that_the_teacher_wrote_is_kept(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

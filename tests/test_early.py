@@ -70,9 +70,9 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def reading(*_: object, **__: object) -> None:
         raise AssertionError("weights are read")
 
-    for name in ("opening.of_source", "opening.scan_finite", "evaluation.loading.load_model"):
+    for name in ("opening.of_source", "opening.read_contents", "pipeline.read_contents", "checkpoint.contents.read_contents"):
         monkeypatch.setattr(f"marlinctl.{name}", reading)
-    for name in ("_open_pattern", "scan_finite"):
+    for name in ("_open_pattern", "read_contents"):
         monkeypatch.setattr(f"marlinctl.distillation.opening.{name}", reading)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -19,7 +20,9 @@ from marlinctl.errors import BadInput, EnvironmentProblem, UsageError
 from marlinctl.evaluate import EvalSettings, compare, evaluate, render_table
 from marlinctl.evaluation import loading, tasks
 from marlinctl.load import load_dense
+from tests.checkpoint.test_contents import flip
 from tests.evaluation.local_copies import mmlu, parquet_layout, saved_layout, write_parquet
+from tests.packed import edit_json
 from tests.tiny import make_tiny, tiny_tokenizer
 
 QUIET = Console.quiet()
@@ -123,6 +126,24 @@ def test_data_without_the_columns_of_the_task(model: Path, tmp_path: Path) -> No
     with pytest.raises(BadInput, match="the data of winogrande cannot be used") as caught:
         evaluate(model, EvalSettings(tasks=("winogrande",), task_data=tmp_path, **SMALL), QUIET)
     assert caught.value.error_id == "E387"
+
+
+def test_questions_that_are_cut_are_counted_and_told(layouts: dict[str, Path], tmp_path: Path) -> None:
+    """lm_eval cuts a question that is longer than the model reads; a score on halves of questions would look like any other."""
+    short = make_tiny(tmp_path / "short", max_position_embeddings=18)
+    told = io.StringIO()
+    settings = EvalSettings(tasks=("winogrande", "mmlu_anatomy"), task_data=layouts["parquet"], **SMALL)
+    document = evaluate(short, settings, Console(colour=False, stderr=told))
+    tokenizer = tiny_tokenizer()
+    longest = [
+        max(len(tokenizer.encode(f"The cat {i} saw the dog because the {option} was big.").ids) for option in ("cat", f"dog {i}"))
+        for i in range(7)
+    ]
+    cut = sum(length > 18 + 1 for length in longest)
+    records = document["model"]["tasks"]
+    assert records["winogrande"]["cut"] == cut > 0 and records["mmlu_anatomy"]["cut"] == 5
+    assert f"warning: short: winogrande: {cut} of 7 questions are longer than the model reads" in told.getvalue()
+    assert f"cut: {cut} of 7 questions of winogrande, 5 of 5 questions of mmlu_anatomy" in render_table(document)
 
 
 def test_limit(model: Path, layouts: dict[str, Path]) -> None:
@@ -234,7 +255,7 @@ def test_gemma_starts_its_windows(tmp_path: Path, model: Path, prose: str) -> No
     for file in model.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     opened = loading.open_subject(folder)
-    gemma = loading.Subject(opened.folder, opened.name, opened.config | {"model_type": "gemma2"}, opened.identity)
+    gemma = loading.Subject(opened.folder, opened.name, opened.config | {"model_type": "gemma2"})
     run = subject._Run(gemma, None, EvalSettings(text=prose, tokens=512, window=128, **SMALL), QUIET)
     rows, start = run._windows(subject.load_text(prose))
     assert start == 1 and rows[:, 0].tolist() == [1] * 4
@@ -252,8 +273,14 @@ def test_other_tokenizer_is_refused(model: Path, tmp_path: Path, prose: str) -> 
 
 def test_tokenizer_that_is_too_large(tmp_path: Path, prose: str) -> None:
     """An id beyond the embedding would end in an IndexError in the middle of the run."""
-    folder = make_tiny(tmp_path / "small", vocab_size=256)
-    with pytest.raises(BadInput, match="the model knows 256 words") as caught:
+    with pytest.raises(BadInput, match="vocab_size is 256") as caught:
+        evaluate(make_tiny(tmp_path / "small", vocab_size=256), EvalSettings(text=prose, tokens=64, window=32, **SMALL), QUIET)
+    assert caught.value.error_id == "E315"
+    folder = make_tiny(tmp_path / "added")
+    token = {"content": "<late>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+    late = {str(i): {**token, "content": f"<{i}>"} for i in range(269, 300)}
+    edit_json(folder / "tokenizer_config.json", lambda document: document.update(added_tokens_decoder=late))
+    with pytest.raises(BadInput, match="the model knows 288 words") as caught:
         evaluate(folder, EvalSettings(text=prose, tokens=64, window=32, **SMALL), QUIET)
     assert caught.value.error_id == "E386"
 
@@ -272,15 +299,34 @@ def test_a_model_of_nan_has_no_score(model: Path, tmp_path: Path, layouts: dict[
     assert caught.value.error_id == "E620"
 
 
+def identity_of(folder: Path) -> str:
+    return loading.read_weights(loading.open_subject(folder), QUIET).identity
+
+
 def test_identity_sees_weights(model: Path, other: Path, tmp_path: Path) -> None:
     """--resume would continue with the results of a model that differs in nothing but its weights."""
     again = make_tiny(tmp_path / "again")
-    identity = loading.open_subject(model).identity
-    assert loading.open_subject(again).identity == identity != loading.open_subject(other).identity
+    identity = identity_of(model)
+    assert identity_of(again) == identity != identity_of(other)
     (again / "marlinctl_report.json").write_text("{}")  # may be rewritten at any time
-    assert loading.open_subject(again).identity == identity
+    assert identity_of(again) == identity
+    shard = again / "model.safetensors"
+    for place in range(shard.stat().st_size // 2, shard.stat().st_size, shard.stat().st_size // 7):
+        flip(shard, place)
+        assert identity_of(again) != identity, "one bit, wherever it is"
+        flip(shard, place)
     (again / "tokenizer_config.json").write_text("{}")
-    assert loading.open_subject(again).identity != identity
+    assert identity_of(again) != identity
+
+
+def test_a_model_that_changes_before_it_is_loaded_is_not_measured(tmp_path: Path, prose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores would be noted under the name of other weights, and `--resume` would go on with those."""
+    folder = make_tiny(tmp_path / "model")
+    opened = subject._Run._windows
+    monkeypatch.setattr(subject._Run, "_windows", lambda *given: (flip(folder / "model.safetensors"), opened(*given))[1])
+    with pytest.raises(BadInput) as caught:
+        evaluate(folder, EvalSettings(text=prose, tokens=512, window=256, **SMALL), QUIET, out=tmp_path / "r.json")
+    assert caught.value.error_id == "E306" and "perplexity" not in json.loads((tmp_path / "r.json").read_text())["model"]
 
 
 @pytest.mark.parametrize(

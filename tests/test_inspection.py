@@ -10,7 +10,7 @@ import pytest
 
 from marlinctl.errors import BadInput, CheckFailed
 from marlinctl.inspection import inspect, table
-from tests.packed import edit_json, make_packed, make_sparse_packed
+from tests.packed import edit_json, make_packed, make_sparse_packed, remake_manifest
 from tests.tiny import make_tiny
 
 QUANTIZED = 2 * (128 * 128 * 2 + 64 * 128 * 2 + 128 * 256 * 3)
@@ -127,6 +127,7 @@ def test_unreadable_folders_are_errors(source: Path, tmp_path: Path) -> None:
     """A wrong answer is worse than none."""
     make_packed(source, tmp_path / "out", "marlin")
     edit_json(tmp_path / "out" / "config.json", lambda config: config["quantization_config"].update(format_version=9))
+    remake_manifest(tmp_path / "out")
     with pytest.raises(BadInput, match="format_version 9"):
         inspect(tmp_path / "out")
     make_packed(source, tmp_path / "torn", "ct")

@@ -14,6 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from marlinctl.checkpoint.model_files import temporary_name
+from marlinctl.checkpoint.ownership import mark_job
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, NumericalProblem, ResourceProblem, UsageError
 from marlinctl.journal import JOB, JOURNAL, JobFolder, Place, Request, held_by
@@ -68,11 +70,11 @@ def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
         folder.append(BLOCK)
         for resume in (True, False):
             with (
-                pytest.raises(UsageError, match=f"at work on this output .process {os.getpid()} on") as caught,
+                pytest.raises(ResourceProblem, match=f"at work on this output .process {os.getpid()} on") as caught,
                 held(tmp_path / "out", resume=resume),
             ):
                 pass
-            assert caught.value.error_id == "E285"
+            assert caught.value.error_id == "E503"
         assert held_by(folder.path) == {"pid": os.getpid(), "host": os.uname().nodename}
         folder.remove()
 
@@ -91,12 +93,129 @@ def test_an_unfinished_job_is_in_the_way_of_a_new_one(tmp_path: Path) -> None:
 def test_a_job_without_anything_finished_is_in_nobodys_way(tmp_path: Path) -> None:
     """A run that was killed while it read its text has nothing to go on with; its folder must not block the next."""
     (tmp_path / "out.job").mkdir()
+    mark_job(tmp_path / "out.job")
     (tmp_path / "out.job" / "lock").touch()
     (tmp_path / "out.job" / JOB).write_text("{}")
     with held(tmp_path / "out") as folder:
         assert folder.request() == Request("quantize", {"model": "m"}, Path.cwd())
         folder.remove()
     assert not (tmp_path / "out.job").exists()
+
+
+def test_a_folder_of_somebody_else_is_not_taken(tmp_path: Path) -> None:
+    """Somebody keeps a thesis in out.job: a run with the output `out` would delete it, a refused run too."""
+    theirs = tmp_path / "out.job"
+    theirs.mkdir()
+    (theirs / "thesis.tex").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(UsageError) as caught, held(tmp_path / "out", resume=resume):
+            pass
+        assert caught.value.error_id == "E224" and "thesis.tex" in caught.value.problems[0].what
+    JobFolder(tmp_path / "out").remove()
+    assert [path.name for path in theirs.iterdir()] == ["thesis.tex"]
+
+
+def test_a_link_in_the_place_of_the_folder_is_not_followed(tmp_path: Path) -> None:
+    """`out.job -> /home/me/project` would be emptied, or journal lines appended to somebody's file."""
+    real = stopped(tmp_path / "real", BLOCK).path
+    before = sorted(path.name for path in real.iterdir())
+    (tmp_path / "out.job").symlink_to(real)
+    for resume in (False, True):
+        with pytest.raises(UsageError) as caught, held(tmp_path / "out", resume=resume):
+            pass
+        assert caught.value.error_id == "E224" and "a link" in caught.value.problems[0].what
+    JobFolder(tmp_path / "out").remove()
+    assert sorted(path.name for path in real.iterdir()) == before
+    (real / JOURNAL).rename(tmp_path / "precious")
+    (real / JOURNAL).symlink_to(tmp_path / "precious")
+    precious = (tmp_path / "precious").read_bytes() + b"torn"
+    (tmp_path / "precious").write_bytes(precious)
+    with pytest.raises(UsageError, match=r"journal\.jsonl .a link."), held(tmp_path / "real", resume=True):
+        pass
+    assert (tmp_path / "precious").read_bytes() == precious
+
+
+def test_files_beside_those_of_a_job_stay(tmp_path: Path) -> None:
+    """Notes that somebody put into the folder would vanish with the job; they must not keep it from going on either."""
+    path = stopped(tmp_path / "out", BLOCK).path
+    (path / "notes.txt").write_text("mine")
+    with held(tmp_path / "out", resume=True) as folder:
+        folder.remove()
+    assert [left.name for left in path.iterdir()] == ["notes.txt"]
+    with pytest.raises(UsageError, match=r"notes\.txt"), held(tmp_path / "out"):
+        pass
+
+
+def test_the_mark_is_the_first_thing_and_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in between, a folder without its mark would be in the way of every later run, and `jobs rm` would refuse it."""
+    seen: list[list[str]] = []
+    real = os.unlink
+
+    def unlink(path: Any, **how: Any) -> None:
+        seen.append(sorted(entry.name for entry in Path(path).parent.iterdir()))
+        real(path, **how)
+
+    def run() -> None:
+        with held(tmp_path / "out") as folder:
+            names = sorted(folder.path.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+            assert names[0].name == "marlinctl_job.json"
+            folder.begin({})
+            monkeypatch.setattr(os, "unlink", unlink)
+            folder.remove()
+
+    run()
+    assert seen and all("marlinctl_job.json" in names for names in seen) and not any(JOB in names for names in seen[1:])
+
+
+def test_a_job_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    """Jobs begun before folders were marked, perhaps days ago, would be lost with the update."""
+    path = stopped(tmp_path / "out", BLOCK).path
+    (path / "marlinctl_job.json").unlink()
+    with pytest.raises(UsageError) as caught, held(tmp_path / "out"):
+        pass
+    assert caught.value.error_id == "E285"
+    with held(tmp_path / "out", resume=True) as folder:
+        assert [line["step"] for line in folder.lines] == ["begun", "block"]
+        folder.remove()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "fifo"])
+def test_a_lock_that_cannot_be_taken_is_told(tmp_path: Path, kind: str) -> None:
+    """A folder called `lock` would end in a traceback."""
+    path = stopped(tmp_path / "out", BLOCK).path
+    (path / "lock").unlink()
+    if kind == "folder":
+        (path / "lock").mkdir()
+    elif kind == "link":
+        (path / "lock").symlink_to(tmp_path / "made")
+    else:
+        os.mkfifo(path / "lock")
+    for resume in (False, True):
+        with pytest.raises(ResourceProblem) as caught, held(tmp_path / "out", resume=resume):
+            pass
+        assert caught.value.error_id == "E504" and not (tmp_path / "made").exists()
+    assert held_by(path) is None and (path / JOURNAL).exists()
+
+
+def test_looking_at_a_job_changes_nothing(tmp_path: Path) -> None:
+    """`jobs ls` would put a lock into every folder that it passes."""
+    path = stopped(tmp_path / "out", BLOCK).path
+    (path / "lock").unlink()
+    before = sorted(entry.name for entry in path.iterdir())
+    assert held_by(path) is None
+    assert sorted(entry.name for entry in path.iterdir()) == before
+
+
+def test_what_a_killed_run_was_writing_goes(tmp_path: Path) -> None:
+    """Each kill would leave a state of gigabytes under a name of its own."""
+    path = stopped(tmp_path / "out", BLOCK).path
+    (path / "states").mkdir()
+    for folder in (path, path / "states"):
+        (folder / temporary_name()).write_text("half")
+    with held(tmp_path / "out", resume=True) as folder:
+        assert not list(folder.path.rglob("*.part"))
+        folder.remove()
 
 
 def test_nothing_to_go_on_with_is_said(tmp_path: Path) -> None:
@@ -244,6 +363,38 @@ def test_the_old_output_goes_back_where_the_new_one_never_came(tmp_path: Path) -
     (path / "out.old-12345678" / "model").write_text("old")
     JobFolder(tmp_path / "out").remove()
     assert (tmp_path / "out" / "model").read_text() == "old" and not path.exists()
+
+
+def test_the_old_output_is_kept_where_something_else_has_its_place(tmp_path: Path) -> None:
+    """Somebody makes a folder where the old model was, and removes the job: the only copy of the old model would go with it."""
+    path = stopped(tmp_path / "out", BLOCK).path
+    (path / "out.old-12345678").mkdir()
+    (path / "out.old-12345678" / "model").write_text("old")
+    (tmp_path / "out").mkdir()
+    JobFolder(tmp_path / "out").remove()
+    assert (tmp_path / "out.old-12345678" / "model").read_text() == "old" and not path.exists()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_finished_result_waits_where_its_place_is_taken(tmp_path: Path) -> None:
+    """Somebody puts notes into OUT while the run is at work: deleting them is wrong, and so is throwing hours away."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    told = io.StringIO()
+
+    def run() -> None:
+        with held(tmp_path / "out", told=told) as folder:
+            folder.begin({})
+            folder.publish([finished(folder, "out", "one")], keep=False)
+
+    with pytest.raises(UsageError) as caught:
+        run()
+    assert caught.value.error_id == "E224" and "notes.txt" in caught.value.problems[0].what
+    assert f"marlinctl resume {tmp_path}/out" in caught.value.problems[0].fix
+    (tmp_path / "out" / "notes.txt").rename(tmp_path / "notes.txt")
+    with held(tmp_path / "out", resume=True) as folder:
+        folder.publish_again(overwrite=True, keep=False)
+    assert (tmp_path / "out" / NAME).read_text() == "one" and not (tmp_path / "out.job").exists()
 
 
 def test_a_kept_job_is_not_in_the_way(tmp_path: Path) -> None:

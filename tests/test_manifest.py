@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from marlinctl import manifest
+from marlinctl.checkpoint.model_files import temporary_name
 from marlinctl.errors import CheckFailed
 
 
@@ -31,6 +32,18 @@ def test_card_report_and_log_may_be_rewritten(folder: Path) -> None:
     for name in ("README.md", "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html", "run.log", ".gitattributes"):
         (folder / name).write_text("new")
     manifest.check(folder)
+
+
+def test_what_a_killed_rewrite_leaves_is_ignored_and_nothing_else(folder: Path) -> None:
+    """`report` that was killed would spoil the folder; any other name could be a file that a loader takes."""
+    (folder / temporary_name()).write_text("half")
+    manifest.check(folder)
+    (folder / temporary_name()).symlink_to("config.json")
+    for name in ("README.md.part", ".marlinctl-xyz.part", ".marlinctl-0123456789abcdef.part.safetensors", f"sub/{temporary_name()}"):
+        (folder / name).write_text("x")
+    with pytest.raises(CheckFailed) as caught:
+        manifest.check(folder)
+    assert len(caught.value.problems) == 5
 
 
 def test_the_manifest_is_the_same_everywhere(folder: Path, tmp_path: Path) -> None:

@@ -486,6 +486,7 @@ def test_a_damaged_source_config_is_no_model(packed: dict[str, Path], tmp_path: 
     """A source whose codes belong to another group size must be refused by the layer's name."""
     shutil.copytree(packed["marlin"], tmp_path / "in")
     edit_json(tmp_path / "in" / "config.json", lambda c: c["quantization_config"].update(group_size=16))
+    remake_manifest(tmp_path / "in")
     with pytest.raises(BadInput) as caught:
         repack.repack(tmp_path / "in", tmp_path / "out")
     assert caught.value.error_id == "E346" and "s has shape" in caught.value.problems[0].what

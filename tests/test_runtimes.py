@@ -1,11 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
 
-from marlinctl.checkpoint.formats import LOADERS
-from marlinctl.runtimes import Verdict, loaders, servers_that_accept, split_units, survey, uneven
+from marlinctl.runtimes import LOADERS, TRANSFORMERS, Loads, Packed, Verdict, loads, servers_that_accept, split_units, survey
 
 LLAMA_8B = {"num_attention_heads": 32, "num_key_value_heads": 8}
 BLOCK = "model.layers.0."
@@ -17,9 +17,23 @@ def llama(hidden: int, inner: int, kv: int) -> dict[str, tuple[int, int]]:
     return {f"{BLOCK}self_attn.{k}": v for k, v in attention.items()} | {f"{BLOCK}mlp.{k}": v for k, v in mlp.items()}
 
 
+def packed(
+    shapes: dict[str, tuple[int, int]], size: int = 128, config: dict[str, Any] = LLAMA_8B, *, fmt: str = "ct", variant: str = "",
+    overrides: dict[str, int] | None = None, skip: Sequence[str] = (),
+) -> Packed:  # fmt: skip
+    """overrides, skip: by the ends of names."""
+
+    def ends(name: str, tails: Iterable[str]) -> str | None:
+        return next((tail for tail in tails if name.endswith(tail)), None)
+
+    sizes = {name: size for name in shapes if ends(name, skip) is None}
+    sizes |= {name: overrides[tail] for name in sizes if overrides and (tail := ends(name, overrides))}
+    ignore = [name for name in shapes if name not in sizes]
+    return Packed(fmt, {name: shapes[name] for name in sizes}, sizes, [*ignore, "lm_head"], config, variant)
+
+
 def verdicts(shapes: dict[str, tuple[int, int]], size: int, config: dict[str, Any], tp: int = 1) -> dict[str, Verdict]:
-    found = survey(shapes, dict.fromkeys(shapes, size), config, [tp])
-    return {v.runtime: v for v in found}
+    return {v.runtime: v for v in survey(packed(shapes, size, config), [tp])}
 
 
 def test_a_common_model_is_accepted_by_all() -> None:
@@ -85,28 +99,85 @@ def test_shards_are_judged_fused() -> None:
 def test_servers_are_those_that_read_the_format() -> None:
     """`ok` because of a runtime that cannot open the folder would be a lie."""
     shapes = llama(4096, 14336, 1024)
-    found = survey(shapes, dict.fromkeys(shapes, 128), LLAMA_8B, [1, 2])
+    found = survey(packed(shapes), [1, 2])
     assert servers_that_accept(found, "ct", 2) == ["vLLM 0.24+ Marlin", "SGLang 0.5 Marlin"]
     assert servers_that_accept(found, "marlin", 2) == []
 
 
-def test_uneven_linears_are_warned_of() -> None:
-    """The server's own message names a fused layer that appears nowhere in the checkpoint."""
-    lines = uneven(
-        {"a.q_proj": 32, "a.k_proj": 64, "b.gate_proj": 32, "m.experts.0.w1": -1, "n.experts.0.w1": 64}, ["a.v_proj", "b.up_proj"]
+# ---- loads in --------------------------------------------------------------------------------------------------------------------------
+
+
+def experts(names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"), module: str = "mlp") -> dict[str, tuple[int, int]]:
+    """Attention of a block and its two experts, in sizes that every server takes."""
+    gate, up, down = names
+    attention = {name: shape for name, shape in llama(1024, 512, 256).items() if "self_attn" in name}
+    places = [(f"{BLOCK}{module}.experts.{e}.", name) for e in range(2) for name in (gate, up, down)]
+    return attention | {place + name: (1024, 512) if name == down else (512, 1024) for place, name in places}
+
+
+@pytest.mark.parametrize(
+    ("model", "refused"),
+    [
+        (packed(llama(4096, 14336, 1024)), {}),
+        (packed(llama(4096, 14336, 1024), skip=["q_proj", "k_proj", "v_proj"]), {}),
+        (packed(llama(4096, 14336, 1024), skip=["o_proj"], overrides={"down_proj": 32}), {}),
+        (packed(llama(4096, 14336, 1024), skip=["k_proj"]), {"vLLM": "qkv_proj", "SGLang": "qkv_proj"}),
+        (packed(llama(4096, 14336, 1024), overrides={"gate_proj": 32}), {"vLLM": "gate_up_proj", "SGLang": "gate_up_proj"}),
+        (packed(llama(4096, 14336, 1024), 16), {"vLLM": "group size 16", "SGLang": "group size 16"}),
+        (packed(llama(576, 1536, 192), 64), {"SGLang": "K=576"}),
+        (packed(experts()), {}),
+        (packed(experts(), overrides={"o_proj": 32}), {"SGLang": "scheme of experts"}),
+        (
+            packed(experts(("w1", "w3", "w2"), "block_sparse_moe"), overrides={"o_proj": 32}),
+            {"vLLM": "scheme of experts", "SGLang": "scheme"},
+        ),
+        (packed(experts(), overrides={"experts.1.up_proj": 32}), {"vLLM": "experts", "SGLang": "experts", TRANSFORMERS: "group 32"}),
+        (packed(experts(), overrides={"down_proj": -1}), {"vLLM": "experts", "SGLang": "experts"}),
+        (
+            packed(experts(), -1, overrides={"down_proj": 32}),
+            {"vLLM": "experts", "SGLang": "experts", TRANSFORMERS: "whole rows, group 32"},
+        ),
+        (packed(experts(), skip=["0.down_proj", "1.down_proj"]), {"vLLM": "experts", "SGLang": "experts", TRANSFORMERS: "16-bit"}),
+        (packed(experts(), skip=["up_proj", "gate_proj", "down_proj"]), {TRANSFORMERS: "16-bit"}),
+    ],
+)
+def test_each_program_is_refused_for_its_own_reason(model: Packed, refused: dict[str, str]) -> None:
+    """A card that lists a server sends people to rent a GPU for it; a reason that names no linear does not help them afterwards.
+
+    The row of transformers is what 5.23 did with such folders (tests/test_verify.py); the others are from sources.
+    """
+    found = loads(model)
+    assert set(found.refused) == set(refused), found
+    for program, says in refused.items():
+        assert any(says in reason for reason in found.refused[program]) and found.refused[program][0].startswith(BLOCK)
+    assert set(found.accepted) == set(LOADERS["ct"]) - set(refused)
+
+
+def test_formats_have_their_own_readers() -> None:
+    """What only our kernels read must not be told of a server; what no client fuses is refused by none."""
+    uneven = {"overrides": {"k_proj": 32}}
+    assert loads(packed(llama(4096, 14336, 1024), fmt="gptq", **uneven)).accepted == (
+        "GPTQModel", "transformers (with optimum and gptqmodel)", "marlinctl",
+    )  # fmt: skip
+    assert "SGLang" not in loads(packed(llama(4096, 14336, 1024), fmt="gptq", variant="v2")).accepted
+    assert loads(packed(llama(576, 1536, 192), fmt="marlin", **uneven)) == Loads(("marlinctl",), {}, {})
+    assert loads(Packed("dense", {}, {}, list(llama(576, 1536, 192)), LLAMA_8B)) == Loads(LOADERS["dense"], {}, {})
+
+
+def test_what_nobody_tried_is_not_promised() -> None:
+    """A 4-bit head is read by some releases of servers and not by others."""
+    found = loads(packed({**llama(4096, 14336, 1024), "lm_head": (32000, 4096)}))
+    assert found.untested == dict.fromkeys(("vLLM", "SGLang"), "a quantized lm_head")
+    assert not {"vLLM", "SGLang"} & {*found.accepted, *found.refused}
+    assert ("Not tested", "vLLM, with a quantized lm_head") in found.rows() and len(found.warnings("ct")) == 2
+    assert list(loads(packed(experts(), fmt="gptq")).untested.values()) == ["experts"]
+
+
+def test_programs_with_the_same_reasons_share_a_line() -> None:
+    """Thirty blocks with one cause each must not become sixty lines."""
+    blocks = {name.replace("layers.0", f"layers.{i}"): shape for i in range(30) for name, shape in llama(4096, 14336, 1024).items()}
+    (line,) = loads(packed(blocks, skip=["k_proj"])).warnings("ct")
+    assert line == (
+        "the ct folder will not load in vLLM, SGLang: model.layers.0.self_attn.qkv_proj: q_proj, k_proj, v_proj are not quantized alike "
+        "(16-bit, group 128), and servers load them as one linear (and 29 more)"
     )
-    assert [line.split(":")[0] for line in lines[:2]] == ["a.qkv_proj", "b.gate_up_proj"]
-    assert "16-bit, group 32, group 64" in lines[0] and lines[2].startswith("experts have group sizes -1, 64")
-    assert uneven({"a.q_proj": 32, "a.k_proj": 32, "a.v_proj": 32}, ["lm_head"]) == []
-
-
-def test_loaders_leave_out_the_servers_that_refuse() -> None:
-    """A plan that promises SGLang for K=576 promises a server that stops at its first layer."""
-    config = {"num_attention_heads": 8, "num_key_value_heads": 8}
-    odd = survey({"o_proj": (576, 576)}, {"o_proj": 64}, config, (1,))
-    even = survey({"o_proj": (512, 512)}, {"o_proj": 64}, config, (1,))
-    assert {"vLLM", "SGLang"} <= set(loaders("ct", even, uneven=False))
-    assert "vLLM" in loaders("ct", odd, uneven=False) and "SGLang" not in loaders("ct", odd, uneven=False)
-    assert not {"vLLM", "SGLang"} & set(loaders("gptq", even, uneven=True))
-    assert loaders("dense", [], uneven=False) == list(LOADERS["dense"])
-    assert loaders("marlin", odd, uneven=True) == ["marlinctl"]

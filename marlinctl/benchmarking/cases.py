@@ -98,11 +98,13 @@ def checkpoint_set(folder: Path, console: Console) -> tuple[LayerSet, Kind | Non
     no packed linear that a kernel multiplies.
     """
     from marlinctl.checkpoint import formats
-    from marlinctl.checkpoint.reader import open_checkpoint
+    from marlinctl.folder import open_folder
 
     fixed: dict[str, Kind] = {"marlin": "dense", "marlin_24": "sparse"}
-    with open_checkpoint(folder, weight_files="auto") as checkpoint:
-        info = formats.detect(checkpoint.config, checkpoint.tensors)
+    with open_folder(folder) as examined:
+        checkpoint, info = examined.checkpoint, examined.info
+        for note in examined.notes:
+            console.warn(note)
         found: Counter[tuple[str, Shape]] = Counter()
         for layer, group_size in info.layers.items():
             n, k = formats.layer_shape(checkpoint, info, layer)

@@ -29,6 +29,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from marlinctl.benchmarking.cases import LayerSet, Shape
 from marlinctl.benchmarking.timing import Sample
+from marlinctl.checkpoint.durable import write_bytes
+from marlinctl.checkpoint.files import FileRefused, read_plain_json
 from marlinctl.errors import BadInput, Problem
 
 FIT_LINEARS = 3  # through fewer a line says nothing
@@ -227,12 +229,10 @@ class Document:
 def read_document(path: Path) -> Document:
     """BadInput E398 for a file that is not what a run writes; it names every field that is wrong."""
     again = "give the bench.json that `marlinctl bench --out DIR` wrote"
-    if not path.is_file():  # a FIFO would make us wait for ever
-        raise BadInput("E398", "there is no such file", where=str(path), fix=again)
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise BadInput("E398", f"this is no JSON file: {error}", where=str(path), fix=again) from error
+        content = read_plain_json(path)
+    except FileRefused as refused:
+        raise BadInput("E398", f"this cannot be read: {refused.problem.what}", where=str(path), fix=again) from None
     if isinstance(content, dict):
         content.pop("schema_version", None)  # of the console, where --json was redirected into a file
     wrong: list[str] = []
@@ -244,8 +244,7 @@ def read_document(path: Path) -> Document:
 
 
 def write_document(document: Document, path: Path) -> None:
-    """BadInput is not ours to raise here: an OSError of the disk goes its usual way."""
-    path.write_text(json.dumps(document.as_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_bytes(path, (json.dumps(document.as_json(), indent=1, allow_nan=False) + "\n").encode())
 
 
 def weight_bytes(shape: Shape, bits: int) -> int:

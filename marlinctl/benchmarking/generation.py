@@ -144,19 +144,24 @@ def run(
 
 def load_packed(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """A native folder, its linears packed. BadInput E365 for any other folder."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    from marlinctl.serve import transformers_quantizer as quantizer
+    from marlinctl.checkpoint.formats import NATIVE
+    from marlinctl.folder import open_folder
+    from marlinctl.model_config import transformers_config
 
-    block = getattr(AutoConfig.from_pretrained(folder, trust_remote_code=False), "quantization_config", None) or {}
-    if block.get("quant_method") != quantizer.METHOD:
+    with open_folder(folder) as examined:
+        config = transformers_config(examined.checkpoint.config, folder, quantized=True)
+    if examined.info.name not in NATIVE:
         raise BadInput(
             "E365",
             "this folder has no packed linears: it is not in the format marlin or marlin_24",
             where=str(folder),
             fix=f"pack it first: `marlinctl pack {folder} OUT --format marlin`",
         )
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": str(device)})
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=dtype, device_map={"": str(device)}, local_files_only=True
+    )
     return model.eval()
 
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.benchmarking.cases import OPERATORS, SIDE_BY_SIDE
 from marlinctl.benchmarking.documents import BITS, Case, Ceilings, Document, Family, Set, moved_bytes
+from marlinctl.checkpoint.durable import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +56,9 @@ def draw(document: Document, folder: Path) -> list[Path]:
     with matplotlib.rc_context(STYLE):
         for name, figure in _figures(document):
             path = folder / f"{name}.png"
-            figure.savefig(path, dpi=DPI, bbox_inches="tight", metadata={"Software": None})
+            drawn = BytesIO()
+            figure.savefig(drawn, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None})
+            write_bytes(path, drawn.getvalue())
             written.append(path)
     return written
 

@@ -8,8 +8,6 @@ The user's file goes before the packaged one, table by table (architecture, dens
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,18 +26,19 @@ TOKENS = (1, 16, 32, 48, 64, 96, 128, 256, 512)
 def read_own_table() -> dict[str, Any]:
     """The user's table as it is, or an empty one. BadInput E397 where it is damaged, before anything is measured."""
     path = own_table()
-    if not path.is_file():
-        return {"schema_version": dispatch.SCHEMA_VERSION, "architectures": {}}
     try:
-        dispatch.read(path)
-    except ValueError as error:
+        data = jit.read_own(path.parent, path.name)
+        if data is None:
+            return {"schema_version": dispatch.SCHEMA_VERSION, "architectures": {}}
+        dispatch.parse(data, path)
+    except (ValueError, PermissionError) as error:
         raise BadInput("E397", str(error), where=str(path), fix="remove it; the packaged table and --tune do without") from error
-    table: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    table: dict[str, Any] = json.loads(data)
     return table
 
 
 def own_table() -> Path:
-    return jit.default_folder() / "dispatch.json"
+    return jit.default_folder() / dispatch.OWN
 
 
 def merged(table: dict[str, Any], document: Document) -> dict[str, Any]:
@@ -67,18 +66,9 @@ def write_own_table(table: dict[str, Any]) -> Path:
     An operator of this process that has chosen already keeps its choice.
     """
     path = own_table()
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(dispatch.text_of(table))
-            file.flush()
-            os.fsync(file.fileno())
-        dispatch.read(Path(name))
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    data = dispatch.text_of(table).encode()
+    dispatch.parse(data, path)
+    jit.write_own(path.parent, path.name, data)
     dispatch.tables.cache_clear()
     dispatch.choose.cache_clear()
     return path

@@ -1,9 +1,8 @@
 """What may be in config.json and in the tokenizer files before anybody builds a model from them.
 
 Sizes come from config.json, so a hostile or mistyped one decides how much memory others allocate and how long they loop. They
-are bounded here, once, far above any model that exists. Nothing in this file imports torch or transformers, except to ask
-whether transformers knows a model_type, and only for a checkpoint that brings code of its own (`auto_map`). That code is never
-imported: a model that transformers knows natively runs without it, any other model is refused.
+are bounded here, once, far above any model that exists. What is bounded is hostile values alone: whether a model of these sizes is one
+that marlinctl knows is asked later (models.py). Nothing in this file imports torch or transformers. Keys that choose code: switches.py.
 """
 
 from __future__ import annotations
@@ -13,7 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl.checkpoint.files import FileRefused, exists, open_member, read_json, shown
+from marlinctl.checkpoint.blocks import brief
+from marlinctl.checkpoint.files import FileRefused, exists, open_member, read_json, refuse_deep, shown
+from marlinctl.checkpoint.formats import quantization_block
 from marlinctl.errors import BadInput, Problem
 
 if TYPE_CHECKING:
@@ -22,12 +23,16 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 _MAX_CONFIG_BYTES = 8_000_000
 _MAX_TOKENIZER_BYTES = 200_000_000  # the largest known tokenizer.json has 34 MB
+_MAX_TOKENIZER_VALUES = 12_000_000  # and two million tokens and merges
 _LIMITS = {
     "vocab_size": 10**8, "hidden_size": 10**6, "intermediate_size": 10**7, "moe_intermediate_size": 10**7, "head_dim": 10**5,
     "num_hidden_layers": 10**4, "num_attention_heads": 10**5, "num_key_value_heads": 10**5, "max_position_embeddings": 10**10,
     "num_experts": 10**4, "num_local_experts": 10**4, "num_experts_per_tok": 10**4,
 }  # fmt: skip
-_MAX_EXPERTS_IN_MODEL = 10**6  # layers x experts
+_MAY_BE_ZERO = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size")  # a dense one of a family with experts
+_MAX_LIST = 10**4  # some families have one value for each layer
+_DTYPES = ("float16", "bfloat16", "float32", "float64", "half", "float", "double", "auto")
+_MAX_EXPERTS_IN_MODEL = 2 * 10**5  # layers x experts; each is three linears, of which an object is made before any header is compared
 # Ids beyond the embedding that no text produces: Gemma 3's text models ship the tokenizer of their multimodal siblings.
 _KNOWN_STRAYS = {"gemma3_text": {"<image_soft_token>"}}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -40,12 +45,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise BadInput("E310", "config.json is missing", where=where, fix="name the model's folder, or download config.json into it")
     try:
         config = read_json(folder, CONFIG, limit=_MAX_CONFIG_BYTES)
+        refuse_deep(config, where)
     except FileRefused as refused:
         raise BadInput.from_problems("E310", [refused.problem]) from None
     if not isinstance(config, dict):
         raise BadInput("E310", f"config.json holds a {type(config).__name__}, not an object", where=where, fix="download config.json again")
     text = config.get("text_config")
-    problems = _size_problems(config, where) + (_size_problems(text, where) if isinstance(text, dict) else [])
+    problems = _problems(config, where) + (_problems(text, where) if isinstance(text, dict) else [])
     if problems:
         raise BadInput.from_problems("E311", problems)
     return config
@@ -53,36 +59,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """`quantize` starts from 16 or 32-bit weights; a checkpoint that is quantized already is for `pack`, `eval` and `verify`."""
-    block = checkpoint.config.get("quantization_config") or checkpoint.config.get("compression_config")
-    if not block:
+    block = quantization_block(checkpoint.config)
+    if block is None:
         return
-    method = block.get("quant_method") if isinstance(block, dict) else None
+    method = block.get("quant_method")
     raise BadInput(
         "E313",
         f"the checkpoint is already quantized ({shown(str(method or 'quantization_config is present'))})",
         where=str(checkpoint.folder / CONFIG),
         fix="start from the original checkpoint; to change the format of this one, use marlinctl pack",
-    )
-
-
-def check_remote_code(folder: Path, config: dict[str, Any]) -> tuple[str, ...]:
-    """Refuse a model that needs Python code from its folder. Returns a note where such code is there and not needed."""
-    carriers = [CONFIG] if config.get("auto_map") else []
-    try:
-        if exists(folder, "tokenizer_config.json") and _auto_map(read_json(folder, "tokenizer_config.json")):
-            carriers.append("tokenizer_config.json")
-    except FileRefused as refused:
-        raise BadInput.from_problems("E312", [refused.problem]) from None
-    if not carriers:
-        return ()
-    model_type = config.get("model_type")
-    if _known_to_transformers(model_type):
-        return (f"auto_map in {' and '.join(carriers)} is ignored and its code is not run: transformers knows {model_type} itself",)
-    raise BadInput(
-        "E312",
-        f"the model needs Python code from its folder (auto_map in {' and '.join(carriers)}), which marlinctl never runs",
-        where=str(folder),
-        fix=f"use a model that transformers knows by itself; {shown(repr(model_type), 60)} is not one of them in the installed version",
     )
 
 
@@ -106,7 +91,7 @@ def check_tokenizer(folder: Path, config: dict[str, Any]) -> None:
         return  # the model class then has a size of its own, and check_expected compares it with the embedding
     if max(ids.values(), default=-1) < rows:
         return
-    strays = _KNOWN_STRAYS.get(str((text or config).get("model_type")), set())
+    strays = stray_tokens(config)
     token, number = max(((t, i) for t, i in ids.items() if t not in strays), key=lambda item: item[1], default=("", -1))
     if number >= rows:
         raise BadInput(
@@ -127,15 +112,24 @@ def positions(config: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _size_problems(config: dict[str, Any], where: str) -> list[Problem]:
+def stray_tokens(config: Mapping[str, Any]) -> set[str]:
+    """Tokens of the model's own tokenizer that its embedding has no row for, and that no text produces."""
+    text = config.get("text_config")
+    return _KNOWN_STRAYS.get(str((text if isinstance(text, dict) else config).get("model_type")), set())
+
+
+def _problems(config: dict[str, Any], where: str) -> list[Problem]:
     problems = []
     for key, limit in _LIMITS.items():
-        value = config.get(key)
-        if value is None:
-            continue
-        if type(value) is not int or not 1 <= value <= limit:
-            what = f"{key} is {shown(repr(value), 60)}, which is no whole number from 1 to {limit:,}"
+        least = 0 if key in _MAY_BE_ZERO else 1
+        if not _in_reason(config.get(key), least, limit):
+            what = f"{key} is {shown(repr(config[key]), 60)}, which is no whole number from {least} to {limit:,}"
             problems.append(Problem(what, where, "config.json is damaged or belongs to no real model; download it again"))
+    for key in ("dtype", "torch_dtype"):
+        value = config.get(key)
+        if any(part is not None and part not in _DTYPES for part in (value.values() if isinstance(value, dict) else [value])):
+            what = f"{key} is {brief(value)}, which names no type of floating-point weights"
+            problems.append(Problem(what, where, f"one of {', '.join(_DTYPES[:4])}: the type that the weights have"))
     experts = next((config[key] for key in ("num_experts", "num_local_experts") if type(config.get(key)) is int), 1)
     layers = config.get("num_hidden_layers")
     if not problems and type(layers) is int and layers * experts > _MAX_EXPERTS_IN_MODEL:
@@ -144,14 +138,11 @@ def _size_problems(config: dict[str, Any], where: str) -> list[Problem]:
     return problems
 
 
-def _auto_map(document: object) -> bool:
-    return isinstance(document, dict) and bool(document.get("auto_map"))
-
-
-def _known_to_transformers(model_type: object) -> bool:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    return isinstance(model_type, str) and model_type in CONFIG_MAPPING_NAMES
+def _in_reason(value: object, least: int, limit: int) -> bool:
+    """Absent, a whole number up to the limit, or a list of such: one for each layer, where a layer may have none."""
+    if isinstance(value, list):
+        return 0 < len(value) <= _MAX_LIST and all(item is None or (type(item) is int and 0 <= item <= limit) for item in value)
+    return value is None or (type(value) is int and least <= value <= limit)
 
 
 def _token_ids(folder: Path, name: str) -> dict[str, int]:
@@ -164,7 +155,7 @@ def _token_ids(folder: Path, name: str) -> dict[str, int]:
         with open_member(folder, name) as handle:
             ids = {line.decode("utf-8", "replace"): i for i, line in enumerate(handle.readall().splitlines())}
     else:
-        document = read_json(folder, name, limit=_MAX_TOKENIZER_BYTES)
+        document = read_json(folder, name, limit=_MAX_TOKENIZER_BYTES, values=_MAX_TOKENIZER_VALUES)
         if not isinstance(document, dict):
             raise FileRefused("not an object", folder / name, "download it again")
         ids = _fast_ids(folder / name, document) if name == "tokenizer.json" else _whole_numbers(folder / name, document)

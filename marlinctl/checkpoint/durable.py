@@ -3,6 +3,9 @@
     temporary name ─► write ─► fsync ─► rename (─► fsync of the folder)       a file with its final name is a whole file
     a journal:        append a line ─► fsync                                  a line without its end was never finished
 
+No link is followed, because a folder may come from a stranger: the temporary file is new and has a name that cannot be guessed, a link with
+the final name is replaced by the file, and what is appended to is a regular file or refused.
+
 The shards of a checkpoint (writer.py) and everything in a job's folder (journal.py) are written here. Not by safetensors' save_file: that
 makes files with mode 0600, does not fsync, and needs all tensors of a shard in memory, while untouched tensors are copied from the
 mapped source as bytes. The format is eight bytes of header length, the header as JSON, and the tensors without gaps, widest dtype
@@ -15,6 +18,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlinctl import manifest as manifests
+from marlinctl.checkpoint.model_files import temporary_name
 from marlinctl.errors import ResourceProblem
 
 if TYPE_CHECKING:
@@ -68,8 +73,8 @@ def write_bytes(target: Path, data: bytes) -> None:
 def append_line(target: Path, document: Mapping[str, Any]) -> None:
     """One JSON document as a further line of a file; on the disk when this returns."""
     data = json.dumps(document, separators=(",", ":"), allow_nan=False).encode() + b"\n"
-    new = not target.exists()
-    with disk_problems(target, len(data)), target.open("ab") as file:
+    new = not os.path.lexists(target)
+    with disk_problems(target, len(data)), os.fdopen(open_regular(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -131,12 +136,37 @@ def _header(entries: Sequence[Entry]) -> bytes:
 @contextmanager
 def whole_file(target: Path) -> Iterator[Any]:
     """A file that gets its name only when all of it is on the disk. Permissions follow the umask."""
-    temporary = target.with_name(target.name + ".part")
-    with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(target)
+    temporary = target.with_name(temporary_name())
+    try:
+        with temporary.open("xb") as file:  # O_EXCL: neither a file that is there nor what a link leads to
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def open_regular(path: Path, flags: int) -> int:
+    """A descriptor for writing into a file that stays where it is. OSError for a link and for what is no regular file."""
+    if path.is_symlink():  # O_NOFOLLOW refuses it too, and speaks of too many levels
+        raise OSError(errno.ELOOP, "what is there is a link, which is not followed", str(path))
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)  # a FIFO would wait for a reader
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "what is there is not a regular file", str(path))
+    return descriptor
+
+
+def make_folder(path: Path) -> None:
+    """A folder, or the one that is there already. NotADirectoryError for a link to one: what is written would lie elsewhere."""
+    try:
+        path.mkdir()
+    except FileExistsError:
+        if path.is_symlink() or not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "what is there is not a folder, or a link to one", str(path)) from None
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,7 +3,8 @@
 A checkpoint folder may come from anywhere. Three things must not happen before we have judged it: a path in an index must
 not lead out of the folder, a FIFO or a device must not be opened (reading a FIFO waits for a writer, forever), and a small
 file must not make us use a lot of memory. So a path is resolved first, its kind is read with stat, and only a regular file
-is opened (with O_NONBLOCK, in case it is swapped between the two steps, and fstat asks again).
+is opened (with O_NONBLOCK, in case it is swapped between the two steps, and fstat asks again). `open_plain` does the same for a
+file that the person named, or that marlinctl wrote itself and finds again.
 
 Symbolic links are followed inside the folder. One more place is allowed: the hub cache, whose snapshots are links,
 
@@ -27,6 +28,9 @@ from marlinctl.console import printable
 from marlinctl.errors import Problem
 
 MAX_JSON_BYTES = 64_000_000  # the largest index seen in the wild is below 20 MB
+MAX_JSON_VALUES = 2_000_000  # that index names 300,000 tensors
+MAX_OWN_BYTES, MAX_OWN_VALUES = 512_000_000, 24_000_000  # manifests and reports of marlinctl: 600 bytes and 25 values for each linear
+_TEMPLATES = ("additional_chat_templates", "chat_templates")  # folders in which transformers looks for templates
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a named pipe (FIFO)"),
@@ -76,21 +80,60 @@ def member(folder: Path, name: str) -> Path:
 
 def open_member(folder: Path, name: str) -> FileIO:
     """Open a regular file of the checkpoint for reading; FileRefused for anything else. Never blocks."""
-    real = member(folder, name)
+    return open_plain(member(folder, name), shown_as=folder / name)
+
+
+def open_plain(path: Path, *, shown_as: Path | None = None) -> FileIO:
+    """Open a regular file for reading, links followed; FileRefused for anything else. Never blocks."""
+    where = shown_as or path
     try:
-        _refuse_special(real.stat().st_mode, folder / name)
-        descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        _refuse_special(path.stat().st_mode, where)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise FileRefused("the file is missing", where, "check the path") from None
+    except ValueError:  # a zero byte in the path
+        raise FileRefused("this cannot be the path of a file", where, "check the path") from None
     except OSError as error:
-        raise FileRefused(
-            f"the file cannot be read: {error.strerror}", folder / name, f"check its owner and mode (chmod u+r {shown(name)})"
-        ) from None
+        fix = f"check its owner and mode (chmod u+r {shown(where.name)})"
+        raise FileRefused(f"the file cannot be read: {error.strerror}", where, fix) from None
     handle = os.fdopen(descriptor, "rb", buffering=0)
     try:
-        _refuse_special(os.fstat(descriptor).st_mode, folder / name)
+        _refuse_special(os.fstat(descriptor).st_mode, where)
     except FileRefused:
         handle.close()
         raise
     return handle
+
+
+def read_plain(path: Path, *, limit: int) -> bytes:
+    """The bytes of a regular file of at most `limit` of them, or FileRefused."""
+    with open_plain(path) as handle:
+        return _whole(handle, path, limit)
+
+
+def _whole(handle: FileIO, where: Path, limit: int) -> bytes:
+    size = os.fstat(handle.fileno()).st_size
+    data = handle.read(min(limit, max(size, 1 << 16)) + 1) if size <= limit else b""  # memory for so much is taken at once
+    if max(size, len(data)) > limit:
+        what = f"the file has {size:,} bytes, more than {limit:,}"
+        raise FileRefused(what, where, "it is not what its name says; fetch or write it again")
+    return data
+
+
+def special_files(folder: Path) -> list[Problem]:
+    """FIFOs, devices and sockets that lie in a model's folder: other libraries open files by their names, and would wait for ever."""
+    places = [folder, *(place for name in _TEMPLATES if (place := folder / name).is_dir())]
+    problems = []
+    for path in (path for place in places for path in place.iterdir()):
+        try:
+            mode = path.stat().st_mode
+            if not stat.S_ISDIR(mode):
+                _refuse_special(mode, path)
+        except FileRefused as refused:
+            problems.append(refused.problem)
+        except OSError:  # a link that leads nowhere: whoever needs the file says so
+            continue
+    return problems
 
 
 def exists(folder: Path, name: str) -> bool:
@@ -98,20 +141,26 @@ def exists(folder: Path, name: str) -> bool:
     return os.path.lexists(folder / name)
 
 
-def read_json(folder: Path, name: str, *, limit: int = MAX_JSON_BYTES) -> Any:
+def read_json(folder: Path, name: str, *, limit: int = MAX_JSON_BYTES, values: int = MAX_JSON_VALUES) -> Any:
     """The strictly parsed content of a JSON file of the checkpoint, or FileRefused."""
     with open_member(folder, name) as handle:
-        size = os.fstat(handle.fileno()).st_size
-        if size > limit:
-            what = f"the file has {size:,} bytes, more than {limit:,}"
-            raise FileRefused(what, folder / name, "this is no metadata file; download it again")
-        data = handle.read()
-    return parse_json(data, folder / name)
+        data = _whole(handle, folder / name, limit)
+    return parse_json(data, folder / name, values=values)
 
 
-def parse_json(data: bytes, where: Path | str) -> Any:
-    """JSON without duplicate keys, of bounded depth, in UTF-8, or FileRefused."""
+def read_plain_json(path: Path, *, limit: int = MAX_JSON_BYTES, values: int = MAX_JSON_VALUES) -> Any:
+    """The same for a document that the person named or marlinctl wrote."""
+    return parse_json(read_plain(path, limit=limit), path, values=values)
+
+
+def parse_json(data: bytes, where: Path | str, *, values: int = MAX_JSON_VALUES) -> Any:
+    """JSON without duplicate keys, of bounded depth and number of values, in UTF-8, or FileRefused.
+
+    Four bytes (`[],`) become an object of 56, so the bytes alone bound little. Commas and brackets are counted, those in texts too.
+    """
     again = "the file is damaged or cut; download it again"
+    if data.count(b",") + data.count(b"[") + data.count(b"{") > values:
+        raise FileRefused(f"the document holds more than {values:,} values", where, "it is not what its name says; download it again")
     if data.startswith(b"version https://git-lfs"):
         raise FileRefused("this is a git-LFS pointer, not the file itself", where, "run git lfs pull in the folder")
     try:
@@ -126,6 +175,17 @@ def parse_json(data: bytes, where: Path | str) -> Any:
         raise FileRefused(f"the key {shown(error.key)!r} appears twice in one object", where, again) from None
     except ValueError as error:  # a number of thousands of digits
         raise FileRefused(f"not usable as JSON: {shown(str(error))}", where, again) from None
+
+
+def refuse_deep(document: Any, where: Path | str, limit: int = 100) -> None:
+    """FileRefused for a document of more levels than any of its kind has: what walks it calls itself once for each."""
+    level = [document] if isinstance(document, (dict, list)) else []
+    for _ in range(limit):
+        items = (item for holder in level for item in (holder.values() if isinstance(holder, dict) else holder))
+        level = [item for item in items if isinstance(item, (dict, list))]
+        if not level:
+            return
+    raise FileRefused("not usable as JSON: nested too deeply", where, "the file is damaged or cut; download it again")
 
 
 class DuplicateKey(Exception):

@@ -29,13 +29,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from marlinctl.checkpoint.targets import GroupOf, matches, name_patterns, with_fused_names
+from marlinctl.checkpoint import blocks
+from marlinctl.checkpoint.targets import Entries, GroupOf, name_patterns, with_fused_names
 from marlinctl.errors import BadInput, Problem
+from marlinctl.patterns import Expressions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 WRITABLE = ("ct", "gptq", "marlin", "marlin_24", "dense")
 NATIVE = ("marlin", "marlin_24")  # quant_method marlinctl
 _AGAIN = "fetch or write the checkpoint again"
+_BLOCK = "quantization_config"
 FORMAT_VERSION = 1  # of native folders; a higher one was written by a newer marlinctl
 
 # The tensors of one quantized linear; the first one marks a linear as quantized.
@@ -56,15 +59,6 @@ SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "gptq": ("qweight", "qzeros", "scales", "g_idx"),
     "marlin": ("B", "s", "weight_shape"),
     "marlin_24": ("B_24", "B_meta", "s", "weight_shape"),
-}
-
-LOADERS: Mapping[str, tuple[str, ...]] = {
-    "dense": ("transformers", "vLLM", "SGLang", "marlinctl"),
-    "ct": ("vLLM", "SGLang", "transformers (with compressed-tensors)", "marlinctl"),
-    "gptq": ("GPTQModel", "vLLM", "SGLang", "transformers (with optimum and gptqmodel)", "marlinctl"),
-    "gptq_v2": ("GPTQModel", "vLLM", "transformers (with optimum and gptqmodel)", "marlinctl"),
-    "marlin": ("marlinctl",),
-    "marlin_24": ("marlinctl",),
 }
 
 
@@ -80,11 +74,7 @@ class FormatInfo:
     @property
     def group_size(self) -> int | None:
         """The group size of most layers; None for a dense model."""
-        return _sizes_by_count(self.layers)[0] if self.layers else None
-
-    @property
-    def loaders(self) -> tuple[str, ...]:
-        return LOADERS["gptq_v2" if self.variant == "v2" else self.name]
+        return sizes_by_count(self.layers)[0] if self.layers else None
 
 
 def weight_files(fmt: str) -> str:
@@ -138,11 +128,9 @@ class LinearParts:
 def detect(config: Mapping[str, Any], tensor_names: Iterable[str]) -> FormatInfo:
     """Tell the format from config.json and the tensor names. BadInput for anything marlinctl cannot read exactly."""
     names = list(tensor_names)
-    block = config.get("quantization_config") or config.get("compression_config")
+    block = quantization_block(config)
     if block is None:
         return _dense(names)
-    if not isinstance(block, Mapping):
-        raise _unreadable("quantization_config is not an object", "write it again, or fetch config.json again")
     method = block.get("quant_method", "compressed-tensors" if "config_groups" in block else None)
     try:
         if method == "compressed-tensors":
@@ -159,7 +147,36 @@ def detect(config: Mapping[str, Any], tensor_names: Iterable[str]) -> FormatInfo
     )
 
 
-def _sizes_by_count(layers: Mapping[str, int]) -> list[int]:
+def quantization_block(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The one block of config.json that says how the weights are quantized; None for a dense model.
+
+    BadInput E340 where it is no object, or where a second one says something else: which of the two a client follows is its own choice.
+    """
+    found = {key: config[key] for key in ("quantization_config", "compression_config") if config.get(key)}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and key not in found and value.get("quantization_config"):
+            found[f"{key}.quantization_config"] = value["quantization_config"]
+    if not found:
+        return None
+    (key, block), *others = found.items()
+    if any(other != block for _, other in others):
+        raise _unreadable(f"{key} and {others[0][0]} say different things", "keep the one that belongs to the weights, remove the other")
+    if not isinstance(block, Mapping):
+        raise _unreadable(f"{key} is not an object", "write it again, or fetch config.json again")
+    return block
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the model without a word about how its weights were quantized."""
+    own = ("quantization_config", "compression_config")
+    return {
+        key: {k: v for k, v in value.items() if k != "quantization_config"} if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in own
+    }
+
+
+def sizes_by_count(layers: Mapping[str, int]) -> list[int]:
     """Group sizes, the most frequent first; among equals the smaller, so that the order of the layers does not matter."""
     counts = Counter(layers.values())
     return sorted(counts, key=lambda size: (-counts[size], size))
@@ -197,95 +214,161 @@ def _dense(names: Sequence[str]) -> FormatInfo:
 def _detect_ct(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
     if block.get("format") != "pack-quantized":
         raise _unreadable(f"compressed-tensors format {block.get('format')!r} is not pack-quantized", "only 4-bit pack-quantized is read")
-    sparsity = _object(block, "sparsity_config")
-    if sparsity.get("format", "dense") != "dense":
-        raise _unreadable(f"sparsity format {sparsity['format']!r} is not read", "save the model without sparse compression")
     groups = block.get("config_groups")
     usable = isinstance(groups, Mapping) and all(isinstance(g, Mapping) and isinstance(g.get("targets"), list) for g in groups.values())
     if not isinstance(groups, Mapping) or not usable:
         raise _unreadable("config_groups is missing or has a group without targets", "restore quantization_config from the original")
+    sparsity = blocks.strange(_object(block, "sparsity_config"), blocks.CT_SPARSITY, f"{_BLOCK}.sparsity_config")
+    _refuse("E340", [*blocks.strange(block, blocks.CT_BLOCK, _BLOCK), *sparsity])
     group_of = GroupOf({name: [str(t) for t in group["targets"]] for name, group in groups.items()})
     ignore = block.get("ignore") or []
     if not isinstance(ignore, list):
         raise ValueError("ignore is not a list")
-    for entry in ignore:
-        matches("", str(entry))  # an expression that is none is refused here, once
+    Entries(str(entry) for entry in ignore)  # an expression that is none is refused here, once
+    reasons = {name: _ct_reason(group) for name, group in groups.items()}
+    fix = "only 4-bit symmetric integer weights are read"
     layers: dict[str, int] = {}
     problems: list[Problem] = []
+    used = set()
     for layer in layer_names(names, "ct"):
         group = group_of(layer)
         if group is None:
             what = f"{layer} is packed but no config group names it"
             problems.append(Problem(what, "config.json: config_groups", "add it to a group's targets"))
             continue
-        reason = _ct_reason(groups[group])
-        if reason:
-            where = f"config.json: config_groups.{group}"
-            problems.append(Problem(f"{layer}: {reason}", where, "only 4-bit symmetric integer weights are read"))
+        used.add(group)
+        if reasons[group]:
+            problems.append(Problem(f"{layer}: {reasons[group]}", f"config.json: config_groups.{group}", fix))
         layers[layer] = _ct_group_size(groups[group])
+    problems += [
+        Problem(f"{name}: {reason}", f"config.json: config_groups.{name}", fix)
+        for name, reason in reasons.items()
+        if reason and name not in used
+    ]
     problems += [
         Problem(f"{name} is a zero point: asymmetric quantization", name, "quantize the original model symmetrically")
         for name in names
         if name.endswith(".weight_zero_point")
     ]
-    _refuse("E341", problems)
+    _refuse("E341", problems or _strays("ct", layers, names))
     return FormatInfo("ct", 4, layers)
 
 
 def _ct_reason(group: Mapping[str, Any]) -> str | None:
     """Why a config group is not 4-bit symmetric weight-only, or None."""
     weights = _object(group, "weights")
-    if weights.get("num_bits") != 4 or weights.get("type", "int") != "int":
+    if weights.get("num_bits") != 4 or str(weights.get("type", "int")).lower() != "int":
         return f"{weights.get('num_bits')}-bit {weights.get('type', 'int')}"
     if weights.get("symmetric", True) is not True:
         return "asymmetric"
-    if group.get("format") not in (None, "pack-quantized"):
-        return f"format {group['format']!r}"
-    if group.get("input_activations"):
-        return "its activations are quantized too"
     strategy, size = weights.get("strategy"), weights.get("group_size")
+    if isinstance(strategy, str):
+        strategy = strategy.lower()
+    if strategy is None and size is not None:  # compressed-tensors tells the strategy from the size, and no size means one scale for all
+        strategy = "channel" if size == -1 else "group"
     if strategy == "group" and not (isinstance(size, int) and not isinstance(size, bool) and size > 0):
         return f"strategy group with group_size {size!r}"
-    if strategy not in ("group", "channel", None):
+    if strategy == "channel" and size not in (None, -1):
+        return f"strategy channel with group_size {size!r}"
+    if strategy not in ("group", "channel"):
         return f"strategy {strategy!r}"
-    if weights.get("actorder") in ("group", "dynamic", True):
-        return "activation order at run time (actorder group); quantize again with static order"
-    return None
+    return blocks.reason(group, blocks.CT_GROUP) or blocks.reason(weights, blocks.CT_WEIGHTS)
 
 
 def _ct_group_size(group: Mapping[str, Any]) -> int:
     weights = _object(group, "weights")
     size = weights.get("group_size")
-    return int(size) if isinstance(size, int) and size > 0 and weights.get("strategy") != "channel" else -1
+    return int(size) if isinstance(size, int) and size > 0 and str(weights.get("strategy")).lower() != "channel" else -1
 
 
 def _detect_gptq(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
     label = block.get("checkpoint_format", block.get("format", "gptq"))
     problems = []
-    if label not in ("gptq", "gptq_v2") or block.get("is_marlin_format"):
-        what = f"GPTQ checkpoint_format {label!r} is not read"
+    if label not in ("gptq", "gptq_v2") or block.get("format", label) != label or block.get("is_marlin_format"):
+        other = f", format {block['format']!r}" if block.get("format", label) != label else ""
+        what = f"GPTQ checkpoint_format {label!r}{other} is not read"
         problems.append(Problem(what, "config.json: checkpoint_format", "gptq and gptq_v2 are read"))
     if block.get("bits") != 4:
         problems.append(Problem(f"{block.get('bits')!r}-bit GPTQ is not read", "config.json: bits", "only 4 bits are read"))
     if block.get("sym", True) is not True:
         problems.append(Problem("asymmetric GPTQ is not read", "config.json: sym", "quantize the original model symmetrically"))
+    _refuse("E342", problems)
     size, dynamic = _size(block.get("group_size", -1)), _object(block, "dynamic")
+    _refuse("E340", [*blocks.strange(block, blocks.GPTQ_BLOCK, _BLOCK), *_strange_rules(dynamic)])
+    present = set(names)
+    rule_of = _DynamicRules(dynamic)
     layers: dict[str, int] = {}
     for layer in layer_names(names, "gptq"):
-        rule = _dynamic_rule(dynamic, layer)
+        rule = rule_of(layer)
+        if rule is None:
+            what = f"{layer} is packed, and a rule of `dynamic` says that it is not quantized"
+            problems.append(Problem(what, "config.json: dynamic", "config.json belongs to another model; restore it"))
+            continue
         if rule.get("bits", 4) != 4 or rule.get("sym", True) is not True:
             problems.append(Problem(f"{layer}: {rule} is not 4-bit symmetric", "config.json: dynamic", "only 4-bit symmetric is read"))
+        if rule.get("desc_act", block.get("desc_act")) and f"{layer}.g_idx" not in present:
+            what = f"{layer}: desc_act is true, and without {layer}.g_idx nobody knows in which order its columns are"
+            problems.append(Problem(what, "config.json: desc_act", "fetch the checkpoint again, or quantize the original model"))
         layers[layer] = _size(rule.get("group_size", size))
-    _refuse("E342", problems)
+    _refuse("E342", problems or _strays("gptq", layers, names))
     return FormatInfo("gptq", 4, layers, "v2" if label == "gptq_v2" else "v1")
 
 
-def _dynamic_rule(dynamic: Mapping[str, Any], layer: str) -> Mapping[str, Any]:
-    """The first rule of GPTQModel's `dynamic` whose expression matches the layer."""
+class _DynamicRules:
+    """GPTQModel's `dynamic`: the first rule whose expression matches a layer. One that begins with "-:" takes its linears out."""
+
+    def __init__(self, dynamic: Mapping[str, Any]) -> None:
+        self._rules: list[Mapping[str, Any] | None] = [None if pattern.startswith("-:") else rule for pattern, rule in dynamic.items()]
+        self._expressions = Expressions(pattern.removeprefix("+:").removeprefix("-:") for pattern in dynamic)
+
+    def __call__(self, layer: str) -> Mapping[str, Any] | None:
+        """None for a rule that takes the layer out."""
+        found = self._expressions.first(layer)
+        return {} if found is None else self._rules[found]
+
+
+def _strange_rules(dynamic: Mapping[str, Any]) -> list[Problem]:
+    """What is not known in the rules of GPTQModel's `dynamic`. A rule that begins with "-:" takes its linears out, whatever it holds."""
+    problems: list[Problem] = []
     for pattern, rule in dynamic.items():
-        if not pattern.startswith("-:") and isinstance(rule, Mapping) and matches(layer, f"re:{pattern.removeprefix('+:')}"):
-            return rule
-    return {}
+        path = f"{_BLOCK}.dynamic.{pattern}"
+        if pattern.startswith("-:"):
+            continue
+        if isinstance(rule, Mapping):
+            problems += blocks.strange(rule, blocks.GPTQ_RULE, path)
+        else:
+            what = f"the rule is {blocks.brief(rule)}, not an object"
+            problems.append(Problem(what, f"config.json: {path}", "restore it from the original"))
+    return problems
+
+
+def _strays(fmt: str, layers: Mapping[str, int], names: Iterable[str]) -> list[Problem]:
+    """Tensors below a packed linear that its format has no place for, and those that a quantizer wrote for a linear that is not packed.
+
+    Copied along as "untouched" they would be lost or misread: an order of columns, a scale of activations, another format beside this one.
+    """
+    if not layers:
+        return []  # config.json is of another model altogether, which is said as such (folder.py)
+    own = {*SUFFIXES[fmt], "bias"}
+    fix = "the model was quantized in a way that marlinctl does not read; quantize the original model with marlinctl"
+    problems = []
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        if parent in layers:
+            if leaf not in own:
+                problems.append(Problem(f"{name} belongs to a packed linear, and {fmt} has no such tensor", name, fix))
+        elif leaf in blocks.QUANTIZER_SUFFIXES:
+            problems.append(Problem(f"{name} belongs to a quantized linear, and {parent} is not packed as {fmt}", name, fix))
+        elif any(above in layers for above in _above(parent)):
+            problems.append(Problem(f"{name} lies below a packed linear, and {fmt} has no such tensor", name, fix))
+    return problems
+
+
+def _above(name: str) -> Iterator[str]:
+    """a.b.c -> a.b, a"""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def _detect_native(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
@@ -308,8 +391,11 @@ def _detect_native(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo
         raise _unreadable(
             f"config.json says {fmt}, but {other} is packed the other way", "config.json belongs to another model; restore it"
         )
+    _refuse("E340", blocks.strange(block, blocks.NATIVE_BLOCK, _BLOCK))
     overrides, size = _object(block, "overrides"), block.get("group_size", -1)
-    return FormatInfo(fmt, 4, {layer: _size(overrides.get(layer, size)) for layer in layer_names(names, fmt)})
+    layers = {layer: _size(overrides.get(layer, size)) for layer in layer_names(names, fmt)}
+    _refuse("E340", _strays(fmt, layers, names))
+    return FormatInfo(fmt, 4, layers)
 
 
 def _object(block: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -345,7 +431,7 @@ def quantization_config(
     provenance: Mapping[str, Any] | None = None,  # goes under the key "marlinctl", which clients ignore
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
-    majority = _sizes_by_count(layers)[0]
+    majority = sizes_by_count(layers)[0]
     differing = {name: size for name, size in layers.items() if size != majority}
     everything = [*layers, *ignore]
     block: dict[str, Any]
@@ -371,7 +457,7 @@ def _ct_block(layers: Mapping[str, int], everything: Sequence[str], ignore: Sequ
     class before it asks for the shards of a fused linear, so qkv_proj (a QKVParallelLinear) would get the group that says "Linear".
     transformers' default mode follows the groups; its `dequantize=True` (5.23) takes the first group for every linear, and stops.
     """
-    sizes = _sizes_by_count(layers)
+    sizes = sizes_by_count(layers)
     groups = {}
     for i, size in enumerate(sizes):
         chosen = [name for name, s in layers.items() if s == size]

@@ -28,7 +28,9 @@ from marlinctl.checkpoint.files import shown
 from marlinctl.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from marlinctl.checkpoint.gguf_model import PlannedTensor, plan_model
 from marlinctl.checkpoint.gguf_tokenizer import tokenizer_files
+from marlinctl.checkpoint.ownership import refuse_strangers, remove_tree, strangers_in_cache
 from marlinctl.errors import BadInput, NumericalProblem, ResourceProblem
+from marlinctl.locks import lock
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,20 +45,20 @@ MANIFEST = "gguf_source.json"
 
 def gguf_folder(path: Path, cache: Path, console: Console) -> tuple[Path, str]:
     """The Hugging Face folder of a GGUF file, made if it is not in the cache; and one line about what the file holds."""
-    from filelock import FileLock
-
     header = read_gguf_header(path)
     config, plan = plan_model(header)
     _refuse_unknown_kinds(header)
     digest = _sha256(path)
     folder = cache / "gguf" / f"{digest[:32]}-v{VERSION}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with lock(folder.with_name(f"{folder.name}.lock"), wait=True):
         damage = _damage(folder, digest)
         if damage:
-            if folder.exists():
+            if os.path.lexists(folder):
+                what = "the cache entry of this model holds what marlinctl did not write"
+                refuse_strangers(what, folder, strangers_in_cache(folder, MANIFEST), "move it away, or name another --cache-dir")
                 console.warn(f"the cached copy of {path.name} is damaged ({damage}); it is made again")
-                shutil.rmtree(folder)
+                remove_tree(folder)
             console.say(f"{path.name}: turning GGUF into safetensors (once; kept in {folder})")
             _build(header, config, plan, digest, folder, console)
     kinds = sorted({tensor.source.kind_name for tensor in plan if len(tensor.source.shape) > 1})
@@ -95,6 +97,8 @@ def _build(header: GgufHeader, config: dict[str, Any], plan: list[PlannedTensor]
 
 def _damage(folder: Path, digest: str) -> str | None:
     """What is wrong with a cache entry; None if it is whole."""
+    if folder.is_symlink():
+        return "it is a link"
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         files = {str(name): (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}

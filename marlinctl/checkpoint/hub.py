@@ -103,6 +103,7 @@ def fetch_headers(model: str, folder: Path, *, revision: str | None, cache_dir: 
     require_hub_id(model)
     with _translated(model, revision), _quiet_library():
         info = _repeated(lambda: HfApi(library_name="marlinctl").model_info(model, revision=revision, files_metadata=True, timeout=30))
+        _refuse_strange_names(model, info)
         small = [name for name in WANTED if not name.endswith(".safetensors")]
         found = snapshot_download(
             model, revision=info.sha, cache_dir=cache_dir, allow_patterns=small, ignore_patterns=UNWANTED, library_name="marlinctl"
@@ -183,6 +184,14 @@ def missing_files(folder: Path) -> list[str]:
     return missing + sorted(shard for shard in shards if "\0" in shard or not (folder / shard).exists())
 
 
+def _refuse_strange_names(model: str, info: Any) -> None:
+    """BadInput E305 for names with control characters: the hub's library shows them in its bars."""
+    for entry in info.siblings or []:
+        if not entry.rfilename.isprintable():
+            what = f"a file of the model has a name with control characters: {shown(entry.rfilename)}"
+            raise BadInput("E305", what, where=f"hub model {model}, commit {info.sha}", fix="choose another model")
+
+
 def _cached(model: str, wanted: dict[str, Any]) -> Path:
     """What earlier downloads left: enough for a model, or an error that lists what is missing."""
     from huggingface_hub import snapshot_download
@@ -216,6 +225,7 @@ def _download(model: str, wanted: dict[str, Any], console: Console) -> Path:
     revision = wanted["revision"]
     with _translated(model, revision):
         info = _repeated(lambda: HfApi(library_name="marlinctl").model_info(model, revision=revision, files_metadata=True, timeout=30))
+    _refuse_strange_names(model, info)
     where = f"hub model {model}, commit {info.sha}"
     files = {entry.rfilename: entry.size or 0 for entry in info.siblings or [] if "/" not in entry.rfilename}
     if not any(name.startswith(("model", "marlin")) and name.endswith(".safetensors") for name in files):

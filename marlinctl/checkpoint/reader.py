@@ -17,27 +17,25 @@ Where both model.safetensors and an index exist, the index wins, as in transform
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from io import FileIO
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from marlinctl import manifest
-from marlinctl.checkpoint.config import read_config
-from marlinctl.checkpoint.files import FileRefused, exists, member, open_member, read_json, shown
-from marlinctl.checkpoint.header import TensorInfo, header_bytes, read_header
+from marlinctl.checkpoint.config import CONFIG, read_config
+from marlinctl.checkpoint.files import FileRefused, exists, member, open_member, read_json, shown, special_files
+from marlinctl.checkpoint.header import TensorInfo, read_header
 from marlinctl.errors import BadInput, Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     import torch
     from torch import Tensor
 
+_Wrong = TypeVar("_Wrong")
 FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
 _TORCH_DTYPES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "I16": "int16",
@@ -45,7 +43,8 @@ _TORCH_DTYPES = {
     "I64": "int64", "U64": "uint64", "F64": "float64",
 }  # fmt: skip
 MAX_PROBLEMS = 100
-_REPORTS = manifest.OUTSIDE - {manifest.NAME}
+_MAX_SHARDS = 10_000  # a model of 700 GB has 163
+_ADAPTER, _MAX_ADAPTER_BYTES = "adapter_config.json", 1_000_000
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CONVERT = (
     "marlinctl reads safetensors only, because opening a pickle can run any program; on a machine you can afford to lose, run "
@@ -103,19 +102,22 @@ class Checkpoint:
 
     def read_into(self, info: TensorInfo, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset` of the tensor's file (an absolute position)."""
-        descriptor = self._handle(info.file).fileno()
+        self.read_file_into(info.file, offset, buffer, f"{info.file}, tensor {shown(info.name)}")
+
+    def read_file_into(self, file: Path, offset: int, buffer: memoryview, where: str) -> None:
+        """Fill `buffer` from `offset` of a shard. BadInput E303 where the file has become shorter, or cannot be read."""
+        descriptor = self._handle(file).fileno()
         done = 0
         while done < len(buffer):
             try:
                 got = os.preadv(descriptor, [buffer[done:]], offset + done)
             except OSError as error:
-                where = f"{info.file}, tensor {shown(info.name)}"
                 raise BadInput("E303", f"reading failed: {error.strerror}", where=where, fix="check the disk") from None
             if got == 0:
                 raise BadInput(
                     "E303",
                     f"the file ends at byte {offset + done:,}; it was longer when it was checked",
-                    where=f"{info.file}, tensor {shown(info.name)}",
+                    where=where,
                     fix="something changes the checkpoint while it is read; make a copy and use that",
                 )
             done += got
@@ -161,7 +163,8 @@ def open_checkpoint(folder: Path, *, weight_files: str = "model") -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         raise BadInput("E300", "there is no such folder", where=str(folder), fix="name a folder that holds config.json and *.safetensors")
-    problems: list[Problem] = []
+    _refuse_adapter(folder)
+    problems = special_files(folder)[:MAX_PROBLEMS]
     notes: list[str] = []
     config: dict[str, Any] = {}
     try:
@@ -173,55 +176,57 @@ def open_checkpoint(folder: Path, *, weight_files: str = "model") -> Checkpoint:
     if weight_map is not None and not problems:
         _compare_with_index(weight_map, tensors, folder, problems)
     if problems:
-        raise BadInput.from_problems("E301", _capped(problems, folder))
+        raise BadInput.from_problems("E301", problems)
     return Checkpoint(folder, config, tensors, tuple(folder / name for name in shards), tuple(notes))
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """BadInput E316 for a folder that peft wrote. Beside a whole model too: transformers with peft applies such an adapter unasked."""
+    if not exists(folder, _ADAPTER):
+        return
+    try:
+        document = read_json(folder, _ADAPTER, limit=_MAX_ADAPTER_BYTES)
+    except FileRefused as refused:
+        raise BadInput.from_problems("E316", [refused.problem]) from None
+    base = document.get("base_model_name_or_path") if isinstance(document, dict) else None
+    of = f" of {shown(base)}" if isinstance(base, str) and base else ""
+    what = f"this is an adapter (LoRA){of}, not a model"
+    fix = "merge it into its model first, with peft: PeftModel.from_pretrained(model, FOLDER).merge_and_unload().save_pretrained(NEW)"
+    if exists(folder, CONFIG):
+        what = f"an adapter (LoRA){of} lies beside the model, and is not in its weights"
+        fix += f"; or move {_ADAPTER} out of the folder to leave it out"
+    raise BadInput("E316", what, where=str(folder / _ADAPTER), fix=fix)
 
 
 def check_expected(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Every tensor the model needs is there, with its shape, as floating point; else one BadInput that lists all that is wrong."""
-    problems: list[Problem] = []
-    for name, shape in expected.items():
+
+    def describe(item: tuple[str, tuple[int, ...]]) -> Problem:
+        name, shape = item
         info = checkpoint.tensors.get(name)
-        where = str(info.file) if info else str(checkpoint.folder)
         if info is None:
             fix = "the checkpoint is incomplete, or config.json belongs to another model"
-            problems.append(Problem(f"the tensor {name} is missing", where, fix))
-        elif info.shape != tuple(shape):
-            what = f"{name} has shape {list(info.shape)}; config.json asks for {list(shape)}"
-            problems.append(Problem(what, where, "config.json and the weights do not belong together; download both again"))
-        elif info.dtype not in FLOAT_DTYPES:
-            what = f"{name} holds {info.dtype}, not one of {', '.join(FLOAT_DTYPES)}"
-            problems.append(Problem(what, where, "start from the original checkpoint, with floating-point weights"))
+            return Problem(f"the tensor {shown(name)} is missing", str(checkpoint.folder), fix)
+        if info.shape != tuple(shape):
+            what = f"{shown(name)} has shape {list(info.shape)}; config.json asks for {list(shape)}"
+            return Problem(what, str(info.file), "config.json and the weights do not belong together; download both again")
+        what = f"{shown(name)} holds {info.dtype}, not one of {', '.join(FLOAT_DTYPES)}"
+        return Problem(what, str(info.file), "start from the original checkpoint, with floating-point weights")
+
+    found = ((name, checkpoint.tensors.get(name), shape) for name, shape in expected.items())
+    wrong = ((name, shape) for name, info, shape in found if info is None or info.shape != tuple(shape) or info.dtype not in FLOAT_DTYPES)
+    problems = list(_first_problems(wrong, describe, checkpoint.folder))
     if problems:
-        raise BadInput.from_problems("E302", _capped(problems, checkpoint.folder))
+        raise BadInput.from_problems("E302", problems)
 
 
-def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What identifies the checkpoint without reading its weights: digests of the small files and of every shard's header.
-
-    A report of marlinctl's own is left out: it tells how long things took, so two equal folders would have two fingerprints.
-    """
-    small: dict[str, str] = {}
-    for path in sorted(checkpoint.folder.iterdir()):
-        if path.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken") and path.name not in _REPORTS and path.is_file():
-            with open_member(checkpoint.folder, path.name) as handle:
-                small[path.name] = hashlib.file_digest(handle, "sha256").hexdigest()
-    shards = {
-        (name := str(path.relative_to(checkpoint.folder))): {
-            "bytes": path.stat().st_size,
-            "header_sha256": hashlib.sha256(header_bytes(checkpoint.folder, name)).hexdigest(),
-        }
-        for path in checkpoint.files
-    }
-    return {"files": small, "shards": shards}
-
-
-def _capped(problems: list[Problem], folder: Path) -> list[Problem]:
-    """A hostile index can name a million missing files; nobody reads more than this many problems."""
-    if len(problems) <= MAX_PROBLEMS:
-        return problems
-    more = len(problems) - MAX_PROBLEMS
-    return [*problems[:MAX_PROBLEMS], Problem(f"and {more:,} more problems", str(folder), "mend the ones above first")]
+def _first_problems(wrong: Iterable[_Wrong], describe: Callable[[_Wrong], Problem], folder: Path) -> Iterator[Problem]:
+    """The first MAX_PROBLEMS of what is wrong in words, and how much more there is: a hostile index can name a million missing files."""
+    left = iter(wrong)
+    yield from map(describe, islice(left, MAX_PROBLEMS))
+    more = sum(1 for _ in left)
+    if more:
+        yield Problem(f"and {more:,} more problems", str(folder), "mend the ones above first")
 
 
 def _find_shards(folder: Path, weight_files: str, problems: list[Problem], notes: list[str]) -> tuple[list[str], dict[str, str] | None]:
@@ -240,11 +245,24 @@ def _find_shards(folder: Path, weight_files: str, problems: list[Problem], notes
         problems.append(_no_weights(folder, index))
         return [], None
     if index not in found[stem]:
+        _note_strangers(folder, {single}, f"there is no {index} that names them", notes)
         return [single], None
     if single in found[stem]:
         notes.append(f"both {index} and {single} are there; the index is followed and {single} is not read")
-    weight_map = _read_index(folder, index, problems)
-    return sorted(set(weight_map.values())), weight_map
+    weight_map = _read_index(folder, index, problems, notes)
+    shards = sorted(set(weight_map.values()))
+    _note_strangers(folder, {single, *shards}, f"{index} does not name them", notes)
+    return shards, weight_map
+
+
+def _note_strangers(folder: Path, named: set[str], why: str, notes: list[str]) -> None:
+    """Files of weights that are not read: what is left of an earlier model, or a part of this one that the index has lost."""
+    from marlinctl.checkpoint.mask import NAME  # which imports this module
+
+    found = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors" and path.name not in (*named, NAME))
+    if found:
+        shown_names = ", ".join(shown(name, 80) for name in found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        notes.append(f"weights that are not read lie in the folder: {shown_names}; {why}")
 
 
 def _present(folder: Path, stem: str) -> list[str]:
@@ -262,7 +280,7 @@ def _no_weights(folder: Path, index: str) -> Problem:
     return Problem("there are no weights: no *.safetensors file", str(folder), "name the folder that holds the model's safetensors files")
 
 
-def _read_index(folder: Path, index: str, problems: list[Problem]) -> dict[str, str]:
+def _read_index(folder: Path, index: str, problems: list[Problem], notes: list[str]) -> dict[str, str]:
     """{tensor: shard} from the index; only entries that may be followed."""
     again = "the index is damaged; download it again"
     try:
@@ -274,55 +292,72 @@ def _read_index(folder: Path, index: str, problems: list[Problem]) -> dict[str, 
     if not isinstance(weight_map, dict) or not weight_map:
         problems.append(Problem("the index has no weight_map that names a tensor", str(folder / index), again))
         return {}
-    accepted: dict[str, str] = {}
-    judged: dict[str, bool] = {}
-    for tensor, shard in weight_map.items():
-        if not isinstance(shard, str):
-            what = f"weight_map gives no file name for {shown(tensor)}, but {shown(repr(shard), 60)}"
-            problems.append(Problem(what, str(folder / index), again))
-        else:
-            if shard not in judged:
-                judged[shard] = _may_follow(folder, index, shard, problems)
-            if judged[shard]:
-                accepted[tensor] = shard
-    return accepted
+    if not isinstance(document.get("metadata"), dict):
+        notes.append(f"{index} has no metadata; the folder can be worked with, but transformers does not load it")
+    names = dict.fromkeys(shard for shard in weight_map.values() if isinstance(shard, str))
+    if len(names) > _MAX_SHARDS:
+        what = f"the index names {len(names):,} files; no model has more than {_MAX_SHARDS:,}"
+        problems.append(Problem(what, str(folder / index), again))
+        return {}
+    nameless = ((tensor, shard) for tensor, shard in weight_map.items() if not isinstance(shard, str))
+    denied = {shard: problem for shard in names if (problem := _refusal(folder, index, shard)) is not None}
+    problems += _first_problems(nameless, lambda entry: _nameless(folder / index, *entry), folder)
+    problems += _first_problems(denied.values(), lambda problem: problem, folder)
+    return {tensor: shard for tensor, shard in weight_map.items() if isinstance(shard, str) and shard not in denied}
 
 
-def _may_follow(folder: Path, index: str, shard: str, problems: list[Problem]) -> bool:
+def _nameless(index: Path, tensor: str, shard: object) -> Problem:
+    what = f"weight_map gives no file name for {shown(tensor)}, but {shown(repr(shard), 60)}"
+    return Problem(what, str(index), "the index is damaged; download it again")
+
+
+def _refusal(folder: Path, index: str, shard: str) -> Problem | None:
+    """Why a file that the index names is not followed."""
     try:
         member(folder, shard)
     except FileRefused as refused:
-        problems.append(refused.problem)
-        return False
+        return refused.problem
     if not shard.endswith(".safetensors"):
         what = f"the index names {shown(shard)}, which is no safetensors file"
-        problems.append(Problem(what, str(folder / index), _CONVERT.replace("FOLDER", str(folder))))
-        return False
-    return True
+        return Problem(what, str(folder / index), _CONVERT.replace("FOLDER", str(folder)))
+    return None
 
 
 def _read_shards(folder: Path, shards: list[str], problems: list[Problem]) -> dict[str, TensorInfo]:
+    """The tensors of all shards. It ends where enough is wrong: one file under a thousand names would be read a thousand times."""
     tensors: dict[str, TensorInfo] = {}
-    for shard in shards:
+    for place, shard in enumerate(shards):
+        if len(problems) > MAX_PROBLEMS:
+            what = f"{len(shards) - place:,} more shards were not looked at"
+            problems.append(Problem(what, str(folder), "mend the ones above first"))
+            break
         found, wrong = read_header(folder, shard)
         problems += wrong
+        twice = ((tensors[name], info) for name, info in found.items() if name in tensors)
+        problems += _first_problems(twice, _twice, folder)
         for name, info in found.items():
-            if name in tensors:
-                what = f"the tensor {shown(name)} lies in two shards, {tensors[name].file.name} and {shown(shard)}"
-                problems.append(Problem(what, str(folder), "two versions of the model are mixed in the folder; download it anew"))
-            else:
-                tensors[name] = info
+            tensors.setdefault(name, info)
     return tensors
+
+
+def _twice(entries: tuple[TensorInfo, TensorInfo]) -> Problem:
+    first, second = entries
+    what = f"the tensor {shown(first.name)} lies in two shards, {shown(first.file.name)} and {shown(second.file.name)}"
+    return Problem(what, str(second.file.parent), "two versions of the model are mixed in the folder; download it anew")
 
 
 def _compare_with_index(weight_map: dict[str, str], tensors: dict[str, TensorInfo], folder: Path, problems: list[Problem]) -> None:
     again = "the index and the shards do not belong together; download both again"
-    for name, shard in weight_map.items():
-        if name not in tensors:
-            problems.append(Problem(f"the index promises the tensor {shown(name)}, the shard does not hold it", str(folder / shard), again))
-        elif tensors[name].file != folder / shard:
-            what = f"the tensor {shown(name)} lies in {tensors[name].file.name}, the index says {shown(shard)}"
-            problems.append(Problem(what, str(folder / shard), again))
-    for name, info in tensors.items():
-        if name not in weight_map:
-            problems.append(Problem(f"the tensor {shown(name)} is not in the index", str(info.file), again))
+
+    def describe(name: str) -> Problem:
+        info, shard = tensors.get(name), weight_map.get(name)
+        if shard is None:
+            return Problem(f"the tensor {shown(name)} is not in the index", str(tensors[name].file), again)
+        if info is None:
+            return Problem(f"the index promises the tensor {shown(name)}, the shard does not hold it", str(folder / shard), again)
+        what = f"the tensor {shown(name)} lies in {shown(info.file.name)}, the index says {shown(shard)}"
+        return Problem(what, str(folder / shard), again)
+
+    places = {shard: folder / shard for shard in set(weight_map.values())}
+    elsewhere = (name for name, shard in weight_map.items() if name not in tensors or tensors[name].file != places[shard])
+    problems += _first_problems(chain(elsewhere, (name for name in tensors if name not in weight_map)), describe, folder)

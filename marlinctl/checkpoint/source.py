@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from marlinctl.checkpoint.hub import fetch, require_hub_id
+from marlinctl.checkpoint.model_files import temporary_name
 from marlinctl.errors import BadInput, EnvironmentProblem, UsageError
 
 if TYPE_CHECKING:
@@ -72,8 +73,8 @@ def writable_cache(cache_dir: Path | None) -> Path:
     root = cache_root(cache_dir)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        probe = root / f".probe-{os.getpid()}"
-        probe.touch()
+        probe = root / temporary_name()
+        probe.open("xb").close()
         probe.unlink()
     except OSError as error:
         fix = "name another place with --cache-dir or MARLINCTL_CACHE"

@@ -20,10 +20,11 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+
+from marlinctl.patterns import Expressions
 
 _EXACT_AT_MOST = 8  # a family up to this size stays a list of names: readable, and immune to regex dialects
-_LONGEST = 2000  # characters of an expression from a stranger's config
+_MARK = "re:"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 # What servers fuse at load: the shards of one fused linear must be quantized alike.
@@ -76,21 +77,22 @@ def _expression(family: str, blocks: Sequence[str] = ()) -> str:
     return "^" + parts[0] + first + r"\d+".join(["", *parts[1:]])[len(r"\d+") :] + "$"
 
 
+class Entries:
+    """A list of `targets` or `ignore`: names, "re:" expressions, or a class. ValueError for an expression that is none."""
+
+    def __init__(self, entries: Iterable[str]) -> None:
+        given = list(entries)
+        self._exact = {entry for entry in given if not entry.startswith(_MARK)}
+        self._expressions = Expressions(entry.removeprefix(_MARK) for entry in given if entry.startswith(_MARK))
+
+    def __contains__(self, name: str) -> bool:
+        """Whether this linear is meant."""
+        return name in self._exact or "Linear" in self._exact or self._expressions.first(name) is not None
+
+
 def matches(name: str, target: str) -> bool:
-    """Whether an entry of `targets` or `ignore` means this linear. ValueError for an expression that is none."""
-    if target.startswith("re:"):
-        return _compiled(target[3:]).match(name) is not None
-    return target in (name, "Linear")
-
-
-@lru_cache(maxsize=4096)
-def _compiled(expression: str) -> re.Pattern[str]:
-    if len(expression) > _LONGEST:
-        raise ValueError(f"a regular expression of {len(expression)} characters is no layer pattern")
-    try:
-        return re.compile(expression)
-    except re.error as problem:
-        raise ValueError(f"{expression!r} is no regular expression: {problem}") from None
+    """Whether one entry of `targets` or `ignore` means this linear. ValueError for an expression that is none."""
+    return name in Entries((target,))
 
 
 class GroupOf:
@@ -99,13 +101,15 @@ class GroupOf:
     def __init__(self, groups: Mapping[str, Sequence[str]]) -> None:
         entries = [(target, group) for group, targets in groups.items() for target in targets]
         self._exact = dict(reversed(entries))  # the first group that names it
-        self._expressions = sorted((target, group) for target, group in entries if target.startswith("re:"))
+        expressions = sorted((target.removeprefix(_MARK), group) for target, group in entries if target.startswith(_MARK))
+        self._groups = [group for _, group in expressions]
+        self._expressions = Expressions(expression for expression, _ in expressions)
 
     def __call__(self, name: str) -> str | None:
         if name in self._exact:
             return self._exact[name]
-        found = next((group for target, group in self._expressions if matches(name, target)), None)
-        return found if found is not None else self._exact.get("Linear")
+        found = self._expressions.first(name)
+        return self._groups[found] if found is not None else self._exact.get("Linear")
 
 
 def split_fused(sizes: Mapping[str, int | None]) -> list[tuple[str, dict[str, int | None]]]:

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from marlinctl import manifest as manifests
-from marlinctl.checkpoint import formats
+from marlinctl.checkpoint import formats, ownership
 from marlinctl.checkpoint import mask as masks
 from marlinctl.checkpoint.durable import (
     FULL,
@@ -31,6 +31,8 @@ from marlinctl.checkpoint.durable import (
     disk_full,
     disk_problems,
     in_file_order,
+    make_folder,
+    open_regular,
     read_part,
     sync_folder,
     tensor_entry,
@@ -39,6 +41,8 @@ from marlinctl.checkpoint.durable import (
 )
 from marlinctl.checkpoint.files import FileRefused, open_member
 from marlinctl.checkpoint.header import read_header
+from marlinctl.checkpoint.model_files import COMPANION_FOLDER, is_companion
+from marlinctl.checkpoint.switches import cleaned
 from marlinctl.errors import BadInput, ResourceProblem, UsageError
 
 if TYPE_CHECKING:
@@ -47,34 +51,17 @@ if TYPE_CHECKING:
     from marlinctl.checkpoint.reader import Checkpoint
 
 MAX_SHARD_BYTES = 5 * 10**9
-
-
-# What travels with the weights. Never weights, never code, never a README (the card is new).
-_COMPANION_NAMES = frozenset(
-    (
-        *(
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "special_tokens_map.json",
-            "added_tokens.json",
-            "chat_template.jinja",
-            "chat_template.json",
-        ),
-        *("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt"),
-        *("generation_config.json", "preprocessor_config.json", "processor_config.json", "recipe.yaml"),
-    )
-)
-_COMPANION_STARTS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
-_COMPANION_ENDS = (".tiktoken",)
-_COMPANION_FOLDER = "additional_chat_templates"  # *.jinja
 _MAX_COMPANION_BYTES = 500 << 20
 
 
 # ---- before any work -----------------------------------------------------------------------------------------------------------------
 
 
-def check_output(out: Path, *, overwrite: bool, sources: Sequence[Path]) -> None:
-    """Refuse an output place that cannot work (UsageError), before anything is read or computed."""
+def check_output(out: Path, *, overwrite: bool, sources: Sequence[Path], rejects: bool = False) -> None:
+    """Refuse an output place that cannot work (UsageError), before anything is read or computed.
+
+    rejects: whether the result may be kept as OUT.rejected, which then must be free, or one of ours.
+    """
     real = out.resolve()
     for source in sources:
         origin = source.resolve()
@@ -86,16 +73,17 @@ def check_output(out: Path, *, overwrite: bool, sources: Sequence[Path]) -> None
         raise UsageError("E221", "the output is a link that leads nowhere", where=str(out), fix="remove the link or name a new folder")
     if real.exists() and not real.is_dir():
         raise UsageError("E221", "the output exists and is not a folder", where=str(out), fix="name a new folder")
+    ownership.refuse_protected(real)
     if real.is_dir() and any(real.iterdir()):
         if not overwrite:
             raise UsageError("E222", "the output exists and is not empty", where=str(out), fix="name a new folder, or pass --overwrite")
-        if not (real / "config.json").is_file():
-            raise UsageError(
-                "E222",
-                "the output is a folder that holds no checkpoint; --overwrite would delete it",
-                where=str(out),
-                fix="name a new folder, or empty this one yourself",
-            )
+        what = "--overwrite would delete what is neither marlinctl's nor part of a model"
+        fix = "name a new folder, or move these files out of this one"
+        ownership.refuse_strangers(what, real, ownership.strangers_in_output(real), fix)
+    rejected = _rejected(real)
+    if rejects and os.path.lexists(rejected):
+        what = "a result that is not good enough is kept here, and there is what marlinctl did not write"
+        ownership.refuse_strangers(what, rejected, ownership.strangers_in_rejected(rejected), "move it away, or name another output")
     parent = real.parent
     if not parent.is_dir():
         raise UsageError("E223", "the folder that shall hold the output does not exist", where=str(parent), fix=f"mkdir -p {parent}")
@@ -147,7 +135,7 @@ class StagedCheckpoint:
 
     def __enter__(self) -> StagedCheckpoint:
         with disk_problems(self.path):
-            self.path.mkdir(exist_ok=self._stays)
+            make_folder(self.path) if self._stays else self.path.mkdir()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -169,15 +157,14 @@ class StagedCheckpoint:
             begin += entry.size
         with disk_problems(self.path):
             if self.spool.exists():
-                os.truncate(self.spool, begin)
+                with os.fdopen(open_regular(self.spool, os.O_RDWR), "r+b") as file:
+                    os.truncate(file.fileno(), begin)
             for name in shards:
                 for renamed in self.path.glob(f"{name.removesuffix('.safetensors')}-of-*.safetensors"):
                     renamed.replace(self.path / name)  # it had its final name already
             for path in self.path.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
-                elif path.name not in shards:
-                    path.unlink()
+                if path.name not in shards:
+                    ownership.remove(path)
         for name in shards:
             found, problems = read_header(self.path, name)
             if problems:
@@ -193,7 +180,8 @@ class StagedCheckpoint:
         """Add the survivors [N, K] bool of one linear to the mask file (checkpoint/mask.py)."""
         entry = tensor_entry(layer + masks.SUFFIX, masks.pack_bits(keep))
         begin = sum(written.size for written in self._masks)
-        with disk_problems(self.spool, entry.size), self.spool.open("r+b" if begin else "wb") as file:
+        with disk_problems(self.spool, entry.size), os.fdopen(open_regular(self.spool, os.O_RDWR | os.O_CREAT), "r+b") as file:
+            os.truncate(file.fileno(), begin)
             file.seek(begin)
             file.write(entry.data())
         self._masks.append(self._spooled(entry.name, entry.shape, begin))
@@ -232,15 +220,15 @@ class StagedCheckpoint:
         """Write one small file. Existing ones are replaced: companions may be overridden."""
         target = self.path / name
         with disk_problems(target, len(data)):
-            if not target.parent.exists():
-                target.parent.mkdir()
+            if target.parent != self.path:
+                make_folder(target.parent)
             with whole_file(target) as file:
                 file.write(data)
 
     def copy_companions(self, folder: Path) -> None:
-        """Tokenizer, generation config, chat templates, licence: known names only."""
+        """Tokenizer, generation config, chat templates, licence: known names only, and of their JSON no key that chooses code."""
         for name, data in companions(folder):
-            self.write_file(name, data)
+            self.write_file(name, cleaned(name, data))
 
     def publish(
         self,
@@ -312,20 +300,31 @@ def _no_data() -> memoryview:
 
 
 def keep_rejected(folder: Path, out: Path) -> Path:
-    """Move a finished folder that may not be published beside its place, as OUT.rejected; an older one there is replaced."""
-    place = out.with_name(f"{out.name}.rejected")
+    """Move a finished folder that may not be published beside its place, as OUT.rejected; an older one there is replaced.
+
+    What somebody else has put there meanwhile stays, and the folder gets another name. Returns where it lies.
+    """
+    place = _rejected(out)
     with disk_problems(place):
-        shutil.rmtree(place, ignore_errors=True)
+        if os.path.lexists(place):
+            if ownership.strangers_in_rejected(place):
+                place = place.with_name(f"{place.name}-{secrets.token_hex(4)}")
+            else:
+                ownership.remove(place)
         folder.rename(place)
     return place
 
 
+def _rejected(out: Path) -> Path:
+    return out.with_name(f"{out.name}.rejected")
+
+
 def companions(folder: Path) -> Iterator[tuple[str, bytes]]:
     """The companion files of a checkpoint folder, as (name, bytes). BadInput for one that may not be followed or is no plain file."""
-    names = [path.name for path in folder.iterdir() if _is_companion(path.name)]
-    templates = folder / _COMPANION_FOLDER
+    names = [path.name for path in folder.iterdir() if is_companion(path.name)]
+    templates = folder / COMPANION_FOLDER
     if templates.is_dir():
-        names += [f"{_COMPANION_FOLDER}/{path.name}" for path in templates.glob("*.jinja")]
+        names += [f"{COMPANION_FOLDER}/{path.name}" for path in templates.glob("*.jinja")]
     for name in sorted(names):
         try:
             with open_member(folder, name) as file:
@@ -335,10 +334,6 @@ def companions(folder: Path) -> Iterator[tuple[str, bytes]]:
                 yield name, file.readall()
         except FileRefused as refused:
             raise BadInput.from_problems("E350", [refused.problem]) from None
-
-
-def _is_companion(name: str) -> bool:
-    return name in _COMPANION_NAMES or name.endswith(_COMPANION_ENDS) or (name.startswith(_COMPANION_STARTS) and not name.endswith(".py"))
 
 
 # ---- moving into place ---------------------------------------------------------------------------------------------------------------
@@ -355,19 +350,24 @@ class Finished(Protocol):
     def overwrite(self) -> bool: ...
 
 
-def publish_together(stages: Sequence[Finished], *, aside_in: Path | None = None) -> None:
+def publish_together(stages: Sequence[Finished], *, aside_in: Path | None = None, later: str = "") -> None:
     """Move finished folders into place: all of them, or none and the old ones as they were.
 
-    aside_in: where old ones wait until all new ones stand, on the same disk. Default: beside their place.
+    aside_in: where old ones wait until all new ones stand, on the same disk. Default: beside their place. later: the command that publishes
+    them when something is in the way now.
     """
     undo: list[tuple[Path, Path]] = []  # renames done so far, as (from, to)
     aside: list[Path] = []
     try:
         for stage in stages:
             with disk_problems(stage.out):
-                if stage.out.is_dir() and any(stage.out.iterdir()):
+                if os.path.lexists(stage.out) and not _is_empty(stage.out):
                     if not stage.overwrite:
-                        raise UsageError("E222", "the output appeared while this ran", where=str(stage.out), fix="name a new folder")
+                        fix = f"move it away, then: {later}" if later else "name a new folder"
+                        raise UsageError("E222", "the output appeared while this ran", where=str(stage.out), fix=fix)
+                    what = "--overwrite would delete what appeared in the output while this ran"
+                    fix = f"move it out of the folder{f', then: {later}' if later else ''}"
+                    ownership.refuse_strangers(what, stage.out, ownership.strangers_in_output(stage.out), fix)
                     old = (aside_in or stage.out.parent) / f"{stage.out.name}.old-{secrets.token_hex(4)}"
                     stage.out.rename(old)
                     undo.append((stage.out, old))
@@ -381,7 +381,7 @@ def publish_together(stages: Sequence[Finished], *, aside_in: Path | None = None
         raise
     for old in aside:
         try:
-            shutil.rmtree(old)
+            ownership.remove_tree(old)
         except OSError as problem:
             raise ResourceProblem(
                 "E502",
@@ -389,3 +389,8 @@ def publish_together(stages: Sequence[Finished], *, aside_in: Path | None = None
                 where=str(old),
                 fix="delete it yourself; nothing else is left to do",
             ) from problem
+
+
+def _is_empty(path: Path) -> bool:
+    """An empty folder, which a rename replaces."""
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from marlinctl.checkpoint.model_files import temporary_name
 from marlinctl.checks.result import Check
 
 GIB = 2**30
@@ -69,11 +70,11 @@ def hub_home() -> Path:
 
 def _writable(name: str, folder: Path, cure: str) -> Check:
     step = "making it"
-    first, second = (folder / f".probe-{os.getpid()}-{number}" for number in (1, 2))
+    first, second = (folder / temporary_name() for _ in range(2))
     try:
         with _made(folder), _removed(first, second):
             step = "writing"
-            with first.open("wb") as handle:
+            with first.open("xb") as handle:
                 handle.write(b"marlinctl")
                 handle.flush()
                 step = "fsync"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
-import sys
+import re
 from pathlib import Path
 from typing import Any
 
 import click
 
 from marlinctl.commands.common import common_options
+from marlinctl.commands.recipe_flags import command_line
 from marlinctl.console import Console
 from marlinctl.errors import UsageError
 
@@ -83,8 +83,7 @@ def command(console: Console, **given: Any) -> None:
     if given["source"] is not None:
         from marlinctl.benchmarking.documents import read_document
 
-        if given["out"] is not None:
-            given["out"].mkdir(parents=True, exist_ok=True)
+        _take(given["out"], "bench")
         _give(console, read_document(given["source"]), given["out"])
         return
     _measure(console, given)
@@ -140,16 +139,17 @@ def _generate(console: Console, given: dict[str, Any]) -> None:
 
     from marlinctl.benchmarking import cases, generation
     from marlinctl.benchmarking.gpu import open_gpu
+    from marlinctl.checkpoint.durable import write_bytes
 
     batches = cases.parse_tokens(given["batch"], "--batch") if given["batch"] else generation.DEFAULT_BATCHES
     lengths = generation.parse_lengths(given["lengths"]) if given["lengths"] else generation.DEFAULT_LENGTHS
     gpu = open_gpu(given["device"])
+    _take(given["out"], "generation")
     with gpu.current():
         dtype = getattr(torch, given["dtype"])
         document = generation.run(given["model"], gpu, batches, lengths, dtype, console, compiled=given["compiled"], fused=given["fused"])
     if given["out"] is not None:
-        given["out"].mkdir(parents=True, exist_ok=True)
-        (given["out"] / "generation.json").write_text(json.dumps(document, indent=1) + "\n")
+        write_bytes(given["out"] / "generation.json", (json.dumps(document, indent=1) + "\n").encode())
     console.result(generation.table(document), document)
 
 
@@ -172,8 +172,7 @@ def _measure(console: Console, given: dict[str, Any]) -> None:
     kind: cases.Kind | None = given["kind"]
     gpu = open_gpu(given["device"])
     table = tuning.read_own_table() if given["tune"] else None
-    if given["out"] is not None:
-        given["out"].mkdir(parents=True, exist_ok=True)
+    _take(given["out"], "bench")
     if given["folder"] is not None:
         own, fixed = cases.checkpoint_set(given["folder"], console)
         sets.append(own)
@@ -189,13 +188,33 @@ def _measure(console: Console, given: dict[str, Any]) -> None:
         only_check=given["only_check"],
         with_peers=given["peers"],
         replays=tuning.REPLAYS if given["tune"] else REPLAYS,
-        command=shlex.join(["marlinctl", *sys.argv[1:]]),
+        command=command_line(),
     )
     document = run(asked, gpu, console)
     if table is not None:
         path = tuning.write_own_table(tuning.merged(table, document))
         console.say(f"{path}: the operators choose by these measurements from now on")
     _give(console, document, given["out"])
+
+
+def _take(out: Path | None, kind: str) -> None:
+    """Make the folder of --out. UsageError E226 where that kind of document would replace files that marlinctl did not write."""
+    if out is None:
+        return
+    from marlinctl.checkpoint.files import FileRefused, exists, read_json, shown
+
+    out.mkdir(parents=True, exist_ok=True)
+    name = f"{kind}.json"
+    try:
+        found = read_json(out, name) if exists(out, name) else None
+        ours = isinstance(found, dict) and found.get("kind") == kind
+    except FileRefused:
+        ours = False
+    pictures = [path.name for path in sorted(out.glob("*.png")) if kind == "bench" and re.match(r"speedup-|shares-|roofline\.", path.name)]
+    foreign = [] if ours else [*([name] if exists(out, name) else []), *pictures]
+    if foreign:
+        what = f"--out would replace what marlinctl did not write: {', '.join(shown(name) for name in foreign[:5])}"
+        raise UsageError("E226", what, where=str(out), fix="name another folder, or move these files away")
 
 
 def _give(console: Console, document: Any, out: Path | None) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ import click
 from click.core import ParameterSource
 
 from marlinctl.console import Console
-from marlinctl.errors import UsageError
+from marlinctl.errors import EnvironmentProblem
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -74,8 +74,9 @@ def common_options(function: Command) -> Command:
             context.obj.append(console)  # marlinctl/cli.py reports errors through it and closes it
         else:
             context.call_on_close(console.close)
-        typed = {name: value for name, value in values.items() if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
-        with _somewhere(console, typed):
+        if context.command.name == "doctor":  # which reports it among its findings
+            return function(console=console, **values)
+        with _somewhere(console, _typed_paths(context)):
             return function(console=console, **values)
 
     return add_common_options(with_console)  # type: ignore[return-value]  # click keeps the callable's type
@@ -87,12 +88,24 @@ def add_common_options(function: Command) -> Command:
     return function
 
 
-@contextmanager
-def _somewhere(console: Console, typed: Mapping[str, Any]) -> Iterator[None]:
-    """Run in a folder that exists: an empty one, where the one that marlinctl was started in has been removed.
+def _typed_paths(context: click.Context) -> list[str | Path]:
+    """The paths on the command line. A text may be the id of a model on the hub instead."""
+    typed = [
+        context.params[parameter.name]
+        for parameter in context.command.params
+        if parameter.name is not None
+        and isinstance(parameter.type, click.Path)
+        and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]
+    return [path for value in typed for path in (value if isinstance(value, tuple) else (value,))]
 
-    Absolute paths work from there as from anywhere; without it, libraries that ask where they are end the process (oneMKL). What is read
-    by a relative path is not found, and what would be written by one is refused: UsageError E233.
+
+@contextmanager
+def _somewhere(console: Console, paths: list[str | Path]) -> Iterator[None]:
+    """Run in a folder that exists: in an empty one, where the current folder was deleted and absolute paths say where everything is.
+
+    Without it, libraries that ask where they are end the process when they are loaded (oneMKL). EnvironmentProblem E490 for a relative
+    path: what it names is not there, and what is written to it would be lost.
     """
     try:
         Path.cwd()
@@ -101,12 +114,12 @@ def _somewhere(console: Console, typed: Mapping[str, Any]) -> Iterator[None]:
     else:
         yield
         return
-    values = [item for value in typed.values() for item in (value if isinstance(value, tuple) else (value,))]
-    relative = [value for value in values if isinstance(value, Path) and not value.is_absolute()]
-    what = "the folder in which marlinctl was started has been removed, so relative paths lead nowhere"
-    if relative:
-        raise UsageError("E233", what, where=str(relative[0]), fix="change into a folder that exists, or give absolute paths")
-    console.warn(what)
+    what = "the current folder was deleted"
+    relative = [path for path in paths if isinstance(path, Path) and not path.is_absolute()]
+    if relative or not any(Path(path).is_absolute() for path in paths):
+        where = str(relative[0]) if relative else os.environ.get("PWD", "the current folder")
+        raise EnvironmentProblem("E490", what, where=where, fix="change to a folder that exists, or give absolute paths")
+    console.warn(f"{what}; relative paths lead nowhere")
     import tempfile
 
     before = os.open(".", os.O_RDONLY)

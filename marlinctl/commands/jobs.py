@@ -10,7 +10,8 @@ import click
 
 from marlinctl.commands.common import common_options
 from marlinctl.console import Console, duration
-from marlinctl.errors import UsageError
+from marlinctl.errors import ResourceProblem, UsageError
+from marlinctl.log import printable
 
 if TYPE_CHECKING:
     from marlinctl.leftovers import Leftover
@@ -43,7 +44,7 @@ def ls(console: Console, folder: Path) -> None:
     if not folder.is_dir():
         raise UsageError("E292", "there is no such folder", where=str(folder), fix="name a folder below which jobs may lie")
     found = find(folder)
-    lines = [f"{item.path}: {_told(item)}" for item in found]
+    lines = [printable(f"{item.path}: {_told(item)}", one_line=True) for item in found]
     console.result("\n".join(lines) or f"no jobs below {folder}", {"jobs": [item.document() for item in found]})
 
 
@@ -65,12 +66,12 @@ def rm(console: Console, outs: tuple[Path, ...], yes: bool) -> None:
     busy = [item for item in found if item.running is not None]
     if busy:
         what = f"a process is at work on it: {_who(busy[0])}"
-        raise UsageError("E285", what, where=str(busy[0].path), fix="wait until it ends, or stop it")
+        raise ResourceProblem("E503", what, where=str(busy[0].path), fix="wait until it ends, or stop it")
     if not yes:
         if console.json or not sys.stdin.isatty():
             raise UsageError("E293", "nobody can be asked whether to remove it", where="jobs rm", fix="add --yes")
         for item in found:
-            click.echo(f"{item.path}: {_told(item)}", err=True)
+            click.echo(printable(f"{item.path}: {_told(item)}", one_line=True), err=True)
         if not click.confirm("remove?", err=True):
             console.result("nothing was removed", {"removed": []})
             return

@@ -72,11 +72,13 @@ def command(
     if tp is not None:
         raise UsageError("E232", "--tp goes with --check", where="--tp", fix=f"marlinctl pack {source} --check --tp {tp}")
     from marlinctl.checkpoint.writer import check_output
+    from marlinctl.journal import JobFolder
     from marlinctl.repack import output_folders
 
     local = [Path(source)] if Path(source).exists() else []
     for folder in output_folders(out, fmt, also).values():
         check_output(folder, overwrite=overwrite, sources=local)  # before anything is fetched
+    JobFolder(out).refuse_foreign()
     asked = {"source": source, "format": fmt, "also": list(also), "overwrite": overwrite, "keep_job": keep_job}
     pack(console, out, {**asked, "cache_dir": None if cache_dir is None else str(cache_dir)}, resume=False)
 
@@ -114,8 +116,9 @@ def _check(console: Console, source: Path, fmt: str, tp: int) -> None:
     output_folders(source, fmt, ())
     opened = open_source(source)
     splits = sorted({1, tp, *(2**i for i in range(1, tp.bit_length()) if 2**i < tp)})
-    verdicts = runtimes.survey(opened.shapes, opened.info.layers, opened.checkpoint.config, splits)
-    warnings = runtimes.uneven(opened.info.layers, opened.ignore)
+    packed = opened.packed(fmt)
+    verdicts = runtimes.survey(packed, splits)
+    warnings = runtimes.loads(packed).warnings(fmt)
     for line in warnings:
         console.warn(line)
     readers = [r.name for r in runtimes.RUNTIMES if r.serves and fmt in r.reads]
@@ -127,7 +130,7 @@ def _check(console: Console, source: Path, fmt: str, tp: int) -> None:
         "warnings": warnings,
         "servers": able,
     }
-    document["ok"] = not readers or (bool(able) and not warnings)
+    document["ok"] = not readers or bool(able)
     console.result(_table(verdicts, splits), document)
     if not document["ok"]:
         console.warn(f"no server that reads {fmt} loads this model split over {tp}; marlinctl itself does")

@@ -25,7 +25,7 @@ def command(console: Console, model: str, out: Path, **values: Any) -> None:
     Example:
         marlinctl quantize Qwen/Qwen3-0.6B ./qwen3-int4
         marlinctl quantize ./smollm2 ./smollm2-int4 --group-size 64 --calibration text.jsonl
-        marlinctl quantize ./model.gguf ./model-int4 --override 'down_proj=group_size:32' --skip k_proj
+        marlinctl quantize ./model.gguf ./model-int4 --override 'down_proj=group_size:32' --skip 'layers.0.*'
 
     MODEL is a Hugging Face folder, a hub id or a GGUF file. OUT gets compressed-tensors `pack-quantized`, which vLLM, SGLang and
     transformers load; `marlinctl pack` turns it into other formats. Blocks stream from the source to OUT one at a time, and OUT

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from marlinctl.errors import UsageError
+from marlinctl.log import redact
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -41,7 +42,7 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     ),
     "quantize.skip": (
         "--skip",
-        {"multiple": True, "metavar": "PATTERN", "help": "Leave these linears 16-bit (k_proj, layers.0.*, re:...)."},
+        {"multiple": True, "metavar": "PATTERN", "help": "Leave these linears 16-bit (o_proj, layers.0.*, re:...)."},
     ),
     "quantize.include": ("--include", {"multiple": True, "metavar": "lm_head", "help": "Quantize the output head too."}),
     "sparsify.method": (
@@ -109,7 +110,12 @@ _MODULE_MAP = click.option(
 )
 
 
-_STRICT = click.option("--strict", is_flag=True, help="Stop (exit 6) where a Hessian needs a fallback.")
+_STRICT = click.option(
+    "--strict",
+    is_flag=True,
+    help="Stop where a run would only warn: exit 3 for shards that no index names and an index without metadata, exit 6 for a Hessian that "
+    "needs a fallback, weights or inputs that are all zero, and columns with one value.",
+)
 _DETERMINISTIC = click.option("--deterministic", is_flag=True, help="The same bytes every time on CUDA; the CPU always does that.")
 _MAX_MEMORY = click.option(
     "--max-memory", metavar="SIZE", help="Refuse to start where more memory would be needed (4GiB, 800MiB). Default: what is free."
@@ -226,10 +232,10 @@ def refuse_unknown_dtype(dtype: str) -> None:
 
 
 def command_line() -> str:
-    """The command as it was typed, for report and card."""
+    """The command as it was typed, for report, card and manifest; without tokens and logins, which stand in files that are published."""
     import shlex
 
-    return shlex.join(["marlinctl", *sys.argv[1:]])
+    return redact(shlex.join(["marlinctl", *sys.argv[1:]]))
 
 
 def _of_table(flags: Mapping[str, tuple[str, dict[str, Any]]]) -> list[_Decorator]:

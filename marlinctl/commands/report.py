@@ -35,19 +35,19 @@ def command(console: Console, out: Path, scores: Path | None, bench: Path | None
     from marlinctl.pages.files import CARD, HTML, JSON, MARKDOWN
     from marlinctl.report import read_bench, rewrite
 
-    evaluation = None if scores is None else _evaluation_of(scores, out)
+    evaluation = None if scores is None else _evaluation_of(scores, out, console)
     document = rewrite(out, evaluation=evaluation, bench=None if bench is None else read_bench(bench))
     files = [str(out / name) for name in (HTML, MARKDOWN, CARD, JSON)]
     console.result("\n".join(files), {"out": str(out), "files": files, "report": document})
 
 
-def _evaluation_of(scores: Path, out: Path) -> dict[str, object]:
+def _evaluation_of(scores: Path, out: Path, console: Console) -> dict[str, object]:
     """The results file, if it is of this very folder and complete."""
-    from marlinctl.evaluation.loading import open_subject
+    from marlinctl.evaluation.loading import open_subject, read_weights
     from marlinctl.evaluation.results import read
 
     document = read(scores)
-    if document["model"].get("identity") != open_subject(out).identity:
+    if document["model"].get("identity") != read_weights(open_subject(out), console).identity:
         fix = f"marlinctl eval {out} --out FILE.json, then name that file"
         raise UsageError("E261", "the scores are of another model, or of an earlier state of this one", where=str(scores), fix=fix)
     if not document.get("finished"):

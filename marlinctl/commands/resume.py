@@ -15,6 +15,7 @@ from marlinctl.commands.evaluation_flags import changed_gate, chosen_measuring, 
 from marlinctl.commands.recipe_flags import command_line
 from marlinctl.console import Console
 from marlinctl.errors import UsageError
+from marlinctl.log import printable
 
 if TYPE_CHECKING:
     from marlinctl.gate import Gate
@@ -53,6 +54,7 @@ def command(console: Console, out: Path, redo_from: int | None, overwrite: bool,
 
     out = out.absolute()
     job = JobFolder(out)
+    job.refuse_foreign(resume=True)
     if not (job.path / JOB).is_file():
         fix = "`marlinctl jobs ls FOLDER` lists the jobs below a folder; to start anew, give the whole command again"
         raise UsageError("E287", "there is no job to go on with", where=str(job.path), fix=fix)
@@ -70,6 +72,9 @@ def command(console: Console, out: Path, redo_from: int | None, overwrite: bool,
     if changes:  # the report names what makes this result again
         asked["options"] = {**asked["options"], "command": f"{asked['options']['command']}; {command_line()}"}
     console.say(f"{request.verb}, as it was asked for in {job.path}")
+    if request.verb not in _VERBS:
+        fix = "go on with the version of marlinctl that began it, or start anew"
+        raise UsageError("E290", f"this marlinctl has no {printable(request.verb)!r} to go on with", where=str(job.path / JOB), fix=fix)
     with chdir(request.folder) if request.folder and request.folder.is_dir() else nullcontext():
         _VERBS[request.verb](console, out, asked, values, redo_from, overwrite, keep_job)
 
@@ -103,10 +108,10 @@ def _measuring(
 ) -> tuple[Recipe, Gate, str | None]:
     """Recipe, gate and the folder of the tasks' data: those of the job, with what was given now over them."""
     from marlinctl.gate import Gate
-    from marlinctl.recipe import Recipe, resolve
+    from marlinctl.recipe import resolve
 
     overrides, task_data = chosen_measuring(values)
-    recipe, changes = resolve(Recipe.model_validate(asked["recipe"]), overrides)
+    recipe, changes = resolve(_recipe(asked["recipe"]), overrides)
     if changes:
         console.say("measured otherwise than the job was begun: " + "; ".join(changes))
     gate = changed_gate(values, recorded["gate"])
@@ -117,6 +122,21 @@ def _measuring(
     if found is not None:
         go_offline()
     return recipe, gate, found
+
+
+def _recipe(document: Any) -> Recipe:
+    """The recipe of a job. UsageError E290 where this version has other keys, or the file was changed."""
+    from pydantic import ValidationError
+
+    from marlinctl.recipe import Recipe
+
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"the recipe of the job cannot be read: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        fix = "go on with the version of marlinctl that began it, or start anew"
+        raise UsageError("E290", what, where="job.json", fix=fix) from error
 
 
 def _walk(console: Console, out: Path, asked: dict[str, Any], values: dict[str, Any], *changes: Any) -> None:
@@ -143,10 +163,9 @@ def _distill(console: Console, out: Path, asked: dict[str, Any], _values: dict[s
 
     silence_if_second(console)
     from marlinctl.distill import run_distill
-    from marlinctl.recipe import Recipe
 
     options = _options(console, asked["options"], *changes)
-    tell(console, out, run_distill(asked["student"], out, asked["teacher"], Recipe.model_validate(asked["recipe"]), options, console))
+    tell(console, out, run_distill(asked["student"], out, asked["teacher"], _recipe(asked["recipe"]), options, console))
 
 
 def _compress(console: Console, out: Path, asked: dict[str, Any], values: dict[str, Any], *changes: Any) -> None:

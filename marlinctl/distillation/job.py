@@ -62,6 +62,8 @@ class DistillJob(JobFolder):
     # States
 
     def save(self, state: State) -> None:
+        """BadInput E306 where student or teacher has changed since it was read."""
+        self.require_inputs_unchanged()
         name = f"state-{state.step:08d}.safetensors"
         write_tensors(self.path / name, state.tensors)
         write_document(self.path / "state.json", {"step": state.step, "file": name, **state.document})
@@ -78,6 +80,8 @@ class DistillJob(JobFolder):
             return State(step, {key: found.read(key) for key in found.tensors}, document)
 
     def save_block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """BadInput E306 where student or teacher has changed since it was read: blocks are read while others are trained."""
+        self.require_inputs_unchanged()
         write_tensors(self.path / f"block-{index:05d}.safetensors", tensors)
 
     def save_document(self, name: str, document: Mapping[str, Any]) -> None:

@@ -15,19 +15,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from marlinctl import findings
 from marlinctl.calibration import load_tokenizer
 from marlinctl.checkpoint import mask as masks
-from marlinctl.checkpoint.config import check_remote_code, check_tokenizer, refuse_quantized
-from marlinctl.checkpoint.finite import scan_finite
-from marlinctl.checkpoint.formats import SUFFIXES, FormatInfo, detect, layer_shape, read_parts
-from marlinctl.checkpoint.reader import Checkpoint, check_expected, open_checkpoint
+from marlinctl.checkpoint.contents import Contents, Noted, read_contents
+from marlinctl.checkpoint.formats import FormatInfo, detect, read_parts
+from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, Problem, UsageError
+from marlinctl.folder import examine
 from marlinctl.known_digests import check_known_digests
-from marlinctl.models import Architecture, architecture
+from marlinctl.models import Architecture
 from marlinctl.opening import Options
-from marlinctl.preflight import check_together, refuse_unexpected
 from marlinctl.recipe import Distill
 from marlinctl.sparsify.keep import two_of_four
 
@@ -77,24 +77,36 @@ class Opened:
     student: Model
     teacher: Model
     pattern: Pattern
+    contents: Mapping[str, Contents]  # of "student" and "teacher"
+    warnings: tuple[str, ...]  # what looks wrong and can be worked with; for the report
 
 
 def open_models(
     student: str, teacher: str, asked: Distill, options: Options, console: Console, stack: ExitStack,
-    before_weights: Callable[[Model], None] = lambda _student: None,
+    noted: Callable[[str], Noted | None] = lambda name: None,
+    before_weights: Callable[[Model], None] = lambda student: None,
 ) -> Opened:  # fmt: skip
-    """All checks, from cheap to dear. What is opened is closed by `stack`. before_weights: those of the caller that need no weights."""
+    """All checks, from cheap to dear. What is opened is closed by `stack`. noted: what a resumed job knows of the weights.
+    before_weights: those of the caller that need none.
+    """
     pupil = _open_student(_resolve(student, None, options, console), asked, options, console, stack)
     original = _open_teacher(_resolve(teacher, options.revision, options, console), options, console, stack)
     _check_kinship(pupil, original)
     before_weights(pupil)
     pattern = _open_pattern(pupil, console, stack)
-    for model, title in ((pupil, "student"), (original, "teacher")):
-        check_known_digests(model.checkpoint, console)
-        with console.progress(f"look for NaN and infinity in the {title}", len(model.checkpoint.tensors)) as progress:
-            scan_finite(model.checkpoint, model.checkpoint.tensors, progress)
+    contents: dict[str, Contents] = {}
+    warnings: list[str] = []
+    for name, model in (("student", pupil), ("teacher", original)):
+        checkpoint = model.checkpoint
+        read = read_contents(checkpoint, console, scan=checkpoint.tensors, noted=noted(name), title=f"read all weights of the {name}")
+        check_known_digests(checkpoint, read)
+        read.require_finite()
+        for warning in (zeros := findings.of_weights(read, strict=False)):
+            console.warn(f"{name}: {warning}")
+        contents[name] = read
+        warnings += [f"{name}: {warning}" for warning in (*findings.of_folder(checkpoint, strict=False), *zeros)]
     _check_pattern(pupil, pattern, console)
-    return Opened(pupil, original, pattern)
+    return Opened(pupil, original, pattern, contents, tuple(warnings))
 
 
 def _resolve(name: str, revision: str | None, options: Options, console: Console) -> Source:
@@ -109,18 +121,8 @@ def _resolve(name: str, revision: str | None, options: Options, console: Console
 
 def _open_student(source: Source, asked: Distill, options: Options, console: Console, stack: ExitStack) -> Model:
     checkpoint = stack.enter_context(open_checkpoint(source.folder, weight_files="auto"))
-    info = detect(checkpoint.config, checkpoint.tensors)
-    _check_form(source, info, asked)
-    known = _know(checkpoint, options, console)
-    packed = {f"{layer}.weight" for layer in info.layers}
-    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in SUFFIXES[info.name]}
-    check_together(
-        lambda: check_expected(checkpoint, {name: shape for name, shape in known.expected.items() if name not in packed}),
-        lambda: refuse_unexpected(checkpoint, known, {name for name in checkpoint.tensors if name not in owned}),
-        lambda: check_tokenizer(source.folder, checkpoint.config),
-        lambda: _check_packed(checkpoint, info, known),
-    )
-    return Model(source, checkpoint, known, info)
+    _check_form(source, detect(checkpoint.config, checkpoint.tensors), asked)
+    return _examined(source, checkpoint, options, console)
 
 
 def _check_form(source: Source, info: FormatInfo, asked: Distill) -> None:
@@ -138,39 +140,15 @@ def _check_form(source: Source, info: FormatInfo, asked: Distill) -> None:
 
 def _open_teacher(source: Source, options: Options, console: Console, stack: ExitStack) -> Model:
     checkpoint = stack.enter_context(open_checkpoint(source.folder))
-    refuse_quantized(checkpoint)
-    known = _know(checkpoint, options, console)
-    check_together(
-        lambda: check_expected(checkpoint, known.expected),
-        lambda: refuse_unexpected(checkpoint, known, checkpoint.tensors),
-        lambda: check_tokenizer(source.folder, checkpoint.config),
-    )
-    return Model(source, checkpoint, known, FormatInfo("dense", 16))
+    return _examined(source, checkpoint, options, console, dense=True)
 
 
-def _know(checkpoint: Checkpoint, options: Options, console: Console) -> Architecture:
-    for note in (*checkpoint.notes, *check_remote_code(checkpoint.folder, checkpoint.config)):
+def _examined(source: Source, checkpoint: Checkpoint, options: Options, console: Console, *, dense: bool = False) -> Model:
+    examined = examine(checkpoint, structure="needed", dense=dense, tokenizer=True, module_map=options.module_map)
+    for note in examined.notes:
         console.warn(note)
-    return architecture(checkpoint.config, options.module_map)
-
-
-def _check_packed(checkpoint: Checkpoint, info: FormatInfo, known: Architecture) -> None:
-    """Every packed linear is one of the model's, has its size, and can be unpacked."""
-    specs = dict(known.linears)
-    if known.head is not None:
-        specs[known.head.name] = known.head
-    problems: list[Problem] = []
-    for layer in info.layers:
-        spec = specs.get(layer)
-        where = str(checkpoint.tensors[f"{layer}.{SUFFIXES[info.name][0]}"].file)
-        apart = "config.json and the weights do not belong together; write or fetch both again"
-        if spec is None:
-            problems.append(Problem(f"{layer} is packed, but the model has no such linear", where, apart))
-        elif (shape := layer_shape(checkpoint, info, layer)) != (spec.out_features, spec.in_features):
-            wanted = [spec.out_features, spec.in_features]
-            problems.append(Problem(f"{layer} is {list(shape)}, config.json asks for {wanted}", where, apart))
-    if problems:
-        raise BadInput.from_problems("E302", problems)
+    assert examined.architecture is not None  # "needed"
+    return Model(source, checkpoint, examined.architecture, examined.info)
 
 
 # ---- together ------------------------------------------------------------------------------------------------------------------------

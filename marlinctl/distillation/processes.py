@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from click.exceptions import Exit
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from marlinctl.console import Console
 from marlinctl.devices import choose_device
-from marlinctl.errors import MarlinctlError, UsageError
+from marlinctl.errors import MarlinctlError
+from marlinctl.launcher import cpu_asked, settings_aside, sharding_asked
 
 Value = TypeVar("Value")
 PATIENCE = timedelta(hours=6)  # the others wait while the main process downloads, or writes the training text
@@ -35,13 +36,14 @@ class Processes:
 
     def __init__(self, device: str) -> None:
         from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, parse_flag_from_env
+        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-        self.sharded = _sharding_asked()
+        self.sharded = sharding_asked()
         # `accelerate launch --cpu` is heard where the person did not say otherwise.
-        on_cpu = choose_device(device) == "cpu" or (device == "auto" and parse_flag_from_env("ACCELERATE_USE_CPU"))
+        on_cpu = choose_device(device) == "cpu" or (device == "auto" and cpu_asked())
         handlers = [InitProcessGroupKwargs(timeout=PATIENCE), DistributedDataParallelKwargs(broadcast_buffers=False)]
-        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
+        with settings_aside():
+            self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
         self.count, self.index = self.accelerator.num_processes, self.accelerator.process_index
         self.sharded = self.sharded and self.count > 1
         alone = torch.device("cpu" if on_cpu else choose_device(device))
@@ -80,6 +82,18 @@ class Processes:
         box = [value]
         torch.distributed.broadcast_object_list(box, src=0, group=self._host_group)
         return box[0]
+
+    def gather(self, value: Value) -> list[Value]:
+        """Every process's value, for all, in the order of the processes."""
+        if self.count == 1:
+            return [value]
+        box: list[Value] = [value] * self.count
+        torch.distributed.all_gather_object(box, value, group=self._host_group)
+        return box
+
+    def stop(self, error: MarlinctlError) -> NoReturn:
+        """All have found the same: the main process tells it, the others leave with the same exit code."""
+        raise error if self.main else Exit(error.exit_code)
 
     def share_tensor(self, tensor: Tensor | None) -> Tensor:
         """The main process's tensor, for all, on the CPU."""
@@ -175,19 +189,3 @@ def silence_if_second(console: Console) -> None:
     """Under a launcher all processes run the same command; one of them talks."""
     if int(os.environ.get("RANK", "0")) > 0:
         console.mute()
-
-
-def _sharding_asked() -> bool:
-    """What `accelerate launch` was told about FSDP reaches us as environment variables."""
-    asked = {key: os.environ.get(key, "").lower() for key in ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_OFFLOAD_PARAMS")}
-    if asked["ACCELERATE_USE_FSDP"] != "true":
-        return False
-    version, offload = asked["FSDP_VERSION"] or "1", asked["FSDP_OFFLOAD_PARAMS"] or "false"
-    if version != "2" or offload == "true":
-        raise UsageError(
-            "E289",
-            f"fsdp_version {version} with fsdp_offload_params {offload} is not offered",
-            where="accelerate launch",
-            fix="fsdp_version: 2 and fsdp_offload_params: false; --mode blockwise needs the least memory",
-        )
-    return True

@@ -18,6 +18,7 @@ from torch import Tensor
 from marlinctl.checkpoint.formats import detect, layer_names
 from marlinctl.checkpoint.mask import open_masks
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint, torch_dtype
+from marlinctl.checkpoint.switches import without
 from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.console import Console
 from marlinctl.distillation.opening import Opened
@@ -46,7 +47,7 @@ def build(
     staged.copy_companions(checkpoint.folder)
     staged.write_file("recipe.yaml", recipe_yaml.encode())
     staged.finish(
-        {key: value for key, value in checkpoint.config.items() if key != "auto_map"},
+        without(checkpoint.config),
         manifest={**manifest, "tensors": digests, "finished": True},
         verify=lambda folder: check_written(folder, opened, digests, console),
         report_files={},

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from marlinctl import findings
 from marlinctl.calibration import load_tokenizer, read_samples, write_samples
 from marlinctl.console import Console
 from marlinctl.distillation.settings import HELD_OUT_SHARE, held_out_rows, rows_per_step, steps_of
@@ -64,15 +65,16 @@ def load_rows(asked: Distill, folder: Path, *, console: Console, load_teacher: C
     tokenizer = load_tokenizer(folder)
     if asked.data == "self":
         teacher = load_teacher()
-        ids, how = write_samples(teacher, tokenizer, sample, console, together=SELF_TOGETHER), "written by the teacher"
+        ids, how, cut = write_samples(teacher, tokenizer, sample, console, together=SELF_TOGETHER), "written by the teacher", 0
     else:
-        ids, how = read_samples(sample, tokenizer)
+        ids, how, cut = read_samples(sample, tokenizer)
     padding = ids < 0
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    return make_rows(torch.where(padding, pad, ids), ~padding, asked, how, console)
+    return make_rows(torch.where(padding, pad, ids), ~padding, asked, how, console, cut)
 
 
-def make_rows(ids: Tensor, counted: Tensor, asked: Distill, how: str, console: Console) -> Rows:
+def make_rows(ids: Tensor, counted: Tensor, asked: Distill, how: str, console: Console, cut: int = 0) -> Rows:
+    """cut: how many chats were longer than a row."""
     got = ids.shape[0]
     if got < 2:
         raise BadInput(
@@ -91,7 +93,10 @@ def make_rows(ids: Tensor, counted: Tensor, asked: Distill, how: str, console: C
         "sequence_length": int(ids.shape[1]),
         "tokens": int(counted[: got - held_out].sum()),
         "passes": round(passes, 2),
+        "cut": cut,
     }
+    for warning in findings.of_text(facts, "--sequence-length"):
+        console.warn(warning)
     rows = Rows(ids, counted, held_out, facts)
     console.say(
         f"data: {asked.data} ({how}), {rows.trained} rows of {ids.shape[1]} tokens to train on, {held_out} held out"

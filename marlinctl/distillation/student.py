@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from marlinctl.checkpoint.formats import read_parts
 from marlinctl.checkpoint.reader import torch_dtype
+from marlinctl.distillation.agreement import require_same_weights
 from marlinctl.distillation.opening import Opened
 from marlinctl.distillation.places import Place, assemble, by_parameter, trained_places
 from marlinctl.distillation.processes import Processes, local, shard_like, whole
@@ -72,6 +73,7 @@ def load_student(opened: Opened, mode: str, checkpointing: bool, processes: Proc
     else:
         for parameter in by_parameter(places):
             model.get_parameter(parameter).requires_grad_(True)
+    require_same_weights("student", model, processes)
     blocks = [model.get_submodule(block.prefix) for block in known.blocks]
     if checkpointing:
         for block in blocks:  # keeps a block's input alone and runs it again in the backward pass

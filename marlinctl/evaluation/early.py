@@ -38,8 +38,7 @@ def check_arguments(settings: EvalSettings, console: Console, *, with_text: bool
 
 def check_model(settings: EvalSettings, folder: Path, config: Mapping[str, Any]) -> None:
     """The window against the model's positions, the text against the window, through the model's tokenizer."""
+    from marlinctl.evaluate import text_of
     from marlinctl.evaluation import loading, windows
-    from marlinctl.texts import load_text
 
-    model = loading.Subject(folder, folder.name, dict(config), identity="")
-    windows.of_models(load_text(settings.text or PYTHONDOC), [model], settings)
+    windows.of_models(text_of(settings), [loading.Subject(folder, folder.name, dict(config))], settings)

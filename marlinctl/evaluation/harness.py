@@ -46,11 +46,17 @@ class _Count:
 
 
 class Harness(HFLM):
-    """`label` names what is running in the progress bar; tasks.py sets it."""
+    """`label` names what is running in the progress bar; tasks.py sets it, and empties `cut`.
+
+    cut: documents of which some question is longer than the model reads. lm_eval leaves out its beginning, few-shot examples first.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, *, batch_size: int | Literal["auto"], console: Console) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1 if batch_size == "auto" else batch_size)
         self.label = "tasks"
+        self.cut: set[int] = set()
+        self._documents: list[int] = []  # of the requests that are being answered, in their order
+        self._document_of: dict[str, int] = {}  # of a context that is to be continued
         self._automatic = batch_size == "auto"
         self._console = console
         self._count = _Count()
@@ -58,6 +64,8 @@ class Harness(HFLM):
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
         longest = max((len(context) + len(rest) for _, context, rest in requests), default=1)
+        lengths = (len(context) + len(rest) for _, context, rest in requests)
+        self.cut |= {document for document, length in zip(self._documents, lengths, strict=False) if length > self.max_length + 1}
         ask = super()._loglikelihood_tokens
         answers = self._sized(longest, len(requests), lambda: ask(requests, disable_tqdm=True))
         if any(math.isnan(log_likelihood) for log_likelihood, _ in answers):
@@ -71,12 +79,20 @@ class Harness(HFLM):
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
         ask = super().generate_until
+        self._document_of = {request.args[0]: request.doc_id for request in requests}
         return self._sized(self.max_length, len(requests), lambda: ask(requests, disable_tqdm=True))
 
+    def tok_batch_encode(self, strings: list[str], *how: Any, left_truncate_len: int | None = None, **more: Any) -> Any:
+        if left_truncate_len:
+            self.cut |= {self._document_of[string] for string in strings if len(self.tok_encode(string)) > left_truncate_len}
+        return super().tok_batch_encode(strings, *how, left_truncate_len=left_truncate_len, **more)
+
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        self._documents = [request.doc_id for request in requests]  # lm_eval encodes them in this order
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        self._documents = []  # a long text is read in windows, and nothing of it is left out
         if self._automatic:
             self.batch_size_per_gpu = self.fitting_batch(self.max_length)
         return super().loglikelihood_rolling(requests, disable_tqdm=True)
@@ -86,7 +102,8 @@ class Harness(HFLM):
         tokens = min(longest, self.max_length)
         size = self.model.dtype.itemsize
         config = self.model.config.get_text_config()
-        per_token = size * (3 * config.vocab_size + 8 * getattr(config, "intermediate_size", config.hidden_size))
+        inner = getattr(config, "intermediate_size", config.hidden_size)  # some families have one for each layer
+        per_token = size * (3 * config.vocab_size + 8 * (max(inner) if isinstance(inner, (list, tuple)) else inner))
         if self.device.type == "cuda":
             budget, most = int(CUDA_SHARE * torch.cuda.mem_get_info(self.device)[0]), MOST_ON_CUDA
         else:

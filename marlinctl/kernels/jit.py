@@ -9,9 +9,12 @@ architecture and straight to machine code (a cubin): the driver never compiles a
 
 The key is the SHA-256 of everything that decides the result: all sources, the flags, the architecture and the version of
 NVRTC. So an entry never becomes wrong, and nothing has to be deleted when a source changes. An entry begins with the SHA-256
-of the rest; one that does not match is compiled again. It is written under a temporary name, flushed to disk and renamed, so
-two processes at once both succeed and whoever reads sees a whole entry or none. The folder belongs to its user alone (mode
-0700): machine code out of a folder that others may write is theirs, not ours.
+of its key and the rest; one that does not match is compiled again. It is written under a temporary name, flushed to disk and
+renamed, so two processes at once both succeed and whoever reads sees a whole entry or none.
+
+Machine code that somebody else could have written is not run. The folder is the user's own, no link, and gets mode 0700. An
+entry is a regular file of the user's that others cannot write; whatever else has its name, such as a file that was planted
+while the folder was open to others, is compiled again and replaced. The folder is opened once, and entries are found from there.
 """
 
 from __future__ import annotations
@@ -19,8 +22,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Sequence
+import secrets
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -60,22 +65,42 @@ def cubin(source: str, defines: Sequence[str], architecture: str, folder: Path) 
     Raises:
         CompilerMissing: the version of NVRTC is part of the key, so it must be there even for a cached entry.
         CompilationFailed: the source is not compiled without errors.
-        PermissionError: the folder belongs to somebody else.
+        PermissionError: the folder belongs to somebody else, or is a link.
         OSError: the folder cannot be read or written.
     """
     nvrtc = _nvrtc()
-    texts, flags, entry = _entry(nvrtc, source, defines, architecture, folder)
-    known = _read(entry)
-    if known is not None:
-        return known
-    code = _compile(nvrtc, source, texts, flags)
-    _write(entry, code)
+    texts, flags, key = _key(nvrtc, source, defines, architecture)
+    with _private(folder) as opened:
+        known = _code(opened, key)
+        if known is not None:
+            return known
+        code = _compile(nvrtc, source, texts, flags)
+        _write(opened, _entry(key), _digest(key, code) + code)
     return code
 
 
 def cached(source: str, defines: Sequence[str], architecture: str, folder: Path) -> bool:
     """Whether `cubin` would find its answer in the cache. Raises what it raises, but for CompilationFailed."""
-    return _read(_entry(_nvrtc(), source, defines, architecture, folder)[2]) is not None
+    _, _, key = _key(_nvrtc(), source, defines, architecture)
+    with _private(folder) as opened:
+        return _code(opened, key) is not None
+
+
+def read_own(folder: Path, name: str) -> bytes | None:
+    """A file beside the entries, such as the user's table; None where there is none. PermissionError where it is not the user's own."""
+    if not os.path.lexists(folder / name):
+        return None
+    with _private(folder) as opened:
+        data = _read(opened, name)
+    if data is None:
+        raise PermissionError(f"{folder / name} is a link, or belongs to somebody else, or may be written by others")
+    return data
+
+
+def write_own(folder: Path, name: str, data: bytes) -> None:
+    """The same, written whole or not at all. Raises what `cubin` raises of the folder."""
+    with _private(folder) as opened:
+        _write(opened, name, data)
 
 
 def compiler_version() -> str:
@@ -125,12 +150,10 @@ def nvrtc_version(nvrtc: ModuleType) -> str:
     return f"{major}.{minor}"
 
 
-def _entry(
-    nvrtc: ModuleType, source: str, defines: Sequence[str], architecture: str, folder: Path
-) -> tuple[dict[str, str], tuple[str, ...], Path]:
-    """All sources, the flags, and the file of the cache that belongs to them."""
+def _key(nvrtc: ModuleType, source: str, defines: Sequence[str], architecture: str) -> tuple[dict[str, str], tuple[str, ...], str]:
+    """All sources, the flags, and the key of what they give."""
     texts, flags = sources(), flags_for(defines, architecture)
-    return texts, flags, _private(folder) / f"{cache_key(texts, flags, source, nvrtc_version(nvrtc))}.cubin"
+    return texts, flags, cache_key(texts, flags, source, nvrtc_version(nvrtc))
 
 
 def _nvrtc() -> ModuleType:
@@ -175,35 +198,62 @@ def _checked(nvrtc: ModuleType, result: tuple[Any, ...]) -> tuple[Any, ...]:
     return result
 
 
-def _private(folder: Path) -> Path:
-    """The folder, made if missing, readable and writable by its owner alone."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.stat()
-    if status.st_uid != os.getuid():
-        raise PermissionError(f"{folder} belongs to user {status.st_uid}; machine code is only taken from a folder of one's own")
-    if status.st_mode & 0o077:
-        folder.chmod(0o700)
-    return folder
+def _entry(key: str) -> str:
+    return f"{key}.cubin"
 
 
-def _read(entry: Path) -> bytes | None:
-    """The machine code of an entry, or None where there is none or it is damaged."""
-    try:
-        data = entry.read_bytes()
-    except FileNotFoundError:
-        return None
+def _digest(key: str, code: bytes) -> bytes:
+    """Of the key too: an entry that was renamed to another key is none."""
+    return hashlib.sha256(key.encode() + code).digest()
+
+
+def _code(folder: int, key: str) -> bytes | None:
+    """The machine code of an entry, or None where there is none, where it is damaged, or not the user's own."""
+    data = _read(folder, _entry(key)) or b""
     digest, code = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
-    return code if hashlib.sha256(code).digest() == digest else None
+    return code if digest == _digest(key, code) else None
 
 
-def _write(entry: Path, code: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=entry.parent, prefix=".", suffix=".tmp")  # mode 0600
+@contextmanager
+def _private(folder: Path) -> Iterator[int]:
+    """A descriptor of the folder, made if missing, which its owner alone may read and write."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.is_symlink():
+        raise PermissionError(f"{folder} is a link; machine code is only taken from a folder of one's own")
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        status = os.fstat(opened)
+        if status.st_uid != os.geteuid():
+            raise PermissionError(f"{folder} belongs to user {status.st_uid}; machine code is only taken from a folder of one's own")
+        if status.st_mode & 0o077:
+            os.fchmod(opened, 0o700)
+        yield opened
+    finally:
+        os.close(opened)
+
+
+def _read(folder: int, name: str) -> bytes | None:
+    """A regular file of the user's that others cannot write; None for anything else of that name."""
+    try:
+        handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    except OSError:  # not there, a link, not readable
+        return None
+    with os.fdopen(handle, "rb") as file:
+        status = os.fstat(handle)
+        ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
+        return file.read() if ours else None
+
+
+def _write(folder: int, name: str, data: bytes) -> None:
+    temporary = f".{secrets.token_hex(8)}.tmp"
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(hashlib.sha256(code).digest() + code)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).replace(entry)
+        os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=folder)
         raise

@@ -126,6 +126,7 @@ def _attention(report: Mapping[str, Any]) -> list[Block]:
         [Name(item["name"]), f"{item['count']} inputs were zero in all of calibration; their weights are rounded and kept"]
         for item in report["dead_inputs"]
     ]
+    items += [[line] for line in report.get("warnings", [])]
     return [Points(items)] if items else []
 
 

@@ -9,27 +9,34 @@ All four lie outside the manifest, whose digest they name; they are written when
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from marlinctl import card, manifest
+from marlinctl import card, manifest, runtimes
+from marlinctl.checkpoint.formats import detect
+from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.console import SCHEMA_VERSION, strict
+from marlinctl.log import redacted
 from marlinctl.pages import compression, html, markdown, training
 from marlinctl.pages.provenance import Folder
 
 JSON, MARKDOWN, HTML, CARD = "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html", "README.md"
 
 
-def report_files(
-    report: Mapping[str, Any], folder: Path, *, fmt: str, layers: Mapping[str, int], ignore: Sequence[str]
-) -> dict[str, bytes]:
-    """What is published beside the finished checkpoint in `folder`. layers: its quantized linears and their group sizes."""
-    about = Folder(fmt, manifest.read(folder), manifest.digest(folder))
+def report_files(report: Mapping[str, Any], folder: Path, *, fmt: str, layers: Mapping[str, int]) -> dict[str, bytes]:
+    """What is published beside the finished checkpoint in `folder`. layers: its quantized linears and their group sizes.
+
+    The document holds what a person typed: its command, and the names of texts. Secrets in it are taken out here.
+    """
+    report = redacted(report)
+    with open_checkpoint(folder, weight_files="auto") as checkpoint:
+        loads = runtimes.loads(runtimes.Packed.of(checkpoint, detect(checkpoint.config, checkpoint.tensors)))
+    about = Folder(fmt, manifest.read(folder), manifest.digest(folder), loads)
     if report["kind"] == "distill":
         page, readme = training.page(report, about), card.of_training(report, about)
     else:
-        page, readme = compression.page(report, about), card.of_compression(report, about, layers, ignore)
+        page, readme = compression.page(report, about), card.of_compression(report, about, layers)
     return {
         CARD: readme.encode(),
         JSON: (json.dumps(strict({"schema_version": SCHEMA_VERSION, **report}), indent=1, allow_nan=False) + "\n").encode(),

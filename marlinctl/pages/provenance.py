@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from marlinctl.checkpoint.formats import LOADERS, linear_bytes
+from marlinctl.checkpoint.formats import linear_bytes
 from marlinctl.checkpoint.licence import spoken
 from marlinctl.pages.page import Block, Cell, Figure, Listing, Name, Paragraph, Table
+from marlinctl.runtimes import Loads
 
 _MOST_ANCESTORS = 20
 _INSTALLED = ("marlinctl", "torch", "transformers", "safetensors", "tokenizers", "accelerate")
@@ -21,6 +22,7 @@ class Folder:
     fmt: str
     manifest: Mapping[str, Any]
     manifest_sha256: str
+    loads: Loads
 
     def linear_bytes(self, n: int, k: int, group_size: int) -> int:
         """Of one quantized linear in this folder's format."""
@@ -44,7 +46,7 @@ def provenance(report: Mapping[str, Any], folder: Folder) -> list[Block]:
         ("computed on", f"{report['device']}, forward pass in {report['dtype']}"),
         ("versions", ", ".join(f"{name} {number}" for name, number in report["versions"].items())),
         ("written", report.get("written", "")),
-        ("loads in", ", ".join(LOADERS[folder.fmt])),
+        *((title.lower(), said) for title, said in folder.loads.rows()),
         ("SHA-256 of the manifest", Name(folder.manifest_sha256)),
     ]
     blocks: list[Block] = [Table((), [row for row in rows if row[1] not in ("", Name(""))])]

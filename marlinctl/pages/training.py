@@ -7,7 +7,7 @@ from typing import Any
 
 from marlinctl.checkpoint.licence import spoken
 from marlinctl.pages import pictures
-from marlinctl.pages.page import Block, Cell, Figure, Name, Page, Section, Table
+from marlinctl.pages.page import Block, Cell, Figure, Name, Page, Points, Section, Table
 from marlinctl.pages.provenance import Folder, named, peak_memory, reproduce
 from marlinctl.scores import finite
 
@@ -19,7 +19,9 @@ _NO_LOSS = ("step", "tokens", "learning_rate")
 def page(report: Mapping[str, Any], folder: Folder) -> Page:
     """What was done, what it changed, how the loss went."""
     training, losses = report["training"], report["held_out"]
+    odd = [[line] for line in report.get("warnings", [])]
     sections = [
+        Section("Needs attention", [Points(odd)] if odd else []),
         Section("Held-out loss", [held_out(losses)]),
         Section("Loss curve", [curve(training), _curve_table(training["curve"])]),
         Section("Where it comes from", [Table((), _facts(report, folder))]),
@@ -34,7 +36,8 @@ def page(report: Mapping[str, Any], folder: Folder) -> Page:
     ]
     lead = f"Trained towards {report['teacher']['name']}: {trained(report)}."
     by = f"Written by marlinctl {report['versions']['marlinctl']} from marlinctl_report.json, which has every figure of this page."
-    return Page(f"{report['student']['name']}, distilled", lead, figures, sections, by)
+    shown = [section for section in sections if section.blocks]
+    return Page(f"{report['student']['name']}, distilled", lead, figures, shown, by)
 
 
 def _headline(losses: Mapping[str, Mapping[str, float]]) -> Figure:

@@ -14,6 +14,7 @@ import torch
 from marlinctl.benchmarking.machine_code import resources
 from marlinctl.kernels import jit
 from marlinctl.kernels.configurations import DENSE, SPARSE
+from tests.kernels.built import CUBINS
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")
 
@@ -32,7 +33,7 @@ def test_the_header_says_what_cuobjdump_says(tmp_path: Path, configuration: obje
     """If this failed, `bench --build` would print registers that are not there, or hide a spill."""
     assert isinstance(configuration, type(DENSE[0]))
     defines = [re.sub(r"CTAS=\d+", "CTAS=8", define) if tight else define for define in configuration.defines(torch.float16)]
-    code = jit.cubin(f"{configuration.kernel}.cu", defines, architecture, tmp_path / "cache")
+    code = jit.cubin(f"{configuration.kernel}.cu", defines, architecture, CUBINS)
     (tmp_path / "one.cubin").write_bytes(code)
     found, expected = resources(code), usage(tmp_path / "one.cubin")
     assert (found.registers, found.stack_bytes) == (expected["REG"], expected["STACK"])

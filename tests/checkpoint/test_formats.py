@@ -101,7 +101,6 @@ def test_formats_are_told_apart(block: Any, names: list[str], name: str, variant
     """A format taken for another one is unpacked into noise."""
     info = formats.detect({"quantization_config": block} if block else {}, names)
     assert (info.name, info.variant, info.group_size) == (name, variant, size)
-    assert info.loaders[-1] == "marlinctl"
 
 
 @pytest.mark.parametrize(
@@ -144,6 +143,183 @@ def test_what_cannot_be_read_exactly_is_refused(block: Any, names: list[str], er
     assert caught.value.error_id == error_id
     assert caught.value.exit_code == 3
     assert says in " ".join(f"{p.what} {p.where} {p.fix}" for p in caught.value.problems)
+
+
+def ct(**top: Any) -> dict[str, Any]:
+    return {**ct_block(), **top}
+
+
+def ct_group(**keys: Any) -> dict[str, Any]:
+    block = ct_block()
+    block["config_groups"]["group_0"].update(keys)
+    return block
+
+
+PLAIN_GPTQ = [name for name in GPTQ_NAMES if not name.endswith("g_idx")]
+
+# What changes the model and shows in no weight: (block, tensors, id, what the refusal names).
+CHANGES_THE_MODEL: list[tuple[dict[str, Any], list[str], str, str]] = [
+    (ct(transform_config={"config_groups": {"R1": {"type": "hadamard", "apply": []}}}), CT_NAMES, "E340", "transform_config"),
+    (ct(kv_cache_scheme={"num_bits": 8, "type": "float"}), CT_NAMES, "E340", "kv_cache_scheme"),
+    (ct(kv_cache_scheme={}), CT_NAMES, "E340", "kv_cache_scheme"),  # which stands for eight bits
+    (ct(moe_sparsity_config={"method": "prune", "num_experts": [4]}), CT_NAMES, "E340", "moe_sparsity_config"),
+    (ct(quantization_status="calibration"), CT_NAMES, "E340", "quantization_status"),
+    (ct(rotation="hadamard"), CT_NAMES, "E340", "rotation"),
+    (ct(sparsity_config={"format": "dense", "mask": True}), CT_NAMES, "E340", "mask"),
+    (ct_block(actorder="GROUP"), CT_NAMES, "E341", "actorder"),
+    (ct_block(actorder="Dynamic"), CT_NAMES, "E341", "actorder"),
+    (ct_block(actorder=True), CT_NAMES, "E341", "actorder"),
+    (ct_block(actorder="weights"), CT_NAMES, "E341", "actorder"),
+    (ct_block(block_structure=[16, 16]), CT_NAMES, "E341", "block_structure"),
+    (ct_block(dynamic="local"), CT_NAMES, "E341", "dynamic"),
+    (ct_block(scale_dtype="torch.float8_e4m3fn"), CT_NAMES, "E341", "scale_dtype"),
+    (ct_block(strategy="tensor", group_size=None), CT_NAMES, "E341", "tensor"),
+    (ct_block(strategy=None, group_size=None), CT_NAMES, "E341", "strategy None"),  # one scale for the whole matrix
+    (ct_block(strategy="channel", group_size=32), CT_NAMES, "E341", "channel"),
+    (ct_block(zero_point_offset=8), CT_NAMES, "E341", "zero_point_offset"),
+    (ct_group(input_activations={}), CT_NAMES, "E341", "activations"),  # eight bits again
+    (ct_group(output_activations={"num_bits": 8}), CT_NAMES, "E341", "output_activations"),
+    (ct_group(format="mxfp4-pack-quantized"), CT_NAMES, "E341", "mxfp4"),
+    (ct_group(transforms=[]), CT_NAMES, "E341", "transforms"),
+    (ct(), [*CT_NAMES, f"{LAYER}.weight_g_idx"], "E341", f"{LAYER}.weight_g_idx"),
+    (ct(), [*CT_NAMES, f"{LAYER}.input_scale"], "E341", f"{LAYER}.input_scale"),
+    (ct(), [*CT_NAMES, f"{LAYER}.weight"], "E341", f"{LAYER}.weight"),
+    (ct(), [*CT_NAMES, f"{LAYER}.lora.A"], "E341", f"{LAYER}.lora.A"),
+    (ct(), [*CT_NAMES, "lm_head.weight", "lm_head.weight_scale"], "E341", "lm_head.weight_scale"),
+    (gptq_block(desc_act=True), PLAIN_GPTQ, "E342", "g_idx"),
+    (gptq_block(desc_act="yes"), GPTQ_NAMES, "E340", "desc_act"),
+    (gptq_block(dynamic={r".*": {"desc_act": True}}), PLAIN_GPTQ, "E342", "g_idx"),
+    (gptq_block(dynamic={r".*": {"rotation": "hadamard"}}), GPTQ_NAMES, "E340", "rotation"),
+    (gptq_block(dynamic={r".*": {"adapter": {"rank": 8}}}), GPTQ_NAMES, "E340", "adapter"),
+    (gptq_block(dynamic={r".*": 8}), GPTQ_NAMES, "E340", "dynamic"),
+    (gptq_block(dynamic={r"-:.*up_proj": {}}), GPTQ_NAMES, "E342", LAYER),
+    (gptq_block(adapter={"name": "lora", "rank": 32}), GPTQ_NAMES, "E340", "adapter"),
+    (gptq_block(pack_dtype="int16"), GPTQ_NAMES, "E340", "pack_dtype"),
+    (gptq_block(format="gptq_v2"), GPTQ_NAMES, "E342", "gptq_v2"),
+    (gptq_block(extra_config={LAYER: {"bits": 8}}), GPTQ_NAMES, "E340", "extra_config"),
+    (gptq_block(act_bits=8), GPTQ_NAMES, "E340", "act_bits"),
+    (gptq_block(rotation="hadamard"), GPTQ_NAMES, "E340", "rotation"),
+    (gptq_block(), [*GPTQ_NAMES, f"{LAYER}.channel_scale"], "E342", "channel_scale"),
+    ({**MARLIN, "act_order": True}, MARLIN_NAMES, "E340", "act_order"),
+    (MARLIN, [*MARLIN_NAMES, f"{LAYER}.g_idx"], "E340", f"{LAYER}.g_idx"),
+]
+
+
+@pytest.mark.parametrize(("block", "names", "error_id", "says"), CHANGES_THE_MODEL)
+def test_what_would_change_the_model_is_refused_by_name(block: Any, names: list[str], error_id: str, says: str) -> None:
+    """Read past, each of these gives other numbers than the checkpoint's, up to noise, and no warning."""
+    with pytest.raises(BadInput) as caught:
+        formats.detect({"quantization_config": block}, names)
+    told = " ".join(f"{p.what} {p.where}" for p in caught.value.problems)
+    assert (caught.value.error_id, caught.value.exit_code) == (error_id, 3) and says in told
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"quantization_config": ct_block(), "compression_config": gptq_block()}, "say different things"),
+        ({"quantization_config": ct_block(), "text_config": {"quantization_config": gptq_block()}}, "text_config"),
+        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "awq"),
+    ],
+)
+def test_a_second_block_is_not_overlooked(config: dict[str, Any], says: str) -> None:
+    """Which of two blocks a client follows is its own choice."""
+    with pytest.raises(BadInput, match=says):
+        formats.detect(config, CT_NAMES)
+
+
+AS_WRITTEN: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "compressed-tensors 0.17, by llm-compressor": (
+        {
+            "config_groups": {
+                "group_0": {
+                    "format": "pack-quantized", "input_activations": None, "output_activations": None, "targets": ["Linear"],
+                    "weights": {
+                        "actorder": "static", "block_structure": None, "dynamic": False, "group_size": 128, "num_bits": 4,
+                        "observer": "memoryless_minmax", "observer_kwargs": {}, "scale_dtype": None, "strategy": "group", "symmetric": True,
+                        "type": "int", "zp_dtype": None,
+                    },
+                }
+            },
+            "format": "pack-quantized", "global_compression_ratio": None, "ignore": ["lm_head"], "kv_cache_scheme": None,
+            "quant_method": "compressed-tensors", "quantization_status": "compressed", "sparsity_config": {}, "transform_config": {},
+            "version": "0.17.0",
+        },
+        CT_NAMES,
+    ),
+    "compressed-tensors of 2024": (
+        {
+            **ct_block(observer="minmax", observer_kwargs={}, block_structure=None, actorder=None, group_size=-1, strategy="channel"),
+            "global_compression_ratio": 1.9, "kv_cache_scheme": None, "quantization_status": "frozen",
+            "sparsity_config": {"format": "dense", "global_sparsity": 0.1, "registry_requires_subclass": False,
+                                "sparsity_structure": "unstructured", "targets": [], "ignore": []},
+        },
+        CT_NAMES,
+    ),
+    "GPTQModel": (
+        {
+            "bits": 4, "checkpoint_format": "gptq", "desc_act": False,
+            "dynamic": {r"-:.*\.o_proj": {}, r"+:.*\.up_proj$": {"group_size": 32}},
+            "format": "gptq", "group_size": 128, "lm_head": False, "pack_dtype": "int32", "quant_method": "gptq", "sym": True,
+            "meta": {"act_group_aware": True, "damp_percent": 0.05, "mse": 0.0, "quantizer": ["gptqmodel:7.7.0"], "true_sequential": True},
+        },
+        GPTQ_NAMES,
+    ),
+    "AutoGPTQ, with activation order": (
+        {
+            "bits": 4, "damp_percent": 0.01, "desc_act": True, "group_size": 128, "is_marlin_format": False,
+            "model_file_base_name": "model", "model_name_or_path": None,
+            "quant_method": "gptq", "static_groups": False, "sym": True, "true_sequential": True,
+        },
+        [*GPTQ_NAMES, f"{LAYER}.bias"],  # it writes one for every linear
+    ),
+    "optimum": (
+        {
+            "backend": "auto", "batch_size": 1, "bits": 4, "block_name_to_quantize": None, "cache_block_outputs": True, "dataset": "c4",
+            "damp_percent": 0.1, "desc_act": False, "exllama_config": {"version": 1}, "group_size": 128, "max_input_length": None,
+            "model_seqlen": None, "module_name_preceding_first_block": None, "modules_in_block_to_quantize": None, "pad_token_id": None,
+            "quant_method": "gptq", "sym": True, "tokenizer": None, "true_sequential": True, "use_cuda_fp16": False, "use_exllama": True,
+        },
+        GPTQ_NAMES,
+    ),
+    "AutoRound": (
+        {
+            "autoround_version": "0.13.0", "bits": 4, "data_type": "int", "desc_act": False, "dynamic": {r"-:.*linear_attn.*": {}},
+            "enable_quanted_input": False, "group_size": 128, "iters": 0, "lm_head": False, "provider": "auto-round",
+            "quant_method": "gptq", "sym": True, "true_sequential": False, "damp_percent": 0.01,
+        },
+        GPTQ_NAMES,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AS_WRITTEN)
+def test_what_other_tools_write_is_read(name: str) -> None:
+    """An allow-list that is too short turns sound checkpoints away."""
+    block, names = AS_WRITTEN[name]
+    assert formats.detect({"quantization_config": block}, names).layers.keys() == {LAYER}
+
+
+def test_the_tables_know_every_field_of_compressed_tensors() -> None:
+    """A field of a later release would be refused in every checkpoint that it writes, until somebody has looked at what it means."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+
+    from marlinctl.checkpoint import blocks
+
+    pairs = ((QuantizationConfig, blocks.CT_BLOCK), (QuantizationScheme, blocks.CT_GROUP), (QuantizationArgs, blocks.CT_WEIGHTS))
+    for model, table in pairs:
+        assert set(model.model_fields) <= set(table), model.__name__
+
+
+def test_the_tables_know_every_key_of_transformers_gptq_config() -> None:
+    """The same for what transformers writes of a GPTQ model."""
+    import inspect
+
+    from transformers import GPTQConfig
+
+    from marlinctl.checkpoint import blocks
+
+    assert set(inspect.signature(GPTQConfig).parameters) - {"kwargs"} <= set(blocks.GPTQ_BLOCK)
 
 
 def test_all_unreadable_layers_are_listed() -> None:

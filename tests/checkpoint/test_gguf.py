@@ -33,7 +33,7 @@ from marlinctl.checkpoint.gguf_tokenizer import tokenizer_files
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.source import resolve_model
 from marlinctl.console import Console
-from marlinctl.errors import BadInput, MarlinctlError, NumericalProblem
+from marlinctl.errors import BadInput, MarlinctlError, NumericalProblem, UsageError
 from tests.tiny import tiny_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -423,7 +423,7 @@ def test_the_cache_is_used_and_damage_is_found(tmp_path: Path) -> None:
     damages: list[Callable[[], object]] = [
         lambda: flip(folder / "model.safetensors"),
         lambda: (folder / "tokenizer.json").unlink(),
-        lambda: (folder / "extra.json").write_text("{}"),
+        lambda: (folder / "model-00009-of-00009.safetensors").write_text("{}"),
         lambda: (folder / ours.MANIFEST).write_text("[]"),
         lambda: os.truncate(folder / "config.json", 3),
     ]
@@ -432,7 +432,12 @@ def test_the_cache_is_used_and_damage_is_found(tmp_path: Path) -> None:
         assert ours.gguf_folder(renamed, tmp_path / "cache", console)[0] == folder
         assert len(console.warnings) == i + 1
         assert len(open_checkpoint(folder).tensors) == LAYERS * 9 + 2
-        assert not (folder / "extra.json").exists()
+        assert not (folder / "model-00009-of-00009.safetensors").exists()
+
+    (folder / "thesis.tex").write_text("mine")
+    with pytest.raises(UsageError, match=r"thesis\.tex") as caught:
+        ours.gguf_folder(renamed, tmp_path / "cache", console)
+    assert caught.value.error_id == "E224" and (folder / "thesis.tex").read_text() == "mine"
 
 
 def test_two_processes_at_once(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -20,13 +21,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from marlinctl.checkpoint import reader
-from marlinctl.checkpoint.config import check_remote_code, check_tokenizer, refuse_quantized
-from marlinctl.checkpoint.finite import scan_finite
+from marlinctl.checkpoint import mask, reader
+from marlinctl.checkpoint.config import check_tokenizer
+from marlinctl.checkpoint.contents import read_contents
 from marlinctl.checkpoint.header import read_header
-from marlinctl.checkpoint.reader import Checkpoint, check_expected, fingerprint, open_checkpoint
+from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
+from marlinctl.checkpoint.switches import check_switches
+from marlinctl.console import Console
 from marlinctl.errors import BadInput, MarlinctlError
-from marlinctl.models import architecture
+from marlinctl.folder import examine
 from tests.faults.checkpoints import FAULTS, INDEX, SECOND, SHARDS, Fault, write_shard
 from tests.tiny import make_tiny, tiny_config, tiny_tensors, write_weights
 
@@ -36,11 +39,8 @@ REPOSITORY = Path(__file__).parents[2]
 def preflight(folder: Path) -> Checkpoint:
     """What `quantize` asks before it starts."""
     checkpoint = open_checkpoint(folder)
-    refuse_quantized(checkpoint)
-    check_remote_code(folder, checkpoint.config)
-    check_tokenizer(folder, checkpoint.config)
-    check_expected(checkpoint, architecture(checkpoint.config).expected)
-    scan_finite(checkpoint, checkpoint.tensors)
+    examine(checkpoint, structure="needed", dense=True, tokenizer=True)
+    read_contents(checkpoint, Console.quiet(), scan=checkpoint.tensors).require_finite()
     return checkpoint
 
 
@@ -196,6 +196,21 @@ def test_index_wins_over_a_single_file(tmp_path: Path) -> None:
     assert torch.equal(checkpoint.read("model.norm.weight"), tiny_tensors(tiny_config())["model.norm.weight"])
 
 
+def test_what_is_odd_about_a_folder_is_noted(tmp_path: Path) -> None:
+    """A shard that the index has lost, or one that an earlier model left, would be passed over without a word."""
+    folder = make_tiny(tmp_path / "model", shards=SHARDS)
+    (folder / mask.NAME).write_bytes(b"belongs here")
+    assert open_checkpoint(folder).notes == ()
+    shutil.copy(folder / SECOND, folder / "model-00007.safetensors")
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps({"weight_map": index["weight_map"]}))
+    metadata, stranger = open_checkpoint(folder).notes
+    assert metadata.startswith(f"{INDEX} has no metadata") and "model-00007.safetensors" in stranger and SECOND not in stranger
+    single = make_tiny(tmp_path / "single")
+    shutil.copy(folder / SECOND, single / "adapter_model.safetensors")
+    assert ["adapter_model.safetensors" in note for note in open_checkpoint(single).notes] == [True]
+
+
 def test_hub_cache_links_are_followed(tmp_path: Path) -> None:
     """A model in the hub cache, which is made of links, would be refused; or links into other places would be followed."""
     good = make_tiny(tmp_path / "good", shards=SHARDS)
@@ -239,7 +254,7 @@ def test_remote_code_of_a_known_model_is_ignored(tmp_path: Path) -> None:
     """A Llama that carries its own code would be refused, or its code would be run."""
     folder = make_tiny(tmp_path / "model", auto_map={"AutoModelForCausalLM": "modeling_x.M"})
     (folder / "modeling_x.py").write_text(f"import os\nos.mkdir({str(folder / 'canary')!r})\n")
-    notes = check_remote_code(folder, open_checkpoint(folder).config)
+    notes = check_switches(folder, open_checkpoint(folder).config)
     assert len(notes) == 1 and "is not run" in notes[0]
     assert not (folder / "canary").exists()
 
@@ -278,19 +293,6 @@ def test_gemma3_image_token_is_known(tmp_path: Path) -> None:
     check_tokenizer(tmp_path, tiny_config(model_type="gemma3_text"))
     with pytest.raises(BadInput, match="larger than the embedding"):
         check_tokenizer(tmp_path, tiny_config())
-
-
-def test_fingerprint_sees_every_kind_of_change(tmp_path: Path) -> None:
-    """A resumed job would go on with another model."""
-    folder = make_tiny(tmp_path / "model", shards=SHARDS)
-    first = fingerprint(open_checkpoint(folder))
-    assert fingerprint(open_checkpoint(folder)) == first
-    assert set(first["files"]) >= {"config.json", "tokenizer.json", INDEX} and SECOND in first["shards"]
-    config = json.loads((folder / "config.json").read_text()) | {"rms_norm_eps": 1e-6}
-    (folder / "config.json").write_text(json.dumps(config))
-    assert fingerprint(open_checkpoint(folder)) != first
-    other = make_tiny(tmp_path / "other", shards=2)
-    assert fingerprint(open_checkpoint(other))["shards"] != first["shards"]
 
 
 # ---- hostile bytes -------------------------------------------------------------------------------------------------------------------
@@ -409,8 +411,8 @@ def test_importing_and_opening_need_no_torch(tmp_path: Path) -> None:
     program = (
         "import sys, pathlib\nfrom marlinctl.checkpoint.reader import open_checkpoint\n"
         "from marlinctl.checkpoint import config, finite, gguf, hub, source\n"
-        "c = open_checkpoint(pathlib.Path(sys.argv[1])); config.refuse_quantized(c); config.check_tokenizer(c.folder, c.config)\n"
-        "config.check_remote_code(c.folder, c.config)\n"
+        "from marlinctl.folder import examine\n"
+        "examine(open_checkpoint(pathlib.Path(sys.argv[1])), structure='needed', dense=True, tokenizer=True)\n"
         "print({'torch', 'transformers', 'safetensors', 'gguf', 'huggingface_hub'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program, str(folder)], cwd=REPOSITORY, capture_output=True, text=True, check=True)
@@ -426,6 +428,42 @@ def test_problem_lists_are_capped(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
     assert len(caught.value.problems) == reader.MAX_PROBLEMS + 1
     assert "200 more" in caught.value.problems[-1].what
+
+
+@pytest.mark.parametrize(
+    ("entry", "count"), [('"{}":5', 2_100_000), ('"{}":5', 200_000), ('"{}":"m{}.safetensors"', 200_000), ('"{}":[]', 200_000)]
+)
+def test_a_large_bad_index_costs_little(tmp_path: Path, entry: str, count: int) -> None:
+    """An index of 57 MB with five million bad entries took 129 s and 1.9 GB; every entry became a line of the report."""
+    folder = make_tiny(tmp_path / "model", shards=2)
+    (folder / INDEX).write_text('{"weight_map":{' + ",".join(entry.replace("{}", str(i)) for i in range(count)) + "}}")
+    started = time.monotonic()
+    with pytest.raises(BadInput) as caught:
+        open_checkpoint(folder)
+    assert len(caught.value.problems) <= reader.MAX_PROBLEMS + 1
+    assert time.monotonic() - started < 10
+
+
+def test_one_file_under_many_names_is_not_read_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`./model.safetensors`, `././model.safetensors`, ... are one file, whose header of 100 MB would be parsed ten thousand times."""
+    folder = make_tiny(tmp_path / "model")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {f"t{i}": "./" * i + "model.safetensors" for i in range(2000)}}))
+    asked: list[str] = []
+    real = reader.read_header
+    monkeypatch.setattr(reader, "read_header", lambda folder, name: asked.append(name) or real(folder, name))  # type: ignore[func-returns-value]
+    with pytest.raises(BadInput, match="lies in two shards") as caught:
+        open_checkpoint(folder)
+    assert len(asked) < 20 and "were not looked at" in caught.value.problems[-1].what
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja", "anything"])
+def test_no_fifo_lies_in_a_model(tmp_path: Path, name: str) -> None:
+    """transformers opens files by their names and would wait for a writer for ever."""
+    folder = make_tiny(tmp_path / "model")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(BadInput, match="named pipe"):
+        open_checkpoint(folder)
 
 
 def test_threads_share_one_handle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 from marlinctl.checkpoint import hub as hubs
 from marlinctl.checkpoint import source
+from marlinctl.checkpoint.contents import read_contents
 from marlinctl.checkpoint.hub import is_hub_id
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.console import Console
@@ -202,7 +203,7 @@ def test_download_then_offline(tmp_path: Path, model: Path) -> None:
         assert not names & {"pytorch_model.bin", "modeling_evil.py"}
         checkpoint = open_checkpoint(folder)
         assert len(checkpoint.tensors) == 21
-        assert check_known_digests(checkpoint, Console.quiet()) == 2
+        assert check_known_digests(checkpoint, read_contents(checkpoint, Console.quiet())) == 2
         hub.asked.clear()
         ask(endpoint, tmp_path / "cache")
         assert not [line for line in hub.asked if "GET" in line and "safetensors" in line]

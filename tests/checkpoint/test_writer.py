@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from marlinctl import manifest
-from marlinctl.checkpoint import writer
+from marlinctl.checkpoint import durable, writer
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.errors import BadInput, MarlinctlError, ResourceProblem, UsageError
 from tests.packed import tree
@@ -217,7 +217,107 @@ def test_overwrite_does_not_delete_folders_that_are_no_checkpoint(source: Path, 
     """`--overwrite` with a mistyped OUT such as a home folder must not delete it."""
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("x")
-    assert "holds no checkpoint" in refused(tmp_path / "home", [source], overwrite=True).problems[0].what
+    problem = refused(tmp_path / "home", [source], overwrite=True)
+    assert problem.error_id == "E224" and "thesis.tex" in problem.problems[0].what
+
+
+def test_a_rejected_result_may_replace_its_like_alone(source: Path, tmp_path: Path) -> None:
+    """The gate says no after hours: where the result is kept then must be known to be free before."""
+    publish(tmp_path / "out.rejected", value=1.0)
+    (tmp_path / "staged").mkdir()
+    writer.check_output(tmp_path / "out", overwrite=False, sources=[], rejects=True)
+    assert writer.keep_rejected(tmp_path / "staged", tmp_path / "out") == tmp_path / "out.rejected"
+    assert list((tmp_path / "out.rejected").iterdir()) == []
+    (tmp_path / "out.rejected" / "thesis.tex").write_text("mine")
+    with pytest.raises(UsageError, match=r"thesis\.tex") as caught:
+        writer.check_output(tmp_path / "out", overwrite=False, sources=[], rejects=True)
+    assert caught.value.error_id == "E224"
+    writer.check_output(tmp_path / "out", overwrite=False, sources=[])  # nothing will be rejected
+    (tmp_path / "staged").mkdir()
+    kept = writer.keep_rejected(tmp_path / "staged", tmp_path / "out")  # it came there while the run was at work
+    assert kept.is_dir() and kept.name.startswith("out.rejected-") and (tmp_path / "out.rejected" / "thesis.tex").read_text() == "mine"
+
+
+def test_what_appears_in_an_output_meanwhile_is_not_deleted(source: Path, tmp_path: Path) -> None:
+    """The folder was looked at before the work, and in ten hours somebody may have put notes into it, or a link in its place."""
+    publish(tmp_path / "out", value=1.0)
+
+    def somebody_writes(folder: Path) -> None:
+        (tmp_path / "out" / "thesis.tex").write_text("mine")
+
+    old = tree(tmp_path / "out")
+    with pytest.raises(UsageError, match=r"thesis\.tex") as caught:
+        publish(tmp_path / "out", value=2.0, overwrite=True, verify=somebody_writes)
+    assert caught.value.error_id == "E224" and tree(tmp_path / "out") == {**old, "thesis.tex": b"mine"}
+
+    def somebody_links(folder: Path) -> None:
+        (tmp_path / "out").rename(tmp_path / "moved")
+        (tmp_path / "out").symlink_to(tmp_path / "moved")
+
+    (tmp_path / "out" / "thesis.tex").unlink()
+    with pytest.raises(UsageError, match="a link"):
+        publish(tmp_path / "out", value=2.0, overwrite=True, verify=somebody_links)
+    assert tree(tmp_path / "moved") == old
+
+
+# ---- links and names that somebody has put there -------------------------------------------------------------------------------------
+
+
+def test_no_writer_follows_a_link(source: Path, tmp_path: Path) -> None:
+    """A downloaded folder holds links with the names of our files: whatever they lead to would be overwritten."""
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("README.md", "config.json", "x.safetensors"):
+        (folder / name).symlink_to(precious)
+        (folder / f"{name}.part").symlink_to(precious)
+    durable.write_bytes(folder / "README.md", b"card")
+    durable.write_document(folder / "config.json", {})
+    durable.write_tensors(folder / "x.safetensors", TENSORS)
+    assert precious.read_text() == "mine" and (folder / "README.md").read_bytes() == b"card"
+    assert not any((folder / name).is_symlink() for name in ("README.md", "config.json", "x.safetensors"))
+    (folder / "journal.jsonl").symlink_to(precious)
+    with pytest.raises(ResourceProblem, match="link") as caught:
+        durable.append_line(folder / "journal.jsonl", {})
+    assert caught.value.error_id == "E501" and precious.read_text() == "mine"
+
+
+def test_a_name_that_is_taken_is_not_written_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were the temporary name known, a link there would be followed: it must be new, and nothing stays of a write that failed."""
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    monkeypatch.setattr(durable, "temporary_name", lambda: "taken")
+    (tmp_path / "taken").symlink_to(precious)
+    with pytest.raises(ResourceProblem):
+        durable.write_bytes(tmp_path / "x", b"new")
+    assert precious.read_text() == "mine" and not (tmp_path / "x").exists()
+
+
+def test_a_linked_folder_inside_of_a_checkpoint_is_not_written_through(source: Path, tmp_path: Path) -> None:
+    """`additional_chat_templates` as a link would put templates into somebody's folder, and tidying up would empty it."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "thesis.tex").write_text("mine")
+    staged = tmp_path / "out.job" / "staged"
+    staged.mkdir(parents=True)
+    (staged / "additional_chat_templates").symlink_to(elsewhere)
+    with writer.StagedCheckpoint(tmp_path / "out", overwrite=False, fmt="ct", path=staged) as stage:
+        with pytest.raises(ResourceProblem, match="link"):
+            stage.write_file("additional_chat_templates/a.jinja", b"x")
+        stage.spool.symlink_to(elsewhere / "thesis.tex")
+        with pytest.raises(ResourceProblem, match="link"):
+            stage.write_mask("layer", torch.ones(4, 8, dtype=torch.bool))
+        with pytest.raises(ResourceProblem, match="link"):
+            stage.restore([], [])
+        stage.spool.unlink()
+        stage.restore([], [])
+    assert list(staged.iterdir()) == [] and [path.name for path in elsewhere.iterdir()] == ["thesis.tex"]
+    staged.rmdir()
+    staged.symlink_to(elsewhere)
+    with pytest.raises(ResourceProblem, match="link"), writer.StagedCheckpoint(tmp_path / "out", overwrite=False, fmt="ct", path=staged):
+        pass
+    assert (elsewhere / "thesis.tex").read_text() == "mine"
 
 
 def test_output_may_not_be_a_file_or_a_dead_link(source: Path, tmp_path: Path) -> None:

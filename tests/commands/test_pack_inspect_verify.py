@@ -147,7 +147,9 @@ def test_check_warns_of_uneven_shards(marlinctl: Any, source: Path, tmp_path: Pa
     """vLLM refuses a model whose q, k and v differ; the person must hear it here."""
     make_packed(source, tmp_path / "uneven", overrides={"model.layers.0.self_attn.q_proj": 64})
     result = marlinctl("pack", tmp_path / "uneven", "--check")
-    assert result.code == 1 and "warning: model.layers.0.self_attn.qkv_proj" in result.err
+    assert result.code == 1 and "warning: the ct folder will not load in vLLM, SGLang: model.layers.0.self_attn.qkv_proj" in result.err
+    table = {line.rsplit(maxsplit=1)[0][:18].strip(): line.split()[-1] for line in result.out.splitlines()[1:8]}
+    assert (table["vLLM 0.24+ Marlin"], table["SGLang 0.5 Marlin"], table["marlinctl"]) == ("no", "no", "yes")
 
 
 def test_verify_failures_are_exit_1(marlinctl: Any, packed: Path, tmp_path: Path) -> None:

@@ -134,6 +134,17 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert [entry.name for entry in tmp_path.iterdir()] == ["r.json"]
 
 
+def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    """`scores.json -> thesis.tex` would overwrite the thesis."""
+    (tmp_path / "thesis.tex").write_text("mine")
+    (tmp_path / "r.json").symlink_to(tmp_path / "gone")
+    ResultsFile(tmp_path / "r.json", document(), resume=False)
+    assert not (tmp_path / "gone").exists() and not (tmp_path / "r.json").is_symlink()
+    (tmp_path / "s.json").symlink_to(tmp_path / "thesis.tex")
+    results.write_atomically(tmp_path / "s.json", b"x")
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
 def test_others_may_read_the_file(tmp_path: Path) -> None:
     """The file would have mode 0600, as temporary files have, and the next person could not read it."""
     ResultsFile(tmp_path / "r.json", document(), resume=False)

@@ -90,6 +90,28 @@ def _scaled(factor: float) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def _zero_linear(tensors: dict[str, Any]) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"].zero_()
+
+
+def _constant_columns(tensors: dict[str, Any]) -> None:
+    tensors["model.layers.0.mlp.down_proj.weight"][:, 3:5] = 0.25
+
+
+def _stray_shard(root: Path) -> list[str]:
+    """Of an earlier model, beside shards and index of this one."""
+    shutil.copy(root / "good" / "model.safetensors", root / "model" / "model-00009.safetensors")
+    return asked(root)
+
+
+def _no_metadata(root: Path) -> list[str]:
+    index = root / "model" / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    del document["metadata"]
+    index.write_text(json.dumps(document))
+    return asked(root)
+
+
 def _zero_norm(tensors: dict[str, Any]) -> None:
     tensors["model.layers.0.input_layernorm.weight"].zero_()
 
@@ -191,6 +213,10 @@ COMMANDS: dict[str, Command] = {
     "weights too small for a float16 scale": Command(_model(_scaled(1e-6), dtype="float32"), 6, "every weight rounds to zero"),
     "activations that overflow": Command(_model(_overflowing_norm, dtype="float32"), 6, "NaN or infinite"),
     "an input that is always zero, strict": Command(_then(_model(_zero_norm), "--strict"), 6, "--strict"),
+    "a weight of zeros, strict": Command(_then(_model(_zero_linear), "--strict"), 6, "layers.1.mlp.up_proj.weight holds nothing but zeros"),
+    "constant columns, strict": Command(_then(_model(_constant_columns), "--strict"), 6, "2 columns of model.layers.0.mlp.down_proj"),
+    "a shard that no index names, strict": Command(_then(_stray_shard, "--strict"), 3, "model-00009.safetensors"),
+    "an index without metadata, strict": Command(_then(_no_metadata, "--strict"), 3, "has no metadata"),
     "a tied head that is another matrix": Command(_model(_two_heads, tie_word_embeddings=True), 3, "tie_word_embeddings"),
     # calibration
     "text: empty": Command(_calibration("empty.txt", b""), 3, "0 samples"),
@@ -213,6 +239,10 @@ COMMANDS: dict[str, Command] = {
 WORKS: dict[str, Command] = {
     "one repeated token": Command(_calibration("one.txt", b"a" * 4000), 0, "damping"),
     "an input that is always zero": Command(_model(_zero_norm), 0, '"fallbacks": [{'),
+    "a weight of zeros": Command(_model(_zero_linear), 0, "weights that hold nothing but zeros: model.layers.1.mlp.up_proj.weight"),
+    "constant columns": Command(_model(_constant_columns), 0, "in every row: model.layers.0.mlp.down_proj.weight (2)"),
+    "a shard that no index names": Command(_stray_shard, 0, "not read lie in the folder: model-00009.safetensors"),
+    "an index without metadata": Command(_no_metadata, 0, "index.json has no metadata"),
     "weights near the largest float16": Command(_model(_scaled(1e5)), 0, "error"),
     "weights near the largest that 4 bits hold": Command(_model(_scaled(1e6), dtype="bfloat16"), 0, "error"),
     "one token in 64 that overflows": Command(_one_token_overflows, 0, '"tokens": 63'),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -18,6 +20,7 @@ import torch
 
 from marlinctl.kernels import jit
 from marlinctl.kernels.configurations import DENSE, DENSE_SM90, SHARED_BYTES, SPARSE, SPARSE_SM90, Configuration
+from tests.kernels.built import CUBINS, kept
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")
 
@@ -49,6 +52,18 @@ class MachineCode:
 
 
 def disassemble(cubin: Path) -> MachineCode:
+    """What the tools say, kept for equal machine code and tools."""
+    tools = [metadata.version("nvidia-cuda-cuobjdump"), metadata.version("nvidia-cuda-nvdisasm")]
+    inputs = [tools, Path(__file__).read_text("utf-8"), hashlib.sha256(cubin.read_bytes()).hexdigest()]
+
+    def make(target: Path) -> None:
+        target.write_text(json.dumps(vars(_disassemble(cubin))))
+
+    document = json.loads(kept("json", inputs, make).read_text())
+    return MachineCode(**{**document, **{key: Counter(document[key]) for key in ("instructions", "selectors")}})
+
+
+def _disassemble(cubin: Path) -> MachineCode:
     usage = subprocess.run([tool("cuobjdump"), "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True).stdout
     numbers = dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage))
     listing = subprocess.run([tool("nvdisasm"), "--print-code", str(cubin)], capture_output=True, text=True, check=True).stdout
@@ -77,7 +92,7 @@ def build_all(cases: list[Case], folder: Path) -> Iterator[dict[Case, Future[Mac
 
     def build(configuration: Configuration, dtype: torch.dtype, architecture: str, shift: int) -> MachineCode:
         path = folder / f"{configuration.name}-{dtype}-{architecture}-{shift}.cubin"
-        path.write_bytes(jit.cubin(f"{configuration.kernel}.cu", configuration.defines(dtype, shift), architecture, folder / "cache"))
+        path.write_bytes(jit.cubin(f"{configuration.kernel}.cu", configuration.defines(dtype, shift), architecture, CUBINS))
         return disassemble(path)
 
     with ThreadPoolExecutor(2) as pool:
@@ -215,7 +230,7 @@ def test_host_and_kernel_agree_on_shared_memory(tmp_path: Path, configuration: C
 def test_a_spill_would_be_seen(tmp_path: Path) -> None:
     """If this failed, the checks above could not fail: 8 CTAs of 256 threads leave 32 registers, far too few."""
     tight = [re.sub(r"CTAS=\d+", "CTAS=8", define) for define in DENSE[0].defines(torch.float16)]
-    (tmp_path / "tight.cubin").write_bytes(jit.cubin("marlin_sm80.cu", tight, "sm_80", tmp_path / "cache"))
+    (tmp_path / "tight.cubin").write_bytes(jit.cubin("marlin_sm80.cu", tight, "sm_80", CUBINS))
     code = disassemble(tmp_path / "tight.cubin")
     assert code.stack > 0
     assert code.count(r"(LDL|STL)\b.*") > 0
@@ -231,6 +246,6 @@ def test_serialized_products_would_be_seen(tmp_path: Path, monkeypatch: pytest.M
     source.write_text(source.read_text("utf-8").replace(wait, "arrived(group_sums);"), "utf-8")
     monkeypatch.setattr(jit, "SOURCES", broken)
     configuration = DENSE_SM90[0]
-    (tmp_path / "serial.cubin").write_bytes(jit.cubin(source.name, configuration.defines(torch.float16), "sm_90a", tmp_path / "cache"))
+    (tmp_path / "serial.cubin").write_bytes(jit.cubin(source.name, configuration.defines(torch.float16), "sm_90a", CUBINS))
     code = disassemble(tmp_path / "serial.cubin")
     assert code.count(r"WARPGROUP\.ARRIVE") == code.count(r"HGMMA\..*")

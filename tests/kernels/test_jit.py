@@ -172,9 +172,113 @@ def test_nobody_else_can_write_the_cache(csrc: Path, tmp_path: Path, exists: boo
 def test_the_folder_of_another_user_is_refused(csrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, entries prepared by somebody else would be run."""
     (tmp_path / "cache").mkdir()
-    monkeypatch.setattr(os, "getuid", lambda: (tmp_path / "cache").stat().st_uid + 1)
+    monkeypatch.setattr(os, "geteuid", lambda: (tmp_path / "cache").stat().st_uid + 1)
     with pytest.raises(PermissionError, match="belongs to user"):
         jit.cubin(*ARGUMENTS, tmp_path / "cache")
+
+
+# ---- whose machine code it is; without a compiler, so that it is tested everywhere ---------------------------------------------------
+
+
+@pytest.fixture
+def pretended(csrc: Path, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """A compiler that gives other code at each call; the list grows by what it gave."""
+    made: list[bytes] = []
+
+    def compiling(nvrtc, source, texts, flags) -> bytes:
+        made.append(b"code %d" % len(made))
+        return made[-1]
+
+    monkeypatch.setattr(jit, "_nvrtc", lambda: None)
+    monkeypatch.setattr(jit, "nvrtc_version", lambda nvrtc: "13.0")
+    monkeypatch.setattr(jit, "_compile", compiling)
+    return made
+
+
+def another_user(monkeypatch: pytest.MonkeyPatch, of: Path) -> None:
+    """Files of this inode belong to somebody else, as far as fstat tells: changing owners takes root."""
+    real, inode = os.fstat, of.lstat().st_ino
+
+    def fstat(handle: int) -> os.stat_result:
+        status = real(handle)
+        changed = list(status)
+        changed[stat.ST_UID] = status.st_uid + (1 if status.st_ino == inode else 0)
+        return os.stat_result(changed)
+
+    monkeypatch.setattr(os, "fstat", fstat)
+
+
+def plant(entry: Path, kind: str, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a sound entry there that somebody else may have written."""
+    sound = entry.read_bytes()
+    if kind == "link":
+        elsewhere.write_bytes(sound)
+        entry.unlink()
+        entry.symlink_to(elsewhere)
+    elif kind == "fifo":
+        entry.unlink()
+        os.mkfifo(entry)
+    elif kind == "writable":
+        entry.chmod(0o664)
+    else:
+        another_user(monkeypatch, entry)
+
+
+@pytest.mark.parametrize("kind", ["another user's", "link", "fifo", "writable"])
+def test_an_entry_that_somebody_else_could_have_written_is_not_run(
+    pretended: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A file planted while the folder was open to others, digest and all, would run on our GPU."""
+    cache = tmp_path / "cache"
+    assert jit.cubin(*ARGUMENTS, cache) == b"code 0" and jit.cached(*ARGUMENTS, cache)
+    (entry,) = entries(cache)
+    elsewhere = tmp_path / "elsewhere"
+    plant(entry, kind, elsewhere, monkeypatch)
+    before = elsewhere.read_bytes() if elsewhere.exists() else b""
+    assert not jit.cached(*ARGUMENTS, cache)
+    assert jit.cubin(*ARGUMENTS, cache) == b"code 1", "compiled again"
+    assert jit.cubin(*ARGUMENTS, cache) == b"code 1" and len(pretended) == 2, "and put there"
+    (entry,) = entries(cache)
+    assert entry.is_file() and not entry.is_symlink() and stat.S_IMODE(entry.stat().st_mode) == 0o600
+    assert not elsewhere.exists() or elsewhere.read_bytes() == before, "what the link led to is as it was"
+
+
+def test_an_entry_under_another_key_is_none(pretended: list[bytes], tmp_path: Path) -> None:
+    """Who may rename our own entries could give us a sound kernel for the wrong shapes."""
+    cache = tmp_path / "cache"
+    jit.cubin(*ARGUMENTS, cache)
+    (first,) = entries(cache)
+    jit.cubin("kernel.cu", ("VALUE=7",), "sm_90", cache)
+    (second,) = [entry for entry in entries(cache) if entry != first]
+    second.write_bytes(first.read_bytes())
+    assert jit.cubin("kernel.cu", ("VALUE=7",), "sm_90", cache) == b"code 2"
+
+
+def test_a_folder_that_is_a_link_or_anothers_is_refused(pretended: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`kernels -> /tmp/theirs` would be the cache of whoever made the link."""
+    (tmp_path / "theirs").mkdir(mode=0o755)
+    (tmp_path / "cache").symlink_to(tmp_path / "theirs")
+    with pytest.raises(PermissionError, match="is a link"):
+        jit.cubin(*ARGUMENTS, tmp_path / "cache")
+    assert entries(tmp_path / "theirs") == [] and stat.S_IMODE((tmp_path / "theirs").stat().st_mode) == 0o755
+    another_user(monkeypatch, tmp_path / "theirs")
+    with pytest.raises(PermissionError, match="belongs to user"):
+        jit.cubin(*ARGUMENTS, tmp_path / "theirs")
+    assert pretended == []
+
+
+def test_the_users_own_table_is_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of somebody else's would choose which kernel runs; ignoring it in silence would hide why tuning has no effect."""
+    folder = tmp_path / "kernels"
+    assert jit.read_own(folder, "dispatch.json") is None and not folder.exists()
+    jit.write_own(folder, "dispatch.json", b"table")
+    assert jit.read_own(folder, "dispatch.json") == b"table" and stat.S_IMODE((folder / "dispatch.json").stat().st_mode) == 0o600
+    (folder / "dispatch.json").rename(tmp_path / "theirs")
+    (folder / "dispatch.json").symlink_to(tmp_path / "theirs")
+    with pytest.raises(PermissionError, match=r"dispatch\.json is a link"):
+        jit.read_own(folder, "dispatch.json")
+    jit.write_own(folder, "dispatch.json", b"new")
+    assert (tmp_path / "theirs").read_bytes() == b"table" and jit.read_own(folder, "dispatch.json") == b"new"
 
 
 def test_a_mistake_in_a_source_is_told(csrc: Path, tmp_path: Path) -> None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import shutil
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from marlinctl.kernels.reference import dequantize, dequantize_sparse
 from marlinctl.pack.marlin import pack_marlin
 from marlinctl.pack.sparse_marlin import pack_sparse_marlin
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
+from tests.kernels.built import shared_library
 from tests.pack.naive import random_linear, random_sparse
 
 SOFTWARE_GPU = Path(__file__).parent / "software_gpu"
@@ -51,19 +50,10 @@ def library_of(
 
 
 def compiled(kernel: str, defines: Sequence[str], folder: Path, edit: Callable[[str], str] = lambda source: source) -> ctypes.CDLL:
-    """kernel.cu and the software GPU in one library."""
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
-    shutil.copytree(jit.SOURCES, folder)
-    for path in (folder / f"{kernel}.cu", *folder.glob("*.cuh")):
-        path.write_text(edit(path.read_text("utf-8")), "utf-8")
-    for name in ("ptx.cuh", "ptx_sm90.cuh"):
-        shutil.copy(SOFTWARE_GPU / name, folder)
-    flags = [f"-I{folder}", *(f"-D{define}" for define in defines), "-o", str(folder / "kernel.so")]
-    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-w", *flags]
-    subprocess.run([*command, str(SOFTWARE_GPU / "launch.cpp")], check=True)
-    return ctypes.CDLL(str(folder / "kernel.so"))
+    """kernel.cu and the software GPU in one library, with `edit` applied to the kernel and to what it includes."""
+    files = {name: edit(text) if name == f"{kernel}.cu" or name.endswith(".cuh") else text for name, text in jit.sources().items()}
+    files |= {name: (SOFTWARE_GPU / name).read_text("utf-8") for name in ("ptx.cuh", "ptx_sm90.cuh")}
+    return ctypes.CDLL(str(shared_library(SOFTWARE_GPU / "launch.cpp", files, defines, folder)))
 
 
 def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: Callable[[str], str] = lambda source: source) -> Launch:

@@ -14,6 +14,7 @@ from marlinctl.kernels import launch as launcher
 from marlinctl.kernels.configurations import DENSE, SPARSE, group_shift
 from marlinctl.kernels.launch import unpack, unpack_defines, unpack_shared_bytes
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
+from tests.kernels.built import CUBINS
 from tests.kernels.software_driver import SoftwareDriver, install, software_unpack
 from tests.kernels.test_compile import ARCHITECTURES, RESERVED_BYTES, disassemble
 from tests.kernels.test_marlin_source import aligned, compiled, random_packed
@@ -90,7 +91,7 @@ def test_the_software_gpu_sees_mistakes(sparse: bool, right: str, wrong: str, tm
 def test_machine_code(sparse: bool, dtype: torch.dtype, architecture: str, tmp_path: Path) -> None:
     """If this failed, dequantizing would be bound by something else than memory: spills, or reads and writes of fewer bytes."""
     path = tmp_path / "unpack.cubin"
-    path.write_bytes(jit.cubin("unpack.cu", unpack_defines(sparse, dtype), architecture, tmp_path / "cache"))
+    path.write_bytes(jit.cubin("unpack.cu", unpack_defines(sparse, dtype), architecture, CUBINS))
     code = disassemble(path)
     assert (code.stack, code.local) == (0, 0)
     assert code.count(r"(LDL|STL)\b.*") == 0

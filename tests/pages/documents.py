@@ -6,6 +6,7 @@ from typing import Any
 
 from marlinctl.pages.provenance import Folder
 from marlinctl.recipe import load_recipe, recipe_hash
+from marlinctl.runtimes import LOADERS, Loads
 
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 HOSTILE = (
@@ -179,8 +180,13 @@ def training(mode: str = "full", **changes: Any) -> dict[str, Any]:
     return document | changes
 
 
-def folder(fmt: str = "ct") -> Folder:
-    return Folder(fmt, {"source": {"kind": "hub", "name": "org/Model-1B", "fingerprint": {"files": {}, "shards": {}}}}, "f" * 64)
+def loads(fmt: str = "ct") -> Loads:
+    return Loads(LOADERS[fmt], {}, {})
+
+
+def folder(fmt: str = "ct", found: Loads | None = None) -> Folder:
+    source = {"kind": "hub", "name": "org/Model-1B", "fingerprint": {"files": {}, "shards": {}}}
+    return Folder(fmt, {"source": source}, "f" * 64, found or loads(fmt))
 
 
 def after_distilling() -> Folder:
@@ -193,4 +199,4 @@ def after_distilling() -> Folder:
         "fingerprint": {"files": {"a": "3"}},
         "made_from": {"source": pruned, "teacher": original},
     }
-    return Folder("ct", {"source": distilled}, "f" * 64)
+    return Folder("ct", {"source": distilled}, "f" * 64, loads())

@@ -21,7 +21,7 @@ from marlinctl.benchmarking.generation import load_packed
 from marlinctl.errors import BadInput
 from marlinctl.kernels.linear import MarlinLinear, SparseMarlinLinear
 from marlinctl.load import load_dense
-from tests.packed import edit_json, edit_tensors, make_packed, make_sparse_packed
+from tests.packed import edit_json, edit_tensors, make_packed, make_sparse_packed, remake_manifest
 from tests.test_architecture import ROOT
 from tests.tiny import VOCAB_SIZE, make_tiny
 from tests.zoo import build
@@ -165,6 +165,7 @@ def damaged(source: Path, tmp_path: Path) -> Path:
     """One quad of a 2:4 linear names its second survivor first; shapes, dtypes and every other number are right."""
     make_sparse_packed(source, tmp_path / "native", "marlin_24")
     edit_tensors(tmp_path / "native", lambda tensors: tensors[f"{UP}.B_meta"].view(-1)[700:701].fill_(0x4144))
+    remake_manifest(tmp_path / "native")
     return tmp_path / "native"
 
 

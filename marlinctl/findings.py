@@ -1,0 +1,61 @@
+"""What looks wrong in a model or in its text, and can be worked with all the same: one line each, on stderr and in the report (`warnings`).
+
+    folder     a shard that no index names, an index without metadata (checkpoint/reader.py)         --strict: E307, exit 3
+    weights    a matrix that holds nothing but zeros, or columns with one value in every row         --strict: E605, exit 6
+    inputs     of a linear, that were zero in all of calibration                                     --strict: E605, exit 6 (solving.py)
+    text       chats that were cut to the length of a sample
+
+A column of a weight that holds one value adds the same to every output: nothing that was trained looks like that. An input that is always
+zero leaves its column out of the Hessian, so its weights are rounded without knowing what they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from marlinctl.checkpoint.files import shown
+from marlinctl.errors import BadInput, NumericalProblem, Problem
+
+if TYPE_CHECKING:
+    from marlinctl.checkpoint.contents import Contents
+    from marlinctl.checkpoint.reader import Checkpoint
+    from marlinctl.solving import LayerRecord
+
+_SHOWN = 5
+
+
+def of_folder(checkpoint: Checkpoint, *, strict: bool) -> list[str]:
+    """BadInput E307 that lists them, where `strict`. They are said where a folder is looked at (preflight.py)."""
+    if strict and checkpoint.notes:
+        where, fix = str(checkpoint.folder), "put the folder in order, or no --strict"
+        raise BadInput.from_problems("E307", [Problem(f"{note}; --strict forbids that", where, fix) for note in checkpoint.notes])
+    return list(checkpoint.notes)
+
+
+def of_weights(contents: Contents, *, strict: bool) -> list[str]:
+    """NumericalProblem E605 that names every such matrix, where `strict`."""
+    zero, constant = contents.zero_tensors, contents.constant_columns
+    if strict and (zero or constant):
+        where, fix = str(contents.folder), "the checkpoint may be damaged, compare it with the original; or no --strict"
+        what = [f"{shown(name)} holds nothing but zeros" for name in zero]
+        what += [f"{count} columns of {shown(name)} hold one value in every row" for name, count in constant.items()]
+        raise NumericalProblem.from_problems("E605", [Problem(f"{text}, and --strict forbids that", where, fix) for text in what])
+    found = [f"weights that hold nothing but zeros: {_some(zero)}"] if zero else []
+    columns = [f"{name} ({count})" for name, count in constant.items()]
+    return found + ([f"weights with columns that hold one value in every row: {_some(columns)}"] if columns else [])
+
+
+def of_inputs(records: Sequence[LayerRecord]) -> list[str]:
+    dead = [f"{record.name} ({record.dead})" for record in records if record.dead]
+    return [f"linears with inputs that were zero in all of calibration: {_some(dead)}"] if dead else []
+
+
+def of_text(facts: Mapping[str, Any], flag: str) -> list[str]:
+    """facts: of a calibration, or of the rows of a distillation. flag: what sets the length."""
+    cut = facts.get("cut", 0)  # a job of an earlier version did not count them
+    return [f"{cut} chats are longer than {flag} and were cut to {facts['sequence_length']} tokens"] if cut else []
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(shown(name) for name in names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

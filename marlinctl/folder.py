@@ -1,0 +1,251 @@
+"""The one look at a model folder that every verb takes before it does anything with it.
+
+    small files     regular, inside of the folder, JSON where they should be           E350
+    manifest        of a schema that is known; config, tokenizer, template as listed   E102, E304
+    quantization    the block of config.json, key by key; it is of these tensors       E313, E340 to E343, E348
+    code            nothing of config or tokenizer is run; what asks for it is told    E312
+    structure       every tensor that the model needs, and no other                    E302, E317, E318, E396
+    tokenizer       there, and not larger than the embedding                           E314, E315
+    tied head       the embedding, where config.json says so                           E375
+
+Before that, `open_checkpoint` has looked at config.json, headers, index and links (E300 to E311, E316). A verb says what it needs, and has
+no list of its own: quantize, sparsify, compress and plan by way of preflight.py, distill (both models), pack, eval, inspect, verify, report
+and bench, and the API. No torch; the only weights that are read are an embedding and a head that should be equal.
+
+Where the architecture is not in the table, `structure` is "needed" for those that walk it, and left to transformers' own strict loading for
+the others (load.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from marlinctl.checkpoint import formats
+from marlinctl.checkpoint.config import check_tokenizer, refuse_quantized
+from marlinctl.checkpoint.files import FileRefused, open_member, shown
+from marlinctl.checkpoint.model_files import is_companion
+from marlinctl.checkpoint.reader import Checkpoint, check_expected, open_checkpoint
+from marlinctl.checkpoint.switches import check_switches
+from marlinctl.errors import BadInput, Problem
+from marlinctl.known_digests import check_small_files
+from marlinctl.models import Architecture, architecture
+
+# "needed": refused where the architecture is unknown. "known": compared with the table where it is in it. "no": not compared.
+Structure = Literal["needed", "known", "no"]
+_READ_BY_LOADERS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+_APART = "config.json and the weights do not belong together; write or fetch both again"
+_SAVED_AGAIN = (  # a second object, because one that was loaded is saved in the layout that it came in
+    'let transformers save it in the usual layout: python -c "from transformers import AutoModelForCausalLM as M; '
+    "m = M.from_pretrained('FOLDER', dtype='auto'); n = M.from_config(m.config, dtype=m.dtype); n.load_state_dict(m.state_dict()); "
+    "n.save_pretrained('NEW')\", and copy the tokenizer's files into NEW"
+)
+_GUESTS = (  # tensors that others add to a model
+    (r"\.(k|v|q|prob)_(scale|zero_point)$", "scales of a quantized KV cache"),
+    (r"(^|\.)mtp(\.|_)", "a head that predicts several tokens (MTP)"),
+    (r"^v_head\.", "the value head of a reinforcement-learning trainer"),
+    (r"lora_[AB]\.", "an adapter (LoRA) that was not merged"),
+    (r"(^|\.)(vision|visual|audio|multi_modal)", "a part for images or sound"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """A folder that passed. `notes` is what the person should know, one line each."""
+
+    checkpoint: Checkpoint
+    info: formats.FormatInfo
+    architecture: Architecture | None  # None: not in the table, or not laid out as the table says
+    notes: tuple[str, ...]
+
+
+@contextmanager
+def open_folder(
+    folder: Path, *, weight_files: str = "auto", structure: Structure = "known", tokenizer: bool = False, module_map: Path | None = None
+) -> Iterator[Examined]:
+    """Open and examine; closed with the context."""
+    with open_checkpoint(folder, weight_files=weight_files) as checkpoint:
+        yield examine(checkpoint, structure=structure, tokenizer=tokenizer, module_map=module_map)
+
+
+def examine(
+    checkpoint: Checkpoint,
+    *,
+    structure: Structure,
+    dense: bool = False,
+    tokenizer: bool = False,
+    module_map: Path | None = None,
+    files: bool = True,
+    weights: bool = True,
+) -> Examined:
+    """All checks of the table above, in its order. BadInput lists all that is wrong of a kind; CheckFailed E102 for the manifest.
+
+    dense: a quantized checkpoint is refused. files: False where there is no folder yet, because it will be made from a GGUF file.
+    weights: False where the folder holds headers alone, as for a plan of a model on the hub.
+    """
+    folder, config = checkpoint.folder, checkpoint.config
+    if files:
+        _check_small_files_open(folder)
+        if weights:
+            check_small_files(folder)
+    if dense:
+        refuse_quantized(checkpoint)
+    info = formats.detect(config, checkpoint.tensors)
+    if info.name != "dense" and not info.layers:
+        what = f"config.json says {info.name}, but no tensor is packed that way"
+        raise BadInput("E348", what, where=str(folder), fix="config.json belongs to another model; fetch the checkpoint again")
+    notes = (*checkpoint.notes, *check_switches(folder, config, files=files))
+    known = None if structure == "no" else _architecture(checkpoint, info, structure, module_map)
+    checks: list[Callable[[], None]] = []
+    if known is not None:
+        checks += _structure_checks(checkpoint, info, known)
+    if tokenizer and files:
+        checks.append(lambda: check_tokenizer(folder, config))
+    check_together(*checks)
+    if known is not None and weights:
+        refuse_two_heads(checkpoint, known)
+    return Examined(checkpoint, info, known, notes)
+
+
+def check_together(*checks: Callable[[], None]) -> None:
+    """Run all checks of the checkpoint and list the problems of all of them."""
+    errors: list[BadInput] = []
+    for check in checks:
+        try:
+            check()
+        except BadInput as error:
+            errors.append(error)
+    if errors:
+        problems: list[Problem] = [problem for error in errors for problem in error.problems]
+        raise BadInput.from_problems(errors[0].error_id, problems)
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _check_small_files_open(folder: Path) -> None:
+    """Whatever is copied from the folder or opened by libraries that load from it: a FIFO would hang them, a link may lead anywhere."""
+    problems = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _READ_BY_LOADERS or is_companion(path.name):
+            try:
+                open_member(folder, path.name).close()
+            except FileRefused as refused:
+                problems.append(refused.problem)
+    if problems:
+        raise BadInput.from_problems("E350", problems)
+
+
+# ---- structure -----------------------------------------------------------------------------------------------------------------------
+
+
+def _architecture(checkpoint: Checkpoint, info: formats.FormatInfo, structure: Structure, module_map: Path | None) -> Architecture | None:
+    try:
+        known = architecture(checkpoint.config, module_map)
+    except BadInput as unknown:
+        if structure == "known" and unknown.error_id == "E390":
+            return None
+        raise
+    other = _other_layout(checkpoint, _owned(info)[0], known)
+    if other is None:
+        return known
+    if structure == "known":
+        return None  # transformers may know the layout; it loads all tensors or none
+    raise other
+
+
+def _owned(info: formats.FormatInfo) -> tuple[set[str], set[str]]:
+    """The dense weights that packed linears stand for, and the tensors that they consist of."""
+    packed = {f"{layer}.weight" for layer in info.layers} if info.name != "dense" else set()
+    return packed, {f"{layer}.{suffix}" for layer in info.layers for suffix in formats.SUFFIXES[info.name]}
+
+
+def _structure_checks(checkpoint: Checkpoint, info: formats.FormatInfo, known: Architecture) -> list[Callable[[], None]]:
+    packed, owned = _owned(info)
+    return [
+        lambda: check_expected(checkpoint, {name: shape for name, shape in known.expected.items() if name not in packed}),
+        lambda: _refuse_unexpected(checkpoint, info, known, [name for name in checkpoint.tensors if name not in owned]),
+        lambda: _check_packed(checkpoint, info, known),
+    ]
+
+
+def _refuse_unexpected(checkpoint: Checkpoint, info: formats.FormatInfo, known: Architecture, names: Iterable[str]) -> None:
+    """BadInput E396 for tensors that the model has no place for."""
+    idle = {f"{layer}.bias" for layer in info.layers}  # AutoGPTQ writes one for every linear, and clients leave out what has no place
+    extra = known.unexpected({name: None for name in names if name not in idle})
+    if not extra:
+        return
+    listed = ", ".join(shown(name, 100) for name in extra[:5]) + (" ..." if len(extra) > 5 else "")
+    kinds = sorted({kind for pattern, kind in _GUESTS for name in extra if re.search(pattern, name)})
+    packed, _ = _owned(info)
+    if kinds and all(name in checkpoint.tensors or name in packed for name in known.expected):
+        what = f"{len(extra)} tensors are no part of the model that config.json describes: {listed} ({', '.join(kinds)})"
+        without = "take a checkpoint without them" if info.layers else _saved_again(checkpoint.folder)
+        fix = f"marlinctl does not carry them along; to leave them out, {without}"
+    else:
+        what = f"{len(extra)} tensors have no place in the model that config.json describes: {listed}"
+        fix = "config.json and the weights do not belong together (fewer layers than weights?); download both again"
+    raise BadInput("E396", what, where=str(checkpoint.folder), fix=fix)
+
+
+def _check_packed(checkpoint: Checkpoint, info: formats.FormatInfo, known: Architecture) -> None:
+    """Every packed linear is one of the model's, and has its size."""
+    specs = dict(known.linears)
+    if known.head is not None:
+        specs[known.head.name] = known.head
+    problems: list[Problem] = []
+    for layer in info.layers:
+        spec = specs.get(layer)
+        where = str(checkpoint.tensors[f"{layer}.{formats.SUFFIXES[info.name][0]}"].file)
+        if spec is None:
+            problems.append(Problem(f"{layer} is packed, but the model has no such linear", where, _APART))
+        elif (shape := formats.layer_shape(checkpoint, info, layer)) != (spec.out_features, spec.in_features):
+            wanted = [spec.out_features, spec.in_features]
+            problems.append(Problem(f"{layer} is {list(shape)}, config.json asks for {wanted}", where, _APART))
+    if problems:
+        raise BadInput.from_problems("E302", problems)
+
+
+def _other_layout(checkpoint: Checkpoint, packed: set[str], known: Architecture) -> BadInput | None:
+    """The model is whole, but laid out in another way: what to say of that, in place of a line for each tensor."""
+    tensors = checkpoint.tensors
+    missing = [name for name in known.expected if name not in tensors and name not in packed]
+    if not missing:
+        return None
+    where = str(checkpoint.folder)
+    begins = f"{known.decoder}."
+    if all(name.startswith(begins) and name.removeprefix(begins) in tensors for name in missing):
+        what = f'the names of the tensors lack "{begins}": {missing[0].removeprefix(begins)} in place of {missing[0]}'
+        return BadInput("E317", what, where=where, fix=_saved_again(checkpoint.folder))
+    inner = _prefix_before(missing[0], tensors)
+    if inner and all(inner + name in tensors for name in missing):
+        what = f"the names of the tensors begin with {shown(inner, 60)!r}: {shown(inner, 60)}{missing[0]} in place of {missing[0]}"
+        return BadInput("E317", what, where=where, fix=_saved_again(checkpoint.folder))
+    if all(".experts." in name for name in missing):
+        fused = [name for name, info in tensors.items() if ".experts." in name and len(info.shape) == 3]
+        if fused:
+            what = f"the experts are stored as one three-dimensional tensor for each block, {shown(fused[0], 100)} first, not one by one"
+            return BadInput("E318", what, where=where, fix=_saved_again(checkpoint.folder))
+    return None
+
+
+def _prefix_before(name: str, tensors: Mapping[str, object]) -> str | None:
+    """What stands before `name` in the checkpoint's own names."""
+    return next((found.removesuffix(name) for found in tensors if found.endswith("." + name)), None)
+
+
+def _saved_again(folder: Path) -> str:
+    return _SAVED_AGAIN.replace("FOLDER", str(folder))
+
+
+def refuse_two_heads(checkpoint: Checkpoint, known: Architecture) -> None:
+    """BadInput E375: transformers would compute with the stored head, vLLM with the embedding, and the walk with what is tied."""
+    for name in known.tied_copies(checkpoint.tensors):
+        if checkpoint.raw(name) != checkpoint.raw(f"{known.embedding}.weight"):
+            what = f"config.json ties the output head to the embedding, and {name} is another matrix"
+            fix = 'write "tie_word_embeddings": false into config.json if the model has a head of its own'
+            raise BadInput("E375", what, where=str(checkpoint.tensors[name].file), fix=fix)

@@ -1,0 +1,90 @@
+"""config.json as transformers gets to see it: one way in, for the walk, for loading and for tokenizers.
+
+transformers never reads the file itself. It would follow whatever stands in it: a kernel of the hub as attention, another config file, a
+dtype that is the name of a function, settings under the names of its own methods. What remains after checkpoint/switches.py are settings of
+the model; where and in which dtype it runs, and what its forward pass returns, marlinctl says itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from marlinctl.checkpoint.files import shown
+from marlinctl.checkpoint.switches import without
+from marlinctl.errors import BadInput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# Said by marlinctl whenever it runs a model; quantizers have no business where weights come dense or through our own.
+_OURS = ("dtype", "torch_dtype", "return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "torchscript")
+_REFUSALS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, LookupError, ArithmeticError, OSError)
+
+
+def transformers_config(config: Mapping[str, Any], folder: Path | None = None, *, quantized: bool = False) -> PreTrainedConfig:
+    """The config object of a parsed config.json. `quantized`: with its quantization_config, for transformers' own quantizers.
+
+    BadInput E361 for a model_type that transformers does not have, E392 for values that its class refuses.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    where = str(folder / "config.json") if folder else "config.json"
+    model_type = config.get("model_type")
+    if model_type == "mistral" and "layer_types" in config:
+        model_type = "ministral"  # as transformers itself tells the two apart
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise BadInput(
+            "E361",
+            f"transformers has no language model for model_type {shown(repr(model_type), 60)}",
+            where=where,
+            fix="only decoder language models that transformers itself supports are loaded; a newer release may know this one",
+        )
+    try:
+        kind = CONFIG_MAPPING[model_type]
+        parsed: PreTrainedConfig = kind(**_settings(config, kind, quantized))
+    except _REFUSALS as error:
+        raise cannot_build(error, where) from error
+    parsed.name_or_path = str(folder) if folder else ""
+    return parsed
+
+
+def cannot_build(error: Exception, where: str) -> BadInput:
+    """E392, with the first line of what transformers says."""
+    first = shown(str(error).splitlines()[0], 300) if str(error) else ""
+    return BadInput(
+        "E392",
+        f"transformers cannot build this model: {type(error).__name__}: {first}",
+        where=where,
+        fix="restore the model's own config.json, or install a transformers release that knows this model",
+    )
+
+
+def _settings(config: Mapping[str, Any], kind: type[PreTrainedConfig], quantized: bool) -> dict[str, Any]:
+    """What is left of the config: no key that chooses code, none that is marlinctl's to say, none that names a part of the class itself."""
+    fields = {field.name for field in dataclasses.fields(kind)}
+    quantization = () if quantized else ("quantization_config", "compression_config")
+    return {
+        key: value
+        for key, value in without(_nested_without(config, quantization)).items()
+        if key not in _OURS and (key in fields or _may_be_set(kind, key))
+    }
+
+
+def _nested_without(config: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """Without these keys and without dtypes in the configs inside; `_OURS` at the top stay for `_settings`."""
+    inner = {*keys, "dtype", "torch_dtype"}
+    plain = {key: value for key, value in config.items() if key not in keys}
+    return {
+        key: {k: v for k, v in value.items() if k not in inner} if isinstance(value, Mapping) and key.endswith("_config") else value
+        for key, value in plain.items()
+    }
+
+
+def _may_be_set(kind: type, key: str) -> bool:
+    """A name that the class does not have, or has as a property that can be set. Methods and class variables are not settings."""
+    found = inspect.getattr_static(kind, key, None)
+    return found is None or (isinstance(found, property) and found.fset is not None)

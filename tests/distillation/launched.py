@@ -1,0 +1,92 @@
+"""What `accelerate launch` starts in the tests of several processes: marlinctl itself, with transformers as it was up to 5.22.
+
+accelerate launch ... launched.py distill STUDENT OUT ...      the command line of marlinctl
+accelerate launch ... launched.py agreement FOLDER             what is found where processes differ, as JSON from process 0
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from click.exceptions import Exit
+from transformers import PreTrainedModel
+from transformers.integrations import is_fsdp_enabled
+
+from marlinctl.cli import main
+from marlinctl.console import Console
+from marlinctl.distillation.agreement import Comparison, require_same_weights
+from marlinctl.distillation.processes import Processes, local
+from marlinctl.errors import CheckFailed
+from marlinctl.load import load_dense
+
+
+def zero_like_transformers_5_22() -> Callable[..., None]:
+    """PreTrainedModel._move_missing_keys_from_meta_to_device of 5.17 to 5.22, where a launcher asked for FSDP's efficient loading."""
+    installed = PreTrainedModel._move_missing_keys_from_meta_to_device
+
+    def move(self: PreTrainedModel, *given: Any, **named: Any) -> None:
+        if is_fsdp_enabled() and os.environ["LOCAL_RANK"] != "0":
+            for path, tensor in [*self.named_parameters(), *self.named_buffers()]:
+                parent, _, name = path.rpartition(".")
+                zeros = torch.zeros_like(tensor, device="cpu")
+                module = self.get_submodule(parent)
+                setattr(module, name, torch.nn.Parameter(zeros) if isinstance(tensor, torch.nn.Parameter) else zeros)
+        else:
+            installed(self, *given, **named)
+
+    return move
+
+
+def agreement(folder: Path) -> None:
+    """Sound weights; a process with other weights; a sound shard; a shard of zeros, in the second process alone."""
+    processes = Processes("cpu")
+
+    def outcome(check: Callable[[], None]) -> str:
+        try:
+            check()
+        except CheckFailed as failed:
+            return f"{failed.error_id} {failed.problems[0].what} | {failed.problems[0].where}"
+        except Exit as left:
+            return f"left with {left.exit_code}"
+        return "passed"
+
+    load = partial(load_dense, folder, dtype=torch.float32)
+    comparison = Comparison(torch.arange(1, 41).reshape(1, -1), torch.float32, processes, Console.quiet())
+    comparison.measure("student", 0, load)
+    comparison.measure("teacher", 1 << 60, load)  # does not fit
+    model = load()
+    found = {"sound weights": outcome(lambda: require_same_weights("student", model, processes))}
+    norm = model.get_parameter("model.norm.weight")
+    with torch.no_grad():
+        kept = norm[7].item()
+        if not processes.main:
+            norm[7] += 0.001
+        found["other weights"] = outcome(lambda: require_same_weights("student", model, processes))
+        norm[7] = kept
+    processes.shard(model, [model.get_submodule(f"model.layers.{i}") for i in range(2)])
+    found["sound shards"] = outcome(lambda: comparison.require_same_losses("student", model))
+    if not processes.main:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                local(parameter).zero_()
+    found["shards of zeros"] = outcome(lambda: comparison.require_same_losses("student", model))
+    found["not measured"] = outcome(lambda: comparison.require_same_losses("teacher", model))
+    everywhere = processes.gather(found)
+    if processes.main:
+        print(json.dumps(everywhere))
+    processes.part()
+
+
+if __name__ == "__main__":
+    PreTrainedModel._move_missing_keys_from_meta_to_device = zero_like_transformers_5_22()  # type: ignore[method-assign]
+    if sys.argv[1] == "agreement":
+        agreement(Path(sys.argv[2]))
+    else:
+        sys.exit(main())

@@ -1,0 +1,88 @@
+"""marlinctl/confined.py: work on hostile data costs so much and no more, and says why it was stopped."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from marlinctl.confined import Bounds, Exceeded, confined
+from marlinctl.errors import BadInput, Problem
+
+BOUNDS = Bounds(memory=256 << 20, cpu=10, wait=10)
+
+
+def memory() -> Iterator[Any]:
+    yield "x" * (1 << 30)
+
+
+def processor() -> Iterator[Any]:
+    while True:
+        pass
+
+
+def one_number() -> Iterator[Any]:
+    yield 10 ** (10**9)  # in C, where no signal handler of Python's is asked
+
+
+@pytest.mark.parametrize(
+    ("work", "bounds", "said"),
+    [
+        (memory, BOUNDS, "256 MiB of memory"),
+        (processor, Bounds(256 << 20, cpu=1, wait=30), "1 s of processor time"),
+        (one_number, Bounds(256 << 20, cpu=30, wait=1), "more than 1 s"),
+        (lambda: iter([os._exit(3)]), BOUNDS, "ended with 3"),
+    ],
+    ids=["memory", "processor", "one number", "died"],
+)
+def test_a_bound_that_is_reached_is_said(work: Any, bounds: Bounds, said: str) -> None:
+    """A chat template or a parquet file would take all memory or all time of the machine."""
+    started = time.monotonic()
+    with pytest.raises(Exceeded, match=said):
+        list(confined(work, bounds))
+    assert time.monotonic() - started < 15
+
+
+def test_one_item_has_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template that writes a gigabyte in bounded memory of its own would take ours."""
+    monkeypatch.setattr("marlinctl.confined.MOST_BYTES", 1 << 20)
+    items = confined(lambda: iter(["x", "x" * (2 << 20)]), BOUNDS)
+    assert next(items) == "x"
+    with pytest.raises(Exceeded, match="more than 1 MiB came out of one piece"):
+        next(items)
+
+
+def test_items_and_errors_come_across() -> None:
+    """What the child found wrong would reach the person as another error, or as none."""
+
+    def work() -> Iterator[Any]:
+        yield {"text": "Grüße \u2028", "n": [1, None]}
+        raise BadInput.from_problems("E384", [Problem("one", "here", "so"), Problem("two", "there", "so")])
+
+    items = confined(work, BOUNDS)
+    assert next(items) == {"text": "Grüße \u2028", "n": [1, None]}
+    with pytest.raises(BadInput) as caught:
+        next(items)
+    assert caught.value.error_id == "E384"
+    assert [problem.where for problem in caught.value.problems] == ["here", "there"]
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        list(confined(lambda: iter([1 // 0]), BOUNDS))
+
+
+def test_who_stops_reading_stops_the_work() -> None:
+    """The child would go on reading a corpus of which two rows were wanted, and stay behind as a zombie."""
+    asked: list[int] = []
+
+    def work() -> Iterator[Any]:
+        while True:
+            yield os.getpid()
+
+    items = confined(work, BOUNDS)
+    asked.append(next(items))
+    assert asked[0] != os.getpid()
+    items.close()  # type: ignore[attr-defined]
+    with pytest.raises(ProcessLookupError):
+        os.kill(asked[0], 0)

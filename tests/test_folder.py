@@ -1,0 +1,587 @@
+"""The one look at a model folder: every verb refuses the same damages with the same ids, and nothing of a folder chooses code.
+
+All in this process: a refusal comes before any work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from marlinctl import api, manifest, verify
+from marlinctl.benchmarking.cases import checkpoint_set
+from marlinctl.benchmarking.generation import load_packed
+from marlinctl.checkpoint.reader import open_checkpoint
+from marlinctl.checkpoint.switches import SWITCHES, cleaned
+from marlinctl.console import Console
+from marlinctl.errors import BadInput, MarlinctlError, UsageError
+from marlinctl.evaluate import EvalSettings, evaluate
+from marlinctl.folder import open_folder
+from marlinctl.inspection import inspect
+from marlinctl.job import run_job
+from marlinctl.model_config import transformers_config
+from marlinctl.models import architecture
+from marlinctl.opening import Options, open_model
+from marlinctl.pages.files import JSON
+from marlinctl.pipeline import run_compress
+from marlinctl.planning import Settings, make_plan
+from marlinctl.recipe import Recipe, load_recipe, resolve
+from marlinctl.repack import repack
+from marlinctl.report import rewrite
+from tests.packed import edit_json, edit_tensors, make_packed, remake_manifest
+from tests.pruned import prune
+from tests.tiny import VOCAB_SIZE, make_tiny, tiny_config, write_tokenizer
+
+QUIET = Console.quiet()
+TEXT = "A sentence of some words, and another one. " * 60
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`dense` and `packed`, good and published, and a text."""
+    root = tmp_path_factory.mktemp("folder")
+    make_tiny(root / "dense")
+    prune(root / "dense", root / "pruned")  # a student for the teacher that is damaged
+    make_packed(root / "dense", root / "packed")
+    make_packed(root / "dense", root / "native", "marlin")
+    for name in ("packed", "native"):
+        (root / name / JSON).write_text('{"kind": "quantize"}')
+    (root / "text.txt").write_text(TEXT)
+    return root
+
+
+# ---- the verbs -----------------------------------------------------------------------------------------------------------------------
+
+
+def recipe(**changes: Any) -> Recipe:
+    """The recipe int4, small; `quantize_bits=16` is quantize.bits."""
+    small = {"quantize.group_size": 32, "quantize.refine": 0}
+    small |= {"calibration.samples": 2, "calibration.sequence_length": 32, "calibration.minimum_tokens": 16}
+    return resolve(load_recipe("int4"), {**small, **{key.replace("_", ".", 1): value for key, value in changes.items()}})[0]
+
+
+def _distill(student: Path, teacher: Path) -> None:
+    from contextlib import ExitStack
+
+    from marlinctl.distillation.opening import open_models
+
+    packed = "quantization_config" in json.loads((student / "config.json").read_text()) if (student / "config.json").is_file() else False
+    asked = recipe(distill_tokens=1000, distill_mode="scales" if packed else "full").distill
+    with ExitStack() as stack:
+        open_models(str(student), str(teacher), asked, Options(), QUIET, stack)
+
+
+def _eval(folder: Path, baseline: Path | None = None) -> None:
+    settings = EvalSettings(text=str(folder.parent / "text.txt"), tokens=64, window=32, dtype="float32", device="cpu")
+    evaluate(folder, settings, QUIET, baseline=baseline)
+
+
+def _verify(folder: Path) -> None:
+    verify.verify(folder, source=None, load=False, console=QUIET)
+
+
+# Each gets the damaged folder; beside it lies a good model, `dense`.
+FROM_DENSE: dict[str, Callable[[Path], object]] = {
+    "quantize": lambda f: open_model(str(f), f.with_name("out"), recipe(), Options(), QUIET),
+    "sparsify": lambda f: open_model(str(f), f.with_name("out"), recipe(sparsify_pattern="2:4"), Options(), QUIET),
+    "compress": lambda f: run_compress(str(f), f.with_name("out"), recipe(), Options(), QUIET, evaluate_result=False),
+    "plan": lambda f: make_plan(str(f), recipe(), Settings(f.with_name("out")), QUIET),
+    "distill, as teacher": lambda f: _distill(f.with_name("pruned"), f),
+    "verify --source": lambda f: verify.verify(f.with_name("packed"), source=f, load=False, console=QUIET),
+    "eval --against": lambda f: _eval(f.with_name("dense"), f),
+}
+FROM_PACKED: dict[str, Callable[[Path], object]] = {
+    "pack": lambda f: repack(f, f.with_name("out"), format="marlin"),
+    "distill, as student": lambda f: _distill(f, f.with_name("dense")),
+    "report": rewrite,
+    "bench": lambda f: checkpoint_set(f, QUIET),
+    "bench --model": lambda f: load_packed(f, torch.device("cpu"), torch.float16),
+}
+FROM_ANY: dict[str, Callable[[Path], object]] = {"eval": _eval, "inspect": inspect, "api.load": api.load}
+DENSE, PACKED = FROM_DENSE | FROM_ANY, FROM_PACKED | FROM_ANY
+NEED_A_TOKENIZER = {*FROM_DENSE, "eval", "distill, as student"} - {"verify --source"}
+
+
+# ---- the damages ---------------------------------------------------------------------------------------------------------------------
+
+
+def _config(**values: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "config.json", lambda config: config.update(values))
+
+
+def _link_out(folder: Path) -> None:
+    (folder / "tokenizer_config.json").rename(folder.parent / "elsewhere.json")
+    (folder / "tokenizer_config.json").symlink_to(folder.parent / "elsewhere.json")
+
+
+def _fifo(folder: Path) -> None:
+    os.mkfifo(folder / "LICENSE")
+
+
+def _own_code(folder: Path) -> None:
+    (folder / "modeling_x.py").write_text(f"import os\nos.mkdir({str(folder / 'canary')!r})\n")
+    _config(model_type="of-my-own", auto_map={"AutoConfig": "modeling_x.C", "AutoModelForCausalLM": "modeling_x.M"})(folder)
+
+
+def _two_heads(folder: Path) -> None:
+    _config(tie_word_embeddings=True)(folder)
+
+
+def _adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base", "peft_type": "LORA"}))
+
+
+def _no_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def _kv_scales(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.k_scale": torch.ones(1)}))
+
+
+def _half_a_tensor(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"][:64]}))
+
+
+Damage = tuple[Callable[[Path], None], str, str]  # what is done, the id, and what the refusal says
+ANY_FOLDER: dict[str, Damage] = {
+    "another hidden size": (_config(hidden_size=64, head_dim=32), "E302", "config.json asks for"),
+    "more layers than weights": (_config(num_hidden_layers=3), "E302", "model.layers.2."),
+    "fewer layers than weights": (_config(num_hidden_layers=1), "E302 E396", "model.layers.1."),
+    "half a tensor": (_half_a_tensor, "E302", "model.norm.weight has shape [64]"),
+    "a tied head that is another matrix": (_two_heads, "E375", "tie_word_embeddings"),
+    "scales of a quantized cache": (_kv_scales, "E396", "scales of a quantized KV cache"),
+    "a companion that is linked": (_link_out, "E350", "out of the checkpoint folder"),
+    "a companion that is a FIFO": (_fifo, "E350", "FIFO"),
+    "a companion that is no JSON": (lambda f: (f / "generation_config.json").write_text("{"), "E350", "not JSON"),  # type: ignore[dict-item]
+    "code for a model of its own": (_own_code, "E312", "never runs"),
+    "an adapter": (_adapter, "E316", "org/base"),
+    "a dtype that is a function": (_config(dtype="save"), "E301", 'dtype is "save"'),
+    "sizes that are none": (_config(vocab_size=10**12), "E301", "vocab_size"),
+}
+PACKED_FOLDER: dict[str, Damage] = {
+    "an unknown key": (lambda f: edit_json(f / "config.json", lambda c: c["quantization_config"].update(rotation="hadamard")), "E340",
+                       "rotation"),
+    "a stray order of columns": (
+        lambda f: edit_tensors(f, lambda t: t.update({"model.layers.0.mlp.up_proj.weight_g_idx": torch.arange(128)})),
+        "E340 E341", "weight_g_idx"),
+}  # fmt: skip
+PUBLISHED: dict[str, Damage] = {
+    "a manifest of tomorrow": (
+        lambda f: edit_json(f / manifest.NAME, lambda m: m.update(schema_version=2, tool={"version": "9.9"})), "E102", "by marlinctl 9.9"),
+    "another chat template": (lambda f: (f / "chat_template.jinja").write_text("{{ 1 }}"), "E304", "chat_template.jinja"),  # type: ignore[dict-item]
+    "another generation config": (lambda f: (f / "generation_config.json").write_text("{}"), "E304", "generation_config.json"),  # type: ignore[dict-item]
+    "another config": (_config(rms_norm_eps=1e-6), "E304", "config.json"),
+    "another tokenizer": (lambda f: edit_json(f / "tokenizer.json", lambda t: t["model"]["merges"].pop()), "E304", "tokenizer.json"),
+    "a licence that nobody published": (lambda f: (f / "LICENSE").write_text("mine"), "E304", "LICENSE"),  # type: ignore[dict-item]
+    "a missing companion": (lambda f: (f / "generation_config.json").unlink(), "E304", "is missing"),
+}  # fmt: skip
+
+
+def refusal(run: Callable[[Path], object], folder: Path) -> MarlinctlError:
+    with pytest.raises(MarlinctlError) as caught:
+        run(folder)
+    assert not folder.with_name("out").exists() and not (folder / "canary").exists()
+    return caught.value
+
+
+def assert_says(error: MarlinctlError, ids: str, text: str) -> None:
+    told = " ".join(part for problem in error.problems for part in (problem.what, problem.where, problem.fix))
+    assert error.error_id in ids.split() and text in told, f"{error.error_id}: {told}"
+
+
+@pytest.fixture
+def place(root: Path, tmp_path: Path) -> Path:
+    """The good folders, as links; `copied` gives one that may be damaged."""
+    for path in root.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    return tmp_path
+
+
+def copied(place: Path, name: str) -> Path:
+    return Path(shutil.copytree(place / name, place / "damaged"))
+
+
+@pytest.mark.parametrize("verb", DENSE)
+@pytest.mark.parametrize("name", ANY_FOLDER)
+def test_every_verb_refuses_a_damaged_model(place: Path, name: str, verb: str) -> None:
+    """A verb that skips a check computes garbage, hangs or ends in a traceback on what the others refuse."""
+    damage, ids, text = ANY_FOLDER[name]
+    folder = copied(place, "dense")
+    damage(folder)
+    assert_says(refusal(DENSE[verb], folder), ids, text)
+
+
+@pytest.mark.parametrize("verb", PACKED)
+@pytest.mark.parametrize("name", ANY_FOLDER | PACKED_FOLDER)
+def test_every_verb_refuses_a_damaged_packed_model(place: Path, name: str, verb: str) -> None:
+    """The same of a folder whose linears are packed, where nobody wrote down what it was."""
+    damage, ids, text = (ANY_FOLDER | PACKED_FOLDER)[name]
+    folder = copied(place, "native" if verb == "bench --model" else "packed")
+    (folder / manifest.NAME).unlink()
+    damage(folder)
+    assert_says(refusal(PACKED[verb], folder), ids, text)
+
+
+@pytest.mark.parametrize("verb", PACKED)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_verb_refuses_what_the_manifest_disproves(place: Path, name: str, verb: str) -> None:
+    """`pack` would write a new manifest that vouches for the damage; `eval` and a report would be of another model."""
+    damage, ids, text = PUBLISHED[name]
+    folder = copied(place, "native" if verb == "bench --model" else "packed")
+    damage(folder)
+    assert_says(refusal(PACKED[verb], folder), ids, text)
+
+
+@pytest.mark.parametrize("name", ANY_FOLDER | PACKED_FOLDER)
+def test_verify_fails_where_the_others_refuse(place: Path, name: str) -> None:
+    """Damage that happened before publishing, so that digests agree with it, must not pass the check either."""
+    damage, ids, text = (ANY_FOLDER | PACKED_FOLDER)[name]
+    folder = copied(place, "packed")
+    damage(folder)
+    remake_manifest(folder)
+    error = refusal(_verify, folder)
+    assert error.exit_code in (1, 3)
+    if error.exit_code == 3:
+        assert_says(error, ids, text)
+    else:  # its own words for what it checks more closely
+        assert error.error_id in ("E105", "E101")
+
+
+@pytest.mark.parametrize("verb", sorted(NEED_A_TOKENIZER))
+def test_a_missing_tokenizer_is_found_where_one_is_needed(place: Path, verb: str) -> None:
+    """Calibration or evaluation would fail with it, after the model is loaded."""
+    folder = copied(place, "dense" if verb in DENSE else "packed")
+    (folder / manifest.NAME).unlink(missing_ok=True)
+    _no_tokenizer(folder)
+    assert_says(refusal((DENSE | PACKED)[verb], folder), "E314", "tokenizer")
+
+
+def test_a_good_folder_passes(place: Path) -> None:
+    """If the good folders of these tests were refused, every test above would pass for nothing."""
+    for name in ("dense", "packed", "native"):
+        with open_folder(place / name, tokenizer=True) as examined:
+            assert examined.architecture is not None and examined.notes == ()
+
+
+# ---- layouts that are whole, and not the usual one -------------------------------------------------------------------------------------
+
+
+def _run_the_fix(error: MarlinctlError, folder: Path) -> Path:
+    """What the refusal says to do, done: the command between the quotes, and the tokenizer."""
+    program = error.problems[0].fix.partition('python -c "')[2].partition('"')[0].replace("'NEW'", repr(str(folder)))
+    exec(compile(program, "fix", "exec"), {})
+    write_tokenizer(folder)
+    return folder
+
+
+def _moe(folder: Path) -> Path:
+    """Experts as one three-dimensional tensor, as trainers save them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model(
+        "qwen3_moe", **sizes, num_key_value_heads=2, head_dim=16, vocab_size=VOCAB_SIZE, num_experts=4, num_experts_per_tok=2
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder, save_original_format=False)
+    write_tokenizer(folder)
+    return folder
+
+
+def _renamed(folder: Path, rename: Callable[[str], str], **extra: torch.Tensor) -> Path:
+    make_tiny(folder, tie_word_embeddings=True)
+    tensors = {rename(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file({**tensors, **extra}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+LAYOUTS: dict[str, tuple[Callable[[Path], Path], str, str]] = {
+    "no prefix": (lambda f: _renamed(f, lambda name: name.removeprefix("model.")), "E317", 'lack "model."'),
+    "fused experts": (_moe, "E318", "one three-dimensional tensor"),
+    "a head for several tokens": (lambda f: _renamed(f, str, **{"mtp.fc.weight": torch.zeros(8, 8)}), "E396", "(MTP)"),
+    "a value head": (lambda f: _renamed(f, str, **{"v_head.summary.weight": torch.zeros(1, 128)}), "E396", "value head"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_foreign_layout_is_named_once_and_its_cure_works(tmp_path: Path, name: str) -> None:
+    """ "Tensor is missing, download both again", a line for each tensor, helps nobody whose download is complete."""
+    make, error_id, says = LAYOUTS[name]
+    folder = make(tmp_path / "model")
+    error = refusal(FROM_DENSE["plan"], folder)
+    assert (error.error_id, error.exit_code, len(error.problems)) == (error_id, 3, 1) and says in error.problems[0].what
+    with open_folder(_run_the_fix(error, tmp_path / "cured"), structure="needed", tokenizer=True) as examined:
+        assert examined.architecture is not None
+
+
+def test_another_prefix_is_named(tmp_path: Path) -> None:
+    """The text model of a wrapper, or of a trainer, has the right tensors under longer names."""
+    error = refusal(FROM_DENSE["plan"], _renamed(tmp_path / "model", lambda name: f"language_model.{name}"))
+    assert error.error_id == "E317" and "'language_model.'" in error.problems[0].what
+
+
+def test_a_missing_head_is_not_taken_for_a_layout(tmp_path: Path) -> None:
+    """Saved again, transformers would fill the head with random numbers."""
+    folder = _renamed(tmp_path / "model", lambda name: name.removeprefix("model."))
+    _config(tie_word_embeddings=False)(folder)
+    assert_says(refusal(FROM_DENSE["plan"], folder), "E302", "lm_head.weight is missing")
+
+
+def test_what_transformers_loads_is_evaluated_whatever_its_layout(tmp_path: Path) -> None:
+    """The walk needs the usual names; an evaluation does not."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    _eval(LAYOUTS["no prefix"][0](tmp_path / "model"))
+
+
+def test_a_wrapper_is_named_as_one(tmp_path: Path) -> None:
+    """No module map can describe it, so it must not be offered."""
+    config = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "hidden_size": 64}, "vision_config": {}}
+    for given in (None, tmp_path / "map.json"):
+        with pytest.raises(BadInput, match="gemma3_text") as caught:
+            architecture(config, given)
+        assert caught.value.error_id == "E390" and "--module-map" not in caught.value.problems[0].fix
+
+
+def test_the_text_model_of_a_wrapper_can_be_taken_out(tmp_path: Path) -> None:
+    """The five lines of docs/troubleshooting.md#e390 must work, and give the same logits."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    text = {"model_type": "gemma3_text", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": VOCAB_SIZE, "max_position_embeddings": 128}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=5)
+    whole = AutoModelForImageTextToText.from_config(config)
+    whole.save_pretrained(tmp_path / "model")
+    page = (Path(__file__).parents[1] / "docs" / "troubleshooting.md").read_text()
+    program = page.partition("### E390")[2].partition("```python")[2].partition("```")[0]
+    exec(
+        compile(program.replace('"MODEL"', repr(str(tmp_path / "model"))).replace('"TEXT"', repr(str(tmp_path / "text"))), "page", "exec"),
+        {},
+    )
+    with open_folder(tmp_path / "text", structure="needed") as examined:
+        assert examined.checkpoint.config["model_type"] == "gemma3_text"
+    ids = torch.arange(1, 9)[None]
+    with torch.inference_mode():
+        alone = AutoModelForCausalLM.from_pretrained(tmp_path / "text")(input_ids=ids).logits
+        assert torch.equal(whole.eval()(input_ids=ids).logits, alone)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "gemma3n_text", "intermediate_size": [8192] * 2},
+        {"model_type": "granitemoehybrid", "num_local_experts": 0, "num_experts_per_tok": 0},
+        {"model_type": "openelm", "num_key_value_heads": [1, 2], "head_dim": 64},
+    ],
+)
+def test_a_sound_config_of_an_unknown_kind_is_not_called_damaged(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """ "Download it again" sends people round in circles; inspect needs no architecture."""
+    folder = make_tiny(tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps(tiny_config(**changes)))
+    assert inspect(folder)["model_type"] == changes["model_type"]
+    assert refusal(FROM_DENSE["plan"], folder).error_id == "E390"
+    (tmp_path / "text.txt").write_text(TEXT)
+    error = refusal(_eval, folder)  # these weights are a Llama's, so nothing else could load them
+    assert error.exit_code == 3 and error.error_id in ("E360", "E361", "E392")
+
+
+def test_hostile_sizes_in_lists_are_refused(tmp_path: Path) -> None:
+    """A list is as good a place for 10^12 as a number."""
+    for value in ([10**12], ["8"], [], [1] * 20_000, [[8]]):
+        make_tiny(tmp_path / "model", intermediate_size=256)
+        _config(intermediate_size=value)(tmp_path / "model")
+        with pytest.raises(BadInput, match="intermediate_size"):
+            open_checkpoint(tmp_path / "model")
+
+
+def test_a_module_map_is_held_against_every_block(tmp_path: Path) -> None:
+    """A map that fits block 0 alone ended in a KeyError."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+    }
+    config = {"model_type": "glm4_moe", **sizes, **experts, "head_dim": 16, "vocab_size": VOCAB_SIZE, "n_group": 1, "topk_group": 1}
+    attention = {"module": "self_attn", "first": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "last": "self_attn.o_proj"}
+    mlp = {"module": "mlp", "first": ["mlp.gate_proj", "mlp.up_proj"], "last": "mlp.down_proj"}
+    names = {"decoder": "model", "blocks": "model.layers", "embedding": "model.embed_tokens", "norm": "model.norm"}
+
+    def refused(**changes: Any) -> str:
+        (tmp_path / "map.json").write_text(json.dumps({**names, "attention": attention, "mlp": mlp, **changes}))
+        with pytest.raises(UsageError) as caught:
+            architecture(config, tmp_path / "map.json")
+        assert caught.value.error_id == "E251"
+        return caught.value.problems[0].what
+
+    assert "block 1 lacks mlp.gate_proj, mlp.up_proj, mlp.down_proj" in refused()
+    assert "model.0." in refused(blocks="model")  # whose children have no numbers
+    assert "input_layernorm" in refused(mlp={**mlp, "last": "input_layernorm"})  # which is no linear
+    assert "model.norm.weight" in refused(embedding="model.norm")
+
+
+# ---- what chooses code -----------------------------------------------------------------------------------------------------------------
+
+HOSTILE = {
+    "attn_implementation": "kernels-community/anything@branch",
+    "_attn_implementation": "evil/attention",
+    "_attn_implementation_internal": "evil/attention",
+    "experts_implementation": "deepgemm",
+    "use_kernels": True,
+    "kernel_config": {"RMSNorm": "evil/norm:RMSNorm"},
+    "fusion_config": {"anything": True},
+    "auto_map": {"AutoModelForCausalLM": "evil/repository--modeling_x.M"},
+    "configuration_files": ["config.9.json"],
+    "transformers_weights": "other.safetensors",
+    "attribute_map": {"hidden_size": "intermediate_size"},
+    "base_model_tp_plan": {"layers.*": "colwise"},
+}  # fmt: skip
+INNER = {"to_dict": 1, "validate": "x", "return_dict": False, "output_attentions": True, "get_text_config": None}
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def test_a_config_chooses_no_code(no_network: None, tmp_path: Path) -> None:
+    """One line in config.json fetched a kernel from the hub and ran it, in eval and quantize alike, offline or not."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    plain = make_tiny(tmp_path / "plain")
+    hostile = make_tiny(
+        tmp_path / "hostile", **HOSTILE, **INNER, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "use_kernels": True}
+    )
+    edit_json(plain / "config.json", lambda config: config.update(rope_parameters={"rope_type": "default", "rope_theta": 1e4}))
+    edit_json(hostile / "tokenizer_config.json", lambda document: document.update(auto_map={"AutoTokenizer": ["evil--x.T", None]}))
+    edit_json(hostile / "generation_config.json", lambda document: document.update(custom_generate="evil/generate"))
+    with open_folder(hostile, structure="needed", tokenizer=True) as examined:
+        told = "\n".join(examined.notes)
+    assert all(key in told for key in (*HOSTILE, "custom_generate", "kernels-community/anything@branch", "tokenizer_config.json"))
+    settings = EvalSettings(text=str(tmp_path / "text.txt"), tokens=256, window=64, dtype="float32", device="cpu")
+    scores = [evaluate(folder, settings, QUIET)["model"]["perplexity"] for folder in (plain, hostile)]
+    assert scores[0] == scores[1]
+    assert isinstance(api.load(hostile).config._attn_implementation, str)
+    assert api.load(hostile).config._attn_implementation in ("sdpa", "eager")
+    for folder in (plain, hostile):
+        run_job(
+            str(folder),
+            folder.with_name(f"{folder.name}-out"),
+            recipe(calibration_source=str(tmp_path / "text.txt")),
+            Options(dtype="float32"),
+            QUIET,
+        )
+    ours, theirs = ((tmp_path / f"{name}-out" / manifest.NAME) for name in ("plain", "hostile"))
+    codes = [json.loads(path.read_text())["layers"] for path in (ours, theirs)]
+    assert codes[0] == codes[1]
+    published = tmp_path / "hostile-out"
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        assert not SWITCHES.keys() & _all_keys(json.loads((published / name).read_text()))
+    assert (published / "tokenizer.json").read_bytes() == (hostile / "tokenizer.json").read_bytes()
+    verify.verify(published, source=hostile, load=True, console=QUIET)
+
+
+def _all_keys(document: Any) -> set[str]:
+    if isinstance(document, dict):
+        return {*document, *(key for value in document.values() for key in _all_keys(value))}
+    return {key for item in document for key in _all_keys(item)} if isinstance(document, list) else set()
+
+
+def test_companions_without_switches_are_copied_as_bytes() -> None:
+    """Rewriting a tokenizer's file for nothing would change its digest."""
+    data = b'{"a":1,\n "b": "\xc3\xa9"}'
+    assert cleaned("tokenizer_config.json", data) == data and cleaned("tokenizer.json", b"{") == b"{"
+    assert json.loads(cleaned("generation_config.json", b'{"a": {"auto_map": {}}, "b": [1]}')) == {"a": {}, "b": [1]}
+    with pytest.raises(BadInput):
+        cleaned("generation_config.json", b"{")
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"model_type": "mistral", "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64}]
+)
+def test_transformers_gets_the_config_that_it_would_have_read(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """A setting that is lost on the way in makes another model; transformers itself tells ministral from mistral by its layers."""
+    from transformers import AutoConfig
+
+    folder = make_tiny(tmp_path / "model", rope_scaling={"rope_type": "linear", "factor": 2.0}, attention_bias=True, **changes)
+    theirs = AutoConfig.from_pretrained(folder)
+    ours = transformers_config(json.loads((folder / "config.json").read_text()), folder)
+    assert type(ours) is type(theirs)
+    differing = {key for key, value in theirs.to_dict().items() if ours.to_dict().get(key) != value}
+    assert differing <= {"dtype"}
+
+
+def test_a_deep_config_is_refused(tmp_path: Path) -> None:
+    """What walks the document calls itself for each level, and would end in a RecursionError."""
+    folder = make_tiny(tmp_path / "model")
+    deep = "[" * 300 + "]" * 300
+    (folder / "generation_config.json").write_text(f'{{"a": {deep}}}')
+    assert_says(refusal(inspect, folder), "E350", "nested too deeply")
+    (folder / "generation_config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(tiny_config())[:-1] + f', "a": {deep}}}')
+    assert_says(refusal(inspect, folder), "E301", "nested too deeply")
+
+
+# ---- what was published ----------------------------------------------------------------------------------------------------------------
+
+
+def _nan(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors["model.norm.weight"].__setitem__(3, float("nan")))
+    remake_manifest(folder)
+
+
+@pytest.mark.parametrize(("verb", "error_id", "exit_code"), [("pack", "E620", 6), ("eval", "E620", 6), ("verify", "E106", 1)])
+def test_nan_in_an_untouched_tensor_is_found(place: Path, verb: str, error_id: str, exit_code: int) -> None:
+    """`pack` copied it and vouched for it, and the check without a load passed."""
+    folder = copied(place, "packed")
+    _nan(folder)
+    error = refusal({**PACKED, "verify": _verify}[verb], folder)
+    assert (error.error_id, error.exit_code) == (error_id, exit_code) and "model.norm.weight" in error.problems[0].what
+
+
+@pytest.mark.parametrize("verb", ["pack", "eval"])
+def test_weights_that_the_manifest_disproves_are_refused(place: Path, verb: str) -> None:
+    """A flipped bit is a weight too."""
+    folder = copied(place, "packed")
+    shard = next(folder.glob("model-*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(bytes(data))
+    assert_says(refusal(PACKED[verb], folder), "E304", shard.name)
+
+
+def test_a_report_of_tomorrow_is_refused(place: Path) -> None:
+    """Its keys may mean something else; rewriting it would lose them."""
+    folder = copied(place, "packed")
+    (folder / JSON).write_text('{"kind": "quantize", "schema_version": 2, "versions": {"marlinctl": "9.9"}}')
+    assert_says(refusal(rewrite, folder), "E399", "by marlinctl 9.9")
+
+
+def test_a_listed_name_does_not_lead_out_of_the_folder(place: Path) -> None:
+    """A manifest may be written by anybody."""
+    (place / "secret.txt").write_text("x")
+    listing = {"../secret.txt": {"bytes": 1, "sha256": "0" * 64}}
+    folder = copied(place, "packed")
+    edit_json(folder / manifest.NAME, lambda document: document["files"].update(listing))
+    assert_says(refusal(inspect, folder), "E304", "may leave the checkpoint folder")
