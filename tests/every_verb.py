@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -351,12 +352,17 @@ class TooLong(BaseException):
     pass
 
 
+def furnished_copy(room: Path, base: Path) -> Path:
+    """A copy of the room, and beside it what must not be touched."""
+    shutil.copytree(room, base / "room", symlinks=True)
+    (base / "outside").mkdir()
+    (base / "outside" / "secret").write_text("nobody may write here")
+    return base / "room"
+
+
 def run(trial: Trial, room: Path, base: Path) -> list[str]:
     """What is wrong, nothing where all is right. base: an empty folder for the copy of the room."""
-    copy, outside = base / "room", base / "outside"
-    shutil.copytree(room, copy, symlinks=True)
-    outside.mkdir()
-    (outside / "secret").write_text("nobody may write here")
+    copy = furnished_copy(room, base)
     trial.prepare(copy)
     before = _contents(base)
     out, err = io.StringIO(), io.StringIO()
@@ -364,22 +370,33 @@ def run(trial: Trial, room: Path, base: Path) -> list[str]:
     os.environ["MARLINCTL_CACHE"] = str(base / "cache")
     code: object = "nothing"
 
-    def too_long(_number: int, _frame: object) -> None:
-        raise TooLong
-
-    signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(PATIENCE)
     try:
-        with contextlib.chdir(copy), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with _patience(), contextlib.chdir(copy), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main(trial.arguments)
     except BaseException as error:  # noqa: BLE001  nothing may get past main
         code = f"{type(error).__name__} out of main"
         traceback.print_exc(file=err)
     finally:
-        signal.alarm(0)
         os.environ.clear()
         os.environ.update(environment)
     return [*_judge_end(code, out.getvalue(), err.getvalue(), base), *_judge_files(trial, before, _contents(base))]
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+    """TooLong after PATIENCE seconds. pytest-timeout has the same timer, and gets it back."""
+
+    def too_long(_number: int, _frame: object) -> None:
+        raise TooLong
+
+    handler = signal.signal(signal.SIGALRM, too_long)
+    started = time.monotonic()
+    left, _ = signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, max(0.1, left - (time.monotonic() - started)) if left else 0)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def _judge_end(code: object, out: str, err: str, base: Path) -> list[str]:
