@@ -28,7 +28,7 @@ from typing import Literal
 from marlinctl.checkpoint import formats
 from marlinctl.checkpoint.config import check_tokenizer, refuse_quantized
 from marlinctl.checkpoint.files import FileRefused, open_member, shown
-from marlinctl.checkpoint.model_files import is_companion
+from marlinctl.checkpoint.model_files import companion_names
 from marlinctl.checkpoint.reader import Checkpoint, check_expected, open_checkpoint
 from marlinctl.checkpoint.switches import check_switches
 from marlinctl.errors import BadInput, Problem
@@ -130,12 +130,11 @@ def check_together(*checks: Callable[[], None]) -> None:
 def _check_small_files_open(folder: Path) -> None:
     """Whatever is copied from the folder or opened by libraries that load from it: a FIFO would hang them, a link may lead anywhere."""
     problems = []
-    for path in sorted(folder.iterdir()):
-        if path.suffix in _READ_BY_LOADERS or is_companion(path.name):
-            try:
-                open_member(folder, path.name).close()
-            except FileRefused as refused:
-                problems.append(refused.problem)
+    for name in sorted({*companion_names(folder), *(path.name for path in folder.iterdir() if path.suffix in _READ_BY_LOADERS)}):
+        try:
+            open_member(folder, name).close()
+        except FileRefused as refused:
+            problems.append(refused.problem)
     if problems:
         raise BadInput.from_problems("E350", problems)
 

@@ -23,7 +23,7 @@ from marlinctl import manifest
 from marlinctl.checkpoint import mask
 from marlinctl.checkpoint.config import CONFIG
 from marlinctl.checkpoint.files import FileRefused, exists, open_member, shown
-from marlinctl.checkpoint.model_files import is_companion
+from marlinctl.checkpoint.model_files import companion_names
 from marlinctl.errors import BadInput, Problem
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def check_small_files(folder: Path) -> None:
         return
     listed = manifest.read(folder)["files"]
     fix = f"fetch or write the folder again; if the file was changed on purpose, remove {manifest.NAME}"
-    used = {path.name for path in folder.iterdir() if is_companion(path.name) or path.name == CONFIG}
+    used = {*companion_names(folder), CONFIG}
     problems = []
     for name in sorted({name for name in listed if not name.endswith(".safetensors")} | used):
         difference = _difference(folder, name, listed.get(name))

@@ -123,6 +123,12 @@ def _link_out(folder: Path) -> None:
     (folder / "tokenizer_config.json").symlink_to(folder.parent / "elsewhere.json")
 
 
+def _linked_template(folder: Path) -> None:
+    (folder / "additional_chat_templates").mkdir()
+    (folder.parent / "elsewhere.jinja").write_text("{{ 1 }}")
+    (folder / "additional_chat_templates" / "tool.jinja").symlink_to(folder.parent / "elsewhere.jinja")
+
+
 def _fifo(folder: Path) -> None:
     os.mkfifo(folder / "LICENSE")
 
@@ -161,7 +167,8 @@ ANY_FOLDER: dict[str, Damage] = {
     "a tied head that is another matrix": (_two_heads, "E375", "tie_word_embeddings"),
     "scales of a quantized cache": (_kv_scales, "E396", "scales of a quantized KV cache"),
     "a companion that is linked": (_link_out, "E350", "out of the checkpoint folder"),
-    "a companion that is a FIFO": (_fifo, "E350", "FIFO"),
+    "a template that is linked": (_linked_template, "E350", "out of the checkpoint folder"),
+    "a companion that is a FIFO": (_fifo, "E301", "FIFO"),
     "a companion that is no JSON": (lambda f: (f / "generation_config.json").write_text("{"), "E350", "not JSON"),  # type: ignore[dict-item]
     "code for a model of its own": (_own_code, "E312", "never runs"),
     "an adapter": (_adapter, "E316", "org/base"),

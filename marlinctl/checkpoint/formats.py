@@ -284,9 +284,8 @@ def _ct_group_size(group: Mapping[str, Any]) -> int:
 def _detect_gptq(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
     label = block.get("checkpoint_format", block.get("format", "gptq"))
     problems = []
-    if label not in ("gptq", "gptq_v2") or block.get("format", label) != label or block.get("is_marlin_format"):
-        other = f", format {block['format']!r}" if block.get("format", label) != label else ""
-        what = f"GPTQ checkpoint_format {label!r}{other} is not read"
+    if label not in ("gptq", "gptq_v2") or block.get("is_marlin_format"):
+        what = f"GPTQ checkpoint_format {label!r} is not read"
         problems.append(Problem(what, "config.json: checkpoint_format", "gptq and gptq_v2 are read"))
     if block.get("bits") != 4:
         problems.append(Problem(f"{block.get('bits')!r}-bit GPTQ is not read", "config.json: bits", "only 4 bits are read"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from pathlib import Path
 
 # What travels with the weights. Never weights, never code, never a README (the card is new).
 _COMPANION_NAMES = frozenset(
@@ -38,6 +39,14 @@ _TEMPORARY = re.compile(r"\.marlinctl-[0-9a-f]{16}\.part")
 
 def is_companion(name: str) -> bool:
     return name in _COMPANION_NAMES or name.endswith(_COMPANION_ENDS) or (name.startswith(_COMPANION_STARTS) and not name.endswith(".py"))
+
+
+def companion_names(folder: Path) -> list[str]:
+    """The companions that a folder holds, as names relative to it, in order. Nothing is opened."""
+    templates = folder / COMPANION_FOLDER
+    names = [path.name for path in folder.iterdir() if is_companion(path.name)]
+    names += [f"{COMPANION_FOLDER}/{path.name}" for path in templates.glob("*.jinja")] if templates.is_dir() else []
+    return sorted(names)
 
 
 def is_weights(name: str) -> bool:

@@ -41,7 +41,7 @@ from marlinctl.checkpoint.durable import (
 )
 from marlinctl.checkpoint.files import FileRefused, open_member
 from marlinctl.checkpoint.header import read_header
-from marlinctl.checkpoint.model_files import COMPANION_FOLDER, is_companion
+from marlinctl.checkpoint.model_files import companion_names
 from marlinctl.checkpoint.switches import cleaned
 from marlinctl.errors import BadInput, ResourceProblem, UsageError
 
@@ -321,11 +321,7 @@ def _rejected(out: Path) -> Path:
 
 def companions(folder: Path) -> Iterator[tuple[str, bytes]]:
     """The companion files of a checkpoint folder, as (name, bytes). BadInput for one that may not be followed or is no plain file."""
-    names = [path.name for path in folder.iterdir() if is_companion(path.name)]
-    templates = folder / COMPANION_FOLDER
-    if templates.is_dir():
-        names += [f"{COMPANION_FOLDER}/{path.name}" for path in templates.glob("*.jinja")]
-    for name in sorted(names):
+    for name in companion_names(folder):
         try:
             with open_member(folder, name) as file:
                 size = os.fstat(file.fileno()).st_size
