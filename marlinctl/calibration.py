@@ -22,12 +22,14 @@ from torch import Tensor
 
 from marlinctl import findings
 from marlinctl.checkpoint.config import read_config
+from marlinctl.checkpoint.files import shown
 from marlinctl.confined import Bounds, Exceeded, confined
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, UsageError
 from marlinctl.evaluation.windows import SLACK, first_ids
 from marlinctl.memory import CHARACTERS_PER_TOKEN, PIECE, SELF_BATCH
 from marlinctl.model_config import transformers_config
+from marlinctl.preflight import check_length, too_few_tokens
 from marlinctl.recipe import Calibration
 from marlinctl.walk import Tokens
 
@@ -51,16 +53,10 @@ def load_calibration(
 ) -> CalibrationSet:
     """The samples that `asked` describes, for the model in `folder`. `load_model` is called for `self` only.
 
-    UsageError E252 for a length the model cannot read; BadInput E393 for fewer samples or tokens than asked.
+    UsageError E252 for a length the model cannot read; BadInput E393 for fewer samples or tokens than asked, E262 for a chat that the
+    template refuses.
     """
-    limit = config.get("max_position_embeddings")
-    if isinstance(limit, int) and asked.sequence_length > limit:
-        raise UsageError(
-            "E252",
-            f"samples of {asked.sequence_length} tokens are longer than the model can read ({limit})",
-            where="--sequence-length",
-            fix=f"--sequence-length {limit} or less",
-        )
+    check_length(asked, config)
     tokenizer = load_tokenizer(folder)
     if asked.source == "self":
         ids, how, cut = write_samples(load_model(), tokenizer, asked, console), "written by the model itself", 0
@@ -103,14 +99,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # pydantic, pyo3 and each of a hundred tokenizer classes raise what they like
-        raise BadInput(
-            "E394",
-            f"the tokenizer cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            where=str(folder),
-            fix="copy tokenizer.json and tokenizer_config.json from the original model",
-        ) from error
+        raise _no_tokenizer("cannot be loaded", error, folder) from error
     _try(tokenizer, folder)
     return tokenizer
+
+
+def _no_tokenizer(what: str, error: Exception, folder: Path) -> BadInput:
+    return BadInput(
+        "E394",
+        f"the tokenizer {what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+        where=str(folder),
+        fix="copy tokenizer.json and tokenizer_config.json from the original model",
+    )
 
 
 def _try(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -141,12 +141,7 @@ def _require(asked: Calibration, ids: Tensor, counted: Tensor) -> None:
             fix=f"give more text, or --samples {got}" if got else "give more text, or a smaller --sequence-length",
         )
     if tokens < asked.minimum_tokens:
-        raise BadInput(
-            "E393",
-            f"{tokens} tokens count for calibration, at least {asked.minimum_tokens} are needed",
-            where=f"calibration {asked.source}",
-            fix="more --samples or a greater --sequence-length (fewer tokens do not determine the Hessians)",
-        )
+        raise too_few_tokens(asked, str(tokens))
 
 
 # ---- text and chats ------------------------------------------------------------------------------------------------------------------
@@ -169,8 +164,8 @@ def read_samples(asked: Calibration, tokenizer: PreTrainedTokenizerBase) -> tupl
         raise UsageError("E253", f"--chat always, but {missing}", where=f"calibration {asked.source}", fix="--chat auto")
     everything = chain(() if first is None else (first,), found)
     if as_chats:
-        chats = list(islice((d for d in everything if not isinstance(d, str)), asked.samples))
-        rows = [first_ids(text, tokenizer, asked.sequence_length) for text in _rendered(chats, tokenizer)]
+        chats = list(islice(((row, d) for row, d in enumerate(everything, start=1) if not isinstance(d, str)), asked.samples))
+        rows = [first_ids(text, tokenizer, asked.sequence_length) for text in _rendered(chats, tokenizer, asked.source)]
         cut = sum(len(row) > asked.sequence_length for row in rows)
         return _pad(rows, asked.sequence_length), "chats, with the model's template", cut
     texts = (d if isinstance(d, str) else "\n\n".join(turn["content"] for turn in d) for d in everything)
@@ -178,9 +173,9 @@ def read_samples(asked: Calibration, tokenizer: PreTrainedTokenizerBase) -> tupl
 
 
 def _documents(asked: Calibration) -> Iterable[Document]:
-    from marlinctl.texts import documents
+    from marlinctl.texts import documents, names_a_file
 
-    if Path(asked.source).exists() or "/" not in asked.source or Path(asked.source).suffix in (".txt", ".jsonl", ".parquet", ".gz"):
+    if names_a_file(asked.source):
         return documents(asked.source)
     return islice(_confined_hub_documents(asked.source), 64 * asked.samples)
 
@@ -243,7 +238,7 @@ def _cut(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, samples: int,
     found = [torch.empty(0, dtype=torch.int64)]
     got = 0
     for piece, whole in _pieces(texts, min(needed * CHARACTERS_PER_TOKEN, PIECE)):
-        ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = token_ids(tokenizer, piece)
         found.append(torch.tensor(ids, dtype=torch.int64))
         got += len(ids)
         if got >= (needed if whole else needed + SLACK):
@@ -294,11 +289,19 @@ def _divided(text: str, size: int) -> list[str]:
     return [*parts, text[begin:]]
 
 
-def _rendered(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Each chat in the model's template, which is a program that came with the model: it runs in a process of its own (confined.py)."""
+def _rendered(chats: Sequence[tuple[int, Chat]], tokenizer: PreTrainedTokenizerBase, source: str) -> Iterator[str]:
+    """Each chat (and which row it is) in the model's template, which is a program that came with the model: it runs in a process of its
+    own (confined.py). UsageError E262 where the template refuses a chat."""
 
     def render() -> Iterator[str]:
-        return (str(tokenizer.apply_chat_template(chat, tokenize=False)) for chat in chats)
+        for row, chat in chats:
+            try:
+                text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+            except Exception as error:  # raise_exception() of the template, and whatever its own mistakes raise in jinja or Python
+                if isinstance(error, MemoryError):
+                    raise
+                raise _refused_chat(chat, f"{source}, row {row}", error) from error
+            yield text
 
     try:
         yield from confined(render, Bounds(memory=1 << 30, cpu=30 + len(chats) // 20, wait=20))
@@ -311,11 +314,30 @@ def _rendered(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> Iter
         ) from None
 
 
+def _refused_chat(chat: Chat, where: str, error: Exception) -> UsageError:
+    roles = ", ".join(shown(turn["role"], 30) for turn in chat[:4]) + (", ..." if len(chat) > 4 else "")
+    return UsageError(
+        "E262",
+        f"the model's chat template refuses this chat ({roles}): {shown(str(error).strip() or type(error).__name__)}",
+        where=where,
+        fix="leave out the turns that the template does not know, such as `system`; or calibrate with --chat never, on plain text",
+    )
+
+
 def _begins_with(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """[BOS] for models that want one at the start of every text (Gemma, Llama 3), else []."""
     bos = tokenizer.bos_token_id
     first = tokenizer("a")["input_ids"][:1]
     return [bos] if bos is not None and first == [bos] else []
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a text, without special tokens. BadInput E394 where the tokenizer's files are such that it cannot read it."""
+    try:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception as error:  # tokenizers raise a bare Exception
+        raise _no_tokenizer("cannot read a text", error, Path(getattr(tokenizer, "name_or_path", ""))) from error
+    return ids
 
 
 def _pad(rows: Sequence[list[int]], length: int) -> Tensor:

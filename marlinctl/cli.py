@@ -5,10 +5,11 @@
       fix: what would be right
       docs: docs/troubleshooting.md#e312
 
-     0  done                     4  this machine lacks something    70  a defect of marlinctl
-     1  a check said no          5  disk or memory ran out         130  Ctrl-C
-     2  wrong usage or recipe    6  NaN, or no factorisation       141  the reader of stdout went away
-     3  bad input                7  hub or network                 143  SIGTERM
+     0  done                            5  disk or memory ran out      129  SIGHUP: the terminal went away
+     1  a check said no                 6  NaN, or no factorisation    130  Ctrl-C
+     2  wrong usage or recipe           7  hub or network              141  the reader of stdout went away
+     3  bad input                      70  a defect of marlinctl       143  SIGTERM
+     4  this machine lacks something
 
 With --json the same fields are one JSON document on stdout. A traceback appears with --debug only; the log always has it.
 A verb's module is imported when the verb is used, so that help answers without torch (tests/test_startup.py).
@@ -24,7 +25,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -59,7 +60,11 @@ COMPLETION_VARIABLE = "_MARLINCTL_COMPLETE"  # click's protocol: a shell sets it
 
 
 class _Terminated(BaseException):
-    """SIGTERM, raised where the program stands so that every `with` and `finally` cleans up."""
+    """SIGTERM or SIGHUP, raised where the program stands so that every `with` and `finally` cleans up."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = signal.Signals(number)
 
 
 class _Verbs(click.Group):
@@ -107,16 +112,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from click.shell_completion import shell_complete
 
         return shell_complete(marlinctl, {}, "marlinctl", COMPLETION_VARIABLE, instruction)
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a name that the locale cannot spell must not stop the program
     consoles: list[Console] = []  # the running verb puts its console here
     try:
-        with _sigterm_raises(), visible_streams():
+        with _signals_raise(), visible_streams():
             code = _run(args, consoles)
             _flush()
     except BaseException as error:  # noqa: BLE001  the edge: every exception becomes an exit code here
-        code = _report(error, args, consoles)
+        with _deaf_to_ctrl_c():  # whoever is in a hurry presses it twice, and would get a traceback of this very report
+            code = _report(error, args, consoles)
     finally:
         for console in consoles:
             console.close()
@@ -149,11 +156,11 @@ def _report(error: BaseException, args: list[str], consoles: list[Console]) -> i
         consoles.append(console)
     if isinstance(error, BrokenPipeError):
         return 128 + signal.SIGPIPE
-    if isinstance(error, (KeyboardInterrupt, _Terminated)):
-        cause, code = ("Ctrl-C", 130) if isinstance(error, KeyboardInterrupt) else ("SIGTERM", 143)
-        console.error(f"by {cause}; nothing unfinished was published", label="interrupted:")
-        return code
     try:
+        if isinstance(error, (KeyboardInterrupt, _Terminated)):
+            cause, number = ("Ctrl-C", signal.SIGINT) if isinstance(error, KeyboardInterrupt) else (error.signal.name, error.signal)
+            console.error(f"by {cause}; nothing unfinished was published", label="interrupted:")
+            return 128 + number
         console.traceback(error, show="--debug" in options)
         problem = _as_marlinctl_error(error)
         if problem is None:
@@ -161,9 +168,7 @@ def _report(error: BaseException, args: list[str], consoles: list[Console]) -> i
         _tell(problem, problem.exit_code, console)
     except BrokenPipeError:
         return 128 + signal.SIGPIPE
-    except OSError as failure:
-        if failure.errno not in _DISK_FULL:
-            raise
+    except (OSError, ResourceProblem):
         return ResourceProblem.exit_code  # not even the report fits: stdout or the log lies on the full disk
     return problem.exit_code
 
@@ -184,7 +189,9 @@ def _tell(error: MarlinctlError, code: int, console: Console) -> None:
 # What others raise, in our words
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FAILED = (errno.EIO, errno.ESTALE, errno.ENXIO, errno.EBADF)  # the last: stdout is open for reading alone
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_SUCH_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def _as_marlinctl_error(error: BaseException) -> MarlinctlError | None:
@@ -203,12 +210,31 @@ def _as_marlinctl_error(error: BaseException) -> MarlinctlError | None:
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         where = str(error.filename) if error.filename else "the output of this run"
         return ResourceProblem("E591", f"writing failed: {error.strerror}", where=where, fix="free some space, or write to another disk")
+    if isinstance(error, OSError) and error.errno in _DISK_FAILED:
+        where = str(error.filename) if error.filename else "a file or stdout"
+        return ResourceProblem(
+            "E591", f"reading or writing failed: {error.strerror}", where=where, fix="check the disk, or use another one"
+        )
+    if isinstance(error, OSError) and error.errno in _NO_SUCH_NAME:
+        where = str(error.filename) if error.filename else "a path of the command line"
+        return UsageError("E233", f"the path cannot be used: {error.strerror}", where=where, fix="give another path")
+    if isinstance(error, FileNotFoundError) and not _is_somewhere():
+        fix = "change into a folder that exists, then run it again"
+        return EnvironmentProblem("E490", "the current folder was deleted", where="this run", fix=fix)
     if isinstance(error, OSError) and error.errno in _NOT_ALLOWED:
         where = str(error.filename) if error.filename else "this run"
         return EnvironmentProblem(
             "E490", f"the system refused: {error.strerror}", where=where, fix="check the owner and the permissions of that path"
         )
     return None
+
+
+def _is_somewhere() -> bool:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -279,19 +305,51 @@ def _nearest(name: str, known: Sequence[str] | dict[str, str], help_line: str) -
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    def stop(_number: int, _frame: object) -> NoReturn:
-        raise _Terminated
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP as exceptions; one that the process was started to ignore (nohup) stays ignored."""
 
+    def stop(number: int, _frame: object) -> NoReturn:
+        raise _Terminated(number)
+
+    before: dict[signal.Signals, Any] = {}
+    with suppress(ValueError):  # not the main thread: the embedding program owns the signals
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, stop)
     try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: the embedding program owns the signals
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    try:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # not the main thread
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, before)
+
+
+def _open_closed_streams() -> None:
+    """Standard streams that were closed (`>&-`) lead to nowhere instead.
+
+    The system gives the next file that is opened the lowest free number. Without this a shard could be number 2, and whatever writes
+    to stderr would write into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number is this one
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # what Python makes of a closed one
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  for as long as the process lives
 
 
 def _flush() -> None:

@@ -10,10 +10,14 @@ On a terminal, progress is a bar with the time left, drawn by rich, which is imp
 every step that carries a note is a line, and bare steps make at most one line in ten seconds.
 All text passes through `redact` (tokens) and `printable` (a tensor name may hold escape sequences) before it leaves, and what is said is
 one line. What other libraries print meets the same at the edge of the program (`visible_streams`, marlinctl/cli.py).
+
+A stderr that takes nothing more (its terminal or its reader is gone, its disk is full) costs the story and nothing else: the work and the
+log go on without it. A stdout that takes nothing more is an error, since the result is what was asked for.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -21,12 +25,12 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from marlinctl.errors import UsageError
+from marlinctl.errors import ResourceProblem, UsageError
 from marlinctl.log import MemoryThenFile, plain, printable, redact, visible_streams
 
 if TYPE_CHECKING:
@@ -54,6 +58,38 @@ def duration(seconds: float) -> str:
 def colour_wanted(stream: TextIO) -> bool:
     """A terminal, and nobody asked for none (https://no-color.org: set and not empty)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+class _Story:
+    """A stream that falls silent for good where it cannot be written, instead of stopping the work that is told about."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self._broken = False
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def isatty(self) -> bool:
+        return not self._broken and not self.stream.closed and self.stream.isatty()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def _try(self, do: Callable[[], object]) -> None:
+        if self._broken:
+            return
+        try:
+            do()
+        except UnicodeError:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: it was closed
+            self._broken = True
+            _LOGGER.debug("stderr cannot be written (%s); the story goes on in the log alone", error)
 
 
 class Progress:
@@ -114,6 +150,7 @@ class Console:
         self._verbose = verbose and not quiet
         self._stdout = stdout
         self._stderr = stderr
+        self._story: _Story | None = None
         self._colour = colour
         self._bar: Bar | None = None
         self._has_result = False
@@ -190,12 +227,26 @@ class Console:
         if self.json:
             self.write_json(document)
         else:
-            print(printable(redact(text)), file=self._out, flush=True)
+            self._write_result(printable(redact(text)))
 
     def write_json(self, document: dict[str, Any]) -> None:
         """ASCII, so that no locale can break it; NaN and infinity, which JSON does not know, become null."""
         body = json.dumps(strict({"schema_version": SCHEMA_VERSION, **document}), indent=2, allow_nan=False)
-        print(redact(body), file=self._out, flush=True)
+        self._write_result(redact(body))
+
+    def _write_result(self, text: str) -> None:
+        """OSError where stdout cannot be written, BrokenPipeError where its reader is gone, ResourceProblem E591 where it was closed."""
+        try:
+            print(text, file=self._out, flush=True)
+        except OSError as error:
+            if error.errno == errno.EIO:  # a terminal that was hung up
+                raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from error
+            raise
+        except UnicodeError:
+            raise
+        except ValueError as error:
+            fix = "leave stdout open, or send it to a file"
+            raise ResourceProblem("E591", f"writing failed: {error}", where="stdout", fix=fix) from error
 
     # The log
 
@@ -243,7 +294,10 @@ class Console:
 
     @property
     def _err(self) -> TextIO:
-        return plain(self._stderr or sys.stderr)
+        stream = plain(self._stderr or sys.stderr)
+        if self._story is None or self._story.stream is not stream:
+            self._story = _Story(stream)
+        return cast(TextIO, self._story)
 
     def _write_story(self, text: str, *, label: str = "", colour: str = "") -> None:
         safe = printable(redact(text))

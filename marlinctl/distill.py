@@ -33,10 +33,11 @@ from marlinctl.distillation.blockwise import BlockLoop
 from marlinctl.distillation.job import DistillJob, State
 from marlinctl.distillation.loop import Loop
 from marlinctl.distillation.losses import Weights
-from marlinctl.distillation.opening import Opened, check_settings, open_models
+from marlinctl.distillation.opening import Model, Opened, open_models
 from marlinctl.distillation.processes import Processes
 from marlinctl.distillation.publish import build
-from marlinctl.distillation.rows import Rows, check_sizes, load_rows, make_rows
+from marlinctl.distillation.rows import Rows, load_rows, make_rows
+from marlinctl.distillation.settings import check_settings, check_sizes
 from marlinctl.distillation.student import load_student
 from marlinctl.distillation.teacher import Cached, Teacher, live, write_cache
 from marlinctl.job import published_report, versions
@@ -44,8 +45,10 @@ from marlinctl.journal import Request
 from marlinctl.load import load_dense
 from marlinctl.manifest import made_from
 from marlinctl.memory import parameters, peak_rss
+from marlinctl.models import check_module_map
 from marlinctl.opening import Options
 from marlinctl.pages.files import report_files
+from marlinctl.preflight import check_documents
 from marlinctl.recipe import Distill, Recipe, recipe_hash
 from marlinctl.room import needed_by_distillation
 from marlinctl.scratch import Scratch
@@ -64,6 +67,7 @@ class _Run:
     processes: Processes
     job: DistillJob
     dtype: torch.dtype
+    rows: Rows | None = None  # of a text that was read before the weights
     _teacher: nn.Module | None = field(default=None)
 
     @property
@@ -96,21 +100,33 @@ def run_distill(student: str, out: Path, teacher: str, recipe: Recipe, options: 
 
     with ExitStack() as stack, threads(options.threads):
 
+        def check_arguments() -> None:
+            """What needs no model, before one is fetched."""
+            check_output(out, overwrite=options.overwrite, sources=sources)
+            check_module_map(options.module_map)
+            check_documents(run.asked.data)
+
         def take() -> None:
             check_settings(run.asked, processes.count)
             if not options.resume:
-                check_output(out, overwrite=options.overwrite, sources=sources)
+                check_arguments()
             if processes.main:
                 stack.enter_context(run.job.held(request, resume=options.resume, console=console, launcher=launcher))
                 console.log_to(run.job.log)
 
         def look() -> Opened:
             if options.resume:
-                check_output(out, overwrite=options.overwrite, sources=sources)
-            opened = open_models(student, teacher, run.asked, options, console, stack, lambda name: run.job.noted(name, console))
+                check_arguments()
+
+            def before_weights(pupil: Model) -> None:
+                check_sizes(run.asked, pupil.checkpoint.config, processes.count)
+                if processes.main and run.asked.data != "self":
+                    run.rows = load_rows(run.asked, pupil.source.folder, console=console, load_teacher=_no_model)
+
+            noted = partial(run.job.noted, console=console)
+            opened = open_models(student, teacher, run.asked, options, console, stack, noted, before_weights)
             for contents in opened.contents.values():
                 run.job.watch(contents)
-            check_sizes(run.asked, opened.student.checkpoint.config, processes.count)
             _require_room(opened, out, run.asked)
             return opened
 
@@ -139,6 +155,8 @@ def _rows(run: _Run, opened: Opened, resume: bool) -> Rows:
         kept = run.job.rows() if resume and run.asked.data == "self" else None
         if kept is not None:
             rows = make_rows(*kept, run.asked, "written by the teacher", run.console)
+        elif run.rows is not None:
+            rows = run.rows
         else:
             folder = opened.student.source.folder
             rows = load_rows(run.asked, folder, console=run.console, load_teacher=lambda: run.whole_teacher(opened))
@@ -156,6 +174,10 @@ def _rows(run: _Run, opened: Opened, resume: bool) -> Rows:
     ids, counted = (run.processes.share_tensor(getattr(rows, name, None)) for name in ("ids", "counted"))
     held_out, facts = run.processes.share((rows.held_out, rows.facts) if rows is not None else (0, {}))
     return Rows(ids, counted, held_out, facts)
+
+
+def _no_model() -> nn.Module:
+    raise AssertionError("a text is read without the model")
 
 
 def _state(run: _Run, resume: bool) -> State | None:

@@ -8,7 +8,7 @@
     ├── ResourceProblem            5   disk or memory ran out
     ├── NumericalProblem           6   NaN, infinity, or a matrix that cannot be factored
     ├── HubProblem                 7   the hub or the network
-    └── Interrupted              130   Ctrl-C (143: SIGTERM)
+    └── Interrupted              130   Ctrl-C (129: SIGHUP, 143: SIGTERM)
 
 An error is written for the person at the terminal: what is wrong, where, and how to mend it. It carries one or more
 problems, because a refusal names everything that is wrong at once. Ids are stable; docs/troubleshooting.md explains each.

@@ -17,55 +17,21 @@ import gc
 import importlib.metadata
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from marlinctl import devices
 from marlinctl.console import Console
 from marlinctl.errors import UsageError
 from marlinctl.evaluation import divergence, loading, results, statistics, table, tasks, windows
+from marlinctl.evaluation.settings import DEFAULT_WINDOW, EvalSettings
 from marlinctl.scores import figure
 from marlinctl.texts import LONGEST_TEXT, PYTHONDOC, Text, load_text
 
 if TYPE_CHECKING:
     from marlinctl.checkpoint.contents import Contents
 
-DEFAULT_TOKENS = 20480
-DEFAULT_WINDOW = 1024
-DEFAULT_SEED = 1234  # lm_eval's own
-
 render_table = table.render_table
-
-
-@dataclass(frozen=True, slots=True)
-class EvalSettings:
-    """Everything that decides the numbers."""
-
-    tasks: tuple[str, ...] = ()
-    task_data: Path | None = None
-    limit: int | None = None  # documents per task
-    num_fewshot: int | None = None  # None: what each task says
-    batch_size: int | Literal["auto"] = "auto"
-    text: str | None = None  # see texts.py; None: pythondoc when a text is needed
-    tokens: int = DEFAULT_TOKENS
-    window: int = DEFAULT_WINDOW
-    seed: int = DEFAULT_SEED
-    dtype: str = "auto"
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        checks = (
-            (self.limit is None or self.limit >= 1, "--limit", "at least 1"),
-            (self.num_fewshot is None or self.num_fewshot >= 0, "--num-fewshot", "at least 0"),
-            (self.batch_size == "auto" or self.batch_size >= 1, "--batch-size", "auto, or at least 1"),
-            (self.window >= 2, "--window", "at least 2: the first token of a window is given, the others are predicted"),
-            (self.tokens >= self.window, "--tokens", f"at least one window, {self.window}"),
-            (self.dtype in ("auto", *loading.DTYPES), "--dtype", f"auto, {', '.join(loading.DTYPES)}"),
-        )
-        for holds, option, allowed in checks:
-            if not holds:
-                raise UsageError("E246", f"{option} is out of range", where=option, fix=f"give {allowed}")
 
 
 def evaluate(
@@ -82,7 +48,9 @@ def evaluate(
     subject = loading.open_subject(model_folder, names[0])
     other = None if baseline is None else loading.open_subject(baseline, names[1])
     run = _Run(subject, other, settings, console)
-    text = _text(settings) if settings.text or other or not settings.tasks else None
+    text = text_of(settings) if settings.text or other or not settings.tasks else None
+    if text is not None:
+        run.cut(text)
     with run.planned_tasks() as plan:
         run.look()
         file = results.ResultsFile(out, run.fresh_document(text, plan), resume=resume)
@@ -105,7 +73,8 @@ def compare(model_folder: Path, baseline_folder: Path, settings: EvalSettings, c
     """Perplexity of both on a text, KL(baseline || model) and top-1 agreement."""
     subject, other = loading.open_subject(model_folder), loading.open_subject(baseline_folder)
     run = _Run(subject, other, settings, console)
-    text = _text(settings)
+    text = text_of(settings)
+    run.cut(text)
     run.look()
     document = run.fresh_document(text, None)
     run.measure_text(text, document)
@@ -113,7 +82,7 @@ def compare(model_folder: Path, baseline_folder: Path, settings: EvalSettings, c
     return document
 
 
-def _text(settings: EvalSettings) -> Text:
+def text_of(settings: EvalSettings) -> Text:
     """As much of it as the windows can need, and never less than what is read of every text, whose digest stands beside the figures."""
     return load_text(settings.text or PYTHONDOC, longest=max(LONGEST_TEXT, settings.tokens * windows.MOST_CHARACTERS_PER_TOKEN))
 
@@ -125,7 +94,13 @@ class _Run:
         self.subject, self.other, self.settings, self.console = subject, other, settings, console
         self.device = devices.choose_device(settings.device)
         self.dtype = loading.choose_dtype(settings.dtype, self.device, subject.config)
+        self.window = settings.window_for(subject.longest, None if other is None else other.longest)
+        self._cut: tuple[Any, int | None] | None = None  # filled by `cut`
         self.contents: dict[Path, Contents] = {}  # of each folder; filled by `look`
+
+    def cut(self, text: Text) -> None:
+        """Cut the text into windows: it may be too short, or they too long, and that shows before any weight is read."""
+        self._cut = self._windows(text)
 
     def look(self) -> None:
         """What the person should know of the folders, whether their weights can be believed, and their identity, in one reading."""
@@ -150,7 +125,7 @@ class _Run:
                 "batch_size": s.batch_size,
                 "text_sha256": None if text is None else text.sha256,
                 "tokens": s.tokens,
-                "window": s.window,
+                "window": self.window,
                 "seed": s.seed,
                 "dtype": self.dtype,
                 "device": self.device,
@@ -196,18 +171,20 @@ class _Run:
 
     def measure_text(self, text: Text, document: results.Document) -> None:
         s = self.settings
-        rows, start = self._windows(text)
+        rows, start = self._cut or self._windows(text)
         document["text"] = {
             "name": text.name,
             "note": text.note,
             "sha256": text.sha256,
             "windows": len(rows),
-            "window": s.window,
+            "window": self.window,
             "starts_with": start,
         }
-        self.console.say(f"text: {text.note}, SHA-256 {text.sha256[:16]}..., {len(rows)} windows of {s.window:,} tokens")
-        if len(rows) < s.tokens // s.window:
-            self.console.warn(f"the text is shorter than --tokens {s.tokens:,}: {len(rows) * s.window:,} are used")
+        self.console.say(f"text: {text.note}, SHA-256 {text.sha256[:16]}..., {len(rows)} windows of {self.window:,} tokens")
+        if s.window is None and self.window < min(DEFAULT_WINDOW, s.tokens):
+            self.console.say(f"windows are no longer than the {self.window:,} positions of the model")
+        if len(rows) < s.tokens // self.window:
+            self.console.warn(f"the text is shorter than --tokens {s.tokens:,}: {len(rows) * self.window:,} are used")
         if self.other is None:
             with self.loaded(self.subject) as model:
                 losses = divergence.measure_losses(model, rows, self.console, label=self.subject.name)
@@ -224,23 +201,7 @@ class _Run:
         }
 
     def _windows(self, text: Text) -> tuple[Any, int | None]:
-        """The windows, [W, window] int64, and the id they start with. Both models must read the same tokens."""
-        import torch
-
-        cut = []
-        for who in (self.subject, self.other or self.subject):
-            tokenizer = loading.load_tokenizer(who)
-            start = windows.window_start(tokenizer, who.model_type)
-            s = self.settings
-            cut.append(windows.cut_windows(text, tokenizer, tokens=s.tokens, window=s.window, start=start, longest=who.longest))
-        if not torch.equal(*cut):
-            raise UsageError(
-                "E247",
-                "the models cannot be compared: their tokenizers cut the text differently",
-                where="--against",
-                fix="name the model that this one was made from",
-            )
-        return cut[0], start
+        return windows.of_models(text, [self.subject, self.other or self.subject], self.settings)
 
     def score_tasks(self, plan: tasks.TaskPlan, who: loading.Subject, side: results.Document, file: results.ResultsFile) -> None:
         records: dict[str, tasks.Record] = side.setdefault("tasks", {})

@@ -16,8 +16,7 @@ from marlinctl.memory import available_memory
 if TYPE_CHECKING:
     from marlinctl.checkpoint.source import Source
     from marlinctl.console import Console
-    from marlinctl.job import Measure
-    from marlinctl.recipe import Recipe
+    from marlinctl.evaluation.settings import EvalSettings
 
 
 class GateRefused(CheckFailed):
@@ -44,12 +43,7 @@ class Gate:
         """Passes, or GateRefused E115 with everything that is too bad. Returns what the report says of the gate."""
         document = evaluation.get("document")
         if document is None:
-            raise GateRefused(
-                "E116",
-                f"the quality gate needs a measurement, and there is none ({evaluation['table']})",
-                where="--max-kl / --max-ppl-ratio",
-                fix="run on a machine with more memory, or leave the gate away",
-            )
+            raise _no_measurement(GateRefused, evaluation["table"])
         kl, ratio = figures(document)
         problems = []
         if self.max_kl is not None and not kl <= self.max_kl:
@@ -79,31 +73,64 @@ def _problem(what: str) -> Problem:
     )
 
 
-def measure(recipe: Recipe, gate: Gate, console: Console, task_data: Path | None = None) -> Measure:
-    """For run_job: perplexity, KL and the recipe's tasks against the original, then the gate."""
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """How a result is measured against its original: perplexity, KL, top-1 agreement and tasks; then the gate.
 
-    def look(folder: Path, source: Source) -> Mapping[str, Any]:
-        evaluation = against_original(folder, source, recipe, task_data, console)
-        return {**evaluation, "gate": gate.check(evaluation, console)} if gate.asked else evaluation
+    Called with the finished folder and the original, it returns what the report says; GateRefused where the result is too bad. What can
+    be refused without a result is refused by the two checks, which come before the work.
+    """
 
-    return look
+    settings: EvalSettings
+    gate: Gate
+    console: Console
+
+    def check_arguments(self) -> None:
+        """The text, the tasks and their data. Needs no model."""
+        from marlinctl.evaluation.early import check_arguments
+
+        check_arguments(self.settings, self.console, with_text=True)
+
+    def check_model(self, folder: Path, config: Mapping[str, Any]) -> None:
+        """The window and the text, and for a gate whether there is memory to measure with. `folder`: the original's."""
+        from marlinctl.evaluation.early import check_model
+
+        check_model(self.settings, folder, config)
+        if self.gate.asked and (reason := _too_large(folder)):
+            raise _no_measurement(CheckFailed, reason)
+
+    def __call__(self, folder: Path, source: Source) -> Mapping[str, Any]:
+        evaluation = self._against_original(folder, source)
+        return {**evaluation, "gate": self.gate.check(evaluation, self.console)} if self.gate.asked else evaluation
+
+    def _against_original(self, folder: Path, source: Source) -> dict[str, Any]:
+        """{"table", "document"}; or {"table"} with the reason why it could not be measured."""
+        from marlinctl.evaluate import evaluate, render_table
+
+        if reason := _too_large(source.folder):
+            self.console.warn(f"{reason}; run `marlinctl eval` on a larger machine")
+            return {"table": reason}
+        names = ("compressed", Path(source.name).name)
+        document = evaluate(folder, self.settings, self.console, baseline=source.folder, names=names)
+        return {"table": render_table(document), "document": document}
 
 
-def against_original(folder: Path, source: Source, recipe: Recipe, task_data: Path | None, console: Console) -> dict[str, Any]:
-    """Perplexity, KL and top-1 agreement against the original, and the recipe's tasks; or why they could not be measured."""
+def _too_large(original: Path) -> str:
+    """Why two models of this size cannot be measured here; "" where they can."""
     from marlinctl.checkpoint.reader import open_checkpoint
-    from marlinctl.evaluate import EvalSettings, evaluate, render_table
 
-    with open_checkpoint(source.folder) as checkpoint:
+    with open_checkpoint(original) as checkpoint:
         elements = sum(info.nbytes // 2 for info in checkpoint.tensors.values())
     needed, available = 2 * 2 * elements, available_memory()
-    if needed > available:
-        reason = f"not evaluated: both models need {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free"
-        console.warn(f"{reason}; run `marlinctl eval` on a larger machine")
-        return {"table": reason}
-    asked = recipe.evaluate
-    settings = EvalSettings(
-        tasks=tuple(asked.tasks), task_data=task_data, limit=asked.limit, text=asked.text, tokens=asked.tokens, window=asked.window
+    if needed <= available:
+        return ""
+    return f"not evaluated: both models need {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free"
+
+
+def _no_measurement(kind: type[CheckFailed], reason: str) -> CheckFailed:
+    return kind(
+        "E116",
+        f"the quality gate needs a measurement, and there is none ({reason})",
+        where="--max-kl / --max-ppl-ratio",
+        fix="run on a machine with more memory, or leave the gate away",
     )
-    document = evaluate(folder, settings, console, baseline=source.folder, names=("compressed", Path(source.name).name))
-    return {"table": render_table(document), "document": document}

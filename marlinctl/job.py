@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,15 @@ from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.switches import without
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output
 from marlinctl.console import Console
-from marlinctl.devices import device_peaks, threads
+from marlinctl.devices import choose_device, device_peaks, threads
 from marlinctl.errors import CheckFailed, ResourceProblem
-from marlinctl.gate import GateRefused
+from marlinctl.gate import GateRefused, Measurement
 from marlinctl.journal import Request
 from marlinctl.manifest import made_from
 from marlinctl.memory import CHUNK_TOKENS, peak_rss, release_heap
 from marlinctl.opening import Opened, Options, open_model
 from marlinctl.pages.files import report_files
-from marlinctl.preflight import sixteen_bit
+from marlinctl.preflight import check_arguments, check_lengths, check_texts, sixteen_bit
 from marlinctl.recipe import Recipe, recipe_hash
 from marlinctl.rehearsal import rehearse_before
 from marlinctl.report import read_report
@@ -53,9 +53,6 @@ from marlinctl.walk_job import WalkJob
 ALGORITHM_VERSION = 3  # goes up when the same recipe on the same input gives other codes
 _DEVICE_SHARE = 0.5  # of free device memory that activations may take
 
-# Looks at the finished folder before it is published and returns what the report shall say about its quality; raises to keep it back.
-Measure = Callable[[Path, Source], Mapping[str, Any]]
-
 
 def run_job(
     model: str,
@@ -63,7 +60,7 @@ def run_job(
     recipe: Recipe,
     options: Options,
     console: Console,
-    measure: Measure | None = None,
+    measure: Measurement | None = None,
     *,
     measured: Mapping[str, Any] | None = None,
     published: Sequence[str] | None = None,
@@ -71,8 +68,9 @@ def run_job(
     """Quantize, prune or both: `model` (folder, hub id or GGUF file) into `out`.
 
     Returns the report as a JSON document, and where the model was found. Where `measure` raises GateRefused the finished folder is kept
-    beside `out`, as OUT.rejected. measured: what `resume` needs to make `measure` again. published: the formats that the person gets in the
-    end, where this walk is a stage of `compress`; who will refuse them is said before the work.
+    beside `out`, as OUT.rejected; where it raises anything else, in the job. measured: what `resume` needs to make `measure` again.
+    published: the formats that the person gets in the end, where this walk is a stage of `compress`; who will refuse them is said before
+    the work.
     """
     local = [Path(model)] if Path(model).exists() else []
     job = WalkJob(out)
@@ -80,6 +78,7 @@ def run_job(
     request = Request("quantize" if recipe.sparsify.pattern == "none" else "sparsify", asked)
     if not options.resume:
         check_output(out, overwrite=options.overwrite, sources=local, rejects=measure is not None)
+        _check_arguments(recipe, options, measure)
     with job.held(request, resume=options.resume, console=console):
         console.log_to(job.log)
         if job.publishing is not None and options.redo_from is None:
@@ -87,22 +86,44 @@ def run_job(
             return published_report(out), _found(model, options, console)
         if options.resume:  # there may be an output by now
             check_output(out, overwrite=options.overwrite, sources=local, rejects=measure is not None)
+            _check_arguments(recipe, options, measure, calibrated=job.begun)
         return _run(job, model, out, recipe, options, console, measure, published)
 
 
+def _check_arguments(recipe: Recipe, options: Options, measure: Measurement | None, *, calibrated: bool = False) -> None:
+    """What needs no model, before one is fetched. calibrated: the job has its text already."""
+    check_arguments(recipe, options.module_map, distils=False)
+    if not calibrated:
+        check_texts(recipe, distils=False)
+    choose_device(options.device)
+    if measure is not None:
+        measure.check_arguments()
+
+
 def _run(
-    job: WalkJob, model: str, out: Path, recipe: Recipe, options: Options, console: Console, measure: Measure | None,
+    job: WalkJob, model: str, out: Path, recipe: Recipe, options: Options, console: Console, measure: Measurement | None,
     published: Sequence[str] | None,
 ) -> tuple[dict[str, Any], Source]:  # fmt: skip
     started = time.monotonic()
+    texts = [kept] if (kept := _kept_calibration(job, console)) is not None else []
+
+    def before_weights(source: Source, checkpoint: Checkpoint) -> None:
+        """What the model's config and tokenizer refuse; the calibration text is read for it, unless the model shall write it."""
+        if not texts:
+            check_lengths(recipe, checkpoint.config, distils=False)
+        if measure is not None:
+            measure.check_model(source.folder, checkpoint.config)
+        if not texts and recipe.calibration.source != "self":
+            texts.append(load_calibration(recipe.calibration, source.folder, checkpoint.config, console=console, load_model=_no_model))
+
     bits = recipe.quantize.bits
     fmt = "ct" if bits == 4 else "dense"
     published = (fmt,) if published is None else published
-    opened = open_model(model, out, recipe, options, console, published, lambda: job.noted("model", console))
+    opened = open_model(model, out, recipe, options, console, published, lambda: job.noted("model", console), before_weights)
     job.watch(opened.contents)
     with threads(options.threads), torch.no_grad():
         rehearse_before(opened, recipe, console)
-        calibration = _calibration(job, opened, recipe, console)
+        calibration = _calibration(job, opened, recipe, texts, console)
         with StagedCheckpoint(out, overwrite=options.overwrite, fmt=fmt, path=job.staged) as staged:
             solving = Solving(opened, recipe, options, staged, console)
             _walk(opened, calibration.tokens, job, solving, options, console)
@@ -120,7 +141,8 @@ def _run(
             )
             if measure is not None:
                 try:
-                    report["evaluation"] = measure(staged.path, opened.source)
+                    with job.measuring():
+                        report["evaluation"] = measure(staged.path, opened.source)
                 except GateRefused:
                     _write_reports(staged, report, opened, fmt)
                     console.warn(f"not published; the result is kept in {staged.set_aside()}")
@@ -138,22 +160,33 @@ def _found(model: str, options: Options, console: Console) -> Source:
 # ---- the work ------------------------------------------------------------------------------------------------------------------------
 
 
-def _calibration(job: WalkJob, opened: Opened, recipe: Recipe, console: Console) -> CalibrationSet:
-    """The job's own text, where it has one; else it is read (or written by the model), and the job begins."""
+def _kept_calibration(job: WalkJob, console: Console) -> CalibrationSet | None:
+    """The job's own text, where it has one."""
     begun, kept = job.begun, job.calibration()
     if begun and kept is None:
         console.warn("the calibration tokens of the job are damaged or missing: it starts anew")
-    if kept is not None:
-        job.check(_fingerprint(opened, recipe, kept))
-        return kept
-    made = load_calibration(
-        recipe.calibration,
-        opened.source.folder,
-        opened.checkpoint.config,
-        console=console,
-        load_model=lambda: _whole_model(opened.source.folder, opened.dtype, opened.device),
+    return kept
+
+
+def _calibration(job: WalkJob, opened: Opened, recipe: Recipe, texts: list[CalibrationSet], console: Console) -> CalibrationSet:
+    """What was read before, or what the model writes now. It begins the job, or is compared with what the job was begun with."""
+    folder = opened.source.folder
+    made = (
+        texts[0]
+        if texts
+        else load_calibration(
+            recipe.calibration,
+            folder,
+            opened.checkpoint.config,
+            console=console,
+            load_model=lambda: _whole_model(folder, opened.dtype, opened.device),
+        )
     )
-    job.begin_walk(_fingerprint(opened, recipe, made), made, opened.contents)
+    facts = _fingerprint(opened, recipe, made)
+    if job.begun:
+        job.check(facts)
+    else:
+        job.begin_walk(facts, made, opened.contents)
     return made
 
 
@@ -377,6 +410,10 @@ def _whole_model(folder: Path, dtype: torch.dtype, device: torch.device) -> torc
     from marlinctl.load import load_dense
 
     return load_dense(folder, dtype=dtype, device=device).eval()
+
+
+def _no_model() -> torch.nn.Module:
+    raise AssertionError("a text is read without the model")
 
 
 class _deterministic:

@@ -53,6 +53,7 @@ FORMAT = 1  # of job.json and the journal; a greater one was written by a newer 
 ENDING = ".job"
 JOB, JOURNAL = "job.json", "journal.jsonl"
 _LOCK, _RUNNING = "lock", "running.json"
+_MEASURED = "recipe.evaluate."  # how a result is measured decides none of its numbers, so it may differ on resuming
 _CONTENTS = ".sha256"  # how the key of a digest of contents ends, in a flat fingerprint
 _MOST_BYTES = 1 << 30  # of a journal; a line has a kilobyte for each linear of a block
 # Refusals: running again without a change would end the same way, so they alone are no reason to keep a folder or to name `resume`.
@@ -89,6 +90,8 @@ class JobFolder:
         self._ends: list[int] = []  # where each line ends in the file
         self._shown = out
         self._inputs: list[Contents] = []
+        self._asked: Request | None = None
+        self._measures = False
 
     @property
     def log(self) -> Path:
@@ -110,6 +113,7 @@ class JobFolder:
         if resume and not (self.path / JOB).is_file():
             fix = "give the whole command again: it starts anew"
             raise UsageError("E287", "there is no job to go on with", where=str(self.path), fix=fix)
+        self._asked = request
         with self._locked(new=not resume):
             self._read()
             if resume:
@@ -121,9 +125,7 @@ class JobFolder:
                 self._refuse_unfinished()
                 self.clear()
                 ownership.mark_job(self.path)
-                asked = {"verb": request.verb, "arguments": request.arguments, "folder": str(Path.cwd())}
-                write_document(self.path / JOB, {"format": FORMAT, **asked})
-                (self.path / JOB).chmod(0o600)  # it has the arguments as they were typed, to ask for them again
+                self._note(request)
             try:
                 yield
             except BaseException as error:
@@ -170,7 +172,10 @@ class JobFolder:
     def _refuse_unfinished(self) -> None:
         if (self.path / JOB).exists() and self.progress and not self.published:
             again = shlex.quote(str(self._shown))
-            fix = f"`marlinctl resume {again}` goes on with it; to start anew, `marlinctl jobs rm {again}` first"
+            fix = (
+                f"`marlinctl resume {again}` goes on with it, and takes other --tasks, --text or --window where those were wrong; "
+                f"to start anew, `marlinctl jobs rm {again}` first"
+            )
             raise UsageError("E285", "an unfinished job for this output is there", where=str(self.path), fix=fix)
 
     def _leave(self, error: BaseException, console: Console, launcher: str) -> None:
@@ -179,8 +184,19 @@ class JobFolder:
             return
         if not self.progress and not (self.begun and isinstance(error, (ResourceProblem, OSError))):
             self.remove()
-        elif not isinstance(error, _REFUSALS) and self.path.parent.suffix != ENDING:  # a stage goes on with the whole
-            console.error(f"{launcher}marlinctl resume {shlex.quote(str(self._shown))}", label="to go on:")
+        elif self.path.parent.suffix != ENDING:  # a stage goes on with the whole
+            resume = f"{launcher}marlinctl resume {shlex.quote(str(self._shown))}"
+            if self._measures:
+                resume += "; add what shall be measured otherwise (--tasks, --text, --window, --limit, ...), or --no-eval"
+            if self._measures or not isinstance(error, _REFUSALS):
+                console.error(resume, label="to go on:")
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """While the finished result is measured: where that fails, the person is told that it can be measured otherwise."""
+        self._measures = True
+        yield
+        self._measures = False
 
     # What was asked for, and whether it is the same now
 
@@ -205,6 +221,11 @@ class JobFolder:
         if not isinstance(verb, str) or not isinstance(arguments, dict) or not isinstance(folder, str):
             raise self.damaged("it does not say what was asked for", self.path / JOB)
         return Request(verb, arguments, Path(folder))
+
+    def _note(self, request: Request) -> None:
+        asked = {"verb": request.verb, "arguments": request.arguments, "folder": str(Path.cwd())}
+        write_document(self.path / JOB, {"format": FORMAT, **asked})
+        (self.path / JOB).chmod(0o600)  # it has the arguments as they were typed, to ask for them again
 
     def begin(self, fingerprint: Mapping[str, Any], **more: Any) -> None:
         """Note what decides the numbers; on resuming, compare it instead (`check`)."""
@@ -231,7 +252,8 @@ class JobFolder:
     def check(self, fingerprint: Mapping[str, Any]) -> None:
         """UsageError E286 that lists every difference between the job that was begun and the one asked for now.
 
-        A digest of contents that the job did not note is not compared (`noted` says so).
+        What may differ, and does (how the result is measured), is noted for the next time that the job is resumed. A digest of contents
+        that the job did not note is not compared (`noted` says so).
         """
         begun = dict(_flat(self.lines[0]["fingerprint"]))
         now = dict(_flat(json.loads(json.dumps(fingerprint))))
@@ -239,10 +261,12 @@ class JobFolder:
         problems = [
             Problem(f"{key} was {begun.get(key)!r} and is now {now.get(key)!r}", str(self.path), fix)
             for key in sorted(begun.keys() | now.keys())
-            if begun.get(key) != now.get(key) and (key in begun or not key.endswith(_CONTENTS))
+            if begun.get(key) != now.get(key) and not key.startswith(_MEASURED) and (key in begun or not key.endswith(_CONTENTS))
         ]
         if problems:
             raise UsageError.from_problems("E286", problems)
+        if self._asked is not None and _apart_from_options(self._asked.arguments) != _apart_from_options(self.request().arguments):
+            self._note(self._asked)
 
     @property
     def begun(self) -> bool:
@@ -415,6 +439,12 @@ def _digest(folder: Path) -> str | None:
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _apart_from_options(arguments: Mapping[str, Any]) -> Any:
+    """How a run goes about its work may differ each time; as JSON, so that a tuple is the list that it was written as."""
+    apart = ("options", "overwrite", "keep_job")
+    return json.loads(json.dumps({key: value for key, value in arguments.items() if key not in apart}))
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -103,6 +103,25 @@ def check(folder: Path) -> dict[str, Any]:
     return document
 
 
+def describes(folder: Path, name: str, data: bytes) -> bool:
+    """Whether the folder holds this file with these contents, and its manifest says so."""
+    listed = read(folder)["files"].get(name)
+    wanted = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return listed == wanted and _describe(folder / name) == wanted
+
+
+def replace_files(folder: Path, files: Mapping[str, bytes], **facts: Any) -> None:
+    """Give a folder that is not published yet other small files of these names, and its manifest their digests and these facts, last."""
+    from marlinctl.checkpoint.durable import whole_file
+
+    document = read(folder)
+    document |= facts
+    document["files"] |= {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    for name, data in (*files.items(), (NAME, canonical(document))):
+        with whole_file(folder / name) as file:
+            file.write(data)
+
+
 def made_from(folder: Path) -> dict[str, Any]:
     """What a folder that marlinctl published says it was made from: `source`, and `teacher` of a distilled one.
 

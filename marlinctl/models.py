@@ -306,6 +306,43 @@ def _is_sparse(index: int, config: Mapping[str, Any]) -> bool:
     return (index + 1) % int(config.get("decoder_sparse_step") or 1) == 0
 
 
+def check_module_map(module_map: Path | None) -> None:
+    """UsageError E251 for a file that is no module map. Whether it fits the model is another question (`architecture`)."""
+    if module_map is not None:
+        _read_module_map(module_map)
+
+
+def _read_module_map(module_map: Path) -> tuple[dict[str, Branch], str, str, str, str]:
+    """The branches, and the names of decoder, blocks, embedding and norm."""
+    fix = "docs/module-map.md shows a whole one to start from"
+    try:
+        given = read_plain_json(module_map, limit=_MAX_MAP_BYTES)
+        branches = {
+            key: Branch(
+                _name(given[key]["module"]),
+                tuple(_name(name) for name in given[key]["first"]),
+                _name(given[key]["last"]),
+                bool(given[key].get("returns_tuple", key == "attention")),
+            )
+            for key in ("attention", "mlp")
+        }
+        decoder, blocks, embedding, norm = (_name(given[key]) for key in ("decoder", "blocks", "embedding", "norm"))
+        if not all(branch.first for branch in branches.values()):
+            raise ValueError("`first` is empty")
+    except FileRefused as refused:
+        what = f"the module map cannot be used: {refused.problem.what}"
+        raise UsageError("E251", what, where=str(module_map), fix=fix) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError("E251", f"the module map cannot be used: {error!r}", where=str(module_map), fix=fix) from None
+    return branches, decoder, blocks, embedding, norm
+
+
+def _name(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise TypeError(f"{value!r} is not the name of a module")
+    return value
+
+
 def _by_hand(config: Mapping[str, Any], module_map: Path) -> Architecture:
     """An architecture from a module map: a JSON object with the names that the table would give.
 
@@ -317,25 +354,7 @@ def _by_hand(config: Mapping[str, Any], module_map: Path) -> Architecture:
     Shapes come from the model that transformers builds for the config, on the meta device; transformers must know the model_type.
     """
     where = str(module_map)
-    try:
-        given = read_plain_json(module_map, limit=_MAX_MAP_BYTES)
-        branches = {
-            key: Branch(
-                given[key]["module"],
-                tuple(given[key]["first"]),
-                given[key]["last"],
-                bool(given[key].get("returns_tuple", key == "attention")),
-            )
-            for key in ("attention", "mlp")
-        }
-        decoder, blocks_at, embedding, norm = (given[key] for key in ("decoder", "blocks", "embedding", "norm"))
-    except FileRefused as refused:
-        what = f"the module map cannot be used: {refused.problem.what}"
-        raise UsageError("E251", what, where=where, fix="docs/module-map.md shows a whole one to start from") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            "E251", f"the module map cannot be used: {error!r}", where=where, fix="docs/module-map.md shows a whole one to start from"
-        ) from None
+    branches, decoder, blocks_at, embedding, norm = _read_module_map(module_map)
     from marlinctl.skeleton import linear_modules, meta_shapes
 
     shapes, tied = meta_shapes(config)

@@ -24,8 +24,8 @@ from marlinctl.errors import ResourceProblem
 from marlinctl.known_digests import check_known_digests
 from marlinctl.memory import Work, available_memory, predicted_peak
 from marlinctl.models import Architecture
-from marlinctl.pattern import Known, of_source
-from marlinctl.preflight import Looked, as_published, check_pattern, look, refuse_no_change, stored_once
+from marlinctl.pattern import Known, from_headers, of_source
+from marlinctl.preflight import Looked, as_published, check_pattern, look, refuse_dense_tiles, refuse_no_change, stored_once
 from marlinctl.recipe import Recipe
 from marlinctl.rules import Plan
 from marlinctl.runtimes import loads
@@ -83,9 +83,10 @@ class Opened:
 def open_model(
     model: str, out: Path, recipe: Recipe, options: Options, console: Console,
     published: Sequence[str] = (), noted: Callable[[], Noted | None] = lambda: None,
+    before_weights: Callable[[Source, Checkpoint], None] = lambda source, checkpoint: None,
 ) -> Opened:  # fmt: skip
     """All checks, from cheap to dear. published: the formats that come of it in the end; who will refuse them is said. noted: what a
-    resumed job knows of the weights.
+    resumed job knows of the weights. before_weights: the caller's checks that need config.json and tokenizer alone.
 
     With --strict, what is a warning without it is BadInput E307 or NumericalProblem E605 (findings.py).
     """
@@ -102,6 +103,8 @@ def open_model(
     for fmt in published:
         for line in loads(as_published(looked, checkpoint, fmt)).warnings(fmt):
             console.warn(line)
+    refuse_dense_tiles(from_headers(checkpoint, looked.shapes, weights=True), looked.shapes, recipe)  # a row tells, before a text is read
+    before_weights(source, checkpoint)
     pattern = of_source(checkpoint, looked.shapes, console)
     check_pattern(pattern.pattern, looked, recipe, console)
     tensors = stored_once(checkpoint, looked.architecture)

@@ -20,24 +20,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from marlinctl import manifest
 from marlinctl.checkpoint.contents import read_contents
 from marlinctl.checkpoint.durable import write_bytes, write_document
 from marlinctl.checkpoint.formats import detect
 from marlinctl.checkpoint.ownership import leave_results
-from marlinctl.checkpoint.reader import open_checkpoint
+from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import check_output, keep_rejected
 from marlinctl.console import Console
-from marlinctl.evaluation.tasks import require_lm_eval
+from marlinctl.devices import choose_device
+from marlinctl.distillation.rows import load_rows
+from marlinctl.evaluation.settings import EvalSettings
 from marlinctl.folder import examine
-from marlinctl.gate import Gate, GateRefused, measure
+from marlinctl.gate import Gate, GateRefused, Measurement
 from marlinctl.job import published_report, run_job, versions
 from marlinctl.journal import JOB, JobFolder, Place, Request, sha256_of
 from marlinctl.manifest import check as check_manifest
 from marlinctl.opening import Options
 from marlinctl.pages.files import report_files
+from marlinctl.preflight import check_arguments, check_lengths, check_texts
 from marlinctl.recipe import Recipe, divided, recipe_hash
 from marlinctl.repack import repack
+from marlinctl.texts import names_a_file
 from marlinctl.verify import verify
 
 
@@ -79,8 +84,9 @@ def run_compress(
     rejects = evaluate_result or gate.asked
     if not options.resume:
         _check_places(places.values(), options, sources, rejects)
-    if evaluate_result and recipe.evaluate.tasks:
-        require_lm_eval()
+    looking = Measurement(EvalSettings.of_recipe(recipe.evaluate, task_data), gate, console) if rejects else None
+    if not options.resume:
+        _check_arguments(recipe, options, looking)
     with job.held(Request("compress", asked), resume=options.resume, console=console):
         console.log_to(job.log)
         if job.publishing is not None and options.redo_from is None:
@@ -88,9 +94,11 @@ def run_compress(
             return published_report(out)
         if options.resume:
             _check_places(places.values(), options, sources, rejects)
+            _check_arguments(recipe, options, looking, begun=job.begun)
         source = resolve_model(model, revision=options.revision, cache_dir=options.cache_dir, offline=options.offline, console=console)
         with open_checkpoint(source.folder) as checkpoint:
             examine(checkpoint, structure="needed", dense=True, tokenizer=True, module_map=options.module_map)  # the stages say its notes
+            _check_model(recipe, source, checkpoint, looking, begun=job.begun, console=console)
             contents = read_contents(checkpoint, console, noted=job.noted("model", console))
         job.watch(contents)
         texts = _texts(recipe, job.lines[0]["fingerprint"].get("texts", {}) if job.begun else {})
@@ -101,21 +109,30 @@ def run_compress(
         else:
             job.begin(facts, inputs={"model": contents.document()})
         work = job.path
+        packed = [name for fmt in places if fmt != "ct" for name in (fmt, f"{fmt}.job")]
         if options.redo_from is not None:
-            for made in ("ct", *(name for fmt in places if fmt != "ct" for name in (fmt, f"{fmt}.job"))):
+            for made in ("ct", *packed):
                 shutil.rmtree(work / made, ignore_errors=True)
+        _note_recipe(work, (divided(recipe) or (recipe,))[-1], packed)
         inner = replace(options, keep_job=False, overwrite=False)
         report = _interchange(model, source, work, recipe, inner, console)
         for fmt in places:
             if fmt != "ct" and not (work / fmt).is_dir():
                 repack(work / "ct", work / fmt, format=fmt, console=console, resume=(work / f"{fmt}.job" / JOB).is_file())
-        report = {**report, "kind": "compress", "outputs": [{"folder": str(place), "format": fmt} for fmt, place in places.items()]}
+        report = {
+            **report,
+            "kind": "compress",
+            "command": options.command,
+            "recipe": {"sha256": recipe_hash(recipe), **recipe.model_dump(mode="json")},
+            "outputs": [{"folder": str(place), "format": fmt} for fmt, place in places.items()],
+        }
         distilled = work / "distilled"  # trained weights and norms are what the codes were made from
         made_from = distilled if distilled.is_dir() else source.folder
         report["verified"] = {fmt: verify(work / fmt, source=made_from, load=None, console=console).document() for fmt in places}
-        if rejects:
+        if looking is not None:
             try:
-                report["evaluation"] = measure(recipe, gate, console, task_data)(work / "ct", source)
+                with job.measuring():
+                    report["evaluation"] = looking(work / "ct", source)
             except GateRefused:
                 kept = keep_rejected(work, job.out)
                 leave_results(kept)
@@ -126,6 +143,50 @@ def run_compress(
         stages = [Place(work / fmt, place.resolve(), options.overwrite) for fmt, place in places.items()]
         job.publish(stages, keep=options.keep_job)
     return report
+
+
+def _check_arguments(recipe: Recipe, options: Options, looking: Measurement | None, *, begun: bool = False) -> None:
+    """What needs no model, before one is fetched. begun: the texts of the job have been looked at before."""
+    check_arguments(recipe, options.module_map, distils=True)
+    if not begun:
+        check_texts(recipe, distils=True)
+    choose_device(options.device)
+    if looking is not None:
+        looking.check_arguments()
+
+
+def _check_model(
+    recipe: Recipe, source: Source, checkpoint: Checkpoint, looking: Measurement | None, *, begun: bool, console: Console
+) -> None:
+    """What the model's config and tokenizer refuse of any stage, before the first of them begins."""
+    check_lengths(recipe, checkpoint.config, distils=True)
+    if divided(recipe) is not None and not begun and recipe.distill.data != "self" and names_a_file(recipe.distill.data):
+        console.detail(f"reading {recipe.distill.data} once, so that training does not stop at it")
+        load_rows(recipe.distill, source.folder, console=Console.quiet(), load_teacher=_no_model)
+    if looking is not None:
+        looking.check_model(source.folder, checkpoint.config)
+
+
+def _no_model() -> Any:
+    raise AssertionError("a text is read without the model")
+
+
+def _note_recipe(work: Path, recipe: Recipe, packed: Iterable[str]) -> None:
+    """Where `resume` changed how the result is measured, the finished checkpoint names the recipe that is used now, as if it always had.
+
+    recipe.yaml and the recipe's hash in config.json and manifest; what was packed from it is packed again. What a kill leaves half done
+    is done again. The codes are those of this recipe: in all but its section `evaluate` it is the one that made them (JobFolder.check).
+    """
+    made = work / "ct"
+    data = recipe.to_yaml().encode()
+    if not made.is_dir() or manifest.describes(made, "recipe.yaml", data):
+        return
+    for name in packed:
+        shutil.rmtree(work / name, ignore_errors=True)
+    config = json.loads((made / "config.json").read_bytes())
+    config["quantization_config"]["marlinctl"]["recipe_sha256"] = recipe_hash(recipe)
+    files = {"config.json": manifest.canonical(config), "recipe.yaml": data}
+    manifest.replace_files(made, files, recipe={"sha256": recipe_hash(recipe)})
 
 
 def _texts(recipe: Recipe, noted: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,10 +234,10 @@ def _interchange(model: str, source: Source, work: Path, recipe: Recipe, options
         "pruned": {key: pruned[key] for key in ("error", "seconds", "layers")},
         "distilled": {key: distilled[key] for key in ("training", "held_out")},
     }
-    whole_recipe = {"sha256": recipe_hash(recipe), **recipe.model_dump(mode="json")}  # each stage saw a part of it
-    report |= {"source": pruned["source"], "recipe": whole_recipe, "stages": stages}
+    report |= {"source": pruned["source"], "stages": stages}
     report["bytes"] = {**report["bytes"], "source": pruned["bytes"]["source"]}
-    report["warnings"] = list(dict.fromkeys([*pruned.get("warnings", []), *distilled.get("warnings", []), *report["warnings"]]))
+    warned = [line for stage in (pruned, distilled, report) for line in stage.get("warnings", [])]  # an earlier marlinctl noted none
+    report["warnings"] = list(dict.fromkeys(warned))
     report["seconds"] = round(pruned["seconds"] + distilled["training"]["seconds"] + report["seconds"], 1)
     return report
 

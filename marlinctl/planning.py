@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from marlinctl import estimate, room, runtimes
+from marlinctl.checkpoint.config import positions
 from marlinctl.checkpoint.headers import Headers, headers
 from marlinctl.checkpoint.writer import companions
 from marlinctl.console import Console
 from marlinctl.devices import free_device_memory, has_matrix_units, planned_dtype
 from marlinctl.errors import UsageError
+from marlinctl.evaluation.settings import EvalSettings
 from marlinctl.memory import (
     Work,
     available_memory,
@@ -35,7 +37,7 @@ from marlinctl.memory import (
 )
 from marlinctl.models import Architecture
 from marlinctl.pattern import MASK_FILE, Pattern, from_headers
-from marlinctl.preflight import Looked, as_published, check_pattern, look, refuse_no_change, stored_once
+from marlinctl.preflight import Looked, as_published, check_arguments, check_lengths, check_pattern, check_texts, look, stored_once
 from marlinctl.recipe import Recipe, divided, recipe_hash
 
 _ELEMENT = {"bfloat16": 2, "float32": 4}
@@ -54,6 +56,8 @@ class Settings:
     max_memory: int | None = None  # bytes; None: what is free
     device_memory: int | None = None  # bytes; None: what nvidia-smi says
     module_map: Path | None = None
+    task_data: Path | None = None
+    files_are_here: bool = False  # texts and the tasks' data: else the run takes place where they are, and they are not looked at
     probe: bool = False  # run the largest solve of each stage once
 
 
@@ -73,11 +77,25 @@ class Check:
 
 def make_plan(model: str, recipe: Recipe, settings: Settings, console: Console) -> dict[str, Any]:
     """The plan as one JSON-ready document. Refuses what a run would refuse, with the same error ids."""
-    refuse_no_change(recipe)
     if not settings.device.startswith(("cpu", "cuda")):
         raise UsageError("E248", f"unknown device {settings.device}", where="--device", fix="give cpu, cuda or cuda:N")
+    check_arguments(recipe, settings.module_map, distils=True)
+    measuring = EvalSettings.of_recipe(recipe.evaluate, settings.task_data)
+    if settings.files_are_here:
+        _check_files(recipe, measuring, console)
     with headers(model, revision=settings.revision, cache_dir=settings.cache_dir, offline=console.offline, console=console) as seen:
+        check_lengths(recipe, seen.checkpoint.config, distils=True)
+        measuring.window_for(positions(seen.checkpoint.config))
         return _document(seen, recipe, settings, console)
+
+
+def _check_files(recipe: Recipe, measuring: EvalSettings, console: Console) -> None:
+    """Texts, names of tasks and copies of their data, as a run would refuse them."""
+    check_texts(recipe, distils=True)
+    if measuring.tasks or measuring.text != "pythondoc":  # else there is nothing to look at, and nothing is imported for it
+        from marlinctl.evaluation import early
+
+        early.check_arguments(measuring, console, with_text=True, load_tasks=False)
 
 
 def _document(seen: Headers, recipe: Recipe, settings: Settings, console: Console) -> dict[str, Any]:

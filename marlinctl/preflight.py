@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from marlinctl.checkpoint.config import positions
 from marlinctl.checkpoint.formats import misfits, sixteen_bit_linears
 from marlinctl.checkpoint.header import TensorInfo
 from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.console import Console
+from marlinctl.distillation.settings import check_settings, check_sizes
 from marlinctl.errors import BadInput, Problem, UsageError
 from marlinctl.folder import examine
-from marlinctl.models import Architecture, Experts, LinearSpec
+from marlinctl.models import Architecture, Experts, LinearSpec, check_module_map
 from marlinctl.pattern import MASK_FILE, Pattern
-from marlinctl.recipe import Recipe
+from marlinctl.recipe import Calibration, Recipe, divided
 from marlinctl.rules import Plan, plan
 from marlinctl.runtimes import Packed
 
@@ -36,6 +39,73 @@ class Looked:
 def refuse_no_change(recipe: Recipe) -> None:
     if recipe.quantize.bits == 16 and recipe.sparsify.pattern == "none":
         raise UsageError("E272", "16 bits and no pattern: nothing would change", where="--bits 16", fix="--bits 4, or `marlinctl sparsify`")
+
+
+# ---- what needs no model, and what needs its config alone ----------------------------------------------------------------------------
+
+
+def check_arguments(recipe: Recipe, module_map: Path | None, *, distils: bool) -> None:
+    """What needs no model, before one is fetched. UsageError or BadInput, as the work would raise hours later.
+
+    distils: whether a recipe that trains is divided into stages, as `compress` does.
+    """
+    refuse_no_change(recipe)
+    check_module_map(module_map)
+    asked = recipe.calibration
+    if (most := asked.samples * asked.sequence_length) < asked.minimum_tokens:
+        raise too_few_tokens(asked, f"at most {most}")
+    if distils and divided(recipe) is not None:
+        check_settings(recipe.distill, 1)
+        if recipe.distill.mode == "scales":
+            fix = "full or blockwise; `marlinctl distill --mode scales` trains the scales of the result"
+            raise UsageError("E288", "a pruned model has no scales to train yet", where="distill.mode of the recipe", fix=fix)
+
+
+def check_texts(recipe: Recipe, *, distils: bool) -> None:
+    """The files of text that the recipe names: they are there, and their first row is what it must be."""
+    check_documents(recipe.calibration.source)
+    if distils and divided(recipe) is not None:
+        check_documents(recipe.distill.data)
+
+
+def check_lengths(recipe: Recipe, config: Mapping[str, Any], *, distils: bool) -> None:
+    """Samples and rows that the model cannot read: UsageError E252."""
+    check_length(recipe.calibration, config)
+    if distils and divided(recipe) is not None:
+        check_sizes(recipe.distill, config, 1, where="--distill-sequence-length")
+
+
+def check_documents(source: str) -> None:
+    """Text to calibrate with or to train on: the file is there, and its first row is what it must be."""
+    if source == "self":
+        return
+    from marlinctl.texts import check_text, names_a_file  # what unpacks files is not imported for nothing
+
+    if names_a_file(source):
+        check_text(source, chats=True)
+
+
+def check_length(asked: Calibration, config: Mapping[str, Any]) -> None:
+    limit = positions(config)
+    if limit is not None and asked.sequence_length > limit:
+        raise UsageError(
+            "E252",
+            f"samples of {asked.sequence_length} tokens are longer than the model can read ({limit})",
+            where="--sequence-length",
+            fix=f"--sequence-length {limit} or less",
+        )
+
+
+def too_few_tokens(asked: Calibration, count: str) -> BadInput:
+    return BadInput(
+        "E393",
+        f"{count} tokens count for calibration, at least {asked.minimum_tokens} are needed",
+        where=f"calibration {asked.source}",
+        fix="more --samples or a greater --sequence-length (fewer tokens do not determine the Hessians)",
+    )
+
+
+# ---- what needs the headers ----------------------------------------------------------------------------------------------------------
 
 
 def look(
@@ -97,7 +167,7 @@ def sixteen_bit(checkpoint: Checkpoint, quantized: Iterable[str]) -> list[str]:
 def check_pattern(found: Pattern, looked: Looked, recipe: Recipe, console: Console) -> None:
     """A 2:4 pattern that the source has already: kept and said aloud, or refused where the recipe makes another or needs one."""
     _say_pattern(found, len(looked.shapes), recipe, console)
-    _refuse_dense_tiles(found, looked.shapes, recipe)
+    refuse_dense_tiles(found, looked.shapes, recipe)
 
 
 def _planned(known: Architecture, rules: Plan) -> dict[str, LinearSpec]:
@@ -128,7 +198,7 @@ def _say_pattern(found: Pattern, planned: int, recipe: Recipe, console: Console)
         console.warn(f"{planned - len(found.linears)} linears are not 2:4, so the result cannot be packed to marlin_24")
 
 
-def _refuse_dense_tiles(found: Pattern, shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> None:
+def refuse_dense_tiles(found: Pattern, shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> None:
     """marlin_24 holds 2:4 linears alone: found out here, and not when hours of work are to be packed."""
     dense = [name for name in shapes if name not in found.linears]
     if "marlin_24" in recipe.pack.formats and recipe.sparsify.pattern == "none" and dense:

@@ -39,6 +39,10 @@ GroupSize = Literal[128, 64, 32, -1]
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # YAML knows lists, a frozen value wants tuples
 
 
+# Upper ends are far beyond every use. They keep products of two of them within 64 bits, and what libraries are given within 32.
+_MOST = 2**31 - 1
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -72,11 +76,11 @@ class Sparsify(_Section):
 
 class Calibration(_Section):
     source: str = Field(min_length=1)
-    samples: int = Field(ge=1)
-    sequence_length: int = Field(ge=1)
+    samples: int = Field(ge=1, le=_MOST)
+    sequence_length: int = Field(ge=1, le=_MOST)
     seed: int = Field(ge=0, lt=2**63)
     chat: Literal["auto", "always", "never"]
-    minimum_tokens: int = Field(ge=1)
+    minimum_tokens: int = Field(ge=1, le=_MOST)
 
 
 class Pack(_Section):
@@ -85,28 +89,28 @@ class Pack(_Section):
 
 class Evaluate(_Section):
     tasks: Names
-    limit: Annotated[int, Field(ge=1)] | None
+    limit: Annotated[int, Field(ge=1, le=_MOST)] | None
     text: str = Field(min_length=1)
-    tokens: int = Field(ge=2)
-    window: int = Field(ge=2)
+    tokens: int = Field(ge=2, le=_MOST)
+    window: Annotated[int, Field(ge=2, le=_MOST)] | None
 
 
 class Distill(_Section):
     mode: Literal["full", "blockwise", "scales"]
     data: str = Field(min_length=1)
-    tokens: int = Field(ge=0)
-    sequence_length: int = Field(ge=2)
-    batch_tokens: int = Field(ge=2)
-    micro_batch: int = Field(ge=1)
+    tokens: int = Field(ge=0, le=10**15)
+    sequence_length: int = Field(ge=2, le=_MOST)
+    batch_tokens: int = Field(ge=2, le=_MOST)
+    micro_batch: int = Field(ge=1, le=_MOST)
     learning_rate: float = Field(gt=0, le=1)
     warmup: float = Field(ge=0, le=1)
     ce: float = Field(ge=0)
     squarehead: float = Field(ge=0)
     kl: float = Field(ge=0)
     temperature: float = Field(gt=0)
-    cache_logits: int = Field(ge=0)
+    cache_logits: int = Field(ge=0, le=_MOST)
     checkpointing: bool
-    save_every: int = Field(ge=1)
+    save_every: int = Field(ge=1, le=_MOST)
     seed: int = Field(ge=0, lt=2**62)
 
 
@@ -164,7 +168,8 @@ def resolve(recipe: Recipe, overrides: Mapping[str, Any]) -> tuple[Recipe, list[
         flag = _FLAG_NAMES.get(field, "--" + field.replace("_", "-"))
         places[section, field] = Place(f"{flag} {value}")
         if values[section][field] != value:
-            changes.append(f"{flag} {value} instead of {values[section][field]} (recipe {recipe.name})")
+            before = "null" if values[section][field] is None else values[section][field]
+            changes.append(f"{flag} {value} instead of {before} (recipe {recipe.name})")
         values[section][field] = value
     return _validate(_Layer(values, places, Place(f"recipe {recipe.name}")), error_id="E211"), changes
 

@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM, answered when a piece of work is whole: a block, or a step of training.
+"""Ctrl-C, SIGTERM and SIGHUP, answered when a piece of work is whole: a block, or a step of training.
 
 The first signal is remembered, so that the piece is finished and saved, and one line says so; a second one acts at once. After saving,
-`raise_again` lets the signal do what it does everywhere in marlinctl: the command line turns it into exit code 130 or 143. A signal that
-the process was started to ignore, as a shell does for what it runs in the background, stays ignored.
+`raise_again` lets the signal do what it does everywhere in marlinctl: the command line turns it into exit code 130, 143 or 129. A signal
+that the process was started to ignore, as a shell does for what it runs in the background and nohup for SIGHUP, stays ignored.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import signal
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopping:
@@ -23,7 +25,7 @@ class Stopping:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stopping:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             if signal.getsignal(number) is signal.SIG_IGN:
                 continue
             try:

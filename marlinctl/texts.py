@@ -95,6 +95,21 @@ def _first_characters(parts: Iterable[str], longest: int) -> tuple[list[str], bo
     return taken, False
 
 
+def names_a_file(source: str) -> bool:
+    """Whether a source of documents is a file here, there or not; else `org/name` is a data set on the hub."""
+    return "/" not in source or Path(source).suffix in (".txt", ".jsonl", ".parquet", ".gz") or Path(source).expanduser().exists()
+
+
+def check_text(source: str, *, chats: bool = False) -> None:
+    """What load_text (with `chats`, documents) would refuse of the file's name, kind and first row. Reads no further than that."""
+    if source == PYTHONDOC:
+        return
+    path, kind = _open_kind(source)
+    rows: Iterator[Document] = _paragraphs(path) if kind == "txt" else _rows(path, kind, chats=chats)
+    if next(rows, None) is None:
+        raise BadInput("E380", "the text is empty", where=str(path), fix="give a file that holds text")
+
+
 def _text(name: str, text: str, note: str) -> Text:
     if not text.strip():
         raise BadInput("E380", "the text is empty", where=note, fix="give a file that holds text")

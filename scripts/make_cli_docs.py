@@ -37,7 +37,7 @@ Every error has three lines (what, where, fix) and an id that [troubleshooting](
 
 
 def page() -> str:
-    codes = re.search(r"^     0  .*?143  SIGTERM$", cli.__doc__ or "", re.MULTILINE | re.DOTALL)
+    codes = re.search(r"^     0  .*?(?=\n\n)", cli.__doc__ or "", re.MULTILINE | re.DOTALL)
     assert codes is not None, "the table of exit codes in marlinctl/cli.py"
     parts = [HEAD.format(codes=codes[0])]
     for title, text in helps(cli.marlinctl, ["marlinctl"], None):

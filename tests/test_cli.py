@@ -22,6 +22,7 @@ from marlinctl import __version__, cli
 from marlinctl.commands.common import common_options
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, CheckFailed, HubProblem, NumericalProblem, Problem
+from tests.tiny import make_tiny
 
 TOKEN = "hf_" + "aBcDeFgHiJ1234567890KlMnOpQrStUvWx"
 
@@ -268,8 +269,15 @@ def test_a_current_folder_that_is_gone_is_told(
 # In a process of its own: signals and streams
 
 
-def start(body: str, *arguments: str, stdout: Any = subprocess.PIPE) -> subprocess.Popen[str]:
-    """A child that runs `marlinctl probe` with this body (a function of `console`)."""
+def start(
+    body: str, *arguments: str, stdout: Any = subprocess.PIPE, stderr: Any = subprocess.PIPE, before: Callable[[], object] = bool
+) -> subprocess.Popen[str]:
+    """A child that runs `marlinctl probe` with this body (a function of `console`); `before` runs in it first."""
+
+    def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell that runs tests in the background ignores it
+        before()
+
     program = textwrap.dedent(
         """
         import sys, time, types
@@ -288,14 +296,16 @@ def start(body: str, *arguments: str, stdout: Any = subprocess.PIPE) -> subproce
     return subprocess.Popen(
         [sys.executable, "-c", program, "probe", *arguments],
         stdout=stdout,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell that runs tests in the background ignores it
+        preexec_fn=prepare,
     )
 
 
-@pytest.mark.parametrize(("number", "code", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
+@pytest.mark.parametrize(
+    ("number", "code", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM"), (signal.SIGHUP, 129, "SIGHUP")]
+)
 def test_interruption_is_one_line_and_cleans_up(number: signal.Signals, code: int, name: str, tmp_path: Path) -> None:
     """A killed run would leave its staging folder, or fifty lines of traceback."""
     mark = tmp_path / "cleaned"
@@ -350,3 +360,124 @@ def test_as_a_module_from_any_folder(tmp_path: Path) -> None:
     )
     assert done.stdout == f"marlinctl {__version__}\n"
     assert time.monotonic() - started < 30
+
+
+def test_nohup_is_heard() -> None:
+    """`nohup marlinctl compress ... &` would end with the terminal that it was started to outlive."""
+    child = start('console.say("ready"); time.sleep(1)', before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    assert child.stderr is not None
+    assert child.stderr.readline() == "ready\n"
+    child.send_signal(signal.SIGHUP)
+    child.communicate(timeout=30)
+    assert child.returncode == 0
+
+
+ERROR = """
+from marlinctl.errors import BadInput
+console.say("the story")
+raise BadInput("E301", "w", where="p", fix="f")
+"""
+RESULT = """
+console.say("the story")
+console.result("answer", {})
+"""
+
+
+@pytest.mark.parametrize("closed", [(0, 1), (0, 2), (1, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize(("body", "code"), [(RESULT, 0), (ERROR, 3)], ids=["result", "error"])
+def test_closed_streams_lead_to_nowhere(closed: tuple[int, ...], body: str, code: int, tmp_path: Path) -> None:
+    """`>&-` would end with a traceback; and the next file that is opened would be number 2, so that messages are written into it."""
+    mark = tmp_path / "file"
+    whole = f'file = open({str(mark)!r}, "wb"); import os; os.write(2, b"a message"); file.write(b"data"); file.close()\n{body}'
+    child = start(whole, before=lambda: [os.close(number) for number in closed])
+    out, err = child.communicate(timeout=30)
+    assert child.returncode == code
+    assert mark.read_bytes() == b"data"
+    assert "Traceback" not in err and "E900" not in err
+    assert out == ("answer\n" if code == 0 and 1 not in closed else "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(("body", "code"), [(RESULT, 0), (ERROR, 3)], ids=["result", "error"])
+def test_a_story_that_cannot_be_written_costs_nothing_else(body: str, code: int, tmp_path: Path) -> None:
+    """A run of ten hours would stop because the disk of its messages is full or their reader gone; an error's code would be lost."""
+    log = tmp_path / "log"
+    with Path("/dev/full").open("w") as full:
+        child = start(body, "--log-file", str(log), stderr=full)
+        out, _ = child.communicate(timeout=30)
+        assert child.returncode == code
+        assert out == ("answer\n" if code == 0 else "")
+    assert "the story" in log.read_text() and "stderr cannot be written" in log.read_text()
+    reader, writer = os.pipe()
+    os.close(reader)
+    child = start(body, stderr=writer)
+    os.close(writer)
+    child.communicate(timeout=30)
+    assert child.returncode == code
+
+
+def test_a_stdout_that_is_open_for_reading_alone_is_exit_5() -> None:
+    """`marlinctl inspect M 1< file`: the result would be lost with exit code 0, or a traceback."""
+    with Path(os.devnull).open("rb") as nothing:
+        child = start(RESULT, stdout=nothing)
+        _, err = child.communicate(timeout=30)
+    assert child.returncode == 5
+    assert "docs/troubleshooting.md#e591" in err
+
+
+def removed_folder(tmp_path: Path) -> Callable[[], None]:
+    def leave() -> None:
+        gone = tmp_path / "gone"
+        gone.mkdir()
+        os.chdir(gone)
+        gone.rmdir()
+
+    return leave
+
+
+def run_in_removed_folder(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "marlinctl", *arguments],
+        preexec_fn=removed_folder(tmp_path),
+        env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parent.parent)},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+def test_absolute_paths_work_from_a_removed_working_folder(tmp_path: Path) -> None:
+    """A deployment that replaced the folder would end the run in a traceback, or in the middle by oneMKL."""
+    make_tiny(tmp_path / "model")
+    done = run_in_removed_folder(tmp_path, "inspect", str(tmp_path / "model"))
+    assert done.returncode == 0 and "llama" in done.stdout
+    assert done.stderr.startswith("warning: the current folder was deleted")
+
+
+@pytest.mark.parametrize("arguments", [["inspect", "model"], ["recipes", "ls"], ["jobs", "rm", "/x", "y", "--yes"]], ids=" ".join)
+def test_relative_paths_from_a_removed_working_folder_are_refused(arguments: list[str], tmp_path: Path) -> None:
+    """A result would be written into a temporary folder and be removed with it."""
+    done = run_in_removed_folder(tmp_path, *arguments)
+    assert done.returncode == 4
+    assert "the current folder was deleted" in done.stderr and "#e490" in done.stderr
+
+
+def test_a_folder_that_is_removed_while_it_runs(verb: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Path.resolve() raises a bare FileNotFoundError then: no defect of marlinctl."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+
+    def body(_console: Console) -> None:
+        gone.rmdir()
+        Path("x").resolve()
+
+    verb(body)
+    assert cli.main(["probe"]) == 4
+    assert "#e490" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a/" * 3000])
+def test_a_path_that_no_system_takes_is_exit_2(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """pathlib raises OSError for a name that is too long: no defect of marlinctl."""
+    for verb_name in (["inspect"], ["verify", "--no-load"], ["plan"], ["jobs", "ls"], ["report"], ["recipes", "check"]):
+        assert cli.main([*verb_name, name]) in (1, 2, 3), verb_name
+    assert "#e900" not in capsys.readouterr().err

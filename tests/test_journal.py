@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from marlinctl import journal
 from marlinctl.checkpoint.model_files import temporary_name
 from marlinctl.checkpoint.ownership import mark_job
 from marlinctl.console import Console
@@ -155,10 +156,18 @@ def test_the_mark_is_the_first_thing_and_the_last(tmp_path: Path, monkeypatch: p
         seen.append(sorted(entry.name for entry in Path(path).parent.iterdir()))
         real(path, **how)
 
+    at_the_lock: list[str] = []
+    take = journal.lock
+
+    def lock(path: Path, *, wait: bool) -> Any:
+        at_the_lock.extend(entry.name for entry in path.parent.iterdir())
+        return take(path, wait=wait)
+
+    monkeypatch.setattr(journal, "lock", lock)
+
     def run() -> None:
         with held(tmp_path / "out") as folder:
-            names = sorted(folder.path.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-            assert names[0].name == "marlinctl_job.json"
+            assert at_the_lock == ["marlinctl_job.json"]
             folder.begin({})
             monkeypatch.setattr(os, "unlink", unlink)
             folder.remove()

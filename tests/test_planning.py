@@ -143,9 +143,9 @@ def test_activations_on_disk_are_planned(tiny: Path, tmp_path: Path, text: Path,
 # ---- does it fit ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_memory_that_does_not_suffice_is_exit_1(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_that_does_not_suffice_is_exit_1(tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A script asks by the exit code; the run itself refuses with the same figure."""
-    arguments = ["plan", str(tiny), "--group-size", "32", "--calibration", "text.txt", "--dtype", "float32"]
+    arguments = ["plan", str(tiny), "--group-size", "32", "--calibration", str(text), "--dtype", "float32"]
     assert main([*arguments, "--max-memory", "64GiB"]) == 0
     assert "fits          yes" in capsys.readouterr().out
     assert main([*arguments, "--max-memory", "100MiB"]) == 1
@@ -319,11 +319,11 @@ def _large_model(folder: Path) -> Path:
     return folder
 
 
-def test_a_70b_folder_is_planned_in_two_seconds_without_torch(tmp_path: Path) -> None:
+def test_a_70b_folder_is_planned_in_two_seconds_without_torch(tmp_path: Path, text: Path) -> None:
     """People ask before they wait: an import of torch alone takes longer than the answer may."""
     folder = _large_model(tmp_path / "large")
     program = "import sys; from marlinctl.cli import main; code = main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
-    command = [sys.executable, "-c", program, "plan", str(folder), "--json", "--calibration", "t.txt", "--max-memory", "1TiB"]
+    command = [sys.executable, "-c", program, "plan", str(folder), "--json", "--calibration", str(text), "--max-memory", "1TiB"]
     seconds = []
     for _ in range(3):
         started = time.perf_counter()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from marlinctl.stopping import Stopping
+from marlinctl.stopping import SIGNALS, Stopping
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,22 @@ def test_the_first_signal_is_remembered_and_raised_again() -> None:
 
 def test_handlers_come_back() -> None:
     """A program that uses marlinctl as a library must get its own handlers back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     with Stopping() as stopping:
         assert all(signal.getsignal(number) != handler for number, handler in before.items())
     assert not stopping.asked and {number: signal.getsignal(number) for number in before} == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_every_signal_that_ends_a_run_waits_for_the_step(number: signal.Signals) -> None:
+    """A terminal that is closed would cost the block of an hour that a Ctrl-C does not cost."""
+    heard: list[int] = []
+    before = signal.signal(number, lambda got, _frame: heard.append(got))
+    try:
+        with Stopping() as stopping:
+            signal.raise_signal(number)
+            assert stopping.asked == number and not heard
+            stopping.raise_again()
+            assert heard == [number]
+    finally:
+        signal.signal(number, before)

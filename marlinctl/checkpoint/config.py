@@ -102,6 +102,16 @@ def check_tokenizer(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
+def positions(config: Mapping[str, Any]) -> int | None:
+    """How many tokens a model can read at once; None where config.json does not say."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for key in ("max_position_embeddings", "n_positions"):
+            if type(part.get(key)) is int:
+                return int(part[key])
+    return None
+
+
 def stray_tokens(config: Mapping[str, Any]) -> set[str]:
     """Tokens of the model's own tokenizer that its embedding has no row for, and that no text produces."""
     text = config.get("text_config")

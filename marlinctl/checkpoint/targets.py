@@ -63,7 +63,7 @@ def _family_patterns(family: str, members: Sequence[str], hits: Sequence[str]) -
 
 def _by_number(name: str) -> list[tuple[int, str]]:
     """Sorts block 2 before block 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
 def _block(name: str) -> str:

@@ -14,17 +14,31 @@ Importing this module costs click and nothing more.
 from __future__ import annotations
 
 import functools
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from marlinctl.console import Console
 from marlinctl.errors import EnvironmentProblem
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class FiniteFloat(click.FloatRange):
+    """A number in a range; neither NaN, which is in every range because it compares with nothing, nor infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
 
 _OPTIONS = (
     click.option("--json", "as_json", is_flag=True, help="Write the result as one JSON document to stdout."),
@@ -60,26 +74,62 @@ def common_options(function: Command) -> Command:
             context.obj.append(console)  # marlinctl/cli.py reports errors through it and closes it
         else:
             context.call_on_close(console.close)
-        if context.command.name != "doctor":  # which reports it among its findings
-            _refuse_deleted_folder()
-        return function(console=console, **values)
+        if context.command.name == "doctor":  # which reports it among its findings
+            return function(console=console, **values)
+        with _somewhere(console, _typed_paths(context)):
+            return function(console=console, **values)
 
     return add_common_options(with_console)  # type: ignore[return-value]  # click keeps the callable's type
-
-
-def _refuse_deleted_folder() -> None:
-    """EnvironmentProblem E490 where the current folder is gone. Libraries end the process when they are loaded there."""
-    try:
-        Path.cwd()
-    except FileNotFoundError:
-        where = os.environ.get("PWD", "the current folder")
-        raise EnvironmentProblem("E490", "the current folder was deleted", where=where, fix="change to a folder that exists") from None
 
 
 def add_common_options(function: Command) -> Command:
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
+
+
+def _typed_paths(context: click.Context) -> list[str | Path]:
+    """The paths on the command line. A text may be the id of a model on the hub instead."""
+    typed = [
+        context.params[parameter.name]
+        for parameter in context.command.params
+        if parameter.name is not None
+        and isinstance(parameter.type, click.Path)
+        and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]
+    return [path for value in typed for path in (value if isinstance(value, tuple) else (value,))]
+
+
+@contextmanager
+def _somewhere(console: Console, paths: list[str | Path]) -> Iterator[None]:
+    """Run in a folder that exists: in an empty one, where the current folder was deleted and absolute paths say where everything is.
+
+    Without it, libraries that ask where they are end the process when they are loaded (oneMKL). EnvironmentProblem E490 for a relative
+    path: what it names is not there, and what is written to it would be lost.
+    """
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        pass
+    else:
+        yield
+        return
+    what = "the current folder was deleted"
+    relative = [path for path in paths if isinstance(path, Path) and not path.is_absolute()]
+    if relative or not any(Path(path).is_absolute() for path in paths):
+        where = str(relative[0]) if relative else os.environ.get("PWD", "the current folder")
+        raise EnvironmentProblem("E490", what, where=where, fix="change to a folder that exists, or give absolute paths")
+    console.warn(f"{what}; relative paths lead nowhere")
+    import tempfile
+
+    before = os.open(".", os.O_RDONLY)
+    with tempfile.TemporaryDirectory(prefix="marlinctl-") as folder:
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.fchdir(before)
+            os.close(before)
 
 
 def go_offline() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from marlinctl.commands.common import common_options, go_offline
-from marlinctl.commands.gate_flags import chosen_gate, gate_flags
+from marlinctl.commands.evaluation_flags import chosen_gate, chosen_measuring, evaluation_flags
 from marlinctl.commands.recipe_flags import chosen_options, chosen_recipe, recipe_flags, run_flags
 from marlinctl.console import Console
 
@@ -18,22 +18,16 @@ from marlinctl.console import Console
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
 @click.option("--format", "fmt", metavar="ct|gptq|marlin|marlin_24", help="What OUT holds. Default: the recipe's first format, ct.")
 @click.option("--also", multiple=True, metavar="FORMAT", help="Publish this format too, in OUT-FORMAT; may be given again.")
-@click.option("--tasks", metavar="NAMES", help="Tasks of lm_eval to score before and after: mmlu,arc,winogrande. Needs the extra `eval`.")
-@click.option("--task-data", type=click.Path(path_type=Path), metavar="DIR", help="Local copies of the tasks' data, read without network.")
-@click.option("--limit", type=int, metavar="N", help="Only the first N documents of each task.")
-@click.option("--text", metavar="SOURCE", help="Text for perplexity and KL: pythondoc, or a .txt, .jsonl or .parquet file.")
-@click.option("--tokens", type=int, metavar="N", help="Use the first N tokens of the text.")
-@click.option("--window", type=int, metavar="N", help="Tokens read together.")
 @click.option("--distill-tokens", type=int, metavar="N", help="Train a pruned model on N tokens before it is quantized.")
 @click.option("--distill-data", metavar="SOURCE", help="Text to train on: self, a .txt/.jsonl/.parquet file, or a hub data set.")
-@gate_flags
+@click.option("--distill-sequence-length", type=int, metavar="N", help="Tokens per row of that text.")
+@evaluation_flags
 @recipe_flags
 @run_flags
 @common_options
 def command(
-    console: Console, model: str, out: Path, fmt: str | None, also: tuple[str, ...], tasks: str | None,
-    task_data: Path | None, limit: int | None, text: str | None, tokens: int | None, window: int | None,
-    distill_tokens: int | None, distill_data: str | None, **values: Any,
+    console: Console, model: str, out: Path, fmt: str | None, also: tuple[str, ...],
+    distill_tokens: int | None, distill_data: str | None, distill_sequence_length: int | None, **values: Any,
 ) -> None:  # fmt: skip
     """Prune, distil, quantize, pack, verify, evaluate and report, in one go.
 
@@ -47,6 +41,7 @@ def command(
     The result is measured against the original: perplexity, KL divergence and top-token agreement on a text, and the tasks you name.
     OUT and its OUT-FORMAT siblings appear together when everything is checked, or not at all.
     """
+    measuring, task_data = chosen_measuring(values)
     if task_data is not None:
         go_offline()
     from marlinctl.pipeline import run_compress
@@ -56,15 +51,12 @@ def command(
         formats = list(dict.fromkeys(["ct", *also]))
     extra = {
         "pack.formats": formats,
-        "evaluate.tasks": tasks.split(",") if tasks else None,
-        "evaluate.limit": limit,
-        "evaluate.text": text,
-        "evaluate.tokens": tokens,
-        "evaluate.window": window,
         "distill.tokens": distill_tokens,
         "distill.data": distill_data,
+        "distill.sequence_length": distill_sequence_length,
+        **measuring,
     }
-    gate, evaluated = chosen_gate(values), values.pop("evaluated")
+    gate, evaluated = chosen_gate(values), values.pop("evaluated") is not False
     recipe = chosen_recipe(console, values, extra)
     report = run_compress(
         model, out, recipe, chosen_options(console, values), console, evaluate_result=evaluated, task_data=task_data, gate=gate

@@ -8,6 +8,7 @@ from typing import Literal
 import click
 
 from marlinctl.commands.common import common_options, go_offline
+from marlinctl.commands.evaluation_flags import names_of_tasks
 from marlinctl.console import Console
 
 
@@ -50,7 +51,7 @@ class _BatchSize(click.ParamType):
     help="Text for perplexity and comparison: .txt, .jsonl, .parquet, or pythondoc, the prose in every CPython, which is the default.",
 )
 @click.option("--tokens", type=int, default=20480, show_default=True, metavar="N", help="Use the first N tokens of the text.")
-@click.option("--window", type=int, default=1024, show_default=True, metavar="N", help="Tokens read together.")
+@click.option("--window", type=int, metavar="N", help="Tokens read together. Default: 1024, or all that a smaller model can read.")
 @click.option("--seed", type=int, default=1234, show_default=True, metavar="N", help="For few-shot examples and bootstraps.")
 @click.option(
     "--dtype",
@@ -76,7 +77,7 @@ def command(
     against: str | None,
     text: str | None,
     tokens: int,
-    window: int,
+    window: int | None,
     seed: int,
     dtype: str,
     device: str,
@@ -98,11 +99,13 @@ def command(
     if task_data is not None and not console.offline and _is_local(model) and (against is None or _is_local(against)):
         go_offline()  # before the hub clients are imported
     from marlinctl.checkpoint.source import resolve_model
+    from marlinctl.devices import choose_device
     from marlinctl.evaluate import EvalSettings, evaluate, render_table
-    from marlinctl.evaluation.tasks import require_lm_eval
+    from marlinctl.evaluation.early import check_arguments
+    from marlinctl.evaluation.results import check_place
 
     settings = EvalSettings(
-        tasks=tuple(name for name in (part.strip() for part in tasks.split(",")) if name),
+        tasks=tuple(names_of_tasks(tasks)),
         task_data=task_data,
         limit=limit,
         num_fewshot=num_fewshot,
@@ -114,8 +117,10 @@ def command(
         dtype=dtype,
         device=device,
     )
-    if settings.tasks:
-        require_lm_eval()  # before a model is fetched
+    choose_device(device)  # this and what follows: before a model is fetched
+    check_place(out, resume=resume)
+    with_text = bool(text or against or not settings.tasks)
+    check_arguments(settings, console, with_text=with_text, load_tasks=False)  # they are loaded at once
     offline = console.offline
     source = resolve_model(model, revision=revision, cache_dir=cache_dir, offline=offline, console=console)
     other = None if against is None else resolve_model(against, revision=None, cache_dir=cache_dir, offline=offline, console=console)

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from marlinctl.commands.common import common_options
+from marlinctl.commands.evaluation_flags import chosen_measuring, measuring_flags
 from marlinctl.commands.recipe_flags import chosen_recipe, plan_flags, recipe_flags, refuse_unknown_dtype, size_in_bytes
 from marlinctl.console import Console
 from marlinctl.errors import CheckFailed
@@ -22,13 +23,17 @@ from marlinctl.errors import CheckFailed
 @click.option("--format", "fmt", metavar="ct|gptq|marlin|marlin_24", help="What OUT holds. Default: the recipe's first format, ct.")
 @click.option("--also", multiple=True, metavar="FORMAT", help="Publish this format too; may be given again.")
 @click.option("--distill-tokens", type=int, metavar="N", help="Train a pruned model on N tokens before it is quantized.")
+@click.option("--distill-data", metavar="SOURCE", help="Text to train on: self, a .txt/.jsonl/.parquet file, or a hub data set.")
+@click.option("--distill-sequence-length", type=int, metavar="N", help="Tokens per row of that text.")
+@measuring_flags
 @click.option("--probe", is_flag=True, help="Run the largest solve once, and tell the time from it.")
 @recipe_flags
 @plan_flags
 @common_options
 def command(
-    console: Console, model: str, out: Path, fmt: str | None, also: tuple[str, ...], distill_tokens: int | None, probe: bool, **values: Any
-) -> None:
+    console: Console, model: str, out: Path, fmt: str | None, also: tuple[str, ...], distill_tokens: int | None, distill_data: str | None,
+    distill_sequence_length: int | None, probe: bool, **values: Any,
+) -> None:  # fmt: skip
     """Tell what compress would do, what it needs, and whether it fits.
 
     \b
@@ -49,7 +54,9 @@ def command(
 
     refuse_unknown_dtype(values["dtype"])
     formats = list(dict.fromkeys([*([fmt] if fmt else ["ct"] if also else []), *also])) or None
-    recipe = chosen_recipe(console, values, {"pack.formats": formats, "distill.tokens": distill_tokens})
+    measuring, task_data = chosen_measuring(values)
+    training = {"distill.tokens": distill_tokens, "distill.data": distill_data, "distill.sequence_length": distill_sequence_length}
+    recipe = chosen_recipe(console, values, {"pack.formats": formats, **training, **measuring})
     settings = Settings(
         out,
         revision=values["revision"],
@@ -60,6 +67,8 @@ def command(
         max_memory=size_in_bytes(values["max_memory"], "--max-memory"),
         device_memory=size_in_bytes(values["device_memory"], "--device-memory"),
         module_map=values["module_map"],
+        task_data=task_data,
+        files_are_here=True,
         probe=probe,
     )
     with _without_collection():

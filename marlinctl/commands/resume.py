@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import chdir, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from marlinctl.commands.common import common_options, go_offline
+from marlinctl.commands.evaluation_flags import changed_gate, chosen_measuring, evaluation_flags
+from marlinctl.commands.recipe_flags import command_line
 from marlinctl.console import Console
 from marlinctl.errors import UsageError
 from marlinctl.log import printable
 
 if TYPE_CHECKING:
+    from marlinctl.gate import Gate
     from marlinctl.opening import Options
     from marlinctl.recipe import Recipe
 
@@ -24,14 +28,16 @@ if TYPE_CHECKING:
 @click.option("--redo-from", type=click.IntRange(0), metavar="N", help="Solve block N and all behind it again.")
 @click.option("--overwrite", is_flag=True, help="Replace an OUT that is there by now, after the new one is complete.")
 @click.option("--keep-job", is_flag=True, help="Keep OUT.job, the run's journal, when OUT is published.")
+@evaluation_flags
 @common_options
-def command(console: Console, out: Path, redo_from: int | None, overwrite: bool, keep_job: bool) -> None:
+def command(console: Console, out: Path, redo_from: int | None, overwrite: bool, keep_job: bool, **values: Any) -> None:
     """Go on with a quantize, sparsify, distill, pack or compress that did not come to its end.
 
     \b
     Example:
         marlinctl resume ./qwen3-int4
         marlinctl resume ./qwen3-int4 --redo-from 12
+        marlinctl resume ./qwen3-int4 --tasks arc,winogrande --limit 100
         marlinctl jobs ls .
 
     OUT is what the command named; its folder OUT.job holds what was asked for and what is finished. The same recipe, options and paths are
@@ -40,6 +46,9 @@ def command(console: Console, out: Path, redo_from: int | None, overwrite: bool,
 
     --redo-from goes back instead: what is finished from block N on is solved again. The states that enter the last two blocks are kept, so
     going further back begins with the first block.
+
+    How the result of a compress or sparsify is measured may differ from what the job was begun with: --tasks, --text, --window and the
+    like, the gate, or --no-eval. What is finished stays finished; report and recipe.yaml say what was really used.
     """
     from marlinctl.journal import JOB, JobFolder
 
@@ -53,12 +62,29 @@ def command(console: Console, out: Path, redo_from: int | None, overwrite: bool,
     if redo_from is not None and request.verb not in ("quantize", "sparsify", "compress"):
         what = f"--redo-from counts the blocks of a walk, and {request.verb} has none"
         raise UsageError("E291", what, where="--redo-from", fix="leave it out")
+    changes = {name: value for name, value in values.items() if value is not None}
+    if changes and request.verb not in ("sparsify", "compress"):
+        flag = "--no-eval" if values["evaluated"] is False else "--" + next(iter(changes)).replace("_", "-").replace("evaluated", "eval")
+        what = f"{flag} says how a result is measured, and {request.verb} measures none"
+        raise UsageError("E291", what, where=flag, fix="leave it out; `marlinctl eval` measures what is published")
+    _make_absolute(values)
+    asked = dict(request.arguments)
+    if changes:  # the report names what makes this result again
+        asked["options"] = {**asked["options"], "command": f"{asked['options']['command']}; {command_line()}"}
     console.say(f"{request.verb}, as it was asked for in {job.path}")
     if request.verb not in _VERBS:
         fix = "go on with the version of marlinctl that began it, or start anew"
         raise UsageError("E290", f"this marlinctl has no {printable(request.verb)!r} to go on with", where=str(job.path / JOB), fix=fix)
     with chdir(request.folder) if request.folder and request.folder.is_dir() else nullcontext():
-        _VERBS[request.verb](console, out, dict(request.arguments), redo_from, overwrite, keep_job)
+        _VERBS[request.verb](console, out, asked, values, redo_from, overwrite, keep_job)
+
+
+def _make_absolute(values: dict[str, Any]) -> None:
+    """Paths that are given now are relative to where we are now, and not to where the job was begun."""
+    if values["task_data"] is not None:
+        values["task_data"] = values["task_data"].absolute()
+    if values["text"] not in (None, "pythondoc"):
+        values["text"] = str(Path(values["text"]).expanduser().absolute())
 
 
 def _options(console: Console, document: dict[str, Any], redo_from: int | None, overwrite: bool, keep_job: bool) -> Options:
@@ -77,6 +103,27 @@ def _options(console: Console, document: dict[str, Any], redo_from: int | None, 
     )
 
 
+def _measuring(
+    asked: dict[str, Any], recorded: Mapping[str, Any], values: dict[str, Any], console: Console
+) -> tuple[Recipe, Gate, str | None]:
+    """Recipe, gate and the folder of the tasks' data: those of the job, with what was given now over them."""
+    from marlinctl.gate import Gate
+    from marlinctl.recipe import resolve
+
+    overrides, task_data = chosen_measuring(values)
+    recipe, changes = resolve(_recipe(asked["recipe"]), overrides)
+    if changes:
+        console.say("measured otherwise than the job was begun: " + "; ".join(changes))
+    gate = changed_gate(values, recorded["gate"])
+    if values["evaluated"] is False and gate.asked:
+        console.warn("--no-eval: nothing is measured, so the gate (--max-kl, --max-ppl-ratio) is left away too")
+        gate = Gate()
+    found = recorded.get("task_data") if task_data is None else str(task_data)
+    if found is not None:
+        go_offline()
+    return recipe, gate, found
+
+
 def _recipe(document: Any) -> Recipe:
     """The recipe of a job. UsageError E290 where this version has other keys, or the file was changed."""
     from pydantic import ValidationError
@@ -92,20 +139,25 @@ def _recipe(document: Any) -> Recipe:
         raise UsageError("E290", what, where="job.json", fix=fix) from error
 
 
-def _walk(console: Console, out: Path, asked: dict[str, Any], *changes: Any) -> None:
+def _walk(console: Console, out: Path, asked: dict[str, Any], values: dict[str, Any], *changes: Any) -> None:
     from marlinctl.commands import quantize, sparsify
-    from marlinctl.gate import Gate, measure
+    from marlinctl.evaluation.settings import EvalSettings
+    from marlinctl.gate import Gate, Measurement
     from marlinctl.job import run_job
 
-    recipe = _recipe(asked["recipe"])
-    measured = asked["measured"]
-    looking = measure(recipe, Gate(**measured["gate"]), console) if measured is not None else None
+    given = any(value is not None for value in values.values())
+    recorded = asked["measured"]
+    recipe, gate, task_data = _measuring(asked, recorded or {"gate": Gate().document()}, values, console)
+    looking = measured = None
+    if values["evaluated"] is not False and (recorded is not None or given):
+        looking = Measurement(EvalSettings.of_recipe(recipe.evaluate, None if task_data is None else Path(task_data)), gate, console)
+        measured = {"gate": gate.document(), "task_data": task_data}
     options = _options(console, asked["options"], *changes)
     report, _ = run_job(asked["model"], out, recipe, options, console, looking, measured=measured)
     (quantize.tell if report["kind"] == "quantize" and not report["sparse"] else sparsify.tell)(console, out, report)
 
 
-def _distill(console: Console, out: Path, asked: dict[str, Any], *changes: Any) -> None:
+def _distill(console: Console, out: Path, asked: dict[str, Any], _values: dict[str, Any], *changes: Any) -> None:
     from marlinctl.commands.distill import tell
     from marlinctl.distillation.processes import silence_if_second
 
@@ -116,28 +168,29 @@ def _distill(console: Console, out: Path, asked: dict[str, Any], *changes: Any) 
     tell(console, out, run_distill(asked["student"], out, asked["teacher"], _recipe(asked["recipe"]), options, console))
 
 
-def _compress(console: Console, out: Path, asked: dict[str, Any], *changes: Any) -> None:
+def _compress(console: Console, out: Path, asked: dict[str, Any], values: dict[str, Any], *changes: Any) -> None:
     from marlinctl.commands.compress import tell
-    from marlinctl.gate import Gate
+
+    given = any(value is not None for value in values.values())
+    recipe, gate, task_data = _measuring(asked, asked, values, console)
     from marlinctl.pipeline import run_compress
 
-    task_data = None if asked["task_data"] is None else Path(asked["task_data"])
-    if task_data is not None:
-        go_offline()
     report = run_compress(
         asked["model"],
         out,
-        _recipe(asked["recipe"]),
+        recipe,
         _options(console, asked["options"], *changes),
         console,
-        evaluate_result=asked["evaluate_result"],
-        task_data=task_data,
-        gate=Gate(**asked["gate"]),
+        evaluate_result=values["evaluated"] is not False and (asked["evaluate_result"] or given),
+        task_data=None if task_data is None else Path(task_data),
+        gate=gate,
     )
     tell(console, report)
 
 
-def _pack(console: Console, out: Path, asked: dict[str, Any], _redo_from: int | None, overwrite: bool, keep_job: bool) -> None:
+def _pack(
+    console: Console, out: Path, asked: dict[str, Any], _values: dict[str, Any], _redo_from: int | None, overwrite: bool, keep_job: bool
+) -> None:
     from marlinctl.commands.pack import pack
 
     changed = {"overwrite": asked["overwrite"] or overwrite, "keep_job": asked["keep_job"] or keep_job}

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from marlinctl.commands.common import common_options
-from marlinctl.commands.gate_flags import chosen_gate, gate_flags
+from marlinctl.commands.common import common_options, go_offline
+from marlinctl.commands.evaluation_flags import chosen_gate, chosen_measuring, evaluation_flags
 from marlinctl.commands.recipe_flags import chosen_options, chosen_recipe, recipe_flags, run_flags
 from marlinctl.console import Console
 
@@ -17,7 +17,7 @@ from marlinctl.console import Console
 @click.argument("model", type=click.Path(), metavar="MODEL")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
 @click.option("--pattern", default="2:4", show_default=True, metavar="2:4", help="What survives; 2:4 is all that tensor cores know.")
-@gate_flags
+@evaluation_flags
 @recipe_flags
 @run_flags
 @common_options
@@ -37,13 +37,19 @@ def command(console: Console, model: str, out: Path, pattern: str, **values: Any
     One-shot 2:4 hurts modern models badly: perplexity and KL divergence to the original are measured and reported, and --max-kl and
     --max-ppl-ratio keep a bad result from being published.
     """
-    from marlinctl.gate import measure
+    measuring, task_data = chosen_measuring(values)
+    if task_data is not None:
+        go_offline()
+    from marlinctl.evaluation.settings import EvalSettings
+    from marlinctl.gate import Measurement
     from marlinctl.job import run_job
 
-    gate, evaluated = chosen_gate(values), values.pop("evaluated")
-    recipe = chosen_recipe(console, values, verb={"sparsify.pattern": pattern, "quantize.bits": 16})
-    looking = measure(recipe, gate, console) if evaluated or gate.asked else None
-    measured = {"gate": gate.document()} if looking is not None else None
+    gate, evaluated = chosen_gate(values), values.pop("evaluated") is not False
+    recipe = chosen_recipe(console, values, measuring, verb={"sparsify.pattern": pattern, "quantize.bits": 16})
+    looking = measured = None
+    if evaluated or gate.asked:
+        looking = Measurement(EvalSettings.of_recipe(recipe.evaluate, task_data), gate, console)
+        measured = {"gate": gate.document(), "task_data": None if task_data is None else str(task_data)}
     report, _ = run_job(model, out, recipe, chosen_options(console, values), console, looking, measured=measured)
     tell(console, out, report)
 

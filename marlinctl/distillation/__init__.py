@@ -1,6 +1,7 @@
 """How a student is trained towards its teacher. marlinctl/distill.py is the public face.
 
 losses.py      cross entropy, SquareHead and divergence, as sums over counted tokens
+settings.py    what the settings come to, and which contradict each other
 rows.py        the training text as rows of tokens, and which rows each step reads
 opening.py     everything that can be refused, before any work
 places.py      where a tensor of the checkpoint lies in transformers' model

@@ -25,7 +25,8 @@ from marlinctl.distillation.job import DistillJob, State
 from marlinctl.distillation.loop import LOG_EVERY, learning_rate, make_optimizer, not_finite, training_facts
 from marlinctl.distillation.opening import Model, Opened
 from marlinctl.distillation.places import Place, assemble, block_places, by_parameter, trained_places
-from marlinctl.distillation.rows import Rows, rows_of_step, rows_per_step, steps_of
+from marlinctl.distillation.rows import Rows, rows_of_step
+from marlinctl.distillation.settings import rows_per_step, steps_of
 from marlinctl.models import Block
 from marlinctl.recipe import Distill
 from marlinctl.scratch import FileTensor, Scratch

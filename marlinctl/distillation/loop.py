@@ -24,7 +24,8 @@ from marlinctl.console import Console, duration
 from marlinctl.distillation.job import DistillJob, State
 from marlinctl.distillation.losses import NAMES, Weights, loss_sums
 from marlinctl.distillation.processes import Processes, local, whole
-from marlinctl.distillation.rows import Rows, rows_of_step, rows_per_step, steps_of
+from marlinctl.distillation.rows import Rows, rows_of_step
+from marlinctl.distillation.settings import rows_per_step, steps_of
 from marlinctl.distillation.student import Student
 from marlinctl.distillation.teacher import Teacher
 from marlinctl.errors import NumericalProblem

@@ -81,33 +81,18 @@ class Opened:
     warnings: tuple[str, ...]  # what looks wrong and can be worked with; for the report
 
 
-def check_settings(asked: Distill, processes: int) -> None:
-    """Refuse settings that contradict each other."""
-    if not asked.tokens:
-        raise UsageError("E284", "nothing says for how long to train", where="--tokens", fix="--tokens 2000000, for two million tokens")
-    problems: list[Problem] = []
-    if asked.mode == "blockwise":
-        if asked.cache_logits:
-            problems.append(Problem("a block learns from hidden states, not from logits", "--cache-logits", "leave it out"))
-        if processes > 1:
-            problems.append(Problem("one block at a time is for one process", "--mode blockwise", "start one process, or --mode full"))
-    elif not (asked.ce or asked.squarehead or asked.kl):
-        problems.append(Problem("every loss has weight 0: there is nothing to train on", "--ce, --squarehead, --kl", "--kl 1"))
-    elif asked.cache_logits and asked.squarehead:
-        what = "SquareHead needs the teacher's hidden states, and a cache holds its predictions only"
-        problems.append(Problem(what, "--cache-logits and --squarehead", "--squarehead 0, or no --cache-logits"))
-    if problems:
-        raise UsageError.from_problems("E288", problems)
-
-
 def open_models(
     student: str, teacher: str, asked: Distill, options: Options, console: Console, stack: ExitStack,
     noted: Callable[[str], Noted | None] = lambda name: None,
+    before_weights: Callable[[Model], None] = lambda student: None,
 ) -> Opened:  # fmt: skip
-    """All checks, from cheap to dear. What is opened is closed by `stack`. noted: what a resumed job knows of the weights."""
+    """All checks, from cheap to dear. What is opened is closed by `stack`. noted: what a resumed job knows of the weights.
+    before_weights: those of the caller that need none.
+    """
     pupil = _open_student(_resolve(student, None, options, console), asked, options, console, stack)
     original = _open_teacher(_resolve(teacher, options.revision, options, console), options, console, stack)
     _check_kinship(pupil, original)
+    before_weights(pupil)
     pattern = _open_pattern(pupil, console, stack)
     contents: dict[str, Contents] = {}
     warnings: list[str] = []

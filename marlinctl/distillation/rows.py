@@ -23,11 +23,10 @@ from torch import Tensor
 from marlinctl import findings
 from marlinctl.calibration import load_tokenizer, read_samples, write_samples
 from marlinctl.console import Console
-from marlinctl.errors import BadInput, UsageError
+from marlinctl.distillation.settings import HELD_OUT_SHARE, held_out_rows, rows_per_step, steps_of
+from marlinctl.errors import BadInput
 from marlinctl.recipe import Calibration, Distill
 
-HELD_OUT_SHARE = 20  # one row in so many
-MOST_HELD_OUT = 64
 SELF_TOGETHER = 128  # rows that the teacher writes at a time
 
 
@@ -49,34 +48,6 @@ class Rows:
         digest = hashlib.sha256(self.ids.numpy().tobytes())
         digest.update(self.counted.numpy().tobytes())
         return digest.hexdigest()
-
-
-def steps_of(asked: Distill) -> int:
-    return -(-asked.tokens // asked.batch_tokens)
-
-
-def rows_per_step(asked: Distill) -> int:
-    return asked.batch_tokens // asked.sequence_length
-
-
-def check_sizes(asked: Distill, config: Mapping[str, Any], processes: int) -> None:
-    """Refuse sizes that do not fit together, before anything is read."""
-    limit = config.get("max_position_embeddings")
-    if isinstance(limit, int) and asked.sequence_length > limit:
-        raise UsageError(
-            "E252",
-            f"rows of {asked.sequence_length} tokens are longer than the model can read ({limit})",
-            where="--sequence-length",
-            fix=f"--sequence-length {limit} or less",
-        )
-    rows = rows_per_step(asked)
-    if not rows:
-        what = f"a step of {asked.batch_tokens} tokens is shorter than one row of {asked.sequence_length}"
-        raise UsageError("E288", what, where="--batch-tokens", fix=f"--batch-tokens {asked.sequence_length} or more")
-    if rows % processes:
-        what = f"{rows} rows in a step cannot be shared equally by {processes} processes"
-        fix = f"--batch-tokens {asked.sequence_length * -(-rows // processes) * processes}"
-        raise UsageError("E288", what, where="--batch-tokens", fix=fix)
 
 
 def load_rows(asked: Distill, folder: Path, *, console: Console, load_teacher: Callable[[], torch.nn.Module]) -> Rows:
@@ -132,10 +103,6 @@ def make_rows(ids: Tensor, counted: Tensor, asked: Distill, how: str, console: C
         + (f"; the budget of {asked.tokens:,} tokens reads them {passes:.1f} times" if passes > 1 else "")
     )
     return rows
-
-
-def held_out_rows(wanted: int) -> int:
-    return max(1, min(MOST_HELD_OUT, wanted // HELD_OUT_SHARE))
 
 
 def rows_of_step(step: int, per_step: int, trained: int, seed: int) -> Tensor:

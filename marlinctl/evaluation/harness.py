@@ -117,7 +117,7 @@ class Harness(HFLM):
         try:
             return self._counted(requests, ask)
         except Exception as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             if not self._automatic or self.batch_size_per_gpu == 1:
                 raise self._does_not_fit() from error
@@ -127,7 +127,7 @@ class Harness(HFLM):
         try:
             return self._counted(requests, ask)
         except Exception as error:
-            raise (self._does_not_fit() if _out_of_memory(error) else error) from error
+            raise (self._does_not_fit() if out_of_memory(error) else error) from error
 
     def _counted(self, requests: int, ask: Callable[[], Any]) -> Any:
         with self._console.progress(self.label, requests) as self._count.progress:
@@ -142,7 +142,7 @@ class Harness(HFLM):
         )
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
     """On the CPU torch says it with a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 

@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl.checkpoint.config import stray_tokens
+from marlinctl.checkpoint.config import positions, stray_tokens
 from marlinctl.devices import cpu_has_bf16
 from marlinctl.errors import BadInput, UsageError
+from marlinctl.evaluation.settings import DTYPES
 
 if TYPE_CHECKING:
     from marlinctl.checkpoint.contents import Contents
     from marlinctl.console import Console
-
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +32,7 @@ class Subject:
     @property
     def longest(self) -> int | None:
         """The context the model was made for, in tokens."""
-        text_config = self.config.get("text_config")
-        for config in (self.config, text_config if isinstance(text_config, dict) else {}):
-            if isinstance(limit := config.get("max_position_embeddings"), int):
-                return limit
-        return None
+        return positions(self.config)
 
     @property
     def model_type(self) -> str:

@@ -33,21 +33,27 @@ class ResultsFile:
     def __init__(self, path: Path | None, fresh: Document, *, resume: bool) -> None:
         self.path = path
         self.document = fresh
+        check_place(path, resume=resume)
         if path is None:
-            if resume:
-                raise UsageError("E244", "--resume needs the file to continue", where="--resume", fix="add --out FILE.json")
             return
-        if path.exists() and not resume:
-            raise UsageError("E244", f"{path} exists already", where="--out", fix="add --resume to continue it, or name another file")
         if resume and path.exists():
             self.document = _continued(path, fresh)
-        elif not path.parent.is_dir():
-            raise UsageError("E244", f"there is no folder {path.parent}", where="--out", fix="make the folder first, or name another file")
         self.save()  # a file that cannot be written shows now, not after hours
 
     def save(self) -> None:
         if self.path is not None:
             write_atomically(self.path, f"{render(self.document)}\n".encode())
+
+
+def check_place(path: Path | None, *, resume: bool) -> None:
+    """UsageError E244 where the results cannot lie there: before a model is fetched, and again before it is loaded."""
+    if path is None:
+        if resume:
+            raise UsageError("E244", "--resume needs the file to continue", where="--resume", fix="add --out FILE.json")
+    elif path.exists() and not resume:
+        raise UsageError("E244", f"{path} exists already", where="--out", fix="add --resume to continue it, or name another file")
+    elif not path.parent.is_dir():
+        raise UsageError("E244", f"there is no folder {path.parent}", where="--out", fix="make the folder first, or name another file")
 
 
 def render(value: Any, depth: int = 0) -> str:
@@ -85,6 +91,8 @@ def _continued(path: Path, fresh: Document) -> Document:
 
 
 def read(path: Path) -> Document:
+    if not path.is_file():  # a FIFO would make us wait for ever
+        raise _damaged(path, "it is no regular file" if path.exists() else "there is no such file")
     try:
         document = read_plain_json(path, limit=MAX_OWN_BYTES, values=MAX_OWN_VALUES)
     except FileRefused as refused:

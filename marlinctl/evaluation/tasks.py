@@ -20,12 +20,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 from marlinctl.console import Console
-from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, Problem, UsageError
+from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, MarlinctlError, Problem, UsageError
 from marlinctl.evaluation import local_data
 
 ABBREVIATIONS = {"arc": ("arc_easy", "arc_challenge")}
@@ -51,6 +52,20 @@ def require_lm_eval() -> None:
         )
 
 
+def check_tasks(names: Sequence[str], *, task_data: Path | None, console: Console) -> None:
+    """Refuse names that lm_eval does not know (E242), and copies of data that are not there (E243). Loads and fetches no data."""
+    require_lm_eval()
+    if task_data is not None:
+        local_data.check_folder(task_data)
+    from marlinctl.evaluation.harness import lm_eval_speaks_to
+
+    wanted = _in_full(names)
+    with tempfile.TemporaryDirectory(prefix="marlinctl-tasks-") as temporary, lm_eval_speaks_to(console):
+        index = _find_names(wanted, console)
+        if task_data is not None:
+            _with_local_data(wanted, index, task_data, Path(temporary))
+
+
 @contextmanager
 def plan_tasks(names: Sequence[str], *, task_data: Path | None, num_fewshot: int | None, seed: int, console: Console) -> Iterator[TaskPlan]:
     """The plan is usable inside the `with`: the data of the tasks are mapped from a temporary folder."""
@@ -60,7 +75,7 @@ def plan_tasks(names: Sequence[str], *, task_data: Path | None, num_fewshot: int
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")  # before datasets and huggingface_hub are imported
     from marlinctl.evaluation.harness import lm_eval_speaks_to
 
-    wanted = list(dict.fromkeys(full for name in names for full in ABBREVIATIONS.get(name, (name,))))
+    wanted = _in_full(names)
     with tempfile.TemporaryDirectory(prefix="marlinctl-tasks-") as temporary, lm_eval_speaks_to(console):
         index = _find_names(wanted, console)
         if task_data is not None:
@@ -68,11 +83,17 @@ def plan_tasks(names: Sequence[str], *, task_data: Path | None, num_fewshot: int
         yield _load(wanted, index, num_fewshot=num_fewshot, seed=seed, local=task_data is not None)
 
 
+def _in_full(names: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(full for name in names for full in ABBREVIATIONS.get(name, (name,))))
+
+
 def run_leaves(
     plan: TaskPlan, model: Any, *, limit: int | None, done: set[str], label: str, finished: Callable[[str, Record], None]
 ) -> None:
     """Every leaf that is not done yet; `model` is a Harness."""
     from lm_eval import evaluate
+
+    from marlinctl.evaluation.harness import out_of_memory
 
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm_eval's bootstrap would fork a process per core, with the model in it
     left = [name for name in plan.leaves if name not in done]
@@ -87,8 +108,12 @@ def run_leaves(
                 bootstrap_iters=1000,
                 log_samples=True,
             )
-        except ValueError as error:  # a task that runs generated code, or wants pictures
-            raise UsageError("E249", f"lm_eval refuses the task: {error}", where=name, fix="leave the task out") from error
+        except (MarlinctlError, OSError):
+            raise
+        except Exception as error:  # lm_eval and the code of its tasks raise what they like
+            if out_of_memory(error):
+                raise
+            raise UsageError("E249", f"lm_eval cannot run the task: {_first_line(error)}", where=name, fix="leave the task out") from error
         finished(name, _record(plan, name, result, len(model.cut)))
 
 
@@ -189,12 +214,20 @@ def _find_names(wanted: Sequence[str], console: Console) -> Any:
     if all(name in manager.task_index for name in wanted):
         return manager
     console.detail("looking through everything that lm_eval knows")
-    manager = TaskManager()
+    manager = _everything()
     unknown = [name for name in wanted if name not in manager.task_index]
     if unknown:
         known = [*ABBREVIATIONS, *manager.all_tasks]
         raise UsageError.from_problems("E242", [_unknown(name, known) for name in unknown])
     return manager
+
+
+@lru_cache(maxsize=1)
+def _everything() -> Any:
+    """lm_eval's whole index: 14 seconds, once."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _unknown(name: str, known: Sequence[str]) -> Problem:
@@ -284,6 +317,14 @@ def _load(wanted: Sequence[str], manager: Any, *, num_fewshot: int | None, seed:
         groups |= loaded["groups"]
         scored = name in loaded["groups"] and loaded["groups"][name].has_aggregation
         names += [name] if scored else list(loaded["tasks"])
+    problems = [
+        Problem(f"{name} {reason}, which marlinctl does not do", "--tasks", "leave the task out")
+        for name, task in leaves.items()
+        for mark, reason in (("UNSAFE_CODE", "runs code that the model wrote"), ("MULTIMODAL", "shows pictures to the model"))
+        if getattr(task, mark, False)
+    ]
+    if problems:
+        raise UsageError.from_problems("E249", problems)
     for task in leaves.values():
         _set_fewshot(task, num_fewshot, seed)
     splits = {name: local_data.measured_split(_split_names(task)) or "its own" for name, task in leaves.items()}

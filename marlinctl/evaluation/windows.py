@@ -11,13 +11,16 @@ tokenizers would add the token too, but its published figures are made without, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.errors import BadInput, UsageError
+from marlinctl.evaluation.settings import EvalSettings, refuse_longer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from marlinctl.evaluation.loading import Subject
     from marlinctl.texts import Text
 
 FIRST_CHARACTERS_PER_TOKEN = 8  # English has some 4.5; more is read when that was too little
@@ -30,14 +33,33 @@ def window_start(tokenizer: Any, model_type: str) -> int | None:
     return tokenizer.bos_token_id if model_type.startswith("gemma") else None
 
 
+def of_models(text: Text, models: Sequence[Subject], settings: EvalSettings) -> tuple[Tensor, int | None]:
+    """The windows, [W, window] int64, and the id they start with. UsageError E247 where the models do not read the same tokens."""
+    import torch
+
+    from marlinctl.evaluation.loading import load_tokenizer
+
+    window = settings.window_for(*(model.longest for model in models))
+    cut = []
+    for model in models:
+        tokenizer = load_tokenizer(model)
+        start = window_start(tokenizer, model.model_type)
+        cut.append(cut_windows(text, tokenizer, tokens=settings.tokens, window=window, start=start, longest=model.longest))
+    if not all(torch.equal(cut[0], other) for other in cut[1:]):
+        raise UsageError(
+            "E247",
+            "the models cannot be compared: their tokenizers cut the text differently",
+            where="--against",
+            fix="name the model that this one was made from",
+        )
+    return cut[0], start
+
+
 def cut_windows(text: Text, tokenizer: Any, *, tokens: int, window: int, start: int | None, longest: int | None) -> Tensor:
     """[windows, window] int64: the first `tokens` tokens of the text. `longest` is the model's own limit."""
     import torch
 
-    if longest is not None and window > longest:
-        raise UsageError(
-            "E246", f"--window {window} is longer than the {longest} positions of the model", where="--window", fix=f"--window {longest}"
-        )
+    refuse_longer(window, longest)
     count = tokens // window
     body = window if start is None else window - 1  # tokens of text in each window
     ids = first_ids(text.text, tokenizer, count * body)
@@ -55,10 +77,12 @@ def cut_windows(text: Text, tokenizer: Any, *, tokens: int, window: int, start: 
 
 def first_ids(text: str, tokenizer: Any, wanted: int) -> list[int]:
     """At least `wanted` ids from the start of the text, or all that there are; without tokenizing a gigabyte for 20,480 of them."""
+    from marlinctl.calibration import token_ids
+
     characters = wanted * FIRST_CHARACTERS_PER_TOKEN
     most = max(wanted * MOST_CHARACTERS_PER_TOKEN, 1 << 16)
     while True:
-        ids: list[int] = tokenizer(text[:characters], add_special_tokens=False, verbose=False)["input_ids"]
+        ids = token_ids(tokenizer, text[:characters])
         if characters >= min(most, len(text)) or len(ids) >= wanted + SLACK:
             return ids
         characters *= 4

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -131,6 +133,7 @@ def test_formats_are_told_apart(block: Any, names: list[str], name: str, variant
         (gptq_block(checkpoint_format="marlin"), GPTQ_NAMES, "E342", "marlin"),
         (gptq_block(group_size=0), GPTQ_NAMES, "E340", "group_size"),
         (gptq_block(dynamic={".*": {"bits": 8}}), GPTQ_NAMES, "E342", LAYER),
+        (gptq_block(dynamic={f"+:.*{i}": {} for i in range(5001)}), GPTQ_NAMES, "E340", "more than 5,000 regular expressions"),
         ({**MARLIN, "format_version": 2}, MARLIN_NAMES, "E343", "update marlinctl"),
         ({**MARLIN, "format_version": "1"}, MARLIN_NAMES, "E340", "format_version"),
         ({**MARLIN, "format": "marlin_48"}, MARLIN_NAMES, "E340", "marlin_48"),
@@ -340,6 +343,34 @@ class Folderless:
         self.tensors = {name: type("Info", (), {"file": Path("memory"), "shape": tuple(t.shape)}) for name, t in tensors.items()}
         self.read = lambda name: tensors[name].clone()
         self.folder = Path("memory")
+
+
+@pytest.mark.parametrize("expression", [r"(.*.*)*x", r"(a+|[a-z.]+)+\d$", r"^(model|layers|\.|.)*!$"])
+def test_expressions_of_a_config_cannot_hold_us(expression: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line of a stranger's config.json would hold every verb that opens the folder for ever."""
+    monkeypatch.setattr("marlinctl.patterns.Time.__init__.__defaults__", (0.5,))
+    names = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(30) for p in "qkvo"]
+    ct = ct_block()
+    ct["config_groups"]["group_0"]["targets"] = ["re:" + expression, "Linear"]
+    gptq = gptq_block(dynamic={f"+:{expression}": {"bits": 4}})
+    for block, suffix in ((ct, "weight_packed"), (gptq, "qweight")):
+        started = time.process_time()
+        with suppress(BadInput):
+            assert len(formats.detect({"quantization_config": block}, [f"{n}.{suffix}" for n in names]).layers) == len(names)
+        assert time.process_time() - started < 5
+
+
+def test_many_names_in_a_config_cost_little() -> None:
+    """Targets and rules that name a hundred thousand experts one by one were compared with as many layers: hours."""
+    names = [f"model.layers.{i}.mlp.experts.{e}.up_proj" for i in range(100) for e in range(300)]
+    ct = ct_block()
+    ct["config_groups"]["group_0"]["targets"] = names
+    ct["ignore"] = [f"re:^{re.escape(name)}$" for name in names]
+    started = time.monotonic()
+    assert len(formats.detect({"quantization_config": ct}, [f"{n}.weight_packed" for n in names]).layers) == len(names)
+    gptq = gptq_block(dynamic={f"+:^{re.escape(name)}$": {"group_size": 32} for name in names})
+    assert set(formats.detect({"quantization_config": gptq}, [f"{n}.qweight" for n in names]).layers.values()) == {32}
+    assert time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize("fmt", ["ct", "gptq", "marlin", "marlin_24"])

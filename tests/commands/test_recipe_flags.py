@@ -27,7 +27,8 @@ VALUES = {
     "--method": "wanda", "--mask-sweeps": "9", "--ls-iterations": "3",
     "--calibration": "other.txt", "--samples": "5", "--sequence-length": "77", "--seed": "123", "--chat": "never",
     "--format": "gptq", "--also": "gptq", "--tasks": "arc", "--limit": "3", "--text": "other.txt", "--tokens": "5000", "--window": "64",
-    "--distill-tokens": "5000", "--distill-data": "other.txt", "--data": "other.txt", "--mode": "scales", "--learning-rate": "0.25",
+    "--distill-tokens": "5000", "--distill-data": "other.txt", "--distill-sequence-length": "77",
+    "--data": "other.txt", "--mode": "scales", "--learning-rate": "0.25",
     "--warmup": "0.5", "--batch-tokens": "64", "--micro-batch": "3", "--ce": "0.5", "--squarehead": "0.5", "--kl": "0.5",
     "--temperature": "2", "--cache-logits": "5", "--checkpointing": None, "--save-every": "3",
 }  # fmt: skip

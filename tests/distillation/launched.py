@@ -1,7 +1,7 @@
 """What `accelerate launch` starts in the tests of several processes: marlinctl itself, with transformers as it was up to 5.22.
 
-    accelerate launch ... launched.py distill STUDENT OUT ...      the command line of marlinctl
-    accelerate launch ... launched.py agreement FOLDER             what is found where processes differ, as JSON from process 0
+accelerate launch ... launched.py distill STUDENT OUT ...      the command line of marlinctl
+accelerate launch ... launched.py agreement FOLDER             what is found where processes differ, as JSON from process 0
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def test_an_error_is_told_once(place: Path, tmp_path: Path) -> None:
 
 def test_rows_that_cannot_be_shared_equally_are_refused(place: Path) -> None:
     """One process with fewer rows would wait for ever in the other's collective."""
-    from marlinctl.distillation.rows import check_sizes
+    from marlinctl.distillation.settings import check_sizes
     from tests.distillation.runs import recipe
 
     with pytest.raises(UsageError) as caught:
@@ -195,7 +195,7 @@ def test_two_gpus_train_what_one_trains(place: Path, tmp_path: Path) -> None:
         told[how] = json.loads(finished.stdout)
     for how in ("replicated", "sharded"):
         assert told[how]["processes"] == 2
-        for when, rel in (("before", 1e-5), ("after", 1e-2)):
+        for when, rel in (("before", 1e-4), ("after", 1e-2)):
             assert told[how]["held_out"][when] == pytest.approx(told["alone"]["held_out"][when], rel=rel)
 
 

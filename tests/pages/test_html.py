@@ -113,7 +113,7 @@ def test_everything_that_was_measured_is_on_the_page() -> None:
     text = Outline(html.render(compression.page(documents.report(), documents.folder()))).text
     for wanted in (
         "org/Model-1B", "24 linears quantized", "1.0 MB", "3.00 times smaller", "4.27",  # 4 bits + 16 / 64, and 32 bytes of shape
-        "diagonal Hessian", "3 inputs were zero",
+        "diagonal Hessian", "3 inputs were zero", "nothing but zeros: <b>model.layers.2</b>",
         "winogrande (validation)", "0.5300 ± 0.0100", "-0.0200 ± 0.0040", "14.400 ± 0.700", "0.12340 ± 0.00200",
         "on a part of their documents",
         "model.layers.3.mlp.up_proj", "lm_head", "output head",
@@ -125,9 +125,15 @@ def test_everything_that_was_measured_is_on_the_page() -> None:
     assert "n64 m16" not in text, "only the fastest of each family"
 
 
+def test_what_looked_wrong_is_on_the_page_of_a_distillation() -> None:
+    """A teacher with half of its shards would be told of on a terminal that nobody keeps."""
+    text = Outline(html.render(training.page(documents.training(), documents.folder("dense")))).text
+    assert "teacher: weights that are not read lie in the folder: old.safetensors" in text
+
+
 def test_sections_without_figures_stay_out() -> None:
     """`quantize` measures no quality and no speed: headings over nothing help nobody."""
-    bare = documents.report(fallbacks=[], dead_inputs=[], kept=[])
+    bare = documents.report(fallbacks=[], dead_inputs=[], warnings=[], kept=[])
     for key in ("evaluation", "bench", "verified"):
         del bare[key]
     text = html.render(compression.page(bare, documents.folder()))

@@ -1,0 +1,73 @@
+"""What decides the numbers of an evaluation, and which values are in range. Without torch: `plan` asks too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from marlinctl.errors import UsageError
+
+if TYPE_CHECKING:
+    from marlinctl.recipe import Evaluate
+
+DEFAULT_TOKENS = 20480
+DEFAULT_WINDOW = 1024  # or all positions of a model that has fewer
+DEFAULT_SEED = 1234  # lm_eval's own
+DTYPES = ("bfloat16", "float16", "float32")
+MOST = 2**31 - 1  # of anything that is counted: far beyond every use, and within every library's integers
+
+
+@dataclass(frozen=True, slots=True)
+class EvalSettings:
+    """UsageError E246 for what is out of range."""
+
+    tasks: tuple[str, ...] = ()
+    task_data: Path | None = None
+    limit: int | None = None  # documents per task
+    num_fewshot: int | None = None  # None: what each task says
+    batch_size: int | Literal["auto"] = "auto"
+    text: str | None = None  # see texts.py; None: pythondoc when a text is needed
+    tokens: int = DEFAULT_TOKENS
+    window: int | None = None  # None: DEFAULT_WINDOW, or as many positions as the model has
+    seed: int = DEFAULT_SEED
+    dtype: str = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.limit is None or 1 <= self.limit <= MOST, "--limit", f"1 to {MOST}"),
+            (self.num_fewshot is None or 0 <= self.num_fewshot <= MOST, "--num-fewshot", f"0 to {MOST}"),
+            (self.batch_size == "auto" or 1 <= self.batch_size <= MOST, "--batch-size", f"auto, or 1 to {MOST}"),
+            (self.window is None or self.window >= 2, "--window", "at least 2: the first token is given, the others are predicted"),
+            ((self.window or 2) <= self.tokens <= MOST, "--tokens", f"at least one window, {self.window or 2}, and at most {MOST}"),
+            (0 <= self.seed < 2**32, "--seed", "0 to 2**32 - 1"),
+            (self.dtype in ("auto", *DTYPES), "--dtype", f"auto, {', '.join(DTYPES)}"),
+        )
+        for holds, option, allowed in checks:
+            if not holds:
+                raise UsageError("E246", f"{option} is out of range", where=option, fix=f"give {allowed}")
+
+    @classmethod
+    def of_recipe(cls, asked: Evaluate, task_data: Path | None) -> EvalSettings:
+        """What a recipe says of it; device and dtype are chosen for it alone."""
+        return cls(tasks=asked.tasks, task_data=task_data, limit=asked.limit, text=asked.text, tokens=asked.tokens, window=asked.window)
+
+    def window_for(self, *positions: int | None) -> int:
+        """The window for models of so many positions; None: not known. UsageError E246 where the one asked for does not fit.
+
+        A window that nobody asked for is as long as the shortest model allows.
+        """
+        known = [length for length in positions if length is not None]
+        if self.window is None:
+            return max(2, min([DEFAULT_WINDOW, self.tokens, *known]))
+        return refuse_longer(self.window, min(known, default=None))
+
+
+def refuse_longer(window: int, longest: int | None) -> int:
+    """The window, or UsageError E246 where the model has fewer positions."""
+    if longest is not None and window > longest:
+        raise UsageError(
+            "E246", f"--window {window} is longer than the {longest} positions of the model", where="--window", fix=f"--window {longest}"
+        )
+    return window
