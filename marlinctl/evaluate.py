@@ -50,7 +50,7 @@ def evaluate(
     run = _Run(subject, other, settings, console)
     text = text_of(settings) if settings.text or other or not settings.tasks else None
     if text is not None:
-        run.cut(text)
+        run.refuse_text(text)
     with run.planned_tasks() as plan:
         run.look()
         file = results.ResultsFile(out, run.fresh_document(text, plan), resume=resume)
@@ -74,7 +74,7 @@ def compare(model_folder: Path, baseline_folder: Path, settings: EvalSettings, c
     subject, other = loading.open_subject(model_folder), loading.open_subject(baseline_folder)
     run = _Run(subject, other, settings, console)
     text = text_of(settings)
-    run.cut(text)
+    run.refuse_text(text)
     run.look()
     document = run.fresh_document(text, None)
     run.measure_text(text, document)
@@ -95,12 +95,15 @@ class _Run:
         self.device = devices.choose_device(settings.device)
         self.dtype = loading.choose_dtype(settings.dtype, self.device, subject.config)
         self.window = settings.window_for(subject.longest, None if other is None else other.longest)
-        self._cut: tuple[Any, int | None] | None = None  # filled by `cut`
         self.contents: dict[Path, Contents] = {}  # of each folder; filled by `look`
 
-    def cut(self, text: Text) -> None:
-        """Cut the text into windows: it may be too short, or they too long, and that shows before any weight is read."""
-        self._cut = self._windows(text)
+    @property
+    def models(self) -> list[loading.Subject]:
+        return [who for who in (self.subject, self.other) if who is not None]
+
+    def refuse_text(self, text: Text) -> None:
+        """It may be too short, or the windows too long: that shows before any weight is read."""
+        windows.of_models(text, self.models, self.settings)
 
     def look(self) -> None:
         """What the person should know of the folders, whether their weights can be believed, and their identity, in one reading."""
@@ -171,7 +174,7 @@ class _Run:
 
     def measure_text(self, text: Text, document: results.Document) -> None:
         s = self.settings
-        rows, start = self._cut or self._windows(text)
+        rows, start = self._windows(text)
         document["text"] = {
             "name": text.name,
             "note": text.note,
@@ -201,7 +204,7 @@ class _Run:
         }
 
     def _windows(self, text: Text) -> tuple[Any, int | None]:
-        return windows.of_models(text, [self.subject, self.other or self.subject], self.settings)
+        return windows.of_models(text, self.models, self.settings)
 
     def score_tasks(self, plan: tasks.TaskPlan, who: loading.Subject, side: results.Document, file: results.ResultsFile) -> None:
         records: dict[str, tasks.Record] = side.setdefault("tasks", {})

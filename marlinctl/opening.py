@@ -103,7 +103,8 @@ def open_model(
     for fmt in published:
         for line in loads(as_published(looked, checkpoint, fmt)).warnings(fmt):
             console.warn(line)
-    refuse_dense_tiles(from_headers(checkpoint, looked.shapes, weights=True), looked.shapes, recipe)  # a row tells, before a text is read
+    if "marlin_24" in recipe.pack.formats and recipe.sparsify.pattern == "none":  # a row tells, before a text is read
+        refuse_dense_tiles(from_headers(checkpoint, looked.shapes, weights=True), looked.shapes, recipe)
     before_weights(source, checkpoint)
     pattern = of_source(checkpoint, looked.shapes, console)
     check_pattern(pattern.pattern, looked, recipe, console)

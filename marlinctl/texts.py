@@ -107,7 +107,8 @@ def check_text(source: str, *, chats: bool = False) -> None:
     path, kind = _open_kind(source)
     rows: Iterator[Document] = _paragraphs(path) if kind == "txt" else _rows(path, kind, chats=chats)
     if next(rows, None) is None:
-        raise BadInput("E380", "the text is empty", where=str(path), fix="give a file that holds text")
+        error_id = "E393" if chats else "E380"  # no samples, or nothing to measure
+        raise BadInput(error_id, "the text is empty", where=str(path), fix="give a file that holds text")
 
 
 def _text(name: str, text: str, note: str) -> Text:

@@ -30,7 +30,7 @@ from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.console import Console
 from marlinctl.errors import UsageError
-from marlinctl.journal import JobFolder, sha256_of
+from marlinctl.journal import JOURNAL, JobFolder, sha256_of
 from marlinctl.solving import LayerRecord, Solving
 from marlinctl.walk import Tokens
 
@@ -55,7 +55,9 @@ class WalkJob(JobFolder):
         """The text that the job was begun with; None where it was killed before it had any, or where the file is damaged."""
         if not self.begun:
             return None
-        noted = self.lines[0]["calibration"]
+        noted = self.lines[0].get("calibration")
+        if not isinstance(noted, dict) or not _describes_file(noted.get("file")) or "sha256" not in (noted.get("facts") or ()):
+            raise self.damaged("its first line does not say which text the job was begun with", self.path / JOURNAL)
         if not self._is_as_noted(noted["file"]):
             self.drop_from(0)
             return None
@@ -129,7 +131,7 @@ class WalkJob(JobFolder):
         """How many lines behind the first are followed by files that are as they say."""
         count, masked = 0, 0
         for line in self.lines[1:]:
-            if line["step"] not in ("block", "head") or (line["shard"] is not None and not self._is_as_noted(line["shard"])):
+            if not _is_whole_line(line) or (line["shard"] is not None and not self._is_as_noted(line["shard"])):
                 break
             size, spool = line["masks"]["bytes"], self.staged.with_name(self.staged.name + ".masks")
             if size and (not spool.is_file() or _sha256_of_part(spool, masked, size) != line["masks"]["sha256"]):
@@ -167,6 +169,30 @@ class WalkJob(JobFolder):
             raise self.damaged(problems[0].what, problems[0].where)
         with Checkpoint(self.path, {}, infos, (self.path / name,)) as found:
             return {key: found.read(key) for key in infos}
+
+
+def _is_whole_line(line: Mapping[str, Any]) -> bool:
+    """Whether a line says all that `commit` writes of a finished block; one that was changed is no better than one that is torn."""
+    masks, records, shard = line.get("masks"), line.get("records"), line.get("shard", "")
+    try:
+        sound = all(LayerRecord(**record).shape[1] > 0 for record in records or ())
+    except (TypeError, IndexError):
+        return False
+    return (
+        line["step"] in ("block", "head")
+        and sound
+        and isinstance(records, list)
+        and isinstance(masks, dict)
+        and type(masks.get("bytes")) is int
+        and masks["bytes"] >= 0
+        and "sha256" in masks
+        and (shard is None or _describes_file(shard))
+        and (line.get("state") is None or _describes_file(line["state"]))
+    )
+
+
+def _describes_file(noted: object) -> bool:
+    return isinstance(noted, dict) and isinstance(noted.get("name"), str) and {"bytes", "sha256"} <= noted.keys()
 
 
 def _state_name(index: int) -> str:

@@ -105,7 +105,7 @@ MEASURED = [
 CALIBRATED = [
     (["--calibration", "absent.jsonl"], "e240"),
     (["--calibration", "names.jsonl"], "e385"),
-    (["--calibration", "empty.txt"], "e380"),
+    (["--calibration", "empty.txt"], "e393"),
     (["--sequence-length", "513"], "e252"),
     (["--samples", str(10**30)], "e211"),
     (["--recipe", "int4"], "e393"),

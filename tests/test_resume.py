@@ -210,6 +210,26 @@ def test_what_is_damaged_is_solved_again(
     assert published(tmp_path) == published(place / "whole")
 
 
+@pytest.mark.parametrize(
+    ("number", "change", "ends"),
+    [
+        (2, lambda line: line.pop("masks"), (0, [0, 1, 2, 3])),  # the states that enter block 1 are gone by then
+        (3, lambda line: line["records"][0].update(shape=7), (0, [2, 3])),
+        (0, lambda line: line.update(calibration=[]), (3, [])),
+    ],
+)
+def test_a_line_that_was_changed_is_no_line(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, change: Any, ends: tuple[int, list[int]]
+) -> None:
+    """Broken: a journal that somebody edited, or that a disk damaged, ends in a KeyError."""
+    out = tmp_path / "out"
+    assert stop_in(monkeypatch, 3, quantize(place, out)) == 130
+    lines = lines_of(out)
+    change(lines[number])
+    (tmp_path / "out.job" / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert blocks_solved(monkeypatch, ["resume", str(out)]) == ends
+
+
 def test_a_disk_that_is_full_costs_nothing_that_was_finished(place: Path, tmp_path: Path) -> None:
     """RLIMIT_FSIZE fails inside write(), as a full disk does: exit 5, and with room the run goes on behind its last block."""
     out = tmp_path / "out"
