@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.console import Console
 from marlinctl.errors import UsageError
-from marlinctl.journal import JobFolder, sha256_of
+from marlinctl.journal import JOURNAL, JobFolder, sha256_of
 from marlinctl.solving import LayerRecord, Solving
 from marlinctl.walk import Tokens
 
@@ -55,7 +55,9 @@ class WalkJob(JobFolder):
         """The text that the job was begun with; None where it was killed before it had any, or where the file is damaged."""
         if not self.begun:
             return None
-        noted = self.lines[0]["calibration"]
+        noted = self.lines[0].get("calibration")
+        if not isinstance(noted, dict) or not _is_file(noted.get("file")) or not isinstance(noted.get("facts"), dict):
+            raise self.damaged("it does not say which text it was begun with", self.path / JOURNAL)
         if not self._is_as_noted(noted["file"]):
             self.drop_from(0)
             return None
@@ -129,7 +131,9 @@ class WalkJob(JobFolder):
         """How many lines behind the first are followed by files that are as they say."""
         count, masked = 0, 0
         for line in self.lines[1:]:
-            if line["step"] not in ("block", "head") or (line["shard"] is not None and not self._is_as_noted(line["shard"])):
+            if line["step"] not in ("block", "head") or not _says_what_it_holds(line):
+                break
+            if line["shard"] is not None and not self._is_as_noted(line["shard"]):
                 break
             size, spool = line["masks"]["bytes"], self.staged.with_name(self.staged.name + ".masks")
             if size and (not spool.is_file() or _sha256_of_part(spool, masked, size) != line["masks"]["sha256"]):
@@ -143,7 +147,7 @@ class WalkJob(JobFolder):
         if index >= pieces:
             return True  # nothing is left to solve
         state = self.lines[index].get("state")
-        return state is not None and self._is_as_noted(state)
+        return _is_file(state) and self._is_as_noted(state)
 
     def _forget_states(self, before: int) -> None:
         """Remove older ones first: the disk then never holds more than are kept."""
@@ -167,6 +171,25 @@ class WalkJob(JobFolder):
             raise self.damaged(problems[0].what, problems[0].where)
         with Checkpoint(self.path, {}, infos, (self.path / name,)) as found:
             return {key: found.read(key) for key in infos}
+
+
+def _says_what_it_holds(line: Mapping[str, Any]) -> bool:
+    """Whether the line of a block has the form that `commit` gives it."""
+    records, masks = line.get("records"), line.get("masks")
+    named = {field.name for field in fields(LayerRecord)}
+    return (
+        isinstance(records, list)
+        and all(isinstance(record, dict) and record.keys() <= named and isinstance(record.get("shape"), list) for record in records)
+        and isinstance(masks, dict)
+        and type(masks.get("bytes")) is int
+        and "sha256" in masks
+        and "shard" in line
+        and (line["shard"] is None or _is_file(line["shard"]))
+    )
+
+
+def _is_file(noted: object) -> bool:
+    return isinstance(noted, dict) and isinstance(noted.get("name"), str) and {"bytes", "sha256"} <= noted.keys()
 
 
 def _state_name(index: int) -> str:
