@@ -27,7 +27,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shlex
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -310,11 +309,22 @@ class JobFolder:
                     line = json.loads(raw)
                 except (ValueError, RecursionError):
                     break
-                well_formed = raw.endswith(b"\n") and isinstance(line, dict) and isinstance(line.get("step"), str)
-                if not well_formed or (line["step"] == "begun") != (not self.lines):
+                if not raw.endswith(b"\n") or not self._is_line(line) or (line["step"] == "begun") != (not self.lines):
                     break
                 self.lines.append(line)
                 self._ends.append(end)
+
+    def _is_line(self, line: Any) -> bool:
+        """Whether a line has the form of ours, as far as it is used here; what a walk notes of a block is looked at there."""
+        if not isinstance(line, dict) or not isinstance(line.get("step"), str):
+            return False
+        if line["step"] == "begun":
+            return isinstance(line.get("fingerprint"), dict) and isinstance(line.get("inputs", {}), dict)
+        return line["step"] != "publishing" or (isinstance(line.get("folders"), list) and all(map(self._is_folder, line["folders"])))
+
+    def _is_folder(self, item: Any) -> bool:
+        named = isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("from", "to", "manifest"))
+        return named and ownership.is_place(item["to"], self.out.name)
 
     def _cut(self, count: int) -> None:
         """The file ends where its last good line ends, so that the next one does not continue a torn one."""
@@ -389,10 +399,10 @@ class JobFolder:
         Where something else has that place meanwhile, it gets out of the folder under the name that it has there.
         """
         for old in self.path.iterdir():
-            aside = re.fullmatch(r"(.+)\.old-[0-9a-f]{8}", old.name)
+            aside = ownership.set_aside(old.name, self.out.name)
             if aside is None or old.is_symlink() or not old.is_dir():
                 continue
-            place = self.out.with_name(aside[1])
+            place = self.out.with_name(aside)
             if not os.path.lexists(place):
                 old.rename(place)
             elif not self._stands(place):

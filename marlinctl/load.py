@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint import formats
-from marlinctl.errors import BadInput, MarlinctlError, Problem
+from marlinctl.errors import BadInput, Problem
 from marlinctl.launcher import settings_aside
-from marlinctl.model_config import cannot_build, transformers_config
+from marlinctl.model_config import building, transformers_config
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,6 @@ def model_from(
     checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor], *, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
     """A model of the checkpoint's config, filled with these tensors."""
-    import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = transformers_config(checkpoint.config, checkpoint.folder)
@@ -54,16 +53,12 @@ def model_from(
             fix="only decoder language models that transformers itself supports are loaded",
         )
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class insists on a folder or a name
-    try:
-        with quietly(), settings_aside():  # transformers must load the weights in every process
-            model, info = model_class.from_pretrained(
-                None, config=config, state_dict=dict(tensors), dtype=dtype, device_map={"": str(device)}, output_loading_info=True,
-                ignore_mismatched_sizes=True,  # else the first one raises; they are all refused below
-            )  # fmt: skip
-    except (torch.OutOfMemoryError, MemoryError, OSError, MarlinctlError):
-        raise
-    except Exception as error:  # as many kinds as there are model classes
-        raise cannot_build(error, str(checkpoint.folder / "config.json")) from error
+    # transformers must load the weights in every process
+    with building(str(checkpoint.folder / "config.json")), quietly(), settings_aside():
+        model, info = model_class.from_pretrained(
+            None, config=config, state_dict=dict(tensors), dtype=dtype, device_map={"": str(device)}, output_loading_info=True,
+            ignore_mismatched_sizes=True,  # else the first one raises; they are all refused below
+        )  # fmt: skip
     refuse_incomplete(checkpoint.folder, info)
     return model.eval()
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint.files import shown
 from marlinctl.checkpoint.switches import without
-from marlinctl.errors import BadInput
+from marlinctl.errors import BadInput, MarlinctlError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -42,24 +43,34 @@ def transformers_config(config: Mapping[str, Any], folder: Path | None = None, *
             where=where,
             fix="only decoder language models that transformers itself supports are loaded; a newer release may know this one",
         )
-    try:
+    with building(where):
         kind = CONFIG_MAPPING[model_type]
         parsed: PreTrainedConfig = kind(**_settings(config, kind, quantized))
-    except Exception as error:  # each of three hundred classes checks its values in its own way
-        raise cannot_build(error, where) from error
     parsed.name_or_path = str(folder) if folder else ""
     return parsed
 
 
-def cannot_build(error: Exception, where: str) -> BadInput:
-    """E392, with the first line of what transformers says."""
-    first = shown(str(error).splitlines()[0], 300) if str(error) else ""
-    return BadInput(
-        "E392",
-        f"transformers cannot build this model: {type(error).__name__}: {first}",
-        where=where,
-        fix="restore the model's own config.json, or install a transformers release that knows this model",
-    )
+@contextmanager
+def building(where: str) -> Iterator[None]:
+    """BadInput E392, with the first line of what transformers says, where it cannot make a config or a model of what config.json says.
+
+    Any exception: it asserts, its checkers have classes of their own, and values go through functions of Python and torch. Out of memory is
+    told as such.
+    """
+    try:
+        yield
+    except (MarlinctlError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError" or (isinstance(error, OSError) and error.errno):  # torch's; the system's
+            raise
+        first = shown(str(error).strip().splitlines()[0], 300) if str(error).strip() else ""
+        raise BadInput(
+            "E392",
+            f"transformers cannot build this model: {type(error).__name__}: {first}",
+            where=where,
+            fix="restore the model's own config.json, or install a transformers release that knows this model",
+        ) from error
 
 
 def _settings(config: Mapping[str, Any], kind: type[PreTrainedConfig], quantized: bool) -> dict[str, Any]:

@@ -56,12 +56,6 @@ class Options:
         apart = ("resume", "redo_from")
         return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items() if key not in apart}
 
-    @classmethod
-    def of(cls, document: Mapping[str, Any]) -> Options:
-        """The inverse of `document`."""
-        paths = {key: Path(document[key]) for key in ("cache_dir", "module_map") if document[key] is not None}
-        return cls(**{**document, **paths})
-
 
 @dataclass(frozen=True, slots=True)
 class Opened:

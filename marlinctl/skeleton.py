@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marlinctl.model_config import cannot_build, transformers_config
+from marlinctl.model_config import building, transformers_config
 
 
 def build(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
@@ -24,11 +24,8 @@ def build(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     logging.set_verbosity_error()
     parsed = transformers_config(config)
     parsed.use_cache = False
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, trust_remote_code=False)
-    except Exception as error:  # as many kinds as there are model classes; nothing has weights yet
-        raise cannot_build(error, "config.json") from error
+    with building("config.json"), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, trust_remote_code=False)
     return model.eval()
 
 

@@ -30,7 +30,7 @@ from marlinctl.checkpoint import formats
 from marlinctl.checkpoint.finite import scan_finite
 from marlinctl.checkpoint.mask import open_masks
 from marlinctl.checkpoint.targets import Entries
-from marlinctl.errors import BadInput, CheckFailed, NumericalProblem, Problem
+from marlinctl.errors import BadInput, CheckFailed, MarlinctlError, NumericalProblem, Problem
 from marlinctl.folder import refuse_two_heads
 from marlinctl.kernel_check import KernelCheck, check_kernels, tiles
 from marlinctl.memory import available_memory
@@ -337,7 +337,9 @@ def logit_error(checkpoint: Checkpoint) -> float:
             tokens = _probe(int(client.config.get_text_config().vocab_size))
             theirs = _logits(client, tokens)  # dense linears are decompressed by the first call
             held = {name: _digests(parameter.data) for name, parameter in client.named_parameters()}
-    except (RuntimeError, ValueError, OSError, LookupError, TypeError, AttributeError) as problem:
+    except (MarlinctlError, MemoryError):
+        raise
+    except Exception as problem:
         lines = [*str(problem).strip().splitlines(), type(problem).__name__]
         raise CheckFailed(
             "E109",

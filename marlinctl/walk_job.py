@@ -145,7 +145,7 @@ class WalkJob(JobFolder):
         if index >= pieces:
             return True  # nothing is left to solve
         state = self.lines[index].get("state")
-        return state is not None and self._is_as_noted(state)
+        return isinstance(state, dict) and _describes_file(state) and self._is_as_noted(state)
 
     def _forget_states(self, before: int) -> None:
         """Remove older ones first: the disk then never holds more than are kept."""

@@ -374,6 +374,41 @@ def test_the_old_output_goes_back_where_the_new_one_never_came(tmp_path: Path) -
     assert (tmp_path / "out" / "model").read_text() == "old" and not path.exists()
 
 
+def test_nothing_leaves_a_job_under_a_name_that_is_not_its_outputs(tmp_path: Path) -> None:
+    """A job that somebody sent could put a `.git`, or any other folder, beside itself when it is removed or published."""
+    path = stopped(tmp_path / "out", BLOCK).path
+    for name in (".git.old-1f0c9a2e", "other.old-1f0c9a2e", "out.old-1f0c9a2e"):
+        (path / name).mkdir()
+    with (path / JOURNAL).open("a") as file:
+        file.write(json.dumps({"step": "publishing", "folders": [{"from": "staged", "to": ".git", "manifest": ""}]}) + "\n")
+    folder = JobFolder(tmp_path / "out")
+    assert folder.has_progress() and folder.publishing is None
+    folder.remove()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"step": "publishing"},
+        {"step": "publishing", "folders": 7},
+        {"step": "publishing", "folders": [{"from": "staged", "to": "out"}]},
+        {"step": "publishing", "folders": [{"from": "staged", "to": "../out", "manifest": ""}]},
+    ],
+)
+def test_a_line_of_another_form_is_none(tmp_path: Path, line: dict[str, object]) -> None:
+    """`jobs rm` and `resume` would end in a traceback, and the job could not be removed."""
+    path = stopped(tmp_path / "out", BLOCK).path
+    (path / "out.old-1f0c9a2e").mkdir()
+    (tmp_path / "out").mkdir()
+    with (path / JOURNAL).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    with held(tmp_path / "out", resume=True) as folder:
+        assert [found["step"] for found in folder.lines] == ["begun", "block"]
+        folder.remove()
+    assert not path.exists()
+
+
 def test_the_old_output_is_kept_where_something_else_has_its_place(tmp_path: Path) -> None:
     """Somebody makes a folder where the old model was, and removes the job: the only copy of the old model would go with it."""
     path = stopped(tmp_path / "out", BLOCK).path

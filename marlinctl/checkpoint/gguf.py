@@ -17,6 +17,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import struct
 import uuid
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl.checkpoint.files import shown
+from marlinctl.checkpoint.files import FileRefused, read_plain_json, shown
 from marlinctl.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from marlinctl.checkpoint.gguf_model import PlannedTensor, plan_model
 from marlinctl.checkpoint.gguf_tokenizer import tokenizer_files
@@ -80,7 +81,8 @@ def _build(header: GgufHeader, config: dict[str, Any], plan: list[PlannedTensor]
         (staging / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}, indent=2), encoding="utf-8")
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(staging.iterdir())}
         (staging / MANIFEST).write_text(json.dumps({"version": VERSION, "gguf_sha256": digest, "files": files}, indent=2))
-        for path in staging.iterdir():
+        for path in (staging, *staging.iterdir()):
+            path.chmod(path.stat().st_mode & ~stat.S_IWOTH)  # whatever the umask: `_damage` takes no other
             _sync(path)
         staging.rename(folder)
         _sync(folder.parent)
@@ -96,22 +98,40 @@ def _build(header: GgufHeader, config: dict[str, Any], plan: list[PlannedTensor]
 
 
 def _damage(folder: Path, digest: str) -> str | None:
-    """What is wrong with a cache entry; None if it is whole."""
-    if folder.is_symlink():
-        return "it is a link"
+    """What is wrong with a cache entry; None if it is whole.
+
+    Its manifest says what its files are, and whoever can write one can write the other. So what others wrote, or could have written, counts
+    as damaged: the cache may be shared.
+    """
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        if folder.is_symlink():
+            return "it is a link"
+        inside = list(folder.iterdir())
+        for path in (folder, *inside):
+            if reason := _not_ours(path, folder=path is folder):
+                return f"{path.name} {reason}"
+        manifest = read_plain_json(folder / MANIFEST)
         files = {str(name): (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
         if manifest["gguf_sha256"] != digest:
             return "it was made from another file"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, FileRefused, TypeError, KeyError, AttributeError):
         return "its manifest is missing or cannot be read"
-    if {path.name for path in folder.iterdir()} != {*files, MANIFEST}:
+    if {path.name for path in inside} != {*files, MANIFEST}:
         return "files are missing or were added"
     for name, (size, sha256) in files.items():
         if (folder / name).stat().st_size != size or _sha256(folder / name) != sha256:
             return f"{name} has changed"
     return None
+
+
+def _not_ours(path: Path, *, folder: bool) -> str | None:
+    """Why an entry is not one that this user made; what the administrator made is as good."""
+    status = path.lstat()
+    if not (stat.S_ISDIR if folder else stat.S_ISREG)(status.st_mode):
+        return "is a link or no file"
+    if status.st_uid not in (os.geteuid(), 0):
+        return f"belongs to user {status.st_uid}"
+    return "may be written by everybody" if status.st_mode & stat.S_IWOTH else None
 
 
 def _refuse_unknown_kinds(header: GgufHeader) -> None:

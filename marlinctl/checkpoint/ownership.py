@@ -1,6 +1,7 @@
 """What marlinctl may remove or replace: what it made itself, what is a model and nothing else, and never more.
 
-    OUT.job        marlinctl_job.json in it says that marlinctl made it, and every entry has a name that marlinctl gives there
+    OUT.job        marlinctl_job.json in it says that marlinctl made it, and every entry, in its folders too, has a name that marlinctl
+                   gives there
     OUT            the files that its manifest names, and those that may be rewritten beside it; without a manifest, the files of one
                    model: config.json, weights, tokenizer, licence and the like (model_files.py)
     OUT.rejected   one of the two
@@ -36,6 +37,7 @@ _LOCK, _RUNNING = "lock", "running.json"
 _OUTPUTS = r"ct|gptq|marlin|marlin_24|dense|pruned|distilled"  # of the stages of compress
 _NFS = re.compile(r"\.nfs[0-9a-f]+")  # what a network file system shows of a file that is removed and still open
 _JOB_FOLDERS = re.compile(rf"staged(-({_OUTPUTS}))?|states|({_OUTPUTS})(\.job)?|[^/]+\.old-[0-9a-f]{{8}}")
+_STATE = re.compile(r"\d+\.safetensors(\.part)?")
 # With .part: what an earlier version of marlinctl left of a file that it was writing.
 _JOB_FILES = re.compile(
     rf"({re.escape(JOB_MARKER)}|{_LOCK}|{re.escape(_RUNNING)}|job\.json|journal\.jsonl|(blocks|state|pruned)\.json"
@@ -62,14 +64,15 @@ def strangers_in_job(folder: Path) -> list[str]:
     if not _is_folder(folder):
         return [f"{folder.name}{_kind_of(folder)}"]
     if _is_marked(folder) or _has_request(folder):
-        return [name + kind for name, kind in _entries(folder) if not _is_job_entry(name, kind)]
+        return [stranger for name, kind in _entries(folder) for stranger in _strange_in_job(folder, name, kind)]
     return [name + kind for name, kind in _entries(folder) if not _is_stray(folder, name, kind)]
 
 
 def misfits_in_job(folder: Path) -> list[str]:
-    """Entries with a name of marlinctl's that are something else: a link in the place of the journal, a folder in that of a file."""
+    """Entries with a name of marlinctl's that are something else: a link in the place of the journal, a folder in that of a file, and
+    a folder with somebody's file in it."""
     known = [(name, kind) for name, kind in _entries(folder) if _JOB_FILES.fullmatch(name) or _JOB_FOLDERS.fullmatch(name)]
-    return [name + kind for name, kind in known if not _is_job_entry(name, kind)]
+    return [stranger for name, kind in known for stranger in _strange_in_job(folder, name, kind)]
 
 
 def remove_job(folder: Path) -> None:
@@ -80,8 +83,8 @@ def remove_job(folder: Path) -> None:
     """
     order = {_REQUEST: 0, _LOCK: 2, JOB_MARKER: 3}
     for name, kind in sorted(_entries(folder), key=lambda entry: order.get(entry[0], 1)):
-        if _is_job_entry(name, kind):
-            with suppress(OSError):
+        with suppress(OSError):
+            if not _strange_in_job(folder, name, kind):
                 remove(folder / name)
     with suppress(OSError):
         folder.rmdir()
@@ -90,14 +93,14 @@ def remove_job(folder: Path) -> None:
 def empty_job(folder: Path) -> None:
     """The same, but what says whose folder it is and who is at work stays. An OSError goes to the caller: what stays would be taken up."""
     for name, kind in list(_entries(folder)):
-        if _is_job_entry(name, kind) and name not in (JOB_MARKER, _LOCK, _RUNNING):
+        if name not in (JOB_MARKER, _LOCK, _RUNNING) and not _strange_in_job(folder, name, kind):
             remove(folder / name)
 
 
 def leave_results(folder: Path) -> None:
     """Remove a job's own files where the folder is kept for the outputs in it; the mark stays, so that it may be replaced one day."""
     for name, kind in list(_entries(folder)):
-        if not kind and _is_job_entry(name, kind) and name != JOB_MARKER:
+        if not kind and name != JOB_MARKER and _is_job_file(name):
             remove(folder / name)
 
 
@@ -109,10 +112,38 @@ def remove_temporaries(folder: Path, *, older: float = 0.0) -> None:
                 (folder / name).unlink()
 
 
-def _is_job_entry(name: str, kind: str) -> bool:
-    if kind == "/":
-        return _JOB_FOLDERS.fullmatch(name) is not None
-    return not kind and (is_temporary(name) or any(known.fullmatch(name) for known in (_JOB_FILES, _NFS)))
+def set_aside(name: str, out: str) -> str | None:
+    """The name of the output that an entry of OUT.job was before a new one took its place; None for any other entry.
+
+    A job replaces OUT and, where it has several formats, OUT-FORMAT. Under any other name nothing leaves its folder.
+    """
+    found = re.fullmatch(r"(.+)\.old-[0-9a-f]{8}", name)
+    return found[1] if found is not None and is_place(found[1], out) else None
+
+
+def is_place(name: str, out: str) -> bool:
+    """Whether the job of `out` publishes a folder of this name."""
+    return re.fullmatch(rf"{re.escape(out)}(-({_OUTPUTS}))?", name) is not None
+
+
+def _strange_in_job(folder: Path, name: str, kind: str) -> list[str]:
+    """An entry of a job's folder that marlinctl did not write, or what is in it; nothing for what is marlinctl's."""
+    if kind != "/" or not _JOB_FOLDERS.fullmatch(name):
+        return [] if not kind and _is_job_file(name) else [name + kind]
+    inner = folder / name
+    if name.endswith(".job"):
+        below = strangers_in_job(inner)
+    elif name == "states":
+        below = list(_strangers(inner, lambda file: _STATE.fullmatch(file) is not None))
+    elif ".old-" in name:
+        below = list(_strangers(inner, _published(inner) or _model(inner) or is_model_file))
+    else:
+        below = list(_strangers(inner, is_model_file))
+    return [f"{name}/{stranger}" for stranger in below]
+
+
+def _is_job_file(name: str) -> bool:
+    return is_temporary(name) or any(known.fullmatch(name) for known in (_JOB_FILES, _NFS))
 
 
 def _is_marked(folder: Path) -> bool:
@@ -194,7 +225,7 @@ def _strangers(folder: Path, ours: Callable[[str], bool], within: str = "") -> I
         path = f"{within}{name}"
         if kind == "/" and not within and name in SUBFOLDERS:
             yield from _strangers(folder / name, ours, f"{path}/")
-        elif kind or not (ours(path) or is_temporary(name)):
+        elif kind or not (ours(path) or is_temporary(name) or _NFS.fullmatch(name)):
             yield path + kind
 
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from contextlib import chdir, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import click
 
+from marlinctl.checkpoint.files import shown
 from marlinctl.commands.common import common_options, go_offline
 from marlinctl.commands.evaluation_flags import changed_gate, chosen_measuring, evaluation_flags
 from marlinctl.commands.recipe_flags import command_line
@@ -68,13 +69,12 @@ def command(console: Console, out: Path, redo_from: int | None, overwrite: bool,
         what = f"{flag} says how a result is measured, and {request.verb} measures none"
         raise UsageError("E291", what, where=flag, fix="leave it out; `marlinctl eval` measures what is published")
     _make_absolute(values)
-    asked = dict(request.arguments)
-    if changes:  # the report names what makes this result again
-        asked["options"] = {**asked["options"], "command": f"{asked['options']['command']}; {command_line()}"}
-    console.say(f"{request.verb}, as it was asked for in {job.path}")
     if request.verb not in _VERBS:
-        fix = "go on with the version of marlinctl that began it, or start anew"
-        raise UsageError("E290", f"this marlinctl has no {printable(request.verb)!r} to go on with", where=str(job.path / JOB), fix=fix)
+        raise UsageError("E290", f"this marlinctl has no {printable(request.verb)!r} to go on with", where=str(job.path / JOB), fix=_OTHER)
+    asked = _read(_ARGUMENTS[request.verb], dict(request.arguments), "what was asked for")
+    if changes:  # the report names what makes this result again
+        asked["options"] = {**asked["options"], "command": f"{asked['options'].get('command', '')}; {command_line()}"}
+    console.say(f"{request.verb}, as it was asked for in {job.path}")
     with chdir(request.folder) if request.folder and request.folder.is_dir() else nullcontext():
         _VERBS[request.verb](console, out, asked, values, redo_from, overwrite, keep_job)
 
@@ -90,7 +90,7 @@ def _make_absolute(values: dict[str, Any]) -> None:
 def _options(console: Console, document: dict[str, Any], redo_from: int | None, overwrite: bool, keep_job: bool) -> Options:
     from marlinctl.opening import Options
 
-    asked = Options.of(document)
+    asked: Options = _read(Options, document, "the options")
     if asked.offline:
         go_offline()
     return replace(
@@ -114,7 +114,7 @@ def _measuring(
     recipe, changes = resolve(_recipe(asked["recipe"]), overrides)
     if changes:
         console.say("measured otherwise than the job was begun: " + "; ".join(changes))
-    gate = changed_gate(values, recorded["gate"])
+    gate = changed_gate(values, _read(Gate, recorded["gate"], "the gate").document())
     if values["evaluated"] is False and gate.asked:
         console.warn("--no-eval: nothing is measured, so the gate (--max-kl, --max-ppl-ratio) is left away too")
         gate = Gate()
@@ -125,18 +125,22 @@ def _measuring(
 
 
 def _recipe(document: Any) -> Recipe:
-    """The recipe of a job. UsageError E290 where this version has other keys, or the file was changed."""
-    from pydantic import ValidationError
-
     from marlinctl.recipe import Recipe
 
+    recipe: Recipe = _read(Recipe, document, "the recipe")
+    return recipe
+
+
+def _read(form: Any, document: Any, name: str) -> Any:
+    """A part of job.json in this form. UsageError E290 where this version has other keys, or the file was changed."""
+    from pydantic import TypeAdapter, ValidationError
+
     try:
-        return Recipe.model_validate(document)
+        return TypeAdapter(form).validate_python(document)
     except ValidationError as error:
         first = error.errors()[0]
-        what = f"the recipe of the job cannot be read: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        fix = "go on with the version of marlinctl that began it, or start anew"
-        raise UsageError("E290", what, where="job.json", fix=fix) from error
+        what = f"{name} of the job cannot be read: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise UsageError("E290", shown(what), where="job.json", fix=_OTHER) from error
 
 
 def _walk(console: Console, out: Path, asked: dict[str, Any], values: dict[str, Any], *changes: Any) -> None:
@@ -197,4 +201,43 @@ def _pack(
     pack(console, out, {**asked, **changed}, resume=True)
 
 
+class _Measured(TypedDict):
+    gate: dict[str, Any]
+    task_data: NotRequired[str | None]
+
+
+class _Walked(TypedDict):
+    model: str
+    recipe: dict[str, Any]
+    options: dict[str, Any]
+    measured: _Measured | None
+
+
+class _Distilled(TypedDict):
+    student: str
+    teacher: str
+    recipe: dict[str, Any]
+    options: dict[str, Any]
+
+
+class _Compressed(TypedDict):
+    model: str
+    recipe: dict[str, Any]
+    options: dict[str, Any]
+    evaluate_result: bool
+    task_data: str | None
+    gate: dict[str, Any]
+
+
+class _Packed(TypedDict):
+    source: str
+    cache_dir: str | None
+    format: str
+    also: list[str]
+    overwrite: bool
+    keep_job: bool
+
+
+_ARGUMENTS = {"quantize": _Walked, "sparsify": _Walked, "distill": _Distilled, "compress": _Compressed, "pack": _Packed}
+_OTHER = "go on with the version of marlinctl that began it, or start anew"
 _VERBS = {"quantize": _walk, "sparsify": _walk, "distill": _distill, "compress": _compress, "pack": _pack}

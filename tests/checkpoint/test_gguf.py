@@ -434,10 +434,41 @@ def test_the_cache_is_used_and_damage_is_found(tmp_path: Path) -> None:
         assert len(open_checkpoint(folder).tensors) == LAYERS * 9 + 2
         assert not (folder / "model-00009-of-00009.safetensors").exists()
 
+    (folder / ours.MANIFEST).unlink()
+    os.mkfifo(folder / ours.MANIFEST)  # which would be waited for
+    with pytest.raises(UsageError, match="gguf_source"):
+        ours.gguf_folder(renamed, tmp_path / "cache", console)
+    (folder / ours.MANIFEST).unlink()
     (folder / "thesis.tex").write_text("mine")
     with pytest.raises(UsageError, match=r"thesis\.tex") as caught:
         ours.gguf_folder(renamed, tmp_path / "cache", console)
     assert caught.value.error_id == "E224" and (folder / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize("change", ["another user's folder", "another user's file", "open to everybody", "made without a umask"])
+def test_what_others_may_have_written_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    """In a cache that several users share, one would choose the weights of the others: an entry vouches for itself."""
+    path = llama_file(tmp_path / "x.gguf")
+    console = Listener()
+    before = os.umask(0 if change == "made without a umask" else 0o022)
+    try:
+        folder, _ = ours.gguf_folder(path, tmp_path / "cache", console)
+    finally:
+        os.umask(before)
+    if change.startswith("another"):
+        theirs = folder if change.endswith("folder") else folder / "model.safetensors"
+        lstat = Path.lstat
+
+        def of_another(path: Path) -> os.stat_result:
+            found = lstat(path)
+            return os.stat_result((*found[:4], found.st_uid + 4000, *found[5:10])) if path == theirs else found
+
+        monkeypatch.setattr(Path, "lstat", of_another)
+        monkeypatch.setattr(os, "geteuid", lambda: 3999)
+    elif change == "open to everybody":
+        (folder / "config.json").chmod(0o666)
+    ours.gguf_folder(path, tmp_path / "cache", console)
+    assert len(console.warnings) == (change != "made without a umask")
 
 
 def test_two_processes_at_once(tmp_path: Path) -> None:

@@ -27,9 +27,15 @@ def job(path: Path, *, marked: bool = True, request: object = REQUEST) -> Path:
     (path / "job.json").write_text(json.dumps(request))
     for name in (LINES, "lock", "calibration.safetensors", "staged.masks", "state-00000200.safetensors", temporary_name()):
         (path / name).write_text("")
-    for name in ("staged", "states", *WRITABLE, *(f"staged-{fmt}" for fmt in WRITABLE), "marlin.job", "out.old-1f0c9a2e"):
+    for name in ("staged", *WRITABLE, *(f"staged-{fmt}" for fmt in WRITABLE), "out.old-1f0c9a2e"):
         (path / name).mkdir()
-        (path / name / "anything").write_text("x")
+        for file in ("config.json", "model-00001.safetensors", ".nfs00ab", temporary_name()):
+            (path / name / file).write_text("x")
+    (path / "states").mkdir()
+    (path / "states" / "00001.safetensors").write_text("x")
+    (path / "marlin.job").mkdir()
+    ownership.mark_job(path / "marlin.job")
+    (path / "marlin.job" / LINES).write_text("x")
     return path
 
 
@@ -90,6 +96,19 @@ def test_what_somebody_put_into_a_job_stays(tmp_path: Path) -> None:
     ownership.remove_job(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["src", "thesis.tex"]
     assert not ownership.is_job(folder)
+
+
+@pytest.mark.parametrize("place", ["staged", "ct", "states", "marlin.job", "out.old-1f0c9a2e"])
+def test_what_somebody_put_into_a_folder_of_a_job_stays(tmp_path: Path, place: str) -> None:
+    """A note beside the shards of an unfinished checkpoint would go with the job, or when the run goes on."""
+    folder = job(tmp_path / "out.job")
+    (folder / place / "thesis.tex").write_text("mine")
+    (folder / place / "src").mkdir()
+    expected = [f"{place}/src/", f"{place}/thesis.tex"]
+    assert ownership.strangers_in_job(folder) == ownership.misfits_in_job(folder) == expected
+    ownership.empty_job(folder)
+    ownership.remove_job(folder)
+    assert (folder / place / "thesis.tex").read_text() == "mine" and [path.name for path in folder.iterdir()] == [place]
 
 
 def test_links_and_other_kinds_are_strangers(tmp_path: Path) -> None:
