@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from contextlib import chdir, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired
 
 import click
+from typing_extensions import TypedDict  # pydantic reads those of typing from Python 3.12 on
 
 from marlinctl.checkpoint.files import shown
 from marlinctl.commands.common import common_options, go_offline
