@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from marlinctl.calibration import CalibrationSet
@@ -131,7 +132,7 @@ class WalkJob(JobFolder):
         """How many lines behind the first are followed by files that are as they say."""
         count, masked = 0, 0
         for line in self.lines[1:]:
-            if line["step"] not in ("block", "head") or not _says_what_it_holds(line):
+            if line["step"] not in ("block", "head") or line.get("index") != count or not _says_what_it_holds(line):
                 break
             if line["shard"] is not None and not self._is_as_noted(line["shard"]):
                 break
@@ -175,12 +176,13 @@ class WalkJob(JobFolder):
 
 def _says_what_it_holds(line: Mapping[str, Any]) -> bool:
     """Whether the line of a block has the form that `commit` gives it."""
-    records, masks = line.get("records"), line.get("masks")
-    named = {field.name for field in fields(LayerRecord)}
+    masks = line.get("masks")
+    try:
+        TypeAdapter(list[LayerRecord]).validate_python(line.get("records"))
+    except ValidationError:
+        return False
     return (
-        isinstance(records, list)
-        and all(isinstance(record, dict) and record.keys() <= named and isinstance(record.get("shape"), list) for record in records)
-        and isinstance(masks, dict)
+        isinstance(masks, dict)
         and type(masks.get("bytes")) is int
         and "sha256" in masks
         and "shard" in line
@@ -188,7 +190,7 @@ def _says_what_it_holds(line: Mapping[str, Any]) -> bool:
     )
 
 
-def _is_file(noted: object) -> bool:
+def _is_file(noted: object) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(noted, dict) and isinstance(noted.get("name"), str) and {"bytes", "sha256"} <= noted.keys()
 
 
