@@ -53,8 +53,8 @@ def model_from(
             fix="only decoder language models that transformers itself supports are loaded",
         )
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class insists on a folder or a name
-    # transformers must load the weights in every process
-    with building(str(checkpoint.folder / "config.json")), quietly(), settings_aside():
+    where = str(checkpoint.folder / "config.json")
+    with building(where), quietly(), settings_aside():  # transformers must load the weights in every process
         model, info = model_class.from_pretrained(
             None, config=config, state_dict=dict(tensors), dtype=dtype, device_map={"": str(device)}, output_loading_info=True,
             ignore_mismatched_sizes=True,  # else the first one raises; they are all refused below

@@ -30,9 +30,13 @@ UPDATE = "update marlinctl to read it (pip install --upgrade marlinctl)"
 SCHEMA = 1  # of the manifest; a greater one was written by a newer marlinctl, and nobody here knows what its keys mean
 
 
-def canonical(document: Mapping[str, Any]) -> bytes:
-    """JSON with one spelling: equal documents are equal bytes."""
-    return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+def canonical(document: Mapping[str, Any], *, finite: bool = True) -> bytes:
+    """JSON with one spelling: equal documents are equal bytes. ValueError for NaN and infinity, unless it need not be `finite`.
+
+    A path whose bytes are no UTF-8 is half of a surrogate pair to Python; JSON spells that \\udcff.
+    """
+    text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=not finite) + "\n"
+    return text.encode("utf-8", "backslashreplace")
 
 
 def build(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:

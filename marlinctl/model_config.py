@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from marlinctl.checkpoint.config import refuse_large
 from marlinctl.checkpoint.files import shown
 from marlinctl.checkpoint.switches import without
 from marlinctl.errors import BadInput, MarlinctlError
@@ -45,6 +46,7 @@ def transformers_config(config: Mapping[str, Any], folder: Path | None = None, *
         )
     with building(where):
         kind = CONFIG_MAPPING[model_type]
+        refuse_large(config, kind.attribute_map, where)
         parsed: PreTrainedConfig = kind(**_settings(config, kind, quantized))
     parsed.name_or_path = str(folder) if folder else ""
     return parsed

@@ -18,8 +18,9 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from marlinctl.calibration import CalibrationSet
@@ -131,7 +132,7 @@ class WalkJob(JobFolder):
         """How many lines behind the first are followed by files that are as they say."""
         count, masked = 0, 0
         for line in self.lines[1:]:
-            if not _is_whole_line(line) or (line["shard"] is not None and not self._is_as_noted(line["shard"])):
+            if not _is_whole_line(line, count) or (line["shard"] is not None and not self._is_as_noted(line["shard"])):
                 break
             size, spool = line["masks"]["bytes"], self.staged.with_name(self.staged.name + ".masks")
             if size and (not spool.is_file() or _sha256_of_part(spool, masked, size) != line["masks"]["sha256"]):
@@ -145,7 +146,7 @@ class WalkJob(JobFolder):
         if index >= pieces:
             return True  # nothing is left to solve
         state = self.lines[index].get("state")
-        return isinstance(state, dict) and _describes_file(state) and self._is_as_noted(state)
+        return _describes_file(state) and self._is_as_noted(state)
 
     def _forget_states(self, before: int) -> None:
         """Remove older ones first: the disk then never holds more than are kept."""
@@ -171,17 +172,16 @@ class WalkJob(JobFolder):
             return {key: found.read(key) for key in infos}
 
 
-def _is_whole_line(line: Mapping[str, Any]) -> bool:
-    """Whether a line says all that `commit` writes of a finished block; one that was changed is no better than one that is torn."""
-    masks, records, shard = line.get("masks"), line.get("records"), line.get("shard", "")
+def _is_whole_line(line: Mapping[str, Any], index: int) -> bool:
+    """Whether a line says all that `commit` writes of finished block `index`; one that was changed is no better than one that is torn."""
+    masks, shard = line.get("masks"), line.get("shard", "")
     try:
-        sound = all(LayerRecord(**record).shape[1] > 0 for record in records or ())
-    except (TypeError, IndexError):
+        TypeAdapter(list[LayerRecord]).validate_python(line.get("records"))
+    except ValidationError:
         return False
     return (
         line["step"] in ("block", "head")
-        and sound
-        and isinstance(records, list)
+        and line.get("index") == index
         and isinstance(masks, dict)
         and type(masks.get("bytes")) is int
         and masks["bytes"] >= 0
@@ -191,7 +191,7 @@ def _is_whole_line(line: Mapping[str, Any]) -> bool:
     )
 
 
-def _describes_file(noted: object) -> bool:
+def _describes_file(noted: object) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(noted, dict) and isinstance(noted.get("name"), str) and {"bytes", "sha256"} <= noted.keys()
 
 

@@ -37,6 +37,7 @@ from marlinctl.planning import Settings, make_plan
 from marlinctl.recipe import Recipe, load_recipe, resolve
 from marlinctl.repack import repack
 from marlinctl.report import rewrite
+from marlinctl.skeleton import build
 from tests.packed import edit_json, edit_tensors, make_packed, remake_manifest
 from tests.pruned import prune
 from tests.tiny import VOCAB_SIZE, make_tiny, tiny_config, write_tokenizer
@@ -600,3 +601,55 @@ def test_a_listed_name_does_not_lead_out_of_the_folder(place: Path) -> None:
     folder = copied(place, "packed")
     edit_json(folder / manifest.NAME, lambda document: document["files"].update(listing))
     assert_says(refusal(inspect, folder), "E304", "may leave the checkpoint folder")
+
+
+# ---- what transformers makes of a config -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rms_norm_eps": "1e-5"},  # transformers' own checker of fields, whose errors are its own
+        {"hidden_act": ["silu"]},
+        {"eos_token_id": ["x"]},
+        {"initializer_range": float("1e308")},
+        {"pad_token_id": 10**9},  # an assertion of torch's
+        {"text_config": {"a": 1}},
+    ],
+)
+def test_whatever_transformers_refuses_is_bad_input(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """A mistyped value of config.json ended as "this is a defect of marlinctl"."""
+    folder = make_tiny(tmp_path / "model")
+    _config(**changes)(folder)
+    (tmp_path / "text.txt").write_text(TEXT)
+    config = json.loads((folder / "config.json").read_text())
+    for run in (lambda _: build(config, torch.float32), _eval):  # the walk's skeleton, and a model with weights
+        error = refusal(run, folder)
+        assert error.error_id == "E392" and error.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "key"), [("1e400", "rms_norm_eps"), ("NaN", "rms_norm_eps"), ('{"factor": -Infinity}', "rms_norm_eps.factor")]
+)
+def test_settings_that_are_no_number_are_refused(tmp_path: Path, text: str, key: str) -> None:
+    """With an epsilon of infinity every norm gives zero: all linears were "solved", and the report could not be written."""
+    folder = make_tiny(tmp_path / "model")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace("1e-05", text))
+    with pytest.raises(BadInput, match=f"{key} is not a finite number"):
+        open_checkpoint(folder)
+    (folder / "config.json").write_text(config.replace("1e-05", '1e-05, "time_step_limit": [0.0, Infinity]'))  # Mamba 2
+    open_checkpoint(folder).close()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_labels": 10**9}, {"model_type": "gpt2", "n_layer": 10**8}, {"model_type": "gpt2", "n_positions": 10**12}],
+)
+def test_sizes_are_bounded_under_every_name(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """A table of 10^9 labels took 4 GB and more than 40 s; blocks and positions have other names in other families."""
+    folder = make_tiny(tmp_path / "model")
+    _config(**changes)(folder)
+    (tmp_path / "text.txt").write_text(TEXT)
+    error = refusal(_eval, folder)
+    assert f"{list(changes)[-1]} is 1" in error.problems[0].what

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,10 @@ def test_a_manifest_that_cannot_be_used_tells_nothing(folder: Path, damage: str)
     assert manifest.made_from(folder) == {}
     (folder / manifest.NAME).unlink()
     assert manifest.made_from(folder) == {}
+
+
+def test_a_path_that_is_no_utf8_is_written_and_read_again() -> None:
+    """A job on a folder whose name has bytes of another encoding ended in a traceback."""
+    document = {"model": os.fsdecode(b"mod\xe8le"), "other": "modèle"}
+    data = manifest.canonical(document)
+    assert "modèle".encode() in data and json.loads(data) == document

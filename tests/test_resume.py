@@ -230,6 +230,64 @@ def test_a_line_that_was_changed_is_no_line(
     assert blocks_solved(monkeypatch, ["resume", str(out)]) == ends
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"shape":', '"sha":'),
+        ('"shape":[', '"shape":[7,'),
+        ('"records":[', '"records":[7,'),
+        ('"index":2', '"index":1'),
+        ('"masks":', '"m":'),
+    ],
+)
+def test_a_block_that_is_noted_in_another_form_is_solved_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str
+) -> None:
+    """A journal that was edited, or damaged so that it is JSON all the same, ended in a traceback after all blocks."""
+    out = tmp_path / "out"
+    assert stop_in(monkeypatch, 3, quantize(place, out)) == 130
+    journal = tmp_path / "out.job" / "journal.jsonl"
+    *lines, last = journal.read_text().splitlines(keepends=True)
+    assert '"index":2' in last and before in last
+    journal.write_text("".join([*lines, last.replace(before, after, 1)]))
+    assert blocks_solved(monkeypatch, ["resume", str(out), "-q"]) == (0, [2, 3])
+    assert published(tmp_path) == published(place / "whole")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        (["arguments"], {}, "what was asked for"),
+        (["arguments", "model"], ["x"], "model"),
+        (["arguments", "options"], {"threads": "many"}, "threads"),
+        (["arguments", "recipe"], {"name": 7}, "the recipe"),
+        (["arguments", "measured"], {"gate": {"max_kl": "x"}}, "max_kl"),
+    ],
+)
+def test_a_request_of_another_form_is_refused(
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    path: list[str],
+    value: object,
+    told: str,
+) -> None:
+    """A job.json of another version, or edited by hand, ended as "this is a defect of marlinctl"."""
+    out = tmp_path / "out"
+    assert stop_in(monkeypatch, 1, quantize(place, out)) == 130
+    request = tmp_path / "out.job" / "job.json"
+    document = json.loads(request.read_text())
+    inner = document
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    request.write_text(json.dumps(document))
+    capfd.readouterr()
+    assert main(["resume", str(out), "-q"]) == 2
+    assert told in capfd.readouterr().err and (tmp_path / "out.job" / "journal.jsonl").exists()
+
+
 def test_a_disk_that_is_full_costs_nothing_that_was_finished(place: Path, tmp_path: Path) -> None:
     """RLIMIT_FSIZE fails inside write(), as a full disk does: exit 5, and with room the run goes on behind its last block."""
     out = tmp_path / "out"

@@ -7,8 +7,9 @@ that marlinctl knows is asked later (models.py). Nothing in this file imports to
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,10 @@ _LIMITS = {
     "vocab_size": 10**8, "hidden_size": 10**6, "intermediate_size": 10**7, "moe_intermediate_size": 10**7, "head_dim": 10**5,
     "num_hidden_layers": 10**4, "num_attention_heads": 10**5, "num_key_value_heads": 10**5, "max_position_embeddings": 10**10,
     "num_experts": 10**4, "num_local_experts": 10**4, "num_experts_per_tok": 10**4,
+    "num_labels": 10**5,  # of a classifier; transformers makes a table of them for every model
 }  # fmt: skip
 _MAY_BE_ZERO = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size")  # a dense one of a family with experts
+_NO_MODEL = "config.json is damaged or belongs to no real model; download it again"
 _MAX_LIST = 10**4  # some families have one value for each layer
 _DTYPES = ("float16", "bfloat16", "float32", "float64", "half", "float", "double", "auto")
 _MAX_EXPERTS_IN_MODEL = 2 * 10**5  # layers x experts; each is three linears, of which an object is made before any header is compared
@@ -52,6 +55,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise BadInput("E310", f"config.json holds a {type(config).__name__}, not an object", where=where, fix="download config.json again")
     text = config.get("text_config")
     problems = _problems(config, where) + (_problems(text, where) if isinstance(text, dict) else [])
+    problems += [Problem(f"{shown(key, 100)} is not a finite number", where, _NO_MODEL) for key in _not_finite(config)]
     if problems:
         raise BadInput.from_problems("E311", problems)
     return config
@@ -118,13 +122,39 @@ def stray_tokens(config: Mapping[str, Any]) -> set[str]:
     return _KNOWN_STRAYS.get(str((text if isinstance(text, dict) else config).get("model_type")), set())
 
 
-def _problems(config: dict[str, Any], where: str) -> list[Problem]:
+def refuse_large(config: Mapping[str, Any], names: Mapping[str, str], where: str) -> None:
+    """BadInput E311 for a size beyond reason under the name that a family has for it: `n_layer` for num_hidden_layers.
+
+    names: the usual name -> the family's own, as transformers' classes hold them (`attribute_map`).
+    """
+    if problems := _sizes(config, names, where):
+        raise BadInput.from_problems("E311", problems)
+
+
+def _sizes(config: Mapping[str, Any], names: Mapping[str, str], where: str) -> list[Problem]:
     problems = []
-    for key, limit in _LIMITS.items():
-        least = 0 if key in _MAY_BE_ZERO else 1
-        if not _in_reason(config.get(key), least, limit):
-            what = f"{key} is {shown(repr(config[key]), 60)}, which is no whole number from {least} to {limit:,}"
-            problems.append(Problem(what, where, "config.json is damaged or belongs to no real model; download it again"))
+    for usual, name in names.items():
+        least, limit = 0 if usual in _MAY_BE_ZERO else 1, _LIMITS.get(usual)
+        if limit is not None and not _in_reason(config.get(name), least, limit):
+            what = f"{name} is {shown(repr(config[name]), 60)}, which is no whole number from {least} to {limit:,}"
+            problems.append(Problem(what, where, _NO_MODEL))
+    return problems
+
+
+def _not_finite(document: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """Settings that are NaN or infinite: Python reads such JSON, and every number that they touch becomes the same or zero.
+
+    Lists are left out: Mamba 2 has [0.0, Infinity] as the limits of a time step.
+    """
+    for key, value in document.items():
+        if isinstance(value, dict):
+            yield from _not_finite(value, f"{above}{key}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield f"{above}{key}"
+
+
+def _problems(config: dict[str, Any], where: str) -> list[Problem]:
+    problems = _sizes(config, {name: name for name in _LIMITS}, where)
     for key in ("dtype", "torch_dtype"):
         value = config.get(key)
         if any(part is not None and part not in _DTYPES for part in (value.values() if isinstance(value, dict) else [value])):
@@ -137,7 +167,7 @@ def _problems(config: dict[str, Any], where: str) -> list[Problem]:
     layers = config.get("num_hidden_layers")
     if not problems and type(layers) is int and layers * experts > _MAX_EXPERTS_IN_MODEL:
         what = f"num_hidden_layers {layers} times {experts} experts is impossibly large"
-        problems.append(Problem(what, where, "config.json is damaged or belongs to no real model; download it again"))
+        problems.append(Problem(what, where, _NO_MODEL))
     return problems
 
 

@@ -255,7 +255,7 @@ class StagedCheckpoint:
         self._finish_masks()
         for name, data in report_files.items():
             self.write_file(name, data)
-        self.write_file("config.json", manifests.canonical(config))
+        self.write_file("config.json", manifests.canonical(config, finite=False))  # limits of a list may be infinite
         self.write_file(manifests.NAME, manifests.canonical(manifests.build(self.path, manifest)))
         with disk_problems(self.path):
             for folder, _, _ in os.walk(self.path):
@@ -361,13 +361,12 @@ def publish_together(stages: Sequence[Finished], *, aside_in: Path | None = None
                     if not stage.overwrite:
                         fix = f"move it away, then: {later}" if later else "name a new folder"
                         raise UsageError("E222", "the output appeared while this ran", where=str(stage.out), fix=fix)
-                    what = "--overwrite would delete what appeared in the output while this ran"
-                    fix = f"move it out of the folder{f', then: {later}' if later else ''}"
-                    ownership.refuse_strangers(what, stage.out, ownership.strangers_in_output(stage.out), fix)
+                    _refuse_what_appeared(stage.out, stage.out, later)
                     old = (aside_in or stage.out.parent) / f"{stage.out.name}.old-{secrets.token_hex(4)}"
                     stage.out.rename(old)
                     undo.append((stage.out, old))
                     aside.append(old)
+                    _refuse_what_appeared(old, stage.out, later)  # what came between the look and the rename; nothing comes after it
                 stage.path.rename(stage.out)  # an empty folder in the way is replaced
                 undo.append((stage.path, stage.out))
                 sync_folder(stage.out.parent)
@@ -385,6 +384,12 @@ def publish_together(stages: Sequence[Finished], *, aside_in: Path | None = None
                 where=str(old),
                 fix="delete it yourself; nothing else is left to do",
             ) from problem
+
+
+def _refuse_what_appeared(folder: Path, out: Path, later: str) -> None:
+    what = "--overwrite would delete what appeared in the output while this ran"
+    fix = f"move it out of the folder{f', then: {later}' if later else ''}"
+    ownership.refuse_strangers(what, out, ownership.strangers_in_output(folder), fix)
 
 
 def _is_empty(path: Path) -> bool:

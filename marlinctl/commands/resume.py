@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import chdir, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired
+from typing import TYPE_CHECKING, Any
 
 import click
-from typing_extensions import TypedDict  # pydantic reads those of typing from Python 3.12 on
 
 from marlinctl.checkpoint.files import shown
 from marlinctl.commands.common import common_options, go_offline
@@ -72,7 +71,7 @@ def command(console: Console, out: Path, redo_from: int | None, overwrite: bool,
     _make_absolute(values)
     if request.verb not in _VERBS:
         raise UsageError("E290", f"this marlinctl has no {printable(request.verb)!r} to go on with", where=str(job.path / JOB), fix=_OTHER)
-    asked = _read(_ARGUMENTS[request.verb], dict(request.arguments), "what was asked for")
+    asked = asdict(_read(_ARGUMENTS[request.verb], dict(request.arguments), "what was asked for"))
     if changes:  # the report names what makes this result again
         asked["options"] = {**asked["options"], "command": f"{asked['options'].get('command', '')}; {command_line()}"}
     console.say(f"{request.verb}, as it was asked for in {job.path}")
@@ -202,26 +201,33 @@ def _pack(
     pack(console, out, {**asked, **changed}, resume=True)
 
 
-class _Measured(TypedDict):
+# What job.json keeps of a request, for each verb; recipe, options and gate have forms of their own.
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
     gate: dict[str, Any]
-    task_data: NotRequired[str | None]
+    task_data: str | None = None
 
 
-class _Walked(TypedDict):
+@dataclass(frozen=True, slots=True)
+class _Walked:
     model: str
     recipe: dict[str, Any]
     options: dict[str, Any]
     measured: _Measured | None
 
 
-class _Distilled(TypedDict):
+@dataclass(frozen=True, slots=True)
+class _Distilled:
     student: str
     teacher: str
     recipe: dict[str, Any]
     options: dict[str, Any]
 
 
-class _Compressed(TypedDict):
+@dataclass(frozen=True, slots=True)
+class _Compressed:
     model: str
     recipe: dict[str, Any]
     options: dict[str, Any]
@@ -230,7 +236,8 @@ class _Compressed(TypedDict):
     gate: dict[str, Any]
 
 
-class _Packed(TypedDict):
+@dataclass(frozen=True, slots=True)
+class _Packed:
     source: str
     cache_dir: str | None
     format: str

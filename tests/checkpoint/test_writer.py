@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import stat
 import subprocess
 import sys
@@ -462,6 +463,34 @@ def test_folders_that_belong_together_appear_together(source: Path, tmp_path: Pa
                 writer.publish_together(stages)
     assert tree(tmp_path / "a") == old and not (tmp_path / "b").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "source"]
+
+
+@pytest.mark.parametrize("appears", ["file", "link"])
+def test_what_comes_in_the_last_moment_stays(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, appears: str) -> None:
+    """Between the look at the old folder and the rename: a file was deleted with it, and a link was taken for it."""
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    publish(out, value=1.0)
+    shutil.copytree(out, elsewhere)
+    looked = writer.ownership.strangers_in_output
+
+    def look(folder: Path) -> list[str]:
+        found = looked(folder)
+        if folder == out and appears == "file":
+            (out / "thesis.tex").write_text("mine")
+        elif folder == out and not out.is_symlink():
+            shutil.rmtree(out)
+            out.symlink_to(elsewhere)
+        return found
+
+    with writer.StagedCheckpoint(out, overwrite=True, fmt="ct") as stage:
+        stage.write_shard({"t": torch.zeros(2)})
+        stage.finish({}, manifest={}, verify=nothing, report_files={})
+        monkeypatch.setattr(writer.ownership, "strangers_in_output", look)
+        with pytest.raises(UsageError) as caught:
+            writer.publish_together([stage])
+    assert caught.value.error_id == "E224"
+    assert out.is_symlink() if appears == "link" else (out / "thesis.tex").read_text() == "mine"
+    assert (elsewhere / "config.json").is_file() and sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "out", "source"]
 
 
 def test_an_old_folder_that_cannot_be_deleted_is_named(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
