@@ -87,7 +87,8 @@ def test_a_damaged_checkpoint_is_refused(runner: Runner, place: Path, name: str)
     fault.damage(place / "spoilt" / "model")
     before = names(place)
     arguments = ["quantize", str(place / "spoilt" / "model"), str(place / "out"), "--calibration", str(place / "text.txt")]
-    ended = runner.run([*arguments, "--recipe", str(place / "small.yaml"), "--group-size", "32", "-q"])
+    arguments += ["--samples", "2", "--sequence-length", "32", "--group-size", "32"]  # enough text: it is read before the weights
+    ended = runner.run([*arguments, "--recipe", str(place / "small.yaml"), "-q"])
     assert_told(ended, fault.exit_code, fault.text)
     assert_nothing_left(place, before)
 

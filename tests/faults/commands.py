@@ -219,8 +219,8 @@ COMMANDS: dict[str, Command] = {
     "an index without metadata, strict": Command(_then(_no_metadata, "--strict"), 3, "has no metadata"),
     "a tied head that is another matrix": Command(_model(_two_heads, tie_word_embeddings=True), 3, "tie_word_embeddings"),
     # calibration
-    "text: empty": Command(_calibration("empty.txt", b""), 3, "0 samples"),
-    "text: blank lines": Command(_calibration("blank.txt", b"\n \n\n"), 3, "0 samples"),
+    "text: empty": Command(_calibration("empty.txt", b""), 3, "the text is empty"),
+    "text: blank lines": Command(_calibration("blank.txt", b"\n \n\n"), 3, "the text is empty"),
     "text: too little": Command(_calibration("little.txt", b"a word"), 3, "2 were asked for"),
     "text: binary": Command(_calibration("junk.txt", b"ok\n\x00\x01\x02\n"), 3, "line 2"),
     "text: another encoding": Command(_calibration("latin.txt", "fine\nGr\u00fc\u00dfe\n".encode("latin-1")), 3, "line 2"),
