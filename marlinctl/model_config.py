@@ -64,7 +64,7 @@ def building(where: str) -> Iterator[None]:
     except (MarlinctlError, MemoryError):
         raise
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's, of a GPU and of a CPU
             raise
         first = shown(str(error).strip().splitlines()[0], 300) if str(error).strip() else ""
         raise BadInput(
