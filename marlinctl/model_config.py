@@ -64,7 +64,8 @@ def building(where: str) -> Iterator[None]:
     except (MarlinctlError, MemoryError):
         raise
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError" or (isinstance(error, OSError) and error.errno):  # torch's; the system's
+        of_the_system = isinstance(error, OSError) and bool(error.errno)  # what transformers raises itself has no number
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error) or of_the_system:
             raise
         first = shown(str(error).strip().splitlines()[0], 300) if str(error).strip() else ""
         raise BadInput(

@@ -28,7 +28,7 @@ from marlinctl.evaluate import EvalSettings, evaluate
 from marlinctl.folder import open_folder
 from marlinctl.inspection import inspect
 from marlinctl.job import run_job
-from marlinctl.model_config import transformers_config
+from marlinctl.model_config import building, transformers_config
 from marlinctl.models import architecture
 from marlinctl.opening import Options, open_model
 from marlinctl.pages.files import JSON
@@ -626,6 +626,13 @@ def test_whatever_transformers_refuses_is_bad_input(tmp_path: Path, changes: dic
     for run in (lambda _: build(config, torch.float32), _eval):  # the walk's skeleton, and a model with weights
         error = refusal(run, folder)
         assert error.error_id == "E392" and error.exit_code == 3
+
+
+def test_memory_that_runs_out_is_not_blamed_on_the_config() -> None:
+    """Exit 3 and "restore config.json" for a machine that is too small."""
+    for error in (RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError("CUDA"), MemoryError()):
+        with pytest.raises(type(error)), building("config.json"):
+            raise error
 
 
 @pytest.mark.parametrize(
