@@ -61,6 +61,7 @@ class Examined:
     info: formats.FormatInfo
     architecture: Architecture | None  # None: not in the table, or not laid out as the table says
     notes: tuple[str, ...]
+    idle: tuple[str, ...] = ()  # biases of zeros that the model has no place for; they are left out of what is written
 
 
 @contextmanager
@@ -108,7 +109,10 @@ def examine(
     check_together(*checks)
     if known is not None and weights:
         refuse_two_heads(checkpoint, known)
-    return Examined(checkpoint, info, known, notes)
+    idle = () if known is None else tuple(known.unexpected(dict.fromkeys(biases(checkpoint, info))))
+    if weights:
+        refuse_used(checkpoint, idle)
+    return Examined(checkpoint, info, known, notes, idle)
 
 
 def check_together(*checks: Callable[[], None]) -> None:
@@ -174,8 +178,8 @@ def _structure_checks(checkpoint: Checkpoint, info: formats.FormatInfo, known: A
 
 def _refuse_unexpected(checkpoint: Checkpoint, info: formats.FormatInfo, known: Architecture, names: Iterable[str]) -> None:
     """BadInput E396 for tensors that the model has no place for."""
-    idle = {f"{layer}.bias" for layer in info.layers}  # AutoGPTQ writes one for every linear, and clients leave out what has no place
-    extra = known.unexpected({name: None for name in names if name not in idle})
+    may_be_idle = set(biases(checkpoint, info))
+    extra = known.unexpected({name: None for name in names if name not in may_be_idle})
     if not extra:
         return
     listed = ", ".join(shown(name, 100) for name in extra[:5]) + (" ..." if len(extra) > 5 else "")
@@ -189,6 +193,19 @@ def _refuse_unexpected(checkpoint: Checkpoint, info: formats.FormatInfo, known: 
         what = f"{len(extra)} tensors have no place in the model that config.json describes: {listed}"
         fix = "config.json and the weights do not belong together (fewer layers than weights?); download both again"
     raise BadInput("E396", what, where=str(checkpoint.folder), fix=fix)
+
+
+def biases(checkpoint: Checkpoint, info: formats.FormatInfo) -> list[str]:
+    """Of packed linears. AutoGPTQ writes one for every linear, whether the model has it or not, and clients leave out what has no place."""
+    return [name for layer in info.layers if (name := f"{layer}.bias") in checkpoint.tensors]
+
+
+def refuse_used(checkpoint: Checkpoint, idle: Iterable[str]) -> None:
+    """BadInput E396 for a bias that the model has no place for and that is not zero."""
+    used = [name for name in idle if any(checkpoint.raw(name))]
+    if used:
+        what = f"{len(used)} biases are not zero, and the model of config.json has no place for them; the first is {shown(used[0], 100)}"
+        raise BadInput("E396", what, where=str(checkpoint.folder), fix=_APART)
 
 
 def _check_packed(checkpoint: Checkpoint, info: formats.FormatInfo, known: Architecture) -> None:

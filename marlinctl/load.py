@@ -10,7 +10,7 @@ and go on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from io import StringIO
@@ -59,8 +59,16 @@ def model_from(
             None, config=config, state_dict=dict(tensors), dtype=dtype, device_map={"": str(device)}, output_loading_info=True,
             ignore_mismatched_sizes=True,  # else the first one raises; they are all refused below
         )  # fmt: skip
+    info["unexpected_keys"] = set(info["unexpected_keys"]) - _idle_biases(checkpoint, info["unexpected_keys"])
     refuse_incomplete(checkpoint.folder, info)
     return model.eval()
+
+
+def _idle_biases(checkpoint: Checkpoint, names: Iterable[str]) -> set[str]:
+    """Biases of zeros, of packed linears: AutoGPTQ writes one for every linear (folder.py)."""
+    layers = formats.detect(checkpoint.config, checkpoint.tensors).layers
+    biases = {f"{layer}.bias" for layer in layers}
+    return {name for name in names if name in biases and not any(checkpoint.raw(name))}
 
 
 def dense_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:

@@ -209,7 +209,7 @@ def open_source(folder: Path, masks: Masks | None = None) -> Source:
             where=str(folder),
             fix=f"marlinctl quantize {folder} OUT",
         )
-    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in formats.SUFFIXES[info.name]}
+    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in formats.SUFFIXES[info.name]} | set(examined.idle)
     shapes = {layer: formats.layer_shape(checkpoint, info, layer) for layer in info.layers}
     untouched = tuple(name for name in checkpoint.tensors if name not in owned)
     carried = () if masks is None else tuple(layer for layer in masks.layers if f"{layer}.weight" in checkpoint.tensors)

@@ -22,12 +22,14 @@ from marlinctl.benchmarking.cases import checkpoint_set
 from marlinctl.benchmarking.generation import load_packed
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.switches import SWITCHES, cleaned
+from marlinctl.cli import main
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, MarlinctlError, UsageError
 from marlinctl.evaluate import EvalSettings, evaluate
 from marlinctl.folder import open_folder
 from marlinctl.inspection import inspect
 from marlinctl.job import run_job
+from marlinctl.load import load_dense
 from marlinctl.model_config import building, transformers_config
 from marlinctl.models import architecture
 from marlinctl.opening import Options, open_model
@@ -38,7 +40,7 @@ from marlinctl.recipe import Recipe, load_recipe, resolve
 from marlinctl.repack import repack
 from marlinctl.report import rewrite
 from marlinctl.skeleton import build
-from tests.packed import edit_json, edit_tensors, make_packed, remake_manifest
+from tests.packed import edit_json, edit_tensors, foreign_gptq, gptq_block, make_foreign, make_packed, remake_manifest
 from tests.pruned import prune
 from tests.tiny import VOCAB_SIZE, make_tiny, tiny_config, write_tokenizer
 
@@ -660,3 +662,27 @@ def test_sizes_are_bounded_under_every_name(tmp_path: Path, changes: dict[str, A
     (tmp_path / "text.txt").write_text(TEXT)
     error = refusal(_eval, folder)
     assert f"{list(changes)[-1]} is 1" in error.problems[0].what
+
+
+def _with_biases(folder: Path, value: float) -> Path:
+    """As AutoGPTQ saves a Llama: a bias for every linear, which the model has no place for."""
+    make_tiny(folder.parent / "source")
+    codes = make_foreign(folder.parent / "source", folder, gptq_block(), foreign_gptq)
+    tensors = load_file(folder / "model.safetensors")
+    biases = {f"{name}.bias": torch.full((q.codes.shape[0],), value, dtype=torch.float16) for name, q in codes.items()}
+    save_file({**tensors, **biases}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_idle_biases_are_left_out(tmp_path: Path) -> None:
+    """`pack` would publish a folder that its own `verify` refuses, and `eval` would refuse a model that every runtime loads."""
+    folder = _with_biases(tmp_path / "foreign", 0.0)
+    assert main(["pack", str(folder), str(tmp_path / "out"), "--format", "ct", "-q"]) == 0
+    assert main(["verify", str(tmp_path / "out"), "-q"]) == 0
+    assert load_dense(folder, dtype=torch.float32) is not None
+
+
+def test_biases_without_a_place_that_are_not_zero_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A part of the model would be lost without a word."""
+    assert main(["pack", str(_with_biases(tmp_path / "foreign", 0.5)), str(tmp_path / "out"), "--format", "ct", "-q"]) == 3
+    assert "biases are not zero" in capsys.readouterr().err

@@ -495,7 +495,10 @@ def test_a_damaged_source_config_is_no_model(packed: dict[str, Path], tmp_path: 
 def test_extra_tensors_of_the_source_are_kept(tmp_path: Path) -> None:
     """A bias or a buffer that no linear owns must not get lost."""
     make_foreign(make_tiny(tmp_path / "single"), tmp_path / "in", ct_block(), foreign_ct)
+    edit_json(tmp_path / "in" / "config.json", lambda config: config.update(mlp_bias=True))
     tensors = load_file(tmp_path / "in" / "model.safetensors")
-    save_file({**tensors, f"{LAYER}.bias": torch.ones(256)}, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
+    rows = {"gate_proj": 256, "up_proj": 256, "down_proj": 128}
+    biases = {f"model.layers.{i}.mlp.{name}.bias": torch.ones(n) for i in range(2) for name, n in rows.items()}
+    save_file({**tensors, **biases}, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
     repack.repack(tmp_path / "in", tmp_path / "out", format="marlin")
     assert torch.equal(weights(tmp_path / "out")[f"{LAYER}.bias"], torch.ones(256))
