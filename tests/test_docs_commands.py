@@ -187,8 +187,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert cli.main(["sparsify", str(folder / "dense"), str(folder / "pruned"), "--no-eval", *flags]) == 0
     assert cli.main(["sparsify", str(folder / "dense"), str(folder / "sparse"), "--no-eval", "--bits", "4", *flags]) == 0
     assert cli.main(["pack", str(folder / "ct"), str(folder / "marlin"), "--format", "marlin", "-q"]) == 0
-    with pytest.MonkeyPatch.context() as larger:  # so that groups of 128 divide
-        for key, size in {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}.items():
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
+    with pytest.MonkeyPatch.context() as larger:  # so that groups of 128 divide, and the samples of recipes fit
+        for key, size in {**sizes, "max_position_embeddings": 2048}.items():
             larger.setitem(test_gguf.COMMON, key, size)
         test_gguf.write_model(folder / "model.gguf", "llama")
     saved_layout(folder / "tasks")
