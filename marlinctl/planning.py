@@ -12,6 +12,7 @@ counts. What only weights tell is not known here: NaN and infinity, and masks th
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -22,11 +23,11 @@ from typing import Any
 from marlinctl import estimate, room, runtimes
 from marlinctl.checkpoint.config import positions
 from marlinctl.checkpoint.headers import Headers, headers
+from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.writer import companions
 from marlinctl.console import Console
 from marlinctl.devices import free_device_memory, has_matrix_units, planned_dtype
 from marlinctl.errors import UsageError
-from marlinctl.evaluation.settings import EvalSettings
 from marlinctl.memory import (
     Work,
     available_memory,
@@ -77,24 +78,31 @@ class Check:
 
 def make_plan(model: str, recipe: Recipe, settings: Settings, console: Console) -> dict[str, Any]:
     """The plan as one JSON-ready document. Refuses what a run would refuse, with the same error ids."""
-    if not settings.device.startswith(("cpu", "cuda")):
+    if not re.fullmatch(r"(cpu|cuda)(:\d{1,3})?", settings.device, re.ASCII):
         raise UsageError("E248", f"unknown device {settings.device}", where="--device", fix="give cpu, cuda or cuda:N")
     check_arguments(recipe, settings.module_map, distils=True)
-    measuring = EvalSettings.of_recipe(recipe.evaluate, settings.task_data)
-    if settings.files_are_here:
-        _check_files(recipe, measuring, console)
+    _check_evaluation(recipe, settings, None, console)
     with headers(model, revision=settings.revision, cache_dir=settings.cache_dir, offline=console.offline, console=console) as seen:
         check_lengths(recipe, seen.checkpoint.config, distils=True)
-        measuring.window_for(positions(seen.checkpoint.config))
+        _check_evaluation(recipe, settings, seen.checkpoint, console)
         return _document(seen, recipe, settings, console)
 
 
-def _check_files(recipe: Recipe, measuring: EvalSettings, console: Console) -> None:
-    """Texts, names of tasks and copies of their data, as a run would refuse them."""
-    check_texts(recipe, distils=True)
-    if measuring.tasks or measuring.text != "pythondoc":  # else there is nothing to look at, and nothing is imported for it
-        from marlinctl.evaluation import early
+def _check_evaluation(recipe: Recipe, settings: Settings, checkpoint: Checkpoint | None, console: Console) -> None:
+    """How the result would be measured, as a run refuses it: before there is a checkpoint texts and tasks, then whether the model is long
+    enough. The defaults suit every model, and nothing is imported for them: a plan takes a third of a second."""
+    if checkpoint is None and settings.files_are_here:
+        check_texts(recipe, distils=True)
+    asked = recipe.evaluate
+    if asked.window is None and not asked.tasks and asked.text == "pythondoc":
+        return
+    from marlinctl.evaluation import early
+    from marlinctl.evaluation.settings import EvalSettings
 
+    measuring = EvalSettings.of_recipe(asked, settings.task_data)
+    if checkpoint is not None:
+        measuring.window_for(positions(checkpoint.config))
+    elif settings.files_are_here:
         early.check_arguments(measuring, console, with_text=True, load_tasks=False)
 
 

@@ -16,7 +16,6 @@ from marlinctl.checkpoint.formats import misfits, sixteen_bit_linears
 from marlinctl.checkpoint.header import TensorInfo
 from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.console import Console
-from marlinctl.distillation.settings import check_settings, check_sizes
 from marlinctl.errors import BadInput, Problem, UsageError
 from marlinctl.folder import examine
 from marlinctl.models import Architecture, Experts, LinearSpec, check_module_map
@@ -55,6 +54,8 @@ def check_arguments(recipe: Recipe, module_map: Path | None, *, distils: bool) -
     if (most := asked.samples * asked.sequence_length) < asked.minimum_tokens:
         raise too_few_tokens(asked, f"at most {most}")
     if distils and divided(recipe) is not None:
+        from marlinctl.distillation.settings import check_settings
+
         check_settings(recipe.distill, 1)
         if recipe.distill.mode == "scales":
             fix = "full or blockwise; `marlinctl distill --mode scales` trains the scales of the result"
@@ -72,6 +73,8 @@ def check_lengths(recipe: Recipe, config: Mapping[str, Any], *, distils: bool) -
     """Samples and rows that the model cannot read: UsageError E252."""
     check_length(recipe.calibration, config)
     if distils and divided(recipe) is not None:
+        from marlinctl.distillation.settings import check_sizes
+
         check_sizes(recipe.distill, config, 1, where="--distill-sequence-length")
 
 

@@ -114,6 +114,7 @@ CALIBRATED = [
     (["--module-map", "map.json"], "e251"),
     (["--module-map", "absent.json"], "e251"),
     (["--device", "gpu"], "e248"),
+    (["--device", "cpuu"], "e248"),
     (["--dtype", "float8"], "e257"),
     (["--chat", "always"], "e253"),
 ]
@@ -124,6 +125,7 @@ CASES = [
     *((verb, *case) for verb in ("sparsify", "compress", "plan") for case in CALIBRATED[::4][:3]),
     *(("sparsify", ["--max-kl", value], "e202") for value in ("nan", "inf", "-1", "0")),
     *(("compress", ["--max-ppl-ratio", value], "e202") for value in ("nan", "inf", "-1", "0")),
+    ("plan", ["--device", "cpuu"], "e248"),
     ("eval", ["--seed", "-1"], "e246"),
     ("eval", ["--seed", str(2**32)], "e246"),
     ("eval", ["--device", "gpu"], "e248"),
