@@ -12,7 +12,7 @@ All text passes through `redact` (tokens) and `printable` (a tensor name may hol
 one line. What other libraries print meets the same at the edge of the program (`visible_streams`, marlinctl/cli.py).
 
 A stderr that takes nothing more (its terminal or its reader is gone, its disk is full) costs the story and nothing else: the work and the
-log go on without it. A stdout that takes nothing more is an error, since the result is what was asked for.
+log continue without it. A stdout that takes nothing more is an error, since the result is what was asked for.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class _Story:
             raise
         except (OSError, ValueError) as error:  # ValueError: it was closed
             self._broken = True
-            _LOGGER.debug("stderr cannot be written (%s); the story goes on in the log alone", error)
+            _LOGGER.debug("stderr cannot be written (%s); messages go to the log alone", error)
 
 
 class Progress:

@@ -30,15 +30,15 @@ from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.switches import without
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output
 from marlinctl.console import Console
-from marlinctl.devices import choose_device, device_peaks, threads
+from marlinctl.devices import device_peaks, threads
 from marlinctl.errors import CheckFailed, ResourceProblem
 from marlinctl.gate import GateRefused, Measurement
 from marlinctl.journal import Request
 from marlinctl.manifest import made_from
 from marlinctl.memory import CHUNK_TOKENS, peak_rss, release_heap
-from marlinctl.opening import Opened, Options, open_model
+from marlinctl.opening import Opened, Options, check_request, open_model
 from marlinctl.pages.files import report_files
-from marlinctl.preflight import check_arguments, check_lengths, check_texts, sixteen_bit
+from marlinctl.preflight import check_lengths, sixteen_bit
 from marlinctl.recipe import Recipe, recipe_hash
 from marlinctl.rehearsal import rehearse_before
 from marlinctl.report import read_report
@@ -78,7 +78,7 @@ def run_job(
     request = Request("quantize" if recipe.sparsify.pattern == "none" else "sparsify", asked)
     if not options.resume:
         check_output(out, overwrite=options.overwrite, sources=local, rejects=measure is not None)
-        _check_arguments(recipe, options, measure)
+        check_request(recipe, options, measure, distils=False)
     with job.held(request, resume=options.resume, console=console):
         console.log_to(job.log)
         if job.publishing is not None and options.redo_from is None:
@@ -86,18 +86,8 @@ def run_job(
             return published_report(out), _found(model, options, console)
         if options.resume:  # there may be an output by now
             check_output(out, overwrite=options.overwrite, sources=local, rejects=measure is not None)
-            _check_arguments(recipe, options, measure, calibrated=job.begun)
+            check_request(recipe, options, measure, distils=False, texts_known=job.begun)
         return _run(job, model, out, recipe, options, console, measure, published)
-
-
-def _check_arguments(recipe: Recipe, options: Options, measure: Measurement | None, *, calibrated: bool = False) -> None:
-    """What needs no model, before one is fetched. calibrated: the job has its text already."""
-    check_arguments(recipe, options.module_map, distils=False)
-    if not calibrated:
-        check_texts(recipe, distils=False)
-    choose_device(options.device)
-    if measure is not None:
-        measure.check_arguments()
 
 
 def _run(

@@ -5,7 +5,7 @@
     job.json          what was asked for: the verb, the model, the whole recipe, the options. `marlinctl resume OUT` asks for it again
     journal.jsonl     one line for each thing that is finished, each on the disk before the next thing begins:
                         begun        what decides the numbers (the fingerprint): model, recipe, tokens, versions, dtype, kind of device;
-                                     and the stamps of the model's shards, by which a resumed run sees that nobody has touched them
+                                     and the stamps of the model's shards, by which a resumed run sees that they are unchanged
                         block, head  a piece of the walk (walk_job.py), with size and SHA-256 of its files
                         publishing   everything is checked; these folders get their names now
                         published    they have them
@@ -162,7 +162,7 @@ class JobFolder:
                 finally:
                     with suppress(OSError):
                         (self.path / _RUNNING).unlink(missing_ok=True)
-                    if ownership.is_job(self.path) and not (self.path / JOB).exists():  # refused before it began: nothing to go on with
+                    if ownership.is_job(self.path) and not (self.path / JOB).exists():  # refused before it began: nothing to resume
                         self.remove()
         except Held:
             what = f"another run is at work on this output{_by(self.path)}"
@@ -172,8 +172,8 @@ class JobFolder:
         if (self.path / JOB).exists() and self.progress and not self.published:
             again = shlex.quote(str(self._shown))
             fix = (
-                f"`marlinctl resume {again}` goes on with it, and takes other --tasks, --text or --window where those were wrong; "
-                f"to start anew, `marlinctl jobs rm {again}` first"
+                f"`marlinctl resume {again}` continues it, and takes other --tasks, --text or --window where those were wrong; "
+                f"to start again, `marlinctl jobs rm {again}` first"
             )
             raise UsageError("E285", "an unfinished job for this output is there", where=str(self.path), fix=fix)
 
@@ -183,7 +183,7 @@ class JobFolder:
             return
         if not self.progress and not (self.begun and isinstance(error, (ResourceProblem, OSError))):
             self.remove()
-        elif self.path.parent.suffix != ENDING:  # a stage goes on with the whole
+        elif self.path.parent.suffix != ENDING:  # a stage is resumed with the whole
             resume = f"{launcher}marlinctl resume {shlex.quote(str(self._shown))}"
             if self._measures:
                 resume += "; add what shall be measured otherwise (--tasks, --text, --window, --limit, ...), or --no-eval"
@@ -214,7 +214,7 @@ class JobFolder:
         document = self.document(JOB)
         if document.get("format") != FORMAT:
             what = f"the job is in format {document.get('format')!r}, and this marlinctl writes format {FORMAT}"
-            fix = "go on with the version of marlinctl that began it, or start anew"
+            fix = "continue with the version of marlinctl that began it, or start again"
             raise UsageError("E290", what, where=str(self.path / JOB), fix=fix)
         verb, arguments, folder = document.get("verb"), document.get("arguments"), document.get("folder")
         if not isinstance(verb, str) or not isinstance(arguments, dict) or not isinstance(folder, str):

@@ -4,11 +4,11 @@
     marlinctl          lists it in the manifest of what it publishes
 
 A bit that flipped on a disk makes a weight of a weight, and a new manifest would vouch for it: nothing later can tell. Of other local
-folders nobody wrote anything down: of those is promised only that a job ends with what it was begun with (checkpoint/contents.py, which
+folders no digest is known: of those is promised only that a job ends with what it was begun with (checkpoint/contents.py, which
 takes the digests that are compared here).
 
 The small files of a published folder (config, tokenizer, chat template, index) cost nothing and are compared by every verb that opens one
-(folder.py): what is copied from it would be vouched for anew.
+(folder.py): what is copied from it would be vouched for again.
 """
 
 from __future__ import annotations

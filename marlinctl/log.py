@@ -66,19 +66,19 @@ def printable(text: str, *, one_line: bool = False) -> str:
 
 
 def _own_log(path: Path) -> TextIO:
-    """A log to append to. OSError for a link, for what is no regular file, and for a file that does not begin as our logs do."""
+    """A log to append to. OSError for a link, for what is not a regular file, and for a file that does not begin as our logs do."""
     from marlinctl.checkpoint.durable import open_regular
 
     file = os.fdopen(open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "a+", encoding="utf-8", errors="backslashreplace")
     begin = os.pread(file.fileno(), 64, 0)
     if begin and not _LINE.match(begin):
         file.close()
-        raise FileExistsError(errno.EEXIST, "the file that is there is no log of marlinctl", str(path))
+        raise FileExistsError(errno.EEXIST, "the file that is there is not a log of marlinctl", str(path))
     return file
 
 
 def _named_log(path: Path) -> TextIO:
-    # O_NONBLOCK: a FIFO that nobody reads is an error (ENXIO) and not a wait without an end
+    # O_NONBLOCK: a FIFO without a reader is an error (ENXIO) and not a wait without an end
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     os.set_blocking(descriptor, True)
     return os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace")

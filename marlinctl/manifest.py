@@ -27,7 +27,7 @@ OUTSIDE = frozenset(
 )
 _CHUNK = 8 << 20
 UPDATE = "update marlinctl to read it (pip install --upgrade marlinctl)"
-SCHEMA = 1  # of the manifest; a greater one was written by a newer marlinctl, and nobody here knows what its keys mean
+SCHEMA = 1  # of the manifest; a greater one was written by a newer marlinctl, whose keys are unknown here
 
 
 def canonical(document: Mapping[str, Any], *, finite: bool = True) -> bytes:
@@ -72,7 +72,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def written_by_newer(document: Mapping[str, Any], known: int) -> str | None:
-    """What to say of a document of ours whose schema is newer than `known`, or is no number; None where it can be read."""
+    """What to say of a document of ours whose schema is newer than `known`, or is not a number; None where it can be read."""
     from marlinctl import __version__
 
     schema = document.get("schema_version", 1)

@@ -36,7 +36,7 @@ def transformers_config(config: Mapping[str, Any], folder: Path | None = None, *
     where = str(folder / "config.json") if folder else "config.json"
     model_type = config.get("model_type")
     if model_type == "mistral" and "layer_types" in config:
-        model_type = "ministral"  # as transformers itself tells the two apart
+        model_type = "ministral"  # as transformers itself distinguishes the two
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise BadInput(
             "E361",

@@ -307,7 +307,7 @@ def _is_sparse(index: int, config: Mapping[str, Any]) -> bool:
 
 
 def check_module_map(module_map: Path | None) -> None:
-    """UsageError E251 for a file that is no module map. Whether it fits the model is another question (`architecture`)."""
+    """UsageError E251 for a file that is not a module map. Whether it fits the model is another question (`architecture`)."""
     if module_map is not None:
         _read_module_map(module_map)
 

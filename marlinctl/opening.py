@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,10 +25,23 @@ from marlinctl.known_digests import check_known_digests
 from marlinctl.memory import Work, available_memory, predicted_peak
 from marlinctl.models import Architecture
 from marlinctl.pattern import Known, from_headers, of_source
-from marlinctl.preflight import Looked, as_published, check_pattern, look, refuse_dense_tiles, refuse_no_change, stored_once
+from marlinctl.preflight import (
+    Looked,
+    as_published,
+    check_arguments,
+    check_pattern,
+    check_texts,
+    look,
+    refuse_dense_tiles,
+    refuse_no_change,
+    stored_once,
+)
 from marlinctl.recipe import Recipe
 from marlinctl.rules import Plan
 from marlinctl.runtimes import loads
+
+if TYPE_CHECKING:
+    from marlinctl.gate import Measurement
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +87,19 @@ class Opened:
     warnings: tuple[str, ...]  # what looks wrong and can be worked with; for the report
 
 
+def check_request(recipe: Recipe, options: Options, measure: Measurement | None, *, distils: bool, texts_known: bool = False) -> None:
+    """What needs no model, before one is fetched. UsageError or BadInput, as the work would raise hours later.
+
+    distils: a recipe that trains is divided into stages (`compress`). texts_known: the job has its texts already.
+    """
+    check_arguments(recipe, options.module_map, distils=distils)
+    if not texts_known:
+        check_texts(recipe, distils=distils)
+    choose_device(options.device)
+    if measure is not None:
+        measure.check_arguments()
+
+
 def open_model(
     model: str, out: Path, recipe: Recipe, options: Options, console: Console,
     published: Sequence[str] = (), noted: Callable[[], Noted | None] = lambda: None,
@@ -97,7 +123,7 @@ def open_model(
     for fmt in published:
         for line in loads(as_published(looked, checkpoint, fmt)).warnings(fmt):
             console.warn(line)
-    if "marlin_24" in recipe.pack.formats and recipe.sparsify.pattern == "none":  # a row tells, before a text is read
+    if "marlin_24" in recipe.pack.formats and recipe.sparsify.pattern == "none":  # one row shows it, before a text is read
         refuse_dense_tiles(from_headers(checkpoint, looked.shapes, weights=True), looked.shapes, recipe)
     before_weights(source, checkpoint)
     pattern = of_source(checkpoint, looked.shapes, console)

@@ -45,14 +45,14 @@ def compiled(expression: str) -> regex.Pattern[str]:
     import regex
 
     if len(expression) > LONGEST:
-        raise ValueError(f"a regular expression of {len(expression):,} characters is no layer pattern")
+        raise ValueError(f"a regular expression of {len(expression):,} characters is too long for a layer pattern")
     if expression.count("(") > MOST_GROUPS:
-        raise ValueError(f"a regular expression of more than {MOST_GROUPS} groups is no layer pattern")
+        raise ValueError(f"a regular expression of more than {MOST_GROUPS} groups is too complex for a layer pattern")
     try:
         re.compile(expression)
         return regex.compile(expression)
     except (re.error, regex.error, OverflowError, RecursionError) as problem:
-        raise ValueError(f"{expression!r} is no regular expression: {problem}") from None
+        raise ValueError(f"{expression!r} is not a regular expression: {problem}") from None
 
 
 class Expressions:

@@ -29,7 +29,6 @@ from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import check_output, keep_rejected
 from marlinctl.console import Console
-from marlinctl.devices import choose_device
 from marlinctl.distillation.rows import load_rows
 from marlinctl.evaluation.settings import EvalSettings
 from marlinctl.folder import examine
@@ -37,9 +36,9 @@ from marlinctl.gate import Gate, GateRefused, Measurement
 from marlinctl.job import published_report, run_job, versions
 from marlinctl.journal import JOB, JobFolder, Place, Request, sha256_of
 from marlinctl.manifest import check as check_manifest
-from marlinctl.opening import Options
+from marlinctl.opening import Options, check_request
 from marlinctl.pages.files import report_files
-from marlinctl.preflight import check_arguments, check_lengths, check_texts
+from marlinctl.preflight import check_lengths
 from marlinctl.recipe import Recipe, divided, recipe_hash
 from marlinctl.repack import repack
 from marlinctl.texts import names_a_file
@@ -86,7 +85,7 @@ def run_compress(
         _check_places(places.values(), options, sources, rejects)
     looking = Measurement(EvalSettings.of_recipe(recipe.evaluate, task_data), gate, console) if rejects else None
     if not options.resume:
-        _check_arguments(recipe, options, looking)
+        check_request(recipe, options, looking, distils=True)
     with job.held(Request("compress", asked), resume=options.resume, console=console):
         console.log_to(job.log)
         if job.publishing is not None and options.redo_from is None:
@@ -94,7 +93,7 @@ def run_compress(
             return published_report(out)
         if options.resume:
             _check_places(places.values(), options, sources, rejects)
-            _check_arguments(recipe, options, looking, begun=job.begun)
+            check_request(recipe, options, looking, distils=True, texts_known=job.begun)
         source = resolve_model(model, revision=options.revision, cache_dir=options.cache_dir, offline=options.offline, console=console)
         with open_checkpoint(source.folder) as checkpoint:
             examine(checkpoint, structure="needed", dense=True, tokenizer=True, module_map=options.module_map)  # the stages say its notes
@@ -143,16 +142,6 @@ def run_compress(
         stages = [Place(work / fmt, place.resolve(), options.overwrite) for fmt, place in places.items()]
         job.publish(stages, keep=options.keep_job)
     return report
-
-
-def _check_arguments(recipe: Recipe, options: Options, looking: Measurement | None, *, begun: bool = False) -> None:
-    """What needs no model, before one is fetched. begun: the texts of the job have been looked at before."""
-    check_arguments(recipe, options.module_map, distils=True)
-    if not begun:
-        check_texts(recipe, distils=True)
-    choose_device(options.device)
-    if looking is not None:
-        looking.check_arguments()
 
 
 def _check_model(

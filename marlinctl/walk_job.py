@@ -173,7 +173,7 @@ class WalkJob(JobFolder):
 
 
 def _is_whole_line(line: Mapping[str, Any], index: int) -> bool:
-    """Whether a line says all that `commit` writes of finished block `index`; one that was changed is no better than one that is torn."""
+    """Whether a line says all that `commit` writes of finished block `index`; one that was changed counts as torn."""
     masks, shard = line.get("masks"), line.get("shard", "")
     try:
         TypeAdapter(list[LayerRecord]).validate_python(line.get("records"))

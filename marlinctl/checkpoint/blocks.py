@@ -171,7 +171,7 @@ def strange(block: Mapping[str, object], known: Mapping[str, _Key], path: str) -
     for key, value in block.items():
         where = f"config.json: {path}.{shown(str(key), 60)}"
         if key not in known:
-            what = f"{shown(str(key), 60)} is no key that marlinctl knows, and it may change what the model computes; it is {brief(value)}"
+            what = f"{shown(str(key), 60)} is not a known key, and it may change what the model computes; it is {brief(value)}"
             problems.append(Problem(what, where, fix))
         elif not known[key].fits(value):
             problems.append(Problem(f"{key} is {brief(value)}: {known[key].why or 'not a value that is read'}", where, fix))

@@ -136,7 +136,7 @@ def _sizes(config: Mapping[str, Any], names: Mapping[str, str], where: str) -> l
     for usual, name in names.items():
         least, limit = 0 if usual in _MAY_BE_ZERO else 1, _LIMITS.get(usual)
         if limit is not None and not _in_reason(config.get(name), least, limit):
-            what = f"{name} is {shown(repr(config[name]), 60)}, which is no whole number from {least} to {limit:,}"
+            what = f"{name} is {shown(repr(config[name]), 60)}, which is not a whole number from {least} to {limit:,}"
             problems.append(Problem(what, where, _NO_MODEL))
     return problems
 

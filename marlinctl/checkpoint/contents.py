@@ -222,7 +222,7 @@ def _read_shards(
 
 
 class _Told:
-    """The progress bar, from several threads; `over` tells them to end."""
+    """The progress bar, from several threads; `over` stops them."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress, self._lock, self.over = progress, threading.Lock(), threading.Event()
@@ -290,7 +290,7 @@ def _stamp(path: Path) -> Stamp | None:
 
 
 def _sha256(folder: Path, name: str) -> str:
-    """FileRefused for what may not be followed, or is no file."""
+    """FileRefused for what may not be followed, or is not a file."""
     with open_member(folder, name) as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 

@@ -150,7 +150,7 @@ def whole_file(target: Path) -> Iterator[Any]:
 
 
 def open_regular(path: Path, flags: int) -> int:
-    """A descriptor for writing into a file that stays where it is. OSError for a link and for what is no regular file."""
+    """A descriptor for writing into a file that stays where it is. OSError for a link and for what is not a regular file."""
     if path.is_symlink():  # O_NOFOLLOW refuses it too, and speaks of too many levels
         raise OSError(errno.ELOOP, "what is there is a link, which is not followed", str(path))
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)  # a FIFO would wait for a reader

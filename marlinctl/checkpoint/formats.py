@@ -150,7 +150,7 @@ def detect(config: Mapping[str, Any], tensor_names: Iterable[str]) -> FormatInfo
 def quantization_block(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The one block of config.json that says how the weights are quantized; None for a dense model.
 
-    BadInput E340 where it is no object, or where a second one says something else: which of the two a client follows is its own choice.
+    BadInput E340 where it is not an object, or where a second one says something else: which of the two a client follows is its own choice.
     """
     found = {key: config[key] for key in ("quantization_config", "compression_config") if config.get(key)}
     for key, value in config.items():
@@ -264,7 +264,7 @@ def _ct_reason(group: Mapping[str, Any]) -> str | None:
     strategy, size = weights.get("strategy"), weights.get("group_size")
     if isinstance(strategy, str):
         strategy = strategy.lower()
-    if strategy is None and size is not None:  # compressed-tensors tells the strategy from the size, and no size means one scale for all
+    if strategy is None and size is not None:  # compressed-tensors derives the strategy from the size, and no size means one scale for all
         strategy = "channel" if size == -1 else "group"
     if strategy == "group" and not (isinstance(size, int) and not isinstance(size, bool) and size > 0):
         return f"strategy group with group_size {size!r}"
@@ -306,7 +306,7 @@ def _detect_gptq(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
         if rule.get("bits", 4) != 4 or rule.get("sym", True) is not True:
             problems.append(Problem(f"{layer}: {rule} is not 4-bit symmetric", "config.json: dynamic", "only 4-bit symmetric is read"))
         if rule.get("desc_act", block.get("desc_act")) and f"{layer}.g_idx" not in present:
-            what = f"{layer}: desc_act is true, and without {layer}.g_idx nobody knows in which order its columns are"
+            what = f"{layer}: desc_act is true, and without {layer}.g_idx the order of its columns is unknown"
             problems.append(Problem(what, "config.json: desc_act", "fetch the checkpoint again, or quantize the original model"))
         layers[layer] = _size(rule.get("group_size", size))
     _refuse("E342", problems or _strays("gptq", layers, names))

@@ -245,7 +245,7 @@ def _find_shards(folder: Path, weight_files: str, problems: list[Problem], notes
         problems.append(_no_weights(folder, index))
         return [], None
     if index not in found[stem]:
-        _note_strangers(folder, {single}, f"there is no {index} that names them", notes)
+        _note_strangers(folder, {single}, f"{index}, which would name them, is missing", notes)
         return [single], None
     if single in found[stem]:
         notes.append(f"both {index} and {single} are there; the index is followed and {single} is not read")
@@ -343,7 +343,7 @@ def _read_shards(folder: Path, shards: list[str], problems: list[Problem]) -> di
 def _twice(entries: tuple[TensorInfo, TensorInfo]) -> Problem:
     first, second = entries
     what = f"the tensor {shown(first.name)} lies in two shards, {shown(first.file.name)} and {shown(second.file.name)}"
-    return Problem(what, str(second.file.parent), "two versions of the model are mixed in the folder; download it anew")
+    return Problem(what, str(second.file.parent), "two versions of the model are mixed in the folder; download it again")
 
 
 def _compare_with_index(weight_map: dict[str, str], tensors: dict[str, TensorInfo], folder: Path, problems: list[Problem]) -> None:

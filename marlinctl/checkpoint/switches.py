@@ -7,7 +7,7 @@
     generation_config.json,
     processor files
 
-Nobody asked for any of it on the command line, so none of it is followed: transformers gets the config without these keys
+None of it was asked for on the command line, so none of it is followed: transformers gets the config without these keys
 (model_config.py), a warning names them, and what is published does not carry them on. The attention and experts that run are those that
 transformers has itself; they compute the same model, up to rounding. No torch here, and of transformers its list of model types alone where
 a folder brings code of its own.
@@ -82,7 +82,7 @@ def cleaned(name: str, data: bytes) -> bytes:
 def check_switches(folder: Path, config: Mapping[str, Any], *, files: bool = True) -> tuple[str, ...]:
     """What is not followed, one line each. files: False where there is no folder yet.
 
-    BadInput E312 for a model that needs Python code from its folder, E350 for a file that is no JSON.
+    BadInput E312 for a model that needs Python code from its folder, E350 for a file that is not JSON.
     """
     documents: dict[str, Any] = {"config.json": config}
     problems = []

@@ -70,7 +70,7 @@ def command(console: Console, out: Path, redo_from: int | None, overwrite: bool,
         raise UsageError("E291", what, where=flag, fix="leave it out; `marlinctl eval` measures what is published")
     _make_absolute(values)
     if request.verb not in _VERBS:
-        raise UsageError("E290", f"this marlinctl has no {printable(request.verb)!r} to go on with", where=str(job.path / JOB), fix=_OTHER)
+        raise UsageError("E290", f"this marlinctl has no {printable(request.verb)!r} to continue", where=str(job.path / JOB), fix=_OTHER)
     asked = asdict(_read(_ARGUMENTS[request.verb], dict(request.arguments), "what was asked for"))
     if changes:  # the report names what makes this result again
         asked["options"] = {**asked["options"], "command": f"{asked['options'].get('command', '')}; {command_line()}"}
@@ -247,5 +247,5 @@ class _Packed:
 
 
 _ARGUMENTS = {"quantize": _Walked, "sparsify": _Walked, "distill": _Distilled, "compress": _Compressed, "pack": _Packed}
-_OTHER = "go on with the version of marlinctl that began it, or start anew"
+_OTHER = "continue with the version of marlinctl that began it, or start again"
 _VERBS = {"quantize": _walk, "sparsify": _walk, "distill": _distill, "compress": _compress, "pack": _pack}

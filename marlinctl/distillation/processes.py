@@ -92,7 +92,7 @@ class Processes:
         return box
 
     def stop(self, error: MarlinctlError) -> NoReturn:
-        """All have found the same: the main process tells it, the others leave with the same exit code."""
+        """All have found the same: the main process reports it, the others leave with the same exit code."""
         raise error if self.main else Exit(error.exit_code)
 
     def share_tensor(self, tensor: Tensor | None) -> Tensor:

@@ -92,7 +92,7 @@ def _continued(path: Path, fresh: Document) -> Document:
 
 def read(path: Path) -> Document:
     if not path.is_file():  # a FIFO would make us wait for ever
-        raise _damaged(path, "it is no regular file" if path.exists() else "there is no such file")
+        raise _damaged(path, "it is not a regular file" if path.exists() else "there is no such file")
     try:
         document = read_plain_json(path, limit=MAX_OWN_BYTES, values=MAX_OWN_VALUES)
     except FileRefused as refused:

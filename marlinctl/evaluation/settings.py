@@ -56,7 +56,7 @@ class EvalSettings:
     def window_for(self, *positions: int | None) -> int:
         """The window for models of so many positions; None: not known. UsageError E246 where the one asked for does not fit.
 
-        A window that nobody asked for is as long as the shortest model allows.
+        The default window is at most as long as the shortest model allows.
         """
         known = [length for length in positions if length is not None]
         if self.window is None:
