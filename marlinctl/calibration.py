@@ -25,13 +25,11 @@ from marlinctl.checkpoint.config import read_config
 from marlinctl.checkpoint.files import shown
 from marlinctl.confined import Bounds, Exceeded, confined
 from marlinctl.console import Console
+from marlinctl.data.calibration_size import CHARACTERS_PER_TOKEN, PIECE, SELF_BATCH, check_length, too_few_tokens
+from marlinctl.data.tokens import SLACK, Tokens, first_ids, token_ids, tokenizer_refused
 from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, UsageError
-from marlinctl.evaluation.windows import SLACK, first_ids
-from marlinctl.memory import CHARACTERS_PER_TOKEN, PIECE, SELF_BATCH
 from marlinctl.model_config import transformers_config
-from marlinctl.preflight import check_length, too_few_tokens
 from marlinctl.recipe import Calibration
-from marlinctl.walk import Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,18 +97,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # pydantic, pyo3 and each of a hundred tokenizer classes raise what they like
-        raise _no_tokenizer("cannot be loaded", error, folder) from error
+        raise tokenizer_refused("cannot be loaded", error, folder) from error
     _try(tokenizer, folder)
     return tokenizer
-
-
-def _no_tokenizer(what: str, error: Exception, folder: Path) -> BadInput:
-    return BadInput(
-        "E394",
-        f"the tokenizer {what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-        where=str(folder),
-        fix="copy tokenizer.json and tokenizer_config.json from the original model",
-    )
 
 
 def _try(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -329,15 +318,6 @@ def _begins_with(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     bos = tokenizer.bos_token_id
     first = tokenizer("a")["input_ids"][:1]
     return [bos] if bos is not None and first == [bos] else []
-
-
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of a text, without special tokens. BadInput E394 where the tokenizer's files are such that it cannot read it."""
-    try:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    except Exception as error:  # tokenizers raise a bare Exception
-        raise _no_tokenizer("cannot read a text", error, Path(getattr(tokenizer, "name_or_path", ""))) from error
-    return ids
 
 
 def _pad(rows: Sequence[list[int]], length: int) -> Tensor:

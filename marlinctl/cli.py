@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 import click
 
 from marlinctl import __version__
-from marlinctl.commands.common import add_common_options
+from marlinctl.commands.common import COMPLETION_VARIABLE, add_common_options
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, EnvironmentProblem, MarlinctlError, ResourceProblem, UsageError
 from marlinctl.log import printable, visible_streams
@@ -56,7 +56,6 @@ VERBS = {
     "completion": "Print the completion script of a shell.",
 }
 DOCS = "docs/troubleshooting.md"
-COMPLETION_VARIABLE = "_MARLINCTL_COMPLETE"  # click's protocol: a shell sets it to ask what may follow
 
 
 class _Terminated(BaseException):

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from marlinctl.checks.driver import OLDEST_DRIVER
 from marlinctl.errors import EnvironmentProblem
 from marlinctl.kernels import jit
+from marlinctl.system.driver import OLDEST_DRIVER
 
 
 def kernel_cubin(source: str, defines: Sequence[str], architecture: str, cache_dir: Path | None) -> bytes:

@@ -39,13 +39,13 @@ def no_cuda() -> tuple[str, str]:
     """Why torch offers no such CUDA device, and what would help; nothing helps where there is none."""
     import torch
 
-    from marlinctl.checks.driver import find_driver, no_gpu
+    from marlinctl.system.driver import find_driver, no_gpu
 
     if torch.cuda.is_available():
         there = ", ".join(f"cuda:{index}" for index in range(torch.cuda.device_count()))
         return f"torch sees {there}", f"one of {there}"
-    check = no_gpu(find_driver(), torch.version.cuda, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    return ("this machine has no GPU", "") if check.status == "ok" else (check.found, check.cure)
+    found = no_gpu(find_driver(), torch.version.cuda, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return found.reason, found.fix
 
 
 def forward_dtype(device: torch.device, asked: str) -> torch.dtype:

@@ -18,6 +18,7 @@ import marlinctl
 from marlinctl.checks import driver, hub, installation, names, places
 from marlinctl.checks.result import ORDER, Check, worst
 from marlinctl.log import redact, without_home
+from marlinctl.system.driver import find_driver
 
 Ask = Callable[[], Iterable[Check]]
 
@@ -37,7 +38,7 @@ def examine(*, quick: bool, offline: bool) -> Iterator[Check]:
         ("disk", lambda: places.space(Path.cwd())),
         ("hub", lambda: hub.hub(offline=offline, quick=quick)),
         ("token", hub.token),
-        ("driver", lambda: driver.driver(driver.find_driver())),
+        ("driver", lambda: driver.driver(find_driver())),
     ]
     if not quick:
         from marlinctl.checks import child

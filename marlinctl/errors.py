@@ -54,6 +54,10 @@ class CheckFailed(MarlinctlError):
     exit_code = 1
 
 
+class GateRefused(CheckFailed):
+    """The result is worse than the quality gate allows; it is finished and kept, but not published."""
+
+
 class UsageError(MarlinctlError):
     exit_code = 2
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from marlinctl.memory import SELF_BATCH, Stage, Work, parameters, stages, stages_of_block
+from marlinctl.data.calibration_size import SELF_BATCH
+from marlinctl.memory import Stage, Work, parameters, stages, stages_of_block
 from marlinctl.models import Architecture, Block, Experts
 from marlinctl.recipe import Distill, Recipe
 

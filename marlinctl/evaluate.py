@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from marlinctl import devices
 from marlinctl.console import Console
+from marlinctl.data.tokens import MOST_CHARACTERS_PER_TOKEN
 from marlinctl.errors import UsageError
 from marlinctl.evaluation import divergence, loading, results, statistics, table, tasks, windows
 from marlinctl.evaluation.settings import DEFAULT_WINDOW, EvalSettings
@@ -84,7 +85,7 @@ def compare(model_folder: Path, baseline_folder: Path, settings: EvalSettings, c
 
 def text_of(settings: EvalSettings) -> Text:
     """As much of it as the windows can need, and never less than what is read of every text, whose digest stands beside the figures."""
-    return load_text(settings.text or PYTHONDOC, longest=max(LONGEST_TEXT, settings.tokens * windows.MOST_CHARACTERS_PER_TOKEN))
+    return load_text(settings.text or PYTHONDOC, longest=max(LONGEST_TEXT, settings.tokens * MOST_CHARACTERS_PER_TOKEN))
 
 
 class _Run:

@@ -20,7 +20,6 @@ from marlinctl.errors import BadInput, NumericalProblem, Problem
 if TYPE_CHECKING:
     from marlinctl.checkpoint.contents import Contents
     from marlinctl.checkpoint.reader import Checkpoint
-    from marlinctl.solving import LayerRecord
 
 _SHOWN = 5
 
@@ -46,8 +45,9 @@ def of_weights(contents: Contents, *, strict: bool) -> list[str]:
     return found + ([f"weights with columns that hold one value in every row: {_some(columns)}"] if columns else [])
 
 
-def of_inputs(records: Sequence[LayerRecord]) -> list[str]:
-    dead = [f"{record.name} ({record.dead})" for record in records if record.dead]
+def of_inputs(counts: Mapping[str, int]) -> list[str]:
+    """counts: linear -> how many of its inputs were zero in all of calibration."""
+    dead = [f"{name} ({count})" for name, count in counts.items() if count]
     return [f"linears with inputs that were zero in all of calibration: {_some(dead)}"] if dead else []
 
 

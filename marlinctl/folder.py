@@ -23,14 +23,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from marlinctl.checkpoint import formats
-from marlinctl.checkpoint.config import check_tokenizer, refuse_quantized
+from marlinctl.checkpoint.config import CONFIG
 from marlinctl.checkpoint.files import FileRefused, open_member, shown
 from marlinctl.checkpoint.model_files import companion_names
 from marlinctl.checkpoint.reader import Checkpoint, check_expected, open_checkpoint
 from marlinctl.checkpoint.switches import check_switches
+from marlinctl.checkpoint.tokenizer_files import check_tokenizer
 from marlinctl.errors import BadInput, Problem
 from marlinctl.known_digests import check_small_files
 from marlinctl.models import Architecture, architecture
@@ -94,7 +95,7 @@ def examine(
         if weights:
             check_small_files(folder)
     if dense:
-        refuse_quantized(checkpoint)
+        refuse_quantized(checkpoint.config, checkpoint.folder)
     info = formats.detect(config, checkpoint.tensors)
     if info.name != "dense" and not info.layers:
         what = f"config.json says {info.name}, but no tensor is packed that way"
@@ -265,3 +266,17 @@ def refuse_two_heads(checkpoint: Checkpoint, known: Architecture) -> None:
             what = f"config.json ties the output head to the embedding, and {name} is another matrix"
             fix = 'write "tie_word_embeddings": false into config.json if the model has a head of its own'
             raise BadInput("E375", what, where=str(checkpoint.tensors[name].file), fix=fix)
+
+
+def refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:
+    """`quantize` starts from 16 or 32-bit weights; a checkpoint that is quantized already is for `pack`, `eval` and `verify`."""
+    block = formats.quantization_block(config)
+    if block is None:
+        return
+    method = block.get("quant_method")
+    raise BadInput(
+        "E313",
+        f"the checkpoint is already quantized ({shown(str(method or 'quantization_config is present'))})",
+        where=str(folder / CONFIG),
+        fix="start from the original checkpoint; to change the format of this one, use marlinctl pack",
+    )

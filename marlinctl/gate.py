@@ -10,17 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl.errors import CheckFailed, Problem
-from marlinctl.memory import available_memory
+from marlinctl.errors import CheckFailed, GateRefused, Problem
+from marlinctl.system.host import available_memory
 
 if TYPE_CHECKING:
     from marlinctl.checkpoint.source import Source
     from marlinctl.console import Console
     from marlinctl.evaluation.settings import EvalSettings
-
-
-class GateRefused(CheckFailed):
-    """The result is not what was asked for; it is finished and kept, but not published."""
 
 
 @dataclass(frozen=True, slots=True)

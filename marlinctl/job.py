@@ -30,12 +30,13 @@ from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.switches import without
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output
 from marlinctl.console import Console
+from marlinctl.data.tokens import Tokens
 from marlinctl.devices import device_peaks, threads
-from marlinctl.errors import CheckFailed, ResourceProblem
-from marlinctl.gate import GateRefused, Measurement
+from marlinctl.errors import CheckFailed, GateRefused, ResourceProblem
+from marlinctl.gate import Measurement
 from marlinctl.journal import Request
 from marlinctl.manifest import made_from
-from marlinctl.memory import CHUNK_TOKENS, peak_rss, release_heap
+from marlinctl.memory import CHUNK_TOKENS
 from marlinctl.opening import Opened, Options, check_request, open_model
 from marlinctl.pages.files import report_files
 from marlinctl.preflight import check_lengths, sixteen_bit
@@ -47,7 +48,8 @@ from marlinctl.skeleton import build
 from marlinctl.solving import LayerRecord, Solving, linear_digest, weight_digest
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from marlinctl.stopping import Stopping
-from marlinctl.walk import Tokens, Walk
+from marlinctl.system.host import peak_rss, release_heap
+from marlinctl.walk import Walk
 from marlinctl.walk_job import WalkJob
 
 ALGORITHM_VERSION = 3  # goes up when the same recipe on the same input gives other codes
@@ -298,7 +300,7 @@ def _digest_on_disk(written: Checkpoint, masks: Masks | None, record: LayerRecor
 
 def _warnings(opened: Opened, calibration: CalibrationSet, records: list[LayerRecord], console: Console) -> list[str]:
     """All of the run, for the report; those of the inputs are known, and said, at its end."""
-    inputs = findings.of_inputs(records)
+    inputs = findings.of_inputs({record.name: record.dead for record in records})
     for warning in inputs:
         console.warn(warning)
     return [*opened.warnings, *findings.of_text(calibration.facts, "--sequence-length"), *inputs]

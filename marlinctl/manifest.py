@@ -11,13 +11,12 @@ extra shard beside the right ones is how mixed weights are loaded by accident.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from marlinctl.checkpoint.durable import canonical, is_temporary, whole_file
 from marlinctl.checkpoint.files import MAX_OWN_BYTES, MAX_OWN_VALUES, FileRefused, exists, open_member, open_plain, read_json, shown
-from marlinctl.checkpoint.model_files import is_temporary
 from marlinctl.errors import CheckFailed, Problem
 from marlinctl.log import printable
 
@@ -28,15 +27,6 @@ OUTSIDE = frozenset(
 _CHUNK = 8 << 20
 UPDATE = "update marlinctl to read it (pip install --upgrade marlinctl)"
 SCHEMA = 1  # of the manifest; a greater one was written by a newer marlinctl, whose keys are unknown here
-
-
-def canonical(document: Mapping[str, Any], *, finite: bool = True) -> bytes:
-    """JSON with one spelling: equal documents are equal bytes. ValueError for NaN and infinity, unless it need not be `finite`.
-
-    A path whose bytes are no UTF-8 is half of a surrogate pair to Python; JSON spells that \\udcff.
-    """
-    text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=not finite) + "\n"
-    return text.encode("utf-8", "backslashreplace")
 
 
 def build(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,8 +106,6 @@ def describes(folder: Path, name: str, data: bytes) -> bool:
 
 def replace_files(folder: Path, files: Mapping[str, bytes], **facts: Any) -> None:
     """Give a folder that is not published yet other small files of these names, and its manifest their digests and these facts, last."""
-    from marlinctl.checkpoint.durable import whole_file
-
     document = read(folder)
     document |= facts
     document["files"] |= {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}

@@ -17,22 +17,16 @@ with the measured peak; docs/plan.md has the comparison.
 
 from __future__ import annotations
 
-import ctypes
-import resource
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
+from marlinctl.data.calibration_size import CHARACTERS_PER_TOKEN, PIECE, SELF_BATCH
 from marlinctl.models import Architecture, Block, Experts, LinearSpec
 from marlinctl.recipe import Distill, Recipe
 
 CHUNK_TOKENS = 2048  # tokens in flight: enough for full speed of the matrix units, little enough for any memory
-SELF_BATCH = 32  # samples that the model writes at a time, when it writes its calibration text
-CHARACTERS_PER_TOKEN = 6  # generous first guess of how much calibration text is enough; what is missing is read after it
-PIECE = 4_000_000  # characters that are tokenized at a time
 SHARD_BYTES = 1 << 30  # finished tensors that `pack` keeps in memory before they become a shard
 
 BASE = 310 << 20  # python, torch and transformers before any tensor, and the threads' buffers
@@ -246,33 +240,3 @@ def predicted_distillation(architecture: Architecture, asked: Distill) -> int:
 
 def trained_weights(architecture: Architecture) -> int:
     return sum(spec.out_features * spec.in_features for spec in architecture.linears.values())
-
-
-# ---- what there is, and what was used ------------------------------------------------------------------------------------------------
-
-
-def available_memory() -> int:
-    """Bytes that can be allocated now: what the system has free, or what a container's limit leaves; a large number where nobody says."""
-    bounds = []
-    meminfo, limit, used = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if meminfo.is_file():
-        bounds += [1024 * int(line.split()[1]) for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")]
-    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
-        bounds.append(int(limit.read_text()) - int(used.read_text()))
-    return min(bounds, default=1 << 62)
-
-
-def release_heap() -> None:
-    """Give freed pages of the C library's heap back to the system, those between living arrays too; nothing where it is not glibc.
-
-    Without it the holes between arrays add up from block to block: Qwen2.5-0.5B on 32 x 512 tokens grew by 18 MiB a block, to 1.54 GiB.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def peak_rss() -> int:
-    """The largest resident size of this process so far, in bytes, mapped file pages included."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -22,7 +22,7 @@ from marlinctl.console import Console
 from marlinctl.devices import choose_device, forward_dtype, grow_segments
 from marlinctl.errors import ResourceProblem
 from marlinctl.known_digests import check_known_digests
-from marlinctl.memory import Work, available_memory, predicted_peak
+from marlinctl.memory import Work, predicted_peak
 from marlinctl.models import Architecture
 from marlinctl.pattern import Known, from_headers, of_source
 from marlinctl.preflight import (
@@ -39,6 +39,7 @@ from marlinctl.preflight import (
 from marlinctl.recipe import Recipe
 from marlinctl.rules import Plan
 from marlinctl.runtimes import loads
+from marlinctl.system.host import available_memory
 
 if TYPE_CHECKING:
     from marlinctl.gate import Measurement

@@ -22,7 +22,7 @@ from typing import Any
 
 from marlinctl import manifest
 from marlinctl.checkpoint.contents import read_contents
-from marlinctl.checkpoint.durable import write_bytes, write_document
+from marlinctl.checkpoint.durable import canonical, write_bytes, write_document
 from marlinctl.checkpoint.formats import detect
 from marlinctl.checkpoint.ownership import leave_results
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
@@ -30,9 +30,10 @@ from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import check_output, keep_rejected
 from marlinctl.console import Console
 from marlinctl.distillation.rows import load_rows
+from marlinctl.errors import GateRefused
 from marlinctl.evaluation.settings import EvalSettings
 from marlinctl.folder import examine
-from marlinctl.gate import Gate, GateRefused, Measurement
+from marlinctl.gate import Gate, Measurement
 from marlinctl.job import published_report, run_job, versions
 from marlinctl.journal import JOB, JobFolder, Place, Request, sha256_of
 from marlinctl.manifest import check as check_manifest
@@ -174,7 +175,7 @@ def _note_recipe(work: Path, recipe: Recipe, packed: Iterable[str]) -> None:
         shutil.rmtree(work / name, ignore_errors=True)
     config = json.loads((made / "config.json").read_bytes())
     config["quantization_config"]["marlinctl"]["recipe_sha256"] = recipe_hash(recipe)
-    files = {"config.json": manifest.canonical(config), "recipe.yaml": data}
+    files = {"config.json": canonical(config), "recipe.yaml": data}
     manifest.replace_files(made, files, recipe={"sha256": recipe_hash(recipe)})
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -28,18 +28,12 @@ from marlinctl.checkpoint.writer import companions
 from marlinctl.console import Console
 from marlinctl.devices import free_device_memory, has_matrix_units, planned_dtype
 from marlinctl.errors import UsageError
-from marlinctl.memory import (
-    Work,
-    available_memory,
-    predicted_device_peak,
-    predicted_distillation,
-    predicted_peak,
-    predicted_repack,
-)
+from marlinctl.memory import Work, predicted_device_peak, predicted_distillation, predicted_peak, predicted_repack
 from marlinctl.models import Architecture
 from marlinctl.pattern import MASK_FILE, Pattern, from_headers
 from marlinctl.preflight import Looked, as_published, check_arguments, check_lengths, check_pattern, check_texts, look, stored_once
 from marlinctl.recipe import Recipe, divided, recipe_hash
+from marlinctl.system.host import available_memory
 
 _ELEMENT = {"bfloat16": 2, "float32": 4}
 
@@ -59,7 +53,11 @@ class Settings:
     module_map: Path | None = None
     task_data: Path | None = None
     files_are_here: bool = False  # texts and the tasks' data: else the run takes place where they are, and they are not looked at
-    probe: bool = False  # run the largest solve of each stage once
+    probe: Probe | None = None  # runs the largest solve of a stage once
+
+
+# The largest solve of one walk, measured: what is planned, its recipe, the dtype of the forward pass. oneshot has it; it imports torch.
+Probe = Callable[[Looked, Recipe, str], estimate.Rehearsed]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +116,7 @@ def _document(seen: Headers, recipe: Recipe, settings: Settings, console: Consol
     memory = _memory(looked, outputs, stages, recipe)
     disk = _disk(seen, looked, found, outputs, small, stages, recipe)
     checks = _checks(memory, disk, seen, settings)
-    rehearsed = _rehearse(looked, stages, settings, dtype) if settings.probe else {}
+    rehearsed = {name: settings.probe(looked, part, dtype) for name, part, _ in stages} if settings.probe else {}
     info = seen.checkpoint.tensors
     return {
         "model": {
@@ -308,29 +306,6 @@ def _describe(output: room.Output, looked: Looked, found: Pattern, recipe: Recip
         "untested": dict(loads.untested),
         "warnings": loads.warnings(output.format),
     }
-
-
-def _rehearse(looked: Looked, stages: list[tuple[str, Recipe, Work]], settings: Settings, dtype: str) -> dict[str, estimate.Rehearsed]:
-    """The largest solve of each walk, run once; the one thing in a plan that imports torch."""
-    import torch
-
-    from marlinctl.devices import choose_device, grow_segments, threads
-    from marlinctl.rehearsal import rehearse
-
-    device = torch.device(choose_device(settings.device))
-    grow_segments(device)
-    with threads(settings.threads):
-        return {
-            name: rehearse(
-                looked.architecture,
-                looked.plan.group_sizes,
-                part,
-                matches=looked.matches,
-                device=device,
-                dtype=getattr(torch, dtype),
-            )
-            for name, part, _ in stages
-        }
 
 
 def _time(

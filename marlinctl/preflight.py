@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marlinctl.checkpoint.config import positions
 from marlinctl.checkpoint.formats import misfits, sixteen_bit_linears
 from marlinctl.checkpoint.header import TensorInfo
 from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.console import Console
+from marlinctl.data.calibration_size import check_documents, check_length, too_few_tokens
 from marlinctl.errors import BadInput, Problem, UsageError
 from marlinctl.folder import examine
 from marlinctl.models import Architecture, Experts, LinearSpec, check_module_map
 from marlinctl.pattern import MASK_FILE, Pattern
-from marlinctl.recipe import Calibration, Recipe, divided
+from marlinctl.recipe import Recipe, divided
 from marlinctl.rules import Plan, plan
 from marlinctl.runtimes import Packed
 
@@ -54,7 +54,7 @@ def check_arguments(recipe: Recipe, module_map: Path | None, *, distils: bool) -
     if (most := asked.samples * asked.sequence_length) < asked.minimum_tokens:
         raise too_few_tokens(asked, f"at most {most}")
     if distils and divided(recipe) is not None:
-        from marlinctl.distillation.settings import check_settings
+        from marlinctl.training_settings import check_settings
 
         check_settings(recipe.distill, 1)
         if recipe.distill.mode == "scales":
@@ -73,39 +73,9 @@ def check_lengths(recipe: Recipe, config: Mapping[str, Any], *, distils: bool) -
     """Samples and rows that the model cannot read: UsageError E252."""
     check_length(recipe.calibration, config)
     if distils and divided(recipe) is not None:
-        from marlinctl.distillation.settings import check_sizes
+        from marlinctl.training_settings import check_sizes
 
         check_sizes(recipe.distill, config, 1, where="--distill-sequence-length")
-
-
-def check_documents(source: str) -> None:
-    """Text to calibrate with or to train on: the file is there, and its first row is what it must be."""
-    if source == "self":
-        return
-    from marlinctl.texts import check_text, names_a_file  # what unpacks files is not imported for nothing
-
-    if names_a_file(source):
-        check_text(source, chats=True)
-
-
-def check_length(asked: Calibration, config: Mapping[str, Any]) -> None:
-    limit = positions(config)
-    if limit is not None and asked.sequence_length > limit:
-        raise UsageError(
-            "E252",
-            f"samples of {asked.sequence_length} tokens are longer than the model can read ({limit})",
-            where="--sequence-length",
-            fix=f"--sequence-length {limit} or less",
-        )
-
-
-def too_few_tokens(asked: Calibration, count: str) -> BadInput:
-    return BadInput(
-        "E393",
-        f"{count} tokens count for calibration, at least {asked.minimum_tokens} are needed",
-        where=f"calibration {asked.source}",
-        fix="more --samples or a greater --sequence-length (fewer tokens do not determine the Hessians)",
-    )
 
 
 # ---- what needs the headers ----------------------------------------------------------------------------------------------------------

@@ -18,16 +18,18 @@ import torch
 from torch import Tensor
 
 from marlinctl.console import Console, duration
-from marlinctl.devices import device_peaks, forget_device_peaks, has_matrix_units
+from marlinctl.devices import choose_device, device_peaks, forget_device_peaks, grow_segments, has_matrix_units, threads
 from marlinctl.errors import ResourceProblem
 from marlinctl.estimate import Rehearsed, largest_stage, machine, rehearsed_machine, seconds_of_walk
-from marlinctl.memory import CHUNK_TOKENS, Stage, Work, release_heap
+from marlinctl.memory import CHUNK_TOKENS, Stage, Work
 from marlinctl.models import Architecture
 from marlinctl.opening import Opened
+from marlinctl.preflight import Looked
 from marlinctl.quantize.hessian import add_gram, mirror
 from marlinctl.quantize.types import Hessian
 from marlinctl.recipe import Recipe
 from marlinctl.stack import StackSolver
+from marlinctl.system.host import release_heap
 
 _SEED = 0
 _FORWARD_SHARE = 0.7  # of the rate of products that a forward pass through a block keeps
@@ -62,6 +64,20 @@ def rehearse(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return measured
+
+
+def probe_on(device: str, threads_asked: int | None) -> Callable[[Looked, Recipe, str], Rehearsed]:
+    """What `plan --probe` calls: one solve of each walk on the device that the run would take."""
+
+    def probe(looked: Looked, recipe: Recipe, dtype: str) -> Rehearsed:
+        place = torch.device(choose_device(device))
+        grow_segments(place)
+        with threads(threads_asked):
+            return rehearse(
+                looked.architecture, looked.plan.group_sizes, recipe, matches=looked.matches, device=place, dtype=getattr(torch, dtype)
+            )
+
+    return probe
 
 
 def rehearse_before(opened: Opened, recipe: Recipe, console: Console) -> None:

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from marlinctl import card, manifest, pattern, runtimes
 from marlinctl.checkpoint import formats, writer
 from marlinctl.checkpoint.contents import Contents, read_contents
+from marlinctl.checkpoint.durable import canonical
 from marlinctl.checkpoint.mask import Masks, open_masks
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.switches import without
@@ -347,7 +348,7 @@ def _finish(source: Source, contents: Contents, fmt: str, stage: writer.StagedCh
     if fmt != "dense":
         config["quantization_config"] = formats.quantization_config(fmt, source.info.layers, source.ignore, provenance(old))
     if fmt == "gptq":
-        stage.write_file("quantize_config.json", manifest.canonical(config["quantization_config"]))  # what old loaders read
+        stage.write_file("quantize_config.json", canonical(config["quantization_config"]))  # what old loaders read
     origin = {"format": source.info.name, "variant": source.info.variant, **_source_digest(source, contents)}
     earlier = _earlier_facts(source.checkpoint.folder)
     facts = {**earlier, "packed_from": origin, "format": fmt, **({"pattern": "2:4"} if source.origin else {})}

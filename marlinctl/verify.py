@@ -33,8 +33,8 @@ from marlinctl.checkpoint.targets import Entries
 from marlinctl.errors import BadInput, CheckFailed, MarlinctlError, NumericalProblem, Problem
 from marlinctl.folder import refuse_two_heads
 from marlinctl.kernel_check import KernelCheck, check_kernels, tiles
-from marlinctl.memory import available_memory
 from marlinctl.models import architecture
+from marlinctl.system.host import available_memory
 
 if TYPE_CHECKING:
     import torch

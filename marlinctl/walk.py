@@ -15,12 +15,12 @@ read; activations in flight are one chunk wide. A block's weights are read when 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from marlinctl.data.tokens import Tokens
 from marlinctl.errors import NumericalProblem
 from marlinctl.models import Architecture, Block, Branch, Experts
 from marlinctl.original import Original
@@ -47,14 +47,6 @@ SolveStage = Callable[[tuple[str, ...], Hessian, str], Mapping[str, Tensor]]
 
 # The output of a branch on a range of samples, [B, L, hidden] on the device.
 Output = Callable[[slice], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """Calibration as the model reads it. ids: [S, L] int64, right-padded; counted: [S, L] bool, False for padding and special tokens."""
-
-    ids: Tensor
-    counted: Tensor
 
 
 class Walk:

@@ -30,10 +30,10 @@ from marlinctl.checkpoint.header import read_header
 from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.console import Console
+from marlinctl.data.tokens import Tokens
 from marlinctl.errors import UsageError
 from marlinctl.journal import JOURNAL, JobFolder, sha256_of
 from marlinctl.solving import LayerRecord, Solving
-from marlinctl.walk import Tokens
 
 _CALIBRATION = "calibration.safetensors"
 _STATES_KEPT = 2

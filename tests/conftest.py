@@ -7,6 +7,7 @@ published figures need it and are skipped, with the reason, without it. Nothing 
 from __future__ import annotations
 
 import os
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import pytest
 
 # Before any test imports a hub client: no test may depend on the network.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+
+# nohup and some CI runners start programs with SIGHUP ignored, and children inherit that; the tests that send it want the usual action.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -166,7 +166,7 @@ class _Counter:
     def _lines(self, at: str) -> None:
         from marlinctl import journal, pipeline
         from marlinctl.checkpoint import durable
-        from marlinctl.checkpoint.model_files import temporary_name
+        from marlinctl.checkpoint.durable import temporary_name
         from marlinctl.distillation import job
 
         def double(real: Callable[..., None], appends: bool) -> Callable[..., None]:

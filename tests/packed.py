@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from marlinctl.checkpoint import formats, mask, reader, writer
-from marlinctl.manifest import canonical
+from marlinctl.checkpoint.durable import canonical
 from marlinctl.models import architecture
 from marlinctl.quantize.types import QuantizedLinear
 from marlinctl.sparsify.types import SparseQuantizedLinear
@@ -186,7 +186,7 @@ def remake_manifest(folder: Path) -> None:
     from marlinctl import manifest
 
     (folder / manifest.NAME).unlink(missing_ok=True)
-    (folder / manifest.NAME).write_bytes(manifest.canonical(manifest.build(folder, {})))
+    (folder / manifest.NAME).write_bytes(canonical(manifest.build(folder, {})))
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marlinctl import journal
-from marlinctl.checkpoint.model_files import temporary_name
+from marlinctl.checkpoint.durable import temporary_name
 from marlinctl.checkpoint.ownership import mark_job
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, NumericalProblem, ResourceProblem, UsageError

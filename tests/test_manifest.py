@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from marlinctl import manifest
-from marlinctl.checkpoint.model_files import temporary_name
+from marlinctl.checkpoint.durable import canonical, temporary_name
 from marlinctl.errors import CheckFailed
 
 
@@ -17,7 +17,7 @@ def folder(tmp_path: Path) -> Path:
     (out / "sub").mkdir(parents=True)
     for name in ("config.json", "model.safetensors", "tokenizer.json", "sub/template.jinja", "README.md", "run.log"):
         (out / name).write_text(f"contents of {name}")
-    (out / manifest.NAME).write_bytes(manifest.canonical(manifest.build(out, {"recipe_hash": "abc"})))
+    (out / manifest.NAME).write_bytes(canonical(manifest.build(out, {"recipe_hash": "abc"})))
     return out
 
 
@@ -50,7 +50,7 @@ def test_what_a_killed_rewrite_leaves_is_ignored_and_nothing_else(folder: Path) 
 def test_the_manifest_is_the_same_everywhere(folder: Path, tmp_path: Path) -> None:
     """Times, host names or paths in it would make equal models look different."""
     moved = folder.rename(tmp_path / "elsewhere")
-    again = manifest.canonical(manifest.build(moved, {"recipe_hash": "abc"}))
+    again = canonical(manifest.build(moved, {"recipe_hash": "abc"}))
     assert again == (moved / manifest.NAME).read_bytes()
     assert str(tmp_path).encode() not in again
 
@@ -82,15 +82,15 @@ def test_a_damaged_manifest_is_refused(folder: Path, text: str) -> None:
 
 def test_canonical_json_has_one_spelling() -> None:
     """Equal documents must be equal bytes, and NaN is no JSON."""
-    assert manifest.canonical({"b": 1, "a": "ü"}) == manifest.canonical(json.loads('{"a": "\\u00fc", "b": 1}'))
+    assert canonical({"b": 1, "a": "ü"}) == canonical(json.loads('{"a": "\\u00fc", "b": 1}'))
     with pytest.raises(ValueError):
-        manifest.canonical({"x": float("nan")})
+        canonical({"x": float("nan")})
 
 
 def test_what_a_folder_was_made_from(folder: Path) -> None:
     """The chain from a distilled model back to its original would break at the first folder that was quantized from another."""
     facts = {"source": {"name": "student"}, "teacher": {"name": "original"}, "recipe": {"sha256": "1"}}
-    (folder / manifest.NAME).write_bytes(manifest.canonical(manifest.build(folder, facts)))
+    (folder / manifest.NAME).write_bytes(canonical(manifest.build(folder, facts)))
     assert manifest.made_from(folder) == {"source": {"name": "student"}, "teacher": {"name": "original"}}
 
 
@@ -106,5 +106,5 @@ def test_a_manifest_that_cannot_be_used_tells_nothing(folder: Path, damage: str)
 def test_a_path_that_is_no_utf8_is_written_and_read_again() -> None:
     """A job on a folder whose name has bytes of another encoding ended in a traceback."""
     document = {"model": os.fsdecode(b"mod\xe8le"), "other": "modèle"}
-    data = manifest.canonical(document)
+    data = canonical(document)
     assert "modèle".encode() in data and json.loads(data) == document

@@ -9,20 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from marlinctl.memory import (
-    Stage,
-    Work,
-    available_memory,
-    predicted_device_peak,
-    predicted_distillation,
-    predicted_peak,
-    stages,
-    trained_weights,
-)
+from marlinctl.memory import Stage, Work, predicted_device_peak, predicted_distillation, predicted_peak, stages, trained_weights
 from marlinctl.models import Architecture, architecture
 from marlinctl.quantize import solver
 from marlinctl.recipe import load_recipe, resolve
 from marlinctl.sparsify import sparsegpt
+from marlinctl.system.host import available_memory
 from tests.test_architecture import ROOT
 from tests.tiny import tiny_config
 

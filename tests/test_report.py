@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from marlinctl.checkpoint.model_files import temporary_name
+from marlinctl.checkpoint.durable import temporary_name
 from marlinctl.cli import main
 from marlinctl.repack import repack
 from tests.pages import documents

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
+from marlinctl.data.tokens import Tokens
 from marlinctl.models import FAMILIES, Architecture, Branch, Experts, architecture
 from marlinctl.original import Original
 from marlinctl.quantize.types import Hessian
 from marlinctl.scratch import Scratch
 from marlinctl.skeleton import build as build_skeleton
-from marlinctl.walk import Tokens, Walk
+from marlinctl.walk import Walk
 from tests import zoo
 
 SAMPLES, LENGTH = 5, 24

@@ -14,11 +14,10 @@ until somebody has looked at what it means.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from marlinctl.checkpoint.files import shown
+from marlinctl.checkpoint.files import brief, shown
 from marlinctl.errors import Problem
 
 
@@ -186,8 +185,3 @@ def reason(block: Mapping[str, object], known: Mapping[str, _Key]) -> str | None
         if not known[key].fits(value):
             return f"{key} {brief(value)}: {known[key].why or 'not a value that is read'}"
     return None
-
-
-def brief(value: object) -> str:
-    """A value as JSON, short."""
-    return shown(json.dumps(value, default=str), 80)

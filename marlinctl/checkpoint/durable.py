@@ -17,6 +17,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,14 +27,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl import manifest as manifests
-from marlinctl.checkpoint.model_files import temporary_name
 from marlinctl.errors import ResourceProblem
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _CHUNK = 64 << 20
+_TEMPORARY = re.compile(r"\.marlinctl-[0-9a-f]{16}\.part")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _WIDTHS |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
@@ -49,6 +50,24 @@ class Entry:
     data: Callable[[], memoryview]
 
 
+def temporary_name() -> str:
+    """A name for a file that is being written. A run that is killed leaves it behind; no loader takes it for anything."""
+    return f".marlinctl-{secrets.token_hex(8)}.part"
+
+
+def is_temporary(name: str) -> bool:
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def canonical(document: Mapping[str, Any], *, finite: bool = True) -> bytes:
+    """JSON with one spelling: equal documents are equal bytes. ValueError for NaN and infinity, unless it need not be `finite`.
+
+    A path whose bytes are no UTF-8 is half of a surrogate pair to Python; JSON spells that \\udcff.
+    """
+    text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=not finite) + "\n"
+    return text.encode("utf-8", "backslashreplace")
+
+
 def write_tensors(target: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file that is no part of a checkpoint: there as a whole, on the disk, or not at all."""
     entries = [tensor_entry(name, tensor) for name, tensor in tensors.items()]
@@ -59,7 +78,7 @@ def write_tensors(target: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def write_document(target: Path, document: Mapping[str, Any]) -> None:
     """The same for a JSON document."""
-    write_bytes(target, manifests.canonical(document))
+    write_bytes(target, canonical(document))
 
 
 def write_bytes(target: Path, data: bytes) -> None:

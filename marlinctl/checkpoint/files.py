@@ -53,6 +53,11 @@ def shown(text: str, limit: int = 200) -> str:
     return printable(text if len(text) <= limit else text[:limit] + "...", one_line=True)
 
 
+def brief(value: object) -> str:
+    """A value as JSON, short."""
+    return shown(json.dumps(value, default=str), 80)
+
+
 def member(folder: Path, name: str) -> Path:
     """The real path of `name` inside `folder`, after following links, or FileRefused. Nothing is opened."""
     where = folder / name.replace("\0", "\\0")

@@ -35,6 +35,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint import blocks
+from marlinctl.checkpoint.files import brief
 from marlinctl.checkpoint.targets import Entries, GroupOf, name_patterns, with_fused_names
 from marlinctl.errors import BadInput, Problem
 from marlinctl.patterns import Expressions
@@ -336,7 +337,7 @@ def _strange_rules(dynamic: Mapping[str, Any]) -> list[Problem]:
         if isinstance(rule, Mapping):
             problems += blocks.strange(rule, blocks.GPTQ_RULE, path)
         else:
-            what = f"the rule is {blocks.brief(rule)}, not an object"
+            what = f"the rule is {brief(rule)}, not an object"
             problems.append(Problem(what, f"config.json: {path}", "restore it from the original"))
     return problems
 

@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from marlinctl.checkpoint.config import TOKENIZER_FILES
 from marlinctl.checkpoint.files import FileRefused, exists, read_json, shown
 from marlinctl.checkpoint.header import MAX_HEADER_BYTES
+from marlinctl.checkpoint.tokenizer_files import TOKENIZER_FILES
 from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, MarlinctlError, ResourceProblem, UsageError
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import secrets
 from pathlib import Path
 
 # What travels with the weights. Never weights, never code, never a README (the card is new).
@@ -34,8 +33,6 @@ _MODEL = re.compile(
     rf"|run\.log|{COMPANION_FOLDER}/[^/]+\.jinja|original/(consolidated[\w.-]*\.(pth|safetensors)|params\.json|tokenizer\.model)"
 )
 
-_TEMPORARY = re.compile(r"\.marlinctl-[0-9a-f]{16}\.part")
-
 
 def is_companion(name: str) -> bool:
     return name in _COMPANION_NAMES or name.endswith(_COMPANION_ENDS) or (name.startswith(_COMPANION_STARTS) and not name.endswith(".py"))
@@ -56,12 +53,3 @@ def is_weights(name: str) -> bool:
 def is_model_file(name: str) -> bool:
     """Whether a file of that name, a posix path relative to the folder, is one that model folders hold."""
     return _MODEL.fullmatch(name) is not None or ("/" not in name and is_companion(name))
-
-
-def temporary_name() -> str:
-    """A name for a file that is being written (durable.py). A run that is killed leaves it behind; no loader takes it for anything."""
-    return f".marlinctl-{secrets.token_hex(8)}.part"
-
-
-def is_temporary(name: str) -> bool:
-    return _TEMPORARY.fullmatch(name) is not None

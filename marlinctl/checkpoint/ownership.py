@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from marlinctl import manifest
-from marlinctl.checkpoint.durable import sync_folder, write_document
+from marlinctl.checkpoint.durable import is_temporary, sync_folder, write_document
 from marlinctl.checkpoint.files import FileRefused, read_json, shown
-from marlinctl.checkpoint.model_files import SUBFOLDERS, is_model_file, is_temporary, is_weights
+from marlinctl.checkpoint.model_files import SUBFOLDERS, is_model_file, is_weights
 from marlinctl.errors import UsageError
 
 JOB_MARKER = "marlinctl_job.json"

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from marlinctl.checkpoint.durable import temporary_name
 from marlinctl.checkpoint.hub import fetch, require_hub_id
-from marlinctl.checkpoint.model_files import temporary_name
 from marlinctl.errors import BadInput, EnvironmentProblem, UsageError
 
 if TYPE_CHECKING:

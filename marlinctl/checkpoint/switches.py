@@ -20,8 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from marlinctl.checkpoint.blocks import brief
-from marlinctl.checkpoint.files import FileRefused, exists, parse_json, read_json, refuse_deep, shown
+from marlinctl.checkpoint.files import FileRefused, brief, exists, parse_json, read_json, refuse_deep, shown
 from marlinctl.errors import BadInput
 
 CODE = "auto_map"

@@ -28,6 +28,7 @@ from marlinctl.checkpoint import mask as masks
 from marlinctl.checkpoint.durable import (
     FULL,
     Entry,
+    canonical,
     disk_full,
     disk_problems,
     in_file_order,
@@ -255,8 +256,8 @@ class StagedCheckpoint:
         self._finish_masks()
         for name, data in report_files.items():
             self.write_file(name, data)
-        self.write_file("config.json", manifests.canonical(config, finite=False))  # limits of a list may be infinite
-        self.write_file(manifests.NAME, manifests.canonical(manifests.build(self.path, manifest)))
+        self.write_file("config.json", canonical(config, finite=False))  # limits of a list may be infinite
+        self.write_file(manifests.NAME, canonical(manifests.build(self.path, manifest)))
         with disk_problems(self.path):
             for folder, _, _ in os.walk(self.path):
                 sync_folder(Path(folder))
@@ -292,7 +293,7 @@ class StagedCheckpoint:
             weight_map |= {entry.name: final for entry in shard}
         total = sum(entry.size for shard in self._shards for entry in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        self.write_file(f"{self.stem}.safetensors.index.json", manifests.canonical(index))
+        self.write_file(f"{self.stem}.safetensors.index.json", canonical(index))
 
 
 def _no_data() -> memoryview:

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from marlinctl.checks.driver import OLDEST_DRIVER, Driver, find_driver, no_gpu
+from marlinctl.checks.driver import gpu as missing_gpu
 from marlinctl.checks.places import shared_memory
 from marlinctl.checks.result import Check
+from marlinctl.system.driver import OLDEST_DRIVER, Driver, find_driver, no_gpu
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,7 @@ def main() -> None:
     _started("gpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
-        _told(no_gpu(find_driver(), torch.version.cuda or None, os.environ.get("CUDA_VISIBLE_DEVICES")))
+        _told(missing_gpu(no_gpu(find_driver(), torch.version.cuda or None, os.environ.get("CUDA_VISIBLE_DEVICES"))))
     for index in range(count):
         _told(gpu(index))
     for check in shared_memory(count):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from marlinctl.checkpoint.model_files import temporary_name
+from marlinctl.checkpoint.durable import temporary_name
 from marlinctl.checks.result import Check
 
 GIB = 2**30

@@ -27,6 +27,7 @@ from click.core import ParameterSource
 from marlinctl.console import Console
 from marlinctl.errors import EnvironmentProblem
 
+COMPLETION_VARIABLE = "_MARLINCTL_COMPLETE"  # click's protocol: a shell sets it to ask what may follow
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from marlinctl.commands.common import common_options
+from marlinctl.commands.common import COMPLETION_VARIABLE, common_options
 from marlinctl.console import Console
 
 
@@ -25,9 +25,7 @@ def command(console: Console, shell: str) -> None:
     """
     from click.shell_completion import get_completion_class
 
-    from marlinctl.cli import COMPLETION_VARIABLE, marlinctl
-
     found = get_completion_class(shell)
     assert found is not None  # click knows the three
-    script = found(marlinctl, {}, "marlinctl", COMPLETION_VARIABLE).source().strip()
+    script = found(click.get_current_context().find_root().command, {}, "marlinctl", COMPLETION_VARIABLE).source().strip()
     console.result(script, {"shell": shell, "script": script})

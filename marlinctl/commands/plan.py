@@ -6,7 +6,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,9 @@ from marlinctl.commands.evaluation_flags import chosen_measuring, measuring_flag
 from marlinctl.commands.recipe_flags import chosen_recipe, plan_flags, recipe_flags, refuse_unknown_dtype, size_in_bytes
 from marlinctl.console import Console
 from marlinctl.errors import CheckFailed
+
+if TYPE_CHECKING:
+    from marlinctl.planning import Probe
 
 
 @click.command("plan")
@@ -69,13 +72,19 @@ def command(
         module_map=values["module_map"],
         task_data=task_data,
         files_are_here=True,
-        probe=probe,
+        probe=_probe(values["device"], values["threads"]) if probe else None,
     )
     with _without_collection():
         document = make_plan(model, recipe, settings, console)
     console.result(table(document), document)
     if not document["fits"]:
         click.get_current_context().exit(CheckFailed.exit_code)
+
+
+def _probe(device: str, threads: int | None) -> Probe:
+    from marlinctl.rehearsal import probe_on
+
+    return probe_on(device, threads)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from marlinctl.console import Console
 from marlinctl.distillation.processes import Processes
 from marlinctl.errors import CheckFailed, Problem
-from marlinctl.memory import available_memory
+from marlinctl.system.host import available_memory
 
 _TOKENS = 256  # of the row that is compared
 _ROOM = 0.9  # of the free memory, for the weights; the rest is for activations

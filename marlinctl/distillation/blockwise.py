@@ -21,18 +21,19 @@ from torch import Tensor, nn
 
 from marlinctl.checkpoint.reader import torch_dtype
 from marlinctl.console import Console, Progress, duration
+from marlinctl.data.tokens import Tokens
 from marlinctl.distillation.job import DistillJob, State
 from marlinctl.distillation.loop import LOG_EVERY, learning_rate, make_optimizer, not_finite, training_facts
 from marlinctl.distillation.opening import Model, Opened
 from marlinctl.distillation.places import Place, assemble, block_places, by_parameter, trained_places
 from marlinctl.distillation.rows import Rows, rows_of_step
-from marlinctl.distillation.settings import rows_per_step, steps_of
 from marlinctl.models import Block
 from marlinctl.recipe import Distill
 from marlinctl.scratch import FileTensor, Scratch
 from marlinctl.skeleton import build, drop_parameters, set_parameter
 from marlinctl.stopping import Stopping
-from marlinctl.walk import Tokens, Walk
+from marlinctl.training_settings import rows_per_step, steps_of
+from marlinctl.walk import Walk
 
 EMBEDDED_TOGETHER = 64  # rows
 _MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -25,12 +25,12 @@ from marlinctl.distillation.job import DistillJob, State
 from marlinctl.distillation.losses import NAMES, Weights, loss_sums
 from marlinctl.distillation.processes import Processes, local, whole
 from marlinctl.distillation.rows import Rows, rows_of_step
-from marlinctl.distillation.settings import rows_per_step, steps_of
 from marlinctl.distillation.student import Student
 from marlinctl.distillation.teacher import Teacher
 from marlinctl.errors import NumericalProblem
 from marlinctl.recipe import Distill
 from marlinctl.stopping import Stopping
+from marlinctl.training_settings import rows_per_step, steps_of
 
 BETAS = (0.9, 0.999)
 LOG_EVERY = 10  # steps

@@ -23,9 +23,9 @@ from torch import Tensor
 from marlinctl import findings
 from marlinctl.calibration import load_tokenizer, read_samples, write_samples
 from marlinctl.console import Console
-from marlinctl.distillation.settings import HELD_OUT_SHARE, held_out_rows, rows_per_step, steps_of
 from marlinctl.errors import BadInput
 from marlinctl.recipe import Calibration, Distill
+from marlinctl.training_settings import HELD_OUT_SHARE, held_out_rows, rows_per_step, steps_of
 
 SELF_TOGETHER = 128  # rows that the teacher writes at a time
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl.checkpoint.config import positions, stray_tokens
+from marlinctl.checkpoint.config import positions
+from marlinctl.checkpoint.tokenizer_files import stray_tokens
 from marlinctl.devices import cpu_has_bf16
 from marlinctl.errors import BadInput, UsageError
 from marlinctl.evaluation.settings import DTYPES

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from marlinctl.data.tokens import first_ids
 from marlinctl.errors import BadInput, UsageError
 from marlinctl.evaluation.settings import EvalSettings, refuse_longer
 
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
 
     from marlinctl.evaluation.loading import Subject
     from marlinctl.texts import Text
-
-FIRST_CHARACTERS_PER_TOKEN = 8  # English has some 4.5; more is read when that was too little
-MOST_CHARACTERS_PER_TOKEN = 64  # a text that has more of them is hardly one: what it has by then is all that is used
-SLACK = 64  # tokens beyond the last one used: where the text is cut, the last word may be tokenized differently
 
 
 def window_start(tokenizer: Any, model_type: str) -> int | None:
@@ -73,16 +70,3 @@ def cut_windows(text: Text, tokenizer: Any, *, tokens: int, window: int, start: 
     count = min(count, len(ids) // body)
     rows = torch.tensor(ids[: count * body], dtype=torch.int64).reshape(count, body)
     return rows if start is None else torch.cat([torch.full((count, 1), start, dtype=torch.int64), rows], dim=1)
-
-
-def first_ids(text: str, tokenizer: Any, wanted: int) -> list[int]:
-    """At least `wanted` ids from the start of the text, or all that there are; without tokenizing a gigabyte for 20,480 of them."""
-    from marlinctl.calibration import token_ids
-
-    characters = wanted * FIRST_CHARACTERS_PER_TOKEN
-    most = max(wanted * MOST_CHARACTERS_PER_TOKEN, 1 << 16)
-    while True:
-        ids = token_ids(tokenizer, text[:characters])
-        if characters >= min(most, len(text)) or len(ids) >= wanted + SLACK:
-            return ids
-        characters *= 4

@@ -98,7 +98,7 @@ def _digests(source: Mapping[str, Any]) -> list[tuple[str, Cell]]:
     """One name for everything that was read: the digest of the fingerprint, whose parts are in the manifest."""
     import hashlib
 
-    from marlinctl.manifest import canonical
+    from marlinctl.checkpoint.durable import canonical
 
     fingerprint = source.get("fingerprint")
     return [("SHA-256 of its fingerprint", Name(hashlib.sha256(canonical(fingerprint)).hexdigest()))] if fingerprint else []

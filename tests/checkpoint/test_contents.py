@@ -15,6 +15,7 @@ from marlinctl import manifest
 from marlinctl.checkpoint import contents as subject
 from marlinctl.checkpoint import mask
 from marlinctl.checkpoint.contents import Contents, Noted, read_contents
+from marlinctl.checkpoint.durable import canonical
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.console import Console
 from marlinctl.errors import BadInput
@@ -108,7 +109,7 @@ def test_digests_are_those_of_the_files_and_each_byte_is_read_once(
 def test_known_digests_come_before_what_the_weights_are(tmp_path: Path) -> None:
     """A NaN that a damaged disk has made would be called a training that diverged."""
     folder = make_tiny(tmp_path / "model", shards=SHARDS)
-    (folder / manifest.NAME).write_bytes(manifest.canonical(manifest.build(folder, {})))
+    (folder / manifest.NAME).write_bytes(canonical(manifest.build(folder, {})))
     with open_checkpoint(folder) as checkpoint:
         assert check_known_digests(checkpoint, read_contents(checkpoint, QUIET)) == SHARDS
         info = next(info for info in checkpoint.tensors.values() if info.file.name == SECOND)

@@ -26,12 +26,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from marlinctl.checkpoint import gguf as ours
-from marlinctl.checkpoint.config import check_tokenizer
 from marlinctl.checkpoint.gguf_header import read_gguf_header
 from marlinctl.checkpoint.gguf_model import FAMILIES, PlannedTensor, llama3_factors, plan_model
 from marlinctl.checkpoint.gguf_tokenizer import tokenizer_files
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.source import resolve_model
+from marlinctl.checkpoint.tokenizer_files import check_tokenizer
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, MarlinctlError, NumericalProblem, UsageError
 from tests.tiny import tiny_tokenizer

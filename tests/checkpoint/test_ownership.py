@@ -11,8 +11,9 @@ import pytest
 
 from marlinctl import manifest
 from marlinctl.checkpoint import ownership
+from marlinctl.checkpoint.durable import canonical, is_temporary, temporary_name
 from marlinctl.checkpoint.formats import WRITABLE
-from marlinctl.checkpoint.model_files import is_companion, is_model_file, is_temporary, temporary_name
+from marlinctl.checkpoint.model_files import is_companion, is_model_file
 from marlinctl.errors import UsageError
 
 REQUEST = {"format": 1, "verb": "quantize", "arguments": {}, "folder": "/"}
@@ -51,7 +52,7 @@ def model(path: Path) -> Path:
 
 def published(path: Path) -> Path:
     model(path)
-    (path / manifest.NAME).write_bytes(manifest.canonical(manifest.build(path, {})))
+    (path / manifest.NAME).write_bytes(canonical(manifest.build(path, {})))
     (path / "marlinctl_report.html").write_text("x")
     (path / temporary_name()).write_text("half")
     return path
@@ -182,7 +183,7 @@ def test_a_manifest_cannot_make_anything_a_part_of_a_model(tmp_path: Path) -> No
     """A manifest is a file that anybody can write: a repository could name its own sources in it."""
     folder = published(tmp_path / "out")
     (folder / "thesis.tex").write_text("mine")
-    (folder / manifest.NAME).write_bytes(manifest.canonical(manifest.build(folder, {})))
+    (folder / manifest.NAME).write_bytes(canonical(manifest.build(folder, {})))
     assert "thesis.tex" in json.loads((folder / manifest.NAME).read_text())["files"]
     assert ownership.strangers_in_output(folder) == ["thesis.tex"]
 

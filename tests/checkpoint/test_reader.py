@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from marlinctl.checkpoint import mask, reader
-from marlinctl.checkpoint.config import check_tokenizer
 from marlinctl.checkpoint.contents import read_contents
 from marlinctl.checkpoint.header import read_header
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.checkpoint.switches import check_switches
+from marlinctl.checkpoint.tokenizer_files import check_tokenizer
 from marlinctl.console import Console
 from marlinctl.errors import BadInput, MarlinctlError
 from marlinctl.folder import examine

@@ -10,9 +10,9 @@ import torch
 
 from marlinctl import kernel_check
 from marlinctl.checks import computing
-from marlinctl.checks.driver import Driver, find_driver
 from marlinctl.kernels import jit
 from marlinctl.pack import marlin, sparse_marlin
+from marlinctl.system.driver import Driver, find_driver
 
 H200 = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=139 * 2**30)
 NEW = Driver(True, "999.1", (99, 0))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from marlinctl.checks.driver import Driver, driver, find_driver, no_gpu
+from marlinctl.checks.driver import driver, gpu
+from marlinctl.system.driver import Driver, find_driver, no_gpu
 
 NONE = "libmarlinctl-none.so.1"
 
@@ -91,7 +92,7 @@ def test_what_is_said(found: Driver, status: str, said: str) -> None:
 )
 def test_why_there_is_no_gpu(found: Driver, built_for: str | None, visible: str | None, status: str, said: str) -> None:
     """If this failed, the reason would be guessed wrong, and the cure would be for another illness."""
-    check = no_gpu(found, built_for, visible)
+    check = gpu(no_gpu(found, built_for, visible))
     assert check.status == status and said in check.found
     if "535" in said:
         assert "580" in check.cure

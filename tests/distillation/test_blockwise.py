@@ -139,7 +139,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(place: Path, tmp_path: Path, mo
 
 def test_several_processes_are_refused() -> None:
     """They would all train the same block and overwrite each other's files."""
-    from marlinctl.distillation.settings import check_settings
+    from marlinctl.training_settings import check_settings
 
     with pytest.raises(UsageError, match="for one process"):
         check_settings(recipe("self", mode="blockwise").distill, 2)

@@ -143,7 +143,7 @@ def test_an_error_is_told_once(place: Path, tmp_path: Path) -> None:
 
 def test_rows_that_cannot_be_shared_equally_are_refused(place: Path) -> None:
     """One process with fewer rows would wait for ever in the other's collective."""
-    from marlinctl.distillation.settings import check_sizes
+    from marlinctl.training_settings import check_sizes
     from tests.distillation.runs import recipe
 
     with pytest.raises(UsageError) as caught:

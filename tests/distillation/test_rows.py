@@ -12,8 +12,8 @@ import torch
 from marlinctl.calibration import load_tokenizer
 from marlinctl.console import Console
 from marlinctl.distillation.rows import Rows, load_rows, rows_of_step
-from marlinctl.distillation.settings import rows_per_step, steps_of
 from marlinctl.recipe import Distill
+from marlinctl.training_settings import rows_per_step, steps_of
 from tests.distillation.runs import recipe, write_text
 from tests.tiny import make_tiny
 
