@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def config(chosen: argparse.Namespace) -> dict[str, object]:
-    from marlinctl.checkpoint.formats import quantization_config
+    from marlinctl.checkpoint.formats.registry import quantization_config
 
     layers = {f"model.layers.{i}.{name}": chosen.group_size for i in range(chosen.blocks) for name in LINEARS}
     return {

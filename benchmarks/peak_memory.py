@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from marlinctl.memory import BASE_ON_DEVICE
+from marlinctl.planning.memory import BASE_ON_DEVICE
 
 VOCABULARY = 4096
 TOLERANCE = 0.15

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl.console import Console
+from marlinctl.system.console import Console
 
 if TYPE_CHECKING:
     import torch
@@ -40,9 +40,9 @@ def quantize(
 
     `options` are keys of the recipe (group_size=64, samples=256, source="mine.jsonl"); they win over the recipe.
     """
-    from marlinctl.job import run_job
-    from marlinctl.opening import Options
-    from marlinctl.recipe import load_recipe, resolve, with_sections
+    from marlinctl.oneshot.open import Options
+    from marlinctl.oneshot.run import run_job
+    from marlinctl.recipes.schema import load_recipe, resolve, with_sections
 
     resolved, _ = resolve(load_recipe(recipe), with_sections(options))
     settings = Options(revision=revision, device=device, overwrite=overwrite, command="marlinctl.api.quantize")
@@ -65,9 +65,9 @@ def sparsify(
 
     `options` are keys of the recipe (method="wanda", match=0.5); they win over the recipe. Nothing is measured; `marlinctl eval` does.
     """
-    from marlinctl.job import run_job
-    from marlinctl.opening import Options
-    from marlinctl.recipe import load_recipe, resolve, with_sections
+    from marlinctl.oneshot.open import Options
+    from marlinctl.oneshot.run import run_job
+    from marlinctl.recipes.schema import load_recipe, resolve, with_sections
 
     resolved, _ = resolve(load_recipe(recipe), with_sections({"pattern": "2:4", **options, "bits": bits}))
     settings = Options(revision=revision, device=device, overwrite=overwrite, command="marlinctl.api.sparsify")
@@ -77,7 +77,7 @@ def sparsify(
 
 def pack(source: str | Path, out: str | Path, *, format: str, also: Sequence[str] = (), overwrite: bool = False) -> list[Path]:
     """Write a 4-bit folder in another format (ct, gptq, marlin, marlin_24, dense), exactly. Returns `out` and each OUT-<format>."""
-    from marlinctl.repack import repack
+    from marlinctl.convert.repack import repack
 
     written = repack(Path(source), Path(out), format=format, also=also, overwrite=overwrite, console=Console.quiet())
     return [Path(entry["folder"]) for entry in written["outputs"]]
@@ -87,9 +87,9 @@ def load(model: str | Path, *, dtype: torch.dtype | None = None, device: str = "
     """A transformers model in eval mode: packed weights are dequantized on the way in. `dtype` defaults to float32."""
     import torch
 
+    from marlinctl.checkpoint.folder import open_folder
     from marlinctl.checkpoint.source import resolve_model
-    from marlinctl.folder import open_folder
-    from marlinctl.load import load_dense
+    from marlinctl.checkpoint.transformers_model import load_dense
 
     source = resolve_model(str(model), revision=revision, cache_dir=None, offline=False, console=Console.quiet())
     with open_folder(source.folder):

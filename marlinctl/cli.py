@@ -33,9 +33,9 @@ import click
 
 from marlinctl import __version__
 from marlinctl.commands.common import COMPLETION_VARIABLE, add_common_options
-from marlinctl.console import Console
 from marlinctl.errors import BadInput, EnvironmentProblem, MarlinctlError, ResourceProblem, UsageError
-from marlinctl.log import printable, visible_streams
+from marlinctl.system.console import Console
+from marlinctl.system.log import printable, visible_streams
 
 VERBS = {
     "compress": "Quantize, pack, verify and evaluate a model in one go.",

@@ -20,30 +20,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from marlinctl import manifest
+from marlinctl.checkpoint import manifest
 from marlinctl.checkpoint.contents import read_contents
-from marlinctl.checkpoint.durable import canonical, write_bytes, write_document
-from marlinctl.checkpoint.formats import detect
+from marlinctl.checkpoint.folder import examine
+from marlinctl.checkpoint.formats.registry import detect
+from marlinctl.checkpoint.manifest import check as check_manifest
 from marlinctl.checkpoint.ownership import leave_results
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import check_output, keep_rejected
-from marlinctl.console import Console
+from marlinctl.convert.repack import repack
+from marlinctl.data.text import names_a_file
 from marlinctl.distillation.rows import load_rows
 from marlinctl.errors import GateRefused
+from marlinctl.evaluation.gate import Gate, Measurement
 from marlinctl.evaluation.settings import EvalSettings
-from marlinctl.folder import examine
-from marlinctl.gate import Gate, Measurement
-from marlinctl.job import published_report, run_job, versions
-from marlinctl.journal import JOB, JobFolder, Place, Request, sha256_of
-from marlinctl.manifest import check as check_manifest
-from marlinctl.opening import Options, check_request
-from marlinctl.pages.files import report_files
-from marlinctl.preflight import check_lengths
-from marlinctl.recipe import Recipe, divided, recipe_hash
-from marlinctl.repack import repack
-from marlinctl.texts import names_a_file
-from marlinctl.verify import verify
+from marlinctl.jobs.journal import JOB, JobFolder, Place, Request, sha256_of
+from marlinctl.oneshot.open import Options, check_request
+from marlinctl.oneshot.run import published_report, run_job, versions
+from marlinctl.planning.preflight import check_lengths
+from marlinctl.recipes.schema import Recipe, divided, recipe_hash
+from marlinctl.report.files import report_files
+from marlinctl.system.atomic import canonical, write_bytes, write_document
+from marlinctl.system.console import Console
+from marlinctl.verify.run import verify
 
 
 class _CompressJob(JobFolder):
@@ -201,7 +201,7 @@ def _interchange(model: str, source: Source, work: Path, recipe: Recipe, options
     parts, formats = divided(recipe), recipe.pack.formats
     if parts is None:
         return _stage(work / "ct", options, lambda inner: run_job(model, work / "ct", recipe, inner, console, published=formats)[0])
-    from marlinctl.distill import run_distill
+    from marlinctl.distillation.run import run_distill
 
     pruning, quantizing = parts
     pruned_at, distilled_at = work / "pruned", work / "distilled"

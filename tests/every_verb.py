@@ -97,7 +97,7 @@ def furnish(root: Path) -> Path:
     """One of every kind of file that a verb reads, small."""
     from marlinctl.benchmarking.documents import write_document
     from tests.benchmarking.figures import made_up
-    from tests.checkpoint.test_gguf import write_model
+    from tests.checkpoint.gguf.test_gguf import write_model
 
     root.mkdir(parents=True)
     make_tiny(root / "dense", shards=2, **SIZES)

@@ -35,8 +35,8 @@ def checkpoint(folder: Path, data: bytes) -> bool:
     """Whether the folder was accepted. The first byte says which file the rest is; the others are good."""
     from marlinctl.checkpoint.contents import read_contents
     from marlinctl.checkpoint.reader import open_checkpoint
-    from marlinctl.console import Console
     from marlinctl.errors import BadInput, NumericalProblem
+    from marlinctl.system.console import Console
     from tests.faults.checkpoints import INDEX
 
     kind, rest = (data[0] % 4 if data else 0), data[1:]
@@ -73,7 +73,7 @@ def packed(folder: Path, data: bytes) -> bool:
     """Whether the linear was accepted. Four bytes choose format, group size and shape; then changes of those; the rest are the words."""
     import torch
 
-    from marlinctl.checkpoint.formats import detect, linear_shapes, linear_tensors, quantization_config, read_parts
+    from marlinctl.checkpoint.formats.registry import detect, linear_shapes, linear_tensors, quantization_config, read_parts
     from marlinctl.checkpoint.reader import open_checkpoint
     from marlinctl.errors import BadInput
 
@@ -165,7 +165,7 @@ def main() -> None:
     target = TARGETS[sys.argv[1]]
     with atheris.instrument_imports(include=["marlinctl"]):
         import marlinctl.checkpoint.finite
-        import marlinctl.checkpoint.formats
+        import marlinctl.checkpoint.formats.registry
         import marlinctl.checkpoint.reader
         import marlinctl.pack.interchange
         import marlinctl.pack.sparse_marlin  # noqa: F401

@@ -88,9 +88,9 @@ def _serve() -> None:
 
     import marlinctl.commands.compress
     import marlinctl.commands.resume
-    import marlinctl.distill
-    import marlinctl.evaluate
-    import marlinctl.pipeline  # noqa: F401
+    import marlinctl.compress
+    import marlinctl.distillation.run
+    import marlinctl.evaluation.run  # noqa: F401
 
     torch.set_num_threads(1)  # a fork has no threads but its own
     answers = os.fdopen(os.dup(1), "w")
@@ -164,10 +164,11 @@ class _Counter:
         yield
 
     def _lines(self, at: str) -> None:
-        from marlinctl import journal, pipeline
-        from marlinctl.checkpoint import durable
-        from marlinctl.checkpoint.durable import temporary_name
-        from marlinctl.distillation import job
+        from marlinctl import compress
+        from marlinctl.distillation import state as job
+        from marlinctl.jobs import journal
+        from marlinctl.system import atomic
+        from marlinctl.system.atomic import temporary_name
 
         def double(real: Callable[..., None], appends: bool) -> Callable[..., None]:
             def write(target: Path, document: Any) -> None:
@@ -185,9 +186,9 @@ class _Counter:
 
             return write
 
-        journal.append_line = double(durable.append_line, True)  # type: ignore[attr-defined]
-        document = double(durable.write_document, False)
-        for module in (journal, pipeline, job):
+        journal.append_line = double(atomic.append_line, True)  # type: ignore[attr-defined]
+        document = double(atomic.write_document, False)
+        for module in (journal, compress, job):
             module.write_document = document  # type: ignore[attr-defined]
 
     def _killing(self, real: Callable[..., Any]) -> Callable[..., Any]:

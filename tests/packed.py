@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from marlinctl.checkpoint import formats, mask, reader, writer
-from marlinctl.checkpoint.durable import canonical
-from marlinctl.models import architecture
+from marlinctl.checkpoint import mask, reader, writer
+from marlinctl.checkpoint.formats import registry
+from marlinctl.models.architectures import architecture
 from marlinctl.quantize.types import QuantizedLinear
 from marlinctl.sparsify.types import SparseQuantizedLinear
+from marlinctl.system.atomic import canonical
 
 
 def rtn(weight: Tensor, group_size: int) -> QuantizedLinear:
@@ -53,11 +54,11 @@ def make_packed(
     sizes = {name: (overrides or {}).get(name, group_size) for name in names}
     codes = {name: prune(name, rtn(checkpoint.read(f"{name}.weight"), size)) for name, size in sizes.items()}
     rest = [name for name in checkpoint.tensors if name.removesuffix(".weight") not in codes]
-    ignore = formats.sixteen_bit_linears({name: checkpoint.tensors[name].shape for name in rest}, names)
-    config = {**checkpoint.config, "quantization_config": formats.quantization_config(fmt, sizes, ignore, {"version": "test"})}
+    ignore = registry.sixteen_bit_linears({name: checkpoint.tensors[name].shape for name in rest}, names)
+    config = {**checkpoint.config, "quantization_config": registry.quantization_config(fmt, sizes, ignore, {"version": "test"})}
     edit_config(config)
     with writer.StagedCheckpoint(out, overwrite=False, fmt=fmt) as stage:
-        stage.write_shard({k: v for name, q in codes.items() for k, v in formats.linear_tensors(fmt, name, q).items()})
+        stage.write_shard({k: v for name, q in codes.items() for k, v in registry.linear_tensors(fmt, name, q).items()})
         stage.copy_tensors(checkpoint, rest)
         stage.copy_companions(source)
         for name, keep in (masks or {}).items():
@@ -183,7 +184,7 @@ def edit_masks(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None
 
 def remake_manifest(folder: Path) -> None:
     """As if the damage had happened before publishing: digests agree with the damaged files."""
-    from marlinctl import manifest
+    from marlinctl.checkpoint import manifest
 
     (folder / manifest.NAME).unlink(missing_ok=True)
     (folder / manifest.NAME).write_bytes(canonical(manifest.build(folder, {})))

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from marlinctl.checkpoint import formats
+from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.mask import NAME, SUFFIX, pack_bits
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.writer import StagedCheckpoint
-from marlinctl.models import architecture
+from marlinctl.models.architectures import architecture
 from marlinctl.quantize.types import QuantizedLinear
 from tests.packed import rtn
 
@@ -56,10 +56,10 @@ def prune_and_quantize(source: Path, out: Path, *, group_size: int = 32, mask: b
     codes = {name: rtn(weight * keeps[name] if mask else weight, group_size) for name, weight in weights.items()}
     sizes = dict.fromkeys(names, group_size)
     rest = [name for name in checkpoint.tensors if name.removesuffix(".weight") not in codes]
-    ignore = formats.sixteen_bit_linears({name: checkpoint.tensors[name].shape for name in rest}, names)
-    config = {**checkpoint.config, "quantization_config": formats.quantization_config("ct", sizes, ignore)}
+    ignore = registry.sixteen_bit_linears({name: checkpoint.tensors[name].shape for name in rest}, names)
+    config = {**checkpoint.config, "quantization_config": registry.quantization_config("ct", sizes, ignore)}
     with StagedCheckpoint(out, overwrite=False, fmt="ct") as staged:
-        staged.write_shard({k: v for name, q in codes.items() for k, v in formats.linear_tensors("ct", name, q).items()})
+        staged.write_shard({k: v for name, q in codes.items() for k, v in registry.linear_tensors("ct", name, q).items()})
         staged.copy_tensors(checkpoint, rest)
         for name, keep in keeps.items():
             staged.write_mask(name, keep)

@@ -20,8 +20,8 @@ import pytest
 
 from marlinctl import __version__, cli
 from marlinctl.commands.common import common_options
-from marlinctl.console import Console
 from marlinctl.errors import BadInput, CheckFailed, HubProblem, NumericalProblem, Problem
+from marlinctl.system.console import Console
 from tests.tiny import make_tiny
 
 TOKEN = "hf_" + "aBcDeFgHiJ1234567890KlMnOpQrStUvWx"

@@ -14,7 +14,7 @@ import click
 import pytest
 
 from marlinctl import cli
-from marlinctl.recipe import Recipe, builtin_names
+from marlinctl.recipes.schema import Recipe, builtin_names
 from tests.test_architecture import PACKAGE, ROOT
 
 DOCS = ROOT / "docs"

@@ -21,12 +21,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from marlinctl import cli
-from tests.checkpoint import test_gguf
+from tests.checkpoint.gguf import test_gguf
 from tests.evaluation.local_copies import saved_layout
-from tests.pages import documents
+from tests.oneshot.test_run import TEXT
+from tests.report import documents
 from tests.test_architecture import ROOT
 from tests.test_docs import PAGES
-from tests.test_job import TEXT
 from tests.test_output import commands
 from tests.tiny import make_tiny
 
@@ -38,15 +38,15 @@ REASONS = {
     r"^other/bin/python": "runs another program in an environment of its own",
     r"^make ": "is how these tests are run",
     r"^hf ": "belongs to huggingface_hub, and asks the hub",
-    r"^accelerate launch": "several processes: tests/distillation/test_processes.py",
+    r"^accelerate launch": "several processes: tests/distillation/test_distributed.py",
     r"^marlinctl (?!plan).*--device cuda": "needs a GPU",
     r"^marlinctl plan .*--device cuda --probe": "needs a GPU",
-    r"^marlinctl bench": "needs a GPU: tests/test_bench.py and tests/benchmarking",
-    r"^marlinctl (resume|jobs)": "needs a job that was killed: tests/test_resume.py and tests/test_kill.py",
+    r"^marlinctl bench": "needs a GPU: tests/benchmarking/test_run.py and tests/benchmarking",
+    r"^marlinctl (resume|jobs)": "needs a job that was killed: tests/oneshot/test_resume.py and tests/jobs/test_kill.py",
     r"^(MARLINCTL_CACHE=\S+ )?python3? (benchmarks|-m pytest)": "measures for minutes or hours, mostly on a GPU",
-    r"--module-map map\.json": "needs a model of an unknown architecture: tests/test_walk.py",
+    r"--module-map map\.json": "needs a model of an unknown architecture: tests/oneshot/test_sequential.py",
     r"demo-out/": "is what `make demo` runs, on a real model",
-    r"^MARLINCTL_CACHE=/sys/kernel": "shows what a wrong setting looks like: tests/checks/test_places.py",
+    r"^MARLINCTL_CACHE=/sys/kernel": "shows what a wrong setting looks like: tests/doctor/test_places.py",
 }
 SMALL = """
 extends: {name}

@@ -21,8 +21,8 @@ from tests.faults.commands import COMMANDS, WORKS, Command
 from tests.faults.machines import MACHINES, STILL_WORKS
 from tests.faults.packed import PACKED
 from tests.killing import Ended, Runner
+from tests.oneshot.test_run import TEXT
 from tests.test_architecture import ROOT
-from tests.test_job import TEXT
 from tests.tiny import make_tiny
 
 REFUSED = COMMANDS | PACKED | MACHINES

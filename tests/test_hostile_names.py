@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from marlinctl import cli
-from marlinctl.log import Visible, visible_streams
+from marlinctl.system.log import Visible, visible_streams
 from tests.packed import make_packed
 from tests.tiny import make_tiny
 

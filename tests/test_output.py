@@ -22,10 +22,10 @@ import click
 import pytest
 
 from marlinctl import cli
-from marlinctl.console import SCHEMA_VERSION
-from marlinctl.models import Block
-from marlinctl.walk import SolveStage, Walk
-from tests.test_job import TEXT
+from marlinctl.models.architectures import Block
+from marlinctl.oneshot.sequential import SolveStage, Walk
+from marlinctl.system.console import SCHEMA_VERSION
+from tests.oneshot.test_run import TEXT
 from tests.tiny import make_tiny
 
 SOLVE = "--recipe R --calibration T --samples 8 --sequence-length 64 --group-size 32 --dtype float32"

@@ -1,4 +1,4 @@
-"""`marlinctl bench`, in parts: marlinctl/bench.py strings them together.
+"""`marlinctl bench`, in parts: marlinctl/benchmarking/run.py strings them together.
 
     cases.py           what is measured: shapes, layer sets, the layers of a checkpoint
     weights.py         random words, scales and metadata, made where they are used

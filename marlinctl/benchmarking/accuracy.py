@@ -22,7 +22,6 @@ from marlinctl.benchmarking.cases import Kind, Shape
 from marlinctl.benchmarking.documents import Accuracy, Worst
 from marlinctl.benchmarking.weights import Packed, columns, random_packed
 from marlinctl.errors import CheckFailed, Problem
-from marlinctl.kernel_check import on_device
 from marlinctl.kernels.reference import dequantize, dequantize_sparse
 from marlinctl.pack.marlin import pack_marlin
 from marlinctl.pack.sparse_marlin import pack_sparse_marlin
@@ -30,6 +29,7 @@ from marlinctl.pack.types import PackedSparseLinear
 from marlinctl.quantize.types import QuantizedLinear
 from marlinctl.sparsify.keep import best_of_quads
 from marlinctl.sparsify.types import SparseQuantizedLinear
+from marlinctl.verify.kernels import on_device
 
 GATES = {torch.float16: 1e-3, torch.bfloat16: 5e-3}  # relative error, Frobenius
 MEAN_RATIO_GATE = 1e-3  # of the original MARLIN, mean |error| / mean |value|; in bfloat16 rounding the output alone exceeds it

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.benchmarking.cases import GROUPS
+from marlinctl.benchmarking.cubins import kernel_folder, telling
 from marlinctl.benchmarking.machine_code import resources
 from marlinctl.benchmarking.table import as_text, text_table
-from marlinctl.cubins import kernel_folder, telling
 from marlinctl.errors import EnvironmentProblem, UsageError
 from marlinctl.kernels import jit
 from marlinctl.kernels.configurations import SHARED_BYTES, Configuration, group_shift
@@ -27,7 +27,7 @@ from marlinctl.kernels.dispatch import configurations
 from marlinctl.kernels.launch import architecture_of, unpack_defines, unpack_shared_bytes
 
 if TYPE_CHECKING:
-    from marlinctl.console import Console
+    from marlinctl.system.console import Console
 
 DTYPES = ("float16", "bfloat16")
 EVERYWHERE = ("sm_80", "sm_86", "sm_89", "sm_90a")  # what launch.architecture_of answers

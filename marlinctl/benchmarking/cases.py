@@ -4,7 +4,7 @@ A shape is written N x K, outputs first, as everywhere in marlinctl. A set is th
 input fused as servers fuse them (q, k and v; gate and up); its time is the sum over them. Where a shape occurs twice it is
 measured once.
 
-    llama2-7b .. falcon-180b   the five sets of MARLIN's bench.py, whose sizes are rounded to multiples of 256: 10752 for Llama-2-7B's 11008
+    llama2-7b .. falcon-180b   the five sets of MARLIN's run.py, whose sizes are rounded to multiples of 256: 10752 for Llama-2-7B's 11008
     llama3-8b, llama3-70b      true sizes
     llama3-8b-unfused          the same as transformers calls them, one by one
     ideal                      the two orientations of 73728 x 18432, which is MARLIN's peak shape for 72 multiprocessors
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 from marlinctl.errors import UsageError
 
 if TYPE_CHECKING:
-    from marlinctl.console import Console
+    from marlinctl.system.console import Console
 
 Kind = Literal["dense", "sparse"]
 KINDS: tuple[Kind, ...] = ("dense", "sparse")
@@ -97,8 +97,8 @@ def checkpoint_set(folder: Path, console: Console) -> tuple[LayerSet, Kind | Non
     Sizes are rounded up to multiples of 64, as the tiles are. BadInput as open_checkpoint raises it; UsageError E298 where the folder has
     no packed linear that a kernel multiplies.
     """
-    from marlinctl.checkpoint import formats
-    from marlinctl.folder import open_folder
+    from marlinctl.checkpoint.folder import open_folder
+    from marlinctl.checkpoint.formats import registry
 
     fixed: dict[str, Kind] = {"marlin": "dense", "marlin_24": "sparse"}
     with open_folder(folder) as examined:
@@ -107,7 +107,7 @@ def checkpoint_set(folder: Path, console: Console) -> tuple[LayerSet, Kind | Non
             console.warn(note)
         found: Counter[tuple[str, Shape]] = Counter()
         for layer, group_size in info.layers.items():
-            n, k = formats.layer_shape(checkpoint, info, layer)
+            n, k = registry.layer_shape(checkpoint, info, layer)
             size = -1 if group_size == k else group_size
             found[layer.rpartition(".")[2], Shape(_rounded(n), _rounded(k), size)] += 1
     layers = tuple(Layer(name, shape, count) for (name, shape), count in found.items() if _multiplied(shape))

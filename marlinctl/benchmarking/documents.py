@@ -29,9 +29,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from marlinctl.benchmarking.cases import LayerSet, Shape
 from marlinctl.benchmarking.timing import Sample
-from marlinctl.checkpoint.durable import write_bytes
-from marlinctl.checkpoint.files import FileRefused, read_plain_json
 from marlinctl.errors import BadInput, Problem
+from marlinctl.system.atomic import write_bytes
+from marlinctl.system.files import FileRefused, read_plain_json
 
 FIT_LINEARS = 3  # through fewer a line says nothing
 BITS = {"dense": 4, "sparse": 3}  # of a weight, metadata included, scales not

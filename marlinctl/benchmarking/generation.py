@@ -31,7 +31,7 @@ from marlinctl.serve.fusing import fuse_linears
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from marlinctl.console import Console
+    from marlinctl.system.console import Console
 
 REPEATS = 5  # of a whole text; the first one warms up and is not counted
 DEFAULT_BATCHES = (1, 16)
@@ -146,9 +146,9 @@ def load_packed(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTr
     """A native folder, its linears packed. BadInput E365 for any other folder."""
     from transformers import AutoModelForCausalLM
 
-    from marlinctl.checkpoint.formats import NATIVE
-    from marlinctl.folder import open_folder
-    from marlinctl.model_config import transformers_config
+    from marlinctl.checkpoint.folder import open_folder
+    from marlinctl.checkpoint.formats.registry import NATIVE
+    from marlinctl.models.transformers_config import transformers_config
 
     with open_folder(folder) as examined:
         config = transformers_config(examined.checkpoint.config, folder, quantized=True)

@@ -13,12 +13,12 @@ from importlib import metadata
 
 import torch
 
+from marlinctl.benchmarking.cubins import kernel_folder, telling
 from marlinctl.benchmarking.documents import Ceilings, Clocks
 from marlinctl.benchmarking.timing import Candidate, take_turns
-from marlinctl.cubins import kernel_folder, telling
-from marlinctl.devices import no_cuda
 from marlinctl.errors import EnvironmentProblem
 from marlinctl.kernels.launch import architecture_of, checked_architecture
+from marlinctl.system.devices import no_cuda
 
 READ_BYTES = 2**32  # that the read rate is measured over: no cache holds any of it
 MATMUL_SIZE = 8192

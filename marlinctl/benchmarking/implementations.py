@@ -21,15 +21,15 @@ from torch.nn.functional import linear
 
 from marlinctl.benchmarking.building import offered
 from marlinctl.benchmarking.cases import OPERATORS, Kind
+from marlinctl.benchmarking.cubins import kernel_folder, telling
 from marlinctl.benchmarking.documents import Kernel
 from marlinctl.benchmarking.weights import Packed
-from marlinctl.console import Console
-from marlinctl.cubins import kernel_folder, telling
-from marlinctl.kernel_check import multiply
 from marlinctl.kernels.configurations import Grid, Sharing, group_shift
 from marlinctl.kernels.dispatch import DEQUANTIZE, Choice
 from marlinctl.kernels.launch import LoadedKernel, launch, load, unpack
 from marlinctl.pack.types import PackedSparseLinear
+from marlinctl.system.console import Console
+from marlinctl.verify.kernels import multiply
 
 OVERLAP = ", overlap"
 LARGEST_TILE = 128  # tokens

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from marlinctl.benchmarking.cases import OPERATORS, SIDE_BY_SIDE
 from marlinctl.benchmarking.documents import BITS, Case, Ceilings, Document, Family, Set, moved_bytes
-from marlinctl.checkpoint.durable import write_bytes
+from marlinctl.system.atomic import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

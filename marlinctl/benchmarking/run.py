@@ -21,6 +21,7 @@ from torch import Tensor
 
 from marlinctl.benchmarking import accuracy, peers
 from marlinctl.benchmarking.cases import OPERATORS, Kind, LayerSet, Shape, distinct
+from marlinctl.benchmarking.cubins import kernel_folder, telling
 from marlinctl.benchmarking.documents import (
     Case,
     Ceilings,
@@ -40,14 +41,13 @@ from marlinctl.benchmarking.documents import (
 from marlinctl.benchmarking.implementations import Dequantized, Operator, configured, fewest, overlaps
 from marlinctl.benchmarking.timing import REPLAYS, Candidate, Clock, copies_for, take_turns
 from marlinctl.benchmarking.weights import Packed, packed_bytes, random_packed
-from marlinctl.cubins import kernel_folder, telling
 from marlinctl.errors import UsageError
 from marlinctl.kernels import jit
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from marlinctl.console import Console
+    from marlinctl.system.console import Console
 
 __all__ = ["Asked", "run"]
 

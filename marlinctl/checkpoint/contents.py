@@ -4,10 +4,10 @@
                       └─► the tensor they belong to: NaN, infinity, too large for 4 bits, constant columns, all zero (finite.py)
 
 Two training checkpoints have the same names, shapes and sizes. A job that was begun with one and resumed with the other would publish a
-mixture of two models, so it notes the digests when it begins (journal.py). Comparing them means reading all weights again, so each digest
-has a stamp, what stat says of the file: device, inode, size, and the times of the last change of contents and of inode. No program can
-set the last one back. A file whose stamp is the noted one has the noted digest; any other is read again. What a stamp does not show is a
-bit that the disk itself loses.
+mixture of two models, so it notes the digests when it begins (jobs/journal.py). Comparing them means reading all weights again, so each
+digest has a stamp, what stat says of the file: device, inode, size, and the times of the last change of contents and of inode. No program
+can set the last one back. A file whose stamp is the noted one has the noted digest; any other is read again. What a stamp does not show is
+a bit that the disk itself loses.
 
 SHA-256 makes 1.1 to 1.4 GB/s on one core and the scan 4.3 (server processor with SHA instructions, 2026-11), so both in one pass take about
 1 GB/s of processor time, and up to four shards are read at once. A thread of its own for the hash of each shard was slower (0.57 GB/s
@@ -27,17 +27,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl import manifest
-from marlinctl.checkpoint import mask
-from marlinctl.checkpoint.files import FileRefused, exists, open_member
+from marlinctl.checkpoint import manifest, mask
 from marlinctl.checkpoint.finite import CHUNK_BYTES, TensorScan
-from marlinctl.checkpoint.header import header_bytes
+from marlinctl.checkpoint.safetensors_header import header_bytes
 from marlinctl.errors import BadInput, NumericalProblem, Problem
+from marlinctl.system.files import FileRefused, exists, open_member
 
 if TYPE_CHECKING:
-    from marlinctl.checkpoint.header import TensorInfo
     from marlinctl.checkpoint.reader import Checkpoint
-    from marlinctl.console import Console, Progress
+    from marlinctl.checkpoint.safetensors_header import TensorInfo
+    from marlinctl.system.console import Console, Progress
 
 SHARDS_AT_ONCE = 4
 SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system that is in use (FAT) ticks every two seconds
@@ -153,7 +152,7 @@ def read_contents(
     """Digests of everything that makes the folder what it is. A shard that has the stamp in `noted` is not read.
 
     scan: tensors to look at for NaN, infinity and what is odd; for_4_bits: those of them that will be quantized. What is found does not
-    stop the pass: `Contents.require_finite` refuses it, so that a file with a known digest can be called damaged first (known_digests.py).
+    stop the pass: `Contents.require_finite` refuses it, so that a file with a known digest can be called damaged first (source_digests.py).
     BadInput E303 where a shard cannot be read to its end, E350 for a small file that may not be followed.
     """
     folder = checkpoint.folder

@@ -2,7 +2,7 @@
 
     folder     a shard that no index names, an index without metadata (checkpoint/reader.py)         --strict: E307, exit 3
     weights    a matrix that holds nothing but zeros, or columns with one value in every row         --strict: E605, exit 6
-    inputs     of a linear, that were zero in all of calibration                                     --strict: E605, exit 6 (solving.py)
+    inputs     of a linear, that were zero in all of calibration                                     --strict: E605, exit 6
     text       chats that were cut to the length of a sample
 
 A column of a weight that holds one value adds the same to every output: nothing that was trained looks like that. An input that is always
@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from marlinctl.checkpoint.files import shown
 from marlinctl.errors import BadInput, NumericalProblem, Problem
+from marlinctl.system.files import shown
 
 if TYPE_CHECKING:
     from marlinctl.checkpoint.contents import Contents
@@ -25,7 +25,7 @@ _SHOWN = 5
 
 
 def of_folder(checkpoint: Checkpoint, *, strict: bool) -> list[str]:
-    """BadInput E307 that lists them, where `strict`. They are said where a folder is looked at (preflight.py)."""
+    """BadInput E307 that lists them, where `strict`. They are said where a folder is looked at (planning/preflight.py)."""
     if strict and checkpoint.notes:
         where, fix = str(checkpoint.folder), "put the folder in order, or no --strict"
         raise BadInput.from_problems("E307", [Problem(f"{note}; --strict forbids that", where, fix) for note in checkpoint.notes])

@@ -17,14 +17,14 @@ import struct
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from marlinctl.checkpoint.files import shown
 from marlinctl.errors import NumericalProblem, Problem
+from marlinctl.system.files import shown
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from marlinctl.checkpoint.header import TensorInfo
     from marlinctl.checkpoint.reader import Checkpoint
+    from marlinctl.checkpoint.safetensors_header import TensorInfo
 
 CHUNK_BYTES = 1 << 18  # stays in the processor's cache; a multiple of every dtype's width
 _FEWEST_ROWS = 8  # two bfloat16 weights are equal by chance once in a few hundred times, eight never

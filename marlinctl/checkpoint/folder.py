@@ -9,11 +9,11 @@
     tied head       the embedding, where config.json says so                           E375
 
 Before that, `open_checkpoint` has looked at config.json, headers, index and links (E300 to E311, E316). A verb says what it needs, and has
-no list of its own: quantize, sparsify, compress and plan by way of preflight.py, distill (both models), pack, eval, inspect, verify, report
-and bench, and the API. No torch; the only weights that are read are an embedding and a head that should be equal.
+no list of its own: quantize, sparsify, compress and plan by way of planning/preflight.py, distill (both models), pack, eval, inspect,
+verify, report and bench, and the API. No torch; the only weights that are read are an embedding and a head that should be equal.
 
 Where the architecture is not in the table, `structure` is "needed" for those that walk it, and left to transformers' own strict loading for
-the others (load.py).
+the others (transformers_model.py).
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from marlinctl.checkpoint import formats
-from marlinctl.checkpoint.config import CONFIG
-from marlinctl.checkpoint.files import FileRefused, open_member, shown
+from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.model_files import companion_names
 from marlinctl.checkpoint.reader import Checkpoint, check_expected, open_checkpoint
-from marlinctl.checkpoint.switches import check_switches
-from marlinctl.checkpoint.tokenizer_files import check_tokenizer
+from marlinctl.checkpoint.source_digests import check_small_files
 from marlinctl.errors import BadInput, Problem
-from marlinctl.known_digests import check_small_files
-from marlinctl.models import Architecture, architecture
+from marlinctl.models.architectures import Architecture, architecture
+from marlinctl.models.config import CONFIG
+from marlinctl.models.switches import check_switches
+from marlinctl.models.tokenizer_files import check_tokenizer
+from marlinctl.system.files import FileRefused, open_member, shown
 
 # "needed": refused where the architecture is unknown. "known": compared with the table where it is in it. "no": not compared.
 Structure = Literal["needed", "known", "no"]
@@ -59,7 +59,7 @@ class Examined:
     """A folder that passed. `notes` is what the person should know, one line each."""
 
     checkpoint: Checkpoint
-    info: formats.FormatInfo
+    info: registry.FormatInfo
     architecture: Architecture | None  # None: not in the table, or not laid out as the table says
     notes: tuple[str, ...]
     idle: tuple[str, ...] = ()  # biases of zeros that the model has no place for; they are left out of what is written
@@ -96,7 +96,7 @@ def examine(
             check_small_files(folder)
     if dense:
         refuse_quantized(checkpoint.config, checkpoint.folder)
-    info = formats.detect(config, checkpoint.tensors)
+    info = registry.detect(config, checkpoint.tensors)
     if info.name != "dense" and not info.layers:
         what = f"config.json says {info.name}, but no tensor is packed that way"
         raise BadInput("E348", what, where=str(folder), fix="config.json belongs to another model; fetch the checkpoint again")
@@ -147,7 +147,7 @@ def _check_small_files_open(folder: Path) -> None:
 # ---- structure -----------------------------------------------------------------------------------------------------------------------
 
 
-def _architecture(checkpoint: Checkpoint, info: formats.FormatInfo, structure: Structure, module_map: Path | None) -> Architecture | None:
+def _architecture(checkpoint: Checkpoint, info: registry.FormatInfo, structure: Structure, module_map: Path | None) -> Architecture | None:
     try:
         known = architecture(checkpoint.config, module_map)
     except BadInput as unknown:
@@ -162,13 +162,13 @@ def _architecture(checkpoint: Checkpoint, info: formats.FormatInfo, structure: S
     raise other
 
 
-def _owned(info: formats.FormatInfo) -> tuple[set[str], set[str]]:
+def _owned(info: registry.FormatInfo) -> tuple[set[str], set[str]]:
     """The dense weights that packed linears stand for, and the tensors that they consist of."""
     packed = {f"{layer}.weight" for layer in info.layers} if info.name != "dense" else set()
-    return packed, {f"{layer}.{suffix}" for layer in info.layers for suffix in formats.SUFFIXES[info.name]}
+    return packed, {f"{layer}.{suffix}" for layer in info.layers for suffix in registry.SUFFIXES[info.name]}
 
 
-def _structure_checks(checkpoint: Checkpoint, info: formats.FormatInfo, known: Architecture) -> list[Callable[[], None]]:
+def _structure_checks(checkpoint: Checkpoint, info: registry.FormatInfo, known: Architecture) -> list[Callable[[], None]]:
     packed, owned = _owned(info)
     return [
         lambda: check_expected(checkpoint, {name: shape for name, shape in known.expected.items() if name not in packed}),
@@ -177,7 +177,7 @@ def _structure_checks(checkpoint: Checkpoint, info: formats.FormatInfo, known: A
     ]
 
 
-def _refuse_unexpected(checkpoint: Checkpoint, info: formats.FormatInfo, known: Architecture, names: Iterable[str]) -> None:
+def _refuse_unexpected(checkpoint: Checkpoint, info: registry.FormatInfo, known: Architecture, names: Iterable[str]) -> None:
     """BadInput E396 for tensors that the model has no place for."""
     may_be_idle = set(biases(checkpoint, info))
     extra = known.unexpected({name: None for name in names if name not in may_be_idle})
@@ -196,7 +196,7 @@ def _refuse_unexpected(checkpoint: Checkpoint, info: formats.FormatInfo, known: 
     raise BadInput("E396", what, where=str(checkpoint.folder), fix=fix)
 
 
-def biases(checkpoint: Checkpoint, info: formats.FormatInfo) -> list[str]:
+def biases(checkpoint: Checkpoint, info: registry.FormatInfo) -> list[str]:
     """Of packed linears. AutoGPTQ writes one for every linear, whether the model has it or not, and clients leave out what has no place."""
     return [name for layer in info.layers if (name := f"{layer}.bias") in checkpoint.tensors]
 
@@ -209,7 +209,7 @@ def refuse_used(checkpoint: Checkpoint, idle: Iterable[str]) -> None:
         raise BadInput("E396", what, where=str(checkpoint.folder), fix=_APART)
 
 
-def _check_packed(checkpoint: Checkpoint, info: formats.FormatInfo, known: Architecture) -> None:
+def _check_packed(checkpoint: Checkpoint, info: registry.FormatInfo, known: Architecture) -> None:
     """Every packed linear is one of the model's, and has its size."""
     specs = dict(known.linears)
     if known.head is not None:
@@ -217,10 +217,10 @@ def _check_packed(checkpoint: Checkpoint, info: formats.FormatInfo, known: Archi
     problems: list[Problem] = []
     for layer in info.layers:
         spec = specs.get(layer)
-        where = str(checkpoint.tensors[f"{layer}.{formats.SUFFIXES[info.name][0]}"].file)
+        where = str(checkpoint.tensors[f"{layer}.{registry.SUFFIXES[info.name][0]}"].file)
         if spec is None:
             problems.append(Problem(f"{layer} is packed, but the model has no such linear", where, _APART))
-        elif (shape := formats.layer_shape(checkpoint, info, layer)) != (spec.out_features, spec.in_features):
+        elif (shape := registry.layer_shape(checkpoint, info, layer)) != (spec.out_features, spec.in_features):
             wanted = [spec.out_features, spec.in_features]
             problems.append(Problem(f"{layer} is {list(shape)}, config.json asks for {wanted}", where, _APART))
     if problems:
@@ -270,7 +270,7 @@ def refuse_two_heads(checkpoint: Checkpoint, known: Architecture) -> None:
 
 def refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:
     """`quantize` starts from 16 or 32-bit weights; a checkpoint that is quantized already is for `pack`, `eval` and `verify`."""
-    block = formats.quantization_block(config)
+    block = registry.quantization_block(config)
     if block is None:
         return
     method = block.get("quant_method")

@@ -19,13 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from marlinctl.checkpoint.files import FileRefused, exists, read_json, shown
-from marlinctl.checkpoint.header import MAX_HEADER_BYTES
-from marlinctl.checkpoint.tokenizer_files import TOKENIZER_FILES
+from marlinctl.checkpoint.safetensors_header import MAX_HEADER_BYTES
 from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, MarlinctlError, ResourceProblem, UsageError
+from marlinctl.models.tokenizer_files import TOKENIZER_FILES
+from marlinctl.system.files import FileRefused, exists, read_json, shown
 
 if TYPE_CHECKING:
-    from marlinctl.console import Console
+    from marlinctl.system.console import Console
 
 WANTED = [
     "model*.safetensors",

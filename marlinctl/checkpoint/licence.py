@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from marlinctl.checkpoint.files import FileRefused, open_member
 from marlinctl.checkpoint.source import Source
+from marlinctl.system.files import FileRefused, open_member
 
 KEYS = ("license", "license_name", "license_link")
 _CARD = "README.md"
@@ -57,7 +57,7 @@ def front_matter(folder: Path) -> Mapping[str, Any]:
 
 
 def _of_gguf(path: Path) -> Mapping[str, Any]:
-    from marlinctl.checkpoint.gguf_header import read_gguf_header
+    from marlinctl.checkpoint.gguf.header import read_gguf_header
 
     facts = read_gguf_header(path).facts
     return {

@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from marlinctl.checkpoint.durable import canonical, is_temporary, whole_file
-from marlinctl.checkpoint.files import MAX_OWN_BYTES, MAX_OWN_VALUES, FileRefused, exists, open_member, open_plain, read_json, shown
 from marlinctl.errors import CheckFailed, Problem
-from marlinctl.log import printable
+from marlinctl.system.atomic import canonical, is_temporary, whole_file
+from marlinctl.system.files import MAX_OWN_BYTES, MAX_OWN_VALUES, FileRefused, exists, open_member, open_plain, read_json, shown
+from marlinctl.system.log import printable
 
 NAME = "marlinctl_manifest.json"
 OUTSIDE = frozenset(

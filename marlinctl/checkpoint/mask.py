@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from marlinctl.checkpoint.files import exists
-from marlinctl.checkpoint.header import read_header
 from marlinctl.checkpoint.reader import Checkpoint
+from marlinctl.checkpoint.safetensors_header import read_header
 from marlinctl.errors import BadInput, Problem
+from marlinctl.system.files import exists
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,11 +22,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from marlinctl import manifest
-from marlinctl.checkpoint.durable import is_temporary, sync_folder, write_document
-from marlinctl.checkpoint.files import FileRefused, read_json, shown
+from marlinctl.checkpoint import manifest
 from marlinctl.checkpoint.model_files import SUBFOLDERS, is_model_file, is_weights
 from marlinctl.errors import UsageError
+from marlinctl.system.atomic import is_temporary, sync_folder, write_document
+from marlinctl.system.files import FileRefused, read_json, shown
 
 JOB_MARKER = "marlinctl_job.json"
 _MARK = {"magic": "marlinctl job folder", "format": 1}

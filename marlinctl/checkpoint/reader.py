@@ -26,10 +26,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from marlinctl.checkpoint.config import CONFIG, read_config
-from marlinctl.checkpoint.files import FileRefused, exists, member, open_member, read_json, shown, special_files
-from marlinctl.checkpoint.header import TensorInfo, read_header
+from marlinctl.checkpoint.safetensors_header import TensorInfo, read_header
 from marlinctl.errors import BadInput, Problem
+from marlinctl.models.config import CONFIG, read_config
+from marlinctl.system.files import FileRefused, exists, member, open_member, read_json, shown, special_files
 
 if TYPE_CHECKING:
     import torch

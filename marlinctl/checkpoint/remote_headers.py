@@ -1,7 +1,7 @@
 """A model as config and headers alone: what `plan` looks at. No weight is read and nothing large is downloaded.
 
     folder     open_checkpoint, which reads headers anyway
-    GGUF       its own header, and the tensors of the folder that it would be turned into (gguf.py)
+    GGUF       its own header, and the tensors of the folder that it would be turned into (checkpoint/gguf/convert.py)
     hub id     the small files through the hub's cache, where a later run finds them, and of each shard its header: one ranged request.
                They become a folder of files with holes, true headers and true sizes, which passes the same checks as a real one
 
@@ -18,12 +18,12 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from marlinctl.checkpoint.header import TensorInfo
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
+from marlinctl.checkpoint.safetensors_header import TensorInfo
 from marlinctl.checkpoint.source import Source, cache_root, is_gguf, is_local, resolve_model
 
 if TYPE_CHECKING:
-    from marlinctl.console import Console
+    from marlinctl.system.console import Console
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,8 @@ def headers(model: str, *, revision: str | None, cache_dir: Path | None, offline
 
 def _of_gguf(model: str, cache_dir: Path | None) -> Headers:
     """The folder that gguf_folder would make, as names and shapes in float16."""
-    from marlinctl.checkpoint.gguf_header import read_gguf_header
-    from marlinctl.checkpoint.gguf_model import plan_model
+    from marlinctl.checkpoint.gguf.architectures import plan_model
+    from marlinctl.checkpoint.gguf.header import read_gguf_header
 
     path = Path(model).expanduser()
     config, planned = plan_model(read_gguf_header(path))

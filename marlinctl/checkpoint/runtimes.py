@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from marlinctl.checkpoint import formats
-from marlinctl.checkpoint.targets import FUSED, split_fused
+from marlinctl.checkpoint.formats import registry
+from marlinctl.checkpoint.formats.targets import FUSED, split_fused
 
 if TYPE_CHECKING:
     from marlinctl.checkpoint.reader import Checkpoint
@@ -55,12 +55,12 @@ class Packed:
     variant: str = ""  # gptq: "v1" or "v2"
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, info: formats.FormatInfo) -> Packed:
+    def of(cls, checkpoint: Checkpoint, info: registry.FormatInfo) -> Packed:
         """From the headers of a checkpoint. BadInput E345, E346 where a linear has no shape."""
-        owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in formats.SUFFIXES[info.name]}
+        owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in registry.SUFFIXES[info.name]}
         others = {name: tensor.shape for name, tensor in checkpoint.tensors.items() if name not in owned}
-        shapes = {layer: formats.layer_shape(checkpoint, info, layer) for layer in info.layers}
-        ignore = formats.sixteen_bit_linears(others, info.layers)
+        shapes = {layer: registry.layer_shape(checkpoint, info, layer) for layer in info.layers}
+        ignore = registry.sixteen_bit_linears(others, info.layers)
         return cls(info.name, shapes, info.layers, ignore, checkpoint.config, info.variant)
 
     @property
@@ -213,7 +213,7 @@ def _transformers(packed: Packed) -> list[str]:
     some; a single scale per row fits whatever scheme has groups, but not the reverse."""
     used = {packed.sizes[name] for name in packed.experts}
     grouped = {packed.sizes[name] for name in packed.experts if packed.sizes[name] not in (-1, packed.shapes[name][1])}
-    scheme = next((size for size in formats.sizes_by_count(packed.sizes) if size in used), None)
+    scheme = next((size for size in registry.sizes_by_count(packed.sizes) if size in used), None)
     if grouped - {scheme}:
         text = ", ".join(_size(size) for size in sorted(used))
         return [f"{packed.experts[0]}: experts have {text}, and transformers takes one for all experts of a model"]

@@ -25,8 +25,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from marlinctl.checkpoint.files import DuplicateKey, FileRefused, open_member, shown, unique_keys
 from marlinctl.errors import Problem
+from marlinctl.system.files import DuplicateKey, FileRefused, open_member, shown, unique_keys
 
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,

@@ -1,7 +1,7 @@
 """From what the person typed to a folder: a local folder, a GGUF file, or a model on the hub.
 
     ./llama            a folder                       taken as it is
-    ./llama.gguf       a file that begins with GGUF   turned into a folder in our cache (gguf.py)
+    ./llama.gguf       a file that begins with GGUF   turned into a folder in our cache (checkpoint/gguf/convert.py)
     org/llama          nothing of that name here      downloaded into the hub's cache, at one commit (hub.py)
 
 Something that exists locally is never looked up on the hub. What comes back is a folder that nobody has judged yet:
@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from marlinctl.checkpoint.durable import temporary_name
 from marlinctl.checkpoint.hub import fetch, require_hub_id
 from marlinctl.errors import BadInput, EnvironmentProblem, UsageError
+from marlinctl.system.atomic import temporary_name
 
 if TYPE_CHECKING:
-    from marlinctl.console import Console
+    from marlinctl.system.console import Console
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def writable_cache(cache_dir: Path | None) -> Path:
 
 def is_gguf(model: str) -> bool:
     """Whether a local path is a GGUF file. BadInput E300 for what is neither that nor a folder."""
-    from marlinctl.checkpoint.gguf_header import MAGIC
+    from marlinctl.checkpoint.gguf.header import MAGIC
 
     path = Path(model).expanduser() if model.startswith("~") else Path(model)
     try:
@@ -108,7 +108,7 @@ def is_gguf(model: str) -> bool:
 def _local(path: Path, model: str, cache_dir: Path | None, console: Console) -> Source:
     if not is_gguf(model):
         return Source(path, "folder", model, None, "")
-    from marlinctl.checkpoint.gguf import gguf_folder
+    from marlinctl.checkpoint.gguf.convert import gguf_folder
 
     folder, note = gguf_folder(path, writable_cache(cache_dir), console)
     return Source(folder, "gguf", model, None, note)

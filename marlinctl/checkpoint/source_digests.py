@@ -19,12 +19,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl import manifest
-from marlinctl.checkpoint import mask
-from marlinctl.checkpoint.config import CONFIG
-from marlinctl.checkpoint.files import FileRefused, exists, open_member, shown
+from marlinctl.checkpoint import manifest, mask
 from marlinctl.checkpoint.model_files import companion_names
 from marlinctl.errors import BadInput, Problem
+from marlinctl.models.config import CONFIG
+from marlinctl.system.files import FileRefused, exists, open_member, shown
 
 if TYPE_CHECKING:
     from marlinctl.checkpoint.contents import Contents

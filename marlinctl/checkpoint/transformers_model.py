@@ -17,10 +17,10 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl.checkpoint import formats
+from marlinctl.checkpoint.formats import registry
 from marlinctl.errors import BadInput, Problem
-from marlinctl.launcher import settings_aside
-from marlinctl.model_config import building, transformers_config
+from marlinctl.models.transformers_config import building, transformers_config
+from marlinctl.system.launcher import settings_aside
 
 if TYPE_CHECKING:
     import torch
@@ -66,22 +66,22 @@ def model_from(
 
 def _idle_biases(checkpoint: Checkpoint, names: Iterable[str]) -> set[str]:
     """Biases of zeros, of packed linears: AutoGPTQ writes one for every linear (folder.py)."""
-    layers = formats.detect(checkpoint.config, checkpoint.tensors).layers
+    layers = registry.detect(checkpoint.config, checkpoint.tensors).layers
     biases = {f"{layer}.bias" for layer in layers}
     return {name for name in names if name in biases and not any(checkpoint.raw(name))}
 
 
 def dense_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
     """Every tensor of the dense model by name, packed linears as P.weight."""
-    info = formats.detect(checkpoint.config, checkpoint.tensors)
-    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in formats.SUFFIXES[info.name]}
+    info = registry.detect(checkpoint.config, checkpoint.tensors)
+    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in registry.SUFFIXES[info.name]}
     tensors = {name: LazyTensor(partial(checkpoint.read, name)) for name in checkpoint.tensors if name not in owned}
     tensors |= {f"{layer}.weight": LazyTensor(partial(_weight, checkpoint, info, layer)) for layer in info.layers}
     return tensors
 
 
-def _weight(checkpoint: Checkpoint, info: formats.FormatInfo, layer: str) -> Tensor:
-    return formats.read_parts(checkpoint, info, layer).weight()
+def _weight(checkpoint: Checkpoint, info: registry.FormatInfo, layer: str) -> Tensor:
+    return registry.read_parts(checkpoint, info, layer).weight()
 
 
 class LazyTensor:

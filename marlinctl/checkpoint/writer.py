@@ -8,7 +8,7 @@
 config.json comes last of the model's files, because a folder with config.json looks like a model: a save that was killed must not.
 An old OUT is renamed aside, and deleted only after the new one stands; any failure puts it back. A body that raises (Ctrl-C too)
 leaves no staging folder, unless the folder belongs to a job: then it stays, and `restore` takes up what the job's journal vouches for
-(marlinctl/journal.py).
+(marlinctl/jobs/journal.py).
 """
 
 from __future__ import annotations
@@ -22,10 +22,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from marlinctl import manifest as manifests
-from marlinctl.checkpoint import formats, ownership
+from marlinctl.checkpoint import manifest as manifests
 from marlinctl.checkpoint import mask as masks
-from marlinctl.checkpoint.durable import (
+from marlinctl.checkpoint import ownership
+from marlinctl.checkpoint.formats import registry
+from marlinctl.checkpoint.model_files import companion_names
+from marlinctl.checkpoint.safetensors_header import read_header
+from marlinctl.errors import BadInput, ResourceProblem, UsageError
+from marlinctl.models.switches import cleaned
+from marlinctl.system.atomic import (
     FULL,
     Entry,
     canonical,
@@ -40,11 +45,7 @@ from marlinctl.checkpoint.durable import (
     whole_file,
     write_entries,
 )
-from marlinctl.checkpoint.files import FileRefused, open_member
-from marlinctl.checkpoint.header import read_header
-from marlinctl.checkpoint.model_files import companion_names
-from marlinctl.checkpoint.switches import cleaned
-from marlinctl.errors import BadInput, ResourceProblem, UsageError
+from marlinctl.system.files import FileRefused, open_member
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,7 +128,7 @@ class StagedCheckpoint:
     def __init__(self, out: Path, *, overwrite: bool, fmt: str, path: Path | None = None) -> None:
         self.out = out.resolve()  # a link to a folder is followed: the folder is replaced, the link stays
         self.overwrite = overwrite
-        self.stem = formats.weight_files(fmt)
+        self.stem = registry.weight_files(fmt)
         self.path = path or self.out.with_name(f"{self.out.name}.tmp-{secrets.token_hex(4)}")
         self.spool = self.path.with_name(self.path.name + ".masks")  # the header of a file comes first, but is known last
         self._stays = path is not None

@@ -12,8 +12,8 @@ import click
 
 from marlinctl.commands.common import common_options
 from marlinctl.commands.recipe_flags import command_line
-from marlinctl.console import Console
 from marlinctl.errors import UsageError
+from marlinctl.system.console import Console
 
 SET_NAMES = ("llama3-8b", "llama3-8b-unfused", "llama3-70b", "llama2-7b", "llama2-13b", "llama-33b", "llama-65b", "falcon-180b", "ideal")
 
@@ -139,7 +139,7 @@ def _generate(console: Console, given: dict[str, Any]) -> None:
 
     from marlinctl.benchmarking import cases, generation
     from marlinctl.benchmarking.gpu import open_gpu
-    from marlinctl.checkpoint.durable import write_bytes
+    from marlinctl.system.atomic import write_bytes
 
     batches = cases.parse_tokens(given["batch"], "--batch") if given["batch"] else generation.DEFAULT_BATCHES
     lengths = generation.parse_lengths(given["lengths"]) if given["lengths"] else generation.DEFAULT_LENGTHS
@@ -156,9 +156,9 @@ def _generate(console: Console, given: dict[str, Any]) -> None:
 def _measure(console: Console, given: dict[str, Any]) -> None:
     import torch
 
-    from marlinctl.bench import Asked, run
     from marlinctl.benchmarking import cases, tuning
     from marlinctl.benchmarking.gpu import open_gpu
+    from marlinctl.benchmarking.run import Asked, run
     from marlinctl.benchmarking.timing import REPLAYS
 
     tokens = cases.parse_tokens(given["tokens"]) if given["tokens"] else None
@@ -201,7 +201,7 @@ def _take(out: Path | None, kind: str) -> None:
     """Make the folder of --out. UsageError E226 where that kind of document would replace files that marlinctl did not write."""
     if out is None:
         return
-    from marlinctl.checkpoint.files import FileRefused, exists, read_json, shown
+    from marlinctl.system.files import FileRefused, exists, read_json, shown
 
     out.mkdir(parents=True, exist_ok=True)
     name = f"{kind}.json"

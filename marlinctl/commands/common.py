@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from marlinctl.console import Console
 from marlinctl.errors import EnvironmentProblem
+from marlinctl.system.console import Console
 
 COMPLETION_VARIABLE = "_MARLINCTL_COMPLETE"  # click's protocol: a shell sets it to ask what may follow
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from marlinctl.commands.common import COMPLETION_VARIABLE, common_options
-from marlinctl.console import Console
+from marlinctl.system.console import Console
 
 
 @click.command("completion")

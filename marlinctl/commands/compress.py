@@ -10,7 +10,7 @@ import click
 from marlinctl.commands.common import common_options, go_offline
 from marlinctl.commands.evaluation_flags import chosen_gate, chosen_measuring, evaluation_flags
 from marlinctl.commands.recipe_flags import chosen_options, chosen_recipe, recipe_flags, run_flags
-from marlinctl.console import Console
+from marlinctl.system.console import Console
 
 
 @click.command("compress")
@@ -44,7 +44,7 @@ def command(
     measuring, task_data = chosen_measuring(values)
     if task_data is not None:
         go_offline()
-    from marlinctl.pipeline import run_compress
+    from marlinctl.compress import run_compress
 
     formats = list(dict.fromkeys([*([fmt] if fmt else []), *also])) if fmt or also else None
     if also and not fmt:

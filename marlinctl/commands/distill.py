@@ -9,7 +9,7 @@ import click
 
 from marlinctl.commands.common import common_options
 from marlinctl.commands.recipe_flags import chosen_distillation, chosen_options, distill_flags, distill_run_flags
-from marlinctl.console import Console
+from marlinctl.system.console import Console
 
 
 @click.command("distill")
@@ -31,12 +31,12 @@ def command(console: Console, student: str, out: Path, teacher: str, **values: A
     STUDENT is a 2:4 folder, or a 4-bit folder for --mode scales. OUT gets the same form and appears whole or not at all. Several GPUs and
     machines: accelerate launch --multi_gpu -m marlinctl distill ... (docs/distill.md).
     """
-    from marlinctl.distillation.processes import silence_if_second
+    from marlinctl.distillation.distributed import silence_if_second
 
     silence_if_second(console)
     recipe = chosen_distillation(console, values)
 
-    from marlinctl.distill import run_distill
+    from marlinctl.distillation.run import run_distill
 
     report = run_distill(student, out, teacher, recipe, chosen_options(console, values), console)
     tell(console, out, report)

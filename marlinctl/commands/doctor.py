@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from marlinctl.commands.common import common_options
-from marlinctl.console import Console
+from marlinctl.system.console import Console
 
 
 @click.command("doctor")
@@ -24,7 +24,7 @@ def command(console: Console, quick: bool) -> None:
     package, cache and disk, the hub, torch, GPU, driver and NVRTC, and a small product of MARLIN and Sparse-MARLIN tiles. Tokens and
     the home folder are left out, so the answer can go into a report. Exit code 4: something failed; warnings alone give 0.
     """
-    from marlinctl.doctor import document, examine, table, worst
+    from marlinctl.doctor.run import document, examine, table, worst
     from marlinctl.errors import EnvironmentProblem
 
     if not quick:

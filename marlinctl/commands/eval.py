@@ -9,7 +9,7 @@ import click
 
 from marlinctl.commands.common import common_options, go_offline
 from marlinctl.commands.evaluation_flags import names_of_tasks
-from marlinctl.console import Console
+from marlinctl.system.console import Console
 
 
 class _BatchSize(click.ParamType):
@@ -99,10 +99,10 @@ def command(
     if task_data is not None and not console.offline and _is_local(model) and (against is None or _is_local(against)):
         go_offline()  # before the hub clients are imported
     from marlinctl.checkpoint.source import resolve_model
-    from marlinctl.devices import choose_device
-    from marlinctl.evaluate import EvalSettings, evaluate, render_table
     from marlinctl.evaluation.early import check_arguments
     from marlinctl.evaluation.results import check_place
+    from marlinctl.evaluation.run import EvalSettings, evaluate, render_table
+    from marlinctl.system.devices import choose_device
 
     settings = EvalSettings(
         tasks=tuple(names_of_tasks(tasks)),

@@ -11,7 +11,7 @@ import click
 from marlinctl.commands.common import FiniteFloat
 
 if TYPE_CHECKING:
-    from marlinctl.gate import Gate
+    from marlinctl.evaluation.gate import Gate
 
 _POSITIVE = FiniteFloat(0, min_open=True)
 _RECIPE = {"tasks": "evaluate.tasks", "limit": "evaluate.limit", "text": "evaluate.text", "tokens": "evaluate.tokens"}
@@ -63,14 +63,14 @@ def names_of_tasks(text: str) -> list[str]:
 
 def chosen_gate(values: dict[str, Any]) -> Gate:
     """Takes what makes a gate out of `values`."""
-    from marlinctl.gate import Gate
+    from marlinctl.evaluation.gate import Gate
 
     return Gate(**{key: value for key, value in _gate(values).items() if value is not None})
 
 
 def changed_gate(values: dict[str, Any], recorded: Mapping[str, Any]) -> Gate:
     """The same over the gate that a job was begun with."""
-    from marlinctl.gate import Gate
+    from marlinctl.evaluation.gate import Gate
 
     return Gate(**{**recorded, **{key: value for key, value in _gate(values).items() if value is not None}})
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from marlinctl.commands.common import common_options
-from marlinctl.console import Console
+from marlinctl.system.console import Console
 
 
 @click.command("inspect")
@@ -27,7 +27,7 @@ def command(console: Console, folder: Path, weights: bool) -> None:
     quantized, what lies on disk, and which programs can load it. Reads config.json and the headers of the shards and takes no time;
     with --weights it reads everything. FOLDER may be dense, compressed-tensors, GPTQ or native.
     """
-    from marlinctl.inspection import inspect, table
+    from marlinctl.verify.inspect import inspect, table
 
     facts = inspect(folder, weights=weights)
     console.result(table(facts), facts)

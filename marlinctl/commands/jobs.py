@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import click
 
 from marlinctl.commands.common import common_options
-from marlinctl.console import Console, duration
 from marlinctl.errors import ResourceProblem, UsageError
-from marlinctl.log import printable
+from marlinctl.system.console import Console, duration
+from marlinctl.system.log import printable
 
 if TYPE_CHECKING:
-    from marlinctl.leftovers import Leftover
+    from marlinctl.jobs.listing import Leftover
 
 
 @click.group("jobs")
@@ -39,7 +39,7 @@ def ls(console: Console, folder: Path) -> None:
     Example:
         marlinctl jobs ls ./out
     """
-    from marlinctl.leftovers import find
+    from marlinctl.jobs.listing import find
 
     if not folder.is_dir():
         raise UsageError("E292", "there is no such folder", where=str(folder), fix="name a folder below which jobs may lie")
@@ -60,7 +60,7 @@ def rm(console: Console, outs: tuple[Path, ...], yes: bool) -> None:
         marlinctl jobs rm ./qwen3-int4
         marlinctl jobs rm ./out/*.job --yes
     """
-    from marlinctl.leftovers import look, remove
+    from marlinctl.jobs.listing import look, remove
 
     found = [look(out) for out in dict.fromkeys(outs)]
     busy = [item for item in found if item.running is not None]

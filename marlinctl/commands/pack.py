@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from marlinctl.commands.common import common_options
-from marlinctl.console import Console
 from marlinctl.errors import CheckFailed, UsageError
+from marlinctl.system.console import Console
 
 if TYPE_CHECKING:
-    from marlinctl.runtimes import Verdict
+    from marlinctl.checkpoint.runtimes import Verdict
 
 _SHOWN = 3  # reasons per verdict; the rest is counted
 
@@ -72,8 +72,8 @@ def command(
     if tp is not None:
         raise UsageError("E232", "--tp goes with --check", where="--tp", fix=f"marlinctl pack {source} --check --tp {tp}")
     from marlinctl.checkpoint.writer import check_output
-    from marlinctl.journal import JobFolder
-    from marlinctl.repack import output_folders
+    from marlinctl.convert.repack import output_folders
+    from marlinctl.jobs.journal import JobFolder
 
     local = [Path(source)] if Path(source).exists() else []
     for folder in output_folders(out, fmt, also).values():
@@ -85,8 +85,8 @@ def command(
 
 def pack(console: Console, out: Path, asked: Mapping[str, Any], *, resume: bool) -> None:
     """Pack what is asked for (the arguments that a job's folder keeps) and tell the result."""
-    from marlinctl.journal import Request
-    from marlinctl.repack import repack
+    from marlinctl.convert.repack import repack
+    from marlinctl.jobs.journal import Request
 
     cache_dir = None if asked["cache_dir"] is None else Path(asked["cache_dir"])
     written = repack(
@@ -110,8 +110,8 @@ def _folder(source: str, cache_dir: Path | None, console: Console) -> Path:
 
 
 def _check(console: Console, source: Path, fmt: str, tp: int) -> None:
-    from marlinctl import runtimes
-    from marlinctl.repack import open_source, output_folders
+    from marlinctl.checkpoint import runtimes
+    from marlinctl.convert.repack import open_source, output_folders
 
     output_folders(source, fmt, ())
     opened = open_source(source)
@@ -138,7 +138,7 @@ def _check(console: Console, source: Path, fmt: str, tp: int) -> None:
 
 
 def _table(verdicts: list[Verdict], splits: list[int]) -> str:
-    from marlinctl.runtimes import RUNTIMES
+    from marlinctl.checkpoint.runtimes import RUNTIMES
 
     heads = ["runtime", "reads", *(f"tp={split}" for split in splits)]
     by_name = {(v.runtime, v.tensor_parallel): v for v in verdicts}

@@ -13,11 +13,11 @@ import click
 from marlinctl.commands.common import common_options
 from marlinctl.commands.evaluation_flags import chosen_measuring, measuring_flags
 from marlinctl.commands.recipe_flags import chosen_recipe, plan_flags, recipe_flags, refuse_unknown_dtype, size_in_bytes
-from marlinctl.console import Console
 from marlinctl.errors import CheckFailed
+from marlinctl.system.console import Console
 
 if TYPE_CHECKING:
-    from marlinctl.planning import Probe
+    from marlinctl.planning.plan import Probe
 
 
 @click.command("plan")
@@ -52,8 +52,8 @@ def command(
 
     With --probe the largest solve runs once, on random numbers, and the time is told from what it took here.
     """
-    from marlinctl.plan_table import table
-    from marlinctl.planning import Settings, make_plan
+    from marlinctl.planning.plan import Settings, make_plan
+    from marlinctl.planning.table import table
 
     refuse_unknown_dtype(values["dtype"])
     formats = list(dict.fromkeys([*([fmt] if fmt else ["ct"] if also else []), *also])) or None
@@ -82,7 +82,7 @@ def command(
 
 
 def _probe(device: str, threads: int | None) -> Probe:
-    from marlinctl.rehearsal import probe_on
+    from marlinctl.oneshot.probe import probe_on
 
     return probe_on(device, threads)
 

@@ -9,7 +9,7 @@ import click
 
 from marlinctl.commands.common import common_options
 from marlinctl.commands.recipe_flags import chosen_options, chosen_recipe, recipe_flags, run_flags
-from marlinctl.console import Console
+from marlinctl.system.console import Console
 
 
 @click.command("quantize")
@@ -31,7 +31,7 @@ def command(console: Console, model: str, out: Path, **values: Any) -> None:
     transformers load; `marlinctl pack` turns it into other formats. Blocks stream from the source to OUT one at a time, and OUT
     appears whole or not at all. What is finished is kept in OUT.job: `marlinctl resume OUT` goes on after Ctrl-C or a crash.
     """
-    from marlinctl.job import run_job
+    from marlinctl.oneshot.run import run_job
 
     recipe = chosen_recipe(console, values)
     report, _ = run_job(model, out, recipe, chosen_options(console, values), console)

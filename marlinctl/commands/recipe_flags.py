@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from marlinctl.errors import UsageError
-from marlinctl.log import redact
+from marlinctl.system.log import redact
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-    from marlinctl.console import Console
-    from marlinctl.opening import Options
-    from marlinctl.recipe import Recipe
+    from marlinctl.oneshot.open import Options
+    from marlinctl.recipes.schema import Recipe
+    from marlinctl.system.console import Console
 
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -200,7 +200,7 @@ def chosen_distillation(console: Console, values: dict[str, Any]) -> Recipe:
 
 
 def chosen_options(console: Console, values: Mapping[str, Any]) -> Options:
-    from marlinctl.opening import Options
+    from marlinctl.oneshot.open import Options
 
     refuse_unknown_dtype(values["dtype"])
     return Options(
@@ -264,7 +264,7 @@ def _beginning_with(values: list[str]) -> Callable[[click.Context, click.Paramet
 def _recipe_names(context: click.Context, parameter: click.Parameter, typed: str) -> list[CompletionItem]:
     from click.shell_completion import CompletionItem
 
-    from marlinctl.recipe import builtin_names
+    from marlinctl.recipes.schema import builtin_names
 
     names = [CompletionItem(name) for name in builtin_names() if name.startswith(typed)]
     return names or click.Path().shell_complete(context, parameter, typed)
@@ -279,7 +279,7 @@ def _given(values: dict[str, Any], flags: Mapping[str, tuple[str, dict[str, Any]
 
 
 def _resolved(console: Console, values: dict[str, Any], overrides: Mapping[str, Any], verb: Mapping[str, Any] | None = None) -> Recipe:
-    from marlinctl.recipe import load_recipe, resolve
+    from marlinctl.recipes.schema import load_recipe, resolve
 
     recipe, _ = resolve(load_recipe(values.pop("recipe_name")), verb or {})
     resolved, changes = resolve(recipe, overrides)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from marlinctl.commands.common import common_options
-from marlinctl.console import Console
+from marlinctl.system.console import Console
 
 
 @click.group("recipes")
@@ -29,7 +29,7 @@ def ls(console: Console) -> None:
     Example:
       marlinctl recipes ls
     """
-    from marlinctl.recipe import builtin_names, load_recipe, recipe_hash
+    from marlinctl.recipes.schema import builtin_names, load_recipe, recipe_hash
 
     recipes = [load_recipe(name) for name in builtin_names()]
     width = max(len(recipe.name) for recipe in recipes)
@@ -49,7 +49,7 @@ def show(console: Console, recipe: str) -> None:
     Example:
       marlinctl recipes show quick
     """
-    from marlinctl.recipe import load_recipe, recipe_hash
+    from marlinctl.recipes.schema import load_recipe, recipe_hash
 
     loaded = load_recipe(recipe)
     console.result(loaded.to_yaml().rstrip(), {"recipe": loaded.model_dump(mode="json"), "sha256": recipe_hash(loaded)})
@@ -66,7 +66,7 @@ def check(console: Console, recipes: tuple[str, ...]) -> None:
       marlinctl recipes check mine.yaml
     """
     from marlinctl.errors import Problem, UsageError
-    from marlinctl.recipe import load_recipe, recipe_hash
+    from marlinctl.recipes.schema import load_recipe, recipe_hash
 
     problems: list[Problem] = []
     first_id = ""

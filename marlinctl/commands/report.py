@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from marlinctl.commands.common import common_options
-from marlinctl.console import Console
 from marlinctl.errors import UsageError
+from marlinctl.system.console import Console
 
 
 @click.command("report")
@@ -32,8 +32,8 @@ def command(console: Console, out: Path, scores: Path | None, bench: Path | None
     uncertainty, provenance, the command that makes it again), marlinctl_report.md and README.md, the model card. Scores and speeds
     that are given become part of the JSON. The weights are not touched: all four files lie outside the manifest.
     """
-    from marlinctl.pages.files import CARD, HTML, JSON, MARKDOWN
-    from marlinctl.report import read_bench, rewrite
+    from marlinctl.report.files import CARD, HTML, JSON, MARKDOWN
+    from marlinctl.report.rewrite import read_bench, rewrite
 
     evaluation = None if scores is None else _evaluation_of(scores, out, console)
     document = rewrite(out, evaluation=evaluation, bench=None if bench is None else read_bench(bench))

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from marlinctl.checkpoint.files import shown
 from marlinctl.commands.common import common_options, go_offline
 from marlinctl.commands.evaluation_flags import changed_gate, chosen_measuring, evaluation_flags
 from marlinctl.commands.recipe_flags import command_line
-from marlinctl.console import Console
 from marlinctl.errors import UsageError
-from marlinctl.log import printable
+from marlinctl.system.console import Console
+from marlinctl.system.files import shown
+from marlinctl.system.log import printable
 
 if TYPE_CHECKING:
-    from marlinctl.gate import Gate
-    from marlinctl.opening import Options
-    from marlinctl.recipe import Recipe
+    from marlinctl.evaluation.gate import Gate
+    from marlinctl.oneshot.open import Options
+    from marlinctl.recipes.schema import Recipe
 
 
 @click.command("resume")
@@ -51,7 +51,7 @@ def command(console: Console, out: Path, redo_from: int | None, overwrite: bool,
     How the result of a compress or sparsify is measured may differ from what the job was begun with: --tasks, --text, --window and the
     like, the gate, or --no-eval. What is finished stays finished; report and recipe.yaml say what was really used.
     """
-    from marlinctl.journal import JOB, JobFolder
+    from marlinctl.jobs.journal import JOB, JobFolder
 
     out = out.absolute()
     job = JobFolder(out)
@@ -88,7 +88,7 @@ def _make_absolute(values: dict[str, Any]) -> None:
 
 
 def _options(console: Console, document: dict[str, Any], redo_from: int | None, overwrite: bool, keep_job: bool) -> Options:
-    from marlinctl.opening import Options
+    from marlinctl.oneshot.open import Options
 
     asked: Options = _read(Options, document, "the options")
     if asked.offline:
@@ -107,8 +107,8 @@ def _measuring(
     asked: dict[str, Any], recorded: Mapping[str, Any], values: dict[str, Any], console: Console
 ) -> tuple[Recipe, Gate, str | None]:
     """Recipe, gate and the folder of the tasks' data: those of the job, with what was given now over them."""
-    from marlinctl.gate import Gate
-    from marlinctl.recipe import resolve
+    from marlinctl.evaluation.gate import Gate
+    from marlinctl.recipes.schema import resolve
 
     overrides, task_data = chosen_measuring(values)
     recipe, changes = resolve(_recipe(asked["recipe"]), overrides)
@@ -125,7 +125,7 @@ def _measuring(
 
 
 def _recipe(document: Any) -> Recipe:
-    from marlinctl.recipe import Recipe
+    from marlinctl.recipes.schema import Recipe
 
     recipe: Recipe = _read(Recipe, document, "the recipe")
     return recipe
@@ -145,9 +145,9 @@ def _read(form: Any, document: Any, name: str) -> Any:
 
 def _walk(console: Console, out: Path, asked: dict[str, Any], values: dict[str, Any], *changes: Any) -> None:
     from marlinctl.commands import quantize, sparsify
+    from marlinctl.evaluation.gate import Gate, Measurement
     from marlinctl.evaluation.settings import EvalSettings
-    from marlinctl.gate import Gate, Measurement
-    from marlinctl.job import run_job
+    from marlinctl.oneshot.run import run_job
 
     given = any(value is not None for value in values.values())
     recorded = asked["measured"]
@@ -163,10 +163,10 @@ def _walk(console: Console, out: Path, asked: dict[str, Any], values: dict[str, 
 
 def _distill(console: Console, out: Path, asked: dict[str, Any], _values: dict[str, Any], *changes: Any) -> None:
     from marlinctl.commands.distill import tell
-    from marlinctl.distillation.processes import silence_if_second
+    from marlinctl.distillation.distributed import silence_if_second
 
     silence_if_second(console)
-    from marlinctl.distill import run_distill
+    from marlinctl.distillation.run import run_distill
 
     options = _options(console, asked["options"], *changes)
     tell(console, out, run_distill(asked["student"], out, asked["teacher"], _recipe(asked["recipe"]), options, console))
@@ -177,7 +177,7 @@ def _compress(console: Console, out: Path, asked: dict[str, Any], values: dict[s
 
     given = any(value is not None for value in values.values())
     recipe, gate, task_data = _measuring(asked, asked, values, console)
-    from marlinctl.pipeline import run_compress
+    from marlinctl.compress import run_compress
 
     report = run_compress(
         asked["model"],

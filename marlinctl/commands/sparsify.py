@@ -10,7 +10,7 @@ import click
 from marlinctl.commands.common import common_options, go_offline
 from marlinctl.commands.evaluation_flags import chosen_gate, chosen_measuring, evaluation_flags
 from marlinctl.commands.recipe_flags import chosen_options, chosen_recipe, recipe_flags, run_flags
-from marlinctl.console import Console
+from marlinctl.system.console import Console
 
 
 @click.command("sparsify")
@@ -40,9 +40,9 @@ def command(console: Console, model: str, out: Path, pattern: str, **values: Any
     measuring, task_data = chosen_measuring(values)
     if task_data is not None:
         go_offline()
+    from marlinctl.evaluation.gate import Measurement
     from marlinctl.evaluation.settings import EvalSettings
-    from marlinctl.gate import Measurement
-    from marlinctl.job import run_job
+    from marlinctl.oneshot.run import run_job
 
     gate, evaluated = chosen_gate(values), values.pop("evaluated") is not False
     recipe = chosen_recipe(console, values, measuring, verb={"sparsify.pattern": pattern, "quantize.bits": 16})

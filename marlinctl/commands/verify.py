@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from marlinctl.commands.common import common_options
-from marlinctl.console import Console
+from marlinctl.system.console import Console
 
 
 @click.command("verify")
@@ -36,8 +36,8 @@ def command(
     reads them, through an emulator (a sample of each linear), and the products compared. With --source it also tells how far each
     linear is from the original (of a 2:4 linear, its survivors), and fails where that is implausible. Exit code 1: a check failed.
     """
-    from marlinctl.fidelity import summary
-    from marlinctl.verify import verify
+    from marlinctl.verify.run import verify
+    from marlinctl.verify.source import summary
 
     original = None
     if source is not None:

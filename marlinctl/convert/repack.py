@@ -26,20 +26,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl import card, manifest, pattern, runtimes
-from marlinctl.checkpoint import formats, writer
+from marlinctl.checkpoint import manifest, runtimes, sparsity, writer
 from marlinctl.checkpoint.contents import Contents, read_contents
-from marlinctl.checkpoint.durable import canonical
+from marlinctl.checkpoint.folder import examine
+from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.mask import Masks, open_masks
 from marlinctl.checkpoint.reader import open_checkpoint
-from marlinctl.checkpoint.switches import without
-from marlinctl.console import Console
+from marlinctl.checkpoint.source_digests import check_known_digests
 from marlinctl.errors import BadInput, CheckFailed, NumericalProblem, Problem, UsageError
-from marlinctl.folder import examine
-from marlinctl.journal import JobFolder, Request
-from marlinctl.known_digests import check_known_digests
-from marlinctl.memory import SHARD_BYTES
-from marlinctl.pages.page import Name
+from marlinctl.jobs.journal import JobFolder, Request
+from marlinctl.models.switches import without
+from marlinctl.planning.memory import SHARD_BYTES
+from marlinctl.report import card
+from marlinctl.report.page import Name
+from marlinctl.system.atomic import canonical
+from marlinctl.system.console import Console
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +53,7 @@ class Source:
     """A packed checkpoint, understood and found fit for the targets."""
 
     checkpoint: Checkpoint
-    info: formats.FormatInfo
+    info: registry.FormatInfo
     shapes: Mapping[str, tuple[int, int]]  # layer -> (N, K)
     untouched: tuple[str, ...]  # tensors that no packed linear owns
     masks: Masks | None = None
@@ -63,25 +64,25 @@ class Source:
     @property
     def origin(self) -> str | None:
         """Who states the 2:4 pattern; None where the model is dense, as far as anybody says."""
-        return pattern.ZEROS if self.from_zeros else pattern.origin(self.info, self.masks)
+        return sparsity.ZEROS if self.from_zeros else sparsity.origin(self.info, self.masks)
 
-    def parts(self, layer: str) -> formats.LinearParts:
+    def parts(self, layer: str) -> registry.LinearParts:
         """One packed linear with its mask. BadInput where it is not the 2:4 linear that it must be."""
-        parts = formats.read_parts(self.checkpoint, self.info, layer, self.masks)
+        parts = registry.read_parts(self.checkpoint, self.info, layer, self.masks)
         if not self.from_zeros:
             return parts
         from marlinctl.sparsify.keep import two_of_four
 
         keep = two_of_four(parts.codes)
         if keep is None:
-            raise BadInput.from_problems("E355", [pattern.crowded(layer, parts.codes)])
+            raise BadInput.from_problems("E355", [sparsity.crowded(layer, parts.codes)])
         return replace(parts, keep=keep)
 
     def keep(self, layer: str) -> Tensor | None:
         """The mask of a linear, packed or carried, compared with its weight."""
         if layer in self.info.layers:
             return self.parts(layer).keep
-        return pattern.weight_and_keep(self.checkpoint, self.info, layer, self.masks)[1]
+        return sparsity.weight_and_keep(self.checkpoint, self.info, layer, self.masks)[1]
 
     def masked(self, fmt: str) -> set[str]:
         """The linears that the mask file of a target names: metadata is one already."""
@@ -90,7 +91,7 @@ class Source:
 
     @property
     def ignore(self) -> list[str]:
-        return formats.sixteen_bit_linears({name: self.checkpoint.tensors[name].shape for name in self.untouched}, self.info.layers)
+        return registry.sixteen_bit_linears({name: self.checkpoint.tensors[name].shape for name in self.untouched}, self.info.layers)
 
     def packed(self, fmt: str) -> runtimes.Packed:
         """What a target will be to its clients."""
@@ -191,8 +192,8 @@ def output_folders(out: Path, fmt: str, also: Sequence[str]) -> dict[str, Path]:
     """Format -> folder: OUT itself, and OUT-<format> beside it for each further one."""
     asked = (fmt, *also)
     for name in asked:
-        if name not in formats.WRITABLE:
-            raise UsageError("E230", f"there is no format {name!r}", where="--format, --also", fix=f"one of {', '.join(formats.WRITABLE)}")
+        if name not in registry.WRITABLE:
+            raise UsageError("E230", f"there is no format {name!r}", where="--format, --also", fix=f"one of {', '.join(registry.WRITABLE)}")
     if len(set(asked)) != len(asked):
         raise UsageError("E231", f"one format twice: {', '.join(asked)}", where="--format, --also", fix="name each format once")
     return {fmt: out} | {name: out.with_name(f"{out.name}-{name}") for name in also}
@@ -210,8 +211,8 @@ def open_source(folder: Path, masks: Masks | None = None) -> Source:
             where=str(folder),
             fix=f"marlinctl quantize {folder} OUT",
         )
-    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in formats.SUFFIXES[info.name]} | set(examined.idle)
-    shapes = {layer: formats.layer_shape(checkpoint, info, layer) for layer in info.layers}
+    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in registry.SUFFIXES[info.name]} | set(examined.idle)
+    shapes = {layer: registry.layer_shape(checkpoint, info, layer) for layer in info.layers}
     untouched = tuple(name for name in checkpoint.tensors if name not in owned)
     carried = () if masks is None else tuple(layer for layer in masks.layers if f"{layer}.weight" in checkpoint.tensors)
     return Source(checkpoint, info, shapes, untouched, masks, carried, notes=examined.notes)
@@ -219,7 +220,7 @@ def open_source(folder: Path, masks: Masks | None = None) -> Source:
 
 def refuse_misfits(source: Source, targets: Sequence[str]) -> None:
     """Everything that would fail later, found first and named all at once."""
-    problems = formats.misfits(source.shapes, targets)
+    problems = registry.misfits(source.shapes, targets)
     for layer, (_, k) in source.shapes.items():
         size = source.info.layers[layer]
         if size != -1 and (size < 1 or k % size):
@@ -232,7 +233,7 @@ def refuse_misfits(source: Source, targets: Sequence[str]) -> None:
 
 
 def _refuse_mask_misfits(source: Source, masks: Masks, targets: Sequence[str]) -> None:
-    problems = pattern.strangers(pattern.shapes(source.checkpoint, source.info), source.info, masks)
+    problems = sparsity.strangers(sparsity.shapes(source.checkpoint, source.info), source.info, masks)
     if problems:
         raise BadInput.from_problems("E357", problems)
     if "marlin_24" not in targets or source.info.name == "marlin_24":
@@ -266,7 +267,7 @@ def _check_pattern(source: Source, console: Console) -> None:
             try:
                 source.keep(layer)
             except BadInput as refused:
-                if refused.error_id not in pattern.REFUSALS:
+                if refused.error_id not in sparsity.REFUSALS:
                     raise
                 problems.setdefault(refused.error_id, []).extend(refused.problems)
             progress.advance()
@@ -276,7 +277,7 @@ def _check_pattern(source: Source, console: Console) -> None:
 
 def written_bytes(source: Source, fmt: str) -> int:
     """Bytes of weights that a target will have."""
-    packed = sum(formats.linear_bytes(fmt, n, k, source.info.layers[layer]) for layer, (n, k) in source.shapes.items())
+    packed = sum(registry.linear_bytes(fmt, n, k, source.info.layers[layer]) for layer, (n, k) in source.shapes.items())
     untouched = (source.checkpoint.tensors[name] for name in source.untouched)
     return packed + sum(info.end - info.begin for info in untouched)
 
@@ -289,7 +290,7 @@ def _mask_bytes(source: Source, fmt: str) -> int:
 
 def _write_linears(source: Source, stages: Mapping[str, writer.StagedCheckpoint], console: Console) -> None:
     """One pass over the source, shard by shard, so that each file is read once and in order."""
-    marking = formats.SUFFIXES[source.info.name][0]
+    marking = registry.SUFFIXES[source.info.name][0]
     places = {layer: source.checkpoint.tensors[f"{layer}.{marking}"] for layer in source.info.layers}
     order = sorted(places, key=lambda layer: (places[layer].file.name, places[layer].begin))
     pending: dict[str, dict[str, Tensor]] = {fmt: {} for fmt in stages}
@@ -322,10 +323,10 @@ def _flush(stages: Mapping[str, writer.StagedCheckpoint], pending: dict[str, dic
             tensors.clear()
 
 
-def target_tensors(fmt: str, layer: str, parts: formats.LinearParts) -> dict[str, Tensor]:
+def target_tensors(fmt: str, layer: str, parts: registry.LinearParts) -> dict[str, Tensor]:
     """What the target holds for one layer."""
     if fmt != "dense":
-        return formats.linear_tensors(fmt, layer, parts)
+        return registry.linear_tensors(fmt, layer, parts)
     import torch
 
     weight = parts.weight().to(torch.float16)
@@ -343,10 +344,10 @@ def _finish(source: Source, contents: Contents, fmt: str, stage: writer.StagedCh
     """Everything of the folder but the linears, and the check from disk."""
     stage.copy_tensors(source.checkpoint, source.untouched)
     stage.copy_companions(source.checkpoint.folder)
-    old = formats.quantization_block(source.checkpoint.config) or {}
-    config = without(formats.without_quantization(source.checkpoint.config))
+    old = registry.quantization_block(source.checkpoint.config) or {}
+    config = without(registry.without_quantization(source.checkpoint.config))
     if fmt != "dense":
-        config["quantization_config"] = formats.quantization_config(fmt, source.info.layers, source.ignore, provenance(old))
+        config["quantization_config"] = registry.quantization_config(fmt, source.info.layers, source.ignore, provenance(old))
     if fmt == "gptq":
         stage.write_file("quantize_config.json", canonical(config["quantization_config"]))  # what old loaders read
     origin = {"format": source.info.name, "variant": source.info.variant, **_source_digest(source, contents)}
@@ -372,13 +373,13 @@ def _finish(source: Source, contents: Contents, fmt: str, stage: writer.StagedCh
 
 def _report_files(source: Source, fmt: str, folder: Path, command: str, console: Console) -> dict[str, bytes]:
     """The source's report travels on: its codes are the same. Nothing where there is none, as in a foreign folder."""
-    from marlinctl import report
+    from marlinctl.report import rewrite
 
     try:
-        document = report.read_report(source.checkpoint.folder)
+        document = rewrite.read_report(source.checkpoint.folder)
         sizes = {**document["bytes"], "result": written_bytes(source, fmt)}
         packed = {**document, "bytes": sizes, "packed": {"command": command, "format": fmt}}
-        return report.checked_files(packed, folder, fmt=fmt, layers=source.info.layers)
+        return rewrite.checked_files(packed, folder, fmt=fmt, layers=source.info.layers)
     except CheckFailed:
         return {}
     except (BadInput, KeyError, TypeError) as refused:
@@ -412,8 +413,8 @@ def _source_digest(source: Source, contents: Contents) -> dict[str, Any]:
 def check_written(source: Source, fmt: str, folder: Path, console: Console) -> None:
     """Read the staged folder back: same tensors, codes, scales and masks, same untouched bytes. CheckFailed names the first difference."""
     written = open_checkpoint(folder, weight_files="auto")
-    info = formats.detect(written.config, written.tensors)
-    expected = set(source.untouched) | {f"{layer}.{suffix}" for layer in source.info.layers for suffix in formats.SUFFIXES[fmt]}
+    info = registry.detect(written.config, written.tensors)
+    expected = set(source.untouched) | {f"{layer}.{suffix}" for layer in source.info.layers for suffix in registry.SUFFIXES[fmt]}
     if info.name != fmt or set(written.tensors) != expected:
         different = sorted(set(written.tensors) ^ expected)
         raise _unequal(folder, f"the written tensors are not the expected ones ({info.name}; {', '.join(different[:5])})")
@@ -427,27 +428,27 @@ def check_written(source: Source, fmt: str, folder: Path, console: Console) -> N
                 compare(source, written, info, layer, masks)
                 progress.advance()
         for layer in source.carried:
-            _same_keep(folder, layer, source.keep(layer), pattern.weight_and_keep(written, info, layer, masks)[1])
+            _same_keep(folder, layer, source.keep(layer), sparsity.weight_and_keep(written, info, layer, masks)[1])
     for name in source.untouched:
         if written.raw(name) != source.checkpoint.raw(name):
             raise _unequal(folder, f"{name} differs from the source")
 
 
-def _same_parts(source: Source, written: Checkpoint, info: formats.FormatInfo, layer: str, masks: Masks | None) -> None:
+def _same_parts(source: Source, written: Checkpoint, info: registry.FormatInfo, layer: str, masks: Masks | None) -> None:
     import torch
 
-    want, got = source.parts(layer), formats.read_parts(written, info, layer, masks)
+    want, got = source.parts(layer), registry.read_parts(written, info, layer, masks)
     same_scales = torch.equal(want.scales.to(torch.float32), got.scales.to(torch.float32))
     if not torch.equal(want.codes, got.codes) or not same_scales or want.group_size != got.group_size:
         raise _unequal(written.folder, f"{layer}: codes or scales read back differ from what was packed")
     _same_keep(written.folder, layer, want.keep, got.keep)
 
 
-def _same_weight(source: Source, written: Checkpoint, info: formats.FormatInfo, layer: str, masks: Masks | None) -> None:
+def _same_weight(source: Source, written: Checkpoint, info: registry.FormatInfo, layer: str, masks: Masks | None) -> None:
     import torch
 
     parts = source.parts(layer)
-    weight, keep = pattern.weight_and_keep(written, info, layer, masks)
+    weight, keep = sparsity.weight_and_keep(written, info, layer, masks)
     if not torch.equal(parts.weight().to(torch.float16), weight):
         raise _unequal(written.folder, f"{layer}: the weight read back differs from what was written")
     _same_keep(written.folder, layer, parts.keep, keep)

@@ -20,21 +20,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from marlinctl import findings
-from marlinctl.checkpoint.config import read_config
-from marlinctl.checkpoint.files import shown
-from marlinctl.confined import Bounds, Exceeded, confined
-from marlinctl.console import Console
+from marlinctl.checkpoint import findings
 from marlinctl.data.calibration_size import CHARACTERS_PER_TOKEN, PIECE, SELF_BATCH, check_length, too_few_tokens
 from marlinctl.data.tokens import SLACK, Tokens, first_ids, token_ids, tokenizer_refused
 from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, UsageError
-from marlinctl.model_config import transformers_config
-from marlinctl.recipe import Calibration
+from marlinctl.models.config import read_config
+from marlinctl.models.transformers_config import transformers_config
+from marlinctl.recipes.schema import Calibration
+from marlinctl.system.confined import Bounds, Exceeded, confined
+from marlinctl.system.console import Console
+from marlinctl.system.files import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from marlinctl.texts import Chat, Document
+    from marlinctl.data.text import Chat, Document
 
 # What regular expressions of tokenizers divide: words, numbers, runs of a letter, of spaces and of signs, other scripts, lines.
 _LINE = f"The quick brown fox jumps over the dog 1234567890 times; it's {'a' * 40} {' ' * 40} {'!?' * 20} Grüße, 世界\n\n\tEnd. #$%&@~|\"<>"
@@ -162,7 +162,7 @@ def read_samples(asked: Calibration, tokenizer: PreTrainedTokenizerBase) -> tupl
 
 
 def _documents(asked: Calibration) -> Iterable[Document]:
-    from marlinctl.texts import documents, names_a_file
+    from marlinctl.data.text import documents, names_a_file
 
     if names_a_file(asked.source):
         return documents(asked.source)
@@ -171,7 +171,7 @@ def _documents(asked: Calibration) -> Iterable[Document]:
 
 def _confined_hub_documents(source: str) -> Iterator[Document]:
     """In a process of its own: the library unpacks what the hub's files say, and they are as much a stranger's as a local one."""
-    from marlinctl.texts import READING
+    from marlinctl.data.text import READING
 
     try:
         yield from confined(lambda: _hub_documents(source), READING)
@@ -182,7 +182,7 @@ def _confined_hub_documents(source: str) -> Iterator[Document]:
 
 def _hub_documents(source: str) -> Iterator[Document]:
     """Rows of a hub data set `org/name[:config][:split]`, streamed: column text, or messages for chats."""
-    from marlinctl.texts import checked_row
+    from marlinctl.data.text import checked_row
 
     try:
         from datasets import load_dataset
@@ -280,7 +280,7 @@ def _divided(text: str, size: int) -> list[str]:
 
 def _rendered(chats: Sequence[tuple[int, Chat]], tokenizer: PreTrainedTokenizerBase, source: str) -> Iterator[str]:
     """Each chat (and which row it is) in the model's template, which is a program that came with the model: it runs in a process of its
-    own (confined.py). UsageError E262 where the template refuses a chat."""
+    own (system/confined.py). UsageError E262 where the template refuses a chat."""
 
     def render() -> Iterator[str]:
         for row, chat in chats:

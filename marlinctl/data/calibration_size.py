@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from marlinctl.checkpoint.config import positions
 from marlinctl.errors import BadInput, UsageError
-from marlinctl.recipe import Calibration
+from marlinctl.models.config import positions
+from marlinctl.recipes.schema import Calibration
 
 SELF_BATCH = 32  # samples that the model writes at a time, when it writes its calibration text
 CHARACTERS_PER_TOKEN = 6  # generous first guess of how much calibration text is enough; what is missing is read after it
@@ -18,7 +18,7 @@ def check_documents(source: str) -> None:
     """Text to calibrate with or to train on: the file is there, and its first row is what it must be."""
     if source == "self":
         return
-    from marlinctl.texts import check_text, names_a_file  # what unpacks files is not imported for nothing
+    from marlinctl.data.text import check_text, names_a_file  # what unpacks files is not imported for nothing
 
     if names_a_file(source):
         check_text(source, chats=True)

@@ -10,7 +10,7 @@ Rows become one text by joining them with a blank line, which is how the publish
 
 A data file is somebody else's: it may be binary, in another encoding, truncated, hold one line of a gigabyte, or unpack to a thousand
 times its size. It is read as a stream, up to what is needed. Lines have an upper size, so a refusal names the line and costs no memory;
-parquet, whose library unpacks as the file says, is read in a process of its own (confined.py). Nothing in a file is ever run.
+parquet, whose library unpacks as the file says, is read in a process of its own (system/confined.py). Nothing in a file is ever run.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any, cast
 
-from marlinctl.checkpoint.files import FileRefused, open_plain, shown
-from marlinctl.confined import Bounds, Exceeded, confined
 from marlinctl.errors import BadInput, EnvironmentProblem, UsageError
+from marlinctl.system.confined import Bounds, Exceeded, confined
+from marlinctl.system.files import FileRefused, open_plain, shown
 
 PYTHONDOC = "pythondoc"
 LONGEST_LINE = 16 << 20  # bytes; a row of 16 MiB is some 4 million tokens

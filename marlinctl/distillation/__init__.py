@@ -1,15 +1,15 @@
-"""How a student is trained towards its teacher. marlinctl/distill.py is the public face.
+"""How a student is trained towards its teacher. marlinctl/distillation/run.py is the public face.
 
 losses.py      cross entropy, SquareHead and divergence, as sums over counted tokens
 settings.py    what the settings come to, and which contradict each other
 rows.py        the training text as rows of tokens, and which rows each step reads
-opening.py     everything that can be refused, before any work
-places.py      where a tensor of the checkpoint lies in transformers' model
+open.py     everything that can be refused, before any work
+parameters.py      where a tensor of the checkpoint lies in transformers' model
 scales.py      linears whose codes stay and whose scales are trained
 teacher.py     what the teacher says about a batch: asked as we go, or cached once
-processes.py   one process or many: who saves, who tells, who holds which part of a parameter
-job.py         the folder of a running job: fingerprint, states, resuming
-stopping.py    Ctrl-C and SIGTERM, answered after the current step
+distributed.py   one process or many: who saves, who tells, who holds which part of a parameter
+state.py         the folder of a running job: fingerprint, states, resuming
+system/signals.py    Ctrl-C and SIGTERM, answered after the current step
 loop.py        the training loop over the whole model
 blockwise.py   the training loop over one block at a time
 publish.py     the result as a checkpoint, checked from disk

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from marlinctl.console import Console
-from marlinctl.distillation.processes import Processes
+from marlinctl.distillation.distributed import Processes
 from marlinctl.errors import CheckFailed, Problem
+from marlinctl.system.console import Console
 from marlinctl.system.host import available_memory
 
 _TOKENS = 256  # of the row that is compared

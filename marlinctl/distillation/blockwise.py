@@ -20,20 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from marlinctl.checkpoint.reader import torch_dtype
-from marlinctl.console import Console, Progress, duration
 from marlinctl.data.tokens import Tokens
-from marlinctl.distillation.job import DistillJob, State
 from marlinctl.distillation.loop import LOG_EVERY, learning_rate, make_optimizer, not_finite, training_facts
-from marlinctl.distillation.opening import Model, Opened
-from marlinctl.distillation.places import Place, assemble, block_places, by_parameter, trained_places
+from marlinctl.distillation.open import Model, Opened
+from marlinctl.distillation.parameters import Place, assemble, block_places, by_parameter, trained_places
 from marlinctl.distillation.rows import Rows, rows_of_step
-from marlinctl.models import Block
-from marlinctl.recipe import Distill
-from marlinctl.scratch import FileTensor, Scratch
-from marlinctl.skeleton import build, drop_parameters, set_parameter
-from marlinctl.stopping import Stopping
-from marlinctl.training_settings import rows_per_step, steps_of
-from marlinctl.walk import Walk
+from marlinctl.distillation.state import DistillJob, State
+from marlinctl.models.architectures import Block
+from marlinctl.models.meta_model import build, drop_parameters, set_parameter
+from marlinctl.oneshot.sequential import Walk
+from marlinctl.planning.training_settings import rows_per_step, steps_of
+from marlinctl.recipes.schema import Distill
+from marlinctl.system.console import Console, Progress, duration
+from marlinctl.system.offload import FileTensor, Scratch
+from marlinctl.system.signals import Stopping
 
 EMBEDDED_TOGETHER = 64  # rows
 _MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -22,10 +22,10 @@ import torch
 from click.exceptions import Exit
 from torch import Tensor, nn
 
-from marlinctl.console import Console
-from marlinctl.devices import choose_device
 from marlinctl.errors import MarlinctlError
-from marlinctl.launcher import cpu_asked, settings_aside, sharding_asked
+from marlinctl.system.console import Console
+from marlinctl.system.devices import choose_device
+from marlinctl.system.launcher import cpu_asked, settings_aside, sharding_asked
 
 Value = TypeVar("Value")
 PATIENCE = timedelta(hours=6)  # the others wait while the main process downloads, or writes the training text

@@ -20,17 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlinctl.console import Console, duration
-from marlinctl.distillation.job import DistillJob, State
+from marlinctl.distillation.distributed import Processes, local, whole
 from marlinctl.distillation.losses import NAMES, Weights, loss_sums
-from marlinctl.distillation.processes import Processes, local, whole
 from marlinctl.distillation.rows import Rows, rows_of_step
+from marlinctl.distillation.state import DistillJob, State
 from marlinctl.distillation.student import Student
 from marlinctl.distillation.teacher import Teacher
 from marlinctl.errors import NumericalProblem
-from marlinctl.recipe import Distill
-from marlinctl.stopping import Stopping
-from marlinctl.training_settings import rows_per_step, steps_of
+from marlinctl.planning.training_settings import rows_per_step, steps_of
+from marlinctl.recipes.schema import Distill
+from marlinctl.system.console import Console, duration
+from marlinctl.system.signals import Stopping
 
 BETAS = (0.9, 0.999)
 LOG_EVERY = 10  # steps

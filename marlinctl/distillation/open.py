@@ -15,21 +15,21 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from marlinctl import findings
-from marlinctl.calibration import load_tokenizer
+from marlinctl.checkpoint import findings
 from marlinctl.checkpoint import mask as masks
 from marlinctl.checkpoint.contents import Contents, Noted, read_contents
-from marlinctl.checkpoint.formats import FormatInfo, detect, read_parts
+from marlinctl.checkpoint.folder import examine
+from marlinctl.checkpoint.formats.registry import FormatInfo, detect, read_parts
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
-from marlinctl.console import Console
+from marlinctl.checkpoint.source_digests import check_known_digests
+from marlinctl.data.calibration import load_tokenizer
 from marlinctl.errors import BadInput, Problem, UsageError
-from marlinctl.folder import examine
-from marlinctl.known_digests import check_known_digests
-from marlinctl.models import Architecture
-from marlinctl.opening import Options
-from marlinctl.recipe import Distill
+from marlinctl.models.architectures import Architecture
+from marlinctl.oneshot.open import Options
+from marlinctl.recipes.schema import Distill
 from marlinctl.sparsify.keep import two_of_four
+from marlinctl.system.console import Console
 
 _SPARSIFY = "make it 2:4 first: marlinctl sparsify MODEL OUT"
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from marlinctl.models import Architecture, Block, Experts
+from marlinctl.models.architectures import Architecture, Block, Experts
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlinctl.checkpoint.formats import detect, layer_names
+from marlinctl.checkpoint.formats.registry import detect, layer_names
 from marlinctl.checkpoint.mask import open_masks
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint, torch_dtype
-from marlinctl.checkpoint.switches import without
 from marlinctl.checkpoint.writer import StagedCheckpoint
-from marlinctl.console import Console
-from marlinctl.distillation.opening import Opened
+from marlinctl.distillation.open import Opened
 from marlinctl.errors import CheckFailed, NumericalProblem, Problem
+from marlinctl.models.switches import without
 from marlinctl.sparsify.types import check_keep
+from marlinctl.system.console import Console
 
 SHARD_BYTES = 1 << 30
 

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlinctl import findings
-from marlinctl.calibration import load_tokenizer, read_samples, write_samples
-from marlinctl.console import Console
+from marlinctl.checkpoint import findings
+from marlinctl.data.calibration import load_tokenizer, read_samples, write_samples
 from marlinctl.errors import BadInput
-from marlinctl.recipe import Calibration, Distill
-from marlinctl.training_settings import HELD_OUT_SHARE, held_out_rows, rows_per_step, steps_of
+from marlinctl.planning.training_settings import HELD_OUT_SHARE, held_out_rows, rows_per_step, steps_of
+from marlinctl.recipes.schema import Calibration, Distill
+from marlinctl.system.console import Console
 
 SELF_TOGETHER = 128  # rows that the teacher writes at a time
 

@@ -22,37 +22,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marlinctl import findings
+from marlinctl.checkpoint import findings
 from marlinctl.checkpoint.licence import licence_of
+from marlinctl.checkpoint.manifest import made_from
 from marlinctl.checkpoint.source import Source
+from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output, require_space
-from marlinctl.console import Console
 from marlinctl.data.calibration_size import check_documents
-from marlinctl.devices import device_peaks, forget_device_peaks, forward_dtype, threads
 from marlinctl.distillation.agreement import Comparison, require_same_weights
 from marlinctl.distillation.blockwise import BlockLoop
-from marlinctl.distillation.job import DistillJob, State
+from marlinctl.distillation.distributed import Processes
 from marlinctl.distillation.loop import Loop
 from marlinctl.distillation.losses import Weights
-from marlinctl.distillation.opening import Model, Opened, open_models
-from marlinctl.distillation.processes import Processes
+from marlinctl.distillation.open import Model, Opened, open_models
 from marlinctl.distillation.publish import build
 from marlinctl.distillation.rows import Rows, load_rows, make_rows
+from marlinctl.distillation.state import DistillJob, State
 from marlinctl.distillation.student import load_student
 from marlinctl.distillation.teacher import Cached, Teacher, live, write_cache
-from marlinctl.job import published_report, versions
-from marlinctl.journal import Request
-from marlinctl.load import load_dense
-from marlinctl.manifest import made_from
-from marlinctl.memory import parameters
-from marlinctl.models import check_module_map
-from marlinctl.opening import Options
-from marlinctl.pages.files import report_files
-from marlinctl.recipe import Distill, Recipe, recipe_hash
-from marlinctl.room import needed_by_distillation
-from marlinctl.scratch import Scratch
+from marlinctl.jobs.journal import Request
+from marlinctl.models.architectures import check_module_map
+from marlinctl.oneshot.open import Options
+from marlinctl.oneshot.run import published_report, versions
+from marlinctl.planning.disk import needed_by_distillation
+from marlinctl.planning.memory import parameters
+from marlinctl.planning.training_settings import check_settings, check_sizes
+from marlinctl.recipes.schema import Distill, Recipe, recipe_hash
+from marlinctl.report.files import report_files
+from marlinctl.system.console import Console
+from marlinctl.system.devices import device_peaks, forget_device_peaks, forward_dtype, threads
 from marlinctl.system.host import peak_rss
-from marlinctl.training_settings import check_settings, check_sizes
+from marlinctl.system.offload import Scratch
 
 _DEVICE_SHARE = 0.4  # of free device memory that hidden states may take in mode blockwise
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from marlinctl.checkpoint.formats import LinearParts
-from marlinctl.distillation.places import Place, assemble, by_parameter, parent_of
-from marlinctl.distillation.processes import local, whole
+from marlinctl.checkpoint.formats.registry import LinearParts
+from marlinctl.distillation.distributed import local, whole
+from marlinctl.distillation.parameters import Place, assemble, by_parameter, parent_of
 from marlinctl.errors import UsageError
 from marlinctl.quantize.grid import round_scales
 

@@ -1,4 +1,4 @@
-"""What a distillation has in its job's folder (journal.py) beside the request and the journal.
+"""What a distillation has in its job's folder (jobs/journal.py) beside the request and the journal.
 
     rows.safetensors              the training text as token ids
     teacher-00000.safetensors     the teacher's predictions, when they are cached
@@ -20,10 +20,10 @@ from typing import Any
 
 from torch import Tensor
 
-from marlinctl.checkpoint.durable import write_document, write_tensors
-from marlinctl.checkpoint.header import read_header
 from marlinctl.checkpoint.reader import Checkpoint
-from marlinctl.journal import JobFolder
+from marlinctl.checkpoint.safetensors_header import read_header
+from marlinctl.jobs.journal import JobFolder
+from marlinctl.system.atomic import write_document, write_tensors
 
 _ROWS = "rows.safetensors"
 

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from marlinctl.checkpoint.formats import read_parts
+from marlinctl.checkpoint.formats.registry import read_parts
 from marlinctl.checkpoint.reader import torch_dtype
+from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.distillation.agreement import require_same_weights
-from marlinctl.distillation.opening import Opened
-from marlinctl.distillation.places import Place, assemble, by_parameter, trained_places
-from marlinctl.distillation.processes import Processes, local, shard_like, whole
+from marlinctl.distillation.distributed import Processes, local, shard_like, whole
+from marlinctl.distillation.open import Opened
+from marlinctl.distillation.parameters import Place, assemble, by_parameter, trained_places
 from marlinctl.distillation.scales import exact_in_bfloat16, freeze_codes, settle, trained_scales
-from marlinctl.load import load_dense
-from marlinctl.models import Architecture
+from marlinctl.models.architectures import Architecture
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,13 @@ from contextlib import AbstractContextManager, ExitStack
 import torch
 from torch import Tensor, nn
 
-from marlinctl.checkpoint.durable import write_tensors
 from marlinctl.checkpoint.reader import Checkpoint
-from marlinctl.console import Console
-from marlinctl.distillation.job import DistillJob
+from marlinctl.distillation.distributed import Processes
 from marlinctl.distillation.losses import Signals, Top, Weights, top_of
-from marlinctl.distillation.processes import Processes
 from marlinctl.distillation.rows import Rows
+from marlinctl.distillation.state import DistillJob
+from marlinctl.system.atomic import write_tensors
+from marlinctl.system.console import Console
 
 CACHE_ROWS = 256  # rows in one file of the cache
 

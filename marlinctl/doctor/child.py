@@ -11,10 +11,10 @@ import signal
 import subprocess
 import sys
 
-from marlinctl.checks.result import Check
+from marlinctl.doctor.result import Check
 
 SECONDS = 180  # importing torch from a cold network drive takes a minute
-PROGRAM = "import sys; sys.path[:] = {path!r}; from marlinctl.checks.computing import main; main()"
+PROGRAM = "import sys; sys.path[:] = {path!r}; from marlinctl.doctor.computing import main; main()"
 _CURES = {
     "torch": "pip install --force-reinstall torch, in the variant for this processor and driver",
     "gpu": "see nvidia-smi and the kernel's log (dmesg); until it works, give --device cpu",

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from marlinctl.checks.driver import gpu as missing_gpu
-from marlinctl.checks.places import shared_memory
-from marlinctl.checks.result import Check
+from marlinctl.doctor.driver import gpu as missing_gpu
+from marlinctl.doctor.places import shared_memory
+from marlinctl.doctor.result import Check
 from marlinctl.system.driver import OLDEST_DRIVER, Driver, find_driver, no_gpu
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def main() -> None:
 def cpu(version: str) -> Iterator[Check]:
     import torch
 
-    from marlinctl.devices import cpu_has_bf16
+    from marlinctl.system.devices import cpu_has_bf16
 
     wrong = [str(dtype).removeprefix("torch.") for dtype in _dtypes() if not _right("cpu", dtype)]
     if wrong:
@@ -124,7 +124,7 @@ def nvrtc(capability: tuple[int, int] | None, found: Driver) -> Check:
 
 def kernels(device: torch.device) -> Check:
     """Both kinds of tiles through the operators, as a model calls them: compiled if they are not in the cache, run, against float64."""
-    from marlinctl.kernel_check import CudaKernel, compared, multiply
+    from marlinctl.verify.kernels import CudaKernel, compared, multiply
 
     kernel = CudaKernel("the operators", device, multiply)
     readings = {}
@@ -145,7 +145,7 @@ def kernels(device: torch.device) -> Check:
 
 def packed(*, sparse: bool) -> Check:
     """128 x 128 weights packed, read lane by lane as a kernel reads them, and multiplied; against codes times scales in float64."""
-    from marlinctl.kernel_check import worst
+    from marlinctl.verify.kernels import worst
 
     name = "sparse-marlin" if sparse else "marlin"
     error, allowed = worst(*_tiles(sparse=sparse), [0, 1])

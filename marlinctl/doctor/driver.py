@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from marlinctl.checks.result import Check
+from marlinctl.doctor.result import Check
 from marlinctl.system.driver import Driver, NoGpu
 
 

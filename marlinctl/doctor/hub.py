@@ -9,8 +9,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from marlinctl.checks.places import hub_home
-from marlinctl.checks.result import Check
+from marlinctl.doctor.places import hub_home
+from marlinctl.doctor.result import Check
 
 SECONDS = 5
 _YES = ("1", "ON", "YES", "TRUE")  # the spellings that huggingface_hub takes

@@ -18,8 +18,8 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution,
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from marlinctl.checks.known_bad import KNOWN_BAD
-from marlinctl.checks.result import Check, Status
+from marlinctl.doctor.known_bad import KNOWN_BAD
+from marlinctl.doctor.result import Check, Status
 
 EXTRAS = ("eval", "distill")  # those that verbs need; the others are for work on marlinctl itself
 _INFO = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*?)-(?P<version>[0-9][^-]*)(-py[0-9.]+)?\.(?P<kind>dist|egg)-info")

@@ -14,8 +14,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
-from marlinctl.checks.installation import EXTRAS
-from marlinctl.checks.result import Check, Status
+from marlinctl.doctor.installation import EXTRAS
+from marlinctl.doctor.result import Check, Status
 
 IMPORT_NAMES = {"pyyaml": "yaml"}  # where it is not the distribution's name with underscores
 # What our requirements import if they find it, installed or not.

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from marlinctl.checkpoint.durable import temporary_name
-from marlinctl.checks.result import Check
+from marlinctl.doctor.result import Check
+from marlinctl.system.atomic import temporary_name
 
 GIB = 2**30
 OUTPUT_BYTES = 10 * GIB  # a 4-bit model of 8 billion parameters, its job beside it while it runs, and some air

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import marlinctl
-from marlinctl.checks import driver, hub, installation, names, places
-from marlinctl.checks.result import ORDER, Check, worst
-from marlinctl.log import redact, without_home
+from marlinctl.doctor import driver, hub, installation, names, places
+from marlinctl.doctor.result import ORDER, Check, worst
 from marlinctl.system.driver import find_driver
+from marlinctl.system.log import redact, without_home
 
 Ask = Callable[[], Iterable[Check]]
 
@@ -41,7 +41,7 @@ def examine(*, quick: bool, offline: bool) -> Iterator[Check]:
         ("driver", lambda: driver.driver(find_driver())),
     ]
     if not quick:
-        from marlinctl.checks import child
+        from marlinctl.doctor import child
 
         asks.append(("torch", child.computing))
     for name, ask in asks:

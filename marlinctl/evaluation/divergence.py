@@ -21,7 +21,7 @@ from marlinctl.errors import NumericalProblem, UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from marlinctl.console import Console
+    from marlinctl.system.console import Console
 
 CHUNK_ELEMENTS = 2**24  # of logits in fp32 at once: 64 MiB
 

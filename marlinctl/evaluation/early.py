@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from marlinctl.console import Console
+from marlinctl.data.text import PYTHONDOC, check_text
 from marlinctl.evaluation.settings import EvalSettings
-from marlinctl.texts import PYTHONDOC, check_text
+from marlinctl.system.console import Console
 
 
 def check_arguments(settings: EvalSettings, console: Console, *, with_text: bool, load_tasks: bool = True) -> None:
@@ -38,7 +38,7 @@ def check_arguments(settings: EvalSettings, console: Console, *, with_text: bool
 
 def check_model(settings: EvalSettings, folder: Path, config: Mapping[str, Any]) -> None:
     """The window against the model's positions, the text against the window, through the model's tokenizer."""
-    from marlinctl.evaluate import text_of
     from marlinctl.evaluation import loading, windows
+    from marlinctl.evaluation.run import text_of
 
     windows.of_models(text_of(settings), [loading.Subject(folder, folder.name, dict(config))], settings)

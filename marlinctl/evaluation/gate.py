@@ -15,8 +15,8 @@ from marlinctl.system.host import available_memory
 
 if TYPE_CHECKING:
     from marlinctl.checkpoint.source import Source
-    from marlinctl.console import Console
     from marlinctl.evaluation.settings import EvalSettings
+    from marlinctl.system.console import Console
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class Measurement:
 
     def _against_original(self, folder: Path, source: Source) -> dict[str, Any]:
         """{"table", "document"}; or {"table"} with the reason why it could not be measured."""
-        from marlinctl.evaluate import evaluate, render_table
+        from marlinctl.evaluation.run import evaluate, render_table
 
         if reason := _too_large(source.folder):
             self.console.warn(f"{reason}; run `marlinctl eval` on a larger machine")

@@ -26,8 +26,8 @@ import lm_eval.api.task
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from marlinctl.console import Console, Progress
 from marlinctl.errors import NumericalProblem, ResourceProblem
+from marlinctl.system.console import Console, Progress
 
 CPU_BATCH_BYTES = 2**30  # beyond this a CPU gains nothing from larger batches
 CUDA_SHARE = 0.4  # of the memory that is free, once the model is loaded

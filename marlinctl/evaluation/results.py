@@ -19,9 +19,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from marlinctl.checkpoint.durable import sync_folder, whole_file
-from marlinctl.checkpoint.files import MAX_OWN_BYTES, MAX_OWN_VALUES, FileRefused, read_plain_json
 from marlinctl.errors import BadInput, Problem, ResourceProblem, UsageError
+from marlinctl.system.atomic import sync_folder, whole_file
+from marlinctl.system.files import MAX_OWN_BYTES, MAX_OWN_VALUES, FileRefused, read_plain_json
 
 Document = dict[str, Any]
 OPEN_LEVELS = 3

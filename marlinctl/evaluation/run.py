@@ -1,7 +1,7 @@
 """`evaluate` and `compare`: scores, perplexity and the distance to another model, each with its standard error.
 
-    from marlinctl.console import Console
-    from marlinctl.evaluate import EvalSettings, compare, evaluate
+    from marlinctl.system.console import Console
+    from marlinctl.evaluation.run import EvalSettings, compare, evaluate
 
     evaluate(Path("OUT"), EvalSettings(tasks=("mmlu", "arc", "winogrande"), limit=50), Console.quiet(), baseline=Path("MODEL"))
     compare(Path("OUT"), Path("MODEL"), EvalSettings(), Console.quiet())          perplexity, KL and top-1 agreement only
@@ -20,14 +20,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl import devices
-from marlinctl.console import Console
+from marlinctl.data.text import LONGEST_TEXT, PYTHONDOC, Text, load_text
 from marlinctl.data.tokens import MOST_CHARACTERS_PER_TOKEN
 from marlinctl.errors import UsageError
 from marlinctl.evaluation import divergence, loading, results, statistics, table, tasks, windows
 from marlinctl.evaluation.settings import DEFAULT_WINDOW, EvalSettings
-from marlinctl.scores import figure
-from marlinctl.texts import LONGEST_TEXT, PYTHONDOC, Text, load_text
+from marlinctl.report.scores import figure
+from marlinctl.system import devices
+from marlinctl.system.console import Console
 
 if TYPE_CHECKING:
     from marlinctl.checkpoint.contents import Contents

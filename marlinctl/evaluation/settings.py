@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from marlinctl.errors import UsageError
 
 if TYPE_CHECKING:
-    from marlinctl.recipe import Evaluate
+    from marlinctl.recipes.schema import Evaluate
 
 DEFAULT_TOKENS = 20480
 DEFAULT_WINDOW = 1024  # or all positions of a model that has fewer
@@ -27,7 +27,7 @@ class EvalSettings:
     limit: int | None = None  # documents per task
     num_fewshot: int | None = None  # None: what each task says
     batch_size: int | Literal["auto"] = "auto"
-    text: str | None = None  # see texts.py; None: pythondoc when a text is needed
+    text: str | None = None  # see data/text.py; None: pythondoc when a text is needed
     tokens: int = DEFAULT_TOKENS
     window: int | None = None  # None: DEFAULT_WINDOW, or as many positions as the model has
     seed: int = DEFAULT_SEED

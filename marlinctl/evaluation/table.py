@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from marlinctl.log import printable
-from marlinctl.scores import Score, figure, notes, scores
+from marlinctl.report.scores import Score, figure, notes, scores
+from marlinctl.system.log import printable
 
 Row = tuple[str, str, str, str, str, str]
 

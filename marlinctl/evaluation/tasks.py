@@ -25,9 +25,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
-from marlinctl.console import Console
 from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, MarlinctlError, Problem, UsageError
 from marlinctl.evaluation import local_data
+from marlinctl.system.console import Console
 
 ABBREVIATIONS = {"arc": ("arc_easy", "arc_challenge")}
 USUAL_FOLDERS = ("mmlu/default", "arc", "winogrande", "wikitext", "hellaswag", "piqa", "openbookqa")

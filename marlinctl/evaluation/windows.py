@@ -21,8 +21,8 @@ from marlinctl.evaluation.settings import EvalSettings, refuse_longer
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from marlinctl.data.text import Text
     from marlinctl.evaluation.loading import Subject
-    from marlinctl.texts import Text
 
 
 def window_start(tokenizer: Any, model_type: str) -> int | None:

@@ -6,7 +6,7 @@
     journal.jsonl     one line for each thing that is finished, each on the disk before the next thing begins:
                         begun        what decides the numbers (the fingerprint): model, recipe, tokens, versions, dtype, kind of device;
                                      and the stamps of the model's shards, by which a resumed run sees that they are unchanged
-                        block, head  a piece of the walk (walk_job.py), with size and SHA-256 of its files
+                        block, head  a piece of the walk (oneshot/resume.py), with size and SHA-256 of its files
                         publishing   everything is checked; these folders get their names now
                         published    they have them
     staged/           the checkpoint as it is built (checkpoint/writer.py); the last step renames it to OUT
@@ -19,7 +19,7 @@ inside are relative to the folder, so it may be moved together with OUT's place,
 
 The folder goes when OUT is published (--keep-job keeps it), and when a run ends with nothing finished. Files in it that marlinctl did not
 write are never removed (checkpoint/ownership.py). `distill` has files of its own in
-it (distillation/job.py).
+it (distillation/state.py).
 """
 
 from __future__ import annotations
@@ -35,18 +35,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl import manifest
-from marlinctl.checkpoint import ownership
+from marlinctl.checkpoint import manifest, ownership
 from marlinctl.checkpoint.contents import Noted
-from marlinctl.checkpoint.durable import append_line, disk_problems, whole_file, write_document
-from marlinctl.checkpoint.files import FileRefused, read_json, read_plain, read_plain_json
 from marlinctl.checkpoint.writer import Finished, publish_together
 from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, Problem, ResourceProblem, UsageError
-from marlinctl.locks import Held, lock, refuse_unusable
+from marlinctl.system.atomic import append_line, disk_problems, whole_file, write_document
+from marlinctl.system.files import FileRefused, read_json, read_plain, read_plain_json
+from marlinctl.system.locks import Held, lock, refuse_unusable
 
 if TYPE_CHECKING:
     from marlinctl.checkpoint.contents import Contents
-    from marlinctl.console import Console
+    from marlinctl.system.console import Console
 
 FORMAT = 1  # of job.json and the journal; a greater one was written by a newer marlinctl
 ENDING = ".job"

@@ -13,7 +13,7 @@ from typing import Any
 
 from marlinctl.checkpoint.ownership import is_job, refuse_strangers, strangers_in_job
 from marlinctl.errors import BadInput, UsageError
-from marlinctl.journal import ENDING, JobFolder, held_by
+from marlinctl.jobs.journal import ENDING, JobFolder, held_by
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 Every supported model is a stack of equal blocks, and each block is two branches: attention and MLP. A branch has linears that read the
 branch's input (q, k, v; gate, up) and one last linear whose output leaves the branch (o; down). That is all the walk needs to know
-(walk.py): everything between them (norms, rotary embeddings, residuals, multipliers) is run by transformers' own block.
+(oneshot/sequential.py): everything between them (norms, rotary embeddings, residuals, multipliers) is run by transformers' own block.
 
     block ──► attention: first = q_proj k_proj v_proj, last = o_proj ──► mlp: first = gate_proj up_proj, last = down_proj ──► next block
                                                                      └─► or experts: one such pair for each expert, behind a router
@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from marlinctl.checkpoint.files import FileRefused, read_plain_json
 from marlinctl.errors import BadInput, Problem, UsageError
+from marlinctl.system.files import FileRefused, read_plain_json
 
 Shape = tuple[int, ...]
 
@@ -355,7 +355,7 @@ def _by_hand(config: Mapping[str, Any], module_map: Path) -> Architecture:
     """
     where = str(module_map)
     branches, decoder, blocks_at, embedding, norm = _read_module_map(module_map)
-    from marlinctl.skeleton import linear_modules, meta_shapes
+    from marlinctl.models.meta_model import linear_modules, meta_shapes
 
     shapes, tied = meta_shapes(config)
     modules = linear_modules(config)

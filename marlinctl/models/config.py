@@ -2,7 +2,8 @@
 
 Sizes come from config.json, so a hostile or mistyped one decides how much memory others allocate and how long they loop. They
 are bounded here, once, far above any model that exists. What is bounded is hostile values alone: whether a model of these sizes is one
-that marlinctl knows is asked later (models.py). Nothing in this file imports torch or transformers. Keys that choose code: switches.py.
+that marlinctl knows is asked later (architectures.py). Nothing in this file imports torch or transformers. Keys that choose code:
+switches.py.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from marlinctl.checkpoint.files import FileRefused, brief, exists, read_json, refuse_deep, shown
 from marlinctl.errors import BadInput, Problem
+from marlinctl.system.files import FileRefused, brief, exists, read_json, refuse_deep, shown
 
 CONFIG = "config.json"
 _MAX_CONFIG_BYTES = 8_000_000

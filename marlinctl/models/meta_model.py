@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marlinctl.model_config import building, transformers_config
+from marlinctl.models.transformers_config import building, transformers_config
 
 
 def build(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:

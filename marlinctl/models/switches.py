@@ -8,9 +8,9 @@
     processor files
 
 None of it was asked for on the command line, so none of it is followed: transformers gets the config without these keys
-(model_config.py), a warning names them, and what is published does not carry them on. The attention and experts that run are those that
-transformers has itself; they compute the same model, up to rounding. No torch here, and of transformers its list of model types alone where
-a folder brings code of its own.
+(transformers_config.py), a warning names them, and what is published does not carry them on. The attention and experts that run are those
+that transformers has itself; they compute the same model, up to rounding. No torch here, and of transformers its list of model types alone
+where a folder brings code of its own.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from marlinctl.checkpoint.files import FileRefused, brief, exists, parse_json, read_json, refuse_deep, shown
 from marlinctl.errors import BadInput
+from marlinctl.system.files import FileRefused, brief, exists, parse_json, read_json, refuse_deep, shown
 
 CODE = "auto_map"
 _WHICH_KERNELS = "which kernels run is not for a model to choose"

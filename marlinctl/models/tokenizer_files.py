@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from marlinctl.checkpoint.files import FileRefused, exists, open_member, read_json, shown
 from marlinctl.errors import BadInput
+from marlinctl.system.files import FileRefused, exists, open_member, read_json, shown
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _MAX_TOKENIZER_BYTES = 200_000_000  # the largest known tokenizer.json has 34 MB

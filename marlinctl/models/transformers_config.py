@@ -1,7 +1,7 @@
 """config.json as transformers gets to see it: one way in, for the walk, for loading and for tokenizers.
 
 transformers never reads the file itself. It would follow whatever stands in it: a kernel of the hub as attention, another config file, a
-dtype that is the name of a function, settings under the names of its own methods. What remains after checkpoint/switches.py are settings of
+dtype that is the name of a function, settings under the names of its own methods. What remains after models/switches.py are settings of
 the model; where and in which dtype it runs, and what its forward pass returns, marlinctl says itself.
 """
 
@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl.checkpoint.config import refuse_large
-from marlinctl.checkpoint.files import shown
-from marlinctl.checkpoint.switches import without
 from marlinctl.errors import BadInput, MarlinctlError
+from marlinctl.models.config import refuse_large
+from marlinctl.models.switches import without
+from marlinctl.system.files import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -16,16 +16,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from marlinctl.checkpoint.formats import linear_tensors
+from marlinctl.checkpoint.formats.registry import linear_tensors
 from marlinctl.checkpoint.reader import torch_dtype
 from marlinctl.checkpoint.writer import StagedCheckpoint
-from marlinctl.console import Console, Progress
 from marlinctl.errors import NumericalProblem
-from marlinctl.opening import Opened, Options
+from marlinctl.oneshot.open import Opened, Options
+from marlinctl.oneshot.solve import Outcome, StackSolver
 from marlinctl.quantize.types import Hessian, QuantizedLinear
-from marlinctl.recipe import Recipe
+from marlinctl.recipes.schema import Recipe
 from marlinctl.sparsify.types import SparseQuantizedLinear
-from marlinctl.stack import Outcome, StackSolver
+from marlinctl.system.console import Console, Progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,20 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from marlinctl import findings, room
+from marlinctl.checkpoint import findings
 from marlinctl.checkpoint.contents import Contents, Noted, read_contents
-from marlinctl.checkpoint.header import TensorInfo
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
+from marlinctl.checkpoint.runtimes import loads
+from marlinctl.checkpoint.safetensors_header import TensorInfo
 from marlinctl.checkpoint.source import Source, resolve_model
+from marlinctl.checkpoint.source_digests import check_known_digests
+from marlinctl.checkpoint.sparsity import Known, from_headers, of_source
 from marlinctl.checkpoint.writer import require_space
-from marlinctl.console import Console
-from marlinctl.devices import choose_device, forward_dtype, grow_segments
 from marlinctl.errors import ResourceProblem
-from marlinctl.known_digests import check_known_digests
-from marlinctl.memory import Work, predicted_peak
-from marlinctl.models import Architecture
-from marlinctl.pattern import Known, from_headers, of_source
-from marlinctl.preflight import (
+from marlinctl.models.architectures import Architecture
+from marlinctl.planning import disk
+from marlinctl.planning.layer_rules import Plan
+from marlinctl.planning.memory import Work, predicted_peak
+from marlinctl.planning.preflight import (
     Looked,
     as_published,
     check_arguments,
@@ -36,13 +37,13 @@ from marlinctl.preflight import (
     refuse_no_change,
     stored_once,
 )
-from marlinctl.recipe import Recipe
-from marlinctl.rules import Plan
-from marlinctl.runtimes import loads
+from marlinctl.recipes.schema import Recipe
+from marlinctl.system.console import Console
+from marlinctl.system.devices import choose_device, forward_dtype, grow_segments
 from marlinctl.system.host import available_memory
 
 if TYPE_CHECKING:
-    from marlinctl.gate import Measurement
+    from marlinctl.evaluation.gate import Measurement
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ class Opened:
     plan: Plan
     tensors: Mapping[str, TensorInfo]  # of the checkpoint, a tied head once
     pattern: Known  # 2:4 that the source has already
-    matches: bool  # whether the original walks along (walk.py)
+    matches: bool  # whether the original walks along (sequential.py)
     device: torch.device
     dtype: torch.dtype  # of the forward pass
     contents: Contents  # what its files hold
@@ -109,7 +110,7 @@ def open_model(
     """All checks, from cheap to dear. published: the formats that come of it in the end; who will refuse them is said. noted: what a
     resumed job knows of the weights. before_weights: the caller's checks that need config.json and tokenizer alone.
 
-    With --strict, what is a warning without it is BadInput E307 or NumericalProblem E605 (findings.py).
+    With --strict, what is a warning without it is BadInput E307 or NumericalProblem E605 (checkpoint/findings.py).
     """
     refuse_no_change(recipe)
     device = torch.device(choose_device(options.device))
@@ -158,6 +159,6 @@ def _require_room(looked: Looked, tensors: Mapping[str, TensorInfo], pattern: Kn
         )
     masked = looked.shapes if work.prunes else pattern.pattern.linears
     fmt = "ct" if work.bits == 4 else "dense"
-    walked = room.output(fmt, tensors, looked.shapes, looked.plan.group_sizes, masked)
-    scratch = 0 if work.on_device else room.scratch_bytes(looked.architecture, work)
-    require_space(out, room.needed_by_walk(walked, scratch, room.state_bytes(looked.architecture, work)))
+    walked = disk.output(fmt, tensors, looked.shapes, looked.plan.group_sizes, masked)
+    scratch = 0 if work.on_device else disk.scratch_bytes(looked.architecture, work)
+    require_space(out, disk.needed_by_walk(walked, scratch, disk.state_bytes(looked.architecture, work)))

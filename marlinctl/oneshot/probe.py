@@ -1,7 +1,7 @@
 """The largest solve of a run, once, on random numbers and before the long part: does it fit into memory, and how fast is this machine.
 
     x [T, K] random ─► Gram matrix, timed ─► H ─┐
-    W [R, K] random ─► x Wᵀ, timed              ├─► the run's own solve (stack.py), timed;   peak of the CUDA device
+    W [R, K] random ─► x Wᵀ, timed              ├─► the run's own solve (solve.py), timed;   peak of the CUDA device
                        the recipe ──────────────┘
 
 Time and memory of a solve depend on shapes and recipe alone, not on values, so random ones will do. What it costs is one solve of the many
@@ -17,18 +17,18 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from marlinctl.console import Console, duration
-from marlinctl.devices import choose_device, device_peaks, forget_device_peaks, grow_segments, has_matrix_units, threads
 from marlinctl.errors import ResourceProblem
-from marlinctl.estimate import Rehearsed, largest_stage, machine, rehearsed_machine, seconds_of_walk
-from marlinctl.memory import CHUNK_TOKENS, Stage, Work
-from marlinctl.models import Architecture
-from marlinctl.opening import Opened
-from marlinctl.preflight import Looked
+from marlinctl.models.architectures import Architecture
+from marlinctl.oneshot.open import Opened
+from marlinctl.oneshot.solve import StackSolver
+from marlinctl.planning.memory import CHUNK_TOKENS, Stage, Work
+from marlinctl.planning.preflight import Looked
+from marlinctl.planning.time import Rehearsed, largest_stage, machine, rehearsed_machine, seconds_of_walk
 from marlinctl.quantize.hessian import add_gram, mirror
 from marlinctl.quantize.types import Hessian
-from marlinctl.recipe import Recipe
-from marlinctl.stack import StackSolver
+from marlinctl.recipes.schema import Recipe
+from marlinctl.system.console import Console, duration
+from marlinctl.system.devices import choose_device, device_peaks, forget_device_peaks, grow_segments, has_matrix_units, threads
 from marlinctl.system.host import release_heap
 
 _SEED = 0

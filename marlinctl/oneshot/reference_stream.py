@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marlinctl.models import Block, Branch
-from marlinctl.scratch import FileTensor, Scratch
-from marlinctl.skeleton import set_parameter
+from marlinctl.models.architectures import Block, Branch
+from marlinctl.models.meta_model import set_parameter
+from marlinctl.system.offload import FileTensor, Scratch
 
 _SAME_SUM = 0.02  # relative difference up to which a block's output is the sum of its input and its branches' outputs: bfloat16 rounds
 

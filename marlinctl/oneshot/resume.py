@@ -23,17 +23,17 @@ from typing import Any, TypeGuard
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from marlinctl.calibration import CalibrationSet
 from marlinctl.checkpoint.contents import Contents
-from marlinctl.checkpoint.durable import disk_problems, make_folder, write_tensors
-from marlinctl.checkpoint.header import read_header
 from marlinctl.checkpoint.reader import Checkpoint
+from marlinctl.checkpoint.safetensors_header import read_header
 from marlinctl.checkpoint.writer import StagedCheckpoint
-from marlinctl.console import Console
+from marlinctl.data.calibration import CalibrationSet
 from marlinctl.data.tokens import Tokens
 from marlinctl.errors import UsageError
-from marlinctl.journal import JOURNAL, JobFolder, sha256_of
-from marlinctl.solving import LayerRecord, Solving
+from marlinctl.jobs.journal import JOURNAL, JobFolder, sha256_of
+from marlinctl.oneshot.layers import LayerRecord, Solving
+from marlinctl.system.atomic import disk_problems, make_folder, write_tensors
+from marlinctl.system.console import Console
 
 _CALIBRATION = "calibration.safetensors"
 _STATES_KEPT = 2

@@ -2,7 +2,7 @@
 
     look at everything ─► calibration ─► walk the blocks, one shard each ─► copy the rest ─► verify from disk ─► (measure) ─► publish
     (nothing written)                    (solve, pack, unpack == codes)
-                                         └─► OUT.job/ after each block, to go on from (walk_job.py)
+                                         └─► OUT.job/ after each block, to go on from (resume.py)
 
 Everything that can be refused is refused in the first step. Quantized linears come out in the interchange form (compressed-tensors), from
 which `pack` makes the other formats; linears that are pruned and not quantized stay 16-bit. A mask lies beside them in its own file.
@@ -20,37 +20,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlinctl import __version__, findings
-from marlinctl.calibration import CalibrationSet, load_calibration
-from marlinctl.checkpoint.formats import detect, quantization_config, read_linear, without_quantization
+from marlinctl import __version__
+from marlinctl.checkpoint import findings
+from marlinctl.checkpoint.formats.registry import detect, quantization_config, read_linear, without_quantization
 from marlinctl.checkpoint.licence import licence_of
+from marlinctl.checkpoint.manifest import made_from
 from marlinctl.checkpoint.mask import Masks, open_masks
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
-from marlinctl.checkpoint.switches import without
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output
-from marlinctl.console import Console
+from marlinctl.data.calibration import CalibrationSet, load_calibration
 from marlinctl.data.tokens import Tokens
-from marlinctl.devices import device_peaks, threads
 from marlinctl.errors import CheckFailed, GateRefused, ResourceProblem
-from marlinctl.gate import Measurement
-from marlinctl.journal import Request
-from marlinctl.manifest import made_from
-from marlinctl.memory import CHUNK_TOKENS
-from marlinctl.opening import Opened, Options, check_request, open_model
-from marlinctl.pages.files import report_files
-from marlinctl.preflight import check_lengths, sixteen_bit
-from marlinctl.recipe import Recipe, recipe_hash
-from marlinctl.rehearsal import rehearse_before
-from marlinctl.report import read_report
-from marlinctl.scratch import Scratch
-from marlinctl.skeleton import build
-from marlinctl.solving import LayerRecord, Solving, linear_digest, weight_digest
+from marlinctl.evaluation.gate import Measurement
+from marlinctl.jobs.journal import Request
+from marlinctl.models.meta_model import build
+from marlinctl.models.switches import without
+from marlinctl.oneshot.layers import LayerRecord, Solving, linear_digest, weight_digest
+from marlinctl.oneshot.open import Opened, Options, check_request, open_model
+from marlinctl.oneshot.probe import rehearse_before
+from marlinctl.oneshot.resume import WalkJob
+from marlinctl.oneshot.sequential import Walk
+from marlinctl.planning.memory import CHUNK_TOKENS
+from marlinctl.planning.preflight import check_lengths, sixteen_bit
+from marlinctl.recipes.schema import Recipe, recipe_hash
+from marlinctl.report.files import report_files
+from marlinctl.report.rewrite import read_report
 from marlinctl.sparsify.types import SparseQuantizedLinear
-from marlinctl.stopping import Stopping
+from marlinctl.system.console import Console
+from marlinctl.system.devices import device_peaks, threads
 from marlinctl.system.host import peak_rss, release_heap
-from marlinctl.walk import Walk
-from marlinctl.walk_job import WalkJob
+from marlinctl.system.offload import Scratch
+from marlinctl.system.signals import Stopping
 
 ALGORITHM_VERSION = 3  # goes up when the same recipe on the same input gives other codes
 _DEVICE_SHARE = 0.5  # of free device memory that activations may take
@@ -399,7 +400,7 @@ def _report(
 
 
 def _whole_model(folder: Path, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
-    from marlinctl.load import load_dense
+    from marlinctl.checkpoint.transformers_model import load_dense
 
     return load_dense(folder, dtype=dtype, device=device).eval()
 

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from marlinctl.data.tokens import Tokens
 from marlinctl.errors import NumericalProblem
-from marlinctl.models import Architecture, Block, Branch, Experts
-from marlinctl.original import Original
+from marlinctl.models.architectures import Architecture, Block, Branch, Experts
+from marlinctl.models.meta_model import Replay, call_until, drop_parameters, set_parameter
+from marlinctl.oneshot.reference_stream import Original
 from marlinctl.quantize.hessian import add_cross, add_gram, mirror
 from marlinctl.quantize.types import Hessian
-from marlinctl.scratch import FileTensor, Scratch
-from marlinctl.skeleton import Replay, call_until, drop_parameters, set_parameter
+from marlinctl.system.offload import FileTensor, Scratch
 
 LOST_TOKENS_LIMIT = 0.1  # share of calibration tokens whose activations may be NaN or infinite before the run stops
 

@@ -1,6 +1,6 @@
 """What a recipe does to the stacked rows of linears that share an input: match, prune, quantize, or two of these together.
 
-The walk solves every stack of a model with it (solving.py), and the rehearsal one stack of random numbers (rehearsal.py): what is rehearsed
+The walk solves every stack of a model with it (layers.py), and the rehearsal one stack of random numbers (probe.py): what is rehearsed
 is what is done.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from marlinctl.quantize.gptq import Solved, SolveSettings, solve
 from marlinctl.quantize.match import matched
 from marlinctl.quantize.types import Hessian, QuantizedLinear
-from marlinctl.recipe import Recipe
+from marlinctl.recipes.schema import Recipe
 from marlinctl.sparsify.sparsegpt import PruneSettings, fit_mask, prune, prune_and_quantize, solve_pruned
 from marlinctl.sparsify.types import SparseQuantizedLinear
 

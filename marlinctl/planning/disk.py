@@ -1,7 +1,7 @@
 """How many bytes of disk a run writes: its outputs, exactly, and what lies beside them while it runs. From names and shapes alone.
 
-walk      the finished linears in the interchange form, the activations of one block in unnamed files (scratch.py), and the hidden states
-          that enter the last two blocks, to go on from (walk_job.py)
+walk      the finished linears in the interchange form, the activations of one block in unnamed files (system/offload.py), and the
+          hidden states that enter the last two blocks, to go on from (oneshot/resume.py)
 publish   every output at once: each is built beside its place and renamed
 mask      2:4 linears have one bit a weight in a file of its own, which is written twice: its header is known last
 """
@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from marlinctl.checkpoint import formats
-from marlinctl.checkpoint.header import TensorInfo
-from marlinctl.memory import Work, trained_weights
-from marlinctl.models import Architecture, Experts
-from marlinctl.recipe import Distill
+from marlinctl.checkpoint.formats import registry
+from marlinctl.checkpoint.safetensors_header import TensorInfo
+from marlinctl.models.architectures import Architecture, Experts
+from marlinctl.planning.memory import Work, trained_weights
+from marlinctl.recipes.schema import Distill
 
 Shapes = Mapping[str, tuple[int, int]]  # linear -> (N, K)
 _PER_TENSOR = 1100  # header, index, manifest and report with its pictures, for each tensor; measured on the tests' models and SmolLM2
@@ -50,8 +50,8 @@ def output(fmt: str, tensors: Mapping[str, TensorInfo], shapes: Shapes, sizes: M
     if fmt == "dense":
         linears = sum(tensors[name].nbytes for name in weights)
     else:
-        linears = sum(formats.linear_bytes(fmt, n, k, sizes[name]) for name, (n, k) in shapes.items())
-    each = len(formats.SUFFIXES[fmt])
+        linears = sum(registry.linear_bytes(fmt, n, k, sizes[name]) for name, (n, k) in shapes.items())
+    each = len(registry.SUFFIXES[fmt])
     named = [] if fmt == "marlin_24" else [shapes[name] for name in masked]
     mask = sum(n * -(-k // 8) for n, k in named)
     return Output(fmt, linears, sum(untouched), mask, len(untouched) + each * len(shapes) + len(named))
@@ -69,7 +69,7 @@ def state_bytes(architecture: Architecture, work: Work) -> int:
 
 
 def scratch_bytes(architecture: Architecture, work: Work) -> int:
-    """The unnamed files that hold activations beside the output: all slots of walk.py and original.py."""
+    """The unnamed files that hold activations beside the output: all slots of oneshot/sequential.py and oneshot/reference_stream.py."""
     tokens, hidden = work.samples * work.length, architecture.hidden_size
     widths = {"branch input": hidden, "attention output": hidden, "between": 0}
     for block in architecture.blocks:

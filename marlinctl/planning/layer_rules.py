@@ -12,8 +12,8 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from marlinctl.errors import Problem, UsageError
-from marlinctl.models import Architecture, LinearSpec
-from marlinctl.patterns import Time, compiled
+from marlinctl.models.architectures import Architecture, LinearSpec
+from marlinctl.system.patterns import Time, compiled
 
 GROUP_SIZES = (128, 64, 32, -1)
 _MOST_PROBLEMS = 20

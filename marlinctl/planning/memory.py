@@ -11,7 +11,7 @@
 decides for models with small matrices. A mapped file is not counted: the system takes its pages back when it needs them. Text that the
 model writes itself (--calibration self) needs the whole model and its cache of keys and values, before the walk.
 
-`predicted_peak` is what a run is held to before it starts (opening.py), what `plan` prints and what benchmarks/peak_memory.py compares
+`predicted_peak` is what a run is held to before it starts (oneshot/open.py), what `plan` prints and what benchmarks/peak_memory.py compares
 with the measured peak; docs/plan.md has the comparison.
 """
 
@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from math import prod
 
 from marlinctl.data.calibration_size import CHARACTERS_PER_TOKEN, PIECE, SELF_BATCH
-from marlinctl.models import Architecture, Block, Experts, LinearSpec
-from marlinctl.recipe import Distill, Recipe
+from marlinctl.models.architectures import Architecture, Block, Experts, LinearSpec
+from marlinctl.recipes.schema import Distill, Recipe
 
 CHUNK_TOKENS = 2048  # tokens in flight: enough for full speed of the matrix units, little enough for any memory
 SHARD_BYTES = 1 << 30  # finished tensors that `pack` keeps in memory before they become a shard
@@ -94,7 +94,7 @@ def predicted_peak(architecture: Architecture, compressed: Mapping[str, int], wo
 
 
 def predicted_device_peak(architecture: Architecture, compressed: Mapping[str, int], work: Work) -> int:
-    """Memory of the CUDA device at the peak, in bytes, without the activations that stay there when there is room (scratch.py)."""
+    """Memory of the CUDA device at the peak, in bytes, without the activations that stay there when there is room (system/offload.py)."""
     walking = _block_bytes(architecture, work) + _solving(architecture, compressed, work)
     return BASE_ON_DEVICE + max(walking, _writing(architecture, work))
 
@@ -174,7 +174,7 @@ def _phases(architecture: Architecture, stage: Stage, work: Work) -> Iterator[li
     if work.matches:  # E[(x' - x) xᵀ], E[(r' - r) xᵀ] and the stack before it was matched
         held += [(1, square), (1, 4 * k * architecture.hidden_size), (1, stack)]
 
-    # walk.py, _Gram: activations of a chunk, as they are and in float32; then H and its two triangles
+    # oneshot/sequential.py, _Gram: activations of a chunk, as they are and in float32; then H and its two triangles
     widest = max(k, *(spec.out_features for spec in architecture.blocks[0].linears.values()))
     yield [*held, (1, square), (4, tokens * widest * work.element), (4 if work.matches else 1, 4 * tokens * k)]
     yield [*held, (3, square)]

@@ -1,9 +1,9 @@
 """`plan`: what `compress` would do to a model, what it needs and whether it fits. Config and headers only, no torch.
 
     headers ─► the checks of a run (preflight.py) ─► linears: compressed, skipped, kept
-                                                 ─► outputs, byte for byte (room.py)      ─┐
-                                                 ─► memory (memory.py) and disk (room.py) ─┼─► against what there is: fits, yes or no
-                                                 ─► time (estimate.py), a guess           ─┘
+                                                 ─► outputs, byte for byte (disk.py)      ─┐
+                                                 ─► memory (memory.py) and disk (disk.py) ─┼─► against what there is: fits, yes or no
+                                                 ─► time (time.py), a guess           ─┘
 
 The arithmetic has one home for plan and run. A recipe that prunes and distils runs in three stages, each of which is planned; the largest
 counts. What only weights tell is not known here: NaN and infinity, and masks that contradict their weights.
@@ -20,19 +20,21 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from marlinctl import estimate, room, runtimes
-from marlinctl.checkpoint.config import positions
-from marlinctl.checkpoint.headers import Headers, headers
+from marlinctl.checkpoint import runtimes
 from marlinctl.checkpoint.reader import Checkpoint
+from marlinctl.checkpoint.remote_headers import Headers, headers
+from marlinctl.checkpoint.sparsity import MASK_FILE, Pattern, from_headers
 from marlinctl.checkpoint.writer import companions
-from marlinctl.console import Console
-from marlinctl.devices import free_device_memory, has_matrix_units, planned_dtype
 from marlinctl.errors import UsageError
-from marlinctl.memory import Work, predicted_device_peak, predicted_distillation, predicted_peak, predicted_repack
-from marlinctl.models import Architecture
-from marlinctl.pattern import MASK_FILE, Pattern, from_headers
-from marlinctl.preflight import Looked, as_published, check_arguments, check_lengths, check_pattern, check_texts, look, stored_once
-from marlinctl.recipe import Recipe, divided, recipe_hash
+from marlinctl.models.architectures import Architecture
+from marlinctl.models.config import positions
+from marlinctl.planning import disk as room
+from marlinctl.planning import time
+from marlinctl.planning.memory import Work, predicted_device_peak, predicted_distillation, predicted_peak, predicted_repack
+from marlinctl.planning.preflight import Looked, as_published, check_arguments, check_lengths, check_pattern, check_texts, look, stored_once
+from marlinctl.recipes.schema import Recipe, divided, recipe_hash
+from marlinctl.system.console import Console
+from marlinctl.system.devices import free_device_memory, has_matrix_units, planned_dtype
 from marlinctl.system.host import available_memory
 
 _ELEMENT = {"bfloat16": 2, "float32": 4}
@@ -57,7 +59,7 @@ class Settings:
 
 
 # The largest solve of one walk, measured: what is planned, its recipe, the dtype of the forward pass. oneshot has it; it imports torch.
-Probe = Callable[[Looked, Recipe, str], estimate.Rehearsed]
+Probe = Callable[[Looked, Recipe, str], time.Rehearsed]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +164,7 @@ def _output(seen: Headers, looked: Looked, found: Pattern, recipe: Recipe, fmt: 
 
 
 def _stages(recipe: Recipe, looked: Looked, settings: Settings, element: int) -> list[tuple[str, Recipe, Work]]:
-    """The walks: one, or with distillation a first that prunes and a last that quantizes (pipeline.py)."""
+    """The walks: one, or with distillation a first that prunes and a last that quantizes (compress.py)."""
 
     def walk(name: str, part: Recipe) -> tuple[str, Recipe, Work]:
         on_device = settings.device.startswith("cuda")
@@ -175,7 +177,9 @@ def _stages(recipe: Recipe, looked: Looked, settings: Settings, element: int) ->
 
 
 def _memory(looked: Looked, outputs: list[room.Output], stages: list[tuple[str, Recipe, Work]], recipe: Recipe) -> dict[str, Any]:
-    """Bytes at the peak of each stage, on the host and on the device. Evaluation takes what is free, or is left out (gate.py)."""
+    """Bytes at the peak of each stage, on the host and on the device. Evaluation takes what is free, or is left out
+    (evaluation/gate.py).
+    """
     known, sizes = looked.architecture, looked.plan.group_sizes
     host = {name: predicted_peak(known, sizes, work) for name, _, work in stages}
     on_device = stages[0][2].on_device
@@ -192,7 +196,9 @@ def _memory(looked: Looked, outputs: list[room.Output], stages: list[tuple[str, 
 
 
 def _activations(known: Architecture, stages: list[tuple[str, Recipe, Work]]) -> int:
-    """What stays on the device besides, where half of what is free suffices (scratch.py); in host memory or on disk where it does not."""
+    """What stays on the device besides, where half of what is free suffices (system/offload.py); in host memory or on disk where it does
+    not.
+    """
     return max(room.scratch_bytes(known, work) for _, _, work in stages)
 
 
@@ -315,21 +321,21 @@ def _time(
     recipe: Recipe,
     settings: Settings,
     element: int,
-    rehearsed: Mapping[str, estimate.Rehearsed],
+    rehearsed: Mapping[str, time.Rehearsed],
 ) -> dict[str, Any]:
     """Seconds of each part, and what they rest on."""
     cores = settings.threads or _cores()
-    speed = estimate.machine(settings.device, cores, element, matrix_units=has_matrix_units())
+    speed = time.machine(settings.device, cores, element, matrix_units=has_matrix_units())
     size = sum(tensor.nbytes for tensor in seen.checkpoint.tensors.values())
     parts: dict[str, float] = {}
     counted_at = speed
     for name, part, work in stages:
         if name in rehearsed:
-            speed = estimate.rehearsed_machine(counted_at, rehearsed[name], part)
-        walk = estimate.seconds_of_walk(looked.architecture, looked.plan.group_sizes, work, part, speed, size)
+            speed = time.rehearsed_machine(counted_at, rehearsed[name], part)
+        walk = time.seconds_of_walk(looked.architecture, looked.plan.group_sizes, work, part, speed, size)
         parts = {name: parts.get(name, 0.0) + seconds for name, seconds in walk.items()} | {k: v for k, v in parts.items() if k not in walk}
     if divided(recipe) is not None:
-        parts["distil"] = estimate.seconds_of_training(looked.architecture, recipe.distill, speed)
+        parts["distil"] = time.seconds_of_training(looked.architecture, recipe.distill, speed)
     return {
         "seconds": round(sum(parts.values())),
         "parts": {name: round(seconds, 1) for name, seconds in parts.items()},

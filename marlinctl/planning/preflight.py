@@ -1,6 +1,6 @@
-"""Everything that a run can be refused for before its weights are read: the folder (folder.py) and the recipe, without torch.
+"""Everything that a run can be refused for before its weights are read: the folder (checkpoint/folder.py) and the recipe, without torch.
 
-A run asks it first (opening.py), and so does `plan`, so that what a plan accepts is what the run accepts. Two checks need weights and
+A run asks it first (oneshot/open.py), and so does `plan`, so that what a plan accepts is what the run accepts. Two checks need weights and
 belong to the run alone: the scan for NaN and infinity, and whether masks agree with the weights that they mask.
 """
 
@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marlinctl.checkpoint.formats import misfits, sixteen_bit_linears
-from marlinctl.checkpoint.header import TensorInfo
+from marlinctl.checkpoint.folder import examine
+from marlinctl.checkpoint.formats.registry import misfits, sixteen_bit_linears
 from marlinctl.checkpoint.reader import Checkpoint
-from marlinctl.console import Console
+from marlinctl.checkpoint.runtimes import Packed
+from marlinctl.checkpoint.safetensors_header import TensorInfo
+from marlinctl.checkpoint.sparsity import MASK_FILE, Pattern
 from marlinctl.data.calibration_size import check_documents, check_length, too_few_tokens
 from marlinctl.errors import BadInput, Problem, UsageError
-from marlinctl.folder import examine
-from marlinctl.models import Architecture, Experts, LinearSpec, check_module_map
-from marlinctl.pattern import MASK_FILE, Pattern
-from marlinctl.recipe import Recipe, divided
-from marlinctl.rules import Plan, plan
-from marlinctl.runtimes import Packed
+from marlinctl.models.architectures import Architecture, Experts, LinearSpec, check_module_map
+from marlinctl.planning.layer_rules import Plan, plan
+from marlinctl.recipes.schema import Recipe, divided
+from marlinctl.system.console import Console
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Looked:
     architecture: Architecture
     plan: Plan
     shapes: Mapping[str, tuple[int, int]]  # the linears that are compressed -> (N, K)
-    matches: bool  # whether the original walks along (walk.py)
+    matches: bool  # whether the original walks along (oneshot/sequential.py)
 
 
 def refuse_no_change(recipe: Recipe) -> None:
@@ -54,7 +54,7 @@ def check_arguments(recipe: Recipe, module_map: Path | None, *, distils: bool) -
     if (most := asked.samples * asked.sequence_length) < asked.minimum_tokens:
         raise too_few_tokens(asked, f"at most {most}")
     if distils and divided(recipe) is not None:
-        from marlinctl.training_settings import check_settings
+        from marlinctl.planning.training_settings import check_settings
 
         check_settings(recipe.distill, 1)
         if recipe.distill.mode == "scales":
@@ -73,7 +73,7 @@ def check_lengths(recipe: Recipe, config: Mapping[str, Any], *, distils: bool) -
     """Samples and rows that the model cannot read: UsageError E252."""
     check_length(recipe.calibration, config)
     if distils and divided(recipe) is not None:
-        from marlinctl.training_settings import check_sizes
+        from marlinctl.planning.training_settings import check_sizes
 
         check_sizes(recipe.distill, config, 1, where="--distill-sequence-length")
 
@@ -84,7 +84,7 @@ def check_lengths(recipe: Recipe, config: Mapping[str, Any], *, distils: bool) -
 def look(
     checkpoint: Checkpoint, recipe: Recipe, module_map: Path | None, console: Console, *, files: bool = True, weights: bool = True
 ) -> Looked:
-    """The folder (folder.py) and the rules. BadInput and UsageError list all that is wrong of a kind; notes are said.
+    """The folder (checkpoint/folder.py) and the rules. BadInput and UsageError list all that is wrong of a kind; notes are said.
 
     files: False where there is no folder yet, because it will be made from a GGUF file, tokenizer and all. weights: False where it holds
     headers alone.
@@ -124,7 +124,7 @@ def stored_once(checkpoint: Checkpoint, known: Architecture) -> dict[str, Tensor
 
 
 def as_published(looked: Looked, checkpoint: Checkpoint, fmt: str) -> Packed:
-    """What a published folder will be to its clients (runtimes.py)."""
+    """What a published folder will be to its clients (checkpoint/runtimes.py)."""
     quantized = looked.plan.group_sizes if fmt != "dense" else {}
     shapes = {name: looked.shapes[name] for name in quantized}
     return Packed(fmt, shapes, quantized, sixteen_bit(checkpoint, quantized), checkpoint.config, "v1" if fmt == "gptq" else "")

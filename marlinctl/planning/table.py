@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from marlinctl.console import duration
-from marlinctl.log import printable
+from marlinctl.system.console import duration
+from marlinctl.system.log import printable
 
 
 def table(plan: Mapping[str, Any]) -> str:

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from marlinctl.data.calibration_size import SELF_BATCH
-from marlinctl.memory import Stage, Work, parameters, stages, stages_of_block
-from marlinctl.models import Architecture, Block, Experts
-from marlinctl.recipe import Distill, Recipe
+from marlinctl.models.architectures import Architecture, Block, Experts
+from marlinctl.planning.memory import Stage, Work, parameters, stages, stages_of_block
+from marlinctl.recipes.schema import Distill, Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def machine(device: str, cores: int, element: int, *, matrix_units: bool) -> Mac
 
 @dataclass(frozen=True, slots=True)
 class Rehearsed:
-    """What rehearsal.py measured: one solve of a recipe, and the products beside it."""
+    """What oneshot/probe.py measured: one solve of a recipe, and the products beside it."""
 
     stage: Stage
     seconds: float  # of the solve

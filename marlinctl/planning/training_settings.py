@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from marlinctl.checkpoint.config import positions
 from marlinctl.errors import Problem, UsageError
+from marlinctl.models.config import positions
 
 if TYPE_CHECKING:
-    from marlinctl.recipe import Distill
+    from marlinctl.recipes.schema import Distill
 
 HELD_OUT_SHARE = 20  # one row in so many
 MOST_HELD_OUT = 64

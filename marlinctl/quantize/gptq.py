@@ -19,7 +19,7 @@ from marlinctl.quantize.types import CODE_MAX, CODE_MIN, Hessian, QuantizedLinea
 
 @dataclass(frozen=True, slots=True)
 class SolveSettings:
-    """What decides the codes. The recipe has the defaults (recipe.py)."""
+    """What decides the codes. The recipe has the defaults (recipes/schema.py)."""
 
     group_size: int  # -1: one group for the whole row
     both_signs: bool  # scales of either sign

@@ -58,8 +58,8 @@ class Hessian:
     """Mean of x xᵀ over calibration tokens (no factor 2; it cancels in every use).
 
     Where the original model walks along, also how far its activations (x', and r' of the residual stream that the output is added to) have
-    drifted from those of the compressed one. Tokens may be weighted there (marlinctl/original.py, token_scale): every mean is then of the
-    weighted tokens.
+    drifted from those of the compressed one. Tokens may be weighted there (marlinctl/oneshot/reference_stream.py, token_scale): every mean
+    is then of the weighted tokens.
     """
 
     matrix: Tensor  # [K, K] float32, symmetric

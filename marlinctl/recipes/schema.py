@@ -25,10 +25,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from marlinctl.checkpoint.files import FileRefused, read_plain
 from marlinctl.errors import Problem, UsageError
-from marlinctl.log import redacted
-from marlinctl.yaml_positions import Place, read_yaml
+from marlinctl.recipes.yaml_positions import Place, read_yaml
+from marlinctl.system.files import FileRefused, read_plain
+from marlinctl.system.log import redacted
 
 DEFAULT = "int4"
 _FLAG_NAMES = {"source": "--calibration", "formats": "--format/--also", "overrides": "--override"}  # of keys whose flag is called otherwise

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from marlinctl import __version__
 from marlinctl.checkpoint.licence import KEYS, spoken
 from marlinctl.checkpoint.mask import NAME as MASK_FILE
-from marlinctl.log import redact
-from marlinctl.pages.markdown import code, listing, table, text
-from marlinctl.pages.page import Cell, Name, Table
-from marlinctl.runtimes import Loads
-from marlinctl.scores import figure, scores
+from marlinctl.checkpoint.runtimes import Loads
+from marlinctl.report.markdown import code, listing, table, text
+from marlinctl.report.page import Cell, Name, Table
+from marlinctl.report.scores import figure, scores
+from marlinctl.system.log import redact
 
 if TYPE_CHECKING:
-    from marlinctl.pages.provenance import Folder
+    from marlinctl.report.provenance import Folder
 
 _TITLES = {
     "ct": "4-bit weights, compressed-tensors `pack-quantized`",
@@ -66,8 +66,8 @@ class CardFacts:
 
 def of_compression(report: Mapping[str, Any], folder: Folder, layers: Mapping[str, int]) -> str:
     """The card of what compress, quantize, sparsify or pack published."""
-    from marlinctl.pages.provenance import card_rows, hub_ancestor
-    from marlinctl.scores import notes
+    from marlinctl.report.provenance import card_rows, hub_ancestor
+    from marlinctl.report.scores import notes
 
     source, document = report["source"], report.get("evaluation", {}).get("document")
     packed = report.get("packed")
@@ -89,8 +89,8 @@ def of_compression(report: Mapping[str, Any], folder: Folder, layers: Mapping[st
 
 def of_training(report: Mapping[str, Any], folder: Folder) -> str:
     """The card of what distill published."""
-    from marlinctl.pages.provenance import training_rows
-    from marlinctl.pages.training import held_out, trained
+    from marlinctl.report.provenance import training_rows
+    from marlinctl.report.training import held_out, trained
 
     title = "4-bit weights, compressed-tensors `pack-quantized`" if folder.fmt == "ct" else "16-bit weights"
     title += ", 2:4 sparse" if report["sparse_linears"] else ""

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from marlinctl.pages import pictures
-from marlinctl.pages.page import Block, Cell, Figure, Name, Page, Paragraph, Points, Section, Table
-from marlinctl.pages.provenance import Folder, peak_memory, provenance, reproduce
-from marlinctl.pages.speed import speed
-from marlinctl.scores import Estimate, Score, figure, finite, notes, scores
+from marlinctl.report import pictures
+from marlinctl.report.page import Block, Cell, Figure, Name, Page, Paragraph, Points, Section, Table
+from marlinctl.report.provenance import Folder, peak_memory, provenance, reproduce
+from marlinctl.report.scores import Estimate, Score, figure, finite, notes, scores
+from marlinctl.report.speed import speed
 
 _FORMATS = {
     "ct": "compressed-tensors",
@@ -217,7 +217,7 @@ def _training(report: Mapping[str, Any]) -> list[Block]:
     stages = report.get("stages")
     if not stages:
         return []
-    from marlinctl.pages.training import curve, held_out
+    from marlinctl.report.training import curve, held_out
 
     pruned, distilled = stages["pruned"], stages["distilled"]
     facts: list[tuple[Cell, Cell]] = [

@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from marlinctl import card, manifest, runtimes
-from marlinctl.checkpoint.formats import detect
+from marlinctl.checkpoint import manifest, runtimes
+from marlinctl.checkpoint.formats.registry import detect
 from marlinctl.checkpoint.reader import open_checkpoint
-from marlinctl.console import SCHEMA_VERSION, strict
-from marlinctl.log import redacted
-from marlinctl.pages import compression, html, markdown, training
-from marlinctl.pages.provenance import Folder
+from marlinctl.report import card, compression, html, markdown, training
+from marlinctl.report.provenance import Folder
+from marlinctl.system.console import SCHEMA_VERSION, strict
+from marlinctl.system.log import redacted
 
 JSON, MARKDOWN, HTML, CARD = "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html", "README.md"
 

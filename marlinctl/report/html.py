@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib.resources import files
 
-from marlinctl.log import printable
-from marlinctl.pages.page import Block, Cell, Figure, Listing, Name, Page, Paragraph, Picture, Points, Section, Table
+from marlinctl.report.page import Block, Cell, Figure, Listing, Name, Page, Paragraph, Picture, Points, Section, Table
+from marlinctl.system.log import printable
 
 TEMPLATE = "page.html.jinja"
 
@@ -21,7 +21,7 @@ def render(page: Page) -> str:
     from markupsafe import Markup
 
     environment = SandboxedEnvironment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("marlinctl.pages").joinpath(TEMPLATE).read_text("utf-8"))
+    template = environment.from_string(files("marlinctl.report").joinpath(TEMPLATE).read_text("utf-8"))
     shown = Page(
         _line(page.title),
         _line(page.lead),

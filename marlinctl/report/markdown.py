@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from marlinctl.log import printable
-from marlinctl.pages.page import Block, Cell, Listing, Name, Page, Paragraph, Picture, Points, Table
+from marlinctl.report.page import Block, Cell, Listing, Name, Page, Paragraph, Picture, Points, Table
+from marlinctl.system.log import printable
 
 _SPECIAL = re.compile(r"([\\`*\[\]<>|~])")
 

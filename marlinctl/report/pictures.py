@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from marlinctl.log import printable
-from marlinctl.pages.page import Picture
-from marlinctl.scores import finite
+from marlinctl.report.page import Picture
+from marlinctl.report.scores import finite
+from marlinctl.system.log import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from marlinctl.scores import Estimate, Score
+    from marlinctl.report.scores import Estimate, Score
 
 INK, MUTED, LINE = "#010201", "#010202", "#010203"
 SERIES = tuple(f"#0103{number:02d}" for number in range(1, 9))

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from marlinctl.checkpoint.formats import linear_bytes
+from marlinctl.checkpoint.formats.registry import linear_bytes
 from marlinctl.checkpoint.licence import spoken
-from marlinctl.pages.page import Block, Cell, Figure, Listing, Name, Paragraph, Table
-from marlinctl.runtimes import Loads
+from marlinctl.checkpoint.runtimes import Loads
+from marlinctl.report.page import Block, Cell, Figure, Listing, Name, Paragraph, Table
 
 _MOST_ANCESTORS = 20
 _INSTALLED = ("marlinctl", "torch", "transformers", "safetensors", "tokenizers", "accelerate")
@@ -98,7 +98,7 @@ def _digests(source: Mapping[str, Any]) -> list[tuple[str, Cell]]:
     """One name for everything that was read: the digest of the fingerprint, whose parts are in the manifest."""
     import hashlib
 
-    from marlinctl.checkpoint.durable import canonical
+    from marlinctl.system.atomic import canonical
 
     fingerprint = source.get("fingerprint")
     return [("SHA-256 of its fingerprint", Name(hashlib.sha256(canonical(fingerprint)).hexdigest()))] if fingerprint else []

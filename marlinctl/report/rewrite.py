@@ -1,6 +1,6 @@
 """`report`: card and report of a published folder, made anew from its JSON, after scores or speeds were added to it.
 
-The run itself writes the same files when it publishes (pages/files.py). They lie outside the manifest, so the model is not touched.
+The run itself writes the same files when it publishes (report/files.py). They lie outside the manifest, so the model is not touched.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from marlinctl.checkpoint.durable import write_bytes
-from marlinctl.checkpoint.files import MAX_OWN_BYTES, MAX_OWN_VALUES, FileRefused, read_plain_json
-from marlinctl.checkpoint.formats import layer_shape
+from marlinctl.checkpoint.folder import open_folder
+from marlinctl.checkpoint.formats.registry import layer_shape
+from marlinctl.checkpoint.manifest import UPDATE, written_by_newer
 from marlinctl.checkpoint.ownership import remove_temporaries
-from marlinctl.console import SCHEMA_VERSION
 from marlinctl.errors import BadInput, CheckFailed
-from marlinctl.folder import open_folder
-from marlinctl.manifest import UPDATE, written_by_newer
-from marlinctl.pages.files import JSON, report_files
+from marlinctl.report.files import JSON, report_files
+from marlinctl.system.atomic import write_bytes
+from marlinctl.system.console import SCHEMA_VERSION
+from marlinctl.system.files import MAX_OWN_BYTES, MAX_OWN_VALUES, FileRefused, read_plain_json
 
 _ABANDONED = 3600  # seconds; a file that was begun earlier and never got its name is of a `report` that was killed
 _KINDS = ("compress", "quantize", "sparsify", "distill")

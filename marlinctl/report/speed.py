@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from marlinctl.pages import pictures
-from marlinctl.pages.page import Block, Cell, Paragraph, Table
+from marlinctl.report import pictures
+from marlinctl.report.page import Block, Cell, Paragraph, Table
 
 _FAMILIES = {"torch": "torch.matmul, 16 bits", "dense": "MARLIN", "sparse": "Sparse-MARLIN", "peer": "other libraries"}
 

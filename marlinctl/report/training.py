@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from marlinctl.checkpoint.licence import spoken
-from marlinctl.pages import pictures
-from marlinctl.pages.page import Block, Cell, Figure, Name, Page, Points, Section, Table
-from marlinctl.pages.provenance import Folder, named, peak_memory, reproduce
-from marlinctl.scores import finite
+from marlinctl.report import pictures
+from marlinctl.report.page import Block, Cell, Figure, Name, Page, Points, Section, Table
+from marlinctl.report.provenance import Folder, named, peak_memory, reproduce
+from marlinctl.report.scores import finite
 
 _TRAINED = {"full": "linears and norms", "blockwise": "linears and norms, block by block", "scales": "scales and norms, codes fixed"}
 _CURVE_LINES = 25

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from marlinctl.models import Branch, architecture
+from marlinctl.models.architectures import Branch, architecture
 
 if TYPE_CHECKING:
     from torch import nn

@@ -21,9 +21,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from marlinctl.checkpoint import formats
+from marlinctl.checkpoint.formats import registry
+from marlinctl.checkpoint.transformers_model import refuse_incomplete
 from marlinctl.errors import BadInput, Problem
-from marlinctl.load import refuse_incomplete
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,7 @@ class MarlinctlQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         """transformers hands the config over here before it looks for files, and nowhere else: the place to name ours."""
-        config.transformers_weights = f"{formats.weight_files('marlin')}.safetensors.index.json"
+        config.transformers_weights = f"{registry.weight_files('marlin')}.safetensors.index.json"
         return config
 
     update_tp_plan = update_attn_implementation  # where 5.17 hands it over
@@ -75,7 +75,7 @@ class MarlinctlQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise BadInput("E360", "a packed model is loaded from its folder alone", where="from_pretrained", fix="name the folder")
         folder = Path(checkpoint_files[0]).parent
-        with open_checkpoint(folder, weight_files=formats.weight_files("marlin")) as checkpoint:
+        with open_checkpoint(folder, weight_files=registry.weight_files("marlin")) as checkpoint:
             _put_packed_linears(model, checkpoint)
         model._adjust_missing_and_unexpected_keys = partial(_refuse, model, folder, model._adjust_missing_and_unexpected_keys)
         return model
@@ -116,7 +116,7 @@ def _refuse_metadata(model: nn.Module, folder: Path) -> None:
 
     sparse = {f"{layer}.B_meta": module for layer, module in model.named_modules() if isinstance(module, SparseMarlinLinear)}
     problems = []
-    with open_checkpoint(folder, weight_files=formats.weight_files("marlin")) as checkpoint:
+    with open_checkpoint(folder, weight_files=registry.weight_files("marlin")) as checkpoint:
         for name, module in sparse.items():
             try:
                 check_metadata(checkpoint.read(name) if module.B_meta.is_meta else module.B_meta)
@@ -133,11 +133,11 @@ def _put_packed_linears(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
 
     from marlinctl.kernels.linear import packed_module
 
-    info = formats.detect(checkpoint.config, checkpoint.tensors)
+    info = registry.detect(checkpoint.config, checkpoint.tensors)
     modules = dict(model.named_modules())
     problems: list[Problem] = []
     for layer, group_size in info.layers.items():
-        n, k = formats.layer_shape(checkpoint, info, layer)
+        n, k = registry.layer_shape(checkpoint, info, layer)
         linear = modules.get(layer)
         if not isinstance(linear, nn.Linear):
             what = f"the model has no linear {layer}, which the folder has packed"
@@ -161,7 +161,7 @@ def _put_packed_linears(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
 
 def _wrong_tensors(checkpoint: Checkpoint, fmt: str, layer: str, n: int, k: int, group_size: int) -> list[Problem]:
     problems = []
-    for suffix, (dtypes, shape) in formats.linear_shapes(fmt, n, k, group_size).items():
+    for suffix, (dtypes, shape) in registry.linear_shapes(fmt, n, k, group_size).items():
         found = checkpoint.tensors.get(f"{layer}.{suffix}")
         if found is None:
             problems.append(Problem(f"the model needs {layer}.{suffix}, which the checkpoint lacks", str(checkpoint.folder), _AGAIN))
@@ -176,7 +176,7 @@ def _without_memory(fmt: str, n: int, k: int, group_size: int) -> PackedLinear |
 
     from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 
-    shapes = {suffix: shape for suffix, (_, shape) in formats.linear_shapes(fmt, n, k, group_size).items()}
+    shapes = {suffix: shape for suffix, (_, shape) in registry.linear_shapes(fmt, n, k, group_size).items()}
 
     def empty(suffix: str, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shapes[suffix], dtype=dtype, device="meta")

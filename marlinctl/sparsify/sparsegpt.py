@@ -33,7 +33,7 @@ _ROWS = 8192  # solved together: least squares holds six matrices [K, rows]
 
 @dataclass(frozen=True, slots=True)
 class PruneSettings:
-    """What decides the mask and the survivors. The recipe has the defaults (recipe.py)."""
+    """What decides the mask and the survivors. The recipe has the defaults (recipes/schema.py)."""
 
     method: str  # "magnitude", "wanda", "sparsegpt" or "refined"
     damping: float  # fraction of mean(diag H)

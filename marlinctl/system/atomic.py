@@ -6,8 +6,8 @@
 No link is followed, because a folder may come from a stranger: the temporary file is new and has a name that cannot be guessed, a link with
 the final name is replaced by the file, and what is appended to is a regular file or refused.
 
-The shards of a checkpoint (writer.py) and everything in a job's folder (journal.py) are written here. Not by safetensors' save_file: that
-makes files with mode 0600, does not fsync, and needs all tensors of a shard in memory, while untouched tensors are copied from the
+The shards of a checkpoint (writer.py) and everything in a job's folder (jobs/journal.py) are written here. Not by safetensors' save_file:
+that makes files with mode 0600, does not fsync, and needs all tensors of a shard in memory, while untouched tensors are copied from the
 mapped source as bytes. The format is eight bytes of header length, the header as JSON, and the tensors without gaps, widest dtype
 first so that each is aligned.
 """

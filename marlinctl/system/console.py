@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from marlinctl.errors import ResourceProblem, UsageError
-from marlinctl.log import MemoryThenFile, plain, printable, redact, visible_streams
+from marlinctl.system.log import MemoryThenFile, plain, printable, redact, visible_streams
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar

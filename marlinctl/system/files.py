@@ -24,8 +24,8 @@ from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from marlinctl.console import printable
 from marlinctl.errors import Problem
+from marlinctl.system.console import printable
 
 MAX_JSON_BYTES = 64_000_000  # the largest index seen in the wild is below 20 MB
 MAX_JSON_VALUES = 2_000_000  # that index names 300,000 tensors

@@ -67,7 +67,7 @@ def printable(text: str, *, one_line: bool = False) -> str:
 
 def _own_log(path: Path) -> TextIO:
     """A log to append to. OSError for a link, for what is not a regular file, and for a file that does not begin as our logs do."""
-    from marlinctl.checkpoint.durable import open_regular
+    from marlinctl.system.atomic import open_regular
 
     file = os.fdopen(open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "a+", encoding="utf-8", errors="backslashreplace")
     begin = os.pread(file.fileno(), 64, 0)

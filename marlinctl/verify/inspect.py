@@ -13,10 +13,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl import manifest, pattern, runtimes
-from marlinctl.checkpoint import formats
+from marlinctl.checkpoint import manifest, runtimes, sparsity
+from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.mask import open_masks
-from marlinctl.log import printable
+from marlinctl.system.log import printable
 
 if TYPE_CHECKING:
     from marlinctl.checkpoint.mask import Masks
@@ -27,7 +27,7 @@ _KINDS = {  # suffix of a packed linear's tensors -> what its bytes are
     "weight_scale": "scales", "scales": "scales", "s": "scales",
     "qzeros": "zeros and indices", "g_idx": "zeros and indices", "weight_shape": "zeros and indices",
 }  # fmt: skip
-_ORIGINS = {pattern.METADATA: "metadata", pattern.MASK_FILE: "mask file", pattern.ZEROS: "zeros of the weights alone"}
+_ORIGINS = {sparsity.METADATA: "metadata", sparsity.MASK_FILE: "mask file", sparsity.ZEROS: "zeros of the weights alone"}
 _NATIVE_WARNING = (
     "plain transformers and vLLM do not load native folders: transformers finds no model file and stops; "
     "`marlinctl pack --format ct` writes one they load"
@@ -36,7 +36,7 @@ _NATIVE_WARNING = (
 
 def inspect(folder: Path, *, weights: bool = False) -> dict[str, Any]:
     """The facts as one JSON-ready document. `weights`: read them all, for what only they tell."""
-    from marlinctl.folder import open_folder
+    from marlinctl.checkpoint.folder import open_folder
 
     with open_folder(folder) as examined, open_masks(folder) as masks:
         checkpoint, info = examined.checkpoint, examined.info
@@ -56,7 +56,7 @@ def inspect(folder: Path, *, weights: bool = False) -> dict[str, Any]:
             "loads_in": list(loads.accepted),
             "refused_by": {program: list(reasons) for program, reasons in loads.refused.items()},
             "untested": dict(loads.untested),
-            "warnings": [*examined.notes, *([_NATIVE_WARNING] if info.name in formats.NATIVE else [])],
+            "warnings": [*examined.notes, *([_NATIVE_WARNING] if info.name in registry.NATIVE else [])],
             "manifest": _manifest(folder),
         }
 
@@ -75,10 +75,10 @@ def _model(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _parameters(checkpoint: Checkpoint, info: formats.FormatInfo, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+def _parameters(checkpoint: Checkpoint, info: registry.FormatInfo, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     kinds: Counter[str] = Counter()
     other_parameters = 0
-    owned = {f"{layer}.{suffix}": suffix for layer in info.layers for suffix in formats.SUFFIXES[info.name]}
+    owned = {f"{layer}.{suffix}": suffix for layer in info.layers for suffix in registry.SUFFIXES[info.name]}
     for name, tensor in checkpoint.tensors.items():
         suffix = owned.get(name)
         kinds[_KINDS[suffix] if suffix else "not quantized"] += tensor.end - tensor.begin
@@ -98,17 +98,17 @@ def _parameters(checkpoint: Checkpoint, info: formats.FormatInfo, shapes: Mappin
     }
 
 
-def _dtypes(checkpoint: Checkpoint, info: formats.FormatInfo) -> list[str]:
+def _dtypes(checkpoint: Checkpoint, info: registry.FormatInfo) -> list[str]:
     suffix = {"ct": "weight_scale", "gptq": "scales", "marlin": "s", "marlin_24": "s"}.get(info.name)
     names = (f"{layer}.{suffix}" for layer in info.layers)
     return sorted({checkpoint.tensors[name].dtype for name in names if name in checkpoint.tensors})
 
 
-def _pattern(checkpoint: Checkpoint, info: formats.FormatInfo, masks: Masks | None, weights: bool) -> dict[str, Any]:
+def _pattern(checkpoint: Checkpoint, info: registry.FormatInfo, masks: Masks | None, weights: bool) -> dict[str, Any]:
     """2:4 or not, in which linears, and who says so. `kind` is None where nobody says and the weights were not read."""
-    survivors = pattern.counted(checkpoint, info, masks) if weights else None
-    found = survivors.pattern if survivors else pattern.stated(checkpoint, info, masks)
-    shapes = pattern.shapes(checkpoint, info)
+    survivors = sparsity.counted(checkpoint, info, masks) if weights else None
+    found = survivors.pattern if survivors else sparsity.stated(checkpoint, info, masks)
+    shapes = sparsity.shapes(checkpoint, info)
     total = sum(n * k for n, k in shapes.values())
     pruned = sum(n * k // 2 for n, k in (shapes[layer] for layer in found.linears))
     return {

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from marlinctl.checkpoint import formats
+from marlinctl.checkpoint.formats import registry
 from marlinctl.errors import CheckFailed, Problem
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from marlinctl.checkpoint.reader import Checkpoint
-    from marlinctl.console import Console
     from marlinctl.pack.types import PackedLinear, PackedSparseLinear
+    from marlinctl.system.console import Console
 
 BLOCKS = 2  # of each linear that the emulator reads: 0.1 s for K = 4096 on one core
 ROWS = 16  # of activations: one tile of the tensor core
@@ -74,7 +74,7 @@ class CudaKernel:
         return packed.channel_wise or packed.group_size in GROUP_SIZES
 
 
-def check_kernels(checkpoint: Checkpoint, info: formats.FormatInfo, console: Console) -> KernelCheck:
+def check_kernels(checkpoint: Checkpoint, info: registry.FormatInfo, console: Console) -> KernelCheck:
     """Every native linear. CheckFailed E113 lists the linears whose product is another."""
     from marlinctl.kernels.emulate import BLOCK, SPARSE_STEP, STEP
 
@@ -92,7 +92,7 @@ def check_kernels(checkpoint: Checkpoint, info: formats.FormatInfo, console: Con
                 continue
             packed = tiles(checkpoint, info, layer)
             there = packed.qweight.shape[1] // (2 * BLOCK)  # two words for each output of a block
-            weight = formats.read_parts(checkpoint, info, layer).weight()
+            weight = registry.read_parts(checkpoint, info, layer).weight()
             reading = by_kernel(kernel, packed, weight) if kernel is not None else None
             if reading is None:
                 emulated += 1
@@ -229,11 +229,11 @@ def worst(packed: PackedLinear | PackedSparseLinear, weight: Tensor, blocks: lis
     return float(share.max()), 2 * additions * 2.0**-24
 
 
-def tiles(checkpoint: Checkpoint, info: formats.FormatInfo, layer: str) -> PackedLinear | PackedSparseLinear:
+def tiles(checkpoint: Checkpoint, info: registry.FormatInfo, layer: str) -> PackedLinear | PackedSparseLinear:
     """The tensors of a native linear as they lie in the file."""
     from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 
-    n, k = formats.layer_shape(checkpoint, info, layer)
+    n, k = registry.layer_shape(checkpoint, info, layer)
     size = k if info.layers[layer] == -1 else info.layers[layer]
     scales = checkpoint.read(f"{layer}.s")
     if info.name == "marlin":

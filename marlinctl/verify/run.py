@@ -7,10 +7,10 @@
                   padding is zero), and a second, independent reading of the bytes gives the same weights
                   masks 2:4, of linears that exist, and what they say was pruned is zero                       CheckFailed E111, E112
     4 kernels     the tiles of native formats, multiplied by the CUDA kernel or, without a GPU, read    CheckFailed E113
-                  lane by lane as it reads them, give the product of the same weights: marlinctl/kernel_check.py
+                  lane by lane as it reads them, give the product of the same weights: marlinctl/verify/kernels.py
     5 load        transformers and compressed-tensors load the folder on the CPU; each weight that     CheckFailed E108, E109
                   they hold is the dequantized one, and so are the logits
-    6 source      with --source: marlinctl/fidelity.py                                                 CheckFailed E107
+    6 source      with --source: marlinctl/verify/source.py                                                 CheckFailed E107
 
 Other tools check that a model loads. That is not enough here: most of the ways to get a packed checkpoint wrong still load.
 """
@@ -25,16 +25,17 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl import fidelity, manifest, pattern, runtimes
-from marlinctl.checkpoint import formats
+from marlinctl.checkpoint import manifest, runtimes, sparsity
 from marlinctl.checkpoint.finite import scan_finite
+from marlinctl.checkpoint.folder import refuse_two_heads
+from marlinctl.checkpoint.formats import registry
+from marlinctl.checkpoint.formats.targets import Entries
 from marlinctl.checkpoint.mask import open_masks
-from marlinctl.checkpoint.targets import Entries
 from marlinctl.errors import BadInput, CheckFailed, MarlinctlError, NumericalProblem, Problem
-from marlinctl.folder import refuse_two_heads
-from marlinctl.kernel_check import KernelCheck, check_kernels, tiles
-from marlinctl.models import architecture
+from marlinctl.models.architectures import architecture
 from marlinctl.system.host import available_memory
+from marlinctl.verify import source as fidelity
+from marlinctl.verify.kernels import KernelCheck, check_kernels, tiles
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
     from marlinctl.checkpoint.mask import Masks
     from marlinctl.checkpoint.reader import Checkpoint
-    from marlinctl.console import Console
+    from marlinctl.system.console import Console
 
 MAX_LOGIT_ERROR = 1e-3  # relative, fp32: both sides multiply the same weights in the same order, so only the order of sums may differ
 _FLOATS = ("F16", "BF16", "F32")
@@ -77,7 +78,7 @@ def verify(
     folder: Path, *, source: Path | None, load: bool | None, console: Console, module_map: Path | None = None, kernels: bool = True
 ) -> Verified:
     """All checks in turn; the first kind that fails raises, naming everything it found. `load` None: if it fits into memory."""
-    from marlinctl.folder import open_folder
+    from marlinctl.checkpoint.folder import open_folder
 
     document = manifest.check(folder)
     console.say(f"digests: {len(document['files'])} files as the manifest says")
@@ -92,14 +93,14 @@ def verify(
         sparse = check_pattern(checkpoint, info, masks, console)
         if sparse is not None:
             console.say(f"2:4: {sparse['linears']} linears by the {sparse['origin']}; what was pruned is zero")
-        read = check_kernels(checkpoint, info, console) if kernels and info.name in formats.NATIVE else None
+        read = check_kernels(checkpoint, info, console) if kernels and info.name in registry.NATIVE else None
         if read is not None:
             console.say(
                 f"kernels: tiles read by the {read.by}, {read.blocks} of {read.of_blocks} blocks; error {read.error:.1e}, rounding alone"
             )
             if read.unread:
                 skipped.append(f"{len(read.unread)} linears have groups that no kernel multiplies, {read.unread[0]} first")
-        elif info.name in formats.NATIVE:
+        elif info.name in registry.NATIVE:
             skipped.append("tiles not read as a kernel reads them: --no-kernels")
         error, reason = _load_check(checkpoint, info, load)
         skipped += [reason] if reason else []
@@ -114,7 +115,7 @@ def verify(
 # ---- 2 structure ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_structure(checkpoint: Checkpoint, info: formats.FormatInfo, module_map: Path | None = None) -> list[str]:
+def check_structure(checkpoint: Checkpoint, info: registry.FormatInfo, module_map: Path | None = None) -> list[str]:
     """Names, shapes and dtypes of all tensors, and the config fields that must not be forgotten. Returns what could not be checked."""
     problems = _config_problems(checkpoint, info)
     try:
@@ -122,7 +123,7 @@ def check_structure(checkpoint: Checkpoint, info: formats.FormatInfo, module_map
     except BadInput as unknown:
         if unknown.error_id != "E390":
             raise
-        problems += _layer_problems(checkpoint, info, {layer: formats.layer_shape(checkpoint, info, layer) for layer in info.layers})
+        problems += _layer_problems(checkpoint, info, {layer: registry.layer_shape(checkpoint, info, layer) for layer in info.layers})
         _raise("E105", problems)
         return [f"the model's own list of tensors was not checked: {unknown}"]
     shapes = {spec.name: (spec.out_features, spec.in_features) for spec in model.linears.values()}
@@ -135,7 +136,7 @@ def check_structure(checkpoint: Checkpoint, info: formats.FormatInfo, module_map
     for name, shape in model.expected.items():
         if name not in packed:
             problems += _tensor_problems(checkpoint, name, _FLOATS, shape)
-    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in formats.SUFFIXES[info.name]}
+    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in registry.SUFFIXES[info.name]}
     problems += [
         Problem(f"{name} is not a tensor of this model", str(checkpoint.tensors[name].file), _APART)
         for name in model.unexpected({name: None for name in checkpoint.tensors if name not in owned})
@@ -145,16 +146,16 @@ def check_structure(checkpoint: Checkpoint, info: formats.FormatInfo, module_map
     return []
 
 
-def _layer_problems(checkpoint: Checkpoint, info: formats.FormatInfo, shapes: Mapping[str, tuple[int, int]]) -> list[Problem]:
+def _layer_problems(checkpoint: Checkpoint, info: registry.FormatInfo, shapes: Mapping[str, tuple[int, int]]) -> list[Problem]:
     problems: list[Problem] = []
     for layer, (n, k) in shapes.items():
         size = info.layers[layer]
         if size != -1 and k % size:
             problems.append(Problem(f"{layer}: K={k} is not a multiple of group_size {size}", layer, _APART))
             continue
-        for suffix, (dtypes, shape) in formats.linear_shapes(info.name, n, k, size).items():
+        for suffix, (dtypes, shape) in registry.linear_shapes(info.name, n, k, size).items():
             problems += _tensor_problems(checkpoint, f"{layer}.{suffix}", dtypes, shape)
-        if f"{layer}.weight_shape" in checkpoint.tensors and formats.layer_shape(checkpoint, info, layer) != (n, k):
+        if f"{layer}.weight_shape" in checkpoint.tensors and registry.layer_shape(checkpoint, info, layer) != (n, k):
             problems.append(Problem(f"{layer}.weight_shape does not say [{n}, {k}]", layer, _AGAIN))
     return problems
 
@@ -169,9 +170,9 @@ def _tensor_problems(checkpoint: Checkpoint, name: str, dtypes: Sequence[str], s
     return []
 
 
-def _config_problems(checkpoint: Checkpoint, info: formats.FormatInfo) -> list[Problem]:
+def _config_problems(checkpoint: Checkpoint, info: registry.FormatInfo) -> list[Problem]:
     """What clients need in quantization_config and do not miss aloud."""
-    block = formats.quantization_block(checkpoint.config) or {}
+    block = registry.quantization_block(checkpoint.config) or {}
     where = str(checkpoint.folder / "config.json")
     problems: list[Problem] = []
 
@@ -186,7 +187,7 @@ def _config_problems(checkpoint: Checkpoint, info: formats.FormatInfo) -> list[P
             ignored = Entries(str(entry) for entry in block.get("ignore") or [])
             problems += [
                 Problem(f"{name} is 16-bit, but `ignore` does not say so: clients would look for packed tensors", where, _AGAIN)
-                for name in formats.sixteen_bit_linears(others, info.layers)
+                for name in registry.sixteen_bit_linears(others, info.layers)
                 if name not in ignored
             ]
             problems += [
@@ -206,11 +207,11 @@ def _config_problems(checkpoint: Checkpoint, info: formats.FormatInfo) -> list[P
 # ---- 3 contents ----------------------------------------------------------------------------------------------------------------------
 
 
-def check_contents(checkpoint: Checkpoint, info: formats.FormatInfo, console: Console) -> None:
+def check_contents(checkpoint: Checkpoint, info: registry.FormatInfo, console: Console) -> None:
     """No NaN anywhere; every packed linear is unpacked and packed again; some are read a second, independent way."""
     import torch
 
-    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in formats.SUFFIXES[info.name]}
+    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in registry.SUFFIXES[info.name]}
     try:
         scan_finite(checkpoint, [name for name in checkpoint.tensors if name not in owned])
     except NumericalProblem as found:
@@ -220,8 +221,8 @@ def check_contents(checkpoint: Checkpoint, info: formats.FormatInfo, console: Co
     problems: list[Problem] = []
     with console.progress("check contents", len(layers)) as progress:
         for layer in layers:
-            parts = formats.read_parts(checkpoint, info, layer)
-            for name, tensor in formats.linear_tensors(info.name, layer, parts).items():
+            parts = registry.read_parts(checkpoint, info, layer)
+            for name, tensor in registry.linear_tensors(info.name, layer, parts).items():
                 if not torch.equal(checkpoint.read(name).to(tensor.dtype), tensor):
                     what = f"{name} is not what packing its own codes gives: padding or constant fields are wrong"
                     problems.append(Problem(what, str(checkpoint.tensors[name].file), _AGAIN))
@@ -231,21 +232,21 @@ def check_contents(checkpoint: Checkpoint, info: formats.FormatInfo, console: Co
     _raise("E106", problems)
 
 
-def check_pattern(checkpoint: Checkpoint, info: formats.FormatInfo, masks: Masks | None, console: Console) -> dict[str, Any] | None:
+def check_pattern(checkpoint: Checkpoint, info: registry.FormatInfo, masks: Masks | None, console: Console) -> dict[str, Any] | None:
     """Every mask that the folder states against its weights. Returns what it states, None for a folder that states nothing."""
-    stated = pattern.stated(checkpoint, info, masks)
+    stated = sparsity.stated(checkpoint, info, masks)
     if stated.origin is None:
         return None
     if masks is not None:
-        _raise("E112", pattern.strangers(pattern.shapes(checkpoint, info), info, masks))
+        _raise("E112", sparsity.strangers(sparsity.shapes(checkpoint, info), info, masks))
     problems: list[Problem] = []
     zero = 0
     with console.progress("check the 2:4 pattern", len(stated.linears)) as progress:
         for layer in stated.linears:
             try:
-                weight, keep = pattern.weight_and_keep(checkpoint, info, layer, masks)
+                weight, keep = sparsity.weight_and_keep(checkpoint, info, layer, masks)
             except BadInput as refused:
-                if refused.error_id not in pattern.REFUSALS:
+                if refused.error_id not in sparsity.REFUSALS:
                     raise
                 problems += refused.problems
             else:
@@ -255,11 +256,11 @@ def check_pattern(checkpoint: Checkpoint, info: formats.FormatInfo, masks: Masks
     return {"origin": stated.origin, "linears": len(stated.linears), "zero_survivors": zero}
 
 
-def _second_reading(checkpoint: Checkpoint, info: formats.FormatInfo, layer: str) -> Tensor:
+def _second_reading(checkpoint: Checkpoint, info: registry.FormatInfo, layer: str) -> Tensor:
     """[N, K] fp32, without the fast unpackers: tiles through the maps of pack/tile.py, the others nibble by nibble as their clients do."""
     import torch
 
-    if info.name in formats.NATIVE:
+    if info.name in registry.NATIVE:
         from marlinctl.kernels.reference import dequantize, dequantize_sparse
         from marlinctl.pack.types import PackedLinear
 
@@ -271,7 +272,7 @@ def _second_reading(checkpoint: Checkpoint, info: formats.FormatInfo, layer: str
         group = checkpoint.read(f"{layer}.g_idx").to(torch.int64)
         scales = checkpoint.read(f"{layer}.scales").to(torch.float32)  # [G, N]
         return (nibbles - zeros[group].T).to(torch.float32) * scales[group].T
-    _, k = formats.layer_shape(checkpoint, info, layer)
+    _, k = registry.layer_shape(checkpoint, info, layer)
     scales = checkpoint.read(f"{layer}.weight_scale").to(torch.float32)
     codes = _nibbles(checkpoint.read(f"{layer}.weight_packed"))[:, :k] - 8
     return codes.to(torch.float32) * scales.repeat_interleave(k // scales.shape[1], dim=1)
@@ -287,7 +288,7 @@ def _nibbles(words: Tensor) -> Tensor:
 # ---- 5 load --------------------------------------------------------------------------------------------------------------------------
 
 
-def _load_check(checkpoint: Checkpoint, info: formats.FormatInfo, load: bool | None) -> tuple[float | None, str | None]:
+def _load_check(checkpoint: Checkpoint, info: registry.FormatInfo, load: bool | None) -> tuple[float | None, str | None]:
     """(relative logit error, None), or (None, why it was not done)."""
     if info.name not in ("ct", "dense"):
         return None, f"not loaded with transformers: it reads no {info.name}" + " without optimum and gptqmodel" * (info.name == "gptq")
@@ -324,8 +325,8 @@ def logit_error(checkpoint: Checkpoint) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from marlinctl.load import dense_tensors, model_from, quietly
-    from marlinctl.model_config import transformers_config
+    from marlinctl.checkpoint.transformers_model import dense_tensors, model_from, quietly
+    from marlinctl.models.transformers_config import transformers_config
 
     try:
         with quietly():
@@ -411,10 +412,10 @@ def _logits(model: torch.nn.Module, tokens: Tensor) -> Tensor:
         return model(tokens).logits.to(torch.float64)
 
 
-def _parameters(checkpoint: Checkpoint, info: formats.FormatInfo) -> int:
-    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in formats.SUFFIXES[info.name]}
+def _parameters(checkpoint: Checkpoint, info: registry.FormatInfo) -> int:
+    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in registry.SUFFIXES[info.name]}
     return sum(prod(tensor.shape) for name, tensor in checkpoint.tensors.items() if name not in owned) + sum(
-        n * k for n, k in (formats.layer_shape(checkpoint, info, layer) for layer in info.layers)
+        n * k for n, k in (registry.layer_shape(checkpoint, info, layer) for layer in info.layers)
     )
 
 
@@ -422,11 +423,11 @@ def _parameters(checkpoint: Checkpoint, info: formats.FormatInfo) -> int:
 
 
 def _compare(
-    checkpoint: Checkpoint, info: formats.FormatInfo, masks: Masks | None, source: Path | None, console: Console
+    checkpoint: Checkpoint, info: registry.FormatInfo, masks: Masks | None, source: Path | None, console: Console
 ) -> dict[str, Any] | None:
     if source is None:
         return None
-    from marlinctl.folder import open_folder
+    from marlinctl.checkpoint.folder import open_folder
 
     if not info.layers:
         raise BadInput("E347", "the folder holds no quantized linear to compare", where=str(checkpoint.folder), fix="leave --source out")

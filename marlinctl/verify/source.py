@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from marlinctl.checkpoint import formats
+from marlinctl.checkpoint.formats import registry
 from marlinctl.errors import BadInput, CheckFailed, Problem
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from marlinctl.checkpoint.mask import Masks
     from marlinctl.checkpoint.reader import Checkpoint
-    from marlinctl.console import Console
+    from marlinctl.system.console import Console
 
 MAX_ERROR = 0.5
 MAX_ERROR_OF_SURVIVORS = 1.0
@@ -44,7 +44,7 @@ class LayerFidelity:
 
 
 def compare(
-    checkpoint: Checkpoint, info: formats.FormatInfo, source: Checkpoint, console: Console, masks: Masks | None = None
+    checkpoint: Checkpoint, info: registry.FormatInfo, source: Checkpoint, console: Console, masks: Masks | None = None
 ) -> dict[str, Any]:
     """Every linear and every untouched tensor against the source. CheckFailed lists all that are implausible."""
     problems, converted = _untouched(checkpoint, info, source)
@@ -52,7 +52,7 @@ def compare(
     with console.progress("compare with source", len(info.layers)) as progress:
         for layer in info.layers:
             weight = _source_weight(source, layer)
-            measured = measure(layer, weight, formats.read_parts(checkpoint, info, layer, masks))
+            measured = measure(layer, weight, registry.read_parts(checkpoint, info, layer, masks))
             layers.append(measured)
             problems += _implausible(measured)
             progress.advance()
@@ -68,7 +68,7 @@ def compare(
     }
 
 
-def measure(layer: str, weight: Tensor, parts: formats.LinearParts) -> LayerFidelity:
+def measure(layer: str, weight: Tensor, parts: registry.LinearParts) -> LayerFidelity:
     """weight: [N, K] of the source."""
     import torch
 
@@ -77,7 +77,7 @@ def measure(layer: str, weight: Tensor, parts: formats.LinearParts) -> LayerFide
     return LayerFidelity(layer, error, _scale_match(weight, parts), parts.keep is not None)
 
 
-def _scale_match(weight: Tensor, parts: formats.LinearParts) -> float | None:
+def _scale_match(weight: Tensor, parts: registry.LinearParts) -> float | None:
     import torch
 
     codes = parts.codes.to(torch.float32).reshape(len(parts.codes), -1, parts.group_size)  # [N, G, g]
@@ -108,9 +108,9 @@ def _source_weight(source: Checkpoint, layer: str) -> Tensor:
     return source.read(name)
 
 
-def _untouched(checkpoint: Checkpoint, info: formats.FormatInfo, source: Checkpoint) -> tuple[list[Problem], list[str]]:
+def _untouched(checkpoint: Checkpoint, info: registry.FormatInfo, source: Checkpoint) -> tuple[list[Problem], list[str]]:
     """What is wrong with the tensors that were not quantized, and which of them changed their dtype only."""
-    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in formats.SUFFIXES[info.name]}
+    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in registry.SUFFIXES[info.name]}
     problems, converted = [], []
     for name in (name for name in checkpoint.tensors if name not in owned):
         if name not in source.tensors:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from marlinctl.benchmarking import building
-from marlinctl.console import Console
 from marlinctl.errors import UsageError
 from marlinctl.kernels import jit
 from marlinctl.kernels.configurations import DENSE, DENSE_SM90, SPARSE
+from marlinctl.system.console import Console
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")
 

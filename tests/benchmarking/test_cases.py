@@ -8,8 +8,8 @@ import pytest
 
 from marlinctl.benchmarking import cases
 from marlinctl.commands.bench import SET_NAMES
-from marlinctl.console import Console
 from marlinctl.errors import UsageError
+from marlinctl.system.console import Console
 from tests.packed import make_packed
 from tests.tiny import make_tiny
 

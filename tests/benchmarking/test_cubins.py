@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from marlinctl import cubins
+from marlinctl.benchmarking import cubins
 from marlinctl.errors import EnvironmentProblem
 from marlinctl.kernels import jit
 from marlinctl.kernels.configurations import DENSE

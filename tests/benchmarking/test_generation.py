@@ -14,8 +14,8 @@ import marlinctl
 from marlinctl.benchmarking import generation, gpu
 from marlinctl.benchmarking.generation import Lengths, Writer, agreement, load_packed, parse_lengths, unpack_linears
 from marlinctl.cli import main
-from marlinctl.console import Console
 from marlinctl.errors import BadInput, UsageError
+from marlinctl.system.console import Console
 from tests.benchmarking.software import SoftwareGpu
 from tests.packed import make_packed, make_sparse_packed
 from tests.tiny import VOCAB_SIZE, make_tiny

@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from marlinctl import bench, kernel_check
-from marlinctl.bench import Asked, run
 from marlinctl.benchmarking import accuracy, tuning
+from marlinctl.benchmarking import run as bench
 from marlinctl.benchmarking.building import offered
 from marlinctl.benchmarking.cases import KINDS, shapes_set
 from marlinctl.benchmarking.gpu import Gpu, open_gpu
 from marlinctl.benchmarking.implementations import OVERLAP, Dequantized, Operator, configured, overlaps
+from marlinctl.benchmarking.run import Asked, run
 from marlinctl.benchmarking.timing import Candidate, take_turns
-from marlinctl.console import Console
 from marlinctl.errors import CheckFailed, EnvironmentProblem
 from marlinctl.kernels import dispatch, jit, ops
+from marlinctl.system.console import Console
+from marlinctl.verify import kernels as kernel_check
 from tests.benchmarking.software import Pretended
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]

@@ -11,17 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from marlinctl import bench, cli
-from marlinctl.bench import Asked, run
+from marlinctl import cli
 from marlinctl.benchmarking import accuracy, peers, tuning
+from marlinctl.benchmarking import run as bench
 from marlinctl.benchmarking.cases import KINDS, Layer, LayerSet, Shape, shapes_set
 from marlinctl.benchmarking.documents import read_document, write_document
 from marlinctl.benchmarking.implementations import dequantized_name
-from marlinctl.console import Console
+from marlinctl.benchmarking.run import Asked, run
 from marlinctl.errors import BadInput, CheckFailed, EnvironmentProblem, UsageError
 from marlinctl.kernels import dispatch
 from marlinctl.kernels.configurations import DENSE, SPARSE
 from marlinctl.kernels.jit import CompilerMissing
+from marlinctl.system.console import Console
 from tests.benchmarking.figures import made_up
 from tests.benchmarking.software import Pretended, SoftwareGpu
 

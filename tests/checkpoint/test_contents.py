@@ -11,15 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from marlinctl import manifest
 from marlinctl.checkpoint import contents as subject
-from marlinctl.checkpoint import mask
+from marlinctl.checkpoint import manifest, mask
 from marlinctl.checkpoint.contents import Contents, Noted, read_contents
-from marlinctl.checkpoint.durable import canonical
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
-from marlinctl.console import Console
+from marlinctl.checkpoint.source_digests import check_known_digests
 from marlinctl.errors import BadInput
-from marlinctl.known_digests import check_known_digests
+from marlinctl.system.atomic import canonical
+from marlinctl.system.console import Console
 from tests.faults.checkpoints import INDEX, SECOND, SHARDS
 from tests.tiny import make_tiny, tiny_config, tiny_tensors, write_weights
 

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from marlinctl.checkpoint import contents, finite
 from marlinctl.checkpoint.contents import read_contents
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
-from marlinctl.console import Console
 from marlinctl.errors import NumericalProblem
+from marlinctl.system.console import Console
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

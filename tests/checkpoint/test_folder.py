@@ -17,29 +17,31 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from marlinctl import api, manifest, verify
+from marlinctl import api
 from marlinctl.benchmarking.cases import checkpoint_set
 from marlinctl.benchmarking.generation import load_packed
+from marlinctl.checkpoint import manifest
+from marlinctl.checkpoint.folder import open_folder
 from marlinctl.checkpoint.reader import open_checkpoint
-from marlinctl.checkpoint.switches import SWITCHES, cleaned
+from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.cli import main
-from marlinctl.console import Console
+from marlinctl.compress import run_compress
+from marlinctl.convert.repack import repack
 from marlinctl.errors import BadInput, MarlinctlError, UsageError
-from marlinctl.evaluate import EvalSettings, evaluate
-from marlinctl.folder import open_folder
-from marlinctl.inspection import inspect
-from marlinctl.job import run_job
-from marlinctl.load import load_dense
-from marlinctl.model_config import building, transformers_config
-from marlinctl.models import architecture
-from marlinctl.opening import Options, open_model
-from marlinctl.pages.files import JSON
-from marlinctl.pipeline import run_compress
-from marlinctl.planning import Settings, make_plan
-from marlinctl.recipe import Recipe, load_recipe, resolve
-from marlinctl.repack import repack
+from marlinctl.evaluation.run import EvalSettings, evaluate
+from marlinctl.models.architectures import architecture
+from marlinctl.models.meta_model import build
+from marlinctl.models.switches import SWITCHES, cleaned
+from marlinctl.models.transformers_config import building, transformers_config
+from marlinctl.oneshot.open import Options, open_model
+from marlinctl.oneshot.run import run_job
+from marlinctl.planning.plan import Settings, make_plan
+from marlinctl.recipes.schema import Recipe, load_recipe, resolve
 from marlinctl.report import rewrite
-from marlinctl.skeleton import build
+from marlinctl.report.files import JSON
+from marlinctl.system.console import Console
+from marlinctl.verify import run as verify
+from marlinctl.verify.inspect import inspect
 from tests.packed import edit_json, edit_tensors, foreign_gptq, gptq_block, make_foreign, make_packed, remake_manifest
 from tests.pruned import prune
 from tests.tiny import VOCAB_SIZE, make_tiny, tiny_config, write_tokenizer
@@ -75,7 +77,7 @@ def recipe(**changes: Any) -> Recipe:
 def _distill(student: Path, teacher: Path) -> None:
     from contextlib import ExitStack
 
-    from marlinctl.distillation.opening import open_models
+    from marlinctl.distillation.open import open_models
 
     packed = "quantization_config" in json.loads((student / "config.json").read_text()) if (student / "config.json").is_file() else False
     asked = recipe(distill_tokens=1000, distill_mode="scales" if packed else "full").distill
@@ -378,7 +380,7 @@ def test_the_text_model_of_a_wrapper_can_be_taken_out(tmp_path: Path) -> None:
     config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=5)
     whole = AutoModelForImageTextToText.from_config(config)
     whole.save_pretrained(tmp_path / "model")
-    page = (Path(__file__).parents[1] / "docs" / "troubleshooting.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text()
     program = page.partition("### E390")[2].partition("```python")[2].partition("```")[0]
     exec(
         compile(program.replace('"MODEL"', repr(str(tmp_path / "model"))).replace('"TEXT"', repr(str(tmp_path / "text"))), "page", "exec"),

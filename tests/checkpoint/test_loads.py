@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
+from marlinctl.checkpoint.runtimes import Packed, loads
 from marlinctl.cli import main
-from marlinctl.models import architecture
-from marlinctl.rules import plan
-from marlinctl.runtimes import Packed, loads
+from marlinctl.models.architectures import architecture
+from marlinctl.planning.layer_rules import plan
 from tests import zoo
+from tests.oneshot.test_run import TEXT
 from tests.test_architecture import ROOT
-from tests.test_job import TEXT
 from tests.tiny import make_tiny, tiny_config
 
 FLAGS = ["--group-size", "32", "--samples", "8", "--sequence-length", "64", "--dtype", "float32"]

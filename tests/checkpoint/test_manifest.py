@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from marlinctl import manifest
-from marlinctl.checkpoint.durable import canonical, temporary_name
+from marlinctl.checkpoint import manifest
 from marlinctl.errors import CheckFailed
+from marlinctl.system.atomic import canonical, temporary_name
 
 
 @pytest.fixture

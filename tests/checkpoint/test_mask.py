@@ -54,7 +54,7 @@ def test_masks_written_one_by_one_are_read_back(tmp_path: Path) -> None:
 
 
 def test_the_manifest_covers_the_mask(tmp_path: Path) -> None:
-    from marlinctl.manifest import read
+    from marlinctl.checkpoint.manifest import read
 
     assert mask.NAME in read(written(tmp_path / "out", {"a": random_keep(4, 8)}))["files"]
 

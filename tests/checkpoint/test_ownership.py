@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from marlinctl import manifest
-from marlinctl.checkpoint import ownership
-from marlinctl.checkpoint.durable import canonical, is_temporary, temporary_name
-from marlinctl.checkpoint.formats import WRITABLE
+from marlinctl.checkpoint import manifest, ownership
+from marlinctl.checkpoint.formats.registry import WRITABLE
 from marlinctl.checkpoint.model_files import is_companion, is_model_file
 from marlinctl.errors import UsageError
+from marlinctl.system.atomic import canonical, is_temporary, temporary_name
 
 REQUEST = {"format": 1, "verb": "quantize", "arguments": {}, "folder": "/"}
 LINES = "journal.jsonl"

@@ -23,13 +23,13 @@ from safetensors.torch import load_file, save_file
 
 from marlinctl.checkpoint import mask, reader
 from marlinctl.checkpoint.contents import read_contents
-from marlinctl.checkpoint.header import read_header
+from marlinctl.checkpoint.folder import examine
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
-from marlinctl.checkpoint.switches import check_switches
-from marlinctl.checkpoint.tokenizer_files import check_tokenizer
-from marlinctl.console import Console
+from marlinctl.checkpoint.safetensors_header import read_header
 from marlinctl.errors import BadInput, MarlinctlError
-from marlinctl.folder import examine
+from marlinctl.models.switches import check_switches
+from marlinctl.models.tokenizer_files import check_tokenizer
+from marlinctl.system.console import Console
 from tests.faults.checkpoints import FAULTS, INDEX, SECOND, SHARDS, Fault, write_shard
 from tests.tiny import make_tiny, tiny_config, tiny_tensors, write_weights
 
@@ -411,7 +411,7 @@ def test_importing_and_opening_need_no_torch(tmp_path: Path) -> None:
     program = (
         "import sys, pathlib\nfrom marlinctl.checkpoint.reader import open_checkpoint\n"
         "from marlinctl.checkpoint import config, finite, gguf, hub, source\n"
-        "from marlinctl.folder import examine\n"
+        "from marlinctl.checkpoint.folder import examine\n"
         "examine(open_checkpoint(pathlib.Path(sys.argv[1])), structure='needed', dense=True, tokenizer=True)\n"
         "print({'torch', 'transformers', 'safetensors', 'gguf', 'huggingface_hub'} & set(sys.modules))"
     )

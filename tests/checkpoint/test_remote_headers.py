@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from marlinctl.checkpoint import headers as module
+from marlinctl.checkpoint import remote_headers as module
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.source import resolve_model
-from marlinctl.console import Console
 from marlinctl.errors import BadInput, UsageError
-from tests.checkpoint.test_gguf import write_model
+from marlinctl.system.console import Console
+from tests.checkpoint.gguf.test_gguf import write_model
 from tests.checkpoint.test_source import COMMIT, REPOSITORY, Hub, ask, hub_environment, serving
 from tests.tiny import make_tiny
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from marlinctl.runtimes import LOADERS, TRANSFORMERS, Loads, Packed, Verdict, loads, servers_that_accept, split_units, survey
+from marlinctl.checkpoint.runtimes import LOADERS, TRANSFORMERS, Loads, Packed, Verdict, loads, servers_that_accept, split_units, survey
 
 LLAMA_8B = {"num_attention_heads": 32, "num_key_value_heads": 8}
 BLOCK = "model.layers.0."
@@ -144,7 +144,7 @@ def experts(names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
 def test_each_program_is_refused_for_its_own_reason(model: Packed, refused: dict[str, str]) -> None:
     """A card that lists a server sends people to rent a GPU for it; a reason that names no linear does not help them afterwards.
 
-    The row of transformers is what 5.23 did with such folders (tests/test_verify.py); the others are from sources.
+    The row of transformers is what 5.23 did with such folders (tests/verify/test_run.py); the others are from sources.
     """
     found = loads(model)
     assert set(found.refused) == set(refused), found

@@ -22,9 +22,9 @@ from marlinctl.checkpoint import source
 from marlinctl.checkpoint.contents import read_contents
 from marlinctl.checkpoint.hub import is_hub_id
 from marlinctl.checkpoint.reader import open_checkpoint
-from marlinctl.console import Console
+from marlinctl.checkpoint.source_digests import check_known_digests
 from marlinctl.errors import BadInput, EnvironmentProblem, UsageError
-from marlinctl.known_digests import check_known_digests
+from marlinctl.system.console import Console
 from tests.tiny import make_tiny
 
 REPOSITORY = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ PROGRAM = """
 import json, sys, time
 from pathlib import Path
 from marlinctl.checkpoint import hub, source
-from marlinctl.console import Console
+from marlinctl.system.console import Console
 from marlinctl.errors import MarlinctlError
 hub._FIRST_WAIT = 0.01
 sleep = time.sleep

@@ -1,4 +1,4 @@
-"""marlinctl/pattern.py: who states the 2:4 pattern of a folder, and what its weights say."""
+"""marlinctl/checkpoint/sparsity.py: who states the 2:4 pattern of a folder, and what its weights say."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from marlinctl import pattern
-from marlinctl.checkpoint import formats
+from marlinctl.checkpoint import sparsity
+from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.mask import Masks, open_masks
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.errors import BadInput
-from marlinctl.models import architecture
+from marlinctl.models.architectures import architecture
 from tests.packed import edit_masks, edit_tensors, keep_of, make_packed, make_sparse_packed
 from tests.tiny import make_tiny, write_weights
 
-Opened = tuple[Checkpoint, formats.FormatInfo, Masks | None]
+Opened = tuple[Checkpoint, registry.FormatInfo, Masks | None]
 LAYER = "model.layers.1.mlp.up_proj"
 
 
@@ -32,7 +32,7 @@ def opened() -> object:
 
         def open_folder(folder: Path) -> Opened:
             checkpoint = stack.enter_context(open_checkpoint(folder, weight_files="auto"))
-            return checkpoint, formats.detect(checkpoint.config, checkpoint.tensors), stack.enter_context(open_masks(folder))
+            return checkpoint, registry.detect(checkpoint.config, checkpoint.tensors), stack.enter_context(open_masks(folder))
 
         yield open_folder
 
@@ -44,9 +44,9 @@ def test_a_stated_pattern_is_found_and_counted(source: Path, tmp_path: Path, ope
     """If this failed, a 2:4 model would be taken for a dense one, or its zeros for its mask."""
     codes = make_sparse_packed(source, tmp_path / "out", fmt, skip=["model.layers.0.self_attn.o_proj"])
     folder = opened(tmp_path / "out")  # type: ignore[operator]
-    assert pattern.stated(*folder) == pattern.Pattern(origin, tuple(sorted(codes)))
-    survivors = pattern.counted(*folder)
-    assert survivors.pattern == pattern.stated(*folder)
+    assert sparsity.stated(*folder) == sparsity.Pattern(origin, tuple(sorted(codes)))
+    survivors = sparsity.counted(*folder)
+    assert survivors.pattern == sparsity.stated(*folder)
     assert survivors.kept == sum(q.codes.numel() // 2 for q in codes.values())
     zero = sum(int((q.codes[q.keep] == 0).sum()) for q in codes.values())
     assert survivors.zero == zero > 100
@@ -56,22 +56,22 @@ def test_a_pattern_that_nobody_states_is_found_in_the_zeros(source: Path, tmp_pa
     """If this failed, 2:4 models of other tools would count as dense."""
     codes = make_sparse_packed(source, tmp_path / "out", "ct", stated=False)
     folder = opened(tmp_path / "out")  # type: ignore[operator]
-    assert pattern.stated(*folder) == pattern.Pattern(None, ())
-    survivors = pattern.counted(*folder)
-    assert survivors.pattern == pattern.Pattern("zeros", tuple(sorted(codes)))
+    assert sparsity.stated(*folder) == sparsity.Pattern(None, ())
+    survivors = sparsity.counted(*folder)
+    assert survivors.pattern == sparsity.Pattern("zeros", tuple(sorted(codes)))
     assert survivors.zero == sum(int((q.codes[q.keep] == 0).sum()) for q in codes.values())  # filled up: as many as there were
 
 
 def test_a_dense_model_has_no_pattern(source: Path, tmp_path: Path, opened: object) -> None:
     """If this failed, any model would count as 2:4; so would one whose linear is zero altogether."""
     make_packed(source, tmp_path / "out", "ct")
-    assert pattern.counted(*opened(tmp_path / "out")) == pattern.Survivors(pattern.Pattern(None, ()), 0, 0)  # type: ignore[operator]
+    assert sparsity.counted(*opened(tmp_path / "out")) == sparsity.Survivors(sparsity.Pattern(None, ()), 0, 0)  # type: ignore[operator]
 
     def wipe(tensors: dict[str, torch.Tensor]) -> None:
         tensors[f"{LAYER}.weight_packed"].fill_(-2004318072)  # code 0 everywhere
 
     edit_tensors(tmp_path / "out", wipe)
-    assert pattern.counted(*opened(tmp_path / "out")).pattern.linears == ()  # type: ignore[operator]
+    assert sparsity.counted(*opened(tmp_path / "out")).pattern.linears == ()  # type: ignore[operator]
 
 
 def dense_24(source: Path, out: Path) -> Path:
@@ -88,7 +88,7 @@ def dense_24(source: Path, out: Path) -> Path:
 
 def test_16_bit_weights_are_looked_at_too(source: Path, tmp_path: Path, opened: object) -> None:
     """If this failed, the output of `sparsify` and of other pruners could not be told from a dense model. The head is not pruned."""
-    survivors = pattern.counted(*opened(dense_24(source, tmp_path / "out")))  # type: ignore[operator]
+    survivors = sparsity.counted(*opened(dense_24(source, tmp_path / "out")))  # type: ignore[operator]
     assert survivors.pattern.origin == "zeros" and len(survivors.pattern.linears) == 14
     assert "lm_head" not in survivors.pattern.linears and survivors.zero < 20
 
@@ -98,12 +98,12 @@ def test_masks_of_nothing_are_named(source: Path, tmp_path: Path, opened: object
     make_sparse_packed(source, tmp_path / "out", "ct")
     edit_masks(tmp_path / "out", lambda masks: masks.update({"model.layers.9.mlp.up_proj.keep": masks[f"{LAYER}.keep"]}))
     checkpoint, info, masks = opened(tmp_path / "out")  # type: ignore[operator]
-    linears = pattern.shapes(checkpoint, info)
-    assert [p.what for p in pattern.strangers(linears, info, masks)] == [
+    linears = sparsity.shapes(checkpoint, info)
+    assert [p.what for p in sparsity.strangers(linears, info, masks)] == [
         "there is a mask of model.layers.9.mlp.up_proj, and no such linear"
     ]
-    native = formats.FormatInfo("marlin_24", 4, info.layers)
-    assert len(pattern.strangers(linears, native, masks)) == 1 + len(info.layers)
+    native = registry.FormatInfo("marlin_24", 4, info.layers)
+    assert len(sparsity.strangers(linears, native, masks)) == 1 + len(info.layers)
 
 
 def test_a_mask_is_compared_with_its_weight(source: Path, tmp_path: Path, opened: object) -> None:
@@ -112,7 +112,7 @@ def test_a_mask_is_compared_with_its_weight(source: Path, tmp_path: Path, opened
     edit_masks(tmp_path / "out", lambda masks: masks.update({f"{LAYER}.keep": ~masks[f"{LAYER}.keep"]}))
     folder = opened(tmp_path / "out")  # type: ignore[operator]
     with pytest.raises(BadInput) as caught:
-        pattern.weight_and_keep(folder[0], folder[1], LAYER, folder[2])
+        sparsity.weight_and_keep(folder[0], folder[1], LAYER, folder[2])
     assert caught.value.error_id == "E356" and f"{LAYER}: row 0, column" in caught.value.problems[0].what
 
 
@@ -121,6 +121,6 @@ def test_why_codes_are_not_two_of_four() -> None:
     codes = torch.zeros(4, 12, dtype=torch.int8)
     codes[2, 4:7] = 1
     codes[3, 8:12] = -8
-    problem = pattern.crowded("l", codes)
+    problem = sparsity.crowded("l", codes)
     assert problem.what == "l: row 2, columns 4..7: 3 of four codes are not zero, 2:4 keeps two (2 of 12 such quads)"
-    assert "K=10 is not a multiple of 4" in pattern.crowded("l", codes[:, :10]).what
+    assert "K=10 is not a multiple of 4" in sparsity.crowded("l", codes[:, :10]).what

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
 
-from marlinctl.console import Console
+from marlinctl.checkpoint.transformers_model import load_dense, quietly
 from marlinctl.errors import BadInput
-from marlinctl.load import load_dense, quietly
-from marlinctl.verify import verify
+from marlinctl.system.console import Console
+from marlinctl.verify.run import verify
 from tests.packed import edit_json, edit_tensors, make_packed
 from tests.tiny import make_tiny
 

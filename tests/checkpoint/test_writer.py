@@ -17,10 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from marlinctl import manifest
-from marlinctl.checkpoint import durable, writer
+from marlinctl.checkpoint import manifest, writer
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.errors import BadInput, MarlinctlError, ResourceProblem, UsageError
+from marlinctl.system import atomic
 from tests.packed import tree
 from tests.tiny import make_tiny
 
@@ -273,14 +273,14 @@ def test_no_writer_follows_a_link(source: Path, tmp_path: Path) -> None:
     for name in ("README.md", "config.json", "x.safetensors"):
         (folder / name).symlink_to(precious)
         (folder / f"{name}.part").symlink_to(precious)
-    durable.write_bytes(folder / "README.md", b"card")
-    durable.write_document(folder / "config.json", {})
-    durable.write_tensors(folder / "x.safetensors", TENSORS)
+    atomic.write_bytes(folder / "README.md", b"card")
+    atomic.write_document(folder / "config.json", {})
+    atomic.write_tensors(folder / "x.safetensors", TENSORS)
     assert precious.read_text() == "mine" and (folder / "README.md").read_bytes() == b"card"
     assert not any((folder / name).is_symlink() for name in ("README.md", "config.json", "x.safetensors"))
     (folder / "journal.jsonl").symlink_to(precious)
     with pytest.raises(ResourceProblem, match="link") as caught:
-        durable.append_line(folder / "journal.jsonl", {})
+        atomic.append_line(folder / "journal.jsonl", {})
     assert caught.value.error_id == "E501" and precious.read_text() == "mine"
 
 
@@ -288,10 +288,10 @@ def test_a_name_that_is_taken_is_not_written_into(tmp_path: Path, monkeypatch: p
     """Were the temporary name known, a link there would be followed: it must be new, and nothing stays of a write that failed."""
     precious = tmp_path / "precious"
     precious.write_text("mine")
-    monkeypatch.setattr(durable, "temporary_name", lambda: "taken")
+    monkeypatch.setattr(atomic, "temporary_name", lambda: "taken")
     (tmp_path / "taken").symlink_to(precious)
     with pytest.raises(ResourceProblem):
-        durable.write_bytes(tmp_path / "x", b"new")
+        atomic.write_bytes(tmp_path / "x", b"new")
     assert precious.read_text() == "mine" and not (tmp_path / "x").exists()
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from marlinctl.checkpoint.manifest import NAME
 from marlinctl.cli import main
-from marlinctl.manifest import NAME
 from tests.packed import ct_block, foreign_ct, make_foreign, make_packed, make_sparse_packed
 from tests.tiny import make_tiny
 

@@ -10,15 +10,15 @@ import click
 import pytest
 
 from marlinctl import cli
-from marlinctl.recipe import Recipe, load_recipe, recipe_hash
+from marlinctl.recipes.schema import Recipe, load_recipe, recipe_hash
 
 # verb -> what it is called with, and what gets its recipe
 VERBS = {
-    "compress": (["MODEL", "OUT"], "marlinctl.pipeline.run_compress"),
-    "quantize": (["MODEL", "OUT"], "marlinctl.job.run_job"),
-    "sparsify": (["MODEL", "OUT"], "marlinctl.job.run_job"),
-    "plan": (["MODEL"], "marlinctl.planning.make_plan"),
-    "distill": (["STUDENT", "OUT", "--teacher", "MODEL"], "marlinctl.distill.run_distill"),
+    "compress": (["MODEL", "OUT"], "marlinctl.compress.run_compress"),
+    "quantize": (["MODEL", "OUT"], "marlinctl.oneshot.run.run_job"),
+    "sparsify": (["MODEL", "OUT"], "marlinctl.oneshot.run.run_job"),
+    "plan": (["MODEL"], "marlinctl.planning.plan.make_plan"),
+    "distill": (["STUDENT", "OUT", "--teacher", "MODEL"], "marlinctl.distillation.run.run_distill"),
 }
 # flag -> a value that no recipe has by itself
 VALUES = {

@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from marlinctl import manifest, repack
-from marlinctl.checkpoint import formats, writer
+from marlinctl.checkpoint import manifest, writer
+from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.mask import open_masks, pack_bits
 from marlinctl.checkpoint.reader import open_checkpoint
-from marlinctl.console import Console
+from marlinctl.checkpoint.transformers_model import load_dense
+from marlinctl.convert import repack
 from marlinctl.errors import BadInput, CheckFailed, MarlinctlError, ResourceProblem, UsageError
-from marlinctl.load import load_dense
+from marlinctl.system.console import Console
 from tests.packed import (
     ct_block,
     edit_json,
@@ -162,11 +163,11 @@ def test_a_pattern_that_nobody_states_is_found_and_said(source: Path, tmp_path: 
     done = repack.repack(tmp_path / "in", tmp_path / "out", format="marlin_24", also=("ct",), console=Console(stderr=story))
     assert done["source"]["pattern"] == "zeros" and "told from the codes that are zero" in story.getvalue()
     checkpoint = open_checkpoint(tmp_path / "out", weight_files="auto")
-    info = formats.detect(checkpoint.config, checkpoint.tensors)
+    info = registry.detect(checkpoint.config, checkpoint.tensors)
     with open_masks(tmp_path / "out-ct") as masks:
         assert masks is not None
         for layer, q in codes.items():
-            parts = formats.read_parts(checkpoint, info, layer)
+            parts = registry.read_parts(checkpoint, info, layer)
             assert parts.keep is not None and torch.equal(parts.codes, q.codes)
             assert torch.equal(masks.keep(layer, *q.codes.shape), parts.keep)  # the copy says the same
     repack.repack(tmp_path / "in", tmp_path / "plain", format="ct")  # nobody asked for a pattern, so none is made up
@@ -273,19 +274,19 @@ def test_a_wrong_mask_on_the_way_to_disk_is_noticed(
     """Survivors that are zero could move without changing a single weight: only comparing masks notices."""
     keep = keep_of(LAYER, 256, 128)
     moved = keep.clone()
-    codes = formats.read_parts(*(lambda c: (c, formats.detect(c.config, c.tensors)))(open_checkpoint(sparse["ct"])), LAYER).codes
+    codes = registry.read_parts(*(lambda c: (c, registry.detect(c.config, c.tensors)))(open_checkpoint(sparse["ct"])), LAYER).codes
     row, quad = ((codes != 0).reshape(256, -1, 4).sum(-1) == 0).nonzero()[0].tolist()  # a quad whose survivors are both zero
     moved[row, 4 * quad : 4 * quad + 4] = ~keep[row, 4 * quad : 4 * quad + 4]
-    write, pack = writer.StagedCheckpoint.write_mask, formats.linear_tensors
+    write, pack = writer.StagedCheckpoint.write_mask, registry.linear_tensors
 
     def write_moved(stage: writer.StagedCheckpoint, layer: str, kept: torch.Tensor) -> None:
         write(stage, layer, moved if layer == LAYER else kept)
 
-    def pack_moved(fmt: str, layer: str, parts: formats.LinearParts) -> dict[str, torch.Tensor]:
+    def pack_moved(fmt: str, layer: str, parts: registry.LinearParts) -> dict[str, torch.Tensor]:
         return pack(fmt, layer, replace(parts, keep=moved) if layer == LAYER else parts)
 
     monkeypatch.setattr(writer.StagedCheckpoint, "write_mask", write_moved)
-    monkeypatch.setattr(formats, "linear_tensors", pack_moved)
+    monkeypatch.setattr(registry, "linear_tensors", pack_moved)
     with pytest.raises(CheckFailed, match="survivors read back differ") as caught:
         repack.repack(sparse["ct"], tmp_path / "out", format=target)
     assert caught.value.error_id == "E103" and LAYER in caught.value.problems[0].what and not list(tmp_path.glob("out*"))
@@ -308,7 +309,7 @@ def test_also_publishes_a_second_folder(packed: dict[str, Path], tmp_path: Path)
     assert [entry["format"] for entry in done["outputs"]] == ["marlin", "ct", "dense"]
     for name, fmt in (("m", "marlin"), ("m-ct", "ct"), ("m-dense", "dense")):
         checkpoint = open_checkpoint(tmp_path / name, weight_files="auto")
-        assert formats.detect(checkpoint.config, checkpoint.tensors).name == fmt
+        assert registry.detect(checkpoint.config, checkpoint.tensors).name == fmt
         size = next(entry["weight_bytes"] for entry in done["outputs"] if entry["format"] == fmt)
         assert size == sum(info.end - info.begin for info in checkpoint.tensors.values())  # what the disk was asked for
 
@@ -354,8 +355,8 @@ def test_foreign_gptq_becomes_ct(source: Path, tmp_path: Path, v2: bool, block: 
     codes = make_foreign(single, tmp_path / "in", gptq_block(**block), lambda q: foreign_gptq(q, v2=v2))
     repack.repack(tmp_path / "in", tmp_path / "out", format="ct")
     checkpoint = open_checkpoint(tmp_path / "out")
-    info = formats.detect(checkpoint.config, checkpoint.tensors)
-    assert all(torch.equal(formats.read_linear(checkpoint, info, layer).codes, q.codes) for layer, q in codes.items())
+    info = registry.detect(checkpoint.config, checkpoint.tensors)
+    assert all(torch.equal(registry.read_linear(checkpoint, info, layer).codes, q.codes) for layer, q in codes.items())
     assert "fingerprint" in manifest.read(tmp_path / "out")["packed_from"]
 
 
@@ -440,16 +441,16 @@ def test_gptq_needs_multiples_of_eight_and_says_so_first(tmp_path: Path) -> None
 
 def test_a_wrong_byte_on_the_way_to_disk_is_noticed(packed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check reads what was written, from disk: a packer or a disk that corrupts codes must not get past it."""
-    real = formats.linear_tensors
+    real = registry.linear_tensors
 
-    def corrupt(fmt: str, layer: str, q: formats.LinearParts) -> dict[str, torch.Tensor]:
+    def corrupt(fmt: str, layer: str, q: registry.LinearParts) -> dict[str, torch.Tensor]:
         tensors = real(fmt, layer, q)
         if layer == LAYER:
             tensors[f"{layer}.B"] = tensors[f"{layer}.B"].clone()
             tensors[f"{layer}.B"][0, 0] ^= 1 << 9
         return tensors
 
-    monkeypatch.setattr(formats, "linear_tensors", corrupt)
+    monkeypatch.setattr(registry, "linear_tensors", corrupt)
     with pytest.raises(CheckFailed) as caught:
         repack.repack(packed["ct"], tmp_path / "out", format="marlin")
     assert caught.value.error_id == "E103" and LAYER in caught.value.problems[0].what

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from marlinctl.calibration import CalibrationSet, load_calibration, load_tokenizer
-from marlinctl.console import Console
+from marlinctl.data.calibration import CalibrationSet, load_calibration, load_tokenizer
 from marlinctl.errors import BadInput, UsageError
-from marlinctl.recipe import load_recipe, resolve
+from marlinctl.recipes.schema import load_recipe, resolve
+from marlinctl.system.console import Console
 from tests.tiny import make_tiny
 
 CHATS = [[{"role": "user", "content": "What is a garden?"}, {"role": "assistant", "content": "A place " * n}] for n in (3, 1, 9)]
@@ -103,7 +103,7 @@ def test_too_little_text_names_asked_and_got(model: Path, tmp_path: Path) -> Non
 
 def test_no_more_of_a_long_row_is_tokenized_than_the_samples_need(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A book as one row of 10 MB was tokenized whole, in a gigabyte of memory, for the first 120 tokens of it."""
-    from marlinctl import calibration
+    from marlinctl.data import calibration
 
     sentence = "The quick brown fox jumps over the lazy dog near the river bank. "
     source = write(tmp_path / "book.jsonl", [{"text": sentence * 160_000}])
@@ -127,7 +127,7 @@ def test_no_more_of_a_long_row_is_tokenized_than_the_samples_need(model: Path, t
 @pytest.mark.parametrize("size", [7, 40, 1000])
 def test_pieces_are_all_of_the_text_and_not_too_long(size: int) -> None:
     """A part of a long text would be lost or doubled where it is divided; texts that fit are divided as they always were."""
-    from marlinctl.calibration import _pieces
+    from marlinctl.data.calibration import _pieces
 
     texts = ["one two three four", "", "x" * 95, "five six", "seven " * 30]
     pieces = list(_pieces(texts, size))
@@ -149,7 +149,7 @@ TEMPLATES = {
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_chat_template_is_bounded(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chat template comes with the model and is a program: it could hold the run for ever, or take all memory."""
-    from marlinctl import calibration
+    from marlinctl.data import calibration
 
     bounds = calibration.Bounds
     monkeypatch.setattr(calibration, "Bounds", lambda memory, cpu, wait: bounds(memory=300 << 20, cpu=2, wait=3))

@@ -1,4 +1,4 @@
-"""marlinctl/texts.py: text in many files, and every way such a file can be wrong."""
+"""marlinctl/data/text.py: text in many files, and every way such a file can be wrong."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from marlinctl import texts
+from marlinctl.data import text as texts
+from marlinctl.data.text import LONGEST_LINE, Document, load_text
 from marlinctl.errors import BadInput, MarlinctlError, UsageError
-from marlinctl.texts import LONGEST_LINE, Document, load_text
 
 ROWS = ["A first row.\nWith two lines.", "Grüße, 世界"]
 

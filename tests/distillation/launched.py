@@ -19,12 +19,12 @@ from click.exceptions import Exit
 from transformers import PreTrainedModel
 from transformers.integrations import is_fsdp_enabled
 
+from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.cli import main
-from marlinctl.console import Console
 from marlinctl.distillation.agreement import Comparison, require_same_weights
-from marlinctl.distillation.processes import Processes, local
+from marlinctl.distillation.distributed import Processes, local
 from marlinctl.errors import CheckFailed
-from marlinctl.load import load_dense
+from marlinctl.system.console import Console
 
 
 def zero_like_transformers_5_22() -> Callable[..., None]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from marlinctl.console import Console
-from marlinctl.distill import run_distill
-from marlinctl.opening import Options
-from marlinctl.recipe import Recipe, load_recipe, resolve
+from marlinctl.distillation.run import run_distill
+from marlinctl.oneshot.open import Options
+from marlinctl.recipes.schema import Recipe, load_recipe, resolve
+from marlinctl.system.console import Console
 
 WORDS = ("the", "a", "garden", "table", "river", "stone", "under", "over", "quickly", "slowly", "red", "blue", "number", "house")
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from marlinctl.calibration import load_tokenizer
 from marlinctl.checkpoint.mask import open_masks
+from marlinctl.checkpoint.transformers_model import load_dense
+from marlinctl.data.calibration import load_tokenizer
 from marlinctl.distillation import blockwise
 from marlinctl.errors import NumericalProblem, UsageError
-from marlinctl.load import load_dense
 from tests import zoo
 from tests.distillation.runs import distill, recipe, write_text
 from tests.pruned import prune, read_all
@@ -139,7 +139,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(place: Path, tmp_path: Path, mo
 
 def test_several_processes_are_refused() -> None:
     """They would all train the same block and overwrite each other's files."""
-    from marlinctl.training_settings import check_settings
+    from marlinctl.planning.training_settings import check_settings
 
     with pytest.raises(UsageError, match="for one process"):
         check_settings(recipe("self", mode="blockwise").distill, 2)

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from marlinctl.console import Console
 from marlinctl.distillation.agreement import checksum
-from marlinctl.distillation.processes import Processes, local, silence_if_second, whole
+from marlinctl.distillation.distributed import Processes, local, silence_if_second, whole
 from marlinctl.errors import UsageError
+from marlinctl.system.console import Console
 from tests.distillation.runs import write_text
 from tests.pruned import prune, prune_and_quantize, read_all
 from tests.test_architecture import ROOT
@@ -143,7 +143,7 @@ def test_an_error_is_told_once(place: Path, tmp_path: Path) -> None:
 
 def test_rows_that_cannot_be_shared_equally_are_refused(place: Path) -> None:
     """One process with fewer rows would wait for ever in the other's collective."""
-    from marlinctl.training_settings import check_sizes
+    from marlinctl.planning.training_settings import check_sizes
     from tests.distillation.runs import recipe
 
     with pytest.raises(UsageError) as caught:

@@ -37,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_step_is_adamw_in_float64(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradient of the mean over the step's tokens, Adam's update with bias correction, then the mask: written out once more."""
-    from marlinctl.load import load_dense
+    from marlinctl.checkpoint.transformers_model import load_dense
 
     after: list[dict[str, torch.Tensor]] = []
     rows: list[torch.Tensor] = []

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from marlinctl.calibration import load_tokenizer
-from marlinctl.console import Console
+from marlinctl.data.calibration import load_tokenizer
 from marlinctl.distillation.rows import Rows, load_rows, rows_of_step
-from marlinctl.recipe import Distill
-from marlinctl.training_settings import rows_per_step, steps_of
+from marlinctl.planning.training_settings import rows_per_step, steps_of
+from marlinctl.recipes.schema import Distill
+from marlinctl.system.console import Console
 from tests.distillation.runs import recipe, write_text
 from tests.tiny import make_tiny
 

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from marlinctl.checkpoint.mask import open_masks
+from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.cli import main
-from marlinctl.console import Console
 from marlinctl.distillation import loop as loops
-from marlinctl.distillation.job import DistillJob
+from marlinctl.distillation.state import DistillJob
 from marlinctl.errors import BadInput, NumericalProblem, UsageError
-from marlinctl.load import load_dense
-from marlinctl.verify import verify
+from marlinctl.system.console import Console
+from marlinctl.verify.run import verify
 from tests import zoo
 from tests.checkpoint.test_contents import flip
 from tests.distillation.runs import distill, recipe, write_text
@@ -278,7 +278,7 @@ def test_a_resumed_job_ends_with_the_same_bits(
 def test_a_failed_publish_does_not_cost_the_training(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk at the end must leave a state from which nothing is trained again."""
     with monkeypatch.context() as patched:
-        patched.setattr("marlinctl.distill.build", lambda *args, **kwargs: (_ for _ in ()).throw(_Crash()))
+        patched.setattr("marlinctl.distillation.run.build", lambda *args, **kwargs: (_ for _ in ()).throw(_Crash()))
         with pytest.raises(_Crash):
             run(place, tmp_path / "out")
     crash_after(monkeypatch, 0)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from marlinctl.checkpoint.formats import LinearParts
-from marlinctl.distillation.places import Place
+from marlinctl.checkpoint.formats.registry import LinearParts
+from marlinctl.distillation.parameters import Place
 from marlinctl.distillation.scales import exact_in_bfloat16, freeze_codes, settle, trained_scales
 from marlinctl.errors import UsageError
 from marlinctl.quantize.grid import SMALLEST_SCALE

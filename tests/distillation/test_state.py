@@ -1,4 +1,4 @@
-"""States of a training in its job's folder: what is whole, and what is newest. tests/test_journal.py has the folder itself."""
+"""States of a training in its job's folder: what is whole, and what is newest. tests/jobs/test_journal.py has the folder itself."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from marlinctl.console import Console
-from marlinctl.distillation.job import DistillJob, State
+from marlinctl.distillation.state import DistillJob, State
 from marlinctl.errors import BadInput
-from marlinctl.journal import Request
+from marlinctl.jobs.journal import Request
+from marlinctl.system.console import Console
 
 
 def state(step: int) -> State:
@@ -52,7 +52,7 @@ def test_a_state_that_was_killed_half_way_does_not_count(job: DistillJob, moment
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"marlinctl.distillation.job.write_{moment}", fail)
+    monkeypatch.setattr(f"marlinctl.distillation.state.write_{moment}", fail)
     with pytest.raises(KeyboardInterrupt):
         job.save(state(10))
     found = job.newest()

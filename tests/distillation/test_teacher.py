@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from marlinctl.console import Console
+from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.distillation import teacher as subject
-from marlinctl.distillation.job import DistillJob
+from marlinctl.distillation.distributed import Processes
 from marlinctl.distillation.losses import Weights
-from marlinctl.distillation.processes import Processes
 from marlinctl.distillation.rows import Rows
-from marlinctl.load import load_dense
+from marlinctl.distillation.state import DistillJob
+from marlinctl.system.console import Console
 from tests.tiny import make_tiny
 
 WEIGHTS = Weights(0.0, 0.0, 1.0, 1.7)

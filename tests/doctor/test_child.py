@@ -1,4 +1,4 @@
-"""marlinctl/checks/child.py: real processes that finish, die, hang and babble; a torch that cannot be imported."""
+"""marlinctl/doctor/child.py: real processes that finish, die, hang and babble; a torch that cannot be imported."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from marlinctl.checks import child
+from marlinctl.doctor import child
 
 TOLD = """
 import json, os, signal, sys, time

@@ -1,4 +1,4 @@
-"""marlinctl/checks/computing.py: torch, NVRTC and the packers as they are here, then broken on purpose."""
+"""marlinctl/doctor/computing.py: torch, NVRTC and the packers as they are here, then broken on purpose."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from marlinctl import kernel_check
-from marlinctl.checks import computing
+from marlinctl.doctor import computing
 from marlinctl.kernels import jit
 from marlinctl.pack import marlin, sparse_marlin
 from marlinctl.system.driver import Driver, find_driver
+from marlinctl.verify import kernels
 
 H200 = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=139 * 2**30)
 NEW = Driver(True, "999.1", (99, 0))
@@ -84,11 +84,11 @@ def test_the_kernels_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, a GPU whose kernels are wrong, or do not start, would be called fit. The operators run on the CPU here."""
     device = torch.device("cpu")
     assert computing.kernels(device).status == "ok"
-    multiply = kernel_check.multiply
-    monkeypatch.setattr(kernel_check, "multiply", lambda *given: multiply(*given) * 1.01)
+    multiply = kernels.multiply
+    monkeypatch.setattr(kernels, "multiply", lambda *given: multiply(*given) * 1.01)
     wrong = computing.kernels(device)
     assert wrong.status == "fail" and "dense, off by" in wrong.found and "2:4, off by" in wrong.found
-    monkeypatch.setattr(kernel_check, "multiply", lambda *given: torch.empty(2).view(3))
+    monkeypatch.setattr(kernels, "multiply", lambda *given: torch.empty(2).view(3))
     broken = computing.kernels(device)
     assert broken.status == "fail" and "shape" in broken.found and "\n" not in broken.found
 

@@ -1,4 +1,4 @@
-"""marlinctl/checks/driver.py: files as Linux shows them, and libraries that are no libcuda."""
+"""marlinctl/doctor/driver.py: files as Linux shows them, and libraries that are no libcuda."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from marlinctl.checks.driver import driver, gpu
+from marlinctl.doctor.driver import driver, gpu
 from marlinctl.system.driver import Driver, find_driver, no_gpu
 
 NONE = "libmarlinctl-none.so.1"

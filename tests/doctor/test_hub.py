@@ -1,4 +1,4 @@
-"""marlinctl/checks/hub.py: a server on this machine plays the hub, and ports that nobody listens to."""
+"""marlinctl/doctor/hub.py: a server on this machine plays the hub, and ports that nobody listens to."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from marlinctl.checks import hub
-from marlinctl.checks.result import Check
+from marlinctl.doctor import hub
+from marlinctl.doctor.result import Check
 
 TOKEN = "hf_" + "aBcDeFgHiJ1234567890KlMnOpQrStUvWx"
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")

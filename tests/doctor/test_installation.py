@@ -1,4 +1,4 @@
-"""marlinctl/checks/installation.py: against distributions that lie in folders as installers leave them."""
+"""marlinctl/doctor/installation.py: against distributions that lie in folders as installers leave them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from packaging.specifiers import SpecifierSet
 
-from marlinctl.checks import installation
-from marlinctl.checks.known_bad import KNOWN_BAD
-from tests.checks.distributions import distribution
+from marlinctl.doctor import installation
+from marlinctl.doctor.known_bad import KNOWN_BAD
+from tests.doctor.distributions import distribution
 
 CLASSIFIERS = [f"Classifier: Programming Language :: Python :: 3.{minor}" for minor in (11, 12)]
 

@@ -1,4 +1,4 @@
-"""marlinctl/checks/names.py: real folders along a real search path."""
+"""marlinctl/doctor/names.py: real folders along a real search path."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from marlinctl.checks.names import needed_names, shadowed
-from marlinctl.checks.result import Check
-from tests.checks.distributions import distribution
+from marlinctl.doctor.names import needed_names, shadowed
+from marlinctl.doctor.result import Check
+from tests.doctor.distributions import distribution
 from tests.test_architecture import ROOT
 
 

@@ -1,4 +1,4 @@
-"""marlinctl/checks/places.py: folders that really cannot be written, files in the way, disks that are too small."""
+"""marlinctl/doctor/places.py: folders that really cannot be written, files in the way, disks that are too small."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from marlinctl.checks import places
-from marlinctl.checks.result import Check
+from marlinctl.doctor import places
+from marlinctl.doctor.result import Check
 
 
 def by_name(checks: list[Check]) -> dict[str, Check]:

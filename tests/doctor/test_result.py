@@ -1,10 +1,10 @@
-"""marlinctl/checks/result.py: one line, and which of several decides."""
+"""marlinctl/doctor/result.py: one line, and which of several decides."""
 
 from __future__ import annotations
 
 import pytest
 
-from marlinctl.checks.result import Check, Status, worst
+from marlinctl.doctor.result import Check, Status, worst
 
 
 @pytest.mark.parametrize(("status", "cure"), [("ok", "rename it"), ("warn", ""), ("fail", ""), ("bad", "rename it")])

@@ -1,4 +1,4 @@
-"""marlinctl/doctor.py and its verb: the whole answer, its JSON, its exit code, and what must not be in it."""
+"""marlinctl/doctor/run.py and its verb: the whole answer, its JSON, its exit code, and what must not be in it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from marlinctl import doctor
-from marlinctl.checks.result import Check
-from tests.checks.distributions import distribution
+from marlinctl.doctor import run as doctor
+from marlinctl.doctor.result import Check
+from tests.doctor.distributions import distribution
 from tests.test_architecture import PACKAGE, ROOT
 
 TOKEN = "hf_" + "aBcDeFgHiJ1234567890KlMnOpQrStUvWx"

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from marlinctl.console import Console
+from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.errors import NumericalProblem, UsageError
 from marlinctl.evaluation import divergence
-from marlinctl.load import load_dense
+from marlinctl.system.console import Console
 from tests.tiny import make_tiny
 
 QUIET = Console.quiet()

@@ -11,9 +11,9 @@ import lm_eval.tasks
 import pytest
 
 from marlinctl.cli import main
-from marlinctl.gate import Measurement
-from marlinctl.recipe import load_recipe, recipe_hash
-from marlinctl.walk import Walk
+from marlinctl.evaluation.gate import Measurement
+from marlinctl.oneshot.sequential import Walk
+from marlinctl.recipes.schema import load_recipe, recipe_hash
 from tests.distillation.runs import write_text
 from tests.evaluation.local_copies import parquet_layout
 from tests.pruned import prune
@@ -73,7 +73,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("opening.of_source", "opening.read_contents", "pipeline.read_contents", "checkpoint.contents.read_contents"):
         monkeypatch.setattr(f"marlinctl.{name}", reading)
     for name in ("_open_pattern", "read_contents"):
-        monkeypatch.setattr(f"marlinctl.distillation.opening.{name}", reading)
+        monkeypatch.setattr(f"marlinctl.distillation.open.{name}", reading)
 
 
 SMALL = ["--recipe", "mine.yaml", "--group-size", "32", "--samples", "2", "--sequence-length", "32", "--calibration", "text.txt"]
@@ -234,7 +234,7 @@ def test_a_gate_without_the_memory_to_measure_is_refused_early(
     here: Path, tmp_path: Path, no_weights: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Broken: hours of work are kept as OUT.rejected, because two models never fitted."""
-    monkeypatch.setattr("marlinctl.gate.available_memory", lambda: 1000)
+    monkeypatch.setattr("marlinctl.evaluation.gate.available_memory", lambda: 1000)
     assert main(["sparsify", "model", str(tmp_path / "out"), *SMALL, "--max-kl", "5"]) == 1
     assert "#e116" in capsys.readouterr().err
     assert not list(tmp_path.glob("out.*ed"))

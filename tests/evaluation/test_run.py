@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from marlinctl import devices
-from marlinctl import evaluate as subject
+from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.cli import main
-from marlinctl.console import Console
 from marlinctl.errors import BadInput, EnvironmentProblem, UsageError
-from marlinctl.evaluate import EvalSettings, compare, evaluate, render_table
 from marlinctl.evaluation import loading, tasks
-from marlinctl.load import load_dense
+from marlinctl.evaluation import run as subject
+from marlinctl.evaluation.run import EvalSettings, compare, evaluate, render_table
+from marlinctl.system import devices
+from marlinctl.system.console import Console
 from tests.checkpoint.test_contents import flip
 from tests.evaluation.local_copies import mmlu, parquet_layout, saved_layout, write_parquet
 from tests.packed import edit_json

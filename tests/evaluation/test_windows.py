@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from marlinctl.data.text import Text
 from marlinctl.errors import BadInput, UsageError
 from marlinctl.evaluation import windows
-from marlinctl.texts import Text
 from tests.tiny import tiny_tokenizer
 
 

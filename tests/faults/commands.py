@@ -149,8 +149,8 @@ def _two_heads(tensors: dict[str, Any]) -> None:
 def _saved_once(root: Path) -> None:
     """The embedding is the source's, no head lies beside it, and transformers, which ties them again, gives the same logits."""
     from marlinctl.checkpoint.reader import open_checkpoint
-    from marlinctl.console import Console
-    from marlinctl.verify import verify
+    from marlinctl.system.console import Console
+    from marlinctl.verify.run import verify
 
     with open_checkpoint(root / "out") as written, open_checkpoint(root / "model") as source:
         assert "lm_head.weight" not in written.tensors and written.config["tie_word_embeddings"] is True

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marlinctl import journal
-from marlinctl.checkpoint.durable import temporary_name
+from marlinctl.checkpoint.manifest import NAME, digest
 from marlinctl.checkpoint.ownership import mark_job
-from marlinctl.console import Console
 from marlinctl.errors import BadInput, NumericalProblem, ResourceProblem, UsageError
-from marlinctl.journal import JOB, JOURNAL, JobFolder, Place, Request, held_by
-from marlinctl.manifest import NAME, digest
+from marlinctl.jobs import journal
+from marlinctl.jobs.journal import JOB, JOURNAL, JobFolder, Place, Request, held_by
+from marlinctl.system.atomic import temporary_name
+from marlinctl.system.console import Console
 
 REQUEST = Request("quantize", {"model": "m"})
 

@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from marlinctl import rehearsal
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.cli import main
-from marlinctl.console import Console
 from marlinctl.errors import ResourceProblem
-from marlinctl.estimate import largest_stage, machine, rehearsed_machine, seconds_of_walk
-from marlinctl.memory import Work, stages
-from marlinctl.models import architecture
-from marlinctl.opening import Options
-from marlinctl.rehearsal import rehearse
-from marlinctl.rules import plan as rules
-from marlinctl.stack import StackSolver
-from tests.test_job import TEXT, quantize
-from tests.test_planning import plan, recipe
+from marlinctl.models.architectures import architecture
+from marlinctl.oneshot import probe
+from marlinctl.oneshot.open import Options
+from marlinctl.oneshot.probe import rehearse
+from marlinctl.oneshot.solve import StackSolver
+from marlinctl.planning.layer_rules import plan as rules
+from marlinctl.planning.memory import Work, stages
+from marlinctl.planning.time import largest_stage, machine, rehearsed_machine, seconds_of_walk
+from marlinctl.system.console import Console
+from tests.oneshot.test_run import TEXT, quantize
+from tests.planning.test_plan import plan, recipe
 from tests.tiny import make_tiny
 
 
@@ -97,7 +97,7 @@ def test_memory_that_does_not_suffice_is_found_before_anything_is_written(tiny: 
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore lines")
 
-    monkeypatch.setattr(rehearsal, "_measure", full)
+    monkeypatch.setattr(probe, "_measure", full)
     out = text.parent / "out"
     with pytest.raises(ResourceProblem) as caught:
         quantize(tiny, out, recipe(text))
@@ -112,7 +112,7 @@ def test_other_errors_of_a_rehearsal_are_not_called_a_lack_of_memory(tiny: Path,
     def broken(*_: Any) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(rehearsal, "_measure", broken)
+    monkeypatch.setattr(probe, "_measure", broken)
     found, sizes = known(tiny)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         rehearse(found, sizes, recipe(text), matches=False, device=torch.device("cpu"), dtype=torch.float32)
@@ -120,7 +120,7 @@ def test_other_errors_of_a_rehearsal_are_not_called_a_lack_of_memory(tiny: Path,
 
 def test_a_run_says_how_long_it_will_take(tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whoever starts ten hours of work wants to know that at the start."""
-    from marlinctl.job import run_job
+    from marlinctl.oneshot.run import run_job
 
     run_job(str(tiny), text.parent / "out", recipe(text), Options(dtype="float32"), Console())
     assert "rehearsed the largest solve" in capsys.readouterr().err

@@ -17,15 +17,15 @@ from typing import Any
 import pytest
 import torch
 
-from marlinctl import job
 from marlinctl.checkpoint import contents
 from marlinctl.cli import main
-from marlinctl.memory import CHUNK_TOKENS
-from marlinctl.walk import Walk
+from marlinctl.oneshot import run as job
+from marlinctl.oneshot.sequential import Walk
+from marlinctl.planning.memory import CHUNK_TOKENS
 from tests.checkpoint.test_contents import NEVER_NEW, flip
+from tests.jobs.test_kill import published
+from tests.oneshot.test_run import TEXT
 from tests.test_architecture import ROOT
-from tests.test_job import TEXT
-from tests.test_kill import published
 from tests.tiny import make_tiny
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 4}
@@ -95,7 +95,7 @@ def lines_of(out: Path) -> list[dict[str, Any]]:
 PROGRAM = """
 import sys, time
 from marlinctl.cli import main
-from marlinctl.walk import Walk
+from marlinctl.oneshot.sequential import Walk
 run_block = Walk.run_block
 def slowly(self, block, solve):
     if block.index == 1:
@@ -366,7 +366,7 @@ def test_memory_that_runs_out_costs_nothing_that_was_finished(place: Path, tmp_p
         import resource, sys
         from pathlib import Path
         from marlinctl.cli import main
-        from marlinctl.walk import Walk
+        from marlinctl.oneshot.sequential import Walk
         run_block = Walk.run_block
         def starved(self, block, solve):
             if block.index == 2:
@@ -410,7 +410,7 @@ def test_going_back_in_a_compress(place: Path, tmp_path: Path, monkeypatch: pyte
     first = published(tmp_path)
     shutil.rmtree(tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr("marlinctl.pipeline.verify", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("marlinctl.compress.verify", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main(asked) == 130
     assert blocks_solved(monkeypatch, ["resume", str(tmp_path / "out"), "--redo-from", "3", "-q"]) == (0, [0, 1, 2, 3])
     assert published(tmp_path) == first
@@ -484,7 +484,7 @@ def test_other_weights_under_the_same_headers_are_refused(
         assert stop_in(monkeypatch, 1, asked) == 130
     else:  # everything is computed, and the result would be compared with another original
         with monkeypatch.context() as patch:
-            patch.setattr("marlinctl.pipeline.verify", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr("marlinctl.compress.verify", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
             assert main(asked) == 130
     before = published(tmp_path / "out.job")
     change(tmp_path / "model")
@@ -514,7 +514,7 @@ def test_a_text_that_changed_between_two_stages_is_refused(
         (work / "pruned").mkdir(exist_ok=True)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("marlinctl.pipeline._interchange", stopped)
+    monkeypatch.setattr("marlinctl.compress._interchange", stopped)
     assert main(asked) == 130
     for text, name in (("text.txt", "calibration"), ("rows.txt", "distillation")):
         whole = Path(text).read_text()
@@ -572,8 +572,8 @@ def test_weights_that_change_during_a_run_are_not_published(
 
 def test_going_back_in_a_verb_without_blocks_is_refused(place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The number would be ignored in silence."""
-    from marlinctl.console import Console
-    from marlinctl.journal import JobFolder, Request
+    from marlinctl.jobs.journal import JobFolder, Request
+    from marlinctl.system.console import Console
 
     def run() -> None:
         folder = JobFolder(tmp_path / "out")

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from marlinctl.checkpoint.formats import detect, read_linear
+from marlinctl.checkpoint.formats.registry import detect, read_linear
 from marlinctl.checkpoint.reader import open_checkpoint
-from marlinctl.console import Console
+from marlinctl.checkpoint.transformers_model import load_dense
+from marlinctl.convert.repack import repack
 from marlinctl.errors import BadInput, MarlinctlError, NumericalProblem, ResourceProblem, UsageError
-from marlinctl.job import run_job
-from marlinctl.load import load_dense
-from marlinctl.opening import Options
-from marlinctl.recipe import Recipe, load_recipe, resolve
-from marlinctl.repack import repack
+from marlinctl.oneshot.open import Options
+from marlinctl.oneshot.run import run_job
+from marlinctl.recipes.schema import Recipe, load_recipe, resolve
+from marlinctl.system.console import Console
 from tests import zoo
 from tests.tiny import make_tiny
 
@@ -242,7 +242,7 @@ def test_a_failure_leaves_the_old_output_untouched(tmp_path: Path, text: Path, m
     before = digests(tmp_path / "out")
     with pytest.raises(UsageError, match="not empty"):
         quantize(source, tmp_path / "out", recipe(text))
-    monkeypatch.setattr("marlinctl.job._digest_on_disk", lambda *_: str(torch.rand(1)))
+    monkeypatch.setattr("marlinctl.oneshot.run._digest_on_disk", lambda *_: str(torch.rand(1)))
     with pytest.raises(MarlinctlError, match="differ from those that were solved"):
         quantize(source, tmp_path / "out", recipe(text, quantize__refine=0), overwrite=True)
     assert digests(tmp_path / "out") == before

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.data.tokens import Tokens
-from marlinctl.models import FAMILIES, Architecture, Branch, Experts, architecture
-from marlinctl.original import Original
+from marlinctl.models.architectures import FAMILIES, Architecture, Branch, Experts, architecture
+from marlinctl.models.meta_model import build as build_skeleton
+from marlinctl.oneshot.reference_stream import Original
+from marlinctl.oneshot.sequential import Walk
 from marlinctl.quantize.types import Hessian
-from marlinctl.scratch import Scratch
-from marlinctl.skeleton import build as build_skeleton
-from marlinctl.walk import Walk
+from marlinctl.system.offload import Scratch
 from tests import zoo
 
 SAMPLES, LENGTH = 5, 24

@@ -12,21 +12,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from marlinctl.checkpoint import mask
-from marlinctl.checkpoint.formats import detect, read_linear
+from marlinctl.checkpoint.formats.registry import detect, read_linear
 from marlinctl.checkpoint.reader import open_checkpoint
+from marlinctl.checkpoint.sparsity import of_source
+from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.cli import main
-from marlinctl.console import Console
 from marlinctl.errors import BadInput, CheckFailed, UsageError
-from marlinctl.gate import Gate, figures
-from marlinctl.job import run_job
-from marlinctl.load import load_dense
-from marlinctl.models import architecture
-from marlinctl.opening import Options
-from marlinctl.pattern import of_source
+from marlinctl.evaluation.gate import Gate, figures
+from marlinctl.models.architectures import architecture
+from marlinctl.oneshot.open import Options
+from marlinctl.oneshot.run import run_job
 from marlinctl.sparsify.keep import two_of_four
 from marlinctl.sparsify.types import SparseQuantizedLinear
+from marlinctl.system.console import Console
 from tests import zoo
-from tests.test_job import TEXT, digests, logits, recipe
+from tests.oneshot.test_run import TEXT, digests, logits, recipe
 from tests.tiny import make_tiny
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from marlinctl.memory import Stage, Work, predicted_device_peak, predicted_distillation, predicted_peak, stages, trained_weights
-from marlinctl.models import Architecture, architecture
+from marlinctl.models.architectures import Architecture, architecture
+from marlinctl.planning.memory import Stage, Work, predicted_device_peak, predicted_distillation, predicted_peak, stages, trained_weights
 from marlinctl.quantize import solver
-from marlinctl.recipe import load_recipe, resolve
+from marlinctl.recipes.schema import load_recipe, resolve
 from marlinctl.sparsify import sparsegpt
 from marlinctl.system.host import available_memory
 from tests.test_architecture import ROOT
@@ -106,7 +106,7 @@ def test_distillation_is_the_table_of_the_page(known: Architecture, full: float,
 
 def test_constants_of_other_rooms_are_the_same_here() -> None:
     """The rooms import torch, so two of their constants are written here again."""
-    from marlinctl import memory
+    from marlinctl.planning import memory
 
     assert memory._PRUNED_TOGETHER == sparsegpt._ROWS
     assert memory._FLOAT64_ABOVE == solver._FLOAT64_ABOVE
@@ -132,7 +132,7 @@ def test_holes_in_the_heap_are_given_back() -> None:
     program = """
 import re
 from pathlib import Path
-from marlinctl.memory import release_heap
+from marlinctl.system.host import release_heap
 def resident():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
 arrays = [bytearray(60_000) for _ in range(3000)]

@@ -17,22 +17,23 @@ from typing import Any
 import pytest
 import torch
 
-from marlinctl import opening, planning
-from marlinctl.checkpoint.header import read_header
+from marlinctl.checkpoint.safetensors_header import read_header
 from marlinctl.cli import main
-from marlinctl.console import Console
-from marlinctl.devices import cpu_has_bf16, planned_dtype
+from marlinctl.compress import run_compress
 from marlinctl.errors import BadInput, MarlinctlError, ResourceProblem, UsageError
-from marlinctl.job import run_job
-from marlinctl.models import architecture
-from marlinctl.opening import Options
-from marlinctl.pipeline import run_compress
-from marlinctl.plan_table import table
-from marlinctl.planning import Settings, make_plan
-from marlinctl.recipe import Recipe, load_recipe, resolve
-from marlinctl.scratch import Scratch
+from marlinctl.models.architectures import architecture
+from marlinctl.oneshot import open
+from marlinctl.oneshot.open import Options
+from marlinctl.oneshot.run import run_job
+from marlinctl.planning import plan as planning
+from marlinctl.planning.plan import Settings, make_plan
+from marlinctl.planning.table import table
+from marlinctl.recipes.schema import Recipe, load_recipe, resolve
+from marlinctl.system.console import Console
+from marlinctl.system.devices import cpu_has_bf16, planned_dtype
+from marlinctl.system.offload import Scratch
 from tests import zoo
-from tests.test_job import TEXT
+from tests.oneshot.test_run import TEXT
 from tests.tiny import make_tiny
 
 
@@ -157,7 +158,7 @@ def test_the_run_refuses_what_the_plan_says_does_not_fit(tiny: Path, tmp_path: P
     chosen = recipe(text)
     needed = plan(tiny, chosen)["memory"]["host"]["stages"]["quantize"]
     for allowed, starts in ((needed, True), (needed - 1, False)):
-        monkeypatch.setattr(opening, "available_memory", lambda allowed=allowed: allowed)
+        monkeypatch.setattr(open, "available_memory", lambda allowed=allowed: allowed)
         monkeypatch.setattr(planning, "available_memory", lambda allowed=allowed: allowed)
         assert plan(tiny, chosen)["fits"] is starts
         if starts:
@@ -192,7 +193,7 @@ def test_gpu_memory_is_held_against_the_device(tiny: Path, monkeypatch: pytest.M
 
 def test_text_of_the_models_own_needs_the_whole_model(tiny: Path) -> None:
     """The default calibration loads everything at once; for a large model that decides, and a file of text saves it."""
-    from marlinctl.memory import Work, predicted_peak
+    from marlinctl.planning.memory import Work, predicted_peak
 
     known = architecture(_large_config())
     sizes = dict.fromkeys(known.linears, 128)

@@ -1,4 +1,4 @@
-"""marlinctl/recipe.py and yaml_positions.py: what a recipe resolves to, and every way one can be wrong."""
+"""marlinctl/recipes/schema.py and recipes/yaml_positions.py: what a recipe resolves to, and every way one can be wrong."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from marlinctl import cli
 from marlinctl.errors import UsageError
-from marlinctl.recipe import builtin_names, load_recipe, recipe_hash, resolve
-from marlinctl.yaml_positions import read_yaml
+from marlinctl.recipes.schema import builtin_names, load_recipe, recipe_hash, resolve
+from marlinctl.recipes.yaml_positions import read_yaml
 
 
 def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:

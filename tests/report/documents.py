@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from marlinctl.pages.provenance import Folder
-from marlinctl.recipe import load_recipe, recipe_hash
-from marlinctl.runtimes import LOADERS, Loads
+from marlinctl.checkpoint.runtimes import LOADERS, Loads
+from marlinctl.recipes.schema import load_recipe, recipe_hash
+from marlinctl.report.provenance import Folder
 
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 HOSTILE = (

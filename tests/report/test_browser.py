@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from marlinctl.pages import compression, html, training
-from tests.pages import documents
+from marlinctl.report import compression, html, training
+from tests.report import documents
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PAGES = {

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import yaml
 
-from marlinctl.card import CardFacts, of_compression, of_training, render
-from marlinctl.pages.page import Name
-from marlinctl.runtimes import Loads
-from tests.pages import documents
+from marlinctl.checkpoint.runtimes import Loads
+from marlinctl.report.card import CardFacts, of_compression, of_training, render
+from marlinctl.report.page import Name
+from tests.report import documents
 
 
 def front_matter(card: str) -> dict[str, Any]:

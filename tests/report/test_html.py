@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from marlinctl.pages import compression, html, training
-from marlinctl.pages.page import Figure, Listing, Name, Page, Paragraph, Points, Section, Table
-from tests.pages import documents
+from marlinctl.report import compression, html, training
+from marlinctl.report.page import Figure, Listing, Name, Page, Paragraph, Points, Section, Table
+from tests.report import documents
 
 VOID = {"meta", "img", "br", "link", "input"}
 

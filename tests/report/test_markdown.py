@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from marlinctl.pages import compression, markdown, training
-from tests.pages import documents
+from marlinctl.report import compression, markdown, training
+from tests.report import documents
 
 
 def test_names_cannot_leave_their_place() -> None:

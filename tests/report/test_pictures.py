@@ -12,10 +12,10 @@ from pathlib import Path
 import matplotlib as mpl
 import pytest
 
-from marlinctl.pages import pictures
-from marlinctl.pages.page import Picture
-from marlinctl.scores import Score
-from tests.pages import documents
+from marlinctl.report import pictures
+from marlinctl.report.page import Picture
+from marlinctl.report.scores import Score
+from tests.report import documents
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -101,7 +101,7 @@ def test_scores_without_an_error_or_a_value() -> None:
 
 def test_a_home_that_cannot_be_written_is_no_trouble() -> None:
     """In a container without a home, matplotlib would add its own lines to the story of a quiet run."""
-    program = "from marlinctl.pages.pictures import Layer, layers; print(len(layers((Layer(0, 'q', 0.1, 4.0, 0.1),), 'c').wide) > 1000)"
+    program = "from marlinctl.report.pictures import Layer, layers; print(len(layers((Layer(0, 'q', 0.1, 4.0, 0.1),), 'c').wide) > 1000)"
     nowhere = {"HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null/a", "XDG_CONFIG_HOME": "/dev/null/b", "MPLCONFIGDIR": "/dev/null/c"}
     done = subprocess.run(
         [sys.executable, "-c", program], env=os.environ | nowhere, capture_output=True, text=True, timeout=120, check=False

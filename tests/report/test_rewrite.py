@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from marlinctl.checkpoint.durable import temporary_name
 from marlinctl.cli import main
-from marlinctl.repack import repack
-from tests.pages import documents
-from tests.test_job import TEXT, digests
+from marlinctl.convert.repack import repack
+from marlinctl.system.atomic import temporary_name
+from tests.oneshot.test_run import TEXT, digests
+from tests.report import documents
 from tests.tiny import make_tiny
 
 FLAGS = ["--calibration", "TEXT", "--samples", "8", "--sequence-length", "64", "--group-size", "32", "--dtype", "float32", "-q"]

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 
 import marlinctl
 from marlinctl.benchmarking.generation import load_packed
+from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.errors import BadInput
 from marlinctl.kernels.linear import MarlinLinear, SparseMarlinLinear
-from marlinctl.load import load_dense
 from tests.packed import edit_json, edit_tensors, make_packed, make_sparse_packed, remake_manifest
 from tests.test_architecture import ROOT
 from tests.tiny import VOCAB_SIZE, make_tiny

@@ -1,4 +1,4 @@
-"""marlinctl/confined.py: work on hostile data costs so much and no more, and says why it was stopped."""
+"""marlinctl/system/confined.py: work on hostile data costs so much and no more, and says why it was stopped."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from marlinctl.confined import Bounds, Exceeded, confined
 from marlinctl.errors import BadInput, Problem
+from marlinctl.system.confined import Bounds, Exceeded, confined
 
 BOUNDS = Bounds(memory=256 << 20, cpu=10, wait=10)
 
@@ -48,7 +48,7 @@ def test_a_bound_that_is_reached_is_said(work: Any, bounds: Bounds, said: str) -
 
 def test_one_item_has_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """A template that writes a gigabyte in bounded memory of its own would take ours."""
-    monkeypatch.setattr("marlinctl.confined.MOST_BYTES", 1 << 20)
+    monkeypatch.setattr("marlinctl.system.confined.MOST_BYTES", 1 << 20)
     items = confined(lambda: iter(["x", "x" * (2 << 20)]), BOUNDS)
     assert next(items) == "x"
     with pytest.raises(Exceeded, match="more than 1 MiB came out of one piece"):

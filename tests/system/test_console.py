@@ -1,4 +1,4 @@
-"""marlinctl/console.py: what goes to stdout, to stderr and into the log, and what must never go anywhere."""
+"""marlinctl/system/console.py: what goes to stdout, to stderr and into the log, and what must never go anywhere."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from marlinctl import console as console_module
-from marlinctl.console import Console, duration
 from marlinctl.errors import UsageError
+from marlinctl.system import console as console_module
+from marlinctl.system.console import Console, duration
 
 
 class Terminal(io.StringIO):
@@ -238,6 +238,6 @@ def test_the_silent_console_prints_nothing_but_feeds_logging(capfd: pytest.Captu
 
 def test_silent_in_a_program_without_logging() -> None:
     """Python's logging prints warnings to stderr by itself when nobody has set it up."""
-    program = "from marlinctl.console import Console; Console.quiet().warn('careful')"
+    program = "from marlinctl.system.console import Console; Console.quiet().warn('careful')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")

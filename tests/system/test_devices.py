@@ -1,4 +1,4 @@
-"""What a run asks of torch on a GPU, as far as it can be told without one. Choosing a device: test_evaluate.py."""
+"""What a run asks of torch on a GPU, as far as it can be told without one. Choosing a device: tests/evaluation/test_run.py."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from marlinctl import devices, opening
-from marlinctl.console import Console
-from marlinctl.opening import Options, open_model
-from tests.test_job import TEXT, recipe
+from marlinctl.oneshot import open
+from marlinctl.oneshot.open import Options, open_model
+from marlinctl.system import devices
+from marlinctl.system.console import Console
+from tests.oneshot.test_run import TEXT, recipe
 from tests.tiny import make_tiny
 
 CUDAS, GENERIC = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
@@ -45,8 +46,8 @@ def test_a_run_on_a_gpu_lets_segments_grow_unless_the_user_decided(
         seen.append({name: os.environ[name] for name in (CUDAS, GENERIC) if name in os.environ})
         return torch.float32
 
-    monkeypatch.setattr(opening, "choose_device", lambda asked: asked)
-    monkeypatch.setattr(opening, "forward_dtype", forward_dtype)
+    monkeypatch.setattr(open, "choose_device", lambda asked: asked)
+    monkeypatch.setattr(open, "forward_dtype", forward_dtype)
     (tmp_path / "text.txt").write_text(TEXT)
     model = make_tiny(tmp_path / "model")
     opened = open_model(str(model), tmp_path / "out", recipe(tmp_path / "text.txt"), Options(device=device), Console())

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from marlinctl.distillation.processes import Processes
+from marlinctl.checkpoint.transformers_model import load_dense
+from marlinctl.distillation.distributed import Processes
 from marlinctl.errors import UsageError
-from marlinctl.launcher import cpu_asked, settings_aside, sharding_asked
-from marlinctl.load import load_dense
+from marlinctl.system.launcher import cpu_asked, settings_aside, sharding_asked
 from tests.distillation.launched import zero_like_transformers_5_22
 from tests.tiny import make_tiny
 

@@ -1,10 +1,10 @@
-"""marlinctl/log.py: no secret and no control character gets out. (The log file itself: tests/test_console.py.)"""
+"""marlinctl/system/log.py: no secret and no control character gets out. (The log file itself: tests/system/test_console.py.)"""
 
 from __future__ import annotations
 
 import pytest
 
-from marlinctl.log import printable, redact
+from marlinctl.system.log import printable, redact
 
 TOKEN = "hf_" + "aBcDeFgHiJ1234567890KlMnOpQrStUvWx"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from marlinctl.errors import ResourceProblem
-from marlinctl.scratch import FileTensor, Scratch
+from marlinctl.system.offload import FileTensor, Scratch
 
 CPU = torch.device("cpu")
 

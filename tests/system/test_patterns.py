@@ -1,4 +1,4 @@
-"""marlinctl/patterns.py: the answers of `re`, in bounded time."""
+"""marlinctl/system/patterns.py: the answers of `re`, in bounded time."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from marlinctl.patterns import LONGEST, MOST_PATTERNS, Expressions, Time, compiled
-from marlinctl.rules import plan
+from marlinctl.planning.layer_rules import plan
+from marlinctl.system.patterns import LONGEST, MOST_PATTERNS, Expressions, Time, compiled
 from tests.tiny import tiny_config
 
 LETTERS = st.sampled_from(
@@ -106,7 +106,7 @@ def test_a_list_of_expressions_has_a_budget() -> None:
 def test_recipes_are_bounded_too() -> None:
     """A recipe may come from a stranger as well: its patterns would hold `plan` for ever."""
     from marlinctl.errors import UsageError
-    from marlinctl.models import architecture
+    from marlinctl.models.architectures import architecture
 
     known = architecture(tiny_config(num_hidden_layers=40))
     started = time.monotonic()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from marlinctl.stopping import SIGNALS, Stopping
+from marlinctl.system.signals import SIGNALS, Stopping
 
 
 @pytest.fixture(autouse=True)

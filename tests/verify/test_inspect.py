@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from marlinctl.errors import BadInput, CheckFailed
-from marlinctl.inspection import inspect, table
+from marlinctl.verify.inspect import inspect, table
 from tests.packed import edit_json, make_packed, make_sparse_packed, remake_manifest
 from tests.tiny import make_tiny
 
@@ -100,7 +100,7 @@ def test_inspect_imports_nothing_heavy_and_is_quick(source: Path, tmp_path: Path
     """Seconds of imports for a look at a header would make people write their own."""
     make_sparse_packed(source, tmp_path / "out", "ct")
     program = (
-        "import sys, time\nstart = time.perf_counter()\nfrom pathlib import Path\nfrom marlinctl.inspection import inspect, table\n"
+        "import sys, time\nstart = time.perf_counter()\nfrom pathlib import Path\nfrom marlinctl.verify.inspect import inspect, table\n"
         f"table(inspect(Path({str(tmp_path / 'out')!r})))\nspent = time.perf_counter() - start\n"
         "print(spent, [m for m in ('torch', 'transformers', 'numpy', 'pydantic') if m in sys.modules])"
     )
@@ -113,7 +113,7 @@ def test_inspect_imports_nothing_heavy_and_is_quick(source: Path, tmp_path: Path
 
 def test_large_models_stay_quick(tmp_path: Path) -> None:
     """A mixture of experts has tens of thousands of tensors; telling formats apart must not take minutes."""
-    from marlinctl.checkpoint.formats import detect, quantization_config
+    from marlinctl.checkpoint.formats.registry import detect, quantization_config
 
     names = [f"model.layers.{i}.mlp.experts.{e}.{p}_proj" for i in range(48) for e in range(128) for p in ("gate", "up", "down")]
     start = time.perf_counter()

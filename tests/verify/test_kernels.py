@@ -10,11 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from marlinctl import kernel_check
 from marlinctl.cli import main
-from marlinctl.console import Console
 from marlinctl.errors import CheckFailed
-from marlinctl.kernel_check import ALLOWED, CudaKernel, compared, multiply
 from marlinctl.kernels import driver as cuda_driver
 from marlinctl.kernels.reference import dequantize, dequantize_sparse, gemm
 from marlinctl.pack.marlin import pack_marlin
@@ -23,9 +20,11 @@ from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 from marlinctl.quantize.types import QuantizedLinear
 from marlinctl.sparsify.keep import best_of_quads
 from marlinctl.sparsify.types import SparseQuantizedLinear
-from marlinctl.verify import verify
+from marlinctl.system.console import Console
+from marlinctl.verify.kernels import ALLOWED, CudaKernel, compared, multiply
+from marlinctl.verify.run import kernels, verify
+from tests.oneshot.test_run import TEXT
 from tests.packed import make_packed
-from tests.test_job import TEXT
 from tests.tiny import make_tiny
 
 Packed = PackedLinear | PackedSparseLinear
@@ -112,7 +111,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_verify_reads_every_output_where_there_is_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, a machine with a GPU would still look at a sample, or not say which it was."""
-    monkeypatch.setattr(kernel_check, "cuda_kernel", lambda console: KERNEL)
+    monkeypatch.setattr(kernels, "cuda_kernel", lambda console: KERNEL)
     checked = verify(folder, source=None, load=False, console=Console.quiet()).kernels
     assert checked is not None
     assert checked.by == "a kernel in software"
@@ -122,7 +121,7 @@ def test_verify_reads_every_output_where_there_is_a_gpu(folder: Path, monkeypatc
 def test_verify_fails_where_the_kernel_gives_another_product(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, a model that computes nonsense on this GPU would be published."""
     wrong = replace(KERNEL, multiply=lambda a, p: in_software(a, p).flip(1))
-    monkeypatch.setattr(kernel_check, "cuda_kernel", lambda console: wrong)
+    monkeypatch.setattr(kernels, "cuda_kernel", lambda console: wrong)
     with pytest.raises(CheckFailed) as caught:
         verify(folder, source=None, load=False, console=Console.quiet())
     assert caught.value.error_id == "E113"
@@ -135,7 +134,7 @@ def test_compress_publishes_nothing_that_the_kernel_multiplies_wrongly(
     make_tiny(tmp_path / "model")
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "mine.yaml").write_text("quantize: {group_size: 32}\ncalibration: {minimum_tokens: 256, samples: 8, sequence_length: 64}\n")
-    monkeypatch.setattr(kernel_check, "cuda_kernel", lambda console: replace(KERNEL, multiply=lambda a, p: in_software(a, p) * 1.01))
+    monkeypatch.setattr(kernels, "cuda_kernel", lambda console: replace(KERNEL, multiply=lambda a, p: in_software(a, p) * 1.01))
     command = ["compress", str(tmp_path / "model"), str(tmp_path / "out"), "--recipe", str(tmp_path / "mine.yaml"), "--also", "marlin"]
     code = main([*command, "--calibration", str(tmp_path / "text.txt"), "--dtype", "float32", "--no-eval"])
     assert code == 1
@@ -153,7 +152,7 @@ def test_a_gpu_without_memory_leaves_linears_to_the_emulator(folder: Path, monke
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return in_software(activations, p)
 
-    monkeypatch.setattr(kernel_check, "cuda_kernel", lambda console: replace(KERNEL, multiply=runs_out))
+    monkeypatch.setattr(kernels, "cuda_kernel", lambda console: replace(KERNEL, multiply=runs_out))
     checked = verify(folder, source=None, load=False, console=Console.quiet()).kernels
     assert checked is not None
     assert checked.by == f"a kernel in software ({checked.linears - 2} linears by the emulator)"
@@ -169,7 +168,7 @@ def test_a_gpu_whose_kernel_does_not_run_is_told_and_the_emulator_reads(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert kernel_check.cuda_kernel(Console()) is None
+    assert kernels.cuda_kernel(Console()) is None
     told = capsys.readouterr().err
     assert "does not run on some GPU, so the emulator reads the tiles" in told and "cuda-bindings" in told
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from marlinctl import verify as module
-from marlinctl.checkpoint import formats
+from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.reader import open_checkpoint
-from marlinctl.console import Console
 from marlinctl.errors import BadInput, CheckFailed, MarlinctlError
-from marlinctl.verify import verify
+from marlinctl.system.console import Console
+from marlinctl.verify import run as module
+from marlinctl.verify.run import verify
 from tests import zoo
 from tests.packed import edit_json, edit_masks, edit_tensors, make_packed, make_sparse_packed, remake_manifest
 from tests.tiny import make_tiny
@@ -121,20 +121,20 @@ def test_tiles_in_another_order_are_found_by_their_products(
     """If packer and unpacker agreed on a wrong order, comparing bytes would find nothing; only a kernel's eyes do."""
     folder = copy(name)
     with open_checkpoint(folder, weight_files="auto") as checkpoint:
-        right = formats.read_parts(checkpoint, formats.detect(checkpoint.config, checkpoint.tensors), LAYER)
+        right = registry.read_parts(checkpoint, registry.detect(checkpoint.config, checkpoint.tensors), LAYER)
     edit_tensors(folder, lambda tensors: tensors.update({f"{LAYER}.{tensor}": tensors[f"{LAYER}.{tensor}"].roll(1, dims=1)}))
     remake_manifest(folder)
-    read = formats.read_parts
+    read = registry.read_parts
     monkeypatch.setattr(module, "check_contents", lambda *_: None)
     monkeypatch.setattr(module, "check_pattern", lambda *_: None)
-    monkeypatch.setattr(formats, "read_parts", lambda c, i, layer, m=None: right if layer == LAYER else read(c, i, layer, m))
+    monkeypatch.setattr(registry, "read_parts", lambda c, i, layer, m=None: right if layer == LAYER else read(c, i, layer, m))
     caught = failure(folder)
     assert caught.error_id == "E113" and len(caught.problems) == 1 and LAYER in caught.problems[0].what
 
 
 def test_a_dense_sparse_folder_passes(good: dict[str, Path], tmp_path: Path) -> None:
     """16-bit 2:4 folders are what `sparsify` writes and what fine-tuning starts from."""
-    from marlinctl.repack import repack
+    from marlinctl.convert.repack import repack
 
     repack(good["marlin_24"], tmp_path / "out", format="dense")
     checked = verify(tmp_path / "out", source=None, load=False, console=Console.quiet())
@@ -221,8 +221,8 @@ def test_logits_are_compared_and_not_only_loaded(copy: Callable[[str], Path], mo
 
 def test_weights_must_agree(good: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """A client may find all its tensors and still read them otherwise; here ours is the one that reads them otherwise."""
-    real = formats.LinearParts.weight
-    monkeypatch.setattr(formats.LinearParts, "weight", lambda parts: real(parts) * 1.01)
+    real = registry.LinearParts.weight
+    monkeypatch.setattr(registry.LinearParts, "weight", lambda parts: real(parts) * 1.01)
     monkeypatch.setattr(module, "check_contents", lambda *arguments: None)
     problem = failure(good["ct"], load=True)
     assert problem.error_id == "E108" and len(problem.problems) == 13

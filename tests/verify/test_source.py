@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from marlinctl.checkpoint.formats import LinearParts
-from marlinctl.fidelity import MAX_ERROR, MIN_SCALE_MATCH, measure
+from marlinctl.checkpoint.formats.registry import LinearParts
+from marlinctl.verify.source import MAX_ERROR, MIN_SCALE_MATCH, measure
 from tests.pack.naive import random_keep
 from tests.packed import rtn
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from marlinctl.checkpoint.files import brief, shown
 from marlinctl.errors import Problem
+from marlinctl.system.files import brief, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ CT_GROUP: Mapping[str, _Key] = {
     "format": _Key(_one_of("pack-quantized"), "only pack-quantized is read"),
 }
 CT_WEIGHTS: Mapping[str, _Key] = {
-    "num_bits": NOTE, "type": NOTE, "symmetric": NOTE, "strategy": NOTE, "group_size": NOTE,  # formats.py reads these together
+    "num_bits": NOTE, "type": NOTE, "symmetric": NOTE, "strategy": NOTE, "group_size": NOTE,  # registry.py reads these together
     "block_structure": _Key(_null, "scales of blocks are not read"),
     "dynamic": _Key(_off, "scales are found when the model runs"),
     "actorder": _Key(
@@ -130,7 +130,7 @@ _ADAPTER = _Key(_nothing, "an adapter is added to the linears when the model run
 _GPTQ_LABEL = _Key(_one_of("gptq", "gptq_v2"), "gptq and gptq_v2 are read")
 GPTQ_BLOCK: Mapping[str, _Key] = {
     **dict.fromkeys(_GPTQ_NOTES, NOTE),
-    "bits": NOTE, "sym": NOTE, "group_size": NOTE,  # formats.py
+    "bits": NOTE, "sym": NOTE, "group_size": NOTE,  # registry.py
     "desc_act": _Key(_flag, "true or false"),
     "checkpoint_format": _GPTQ_LABEL,
     "format": _GPTQ_LABEL,
@@ -143,7 +143,7 @@ GPTQ_BLOCK: Mapping[str, _Key] = {
     "regex_config": _PER_LAYER,
 }  # fmt: skip
 GPTQ_RULE: Mapping[str, _Key] = {
-    "bits": NOTE, "sym": NOTE, "group_size": NOTE,  # formats.py
+    "bits": NOTE, "sym": NOTE, "group_size": NOTE,  # registry.py
     "desc_act": _Key(_flag, "true or false"),
     "pack_dtype": _PACK_DTYPE,
     "adapter": _ADAPTER,

@@ -34,11 +34,11 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from marlinctl.checkpoint import blocks
-from marlinctl.checkpoint.files import brief
-from marlinctl.checkpoint.targets import Entries, GroupOf, name_patterns, with_fused_names
+from marlinctl.checkpoint.formats import blocks
+from marlinctl.checkpoint.formats.targets import Entries, GroupOf, name_patterns, with_fused_names
 from marlinctl.errors import BadInput, Problem
-from marlinctl.patterns import Expressions
+from marlinctl.system.files import brief
+from marlinctl.system.patterns import Expressions
 
 if TYPE_CHECKING:
     from torch import Tensor

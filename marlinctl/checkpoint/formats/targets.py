@@ -21,7 +21,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from marlinctl.patterns import Expressions
+from marlinctl.system.patterns import Expressions
 
 _EXACT_AT_MOST = 8  # a family up to this size stays a list of names: readable, and immune to regex dialects
 _MARK = "re:"

@@ -20,9 +20,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from marlinctl.checkpoint.files import shown
-from marlinctl.checkpoint.gguf_header import GgufHeader, GgufTensor
+from marlinctl.checkpoint.gguf.header import GgufHeader, GgufTensor
 from marlinctl.errors import BadInput, Problem
+from marlinctl.system.files import shown
 
 _LLAMA_PARTS = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
@@ -264,7 +264,7 @@ def llama3_factors(theta: float, head_dim: int, factor: float) -> list[float]:
 
 def _plan(header: GgufHeader, family: _Family, config: dict[str, Any]) -> list[PlannedTensor]:
     """Every tensor of the file gets a name; names and shapes are then compared with what the architecture must hold."""
-    from marlinctl.models import architecture
+    from marlinctl.models.architectures import architecture
 
     planned: list[PlannedTensor] = []
     problems: list[Problem] = []

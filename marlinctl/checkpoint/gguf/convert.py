@@ -25,18 +25,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl.checkpoint.files import FileRefused, read_plain_json, shown
-from marlinctl.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_header
-from marlinctl.checkpoint.gguf_model import PlannedTensor, plan_model
-from marlinctl.checkpoint.gguf_tokenizer import tokenizer_files
+from marlinctl.checkpoint.gguf.architectures import PlannedTensor, plan_model
+from marlinctl.checkpoint.gguf.header import GgufHeader, GgufTensor, read_gguf_header
+from marlinctl.checkpoint.gguf.tokenizer import tokenizer_files
 from marlinctl.checkpoint.ownership import refuse_strangers, remove_tree, strangers_in_cache
 from marlinctl.errors import BadInput, NumericalProblem, ResourceProblem
-from marlinctl.locks import lock
+from marlinctl.system.files import FileRefused, read_plain_json, shown
+from marlinctl.system.locks import lock
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from marlinctl.console import Console, Progress
+    from marlinctl.system.console import Console, Progress
 
 VERSION = 1  # of the conversion; a change of its result must change the name of the cache entry
 MAX_SHARD_BYTES = 2_000_000_000

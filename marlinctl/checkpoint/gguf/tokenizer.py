@@ -17,9 +17,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from marlinctl.checkpoint.files import shown
-from marlinctl.checkpoint.gguf_header import GgufHeader
+from marlinctl.checkpoint.gguf.header import GgufHeader
 from marlinctl.errors import BadInput
+from marlinctl.system.files import shown
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from marlinctl.checkpoint import formats
+from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.reader import open_checkpoint
+from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.errors import BadInput
-from marlinctl.load import load_dense
 from marlinctl.quantize.types import QuantizedLinear
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from tests.packed import (
@@ -76,11 +76,11 @@ def test_detect_needs_no_torch(source: Path) -> None:
 
 
 LAYER = "model.layers.0.mlp.up_proj"
-CT_NAMES = [f"{LAYER}.{suffix}" for suffix in formats.SUFFIXES["ct"]]
-GPTQ_NAMES = [f"{LAYER}.{suffix}" for suffix in formats.SUFFIXES["gptq"]]
+CT_NAMES = [f"{LAYER}.{suffix}" for suffix in registry.SUFFIXES["ct"]]
+GPTQ_NAMES = [f"{LAYER}.{suffix}" for suffix in registry.SUFFIXES["gptq"]]
 MARLIN = {"quant_method": "marlinctl", "format": "marlin", "format_version": 1, "bits": 4, "group_size": 64}
-MARLIN_NAMES = [f"{LAYER}.{suffix}" for suffix in formats.SUFFIXES["marlin"]]
-MARLIN_24_NAMES = [f"{LAYER}.{suffix}" for suffix in formats.SUFFIXES["marlin_24"]]
+MARLIN_NAMES = [f"{LAYER}.{suffix}" for suffix in registry.SUFFIXES["marlin"]]
+MARLIN_24_NAMES = [f"{LAYER}.{suffix}" for suffix in registry.SUFFIXES["marlin_24"]]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ MARLIN_24_NAMES = [f"{LAYER}.{suffix}" for suffix in formats.SUFFIXES["marlin_24
 )
 def test_formats_are_told_apart(block: Any, names: list[str], name: str, variant: str, size: int | None) -> None:
     """A format taken for another one is unpacked into noise."""
-    info = formats.detect({"quantization_config": block} if block else {}, names)
+    info = registry.detect({"quantization_config": block} if block else {}, names)
     assert (info.name, info.variant, info.group_size) == (name, variant, size)
 
 
@@ -142,7 +142,7 @@ def test_formats_are_told_apart(block: Any, names: list[str], name: str, variant
 def test_what_cannot_be_read_exactly_is_refused(block: Any, names: list[str], error_id: str, says: str) -> None:
     """Anything let through here is converted into a model that loads and talks nonsense. Exit code 3, and the reason."""
     with pytest.raises(BadInput) as caught:
-        formats.detect({} if block is None else {"quantization_config": block}, names)
+        registry.detect({} if block is None else {"quantization_config": block}, names)
     assert caught.value.error_id == error_id
     assert caught.value.exit_code == 3
     assert says in " ".join(f"{p.what} {p.where} {p.fix}" for p in caught.value.problems)
@@ -212,7 +212,7 @@ CHANGES_THE_MODEL: list[tuple[dict[str, Any], list[str], str, str]] = [
 def test_what_would_change_the_model_is_refused_by_name(block: Any, names: list[str], error_id: str, says: str) -> None:
     """Read past, each of these gives other numbers than the checkpoint's, up to noise, and no warning."""
     with pytest.raises(BadInput) as caught:
-        formats.detect({"quantization_config": block}, names)
+        registry.detect({"quantization_config": block}, names)
     told = " ".join(f"{p.what} {p.where}" for p in caught.value.problems)
     assert (caught.value.error_id, caught.value.exit_code) == (error_id, 3) and says in told
 
@@ -228,7 +228,7 @@ def test_what_would_change_the_model_is_refused_by_name(block: Any, names: list[
 def test_a_second_block_is_not_overlooked(config: dict[str, Any], says: str) -> None:
     """Which of two blocks a client follows is its own choice."""
     with pytest.raises(BadInput, match=says):
-        formats.detect(config, CT_NAMES)
+        registry.detect(config, CT_NAMES)
 
 
 AS_WRITTEN: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -300,14 +300,14 @@ AS_WRITTEN: dict[str, tuple[dict[str, Any], list[str]]] = {
 def test_what_other_tools_write_is_read(name: str) -> None:
     """An allow-list that is too short turns sound checkpoints away."""
     block, names = AS_WRITTEN[name]
-    assert formats.detect({"quantization_config": block}, names).layers.keys() == {LAYER}
+    assert registry.detect({"quantization_config": block}, names).layers.keys() == {LAYER}
 
 
 def test_the_tables_know_every_field_of_compressed_tensors() -> None:
     """A field of a later release would be refused in every checkpoint that it writes, until somebody has looked at what it means."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
-    from marlinctl.checkpoint import blocks
+    from marlinctl.checkpoint.formats import blocks
 
     pairs = ((QuantizationConfig, blocks.CT_BLOCK), (QuantizationScheme, blocks.CT_GROUP), (QuantizationArgs, blocks.CT_WEIGHTS))
     for model, table in pairs:
@@ -320,7 +320,7 @@ def test_the_tables_know_every_key_of_transformers_gptq_config() -> None:
 
     from transformers import GPTQConfig
 
-    from marlinctl.checkpoint import blocks
+    from marlinctl.checkpoint.formats import blocks
 
     assert set(inspect.signature(GPTQConfig).parameters) - {"kwargs"} <= set(blocks.GPTQ_BLOCK)
 
@@ -329,7 +329,7 @@ def test_all_unreadable_layers_are_listed() -> None:
     """Naming one layer per attempt would make the person try as often as there are layers."""
     names = [f"model.layers.{i}.q_proj.weight_packed" for i in range(5)]
     with pytest.raises(BadInput) as caught:
-        formats.detect({"quantization_config": ct_block(num_bits=8)}, names)
+        registry.detect({"quantization_config": ct_block(num_bits=8)}, names)
     assert len(caught.value.problems) == 5
 
 
@@ -348,7 +348,7 @@ class Folderless:
 @pytest.mark.parametrize("expression", [r"(.*.*)*x", r"(a+|[a-z.]+)+\d$", r"^(model|layers|\.|.)*!$"])
 def test_expressions_of_a_config_cannot_hold_us(expression: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line of a stranger's config.json would hold every verb that opens the folder for ever."""
-    monkeypatch.setattr("marlinctl.patterns.Time.__init__.__defaults__", (0.5,))
+    monkeypatch.setattr("marlinctl.system.patterns.Time.__init__.__defaults__", (0.5,))
     names = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(30) for p in "qkvo"]
     ct = ct_block()
     ct["config_groups"]["group_0"]["targets"] = ["re:" + expression, "Linear"]
@@ -356,7 +356,7 @@ def test_expressions_of_a_config_cannot_hold_us(expression: str, monkeypatch: py
     for block, suffix in ((ct, "weight_packed"), (gptq, "qweight")):
         started = time.process_time()
         with suppress(BadInput):
-            assert len(formats.detect({"quantization_config": block}, [f"{n}.{suffix}" for n in names]).layers) == len(names)
+            assert len(registry.detect({"quantization_config": block}, [f"{n}.{suffix}" for n in names]).layers) == len(names)
         assert time.process_time() - started < 5
 
 
@@ -367,9 +367,9 @@ def test_many_names_in_a_config_cost_little() -> None:
     ct["config_groups"]["group_0"]["targets"] = names
     ct["ignore"] = [f"re:^{re.escape(name)}$" for name in names]
     started = time.monotonic()
-    assert len(formats.detect({"quantization_config": ct}, [f"{n}.weight_packed" for n in names]).layers) == len(names)
+    assert len(registry.detect({"quantization_config": ct}, [f"{n}.weight_packed" for n in names]).layers) == len(names)
     gptq = gptq_block(dynamic={f"+:^{re.escape(name)}$": {"group_size": 32} for name in names})
-    assert set(formats.detect({"quantization_config": gptq}, [f"{n}.qweight" for n in names]).layers.values()) == {32}
+    assert set(registry.detect({"quantization_config": gptq}, [f"{n}.qweight" for n in names]).layers.values()) == {32}
     assert time.monotonic() - started < 20
 
 
@@ -380,36 +380,36 @@ def test_what_is_written_reads_back_bit_for_bit(fmt: str, n: int, k: int, size: 
     q = rtn(torch.randn(n, k, generator=torch.Generator().manual_seed(n + k)), size)
     q = QuantizedLinear(q.codes, q.scales * torch.where(torch.arange(n) % 2 == 0, 1, -1).unsqueeze(1).half(), q.group_size)
     q = pruned("l", q) if fmt == "marlin_24" else q
-    tensors = formats.linear_tensors(fmt, "l", q)
-    info = formats.FormatInfo(fmt, 4, {"l": size}, "v1" if fmt == "gptq" else "")
-    back = formats.read_linear(Folderless(tensors), info, "l")  # type: ignore[arg-type]
+    tensors = registry.linear_tensors(fmt, "l", q)
+    info = registry.FormatInfo(fmt, 4, {"l": size}, "v1" if fmt == "gptq" else "")
+    back = registry.read_linear(Folderless(tensors), info, "l")  # type: ignore[arg-type]
     assert torch.equal(back.codes, q.codes)
     assert torch.equal(back.scales, q.scales)
     assert back.group_size == q.group_size
     assert not isinstance(q, SparseQuantizedLinear) or torch.equal(back.keep, q.keep)  # type: ignore[attr-defined]
-    for suffix, (dtypes, shape) in formats.linear_shapes(fmt, n, k, size).items():
+    for suffix, (dtypes, shape) in registry.linear_shapes(fmt, n, k, size).items():
         names = {torch.int32: "I32", torch.int64: "I64", torch.int16: "I16", torch.float16: "F16"}
         assert tuple(tensors[f"l.{suffix}"].shape) == shape
         assert names[tensors[f"l.{suffix}"].dtype] in dtypes
-    assert set(tensors) == {f"l.{suffix}" for suffix in formats.SUFFIXES[fmt]}
+    assert set(tensors) == {f"l.{suffix}" for suffix in registry.SUFFIXES[fmt]}
 
 
 def test_marlin_24_needs_a_mask() -> None:
     """A mask made up from the codes would move survivors that are zero; who has none has to say where it comes from."""
     q = pruned("l", rtn(torch.randn(64, 64), 32))
     with pytest.raises(ValueError, match="l has no mask"):
-        formats.linear_tensors("marlin_24", "l", QuantizedLinear(q.codes, q.scales, 32))
-    parts = formats.LinearParts(q.codes, q.scales, 32, q.keep)
+        registry.linear_tensors("marlin_24", "l", QuantizedLinear(q.codes, q.scales, 32))
+    parts = registry.LinearParts(q.codes, q.scales, 32, q.keep)
     assert all(
-        torch.equal(t, formats.linear_tensors("marlin_24", "l", q)[name])
-        for name, t in formats.linear_tensors("marlin_24", "l", parts).items()
+        torch.equal(t, registry.linear_tensors("marlin_24", "l", q)[name])
+        for name, t in registry.linear_tensors("marlin_24", "l", parts).items()
     )
 
 
 def test_gptq_decodes_by_the_published_formula() -> None:
     """GPTQModel computes (u - z) * s[g_idx] with z one more than stored; if qzeros or g_idx were off, it would load garbage silently."""
     q = rtn(torch.randn(24, 64), 32)
-    t = {name: tensor.numpy() for name, tensor in formats.linear_tensors("gptq", "l", q).items()}
+    t = {name: tensor.numpy() for name, tensor in registry.linear_tensors("gptq", "l", q).items()}
     shifts = 4 * np.arange(8)
     u = (t["l.qweight"].view(np.uint32)[:, None, :] >> shifts[None, :, None] & 15).reshape(64, 24).astype(np.int64)  # [K, N]
     z = (t["l.qzeros"].view(np.uint32)[:, :, None] >> shifts & 15).reshape(2, 24).astype(np.int64) + 1  # [G, N]
@@ -423,14 +423,14 @@ def test_gptq_decodes_by_the_published_formula() -> None:
 def test_foreign_scales_pass_to_ct_unchanged_and_elsewhere_only_when_exact(dtype: torch.dtype) -> None:
     """A scale rounded on the way changes every weight of its group without a word."""
     codes = torch.zeros(8, 32, dtype=torch.int8)
-    inexact = formats.LinearParts(codes, torch.full((8, 1), 1e-6, dtype=dtype), 32)
-    assert torch.equal(formats.linear_tensors("ct", "l", inexact)["l.weight_scale"], inexact.scales)
+    inexact = registry.LinearParts(codes, torch.full((8, 1), 1e-6, dtype=dtype), 32)
+    assert torch.equal(registry.linear_tensors("ct", "l", inexact)["l.weight_scale"], inexact.scales)
     for fmt in ("gptq", "marlin"):
         with pytest.raises(BadInput, match=r"l: its .* scales have no exact float16 form") as caught:
-            formats.linear_tensors(fmt, "l", inexact)
+            registry.linear_tensors(fmt, "l", inexact)
         assert caught.value.error_id == "E344"
-    exact = formats.LinearParts(codes, torch.full((8, 1), 0.25, dtype=dtype), 32)
-    assert formats.linear_tensors("gptq", "l", exact)["l.scales"].dtype == torch.float16
+    exact = registry.LinearParts(codes, torch.full((8, 1), 0.25, dtype=dtype), 32)
+    assert registry.linear_tensors("gptq", "l", exact)["l.scales"].dtype == torch.float16
 
 
 @pytest.mark.parametrize(
@@ -455,11 +455,11 @@ def test_foreign_scales_pass_to_ct_unchanged_and_elsewhere_only_when_exact(dtype
 )
 def test_a_damaged_layer_is_refused_by_name(fmt: str, damage: Callable[[dict[str, torch.Tensor]], Any], says: str) -> None:
     """Each of these loads in some client and computes garbage there."""
-    tensors = formats.linear_tensors(fmt, "l", pruned("l", rtn(torch.randn(64, 64), 32)))
+    tensors = registry.linear_tensors(fmt, "l", pruned("l", rtn(torch.randn(64, 64), 32)))
     damage(tensors)
-    info = formats.FormatInfo(fmt, 4, {"l": 32}, "v1" if fmt == "gptq" else "")
+    info = registry.FormatInfo(fmt, 4, {"l": 32}, "v1" if fmt == "gptq" else "")
     with pytest.raises(BadInput) as caught:
-        formats.read_linear(Folderless(tensors), info, "l")  # type: ignore[arg-type]
+        registry.read_linear(Folderless(tensors), info, "l")  # type: ignore[arg-type]
     problem = caught.value.problems[0]
     assert "l" in problem.what and says in f"{problem.what} {problem.fix}"
     assert caught.value.error_id in ("E345", "E346")
@@ -471,13 +471,13 @@ def test_foreign_gptq_is_read(source: Path, tmp_path: Path, v2: bool) -> None:
     block = gptq_block(checkpoint_format="gptq_v2" if v2 else "gptq", desc_act=True)  # with a plain g_idx, desc_act means nothing
     codes = make_foreign(source, tmp_path / "out", block, lambda q: foreign_gptq(q, v2=v2))
     checkpoint = open_checkpoint(tmp_path / "out")
-    info = formats.detect(checkpoint.config, checkpoint.tensors)
+    info = registry.detect(checkpoint.config, checkpoint.tensors)
     for layer, q in codes.items():
-        assert torch.equal(formats.read_linear(checkpoint, info, layer).dequantize(), q.dequantize())
+        assert torch.equal(registry.read_linear(checkpoint, info, layer).dequantize(), q.dequantize())
     edit_json(tmp_path / "out" / "config.json", lambda c: c["quantization_config"].update(checkpoint_format="gptq" if v2 else "gptq_v2"))
     swapped = open_checkpoint(tmp_path / "out")
     with pytest.raises(BadInput, match="checkpoint_format"):
-        formats.read_linear(swapped, formats.detect(swapped.config, swapped.tensors), layer)
+        registry.read_linear(swapped, registry.detect(swapped.config, swapped.tensors), layer)
 
 
 # ---- what real clients load ----------------------------------------------------------------------------------------------------------
@@ -509,7 +509,7 @@ def test_transformers_loads_what_is_written(tmp_path: Path, changes: dict[str, A
 
 def vllm_group(name: str, class_name: str, groups: dict[str, list[str]]) -> str | None:
     """vLLM's order of asking (compressed_tensors/utils.py, 0.8 to 0.33): the name, then the class, then the shards of a fused linear."""
-    from marlinctl.checkpoint.targets import FUSED, matches
+    from marlinctl.checkpoint.formats.targets import FUSED, matches
 
     def find(value: str, contains: bool = False) -> str | None:
         return next(
@@ -531,7 +531,7 @@ def test_no_group_says_linear_when_sizes_differ() -> None:
     """vLLM would give the fused qkv_proj (class QKVParallelLinear) the group that says Linear, whatever q, k and v say."""
     names = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(4) for p in "qkvo"]
     sizes = {name: 64 if ".layers.2." in name else 128 for name in names}
-    block = formats.quantization_config("ct", sizes, ["lm_head"])
+    block = registry.quantization_config("ct", sizes, ["lm_head"])
     groups = {name: group["targets"] for name, group in block["config_groups"].items()}
     size_of = {name: group["weights"]["group_size"] for name, group in block["config_groups"].items()}
     for i in range(4):
@@ -590,16 +590,16 @@ def test_routers_and_tied_heads_are_ignored_and_embeddings_are_not_linears() -> 
         "model.layers.0.input_layernorm.weight": (128,),
         "model.layers.0.mlp.experts.0.up_proj.weight": (64, 128),
     }
-    found = formats.sixteen_bit_linears(shapes, [])
+    found = registry.sixteen_bit_linears(shapes, [])
     assert found == ["lm_head", "model.layers.0.mlp.experts.0.up_proj", "model.layers.0.mlp.gate"]
-    assert "lm_head" not in formats.sixteen_bit_linears({}, ["lm_head"])
+    assert "lm_head" not in registry.sixteen_bit_linears({}, ["lm_head"])
 
 
 def test_our_ct_config_is_valid_for_compressed_tensors(source: Path) -> None:
     """`weights` forbids unknown keys and `actorder: group`; provenance at the top level must be ignored, not refused."""
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
 
-    block = formats.quantization_config("ct", {"a.q_proj": 128, "a.o_proj": -1}, ["lm_head"], {"version": "1", "recipe_hash": "f" * 64})
+    block = registry.quantization_config("ct", {"a.q_proj": 128, "a.o_proj": -1}, ["lm_head"], {"version": "1", "recipe_hash": "f" * 64})
     parsed = QuantizationConfig.model_validate(block)
     assert parsed.quantization_status == QuantizationStatus.COMPRESSED
     assert "sparsity_config" not in block and "actorder" not in block["config_groups"]["group_0"]["weights"]
@@ -632,7 +632,7 @@ def test_gptq_exceptions_become_dynamic_rules_that_reach_fused_linears() -> None
     names = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(12) for p in "qkvo"]
     sizes = {name: 32 if ".layers.1." in name else 64 for name in names if ".layers.2." not in name}
     skipped = [name for name in names if ".layers.2." in name]
-    dynamic = formats.quantization_config("gptq", sizes, ["lm_head", *skipped])["dynamic"]
+    dynamic = registry.quantization_config("gptq", sizes, ["lm_head", *skipped])["dynamic"]
 
     def rule(name: str) -> Any:
         for pattern, value in dynamic.items():
@@ -646,7 +646,7 @@ def test_gptq_exceptions_become_dynamic_rules_that_reach_fused_linears() -> None
         assert rule(f"model.layers.11.self_attn.{last}") is None
 
 
-@pytest.mark.parametrize("make", [partial(make_packed, fmt="marlin"), partial(make_sparse_packed, fmt="marlin_24")], ids=formats.NATIVE)
+@pytest.mark.parametrize("make", [partial(make_packed, fmt="marlin"), partial(make_sparse_packed, fmt="marlin_24")], ids=registry.NATIVE)
 def test_native_folders_make_plain_transformers_stop(source: Path, tmp_path: Path, make: Callable[[Path, Path], Any]) -> None:
     """transformers only warns about an unknown quant_method and fills the layers with random numbers; without a model file it stops."""
     make(source, tmp_path / "out")
@@ -670,7 +670,7 @@ def test_foreign_ct_with_fp32_scales_is_read_exactly(source: Path, tmp_path: Pat
     """CT files may hold fp32 scales; reading them through fp16 would lose bits."""
     codes = make_foreign(source, tmp_path / "out", ct_block(), lambda q: {**foreign_ct(q), "weight_scale": q.scales.float() * 1.0001})
     checkpoint = open_checkpoint(tmp_path / "out")
-    parts = formats.read_parts(checkpoint, formats.detect(checkpoint.config, checkpoint.tensors), LAYER)
+    parts = registry.read_parts(checkpoint, registry.detect(checkpoint.config, checkpoint.tensors), LAYER)
     assert parts.scales.dtype == torch.float32
     assert torch.equal(parts.scales, codes[LAYER].scales.float() * 1.0001)
 
@@ -703,7 +703,7 @@ def test_any_config_is_understood_or_refused(block: dict[str, Any], data: st.Dat
     for key in data.draw(st.lists(st.sampled_from(keys), max_size=3)):
         place[key] = data.draw(VALUES)
     try:
-        info = formats.detect({"quantization_config": damaged}, [*CT_NAMES, *GPTQ_NAMES, *MARLIN_NAMES])
+        info = registry.detect({"quantization_config": damaged}, [*CT_NAMES, *GPTQ_NAMES, *MARLIN_NAMES])
     except BadInput:
         return
     assert all(isinstance(size, int) and (size == -1 or size > 0) for size in info.layers.values())
@@ -712,12 +712,12 @@ def test_any_config_is_understood_or_refused(block: dict[str, Any], data: st.Dat
 @given(st.sampled_from(["ct", "gptq", "marlin", "marlin_24"]), st.data())
 def test_any_tensors_are_unpacked_or_refused(fmt: str, data: st.DataObject) -> None:
     """So do the tensors: shapes and dtypes that do not belong together must not reach an index error, or a huge allocation."""
-    tensors = formats.linear_tensors(fmt, "l", pruned("l", rtn(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), 32)))
+    tensors = registry.linear_tensors(fmt, "l", pruned("l", rtn(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), 32)))
     name = data.draw(st.sampled_from(sorted(tensors)))
     shape = data.draw(st.lists(st.integers(0, 9), max_size=3))
     dtype = data.draw(st.sampled_from([torch.int32, torch.int64, torch.int16, torch.float16, torch.float32, torch.uint8]))
     tensors[name] = data.draw(st.sampled_from([torch.zeros, torch.ones]))(shape, dtype=dtype)
-    info = formats.FormatInfo(fmt, 4, {"l": data.draw(st.sampled_from([-1, 7, 32, 64, 10**30]))}, "v1" if fmt == "gptq" else "")
+    info = registry.FormatInfo(fmt, 4, {"l": data.draw(st.sampled_from([-1, 7, 32, 64, 10**30]))}, "v1" if fmt == "gptq" else "")
     with suppress(BadInput):
-        parts = formats.read_parts(Folderless(tensors), info, "l")  # type: ignore[arg-type]
+        parts = registry.read_parts(Folderless(tensors), info, "l")  # type: ignore[arg-type]
         assert parts.weight().shape == parts.codes.shape

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marlinctl.checkpoint.targets import GroupOf, matches, name_patterns, split_fused, with_fused_names
+from marlinctl.checkpoint.formats.targets import GroupOf, matches, name_patterns, split_fused, with_fused_names
 
 BLOCKS, EXPERTS = 13, 5
 ATTENTION = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(BLOCKS) for p in "qkvo"]

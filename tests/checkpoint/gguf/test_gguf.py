@@ -25,18 +25,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from marlinctl.checkpoint import gguf as ours
-from marlinctl.checkpoint.gguf_header import read_gguf_header
-from marlinctl.checkpoint.gguf_model import FAMILIES, PlannedTensor, llama3_factors, plan_model
-from marlinctl.checkpoint.gguf_tokenizer import tokenizer_files
+from marlinctl.checkpoint.gguf import convert as ours
+from marlinctl.checkpoint.gguf.architectures import FAMILIES, PlannedTensor, llama3_factors, plan_model
+from marlinctl.checkpoint.gguf.header import read_gguf_header
+from marlinctl.checkpoint.gguf.tokenizer import tokenizer_files
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.source import resolve_model
-from marlinctl.checkpoint.tokenizer_files import check_tokenizer
-from marlinctl.console import Console
 from marlinctl.errors import BadInput, MarlinctlError, NumericalProblem, UsageError
+from marlinctl.models.tokenizer_files import check_tokenizer
+from marlinctl.system.console import Console
 from tests.tiny import tiny_tokenizer
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 LAYERS = 7  # Gemma 3 has a global layer only from the sixth on
 
 COMMON = {
@@ -380,8 +380,9 @@ def test_memory_is_bounded_by_a_chunk(tmp_path: Path) -> None:
     size = (tmp_path / "x.gguf").stat().st_size
     os.truncate(tmp_path / "x.gguf", (size + 31) // 32 * 32 + rows * columns * 2)
     program = (
-        "import resource, sys\nfrom pathlib import Path\nfrom marlinctl.checkpoint import gguf\nfrom marlinctl.console import Console\n"
-        "from marlinctl.checkpoint.gguf_header import read_gguf_header\nfrom marlinctl.checkpoint.gguf_model import PlannedTensor\n"
+        "import resource, sys\nfrom pathlib import Path\nfrom marlinctl.checkpoint.gguf.convert import convert\nfrom marlinctl.system.console import Console\n"
+        "from marlinctl.checkpoint.gguf.header import read_gguf_header\n"
+        "from marlinctl.checkpoint.gguf.architectures import PlannedTensor\n"
         "folder = Path(sys.argv[1]); header = read_gguf_header(folder / 'x.gguf'); gguf._refuse_unknown_kinds(header)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "plan = [PlannedTensor('w', header.tensors['t'])]\n"
@@ -475,7 +476,8 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
     """Two jobs that start together would write into one folder."""
     path = llama_file(tmp_path / "x.gguf")
     program = (
-        "import sys\nfrom pathlib import Path\nfrom marlinctl.checkpoint.gguf import gguf_folder\nfrom marlinctl.console import Console\n"
+        "import sys\nfrom pathlib import Path\nfrom marlinctl.checkpoint.gguf.convert import gguf_folder\n"
+        "from marlinctl.system.console import Console\n"
         "print(gguf_folder(Path(sys.argv[1]), Path(sys.argv[2]), Console.quiet())[0])"
     )
     command = [sys.executable, "-c", program, str(path), str(tmp_path / "cache")]
