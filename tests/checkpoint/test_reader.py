@@ -410,7 +410,8 @@ def test_importing_and_opening_need_no_torch(tmp_path: Path) -> None:
     folder = make_tiny(tmp_path / "model", shards=SHARDS)
     program = (
         "import sys, pathlib\nfrom marlinctl.checkpoint.reader import open_checkpoint\n"
-        "from marlinctl.checkpoint import config, finite, gguf, hub, source\n"
+        "from marlinctl.models import config, switches\nfrom marlinctl.checkpoint import finite, hub, source\n"
+        "from marlinctl.checkpoint.gguf import convert\n"
         "from marlinctl.checkpoint.folder import examine\n"
         "examine(open_checkpoint(pathlib.Path(sys.argv[1])), structure='needed', dense=True, tokenizer=True)\n"
         "print({'torch', 'transformers', 'safetensors', 'gguf', 'huggingface_hub'} & set(sys.modules))"

@@ -180,7 +180,8 @@ def rss_and_answer(program: str, *arguments: str) -> tuple[float, str]:
     import sys
 
     measured = (
-        "import re, resource, sys\nfrom pathlib import Path\nfrom marlinctl.errors import MarlinctlError\nfrom marlinctl import texts\n"
+        "import re, resource, sys\nfrom pathlib import Path\nfrom marlinctl.errors import MarlinctlError\n"
+        "from marlinctl.data import text as texts\n"
         f"try:\n    {program}\nexcept MarlinctlError as error:\n    print(error.error_id, error)\n"
         "own = int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"  # ru_maxrss begins with our own
         "print(max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1024)"

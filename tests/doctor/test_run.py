@@ -171,7 +171,7 @@ def test_without_packaging_the_rest_is_still_told(tmp_path: Path) -> None:
 
 def test_every_check_is_explained() -> None:
     """If this failed, a line of the doctor would have no page that says what it means."""
-    sources = "\n".join(path.read_text("utf-8") for path in (PACKAGE / "checks").glob("*.py"))
+    sources = "\n".join(path.read_text("utf-8") for path in (PACKAGE / "doctor").glob("*.py"))
     names = {*re.findall(r'(?:Check|_writable|_free)\(\s*"([a-z-]+)"', sources), "marlin", "sparse-marlin"}
     page = (ROOT / "docs" / "doctor.md").read_text("utf-8")
     assert names >= QUICK

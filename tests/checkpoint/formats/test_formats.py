@@ -68,7 +68,8 @@ def test_detect_needs_no_torch(source: Path) -> None:
     import sys
 
     program = (
-        "import sys\nfrom marlinctl.checkpoint import formats, writer\nfrom marlinctl.checkpoint.reader import open_checkpoint\n"
+        "import sys\nfrom marlinctl.checkpoint import writer\nfrom marlinctl.checkpoint.formats import registry as formats\n"
+        "from marlinctl.checkpoint.reader import open_checkpoint\n"
         f"c = open_checkpoint({str(source)!r})\nassert formats.detect(c.config, c.tensors).name == 'dense'\n"
         "assert 'torch' not in sys.modules"
     )

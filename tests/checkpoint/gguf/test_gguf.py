@@ -380,7 +380,8 @@ def test_memory_is_bounded_by_a_chunk(tmp_path: Path) -> None:
     size = (tmp_path / "x.gguf").stat().st_size
     os.truncate(tmp_path / "x.gguf", (size + 31) // 32 * 32 + rows * columns * 2)
     program = (
-        "import resource, sys\nfrom pathlib import Path\nfrom marlinctl.checkpoint.gguf.convert import convert\nfrom marlinctl.system.console import Console\n"
+        "import resource, sys\nfrom pathlib import Path\nfrom marlinctl.checkpoint.gguf import convert as gguf\n"
+        "from marlinctl.system.console import Console\n"
         "from marlinctl.checkpoint.gguf.header import read_gguf_header\n"
         "from marlinctl.checkpoint.gguf.architectures import PlannedTensor\n"
         "folder = Path(sys.argv[1]); header = read_gguf_header(folder / 'x.gguf'); gguf._refuse_unknown_kinds(header)\n"
