@@ -21,8 +21,9 @@ from marlinctl.quantize.types import QuantizedLinear
 from marlinctl.sparsify.keep import best_of_quads
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from marlinctl.system.console import Console
+from marlinctl.verify import kernels
 from marlinctl.verify.kernels import ALLOWED, CudaKernel, compared, multiply
-from marlinctl.verify.run import kernels, verify
+from marlinctl.verify.run import verify
 from tests.oneshot.test_run import TEXT
 from tests.packed import make_packed
 from tests.tiny import make_tiny
