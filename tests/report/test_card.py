@@ -3,17 +3,18 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import yaml
+from huggingface_hub import ModelCard
 
 from marlinctl.checkpoint.runtimes import Loads
 from marlinctl.report.card import CardFacts, of_compression, of_training, render
 from marlinctl.report.page import Name
+from marlinctl.report.scores import Score
 from tests.report import documents
 
 
 def front_matter(card: str) -> dict[str, Any]:
     assert card.startswith("---\n")
-    document: dict[str, Any] = yaml.safe_load(card.split("---\n")[1])
+    document: dict[str, Any] = ModelCard(card).data.to_dict()
     return document
 
 
@@ -26,7 +27,7 @@ FACTS = CardFacts(
     base_model="org/Model-1B",
     license={"license": "other", "license_name": "own", "license_link": "https://example.org/licence"},
     made_from=[("Calibration", "128 samples of 2,048 tokens of self"), ("SHA-256 of the recipe", Name("ab" * 32))],
-    scores=[("winogrande", "acc", "0.51 ± 0.01", "0.52 ± 0.01")],
+    scores=[Score("task", "winogrande", "validation", "acc", 2, documents.estimate(0.51), documents.estimate(0.52))],
 )
 
 
@@ -76,7 +77,7 @@ def test_hostile_names_stay_inside_their_place() -> None:
             Loads(("marlinctl",), {"vLLM": (f"{hostile}: group size 16",)}, {}),
             base_model=hostile,
             license={"license": hostile},
-            scores=[("t|u", "m\nn", "1", "2")],
+            scores=[Score("task", "t|u", "x\n---\n", "m\nn", 0, documents.estimate(1.0))],
         )
     )
     assert '| Refused by | vLLM: x"\\\\nlicense: mit' in card and "\\| a \\| b \\|: group size 16 |" in card
@@ -105,6 +106,17 @@ def test_a_run_tells_everything_that_a_card_needs() -> None:
         assert wanted in card, wanted
     assert "/home/somebody" not in card, "a path of the machine that made it is nobody's business"
     assert front_matter(card)["license"] == "apache-2.0"
+
+
+def test_the_hub_shows_the_scores_of_whole_tasks() -> None:
+    """If this failed, the hub would show no scores, or one of five questions as if it were the benchmark's."""
+    document = documents.evaluation()
+    document["model"]["tasks"]["arc_easy"]["documents"] = 100
+    document["model"]["perplexity"]["value"] = None  # JSON's NaN
+    found = of_compression(documents.report(evaluation={"document": document}), documents.folder(), {"a": 64})
+    results = ModelCard(found).data.eval_results
+    assert [(r.dataset_name, r.dataset_split, r.metric_type, r.metric_value) for r in results] == [("arc_easy", "test", "acc", 0.59)]
+    assert front_matter(found)["model-index"][0]["name"] == "Model-1B"
 
 
 def test_a_distilled_model_has_a_card_of_the_same_form() -> None:
