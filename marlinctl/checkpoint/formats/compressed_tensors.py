@@ -183,6 +183,8 @@ def _second_reading(tensors: Mapping[str, Tensor], n: int, k: int, group_size: i
 
 def _limits(packed: Packed, program: str) -> list[str]:
     """What a program's own look-up of the scheme of fused experts does not find."""
+    if program == TRANSFORMERS_CT:
+        return _limits_of_transformers(packed)
     if not packed.experts:
         return []
     first, sizes = packed.experts[0], sorted(set(packed.sizes.values()))
@@ -191,7 +193,7 @@ def _limits(packed: Packed, program: str) -> list[str]:
         return [f"{first}: SGLang finds the scheme of experts only where a model has one for all linears, and this has {text}"]
     if program == VLLM and first.rpartition(".")[2] in _MIXTRAL and (len(sizes) > 1 or packed.sixteen_bit_experts):
         return [f"{first}: vLLM finds the scheme of experts of this name only where a model has one for all linears, experts included"]
-    return _limits_of_transformers(packed) if program == TRANSFORMERS_CT else []
+    return []
 
 
 def _limits_of_transformers(packed: Packed) -> list[str]:
