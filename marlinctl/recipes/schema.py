@@ -33,7 +33,7 @@ from marlinctl.system.log import redacted
 
 DEFAULT = "int4"
 _FLAG_NAMES = {"source": "--calibration", "formats": "--format/--also", "overrides": "--override"}  # of keys whose flag is called otherwise
-MAXIMUM_BYTES = 1 << 20
+MAXIMUM_BYTES = 1 << 17  # 2,000 overrides; the worst text of that size takes 11 s to read, one of a megabyte 90
 _SECTIONS = ("quantize", "sparsify", "calibration", "pack", "evaluate")  # whose keys `with_sections` knows
 
 GroupSize = Literal[128, 64, 32, -1]

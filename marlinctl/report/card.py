@@ -1,12 +1,13 @@
 """README.md of a published folder: the model card that people and the hub read.
 
-It lies outside the manifest, so scores can be added later without touching the model. What it says of a run comes from the run's JSON; what
+Its front matter is huggingface_hub's: the hub links the original and shows the scores from it
+(`model-index`), those of whole tasks. It lies outside the manifest, so
+scores can be added later without touching the model. What it says of a run comes from the run's JSON; what
 `pack` knows of a foreign folder is less, and every line that nothing is known for stays out.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,18 +20,19 @@ from marlinctl.checkpoint.mask import NAME as MASK_FILE
 from marlinctl.checkpoint.runtimes import Loads
 from marlinctl.report.markdown import code, listing, table, text
 from marlinctl.report.page import Cell, Name, Table
-from marlinctl.report.scores import figure, scores
+from marlinctl.report.scores import Score, figure, finite, scores
 from marlinctl.system.log import redact
 
 if TYPE_CHECKING:
     from marlinctl.report.provenance import Folder
 
+_TASK = "text-generation"
 Row = tuple[str, Cell]
 
 
 @dataclass(frozen=True, slots=True)
 class CardFacts:
-    """What the card says. `scores`: rows of (measured on, metric, value, value of the original or '')."""
+    """What the card says."""
 
     fmt: Format
     layers: Mapping[str, int]  # quantized linears -> group size, -1 for whole rows
@@ -40,7 +42,7 @@ class CardFacts:
     base_model: str | None = None  # a hub id; a local path is nobody's business
     license: Mapping[str, str] | None = None  # of the original: license, license_name, license_link
     made_from: Sequence[Row] = field(default=())  # data, seeds, versions, digests
-    scores: Sequence[tuple[str, str, str, str]] = field(default=())
+    scores: Sequence[Score] = field(default=())
     measured: Sequence[str] = field(default=())  # on which text, and what must not be overlooked
     two_of_four: bool = False  # pruned to 2:4
 
@@ -61,7 +63,7 @@ def of_compression(report: Mapping[str, Any], folder: Folder, layers: Mapping[st
         base_model=source["name"] if source["kind"] == "hub" else hub_ancestor(folder),
         license=source.get("license"),
         made_from=card_rows(report, folder),
-        scores=_score_rows(document) if document else (),
+        scores=scores(document) if document else (),
         measured=[line.strip() for line in notes(document)] if document else (),
         two_of_four=report["sparse"] > 0,
     )
@@ -87,7 +89,7 @@ def of_training(report: Mapping[str, Any], folder: Folder) -> str:
     ]
     losses = held_out(report["held_out"])
     assert isinstance(losses, Table)
-    lines = [*_front_matter(original, teacher.get("license"), tags, relation="finetune"), "", f"# {_named(original)}: {title}", ""]
+    lines = [_front_matter(original, teacher.get("license"), tags, relation="finetune"), "", f"# {text(_named(original))}: {title}", ""]
     lines += [table(("", ""), [row for row in rows if row[1]]), "", "## Held-out loss", "", table(losses.header, losses.rows), ""]
     return "\n".join([*lines, *_how(report["command"])])
 
@@ -95,17 +97,39 @@ def of_training(report: Mapping[str, Any], folder: Folder) -> str:
 def render(facts: CardFacts) -> str:
     """The card as Markdown with YAML front matter."""
     tags = [*facts.fmt.tags, *(["sparse"] if facts.two_of_four else [])]
-    front = _front_matter(facts.base_model, facts.license, tags, relation="quantized")
-    return "\n".join([*front, "", *_what(facts), *_scores(facts), *_how(facts.command)])
+    front = _front_matter(facts.base_model, facts.license, tags, relation="quantized", measured=facts.scores)
+    return "\n".join([front, "", *_what(facts), *_scores(facts), *_how(facts.command)])
 
 
-def _front_matter(base_model: str | None, licence: Mapping[str, str] | None, tags: Sequence[str], *, relation: str) -> list[str]:
-    """JSON strings are YAML strings, so nothing in a name can break out of the block."""
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+def _front_matter(
+    base_model: str | None, licence: Mapping[str, str] | None, tags: Sequence[str], *, relation: str, measured: Sequence[Score] = ()
+) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type=_TASK,
+            dataset_type=s.name,
+            dataset_name=s.name,
+            dataset_split=s.split if s.kind == "task" else None,
+            metric_type=s.metric,
+            metric_value=s.ours["value"],
+        )
+        for s in measured
+        if s.kind != "distance" and s.whole and s.ours is not None and finite(s.ours["value"])
+    ]
+    known: dict[str, Any] = {key: licence[key] for key in KEYS if licence and key in licence}
     if base_model:
-        lines += [f"base_model: {json.dumps(base_model)}", f"base_model_relation: {relation}"]
-    lines += [f"{key}: {json.dumps(licence[key])}" for key in KEYS if licence and key in licence]
-    return [*lines, "tags:", *(f"- {tag}" for tag in ["marlinctl", *tags]), "---"]
+        known |= {"base_model": base_model, "base_model_relation": relation}
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=_TASK,
+        tags=["marlinctl", *tags],
+        model_name=_named(base_model),
+        eval_results=results or None,
+        **known,
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _what(facts: CardFacts) -> list[str]:
@@ -127,28 +151,26 @@ def _what(facts: CardFacts) -> list[str]:
     if facts.ignore:
         lines += ["", f"Left at 16 bits: {_shorten(facts.ignore)}."]
     note = facts.fmt.note if facts.layers else ""
-    return [f"# {_named(facts.base_model)}: {title}", "", *lines, "", *([note] if note else [])]
+    return [f"# {text(_named(facts.base_model))}: {title}", "", *lines, "", *([note] if note else [])]
 
 
 def _named(base_model: str | None) -> str:
-    return text(base_model.rpartition("/")[2]) if base_model else "This model"
+    return base_model.rpartition("/")[2] if base_model else "This model"
 
 
 def _survivors(fmt: Format) -> str:
     return "the metadata says which" if fmt.needs_mask else f"{MASK_FILE} says which"
 
 
-def _score_rows(document: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    found = scores(document)
-    alone = {"distance": ""}
-    return [(s.name, s.metric, figure(s.ours, digits=s.digits), alone.get(s.kind, figure(s.baseline, digits=s.digits))) for s in found]
-
-
 def _scores(facts: CardFacts) -> list[str]:
     if not facts.scores:
         return []
-    rows = table(("Measured on", "Metric", "This model", "Original"), facts.scores)
-    return ["## Scores", "", rows, "", *(f"{text(line)}\n" for line in facts.measured)]
+    rows = [
+        (s.name, s.metric, figure(s.ours, digits=s.digits), "" if s.kind == "distance" else figure(s.baseline, digits=s.digits))
+        for s in facts.scores
+    ]
+    shown = table(("Measured on", "Metric", "This model", "Original"), rows)
+    return ["## Scores", "", shown, "", *(f"{text(line)}\n" for line in facts.measured)]
 
 
 def _how(command: str) -> list[str]:

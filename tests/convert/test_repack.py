@@ -107,7 +107,7 @@ def test_companions_provenance_and_origin_travel(packed: dict[str, Path], tmp_pa
     assert block["marlinctl"]["version"] != "test" and json.loads((out / "quantize_config.json").read_text()) == block
     card = (out / "README.md").read_text()
     assert "marlinctl pack ct out --format gptq" in card and "model.layers.1.self_attn.o_proj" in card
-    assert 'base_model: "org/Tiny"' in card and "0" * 64 in card
+    assert "base_model: org/Tiny" in card and "0" * 64 in card
 
 
 # ---- 2:4 -----------------------------------------------------------------------------------------------------------------------------
