@@ -146,7 +146,8 @@ def sparse_scales() -> str:
     )
 
 
-EXAMPLE = (((1, 3), (5, -2)), ((0, 1), (1, 2)), ((2, 3), (-8, 7)), ((0, 2), (3, -3)))  # kept columns of the first four groups of four in row 0, and their codes
+# kept columns of the first four groups of four in row 0, and their codes
+EXAMPLE = (((1, 3), (5, -2)), ((0, 1), (1, 2)), ((2, 3), (-8, 7)), ((0, 2), (3, -3)))
 
 
 def sparse_example() -> str:
