@@ -26,6 +26,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from marlinctl.errors import Problem, UsageError
+from marlinctl.quantize.scheme import Scheme
 from marlinctl.recipes.yaml_positions import Place, read_yaml
 from marlinctl.system.files import FileRefused, read_plain
 from marlinctl.system.log import redacted
@@ -123,6 +124,11 @@ class Recipe(_Section):
     pack: Pack
     evaluate: Evaluate
     distill: Distill
+
+    @property
+    def scheme(self) -> Scheme:
+        """What becomes of a linear for which nothing else is said."""
+        return Scheme(bits=self.quantize.bits, group_size=self.quantize.group_size, sparsity=self.sparsify.pattern)
 
     def canonical_json(self) -> str:
         """The same recipe gives the same text everywhere: sorted keys, no spaces, ASCII."""

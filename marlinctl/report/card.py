@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from marlinctl import __version__
+from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.licence import KEYS, spoken
 from marlinctl.checkpoint.mask import NAME as MASK_FILE
 from marlinctl.checkpoint.runtimes import Loads
@@ -24,26 +25,6 @@ from marlinctl.system.log import redact
 if TYPE_CHECKING:
     from marlinctl.report.provenance import Folder
 
-_TITLES = {
-    "ct": "4-bit weights, compressed-tensors `pack-quantized`",
-    "gptq": "4-bit weights, GPTQ v1",
-    "marlin": "4-bit weights, native MARLIN tiles of marlinctl",
-    "marlin_24": "4-bit weights, 2:4, native Sparse-MARLIN tiles of marlinctl",
-    "dense": "16-bit copy of a 4-bit model",
-}
-_TAGS = {
-    "ct": ["compressed-tensors", "int4"],
-    "gptq": ["gptq", "int4"],
-    "marlin": ["marlin", "int4"],
-    "marlin_24": ["marlin", "int4"],
-}
-_NATIVE_NOTE = "Plain transformers finds no model file in this folder, on purpose: it would fill the packed layers with random numbers.\n"
-_NOTES = {
-    "marlin": _NATIVE_NOTE,
-    "marlin_24": _NATIVE_NOTE,
-    "dense": "Every linear holds float16(code * scale). The product is rounded to 11 significant bits, so logits are close to those of the "
-    "packed model and not equal to them.\n",
-}
 Row = tuple[str, Cell]
 
 
@@ -51,7 +32,7 @@ Row = tuple[str, Cell]
 class CardFacts:
     """What the card says. `scores`: rows of (measured on, metric, value, value of the original or '')."""
 
-    fmt: str
+    fmt: Format
     layers: Mapping[str, int]  # quantized linears -> group size, -1 for whole rows
     ignore: Sequence[str]  # linears left 16-bit
     command: str  # the exact command line, with output paths as the person gave them
@@ -92,11 +73,11 @@ def of_training(report: Mapping[str, Any], folder: Folder) -> str:
     from marlinctl.report.provenance import training_rows
     from marlinctl.report.training import held_out, trained
 
-    title = "4-bit weights, compressed-tensors `pack-quantized`" if folder.fmt == "ct" else "16-bit weights"
+    title = folder.fmt.title if folder.fmt.quantized else "16-bit weights"
     title += ", 2:4 sparse" if report["sparse_linears"] else ""
     teacher = report["teacher"]
     original = teacher["name"] if teacher["kind"] == "hub" else None
-    tags = ["distillation", *_TAGS.get(folder.fmt, []), *(["sparse"] if report["sparse_linears"] else [])]
+    tags = ["distillation", *folder.fmt.tags, *(["sparse"] if report["sparse_linears"] else [])]
     rows: list[Row] = [
         ("Trained", f"{trained(report)}, towards the original"),
         ("Original", Name(original) if original else ""),
@@ -113,7 +94,7 @@ def of_training(report: Mapping[str, Any], folder: Folder) -> str:
 
 def render(facts: CardFacts) -> str:
     """The card as Markdown with YAML front matter."""
-    tags = [*_TAGS.get(facts.fmt, []), *(["sparse"] if facts.two_of_four else [])]
+    tags = [*facts.fmt.tags, *(["sparse"] if facts.two_of_four else [])]
     front = _front_matter(facts.base_model, facts.license, tags, relation="quantized")
     return "\n".join([*front, "", *_what(facts), *_scores(facts), *_how(facts.command)])
 
@@ -130,7 +111,7 @@ def _front_matter(base_model: str | None, licence: Mapping[str, str] | None, tag
 def _what(facts: CardFacts) -> list[str]:
     sizes = Counter(facts.layers.values())
     groups = ", ".join(f"{'whole rows' if size == -1 else size} ({count} linears)" for size, count in sizes.most_common())
-    title = _TITLES[facts.fmt] if facts.layers else "16-bit weights, pruned to 2:4"  # nothing quantized: `sparsify` without --bits 4
+    title = facts.fmt.title if facts.layers else "16-bit weights, pruned to 2:4"  # nothing quantized: `sparsify` without --bits 4
     rows: list[Row] = [
         ("Format", title.replace("`", "")),
         ("Quantized", f"{len(facts.layers)} linears, int4 symmetric, codes -8..7 times one scale per group" if facts.layers else ""),
@@ -145,7 +126,7 @@ def _what(facts: CardFacts) -> list[str]:
     lines = [table(("", ""), [row for row in rows if row[1]])]
     if facts.ignore:
         lines += ["", f"Left at 16 bits: {_shorten(facts.ignore)}."]
-    note = _NOTES.get(facts.fmt) if facts.layers else None
+    note = facts.fmt.note if facts.layers else ""
     return [f"# {_named(facts.base_model)}: {title}", "", *lines, "", *([note] if note else [])]
 
 
@@ -153,8 +134,8 @@ def _named(base_model: str | None) -> str:
     return text(base_model.rpartition("/")[2]) if base_model else "This model"
 
 
-def _survivors(fmt: str) -> str:
-    return "the metadata says which" if fmt == "marlin_24" else f"{MASK_FILE} says which"
+def _survivors(fmt: Format) -> str:
+    return "the metadata says which" if fmt.needs_mask else f"{MASK_FILE} says which"
 
 
 def _score_rows(document: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
