@@ -202,4 +202,4 @@ def after_distilling() -> Folder:
         "fingerprint": {"files": {"a": "3"}},
         "made_from": {"source": pruned, "teacher": original},
     }
-    return Folder("ct", {"source": distilled}, "f" * 64, loads())
+    return Folder(FORMATS["ct"], {"source": distilled}, "f" * 64, loads())

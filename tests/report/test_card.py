@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from marlinctl.checkpoint.formats.registry import FORMATS
 from marlinctl.checkpoint.runtimes import Loads
 from marlinctl.report.card import CardFacts, of_compression, of_training, render
 from marlinctl.report.page import Name
@@ -19,7 +20,7 @@ def front_matter(card: str) -> dict[str, Any]:
 
 
 FACTS = CardFacts(
-    "ct",
+    FORMATS["ct"],
     {"model.layers.0.mlp.up_proj": 128, "model.layers.0.mlp.down_proj": 128, "model.layers.1.mlp.down_proj": -1},
     [f"skipped_{i}" for i in range(9)],
     "marlinctl quantize org/Model OUT --recipe int4",
@@ -59,7 +60,7 @@ def test_the_card_says_what_was_done() -> None:
 @pytest.mark.parametrize("fmt", ["ct", "gptq", "marlin", "dense"])
 def test_a_card_without_optional_facts_is_whole(fmt: str) -> None:
     """Foreign input comes without base model, recipe and scores: no `None` may stand in the card."""
-    card = render(CardFacts(fmt, {"a": 64}, ["lm_head"], "marlinctl pack IN OUT", documents.loads(fmt)))
+    card = render(CardFacts(FORMATS[fmt], {"a": 64}, ["lm_head"], "marlinctl pack IN OUT", documents.loads(fmt)))
     assert "None" not in card and "## Scores" not in card and front_matter(card).keys() == {"library_name", "pipeline_tag", "tags"}
     assert ("finds no model file" in card) is (fmt == "marlin")
     assert ("rounded to 11" in card) is (fmt == "dense")
@@ -70,7 +71,7 @@ def test_hostile_names_stay_inside_their_place() -> None:
     hostile = 'x"\nlicense: mit\n---\n| a | b |'
     card = render(
         CardFacts(
-            "ct",
+            FORMATS["ct"],
             {"a": 64},
             ["l|m"],
             "run ``` now",
