@@ -266,18 +266,7 @@ def _check_pattern(source: Source, console: Console) -> None:
         if source.masks is None
         else f"2:4: {source.masks.where} says which weights of {len(source.masks.layers)} linears survived"
     )
-    problems: dict[str, list[Problem]] = {}
-    with console.progress("check the 2:4 pattern", len(source.info.layers) + len(source.carried)) as progress:
-        for layer in (*source.info.layers, *source.carried):
-            try:
-                source.keep(layer)
-            except BadInput as refused:
-                if refused.error_id not in sparsity.REFUSALS:
-                    raise
-                problems.setdefault(refused.error_id, []).extend(refused.problems)
-            progress.advance()
-    if problems:
-        raise BadInput.from_problems(next(iter(problems)), [problem for found in problems.values() for problem in found])
+    sparsity.refuse(sparsity.contradictions([*source.info.layers, *source.carried], source.keep, console))
 
 
 def written_bytes(source: Source, fmt: Format) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from marlinctl.checkpoint import findings
+from marlinctl.checkpoint import findings, sparsity
 from marlinctl.checkpoint import mask as masks
 from marlinctl.checkpoint.contents import Contents, Noted, read_contents
 from marlinctl.checkpoint.folder import examine
@@ -196,21 +196,12 @@ def _open_pattern(student: Model, console: Console, stack: ExitStack) -> Pattern
 
 def _check_pattern(student: Model, pattern: Pattern, console: Console) -> None:
     """Every mask is 2:4, and what it prunes is zero. Lists all linears where that does not hold."""
-    problems: list[Problem] = []
-    first_id = ""
-    with console.progress("check the 2:4 pattern", len(pattern.shapes)) as progress:
-        for layer in pattern.shapes:
-            try:
-                _check_layer(student, pattern, layer)
-            except BadInput as error:
-                first_id = first_id or error.error_id
-                problems += error.problems
-            progress.advance()
-    if problems and not pattern.from_file and len(problems) == len(pattern.shapes):
-        what = f"the student is not pruned: none of its {len(problems)} linears is 2:4"
+    problems = sparsity.contradictions(pattern.shapes, lambda layer: _check_layer(student, pattern, layer), console)
+    count = sum(len(several) for several in problems.values())
+    if count and not pattern.from_file and count == len(pattern.shapes):
+        what = f"the student is not pruned: none of its {count} linears is 2:4"
         raise BadInput("E370", what, where=str(student.source.folder), fix=_SPARSIFY)
-    if problems:
-        raise BadInput.from_problems(first_id, problems)
+    sparsity.refuse(problems)
 
 
 def _check_layer(student: Model, pattern: Pattern, layer: str) -> None:

@@ -234,21 +234,15 @@ def check_pattern(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None,
         return None
     if masks is not None:
         _raise("E112", sparsity.strangers(sparsity.shapes(checkpoint, info), info, masks))
-    problems: list[Problem] = []
-    zero = 0
-    with console.progress("check the 2:4 pattern", len(stated.linears)) as progress:
-        for layer in stated.linears:
-            try:
-                weight, keep = sparsity.weight_and_keep(checkpoint, info, layer, masks)
-            except BadInput as refused:
-                if refused.error_id not in sparsity.REFUSALS:
-                    raise
-                problems += refused.problems
-            else:
-                zero += 0 if keep is None else int(((weight == 0) & keep).sum())
-            progress.advance()
-    _raise("E111", problems)
-    return {"origin": stated.origin, "linears": len(stated.linears), "zero_survivors": zero}
+    zeros: dict[str, int] = {}
+
+    def read(layer: str) -> None:
+        weight, keep = sparsity.weight_and_keep(checkpoint, info, layer, masks)
+        zeros[layer] = 0 if keep is None else int(((weight == 0) & keep).sum())
+
+    problems = sparsity.contradictions(stated.linears, read, console)
+    _raise("E111", [problem for several in problems.values() for problem in several])
+    return {"origin": stated.origin, "linears": len(stated.linears), "zero_survivors": sum(zeros.values())}
 
 
 def _second_reading(checkpoint: Checkpoint, info: FormatInfo, layer: str) -> Tensor:
