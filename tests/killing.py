@@ -13,11 +13,13 @@ functions of the system, and the two that write the journal, are replaced by dou
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,8 +28,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tests.blank import blank_pictures
 from tests.faults.machines import STATES
 from tests.test_architecture import ROOT
+from tests.tiny import make_tiny
 
 _CALLS = ("fsync", "rename", "replace", "unlink", "truncate", "mkdir")
 _FAILING = ("fsync", "rename", "replace", "truncate", "mkdir", "pwrite", "posix_fallocate")
@@ -95,10 +99,26 @@ def _serve() -> None:
     torch.set_num_threads(1)  # a fork has no threads but its own
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    for line in sys.stdin:
-        asked = json.loads(line)
-        answers.write(json.dumps(_fork(**asked)) + "\n")
-        answers.flush()
+    with blank_pictures():
+        _warm()
+        gc.freeze()  # neither looked at nor copied by a fork
+        for line in sys.stdin:
+            asked = json.loads(line)
+            answers.write(json.dumps(_fork(**asked)) + "\n")
+            answers.flush()
+
+
+def _warm() -> None:
+    """One run, so that forks find what the first run of a process makes: late imports, compiled patterns, tables of transformers."""
+    from marlinctl.cli import main
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_tiny(folder / "model")
+        (folder / "text.txt").write_text("Some words that are read to see what a layer gets. " * 40)
+        walk = ["--calibration", str(folder / "text.txt"), "--samples", "2", "--sequence-length", "32", "--group-size", "32", "-q"]
+        (folder / "small.yaml").write_text("extends: int4\nquantize: {refine: 0}\ncalibration: {minimum_tokens: 16}\n")
+        assert main(["quantize", str(folder / "model"), str(folder / "out"), "--recipe", str(folder / "small.yaml"), *walk]) == 0
 
 
 def _fork(arguments: list[str], at: str, n: int, environment: dict[str, str | None], machine: list[str]) -> dict[str, Any]:

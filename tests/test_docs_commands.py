@@ -2,7 +2,8 @@
 
 A command is run as it stands: the folder in which it runs holds, under the very names that the page uses, a tiny model of the kind that is
 meant (dense, 2:4, quantized, packed). Only what decides the time is made small: tokens, samples, tasks. Commands that differ in nothing but
-names and sizes are run once.
+names and sizes are run once; every line is parsed, and those that together have every option, format and task set of a verb are run at
+once, the rest with `-m slow`.
 """
 
 from __future__ import annotations
@@ -173,6 +174,29 @@ def once() -> list[Shown]:
     return list(found.values())
 
 
+def traits(item: Shown) -> set[tuple[str, str]]:
+    """What a run of this command would show of its verb: options, words of a choice, kinds of models, and that it runs without options."""
+    parts = arguments(item)
+    verb = " ".join(parts[:2]) if parts[0] in ("recipes", "completion") else parts[0]
+    options = {word for word in parts[1:] if word.startswith("-")}
+    choices = {"ct", "gptq", "marlin", "marlin_24", "dense", "sparse-int4", "wanda", "scales"} & set(parts)
+    return {(verb, trait) for trait in (options or {"no option"}) | choices | set(models(parts).values())}
+
+
+def split() -> tuple[list[Shown], list[Shown]]:
+    """The commands that together show every trait of every verb, those with most first, and the others."""
+    quick, seen = [], set[tuple[str, str]]()
+    items = once()
+    for item in sorted(items, key=lambda item: -len(traits(item))):
+        if not traits(item) <= seen:
+            quick.append(item)
+            seen |= traits(item)
+    return quick, [item for item in items if item not in quick]
+
+
+QUICK, OTHERS = split()
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One tiny model of each kind, and everything else that the pages name."""
@@ -198,7 +222,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("item", once(), ids=lambda item: f"{item.where}: {item.line}")
+@pytest.mark.parametrize(
+    "item", [*QUICK, *(pytest.param(item, marks=pytest.mark.slow) for item in OTHERS)], ids=lambda item: f"{item.where}: {item.line}"
+)
 def test_what_the_docs_show_works(item: Shown, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A command that is copied from a page and fails is the end of somebody's patience."""
     monkeypatch.chdir(tmp_path)

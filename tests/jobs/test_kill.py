@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,7 +76,7 @@ def published(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(tmp_path_factory: pytest.TempPathFactory, runner: Runner) -> Place:
     root = tmp_path_factory.mktemp("kill")
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
     make_tiny(root / "model", **sizes)
@@ -87,11 +86,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     for name, extends, tokens in (("int4", "int4", 384), ("sparse", "sparse-int4", 0)):
         given = {"extends": extends, "tokens": tokens, "text": root / "text.txt", "words": root / "words.txt"}
         (root / f"{name}.yaml").write_text(SMALL.format(**given))
-    with Runner() as runner:
-        made = Place(root, runner)
-        ended = made.run(made.arguments("quantize", root / "packed"))
-        assert ended.code == 0, ended.told
-        yield made
+    made = Place(root, runner)
+    ended = made.run(made.arguments("quantize", root / "packed"))
+    assert ended.code == 0, ended.told
+    return made
 
 
 def go_on(place: Place, verb: str, out: Path) -> None:
