@@ -12,14 +12,10 @@ import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.blank import blank_pictures
-
-if TYPE_CHECKING:
-    from tests.killing import Runner
 
 # Before any test imports a hub client: no test may depend on the network.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
@@ -86,12 +82,3 @@ def pictures(request: pytest.FixtureRequest) -> Iterator[None]:
             yield
     else:
         yield
-
-
-@pytest.fixture(scope="session")
-def runner() -> Iterator[Runner]:
-    """The process that forks for each command line: seconds to start, so there is one for each worker."""
-    from tests.killing import Runner
-
-    with Runner() as made:
-        yield made

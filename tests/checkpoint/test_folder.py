@@ -37,8 +37,8 @@ from marlinctl.oneshot.open import Options, open_model
 from marlinctl.oneshot.run import run_job
 from marlinctl.planning.plan import Settings, make_plan
 from marlinctl.recipes.schema import Recipe, load_recipe, resolve
-from marlinctl.report import rewrite
 from marlinctl.report.files import JSON
+from marlinctl.report.rewrite import rewrite
 from marlinctl.system.console import Console
 from marlinctl.verify import run as verify
 from marlinctl.verify.inspect import inspect

@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import pytest
 
+from tests import killing
 from tests.distillation.runs import write_text
-from tests.killing import Ended, Runner
+from tests.killing import Ended
 from tests.oneshot.test_run import TEXT
 from tests.pruned import prune
 from tests.tiny import make_tiny
@@ -37,7 +38,6 @@ class Place(NamedTuple):
     """What all runs read, what each verb is asked, and what it gives when it is left alone."""
 
     root: Path
-    runner: Runner
 
     def arguments(self, verb: str, out: Path) -> list[str]:
         root = self.root
@@ -57,7 +57,7 @@ class Place(NamedTuple):
         return [*asked[verb], "-q"]
 
     def run(self, arguments: list[str], *, at: str = "", n: int = 0) -> Ended:
-        return self.runner.run(arguments, at=at, n=n)
+        return killing.run(arguments, at=at, n=n)
 
     def whole(self, verb: str) -> dict[str, str]:
         """What a run that nobody disturbs publishes."""
@@ -76,7 +76,7 @@ def published(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, runner: Runner) -> Place:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     root = tmp_path_factory.mktemp("kill")
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
     make_tiny(root / "model", **sizes)
@@ -86,7 +86,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, runner: Runner) -> Place:
     for name, extends, tokens in (("int4", "int4", 384), ("sparse", "sparse-int4", 0)):
         given = {"extends": extends, "tokens": tokens, "text": root / "text.txt", "words": root / "words.txt"}
         (root / f"{name}.yaml").write_text(SMALL.format(**given))
-    made = Place(root, runner)
+    made = Place(root)
     ended = made.run(made.arguments("quantize", root / "packed"))
     assert ended.code == 0, ended.told
     return made
