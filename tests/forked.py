@@ -101,6 +101,7 @@ def _serve(control: socket.socket) -> None:
     import marlinctl.compress
     import marlinctl.distillation.run
     import marlinctl.evaluation.run  # noqa: F401
+    import tests.faults.machines  # noqa: F401
 
     torch.set_num_threads(1)  # a fork has no threads but its own
     with blank_pictures():
