@@ -13,7 +13,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from marlinctl import cli
+from marlinctl.errors import MarlinctlError
 from tests.blank import blank_pictures
 from tests.checkpoint.gguf import test_gguf
 from tests.evaluation.local_copies import saved_layout
@@ -263,3 +264,28 @@ def test_every_command_is_run_or_has_a_reason_and_every_reason_a_command() -> No
             arguments(item)
     assert [pattern for pattern in REASONS if not any(re.search(pattern, item.line) for item in found)] == []
     assert len(once()) > 40
+
+
+def parse(parts: list[str]) -> None:
+    """As main does it, without running anything."""
+    with suppress(click.exceptions.Exit), cli.marlinctl.make_context("marlinctl", list(parts), obj=[]) as context:  # --version ends here
+        command: click.Command = cli.marlinctl
+        while isinstance(command, click.Group):
+            name, found, words = command.resolve_command(context, [*context._protected_args, *context.args])
+            assert found is not None
+            command, context = found, found.make_context(name, words, parent=context)
+
+
+def test_what_the_docs_show_are_command_lines() -> None:
+    """An option that was renamed, a word for a number, an argument too many: in lines that nobody runs here, too."""
+    wrong = []
+    for item in shown():
+        if item.line.startswith("marlinctl "):
+            try:
+                parse(arguments(item))
+            except (click.ClickException, MarlinctlError) as error:
+                wrong.append(f"{item.where}: {item.line}: {error}")
+    assert wrong == []
+    for line in ("quantise a b", "quantize a b c", "quantize a b --groupsize 3", "pack a b --tp many", "recipes ls --group-size 3"):
+        with pytest.raises((click.ClickException, MarlinctlError)):
+            parse(line.split())

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 import torch
@@ -77,10 +78,8 @@ def run(command: list[str], check: bool = False) -> subprocess.CompletedProcess[
     return start(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=check)
 
 
-def launched(place: Path, how: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """Two processes with the variables that `accelerate launch` would give them, without the seconds that it takes: it starts the sharded
-    processes of two tests.
-    """
+def processes(place: Path, how: str, arguments: list[str], out: IO[str], err: IO[str]) -> list[Any]:
+    """Two of them with the variables that `accelerate launch` would give them, without the seconds that it takes to start."""
     with socket.socket() as any_port:
         any_port.bind(("127.0.0.1", 0))
         port = any_port.getsockname()[1]
@@ -89,16 +88,20 @@ def launched(place: Path, how: str, arguments: list[str]) -> subprocess.Complete
         asked, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(place / "fsdp.yaml"), LAUNCHED]))
         shared |= {name: value for name, value in prepare_multi_gpu_env(asked).items() if name.startswith(("ACCELERATE_", "FSDP_"))}
     program = [LAUNCHED] if how == "sharded" else ["-m", "marlinctl"]
+    return [
+        forked.Popen(
+            [sys.executable, *program, *arguments], cwd=ROOT, stdout=out, stderr=err, text=True,
+            env=ENVIRONMENT | shared | {"RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    ]  # fmt: skip
+
+
+def launched(place: Path, how: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        jobs = [
-            forked.Popen(
-                [sys.executable, *program, *arguments], cwd=ROOT, stdout=out, stderr=err, text=True,
-                env=ENVIRONMENT | shared | {"RANK": rank, "LOCAL_RANK": rank},
-            )
-            for rank in "01"
-        ]  # fmt: skip
-        codes = [job.wait(timeout=200) for job in jobs]
-        out.seek(0), err.seek(0)
+        codes = [job.wait(timeout=200) for job in processes(place, how, arguments, out, err)]
+        out.seek(0)
+        err.seek(0)
         return subprocess.CompletedProcess(arguments, max(codes, key=abs), out.read(), err.read())
 
 
@@ -140,21 +143,27 @@ def test_two_processes_train_the_same_model(place: Path, tmp_path: Path, alone: 
     assert not (tmp_path / "out.job").exists()
 
 
-def test_a_sharded_job_goes_on_alone(place: Path, tmp_path: Path, alone: dict[str, Path]) -> None:
+@pytest.mark.parametrize("start", ["two processes", pytest.param("accelerate launch", marks=pytest.mark.slow)])
+def test_a_sharded_job_goes_on_alone(place: Path, tmp_path: Path, start: str) -> None:
     """A state is whole, whoever wrote it: begun by two sharded processes, stopped by SIGTERM, finished by one."""
     out = tmp_path / "out"
-    arguments = [*launcher(place, "sharded"), *command(place, out, "--micro-batch", "4", tokens=12800)]
-    process = subprocess.Popen(
-        arguments, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
-    )
-    deadline = time.monotonic() + 150
-    while not (tmp_path / "out.job" / "state.json").exists():
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGTERM)
-    _, told = process.communicate(timeout=100)
-    assert process.returncode != 0 and "to go on: accelerate launch ... -m marlinctl resume" in told, told[-3000:]
+    arguments = command(place, out, "--micro-batch", "4", tokens=12800)
+    with (tmp_path / "told").open("w+") as told, (tmp_path / "result").open("w") as result:
+        if start == "two processes":
+            jobs = processes(place, "sharded", arguments, result, told)
+        else:
+            whole_command = [*launcher(place, "sharded"), *arguments]
+            jobs = [subprocess.Popen(whole_command, cwd=ROOT, env=ENVIRONMENT, stderr=told, stdout=result, start_new_session=True)]
+        deadline = time.monotonic() + 150
+        while not (tmp_path / "out.job" / "state.json").exists():
+            assert jobs[0].poll() is None, (tmp_path / "told").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for job in jobs:
+            job.send_signal(signal.SIGTERM) if start == "two processes" else os.killpg(job.pid, signal.SIGTERM)
+        assert all(job.wait(timeout=100) != 0 for job in jobs)
+    heard = (tmp_path / "told").read_text()
+    assert "to go on: accelerate launch ... -m marlinctl resume" in heard, heard[-3000:]
     saved = json.loads((tmp_path / "out.job" / "state.json").read_text())["step"]
     assert 5 <= saved < 50
     finished = run([sys.executable, "-m", "marlinctl", *command(place, out, "--micro-batch", "4", "--resume", tokens=12800)])
