@@ -23,7 +23,7 @@ from typing import Any
 from marlinctl.checkpoint import manifest
 from marlinctl.checkpoint.contents import read_contents
 from marlinctl.checkpoint.folder import examine
-from marlinctl.checkpoint.formats.registry import detect
+from marlinctl.checkpoint.formats.registry import INTERCHANGE, detect
 from marlinctl.checkpoint.manifest import check as check_manifest
 from marlinctl.checkpoint.ownership import leave_results
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
@@ -38,12 +38,14 @@ from marlinctl.evaluation.settings import EvalSettings
 from marlinctl.jobs.journal import JOB, JobFolder, Place, Request, sha256_of
 from marlinctl.oneshot.open import Options, check_request
 from marlinctl.oneshot.run import published_report, run_job, versions
-from marlinctl.planning.preflight import check_lengths
+from marlinctl.planning.preflight import check_lengths, formats_of
 from marlinctl.recipes.schema import Recipe, divided, recipe_hash
 from marlinctl.report.files import report_files
 from marlinctl.system.atomic import canonical, write_bytes, write_document
 from marlinctl.system.console import Console
 from marlinctl.verify.run import verify
+
+_CT = INTERCHANGE.name  # the folder of the 4-bit checkpoint in the job, from which the other formats are packed
 
 
 class _CompressJob(JobFolder):
@@ -109,16 +111,16 @@ def run_compress(
         else:
             job.begin(facts, inputs={"model": contents.document()})
         work = job.path
-        packed = [name for fmt in places if fmt != "ct" for name in (fmt, f"{fmt}.job")]
+        packed = [name for fmt in places if fmt != _CT for name in (fmt, f"{fmt}.job")]
         if options.redo_from is not None:
-            for made in ("ct", *packed):
+            for made in (_CT, *packed):
                 shutil.rmtree(work / made, ignore_errors=True)
         _note_recipe(work, (divided(recipe) or (recipe,))[-1], packed)
         inner = replace(options, keep_job=False, overwrite=False)
         report = _interchange(model, source, work, recipe, inner, console)
         for fmt in places:
-            if fmt != "ct" and not (work / fmt).is_dir():
-                repack(work / "ct", work / fmt, format=fmt, console=console, resume=(work / f"{fmt}.job" / JOB).is_file())
+            if fmt != _CT and not (work / fmt).is_dir():
+                repack(work / _CT, work / fmt, format=fmt, console=console, resume=(work / f"{fmt}.job" / JOB).is_file())
         report = {
             **report,
             "kind": "compress",
@@ -132,14 +134,14 @@ def run_compress(
         if looking is not None:
             try:
                 with job.measuring():
-                    report["evaluation"] = looking(work / "ct", source)
+                    report["evaluation"] = looking(work / _CT, source)
             except GateRefused:
                 kept = keep_rejected(work, job.out)
                 leave_results(kept)
                 console.warn(f"not published; the result is kept in {kept}")
                 raise
         for fmt in places:
-            _write_reports(work / fmt, fmt, report)
+            _write_reports(work / fmt, report)
         stages = [Place(work / fmt, place.resolve(), options.overwrite) for fmt, place in places.items()]
         job.publish(stages, keep=options.keep_job)
     return report
@@ -167,7 +169,7 @@ def _note_recipe(work: Path, recipe: Recipe, packed: Iterable[str]) -> None:
     recipe.yaml and the recipe's hash in config.json and manifest; what was packed from it is packed again. What a kill leaves half done
     is done again. The codes are those of this recipe: in all but its section `evaluate` it is the one that made them (JobFolder.check).
     """
-    made = work / "ct"
+    made = work / _CT
     data = recipe.to_yaml().encode()
     if not made.is_dir() or manifest.describes(made, "recipe.yaml", data):
         return
@@ -198,9 +200,9 @@ def _check_places(places: Iterable[Path], options: Options, sources: list[Path],
 
 def _interchange(model: str, source: Source, work: Path, recipe: Recipe, options: Options, console: Console) -> dict[str, Any]:
     """The 4-bit checkpoint in the interchange form, as work/ct, by one walk or by three stages."""
-    parts, formats = divided(recipe), recipe.pack.formats
+    parts, formats = divided(recipe), formats_of(recipe)
     if parts is None:
-        return _stage(work / "ct", options, lambda inner: run_job(model, work / "ct", recipe, inner, console, published=formats)[0])
+        return _stage(work / _CT, options, lambda inner: run_job(model, work / _CT, recipe, inner, console, published=formats)[0])
     from marlinctl.distillation.run import run_distill
 
     pruning, quantizing = parts
@@ -216,9 +218,7 @@ def _interchange(model: str, source: Source, work: Path, recipe: Recipe, options
     with suppress(FileNotFoundError):
         shutil.rmtree(pruned_at)
     at_hand = replace(options, revision=None)
-    report = _stage(
-        work / "ct", at_hand, lambda inner: run_job(str(distilled_at), work / "ct", quantizing, inner, console, published=())[0]
-    )
+    report = _stage(work / _CT, at_hand, lambda inner: run_job(str(distilled_at), work / _CT, quantizing, inner, console, published=())[0])
     pruned = json.loads((work / "pruned.json").read_text("utf-8"))
     stages = {
         "pruned": {key: pruned[key] for key in ("error", "seconds", "layers")},
@@ -243,10 +243,10 @@ def _stage(folder: Path, options: Options, run: Callable[[Options], dict[str, An
     return run(replace(options, resume=again, redo_from=options.redo_from if again else None))
 
 
-def _write_reports(folder: Path, fmt: str, report: Mapping[str, Any]) -> None:
+def _write_reports(folder: Path, report: Mapping[str, Any]) -> None:
     """Card and report of each folder, with what was measured. They lie outside the manifest and may be rewritten."""
     with open_checkpoint(folder, weight_files="auto") as checkpoint:
-        layers = detect(checkpoint.config, checkpoint.tensors).layers
+        info = detect(checkpoint.config, checkpoint.tensors)
         report = {**report, "bytes": {**report["bytes"], "result": sum(info.nbytes for info in checkpoint.tensors.values())}}
-    for name, data in report_files(report, folder, fmt=fmt, layers=layers).items():
+    for name, data in report_files(report, folder, fmt=info.format, layers=info.layers).items():
         write_bytes(folder / name, data)

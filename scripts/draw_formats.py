@@ -81,7 +81,7 @@ def sparse_quads() -> str:
     pictures = ["".join("x" if i in pair else "." for i in range(4)) for pair in columns]
     return "\n".join(
         [
-            "columns k % 4 = 0123   " + "".join(f"{picture:>7}" for picture in pictures) + "     x survives",
+            "columns k % 4 = 0123   " + "".join(f"{picture:>7}" for picture in pictures) + "     x is kept",
             "first, second          " + "".join(f"{f'{first}, {second}':>7}" for first, second in columns),
             "nibble                 " + "".join(f"{f'0x{tile.meta_nibble(*pair):X}':>7}" for pair in columns),
         ]
@@ -89,9 +89,9 @@ def sparse_quads() -> str:
 
 
 def sparse_tile() -> str:
-    """Which lane and nibble hold each survivor of the 16 x 16 block that word 0 of every lane covers."""
+    """Which lane and nibble hold each kept weight of the 16 x 16 block that word 0 of every lane covers."""
     outputs = range(0, tile.TILE_N, 4)
-    lines = ["lane.nibble of survivor (c, n) in the words of j = 0; outputs n + j lie in word j of the same lane at the same nibble", ""]
+    lines = ["lane.nibble of kept weight (c, n) in the words of j = 0; outputs n + j lie in word j of the same lane at the same nibble", ""]
     lines.append("  c\\n" + "".join(f"{n:>6}" for n in outputs))
     for c in range(tile.TILE_K):
         places = [tile.sparse_place(c, n) for n in outputs]
@@ -102,15 +102,15 @@ def sparse_tile() -> str:
 def sparse_word() -> str:
     """What the eight nibbles of a word are, seen from its lane."""
     nibbles = range(tile.NIBBLES - 1, -1, -1)
-    survivors = [tile.sparse_survivor(0, 0, nibble) for nibble in nibbles]
+    kept = [tile.sparse_survivor(0, 0, nibble) for nibble in nibbles]
     return "\n".join(
         [
             "word j of lane t:  qweight[row, 128 block + 4t + j],   c0 = 16 row + 2 (t % 4),   n0 = 64 block + 8 (t // 4) + j",
             "",
             "bits    " + "".join(f"{f'{4 * i + 3}..{4 * i}':>8}" for i in nibbles),
             "nibble  " + "".join(f"{i:>8}" for i in nibbles),
-            "c - c0  " + "".join(f"{c:>8}" for c, _ in survivors),
-            "n - n0  " + "".join(f"{n:>8}" for _, n in survivors),
+            "c - c0  " + "".join(f"{c:>8}" for c, _ in kept),
+            "n - n0  " + "".join(f"{n:>8}" for _, n in kept),
         ]
     )
 
@@ -146,7 +146,8 @@ def sparse_scales() -> str:
     )
 
 
-EXAMPLE = (((1, 3), (5, -2)), ((0, 1), (1, 2)), ((2, 3), (-8, 7)), ((0, 2), (3, -3)))  # survivors of quads 0..3 of row 0, and their codes
+# kept columns of the first four groups of four in row 0, and their codes
+EXAMPLE = (((1, 3), (5, -2)), ((0, 1), (1, 2)), ((2, 3), (-8, 7)), ((0, 2), (3, -3)))
 
 
 def sparse_example() -> str:

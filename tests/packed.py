@@ -19,6 +19,7 @@ from torch import Tensor
 
 from marlinctl.checkpoint import mask, reader, writer
 from marlinctl.checkpoint.formats import registry
+from marlinctl.checkpoint.formats.registry import FORMATS
 from marlinctl.models.architectures import architecture
 from marlinctl.quantize.types import QuantizedLinear
 from marlinctl.sparsify.types import SparseQuantizedLinear
@@ -55,10 +56,13 @@ def make_packed(
     codes = {name: prune(name, rtn(checkpoint.read(f"{name}.weight"), size)) for name, size in sizes.items()}
     rest = [name for name in checkpoint.tensors if name.removesuffix(".weight") not in codes]
     ignore = registry.sixteen_bit_linears({name: checkpoint.tensors[name].shape for name in rest}, names)
-    config = {**checkpoint.config, "quantization_config": registry.quantization_config(fmt, sizes, ignore, {"version": "test"})}
+    config = {
+        **checkpoint.config,
+        "quantization_config": registry.quantization_config(FORMATS[fmt], sizes, ignore, {"version": "test"}),
+    }
     edit_config(config)
-    with writer.StagedCheckpoint(out, overwrite=False, fmt=fmt) as stage:
-        stage.write_shard({k: v for name, q in codes.items() for k, v in registry.linear_tensors(fmt, name, q).items()})
+    with writer.StagedCheckpoint(out, overwrite=False, fmt=FORMATS[fmt]) as stage:
+        stage.write_shard({k: v for name, q in codes.items() for k, v in registry.linear_tensors(FORMATS[fmt], name, q).items()})
         stage.copy_tensors(checkpoint, rest)
         stage.copy_companions(source)
         for name, keep in (masks or {}).items():

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from marlinctl.checkpoint.formats import registry
+from marlinctl.checkpoint.formats.registry import FORMATS
 from marlinctl.checkpoint.mask import NAME, SUFFIX, pack_bits
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.writer import StagedCheckpoint
@@ -57,9 +58,9 @@ def prune_and_quantize(source: Path, out: Path, *, group_size: int = 32, mask: b
     sizes = dict.fromkeys(names, group_size)
     rest = [name for name in checkpoint.tensors if name.removesuffix(".weight") not in codes]
     ignore = registry.sixteen_bit_linears({name: checkpoint.tensors[name].shape for name in rest}, names)
-    config = {**checkpoint.config, "quantization_config": registry.quantization_config("ct", sizes, ignore)}
-    with StagedCheckpoint(out, overwrite=False, fmt="ct") as staged:
-        staged.write_shard({k: v for name, q in codes.items() for k, v in registry.linear_tensors("ct", name, q).items()})
+    config = {**checkpoint.config, "quantization_config": registry.quantization_config(FORMATS["ct"], sizes, ignore)}
+    with StagedCheckpoint(out, overwrite=False, fmt=FORMATS["ct"]) as staged:
+        staged.write_shard({k: v for name, q in codes.items() for k, v in registry.linear_tensors(FORMATS["ct"], name, q).items()})
         staged.copy_tensors(checkpoint, rest)
         for name, keep in keeps.items():
             staged.write_mask(name, keep)

@@ -18,7 +18,8 @@ from marlinctl.recipes.schema import Recipe, builtin_names
 from tests.test_architecture import PACKAGE, ROOT
 
 DOCS = ROOT / "docs"
-PAGES = sorted(path for path in [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md", *DOCS.rglob("*.md")] if path.is_file())
+AT_THE_TOP = ("README.md", "SECURITY.md", "CHANGELOG.md", "CONTRIBUTING.md")
+PAGES = sorted([*(ROOT / name for name in AT_THE_TOP), *DOCS.rglob("*.md")])
 
 
 def headings(page: Path) -> list[str]:
@@ -37,6 +38,19 @@ def test_cli_page_is_what_the_help_says() -> None:
         [sys.executable, str(ROOT / "scripts" / "make_cli_docs.py"), "--check"], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_picture_of_the_pipeline_is_what_the_script_draws() -> None:
+    """A step that was renamed would live on in the picture of the home page."""
+    script = ROOT / "scripts" / "draw_pipeline.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_steps_of_the_picture_are_verbs() -> None:
+    """The picture names commands; one that is gone would be tried."""
+    drawn = set(re.findall(r'font-weight="600"[^>]*>([^<]+)<', (DOCS / "figures" / "pipeline.svg").read_text("utf-8")))
+    assert len(drawn) > 4 and drawn - {"model", "OUT"} <= set(cli.VERBS)
 
 
 @pytest.mark.parametrize("verb", list(cli.VERBS))

@@ -100,7 +100,6 @@ def checkpoint_set(folder: Path, console: Console) -> tuple[LayerSet, Kind | Non
     from marlinctl.checkpoint.folder import open_folder
     from marlinctl.checkpoint.formats import registry
 
-    fixed: dict[str, Kind] = {"marlin": "dense", "marlin_24": "sparse"}
     with open_folder(folder) as examined:
         checkpoint, info = examined.checkpoint, examined.info
         for note in examined.notes:
@@ -121,7 +120,8 @@ def checkpoint_set(folder: Path, console: Console) -> tuple[LayerSet, Kind | Non
             where=str(folder),
             fix="name a folder that `pack` wrote, or --layers",
         )
-    return LayerSet(folder.resolve().name, layers), fixed.get(info.name)
+    kind: Kind | None = ("sparse" if info.format.needs_mask else "dense") if info.format.native else None
+    return LayerSet(folder.resolve().name, layers), kind
 
 
 def distinct(sets: Iterable[LayerSet]) -> tuple[Shape, ...]:

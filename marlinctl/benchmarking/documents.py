@@ -22,10 +22,11 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from marlinctl.benchmarking.cases import LayerSet, Shape
 from marlinctl.benchmarking.timing import Sample
@@ -209,6 +210,7 @@ class Drift:
 
 @dataclass(frozen=True, slots=True)
 class Document:
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # holds for what it consists of, too
     machine: Machine
     settings: Settings
     ceilings: Ceilings | None
@@ -235,12 +237,19 @@ def read_document(path: Path) -> Document:
         raise BadInput("E398", f"this cannot be read: {refused.problem.what}", where=str(path), fix=again) from None
     if isinstance(content, dict):
         content.pop("schema_version", None)  # of the console, where --json was redirected into a file
-    wrong: list[str] = []
-    document = _read(Document, content, "", wrong)
-    if wrong:
-        raise BadInput.from_problems("E398", [Problem(line, str(path), again) for line in wrong[:10]])
-    assert isinstance(document, Document)
-    return document
+    try:
+        return TypeAdapter(Document).validate_json(json.dumps(content))
+    except ValidationError as error:
+        wrong = [Problem(_told(item), str(path), again) for item in error.errors(include_url=False)[:10]]
+    raise BadInput.from_problems("E398", wrong)
+
+
+def _told(item: Any) -> str:
+    """`machine.l2_bytes cannot be 'x': input should be a valid integer`."""
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"]).lstrip(".") or "the document"
+    if item["type"] in ("missing", "unexpected_keyword_argument"):
+        return f"{place} is {'missing' if item['type'] == 'missing' else 'no field of this document'}"
+    return f"{place} cannot be {str(item['input'])[:40]!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 
 def write_document(document: Document, path: Path) -> None:
@@ -352,42 +361,3 @@ def _weighted(parts: Sequence[tuple[Timed | None, int]]) -> list[float] | None:
 def _sum(name: str, family: Family, m: int, times: Sequence[float], baseline: Sequence[float]) -> Sum:
     total = sum(times)
     return Sum(m=m, name=name, family=family, us=total, speedup=sum(baseline) / total, shares=[time / total for time in times])
-
-
-# Back from JSON: each value must be of the type that its field has here
-
-
-def _read(kind: Any, value: Any, place: str, wrong: list[str]) -> Any:
-    """`value` as a `kind`; what is not one is told in `wrong`, with its place."""
-    if is_dataclass(kind):
-        return _read_object(kind, value, place, wrong)
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _read(next(one for one in arguments if one is not type(None)), value, place, wrong)
-    if origin is list and isinstance(value, list):
-        return [_read(arguments[0], item, f"{place}[{i}]", wrong) for i, item in enumerate(value)]
-    if origin is dict and isinstance(value, dict):
-        return {key: _read(arguments[1], item, f"{place}.{key}", wrong) for key, item in value.items()}
-    if origin is Literal and value in arguments and type(value) in map(type, arguments):
-        return value
-    if kind is float and type(value) in (int, float):
-        return float(value)
-    if kind in (int, str, bool) and type(value) is kind:
-        return value
-    expected = " or ".join(map(repr, arguments)) if origin is Literal else getattr(origin or kind, "__name__", str(kind))
-    wrong.append(f"{place or 'the document'} is {str(value)[:40]!r}, expected {expected}")
-    return None
-
-
-def _read_object(kind: Any, value: Any, place: str, wrong: list[str]) -> Any:
-    if not isinstance(value, dict):
-        wrong.append(f"{place or 'the document'} is no JSON object")
-        return None
-    types = get_type_hints(kind)
-    wrong += [f"{place}.{key}".lstrip(".") + " is no field of this document" for key in value if key not in types]
-    missing = [key for key in types if key not in value]
-    wrong += [f"{place}.{key}".lstrip(".") + " is missing" for key in missing]
-    parts = {key: _read(types[key], item, f"{place}.{key}".lstrip("."), wrong) for key, item in value.items() if key in types}
-    return None if missing else kind(**parts)

@@ -147,12 +147,11 @@ def load_packed(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTr
     from transformers import AutoModelForCausalLM
 
     from marlinctl.checkpoint.folder import open_folder
-    from marlinctl.checkpoint.formats.registry import NATIVE
     from marlinctl.models.transformers_config import transformers_config
 
     with open_folder(folder) as examined:
         config = transformers_config(examined.checkpoint.config, folder, quantized=True)
-    if examined.info.name not in NATIVE:
+    if not examined.info.format.native:
         raise BadInput(
             "E365",
             "this folder has no packed linears: it is not in the format marlin or marlin_24",

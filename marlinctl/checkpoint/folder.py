@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from marlinctl.checkpoint.formats import registry
+from marlinctl.checkpoint.formats.base import FormatInfo
 from marlinctl.checkpoint.model_files import companion_names
 from marlinctl.checkpoint.reader import Checkpoint, check_expected, open_checkpoint
 from marlinctl.checkpoint.source_digests import check_small_files
@@ -59,7 +60,7 @@ class Examined:
     """A folder that passed. `notes` is what the person should know, one line each."""
 
     checkpoint: Checkpoint
-    info: registry.FormatInfo
+    info: FormatInfo
     architecture: Architecture | None  # None: not in the table, or not laid out as the table says
     notes: tuple[str, ...]
     idle: tuple[str, ...] = ()  # biases of zeros that the model has no place for; they are left out of what is written
@@ -97,7 +98,7 @@ def examine(
     if dense:
         refuse_quantized(checkpoint.config, checkpoint.folder)
     info = registry.detect(config, checkpoint.tensors)
-    if info.name != "dense" and not info.layers:
+    if info.format.quantized and not info.layers:
         what = f"config.json says {info.name}, but no tensor is packed that way"
         raise BadInput("E348", what, where=str(folder), fix="config.json belongs to another model; fetch the checkpoint again")
     notes = (*checkpoint.notes, *check_switches(folder, config, files=files))
@@ -147,7 +148,7 @@ def _check_small_files_open(folder: Path) -> None:
 # ---- structure -----------------------------------------------------------------------------------------------------------------------
 
 
-def _architecture(checkpoint: Checkpoint, info: registry.FormatInfo, structure: Structure, module_map: Path | None) -> Architecture | None:
+def _architecture(checkpoint: Checkpoint, info: FormatInfo, structure: Structure, module_map: Path | None) -> Architecture | None:
     try:
         known = architecture(checkpoint.config, module_map)
     except BadInput as unknown:
@@ -162,13 +163,13 @@ def _architecture(checkpoint: Checkpoint, info: registry.FormatInfo, structure: 
     raise other
 
 
-def _owned(info: registry.FormatInfo) -> tuple[set[str], set[str]]:
+def _owned(info: FormatInfo) -> tuple[set[str], set[str]]:
     """The dense weights that packed linears stand for, and the tensors that they consist of."""
-    packed = {f"{layer}.weight" for layer in info.layers} if info.name != "dense" else set()
-    return packed, {f"{layer}.{suffix}" for layer in info.layers for suffix in registry.SUFFIXES[info.name]}
+    packed = {f"{layer}.weight" for layer in info.layers} if info.format.quantized else set()
+    return packed, set(info.owned)
 
 
-def _structure_checks(checkpoint: Checkpoint, info: registry.FormatInfo, known: Architecture) -> list[Callable[[], None]]:
+def _structure_checks(checkpoint: Checkpoint, info: FormatInfo, known: Architecture) -> list[Callable[[], None]]:
     packed, owned = _owned(info)
     return [
         lambda: check_expected(checkpoint, {name: shape for name, shape in known.expected.items() if name not in packed}),
@@ -177,7 +178,7 @@ def _structure_checks(checkpoint: Checkpoint, info: registry.FormatInfo, known: 
     ]
 
 
-def _refuse_unexpected(checkpoint: Checkpoint, info: registry.FormatInfo, known: Architecture, names: Iterable[str]) -> None:
+def _refuse_unexpected(checkpoint: Checkpoint, info: FormatInfo, known: Architecture, names: Iterable[str]) -> None:
     """BadInput E396 for tensors that the model has no place for."""
     may_be_idle = set(biases(checkpoint, info))
     extra = known.unexpected({name: None for name in names if name not in may_be_idle})
@@ -196,7 +197,7 @@ def _refuse_unexpected(checkpoint: Checkpoint, info: registry.FormatInfo, known:
     raise BadInput("E396", what, where=str(checkpoint.folder), fix=fix)
 
 
-def biases(checkpoint: Checkpoint, info: registry.FormatInfo) -> list[str]:
+def biases(checkpoint: Checkpoint, info: FormatInfo) -> list[str]:
     """Of packed linears. AutoGPTQ writes one for every linear, whether the model has it or not, and clients leave out what has no place."""
     return [name for layer in info.layers if (name := f"{layer}.bias") in checkpoint.tensors]
 
@@ -209,7 +210,7 @@ def refuse_used(checkpoint: Checkpoint, idle: Iterable[str]) -> None:
         raise BadInput("E396", what, where=str(checkpoint.folder), fix=_APART)
 
 
-def _check_packed(checkpoint: Checkpoint, info: registry.FormatInfo, known: Architecture) -> None:
+def _check_packed(checkpoint: Checkpoint, info: FormatInfo, known: Architecture) -> None:
     """Every packed linear is one of the model's, and has its size."""
     specs = dict(known.linears)
     if known.head is not None:
@@ -217,7 +218,7 @@ def _check_packed(checkpoint: Checkpoint, info: registry.FormatInfo, known: Arch
     problems: list[Problem] = []
     for layer in info.layers:
         spec = specs.get(layer)
-        where = str(checkpoint.tensors[f"{layer}.{registry.SUFFIXES[info.name][0]}"].file)
+        where = str(checkpoint.tensors[f"{layer}.{info.format.suffixes[0]}"].file)
         if spec is None:
             problems.append(Problem(f"{layer} is packed, but the model has no such linear", where, _APART))
         elif (shape := registry.layer_shape(checkpoint, info, layer)) != (spec.out_features, spec.in_features):

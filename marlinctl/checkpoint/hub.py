@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from marlinctl.checkpoint.formats.base import MODEL_FILES, STEMS
 from marlinctl.checkpoint.safetensors_header import MAX_HEADER_BYTES
 from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, MarlinctlError, ResourceProblem, UsageError
 from marlinctl.models.tokenizer_files import TOKENIZER_FILES
@@ -171,9 +172,9 @@ def missing_files(folder: Path) -> list[str]:
     """What a snapshot lacks to be a model, as far as it tells itself."""
     missing = [] if exists(folder, "config.json") else ["config.json"]
     missing += [] if any(exists(folder, name) for name in TOKENIZER_FILES) else ["tokenizer.json"]
-    stem = next((stem for stem in ("model", "marlin") if exists(folder, f"{stem}.safetensors.index.json")), None)
+    stem = next((stem for stem in STEMS if exists(folder, f"{stem}.safetensors.index.json")), None)
     if stem is None:
-        return missing + ([] if any(exists(folder, f"{stem}.safetensors") for stem in ("model", "marlin")) else ["model.safetensors"])
+        return missing + ([] if any(exists(folder, f"{stem}.safetensors") for stem in STEMS) else [f"{MODEL_FILES}.safetensors"])
     index = f"{stem}.safetensors.index.json"
     try:
         document = read_json(folder, index)
@@ -228,7 +229,7 @@ def _download(model: str, wanted: dict[str, Any], console: Console) -> Path:
     _refuse_strange_names(model, info)
     where = f"hub model {model}, commit {info.sha}"
     files = {entry.rfilename: entry.size or 0 for entry in info.siblings or [] if "/" not in entry.rfilename}
-    if not any(name.startswith(("model", "marlin")) and name.endswith(".safetensors") for name in files):
+    if not any(name.startswith(STEMS) and name.endswith(".safetensors") for name in files):
         pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
         what = f"the model has no safetensors weights{f', only {shown(pickles[0])}' if pickles else ''}"
         fix = "choose another model, or convert it on a machine you can afford to lose: from_pretrained, then save_pretrained"

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from marlinctl.checkpoint import manifest
+from marlinctl.checkpoint.formats.registry import FORMATS
 from marlinctl.checkpoint.model_files import SUBFOLDERS, is_model_file, is_weights
 from marlinctl.errors import UsageError
 from marlinctl.system.atomic import is_temporary, sync_folder, write_document
@@ -34,15 +35,28 @@ _SHOWN = 5  # names in a refusal; the rest is counted
 
 _REQUEST = "job.json"
 _LOCK, _RUNNING = "lock", "running.json"
-_OUTPUTS = r"ct|gptq|marlin|marlin_24|dense|pruned|distilled"  # of the stages of compress
 _NFS = re.compile(r"\.nfs[0-9a-f]+")  # what a network file system shows of a file that is removed and still open
-_JOB_FOLDERS = re.compile(rf"staged(-({_OUTPUTS}))?|states|({_OUTPUTS})(\.job)?|[^/]+\.old-[0-9a-f]{{8}}")
 _STATE = re.compile(r"\d+\.safetensors(\.part)?")
-# With .part: what an earlier version of marlinctl left of a file that it was writing.
-_JOB_FILES = re.compile(
-    rf"({re.escape(JOB_MARKER)}|{_LOCK}|{re.escape(_RUNNING)}|job\.json|journal\.jsonl|(blocks|state|pruned)\.json"
-    rf"|staged(-({_OUTPUTS}))?\.masks|(calibration|rows)\.safetensors|(teacher|block|state)-\d+\.safetensors)(\.part)?"
-)
+
+
+def _outputs() -> str:
+    """What stages of compress publish inside of a job: a format each, and what comes before it is quantized."""
+    return "|".join([*FORMATS, "pruned", "distilled"])
+
+
+def _is_job_folder(name: str) -> bool:
+    known = rf"staged(-({_outputs()}))?|states|({_outputs()})(\.job)?|[^/]+\.old-[0-9a-f]{{8}}"
+    return re.fullmatch(known, name) is not None
+
+
+def _is_job_file(name: str) -> bool:
+    """With .part: what an earlier version of marlinctl left of a file that it was writing."""
+    known = (
+        rf"({re.escape(JOB_MARKER)}|{_LOCK}|{re.escape(_RUNNING)}|job\.json|journal\.jsonl|(blocks|state|pruned)\.json"
+        rf"|staged(-({_outputs()}))?\.masks|(calibration|rows)\.safetensors|(teacher|block|state)-\d+\.safetensors)(\.part)?"
+    )
+    return re.fullmatch(known, name) is not None
+
 
 # ---- a job's folder ------------------------------------------------------------------------------------------------------------------
 
@@ -71,7 +85,7 @@ def strangers_in_job(folder: Path) -> list[str]:
 def misfits_in_job(folder: Path) -> list[str]:
     """Entries with a name of marlinctl's that are something else: a link in the place of the journal, a folder in that of a file, and
     a folder with somebody's file in it."""
-    known = [(name, kind) for name, kind in _entries(folder) if _JOB_FILES.fullmatch(name) or _JOB_FOLDERS.fullmatch(name)]
+    known = [(name, kind) for name, kind in _entries(folder) if _is_job_file(name) or _is_job_folder(name)]
     return [stranger for name, kind in known for stranger in _strange_in_job(folder, name, kind)]
 
 
@@ -100,7 +114,7 @@ def empty_job(folder: Path) -> None:
 def leave_results(folder: Path) -> None:
     """Remove a job's own files where the folder is kept for the outputs in it; the mark stays, so that it may be replaced one day."""
     for name, kind in list(_entries(folder)):
-        if not kind and name != JOB_MARKER and _is_job_file(name):
+        if not kind and name != JOB_MARKER and _may_lie_in_a_job(name):
             remove(folder / name)
 
 
@@ -123,13 +137,13 @@ def set_aside(name: str, out: str) -> str | None:
 
 def is_place(name: str, out: str) -> bool:
     """Whether the job of `out` publishes a folder of this name."""
-    return re.fullmatch(rf"{re.escape(out)}(-({_OUTPUTS}))?", name) is not None
+    return re.fullmatch(rf"{re.escape(out)}(-({_outputs()}))?", name) is not None
 
 
 def _strange_in_job(folder: Path, name: str, kind: str) -> list[str]:
     """An entry of a job's folder that marlinctl did not write, or what is in it; nothing for what is marlinctl's."""
-    if kind != "/" or not _JOB_FOLDERS.fullmatch(name):
-        return [] if not kind and _is_job_file(name) else [name + kind]
+    if kind != "/" or not _is_job_folder(name):
+        return [] if not kind and _may_lie_in_a_job(name) else [name + kind]
     inner = folder / name
     if name.endswith(".job"):
         below = strangers_in_job(inner)
@@ -142,8 +156,8 @@ def _strange_in_job(folder: Path, name: str, kind: str) -> list[str]:
     return [f"{name}/{stranger}" for stranger in below]
 
 
-def _is_job_file(name: str) -> bool:
-    return is_temporary(name) or any(known.fullmatch(name) for known in (_JOB_FILES, _NFS))
+def _may_lie_in_a_job(name: str) -> bool:
+    return is_temporary(name) or _is_job_file(name) or _NFS.fullmatch(name) is not None
 
 
 def _is_marked(folder: Path) -> bool:
@@ -188,7 +202,7 @@ def strangers_in_rejected(folder: Path) -> list[str]:
     if is_job(folder):
         return strangers_in_job(folder)
     inside = list(_entries(folder)) if _is_folder(folder) else []
-    if inside and all(kind == "/" and re.fullmatch(_OUTPUTS, name) for name, kind in inside):  # of a version that did not mark it
+    if inside and all(kind == "/" and re.fullmatch(_outputs(), name) for name, kind in inside):  # of a version that did not mark it
         return [f"{name}/{stranger}" for name, _ in inside for stranger in strangers_in_output(folder / name)]
     return strangers_in_output(folder)
 

@@ -26,6 +26,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from marlinctl.checkpoint.formats.base import MODEL_FILES, STEMS
 from marlinctl.checkpoint.safetensors_header import TensorInfo, read_header
 from marlinctl.errors import BadInput, Problem
 from marlinctl.models.config import CONFIG, read_config
@@ -158,8 +159,8 @@ def torch_dtype(info: TensorInfo) -> torch.dtype:
     return dtype
 
 
-def open_checkpoint(folder: Path, *, weight_files: str = "model") -> Checkpoint:
-    """Look at everything, read no weight. `weight_files`: "model", "marlin" (native folders) or "auto"; BadInput lists all problems."""
+def open_checkpoint(folder: Path, *, weight_files: str = MODEL_FILES) -> Checkpoint:
+    """Look at everything, read no weight. `weight_files`: a stem of formats/base.py or "auto"; BadInput lists all problems."""
     folder = Path(folder)
     if not folder.is_dir():
         raise BadInput("E300", "there is no such folder", where=str(folder), fix="name a folder that holds config.json and *.safetensors")
@@ -231,12 +232,12 @@ def _first_problems(wrong: Iterable[_Wrong], describe: Callable[[_Wrong], Proble
 
 def _find_shards(folder: Path, weight_files: str, problems: list[Problem], notes: list[str]) -> tuple[list[str], dict[str, str] | None]:
     """The names of the weight files, and the index's map from tensor to file where there is one."""
-    if weight_files not in ("model", "marlin", "auto"):
-        raise ValueError(f"weight_files is model, marlin or auto, not {weight_files!r}")
-    found = {stem: _present(folder, stem) for stem in ("model", "marlin")}
-    stems = [weight_files] if weight_files != "auto" else [stem for stem, names in found.items() if names] or ["model"]
+    if weight_files not in (*STEMS, "auto"):
+        raise ValueError(f"weight_files is {', '.join(STEMS)} or auto, not {weight_files!r}")
+    found = {stem: _present(folder, stem) for stem in STEMS}
+    stems = [weight_files] if weight_files != "auto" else [stem for stem, names in found.items() if names] or [MODEL_FILES]
     if len(stems) > 1:
-        what = f"the folder holds two sets of weights: {found['model'][0]} and {found['marlin'][0]}"
+        what = f"the folder holds two sets of weights: {' and '.join(found[stem][0] for stem in stems)}"
         problems.append(Problem(what, str(folder), "move one set into a folder of its own"))
         return [], None
     stem = stems[0]

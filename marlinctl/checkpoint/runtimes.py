@@ -19,57 +19,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint.formats import registry
+from marlinctl.checkpoint.formats.base import Format, FormatInfo, Packed, size_text
 from marlinctl.checkpoint.formats.targets import FUSED, split_fused
 
 if TYPE_CHECKING:
     from marlinctl.checkpoint.reader import Checkpoint
 
-# Format -> programs that read it. Whether they take a given model is what `loads` says.
-TRANSFORMERS = "transformers (with compressed-tensors)"
-_TRANSFORMERS_GPTQ = "transformers (with optimum and gptqmodel)"
-LOADERS: Mapping[str, tuple[str, ...]] = {
-    "dense": ("transformers", "vLLM", "SGLang", "marlinctl"),
-    "ct": ("vLLM", "SGLang", TRANSFORMERS, "marlinctl"),
-    "gptq": ("GPTQModel", "vLLM", "SGLang", _TRANSFORMERS_GPTQ, "marlinctl"),
-    "gptq_v2": ("GPTQModel", "vLLM", _TRANSFORMERS_GPTQ, "marlinctl"),
-    "marlin": ("marlinctl",),
-    "marlin_24": ("marlinctl",),
-}
-
 _ROW_PARALLEL = ("o_proj", "down_proj", "w2", "dense", "fc2", "out_proj")
 _REPLICATED_HEADS = ("k_proj", "v_proj")
 _COMMON_GROUPS = (-1, 32, 64, 128)
-_EXPERTS = ".experts."
-_MIXTRAL = ("w1", "w2", "w3")
 
 
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """A folder as clients see it: of headers, or of a plan for one that is not written yet."""
-
-    fmt: str
-    shapes: Mapping[str, tuple[int, int]]  # quantized linear -> (N, K)
-    sizes: Mapping[str, int]  # quantized linear -> group size, -1 for whole rows
-    ignore: Sequence[str]  # linears that stay 16-bit
-    config: Mapping[str, Any]
-    variant: str = ""  # gptq: "v1" or "v2"
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, info: registry.FormatInfo) -> Packed:
-        """From the headers of a checkpoint. BadInput E345, E346 where a linear has no shape."""
-        owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in registry.SUFFIXES[info.name]}
-        others = {name: tensor.shape for name, tensor in checkpoint.tensors.items() if name not in owned}
-        shapes = {layer: registry.layer_shape(checkpoint, info, layer) for layer in info.layers}
-        ignore = registry.sixteen_bit_linears(others, info.layers)
-        return cls(info.name, shapes, info.layers, ignore, checkpoint.config, info.variant)
-
-    @property
-    def experts(self) -> list[str]:
-        return [name for name in self.sizes if _EXPERTS in name]
-
-    @property
-    def sixteen_bit_experts(self) -> list[str]:
-        return [name for name in self.ignore if _EXPERTS in name]
+def packed_of(checkpoint: Checkpoint, info: FormatInfo) -> Packed:
+    """From the headers of a checkpoint. BadInput E345, E346 where a linear has no shape."""
+    others = {name: tensor.shape for name, tensor in checkpoint.tensors.items() if name not in info.owned}
+    shapes = {layer: registry.layer_shape(checkpoint, info, layer) for layer in info.layers}
+    ignore = registry.sixteen_bit_linears(others, info.layers)
+    return Packed(info.format, shapes, info.layers, ignore, checkpoint.config, info.variant)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,26 +51,34 @@ class Unit:
 @dataclass(frozen=True, slots=True)
 class Runtime:
     name: str
-    reads: tuple[str, ...]  # formats on disk
     groups: tuple[int, ...] | None  # None: any
     n_multiple: int
     k_multiple: int
     serves: bool  # a server: fuses and splits
     note: str = ""
+    reads_folders: bool = True  # False: a kernel whose checkpoint format is gone
 
     @property
     def program(self) -> str:
         return self.name.partition(" ")[0]
 
+    def reads(self, fmt: Format) -> bool:
+        """Whether it multiplies with this format as it lies on the disk."""
+        return self.reads_folders and self.program in fmt.kernels
+
+    @property
+    def formats(self) -> list[str]:
+        return [fmt.name for fmt in registry.FORMATS.values() if self.reads(fmt)]
+
 
 RUNTIMES = (
-    Runtime("vLLM 0.24+ Marlin", ("ct", "gptq"), _COMMON_GROUPS, 1, 1, True, "pads odd shapes with zeros"),
-    Runtime("vLLM Machete (Hopper)", ("ct", "gptq"), (-1, 64, 128), 128, 64, True, "vLLM takes Marlin where Machete does not fit"),
-    Runtime("SGLang 0.5 Marlin", ("ct", "gptq"), _COMMON_GROUPS, 64, 128, True, "pads nothing"),
-    Runtime("GPTQModel 7 Marlin", ("gptq",), _COMMON_GROUPS, 8, 8, False),
-    Runtime("IST-DASLab kernels", (), (-1, 128), 256, 128, False, "the kernel's shapes; it reads no checkpoint format of today"),
-    Runtime("vLLM 0.3-0.10 marlin", (), (-1, 128), 64, 128, True, "the kernel's shapes; its checkpoint format is gone from vLLM"),
-    Runtime("marlinctl", ("ct", "gptq", "marlin", "marlin_24", "dense"), None, 1, 1, False, "pads N and K to multiples of 64"),
+    Runtime("vLLM 0.24+ Marlin", _COMMON_GROUPS, 1, 1, True, "pads odd shapes with zeros"),
+    Runtime("vLLM Machete (Hopper)", (-1, 64, 128), 128, 64, True, "vLLM takes Marlin where Machete does not fit"),
+    Runtime("SGLang 0.5 Marlin", _COMMON_GROUPS, 64, 128, True, "pads nothing"),
+    Runtime("GPTQModel 7 Marlin", _COMMON_GROUPS, 8, 8, False),
+    Runtime("IST-DASLab kernels", (-1, 128), 256, 128, False, "the kernel's shapes; it reads no checkpoint format of today", False),
+    Runtime("vLLM 0.3-0.10 marlin", (-1, 128), 64, 128, True, "the kernel's shapes; its checkpoint format is gone from vLLM", False),
+    Runtime("marlinctl", None, 1, 1, False, "pads N and K to multiples of 64"),
 )
 
 
@@ -140,10 +114,11 @@ class Loads:
         rows += [("Refused by" if i == 0 else "", line) for i, line in enumerate(self.refusals())]
         return rows + [("Not tested", f"{program}, with {what}") for program, what in self.untested.items()]
 
-    def warnings(self, fmt: str) -> list[str]:
+    def warnings(self, fmt: Format) -> list[str]:
         """For the person who is about to write such a folder."""
-        lines = [f"the {fmt} folder will not load in {line}" for line in self.refusals()]
-        return lines + [f"whether the {fmt} folder loads in {program} was not tested: {what}" for program, what in self.untested.items()]
+        lines = [f"the {fmt.name} folder will not load in {line}" for line in self.refusals()]
+        untested = self.untested.items()
+        return lines + [f"whether the {fmt.name} folder loads in {program} was not tested: {what}" for program, what in untested]
 
 
 def _first(reasons: Sequence[str]) -> str:
@@ -154,15 +129,15 @@ def loads(packed: Packed) -> Loads:
     """Who loads the folder on one device: a server where one of its kernels takes every linear, everybody else by rules of their own."""
     verdicts = {v.runtime: v for v in survey(packed, (1,))}
     refused: dict[str, tuple[str, ...]] = {}
-    programs = LOADERS["gptq_v2" if packed.variant == "v2" else packed.fmt]
+    programs = packed.format.variant_loaders.get(packed.variant, packed.format.loaders)
     for program in programs:
-        kernels = [r for r in RUNTIMES if r.serves and r.program == program and packed.fmt in r.reads]
-        reasons = tuple(_transformers(packed)) if program == TRANSFORMERS else ()
+        kernels = [r for r in RUNTIMES if r.serves and r.program == program and r.reads(packed.format)]
+        reasons = () if kernels else tuple(packed.format.limits(packed, program))
         if kernels and not any(verdicts[kernel.name].accepted for kernel in kernels):
             reasons = verdicts[kernels[0].name].refused
         if reasons:
             refused[program] = reasons
-    untested = {program: what for program, what in _untested(packed).items() if program in programs and program not in refused}
+    untested = {program: what for program, what in packed.format.untested(packed).items() if program in programs and program not in refused}
     return Loads(tuple(p for p in programs if p not in refused and p not in untested), refused, untested)
 
 
@@ -173,7 +148,7 @@ def survey(packed: Packed, splits: Sequence[int]) -> list[Verdict]:
     uneven = _uneven(packed)
     verdicts = []
     for runtime in RUNTIMES:
-        alike = [*uneven, *_experts(packed, runtime.program)] if runtime.serves else []
+        alike = [*uneven, *packed.format.limits(packed, runtime.program)] if runtime.serves else []
         for split in splits if runtime.serves else (1,):
             units, broken = cut[split] if runtime.serves else whole
             verdicts.append(Verdict(runtime.name, split, (*alike, *broken, *_refusals(runtime, units))))
@@ -186,48 +161,9 @@ def _uneven(packed: Packed) -> list[str]:
     lines = []
     for fused, shards in split_fused(everything):
         parts = "experts" if fused.endswith("experts") else ", ".join(FUSED[fused.rpartition(".")[2]])
-        sizes = ", ".join(_size(size) for size in sorted({0 if size is None else size for size in shards.values()}))
+        sizes = ", ".join(size_text(size) for size in sorted({0 if size is None else size for size in shards.values()}))
         lines.append(f"{fused}: {parts} are not quantized alike ({sizes}), and servers load them as one linear")
     return lines
-
-
-def _size(size: int) -> str:
-    return "16-bit" if size == 0 else "whole rows" if size == -1 else f"group {size}"
-
-
-def _experts(packed: Packed, program: str) -> list[str]:
-    """What a server's own look-up of the scheme of fused experts does not find."""
-    if packed.fmt != "ct" or not packed.experts:
-        return []
-    first, sizes = packed.experts[0], sorted(set(packed.sizes.values()))
-    if program == "SGLang" and len(sizes) > 1:
-        text = ", ".join(_size(size) for size in sizes)
-        return [f"{first}: SGLang finds the scheme of experts only where a model has one for all linears, and this has {text}"]
-    if program == "vLLM" and first.rpartition(".")[2] in _MIXTRAL and (len(sizes) > 1 or packed.sixteen_bit_experts):
-        return [f"{first}: vLLM finds the scheme of experts of this name only where a model has one for all linears, experts included"]
-    return []
-
-
-def _transformers(packed: Packed) -> list[str]:
-    """transformers fuses the experts of a block. It takes one scheme for all experts of a model, that of the first config group which names
-    some; a single scale per row fits whatever scheme has groups, but not the reverse."""
-    used = {packed.sizes[name] for name in packed.experts}
-    grouped = {packed.sizes[name] for name in packed.experts if packed.sizes[name] not in (-1, packed.shapes[name][1])}
-    scheme = next((size for size in registry.sizes_by_count(packed.sizes) if size in used), None)
-    if grouped - {scheme}:
-        text = ", ".join(_size(size) for size in sorted(used))
-        return [f"{packed.experts[0]}: experts have {text}, and transformers takes one for all experts of a model"]
-    if packed.sixteen_bit_experts and packed.sizes:
-        return [f"{packed.sixteen_bit_experts[0]}: it stays 16-bit, and transformers looks for packed experts alone"]
-    return []
-
-
-def _untested(packed: Packed) -> dict[str, str]:
-    if packed.fmt == "ct" and "lm_head" in packed.sizes:
-        return dict.fromkeys(("vLLM", "SGLang"), "a quantized lm_head")
-    if packed.fmt == "gptq" and packed.experts:
-        return {_TRANSFORMERS_GPTQ: "experts"}
-    return {}
 
 
 def split_units(
@@ -287,7 +223,7 @@ def _refusals(runtime: Runtime, units: Sequence[Unit]) -> list[str]:
     return [f"{unit.name}: {say(unit)}" for fails, say in rules for unit in units if fails(unit)]
 
 
-def servers_that_accept(verdicts: Iterable[Verdict], fmt: str, split: int) -> list[str]:
+def servers_that_accept(verdicts: Iterable[Verdict], fmt: Format, split: int) -> list[str]:
     """Servers that read the format and accept every linear at this split (Machete is a kernel inside vLLM, not a server of its own)."""
-    able = {r.name for r in RUNTIMES if r.serves and fmt in r.reads and "Machete" not in r.name}
+    able = {r.name for r in RUNTIMES if r.serves and r.reads(fmt) and "Machete" not in r.name}
     return [v.runtime for v in verdicts if v.runtime in able and v.tensor_parallel == split and v.accepted]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from marlinctl.checkpoint.formats import registry
+from marlinctl.checkpoint.formats.base import FormatInfo
 from marlinctl.checkpoint.mask import open_masks
 from marlinctl.errors import BadInput, Problem
 
@@ -81,7 +82,7 @@ def of_source(checkpoint: Checkpoint, linears: Mapping[str, tuple[int, int]], co
 
     with open_masks(checkpoint.folder) as masks:
         if masks is not None:
-            problems = strangers(linears, registry.FormatInfo("dense", 16), masks)
+            problems = strangers(linears, FormatInfo(registry.DENSE), masks)
             found = tuple(name for name in linears if name in masks)
             with console.progress("check the 2:4 masks", len(found)) as progress:
                 for name in found:
@@ -109,7 +110,7 @@ def from_headers(checkpoint: Checkpoint, linears: Mapping[str, tuple[int, int]],
     row of the first one shows, where there are weights to read. No mask is compared with its weights."""
     with open_masks(checkpoint.folder) as masks:
         if masks is not None:
-            problems = strangers(linears, registry.FormatInfo("dense", 16), masks)
+            problems = strangers(linears, FormatInfo(registry.DENSE), masks)
             if problems:
                 raise BadInput.from_problems("E356", problems)
             return Pattern(MASK_FILE, tuple(name for name in linears if name in masks))
@@ -127,19 +128,19 @@ def _row_is_two_of_four(checkpoint: Checkpoint, name: str) -> bool:
     return k % 4 == 0 and any(alive) and all(sum(alive[i : i + 4]) <= 2 for i in range(0, k, 4))
 
 
-def origin(info: registry.FormatInfo, masks: Masks | None) -> str | None:
+def origin(info: FormatInfo, masks: Masks | None) -> str | None:
     """Who states the pattern of a folder."""
-    return METADATA if info.name == "marlin_24" else None if masks is None else MASK_FILE
+    return METADATA if info.format.needs_mask else None if masks is None else MASK_FILE
 
 
-def stated(checkpoint: Checkpoint, info: registry.FormatInfo, masks: Masks | None) -> Pattern:
+def stated(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None) -> Pattern:
     """From names alone, without torch: what metadata or the mask file claims."""
-    in_metadata = info.layers if info.name == "marlin_24" else {}
+    in_metadata = info.layers if info.format.needs_mask else {}
     in_file = [] if masks is None else [layer for layer in shapes(checkpoint, info) if layer in masks]
     return Pattern(origin(info, masks), tuple(sorted({*in_metadata, *in_file})))
 
 
-def counted(checkpoint: Checkpoint, info: registry.FormatInfo, masks: Masks | None) -> Survivors:
+def counted(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None) -> Survivors:
     """From the weights of all linears. Where nobody states a pattern, zeros are looked at."""
     from marlinctl.sparsify.keep import two_of_four
 
@@ -156,7 +157,7 @@ def counted(checkpoint: Checkpoint, info: registry.FormatInfo, masks: Masks | No
     return Survivors(Pattern(claim.origin or (ZEROS if linears else None), tuple(linears)), kept, zero)
 
 
-def weight_and_keep(checkpoint: Checkpoint, info: registry.FormatInfo, layer: str, masks: Masks | None) -> tuple[Tensor, Tensor | None]:
+def weight_and_keep(checkpoint: Checkpoint, info: FormatInfo, layer: str, masks: Masks | None) -> tuple[Tensor, Tensor | None]:
     """Codes, or the 16-bit weight, [N, K] of a linear and its mask where one is stated. BadInput where the two contradict each other."""
     if layer in info.layers:
         parts = registry.read_parts(checkpoint, info, layer, masks)
@@ -165,7 +166,7 @@ def weight_and_keep(checkpoint: Checkpoint, info: registry.FormatInfo, layer: st
     return weight, masks.checked_keep(layer, weight) if masks is not None and layer in masks else None
 
 
-def shapes(checkpoint: Checkpoint, info: registry.FormatInfo) -> dict[str, tuple[int, int]]:
+def shapes(checkpoint: Checkpoint, info: FormatInfo) -> dict[str, tuple[int, int]]:
     """(N, K) of every linear, packed or 16-bit, in the order of their names."""
     others = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     dense = [layer for layer in registry.sixteen_bit_linears(others, info.layers) if f"{layer}.weight" in others]
@@ -174,11 +175,11 @@ def shapes(checkpoint: Checkpoint, info: registry.FormatInfo) -> dict[str, tuple
     return dict(sorted(found.items()))
 
 
-def strangers(linears: Mapping[str, tuple[int, int]], info: registry.FormatInfo, masks: Masks) -> list[Problem]:
+def strangers(linears: Mapping[str, tuple[int, int]], info: FormatInfo, masks: Masks) -> list[Problem]:
     """Masks that no linear of the folder needs."""
     fix = "mask and weights do not belong together; fetch or write the checkpoint again"
     problems = [Problem(f"there is a mask of {name}, and no such linear", masks.where, fix) for name in masks.layers if name not in linears]
-    if info.name == "marlin_24":
+    if info.format.needs_mask:
         twice = [name for name in masks.layers if name in info.layers]
         problems += [Problem(f"{name} has a mask beside its metadata, which is its mask already", masks.where, fix) for name in twice]
     return problems

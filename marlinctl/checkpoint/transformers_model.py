@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint.formats import registry
+from marlinctl.checkpoint.formats.base import FormatInfo
 from marlinctl.errors import BadInput, Problem
 from marlinctl.models.transformers_config import building, transformers_config
 from marlinctl.system.launcher import settings_aside
@@ -74,13 +75,13 @@ def _idle_biases(checkpoint: Checkpoint, names: Iterable[str]) -> set[str]:
 def dense_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
     """Every tensor of the dense model by name, packed linears as P.weight."""
     info = registry.detect(checkpoint.config, checkpoint.tensors)
-    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in registry.SUFFIXES[info.name]}
+    owned = info.owned
     tensors = {name: LazyTensor(partial(checkpoint.read, name)) for name in checkpoint.tensors if name not in owned}
     tensors |= {f"{layer}.weight": LazyTensor(partial(_weight, checkpoint, info, layer)) for layer in info.layers}
     return tensors
 
 
-def _weight(checkpoint: Checkpoint, info: registry.FormatInfo, layer: str) -> Tensor:
+def _weight(checkpoint: Checkpoint, info: FormatInfo, layer: str) -> Tensor:
     return registry.read_parts(checkpoint, info, layer).weight()
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from marlinctl.checkpoint import manifest as manifests
 from marlinctl.checkpoint import mask as masks
 from marlinctl.checkpoint import ownership
-from marlinctl.checkpoint.formats import registry
+from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.model_files import companion_names
 from marlinctl.checkpoint.safetensors_header import read_header
 from marlinctl.errors import BadInput, ResourceProblem, UsageError
@@ -122,13 +122,13 @@ class StagedCheckpoint:
     """A checkpoint under construction. Use as a context manager; `publish` makes it real, leaving without it removes it.
 
     path: the folder it is built in, which then stays when something goes wrong; without it, a new one beside `out`.
-    A native folder (fmt "marlin" or "marlin_24") calls its weights marlin-*.safetensors, so that plain transformers finds no model in it.
+    A native folder calls its weights marlin-*.safetensors, so that plain transformers finds no model in it.
     """
 
-    def __init__(self, out: Path, *, overwrite: bool, fmt: str, path: Path | None = None) -> None:
+    def __init__(self, out: Path, *, overwrite: bool, fmt: Format, path: Path | None = None) -> None:
         self.out = out.resolve()  # a link to a folder is followed: the folder is replaced, the link stays
         self.overwrite = overwrite
-        self.stem = registry.weight_files(fmt)
+        self.stem = fmt.files
         self.path = path or self.out.with_name(f"{self.out.name}.tmp-{secrets.token_hex(4)}")
         self.spool = self.path.with_name(self.path.name + ".masks")  # the header of a file comes first, but is known last
         self._stays = path is not None

@@ -113,16 +113,16 @@ def _check(console: Console, source: Path, fmt: str, tp: int) -> None:
     from marlinctl.checkpoint import runtimes
     from marlinctl.convert.repack import open_source, output_folders
 
-    output_folders(source, fmt, ())
+    target = next(iter(output_folders(source, fmt, ())))
     opened = open_source(source)
     splits = sorted({1, tp, *(2**i for i in range(1, tp.bit_length()) if 2**i < tp)})
-    packed = opened.packed(fmt)
+    packed = opened.packed(target)
     verdicts = runtimes.survey(packed, splits)
-    warnings = runtimes.loads(packed).warnings(fmt)
+    warnings = runtimes.loads(packed).warnings(target)
     for line in warnings:
         console.warn(line)
-    readers = [r.name for r in runtimes.RUNTIMES if r.serves and fmt in r.reads]
-    able = runtimes.servers_that_accept(verdicts, fmt, tp)
+    readers = [r.name for r in runtimes.RUNTIMES if r.serves and r.reads(target)]
+    able = runtimes.servers_that_accept(verdicts, target, tp)
     document: dict[str, Any] = {
         "format": fmt,
         "tensor_parallel": splits,
@@ -145,7 +145,8 @@ def _table(verdicts: list[Verdict], splits: list[int]) -> str:
     rows = []
     for runtime in RUNTIMES:
         cells = [by_name.get((runtime.name, split)) for split in splits]
-        rows.append([runtime.name, ", ".join(runtime.reads) or "-", *("-" if v is None else "yes" if v.accepted else "no" for v in cells)])
+        reads = ", ".join(runtime.formats) or "-"
+        rows.append([runtime.name, reads, *("-" if v is None else "yes" if v.accepted else "no" for v in cells)])
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [heads, *rows]]
     for verdict in verdicts:

@@ -30,10 +30,11 @@ from marlinctl.checkpoint import manifest, runtimes, sparsity, writer
 from marlinctl.checkpoint.contents import Contents, read_contents
 from marlinctl.checkpoint.folder import examine
 from marlinctl.checkpoint.formats import registry
+from marlinctl.checkpoint.formats.base import Format, FormatInfo, LinearParts, Packed
 from marlinctl.checkpoint.mask import Masks, open_masks
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.source_digests import check_known_digests
-from marlinctl.errors import BadInput, CheckFailed, NumericalProblem, Problem, UsageError
+from marlinctl.errors import BadInput, CheckFailed, Problem, UsageError
 from marlinctl.jobs.journal import JobFolder, Request
 from marlinctl.models.switches import without
 from marlinctl.planning.memory import SHARD_BYTES
@@ -53,7 +54,7 @@ class Source:
     """A packed checkpoint, understood and found fit for the targets."""
 
     checkpoint: Checkpoint
-    info: registry.FormatInfo
+    info: FormatInfo
     shapes: Mapping[str, tuple[int, int]]  # layer -> (N, K)
     untouched: tuple[str, ...]  # tensors that no packed linear owns
     masks: Masks | None = None
@@ -66,7 +67,7 @@ class Source:
         """Who states the 2:4 pattern; None where the model is dense, as far as anybody says."""
         return sparsity.ZEROS if self.from_zeros else sparsity.origin(self.info, self.masks)
 
-    def parts(self, layer: str) -> registry.LinearParts:
+    def parts(self, layer: str) -> LinearParts:
         """One packed linear with its mask. BadInput where it is not the 2:4 linear that it must be."""
         parts = registry.read_parts(self.checkpoint, self.info, layer, self.masks)
         if not self.from_zeros:
@@ -84,28 +85,28 @@ class Source:
             return self.parts(layer).keep
         return sparsity.weight_and_keep(self.checkpoint, self.info, layer, self.masks)[1]
 
-    def masked(self, fmt: str) -> set[str]:
+    def masked(self, fmt: Format) -> set[str]:
         """The linears that the mask file of a target names: metadata is one already."""
-        packed = {layer for layer in self.info.layers if self.masks is None or self.info.name == "marlin_24" or layer in self.masks}
-        return {*self.carried, *(packed if self.origin and fmt != "marlin_24" else ())}
+        packed = {layer for layer in self.info.layers if self.masks is None or self.info.format.needs_mask or layer in self.masks}
+        return {*self.carried, *(packed if self.origin and not fmt.needs_mask else ())}
 
     @property
     def ignore(self) -> list[str]:
         return registry.sixteen_bit_linears({name: self.checkpoint.tensors[name].shape for name in self.untouched}, self.info.layers)
 
-    def packed(self, fmt: str) -> runtimes.Packed:
+    def packed(self, fmt: Format) -> Packed:
         """What a target will be to its clients."""
-        sizes = self.info.layers if fmt != "dense" else {}
-        ignore = [*self.ignore, *(self.info.layers if fmt == "dense" else ())]
+        sizes = self.info.layers if fmt.quantized else {}
+        ignore = [*self.ignore, *(() if fmt.quantized else self.info.layers)]
         shapes = {layer: self.shapes[layer] for layer in sizes}
-        return runtimes.Packed(fmt, shapes, sizes, ignore, self.checkpoint.config, "v1" if fmt == "gptq" else "")
+        return Packed(fmt, shapes, sizes, ignore, self.checkpoint.config, fmt.writes_variant)
 
 
 def repack(
     source: Path,
     out: Path,
     *,
-    format: str = "ct",
+    format: str = registry.INTERCHANGE.name,
     also: Sequence[str] = (),
     overwrite: bool = False,
     console: Console | None = None,
@@ -136,14 +137,16 @@ def repack(
         return _repack(job, source, outputs, overwrite, console, keep_job)
 
 
-def _repack(job: JobFolder, source: Path, outputs: Mapping[str, Path], overwrite: bool, console: Console, keep_job: bool) -> dict[str, Any]:
+def _repack(
+    job: JobFolder, source: Path, outputs: Mapping[Format, Path], overwrite: bool, console: Console, keep_job: bool
+) -> dict[str, Any]:
     out = next(iter(outputs.values()))
     with ExitStack() as stack:
         masks = stack.enter_context(open_masks(source))
         opened = open_source(source, masks)
         for note in opened.notes:
             console.warn(note)
-        opened = replace(opened, from_zeros="marlin_24" in outputs and opened.origin is None)
+        opened = replace(opened, from_zeros=any(fmt.needs_mask for fmt in outputs) and opened.origin is None)
         refuse_misfits(opened, list(outputs))
         contents = read_contents(opened.checkpoint, console, scan=opened.untouched)
         check_known_digests(opened.checkpoint, contents)
@@ -152,7 +155,7 @@ def _repack(job: JobFolder, source: Path, outputs: Mapping[str, Path], overwrite
         for fmt in outputs:
             for line in runtimes.loads(opened.packed(fmt)).warnings(fmt):
                 console.warn(line)
-        facts = {"source": _source_digest(opened, contents), "formats": list(outputs), "version": provenance({})["version"]}
+        facts = {"source": _source_digest(opened, contents), "formats": [fmt.name for fmt in outputs], "version": provenance({})["version"]}
         job.check(facts) if job.begun else job.begin(facts)
         sizes = {fmt: written_bytes(opened, fmt) for fmt in outputs}
         writer.require_space(out, sum(sizes.values()) + sum(_mask_bytes(opened, fmt) for fmt in outputs))
@@ -160,21 +163,21 @@ def _repack(job: JobFolder, source: Path, outputs: Mapping[str, Path], overwrite
         _check_pattern(opened, console)
 
         stages = {
-            fmt: writer.StagedCheckpoint(folder, overwrite=overwrite, fmt=fmt, path=job.path / f"staged-{fmt}")
+            fmt: writer.StagedCheckpoint(folder, overwrite=overwrite, fmt=fmt, path=job.path / f"staged-{fmt.name}")
             for fmt, folder in outputs.items()
         }
         for stage in stages.values():
             stack.enter_context(stage).restore([], [])
         _write_linears(opened, stages, console)
         for fmt, stage in stages.items():
-            _finish(opened, contents, fmt, stage, console, f"marlinctl pack {source.name} {outputs[fmt].name} --format {fmt}")
+            _finish(opened, contents, fmt, stage, console, f"marlinctl pack {source.name} {outputs[fmt].name} --format {fmt.name}")
         job.publish(list(stages.values()), keep=keep_job)
     for fmt, folder in outputs.items():
-        console.say(f"wrote {folder} ({fmt}, {sizes[fmt] / 1e6:,.1f} MB of weights)")
+        console.say(f"wrote {folder} ({fmt.name}, {sizes[fmt] / 1e6:,.1f} MB of weights)")
     return _written(opened, outputs)
 
 
-def _written(source: Source, outputs: Mapping[str, Path]) -> dict[str, Any]:
+def _written(source: Source, outputs: Mapping[Format, Path]) -> dict[str, Any]:
     """What `repack` returns: of what was packed, and of every folder that came out."""
     facts = {
         "format": source.info.name,
@@ -184,19 +187,21 @@ def _written(source: Source, outputs: Mapping[str, Path]) -> dict[str, Any]:
     }
     return {
         "source": facts,
-        "outputs": [{"folder": str(folder), "format": fmt, "weight_bytes": written_bytes(source, fmt)} for fmt, folder in outputs.items()],
+        "outputs": [
+            {"folder": str(folder), "format": fmt.name, "weight_bytes": written_bytes(source, fmt)} for fmt, folder in outputs.items()
+        ],
     }
 
 
-def output_folders(out: Path, fmt: str, also: Sequence[str]) -> dict[str, Path]:
+def output_folders(out: Path, fmt: str, also: Sequence[str]) -> dict[Format, Path]:
     """Format -> folder: OUT itself, and OUT-<format> beside it for each further one."""
     asked = (fmt, *also)
     for name in asked:
-        if name not in registry.WRITABLE:
-            raise UsageError("E230", f"there is no format {name!r}", where="--format, --also", fix=f"one of {', '.join(registry.WRITABLE)}")
+        if name not in registry.FORMATS:
+            raise UsageError("E230", f"there is no format {name!r}", where="--format, --also", fix=f"one of {', '.join(registry.FORMATS)}")
     if len(set(asked)) != len(asked):
         raise UsageError("E231", f"one format twice: {', '.join(asked)}", where="--format, --also", fix="name each format once")
-    return {fmt: out} | {name: out.with_name(f"{out.name}-{name}") for name in also}
+    return {registry.FORMATS[fmt]: out} | {registry.FORMATS[name]: out.with_name(f"{out.name}-{name}") for name in also}
 
 
 def open_source(folder: Path, masks: Masks | None = None) -> Source:
@@ -204,21 +209,21 @@ def open_source(folder: Path, masks: Masks | None = None) -> Source:
     checkpoint = open_checkpoint(folder, weight_files="auto")
     examined = examine(checkpoint, structure="known")
     info = examined.info
-    if info.name == "dense":
+    if not info.format.quantized:
         raise BadInput(
             "E347",
             "the model is not quantized; pack turns one packed format into another",
             where=str(folder),
             fix=f"marlinctl quantize {folder} OUT",
         )
-    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in registry.SUFFIXES[info.name]} | set(examined.idle)
+    owned = {*info.owned, *examined.idle}
     shapes = {layer: registry.layer_shape(checkpoint, info, layer) for layer in info.layers}
     untouched = tuple(name for name in checkpoint.tensors if name not in owned)
     carried = () if masks is None else tuple(layer for layer in masks.layers if f"{layer}.weight" in checkpoint.tensors)
     return Source(checkpoint, info, shapes, untouched, masks, carried, notes=examined.notes)
 
 
-def refuse_misfits(source: Source, targets: Sequence[str]) -> None:
+def refuse_misfits(source: Source, targets: Sequence[Format]) -> None:
     """Everything that would fail later, found first and named all at once."""
     problems = registry.misfits(source.shapes, targets)
     for layer, (_, k) in source.shapes.items():
@@ -232,11 +237,11 @@ def refuse_misfits(source: Source, targets: Sequence[str]) -> None:
         _refuse_mask_misfits(source, source.masks, targets)
 
 
-def _refuse_mask_misfits(source: Source, masks: Masks, targets: Sequence[str]) -> None:
+def _refuse_mask_misfits(source: Source, masks: Masks, targets: Sequence[Format]) -> None:
     problems = sparsity.strangers(sparsity.shapes(source.checkpoint, source.info), source.info, masks)
     if problems:
         raise BadInput.from_problems("E357", problems)
-    if "marlin_24" not in targets or source.info.name == "marlin_24":
+    if source.info.format.needs_mask or not any(fmt.needs_mask for fmt in targets):
         return
     fix = "marlin takes dense linears too; for marlin_24 prune the whole model"
     problems = [
@@ -275,32 +280,32 @@ def _check_pattern(source: Source, console: Console) -> None:
         raise BadInput.from_problems(next(iter(problems)), [problem for found in problems.values() for problem in found])
 
 
-def written_bytes(source: Source, fmt: str) -> int:
+def written_bytes(source: Source, fmt: Format) -> int:
     """Bytes of weights that a target will have."""
     packed = sum(registry.linear_bytes(fmt, n, k, source.info.layers[layer]) for layer, (n, k) in source.shapes.items())
     untouched = (source.checkpoint.tensors[name] for name in source.untouched)
     return packed + sum(info.end - info.begin for info in untouched)
 
 
-def _mask_bytes(source: Source, fmt: str) -> int:
+def _mask_bytes(source: Source, fmt: Format) -> int:
     """Bytes of the mask file, twice: it is spooled first (checkpoint/writer.py)."""
     linears = source.masked(fmt) & set(source.shapes)
     return 2 * sum(n * -(-k // 8) for n, k in (source.shapes[layer] for layer in linears))
 
 
-def _write_linears(source: Source, stages: Mapping[str, writer.StagedCheckpoint], console: Console) -> None:
+def _write_linears(source: Source, stages: Mapping[Format, writer.StagedCheckpoint], console: Console) -> None:
     """One pass over the source, shard by shard, so that each file is read once and in order."""
-    marking = registry.SUFFIXES[source.info.name][0]
+    marking = source.info.format.suffixes[0]
     places = {layer: source.checkpoint.tensors[f"{layer}.{marking}"] for layer in source.info.layers}
     order = sorted(places, key=lambda layer: (places[layer].file.name, places[layer].begin))
-    pending: dict[str, dict[str, Tensor]] = {fmt: {} for fmt in stages}
+    pending: dict[Format, dict[str, Tensor]] = {fmt: {} for fmt in stages}
     size = 0
     with console.progress("pack", len(order)) as progress:
         for layer in order:
             parts = source.parts(layer)
             for fmt, stage in stages.items():
-                tensors = target_tensors(fmt, layer, parts)
-                if parts.keep is not None and fmt != "marlin_24":
+                tensors = registry.linear_tensors(fmt, layer, parts)
+                if parts.keep is not None and not fmt.needs_mask:
                     stage.write_mask(layer, parts.keep)
                 pending[fmt] |= tensors
                 size += sum(t.numel() * t.element_size() for t in tensors.values())
@@ -316,43 +321,26 @@ def _write_linears(source: Source, stages: Mapping[str, writer.StagedCheckpoint]
                 stage.write_mask(layer, keep)
 
 
-def _flush(stages: Mapping[str, writer.StagedCheckpoint], pending: dict[str, dict[str, Tensor]]) -> None:
+def _flush(stages: Mapping[Format, writer.StagedCheckpoint], pending: dict[Format, dict[str, Tensor]]) -> None:
     for fmt, tensors in pending.items():
         if tensors:
             stages[fmt].write_shard(tensors)
             tensors.clear()
 
 
-def target_tensors(fmt: str, layer: str, parts: registry.LinearParts) -> dict[str, Tensor]:
-    """What the target holds for one layer."""
-    if fmt != "dense":
-        return registry.linear_tensors(fmt, layer, parts)
-    import torch
-
-    weight = parts.weight().to(torch.float16)
-    if not bool(torch.isfinite(weight).all()):
-        raise NumericalProblem(
-            "E600",
-            f"{layer}: dequantized weights exceed what float16 holds (65504)",
-            where=layer,
-            fix="keep a packed format: ct, gptq, marlin or marlin_24",
-        )
-    return {f"{layer}.weight": weight}
-
-
-def _finish(source: Source, contents: Contents, fmt: str, stage: writer.StagedCheckpoint, console: Console, command: str) -> None:
+def _finish(source: Source, contents: Contents, fmt: Format, stage: writer.StagedCheckpoint, console: Console, command: str) -> None:
     """Everything of the folder but the linears, and the check from disk."""
     stage.copy_tensors(source.checkpoint, source.untouched)
     stage.copy_companions(source.checkpoint.folder)
     old = registry.quantization_block(source.checkpoint.config) or {}
     config = without(registry.without_quantization(source.checkpoint.config))
-    if fmt != "dense":
+    if fmt.quantized:
         config["quantization_config"] = registry.quantization_config(fmt, source.info.layers, source.ignore, provenance(old))
-    if fmt == "gptq":
-        stage.write_file("quantize_config.json", canonical(config["quantization_config"]))  # what old loaders read
+    if fmt.block_file:
+        stage.write_file(fmt.block_file, canonical(config["quantization_config"]))
     origin = {"format": source.info.name, "variant": source.info.variant, **_source_digest(source, contents)}
     earlier = _earlier_facts(source.checkpoint.folder)
-    facts = {**earlier, "packed_from": origin, "format": fmt, **({"pattern": "2:4"} if source.origin else {})}
+    facts = {**earlier, "packed_from": origin, "format": fmt.name, **({"pattern": "2:4"} if source.origin else {})}
     made_from, recipe = earlier.get("source", {}), earlier.get("recipe", {})
     digest = recipe.get("sha256")
     details = card.CardFacts(
@@ -371,14 +359,14 @@ def _finish(source: Source, contents: Contents, fmt: str, stage: writer.StagedCh
         stage.write_file(name, data)
 
 
-def _report_files(source: Source, fmt: str, folder: Path, command: str, console: Console) -> dict[str, bytes]:
+def _report_files(source: Source, fmt: Format, folder: Path, command: str, console: Console) -> dict[str, bytes]:
     """The source's report travels on: its codes are the same. Nothing where there is none, as in a foreign folder."""
     from marlinctl.report import rewrite
 
     try:
         document = rewrite.read_report(source.checkpoint.folder)
         sizes = {**document["bytes"], "result": written_bytes(source, fmt)}
-        packed = {**document, "bytes": sizes, "packed": {"command": command, "format": fmt}}
+        packed = {**document, "bytes": sizes, "packed": {"command": command, "format": fmt.name}}
         return rewrite.checked_files(packed, folder, fmt=fmt, layers=source.info.layers)
     except CheckFailed:
         return {}
@@ -410,15 +398,15 @@ def _source_digest(source: Source, contents: Contents) -> dict[str, Any]:
     return {"fingerprint": contents.fingerprint}
 
 
-def check_written(source: Source, fmt: str, folder: Path, console: Console) -> None:
+def check_written(source: Source, fmt: Format, folder: Path, console: Console) -> None:
     """Read the staged folder back: same tensors, codes, scales and masks, same untouched bytes. CheckFailed names the first difference."""
     written = open_checkpoint(folder, weight_files="auto")
     info = registry.detect(written.config, written.tensors)
-    expected = set(source.untouched) | {f"{layer}.{suffix}" for layer in source.info.layers for suffix in registry.SUFFIXES[fmt]}
-    if info.name != fmt or set(written.tensors) != expected:
+    expected = {*source.untouched, *fmt.owned(source.info.layers)}
+    if info.format is not fmt or set(written.tensors) != expected:
         different = sorted(set(written.tensors) ^ expected)
         raise _unequal(folder, f"the written tensors are not the expected ones ({info.name}; {', '.join(different[:5])})")
-    compare = _same_weight if fmt == "dense" else _same_parts
+    compare = _same_parts if fmt.quantized else _same_weight
     with open_masks(folder) as masks:
         different = sorted(source.masked(fmt) ^ set(masks.layers if masks else ()))
         if different:
@@ -434,7 +422,7 @@ def check_written(source: Source, fmt: str, folder: Path, console: Console) -> N
             raise _unequal(folder, f"{name} differs from the source")
 
 
-def _same_parts(source: Source, written: Checkpoint, info: registry.FormatInfo, layer: str, masks: Masks | None) -> None:
+def _same_parts(source: Source, written: Checkpoint, info: FormatInfo, layer: str, masks: Masks | None) -> None:
     import torch
 
     want, got = source.parts(layer), registry.read_parts(written, info, layer, masks)
@@ -444,7 +432,7 @@ def _same_parts(source: Source, written: Checkpoint, info: registry.FormatInfo, 
     _same_keep(written.folder, layer, want.keep, got.keep)
 
 
-def _same_weight(source: Source, written: Checkpoint, info: registry.FormatInfo, layer: str, masks: Masks | None) -> None:
+def _same_weight(source: Source, written: Checkpoint, info: FormatInfo, layer: str, masks: Masks | None) -> None:
     import torch
 
     parts = source.parts(layer)

@@ -19,7 +19,8 @@ from marlinctl.checkpoint import findings
 from marlinctl.checkpoint import mask as masks
 from marlinctl.checkpoint.contents import Contents, Noted, read_contents
 from marlinctl.checkpoint.folder import examine
-from marlinctl.checkpoint.formats.registry import FormatInfo, detect, read_parts
+from marlinctl.checkpoint.formats.base import FormatInfo
+from marlinctl.checkpoint.formats.registry import detect, read_parts
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.source_digests import check_known_digests
@@ -127,13 +128,13 @@ def _open_student(source: Source, asked: Distill, options: Options, console: Con
 
 def _check_form(source: Source, info: FormatInfo, asked: Distill) -> None:
     where = str(source.folder)
-    if info.name == "dense" and asked.mode == "scales":
+    if info.format.trains == "weights" and asked.mode == "scales":
         fix = "--mode full or --mode blockwise trains its weights"
         raise UsageError("E288", "the student is 16-bit and has no scales to train", where=where, fix=fix)
-    if info.name == "ct" and asked.mode != "scales":
+    if info.format.trains == "scales" and asked.mode != "scales":
         fix = "--mode scales trains its scales and norms, and leaves the codes alone"
         raise UsageError("E288", f"the student is quantized: --mode {asked.mode} would change its codes", where=where, fix=fix)
-    if info.name not in ("dense", "ct"):
+    if not info.format.trains:
         fix = "marlinctl pack STUDENT OUT --format ct, and distill that"
         raise BadInput("E373", f"a student in the format {info.name} is not trained", where=where, fix=fix)
 
@@ -177,7 +178,7 @@ def _check_kinship(student: Model, teacher: Model) -> None:
 
 def _open_pattern(student: Model, console: Console, stack: ExitStack) -> Pattern:
     opened = stack.enter_context(masks.open_masks(student.source.folder))
-    dense = student.info.name == "dense"
+    dense = not student.info.format.quantized
     pattern = Pattern(student.checkpoint, student.architecture, opened, found=dense)
     if pattern.strangers:
         where = str(student.source.folder / masks.NAME)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlinctl.checkpoint.formats.registry import detect, layer_names
+from marlinctl.checkpoint.formats.registry import detect
 from marlinctl.checkpoint.mask import open_masks
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint, torch_dtype
 from marlinctl.checkpoint.writer import StagedCheckpoint
@@ -97,7 +97,7 @@ def check_written(folder: Path, opened: Opened, digests: Mapping[str, str], cons
                 keep = masks.keep(layer, n, k) if masks is not None else opened.pattern.keep(layer)
                 problems += _pattern_problems(layer, keep, opened, written)
                 progress.advance()
-        packed = layer_names(written.tensors, "ct") if detect(written.config, written.tensors).name == "ct" else []
+        packed = detect(written.config, written.tensors).layers
         for layer in packed:
             for suffix in ("weight_packed", "weight_shape"):
                 if written.raw(f"{layer}.{suffix}") != opened.student.checkpoint.raw(f"{layer}.{suffix}"):

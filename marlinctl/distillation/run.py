@@ -300,7 +300,7 @@ def _publish(
             pass
         return report
     job = run.job
-    with StagedCheckpoint(run.out, overwrite=run.options.overwrite, fmt=opened.student.info.name, path=job.staged) as staged:
+    with StagedCheckpoint(run.out, overwrite=run.options.overwrite, fmt=opened.student.info.format, path=job.staged) as staged:
         staged.restore([], [])
         build(
             opened,
@@ -308,7 +308,7 @@ def _publish(
             staged,
             recipe_yaml=run.recipe.to_yaml(),
             manifest=_manifest(run, opened, rows),
-            report_files=lambda folder: report_files(report, folder, fmt=opened.student.info.name, layers={}),
+            report_files=lambda folder: report_files(report, folder, fmt=opened.student.info.format, layers={}),
             console=run.console,
         )
         job.publish([staged], keep=run.options.keep_job)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from marlinctl.checkpoint.formats.registry import LinearParts
+from marlinctl.checkpoint.formats.base import LinearParts
 from marlinctl.distillation.distributed import local, whole
 from marlinctl.distillation.parameters import Place, assemble, by_parameter, parent_of
 from marlinctl.errors import UsageError

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from marlinctl.checkpoint.formats.registry import linear_tensors
+from marlinctl.checkpoint.formats.registry import INTERCHANGE, linear_tensors
 from marlinctl.checkpoint.reader import torch_dtype
 from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.errors import NumericalProblem
@@ -54,7 +54,7 @@ class Solving:
     def __init__(self, opened: Opened, recipe: Recipe, options: Options, staged: StagedCheckpoint, console: Console) -> None:
         self.opened, self.options, self.staged, self.console = opened, options, staged, console
         self.records: list[LayerRecord] = []
-        self.bits = recipe.quantize.bits
+        self.scheme = recipe.scheme
         self.solver = StackSolver.of(recipe, matches=opened.matches, bfloat16_exact=bfloat16_exact(opened))
         self.pending: dict[str, Tensor] = {}
         self.progress: Progress | None = None
@@ -123,7 +123,7 @@ class Solving:
                 fix=f"leave this linear 16-bit: --skip {name}",
             )  # fmt: skip
         if isinstance(result, QuantizedLinear):
-            tensors = linear_tensors("ct", name, result)
+            tensors = linear_tensors(INTERCHANGE, name, result)
             weight, digest = result.dequantize(), linear_digest(result)
         else:
             stored = result.to("cpu", torch_dtype(info))

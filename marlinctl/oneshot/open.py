@@ -14,6 +14,8 @@ import torch
 
 from marlinctl.checkpoint import findings
 from marlinctl.checkpoint.contents import Contents, Noted, read_contents
+from marlinctl.checkpoint.formats.base import Format
+from marlinctl.checkpoint.formats.registry import working_format
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.checkpoint.runtimes import loads
 from marlinctl.checkpoint.safetensors_header import TensorInfo
@@ -36,6 +38,7 @@ from marlinctl.planning.preflight import (
     refuse_dense_tiles,
     refuse_no_change,
     stored_once,
+    wants_mask,
 )
 from marlinctl.recipes.schema import Recipe
 from marlinctl.system.console import Console
@@ -104,7 +107,7 @@ def check_request(recipe: Recipe, options: Options, measure: Measurement | None,
 
 def open_model(
     model: str, out: Path, recipe: Recipe, options: Options, console: Console,
-    published: Sequence[str] = (), noted: Callable[[], Noted | None] = lambda: None,
+    published: Sequence[Format] = (), noted: Callable[[], Noted | None] = lambda: None,
     before_weights: Callable[[Source, Checkpoint], None] = lambda source, checkpoint: None,
 ) -> Opened:  # fmt: skip
     """All checks, from cheap to dear. published: the formats that come of it in the end; who will refuse them is said. noted: what a
@@ -125,7 +128,7 @@ def open_model(
     for fmt in published:
         for line in loads(as_published(looked, checkpoint, fmt)).warnings(fmt):
             console.warn(line)
-    if "marlin_24" in recipe.pack.formats and recipe.sparsify.pattern == "none":  # one row shows it, before a text is read
+    if wants_mask(recipe) is not None:  # one row shows it, before a text is read
         refuse_dense_tiles(from_headers(checkpoint, looked.shapes, weights=True), looked.shapes, recipe)
     before_weights(source, checkpoint)
     pattern = of_source(checkpoint, looked.shapes, console)
@@ -133,7 +136,7 @@ def open_model(
     tensors = stored_once(checkpoint, looked.architecture)
     work = Work.of(recipe, element=dtype.itemsize, matches=looked.matches, on_device=device.type == "cuda")
     _require_room(looked, tensors, pattern, work, out, options)
-    packed = {f"{name}.weight" for name in looked.plan.group_sizes} if recipe.quantize.bits == 4 else set()
+    packed = {f"{name}.weight" for name in looked.plan.group_sizes} if recipe.scheme.quantizes else set()
     contents = read_contents(checkpoint, console, scan=looked.architecture.expected, for_4_bits=packed, noted=noted())
     check_known_digests(checkpoint, contents)
     contents.require_finite()
@@ -157,8 +160,8 @@ def _require_room(looked: Looked, tensors: Mapping[str, TensorInfo], pattern: Kn
             fix="fewer --samples, a smaller --sequence-length, or --calibration FILE in place of self (`marlinctl plan` shows what takes "
             "how much); a larger --max-memory starts all the same",
         )
-    masked = looked.shapes if work.prunes else pattern.pattern.linears
-    fmt = "ct" if work.bits == 4 else "dense"
+    masked = looked.shapes if work.scheme.prunes else pattern.pattern.linears
+    fmt = working_format(work.scheme)
     walked = disk.output(fmt, tensors, looked.shapes, looked.plan.group_sizes, masked)
     scratch = 0 if work.on_device else disk.scratch_bytes(looked.architecture, work)
     require_space(out, disk.needed_by_walk(walked, scratch, disk.state_bytes(looked.architecture, work)))

@@ -22,7 +22,15 @@ from torch import Tensor
 
 from marlinctl import __version__
 from marlinctl.checkpoint import findings
-from marlinctl.checkpoint.formats.registry import detect, quantization_config, read_linear, without_quantization
+from marlinctl.checkpoint.formats.base import Format
+from marlinctl.checkpoint.formats.registry import (
+    INTERCHANGE,
+    detect,
+    quantization_config,
+    read_linear,
+    without_quantization,
+    working_format,
+)
 from marlinctl.checkpoint.licence import licence_of
 from marlinctl.checkpoint.manifest import made_from
 from marlinctl.checkpoint.mask import Masks, open_masks
@@ -66,7 +74,7 @@ def run_job(
     measure: Measurement | None = None,
     *,
     measured: Mapping[str, Any] | None = None,
-    published: Sequence[str] | None = None,
+    published: Sequence[Format] | None = None,
 ) -> tuple[dict[str, Any], Source]:
     """Quantize, prune or both: `model` (folder, hub id or GGUF file) into `out`.
 
@@ -95,7 +103,7 @@ def run_job(
 
 def _run(
     job: WalkJob, model: str, out: Path, recipe: Recipe, options: Options, console: Console, measure: Measurement | None,
-    published: Sequence[str] | None,
+    published: Sequence[Format] | None,
 ) -> tuple[dict[str, Any], Source]:  # fmt: skip
     started = time.monotonic()
     texts = [kept] if (kept := _kept_calibration(job, console)) is not None else []
@@ -109,8 +117,7 @@ def _run(
         if not texts and recipe.calibration.source != "self":
             texts.append(load_calibration(recipe.calibration, source.folder, checkpoint.config, console=console, load_model=_no_model))
 
-    bits = recipe.quantize.bits
-    fmt = "ct" if bits == 4 else "dense"
+    fmt = working_format(recipe.scheme)
     published = (fmt,) if published is None else published
     opened = open_model(model, out, recipe, options, console, published, lambda: job.noted("model", console), before_weights)
     job.watch(opened.contents)
@@ -239,7 +246,7 @@ def _every_block(
     model = build(opened.checkpoint.config, dtype)
     linears = len(architecture.linears) + (head is not None)
     with (
-        console.progress("prune" if solving.bits == 16 else "quantize", linears) as solving.progress,
+        console.progress("quantize" if solving.scheme.quantizes else "prune", linears) as solving.progress,
         _deterministic(options.deterministic),
     ):
         first = job.finished
@@ -312,11 +319,11 @@ def _warnings(opened: Opened, calibration: CalibrationSet, records: list[LayerRe
 
 def _config(opened: Opened, recipe: Recipe) -> dict[str, Any]:
     config: dict[str, Any] = without(without_quantization(opened.checkpoint.config))
-    if recipe.quantize.bits == 16:
+    if not recipe.scheme.quantizes:
         return config
     layers = dict(opened.plan.group_sizes)
     config["quantization_config"] = quantization_config(
-        "ct", layers, sixteen_bit(opened.checkpoint, layers), {"version": __version__, "recipe_sha256": recipe_hash(recipe)}
+        INTERCHANGE, layers, sixteen_bit(opened.checkpoint, layers), {"version": __version__, "recipe_sha256": recipe_hash(recipe)}
     )
     return config
 
@@ -326,9 +333,9 @@ def published_report(out: Path) -> dict[str, Any]:
     return {key: value for key, value in read_report(out).items() if key != "schema_version"}
 
 
-def _write_reports(staged: StagedCheckpoint, report: Mapping[str, Any], opened: Opened, fmt: str) -> None:
+def _write_reports(staged: StagedCheckpoint, report: Mapping[str, Any], opened: Opened, fmt: Format) -> None:
     """They name the digest of the manifest, so they come after it."""
-    layers = opened.plan.group_sizes if fmt == "ct" else {}
+    layers = opened.plan.group_sizes if fmt.quantized else {}
     for name, data in report_files(report, staged.path, fmt=fmt, layers=layers).items():
         staged.write_file(name, data)
 
@@ -350,7 +357,7 @@ def _manifest(opened: Opened, recipe: Recipe, calibration: Mapping[str, Any], re
     source = {key: value for key, value in calibration.items() if key != "source"}
     earlier = made_from(opened.source.folder)
     return {
-        "format": "ct" if recipe.quantize.bits == 4 else "dense",
+        "format": working_format(recipe.scheme).name,
         "recipe": {"sha256": recipe_hash(recipe)},
         "source": {**_source_facts(opened), "fingerprint": opened.contents.fingerprint, **({"made_from": earlier} if earlier else {})},
         "calibration": source,
@@ -371,7 +378,7 @@ def _report(
     dense = sum(info.end - info.begin for info in tensors.values())
     saved = sum(r.bytes_in - r.bytes_out for r in records)
     return {
-        "kind": "quantize" if recipe.quantize.bits == 4 else "sparsify",
+        "kind": "quantize" if recipe.scheme.quantizes else "sparsify",
         "command": options.command,
         "written": time.strftime("%Y-%m-%d", time.gmtime()),
         "source": {**_source_facts(opened), "note": opened.source.note, "license": licence_of(opened.source)},
@@ -380,7 +387,7 @@ def _report(
         "versions": versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "dtype": str(opened.dtype).removeprefix("torch."),
-        "bits": recipe.quantize.bits,
+        "bits": recipe.scheme.bits,
         "sparse": sum(r.pattern is not None for r in records),
         "bytes": {"source": dense, "result": dense - saved},
         "kept": [{"name": name, "reason": reason} for name, reason in opened.plan.kept.items()],

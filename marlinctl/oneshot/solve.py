@@ -14,6 +14,7 @@ from torch import Tensor
 
 from marlinctl.quantize.gptq import Solved, SolveSettings, solve
 from marlinctl.quantize.match import matched
+from marlinctl.quantize.scheme import Scheme
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipes.schema import Recipe
 from marlinctl.sparsify.sparsegpt import PruneSettings, fit_mask, prune, prune_and_quantize, solve_pruned
@@ -38,8 +39,7 @@ class Outcome(Protocol):
 @dataclass(frozen=True, slots=True)
 class StackSolver:
     match: float  # share in which the original is matched; 0 where it does not walk along
-    bits: int
-    prunes: bool
+    scheme: Scheme
     pruning: PruneSettings
     settings: SolveSettings  # of int4; the group size is that of each stack
 
@@ -48,8 +48,7 @@ class StackSolver:
         q = recipe.quantize
         return cls(
             match=q.match if matches else 0.0,
-            bits=q.bits,
-            prunes=recipe.sparsify.pattern == "2:4",
+            scheme=recipe.scheme,
             pruning=PruneSettings(
                 method=recipe.sparsify.method,
                 damping=q.damping,
@@ -79,7 +78,7 @@ class StackSolver:
         """
         if self.match:
             stack = matched(stack, hessian, share=self.match, damping=self.pruning.damping)
-        if self.bits == 16:
+        if not self.scheme.quantizes:
             pruned = prune(stack, hessian, self.pruning)
             return pruned, lambda rows: pruned.weight[rows], pruned.keep.cpu()
         settings = replace(self.settings, group_size=group_size)
@@ -87,7 +86,7 @@ class StackSolver:
         if keep is not None:
             pruned_stack = fit_mask(stack, keep, hessian, self.pruning) if self.match else stack
             solved, keep = solve_pruned(pruned_stack, keep, hessian, settings, original=stack)
-        elif self.prunes:
+        elif self.scheme.prunes:
             solved, keep = prune_and_quantize(stack, hessian, self.pruning, settings)
         else:
             solved = solve(stack, hessian, settings)

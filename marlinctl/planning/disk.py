@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from marlinctl.checkpoint.formats import registry
+from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.safetensors_header import TensorInfo
 from marlinctl.models.architectures import Architecture, Experts
 from marlinctl.planning.memory import Work, trained_weights
@@ -26,7 +27,7 @@ _PAGE = 120_000  # card and report of a model that has no layer at all
 class Output:
     """What one published folder holds, in bytes."""
 
-    format: str  # "dense": 16-bit linears with two survivors in each four
+    format: Format
     linears: int
     untouched: int
     mask: int
@@ -43,16 +44,16 @@ class Output:
         return self.weights + _PER_TENSOR * self.tensors + _PAGE
 
 
-def output(fmt: str, tensors: Mapping[str, TensorInfo], shapes: Shapes, sizes: Mapping[str, int], masked: Iterable[str]) -> Output:
+def output(fmt: Format, tensors: Mapping[str, TensorInfo], shapes: Shapes, sizes: Mapping[str, int], masked: Iterable[str]) -> Output:
     """A folder in format `fmt` of a 16-bit model whose `shapes` are compressed. sizes: group sizes. masked: the 2:4 linears."""
     weights = {f"{name}.weight" for name in shapes}
     untouched = [info.nbytes for name, info in tensors.items() if name not in weights]
-    if fmt == "dense":
+    if not fmt.quantized:
         linears = sum(tensors[name].nbytes for name in weights)
     else:
         linears = sum(registry.linear_bytes(fmt, n, k, sizes[name]) for name, (n, k) in shapes.items())
-    each = len(registry.SUFFIXES[fmt])
-    named = [] if fmt == "marlin_24" else [shapes[name] for name in masked]
+    each = len(fmt.suffixes)
+    named = [] if fmt.needs_mask else [shapes[name] for name in masked]
     mask = sum(n * -(-k // 8) for n, k in named)
     return Output(fmt, linears, sum(untouched), mask, len(untouched) + each * len(shapes) + len(named))
 

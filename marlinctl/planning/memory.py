@@ -24,6 +24,7 @@ from math import prod
 
 from marlinctl.data.calibration_size import CHARACTERS_PER_TOKEN, PIECE, SELF_BATCH
 from marlinctl.models.architectures import Architecture, Block, Experts, LinearSpec
+from marlinctl.quantize.scheme import Scheme
 from marlinctl.recipes.schema import Distill, Recipe
 
 CHUNK_TOKENS = 2048  # tokens in flight: enough for full speed of the matrix units, little enough for any memory
@@ -51,8 +52,7 @@ class Work:
     damping: float
     matches: bool  # the original walks along
     refines: bool
-    prunes: bool
-    bits: int
+    scheme: Scheme
     writes_text: bool  # --calibration self
     on_device: bool
 
@@ -66,8 +66,7 @@ class Work:
             damping=recipe.quantize.damping,
             matches=matches,
             refines=recipe.quantize.refine > 0,
-            prunes=recipe.sparsify.pattern != "none",
-            bits=recipe.quantize.bits,
+            scheme=recipe.scheme,
             writes_text=asked.source == "self",
             on_device=on_device,
         )
@@ -185,14 +184,14 @@ def _phases(architecture: Architecture, stage: Stage, work: Work) -> Iterator[li
     # quantize/solver.py, factor: H and its reordered copy; the matrix to be factored and its factor
     precise = 2 if k / work.damping > _FLOAT64_ABOVE else 1
     yield [*held, (2, stack), (2, square), (2, precise * square)]
-    pruned = [(2, stack), (2, stack // 4)] if work.prunes else []  # values, what refinement aims at, and the mask twice
-    if work.bits == 4:
+    pruned = [(2, stack), (2, stack // 4)] if work.scheme.prunes else []  # values, what refinement aims at, and the mask twice
+    if work.scheme.quantizes:
         # quantize/gptq.py, solve: at its end weights, stack, w, codes, errors, two temporaries, and the codes as int8
         yield [*held, *pruned, (7, stack), (1, stack // 4), (3, square)]
         if work.refines:  # quantize/refine.py: one more sweep beside the first; the normal equations of the scales
             yield [*held, *pruned, (9, stack), (4, square)]
             yield [*held, *pruned, (7, stack), (4, square), (4, 4 * rows * stage.groups**2)]
-    if work.prunes:  # sparsify/sparsegpt.py and masked_ls.py: what is finished, and seven matrices of the rows at hand
+    if work.scheme.prunes:  # sparsify/sparsegpt.py and masked_ls.py: what is finished, and seven matrices of the rows at hand
         part = 4 * min(rows, _PRUNED_TOGETHER) * k
         yield [*held, (3, stack), (1, stack // 4), (7, part), (1, part // 4), (3, square)]
 

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from marlinctl.checkpoint import runtimes
+from marlinctl.checkpoint.formats import registry
+from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.remote_headers import Headers, headers
 from marlinctl.checkpoint.sparsity import MASK_FILE, Pattern, from_headers
@@ -31,7 +33,18 @@ from marlinctl.models.config import positions
 from marlinctl.planning import disk as room
 from marlinctl.planning import time
 from marlinctl.planning.memory import Work, predicted_device_peak, predicted_distillation, predicted_peak, predicted_repack
-from marlinctl.planning.preflight import Looked, as_published, check_arguments, check_lengths, check_pattern, check_texts, look, stored_once
+from marlinctl.planning.preflight import (
+    Looked,
+    as_published,
+    check_arguments,
+    check_lengths,
+    check_pattern,
+    check_texts,
+    formats_of,
+    look,
+    stored_once,
+    wants_mask,
+)
 from marlinctl.recipes.schema import Recipe, divided, recipe_hash
 from marlinctl.system.console import Console
 from marlinctl.system.devices import free_device_memory, has_matrix_units, planned_dtype
@@ -109,7 +122,7 @@ def _check_evaluation(recipe: Recipe, settings: Settings, checkpoint: Checkpoint
 def _document(seen: Headers, recipe: Recipe, settings: Settings, console: Console) -> dict[str, Any]:
     looked = look(seen.checkpoint, recipe, settings.module_map, console, files=seen.files, weights=seen.weights)
     found = from_headers(seen.checkpoint, looked.shapes, weights=seen.weights)
-    if not (found.origin is None and "marlin_24" in recipe.pack.formats and not seen.weights):
+    if found.origin is not None or seen.weights or not any(fmt.needs_mask for fmt in formats_of(recipe)):
         check_pattern(found, looked, recipe, console)
     dtype = planned_dtype(settings.device, settings.dtype)
     outputs = [_output(seen, looked, found, recipe, fmt) for fmt in _formats(recipe)]
@@ -145,9 +158,9 @@ def _document(seen: Headers, recipe: Recipe, settings: Settings, console: Consol
     }
 
 
-def _formats(recipe: Recipe) -> tuple[str, ...]:
+def _formats(recipe: Recipe) -> list[Format]:
     """What is published: at 16 bits the pruned model itself."""
-    return recipe.pack.formats if recipe.quantize.bits == 4 else ("dense",)
+    return formats_of(recipe) if recipe.scheme.quantizes else [registry.DENSE]
 
 
 def _masked(looked: Looked, found: Pattern, recipe: Recipe) -> tuple[str, ...]:
@@ -155,7 +168,7 @@ def _masked(looked: Looked, found: Pattern, recipe: Recipe) -> tuple[str, ...]:
     return tuple(looked.shapes) if recipe.sparsify.pattern != "none" else found.linears
 
 
-def _output(seen: Headers, looked: Looked, found: Pattern, recipe: Recipe, fmt: str) -> room.Output:
+def _output(seen: Headers, looked: Looked, found: Pattern, recipe: Recipe, fmt: Format) -> room.Output:
     tensors = stored_once(seen.checkpoint, looked.architecture)
     return room.output(fmt, tensors, looked.shapes, looked.plan.group_sizes, _masked(looked, found, recipe))
 
@@ -187,7 +200,7 @@ def _memory(looked: Looked, outputs: list[room.Output], stages: list[tuple[str, 
     if divided(recipe) is not None:
         training = predicted_distillation(known, recipe.distill)
         host["distil"], device = (host["prune"], device | {"distil": training}) if on_device else (training, device)
-    if [output.format for output in outputs] not in (["ct"], ["dense"]):
+    if [output.format for output in outputs] not in ([registry.INTERCHANGE], [registry.DENSE]):
         host["pack"] = predicted_repack([n * k for n, k in looked.shapes.values()], [output.linears for output in outputs])
     return {
         "host": {"peak": max(host.values()), "stages": host},
@@ -212,7 +225,7 @@ def _disk(
     recipe: Recipe,
 ) -> dict[str, Any]:
     """Bytes on the disk of OUT: at the fullest moment, and in the end. `fetch` is what a cache gets before."""
-    first = "ct" if recipe.quantize.bits == 4 else "dense"
+    first = registry.working_format(recipe.scheme)
     walked = _output(seen, looked, found, recipe, first)
     scratch = max(room.scratch_bytes(looked.architecture, work) for _, _, work in stages)
     states = max(room.state_bytes(looked.architecture, work) for _, _, work in stages)
@@ -223,7 +236,7 @@ def _disk(
         "publish": published + extra + sum(output.mask for output in outputs),
     }
     if divided(recipe) is not None:
-        dense = _output(seen, looked, found, recipe, "dense")
+        dense = _output(seen, looked, found, recipe, registry.DENSE)
         training = room.needed_by_distillation(looked.architecture, dense.weights, recipe.distill)
         moments["distil"] = 2 * (dense.on_disk + small) + training
         moments["walk"] += dense.on_disk + small
@@ -264,14 +277,14 @@ def _existing(path: Path) -> Path:
 def _linears(looked: Looked, found: Pattern, recipe: Recipe) -> dict[str, Any]:
     """Every matrix that a product is taken with, and what becomes of it."""
     known, sizes = looked.architecture, looked.plan.group_sizes
-    four_bits = recipe.quantize.bits == 4
+    scheme = recipe.scheme
     sparse = set(_masked(looked, found, recipe))
     compressed = [
         {
             "name": name,
             "shape": list(looked.shapes[name]),
-            "bits": 4 if four_bits else 16,
-            "group_size": size if four_bits else None,
+            "bits": scheme.bits,
+            "group_size": size if scheme.quantizes else None,
             "pattern": "2:4" if name in sparse else None,
         }
         for name, size in sizes.items()
@@ -292,12 +305,12 @@ def _describe(output: room.Output, looked: Looked, found: Pattern, recipe: Recip
     weights = sum(n * k for n, k in looked.shapes.values())
     planned = as_published(looked, seen.checkpoint, output.format)
     loads = runtimes.loads(planned)
-    readers = {runtime.name for runtime in runtimes.RUNTIMES if output.format in runtime.reads}
+    readers = {runtime.name for runtime in runtimes.RUNTIMES if runtime.reads(output.format)}
     refused = {v.runtime: list(v.refused) for v in runtimes.survey(planned, (1,)) if v.refused and v.runtime in readers}
     servers = {runtime.program for runtime in runtimes.RUNTIMES}
     refused |= {program: list(reasons) for program, reasons in loads.refused.items() if program not in servers}
     return {
-        "format": output.format,
+        "format": output.format.name,
         "bits_per_weight": round(8 * output.linears / weights, 3),
         "bytes": {
             "weights": output.weights,
@@ -351,14 +364,14 @@ def _cores() -> int:
 
 def _notes(seen: Headers, found: Pattern, recipe: Recipe) -> list[str]:
     notes = [seen.source.note] if seen.source.note else []
-    if recipe.quantize.bits == 16 and divided(recipe) is None:
+    if not recipe.scheme.quantizes and divided(recipe) is None:
         notes.append("at 16 bits this is what `marlinctl sparsify` writes")
     if recipe.calibration.source == "self":
         notes.append("--calibration self loads the whole model once to write its text; a file of text does not")
     if found.linears and found.origin != MASK_FILE:
         notes.append("the first row of the first linear is 2:4, so all linears are taken to be; the run looks at every weight")
-    if found.origin is None and not seen.weights and recipe.sparsify.pattern == "none" and "marlin_24" in recipe.pack.formats:
-        notes.append("marlin_24 holds 2:4 linears alone, and only weights tell whether these are: a dense model is refused (E273)")
+    if found.origin is None and not seen.weights and (sparse := wants_mask(recipe)) is not None:
+        notes.append(f"{sparse.name} holds 2:4 linears alone, and only weights tell whether these are: a dense model is refused (E273)")
     if divided(recipe) is not None:
         notes.append("distillation is planned without its activations: --micro-batch and --checkpointing decide those")
     return notes

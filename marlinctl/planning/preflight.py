@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from marlinctl.checkpoint.folder import examine
-from marlinctl.checkpoint.formats.registry import misfits, sixteen_bit_linears
+from marlinctl.checkpoint.formats.base import Format, Packed
+from marlinctl.checkpoint.formats.registry import FORMATS, misfits, sixteen_bit_linears
 from marlinctl.checkpoint.reader import Checkpoint
-from marlinctl.checkpoint.runtimes import Packed
 from marlinctl.checkpoint.safetensors_header import TensorInfo
 from marlinctl.checkpoint.sparsity import MASK_FILE, Pattern
 from marlinctl.data.calibration_size import check_documents, check_length, too_few_tokens
@@ -36,7 +36,7 @@ class Looked:
 
 
 def refuse_no_change(recipe: Recipe) -> None:
-    if recipe.quantize.bits == 16 and recipe.sparsify.pattern == "none":
+    if not recipe.scheme.quantizes and not recipe.scheme.prunes:
         raise UsageError("E272", "16 bits and no pattern: nothing would change", where="--bits 16", fix="--bits 4, or `marlinctl sparsify`")
 
 
@@ -97,7 +97,7 @@ def look(
     known = examined.architecture
     assert known is not None  # "needed"
     # At 16 bits there are no groups, unless the recipe distils: then int4 comes last, and must not fail after hours of work.
-    groups = recipe.quantize.bits == 4 or recipe.distill.tokens > 0
+    groups = recipe.scheme.quantizes or recipe.distill.tokens > 0
     rules = plan(
         known,
         group_size=recipe.quantize.group_size if groups else -1,
@@ -106,9 +106,9 @@ def look(
         include=recipe.quantize.include,
     )
     shapes = {name: (spec.out_features, spec.in_features) for name, spec in _planned(known, rules).items()}
-    if recipe.sparsify.pattern == "2:4":
+    if recipe.scheme.prunes:
         _refuse_odd_widths(shapes)
-    if problems := misfits(shapes, recipe.pack.formats):
+    if problems := misfits(shapes, formats_of(recipe)):
         raise BadInput.from_problems("E349", problems)
     matches = recipe.quantize.match > 0
     if matches and any(isinstance(block.mlp, Experts) for block in known.blocks):
@@ -117,17 +117,26 @@ def look(
     return Looked(known, rules, shapes, matches)
 
 
+def formats_of(recipe: Recipe) -> list[Format]:
+    return [FORMATS[name] for name in recipe.pack.formats]
+
+
+def wants_mask(recipe: Recipe) -> Format | None:
+    """The format of a recipe that holds 2:4 linears alone, where the recipe does not prune."""
+    return next((fmt for fmt in formats_of(recipe) if fmt.needs_mask and not recipe.scheme.prunes), None)
+
+
 def stored_once(checkpoint: Checkpoint, known: Architecture) -> dict[str, TensorInfo]:
     """All tensors, a tied head only under the name of the embedding: some tools store it twice."""
     copies = known.tied_copies(checkpoint.tensors)
     return {name: info for name, info in checkpoint.tensors.items() if name not in copies}
 
 
-def as_published(looked: Looked, checkpoint: Checkpoint, fmt: str) -> Packed:
+def as_published(looked: Looked, checkpoint: Checkpoint, fmt: Format) -> Packed:
     """What a published folder will be to its clients (checkpoint/runtimes.py)."""
-    quantized = looked.plan.group_sizes if fmt != "dense" else {}
+    quantized = looked.plan.group_sizes if fmt.quantized else {}
     shapes = {name: looked.shapes[name] for name in quantized}
-    return Packed(fmt, shapes, quantized, sixteen_bit(checkpoint, quantized), checkpoint.config, "v1" if fmt == "gptq" else "")
+    return Packed(fmt, shapes, quantized, sixteen_bit(checkpoint, quantized), checkpoint.config, fmt.writes_variant)
 
 
 def sixteen_bit(checkpoint: Checkpoint, quantized: Iterable[str]) -> list[str]:
@@ -174,10 +183,10 @@ def _say_pattern(found: Pattern, planned: int, recipe: Recipe, console: Console)
 def refuse_dense_tiles(found: Pattern, shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> None:
     """marlin_24 holds 2:4 linears alone: found out here, and not when hours of work are to be packed."""
     dense = [name for name in shapes if name not in found.linears]
-    if "marlin_24" in recipe.pack.formats and recipe.sparsify.pattern == "none" and dense:
+    if dense and (sparse := wants_mask(recipe)) is not None:
         raise UsageError(
             "E273",
-            f"the format marlin_24 needs 2:4 linears, and {len(dense)} of {len(shapes)} are not, {dense[0]} first",
-            where="--format marlin_24",
+            f"the format {sparse.name} needs 2:4 linears, and {len(dense)} of {len(shapes)} are not, {dense[0]} first",
+            where=f"--format {sparse.name}",
             fix="--recipe sparse-int4, or prune the model first with `marlinctl sparsify`",
         )

@@ -121,7 +121,7 @@ def _solve(stage: Stage, recipe: Recipe) -> tuple[float, float, float]:
     if not rows:
         return 0.0, 0.0, 0.0
     sweep = rows * k * k
-    quantizes, prunes = recipe.quantize.bits == 4, recipe.sparsify.pattern != "none"
+    quantizes, prunes = recipe.scheme.quantizes, recipe.scheme.prunes
     operations, columns, passes = k**3 / 3.0, 0.0, 0.0
     if quantizes:
         rounds = 1 + 2 * recipe.quantize.refine

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CODE_MIN, CODE_MAX = -8, 7  # int4, two's complement; on disk a nibble holds code + 8
+from marlinctl.quantize.scheme import Scheme
+
+INT4 = Scheme()
+CODE_MIN, CODE_MAX = INT4.lowest, INT4.highest  # int4, two's complement; on disk a nibble holds code + 8
 
 
 @dataclass(frozen=True, slots=True)

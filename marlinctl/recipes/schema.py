@@ -26,13 +26,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from marlinctl.errors import Problem, UsageError
+from marlinctl.quantize.scheme import Scheme
 from marlinctl.recipes.yaml_positions import Place, read_yaml
 from marlinctl.system.files import FileRefused, read_plain
 from marlinctl.system.log import redacted
 
 DEFAULT = "int4"
 _FLAG_NAMES = {"source": "--calibration", "formats": "--format/--also", "overrides": "--override"}  # of keys whose flag is called otherwise
-MAXIMUM_BYTES = 1 << 20
+MAXIMUM_BYTES = 1 << 17  # 2,000 overrides; the worst text of that size takes 11 s to read, one of a megabyte 90
 _SECTIONS = ("quantize", "sparsify", "calibration", "pack", "evaluate")  # whose keys `with_sections` knows
 
 GroupSize = Literal[128, 64, 32, -1]
@@ -123,6 +124,11 @@ class Recipe(_Section):
     pack: Pack
     evaluate: Evaluate
     distill: Distill
+
+    @property
+    def scheme(self) -> Scheme:
+        """What becomes of a linear for which nothing else is said."""
+        return Scheme(bits=self.quantize.bits, group_size=self.quantize.group_size, sparsity=self.sparsify.pattern)
 
     def canonical_json(self) -> str:
         """The same recipe gives the same text everywhere: sorted keys, no spaces, ASCII."""

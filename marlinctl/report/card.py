@@ -1,57 +1,40 @@
 """README.md of a published folder: the model card that people and the hub read.
 
-It lies outside the manifest, so scores can be added later without touching the model. What it says of a run comes from the run's JSON; what
+Its front matter is huggingface_hub's: the hub links the original and shows the scores from it
+(`model-index`), those of whole tasks. It lies outside the manifest, so
+scores can be added later without touching the model. What it says of a run comes from the run's JSON; what
 `pack` knows of a foreign folder is less, and every line that nothing is known for stays out.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from marlinctl import __version__
+from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.licence import KEYS, spoken
 from marlinctl.checkpoint.mask import NAME as MASK_FILE
 from marlinctl.checkpoint.runtimes import Loads
 from marlinctl.report.markdown import code, listing, table, text
 from marlinctl.report.page import Cell, Name, Table
-from marlinctl.report.scores import figure, scores
+from marlinctl.report.scores import Score, figure, finite, scores
 from marlinctl.system.log import redact
 
 if TYPE_CHECKING:
     from marlinctl.report.provenance import Folder
 
-_TITLES = {
-    "ct": "4-bit weights, compressed-tensors `pack-quantized`",
-    "gptq": "4-bit weights, GPTQ v1",
-    "marlin": "4-bit weights, native MARLIN tiles of marlinctl",
-    "marlin_24": "4-bit weights, 2:4, native Sparse-MARLIN tiles of marlinctl",
-    "dense": "16-bit copy of a 4-bit model",
-}
-_TAGS = {
-    "ct": ["compressed-tensors", "int4"],
-    "gptq": ["gptq", "int4"],
-    "marlin": ["marlin", "int4"],
-    "marlin_24": ["marlin", "int4"],
-}
-_NATIVE_NOTE = "Plain transformers finds no model file in this folder, on purpose: it would fill the packed layers with random numbers.\n"
-_NOTES = {
-    "marlin": _NATIVE_NOTE,
-    "marlin_24": _NATIVE_NOTE,
-    "dense": "Every linear holds float16(code * scale). The product is rounded to 11 significant bits, so logits are close to those of the "
-    "packed model and not equal to them.\n",
-}
+_TASK = "text-generation"
 Row = tuple[str, Cell]
 
 
 @dataclass(frozen=True, slots=True)
 class CardFacts:
-    """What the card says. `scores`: rows of (measured on, metric, value, value of the original or '')."""
+    """What the card says."""
 
-    fmt: str
+    fmt: Format
     layers: Mapping[str, int]  # quantized linears -> group size, -1 for whole rows
     ignore: Sequence[str]  # linears left 16-bit
     command: str  # the exact command line, with output paths as the person gave them
@@ -59,7 +42,7 @@ class CardFacts:
     base_model: str | None = None  # a hub id; a local path is nobody's business
     license: Mapping[str, str] | None = None  # of the original: license, license_name, license_link
     made_from: Sequence[Row] = field(default=())  # data, seeds, versions, digests
-    scores: Sequence[tuple[str, str, str, str]] = field(default=())
+    scores: Sequence[Score] = field(default=())
     measured: Sequence[str] = field(default=())  # on which text, and what must not be overlooked
     two_of_four: bool = False  # pruned to 2:4
 
@@ -80,7 +63,7 @@ def of_compression(report: Mapping[str, Any], folder: Folder, layers: Mapping[st
         base_model=source["name"] if source["kind"] == "hub" else hub_ancestor(folder),
         license=source.get("license"),
         made_from=card_rows(report, folder),
-        scores=_score_rows(document) if document else (),
+        scores=scores(document) if document else (),
         measured=[line.strip() for line in notes(document)] if document else (),
         two_of_four=report["sparse"] > 0,
     )
@@ -92,11 +75,11 @@ def of_training(report: Mapping[str, Any], folder: Folder) -> str:
     from marlinctl.report.provenance import training_rows
     from marlinctl.report.training import held_out, trained
 
-    title = "4-bit weights, compressed-tensors `pack-quantized`" if folder.fmt == "ct" else "16-bit weights"
+    title = folder.fmt.title if folder.fmt.quantized else "16-bit weights"
     title += ", 2:4 sparse" if report["sparse_linears"] else ""
     teacher = report["teacher"]
     original = teacher["name"] if teacher["kind"] == "hub" else None
-    tags = ["distillation", *_TAGS.get(folder.fmt, []), *(["sparse"] if report["sparse_linears"] else [])]
+    tags = ["distillation", *folder.fmt.tags, *(["sparse"] if report["sparse_linears"] else [])]
     rows: list[Row] = [
         ("Trained", f"{trained(report)}, towards the original"),
         ("Original", Name(original) if original else ""),
@@ -106,31 +89,53 @@ def of_training(report: Mapping[str, Any], folder: Folder) -> str:
     ]
     losses = held_out(report["held_out"])
     assert isinstance(losses, Table)
-    lines = [*_front_matter(original, teacher.get("license"), tags, relation="finetune"), "", f"# {_named(original)}: {title}", ""]
+    lines = [_front_matter(original, teacher.get("license"), tags, relation="finetune"), "", f"# {text(_named(original))}: {title}", ""]
     lines += [table(("", ""), [row for row in rows if row[1]]), "", "## Held-out loss", "", table(losses.header, losses.rows), ""]
     return "\n".join([*lines, *_how(report["command"])])
 
 
 def render(facts: CardFacts) -> str:
     """The card as Markdown with YAML front matter."""
-    tags = [*_TAGS.get(facts.fmt, []), *(["sparse"] if facts.two_of_four else [])]
-    front = _front_matter(facts.base_model, facts.license, tags, relation="quantized")
-    return "\n".join([*front, "", *_what(facts), *_scores(facts), *_how(facts.command)])
+    tags = [*facts.fmt.tags, *(["sparse"] if facts.two_of_four else [])]
+    front = _front_matter(facts.base_model, facts.license, tags, relation="quantized", measured=facts.scores)
+    return "\n".join([front, "", *_what(facts), *_scores(facts), *_how(facts.command)])
 
 
-def _front_matter(base_model: str | None, licence: Mapping[str, str] | None, tags: Sequence[str], *, relation: str) -> list[str]:
-    """JSON strings are YAML strings, so nothing in a name can break out of the block."""
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+def _front_matter(
+    base_model: str | None, licence: Mapping[str, str] | None, tags: Sequence[str], *, relation: str, measured: Sequence[Score] = ()
+) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type=_TASK,
+            dataset_type=s.name,
+            dataset_name=s.name,
+            dataset_split=s.split if s.kind == "task" else None,
+            metric_type=s.metric,
+            metric_value=s.ours["value"],
+        )
+        for s in measured
+        if s.kind != "distance" and s.whole and s.ours is not None and finite(s.ours["value"])
+    ]
+    known: dict[str, Any] = {key: licence[key] for key in KEYS if licence and key in licence}
+    if results:
+        known |= {"model_name": _named(base_model), "eval_results": results}
     if base_model:
-        lines += [f"base_model: {json.dumps(base_model)}", f"base_model_relation: {relation}"]
-    lines += [f"{key}: {json.dumps(licence[key])}" for key in KEYS if licence and key in licence]
-    return [*lines, "tags:", *(f"- {tag}" for tag in ["marlinctl", *tags]), "---"]
+        known |= {"base_model": base_model, "base_model_relation": relation}
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=_TASK,
+        tags=["marlinctl", *tags],
+        **known,
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _what(facts: CardFacts) -> list[str]:
     sizes = Counter(facts.layers.values())
     groups = ", ".join(f"{'whole rows' if size == -1 else size} ({count} linears)" for size, count in sizes.most_common())
-    title = _TITLES[facts.fmt] if facts.layers else "16-bit weights, pruned to 2:4"  # nothing quantized: `sparsify` without --bits 4
+    title = facts.fmt.title if facts.layers else "16-bit weights, pruned to 2:4"  # nothing quantized: `sparsify` without --bits 4
     rows: list[Row] = [
         ("Format", title.replace("`", "")),
         ("Quantized", f"{len(facts.layers)} linears, int4 symmetric, codes -8..7 times one scale per group" if facts.layers else ""),
@@ -145,29 +150,27 @@ def _what(facts: CardFacts) -> list[str]:
     lines = [table(("", ""), [row for row in rows if row[1]])]
     if facts.ignore:
         lines += ["", f"Left at 16 bits: {_shorten(facts.ignore)}."]
-    note = _NOTES.get(facts.fmt) if facts.layers else None
-    return [f"# {_named(facts.base_model)}: {title}", "", *lines, "", *([note] if note else [])]
+    note = facts.fmt.note if facts.layers else ""
+    return [f"# {text(_named(facts.base_model))}: {title}", "", *lines, "", *([note] if note else [])]
 
 
 def _named(base_model: str | None) -> str:
-    return text(base_model.rpartition("/")[2]) if base_model else "This model"
+    return base_model.rpartition("/")[2] if base_model else "This model"
 
 
-def _survivors(fmt: str) -> str:
-    return "the metadata says which" if fmt == "marlin_24" else f"{MASK_FILE} says which"
-
-
-def _score_rows(document: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    found = scores(document)
-    alone = {"distance": ""}
-    return [(s.name, s.metric, figure(s.ours, digits=s.digits), alone.get(s.kind, figure(s.baseline, digits=s.digits))) for s in found]
+def _survivors(fmt: Format) -> str:
+    return "the metadata says which" if fmt.needs_mask else f"{MASK_FILE} says which"
 
 
 def _scores(facts: CardFacts) -> list[str]:
     if not facts.scores:
         return []
-    rows = table(("Measured on", "Metric", "This model", "Original"), facts.scores)
-    return ["## Scores", "", rows, "", *(f"{text(line)}\n" for line in facts.measured)]
+    rows = [
+        (s.name, s.metric, figure(s.ours, digits=s.digits), "" if s.kind == "distance" else figure(s.baseline, digits=s.digits))
+        for s in facts.scores
+    ]
+    shown = table(("Measured on", "Metric", "This model", "Original"), rows)
+    return ["## Scores", "", shown, "", *(f"{text(line)}\n" for line in facts.measured)]
 
 
 def _how(command: str) -> list[str]:

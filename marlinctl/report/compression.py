@@ -16,14 +16,6 @@ from marlinctl.report.provenance import Folder, peak_memory, provenance, reprodu
 from marlinctl.report.scores import Estimate, Score, figure, finite, notes, scores
 from marlinctl.report.speed import speed
 
-_FORMATS = {
-    "ct": "compressed-tensors",
-    "gptq": "GPTQ",
-    "marlin": "MARLIN tiles",
-    "marlin_24": "Sparse-MARLIN tiles",
-    "dense": "16-bit weights",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
@@ -62,7 +54,7 @@ def page(report: Mapping[str, Any], folder: Folder) -> Page:
     ]
     done = ", ".join(_counts(report))
     return Page(
-        f"{report['source']['name']}, {_FORMATS.get(folder.fmt, folder.fmt)}",
+        f"{report['source']['name']}, {folder.fmt.label}",
         f"{done}; recipe {report['recipe']['name']}, {_groups(report, layers)}.",
         list(_figures(report, layers)),
         [section for section in sections if section.blocks],

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.formats.registry import linear_bytes
 from marlinctl.checkpoint.licence import spoken
 from marlinctl.checkpoint.runtimes import Loads
@@ -19,7 +20,7 @@ _INSTALLED = ("marlinctl", "torch", "transformers", "safetensors", "tokenizers",
 class Folder:
     """What the pages know of the folder beside which they lie."""
 
-    fmt: str
+    fmt: Format
     manifest: Mapping[str, Any]
     manifest_sha256: str
     loads: Loads

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from marlinctl.checkpoint.folder import open_folder
+from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.formats.registry import layer_shape
 from marlinctl.checkpoint.manifest import UPDATE, written_by_newer
 from marlinctl.checkpoint.ownership import remove_temporaries
@@ -43,14 +44,14 @@ def rewrite(folder: Path, *, evaluation: Mapping[str, Any] | None = None, bench:
             where=str(folder / JSON),
             fix="put the report back that was published with these weights, or write the checkpoint again",
         )
-    written = checked_files(report, folder, fmt=info.name, layers=info.layers)
+    written = checked_files(report, folder, fmt=info.format, layers=info.layers)
     remove_temporaries(folder, older=_ABANDONED)
     for name, data in written.items():
         write_bytes(folder / name, data)
     return report
 
 
-def checked_files(report: Mapping[str, Any], folder: Path, *, fmt: str, layers: Mapping[str, int]) -> dict[str, bytes]:
+def checked_files(report: Mapping[str, Any], folder: Path, *, fmt: Format, layers: Mapping[str, int]) -> dict[str, bytes]:
     """`report_files` of a document that somebody else may have written: BadInput where it has not the form of ours."""
     with _ours(folder / JSON):
         return report_files(report, folder, fmt=fmt, layers=layers)

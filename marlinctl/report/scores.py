@@ -26,6 +26,7 @@ class Score:
     ours: Estimate | None
     baseline: Estimate | None = None
     difference: Estimate | None = None
+    whole: bool = True  # of all documents; a score of a part is for trying out
 
 
 def scores(document: Mapping[str, Any]) -> list[Score]:
@@ -72,7 +73,10 @@ def _of_tasks(document: Mapping[str, Any]) -> Iterator[Score]:
         theirs = _metrics(baseline, name)
         for metric, estimate in _metrics(document["model"], name).items():
             difference = differences.get(name, {}).get(metric)
-            yield Score("task", name, _splits(document["model"], name), metric, 4, estimate, theirs.get(metric), difference)
+            records = _leaves(document["model"], name)
+            splits = ", ".join(sorted({record["split"] for record in records}))
+            whole = all(record["documents"] == record["of_documents"] for record in records)
+            yield Score("task", name, splits, metric, 4, estimate, theirs.get(metric), difference, whole)
 
 
 def _metrics(side: Mapping[str, Any], name: str) -> dict[str, Estimate]:
@@ -81,9 +85,8 @@ def _metrics(side: Mapping[str, Any], name: str) -> dict[str, Estimate]:
     return found
 
 
-def _splits(side: Mapping[str, Any], name: str) -> str:
-    leaves = side.get("groups", {}).get(name, {}).get("tasks", [name])
-    return ", ".join(sorted({side["tasks"][leaf]["split"] for leaf in leaves}))
+def _leaves(side: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    return [side["tasks"][leaf] for leaf in side.get("groups", {}).get(name, {}).get("tasks", [name])]
 
 
 def _of_text(document: Mapping[str, Any]) -> Iterator[Score]:

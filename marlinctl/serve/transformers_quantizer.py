@@ -22,6 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from marlinctl.checkpoint.formats import registry
+from marlinctl.checkpoint.formats.base import NATIVE_FILES, Format
 from marlinctl.checkpoint.transformers_model import refuse_incomplete
 from marlinctl.errors import BadInput, Problem
 
@@ -54,7 +55,7 @@ class MarlinctlQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         """transformers hands the config over here before it looks for files, and nowhere else: the place to name ours."""
-        config.transformers_weights = f"{registry.weight_files('marlin')}.safetensors.index.json"
+        config.transformers_weights = f"{NATIVE_FILES}.safetensors.index.json"
         return config
 
     update_tp_plan = update_attn_implementation  # where 5.17 hands it over
@@ -75,7 +76,7 @@ class MarlinctlQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise BadInput("E360", "a packed model is loaded from its folder alone", where="from_pretrained", fix="name the folder")
         folder = Path(checkpoint_files[0]).parent
-        with open_checkpoint(folder, weight_files=registry.weight_files("marlin")) as checkpoint:
+        with open_checkpoint(folder, weight_files=NATIVE_FILES) as checkpoint:
             _put_packed_linears(model, checkpoint)
         model._adjust_missing_and_unexpected_keys = partial(_refuse, model, folder, model._adjust_missing_and_unexpected_keys)
         return model
@@ -116,7 +117,7 @@ def _refuse_metadata(model: nn.Module, folder: Path) -> None:
 
     sparse = {f"{layer}.B_meta": module for layer, module in model.named_modules() if isinstance(module, SparseMarlinLinear)}
     problems = []
-    with open_checkpoint(folder, weight_files=registry.weight_files("marlin")) as checkpoint:
+    with open_checkpoint(folder, weight_files=NATIVE_FILES) as checkpoint:
         for name, module in sparse.items():
             try:
                 check_metadata(checkpoint.read(name) if module.B_meta.is_meta else module.B_meta)
@@ -146,8 +147,8 @@ def _put_packed_linears(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         elif (linear.out_features, linear.in_features) != (n, k):
             shape = [linear.out_features, linear.in_features]
             problems.append(Problem(f"{layer} is [{n}, {k}] in the folder and {shape} in the model", layer, _AGAIN))
-        elif not (wrong := _wrong_tensors(checkpoint, info.name, layer, n, k, group_size)):
-            _replace(model, layer, packed_module(_without_memory(info.name, n, k, group_size), linear.bias))
+        elif not (wrong := _wrong_tensors(checkpoint, info.format, layer, n, k, group_size)):
+            _replace(model, layer, packed_module(_without_memory(info.format, n, k, group_size), linear.bias))
         else:
             problems += wrong
     for name, tensor in model.state_dict().items():  # transformers 5.17 takes any shape into a quantized model
@@ -159,9 +160,9 @@ def _put_packed_linears(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         raise BadInput.from_problems("E360", problems)
 
 
-def _wrong_tensors(checkpoint: Checkpoint, fmt: str, layer: str, n: int, k: int, group_size: int) -> list[Problem]:
+def _wrong_tensors(checkpoint: Checkpoint, fmt: Format, layer: str, n: int, k: int, group_size: int) -> list[Problem]:
     problems = []
-    for suffix, (dtypes, shape) in registry.linear_shapes(fmt, n, k, group_size).items():
+    for suffix, (dtypes, shape) in fmt.shapes(n, k, group_size).items():
         found = checkpoint.tensors.get(f"{layer}.{suffix}")
         if found is None:
             problems.append(Problem(f"the model needs {layer}.{suffix}, which the checkpoint lacks", str(checkpoint.folder), _AGAIN))
@@ -171,20 +172,14 @@ def _wrong_tensors(checkpoint: Checkpoint, fmt: str, layer: str, n: int, k: int,
     return problems
 
 
-def _without_memory(fmt: str, n: int, k: int, group_size: int) -> PackedLinear | PackedSparseLinear:
+def _without_memory(fmt: Format, n: int, k: int, group_size: int) -> PackedLinear | PackedSparseLinear:
     import torch
 
-    from marlinctl.pack.types import PackedLinear, PackedSparseLinear
-
-    shapes = {suffix: shape for suffix, (_, shape) in registry.linear_shapes(fmt, n, k, group_size).items()}
-
-    def empty(suffix: str, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shapes[suffix], dtype=dtype, device="meta")
-
-    sizes = (empty("s", torch.float16), n, k, k if group_size == -1 else group_size)
-    if fmt == "marlin":
-        return PackedLinear(empty("B", torch.int32), *sizes)
-    return PackedSparseLinear(empty("B_24", torch.int32), empty("B_meta", torch.int16), *sizes)
+    dtypes = {"F16": torch.float16, "I32": torch.int32, "I16": torch.int16, "I64": torch.int64}
+    shapes = fmt.shapes(n, k, group_size).items()
+    empty = {suffix: torch.empty(shape, dtype=dtypes[kinds[0]], device="meta") for suffix, (kinds, shape) in shapes}
+    assert fmt.tiles is not None
+    return fmt.tiles(empty, n, k, group_size)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

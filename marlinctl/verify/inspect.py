@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint import manifest, runtimes, sparsity
-from marlinctl.checkpoint.formats import registry
+from marlinctl.checkpoint.formats.base import FormatInfo
 from marlinctl.checkpoint.mask import open_masks
 from marlinctl.system.log import printable
 
@@ -22,11 +22,6 @@ if TYPE_CHECKING:
     from marlinctl.checkpoint.mask import Masks
     from marlinctl.checkpoint.reader import Checkpoint
 
-_KINDS = {  # suffix of a packed linear's tensors -> what its bytes are
-    "weight_packed": "codes", "qweight": "codes", "B": "codes", "B_24": "codes", "B_meta": "metadata",
-    "weight_scale": "scales", "scales": "scales", "s": "scales",
-    "qzeros": "zeros and indices", "g_idx": "zeros and indices", "weight_shape": "zeros and indices",
-}  # fmt: skip
 _ORIGINS = {sparsity.METADATA: "metadata", sparsity.MASK_FILE: "mask file", sparsity.ZEROS: "zeros of the weights alone"}
 _NATIVE_WARNING = (
     "plain transformers and vLLM do not load native folders: transformers finds no model file and stops; "
@@ -40,14 +35,14 @@ def inspect(folder: Path, *, weights: bool = False) -> dict[str, Any]:
 
     with open_folder(folder) as examined, open_masks(folder) as masks:
         checkpoint, info = examined.checkpoint, examined.info
-        packed = runtimes.Packed.of(checkpoint, info)
+        packed = runtimes.packed_of(checkpoint, info)
         loads = runtimes.loads(packed)
         return {
             "folder": str(folder),
             **_model(checkpoint.config),
             "format": info.name,
             "variant": info.variant,
-            "bits": info.bits,
+            "bits": info.format.bits,
             "group_sizes": {str(size): count for size, count in Counter(info.layers.values()).most_common()},
             "scale_dtypes": _dtypes(checkpoint, info),
             **_parameters(checkpoint, info, packed.shapes),
@@ -56,7 +51,7 @@ def inspect(folder: Path, *, weights: bool = False) -> dict[str, Any]:
             "loads_in": list(loads.accepted),
             "refused_by": {program: list(reasons) for program, reasons in loads.refused.items()},
             "untested": dict(loads.untested),
-            "warnings": [*examined.notes, *([_NATIVE_WARNING] if info.name in registry.NATIVE else [])],
+            "warnings": [*examined.notes, *([_NATIVE_WARNING] if info.format.native else [])],
             "manifest": _manifest(folder),
         }
 
@@ -75,13 +70,13 @@ def _model(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _parameters(checkpoint: Checkpoint, info: registry.FormatInfo, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+def _parameters(checkpoint: Checkpoint, info: FormatInfo, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     kinds: Counter[str] = Counter()
     other_parameters = 0
-    owned = {f"{layer}.{suffix}": suffix for layer in info.layers for suffix in registry.SUFFIXES[info.name]}
+    owned = info.owned
     for name, tensor in checkpoint.tensors.items():
         suffix = owned.get(name)
-        kinds[_KINDS[suffix] if suffix else "not quantized"] += tensor.end - tensor.begin
+        kinds[info.format.tensors[suffix] if suffix else "not quantized"] += tensor.end - tensor.begin
         if suffix is None:
             other_parameters += prod(tensor.shape)
     quantized = sum(n * k for n, k in shapes.values())
@@ -98,13 +93,12 @@ def _parameters(checkpoint: Checkpoint, info: registry.FormatInfo, shapes: Mappi
     }
 
 
-def _dtypes(checkpoint: Checkpoint, info: registry.FormatInfo) -> list[str]:
-    suffix = {"ct": "weight_scale", "gptq": "scales", "marlin": "s", "marlin_24": "s"}.get(info.name)
-    names = (f"{layer}.{suffix}" for layer in info.layers)
+def _dtypes(checkpoint: Checkpoint, info: FormatInfo) -> list[str]:
+    names = (f"{layer}.{info.format.scales}" for layer in info.layers)
     return sorted({checkpoint.tensors[name].dtype for name in names if name in checkpoint.tensors})
 
 
-def _pattern(checkpoint: Checkpoint, info: registry.FormatInfo, masks: Masks | None, weights: bool) -> dict[str, Any]:
+def _pattern(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None, weights: bool) -> dict[str, Any]:
     """2:4 or not, in which linears, and who says so. `kind` is None where nobody says and the weights were not read."""
     survivors = sparsity.counted(checkpoint, info, masks) if weights else None
     found = survivors.pattern if survivors else sparsity.stated(checkpoint, info, masks)

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from marlinctl.checkpoint.formats import registry
+from marlinctl.checkpoint.formats.base import FormatInfo
 from marlinctl.errors import CheckFailed, Problem
 
 if TYPE_CHECKING:
@@ -74,11 +75,11 @@ class CudaKernel:
         return packed.channel_wise or packed.group_size in GROUP_SIZES
 
 
-def check_kernels(checkpoint: Checkpoint, info: registry.FormatInfo, console: Console) -> KernelCheck:
+def check_kernels(checkpoint: Checkpoint, info: FormatInfo, console: Console) -> KernelCheck:
     """Every native linear. CheckFailed E113 lists the linears whose product is another."""
     from marlinctl.kernels.emulate import BLOCK, SPARSE_STEP, STEP
 
-    step = SPARSE_STEP if info.name == "marlin_24" else STEP
+    step = SPARSE_STEP if info.format.needs_mask else STEP
     kernel = cuda_kernel(console)
     problems: list[Problem] = []
     unread: list[str] = []
@@ -90,7 +91,7 @@ def check_kernels(checkpoint: Checkpoint, info: registry.FormatInfo, console: Co
             if group_size != -1 and group_size % step:
                 unread.append(layer)
                 continue
-            packed = tiles(checkpoint, info, layer)
+            packed = registry.tiles_of(checkpoint, info, layer)
             there = packed.qweight.shape[1] // (2 * BLOCK)  # two words for each output of a block
             weight = registry.read_parts(checkpoint, info, layer).weight()
             reading = by_kernel(kernel, packed, weight) if kernel is not None else None
@@ -227,15 +228,3 @@ def worst(packed: PackedLinear | PackedSparseLinear, weight: Tensor, blocks: lis
     share = torch.where(scale > 0, error / scale, torch.where(error > 0, torch.inf, 0.0))
     additions = padded(k) // 16 + packed.padded_groups
     return float(share.max()), 2 * additions * 2.0**-24
-
-
-def tiles(checkpoint: Checkpoint, info: registry.FormatInfo, layer: str) -> PackedLinear | PackedSparseLinear:
-    """The tensors of a native linear as they lie in the file."""
-    from marlinctl.pack.types import PackedLinear, PackedSparseLinear
-
-    n, k = registry.layer_shape(checkpoint, info, layer)
-    size = k if info.layers[layer] == -1 else info.layers[layer]
-    scales = checkpoint.read(f"{layer}.s")
-    if info.name == "marlin":
-        return PackedLinear(checkpoint.read(f"{layer}.B"), scales, n, k, size)
-    return PackedSparseLinear(checkpoint.read(f"{layer}.B_24"), checkpoint.read(f"{layer}.B_meta"), scales, n, k, size)

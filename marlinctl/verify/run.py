@@ -29,13 +29,14 @@ from marlinctl.checkpoint import manifest, runtimes, sparsity
 from marlinctl.checkpoint.finite import scan_finite
 from marlinctl.checkpoint.folder import refuse_two_heads
 from marlinctl.checkpoint.formats import registry
+from marlinctl.checkpoint.formats.base import TRANSFORMERS, TRANSFORMERS_CT, TRANSFORMERS_GPTQ, FormatInfo
 from marlinctl.checkpoint.formats.targets import Entries
 from marlinctl.checkpoint.mask import open_masks
 from marlinctl.errors import BadInput, CheckFailed, MarlinctlError, NumericalProblem, Problem
 from marlinctl.models.architectures import architecture
 from marlinctl.system.host import available_memory
 from marlinctl.verify import source as fidelity
-from marlinctl.verify.kernels import KernelCheck, check_kernels, tiles
+from marlinctl.verify.kernels import KernelCheck, check_kernels
 
 if TYPE_CHECKING:
     import torch
@@ -93,14 +94,14 @@ def verify(
         sparse = check_pattern(checkpoint, info, masks, console)
         if sparse is not None:
             console.say(f"2:4: {sparse['linears']} linears by the {sparse['origin']}; what was pruned is zero")
-        read = check_kernels(checkpoint, info, console) if kernels and info.name in registry.NATIVE else None
+        read = check_kernels(checkpoint, info, console) if kernels and info.format.native else None
         if read is not None:
             console.say(
                 f"kernels: tiles read by the {read.by}, {read.blocks} of {read.of_blocks} blocks; error {read.error:.1e}, rounding alone"
             )
             if read.unread:
                 skipped.append(f"{len(read.unread)} linears have groups that no kernel multiplies, {read.unread[0]} first")
-        elif info.name in registry.NATIVE:
+        elif info.format.native:
             skipped.append("tiles not read as a kernel reads them: --no-kernels")
         error, reason = _load_check(checkpoint, info, load)
         skipped += [reason] if reason else []
@@ -115,7 +116,7 @@ def verify(
 # ---- 2 structure ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_structure(checkpoint: Checkpoint, info: registry.FormatInfo, module_map: Path | None = None) -> list[str]:
+def check_structure(checkpoint: Checkpoint, info: FormatInfo, module_map: Path | None = None) -> list[str]:
     """Names, shapes and dtypes of all tensors, and the config fields that must not be forgotten. Returns what could not be checked."""
     problems = _config_problems(checkpoint, info)
     try:
@@ -136,7 +137,7 @@ def check_structure(checkpoint: Checkpoint, info: registry.FormatInfo, module_ma
     for name, shape in model.expected.items():
         if name not in packed:
             problems += _tensor_problems(checkpoint, name, _FLOATS, shape)
-    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in registry.SUFFIXES[info.name]}
+    owned = info.owned
     problems += [
         Problem(f"{name} is not a tensor of this model", str(checkpoint.tensors[name].file), _APART)
         for name in model.unexpected({name: None for name in checkpoint.tensors if name not in owned})
@@ -146,14 +147,14 @@ def check_structure(checkpoint: Checkpoint, info: registry.FormatInfo, module_ma
     return []
 
 
-def _layer_problems(checkpoint: Checkpoint, info: registry.FormatInfo, shapes: Mapping[str, tuple[int, int]]) -> list[Problem]:
+def _layer_problems(checkpoint: Checkpoint, info: FormatInfo, shapes: Mapping[str, tuple[int, int]]) -> list[Problem]:
     problems: list[Problem] = []
     for layer, (n, k) in shapes.items():
         size = info.layers[layer]
         if size != -1 and k % size:
             problems.append(Problem(f"{layer}: K={k} is not a multiple of group_size {size}", layer, _APART))
             continue
-        for suffix, (dtypes, shape) in registry.linear_shapes(info.name, n, k, size).items():
+        for suffix, (dtypes, shape) in info.format.shapes(n, k, size).items():
             problems += _tensor_problems(checkpoint, f"{layer}.{suffix}", dtypes, shape)
         if f"{layer}.weight_shape" in checkpoint.tensors and registry.layer_shape(checkpoint, info, layer) != (n, k):
             problems.append(Problem(f"{layer}.weight_shape does not say [{n}, {k}]", layer, _AGAIN))
@@ -170,18 +171,16 @@ def _tensor_problems(checkpoint: Checkpoint, name: str, dtypes: Sequence[str], s
     return []
 
 
-def _config_problems(checkpoint: Checkpoint, info: registry.FormatInfo) -> list[Problem]:
+def _config_problems(checkpoint: Checkpoint, info: FormatInfo) -> list[Problem]:
     """What clients need in quantization_config and do not miss aloud."""
     block = registry.quantization_block(checkpoint.config) or {}
     where = str(checkpoint.folder / "config.json")
     problems: list[Problem] = []
 
-    def must(key: str, value: object, why: str) -> None:
+    for key, value, why in info.format.required:
         if block.get(key) != value:
             problems.append(Problem(f"quantization_config.{key} is {block.get(key)!r}, not {value!r}: {why}", where, _AGAIN))
-
-    if info.name == "ct":
-        must("quantization_status", "compressed", "transformers would fill the linears with random numbers")
+    if info.format.checks_ignore:
         others = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
         try:
             ignored = Entries(str(entry) for entry in block.get("ignore") or [])
@@ -197,21 +196,17 @@ def _config_problems(checkpoint: Checkpoint, info: registry.FormatInfo) -> list[
             ]
         except ValueError as problem:  # expressions that take too long
             problems.append(Problem(f"quantization_config.ignore: {problem}", where, _AGAIN))
-    if info.name == "gptq":
-        must("checkpoint_format", "gptq", "clients would be off by one step everywhere")
-        must("desc_act", False, "current servers refuse activation order at run time")
-        must("sym", True, "the zero points are those of symmetric codes")
     return problems
 
 
 # ---- 3 contents ----------------------------------------------------------------------------------------------------------------------
 
 
-def check_contents(checkpoint: Checkpoint, info: registry.FormatInfo, console: Console) -> None:
+def check_contents(checkpoint: Checkpoint, info: FormatInfo, console: Console) -> None:
     """No NaN anywhere; every packed linear is unpacked and packed again; some are read a second, independent way."""
     import torch
 
-    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in registry.SUFFIXES[info.name]}
+    owned = info.owned
     try:
         scan_finite(checkpoint, [name for name in checkpoint.tensors if name not in owned])
     except NumericalProblem as found:
@@ -222,7 +217,7 @@ def check_contents(checkpoint: Checkpoint, info: registry.FormatInfo, console: C
     with console.progress("check contents", len(layers)) as progress:
         for layer in layers:
             parts = registry.read_parts(checkpoint, info, layer)
-            for name, tensor in registry.linear_tensors(info.name, layer, parts).items():
+            for name, tensor in registry.linear_tensors(info.format, layer, parts).items():
                 if not torch.equal(checkpoint.read(name).to(tensor.dtype), tensor):
                     what = f"{name} is not what packing its own codes gives: padding or constant fields are wrong"
                     problems.append(Problem(what, str(checkpoint.tensors[name].file), _AGAIN))
@@ -232,7 +227,7 @@ def check_contents(checkpoint: Checkpoint, info: registry.FormatInfo, console: C
     _raise("E106", problems)
 
 
-def check_pattern(checkpoint: Checkpoint, info: registry.FormatInfo, masks: Masks | None, console: Console) -> dict[str, Any] | None:
+def check_pattern(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None, console: Console) -> dict[str, Any] | None:
     """Every mask that the folder states against its weights. Returns what it states, None for a folder that states nothing."""
     stated = sparsity.stated(checkpoint, info, masks)
     if stated.origin is None:
@@ -256,45 +251,25 @@ def check_pattern(checkpoint: Checkpoint, info: registry.FormatInfo, masks: Mask
     return {"origin": stated.origin, "linears": len(stated.linears), "zero_survivors": zero}
 
 
-def _second_reading(checkpoint: Checkpoint, info: registry.FormatInfo, layer: str) -> Tensor:
-    """[N, K] fp32, without the fast unpackers: tiles through the maps of pack/tile.py, the others nibble by nibble as their clients do."""
-    import torch
-
-    if info.name in registry.NATIVE:
-        from marlinctl.kernels.reference import dequantize, dequantize_sparse
-        from marlinctl.pack.types import PackedLinear
-
-        packed = tiles(checkpoint, info, layer)
-        return dequantize(packed) if isinstance(packed, PackedLinear) else dequantize_sparse(packed)
-    if info.name == "gptq":
-        nibbles = _nibbles(checkpoint.read(f"{layer}.qweight").T)  # [N, K]
-        zeros = _nibbles(checkpoint.read(f"{layer}.qzeros")) + 1  # [G, N], v1 stores one less
-        group = checkpoint.read(f"{layer}.g_idx").to(torch.int64)
-        scales = checkpoint.read(f"{layer}.scales").to(torch.float32)  # [G, N]
-        return (nibbles - zeros[group].T).to(torch.float32) * scales[group].T
-    _, k = registry.layer_shape(checkpoint, info, layer)
-    scales = checkpoint.read(f"{layer}.weight_scale").to(torch.float32)
-    codes = _nibbles(checkpoint.read(f"{layer}.weight_packed"))[:, :k] - 8
-    return codes.to(torch.float32) * scales.repeat_interleave(k // scales.shape[1], dim=1)
-
-
-def _nibbles(words: Tensor) -> Tensor:
-    """int32 [R, C] -> int32 [R, 8C], lowest nibble first."""
-    import torch
-
-    return (words.unsqueeze(-1) >> torch.arange(0, 32, 4, dtype=torch.int32) & 15).reshape(words.shape[0], -1)
+def _second_reading(checkpoint: Checkpoint, info: FormatInfo, layer: str) -> Tensor:
+    """[N, K] fp32, without the fast unpackers."""
+    assert info.format.second_reading is not None
+    tensors = registry.read_tensors(checkpoint, info, layer)
+    return info.format.second_reading(tensors, *registry.layer_shape(checkpoint, info, layer), info.layers[layer])
 
 
 # ---- 5 load --------------------------------------------------------------------------------------------------------------------------
 
 
-def _load_check(checkpoint: Checkpoint, info: registry.FormatInfo, load: bool | None) -> tuple[float | None, str | None]:
+def _load_check(checkpoint: Checkpoint, info: FormatInfo, load: bool | None) -> tuple[float | None, str | None]:
     """(relative logit error, None), or (None, why it was not done)."""
-    if info.name not in ("ct", "dense"):
-        return None, f"not loaded with transformers: it reads no {info.name}" + " without optimum and gptqmodel" * (info.name == "gptq")
+    loader = next((program for program in info.format.loaders if program in (TRANSFORMERS, TRANSFORMERS_CT)), None)
+    if loader is None:
+        without = " without optimum and gptqmodel" * (TRANSFORMERS_GPTQ in info.format.loaders)
+        return None, f"not loaded with transformers: it reads no {info.name}{without}"
     if load is False:
         return None, "not loaded with transformers: --no-load"
-    refused = runtimes.loads(runtimes.Packed.of(checkpoint, info)).refused.get(runtimes.TRANSFORMERS)
+    refused = runtimes.loads(runtimes.packed_of(checkpoint, info)).refused.get(loader)
     if load is None and refused:
         return None, f"not loaded with transformers, which refuses it: {refused[0]} (--load insists)"
     needed, available = int(2.5 * 4 * _parameters(checkpoint, info)), available_memory()
@@ -412,8 +387,8 @@ def _logits(model: torch.nn.Module, tokens: Tensor) -> Tensor:
         return model(tokens).logits.to(torch.float64)
 
 
-def _parameters(checkpoint: Checkpoint, info: registry.FormatInfo) -> int:
-    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in registry.SUFFIXES[info.name]}
+def _parameters(checkpoint: Checkpoint, info: FormatInfo) -> int:
+    owned = info.owned
     return sum(prod(tensor.shape) for name, tensor in checkpoint.tensors.items() if name not in owned) + sum(
         n * k for n, k in (registry.layer_shape(checkpoint, info, layer) for layer in info.layers)
     )
@@ -422,9 +397,7 @@ def _parameters(checkpoint: Checkpoint, info: registry.FormatInfo) -> int:
 # ---- 6 source ------------------------------------------------------------------------------------------------------------------------
 
 
-def _compare(
-    checkpoint: Checkpoint, info: registry.FormatInfo, masks: Masks | None, source: Path | None, console: Console
-) -> dict[str, Any] | None:
+def _compare(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None, source: Path | None, console: Console) -> dict[str, Any] | None:
     if source is None:
         return None
     from marlinctl.checkpoint.folder import open_folder

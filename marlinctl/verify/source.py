@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint.formats import registry
+from marlinctl.checkpoint.formats.base import FormatInfo, LinearParts
 from marlinctl.errors import BadInput, CheckFailed, Problem
 
 if TYPE_CHECKING:
@@ -43,9 +44,7 @@ class LayerFidelity:
     sparse: bool
 
 
-def compare(
-    checkpoint: Checkpoint, info: registry.FormatInfo, source: Checkpoint, console: Console, masks: Masks | None = None
-) -> dict[str, Any]:
+def compare(checkpoint: Checkpoint, info: FormatInfo, source: Checkpoint, console: Console, masks: Masks | None = None) -> dict[str, Any]:
     """Every linear and every untouched tensor against the source. CheckFailed lists all that are implausible."""
     problems, converted = _untouched(checkpoint, info, source)
     layers: list[LayerFidelity] = []
@@ -68,7 +67,7 @@ def compare(
     }
 
 
-def measure(layer: str, weight: Tensor, parts: registry.LinearParts) -> LayerFidelity:
+def measure(layer: str, weight: Tensor, parts: LinearParts) -> LayerFidelity:
     """weight: [N, K] of the source."""
     import torch
 
@@ -77,7 +76,7 @@ def measure(layer: str, weight: Tensor, parts: registry.LinearParts) -> LayerFid
     return LayerFidelity(layer, error, _scale_match(weight, parts), parts.keep is not None)
 
 
-def _scale_match(weight: Tensor, parts: registry.LinearParts) -> float | None:
+def _scale_match(weight: Tensor, parts: LinearParts) -> float | None:
     import torch
 
     codes = parts.codes.to(torch.float32).reshape(len(parts.codes), -1, parts.group_size)  # [N, G, g]
@@ -108,9 +107,9 @@ def _source_weight(source: Checkpoint, layer: str) -> Tensor:
     return source.read(name)
 
 
-def _untouched(checkpoint: Checkpoint, info: registry.FormatInfo, source: Checkpoint) -> tuple[list[Problem], list[str]]:
+def _untouched(checkpoint: Checkpoint, info: FormatInfo, source: Checkpoint) -> tuple[list[Problem], list[str]]:
     """What is wrong with the tensors that were not quantized, and which of them changed their dtype only."""
-    owned = {f"{layer}.{suffix}" for layer in info.layers for suffix in registry.SUFFIXES[info.name]}
+    owned = info.owned
     problems, converted = [], []
     for name in (name for name in checkpoint.tensors if name not in owned):
         if name not in source.tensors:

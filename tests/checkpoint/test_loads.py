@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from marlinctl.checkpoint.formats.registry import FORMATS
 from marlinctl.checkpoint.runtimes import Packed, loads
 from marlinctl.cli import main
 from marlinctl.models.architectures import architecture
@@ -103,5 +104,5 @@ def test_the_examples_make_models_that_servers_load() -> None:
             known, group_size=int(given["--group-size"][-1]), skip=given["--skip"], overrides=overrides, include=given["--include"]
         )
         chosen = {name: shapes[name] for name in rules.group_sizes if name in shapes}
-        found = loads(Packed("ct", chosen, {name: rules.group_sizes[name] for name in chosen}, list(rules.kept), tiny_config()))
+        found = loads(Packed(FORMATS["ct"], chosen, {name: rules.group_sizes[name] for name in chosen}, list(rules.kept), tiny_config()))
         assert not found.refused, (line, found.refused)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from marlinctl.checkpoint import mask
+from marlinctl.checkpoint.formats.registry import FORMATS
 from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.errors import BadInput
 
@@ -32,7 +33,7 @@ def test_the_lowest_bit_is_the_first_column() -> None:
 
 
 def written(folder: Path, keeps: dict[str, torch.Tensor]) -> Path:
-    with StagedCheckpoint(folder, overwrite=False, fmt="dense") as staged:
+    with StagedCheckpoint(folder, overwrite=False, fmt=FORMATS["dense"]) as staged:
         for name, keep in keeps.items():
             staged.write_shard({f"{name}.weight": torch.ones(keep.shape, dtype=torch.float16)})
             staged.write_mask(name, keep)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from marlinctl.checkpoint import manifest, ownership
-from marlinctl.checkpoint.formats.registry import WRITABLE
+from marlinctl.checkpoint.formats.registry import FORMATS
 from marlinctl.checkpoint.model_files import is_companion, is_model_file
 from marlinctl.errors import UsageError
 from marlinctl.system.atomic import canonical, is_temporary, temporary_name
@@ -27,7 +27,7 @@ def job(path: Path, *, marked: bool = True, request: object = REQUEST) -> Path:
     (path / "job.json").write_text(json.dumps(request))
     for name in (LINES, "lock", "calibration.safetensors", "staged.masks", "state-00000200.safetensors", temporary_name()):
         (path / name).write_text("")
-    for name in ("staged", *WRITABLE, *(f"staged-{fmt}" for fmt in WRITABLE), "out.old-1f0c9a2e"):
+    for name in ("staged", *FORMATS, *(f"staged-{fmt}" for fmt in FORMATS), "out.old-1f0c9a2e"):
         (path / name).mkdir()
         for file in ("config.json", "model-00001.safetensors", ".nfs00ab", temporary_name()):
             (path / name / file).write_text("x")

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from marlinctl.checkpoint.runtimes import LOADERS, TRANSFORMERS, Loads, Packed, Verdict, loads, servers_that_accept, split_units, survey
+from marlinctl.checkpoint.formats.base import TRANSFORMERS_CT, Packed
+from marlinctl.checkpoint.formats.registry import FORMATS
+from marlinctl.checkpoint.runtimes import Loads, Verdict, loads, servers_that_accept, split_units, survey
 
 LLAMA_8B = {"num_attention_heads": 32, "num_key_value_heads": 8}
 BLOCK = "model.layers.0."
@@ -29,7 +31,7 @@ def packed(
     sizes = {name: size for name in shapes if ends(name, skip) is None}
     sizes |= {name: overrides[tail] for name in sizes if overrides and (tail := ends(name, overrides))}
     ignore = [name for name in shapes if name not in sizes]
-    return Packed(fmt, {name: shapes[name] for name in sizes}, sizes, [*ignore, "lm_head"], config, variant)
+    return Packed(FORMATS[fmt], {name: shapes[name] for name in sizes}, sizes, [*ignore, "lm_head"], config, variant)
 
 
 def verdicts(shapes: dict[str, tuple[int, int]], size: int, config: dict[str, Any], tp: int = 1) -> dict[str, Verdict]:
@@ -100,8 +102,8 @@ def test_servers_are_those_that_read_the_format() -> None:
     """`ok` because of a runtime that cannot open the folder would be a lie."""
     shapes = llama(4096, 14336, 1024)
     found = survey(packed(shapes), [1, 2])
-    assert servers_that_accept(found, "ct", 2) == ["vLLM 0.24+ Marlin", "SGLang 0.5 Marlin"]
-    assert servers_that_accept(found, "marlin", 2) == []
+    assert servers_that_accept(found, FORMATS["ct"], 2) == ["vLLM 0.24+ Marlin", "SGLang 0.5 Marlin"]
+    assert servers_that_accept(found, FORMATS["marlin"], 2) == []
 
 
 # ---- loads in --------------------------------------------------------------------------------------------------------------------------
@@ -131,14 +133,14 @@ def experts(names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
             packed(experts(("w1", "w3", "w2"), "block_sparse_moe"), overrides={"o_proj": 32}),
             {"vLLM": "scheme of experts", "SGLang": "scheme"},
         ),
-        (packed(experts(), overrides={"experts.1.up_proj": 32}), {"vLLM": "experts", "SGLang": "experts", TRANSFORMERS: "group 32"}),
+        (packed(experts(), overrides={"experts.1.up_proj": 32}), {"vLLM": "experts", "SGLang": "experts", TRANSFORMERS_CT: "group 32"}),
         (packed(experts(), overrides={"down_proj": -1}), {"vLLM": "experts", "SGLang": "experts"}),
         (
             packed(experts(), -1, overrides={"down_proj": 32}),
-            {"vLLM": "experts", "SGLang": "experts", TRANSFORMERS: "whole rows, group 32"},
+            {"vLLM": "experts", "SGLang": "experts", TRANSFORMERS_CT: "whole rows, group 32"},
         ),
-        (packed(experts(), skip=["0.down_proj", "1.down_proj"]), {"vLLM": "experts", "SGLang": "experts", TRANSFORMERS: "16-bit"}),
-        (packed(experts(), skip=["up_proj", "gate_proj", "down_proj"]), {TRANSFORMERS: "16-bit"}),
+        (packed(experts(), skip=["0.down_proj", "1.down_proj"]), {"vLLM": "experts", "SGLang": "experts", TRANSFORMERS_CT: "16-bit"}),
+        (packed(experts(), skip=["up_proj", "gate_proj", "down_proj"]), {TRANSFORMERS_CT: "16-bit"}),
     ],
 )
 def test_each_program_is_refused_for_its_own_reason(model: Packed, refused: dict[str, str]) -> None:
@@ -150,7 +152,7 @@ def test_each_program_is_refused_for_its_own_reason(model: Packed, refused: dict
     assert set(found.refused) == set(refused), found
     for program, says in refused.items():
         assert any(says in reason for reason in found.refused[program]) and found.refused[program][0].startswith(BLOCK)
-    assert set(found.accepted) == set(LOADERS["ct"]) - set(refused)
+    assert set(found.accepted) == set(FORMATS["ct"].loaders) - set(refused)
 
 
 def test_formats_have_their_own_readers() -> None:
@@ -161,7 +163,7 @@ def test_formats_have_their_own_readers() -> None:
     )  # fmt: skip
     assert "SGLang" not in loads(packed(llama(4096, 14336, 1024), fmt="gptq", variant="v2")).accepted
     assert loads(packed(llama(576, 1536, 192), fmt="marlin", **uneven)) == Loads(("marlinctl",), {}, {})
-    assert loads(Packed("dense", {}, {}, list(llama(576, 1536, 192)), LLAMA_8B)) == Loads(LOADERS["dense"], {}, {})
+    assert loads(Packed(FORMATS["dense"], {}, {}, list(llama(576, 1536, 192)), LLAMA_8B)) == Loads(FORMATS["dense"].loaders, {}, {})
 
 
 def test_what_nobody_tried_is_not_promised() -> None:
@@ -169,14 +171,14 @@ def test_what_nobody_tried_is_not_promised() -> None:
     found = loads(packed({**llama(4096, 14336, 1024), "lm_head": (32000, 4096)}))
     assert found.untested == dict.fromkeys(("vLLM", "SGLang"), "a quantized lm_head")
     assert not {"vLLM", "SGLang"} & {*found.accepted, *found.refused}
-    assert ("Not tested", "vLLM, with a quantized lm_head") in found.rows() and len(found.warnings("ct")) == 2
+    assert ("Not tested", "vLLM, with a quantized lm_head") in found.rows() and len(found.warnings(FORMATS["ct"])) == 2
     assert list(loads(packed(experts(), fmt="gptq")).untested.values()) == ["experts"]
 
 
 def test_programs_with_the_same_reasons_share_a_line() -> None:
     """Thirty blocks with one cause each must not become sixty lines."""
     blocks = {name.replace("layers.0", f"layers.{i}"): shape for i in range(30) for name, shape in llama(4096, 14336, 1024).items()}
-    (line,) = loads(packed(blocks, skip=["k_proj"])).warnings("ct")
+    (line,) = loads(packed(blocks, skip=["k_proj"])).warnings(FORMATS["ct"])
     assert line == (
         "the ct folder will not load in vLLM, SGLang: model.layers.0.self_attn.qkv_proj: q_proj, k_proj, v_proj are not quantized alike "
         "(16-bit, group 128), and servers load them as one linear (and 29 more)"

@@ -10,6 +10,8 @@ import torch
 
 from marlinctl.checkpoint import sparsity
 from marlinctl.checkpoint.formats import registry
+from marlinctl.checkpoint.formats.base import FormatInfo
+from marlinctl.checkpoint.formats.registry import FORMATS
 from marlinctl.checkpoint.mask import Masks, open_masks
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.errors import BadInput
@@ -17,7 +19,7 @@ from marlinctl.models.architectures import architecture
 from tests.packed import edit_masks, edit_tensors, keep_of, make_packed, make_sparse_packed
 from tests.tiny import make_tiny, write_weights
 
-Opened = tuple[Checkpoint, registry.FormatInfo, Masks | None]
+Opened = tuple[Checkpoint, FormatInfo, Masks | None]
 LAYER = "model.layers.1.mlp.up_proj"
 
 
@@ -102,7 +104,7 @@ def test_masks_of_nothing_are_named(source: Path, tmp_path: Path, opened: object
     assert [p.what for p in sparsity.strangers(linears, info, masks)] == [
         "there is a mask of model.layers.9.mlp.up_proj, and no such linear"
     ]
-    native = registry.FormatInfo("marlin_24", 4, info.layers)
+    native = FormatInfo(FORMATS["marlin_24"], info.layers)
     assert len(sparsity.strangers(linears, native, masks)) == 1 + len(info.layers)
 
 

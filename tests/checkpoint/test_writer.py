@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from marlinctl.checkpoint import manifest, writer
+from marlinctl.checkpoint.formats.registry import FORMATS
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.errors import BadInput, MarlinctlError, ResourceProblem, UsageError
 from marlinctl.system import atomic
@@ -39,7 +40,7 @@ def nothing(folder: Path) -> None:
 def publish(out: Path, *, overwrite: bool = False, fmt: str = "ct", verify: Callable[[Path], None] = nothing, value: float = 1.0) -> None:
     """A whole small publication: two shards, copied tensors, companions."""
     source = open_checkpoint(out.parent / "source")
-    with writer.StagedCheckpoint(out, overwrite=overwrite, fmt=fmt) as stage:
+    with writer.StagedCheckpoint(out, overwrite=overwrite, fmt=FORMATS[fmt]) as stage:
         stage.write_shard({"first": torch.full((3, 5), value)})
         stage.write_shard(TENSORS)
         stage.copy_tensors(source, ["model.norm.weight", "lm_head.weight"])
@@ -118,7 +119,7 @@ def test_the_folder_is_verified_before_it_appears(source: Path, tmp_path: Path) 
 
 def test_a_tensor_cannot_be_written_twice(tmp_path: Path) -> None:
     """Two shards with one tensor: loaders take either of them."""
-    with writer.StagedCheckpoint(tmp_path / "out", overwrite=False, fmt="ct") as stage:
+    with writer.StagedCheckpoint(tmp_path / "out", overwrite=False, fmt=FORMATS["ct"]) as stage:
         stage.write_shard({"a": torch.zeros(1)})
         with pytest.raises(ValueError, match="a was written before"):
             stage.write_shard({"a": torch.zeros(1)})
@@ -128,7 +129,7 @@ def test_large_copies_are_split_into_shards(source: Path, tmp_path: Path, monkey
     """One shard of all untouched tensors would be too large for file systems and clients."""
     checkpoint = open_checkpoint(source)
     monkeypatch.setattr(writer, "MAX_SHARD_BYTES", 100_000)
-    with writer.StagedCheckpoint(tmp_path / "out", overwrite=False, fmt="ct") as stage:
+    with writer.StagedCheckpoint(tmp_path / "out", overwrite=False, fmt=FORMATS["ct"]) as stage:
         stage.copy_tensors(checkpoint, list(checkpoint.tensors))
         sizes = [path.stat().st_size for path in stage.path.glob("*.safetensors")]
         assert len(sizes) > 3 and max(sizes) < 110_000
@@ -303,7 +304,7 @@ def test_a_linked_folder_inside_of_a_checkpoint_is_not_written_through(source: P
     staged = tmp_path / "out.job" / "staged"
     staged.mkdir(parents=True)
     (staged / "additional_chat_templates").symlink_to(elsewhere)
-    with writer.StagedCheckpoint(tmp_path / "out", overwrite=False, fmt="ct", path=staged) as stage:
+    with writer.StagedCheckpoint(tmp_path / "out", overwrite=False, fmt=FORMATS["ct"], path=staged) as stage:
         with pytest.raises(ResourceProblem, match="link"):
             stage.write_file("additional_chat_templates/a.jinja", b"x")
         stage.spool.symlink_to(elsewhere / "thesis.tex")
@@ -316,7 +317,10 @@ def test_a_linked_folder_inside_of_a_checkpoint_is_not_written_through(source: P
     assert list(staged.iterdir()) == [] and [path.name for path in elsewhere.iterdir()] == ["thesis.tex"]
     staged.rmdir()
     staged.symlink_to(elsewhere)
-    with pytest.raises(ResourceProblem, match="link"), writer.StagedCheckpoint(tmp_path / "out", overwrite=False, fmt="ct", path=staged):
+    with (
+        pytest.raises(ResourceProblem, match="link"),
+        writer.StagedCheckpoint(tmp_path / "out", overwrite=False, fmt=FORMATS["ct"], path=staged),
+    ):
         pass
     assert (elsewhere / "thesis.tex").read_text() == "mine"
 
@@ -443,7 +447,7 @@ def test_folders_that_belong_together_appear_together(source: Path, tmp_path: Pa
     publish(tmp_path / "a", value=1.0)
     old = tree(tmp_path / "a")
     with pytest.MonkeyPatch.context() as patch:
-        stages = [writer.StagedCheckpoint(tmp_path / name, overwrite=True, fmt="ct") for name in "ab"]
+        stages = [writer.StagedCheckpoint(tmp_path / name, overwrite=True, fmt=FORMATS["ct"]) for name in "ab"]
         with stages[0], stages[1]:
             for stage in stages:
                 stage.write_shard({"t": torch.zeros(2)})
@@ -482,7 +486,7 @@ def test_what_comes_in_the_last_moment_stays(source: Path, tmp_path: Path, monke
             out.symlink_to(elsewhere)
         return found
 
-    with writer.StagedCheckpoint(out, overwrite=True, fmt="ct") as stage:
+    with writer.StagedCheckpoint(out, overwrite=True, fmt=FORMATS["ct"]) as stage:
         stage.write_shard({"t": torch.zeros(2)})
         stage.finish({}, manifest={}, verify=nothing, report_files={})
         monkeypatch.setattr(writer.ownership, "strangers_in_output", look)
@@ -524,7 +528,7 @@ def test_a_real_size_limit_is_a_resource_problem(source: Path, tmp_path: Path) -
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
         try:
-            with StagedCheckpoint(Path(sys.argv[1]), overwrite=True, fmt="ct") as stage:
+            with StagedCheckpoint(Path(sys.argv[1]), overwrite=True, fmt=FORMATS["ct"]) as stage:
                 stage.write_shard({"big": torch.zeros(1_000_000)})
         except ResourceProblem as problem:
             print(problem.error_id, problem.problems[0].what)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from marlinctl.checkpoint import manifest, writer
 from marlinctl.checkpoint.formats import registry
+from marlinctl.checkpoint.formats.base import LinearParts
 from marlinctl.checkpoint.mask import open_masks, pack_bits
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.transformers_model import load_dense
@@ -106,7 +107,7 @@ def test_companions_provenance_and_origin_travel(packed: dict[str, Path], tmp_pa
     assert block["marlinctl"]["version"] != "test" and json.loads((out / "quantize_config.json").read_text()) == block
     card = (out / "README.md").read_text()
     assert "marlinctl pack ct out --format gptq" in card and "model.layers.1.self_attn.o_proj" in card
-    assert 'base_model: "org/Tiny"' in card and "0" * 64 in card
+    assert "base_model: org/Tiny" in card and "0" * 64 in card
 
 
 # ---- 2:4 -----------------------------------------------------------------------------------------------------------------------------
@@ -282,7 +283,7 @@ def test_a_wrong_mask_on_the_way_to_disk_is_noticed(
     def write_moved(stage: writer.StagedCheckpoint, layer: str, kept: torch.Tensor) -> None:
         write(stage, layer, moved if layer == LAYER else kept)
 
-    def pack_moved(fmt: str, layer: str, parts: registry.LinearParts) -> dict[str, torch.Tensor]:
+    def pack_moved(fmt: str, layer: str, parts: LinearParts) -> dict[str, torch.Tensor]:
         return pack(fmt, layer, replace(parts, keep=moved) if layer == LAYER else parts)
 
     monkeypatch.setattr(writer.StagedCheckpoint, "write_mask", write_moved)
@@ -443,7 +444,7 @@ def test_a_wrong_byte_on_the_way_to_disk_is_noticed(packed: dict[str, Path], tmp
     """The check reads what was written, from disk: a packer or a disk that corrupts codes must not get past it."""
     real = registry.linear_tensors
 
-    def corrupt(fmt: str, layer: str, q: registry.LinearParts) -> dict[str, torch.Tensor]:
+    def corrupt(fmt: str, layer: str, q: LinearParts) -> dict[str, torch.Tensor]:
         tensors = real(fmt, layer, q)
         if layer == LAYER:
             tensors[f"{layer}.B"] = tensors[f"{layer}.B"].clone()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from marlinctl.checkpoint.formats.registry import LinearParts
+from marlinctl.checkpoint.formats.base import LinearParts
 from marlinctl.distillation.parameters import Place
 from marlinctl.distillation.scales import exact_in_bfloat16, freeze_codes, settle, trained_scales
 from marlinctl.errors import UsageError

@@ -148,6 +148,7 @@ WRONG = {
     "two documents": ("name: a\n---\nname: b", "E206", "2:1", "docs/recipes.md"),
     "list at the top": ("- a\n- b", "E206", "", "docs/recipes.md"),
     "empty": ("", "E206", "", "docs/recipes.md"),
+    "list as a key, malformed": ('a: \n  ?  : - +1"a+1', "E206", "2:6", "docs/recipes.md"),
     "complex key": ("? [a, b]\n: c", "E206", "1:3", "docs/recipes.md"),
     "control character": ("name: a\x07b", "E206", "", "control characters"),
     "huge number": ("calibration:\n  samples: " + "9" * 5000, "E206", "2:12", "docs/recipes.md"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from marlinctl.checkpoint.runtimes import LOADERS, Loads
+from marlinctl.checkpoint.formats.registry import FORMATS
+from marlinctl.checkpoint.runtimes import Loads
 from marlinctl.recipes.schema import load_recipe, recipe_hash
 from marlinctl.report.provenance import Folder
 
@@ -183,12 +184,12 @@ def training(mode: str = "full", **changes: Any) -> dict[str, Any]:
 
 
 def loads(fmt: str = "ct") -> Loads:
-    return Loads(LOADERS[fmt], {}, {})
+    return Loads(FORMATS[fmt].loaders, {}, {})
 
 
 def folder(fmt: str = "ct", found: Loads | None = None) -> Folder:
     source = {"kind": "hub", "name": "org/Model-1B", "fingerprint": {"files": {}, "shards": {}}}
-    return Folder(fmt, {"source": source}, "f" * 64, found or loads(fmt))
+    return Folder(FORMATS[fmt], {"source": source}, "f" * 64, found or loads(fmt))
 
 
 def after_distilling() -> Folder:
@@ -201,4 +202,4 @@ def after_distilling() -> Folder:
         "fingerprint": {"files": {"a": "3"}},
         "made_from": {"source": pruned, "teacher": original},
     }
-    return Folder("ct", {"source": distilled}, "f" * 64, loads())
+    return Folder(FORMATS["ct"], {"source": distilled}, "f" * 64, loads())

@@ -3,22 +3,24 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import yaml
+from huggingface_hub import ModelCard
 
+from marlinctl.checkpoint.formats.registry import FORMATS
 from marlinctl.checkpoint.runtimes import Loads
 from marlinctl.report.card import CardFacts, of_compression, of_training, render
 from marlinctl.report.page import Name
+from marlinctl.report.scores import Score
 from tests.report import documents
 
 
 def front_matter(card: str) -> dict[str, Any]:
     assert card.startswith("---\n")
-    document: dict[str, Any] = yaml.safe_load(card.split("---\n")[1])
+    document: dict[str, Any] = ModelCard(card).data.to_dict()
     return document
 
 
 FACTS = CardFacts(
-    "ct",
+    FORMATS["ct"],
     {"model.layers.0.mlp.up_proj": 128, "model.layers.0.mlp.down_proj": 128, "model.layers.1.mlp.down_proj": -1},
     [f"skipped_{i}" for i in range(9)],
     "marlinctl quantize org/Model OUT --recipe int4",
@@ -26,7 +28,7 @@ FACTS = CardFacts(
     base_model="org/Model-1B",
     license={"license": "other", "license_name": "own", "license_link": "https://example.org/licence"},
     made_from=[("Calibration", "128 samples of 2,048 tokens of self"), ("SHA-256 of the recipe", Name("ab" * 32))],
-    scores=[("winogrande", "acc", "0.51 ± 0.01", "0.52 ± 0.01")],
+    scores=[Score("task", "winogrande", "validation", "acc", 2, documents.estimate(0.51), documents.estimate(0.52))],
 )
 
 
@@ -58,8 +60,8 @@ def test_the_card_says_what_was_done() -> None:
 @pytest.mark.parametrize("fmt", ["ct", "gptq", "marlin", "dense"])
 def test_a_card_without_optional_facts_is_whole(fmt: str) -> None:
     """Foreign input comes without base model, recipe and scores: no `None` may stand in the card."""
-    card = render(CardFacts(fmt, {"a": 64}, ["lm_head"], "marlinctl pack IN OUT", documents.loads(fmt)))
-    assert "None" not in card and "## Scores" not in card and "base_model" not in front_matter(card)
+    card = render(CardFacts(FORMATS[fmt], {"a": 64}, ["lm_head"], "marlinctl pack IN OUT", documents.loads(fmt)))
+    assert "None" not in card and "## Scores" not in card and front_matter(card).keys() == {"library_name", "pipeline_tag", "tags"}
     assert ("finds no model file" in card) is (fmt == "marlin")
     assert ("rounded to 11" in card) is (fmt == "dense")
 
@@ -69,14 +71,14 @@ def test_hostile_names_stay_inside_their_place() -> None:
     hostile = 'x"\nlicense: mit\n---\n| a | b |'
     card = render(
         CardFacts(
-            "ct",
+            FORMATS["ct"],
             {"a": 64},
             ["l|m"],
             "run ``` now",
             Loads(("marlinctl",), {"vLLM": (f"{hostile}: group size 16",)}, {}),
             base_model=hostile,
             license={"license": hostile},
-            scores=[("t|u", "m\nn", "1", "2")],
+            scores=[Score("task", "t|u", "x\n---\n", "m\nn", 0, documents.estimate(1.0))],
         )
     )
     assert '| Refused by | vLLM: x"\\\\nlicense: mit' in card and "\\| a \\| b \\|: group size 16 |" in card
@@ -105,6 +107,17 @@ def test_a_run_tells_everything_that_a_card_needs() -> None:
         assert wanted in card, wanted
     assert "/home/somebody" not in card, "a path of the machine that made it is nobody's business"
     assert front_matter(card)["license"] == "apache-2.0"
+
+
+def test_the_hub_shows_the_scores_of_whole_tasks() -> None:
+    """If this failed, the hub would show no scores, or one of five questions as if it were the benchmark's."""
+    document = documents.evaluation()
+    document["model"]["tasks"]["arc_easy"]["documents"] = 100
+    document["model"]["perplexity"]["value"] = None  # JSON's NaN
+    found = of_compression(documents.report(evaluation={"document": document}), documents.folder(), {"a": 64})
+    results = ModelCard(found).data.eval_results
+    assert [(r.dataset_name, r.dataset_split, r.metric_type, r.metric_value) for r in results] == [("arc_easy", "test", "acc", 0.59)]
+    assert front_matter(found)["model-index"][0]["name"] == "Model-1B"
 
 
 def test_a_distilled_model_has_a_card_of_the_same_form() -> None:

@@ -53,7 +53,7 @@ def test_compress_writes_all_four_beside_each_folder(made: Path) -> None:
         assert wanted in page and "KL divergence" in page and "model.layers.1.mlp.down_proj" in page and "mit" in page
         assert json.loads((made / name / "marlinctl_report.json").read_text())["schema_version"] == 1
         card = (made / name / "README.md").read_text("utf-8")
-        assert 'license: "mit"' in card and "| Its licence | mit |" in card
+        assert "\nlicense: mit\n" in card and "| Its licence | mit |" in card
         assert run("verify", made / name, "--no-load", "-q") == 0
 
 

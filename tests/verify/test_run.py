@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from marlinctl.checkpoint.formats import registry
+from marlinctl.checkpoint.formats.base import LinearParts
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.errors import BadInput, CheckFailed, MarlinctlError
 from marlinctl.system.console import Console
@@ -221,8 +222,8 @@ def test_logits_are_compared_and_not_only_loaded(copy: Callable[[str], Path], mo
 
 def test_weights_must_agree(good: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """A client may find all its tensors and still read them otherwise; here ours is the one that reads them otherwise."""
-    real = registry.LinearParts.weight
-    monkeypatch.setattr(registry.LinearParts, "weight", lambda parts: real(parts) * 1.01)
+    real = LinearParts.weight
+    monkeypatch.setattr(LinearParts, "weight", lambda parts: real(parts) * 1.01)
     monkeypatch.setattr(module, "check_contents", lambda *arguments: None)
     problem = failure(good["ct"], load=True)
     assert problem.error_id == "E108" and len(problem.problems) == 13

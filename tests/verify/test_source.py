@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from marlinctl.checkpoint.formats.registry import LinearParts
+from marlinctl.checkpoint.formats.base import LinearParts
 from marlinctl.verify.source import MAX_ERROR, MIN_SCALE_MATCH, measure
 from tests.pack.naive import random_keep
 from tests.packed import rtn

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from marlinctl.checkpoint.formats import registry
+from marlinctl.checkpoint.formats.base import FormatInfo, LinearParts
+from marlinctl.checkpoint.formats.registry import FORMATS
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.errors import BadInput
@@ -77,11 +79,11 @@ def test_detect_needs_no_torch(source: Path) -> None:
 
 
 LAYER = "model.layers.0.mlp.up_proj"
-CT_NAMES = [f"{LAYER}.{suffix}" for suffix in registry.SUFFIXES["ct"]]
-GPTQ_NAMES = [f"{LAYER}.{suffix}" for suffix in registry.SUFFIXES["gptq"]]
+CT_NAMES = [f"{LAYER}.{suffix}" for suffix in FORMATS["ct"].suffixes]
+GPTQ_NAMES = [f"{LAYER}.{suffix}" for suffix in FORMATS["gptq"].suffixes]
 MARLIN = {"quant_method": "marlinctl", "format": "marlin", "format_version": 1, "bits": 4, "group_size": 64}
-MARLIN_NAMES = [f"{LAYER}.{suffix}" for suffix in registry.SUFFIXES["marlin"]]
-MARLIN_24_NAMES = [f"{LAYER}.{suffix}" for suffix in registry.SUFFIXES["marlin_24"]]
+MARLIN_NAMES = [f"{LAYER}.{suffix}" for suffix in FORMATS["marlin"].suffixes]
+MARLIN_24_NAMES = [f"{LAYER}.{suffix}" for suffix in FORMATS["marlin_24"].suffixes]
 
 
 @pytest.mark.parametrize(
@@ -381,36 +383,36 @@ def test_what_is_written_reads_back_bit_for_bit(fmt: str, n: int, k: int, size: 
     q = rtn(torch.randn(n, k, generator=torch.Generator().manual_seed(n + k)), size)
     q = QuantizedLinear(q.codes, q.scales * torch.where(torch.arange(n) % 2 == 0, 1, -1).unsqueeze(1).half(), q.group_size)
     q = pruned("l", q) if fmt == "marlin_24" else q
-    tensors = registry.linear_tensors(fmt, "l", q)
-    info = registry.FormatInfo(fmt, 4, {"l": size}, "v1" if fmt == "gptq" else "")
+    tensors = registry.linear_tensors(FORMATS[fmt], "l", q)
+    info = FormatInfo(FORMATS[fmt], {"l": size}, "v1" if fmt == "gptq" else "")
     back = registry.read_linear(Folderless(tensors), info, "l")  # type: ignore[arg-type]
     assert torch.equal(back.codes, q.codes)
     assert torch.equal(back.scales, q.scales)
     assert back.group_size == q.group_size
     assert not isinstance(q, SparseQuantizedLinear) or torch.equal(back.keep, q.keep)  # type: ignore[attr-defined]
-    for suffix, (dtypes, shape) in registry.linear_shapes(fmt, n, k, size).items():
+    for suffix, (dtypes, shape) in FORMATS[fmt].shapes(n, k, size).items():
         names = {torch.int32: "I32", torch.int64: "I64", torch.int16: "I16", torch.float16: "F16"}
         assert tuple(tensors[f"l.{suffix}"].shape) == shape
         assert names[tensors[f"l.{suffix}"].dtype] in dtypes
-    assert set(tensors) == {f"l.{suffix}" for suffix in registry.SUFFIXES[fmt]}
+    assert set(tensors) == {f"l.{suffix}" for suffix in FORMATS[fmt].suffixes}
 
 
 def test_marlin_24_needs_a_mask() -> None:
     """A mask made up from the codes would move survivors that are zero; who has none has to say where it comes from."""
     q = pruned("l", rtn(torch.randn(64, 64), 32))
     with pytest.raises(ValueError, match="l has no mask"):
-        registry.linear_tensors("marlin_24", "l", QuantizedLinear(q.codes, q.scales, 32))
-    parts = registry.LinearParts(q.codes, q.scales, 32, q.keep)
+        registry.linear_tensors(FORMATS["marlin_24"], "l", QuantizedLinear(q.codes, q.scales, 32))
+    parts = LinearParts(q.codes, q.scales, 32, q.keep)
     assert all(
-        torch.equal(t, registry.linear_tensors("marlin_24", "l", q)[name])
-        for name, t in registry.linear_tensors("marlin_24", "l", parts).items()
+        torch.equal(t, registry.linear_tensors(FORMATS["marlin_24"], "l", q)[name])
+        for name, t in registry.linear_tensors(FORMATS["marlin_24"], "l", parts).items()
     )
 
 
 def test_gptq_decodes_by_the_published_formula() -> None:
     """GPTQModel computes (u - z) * s[g_idx] with z one more than stored; if qzeros or g_idx were off, it would load garbage silently."""
     q = rtn(torch.randn(24, 64), 32)
-    t = {name: tensor.numpy() for name, tensor in registry.linear_tensors("gptq", "l", q).items()}
+    t = {name: tensor.numpy() for name, tensor in registry.linear_tensors(FORMATS["gptq"], "l", q).items()}
     shifts = 4 * np.arange(8)
     u = (t["l.qweight"].view(np.uint32)[:, None, :] >> shifts[None, :, None] & 15).reshape(64, 24).astype(np.int64)  # [K, N]
     z = (t["l.qzeros"].view(np.uint32)[:, :, None] >> shifts & 15).reshape(2, 24).astype(np.int64) + 1  # [G, N]
@@ -424,14 +426,14 @@ def test_gptq_decodes_by_the_published_formula() -> None:
 def test_foreign_scales_pass_to_ct_unchanged_and_elsewhere_only_when_exact(dtype: torch.dtype) -> None:
     """A scale rounded on the way changes every weight of its group without a word."""
     codes = torch.zeros(8, 32, dtype=torch.int8)
-    inexact = registry.LinearParts(codes, torch.full((8, 1), 1e-6, dtype=dtype), 32)
-    assert torch.equal(registry.linear_tensors("ct", "l", inexact)["l.weight_scale"], inexact.scales)
+    inexact = LinearParts(codes, torch.full((8, 1), 1e-6, dtype=dtype), 32)
+    assert torch.equal(registry.linear_tensors(FORMATS["ct"], "l", inexact)["l.weight_scale"], inexact.scales)
     for fmt in ("gptq", "marlin"):
         with pytest.raises(BadInput, match=r"l: its .* scales have no exact float16 form") as caught:
-            registry.linear_tensors(fmt, "l", inexact)
+            registry.linear_tensors(FORMATS[fmt], "l", inexact)
         assert caught.value.error_id == "E344"
-    exact = registry.LinearParts(codes, torch.full((8, 1), 0.25, dtype=dtype), 32)
-    assert registry.linear_tensors("gptq", "l", exact)["l.scales"].dtype == torch.float16
+    exact = LinearParts(codes, torch.full((8, 1), 0.25, dtype=dtype), 32)
+    assert registry.linear_tensors(FORMATS["gptq"], "l", exact)["l.scales"].dtype == torch.float16
 
 
 @pytest.mark.parametrize(
@@ -456,9 +458,9 @@ def test_foreign_scales_pass_to_ct_unchanged_and_elsewhere_only_when_exact(dtype
 )
 def test_a_damaged_layer_is_refused_by_name(fmt: str, damage: Callable[[dict[str, torch.Tensor]], Any], says: str) -> None:
     """Each of these loads in some client and computes garbage there."""
-    tensors = registry.linear_tensors(fmt, "l", pruned("l", rtn(torch.randn(64, 64), 32)))
+    tensors = registry.linear_tensors(FORMATS[fmt], "l", pruned("l", rtn(torch.randn(64, 64), 32)))
     damage(tensors)
-    info = registry.FormatInfo(fmt, 4, {"l": 32}, "v1" if fmt == "gptq" else "")
+    info = FormatInfo(FORMATS[fmt], {"l": 32}, "v1" if fmt == "gptq" else "")
     with pytest.raises(BadInput) as caught:
         registry.read_linear(Folderless(tensors), info, "l")  # type: ignore[arg-type]
     problem = caught.value.problems[0]
@@ -532,7 +534,7 @@ def test_no_group_says_linear_when_sizes_differ() -> None:
     """vLLM would give the fused qkv_proj (class QKVParallelLinear) the group that says Linear, whatever q, k and v say."""
     names = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(4) for p in "qkvo"]
     sizes = {name: 64 if ".layers.2." in name else 128 for name in names}
-    block = registry.quantization_config("ct", sizes, ["lm_head"])
+    block = registry.quantization_config(FORMATS["ct"], sizes, ["lm_head"])
     groups = {name: group["targets"] for name, group in block["config_groups"].items()}
     size_of = {name: group["weights"]["group_size"] for name, group in block["config_groups"].items()}
     for i in range(4):
@@ -600,7 +602,9 @@ def test_our_ct_config_is_valid_for_compressed_tensors(source: Path) -> None:
     """`weights` forbids unknown keys and `actorder: group`; provenance at the top level must be ignored, not refused."""
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
 
-    block = registry.quantization_config("ct", {"a.q_proj": 128, "a.o_proj": -1}, ["lm_head"], {"version": "1", "recipe_hash": "f" * 64})
+    block = registry.quantization_config(
+        FORMATS["ct"], {"a.q_proj": 128, "a.o_proj": -1}, ["lm_head"], {"version": "1", "recipe_hash": "f" * 64}
+    )
     parsed = QuantizationConfig.model_validate(block)
     assert parsed.quantization_status == QuantizationStatus.COMPRESSED
     assert "sparsity_config" not in block and "actorder" not in block["config_groups"]["group_0"]["weights"]
@@ -633,7 +637,7 @@ def test_gptq_exceptions_become_dynamic_rules_that_reach_fused_linears() -> None
     names = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(12) for p in "qkvo"]
     sizes = {name: 32 if ".layers.1." in name else 64 for name in names if ".layers.2." not in name}
     skipped = [name for name in names if ".layers.2." in name]
-    dynamic = registry.quantization_config("gptq", sizes, ["lm_head", *skipped])["dynamic"]
+    dynamic = registry.quantization_config(FORMATS["gptq"], sizes, ["lm_head", *skipped])["dynamic"]
 
     def rule(name: str) -> Any:
         for pattern, value in dynamic.items():
@@ -647,7 +651,9 @@ def test_gptq_exceptions_become_dynamic_rules_that_reach_fused_linears() -> None
         assert rule(f"model.layers.11.self_attn.{last}") is None
 
 
-@pytest.mark.parametrize("make", [partial(make_packed, fmt="marlin"), partial(make_sparse_packed, fmt="marlin_24")], ids=registry.NATIVE)
+@pytest.mark.parametrize(
+    "make", [partial(make_packed, fmt="marlin"), partial(make_sparse_packed, fmt="marlin_24")], ids=["marlin", "marlin_24"]
+)
 def test_native_folders_make_plain_transformers_stop(source: Path, tmp_path: Path, make: Callable[[Path, Path], Any]) -> None:
     """transformers only warns about an unknown quant_method and fills the layers with random numbers; without a model file it stops."""
     make(source, tmp_path / "out")
@@ -713,12 +719,14 @@ def test_any_config_is_understood_or_refused(block: dict[str, Any], data: st.Dat
 @given(st.sampled_from(["ct", "gptq", "marlin", "marlin_24"]), st.data())
 def test_any_tensors_are_unpacked_or_refused(fmt: str, data: st.DataObject) -> None:
     """So do the tensors: shapes and dtypes that do not belong together must not reach an index error, or a huge allocation."""
-    tensors = registry.linear_tensors(fmt, "l", pruned("l", rtn(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), 32)))
+    tensors = registry.linear_tensors(
+        FORMATS[fmt], "l", pruned("l", rtn(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), 32))
+    )
     name = data.draw(st.sampled_from(sorted(tensors)))
     shape = data.draw(st.lists(st.integers(0, 9), max_size=3))
     dtype = data.draw(st.sampled_from([torch.int32, torch.int64, torch.int16, torch.float16, torch.float32, torch.uint8]))
     tensors[name] = data.draw(st.sampled_from([torch.zeros, torch.ones]))(shape, dtype=dtype)
-    info = registry.FormatInfo(fmt, 4, {"l": data.draw(st.sampled_from([-1, 7, 32, 64, 10**30]))}, "v1" if fmt == "gptq" else "")
+    info = FormatInfo(FORMATS[fmt], {"l": data.draw(st.sampled_from([-1, 7, 32, 64, 10**30]))}, "v1" if fmt == "gptq" else "")
     with suppress(BadInput):
         parts = registry.read_parts(Folderless(tensors), info, "l")  # type: ignore[arg-type]
         assert parts.weight().shape == parts.codes.shape

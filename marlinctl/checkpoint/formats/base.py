@@ -1,0 +1,326 @@
+"""What a format on disk is to marlinctl: one frozen description, which everything else asks.
+
+A format is one module of this folder that makes a `Format`; registry.py lists them. Nothing outside of this folder spells the name of a
+format, but recipes and the command line.
+
+For a linear P with weight [N, K], group size g and G = K / g groups (G = 1 when one group spans the row) a format says which tensors P.* it
+consists of, how they are shaped, which quantization_config belongs to them, how codes become these tensors and back, and who loads them.
+The mask of a 2:4 linear lies in a file of its own (checkpoint/mask.py), unless the metadata of the format is one. A bias stays P.bias
+everywhere. The layouts inside a word are functions in marlinctl/pack/tile.py. Everything here but functions on tensors works from
+config.json and tensor names alone, without torch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from marlinctl.checkpoint.formats import blocks
+from marlinctl.errors import BadInput, Problem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from marlinctl.pack.types import PackedLinear, PackedSparseLinear
+    from marlinctl.quantize.types import QuantizedLinear
+
+AGAIN = "fetch or write the checkpoint again"
+BLOCK = "quantization_config"
+FLOATS = ("F16", "BF16", "F32")
+DTYPE_BYTES = {"I64": 8, "F32": 4, "I32": 4}  # of what marlinctl writes; the others have two
+
+# What the bytes of a tensor are, for `inspect`.
+CODES, SCALES, METADATA, INDICES, WEIGHTS = "codes", "scales", "metadata", "zeros and indices", "weights"
+# Programs that load folders.
+TRANSFORMERS, TRANSFORMERS_CT, TRANSFORMERS_GPTQ = (
+    "transformers",
+    "transformers (with compressed-tensors)",
+    "transformers (with optimum and gptqmodel)",
+)
+VLLM, SGLANG, GPTQMODEL, MARLINCTL = "vLLM", "SGLang", "GPTQModel", "marlinctl"
+MODEL_FILES, NATIVE_FILES = STEMS = ("model", "marlin")  # of the shards; native folders must not look like a model to plain transformers
+
+Shapes = Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]]  # suffix -> (allowed dtypes, shape)
+_MISREAD = "the file is damaged or its config.json belongs to another model; fetch or write it again"
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The linears of a model, as a config block describes them."""
+
+    layers: Mapping[str, int]  # quantized linear -> group size, -1 for whole rows
+    ignore: Sequence[str]  # every nn.Linear that stays 16-bit: lm_head, skipped layers, routers
+
+    @property
+    def everything(self) -> list[str]:
+        return [*self.layers, *self.ignore]
+
+    @property
+    def majority(self) -> int:
+        return sizes_by_count(self.layers)[0]
+
+    @property
+    def differing(self) -> dict[str, int]:
+        return {name: size for name, size in self.layers.items() if size != self.majority}
+
+
+def no_limits(packed: Packed, program: str) -> list[str]:
+    return []
+
+
+def nothing_untested(packed: Packed) -> Mapping[str, str]:
+    return {}
+
+
+@dataclass(frozen=True, slots=True, eq=False)  # one object a format: compared and hashed as such
+class Format:
+    """One format on disk.
+
+    Functions on tensors take and return them by suffix. `detect` and `config_block` are None for models that are not quantized.
+    """
+
+    name: str  # as --format, manifest and reports spell it
+    label: str  # in tables
+    title: str  # of the model card
+    tensors: Mapping[str, str]  # suffix -> what its bytes are, of one quantized linear; the first marks a linear as quantized
+    shapes: Callable[[int, int, int], Shapes]  # (N, K, group size)
+    loaders: tuple[str, ...]  # programs that read it; whether they take a given model is what runtimes.loads says
+    pack: Callable[[str, LinearParts], dict[str, Tensor]]  # the layer is named in errors
+    unpack: Callable[[Mapping[str, Tensor], int, str], LinearParts]  # (tensors, group size, variant); ValueError says what is wrong
+    bits: int = 4  # of a code
+    kernels: tuple[str, ...] = ()  # programs that multiply with it as it lies on the disk
+    methods: tuple[str, ...] = ()  # values of quant_method that announce it
+    detect: Callable[[Mapping[str, Any], Sequence[str]], FormatInfo | None] | None = None  # None: the block is of a sibling
+    config_block: Callable[[Chosen], dict[str, Any]] | None = None
+    second_reading: Callable[[Mapping[str, Tensor], int, int, int], Tensor] | None = None  # [N, K] fp32 by another way than `unpack`
+    tiles: Callable[[Mapping[str, Tensor], int, int, int], PackedLinear | PackedSparseLinear] | None = None  # native: as kernels take it
+    tags: tuple[str, ...] = ()  # of the model card
+    note: str = ""  # of the model card
+    files: str = MODEL_FILES  # stem of the shards
+    optional: tuple[str, ...] = ()  # suffixes that others leave out
+    shape_from: str = "weight_shape"  # the tensor that says N and K
+    header_shape: Callable[[Sequence[int]], tuple[int, int]] | None = None  # (N, K) from the shape of that tensor, where it is a matrix
+    needs_mask: bool = False  # it holds 2:4 linears alone, and its metadata is their mask
+    writes_variant: str = ""
+    variant_loaders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    block_file: str = ""  # the config block once more, in a file that old loaders read
+    required: Sequence[tuple[str, object, str]] = ()  # keys of the block that clients need and do not miss aloud: key, value, why
+    checks_ignore: bool = False  # clients look for packed tensors of every linear that the block does not name
+    misfit: Callable[[int, int], str | None] | None = None  # why a linear [N, K] cannot be written
+    misread: str = _MISREAD  # what to do where `unpack` refuses
+    limits: Callable[[Packed, str], list[str]] = no_limits  # why a program refuses such a model, beyond the shapes of its kernels
+    untested: Callable[[Packed], Mapping[str, str]] = nothing_untested
+    trains: str = ""  # what distillation can train of it: "weights", "scales" or nothing
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return tuple(self.tensors)
+
+    @property
+    def quantized(self) -> bool:
+        return self.config_block is not None
+
+    @property
+    def native(self) -> bool:
+        """Tiles of marlinctl's own kernels."""
+        return self.tiles is not None
+
+    @property
+    def scales(self) -> str | None:
+        return next((suffix for suffix, kind in self.tensors.items() if kind == SCALES), None)
+
+    def owned(self, layers: Iterable[str]) -> dict[str, str]:
+        """The tensors of these linears by full name -> suffix."""
+        return {f"{layer}.{suffix}": suffix for layer in layers for suffix in self.tensors}
+
+    def layer_names(self, names: Iterable[str]) -> list[str]:
+        """The linears that the marking tensor names."""
+        ending = f".{self.suffixes[0]}"
+        return [name.removesuffix(ending) for name in names if name.endswith(ending)]
+
+
+@dataclass(frozen=True, slots=True)
+class FormatInfo:
+    """What config.json and the tensor names say a checkpoint is."""
+
+    format: Format
+    layers: Mapping[str, int] = field(default_factory=dict)  # quantized linears -> group size; -1 is one group for the whole row
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.format.name
+
+    @property
+    def group_size(self) -> int | None:
+        """The group size of most layers; None for a dense model."""
+        return sizes_by_count(self.layers)[0] if self.layers else None
+
+    @property
+    def owned(self) -> dict[str, str]:
+        """The tensors of all quantized linears by full name -> suffix."""
+        return self.format.owned(self.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A folder as clients see it: of headers, or of a plan for one that is not written yet."""
+
+    format: Format
+    shapes: Mapping[str, tuple[int, int]]  # quantized linear -> (N, K)
+    sizes: Mapping[str, int]  # quantized linear -> group size, -1 for whole rows
+    ignore: Sequence[str]  # linears that stay 16-bit
+    config: Mapping[str, Any]
+    variant: str = ""
+
+    @property
+    def experts(self) -> list[str]:
+        return [name for name in self.sizes if EXPERTS in name]
+
+    @property
+    def sixteen_bit_experts(self) -> list[str]:
+        return [name for name in self.ignore if EXPERTS in name]
+
+
+EXPERTS = ".experts."
+
+
+@dataclass(frozen=True, slots=True)
+class LinearParts:
+    """One linear as it lies on disk, unpacked: scales keep the dtype they had, which QuantizedLinear need not be able to hold."""
+
+    codes: Tensor  # [N, K] int8
+    scales: Tensor  # [N, G] float16, bfloat16 or float32
+    group_size: int  # K when one group spans the row
+    keep: Tensor | None = None  # [N, K] bool, the survivors of a 2:4 linear; None: dense, or nobody says
+
+    def weight(self) -> Tensor:
+        """[N, K] float32: the weight that every runtime must compute with. Exact."""
+        import torch
+
+        n, k = self.codes.shape
+        steps = self.scales.to(torch.float32).unsqueeze(-1)  # [N, G, 1]
+        return (self.codes.to(torch.float32).reshape(n, -1, self.group_size) * steps).reshape(n, k)
+
+    def quantized(self, layer: str) -> QuantizedLinear:
+        """With fp16 scales, as every packed format but ct needs them; refused where that would change a value."""
+        import torch
+
+        from marlinctl.quantize.types import QuantizedLinear
+        from marlinctl.sparsify.types import SparseQuantizedLinear
+
+        scales = self.scales.to(torch.float16)
+        wrong = scales.to(torch.float32) != self.scales.to(torch.float32)
+        if bool(wrong.any()):
+            row, group = (int(i) for i in wrong.nonzero()[0])
+            raise BadInput(
+                "E344",
+                f"{layer}: its {str(self.scales.dtype).removeprefix('torch.')} scales have no exact float16 form "
+                f"({int(wrong.sum())} of {wrong.numel()}; the first is {float(self.scales[row, group]):.9g})",
+                where=f"{layer}, row {row}, group {group}",
+                fix="pack to ct, which keeps the scales as they are, or quantize the original model again with marlinctl",
+            )
+        if self.keep is not None:
+            return SparseQuantizedLinear(self.codes, scales, self.group_size, self.keep)
+        return QuantizedLinear(self.codes, scales, self.group_size)
+
+
+def sizes_by_count(layers: Mapping[str, int]) -> list[int]:
+    """Group sizes, the most frequent first; among equals the smaller, so that the order of the layers does not matter."""
+    counts = Counter(layers.values())
+    return sorted(counts, key=lambda size: (-counts[size], size))
+
+
+def size_text(size: int) -> str:
+    """0: 16-bit."""
+    return "16-bit" if size == 0 else "whole rows" if size == -1 else f"group {size}"
+
+
+# ---- for the modules of the formats ---------------------------------------------------------------------------------------------------
+
+
+def strays(fmt: Format, layers: Mapping[str, int], names: Iterable[str]) -> list[Problem]:
+    """Tensors below a packed linear that its format has no place for, and those that a quantizer wrote for a linear that is not packed.
+
+    Copied along as "untouched" they would be lost or misread: an order of columns, a scale of activations, another format beside this one.
+    """
+    if not layers:
+        return []  # config.json is of another model altogether, which is said as such (folder.py)
+    own = {*fmt.tensors, "bias"}
+    fix = "the model was quantized in a way that marlinctl does not read; quantize the original model with marlinctl"
+    problems = []
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        if parent in layers:
+            if leaf not in own:
+                problems.append(Problem(f"{name} belongs to a packed linear, and {fmt.name} has no such tensor", name, fix))
+        elif leaf in blocks.QUANTIZER_SUFFIXES:
+            problems.append(Problem(f"{name} belongs to a quantized linear, and {parent} is not packed as {fmt.name}", name, fix))
+        elif any(above in layers for above in _above(parent)):
+            problems.append(Problem(f"{name} lies below a packed linear, and {fmt.name} has no such tensor", name, fix))
+    return problems
+
+
+def _above(name: str) -> Iterator[str]:
+    """a.b.c -> a.b, a"""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def object_at(block: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """block[key], which must be an object; absent and null are an empty one."""
+    value = block.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{key} is not an object")
+    return value or {}
+
+
+def group_size_of(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
+        raise ValueError(f"group_size {value!r} is neither a positive number nor -1 (whole rows)")
+    return value
+
+
+def unreadable(what: str, fix: str) -> BadInput:
+    return BadInput("E340", what, where="config.json: quantization_config", fix=fix)
+
+
+def refuse(error_id: str, problems: Sequence[Problem]) -> None:
+    if problems:
+        raise BadInput.from_problems(error_id, problems)
+
+
+def true_shape(tensor: Tensor) -> tuple[int, int]:
+    if tensor.is_floating_point() or tuple(tensor.shape) != (2,):
+        raise ValueError(f"weight_shape must hold two whole numbers, it is {tensor.dtype} {list(tensor.shape)}")
+    n, k = (int(size) for size in tensor)
+    if n < 1 or k < 1:
+        raise ValueError(f"weight_shape says [{n}, {k}]")
+    return n, k
+
+
+def true_group_size(configured: int, k: int, groups: int) -> int:
+    """The true group size, after config and scales were found to agree."""
+    size = k if configured == -1 else configured
+    if k % size or k // size != groups:
+        raise ValueError(f"config.json says group_size {configured} for K={k}, but there are {groups} groups of scales")
+    return size
+
+
+def check_scales(scales: Tensor, rows: int) -> None:
+    import torch
+
+    if not scales.is_floating_point() or scales.ndim != 2 or scales.shape[0] != rows:
+        raise ValueError(f"scales are {scales.dtype} {tuple(scales.shape)}, expected float [{rows}, G]")
+    if not bool(torch.isfinite(scales).all()):
+        raise ValueError("scales hold NaN or infinity")
+
+
+def nibbles(words: Tensor) -> Tensor:
+    """int32 [R, C] -> int32 [R, 8C], lowest nibble first."""
+    import torch
+
+    return (words.unsqueeze(-1) >> torch.arange(0, 32, 4, dtype=torch.int32) & 15).reshape(words.shape[0], -1)

@@ -1,0 +1,237 @@
+"""`ct`: compressed-tensors `pack-quantized`, what vLLM, SGLang and transformers load. marlinctl's interchange form.
+
+    P.weight_packed  [N, K/8 up]     int32
+    P.weight_scale   [N, G]          float    of any float dtype, as they were solved or found
+    P.weight_shape   [2] = [N, K]    int64    transformers fails without it
+
+Without `quantization_status: compressed` transformers loads random numbers and says nothing.
+docs/formats/compressed-tensors.md has the bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from marlinctl.checkpoint.formats import blocks
+from marlinctl.checkpoint.formats.base import (
+    BLOCK,
+    CODES,
+    FLOATS,
+    INDICES,
+    MARLINCTL,
+    SCALES,
+    SGLANG,
+    TRANSFORMERS_CT,
+    VLLM,
+    Chosen,
+    Format,
+    FormatInfo,
+    LinearParts,
+    Packed,
+    Shapes,
+    check_scales,
+    nibbles,
+    object_at,
+    refuse,
+    size_text,
+    sizes_by_count,
+    strays,
+    true_group_size,
+    true_shape,
+    unreadable,
+)  # fmt: skip
+from marlinctl.checkpoint.formats.targets import Entries, GroupOf, name_patterns
+from marlinctl.errors import Problem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MIXTRAL = ("w1", "w2", "w3")
+
+
+def _detect(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
+    if block.get("format") != "pack-quantized":
+        raise unreadable(f"compressed-tensors format {block.get('format')!r} is not pack-quantized", "only 4-bit pack-quantized is read")
+    groups = block.get("config_groups")
+    usable = isinstance(groups, Mapping) and all(isinstance(g, Mapping) and isinstance(g.get("targets"), list) for g in groups.values())
+    if not isinstance(groups, Mapping) or not usable:
+        raise unreadable("config_groups is missing or has a group without targets", "restore quantization_config from the original")
+    sparsity = blocks.strange(object_at(block, "sparsity_config"), blocks.CT_SPARSITY, f"{BLOCK}.sparsity_config")
+    refuse("E340", [*blocks.strange(block, blocks.CT_BLOCK, BLOCK), *sparsity])
+    group_of = GroupOf({name: [str(t) for t in group["targets"]] for name, group in groups.items()})
+    ignore = block.get("ignore") or []
+    if not isinstance(ignore, list):
+        raise ValueError("ignore is not a list")
+    Entries(str(entry) for entry in ignore)  # an expression that is none is refused here, once
+    reasons = {name: _reason(group) for name, group in groups.items()}
+    fix = "only 4-bit symmetric integer weights are read"
+    layers: dict[str, int] = {}
+    problems: list[Problem] = []
+    used = set()
+    for layer in FORMAT.layer_names(names):
+        group = group_of(layer)
+        if group is None:
+            what = f"{layer} is packed but no config group names it"
+            problems.append(Problem(what, "config.json: config_groups", "add it to a group's targets"))
+            continue
+        used.add(group)
+        if reasons[group]:
+            problems.append(Problem(f"{layer}: {reasons[group]}", f"config.json: config_groups.{group}", fix))
+        layers[layer] = _configured_size(groups[group])
+    problems += [
+        Problem(f"{name}: {reason}", f"config.json: config_groups.{name}", fix)
+        for name, reason in reasons.items()
+        if reason and name not in used
+    ]
+    problems += [
+        Problem(f"{name} is a zero point: asymmetric quantization", name, "quantize the original model symmetrically")
+        for name in names
+        if name.endswith(".weight_zero_point")
+    ]
+    refuse("E341", problems or strays(FORMAT, layers, names))
+    return FormatInfo(FORMAT, layers)
+
+
+def _reason(group: Mapping[str, Any]) -> str | None:
+    """Why a config group is not 4-bit symmetric weight-only, or None."""
+    weights = object_at(group, "weights")
+    if weights.get("num_bits") != 4 or str(weights.get("type", "int")).lower() != "int":
+        return f"{weights.get('num_bits')}-bit {weights.get('type', 'int')}"
+    if weights.get("symmetric", True) is not True:
+        return "asymmetric"
+    strategy, size = weights.get("strategy"), weights.get("group_size")
+    if isinstance(strategy, str):
+        strategy = strategy.lower()
+    if strategy is None and size is not None:  # compressed-tensors derives the strategy from the size, and no size means one scale for all
+        strategy = "channel" if size == -1 else "group"
+    if strategy == "group" and not (isinstance(size, int) and not isinstance(size, bool) and size > 0):
+        return f"strategy group with group_size {size!r}"
+    if strategy == "channel" and size not in (None, -1):
+        return f"strategy channel with group_size {size!r}"
+    if strategy not in ("group", "channel"):
+        return f"strategy {strategy!r}"
+    return blocks.reason(group, blocks.CT_GROUP) or blocks.reason(weights, blocks.CT_WEIGHTS)
+
+
+def _configured_size(group: Mapping[str, Any]) -> int:
+    weights = object_at(group, "weights")
+    size = weights.get("group_size")
+    return int(size) if isinstance(size, int) and size > 0 and str(weights.get("strategy")).lower() != "channel" else -1
+
+
+def _config_block(chosen: Chosen) -> dict[str, Any]:
+    """One config group for each group size.
+
+    NOTE: with several sizes no group may say "Linear". compressed-tensors prefers a layer's own name to its class, but vLLM asks for the
+    class before it asks for the shards of a fused linear, so qkv_proj (a QKVParallelLinear) would get the group that says "Linear".
+    transformers' default mode follows the groups; its `dequantize=True` (5.23) takes the first group for every linear, and stops.
+    """
+    sizes = sizes_by_count(chosen.layers)
+    groups = {}
+    for i, size in enumerate(sizes):
+        members = [name for name, s in chosen.layers.items() if s == size]
+        weights = {"num_bits": FORMAT.bits, "type": "int", "symmetric": True, "dynamic": False}
+        weights |= {"strategy": "channel", "group_size": None} if size == -1 else {"strategy": "group", "group_size": size}
+        groups[f"group_{i}"] = {
+            "targets": ["Linear"] if len(sizes) == 1 else name_patterns(members, chosen.everything),
+            "weights": weights,
+            "input_activations": None,
+            "output_activations": None,
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",  # without it transformers fills the layers with random numbers and says nothing
+        "config_groups": groups,
+        "ignore": name_patterns(chosen.ignore, chosen.everything),
+    }
+
+
+def _shapes(n: int, k: int, group_size: int) -> Shapes:
+    groups = 1 if group_size == -1 else -(-k // group_size)
+    return {"weight_packed": (("I32",), (n, -(-k // 8))), "weight_scale": (FLOATS, (n, groups)), "weight_shape": (("I64", "I32"), (2,))}
+
+
+def _pack(layer: str, parts: LinearParts) -> dict[str, Tensor]:
+    """The scales stay as they are."""
+    import torch
+
+    from marlinctl.pack.interchange import pack_ct
+
+    shape = torch.tensor(parts.codes.shape, dtype=torch.int64)
+    return {"weight_packed": pack_ct(parts.codes), "weight_scale": parts.scales, "weight_shape": shape}
+
+
+def _unpack(tensors: Mapping[str, Tensor], group_size: int, variant: str) -> LinearParts:
+    from marlinctl.pack.interchange import unpack_ct
+
+    n, k = true_shape(tensors["weight_shape"])
+    scales = tensors["weight_scale"]
+    check_scales(scales, n)
+    return LinearParts(unpack_ct(tensors["weight_packed"], n, k), scales, true_group_size(group_size, k, int(scales.shape[1])))
+
+
+def _second_reading(tensors: Mapping[str, Tensor], n: int, k: int, group_size: int) -> Tensor:
+    """Nibble by nibble, as clients do."""
+    import torch
+
+    scales = tensors["weight_scale"].to(torch.float32)
+    codes = nibbles(tensors["weight_packed"])[:, :k] - 8
+    return codes.to(torch.float32) * scales.repeat_interleave(k // scales.shape[1], dim=1)
+
+
+def _limits(packed: Packed, program: str) -> list[str]:
+    """What a program's own look-up of the scheme of fused experts does not find."""
+    if program == TRANSFORMERS_CT:
+        return _limits_of_transformers(packed)
+    if not packed.experts:
+        return []
+    first, sizes = packed.experts[0], sorted(set(packed.sizes.values()))
+    if program == SGLANG and len(sizes) > 1:
+        text = ", ".join(size_text(size) for size in sizes)
+        return [f"{first}: SGLang finds the scheme of experts only where a model has one for all linears, and this has {text}"]
+    if program == VLLM and first.rpartition(".")[2] in _MIXTRAL and (len(sizes) > 1 or packed.sixteen_bit_experts):
+        return [f"{first}: vLLM finds the scheme of experts of this name only where a model has one for all linears, experts included"]
+    return []
+
+
+def _limits_of_transformers(packed: Packed) -> list[str]:
+    """transformers fuses the experts of a block. It takes one scheme for all experts of a model, that of the first config group which names
+    some; a single scale per row fits whatever scheme has groups, but not the reverse."""
+    used = {packed.sizes[name] for name in packed.experts}
+    grouped = {packed.sizes[name] for name in packed.experts if packed.sizes[name] not in (-1, packed.shapes[name][1])}
+    scheme = next((size for size in sizes_by_count(packed.sizes) if size in used), None)
+    if grouped - {scheme}:
+        text = ", ".join(size_text(size) for size in sorted(used))
+        return [f"{packed.experts[0]}: experts have {text}, and transformers takes one for all experts of a model"]
+    if packed.sixteen_bit_experts and packed.sizes:
+        return [f"{packed.sixteen_bit_experts[0]}: it stays 16-bit, and transformers looks for packed experts alone"]
+    return []
+
+
+def _untested(packed: Packed) -> Mapping[str, str]:
+    return dict.fromkeys((VLLM, SGLANG), "a quantized lm_head") if "lm_head" in packed.sizes else {}
+
+
+FORMAT = Format(
+    name="ct",
+    label="compressed-tensors",
+    title="4-bit weights, compressed-tensors `pack-quantized`",
+    tensors={"weight_packed": CODES, "weight_scale": SCALES, "weight_shape": INDICES},
+    shapes=_shapes,
+    loaders=(VLLM, SGLANG, TRANSFORMERS_CT, MARLINCTL),
+    kernels=(VLLM, SGLANG, MARLINCTL),
+    methods=("compressed-tensors",),
+    detect=_detect,
+    config_block=_config_block,
+    pack=_pack,
+    unpack=_unpack,
+    second_reading=_second_reading,
+    tags=("compressed-tensors", "int4"),
+    required=(("quantization_status", "compressed", "transformers would fill the linears with random numbers"),),
+    checks_ignore=True,
+    limits=_limits,
+    untested=_untested,
+    trains="scales",
+)

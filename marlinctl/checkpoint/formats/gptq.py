@@ -1,0 +1,212 @@
+"""`gptq`: GPTQ v1, for GPTQModel and its relatives, vLLM and SGLang. v2 is read.
+
+    P.qweight  [K/8, N]   int32
+    P.qzeros   [G, N/8]   int32    every nibble 7 (v1 stores zero - 1); GPTQModel loads garbage without it
+    P.scales   [G, N]     fp16
+    P.g_idx    [K]        int32    k // g; optimum reads uninitialised memory without it
+
+v1 tensors under a v2 label, or the reverse, are off by one step everywhere. docs/formats/gptq.md has the bits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from marlinctl.checkpoint.formats import blocks
+from marlinctl.checkpoint.formats.base import (
+    BLOCK,
+    CODES,
+    FLOATS,
+    GPTQMODEL,
+    INDICES,
+    MARLINCTL,
+    SCALES,
+    SGLANG,
+    TRANSFORMERS_GPTQ,
+    VLLM,
+    Chosen,
+    Format,
+    FormatInfo,
+    LinearParts,
+    Packed,
+    Shapes,
+    check_scales,
+    group_size_of,
+    nibbles,
+    object_at,
+    refuse,
+    strays,
+    true_group_size,
+)  # fmt: skip
+from marlinctl.checkpoint.formats.targets import name_patterns, with_fused_names
+from marlinctl.errors import Problem
+from marlinctl.system.files import brief
+from marlinctl.system.patterns import Expressions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+V1, V2 = "v1", "v2"
+
+
+def _detect(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
+    label = block.get("checkpoint_format", block.get("format", "gptq"))
+    problems = []
+    if label not in ("gptq", "gptq_v2") or block.get("is_marlin_format"):
+        what = f"GPTQ checkpoint_format {label!r} is not read"
+        problems.append(Problem(what, "config.json: checkpoint_format", "gptq and gptq_v2 are read"))
+    if block.get("bits") != 4:
+        problems.append(Problem(f"{block.get('bits')!r}-bit GPTQ is not read", "config.json: bits", "only 4 bits are read"))
+    if block.get("sym", True) is not True:
+        problems.append(Problem("asymmetric GPTQ is not read", "config.json: sym", "quantize the original model symmetrically"))
+    refuse("E342", problems)
+    size, dynamic = group_size_of(block.get("group_size", -1)), object_at(block, "dynamic")
+    refuse("E340", [*blocks.strange(block, blocks.GPTQ_BLOCK, BLOCK), *_strange_rules(dynamic)])
+    present = set(names)
+    rule_of = _DynamicRules(dynamic)
+    layers: dict[str, int] = {}
+    for layer in FORMAT.layer_names(names):
+        rule = rule_of(layer)
+        if rule is None:
+            what = f"{layer} is packed, and a rule of `dynamic` says that it is not quantized"
+            problems.append(Problem(what, "config.json: dynamic", "config.json belongs to another model; restore it"))
+            continue
+        if rule.get("bits", 4) != 4 or rule.get("sym", True) is not True:
+            problems.append(Problem(f"{layer}: {rule} is not 4-bit symmetric", "config.json: dynamic", "only 4-bit symmetric is read"))
+        if rule.get("desc_act", block.get("desc_act")) and f"{layer}.g_idx" not in present:
+            what = f"{layer}: desc_act is true, and without {layer}.g_idx the order of its columns is unknown"
+            problems.append(Problem(what, "config.json: desc_act", "fetch the checkpoint again, or quantize the original model"))
+        layers[layer] = group_size_of(rule.get("group_size", size))
+    refuse("E342", problems or strays(FORMAT, layers, names))
+    return FormatInfo(FORMAT, layers, V2 if label == "gptq_v2" else V1)
+
+
+class _DynamicRules:
+    """GPTQModel's `dynamic`: the first rule whose expression matches a layer. One that begins with "-:" takes its linears out."""
+
+    def __init__(self, dynamic: Mapping[str, Any]) -> None:
+        self._rules: list[Mapping[str, Any] | None] = [None if pattern.startswith("-:") else rule for pattern, rule in dynamic.items()]
+        self._expressions = Expressions(pattern.removeprefix("+:").removeprefix("-:") for pattern in dynamic)
+
+    def __call__(self, layer: str) -> Mapping[str, Any] | None:
+        """None for a rule that takes the layer out."""
+        found = self._expressions.first(layer)
+        return {} if found is None else self._rules[found]
+
+
+def _strange_rules(dynamic: Mapping[str, Any]) -> list[Problem]:
+    """What is not known in the rules of GPTQModel's `dynamic`. A rule that begins with "-:" takes its linears out, whatever it holds."""
+    problems: list[Problem] = []
+    for pattern, rule in dynamic.items():
+        path = f"{BLOCK}.dynamic.{pattern}"
+        if pattern.startswith("-:"):
+            continue
+        if isinstance(rule, Mapping):
+            problems += blocks.strange(rule, blocks.GPTQ_RULE, path)
+        else:
+            what = f"the rule is {brief(rule)}, not an object"
+            problems.append(Problem(what, f"config.json: {path}", "restore it from the original"))
+    return problems
+
+
+def _config_block(chosen: Chosen) -> dict[str, Any]:
+    block = {"quant_method": "gptq", "bits": FORMAT.bits, "group_size": chosen.majority, "desc_act": False, "sym": True}
+    block |= {"checkpoint_format": "gptq", "format": "gptq", "pack_dtype": "int32", "lm_head": "lm_head" in chosen.layers}
+    dynamic = _dynamic_block(chosen.differing, [name for name in chosen.ignore if name != "lm_head"], chosen.everything)
+    return block | ({"dynamic": dynamic} if dynamic else {})
+
+
+def _dynamic_block(differing: Mapping[str, int], skipped: Sequence[str], everything: Sequence[str]) -> dict[str, Any]:
+    """GPTQModel's per-module rules. Servers match them after fusing q/k/v and gate/up, hence the fused names."""
+
+    def rules(sign: str, names: Sequence[str], rule: dict[str, Any]) -> dict[str, Any]:
+        patterns = name_patterns(with_fused_names(names), with_fused_names(everything))
+        return {f"{sign}:{p[3:] if p.startswith('re:') else '^' + re.escape(p) + '$'}": rule for p in patterns}
+
+    block: dict[str, Any] = {}
+    for size in sorted(set(differing.values())):
+        block |= rules("+", [name for name, s in differing.items() if s == size], {"group_size": size})
+    return block | rules("-", skipped, {})
+
+
+def _shapes(n: int, k: int, group_size: int) -> Shapes:
+    groups = 1 if group_size == -1 else -(-k // group_size)
+    return {
+        "qweight": (("I32",), (k // 8, n)),
+        "qzeros": (("I32",), (groups, n // 8)),
+        "scales": (FLOATS, (groups, n)),
+        "g_idx": (("I32", "I64"), (k,)),
+    }
+
+
+def _pack(layer: str, parts: LinearParts) -> dict[str, Tensor]:
+    from marlinctl.pack.interchange import pack_gptq
+
+    return pack_gptq(parts.quantized(layer))
+
+
+def _unpack(tensors: Mapping[str, Tensor], group_size: int, variant: str) -> LinearParts:
+    import torch
+
+    from marlinctl.pack.interchange import unpack_gptq
+
+    qweight, qzeros, scales = (tensors[suffix] for suffix in ("qweight", "qzeros", "scales"))
+    k, n = qweight.shape[0] * 8, qweight.shape[-1]
+    check_scales(scales.T, n)
+    # The codes do not depend on the scales; foreign ones may be of a dtype that QuantizedLinear does not hold.
+    q = unpack_gptq(qweight, qzeros, torch.ones_like(scales, dtype=torch.float16), tensors.get("g_idx"), v2=variant == V2)
+    return LinearParts(q.codes, scales.T.contiguous(), true_group_size(group_size, k, int(scales.shape[0])))
+
+
+def _second_reading(tensors: Mapping[str, Tensor], n: int, k: int, group_size: int) -> Tensor:
+    """Nibble by nibble, as clients do."""
+    import torch
+
+    codes = nibbles(tensors["qweight"].T)  # [N, K]
+    zeros = nibbles(tensors["qzeros"]) + 1  # [G, N], v1 stores one less
+    group = tensors["g_idx"].to(torch.int64)
+    scales = tensors["scales"].to(torch.float32)  # [G, N]
+    return (codes - zeros[group].T).to(torch.float32) * scales[group].T
+
+
+def _misfit(n: int, k: int) -> str | None:
+    return f"GPTQ needs N and K in multiples of 8, this linear is [{n}, {k}]" if n % 8 or k % 8 else None
+
+
+def _untested(packed: Packed) -> Mapping[str, str]:
+    return {TRANSFORMERS_GPTQ: "experts"} if packed.experts else {}
+
+
+FORMAT = Format(
+    name="gptq",
+    label="GPTQ",
+    title="4-bit weights, GPTQ v1",
+    tensors={"qweight": CODES, "qzeros": INDICES, "scales": SCALES, "g_idx": INDICES},
+    shapes=_shapes,
+    loaders=(GPTQMODEL, VLLM, SGLANG, TRANSFORMERS_GPTQ, MARLINCTL),
+    kernels=(VLLM, SGLANG, GPTQMODEL, MARLINCTL),
+    methods=("gptq", "gptq_marlin", "auto_gptq"),
+    detect=_detect,
+    config_block=_config_block,
+    pack=_pack,
+    unpack=_unpack,
+    second_reading=_second_reading,
+    tags=("gptq", "int4"),
+    optional=("g_idx",),  # old files lack it, which means plain order
+    shape_from="qweight",
+    header_shape=lambda shape: (shape[1], 8 * shape[0]),
+    writes_variant=V1,
+    variant_loaders={V2: (GPTQMODEL, VLLM, TRANSFORMERS_GPTQ, MARLINCTL)},
+    block_file="quantize_config.json",
+    required=(
+        ("checkpoint_format", "gptq", "clients would be off by one step everywhere"),
+        ("desc_act", False, "current servers refuse activation order at run time"),
+        ("sym", True, "the zero points are those of symmetric codes"),
+    ),
+    misfit=_misfit,
+    misread="activation order at run time and zero points other than 8 are not read; quantize the original model again, "
+    "symmetric and with static order (desc_act false)",
+    untested=_untested,
+)
