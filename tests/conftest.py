@@ -15,8 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.blank import blank_pictures
-
 # Before any test imports a hub client: no test may depend on the network.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 
@@ -78,6 +76,8 @@ UNDRAWN = {"checkpoint", "convert", "data", "distillation", "evaluation", "jobs"
 def pictures(request: pytest.FixtureRequest) -> Iterator[None]:
     """Half a second of matplotlib for each folder that is published; tests/report and the files beside this one draw."""
     if request.path.relative_to(Path(__file__).parent).parts[0] in UNDRAWN:
+        from tests.blank import blank_pictures  # not at the top: kernels are tested where torch and pytest are all that is installed
+
         with blank_pictures():
             yield
     else:

@@ -24,9 +24,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tests.blank import blank_pictures
 from tests.test_architecture import ROOT
-from tests.tiny import make_tiny
 
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of linux/prctl.h
 
@@ -102,6 +100,7 @@ def _serve(control: socket.socket) -> None:
     import marlinctl.distillation.run
     import marlinctl.evaluation.run  # noqa: F401
     import tests.faults.machines  # noqa: F401
+    from tests.blank import blank_pictures
 
     torch.set_num_threads(1)  # a fork has no threads but its own
     with blank_pictures():
@@ -129,6 +128,7 @@ def _serve(control: socket.socket) -> None:
 def _warm() -> None:
     """One run, so that forks find what the first run of a process makes: late imports, compiled patterns, tables of transformers."""
     from marlinctl.cli import main
+    from tests.tiny import make_tiny
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
