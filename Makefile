@@ -4,6 +4,8 @@ VENV ?= .venv
 RUN = $(VENV)/bin
 CONSTRAINTS = constraints.txt
 WORKERS ?= 2
+# Half of the cores, at most eight: each process of the GPU tests has a CUDA context of its own.
+GPU_WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores >= 16 ? 8 : cores > 2 ? cores / 2 : 1)))
 
 .PHONY: help demo test lint types tests format docs site gpu slow fuzz wheel clean
 .DEFAULT_GOAL := help
@@ -42,8 +44,9 @@ lint: $(VENV)/.installed-test  ## ruff, and the generated pages
 types: $(VENV)/.installed-test  ## mypy
 	$(RUN)/mypy
 
+# Bytecode is written whatever the environment says: workers and programs would compile every module anew.
 tests: $(VENV)/.installed-test  ## pytest, without what needs a GPU or minutes
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 slow: $(VENV)/.installed-test  ## the tests that take minutes
 	$(RUN)/python -m pytest -q -m slow
@@ -53,7 +56,7 @@ fuzz: $(VENV)/.installed-fuzz  ## a minute of hostile bytes
 	$(RUN)/python -m tests.fuzz packed -max_total_time=30 -verbosity=0
 
 gpu: $(VENV)/.installed-test  ## the tests that need a CUDA device
-	$(RUN)/python -m pytest -q -m gpu
+	$(RUN)/python -m pytest -q -m gpu -n $(GPU_WORKERS) --dist load
 
 format: $(VENV)/.installed-test  ## ruff format
 	$(RUN)/ruff format .

@@ -6,8 +6,10 @@ published figures need it and are skipped, with the reason, without it. Nothing 
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,6 +43,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=f"marked {marker}: run with `pytest -m {marker}`"))
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays: without it each gc.collect() of a run looks at a million objects of libraries, and runs have some."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def data_dir(request: pytest.FixtureRequest) -> Path:
     """The folder given with --data."""
@@ -58,3 +66,19 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     cache = tmp_path / "marlinctl-cache"
     monkeypatch.setenv("MARLINCTL_CACHE", str(cache))
     return cache
+
+
+# Where runs publish, and what they draw for the page is no subject.
+UNDRAWN = {"checkpoint", "convert", "data", "distillation", "evaluation", "jobs", "oneshot", "planning", "serve", "system", "verify"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Half a second of matplotlib for each folder that is published; tests/report and the files beside this one draw."""
+    if request.path.relative_to(Path(__file__).parent).parts[0] in UNDRAWN:
+        from tests.blank import blank_pictures  # not at the top: kernels are tested where torch and pytest are all that is installed
+
+        with blank_pictures():
+            yield
+    else:
+        yield

@@ -1,9 +1,8 @@
 """Runs marlinctl in processes that die, or whose disk fails, at a step that the test chooses.
 
-    test ──► one helper process, which has imported everything ──► a fork for each run: `marlinctl ARGUMENTS`, killed at step N
-
-A fork costs milliseconds where a new interpreter costs seconds, and SIGKILL is as real in it. The steps are seen from outside: the
-functions of the system, and the two that write the journal, are replaced by doubles that count. Nothing in marlinctl knows of it.
+Each is a fork of tests/forked.py: it costs milliseconds where a new interpreter costs seconds, and SIGKILL is as real in it. The steps are
+seen from outside: the functions of the system, and the two that write the journal, are replaced by doubles that count. Nothing in marlinctl
+knows of it.
 
     lines   every journal line and every JSON document of a job's folder; `half`: killed with half of it written, `after`: with all of it
     calls   every fsync, rename, replace, unlink, truncate and mkdir; killed before it is made
@@ -18,14 +17,13 @@ import os
 import signal
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from tests import forked
 from tests.faults.machines import STATES
 from tests.test_architecture import ROOT
 
@@ -42,97 +40,34 @@ class Ended:
     told: str  # stderr
 
 
-class Runner:
-    """The helper process, seen from the test."""
+def run(
+    arguments: list[str],
+    *,
+    at: str = "",
+    n: int = 0,
+    environment: Mapping[str, str | None] | None = None,
+    machine: Sequence[str] = (),
+) -> Ended:
+    """`marlinctl ARGUMENTS`; at: half or after (lines), calls, writes, or nothing; n: the step, counted from 1.
 
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.killing"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-
-    def run(
-        self,
-        arguments: list[str],
-        *,
-        at: str = "",
-        n: int = 0,
-        environment: Mapping[str, str | None] | None = None,
-        machine: Sequence[str] = (),
-    ) -> Ended:
-        """`marlinctl ARGUMENTS`; at: half or after (lines), calls, writes, or nothing; n: the step, counted from 1.
-
-        environment: variables that differ; None: not set. machine: states of tests/faults/machines.py.
-        """
-        assert self._process.stdin is not None and self._process.stdout is not None
-        asked = {"arguments": arguments, "at": at, "n": n, "environment": dict(environment or {}), "machine": list(machine)}
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        assert answer, "the helper process is gone"
-        return Ended(**json.loads(answer))
-
-    def __enter__(self) -> Runner:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._process.communicate(timeout=30)
+    environment: variables that differ; None: not set. machine: states of tests/faults/machines.py.
+    """
+    asked = json.dumps({"arguments": arguments, "at": at, "n": n, "machine": list(machine)})
+    variables = {key: value for key, value in (os.environ | dict(environment or {})).items() if value is not None}
+    command = [sys.executable, "-m", "tests.killing", asked]
+    done = forked.run(command, cwd=ROOT, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
+    told, found, steps = done.stderr.rpartition("\nsteps: ")
+    return Ended(done.returncode, int(steps), told) if found else Ended(done.returncode, 0, done.stderr)
 
 
-# ---- the helper process --------------------------------------------------------------------------------------------------------------
+# ---- in the process that runs it -----------------------------------------------------------------------------------------------------
 
 
-def _serve() -> None:
-    import torch
-    import transformers.models.llama.modeling_llama  # noqa: F401  what the first run would import
-
-    import marlinctl.commands.compress
-    import marlinctl.commands.resume
-    import marlinctl.compress
-    import marlinctl.distillation.run
-    import marlinctl.evaluation.run  # noqa: F401
-
-    torch.set_num_threads(1)  # a fork has no threads but its own
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    for line in sys.stdin:
-        asked = json.loads(line)
-        answers.write(json.dumps(_fork(**asked)) + "\n")
-        answers.flush()
-
-
-def _fork(arguments: list[str], at: str, n: int, environment: dict[str, str | None], machine: list[str]) -> dict[str, Any]:
-    told, telling = os.pipe()
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            os.close(told)
-            os.dup2(telling, 2)
-            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  the fork's for as long as it lives
-            sys.stderr = os.fdopen(telling, "w", buffering=1)
-            os.environ.update({key: value for key, value in environment.items() if value is not None})
-            for key in [key for key, value in environment.items() if value is None]:
-                os.environ.pop(key, None)
-            for state in machine:
-                STATES[state]()
-            code = _child(arguments, at, n)
-        except BaseException:  # noqa: BLE001  a fork must never go on with what its parent was doing
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    os.close(telling)
-    with os.fdopen(told, errors="replace") as stream:
-        text = stream.read()
-    _, status = os.waitpid(child, 0)
-    told_text, found, steps = text.rpartition("\nsteps: ")
-    code = os.waitstatus_to_exitcode(status)
-    return {"code": code, "steps": int(steps), "told": told_text} if found else {"code": code, "steps": 0, "told": text}
-
-
-def _child(arguments: list[str], at: str, n: int) -> int:
+def _child(arguments: list[str], at: str, n: int, machine: list[str]) -> int:
     from marlinctl.cli import main
 
+    for state in machine:
+        STATES[state]()
     counter = _Counter(n)
     with counter.installed(at):
         code = main(arguments)
@@ -247,4 +182,4 @@ class _Counter:
 
 
 if __name__ == "__main__":
-    _serve()
+    sys.exit(_child(**json.loads(sys.argv[1])))

@@ -19,7 +19,7 @@ from tests import every_verb
 from tests.every_verb import Trial
 from tests.test_architecture import ROOT
 
-SECONDS = 18.0
+SECONDS = 8.0
 MANY = 2000
 
 

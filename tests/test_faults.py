@@ -10,29 +10,23 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import killing
 from tests.checkpoint.test_source import Hub, hub_environment, serving
 from tests.faults.checkpoints import FAULTS, SHARDS
 from tests.faults.commands import COMMANDS, WORKS, Command
 from tests.faults.machines import MACHINES, STILL_WORKS
 from tests.faults.packed import PACKED
-from tests.killing import Ended, Runner
+from tests.killing import Ended
 from tests.oneshot.test_run import TEXT
 from tests.test_architecture import ROOT
 from tests.tiny import make_tiny
 
 REFUSED = COMMANDS | PACKED | MACHINES
 WORK = WORKS | STILL_WORKS
-
-
-@pytest.fixture(scope="module")
-def runner() -> Iterator[Runner]:
-    with Runner() as made:
-        yield made
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +49,11 @@ def names(root: Path) -> set[str]:
     return {path.relative_to(root).as_posix() for path in root.rglob("*")}
 
 
-def run(runner: Runner, command: Command, arguments: list[str], cache: Path) -> Ended:
+def run(command: Command, arguments: list[str], cache: Path) -> Ended:
     if command.machine and sys.platform != "linux":
         pytest.skip("NVIDIA's compiler comes for Linux alone here")
     environment = {"MARLINCTL_CACHE": str(cache), **command.environment}
-    return runner.run([*arguments, "-q"], environment=environment, machine=command.machine)
+    return killing.run([*arguments, "-q"], environment=environment, machine=command.machine)
 
 
 def assert_told(ended: Ended, exit_code: int, text: str) -> None:
@@ -80,7 +74,7 @@ def assert_nothing_left(root: Path, before: set[str]) -> None:
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_damaged_checkpoint_is_refused(runner: Runner, place: Path, name: str) -> None:
+def test_a_damaged_checkpoint_is_refused(place: Path, name: str) -> None:
     """A damaged model would be quantized, or the person would get a traceback, a hang, or a folder that looks like a result."""
     fault = FAULTS[name]
     shutil.copytree(place / "model", place / "spoilt" / "model")
@@ -88,29 +82,29 @@ def test_a_damaged_checkpoint_is_refused(runner: Runner, place: Path, name: str)
     before = names(place)
     arguments = ["quantize", str(place / "spoilt" / "model"), str(place / "out"), "--calibration", str(place / "text.txt")]
     arguments += ["--samples", "2", "--sequence-length", "32", "--group-size", "32"]  # enough text: it is read before the weights
-    ended = runner.run([*arguments, "--recipe", str(place / "small.yaml"), "-q"])
+    ended = killing.run([*arguments, "--recipe", str(place / "small.yaml"), "-q"])
     assert_told(ended, fault.exit_code, fault.text)
     assert_nothing_left(place, before)
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_command_that_cannot_work_is_refused(runner: Runner, place: Path, own_cache: Path, name: str) -> None:
+def test_a_command_that_cannot_work_is_refused(place: Path, own_cache: Path, name: str) -> None:
     """The same for arguments, places, recipes, numbers, texts and the machine, and for damage of what marlinctl published."""
     command: Command = REFUSED[name]
     arguments = command.prepare(place)
     before = names(place)
-    ended = run(runner, command, arguments, own_cache)
+    ended = run(command, arguments, own_cache)
     assert_told(ended, command.exit_code, command.text)
     assert_nothing_left(place, before)
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", WORK)
-def test_what_looks_wrong_and_is_not_works(runner: Runner, place: Path, own_cache: Path, name: str) -> None:
+def test_what_looks_wrong_and_is_not_works(place: Path, own_cache: Path, name: str) -> None:
     """A check that is too strict turns people away; what was done instead must be in the report, and in the result."""
     command: Command = WORK[name]
-    ended = run(runner, command, command.prepare(place), own_cache)
+    ended = run(command, command.prepare(place), own_cache)
     assert ended.code == 0, ended.told
     report = json.loads((place / "out" / "marlinctl_report.json").read_text())
     assert command.text in json.dumps(report)

@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 import stat
-import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from marlinctl.checkpoint.formats.registry import FORMATS
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.errors import BadInput, MarlinctlError, ResourceProblem, UsageError
 from marlinctl.system import atomic
+from tests import forked
 from tests.packed import tree
 from tests.tiny import make_tiny
 
@@ -535,7 +535,7 @@ def test_a_real_size_limit_is_a_resource_problem(source: Path, tmp_path: Path) -
             sys.exit(problem.exit_code)
         """
     )
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "out")], capture_output=True, text=True, check=False)
+    done = forked.run([sys.executable, "-c", program, str(tmp_path / "out")], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout[:4]) == (5, "E500"), done.stderr
     assert "4,000,000 bytes were needed" in done.stdout and "are free" in done.stdout
     assert tree(tmp_path / "out") == old and not list(tmp_path.glob("out.*"))

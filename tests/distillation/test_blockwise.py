@@ -88,10 +88,17 @@ class _Crash(Exception):
     pass
 
 
-@pytest.mark.parametrize("steps", [3, 8, 12, 20, 35])
-def test_a_resumed_job_ends_with_the_same_bits(place: Path, tmp_path: Path, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def undisturbed(place: Path) -> Path:
+    run(place, place / "whole")
+    return place / "whole"
+
+
+@pytest.mark.parametrize("steps", [3, pytest.param(8, marks=pytest.mark.slow), 12, 20, pytest.param(35, marks=pytest.mark.slow)])
+def test_a_resumed_job_ends_with_the_same_bits(
+    place: Path, undisturbed: Path, tmp_path: Path, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed before the first state, inside a block, between two blocks: finished blocks, hidden states and moments must all come back."""
-    run(place, tmp_path / "whole")
     step, done = blockwise.BlockLoop._step, []
 
     def counted(*args: Any) -> torch.Tensor:
@@ -109,7 +116,7 @@ def test_a_resumed_job_ends_with_the_same_bits(place: Path, tmp_path: Path, step
     finished = json.loads((job / "blocks.json").read_text())["blocks"] if (job / "blocks.json").exists() else []
     assert len(finished) == steps // 12
     run(place, tmp_path / "out", resume=True)
-    ours, theirs = read_all(tmp_path / "out"), read_all(tmp_path / "whole")
+    ours, theirs = read_all(tmp_path / "out"), read_all(undisturbed)
     assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
 
 

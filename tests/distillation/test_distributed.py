@@ -6,18 +6,24 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 from marlinctl.distillation.agreement import checksum
 from marlinctl.distillation.distributed import Processes, local, silence_if_second, whole
 from marlinctl.errors import UsageError
 from marlinctl.system.console import Console
+from tests import forked
 from tests.distillation.runs import write_text
 from tests.pruned import prune, prune_and_quantize, read_all
 from tests.test_architecture import ROOT
@@ -68,7 +74,35 @@ def launcher(place: Path, how: str) -> list[str]:
 
 
 def run(command: list[str], check: bool = False) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=check)
+    start = subprocess.run if "accelerate.commands.launch" in command else forked.run
+    return start(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=check)
+
+
+def processes(place: Path, how: str, arguments: list[str], out: IO[str], err: IO[str]) -> list[Any]:
+    """Two of them with the variables that `accelerate launch` would give them, without the seconds that it takes to start."""
+    with socket.socket() as any_port:
+        any_port.bind(("127.0.0.1", 0))
+        port = any_port.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if how == "sharded":
+        asked, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(place / "fsdp.yaml"), LAUNCHED]))
+        shared |= {name: value for name, value in prepare_multi_gpu_env(asked).items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+    program = [LAUNCHED] if how == "sharded" else ["-m", "marlinctl"]
+    return [
+        forked.Popen(
+            [sys.executable, *program, *arguments], cwd=ROOT, stdout=out, stderr=err, text=True,
+            env=ENVIRONMENT | shared | {"RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    ]  # fmt: skip
+
+
+def launched(place: Path, how: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        codes = [job.wait(timeout=200) for job in processes(place, how, arguments, out, err)]
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(arguments, max(codes, key=abs), out.read(), err.read())
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +121,8 @@ def alone(place: Path) -> dict[str, Path]:
 ])  # fmt: skip
 def test_two_processes_train_the_same_model(place: Path, tmp_path: Path, alone: dict[str, Path], how: str, mode: str, student: str) -> None:
     """If rows, gradients, counts or masks were shared out wrongly, two GPUs would train another model than one."""
-    finished = run([*launcher(place, how), *command(place, tmp_path / "out", "--mode", mode, "--micro-batch", "4", student=student)])
+    arguments = command(place, tmp_path / "out", "--mode", mode, "--micro-batch", "4", student=student)
+    finished = run([*launcher(place, how), *arguments]) if (how, mode) == ("sharded", "full") else launched(place, how, arguments)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert finished.stderr.count("computes the same") == (2 if how == "sharded" else 0)  # said once for each model
     report = json.loads(finished.stdout)  # exactly one document: the second process is silent
@@ -108,34 +143,40 @@ def test_two_processes_train_the_same_model(place: Path, tmp_path: Path, alone: 
     assert not (tmp_path / "out.job").exists()
 
 
-def test_a_sharded_job_goes_on_alone(place: Path, tmp_path: Path, alone: dict[str, Path]) -> None:
+@pytest.mark.parametrize("start", ["two processes", pytest.param("accelerate launch", marks=pytest.mark.slow)])
+def test_a_sharded_job_goes_on_alone(place: Path, tmp_path: Path, start: str) -> None:
     """A state is whole, whoever wrote it: begun by two sharded processes, stopped by SIGTERM, finished by one."""
     out = tmp_path / "out"
-    arguments = [*launcher(place, "sharded"), *command(place, out, "--micro-batch", "4", tokens=25600)]
-    process = subprocess.Popen(
-        arguments, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
-    )
-    deadline = time.monotonic() + 150
-    while not (tmp_path / "out.job" / "state.json").exists():
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGTERM)
-    _, told = process.communicate(timeout=100)
-    assert process.returncode != 0 and "to go on: accelerate launch ... -m marlinctl resume" in told, told[-3000:]
+    arguments = command(place, out, "--micro-batch", "4", tokens=12800)
+    with (tmp_path / "told").open("w+") as told, (tmp_path / "result").open("w") as result:
+        if start == "two processes":
+            jobs = processes(place, "sharded", arguments, result, told)
+        else:
+            whole_command = [*launcher(place, "sharded"), *arguments]
+            jobs = [subprocess.Popen(whole_command, cwd=ROOT, env=ENVIRONMENT, stderr=told, stdout=result, start_new_session=True)]
+        deadline = time.monotonic() + 150
+        while not (tmp_path / "out.job" / "state.json").exists():
+            assert jobs[0].poll() is None, (tmp_path / "told").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for job in jobs:
+            job.send_signal(signal.SIGTERM) if start == "two processes" else os.killpg(job.pid, signal.SIGTERM)
+        assert all(job.wait(timeout=100) != 0 for job in jobs)
+    heard = (tmp_path / "told").read_text()
+    assert "to go on: accelerate launch ... -m marlinctl resume" in heard, heard[-3000:]
     saved = json.loads((tmp_path / "out.job" / "state.json").read_text())["step"]
-    assert 5 <= saved < 100
-    finished = run([sys.executable, "-m", "marlinctl", *command(place, out, "--micro-batch", "4", "--resume", tokens=25600)])
+    assert 5 <= saved < 50
+    finished = run([sys.executable, "-m", "marlinctl", *command(place, out, "--micro-batch", "4", "--resume", tokens=12800)])
     assert finished.returncode == 0, finished.stderr[-3000:]
     curve = json.loads(finished.stdout)["training"]["curve"]
-    assert curve[-1]["step"] == 100 and [entry["step"] for entry in curve] == sorted({entry["step"] for entry in curve})
+    assert curve[-1]["step"] == 50 and [entry["step"] for entry in curve] == sorted({entry["step"] for entry in curve})
     assert curve[-1]["loss"] < 0.5 * curve[0]["loss"]
 
 
 def test_an_error_is_told_once(place: Path, tmp_path: Path) -> None:
     """Every process finds the same mistake; a screen full of copies hides it."""
     words = [word for word in command(place, tmp_path / "out", "--sequence-length", "4096") if word != "--json"]
-    finished = run([*launcher(place, "replicated"), *words])
+    finished = launched(place, "replicated", words)
     assert finished.returncode != 0
     assert finished.stderr.count("error: rows of 4096 tokens are longer than the model can read") == 1
     assert not (tmp_path / "out.job").exists()
@@ -153,7 +194,7 @@ def test_rows_that_cannot_be_shared_equally_are_refused(place: Path) -> None:
 
 def test_processes_that_differ_do_not_train(place: Path) -> None:
     """Without these checks a run whose second process holds zeros, or another version of the files, trains to its end and is published."""
-    finished = run([*ACCELERATE, "--config_file", str(place / "fsdp.yaml"), LAUNCHED, "agreement", str(place / "student")])
+    finished = launched(place, "sharded", ["agreement", str(place / "student")])
     assert finished.returncode == 0, finished.stderr[-3000:]
     main, second = json.loads(finished.stdout.splitlines()[-1])
     for sound in ("sound weights", "sound shards", "not measured"):

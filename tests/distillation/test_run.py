@@ -24,7 +24,7 @@ from marlinctl.distillation.state import DistillJob
 from marlinctl.errors import BadInput, NumericalProblem, UsageError
 from marlinctl.system.console import Console
 from marlinctl.verify.run import verify
-from tests import zoo
+from tests import forked, zoo
 from tests.checkpoint.test_contents import flip
 from tests.distillation.runs import distill, recipe, write_text
 from tests.packed import edit_tensors, remake_manifest
@@ -383,10 +383,7 @@ def command(place: Path, out: Path, *more: str) -> list[str]:
 
 def start(place: Path, out: Path) -> subprocess.Popen[str]:
     """A real process, which has saved its first state when this returns."""
-    process = subprocess.Popen(
-        command(place, out), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell that runs tests in the background ignores it
-    )  # fmt: skip
+    process = forked.Popen(command(place, out), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     deadline = time.monotonic() + 120
     while not DistillJob(out).path.joinpath("state.json").exists():
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
@@ -397,7 +394,7 @@ def start(place: Path, out: Path) -> subprocess.Popen[str]:
 
 def test_killed_and_interrupted_processes_go_on(place: Path, tmp_path: Path) -> None:
     """kill -9 in the middle of a run, then SIGTERM in the resumed one: the end must be that of a run left alone."""
-    subprocess.run(command(place, tmp_path / "whole"), cwd=ROOT, check=True, capture_output=True)
+    forked.run(command(place, tmp_path / "whole"), cwd=ROOT, check=True, capture_output=True)
     out = tmp_path / "out"
     killed = start(place, out)
     killed.kill()
@@ -405,7 +402,7 @@ def test_killed_and_interrupted_processes_go_on(place: Path, tmp_path: Path) -> 
     assert not out.exists()
     state = DistillJob(out).path / "state.json"
     before = state.read_bytes()
-    stopped = subprocess.Popen(command(place, out, "--resume"), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    stopped = forked.Popen(command(place, out, "--resume"), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     while state.read_bytes() == before:
         assert stopped.poll() is None
         time.sleep(0.005)
@@ -414,7 +411,7 @@ def test_killed_and_interrupted_processes_go_on(place: Path, tmp_path: Path) -> 
     assert stopped.returncode == 143, told
     assert f"to go on: marlinctl resume {out}" in told
     assert json.loads(state.read_text())["step"] < 50
-    subprocess.run(command(place, out, "--resume"), cwd=ROOT, check=True, capture_output=True)
+    forked.run(command(place, out, "--resume"), cwd=ROOT, check=True, capture_output=True)
     assert_same_tensors(tmp_path / "whole", out)
 
 

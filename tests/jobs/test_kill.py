@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from tests import killing
 from tests.distillation.runs import write_text
-from tests.killing import Ended, Runner
+from tests.killing import Ended
 from tests.oneshot.test_run import TEXT
 from tests.pruned import prune
 from tests.tiny import make_tiny
@@ -31,14 +31,13 @@ distill: {{data: {words}, tokens: {tokens}, sequence_length: 32, batch_tokens: 1
 """
 VERBS = ("quantize", "head", "sparsify", "pack", "distill", "blockwise", "compress", "distilled")
 STRIDES = {"compress": 5, "distilled": 7}  # of calls and writes: their stages are the other verbs, which have every one
-QUICK = {"quantize": 1, "sparsify": 1, "pack": 1, "distill": 1, "compress": 3}  # verb -> every so many lines without `-m slow`
+QUICK = {"quantize": 1, "sparsify": 3, "pack": 1, "distill": 3, "compress": 7}  # every so many lines without `-m slow`: odd
 
 
 class Place(NamedTuple):
     """What all runs read, what each verb is asked, and what it gives when it is left alone."""
 
     root: Path
-    runner: Runner
 
     def arguments(self, verb: str, out: Path) -> list[str]:
         root = self.root
@@ -58,7 +57,7 @@ class Place(NamedTuple):
         return [*asked[verb], "-q"]
 
     def run(self, arguments: list[str], *, at: str = "", n: int = 0) -> Ended:
-        return self.runner.run(arguments, at=at, n=n)
+        return killing.run(arguments, at=at, n=n)
 
     def whole(self, verb: str) -> dict[str, str]:
         """What a run that nobody disturbs publishes."""
@@ -77,7 +76,7 @@ def published(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     root = tmp_path_factory.mktemp("kill")
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
     make_tiny(root / "model", **sizes)
@@ -87,11 +86,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     for name, extends, tokens in (("int4", "int4", 384), ("sparse", "sparse-int4", 0)):
         given = {"extends": extends, "tokens": tokens, "text": root / "text.txt", "words": root / "words.txt"}
         (root / f"{name}.yaml").write_text(SMALL.format(**given))
-    with Runner() as runner:
-        made = Place(root, runner)
-        ended = made.run(made.arguments("quantize", root / "packed"))
-        assert ended.code == 0, ended.told
-        yield made
+    made = Place(root)
+    ended = made.run(made.arguments("quantize", root / "packed"))
+    assert ended.code == 0, ended.told
+    return made
 
 
 def go_on(place: Place, verb: str, out: Path) -> None:
@@ -215,7 +213,7 @@ def test_every_write_fails_once(place: Place, tmp_path: Path, verb: str) -> None
 
 def test_some_writes_fail(place: Place, tmp_path: Path) -> None:
     """The same with a sample of the writes of the shortest run and of the longest, so that every change is tried."""
-    for verb, stride in (("pack", 9), ("head", 17)):
+    for verb, stride in (("pack", 15), ("head", 29)):
         count = steps(place, verb, fresh(tmp_path / "count"), "writes")
         assert count > 50
         every_write(place, verb, tmp_path, place.whole(verb), range(1, count + 1, stride))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from marlinctl.kernels.dispatch import Choice
 from marlinctl.kernels.launch import LoadedKernel
 from marlinctl.kernels.ops import marlin_gemm, sparse_marlin_gemm
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
+from tests import forked
 from tests.kernels.software_driver import SoftwareDriver, install, software_kernel, software_unpack
 from tests.kernels.test_marlin_source import aligned, random_packed
 
@@ -118,7 +118,7 @@ def test_slowness_is_said_once() -> None:
         for _ in range(3):
             marlin_gemm(torch.zeros(1, 64).half(), *tensors, 64, 32)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120, check=False)
+    done = forked.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("right, and slow") == 1
 

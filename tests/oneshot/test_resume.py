@@ -22,6 +22,7 @@ from marlinctl.cli import main
 from marlinctl.oneshot import run as job
 from marlinctl.oneshot.sequential import Walk
 from marlinctl.planning.memory import CHUNK_TOKENS
+from tests import forked
 from tests.checkpoint.test_contents import NEVER_NEW, flip
 from tests.jobs.test_kill import published
 from tests.oneshot.test_run import TEXT
@@ -119,10 +120,9 @@ def test_a_signal_lets_the_block_end_and_a_second_one_does_not(
 ) -> None:
     """Ctrl-C would lose a block that took an hour, or could not be obeyed at once by who is in a hurry."""
     out = tmp_path / "out"
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-c", PROGRAM, "1" if times == 1 else "60", *quantize(place, out)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell that runs tests in the background ignores it
     )  # fmt: skip
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.readline() == "in block 1\n"
@@ -305,7 +305,7 @@ def test_a_disk_that_is_full_costs_nothing_that_was_finished(place: Path, tmp_pa
         sys.exit(main(sys.argv[1:]))
         """
     )
-    done = subprocess.run([sys.executable, "-c", program, *quantize(place, out)], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = forked.run([sys.executable, "-c", program, *quantize(place, out)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 5 and "the disk is full" in done.stderr, done.stderr
     assert f"to go on: marlinctl resume {out}" in done.stderr and not out.exists()
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 9_000
@@ -378,7 +378,7 @@ def test_memory_that_runs_out_costs_nothing_that_was_finished(place: Path, tmp_p
         sys.exit(main(sys.argv[1:]))
         """
     )
-    done = subprocess.run([sys.executable, "-c", program, *quantize(place, out)], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = forked.run([sys.executable, "-c", program, *quantize(place, out)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 5 and "memory ran out" in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert len([line for line in lines_of(out) if line["step"] == "block"]) == 2
     assert "layers.1.mlp.down_proj" in (tmp_path / "out.log").read_text(), "the log shows the last layer"
@@ -637,7 +637,7 @@ def test_only_jobs_of_ours_are_removed(tmp_path: Path, capfd: pytest.CaptureFixt
 def test_a_job_at_work_is_shown_and_not_removed(place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Removing the folder under a running process would break it hours in."""
     out = tmp_path / "out"
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-c", PROGRAM, "60", *quantize(place, out)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     try:

@@ -21,6 +21,7 @@ from marlinctl.benchmarking.generation import load_packed
 from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.errors import BadInput
 from marlinctl.kernels.linear import MarlinLinear, SparseMarlinLinear
+from tests import forked
 from tests.packed import edit_json, edit_tensors, make_packed, make_sparse_packed, remake_manifest
 from tests.test_architecture import ROOT
 from tests.tiny import VOCAB_SIZE, make_tiny
@@ -270,7 +271,7 @@ def test_the_example_of_the_page(source: Path, tmp_path: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "serve.md").read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
     loading, fusing, operators = blocks
     for program in (loading + fusing, operators):
-        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+        done = forked.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.strip()
     assert json.loads((tmp_path / "my-model-marlin" / "config.json").read_text())["quantization_config"]["quant_method"] == "marlinctl"

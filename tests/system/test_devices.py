@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from marlinctl.oneshot import open
 from marlinctl.oneshot.open import Options, open_model
 from marlinctl.system import devices
 from marlinctl.system.console import Console
+from tests import forked
 from tests.oneshot.test_run import TEXT, recipe
 from tests.tiny import make_tiny
 
@@ -68,7 +68,7 @@ os.environ.update({ {name: refused[name] for name in names}!r})
 torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
 """
     environment = {key: value for key, value in os.environ.items() if key not in (CUDAS, GENERIC)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = forked.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1 and read in done.stderr.splitlines()[-1], done.stderr[-2000:]
 
 

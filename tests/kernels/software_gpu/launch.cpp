@@ -58,6 +58,7 @@ static void thread_main() {
     KERNEL(activations, qweight, scales, a.bias, out, a.partials, a.counters, a.m, a.n, a.k, a.whole, a.group_shift);
 #endif
     gpu::fibers[gpu::current].finished = true;
+    _longjmp(gpu::scheduler_place, 1);
 }
 
 // Puts in place what belongs to one CTA, or puts it away again.
@@ -81,9 +82,9 @@ static void start(gpu::Cta& cta, int index) {
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.get();
         fiber.context.uc_stack.ss_size = gpu::STACK;
-        fiber.context.uc_link = &gpu::scheduler;
+        fiber.context.uc_link = nullptr;  // its end jumps
         makecontext(&fiber.context, thread_main, 0);
-        fiber.finished = fiber.in_cluster_barrier = false;
+        fiber.started = fiber.finished = fiber.in_cluster_barrier = false;
         fiber.open.clear();
         fiber.groups.clear();
     }
@@ -104,7 +105,7 @@ static bool run(gpu::Cta& cta, bool backwards) {
             waiting |= fiber.in_cluster_barrier;
             if (fiber.finished || fiber.in_cluster_barrier) continue;
             running = true;
-            swapcontext(&gpu::scheduler, &fiber.context);
+            gpu::resume();
         }
     }
     exchange_cta(cta);

@@ -9,6 +9,7 @@
 // of the PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type", "Matrix Fragments for sparse mma.m16n8k32 with
 // .f16 and .bf16 types", "ldmatrix" and "movmatrix", as (row, column) of lane and register.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -45,9 +46,10 @@ constexpr unsigned STACK = 1 << 17;
 constexpr int SHOWN = 9;  // registers of a lane that an instruction reads: four of A, four of B, metadata
 struct Copy { unsigned to; const void* from; bool inside; };
 struct Fiber {
-    ucontext_t context;
+    ucontext_t context;  // for its first turn; later ones jump, because swapcontext asks the system for the signal mask each time
+    jmp_buf place;
     std::unique_ptr<char[]> stack;
-    bool finished, in_cluster_barrier;
+    bool started, finished, in_cluster_barrier;
     std::vector<Copy> open;                // copies since the last commit
     std::deque<std::vector<Copy>> groups;  // committed and not yet carried out
 };
@@ -58,7 +60,7 @@ struct Cta {                // of a cluster, while others of it run
     std::vector<char> memory;
 };
 std::vector<Cta> cluster;  // by rank
-ucontext_t scheduler;
+jmp_buf scheduler_place;
 unsigned current;
 bool eager;
 
@@ -66,7 +68,17 @@ struct Meeting { unsigned waiting = 0, generation = 0; };
 Meeting cta, named, warps[32];
 unsigned exchange[32][32][SHOWN];  // [warp][lane]: what lanes show each other
 
-inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
+inline void yield() {
+    if (!_setjmp(fibers[current].place)) _longjmp(scheduler_place, 1);
+}
+// A turn of the current fiber: until it yields or ends.
+inline void resume() {
+    Fiber& fiber = fibers[current];
+    if (_setjmp(scheduler_place)) return;
+    if (fiber.started) _longjmp(fiber.place, 1);
+    fiber.started = true;
+    setcontext(&fiber.context);
+}
 
 inline void meet(Meeting& meeting, unsigned members) {
     const unsigned generation = meeting.generation;
@@ -93,12 +105,18 @@ inline const unsigned (&show(const unsigned* registers, int count))[32][SHOWN] {
     return exchange[warp];
 }
 
-inline float half(unsigned bits) {
-    _Float16 out;
-    const std::uint16_t low = static_cast<std::uint16_t>(bits);
-    std::memcpy(&out, &low, 2);
-    return static_cast<float>(out);
-}
+// Every float16 as a float: converting is a call of the compiler's library where a processor has no instruction for it.
+const std::vector<float> HALVES = [] {
+    std::vector<float> all(1 << 16);
+    for (unsigned bits = 0; bits < all.size(); ++bits) {
+        _Float16 out;
+        const std::uint16_t low = static_cast<std::uint16_t>(bits);
+        std::memcpy(&out, &low, 2);
+        all[bits] = static_cast<float>(out);
+    }
+    return all;
+}();
+inline float half(unsigned bits) { return HALVES[bits & 0xffff]; }
 inline unsigned half_bits(double value) {
     const _Float16 rounded = static_cast<_Float16>(value);
     std::uint16_t out;
