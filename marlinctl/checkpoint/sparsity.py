@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from marlinctl.system.console import Console
 
 METADATA, MASK_FILE, ZEROS = "metadata", "mask file", "zeros"
-REFUSALS = ("E352", "E353", "E355", "E356")  # a mask of the wrong shape, not 2:4, needed and not there, contradicted by the weight
+REFUSALS = ("E356",)  # a mask of the wrong shape, not 2:4, needed and not there, contradicted by the weight
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,7 +116,7 @@ def test_lengths_that_say_nothing_are_refused(text: str) -> None:
     """If they were not, a crash in torch would say so."""
     with pytest.raises(UsageError) as caught:
         parse_lengths(text)
-    assert caught.value.error_id == "E299"
+    assert caught.value.error_id == "E246"
 
 
 def test_a_text_longer_than_the_model_reads_is_refused(packed: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_folder_that_is_not_packed_is_refused(tmp_path: Path) -> None:
     make_tiny(tmp_path / "source")
     with pytest.raises(BadInput) as caught:
         load_packed(tmp_path / "source", CPU, torch.bfloat16)
-    assert caught.value.error_id == "E365"
+    assert caught.value.error_id == "E313"
 
 
 def test_the_command_gives_table_and_file(

@@ -77,7 +77,7 @@ def test_a_damaged_manifest_is_refused(folder: Path, text: str) -> None:
     (folder / manifest.NAME).write_text(text)
     with pytest.raises(CheckFailed) as caught:
         manifest.check(folder)
-    assert caught.value.error_id == "E102"
+    assert caught.value.error_id == "E101"
 
 
 def test_canonical_json_has_one_spelling() -> None:

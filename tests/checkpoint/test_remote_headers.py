@@ -89,7 +89,7 @@ def test_cached_shards_are_not_asked_for_again(tmp_path: Path) -> None:
     assert code == 0 and offline["outputs"] == document["outputs"]
 
 
-@pytest.mark.parametrize(("fault", "error_id"), [("gated", "E701"), ("not found", "E702"), ("bad token", "E704")])
+@pytest.mark.parametrize(("fault", "error_id"), [("gated", "E701"), ("not found", "E702"), ("bad token", "E701")])
 def test_refusals_of_the_hub_are_one_line_each(tmp_path: Path, fault: str, error_id: str) -> None:
     """The most common end of a first try; the same ids as for a download."""
     with serving(Hub(make_tiny(tmp_path / "served"), fault)) as endpoint:

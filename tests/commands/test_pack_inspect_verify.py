@@ -92,7 +92,7 @@ def test_a_sparse_model_goes_to_marlin_24_and_back(marlinctl: Any, source: Path,
 def test_a_dense_model_is_no_marlin_24(marlinctl: Any, packed: Path, tmp_path: Path) -> None:
     """Exit 3 before any work, with every linear that is in the way."""
     result = marlinctl("pack", packed, tmp_path / "out", "--format", "marlin_24", "--json")
-    assert result.code == 3 and result.document["error"]["id"] == "E355" and not list(tmp_path.glob("out*"))
+    assert result.code == 3 and result.document["error"]["id"] == "E356" and not list(tmp_path.glob("out*"))
     assert len(result.document["error"]["problems"]) == 14
     assert marlinctl("pack", packed, "--check", "--format", "marlin_24").code == 0  # the shapes are fine, and marlinctl its only reader
 

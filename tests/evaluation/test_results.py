@@ -76,7 +76,7 @@ def test_refuses_to_mix(tmp_path: Path, part: str, key: str, value: object, name
     before = path.read_bytes()
     with pytest.raises(UsageError) as caught:
         ResultsFile(path, document(), resume=True)
-    assert caught.value.error_id == "E245"
+    assert caught.value.error_id == "E286"
     assert [problem.what for problem in caught.value.problems] == [named]
     assert path.read_bytes() == before
 
@@ -111,7 +111,7 @@ def test_damaged_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(BadInput) as caught:
         ResultsFile(path, document(), resume=True)
-    assert caught.value.error_id == "E388"
+    assert caught.value.error_id == "E374"
     assert path.read_bytes() == content
 
 
@@ -129,7 +129,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(*((os, "fsync", full) if call == "fsync" else (Path, "replace", full)))
     with pytest.raises(ResourceProblem) as caught:
         file.save()
-    assert caught.value.error_id == "E531"
+    assert caught.value.error_id == "E500"
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["r.json"]
 

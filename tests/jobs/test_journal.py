@@ -203,7 +203,7 @@ def test_a_lock_that_cannot_be_taken_is_told(tmp_path: Path, kind: str) -> None:
     for resume in (False, True):
         with pytest.raises(ResourceProblem) as caught, held(tmp_path / "out", resume=resume):
             pass
-        assert caught.value.error_id == "E504" and not (tmp_path / "made").exists()
+        assert caught.value.error_id == "E503" and not (tmp_path / "made").exists()
     assert held_by(path) is None and (path / JOURNAL).exists()
 
 
@@ -244,8 +244,8 @@ def test_nothing_to_go_on_with_is_said(tmp_path: Path) -> None:
         (KeyboardInterrupt(), [BLOCK], True),
         (ResourceProblem("E500", "full", where="", fix=""), [], True),
         (OSError("gone"), [], True),
-        (NumericalProblem("E601", "nan", where="", fix=""), [], False),
-        (NumericalProblem("E601", "nan", where="", fix=""), [BLOCK], True),
+        (NumericalProblem("E620", "nan", where="", fix=""), [], False),
+        (NumericalProblem("E620", "nan", where="", fix=""), [BLOCK], True),
         (BadInput("E301", "bad", where="", fix=""), [BLOCK], True),
     ],
 )
@@ -312,7 +312,7 @@ def test_differences_are_told_field_by_field(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "error_id"),
     [
-        ('{"format": 2, "verb": "quantize", "arguments": {}, "folder": "."}', "E290"),
+        ('{"format": 2, "verb": "quantize", "arguments": {}, "folder": "."}', "E287"),
         ("{", "E374"),
         ("[]", "E374"),
         ('{"format": 1}', "E374"),

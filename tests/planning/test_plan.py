@@ -166,7 +166,7 @@ def test_the_run_refuses_what_the_plan_says_does_not_fit(tiny: Path, tmp_path: P
         else:
             with pytest.raises(ResourceProblem, match="are free") as refused:
                 run_job(str(tiny), tmp_path / "other", chosen, Options(dtype="float32"), Console.quiet())
-            assert refused.value.error_id == "E520"
+            assert refused.value.error_id == "E522"
 
 
 def test_a_small_disk_does_not_fit(tiny: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,9 +224,9 @@ def _without(name: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("changes", "spoil", "error_id"),
     [
-        ({"quantize__skip": ["no_such"]}, None, "E254"),
+        ({"quantize__skip": ["no_such"]}, None, "E255"),
         ({"quantize__group_size": 128, "quantize__overrides": {"k_proj": {"group_size": 64}}}, "odd", "E255"),
-        ({"quantize__bits": 16}, None, "E272"),
+        ({"quantize__bits": 16}, None, "E273"),
         ({"pack__formats": ["marlin_24"]}, None, "E273"),
         ({}, _without("tokenizer.json"), "E314"),
         ({}, _without("model.safetensors"), "E301"),

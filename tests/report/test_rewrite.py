@@ -124,7 +124,7 @@ def test_a_damaged_report_is_refused_and_nothing_is_lost(out: Path, damage: byte
     (out / "marlinctl_report.json").write_bytes(damage)
     before = {name: (out / name).read_bytes() for name in OURS}
     assert run("report", out) == 3
-    assert "#e399" in capsys.readouterr().err
+    assert "#e374" in capsys.readouterr().err
     assert {name: (out / name).read_bytes() for name in OURS} == before
 
 
@@ -147,9 +147,9 @@ def test_a_report_of_another_model_is_refused(out: Path, capsys: pytest.CaptureF
 def test_a_folder_without_a_report(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A dense or foreign folder has no run to report."""
     assert run("report", made / "tiny") == 1
-    assert "#e118" in capsys.readouterr().err
+    assert "#e101" in capsys.readouterr().err
     assert run("report", made / "out", "--bench", tmp_path / "missing.json") == 3
-    assert "#e399" in capsys.readouterr().err
+    assert "#e374" in capsys.readouterr().err
 
 
 def test_what_a_killed_rewrite_leaves_is_no_damage(out: Path) -> None:
