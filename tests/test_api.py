@@ -62,7 +62,7 @@ def test_options_are_the_keys_of_a_recipe(model: Path, tmp_path: Path) -> None:
     assert caught.value.error_id == "E202" and "group_size" in caught.value.problems[0].fix
     with pytest.raises(UsageError) as caught:
         api.quantize(model, tmp_path / "out", group_size=100)
-    assert caught.value.error_id == "E202"
+    assert caught.value.error_id == "E202" and caught.value.problems[0].where == "--group-size 100"
     with pytest.raises(UsageError):
         api.quantize(model, tmp_path / "out", recipe="no-such-recipe")
     assert list(tmp_path.iterdir()) == []

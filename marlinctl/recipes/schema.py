@@ -271,14 +271,14 @@ def _merge(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 # Checking
 
 
-def _validate(layer: _Layer, error_id: str | None = None) -> Recipe:
+def _validate(layer: _Layer, error_id: str = "E206") -> Recipe:
     try:
         return Recipe.model_validate(layer.values)
     except ValidationError as error:
         found = error.errors(include_url=False)
     unknown = [item for item in found if item["type"] == "extra_forbidden"]
     problems = [_problem(item, layer) for item in [*unknown, *(item for item in found if item not in unknown)]]
-    raise UsageError.from_problems(error_id or "E206", problems)
+    raise UsageError.from_problems(error_id, problems)
 
 
 def _problem(item: Any, layer: _Layer) -> Problem:

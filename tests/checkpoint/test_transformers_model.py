@@ -86,7 +86,7 @@ def test_a_model_that_is_no_language_model_is_refused(tmp_path: Path) -> None:
     folder = make_tiny(tmp_path / "m")
     config = AutoConfig.for_model("vit").to_dict()
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(BadInput, match="no language model") as caught:
         load_dense(folder, dtype=torch.float32)
     assert caught.value.error_id == "E392"
 

@@ -202,7 +202,8 @@ def test_output_may_not_touch_the_input(source: Path, tmp_path: Path, overwrite:
     """Writing over the input while it is read destroys the only copy (llama.cpp had this bug)."""
     (tmp_path / "link").symlink_to(source)
     for out in (source, source / "inside", tmp_path / "link", tmp_path / "x" / ".." / "source", tmp_path / "link" / "inside", tmp_path):
-        assert refused(out, [source], overwrite=overwrite).error_id == "E225"
+        problem = refused(out, [source], overwrite=overwrite)
+        assert problem.error_id == "E225" and "(input: " in problem.problems[0].where
 
 
 def test_output_may_not_exist_unless_overwrite(source: Path, tmp_path: Path) -> None:
@@ -329,8 +330,9 @@ def test_output_may_not_be_a_file_or_a_dead_link(source: Path, tmp_path: Path) -
     """Found at the end, this would cost the whole run."""
     (tmp_path / "file").write_text("x")
     (tmp_path / "dead").symlink_to("nowhere")
-    assert refused(tmp_path / "file", [source], overwrite=True).error_id == "E244"
-    assert refused(tmp_path / "dead", [source]).error_id == "E244"
+    for name, what in (("file", "not a folder"), ("dead", "leads nowhere")):
+        problem = refused(tmp_path / name, [source], overwrite=True)
+        assert problem.error_id == "E244" and what in str(problem)
 
 
 def test_output_parent_must_exist(source: Path, tmp_path: Path) -> None:
@@ -343,7 +345,8 @@ def test_output_parent_must_exist(source: Path, tmp_path: Path) -> None:
 def test_output_parent_must_be_writable(source: Path, tmp_path: Path) -> None:
     """llama.cpp found this out after the calibration."""
     (tmp_path / "locked").mkdir(mode=0o555)
-    assert refused(tmp_path / "locked" / "out", [source]).error_id == "E244"
+    problem = refused(tmp_path / "locked" / "out", [source])
+    assert problem.error_id == "E244" and "cannot be written to" in str(problem)
 
 
 def test_output_parent_on_a_read_only_mount(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -510,7 +513,7 @@ def test_an_old_folder_that_cannot_be_deleted_is_named(source: Path, tmp_path: P
     monkeypatch.setattr(writer.shutil, "rmtree", rmtree)
     with pytest.raises(ResourceProblem) as caught:
         publish(tmp_path / "out", value=2.0, overwrite=True)
-    assert caught.value.error_id == "E500" and ".old-" in caught.value.problems[0].where
+    assert caught.value.error_id == "E500" and "could not be deleted" in str(caught.value) and ".old-" in caught.value.problems[0].where
     manifest.check(tmp_path / "out")
 
 

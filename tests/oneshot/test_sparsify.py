@@ -257,7 +257,7 @@ def test_pruning_alone_asks_for_no_group_size(narrow: Path, tmp_path: Path, text
 
 def test_stages_that_end_in_int4_ask_for_the_group_size_before_the_first(narrow: Path, tmp_path: Path, text: Path) -> None:
     """If the size were looked at by the last stage only, pruning and distillation would have been for nothing."""
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError, match="not a multiple of group size 128") as caught:
         sparsify(narrow, tmp_path / "out", text, quantize__group_size=128, distill__tokens=256)
     assert caught.value.error_id == "E255"
 

@@ -165,7 +165,7 @@ def test_the_log_has_everything_from_the_first_line(streams: tuple[io.StringIO, 
 
 def test_a_log_that_cannot_be_opened_is_a_usage_error(tmp_path: Path) -> None:
     """A typing error in --log-file must stop the run before hours of work, not after."""
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError, match="log cannot be written") as caught:
         Console(log_file=tmp_path / "missing" / "run.log")
     assert caught.value.error_id == "E244"
 
