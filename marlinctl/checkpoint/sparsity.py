@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 METADATA, MASK_FILE, ZEROS = "metadata", "mask file", "zeros"
 # A mask of the wrong shape, not 2:4, needed and not there, contradicted by the weight; weights of a student that are not 2:4, or its mask.
-REFUSALS = ("E352", "E353", "E355", "E356", "E370", "E372")
+REFUSALS = ("E356",)
 
 
 @dataclass(frozen=True, slots=True)

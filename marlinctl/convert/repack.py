@@ -76,7 +76,7 @@ class Source:
 
         keep = two_of_four(parts.codes)
         if keep is None:
-            raise BadInput.from_problems("E355", [sparsity.crowded(layer, parts.codes)])
+            raise BadInput.from_problems("E356", [sparsity.crowded(layer, parts.codes)])
         return replace(parts, keep=keep)
 
     def keep(self, layer: str) -> Tensor | None:
@@ -198,9 +198,9 @@ def output_folders(out: Path, fmt: str, also: Sequence[str]) -> dict[Format, Pat
     asked = (fmt, *also)
     for name in asked:
         if name not in registry.FORMATS:
-            raise UsageError("E230", f"there is no format {name!r}", where="--format, --also", fix=f"one of {', '.join(registry.FORMATS)}")
+            raise UsageError("E202", f"there is no format {name!r}", where="--format, --also", fix=f"one of {', '.join(registry.FORMATS)}")
     if len(set(asked)) != len(asked):
-        raise UsageError("E231", f"one format twice: {', '.join(asked)}", where="--format, --also", fix="name each format once")
+        raise UsageError("E288", f"one format twice: {', '.join(asked)}", where="--format, --also", fix="name each format once")
     return {registry.FORMATS[fmt]: out} | {registry.FORMATS[name]: out.with_name(f"{out.name}-{name}") for name in also}
 
 
@@ -211,7 +211,7 @@ def open_source(folder: Path, masks: Masks | None = None) -> Source:
     info = examined.info
     if not info.format.quantized:
         raise BadInput(
-            "E347",
+            "E313",
             "the model is not quantized; pack turns one packed format into another",
             where=str(folder),
             fix=f"marlinctl quantize {folder} OUT",
@@ -240,7 +240,7 @@ def refuse_misfits(source: Source, targets: Sequence[Format]) -> None:
 def _refuse_mask_misfits(source: Source, masks: Masks, targets: Sequence[Format]) -> None:
     problems = sparsity.strangers(sparsity.shapes(source.checkpoint, source.info), source.info, masks)
     if problems:
-        raise BadInput.from_problems("E357", problems)
+        raise BadInput.from_problems("E356", problems)
     if source.info.format.needs_mask or not any(fmt.needs_mask for fmt in targets):
         return
     fix = "marlin takes dense linears too; for marlin_24 prune the whole model"
@@ -250,7 +250,7 @@ def _refuse_mask_misfits(source: Source, masks: Masks, targets: Sequence[Format]
         if layer not in masks
     ]
     if problems:
-        raise BadInput.from_problems("E355", problems)
+        raise BadInput.from_problems("E356", problems)
 
 
 def _check_pattern(source: Source, console: Console) -> None:
