@@ -23,7 +23,7 @@ import pytest
 
 from marlinctl import cli
 from marlinctl.models.architectures import Block
-from marlinctl.oneshot.sequential import SolveStage, Walk
+from marlinctl.oneshot.sequential import SequentialPipeline, SolveStage
 from marlinctl.system.console import SCHEMA_VERSION
 from tests.oneshot.test_run import TEXT
 from tests.tiny import make_tiny
@@ -77,14 +77,14 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     assert cli.main([*spelled(f"quantize M {folder / 'quantized'} -q {SOLVE}", found)]) == 0
     assert cli.main([*spelled(f"sparsify M {folder / 'sparse'} -q --no-eval {SOLVE}", found)]) == 0
     with pytest.MonkeyPatch.context() as stopped:  # a run that was stopped in its second block
-        stopped.setattr(Walk, "run_block", stopping_at_the_second(Walk.run_block))
+        stopped.setattr(SequentialPipeline, "run_block", stopping_at_the_second(SequentialPipeline.run_block))
         assert cli.main([*spelled(f"quantize M {folder / 'unfinished'} -q {SOLVE}", found)]) == 130
     jobs = {"JOB": str(folder / "unfinished.job")}
     return found | jobs | {"P": str(folder / "quantized"), "Q": str(folder / "quantized"), "S": str(folder / "sparse")}
 
 
 def stopping_at_the_second(run_block: Callable[..., None]) -> Callable[..., None]:
-    def stopping(self: Walk, block: Block, solve: SolveStage) -> None:
+    def stopping(self: SequentialPipeline, block: Block, solve: SolveStage) -> None:
         if block.index == 1:
             raise KeyboardInterrupt
         run_block(self, block, solve)

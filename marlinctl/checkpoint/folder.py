@@ -8,9 +8,10 @@
     tokenizer       there, and not larger than the embedding                           E314
     tied head       the embedding, where config.json says so                           E302
 
-Before that, `open_checkpoint` has read config.json, headers, index and links (E301, E302, E304, E306, E307, E390, E392). A verb says what it needs, and has
-no list of its own: quantize, sparsify, compress and plan by way of planning/preflight.py, distill (both models), pack, eval, inspect,
-verify, report and bench, and the API. No torch; the only weights that are read are an embedding and a head that should be equal.
+Before that, `open_checkpoint` has read config.json, headers, index and links (E301, E302, E304, E306, E307, E390, E392). A verb says what
+it needs, and has no list of its own: quantize, sparsify, compress and plan by way of planning/preflight.py, distill (both models), pack,
+eval, inspect, verify, report and bench, and the API. No torch; the only weights that are read are an embedding and a head that should be
+equal.
 
 Where the architecture is not in the table, `structure` is "needed" for those that walk it, and left to transformers' own strict loading for
 the others (transformers_model.py).

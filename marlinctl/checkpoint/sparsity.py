@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from marlinctl.system.console import Console
 
 METADATA, MASK_FILE, ZEROS = "metadata", "mask file", "zeros"
-# A mask of the wrong shape, not 2:4, needed and not there, contradicted by the weight; weights of a student that are not 2:4, or its mask.
+# A mask of the wrong shape, not 2:4, needed and not there, or contradicted by the weight; weights that are not 2:4 where they should be.
 REFUSALS = ("E356",)
 
 
@@ -40,7 +40,7 @@ class Pattern:
 
 
 @dataclass(frozen=True, slots=True)
-class Survivors:
+class KeptWeights:
     """What the weights of a folder's 2:4 linears hold."""
 
     pattern: Pattern
@@ -49,7 +49,7 @@ class Survivors:
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class SourcePattern:
     """The pattern that a 16-bit source brings along, checked before any work; each mask is read when its linear is solved."""
 
     checkpoint: Checkpoint
@@ -71,7 +71,7 @@ class Known:
         return keep
 
 
-def of_source(checkpoint: Checkpoint, linears: Mapping[str, tuple[int, int]], console: Console) -> Known:
+def of_source(checkpoint: Checkpoint, linears: Mapping[str, tuple[int, int]], console: Console) -> SourcePattern:
     """Which of these linears (name -> (N, K)) of a 16-bit checkpoint are 2:4. BadInput lists every mask that does not belong to its weight.
 
     Without a mask file the first linear decides whether the others are looked at: no dense model has such zeros by accident.
@@ -90,16 +90,16 @@ def of_source(checkpoint: Checkpoint, linears: Mapping[str, tuple[int, int]], co
             problems += [problem for several in wrong.values() for problem in several]
             if problems:
                 raise BadInput.from_problems("E356", problems)
-            return Known(checkpoint, Pattern(MASK_FILE, found))
+            return SourcePattern(checkpoint, Pattern(MASK_FILE, found))
     names = list(linears)
     if not names or not shown(names[0]):
-        return Known(checkpoint, Pattern(None, ()))
+        return SourcePattern(checkpoint, Pattern(None, ()))
     with console.progress("look for the 2:4 pattern", len(names)) as progress:
         found_in_zeros = []
         for name in names:
             found_in_zeros += [name] if shown(name) else []
             progress.advance()
-    return Known(checkpoint, Pattern(ZEROS, tuple(found_in_zeros)))
+    return SourcePattern(checkpoint, Pattern(ZEROS, tuple(found_in_zeros)))
 
 
 def from_headers(checkpoint: Checkpoint, linears: Mapping[str, tuple[int, int]], *, weights: bool) -> Pattern:
@@ -137,7 +137,7 @@ def stated(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None) -> Pat
     return Pattern(origin(info, masks), tuple(sorted({*in_metadata, *in_file})))
 
 
-def counted(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None) -> Survivors:
+def counted(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None) -> KeptWeights:
     """From the weights of all linears. Where nobody states a pattern, zeros are looked at."""
     from marlinctl.sparsify.keep import two_of_four
 
@@ -151,7 +151,7 @@ def counted(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None) -> Su
             linears.append(layer)
             kept += n * k // 2
             zero += int(((weight == 0) & keep).sum())
-    return Survivors(Pattern(claim.origin or (ZEROS if linears else None), tuple(linears)), kept, zero)
+    return KeptWeights(Pattern(claim.origin or (ZEROS if linears else None), tuple(linears)), kept, zero)
 
 
 def contradictions(layers: Collection[str], read: Callable[[str], object], console: Console) -> dict[str, list[Problem]]:

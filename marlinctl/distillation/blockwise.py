@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from marlinctl.checkpoint.reader import torch_dtype
 from marlinctl.data.tokens import Tokens
 from marlinctl.distillation.loop import LOG_EVERY, learning_rate, make_optimizer, not_finite, training_facts
-from marlinctl.distillation.open import Model, Opened
+from marlinctl.distillation.open import Model, TrainingInputs
 from marlinctl.distillation.parameters import Place, assemble, block_places, by_parameter, trained_places
 from marlinctl.distillation.rows import Rows, rows_of_step
 from marlinctl.distillation.state import DistillJob, State
 from marlinctl.models.architectures import Block
 from marlinctl.models.meta_model import build, drop_parameters, set_parameter
-from marlinctl.oneshot.sequential import Walk
+from marlinctl.oneshot.sequential import SequentialPipeline
 from marlinctl.planning.training_settings import rows_per_step, steps_of
 from marlinctl.recipes.schema import Distill
 from marlinctl.system.console import Console, Progress, duration
@@ -42,7 +42,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class BlockLoop:
     def __init__(
         self,
-        opened: Opened,
+        opened: TrainingInputs,
         rows: Rows,
         asked: Distill,
         *,
@@ -277,9 +277,9 @@ class _Side:
             self.calls |= self._embed(slice(0, count), together=count).calls
         return self.calls[count]
 
-    def _embed(self, part: slice, together: int | None = None) -> Walk:
+    def _embed(self, part: slice, together: int | None = None) -> SequentialPipeline:
         tokens = Tokens(self.rows.ids[part], self.rows.counted[part])
-        return Walk(
+        return SequentialPipeline(
             self.model, self.source.architecture, self.source.checkpoint, tokens,
             device=self.device, dtype=self.dtype, scratch=self.scratch, chunk_tokens=(together or self.together) * tokens.ids.shape[1],
         )  # fmt: skip

@@ -74,7 +74,7 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class TrainingInputs:
     student: Model
     teacher: Model
     pattern: Pattern
@@ -86,7 +86,7 @@ def open_models(
     student: str, teacher: str, asked: Distill, options: Options, console: Console, stack: ExitStack,
     noted: Callable[[str], Noted | None] = lambda name: None,
     before_weights: Callable[[Model], None] = lambda student: None,
-) -> Opened:  # fmt: skip
+) -> TrainingInputs:  # fmt: skip
     """All checks, from cheap to dear. What is opened is closed by `stack`. noted: what a resumed job knows of the weights.
     before_weights: those of the caller that need none.
     """
@@ -107,7 +107,7 @@ def open_models(
         contents[name] = read
         warnings += [f"{name}: {warning}" for warning in (*findings.of_folder(checkpoint, strict=False), *zeros)]
     _check_pattern(pupil, pattern, console)
-    return Opened(pupil, original, pattern, contents, tuple(warnings))
+    return TrainingInputs(pupil, original, pattern, contents, tuple(warnings))
 
 
 def _resolve(name: str, revision: str | None, options: Options, console: Console) -> Source:

@@ -19,7 +19,7 @@ from marlinctl.checkpoint.formats.registry import detect
 from marlinctl.checkpoint.mask import open_masks
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint, torch_dtype
 from marlinctl.checkpoint.writer import StagedCheckpoint
-from marlinctl.distillation.open import Opened
+from marlinctl.distillation.open import TrainingInputs
 from marlinctl.errors import CheckFailed, NumericalProblem, Problem
 from marlinctl.models.switches import without
 from marlinctl.sparsify.types import check_keep
@@ -29,7 +29,7 @@ SHARD_BYTES = 1 << 30
 
 
 def build(
-    opened: Opened,
+    opened: TrainingInputs,
     values: Iterable[tuple[str, Tensor]],
     staged: StagedCheckpoint,
     *,
@@ -56,7 +56,7 @@ def build(
         staged.write_file(name, data)
 
 
-def _write_changed(opened: Opened, values: Iterable[tuple[str, Tensor]], staged: StagedCheckpoint) -> dict[str, str]:
+def _write_changed(opened: TrainingInputs, values: Iterable[tuple[str, Tensor]], staged: StagedCheckpoint) -> dict[str, str]:
     """Shards of what was trained; returns SHA-256 by tensor name."""
     digests: dict[str, str] = {}
     pending: dict[str, Tensor] = {}
@@ -83,7 +83,7 @@ def _write_changed(opened: Opened, values: Iterable[tuple[str, Tensor]], staged:
     return digests
 
 
-def check_written(folder: Path, opened: Opened, digests: Mapping[str, str], console: Console) -> None:
+def check_written(folder: Path, opened: TrainingInputs, digests: Mapping[str, str], console: Console) -> None:
     """CheckFailed unless every trained tensor reads back, every mask is 2:4 and obeyed, and codes are the student's, bit for bit."""
     problems: list[Problem] = []
     again = "check the disk, then `marlinctl resume OUT`"
@@ -106,7 +106,7 @@ def check_written(folder: Path, opened: Opened, digests: Mapping[str, str], cons
         raise CheckFailed.from_problems("E103", problems)
 
 
-def _pattern_problems(layer: str, keep: Tensor, opened: Opened, written: Checkpoint) -> list[Problem]:
+def _pattern_problems(layer: str, keep: Tensor, opened: TrainingInputs, written: Checkpoint) -> list[Problem]:
     check_keep(keep)
     if not torch.equal(keep, opened.pattern.keep(layer)):
         return [Problem(f"the mask of {layer} is not the one that was trained with", layer, "please report it: a defect of marlinctl")]

@@ -34,7 +34,7 @@ from marlinctl.distillation.blockwise import BlockLoop
 from marlinctl.distillation.distributed import Processes
 from marlinctl.distillation.loop import Loop
 from marlinctl.distillation.losses import Weights
-from marlinctl.distillation.open import Model, Opened, open_models
+from marlinctl.distillation.open import Model, TrainingInputs, open_models
 from marlinctl.distillation.publish import build
 from marlinctl.distillation.rows import Rows, load_rows, make_rows
 from marlinctl.distillation.state import DistillJob, State
@@ -75,7 +75,7 @@ class _Run:
     def asked(self) -> Distill:
         return self.recipe.distill
 
-    def whole_teacher(self, opened: Opened) -> nn.Module:
+    def whole_teacher(self, opened: TrainingInputs) -> nn.Module:
         """The teacher on this process's device, read once."""
         if self._teacher is None:
             self._teacher = load_dense(opened.teacher.source.folder, dtype=self.dtype, device=self.processes.device)
@@ -115,7 +115,7 @@ def run_distill(student: str, out: Path, teacher: str, recipe: Recipe, options: 
                 stack.enter_context(run.job.held(request, resume=options.resume, console=console, launcher=launcher))
                 console.log_to(run.job.log)
 
-        def look() -> Opened:
+        def look() -> TrainingInputs:
             if options.resume:
                 check_arguments()
 
@@ -147,7 +147,7 @@ def run_distill(student: str, out: Path, teacher: str, recipe: Recipe, options: 
 # ---- what the job reads --------------------------------------------------------------------------------------------------------------
 
 
-def _rows(run: _Run, opened: Opened, resume: bool) -> Rows:
+def _rows(run: _Run, opened: TrainingInputs, resume: bool) -> Rows:
     """The training text: read (or written by the teacher) by the main process, compared with that of the job on resuming."""
 
     def read() -> Rows:
@@ -193,7 +193,7 @@ def _state(run: _Run, resume: bool) -> State | None:
     return found if found is not None else State(described[0], {}, described[1])
 
 
-def _fingerprint(run: _Run, opened: Opened, rows: Rows) -> dict[str, Any]:
+def _fingerprint(run: _Run, opened: TrainingInputs, rows: Rows) -> dict[str, Any]:
     """Everything that decides the numbers. Where any of it differs, going on would mix two jobs."""
     return {
         **{name: contents.fingerprint for name, contents in opened.contents.items()},
@@ -205,7 +205,7 @@ def _fingerprint(run: _Run, opened: Opened, rows: Rows) -> dict[str, Any]:
     }
 
 
-def _require_room(opened: Opened, out: Path, asked: Distill) -> None:
+def _require_room(opened: TrainingInputs, out: Path, asked: Distill) -> None:
     """Disk for the result and, beside it, for two states (weights and two moments in float32) and what the teacher predicts."""
     tensors = opened.student.checkpoint.tensors
     result = sum(info.nbytes for info in tensors.values())
@@ -215,7 +215,7 @@ def _require_room(opened: Opened, out: Path, asked: Distill) -> None:
 # ---- the modes -----------------------------------------------------------------------------------------------------------------------
 
 
-def _train(run: _Run, opened: Opened, rows: Rows, state: State | None) -> dict[str, Any]:
+def _train(run: _Run, opened: TrainingInputs, rows: Rows, state: State | None) -> dict[str, Any]:
     asked, processes = run.asked, run.processes
     weights = Weights(asked.ce, asked.squarehead, asked.kl, asked.temperature)
     comparison = Comparison(rows.ids[rows.trained : rows.trained + 1], run.dtype, processes, run.console)
@@ -258,7 +258,7 @@ def _train(run: _Run, opened: Opened, rows: Rows, state: State | None) -> dict[s
     return _publish(run, opened, rows, student.values, loop.facts(), before, after)
 
 
-def _measure_whole(run: _Run, opened: Opened, comparison: Comparison) -> None:
+def _measure_whole(run: _Run, opened: TrainingInputs, comparison: Comparison) -> None:
     """Before any device holds shards. A teacher that is asked once is never sharded."""
     run.let_teacher_go()
     asked_for = {"student": (opened.student, torch.float32)} | ({} if run.asked.cache_logits else {"teacher": (opened.teacher, run.dtype)})
@@ -269,7 +269,7 @@ def _measure_whole(run: _Run, opened: Opened, comparison: Comparison) -> None:
         forget_device_peaks(run.processes.device)
 
 
-def _train_blocks(run: _Run, opened: Opened, rows: Rows, state: State | None) -> dict[str, Any]:
+def _train_blocks(run: _Run, opened: TrainingInputs, rows: Rows, state: State | None) -> dict[str, Any]:
     run.let_teacher_go()
     device = run.processes.device
     budget = int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE) if device.type == "cuda" else 0
@@ -291,7 +291,7 @@ def _told(losses: Mapping[str, float]) -> str:
 
 
 def _publish(
-    run: _Run, opened: Opened, rows: Rows, values: Callable[[], Iterable[tuple[str, Tensor]]], training: Mapping[str, Any],
+    run: _Run, opened: TrainingInputs, rows: Rows, values: Callable[[], Iterable[tuple[str, Tensor]]], training: Mapping[str, Any],
     before: Mapping[str, float], after: Mapping[str, float],
 ) -> dict[str, Any]:  # fmt: skip
     report = _report(run, opened, rows, training, before, after)
@@ -323,7 +323,7 @@ def _publish_again(run: _Run) -> dict[str, Any]:
 
 
 def _report(
-    run: _Run, opened: Opened, rows: Rows, training: Mapping[str, Any], before: Mapping[str, float], after: Mapping[str, float]
+    run: _Run, opened: TrainingInputs, rows: Rows, training: Mapping[str, Any], before: Mapping[str, float], after: Mapping[str, float]
 ) -> dict[str, Any]:
     device = run.processes.device
     return {
@@ -348,7 +348,7 @@ def _report(
     }
 
 
-def _manifest(run: _Run, opened: Opened, rows: Rows) -> dict[str, Any]:
+def _manifest(run: _Run, opened: TrainingInputs, rows: Rows) -> dict[str, Any]:
     """No times and no losses: two equal runs give two equal manifests."""
     student = opened.student
     earlier = made_from(student.source.folder)

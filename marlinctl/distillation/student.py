@@ -19,7 +19,7 @@ from marlinctl.checkpoint.reader import torch_dtype
 from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.distillation.agreement import require_same_weights
 from marlinctl.distillation.distributed import Processes, local, shard_like, whole
-from marlinctl.distillation.open import Opened
+from marlinctl.distillation.open import TrainingInputs
 from marlinctl.distillation.parameters import Place, assemble, by_parameter, trained_places
 from marlinctl.distillation.scales import exact_in_bfloat16, freeze_codes, settle, trained_scales
 from marlinctl.models.architectures import Architecture
@@ -40,7 +40,7 @@ class Student:
             local(parameter).masked_fill_(mask, 0.0)
 
     @torch.no_grad()
-    def settle(self, opened: Opened) -> None:
+    def settle(self, opened: TrainingInputs) -> None:
         """Round everything trained to what the checkpoint can hold, so that what is measured is what is published."""
         settle(self.model, self.scaled)
         for parameter, tensors in by_parameter(self.places).items():
@@ -61,7 +61,7 @@ class Student:
                     yield tensor, full[self.places[tensor].index]
 
 
-def load_student(opened: Opened, mode: str, checkpointing: bool, processes: Processes) -> Student:
+def load_student(opened: TrainingInputs, mode: str, checkpointing: bool, processes: Processes) -> Student:
     """Read the student and prepare it for training in this process."""
     known = opened.student.architecture
     model = load_dense(opened.student.source.folder, dtype=torch.float32, device="cpu" if processes.sharded else processes.device)
@@ -84,7 +84,9 @@ def load_student(opened: Opened, mode: str, checkpointing: bool, processes: Proc
     return Student(model, trained, pruned, places, scaled)
 
 
-def _pruned(model: nn.Module, places: Mapping[str, Place], opened: Opened, processes: Processes) -> list[tuple[nn.Parameter, Tensor]]:
+def _pruned(
+    model: nn.Module, places: Mapping[str, Place], opened: TrainingInputs, processes: Processes
+) -> list[tuple[nn.Parameter, Tensor]]:
     masked = {name: place for name, place in places.items() if name.removesuffix(".weight") in opened.pattern.shapes}
     found = []
     for name, tensors in by_parameter(masked).items():
@@ -95,7 +97,7 @@ def _pruned(model: nn.Module, places: Mapping[str, Place], opened: Opened, proce
     return found
 
 
-def _freeze_codes(model: nn.Module, places: Mapping[str, Place], opened: Opened) -> tuple[dict[str, Place], dict[str, bool]]:
+def _freeze_codes(model: nn.Module, places: Mapping[str, Place], opened: TrainingInputs) -> tuple[dict[str, Place], dict[str, bool]]:
     """Train the factors of packed linears and the norms; no 16-bit linear, no bias."""
     student = opened.student
     parts = {layer: read_parts(student.checkpoint, student.info, layer) for layer in student.info.layers if f"{layer}.weight" in places}

@@ -20,8 +20,8 @@ from marlinctl.checkpoint.formats.registry import INTERCHANGE, linear_tensors
 from marlinctl.checkpoint.reader import torch_dtype
 from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.errors import NumericalProblem
-from marlinctl.oneshot.open import Opened, Options
-from marlinctl.oneshot.solve import Outcome, StackSolver
+from marlinctl.oneshot.open import Options, RunInputs
+from marlinctl.oneshot.solve import Outcome, StackedSolver
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipes.schema import Recipe
 from marlinctl.sparsify.types import SparseQuantizedLinear
@@ -48,14 +48,14 @@ class LayerRecord:
     seconds: float
 
 
-class Solving:
+class LayerQuantizer:
     """The walk's other half. `stage` is its SolveStage; `flush` writes a shard when a block is done."""
 
-    def __init__(self, opened: Opened, recipe: Recipe, options: Options, staged: StagedCheckpoint, console: Console) -> None:
+    def __init__(self, opened: RunInputs, recipe: Recipe, options: Options, staged: StagedCheckpoint, console: Console) -> None:
         self.opened, self.options, self.staged, self.console = opened, options, staged, console
         self.records: list[LayerRecord] = []
         self.scheme = recipe.scheme
-        self.solver = StackSolver.of(recipe, matches=opened.matches, bfloat16_exact=bfloat16_exact(opened))
+        self.solver = StackedSolver.of(recipe, matches=opened.matches, bfloat16_exact=bfloat16_exact(opened))
         self.pending: dict[str, Tensor] = {}
         self.progress: Progress | None = None
 
@@ -158,7 +158,7 @@ class Solving:
         return weight
 
 
-def bfloat16_exact(opened: Opened) -> bool:
+def bfloat16_exact(opened: RunInputs) -> bool:
     """Whether scales shall be exact in bfloat16 too: where the source has such weights."""
     return any(opened.checkpoint.tensors[f"{name}.weight"].dtype == "BF16" for name in opened.plan.group_sizes)
 

@@ -21,7 +21,7 @@ from marlinctl.checkpoint.runtimes import loads
 from marlinctl.checkpoint.safetensors_header import TensorInfo
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.source_digests import check_known_digests
-from marlinctl.checkpoint.sparsity import Known, from_headers, of_source
+from marlinctl.checkpoint.sparsity import SourcePattern, from_headers, of_source
 from marlinctl.checkpoint.writer import require_space
 from marlinctl.errors import ResourceProblem
 from marlinctl.models.architectures import Architecture
@@ -29,7 +29,7 @@ from marlinctl.planning import disk
 from marlinctl.planning.layer_rules import Plan
 from marlinctl.planning.memory import Work, predicted_peak
 from marlinctl.planning.preflight import (
-    Looked,
+    ModelPlan,
     as_published,
     check_arguments,
     check_pattern,
@@ -76,7 +76,7 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class RunInputs:
     """A model that has passed every check, and what will be done to it."""
 
     source: Source
@@ -84,7 +84,7 @@ class Opened:
     architecture: Architecture
     plan: Plan
     tensors: Mapping[str, TensorInfo]  # of the checkpoint, a tied head once
-    pattern: Known  # 2:4 that the source has already
+    pattern: SourcePattern  # 2:4 that the source has already
     matches: bool  # whether the original walks along (sequential.py)
     device: torch.device
     dtype: torch.dtype  # of the forward pass
@@ -109,7 +109,7 @@ def open_model(
     model: str, out: Path, recipe: Recipe, options: Options, console: Console,
     published: Sequence[Format] = (), noted: Callable[[], Noted | None] = lambda: None,
     before_weights: Callable[[Source, Checkpoint], None] = lambda source, checkpoint: None,
-) -> Opened:  # fmt: skip
+) -> RunInputs:  # fmt: skip
     """All checks, from cheap to dear. published: the formats that come of it in the end; who will refuse them is said. noted: what a
     resumed job knows of the weights. before_weights: the caller's checks that need config.json and tokenizer alone.
 
@@ -144,10 +144,12 @@ def open_model(
         console.warn(warning)
         warnings.append(warning)
     known = looked.architecture
-    return Opened(source, checkpoint, known, looked.plan, tensors, pattern, looked.matches, device, dtype, contents, tuple(warnings))
+    return RunInputs(source, checkpoint, known, looked.plan, tensors, pattern, looked.matches, device, dtype, contents, tuple(warnings))
 
 
-def _require_room(looked: Looked, tensors: Mapping[str, TensorInfo], pattern: Known, work: Work, out: Path, options: Options) -> None:
+def _require_room(
+    looked: ModelPlan, tensors: Mapping[str, TensorInfo], pattern: SourcePattern, work: Work, out: Path, options: Options
+) -> None:
     """Memory against --max-memory or what is free, disk against what is free beside OUT. `marlinctl plan` says the same before."""
     needed = predicted_peak(looked.architecture, looked.plan.group_sizes, work)
     allowed = available_memory() if options.max_memory is None else options.max_memory

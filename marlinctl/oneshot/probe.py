@@ -19,11 +19,11 @@ from torch import Tensor
 
 from marlinctl.errors import ResourceProblem
 from marlinctl.models.architectures import Architecture
-from marlinctl.oneshot.open import Opened
-from marlinctl.oneshot.solve import StackSolver
+from marlinctl.oneshot.open import RunInputs
+from marlinctl.oneshot.solve import StackedSolver
 from marlinctl.planning.memory import CHUNK_TOKENS, Stage, Work
-from marlinctl.planning.preflight import Looked
-from marlinctl.planning.time import Rehearsed, largest_stage, machine, rehearsed_machine, seconds_of_walk
+from marlinctl.planning.preflight import ModelPlan
+from marlinctl.planning.time import ProbeResult, largest_stage, machine, machine_of_probe, seconds_of_walk
 from marlinctl.quantize.hessian import add_gram, mirror
 from marlinctl.quantize.types import Hessian
 from marlinctl.recipes.schema import Recipe
@@ -35,9 +35,9 @@ _SEED = 0
 _FORWARD_SHARE = 0.7  # of the rate of products that a forward pass through a block keeps
 
 
-def rehearse(
+def run_probe(
     architecture: Architecture, compressed: Mapping[str, int], recipe: Recipe, *, matches: bool, device: torch.device, dtype: torch.dtype
-) -> Rehearsed:
+) -> ProbeResult:
     """One solve of the stage that takes longest. compressed: linear -> group size.
 
     Raises:
@@ -45,7 +45,7 @@ def rehearse(
     """
     speed = machine(device.type, torch.get_num_threads(), dtype.itemsize, matrix_units=False)
     stage = largest_stage(architecture, compressed, recipe, speed)
-    solver = StackSolver.of(recipe, matches=matches, bfloat16_exact=False)
+    solver = StackedSolver.of(recipe, matches=matches, bfloat16_exact=False)
     forget_device_peaks(device)
     try:
         with torch.no_grad():
@@ -66,27 +66,27 @@ def rehearse(
     return measured
 
 
-def probe_on(device: str, threads_asked: int | None) -> Callable[[Looked, Recipe, str], Rehearsed]:
+def probe_on(device: str, threads_asked: int | None) -> Callable[[ModelPlan, Recipe, str], ProbeResult]:
     """What `plan --probe` calls: one solve of each walk on the device that the run would take."""
 
-    def probe(looked: Looked, recipe: Recipe, dtype: str) -> Rehearsed:
+    def probe(looked: ModelPlan, recipe: Recipe, dtype: str) -> ProbeResult:
         place = torch.device(choose_device(device))
         grow_segments(place)
         with threads(threads_asked):
-            return rehearse(
+            return run_probe(
                 looked.architecture, looked.plan.group_sizes, recipe, matches=looked.matches, device=place, dtype=getattr(torch, dtype)
             )
 
     return probe
 
 
-def rehearse_before(opened: Opened, recipe: Recipe, console: Console) -> None:
+def probe_before(opened: RunInputs, recipe: Recipe, console: Console) -> None:
     """The largest solve once, so that a machine whose memory does not hold it says so in seconds and not after hours."""
     sizes = opened.plan.group_sizes
-    measured = rehearse(opened.architecture, sizes, recipe, matches=opened.matches, device=opened.device, dtype=opened.dtype)
+    measured = run_probe(opened.architecture, sizes, recipe, matches=opened.matches, device=opened.device, dtype=opened.dtype)
     work = Work.of(recipe, element=opened.dtype.itemsize, matches=opened.matches, on_device=opened.device.type == "cuda")
     counted_at = machine(opened.device.type, torch.get_num_threads(), opened.dtype.itemsize, matrix_units=has_matrix_units())
-    speed = rehearsed_machine(counted_at, measured, recipe)
+    speed = machine_of_probe(counted_at, measured, recipe)
     size = sum(tensor.nbytes for tensor in opened.checkpoint.tensors.values())
     left = sum(seconds_of_walk(opened.architecture, sizes, work, recipe, speed, size).values())
     stage = measured.stage
@@ -96,7 +96,7 @@ def rehearse_before(opened: Opened, recipe: Recipe, console: Console) -> None:
     )
 
 
-def _measure(stage: Stage, solver: StackSolver, hidden: int, device: torch.device, dtype: torch.dtype) -> Rehearsed:
+def _measure(stage: Stage, solver: StackedSolver, hidden: int, device: torch.device, dtype: torch.dtype) -> ProbeResult:
     generator = torch.Generator(device).manual_seed(_SEED)
     x = torch.randn(CHUNK_TOKENS, stage.k, generator=generator, device=device).to(dtype)
     weight = torch.randn(stage.rows, stage.k, generator=generator, device=device)
@@ -116,7 +116,7 @@ def _measure(stage: Stage, solver: StackSolver, hidden: int, device: torch.devic
     solver.solve(weight, None, hessian, group_size)
     _wait(device)
     seconds, peaks = time.monotonic() - started, device_peaks(device)
-    return Rehearsed(
+    return ProbeResult(
         stage=stage,
         seconds=seconds,
         products=_FORWARD_SHARE * 2 * stage.rows * stage.k * CHUNK_TOKENS / seconds_forward,

@@ -31,7 +31,7 @@ from marlinctl.data.calibration import CalibrationSet
 from marlinctl.data.tokens import Tokens
 from marlinctl.errors import UsageError
 from marlinctl.jobs.journal import JOURNAL, JobFolder, sha256_of
-from marlinctl.oneshot.layers import LayerRecord, Solving
+from marlinctl.oneshot.layers import LayerQuantizer, LayerRecord
 from marlinctl.system.atomic import disk_problems, make_folder, write_tensors
 from marlinctl.system.console import Console
 
@@ -39,7 +39,7 @@ _CALIBRATION = "calibration.safetensors"
 _STATES_KEPT = 2
 
 
-class WalkJob(JobFolder):
+class RunJob(JobFolder):
     @property
     def staged(self) -> Path:
         return self.path / "staged"
@@ -67,7 +67,7 @@ class WalkJob(JobFolder):
 
     # Blocks
 
-    def commit(self, step: str, index: int, solving: Solving, shard: str | None, states: Mapping[str, Tensor]) -> None:
+    def commit(self, step: str, index: int, solving: LayerQuantizer, shard: str | None, states: Mapping[str, Tensor]) -> None:
         """Note a finished block, or the head (whose `states` are empty: nothing comes behind it).
 
         BadInput E306 where the model has changed: the block may be of the weights of before or of those of now.

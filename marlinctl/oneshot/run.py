@@ -44,11 +44,11 @@ from marlinctl.evaluation.gate import Measurement
 from marlinctl.jobs.journal import Request
 from marlinctl.models.meta_model import build
 from marlinctl.models.switches import without
-from marlinctl.oneshot.layers import LayerRecord, Solving, linear_digest, weight_digest
-from marlinctl.oneshot.open import Opened, Options, check_request, open_model
-from marlinctl.oneshot.probe import rehearse_before
-from marlinctl.oneshot.resume import WalkJob
-from marlinctl.oneshot.sequential import Walk
+from marlinctl.oneshot.layers import LayerQuantizer, LayerRecord, linear_digest, weight_digest
+from marlinctl.oneshot.open import Options, RunInputs, check_request, open_model
+from marlinctl.oneshot.probe import probe_before
+from marlinctl.oneshot.resume import RunJob
+from marlinctl.oneshot.sequential import SequentialPipeline
 from marlinctl.planning.memory import CHUNK_TOKENS
 from marlinctl.planning.preflight import check_lengths, sixteen_bit
 from marlinctl.recipes.schema import Recipe, recipe_hash
@@ -84,7 +84,7 @@ def run_job(
     the work.
     """
     local = [Path(model)] if Path(model).exists() else []
-    job = WalkJob(out)
+    job = RunJob(out)
     asked = {"model": model, "recipe": recipe.model_dump(mode="json"), "options": options.document(), "measured": measured}
     request = Request("quantize" if recipe.sparsify.pattern == "none" else "sparsify", asked)
     if not options.resume:
@@ -102,7 +102,7 @@ def run_job(
 
 
 def _run(
-    job: WalkJob, model: str, out: Path, recipe: Recipe, options: Options, console: Console, measure: Measurement | None,
+    job: RunJob, model: str, out: Path, recipe: Recipe, options: Options, console: Console, measure: Measurement | None,
     published: Sequence[Format] | None,
 ) -> tuple[dict[str, Any], Source]:  # fmt: skip
     started = time.monotonic()
@@ -122,10 +122,10 @@ def _run(
     opened = open_model(model, out, recipe, options, console, published, lambda: job.noted("model", console), before_weights)
     job.watch(opened.contents)
     with threads(options.threads), torch.no_grad():
-        rehearse_before(opened, recipe, console)
+        probe_before(opened, recipe, console)
         calibration = _calibration(job, opened, recipe, texts, console)
         with StagedCheckpoint(out, overwrite=options.overwrite, fmt=fmt, path=job.staged) as staged:
-            solving = Solving(opened, recipe, options, staged, console)
+            solving = LayerQuantizer(opened, recipe, options, staged, console)
             _walk(opened, calibration.tokens, job, solving, options, console)
             solved = {f"{name}.weight" for name in opened.plan.group_sizes}
             staged.copy_tensors(opened.checkpoint, [n for n in opened.tensors if n not in solved])
@@ -160,7 +160,7 @@ def _found(model: str, options: Options, console: Console) -> Source:
 # ---- the work ------------------------------------------------------------------------------------------------------------------------
 
 
-def _kept_calibration(job: WalkJob, console: Console) -> CalibrationSet | None:
+def _kept_calibration(job: RunJob, console: Console) -> CalibrationSet | None:
     """The job's own text, where it has one."""
     begun, kept = job.begun, job.calibration()
     if begun and kept is None:
@@ -168,7 +168,7 @@ def _kept_calibration(job: WalkJob, console: Console) -> CalibrationSet | None:
     return kept
 
 
-def _calibration(job: WalkJob, opened: Opened, recipe: Recipe, texts: list[CalibrationSet], console: Console) -> CalibrationSet:
+def _calibration(job: RunJob, opened: RunInputs, recipe: Recipe, texts: list[CalibrationSet], console: Console) -> CalibrationSet:
     """What was read before, or what the model writes now. It begins the job, or is compared with what the job was begun with."""
     folder = opened.source.folder
     made = (
@@ -190,7 +190,7 @@ def _calibration(job: WalkJob, opened: Opened, recipe: Recipe, texts: list[Calib
     return made
 
 
-def _fingerprint(opened: Opened, recipe: Recipe, calibration: CalibrationSet) -> dict[str, Any]:
+def _fingerprint(opened: RunInputs, recipe: Recipe, calibration: CalibrationSet) -> dict[str, Any]:
     """Everything that decides the numbers. Where any of it differs, going on would mix two jobs."""
     return {
         "model": opened.contents.fingerprint,
@@ -202,7 +202,7 @@ def _fingerprint(opened: Opened, recipe: Recipe, calibration: CalibrationSet) ->
     }
 
 
-def _walk(opened: Opened, tokens: Tokens, job: WalkJob, solving: Solving, options: Options, console: Console) -> None:
+def _walk(opened: RunInputs, tokens: Tokens, job: RunJob, solving: LayerQuantizer, options: Options, console: Console) -> None:
     """All blocks. Where the device's memory runs out, once more from the last finished block with less of it: half of the tokens in
     flight, and activations in host memory or on the disk. ResourceProblem E590 where that does not suffice either."""
     budget = int(torch.cuda.mem_get_info(opened.device)[0] * _DEVICE_SHARE) if opened.device.type == "cuda" else 0
@@ -222,7 +222,7 @@ def _walk(opened: Opened, tokens: Tokens, job: WalkJob, solving: Solving, option
 
 
 def _walk_blocks(
-    opened: Opened, tokens: Tokens, job: WalkJob, solving: Solving, options: Options, console: Console,
+    opened: RunInputs, tokens: Tokens, job: RunJob, solving: LayerQuantizer, options: Options, console: Console,
     chunk_tokens: int, budget: int, redo_from: int | None,
 ) -> str | None:  # fmt: skip
     """From the first block that is not finished to the last. Where the device's memory runs out, what torch says of it; else None.
@@ -237,7 +237,7 @@ def _walk_blocks(
 
 
 def _every_block(
-    opened: Opened, tokens: Tokens, job: WalkJob, solving: Solving, options: Options, console: Console,
+    opened: RunInputs, tokens: Tokens, job: RunJob, solving: LayerQuantizer, options: Options, console: Console,
     chunk_tokens: int, budget: int, redo_from: int | None,
 ) -> None:  # fmt: skip
     architecture, device, dtype, head = opened.architecture, opened.device, opened.dtype, opened.plan.head
@@ -253,7 +253,7 @@ def _every_block(
         solving.progress.advance(sum(len(block.linears) for block in architecture.blocks[:first]))
         if first == pieces:
             return
-        walk = Walk(
+        walk = SequentialPipeline(
             model, architecture, opened.checkpoint, tokens,
             device=device, dtype=dtype, scratch=Scratch(job.path, device, budget), chunk_tokens=chunk_tokens,
             match=opened.matches,
@@ -306,7 +306,7 @@ def _digest_on_disk(written: Checkpoint, masks: Masks | None, record: LayerRecor
     return linear_digest(linear)
 
 
-def _warnings(opened: Opened, calibration: CalibrationSet, records: list[LayerRecord], console: Console) -> list[str]:
+def _warnings(opened: RunInputs, calibration: CalibrationSet, records: list[LayerRecord], console: Console) -> list[str]:
     """All of the run, for the report; those of the inputs are known, and said, at its end."""
     inputs = findings.of_inputs({record.name: record.dead for record in records})
     for warning in inputs:
@@ -317,7 +317,7 @@ def _warnings(opened: Opened, calibration: CalibrationSet, records: list[LayerRe
 # ---- what is written about it --------------------------------------------------------------------------------------------------------
 
 
-def _config(opened: Opened, recipe: Recipe) -> dict[str, Any]:
+def _config(opened: RunInputs, recipe: Recipe) -> dict[str, Any]:
     config: dict[str, Any] = without(without_quantization(opened.checkpoint.config))
     if not recipe.scheme.quantizes:
         return config
@@ -333,7 +333,7 @@ def published_report(out: Path) -> dict[str, Any]:
     return {key: value for key, value in read_report(out).items() if key != "schema_version"}
 
 
-def _write_reports(staged: StagedCheckpoint, report: Mapping[str, Any], opened: Opened, fmt: Format) -> None:
+def _write_reports(staged: StagedCheckpoint, report: Mapping[str, Any], opened: RunInputs, fmt: Format) -> None:
     """They name the digest of the manifest, so they come after it."""
     layers = opened.plan.group_sizes if fmt.quantized else {}
     for name, data in report_files(report, staged.path, fmt=fmt, layers=layers).items():
@@ -347,12 +347,12 @@ def versions() -> dict[str, str]:
     return {"marlinctl": __version__, "algorithm": str(ALGORITHM_VERSION), **{name: version(name) for name in names}}
 
 
-def _source_facts(opened: Opened) -> dict[str, Any]:
+def _source_facts(opened: RunInputs) -> dict[str, Any]:
     source = opened.source
     return {"kind": source.kind, "name": Path(source.name).name if source.kind != "hub" else source.name, "revision": source.revision}
 
 
-def _manifest(opened: Opened, recipe: Recipe, calibration: Mapping[str, Any], records: list[LayerRecord]) -> dict[str, Any]:
+def _manifest(opened: RunInputs, recipe: Recipe, calibration: Mapping[str, Any], records: list[LayerRecord]) -> dict[str, Any]:
     layers = [{k: v for k, v in asdict(record).items() if k != "seconds"} for record in records]
     source = {key: value for key, value in calibration.items() if key != "source"}
     earlier = made_from(opened.source.folder)
@@ -370,7 +370,7 @@ def _manifest(opened: Opened, recipe: Recipe, calibration: Mapping[str, Any], re
 
 
 def _report(
-    opened: Opened, recipe: Recipe, options: Options, calibration: Mapping[str, Any], records: list[LayerRecord],
+    opened: RunInputs, recipe: Recipe, options: Options, calibration: Mapping[str, Any], records: list[LayerRecord],
     warnings: list[str], seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
     device = opened.device

@@ -49,7 +49,7 @@ SolveStage = Callable[[tuple[str, ...], Hessian, str], Mapping[str, Tensor]]
 Output = Callable[[slice], Tensor]
 
 
-class Walk:
+class SequentialPipeline:
     """One pass of the calibration tokens through a model, block by block."""
 
     def __init__(

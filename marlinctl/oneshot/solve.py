@@ -37,14 +37,14 @@ class Outcome(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class StackSolver:
+class StackedSolver:
     match: float  # share in which the original is matched; 0 where it does not walk along
     scheme: Scheme
     pruning: PruneSettings
     settings: SolveSettings  # of int4; the group size is that of each stack
 
     @classmethod
-    def of(cls, recipe: Recipe, *, matches: bool, bfloat16_exact: bool) -> StackSolver:
+    def of(cls, recipe: Recipe, *, matches: bool, bfloat16_exact: bool) -> StackedSolver:
         q = recipe.quantize
         return cls(
             match=q.match if matches else 0.0,

@@ -30,11 +30,11 @@ from marlinctl.checkpoint.writer import companions
 from marlinctl.errors import UsageError
 from marlinctl.models.architectures import Architecture
 from marlinctl.models.config import positions
-from marlinctl.planning import disk as room
+from marlinctl.planning import disk as disk_space
 from marlinctl.planning import time
 from marlinctl.planning.memory import Work, predicted_device_peak, predicted_distillation, predicted_peak, predicted_repack
 from marlinctl.planning.preflight import (
-    Looked,
+    ModelPlan,
     as_published,
     check_arguments,
     check_lengths,
@@ -72,7 +72,7 @@ class Settings:
 
 
 # The largest solve of one walk, measured: what is planned, its recipe, the dtype of the forward pass. oneshot has it; it imports torch.
-Probe = Callable[[Looked, Recipe, str], time.Rehearsed]
+Probe = Callable[[ModelPlan, Recipe, str], time.ProbeResult]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,20 +163,20 @@ def _formats(recipe: Recipe) -> list[Format]:
     return formats_of(recipe) if recipe.scheme.quantizes else [registry.DENSE]
 
 
-def _masked(looked: Looked, found: Pattern, recipe: Recipe) -> tuple[str, ...]:
+def _masked(looked: ModelPlan, found: Pattern, recipe: Recipe) -> tuple[str, ...]:
     """The linears that are 2:4 in the end."""
     return tuple(looked.shapes) if recipe.sparsify.pattern != "none" else found.linears
 
 
-def _output(seen: Headers, looked: Looked, found: Pattern, recipe: Recipe, fmt: Format) -> room.Output:
+def _output(seen: Headers, looked: ModelPlan, found: Pattern, recipe: Recipe, fmt: Format) -> disk_space.Output:
     tensors = stored_once(seen.checkpoint, looked.architecture)
-    return room.output(fmt, tensors, looked.shapes, looked.plan.group_sizes, _masked(looked, found, recipe))
+    return disk_space.output(fmt, tensors, looked.shapes, looked.plan.group_sizes, _masked(looked, found, recipe))
 
 
 # ---- stages: what runs one after another -----------------------------------------------------------------------------------------------
 
 
-def _stages(recipe: Recipe, looked: Looked, settings: Settings, element: int) -> list[tuple[str, Recipe, Work]]:
+def _stages(recipe: Recipe, looked: ModelPlan, settings: Settings, element: int) -> list[tuple[str, Recipe, Work]]:
     """The walks: one, or with distillation a first that prunes and a last that quantizes (compress.py)."""
 
     def walk(name: str, part: Recipe) -> tuple[str, Recipe, Work]:
@@ -189,7 +189,7 @@ def _stages(recipe: Recipe, looked: Looked, settings: Settings, element: int) ->
     return [walk("prune", parts[0]), walk("quantize", parts[1])]
 
 
-def _memory(looked: Looked, outputs: list[room.Output], stages: list[tuple[str, Recipe, Work]], recipe: Recipe) -> dict[str, Any]:
+def _memory(looked: ModelPlan, outputs: list[disk_space.Output], stages: list[tuple[str, Recipe, Work]], recipe: Recipe) -> dict[str, Any]:
     """Bytes at the peak of each stage, on the host and on the device. Evaluation takes what is free, or is left out
     (evaluation/gate.py).
     """
@@ -212,14 +212,14 @@ def _activations(known: Architecture, stages: list[tuple[str, Recipe, Work]]) ->
     """What stays on the device besides, where half of what is free suffices (system/offload.py); in host memory or on disk where it does
     not.
     """
-    return max(room.scratch_bytes(known, work) for _, _, work in stages)
+    return max(disk_space.scratch_bytes(known, work) for _, _, work in stages)
 
 
 def _disk(
     seen: Headers,
-    looked: Looked,
+    looked: ModelPlan,
     found: Pattern,
-    outputs: list[room.Output],
+    outputs: list[disk_space.Output],
     small: int,
     stages: list[tuple[str, Recipe, Work]],
     recipe: Recipe,
@@ -227,17 +227,17 @@ def _disk(
     """Bytes on the disk of OUT: at the fullest moment, and in the end. `fetch` is what a cache gets before."""
     first = registry.working_format(recipe.scheme)
     walked = _output(seen, looked, found, recipe, first)
-    scratch = max(room.scratch_bytes(looked.architecture, work) for _, _, work in stages)
-    states = max(room.state_bytes(looked.architecture, work) for _, _, work in stages)
+    scratch = max(disk_space.scratch_bytes(looked.architecture, work) for _, _, work in stages)
+    states = max(disk_space.state_bytes(looked.architecture, work) for _, _, work in stages)
     published = sum(output.on_disk + small for output in outputs)
     extra = 0 if first in {output.format for output in outputs} else walked.on_disk + small
     moments = {
-        "walk": room.needed_by_walk(walked, scratch, states) + small,
+        "walk": disk_space.needed_by_walk(walked, scratch, states) + small,
         "publish": published + extra + sum(output.mask for output in outputs),
     }
     if divided(recipe) is not None:
         dense = _output(seen, looked, found, recipe, registry.DENSE)
-        training = room.needed_by_distillation(looked.architecture, dense.weights, recipe.distill)
+        training = disk_space.needed_by_distillation(looked.architecture, dense.weights, recipe.distill)
         moments["distil"] = 2 * (dense.on_disk + small) + training
         moments["walk"] += dense.on_disk + small
         moments["publish"] += dense.on_disk + small
@@ -274,7 +274,7 @@ def _existing(path: Path) -> Path:
 # ---- what the plan says --------------------------------------------------------------------------------------------------------------
 
 
-def _linears(looked: Looked, found: Pattern, recipe: Recipe) -> dict[str, Any]:
+def _linears(looked: ModelPlan, found: Pattern, recipe: Recipe) -> dict[str, Any]:
     """Every matrix that a product is taken with, and what becomes of it."""
     known, sizes = looked.architecture, looked.plan.group_sizes
     scheme = recipe.scheme
@@ -300,7 +300,7 @@ def _linears(looked: Looked, found: Pattern, recipe: Recipe) -> dict[str, Any]:
     return {"compressed": compressed, "skipped": skipped, "kept": kept}
 
 
-def _describe(output: room.Output, looked: Looked, found: Pattern, recipe: Recipe, seen: Headers, small: int) -> dict[str, Any]:
+def _describe(output: disk_space.Output, looked: ModelPlan, found: Pattern, recipe: Recipe, seen: Headers, small: int) -> dict[str, Any]:
     """One published folder: bytes and who loads it."""
     weights = sum(n * k for n, k in looked.shapes.values())
     planned = as_published(looked, seen.checkpoint, output.format)
@@ -329,12 +329,12 @@ def _describe(output: room.Output, looked: Looked, found: Pattern, recipe: Recip
 
 def _time(
     seen: Headers,
-    looked: Looked,
+    looked: ModelPlan,
     stages: list[tuple[str, Recipe, Work]],
     recipe: Recipe,
     settings: Settings,
     element: int,
-    rehearsed: Mapping[str, time.Rehearsed],
+    rehearsed: Mapping[str, time.ProbeResult],
 ) -> dict[str, Any]:
     """Seconds of each part, and what they rest on."""
     cores = settings.threads or _cores()
@@ -344,7 +344,7 @@ def _time(
     counted_at = speed
     for name, part, work in stages:
         if name in rehearsed:
-            speed = time.rehearsed_machine(counted_at, rehearsed[name], part)
+            speed = time.machine_of_probe(counted_at, rehearsed[name], part)
         walk = time.seconds_of_walk(looked.architecture, looked.plan.group_sizes, work, part, speed, size)
         parts = {name: parts.get(name, 0.0) + seconds for name, seconds in walk.items()} | {k: v for k, v in parts.items() if k not in walk}
     if divided(recipe) is not None:

@@ -26,7 +26,7 @@ from marlinctl.system.console import Console
 
 
 @dataclass(frozen=True, slots=True)
-class Looked:
+class ModelPlan:
     """A model that fits its config and the recipe, as far as headers tell."""
 
     architecture: Architecture
@@ -83,7 +83,7 @@ def check_lengths(recipe: Recipe, config: Mapping[str, Any], *, distils: bool) -
 
 def look(
     checkpoint: Checkpoint, recipe: Recipe, module_map: Path | None, console: Console, *, files: bool = True, weights: bool = True
-) -> Looked:
+) -> ModelPlan:
     """The folder (checkpoint/folder.py) and the rules. BadInput and UsageError list all that is wrong of a kind; notes are said.
 
     files: False where there is no folder yet, because it will be made from a GGUF file, tokenizer and all. weights: False where it holds
@@ -114,7 +114,7 @@ def look(
     if matches and any(isinstance(block.mlp, Experts) for block in known.blocks):
         console.warn("a model with experts: their router sends other tokens than the original's, so nothing is matched (--match 0)")
         matches = False
-    return Looked(known, rules, shapes, matches)
+    return ModelPlan(known, rules, shapes, matches)
 
 
 def formats_of(recipe: Recipe) -> list[Format]:
@@ -132,7 +132,7 @@ def stored_once(checkpoint: Checkpoint, known: Architecture) -> dict[str, Tensor
     return {name: info for name, info in checkpoint.tensors.items() if name not in copies}
 
 
-def as_published(looked: Looked, checkpoint: Checkpoint, fmt: Format) -> Packed:
+def as_published(looked: ModelPlan, checkpoint: Checkpoint, fmt: Format) -> Packed:
     """What a published folder will be to its clients (checkpoint/runtimes.py)."""
     quantized = looked.plan.group_sizes if fmt.quantized else {}
     shapes = {name: looked.shapes[name] for name in quantized}
@@ -146,7 +146,7 @@ def sixteen_bit(checkpoint: Checkpoint, quantized: Iterable[str]) -> list[str]:
     return sixteen_bit_linears(shapes, chosen)
 
 
-def check_pattern(found: Pattern, looked: Looked, recipe: Recipe, console: Console) -> None:
+def check_pattern(found: Pattern, looked: ModelPlan, recipe: Recipe, console: Console) -> None:
     """A 2:4 pattern that the source has already: kept and said aloud, or refused where the recipe makes another or needs one."""
     _say_pattern(found, len(looked.shapes), recipe, console)
     refuse_dense_tiles(found, looked.shapes, recipe)

@@ -50,7 +50,7 @@ def machine(device: str, cores: int, element: int, *, matrix_units: bool) -> Mac
 
 
 @dataclass(frozen=True, slots=True)
-class Rehearsed:
+class ProbeResult:
     """What oneshot/probe.py measured: one solve of a recipe, and the products beside it."""
 
     stage: Stage
@@ -66,7 +66,7 @@ def largest_stage(architecture: Architecture, compressed: Mapping[str, int], rec
     return max(stages(architecture, compressed), key=lambda stage: (_seconds(speed, *_solve(stage, recipe)), stage.k))
 
 
-def rehearsed_machine(speed: Machine, measured: Rehearsed, recipe: Recipe) -> Machine:
+def machine_of_probe(speed: Machine, measured: ProbeResult, recipe: Recipe) -> Machine:
     """`speed` with the rates that this machine has shown. Disk, start-up and one token at a time keep theirs."""
     stage = measured.stage
     return replace(

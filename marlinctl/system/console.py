@@ -60,7 +60,7 @@ def colour_wanted(stream: TextIO) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-class _Story:
+class _Messages:
     """A stream that falls silent for good where it cannot be written, instead of stopping the work that is told about."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -150,7 +150,7 @@ class Console:
         self._verbose = verbose and not quiet
         self._stdout = stdout
         self._stderr = stderr
-        self._story: _Story | None = None
+        self._story: _Messages | None = None
         self._colour = colour
         self._bar: Bar | None = None
         self._has_result = False
@@ -296,7 +296,7 @@ class Console:
     def _err(self) -> TextIO:
         stream = plain(self._stderr or sys.stderr)
         if self._story is None or self._story.stream is not stream:
-            self._story = _Story(stream)
+            self._story = _Messages(stream)
         return cast(TextIO, self._story)
 
     def _write_story(self, text: str, *, label: str = "", colour: str = "") -> None:

@@ -67,7 +67,7 @@ def test_a_pattern_that_nobody_states_is_found_in_the_zeros(source: Path, tmp_pa
 def test_a_dense_model_has_no_pattern(source: Path, tmp_path: Path, opened: object) -> None:
     """If this failed, any model would count as 2:4; so would one whose linear is zero altogether."""
     make_packed(source, tmp_path / "out", "ct")
-    assert sparsity.counted(*opened(tmp_path / "out")) == sparsity.Survivors(sparsity.Pattern(None, ()), 0, 0)  # type: ignore[operator]
+    assert sparsity.counted(*opened(tmp_path / "out")) == sparsity.KeptWeights(sparsity.Pattern(None, ()), 0, 0)  # type: ignore[operator]
 
     def wipe(tensors: dict[str, torch.Tensor]) -> None:
         tensors[f"{LAYER}.weight_packed"].fill_(-2004318072)  # code 0 everywhere

@@ -12,7 +12,7 @@ import pytest
 
 from marlinctl.cli import main
 from marlinctl.evaluation.gate import Measurement
-from marlinctl.oneshot.sequential import Walk
+from marlinctl.oneshot.sequential import SequentialPipeline
 from marlinctl.recipes.schema import load_recipe, recipe_hash
 from tests.distillation.runs import write_text
 from tests.evaluation.local_copies import parquet_layout
@@ -256,13 +256,13 @@ def failed_at_the_end(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> 
 def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The blocks that are solved from now on."""
     solved: list[int] = []
-    run_block = Walk.run_block
+    run_block = SequentialPipeline.run_block
 
-    def noting(self: Walk, block: Any, solve: Any) -> None:
+    def noting(self: SequentialPipeline, block: Any, solve: Any) -> None:
         solved.append(block.index)
         run_block(self, block, solve)
 
-    monkeypatch.setattr(Walk, "run_block", noting)
+    monkeypatch.setattr(SequentialPipeline, "run_block", noting)
     return solved
 
 
@@ -349,15 +349,15 @@ def test_a_job_is_not_mixed_with_another_recipe(here: Path, tmp_path: Path, monk
 def test_a_verb_that_measures_nothing_takes_no_such_flags(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Broken: the flag is ignored in silence."""
     out = tmp_path / "out"
-    run_block = Walk.run_block
+    run_block = SequentialPipeline.run_block
 
-    def stopping(self: Walk, block: Any, solve: Any) -> None:
+    def stopping(self: SequentialPipeline, block: Any, solve: Any) -> None:
         if block.index == 1:
             raise KeyboardInterrupt
         run_block(self, block, solve)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Walk, "run_block", stopping)
+        patch.setattr(SequentialPipeline, "run_block", stopping)
         assert main(["quantize", "model", str(out), *SMALL]) == 130
     capsys.readouterr()
     for flags in (["--text", "text.txt"], ["--no-eval"], ["--max-kl", "1"]):

@@ -16,11 +16,11 @@ from marlinctl.errors import ResourceProblem
 from marlinctl.models.architectures import architecture
 from marlinctl.oneshot import probe
 from marlinctl.oneshot.open import Options
-from marlinctl.oneshot.probe import rehearse
-from marlinctl.oneshot.solve import StackSolver
+from marlinctl.oneshot.probe import run_probe
+from marlinctl.oneshot.solve import StackedSolver
 from marlinctl.planning.layer_rules import plan as rules
 from marlinctl.planning.memory import Work, stages
-from marlinctl.planning.time import largest_stage, machine, rehearsed_machine, seconds_of_walk
+from marlinctl.planning.time import largest_stage, machine, machine_of_probe, seconds_of_walk
 from marlinctl.system.console import Console
 from tests.oneshot.test_run import TEXT, quantize
 from tests.planning.test_plan import plan, recipe
@@ -52,15 +52,15 @@ def test_the_stack_that_takes_longest_is_solved_as_the_run_would(
     found, sizes = known(tiny)
     chosen = recipe(text, name)
     seen: list[tuple[tuple[int, ...], int, bool]] = []
-    solve = StackSolver.solve
+    solve = StackedSolver.solve
 
-    def spy(self: StackSolver, stack: torch.Tensor, keep: Any, hessian: Any, group_size: int) -> Any:
-        assert self == StackSolver.of(chosen, matches=True, bfloat16_exact=False)
+    def spy(self: StackedSolver, stack: torch.Tensor, keep: Any, hessian: Any, group_size: int) -> Any:
+        assert self == StackedSolver.of(chosen, matches=True, bfloat16_exact=False)
         seen.append((tuple(stack.shape), group_size, hessian.drift is not None))
         return solve(self, stack, keep, hessian, group_size)
 
-    monkeypatch.setattr(StackSolver, "solve", spy)
-    measured = rehearse(found, sizes, chosen, matches=True, device=torch.device("cpu"), dtype=torch.float32)
+    monkeypatch.setattr(StackedSolver, "solve", spy)
+    measured = run_probe(found, sizes, chosen, matches=True, device=torch.device("cpu"), dtype=torch.float32)
     expected = largest_stage(found, sizes, chosen, machine("cpu", torch.get_num_threads(), 4, matrix_units=False))
     assert seen == [((expected.rows, expected.k), 32, chosen.quantize.match > 0)]
     assert expected in stages(found, sizes)
@@ -71,7 +71,7 @@ def test_a_rehearsal_leaves_no_trace_in_random_numbers(tiny: Path, text: Path) -
     """If it drew from the global generator, a run with a rehearsal would differ from one without."""
     found, sizes = known(tiny)
     before = torch.get_rng_state()
-    rehearse(found, sizes, recipe(text), matches=False, device=torch.device("cpu"), dtype=torch.float32)
+    run_probe(found, sizes, recipe(text), matches=False, device=torch.device("cpu"), dtype=torch.float32)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -80,11 +80,11 @@ def test_time_of_a_walk_is_told_from_the_measured_rates(tiny: Path, text: Path) 
     found, sizes = known(tiny)
     chosen = recipe(text)
     guess = machine("cpu", 2, 4, matrix_units=False)
-    measured = rehearse(found, sizes, chosen, matches=False, device=torch.device("cpu"), dtype=torch.float32)
+    measured = run_probe(found, sizes, chosen, matches=False, device=torch.device("cpu"), dtype=torch.float32)
     work = Work.of(chosen, element=4, matches=False, on_device=False)
-    slow = rehearsed_machine(guess, measured, chosen)
+    slow = machine_of_probe(guess, measured, chosen)
     slower = replace(measured, seconds=2 * measured.seconds, products=measured.products / 2, gram=measured.gram / 2)
-    twice = rehearsed_machine(guess, slower, chosen)
+    twice = machine_of_probe(guess, slower, chosen)
     first, second = (seconds_of_walk(found, sizes, work, chosen, speed, 10**6) for speed in (slow, twice))
     for part in ("forward", "gram", "solve"):
         assert second[part] == pytest.approx(2 * first[part])
@@ -115,7 +115,7 @@ def test_other_errors_of_a_rehearsal_are_not_called_a_lack_of_memory(tiny: Path,
     monkeypatch.setattr(probe, "_measure", broken)
     found, sizes = known(tiny)
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        rehearse(found, sizes, recipe(text), matches=False, device=torch.device("cpu"), dtype=torch.float32)
+        run_probe(found, sizes, recipe(text), matches=False, device=torch.device("cpu"), dtype=torch.float32)
 
 
 def test_a_run_says_how_long_it_will_take(tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:

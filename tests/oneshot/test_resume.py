@@ -20,7 +20,7 @@ import torch
 from marlinctl.checkpoint import contents
 from marlinctl.cli import main
 from marlinctl.oneshot import run as job
-from marlinctl.oneshot.sequential import Walk
+from marlinctl.oneshot.sequential import SequentialPipeline
 from marlinctl.planning.memory import CHUNK_TOKENS
 from tests import forked
 from tests.checkpoint.test_contents import NEVER_NEW, flip
@@ -61,29 +61,29 @@ def quantize(place: Path, out: Path, *more: str) -> list[str]:
 
 def stop_in(monkeypatch: pytest.MonkeyPatch, index: int, arguments: list[str], error: type[BaseException] = KeyboardInterrupt) -> int:
     """Run, and stop when this block begins."""
-    run_block = Walk.run_block
+    run_block = SequentialPipeline.run_block
 
-    def stopping(self: Walk, block: Any, solve: Any) -> None:
+    def stopping(self: SequentialPipeline, block: Any, solve: Any) -> None:
         if block.index == index:
             raise error
         run_block(self, block, solve)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Walk, "run_block", stopping)
+        patch.setattr(SequentialPipeline, "run_block", stopping)
         return main(arguments)
 
 
 def blocks_solved(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> tuple[int, list[int]]:
     """The exit code, and which blocks a run solves."""
     solved: list[int] = []
-    run_block = Walk.run_block
+    run_block = SequentialPipeline.run_block
 
-    def noting(self: Walk, block: Any, solve: Any) -> None:
+    def noting(self: SequentialPipeline, block: Any, solve: Any) -> None:
         solved.append(block.index)
         run_block(self, block, solve)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Walk, "run_block", noting)
+        patch.setattr(SequentialPipeline, "run_block", noting)
         return main(arguments), solved
 
 
@@ -96,8 +96,8 @@ def lines_of(out: Path) -> list[dict[str, Any]]:
 PROGRAM = """
 import sys, time
 from marlinctl.cli import main
-from marlinctl.oneshot.sequential import Walk
-run_block = Walk.run_block
+from marlinctl.oneshot.sequential import SequentialPipeline
+run_block = SequentialPipeline.run_block
 def slowly(self, block, solve):
     if block.index == 1:
         print("in block 1", flush=True)
@@ -105,7 +105,7 @@ def slowly(self, block, solve):
         while time.monotonic() < end:
             time.sleep(0.01)
     run_block(self, block, solve)
-Walk.run_block = slowly
+SequentialPipeline.run_block = slowly
 sys.exit(main(sys.argv[2:]))
 """
 
@@ -315,9 +315,9 @@ def test_a_disk_that_is_full_costs_nothing_that_was_finished(place: Path, tmp_pa
 
 def full_gpu(monkeypatch: pytest.MonkeyPatch, times: int, arguments: list[str]) -> tuple[int, list[int]]:
     """Run, and let the device's memory run out in the middle of block 2, so often. The exit code, and the tokens in flight of each walk."""
-    run_block, made, steps, left = Walk.run_block, Walk.__init__, [], [times]
+    run_block, made, steps, left = SequentialPipeline.run_block, SequentialPipeline.__init__, [], [times]
 
-    def filling(self: Walk, block: Any, solve: Any) -> None:
+    def filling(self: SequentialPipeline, block: Any, solve: Any) -> None:
         def solving(*given: Any) -> Any:
             result = solve(*given)
             if block.index == 2 and left[0]:
@@ -327,13 +327,13 @@ def full_gpu(monkeypatch: pytest.MonkeyPatch, times: int, arguments: list[str]) 
 
         run_block(self, block, solving)
 
-    def noting(self: Walk, *given: Any, **named: Any) -> None:
+    def noting(self: SequentialPipeline, *given: Any, **named: Any) -> None:
         steps.append(named["chunk_tokens"])
         made(self, *given, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Walk, "run_block", filling)
-        patch.setattr(Walk, "__init__", noting)
+        patch.setattr(SequentialPipeline, "run_block", filling)
+        patch.setattr(SequentialPipeline, "__init__", noting)
         return main(arguments), steps
 
 
@@ -366,15 +366,15 @@ def test_memory_that_runs_out_costs_nothing_that_was_finished(place: Path, tmp_p
         import resource, sys
         from pathlib import Path
         from marlinctl.cli import main
-        from marlinctl.oneshot.sequential import Walk
-        run_block = Walk.run_block
+        from marlinctl.oneshot.sequential import SequentialPipeline
+        run_block = SequentialPipeline.run_block
         def starved(self, block, solve):
             if block.index == 2:
                 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
                 resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
                 self.hidden = self.hidden.repeat(1, 1, 1 << 16)  # a gigabyte
             run_block(self, block, solve)
-        Walk.run_block = starved
+        SequentialPipeline.run_block = starved
         sys.exit(main(sys.argv[1:]))
         """
     )
@@ -546,9 +546,9 @@ def test_weights_that_change_during_a_run_are_not_published(
     shutil.copytree(place / "model", tmp_path / "model")
     out = tmp_path / "out"
     asked = ["quantize", str(tmp_path / "model"), *quantize(place, out)[2:]]
-    run_block, verify = Walk.run_block, job._verify_written
+    run_block, verify = SequentialPipeline.run_block, job._verify_written
 
-    def in_block(self: Walk, block: Any, solve: Any) -> None:
+    def in_block(self: SequentialPipeline, block: Any, solve: Any) -> None:
         if block.index == 2:
             _one_bit(tmp_path / "model")
         run_block(self, block, solve)
@@ -559,7 +559,7 @@ def test_weights_that_change_during_a_run_are_not_published(
 
     with monkeypatch.context() as patch:
         if when == "in block 2":
-            patch.setattr(Walk, "run_block", in_block)
+            patch.setattr(SequentialPipeline, "run_block", in_block)
         else:
             patch.setattr(job, "_verify_written", at_the_end)
         capfd.readouterr()

@@ -14,7 +14,7 @@ from marlinctl.data.tokens import Tokens
 from marlinctl.models.architectures import FAMILIES, Architecture, Branch, Experts, architecture
 from marlinctl.models.meta_model import build as build_skeleton
 from marlinctl.oneshot.reference_stream import Original
-from marlinctl.oneshot.sequential import Walk
+from marlinctl.oneshot.sequential import SequentialPipeline
 from marlinctl.quantize.types import Hessian
 from marlinctl.system.offload import Scratch
 from tests import zoo
@@ -32,7 +32,7 @@ def tokens(seed: int = 0) -> Tokens:
 
 
 @torch.no_grad()
-def walked(folder: Path, scratch: Path, chunk: int = 2 * LENGTH) -> tuple[Walk, dict[str, Hessian], Architecture, Checkpoint]:
+def walked(folder: Path, scratch: Path, chunk: int = 2 * LENGTH) -> tuple[SequentialPipeline, dict[str, Hessian], Architecture, Checkpoint]:
     checkpoint = open_checkpoint(folder)
     known = architecture(checkpoint.config)
     seen: dict[str, Hessian] = {}
@@ -42,7 +42,7 @@ def walked(folder: Path, scratch: Path, chunk: int = 2 * LENGTH) -> tuple[Walk, 
         return {name: checkpoint.read(f"{name}.weight").float() for name in names}
 
     cpu = torch.device("cpu")
-    walk = Walk(
+    walk = SequentialPipeline(
         build_skeleton(checkpoint.config, torch.float32), known, checkpoint, tokens(),
         device=cpu, dtype=torch.float32, scratch=Scratch(scratch, cpu), chunk_tokens=chunk,
     )  # fmt: skip
@@ -98,7 +98,7 @@ def test_drift_is_the_difference_between_two_models(model_type: str, tmp_path: P
         return {name: changed[name] for name in names}
 
     cpu = torch.device("cpu")
-    walk = Walk(
+    walk = SequentialPipeline(
         build_skeleton(checkpoint.config, torch.float32), known, checkpoint, tokens(),
         device=cpu, dtype=torch.float32, scratch=Scratch(tmp_path, cpu), chunk_tokens=2 * LENGTH, match=True,
     )  # fmt: skip
