@@ -39,7 +39,7 @@ demo: $(VENV)/.installed-demo  ## quantize a real model, pack it twice, verify a
 test: lint types tests  ## what continuous integration runs
 
 lint: $(VENV)/.installed-test  ## ruff, and the generated pages
-	$(RUN)/ruff check . && $(RUN)/python scripts/make_cli_docs.py --check
+	$(RUN)/ruff check . && $(RUN)/python scripts/make_cli_docs.py --check && $(RUN)/python scripts/make_troubleshooting.py --check
 
 types: $(VENV)/.installed-test  ## mypy
 	$(RUN)/mypy
@@ -62,7 +62,7 @@ format: $(VENV)/.installed-test  ## ruff format
 	$(RUN)/ruff format .
 
 docs: $(VENV)/.installed-test  ## write the generated pages anew
-	$(RUN)/python scripts/make_cli_docs.py
+	$(RUN)/python scripts/make_cli_docs.py && $(RUN)/python scripts/make_troubleshooting.py
 
 site: $(VENV)/.installed-docs  ## docs/ as a site
 	NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs build -q

@@ -82,7 +82,7 @@ class _Verbs(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in VERBS and not args[0].startswith("-"):
             raise UsageError(
-                "E200", f"there is no verb '{args[0]}'", where=f"marlinctl {args[0]}", fix=_nearest(args[0], VERBS, "marlinctl --help")
+                "E202", f"there is no verb '{args[0]}'", where=f"marlinctl {args[0]}", fix=_nearest(args[0], VERBS, "marlinctl --help")
             )
         return super().resolve_command(ctx, args)
 
@@ -205,18 +205,18 @@ def _as_marlinctl_error(error: BaseException) -> MarlinctlError | None:
         )
     if type(error).__name__ == "PanicException":  # of a library in Rust; it derives from BaseException and from nothing else
         what, fix = f"a file of the model or a text makes a library give up: {error}", "take the tokenizer's files from the original model"
-        return BadInput("E328", what, where=_notes(error) or "the tokenizer, most often", fix=fix)
+        return BadInput("E325", what, where=_notes(error) or "the tokenizer, most often", fix=fix)
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         where = str(error.filename) if error.filename else "the output of this run"
-        return ResourceProblem("E591", f"writing failed: {error.strerror}", where=where, fix="free some space, or write to another disk")
+        return ResourceProblem("E500", f"writing failed: {error.strerror}", where=where, fix="free some space, or write to another disk")
     if isinstance(error, OSError) and error.errno in _DISK_FAILED:
         where = str(error.filename) if error.filename else "a file or stdout"
         return ResourceProblem(
-            "E591", f"reading or writing failed: {error.strerror}", where=where, fix="check the disk, or use another one"
+            "E500", f"reading or writing failed: {error.strerror}", where=where, fix="check the disk, or use another one"
         )
     if isinstance(error, OSError) and error.errno in _NO_SUCH_NAME:
         where = str(error.filename) if error.filename else "a path of the command line"
-        return UsageError("E233", f"the path cannot be used: {error.strerror}", where=where, fix="give another path")
+        return UsageError("E240", f"the path cannot be used: {error.strerror}", where=where, fix="give another path")
     if isinstance(error, FileNotFoundError) and not _is_somewhere():
         fix = "change into a folder that exists, then run it again"
         return EnvironmentProblem("E490", "the current folder was deleted", where="this run", fix=fix)
@@ -283,12 +283,12 @@ def _usage_error(error: click.ClickException, args: list[str]) -> MarlinctlError
     if isinstance(error, click.NoSuchOption):
         known = [name for parameter in context.command.get_params(context) for name in parameter.opts] if context is not None else []
         return UsageError(
-            "E201", f"there is no option {error.option_name}", where=command, fix=_nearest(error.option_name, known, help_line)
+            "E202", f"there is no option {error.option_name}", where=command, fix=_nearest(error.option_name, known, help_line)
         )
     if isinstance(error, click.exceptions.NoSuchCommand):
         known = context.command.list_commands(context) if context is not None and isinstance(context.command, click.Group) else []
         return UsageError(
-            "E200", f"there is no verb '{error.command_name}'", where=command, fix=_nearest(error.command_name, known, help_line)
+            "E202", f"there is no verb '{error.command_name}'", where=command, fix=_nearest(error.command_name, known, help_line)
         )
     return UsageError("E202", error.format_message().rstrip("."), where=command, fix=f"see {help_line}")
 

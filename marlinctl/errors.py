@@ -7,11 +7,11 @@
     ├── EnvironmentProblem         4   this machine lacks something: a package, a device, a writable folder
     ├── ResourceProblem            5   disk or memory ran out
     ├── NumericalProblem           6   NaN, infinity, or a matrix that cannot be factored
-    ├── HubProblem                 7   the hub or the network
-    └── Interrupted              130   Ctrl-C (129: SIGHUP, 143: SIGTERM)
+    └── HubProblem                 7   the hub or the network
 
-An error is written for the person at the terminal: what is wrong, where, and how to mend it. It carries one or more
-problems, because a refusal names everything that is wrong at once. Ids are stable; docs/troubleshooting.md explains each.
+An error is written for the person at the terminal: what is wrong, where, and how to fix it. It carries one or more problems, because a
+refusal names everything that is wrong at once. Its id says the kind of problem; system/troubleshooting.py explains each, and the page
+docs/troubleshooting.md is written from that. Ids are stable. E3xx belongs to exit code 3, and so on; E9xx to 70.
 """
 
 from __future__ import annotations
@@ -31,12 +31,20 @@ class Problem:
     fix: str
 
 
+def exit_code(error_id: str) -> int:
+    """The exit code that the hundreds of an id stand for."""
+    hundreds = int(error_id[1])
+    return MarlinctlError.exit_code if hundreds == 9 else hundreds
+
+
 class MarlinctlError(Exception):
-    """Base of the tree. `error_id` is stable across releases (docs/troubleshooting.md)."""
+    """Base of the tree. `error_id` is stable across releases (docs/troubleshooting.md); ValueError for one of another class."""
 
     exit_code = 70
 
     def __init__(self, error_id: str, what: str, *, where: str, fix: str, more: Sequence[Problem] = ()) -> None:
+        if exit_code(error_id) != self.exit_code:
+            raise ValueError(f"{error_id} is not an id of {type(self).__name__}, which ends with {self.exit_code}")
         super().__init__(what)
         self.error_id = error_id
         self.problems = (Problem(what, where, fix), *more)
@@ -46,7 +54,7 @@ class MarlinctlError(Exception):
         """One error that lists all problems found, up to MOST_PROBLEMS; the first one gives the headline."""
         first, *rest = problems[:MOST_PROBLEMS]
         if len(problems) > MOST_PROBLEMS:
-            rest.append(Problem(f"and {len(problems) - MOST_PROBLEMS:,} more problems", first.where, "mend the ones above first"))
+            rest.append(Problem(f"and {len(problems) - MOST_PROBLEMS:,} more problems", first.where, "fix the ones above first"))
         return cls(error_id, first.what, where=first.where, fix=first.fix, more=rest)
 
 
@@ -80,7 +88,3 @@ class NumericalProblem(MarlinctlError):
 
 class HubProblem(MarlinctlError):
     exit_code = 7
-
-
-class Interrupted(MarlinctlError):
-    exit_code = 130

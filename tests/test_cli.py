@@ -94,12 +94,12 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error_id", "suggestion"),
     [
-        (["quantise", "m"], "E200", "quantize"),
-        (["inspct"], "E200", "inspect"),
-        (["zzzzz"], "E200", "marlinctl --help"),
-        (["--jsno"], "E201", "--json"),
-        (["probe", "--group-sise", "64"], "E201", "--group-size"),
-        (["recipes", "lss"], "E200", "ls"),
+        (["quantise", "m"], "E202", "quantize"),
+        (["inspct"], "E202", "inspect"),
+        (["zzzzz"], "E202", "marlinctl --help"),
+        (["--jsno"], "E202", "--json"),
+        (["probe", "--group-sise", "64"], "E202", "--group-size"),
+        (["recipes", "lss"], "E202", "ls"),
         (["probe", "--group-size", "many"], "E202", "marlinctl probe --help"),
         (["probe", "--group-size"], "E202", "marlinctl probe --help"),
         (["probe", "extra"], "E202", "marlinctl probe --help"),
@@ -135,13 +135,13 @@ def test_wrong_usage_as_json(arguments: list[str], verb: Any, capsys: pytest.Cap
 CASES: list[tuple[BaseException, int, str]] = [
     (CheckFailed("E101", "w", where="p", fix="f"), 1, "e101"),
     (BadInput("E312", "w", where="p", fix="f"), 3, "e312"),
-    (NumericalProblem("E601", "w", where="p", fix="f"), 6, "e601"),
+    (NumericalProblem("E620", "w", where="p", fix="f"), 6, "e620"),
     (HubProblem("E701", "w", where="p", fix="f"), 7, "e701"),
     (MemoryError(), 5, "e590"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), 5, "e590"),
     (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), 5, "e590"),
-    (OSError(errno.ENOSPC, "No space left on device", "/out/model"), 5, "e591"),
-    (OSError(errno.EDQUOT, "Disk quota exceeded"), 5, "e591"),
+    (OSError(errno.ENOSPC, "No space left on device", "/out/model"), 5, "e500"),
+    (OSError(errno.EDQUOT, "Disk quota exceeded"), 5, "e500"),
     (PermissionError(errno.EACCES, "Permission denied", "/srv/x"), 4, "e490"),
     (OSError(errno.EROFS, "Read-only file system"), 4, "e490"),
     (ValueError("boom"), 70, "e900"),
@@ -422,7 +422,7 @@ def test_a_stdout_that_is_open_for_reading_alone_is_exit_5() -> None:
         child = start(RESULT, stdout=nothing)
         _, err = child.communicate(timeout=30)
     assert child.returncode == 5
-    assert "docs/troubleshooting.md#e591" in err
+    assert "docs/troubleshooting.md#e500" in err
 
 
 def removed_folder(tmp_path: Path) -> Callable[[], None]:

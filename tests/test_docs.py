@@ -15,6 +15,7 @@ import pytest
 
 from marlinctl import cli
 from marlinctl.recipes.schema import Recipe, builtin_names
+from marlinctl.system.troubleshooting import CATALOG
 from tests.test_architecture import PACKAGE, ROOT
 
 DOCS = ROOT / "docs"
@@ -32,10 +33,11 @@ def anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()).replace(" ", "-")
 
 
-def test_cli_page_is_what_the_help_says() -> None:
-    """An option that was renamed would live on in the docs."""
+@pytest.mark.parametrize("script", ["make_cli_docs.py", "make_troubleshooting.py"])
+def test_generated_pages_are_what_their_source_says(script: str) -> None:
+    """An option that was renamed would live on in the docs, and an error would print a link that leads nowhere."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "make_cli_docs.py"), "--check"], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, str(ROOT / "scripts" / script), "--check"], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -81,13 +83,39 @@ def test_examples_in_the_docs_use_real_options() -> None:
     assert not wrong
 
 
+def named_ids(text: str) -> set[str]:
+    return {found.upper() for found in re.findall(r"\bE\d{3}\b|(?<=#)e\d{3}\b", text)}
+
+
 def test_every_error_id_is_explained_and_no_other() -> None:
     """`docs: ...#e312` must lead somewhere, and a page full of dead ids hides the living ones."""
-    used = {found for path in PACKAGE.rglob("*.py") for found in re.findall(r"[\"'](E\d{3})[\"']", path.read_text("utf-8"))}
-    explained = [heading for heading in headings(DOCS / "troubleshooting.md") if re.fullmatch(r"E\d+", heading)]
-    assert len(explained) == len(set(explained))
-    assert sorted(used - set(explained)) == [], "raised, but not in docs/troubleshooting.md"
-    assert sorted(set(explained) - used) == [], "in docs/troubleshooting.md, but never raised"
+    catalog = PACKAGE / "system" / "troubleshooting.py"
+    sources = [path.read_text("utf-8") for path in PACKAGE.rglob("*.py") if path != catalog]
+    used = {found for text in sources for found in re.findall(r"[\"'](E\d{3})[\"']", text)}
+    explained = [entry.error_id for entry in CATALOG]
+    assert explained == sorted(set(explained))
+    assert sorted(used - set(explained)) == [], "raised, but not in the catalog"
+    assert sorted(set(explained) - used) == [], "in the catalog, but never raised"
+    assert [heading for heading in headings(DOCS / "troubleshooting.md") if re.fullmatch(r"E\d+", heading)] == explained
+
+
+def test_pages_and_docstrings_name_ids_that_are_printed() -> None:
+    """A reader would look for an id that no error has any more."""
+    living = {entry.error_id for entry in CATALOG}
+    files = [path for path in [*PAGES, *PACKAGE.rglob("*.py")] if path.stem != "troubleshooting"]
+    assert {path.name: gone for path in files if (gone := sorted(named_ids(path.read_text("utf-8")) - living))} == {}
+
+
+def test_a_number_never_gets_another_meaning() -> None:
+    """An id in an old log would lead to the explanation of something else, or to two."""
+    former = [error_id for entry in CATALOG for error_id in entry.former]
+    assert len(former) == len(set(former)) and not {*former} & {entry.error_id for entry in CATALOG}
+    page = (DOCS / "troubleshooting.md").read_text("utf-8")
+    for entry in CATALOG:
+        assert all(
+            re.search(rf"^- .*\b{error_id}\b.*\(#{entry.error_id.lower()}\)$", page, flags=re.MULTILINE) for error_id in entry.former
+        )
+        assert {error_id[:2] for error_id in entry.former} <= {entry.error_id[:2]}, "the exit code of a kind would have changed"
 
 
 def test_error_ids_stand_under_their_exit_code() -> None:

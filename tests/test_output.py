@@ -144,7 +144,7 @@ def test_an_error_is_one_json_document_too(name: str, command: click.Command, ca
     """The one document that a script most needs to understand."""
     assert cli.main([*name.split(), "--json", "--no-such-option"]) == 2
     out, err = capfd.readouterr()
-    assert json.loads(out)["schema_version"] == SCHEMA_VERSION and json.loads(out)["error"]["id"] == "E201"
+    assert json.loads(out)["schema_version"] == SCHEMA_VERSION and json.loads(out)["error"]["id"] == "E202"
     assert err == ""
 
 

@@ -132,9 +132,9 @@ def check(
 
 
 def refuse(problems: Sequence[Problem]) -> None:
-    """CheckFailed E120 where anything was wrong: what gives wrong products is not timed."""
+    """CheckFailed E113 where anything was wrong: what gives wrong products is not timed."""
     if problems:
-        raise CheckFailed.from_problems("E120", problems[:MOST_TOLD])
+        raise CheckFailed.from_problems("E113", problems[:MOST_TOLD])
 
 
 def _odd(tallies: Sequence[Tally], kind: Kind, device: torch.device) -> None:

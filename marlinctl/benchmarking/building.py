@@ -76,7 +76,7 @@ def build(architectures: Sequence[str], *, only: Sequence[str], console: Console
 
     group_sizes: of kernels that are compiled for one each; the others take all.
 
-    UsageError E297 for an unknown architecture or configuration; EnvironmentProblem E403, E404, E410 as cubins.telling raises them.
+    UsageError E202 for an unknown architecture or configuration; EnvironmentProblem E403, E490 as cubins.telling raises them.
     """
     architectures = tuple(dict.fromkeys(RUNS.get(name, name) for name in architectures))
     _refuse_strangers(architectures, only)
@@ -105,7 +105,7 @@ def build(architectures: Sequence[str], *, only: Sequence[str], console: Console
 
 
 def default_architectures() -> tuple[str, ...]:
-    """Those of this machine's GPUs; without one, all that a GPU could ask for. EnvironmentProblem E421: one that no kernel is made for."""
+    """Those of this machine's GPUs; without one, all that a GPU could ask for. EnvironmentProblem E420: one that no kernel is made for."""
     import torch
 
     there = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
@@ -113,7 +113,7 @@ def default_architectures() -> tuple[str, ...]:
         return tuple(dict.fromkeys(architecture_of(torch.device("cuda", i)) for i in there)) or EVERYWHERE
     except ValueError as error:
         fix = f"name the GPUs that the kernels are for: --arch {EVERYWHERE[0]}, or another of {', '.join(EVERYWHERE)}"
-        raise EnvironmentProblem("E421", str(error), where="bench --build without --arch", fix=fix) from error
+        raise EnvironmentProblem("E420", str(error), where="bench --build without --arch", fix=fix) from error
 
 
 def build_table(document: dict[str, Any]) -> str:
@@ -163,12 +163,12 @@ def _refuse_strangers(architectures: Sequence[str], only: Sequence[str]) -> None
     for name in architectures:
         if name not in SHARED_BYTES:
             known = ", ".join(SHARED_BYTES)
-            raise UsageError("E297", f"there are no kernels for {name}", where=f"--arch {name}", fix=f"known are {known}")
+            raise UsageError("E202", f"there are no kernels for {name}", where=f"--arch {name}", fix=f"known are {known}")
     names = list(dict.fromkeys(job.name for architecture in architectures for job in _jobs(architecture)))
     for name in only:
         if name not in names:
             what = f"there is no kernel {name} for {', '.join(architectures)}"
-            raise UsageError("E297", what, where=f"--only {name}", fix=f"there are {', '.join(names)}")
+            raise UsageError("E202", what, where=f"--only {name}", fix=f"there are {', '.join(names)}")
 
 
 def _build(job: Job, folder: Path) -> Built:

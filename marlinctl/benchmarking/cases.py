@@ -82,7 +82,7 @@ def named_set(name: str, group_size: int) -> LayerSet:
 
 
 def shapes_set(texts: Sequence[str], group_size: int) -> LayerSet:
-    """--shape 4096x14336, as often as given. UsageError E298."""
+    """--shape 4096x14336, as often as given. UsageError E202."""
     return LayerSet("shapes", tuple(Layer(text, _shape(text, group_size)) for text in texts))
 
 
@@ -94,7 +94,7 @@ def roofline_set(group_size: int) -> LayerSet:
 def checkpoint_set(folder: Path, console: Console) -> tuple[LayerSet, Kind | None]:
     """The packed linears of a folder, equal ones together, and the kind that its format fixes: marlin_24 is 2:4, marlin is dense.
 
-    Sizes are rounded up to multiples of 64, as the tiles are. BadInput as open_checkpoint raises it; UsageError E298 where the folder has
+    Sizes are rounded up to multiples of 64, as the tiles are. BadInput as open_checkpoint raises it; UsageError E202 where the folder has
     no packed linear that a kernel multiplies.
     """
     from marlinctl.checkpoint.folder import open_folder
@@ -115,7 +115,7 @@ def checkpoint_set(folder: Path, console: Console) -> tuple[LayerSet, Kind | Non
         console.warn(f"{left_out} of {sum(found.values())} linears have groups that no kernel multiplies; they are not measured")
     if not layers:
         raise UsageError(
-            "E298",
+            "E202",
             f"there is no packed linear to measure ({info.name})",
             where=str(folder),
             fix="name a folder that `pack` wrote, or --layers",
@@ -130,28 +130,28 @@ def distinct(sets: Iterable[LayerSet]) -> tuple[Shape, ...]:
 
 
 def parse_tokens(text: str, option: str = "--tokens") -> tuple[int, ...]:
-    """`1,8,16`: ascending, each once. UsageError E298."""
+    """`1,8,16`: ascending, each once. UsageError E202."""
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"[1-9][0-9]{0,6}", part) for part in parts):
-        raise UsageError("E298", f"{option} {text!r} is not a list of numbers", where=option, fix=f"give for example {option} 1,8,16,64")
+        raise UsageError("E202", f"{option} {text!r} is not a list of numbers", where=option, fix=f"give for example {option} 1,8,16,64")
     return tuple(sorted({int(part) for part in parts}))
 
 
 def checked(n: int, k: int, group_size: int) -> Shape:
-    """UsageError E298 for what no tile holds."""
+    """UsageError E202 for what no tile holds."""
     if n % MULTIPLE or k % MULTIPLE or n < MULTIPLE or k < MULTIPLE:
-        raise UsageError("E298", f"{n}x{k}: N and K of what is timed are multiples of 64", where="--shape", fix="round both up to 64")
+        raise UsageError("E202", f"{n}x{k}: N and K of what is timed are multiples of 64", where="--shape", fix="round both up to 64")
     shape = Shape(n, k, group_size)
     if not _multiplied(shape):
         what = f"K={k} has no groups of {group_size}"
-        raise UsageError("E298", what, where="--group-size", fix="give 32, 64, 128 or -1, of which K is a multiple")
+        raise UsageError("E202", what, where="--group-size", fix="give 32, 64, 128 or -1, of which K is a multiple")
     return shape
 
 
 def _shape(text: str, group_size: int) -> Shape:
     found = re.fullmatch(r"([0-9]{1,7})x([0-9]{1,7})", text.strip().lower())
     if found is None:
-        raise UsageError("E298", f"--shape {text!r} is not NxK", where="--shape", fix="give for example --shape 4096x14336, outputs first")
+        raise UsageError("E202", f"--shape {text!r} is not NxK", where="--shape", fix="give for example --shape 4096x14336, outputs first")
     return checked(int(found[1]), int(found[2]), group_size)
 
 

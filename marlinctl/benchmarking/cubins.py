@@ -29,7 +29,7 @@ def kernel_folder(cache_dir: Path | None) -> Path:
 
 @contextmanager
 def telling(folder: Path, where: str) -> Iterator[None]:
-    """What compiling and loading raise, as errors of the command line: E403, E404, E405, E410."""
+    """What compiling and loading raise, as errors of the command line: E403, E490."""
     try:
         yield
     except jit.CompilerMissing as error:
@@ -38,12 +38,12 @@ def telling(folder: Path, where: str) -> Iterator[None]:
         raise EnvironmentProblem("E403", str(error), where="compiling a CUDA kernel", fix=fix) from error
     except jit.CompilationFailed as error:
         fix = "use the versions of torch and nvidia-cuda-nvrtc in constraints.txt; if that does not help, report these lines"
-        raise EnvironmentProblem("E404", str(error), where=where, fix=fix) from error
+        raise EnvironmentProblem("E403", str(error), where=where, fix=fix) from error
     except jit.DriverTooOld as error:
         newest = OLDEST_DRIVER.get(error.needed, "of a newer branch")
         fix = f"install driver {newest} or newer, or cuda-bindings and NVRTC of CUDA {error.known}, as a torch built for it brings them"
-        raise EnvironmentProblem("E405", str(error), where=where, fix=fix) from error
+        raise EnvironmentProblem("E403", str(error), where=where, fix=fix) from error
     except OSError as error:
         fix = "name another place with --cache-dir or MARLINCTL_CACHE"
         what = f"the cache of compiled kernels cannot be used: {error.strerror or error}"
-        raise EnvironmentProblem("E410", what, where=str(folder), fix=fix) from error
+        raise EnvironmentProblem("E490", what, where=str(folder), fix=fix) from error

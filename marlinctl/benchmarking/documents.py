@@ -229,19 +229,19 @@ class Document:
 
 
 def read_document(path: Path) -> Document:
-    """BadInput E398 for a file that is not what a run writes; it names every field that is wrong."""
+    """BadInput E374 for a file that is not what a run writes; it names every field that is wrong."""
     again = "give the bench.json that `marlinctl bench --out DIR` wrote"
     try:
         content = read_plain_json(path)
     except FileRefused as refused:
-        raise BadInput("E398", f"this cannot be read: {refused.problem.what}", where=str(path), fix=again) from None
+        raise BadInput("E374", f"this cannot be read: {refused.problem.what}", where=str(path), fix=again) from None
     if isinstance(content, dict):
         content.pop("schema_version", None)  # of the console, where --json was redirected into a file
     try:
         return TypeAdapter(Document).validate_json(json.dumps(content))
     except ValidationError as error:
         wrong = [Problem(_told(item), str(path), again) for item in error.errors(include_url=False)[:10]]
-    raise BadInput.from_problems("E398", wrong)
+    raise BadInput.from_problems("E374", wrong)
 
 
 def _told(item: Any) -> str:

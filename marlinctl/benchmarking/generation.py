@@ -83,13 +83,13 @@ class Case:
 
 
 def parse_lengths(text: str) -> tuple[Lengths, ...]:
-    """`64:64,1024:128`: prompt and new tokens of each case. UsageError E297 for anything else."""
+    """`64:64,1024:128`: prompt and new tokens of each case. UsageError E202 for anything else."""
     found = []
     for part in text.split(","):
         prompt, _, new = part.partition(":")
         if not (prompt.isdecimal() and new.isdecimal() and int(prompt) >= 1 and int(new) >= 2):
             raise UsageError(
-                "E299", f"{part!r} is no prompt length and number of new tokens", where="--lengths", fix="such as 64:64,1024:128"
+                "E246", f"{part!r} is no prompt length and number of new tokens", where="--lengths", fix="such as 64:64,1024:128"
             )
         found.append(Lengths(int(prompt), int(new)))
     return tuple(found)
@@ -143,7 +143,7 @@ def run(
 
 
 def load_packed(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A native folder, its linears packed. BadInput E365 for any other folder."""
+    """A native folder, its linears packed. BadInput E313 for any other folder."""
     from transformers import AutoModelForCausalLM
 
     from marlinctl.checkpoint.folder import open_folder
@@ -153,7 +153,7 @@ def load_packed(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTr
         config = transformers_config(examined.checkpoint.config, folder, quantized=True)
     if not examined.info.format.native:
         raise BadInput(
-            "E365",
+            "E313",
             "this folder has no packed linears: it is not in the format marlin or marlin_24",
             where=str(folder),
             fix=f"pack it first: `marlinctl pack {folder} OUT --format marlin`",
@@ -270,7 +270,7 @@ def _refuse_long(model: PreTrainedModel, lengths: Sequence[Lengths]) -> None:
     for length in lengths:
         if limit is not None and length.prompt + length.new > limit:
             raise UsageError(
-                "E299",
+                "E246",
                 f"{length.prompt} + {length.new} tokens are more than the {limit} positions of this model",
                 where="--lengths",
                 fix=f"at most {limit} together",

@@ -28,7 +28,7 @@ OLDEST = (8, 0)
 def open_gpu(name: str) -> Gpu:
     """Asked before anything is put on the GPU.
 
-    EnvironmentProblem E420 where there is no CUDA device, E421 where no kernel is made for it, E403 and E405 where none can be compiled or
+    EnvironmentProblem E420 where there is no CUDA device or no kernel is made for it, E403 where none can be compiled or
     loaded.
     """
     if not torch.cuda.is_available():
@@ -50,7 +50,7 @@ def open_gpu(name: str) -> Gpu:
             checked_architecture(torch.device("cuda", index))
     except ValueError as error:
         fix = "bench on an A100, A10, RTX 30 or 40, L4, L40, H100 or H200"
-        raise EnvironmentProblem("E421", str(error), where=f"cuda:{index}", fix=fix) from error
+        raise EnvironmentProblem("E420", str(error), where=f"cuda:{index}", fix=fix) from error
     return Gpu(index)
 
 

@@ -1,6 +1,6 @@
 """`marlinctl bench`: are the kernels right, and how fast are they? This order, in one process, on one GPU.
 
-    1 accuracy    operators, and configurations where asked for, against float64; anything wrong ends the run (E120)
+    1 accuracy    operators, and configurations where asked for, against float64; anything wrong ends the run (E113)
     2 ceilings    how fast this GPU reads, and multiplies
     3 cases       each linear times each M: torch in both layouts, the operators, configurations, peers, taking turns
     4 drift       the first case once more
@@ -105,7 +105,7 @@ class _Bench:
 
 
 def run(asked: Asked, gpu: Device, console: Console) -> Document:
-    """CheckFailed E120 where a product is wrong; what compiling and loading raise (E403, E404, E410)."""
+    """CheckFailed E113 where a product is wrong; what compiling and loading raise (E403, E490)."""
     with gpu.current():
         clocks = gpu.clocks()
         ways = (False, True) if overlaps(gpu.architecture) else (False,)
@@ -150,7 +150,7 @@ def run(asked: Asked, gpu: Device, console: Console) -> Document:
 
 
 def _work(asked: Asked, gpu: Device, console: Console) -> list[tuple[Shape, list[int]]]:
-    """Each linear and its values of M, without those that do not fit into the device's memory. UsageError E298 if nothing does."""
+    """Each linear and its values of M, without those that do not fit into the device's memory. UsageError E202 if nothing does."""
     shapes = distinct(asked.sets)
     work = [
         (shape, [m for m in asked.tokens if needed_bytes(shape, m, gpu.l2_bytes) <= MEMORY_SHARE * gpu.memory_bytes]) for shape in shapes
@@ -161,7 +161,7 @@ def _work(asked: Asked, gpu: Device, console: Console) -> list[tuple[Shape, list
         console.warn(f"{left_out} products do not fit into the {gpu.memory_bytes / 2**30:.0f} GiB of {gpu.name} and are left out")
     if not work:
         fix = "take a smaller linear, or fewer tokens"
-        raise UsageError("E298", f"nothing that was asked for fits into the memory of {gpu.name}", where="--shape, --tokens", fix=fix)
+        raise UsageError("E202", f"nothing that was asked for fits into the memory of {gpu.name}", where="--shape, --tokens", fix=fix)
     return work
 
 

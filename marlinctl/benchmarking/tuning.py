@@ -24,7 +24,7 @@ TOKENS = (1, 16, 32, 48, 64, 96, 128, 256, 512)
 
 
 def read_own_table() -> dict[str, Any]:
-    """The user's table as it is, or an empty one. BadInput E397 where it is damaged, before anything is measured."""
+    """The user's table as it is, or an empty one. BadInput E374 where it is damaged, before anything is measured."""
     path = own_table()
     try:
         data = jit.read_own(path.parent, path.name)
@@ -32,7 +32,7 @@ def read_own_table() -> dict[str, Any]:
             return {"schema_version": dispatch.SCHEMA_VERSION, "architectures": {}}
         dispatch.parse(data, path)
     except (ValueError, PermissionError) as error:
-        raise BadInput("E397", str(error), where=str(path), fix="remove it; the packaged table and --tune do without") from error
+        raise BadInput("E374", str(error), where=str(path), fix="remove it; the packaged table and --tune do without") from error
     table: dict[str, Any] = json.loads(data)
     return table
 

@@ -153,7 +153,7 @@ def read_contents(
 
     scan: tensors to look at for NaN, infinity and what is odd; for_4_bits: those of them that will be quantized. What is found does not
     stop the pass: `Contents.require_finite` refuses it, so that a file with a known digest can be called damaged first (source_digests.py).
-    BadInput E303 where a shard cannot be read to its end, E350 for a small file that may not be followed.
+    BadInput E301 where a shard cannot be read to its end, and for a small file that may not be followed.
     """
     folder = checkpoint.folder
     shards = {str(path.relative_to(folder)): path for path in checkpoint.files}
@@ -298,4 +298,4 @@ def _digest_of(folder: Path, name: str) -> str:
     try:
         return _sha256(folder, name)
     except FileRefused as refused:
-        raise BadInput.from_problems("E350", [refused.problem]) from None
+        raise BadInput.from_problems("E301", [refused.problem]) from None

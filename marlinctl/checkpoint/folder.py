@@ -1,14 +1,14 @@
 """The one look at a model folder that every verb takes before it does anything with it.
 
-    small files     regular, inside of the folder, JSON where they should be           E350
-    manifest        of a schema that is known; config, tokenizer, template as listed   E102, E304
-    quantization    the block of config.json, key by key; it is of these tensors       E313, E340 to E343, E348
+    small files     regular, inside of the folder, JSON where they should be           E301
+    manifest        of a schema that is known; config, tokenizer, template as listed   E101, E304
+    quantization    the block of config.json, key by key; it is of these tensors       E302, E313, E340
     code            nothing of config or tokenizer is run; what asks for it is told    E312
-    structure       every tensor that the model needs, and no other                    E302, E317, E318, E396
-    tokenizer       there, and not larger than the embedding                           E314, E315
-    tied head       the embedding, where config.json says so                           E375
+    structure       every tensor that the model needs, and no other                    E302
+    tokenizer       there, and not larger than the embedding                           E314
+    tied head       the embedding, where config.json says so                           E302
 
-Before that, `open_checkpoint` has looked at config.json, headers, index and links (E300 to E311, E316). A verb says what it needs, and has
+Before that, `open_checkpoint` has read config.json, headers, index and links (E301, E302, E304, E306, E307, E390, E392). A verb says what it needs, and has
 no list of its own: quantize, sparsify, compress and plan by way of planning/preflight.py, distill (both models), pack, eval, inspect,
 verify, report and bench, and the API. No torch; the only weights that are read are an embedding and a head that should be equal.
 
@@ -85,7 +85,7 @@ def examine(
     files: bool = True,
     weights: bool = True,
 ) -> Examined:
-    """All checks of the table above, in its order. BadInput lists all that is wrong of a kind; CheckFailed E102 for the manifest.
+    """All checks of the table above, in its order. BadInput lists all that is wrong of a kind; CheckFailed E101 for the manifest.
 
     dense: a quantized checkpoint is refused. files: False where there is no folder yet, because it will be made from a GGUF file.
     weights: False where the folder holds headers alone, as for a plan of a model on the hub.
@@ -100,7 +100,7 @@ def examine(
     info = registry.detect(config, checkpoint.tensors)
     if info.format.quantized and not info.layers:
         what = f"config.json says {info.name}, but no tensor is packed that way"
-        raise BadInput("E348", what, where=str(folder), fix="config.json belongs to another model; fetch the checkpoint again")
+        raise BadInput("E302", what, where=str(folder), fix="config.json belongs to another model; fetch the checkpoint again")
     notes = (*checkpoint.notes, *check_switches(folder, config, files=files))
     known = None if structure == "no" else _architecture(checkpoint, info, structure, module_map)
     checks: list[Callable[[], None]] = []
@@ -142,7 +142,7 @@ def _check_small_files_open(folder: Path) -> None:
         except FileRefused as refused:
             problems.append(refused.problem)
     if problems:
-        raise BadInput.from_problems("E350", problems)
+        raise BadInput.from_problems("E301", problems)
 
 
 # ---- structure -----------------------------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def _structure_checks(checkpoint: Checkpoint, info: FormatInfo, known: Architect
 
 
 def _refuse_unexpected(checkpoint: Checkpoint, info: FormatInfo, known: Architecture, names: Iterable[str]) -> None:
-    """BadInput E396 for tensors that the model has no place for."""
+    """BadInput E302 for tensors that the model has no place for."""
     may_be_idle = set(biases(checkpoint, info))
     extra = known.unexpected({name: None for name in names if name not in may_be_idle})
     if not extra:
@@ -194,7 +194,7 @@ def _refuse_unexpected(checkpoint: Checkpoint, info: FormatInfo, known: Architec
     else:
         what = f"{len(extra)} tensors have no place in the model that config.json describes: {listed}"
         fix = "config.json and the weights do not belong together (fewer layers than weights?); download both again"
-    raise BadInput("E396", what, where=str(checkpoint.folder), fix=fix)
+    raise BadInput("E302", what, where=str(checkpoint.folder), fix=fix)
 
 
 def biases(checkpoint: Checkpoint, info: FormatInfo) -> list[str]:
@@ -203,11 +203,11 @@ def biases(checkpoint: Checkpoint, info: FormatInfo) -> list[str]:
 
 
 def refuse_used(checkpoint: Checkpoint, idle: Iterable[str]) -> None:
-    """BadInput E396 for a bias that the model has no place for and that is not zero."""
+    """BadInput E302 for a bias that the model has no place for and that is not zero."""
     used = [name for name in idle if any(checkpoint.raw(name))]
     if used:
         what = f"{len(used)} biases are not zero, and the model of config.json has no place for them; the first is {shown(used[0], 100)}"
-        raise BadInput("E396", what, where=str(checkpoint.folder), fix=_APART)
+        raise BadInput("E302", what, where=str(checkpoint.folder), fix=_APART)
 
 
 def _check_packed(checkpoint: Checkpoint, info: FormatInfo, known: Architecture) -> None:
@@ -238,16 +238,16 @@ def _other_layout(checkpoint: Checkpoint, packed: set[str], known: Architecture)
     begins = f"{known.decoder}."
     if all(name.startswith(begins) and name.removeprefix(begins) in tensors for name in missing):
         what = f'the names of the tensors lack "{begins}": {missing[0].removeprefix(begins)} in place of {missing[0]}'
-        return BadInput("E317", what, where=where, fix=_saved_again(checkpoint.folder))
+        return BadInput("E302", what, where=where, fix=_saved_again(checkpoint.folder))
     inner = _prefix_before(missing[0], tensors)
     if inner and all(inner + name in tensors for name in missing):
         what = f"the names of the tensors begin with {shown(inner, 60)!r}: {shown(inner, 60)}{missing[0]} in place of {missing[0]}"
-        return BadInput("E317", what, where=where, fix=_saved_again(checkpoint.folder))
+        return BadInput("E302", what, where=where, fix=_saved_again(checkpoint.folder))
     if all(".experts." in name for name in missing):
         fused = [name for name, info in tensors.items() if ".experts." in name and len(info.shape) == 3]
         if fused:
             what = f"the experts are stored as one three-dimensional tensor for each block, {shown(fused[0], 100)} first, not one by one"
-            return BadInput("E318", what, where=where, fix=_saved_again(checkpoint.folder))
+            return BadInput("E302", what, where=where, fix=_saved_again(checkpoint.folder))
     return None
 
 
@@ -261,12 +261,12 @@ def _saved_again(folder: Path) -> str:
 
 
 def refuse_two_heads(checkpoint: Checkpoint, known: Architecture) -> None:
-    """BadInput E375: transformers would compute with the stored head, vLLM with the embedding, and the walk with what is tied."""
+    """BadInput E302: transformers would compute with the stored head, vLLM with the embedding, and the walk with what is tied."""
     for name in known.tied_copies(checkpoint.tensors):
         if checkpoint.raw(name) != checkpoint.raw(f"{known.embedding}.weight"):
             what = f"config.json ties the output head to the embedding, and {name} is another matrix"
             fix = 'write "tie_word_embeddings": false into config.json if the model has a head of its own'
-            raise BadInput("E375", what, where=str(checkpoint.tensors[name].file), fix=fix)
+            raise BadInput("E302", what, where=str(checkpoint.tensors[name].file), fix=fix)
 
 
 def refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:

@@ -69,10 +69,10 @@ def fetch(model: str, *, revision: str | None, cache_dir: Path | None, offline: 
 
 
 def require_hub_id(model: str) -> None:
-    """UsageError E280 for what cannot be one."""
+    """UsageError E240 for what cannot be one."""
     if not is_hub_id(model):
         raise UsageError(
-            "E280",
+            "E240",
             f"there is no folder or file {shown(model)!r}, and it cannot be a hub id either (name or organisation/name)",
             where="the argument MODEL",
             fix="check the path; a hub id looks like HuggingFaceTB/SmolLM2-135M",
@@ -186,11 +186,11 @@ def missing_files(folder: Path) -> list[str]:
 
 
 def _refuse_strange_names(model: str, info: Any) -> None:
-    """BadInput E305 for names with control characters: the hub's library shows them in its bars."""
+    """BadInput E301 for names with control characters: the hub's library shows them in its bars."""
     for entry in info.siblings or []:
         if not entry.rfilename.isprintable():
             what = f"a file of the model has a name with control characters: {shown(entry.rfilename)}"
-            raise BadInput("E305", what, where=f"hub model {model}, commit {info.sha}", fix="choose another model")
+            raise BadInput("E301", what, where=f"hub model {model}, commit {info.sha}", fix="choose another model")
 
 
 def _cached(model: str, wanted: dict[str, Any]) -> Path:
@@ -206,7 +206,7 @@ def _cached(model: str, wanted: dict[str, Any]) -> Path:
             at = f" at revision {shown(wanted['revision'], 80)}" if wanted["revision"] else ""
             what = f"{model}{at} is not in the cache, and offline means that the hub is not asked"
             fix = "run once without --offline (and without HF_HUB_OFFLINE) where there is a network"
-            raise HubProblem("E708", what, where=_where(model), fix=fix) from None
+            raise HubProblem("E709", what, where=_where(model), fix=fix) from None
         folder = Path(partial)
     missing = missing_files(folder)
     if missing:
@@ -233,7 +233,7 @@ def _download(model: str, wanted: dict[str, Any], console: Console) -> Path:
         pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
         what = f"the model has no safetensors weights{f', only {shown(pickles[0])}' if pickles else ''}"
         fix = "choose another model, or convert it on a machine you can afford to lose: from_pretrained, then save_pretrained"
-        raise BadInput("E305", what, where=where, fix=fix)
+        raise BadInput("E301", what, where=where, fix=fix)
     weights = sum(size for name, size in files.items() if name.endswith(".safetensors"))
     console.say(f"{model}: commit {info.sha}, {weights / 1e9:.2f} GB of weights (fetching what the cache lacks)")
     with _translated(model, revision), _quiet_library():
@@ -244,7 +244,7 @@ def _download(model: str, wanted: dict[str, Any], console: Console) -> Path:
     missing = missing_files(folder)
     if missing:
         what = f"the model on the hub lacks {shown(', '.join(missing), 2000)}"
-        raise BadInput("E305", what, where=where, fix="choose another revision or another model")
+        raise BadInput("E301", what, where=where, fix="choose another revision or another model")
     return folder
 
 
@@ -306,10 +306,10 @@ def _translated(model: str, revision: str | None) -> Iterator[None]:
         place = str(error.filename or "the hub cache")
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             fix = "free some space, or name another --cache-dir"
-            raise ResourceProblem("E530", f"the disk is full: {error.strerror}", where=place, fix=fix) from error
+            raise ResourceProblem("E500", f"the disk is full: {error.strerror}", where=place, fix=fix) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             fix = "name another place with --cache-dir or HF_HOME"
-            raise EnvironmentProblem("E410", f"the hub cache cannot be written: {error.strerror}", where=place, fix=fix) from error
+            raise EnvironmentProblem("E490", f"the hub cache cannot be written: {error.strerror}", where=place, fix=fix) from error
         raise _no_connection(model, error) from error  # among others, the library's size check after a cut transfer
 
 
@@ -321,18 +321,18 @@ def _refusal(model: str, revision: str | None, error: Exception) -> MarlinctlErr
         facts = "E701", "the model is gated: its owner wants to be asked first", "ask for access on its page, then run hf auth login"
     elif isinstance(error, RevisionNotFoundError):
         what = f"the hub has no revision {shown(revision or 'main', 80)!r} of this model"
-        facts = "E703", what, "see the branches and tags on the model's page"
+        facts = "E702", what, "see the branches and tags on the model's page"
     elif isinstance(error, RepositoryNotFoundError):
         what = "the hub has no model of that name, or it is private"
         facts = "E702", what, "check the spelling; for a private model, run hf auth login"
     elif status in (401, 403):
         what = f"the hub refuses the access token (HTTP {status})"
-        facts = "E704", what, "run hf auth login, or unset HF_TOKEN if it is outdated"
+        facts = "E701", what, "run hf auth login, or unset HF_TOKEN if it is outdated"
     elif status == 429:
         what = "the hub asks to slow down (HTTP 429, too many requests)"
-        facts = "E705", what, "wait some minutes; with hf auth login the limits are higher"
+        facts = "E707", what, "wait some minutes; with hf auth login the limits are higher"
     else:
-        facts = "E706", f"the hub answers with an error (HTTP {status})", f"try again later; {_AGAIN}"
+        facts = "E707", f"the hub answers with an error (HTTP {status})", f"try again later; {_AGAIN}"
     error_id, what, fix = facts
     return HubProblem(error_id, what, where=_where(model), fix=fix)
 

@@ -42,7 +42,7 @@ def read(folder: Path) -> dict[str, Any]:
     path = folder / NAME
     if not exists(folder, NAME):
         raise CheckFailed(
-            "E100",
+            "E101",
             f"there is no {NAME}",
             where=str(folder),
             fix="only folders that marlinctl published can be verified; if this one was, it is incomplete: fetch or write it again",
@@ -52,7 +52,7 @@ def read(folder: Path) -> dict[str, Any]:
     except FileRefused as refused:
         raise _damaged(path, refused.problem.what) from None
     if isinstance(document, dict) and (newer := written_by_newer(document, SCHEMA)):
-        raise CheckFailed("E102", f"the manifest cannot be used: {newer}", where=str(path), fix=UPDATE)
+        raise CheckFailed("E101", f"the manifest cannot be used: {newer}", where=str(path), fix=UPDATE)
     files = document.get("files") if isinstance(document, dict) else None
     if not isinstance(files, dict) or not files:
         raise _damaged(path, "it lists no files")
@@ -159,4 +159,4 @@ def _problem(folder: Path, name: str, what: str, fix: str) -> Problem:
 
 
 def _damaged(path: Path, reason: str) -> CheckFailed:
-    return CheckFailed("E102", f"the manifest cannot be used: {reason}", where=str(path), fix="fetch or write the checkpoint again")
+    return CheckFailed("E101", f"the manifest cannot be used: {reason}", where=str(path), fix="fetch or write the checkpoint again")

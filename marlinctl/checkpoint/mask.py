@@ -65,12 +65,12 @@ class Masks:
         where = f"{info.file}, tensor {info.name}"
         if info.dtype != "U8" or info.shape != (n, -(-k // 8)):
             what = f"the mask of {layer} is {info.dtype} {list(info.shape)}, its weight [{n}, {k}] asks for U8 [{n}, {-(-k // 8)}]"
-            raise BadInput("E352", what, where=where, fix="mask and weights do not belong together; " + _AGAIN)
+            raise BadInput("E356", what, where=where, fix="mask and weights do not belong together; " + _AGAIN)
         keep = unpack_bits(self._checkpoint.read(info.name), k)
         try:
             check_keep(keep)
         except ValueError as problem:
-            raise BadInput("E353", f"the mask of {layer} is not 2:4: {problem}", where=where, fix=_AGAIN) from None
+            raise BadInput("E356", f"the mask of {layer} is not 2:4: {problem}", where=where, fix=_AGAIN) from None
         return keep
 
     def checked_keep(self, layer: str, weight: Tensor) -> Tensor:
@@ -102,6 +102,6 @@ def open_masks(folder: Path) -> Iterator[Masks | None]:
         if not name.endswith(SUFFIX)
     ]
     if problems:
-        raise BadInput.from_problems("E354", problems)
+        raise BadInput.from_problems("E356", problems)
     with Checkpoint(folder, {}, tensors, (folder / NAME,)) as checkpoint:
         yield Masks(checkpoint)

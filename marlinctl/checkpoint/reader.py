@@ -106,17 +106,17 @@ class Checkpoint:
         self.read_file_into(info.file, offset, buffer, f"{info.file}, tensor {shown(info.name)}")
 
     def read_file_into(self, file: Path, offset: int, buffer: memoryview, where: str) -> None:
-        """Fill `buffer` from `offset` of a shard. BadInput E303 where the file has become shorter, or cannot be read."""
+        """Fill `buffer` from `offset` of a shard. BadInput E301 where the file has become shorter, or cannot be read."""
         descriptor = self._handle(file).fileno()
         done = 0
         while done < len(buffer):
             try:
                 got = os.preadv(descriptor, [buffer[done:]], offset + done)
             except OSError as error:
-                raise BadInput("E303", f"reading failed: {error.strerror}", where=where, fix="check the disk") from None
+                raise BadInput("E301", f"reading failed: {error.strerror}", where=where, fix="check the disk") from None
             if got == 0:
                 raise BadInput(
-                    "E303",
+                    "E301",
                     f"the file ends at byte {offset + done:,}; it was longer when it was checked",
                     where=where,
                     fix="something changes the checkpoint while it is read; make a copy and use that",
@@ -144,7 +144,7 @@ class Checkpoint:
             try:
                 opened = open_member(self.folder, str(file.relative_to(self.folder)))
             except FileRefused as refused:
-                raise BadInput.from_problems("E303", [refused.problem]) from None
+                raise BadInput.from_problems("E301", [refused.problem]) from None
             handle = self._open.setdefault(file, opened)
             if handle is not opened:
                 opened.close()
@@ -163,7 +163,7 @@ def open_checkpoint(folder: Path, *, weight_files: str = MODEL_FILES) -> Checkpo
     """Look at everything, read no weight. `weight_files`: a stem of formats/base.py or "auto"; BadInput lists all problems."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise BadInput("E300", "there is no such folder", where=str(folder), fix="name a folder that holds config.json and *.safetensors")
+        raise BadInput("E301", "there is no such folder", where=str(folder), fix="name a folder that holds config.json and *.safetensors")
     _refuse_adapter(folder)
     problems = special_files(folder)[:MAX_PROBLEMS]
     notes: list[str] = []
@@ -182,13 +182,13 @@ def open_checkpoint(folder: Path, *, weight_files: str = MODEL_FILES) -> Checkpo
 
 
 def _refuse_adapter(folder: Path) -> None:
-    """BadInput E316 for a folder that peft wrote. Beside a whole model too: transformers with peft applies such an adapter unasked."""
+    """BadInput E390 for a folder that peft wrote. Beside a whole model too: transformers with peft applies such an adapter unasked."""
     if not exists(folder, _ADAPTER):
         return
     try:
         document = read_json(folder, _ADAPTER, limit=_MAX_ADAPTER_BYTES)
     except FileRefused as refused:
-        raise BadInput.from_problems("E316", [refused.problem]) from None
+        raise BadInput.from_problems("E390", [refused.problem]) from None
     base = document.get("base_model_name_or_path") if isinstance(document, dict) else None
     of = f" of {shown(base)}" if isinstance(base, str) and base else ""
     what = f"this is an adapter (LoRA){of}, not a model"
@@ -196,7 +196,7 @@ def _refuse_adapter(folder: Path) -> None:
     if exists(folder, CONFIG):
         what = f"an adapter (LoRA){of} lies beside the model, and is not in its weights"
         fix += f"; or move {_ADAPTER} out of the folder to leave it out"
-    raise BadInput("E316", what, where=str(folder / _ADAPTER), fix=fix)
+    raise BadInput("E390", what, where=str(folder / _ADAPTER), fix=fix)
 
 
 def check_expected(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> None:

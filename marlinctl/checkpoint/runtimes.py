@@ -31,7 +31,7 @@ _COMMON_GROUPS = (-1, 32, 64, 128)
 
 
 def packed_of(checkpoint: Checkpoint, info: FormatInfo) -> Packed:
-    """From the headers of a checkpoint. BadInput E345, E346 where a linear has no shape."""
+    """From the headers of a checkpoint. BadInput E302, E346 where a linear has no shape."""
     others = {name: tensor.shape for name, tensor in checkpoint.tensors.items() if name not in info.owned}
     shapes = {layer: registry.layer_shape(checkpoint, info, layer) for layer in info.layers}
     ignore = registry.sixteen_bit_linears(others, info.layers)

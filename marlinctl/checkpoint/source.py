@@ -36,13 +36,13 @@ class Source:
 
 
 def is_local(model: str, revision: str | None) -> bool:
-    """Whether the text names something on this machine; UsageError E281 where a revision was asked for as well."""
+    """Whether the text names something on this machine; UsageError E288 where a revision was asked for as well."""
     path = Path(model).expanduser() if model.startswith("~") else Path(model)
     if not model or "\0" in model or not os.path.lexists(path):
         return False
     if revision is not None:
         what = "--revision names a version on the hub, but the model is a local path"
-        raise UsageError("E281", what, where=str(path), fix="leave --revision out")
+        raise UsageError("E288", what, where=str(path), fix="leave --revision out")
     return True
 
 
@@ -78,12 +78,12 @@ def writable_cache(cache_dir: Path | None) -> Path:
         probe.unlink()
     except OSError as error:
         fix = "name another place with --cache-dir or MARLINCTL_CACHE"
-        raise EnvironmentProblem("E410", f"the cache folder cannot be written: {error.strerror}", where=str(root), fix=fix) from None
+        raise EnvironmentProblem("E490", f"the cache folder cannot be written: {error.strerror}", where=str(root), fix=fix) from None
     return root
 
 
 def is_gguf(model: str) -> bool:
-    """Whether a local path is a GGUF file. BadInput E300 for what is neither that nor a folder."""
+    """Whether a local path is a GGUF file. BadInput E301 for what is neither that nor a folder."""
     from marlinctl.checkpoint.gguf.header import MAGIC
 
     path = Path(model).expanduser() if model.startswith("~") else Path(model)
@@ -97,11 +97,11 @@ def is_gguf(model: str) -> bool:
                 magic = handle.read(len(MAGIC))
     except OSError as error:
         fix = "check the path, its links and its permissions"
-        raise BadInput("E300", f"the path cannot be read: {error.strerror}", where=str(path), fix=fix) from None
+        raise BadInput("E301", f"the path cannot be read: {error.strerror}", where=str(path), fix=fix) from None
     if magic != MAGIC:
         part = path.suffix in (".safetensors", ".json")
         fix = "name the folder that holds it" if part else "name a model folder, a GGUF file or a hub id"
-        raise BadInput("E300", "this is neither a folder nor a GGUF file", where=str(path), fix=fix)
+        raise BadInput("E301", "this is neither a folder nor a GGUF file", where=str(path), fix=fix)
     return True
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def check_known_digests(checkpoint: Checkpoint, contents: Contents) -> int:
-    """How many files had a known digest. BadInput E304 names all that differ; CheckFailed E102 for a manifest that cannot be used."""
+    """How many files had a known digest. BadInput E304 names all that differ; CheckFailed E101 for a manifest that cannot be used."""
     known, found = _known(checkpoint), contents.digests
     problems = [
         Problem(f"{path.name} is not what {who}: its SHA-256 differs", str(path), fix)
@@ -45,7 +45,7 @@ def check_known_digests(checkpoint: Checkpoint, contents: Contents) -> int:
 
 def check_small_files(folder: Path) -> None:
     """Every file but the weights, in a folder that has a manifest: BadInput E304 names each that is missing, differs, or is not listed and
-    would be read or copied all the same. CheckFailed E102 for a manifest that cannot be used."""
+    would be read or copied all the same. CheckFailed E101 for a manifest that cannot be used."""
     if not exists(folder, manifest.NAME):
         return
     listed = manifest.read(folder)["files"]

@@ -10,7 +10,7 @@ So a pattern found that way is always said aloud.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from marlinctl.system.console import Console
 
 METADATA, MASK_FILE, ZEROS = "metadata", "mask file", "zeros"
-REFUSALS = ("E352", "E353", "E355", "E356")  # a mask of the wrong shape, not 2:4, needed and not there, contradicted by the weight
+# A mask of the wrong shape, not 2:4, needed and not there, contradicted by the weight; weights of a student that are not 2:4, or its mask.
+REFUSALS = ("E356",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +85,9 @@ def of_source(checkpoint: Checkpoint, linears: Mapping[str, tuple[int, int]], co
         if masks is not None:
             problems = strangers(linears, FormatInfo(registry.DENSE), masks)
             found = tuple(name for name in linears if name in masks)
-            with console.progress("check the 2:4 masks", len(found)) as progress:
-                for name in found:
-                    try:
-                        masks.checked_keep(name, checkpoint.read(f"{name}.weight"))
-                    except BadInput as error:
-                        problems += error.problems
-                    progress.advance()
+            opened = masks
+            wrong = contradictions(found, lambda name: opened.checked_keep(name, checkpoint.read(f"{name}.weight")), console)
+            problems += [problem for several in wrong.values() for problem in several]
             if problems:
                 raise BadInput.from_problems("E356", problems)
             return Known(checkpoint, Pattern(MASK_FILE, found))
@@ -155,6 +152,27 @@ def counted(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None) -> Su
             kept += n * k // 2
             zero += int(((weight == 0) & keep).sum())
     return Survivors(Pattern(claim.origin or (ZEROS if linears else None), tuple(linears)), kept, zero)
+
+
+def contradictions(layers: Collection[str], read: Callable[[str], object], console: Console) -> dict[str, list[Problem]]:
+    """What is wrong with the masks of these linears, by error id: `read` reads one with its mask and raises BadInput. All are read."""
+    problems: dict[str, list[Problem]] = {}
+    with console.progress("check the 2:4 pattern", len(layers)) as progress:
+        for layer in layers:
+            try:
+                read(layer)
+            except BadInput as refused:
+                if refused.error_id not in REFUSALS:
+                    raise
+                problems.setdefault(refused.error_id, []).extend(refused.problems)
+            progress.advance()
+    return problems
+
+
+def refuse(problems: Mapping[str, list[Problem]]) -> None:
+    """BadInput with all of them, under the id of the first."""
+    if problems:
+        raise BadInput.from_problems(next(iter(problems)), [problem for several in problems.values() for problem in several])
 
 
 def weight_and_keep(checkpoint: Checkpoint, info: FormatInfo, layer: str, masks: Masks | None) -> tuple[Tensor, Tensor | None]:

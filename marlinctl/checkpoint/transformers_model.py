@@ -48,7 +48,7 @@ def model_from(
     config = transformers_config(checkpoint.config, checkpoint.folder)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise BadInput(
-            "E361",
+            "E392",
             f"transformers has no language model for model_type {config.model_type!r}",
             where=str(checkpoint.folder / "config.json"),
             fix="only decoder language models that transformers itself supports are loaded",
@@ -103,7 +103,7 @@ def quietly() -> Iterator[StringIO]:
 
 
 def refuse_incomplete(folder: Path, info: Mapping[str, Any]) -> None:
-    """BadInput E360 for what transformers' loading info lists as missing, left over or of another shape."""
+    """BadInput E302 for what transformers' loading info lists as missing, left over or of another shape."""
     where = str(folder)
     apart = "config.json and weights do not belong together; fetch both again"
     mismatched = sorted(str(entry[0]) if isinstance(entry, tuple) else str(entry) for entry in info["mismatched_keys"])
@@ -112,4 +112,4 @@ def refuse_incomplete(folder: Path, info: Mapping[str, Any]) -> None:
     problems += [Problem(f"{name}: the model and the checkpoint disagree on its shape", where, apart) for name in mismatched]
     problems += [Problem(f"not loaded: {message}", where, apart) for message in info.get("error_msgs", [])]
     if problems:
-        raise BadInput.from_problems("E360", problems)
+        raise BadInput.from_problems("E302", problems)

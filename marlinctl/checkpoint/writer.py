@@ -72,9 +72,9 @@ def check_output(out: Path, *, overwrite: bool, sources: Sequence[Path], rejects
         if real in origin.parents:
             raise _overlap("the input lies inside the output", out, source)
     if out.is_symlink() and not out.exists():
-        raise UsageError("E221", "the output is a link that leads nowhere", where=str(out), fix="remove the link or name a new folder")
+        raise UsageError("E244", "the output is a link that leads nowhere", where=str(out), fix="remove the link or name a new folder")
     if real.exists() and not real.is_dir():
-        raise UsageError("E221", "the output exists and is not a folder", where=str(out), fix="name a new folder")
+        raise UsageError("E244", "the output exists and is not a folder", where=str(out), fix="name a new folder")
     ownership.refuse_protected(real)
     if real.is_dir() and any(real.iterdir()):
         if not overwrite:
@@ -88,7 +88,7 @@ def check_output(out: Path, *, overwrite: bool, sources: Sequence[Path], rejects
         ownership.refuse_strangers(what, rejected, ownership.strangers_in_rejected(rejected), "move it away, or name another output")
     parent = real.parent
     if not parent.is_dir():
-        raise UsageError("E223", "the folder that shall hold the output does not exist", where=str(parent), fix=f"mkdir -p {parent}")
+        raise UsageError("E244", "the folder that shall hold the output does not exist", where=str(parent), fix=f"mkdir -p {parent}")
     probe = parent / f".{real.name}.probe-{secrets.token_hex(4)}"
     try:  # asking os.access would not notice a read-only mount on every system
         probe.mkdir()
@@ -97,7 +97,7 @@ def check_output(out: Path, *, overwrite: bool, sources: Sequence[Path], rejects
         if problem.errno in FULL:
             raise disk_full(probe, None, shutil.disk_usage(parent).free) from problem
         raise UsageError(
-            "E223",
+            "E244",
             f"the folder that shall hold the output cannot be written to: {problem.strerror}",
             where=str(parent),
             fix="name another place",
@@ -105,7 +105,7 @@ def check_output(out: Path, *, overwrite: bool, sources: Sequence[Path], rejects
 
 
 def _overlap(what: str, out: Path, source: Path) -> UsageError:
-    return UsageError("E220", what, where=f"{out} (input: {source})", fix="name a new folder beside the input")
+    return UsageError("E225", what, where=f"{out} (input: {source})", fix="name a new folder beside the input")
 
 
 def require_space(out: Path, needed: int) -> None:
@@ -331,7 +331,7 @@ def companions(folder: Path) -> Iterator[tuple[str, bytes]]:
                     raise FileRefused(f"{name} has {size:,} bytes, too many for its kind", folder / name, "restore the real file")
                 yield name, file.readall()
         except FileRefused as refused:
-            raise BadInput.from_problems("E350", [refused.problem]) from None
+            raise BadInput.from_problems("E301", [refused.problem]) from None
 
 
 # ---- moving into place ---------------------------------------------------------------------------------------------------------------
@@ -381,7 +381,7 @@ def publish_together(stages: Sequence[Finished], *, aside_in: Path | None = None
             ownership.remove_tree(old)
         except OSError as problem:
             raise ResourceProblem(
-                "E502",
+                "E500",
                 f"the new checkpoint is in place, but the old one could not be deleted: {problem.strerror}",
                 where=str(old),
                 fix="delete it yourself; nothing else is left to do",

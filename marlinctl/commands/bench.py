@@ -90,7 +90,7 @@ def command(console: Console, **given: Any) -> None:
 
 
 def _refuse_contradictions(given: dict[str, Any]) -> None:
-    """UsageError E296: options that mean nothing together."""
+    """UsageError E288: options that mean nothing together."""
     modes = [name for name, key in (("--build", "build_only"), ("--from", "source"), ("--model", "model")) if given[key]]
     measuring = {
         "FOLDER": given["folder"],
@@ -106,7 +106,7 @@ def _refuse_contradictions(given: dict[str, Any]) -> None:
     if len(modes) > 1 or (modes and asked):
         both = [*modes, *asked]
         raise UsageError(
-            "E296", f"{both[0]} measures no linears, so {both[1]} means nothing", where=" ".join(both), fix=f"leave {both[1]} out"
+            "E288", f"{both[0]} measures no linears, so {both[1]} means nothing", where=" ".join(both), fix=f"leave {both[1]} out"
         )
     if modes != ["--model"]:
         for name, value in (
@@ -116,13 +116,13 @@ def _refuse_contradictions(given: dict[str, Any]) -> None:
             ("--compile", given["compiled"]),
         ):
             if value:
-                raise UsageError("E296", f"{name} belongs to --model", where=name, fix=f"add --model, or leave {name} out")
+                raise UsageError("E288", f"{name} belongs to --model", where=name, fix=f"add --model, or leave {name} out")
     if modes != ["--build"]:
         for name, value in (("--arch", given["arch"]), ("--only", given["only"])):
             if value:
-                raise UsageError("E296", f"{name} belongs to --build", where=name, fix=f"add --build, or leave {name} out")
+                raise UsageError("E288", f"{name} belongs to --build", where=name, fix=f"add --build, or leave {name} out")
     if given["tune"] and given["only_check"]:
-        raise UsageError("E296", "--tune measures, --check does not", where="--tune --check", fix="leave one of them out")
+        raise UsageError("E288", "--tune measures, --check does not", where="--tune --check", fix="leave one of them out")
 
 
 def _build(console: Console, given: dict[str, Any]) -> None:
@@ -198,7 +198,7 @@ def _measure(console: Console, given: dict[str, Any]) -> None:
 
 
 def _take(out: Path | None, kind: str) -> None:
-    """Make the folder of --out. UsageError E226 where that kind of document would replace files that marlinctl did not write."""
+    """Make the folder of --out. UsageError E224 where that kind of document would replace files that marlinctl did not write."""
     if out is None:
         return
     from marlinctl.system.files import FileRefused, exists, read_json, shown
@@ -214,7 +214,7 @@ def _take(out: Path | None, kind: str) -> None:
     foreign = [] if ours else [*([name] if exists(out, name) else []), *pictures]
     if foreign:
         what = f"--out would replace what marlinctl did not write: {', '.join(shown(name) for name in foreign[:5])}"
-        raise UsageError("E226", what, where=str(out), fix="name another folder, or move these files away")
+        raise UsageError("E224", what, where=str(out), fix="name another folder, or move these files away")
 
 
 def _give(console: Console, document: Any, out: Path | None) -> None:

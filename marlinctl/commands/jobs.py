@@ -42,7 +42,7 @@ def ls(console: Console, folder: Path) -> None:
     from marlinctl.jobs.listing import find
 
     if not folder.is_dir():
-        raise UsageError("E292", "there is no such folder", where=str(folder), fix="name a folder below which jobs may lie")
+        raise UsageError("E240", "there is no such folder", where=str(folder), fix="name a folder below which jobs may lie")
     found = find(folder)
     lines = [printable(f"{item.path}: {_told(item)}", one_line=True) for item in found]
     console.result("\n".join(lines) or f"no jobs below {folder}", {"jobs": [item.document() for item in found]})
@@ -69,7 +69,7 @@ def rm(console: Console, outs: tuple[Path, ...], yes: bool) -> None:
         raise ResourceProblem("E503", what, where=str(busy[0].path), fix="wait until it ends, or stop it")
     if not yes:
         if console.json or not sys.stdin.isatty():
-            raise UsageError("E293", "nobody can be asked whether to remove it", where="jobs rm", fix="add --yes")
+            raise UsageError("E202", "nobody can be asked whether to remove it", where="jobs rm", fix="add --yes")
         for item in found:
             click.echo(printable(f"{item.path}: {_told(item)}", one_line=True), err=True)
         if not click.confirm("remove?", err=True):

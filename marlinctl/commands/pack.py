@@ -64,13 +64,13 @@ def command(
     """
     if check:
         if out is not None:
-            raise UsageError("E232", "--check writes nothing, so it takes no OUT", where=str(out), fix=f"marlinctl pack {source} --check")
+            raise UsageError("E288", "--check writes nothing, so it takes no OUT", where=str(out), fix=f"marlinctl pack {source} --check")
         _check(console, _folder(source, cache_dir, console), fmt, tp or 1)
         return
     if out is None:
-        raise UsageError("E232", "OUT is missing", where="the command line", fix=f"marlinctl pack {source} OUT --format {fmt}, or --check")
+        raise UsageError("E288", "OUT is missing", where="the command line", fix=f"marlinctl pack {source} OUT --format {fmt}, or --check")
     if tp is not None:
-        raise UsageError("E232", "--tp goes with --check", where="--tp", fix=f"marlinctl pack {source} --check --tp {tp}")
+        raise UsageError("E288", "--tp goes with --check", where="--tp", fix=f"marlinctl pack {source} --check --tp {tp}")
     from marlinctl.checkpoint.writer import check_output
     from marlinctl.convert.repack import output_folders
     from marlinctl.jobs.journal import JobFolder

@@ -224,7 +224,7 @@ def chosen_options(console: Console, values: Mapping[str, Any]) -> Options:
 def refuse_unknown_dtype(dtype: str) -> None:
     if dtype not in ("auto", "bfloat16", "float32"):
         raise UsageError(
-            "E257",
+            "E202",
             f"--dtype {dtype} is not offered",
             where="--dtype",
             fix="auto, bfloat16 or float32 (float16 overflows in some models)",
@@ -302,7 +302,7 @@ def _override(text: str) -> tuple[str, dict[str, int]]:
     pattern, equals, rule = text.rpartition("=")
     key, colon, value = rule.partition(":")
     if not (equals and colon and pattern and key == "group_size" and value.removeprefix("-").isdecimal()):
-        raise UsageError("E258", f"{text!r} is no override", where="--override", fix="--override 'PATTERN=group_size:32'")
+        raise UsageError("E202", f"{text!r} is no override", where="--override", fix="--override 'PATTERN=group_size:32'")
     return pattern, {key: int(value)}
 
 
@@ -314,6 +314,6 @@ def size_in_bytes(text: str | None, flag: str) -> int | None:
 
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     if not match:
-        raise UsageError("E259", f"{text!r} is no amount of memory", where=flag, fix="write it as 4GiB or 800MiB")
+        raise UsageError("E202", f"{text!r} is no amount of memory", where=flag, fix="write it as 4GiB or 800MiB")
     unit = 1024 if match[3] or not match[2] else 1000
     return int(float(match[1]) * unit ** " KMGT".index(match[2].upper() or " "))

@@ -62,15 +62,15 @@ def command(console: Console, out: Path, redo_from: int | None, overwrite: bool,
     request = job.request()
     if redo_from is not None and request.verb not in ("quantize", "sparsify", "compress"):
         what = f"--redo-from counts the blocks of a walk, and {request.verb} has none"
-        raise UsageError("E291", what, where="--redo-from", fix="leave it out")
+        raise UsageError("E288", what, where="--redo-from", fix="leave it out")
     changes = {name: value for name, value in values.items() if value is not None}
     if changes and request.verb not in ("sparsify", "compress"):
         flag = "--no-eval" if values["evaluated"] is False else "--" + next(iter(changes)).replace("_", "-").replace("evaluated", "eval")
         what = f"{flag} says how a result is measured, and {request.verb} measures none"
-        raise UsageError("E291", what, where=flag, fix="leave it out; `marlinctl eval` measures what is published")
+        raise UsageError("E288", what, where=flag, fix="leave it out; `marlinctl eval` measures what is published")
     _make_absolute(values)
     if request.verb not in _VERBS:
-        raise UsageError("E290", f"this marlinctl has no {printable(request.verb)!r} to continue", where=str(job.path / JOB), fix=_OTHER)
+        raise UsageError("E287", f"this marlinctl has no {printable(request.verb)!r} to continue", where=str(job.path / JOB), fix=_OTHER)
     asked = asdict(_read(_ARGUMENTS[request.verb], dict(request.arguments), "what was asked for"))
     if changes:  # the report names what makes this result again
         asked["options"] = {**asked["options"], "command": f"{asked['options'].get('command', '')}; {command_line()}"}
@@ -132,7 +132,7 @@ def _recipe(document: Any) -> Recipe:
 
 
 def _read(form: Any, document: Any, name: str) -> Any:
-    """A part of job.json in this form. UsageError E290 where this version has other keys, or the file was changed."""
+    """A part of job.json in this form. UsageError E287 where this version has other keys, or the file was changed."""
     from pydantic import TypeAdapter, ValidationError
 
     try:
@@ -140,7 +140,7 @@ def _read(form: Any, document: Any, name: str) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         what = f"{name} of the job cannot be read: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise UsageError("E290", shown(what), where="job.json", fix=_OTHER) from error
+        raise UsageError("E287", shown(what), where="job.json", fix=_OTHER) from error
 
 
 def _walk(console: Console, out: Path, asked: dict[str, Any], values: dict[str, Any], *changes: Any) -> None:

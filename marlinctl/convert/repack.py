@@ -76,7 +76,7 @@ class Source:
 
         keep = two_of_four(parts.codes)
         if keep is None:
-            raise BadInput.from_problems("E355", [sparsity.crowded(layer, parts.codes)])
+            raise BadInput.from_problems("E356", [sparsity.crowded(layer, parts.codes)])
         return replace(parts, keep=keep)
 
     def keep(self, layer: str) -> Tensor | None:
@@ -198,9 +198,9 @@ def output_folders(out: Path, fmt: str, also: Sequence[str]) -> dict[Format, Pat
     asked = (fmt, *also)
     for name in asked:
         if name not in registry.FORMATS:
-            raise UsageError("E230", f"there is no format {name!r}", where="--format, --also", fix=f"one of {', '.join(registry.FORMATS)}")
+            raise UsageError("E202", f"there is no format {name!r}", where="--format, --also", fix=f"one of {', '.join(registry.FORMATS)}")
     if len(set(asked)) != len(asked):
-        raise UsageError("E231", f"one format twice: {', '.join(asked)}", where="--format, --also", fix="name each format once")
+        raise UsageError("E288", f"one format twice: {', '.join(asked)}", where="--format, --also", fix="name each format once")
     return {registry.FORMATS[fmt]: out} | {registry.FORMATS[name]: out.with_name(f"{out.name}-{name}") for name in also}
 
 
@@ -211,7 +211,7 @@ def open_source(folder: Path, masks: Masks | None = None) -> Source:
     info = examined.info
     if not info.format.quantized:
         raise BadInput(
-            "E347",
+            "E313",
             "the model is not quantized; pack turns one packed format into another",
             where=str(folder),
             fix=f"marlinctl quantize {folder} OUT",
@@ -240,7 +240,7 @@ def refuse_misfits(source: Source, targets: Sequence[Format]) -> None:
 def _refuse_mask_misfits(source: Source, masks: Masks, targets: Sequence[Format]) -> None:
     problems = sparsity.strangers(sparsity.shapes(source.checkpoint, source.info), source.info, masks)
     if problems:
-        raise BadInput.from_problems("E357", problems)
+        raise BadInput.from_problems("E356", problems)
     if source.info.format.needs_mask or not any(fmt.needs_mask for fmt in targets):
         return
     fix = "marlin takes dense linears too; for marlin_24 prune the whole model"
@@ -250,7 +250,7 @@ def _refuse_mask_misfits(source: Source, masks: Masks, targets: Sequence[Format]
         if layer not in masks
     ]
     if problems:
-        raise BadInput.from_problems("E355", problems)
+        raise BadInput.from_problems("E356", problems)
 
 
 def _check_pattern(source: Source, console: Console) -> None:
@@ -266,18 +266,7 @@ def _check_pattern(source: Source, console: Console) -> None:
         if source.masks is None
         else f"2:4: {source.masks.where} says which weights of {len(source.masks.layers)} linears survived"
     )
-    problems: dict[str, list[Problem]] = {}
-    with console.progress("check the 2:4 pattern", len(source.info.layers) + len(source.carried)) as progress:
-        for layer in (*source.info.layers, *source.carried):
-            try:
-                source.keep(layer)
-            except BadInput as refused:
-                if refused.error_id not in sparsity.REFUSALS:
-                    raise
-                problems.setdefault(refused.error_id, []).extend(refused.problems)
-            progress.advance()
-    if problems:
-        raise BadInput.from_problems(next(iter(problems)), [problem for found in problems.values() for problem in found])
+    sparsity.refuse(sparsity.contradictions([*source.info.layers, *source.carried], source.keep, console))
 
 
 def written_bytes(source: Source, fmt: Format) -> int:

@@ -51,7 +51,7 @@ def load_calibration(
 ) -> CalibrationSet:
     """The samples that `asked` describes, for the model in `folder`. `load_model` is called for `self` only.
 
-    UsageError E252 for a length the model cannot read; BadInput E393 for fewer samples or tokens than asked, E262 for a chat that the
+    UsageError E246 for a length the model cannot read; BadInput E393 for fewer samples or tokens than asked, E253 for a chat that the
     template refuses.
     """
     check_length(asked, config)
@@ -87,7 +87,7 @@ def load_calibration(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of an examined folder. BadInput E394 where it cannot be loaded, E327 where it takes too long for a line of text."""
+    """The tokenizer of an examined folder. BadInput E314 where it cannot be loaded, E325 where it takes too long for a line of text."""
     from transformers import AutoTokenizer, PreTrainedConfig
 
     try:
@@ -113,7 +113,7 @@ def _try(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     except (Exceeded, RuntimeError) as reason:
         shown_reason = str(reason) if isinstance(reason, Exceeded) else str(reason).strip().splitlines()[-1]
         raise BadInput(
-            "E327",
+            "E325",
             f"the tokenizer cannot read a line of text: {shown_reason}",
             where=str(folder),
             fix="copy tokenizer.json and tokenizer_config.json from the original model",
@@ -139,7 +139,7 @@ def _require(asked: Calibration, ids: Tensor, counted: Tensor) -> None:
 def read_samples(asked: Calibration, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, str, int]:
     """[S, L] int64 with -1 where padded; how they were made; how many chats were longer than L. No more is read than the samples need.
 
-    Whether the data are chats is told by their first document (with --chat always by any). BadInput E326 where the chat template takes
+    Whether the data are chats is told by their first document (with --chat always by any). BadInput E325 where the chat template takes
     too much time or memory.
     """
     found = iter(_documents(asked))
@@ -188,7 +188,7 @@ def _hub_documents(source: str) -> Iterator[Document]:
         from datasets import load_dataset
     except ImportError as error:
         raise EnvironmentProblem(
-            "E400", "hub data sets need the package datasets", where=source, fix="pip install 'marlinctl[distill]'"
+            "E402", "hub data sets need the package datasets", where=source, fix="pip install 'marlinctl[distill]'"
         ) from error
     name, *rest = source.split(":")
     split = rest[-1] if rest else "train"
@@ -198,13 +198,13 @@ def _hub_documents(source: str) -> Iterator[Document]:
     except Exception as error:  # the library raises many kinds for an absent, gated or unreachable data set
         if "scripts are no longer supported" in str(error):  # datasets >= 4 runs none, and tells nobody but by these words
             raise BadInput(
-                "E379",
+                "E385",
                 "this data set is a program that would have to be run to read it",
                 where=f"calibration {source}",
                 fix="choose a data set of .parquet or .jsonl files, or give a local .txt, .jsonl or .parquet file",
             ) from error
         raise HubProblem(
-            "E710",
+            "E707",
             f"the data set cannot be read: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             where=f"calibration {source}",
             fix="check name, config and split (org/name:config:split), or give a local .txt, .jsonl or .parquet file",
@@ -212,7 +212,7 @@ def _hub_documents(source: str) -> Iterator[Document]:
     if first is None or not ({"text", "messages"} & set(first)):
         columns = ", ".join(first or ()) or "none"
         raise BadInput(
-            "E395", f"no column text or messages; it has: {columns}", where=f"calibration {source}", fix="choose another data set"
+            "E385", f"no column text or messages; it has: {columns}", where=f"calibration {source}", fix="choose another data set"
         )
     column = "messages" if "messages" in first else "text"
     for number, row in enumerate(chain((first,), rows), start=1):
@@ -280,7 +280,7 @@ def _divided(text: str, size: int) -> list[str]:
 
 def _rendered(chats: Sequence[tuple[int, Chat]], tokenizer: PreTrainedTokenizerBase, source: str) -> Iterator[str]:
     """Each chat (and which row it is) in the model's template, which is a program that came with the model: it runs in a process of its
-    own (system/confined.py). UsageError E262 where the template refuses a chat."""
+    own (system/confined.py). UsageError E253 where the template refuses a chat."""
 
     def render() -> Iterator[str]:
         for row, chat in chats:
@@ -296,7 +296,7 @@ def _rendered(chats: Sequence[tuple[int, Chat]], tokenizer: PreTrainedTokenizerB
         yield from confined(render, Bounds(memory=1 << 30, cpu=30 + len(chats) // 20, wait=20))
     except Exceeded as reason:
         raise BadInput(
-            "E326",
+            "E325",
             f"the model's chat template was stopped: {reason}",
             where="chat_template.jinja or tokenizer_config.json of the model",
             fix="--chat never reads the chats as plain text; a template that does this is not to be trusted",
@@ -306,7 +306,7 @@ def _rendered(chats: Sequence[tuple[int, Chat]], tokenizer: PreTrainedTokenizerB
 def _refused_chat(chat: Chat, where: str, error: Exception) -> UsageError:
     roles = ", ".join(shown(turn["role"], 30) for turn in chat[:4]) + (", ..." if len(chat) > 4 else "")
     return UsageError(
-        "E262",
+        "E253",
         f"the model's chat template refuses this chat ({roles}): {shown(str(error).strip() or type(error).__name__)}",
         where=where,
         fix="leave out the turns that the template does not know, such as `system`; or calibrate with --chat never, on plain text",

@@ -28,7 +28,7 @@ def check_length(asked: Calibration, config: Mapping[str, Any]) -> None:
     limit = positions(config)
     if limit is not None and asked.sequence_length > limit:
         raise UsageError(
-            "E252",
+            "E246",
             f"samples of {asked.sequence_length} tokens are longer than the model can read ({limit})",
             where="--sequence-length",
             fix=f"--sequence-length {limit} or less",

@@ -107,13 +107,12 @@ def check_text(source: str, *, chats: bool = False) -> None:
     path, kind = _open_kind(source)
     rows: Iterator[Document] = _paragraphs(path) if kind == "txt" else _rows(path, kind, chats=chats)
     if next(rows, None) is None:
-        error_id = "E393" if chats else "E380"  # no samples, or nothing to measure
-        raise BadInput(error_id, "the text is empty", where=str(path), fix="give a file that holds text")
+        raise BadInput("E393", "the text is empty", where=str(path), fix="give a file that holds text")
 
 
 def _text(name: str, text: str, note: str) -> Text:
     if not text.strip():
-        raise BadInput("E380", "the text is empty", where=note, fix="give a file that holds text")
+        raise BadInput("E393", "the text is empty", where=note, fix="give a file that holds text")
     return Text(name, text, hashlib.sha256(text.encode("utf-8")).hexdigest(), note)
 
 
@@ -138,7 +137,7 @@ def _open_kind(source: str) -> tuple[Path, str]:
         kinds = {".txt": "txt", ".jsonl": "jsonl", ".parquet": "parquet"}
     kind = kinds.get(suffixes[-1] if suffixes else "")
     if kind is None:
-        raise UsageError("E241", f"what kind of text is {path.name}? Its name does not say", where=str(path), fix=f"give {KINDS}")
+        raise UsageError("E240", f"what kind of text is {path.name}? Its name does not say", where=str(path), fix=f"give {KINDS}")
     return path, kind
 
 
@@ -154,12 +153,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             try:
                 line = file.readline(LONGEST_LINE + 1)
             except (OSError, EOFError, zlib.error) as error:  # a damaged .gz, or the disk
-                raise BadInput("E384", f"cannot read the file: {error}", where=where, fix="copy or download the file again") from error
+                raise BadInput("E385", f"cannot read the file: {error}", where=where, fix="copy or download the file again") from error
             if not line:
                 return
             if len(line) > LONGEST_LINE:
                 raise BadInput(
-                    "E383",
+                    "E385",
                     f"a line is longer than {LONGEST_LINE >> 20} MiB",
                     where=where,
                     fix="split the text into lines; a file without line ends is most often not text",
@@ -180,7 +179,7 @@ def _open(path: Path) -> FileIO:
         return open_plain(path)
     except FileRefused as refused:
         problem = refused.problem
-        raise BadInput("E384", f"cannot open the file: {problem.what}", where=problem.where, fix=problem.fix) from None
+        raise BadInput("E385", f"cannot open the file: {problem.what}", where=problem.where, fix=problem.fix) from None
 
 
 def _unpacked(file: FileIO, *, packed: bool) -> BufferedReader | gzip.GzipFile:
@@ -192,13 +191,13 @@ def _decode(line: bytes, *, first: bool, where: str) -> str:
         text = line.decode("utf-8-sig" if first else "utf-8")  # a byte order mark may stand at the very start
     except UnicodeDecodeError as error:
         raise BadInput(
-            "E381",
+            "E385",
             f"not UTF-8 text: byte 0x{line[error.start]:02x} at place {error.start + 1} of the line",
             where=where,
             fix="convert the file first, for example: iconv -f LATIN1 -t UTF-8 IN > OUT",
         ) from error
     if "\x00" in text:
-        raise BadInput("E381", "a zero byte in the text: this looks like a binary file", where=where, fix="give a text file in UTF-8")
+        raise BadInput("E385", "a zero byte in the text: this looks like a binary file", where=where, fix="give a text file in UTF-8")
     return text
 
 
@@ -237,9 +236,9 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             reason = f"{error.msg}, at place {error.pos + 1} of the line" if isinstance(error, json.JSONDecodeError) else str(error)
-            raise BadInput("E382", f"not JSON: {reason}", where=where, fix=_JSON_FIX) from error
+            raise BadInput("E385", f"not JSON: {reason}", where=where, fix=_JSON_FIX) from error
         if not isinstance(row, dict):
-            raise BadInput("E382", f"the line holds {_kind_of(row)}, not an object", where=where, fix=_JSON_FIX)
+            raise BadInput("E385", f"the line holds {_kind_of(row)}, not an object", where=where, fix=_JSON_FIX)
         yield where, row
 
 
@@ -268,12 +267,12 @@ def _parquet_rows(path: Path, *, chats: bool) -> Iterator[Document]:
     except (pa.ArrowException, OSError, OverflowError) as error:
         reason = shown(str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise BadInput(
-            "E384", f"cannot read the parquet file: {reason}", where=f"{path}, after row {number}", fix="copy or download the file again"
+            "E385", f"cannot read the parquet file: {reason}", where=f"{path}, after row {number}", fix="copy or download the file again"
         ) from error
 
 
 def checked_row(row: dict[str, Any], *, chats: bool, where: str) -> Document:
-    """The text or chat of a row; BadInput E381 or E385 where it is neither, E383 where it is longer than LONGEST_TEXT."""
+    """The text or chat of a row; BadInput E385 where it is neither, or longer than LONGEST_TEXT."""
     if chats and "text" not in row:
         for column in CHAT_COLUMNS:
             if column in row:
@@ -302,12 +301,12 @@ def _chat(turns: Any, *, where: str) -> Chat:
 def _encodable(text: str, *, where: str) -> str:
     """JSON may spell half of a surrogate pair (\\ud83d), which is no character and which no tokenizer takes."""
     if len(text) > LONGEST_TEXT:
-        raise BadInput("E383", f"a text is longer than {LONGEST_TEXT:,} characters", where=where, fix="divide it into several rows")
+        raise BadInput("E385", f"a text is longer than {LONGEST_TEXT:,} characters", where=where, fix="divide it into several rows")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadInput(
-            "E381", f"half a surrogate pair at place {error.start + 1} of the text", where=where, fix="write the text again as proper UTF-8"
+            "E385", f"half a surrogate pair at place {error.start + 1} of the text", where=where, fix="write the text again as proper UTF-8"
         ) from error
     return text
 

@@ -26,7 +26,7 @@ class Tokens:
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of a text, without special tokens. BadInput E394 where the tokenizer's files are such that it cannot read it."""
+    """The ids of a text, without special tokens. BadInput E314 where the tokenizer's files are such that it cannot read it."""
     try:
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     except Exception as error:  # tokenizers raise a bare Exception
@@ -47,7 +47,7 @@ def first_ids(text: str, tokenizer: Any, wanted: int) -> list[int]:
 
 def tokenizer_refused(what: str, error: Exception, folder: Path) -> BadInput:
     return BadInput(
-        "E394",
+        "E314",
         f"the tokenizer {what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
         where=str(folder),
         fix="copy tokenizer.json and tokenizer_config.json from the original model",

@@ -207,7 +207,7 @@ def training_facts(steps: int, tokens: int, seconds: float, curve: Sequence[Mapp
 
 def not_finite(what: str, where: str, asked: Distill) -> NumericalProblem:
     return NumericalProblem(
-        "E622",
+        "E620",
         f"the loss is not finite any more: {what}",
         where=where,
         fix=f"a lower --learning-rate (it was {asked.learning_rate:g}), or --dtype float32; the last saved state is kept",

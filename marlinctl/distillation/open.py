@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from marlinctl.checkpoint import findings
+from marlinctl.checkpoint import findings, sparsity
 from marlinctl.checkpoint import mask as masks
 from marlinctl.checkpoint.contents import Contents, Noted, read_contents
 from marlinctl.checkpoint.folder import examine
@@ -55,7 +55,7 @@ class Pattern:
         keep = two_of_four(self._checkpoint.read(f"{layer}.weight"))
         if keep is None:
             raise BadInput(
-                "E370",
+                "E356",
                 f"{layer} is not 2:4: some four neighbours along K hold more than two weights",
                 where=str(self._checkpoint.tensors[f"{layer}.weight"].file),
                 fix=f"the folder has no {masks.NAME}, so every linear must show the pattern; {_SPARSIFY}",
@@ -136,7 +136,7 @@ def _check_form(source: Source, info: FormatInfo, asked: Distill) -> None:
         raise UsageError("E288", f"the student is quantized: --mode {asked.mode} would change its codes", where=where, fix=fix)
     if not info.format.trains:
         fix = "marlinctl pack STUDENT OUT --format ct, and distill that"
-        raise BadInput("E373", f"a student in the format {info.name} is not trained", where=where, fix=fix)
+        raise BadInput("E313", f"a student in the format {info.name} is not trained", where=where, fix=fix)
 
 
 def _open_teacher(source: Source, options: Options, console: Console, stack: ExitStack) -> Model:
@@ -183,7 +183,7 @@ def _open_pattern(student: Model, console: Console, stack: ExitStack) -> Pattern
     if pattern.strangers:
         where = str(student.source.folder / masks.NAME)
         raise BadInput.from_problems(
-            "E352",
+            "E356",
             [
                 Problem(f"there is a mask for {layer}, but the model has no such linear", where, "take mask and weights from one folder")
                 for layer in pattern.strangers
@@ -196,21 +196,12 @@ def _open_pattern(student: Model, console: Console, stack: ExitStack) -> Pattern
 
 def _check_pattern(student: Model, pattern: Pattern, console: Console) -> None:
     """Every mask is 2:4, and what it prunes is zero. Lists all linears where that does not hold."""
-    problems: list[Problem] = []
-    first_id = ""
-    with console.progress("check the 2:4 pattern", len(pattern.shapes)) as progress:
-        for layer in pattern.shapes:
-            try:
-                _check_layer(student, pattern, layer)
-            except BadInput as error:
-                first_id = first_id or error.error_id
-                problems += error.problems
-            progress.advance()
-    if problems and not pattern.from_file and len(problems) == len(pattern.shapes):
-        what = f"the student is not pruned: none of its {len(problems)} linears is 2:4"
-        raise BadInput("E370", what, where=str(student.source.folder), fix=_SPARSIFY)
-    if problems:
-        raise BadInput.from_problems(first_id, problems)
+    problems = sparsity.contradictions(pattern.shapes, lambda layer: _check_layer(student, pattern, layer), console)
+    count = sum(len(several) for several in problems.values())
+    if count and not pattern.from_file and count == len(pattern.shapes):
+        what = f"the student is not pruned: none of its {count} linears is 2:4"
+        raise BadInput("E356", what, where=str(student.source.folder), fix=_SPARSIFY)
+    sparsity.refuse(problems)
 
 
 def _check_layer(student: Model, pattern: Pattern, layer: str) -> None:
@@ -223,7 +214,7 @@ def _check_layer(student: Model, pattern: Pattern, layer: str) -> None:
     if bool(alive.any()):
         row, column = alive.nonzero()[0].tolist()
         raise BadInput(
-            "E372",
+            "E356",
             f"{layer}: {int(alive.sum())} weights are not zero although the mask prunes them; the first is [{row}, {column}]",
             where=str(student.source.folder / masks.NAME),
             fix=f"mask and weights do not belong together; write or fetch the checkpoint again, or {_SPARSIFY}",

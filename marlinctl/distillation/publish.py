@@ -67,7 +67,7 @@ def _write_changed(opened: Opened, values: Iterable[tuple[str, Tensor]], staged:
         tensor = value.to("cpu", dtype).contiguous()
         if not bool(torch.isfinite(tensor).all()):
             raise NumericalProblem(
-                "E623",
+                "E604",
                 f"{name} holds values that {str(dtype).removeprefix('torch.')} cannot hold after training",
                 where=name,
                 fix="a lower --learning-rate; the job's folder is kept",

@@ -59,7 +59,7 @@ def measure_divergence(model: Any, baseline: Any, windows: Tensor, console: Cons
             ours, theirs = _logits(model, window), _logits(baseline, window)
             if ours.shape != theirs.shape:
                 raise UsageError(
-                    "E247",
+                    "E261",
                     f"the models cannot be compared: {ours.shape[1]} words against {theirs.shape[1]} in the baseline",
                     where="--against",
                     fix="name the model that this one was made from",

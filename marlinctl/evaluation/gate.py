@@ -125,7 +125,7 @@ def _too_large(original: Path) -> str:
 
 def _no_measurement(kind: type[CheckFailed], reason: str) -> CheckFailed:
     return kind(
-        "E116",
+        "E115",
         f"the quality gate needs a measurement, and there is none ({reason})",
         where="--max-kl / --max-ppl-ratio",
         fix="run on a machine with more memory, or leave the gate away",

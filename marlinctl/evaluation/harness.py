@@ -135,7 +135,7 @@ class Harness(HFLM):
 
     def _does_not_fit(self) -> ResourceProblem:
         return ResourceProblem(
-            "E532",
+            "E590",
             f"out of memory with a batch of {self.batch_size_per_gpu}",
             where=self.label,
             fix=f"give --batch-size {max(1, self.batch_size_per_gpu // 4)}; finished tasks are kept: add --resume",

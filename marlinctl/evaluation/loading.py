@@ -78,7 +78,7 @@ def choose_dtype(dtype: str, device: str, config: dict[str, Any]) -> str:
     """`auto` resolved to bfloat16, float16 or float32."""
     on_cpu = device.startswith("cpu")
     if dtype == "float16" and on_cpu:
-        raise UsageError("E248", "fp16 is not used on a CPU: it is a hundred times slower", where="--dtype", fix="give float32 or bfloat16")
+        raise UsageError("E202", "fp16 is not used on a CPU: it is a hundred times slower", where="--dtype", fix="give float32 or bfloat16")
     if dtype != "auto":
         return dtype
     if on_cpu:
@@ -96,7 +96,7 @@ def load_tokenizer(subject: Subject) -> Any:
     words = subject.config.get("vocab_size")
     if isinstance(words, int) and largest >= words:
         raise BadInput(
-            "E386",
+            "E314",
             f"the tokenizer makes ids up to {largest}, the model knows {words} words",
             where=str(subject.folder),
             fix="use the tokenizer that belongs to this model",

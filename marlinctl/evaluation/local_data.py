@@ -81,16 +81,16 @@ def _saved_files(folder: Path) -> tuple[Path, ...]:
     try:
         names = [item["filename"] for item in read_plain_json(folder / "state.json")["_data_files"]]
     except FileRefused as refused:
-        raise BadInput("E387", f"damaged description of a saved data set: {refused.problem.what}", where=where, fix=fix) from None
+        raise BadInput("E385", f"damaged description of a saved data set: {refused.problem.what}", where=where, fix=fix) from None
     except (KeyError, TypeError) as error:
-        raise BadInput("E387", f"damaged description of a saved data set: {type(error).__name__}: {error}", where=where, fix=fix) from error
+        raise BadInput("E385", f"damaged description of a saved data set: {type(error).__name__}: {error}", where=where, fix=fix) from error
     problems = [
         Problem(f"no data file {name!r} in the folder", where, fix)
         for name in names
         if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file()
     ]
     if problems:
-        raise BadInput.from_problems("E387", problems)
+        raise BadInput.from_problems("E385", problems)
     return tuple(folder / name for name in names)
 
 

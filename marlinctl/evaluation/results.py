@@ -75,7 +75,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             fix = "name a file that you may write"
             raise UsageError("E244", f"cannot write the file: {error.strerror}", where=str(path), fix=fix) from error
         raise ResourceProblem(
-            "E531", f"cannot write the results: {error.strerror}", where=str(path), fix="free some space, then run again with --resume"
+            "E500", f"cannot write the results: {error.strerror}", where=str(path), fix="free some space, then run again with --resume"
         ) from error
 
 
@@ -86,7 +86,7 @@ def _continued(path: Path, fresh: Document) -> Document:
         for field, then, now in _differences(old, fresh)
     ]
     if problems:
-        raise UsageError.from_problems("E245", problems)
+        raise UsageError.from_problems("E286", problems)
     return old
 
 
@@ -104,7 +104,7 @@ def read(path: Path) -> Document:
 
 
 def _damaged(path: Path, reason: str) -> BadInput:
-    return BadInput("E388", f"not a results file of marlinctl eval: {reason}", where=str(path), fix="name another file with --out")
+    return BadInput("E374", f"not a results file of marlinctl eval: {reason}", where=str(path), fix="name another file with --out")
 
 
 def _differences(old: Document, new: Document) -> list[tuple[str, Any, Any]]:

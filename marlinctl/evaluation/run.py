@@ -241,7 +241,7 @@ def _task_differences(plan: tasks.TaskPlan, document: results.Document, seed: in
     for name, record in ours.items():
         if record["prompts_sha256"] != theirs[name]["prompts_sha256"]:
             raise UsageError(
-                "E247",
+                "E261",
                 f"the models were asked different questions in {name}",
                 where="--against",
                 fix="start anew with another --out: the data changed between the runs",

@@ -48,12 +48,12 @@ class TaskPlan:
 def require_lm_eval() -> None:
     if find_spec("lm_eval") is None:
         raise EnvironmentProblem(
-            "E400", "task scores need lm_eval, which is not installed", where="--tasks", fix="pip install 'marlinctl[eval]'"
+            "E402", "task scores need lm_eval, which is not installed", where="--tasks", fix="pip install 'marlinctl[eval]'"
         )
 
 
 def check_tasks(names: Sequence[str], *, task_data: Path | None, console: Console) -> None:
-    """Refuse names that lm_eval does not know (E242), and copies of data that are not there (E243). Loads and fetches no data."""
+    """Refuse names that lm_eval does not know, and copies of data that are not there (E243). Loads and fetches no data."""
     require_lm_eval()
     if task_data is not None:
         local_data.check_folder(task_data)
@@ -113,7 +113,7 @@ def run_leaves(
         except Exception as error:  # lm_eval and the code of its tasks raise what they like
             if out_of_memory(error):
                 raise
-            raise UsageError("E249", f"lm_eval cannot run the task: {_first_line(error)}", where=name, fix="leave the task out") from error
+            raise UsageError("E243", f"lm_eval cannot run the task: {_first_line(error)}", where=name, fix="leave the task out") from error
         finished(name, _record(plan, name, result, len(model.cut)))
 
 
@@ -218,7 +218,7 @@ def _find_names(wanted: Sequence[str], console: Console) -> Any:
     unknown = [name for name in wanted if name not in manager.task_index]
     if unknown:
         known = [*ABBREVIATIONS, *manager.all_tasks]
-        raise UsageError.from_problems("E242", [_unknown(name, known) for name in unknown])
+        raise UsageError.from_problems("E243", [_unknown(name, known) for name in unknown])
     return manager
 
 
@@ -306,7 +306,7 @@ def _load(wanted: Sequence[str], manager: Any, *, num_fewshot: int | None, seed:
             if local:
                 raise _unusable(name, error) from error
             raise HubProblem(
-                "E720",
+                "E707",
                 f"the data of {name} could not be fetched: {_first_line(error)}",
                 where="--tasks",
                 fix="check the network, or give local copies with --task-data DIR",
@@ -324,7 +324,7 @@ def _load(wanted: Sequence[str], manager: Any, *, num_fewshot: int | None, seed:
         if getattr(task, mark, False)
     ]
     if problems:
-        raise UsageError.from_problems("E249", problems)
+        raise UsageError.from_problems("E243", problems)
     for task in leaves.values():
         _set_fewshot(task, num_fewshot, seed)
     splits = {name: local_data.measured_split(_split_names(task)) or "its own" for name, task in leaves.items()}
@@ -347,7 +347,7 @@ def _split_names(task: Any) -> dict[str, str | None]:
 
 def _unusable(name: str, error: Exception) -> BadInput:
     return BadInput(
-        "E387",
+        "E385",
         f"the data of {name} cannot be used: {_first_line(error)}",
         where="--task-data",
         fix="copy the data again; they must have the columns of the data set on the hub",

@@ -31,7 +31,7 @@ def window_start(tokenizer: Any, model_type: str) -> int | None:
 
 
 def of_models(text: Text, models: Sequence[Subject], settings: EvalSettings) -> tuple[Tensor, int | None]:
-    """The windows, [W, window] int64, and the id they start with. UsageError E247 where the models do not read the same tokens."""
+    """The windows, [W, window] int64, and the id they start with. UsageError E261 where the models do not read the same tokens."""
     import torch
 
     from marlinctl.evaluation.loading import load_tokenizer
@@ -44,7 +44,7 @@ def of_models(text: Text, models: Sequence[Subject], settings: EvalSettings) -> 
         cut.append(cut_windows(text, tokenizer, tokens=settings.tokens, window=window, start=start, longest=model.longest))
     if not all(torch.equal(cut[0], other) for other in cut[1:]):
         raise UsageError(
-            "E247",
+            "E261",
             "the models cannot be compared: their tokenizers cut the text differently",
             where="--against",
             fix="name the model that this one was made from",
@@ -62,7 +62,7 @@ def cut_windows(text: Text, tokenizer: Any, *, tokens: int, window: int, start: 
     ids = first_ids(text.text, tokenizer, count * body)
     if len(ids) < body:
         raise BadInput(
-            "E389",
+            "E393",
             f"the text has {len(ids)} tokens, one window needs {body}",
             where=text.note,
             fix=f"give a longer text, or --window {max(2, len(ids))} or less",

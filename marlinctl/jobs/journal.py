@@ -105,7 +105,7 @@ class JobFolder:
 
         launcher: what stands before `marlinctl` on the command line, where the person is told how to go on.
         UsageError E285 for an unfinished job without `resume`, E287 for `resume` and no job, E224 for a folder of somebody else's;
-        ResourceProblem E503 for a run that is at work, E504 for a lock that cannot be taken.
+        ResourceProblem E503 for a run that is at work or a lock that cannot be taken.
         """
         self.refuse_foreign(resume=resume)
         if resume and not (self.path / JOB).is_file():
@@ -131,7 +131,7 @@ class JobFolder:
                 raise
 
     def refuse_foreign(self, *, resume: bool = False) -> None:
-        """UsageError E224 where OUT.job is there and is not marlinctl's, ResourceProblem E504 for its lock. Nothing is changed.
+        """UsageError E224 where OUT.job is there and is not marlinctl's, ResourceProblem E503 for its lock. Nothing is changed.
 
         resume: files that somebody put beside those of the job are allowed then, because they stay where they are.
         """
@@ -209,12 +209,12 @@ class JobFolder:
         return self.progress
 
     def request(self) -> Request:
-        """UsageError E290 for a folder of a newer marlinctl; BadInput E374 for a damaged one."""
+        """UsageError E287 for a folder of a newer marlinctl; BadInput E374 for a damaged one."""
         document = self.document(JOB)
         if document.get("format") != FORMAT:
             what = f"the job is in format {document.get('format')!r}, and this marlinctl writes format {FORMAT}"
             fix = "continue with the version of marlinctl that began it, or start again"
-            raise UsageError("E290", what, where=str(self.path / JOB), fix=fix)
+            raise UsageError("E287", what, where=str(self.path / JOB), fix=fix)
         verb, arguments, folder = document.get("verb"), document.get("arguments"), document.get("folder")
         if not isinstance(verb, str) or not isinstance(arguments, dict) or not isinstance(folder, str):
             raise self.damaged("it does not say what was asked for", self.path / JOB)

@@ -157,7 +157,7 @@ _MAX_MAP_BYTES = 1 << 20
 def architecture(config: Mapping[str, Any], module_map: Path | None = None) -> Architecture:
     """Names and shapes of the model that `config` (a parsed config.json) describes.
 
-    BadInput E390 for a model_type that is not in the table and has no module map; E391 for a config whose sizes are missing or absurd.
+    BadInput E390 for a model_type that is not in the table and has no module map; E392 for a config whose sizes are missing or absurd.
     """
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
@@ -234,7 +234,7 @@ class _Sizes:
             vocab=size("vocab_size"),
         )
         if problems:
-            raise BadInput.from_problems("E391", problems)
+            raise BadInput.from_problems("E392", problems)
         return sizes
 
 

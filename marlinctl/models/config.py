@@ -35,19 +35,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json as an object with sizes in reason, or BadInput with everything that is wrong with it."""
     where = str(folder / CONFIG)
     if not exists(folder, CONFIG):
-        raise BadInput("E310", "config.json is missing", where=where, fix="name the model's folder, or download config.json into it")
+        raise BadInput("E392", "config.json is missing", where=where, fix="name the model's folder, or download config.json into it")
     try:
         config = read_json(folder, CONFIG, limit=_MAX_CONFIG_BYTES)
         refuse_deep(config, where)
     except FileRefused as refused:
-        raise BadInput.from_problems("E310", [refused.problem]) from None
+        raise BadInput.from_problems("E392", [refused.problem]) from None
     if not isinstance(config, dict):
-        raise BadInput("E310", f"config.json holds a {type(config).__name__}, not an object", where=where, fix="download config.json again")
+        raise BadInput("E392", f"config.json holds a {type(config).__name__}, not an object", where=where, fix="download config.json again")
     text = config.get("text_config")
     problems = _problems(config, where) + (_problems(text, where) if isinstance(text, dict) else [])
     problems += [Problem(f"{shown(key, 100)} is not a finite number", where, _NO_MODEL) for key in _not_finite(config)]
     if problems:
-        raise BadInput.from_problems("E311", problems)
+        raise BadInput.from_problems("E392", problems)
     return config
 
 
@@ -62,12 +62,12 @@ def positions(config: Mapping[str, Any]) -> int | None:
 
 
 def refuse_large(config: Mapping[str, Any], names: Mapping[str, str], where: str) -> None:
-    """BadInput E311 for a size beyond reason under the name that a family has for it: `n_layer` for num_hidden_layers.
+    """BadInput E392 for a size beyond reason under the name that a family has for it: `n_layer` for num_hidden_layers.
 
     names: the usual name -> the family's own, as transformers' classes hold them (`attribute_map`).
     """
     if problems := _sizes(config, names, where):
-        raise BadInput.from_problems("E311", problems)
+        raise BadInput.from_problems("E392", problems)
 
 
 def _sizes(config: Mapping[str, Any], names: Mapping[str, str], where: str) -> list[Problem]:

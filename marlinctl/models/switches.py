@@ -65,14 +65,14 @@ def without(document: Any) -> Any:
 
 
 def cleaned(name: str, data: bytes) -> bytes:
-    """A companion as it is published: JSON without such keys, byte for byte where there are none. BadInput E350 for JSON that is none."""
+    """A companion as it is published: JSON without such keys, byte for byte where there are none. BadInput E301 for JSON that is none."""
     if name not in JSON_COMPANIONS:
         return data
     try:
         document = parse_json(data, name)
         refuse_deep(document, name)
     except FileRefused as refused:
-        raise BadInput.from_problems("E350", [refused.problem]) from None
+        raise BadInput.from_problems("E301", [refused.problem]) from None
     if not any(_found(document)):
         return data
     return (json.dumps(without(document), indent=2, ensure_ascii=False) + "\n").encode()
@@ -81,7 +81,7 @@ def cleaned(name: str, data: bytes) -> bytes:
 def check_switches(folder: Path, config: Mapping[str, Any], *, files: bool = True) -> tuple[str, ...]:
     """What is not followed, one line each. files: False where there is no folder yet.
 
-    BadInput E312 for a model that needs Python code from its folder, E350 for a file that is not JSON.
+    BadInput E312 for a model that needs Python code from its folder, E301 for a file that is not JSON.
     """
     documents: dict[str, Any] = {"config.json": config}
     problems = []
@@ -93,7 +93,7 @@ def check_switches(folder: Path, config: Mapping[str, Any], *, files: bool = Tru
         except FileRefused as refused:
             problems.append(refused.problem)
     if problems:
-        raise BadInput.from_problems("E350", problems)
+        raise BadInput.from_problems("E301", problems)
     carriers = [name for name in ("config.json", "tokenizer_config.json") if _has_code(documents.get(name))]
     notes = [_about_code(folder, config.get("model_type"), carriers)] if carriers else []
     notes += [

@@ -41,7 +41,7 @@ def check_tokenizer(folder: Path, config: dict[str, Any]) -> None:
     token, number = max(((t, i) for t, i in ids.items() if t not in strays), key=lambda item: item[1], default=("", -1))
     if number >= rows:
         raise BadInput(
-            "E315",
+            "E314",
             f"the tokenizer is larger than the embedding: {shown(token, 60)!r} has id {number}, but vocab_size is {rows}",
             where=str(folder / present[0]),
             fix="the tokenizer belongs to another model, or the embedding was not resized; take both from one checkpoint",

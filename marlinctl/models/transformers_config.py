@@ -29,7 +29,7 @@ _OURS = ("dtype", "torch_dtype", "return_dict", "use_return_dict", "output_atten
 def transformers_config(config: Mapping[str, Any], folder: Path | None = None, *, quantized: bool = False) -> PreTrainedConfig:
     """The config object of a parsed config.json. `quantized`: with its quantization_config, for transformers' own quantizers.
 
-    BadInput E361 for a model_type that transformers does not have, E392 for values that its class refuses.
+    BadInput E392 for a model_type that transformers does not have, and for values that its class refuses.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -39,7 +39,7 @@ def transformers_config(config: Mapping[str, Any], folder: Path | None = None, *
         model_type = "ministral"  # as transformers itself distinguishes the two
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise BadInput(
-            "E361",
+            "E392",
             f"transformers has no language model for model_type {shown(repr(model_type), 60)}",
             where=where,
             fix="only decoder language models that transformers itself supports are loaded; a newer release may know this one",

@@ -98,7 +98,7 @@ class Solving:
             return self.solver.solve(stack, keep, hessian, group_size)
         except ValueError as error:
             raise NumericalProblem(
-                "E601", str(error), where=", ".join(members), fix="check the model with its own weights; try --dtype float32"
+                "E620", str(error), where=", ".join(members), fix="check the model with its own weights; try --dtype float32"
             ) from error
 
     def _keep(
@@ -108,7 +108,7 @@ class Solving:
         """Note and queue one linear; returns the weight [N, K] that the published model computes with."""
         if outcome.fallback and self.options.strict:
             raise NumericalProblem(
-                "E602", f"the Hessian cannot be used as it is ({outcome.fallback}), and --strict forbids a fallback", where=name,
+                "E605", f"the Hessian cannot be used as it is ({outcome.fallback}), and --strict forbids a fallback", where=name,
                 fix="more or other calibration text, a higher --damping, or no --strict",
             )  # fmt: skip
         if self.options.strict and outcome.dead:

@@ -153,7 +153,7 @@ def _require_room(looked: Looked, tensors: Mapping[str, TensorInfo], pattern: Kn
     allowed = available_memory() if options.max_memory is None else options.max_memory
     if needed > allowed:
         raise ResourceProblem(
-            "E520",
+            "E522",
             f"the run needs about {needed / 2**30:.2f} GiB, "
             + (f"{allowed / 2**30:.2f} GiB are free" if options.max_memory is None else f"--max-memory allows {allowed / 2**30:.2f} GiB"),
             where="memory",

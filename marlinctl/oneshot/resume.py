@@ -96,7 +96,7 @@ class WalkJob(JobFolder):
         """
         if redo_from is not None and redo_from >= pieces:
             what = f"--redo-from {redo_from}: the pieces of this model are 0 to {pieces - 1}"
-            raise UsageError("E291", what, where="--redo-from", fix="name one of them, or leave it out")
+            raise UsageError("E288", what, where="--redo-from", fix="name one of them, or leave it out")
         found = len(self.lines)
         good = 1 + self._whole()
         if redo_from is not None:

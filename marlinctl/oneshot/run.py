@@ -204,7 +204,7 @@ def _fingerprint(opened: Opened, recipe: Recipe, calibration: CalibrationSet) ->
 
 def _walk(opened: Opened, tokens: Tokens, job: WalkJob, solving: Solving, options: Options, console: Console) -> None:
     """All blocks. Where the device's memory runs out, once more from the last finished block with less of it: half of the tokens in
-    flight, and activations in host memory or on the disk. ResourceProblem E523 where that does not suffice either."""
+    flight, and activations in host memory or on the disk. ResourceProblem E590 where that does not suffice either."""
     budget = int(torch.cuda.mem_get_info(opened.device)[0] * _DEVICE_SHARE) if opened.device.type == "cuda" else 0
     full = _walk_blocks(opened, tokens, job, solving, options, console, CHUNK_TOKENS, budget, options.redo_from)
     if full is None:
@@ -216,7 +216,7 @@ def _walk(opened: Opened, tokens: Tokens, job: WalkJob, solving: Solving, option
     full = _walk_blocks(opened, tokens, job, solving, options, console, CHUNK_TOKENS // 2, 0, None)
     if full is not None:
         raise ResourceProblem(
-            "E523", f"{full}, twice", where=f"block {job.finished}",
+            "E590", f"{full}, twice", where=f"block {job.finished}",
             fix="free memory of the GPU, or a smaller --sequence-length, or --device cpu; what is finished is kept",
         )  # fmt: skip
 
@@ -284,7 +284,7 @@ def _verify_written(folder: Path, records: list[LayerRecord], console: Console) 
         for record in records:
             if _digest_on_disk(written, masks, record) != record.digest:
                 raise CheckFailed(
-                    "E110",
+                    "E103",
                     "weights, scales or mask on disk differ from those that were solved",
                     where=record.name,
                     fix="check the disk, then run again",

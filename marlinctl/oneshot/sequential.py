@@ -416,7 +416,7 @@ class _Gram:
     def hessian(self, names: tuple[str, ...]) -> Hessian:
         if self.lost > LOST_TOKENS_LIMIT * (self.tokens + self.lost):
             raise NumericalProblem(
-                "E603",
+                "E620",
                 f"the inputs of this linear are NaN or infinite for {self.lost} of {self.tokens + self.lost} calibration tokens",
                 where=", ".join(names),
                 fix="check the model with its own weights first; a model that overflows in bfloat16 needs --dtype float32",

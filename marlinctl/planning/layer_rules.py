@@ -30,7 +30,7 @@ class Plan:
 
 
 def plan(architecture: Architecture, *, group_size: int, skip: Sequence[str], overrides: Mapping[str, int], include: Sequence[str]) -> Plan:
-    """Resolve the rules against a model. All problems at once: UsageError E254 (patterns) or E255 (group sizes)."""
+    """Resolve the rules against a model. All problems at once: UsageError E255 (patterns, group sizes)."""
     linears = dict(architecture.linears)
     head = _head(architecture, include)
     if head is not None:
@@ -48,14 +48,14 @@ def plan(architecture: Architecture, *, group_size: int, skip: Sequence[str], ov
                 Problem(f"the pattern {pattern[:200]!r} matches no linear", "--skip / --override", f"nearest names: {', '.join(near)}")
             )
     if problems:
-        raise UsageError.from_problems("E254", problems)
+        raise UsageError.from_problems("E255", problems)
 
     kept = {name: f"--skip {pattern}" for pattern in skip for name in names.matching(pattern)}
     sizes = dict.fromkeys((name for name in linears if name not in kept), group_size)
     for pattern, size in overrides.items():
         sizes |= dict.fromkeys((name for name in names.matching(pattern) if name not in kept), size)
     if not sizes:
-        raise UsageError("E254", "every linear is skipped; nothing would be quantized", where="--skip", fix="skip fewer linears")
+        raise UsageError("E255", "every linear is skipped; nothing would be quantized", where="--skip", fix="skip fewer linears")
     _require_divisible(linears, sizes)
     for name, spec in architecture.linears.items():
         if name not in sizes and name not in kept:
@@ -78,14 +78,14 @@ class _Names:
         self._known: dict[str, list[str]] = {}
 
     def matching(self, pattern: str) -> list[str]:
-        """UsageError E254 for an expression that is none, or for patterns that take too long."""
+        """UsageError E255 for an expression that is none, or for patterns that take too long."""
         if pattern not in self._known:
             try:
                 self._known[pattern] = self._found(pattern)
             except ValueError as error:
                 fix = "docs/recipes.md has what a pattern may hold"
                 what = f"the pattern {pattern[:200]!r} cannot be used: {error}"
-                raise UsageError("E254", what, where="--skip / --override", fix=fix) from error
+                raise UsageError("E255", what, where="--skip / --override", fix=fix) from error
         return self._known[pattern]
 
     def _found(self, pattern: str) -> list[str]:
@@ -107,10 +107,10 @@ def _head(architecture: Architecture, include: Sequence[str]) -> LinearSpec | No
     for name in include:
         if name != "lm_head":
             fix = "lm_head is the only one there is; no runtime loads 4-bit embeddings"
-            raise UsageError("E256", f"{name!r} cannot be quantized", where="--include", fix=fix)
+            raise UsageError("E255", f"{name!r} cannot be quantized", where="--include", fix=fix)
         if architecture.head is None:
             raise UsageError(
-                "E256",
+                "E255",
                 "the output head is tied to the embedding and stays 16-bit",
                 where="--include lm_head",
                 fix="leave it out: quantizing a tied head would change the embedding, untying it would make the model larger",

@@ -92,7 +92,7 @@ class Check:
 def make_plan(model: str, recipe: Recipe, settings: Settings, console: Console) -> dict[str, Any]:
     """The plan as one JSON-ready document. Refuses what a run would refuse, with the same error ids."""
     if not re.fullmatch(r"(cpu|cuda)(:\d{1,3})?", settings.device, re.ASCII):
-        raise UsageError("E248", f"unknown device {settings.device}", where="--device", fix="give cpu, cuda or cuda:N")
+        raise UsageError("E202", f"unknown device {settings.device}", where="--device", fix="give cpu, cuda or cuda:N")
     check_arguments(recipe, settings.module_map, distils=True)
     _check_evaluation(recipe, settings, None, console)
     with headers(model, revision=settings.revision, cache_dir=settings.cache_dir, offline=console.offline, console=console) as seen:

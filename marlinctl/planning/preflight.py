@@ -37,7 +37,7 @@ class Looked:
 
 def refuse_no_change(recipe: Recipe) -> None:
     if not recipe.scheme.quantizes and not recipe.scheme.prunes:
-        raise UsageError("E272", "16 bits and no pattern: nothing would change", where="--bits 16", fix="--bits 4, or `marlinctl sparsify`")
+        raise UsageError("E273", "16 bits and no pattern: nothing would change", where="--bits 16", fix="--bits 4, or `marlinctl sparsify`")
 
 
 # ---- what needs no model, and what needs its config alone ----------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def check_texts(recipe: Recipe, *, distils: bool) -> None:
 
 
 def check_lengths(recipe: Recipe, config: Mapping[str, Any], *, distils: bool) -> None:
-    """Samples and rows that the model cannot read: UsageError E252."""
+    """Samples and rows that the model cannot read: UsageError E246."""
     check_length(recipe.calibration, config)
     if distils and divided(recipe) is not None:
         from marlinctl.planning.training_settings import check_sizes
@@ -160,7 +160,7 @@ def _planned(known: Architecture, rules: Plan) -> dict[str, LinearSpec]:
 def _refuse_odd_widths(shapes: Mapping[str, tuple[int, int]]) -> None:
     odd = [Problem(f"K={k} of {name} is not a multiple of 4", "--pattern 2:4", "--skip it") for name, (_, k) in shapes.items() if k % 4]
     if odd:
-        raise UsageError.from_problems("E271", odd)
+        raise UsageError.from_problems("E255", odd)
 
 
 def _say_pattern(found: Pattern, planned: int, recipe: Recipe, console: Console) -> None:
@@ -170,7 +170,7 @@ def _say_pattern(found: Pattern, planned: int, recipe: Recipe, console: Console)
     origin = "its mask file" if found.origin == MASK_FILE else "the zeros of its weights"
     if recipe.sparsify.pattern != "none":
         raise UsageError(
-            "E270",
+            "E273",
             f"{len(found.linears)} of {planned} linears are 2:4 already ({origin})",
             where="--pattern 2:4",
             fix="`marlinctl quantize` keeps the pattern; start from the dense model to prune anew",

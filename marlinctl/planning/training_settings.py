@@ -28,7 +28,7 @@ def check_sizes(asked: Distill, config: Mapping[str, Any], processes: int, *, wh
     limit = positions(config)
     if limit is not None and asked.sequence_length > limit:
         raise UsageError(
-            "E252",
+            "E246",
             f"rows of {asked.sequence_length} tokens are longer than the model can read ({limit})",
             where=where,
             fix=f"{where} {limit} or less",
@@ -50,7 +50,7 @@ def held_out_rows(wanted: int) -> int:
 def check_settings(asked: Distill, processes: int) -> None:
     """Refuse settings that contradict each other."""
     if not asked.tokens:
-        raise UsageError("E284", "nothing says for how long to train", where="--tokens", fix="--tokens 2000000, for two million tokens")
+        raise UsageError("E202", "nothing says for how long to train", where="--tokens", fix="--tokens 2000000, for two million tokens")
     problems: list[Problem] = []
     if asked.mode == "blockwise":
         if asked.cache_logits:

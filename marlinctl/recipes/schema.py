@@ -177,7 +177,7 @@ def resolve(recipe: Recipe, overrides: Mapping[str, Any]) -> tuple[Recipe, list[
             before = "null" if values[section][field] is None else values[section][field]
             changes.append(f"{flag} {value} instead of {before} (recipe {recipe.name})")
         values[section][field] = value
-    return _validate(_Layer(values, places, Place(f"recipe {recipe.name}")), error_id="E211"), changes
+    return _validate(_Layer(values, places, Place(f"recipe {recipe.name}")), error_id="E202"), changes
 
 
 def divided(recipe: Recipe) -> tuple[Recipe, Recipe] | None:
@@ -193,7 +193,7 @@ def with_sections(values: Mapping[str, Any]) -> dict[str, Any]:
     unknown = [name for name in values if name not in homes]
     if unknown:
         problems = [Problem(f"there is no option {name}", f"{name}={values[name]!r}", _nearest_key(name, list(homes))) for name in unknown]
-        raise UsageError.from_problems("E212", problems)
+        raise UsageError.from_problems("E202", problems)
     return {homes[name]: value for name, value in values.items()}
 
 
@@ -226,7 +226,7 @@ def _locate(name_or_path: str | Path, folder: Path, *, where: str) -> _Found:
         near = get_close_matches(given, builtin_names(), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UsageError(
-            "E205",
+            "E240",
             f"'{given}' is neither a built-in recipe nor a file",
             where=where,
             fix=f"{hint}built in: {', '.join(builtin_names())}; or the path of a .yaml file",
@@ -251,11 +251,11 @@ def _with_parents(found: _Found, children: tuple[str, ...]) -> _Layer:
         return _Layer(own, places, origin)
     where = str(places.get(("extends",), origin))
     if not isinstance(parent, str):
-        raise UsageError("E209", f"extends must be a recipe's name or path, not {parent!r}", where=where, fix=f"extends: {DEFAULT}")
+        raise UsageError("E206", f"extends must be a recipe's name or path, not {parent!r}", where=where, fix=f"extends: {DEFAULT}")
     base_file = _locate(parent, found.folder, where=where)
     chain = (*children, found.identity)
     if base_file.identity in chain:
-        raise UsageError("E210", "recipes extend each other in a circle", where=where, fix=f"end the chain at {DEFAULT}")
+        raise UsageError("E206", "recipes extend each other in a circle", where=where, fix=f"end the chain at {DEFAULT}")
     base = _with_parents(base_file, chain)
     return _Layer(_merge(base.values, own), {**base.places, **places}, origin)
 
@@ -271,14 +271,14 @@ def _merge(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 # Checking
 
 
-def _validate(layer: _Layer, error_id: str | None = None) -> Recipe:
+def _validate(layer: _Layer, error_id: str = "E206") -> Recipe:
     try:
         return Recipe.model_validate(layer.values)
     except ValidationError as error:
         found = error.errors(include_url=False)
     unknown = [item for item in found if item["type"] == "extra_forbidden"]
     problems = [_problem(item, layer) for item in [*unknown, *(item for item in found if item not in unknown)]]
-    raise UsageError.from_problems(error_id or ("E208" if unknown else "E209"), problems)
+    raise UsageError.from_problems(error_id, problems)
 
 
 def _problem(item: Any, layer: _Layer) -> Problem:

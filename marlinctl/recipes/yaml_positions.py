@@ -60,7 +60,7 @@ def read_yaml(text: str, title: str) -> tuple[dict[str, Any], dict[tuple[str, ..
     except RecursionError as error:
         raise UsageError("E206", "nested too deeply", where=title, fix="a recipe has three levels; see docs/recipes.md") from error
     if twice:
-        raise UsageError.from_problems("E207", twice)
+        raise UsageError.from_problems("E206", twice)
     assert isinstance(values, dict)
     return values, places
 

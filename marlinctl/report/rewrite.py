@@ -39,7 +39,7 @@ def rewrite(folder: Path, *, evaluation: Mapping[str, Any] | None = None, bench:
         recorded = {record["name"]: tuple(record["shape"]) for record in report.get("layers", ()) if record["group_size"] is not None}
     if recorded and recorded != shapes:
         raise BadInput(
-            "E399",
+            "E374",
             "the report is of another model: its linears are not those of this folder",
             where=str(folder / JSON),
             fix="put the report back that was published with these weights, or write the checkpoint again",
@@ -70,7 +70,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     path = folder / JSON
     if not path.is_file():
         raise CheckFailed(
-            "E118",
+            "E101",
             f"there is no {JSON}, so nothing is known about how this folder was made",
             where=str(folder),
             fix="name a folder that compress, quantize, sparsify or distill published; other folders have `inspect` and `eval`",
@@ -91,11 +91,11 @@ def _document(path: Path, kinds: Sequence[str]) -> dict[str, Any]:
     if not isinstance(document, dict) or document.get("kind") not in kinds:
         raise _damaged(path, f"its kind is none of {', '.join(kinds)}")
     if newer := written_by_newer(document, SCHEMA_VERSION):
-        raise BadInput("E399", f"this document cannot be read: {newer}", where=str(path), fix=UPDATE)
+        raise BadInput("E374", f"this document cannot be read: {newer}", where=str(path), fix=UPDATE)
     return document
 
 
 def _damaged(path: Path, reason: str) -> BadInput:
     return BadInput(
-        "E399", f"this is no document that can be reported: {reason}", where=str(path), fix="give the file that marlinctl wrote"
+        "E374", f"this is no document that can be reported: {reason}", where=str(path), fix="give the file that marlinctl wrote"
     )

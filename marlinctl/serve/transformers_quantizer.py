@@ -65,7 +65,7 @@ class MarlinctlQuantizer(HfQuantizer):
 
         if dtype not in (torch.float16, torch.bfloat16):
             fix = "from_pretrained(folder, dtype=torch.bfloat16) or float16; marlinctl.api.load dequantizes to float32"
-            raise BadInput("E362", f"packed linears compute in float16 or bfloat16, not in {dtype}", where="from_pretrained", fix=fix)
+            raise BadInput("E313", f"packed linears compute in float16 or bfloat16, not in {dtype}", where="from_pretrained", fix=fix)
         return dtype
 
     def _process_model_before_weight_loading(
@@ -74,7 +74,7 @@ class MarlinctlQuantizer(HfQuantizer):
         from marlinctl.checkpoint.reader import open_checkpoint
 
         if not checkpoint_files:
-            raise BadInput("E360", "a packed model is loaded from its folder alone", where="from_pretrained", fix="name the folder")
+            raise BadInput("E302", "a packed model is loaded from its folder alone", where="from_pretrained", fix="name the folder")
         folder = Path(checkpoint_files[0]).parent
         with open_checkpoint(folder, weight_files=NATIVE_FILES) as checkpoint:
             _put_packed_linears(model, checkpoint)
@@ -157,7 +157,7 @@ def _put_packed_linears(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
             what = f"{name} is {list(found.shape)} in the folder and {list(tensor.shape)} in the model"
             problems.append(Problem(what, str(found.file), _AGAIN))
     if problems:
-        raise BadInput.from_problems("E360", problems)
+        raise BadInput.from_problems("E302", problems)
 
 
 def _wrong_tensors(checkpoint: Checkpoint, fmt: Format, layer: str, n: int, k: int, group_size: int) -> list[Problem]:

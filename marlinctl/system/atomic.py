@@ -208,7 +208,7 @@ def disk_problems(path: Path, needed: int | None = None) -> Iterator[None]:
         if problem.errno in FULL:
             raise disk_full(path, needed, free) from problem
         raise ResourceProblem(
-            "E501",
+            "E500",
             f"writing failed: {problem.strerror or problem}",
             where=str(path),
             fix="mend the disk or name another place; nothing was published",

@@ -235,7 +235,7 @@ class Console:
         self._write_result(redact(body))
 
     def _write_result(self, text: str) -> None:
-        """OSError where stdout cannot be written, BrokenPipeError where its reader is gone, ResourceProblem E591 where it was closed."""
+        """OSError where stdout cannot be written, BrokenPipeError where its reader is gone, ResourceProblem E500 where it was closed."""
         try:
             print(text, file=self._out, flush=True)
         except OSError as error:
@@ -246,7 +246,7 @@ class Console:
             raise
         except ValueError as error:
             fix = "leave stdout open, or send it to a file"
-            raise ResourceProblem("E591", f"writing failed: {error}", where="stdout", fix=fix) from error
+            raise ResourceProblem("E500", f"writing failed: {error}", where="stdout", fix=fix) from error
 
     # The log
 
@@ -257,7 +257,7 @@ class Console:
     def log_to(self, path: Path, *, named: bool = False) -> None:
         """From here on, and with what was said so far, into this file. --log-file given by the person (`named`) wins.
 
-        UsageError E204, also where the file is somebody else's and the person did not name it.
+        UsageError E244, also where the file is somebody else's and the person did not name it.
         """
         if self._log.path is not None:
             return
@@ -266,7 +266,7 @@ class Console:
             self._log.open(path, named=named)
         except OSError as error:
             raise UsageError(
-                "E204",
+                "E244",
                 f"the log cannot be written: {error.strerror}",
                 where=str(path),
                 fix=fix if named else f"move what is there away, or {fix}",

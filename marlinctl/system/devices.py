@@ -27,11 +27,11 @@ def choose_device(device: str) -> str:
     try:
         kind = torch.device(device)
     except RuntimeError as error:
-        raise UsageError("E248", f"unknown device {device}", where="--device", fix="give auto, cpu, cuda or cuda:N") from error
+        raise UsageError("E202", f"unknown device {device}", where="--device", fix="give auto, cpu, cuda or cuda:N") from error
     if kind.type == "cuda" and (not torch.cuda.is_available() or (kind.index or 0) >= torch.cuda.device_count()):
         reason, cure = no_cuda()
         fix = f"give --device cpu, or {cure}" if cure else "give --device cpu"
-        raise EnvironmentProblem("E401", f"there is no {device}: {reason}", where="--device", fix=fix)
+        raise EnvironmentProblem("E420", f"there is no {device}: {reason}", where="--device", fix=fix)
     return device
 
 

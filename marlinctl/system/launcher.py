@@ -29,7 +29,7 @@ _OTHERS = {
 
 
 def sharding_asked() -> bool:
-    """Whether FSDP2 was asked for. UsageError E289 lists everything that was asked for and is not offered."""
+    """Whether FSDP2 was asked for. UsageError E288 lists everything that was asked for and is not offered."""
     fix = "distributed_type: FSDP with fsdp_version: 2, or --multi_gpu"
     problems = [_refused(f"{title} is not offered", fix) for name, title in _OTHERS.items() if _on(name)]
     precision, compiler = _value("ACCELERATE_MIXED_PRECISION", "no"), _value("ACCELERATE_DYNAMO_BACKEND", "no")
@@ -49,7 +49,7 @@ def sharding_asked() -> bool:
                 _refused("fsdp_activation_checkpointing is not offered", "fsdp_activation_checkpointing: false, and --checkpointing")
             )
     if problems:
-        raise UsageError.from_problems("E289", problems)
+        raise UsageError.from_problems("E288", problems)
     return sharded
 
 

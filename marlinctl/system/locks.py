@@ -19,7 +19,7 @@ class Held(Exception):
 def lock(path: Path, *, wait: bool) -> Iterator[None]:
     """Hold a lock, whose file is made where there is none. Without `wait`: Held where another process has it.
 
-    ResourceProblem E504 for what cannot be locked: a folder, a link, a file system without locks.
+    ResourceProblem E503 for what cannot be locked: a folder, a link, a file system without locks.
     """
     from filelock import FileLock, Timeout
 
@@ -38,10 +38,10 @@ def lock(path: Path, *, wait: bool) -> Iterator[None]:
 
 
 def refuse_unusable(path: Path) -> None:
-    """ResourceProblem E504 for a lock file that is a folder, a link or the like."""
+    """ResourceProblem E503 for a lock file that is a folder, a link or the like."""
     if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
         raise _unusable(path, "it is not a regular file")
 
 
 def _unusable(path: Path, why: str) -> ResourceProblem:
-    return ResourceProblem("E504", f"the lock cannot be taken: {why}", where=str(path), fix="move it away, or name another place")
+    return ResourceProblem("E503", f"the lock cannot be taken: {why}", where=str(path), fix="move it away, or name another place")

@@ -93,7 +93,7 @@ class Scratch:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             raise ResourceProblem(
-                "E521",
+                "E500",
                 f"activations need {size / 2**30:.2f} GiB of disk during the run, and that is not free",
                 where=str(self._folder),
                 fix="free some space, use fewer --samples, or put OUT on another disk",

@@ -1,14 +1,14 @@
 """`marlinctl verify`: is this folder what it says, whole, and would a client that loads it compute the right thing?
 
-    1 digests     every file as the manifest says, none missing, none extra                            CheckFailed E100-E102
+    1 digests     every file as the manifest says, none missing, none extra                            CheckFailed E101
     2 structure   every tensor the model needs, with its shape and dtype; nothing else; the config     CheckFailed E105
                   fields without which clients load garbage and say nothing
     3 contents    scales finite, codes readable, packing the codes again gives the same bytes (so      CheckFailed E106, BadInput E346
                   padding is zero), and a second, independent reading of the bytes gives the same weights
-                  masks 2:4, of linears that exist, and what they say was pruned is zero                       CheckFailed E111, E112
+                  masks 2:4, of linears that exist, and what they say was pruned is zero                       CheckFailed E105, E106
     4 kernels     the tiles of native formats, multiplied by the CUDA kernel or, without a GPU, read    CheckFailed E113
                   lane by lane as it reads them, give the product of the same weights: marlinctl/verify/kernels.py
-    5 load        transformers and compressed-tensors load the folder on the CPU; each weight that     CheckFailed E108, E109
+    5 load        transformers and compressed-tensors load the folder on the CPU; each weight that     CheckFailed E108
                   they hold is the dequantized one, and so are the logits
     6 source      with --source: marlinctl/verify/source.py                                                 CheckFailed E107
 
@@ -233,22 +233,16 @@ def check_pattern(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None,
     if stated.origin is None:
         return None
     if masks is not None:
-        _raise("E112", sparsity.strangers(sparsity.shapes(checkpoint, info), info, masks))
-    problems: list[Problem] = []
-    zero = 0
-    with console.progress("check the 2:4 pattern", len(stated.linears)) as progress:
-        for layer in stated.linears:
-            try:
-                weight, keep = sparsity.weight_and_keep(checkpoint, info, layer, masks)
-            except BadInput as refused:
-                if refused.error_id not in sparsity.REFUSALS:
-                    raise
-                problems += refused.problems
-            else:
-                zero += 0 if keep is None else int(((weight == 0) & keep).sum())
-            progress.advance()
-    _raise("E111", problems)
-    return {"origin": stated.origin, "linears": len(stated.linears), "zero_survivors": zero}
+        _raise("E105", sparsity.strangers(sparsity.shapes(checkpoint, info), info, masks))
+    zeros: dict[str, int] = {}
+
+    def read(layer: str) -> None:
+        weight, keep = sparsity.weight_and_keep(checkpoint, info, layer, masks)
+        zeros[layer] = 0 if keep is None else int(((weight == 0) & keep).sum())
+
+    problems = sparsity.contradictions(stated.linears, read, console)
+    _raise("E106", [problem for several in problems.values() for problem in several])
+    return {"origin": stated.origin, "linears": len(stated.linears), "zero_survivors": sum(zeros.values())}
 
 
 def _second_reading(checkpoint: Checkpoint, info: FormatInfo, layer: str) -> Tensor:
@@ -290,7 +284,7 @@ def _load_check(checkpoint: Checkpoint, info: FormatInfo, load: bool | None) -> 
 def logit_error(checkpoint: Checkpoint) -> float:
     """||a - b|| / ||b|| of logits: a from transformers with compressed-tensors, b from the model of the dequantized weights.
 
-    CheckFailed E109 where transformers does not load the folder, E108 where a weight that it holds is not the dequantized one. One model is
+    CheckFailed E108 where transformers does not load the folder, or a weight that it holds is not the dequantized one. One model is
     in memory at a time; of the client's weights the digests stay.
 
     NOTE: transformers decompresses experts in the dtype of their scales, and now and then the last bit of a weight sends a token to another
@@ -318,7 +312,7 @@ def logit_error(checkpoint: Checkpoint) -> float:
     except Exception as problem:
         lines = [*str(problem).strip().splitlines(), type(problem).__name__]
         raise CheckFailed(
-            "E109",
+            "E108",
             f"transformers does not load the folder: {lines[0][:300]}",
             where=str(checkpoint.folder),
             fix="`marlinctl pack FOLDER --check` names linears that no client loads together; for anything else please report it",
@@ -403,7 +397,7 @@ def _compare(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None, sour
     from marlinctl.checkpoint.folder import open_folder
 
     if not info.layers:
-        raise BadInput("E347", "the folder holds no quantized linear to compare", where=str(checkpoint.folder), fix="leave --source out")
+        raise BadInput("E313", "the folder holds no quantized linear to compare", where=str(checkpoint.folder), fix="leave --source out")
     with open_folder(source, weight_files="model") as original:
         for note in original.notes:
             console.warn(f"source: {note}")

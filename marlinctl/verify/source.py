@@ -103,7 +103,7 @@ def _implausible(measured: LayerFidelity) -> list[Problem]:
 def _source_weight(source: Checkpoint, layer: str) -> Tensor:
     name = f"{layer}.weight"
     if name not in source.tensors:
-        raise BadInput("E351", f"the source has no {name}", where=str(source.folder), fix="name the model this checkpoint was made from")
+        raise BadInput("E302", f"the source has no {name}", where=str(source.folder), fix="name the model this checkpoint was made from")
     return source.read(name)
 
 

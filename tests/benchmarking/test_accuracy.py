@@ -73,7 +73,7 @@ def test_wrong_products_fail(wrong: Callable[[Tensor], Tensor], what: str) -> No
     assert any(what in problem.what for problem in problems)
     with pytest.raises(CheckFailed) as caught:
         accuracy.refuse(problems)
-    assert caught.value.error_id == "E120"
+    assert caught.value.error_id == "E113"
 
 
 def test_a_write_beyond_the_output_fails() -> None:

@@ -83,5 +83,5 @@ def test_an_unknown_name_is_refused_with_those_that_exist(architectures: list[st
     """If this failed, a misspelled name would build nothing and say that all is well."""
     with pytest.raises(UsageError) as caught:
         building.build(architectures, only=only, console=Console.quiet())
-    assert caught.value.error_id == "E297"
+    assert caught.value.error_id == "E202"
     assert ("sm_90" if only == [] else DENSE[0].name) in caught.value.problems[0].fix

@@ -42,7 +42,7 @@ def test_a_missing_compiler_has_a_cure(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_failed_compilation_shows_the_log(tmp_path: Path) -> None:
     """If this failed, a report of the problem would lack the one thing that explains it."""
     error = refusal(tmp_path, tuple(define for define in DENSE[0].defines(torch.float16) if not define.startswith("TOKENS")))
-    assert error.error_id == "E404"
+    assert error.error_id == "E403"
     assert 'identifier "TOKENS" is undefined' in str(error)
     assert error.problems[0].where == "marlin_sm80.cu for sm_90"
 
@@ -51,5 +51,5 @@ def test_a_folder_of_somebody_elses_is_an_error_with_an_id(tmp_path: Path, monke
     """If this failed, a shared cache folder would end in a traceback."""
     monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
     error = refusal(tmp_path)
-    assert error.error_id == "E410"
+    assert error.error_id == "E490"
     assert "belongs to user" in str(error)

@@ -105,13 +105,13 @@ def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "other.json").write_text(content)
     with pytest.raises(BadInput) as caught:
         read_document(tmp_path / "other.json")
-    assert caught.value.error_id == "E398"
+    assert caught.value.error_id == "E374" and caught.value.problems[0].where.startswith(str(tmp_path))
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput) as caught:
         read_document(tmp_path / "none.json")
-    assert caught.value.error_id == "E398"
+    assert caught.value.error_id == "E374" and caught.value.problems[0].where.startswith(str(tmp_path))
 
 
 def test_a_field_that_is_wrong_is_named(tmp_path: Path) -> None:

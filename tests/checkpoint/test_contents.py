@@ -280,4 +280,4 @@ def test_a_small_file_that_may_not_be_followed_is_refused(tmp_path: Path) -> Non
     (folder / "added_tokens.json").symlink_to(tmp_path / "elsewhere.json")
     with pytest.raises(BadInput) as caught:
         read(folder)
-    assert caught.value.error_id == "E350"
+    assert caught.value.error_id == "E301" and "added_tokens.json" in caught.value.problems[0].where

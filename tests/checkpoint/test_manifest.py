@@ -75,9 +75,9 @@ def test_all_changes_are_named_at_once(folder: Path) -> None:
 def test_a_damaged_manifest_is_refused(folder: Path, text: str) -> None:
     """A manifest that lists nothing would approve of everything."""
     (folder / manifest.NAME).write_text(text)
-    with pytest.raises(CheckFailed) as caught:
+    with pytest.raises(CheckFailed, match="the manifest cannot be used") as caught:
         manifest.check(folder)
-    assert caught.value.error_id == "E102"
+    assert caught.value.error_id == "E101"
 
 
 def test_canonical_json_has_one_spelling() -> None:

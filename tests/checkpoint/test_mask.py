@@ -70,7 +70,7 @@ def test_a_mask_of_another_shape_is_refused(tmp_path: Path) -> None:
         assert masks is not None
         with pytest.raises(BadInput, match=r"mask of a\.q is U8 \[4, 2\]") as caught:
             masks.keep("a.q", 4, 24)
-    assert caught.value.error_id == "E352"
+    assert caught.value.error_id == "E356"
 
 
 def test_three_kept_in_a_four_are_refused_with_their_place(tmp_path: Path) -> None:
@@ -80,14 +80,14 @@ def test_three_kept_in_a_four_are_refused_with_their_place(tmp_path: Path) -> No
         assert masks is not None
         with pytest.raises(BadInput, match=r"a\.q is not 2:4.*row 2, columns 4\.\.7, keeps 3") as caught:
             masks.keep("a.q", 4, 16)
-    assert caught.value.error_id == "E353"
+    assert caught.value.error_id == "E356"
 
 
 def test_a_file_that_is_no_mask_is_refused(tmp_path: Path) -> None:
     save_file({"a.weight": torch.zeros(2, 2)}, tmp_path / mask.NAME)
     with pytest.raises(BadInput, match="is no mask") as caught, mask.open_masks(tmp_path):
         pass
-    assert caught.value.error_id == "E354"
+    assert caught.value.error_id == "E356"
     (tmp_path / mask.NAME).write_bytes(b"\xff" * 64)
     with pytest.raises(BadInput), mask.open_masks(tmp_path):
         pass

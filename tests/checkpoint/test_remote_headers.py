@@ -89,12 +89,14 @@ def test_cached_shards_are_not_asked_for_again(tmp_path: Path) -> None:
     assert code == 0 and offline["outputs"] == document["outputs"]
 
 
-@pytest.mark.parametrize(("fault", "error_id"), [("gated", "E701"), ("not found", "E702"), ("bad token", "E704")])
-def test_refusals_of_the_hub_are_one_line_each(tmp_path: Path, fault: str, error_id: str) -> None:
+@pytest.mark.parametrize(
+    ("fault", "error_id", "what"), [("gated", "E701", "gated"), ("not found", "E702", "no model"), ("bad token", "E701", "token")]
+)
+def test_refusals_of_the_hub_are_one_line_each(tmp_path: Path, fault: str, error_id: str, what: str) -> None:
     """The most common end of a first try; the same ids as for a download."""
     with serving(Hub(make_tiny(tmp_path / "served"), fault)) as endpoint:
         code, document = plan(endpoint, tmp_path / "cache")
-    assert (code, document["error"]["id"]) == (7, error_id)
+    assert (code, document["error"]["id"]) == (7, error_id) and what in document["error"]["problems"][0]["what"]
 
 
 def test_a_damaged_header_on_the_hub_is_refused(tmp_path: Path) -> None:

@@ -222,10 +222,10 @@ def test_download_then_offline(tmp_path: Path, model: Path) -> None:
         ("gated", "E701", "gated"),
         ("gated, with a token", "E701", "gated"),
         ("not found", "E702", "no model of that name"),
-        ("unknown revision", "E703", "no revision 'v9'"),
-        ("bad token", "E704", "token"),
-        ("too many requests", "E705", "slow down"),
-        ("broken", "E706", "HTTP 503"),
+        ("unknown revision", "E702", "no revision 'v9'"),
+        ("bad token", "E701", "token"),
+        ("too many requests", "E707", "slow down"),
+        ("broken", "E707", "HTTP 503"),
     ],
 )
 def test_refusals_of_the_hub(tmp_path: Path, model: Path, fault: str, error_id: str, text: str) -> None:
@@ -268,7 +268,7 @@ def test_no_server_and_no_cache(tmp_path: Path) -> None:
     """Without a network there would be a traceback, or a long wait."""
     assert ask("http://127.0.0.1:9", tmp_path / "cache")["id"] == "E707"
     offline = ask("http://127.0.0.1:9", tmp_path / "cache", offline=True)
-    assert (offline["id"], offline["exit"]) == ("E708", 7) and "no local path" in offline["where"]
+    assert (offline["id"], offline["exit"]) == ("E709", 7) and "no local path" in offline["where"]
 
 
 def test_only_pickles_on_the_hub(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_only_pickles_on_the_hub(tmp_path: Path) -> None:
     hub = Hub(folder)
     with serving(hub) as endpoint:
         answer = ask(endpoint, tmp_path / "cache")
-    assert (answer["id"], answer["exit"]) == ("E305", 3) and "pytorch_model.bin" in answer["what"]
+    assert (answer["id"], answer["exit"]) == ("E301", 3) and "pytorch_model.bin" in answer["what"]
     assert len(hub.asked) == 1
 
 

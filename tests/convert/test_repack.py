@@ -193,7 +193,7 @@ def test_linears_that_are_not_two_of_four_are_listed(source: Path, tmp_path: Pat
     edit_tensors(tmp_path / "in", crowd)
     remake_manifest(tmp_path / "in")
     problem = refused(tmp_path / "in", tmp_path / "out")
-    assert problem.error_id == "E355" and [p.what.split(":")[0] for p in problem.problems] == [LAYER, DOWN]
+    assert problem.error_id == "E356" and [p.what.split(":")[0] for p in problem.problems] == [LAYER, DOWN]
     assert "row 7, columns 24..27: 4 of four codes" in problem.problems[0].what
     make_packed(source, tmp_path / "dense")
     assert len(refused(tmp_path / "dense", tmp_path / "out").problems) == 14
@@ -226,7 +226,9 @@ def test_damaged_masks_are_all_listed(sparse: dict[str, Path], tmp_path: Path) -
     )
     remake_manifest(tmp_path / "in")
     problem = refused(tmp_path / "in", tmp_path / "out")
-    assert {p.what.split(" ")[3] for p in problem.problems} == {LAYER, DOWN} and problem.error_id == "E353"
+    said = " ".join(p.what for p in problem.problems)
+    assert "is not 2:4" in said and "its weight" in said
+    assert {p.what.split(" ")[3] for p in problem.problems} == {LAYER, DOWN} and problem.error_id == "E356"
 
 
 def test_a_linear_without_a_mask_is_dense(sparse: dict[str, Path], tmp_path: Path) -> None:
@@ -235,7 +237,7 @@ def test_a_linear_without_a_mask_is_dense(sparse: dict[str, Path], tmp_path: Pat
     edit_masks(tmp_path / "in", lambda masks: masks.pop(f"{LAYER}.keep"))
     remake_manifest(tmp_path / "in")
     problem = refused(tmp_path / "in", tmp_path / "out")
-    assert problem.error_id == "E355" and [p.what.split(" ")[0] for p in problem.problems] == [LAYER]
+    assert problem.error_id == "E356" and [p.what.split(", ")[0] for p in problem.problems] == [f"{LAYER} has no mask"]
     repack.repack(tmp_path / "in", tmp_path / "out", format="gptq")
     assert len(load_file(tmp_path / "out" / "marlinctl_mask.safetensors")) == 12
 
@@ -244,7 +246,8 @@ def test_a_mask_of_nothing_is_refused(sparse: dict[str, Path], tmp_path: Path) -
     """It belongs to another model, and who knows what else does."""
     shutil.copytree(sparse["ct"], tmp_path / "in")
     edit_masks(tmp_path / "in", lambda masks: masks.update({"model.layers.7.mlp.up_proj.keep": masks[f"{LAYER}.keep"].clone()}))
-    assert refused(tmp_path / "in", tmp_path / "out", "ct").error_id == "E357"
+    problem = refused(tmp_path / "in", tmp_path / "out", "ct")
+    assert problem.error_id == "E356" and "no such linear" in str(problem)
 
 
 def test_masks_of_16_bit_linears_travel_along(source: Path, tmp_path: Path) -> None:
@@ -265,7 +268,8 @@ def test_masks_of_16_bit_linears_travel_along(source: Path, tmp_path: Path) -> N
     assert weights(tmp_path / "back").keys() == weights(tmp_path / "in").keys()
     edit_tensors(tmp_path / "in", lambda tensors: tensors[f"{name}.weight"].fill_(1))
     remake_manifest(tmp_path / "in")
-    assert refused(tmp_path / "in", tmp_path / "out", "ct").error_id == "E356"
+    problem = refused(tmp_path / "in", tmp_path / "out", "ct")
+    assert problem.error_id == "E356" and str(problem).startswith(f"{name}: row ")
 
 
 @pytest.mark.parametrize("target", ["ct", "dense", "marlin_24"])
@@ -388,7 +392,7 @@ def test_scales_that_fp16_cannot_hold_go_to_ct_only(tmp_path: Path) -> None:
     for fmt in ("marlin", "gptq"):
         with pytest.raises(BadInput) as caught:
             repack.repack(tmp_path / "in", tmp_path / fmt, format=fmt)
-        assert caught.value.error_id == "E344" and "model.layers." in caught.value.problems[0].what
+        assert caught.value.error_id == "E349" and "model.layers." in caught.value.problems[0].what
     repack.repack(tmp_path / "in", tmp_path / "dense", format="dense")
     want = {name: tensor.half() for name, tensor in load_dense(tmp_path / "in", dtype=torch.float32).state_dict().items()}
     assert torch.equal(weights(tmp_path / "dense")[f"{LAYER}.weight"], want[f"{LAYER}.weight"])
@@ -404,26 +408,26 @@ def test_dense_refuses_what_float16_cannot_hold(tmp_path: Path) -> None:
     )
     with pytest.raises(MarlinctlError) as caught:
         repack.repack(tmp_path / "in", tmp_path / "out", format="dense")
-    assert (caught.value.error_id, caught.value.exit_code) == ("E600", 6)
+    assert (caught.value.error_id, caught.value.exit_code) == ("E604", 6)
 
 
 @pytest.mark.parametrize(
-    ("prepare", "error_id"),
+    ("prepare", "error_id", "what"),
     [
-        (lambda single, out: single.rename(out), "E347"),
-        (lambda single, out: make_foreign(single, out, ct_block(num_bits=8), foreign_ct), "E341"),
-        (lambda single, out: make_foreign(single, out, gptq_block(bits=8), foreign_gptq), "E342"),
-        (lambda single, out: make_foreign(single, out, gptq_block(), foreign_ct), "E348"),
-        (lambda single, out: make_foreign(single, out, ct_block(group_size=96), foreign_ct), "E349"),
-        (lambda single, out: make_foreign(single, out, ct_block(group_size=64), foreign_ct), "E346"),
+        (lambda single, out: single.rename(out), "E313", "is not quantized"),
+        (lambda single, out: make_foreign(single, out, ct_block(num_bits=8), foreign_ct), "E340", "8-bit"),
+        (lambda single, out: make_foreign(single, out, gptq_block(bits=8), foreign_gptq), "E340", "8-bit"),
+        (lambda single, out: make_foreign(single, out, gptq_block(), foreign_ct), "E302", "config.json says gptq"),
+        (lambda single, out: make_foreign(single, out, ct_block(group_size=96), foreign_ct), "E349", "96"),
+        (lambda single, out: make_foreign(single, out, ct_block(group_size=64), foreign_ct), "E346", "config.json says group_size 64"),
     ],
 )
-def test_unfit_input_is_refused_and_nothing_is_written(tmp_path: Path, prepare: object, error_id: str) -> None:
+def test_unfit_input_is_refused_and_nothing_is_written(tmp_path: Path, prepare: object, error_id: str, what: str) -> None:
     """Exit 3 with the reason, instead of a folder of noise."""
     prepare(make_tiny(tmp_path / "single"), tmp_path / "in")  # type: ignore[operator]
     with pytest.raises(BadInput) as caught:
         repack.repack(tmp_path / "in", tmp_path / "out", format="marlin")
-    assert caught.value.error_id == error_id and not (tmp_path / "out").exists()
+    assert caught.value.error_id == error_id and what in str(caught.value) and not (tmp_path / "out").exists()
     assert not list(tmp_path.glob("out*"))
 
 

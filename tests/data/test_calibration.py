@@ -157,7 +157,7 @@ def test_a_chat_template_is_bounded(tmp_path: Path, name: str, monkeypatch: pyte
     source = write(tmp_path / "chats.jsonl", [{"messages": chat} for chat in CHATS])
     with pytest.raises(BadInput, match="chat template was stopped") as caught:
         calibrate(model, source)
-    assert caught.value.error_id == "E326"
+    assert caught.value.error_id == "E325"
 
 
 def test_a_tokenizer_is_tried_on_a_line(model: Path) -> None:
@@ -167,4 +167,4 @@ def test_a_tokenizer_is_tried_on_a_line(model: Path) -> None:
     (model / "tokenizer.json").write_text(json.dumps(document))
     with pytest.raises(BadInput, match="cannot read a line of text") as caught:
         load_tokenizer(model)
-    assert caught.value.error_id == "E327"
+    assert caught.value.error_id == "E325"

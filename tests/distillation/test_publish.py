@@ -100,4 +100,4 @@ def test_weights_beyond_float16_are_not_published(place: Path, tmp_path: Path, m
 
     monkeypatch.setattr(Student, "values", grown)
     error = failing(place, tmp_path / "out")
-    assert isinstance(error, NumericalProblem) and error.error_id == "E623" and UP in error.problems[0].what
+    assert isinstance(error, NumericalProblem) and error.error_id == "E604" and UP in error.problems[0].what

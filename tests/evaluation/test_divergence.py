@@ -136,4 +136,4 @@ def test_other_vocabularies_are_refused(model: Any) -> None:
     """Word 5 of one model would be compared with another word 5."""
     with pytest.raises(UsageError, match="288 words against 300") as caught:
         divergence.measure_divergence(model, Scripted(torch.zeros(17, 300)), windows(), QUIET)
-    assert caught.value.error_id == "E247"
+    assert caught.value.error_id == "E261"

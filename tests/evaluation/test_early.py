@@ -90,7 +90,7 @@ WORK = {
 TRAINING = [*SMALL_SPARSE, "--distill-tokens", "512"]
 MEASURED = [
     (["--text", "absent.txt"], "e240"),
-    (["--text", "empty.txt"], "e380"),
+    (["--text", "empty.txt"], "e393"),
     (["--text", "names.jsonl"], "e385"),
     (["--text", "data"], "e240"),
     (["--window", "513"], "e246"),
@@ -98,7 +98,7 @@ MEASURED = [
     (["--tokens", "64", "--window", "65"], "e246"),
     (["--limit", "0"], None),
     (["--limit", str(10**30)], None),
-    (["--tasks", "winogrand"], "e242"),
+    (["--tasks", "winogrand"], "e243"),
     (["--tasks", "piqa", "--task-data", "data"], "e243"),
     (["--tasks", "winogrande", "--task-data", "absent"], "e243"),
 ]
@@ -106,16 +106,16 @@ CALIBRATED = [
     (["--calibration", "absent.jsonl"], "e240"),
     (["--calibration", "names.jsonl"], "e385"),
     (["--calibration", "empty.txt"], "e393"),
-    (["--sequence-length", "513"], "e252"),
-    (["--samples", str(10**30)], "e211"),
+    (["--sequence-length", "513"], "e246"),
+    (["--samples", str(10**30)], "e202"),
     (["--recipe", "int4"], "e393"),
-    (["--damping", "nan"], "e211"),
-    (["--match", "inf"], "e211"),
+    (["--damping", "nan"], "e202"),
+    (["--match", "inf"], "e202"),
     (["--module-map", "map.json"], "e251"),
     (["--module-map", "absent.json"], "e251"),
-    (["--device", "gpu"], "e248"),
-    (["--device", "cpuu"], "e248"),
-    (["--dtype", "float8"], "e257"),
+    (["--device", "gpu"], "e202"),
+    (["--device", "cpuu"], "e202"),
+    (["--dtype", "float8"], "e202"),
     (["--chat", "always"], "e253"),
 ]
 CASES = [
@@ -125,24 +125,24 @@ CASES = [
     *((verb, *case) for verb in ("sparsify", "compress", "plan") for case in CALIBRATED[::4][:3]),
     *(("sparsify", ["--max-kl", value], "e202") for value in ("nan", "inf", "-1", "0")),
     *(("compress", ["--max-ppl-ratio", value], "e202") for value in ("nan", "inf", "-1", "0")),
-    ("plan", ["--device", "cpuu"], "e248"),
+    ("plan", ["--device", "cpuu"], "e202"),
     ("eval", ["--seed", "-1"], "e246"),
     ("eval", ["--seed", str(2**32)], "e246"),
-    ("eval", ["--device", "gpu"], "e248"),
+    ("eval", ["--device", "gpu"], "e202"),
     ("eval", ["--out", "absent/scores.json"], "e244"),
     ("eval", ["--out", "text.txt"], "e244"),
     ("eval", ["--batch-size", "0"], "e246"),
     ("distill", ["--data", "absent.txt"], "e240"),
     ("distill", ["--data", "names.jsonl"], "e385"),
-    ("distill", ["--sequence-length", "513", "--batch-tokens", "1024"], "e252"),
-    ("distill", ["--learning-rate", "nan"], "e211"),
-    ("distill", ["--tokens", str(10**30)], "e211"),
+    ("distill", ["--sequence-length", "513", "--batch-tokens", "1024"], "e246"),
+    ("distill", ["--learning-rate", "nan"], "e202"),
+    ("distill", ["--tokens", str(10**30)], "e202"),
     ("distill", ["--module-map", "map.json"], "e251"),
     ("distill", ["--sequence-length", "512", "--batch-tokens", "100000", "--tokens", "999999", "--data", "names.jsonl"], "e385"),
     ("compress", [*TRAINING, "--distill-data", "absent.txt"], "e240"),
-    ("compress", [*TRAINING, "--distill-sequence-length", "513"], "e252"),
+    ("compress", [*TRAINING, "--distill-sequence-length", "513"], "e246"),
     ("plan", [*TRAINING, "--distill-data", "absent.txt"], "e240"),
-    ("plan", [*TRAINING, "--distill-sequence-length", "513"], "e252"),
+    ("plan", [*TRAINING, "--distill-sequence-length", "513"], "e246"),
 ]  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def test_refused_before_a_weight_is_read(
     assert main([*WORK[verb], *more]) in (2, 3)
     told = capsys.readouterr().err
     if anchor is not None:
-        assert told.rstrip().endswith(f"#{anchor}"), told
+        assert told.rstrip().endswith(f"#{anchor}") and any(word in told for word in more), told
     assert not (here / "out").exists() and not (here / "out.job").exists()
 
 
@@ -236,7 +236,8 @@ def test_a_gate_without_the_memory_to_measure_is_refused_early(
     """Broken: hours of work are kept as OUT.rejected, because two models never fitted."""
     monkeypatch.setattr("marlinctl.evaluation.gate.available_memory", lambda: 1000)
     assert main(["sparsify", "model", str(tmp_path / "out"), *SMALL, "--max-kl", "5"]) == 1
-    assert "#e116" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "#e115" in told and "needs a measurement" in told
     assert not list(tmp_path.glob("out.*ed"))
 
 
@@ -362,5 +363,5 @@ def test_a_verb_that_measures_nothing_takes_no_such_flags(here: Path, tmp_path: 
     for flags in (["--text", "text.txt"], ["--no-eval"], ["--max-kl", "1"]):
         assert main(["resume", str(out), *flags]) == 2
         told = capsys.readouterr().err
-        assert "#e291" in told and flags[0] in told
+        assert "#e288" in told and flags[0] in told
     assert main(["resume", str(out)]) == 0

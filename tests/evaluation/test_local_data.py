@@ -86,7 +86,7 @@ def test_damaged_or_hostile_description(tmp_path: Path, state: bytes) -> None:
     (folder / "state.json").write_bytes(state)
     with pytest.raises(BadInput) as caught:
         local_data.read_folder(tmp_path)
-    assert caught.value.error_id == "E387"
+    assert caught.value.error_id == "E385"
 
 
 def test_listing_and_missing_folder(tmp_path: Path) -> None:

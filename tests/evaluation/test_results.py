@@ -76,7 +76,7 @@ def test_refuses_to_mix(tmp_path: Path, part: str, key: str, value: object, name
     before = path.read_bytes()
     with pytest.raises(UsageError) as caught:
         ResultsFile(path, document(), resume=True)
-    assert caught.value.error_id == "E245"
+    assert caught.value.error_id == "E286"
     assert [problem.what for problem in caught.value.problems] == [named]
     assert path.read_bytes() == before
 
@@ -93,8 +93,11 @@ def test_existing_files_and_impossible_places(tmp_path: Path) -> None:
     """Hours of results would be overwritten, or lost at the end because the folder was not there."""
     path = tmp_path / "r.json"
     path.write_text("mine")
-    for target, resume in ((path, False), (tmp_path / "no" / "r.json", False), (None, True), (tmp_path / "no" / "r.json", True)):
-        with pytest.raises(UsageError) as caught:
+    missing = tmp_path / "no" / "r.json"
+    for target, resume, what in (
+        (path, False, "exists already"), (missing, False, "no folder"), (None, True, "needs the file"), (missing, True, "no folder"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=what) as caught:
             ResultsFile(target, document(), resume=resume)
         assert caught.value.error_id == "E244"
     assert path.read_text() == "mine"
@@ -109,9 +112,9 @@ def test_damaged_files_are_refused(tmp_path: Path, content: bytes) -> None:
     """A foreign file would be filled with results, or end in a traceback."""
     path = tmp_path / "r.json"
     path.write_bytes(content)
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(BadInput, match="not a results file") as caught:
         ResultsFile(path, document(), resume=True)
-    assert caught.value.error_id == "E388"
+    assert caught.value.error_id == "E374"
     assert path.read_bytes() == content
 
 
@@ -127,9 +130,9 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(*((os, "fsync", full) if call == "fsync" else (Path, "replace", full)))
-    with pytest.raises(ResourceProblem) as caught:
+    with pytest.raises(ResourceProblem, match="cannot write the results") as caught:
         file.save()
-    assert caught.value.error_id == "E531"
+    assert caught.value.error_id == "E500"
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["r.json"]
 

@@ -125,7 +125,7 @@ def test_data_without_the_columns_of_the_task(model: Path, tmp_path: Path) -> No
     write_parquet(tmp_path / "winogrande" / "winogrande_xl", "validation", [{"question": "?", "answer": "1"}])
     with pytest.raises(BadInput, match="the data of winogrande cannot be used") as caught:
         evaluate(model, EvalSettings(tasks=("winogrande",), task_data=tmp_path, **SMALL), QUIET)
-    assert caught.value.error_id == "E387"
+    assert caught.value.error_id == "E385"
 
 
 def test_questions_that_are_cut_are_counted_and_told(layouts: dict[str, Path], tmp_path: Path) -> None:
@@ -275,14 +275,14 @@ def test_tokenizer_that_is_too_large(tmp_path: Path, prose: str) -> None:
     """An id beyond the embedding would end in an IndexError in the middle of the run."""
     with pytest.raises(BadInput, match="vocab_size is 256") as caught:
         evaluate(make_tiny(tmp_path / "small", vocab_size=256), EvalSettings(text=prose, tokens=64, window=32, **SMALL), QUIET)
-    assert caught.value.error_id == "E315"
+    assert caught.value.error_id == "E314"
     folder = make_tiny(tmp_path / "added")
     token = {"content": "<late>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
     late = {str(i): {**token, "content": f"<{i}>"} for i in range(269, 300)}
     edit_json(folder / "tokenizer_config.json", lambda document: document.update(added_tokens_decoder=late))
     with pytest.raises(BadInput, match="the model knows 288 words") as caught:
         evaluate(folder, EvalSettings(text=prose, tokens=64, window=32, **SMALL), QUIET)
-    assert caught.value.error_id == "E386"
+    assert caught.value.error_id == "E314"
 
 
 def test_a_model_of_nan_has_no_score(model: Path, tmp_path: Path, layouts: dict[str, Path]) -> None:
@@ -353,7 +353,7 @@ def test_device_and_dtype() -> None:
             call()
     with pytest.raises(EnvironmentProblem) as caught:
         devices.choose_device("cuda:99")
-    assert caught.value.error_id == "E401"
+    assert caught.value.error_id == "E420"
 
 
 def test_batches_shrink_with_length(model: Path) -> None:
@@ -384,7 +384,7 @@ def test_out_of_memory_is_tried_once_with_half(model: Path, layouts: dict[str, P
         sizes.clear()
         with pytest.raises(ResourceProblem) as caught:
             evaluate(model, EvalSettings(tasks=("winogrande",), task_data=layouts["saved"], batch_size=batch_size, **SMALL), QUIET)
-        assert caught.value.error_id == "E532" and "--batch-size" in caught.value.problems[0].fix
+        assert caught.value.error_id == "E590" and "--batch-size" in caught.value.problems[0].fix
         assert sizes == asked  # 7 questions of 2 answers; `auto` offers 16, then 8
 
 
@@ -399,7 +399,7 @@ def test_unknown_task_shows_near_names(model: Path, monkeypatch: pytest.MonkeyPa
     )
     with pytest.raises(UsageError, match="knows no task winogrand") as caught:
         evaluate(model, EvalSettings(tasks=("winogrand", "mmluu"), **SMALL), QUIET)
-    assert caught.value.error_id == "E242" and len(caught.value.problems) == 2
+    assert caught.value.error_id == "E243" and len(caught.value.problems) == 2
     assert "winogrande" in caught.value.problems[0].fix
 
 

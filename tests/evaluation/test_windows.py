@@ -65,7 +65,7 @@ def test_a_short_text_gives_what_there_is() -> None:
     assert cut(PROSE[:800]).shape == (len(ids) // 64, 64)
     with pytest.raises(BadInput, match="one window needs 64") as caught:
         cut("far too short")
-    assert caught.value.error_id == "E389"
+    assert caught.value.error_id == "E393"
 
 
 def test_only_the_start_of_a_long_text_is_tokenized() -> None:

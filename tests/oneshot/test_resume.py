@@ -353,7 +353,7 @@ def test_a_gpu_that_stays_full_is_an_error_and_the_job_is_kept(
     out = tmp_path / "out"
     assert full_gpu(monkeypatch, 2, quantize(place, out))[0] == 5
     told = capfd.readouterr().err
-    assert "e523" in told and "--sequence-length" in told and "and more lines" not in told and "Traceback" not in told
+    assert "e590" in told and "--sequence-length" in told and "and more lines" not in told and "Traceback" not in told
     assert blocks_solved(monkeypatch, ["resume", str(out), "-q"]) == (0, [2, 3])
     assert published(tmp_path) == published(place / "whole")
 
@@ -448,12 +448,15 @@ def test_another_model_recipe_or_format_is_refused_field_by_field(
 
     request = json.loads(asked_for.read_text())
     asked_for.write_text(json.dumps(request | {"format": 2}))
-    assert refused(capfd, "resume", str(out))["id"] == "E290"
+    told = refused(capfd, "resume", str(out))
+    assert told["id"] == "E287" and "format 2" in told["problems"][0]["what"]
     asked_for.write_text(json.dumps(request))
 
     assert refused(capfd, *asked)["id"] == "E285"
-    assert refused(capfd, "resume", str(out), "--redo-from", "4")["id"] == "E291"
-    assert refused(capfd, "resume", str(tmp_path / "other"))["id"] == "E287"
+    told = refused(capfd, "resume", str(out), "--redo-from", "4")
+    assert told["id"] == "E288" and told["problems"][0]["where"] == "--redo-from"
+    told = refused(capfd, "resume", str(tmp_path / "other"))
+    assert told["id"] == "E287" and "no job" in told["problems"][0]["what"]
     shutil.copy(place / "model" / "config.json", tmp_path / "model" / "config.json")
     after = published(tmp_path / "out.job")
     assert {k for k in after.keys() | before.keys() if after.get(k) != before.get(k)} <= {"job.json"}, "a refusal changes nothing"
@@ -583,7 +586,8 @@ def test_going_back_in_a_verb_without_blocks_is_refused(place: Path, tmp_path: P
 
     with pytest.raises(OSError, match="full"):
         run()
-    assert refused(capfd, "resume", str(tmp_path / "out"), "--redo-from", "1")["id"] == "E291"
+    told = refused(capfd, "resume", str(tmp_path / "out"), "--redo-from", "1")
+    assert told["id"] == "E288" and "pack has none" in told["problems"][0]["what"]
 
 
 # ---- jobs ----------------------------------------------------------------------------------------------------------------------------
@@ -606,9 +610,11 @@ def test_jobs_are_listed_and_removed(
     on_disk = sum(path.stat().st_size for path in (tmp_path / "a" / "b" / "out.job").rglob("*") if path.is_file())
     assert found["out.job"]["size"] == on_disk and found["out.job"]["running"] is None and 0 <= found["out.job"]["age"] < 300
 
-    assert refused(capfd, "jobs", "rm", str(tmp_path / "a" / "whole"))["id"] == "E293"
+    told = refused(capfd, "jobs", "rm", str(tmp_path / "a" / "whole"))
+    assert told["id"] == "E202" and told["problems"][0]["fix"] == "add --yes"
     assert refused(capfd, "jobs", "rm", str(tmp_path / "nothing"), "--yes")["id"] == "E287"
-    assert refused(capfd, "jobs", "ls", str(tmp_path / "nothing"))["id"] == "E292"
+    told = refused(capfd, "jobs", "ls", str(tmp_path / "nothing"))
+    assert told["id"] == "E240" and told["problems"][0]["where"].endswith("nothing")
     assert main(["jobs", "rm", str(tmp_path / "a" / "whole"), str(tmp_path / "a" / "b" / "out.job"), "--yes"]) == 0
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_dir()) == ["a", "b"]
     capfd.readouterr()

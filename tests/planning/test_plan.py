@@ -166,7 +166,7 @@ def test_the_run_refuses_what_the_plan_says_does_not_fit(tiny: Path, tmp_path: P
         else:
             with pytest.raises(ResourceProblem, match="are free") as refused:
                 run_job(str(tiny), tmp_path / "other", chosen, Options(dtype="float32"), Console.quiet())
-            assert refused.value.error_id == "E520"
+            assert refused.value.error_id == "E522"
 
 
 def test_a_small_disk_does_not_fit(tiny: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,19 +222,24 @@ def _without(name: str) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "spoil", "error_id"),
+    ("changes", "spoil", "error_id", "what"),
     [
-        ({"quantize__skip": ["no_such"]}, None, "E254"),
-        ({"quantize__group_size": 128, "quantize__overrides": {"k_proj": {"group_size": 64}}}, "odd", "E255"),
-        ({"quantize__bits": 16}, None, "E272"),
-        ({"pack__formats": ["marlin_24"]}, None, "E273"),
-        ({}, _without("tokenizer.json"), "E314"),
-        ({}, _without("model.safetensors"), "E301"),
-        ({}, "quantized", "E313"),
+        ({"quantize__skip": ["no_such"]}, None, "E255", "no_such"),
+        (
+            {"quantize__group_size": 128, "quantize__overrides": {"k_proj": {"group_size": 64}}},
+            "odd",
+            "E255",
+            "not a multiple of group size",
+        ),
+        ({"quantize__bits": 16}, None, "E273", "16 bits and no pattern"),
+        ({"pack__formats": ["marlin_24"]}, None, "E273", "needs 2:4 linears"),
+        ({}, _without("tokenizer.json"), "E314", "tokenizer is missing"),
+        ({}, _without("model.safetensors"), "E301", "there are no weights"),
+        ({}, "quantized", "E313", "already quantized"),
     ],
 )
 def test_plan_refuses_what_the_run_refuses(
-    tmp_path: Path, text: Path, changes: dict[str, Any], spoil: Callable[[Path], None] | str | None, error_id: str
+    tmp_path: Path, text: Path, changes: dict[str, Any], spoil: Callable[[Path], None] | str | None, error_id: str, what: str
 ) -> None:
     """A plan that says yes to what the run then refuses is worse than no plan."""
     folder = make_tiny(tmp_path / "model", **({"hidden_size": 96, "intermediate_size": 160} if spoil == "odd" else {}))
@@ -252,7 +257,7 @@ def test_plan_refuses_what_the_run_refuses(
         with pytest.raises((UsageError, BadInput)) as refused:
             attempt()
         errors.append(refused.value)
-    assert [error.error_id for error in errors] == [error_id, error_id]
+    assert [error.error_id for error in errors] == [error_id, error_id] and what in str(errors[0])
     assert errors[0].problems == errors[1].problems
 
 

@@ -113,30 +113,30 @@ def test_a_flag_out_of_range_names_the_allowed_set(flags: dict[str, Any], where:
     """`--group-size 100` must be refused before any work, with what would be right."""
     with pytest.raises(UsageError) as caught:
         resolve(load_recipe("int4"), flags)
-    assert caught.value.error_id == "E211"
+    assert caught.value.error_id == "E202"
     assert caught.value.problems[0].where.startswith(where) and fix in caught.value.problems[0].fix
 
 
 # Everything that can be wrong with a file: text, id, line:column, part of the fix
 
 WRONG = {
-    "unknown section": ("quantise:\n  bits: 4", "E208", "1:1", "quantize"),
-    "unknown key": ("quantize:\n  bits: 4\n  group_sise: 64", "E208", "3:3", "group_size"),
-    "unknown key without a near one": ("quantize:\n  zzz: 64", "E208", "2:3", "known here: bits"),
-    "unknown key of an override": ("quantize:\n  overrides:\n    'a':\n      groupsize: 64", "E208", "4:7", "group_size"),
-    "wrong type": ("calibration:\n  samples: many", "E209", "2:3", "valid integer"),
-    "number as text": ("calibration:\n  samples: '128'", "E209", "2:3", "valid integer"),
-    "true is not 1": ("calibration:\n  samples: true", "E209", "2:3", "valid integer"),
-    "section is a list": ("quantize: [1, 2]", "E209", "1:1", "valid dictionary"),
-    "section is empty": ("quantize:", "E209", "1:1", "valid dictionary"),
-    "list item": ("pack:\n  formats:\n    - ct\n    - awq", "E209", "4:7", "'ct', 'gptq', 'marlin' or 'marlin_24'"),
-    "not in the set": ("quantize: {group_size: 100}", "E209", "1:12", "128, 64, 32 or -1"),
-    "three bits": ("quantize:\n  bits: 3", "E209", "2:3", "4"),
-    "out of range": ("quantize:\n  damping: 0", "E209", "2:3", "greater than 0"),
-    "not a number": ("quantize:\n  damping: .nan", "E209", "2:3", "finite number"),
-    "yes is a boolean": ("calibration:\n  chat: no", "E209", "2:3", "'auto', 'always' or 'never'"),
-    "key twice": ("quantize:\n  bits: 4\n  bits: 4", "E207", "3:3", "2:3"),
-    "section twice": ("quantize: {}\npack: {}\nquantize: {}", "E207", "3:1", "1:1"),
+    "unknown section": ("quantise:\n  bits: 4", "E206", "1:1", "quantize"),
+    "unknown key": ("quantize:\n  bits: 4\n  group_sise: 64", "E206", "3:3", "group_size"),
+    "unknown key without a near one": ("quantize:\n  zzz: 64", "E206", "2:3", "known here: bits"),
+    "unknown key of an override": ("quantize:\n  overrides:\n    'a':\n      groupsize: 64", "E206", "4:7", "group_size"),
+    "wrong type": ("calibration:\n  samples: many", "E206", "2:3", "valid integer"),
+    "number as text": ("calibration:\n  samples: '128'", "E206", "2:3", "valid integer"),
+    "true is not 1": ("calibration:\n  samples: true", "E206", "2:3", "valid integer"),
+    "section is a list": ("quantize: [1, 2]", "E206", "1:1", "valid dictionary"),
+    "section is empty": ("quantize:", "E206", "1:1", "valid dictionary"),
+    "list item": ("pack:\n  formats:\n    - ct\n    - awq", "E206", "4:7", "'ct', 'gptq', 'marlin' or 'marlin_24'"),
+    "not in the set": ("quantize: {group_size: 100}", "E206", "1:12", "128, 64, 32 or -1"),
+    "three bits": ("quantize:\n  bits: 3", "E206", "2:3", "4"),
+    "out of range": ("quantize:\n  damping: 0", "E206", "2:3", "greater than 0"),
+    "not a number": ("quantize:\n  damping: .nan", "E206", "2:3", "finite number"),
+    "yes is a boolean": ("calibration:\n  chat: no", "E206", "2:3", "'auto', 'always' or 'never'"),
+    "key twice": ("quantize:\n  bits: 4\n  bits: 4", "E206", "3:3", "2:3"),
+    "section twice": ("quantize: {}\npack: {}\nquantize: {}", "E206", "3:1", "1:1"),
     "python tag": ("name: !!python/object/apply:os.system ['true']", "E206", "1:7", "docs/recipes.md"),
     "python name": ("quantize: !!python/name:os.system", "E206", "1:11", "docs/recipes.md"),
     "own tag": ("name: !mine x", "E206", "1:7", "docs/recipes.md"),
@@ -152,9 +152,9 @@ WRONG = {
     "complex key": ("? [a, b]\n: c", "E206", "1:3", "docs/recipes.md"),
     "control character": ("name: a\x07b", "E206", "", "control characters"),
     "huge number": ("calibration:\n  samples: " + "9" * 5000, "E206", "2:12", "docs/recipes.md"),
-    "extends a number": ("extends: 4", "E209", "1:1", "extends: int4"),
-    "extends nothing that is there": ("extends: int5", "E205", "1:1", "did you mean int4?"),
-    "extends itself": ("name: x\nextends: mine.yaml", "E210", "2:1", "int4"),
+    "extends a number": ("extends: 4", "E206", "1:1", "extends: int4"),
+    "extends nothing that is there": ("extends: int5", "E240", "1:1", "did you mean int4?"),
+    "extends itself": ("name: x\nextends: mine.yaml", "E206", "2:1", "int4"),
 }
 
 
@@ -208,7 +208,7 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
     binary = tmp_path / "model.safetensors"
     binary.write_bytes(b"\x80\x04\xff\xfe" * 10)
     large = write(tmp_path, "#" * (1 << 20) + "\n", "large.yaml")
-    for wrong, error_id in ((binary, "E206"), (large, "E206"), (tmp_path, "E205"), (tmp_path / "none.yaml", "E205"), ("a\0b", "E205")):
+    for wrong, error_id in ((binary, "E206"), (large, "E206"), (tmp_path, "E240"), (tmp_path / "none.yaml", "E240"), ("a\0b", "E240")):
         with pytest.raises(UsageError) as caught:
             load_recipe(wrong)
         assert caught.value.error_id == error_id

@@ -82,7 +82,8 @@ def test_scores_of_this_folder_are_added(out: Path, made: Path, tmp_path: Path, 
     assert run("report", out, "-q") == 0, "and they stay"
     assert "4 windows of 32 tokens" in (out / "marlinctl_report.md").read_text("utf-8")
     assert run("report", made / "out-marlin", "--scores", scores) == 2
-    assert "#e261" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "#e261" in told and "scores are of another model" in told
     unfinished = json.loads(scores.read_text()) | {"finished": False}
     scores.write_text(json.dumps(unfinished))
     assert run("report", out, "--scores", scores) == 2
@@ -124,7 +125,8 @@ def test_a_damaged_report_is_refused_and_nothing_is_lost(out: Path, damage: byte
     (out / "marlinctl_report.json").write_bytes(damage)
     before = {name: (out / name).read_bytes() for name in OURS}
     assert run("report", out) == 3
-    assert "#e399" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "#e374" in told and "marlinctl_report.json" in told
     assert {name: (out / name).read_bytes() for name in OURS} == before
 
 
@@ -147,9 +149,11 @@ def test_a_report_of_another_model_is_refused(out: Path, capsys: pytest.CaptureF
 def test_a_folder_without_a_report(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A dense or foreign folder has no run to report."""
     assert run("report", made / "tiny") == 1
-    assert "#e118" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "#e101" in told and "there is no marlinctl_report.json" in told
     assert run("report", made / "out", "--bench", tmp_path / "missing.json") == 3
-    assert "#e399" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "#e374" in told and "missing.json" in told
 
 
 def test_what_a_killed_rewrite_leaves_is_no_damage(out: Path) -> None:

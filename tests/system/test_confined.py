@@ -60,13 +60,13 @@ def test_items_and_errors_come_across() -> None:
 
     def work() -> Iterator[Any]:
         yield {"text": "Grüße \u2028", "n": [1, None]}
-        raise BadInput.from_problems("E384", [Problem("one", "here", "so"), Problem("two", "there", "so")])
+        raise BadInput.from_problems("E385", [Problem("one", "here", "so"), Problem("two", "there", "so")])
 
     items = confined(work, BOUNDS)
     assert next(items) == {"text": "Grüße \u2028", "n": [1, None]}
     with pytest.raises(BadInput) as caught:
         next(items)
-    assert caught.value.error_id == "E384"
+    assert caught.value.error_id == "E385"
     assert [problem.where for problem in caught.value.problems] == ["here", "there"]
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         list(confined(lambda: iter([1 // 0]), BOUNDS))

@@ -165,9 +165,9 @@ def test_the_log_has_everything_from_the_first_line(streams: tuple[io.StringIO, 
 
 def test_a_log_that_cannot_be_opened_is_a_usage_error(tmp_path: Path) -> None:
     """A typing error in --log-file must stop the run before hours of work, not after."""
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError, match="log cannot be written") as caught:
         Console(log_file=tmp_path / "missing" / "run.log")
-    assert caught.value.error_id == "E204"
+    assert caught.value.error_id == "E244"
 
 
 @pytest.mark.parametrize("kind", ["text", "link", "dangling", "fifo", "folder"])
@@ -191,7 +191,7 @@ def test_a_file_of_somebody_else_is_not_appended_to(tmp_path: Path, kind: str) -
         console.log_to(place)
     console.say("the error itself")
     console.close()
-    assert caught.value.error_id == "E204" and "--log-file" in caught.value.problems[0].fix
+    assert caught.value.error_id == "E244" and "--log-file" in caught.value.problems[0].fix
     assert [path.read_bytes() for path in (place, elsewhere) if path.is_file()] == before
 
 

@@ -51,7 +51,7 @@ def test_what_is_not_followed_is_refused(settings: dict[str, str], named: str, m
     export(settings, monkeypatch)
     with pytest.raises(UsageError) as caught:
         Processes("cpu")
-    assert caught.value.error_id == "E289" and named in caught.value.problems[0].what
+    assert caught.value.error_id == "E288" and named in caught.value.problems[0].what
 
 
 def test_everything_that_is_refused_is_listed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

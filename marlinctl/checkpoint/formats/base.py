@@ -216,7 +216,7 @@ class LinearParts:
         if bool(wrong.any()):
             row, group = (int(i) for i in wrong.nonzero()[0])
             raise BadInput(
-                "E344",
+                "E349",
                 f"{layer}: its {str(self.scales.dtype).removeprefix('torch.')} scales have no exact float16 form "
                 f"({int(wrong.sum())} of {wrong.numel()}; the first is {float(self.scales[row, group]):.9g})",
                 where=f"{layer}, row {row}, group {group}",

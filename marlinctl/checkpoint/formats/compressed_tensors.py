@@ -89,7 +89,7 @@ def _detect(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
         for name in names
         if name.endswith(".weight_zero_point")
     ]
-    refuse("E341", problems or strays(FORMAT, layers, names))
+    refuse("E340", problems or strays(FORMAT, layers, names))
     return FormatInfo(FORMAT, layers)
 
 

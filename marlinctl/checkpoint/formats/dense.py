@@ -20,13 +20,13 @@ def _shapes(n: int, k: int, group_size: int) -> Shapes:
 
 
 def _pack(layer: str, parts: LinearParts) -> dict[str, Tensor]:
-    """NumericalProblem E600 for a weight beyond float16."""
+    """NumericalProblem E604 for a weight beyond float16."""
     import torch
 
     weight = parts.weight().to(torch.float16)
     if not bool(torch.isfinite(weight).all()):
         raise NumericalProblem(
-            "E600",
+            "E604",
             f"{layer}: dequantized weights exceed what float16 holds (65504)",
             where=layer,
             fix="keep a packed format: ct, gptq, marlin or marlin_24",

@@ -61,7 +61,7 @@ def _detect(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
         problems.append(Problem(f"{block.get('bits')!r}-bit GPTQ is not read", "config.json: bits", "only 4 bits are read"))
     if block.get("sym", True) is not True:
         problems.append(Problem("asymmetric GPTQ is not read", "config.json: sym", "quantize the original model symmetrically"))
-    refuse("E342", problems)
+    refuse("E340", problems)
     size, dynamic = group_size_of(block.get("group_size", -1)), object_at(block, "dynamic")
     refuse("E340", [*blocks.strange(block, blocks.GPTQ_BLOCK, BLOCK), *_strange_rules(dynamic)])
     present = set(names)
@@ -79,7 +79,7 @@ def _detect(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
             what = f"{layer}: desc_act is true, and without {layer}.g_idx the order of its columns is unknown"
             problems.append(Problem(what, "config.json: desc_act", "fetch the checkpoint again, or quantize the original model"))
         layers[layer] = group_size_of(rule.get("group_size", size))
-    refuse("E342", problems or strays(FORMAT, layers, names))
+    refuse("E340", problems or strays(FORMAT, layers, names))
     return FormatInfo(FORMAT, layers, V2 if label == "gptq_v2" else V1)
 
 

@@ -37,7 +37,7 @@ def detect(block: Mapping[str, Any], names: Sequence[str], fmt: Format) -> Forma
         raise unreadable(f"format_version {version!r} is not a version", "write the folder again with `marlinctl pack --format marlin`")
     if version > FORMAT_VERSION:
         raise BadInput(
-            "E343",
+            "E340",
             f"this native checkpoint has format_version {version}; this marlinctl reads up to {FORMAT_VERSION}",
             where="config.json: quantization_config.format_version",
             fix="update marlinctl, or pack the model again to ct with the version that wrote it",

@@ -169,7 +169,7 @@ def layer_shape(checkpoint: Checkpoint, info: FormatInfo, layer: str) -> tuple[i
     """(N, K) of a packed linear: from the header where it says so, else from weight_shape. Reads sixteen bytes, no torch."""
     name = f"{layer}.{info.format.shape_from}"
     if name not in checkpoint.tensors:
-        raise BadInput("E345", f"{name} is missing", where=str(checkpoint.folder), fix=AGAIN)
+        raise BadInput("E302", f"{name} is missing", where=str(checkpoint.folder), fix=AGAIN)
     tensor = checkpoint.tensors[name]
     if info.format.header_shape is not None:
         if len(tensor.shape) == 2:
@@ -188,7 +188,7 @@ def read_parts(checkpoint: Checkpoint, info: FormatInfo, layer: str, masks: Mask
     needed = [suffix for suffix in info.format.suffixes if suffix not in info.format.optional]
     missing = [f"{layer}.{suffix}" for suffix in needed if suffix not in present]
     if missing:
-        raise BadInput.from_problems("E345", [Problem(f"{name} is missing", str(checkpoint.folder), AGAIN) for name in missing])
+        raise BadInput.from_problems("E302", [Problem(f"{name} is missing", str(checkpoint.folder), AGAIN) for name in missing])
     try:
         _check_ranks(checkpoint, layer, present)
         tensors = {suffix: checkpoint.read(f"{layer}.{suffix}") for suffix in present}

@@ -111,7 +111,7 @@ def plan_model(header: GgufHeader) -> tuple[dict[str, Any], list[PlannedTensor]]
     family = FAMILIES.get(architecture) if isinstance(architecture, str) else None
     if family is None:
         raise BadInput(
-            "E321",
+            "E320",
             f"GGUF files of the architecture {shown(repr(architecture), 60)} are not supported",
             where=str(header.path),
             fix=f"use the model's safetensors folder; GGUF is read for {', '.join(FAMILIES)}",
@@ -142,7 +142,7 @@ class _Facts:
         return [key.removeprefix(self.prefix + ".") for key in self.header.facts if key.startswith(self.prefix + ".")]
 
     def refuse(self, what: str) -> BadInput:
-        return BadInput("E321", what, where=str(self.header.path), fix="use the model's safetensors folder instead of the GGUF file")
+        return BadInput("E320", what, where=str(self.header.path), fix="use the model's safetensors folder instead of the GGUF file")
 
 
 def _config(facts: _Facts, family: _Family) -> dict[str, Any]:
@@ -286,7 +286,7 @@ def _plan(header: GgufHeader, family: _Family, config: dict[str, Any]) -> list[P
     for name in expected:
         problems.append(Problem(f"the file holds no tensor for {name}", where, "the file is incomplete; download it again"))
     if problems:
-        raise BadInput.from_problems("E322", problems[:100])
+        raise BadInput.from_problems("E320", problems[:100])
     return planned
 
 

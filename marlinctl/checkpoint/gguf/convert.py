@@ -88,7 +88,7 @@ def _build(header: GgufHeader, config: dict[str, Any], plan: list[PlannedTensor]
         _sync(folder.parent)
     except OSError as error:
         raise ResourceProblem(
-            "E530",
+            "E500",
             f"the converted model cannot be written: {error.strerror or error}",
             where=str(folder),
             fix="free some space, or name another --cache-dir",
@@ -145,7 +145,7 @@ def _refuse_unknown_kinds(header: GgufHeader) -> None:
             dequantize(np.zeros((1, GGML_QUANT_SIZES[GGMLQuantizationType(kind)][1]), dtype=np.uint8), GGMLQuantizationType(kind))
         except NotImplementedError:
             raise BadInput(
-                "E324",
+                "E320",
                 f"the quantization type {name} cannot be dequantized",
                 where=str(header.path),
                 fix="use a GGUF file of another type, or the safetensors folder",
@@ -248,7 +248,7 @@ def _to_half(numbers: np.ndarray, tensor: PlannedTensor, path: Path) -> np.ndarr
         half = numbers.astype(np.float16)
     if not np.isfinite(half).all():
         raise NumericalProblem(
-            "E621",
+            "E604",
             f"{shown(tensor.source.name)} holds NaN, infinity or a number beyond fp16's 65504",
             where=str(path),
             fix="the file is damaged, or the model needs bf16: use its safetensors folder",

@@ -221,4 +221,4 @@ def _add_template(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> Non
 
 
 def _refuse(header: GgufHeader, what: str) -> BadInput:
-    return BadInput("E323", what, where=str(header.path), fix="use the model's safetensors folder, which brings its own tokenizer")
+    return BadInput("E320", what, where=str(header.path), fix="use the model's safetensors folder, which brings its own tokenizer")
