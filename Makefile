@@ -56,7 +56,7 @@ fuzz: $(VENV)/.installed-fuzz  ## a minute of hostile bytes
 	$(RUN)/python -m tests.fuzz packed -max_total_time=30 -verbosity=0
 
 gpu: $(VENV)/.installed-test  ## the tests that need a CUDA device
-	$(RUN)/python -m pytest -q -m gpu -n $(GPU_WORKERS) --dist load
+	OMP_NUM_THREADS=2 $(RUN)/python -m pytest -q -m gpu -n $(GPU_WORKERS) --dist load
 
 format: $(VENV)/.installed-test  ## ruff format
 	$(RUN)/ruff format .
