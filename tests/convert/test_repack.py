@@ -324,7 +324,7 @@ def test_both_folders_or_neither(packed: dict[str, Path], tmp_path: Path, monkey
     real = repack.check_written
 
     def second_fails(source: repack.Source, fmt: str, folder: Path, console: object) -> None:
-        if fmt == "ct":
+        if fmt.name == "ct":
             raise CheckFailed("E103", "damaged", where="", fix="")
         real(source, fmt, folder, console)  # type: ignore[arg-type]
 

@@ -12,6 +12,7 @@ import pytest
 from marlinctl.models.architectures import Architecture, architecture
 from marlinctl.planning.memory import Stage, Work, predicted_device_peak, predicted_distillation, predicted_peak, stages, trained_weights
 from marlinctl.quantize import solver
+from marlinctl.quantize.scheme import Scheme
 from marlinctl.recipes.schema import load_recipe, resolve
 from marlinctl.sparsify import sparsegpt
 from marlinctl.system.host import available_memory
@@ -19,7 +20,7 @@ from tests.test_architecture import ROOT
 from tests.tiny import tiny_config
 
 WORK = Work(
-    samples=128, length=512, element=2, damping=0.01, matches=False, refines=False, prunes=False, bits=4, writes_text=False, on_device=False
+    samples=128, length=512, element=2, damping=0.01, matches=False, refines=False, scheme=Scheme(), writes_text=False, on_device=False
 )  # fmt: skip
 
 
@@ -68,7 +69,8 @@ def test_what_is_asked_for_costs_memory() -> None:
     sizes = dict.fromkeys(LLAMA_8B.linears, 128)
     plain = predicted_peak(LLAMA_8B, sizes, WORK)
     for costly in (
-        {"samples": 512}, {"length": 2048}, {"element": 4}, {"matches": True}, {"refines": True}, {"prunes": True}, {"writes_text": True}
+        {"samples": 512}, {"length": 2048}, {"element": 4}, {"matches": True}, {"refines": True},
+        {"scheme": Scheme(sparsity="2:4")}, {"writes_text": True}
     ):  # fmt: skip
         assert predicted_peak(LLAMA_8B, sizes, replace(WORK, **costly)) > plain, costly
     assert predicted_peak(LLAMA_8B, {**sizes, "lm_head": 128}, WORK) > plain + 4 * 4 * 128256 * 4096
@@ -118,7 +120,7 @@ def test_work_takes_what_the_recipe_says() -> None:
         load_recipe("sparse-int4"), {"calibration.source": "t.txt", "calibration.samples": 7, "calibration.sequence_length": 99}
     )
     work = Work.of(chosen, element=4, matches=True, on_device=True)
-    assert work == Work(7, 99, 4, chosen.quantize.damping, True, True, True, 4, False, True)
+    assert work == Work(7, 99, 4, chosen.quantize.damping, True, True, Scheme(sparsity="2:4"), False, True)
 
 
 def test_available_memory_is_a_plausible_number() -> None:
