@@ -112,7 +112,7 @@ def stages_that_meet(imports: list[Import]) -> list[str]:
 
 
 def circles(imports: list[Import], modules: set[str]) -> list[str]:
-    """Circles among modules, counting only what runs at import; each is told once, as the chain that closes it."""
+    """Circles among modules, with imports in functions and for types; each is told once, as the chain that closes it."""
 
     def resolve(target: str) -> str | None:
         if target in modules:
@@ -122,7 +122,7 @@ def circles(imports: list[Import], modules: set[str]) -> list[str]:
 
     edges: dict[str, set[str]] = {module: set() for module in modules}
     for found in imports:
-        target = resolve(found.target) if found.at_import and is_own(found.target) else None
+        target = resolve(found.target) if is_own(found.target) else None
         if target is not None and target != found.importer:
             edges[found.importer].add(target)
     told: list[str] = []

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from marlinctl.checkpoint.model_files import MASK_FILE as NAME
 from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.safetensors_header import read_header
 from marlinctl.errors import BadInput, Problem
@@ -22,7 +23,6 @@ from marlinctl.system.files import exists
 if TYPE_CHECKING:
     from torch import Tensor
 
-NAME = "marlinctl_mask.safetensors"
 SUFFIX = ".keep"
 _AGAIN = "fetch or write the checkpoint again; without the file the pattern is found from the zeros of the weights"
 

@@ -22,6 +22,7 @@ _COMPANION_NAMES = frozenset(
 )
 _COMPANION_STARTS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 _COMPANION_ENDS = (".tiktoken",)
+MASK_FILE = "marlinctl_mask.safetensors"  # which weights of a 2:4 linear are kept (mask.py)
 COMPANION_FOLDER = "additional_chat_templates"  # *.jinja
 SUBFOLDERS = (COMPANION_FOLDER, "original")  # of a model's folder; no other one is part of a model
 
