@@ -73,7 +73,8 @@ def packed(folder: Path, data: bytes) -> bool:
     """Whether the linear was accepted. Four bytes choose format, group size and shape; then changes of those; the rest are the words."""
     import torch
 
-    from marlinctl.checkpoint.formats.registry import detect, linear_shapes, linear_tensors, quantization_config, read_parts
+    from marlinctl.checkpoint.formats.registry import FORMATS as KNOWN
+    from marlinctl.checkpoint.formats.registry import detect, linear_tensors, quantization_config, read_parts
     from marlinctl.checkpoint.reader import open_checkpoint
     from marlinctl.errors import BadInput
 
@@ -81,7 +82,7 @@ def packed(folder: Path, data: bytes) -> bool:
     fmt = list(FORMATS)[head[0] % 4]
     group_size = (-1, 32, 64, 128)[head[1] % 4]
     n, k = 8 * (1 + head[2] % 16), 32 * (1 + head[3] % 8)
-    shapes = {suffix: list(shape) for suffix, (_, shape) in linear_shapes(fmt, n, k, group_size).items()}
+    shapes = {suffix: list(shape) for suffix, (_, shape) in KNOWN[fmt].shapes(n, k, group_size).items()}
     if head[4] & 1:  # one shape is another
         shape = shapes[list(shapes)[head[5] % len(shapes)]]
         shape[head[6] % len(shape)] = head[7]
@@ -103,7 +104,7 @@ def packed(folder: Path, data: bytes) -> bool:
     for name in ("marlin", "model"):
         (folder / f"{name}.safetensors").unlink(missing_ok=True)
     (folder / f"{stem}.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + body)
-    (folder / "config.json").write_text(json.dumps({"quantization_config": quantization_config(fmt, {LAYER: group_size}, [], {})}))
+    (folder / "config.json").write_text(json.dumps({"quantization_config": quantization_config(KNOWN[fmt], {LAYER: group_size}, [], {})}))
     try:
         with open_checkpoint(folder, weight_files="auto") as found:
             info = detect(found.config, found.tensors)
@@ -111,7 +112,7 @@ def packed(folder: Path, data: bytes) -> bool:
                 return False
             parts = read_parts(found, info, LAYER)
             quantized = parts.quantized(LAYER)
-            again = linear_tensors(fmt, LAYER, quantized)
+            again = linear_tensors(KNOWN[fmt], LAYER, quantized)
             for name, tensor in again.items():
                 if name in found.tensors and not (fmt == "gptq" and name.endswith("qzeros")) and not _padding(fmt, n, k):
                     stored = found.read(name)

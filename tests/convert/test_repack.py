@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from marlinctl.checkpoint import manifest, writer
 from marlinctl.checkpoint.formats import registry
-from marlinctl.checkpoint.formats.base import LinearParts
+from marlinctl.checkpoint.formats.base import Format, LinearParts
 from marlinctl.checkpoint.mask import open_masks, pack_bits
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.transformers_model import load_dense
@@ -287,7 +287,7 @@ def test_a_wrong_mask_on_the_way_to_disk_is_noticed(
     def write_moved(stage: writer.StagedCheckpoint, layer: str, kept: torch.Tensor) -> None:
         write(stage, layer, moved if layer == LAYER else kept)
 
-    def pack_moved(fmt: str, layer: str, parts: LinearParts) -> dict[str, torch.Tensor]:
+    def pack_moved(fmt: Format, layer: str, parts: LinearParts) -> dict[str, torch.Tensor]:
         return pack(fmt, layer, replace(parts, keep=moved) if layer == LAYER else parts)
 
     monkeypatch.setattr(writer.StagedCheckpoint, "write_mask", write_moved)
@@ -323,10 +323,10 @@ def test_both_folders_or_neither(packed: dict[str, Path], tmp_path: Path, monkey
     """One of two would be taken for a finished run."""
     real = repack.check_written
 
-    def second_fails(source: repack.Source, fmt: str, folder: Path, console: object) -> None:
+    def second_fails(source: repack.Source, fmt: Format, folder: Path, console: object) -> None:
         if fmt.name == "ct":
             raise CheckFailed("E103", "damaged", where="", fix="")
-        real(source, fmt, folder, console)  # type: ignore[arg-type]
+        real(source, fmt, folder, console)
 
     monkeypatch.setattr(repack, "check_written", second_fails)
     with pytest.raises(CheckFailed):
@@ -448,7 +448,7 @@ def test_a_wrong_byte_on_the_way_to_disk_is_noticed(packed: dict[str, Path], tmp
     """The check reads what was written, from disk: a packer or a disk that corrupts codes must not get past it."""
     real = registry.linear_tensors
 
-    def corrupt(fmt: str, layer: str, q: LinearParts) -> dict[str, torch.Tensor]:
+    def corrupt(fmt: Format, layer: str, q: LinearParts) -> dict[str, torch.Tensor]:
         tensors = real(fmt, layer, q)
         if layer == LAYER:
             tensors[f"{layer}.B"] = tensors[f"{layer}.B"].clone()

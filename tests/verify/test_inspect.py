@@ -113,11 +113,11 @@ def test_inspect_imports_nothing_heavy_and_is_quick(source: Path, tmp_path: Path
 
 def test_large_models_stay_quick(tmp_path: Path) -> None:
     """A mixture of experts has tens of thousands of tensors; telling formats apart must not take minutes."""
-    from marlinctl.checkpoint.formats.registry import detect, quantization_config
+    from marlinctl.checkpoint.formats.registry import INTERCHANGE, detect, quantization_config
 
     names = [f"model.layers.{i}.mlp.experts.{e}.{p}_proj" for i in range(48) for e in range(128) for p in ("gate", "up", "down")]
     start = time.perf_counter()
-    block = quantization_config("ct", {name: 64 if "down" in name else 128 for name in names}, ["lm_head"])
+    block = quantization_config(INTERCHANGE, {name: 64 if "down" in name else 128 for name in names}, ["lm_head"])
     info = detect({"quantization_config": block}, [f"{name}.weight_packed" for name in names])
     assert time.perf_counter() - start < 5
     assert info.layers["model.layers.47.mlp.experts.127.down_proj"] == 64 and len(json.dumps(block)) < 2000

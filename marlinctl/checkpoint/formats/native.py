@@ -43,7 +43,7 @@ def detect(block: Mapping[str, Any], names: Sequence[str], fmt: Format) -> Forma
             fix="update marlinctl, or pack the model again to ct with the version that wrote it",
         )
     said = block.get("format")
-    if said not in MARKS or block.get("bits") != fmt.bits:
+    if not isinstance(said, str) or said not in MARKS or block.get("bits") != fmt.bits:
         what = f"native format {said!r} with {block.get('bits')!r} bits is not read"
         raise unreadable(what, f"only {' and '.join(MARKS)} with {fmt.bits} bits are")
     if said != fmt.name:
