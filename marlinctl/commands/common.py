@@ -43,8 +43,8 @@ class FiniteFloat(click.FloatRange):
 
 _OPTIONS = (
     click.option("--json", "as_json", is_flag=True, help="Write the result as one JSON document to stdout."),
-    click.option("-q", "--quiet", is_flag=True, help="No story on stderr; warnings and errors only."),
-    click.option("-v", "--verbose", is_flag=True, help="Tell more on stderr."),
+    click.option("-q", "--quiet", is_flag=True, help="Suppress progress messages; show warnings and errors only."),
+    click.option("-v", "--verbose", is_flag=True, help="Show more on stderr."),
     click.option("--log-file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Append the log to this file."),
     click.option("--no-color", is_flag=True, help="No colour (NO_COLOR does the same)."),
     click.option("--debug", is_flag=True, help="Print the traceback of an error."),

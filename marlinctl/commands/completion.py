@@ -20,8 +20,8 @@ def command(console: Console, shell: str) -> None:
         marlinctl completion zsh > ~/.zfunc/_marlinctl      (with `fpath+=~/.zfunc` before compinit)
         marlinctl completion fish > ~/.config/fish/completions/marlinctl.fish
 
-    Verbs, options, their values and paths are completed. The script asks the program itself, so it need not be written anew after
-    an update. bash 4.4 or later.
+    Verbs, options, their values and paths are completed. The script asks the program itself, so it stays valid after an
+    update. bash 4.4 or later.
     """
     from click.shell_completion import get_completion_class
 

@@ -12,10 +12,10 @@ from marlinctl.system.console import Console
 
 @click.command("inspect")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="FOLDER")
-@click.option("--weights", is_flag=True, help="Read all weights too: finds a 2:4 pattern nobody states, counts survivors that are zero.")
+@click.option("--weights", is_flag=True, help="Read all weights too: finds an undeclared 2:4 pattern, counts kept weights that are zero.")
 @common_options
 def command(console: Console, folder: Path, weights: bool) -> None:
-    """Tell what a checkpoint is.
+    """Describe a checkpoint.
 
     \b
     Example:

@@ -69,7 +69,7 @@ def rm(console: Console, outs: tuple[Path, ...], yes: bool) -> None:
         raise ResourceProblem("E503", what, where=str(busy[0].path), fix="wait until it ends, or stop it")
     if not yes:
         if console.json or not sys.stdin.isatty():
-            raise UsageError("E202", "nobody can be asked whether to remove it", where="jobs rm", fix="add --yes")
+            raise UsageError("E202", "stdin is not a terminal, so the removal cannot be confirmed", where="jobs rm", fix="add --yes")
         for item in found:
             click.echo(printable(f"{item.path}: {_told(item)}", one_line=True), err=True)
         if not click.confirm("remove?", err=True):

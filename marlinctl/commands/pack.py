@@ -24,7 +24,7 @@ _SHOWN = 3  # reasons per verdict; the rest is counted
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT", required=False)
 @click.option("--format", "fmt", default="ct", show_default=True, metavar="ct|gptq|marlin|marlin_24|dense", help="What to write.")
 @click.option("--also", multiple=True, metavar="FORMAT", help="Publish this format too, in OUT-FORMAT; may be given again.")
-@click.option("--check", is_flag=True, help="Write nothing; tell which runtimes accept the shapes.")
+@click.option("--check", is_flag=True, help="Write nothing; show which runtimes accept the shapes.")
 @click.option("--tp", type=click.IntRange(1, 1024), metavar="N", help="With --check: tensor-parallel splits up to N. Default: 1.")
 @click.option("--cache-dir", type=click.Path(path_type=Path), metavar="DIR", help="Where a SOURCE from the hub is kept.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing OUT, after the new one is complete.")
@@ -56,7 +56,7 @@ def command(
     load, `gptq` what GPTQModel and its relatives load, `marlin` the tiles of marlinctl's kernels, `marlin_24` those of its 2:4
     kernels, `dense` a 16-bit copy for everything else (its products are rounded to float16).
 
-    `marlin_24` keeps the survivors of a 2:4 model only, half of the codes. Which ones those are is taken from the mask file beside
+    `marlin_24` stores the kept weights of a 2:4 model only, half of the codes. The mask is taken from the mask file beside
     the weights; without one, from the codes that are zero. Every other format carries the mask along in such a file.
 
     --check prints, for each runtime and tensor-parallel split, whether it accepts the shapes, and exits with 1 when marlinctl would

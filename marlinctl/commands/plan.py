@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.option("--distill-data", metavar="SOURCE", help="Text to train on: self, a .txt/.jsonl/.parquet file, or a hub data set.")
 @click.option("--distill-sequence-length", type=int, metavar="N", help="Tokens per row of that text.")
 @measuring_flags
-@click.option("--probe", is_flag=True, help="Run the largest solve once, and tell the time from it.")
+@click.option("--probe", is_flag=True, help="Run the largest solve once and estimate the time from it.")
 @recipe_flags
 @plan_flags
 @common_options
@@ -37,7 +37,7 @@ def command(
     console: Console, model: str, out: Path, fmt: str | None, also: tuple[str, ...], distill_tokens: int | None, distill_data: str | None,
     distill_sequence_length: int | None, probe: bool, **values: Any,
 ) -> None:  # fmt: skip
-    """Tell what compress would do, what it needs, and whether it fits.
+    """Show what compress would do, what it needs, and whether it fits.
 
     \b
     Example:

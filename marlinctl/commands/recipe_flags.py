@@ -47,7 +47,7 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "quantize.include": ("--include", {"multiple": True, "metavar": "lm_head", "help": "Quantize the output head too."}),
     "sparsify.method": (
         "--method",
-        {"metavar": "refined|sparsegpt|wanda|magnitude", "help": "How survivors are chosen, where there is a 2:4 pattern to make."},
+        {"metavar": "refined|sparsegpt|wanda|magnitude", "help": "How the kept weights are chosen when pruning to 2:4."},
     ),
     "sparsify.mask_sweeps": ("--mask-sweeps", {"type": int, "help": "Sweeps of --method refined that may change the mask."}),
     "sparsify.ls_iterations": ("--ls-iterations", {"type": int, "help": "Least-squares steps of --method refined."}),

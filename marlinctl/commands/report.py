@@ -1,4 +1,4 @@
-"""`marlinctl report`: card and report of a published folder, anew."""
+"""`marlinctl report`: card and report of a published folder, rewritten."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from marlinctl.system.console import Console
 @click.option("--bench", type=click.Path(path_type=Path), metavar="FILE.json", help="Add what `marlinctl bench` measured: its bench.json.")
 @common_options
 def command(console: Console, out: Path, scores: Path | None, bench: Path | None) -> None:
-    """Write the report and the model card of a published folder anew.
+    """Rewrite the report and the model card of a published folder.
 
     \b
     Example:

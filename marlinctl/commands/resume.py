@@ -57,7 +57,7 @@ def command(console: Console, out: Path, redo_from: int | None, overwrite: bool,
     job = JobFolder(out)
     job.refuse_foreign(resume=True)
     if not (job.path / JOB).is_file():
-        fix = "`marlinctl jobs ls FOLDER` lists the jobs below a folder; to start anew, give the whole command again"
+        fix = "`marlinctl jobs ls FOLDER` lists the jobs below a folder; to start over, give the whole command again"
         raise UsageError("E287", "there is no job to go on with", where=str(job.path), fix=fix)
     request = job.request()
     if redo_from is not None and request.verb not in ("quantize", "sparsify", "compress"):

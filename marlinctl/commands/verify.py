@@ -33,8 +33,8 @@ def command(
     Compares every file with the manifest, every tensor with what the model needs, packs the codes again and compares bytes, and
     loads the model with transformers to compare its logits with those of the dequantized weights. Masks of a 2:4 model are compared
     with its weights. Native tiles are multiplied by the CUDA kernel where there is a GPU (all outputs), elsewhere read as that kernel
-    reads them, through an emulator (a sample of each linear), and the products compared. With --source it also tells how far each
-    linear is from the original (of a 2:4 linear, its survivors), and fails where that is implausible. Exit code 1: a check failed.
+    reads them, through an emulator (a sample of each linear), and the products compared. With --source it also shows how far each
+    linear is from the original (of a 2:4 linear, its kept weights), and fails where that is implausible. Exit code 1: a check failed.
     """
     from marlinctl.verify.run import verify
     from marlinctl.verify.source import summary
@@ -48,7 +48,7 @@ def command(
     facts = checked.document()
     lines = [f"{folder}: ok", f"  {facts['files']} files, {facts['linears']} linears in {facts['format']}"]
     if checked.pattern is not None:
-        zero = f"{checked.pattern['zero_survivors']:,} survivors are zero"
+        zero = f"{checked.pattern['zero_survivors']:,} kept weights are zero"
         lines.append(f"  2:4 in {checked.pattern['linears']} linears by the {checked.pattern['origin']}, what was pruned is zero, {zero}")
     if checked.kernels is not None:
         read = f"{checked.kernels.blocks} of {checked.kernels.of_blocks} blocks of 64 outputs"

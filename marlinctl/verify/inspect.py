@@ -1,7 +1,7 @@
 """What a checkpoint is, told from config.json and the headers of its shards: no torch, no weights, well under a second.
 
 The one thing that headers do not say is the true K of a packed linear; it is read from `weight_shape`, sixteen bytes. Of the 2:4 pattern
-they know what metadata or a mask file states; whether the weights have one that nobody states, and how many survivors are zero, only the
+they know what metadata or a mask file states; whether the weights have one that nobody states, and how many kept weights are zero, only the
 weights tell, and reading them is asked for.
 """
 
@@ -159,7 +159,7 @@ def _pattern_line(facts: Mapping[str, Any]) -> str:
     parts = [f"2:4 in {facts['linears']} of {facts['of_linears']} linears", f"by the {_ORIGINS[facts['origin']]}"]
     parts.append(f"density of all linears {facts['density']}")
     if facts["zero_survivors"] is not None:
-        parts.append(f"{facts['zero_survivors']:,} survivors are zero ({100 * facts['zero_survivor_share']:.2f} %)")
+        parts.append(f"{facts['zero_survivors']:,} kept weights are zero ({100 * facts['zero_survivor_share']:.2f} %)")
     return ", ".join(parts)
 
 

@@ -83,7 +83,7 @@ def test_a_sparse_model_goes_to_marlin_24_and_back(marlinctl: Any, source: Path,
     result = marlinctl("verify", tmp_path / "m")
     assert "2:4: 14 linears by the metadata" in result.err and "2:4 in 14 linears by the metadata, what was pruned is zero" in result.out
     assert "2:4 in 14 of 15 linears, by the metadata" in marlinctl("inspect", tmp_path / "m").out
-    assert "survivors are zero" in marlinctl("inspect", tmp_path / "m", "--weights").out
+    assert "kept weights are zero" in marlinctl("inspect", tmp_path / "m", "--weights").out
     assert marlinctl("pack", tmp_path / "m", tmp_path / "back").code == 0
     for name in ("in", "back"):
         assert (tmp_path / name / "marlinctl_mask.safetensors").read_bytes() == (tmp_path / "m-ct/marlinctl_mask.safetensors").read_bytes()

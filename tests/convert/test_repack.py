@@ -118,7 +118,7 @@ DOWN = "model.layers.1.mlp.down_proj"
 
 @pytest.fixture(scope="module")
 def sparse(source: Path) -> dict[str, Path]:
-    """One 2:4 model in each packed format; many of its survivors are zero."""
+    """One 2:4 model in each packed format; many of its kept weights are zero."""
     folders = {fmt: source.parent / f"sparse-{fmt}" for fmt in SPARSE}
     for fmt, folder in folders.items():
         make_sparse_packed(source, folder, fmt, overrides={DOWN: 64}, skip=["model.layers.1.self_attn.o_proj"])

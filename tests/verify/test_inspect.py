@@ -70,7 +70,7 @@ def test_the_pattern_is_told_with_its_origin(source: Path, tmp_path: Path, fmt: 
     zero = sum(int((q.codes[q.keep] == 0).sum()) for q in codes.values())
     looked = inspect(tmp_path / "out", weights=True)
     assert looked["pattern"] == {**stated, "zero_survivors": zero, "zero_survivor_share": round(zero / (QUANTIZED / 2), 6)} and zero > 100
-    assert f"{zero:,} survivors are zero" in table(looked)
+    assert f"{zero:,} kept weights are zero" in table(looked)
     json.dumps(looked)
 
 
