@@ -10,7 +10,7 @@ So a pattern found that way is always said aloud.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from marlinctl.system.console import Console
 
 METADATA, MASK_FILE, ZEROS = "metadata", "mask file", "zeros"
-# A mask of the wrong shape, not 2:4, needed and not there, or contradicted by the weight; weights that are not 2:4 where they should be.
-REFUSALS = ("E356",)
+REFUSED = "E356"  # a mask of the wrong shape, not 2:4, needed and not there, or contradicted by the weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +85,8 @@ def of_source(checkpoint: Checkpoint, linears: Mapping[str, tuple[int, int]], co
             problems = strangers(linears, FormatInfo(registry.DENSE), masks)
             found = tuple(name for name in linears if name in masks)
             opened = masks
-            wrong = contradictions(found, lambda name: opened.checked_keep(name, checkpoint.read(f"{name}.weight")), console)
-            problems += [problem for several in wrong.values() for problem in several]
-            if problems:
-                raise BadInput.from_problems("E356", problems)
+            problems += contradictions(found, lambda name: opened.checked_keep(name, checkpoint.read(f"{name}.weight")), console)
+            refuse(problems)
             return SourcePattern(checkpoint, Pattern(MASK_FILE, found))
     names = list(linears)
     if not names or not shown(names[0]):
@@ -108,8 +105,7 @@ def from_headers(checkpoint: Checkpoint, linears: Mapping[str, tuple[int, int]],
     with open_masks(checkpoint.folder) as masks:
         if masks is not None:
             problems = strangers(linears, FormatInfo(registry.DENSE), masks)
-            if problems:
-                raise BadInput.from_problems("E356", problems)
+            refuse(problems)
             return Pattern(MASK_FILE, tuple(name for name in linears if name in masks))
     first = next(iter(linears))
     return Pattern(ZEROS, tuple(linears)) if weights and _row_is_two_of_four(checkpoint, f"{first}.weight") else Pattern(None, ())
@@ -154,25 +150,24 @@ def counted(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None) -> Ke
     return KeptWeights(Pattern(claim.origin or (ZEROS if linears else None), tuple(linears)), kept, zero)
 
 
-def contradictions(layers: Collection[str], read: Callable[[str], object], console: Console) -> dict[str, list[Problem]]:
-    """What is wrong with the masks of these linears, by error id: `read` reads one with its mask and raises BadInput. All are read."""
-    problems: dict[str, list[Problem]] = {}
+def contradictions(layers: Collection[str], read: Callable[[str], object], console: Console) -> list[Problem]:
+    """What is wrong with the masks of these linears: `read` reads one with its mask and raises BadInput E356. All are read."""
+    problems: list[Problem] = []
     with console.progress("check the 2:4 pattern", len(layers)) as progress:
         for layer in layers:
             try:
                 read(layer)
             except BadInput as refused:
-                if refused.error_id not in REFUSALS:
+                if refused.error_id != REFUSED:
                     raise
-                problems.setdefault(refused.error_id, []).extend(refused.problems)
+                problems += refused.problems
             progress.advance()
     return problems
 
 
-def refuse(problems: Mapping[str, list[Problem]]) -> None:
-    """BadInput with all of them, under the id of the first."""
+def refuse(problems: Sequence[Problem]) -> None:
     if problems:
-        raise BadInput.from_problems(next(iter(problems)), [problem for several in problems.values() for problem in several])
+        raise BadInput.from_problems(REFUSED, problems)
 
 
 def weight_and_keep(checkpoint: Checkpoint, info: FormatInfo, layer: str, masks: Masks | None) -> tuple[Tensor, Tensor | None]:

@@ -197,9 +197,8 @@ def _open_pattern(student: Model, console: Console, stack: ExitStack) -> Pattern
 def _check_pattern(student: Model, pattern: Pattern, console: Console) -> None:
     """Every mask is 2:4, and what it prunes is zero. Lists all linears where that does not hold."""
     problems = sparsity.contradictions(pattern.shapes, lambda layer: _check_layer(student, pattern, layer), console)
-    count = sum(len(several) for several in problems.values())
-    if count and not pattern.from_file and count == len(pattern.shapes):
-        what = f"the student is not pruned: none of its {count} linears is 2:4"
+    if problems and not pattern.from_file and len(problems) == len(pattern.shapes):
+        what = f"the student is not pruned: none of its {len(problems)} linears is 2:4"
         raise BadInput("E356", what, where=str(student.source.folder), fix=_SPARSIFY)
     sparsity.refuse(problems)
 

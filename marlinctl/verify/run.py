@@ -240,8 +240,7 @@ def check_pattern(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None,
         weight, keep = sparsity.weight_and_keep(checkpoint, info, layer, masks)
         zeros[layer] = 0 if keep is None else int(((weight == 0) & keep).sum())
 
-    problems = sparsity.contradictions(stated.linears, read, console)
-    _raise("E106", [problem for several in problems.values() for problem in several])
+    _raise("E106", sparsity.contradictions(stated.linears, read, console))
     return {"origin": stated.origin, "linears": len(stated.linears), "zero_survivors": sum(zeros.values())}
 
 
