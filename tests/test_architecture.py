@@ -225,6 +225,31 @@ def test_the_checks_find_what_they_look_for(tmp_path: Path) -> None:
     assert heavy_at_start(imports, modules) == ["marlinctl/system/helper.py:1: marlinctl.system.helper imports torch"]
 
 
+# Formats
+
+FORMAT_NAMES = {"ct", "gptq", "marlin", "marlin_24"}  # "dense" is also a kind of kernel
+# Recipes and the command line name formats for people; layouts say which label they read; a doctor's check is called after its packer.
+MAY_NAME_FORMATS = ("checkpoint/formats/", "recipes/", "commands/", "pack/interchange.py", "doctor/computing.py")
+
+
+def names_of_formats(root: Path) -> list[str]:
+    found = []
+    for path in sorted((root / "marlinctl").rglob("*.py")):
+        place = str(path.relative_to(root / "marlinctl"))
+        if not place.startswith(MAY_NAME_FORMATS):
+            constants = (node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Constant))
+            found += [f"{place}:{node.lineno}: {node.value!r}" for node in constants if node.value in FORMAT_NAMES]
+    return found
+
+
+def test_nobody_spells_the_name_of_a_format(tmp_path: Path) -> None:
+    """Where a name is compared, a new format is forgotten: checkpoint/formats describes them, everything else asks the description."""
+    (tmp_path / "marlinctl").mkdir()
+    (tmp_path / "marlinctl" / "card.py").write_text('tags = {"ct": 1}\nfiles = "marlin files"\n')
+    assert names_of_formats(tmp_path) == ["card.py:1: 'ct'"]
+    assert names_of_formats(ROOT) == []
+
+
 # Folders
 
 
