@@ -347,7 +347,7 @@ entries = st.fixed_dictionaries(
 )
 headers = st.dictionaries(st.text(max_size=8) | st.just("__metadata__"), entries | json_values, max_size=4)
 CONFIG_KEYS = ["vocab_size", "num_hidden_layers", "num_experts", "text_config"]
-quiet = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quiet = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def only_bad_input(folder: Path) -> None:

@@ -281,7 +281,7 @@ def test_a_torn_line_is_dropped_and_does_not_spoil_the_next(tmp_path: Path) -> N
         folder.remove()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 400), st.integers(0, 2**64))
 def test_no_damage_of_the_journal_is_believed(tmp_path_factory: pytest.TempPathFactory, junk: bytes, place: int, flip: int) -> None:
     """Whatever lies in the file, only whole lines count, begin with `begun`, and nothing fails that is not an error of ours."""

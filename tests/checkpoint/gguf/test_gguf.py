@@ -584,7 +584,7 @@ def sentencepiece_reference(text: str) -> list[str]:
     return [token for s in symbols for token in ([s] if s in score else [f"<0x{b:02X}>" for b in s.encode()])]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(alphabet="thinages r é日\n", max_size=30))
 def test_sentencepiece_against_its_definition(tmp_path: Path, text: str) -> None:
     """The merges that we derive from the scores would not give SentencePiece's tokens."""
@@ -696,7 +696,7 @@ def test_truncation_anywhere(tmp_path: Path) -> None:
             read_gguf_header(cut)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.lists(st.tuples(st.integers(0, 12_000), st.binary(min_size=1, max_size=8)), min_size=1, max_size=4))
 def test_any_flipped_bytes(tmp_path: Path, changes: list[tuple[int, bytes]]) -> None:
     """Some damaged metadata would be a traceback."""

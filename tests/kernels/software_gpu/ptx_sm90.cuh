@@ -74,25 +74,29 @@ inline void carry_out(const Product& p) {
     const unsigned mine[5] = {p.values[0], p.values[1], p.values[2], p.values[3], p.e};
     const auto& all = show(mine, 5);
     const int lane = current % 32;
-    for (int row = lane / 4; row < 16; row += 8)
-        for (int n = 0; n < TOKENS; ++n) {
-            if (n % 8 / 2 != lane % 4) continue;
+    for (int row = lane / 4; row < 16; row += 8) {
+        float values[16];  // of this row of A
+        int places[16];    // in k
+        bool rising = true;
+        for (int stored = 0; stored < 16; ++stored) {
+            places[stored] = stored;
+            if (p.steps == 2) {
+                const int quad = stored / 2;
+                const unsigned word = all[row % 8 * 4 + 2 * p.selector + quad / 4][4] >> 16 * (row / 8) & 0xffff;
+                const int first = word >> 4 * (quad % 4) & 3, second = word >> (4 * (quad % 4) + 2) & 3;
+                rising &= first < second;  // else undefined
+                places[stored] = 4 * quad + (stored % 2 ? second : first);
+            }
+            const unsigned pair = all[row % 8 * 4 + stored % 8 / 2][row / 8 + stored / 8 * 2];
+            values[stored] = number(pair >> 16 * (stored % 2) & 0xffff, p.bfloat);
+        }
+        for (int n = lane % 4 * 2; n < TOKENS; n += n % 2 ? 7 : 1) {
             float& d = p.d[n / 8][row / 8 * 2 + n % 2];
             if (!p.keep) d = 0;
-            if (p.overwritten) d = NAN;
-            for (int stored = 0; stored < 16; ++stored) {
-                int k = stored;
-                if (p.steps == 2) {
-                    const int quad = stored / 2;
-                    const unsigned word = all[row % 8 * 4 + 2 * p.selector + quad / 4][4] >> 16 * (row / 8) & 0xffff;
-                    const int first = word >> 4 * (quad % 4) & 3, second = word >> (4 * (quad % 4) + 2) & 3;
-                    if (first >= second) d = NAN;  // undefined: the two places must rise
-                    k = 4 * quad + (stored % 2 ? second : first);
-                }
-                const unsigned pair = all[row % 8 * 4 + stored % 8 / 2][row / 8 + stored / 8 * 2];
-                d += number(pair >> 16 * (stored % 2) & 0xffff, p.bfloat) * element(p, n, k);
-            }
+            if (p.overwritten || !rising) d = NAN;
+            for (int stored = 0; stored < 16; ++stored) d += values[stored] * element(p, n, places[stored]);
         }
+    }
 }
 inline void begin(const Product& p) {
     if (eager) return carry_out(p);
