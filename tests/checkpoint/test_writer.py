@@ -526,6 +526,7 @@ def test_a_real_size_limit_is_a_resource_problem(source: Path, tmp_path: Path) -
         import resource, signal, sys
         from pathlib import Path
         import torch
+        from marlinctl.checkpoint.formats.registry import FORMATS
         from marlinctl.checkpoint.writer import StagedCheckpoint
         from marlinctl.errors import ResourceProblem
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -70,7 +70,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def reading(*_: object, **__: object) -> None:
         raise AssertionError("weights are read")
 
-    for name in ("opening.of_source", "opening.read_contents", "pipeline.read_contents", "checkpoint.contents.read_contents"):
+    for name in ("oneshot.open.of_source", "oneshot.open.read_contents", "compress.read_contents", "checkpoint.contents.read_contents"):
         monkeypatch.setattr(f"marlinctl.{name}", reading)
     for name in ("_open_pattern", "read_contents"):
         monkeypatch.setattr(f"marlinctl.distillation.open.{name}", reading)
