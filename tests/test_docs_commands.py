@@ -183,7 +183,8 @@ def traits(item: Shown) -> set[tuple[str, str]]:
     verb = " ".join(parts[:2]) if parts[0] in ("recipes", "completion") else parts[0]
     options = {word for word in parts[1:] if word.startswith("-")}
     choices = {"ct", "gptq", "marlin", "marlin_24", "dense", "sparse-int4", "wanda", "scales"} & set(parts)
-    return {(verb, trait) for trait in (options or {"no option"}) | choices | set(models(parts).values())}
+    kinds = set(models(parts).values()) if verb in (*READS_PACKED, "eval", "plan") else set[str]()
+    return {(verb, trait) for trait in (options or {"no option"}) | choices | kinds}
 
 
 def split() -> tuple[list[Shown], list[Shown]]:
