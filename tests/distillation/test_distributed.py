@@ -74,7 +74,8 @@ def launcher(place: Path, how: str) -> list[str]:
 
 
 def run(command: list[str], check: bool = False) -> subprocess.CompletedProcess[str]:
-    start = subprocess.run if "accelerate.commands.launch" in command else forked.run
+    """A fork has no use of a GPU, and the launcher starts processes of its own."""
+    start = subprocess.run if "accelerate.commands.launch" in command or "cuda" in command else forked.run
     return start(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=check)
 
 
