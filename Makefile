@@ -44,7 +44,7 @@ lint: $(VENV)/.installed-test  ## ruff, and the generated pages
 types: $(VENV)/.installed-test  ## mypy
 	$(RUN)/mypy
 
-# Bytecode is written whatever the environment says: workers and programs would compile every module anew.
+# Bytecode is written whatever the environment says: workers and programs would compile every module again.
 tests: $(VENV)/.installed-test  ## pytest, without what needs a GPU or minutes
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 

@@ -20,7 +20,7 @@ def blank_pictures() -> Iterator[None]:
         try:
             yield
         finally:
-            pictures.layers.cache_clear()  # nobody else gets a blank one
+            pictures.layers.cache_clear()  # no other test gets a blank one
 
 
 def _blank(_draw: Any, _heights: Any, caption: str) -> Picture:

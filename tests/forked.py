@@ -158,10 +158,10 @@ def _become(streams: list[int], arguments: list[str], cwd: str, environment: dic
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
-        sys.modules["torch"].set_num_threads(1)  # makes its pool anew, which two threads at once would not do well
+        sys.modules["torch"].set_num_threads(1)  # makes its pool again, which two threads at once would not do well
         sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
         code = _end_of(arguments)
-    except BaseException:  # noqa: BLE001  a fork must never go on with what its parent was doing
+    except BaseException:  # noqa: BLE001  a fork must never continue with what its parent was doing
         traceback.print_exc()
         code = 1
     finally:

@@ -7,7 +7,7 @@ open.py     everything that can be refused, before any work
 parameters.py      where a tensor of the checkpoint lies in transformers' model
 scales.py      linears whose codes stay and whose scales are trained
 teacher.py     what the teacher says about a batch: asked as we go, or cached once
-distributed.py   one process or many: who saves, who tells, who holds which part of a parameter
+distributed.py   one process or many: which saves, reports and holds which part of a parameter
 state.py         the folder of a running job: fingerprint, states, resuming
 system/signals.py    Ctrl-C and SIGTERM, answered after the current step
 loop.py        the training loop over the whole model

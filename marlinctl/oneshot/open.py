@@ -85,7 +85,7 @@ class RunInputs:
     plan: Plan
     tensors: Mapping[str, TensorInfo]  # of the checkpoint, a tied head once
     pattern: SourcePattern  # 2:4 that the source has already
-    matches: bool  # whether the original walks along (sequential.py)
+    matches: bool  # whether drift from the reference model is corrected (sequential.py)
     device: torch.device
     dtype: torch.dtype  # of the forward pass
     contents: Contents  # what its files hold

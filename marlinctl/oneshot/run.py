@@ -2,7 +2,7 @@
 
     look at everything ─► calibration ─► walk the blocks, one shard each ─► copy the rest ─► verify from disk ─► (measure) ─► publish
     (nothing written)                    (solve, pack, unpack == codes)
-                                         └─► OUT.job/ after each block, to go on from (resume.py)
+                                         └─► OUT.job/ after each block, to resume from (resume.py)
 
 Everything that can be refused is refused in the first step. Quantized linears come out in the interchange form (compressed-tensors), from
 which `pack` makes the other formats; linears that are pruned and not quantized stay 16-bit. A mask lies beside them in its own file.

@@ -1,7 +1,7 @@
 """How many bytes of disk a run writes: its outputs, exactly, and what lies beside them while it runs. From names and shapes alone.
 
 walk      the finished linears in the interchange form, the activations of one block in unnamed files (system/offload.py), and the
-          hidden states that enter the last two blocks, to go on from (oneshot/resume.py)
+          hidden states that enter the last two blocks, to resume from (oneshot/resume.py)
 publish   every output at once: each is built beside its place and renamed
 mask      2:4 linears have one bit a weight in a file of its own, which is written twice: its header is known last
 """

@@ -50,7 +50,7 @@ class Work:
     length: int  # tokens of a sample
     element: int  # bytes of an activation
     damping: float
-    matches: bool  # the original walks along
+    matches: bool  # drift from the reference model is corrected
     refines: bool
     scheme: Scheme
     writes_text: bool  # --calibration self

@@ -32,7 +32,7 @@ class ModelPlan:
     architecture: Architecture
     plan: Plan
     shapes: Mapping[str, tuple[int, int]]  # the linears that are compressed -> (N, K)
-    matches: bool  # whether the original walks along (oneshot/sequential.py)
+    matches: bool  # whether drift from the reference model is corrected (oneshot/sequential.py)
 
 
 def refuse_no_change(recipe: Recipe) -> None:

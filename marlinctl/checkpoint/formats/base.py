@@ -194,7 +194,7 @@ class LinearParts:
     codes: Tensor  # [N, K] int8
     scales: Tensor  # [N, G] float16, bfloat16 or float32
     group_size: int  # K when one group spans the row
-    keep: Tensor | None = None  # [N, K] bool, the survivors of a 2:4 linear; None: dense, or nobody says
+    keep: Tensor | None = None  # [N, K] bool, True for a kept weight of a 2:4 linear; None: dense, or not stated
 
     def weight(self) -> Tensor:
         """[N, K] float32: the weight that every runtime must compute with. Exact."""

@@ -108,7 +108,7 @@ def sixteen_bit_linears(shapes: Mapping[str, Sequence[int]], layers: Iterable[st
     """Every linear that stays 16-bit, by module name: skipped layers, routers, and lm_head, which exists as a module even where it is tied.
 
     They must be named in the config: clients take every nn.Linear that is not ignored for a packed one. Told by shape and name, since it
-    must work for models that are not in the table of architectures: a matrix called P.weight that is no embedding.
+    must work for models that are not in the table of architectures: a matrix called P.weight that is not an embedding.
     """
     quantized = set(layers)
     names = [name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2]
