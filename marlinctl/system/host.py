@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def available_memory() -> int:
-    """Bytes that can be allocated now: what the system has free, or what a container's limit leaves; a large number where neither is known."""
+    """Bytes that can be allocated now: what the system has free, or what a container's limit leaves; a large number if neither is known."""
     bounds = []
     meminfo, limit, used = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if meminfo.is_file():
