@@ -354,6 +354,8 @@ def publish_together(stages: Sequence[Finished], *, aside_in: Path | None = None
     aside_in: where old ones wait until all new ones stand, on the same disk. Default: beside their place. later: the command that publishes
     them when something is in the way now.
     """
+    for stage in stages:
+        ownership.remove_temporaries(stage.path)  # of a run that was killed while it wrote into a folder that was finished
     undo: list[tuple[Path, Path]] = []  # renames done so far, as (from, to)
     aside: list[Path] = []
     try:
