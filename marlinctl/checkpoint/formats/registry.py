@@ -148,7 +148,7 @@ def linear_tensors(fmt: Format, layer: str, q: QuantizedLinear | LinearParts) ->
 
     A format whose metadata is the mask needs one: `q` is a SparseQuantizedLinear, or parts with `keep`. The others have no place for it.
     """
-    parts = q if isinstance(q, LinearParts) else LinearParts(q.codes, q.scales, q.group_size, getattr(q, "keep", None))
+    parts = q if isinstance(q, LinearParts) else LinearParts.of(q)
     return {f"{layer}.{suffix}": tensor.contiguous() for suffix, tensor in fmt.pack(layer, parts).items()}
 
 
