@@ -22,10 +22,9 @@ from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.distillation.open import TrainingInputs
 from marlinctl.errors import CheckFailed, NumericalProblem, Problem
 from marlinctl.models.switches import without
+from marlinctl.planning.memory import SHARD_BYTES
 from marlinctl.sparsify.types import check_keep
 from marlinctl.system.console import Console
-
-SHARD_BYTES = 1 << 30
 
 
 def build(
