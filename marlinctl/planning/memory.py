@@ -8,8 +8,8 @@
         pruning      the same with the matrices of least squares
 
 quantize/memory.py and sparsify/memory.py have the arrays of each; `_phases` adds them up. What the C library's heap keeps of freed arrays
-is added, which decides for models with small matrices. A mapped file is not counted: the system takes its pages back when it needs them. Text
-that the model writes itself (--calibration self) needs the whole model and its cache of keys and values, before the walk.
+is added, which decides for models with small matrices. A mapped file is not counted: the system takes its pages back when it needs them.
+Text that the model writes itself (--calibration self) needs the whole model and its cache of keys and values, before the walk.
 
 `predicted_peak` is what a run is held to before it starts (oneshot/open.py), what `plan` prints and what benchmarks/peak_memory.py compares
 with the measured peak; docs/plan.md has the comparison.
