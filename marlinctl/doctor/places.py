@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from marlinctl.doctor.result import Check
-from marlinctl.system.atomic import temporary_name
+from marlinctl.system.atomic import sync_folder, temporary_name
 
 GIB = 2**30
 OUTPUT_BYTES = 10 * GIB  # a 4-bit model of 8 billion parameters, its job beside it while it runs, and some air
@@ -82,11 +82,7 @@ def _writable(name: str, folder: Path, cure: str) -> Check:
             step = "renaming"
             first.replace(second)
             step = "fsync of the folder"
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync_folder(folder)
             step = "reading"
             if second.read_bytes() != b"marlinctl":
                 return Check(name, "fail", f"{folder}: what is read there is not what was written", cure)

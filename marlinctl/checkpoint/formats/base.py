@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 AGAIN = "fetch or write the checkpoint again"
 BLOCK = "quantization_config"
 FLOATS = ("F16", "BF16", "F32")
-DTYPE_BYTES = {"I64": 8, "F32": 4, "I32": 4}  # of what marlinctl writes; the others have two
 
 # What the bytes of a tensor are, for `inspect`.
 CODES, SCALES, METADATA, INDICES, WEIGHTS = "codes", "scales", "metadata", "zeros and indices", "weights"
