@@ -22,7 +22,7 @@ from torch import Tensor
 
 from marlinctl import __version__
 from marlinctl.checkpoint import findings
-from marlinctl.checkpoint.formats.base import Format
+from marlinctl.checkpoint.formats.base import Format, FormatInfo
 from marlinctl.checkpoint.formats.registry import (
     INTERCHANGE,
     detect,
@@ -278,8 +278,9 @@ def _verify_written(folder: Path, records: list[LayerRecord], console: Console) 
         open_masks(folder) as masks,
         console.progress("check from disk", len(records)) as progress,
     ):
+        info = detect(written.config, written.tensors)
         for record in records:
-            if _digest_on_disk(written, masks, record) != record.digest:
+            if _digest_on_disk(written, info, masks, record) != record.digest:
                 raise CheckFailed(
                     "E103",
                     "weights, scales or mask on disk differ from those that were solved",
@@ -289,7 +290,7 @@ def _verify_written(folder: Path, records: list[LayerRecord], console: Console) 
             progress.advance()
 
 
-def _digest_on_disk(written: Checkpoint, masks: Masks | None, record: LayerRecord) -> str:
+def _digest_on_disk(written: Checkpoint, info: FormatInfo, masks: Masks | None, record: LayerRecord) -> str:
     keep: Tensor | None = None
     if record.pattern is not None:
         if masks is None:
@@ -297,7 +298,7 @@ def _digest_on_disk(written: Checkpoint, masks: Masks | None, record: LayerRecor
         keep = masks.keep(record.name, *record.shape)
     if record.group_size is None:
         return weight_digest(written.read(f"{record.name}.weight"), keep)
-    linear = read_linear(written, detect(written.config, written.tensors), record.name)
+    linear = read_linear(written, info, record.name)
     if keep is not None:
         linear = SparseQuantizedLinear(linear.codes, linear.scales, linear.group_size, keep)
     return linear_digest(linear)
