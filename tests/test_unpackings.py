@@ -9,7 +9,7 @@ import pytest
 
 from marlinctl.cli import main
 from marlinctl.pack import interchange, marlin, sparse_marlin
-from tests.oneshot.test_run import TEXT
+from tests.runs import TEXT
 from tests.tiny import make_tiny
 
 LINEARS = 14  # 2 blocks of 7

@@ -35,6 +35,7 @@ from marlinctl.checkpoint.formats.targets import Entries
 from marlinctl.checkpoint.mask import open_masks
 from marlinctl.errors import BadInput, CheckFailed, MarlinctlError, NumericalProblem, Problem
 from marlinctl.models.architectures import architecture
+from marlinctl.system.console import gibibytes
 from marlinctl.system.host import available_memory
 from marlinctl.verify import source as fidelity
 from marlinctl.verify.kernels import KernelCheck, check_kernels
@@ -308,7 +309,7 @@ def _load_check(checkpoint: Checkpoint, info: FormatInfo, load: bool | None) -> 
         return None, f"not loaded with transformers, which refuses it: {refused[0]} (--load insists)"
     needed, available = int(2.5 * 4 * _parameters(checkpoint, info)), available_memory()
     if load is None and needed > available:
-        sizes = f"it needs about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free"
+        sizes = f"it needs about {gibibytes(needed)} of memory, {gibibytes(available)} are free"
         return None, f"not loaded with transformers: {sizes} (--load insists)"
     error = logit_error(checkpoint)
     if not error <= MAX_LOGIT_ERROR:  # NaN too

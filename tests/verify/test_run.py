@@ -74,7 +74,7 @@ def test_what_was_not_loaded_is_said(good: dict[str, Path], monkeypatch: pytest.
     """Silence would read as success."""
     assert "--no-load" in verify(good["ct"], source=None, load=False, console=Console.quiet()).skipped[0]
     monkeypatch.setattr(module, "available_memory", lambda: 1000)
-    assert "GB of memory" in verify(good["ct"], source=None, load=None, console=Console.quiet()).skipped[0]
+    assert "GiB of memory" in verify(good["ct"], source=None, load=None, console=Console.quiet()).skipped[0]
     assert verify(good["ct"], source=None, load=True, console=Console.quiet()).skipped == ()
 
 
