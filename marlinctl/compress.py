@@ -35,7 +35,7 @@ from marlinctl.distillation.rows import load_rows
 from marlinctl.errors import GateRefused
 from marlinctl.evaluation.gate import Gate, Measurement
 from marlinctl.evaluation.settings import EvalSettings
-from marlinctl.jobs.journal import JOB, JobFolder, Place, Request, sha256_of
+from marlinctl.jobs.journal import JOB, JobFolder, Place, Request
 from marlinctl.oneshot.open import Options, check_request
 from marlinctl.oneshot.run import published_report, run_job, versions
 from marlinctl.planning.preflight import check_lengths, formats_of
@@ -43,6 +43,7 @@ from marlinctl.recipes.schema import Recipe, divided, recipe_hash
 from marlinctl.report.files import report_files
 from marlinctl.system.atomic import canonical, write_bytes, write_document
 from marlinctl.system.console import Console
+from marlinctl.system.digests import sha256_of
 from marlinctl.verify.run import verify
 
 _CT = INTERCHANGE.name  # the folder of the 4-bit checkpoint in the job, from which the other formats are packed

@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import click
+import generated
 
 from marlinctl import cli
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
+PAGE = generated.DOCS / "cli.md"
 WIDTH = 100  # fixed, so that the page does not depend on a terminal
 
 HEAD = """\
@@ -60,16 +60,5 @@ def helps(command: click.Command, path: list[str], parent: click.Context | None)
             yield from helps(child, [*path, name], context)
 
 
-def main() -> int:
-    text = page()
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(text, encoding="utf-8")
-        return 0
-    if PAGE.is_file() and PAGE.read_text("utf-8") == text:
-        return 0
-    print(f"{PAGE} is not what the help texts say: run scripts/make_cli_docs.py")
-    return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(generated.main(PAGE, page()))

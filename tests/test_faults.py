@@ -21,7 +21,7 @@ from tests.faults.commands import COMMANDS, WORKS, Command
 from tests.faults.machines import MACHINES, STILL_WORKS
 from tests.faults.packed import PACKED
 from tests.killing import Ended
-from tests.oneshot.test_run import TEXT
+from tests.runs import TEXT
 from tests.test_architecture import ROOT
 from tests.tiny import make_tiny
 

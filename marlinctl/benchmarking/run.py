@@ -43,6 +43,7 @@ from marlinctl.benchmarking.timing import REPLAYS, Candidate, Clock, copies_for,
 from marlinctl.benchmarking.weights import Packed, packed_bytes, random_packed
 from marlinctl.errors import UsageError
 from marlinctl.kernels import jit
+from marlinctl.system.console import gibibytes
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -158,7 +159,7 @@ def _work(asked: Asked, gpu: Device, console: Console) -> list[tuple[Shape, list
     work = [(shape, tokens) for shape, tokens in work if tokens]
     left_out = len(shapes) * len(asked.tokens) - sum(len(tokens) for _, tokens in work)
     if left_out:
-        console.warn(f"{left_out} products do not fit into the {gpu.memory_bytes / 2**30:.0f} GiB of {gpu.name} and are left out")
+        console.warn(f"{left_out} products do not fit into the {gibibytes(gpu.memory_bytes, 0)} of {gpu.name} and are left out")
     if not work:
         fix = "take a smaller linear, or fewer tokens"
         raise UsageError("E202", f"nothing that was asked for fits into the memory of {gpu.name}", where="--shape, --tokens", fix=fix)

@@ -31,7 +31,8 @@ from marlinctl.checkpoint import manifest, mask
 from marlinctl.checkpoint.finite import CHUNK_BYTES, TensorScan
 from marlinctl.checkpoint.safetensors_header import header_bytes
 from marlinctl.errors import BadInput, NumericalProblem, Problem
-from marlinctl.system.files import FileRefused, exists, open_member
+from marlinctl.system.digests import sha256_of_member
+from marlinctl.system.files import FileRefused, exists
 
 if TYPE_CHECKING:
     from marlinctl.checkpoint.reader import Checkpoint
@@ -128,7 +129,7 @@ class Contents:
                 continue
             fix = "put back what was there and resume, or start again with a copy that nothing changes"
             try:
-                now = _sha256(self.folder, name)
+                now = sha256_of_member(self.folder, name)
             except FileRefused as refused:
                 problems.append(Problem(f"{name} is gone or replaced: {refused.problem.what}", refused.problem.where, fix))
                 continue
@@ -288,14 +289,8 @@ def _stamp(path: Path) -> Stamp | None:
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
-def _sha256(folder: Path, name: str) -> str:
-    """FileRefused for what may not be followed, or is not a file."""
-    with open_member(folder, name) as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def _digest_of(folder: Path, name: str) -> str:
     try:
-        return _sha256(folder, name)
+        return sha256_of_member(folder, name)
     except FileRefused as refused:
         raise BadInput.from_problems("E301", [refused.problem]) from None

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from marlinctl.checkpoint.formats.base import MODEL_FILES, STEMS
-from marlinctl.checkpoint.safetensors_header import MAX_HEADER_BYTES
+from marlinctl.checkpoint.safetensors_header import MAX_HEADER_BYTES, header_length
 from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, MarlinctlError, ResourceProblem, UsageError
 from marlinctl.models.tokenizer_files import TOKENIZER_FILES
 from marlinctl.system.files import FileRefused, exists, read_json, shown
@@ -138,7 +138,7 @@ _HEADER_GUESS = 200_000  # bytes of a shard's front that are asked for; a shard 
 def _header(read: Callable[[int], bytes], size: int) -> bytes:
     """Length and header of a shard of `size` bytes, as far as it is there. read: the first so many bytes."""
     front = read(_HEADER_GUESS)
-    length = 8 + int.from_bytes(front[:8], "little")
+    length = 8 + header_length(front)
     if len(front) < length <= min(size, 8 + MAX_HEADER_BYTES):
         front = read(length)
     return front[: min(length, size)]

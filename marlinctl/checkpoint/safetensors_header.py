@@ -26,12 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from marlinctl.errors import Problem
+from marlinctl.system.atomic import DTYPE_BYTES
 from marlinctl.system.files import DuplicateKey, FileRefused, open_member, shown, unique_keys
 
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
-}  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000
 MAX_RANK = 8
 MAX_ELEMENTS = 2**48  # half a petabyte of F16; beyond it a size is a mistake or an attack
@@ -85,13 +82,18 @@ def header_bytes(folder: Path, name: str) -> bytes:
     """The length prefix and header as they lie in the file; for fingerprints, after read_header has accepted the file."""
     with open_member(folder, name) as handle:
         prefix = handle.read(8)
-        return prefix + handle.read(int.from_bytes(prefix, "little"))
+        return prefix + handle.read(header_length(prefix))
+
+
+def header_length(front: bytes) -> int:
+    """Bytes of the header behind the eight that say so; `front` begins with them."""
+    return int.from_bytes(front[:8], "little")
 
 
 def _parse(data: mmap.mmap, size: int, where: Path) -> tuple[dict[str, TensorInfo], list[Problem]]:
     if data[: len(_LFS)] == _LFS:
         raise FileRefused("this is a git-LFS pointer, not the weights", where, "run git lfs pull in the folder")
-    length = int.from_bytes(data[:8], "little")
+    length = header_length(data[:8])
     if length > MAX_HEADER_BYTES:
         what = f"the header claims {length:,} bytes; the format allows {MAX_HEADER_BYTES:,}"
         raise FileRefused(what, where, f"this is not a safetensors file; {_AGAIN}")

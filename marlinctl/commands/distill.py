@@ -9,7 +9,7 @@ import click
 
 from marlinctl.commands.common import common_options
 from marlinctl.commands.recipe_flags import chosen_distillation, chosen_options, distill_flags, distill_run_flags
-from marlinctl.system.console import Console
+from marlinctl.system.console import Console, gibibytes
 
 
 @click.command("distill")
@@ -48,6 +48,6 @@ def tell(console: Console, out: Path, report: dict[str, Any]) -> None:
     losses = ", ".join(f"{name} {held_out['before'][name]:.4f} -> {value:.4f}" for name, value in held_out["after"].items())
     text = (
         f"{out}: {training['tokens']:,} tokens in {training['steps']} steps, {training['seconds']:,.1f} s; "
-        f"held out: {losses}; peak {report['peak_memory_bytes'] / 2**30:.2f} GiB"
+        f"held out: {losses}; peak {gibibytes(report['peak_memory_bytes'])}"
     )
     console.result(text, {"out": str(out), **report})

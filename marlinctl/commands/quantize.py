@@ -9,7 +9,7 @@ import click
 
 from marlinctl.commands.common import common_options
 from marlinctl.commands.recipe_flags import chosen_options, chosen_recipe, recipe_flags, run_flags
-from marlinctl.system.console import Console
+from marlinctl.system.console import Console, gibibytes
 
 
 @click.command("quantize")
@@ -43,6 +43,6 @@ def tell(console: Console, out: Path, report: dict[str, Any]) -> None:
     size = report["bytes"]
     text = (
         f"{out}: {len(report['layers'])} linears in 4 bits, {size['source'] / 1e6:,.1f} MB -> {size['result'] / 1e6:,.1f} MB, "
-        f"mean layer error {report['error']['mean']:.5f}, {report['seconds']:.1f} s, peak {report['peak_memory_bytes'] / 2**30:.2f} GiB"
+        f"mean layer error {report['error']['mean']:.5f}, {report['seconds']:.1f} s, peak {gibibytes(report['peak_memory_bytes'])}"
     )
     console.result(text, {"out": str(out), **report})

@@ -10,7 +10,7 @@ import click
 from marlinctl.commands.common import common_options, go_offline
 from marlinctl.commands.evaluation_flags import chosen_gate, chosen_measuring, evaluation_flags
 from marlinctl.commands.recipe_flags import chosen_options, chosen_recipe, recipe_flags, run_flags
-from marlinctl.system.console import Console
+from marlinctl.system.console import Console, gibibytes
 
 
 @click.command("sparsify")
@@ -60,7 +60,7 @@ def tell(console: Console, out: Path, report: dict[str, Any]) -> None:
     sizes = f"{size['source'] / 1e6:,.1f} MB -> {size['result'] / 1e6:,.1f} MB"
     lines = [
         f"{out}: {report['sparse']} linears 2:4 at {report['bits']} bits, {sizes}, mean layer error {report['error']['mean']:.5f}, "
-        f"{report['seconds']:.1f} s, peak {report['peak_memory_bytes'] / 2**30:.2f} GiB"
+        f"{report['seconds']:.1f} s, peak {gibibytes(report['peak_memory_bytes'])}"
     ]
     if "evaluation" in report:
         lines += ["", report["evaluation"]["table"]]

@@ -10,7 +10,6 @@ BOS token can weigh as much as thousands of ordinary ones.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -29,6 +28,7 @@ from marlinctl.models.transformers_config import transformers_config
 from marlinctl.recipes.schema import Calibration
 from marlinctl.system.confined import Bounds, Exceeded, confined
 from marlinctl.system.console import Console
+from marlinctl.system.digests import sha256_of_tensors
 from marlinctl.system.files import shown
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def load_calibration(
         "sequence_length": asked.sequence_length,
         "cut": cut,
         "seed": asked.seed,
-        "sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+        "sha256": sha256_of_tensors(ids),
     }
     console.say(
         f"calibration: {asked.source} ({how}), {ids.shape[0]} of {asked.samples} samples, "

@@ -7,7 +7,6 @@ the mask              travels on, or is written for the first time where it was 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,10 @@ from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.distillation.open import TrainingInputs
 from marlinctl.errors import CheckFailed, NumericalProblem, Problem
 from marlinctl.models.switches import without
+from marlinctl.planning.memory import SHARD_BYTES
 from marlinctl.sparsify.types import check_keep
 from marlinctl.system.console import Console
-
-SHARD_BYTES = 1 << 30
+from marlinctl.system.digests import sha256_of_tensors
 
 
 def build(
@@ -72,7 +71,7 @@ def _write_changed(opened: TrainingInputs, values: Iterable[tuple[str, Tensor]],
                 where=name,
                 fix="a lower --learning-rate; the job's folder is kept",
             )
-        digests[name] = _digest(tensor)
+        digests[name] = sha256_of_tensors(tensor)
         pending[name] = tensor
         size += tensor.numel() * tensor.element_size()
         if size >= SHARD_BYTES:
@@ -90,7 +89,7 @@ def check_written(folder: Path, opened: TrainingInputs, digests: Mapping[str, st
     with open_checkpoint(folder) as written, open_masks(folder) as masks:
         with console.progress("check from disk", len(digests) + len(opened.pattern.shapes)) as progress:
             for name, digest in digests.items():
-                if name not in written.tensors or _digest(written.read(name)) != digest:
+                if name not in written.tensors or sha256_of_tensors(written.read(name)) != digest:
                     problems.append(Problem(f"{name} on disk differs from what was trained", str(folder), again))
                 progress.advance()
             for layer, (n, k) in opened.pattern.shapes.items():
@@ -115,7 +114,3 @@ def _pattern_problems(layer: str, keep: Tensor, opened: TrainingInputs, written:
     alive = int(((written.read(f"{layer}.weight") != 0) & ~keep).sum())
     what = f"{layer} is not 2:4 any more: {alive} pruned weights are not zero"
     return [Problem(what, layer, "please report it: a defect of marlinctl")] if alive else []
-
-
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from marlinctl.doctor.driver import gpu as missing_gpu
 from marlinctl.doctor.places import shared_memory
 from marlinctl.doctor.result import Check
+from marlinctl.system.console import gibibytes
 from marlinctl.system.driver import OLDEST_DRIVER, Driver, find_driver, no_gpu
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def gpu(index: int) -> Check:
     name = f"cuda:{index}"
     try:
         facts = torch.cuda.get_device_properties(index)
-        described = f"{name} {facts.name}, compute capability {facts.major}.{facts.minor}, {facts.total_memory / 2**30:.0f} GiB"
+        described = f"{name} {facts.name}, compute capability {facts.major}.{facts.minor}, {gibibytes(facts.total_memory, 0)}"
         wrong = [str(dtype).removeprefix("torch.") for dtype in (*_dtypes(), torch.float16) if not _right(name, dtype)]
     except RuntimeError as error:  # no kernel image for this device, a device that fell off the bus, memory taken by others
         cause = (str(error).splitlines() or [""])[0]

@@ -12,7 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from marlinctl.doctor.result import Check
-from marlinctl.system.atomic import temporary_name
+from marlinctl.system.atomic import sync_folder, temporary_name
+from marlinctl.system.console import gibibytes
 
 GIB = 2**30
 OUTPUT_BYTES = 10 * GIB  # a 4-bit model of 8 billion parameters, its job beside it while it runs, and some air
@@ -82,11 +83,7 @@ def _writable(name: str, folder: Path, cure: str) -> Check:
             step = "renaming"
             first.replace(second)
             step = "fsync of the folder"
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync_folder(folder)
             step = "reading"
             if second.read_bytes() != b"marlinctl":
                 return Check(name, "fail", f"{folder}: what is read there is not what was written", cure)
@@ -122,5 +119,5 @@ def _made(folder: Path) -> Iterator[None]:
 def _free(name: str, folder: Path, wanted: int, cure: str) -> Check:
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(there).free
-    found = f"{free / GIB:.1f} GiB free in {folder}"
-    return Check(name, "ok", found) if free >= wanted else Check(name, "warn", f"{found}, less than {wanted / GIB:g} GiB", cure)
+    found = f"{gibibytes(free, 1)} free in {folder}"
+    return Check(name, "ok", found) if free >= wanted else Check(name, "warn", f"{found}, less than {gibibytes(wanted, 0)}", cure)

@@ -24,7 +24,6 @@ it (distillation/state.py).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shlex
@@ -443,11 +442,6 @@ def _digest(folder: Path) -> str | None:
         return manifest.digest(folder)
     except (OSError, FileRefused):
         return None
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _apart_from_options(arguments: Mapping[str, Any]) -> Any:

@@ -8,7 +8,6 @@ weights of linears that share an input, their Hessian
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipes.schema import Recipe
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from marlinctl.system.console import Console, Progress
+from marlinctl.system.digests import sha256_of_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,16 +165,10 @@ def bfloat16_exact(opened: RunInputs) -> bool:
 
 def linear_digest(linear: QuantizedLinear) -> str:
     """SHA-256 of codes, scales and, where there is one, the mask."""
-    digest = hashlib.sha256(linear.codes.contiguous().numpy().tobytes())
-    digest.update(linear.scales.contiguous().numpy().tobytes())
-    if isinstance(linear, SparseQuantizedLinear):
-        digest.update(linear.keep.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    masks = (linear.keep,) if isinstance(linear, SparseQuantizedLinear) else ()
+    return sha256_of_tensors(linear.codes, linear.scales, *masks)
 
 
 def weight_digest(weight: Tensor, keep: Tensor | None) -> str:
     """SHA-256 of a 16-bit weight and its mask."""
-    digest = hashlib.sha256(weight.contiguous().view(torch.uint8).numpy().tobytes())
-    if keep is not None:
-        digest.update(keep.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return sha256_of_tensors(weight, *(() if keep is None else (keep,)))

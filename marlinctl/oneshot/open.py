@@ -41,7 +41,7 @@ from marlinctl.planning.preflight import (
     wants_mask,
 )
 from marlinctl.recipes.schema import Recipe
-from marlinctl.system.console import Console
+from marlinctl.system.console import Console, gibibytes
 from marlinctl.system.devices import choose_device, forward_dtype, grow_segments
 from marlinctl.system.host import available_memory
 
@@ -156,8 +156,8 @@ def _require_room(
     if needed > allowed:
         raise ResourceProblem(
             "E522",
-            f"the run needs about {needed / 2**30:.2f} GiB, "
-            + (f"{allowed / 2**30:.2f} GiB are free" if options.max_memory is None else f"--max-memory allows {allowed / 2**30:.2f} GiB"),
+            f"the run needs about {gibibytes(needed)}, "
+            + (f"{gibibytes(allowed)} are free" if options.max_memory is None else f"--max-memory allows {gibibytes(allowed)}"),
             where="memory",
             fix="fewer --samples, a smaller --sequence-length, or --calibration FILE in place of self (`marlinctl plan` shows what takes "
             "how much); a larger --max-memory starts all the same",

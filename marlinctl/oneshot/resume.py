@@ -14,7 +14,6 @@ the dtype in which they are passed on.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -30,10 +29,11 @@ from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.data.calibration import CalibrationSet
 from marlinctl.data.tokens import Tokens
 from marlinctl.errors import UsageError
-from marlinctl.jobs.journal import JOURNAL, JobFolder, sha256_of
+from marlinctl.jobs.journal import JOURNAL, JobFolder
 from marlinctl.oneshot.layers import LayerQuantizer, LayerRecord
 from marlinctl.system.atomic import disk_problems, make_folder, write_tensors
 from marlinctl.system.console import Console
+from marlinctl.system.digests import sha256_of, sha256_of_part
 
 _CALIBRATION = "calibration.safetensors"
 _STATES_KEPT = 2
@@ -79,7 +79,7 @@ class RunJob(JobFolder):
         noted: dict[str, Any] = {"step": step, "index": index, "records": [asdict(record) for record in records]}
         noted["shard"] = self._described(f"staged/{shard}") if shard is not None else None
         size = solving.staged.sync() - masked
-        noted["masks"] = {"bytes": size, "sha256": _sha256_of_part(solving.staged.spool, masked, size) if size else None}
+        noted["masks"] = {"bytes": size, "sha256": sha256_of_part(solving.staged.spool, masked, size) if size else None}
         if states:
             with disk_problems(self.path):
                 make_folder(self.path / "states")
@@ -135,7 +135,7 @@ class RunJob(JobFolder):
             if not _is_whole_line(line, count) or (line["shard"] is not None and not self._is_as_noted(line["shard"])):
                 break
             size, spool = line["masks"]["bytes"], self.staged.with_name(self.staged.name + ".masks")
-            if size and (not spool.is_file() or _sha256_of_part(spool, masked, size) != line["masks"]["sha256"]):
+            if size and (not spool.is_file() or sha256_of_part(spool, masked, size) != line["masks"]["sha256"]):
                 break
             masked += size
             count += 1
@@ -197,13 +197,3 @@ def _describes_file(noted: object) -> TypeGuard[Mapping[str, Any]]:
 
 def _state_name(index: int) -> str:
     return f"states/{index:05d}.safetensors"
-
-
-def _sha256_of_part(path: Path, begin: int, size: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        file.seek(begin)
-        while size and (chunk := file.read(min(size, 8 << 20))):
-            digest.update(chunk)
-            size -= len(chunk)
-    return digest.hexdigest()

@@ -70,7 +70,7 @@ def state_bytes(architecture: Architecture, work: Work) -> int:
 
 
 def scratch_bytes(architecture: Architecture, work: Work) -> int:
-    """The unnamed files that hold activations beside the output: all slots of oneshot/sequential.py and oneshot/reference_stream.py."""
+    """The unnamed files that hold activations beside the output: every slot of `Scratch` in oneshot/."""
     tokens, hidden = work.samples * work.length, architecture.hidden_size
     widths = {"branch input": hidden, "attention output": hidden, "between": 0}
     for block in architecture.blocks:

@@ -42,7 +42,6 @@ class Solved:
     dead: int  # columns whose input was zero in all of calibration; their weights are rounded and kept
 
 
-# Fractions of the covering scale. 0.35 and steps of 0.02: docs/log/2026-11-21-drift.md.
 # Fractions of the covering scale, and what another one must promise: docs/log/2026-11-21-drift.md.
 SEARCH_RATIOS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)
 SEARCH_MARGIN = 0.35

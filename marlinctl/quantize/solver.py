@@ -24,13 +24,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from marlinctl.quantize.memory import FLOAT64_ABOVE
 from marlinctl.quantize.types import CODE_MAX, CODE_MIN
 
 COLUMN_BLOCK = 128  # columns gathered by one product over everything before them
 COLUMN_RUN = 16  # columns updated among themselves one by one; 16 x R floats stay in the cache. A multiple of 4: quads lie in one run
 
 _DAMPING_CEILING = 0.3
-_FLOAT64_ABOVE = 3e5  # bound on the condition number K / damping + 1 above which float32 pivots lose digits
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def factor(matrix: Tensor, damping: float) -> Factor:
     if not mean > 0.0:
         return _diagonal_factor(diagonal.clone(), damping, "all inputs are zero")
     for rung in dict.fromkeys(min(damping * step, max(damping, _DAMPING_CEILING)) for step in (1.0, 3.0, 10.0)):
-        work = matrix.flip(0, 1).to(torch.float64 if k / rung > _FLOAT64_ABOVE else torch.float32)
+        work = matrix.flip(0, 1).to(torch.float64 if k / rung > FLOAT64_ABOVE else torch.float32)
         work.diagonal().add_(rung * mean)
         lower, info = torch.linalg.cholesky_ex(work)
         del work

@@ -26,9 +26,8 @@ from marlinctl.quantize.solver import Factor, factor, sweep
 from marlinctl.quantize.types import Hessian
 from marlinctl.sparsify.keep import best_of_quads, best_two
 from marlinctl.sparsify.masked_ls import improve_mask, masked_least_squares
+from marlinctl.sparsify.memory import ROWS_TOGETHER
 from marlinctl.sparsify.types import QUAD, SparseQuantizedLinear
-
-_ROWS = 8192  # solved together: least squares holds six matrices [K, rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ def prune(weight: Tensor, hessian: Hessian, settings: PruneSettings) -> Pruned:
     factored = factor(matrix, settings.damping)
     damped = _damped(matrix, factored)
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for rows in torch.split(weight, _ROWS):
+    for rows in torch.split(weight, ROWS_TOGETHER):
         w = rows.T.contiguous()  # [K, R]
         values, keep = _start(w, diagonal, factored, settings)
         if settings.method == "refined" and factored.fallback is None:
@@ -98,7 +97,7 @@ def fit_mask(weight: Tensor, keep: Tensor, hessian: Hessian, settings: PruneSett
         return weight * keep
     damped = _damped(hessian.matrix, factored)
     parts = []
-    for rows, kept in zip(torch.split(weight, _ROWS), torch.split(keep, _ROWS), strict=True):
+    for rows, kept in zip(torch.split(weight, ROWS_TOGETHER), torch.split(keep, ROWS_TOGETHER), strict=True):
         w, mask = rows.T.contiguous(), kept.T.contiguous()
         parts.append(masked_least_squares(w, w * mask, mask, damped, settings.iterations).T)
     return torch.cat(parts).contiguous()
@@ -139,7 +138,7 @@ def _one_pass(weight: Tensor, hessian: Hessian, pruning: PruneSettings, settings
     group_size = k if settings.group_size == -1 else settings.group_size
     group_of = [column // group_size for column in range(k)]
     codes, kept, scales, errors, energies = [], [], [], [], []
-    for rows in torch.split(weight, _ROWS):
+    for rows in torch.split(weight, ROWS_TOGETHER):
         w = rows.T.contiguous()
         provisional = best_of_quads(w.abs() * factored.pivots.unsqueeze(1))
         s = static_scales((w * provisional).T.contiguous(), diagonal, settings).T.contiguous()  # [G, R]

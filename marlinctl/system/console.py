@@ -45,6 +45,11 @@ _LOGGER.setLevel(logging.DEBUG)
 _LOGGER.addHandler(logging.NullHandler())  # as every library does: without a handler, logging would print warnings itself
 
 
+def gibibytes(size: float, digits: int = 2) -> str:
+    """An amount of memory in bytes, as people read it."""
+    return f"{size / 2**30:,.{digits}f} GiB"
+
+
 def duration(seconds: float) -> str:
     """`42 s`, `3 min 05 s`, `2 h 10 min`."""
     whole = round(seconds)

@@ -14,7 +14,7 @@ failure only where the values are not the source's, rounded to the other dtype.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +25,7 @@ from marlinctl.errors import BadInput, CheckFailed, Problem
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from marlinctl.checkpoint.mask import Masks
     from marlinctl.checkpoint.reader import Checkpoint
-    from marlinctl.system.console import Console
 
 MAX_ERROR = 0.5
 MAX_ERROR_OF_SURVIVORS = 1.0
@@ -44,17 +42,15 @@ class LayerFidelity:
     sparse: bool
 
 
-def compare(checkpoint: Checkpoint, info: FormatInfo, source: Checkpoint, console: Console, masks: Masks | None = None) -> dict[str, Any]:
-    """Every linear and every untouched tensor against the source. CheckFailed lists all that are implausible."""
+def compare(checkpoint: Checkpoint, info: FormatInfo, source: Checkpoint, layers: Sequence[LayerFidelity]) -> dict[str, Any]:
+    """Every linear, as it was measured, and every untouched tensor against the source. CheckFailed lists all that are implausible, BadInput
+    E302 the first linear that the source lacks."""
     problems, converted = _untouched(checkpoint, info, source)
-    layers: list[LayerFidelity] = []
-    with console.progress("compare with source", len(info.layers)) as progress:
-        for layer in info.layers:
-            weight = _source_weight(source, layer)
-            measured = measure(layer, weight, registry.read_parts(checkpoint, info, layer, masks))
-            layers.append(measured)
-            problems += _implausible(measured)
-            progress.advance()
+    known = {measured.layer for measured in layers}
+    for layer in info.layers:
+        if layer not in known:
+            problems.append(_other_shape(checkpoint, info, source, layer))
+    problems += [problem for measured in layers for problem in _implausible(measured)]
     if problems:
         raise CheckFailed.from_problems("E107", problems)
     errors = sorted(layer.error for layer in layers)
@@ -65,6 +61,12 @@ def compare(checkpoint: Checkpoint, info: FormatInfo, source: Checkpoint, consol
         "worst_layer": max(layers, key=lambda layer: layer.error).layer,
         "converted": converted,
     }
+
+
+def has_weight(source: Checkpoint, layer: str, shape: Sequence[int]) -> bool:
+    """Whether the source has this linear's weight, in this shape."""
+    found = source.tensors.get(f"{layer}.weight")
+    return found is not None and tuple(found.shape) == tuple(shape)
 
 
 def measure(layer: str, weight: Tensor, parts: LinearParts) -> LayerFidelity:
@@ -100,11 +102,12 @@ def _implausible(measured: LayerFidelity) -> list[Problem]:
     return []
 
 
-def _source_weight(source: Checkpoint, layer: str) -> Tensor:
+def _other_shape(checkpoint: Checkpoint, info: FormatInfo, source: Checkpoint, layer: str) -> Problem:
     name = f"{layer}.weight"
     if name not in source.tensors:
         raise BadInput("E302", f"the source has no {name}", where=str(source.folder), fix="name the model this checkpoint was made from")
-    return source.read(name)
+    theirs, ours = list(source.tensors[name].shape), list(registry.layer_shape(checkpoint, info, layer))
+    return Problem(f"{layer} is {theirs} in the source and {ours} here", layer, "name the model that this checkpoint was made from")
 
 
 def _untouched(checkpoint: Checkpoint, info: FormatInfo, source: Checkpoint) -> tuple[list[Problem], list[str]]:

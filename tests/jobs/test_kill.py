@@ -18,8 +18,8 @@ import pytest
 from tests import killing
 from tests.distillation.runs import write_text
 from tests.killing import Ended
-from tests.oneshot.test_run import TEXT
 from tests.pruned import prune
+from tests.runs import TEXT
 from tests.tiny import make_tiny
 
 APART = {"README.md", "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html"}

@@ -22,21 +22,7 @@ from marlinctl.planning.layer_rules import plan as rules
 from marlinctl.planning.memory import Work, stages
 from marlinctl.planning.time import largest_stage, machine, machine_of_probe, seconds_of_walk
 from marlinctl.system.console import Console
-from tests.oneshot.test_run import TEXT, quantize
-from tests.planning.test_plan import plan, recipe
-from tests.tiny import make_tiny
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("rehearsal") / "tiny")
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    return path
+from tests.runs import plan, quantize, recipe
 
 
 def known(tiny: Path) -> tuple[Any, dict[str, int]]:

@@ -25,7 +25,7 @@ from marlinctl.planning.memory import CHUNK_TOKENS
 from tests import forked
 from tests.checkpoint.test_contents import NEVER_NEW, flip
 from tests.jobs.test_kill import published
-from tests.oneshot.test_run import TEXT
+from tests.runs import TEXT
 from tests.test_architecture import ROOT
 from tests.tiny import make_tiny
 

@@ -26,15 +26,9 @@ from marlinctl.sparsify.keep import two_of_four
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from marlinctl.system.console import Console
 from tests import zoo
-from tests.oneshot.test_run import TEXT, digests, logits, recipe
+from tests.oneshot.test_run import logits, recipe
+from tests.runs import digests
 from tests.tiny import make_tiny
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    return path
 
 
 def run(model: Path, out: Path, text: Path, **changes: Any) -> dict[str, Any]:

@@ -26,39 +26,13 @@ from marlinctl.oneshot import open
 from marlinctl.oneshot.open import Options
 from marlinctl.oneshot.run import run_job
 from marlinctl.planning import plan as planning
-from marlinctl.planning.plan import Settings, make_plan
 from marlinctl.planning.table import table
-from marlinctl.recipes.schema import Recipe, load_recipe, resolve
 from marlinctl.system.console import Console
 from marlinctl.system.devices import cpu_has_bf16, planned_dtype
 from marlinctl.system.offload import Scratch
 from tests import zoo
-from tests.oneshot.test_run import TEXT
+from tests.runs import plan, recipe
 from tests.tiny import make_tiny
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("plan") / "tiny")
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    return path
-
-
-def recipe(text: Path | str, name: str = "int4", **changes: Any) -> Recipe:
-    given = {
-        "quantize.group_size": 32, "calibration.source": str(text), "calibration.samples": 8,
-        "calibration.sequence_length": 64, "calibration.minimum_tokens": 256,
-    }  # fmt: skip
-    return resolve(load_recipe(name), given | {key.replace("__", "."): value for key, value in changes.items()})[0]
-
-
-def plan(model: Path | str, chosen: Recipe, **settings: Any) -> dict[str, Any]:
-    return make_plan(str(model), chosen, Settings(**{"out": Path(), "dtype": "float32"} | settings), Console.quiet())
 
 
 def tensor_bytes(folder: Path) -> int:

@@ -13,8 +13,8 @@ import pytest
 from marlinctl.cli import main
 from marlinctl.convert.repack import repack
 from marlinctl.system.atomic import temporary_name
-from tests.oneshot.test_run import TEXT, digests
 from tests.report import documents
+from tests.runs import TEXT, digests
 from tests.tiny import make_tiny
 
 FLAGS = ["--calibration", "TEXT", "--samples", "8", "--sequence-length", "64", "--group-size", "32", "--dtype", "float32", "-q"]

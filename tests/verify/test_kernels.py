@@ -24,8 +24,8 @@ from marlinctl.system.console import Console
 from marlinctl.verify import kernels
 from marlinctl.verify.kernels import ALLOWED, CudaKernel, compared, multiply
 from marlinctl.verify.run import verify
-from tests.oneshot.test_run import TEXT
 from tests.packed import make_packed
+from tests.runs import TEXT
 from tests.tiny import make_tiny
 
 Packed = PackedLinear | PackedSparseLinear
