@@ -442,6 +442,7 @@ def test_a_large_bad_index_costs_little(tmp_path: Path, entry: str, count: int) 
     with pytest.raises(BadInput) as caught:
         open_checkpoint(folder)
     assert len(caught.value.problems) <= reader.MAX_PROBLEMS + 1
+    assert ("holds more than 2,000,000 values" in caught.value.problems[0].what) == (count > 2_000_000), "refused before it is parsed"
     assert time.monotonic() - started < 10
 
 

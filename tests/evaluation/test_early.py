@@ -36,6 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prune(root / "model", root / "pruned")
     write_text(root / "text.txt")
     (root / "empty.txt").write_text("\n\n")
+    (root / "little.txt").write_text("fewer tokens than one window\n")
     (root / "names.jsonl").write_text('{"name": "no text"}\n')
     turns = [{"role": "user", "content": "hello there " * 40}, {"role": "assistant", "content": "general reply " * 40}]
     rows = [json.dumps({"messages": turns})] * 3 + [json.dumps({"messages": [{"role": "system", "content": "be brief"}, *turns]})] * 60
@@ -126,6 +127,7 @@ CASES = [
     *(("sparsify", ["--max-kl", value], "e202") for value in ("nan", "inf", "-1", "0")),
     *(("compress", ["--max-ppl-ratio", value], "e202") for value in ("nan", "inf", "-1", "0")),
     ("plan", ["--device", "cpuu"], "e202"),
+    *((verb, ["--text", "little.txt"], "e393") for verb in ("eval", "sparsify", "compress")),
     ("eval", ["--seed", "-1"], "e246"),
     ("eval", ["--seed", str(2**32)], "e246"),
     ("eval", ["--device", "gpu"], "e202"),

@@ -165,6 +165,20 @@ def test_what_a_killed_rewrite_leaves_is_no_damage(out: Path) -> None:
     assert run("report", out, "-q") == 0 and not left.exists()
 
 
+def test_links_in_the_place_of_its_files_are_not_followed(out: Path, tmp_path: Path) -> None:
+    """A downloaded folder holds links with the names of our files, or of what earlier versions wrote first: `report` would write there."""
+    precious, absent = tmp_path / "precious", tmp_path / "absent"
+    precious.write_text("mine")
+    before = {name: (out / name).read_bytes() for name in OURS}
+    for name, target in (("README.md", precious), ("marlinctl_report.md", precious), ("marlinctl_report.html", absent)):
+        (out / name).unlink()
+        (out / name).symlink_to(target)
+        (out / f"{name}.part").symlink_to(precious)
+    assert run("report", out, "-q") == 0
+    assert precious.read_text() == "mine" and not absent.exists()
+    assert {name: (out / name).read_bytes() for name in OURS} == before and not any((out / name).is_symlink() for name in OURS)
+
+
 def test_weights_are_not_touched(out: Path) -> None:
     """The digest of the manifest is the name of the model: adding scores must not change it."""
     before = digests(out)
