@@ -281,7 +281,8 @@ def _usage_error(error: click.ClickException, args: list[str]) -> MarlinctlError
     command = context.command_path if context is not None else " ".join(["marlinctl", *[arg for arg in args if arg in VERBS][:1]])
     help_line = f"{command} --help"
     if isinstance(error, click.NoSuchOption):
-        known = [name for parameter in context.command.get_params(context) for name in parameter.opts] if context is not None else []
+        parameters = context.command.get_params(context) if context is not None else []
+        known = [name for parameter in parameters if not getattr(parameter, "hidden", False) for name in parameter.opts]
         return UsageError(
             "E202", f"there is no option {error.option_name}", where=command, fix=_nearest(error.option_name, known, help_line)
         )

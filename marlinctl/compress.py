@@ -104,7 +104,7 @@ def run_compress(
             contents = read_contents(checkpoint, console, noted=job.noted("model", console))
         job.watch(contents)
         texts = _texts(recipe, job.lines[0]["fingerprint"].get("texts", {}) if job.begun else {})
-        facts = {"model": contents.fingerprint, **texts, "recipe": recipe.model_dump(mode="json"), "versions": versions()}
+        facts = {"model": contents.fingerprint, **texts, "recipe": recipe.canonical(), "versions": versions()}
         if job.begun:
             job.check(facts)
             job.drop_from(1)

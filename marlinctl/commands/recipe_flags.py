@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from marlinctl.commands.common import FormerFlag
 from marlinctl.errors import UsageError
 from marlinctl.system.log import redact
 
@@ -36,9 +37,9 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "quantize.scale_search": ("--scale-search", {"metavar": "hessian|mse|none", "help": "Error that a group's scale minimises."}),
     "quantize.damping": ("--damping", {"type": float, "help": "Fraction of the mean diagonal added to the Hessian."}),
     "quantize.refine": ("--refine", {"type": int, "help": "Rounds of coordinate descent and scale re-fit after the solve."}),
-    "quantize.match": (
-        "--match",
-        {"type": float, "metavar": "0..1", "help": "Share of the drift from the original that each linear makes up for."},
+    "quantize.drift_correction": (
+        "--drift-correction",
+        {"type": float, "metavar": "0..1", "help": "Share of the drift from the unquantized model that is corrected; 0 is plain GPTQ."},
     ),
     "quantize.skip": (
         "--skip",
@@ -47,10 +48,10 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "quantize.include": ("--include", {"multiple": True, "metavar": "lm_head", "help": "Quantize the output head too."}),
     "sparsify.method": (
         "--method",
-        {"metavar": "refined|sparsegpt|wanda|magnitude", "help": "How the kept weights are chosen when pruning to 2:4."},
+        {"metavar": "iterative|sparsegpt|wanda|magnitude", "help": "How the kept weights are chosen when pruning to 2:4."},
     ),
-    "sparsify.mask_sweeps": ("--mask-sweeps", {"type": int, "help": "Sweeps of --method refined that may change the mask."}),
-    "sparsify.ls_iterations": ("--ls-iterations", {"type": int, "help": "Least-squares steps of --method refined."}),
+    "sparsify.mask_sweeps": ("--mask-sweeps", {"type": int, "help": "Sweeps of --method iterative that may change the mask."}),
+    "sparsify.ls_iterations": ("--ls-iterations", {"type": int, "help": "Least-squares steps of --method iterative."}),
     "calibration.source": ("--calibration", {"metavar": "SOURCE", "help": "self, a .txt/.jsonl/.parquet file, or a hub data set."}),
     "calibration.samples": ("--samples", {"type": int, "help": "Calibration samples."}),
     "calibration.sequence_length": ("--sequence-length", {"type": int, "help": "Tokens per sample."}),
@@ -58,6 +59,8 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "calibration.chat": ("--chat", {"metavar": "auto|always|never", "help": "Use the chat template for data that are chats."}),
 }
 
+
+_FORMER_FLAGS = {"--drift-correction": "--match"}
 
 _DISTILL_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "distill.data": ("--data", {"metavar": "SOURCE", "help": "self, a .txt/.jsonl/.parquet file, or a hub data set."}),
@@ -253,6 +256,8 @@ def _of_table(flags: Mapping[str, tuple[str, dict[str, Any]]]) -> list[_Decorato
         values = str(attributes.get("metavar", "")).split("|")
         complete = _beginning_with(values) if len(values) > 1 else None
         options.append(click.option(flag, _parameter(key), default=None, shell_complete=complete, **attributes))
+        if flag in _FORMER_FLAGS:
+            options.append(click.option(_FORMER_FLAGS[flag], flag, cls=FormerFlag, type=attributes["type"]))
     return [recipe, *options]
 
 
@@ -281,8 +286,8 @@ def _given(values: dict[str, Any], flags: Mapping[str, tuple[str, dict[str, Any]
 def _resolved(console: Console, values: dict[str, Any], overrides: Mapping[str, Any], verb: Mapping[str, Any] | None = None) -> Recipe:
     from marlinctl.recipes.schema import load_recipe, resolve
 
-    recipe, _ = resolve(load_recipe(values.pop("recipe_name")), verb or {})
-    resolved, changes = resolve(recipe, overrides)
+    recipe, _ = resolve(load_recipe(values.pop("recipe_name"), deprecated=console.warn), verb or {})
+    resolved, changes = resolve(recipe, overrides, deprecated=console.warn)
     if changes:
         console.say("flags win over the recipe: " + "; ".join(changes))
     return resolved

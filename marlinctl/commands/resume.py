@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import chdir, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from marlinctl.commands.common import common_options, go_offline
+from marlinctl.commands.common import FormerFlag, common_options, go_offline
 from marlinctl.commands.evaluation_flags import changed_gate, chosen_measuring, evaluation_flags
 from marlinctl.commands.recipe_flags import command_line
 from marlinctl.errors import UsageError
@@ -23,21 +23,24 @@ if TYPE_CHECKING:
     from marlinctl.oneshot.open import Options
     from marlinctl.recipes.schema import Recipe
 
+_T = TypeVar("_T")
+
 
 @click.command("resume")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
-@click.option("--redo-from", type=click.IntRange(0), metavar="N", help="Solve block N and all behind it again.")
+@click.option("--from-block", type=click.IntRange(0), metavar="N", help="Solve block N and all later ones again.")
+@click.option("--redo-from", "--from-block", cls=FormerFlag, type=click.IntRange(0))
 @click.option("--overwrite", is_flag=True, help="Replace an OUT that is there by now, after the new one is complete.")
 @click.option("--keep-job", is_flag=True, help="Keep OUT.job, the run's journal, when OUT is published.")
 @evaluation_flags
 @common_options
-def command(console: Console, out: Path, redo_from: int | None, overwrite: bool, keep_job: bool, **values: Any) -> None:
+def command(console: Console, out: Path, from_block: int | None, overwrite: bool, keep_job: bool, **values: Any) -> None:
     """Go on with a quantize, sparsify, distill, pack or compress that did not come to its end.
 
     \b
     Example:
         marlinctl resume ./qwen3-int4
-        marlinctl resume ./qwen3-int4 --redo-from 12
+        marlinctl resume ./qwen3-int4 --from-block 12
         marlinctl resume ./qwen3-int4 --tasks arc,winogrande --limit 100
         marlinctl jobs ls .
 
@@ -45,8 +48,8 @@ def command(console: Console, out: Path, redo_from: int | None, overwrite: bool,
     used again, the paths from where the command was given. On a CPU the result is that of a run that was never stopped, byte for
     byte. Where the model, the recipe or a version differs from what the job was begun with, every difference is listed and nothing is done.
 
-    --redo-from goes back instead: what is finished from block N on is solved again. The states that enter the last two blocks are kept, so
-    going further back begins with the first block.
+    --from-block goes back: block N and all later blocks are solved again. Only the inputs of the last two blocks are kept, so going
+    further back restarts at the first block.
 
     How the result of a compress or sparsify is measured may differ from what the job was begun with: --tasks, --text, --window and the
     like, the gate, or --no-eval. What is finished stays finished; report and recipe.yaml say what was really used.
@@ -60,9 +63,9 @@ def command(console: Console, out: Path, redo_from: int | None, overwrite: bool,
         fix = "`marlinctl jobs ls FOLDER` lists the jobs below a folder; to start over, give the whole command again"
         raise UsageError("E287", "there is no job to go on with", where=str(job.path), fix=fix)
     request = job.request()
-    if redo_from is not None and request.verb not in ("quantize", "sparsify", "compress"):
-        what = f"--redo-from counts the blocks of a walk, and {request.verb} has none"
-        raise UsageError("E288", what, where="--redo-from", fix="leave it out")
+    if from_block is not None and request.verb not in ("quantize", "sparsify", "compress"):
+        what = f"--from-block counts the blocks that are quantized or pruned, and {request.verb} has none"
+        raise UsageError("E288", what, where="--from-block", fix="leave it out")
     changes = {name: value for name, value in values.items() if value is not None}
     if changes and request.verb not in ("sparsify", "compress"):
         flag = "--no-eval" if values["evaluated"] is False else "--" + next(iter(changes)).replace("_", "-").replace("evaluated", "eval")
@@ -76,7 +79,7 @@ def command(console: Console, out: Path, redo_from: int | None, overwrite: bool,
         asked["options"] = {**asked["options"], "command": f"{asked['options'].get('command', '')}; {command_line()}"}
     console.say(f"{request.verb}, as it was asked for in {job.path}")
     with chdir(request.folder) if request.folder and request.folder.is_dir() else nullcontext():
-        _VERBS[request.verb](console, out, asked, values, redo_from, overwrite, keep_job)
+        _VERBS[request.verb](console, out, asked, values, from_block, overwrite, keep_job)
 
 
 def _make_absolute(values: dict[str, Any]) -> None:
@@ -87,7 +90,7 @@ def _make_absolute(values: dict[str, Any]) -> None:
         values["text"] = str(Path(values["text"]).expanduser().absolute())
 
 
-def _options(console: Console, document: dict[str, Any], redo_from: int | None, overwrite: bool, keep_job: bool) -> Options:
+def _options(console: Console, document: dict[str, Any], from_block: int | None, overwrite: bool, keep_job: bool) -> Options:
     from marlinctl.oneshot.open import Options
 
     asked: Options = _read(Options, document, "the options")
@@ -97,7 +100,7 @@ def _options(console: Console, document: dict[str, Any], redo_from: int | None, 
         asked,
         offline=asked.offline or console.offline,
         resume=True,
-        redo_from=redo_from,
+        redo_from=from_block,
         overwrite=asked.overwrite or overwrite,
         keep_job=asked.keep_job or keep_job,
     )
@@ -125,18 +128,24 @@ def _measuring(
 
 
 def _recipe(document: Any) -> Recipe:
-    from marlinctl.recipes.schema import Recipe
+    from marlinctl.recipes.schema import recipe_of_document
 
-    recipe: Recipe = _read(Recipe, document, "the recipe")
-    return recipe
+    return _reading(lambda: recipe_of_document(document), "the recipe")
 
 
 def _read(form: Any, document: Any, name: str) -> Any:
-    """A part of job.json in this form. UsageError E287 where this version has other keys, or the file was changed."""
-    from pydantic import TypeAdapter, ValidationError
+    """A part of job.json in this form."""
+    from pydantic import TypeAdapter
+
+    return _reading(lambda: TypeAdapter(form).validate_python(document), name)
+
+
+def _reading(read: Callable[[], _T], name: str) -> _T:
+    """A part of job.json. UsageError E287 where this version has other keys, or the file was changed."""
+    from pydantic import ValidationError
 
     try:
-        return TypeAdapter(form).validate_python(document)
+        return read()
     except ValidationError as error:
         first = error.errors()[0]
         what = f"{name} of the job cannot be read: {'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -36,7 +36,7 @@ class LayerRecord:
     shape: tuple[int, int]
     group_size: int | None  # None: 16-bit
     pattern: str | None  # "2:4" or None
-    error: float  # share of the output energy that is lost: tr(δ H δᵀ) / tr(W H Wᵀ); with `match`, W is what would match the original
+    error: float  # share of the output energy that is lost: tr(δ H δᵀ) / tr(W H Wᵀ); with drift correction, W is the corrected target
     damping: float
     tokens: int
     dead: int

@@ -95,8 +95,8 @@ class RunJob(JobFolder):
         between them are gone. pieces: blocks, and the head if it is solved.
         """
         if redo_from is not None and redo_from >= pieces:
-            what = f"--redo-from {redo_from}: the pieces of this model are 0 to {pieces - 1}"
-            raise UsageError("E288", what, where="--redo-from", fix="name one of them, or leave it out")
+            what = f"--from-block {redo_from}: the blocks of this model are 0 to {pieces - 1}"
+            raise UsageError("E288", what, where="--from-block", fix="name one of them, or leave it out")
         found = len(self.lines)
         good = 1 + self._whole()
         if redo_from is not None:

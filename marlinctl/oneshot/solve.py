@@ -1,7 +1,7 @@
-"""What a recipe does to the stacked rows of linears that share an input: match, prune, quantize, or two of these together.
+"""What a recipe does to the stacked rows of linears that share an input: correct drift, prune, quantize, or two of these together.
 
-The walk solves every stack of a model with it (layers.py), and the rehearsal one stack of random numbers (probe.py): what is rehearsed
-is what is done.
+The sequential pipeline solves every stack of a model with it (layers.py), and the probe one stack of random numbers (probe.py): the probe
+measures what a run does.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from marlinctl.quantize.drift import corrected_target
 from marlinctl.quantize.gptq import Solved, SolveSettings, solve
-from marlinctl.quantize.match import matched
 from marlinctl.quantize.scheme import Scheme
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipes.schema import Recipe
@@ -38,7 +38,7 @@ class Outcome(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StackedSolver:
-    match: float  # share in which the original is matched; 0 where it does not walk along
+    drift_correction: float  # share, 0..1; 0 where there is no reference model
     scheme: Scheme
     pruning: PruneSettings
     settings: SolveSettings  # of int4; the group size is that of each stack
@@ -47,7 +47,7 @@ class StackedSolver:
     def of(cls, recipe: Recipe, *, matches: bool, bfloat16_exact: bool) -> StackedSolver:
         q = recipe.quantize
         return cls(
-            match=q.match if matches else 0.0,
+            drift_correction=q.drift_correction if matches else 0.0,
             scheme=recipe.scheme,
             pruning=PruneSettings(
                 method=recipe.sparsify.method,
@@ -76,15 +76,15 @@ class StackedSolver:
         Raises:
             ValueError: weights or Hessian are not finite, or no damping makes the Hessian positive definite.
         """
-        if self.match:
-            stack = matched(stack, hessian, share=self.match, damping=self.pruning.damping)
+        if self.drift_correction:
+            stack = corrected_target(stack, hessian, share=self.drift_correction, damping=self.pruning.damping)
         if not self.scheme.quantizes:
             pruned = prune(stack, hessian, self.pruning)
             return pruned, lambda rows: pruned.weight[rows], pruned.keep.cpu()
         settings = replace(self.settings, group_size=group_size)
         solved: Solved
         if keep is not None:
-            pruned_stack = fit_mask(stack, keep, hessian, self.pruning) if self.match else stack
+            pruned_stack = fit_mask(stack, keep, hessian, self.pruning) if self.drift_correction else stack
             solved, keep = solve_pruned(pruned_stack, keep, hessian, settings, original=stack)
         elif self.scheme.prunes:
             solved, keep = prune_and_quantize(stack, hessian, self.pruning, settings)

@@ -2,7 +2,7 @@
 
     anonymous memory = BASE + text as it is tokenized + hidden states of all tokens + one block as it is run + the largest of:
         collecting   a Gram matrix while chunks of tokens pass
-        matching     the regression on the original's inputs, in double precision (recipe: match)
+        matching     the regression on the original's inputs, in double precision (recipe: drift_correction)
         factoring    H, its reordered copy, and the factorisation with its input, in the precision that its condition asks for
         sweeping     the rows of linears that share an input, as weights, stack, targets, codes and errors
         pruning      the same with the matrices of least squares
@@ -179,7 +179,7 @@ def _phases(architecture: Architecture, stage: Stage, work: Work) -> Iterator[li
     yield [*held, (3, square)]
     if not rows:
         return
-    if work.matches:  # quantize/match.py: right-hand sides and solutions in both precisions, H in float64 and its factor
+    if work.matches:  # quantize/drift.py: right-hand sides and solutions in both precisions, H in float64 and its factor
         yield [*held, (4, stack), (2, 2 * stack), (1, square), (2, 2 * square)]
     # quantize/solver.py, factor: H and its reordered copy; the matrix to be factored and its factor
     precise = 2 if k / work.damping > _FLOAT64_ABOVE else 1

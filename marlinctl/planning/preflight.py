@@ -110,9 +110,9 @@ def look(
         _refuse_odd_widths(shapes)
     if problems := misfits(shapes, formats_of(recipe)):
         raise BadInput.from_problems("E349", problems)
-    matches = recipe.quantize.match > 0
+    matches = recipe.quantize.drift_correction > 0
     if matches and any(isinstance(block.mlp, Experts) for block in known.blocks):
-        console.warn("a model with experts: their router sends other tokens than the original's, so nothing is matched (--match 0)")
+        console.warn("drift is not corrected (--drift-correction 0): the experts' router sends other tokens than the unquantized model's")
         matches = False
     return ModelPlan(known, rules, shapes, matches)
 

@@ -129,10 +129,10 @@ def _solve(stage: Stage, recipe: Recipe) -> tuple[float, float, float]:
         columns += rounds * k
         passes += _PASSES + 8 * rounds
     if prunes:
-        refined = recipe.sparsify.method == "refined"
-        operations += sweep + (2 * sweep * (recipe.sparsify.ls_iterations + recipe.sparsify.mask_sweeps) if refined else 0)
-        columns += k * (1 + (recipe.sparsify.mask_sweeps * 2 if refined else 0))
-        passes += 8 + (recipe.sparsify.mask_sweeps * 12 + recipe.sparsify.ls_iterations * 8 if refined else 0)
+        iterative = recipe.sparsify.method == "iterative"
+        operations += sweep + (2 * sweep * (recipe.sparsify.ls_iterations + recipe.sparsify.mask_sweeps) if iterative else 0)
+        columns += k * (1 + (recipe.sparsify.mask_sweeps * 2 if iterative else 0))
+        passes += 8 + (recipe.sparsify.mask_sweeps * 12 + recipe.sparsify.ls_iterations * 8 if iterative else 0)
     return operations, columns, passes * rows * k
 
 

@@ -4,7 +4,7 @@
     wanda       the two largest |w| sqrt(H_kk)             (Sun et al., arXiv 2306.11695)
     sparsegpt   the column sweep of GPTQ with another projection: the two largest |w'_k R_kk| of weights that already make up for what was
                 pruned before them                         (Frantar and Alistarh, arXiv 2301.00774)
-    refined     sparsegpt, then sweeps over the quads that change the mask, then least squares on the survivors (masked_ls.py)
+    iterative   sparsegpt, then sweeps over the groups of four that change the mask, then least squares on the kept weights (masked_ls.py)
 
 With int4, `sparsegpt` decides and rounds in one pass, as its paper does; the others prune first and quantize the survivors afterwards:
 
@@ -35,10 +35,10 @@ _ROWS = 8192  # solved together: least squares holds six matrices [K, rows]
 class PruneSettings:
     """What decides the mask and the survivors. The recipe has the defaults (recipes/schema.py)."""
 
-    method: str  # "magnitude", "wanda", "sparsegpt" or "refined"
+    method: str  # "magnitude", "wanda", "sparsegpt" or "iterative"
     damping: float  # fraction of mean(diag H)
-    mask_sweeps: int  # of `refined`
-    iterations: int  # of least squares, of `refined`
+    mask_sweeps: int  # of `iterative`
+    iterations: int  # of least squares, of `iterative`
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def prune(weight: Tensor, hessian: Hessian, settings: PruneSettings) -> Pruned:
     for rows in torch.split(weight, _ROWS):
         w = rows.T.contiguous()  # [K, R]
         values, keep = _start(w, diagonal, factored, settings)
-        if settings.method == "refined" and factored.fallback is None:
+        if settings.method == "iterative" and factored.fallback is None:
             for _ in range(settings.mask_sweeps):
                 values, keep = improve_mask(w, values, keep, damped)
             values = masked_least_squares(w, values, keep, damped, settings.iterations)

@@ -3,7 +3,7 @@
     error         ||W - Q|| / ||W||, the relative distance of the dequantized weight Q. Int4 with groups costs about 0.1; GPTQ a little
                   more, because it moves weights on purpose to keep the layer's output. Above 0.5 the codes are not this weight's codes.
                   Of a 2:4 linear only survivors are compared. They take over what their neighbours did (up to 0.34 on SmolLM2-135M, more
-                  with --match), so 1 is allowed; unrelated weights are 1.4 apart.
+                  with --drift-correction), so 1 is allowed; unrelated weights are 1.4 apart.
     scale match   correlation, over all groups, of the stored scale with the one that fits best, <W, codes> / <codes, codes>. Rightly
                   placed scales give nearly 1. Permuted ones (a wrong layout) give about 0, although they cost so little error, since the
                   scales of a layer resemble each other, that `error` alone would let them pass.

@@ -110,7 +110,7 @@ CALIBRATED = [
     (["--samples", str(10**30)], "e202"),
     (["--recipe", "int4"], "e393"),
     (["--damping", "nan"], "e202"),
-    (["--match", "inf"], "e202"),
+    (["--drift-correction", "inf"], "e202"),
     (["--module-map", "map.json"], "e251"),
     (["--module-map", "absent.json"], "e251"),
     (["--device", "gpu"], "e202"),

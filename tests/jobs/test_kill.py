@@ -45,7 +45,7 @@ class Place(NamedTuple):
         sparse = ["--recipe", f"{root}/sparse.yaml", "--dtype", "float32", "--threads", "1", "--no-eval"]
         train = ["distill", f"{root}/student", f"{out}", "--teacher", f"{root}/model", "--device", "cpu", *walk]
         asked = {
-            "quantize": ["quantize", f"{root}/model", f"{out}", "--match", "0.5", *walk],
+            "quantize": ["quantize", f"{root}/model", f"{out}", "--drift-correction", "0.5", *walk],
             "head": ["quantize", f"{root}/model", f"{out}", "--include", "lm_head", *walk],
             "sparsify": ["sparsify", f"{root}/model", f"{out}", "--no-eval", *walk],
             "pack": ["pack", f"{root}/packed", f"{out}", "--format", "marlin", "--also", "gptq"],

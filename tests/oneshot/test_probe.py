@@ -62,7 +62,7 @@ def test_the_stack_that_takes_longest_is_solved_as_the_run_would(
     monkeypatch.setattr(StackedSolver, "solve", spy)
     measured = run_probe(found, sizes, chosen, matches=True, device=torch.device("cpu"), dtype=torch.float32)
     expected = largest_stage(found, sizes, chosen, machine("cpu", torch.get_num_threads(), 4, matrix_units=False))
-    assert seen == [((expected.rows, expected.k), 32, chosen.quantize.match > 0)]
+    assert seen == [((expected.rows, expected.k), 32, chosen.quantize.drift_correction > 0)]
     assert expected in stages(found, sizes)
     assert measured.stage == expected and measured.seconds > 0 and measured.products > 0 and measured.gram > 0
 

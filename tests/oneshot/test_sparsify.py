@@ -73,7 +73,7 @@ def test_a_pruned_model_is_2of4_beside_its_mask_and_loads_in_transformers(tmp_pa
     assert torch.equal(logits(theirs), logits(load_dense(tmp_path / "out", dtype=torch.float32)))
 
 
-@pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "refined"])
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "iterative"])
 def test_the_joint_solve_publishes_codes_and_mask(tmp_path: Path, text: Path, method: str) -> None:
     """If the mask did not travel with the codes, the packer would have to guess survivors that round to zero."""
     source = tiny(tmp_path / "tiny")

@@ -15,11 +15,11 @@ from marlinctl.sparsify.sparsegpt import PruneSettings, prune, prune_and_quantiz
 from marlinctl.sparsify.types import SparseQuantizedLinear, check_keep
 from tests.quantize.test_solver import hessian
 
-PRUNING = PruneSettings(method="refined", damping=0.01, mask_sweeps=3, iterations=20)
+PRUNING = PruneSettings(method="iterative", damping=0.01, mask_sweeps=3, iterations=20)
 SETTINGS = SolveSettings(
     group_size=32, both_signs=True, bfloat16_exact=False, act_order="static", scale_search="hessian", damping=0.01, refine=2
 )
-METHODS = ("magnitude", "wanda", "sparsegpt", "refined")
+METHODS = ("magnitude", "wanda", "sparsegpt", "iterative")
 
 
 def weight(rows: int = 24, k: int = 160, seed: int = 0) -> Tensor:
