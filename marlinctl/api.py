@@ -7,7 +7,7 @@
     model = load("out/qwen3-marlin")
     sparsify("Qwen/Qwen3-0.6B", "out/qwen3-2of4-int4", bits=4, drift_correction=0.5, refine=2)
 
-They do what the verbs of the same name do, raise marlinctl.errors.MarlinctlError, and print nothing: the story goes to the logger
+They do what the verbs of the same name do, raise marlinctl.errors.MarlinctlError, and print nothing: progress messages go to the logger
 `marlinctl`.
 """
 

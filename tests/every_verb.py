@@ -74,9 +74,10 @@ COMMANDS: list[tuple[int, list[str]]] = [
 FLAGS = [
     "--max-kl", "--max-ppl-ratio", "--damping", "--drift-correction", "--samples", "--sequence-length", "--seed", "--tokens", "--window",
     "--limit", "--group-size", "--bits", "--skip", "--override", "--include", "--dtype", "--device", "--threads", "--max-memory",
-    "--module-map", "--cache-dir", "--log-file", "--recipe", "--text", "--tasks", "--task-data", "--calibration", "--format", "--also", "--revision",
-    "--from-block", "--num-fewshot", "--batch-size", "--scores", "--bench", "--source", "--tp", "--shape", "--arch", "--refine",
-    "--ls-iterations", "--learning-rate", "--temperature", "--micro-batch", "--save-every", "--cache-logits", "--device-memory", "--out",
+    "--module-map", "--cache-dir", "--log-file", "--recipe", "--text", "--tasks", "--task-data", "--calibration", "--format", "--also",
+    "--revision", "--from-block", "--num-fewshot", "--batch-size", "--scores", "--bench", "--source", "--tp", "--shape", "--arch",
+    "--refine", "--ls-iterations", "--learning-rate", "--temperature", "--micro-batch", "--save-every", "--cache-logits",
+    "--device-memory", "--out",
 ]  # fmt: skip
 SWITCHES = ["--json", "-q", "-v", "--overwrite", "--keep-job", "--resume", "--strict", "--offline", "--debugg", "--no-eval", "--help"]
 VALUES = [
@@ -487,7 +488,7 @@ def _forked(work: Callable[[], list[str]]) -> list[str]:
         os.close(ours)
         try:
             answer = json.dumps(work())
-        except BaseException:  # noqa: BLE001  a fork must never go on with what its parent was doing
+        except BaseException:  # noqa: BLE001  a fork must never continue with what its parent was doing
             answer = json.dumps([traceback.format_exc()])
         with os.fdopen(theirs, "w") as stream:
             stream.write(answer)

@@ -56,7 +56,7 @@ class TensorScan:
 
     problem: (error id, Problem); E620 for a NaN or infinity, E604 for a weight that no scale reaches, where `for_4_bits` asks for it.
     zero: there are weights, and all seen so far are zero. constant: columns with one value in every row, of a matrix that is not zero and
-    has rows enough to tell.
+    has enough rows to decide.
     """
 
     def __init__(self, info: TensorInfo, *, for_4_bits: bool) -> None:

@@ -1,6 +1,6 @@
 """Does this machine multiply right? torch on the CPU and on each GPU, NVRTC, the kernels, and the packed formats through the emulator.
 
-Runs as the child process of child.py, one JSON line as each check starts and one for each result, so that a crash tells where it was.
+Runs as the child process of child.py, one JSON line as each check starts and one for each result, so that a crash can be located.
 The matrices hold small integers: every partial sum is a whole number below 256, which bfloat16 holds exactly, and Python's own integers
 say what must come out, to the last bit.
 """
@@ -137,7 +137,7 @@ def kernels(device: torch.device) -> Check:
         return Check("kernels", "fail", f"{device}: {cause}", cure)
     wrong = [f"{kind}, off by {reading.error:.1e}" for kind, reading in readings.items() if not reading.error <= reading.allowed]
     if wrong:
-        cure = "marlinctl bench --check tells more; report it, and do not serve from this GPU"
+        cure = "marlinctl bench --check gives details; report it, and do not serve from this GPU"
         return Check("kernels", "fail", f"{device}: a product of the INT4 kernels is wrong: {', '.join(wrong)}", cure)
     largest = max(reading.error for reading in readings.values())
     return Check("kernels", "ok", f"{device}: the INT4 kernels, dense and 2:4, multiply right: error {largest:.1e}")

@@ -27,7 +27,7 @@ class Outcome(Protocol):
     @property
     def error(self) -> Tensor: ...
     @property
-    def energy(self) -> Tensor: ...
+    def output_energy(self) -> Tensor: ...
     @property
     def damping(self) -> float: ...
     @property
@@ -67,11 +67,11 @@ class StackedSolver:
         )
 
     def solve(
-        self, stack: Tensor, keep: Tensor | None, hessian: Hessian, group_size: int
+        self, stack: Tensor, mask: Tensor | None, hessian: Hessian, group_size: int
     ) -> tuple[Outcome, Callable[[slice], Tensor | QuantizedLinear], Tensor | None]:
         """The outcome, what each slice of rows became, and the mask of all rows [R, K] on the CPU.
 
-        stack: [R, K] float32. keep: a mask that the source has already, [R, K] bool, or None.
+        stack: [R, K] float32. mask: a mask that the source has already, [R, K] bool, or None.
 
         Raises:
             ValueError: weights or Hessian are not finite, or no damping makes the Hessian positive definite.
@@ -80,22 +80,22 @@ class StackedSolver:
             stack = corrected_target(stack, hessian, share=self.drift_correction, damping=self.pruning.damping)
         if not self.scheme.quantizes:
             pruned = prune(stack, hessian, self.pruning)
-            return pruned, lambda rows: pruned.weight[rows], pruned.keep.cpu()
+            return pruned, lambda rows: pruned.weight[rows], pruned.mask.cpu()
         settings = replace(self.settings, group_size=group_size)
         solved: Solved
-        if keep is not None:
-            pruned_stack = fit_mask(stack, keep, hessian, self.pruning) if self.drift_correction else stack
-            solved, keep = solve_pruned(pruned_stack, keep, hessian, settings, original=stack)
+        if mask is not None:
+            pruned_stack = fit_mask(stack, mask, hessian, self.pruning) if self.drift_correction else stack
+            solved, mask = solve_pruned(pruned_stack, mask, hessian, settings, original=stack)
         elif self.scheme.prunes:
-            solved, keep = prune_and_quantize(stack, hessian, self.pruning, settings)
+            solved, mask = prune_and_quantize(stack, hessian, self.pruning, settings)
         else:
             solved = solve(stack, hessian, settings)
-        kept = None if keep is None else keep.cpu()
+        kept = None if mask is None else mask.cpu()
         return solved, lambda rows: _rows(solved.linear, kept, rows), kept
 
 
-def _rows(linear: QuantizedLinear, keep: Tensor | None, rows: slice) -> QuantizedLinear:
+def _rows(linear: QuantizedLinear, mask: Tensor | None, rows: slice) -> QuantizedLinear:
     codes, scales = linear.codes[rows].cpu(), linear.scales[rows].cpu()
-    if keep is None:
+    if mask is None:
         return QuantizedLinear(codes, scales, linear.group_size)
-    return SparseQuantizedLinear(codes, scales, linear.group_size, keep[rows])
+    return SparseQuantizedLinear(codes, scales, linear.group_size, mask[rows])

@@ -27,7 +27,7 @@ from marlinctl.system.console import Console
 
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
-    """A model that fits its config and the recipe, as far as headers tell."""
+    """A model that fits its config and the recipe, as far as headers show."""
 
     architecture: Architecture
     plan: Plan
@@ -173,7 +173,7 @@ def _say_pattern(found: Pattern, planned: int, recipe: Recipe, console: Console)
             "E273",
             f"{len(found.linears)} of {planned} linears are 2:4 already ({origin})",
             where="--pattern 2:4",
-            fix="`marlinctl quantize` keeps the pattern; start from the dense model to prune anew",
+            fix="`marlinctl quantize` keeps the pattern; start from the dense model to prune again",
         )
     console.say(f"{len(found.linears)} of {planned} linears are 2:4, by {origin}; the pattern is kept")
     if len(found.linears) < planned:

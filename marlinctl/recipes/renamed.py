@@ -1,6 +1,6 @@
 """Keys and values of recipes that were renamed.
 
-Recipes with a former name are accepted for one version, and the reader is told the new one. Hashes and journals keep the former names for
+Recipes with a former name are accepted for one version, and the new one is printed. Hashes and journals keep the former names for
 good (`canonical`): a published folder holds the hash of its recipe, and a job compares the recipe that it was begun with.
 """
 

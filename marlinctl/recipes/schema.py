@@ -203,7 +203,7 @@ def resolve(recipe: Recipe, overrides: Mapping[str, Any], *, deprecated: Callabl
 
 
 def divided(recipe: Recipe) -> tuple[Recipe, Recipe] | None:
-    """How `compress` divides a recipe that distils: what prunes before and what quantizes after. None: one walk does all."""
+    """How `compress` divides a recipe that distils: what prunes before and what quantizes after. None: one pass does all."""
     if recipe.sparsify.pattern == "none" or recipe.distill.tokens == 0:
         return None
     return resolve(recipe, {"quantize.bits": 16})[0], resolve(recipe, {"sparsify.pattern": "none"})[0]

@@ -237,11 +237,11 @@ def check_pattern(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None,
     zeros: dict[str, int] = {}
 
     def read(layer: str) -> None:
-        weight, keep = sparsity.weight_and_keep(checkpoint, info, layer, masks)
-        zeros[layer] = 0 if keep is None else int(((weight == 0) & keep).sum())
+        weight, mask = sparsity.weight_and_mask(checkpoint, info, layer, masks)
+        zeros[layer] = 0 if mask is None else int(((weight == 0) & mask).sum())
 
     _raise("E106", sparsity.contradictions(stated.linears, read, console))
-    return {"origin": stated.origin, "linears": len(stated.linears), "zero_survivors": sum(zeros.values())}
+    return {"origin": stated.origin, "linears": len(stated.linears), "zero_kept": sum(zeros.values())}
 
 
 def _second_reading(checkpoint: Checkpoint, info: FormatInfo, layer: str) -> Tensor:

@@ -111,7 +111,7 @@ def test_former_names_in_python(recwarn: pytest.WarningsRecorder) -> None:
 
 
 def test_former_flags_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    """A name that goes away would be learnt anew."""
+    """A name that goes away would be learned again."""
     for verb, former in (("quantize", "--match"), ("resume", "--redo-from")):
         assert cli.main([verb, "--help"]) == 0
         assert former not in capsys.readouterr().out

@@ -95,7 +95,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 def go_on(place: Place, verb: str, out: Path) -> None:
     """`resume`, or the command again where the run died before it had noted what was asked for."""
     ended = place.run(["resume", str(out), "-q"])
-    if ended.code == 2 and "no job to go on with" in ended.told:
+    if ended.code == 2 and "no job to resume" in ended.told:
         if not out.exists():
             ended = place.run(place.arguments(verb, out))
             assert ended.code == 0, ended.told

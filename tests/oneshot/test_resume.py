@@ -133,18 +133,18 @@ def test_a_signal_lets_the_block_end_and_a_second_one_does_not(
         process.send_signal(number)
     _, told = process.communicate(timeout=120)
     assert process.returncode == code, told
-    assert f"to go on: marlinctl resume {out}\n" in told and "interrupted: by" in told
+    assert f"to resume: marlinctl resume {out}\n" in told and "interrupted: by" in told
     assert [line["step"] for line in lines_of(out)] == ["begun", *["block"] * finished]
     assert not out.exists()
     assert main(["resume", str(out), "-q"]) == 0
     assert published(tmp_path) == published(place / "whole")
 
 
-# ---- going on ------------------------------------------------------------------------------------------------------------------------
+# ---- resuming ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_finished_blocks_are_not_solved_again(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A resume that begins anew would give the right bytes and be of no use."""
+    """A resume that starts over would give the right bytes and be of no use."""
     out = tmp_path / "out"
     assert stop_in(monkeypatch, 3, quantize(place, out)) == 130
     assert sorted(path.name for path in (tmp_path / "out.job" / "states").iterdir()) == ["00002.safetensors", "00003.safetensors"]
@@ -307,7 +307,7 @@ def test_a_disk_that_is_full_costs_nothing_that_was_finished(place: Path, tmp_pa
     )
     done = forked.run([sys.executable, "-c", program, *quantize(place, out)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 5 and "the disk is full" in done.stderr, done.stderr
-    assert f"to go on: marlinctl resume {out}" in done.stderr and not out.exists()
+    assert f"to resume: marlinctl resume {out}" in done.stderr and not out.exists()
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 9_000
     assert main(["resume", str(out), "-q"]) == 0
     assert published(tmp_path) == published(place / "whole")
