@@ -48,7 +48,7 @@ ODD_SHAPES = (  # N, K, group size
 ODD_TOKENS = (1, 7, 17, 65, 129, 1000)
 IDENTITY = (448, 640)  # N, K
 WINDOW = 256  # columns and rows of a timed shape that are compared, three times
-MOST_TOLD = 40
+MOST_SHOWN = 40
 
 
 class Implementation(Protocol):
@@ -134,7 +134,7 @@ def check(
 def refuse(problems: Sequence[Problem]) -> None:
     """CheckFailed E113 where anything was wrong: what gives wrong products is not timed."""
     if problems:
-        raise CheckFailed.from_problems("E113", problems[:MOST_TOLD])
+        raise CheckFailed.from_problems("E113", problems[:MOST_SHOWN])
 
 
 def _odd(tallies: Sequence[Tally], kind: Kind, device: torch.device) -> None:

@@ -92,9 +92,9 @@ class TensorScan:
         if largest < self._limit or (self.problem is not None and largest < self._infinity):
             return
         first = int(np.argmax(magnitudes >= (self._infinity if largest >= self._infinity else self._limit)))  # the first True
-        self.problem = self._told(int(numbers[first]), position + first * numbers.itemsize, numbers.itemsize)
+        self.problem = self._describe(int(numbers[first]), position + first * numbers.itemsize, numbers.itemsize)
 
-    def _told(self, bits: int, position: int, itemsize: int) -> tuple[str, Problem]:
+    def _describe(self, bits: int, position: int, itemsize: int) -> tuple[str, Problem]:
         info, sign = self._info, 1 << (8 * itemsize - 1)
         name = f"{shown(info.name)}{_unravel((position - info.begin) // itemsize, info.shape)}"
         where = f"{info.file}, byte {position}"

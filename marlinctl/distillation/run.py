@@ -248,11 +248,11 @@ def _train(run: _Run, opened: TrainingInputs, rows: Rows, state: State | None) -
             dtype=run.dtype, processes=processes, job=run.job, console=run.console,
         )  # fmt: skip
         before = loop.measure()
-        run.console.say(f"held out, before: {_told(before)}")
+        run.console.say(f"held out, before: {_as_text(before)}")
         loop.run(state)
         student.settle(opened)
         after = loop.measure()
-        run.console.say(f"held out, after, as published: {_told(after)}")
+        run.console.say(f"held out, after, as published: {_as_text(after)}")
         if after["loss"] > before["loss"]:
             run.console.warn("the held-out loss has risen: the result is worse than the student; try a lower --learning-rate")
     return _publish(run, opened, rows, student.values, loop.facts(), before, after)
@@ -279,11 +279,11 @@ def _train_blocks(run: _Run, opened: TrainingInputs, rows: Rows, state: State | 
     )  # fmt: skip
     loop.run(state)
     before, after = loop.measured()
-    run.console.say(f"held out, before: {_told(before)}; after, as published: {_told(after)}")
+    run.console.say(f"held out, before: {_as_text(before)}; after, as published: {_as_text(after)}")
     return _publish(run, opened, rows, loop.values, loop.facts(), before, after)
 
 
-def _told(losses: Mapping[str, float]) -> str:
+def _as_text(losses: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
 
 

@@ -35,29 +35,29 @@ def main() -> None:
         import torch
     except Exception as error:  # noqa: BLE001  whatever a broken installation raises is the finding
         cause = (str(error).splitlines() or [""])[0]
-        _told(Check("torch", "fail", f"import torch: {type(error).__name__}: {cause}", "pip install --force-reinstall torch"))
+        _emit(Check("torch", "fail", f"import torch: {type(error).__name__}: {cause}", "pip install --force-reinstall torch"))
         return
     for check in cpu(torch.__version__):
-        _told(check)
+        _emit(check)
     _started("gpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
-        _told(missing_gpu(no_gpu(find_driver(), torch.version.cuda or None, os.environ.get("CUDA_VISIBLE_DEVICES"))))
+        _emit(missing_gpu(no_gpu(find_driver(), torch.version.cuda or None, os.environ.get("CUDA_VISIBLE_DEVICES"))))
     for index in range(count):
-        _told(gpu(index))
+        _emit(gpu(index))
     for check in shared_memory(count):
-        _told(check)
+        _emit(check)
     _started("nvrtc")
     capability = torch.cuda.get_device_capability(0) if count else None
     compiler = nvrtc(capability, find_driver())
-    _told(compiler)
+    _emit(compiler)
     if count and compiler.status == "ok":
         _started("kernels")
-        _told(kernels(torch.device("cuda", 0)))
+        _emit(kernels(torch.device("cuda", 0)))
     _started("marlin")
-    _told(packed(sparse=False))
+    _emit(packed(sparse=False))
     _started("sparse-marlin")
-    _told(packed(sparse=True))
+    _emit(packed(sparse=True))
 
 
 def cpu(version: str) -> Iterator[Check]:
@@ -202,6 +202,6 @@ def _started(name: str) -> None:
     print(json.dumps({"started": name}), flush=True)  # noqa: T201  the protocol of child.py
 
 
-def _told(check: Check) -> None:
+def _emit(check: Check) -> None:
     line = {"name": check.name, "status": check.status, "found": check.found, "cure": check.cure}
     print(json.dumps(line), flush=True)  # noqa: T201  the protocol of child.py
