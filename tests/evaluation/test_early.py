@@ -284,7 +284,7 @@ def test_what_is_finished_is_measured_otherwise(
     wrong = ["--text", "absent.txt", "--window", "600"]
     assert failed_at_the_end(monkeypatch, [*command, *wrong]) == 2
     told = capsys.readouterr().err
-    assert f"to resume: marlinctl resume {out}; add" in told and "--no-eval" in told
+    assert f"to resume: marlinctl resume {out}; to change the measurement add --tasks" in told and "--no-eval" in told
     assert blocks == [0, 1] and not out.exists()
 
     assert main(["resume", str(out)]) == 2, "the same arguments are wrong again"
