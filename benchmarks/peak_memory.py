@@ -1,7 +1,7 @@
 """Peak memory of `quantize` on a synthetic checkpoint of several GB, against what `marlinctl plan` says of it.
 
     python benchmarks/peak_memory.py [--blocks 30] [--hidden 2048] [--intermediate 5632] [--samples 64] [--length 512] [--folder DIR]
-                                     [further flags of quantize: --match 0.5 --dtype float32 ...]
+                                     [further flags of quantize: --drift-correction 0.5 --dtype float32 ...]
 
 The checkpoint is written block by block with random weights. The job runs as a child process; anonymous resident memory is sampled
 from /proc (mapped file pages are not counted: the system gives them back when it needs them). With --device cuda the plan is also compared

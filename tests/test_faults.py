@@ -58,7 +58,7 @@ def run(command: Command, arguments: list[str], cache: Path) -> Ended:
 
 def assert_told(ended: Ended, exit_code: int, text: str) -> None:
     assert ended.code == exit_code, ended.told
-    lines = [line for line in ended.told.splitlines() if not line.startswith(("warning: ", "to go on: "))]
+    lines = [line for line in ended.told.splitlines() if not line.startswith(("warning: ", "to resume: "))]
     assert text in ended.told and "Traceback" not in ended.told
     kinds = [re.match(r"error: |  where: |  fix: |  docs: ", line) for line in lines if line]
     assert all(kinds), ended.told

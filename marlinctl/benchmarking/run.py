@@ -244,7 +244,7 @@ class _Weights:
             except peers.ApiDiffers as difference:
                 bench.notes[peer.name] = PeerNote(name=peer.name, version=version, status="differs", why=str(difference))
                 bench.peers.remove(peer)
-            except Exception as error:  # noqa: BLE001  somebody else's code, which must not end our run
+            except Exception as error:  # noqa: BLE001  third-party code, which must not end the run
                 self._failed(peer.name, version, error)
             else:
                 bench.notes.setdefault(peer.name, PeerNote(name=peer.name, version=version, status="measured", why=""))
@@ -276,7 +276,7 @@ def _peer_candidate(calls: Sequence[Callable[[Tensor], object]], activations: Te
 
 
 def _line(case: Case) -> str:
-    """One case, for the story: the baseline and the best of each family."""
+    """One case, as a progress message: the baseline and the best of each family."""
     baseline = case.named(case.baseline)
     assert baseline is not None
     parts = [f"{case.n} x {case.k}, M={case.m}: torch {baseline.us:.1f} us"]

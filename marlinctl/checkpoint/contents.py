@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 SHARDS_AT_ONCE = 4
 SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system that is in use (FAT) ticks every two seconds
 ALL_ZERO = -1
-_TOLD_EVERY = 1 << 24  # bytes between two steps of the progress bar
+_STEP_BYTES = 1 << 24  # bytes between two steps of the progress bar
 _SMALL = (".json", ".jinja", ".txt", ".model", ".tiktoken")
-_REPORTS = manifest.OUTSIDE - {manifest.NAME}  # they tell how long things took, so two equal folders would have two fingerprints
+_REPORTS = manifest.OUTSIDE - {manifest.NAME}  # they hold times, so two equal folders would have two fingerprints
 
 Stamp = tuple[int, ...]  # device, inode, bytes, mtime and ctime in nanoseconds
 
@@ -211,17 +211,17 @@ def _read_shards(
         console.progress(title, sum(path.stat().st_size for path in shards.values())) as progress,
         ThreadPoolExecutor(at_once, "read") as pool,
     ):
-        told = _Told(progress)
+        shared = _SharedProgress(progress)
         try:
             begun = {
-                name: pool.submit(_read_shard, checkpoint, path, tensors[path], scan, for_4_bits, told) for name, path in shards.items()
+                name: pool.submit(_read_shard, checkpoint, path, tensors[path], scan, for_4_bits, shared) for name, path in shards.items()
             }
             return {name: future.result() for name, future in begun.items()}
         finally:
-            told.over.set()
+            shared.over.set()
 
 
-class _Told:
+class _SharedProgress:
     """The progress bar, from several threads; `over` stops them."""
 
     def __init__(self, progress: Progress) -> None:
@@ -232,7 +232,9 @@ class _Told:
             self._progress.advance(count)
 
 
-def _read_shard(checkpoint: Checkpoint, path: Path, tensors: list[TensorInfo], scan: set[str], for_4_bits: set[str], told: _Told) -> _Shard:
+def _read_shard(
+    checkpoint: Checkpoint, path: Path, tensors: list[TensorInfo], scan: set[str], for_4_bits: set[str], shared: _SharedProgress
+) -> _Shard:
     """Every byte of a file, the header first. `tensors` lie in it without gaps, in this order (reader.py)."""
     import numpy as np
 
@@ -240,22 +242,22 @@ def _read_shard(checkpoint: Checkpoint, path: Path, tensors: list[TensorInfo], s
     digest = hashlib.sha256()
     problems: list[tuple[str, Problem]] = []
     odd: dict[str, int] = {}
-    untold = 0
+    unreported = 0
 
     def read(begin: int, end: int, look: TensorScan | None, where: str) -> None:
-        nonlocal untold
+        nonlocal unreported
         for start in range(begin, end, CHUNK_BYTES):
-            if told.over.is_set():
+            if shared.over.is_set():
                 return
             chunk = buffer[: min(CHUNK_BYTES, end - start)]
             checkpoint.read_file_into(path, start, chunk.data, where)
             digest.update(chunk.data)  # lets other threads run
             if look is not None:
                 look.see(chunk, start, scratch)
-            untold += len(chunk)
-            if untold >= _TOLD_EVERY:
-                told.advance(untold)
-                untold = 0
+            unreported += len(chunk)
+            if unreported >= _STEP_BYTES:
+                shared.advance(unreported)
+                unreported = 0
 
     read(0, tensors[0].begin if tensors else path.stat().st_size, None, f"{path}, its header")
     for info in tensors:
@@ -265,7 +267,7 @@ def _read_shard(checkpoint: Checkpoint, path: Path, tensors: list[TensorInfo], s
             problems.append(look.problem)
         if look is not None and len(info.shape) > 1 and (look.zero or look.constant):  # many a bias is zero
             odd[info.name] = ALL_ZERO if look.zero else look.constant
-    told.advance(untold)
+    shared.advance(unreported)
     return _Shard(digest.hexdigest(), problems, odd)
 
 

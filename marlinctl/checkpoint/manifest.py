@@ -38,7 +38,7 @@ def build(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder; CheckFailed when there is none or it is no manifest."""
+    """The manifest of a folder; CheckFailed when there is none or it is not a manifest."""
     path = folder / NAME
     if not exists(folder, NAME):
         raise CheckFailed(

@@ -5,7 +5,7 @@
     data      the tensors, back to back; data_offsets count from the first byte after the header
 
 The file decides how long its header is (the format allows 100 MB), so a hostile one could make a JSON parser build
-gigabytes of objects before we see what it describes. The grammar is small, and so is this scanner: it walks the mapped
+gigabytes of objects before we see what it describes. The grammar is small, and so is this scanner: it reads the mapped
 bytes with two regular expressions and keeps nothing but the entries that are well formed. A wrong header fails at its
 first wrong byte, in a few kilobytes of memory.
 
@@ -40,7 +40,7 @@ MAX_METADATA_KEYS = 10_000
 _TEXT = rb'"[^"\\\x00-\x1f]*+(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*+)*+"'
 _STRING = re.compile(_TEXT)
 _KEY = re.compile(rb"(" + _TEXT + rb")[ \t\r\n]*:[ \t\r\n]*")
-_ENTRY = re.compile(rb"\{[^{}]{0,4096}\}")  # an entry has no inner objects; 4 KB is room for more than 100 dimensions
+_ENTRY = re.compile(rb"\{[^{}]{0,4096}\}")  # an entry has no inner objects; 4 KB hold more than 100 dimensions
 _SPACE = re.compile(rb"[ \t\r\n]*+")
 _DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 _LFS = b"version https://git-lfs"
@@ -137,7 +137,7 @@ class _Scanner:
             else:
                 entries[name] = self._entry(name)
         if self.position != self.end:
-            raise self._wrong("it goes on after its closing brace")
+            raise self._wrong("it continues after its closing brace")
         return entries
 
     def _keys(self) -> Iterator[str]:
@@ -188,7 +188,7 @@ class _Scanner:
     def _text(self, raw: bytes) -> str:
         text = str(json.loads(raw))
         if any("\ud800" <= c <= "\udfff" for c in text):  # half a surrogate pair is legal JSON and no text
-            raise self._wrong("a name that is no text")
+            raise self._wrong("a name that is not text")
         return text
 
     def _at(self, byte: bytes) -> bool:

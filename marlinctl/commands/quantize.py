@@ -35,10 +35,10 @@ def command(console: Console, model: str, out: Path, **values: Any) -> None:
 
     recipe = chosen_recipe(console, values)
     report, _ = run_job(model, out, recipe, chosen_options(console, values), console)
-    tell(console, out, report)
+    show_result(console, out, report)
 
 
-def tell(console: Console, out: Path, report: dict[str, Any]) -> None:
+def show_result(console: Console, out: Path, report: dict[str, Any]) -> None:
     """The result, for a person and for a machine."""
     size = report["bytes"]
     text = (

@@ -16,7 +16,7 @@ from marlinctl.system.console import Console, gibibytes
 @click.command("sparsify")
 @click.argument("model", type=click.Path(), metavar="MODEL")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
-@click.option("--pattern", default="2:4", show_default=True, metavar="2:4", help="What survives; 2:4 is all that tensor cores know.")
+@click.option("--pattern", default="2:4", show_default=True, metavar="2:4", help="Sparsity pattern; tensor cores support 2:4 only.")
 @evaluation_flags
 @recipe_flags
 @run_flags
@@ -51,10 +51,10 @@ def command(console: Console, model: str, out: Path, pattern: str, **values: Any
         looking = Measurement(EvalSettings.of_recipe(recipe.evaluate, task_data), gate, console)
         measured = {"gate": gate.document(), "task_data": None if task_data is None else str(task_data)}
     report, _ = run_job(model, out, recipe, chosen_options(console, values), console, looking, measured=measured)
-    tell(console, out, report)
+    show_result(console, out, report)
 
 
-def tell(console: Console, out: Path, report: dict[str, Any]) -> None:
+def show_result(console: Console, out: Path, report: dict[str, Any]) -> None:
     """The result, for a person and for a machine."""
     size = report["bytes"]
     sizes = f"{size['source'] / 1e6:,.1f} MB -> {size['result'] / 1e6:,.1f} MB"

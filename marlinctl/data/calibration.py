@@ -139,7 +139,7 @@ def _require(asked: Calibration, ids: Tensor, counted: Tensor) -> None:
 def read_samples(asked: Calibration, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, str, int]:
     """[S, L] int64 with -1 where padded; how they were made; how many chats were longer than L. No more is read than the samples need.
 
-    Whether the data are chats is told by their first document (with --chat always by any). BadInput E325 where the chat template takes
+    Whether the data are chats is decided by their first document (with --chat always by any). BadInput E325 where the chat template takes
     too much time or memory.
     """
     found = iter(_documents(asked))
@@ -196,7 +196,7 @@ def _hub_documents(source: str) -> Iterator[Document]:
         rows = iter(load_dataset(name, rest[0] if len(rest) > 1 else None, split=split, streaming=True))
         first = next(rows, None)
     except Exception as error:  # the library raises many kinds for an absent, gated or unreachable data set
-        if "scripts are no longer supported" in str(error):  # datasets >= 4 runs none, and tells nobody but by these words
+        if "scripts are no longer supported" in str(error):  # datasets >= 4 runs none, and says so only in these words
             raise BadInput(
                 "E385",
                 "this data set is a program that would have to be run to read it",

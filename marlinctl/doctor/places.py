@@ -1,4 +1,4 @@
-"""Can marlinctl write where it has to, and is there room? Mode bits do not tell (a read-only mount looks writable), so each folder is
+"""Are the folders writable, and is there disk space? Mode bits do not show a read-only mount, so each folder is
 written to: file, fsync, rename, fsync of the folder, read, remove. Folders that had to be made for it are removed again.
 """
 
@@ -29,7 +29,7 @@ def cache() -> Iterator[Check]:
 
 
 def temporary(asked: str | None) -> Iterator[Check]:
-    """asked: TMPDIR. Python goes on to another folder without a word where that one cannot be used."""
+    """asked: TMPDIR. Python silently uses another folder where that one cannot be used."""
     try:
         folder = Path(tempfile.gettempdir())
     except FileNotFoundError as error:
@@ -100,7 +100,7 @@ def _removed(*probes: Path) -> Iterator[None]:
         yield
     finally:
         for probe in probes:
-            with suppress(OSError):  # what stopped the test is told, not this
+            with suppress(OSError):  # what stopped the test is reported, not this
                 probe.unlink(missing_ok=True)
 
 

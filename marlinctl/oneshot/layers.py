@@ -1,9 +1,9 @@
-"""What happens to each linear that the walk hands over: prune, quantize or both, and what is written and noted about it.
+"""What happens to each linear of the sequential pipeline: prune, quantize or both, and what is written and noted about it.
 
 weights of linears that share an input, their Hessian
     ─► members with equal group size and equal source of the mask are stacked into one solve
-    ─► codes (+ keep) + scales, or pruned 16-bit weights + keep
-    ─► tensors of the interchange form, mask, LayerRecord;   the final weight goes back to the walk
+    ─► codes (+ mask) + scales, or pruned 16-bit weights + mask
+    ─► tensors of the interchange form, mask, LayerRecord;   the final weight goes back to the pipeline
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ class LayerRecord:
     shape: tuple[int, int]
     group_size: int | None  # None: 16-bit
     pattern: str | None  # "2:4" or None
-    error: float  # share of the output energy that is lost: tr(δ H δᵀ) / tr(W H Wᵀ); with `match`, W is what would match the original
+    error: float  # share of the output energy that is lost: tr(δ H δᵀ) / tr(W H Wᵀ); with drift correction, W is the corrected target
     damping: float
     tokens: int
     dead: int
     fallback: str | None
     remark: str
-    digest: str  # SHA-256 of what was solved: codes and scales, or the 16-bit weight; then keep
+    digest: str  # SHA-256 of what was solved: codes and scales, or the 16-bit weight; then mask
     bytes_in: int
     bytes_out: int
     seconds: float
 
 
 class LayerQuantizer:
-    """The walk's other half. `stage` is its SolveStage; `flush` writes a shard when a block is done."""
+    """Solves what the sequential pipeline hands over. `stage` is its SolveStage; `flush` writes a shard after each block."""
 
     def __init__(self, opened: RunInputs, recipe: Recipe, options: Options, staged: StagedCheckpoint, console: Console) -> None:
         self.opened, self.options, self.staged, self.console = opened, options, staged, console
@@ -80,8 +80,8 @@ class LayerQuantizer:
             members = [name for name in names if kinds.get(name) == kind]
             started = time.monotonic()
             stack = torch.cat([weights[name] for name in members])
-            keep = torch.cat([pattern.keep(name, weights[name]).to(device) for name in members]) if kind[1] else None
-            outcome, final, kept = self._solve(members, stack, keep, hessian, kind[0])
+            mask = torch.cat([pattern.mask(name, weights[name]).to(device) for name in members]) if kind[1] else None
+            outcome, final, kept = self._solve(members, stack, mask, hessian, kind[0])
             seconds = time.monotonic() - started
             first = 0
             for name in members:
@@ -92,17 +92,17 @@ class LayerQuantizer:
         return weights
 
     def _solve(
-        self, members: list[str], stack: Tensor, keep: Tensor | None, hessian: Hessian, group_size: int
+        self, members: list[str], stack: Tensor, mask: Tensor | None, hessian: Hessian, group_size: int
     ) -> tuple[Outcome, Callable[[slice], Tensor | QuantizedLinear], Tensor | None]:
         try:
-            return self.solver.solve(stack, keep, hessian, group_size)
+            return self.solver.solve(stack, mask, hessian, group_size)
         except ValueError as error:
             raise NumericalProblem(
                 "E620", str(error), where=", ".join(members), fix="check the model with its own weights; try --dtype float32"
             ) from error
 
     def _keep(
-        self, name: str, outcome: Outcome, result: Tensor | QuantizedLinear, keep: Tensor | None,
+        self, name: str, outcome: Outcome, result: Tensor | QuantizedLinear, mask: Tensor | None,
         rows: slice, tokens: int, remark: str, seconds: float,
     ) -> Tensor:  # fmt: skip
         """Note and queue one linear; returns the weight [N, K] that the published model computes with."""
@@ -117,7 +117,7 @@ class LayerQuantizer:
                 fix="more or other calibration text, --skip this linear, or no --strict",
             )  # fmt: skip
         info = self.opened.checkpoint.tensors[f"{name}.weight"]
-        if isinstance(result, QuantizedLinear) and not bool(result.codes.any()) and float(outcome.energy[rows].sum()) > 0:
+        if isinstance(result, QuantizedLinear) and not bool(result.codes.any()) and float(outcome.output_energy[rows].sum()) > 0:
             raise NumericalProblem(
                 "E604", "every weight rounds to zero: they are smaller than the smallest scale that float16 holds", where=name,
                 fix=f"leave this linear 16-bit: --skip {name}",
@@ -128,16 +128,16 @@ class LayerQuantizer:
         else:
             stored = result.to("cpu", torch_dtype(info))
             tensors = {f"{name}.weight": stored}
-            weight, digest = stored.float(), weight_digest(stored, keep[rows] if keep is not None else None)
+            weight, digest = stored.float(), weight_digest(stored, mask[rows] if mask is not None else None)
         self.pending |= tensors
-        if keep is not None:
-            self.staged.write_mask(name, keep[rows])
-        energy = float(outcome.energy[rows].sum())
+        if mask is not None:
+            self.staged.write_mask(name, mask[rows])
+        energy = float(outcome.output_energy[rows].sum())
         record = LayerRecord(
             name=name,
             shape=(weight.shape[0], weight.shape[1]),
             group_size=result.group_size if isinstance(result, QuantizedLinear) else None,
-            pattern=None if keep is None else "2:4",
+            pattern=None if mask is None else "2:4",
             error=float(outcome.error[rows].sum()) / energy if energy > 0 else 0.0,
             damping=outcome.damping,
             tokens=tokens,
@@ -159,7 +159,7 @@ class LayerQuantizer:
 
 
 def bfloat16_exact(opened: RunInputs) -> bool:
-    """Whether scales shall be exact in bfloat16 too: where the source has such weights."""
+    """Whether scales must be exact in bfloat16 too: where the source has such weights."""
     return any(opened.checkpoint.tensors[f"{name}.weight"].dtype == "BF16" for name in opened.plan.group_sizes)
 
 
@@ -169,6 +169,6 @@ def linear_digest(linear: QuantizedLinear) -> str:
     return sha256_of_tensors(linear.codes, linear.scales, *masks)
 
 
-def weight_digest(weight: Tensor, keep: Tensor | None) -> str:
+def weight_digest(weight: Tensor, mask: Tensor | None) -> str:
     """SHA-256 of a 16-bit weight and its mask."""
-    return sha256_of_tensors(weight, *(() if keep is None else (keep,)))
+    return sha256_of_tensors(weight, *(() if mask is None else (mask,)))

@@ -1,6 +1,6 @@
-"""What a walk over the blocks leaves in its job's folder, so that it can go on behind the last finished block.
+"""What quantize and sparsify keep in the job's folder, to resume after the last finished block.
 
-    calibration.safetensors     the token ids, and which of them count: nobody has to read or write that text again
+    calibration.safetensors     the token ids, and which of them count; the text is not needed again
     staged/                     a shard for each finished block
     staged.masks                the masks of the finished blocks, where there are any
     states/00012.safetensors    the hidden states that enter block 12; the last two are kept
@@ -8,7 +8,7 @@
     journal    begun ─► block 0 ─► block 1 ─► ... ─► head
 
 A block is finished when its shard, its masks and the hidden states behind it are on the disk; then its line is written. What no line
-names is made again. On a CPU a resumed walk computes what the one before would have computed, bit for bit: hidden states are kept in
+names is made again. On a CPU a resumed run computes what an uninterrupted one would have computed, bit for bit: hidden states are kept in
 the dtype in which they are passed on.
 """
 
@@ -95,8 +95,8 @@ class RunJob(JobFolder):
         between them are gone. pieces: blocks, and the head if it is solved.
         """
         if redo_from is not None and redo_from >= pieces:
-            what = f"--redo-from {redo_from}: the pieces of this model are 0 to {pieces - 1}"
-            raise UsageError("E288", what, where="--redo-from", fix="name one of them, or leave it out")
+            what = f"--from-block {redo_from}: the blocks of this model are 0 to {pieces - 1}"
+            raise UsageError("E288", what, where="--from-block", fix="name one of them, or leave it out")
         found = len(self.lines)
         good = 1 + self._whole()
         if redo_from is not None:
@@ -104,9 +104,11 @@ class RunJob(JobFolder):
         while good > 1 and not self._can_enter(good - 1, pieces):
             good -= 1
         if redo_from is not None and good - 1 < redo_from:
-            console.say(f"what enters block {redo_from} is not there (the last {_STATES_KEPT} are kept): again from block {good - 1}")
+            console.say(
+                f"what enters block {redo_from} is not there (the last {_STATES_KEPT} are kept): solving again from block {good - 1}"
+            )
         elif redo_from is None and good < found:
-            console.warn(f"files of the job are damaged or missing behind block {good - 2}; what they held is solved again")
+            console.warn(f"files of the job are damaged or missing after block {good - 2}; those blocks are solved again")
         self.drop_from(good)
         done = self.lines[1:]
         records = [LayerRecord(**{**record, "shape": tuple(record["shape"])}) for line in done for record in line["records"]]
@@ -114,7 +116,7 @@ class RunJob(JobFolder):
         layers = [(record.name, *record.shape) for record in records if record.pattern is not None]
         staged.restore(shards, layers)
         if done:
-            console.say(f"going on: {len(done)} of {pieces} blocks are finished")
+            console.say(f"resuming: {len(done)} of {pieces} blocks are finished")
         return records
 
     @property
@@ -142,7 +144,7 @@ class RunJob(JobFolder):
         return count
 
     def _can_enter(self, index: int, pieces: int) -> bool:
-        """Whether the walk can go on with piece `index`."""
+        """Whether the run can continue with block `index`."""
         if index >= pieces:
             return True  # nothing is left to solve
         state = self.lines[index].get("state")

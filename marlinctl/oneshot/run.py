@@ -194,7 +194,7 @@ def _fingerprint(opened: RunInputs, recipe: Recipe, calibration: CalibrationSet)
     """Everything that decides the numbers. Where any of it differs, going on would mix two jobs."""
     return {
         "model": opened.contents.fingerprint,
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": recipe.canonical(),
         "calibration_sha256": calibration.facts["sha256"],
         "versions": versions(),
         "device": opened.device.type,

@@ -2,7 +2,7 @@
 
     anonymous memory = BASE + text as it is tokenized + hidden states of all tokens + one block as it is run + the largest of:
         collecting   a Gram matrix while chunks of tokens pass
-        matching     the regression on the original's inputs, in double precision (recipe: match)
+        matching     the regression on the original's inputs, in double precision (recipe: drift_correction)
         factoring    H, its reordered copy, and the factorisation with its input, in the precision that its condition asks for
         sweeping     the rows of linears that share an input, as weights, stack, targets, codes and errors
         pruning      the same with the matrices of least squares
@@ -180,7 +180,7 @@ def _phases(architecture: Architecture, stage: Stage, work: Work) -> Iterator[Ar
     if not rows:
         return
     if work.matches:
-        yield [*held, *quantize.matched(rows, k)]
+        yield [*held, *quantize.corrected_target(rows, k)]
     yield [*held, *quantize.factor(rows, k, work.damping)]
     pruned = sparsify.pruned(rows, k) if work.scheme.prunes else []
     if work.scheme.quantizes:

@@ -21,8 +21,8 @@ def mirror(k: int) -> Arrays:
     return [(3, 4 * k * k)]
 
 
-def matched(rows: int, k: int) -> Arrays:
-    """match.matched: right-hand sides and solutions in both precisions, H, H in float64 and its factor."""
+def corrected_target(rows: int, k: int) -> Arrays:
+    """drift.corrected_target: right-hand sides and solutions in both precisions, H, H in float64 and its factor."""
     stack, square = 4 * rows * k, 4 * k * k
     return [(4, stack), (2, 2 * stack), (1, square), (2, 2 * square)]
 

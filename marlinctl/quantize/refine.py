@@ -17,7 +17,7 @@ def layer_error(delta: Tensor, matrix: Tensor) -> Tensor:
     return (torch.mm(matrix, delta) * delta).sum(0)
 
 
-def descend(weight: Tensor, codes: Tensor, scales: Tensor, matrix: Tensor, group_of: list[int], keep: Tensor | None = None) -> Tensor:
+def descend(weight: Tensor, codes: Tensor, scales: Tensor, matrix: Tensor, group_of: list[int], mask: Tensor | None = None) -> Tensor:
     """One sweep of coordinate descent: every code in turn takes its best value given all others.
 
     weight, codes: [K, R] float32; scales: [G, R] float32; matrix: [K, K] float32 with a positive diagonal. Returns codes [K, R].
@@ -27,7 +27,7 @@ def descend(weight: Tensor, codes: Tensor, scales: Tensor, matrix: Tensor, group
     current = codes * scales[torch.as_tensor(group_of, device=codes.device)]
     diagonal = matrix.diagonal()
     base = torch.mm(matrix, weight - current).div_(diagonal.unsqueeze(1)).add_(current)
-    codes, _ = sweep(base, current, matrix / diagonal, scales, group_of, keep)
+    codes, _ = sweep(base, current, matrix / diagonal, scales, group_of, mask)
     return codes
 
 

@@ -28,7 +28,9 @@ from marlinctl.quantize.memory import FLOAT64_ABOVE
 from marlinctl.quantize.types import CODE_MAX, CODE_MIN
 
 COLUMN_BLOCK = 128  # columns gathered by one product over everything before them
-COLUMN_RUN = 16  # columns updated among themselves one by one; 16 x R floats stay in the cache. A multiple of 4: quads lie in one run
+COLUMN_RUN = (
+    16  # columns updated among themselves one by one; 16 x R floats stay in the cache. A multiple of 4: a group of four lies in one run
+)
 
 _DAMPING_CEILING = 0.3
 
@@ -84,7 +86,7 @@ def sweep(
     feedback: Tensor,
     scales: Tensor | None,
     group_of: Sequence[int],
-    keep: Tensor | None = None,
+    mask: Tensor | None = None,
     choose: Choose | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Project all columns in order, each with the feedback of those before it.
@@ -93,7 +95,7 @@ def sweep(
 
     base, anchor: [K, R] float32. feedback: [K, K] float32, read above the diagonal only. scales: [G, R] float32, none zero;
     group_of[k] is the row of `scales` for column k. Without scales nothing is rounded: q_k = t_k.
-    keep: [K, R] bool or None; where it is False, q is 0. choose: may fill keep[k:] before column k is visited.
+    mask: [K, R] bool or None; where it is False, q is 0. choose: may fill mask[k:] before column k is visited.
     Returns codes (or q, without scales) [K, R] float32 and errors anchor - q, [K, R] float32.
     """
     k_total, rows = base.shape
@@ -104,7 +106,7 @@ def sweep(
     target = torch.empty(COLUMN_BLOCK, rows, dtype=base.dtype, device=base.device)
     # Views are made once: a step is a few microseconds of arithmetic, and indexing a tensor costs one each time.
     code_of, error_of, target_of, anchor_of = codes.unbind(0), errors.unbind(0), target.unbind(0), anchor.unbind(0)
-    keep_of = None if keep is None else keep.unbind(0)
+    mask_of = None if mask is None else mask.unbind(0)
     steps = None if scales is None else (scales.unbind(0), scales.reciprocal().unbind(0))
     for start in range(0, k_total, COLUMN_BLOCK):
         stop = min(start + COLUMN_BLOCK, k_total)
@@ -123,8 +125,8 @@ def sweep(
                 else:
                     torch.mul(target_of[k - start], steps[1][group_of[k]], out=code)
                     code.round_().clamp_(CODE_MIN, CODE_MAX)
-                if keep_of is not None:
-                    code.mul_(keep_of[k])
+                if mask_of is not None:
+                    code.mul_(mask_of[k])
                 if steps is None:
                     torch.sub(anchor_of[k], code, out=error)
                 else:

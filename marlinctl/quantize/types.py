@@ -24,7 +24,7 @@ def dequantized(codes: Tensor, scales: Tensor, group_size: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLinear:
-    """weight[n, k] = codes[n, k] * scales[n, k // group_size]. Codes are data: nobody rounds them again."""
+    """weight[n, k] = codes[n, k] * scales[n, k // group_size]. Codes are data and are never rounded again."""
 
     codes: Tensor  # [N, K] int8, CODE_MIN..CODE_MAX
     scales: Tensor  # [N, G] float16 (bfloat16 only when read from a foreign checkpoint), finite
@@ -63,9 +63,9 @@ class QuantizedLinear:
 class Hessian:
     """Mean of x xᵀ over calibration tokens (no factor 2; it cancels in every use).
 
-    Where the original model walks along, also how far its activations (x', and r' of the residual stream that the output is added to) have
-    drifted from those of the compressed one. Tokens may be weighted there (marlinctl/oneshot/reference_stream.py, token_scale): every mean
-    is then of the weighted tokens.
+    With drift correction, also the difference between the unquantized model's activations (x', and r' of the residual stream that the
+    output is added to) and the compressed one's. Tokens may be weighted there (oneshot/reference_stream.py, token_scale): every mean is
+    then of the weighted tokens.
     """
 
     matrix: Tensor  # [K, K] float32, symmetric

@@ -142,7 +142,7 @@ def _checks(report: Mapping[str, Any]) -> list[Block]:
 
 
 def card_rows(report: Mapping[str, Any], folder: Folder) -> list[tuple[str, Cell]]:
-    """Data, seeds, versions and digests. A local file's path is nobody's business: of calibration only its own name is told."""
+    """Data, seeds, versions and digests. Local paths are private: of a calibration file only its name is shown."""
     rows: list[tuple[str, Cell]] = []
     source = report["source"]
     rows += [("Its commit", Name(source["revision"]))] if source.get("revision") else []

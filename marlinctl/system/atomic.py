@@ -71,7 +71,7 @@ def canonical(document: Mapping[str, Any], *, finite: bool = True) -> bytes:
 
 
 def write_tensors(target: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file that is no part of a checkpoint: there as a whole, on the disk, or not at all."""
+    """A safetensors file outside of a checkpoint: there as a whole, on the disk, or not at all."""
     entries = [tensor_entry(name, tensor) for name, tensor in tensors.items()]
     write_entries(target, in_file_order(entries))
     with disk_problems(target):
@@ -215,7 +215,7 @@ def disk_problems(path: Path, needed: int | None = None) -> Iterator[None]:
             "E500",
             f"writing failed: {problem.strerror or problem}",
             where=str(path),
-            fix="mend the disk or name another place; nothing was published",
+            fix="check the disk or choose another output folder; nothing was published",
         ) from problem
 
 
@@ -226,5 +226,5 @@ def disk_full(path: Path, needed: int | None, free: int | None) -> ResourceProbl
         "E500",
         "the disk is full, or a quota or file-size limit is reached" + (f": {', '.join(numbers)}" if numbers else ""),
         where=str(path),
-        fix="free space or name a place with more room; nothing was published and an existing output is untouched",
+        fix="free some space or choose another disk; nothing was published and an existing output is untouched",
     )

@@ -216,7 +216,7 @@ class Linears:
 
     contents: tuple[Problem, ...]
     masks: tuple[Problem, ...]
-    zero_survivors: int  # kept weights that are zero
+    zero_kept: int  # kept weights that are zero
     against_source: tuple[fidelity.LayerFidelity, ...]  # of linears that the source has in this shape
 
 
@@ -283,7 +283,7 @@ def check_pattern(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None,
     if masks is not None:
         _raise("E105", sparsity.strangers(sparsity.shapes(checkpoint, info), info, masks))
     _raise("E106", found.masks)
-    return {"origin": stated.origin, "linears": len(stated.linears), "zero_survivors": found.zero_survivors}
+    return {"origin": stated.origin, "linears": len(stated.linears), "zero_kept": found.zero_kept}
 
 
 def _second_reading(checkpoint: Checkpoint, info: FormatInfo, layer: str) -> Tensor:

@@ -2,13 +2,13 @@
 
     error         ||W - Q|| / ||W||, the relative distance of the dequantized weight Q. Int4 with groups costs about 0.1; GPTQ a little
                   more, because it moves weights on purpose to keep the layer's output. Above 0.5 the codes are not this weight's codes.
-                  Of a 2:4 linear only survivors are compared. They take over what their neighbours did (up to 0.34 on SmolLM2-135M, more
-                  with --match), so 1 is allowed; unrelated weights are 1.4 apart.
+                  Of a 2:4 linear only kept weights are compared. They compensate for pruned neighbours (up to 0.34 on SmolLM2-135M, more
+                  with --drift-correction), so 1 is allowed; unrelated weights are 1.4 apart.
     scale match   correlation, over all groups, of the stored scale with the one that fits best, <W, codes> / <codes, codes>. Rightly
                   placed scales give nearly 1. Permuted ones (a wrong layout) give about 0, although they cost so little error, since the
                   scales of a layer resemble each other, that `error` alone would let them pass.
 
-Tensors that were not quantized must be the source's bytes. Other tools convert them (fp16 to bf16, say); that is told, and it is a
+Tensors that were not quantized must be the source's bytes. Other tools convert them (fp16 to bf16, say); that is reported, and is a
 failure only where the values are not the source's, rounded to the other dtype.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from marlinctl.checkpoint.reader import Checkpoint
 
 MAX_ERROR = 0.5
-MAX_ERROR_OF_SURVIVORS = 1.0
+MAX_ERROR_OF_KEPT = 1.0
 MIN_SCALE_MATCH = 0.5
 _ENOUGH_GROUPS = 64  # fewer say too little about a correlation
 _SPREAD = 0.02  # relative; scales that are all but equal have no order that could be wrong
@@ -93,7 +93,7 @@ def _scale_match(weight: Tensor, parts: LinearParts) -> float | None:
 
 def _implausible(measured: LayerFidelity) -> list[Problem]:
     fix = "the codes, their order or the layer's name are wrong; pack or quantize again, and report it if that does not help"
-    most = MAX_ERROR_OF_SURVIVORS if measured.sparse else MAX_ERROR
+    most = MAX_ERROR_OF_KEPT if measured.sparse else MAX_ERROR
     if not measured.error <= most:  # NaN too
         return [Problem(f"{measured.layer}: ||W - Q|| / ||W|| = {measured.error:.3f}, above {most}", measured.layer, fix)]
     if measured.scale_match is not None and measured.scale_match < MIN_SCALE_MATCH:

@@ -70,7 +70,7 @@ def shards_read(monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, int]]
 
 
 def test_the_fingerprint_sees_every_kind_of_change(tmp_path: Path) -> None:
-    """A resumed job would go on with another model."""
+    """A resumed job would continue with another model."""
     folder = make_tiny(tmp_path / "model", shards=SHARDS)
     first = read(folder).fingerprint
     assert read(folder).fingerprint == first

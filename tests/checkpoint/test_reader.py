@@ -69,7 +69,7 @@ def test_every_fault_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_problems_of_all_files_come_together(tmp_path: Path) -> None:
-    """The person would mend one problem only to be told of the next."""
+    """The person would fix one problem only to be told of the next."""
     folder = make_tiny(tmp_path / "model", shards=SHARDS)
     for name in ("missing shards", "config cut"):
         FAULTS[name].damage(folder)

@@ -111,7 +111,7 @@ CALIBRATED = [
     (["--samples", str(10**30)], "e202"),
     (["--recipe", "int4"], "e393"),
     (["--damping", "nan"], "e202"),
-    (["--match", "inf"], "e202"),
+    (["--drift-correction", "inf"], "e202"),
     (["--module-map", "map.json"], "e251"),
     (["--module-map", "absent.json"], "e251"),
     (["--device", "gpu"], "e202"),
@@ -286,7 +286,7 @@ def test_what_is_finished_is_measured_otherwise(
     wrong = ["--text", "absent.txt", "--window", "600"]
     assert failed_at_the_end(monkeypatch, [*command, *wrong]) == 2
     told = capsys.readouterr().err
-    assert f"to go on: marlinctl resume {out}; add" in told and "--no-eval" in told
+    assert f"to resume: marlinctl resume {out}; to change the measurement add --tasks" in told and "--no-eval" in told
     assert blocks == [0, 1] and not out.exists()
 
     assert main(["resume", str(out)]) == 2, "the same arguments are wrong again"

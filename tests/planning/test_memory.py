@@ -41,7 +41,7 @@ LLAMA_8B = llama(4096, 14336, 32, 8, 128256, tied=False)
     [
         ["--hidden", "1024", "--intermediate", "2816", "--samples", "16"],
         ["--hidden", "2048", "--intermediate", "5632", "--samples", "8"],
-        ["--hidden", "1024", "--intermediate", "2816", "--samples", "64", "--match", "0.5"],
+        ["--hidden", "1024", "--intermediate", "2816", "--samples", "64", "--drift-correction", "0.5"],
     ],
     ids=["narrow", "wide", "match"],
 )

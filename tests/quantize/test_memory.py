@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from marlinctl.quantize import gptq, hessian, match, memory, solver
+from marlinctl.quantize import drift, gptq, hessian, memory, solver
 from marlinctl.quantize.types import Hessian
 from marlinctl.sparsify import memory as pruning
 from marlinctl.sparsify import sparsegpt
@@ -43,10 +43,14 @@ def steps() -> dict[str, tuple[memory.Arrays, int, Callable[[], object]]]:
     plain = Hessian(x.T @ x / len(x), len(x))
     drifted = Hessian(plain.matrix, len(x), 0.01 * torch.randn(K, K, generator=generator))
     refined = max(memory.descend(ROWS, K), memory.refit_scales(ROWS, K, K // GROUP), key=lambda arrays: sum(n * b for n, b in arrays))
-    pruned = sparsegpt.PruneSettings(method="refined", damping=0.01, mask_sweeps=1, iterations=2)
+    pruned = sparsegpt.PruneSettings(method="iterative", damping=0.01, mask_sweeps=1, iterations=2)
     return {
         "mirror": (memory.mirror(K), SQUARE, lambda: hessian.mirror(plain.matrix)),
-        "matched": (memory.matched(ROWS, K), STACK + SQUARE, lambda: match.matched(weight, drifted, share=0.5, damping=0.01)),
+        "drift": (
+            memory.corrected_target(ROWS, K),
+            STACK + SQUARE,
+            lambda: drift.corrected_target(weight, drifted, share=0.5, damping=0.01),
+        ),
         "factor": (memory.factor(ROWS, K, 0.01), 2 * STACK + 2 * SQUARE, lambda: solver.factor(plain.matrix, 0.01)),
         "factor in float64": (memory.factor(ROWS, K, 1e-3), 2 * STACK + 2 * SQUARE, lambda: solver.factor(plain.matrix, 1e-3)),
         "solve": (memory.solve(ROWS, K), STACK + SQUARE, lambda: gptq.solve(weight, plain, settings(0))),
@@ -55,7 +59,7 @@ def steps() -> dict[str, tuple[memory.Arrays, int, Callable[[], object]]]:
     }
 
 
-@pytest.mark.parametrize("step", ["mirror", "matched", "factor", "factor in float64", "solve", "refine", "prune"])
+@pytest.mark.parametrize("step", ["mirror", "drift", "factor", "factor in float64", "solve", "refine", "prune"])
 @torch.no_grad()
 def test_the_count_is_what_is_allocated(step: str) -> None:
     """A step that came to hold one more copy of the weights would end large runs at their first block, after `plan` had promised memory."""

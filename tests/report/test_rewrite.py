@@ -1,4 +1,4 @@
-"""`marlinctl report`: card and report of a published folder anew, from real runs; nothing else of the folder changes."""
+"""`marlinctl report`: card and report of a published folder, rewritten from real runs; nothing else of the folder changes."""
 
 from __future__ import annotations
 

@@ -85,10 +85,10 @@ def test_available_memory_is_a_plausible_number() -> None:
 
 @pytest.mark.parametrize(("name", "origin"), [("marlin_24", "metadata"), ("sparse-ct", "mask file")])
 def test_a_good_sparse_folder_passes(good: dict[str, Path], source: Path, name: str, origin: str) -> None:
-    """Half of the weights are pruned on purpose: compared with the original, only survivors may count."""
+    """Half of the weights are pruned on purpose: compared with the original, only kept weights may count."""
     checked = verify(good[name], source=source, load=None, console=Console.quiet())
     assert checked.pattern is not None and (checked.pattern["origin"], checked.pattern["linears"]) == (origin, 13)
-    assert checked.pattern["zero_survivors"] > 100
+    assert checked.pattern["zero_kept"] > 100
     assert checked.source is not None and 0.05 < checked.source["median_error"] < 0.15
     assert checked.document()["pattern"] == checked.pattern
     assert (checked.logit_error is None) is (name == "marlin_24")

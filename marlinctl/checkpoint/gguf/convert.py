@@ -6,7 +6,7 @@
 
 Weights stream: a tensor is read, dequantized and written some rows at a time, so memory is bounded by a chunk, and by one
 fp16 matrix where rows must change places. The folder is made under another name and renamed, so a folder under its own name
-is whole; whether it still is, the digests tell on every use. A GGUF file holds the weights quantized: what comes out, and what
+is whole; whether it still is, the digests show on every use. A GGUF file holds the weights quantized: what comes out, and what
 every later comparison calls the original, is their dequantized copy.
 """
 
@@ -130,7 +130,7 @@ def _not_ours(path: Path, *, folder: bool) -> str | None:
         return "is a link or no file"
     if status.st_uid not in (os.geteuid(), 0):
         return f"belongs to user {status.st_uid}"
-    return "may be written by everybody" if status.st_mode & stat.S_IWOTH else None
+    return "may be written by all users" if status.st_mode & stat.S_IWOTH else None
 
 
 def _refuse_unknown_kinds(header: GgufHeader) -> None:
