@@ -11,7 +11,7 @@ import pytest
 from marlinctl import cli
 from marlinctl.errors import UsageError
 from marlinctl.recipes.schema import load_recipe, recipe_hash, resolve, with_sections
-from tests.oneshot.test_run import TEXT
+from tests.runs import TEXT
 from tests.tiny import make_tiny
 
 SMALL = """\
