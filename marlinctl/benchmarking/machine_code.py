@@ -30,13 +30,14 @@ class Resources:
 def resources(cubin: bytes) -> Resources:
     """ValueError for bytes that are no cubin, or one without these attributes."""
     try:
-        attributes = dict(_attributes(_section(cubin, b".nv.info")))
+        attributes = dict(_attributes(section(cubin, b".nv.info")))
         return Resources(attributes[REGISTERS], attributes[FRAME])
     except (struct.error, KeyError, IndexError) as error:
         raise ValueError("this is not a cubin of one kernel: its ELF header names no registers") from error
 
 
-def _section(cubin: bytes, wanted: bytes) -> bytes:
+def section(cubin: bytes, wanted: bytes) -> bytes:
+    """The content of the section of that name. KeyError where there is none, struct.error for a table that is cut off."""
     if cubin[:4] != b"\x7fELF":
         raise KeyError("magic")
     (table,) = struct.unpack_from("<Q", cubin, 0x28)

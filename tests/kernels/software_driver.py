@@ -20,7 +20,7 @@ from marlinctl.kernels import driver as cuda_driver
 from marlinctl.kernels import launch as launcher
 from marlinctl.kernels.configurations import Configuration
 from marlinctl.kernels.launch import UNPACK_THREADS, Function, LoadedKernel, unpack_defines, unpack_shared_bytes
-from tests.kernels.test_marlin_source import Arguments, compiled, library_of
+from tests.kernels.software_kernel import Arguments, compiled, library_of
 
 DEVICE = torch.device("cpu")
 KINDS = dict(Arguments._fields_)

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import functools
 import re
 import shutil
-import subprocess
 import sys
-from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from importlib import metadata
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,57 +14,14 @@ import torch
 
 from marlinctl.kernels import jit
 from marlinctl.kernels.configurations import DENSE, DENSE_SM90, SHARED_BYTES, SPARSE, SPARSE_SM90, Configuration
-from tests.kernels.built import CUBINS, kept
+from tests.kernels.built import CUBINS
+from tests.kernels.machine_code import MachineCode, disassemble
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a")  # as launch.architecture_of names them
 RESERVED_BYTES = 1024  # of shared memory, by the system, in every CTA since sm_80
 WORD_BYTES = 16  # what a lane fetches, copies and loads at once
-
-
-def tool(name: str) -> str:
-    """A program of NVIDIA's that a wheel brought."""
-    files = [path for path in metadata.files(f"nvidia-cuda-{name}") or () if path.name == name and path.parent.name == "bin"]
-    assert len(files) == 1, f"{name} is not where its wheel used to put it"
-    return str(files[0].locate())
-
-
-@dataclass(frozen=True)
-class MachineCode:
-    """What the assembler says of one kernel, and its instructions with all their modifiers."""
-
-    registers: int
-    stack: int
-    local: int
-    shared: int  # static, and what the system reserves
-    instructions: Counter[str]
-    selectors: Counter[str]  # of the lanes with metadata, in sparse products
-
-    def count(self, pattern: str) -> int:
-        return sum(number for name, number in self.instructions.items() if re.fullmatch(pattern, name))
-
-
-def disassemble(cubin: Path) -> MachineCode:
-    """What the tools say, kept for equal machine code and tools."""
-    tools = [metadata.version("nvidia-cuda-cuobjdump"), metadata.version("nvidia-cuda-nvdisasm")]
-    inputs = [tools, Path(__file__).read_text("utf-8"), hashlib.sha256(cubin.read_bytes()).hexdigest()]
-
-    def make(target: Path) -> None:
-        target.write_text(json.dumps(vars(_disassemble(cubin))))
-
-    document = json.loads(kept("json", inputs, make).read_text())
-    return MachineCode(**{**document, **{key: Counter(document[key]) for key in ("instructions", "selectors")}})
-
-
-def _disassemble(cubin: Path) -> MachineCode:
-    usage = subprocess.run([tool("cuobjdump"), "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True).stdout
-    numbers = dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage))
-    listing = subprocess.run([tool("nvdisasm"), "--print-code", str(cubin)], capture_output=True, text=True, check=True).stdout
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)", listing, flags=re.MULTILINE)
-    selectors = re.findall(r"HG?MMA\.SP\..*?, (0x\d+)(?:, gsb0)? ;", listing)
-    sizes = (int(numbers[name]) for name in ("REG", "STACK", "LOCAL", "SHARED"))
-    return MachineCode(*sizes, Counter(names), Counter(selectors))
 
 
 Case = tuple[Configuration, torch.dtype, str, int]  # the last is group_shift()
@@ -87,34 +38,39 @@ HOPPER: list[Case] = [
 HOPPER_IDS = [f"{c.name}-{str(dtype).removeprefix('torch.')}-groups{16 << shift if shift > 0 else 'K'}" for c, dtype, _, shift in HOPPER]
 
 
-def build_all(cases: list[Case], folder: Path) -> Iterator[dict[Case, Future[MachineCode]]]:
-    """Two at a time: compiler and disassembler leave the interpreter alone while they work."""
+BATCH = 12  # kernels that are disassembled at once
 
-    def build(configuration: Configuration, dtype: torch.dtype, architecture: str, shift: int) -> MachineCode:
-        path = folder / f"{configuration.name}-{dtype}-{architecture}-{shift}.cubin"
-        path.write_bytes(jit.cubin(f"{configuration.kernel}.cu", configuration.defines(dtype, shift), architecture, CUBINS))
-        return disassemble(path)
+
+def machine_code_of(case: Case) -> MachineCode:
+    """Of one case, made together with that of its neighbours."""
+    same = [other for other in (*CASES, *HOPPER) if (other[0].kernel, other[2]) == (case[0].kernel, case[2])]
+    first = same.index(case) // BATCH * BATCH
+    made = _batch(tuple(same[first : first + BATCH]))[case]
+    if isinstance(made, BaseException):
+        raise made
+    return made
+
+
+@functools.cache
+def _batch(cases: tuple[Case, ...]) -> dict[Case, MachineCode | BaseException]:
+    """The error, of those that are not compiled. Two at a time: the compiler leaves the interpreter alone while it works."""
+
+    def build(case: Case) -> bytes:
+        configuration, dtype, architecture, shift = case
+        return jit.cubin(f"{configuration.kernel}.cu", configuration.defines(dtype, shift), architecture, CUBINS)
 
     with ThreadPoolExecutor(2) as pool:
-        yield {case: pool.submit(build, *case) for case in cases}
-        pool.shutdown(cancel_futures=True)  # a run of one test need not wait for the others
-
-
-@pytest.fixture(scope="module")
-def machine_codes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Case, Future[MachineCode]]]:
-    yield from build_all(CASES, tmp_path_factory.mktemp("cubins"))
-
-
-@pytest.fixture(scope="module")
-def hopper_codes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Case, Future[MachineCode]]]:
-    yield from build_all(HOPPER, tmp_path_factory.mktemp("cubins"))
+        cubins = {case: pool.submit(build, case) for case in cases}
+    good = [case for case in cases if not cubins[case].exception()]
+    codes = disassemble(cases[0][0].kernel, cases[0][2], [cubins[case].result() for case in good])
+    return {case: error for case in cases if (error := cubins[case].exception())} | dict(zip(good, codes, strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_machine_code(case: Case, machine_codes: dict[Case, Future[MachineCode]]) -> None:
+def test_machine_code(case: Case) -> None:
     """If this failed, the kernel would be slow (spills, plain loads, conversions) or not start at all (registers)."""
     configuration, dtype, *_ = case
-    code = machine_codes[case].result()
+    code = machine_code_of(case)
 
     assert (code.stack, code.local) == (0, 0), "a spill, or an array that is indexed at run time"
     assert code.count(r"(LDL|STL)\b.*") == 0
@@ -146,10 +102,10 @@ def test_machine_code(case: Case, machine_codes: dict[Case, Future[MachineCode]]
 
 
 @pytest.mark.parametrize("case", HOPPER, ids=HOPPER_IDS)
-def test_machine_code_for_hopper(case: Case, hopper_codes: dict[Case, Future[MachineCode]]) -> None:
+def test_machine_code_for_hopper(case: Case) -> None:
     """If this failed, the kernel would be slow (spills, serialized products, copies by threads) or hang (registers that are not there)."""
     configuration, dtype, _, shift = case
-    code = hopper_codes[case].result()
+    code = machine_code_of(case)
 
     assert (code.stack, code.local) == (0, 0), "a spill, or an array that is indexed at run time"
     assert code.count(r"(LDL|STL)\b.*") == 0
@@ -184,15 +140,15 @@ def test_machine_code_for_hopper(case: Case, hopper_codes: dict[Case, Future[Mac
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_the_sum_has_no_atomics(case: Case, machine_codes: dict[Case, Future[MachineCode]]) -> None:
+def test_the_sum_has_no_atomics(case: Case) -> None:
     """If this failed, the order of additions, and with it the last bits, could change from run to run."""
-    assert_one_atomic(machine_codes[case].result())
+    assert_one_atomic(machine_code_of(case))
 
 
 @pytest.mark.parametrize("case", HOPPER, ids=HOPPER_IDS)
-def test_the_sum_on_hopper_has_no_atomics(case: Case, hopper_codes: dict[Case, Future[MachineCode]]) -> None:
+def test_the_sum_on_hopper_has_no_atomics(case: Case) -> None:
     """As above."""
-    assert_one_atomic(hopper_codes[case].result())
+    assert_one_atomic(machine_code_of(case))
 
 
 def assert_one_atomic(code: MachineCode) -> None:
@@ -227,11 +183,10 @@ def test_host_and_kernel_agree_on_shared_memory(tmp_path: Path, configuration: C
         jit.cubin(f"{configuration.kernel}.cu", wrong, "sm_90a" if configuration.wgmma else "sm_80", tmp_path)
 
 
-def test_a_spill_would_be_seen(tmp_path: Path) -> None:
+def test_a_spill_would_be_seen() -> None:
     """If this failed, the checks above could not fail: 8 CTAs of 256 threads leave 32 registers, far too few."""
     tight = [re.sub(r"CTAS=\d+", "CTAS=8", define) for define in DENSE[0].defines(torch.float16)]
-    (tmp_path / "tight.cubin").write_bytes(jit.cubin("marlin_sm80.cu", tight, "sm_80", CUBINS))
-    code = disassemble(tmp_path / "tight.cubin")
+    (code,) = disassemble("marlin_sm80", "sm_80", [jit.cubin("marlin_sm80.cu", tight, "sm_80", CUBINS)])
     assert code.stack > 0
     assert code.count(r"(LDL|STL)\b.*") > 0
 
@@ -246,6 +201,5 @@ def test_serialized_products_would_be_seen(tmp_path: Path, monkeypatch: pytest.M
     source.write_text(source.read_text("utf-8").replace(wait, "arrived(group_sums);"), "utf-8")
     monkeypatch.setattr(jit, "SOURCES", broken)
     configuration = DENSE_SM90[0]
-    (tmp_path / "serial.cubin").write_bytes(jit.cubin(source.name, configuration.defines(torch.float16), "sm_90a", CUBINS))
-    code = disassemble(tmp_path / "serial.cubin")
+    (code,) = disassemble("marlin_sm90", "sm_90a", [jit.cubin(source.name, configuration.defines(torch.float16), "sm_90a", CUBINS)])
     assert code.count(r"WARPGROUP\.ARRIVE") == code.count(r"HGMMA\..*")

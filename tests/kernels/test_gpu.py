@@ -18,7 +18,7 @@ from marlinctl.kernels.dispatch import Choice
 from marlinctl.kernels.linear import packed_module
 from marlinctl.kernels.ops import marlin_gemm, sparse_marlin_gemm
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
-from tests.kernels.test_marlin_source import random_packed
+from tests.kernels.software_kernel import random_packed
 from tests.kernels.test_ops import GATES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]

@@ -17,7 +17,7 @@ from marlinctl.kernels import launch as launcher
 from marlinctl.kernels.configurations import DENSE, DENSE_SM90, SPARSE, Grid
 from marlinctl.kernels.launch import CHUNK_COUNTERS, FEWEST_COUNTERS, Counters, architecture_of, launch, load
 from tests.kernels.software_driver import SoftwareDriver, Status, install, software_kernel
-from tests.kernels.test_marlin_source import aligned, random_packed
+from tests.kernels.software_kernel import aligned, random_packed
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from marlinctl.kernels import linear
 from marlinctl.kernels.configurations import DENSE, SPARSE
 from marlinctl.kernels.linear import MarlinLinear, SparseMarlinLinear, packed_module
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
-from tests.kernels.test_marlin_source import random_packed
+from tests.kernels.software_kernel import random_packed
 
 pytestmark = pytest.mark.filterwarnings("ignore:packed linears on the CPU")
 

@@ -22,7 +22,7 @@ from marlinctl.kernels.ops import marlin_gemm, sparse_marlin_gemm
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 from tests import forked
 from tests.kernels.software_driver import SoftwareDriver, install, software_kernel, software_unpack
-from tests.kernels.test_marlin_source import aligned, random_packed
+from tests.kernels.software_kernel import aligned, random_packed
 
 pytestmark = pytest.mark.filterwarnings("ignore:packed linears on the CPU")
 

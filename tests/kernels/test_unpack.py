@@ -15,9 +15,10 @@ from marlinctl.kernels.configurations import DENSE, SPARSE, group_shift
 from marlinctl.kernels.launch import unpack, unpack_defines, unpack_shared_bytes
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 from tests.kernels.built import CUBINS
+from tests.kernels.machine_code import disassemble
 from tests.kernels.software_driver import SoftwareDriver, install, software_unpack
-from tests.kernels.test_compile import ARCHITECTURES, RESERVED_BYTES, disassemble
-from tests.kernels.test_marlin_source import aligned, compiled, random_packed
+from tests.kernels.software_kernel import aligned, compiled, random_packed
+from tests.kernels.test_compile import ARCHITECTURES, RESERVED_BYTES
 
 KINDS = [(sparse, dtype) for sparse in (False, True) for dtype in (torch.float16, torch.bfloat16)]
 IDS = [f"{'sparse' if sparse else 'dense'}-{str(dtype)[6:]}" for sparse, dtype in KINDS]
@@ -88,11 +89,9 @@ def test_the_software_gpu_sees_mistakes(sparse: bool, right: str, wrong: str, tm
 @pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("sparse", "dtype"), KINDS, ids=IDS)
-def test_machine_code(sparse: bool, dtype: torch.dtype, architecture: str, tmp_path: Path) -> None:
+def test_machine_code(sparse: bool, dtype: torch.dtype, architecture: str) -> None:
     """If this failed, dequantizing would be bound by something else than memory: spills, or reads and writes of fewer bytes."""
-    path = tmp_path / "unpack.cubin"
-    path.write_bytes(jit.cubin("unpack.cu", unpack_defines(sparse, dtype), architecture, CUBINS))
-    code = disassemble(path)
+    (code,) = disassemble("unpack", architecture, [jit.cubin("unpack.cu", unpack_defines(sparse, dtype), architecture, CUBINS)])
     assert (code.stack, code.local) == (0, 0)
     assert code.count(r"(LDL|STL)\b.*") == 0
     assert code.shared <= RESERVED_BYTES, "all shared memory is asked for by the host"

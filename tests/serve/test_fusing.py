@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM
 
 import marlinctl
 from marlinctl.benchmarking.generation import unpack_linears
+from marlinctl.kernels.configurations import DENSE, SPARSE
 from marlinctl.kernels.linear import LinearPart, MarlinLinear, SharedLinear, SparseMarlinLinear
 from marlinctl.kernels.reference import dequantize, dequantize_sparse
 from marlinctl.pack.types import PackedSparseLinear, side_by_side
 from marlinctl.serve.fusing import fuse_linears
-from tests.kernels.test_marlin_source import DENSE, SPARSE, random_packed
+from tests.kernels.software_kernel import random_packed
 from tests.packed import make_packed, make_sparse_packed
 from tests.tiny import VOCAB_SIZE, make_tiny
 from tests.zoo import build

@@ -1,0 +1,493 @@
+// A GPU in software, for one kernel at a time: what runs a .cu of marlinctl/kernels/csrc on the CPU. kernel.cpp holds the kernel.
+//
+// The threads of a CTA are fibers (ucontext) that take turns; they change only where CUDA threads synchronize: at __syncthreads and
+// at the instructions that a whole warp executes. CTAs run one after the other, in the order the test asks for; of a cluster each runs
+// until nothing is left of it but threads that wait for the cluster, and the barrier opens when all are that far.
+//
+// Everything asynchronous happens as late as the PTX ISA allows, or as early. As late: cp.async in wait_group, a bulk copy when somebody
+// waits for its mbarrier, a wgmma in the wait for it (with what is in shared memory by then, and NaN where its registers of A have
+// been given to another one). As early: at once. A kernel that reads a stage too early is caught by the former, one that overwrites a
+// stage too early by the latter.
+//
+// Fragment layouts are those of the PTX ISA as (row, column) of lane and register: "Matrix Fragments for mma.m16n8k16 with floating point
+// type", "Matrix Fragments for sparse mma.m16n8k32 with .f16 and .bf16 types", "ldmatrix", "movmatrix", "Register Fragments for
+// wgmma.mma_async.m64nNk16" and "..sp", of which a warp's part is that of mma; operand B of wgmma: "Matrix Descriptor Format" and
+// "Swizzling Modes". The barrier of a cluster, "barrier.cluster", waits only for threads that have not exited.
+#include "gpu.h"
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <utility>
+#include <vector>
+
+dim3 threadIdx, blockIdx, gridDim;
+uint4 shared[232448 / 16];
+
+namespace gpu {
+namespace {
+constexpr unsigned STACK = 1 << 17;
+constexpr int AHEAD_TURNS = 6;
+
+struct ThreadBarrier { unsigned waiting = 0, generation = 0; };
+struct Copy { unsigned to; const void* from; bool inside; };
+struct Fiber {
+    ucontext_t context;  // for its first turn; later ones jump, because swapcontext asks the system for the signal mask each time
+    jmp_buf place;
+    std::unique_ptr<char[]> stack;
+    bool started, finished, in_cluster_barrier;
+    const ThreadBarrier* waits_for;        // or null
+    unsigned generation;                   // of that barrier, when the fiber came to it
+    std::vector<Copy> open;                // copies since the last commit
+    std::deque<std::vector<Copy>> groups;  // committed and not yet carried out
+};
+struct Cta {  // of a cluster, while others of it run
+    int index;
+    std::vector<Fiber> fibers;
+    std::vector<char> memory;
+};
+struct Mbarrier {
+    unsigned arrivals, pending, parity = 0;
+    long bytes = 0;                             // announced, and not yet copied
+    std::vector<std::function<void()>> copies;  // under way
+};
+struct Product : Wgmma {  // under way
+    unsigned values[4];   // of A, when the instruction was issued
+    bool overwritten = false;
+};
+
+Arguments arguments;
+std::vector<Fiber> fibers;  // of the CTA that runs
+std::vector<Cta> cluster;   // by rank
+jmp_buf scheduler_place;
+unsigned current;
+bool eager;
+ThreadBarrier cta_barrier, first_barrier, warp_barriers[32];
+unsigned exchanged[32][2][32];                    // [warp][even and odd generations of its barrier][lane]
+std::map<unsigned, Mbarrier> mbarriers[8];        // of each CTA of a cluster, by address
+std::vector<Product> open_products[1024];         // of each thread, since the last commit
+std::deque<std::vector<Product>> committed[1024];
+
+char* shared_bytes(unsigned address) { return reinterpret_cast<char*>(shared) + address; }
+
+void yield() {
+    if (!_setjmp(fibers[current].place)) _longjmp(scheduler_place, 1);
+}
+
+// A turn of the current fiber: until it yields or ends.
+void resume() {
+    Fiber& fiber = fibers[current];
+    if (_setjmp(scheduler_place)) return;
+    if (fiber.started) _longjmp(fiber.place, 1);
+    fiber.started = true;
+    setcontext(&fiber.context);
+}
+
+void sync(ThreadBarrier& barrier, unsigned members) {
+    if (++barrier.waiting == members) {
+        barrier.waiting = 0;
+        ++barrier.generation;
+        return;
+    }
+    Fiber& fiber = fibers[current];
+    fiber.waits_for = &barrier;
+    fiber.generation = barrier.generation;
+    yield();
+}
+
+void carry_out(const Copy& copy) {
+    if (copy.inside) std::memcpy(shared_bytes(copy.to), copy.from, 16);
+    else std::memset(shared_bytes(copy.to), 0, 16);
+}
+
+// Every float16 as a float: converting is a call of the compiler's library where a processor has no instruction for it.
+const std::vector<float> HALVES = [] {
+    std::vector<float> all(1 << 16);
+    for (unsigned bits = 0; bits < all.size(); ++bits) {
+        _Float16 out;
+        const uint16_t low = static_cast<uint16_t>(bits);
+        std::memcpy(&out, &low, 2);
+        all[bits] = static_cast<float>(out);
+    }
+    return all;
+}();
+inline float half(unsigned bits) { return HALVES[bits & 0xffff]; }
+inline float bfloat(unsigned bits) {
+    const unsigned wide = bits << 16;
+    float out;
+    std::memcpy(&out, &wide, 4);
+    return out;
+}
+inline float number(unsigned bits, bool is_bfloat) { return is_bfloat ? bfloat(bits) : half(bits); }
+
+template <class Both>
+unsigned each(Both both) { return both(0) | both(16) << 16; }
+
+// What a lane gives to a product: its registers of A and of B (mma alone) as numbers, and metadata.
+struct Operands {
+    float a[8], b[8];
+    unsigned e;
+};
+Operands operands[32][2][32];  // [warp][even and odd generations of its barrier][lane]
+
+void widen(float* numbers, const unsigned* registers, int count, bool is_bfloat) {
+    for (int i = 0; i < count; ++i) {
+        numbers[2 * i] = number(registers[i], is_bfloat);
+        numbers[2 * i + 1] = number(registers[i] >> 16, is_bfloat);
+    }
+}
+
+// Rows lane / 4 and 8 below of a warp's A: 16 values each, and where they are in k.
+struct Rows {
+    float values[2][16];
+    int places[2][16];
+    bool defined[2];
+};
+
+// Of 2:4 the lanes hold 16 of 32 columns. Metadata: of each four lanes the selector names two, the first for columns 0..15 of A, the
+// second for 16..31; the low half of it is for row lane / 4, the high half for the row 8 below; four bits for each four columns, two
+// for the place of the first stored value and two for that of the second. A row in which the two do not rise is undefined.
+Rows rows_of_a(const Operands (&all)[32], bool sparse, int selector) {
+    Rows rows;
+    const int first_lane = current % 32 / 4 * 4;
+    for (int upper = 0; upper < 2; ++upper) {
+        rows.defined[upper] = true;
+        for (int stored = 0; stored < 16; ++stored) {
+            rows.values[upper][stored] = all[first_lane + stored % 8 / 2].a[(upper + stored / 8 * 2) * 2 + stored % 2];
+            rows.places[upper][stored] = stored;
+        }
+        for (int quad = 0; sparse && quad < 8; ++quad) {
+            const unsigned word = all[first_lane + 2 * selector + quad / 4].e >> 16 * upper;
+            const int first = word >> 4 * (quad % 4) & 3, second = word >> (4 * (quad % 4) + 2) & 3;
+            rows.defined[upper] &= first < second;
+            rows.places[upper][2 * quad] = 4 * quad + first;
+            rows.places[upper][2 * quad + 1] = 4 * quad + second;
+        }
+    }
+    return rows;
+}
+
+// A row of A times a column of B.
+void add_product(float& sum, const Rows& rows, int upper, const float* b) {
+    if (!rows.defined[upper]) sum = NAN;
+    for (int stored = 0; stored < 16; ++stored) sum += rows.values[upper][stored] * b[rows.places[upper][stored]];
+}
+
+// This lane's part of D += A . B of an mma, where `b_registers` hold 16 rows of B in each two.
+void multiply(float (&d)[4], const unsigned (&a)[4], const unsigned* b, int b_registers, bool sparse, unsigned e, int selector, bool is_bfloat) {
+    const unsigned warp = current / 32, lane = current % 32;
+    const auto& all = operands[warp][warp_barriers[warp].generation % 2];
+    Operands& mine = operands[warp][warp_barriers[warp].generation % 2][lane];
+    widen(mine.a, a, 4, is_bfloat);
+    widen(mine.b, b, b_registers, is_bfloat);
+    mine.e = e;
+    sync_warp();
+    const Rows rows = rows_of_a(all, sparse, selector);
+    for (unsigned right = 0; right < 2; ++right) {
+        float column[32];
+        for (int k = 0; k < 8 * b_registers; ++k) column[k] = all[(lane % 4 * 2 + right) * 4 + k % 8 / 2].b[k / 8 * 2 + k % 2];
+        for (int upper = 0; upper < 2; ++upper) add_product(d[upper * 2 + right], rows, upper, column);
+    }
+}
+
+// Mbarriers
+
+std::map<unsigned, Mbarrier>& own_mbarriers() { return mbarriers[cluster_rank()]; }
+Mbarrier& mbarrier_at(unsigned address) {
+    const auto found = own_mbarriers().find(address);
+    if (found == own_mbarriers().end()) std::abort();  // not initialised
+    return found->second;
+}
+void end_phase_if_complete(Mbarrier& barrier) {
+    if (barrier.pending || barrier.bytes) return;
+    barrier.pending = barrier.arrivals;
+    barrier.parity ^= 1;
+}
+void carry_out_copies(Mbarrier& barrier) {
+    for (const auto& copy : std::exchange(barrier.copies, {})) copy();
+}
+void expect_arrival(Mbarrier& barrier) {
+    if (barrier.pending) return;
+    carry_out_copies(barrier);  // the last moment for those of this phase
+    if (barrier.pending == 0) std::abort();  // more arrivals than the phase has
+}
+void begin(Mbarrier& barrier, std::function<void()> copy) {
+    if (eager) copy();
+    else barrier.copies.push_back(std::move(copy));
+}
+
+void carry_out(const Product& p) {
+    const unsigned warp = current / 32, lane = current % 32;
+    const auto& all = operands[warp][warp_barriers[warp].generation % 2];
+    Operands& mine = operands[warp][warp_barriers[warp].generation % 2][lane];
+    widen(mine.a, p.values, 4, p.bfloat);
+    mine.e = p.e;
+    sync_warp();
+    const Rows rows = rows_of_a(all, p.sparse, p.selector);
+    if (p.b >> 62 != 1) std::abort();  // not the 128-byte swizzle
+    const unsigned start = (p.b & 0x3fff) * 16, eight_rows = (p.b >> 32 & 0x3fff) * 16;
+    for (unsigned n = lane % 4 * 2; n < p.columns; n += n % 2 ? 7 : 1) {
+        float column[32];
+        for (unsigned k = 0; k < (p.sparse ? 32 : 16); k += 8) {
+            unsigned address = start + n / 8 * eight_rows + n % 8 * 128 + k * 2;
+            address ^= (address >> 7 & 7) << 4;
+            unsigned pairs[4];
+            std::memcpy(pairs, shared_bytes(address), 16);
+            widen(column + k, pairs, 4, p.bfloat);
+        }
+        for (int upper = 0; upper < 2; ++upper) {
+            float& d = p.d[n / 8][upper * 2 + n % 2];
+            if (!p.keep) d = 0;
+            if (p.overwritten) d = NAN;
+            add_product(d, rows, upper, column);
+        }
+    }
+}
+
+// CTAs
+
+void thread_main() {
+    run_thread(arguments);
+    fibers[current].finished = true;
+    _longjmp(scheduler_place, 1);
+}
+
+// Puts in place what belongs to one CTA, or puts it away again.
+void exchange_cta(Cta& cta) {
+    std::swap(fibers, cta.fibers);
+    std::swap_ranges(cta.memory.begin(), cta.memory.end(), shared_bytes(0));
+}
+
+// Shared memory as nobody may read it: before a CTA has started and after it has ended.
+void forget_memory(Cta& cta) { cta.memory.assign(sizeof shared, '\xff'); }
+
+void start(Cta& cta, int index) {
+    cta.index = index;
+    forget_memory(cta);
+    mbarriers[index % cluster.size()].clear();
+    cta.fibers.resize(CTA_THREADS);
+    for (Fiber& fiber : cta.fibers) {
+        if (!fiber.stack) fiber.stack.reset(new char[STACK]);
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.get();
+        fiber.context.uc_stack.ss_size = STACK;
+        fiber.context.uc_link = nullptr;  // its end jumps
+        makecontext(&fiber.context, thread_main, 0);
+        fiber.started = fiber.finished = fiber.in_cluster_barrier = false;
+        fiber.waits_for = nullptr;
+        fiber.open.clear();
+        fiber.groups.clear();
+    }
+}
+
+// Until all threads have ended or wait for the cluster. True where some wait.
+bool run(Cta& cta, bool backwards) {
+    blockIdx.x = cta.index;
+    exchange_cta(cta);
+    bool waiting = false;
+    for (bool running = true; running;) {
+        bool resumed = running = waiting = false;
+        // Backwards, a warp has several turns before the next has one: they drift apart.
+        for (unsigned j = 0; j < CTA_THREADS * (backwards ? AHEAD_TURNS : 1); ++j) {
+            const unsigned warp = backwards ? j / (32 * AHEAD_TURNS) : j / 32, thread = warp * 32 + j % 32;
+            current = threadIdx.x = backwards ? CTA_THREADS - 1 - thread : thread;
+            Fiber& fiber = fibers[current];
+            waiting |= fiber.in_cluster_barrier;
+            if (fiber.finished || fiber.in_cluster_barrier) continue;
+            running = true;
+            if (fiber.waits_for && fiber.waits_for->generation == fiber.generation) continue;
+            fiber.waits_for = nullptr;
+            resumed = true;
+            resume();
+        }
+        if (running && !resumed && !waiting) std::abort();  // all wait for a barrier that nobody else comes to
+    }
+    exchange_cta(cta);
+    return waiting;
+}
+}  // namespace
+
+void sync_cta() { sync(cta_barrier, CTA_THREADS); }
+void sync_first(unsigned threads) { sync(first_barrier, threads); }
+void sync_warp() { sync(warp_barriers[current / 32], 32); }
+void sync_cluster() {
+    fibers[current].in_cluster_barrier = true;
+    yield();
+}
+const Lanes& exchange(unsigned number) {
+    // Whoever writes here again, two generations later, has seen all lanes come to the one between: they have read what they wanted.
+    const unsigned warp = current / 32;
+    auto& all = exchanged[warp][warp_barriers[warp].generation % 2];
+    all[current % 32] = number;
+    sync_warp();
+    return all;
+}
+
+float from_half(unsigned bits) { return half(bits); }
+unsigned to_half(double value) {
+    const _Float16 rounded = static_cast<_Float16>(value);
+    uint16_t out;
+    std::memcpy(&out, &rounded, 2);
+    return out;
+}
+float from_bfloat(unsigned bits) { return bfloat(bits); }
+unsigned to_bfloat(float value) {  // to nearest, ties to even; NaN is not needed here
+    unsigned bits;
+    std::memcpy(&bits, &value, 4);
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+unsigned subtract_half(unsigned a, unsigned b) {
+    return each([=](int s) { return to_half(double(half(a >> s)) - half(b >> s)); });
+}
+unsigned multiply_half(unsigned a, unsigned b) {
+    return each([=](int s) { return to_half(double(half(a >> s)) * half(b >> s)); });
+}
+unsigned fma_half(unsigned a, unsigned b, unsigned c) {
+    return each([=](int s) { return to_half(double(half(a >> s)) * half(b >> s) + half(c >> s)); });
+}
+unsigned fma_bfloat(unsigned a, unsigned b, unsigned c) {
+    auto low = [](unsigned bits) { return bfloat(bits & 0xffff); };
+    return each([=](int s) { return to_bfloat(low(a >> s) * low(b >> s) + low(c >> s)); });
+}
+
+void copy_async(unsigned to, const void* from, bool inside) {
+    if (reinterpret_cast<uintptr_t>(from) % 16 || to % 16) std::abort();  // misaligned address
+    if (eager) carry_out(Copy{to, from, inside});
+    else fibers[current].open.push_back({to, from, inside});
+}
+void copy_async_commit() {
+    Fiber& fiber = fibers[current];
+    fiber.groups.push_back(std::move(fiber.open));
+    fiber.open.clear();
+}
+void copy_async_wait(unsigned pending) {
+    auto& groups = fibers[current].groups;
+    for (; groups.size() > pending; groups.pop_front())
+        for (const Copy& copy : groups.front()) carry_out(copy);
+}
+void load_matrices(unsigned* registers, unsigned address, int matrices) {
+    const Lanes& all = exchange(address);
+    const int lane = current % 32;
+    for (int matrix = 0; matrix < matrices; ++matrix)
+        std::memcpy(&registers[matrix], shared_bytes(all[matrix * 8 + lane / 4] + lane % 4 * 4), 4);
+}
+unsigned transpose(unsigned pair) {
+    const Lanes& all = exchange(pair);
+    const int lane = current % 32, row = lane / 4, column = lane % 4 * 2;
+    auto at = [&](int r, int c) { return all[r * 4 + c / 2] >> 16 * (c % 2) & 0xffff; };
+    return at(column, row) | at(column + 1, row) << 16;
+}
+void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, bool bfloat) {
+    const unsigned b[2] = {b0, b1};
+    multiply(d, a, b, 2, false, 0, 0, bfloat);
+}
+void mma_sparse(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[4], unsigned e, int selector, bool bfloat) {
+    multiply(d, a, b, 4, true, e, selector, bfloat);
+}
+
+void barrier_init(unsigned barrier, unsigned arrivals) { own_mbarriers()[barrier] = {arrivals, arrivals}; }
+void barrier_arrive(unsigned barrier, unsigned expected_bytes) {
+    Mbarrier& at = mbarrier_at(barrier);
+    expect_arrival(at);
+    at.bytes += expected_bytes;
+    --at.pending;
+    end_phase_if_complete(at);
+}
+void barrier_wait(unsigned barrier, unsigned parity) {
+    Mbarrier& at = mbarrier_at(barrier);
+    for (long turns = 0; at.parity == parity; ++turns) {
+        if (turns == 1'000'000) std::abort();  // nobody will ever arrive
+        carry_out_copies(at);
+        if (at.parity == parity) yield();
+    }
+}
+void copy_bulk(unsigned to, const void* from, unsigned bytes, unsigned barrier) {
+    if (reinterpret_cast<uintptr_t>(from) % 16 || to % 16 || bytes % 16) std::abort();
+    Mbarrier& at = mbarrier_at(barrier);
+    begin(at, [=, &at] {
+        std::memcpy(shared_bytes(to), from, bytes);
+        at.bytes -= bytes;
+        end_phase_if_complete(at);
+    });
+}
+// As the host's map for the 128-byte swizzle says: a row of the box is 64 numbers.
+void copy_box(unsigned to, const TensorMap& map, unsigned x, unsigned y, unsigned barrier, unsigned box_rows) {
+    if (reinterpret_cast<uintptr_t>(map.matrix) % 16 || map.columns % 8 || to % 1024) std::abort();
+    Mbarrier& at = mbarrier_at(barrier);
+    begin(at, [=, &at] {
+        for (unsigned row = 0; row < box_rows; ++row)
+            for (unsigned column = 0; column < 64; column += 8) {
+                char* place = shared_bytes(to + row * 128 + (column / 8 ^ row % 8) * 16);
+                std::memset(place, 0, 16);
+                if (y + row >= map.rows || x + column >= map.columns) continue;
+                std::memcpy(place, map.matrix + (static_cast<size_t>(y + row) * map.columns + x + column) * 2, 16);
+            }
+        at.bytes -= box_rows * 128;
+        end_phase_if_complete(at);
+    });
+}
+unsigned cluster_size() { return cluster.size(); }
+unsigned cluster_rank() { return blockIdx.x % cluster.size(); }
+float4 load_of_cta(unsigned rank, unsigned from) {
+    if (from % 16 || from + 16 > sizeof shared || rank >= cluster.size()) std::abort();
+    float4 out;
+    std::memcpy(&out, rank == cluster_rank() ? shared_bytes(from) : cluster[rank].memory.data() + from, 16);
+    return out;
+}
+
+void wgmma(const Wgmma& instruction) {
+    Product product{instruction};
+    std::memcpy(product.values, instruction.a, sizeof product.values);
+    if (eager) return carry_out(product);
+    auto overwrite = [&](std::vector<Product>& under_way) {
+        for (Product& before : under_way) before.overwritten |= before.a == instruction.a;
+    };
+    for (std::vector<Product>& group : committed[current]) overwrite(group);
+    overwrite(open_products[current]);
+    open_products[current].push_back(product);
+}
+void wgmma_commit() { committed[current].push_back(std::exchange(open_products[current], {})); }
+void wgmma_wait(unsigned pending) {
+    auto& groups = committed[current];
+    for (; groups.size() > pending; groups.pop_front())
+        for (const Product& product : groups.front()) carry_out(product);
+}
+}  // namespace gpu
+
+// `order`: the CTAs in the order in which they run, `cluster` neighbours of the grid after each other. `backwards`: the last thread of a
+// CTA goes first, and its warp a few steps ahead. Shared memory starts as garbage (0xff: NaN), and is garbage again when its CTA has ended.
+extern "C" __attribute__((visibility("default"))) void launch(
+    Arguments given, const int* order, int ctas, int cluster_ctas, bool eager, bool backwards
+) {
+    using namespace gpu;
+    arguments = given;
+    gpu::eager = eager;
+    gridDim.x = ctas;
+    cluster.resize(cluster_ctas);
+    for (int first = 0; first < ctas; first += cluster_ctas) {
+        std::vector<Cta*> left;
+        for (int i = first; i < first + cluster_ctas; ++i) {
+            if (order[i] / cluster_ctas != order[first] / cluster_ctas) std::abort();  // no neighbours
+            left.push_back(&cluster[order[i] % cluster_ctas]);
+            start(*left.back(), order[i]);
+        }
+        while (!left.empty()) {
+            std::vector<Cta*> waiting;
+            for (Cta* cta : left) {
+                if (run(*cta, backwards)) waiting.push_back(cta);
+                else forget_memory(*cta);
+            }
+            // Whoever has not ended has arrived: the barrier opens.
+            for (Cta* cta : waiting)
+                for (Fiber& fiber : cta->fibers) fiber.in_cluster_barrier = false;
+            left = waiting;
+        }
+    }
+}

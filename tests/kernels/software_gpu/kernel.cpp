@@ -1,0 +1,43 @@
+// A kernel of csrc for the software GPU. Built in a folder with copies of csrc, of which ptx.cuh and ptx_sm90.cuh have been replaced.
+// -DSPARSE=1 is a 2:4 kernel, -DSPARSE=0 a dense one; -DWGMMA=1 is that for Hopper, and -DUNPACK=1 unpack.cu for either.
+#if UNPACK
+#include "unpack.cu"
+#elif SPARSE && WGMMA
+#include "sparse_marlin_sm90.cu"
+#define KERNEL sparse_marlin_sm90
+#elif SPARSE
+#include "sparse_marlin_sm80.cu"
+#define KERNEL sparse_marlin_sm80
+#elif WGMMA
+#include "marlin_sm90.cu"
+#define KERNEL marlin_sm90
+#else
+#include "marlin_sm80.cu"
+#define KERNEL marlin_sm80
+#endif
+#if WGMMA
+const unsigned gpu::CTA_THREADS = THREADS + COPY_THREADS;
+#else
+const unsigned gpu::CTA_THREADS = THREADS;
+#endif
+
+struct Pointer {  // to whatever the kernel says it is
+    const void* bytes;
+    template <class T> operator T*() const { return static_cast<T*>(const_cast<void*>(bytes)); }
+};
+
+void gpu::run_thread(const Arguments& a) {
+    const Pointer qweight{a.qweight}, meta{a.meta}, scales{a.scales}, out{a.out};
+#if WGMMA
+    const TensorMap activations{a.activations, static_cast<unsigned>(a.k), static_cast<unsigned>(a.m)};
+#else
+    const char* const activations = a.activations;
+#endif
+#if UNPACK
+    unpack(qweight, meta, scales, out, a.n, a.k, a.group_shift);
+#elif SPARSE
+    KERNEL(activations, qweight, meta, scales, a.bias, out, a.partials, a.counters, a.m, a.n, a.k, a.whole, a.group_shift);
+#else
+    KERNEL(activations, qweight, scales, a.bias, out, a.partials, a.counters, a.m, a.n, a.k, a.whole, a.group_shift);
+#endif
+}
