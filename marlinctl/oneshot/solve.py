@@ -18,6 +18,7 @@ from marlinctl.quantize.scheme import Scheme
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipes.schema import Recipe
 from marlinctl.sparsify.sparsegpt import PruneSettings, fit_mask, prune, prune_and_quantize, solve_pruned
+from marlinctl.sparsify.steps import TORCH, PruneSteps
 from marlinctl.sparsify.types import SparseQuantizedLinear
 
 
@@ -42,9 +43,10 @@ class StackedSolver:
     scheme: Scheme
     pruning: PruneSettings
     settings: SolveSettings  # of int4; the group size is that of each stack
+    steps: PruneSteps = TORCH
 
     @classmethod
-    def of(cls, recipe: Recipe, *, matches: bool, bfloat16_exact: bool) -> StackedSolver:
+    def of(cls, recipe: Recipe, *, matches: bool, bfloat16_exact: bool, steps: PruneSteps = TORCH) -> StackedSolver:
         q = recipe.quantize
         return cls(
             match=q.match if matches else 0.0,
@@ -64,6 +66,7 @@ class StackedSolver:
                 damping=q.damping,
                 refine=q.refine,
             ),
+            steps=steps,
         )
 
     def solve(
@@ -79,17 +82,17 @@ class StackedSolver:
         if self.match:
             stack = matched(stack, hessian, share=self.match, damping=self.pruning.damping)
         if not self.scheme.quantizes:
-            pruned = prune(stack, hessian, self.pruning)
+            pruned = prune(stack, hessian, self.pruning, self.steps)
             return pruned, lambda rows: pruned.weight[rows], pruned.keep.cpu()
         settings = replace(self.settings, group_size=group_size)
         solved: Solved
         if keep is not None:
             pruned_stack = fit_mask(stack, keep, hessian, self.pruning) if self.match else stack
-            solved, keep = solve_pruned(pruned_stack, keep, hessian, settings, original=stack)
+            solved, keep = solve_pruned(pruned_stack, keep, hessian, settings, original=stack, steps=self.steps)
         elif self.scheme.prunes:
-            solved, keep = prune_and_quantize(stack, hessian, self.pruning, settings)
+            solved, keep = prune_and_quantize(stack, hessian, self.pruning, settings, self.steps)
         else:
-            solved = solve(stack, hessian, settings)
+            solved = solve(stack, hessian, settings, steps=self.steps)
         kept = None if keep is None else keep.cpu()
         return solved, lambda rows: _rows(solved.linear, kept, rows), kept
 

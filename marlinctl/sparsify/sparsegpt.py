@@ -22,10 +22,11 @@ from torch import Tensor
 
 from marlinctl.quantize.gptq import Solved, SolveSettings, solve, static_scales
 from marlinctl.quantize.refine import layer_error
-from marlinctl.quantize.solver import Factor, factor, sweep
+from marlinctl.quantize.solver import Factor, factor
 from marlinctl.quantize.types import Hessian
-from marlinctl.sparsify.keep import best_of_quads, best_two
-from marlinctl.sparsify.masked_ls import improve_mask, masked_least_squares
+from marlinctl.sparsify.keep import best_of_quads
+from marlinctl.sparsify.masked_ls import masked_least_squares
+from marlinctl.sparsify.steps import TORCH, PruneSteps
 from marlinctl.sparsify.types import QUAD, SparseQuantizedLinear
 
 _ROWS = 8192  # solved together: least squares holds six matrices [K, rows]
@@ -54,7 +55,7 @@ class Pruned:
     dead: int  # columns whose input was zero in all of calibration; pruned first
 
 
-def prune(weight: Tensor, hessian: Hessian, settings: PruneSettings) -> Pruned:
+def prune(weight: Tensor, hessian: Hessian, settings: PruneSettings, steps: PruneSteps = TORCH) -> Pruned:
     """Prune stacked rows [R, K] float32 that share one input. ValueError where K is no multiple of four or the Hessian is not finite."""
     _check(weight, hessian)
     matrix = hessian.matrix
@@ -64,29 +65,36 @@ def prune(weight: Tensor, hessian: Hessian, settings: PruneSettings) -> Pruned:
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for rows in torch.split(weight, _ROWS):
         w = rows.T.contiguous()  # [K, R]
-        values, keep = _start(w, diagonal, factored, settings)
+        values, keep = _start(w, diagonal, factored, settings, steps)
         if settings.method == "refined" and factored.fallback is None:
             for _ in range(settings.mask_sweeps):
-                values, keep = improve_mask(w, values, keep, damped)
+                values, keep = steps.improve_mask(w, values, keep, damped)
             values = masked_least_squares(w, values, keep, damped, settings.iterations)
         parts.append((values.T, keep.T, layer_error(w - values, matrix).double(), layer_error(w, matrix).double()))
     pruned, keep, error, energy = (torch.cat(column).contiguous() for column in zip(*parts, strict=True))
     return Pruned(pruned, keep, error, energy, factored.damping, factored.fallback, int((diagonal == 0).sum()))
 
 
-def prune_and_quantize(weight: Tensor, hessian: Hessian, pruning: PruneSettings, settings: SolveSettings) -> tuple[Solved, Tensor]:
+def prune_and_quantize(
+    weight: Tensor, hessian: Hessian, pruning: PruneSettings, settings: SolveSettings, steps: PruneSteps = TORCH
+) -> tuple[Solved, Tensor]:
     """The joint 2:4 + int4 solve. Returns the solve, whose linear is a SparseQuantizedLinear, and keep [R, K]."""
     if pruning.method == "sparsegpt":
-        return _one_pass(weight, hessian, pruning, settings)
-    pruned = prune(weight, hessian, pruning)
-    return solve_pruned(pruned.weight, pruned.keep, hessian, settings, original=weight)
+        return _one_pass(weight, hessian, pruning, settings, steps)
+    pruned = prune(weight, hessian, pruning, steps)
+    return solve_pruned(pruned.weight, pruned.keep, hessian, settings, original=weight, steps=steps)
 
 
 def solve_pruned(
-    weight: Tensor, keep: Tensor, hessian: Hessian, settings: SolveSettings, original: Tensor | None = None
+    weight: Tensor,
+    keep: Tensor,
+    hessian: Hessian,
+    settings: SolveSettings,
+    original: Tensor | None = None,
+    steps: PruneSteps = TORCH,
 ) -> tuple[Solved, Tensor]:
     """Quantize rows that are pruned already: scales, rounding, descent and re-fit on the survivors. weight: [R, K], zero where not kept."""
-    solved = solve(weight, hessian, settings, keep, original)
+    solved = solve(weight, hessian, settings, keep, original, steps)
     linear = solved.linear
     return replace(solved, linear=SparseQuantizedLinear(linear.codes, linear.scales, linear.group_size, keep)), keep
 
@@ -104,47 +112,33 @@ def fit_mask(weight: Tensor, keep: Tensor, hessian: Hessian, settings: PruneSett
     return torch.cat(parts).contiguous()
 
 
-def _start(w: Tensor, diagonal: Tensor, factored: Factor, settings: PruneSettings) -> tuple[Tensor, Tensor]:
+def _start(w: Tensor, diagonal: Tensor, factored: Factor, settings: PruneSettings, steps: PruneSteps) -> tuple[Tensor, Tensor]:
     """The first mask and what the survivors are under it, [K, R] each."""
     if settings.method in ("magnitude", "wanda"):
         score = w.abs() if settings.method == "magnitude" else w.abs() * diagonal.sqrt().unsqueeze(1)
         keep = best_of_quads(score)
         return w * keep, keep
-    return _sparsegpt_sweep(w, diagonal, factored, None, [])
+    no_groups = torch.zeros(len(w), dtype=torch.int64, device=w.device)
+    return steps.sparsegpt_sweep(w, _earned(factored, diagonal), factored.feedback, None, no_groups)
 
 
-def _sparsegpt_sweep(w: Tensor, diagonal: Tensor, factored: Factor, scales: Tensor | None, group_of: list[int]) -> tuple[Tensor, Tensor]:
-    """One pass in natural order that decides the mask on the way; returns what the sweep returns first, and keep, [K, R] each."""
-    keep = torch.zeros(w.shape, dtype=torch.bool, device=w.device)
-    pivots = (factored.pivots * (diagonal > 0)).unsqueeze(1)  # damping gives a dead input a pivot that it has not earned
-
-    def choose(k: int, targets: Tensor) -> None:
-        if k % QUAD:
-            return
-        quad = targets[:QUAD].clone()
-        for i in range(QUAD - 1):  # what the later ones become if the earlier ones stay: the solver adds that only as it goes
-            quad[i + 1 :].addr_(factored.feedback[k + i, k + i + 1 : k + QUAD], w[k + i] - quad[i])
-        keep[k : k + QUAD] = best_two((quad * pivots[k : k + QUAD]).abs())
-
-    values, _ = sweep(w, w, factored.feedback, scales, group_of, keep, choose)
-    return values, keep
-
-
-def _one_pass(weight: Tensor, hessian: Hessian, pruning: PruneSettings, settings: SolveSettings) -> tuple[Solved, Tensor]:
+def _one_pass(
+    weight: Tensor, hessian: Hessian, pruning: PruneSettings, settings: SolveSettings, steps: PruneSteps
+) -> tuple[Solved, Tensor]:
     """SparseGPT and GPTQ in one sweep: scales are those of the weights that would survive without any feedback."""
     _check(weight, hessian)
     k = weight.shape[1]
     matrix, diagonal = hessian.matrix, hessian.matrix.diagonal().clone()
     factored = factor(matrix, pruning.damping)
     group_size = k if settings.group_size == -1 else settings.group_size
-    group_of = [column // group_size for column in range(k)]
+    group_of = torch.arange(k, device=weight.device) // group_size
     codes, kept, scales, errors, energies = [], [], [], [], []
     for rows in torch.split(weight, _ROWS):
         w = rows.T.contiguous()
         provisional = best_of_quads(w.abs() * factored.pivots.unsqueeze(1))
-        s = static_scales((w * provisional).T.contiguous(), diagonal, settings).T.contiguous()  # [G, R]
-        part, keep = _sparsegpt_sweep(w, diagonal, factored, s, group_of)
-        delta = w - part * s[torch.as_tensor(group_of, device=w.device)]
+        s = static_scales((w * provisional).T.contiguous(), diagonal, settings, steps).T.contiguous()  # [G, R]
+        part, keep = steps.sparsegpt_sweep(w, _earned(factored, diagonal), factored.feedback, s, group_of)
+        delta = w - part * s[group_of]
         codes.append(part.T.to(torch.int8))
         kept.append(keep.T)
         scales.append(s.T.to(torch.float16))
@@ -154,6 +148,11 @@ def _one_pass(weight: Tensor, hessian: Hessian, pruning: PruneSettings, settings
     linear = SparseQuantizedLinear(torch.cat(codes).contiguous(), torch.cat(scales).contiguous(), group_size, keep)
     dead = int((diagonal == 0).sum())
     return Solved(linear, torch.cat(errors), torch.cat(energies), factored.damping, factored.fallback, dead), keep
+
+
+def _earned(factored: Factor, diagonal: Tensor) -> Tensor:
+    """[K]: the pivots, 0 for a dead input: damping gives it one that it has not earned."""
+    return factored.pivots * (diagonal > 0)
 
 
 def _check(weight: Tensor, hessian: Hessian) -> None:
