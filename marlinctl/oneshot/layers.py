@@ -21,7 +21,7 @@ from marlinctl.checkpoint.reader import torch_dtype
 from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.errors import NumericalProblem
 from marlinctl.oneshot.open import Options, RunInputs
-from marlinctl.oneshot.solve import Outcome, StackedSolver
+from marlinctl.oneshot.solve import Outcome, StackedSolver, steps_on
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipes.schema import Recipe
 from marlinctl.sparsify.types import SparseQuantizedLinear
@@ -55,7 +55,8 @@ class LayerQuantizer:
         self.opened, self.options, self.staged, self.console = opened, options, staged, console
         self.records: list[LayerRecord] = []
         self.scheme = recipe.scheme
-        self.solver = StackedSolver.of(recipe, matches=opened.matches, bfloat16_exact=bfloat16_exact(opened))
+        steps = steps_on(opened.device, console)
+        self.solver = StackedSolver.of(recipe, matches=opened.matches, bfloat16_exact=bfloat16_exact(opened), steps=steps)
         self.pending: dict[str, Tensor] = {}
         self.progress: Progress | None = None
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from marlinctl.quantize.gptq import Solved, SolveSettings, solve
@@ -20,6 +21,7 @@ from marlinctl.recipes.schema import Recipe
 from marlinctl.sparsify.sparsegpt import PruneSettings, fit_mask, prune, prune_and_quantize, solve_pruned
 from marlinctl.sparsify.steps import TORCH, PruneSteps
 from marlinctl.sparsify.types import SparseQuantizedLinear
+from marlinctl.system.console import Console
 
 
 class Outcome(Protocol):
@@ -95,6 +97,22 @@ class StackedSolver:
             solved = solve(stack, hessian, settings, steps=self.steps)
         kept = None if keep is None else keep.cpu()
         return solved, lambda rows: _rows(solved.linear, kept, rows), kept
+
+
+def steps_on(device: torch.device, console: Console) -> PruneSteps:
+    """The solver's kernels on a GPU, torch operators on a CPU; those too, with a warning, where no kernel can be compiled or loaded."""
+    if device.type != "cuda":
+        return TORCH
+    from marlinctl.kernels import jit
+    from marlinctl.solver_kernels.steps import SolverKernels
+
+    kernels = SolverKernels(device, jit.default_folder())
+    try:
+        kernels.require()
+    except (ValueError, OSError, jit.CompilerMissing, jit.DriverTooOld) as reason:
+        console.warn(f"the solver's kernels cannot be used, and torch operators take about twenty times as long: {reason}")
+        return TORCH
+    return kernels.steps()
 
 
 def _rows(linear: QuantizedLinear, keep: Tensor | None, rows: slice) -> QuantizedLinear:

@@ -42,6 +42,10 @@ class SolverKernels:
     def steps(self) -> PruneSteps:
         return PruneSteps(self.search_scales, self.sweep, self.sparsegpt_sweep, self.improve_mask)
 
+    def require(self) -> None:
+        """Compiles and loads what a default recipe needs. Raises what kernels.functions.load_function raises."""
+        self._load("sweep", sweep_defines(True, 0), SHARED_BYTES)
+
     def search_scales(
         self,
         weight: Tensor,
