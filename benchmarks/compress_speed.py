@@ -38,10 +38,9 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--profile", action="store_true", help="print where the time of the last run went, by cProfile")
-    parser.add_argument("command", nargs=argparse.REMAINDER)
-    chosen = parser.parse_args()
+    own, _, rest = "\0".join(sys.argv[1:]).partition("\0--\0")
+    chosen, command = parser.parse_args(own.split("\0")), rest.split("\0")
     chosen.folder.mkdir(parents=True, exist_ok=True)
-    command = [word for word in chosen.command if word != "--"]
     size = ["--calibration", str(chosen.text), "--samples", str(chosen.samples), "--sequence-length", str(chosen.sequence_length)]
     seconds: dict[int, float] = {}
     for blocks in chosen.blocks or [2, 6]:

@@ -106,7 +106,8 @@ def steps_on(device: torch.device, console: Console) -> PruneSteps:
     from marlinctl.kernels import jit
     from marlinctl.solver_kernels.steps import SolverKernels
 
-    kernels = SolverKernels(device, jit.default_folder())
+    index = torch.cuda.current_device() if device.index is None else device.index
+    kernels = SolverKernels(torch.device("cuda", index), jit.default_folder())
     try:
         kernels.require()
     except (ValueError, OSError, jit.CompilerMissing, jit.DriverTooOld) as reason:

@@ -36,7 +36,7 @@ _GIVEN, _CHOSEN = 1, 2  # MASK of sweep.cu
 class SolverKernels:
     """On one device. The methods are those of quantize.steps and sparsify.steps, with their shapes and dtypes."""
 
-    device: torch.device
+    device: torch.device  # with its index
     folder: Path  # of the cache
 
     def steps(self) -> PruneSteps:
