@@ -23,7 +23,8 @@ import pytest
 
 from marlinctl import cli
 from marlinctl.models.architectures import Block
-from marlinctl.oneshot.sequential import SequentialPipeline, SolveStage
+from marlinctl.oneshot.gram import SolveStage
+from marlinctl.oneshot.sequential import SequentialPipeline
 from marlinctl.system.console import SCHEMA_VERSION
 from tests.oneshot.test_run import TEXT
 from tests.tiny import make_tiny

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ def _run(
         calibration = _calibration(job, opened, recipe, texts, console)
         with StagedCheckpoint(out, overwrite=options.overwrite, fmt=fmt, path=job.staged) as staged:
             solving = LayerQuantizer(opened, recipe, options, staged, console)
-            _walk(opened, calibration.tokens, job, solving, options, console)
+            _walk(calibration.tokens, job, solving)
             solved = {f"{name}.weight" for name in opened.plan.group_sizes}
             staged.copy_tensors(opened.checkpoint, [n for n in opened.tensors if n not in solved])
             staged.copy_companions(opened.source.folder)
@@ -202,52 +202,49 @@ def _fingerprint(opened: RunInputs, recipe: Recipe, calibration: CalibrationSet)
     }
 
 
-def _walk(opened: RunInputs, tokens: Tokens, job: RunJob, solving: LayerQuantizer, options: Options, console: Console) -> None:
-    """All blocks. Where the device's memory runs out, once more from the last finished block with less of it: half of the tokens in
-    flight, and activations in host memory or on the disk. ResourceProblem E590 where that does not suffice either."""
-    budget = int(torch.cuda.mem_get_info(opened.device)[0] * _DEVICE_SHARE) if opened.device.type == "cuda" else 0
-    full = _walk_blocks(opened, tokens, job, solving, options, console, CHUNK_TOKENS, budget, options.redo_from)
-    if full is None:
-        return
-    console.warn(f"{full}; once more from block {job.finished}, with half of the tokens in flight")
-    solving.pending = {}
-    if opened.device.type == "cuda":
-        torch.cuda.empty_cache()
-    full = _walk_blocks(opened, tokens, job, solving, options, console, CHUNK_TOKENS // 2, 0, None)
-    if full is not None:
-        raise ResourceProblem(
-            "E590", f"{full}, twice", where=f"block {job.finished}",
-            fix="free memory of the GPU, or a smaller --sequence-length, or --device cpu; what is finished is kept",
-        )  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """One way through the blocks: what differs when the device's memory ran out before."""
+
+    chunk_tokens: int  # tokens in flight
+    budget: int  # bytes of device memory for activations between two passes; the others lie in host memory or on the disk
+    redo_from: int | None = None  # the first block to solve again
 
 
-def _walk_blocks(
-    opened: RunInputs, tokens: Tokens, job: RunJob, solving: LayerQuantizer, options: Options, console: Console,
-    chunk_tokens: int, budget: int, redo_from: int | None,
-) -> str | None:  # fmt: skip
-    """From the first block that is not finished to the last. Where the device's memory runs out, what torch says of it; else None.
+def _walk(tokens: Tokens, job: RunJob, solving: LayerQuantizer) -> None:
+    """All blocks. Where the device's memory runs out, once more from the last finished block with less of it. ResourceProblem E590 where
+    that does not suffice either."""
+    device = solving.opened.device
+    budget = int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE) if device.type == "cuda" else 0
+    full = ""
+    for attempt in (_Attempt(CHUNK_TOKENS, budget, solving.options.redo_from), _Attempt(CHUNK_TOKENS // 2, budget=0)):
+        if full:
+            solving.console.warn(f"{full}; once more from block {job.finished}, with half of the tokens in flight")
+        try:
+            _every_block(tokens, job, solving, attempt)
+            return
+        except torch.OutOfMemoryError as error:
+            full = str(error).splitlines()[0]  # its traceback would keep the tensors of the attempt alive
+        solving.pending = {}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    raise ResourceProblem(
+        "E590", f"{full}, twice", where=f"block {job.finished}",
+        fix="free memory of the GPU, or a smaller --sequence-length, or --device cpu; what is finished is kept",
+    )  # fmt: skip
 
-    A text and not the error, whose traceback would keep the tensors of the attempt alive.
-    """
-    try:
-        _every_block(opened, tokens, job, solving, options, console, chunk_tokens, budget, redo_from)
-    except torch.OutOfMemoryError as error:
-        return str(error).splitlines()[0]
-    return None
 
-
-def _every_block(
-    opened: RunInputs, tokens: Tokens, job: RunJob, solving: LayerQuantizer, options: Options, console: Console,
-    chunk_tokens: int, budget: int, redo_from: int | None,
-) -> None:  # fmt: skip
-    architecture, device, dtype, head = opened.architecture, opened.device, opened.dtype, opened.plan.head
+def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: _Attempt) -> None:
+    """From the first block that is not finished to the last, and the head."""
+    opened, console = solving.opened, solving.console
+    architecture, head = opened.architecture, opened.plan.head
     pieces = len(architecture.blocks) + (head is not None)
-    solving.records = job.take_up(solving.staged, console, redo_from=redo_from, pieces=pieces)
-    model = build(opened.checkpoint.config, dtype)
+    solving.records = job.take_up(solving.staged, console, redo_from=attempt.redo_from, pieces=pieces)
+    model = build(opened.checkpoint.config, opened.dtype)
     linears = len(architecture.linears) + (head is not None)
     with (
         console.progress("quantize" if solving.scheme.quantizes else "prune", linears) as solving.progress,
-        _deterministic(options.deterministic),
+        _deterministic(solving.options.deterministic),
     ):
         first = job.finished
         solving.progress.advance(sum(len(block.linears) for block in architecture.blocks[:first]))
@@ -255,8 +252,8 @@ def _every_block(
             return
         walk = SequentialPipeline(
             model, architecture, opened.checkpoint, tokens,
-            device=device, dtype=dtype, scratch=Scratch(job.path, device, budget), chunk_tokens=chunk_tokens,
-            match=opened.matches,
+            device=opened.device, dtype=opened.dtype, scratch=Scratch(job.path, opened.device, attempt.budget),
+            chunk_tokens=attempt.chunk_tokens, match=opened.matches,
         )  # fmt: skip
         if first:
             walk.go_on(job.states())

@@ -1,0 +1,72 @@
+"""Sums over calibration tokens that become the Hessian of the linears which read them, and who takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from marlinctl.errors import NumericalProblem
+from marlinctl.quantize.hessian import add_cross, add_gram, mirror
+from marlinctl.quantize.types import Hessian
+
+LOST_TOKENS_LIMIT = 0.1  # share of calibration tokens whose activations may be NaN or infinite before the run stops
+
+# Called with the names of linears that share an input, that input's Hessian, and a remark for the report ("" mostly);
+# returns each linear's final weight [N, K] float32.
+SolveStage = Callable[[tuple[str, ...], Hessian, str], Mapping[str, Tensor]]
+
+
+class Gram:
+    """The running sum of x xᵀ over counted tokens. A token with a value that is not finite is dropped and counted.
+
+    Where drift is corrected, also those of x x'ᵀ and x (r' - r)ᵀ (quantize/types.py, Hessian).
+    """
+
+    def __init__(self, k: int, device: torch.device) -> None:
+        self.total = torch.zeros(k, k, dtype=torch.float32, device=device)
+        self.tokens = 0
+        self.lost = 0
+        self.cross: Tensor | None = None
+        self.residual: Tensor | None = None
+
+    def add(self, x: Tensor, counted: Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        if not bool(counted.all()):
+            rows = rows[counted.reshape(-1).to(rows.device)]
+        if not bool(torch.isfinite(rows.sum())):
+            good = torch.isfinite(rows).all(-1)
+            self.lost += int((~good).sum())
+            rows = rows[good]
+        self.tokens += rows.shape[0]
+        add_gram(self.total, rows)
+
+    def add_drift(self, x: Tensor, original: Tensor, counted: Tensor) -> None:
+        if self.cross is None:
+            self.cross = torch.zeros_like(self.total)
+        add_cross(self.cross, *self._usable(x, original, counted))
+
+    def add_residual(self, x: Tensor, difference: Tensor, counted: Tensor) -> None:
+        if self.residual is None:
+            self.residual = torch.zeros(x.shape[-1], difference.shape[-1], dtype=torch.float32, device=x.device)
+        add_cross(self.residual, *self._usable(x.float(), difference, counted))
+
+    def _usable(self, x: Tensor, y: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of both that are counted and finite."""
+        x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        good = counted.reshape(-1).to(x.device) & torch.isfinite(x).all(-1) & torch.isfinite(y).all(-1)
+        return x[good], y[good]
+
+    def hessian(self, names: tuple[str, ...]) -> Hessian:
+        if self.lost > LOST_TOKENS_LIMIT * (self.tokens + self.lost):
+            raise NumericalProblem(
+                "E620",
+                f"the inputs of this linear are NaN or infinite for {self.lost} of {self.tokens + self.lost} calibration tokens",
+                where=", ".join(names),
+                fix="check the model with its own weights first; a model that overflows in bfloat16 needs --dtype float32",
+            )
+        count = max(self.tokens, 1)
+        matrix = mirror(self.total).div_(count)
+        drift = None if self.cross is None else self.cross.div_(count).sub_(matrix)
+        return Hessian(matrix, self.tokens, drift, None if self.residual is None else self.residual.div_(count))
