@@ -74,7 +74,7 @@ class StackedSolver:
     def solve(
         self, stack: Tensor, keep: Tensor | None, hessian: Hessian, group_size: int
     ) -> tuple[Outcome, Callable[[slice], Tensor | QuantizedLinear], Tensor | None]:
-        """The outcome, what each slice of rows became, and the mask of all rows [R, K] on the CPU.
+        """The outcome, what each slice of rows became, and the mask of all rows [R, K].
 
         stack: [R, K] float32. keep: a mask that the source has already, [R, K] bool, or None.
 
@@ -85,7 +85,7 @@ class StackedSolver:
             stack = matched(stack, hessian, share=self.match, damping=self.pruning.damping)
         if not self.scheme.quantizes:
             pruned = prune(stack, hessian, self.pruning, self.steps)
-            return pruned, lambda rows: pruned.weight[rows], pruned.keep.cpu()
+            return pruned, lambda rows: pruned.weight[rows], pruned.keep
         settings = replace(self.settings, group_size=group_size)
         solved: Solved
         if keep is not None:
@@ -95,7 +95,7 @@ class StackedSolver:
             solved, keep = prune_and_quantize(stack, hessian, self.pruning, settings, self.steps)
         else:
             solved = solve(stack, hessian, settings, steps=self.steps)
-        kept = None if keep is None else keep.cpu()
+        kept = keep
         return solved, lambda rows: _rows(solved.linear, kept, rows), kept
 
 
@@ -117,7 +117,7 @@ def steps_on(device: torch.device, console: Console) -> PruneSteps:
 
 
 def _rows(linear: QuantizedLinear, keep: Tensor | None, rows: slice) -> QuantizedLinear:
-    codes, scales = linear.codes[rows].cpu(), linear.scales[rows].cpu()
+    codes, scales = linear.codes[rows], linear.scales[rows]
     if keep is None:
         return QuantizedLinear(codes, scales, linear.group_size)
     return SparseQuantizedLinear(codes, scales, linear.group_size, keep[rows])

@@ -28,6 +28,7 @@ from marlinctl.quantize.scheme import Scheme
 from marlinctl.recipes.schema import Distill, Recipe
 
 CHUNK_TOKENS = 2048  # tokens in flight: enough for full speed of the matrix units, little enough for any memory
+CHUNK_TOKENS_ON_DEVICE = 8192  # of a GPU: launches are dear there and memory is not
 SHARD_BYTES = 1 << 30  # finished tensors that `pack` keeps in memory before they become a shard
 
 BASE = 310 << 20  # python, torch and transformers before any tensor, and the threads' buffers
@@ -167,7 +168,7 @@ def _solving(architecture: Architecture, compressed: Mapping[str, int], work: Wo
 
 def _phases(architecture: Architecture, stage: Stage, work: Work) -> Iterator[list[tuple[int, int]]]:
     """The arrays that are alive in each phase of one stage, as (how many, bytes of each)."""
-    k, rows, tokens = stage.k, stage.rows, max(CHUNK_TOKENS, work.length)
+    k, rows, tokens = stage.k, stage.rows, max(CHUNK_TOKENS_ON_DEVICE if work.on_device else CHUNK_TOKENS, work.length)
     square, stack = 4 * k * k, 4 * rows * k  # in float32
     held = [(1, 4 * stage.other_rows * k)]  # weights that pass through the solve untouched
     if work.matches:  # E[(x' - x) xᵀ], E[(r' - r) xᵀ] and the stack before it was matched
