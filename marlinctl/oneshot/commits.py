@@ -4,24 +4,30 @@
 
 One thread takes blocks in their order, so the journal is that of a run without it. A few may wait; then the pipeline does. Hidden states
 are large (2.1 GB for 128 x 2,048 tokens of Llama-3-8B, 4 s of hashing and writing on the H200's machine, where a block takes one), so those
-behind a block are kept only where nothing is waiting: the next run replays the blocks between (run.py).
+behind a block are kept only now and then (`Pace`): a run that goes on replays the blocks between (run.py).
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
+
+import torch
+
+_MOST_WAITING = 8  # blocks, the one in work among them: codes and scales of each lie in the device's memory
 
 
 class Commits:
     """Use as a context manager. Work that fails raises at the next `submit`, `wait`, or at the end; what waits behind it is not begun."""
 
-    def __init__(self, *, behind: bool, waiting: int = 4) -> None:
-        """behind: in a thread; else `submit` does the work. waiting: blocks that may lie in memory, the one in work among them."""
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="commits") if behind else None
-        self._most = waiting
+    def __init__(self, device: torch.device) -> None:
+        """On a GPU in a thread; on a CPU, where thread and solver would want the same cores, `submit` does the work."""
+        self._device = device
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="commits") if device.type == "cuda" else None
         self._queue: deque[Future[None]] = deque()
         self._failed = False
 
@@ -36,20 +42,26 @@ class Commits:
         if self._pool is None:
             work()
             return
-        while not self.idle and len(self._queue) >= self._most:
+        while not self.idle and len(self._queue) >= _MOST_WAITING:
             self._queue.popleft().result()
-        self._queue.append(self._pool.submit(self._run, work))
+        made = torch.cuda.Event()
+        made.record(torch.cuda.current_stream(self._device))
+        self._queue.append(self._pool.submit(self._run, work, made))
 
     def wait(self) -> None:
         """Until everything is on the disk."""
         while self._queue:
             self._queue.popleft().result()
 
-    def _run(self, work: Callable[[], None]) -> None:
+    def _run(self, work: Callable[[], None], made: torch.cuda.Event) -> None:
+        """made: when what the work reads is computed. It is copied on a stream of its own, beside the next block's work."""
         if self._failed:
             return  # the journal has no holes
         try:
-            work()
+            stream = torch.cuda.Stream(self._device)
+            stream.wait_event(made)
+            with torch.cuda.stream(stream), torch.no_grad():
+                work()
         except BaseException:
             self._failed = True
             raise
@@ -63,3 +75,24 @@ class Commits:
             self._pool.shutdown(wait=True)
         if kind is None:
             self.wait()
+
+
+class Pace:
+    """When hidden states are kept: they take a tenth of the time at most. Replaying a block takes a fraction of solving it."""
+
+    def __init__(self, size: int) -> None:
+        """size: bytes of the states."""
+        self._seconds = size / 0.5e9  # as a slow disk would take, until it is measured
+        self._since = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        return time.monotonic() - self._since > 10 * self._seconds
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Around the keeping of states."""
+        started = time.monotonic()
+        yield
+        self._since = time.monotonic()
+        self._seconds = self._since - started

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import zip_longest
@@ -48,7 +48,7 @@ from marlinctl.evaluation.gate import Measurement
 from marlinctl.jobs.journal import Request
 from marlinctl.models.meta_model import build
 from marlinctl.models.switches import without
-from marlinctl.oneshot.commits import Commits
+from marlinctl.oneshot.commits import Commits, Pace
 from marlinctl.oneshot.layers import LayerQuantizer, LayerRecord, SolvedLinear, linear_digest, weight_digest
 from marlinctl.oneshot.open import Options, RunInputs, check_request, open_model
 from marlinctl.oneshot.probe import probe_before
@@ -274,7 +274,8 @@ def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: 
             )  # fmt: skip
         _replay(walk, job, solving, console)
         on_gpu = opened.device.type == "cuda"
-        with Commits(behind=on_gpu) as commits:
+        pace = Pace(sum(tensor.nbytes for tensor in walk.states().values()))
+        with Commits(opened.device) as commits:
             for block, following in zip_longest(architecture.blocks[first:], architecture.blocks[first + 1 :]):
                 with Stopping("block") as stopping:
                     if following is not None:
@@ -283,10 +284,10 @@ def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: 
                         walk.run_block(block, solving.stage)
                         if on_gpu:
                             torch.cuda.synchronize(opened.device)
-                    kept = block.index + 1 < pieces and (not on_gpu or commits.idle)
+                    kept = block.index + 1 < pieces and (not on_gpu or (commits.idle and pace.due))
                     states = {name: tensor.clone() if on_gpu else tensor for name, tensor in walk.states().items()} if kept else {}
                     with solving.phases("wait for the disk"):
-                        commits.submit(partial(_commit, job, solving, "block", block.index, solving.take(), states))
+                        commits.submit(partial(_commit, job, solving, "block", block.index, solving.take(), states, pace))
                     release_heap()
                 if stopping.asked:
                     commits.wait()
@@ -294,13 +295,14 @@ def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: 
                     stopping.raise_again()
             if head is not None:
                 walk.run_head(head.name, solving.stage)
-                commits.submit(partial(_commit, job, solving, "head", len(architecture.blocks), solving.take(), {}))
+                commits.submit(partial(_commit, job, solving, "head", len(architecture.blocks), solving.take(), {}, pace))
 
 
 def _commit(
-    job: RunJob, solving: LayerQuantizer, step: str, index: int, solved: Sequence[SolvedLinear], states: Mapping[str, Tensor]
+    job: RunJob, solving: LayerQuantizer, step: str, index: int, solved: Sequence[SolvedLinear], states: Mapping[str, Tensor], pace: Pace
 ) -> None:
-    job.commit(step, index, solving.note(solved), solving.staged, states)
+    with pace.timed() if states else nullcontext():
+        job.commit(step, index, solving.note(solved), solving.staged, states)
 
 
 def _replay(walk: SequentialPipeline, job: RunJob, solving: LayerQuantizer, console: Console) -> None:
