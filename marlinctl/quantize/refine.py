@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from marlinctl.quantize.grid import round_scales
+from marlinctl.quantize.products import mm
 from marlinctl.quantize.steps import TORCH, Sweep
 
 
 def layer_error(delta: Tensor, matrix: Tensor) -> Tensor:
     """The error δ H δᵀ of each row. delta: [K, R] float32, matrix: [K, K] float32 -> [R] float32."""
-    return (torch.mm(matrix, delta) * delta).sum(0)
+    return (mm(matrix, delta) * delta).sum(0)
 
 
 def descend(
@@ -36,7 +37,7 @@ def descend(
     """
     current = codes * scales[group_of]
     diagonal = matrix.diagonal()
-    base = torch.mm(matrix, weight - current).div_(diagonal.unsqueeze(1)).add_(current)
+    base = mm(matrix, weight - current).div_(diagonal.unsqueeze(1)).add_(current)
     codes, _ = sweep(base, current, matrix / diagonal, scales, group_of, keep)
     return codes
 
@@ -53,11 +54,11 @@ def refit_scales(
     order = torch.argsort(group_of, stable=True)
     c, h = codes[order], matrix[order[:, None], order]
     size = c.shape[0] // groups
-    right = torch.mm(h, weight[order]).mul_(c).reshape(groups, size, rows).sum(1)  # [G, R]
+    right = mm(h, weight[order]).mul_(c).reshape(groups, size, rows).sum(1)  # [G, R]
     normal = torch.empty(rows, groups, groups, dtype=torch.float32, device=codes.device)
     for g in range(groups):
         part = slice(g * size, (g + 1) * size)
-        product = torch.mm(h[:, part], c[part]).mul_(c).reshape(groups, size, rows).sum(1)  # [G, R]: c_h H_hg c_g
+        product = mm(h[:, part], c[part]).mul_(c).reshape(groups, size, rows).sum(1)  # [G, R]: c_h H_hg c_g
         normal[:, :, g] = product.T
 
     def error(s: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from marlinctl.kernels.functions import Arguments, Function, architecture_of, enqueue, load_function, require_driver
+from marlinctl.quantize.products import mm, split, split_mm
 from marlinctl.quantize.types import CODE_MAX, CODE_MIN
 from marlinctl.sparsify.masked_ls import MARGIN, keep_of, pair_inverses, pair_of
 from marlinctl.sparsify.steps import PruneSteps
@@ -85,22 +86,23 @@ class SolverKernels:
         k, rows = base.shape
         anchor, feedback, group = anchor.contiguous(), feedback.contiguous(), group_of.to(torch.int32)
         codes, errors = torch.empty_like(anchor), torch.empty_like(anchor)
-        target = torch.empty(min(COLUMNS, k), rows, device=base.device)
+        earlier = torch.empty_like(anchor), torch.empty_like(anchor)  # the errors of finished blocks, split for the matrix units
         nothing = torch.empty(0, device=base.device)
         s = nothing if scales is None else scales.contiguous()
         mask = 0 if keep is None else _GIVEN if pivots is None else _CHOSEN
         function = self._load("sweep", sweep_defines(scales is not None, mask), SHARED_BYTES)
         for start in range(0, k, COLUMNS):
             stop = min(start + COLUMNS, k)
-            block = target[: stop - start]
+            block = base[:stop]
             if start:
-                torch.addmm(base[start:stop], feedback[:start, start:stop].T, errors[:start], out=block)
-            else:
-                block.copy_(base[:stop])
+                panel = split(feedback[:start, start:stop].T.contiguous())
+                block = split_mm(panel, (earlier[0][:start], earlier[1][:start]), base[start:stop])
             kept = nothing if keep is None else keep[start:]
             weighs = nothing if pivots is None else pivots[start:]
             tensors = (block, anchor[start:], feedback[start:, start:], s, group[start:], kept, weighs, codes[start:], errors[start:])
             self._launch(function, 1, tensors, (stop - start, rows, k))
+            for part, done in zip(earlier, split(errors[start:stop]), strict=True):
+                part[start:stop] = done
         return codes, errors
 
     def improve_mask(self, weight: Tensor, values: Tensor, keep: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +113,7 @@ class SolverKernels:
         function = self._load("mask", mask_defines(), SHARED_BYTES)
         for start in range(0, k, COLUMNS):
             stop = min(start + COLUMNS, k)
-            pull = torch.mm(matrix[start:stop], errors)
+            pull = mm(matrix[start:stop], errors)
             tensors = (pull, matrix[start:, start:], tables[start // 4 :], v[start:], errors[start:], pairs[start // 4 :])
             self._launch(function, 1, tensors, (stop - start, rows, k))
         return v, keep_of(pairs.long())

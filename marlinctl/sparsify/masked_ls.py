@@ -16,6 +16,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from marlinctl.quantize.products import mm
 from marlinctl.quantize.solver import COLUMN_BLOCK
 from marlinctl.sparsify.types import QUAD
 
@@ -32,12 +33,12 @@ def masked_least_squares(weight: Tensor, values: Tensor, keep: Tensor, matrix: T
     """
     inverse = matrix.diagonal().reciprocal().unsqueeze(1)  # [K, 1]
     v = values * keep
-    r = torch.mm(matrix, weight - v).mul_(keep)
+    r = mm(matrix, weight - v).mul_(keep)
     z = r * inverse
     direction = z.clone()
     rz = (r * z).sum(0)  # [R]
     for _ in range(iterations):
-        h = torch.mm(matrix, direction).mul_(keep)
+        h = mm(matrix, direction).mul_(keep)
         curvature = (direction * h).sum(0)
         step = torch.where(curvature > 0, rz / curvature, 0.0)
         v.addcmul_(direction, step)
