@@ -1,7 +1,7 @@
 """Peak memory of `quantize` on a synthetic checkpoint of several GB, against what `marlinctl plan` says of it.
 
     python benchmarks/peak_memory.py [--blocks 30] [--hidden 2048] [--intermediate 5632] [--samples 64] [--length 512] [--folder DIR]
-                                     [further flags of quantize: --match 0.5 --dtype float32 ...]
+                                     [further flags of quantize: --drift-correction 0.5 --dtype float32 ...]
 
 The checkpoint is written block by block with random weights. The job runs as a child process; anonymous resident memory is sampled
 from /proc (mapped file pages are not counted: the system gives them back when it needs them). With --device cuda the plan is also compared
@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from marlinctl.planning.memory import BASE_ON_DEVICE
+from marlinctl.system.console import gibibytes
 
 VOCABULARY = 4096
 TOLERANCE = 0.15
@@ -64,16 +65,16 @@ def run(folder: Path, chosen: argparse.Namespace, further: list[str]) -> int:
     seconds = time.monotonic() - started
     if child.returncode:
         return child.returncode
-    print(f"checkpoint {size / 2**30:.2f} GiB, {chosen.blocks} blocks, {chosen.samples} x {chosen.length} tokens {' '.join(further)}")
-    print(f"peak anonymous memory {peak / 2**30:.2f} GiB, planned {promised / 2**30:.2f} GiB ({promised / max(peak, 1) - 1:+.1%})")
+    print(f"checkpoint {gibibytes(size)}, {chosen.blocks} blocks, {chosen.samples} x {chosen.length} tokens {' '.join(further)}")
+    print(f"peak anonymous memory {gibibytes(peak)}, planned {gibibytes(promised)} ({promised / max(peak, 1) - 1:+.1%})")
     print(f"{seconds:.0f} s, planned {planned['time']['seconds']} s")
     wrong = abs(promised / peak - 1) > TOLERANCE
     if device:
         report = json.loads((folder / "out" / "marlinctl_report.json").read_text())
         measured, promised = report["peak_device_memory_bytes"] + BASE_ON_DEVICE, device["peak"] + device["activations"]
-        print(f"peak GPU memory {measured / 2**30:.2f} GiB, planned {promised / 2**30:.2f} GiB ({promised / measured - 1:+.1%})")
+        print(f"peak GPU memory {gibibytes(measured)}, planned {gibibytes(promised)} ({promised / measured - 1:+.1%})")
         reserved, counted = report["peak_device_reserved_bytes"], peak_of_device - before
-        print(f"nvidia-smi {counted / 2**30:.2f} GiB, of which torch held {reserved / 2**30:.2f} GiB")
+        print(f"nvidia-smi {gibibytes(counted)}, of which torch held {gibibytes(reserved)}")
         wrong |= abs(promised / measured - 1) > TOLERANCE
     return int(wrong)
 

@@ -24,7 +24,7 @@ from marlinctl.quantize.refine import layer_error, refit_scales
 from marlinctl.quantize.solver import factor
 from marlinctl.quantize.types import Hessian
 from marlinctl.solver_kernels.steps import SolverKernels
-from marlinctl.sparsify.keep import best_of_quads
+from marlinctl.sparsify.mask import two_largest
 from marlinctl.sparsify.masked_ls import masked_least_squares
 from marlinctl.sparsify.sparsegpt import PruneSettings, prune
 from marlinctl.sparsify.steps import TORCH, PruneSteps
@@ -62,7 +62,7 @@ def measure(rows: int, k: int, kernels: PruneSteps, torch_steps: PruneSteps | No
     group_of = torch.arange(k, device=DEVICE) // GROUP
     damped = matrix.clone()
     damped.diagonal().add_(0.01 * float(diagonal.mean()))
-    keep = best_of_quads(w.abs())
+    keep = two_largest(w.abs())
     found: dict[str, dict[str, Tensor]] = {}
     for name, steps in (("kernels", kernels), ("torch", torch_steps)):
         if steps is None:
@@ -79,7 +79,7 @@ def measure(rows: int, k: int, kernels: PruneSteps, torch_steps: PruneSteps | No
         found[name]["mask error"] = layer_error(w - values, matrix).sum()
         settings = SolveSettings(GROUP, True, True, "static", "hessian", 0.01, 2)
         show(f"{name}: solve, refine 2", timed(lambda: solve(weight, Hessian(matrix, TOKENS), settings, steps=steps)))  # noqa: B023
-        pruning = PruneSettings("refined", 0.01, 2, 20)
+        pruning = PruneSettings("iterative", 0.01, 2, 20)
         show(f"{name}: prune, refined", timed(lambda: prune(weight, Hessian(matrix, TOKENS), pruning, steps)))  # noqa: B023
     codes, scales = found["kernels"]["codes"], found["kernels"]["scales"]
     show("both: re-fit of scales", timed(lambda: refit_scales(w, codes, scales, damped, group_of, positive=False, bfloat16_exact=True)))

@@ -91,8 +91,8 @@ def steps(chosen: argparse.Namespace) -> list[Step]:
     joint = ["--bits", "4", "--no-eval", *groups]
     llm_compressor = [chosen.llm_compressor, str(Path(__file__).with_name("llm_compressor.py")), model, chosen.calibration]
     making = [
-        Step("pruned", [*tool, "sparsify", model, str(made / "pruned"), "--match", "0.5", "--no-eval", *calibrated]),
-        Step("joint", [*tool, "sparsify", model, str(made / "joint"), "--match", "0.5", "--refine", "2", *joint]),
+        Step("pruned", [*tool, "sparsify", model, str(made / "pruned"), "--drift-correction", "0.5", "--no-eval", *calibrated]),
+        Step("joint", [*tool, "sparsify", model, str(made / "joint"), "--drift-correction", "0.5", "--refine", "2", *joint]),
         Step(
             "distilled",
             [

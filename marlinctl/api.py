@@ -5,9 +5,9 @@
     quantize("Qwen/Qwen3-0.6B", "out/qwen3-int4", group_size=64)
     pack("out/qwen3-int4", "out/qwen3-marlin", format="marlin")
     model = load("out/qwen3-marlin")
-    sparsify("Qwen/Qwen3-0.6B", "out/qwen3-2of4-int4", bits=4, match=0.5, refine=2)
+    sparsify("Qwen/Qwen3-0.6B", "out/qwen3-2of4-int4", bits=4, drift_correction=0.5, refine=2)
 
-They do what the verbs of the same name do, raise marlinctl.errors.MarlinctlError, and print nothing: the story goes to the logger
+They do what the verbs of the same name do, raise marlinctl.errors.MarlinctlError, and print nothing: progress messages go to the logger
 `marlinctl`.
 """
 
@@ -63,7 +63,8 @@ def sparsify(
 ) -> Path:
     """Prune a folder, hub id or GGUF file to 2:4, at 16 bits or together with int4 (bits=4), and publish it as the folder `out`.
 
-    `options` are keys of the recipe (method="wanda", match=0.5); they win over the recipe. Nothing is measured; `marlinctl eval` does.
+    `options` are keys of the recipe (method="wanda", drift_correction=0.5); they win over the recipe. Quality is not measured; see
+    `marlinctl eval`.
     """
     from marlinctl.oneshot.open import Options
     from marlinctl.oneshot.run import run_job

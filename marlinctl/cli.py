@@ -41,7 +41,7 @@ VERBS = {
     "compress": "Quantize, pack, verify and evaluate a model in one go.",
     "quantize": "Quantize a model to 4 bits with GPTQ.",
     "sparsify": "Prune a model to 2:4, at 16 bits or together with int4.",
-    "distill": "Train a 2:4 or 4-bit model towards its original.",
+    "distill": "Train a 2:4 or 4-bit model toward its original.",
     "pack": "Convert a 4-bit checkpoint to another format, losslessly.",
     "eval": "Score a model on tasks; compare it with its original.",
     "bench": "Check and time the INT4 kernels; compile them ahead of time.",
@@ -51,7 +51,7 @@ VERBS = {
     "inspect": "Describe a checkpoint from its headers.",
     "report": "Rewrite the report and model card of a published folder.",
     "verify": "Check a checkpoint's digests, structure and numbers.",
-    "doctor": "Test whether this machine has what marlinctl needs.",
+    "doctor": "Check this machine.",
     "recipes": "List, show and check recipes.",
     "completion": "Print the completion script of a shell.",
 }
@@ -148,7 +148,7 @@ def _run(args: list[str], consoles: list[Console]) -> int:
 
 
 def _report(error: BaseException, args: list[str], consoles: list[Console]) -> int:
-    """The exit code of an error, after telling the person (or the machine, with --json) about it."""
+    """The exit code of an error, after reporting it, with --json as JSON."""
     options = args[: args.index("--")] if "--" in args else args
     console = consoles[-1] if consoles else Console(json="--json" in options, colour="--no-color" not in options)
     if console not in consoles:
@@ -164,7 +164,7 @@ def _report(error: BaseException, args: list[str], consoles: list[Console]) -> i
         problem = _as_marlinctl_error(error)
         if problem is None:
             problem = _internal_error(error, console)
-        _tell(problem, problem.exit_code, console)
+        _show(problem, problem.exit_code, console)
     except BrokenPipeError:
         return 128 + signal.SIGPIPE
     except (OSError, ResourceProblem):
@@ -172,7 +172,7 @@ def _report(error: BaseException, args: list[str], consoles: list[Console]) -> i
     return problem.exit_code
 
 
-def _tell(error: MarlinctlError, code: int, console: Console) -> None:
+def _show(error: MarlinctlError, code: int, console: Console) -> None:
     docs = f"{DOCS}#{error.error_id.lower()}"
     if console.json:
         problems = [{"what": problem.what, "where": problem.where, "fix": problem.fix} for problem in error.problems]
@@ -281,7 +281,8 @@ def _usage_error(error: click.ClickException, args: list[str]) -> MarlinctlError
     command = context.command_path if context is not None else " ".join(["marlinctl", *[arg for arg in args if arg in VERBS][:1]])
     help_line = f"{command} --help"
     if isinstance(error, click.NoSuchOption):
-        known = [name for parameter in context.command.get_params(context) for name in parameter.opts] if context is not None else []
+        parameters = context.command.get_params(context) if context is not None else []
+        known = [name for parameter in parameters if not getattr(parameter, "hidden", False) for name in parameter.opts]
         return UsageError(
             "E202", f"there is no option {error.option_name}", where=command, fix=_nearest(error.option_name, known, help_line)
         )

@@ -1,6 +1,6 @@
 """`compress`: prune, distil, quantize, pack, verify, evaluate and report, as one run with one result.
 
-    OUT.job/ct   ◄── quantize, or prune and quantize in one walk, or prune ─► distil ─► quantize where tokens are given
+    OUT.job/ct   ◄── quantize, or prune and quantize in one pass, or prune ─► distil ─► quantize where tokens are given
     OUT.job/...  ◄── pack, once for each format
                      verify each ─► evaluate against the original ─► gate ─► reports ─► rename all of them into place, or none
 
@@ -35,7 +35,7 @@ from marlinctl.distillation.rows import load_rows
 from marlinctl.errors import GateRefused
 from marlinctl.evaluation.gate import Gate, Measurement
 from marlinctl.evaluation.settings import EvalSettings
-from marlinctl.jobs.journal import JOB, JobFolder, Place, Request, sha256_of
+from marlinctl.jobs.journal import JOB, JobFolder, Place, Request
 from marlinctl.oneshot.open import Options, check_request
 from marlinctl.oneshot.run import published_report, run_job, versions
 from marlinctl.planning.preflight import check_lengths, formats_of
@@ -43,6 +43,7 @@ from marlinctl.recipes.schema import Recipe, divided, recipe_hash
 from marlinctl.report.files import report_files
 from marlinctl.system.atomic import canonical, write_bytes, write_document
 from marlinctl.system.console import Console
+from marlinctl.system.digests import sha256_of
 from marlinctl.verify.run import verify
 
 _CT = INTERCHANGE.name  # the folder of the 4-bit checkpoint in the job, from which the other formats are packed
@@ -51,7 +52,7 @@ _CT = INTERCHANGE.name  # the folder of the 4-bit checkpoint in the job, from wh
 class _CompressJob(JobFolder):
     @property
     def progress(self) -> bool:
-        """A stage is finished, or one of them has something to go on with."""
+        """A stage is finished, or one of them has something to resume."""
         if self.publishing is not None:
             return True
         inner = [path for path in self.path.iterdir() if path.is_dir()] if self.path.is_dir() else []
@@ -104,7 +105,7 @@ def run_compress(
             contents = read_contents(checkpoint, console, noted=job.noted("model", console))
         job.watch(contents)
         texts = _texts(recipe, job.lines[0]["fingerprint"].get("texts", {}) if job.begun else {})
-        facts = {"model": contents.fingerprint, **texts, "recipe": recipe.model_dump(mode="json"), "versions": versions()}
+        facts = {"model": contents.fingerprint, **texts, "recipe": recipe.canonical(), "versions": versions()}
         if job.begun:
             job.check(facts)
             job.drop_from(1)
@@ -187,7 +188,7 @@ def _texts(recipe: Recipe, noted: Mapping[str, Any]) -> dict[str, Any]:
     A file that is gone has the digest that was `noted`: a stage that has its tokens does not need it, and any other says that it is gone.
     """
     if divided(recipe) is None:
-        return {}  # the tokens of the only walk are in its job
+        return {}  # the tokens of the only pass are in its job
     sources = {"calibration": recipe.calibration.source, "distillation": recipe.distill.data}
     found = {name: {"sha256": sha256_of(Path(source))} for name, source in sources.items() if Path(source).is_file()}
     return {"texts": {**noted, **found}}
@@ -199,7 +200,7 @@ def _check_places(places: Iterable[Path], options: Options, sources: list[Path],
 
 
 def _interchange(model: str, source: Source, work: Path, recipe: Recipe, options: Options, console: Console) -> dict[str, Any]:
-    """The 4-bit checkpoint in the interchange form, as work/ct, by one walk or by three stages."""
+    """The 4-bit checkpoint in the interchange form, as work/ct, by one pass or by three stages."""
     parts, formats = divided(recipe), formats_of(recipe)
     if parts is None:
         return _stage(work / _CT, options, lambda inner: run_job(model, work / _CT, recipe, inner, console, published=formats)[0])
@@ -207,7 +208,7 @@ def _interchange(model: str, source: Source, work: Path, recipe: Recipe, options
 
     pruning, quantizing = parts
     pruned_at, distilled_at = work / "pruned", work / "distilled"
-    without = replace(options, redo_from=None)  # blocks are counted in the walk that makes the result
+    without = replace(options, redo_from=None)  # blocks are counted in the pass that makes the result
     if not distilled_at.is_dir():
         _stage(pruned_at, without, lambda inner: run_job(model, pruned_at, pruning, inner, console, published=formats)[0])
     if not (work / "pruned.json").is_file():  # its report stays when its weights go

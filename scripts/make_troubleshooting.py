@@ -9,12 +9,13 @@ from __future__ import annotations
 import inspect
 import sys
 from itertools import groupby
-from pathlib import Path
+
+import generated
 
 from marlinctl.errors import exit_code
 from marlinctl.system.troubleshooting import CATALOG, Entry
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "troubleshooting.md"
+PAGE = generated.DOCS / "troubleshooting.md"
 
 HEAD = """\
 # Troubleshooting
@@ -69,16 +70,5 @@ def _body(entry: Entry) -> str:
     return f"\n{text}" if text.startswith("- ") else text
 
 
-def main() -> int:
-    text = page()
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(text, encoding="utf-8")
-        return 0
-    if PAGE.is_file() and PAGE.read_text("utf-8") == text:
-        return 0
-    print(f"{PAGE} is not what the catalog says: run scripts/make_troubleshooting.py")
-    return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(generated.main(PAGE, page()))

@@ -82,3 +82,19 @@ def pictures(request: pytest.FixtureRequest) -> Iterator[None]:
             yield
     else:
         yield
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama; read only."""
+    from tests.tiny import make_tiny
+
+    return make_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A calibration text, tmp_path/text.txt."""
+    from tests.runs import write_text
+
+    return write_text(tmp_path / "text.txt")

@@ -60,7 +60,7 @@ COMMANDS: list[tuple[int, list[str]]] = [
     (3, ["jobs", "ls", "."]), (2, ["jobs", "rm", "begun", "--yes"]),
     (3, ["recipes", "check", "mine.yaml"]), (2, ["recipes", "show", "mine.yaml"]),
     (2, ["bench", "--from", "bench.json", "--json"]),
-    (2, ["resume", "begun"]), (1, ["resume", "begun", "--redo-from", "0"]),
+    (2, ["resume", "begun"]), (1, ["resume", "begun", "--from-block", "0"]),
     (2, ["quantize", "dense", "out", *SMALL]), (1, ["quantize", "dense", "out", *SMALL, "--calibration", "chats.jsonl"]),
     (1, ["quantize", "dense", "out", *SMALL, "--calibration", "rows.parquet", "--module-map", "map.json"]),
     (1, ["quantize", "model.gguf", "out", *SMALL, "--calibration", "rows.jsonl.gz"]), (1, ["quantize", "pruned", "out", *SMALL]),
@@ -72,11 +72,12 @@ COMMANDS: list[tuple[int, list[str]]] = [
     (1, ["doctor", "--quick"]), (1, ["completion", "bash"]),
 ]  # fmt: skip
 FLAGS = [
-    "--max-kl", "--max-ppl-ratio", "--damping", "--match", "--samples", "--sequence-length", "--seed", "--tokens", "--window", "--limit",
-    "--group-size", "--bits", "--skip", "--override", "--include", "--dtype", "--device", "--threads", "--max-memory", "--module-map",
-    "--cache-dir", "--log-file", "--recipe", "--text", "--tasks", "--task-data", "--calibration", "--format", "--also", "--revision",
-    "--redo-from", "--num-fewshot", "--batch-size", "--scores", "--bench", "--source", "--tp", "--shape", "--arch", "--refine",
-    "--ls-iterations", "--learning-rate", "--temperature", "--micro-batch", "--save-every", "--cache-logits", "--device-memory", "--out",
+    "--max-kl", "--max-ppl-ratio", "--damping", "--drift-correction", "--samples", "--sequence-length", "--seed", "--tokens", "--window",
+    "--limit", "--group-size", "--bits", "--skip", "--override", "--include", "--dtype", "--device", "--threads", "--max-memory",
+    "--module-map", "--cache-dir", "--log-file", "--recipe", "--text", "--tasks", "--task-data", "--calibration", "--format", "--also",
+    "--revision", "--from-block", "--num-fewshot", "--batch-size", "--scores", "--bench", "--source", "--tp", "--shape", "--arch",
+    "--refine", "--ls-iterations", "--learning-rate", "--temperature", "--micro-batch", "--save-every", "--cache-logits",
+    "--device-memory", "--out",
 ]  # fmt: skip
 SWITCHES = ["--json", "-q", "-v", "--overwrite", "--keep-job", "--resume", "--strict", "--offline", "--debugg", "--no-eval", "--help"]
 VALUES = [
@@ -487,7 +488,7 @@ def _forked(work: Callable[[], list[str]]) -> list[str]:
         os.close(ours)
         try:
             answer = json.dumps(work())
-        except BaseException:  # noqa: BLE001  a fork must never go on with what its parent was doing
+        except BaseException:  # noqa: BLE001  a fork must never continue with what its parent was doing
             answer = json.dumps([traceback.format_exc()])
         with os.fdopen(theirs, "w") as stream:
             stream.write(answer)

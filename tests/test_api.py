@@ -50,7 +50,7 @@ def test_sparsify_prunes_with_or_without_int4(model: Path, tmp_path: Path, capfd
     pruned = api.sparsify(model, tmp_path / "pruned", **given)
     for weight in (p for name, p in api.load(pruned).named_parameters() if name.endswith("_proj.weight")):
         assert int((weight.reshape(-1, 4) != 0).sum(1).max()) == 2
-    joint = api.sparsify(model, tmp_path / "joint", bits=4, group_size=32, match=0.5, method="refined", **given)
+    joint = api.sparsify(model, tmp_path / "joint", bits=4, group_size=32, drift_correction=0.5, method="iterative", **given)
     assert api.pack(joint, tmp_path / "tiles", format="marlin_24") == [tmp_path / "tiles"]
     assert capfd.readouterr() == ("", "")
 

@@ -1,4 +1,4 @@
-"""Who may import whom, read from the sources.
+"""Who may import whom, who names formats and who opens files for writing, read from the sources.
 
     quantize <- sparsify <- pack <- kernels      numerics: torch and the rooms to their left
       <- errors <- system <- recipes <- ...      the tool; the whole order is ROOMS
@@ -10,6 +10,7 @@ What `--help` loads imports nothing heavy. A failure names file and line.
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import textwrap
@@ -248,6 +249,56 @@ def test_nobody_spells_the_name_of_a_format(tmp_path: Path) -> None:
     (tmp_path / "marlinctl" / "card.py").write_text('tags = {"ct": 1}\nfiles = "marlin files"\n')
     assert names_of_formats(tmp_path) == ["card.py:1: 'ct'"]
     assert names_of_formats(ROOT) == []
+
+
+# Files
+
+# Into folders that they have just made and that nobody else knows.
+MAY_OPEN_FOR_WRITING = ("checkpoint/gguf/convert.py", "checkpoint/hub.py", "evaluation/tasks.py")
+
+
+def writers_that_follow_links(root: Path) -> list[str]:
+    """Calls that write into whatever has the name: write_text and write_bytes of a path, copies of shutil, open for anything but reading,
+    unless the file must be new (x). What goes through a descriptor is os.open's question, whose flags are looked at."""
+    found = []
+    for path in sorted((root / "marlinctl").rglob("*.py")):
+        place = str(path.relative_to(root / "marlinctl"))
+        calls = (node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call))
+        if not place.startswith(MAY_OPEN_FOR_WRITING):
+            found += [f"{place}:{call.lineno}: {ast.unparse(call.func)}" for call in calls if _follows_links(call)]
+    return found
+
+
+def _follows_links(call: ast.Call) -> bool:
+    called = ast.unparse(call.func)
+    name = called.rpartition(".")[2]
+    if called == "os.open":
+        flags = ast.unparse(call.args[1])
+        return "O_CREAT" in flags and "O_EXCL" not in flags
+    if name == "open":  # of a path, or with the path as the first argument
+        modes = [*call.args[:2], *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
+        return any(isinstance(mode, ast.Constant) and re.fullmatch(r"[rwatb+]*[wa+][rwatb+]*", str(mode.value)) for mode in modes)
+    return (name in ("write_text", "write_bytes") and "." in called) or called in ("shutil.copy", "shutil.copy2", "shutil.copyfile")
+
+
+def test_nobody_writes_through_a_link(tmp_path: Path) -> None:
+    """A model folder holds links with the names of our files: who opens one for writing overwrites what it leads to. system/atomic.py
+    writes under a new name and renames; the only file that is appended to as it is, is the log that the person named."""
+    (tmp_path / "marlinctl").mkdir()
+    text = """
+        path.write_bytes(b"")
+        path.open("xb"); path.open("rb"); open(path); os.fdopen(1, "wb"); write_bytes(path, b""); os.open(path, os.O_RDONLY)
+        path.open("wb")
+        open(path, mode="a")
+        os.open(path, os.O_WRONLY | os.O_CREAT)
+        os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        shutil.copyfile(path, other)
+    """
+    (tmp_path / "marlinctl" / "card.py").write_text(textwrap.dedent(text).lstrip())
+    calls = ["1: path.write_bytes", "3: path.open", "4: open", "5: os.open", "7: shutil.copyfile"]
+    assert writers_that_follow_links(tmp_path) == [f"card.py:{call}" for call in calls]
+    (named,) = writers_that_follow_links(ROOT)
+    assert named.startswith("system/log.py:")
 
 
 # Folders

@@ -169,7 +169,7 @@ def test_every_error_has_its_exit_code(error: BaseException, code: int, anchor: 
 
 
 def test_all_problems_are_listed(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """A person would mend one problem per run."""
+    """A person would fix one problem per run."""
     error = BadInput.from_problems("E301", [Problem("first", "a", "do a"), Problem("second", "b", "do b")])
     verb(raising(error))
     assert cli.main(["probe"]) == 3
@@ -242,12 +242,12 @@ def test_common_options_count_before_and_after_the_verb(verb: Any, monkeypatch: 
 
 
 def test_the_log_file_is_written(verb: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """--log-file given before or after the verb must hold the story even when the terminal is quiet."""
-    verb(lambda console: console.say("the story"))
+    """--log-file given before or after the verb must hold progress messages even when the terminal is quiet."""
+    verb(lambda console: console.say("a message"))
     assert cli.main(["probe", "-q", "--log-file", str(tmp_path / "a.log")]) == 0
     assert cli.main(["--log-file", str(tmp_path / "b.log"), "probe", "-q"]) == 0
-    assert "the story" in (tmp_path / "a.log").read_text()
-    assert "the story" in (tmp_path / "b.log").read_text()
+    assert "a message" in (tmp_path / "a.log").read_text()
+    assert "a message" in (tmp_path / "b.log").read_text()
     assert capsys.readouterr().err == ""
     assert cli.main(["probe", "--log-file", str(tmp_path / "none" / "a.log")]) == 2
 
@@ -374,11 +374,11 @@ def test_nohup_is_heard() -> None:
 
 ERROR = """
 from marlinctl.errors import BadInput
-console.say("the story")
+console.say("a message")
 raise BadInput("E301", "w", where="p", fix="f")
 """
 RESULT = """
-console.say("the story")
+console.say("a message")
 console.result("answer", {})
 """
 
@@ -399,7 +399,7 @@ def test_closed_streams_lead_to_nowhere(closed: tuple[int, ...], body: str, code
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize(("body", "code"), [(RESULT, 0), (ERROR, 3)], ids=["result", "error"])
-def test_a_story_that_cannot_be_written_costs_nothing_else(body: str, code: int, tmp_path: Path) -> None:
+def test_a_message_that_cannot_be_written_costs_nothing_else(body: str, code: int, tmp_path: Path) -> None:
     """A run of ten hours would stop because the disk of its messages is full or their reader gone; an error's code would be lost."""
     log = tmp_path / "log"
     with Path("/dev/full").open("w") as full:
@@ -407,7 +407,7 @@ def test_a_story_that_cannot_be_written_costs_nothing_else(body: str, code: int,
         out, _ = child.communicate(timeout=30)
         assert child.returncode == code
         assert out == ("answer\n" if code == 0 else "")
-    assert "the story" in log.read_text() and "stderr cannot be written" in log.read_text()
+    assert "a message" in log.read_text() and "stderr cannot be written" in log.read_text()
     reader, writer = os.pipe()
     os.close(reader)
     child = start(body, stderr=writer)

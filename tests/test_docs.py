@@ -76,7 +76,8 @@ def test_examples_in_the_docs_use_real_options() -> None:
                 command: click.Command | None = importlib.import_module(f"marlinctl.commands.{words[1]}").command
                 if isinstance(command, click.Group) and len(words) > 2:
                     command = command.commands[words[2]]
-                known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+                shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
+                known = {name for parameter in shown for name in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
                 wrong += [
                     f"{page.name}: {line.strip()}: {word}" for word in words if word.startswith("--") and word.split("=")[0] not in known
                 ]

@@ -27,8 +27,8 @@ from marlinctl.errors import MarlinctlError
 from tests.blank import blank_pictures
 from tests.checkpoint.gguf import test_gguf
 from tests.evaluation.local_copies import saved_layout
-from tests.oneshot.test_run import TEXT
 from tests.report import documents
+from tests.runs import TEXT
 from tests.test_architecture import ROOT
 from tests.test_docs import PAGES
 from tests.test_output import commands

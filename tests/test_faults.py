@@ -21,7 +21,7 @@ from tests.faults.commands import COMMANDS, WORKS, Command
 from tests.faults.machines import MACHINES, STILL_WORKS
 from tests.faults.packed import PACKED
 from tests.killing import Ended
-from tests.oneshot.test_run import TEXT
+from tests.runs import TEXT
 from tests.test_architecture import ROOT
 from tests.tiny import make_tiny
 
@@ -58,7 +58,7 @@ def run(command: Command, arguments: list[str], cache: Path) -> Ended:
 
 def assert_told(ended: Ended, exit_code: int, text: str) -> None:
     assert ended.code == exit_code, ended.told
-    lines = [line for line in ended.told.splitlines() if not line.startswith(("warning: ", "to go on: "))]
+    lines = [line for line in ended.told.splitlines() if not line.startswith(("warning: ", "to resume: "))]
     assert text in ended.told and "Traceback" not in ended.told
     kinds = [re.match(r"error: |  where: |  fix: |  docs: ", line) for line in lines if line]
     assert all(kinds), ended.told

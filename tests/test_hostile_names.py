@@ -241,5 +241,5 @@ def test_a_token_of_the_command_line_is_published_nowhere(
     assert not leaks
     assert secret not in "".join(capfd.readouterr())
     job = tmp_path / "out.job" / "job.json"
-    assert secret in job.read_text()  # to go on with, it has to be asked for again
+    assert secret in job.read_text()  # to resume, it has to be asked for again
     assert job.stat().st_mode & 0o077 == 0

@@ -1,4 +1,4 @@
-"""The contract of output, for every command: results on stdout, the story on stderr, JSON with a schema version, plain lines without a
+"""The contract of output, for every command: results on stdout, progress on stderr, JSON with a schema version, plain lines without a
 terminal.
 
 `CALLS` has one real call of each command, on tiny models. A command that is missing there fails the first test.
@@ -26,7 +26,7 @@ from marlinctl.models.architectures import Block
 from marlinctl.oneshot.gram import SolveStage
 from marlinctl.oneshot.sequential import SequentialPipeline
 from marlinctl.system.console import SCHEMA_VERSION
-from tests.oneshot.test_run import TEXT
+from tests.runs import TEXT
 from tests.tiny import make_tiny
 
 SOLVE = "--recipe R --calibration T --samples 8 --sequence-length 64 --group-size 32 --dtype float32"
@@ -109,7 +109,7 @@ def test_every_command_has_a_call() -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_json_is_alone_on_stdout_and_the_log_has_the_story(
+def test_json_is_alone_on_stdout_and_the_log_has_the_messages(
     name: str, places: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A program that reads stdout would stumble over one stray line, from us or from a library."""

@@ -27,7 +27,7 @@ from marlinctl.pack.marlin import pack_marlin
 from marlinctl.pack.sparse_marlin import pack_sparse_marlin
 from marlinctl.pack.types import PackedSparseLinear
 from marlinctl.quantize.types import QuantizedLinear
-from marlinctl.sparsify.keep import best_of_quads
+from marlinctl.sparsify.mask import two_largest
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from marlinctl.verify.kernels import on_device
 
@@ -48,7 +48,7 @@ ODD_SHAPES = (  # N, K, group size
 ODD_TOKENS = (1, 7, 17, 65, 129, 1000)
 IDENTITY = (448, 640)  # N, K
 WINDOW = 256  # columns and rows of a timed shape that are compared, three times
-MOST_TOLD = 40
+MOST_SHOWN = 40
 
 
 class Implementation(Protocol):
@@ -134,7 +134,7 @@ def check(
 def refuse(problems: Sequence[Problem]) -> None:
     """CheckFailed E113 where anything was wrong: what gives wrong products is not timed."""
     if problems:
-        raise CheckFailed.from_problems("E113", problems[:MOST_TOLD])
+        raise CheckFailed.from_problems("E113", problems[:MOST_SHOWN])
 
 
 def _odd(tallies: Sequence[Tally], kind: Kind, device: torch.device) -> None:
@@ -213,15 +213,15 @@ def _three(tally: Tally, where: str, activations: Tensor, p: Packed, bias: Tenso
 
 
 def through_the_packer(kind: Kind, n: int, k: int, group_size: int, *, seed: int, device: torch.device) -> Packed:
-    """Every code, scales of both signs, all six choices of survivors, packed and padded as a checkpoint would be."""
+    """Every code, scales of both signs, all six choices of kept weights, packed and padded as a checkpoint would be."""
     generator = torch.Generator().manual_seed(seed)
     size = k if group_size == -1 else group_size
     codes = torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=generator)
     scales = (torch.randn(n, k // size, generator=generator) * 0.02).to(torch.float16)
     if kind == "dense":
         return on_device(pack_marlin(QuantizedLinear(codes, scales, size)), device)
-    keep = best_of_quads(torch.rand(k, n, generator=generator)).T.contiguous()
-    return on_device(pack_sparse_marlin(SparseQuantizedLinear(codes * keep, scales, size, keep)), device)
+    mask = two_largest(torch.rand(k, n, generator=generator)).T.contiguous()
+    return on_device(pack_sparse_marlin(SparseQuantizedLinear(codes * mask, scales, size, mask)), device)
 
 
 def decoded(p: Packed) -> Tensor:
@@ -230,16 +230,16 @@ def decoded(p: Packed) -> Tensor:
 
 
 def between_nans(inner: Tensor) -> Tensor:
-    room = torch.full((inner.numel() + 2 * GUARD,), torch.nan, dtype=inner.dtype, device=inner.device)
-    return room[GUARD:-GUARD].view(inner.shape).copy_(inner)
+    guarded = torch.full((inner.numel() + 2 * GUARD,), torch.nan, dtype=inner.dtype, device=inner.device)
+    return guarded[GUARD:-GUARD].view(inner.shape).copy_(inner)
 
 
 def guarded(m: int, n: int, like: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """An output full of NaN, and the NaNs before and after it. An operator that allocates its own gets memory that held NaNs."""
-    room = torch.full((m * n + 2 * GUARD,), torch.nan, dtype=like.dtype, device=like.device)
+    guarded = torch.full((m * n + 2 * GUARD,), torch.nan, dtype=like.dtype, device=like.device)
     poison = torch.full((m, n), torch.nan, dtype=like.dtype, device=like.device)
     del poison  # the allocator hands this memory out next
-    return room[GUARD:-GUARD].view(m, n), (room[:GUARD], room[-GUARD:])
+    return guarded[GUARD:-GUARD].view(m, n), (guarded[:GUARD], guarded[-GUARD:])
 
 
 def _windows(size: int, step: int) -> Iterator[tuple[int, int]]:

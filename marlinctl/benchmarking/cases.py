@@ -31,7 +31,7 @@ DEFAULT_TOKENS = (1, 8, 16, 32, 64, 128)
 GROUPS = (32, 64, 128, -1)
 ROOFLINE_SIZES = (4096, 8192, 16384, 32768)
 ROOFLINE_TOKENS = tuple(2**i for i in range(17))  # 1 .. 65536
-SIDE_BY_SIDE = ("shapes", "ideal", "roofline")  # sets whose linears nobody adds up
+SIDE_BY_SIDE = ("shapes", "ideal", "roofline")  # sets whose linears do not make up one block
 MULTIPLE = 64  # of N and K, in tiles
 
 

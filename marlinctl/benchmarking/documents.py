@@ -240,11 +240,11 @@ def read_document(path: Path) -> Document:
     try:
         return TypeAdapter(Document).validate_json(json.dumps(content))
     except ValidationError as error:
-        wrong = [Problem(_told(item), str(path), again) for item in error.errors(include_url=False)[:10]]
+        wrong = [Problem(_as_text(item), str(path), again) for item in error.errors(include_url=False)[:10]]
     raise BadInput.from_problems("E374", wrong)
 
 
-def _told(item: Any) -> str:
+def _as_text(item: Any) -> str:
     """`machine.l2_bytes cannot be 'x': input should be a valid integer`."""
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"]).lstrip(".") or "the document"
     if item["type"] in ("missing", "unexpected_keyword_argument"):

@@ -89,7 +89,7 @@ def parse_lengths(text: str) -> tuple[Lengths, ...]:
         prompt, _, new = part.partition(":")
         if not (prompt.isdecimal() and new.isdecimal() and int(prompt) >= 1 and int(new) >= 2):
             raise UsageError(
-                "E246", f"{part!r} is no prompt length and number of new tokens", where="--lengths", fix="such as 64:64,1024:128"
+                "E246", f"{part!r} is not a prompt length and number of new tokens", where="--lengths", fix="such as 64:64,1024:128"
             )
         found.append(Lengths(int(prompt), int(new)))
     return tuple(found)

@@ -136,7 +136,7 @@ class Gpu:
         return Clocks(sm_mhz=sm, memory_mhz=memory, power_watts=power, temperature=temperature)
 
     def _smi(self, *fields: str) -> list[str] | None:
-        """What nvidia-smi answers about this device, None where there is no such program. It numbers devices its own way: by UUID."""
+        """What nvidia-smi answers about this device, None where it is not installed. It numbers devices its own way: by UUID."""
         command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", f"--id=GPU-{self._facts.uuid}"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
@@ -148,5 +148,5 @@ class Gpu:
 def _number(text: str) -> float | None:
     try:
         return float(text)
-    except ValueError:  # [N/A], where a device does not tell
+    except ValueError:  # [N/A], where a device does not report it
         return None

@@ -33,7 +33,7 @@ def resources(cubin: bytes) -> Resources:
         attributes = dict(_attributes(_section(cubin, b".nv.info")))
         return Resources(attributes[REGISTERS], attributes[FRAME])
     except (struct.error, KeyError, IndexError) as error:
-        raise ValueError("this is no cubin of one kernel: its ELF header names no registers") from error
+        raise ValueError("this is not a cubin of one kernel: its ELF header names no registers") from error
 
 
 def _section(cubin: bytes, wanted: bytes) -> bytes:

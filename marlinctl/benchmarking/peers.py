@@ -74,7 +74,7 @@ def bind(function: Callable[..., Any], given: Mapping[str, object], empty: tuple
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError) as error:
-        raise ApiDiffers(f"{name} does not tell its parameters") from error
+        raise ApiDiffers(f"{name} does not report its parameters") from error
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     missing = [key for key in given if key not in parameters and not takes_any]
     if missing:

@@ -226,12 +226,12 @@ def _legend(axes: Axes) -> None:
 
 
 def _plain_ticks(axes: Axes, values: Sequence[int]) -> None:
-    """A line at each of the values, which are sorted; its label where there is room on a logarithmic axis."""
+    """A line at each of the values, which are sorted; its label where it fits on a logarithmic axis."""
     labels, widest, last = [], values[-1] / values[0], 0.0
     for value in values:
-        room = not last or math.log(value / last) > LABEL_WIDTH * math.log(widest)
-        labels.append((str(value) if value < 10_000 else f"{value // 1024}k") if room else "")
-        last = value if room else last
+        fits = not last or math.log(value / last) > LABEL_WIDTH * math.log(widest)
+        labels.append((str(value) if value < 10_000 else f"{value // 1024}k") if fits else "")
+        last = value if fits else last
     axes.set_xticks(values, labels)
     axes.minorticks_off()
 

@@ -43,6 +43,7 @@ from marlinctl.benchmarking.timing import REPLAYS, Candidate, Clock, copies_for,
 from marlinctl.benchmarking.weights import Packed, packed_bytes, random_packed
 from marlinctl.errors import UsageError
 from marlinctl.kernels import jit
+from marlinctl.system.console import gibibytes
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -158,7 +159,7 @@ def _work(asked: Asked, gpu: Device, console: Console) -> list[tuple[Shape, list
     work = [(shape, tokens) for shape, tokens in work if tokens]
     left_out = len(shapes) * len(asked.tokens) - sum(len(tokens) for _, tokens in work)
     if left_out:
-        console.warn(f"{left_out} products do not fit into the {gpu.memory_bytes / 2**30:.0f} GiB of {gpu.name} and are left out")
+        console.warn(f"{left_out} products do not fit into the {gibibytes(gpu.memory_bytes, 0)} of {gpu.name} and are left out")
     if not work:
         fix = "take a smaller linear, or fewer tokens"
         raise UsageError("E202", f"nothing that was asked for fits into the memory of {gpu.name}", where="--shape, --tokens", fix=fix)
@@ -243,7 +244,7 @@ class _Weights:
             except peers.ApiDiffers as difference:
                 bench.notes[peer.name] = PeerNote(name=peer.name, version=version, status="differs", why=str(difference))
                 bench.peers.remove(peer)
-            except Exception as error:  # noqa: BLE001  somebody else's code, which must not end our run
+            except Exception as error:  # noqa: BLE001  third-party code, which must not end the run
                 self._failed(peer.name, version, error)
             else:
                 bench.notes.setdefault(peer.name, PeerNote(name=peer.name, version=version, status="measured", why=""))
@@ -275,7 +276,7 @@ def _peer_candidate(calls: Sequence[Callable[[Tensor], object]], activations: Te
 
 
 def _line(case: Case) -> str:
-    """One case, for the story: the baseline and the best of each family."""
+    """One case, as a progress message: the baseline and the best of each family."""
     baseline = case.named(case.baseline)
     assert baseline is not None
     parts = [f"{case.n} x {case.k}, M={case.m}: torch {baseline.us:.1f} us"]

@@ -29,7 +29,7 @@ def _cases_table(cases: Sequence[Case]) -> Table:
     )
     for case in cases:
         first = True
-        for timed in _told(case):
+        for timed in _shown(case):
             ideal = case.ideal.get(timed.family)
             name = f"{timed.name} (baseline)" if timed.name == case.baseline else timed.name
             table.add_row(
@@ -51,7 +51,7 @@ def _cases_table(cases: Sequence[Case]) -> Table:
     return table
 
 
-def _told(case: Case) -> Iterator[Timed]:
+def _shown(case: Case) -> Iterator[Timed]:
     """All but configurations that another one of their kind beats: the JSON has them."""
     configurations = [timed for timed in case.candidates if "/" in timed.name]
     best = {timed.family: timed for timed in sorted(configurations, key=lambda timed: -timed.us)}

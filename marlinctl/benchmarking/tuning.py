@@ -19,7 +19,7 @@ from marlinctl.errors import BadInput
 from marlinctl.kernels import dispatch, jit
 
 SETS = ("llama3-8b", "llama3-8b-unfused", "llama3-70b", "ideal")  # where none is asked for: small, middle and large
-REPLAYS = 5  # of each configuration: enough to tell the best, and some minutes on an H200
+REPLAYS = 5  # of each configuration: enough to find the best, in some minutes on an H200
 TOKENS = (1, 16, 32, 48, 64, 96, 128, 256, 512)
 
 

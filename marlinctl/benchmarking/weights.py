@@ -1,8 +1,8 @@
 """Random linears, made on the device that multiplies with them.
 
 Zeros draw less power than random bits and let a GPU clock higher (13 % on an H200), so every word, scale and metadata nibble is random:
-scales of both signs, and all six pairs of survivors of a quad. At the sizes that are timed the packer would take seconds, and every int32
-is a valid word of MARLIN, so the words are drawn as they lie in the tiles.
+scales of both signs, and all six pairs of kept weights in a group of four. At the sizes that are timed the packer would take seconds, and
+every int32 is a valid word of MARLIN, so the words are drawn as they lie in the tiles.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from marlinctl.benchmarking.cases import Kind, Shape
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 
 Packed = PackedLinear | PackedSparseLinear
-PAIRS = tuple(first + 4 * second for second in range(4) for first in range(second))  # the nibbles of a quad's two survivors
+PAIRS = tuple(
+    first + 4 * second for second in range(4) for first in range(second)
+)  # the metadata nibbles of a group of four's two kept weights
 SCALE = 0.02
 
 

@@ -31,7 +31,8 @@ from marlinctl.checkpoint import manifest, mask
 from marlinctl.checkpoint.finite import CHUNK_BYTES, TensorScan
 from marlinctl.checkpoint.safetensors_header import header_bytes
 from marlinctl.errors import BadInput, NumericalProblem, Problem
-from marlinctl.system.files import FileRefused, exists, open_member
+from marlinctl.system.digests import sha256_of_member
+from marlinctl.system.files import FileRefused, exists
 
 if TYPE_CHECKING:
     from marlinctl.checkpoint.reader import Checkpoint
@@ -41,9 +42,9 @@ if TYPE_CHECKING:
 SHARDS_AT_ONCE = 4
 SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system that is in use (FAT) ticks every two seconds
 ALL_ZERO = -1
-_TOLD_EVERY = 1 << 24  # bytes between two steps of the progress bar
+_STEP_BYTES = 1 << 24  # bytes between two steps of the progress bar
 _SMALL = (".json", ".jinja", ".txt", ".model", ".tiktoken")
-_REPORTS = manifest.OUTSIDE - {manifest.NAME}  # they tell how long things took, so two equal folders would have two fingerprints
+_REPORTS = manifest.OUTSIDE - {manifest.NAME}  # they hold times, so two equal folders would have two fingerprints
 
 Stamp = tuple[int, ...]  # device, inode, bytes, mtime and ctime in nanoseconds
 
@@ -128,7 +129,7 @@ class Contents:
                 continue
             fix = "put back what was there and resume, or start again with a copy that nothing changes"
             try:
-                now = _sha256(self.folder, name)
+                now = sha256_of_member(self.folder, name)
             except FileRefused as refused:
                 problems.append(Problem(f"{name} is gone or replaced: {refused.problem.what}", refused.problem.where, fix))
                 continue
@@ -210,17 +211,17 @@ def _read_shards(
         console.progress(title, sum(path.stat().st_size for path in shards.values())) as progress,
         ThreadPoolExecutor(at_once, "read") as pool,
     ):
-        told = _Told(progress)
+        shared = _SharedProgress(progress)
         try:
             begun = {
-                name: pool.submit(_read_shard, checkpoint, path, tensors[path], scan, for_4_bits, told) for name, path in shards.items()
+                name: pool.submit(_read_shard, checkpoint, path, tensors[path], scan, for_4_bits, shared) for name, path in shards.items()
             }
             return {name: future.result() for name, future in begun.items()}
         finally:
-            told.over.set()
+            shared.over.set()
 
 
-class _Told:
+class _SharedProgress:
     """The progress bar, from several threads; `over` stops them."""
 
     def __init__(self, progress: Progress) -> None:
@@ -231,7 +232,9 @@ class _Told:
             self._progress.advance(count)
 
 
-def _read_shard(checkpoint: Checkpoint, path: Path, tensors: list[TensorInfo], scan: set[str], for_4_bits: set[str], told: _Told) -> _Shard:
+def _read_shard(
+    checkpoint: Checkpoint, path: Path, tensors: list[TensorInfo], scan: set[str], for_4_bits: set[str], shared: _SharedProgress
+) -> _Shard:
     """Every byte of a file, the header first. `tensors` lie in it without gaps, in this order (reader.py)."""
     import numpy as np
 
@@ -239,22 +242,22 @@ def _read_shard(checkpoint: Checkpoint, path: Path, tensors: list[TensorInfo], s
     digest = hashlib.sha256()
     problems: list[tuple[str, Problem]] = []
     odd: dict[str, int] = {}
-    untold = 0
+    unreported = 0
 
     def read(begin: int, end: int, look: TensorScan | None, where: str) -> None:
-        nonlocal untold
+        nonlocal unreported
         for start in range(begin, end, CHUNK_BYTES):
-            if told.over.is_set():
+            if shared.over.is_set():
                 return
             chunk = buffer[: min(CHUNK_BYTES, end - start)]
             checkpoint.read_file_into(path, start, chunk.data, where)
             digest.update(chunk.data)  # lets other threads run
             if look is not None:
                 look.see(chunk, start, scratch)
-            untold += len(chunk)
-            if untold >= _TOLD_EVERY:
-                told.advance(untold)
-                untold = 0
+            unreported += len(chunk)
+            if unreported >= _STEP_BYTES:
+                shared.advance(unreported)
+                unreported = 0
 
     read(0, tensors[0].begin if tensors else path.stat().st_size, None, f"{path}, its header")
     for info in tensors:
@@ -264,7 +267,7 @@ def _read_shard(checkpoint: Checkpoint, path: Path, tensors: list[TensorInfo], s
             problems.append(look.problem)
         if look is not None and len(info.shape) > 1 and (look.zero or look.constant):  # many a bias is zero
             odd[info.name] = ALL_ZERO if look.zero else look.constant
-    told.advance(untold)
+    shared.advance(unreported)
     return _Shard(digest.hexdigest(), problems, odd)
 
 
@@ -288,14 +291,8 @@ def _stamp(path: Path) -> Stamp | None:
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
-def _sha256(folder: Path, name: str) -> str:
-    """FileRefused for what may not be followed, or is not a file."""
-    with open_member(folder, name) as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def _digest_of(folder: Path, name: str) -> str:
     try:
-        return _sha256(folder, name)
+        return sha256_of_member(folder, name)
     except FileRefused as refused:
         raise BadInput.from_problems("E301", [refused.problem]) from None

@@ -56,7 +56,7 @@ class TensorScan:
 
     problem: (error id, Problem); E620 for a NaN or infinity, E604 for a weight that no scale reaches, where `for_4_bits` asks for it.
     zero: there are weights, and all seen so far are zero. constant: columns with one value in every row, of a matrix that is not zero and
-    has rows enough to tell.
+    has enough rows to decide.
     """
 
     def __init__(self, info: TensorInfo, *, for_4_bits: bool) -> None:
@@ -92,9 +92,9 @@ class TensorScan:
         if largest < self._limit or (self.problem is not None and largest < self._infinity):
             return
         first = int(np.argmax(magnitudes >= (self._infinity if largest >= self._infinity else self._limit)))  # the first True
-        self.problem = self._told(int(numbers[first]), position + first * numbers.itemsize, numbers.itemsize)
+        self.problem = self._describe(int(numbers[first]), position + first * numbers.itemsize, numbers.itemsize)
 
-    def _told(self, bits: int, position: int, itemsize: int) -> tuple[str, Problem]:
+    def _describe(self, bits: int, position: int, itemsize: int) -> tuple[str, Problem]:
         info, sign = self._info, 1 << (8 * itemsize - 1)
         name = f"{shown(info.name)}{_unravel((position - info.begin) // itemsize, info.shape)}"
         where = f"{info.file}, byte {position}"

@@ -3,7 +3,7 @@
     small files     regular, inside of the folder, JSON where they should be           E301
     manifest        of a schema that is known; config, tokenizer, template as listed   E101, E304
     quantization    the block of config.json, key by key; it is of these tensors       E302, E313, E340
-    code            nothing of config or tokenizer is run; what asks for it is told    E312
+    code            nothing of config or tokenizer is run; what asks for it is named   E312
     structure       every tensor that the model needs, and no other                    E302
     tokenizer       there, and not larger than the embedding                           E314
     tied head       the embedding, where config.json says so                           E302
@@ -13,8 +13,8 @@ it needs, and has no list of its own: quantize, sparsify, compress and plan by w
 eval, inspect, verify, report and bench, and the API. No torch; the only weights that are read are an embedding and a head that should be
 equal.
 
-Where the architecture is not in the table, `structure` is "needed" for those that walk it, and left to transformers' own strict loading for
-the others (transformers_model.py).
+Where the architecture is not in the table, `structure` is "needed" for verbs that run it block by block, and left to transformers' own
+strict loading for the others (transformers_model.py).
 """
 
 from __future__ import annotations
@@ -262,7 +262,7 @@ def _saved_again(folder: Path) -> str:
 
 
 def refuse_two_heads(checkpoint: Checkpoint, known: Architecture) -> None:
-    """BadInput E302: transformers would compute with the stored head, vLLM with the embedding, and the walk with what is tied."""
+    """BadInput E302: the stored head and the tied embedding differ, and runtimes choose either."""
     for name in known.tied_copies(checkpoint.tensors):
         if checkpoint.raw(name) != checkpoint.raw(f"{known.embedding}.weight"):
             what = f"config.json ties the output head to the embedding, and {name} is another matrix"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from marlinctl.checkpoint.formats.base import MODEL_FILES, STEMS
-from marlinctl.checkpoint.safetensors_header import MAX_HEADER_BYTES
+from marlinctl.checkpoint.safetensors_header import MAX_HEADER_BYTES, header_length
 from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, MarlinctlError, ResourceProblem, UsageError
 from marlinctl.models.tokenizer_files import TOKENIZER_FILES
 from marlinctl.system.files import FileRefused, exists, read_json, shown
@@ -44,7 +44,7 @@ WANTED = [
 UNWANTED = ["*/*"]
 ATTEMPTS = 3
 _FIRST_WAIT = 1.0  # seconds; doubles
-_AGAIN = "the download goes on where it stopped; --offline uses what was downloaded before"
+_AGAIN = "the download continues where it stopped; --offline uses what was downloaded before"
 _Result = TypeVar("_Result")
 
 
@@ -138,7 +138,7 @@ _HEADER_GUESS = 200_000  # bytes of a shard's front that are asked for; a shard 
 def _header(read: Callable[[int], bytes], size: int) -> bytes:
     """Length and header of a shard of `size` bytes, as far as it is there. read: the first so many bytes."""
     front = read(_HEADER_GUESS)
-    length = 8 + int.from_bytes(front[:8], "little")
+    length = 8 + header_length(front)
     if len(front) < length <= min(size, 8 + MAX_HEADER_BYTES):
         front = read(length)
     return front[: min(length, size)]
@@ -169,7 +169,7 @@ def _front(url: str, count: int) -> bytes:
 
 
 def missing_files(folder: Path) -> list[str]:
-    """What a snapshot lacks to be a model, as far as it tells itself."""
+    """What a snapshot lacks to be a model, as far as its own files show."""
     missing = [] if exists(folder, "config.json") else ["config.json"]
     missing += [] if any(exists(folder, name) for name in TOKENIZER_FILES) else ["tokenizer.json"]
     stem = next((stem for stem in STEMS if exists(folder, f"{stem}.safetensors.index.json")), None)
@@ -201,7 +201,7 @@ def _cached(model: str, wanted: dict[str, Any]) -> Path:
     try:
         folder = Path(snapshot_download(model, local_files_only=True, **wanted))
     except LocalEntryNotFoundError as error:
-        partial = getattr(error, "snapshot_path", None)  # newer releases tell a partial snapshot from none
+        partial = getattr(error, "snapshot_path", None)  # newer releases distinguish a partial snapshot from none
         if partial is None:
             at = f" at revision {shown(wanted['revision'], 80)}" if wanted["revision"] else ""
             what = f"{model}{at} is not in the cache, and offline means that the hub is not asked"
@@ -214,7 +214,7 @@ def _cached(model: str, wanted: dict[str, Any]) -> Path:
             "E709",
             f"the cached copy of {model} is incomplete; missing: {shown(', '.join(missing), 2000)}",
             where=str(folder),
-            fix="run once without --offline where there is a network; the download goes on where it stopped",
+            fix="run once without --offline where there is a network; the download continues where it stopped",
         )
     return folder
 
@@ -238,7 +238,7 @@ def _download(model: str, wanted: dict[str, Any], console: Console) -> Path:
     console.say(f"{model}: commit {info.sha}, {weights / 1e9:.2f} GB of weights (fetching what the cache lacks)")
     with _translated(model, revision), _quiet_library():
         folder = Path(snapshot_download(model, library_name="marlinctl", **wanted))
-    if folder.name != info.sha:  # the library fell back to an older copy, or somebody pushed just now
+    if folder.name != info.sha:  # the library fell back to an older copy, or there was a push just now
         what = f"commit {info.sha} was asked for and {folder.name} came"
         raise HubProblem("E707", what, where=where, fix="start again; a commit named with --revision cannot move")
     missing = missing_files(folder)
@@ -264,7 +264,7 @@ def _repeated(ask: Callable[[], _Result]) -> _Result:
 
 
 class _IntoOurLog(logging.Handler):
-    """What the hub library tells while it tries again belongs into the log; the terminal gets one line when it gives up."""
+    """What the hub library says while it retries goes to the log; the terminal gets one line when it gives up."""
 
     def emit(self, record: logging.LogRecord) -> None:
         logging.getLogger("marlinctl").debug("huggingface_hub: %s", record.getMessage())
@@ -272,7 +272,7 @@ class _IntoOurLog(logging.Handler):
 
 @contextmanager
 def _quiet_library() -> Iterator[None]:
-    """No story of the hub library beside ours, and no bars where there is no terminal to draw them on."""
+    """No messages of the hub library, and no progress bars where there is no terminal."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     quiet = not sys.stderr.isatty() and not are_progress_bars_disabled()

@@ -17,14 +17,14 @@ from typing import Any
 
 from marlinctl.errors import CheckFailed, Problem
 from marlinctl.system.atomic import canonical, is_temporary, whole_file
-from marlinctl.system.files import MAX_OWN_BYTES, MAX_OWN_VALUES, FileRefused, exists, open_member, open_plain, read_json, shown
+from marlinctl.system.digests import sha256_of_member
+from marlinctl.system.files import MAX_OWN_BYTES, MAX_OWN_VALUES, FileRefused, exists, open_plain, read_json, shown
 from marlinctl.system.log import printable
 
 NAME = "marlinctl_manifest.json"
 OUTSIDE = frozenset(
     {NAME, "README.md", "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html", "run.log", ".gitattributes"}
 )
-_CHUNK = 8 << 20
 UPDATE = "update marlinctl to read it (pip install --upgrade marlinctl)"
 SCHEMA = 1  # of the manifest; a greater one was written by a newer marlinctl, whose keys are unknown here
 
@@ -38,7 +38,7 @@ def build(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder; CheckFailed when there is none or it is no manifest."""
+    """The manifest of a folder; CheckFailed when there is none or it is not a manifest."""
     path = folder / NAME
     if not exists(folder, NAME):
         raise CheckFailed(
@@ -100,7 +100,7 @@ def check(folder: Path) -> dict[str, Any]:
 def describes(folder: Path, name: str, data: bytes) -> bool:
     """Whether the folder holds this file with these contents, and its manifest says so."""
     listed = read(folder)["files"].get(name)
-    wanted = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    wanted = _described(data)
     return listed == wanted and _describe(folder / name) == wanted
 
 
@@ -108,7 +108,7 @@ def replace_files(folder: Path, files: Mapping[str, bytes], **facts: Any) -> Non
     """Give a folder that is not published yet other small files of these names, and its manifest their digests and these facts, last."""
     document = read(folder)
     document |= facts
-    document["files"] |= {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    document["files"] |= {name: _described(data) for name, data in files.items()}
     for name, data in (*files.items(), (NAME, canonical(document))):
         with whole_file(folder / name) as file:
             file.write(data)
@@ -130,8 +130,7 @@ def made_from(folder: Path) -> dict[str, Any]:
 
 def digest(folder: Path) -> str:
     """SHA-256 of the manifest: one name for everything that was published. FileRefused where there is none that can be read."""
-    with open_member(folder, NAME) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of_member(folder, NAME)
 
 
 def _published(folder: Path) -> list[str]:
@@ -147,11 +146,12 @@ def _is_regular(path: Path) -> bool:
 def _describe(path: Path) -> dict[str, Any]:
     if not _is_regular(path):  # a FIFO would hang the reader, a link may lead anywhere
         return {"bytes": -1, "sha256": "not a regular file"}
-    sha256 = hashlib.sha256()
     with open_plain(path) as file:
-        while chunk := file.read(_CHUNK):
-            sha256.update(chunk)
-    return {"bytes": path.stat().st_size, "sha256": sha256.hexdigest()}
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _described(data: bytes) -> dict[str, Any]:
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _problem(folder: Path, name: str, what: str, fix: str) -> Problem:

@@ -1,9 +1,9 @@
-"""The survivors of pruning, as a file beside the weights: marlinctl_mask.safetensors.
+"""The weights that pruning kept, as a file beside the weights: marlinctl_mask.safetensors.
 
-    P.keep   [N, K/8 rounded up] uint8     bit k % 8 of byte [n, k // 8] is 1 where weight[n, k] of linear P survives
+    P.keep   [N, K/8 rounded up] uint8     bit k % 8 of byte [n, k // 8] is 1 where weight[n, k] of linear P is kept
 
-A survivor may be zero, or round to code 0, so the zeros of a weight do not tell the pattern: the mask is data and travels with the weights,
-from the solver to the packer. Native Sparse-MARLIN needs no such file, its metadata is the mask. Clients follow the index of the weights,
+A kept weight may be zero, or round to code 0, so zeros do not determine the pattern: the mask is data and travels with the weights, from
+the solver to the packer. Native Sparse-MARLIN needs no such file, its metadata is the mask. Clients follow the index of the weights,
 which does not name this file, so they load the folder as if it were not there.
 """
 
@@ -27,14 +27,14 @@ SUFFIX = ".keep"
 _AGAIN = "fetch or write the checkpoint again; without the file the pattern is found from the zeros of the weights"
 
 
-def pack_bits(keep: Tensor) -> Tensor:
-    """keep [N, K] bool -> [N, ceil(K/8)] uint8, lowest bit first; bits beyond K are 0."""
+def pack_bits(mask: Tensor) -> Tensor:
+    """mask [N, K] bool -> [N, ceil(K/8)] uint8, lowest bit first; bits beyond K are 0."""
     import torch
     from torch.nn.functional import pad
 
-    n, k = keep.shape
-    bits = pad(keep, (0, -k % 8)).reshape(n, -1, 8).to(torch.uint8)
-    places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=keep.device)
+    n, k = mask.shape
+    bits = pad(mask, (0, -k % 8)).reshape(n, -1, 8).to(torch.uint8)
+    places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
     return (bits * places).sum(-1, dtype=torch.uint8)
 
 
@@ -59,24 +59,24 @@ class Masks:
 
     def keep(self, layer: str, n: int, k: int) -> Tensor:
         """[n, k] bool, exactly two True in each aligned four. BadInput names the linear whose mask does not fit or is not 2:4."""
-        from marlinctl.sparsify.types import check_keep
+        from marlinctl.sparsify.types import check_mask
 
         info = self._checkpoint.tensors[layer + SUFFIX]
         where = f"{info.file}, tensor {info.name}"
         if info.dtype != "U8" or info.shape != (n, -(-k // 8)):
             what = f"the mask of {layer} is {info.dtype} {list(info.shape)}, its weight [{n}, {k}] asks for U8 [{n}, {-(-k // 8)}]"
             raise BadInput("E356", what, where=where, fix="mask and weights do not belong together; " + _AGAIN)
-        keep = unpack_bits(self._checkpoint.read(info.name), k)
+        mask = unpack_bits(self._checkpoint.read(info.name), k)
         try:
-            check_keep(keep)
+            check_mask(mask)
         except ValueError as problem:
             raise BadInput("E356", f"the mask of {layer} is not 2:4: {problem}", where=where, fix=_AGAIN) from None
-        return keep
+        return mask
 
     def checked_keep(self, layer: str, weight: Tensor) -> Tensor:
-        """keep of weights or codes [N, K]. BadInput where they are not zero although the mask says that they were pruned."""
-        keep = self.keep(layer, *weight.shape)
-        pruned = (weight != 0) & ~keep
+        """The mask of weights or codes [N, K]. BadInput where they are not zero although the mask says that they were pruned."""
+        mask = self.keep(layer, *weight.shape)
+        pruned = (weight != 0) & ~mask
         if bool(pruned.any()):
             row, column = pruned.nonzero()[0].tolist()
             raise BadInput(
@@ -86,7 +86,7 @@ class Masks:
                 where=self.where,
                 fix="mask and weights do not belong together; " + _AGAIN,
             )
-        return keep
+        return mask
 
 
 @contextmanager
@@ -97,7 +97,7 @@ def open_masks(folder: Path) -> Iterator[Masks | None]:
         return
     tensors, problems = read_header(folder, NAME)
     problems += [
-        Problem(f"{name} is no mask: its name does not end in {SUFFIX}", str(folder / NAME), _AGAIN)
+        Problem(f"{name} is not a mask: its name does not end in {SUFFIX}", str(folder / NAME), _AGAIN)
         for name in tensors
         if not name.endswith(SUFFIX)
     ]

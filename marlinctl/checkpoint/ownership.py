@@ -6,7 +6,7 @@
                    model: config.json, weights, tokenizer, licence and the like (model_files.py)
     OUT.rejected   one of the two
 
-Everything else is a stranger: somebody put it there, so it stops the run that would remove it, before the work and once more before
+Everything else is foreign, so it stops the run that would remove it, before the work and once more before
 the folder is replaced. Entries are judged without following links, and a link is a stranger wherever a file or a folder should be.
 """
 
@@ -84,7 +84,7 @@ def strangers_in_job(folder: Path) -> list[str]:
 
 def misfits_in_job(folder: Path) -> list[str]:
     """Entries with a name of marlinctl's that are something else: a link in the place of the journal, a folder in that of a file, and
-    a folder with somebody's file in it."""
+    a folder with a foreign file in it."""
     known = [(name, kind) for name, kind in _entries(folder) if _is_job_file(name) or _is_job_folder(name)]
     return [stranger for name, kind in known for stranger in _strange_in_job(folder, name, kind)]
 
@@ -217,7 +217,7 @@ def _published(folder: Path) -> Callable[[str], bool] | None:
 
 
 def _model(folder: Path) -> Callable[[str], bool] | None:
-    """The same for a model that somebody else wrote; None for a folder that does not look like one."""
+    """The same for a model of another tool; None for a folder that does not look like one."""
     config = _document(folder, "config.json")
     weights = any(is_weights(name) and not kind for name, kind in _entries(folder))
     if not weights or not config.keys() & {"model_type", "architectures"}:

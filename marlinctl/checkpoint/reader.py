@@ -7,7 +7,7 @@
 `open_checkpoint` reads headers only: no torch, no weights. Everything that is wrong with the folder is raised at once, as one
 BadInput. What passes is consistent: every shard is a regular file inside the folder, every byte of it belongs to exactly one
 tensor, the index and the headers name the same tensors in the same files. (Other loaders fill a missing tensor with random
-numbers and go on.) Whether these are the right tensors for the model is asked by `check_expected`.
+numbers and continue.) Whether these are the right tensors for the model is asked by `check_expected`.
 
 Weights are read with pread into memory of their own, not through a map: a file that shrinks while it is read is then an error
 and not a SIGBUS, and no page of it stays in our resident memory. `raw` maps, for those who copy bytes from file to file.
@@ -82,7 +82,7 @@ class Checkpoint:
 
         info = self.tensors[name]
         if len(info.shape) != 2:
-            raise ValueError(f"{name} is no matrix, its shape is {list(info.shape)}")
+            raise ValueError(f"{name} is not a matrix, its shape is {list(info.shape)}")
         ids = torch.as_tensor(row_ids if isinstance(row_ids, torch.Tensor) else list(row_ids), dtype=torch.int64).reshape(-1)
         wanted, place = torch.unique(ids, return_inverse=True)  # sorted: the disk is read in one direction
         if len(wanted) and not 0 <= int(wanted[0]) <= int(wanted[-1]) < info.shape[0]:
@@ -228,7 +228,7 @@ def _first_problems(wrong: Iterable[_Wrong], describe: Callable[[_Wrong], Proble
     yield from map(describe, islice(left, MAX_PROBLEMS))
     more = sum(1 for _ in left)
     if more:
-        yield Problem(f"and {more:,} more problems", str(folder), "mend the ones above first")
+        yield Problem(f"and {more:,} more problems", str(folder), "fix the ones above first")
 
 
 def _find_shards(folder: Path, weight_files: str, problems: list[Problem], notes: list[str]) -> tuple[list[str], dict[str, str] | None]:
@@ -319,7 +319,7 @@ def _refusal(folder: Path, index: str, shard: str) -> Problem | None:
     except FileRefused as refused:
         return refused.problem
     if not shard.endswith(".safetensors"):
-        what = f"the index names {shown(shard)}, which is no safetensors file"
+        what = f"the index names {shown(shard)}, which is not a safetensors file"
         return Problem(what, str(folder / index), _CONVERT.replace("FOLDER", str(folder)))
     return None
 
@@ -330,7 +330,7 @@ def _read_shards(folder: Path, shards: list[str], problems: list[Problem]) -> di
     for place, shard in enumerate(shards):
         if len(problems) > MAX_PROBLEMS:
             what = f"{len(shards) - place:,} more shards were not looked at"
-            problems.append(Problem(what, str(folder), "mend the ones above first"))
+            problems.append(Problem(what, str(folder), "fix the ones above first"))
             break
         found, wrong = read_header(folder, shard)
         problems += wrong

@@ -126,7 +126,7 @@ def _first(reasons: Sequence[str]) -> str:
 
 
 def loads(packed: Packed) -> Loads:
-    """Who loads the folder on one device: a server where one of its kernels takes every linear, everybody else by rules of their own."""
+    """Who loads the folder on one device: a server where one of its kernels takes every linear, all others by rules of their own."""
     verdicts = {v.runtime: v for v in survey(packed, (1,))}
     refused: dict[str, tuple[str, ...]] = {}
     programs = packed.format.variant_loaders.get(packed.variant, packed.format.loaders)
@@ -177,7 +177,7 @@ def split_units(
         size = sizes[name]
         if last in _ROW_PARALLEL:
             if k % split or (size != -1 and (k // split) % size):
-                reason = f"cut in {split} goes through a group of {size}" if size != -1 else f"is no multiple of {split}"
+                reason = f"cut in {split} goes through a group of {size}" if size != -1 else f"is not a multiple of {split}"
                 broken.append(f"{name}: K={k} {reason}")
                 continue
             parts.setdefault(name, []).append(Unit(name, n, k // split, size))
@@ -217,8 +217,8 @@ def _single(shapes: Mapping[str, tuple[int, int]], sizes: Mapping[str, int]) -> 
 def _refusals(runtime: Runtime, units: Sequence[Unit]) -> list[str]:
     rules: tuple[tuple[Callable[[Unit], bool], Callable[[Unit], str]], ...] = (
         (lambda u: runtime.groups is not None and u.group_size not in runtime.groups, lambda u: f"group size {u.group_size}"),
-        (lambda u: u.n % runtime.n_multiple != 0, lambda u: f"N={u.n} is no multiple of {runtime.n_multiple}"),
-        (lambda u: u.k % runtime.k_multiple != 0, lambda u: f"K={u.k} is no multiple of {runtime.k_multiple}"),
+        (lambda u: u.n % runtime.n_multiple != 0, lambda u: f"N={u.n} is not a multiple of {runtime.n_multiple}"),
+        (lambda u: u.k % runtime.k_multiple != 0, lambda u: f"K={u.k} is not a multiple of {runtime.k_multiple}"),
     )
     return [f"{unit.name}: {say(unit)}" for fails, say in rules for unit in units if fails(unit)]
 

@@ -5,7 +5,7 @@
     data      the tensors, back to back; data_offsets count from the first byte after the header
 
 The file decides how long its header is (the format allows 100 MB), so a hostile one could make a JSON parser build
-gigabytes of objects before we see what it describes. The grammar is small, and so is this scanner: it walks the mapped
+gigabytes of objects before we see what it describes. The grammar is small, and so is this scanner: it reads the mapped
 bytes with two regular expressions and keeps nothing but the entries that are well formed. A wrong header fails at its
 first wrong byte, in a few kilobytes of memory.
 
@@ -26,12 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from marlinctl.errors import Problem
+from marlinctl.system.atomic import DTYPE_BYTES
 from marlinctl.system.files import DuplicateKey, FileRefused, open_member, shown, unique_keys
 
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
-}  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000
 MAX_RANK = 8
 MAX_ELEMENTS = 2**48  # half a petabyte of F16; beyond it a size is a mistake or an attack
@@ -43,7 +40,7 @@ MAX_METADATA_KEYS = 10_000
 _TEXT = rb'"[^"\\\x00-\x1f]*+(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*+)*+"'
 _STRING = re.compile(_TEXT)
 _KEY = re.compile(rb"(" + _TEXT + rb")[ \t\r\n]*:[ \t\r\n]*")
-_ENTRY = re.compile(rb"\{[^{}]{0,4096}\}")  # an entry has no inner objects; 4 KB is room for more than 100 dimensions
+_ENTRY = re.compile(rb"\{[^{}]{0,4096}\}")  # an entry has no inner objects; 4 KB hold more than 100 dimensions
 _SPACE = re.compile(rb"[ \t\r\n]*+")
 _DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 _LFS = b"version https://git-lfs"
@@ -85,13 +82,18 @@ def header_bytes(folder: Path, name: str) -> bytes:
     """The length prefix and header as they lie in the file; for fingerprints, after read_header has accepted the file."""
     with open_member(folder, name) as handle:
         prefix = handle.read(8)
-        return prefix + handle.read(int.from_bytes(prefix, "little"))
+        return prefix + handle.read(header_length(prefix))
+
+
+def header_length(front: bytes) -> int:
+    """Bytes of the header behind the eight that say so; `front` begins with them."""
+    return int.from_bytes(front[:8], "little")
 
 
 def _parse(data: mmap.mmap, size: int, where: Path) -> tuple[dict[str, TensorInfo], list[Problem]]:
     if data[: len(_LFS)] == _LFS:
         raise FileRefused("this is a git-LFS pointer, not the weights", where, "run git lfs pull in the folder")
-    length = int.from_bytes(data[:8], "little")
+    length = header_length(data[:8])
     if length > MAX_HEADER_BYTES:
         what = f"the header claims {length:,} bytes; the format allows {MAX_HEADER_BYTES:,}"
         raise FileRefused(what, where, f"this is not a safetensors file; {_AGAIN}")
@@ -135,7 +137,7 @@ class _Scanner:
             else:
                 entries[name] = self._entry(name)
         if self.position != self.end:
-            raise self._wrong("it goes on after its closing brace")
+            raise self._wrong("it continues after its closing brace")
         return entries
 
     def _keys(self) -> Iterator[str]:
@@ -186,7 +188,7 @@ class _Scanner:
     def _text(self, raw: bytes) -> str:
         text = str(json.loads(raw))
         if any("\ud800" <= c <= "\udfff" for c in text):  # half a surrogate pair is legal JSON and no text
-            raise self._wrong("a name that is no text")
+            raise self._wrong("a name that is not text")
         return text
 
     def _at(self, byte: bytes) -> bool:

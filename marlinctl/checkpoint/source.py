@@ -4,7 +4,7 @@
     ./llama.gguf       a file that begins with GGUF   turned into a folder in our cache (checkpoint/gguf/convert.py)
     org/llama          nothing of that name here      downloaded into the hub's cache, at one commit (hub.py)
 
-Something that exists locally is never looked up on the hub. What comes back is a folder that nobody has judged yet:
+Something that exists locally is never looked up on the hub. What comes back is a folder that is not checked yet:
 `open_checkpoint` (reader.py) does that.
 """
 

@@ -1,9 +1,9 @@
-"""Has a file of weights changed since somebody wrote down its SHA-256? Asked before anything is computed from it.
+"""Has a file of weights changed since its SHA-256 was recorded? Asked before anything is computed from it.
 
     the hub's client   calls the blob that holds the file by it
     marlinctl          lists it in the manifest of what it publishes
 
-A bit that flipped on a disk makes a weight of a weight, and a new manifest would vouch for it: nothing later can tell. Of other local
+A flipped bit turns a weight into another weight, and a new manifest would confirm it: no later check can find it. Of other local
 folders no digest is known: of those is promised only that a job ends with what it was begun with (checkpoint/contents.py, which
 takes the digests that are compared here).
 
@@ -80,7 +80,7 @@ def _known(checkpoint: Checkpoint) -> dict[Path, tuple[str, str, str]]:
     for path in checkpoint.files:
         blob = path.resolve()
         if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
-            known[path] = (blob.name, "the hub holds", f"delete {blob} and start again; it is then downloaded anew")
+            known[path] = (blob.name, "the hub holds", f"delete {blob} and start again; it is then downloaded again")
     if (folder / manifest.NAME).is_file():
         listed = manifest.read(folder)["files"]
         masks = [folder / mask.NAME] if (folder / mask.NAME).is_file() else []

@@ -2,10 +2,10 @@
 
     metadata     native marlin_24: its tiles cannot be read without it
     mask file    beside any other form (checkpoint/mask.py); a linear that it does not name is dense
-    zeros        nobody states anything, yet two of each four weights are zero: a 2:4 model of another tool
+    zeros        nothing states a pattern, yet two of each four weights are zero: a 2:4 model of another tool
 
-The first two are believed, and checked. Zeros are a guess: a survivor may be zero too, and then nobody knows which of several it was.
-So a pattern found that way is always said aloud.
+The first two are trusted, and checked. Zeros are a guess: a kept weight may be zero too, and then the mask is ambiguous. So a pattern that
+is derived from zeros is always reported.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REFUSED = "E356"  # a mask of the wrong shape, not 2:4, needed and not there, or
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """Which linears are 2:4, and who says so: METADATA, MASK_FILE, ZEROS or nobody."""
+    """Which linears are 2:4, and who says so: METADATA, MASK_FILE, ZEROS, or None."""
 
     origin: str | None
     linears: tuple[str, ...]
@@ -44,7 +44,7 @@ class KeptWeights:
 
     pattern: Pattern
     kept: int
-    zero: int  # survivors that are 0: nobody can tell them from pruned weights but by the mask
+    zero: int  # kept weights that are 0: only the mask distinguishes them from pruned weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +57,17 @@ class SourcePattern:
     def origin(self, name: str) -> str | None:
         return self.pattern.origin if name in self.pattern.linears else None
 
-    def keep(self, name: str, weight: Tensor) -> Tensor:
+    def mask(self, name: str, weight: Tensor) -> Tensor:
         """[N, K] bool of a linear that the pattern names."""
         if self.pattern.origin == MASK_FILE:
             with open_masks(self.checkpoint.folder) as masks:
                 assert masks is not None
                 return masks.keep(name, *weight.shape)
-        from marlinctl.sparsify.keep import two_of_four
+        from marlinctl.sparsify.mask import two_of_four
 
-        keep = two_of_four(weight)
-        assert keep is not None
-        return keep
+        mask = two_of_four(weight)
+        assert mask is not None
+        return mask
 
 
 def of_source(checkpoint: Checkpoint, linears: Mapping[str, tuple[int, int]], console: Console) -> SourcePattern:
@@ -75,7 +75,7 @@ def of_source(checkpoint: Checkpoint, linears: Mapping[str, tuple[int, int]], co
 
     Without a mask file the first linear decides whether the others are looked at: no dense model has such zeros by accident.
     """
-    from marlinctl.sparsify.keep import two_of_four
+    from marlinctl.sparsify.mask import two_of_four
 
     def shown(name: str) -> bool:
         return two_of_four(checkpoint.read(f"{name}.weight")) is not None
@@ -134,19 +134,19 @@ def stated(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None) -> Pat
 
 
 def counted(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None) -> KeptWeights:
-    """From the weights of all linears. Where nobody states a pattern, zeros are looked at."""
-    from marlinctl.sparsify.keep import two_of_four
+    """From the weights of all linears. Where no pattern is stated, it is derived from zeros."""
+    from marlinctl.sparsify.mask import two_of_four
 
     claim = stated(checkpoint, info, masks)
     linears, kept, zero = [], 0, 0
     for layer, (n, k) in shapes(checkpoint, info).items():
-        weight, keep = weight_and_keep(checkpoint, info, layer, masks)
-        if claim.origin is None and bool(weight.any()):  # a weight of zeros alone is no pattern
-            keep = two_of_four(weight)
-        if keep is not None:
+        weight, mask = weight_and_mask(checkpoint, info, layer, masks)
+        if claim.origin is None and bool(weight.any()):  # zeros alone do not make a pattern
+            mask = two_of_four(weight)
+        if mask is not None:
             linears.append(layer)
             kept += n * k // 2
-            zero += int(((weight == 0) & keep).sum())
+            zero += int(((weight == 0) & mask).sum())
     return KeptWeights(Pattern(claim.origin or (ZEROS if linears else None), tuple(linears)), kept, zero)
 
 
@@ -170,7 +170,7 @@ def refuse(problems: Sequence[Problem]) -> None:
         raise BadInput.from_problems(REFUSED, problems)
 
 
-def weight_and_keep(checkpoint: Checkpoint, info: FormatInfo, layer: str, masks: Masks | None) -> tuple[Tensor, Tensor | None]:
+def weight_and_mask(checkpoint: Checkpoint, info: FormatInfo, layer: str, masks: Masks | None) -> tuple[Tensor, Tensor | None]:
     """Codes, or the 16-bit weight, [N, K] of a linear and its mask where one is stated. BadInput where the two contradict each other."""
     if layer in info.layers:
         parts = registry.read_parts(checkpoint, info, layer, masks)
@@ -205,7 +205,7 @@ def crowded(layer: str, codes: Tensor) -> Problem:
     if k % 4:
         return Problem(f"{layer}: K={k} is not a multiple of 4, so 2:4 cannot cover it", layer, fix)
     kept = (codes != 0).reshape(n, -1, 4).sum(-1)  # [N, K/4]
-    row, quad = (kept > 2).nonzero()[0].tolist()
-    where = f"row {row}, columns {4 * quad}..{4 * quad + 3}"
-    what = f"{layer}: {where}: {int(kept[row, quad])} of four codes are not zero, 2:4 keeps two"
-    return Problem(f"{what} ({int((kept > 2).sum()):,} of {kept.numel():,} such quads)", layer, fix)
+    row, four = (kept > 2).nonzero()[0].tolist()
+    where = f"row {row}, columns {4 * four}..{4 * four + 3}"
+    what = f"{layer}: {where}: {int(kept[row, four])} of four codes are not zero, 2:4 keeps two"
+    return Problem(f"{what} ({int((kept > 2).sum()):,} of {kept.numel():,} such groups)", layer, fix)

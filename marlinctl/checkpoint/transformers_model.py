@@ -5,7 +5,7 @@ has been copied into the model. So memory is the model in `dtype` plus one linea
 (fusing the 2-D experts of a mixture into one 3-D parameter, tying the head) happens as for any other model.
 
 Strict: a tensor the model needs and the folder lacks, or the reverse, is BadInput. transformers alone would fill it with random numbers
-and go on.
+and continue.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class LazyTensor:
 @contextmanager
 def quietly() -> Iterator[StringIO]:
     """Without the progress bars that transformers and compressed-tensors draw on stderr; what they wrote is handed out instead."""
-    with redirect_stderr(StringIO()) as story:
-        yield story
+    with redirect_stderr(StringIO()) as messages:
+        yield messages
 
 
 def refuse_incomplete(folder: Path, info: Mapping[str, Any]) -> None:

@@ -88,7 +88,7 @@ def check_output(out: Path, *, overwrite: bool, sources: Sequence[Path], rejects
         ownership.refuse_strangers(what, rejected, ownership.strangers_in_rejected(rejected), "move it away, or name another output")
     parent = real.parent
     if not parent.is_dir():
-        raise UsageError("E244", "the folder that shall hold the output does not exist", where=str(parent), fix=f"mkdir -p {parent}")
+        raise UsageError("E244", "the output folder's parent does not exist", where=str(parent), fix=f"mkdir -p {parent}")
     probe = parent / f".{real.name}.probe-{secrets.token_hex(4)}"
     try:  # asking os.access would not notice a read-only mount on every system
         probe.mkdir()
@@ -98,7 +98,7 @@ def check_output(out: Path, *, overwrite: bool, sources: Sequence[Path], rejects
             raise disk_full(probe, None, shutil.disk_usage(parent).free) from problem
         raise UsageError(
             "E244",
-            f"the folder that shall hold the output cannot be written to: {problem.strerror}",
+            f"the output folder's parent cannot be written to: {problem.strerror}",
             where=str(parent),
             fix="name another place",
         ) from problem
@@ -109,7 +109,7 @@ def _overlap(what: str, out: Path, source: Path) -> UsageError:
 
 
 def require_space(out: Path, needed: int) -> None:
-    """ResourceProblem when the disk that shall hold `out` has less than `needed` bytes free."""
+    """ResourceProblem when the disk of `out` has less than `needed` bytes free."""
     free = shutil.disk_usage(out.resolve().parent).free
     if free < needed:
         raise disk_full(out.resolve().parent, needed, free)
@@ -178,9 +178,9 @@ class StagedCheckpoint:
         """Write the next shard; returns its name while staged (the final one says how many there are)."""
         return self._write_entries([tensor_entry(name, tensor) for name, tensor in tensors.items()])
 
-    def write_mask(self, layer: str, keep: Tensor) -> None:
-        """Add the survivors [N, K] bool of one linear to the mask file (checkpoint/mask.py)."""
-        entry = tensor_entry(layer + masks.SUFFIX, masks.pack_bits(keep))
+    def write_mask(self, layer: str, mask: Tensor) -> None:
+        """Add the mask [N, K] bool of one linear to the mask file (checkpoint/mask.py)."""
+        entry = tensor_entry(layer + masks.SUFFIX, masks.pack_bits(mask))
         begin = sum(written.size for written in self._masks)
         with disk_problems(self.spool, entry.size), os.fdopen(open_regular(self.spool, os.O_RDWR | os.O_CREAT), "r+b") as file:
             os.truncate(file.fileno(), begin)
@@ -265,7 +265,7 @@ class StagedCheckpoint:
         verify(self.path)
 
     def set_aside(self) -> Path:
-        """Keep the staged folder as OUT.rejected, for somebody to look at, instead of removing it."""
+        """Keep the staged folder as OUT.rejected, instead of removing it."""
         return keep_rejected(self.path, self.out)
 
     def _write_entries(self, entries: list[Entry]) -> str:
@@ -304,7 +304,7 @@ def _no_data() -> memoryview:
 def keep_rejected(folder: Path, out: Path) -> Path:
     """Move a finished folder that may not be published beside its place, as OUT.rejected; an older one there is replaced.
 
-    What somebody else has put there meanwhile stays, and the folder gets another name. Returns where it lies.
+    What was put there meanwhile stays, and the folder gets another name. Returns where it lies.
     """
     place = _rejected(out)
     with disk_problems(place):
@@ -322,7 +322,7 @@ def _rejected(out: Path) -> Path:
 
 
 def companions(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """The companion files of a checkpoint folder, as (name, bytes). BadInput for one that may not be followed or is no plain file."""
+    """The companion files of a checkpoint folder, as (name, bytes). BadInput for a link or anything but a regular file."""
     for name in companion_names(folder):
         try:
             with open_member(folder, name) as file:
@@ -354,6 +354,8 @@ def publish_together(stages: Sequence[Finished], *, aside_in: Path | None = None
     aside_in: where old ones wait until all new ones stand, on the same disk. Default: beside their place. later: the command that publishes
     them when something is in the way now.
     """
+    for stage in stages:
+        ownership.remove_temporaries(stage.path)  # of a run that was killed while it wrote into a folder that was finished
     undo: list[tuple[Path, Path]] = []  # renames done so far, as (from, to)
     aside: list[Path] = []
     try:

@@ -32,22 +32,22 @@ SET_NAMES = ("llama3-8b", "llama3-8b-unfused", "llama3-70b", "llama2-7b", "llama
 @click.option("--roofline", is_flag=True, help="Square linears of 4k to 32k, batch 1 to 65536.")
 @click.option("--tokens", metavar="1,16,..", help="Values of M. Default: 1,8,16,32,64,128.")
 @click.option(
-    "--dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True, help="Of activations and outputs."
+    "--dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True, help="Dtype of activations and outputs."
 )
 @click.option("--group-size", type=int, metavar="N", help="32, 64, 128, or -1 for channel-wise. Default: 128; --build: all.")
 @click.option("--dense", "kind", flag_value="dense", help="Only the dense kernels.")
 @click.option("--sparse", "kind", flag_value="sparse", help="Only the 2:4 kernels. Default: both.")
-@click.option("--configurations", is_flag=True, help="Check and time every configuration beside the operator's own choice.")
-@click.option("--tune", is_flag=True, help="The same, then write the table by which the operators choose on this GPU.")
-@click.option("--check", "only_check", is_flag=True, help="Only whether the kernels are right.")
-@click.option("--peers/--no-peers", default=True, help="Time vLLM's Marlin and Machete and humming too, if installed. Default: yes.")
-@click.option("--model", type=click.Path(path_type=Path), metavar="PACKED", help="Let this packed model write text, and time it.")
-@click.option("--batch", metavar="1,16,..", help="With --model: texts written together. Default: 1,16.")
-@click.option("--lengths", metavar="64:64,..", help="With --model: tokens of a prompt and tokens written. Default: 64:64.")
-@click.option("--fuse", "fused", is_flag=True, help="With --model: q, k, v and gate, up of the packed model as one linear each.")
-@click.option("--compile", "compiled", is_flag=True, help="With --model: torch.compile for the step of one token.")
+@click.option("--configurations", is_flag=True, help="Check and time every kernel configuration.")
+@click.option("--tune", is_flag=True, help="The same, then write this GPU's dispatch table.")
+@click.option("--check", "only_check", is_flag=True, help="Check correctness only.")
+@click.option("--peers/--no-peers", default=True, help="Time vLLM's Marlin and Machete, and humming, if installed. Default: yes.")
+@click.option("--model", type=click.Path(path_type=Path), metavar="PACKED", help="Time text generation with this packed model.")
+@click.option("--batch", metavar="1,16,..", help="With --model: batch sizes. Default: 1,16.")
+@click.option("--lengths", metavar="64:64,..", help="With --model: prompt and generated tokens. Default: 64:64.")
+@click.option("--fuse", "fused", is_flag=True, help="With --model: fuse q, k, v and gate, up.")
+@click.option("--compile", "compiled", is_flag=True, help="With --model: torch.compile the decoding step.")
 @click.option("--device", default="cuda", show_default=True, metavar="DEVICE", help="cuda or cuda:N.")
-@click.option("--cache-dir", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Where compiled kernels are kept.")
+@click.option("--cache-dir", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Cache of compiled kernels.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Write bench.json and the pictures here.")
 @click.option(
     "--from", "source", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Read a bench.json; measure nothing."
@@ -64,12 +64,11 @@ def command(console: Console, **given: Any) -> None:
         marlinctl bench --build --arch sm_90
         marlinctl bench --from bench-8b/bench.json --out pictures
 
-    On a GPU, products are compared with float64 first; one that is wrong ends the run with exit code 1. Then each linear is timed in
-    a CUDA graph with weights that come from memory, beside torch.matmul in the same run. FOLDER is a packed checkpoint: its own linears
-    are measured. Exit code 4: there is no GPU.
+    Products are first compared with float64; a wrong one ends the run with exit code 1. Then each linear is timed in a CUDA graph, with
+    weights not in cache, beside torch.matmul. FOLDER is a packed checkpoint whose linears are measured. Exit code 4: there is no GPU.
 
-    With --model a packed checkpoint writes text in transformers, and then the same weights do in 16 bits: milliseconds to the first token
-    and for each one after it.
+    --model generates text with a packed checkpoint in transformers, then with the same weights in 16 bits, and times the first token and
+    the following ones.
     """
     _refuse_contradictions(given)
     if given["cache_dir"] is not None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from marlinctl.errors import EnvironmentProblem
+from marlinctl.errors import EnvironmentProblem, UsageError
 from marlinctl.system.console import Console
 
 COMPLETION_VARIABLE = "_MARLINCTL_COMPLETE"  # click's protocol: a shell sets it to ask what may follow
@@ -53,6 +53,14 @@ _OPTIONS = (
 _NAMES = ("as_json", "quiet", "verbose", "log_file", "no_color", "debug", "offline")
 
 
+class FormerFlag(click.Option):
+    """A flag under its former name: hidden, accepted for one version. `common_options` says the new name and hands the value on to it."""
+
+    def __init__(self, names: Sequence[str], **attributes: Any) -> None:
+        former, self.now = names
+        super().__init__([former], hidden=True, default=None, **attributes)
+
+
 def common_options(function: Command) -> Command:
     """Adds the common options to a verb and hands it `console` instead of them."""
 
@@ -75,6 +83,7 @@ def common_options(function: Command) -> Command:
             context.obj.append(console)  # marlinctl/cli.py reports errors through it and closes it
         else:
             context.call_on_close(console.close)
+        _move_former_flags(context.command, values, console)
         if context.command.name == "doctor":  # which reports it among its findings
             return function(console=console, **values)
         with _somewhere(console, _typed_paths(context)):
@@ -87,6 +96,20 @@ def add_common_options(function: Command) -> Command:
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
+
+
+def _move_former_flags(command: click.Command, values: dict[str, Any], console: Console) -> None:
+    """What was given under a former name becomes the value of the flag that it is called now. UsageError E202 where both were given."""
+    names = {flag: option.name for option in command.params for flag in option.opts}
+    for former in command.params:
+        if not isinstance(former, FormerFlag) or former.name is None or (value := values.pop(former.name)) is None:
+            continue
+        was, now = former.opts[0], names[former.now]
+        assert now is not None
+        if values[now] is not None:
+            raise UsageError("E202", f"{was} and {former.now} are the same option", where=was, fix=f"give {former.now} alone")
+        console.warn(f"{was} is called {former.now} now")
+        values[now] = value
 
 
 def _typed_paths(context: click.Context) -> list[str | Path]:

@@ -61,10 +61,10 @@ def command(
     report = run_compress(
         model, out, recipe, chosen_options(console, values), console, evaluate_result=evaluated, task_data=task_data, gate=gate
     )
-    tell(console, report)
+    show_result(console, report)
 
 
-def tell(console: Console, report: dict[str, Any]) -> None:
+def show_result(console: Console, report: dict[str, Any]) -> None:
     """The result, for a person and for a machine."""
     size = report["bytes"]
     lines = [f"{item['folder']} ({item['format']})" for item in report["outputs"]]

@@ -1,4 +1,4 @@
-"""`marlinctl distill`: train a pruned or quantized model towards its original."""
+"""`marlinctl distill`: train a pruned or quantized model toward its original."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 
 from marlinctl.commands.common import common_options
 from marlinctl.commands.recipe_flags import chosen_distillation, chosen_options, distill_flags, distill_run_flags
-from marlinctl.system.console import Console
+from marlinctl.system.console import Console, gibibytes
 
 
 @click.command("distill")
@@ -20,7 +20,7 @@ from marlinctl.system.console import Console
 @distill_run_flags
 @common_options
 def command(console: Console, student: str, out: Path, teacher: str, **values: Any) -> None:
-    """Train a 2:4 model towards its original, with the mask fixed; or the scales of a 4-bit model, with the codes fixed.
+    """Train a 2:4 model toward its original, with the mask fixed; or the scales of a 4-bit model, with the codes fixed.
 
     \b
     Example:
@@ -28,8 +28,8 @@ def command(console: Console, student: str, out: Path, teacher: str, **values: A
         marlinctl distill ./qwen3-int4 ./qwen3-int4-kd --teacher Qwen/Qwen3-0.6B --tokens 2000000 --mode scales
         marlinctl resume ./qwen3-2of4-kd
 
-    STUDENT is a 2:4 folder, or a 4-bit folder for --mode scales. OUT gets the same form and appears whole or not at all. Several GPUs and
-    machines: accelerate launch --multi_gpu -m marlinctl distill ... (docs/distill.md).
+    STUDENT is a 2:4 folder, or a 4-bit folder for --mode scales. OUT gets the same form, whole or not at all. Several GPUs: accelerate
+    launch --multi_gpu -m marlinctl distill ... (docs/distill.md).
     """
     from marlinctl.distillation.distributed import silence_if_second
 
@@ -39,15 +39,15 @@ def command(console: Console, student: str, out: Path, teacher: str, **values: A
     from marlinctl.distillation.run import run_distill
 
     report = run_distill(student, out, teacher, recipe, chosen_options(console, values), console)
-    tell(console, out, report)
+    show_result(console, out, report)
 
 
-def tell(console: Console, out: Path, report: dict[str, Any]) -> None:
+def show_result(console: Console, out: Path, report: dict[str, Any]) -> None:
     """The result, for a person and for a machine."""
     training, held_out = report["training"], report["held_out"]
     losses = ", ".join(f"{name} {held_out['before'][name]:.4f} -> {value:.4f}" for name, value in held_out["after"].items())
     text = (
         f"{out}: {training['tokens']:,} tokens in {training['steps']} steps, {training['seconds']:,.1f} s; "
-        f"held out: {losses}; peak {report['peak_memory_bytes'] / 2**30:.2f} GiB"
+        f"held out: {losses}; peak {gibibytes(report['peak_memory_bytes'])}"
     )
     console.result(text, {"out": str(out), **report})

@@ -9,10 +9,10 @@ from marlinctl.system.console import Console
 
 
 @click.command("doctor")
-@click.option("--quick", is_flag=True, help="Only what takes no time: no torch, no GPU, no question to the hub.")
+@click.option("--quick", is_flag=True, help="Skip slow checks: torch, GPU and hub.")
 @common_options
 def command(console: Console, quick: bool) -> None:
-    """Test what marlinctl needs of this machine.
+    """Check whether this machine has what marlinctl needs.
 
     \b
     Example:
@@ -20,9 +20,9 @@ def command(console: Console, quick: bool) -> None:
         marlinctl doctor
         marlinctl doctor --json
 
-    Each line is ok, warn or fail, with what was found and its cure. Tested are Python and the installed versions, names that hide a
-    package, cache and disk, the hub, torch, GPU, driver and NVRTC, and a small product of MARLIN and Sparse-MARLIN tiles. Tokens and
-    the home folder are left out, so the answer can go into a report. Exit code 4: something failed; warnings alone give 0.
+    Each line is ok, warn or fail, with what was found and a fix. Checked are Python and the installed versions, modules that hide a
+    package, cache and disk, the hub, torch, GPU, driver and NVRTC, and a small product of MARLIN and Sparse-MARLIN tiles. The output has no
+    tokens and no home folder, so it can go into a bug report. Exit code 4: something failed; warnings alone give 0.
     """
     from marlinctl.doctor.run import document, examine, table, worst
     from marlinctl.errors import EnvironmentProblem

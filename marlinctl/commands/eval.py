@@ -33,7 +33,7 @@ class _BatchSize(click.ParamType):
     metavar="DIR",
     help="Local copies of the tasks' data: parquet folders as on the hub, or saved data sets. No network is used.",
 )
-@click.option("--limit", type=int, metavar="N", help="Only the first N documents of each task, for trying out.")
+@click.option("--limit", type=int, metavar="N", help="Only the first N documents of each task.")
 @click.option("--num-fewshot", type=int, metavar="N", help="Examples before each question. Default: what the task says.")
 @click.option(
     "--batch-size",
@@ -48,23 +48,23 @@ class _BatchSize(click.ParamType):
 @click.option(
     "--text",
     metavar="FILE|pythondoc",
-    help="Text for perplexity and comparison: .txt, .jsonl, .parquet, or pythondoc, the prose in every CPython, which is the default.",
+    help="Text for perplexity and comparison: .txt, .jsonl, .parquet, or pythondoc (text in every CPython, the default).",
 )
 @click.option("--tokens", type=int, default=20480, show_default=True, metavar="N", help="Use the first N tokens of the text.")
 @click.option("--window", type=int, metavar="N", help="Tokens read together. Default: 1024, or all that a smaller model can read.")
-@click.option("--seed", type=int, default=1234, show_default=True, metavar="N", help="For few-shot examples and bootstraps.")
+@click.option("--seed", type=int, default=1234, show_default=True, metavar="N", help="Seed of few-shot examples and bootstraps.")
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
     default="auto",
     show_default=True,
-    help="Of weights and activations. auto: as stored, on a CPU bfloat16 where the processor has it, else float32.",
+    help="Dtype of weights and activations. auto: as stored; on a CPU bfloat16 if supported, else float32.",
 )
 @click.option("--device", metavar="DEVICE", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json", help="Write results here, after each task.")
 @click.option("--resume", is_flag=True, help="Continue --out; model, settings and versions must be equal.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of MODEL on the hub.")
-@click.option("--cache-dir", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Where converted GGUF files are kept.")
+@click.option("--cache-dir", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Cache of converted GGUF files.")
 @common_options
 def command(
     console: Console,

@@ -31,10 +31,8 @@ _MEASURING = (
 )
 _GATE = (
     click.option("--max-kl", type=_POSITIVE, metavar="NATS", help="Do not publish above this KL divergence."),
-    click.option(
-        "--max-ppl-ratio", type=_POSITIVE, metavar="X", help="Do not publish where perplexity is more than X times the original's."
-    ),
-    click.option("--publish-anyway", is_flag=True, default=None, help="Publish even where --max-kl or --max-ppl-ratio says no."),
+    click.option("--max-ppl-ratio", type=_POSITIVE, metavar="X", help="Do not publish above X times the original's perplexity."),
+    click.option("--publish-anyway", is_flag=True, default=None, help="Publish even if --max-kl or --max-ppl-ratio is exceeded."),
 )
 
 

@@ -23,9 +23,8 @@ def command(console: Console, folder: Path, weights: bool) -> None:
         marlinctl inspect ./smollm2-int4 --json
         marlinctl inspect ./smollm2-sparse --weights
 
-    Prints the model's class and size, the format, bits and group sizes, the 2:4 pattern and who states it, how many weights are
-    quantized, what lies on disk, and which programs can load it. Reads config.json and the headers of the shards and takes no time;
-    with --weights it reads everything. FOLDER may be dense, compressed-tensors, GPTQ or native.
+    Prints architecture, size, format, bits, group sizes, the 2:4 pattern and where it is stated, bytes on disk, and which programs can load
+    it. Reads only config.json and headers; --weights reads everything. FOLDER may be dense, compressed-tensors, GPTQ or native.
     """
     from marlinctl.verify.inspect import inspect, table
 

@@ -1,4 +1,4 @@
-"""`marlinctl jobs`: what unfinished runs left behind, and how to be rid of it."""
+"""`marlinctl jobs`: list and remove unfinished jobs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from marlinctl.system.console import Console, duration
 from marlinctl.system.log import printable
 
 if TYPE_CHECKING:
-    from marlinctl.jobs.listing import Leftover
+    from marlinctl.jobs.listing import UnfinishedJob
 
 
 @click.group("jobs")
 def command() -> None:
-    """List or remove what unfinished runs left behind.
+    """List or remove unfinished jobs.
 
     \b
     Example:
@@ -33,7 +33,7 @@ def command() -> None:
 @click.argument("folder", type=click.Path(path_type=Path), metavar="[FOLDER]", default=Path())
 @common_options
 def ls(console: Console, folder: Path) -> None:
-    """List the jobs below a folder: verb, how far, age, size, and whether a process is at work.
+    """List the jobs below a folder: verb, progress, age, size, and the process at work.
 
     \b
     Example:
@@ -44,7 +44,7 @@ def ls(console: Console, folder: Path) -> None:
     if not folder.is_dir():
         raise UsageError("E240", "there is no such folder", where=str(folder), fix="name a folder below which jobs may lie")
     found = find(folder)
-    lines = [printable(f"{item.path}: {_told(item)}", one_line=True) for item in found]
+    lines = [printable(f"{item.path}: {_line(item)}", one_line=True) for item in found]
     console.result("\n".join(lines) or f"no jobs below {folder}", {"jobs": [item.document() for item in found]})
 
 
@@ -53,7 +53,7 @@ def ls(console: Console, folder: Path) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @common_options
 def rm(console: Console, outs: tuple[Path, ...], yes: bool) -> None:
-    """Remove the jobs of these outputs, named as OUT or OUT.job. An output that a job had set aside returns to its place.
+    """Remove the jobs of these outputs, named as OUT or OUT.job. An output that was set aside is restored.
 
     \b
     Example:
@@ -71,7 +71,7 @@ def rm(console: Console, outs: tuple[Path, ...], yes: bool) -> None:
         if console.json or not sys.stdin.isatty():
             raise UsageError("E202", "stdin is not a terminal, so the removal cannot be confirmed", where="jobs rm", fix="add --yes")
         for item in found:
-            click.echo(printable(f"{item.path}: {_told(item)}", one_line=True), err=True)
+            click.echo(printable(f"{item.path}: {_line(item)}", one_line=True), err=True)
         if not click.confirm("remove?", err=True):
             console.result("nothing was removed", {"removed": []})
             return
@@ -80,11 +80,11 @@ def rm(console: Console, outs: tuple[Path, ...], yes: bool) -> None:
     console.result("\n".join(f"removed {item.path}" for item in found), {"removed": [item.document() for item in found]})
 
 
-def _told(item: Leftover) -> str:
+def _line(item: UnfinishedJob) -> str:
     running = "" if item.running is None else f", at work ({_who(item)})"
     return f"{item.verb}, {item.stage}, {duration(item.age)} old, {item.size / 1e6:,.1f} MB{running}"
 
 
-def _who(item: Leftover) -> str:
+def _who(item: UnfinishedJob) -> str:
     who = item.running or {}
     return f"process {who['pid']} on {who['host']}" if {"pid", "host"} <= who.keys() else "which one is not known"

@@ -26,7 +26,7 @@ _SHOWN = 3  # reasons per verdict; the rest is counted
 @click.option("--also", multiple=True, metavar="FORMAT", help="Publish this format too, in OUT-FORMAT; may be given again.")
 @click.option("--check", is_flag=True, help="Write nothing; show which runtimes accept the shapes.")
 @click.option("--tp", type=click.IntRange(1, 1024), metavar="N", help="With --check: tensor-parallel splits up to N. Default: 1.")
-@click.option("--cache-dir", type=click.Path(path_type=Path), metavar="DIR", help="Where a SOURCE from the hub is kept.")
+@click.option("--cache-dir", type=click.Path(path_type=Path), metavar="DIR", help="Cache of a SOURCE from the hub.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing OUT, after the new one is complete.")
 @click.option("--keep-job", is_flag=True, help="Keep OUT.job, the run's journal, when OUT is published.")
 @common_options
@@ -51,16 +51,15 @@ def command(
         marlinctl pack ./smollm2-sparse ./smollm2-24 --format marlin_24 --also ct
         marlinctl pack ./smollm2-int4 --check --tp 4
 
-    SOURCE is a compressed-tensors (pack-quantized), GPTQ or native folder, or a hub id, 4-bit symmetric, from marlinctl or not. The
-    integer codes are moved, never rounded again; neither the model nor a GPU is needed. `ct` is what vLLM, SGLang and transformers
-    load, `gptq` what GPTQModel and its relatives load, `marlin` the tiles of marlinctl's kernels, `marlin_24` those of its 2:4
-    kernels, `dense` a 16-bit copy for everything else (its products are rounded to float16).
+    SOURCE is a 4-bit symmetric compressed-tensors (pack-quantized), GPTQ or native folder, or a hub id. Codes are moved, never rounded
+    again; neither the model nor a GPU is needed. vLLM, SGLang and transformers load `ct`, GPTQModel loads `gptq`, marlinctl's kernels
+    `marlin` and, for 2:4, `marlin_24`; `dense` is a 16-bit copy (products rounded to float16).
 
-    `marlin_24` stores the kept weights of a 2:4 model only, half of the codes. The mask is taken from the mask file beside
-    the weights; without one, from the codes that are zero. Every other format carries the mask along in such a file.
+    `marlin_24` stores only the kept weights of a 2:4 model. The mask is that of the mask file beside the weights, else derived from codes
+    that are zero. Every other format gets such a file.
 
-    --check prints, for each runtime and tensor-parallel split, whether it accepts the shapes, and exits with 1 when marlinctl would
-    be the only one to load FORMAT at split N, although servers read that format.
+    --check prints which runtime accepts the shapes at each tensor-parallel split, and exits with 1 if marlinctl alone could load FORMAT at
+    split N although servers read that format.
     """
     if check:
         if out is not None:
@@ -84,7 +83,7 @@ def command(
 
 
 def pack(console: Console, out: Path, asked: Mapping[str, Any], *, resume: bool) -> None:
-    """Pack what is asked for (the arguments that a job's folder keeps) and tell the result."""
+    """Pack what is asked for (the arguments that a job's folder keeps) and show the result."""
     from marlinctl.convert.repack import repack
     from marlinctl.jobs.journal import Request
 

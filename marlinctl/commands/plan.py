@@ -46,11 +46,9 @@ def command(
         marlinctl plan ./llama-70b --device cuda --device-memory 80GiB --also marlin
         marlinctl plan ./model.gguf --recipe sparse-int4 --calibration text.jsonl --max-memory 8GiB --json
 
-    Lists which linears are compressed, skipped or kept, and why; the bytes of each output and who loads it; peak memory, disk and a
-    guess at the time. Reads config.json and the headers of the shards; of a hub model it fetches these alone. Exit code 1 where memory
-    or disk do not suffice; what a run would refuse is refused with the same error.
-
-    With --probe the largest solve runs once, on random numbers, and the time is told from what it took here.
+    Lists which linears are compressed, skipped or kept, and why; bytes and loaders of each output; peak memory, disk space and estimated
+    time. Reads config.json and the headers of the shards only, also of a hub model. Exit code 1 if memory or disk space does not suffice;
+    invalid inputs give the same errors as the run. --probe runs the largest solve once, on random numbers, to estimate the time.
     """
     from marlinctl.planning.plan import Settings, make_plan
     from marlinctl.planning.table import table

@@ -9,7 +9,7 @@ import click
 
 from marlinctl.commands.common import common_options
 from marlinctl.commands.recipe_flags import chosen_options, chosen_recipe, recipe_flags, run_flags
-from marlinctl.system.console import Console
+from marlinctl.system.console import Console, gibibytes
 
 
 @click.command("quantize")
@@ -35,14 +35,14 @@ def command(console: Console, model: str, out: Path, **values: Any) -> None:
 
     recipe = chosen_recipe(console, values)
     report, _ = run_job(model, out, recipe, chosen_options(console, values), console)
-    tell(console, out, report)
+    show_result(console, out, report)
 
 
-def tell(console: Console, out: Path, report: dict[str, Any]) -> None:
+def show_result(console: Console, out: Path, report: dict[str, Any]) -> None:
     """The result, for a person and for a machine."""
     size = report["bytes"]
     text = (
         f"{out}: {len(report['layers'])} linears in 4 bits, {size['source'] / 1e6:,.1f} MB -> {size['result'] / 1e6:,.1f} MB, "
-        f"mean layer error {report['error']['mean']:.5f}, {report['seconds']:.1f} s, peak {report['peak_memory_bytes'] / 2**30:.2f} GiB"
+        f"mean layer error {report['error']['mean']:.5f}, {report['seconds']:.1f} s, peak {gibibytes(report['peak_memory_bytes'])}"
     )
     console.result(text, {"out": str(out), **report})

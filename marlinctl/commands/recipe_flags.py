@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from marlinctl.commands.common import FormerFlag
 from marlinctl.errors import UsageError
 from marlinctl.system.log import redact
 
@@ -31,14 +32,14 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
         "--group-size",
         {"type": int, "metavar": "128|64|32|-1", "help": "Inputs that share a scale; -1: the whole row."},
     ),
-    "quantize.scale_sign": ("--scale-sign", {"metavar": "both|positive", "help": "positive for runtimes that want scales above zero."}),
+    "quantize.scale_sign": ("--scale-sign", {"metavar": "both|positive", "help": "positive for runtimes that require positive scales."}),
     "quantize.act_order": ("--act-order", {"metavar": "static|none", "help": "Order of columns during the solve; files stay the same."}),
-    "quantize.scale_search": ("--scale-search", {"metavar": "hessian|mse|none", "help": "Error that a group's scale minimises."}),
+    "quantize.scale_search": ("--scale-search", {"metavar": "hessian|mse|none", "help": "Error that a group's scale minimizes."}),
     "quantize.damping": ("--damping", {"type": float, "help": "Fraction of the mean diagonal added to the Hessian."}),
     "quantize.refine": ("--refine", {"type": int, "help": "Rounds of coordinate descent and scale re-fit after the solve."}),
-    "quantize.match": (
-        "--match",
-        {"type": float, "metavar": "0..1", "help": "Share of the drift from the original that each linear makes up for."},
+    "quantize.drift_correction": (
+        "--drift-correction",
+        {"type": float, "metavar": "0..1", "help": "Share of the drift from the unquantized model that is corrected; 0 is plain GPTQ."},
     ),
     "quantize.skip": (
         "--skip",
@@ -47,34 +48,36 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "quantize.include": ("--include", {"multiple": True, "metavar": "lm_head", "help": "Quantize the output head too."}),
     "sparsify.method": (
         "--method",
-        {"metavar": "refined|sparsegpt|wanda|magnitude", "help": "How the kept weights are chosen when pruning to 2:4."},
+        {"metavar": "iterative|sparsegpt|wanda|magnitude", "help": "How the kept weights are chosen when pruning to 2:4."},
     ),
-    "sparsify.mask_sweeps": ("--mask-sweeps", {"type": int, "help": "Sweeps of --method refined that may change the mask."}),
-    "sparsify.ls_iterations": ("--ls-iterations", {"type": int, "help": "Least-squares steps of --method refined."}),
+    "sparsify.mask_sweeps": ("--mask-sweeps", {"type": int, "help": "Sweeps of --method iterative that may change the mask."}),
+    "sparsify.ls_iterations": ("--ls-iterations", {"type": int, "help": "Least-squares steps of --method iterative."}),
     "calibration.source": ("--calibration", {"metavar": "SOURCE", "help": "self, a .txt/.jsonl/.parquet file, or a hub data set."}),
     "calibration.samples": ("--samples", {"type": int, "help": "Calibration samples."}),
     "calibration.sequence_length": ("--sequence-length", {"type": int, "help": "Tokens per sample."}),
-    "calibration.seed": ("--seed", {"type": int, "help": "Seed of everything that is drawn."}),
-    "calibration.chat": ("--chat", {"metavar": "auto|always|never", "help": "Use the chat template for data that are chats."}),
+    "calibration.seed": ("--seed", {"type": int, "help": "Random seed."}),
+    "calibration.chat": ("--chat", {"metavar": "auto|always|never", "help": "When to apply the chat template."}),
 }
 
+
+_FORMER_FLAGS = {"--drift-correction": "--match"}
 
 _DISTILL_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "distill.data": ("--data", {"metavar": "SOURCE", "help": "self, a .txt/.jsonl/.parquet file, or a hub data set."}),
     "distill.tokens": ("--tokens", {"type": int, "metavar": "N", "help": "Tokens to train on."}),
     "distill.mode": ("--mode", {"metavar": "full|blockwise|scales", "help": "The whole model, one block at a time, or scales and norms."}),
-    "distill.learning_rate": ("--learning-rate", {"type": float, "help": "Its peak."}),
+    "distill.learning_rate": ("--learning-rate", {"type": float, "help": "Peak learning rate."}),
     "distill.warmup": ("--warmup", {"type": float, "help": "Share of the steps in which the learning rate rises."}),
-    "distill.batch_tokens": ("--batch-tokens", {"type": int, "help": "Tokens per optimiser step, over all processes."}),
+    "distill.batch_tokens": ("--batch-tokens", {"type": int, "help": "Tokens per optimizer step, over all processes."}),
     "distill.micro_batch": ("--micro-batch", {"type": int, "help": "Rows in one forward pass; fewer need less memory."}),
     "distill.sequence_length": ("--sequence-length", {"type": int, "help": "Tokens per row."}),
     "distill.ce": ("--ce", {"type": float, "metavar": "WEIGHT", "help": "Weight of the cross entropy with the text."}),
     "distill.squarehead": ("--squarehead", {"type": float, "metavar": "WEIGHT", "help": "Weight of the error of the hidden states."}),
     "distill.kl": ("--kl", {"type": float, "metavar": "WEIGHT", "help": "Weight of the divergence from the teacher."}),
-    "distill.temperature": ("--temperature", {"type": float, "help": "Of the predictions in the divergence."}),
+    "distill.temperature": ("--temperature", {"type": float, "help": "Temperature of the divergence."}),
     "distill.cache_logits": (
         "--cache-logits",
-        {"type": int, "metavar": "K", "help": "Keep the teacher's K largest predictions on disk, and not the teacher in memory."},
+        {"type": int, "metavar": "K", "help": "Store the teacher's K largest predictions on disk instead of keeping it in memory."},
     ),
     "distill.checkpointing": (
         "--checkpointing/--no-checkpointing",
@@ -102,31 +105,29 @@ def distill_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # What every job has.
-_OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an existing OUT, after the new one is complete.")
+_OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an existing OUT once the new one is complete.")
 _THREADS = click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads.")
 _CACHE_DIR = click.option("--cache-dir", type=click.Path(path_type=Path), metavar="DIR", help="Downloads and converted GGUF files.")
-_MODULE_MAP = click.option(
-    "--module-map", type=click.Path(path_type=Path), metavar="FILE", help="Describe an architecture that marlinctl does not know."
-)
+_MODULE_MAP = click.option("--module-map", type=click.Path(path_type=Path), metavar="FILE", help="Description of an unknown architecture.")
 
 
 _STRICT = click.option(
     "--strict",
     is_flag=True,
-    help="Stop where a run would only warn: exit 3 for shards that no index names and an index without metadata, exit 6 for a Hessian that "
-    "needs a fallback, weights or inputs that are all zero, and columns with one value.",
+    help="Make warnings errors: exit 3 for shards missing from the index and an index without metadata, exit 6 for a Hessian that needs a "
+    "fallback, weights or inputs that are all zero, and constant columns.",
 )
 _DETERMINISTIC = click.option("--deterministic", is_flag=True, help="The same bytes every time on CUDA; the CPU always does that.")
 _MAX_MEMORY = click.option(
-    "--max-memory", metavar="SIZE", help="Refuse to start where more memory would be needed (4GiB, 800MiB). Default: what is free."
+    "--max-memory", metavar="SIZE", help="Refuse to start if more memory is needed (4GiB, 800MiB). Default: free memory."
 )
 _KEEP_JOB = click.option("--keep-job", is_flag=True, help="Keep OUT.job, the run's journal, when OUT is published.")
-_RESUME = click.option("--resume", is_flag=True, help="Go on with this very job, which was stopped (`marlinctl resume OUT` is shorter).")
+_RESUME = click.option("--resume", is_flag=True, help="Continue this interrupted job (shorter: `marlinctl resume OUT`).")
 _RUN_FLAGS: list[_Decorator] = [
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
     click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute."),
     click.option(
-        "--dtype", default="auto", metavar="auto|bfloat16|float32", help="Of the forward pass. auto: bfloat16 where the hardware has it."
+        "--dtype", default="auto", metavar="auto|bfloat16|float32", help="Dtype of the forward pass. auto: bfloat16 if the hardware has it."
     ),
     _OVERWRITE,
     _RESUME,
@@ -153,8 +154,8 @@ def plan_flags(function: Callable[..., Any]) -> Callable[..., Any]:
         function,
         [
             *chosen,
-            click.option("--max-memory", metavar="SIZE", help="Host memory to plan for (4GiB, 800MiB). Default: what is free."),
-            click.option("--device-memory", metavar="SIZE", help="GPU memory to plan for. Default: what nvidia-smi says is free."),
+            click.option("--max-memory", metavar="SIZE", help="Host memory to plan for (4GiB, 800MiB). Default: free memory."),
+            click.option("--device-memory", metavar="SIZE", help="GPU memory to plan for. Default: free according to nvidia-smi."),
         ],
     )
 
@@ -170,7 +171,7 @@ def distill_run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
                 "--dtype",
                 default="auto",
                 metavar="auto|bfloat16|float32",
-                help="Of the products; weights are trained in float32. auto: bfloat16 where the hardware has it.",
+                help="Dtype of products; weights are trained in float32. auto: bfloat16 where the hardware has it.",
             ),
             _OVERWRITE,
             _RESUME,
@@ -187,7 +188,7 @@ def chosen_recipe(
 ) -> Recipe:
     """The recipe with the given flags over it; takes what `recipe_flags` added out of `values`. What flags changed is said once.
 
-    extra: keys that flags of the verb itself set. verb: keys that the verb means whatever the recipe says, and nobody is told about.
+    extra: keys that flags of the verb itself set. verb: keys that the verb implies whatever the recipe says; not reported.
     """
     overrides = _given(values, _RECIPE_FLAGS)
     overrides["quantize.overrides"] = dict(_override(text) for text in values.pop("override")) or None
@@ -253,6 +254,8 @@ def _of_table(flags: Mapping[str, tuple[str, dict[str, Any]]]) -> list[_Decorato
         values = str(attributes.get("metavar", "")).split("|")
         complete = _beginning_with(values) if len(values) > 1 else None
         options.append(click.option(flag, _parameter(key), default=None, shell_complete=complete, **attributes))
+        if flag in _FORMER_FLAGS:
+            options.append(click.option(_FORMER_FLAGS[flag], flag, cls=FormerFlag, type=attributes["type"]))
     return [recipe, *options]
 
 
@@ -281,8 +284,8 @@ def _given(values: dict[str, Any], flags: Mapping[str, tuple[str, dict[str, Any]
 def _resolved(console: Console, values: dict[str, Any], overrides: Mapping[str, Any], verb: Mapping[str, Any] | None = None) -> Recipe:
     from marlinctl.recipes.schema import load_recipe, resolve
 
-    recipe, _ = resolve(load_recipe(values.pop("recipe_name")), verb or {})
-    resolved, changes = resolve(recipe, overrides)
+    recipe, _ = resolve(load_recipe(values.pop("recipe_name"), deprecated=console.warn), verb or {})
+    resolved, changes = resolve(recipe, overrides, deprecated=console.warn)
     if changes:
         console.say("flags win over the recipe: " + "; ".join(changes))
     return resolved
@@ -302,7 +305,7 @@ def _override(text: str) -> tuple[str, dict[str, int]]:
     pattern, equals, rule = text.rpartition("=")
     key, colon, value = rule.partition(":")
     if not (equals and colon and pattern and key == "group_size" and value.removeprefix("-").isdecimal()):
-        raise UsageError("E202", f"{text!r} is no override", where="--override", fix="--override 'PATTERN=group_size:32'")
+        raise UsageError("E202", f"{text!r} is not an override", where="--override", fix="--override 'PATTERN=group_size:32'")
     return pattern, {key: int(value)}
 
 
@@ -314,6 +317,6 @@ def size_in_bytes(text: str | None, flag: str) -> int | None:
 
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     if not match:
-        raise UsageError("E202", f"{text!r} is no amount of memory", where=flag, fix="write it as 4GiB or 800MiB")
+        raise UsageError("E202", f"{text!r} is not an amount of memory", where=flag, fix="write it as 4GiB or 800MiB")
     unit = 1024 if match[3] or not match[2] else 1000
     return int(float(match[1]) * unit ** " KMGT".index(match[2].upper() or " "))

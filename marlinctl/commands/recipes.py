@@ -51,7 +51,7 @@ def show(console: Console, recipe: str) -> None:
     """
     from marlinctl.recipes.schema import load_recipe, recipe_hash
 
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, deprecated=console.warn)
     console.result(loaded.to_yaml().rstrip(), {"recipe": loaded.model_dump(mode="json"), "sha256": recipe_hash(loaded)})
 
 
@@ -73,7 +73,7 @@ def check(console: Console, recipes: tuple[str, ...]) -> None:
     hashes: dict[str, str] = {}
     for name in recipes:
         try:
-            hashes[name] = recipe_hash(load_recipe(name))
+            hashes[name] = recipe_hash(load_recipe(name, deprecated=console.warn))
         except UsageError as error:
             first_id = first_id or error.error_id
             problems.extend(error.problems)

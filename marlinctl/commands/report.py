@@ -27,10 +27,9 @@ def command(console: Console, out: Path, scores: Path | None, bench: Path | None
         marlinctl report ./smollm2-int4 --scores scores.json
         marlinctl report ./smollm2-int4 --bench bench/bench.json
 
-    OUT is a folder that compress, quantize, sparsify, distill or pack published. From its marlinctl_report.json come
-    marlinctl_report.html, one page for a browser that needs no network (error, bits and time of every layer, quality with its
-    uncertainty, provenance, the command that makes it again), marlinctl_report.md and README.md, the model card. Scores and speeds
-    that are given become part of the JSON. The weights are not touched: all four files lie outside the manifest.
+    OUT is a published folder. Its marlinctl_report.json is rendered as marlinctl_report.html (one page that works offline),
+    marlinctl_report.md and README.md, the model card. Given scores and speeds are added to the JSON. Weights are not touched: all four
+    files lie outside the manifest.
     """
     from marlinctl.report.files import CARD, HTML, JSON, MARKDOWN
     from marlinctl.report.rewrite import read_bench, rewrite

@@ -1,16 +1,16 @@
-"""`marlinctl resume`: go on with a run that was stopped, killed, or ran out of disk."""
+"""`marlinctl resume`: continue a run that was interrupted, killed, or ran out of disk space."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import chdir, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from marlinctl.commands.common import common_options, go_offline
+from marlinctl.commands.common import FormerFlag, common_options, go_offline
 from marlinctl.commands.evaluation_flags import changed_gate, chosen_measuring, evaluation_flags
 from marlinctl.commands.recipe_flags import command_line
 from marlinctl.errors import UsageError
@@ -23,33 +23,36 @@ if TYPE_CHECKING:
     from marlinctl.oneshot.open import Options
     from marlinctl.recipes.schema import Recipe
 
+_T = TypeVar("_T")
+
 
 @click.command("resume")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
-@click.option("--redo-from", type=click.IntRange(0), metavar="N", help="Solve block N and all behind it again.")
+@click.option("--from-block", type=click.IntRange(0), metavar="N", help="Solve block N and all later ones again.")
+@click.option("--redo-from", "--from-block", cls=FormerFlag, type=click.IntRange(0))
 @click.option("--overwrite", is_flag=True, help="Replace an OUT that is there by now, after the new one is complete.")
 @click.option("--keep-job", is_flag=True, help="Keep OUT.job, the run's journal, when OUT is published.")
 @evaluation_flags
 @common_options
-def command(console: Console, out: Path, redo_from: int | None, overwrite: bool, keep_job: bool, **values: Any) -> None:
-    """Go on with a quantize, sparsify, distill, pack or compress that did not come to its end.
+def command(console: Console, out: Path, from_block: int | None, overwrite: bool, keep_job: bool, **values: Any) -> None:
+    """Continue an interrupted quantize, sparsify, distill, pack or compress.
 
     \b
     Example:
         marlinctl resume ./qwen3-int4
-        marlinctl resume ./qwen3-int4 --redo-from 12
+        marlinctl resume ./qwen3-int4 --from-block 12
         marlinctl resume ./qwen3-int4 --tasks arc,winogrande --limit 100
         marlinctl jobs ls .
 
-    OUT is what the command named; its folder OUT.job holds what was asked for and what is finished. The same recipe, options and paths are
-    used again, the paths from where the command was given. On a CPU the result is that of a run that was never stopped, byte for
-    byte. Where the model, the recipe or a version differs from what the job was begun with, every difference is listed and nothing is done.
+    OUT is that of the original command; its folder OUT.job holds the request and what is finished. Recipe, options and paths are those of
+    the request. On a CPU the result is byte for byte that of an uninterrupted run. Any difference in model, recipe or versions is listed,
+    and nothing is done.
 
-    --redo-from goes back instead: what is finished from block N on is solved again. The states that enter the last two blocks are kept, so
-    going further back begins with the first block.
+    --from-block goes back: block N and all later blocks are solved again. Only the inputs of the last two blocks are kept, so going further
+    back restarts at the first block.
 
-    How the result of a compress or sparsify is measured may differ from what the job was begun with: --tasks, --text, --window and the
-    like, the gate, or --no-eval. What is finished stays finished; report and recipe.yaml say what was really used.
+    The measurement of a compress or sparsify may be changed: --tasks, --text, --window and the like, --max-kl, --max-ppl-ratio, --no-eval.
+    Nothing is solved again for that.
     """
     from marlinctl.jobs.journal import JOB, JobFolder
 
@@ -58,15 +61,15 @@ def command(console: Console, out: Path, redo_from: int | None, overwrite: bool,
     job.refuse_foreign(resume=True)
     if not (job.path / JOB).is_file():
         fix = "`marlinctl jobs ls FOLDER` lists the jobs below a folder; to start over, give the whole command again"
-        raise UsageError("E287", "there is no job to go on with", where=str(job.path), fix=fix)
+        raise UsageError("E287", "there is no job to resume", where=str(job.path), fix=fix)
     request = job.request()
-    if redo_from is not None and request.verb not in ("quantize", "sparsify", "compress"):
-        what = f"--redo-from counts the blocks of a walk, and {request.verb} has none"
-        raise UsageError("E288", what, where="--redo-from", fix="leave it out")
+    if from_block is not None and request.verb not in ("quantize", "sparsify", "compress"):
+        what = f"--from-block counts the blocks that are quantized or pruned, and {request.verb} has none"
+        raise UsageError("E288", what, where="--from-block", fix="leave it out")
     changes = {name: value for name, value in values.items() if value is not None}
     if changes and request.verb not in ("sparsify", "compress"):
         flag = "--no-eval" if values["evaluated"] is False else "--" + next(iter(changes)).replace("_", "-").replace("evaluated", "eval")
-        what = f"{flag} says how a result is measured, and {request.verb} measures none"
+        what = f"{flag} changes the measurement, and {request.verb} does not measure"
         raise UsageError("E288", what, where=flag, fix="leave it out; `marlinctl eval` measures what is published")
     _make_absolute(values)
     if request.verb not in _VERBS:
@@ -76,7 +79,7 @@ def command(console: Console, out: Path, redo_from: int | None, overwrite: bool,
         asked["options"] = {**asked["options"], "command": f"{asked['options'].get('command', '')}; {command_line()}"}
     console.say(f"{request.verb}, as it was asked for in {job.path}")
     with chdir(request.folder) if request.folder and request.folder.is_dir() else nullcontext():
-        _VERBS[request.verb](console, out, asked, values, redo_from, overwrite, keep_job)
+        _VERBS[request.verb](console, out, asked, values, from_block, overwrite, keep_job)
 
 
 def _make_absolute(values: dict[str, Any]) -> None:
@@ -87,7 +90,7 @@ def _make_absolute(values: dict[str, Any]) -> None:
         values["text"] = str(Path(values["text"]).expanduser().absolute())
 
 
-def _options(console: Console, document: dict[str, Any], redo_from: int | None, overwrite: bool, keep_job: bool) -> Options:
+def _options(console: Console, document: dict[str, Any], from_block: int | None, overwrite: bool, keep_job: bool) -> Options:
     from marlinctl.oneshot.open import Options
 
     asked: Options = _read(Options, document, "the options")
@@ -97,7 +100,7 @@ def _options(console: Console, document: dict[str, Any], redo_from: int | None, 
         asked,
         offline=asked.offline or console.offline,
         resume=True,
-        redo_from=redo_from,
+        redo_from=from_block,
         overwrite=asked.overwrite or overwrite,
         keep_job=asked.keep_job or keep_job,
     )
@@ -113,10 +116,10 @@ def _measuring(
     overrides, task_data = chosen_measuring(values)
     recipe, changes = resolve(_recipe(asked["recipe"]), overrides)
     if changes:
-        console.say("measured otherwise than the job was begun: " + "; ".join(changes))
+        console.say("measured differently from the original command: " + "; ".join(changes))
     gate = changed_gate(values, _read(Gate, recorded["gate"], "the gate").document())
     if values["evaluated"] is False and gate.asked:
-        console.warn("--no-eval: nothing is measured, so the gate (--max-kl, --max-ppl-ratio) is left away too")
+        console.warn("--no-eval: nothing is measured, so the gate (--max-kl, --max-ppl-ratio) is ignored too")
         gate = Gate()
     found = recorded.get("task_data") if task_data is None else str(task_data)
     if found is not None:
@@ -125,25 +128,31 @@ def _measuring(
 
 
 def _recipe(document: Any) -> Recipe:
-    from marlinctl.recipes.schema import Recipe
+    from marlinctl.recipes.schema import recipe_of_document
 
-    recipe: Recipe = _read(Recipe, document, "the recipe")
-    return recipe
+    return _reading(lambda: recipe_of_document(document), "the recipe")
 
 
 def _read(form: Any, document: Any, name: str) -> Any:
-    """A part of job.json in this form. UsageError E287 where this version has other keys, or the file was changed."""
-    from pydantic import TypeAdapter, ValidationError
+    """A part of job.json in this form."""
+    from pydantic import TypeAdapter
+
+    return _reading(lambda: TypeAdapter(form).validate_python(document), name)
+
+
+def _reading(read: Callable[[], _T], name: str) -> _T:
+    """A part of job.json. UsageError E287 where this version has other keys, or the file was changed."""
+    from pydantic import ValidationError
 
     try:
-        return TypeAdapter(form).validate_python(document)
+        return read()
     except ValidationError as error:
         first = error.errors()[0]
         what = f"{name} of the job cannot be read: {'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise UsageError("E287", shown(what), where="job.json", fix=_OTHER) from error
 
 
-def _walk(console: Console, out: Path, asked: dict[str, Any], values: dict[str, Any], *changes: Any) -> None:
+def _solve(console: Console, out: Path, asked: dict[str, Any], values: dict[str, Any], *changes: Any) -> None:
     from marlinctl.commands import quantize, sparsify
     from marlinctl.evaluation.gate import Gate, Measurement
     from marlinctl.evaluation.settings import EvalSettings
@@ -158,22 +167,22 @@ def _walk(console: Console, out: Path, asked: dict[str, Any], values: dict[str, 
         measured = {"gate": gate.document(), "task_data": task_data}
     options = _options(console, asked["options"], *changes)
     report, _ = run_job(asked["model"], out, recipe, options, console, looking, measured=measured)
-    (quantize.tell if report["kind"] == "quantize" and not report["sparse"] else sparsify.tell)(console, out, report)
+    (quantize.show_result if report["kind"] == "quantize" and not report["sparse"] else sparsify.show_result)(console, out, report)
 
 
 def _distill(console: Console, out: Path, asked: dict[str, Any], _values: dict[str, Any], *changes: Any) -> None:
-    from marlinctl.commands.distill import tell
+    from marlinctl.commands.distill import show_result
     from marlinctl.distillation.distributed import silence_if_second
 
     silence_if_second(console)
     from marlinctl.distillation.run import run_distill
 
     options = _options(console, asked["options"], *changes)
-    tell(console, out, run_distill(asked["student"], out, asked["teacher"], _recipe(asked["recipe"]), options, console))
+    show_result(console, out, run_distill(asked["student"], out, asked["teacher"], _recipe(asked["recipe"]), options, console))
 
 
 def _compress(console: Console, out: Path, asked: dict[str, Any], values: dict[str, Any], *changes: Any) -> None:
-    from marlinctl.commands.compress import tell
+    from marlinctl.commands.compress import show_result
 
     given = any(value is not None for value in values.values())
     recipe, gate, task_data = _measuring(asked, asked, values, console)
@@ -189,7 +198,7 @@ def _compress(console: Console, out: Path, asked: dict[str, Any], values: dict[s
         task_data=None if task_data is None else Path(task_data),
         gate=gate,
     )
-    tell(console, report)
+    show_result(console, report)
 
 
 def _pack(
@@ -211,7 +220,7 @@ class _Measured:
 
 
 @dataclass(frozen=True, slots=True)
-class _Walked:
+class _Solved:
     model: str
     recipe: dict[str, Any]
     options: dict[str, Any]
@@ -246,6 +255,6 @@ class _Packed:
     keep_job: bool
 
 
-_ARGUMENTS = {"quantize": _Walked, "sparsify": _Walked, "distill": _Distilled, "compress": _Compressed, "pack": _Packed}
+_ARGUMENTS = {"quantize": _Solved, "sparsify": _Solved, "distill": _Distilled, "compress": _Compressed, "pack": _Packed}
 _OTHER = "continue with the version of marlinctl that began it, or start again"
-_VERBS = {"quantize": _walk, "sparsify": _walk, "distill": _distill, "compress": _compress, "pack": _pack}
+_VERBS = {"quantize": _solve, "sparsify": _solve, "distill": _distill, "compress": _compress, "pack": _pack}

@@ -10,13 +10,13 @@ import click
 from marlinctl.commands.common import common_options, go_offline
 from marlinctl.commands.evaluation_flags import chosen_gate, chosen_measuring, evaluation_flags
 from marlinctl.commands.recipe_flags import chosen_options, chosen_recipe, recipe_flags, run_flags
-from marlinctl.system.console import Console
+from marlinctl.system.console import Console, gibibytes
 
 
 @click.command("sparsify")
 @click.argument("model", type=click.Path(), metavar="MODEL")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
-@click.option("--pattern", default="2:4", show_default=True, metavar="2:4", help="What survives; 2:4 is all that tensor cores know.")
+@click.option("--pattern", default="2:4", show_default=True, metavar="2:4", help="Sparsity pattern; tensor cores support 2:4 only.")
 @evaluation_flags
 @recipe_flags
 @run_flags
@@ -51,16 +51,16 @@ def command(console: Console, model: str, out: Path, pattern: str, **values: Any
         looking = Measurement(EvalSettings.of_recipe(recipe.evaluate, task_data), gate, console)
         measured = {"gate": gate.document(), "task_data": None if task_data is None else str(task_data)}
     report, _ = run_job(model, out, recipe, chosen_options(console, values), console, looking, measured=measured)
-    tell(console, out, report)
+    show_result(console, out, report)
 
 
-def tell(console: Console, out: Path, report: dict[str, Any]) -> None:
+def show_result(console: Console, out: Path, report: dict[str, Any]) -> None:
     """The result, for a person and for a machine."""
     size = report["bytes"]
     sizes = f"{size['source'] / 1e6:,.1f} MB -> {size['result'] / 1e6:,.1f} MB"
     lines = [
         f"{out}: {report['sparse']} linears 2:4 at {report['bits']} bits, {sizes}, mean layer error {report['error']['mean']:.5f}, "
-        f"{report['seconds']:.1f} s, peak {report['peak_memory_bytes'] / 2**30:.2f} GiB"
+        f"{report['seconds']:.1f} s, peak {gibibytes(report['peak_memory_bytes'])}"
     ]
     if "evaluation" in report:
         lines += ["", report["evaluation"]["table"]]

@@ -13,12 +13,12 @@ from marlinctl.system.console import Console
 @click.command("verify")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="FOLDER")
 @click.option("--source", metavar="MODEL", help="Compare with the model it was made from: a folder, a hub id or a GGUF file.")
-@click.option("--cache-dir", type=click.Path(path_type=Path), metavar="DIR", help="Where a fetched or converted --source is kept.")
+@click.option("--cache-dir", type=click.Path(path_type=Path), metavar="DIR", help="Cache of a fetched or converted --source.")
 @click.option("--load/--no-load", default=None, help="Load it with transformers on the CPU, compare logits. Default: if memory allows.")
 @click.option(
-    "--kernels/--no-kernels", default=True, help="Multiply with native tiles: by the GPU, else as its kernel reads them. Default: yes."
+    "--kernels/--no-kernels", default=True, help="Run packed layers on the GPU, or in the CPU emulator if there is none. Default: yes."
 )
-@click.option("--module-map", type=click.Path(path_type=Path), metavar="FILE", help="Describes an unknown architecture.")
+@click.option("--module-map", type=click.Path(path_type=Path), metavar="FILE", help="Description of an unknown architecture.")
 @common_options
 def command(
     console: Console, folder: Path, source: str | None, cache_dir: Path | None, load: bool | None, kernels: bool, module_map: Path | None
@@ -30,11 +30,10 @@ def command(
         marlinctl verify ./smollm2-int4
         marlinctl verify ./smollm2-int4 --source ./SmolLM2-135M
 
-    Compares every file with the manifest, every tensor with what the model needs, packs the codes again and compares bytes, and
-    loads the model with transformers to compare its logits with those of the dequantized weights. Masks of a 2:4 model are compared
-    with its weights. Native tiles are multiplied by the CUDA kernel where there is a GPU (all outputs), elsewhere read as that kernel
-    reads them, through an emulator (a sample of each linear), and the products compared. With --source it also shows how far each
-    linear is from the original (of a 2:4 linear, its kept weights), and fails where that is implausible. Exit code 1: a check failed.
+    Compares every file with the manifest and every tensor with what the model needs, packs the codes again and compares bytes, compares 2:4
+    masks with the weights, and loads the model with transformers to compare its logits with those of the dequantized weights. Packed layers
+    are run by the CUDA kernel, or by an emulator of it without a GPU (a sample of each linear). --source compares each linear with the
+    original (of a 2:4 linear, its kept weights) and fails where the difference is implausible. Exit code 1: a check failed.
     """
     from marlinctl.verify.run import verify
     from marlinctl.verify.source import summary
@@ -48,7 +47,7 @@ def command(
     facts = checked.document()
     lines = [f"{folder}: ok", f"  {facts['files']} files, {facts['linears']} linears in {facts['format']}"]
     if checked.pattern is not None:
-        zero = f"{checked.pattern['zero_survivors']:,} kept weights are zero"
+        zero = f"{checked.pattern['zero_kept']:,} kept weights are zero"
         lines.append(f"  2:4 in {checked.pattern['linears']} linears by the {checked.pattern['origin']}, what was pruned is zero, {zero}")
     if checked.kernels is not None:
         read = f"{checked.kernels.blocks} of {checked.kernels.of_blocks} blocks of 64 outputs"

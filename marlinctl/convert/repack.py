@@ -1,7 +1,7 @@
 """`marlinctl pack`: the same integer codes in another format. No model, no GPU, no calibration; nothing is rounded.
 
     source shard ─ one linear ─► codes [N, K], scales [N, G] ─► the target's tensors ─► staged shard
-    mask file or metadata ─────► keep [N, K], if it is 2:4 ───► metadata, or the staged mask file
+    mask file or metadata ─────► mask [N, K], if it is 2:4 ───► metadata, or the staged mask file
     untouched tensors ─────────────── as bytes ──────────────────────────────────────► their own shards
     companions, config with the new quantization_config, manifest
     from disk: codes, scales and mask of every linear equal the source's, untouched bytes too ─► published
@@ -14,7 +14,7 @@ To `ct`, scales go as they are. `gptq` and the native formats hold fp16 scales, 
 them exactly. `dense` is for clients that read no packed format: fp16(code * scale), which rounds to 11 significant bits (the product has
 up to 14), so a dense copy is close to the packed model and not equal to it.
 
-A mask travels along, into whatever form. `marlin_24` needs one for every linear; where nobody states a pattern, it is found from the
+A mask travels along, into whatever form. `marlin_24` needs one for every linear; where none is stated, it is found from the
 codes that are zero, and that is said. Masks and codes are compared before anything is written.
 """
 
@@ -60,7 +60,7 @@ class Source:
     masks: Masks | None = None
     carried: tuple[str, ...] = ()  # linears that stayed 16-bit and have a mask all the same: it travels with them
     notes: tuple[str, ...] = ()  # what the person should know of the folder
-    from_zeros: bool = False  # nobody states the 2:4 pattern that a target needs: the codes that are zero tell
+    from_zeros: bool = False  # the target needs a 2:4 pattern and none is stated: it is derived from codes that are zero
 
     @property
     def origin(self) -> str | None:
@@ -72,18 +72,18 @@ class Source:
         parts = registry.read_parts(self.checkpoint, self.info, layer, self.masks)
         if not self.from_zeros:
             return parts
-        from marlinctl.sparsify.keep import two_of_four
+        from marlinctl.sparsify.mask import two_of_four
 
-        keep = two_of_four(parts.codes)
-        if keep is None:
+        mask = two_of_four(parts.codes)
+        if mask is None:
             raise BadInput.from_problems("E356", [sparsity.crowded(layer, parts.codes)])
-        return replace(parts, keep=keep)
+        return replace(parts, keep=mask)
 
-    def keep(self, layer: str) -> Tensor | None:
+    def mask(self, layer: str) -> Tensor | None:
         """The mask of a linear, packed or carried, compared with its weight."""
         if layer in self.info.layers:
             return self.parts(layer).keep
-        return sparsity.weight_and_keep(self.checkpoint, self.info, layer, self.masks)[1]
+        return sparsity.weight_and_mask(self.checkpoint, self.info, layer, self.masks)[1]
 
     def masked(self, fmt: Format) -> set[str]:
         """The linears that the mask file of a target names: metadata is one already."""
@@ -258,15 +258,15 @@ def _check_pattern(source: Source, console: Console) -> None:
     if source.origin is None:
         return
     if source.masks is None and not source.from_zeros:
-        console.say("2:4: the metadata says which weights survived")
+        console.say("2:4: the mask is that of the metadata")
         return  # it is checked whenever it is read
     console.say(
-        "2:4: no mask file says which weights survived, so it is told from the codes that are zero; "
-        "where a quad has more than two of those, its lowest columns count as survivors"
+        "2:4: there is no mask file, so the mask is derived from codes that are zero; "
+        "where a group of four has more than two of those, the lowest columns count as kept"
         if source.masks is None
-        else f"2:4: {source.masks.where} says which weights of {len(source.masks.layers)} linears survived"
+        else f"2:4: the masks of {len(source.masks.layers)} linears are those of {source.masks.where}"
     )
-    sparsity.refuse(sparsity.contradictions([*source.info.layers, *source.carried], source.keep, console))
+    sparsity.refuse(sparsity.contradictions([*source.info.layers, *source.carried], source.mask, console))
 
 
 def written_bytes(source: Source, fmt: Format) -> int:
@@ -304,10 +304,10 @@ def _write_linears(source: Source, stages: Mapping[Format, writer.StagedCheckpoi
             progress.advance()
     _flush(stages, pending)
     for layer in source.carried:
-        keep = source.keep(layer)
+        mask = source.mask(layer)
         for stage in stages.values():
-            if keep is not None:
-                stage.write_mask(layer, keep)
+            if mask is not None:
+                stage.write_mask(layer, mask)
 
 
 def _flush(stages: Mapping[Format, writer.StagedCheckpoint], pending: dict[Format, dict[str, Tensor]]) -> None:
@@ -405,7 +405,7 @@ def check_written(source: Source, fmt: Format, folder: Path, console: Console) -
                 compare(source, written, info, layer, masks)
                 progress.advance()
         for layer in source.carried:
-            _same_keep(folder, layer, source.keep(layer), sparsity.weight_and_keep(written, info, layer, masks)[1])
+            _same_mask(folder, layer, source.mask(layer), sparsity.weight_and_mask(written, info, layer, masks)[1])
     for name in source.untouched:
         if written.raw(name) != source.checkpoint.raw(name):
             raise _unequal(folder, f"{name} differs from the source")
@@ -418,24 +418,24 @@ def _same_parts(source: Source, written: Checkpoint, info: FormatInfo, layer: st
     same_scales = torch.equal(want.scales.to(torch.float32), got.scales.to(torch.float32))
     if not torch.equal(want.codes, got.codes) or not same_scales or want.group_size != got.group_size:
         raise _unequal(written.folder, f"{layer}: codes or scales read back differ from what was packed")
-    _same_keep(written.folder, layer, want.keep, got.keep)
+    _same_mask(written.folder, layer, want.keep, got.keep)
 
 
 def _same_weight(source: Source, written: Checkpoint, info: FormatInfo, layer: str, masks: Masks | None) -> None:
     import torch
 
     parts = source.parts(layer)
-    weight, keep = sparsity.weight_and_keep(written, info, layer, masks)
+    weight, mask = sparsity.weight_and_mask(written, info, layer, masks)
     if not torch.equal(parts.weight().to(torch.float16), weight):
         raise _unequal(written.folder, f"{layer}: the weight read back differs from what was written")
-    _same_keep(written.folder, layer, parts.keep, keep)
+    _same_mask(written.folder, layer, parts.keep, mask)
 
 
-def _same_keep(folder: Path, layer: str, want: Tensor | None, got: Tensor | None) -> None:
+def _same_mask(folder: Path, layer: str, want: Tensor | None, got: Tensor | None) -> None:
     import torch
 
     if want is not None and (got is None or not torch.equal(want, got)):
-        raise _unequal(folder, f"{layer}: the survivors read back differ from those that were packed")
+        raise _unequal(folder, f"{layer}: the kept weights read back differ from those that were packed")
 
 
 def _unequal(folder: Path, what: str) -> CheckFailed:

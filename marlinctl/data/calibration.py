@@ -10,7 +10,6 @@ BOS token can weigh as much as thousands of ordinary ones.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -29,6 +28,7 @@ from marlinctl.models.transformers_config import transformers_config
 from marlinctl.recipes.schema import Calibration
 from marlinctl.system.confined import Bounds, Exceeded, confined
 from marlinctl.system.console import Console
+from marlinctl.system.digests import sha256_of_tensors
 from marlinctl.system.files import shown
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def load_calibration(
         "sequence_length": asked.sequence_length,
         "cut": cut,
         "seed": asked.seed,
-        "sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+        "sha256": sha256_of_tensors(ids),
     }
     console.say(
         f"calibration: {asked.source} ({how}), {ids.shape[0]} of {asked.samples} samples, "
@@ -139,7 +139,7 @@ def _require(asked: Calibration, ids: Tensor, counted: Tensor) -> None:
 def read_samples(asked: Calibration, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, str, int]:
     """[S, L] int64 with -1 where padded; how they were made; how many chats were longer than L. No more is read than the samples need.
 
-    Whether the data are chats is told by their first document (with --chat always by any). BadInput E325 where the chat template takes
+    Whether the data are chats is decided by their first document (with --chat always by any). BadInput E325 where the chat template takes
     too much time or memory.
     """
     found = iter(_documents(asked))
@@ -196,7 +196,7 @@ def _hub_documents(source: str) -> Iterator[Document]:
         rows = iter(load_dataset(name, rest[0] if len(rest) > 1 else None, split=split, streaming=True))
         first = next(rows, None)
     except Exception as error:  # the library raises many kinds for an absent, gated or unreachable data set
-        if "scripts are no longer supported" in str(error):  # datasets >= 4 runs none, and tells nobody but by these words
+        if "scripts are no longer supported" in str(error):  # datasets >= 4 runs none, and says so only in these words
             raise BadInput(
                 "E385",
                 "this data set is a program that would have to be run to read it",

@@ -8,7 +8,7 @@
 Rows become one text by joining them with a blank line, which is how the published WikiText-2 perplexities are made.
 `load_text` gives that one text with its SHA-256; `documents` gives the rows one by one, and chats stay chats.
 
-A data file is somebody else's: it may be binary, in another encoding, truncated, hold one line of a gigabyte, or unpack to a thousand
+A data file is foreign: it may be binary, in another encoding, truncated, hold one line of a gigabyte, or unpack to a thousand
 times its size. It is read as a stream, up to what is needed. Lines have an upper size, so a refusal names the line and costs no memory;
 parquet, whose library unpacks as the file says, is read in a process of its own (system/confined.py). Nothing in a file is ever run.
 """
@@ -123,7 +123,7 @@ def _python_topics() -> list[str]:
 
 
 def _open_kind(source: str) -> tuple[Path, str]:
-    """The path and its kind, told by the name: txt, jsonl or parquet."""
+    """The path and its kind, from the name: txt, jsonl or parquet."""
     path = Path(source).expanduser()
     if not path.exists():
         raise UsageError("E240", f"no such text: {source}", where=str(path), fix=f"give {KINDS}")
@@ -299,7 +299,7 @@ def _chat(turns: Any, *, where: str) -> Chat:
 
 
 def _encodable(text: str, *, where: str) -> str:
-    """JSON may spell half of a surrogate pair (\\ud83d), which is no character and which no tokenizer takes."""
+    """JSON may spell half of a surrogate pair (\\ud83d), which is not a character and which no tokenizer takes."""
     if len(text) > LONGEST_TEXT:
         raise BadInput("E385", f"a text is longer than {LONGEST_TEXT:,} characters", where=where, fix="divide it into several rows")
     try:

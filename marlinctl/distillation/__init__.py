@@ -1,4 +1,4 @@
-"""How a student is trained towards its teacher. marlinctl/distillation/run.py is the public face.
+"""How a student is trained toward its teacher. marlinctl/distillation/run.py is the public face.
 
 losses.py      cross entropy, SquareHead and divergence, as sums over counted tokens
 settings.py    what the settings come to, and which contradict each other

@@ -3,7 +3,7 @@
     weights    every process has loaded the same student and teacher: one checksum of each parameter and buffer, compared exactly,
                before the models are shared out
     losses     a sharded model computes what the whole one does: one held-out row, token by token, in every process, against the whole
-               model on the main process's device, where that has room for it
+               model on the main process's device, if it fits
 
 A run that fails here has written nothing but its job folder.
 """
@@ -24,7 +24,7 @@ from marlinctl.system.console import Console
 from marlinctl.system.host import available_memory
 
 _TOKENS = 256  # of the row that is compared
-_ROOM = 0.9  # of the free memory, for the weights; the rest is for activations
+_SHARE_FOR_WEIGHTS = 0.9  # of the free memory, for the weights; the rest is for activations
 _REPORT = "use --multi_gpu where the model fits; please report it, with `marlinctl doctor --json`"
 
 
@@ -105,7 +105,7 @@ class Comparison:
         device = self._processes.device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
         try:
-            if nbytes <= _ROOM * free:
+            if nbytes <= _SHARE_FOR_WEIGHTS * free:
                 return self._losses(load())
         except torch.OutOfMemoryError:  # something else on the device took it in between
             pass

@@ -1,11 +1,11 @@
-"""One block at a time: what a machine can do that does not hold the model and its optimiser state.
+"""One block at a time, for a machine that cannot hold the model and its optimizer state.
 
     teacher   t ──► block i of the teacher ──► t'                   hidden states of all rows, in scratch files beside OUT
     student   s ──► block i of the student ──► s' ≈ t'              trained on  mean (s' - t')² / mean t'²
                                                                     then s ◄── s', t ◄── t', and the next block
 
-A block learns to give the teacher's hidden states from those that the student's trained blocks give it, so it also mends what the blocks
-before it could not. Memory: one block of the teacher, one of the student with its gradients and optimiser state, and the activations of
+A block learns to give the teacher's hidden states from those that the student's trained blocks give it, so it also corrects errors of
+the blocks before it. Memory: one block of the teacher, one of the student with its gradients and optimizer state, and the activations of
 one part of a step. The final norm is not trained: it belongs to no block.
 """
 
@@ -70,13 +70,13 @@ class BlockLoop:
         total = self.steps * len(self.blocks)
         with Stopping() as stopping, self.console.progress("distill", total) as progress:
             for block, original in zip(self.blocks, self.opened.teacher.architecture.blocks, strict=True):
-                energy = self._run_teacher(original)
+                target_energy = self._run_teacher(original)
                 if block.index < len(self.records):
                     layer = self.student.load(block, torch.float32, replaced=self._finished(block.index))
                     progress.advance(self.steps)
                 else:
                     layer = self.student.load(block, torch.float32)
-                    self._train(block, layer, energy, resumed, stopping, progress)
+                    self._train(block, layer, target_energy, resumed, stopping, progress)
                 self.student.advance(layer, block, self._autocast)
                 drop_parameters(layer)
         if stopping.asked:  # came behind the last block, which is saved
@@ -102,24 +102,26 @@ class BlockLoop:
     def _run_teacher(self, block: Block) -> float:
         """Take the teacher's hidden states through one block; returns their mean square over the rows that are trained on."""
         layer = self.teacher.load(block, self.dtype)
-        energy, counted = 0.0, 0
+        target_energy, counted = 0.0, 0
         self.teacher.advance(layer, block, self._autocast)
         drop_parameters(layer)
         for part in _parts(0, self.rows.trained, self.asked.micro_batch):
             mask = self.rows.counted[part]
             states = self.teacher.hidden[part].double().square_().cpu()
-            energy += float(states[mask].sum())
+            target_energy += float(states[mask].sum())
             counted += int(mask.sum()) * states.shape[-1]
-        return energy / counted
+        return target_energy / counted
 
-    def _train(self, block: Block, layer: nn.Module, energy: float, resumed: State | None, stopping: Stopping, progress: Progress) -> None:
+    def _train(
+        self, block: Block, layer: nn.Module, target_energy: float, resumed: State | None, stopping: Stopping, progress: Progress
+    ) -> None:
         places = {name: place for name, place in block_places(block).items() if name in self.trained}
         parameters = {name: layer.get_parameter(name[len(block.prefix) + 1 :]) for name in by_parameter(places)}
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         optimizer = make_optimizer(parameters.values(), self.device)
         pruned = self._pruned(places, parameters)
-        before = self._held_out_error(layer, block, energy)
+        before = self._held_out_error(layer, block, target_energy)
         base = block.index * self.steps
         first = 0
         if resumed is not None and base < resumed.step < base + self.steps:
@@ -130,7 +132,7 @@ class BlockLoop:
         started = time.monotonic()
         loss = torch.zeros((), device=self.device)
         for step in range(first, self.steps):
-            loss += self._step(layer, block, step, energy)
+            loss += self._step(layer, block, step, target_energy)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, self.steps, self.asked)
             optimizer.step()
@@ -148,14 +150,14 @@ class BlockLoop:
             if stopping.asked and not last:
                 self.console.say(f"state after step {done} of {self.steps} of block {block.index} is saved")
                 stopping.raise_again()
-        self._finish(block, layer, places, parameters, before, energy)
+        self._finish(block, layer, places, parameters, before, target_energy)
         if stopping.asked:
             self.console.say(f"block {block.index} is finished and saved")
             stopping.raise_again()
 
-    def _step(self, layer: nn.Module, block: Block, step: int, energy: float) -> Tensor:
+    def _step(self, layer: nn.Module, block: Block, step: int, target_energy: float) -> Tensor:
         rows = rows_of_step(step, self.per_step, self.rows.trained, self.asked.seed)
-        scale = 1.0 / (energy * self.student.hidden.shape[-1] * int(self.rows.counted[rows].sum()))
+        scale = 1.0 / (target_energy * self.student.hidden.shape[-1] * int(self.rows.counted[rows].sum()))
         total = torch.zeros((), device=self.device)
         for part in rows.split(self.asked.micro_batch):
             loss = self._squared(layer, block, part) * scale
@@ -172,11 +174,11 @@ class BlockLoop:
         return (output.float() - target).square().masked_fill(padding, 0.0).sum()
 
     @torch.no_grad()
-    def _held_out_error(self, layer: nn.Module, block: Block, energy: float) -> float:
+    def _held_out_error(self, layer: nn.Module, block: Block, target_energy: float) -> float:
         held_out = torch.arange(self.rows.trained, self.rows.ids.shape[0])
         counted = int(self.rows.counted[held_out].sum()) * self.student.hidden.shape[-1]
         total = sum(float(self._squared(layer, block, part)) for part in held_out.split(self.asked.micro_batch))
-        return total / counted / energy
+        return total / counted / target_energy
 
     def _log(self, block: Block, done: int, loss: Tensor) -> str:
         step = block.index * self.steps + done
@@ -197,7 +199,7 @@ class BlockLoop:
         places: Mapping[str, Place],
         parameters: Mapping[str, nn.Parameter],
         before: float,
-        energy: float,
+        target_energy: float,
     ) -> None:
         """Round to what the checkpoint can hold, measure, and put the block on the disk."""
         tensors: dict[str, Tensor] = {}
@@ -205,7 +207,7 @@ class BlockLoop:
             dtype = torch_dtype(self.opened.student.checkpoint.tensors[names[0]])
             parameters[parameter].copy_(parameters[parameter].to(dtype))
             tensors |= {name: parameters[parameter][places[name].index].to(dtype) for name in names}
-        after = self._held_out_error(layer, block, energy)
+        after = self._held_out_error(layer, block, target_energy)
         self.job.save_block(block.index, tensors)
         self.records.append({"block": block.index, "before": before, "after": after})
         self.job.save_document("blocks.json", {"blocks": self.records, "curve": self.curve, "seconds": self.seconds})
@@ -220,7 +222,7 @@ class BlockLoop:
         masked = {name: place for name, place in places.items() if name.removesuffix(".weight") in pattern.shapes}
         return {
             parameter: assemble(
-                ((places[name], ~pattern.keep(name.removesuffix(".weight"))) for name in names), parameters[parameter].shape, torch.bool
+                ((places[name], ~pattern.mask(name.removesuffix(".weight"))) for name in names), parameters[parameter].shape, torch.bool
             ).to(self.device)
             for parameter, names in by_parameter(masked).items()
         }
@@ -230,7 +232,7 @@ class BlockLoop:
 
 
 class _Side:
-    """One of the two models: its skeleton, and its hidden states between two blocks, [R, L, H] in scratch."""
+    """One of the two models: its meta model, and its hidden states between two blocks, [R, L, H] in scratch."""
 
     hidden: Tensor | FileTensor
 

@@ -3,10 +3,10 @@
     one process              every tensor is whole
     several, replicated      DistributedDataParallel: each holds the whole model, gradients are averaged
     several, sharded         FSDP2 (`accelerate launch --use_fsdp --fsdp_version 2`): each holds a part of every parameter and of its
-                             optimiser state; a block's parameters are gathered when it runs
+                             optimizer state; a block's parameters are gathered when it runs
 
-accelerate starts the processes and says who is who. Process 0, the main one, reads the data, writes every file and tells the story;
-the others are silent unless something of their own goes wrong. Sharding is torch's fully_shard, block by block, for student and teacher.
+accelerate starts the processes and numbers them. Process 0, the main one, reads the data, writes every file and prints progress
+messages; the others print errors only. Sharding is torch's fully_shard, block by block, for student and teacher.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Processes:
     # What all must agree on
 
     def main_first(self, work: Callable[[], Value]) -> Value:
-        """The main process does it first. If it fails there, it tells why, and the others leave with the same exit code."""
+        """The main process does it first. If it fails there, it reports the error, and the others exit with the same code."""
         if self.count == 1:
             return work()
         value: Value | None = None
@@ -156,7 +156,7 @@ class Processes:
     # Parameters
 
     def spread(self, tensor: Tensor | None, parameter: Tensor) -> Tensor:
-        """What the main process has for a parameter (weight, optimiser state), as this process holds it."""
+        """What the main process has for a parameter (weight, optimizer state), as this process holds it."""
         held = tensor.to(self.device) if tensor is not None and self.main else torch.empty(parameter.shape, device=self.device)
         if self.count == 1:
             return held

@@ -62,7 +62,7 @@ class Loop:
         self._counts = torch.zeros(3, dtype=torch.float64)
 
     def run(self, resumed: State | None) -> None:
-        """All steps that are left. A signal ends it after the current step, with a state to go on from."""
+        """All steps that are left. A signal ends it after the current step, with a state to resume from."""
         first = 0
         if resumed is not None:
             first = self._restore(resumed)
@@ -87,7 +87,7 @@ class Loop:
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """The losses on the held-out rows. The cross entropy is measured in any case: it tells how well the text is predicted."""
+        """The losses on the held-out rows. The cross entropy is measured in any case: it shows how well the text is predicted."""
         weights = Weights(1.0, self.asked.squarehead, self.asked.kl, self.asked.temperature)
         held_out = torch.arange(self.rows.trained, self.rows.ids.shape[0])
         sums = torch.zeros(3, device=self.processes.device)
@@ -135,7 +135,7 @@ class Loop:
         hidden = out.hidden_states[1:] if weights.squarehead else ()
         return loss_sums(out.logits, hidden, ids, counted, signals, weights)
 
-    # What is told and kept
+    # Reports and saved states
 
     def _log(self, done: int) -> str:
         """A line of the loss curve, for the report and for the person who waits. Waits for the device."""
@@ -147,9 +147,9 @@ class Loop:
         rate = learning_rate(done - 1, self.steps, self.asked)
         self.curve.append({"step": done, "tokens": done * self._tokens_per_step, "learning_rate": rate, **means})
         left = duration(self.seconds / done * (self.steps - done))
-        told = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
+        losses = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
         speed = done * self._tokens_per_step / self.seconds
-        return f"{told}, learning rate {rate:.1e}, {speed:,.0f} tokens/s, {left} left"
+        return f"{losses}, learning rate {rate:.1e}, {speed:,.0f} tokens/s, {left} left"
 
     @property
     def _tokens_per_step(self) -> int:
@@ -173,7 +173,7 @@ class Loop:
             self.job.save(State(done, tensors, {"curve": self.curve, "seconds": self.seconds}))
 
     def _restore(self, state: State) -> int:
-        """Weights, optimiser state and loss curve as they were saved by the main process; returns the steps that are done."""
+        """Weights, optimizer state and loss curve as they were saved by the main process; returns the steps that are done."""
         with torch.no_grad():
             for name, parameter in self.student.trained.items():
                 local(parameter).copy_(local(self.processes.spread(state.tensors.get(f"weight.{name}"), parameter)))

@@ -29,7 +29,7 @@ from marlinctl.errors import BadInput, Problem, UsageError
 from marlinctl.models.architectures import Architecture
 from marlinctl.oneshot.open import Options
 from marlinctl.recipes.schema import Distill
-from marlinctl.sparsify.keep import two_of_four
+from marlinctl.sparsify.mask import two_of_four
 from marlinctl.system.console import Console
 
 _SPARSIFY = "make it 2:4 first: marlinctl sparsify MODEL OUT"
@@ -48,19 +48,19 @@ class Pattern:
         self.shapes: Mapping[str, tuple[int, int]] = {layer: specs[layer] for layer in layers if layer in specs}
         self.strangers = [layer for layer in layers if layer not in specs]
 
-    def keep(self, layer: str) -> Tensor:
-        """[N, K] bool, True = survives."""
+    def mask(self, layer: str) -> Tensor:
+        """[N, K] bool, True = kept."""
         if self._masks is not None:
             return self._masks.keep(layer, *self.shapes[layer])
-        keep = two_of_four(self._checkpoint.read(f"{layer}.weight"))
-        if keep is None:
+        mask = two_of_four(self._checkpoint.read(f"{layer}.weight"))
+        if mask is None:
             raise BadInput(
                 "E356",
                 f"{layer} is not 2:4: some four neighbours along K hold more than two weights",
                 where=str(self._checkpoint.tensors[f"{layer}.weight"].file),
                 fix=f"the folder has no {masks.NAME}, so every linear must show the pattern; {_SPARSIFY}",
             )
-        return keep
+        return mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def open_models(
     noted: Callable[[str], Noted | None] = lambda name: None,
     before_weights: Callable[[Model], None] = lambda student: None,
 ) -> TrainingInputs:  # fmt: skip
-    """All checks, from cheap to dear. What is opened is closed by `stack`. noted: what a resumed job knows of the weights.
+    """All checks, cheap ones first. What is opened is closed by `stack`. noted: what a resumed job knows of the weights.
     before_weights: those of the caller that need none.
     """
     pupil = _open_student(_resolve(student, None, options, console), asked, options, console, stack)
@@ -204,12 +204,12 @@ def _check_pattern(student: Model, pattern: Pattern, console: Console) -> None:
 
 
 def _check_layer(student: Model, pattern: Pattern, layer: str) -> None:
-    keep = pattern.keep(layer)
+    mask = pattern.mask(layer)
     if not pattern.from_file:
         return
     packed = layer in student.info.layers
     values = read_parts(student.checkpoint, student.info, layer).codes if packed else student.checkpoint.read(f"{layer}.weight")
-    alive = (values != 0) & ~keep
+    alive = (values != 0) & ~mask
     if bool(alive.any()):
         row, column = alive.nonzero()[0].tolist()
         raise BadInput(

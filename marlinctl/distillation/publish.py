@@ -7,7 +7,6 @@ the mask              travels on, or is written for the first time where it was 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,10 @@ from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.distillation.open import TrainingInputs
 from marlinctl.errors import CheckFailed, NumericalProblem, Problem
 from marlinctl.models.switches import without
-from marlinctl.sparsify.types import check_keep
+from marlinctl.planning.memory import SHARD_BYTES
+from marlinctl.sparsify.types import check_mask
 from marlinctl.system.console import Console
-
-SHARD_BYTES = 1 << 30
+from marlinctl.system.digests import sha256_of_tensors
 
 
 def build(
@@ -43,7 +42,7 @@ def build(
     digests = _write_changed(opened, values, staged)
     staged.copy_tensors(checkpoint, [name for name in checkpoint.tensors if name not in digests])
     for layer in opened.pattern.shapes:
-        staged.write_mask(layer, opened.pattern.keep(layer))
+        staged.write_mask(layer, opened.pattern.mask(layer))
     staged.copy_companions(checkpoint.folder)
     staged.write_file("recipe.yaml", recipe_yaml.encode())
     staged.finish(
@@ -72,7 +71,7 @@ def _write_changed(opened: TrainingInputs, values: Iterable[tuple[str, Tensor]],
                 where=name,
                 fix="a lower --learning-rate; the job's folder is kept",
             )
-        digests[name] = _digest(tensor)
+        digests[name] = sha256_of_tensors(tensor)
         pending[name] = tensor
         size += tensor.numel() * tensor.element_size()
         if size >= SHARD_BYTES:
@@ -90,12 +89,12 @@ def check_written(folder: Path, opened: TrainingInputs, digests: Mapping[str, st
     with open_checkpoint(folder) as written, open_masks(folder) as masks:
         with console.progress("check from disk", len(digests) + len(opened.pattern.shapes)) as progress:
             for name, digest in digests.items():
-                if name not in written.tensors or _digest(written.read(name)) != digest:
+                if name not in written.tensors or sha256_of_tensors(written.read(name)) != digest:
                     problems.append(Problem(f"{name} on disk differs from what was trained", str(folder), again))
                 progress.advance()
             for layer, (n, k) in opened.pattern.shapes.items():
-                keep = masks.keep(layer, n, k) if masks is not None else opened.pattern.keep(layer)
-                problems += _pattern_problems(layer, keep, opened, written)
+                mask = masks.keep(layer, n, k) if masks is not None else opened.pattern.mask(layer)
+                problems += _pattern_problems(layer, mask, opened, written)
                 progress.advance()
         packed = detect(written.config, written.tensors).layers
         for layer in packed:
@@ -106,16 +105,12 @@ def check_written(folder: Path, opened: TrainingInputs, digests: Mapping[str, st
         raise CheckFailed.from_problems("E103", problems)
 
 
-def _pattern_problems(layer: str, keep: Tensor, opened: TrainingInputs, written: Checkpoint) -> list[Problem]:
-    check_keep(keep)
-    if not torch.equal(keep, opened.pattern.keep(layer)):
+def _pattern_problems(layer: str, mask: Tensor, opened: TrainingInputs, written: Checkpoint) -> list[Problem]:
+    check_mask(mask)
+    if not torch.equal(mask, opened.pattern.mask(layer)):
         return [Problem(f"the mask of {layer} is not the one that was trained with", layer, "please report it: a defect of marlinctl")]
     if f"{layer}.weight" not in written.tensors:
         return []  # packed: its codes are compared with the student's
-    alive = int(((written.read(f"{layer}.weight") != 0) & ~keep).sum())
+    alive = int(((written.read(f"{layer}.weight") != 0) & ~mask).sum())
     what = f"{layer} is not 2:4 any more: {alive} pruned weights are not zero"
     return [Problem(what, layer, "please report it: a defect of marlinctl")] if alive else []
-
-
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -10,7 +10,6 @@ each pass over the data, and a step's rows follow from its number alone, so a re
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,6 +25,7 @@ from marlinctl.errors import BadInput
 from marlinctl.planning.training_settings import HELD_OUT_SHARE, held_out_rows, rows_per_step, steps_of
 from marlinctl.recipes.schema import Calibration, Distill
 from marlinctl.system.console import Console
+from marlinctl.system.digests import sha256_of_tensors
 
 SELF_TOGETHER = 128  # rows that the teacher writes at a time
 
@@ -45,9 +45,7 @@ class Rows:
 
     @property
     def sha256(self) -> str:
-        digest = hashlib.sha256(self.ids.numpy().tobytes())
-        digest.update(self.counted.numpy().tobytes())
-        return digest.hexdigest()
+        return sha256_of_tensors(self.ids, self.counted)
 
 
 def load_rows(asked: Distill, folder: Path, *, console: Console, load_teacher: Callable[[], torch.nn.Module]) -> Rows:

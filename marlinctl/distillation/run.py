@@ -1,8 +1,8 @@
-"""`distill`: train a pruned or quantized model towards its original, with the mask or the codes fixed.
+"""`distill`: train a pruned or quantized model toward its original, with the mask or the codes fixed.
 
     look at both models ─► rows of tokens ─► losses before ─► train ─► round ─► losses after ─► check from disk ─► publish
     (nothing written)                                         │
-                                                              └─► OUT.job/ every `save_every` steps, to go on from
+                                                              └─► OUT.job/ every `save_every` steps, to resume from
 
 Three modes (docs/distill.md): full trains the linears and norms of the whole model, blockwise the same one block at a time, scales the
 scales and norms of a 4-bit model. The result has the form of the student: a folder for `quantize`, or for `pack`.
@@ -89,7 +89,7 @@ class _Run:
 
 
 def run_distill(student: str, out: Path, teacher: str, recipe: Recipe, options: Options, console: Console) -> dict[str, Any]:
-    """Train `student` towards `teacher` and publish it as `out`. Returns the report as a JSON document."""
+    """Train `student` toward `teacher` and publish it as `out`. Returns the report as a JSON document."""
     processes = Processes(options.device)
     forget_device_peaks(processes.device)  # `compress` quantizes first
     run = _Run(out, recipe, options, console, processes, DistillJob(out), forward_dtype(processes.device, options.dtype))
@@ -128,7 +128,7 @@ def run_distill(student: str, out: Path, teacher: str, recipe: Recipe, options: 
             opened = open_models(student, teacher, run.asked, options, console, stack, noted, before_weights)
             for contents in opened.contents.values():
                 run.job.watch(contents)
-            _require_room(opened, out, run.asked)
+            _require_disk_space(opened, out, run.asked)
             return opened
 
         processes.main_first(take)
@@ -189,12 +189,12 @@ def _state(run: _Run, resume: bool) -> State | None:
         if resume:
             run.console.say("the job has no saved state: it starts with its first step")
         return None
-    run.console.say(f"going on after step {described[0]}")
+    run.console.say(f"resuming after step {described[0]}")
     return found if found is not None else State(described[0], {}, described[1])
 
 
 def _fingerprint(run: _Run, opened: TrainingInputs, rows: Rows) -> dict[str, Any]:
-    """Everything that decides the numbers. Where any of it differs, going on would mix two jobs."""
+    """Everything that decides the numbers. Where any of it differs, resuming would mix two jobs."""
     return {
         **{name: contents.fingerprint for name, contents in opened.contents.items()},
         "recipe": run.asked.model_dump(mode="json"),
@@ -205,7 +205,7 @@ def _fingerprint(run: _Run, opened: TrainingInputs, rows: Rows) -> dict[str, Any
     }
 
 
-def _require_room(opened: TrainingInputs, out: Path, asked: Distill) -> None:
+def _require_disk_space(opened: TrainingInputs, out: Path, asked: Distill) -> None:
     """Disk for the result and, beside it, for two states (weights and two moments in float32) and what the teacher predicts."""
     tensors = opened.student.checkpoint.tensors
     result = sum(info.nbytes for info in tensors.values())
@@ -248,11 +248,11 @@ def _train(run: _Run, opened: TrainingInputs, rows: Rows, state: State | None) -
             dtype=run.dtype, processes=processes, job=run.job, console=run.console,
         )  # fmt: skip
         before = loop.measure()
-        run.console.say(f"held out, before: {_told(before)}")
+        run.console.say(f"held out, before: {_as_text(before)}")
         loop.run(state)
         student.settle(opened)
         after = loop.measure()
-        run.console.say(f"held out, after, as published: {_told(after)}")
+        run.console.say(f"held out, after, as published: {_as_text(after)}")
         if after["loss"] > before["loss"]:
             run.console.warn("the held-out loss has risen: the result is worse than the student; try a lower --learning-rate")
     return _publish(run, opened, rows, student.values, loop.facts(), before, after)
@@ -279,11 +279,11 @@ def _train_blocks(run: _Run, opened: TrainingInputs, rows: Rows, state: State | 
     )  # fmt: skip
     loop.run(state)
     before, after = loop.measured()
-    run.console.say(f"held out, before: {_told(before)}; after, as published: {_told(after)}")
+    run.console.say(f"held out, before: {_as_text(before)}; after, as published: {_as_text(after)}")
     return _publish(run, opened, rows, loop.values, loop.facts(), before, after)
 
 
-def _told(losses: Mapping[str, float]) -> str:
+def _as_text(losses: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
 
 

@@ -3,7 +3,7 @@
     rows.safetensors              the training text as token ids
     teacher-00000.safetensors     the teacher's predictions, when they are cached
     block-00003.safetensors       a block that is finished, in mode blockwise; blocks.json lists them
-    state-00000200.safetensors    trained tensors and optimiser state after 200 steps
+    state-00000200.safetensors    trained tensors and optimizer state after 200 steps
     state.json                    which state is the newest, and the loss curve up to it
 
 Each file appears under its name when all of it is on the disk, and state.json is written after the state that it names. So whatever
@@ -30,7 +30,7 @@ _ROWS = "rows.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Where a job stands. `document` holds what is no tensor: the loss curve, seconds used, what was measured before."""
+    """Where a job stands. `document` holds everything that is not a tensor: the loss curve, seconds used, what was measured before."""
 
     step: int
     tensors: Mapping[str, Tensor]

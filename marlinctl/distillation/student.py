@@ -35,7 +35,7 @@ class Student:
 
     @torch.no_grad()
     def prune(self) -> None:
-        """Apply the mask again. An optimiser moves what the gradient moves, and pruned weights have a gradient too."""
+        """Apply the mask again. An optimizer moves what the gradient moves, and pruned weights have a gradient too."""
         for parameter, mask in self.pruned:
             local(parameter).masked_fill_(mask, 0.0)
 
@@ -91,7 +91,7 @@ def _pruned(
     found = []
     for name, tensors in by_parameter(masked).items():
         parameter = model.get_parameter(name)
-        pieces = ((places[tensor], ~opened.pattern.keep(tensor.removesuffix(".weight"))) for tensor in tensors)
+        pieces = ((places[tensor], ~opened.pattern.mask(tensor.removesuffix(".weight"))) for tensor in tensors)
         mask = assemble(pieces, parameter.shape, torch.bool).to(processes.device)
         found.append((parameter, local(shard_like(mask, parameter))))
     return found

@@ -1,5 +1,5 @@
 """Runs computing.py in a process of its own: a wheel for another processor, a sick driver or a half-installed library may crash or hang
-there, and what is left of the doctor tells about it.
+there, and the doctor reports it.
 
 The child searches the modules that this process searches, in the same order: its sys.path is handed over.
 """
@@ -25,7 +25,7 @@ _DEFECT = "run marlinctl doctor again; if it stays, report it with this line"
 
 
 def computing(program: str = PROGRAM, seconds: float = SECONDS) -> list[Check]:
-    """program: Python, with {path!r} for sys.path. A process that dies or takes longer gives what it told, and one `fail`."""
+    """program: Python, with {path!r} for sys.path. A process that dies or takes longer gives the results so far, and one `fail`."""
     command = [sys.executable, "-P", "-c", program.format(path=sys.path)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds, check=False)
@@ -36,23 +36,23 @@ def computing(program: str = PROGRAM, seconds: float = SECONDS) -> list[Check]:
     checks, last = _read(output)
     if ended is None:
         return checks
-    told = errors.strip().splitlines()
-    found = f"the process that tested it {ended}{': ' + told[-1] if told else ''}"
+    lines = errors.strip().splitlines()
+    found = f"the process that tested it {ended}{': ' + lines[-1] if lines else ''}"
     return [*checks, Check(last, "fail", found, _CURES.get(last, _DEFECT))]
 
 
 def _read(output: str) -> tuple[list[Check], str]:
-    """The checks told, and the name of the one that was begun last. Libraries may print between the lines."""
+    """The finished checks, and the name of the last one that was started. Libraries may print between the lines."""
     checks, last = [], "torch"
     for line in output.splitlines():
         try:
-            told = json.loads(line)
+            entry = json.loads(line)
         except ValueError:
             continue
-        if isinstance(told, dict) and "started" in told:
-            last = told["started"]
-        elif isinstance(told, dict) and told.keys() == {"name", "status", "found", "cure"}:
-            checks.append(Check(**told))
+        if isinstance(entry, dict) and "started" in entry:
+            last = entry["started"]
+        elif isinstance(entry, dict) and entry.keys() == {"name", "status", "found", "cure"}:
+            checks.append(Check(**entry))
     return checks, last
 
 

@@ -1,6 +1,6 @@
 """Does this machine multiply right? torch on the CPU and on each GPU, NVRTC, the kernels, and the packed formats through the emulator.
 
-Runs as the child process of child.py, one JSON line as each check starts and one for each result, so that a crash tells where it was.
+Runs as the child process of child.py, one JSON line as each check starts and one for each result, so that a crash can be located.
 The matrices hold small integers: every partial sum is a whole number below 256, which bfloat16 holds exactly, and Python's own integers
 say what must come out, to the last bit.
 """
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from marlinctl.doctor.driver import gpu as missing_gpu
 from marlinctl.doctor.places import shared_memory
 from marlinctl.doctor.result import Check
+from marlinctl.system.console import gibibytes
 from marlinctl.system.driver import OLDEST_DRIVER, Driver, find_driver, no_gpu
 
 if TYPE_CHECKING:
@@ -35,29 +36,29 @@ def main() -> None:
         import torch
     except Exception as error:  # noqa: BLE001  whatever a broken installation raises is the finding
         cause = (str(error).splitlines() or [""])[0]
-        _told(Check("torch", "fail", f"import torch: {type(error).__name__}: {cause}", "pip install --force-reinstall torch"))
+        _emit(Check("torch", "fail", f"import torch: {type(error).__name__}: {cause}", "pip install --force-reinstall torch"))
         return
     for check in cpu(torch.__version__):
-        _told(check)
+        _emit(check)
     _started("gpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
-        _told(missing_gpu(no_gpu(find_driver(), torch.version.cuda or None, os.environ.get("CUDA_VISIBLE_DEVICES"))))
+        _emit(missing_gpu(no_gpu(find_driver(), torch.version.cuda or None, os.environ.get("CUDA_VISIBLE_DEVICES"))))
     for index in range(count):
-        _told(gpu(index))
+        _emit(gpu(index))
     for check in shared_memory(count):
-        _told(check)
+        _emit(check)
     _started("nvrtc")
     capability = torch.cuda.get_device_capability(0) if count else None
     compiler = nvrtc(capability, find_driver())
-    _told(compiler)
+    _emit(compiler)
     if count and compiler.status == "ok":
         _started("kernels")
-        _told(kernels(torch.device("cuda", 0)))
+        _emit(kernels(torch.device("cuda", 0)))
     _started("marlin")
-    _told(packed(sparse=False))
+    _emit(packed(sparse=False))
     _started("sparse-marlin")
-    _told(packed(sparse=True))
+    _emit(packed(sparse=True))
 
 
 def cpu(version: str) -> Iterator[Check]:
@@ -81,7 +82,7 @@ def gpu(index: int) -> Check:
     name = f"cuda:{index}"
     try:
         facts = torch.cuda.get_device_properties(index)
-        described = f"{name} {facts.name}, compute capability {facts.major}.{facts.minor}, {facts.total_memory / 2**30:.0f} GiB"
+        described = f"{name} {facts.name}, compute capability {facts.major}.{facts.minor}, {gibibytes(facts.total_memory, 0)}"
         wrong = [str(dtype).removeprefix("torch.") for dtype in (*_dtypes(), torch.float16) if not _right(name, dtype)]
     except RuntimeError as error:  # no kernel image for this device, a device that fell off the bus, memory taken by others
         cause = (str(error).splitlines() or [""])[0]
@@ -137,7 +138,7 @@ def kernels(device: torch.device) -> Check:
         return Check("kernels", "fail", f"{device}: {cause}", cure)
     wrong = [f"{kind}, off by {reading.error:.1e}" for kind, reading in readings.items() if not reading.error <= reading.allowed]
     if wrong:
-        cure = "marlinctl bench --check tells more; report it, and do not serve from this GPU"
+        cure = "marlinctl bench --check gives details; report it, and do not serve from this GPU"
         return Check("kernels", "fail", f"{device}: a product of the INT4 kernels is wrong: {', '.join(wrong)}", cure)
     largest = max(reading.error for reading in readings.values())
     return Check("kernels", "ok", f"{device}: the INT4 kernels, dense and 2:4, multiply right: error {largest:.1e}")
@@ -202,6 +203,6 @@ def _started(name: str) -> None:
     print(json.dumps({"started": name}), flush=True)  # noqa: T201  the protocol of child.py
 
 
-def _told(check: Check) -> None:
+def _emit(check: Check) -> None:
     line = {"name": check.name, "status": check.status, "found": check.found, "cure": check.cure}
     print(json.dumps(line), flush=True)  # noqa: T201  the protocol of child.py

@@ -13,7 +13,7 @@ def driver(found: Driver) -> Iterator[Check]:
     if found.cuda is not None:
         yield Check("driver", "ok", f"{found.version or 'version unknown'}, knows {known}")
     elif found.version is not None:
-        cure = "in a container: start it with --gpus all and the NVIDIA container toolkit; else install the driver anew"
+        cure = "in a container: start it with --gpus all and the NVIDIA container toolkit; else reinstall the driver"
         yield Check("driver", "warn", f"kernel module {found.version} is loaded, and libcuda.so.1 is not found", cure)
     elif found.device:
         yield Check("driver", "warn", "an NVIDIA device is there, and no driver", "install NVIDIA's driver; without it the CPU is used")

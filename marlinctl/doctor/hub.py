@@ -1,4 +1,4 @@
-"""Does the hub answer, as its own client asks it (proxy, certificates, HF_ENDPOINT)? And is there a token, of which only that is told.
+"""Does the hub answer, as its own client asks it (proxy, certificates, HF_ENDPOINT)? And is there a token? Its value is never shown.
 
 No answer is a warning: local models need no hub. The question is one anonymous request for one name, so a wrong token does not show here.
 """
@@ -17,7 +17,7 @@ _YES = ("1", "ON", "YES", "TRUE")  # the spellings that huggingface_hub takes
 
 
 def hub(*, offline: bool, quick: bool) -> Iterator[Check]:
-    """offline: --offline was given. quick: ask nobody."""
+    """offline: --offline was given. quick: send no request."""
     wish = "--offline" if offline else offline_by()
     if wish is not None:
         yield Check("hub", "ok", f"offline by {wish}: only what was downloaded before is used")

@@ -65,7 +65,7 @@ def marlinctl(own: Distribution | None, package: Path) -> Iterator[Check]:
 
 
 def _place(own: Distribution) -> Path | None:
-    """The package's folder by the installer's records; None where the records do not tell."""
+    """The package's folder by the installer's records; None where they do not say."""
     direct = json.loads(own.read_text("direct_url.json") or "{}")
     if direct.get("dir_info", {}).get("editable"):
         return (Path(unquote(urlsplit(direct["url"]).path)) / "marlinctl").resolve()

@@ -2,7 +2,7 @@
 
 Python takes the first module of a name along sys.path. PYTHONPATH comes before what is installed, and so does the current folder for
 `python -m`, notebooks and torchrun; the script `marlinctl` itself does not look there. Hence two grades: `fail` where this very process
-would import the wrong module, `warn` where those others would. A folder without __init__.py hides nothing: Python goes on looking.
+would import the wrong module, `warn` where those others would. A folder without __init__.py hides nothing: Python continues the search.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ IMPORT_NAMES = {"pyyaml": "yaml"}  # where it is not the distribution's name wit
 OPTIONAL = frozenset({"kernels", "cuda", "triton", "evaluate", "optimum", "peft", "torchvision", "torchaudio", "scipy", "pandas"})
 # Names of our folders and of runtimes: they matter only if a package of that name is installed too.
 OTHERS = frozenset({"quantize", "sparsify", "pack", "vllm", "sglang", "gptqmodel"})
-# `test` is nobody's dependency and a common folder; modules inside the interpreter cannot be hidden.
+# no package depends on `test`, and it is a common folder; modules inside the interpreter cannot be hidden.
 STANDARD = sys.stdlib_module_names - set(sys.builtin_module_names) - {"test"}
 
 

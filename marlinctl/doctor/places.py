@@ -1,4 +1,4 @@
-"""Can marlinctl write where it has to, and is there room? Mode bits do not tell (a read-only mount looks writable), so each folder is
+"""Are the folders writable, and is there disk space? Mode bits do not show a read-only mount, so each folder is
 written to: file, fsync, rename, fsync of the folder, read, remove. Folders that had to be made for it are removed again.
 """
 
@@ -12,7 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from marlinctl.doctor.result import Check
-from marlinctl.system.atomic import temporary_name
+from marlinctl.system.atomic import sync_folder, temporary_name
+from marlinctl.system.console import gibibytes
 
 GIB = 2**30
 OUTPUT_BYTES = 10 * GIB  # a 4-bit model of 8 billion parameters, its job beside it while it runs, and some air
@@ -28,7 +29,7 @@ def cache() -> Iterator[Check]:
 
 
 def temporary(asked: str | None) -> Iterator[Check]:
-    """asked: TMPDIR. Python goes on to another folder without a word where that one cannot be used."""
+    """asked: TMPDIR. Python silently uses another folder where that one cannot be used."""
     try:
         folder = Path(tempfile.gettempdir())
     except FileNotFoundError as error:
@@ -82,11 +83,7 @@ def _writable(name: str, folder: Path, cure: str) -> Check:
             step = "renaming"
             first.replace(second)
             step = "fsync of the folder"
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync_folder(folder)
             step = "reading"
             if second.read_bytes() != b"marlinctl":
                 return Check(name, "fail", f"{folder}: what is read there is not what was written", cure)
@@ -103,7 +100,7 @@ def _removed(*probes: Path) -> Iterator[None]:
         yield
     finally:
         for probe in probes:
-            with suppress(OSError):  # what stopped the test is told, not this
+            with suppress(OSError):  # what stopped the test is reported, not this
                 probe.unlink(missing_ok=True)
 
 
@@ -122,5 +119,5 @@ def _made(folder: Path) -> Iterator[None]:
 def _free(name: str, folder: Path, wanted: int, cure: str) -> Check:
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(there).free
-    found = f"{free / GIB:.1f} GiB free in {folder}"
-    return Check(name, "ok", found) if free >= wanted else Check(name, "warn", f"{found}, less than {wanted / GIB:g} GiB", cure)
+    found = f"{gibibytes(free, 1)} free in {folder}"
+    return Check(name, "ok", found) if free >= wanted else Check(name, "warn", f"{found}, less than {gibibytes(wanted, 0)}", cure)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.errors import CheckFailed, GateRefused, Problem
+from marlinctl.system.console import gibibytes
 from marlinctl.system.host import available_memory
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def _too_large(original: Path) -> str:
     needed, available = 2 * 2 * elements, available_memory()
     if needed <= available:
         return ""
-    return f"not evaluated: both models need {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free"
+    return f"not evaluated: both models need {gibibytes(needed, 1)}, {gibibytes(available, 1)} are free"
 
 
 def _no_measurement(kind: type[CheckFailed], reason: str) -> CheckFailed:

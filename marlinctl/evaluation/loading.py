@@ -60,7 +60,7 @@ def read_weights(subject: Subject, console: Console) -> Contents:
 
 
 def look_at_weights(subject: Subject, console: Console) -> Contents:
-    """Are they what somebody wrote down, and finite? BadInput E304, NumericalProblem E620.
+    """Are weights as recorded, and finite? BadInput E304, NumericalProblem E620.
 
     They are read for this before they are loaded, at 1 GB/s of a core: nothing against the forward passes that follow.
     """

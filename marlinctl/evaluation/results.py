@@ -82,7 +82,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 def _continued(path: Path, fresh: Document) -> Document:
     old = read(path)
     problems = [
-        Problem(f"{field} was {_shown(then)}, is {_shown(now)}", str(path), "make it equal again, or start anew with another --out")
+        Problem(f"{field} was {_shown(then)}, is {_shown(now)}", str(path), "make it equal again, or start over with another --out")
         for field, then, now in _differences(old, fresh)
     ]
     if problems:

@@ -244,7 +244,7 @@ def _task_differences(plan: tasks.TaskPlan, document: results.Document, seed: in
                 "E261",
                 f"the models were asked different questions in {name}",
                 where="--against",
-                fix="start anew with another --out: the data changed between the runs",
+                fix="start over with another --out: the data changed between the runs",
             )
         leaves[name] = {}
         for metric, samples in record["samples"].items():

@@ -1,4 +1,4 @@
-"""Every figure with its standard error, so that nobody argues about noise.
+"""Every figure with its standard error.
 
 Three kinds of figure, three rules:
 

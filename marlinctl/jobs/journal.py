@@ -6,7 +6,7 @@
     journal.jsonl     one line for each thing that is finished, each on the disk before the next thing begins:
                         begun        what decides the numbers (the fingerprint): model, recipe, tokens, versions, dtype, kind of device;
                                      and the stamps of the model's shards, by which a resumed run sees that they are unchanged
-                        block, head  a piece of the walk (oneshot/resume.py), with size and SHA-256 of its files
+                        block, head  a finished block (oneshot/resume.py), with size and SHA-256 of its files
                         publishing   everything is checked; these folders get their names now
                         published    they have them
     staged/           the checkpoint as it is built (checkpoint/writer.py); the last step renames it to OUT
@@ -24,7 +24,6 @@ it (distillation/state.py).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shlex
@@ -101,16 +100,16 @@ class JobFolder:
 
     @contextmanager
     def held(self, request: Request, *, resume: bool, console: Console, launcher: str = "") -> Iterator[None]:
-        """Take the folder for this run: a new one, or with `resume` the one that is there. It stays if there is something to go on with.
+        """Take the folder for this run: a new one, or with `resume` the one that is there. It stays if there is something to resume.
 
-        launcher: what stands before `marlinctl` on the command line, where the person is told how to go on.
-        UsageError E285 for an unfinished job without `resume`, E287 for `resume` and no job, E224 for a folder of somebody else's;
+        launcher: what stands before `marlinctl` on the command line, in the message that says how to resume.
+        UsageError E285 for an unfinished job without `resume`, E287 for `resume` and no job, E224 for a folder that is not marlinctl's;
         ResourceProblem E503 for a run that is at work or a lock that cannot be taken.
         """
         self.refuse_foreign(resume=resume)
         if resume and not (self.path / JOB).is_file():
-            fix = "give the whole command again: it starts anew"
-            raise UsageError("E287", "there is no job to go on with", where=str(self.path), fix=fix)
+            fix = "give the whole command again to start over"
+            raise UsageError("E287", "there is no job to resume", where=str(self.path), fix=fix)
         self._asked = request
         with self._locked(new=not resume):
             self._read()
@@ -133,7 +132,7 @@ class JobFolder:
     def refuse_foreign(self, *, resume: bool = False) -> None:
         """UsageError E224 where OUT.job is there and is not marlinctl's, ResourceProblem E503 for its lock. Nothing is changed.
 
-        resume: files that somebody put beside those of the job are allowed then, because they stay where they are.
+        resume: foreign files beside those of the job are allowed then, because they stay.
         """
         if not os.path.lexists(self.path):
             return
@@ -177,7 +176,7 @@ class JobFolder:
             raise UsageError("E285", "an unfinished job for this output is there", where=str(self.path), fix=fix)
 
     def _leave(self, error: BaseException, console: Console, launcher: str) -> None:
-        """After a run that did not get through: keep the folder and say how to go on, or remove it."""
+        """After a run that did not get through: keep the folder and say how to resume, or remove it."""
         if not (self.path / JOB).exists():
             return
         if not self.progress and not (self.begun and isinstance(error, (ResourceProblem, OSError))):
@@ -185,13 +184,13 @@ class JobFolder:
         elif self.path.parent.suffix != ENDING:  # a stage is resumed with the whole
             resume = f"{launcher}marlinctl resume {shlex.quote(str(self._shown))}"
             if self._measures:
-                resume += "; add what shall be measured otherwise (--tasks, --text, --window, --limit, ...), or --no-eval"
+                resume += "; to change the measurement add --tasks, --text, --window, --limit, ..., or --no-eval"
             if self._measures or not isinstance(error, _REFUSALS):
-                console.error(resume, label="to go on:")
+                console.error(resume, label="to resume:")
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """While the finished result is measured: where that fails, the person is told that it can be measured otherwise."""
+        """While the finished result is measured: where that fails, the message says how to change it on resuming."""
         self._measures = True
         yield
         self._measures = False
@@ -204,7 +203,7 @@ class JobFolder:
         return any(line["step"] != "begun" for line in self.lines)
 
     def has_progress(self) -> bool:
-        """`progress`, of a folder that nobody has taken yet. Reads the journal."""
+        """`progress`, of a folder that is not locked yet. Reads the journal."""
         self._read()
         return self.progress
 
@@ -255,7 +254,7 @@ class JobFolder:
         """
         begun = dict(_flat(self.lines[0]["fingerprint"]))
         now = dict(_flat(json.loads(json.dumps(fingerprint))))
-        fix = "put back what the job was begun with, or start anew: " + f"marlinctl jobs rm {shlex.quote(str(self._shown))}"
+        fix = "put back what the job was begun with, or start over: " + f"marlinctl jobs rm {shlex.quote(str(self._shown))}"
         problems = [
             Problem(f"{key} was {begun.get(key)!r} and is now {now.get(key)!r}", str(self.path), fix)
             for key in sorted(begun.keys() | now.keys())
@@ -277,11 +276,11 @@ class JobFolder:
         except FileRefused as refused:
             raise self.damaged(refused.problem.what, refused.problem.where) from None
         if not isinstance(found, dict):
-            raise self.damaged("it is no JSON object", self.path / name)
+            raise self.damaged("it is not a JSON object", self.path / name)
         return found
 
     def damaged(self, what: str, where: Path | str) -> BadInput:
-        fix = f"start anew: marlinctl jobs rm {shlex.quote(str(self._shown))}, then the whole command"
+        fix = f"start over: marlinctl jobs rm {shlex.quote(str(self._shown))}, then the whole command"
         return BadInput("E374", what, where=str(where), fix=fix)
 
     # The journal
@@ -314,7 +313,7 @@ class JobFolder:
                 self._ends.append(end)
 
     def _is_line(self, line: Any) -> bool:
-        """Whether a line has the form of ours, as far as it is used here; what a walk notes of a block is looked at there."""
+        """Whether a line has the form of ours, as far as it is used here; what is noted of a block is checked in oneshot/resume.py."""
         if not isinstance(line, dict) or not isinstance(line.get("step"), str):
             return False
         if line["step"] == "begun":
@@ -350,7 +349,7 @@ class JobFolder:
         self._over(keep)
 
     def publish_again(self, *, overwrite: bool, keep: bool) -> list[Path]:
-        """Go on with a publication that was cut short; returns the published folders. Nothing is computed again."""
+        """Finish an interrupted publication; returns the published folders. Nothing is computed again."""
         line = self.publishing
         assert line is not None
         waiting: list[Place] = []
@@ -360,7 +359,7 @@ class JobFolder:
             if _digest(folder) == item["manifest"]:
                 waiting.append(Place(folder, place, overwrite))
             elif _digest(place) != item["manifest"]:
-                raise self.damaged("what was checked and should get its name now is neither here nor there", folder)
+                raise self.damaged("the checked result is neither in the job's folder nor in its place", folder)
         publish_together(waiting, aside_in=self.path, later=self._again)
         self._over(keep)
         return places
@@ -378,14 +377,14 @@ class JobFolder:
     # Going
 
     def clear(self) -> None:
-        """Start anew: nothing of an earlier run stays, but for an output that it had set aside."""
+        """Start over: nothing of an earlier run stays, except an output that it had set aside."""
         self._put_back()
         with disk_problems(self.path):
             ownership.empty_job(self.path)
         self.lines, self._ends = [], []
 
     def remove(self) -> None:
-        """Remove what marlinctl wrote; the folder stays where somebody else's files are in it."""
+        """Remove what marlinctl wrote; the folder stays if foreign files are in it."""
         if ownership.is_job(self.path):
             with suppress(OSError, ResourceProblem):  # of an earlier version: a removal that is cut short leaves a folder that is ours
                 ownership.mark_job(self.path)
@@ -416,7 +415,7 @@ class JobFolder:
 
 
 def held_by(path: Path) -> dict[str, Any] | None:
-    """Who is at work in a job's folder: {"pid", "host"}, {} where that is not known, None for nobody."""
+    """The process at work in a job's folder: {"pid", "host"}, {} where it is not known, None where there is none."""
     if not (path / _LOCK).is_file():
         return None
     try:
@@ -443,11 +442,6 @@ def _digest(folder: Path) -> str | None:
         return manifest.digest(folder)
     except (OSError, FileRefused):
         return None
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _apart_from_options(arguments: Mapping[str, Any]) -> Any:

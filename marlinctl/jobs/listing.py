@@ -1,4 +1,4 @@
-"""What is left of runs in a folder tree: their job folders, looked at without taking or changing them."""
+"""Unfinished jobs in a folder tree. Their folders are read, and neither locked nor changed."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from marlinctl.jobs.journal import ENDING, JobFolder, held_by
 
 
 @dataclass(frozen=True, slots=True)
-class Leftover:
+class UnfinishedJob:
     path: Path
     verb: str  # "unknown" where job.json cannot be read
     stage: str  # how far it came, for people
-    blocks: int  # finished pieces of the walk that it is in
+    blocks: int  # finished blocks of the current stage
     age: float  # seconds since something was finished
     size: int  # bytes
-    running: Mapping[str, Any] | None  # who is at work: {"pid", "host"}, {} for somebody unknown, None for nobody
+    running: Mapping[str, Any] | None  # the process at work: {"pid", "host"}, {} where not known, None where there is none
 
     def document(self) -> dict[str, Any]:
         return {**asdict(self), "path": str(self.path), "age": round(self.age, 1)}
 
 
-def find(folder: Path) -> list[Leftover]:
+def find(folder: Path) -> list[UnfinishedJob]:
     """All jobs below a folder, the oldest first; the stages of a compress are parts of it and not listed."""
     return sorted((_of(path) for path in _below(folder)), key=lambda item: -item.age)
 
 
-def look(out: Path) -> Leftover:
+def look(out: Path) -> UnfinishedJob:
     """The job of an output, named as OUT or as OUT.job. UsageError E287 where there is none, E224 for what is not marlinctl's."""
     named = out.parent.resolve() / out.name  # a link in the place of the job's folder is not followed
     path = named if out.name.endswith(ENDING) and os.path.lexists(named) else JobFolder(out).path
@@ -47,7 +47,7 @@ def look(out: Path) -> Leftover:
     return _of(path)
 
 
-def remove(item: Leftover) -> None:
+def remove(item: UnfinishedJob) -> None:
     JobFolder(item.path.with_name(item.path.name.removesuffix(ENDING))).remove()
 
 
@@ -58,7 +58,7 @@ def _below(folder: Path) -> Iterator[Path]:
         folders[:] = [inner for inner in folders if not inner.endswith(ENDING)]
 
 
-def _of(path: Path) -> Leftover:
+def _of(path: Path) -> UnfinishedJob:
     job = JobFolder(path.with_name(path.name.removesuffix(ENDING)))
     try:
         verb = job.request().verb
@@ -68,12 +68,12 @@ def _of(path: Path) -> Leftover:
     stage, blocks = _stage(job) if finished or job.begun else ("nothing finished", 0)
     files = list(_files(path))
     newest = max((file.st_mtime for file in files), default=path.stat().st_mtime)
-    return Leftover(path, verb, stage, blocks, max(time.time() - newest, 0.0), sum(file.st_size for file in files), held_by(path))
+    return UnfinishedJob(path, verb, stage, blocks, max(time.time() - newest, 0.0), sum(file.st_size for file in files), held_by(path))
 
 
 def _files(folder: Path) -> Iterator[os.stat_result]:
     for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # the run goes on meanwhile
+        with suppress(FileNotFoundError):  # the run may be at work
             found = path.lstat()
             if stat.S_ISREG(found.st_mode):
                 yield found

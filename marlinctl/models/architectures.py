@@ -1,8 +1,8 @@
 """Which linears a decoder block has, in the order they run, and which of them share an input.
 
 Every supported model is a stack of equal blocks, and each block is two branches: attention and MLP. A branch has linears that read the
-branch's input (q, k, v; gate, up) and one last linear whose output leaves the branch (o; down). That is all the walk needs to know
-(oneshot/sequential.py): everything between them (norms, rotary embeddings, residuals, multipliers) is run by transformers' own block.
+branch's input (q, k, v; gate, up) and one last linear whose output leaves the branch (o; down). That is all that oneshot/sequential.py
+needs to know: everything between them (norms, rotary embeddings, residuals, multipliers) is run by transformers' own block.
 
     block ──► attention: first = q_proj k_proj v_proj, last = o_proj ──► mlp: first = gate_proj up_proj, last = down_proj ──► next block
                                                                      └─► or experts: one such pair for each expert, behind a router

@@ -54,7 +54,7 @@ JSON_COMPANIONS = (
     *("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
     *("preprocessor_config.json", "processor_config.json", "chat_template.json"),
 )
-_LISTED = 20  # switches that are told one by one
+_LISTED = 20  # switches that are listed one by one
 
 
 def without(document: Any) -> Any:

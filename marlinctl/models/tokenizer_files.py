@@ -85,7 +85,7 @@ def _fast_ids(where: Path, document: dict[str, Any]) -> dict[str, int]:
         raise FileRefused("tokenizer.json holds no vocabulary", where, "download it again")
     added = document.get("added_tokens") or []
     if not isinstance(added, list) or not all(isinstance(entry, dict) for entry in added):
-        raise FileRefused("added_tokens is no list of objects", where, "download it again")
+        raise FileRefused("added_tokens is not a list of objects", where, "download it again")
     return ids | _whole_numbers(where, {str(entry.get("content")): entry.get("id") for entry in added})
 
 
@@ -113,7 +113,7 @@ def _sentencepiece_count(folder: Path, name: str) -> int:
         position += length
         count += tag == (1 << 3 | 2)
     if count == 0 or position != len(data):
-        raise FileRefused("this is no SentencePiece model, or it is cut", folder / name, "download it again")
+        raise FileRefused("this is not a SentencePiece model, or it is cut", folder / name, "download it again")
     return count
 
 
@@ -123,4 +123,4 @@ def _varint(data: bytes, position: int, where: Path) -> tuple[int, int]:
         value |= (byte & 0x7F) << (7 * i)
         if byte < 0x80:
             return value, position + i + 1
-    raise FileRefused("this is no SentencePiece model, or it is cut", where, "download it again")
+    raise FileRefused("this is not a SentencePiece model, or it is cut", where, "download it again")

@@ -1,4 +1,4 @@
-"""config.json as transformers gets to see it: one way in, for the walk, for loading and for tokenizers.
+"""config.json as transformers gets to see it: one way in, for the sequential pipeline, for loading and for tokenizers.
 
 transformers never reads the file itself. It would follow whatever stands in it: a kernel of the hub as attention, another config file, a
 dtype that is the name of a function, settings under the names of its own methods. What remains after models/switches.py are settings of
@@ -57,7 +57,7 @@ def building(where: str) -> Iterator[None]:
     """BadInput E392, with the first line of what transformers says, where it cannot make a config or a model of what config.json says.
 
     Any exception: it asserts, its checkers have classes of their own, and values go through functions of Python and torch. Out of memory is
-    told as such.
+    reported as such.
     """
     try:
         yield

@@ -1,14 +1,13 @@
-"""What happens to each linear that the walk hands over: prune, quantize or both, and what is written and noted about it.
+"""What happens to each linear of the sequential pipeline: prune, quantize or both, and what is written and noted about it.
 
 weights of linears that share an input, their Hessian
     ─► members with equal group size and equal source of the mask are stacked into one solve
-    ─► codes (+ keep) + scales, or pruned 16-bit weights + keep
-    ─► tensors of the interchange form, mask, LayerRecord;   the final weight goes back to the walk
+    ─► codes (+ mask) + scales, or pruned 16-bit weights + mask
+    ─► tensors of the interchange form, mask, LayerRecord;   the final weight goes back to the pipeline
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipes.schema import Recipe
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from marlinctl.system.console import Console, Progress
+from marlinctl.system.digests import sha256_of_tensors
 from marlinctl.system.phases import Phases
 
 
@@ -38,13 +38,13 @@ class LayerRecord:
     shape: tuple[int, int]
     group_size: int | None  # None: 16-bit
     pattern: str | None  # "2:4" or None
-    error: float  # share of the output energy that is lost: tr(δ H δᵀ) / tr(W H Wᵀ); with `match`, W is what would match the original
+    error: float  # share of the output energy that is lost: tr(δ H δᵀ) / tr(W H Wᵀ); with drift correction, W is the corrected target
     damping: float
     tokens: int
     dead: int
     fallback: str | None
     remark: str
-    digest: str  # SHA-256 of what was solved: codes and scales, or the 16-bit weight; then keep
+    digest: str  # SHA-256 of what was solved: codes and scales, or the 16-bit weight; then mask
     bytes_in: int
     bytes_out: int
     seconds: float
@@ -56,18 +56,13 @@ class SolvedLinear:
 
     name: str
     result: Tensor | QuantizedLinear  # the 16-bit weight in the dtype that is stored, or codes and scales
-    keep: Tensor | None  # [N, K] bool
+    mask: Tensor | None  # [N, K] bool
     error: Tensor  # of the linear, float64
     energy: Tensor
     outcome: Outcome
     tokens: int
     remark: str
     seconds: float
-
-    @property
-    def nbytes(self) -> int:
-        tensors = (self.result,) if isinstance(self.result, Tensor) else (self.result.codes, self.result.scales)
-        return sum(tensor.nbytes for tensor in tensors) + (0 if self.keep is None else self.keep.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +132,8 @@ class LayerQuantizer:
             members = [name for name in names if kinds.get(name) == kind]
             started = time.monotonic()
             stack = torch.cat([weights[name] for name in members])
-            keep = torch.cat([pattern.keep(name, weights[name]).to(device) for name in members]) if kind[1] else None
-            outcome, final, kept = self._solve(members, stack, keep, hessian, kind[0])
+            mask = torch.cat([pattern.mask(name, weights[name]).to(device) for name in members]) if kind[1] else None
+            outcome, final, kept = self._solve(members, stack, mask, hessian, kind[0])
             seconds = time.monotonic() - started
             first = 0
             for name in members:
@@ -149,17 +144,17 @@ class LayerQuantizer:
         return weights
 
     def _solve(
-        self, members: list[str], stack: Tensor, keep: Tensor | None, hessian: Hessian, group_size: int
+        self, members: list[str], stack: Tensor, mask: Tensor | None, hessian: Hessian, group_size: int
     ) -> tuple[Outcome, Callable[[slice], Tensor | QuantizedLinear], Tensor | None]:
         try:
-            return self.solver.solve(stack, keep, hessian, group_size)
+            return self.solver.solve(stack, mask, hessian, group_size)
         except ValueError as error:
             raise NumericalProblem(
                 "E620", str(error), where=", ".join(members), fix="check the model with its own weights; try --dtype float32"
             ) from error
 
     def _keep(
-        self, name: str, outcome: Outcome, result: Tensor | QuantizedLinear, keep: Tensor | None,
+        self, name: str, outcome: Outcome, result: Tensor | QuantizedLinear, mask: Tensor | None,
         rows: slice, tokens: int, remark: str, seconds: float,
     ) -> Tensor:  # fmt: skip
         """Queue one linear; returns the weight [N, K] that the published model computes with."""
@@ -174,9 +169,9 @@ class LayerQuantizer:
                 fix="more or other calibration text, --skip this linear, or no --strict",
             )  # fmt: skip
         stored = result if isinstance(result, QuantizedLinear) else result.to(torch_dtype(self.opened.checkpoint.tensors[f"{name}.weight"]))
-        mask = None if keep is None else keep[rows]
-        error, energy = outcome.error[rows].sum(), outcome.energy[rows].sum()
-        solved = SolvedLinear(name, stored, mask, error, energy, outcome, tokens, remark, seconds)
+        kept = None if mask is None else mask[rows]
+        error, energy = outcome.error[rows].sum(), outcome.output_energy[rows].sum()
+        solved = SolvedLinear(name, stored, kept, error, energy, outcome, tokens, remark, seconds)
         weight = stored.dequantize() if isinstance(stored, QuantizedLinear) else stored.float()
         if self.at_once:
             self._note(solved)
@@ -188,7 +183,7 @@ class LayerQuantizer:
         """One linear: its tensors in the interchange form, its mask, its record and its line."""
         name, result = solved.name, solved.result
         energy = float(solved.energy)
-        keep = None if solved.keep is None else solved.keep.cpu()
+        mask = None if solved.mask is None else solved.mask.cpu()
         if isinstance(result, QuantizedLinear):
             linear = _on_cpu(result)
             if not bool(linear.codes.any()) and energy > 0:
@@ -200,17 +195,17 @@ class LayerQuantizer:
             shape, group_size = (linear.out_features, linear.in_features), linear.group_size
         else:
             stored = result.cpu()
-            tensors, digest = {f"{name}.weight": stored}, weight_digest(stored, keep)
+            tensors, digest = {f"{name}.weight": stored}, weight_digest(stored, mask)
             shape, group_size = (stored.shape[0], stored.shape[1]), None
         self._finished.tensors.update(tensors)
-        if keep is not None:
-            self.staged.write_mask(name, keep)
+        if mask is not None:
+            self.staged.write_mask(name, mask)
         info, outcome = self.opened.checkpoint.tensors[f"{name}.weight"], solved.outcome
         record = LayerRecord(
             name=name,
             shape=shape,
             group_size=group_size,
-            pattern=None if keep is None else "2:4",
+            pattern=None if mask is None else "2:4",
             error=float(solved.error) / energy if energy > 0 else 0.0,
             damping=outcome.damping,
             tokens=solved.tokens,
@@ -237,22 +232,16 @@ def _on_cpu(linear: QuantizedLinear) -> QuantizedLinear:
 
 
 def bfloat16_exact(opened: RunInputs) -> bool:
-    """Whether scales shall be exact in bfloat16 too: where the source has such weights."""
+    """Whether scales must be exact in bfloat16 too: where the source has such weights."""
     return any(opened.checkpoint.tensors[f"{name}.weight"].dtype == "BF16" for name in opened.plan.group_sizes)
 
 
 def linear_digest(linear: QuantizedLinear) -> str:
     """SHA-256 of codes, scales and, where there is one, the mask."""
-    return _digest(linear.codes, linear.scales, *((linear.keep,) if isinstance(linear, SparseQuantizedLinear) else ()))
+    masks = (linear.keep,) if isinstance(linear, SparseQuantizedLinear) else ()
+    return sha256_of_tensors(linear.codes, linear.scales, *masks)
 
 
-def weight_digest(weight: Tensor, keep: Tensor | None) -> str:
+def weight_digest(weight: Tensor, mask: Tensor | None) -> str:
     """SHA-256 of a 16-bit weight and its mask."""
-    return _digest(weight, *(() if keep is None else (keep,)))
-
-
-def _digest(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]  # numpy's stubs
-    return digest.hexdigest()
+    return sha256_of_tensors(weight, *(() if mask is None else (mask,)))

@@ -41,7 +41,7 @@ from marlinctl.planning.preflight import (
     wants_mask,
 )
 from marlinctl.recipes.schema import Recipe
-from marlinctl.system.console import Console
+from marlinctl.system.console import Console, gibibytes
 from marlinctl.system.devices import choose_device, forward_dtype, grow_segments
 from marlinctl.system.host import available_memory
 
@@ -66,7 +66,7 @@ class Options:
     module_map: Path | None = None
     command: str = "marlinctl quantize"
     keep_job: bool = False
-    resume: bool = False  # go on with the job that is there
+    resume: bool = False  # continue the job that is there
     redo_from: int | None = None  # with `resume`: the first block to solve again
 
     def document(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def open_model(
     published: Sequence[Format] = (), noted: Callable[[], Noted | None] = lambda: None,
     before_weights: Callable[[Source, Checkpoint], None] = lambda source, checkpoint: None,
 ) -> RunInputs:  # fmt: skip
-    """All checks, from cheap to dear. published: the formats that come of it in the end; who will refuse them is said. noted: what a
+    """All checks, cheap ones first. published: the formats that come of it in the end; who will refuse them is said. noted: what a
     resumed job knows of the weights. before_weights: the caller's checks that need config.json and tokenizer alone.
 
     With --strict, what is a warning without it is BadInput E307 or NumericalProblem E605 (checkpoint/findings.py).
@@ -135,7 +135,7 @@ def open_model(
     check_pattern(pattern.pattern, looked, recipe, console)
     tensors = stored_once(checkpoint, looked.architecture)
     work = Work.of(recipe, element=dtype.itemsize, matches=looked.matches, on_device=device.type == "cuda")
-    _require_room(looked, tensors, pattern, work, out, options)
+    _require_resources(looked, tensors, pattern, work, out, options)
     packed = {f"{name}.weight" for name in looked.plan.group_sizes} if recipe.scheme.quantizes else set()
     contents = read_contents(checkpoint, console, scan=looked.architecture.expected, for_4_bits=packed, noted=noted())
     check_known_digests(checkpoint, contents)
@@ -147,7 +147,7 @@ def open_model(
     return RunInputs(source, checkpoint, known, looked.plan, tensors, pattern, looked.matches, device, dtype, contents, tuple(warnings))
 
 
-def _require_room(
+def _require_resources(
     looked: ModelPlan, tensors: Mapping[str, TensorInfo], pattern: SourcePattern, work: Work, out: Path, options: Options
 ) -> None:
     """Memory against --max-memory or what is free, disk against what is free beside OUT. `marlinctl plan` says the same before."""
@@ -156,14 +156,14 @@ def _require_room(
     if needed > allowed:
         raise ResourceProblem(
             "E522",
-            f"the run needs about {needed / 2**30:.2f} GiB, "
-            + (f"{allowed / 2**30:.2f} GiB are free" if options.max_memory is None else f"--max-memory allows {allowed / 2**30:.2f} GiB"),
+            f"the run needs about {gibibytes(needed)}, "
+            + (f"{gibibytes(allowed)} are free" if options.max_memory is None else f"--max-memory allows {gibibytes(allowed)}"),
             where="memory",
             fix="fewer --samples, a smaller --sequence-length, or --calibration FILE in place of self (`marlinctl plan` shows what takes "
             "how much); a larger --max-memory starts all the same",
         )
     masked = looked.shapes if work.scheme.prunes else pattern.pattern.linears
     fmt = working_format(work.scheme)
-    walked = disk.output(fmt, tensors, looked.shapes, looked.plan.group_sizes, masked)
+    first = disk.output(fmt, tensors, looked.shapes, looked.plan.group_sizes, masked)
     scratch = 0 if work.on_device else disk.scratch_bytes(looked.architecture, work)
-    require_space(out, disk.needed_by_walk(walked, scratch, disk.state_bytes(looked.architecture, work)))
+    require_space(out, disk.needed_by_blocks(first, scratch, disk.state_bytes(looked.architecture, work)))

@@ -23,7 +23,7 @@ from marlinctl.oneshot.open import RunInputs
 from marlinctl.oneshot.solve import StackedSolver, steps_on
 from marlinctl.planning.memory import CHUNK_TOKENS, Stage, Work
 from marlinctl.planning.preflight import ModelPlan
-from marlinctl.planning.time import ProbeResult, largest_stage, machine, machine_of_probe, seconds_of_walk
+from marlinctl.planning.time import ProbeResult, largest_stage, machine, machine_of_probe, seconds_of_blocks
 from marlinctl.quantize.hessian import add_gram, mirror
 from marlinctl.quantize.types import Hessian
 from marlinctl.recipes.schema import Recipe
@@ -75,7 +75,7 @@ def run_probe(
 
 
 def probe_on(device: str, threads_asked: int | None, console: Console) -> Callable[[ModelPlan, Recipe, str], ProbeResult]:
-    """What `plan --probe` calls: one solve of each walk on the device that the run would take."""
+    """What `plan --probe` calls: one solve of each pass over the blocks, on the device that the run would use."""
 
     def probe(looked: ModelPlan, recipe: Recipe, dtype: str) -> ProbeResult:
         place = torch.device(choose_device(device))
@@ -103,10 +103,10 @@ def probe_before(opened: RunInputs, recipe: Recipe, console: Console) -> None:
     counted_at = machine(opened.device.type, torch.get_num_threads(), opened.dtype.itemsize, matrix_units=has_matrix_units())
     speed = machine_of_probe(counted_at, measured, recipe)
     size = sum(tensor.nbytes for tensor in opened.checkpoint.tensors.values())
-    left = sum(seconds_of_walk(opened.architecture, sizes, work, recipe, speed, size).values())
+    left = sum(seconds_of_blocks(opened.architecture, sizes, work, recipe, speed, size).values())
     stage = measured.stage
     console.say(
-        f"rehearsed the largest solve, {stage.rows} rows of {stage.k} inputs: {measured.seconds:.2f} s; all of it will take about "
+        f"probed the largest solve, {stage.rows} rows of {stage.k} inputs: {measured.seconds:.2f} s; the whole run will take about "
         f"{duration(left)}"
     )
 
@@ -122,7 +122,7 @@ def _measure(stage: Stage, solver: StackedSolver, hidden: int, device: torch.dev
     matrix = mirror(gram) / CHUNK_TOKENS
     matrix.diagonal().add_(0.1)  # fewer tokens than inputs leave it singular; a run has more
     drift = residual = None
-    if solver.match:
+    if solver.drift_correction:
         drift = 0.01 * matrix
         residual = torch.zeros(stage.k, stage.rows, device=device) if stage.rows == hidden else None
     hessian = Hessian(matrix, CHUNK_TOKENS, drift, residual)

@@ -1,15 +1,15 @@
-"""The original model, walking along: what each linear would read if nothing before it had been compressed.
+"""The reference model: the unquantized model, run beside the compressed one, block by block. Drift correction compares the two.
 
     original block, original weights:    h' ─► x'(q k v) ─► x'(o) ─► r' = h' + attention ─► x'(gate up) ─► x'(down) ─► next h'
                                                kept in scratch until the compressed block has passed the same place
 
 Where a branch is added to the residual stream as it is, the stream is normalised before anything reads it. So what an error of the branch
 does at a token is measured against the length of the stream there, and tokens are weighted by the inverse of its mean square
-(`token_scale`). Otherwise the few tokens that carry massive activations (arXiv 2402.17762), whose stream is hundreds of times
-longer, would decide what the other thousands get.
+(`token_scale`). Otherwise the few tokens with massive activations (arXiv 2402.17762), whose stream is hundreds of times longer,
+would dominate the mean.
 
 It takes one more forward pass, one more copy of the hidden states and, on disk, the inputs of four linears. Models with experts have no
-such twin: the original's router sends other tokens to them, so there is nothing to compare.
+reference model: its router would send other tokens to them, so inputs could not be compared.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SAME_SUM = 0.02  # relative difference up to which a block's output is the sum 
 
 
 class Original:
-    """The original's hidden states, block by block."""
+    """The reference model's hidden states, block by block."""
 
     def __init__(self, hidden: Tensor, read: Callable[[str], Tensor], scratch: Scratch, device: torch.device) -> None:
         self.hidden = hidden  # [S, L, hidden] before the block that comes next

@@ -1,6 +1,6 @@
-"""What a walk over the blocks leaves in its job's folder, so that it can go on behind the last finished block.
+"""What quantize and sparsify keep in the job's folder, to resume after the last finished block.
 
-    calibration.safetensors     the token ids, and which of them count: nobody has to read or write that text again
+    calibration.safetensors     the token ids, and which of them count; the text is not needed again
     staged/                     a shard for each finished block
     staged.masks                the masks of the finished blocks, where there are any
     states/00012.safetensors    the hidden states that enter block 12; the last two that were kept
@@ -15,7 +15,6 @@ passed on.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,12 +32,13 @@ from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.data.calibration import CalibrationSet
 from marlinctl.data.tokens import Tokens
 from marlinctl.errors import UsageError
-from marlinctl.jobs.journal import JOURNAL, JobFolder, sha256_of
+from marlinctl.jobs.journal import JOURNAL, JobFolder
 from marlinctl.oneshot.layers import Finished, LayerRecord
 from marlinctl.oneshot.reading import Reader
 from marlinctl.quantize.types import Hessian
 from marlinctl.system.atomic import disk_problems, make_folder, write_tensors
 from marlinctl.system.console import Console
+from marlinctl.system.digests import sha256_of, sha256_of_part
 
 _CALIBRATION = "calibration.safetensors"
 _STATES_KEPT = 2
@@ -83,7 +83,7 @@ class RunJob(JobFolder):
         noted: dict[str, Any] = {"step": step, "index": index, "records": [asdict(record) for record in finished.records]}
         noted["shard"] = self._described(f"staged/{shard}") if shard is not None else None
         size = staged.sync() - masked
-        noted["masks"] = {"bytes": size, "sha256": _sha256_of_part(staged.spool, masked, size) if size else None}
+        noted["masks"] = {"bytes": size, "sha256": sha256_of_part(staged.spool, masked, size) if size else None}
         if states:
             with disk_problems(self.path):
                 make_folder(self.path / "states")
@@ -98,14 +98,14 @@ class RunJob(JobFolder):
         redo_from: blocks from this one on are dropped too. pieces: blocks, and the head if it is solved.
         """
         if redo_from is not None and redo_from >= pieces:
-            what = f"--redo-from {redo_from}: the pieces of this model are 0 to {pieces - 1}"
-            raise UsageError("E288", what, where="--redo-from", fix="name one of them, or leave it out")
+            what = f"--from-block {redo_from}: the blocks of this model are 0 to {pieces - 1}"
+            raise UsageError("E288", what, where="--from-block", fix="name one of them, or leave it out")
         found = len(self.lines)
         good = 1 + self._whole()
         if redo_from is not None:
             good = min(good, 1 + redo_from)
         elif good < found:
-            console.warn(f"files of the job are damaged or missing behind block {good - 2}; what they held is solved again")
+            console.warn(f"files of the job are damaged or missing after block {good - 2}; those blocks are solved again")
         self.drop_from(good)
         done = self.lines[1:]
         records = [LayerRecord(**{**record, "shape": tuple(record["shape"])}) for line in done for record in line["records"]]
@@ -113,7 +113,7 @@ class RunJob(JobFolder):
         layers = [(record.name, *record.shape) for record in records if record.pattern is not None]
         staged.restore(shards, layers)
         if done:
-            console.say(f"going on: {len(done)} of {pieces} blocks are finished")
+            console.say(f"resuming: {len(done)} of {pieces} blocks are finished")
         return records
 
     def last_states(self) -> tuple[int, dict[str, Tensor]]:
@@ -153,7 +153,7 @@ class RunJob(JobFolder):
             if not _is_whole_line(line, count) or (line["shard"] is not None and not self._is_as_noted(line["shard"])):
                 break
             size, spool = line["masks"]["bytes"], self.staged.with_name(self.staged.name + ".masks")
-            if size and (not spool.is_file() or _sha256_of_part(spool, masked, size) != line["masks"]["sha256"]):
+            if size and (not spool.is_file() or sha256_of_part(spool, masked, size) != line["masks"]["sha256"]):
                 break
             masked += size
             count += 1
@@ -231,13 +231,3 @@ def _describes_file(noted: object) -> TypeGuard[Mapping[str, Any]]:
 
 def _state_name(index: int) -> str:
     return f"states/{index:05d}.safetensors"
-
-
-def _sha256_of_part(path: Path, begin: int, size: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        file.seek(begin)
-        while size and (chunk := file.read(min(size, 8 << 20))):
-            digest.update(chunk)
-            size -= len(chunk)
-    return digest.hexdigest()

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from marlinctl import __version__
 from marlinctl.checkpoint import findings
-from marlinctl.checkpoint.formats.base import Format
+from marlinctl.checkpoint.formats.base import Format, FormatInfo
 from marlinctl.checkpoint.formats.registry import (
     INTERCHANGE,
     detect,
@@ -208,7 +208,7 @@ def _fingerprint(opened: RunInputs, recipe: Recipe, calibration: CalibrationSet)
     """Everything that decides the numbers. Where any of it differs, going on would mix two jobs."""
     return {
         "model": opened.contents.fingerprint,
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": recipe.canonical(),
         "calibration_sha256": calibration.facts["sha256"],
         "versions": versions(),
         "device": opened.device.type,
@@ -327,7 +327,8 @@ def _verify_written(folder: Path, records: list[LayerRecord], console: Console, 
         console.progress("check from disk", len(records)) as progress,
         ThreadPoolExecutor(workers) as pool,
     ):
-        for record, digest in zip(records, pool.map(lambda record: _digest_on_disk(written, masks, record), records), strict=True):
+        info = detect(written.config, written.tensors)
+        for record, digest in zip(records, pool.map(lambda record: _digest_on_disk(written, info, masks, record), records), strict=True):
             if digest != record.digest:
                 raise CheckFailed(
                     "E103",
@@ -338,7 +339,7 @@ def _verify_written(folder: Path, records: list[LayerRecord], console: Console, 
             progress.advance()
 
 
-def _digest_on_disk(written: Checkpoint, masks: Masks | None, record: LayerRecord) -> str:
+def _digest_on_disk(written: Checkpoint, info: FormatInfo, masks: Masks | None, record: LayerRecord) -> str:
     keep: Tensor | None = None
     if record.pattern is not None:
         if masks is None:
@@ -346,7 +347,7 @@ def _digest_on_disk(written: Checkpoint, masks: Masks | None, record: LayerRecor
         keep = masks.keep(record.name, *record.shape)
     if record.group_size is None:
         return weight_digest(written.read(f"{record.name}.weight"), keep)
-    linear = read_linear(written, detect(written.config, written.tensors), record.name)
+    linear = read_linear(written, info, record.name)
     if keep is not None:
         linear = SparseQuantizedLinear(linear.codes, linear.scales, linear.group_size, keep)
     return linear_digest(linear)

@@ -1,7 +1,7 @@
-"""What a recipe does to the stacked rows of linears that share an input: match, prune, quantize, or two of these together.
+"""What a recipe does to the stacked rows of linears that share an input: correct drift, prune, quantize, or two of these together.
 
-The walk solves every stack of a model with it (layers.py), and the rehearsal one stack of random numbers (probe.py): what is rehearsed
-is what is done.
+The sequential pipeline solves every stack of a model with it (layers.py), and the probe one stack of random numbers (probe.py): the probe
+measures what a run does.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from marlinctl.quantize.drift import corrected_target
 from marlinctl.quantize.gptq import Solved, SolveSettings, solve
-from marlinctl.quantize.match import matched
 from marlinctl.quantize.scheme import Scheme
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipes.schema import Recipe
@@ -30,7 +30,7 @@ class Outcome(Protocol):
     @property
     def error(self) -> Tensor: ...
     @property
-    def energy(self) -> Tensor: ...
+    def output_energy(self) -> Tensor: ...
     @property
     def damping(self) -> float: ...
     @property
@@ -41,7 +41,7 @@ class Outcome(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StackedSolver:
-    match: float  # share in which the original is matched; 0 where it does not walk along
+    drift_correction: float  # share, 0..1; 0 where there is no reference model
     scheme: Scheme
     pruning: PruneSettings
     settings: SolveSettings  # of int4; the group size is that of each stack
@@ -51,7 +51,7 @@ class StackedSolver:
     def of(cls, recipe: Recipe, *, matches: bool, bfloat16_exact: bool, steps: PruneSteps = TORCH) -> StackedSolver:
         q = recipe.quantize
         return cls(
-            match=q.match if matches else 0.0,
+            drift_correction=q.drift_correction if matches else 0.0,
             scheme=recipe.scheme,
             pruning=PruneSettings(
                 method=recipe.sparsify.method,
@@ -72,30 +72,30 @@ class StackedSolver:
         )
 
     def solve(
-        self, stack: Tensor, keep: Tensor | None, hessian: Hessian, group_size: int
+        self, stack: Tensor, mask: Tensor | None, hessian: Hessian, group_size: int
     ) -> tuple[Outcome, Callable[[slice], Tensor | QuantizedLinear], Tensor | None]:
         """The outcome, what each slice of rows became, and the mask of all rows [R, K].
 
-        stack: [R, K] float32. keep: a mask that the source has already, [R, K] bool, or None.
+        stack: [R, K] float32. mask: a mask that the source has already, [R, K] bool, or None.
 
         Raises:
             ValueError: weights or Hessian are not finite, or no damping makes the Hessian positive definite.
         """
-        if self.match:
-            stack = matched(stack, hessian, share=self.match, damping=self.pruning.damping)
+        if self.drift_correction:
+            stack = corrected_target(stack, hessian, share=self.drift_correction, damping=self.pruning.damping)
         if not self.scheme.quantizes:
             pruned = prune(stack, hessian, self.pruning, self.steps)
-            return pruned, lambda rows: pruned.weight[rows], pruned.keep
+            return pruned, lambda rows: pruned.weight[rows], pruned.mask
         settings = replace(self.settings, group_size=group_size)
         solved: Solved
-        if keep is not None:
-            pruned_stack = fit_mask(stack, keep, hessian, self.pruning) if self.match else stack
-            solved, keep = solve_pruned(pruned_stack, keep, hessian, settings, original=stack, steps=self.steps)
+        if mask is not None:
+            pruned_stack = fit_mask(stack, mask, hessian, self.pruning) if self.drift_correction else stack
+            solved, mask = solve_pruned(pruned_stack, mask, hessian, settings, original=stack, steps=self.steps)
         elif self.scheme.prunes:
-            solved, keep = prune_and_quantize(stack, hessian, self.pruning, settings, self.steps)
+            solved, mask = prune_and_quantize(stack, hessian, self.pruning, settings, self.steps)
         else:
             solved = solve(stack, hessian, settings, steps=self.steps)
-        kept = keep
+        kept = mask
         return solved, lambda rows: _rows(solved.linear, kept, rows), kept
 
 
@@ -116,8 +116,8 @@ def steps_on(device: torch.device, console: Console) -> PruneSteps:
     return kernels.steps()
 
 
-def _rows(linear: QuantizedLinear, keep: Tensor | None, rows: slice) -> QuantizedLinear:
+def _rows(linear: QuantizedLinear, mask: Tensor | None, rows: slice) -> QuantizedLinear:
     codes, scales = linear.codes[rows], linear.scales[rows]
-    if keep is None:
+    if mask is None:
         return QuantizedLinear(codes, scales, linear.group_size)
-    return SparseQuantizedLinear(codes, scales, linear.group_size, keep[rows])
+    return SparseQuantizedLinear(codes, scales, linear.group_size, mask[rows])

@@ -17,12 +17,13 @@ No step writes more than a byte per weight.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, split
-from torch.nn.functional import pad
 
 from marlinctl.pack.tile import OFFSET, TILE_K, TILE_N, channel_slot, grouped_slot
-from marlinctl.pack.types import SLAB, PackedLinear, as_float16, padded, transposed
+from marlinctl.pack.types import SLAB, PackedLinear, padded, padded_codes, scales_from_tiles, scales_in_tiles
 from marlinctl.quantize.types import QuantizedLinear
 
 LOW_NIBBLES = 0x0F0F_0F0F_0F0F_0F0F
@@ -31,11 +32,13 @@ LOW_NIBBLES = 0x0F0F_0F0F_0F0F_0F0F
 def pack_marlin(q: QuantizedLinear) -> PackedLinear:
     """Codes and scales in MARLIN order. N and K are padded to multiples of 64 with code 0 and scale 0."""
     n, k = q.out_features, q.in_features
-    codes = q.codes if (padded(n), padded(k)) == (n, k) else pad(q.codes, (0, padded(k) - k, 0, padded(n) - n))  # [N', K']
+    codes = padded_codes(q.codes)
     qweight = codes.new_empty(padded(k) // TILE_K, padded(n) // TILE_N, 8, 4, 4, dtype=torch.int32)  # [row, block, column, quad, j]
     for blocks, slab in zip(split(qweight, SLAB // TILE_N, 1), split(codes, SLAB), strict=True):
         blocks.copy_(_words(slab))
-    return PackedLinear(qweight.view(padded(k) // TILE_K, 2 * padded(n)), _pack_scales(q), n, k, q.group_size)
+    return PackedLinear(
+        qweight.view(padded(k) // TILE_K, 2 * padded(n)), scales_in_tiles(q, _scale_order(q.group_size == k)), n, k, q.group_size
+    )
 
 
 def unpack_marlin(p: PackedLinear) -> QuantizedLinear:
@@ -45,7 +48,7 @@ def unpack_marlin(p: PackedLinear) -> QuantizedLinear:
     codes = torch.empty(padded(n), padded(k), dtype=torch.int8, device=p.qweight.device)
     for slab, blocks in zip(split(codes, SLAB), split(words, SLAB // TILE_N, 1), strict=True):
         _codes(blocks, out=slab)
-    return QuantizedLinear(codes[:n, :k].contiguous(), _unpack_scales(p), p.group_size)
+    return QuantizedLinear(codes[:n, :k].contiguous(), scales_from_tiles(p, _scale_order(p.channel_wise)), p.group_size)
 
 
 def _words(codes: Tensor) -> Tensor:
@@ -88,21 +91,6 @@ def gather(spread: Tensor) -> Tensor:
     return (spread & 0xFF | spread >> 8 & 0xFF00).to(torch.int16)
 
 
-def _pack_scales(q: QuantizedLinear) -> Tensor:
-    """scales [N, G] -> [G', N'] in MARLIN order."""
-    n, k, groups = q.out_features, q.in_features, q.scales.shape[1]
-    padded_groups = 1 if groups == 1 else -(-padded(k) // q.group_size)
-    plain = pad(as_float16(q.scales).T, (0, padded(n) - n, 0, padded_groups - groups))  # [G', N'] padded with 0
-    return plain[:, _slots(padded(n), groups == 1, plain.device)]
-
-
-def _unpack_scales(p: PackedLinear) -> Tensor:
-    """[G', N'] in MARLIN order -> scales [N, G]."""
-    plain = p.scales[:, _slots(p.scales.shape[1], p.channel_wise, p.scales.device)]
-    return transposed(plain[: p.groups, : p.out_features])
-
-
-def _slots(n: int, channel_wise: bool, device: torch.device) -> Tensor:
-    """The order of the scales as an index; it is its own inverse."""
-    columns = torch.arange(n, device=device)
-    return channel_slot(columns) if channel_wise else grouped_slot(columns)
+def _scale_order(channel_wise: bool) -> Callable[[Tensor], Tensor]:
+    """Column in a slot; it is its own inverse."""
+    return channel_slot if channel_wise else grouped_slot

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from marlinctl.pack.marlin import fold, gather, unfold
 from marlinctl.pack.tile import OFFSET, TILE_K, TILE_N, meta_quad, sparse_grouped_column, sparse_grouped_slot
-from marlinctl.pack.types import SLAB, PackedSparseLinear, as_float16, padded, transposed
+from marlinctl.pack.types import SLAB, PackedSparseLinear, padded, padded_codes, scales_from_tiles, scales_in_tiles, transposed
 from marlinctl.quantize.types import QuantizedLinear
 from marlinctl.sparsify.types import QUAD, SURVIVORS, SparseQuantizedLinear
 
@@ -36,13 +36,15 @@ def pack_sparse_marlin(q: SparseQuantizedLinear) -> PackedSparseLinear:
     n, k = q.out_features, q.in_features
     shape = (padded(k) // ROW_K, 2 * padded(n))
     qweight, meta = q.codes.new_empty(shape, dtype=torch.int32), q.codes.new_empty(shape, dtype=torch.int16)
-    codes, keep = _padded(q.codes), q.keep
+    codes, keep = padded_codes(q.codes), q.keep
     if codes is not q.codes:
         keep = (torch.arange(padded(k), device=codes.device) % QUAD < SURVIVORS).repeat(padded(n), 1)
         keep[:n, :k] = q.keep
     for words, places, slab, kept in zip(*_split(qweight, meta, SLAB), split(codes, SLAB), split(keep, SLAB), strict=True):
         _write(words, places, slab, _nibbles(kept))
-    return PackedSparseLinear(qweight, meta, _pack_scales(q), n, k, q.group_size)
+    # K = 2 group_size has two groups, although survivors alone would fill one
+    scales = scales_in_tiles(q, _channel_order if q.group_size == k else sparse_grouped_column)
+    return PackedSparseLinear(qweight, meta, scales, n, k, q.group_size)
 
 
 def unpack_sparse_marlin(p: PackedSparseLinear) -> SparseQuantizedLinear:
@@ -62,7 +64,13 @@ def unpack_sparse_marlin(p: PackedSparseLinear) -> SparseQuantizedLinear:
         torch.sub((quads ^ ZEROS).view(torch.int8), OFFSET, out=slab)
         one = torch.ones_like(first)
         kept.copy_((one << first | one << second).view(torch.bool))
-    return SparseQuantizedLinear(codes[:n, :k].contiguous(), _unpack_scales(p), p.group_size, keep[:n, :k].contiguous())
+    scales = scales_from_tiles(p, _channel_order if p.channel_wise else sparse_grouped_slot)
+    return SparseQuantizedLinear(codes[:n, :k].contiguous(), scales, p.group_size, keep[:n, :k].contiguous())
+
+
+def _channel_order(n: Tensor) -> Tensor:
+    """One group: the scales keep the order of the outputs."""
+    return n
 
 
 def remask(packed: PackedSparseLinear, q: QuantizedLinear, importance: Tensor | None = None) -> None:
@@ -89,7 +97,7 @@ def remask(packed: PackedSparseLinear, q: QuantizedLinear, importance: Tensor | 
     if not (packed.qweight.is_contiguous() and packed.meta.is_contiguous()):
         raise ValueError("qweight and meta are written in place, so they must be contiguous")
     by_column = None if importance is None else _by_column(importance, padded(k))
-    codes = _padded(q.codes)
+    codes = padded_codes(q.codes)
     slab_rows = SLAB if codes.device.type == "cpu" else max(TILE_N, WEIGHTS_AT_ONCE // codes.shape[1] // TILE_N * TILE_N)
     for words, places, slab in zip(*_split(packed.qweight, packed.meta, slab_rows), split(codes, slab_rows), strict=True):
         _write(words, places, slab, _best(slab, by_column))
@@ -126,12 +134,6 @@ def _unordered(words: Tensor) -> Tensor:
 
 
 # ---- both matrices, slab by slab -----------------------------------------------------------------------------------------------------
-
-
-def _padded(codes: Tensor) -> Tensor:
-    """[N', K'] with code 0 beyond N and K."""
-    n, k = codes.shape
-    return codes if (padded(n), padded(k)) == (n, k) else pad(codes, (0, padded(k) - k, 0, padded(n) - n))
 
 
 def _split(qweight: Tensor, meta: Tensor, rows: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -214,22 +216,3 @@ def _by_column(importance: Tensor, padded_k: int) -> Tensor:
     """[K] -> [4, K'/4] float32, by column of the quad."""
     plain = pad(importance.to(torch.float32).nan_to_num(), (0, padded_k - len(importance)))
     return transposed(plain.view(-1, QUAD))
-
-
-# ---- scales --------------------------------------------------------------------------------------------------------------------------
-
-
-def _pack_scales(q: QuantizedLinear) -> Tensor:
-    """scales [N, G] -> [G', N'] in Sparse-MARLIN order. K = 2 group_size has two groups, although survivors alone would fill one."""
-    n, k, groups = q.out_features, q.in_features, q.scales.shape[1]
-    padded_groups = 1 if groups == 1 else -(-padded(k) // q.group_size)
-    plain = pad(as_float16(q.scales).T, (0, padded(n) - n, 0, padded_groups - groups))  # [G', N'] padded with 0
-    slots = torch.arange(padded(n), device=plain.device)
-    return plain[:, slots if groups == 1 else sparse_grouped_column(slots)]
-
-
-def _unpack_scales(p: PackedSparseLinear) -> Tensor:
-    """[G', N'] in Sparse-MARLIN order -> scales [N, G]."""
-    columns = torch.arange(p.scales.shape[1], device=p.scales.device)
-    plain = p.scales[:, columns if p.channel_wise else sparse_grouped_slot(columns)]
-    return transposed(plain[: p.groups, : p.out_features])

@@ -5,12 +5,14 @@ Axes: N out_features, K in_features, G groups; N' and K' are N and K rounded up 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from marlinctl.quantize.types import QuantizedLinear
 from marlinctl.sparsify.types import QUAD
 
 PAD_TO = 64  # N' and K' are multiples of this; kernels walk K in steps of 64 and tiles are 64 columns wide
@@ -24,6 +26,11 @@ SLAB = 256
 def padded(size: int) -> int:
     """The multiple of PAD_TO that holds `size`."""
     return -(-size // PAD_TO) * PAD_TO
+
+
+def padded_groups(k: int, group_size: int) -> int:
+    """G': one scale per started group of K', and a single one when channel-wise."""
+    return 1 if group_size == k else -(-padded(k) // group_size)
 
 
 class _Tiles:
@@ -50,8 +57,8 @@ class _Tiles:
 
     @property
     def padded_groups(self) -> int:
-        """G': one scale per started group of K', and a single one when channel-wise."""
-        return 1 if self.channel_wise else -(-padded(self.in_features) // self.group_size)
+        """G'"""
+        return padded_groups(self.in_features, self.group_size)
 
     def _check_sizes(self) -> None:
         n, k, group_size = self.out_features, self.in_features, self.group_size
@@ -129,6 +136,25 @@ def side_by_side(parts: Sequence[PackedLinear | PackedSparseLinear]) -> PackedLi
         return PackedLinear(words, scales, n, k, group_size)
     meta = torch.cat([one.meta for one in parts if isinstance(one, PackedSparseLinear)], dim=1)
     return PackedSparseLinear(words, meta, scales, n, k, group_size)
+
+
+def padded_codes(codes: Tensor) -> Tensor:
+    """codes [N, K] -> [N', K'] with code 0 beyond N and K; `codes` itself where that is the same."""
+    n, k = codes.shape
+    return codes if (padded(n), padded(k)) == (n, k) else pad(codes, (0, padded(k) - k, 0, padded(n) - n))
+
+
+def scales_in_tiles(q: QuantizedLinear, column: Callable[[Tensor], Tensor]) -> Tensor:
+    """scales [N, G] -> [G', N'] float16 with 0 beyond N and G. column: which output's scale lies in a slot."""
+    n, groups = q.scales.shape
+    plain = pad(as_float16(q.scales).T, (0, padded(n) - n, 0, padded_groups(q.in_features, q.group_size) - groups))
+    return plain[:, column(torch.arange(padded(n), device=plain.device))]
+
+
+def scales_from_tiles(p: PackedLinear | PackedSparseLinear, slot: Callable[[Tensor], Tensor]) -> Tensor:
+    """The inverse of scales_in_tiles, [N, G]. slot: where an output's scale lies."""
+    plain = p.scales[:, slot(torch.arange(p.scales.shape[1], device=p.scales.device))]
+    return transposed(plain[: p.groups, : p.out_features])
 
 
 def transposed(matrix: Tensor) -> Tensor:

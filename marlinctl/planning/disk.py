@@ -1,6 +1,6 @@
 """How many bytes of disk a run writes: its outputs, exactly, and what lies beside them while it runs. From names and shapes alone.
 
-walk      the finished linears in the interchange form, the activations of one block in unnamed files (system/offload.py), and the
+blocks    the finished linears in the interchange form, the activations of one block in unnamed files (system/offload.py), and the
           hidden states that enter the last two blocks, to resume from (oneshot/resume.py)
 publish   every output at once: each is built beside its place and renamed
 mask      2:4 linears have one bit a weight in a file of its own, which is written twice: its header is known last
@@ -58,19 +58,19 @@ def output(fmt: Format, tensors: Mapping[str, TensorInfo], shapes: Shapes, sizes
     return Output(fmt, linears, sum(untouched), mask, len(untouched) + each * len(shapes) + len(named))
 
 
-def needed_by_walk(walked: Output, scratch: int, states: int) -> int:
+def needed_by_blocks(first: Output, scratch: int, states: int) -> int:
     """Bytes at the fullest moment of quantize or sparsify: activations are gone before the untouched tensors are copied."""
-    return max(walked.linears + walked.mask + scratch, walked.on_disk + walked.mask) + states
+    return max(first.linears + first.mask + scratch, first.on_disk + first.mask) + states
 
 
 def state_bytes(architecture: Architecture, work: Work) -> int:
-    """The hidden states that enter the last two blocks, and the original's where it walks along: what a stopped walk goes on from."""
+    """The hidden states that enter the last two blocks, with drift correction also the reference model's: what a run resumes from."""
     copies = 2 * (2 if work.matches else 1)
     return copies * work.samples * work.length * architecture.hidden_size * work.element
 
 
 def scratch_bytes(architecture: Architecture, work: Work) -> int:
-    """The unnamed files that hold activations beside the output: all slots of oneshot/sequential.py and oneshot/reference_stream.py."""
+    """The unnamed files that hold activations beside the output: every slot of `Scratch` in oneshot/."""
     tokens, hidden = work.samples * work.length, architecture.hidden_size
     widths = {"branch input": hidden, "attention output": hidden, "between": 0}
     for block in architecture.blocks:

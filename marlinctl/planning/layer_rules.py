@@ -40,7 +40,7 @@ def plan(architecture: Architecture, *, group_size: int, skip: Sequence[str], ov
     for pattern in (*skip, *overrides):
         if not names.matching(pattern):
             if len(problems) == _MOST_PROBLEMS:
-                problems.append(Problem("and maybe more patterns", "--skip / --override", "mend the ones above first"))
+                problems.append(Problem("and maybe more patterns", "--skip / --override", "fix the ones above first"))
                 break
             likely = {*list(linears)[:_MOST_LIKELY], *(name.rpartition(".")[2] for name in linears)}
             near = get_close_matches(pattern[:200], likely, n=3, cutoff=0.3) or list(linears)[:3]

@@ -2,14 +2,14 @@
 
     anonymous memory = BASE + text as it is tokenized + hidden states of all tokens + one block as it is run + the largest of:
         collecting   a Gram matrix while chunks of tokens pass
-        matching     the regression on the original's inputs, in double precision (recipe: match)
+        matching     the regression on the original's inputs, in double precision (recipe: drift_correction)
         factoring    H, its reordered copy, and the factorisation with its input, in the precision that its condition asks for
         sweeping     the rows of linears that share an input, as weights, stack, targets, codes and errors
         pruning      the same with the matrices of least squares
 
-`_phases` has the arrays of each, counted in the code that is named there. What the C library's heap keeps of freed arrays is added, which
-decides for models with small matrices. A mapped file is not counted: the system takes its pages back when it needs them. Text that the
-model writes itself (--calibration self) needs the whole model and its cache of keys and values, before the walk.
+quantize/memory.py and sparsify/memory.py have the arrays of each; `_phases` adds them up. What the C library's heap keeps of freed arrays
+is added, which decides for models with small matrices. A mapped file is not counted: the system takes its pages back when it needs them.
+Text that the model writes itself (--calibration self) needs the whole model and its cache of keys and values, before the walk.
 
 `predicted_peak` is what a run is held to before it starts (oneshot/open.py), what `plan` prints and what benchmarks/peak_memory.py compares
 with the measured peak; docs/plan.md has the comparison.
@@ -24,8 +24,11 @@ from math import prod
 
 from marlinctl.data.calibration_size import CHARACTERS_PER_TOKEN, PIECE, SELF_BATCH
 from marlinctl.models.architectures import Architecture, Block, Experts, LinearSpec
+from marlinctl.quantize import memory as quantize
+from marlinctl.quantize.memory import Arrays
 from marlinctl.quantize.scheme import Scheme
 from marlinctl.recipes.schema import Distill, Recipe
+from marlinctl.sparsify import memory as sparsify
 
 CHUNK_TOKENS = 2048  # tokens in flight: enough for full speed of the matrix units, little enough for any memory
 CHUNK_TOKENS_ON_DEVICE = 8192  # of a GPU: launches are dear there and memory is not
@@ -39,8 +42,6 @@ _KEPT = 1.1  # what it keeps of that for the phases after; both from seven synth
 _TOKENIZER = 36 << 20  # 42 and 27 MiB with 49,152 and 151,665 entries (SmolLM2, Qwen2.5)
 _TOKENIZING = 100  # bytes that a tokenizer needs for each character
 _PACKING = 24  # bytes for each weight of a linear that is packed and read back
-_PRUNED_TOGETHER = 8192  # rows of one least-squares problem (sparsify/sparsegpt.py)
-_FLOAT64_ABOVE = 3e5  # K / damping above which the factorisation is in double precision (quantize/solver.py)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,35 +167,30 @@ def _solving(architecture: Architecture, compressed: Mapping[str, int], work: Wo
     return int(max(together, _KEPT * max(heap) + max(mapped)))
 
 
-def _phases(architecture: Architecture, stage: Stage, work: Work) -> Iterator[list[tuple[int, int]]]:
-    """The arrays that are alive in each phase of one stage, as (how many, bytes of each)."""
+def _phases(architecture: Architecture, stage: Stage, work: Work) -> Iterator[Arrays]:
+    """The arrays that are alive in each phase of one stage."""
     k, rows, tokens = stage.k, stage.rows, max(CHUNK_TOKENS_ON_DEVICE if work.on_device else CHUNK_TOKENS, work.length)
-    square, stack = 4 * k * k, 4 * rows * k  # in float32
     held = [(1, 4 * stage.other_rows * k)]  # weights that pass through the solve untouched
     if work.matches:  # E[(x' - x) xᵀ], E[(r' - r) xᵀ] and the stack before it was matched
-        held += [(1, square), (1, 4 * k * architecture.hidden_size), (1, stack)]
+        held += [(1, 4 * k * k), (1, 4 * k * architecture.hidden_size), (1, 4 * rows * k)]
 
-    # oneshot/sequential.py, _Gram: activations of a chunk, as they are and in float32; then H and its two triangles
+    # oneshot/gram.py: activations of a chunk as they are beside the sums; then H as a whole
     widest = max(k, *(spec.out_features for spec in architecture.blocks[0].linears.values()))
-    yield [*held, (1, square), (4, tokens * widest * work.element), (4 if work.matches else 1, 4 * tokens * k)]
-    yield [*held, (3, square)]
+    yield [*held, *quantize.gram(k, tokens, drift=work.matches), (4, tokens * widest * work.element)]
+    yield [*held, *quantize.mirror(k)]
     if not rows:
         return
-    if work.matches:  # quantize/match.py: right-hand sides and solutions in both precisions, H in float64 and its factor
-        yield [*held, (4, stack), (2, 2 * stack), (1, square), (2, 2 * square)]
-    # quantize/solver.py, factor: H and its reordered copy; the matrix to be factored and its factor
-    precise = 2 if k / work.damping > _FLOAT64_ABOVE else 1
-    yield [*held, (2, stack), (2, square), (2, precise * square)]
-    pruned = [(2, stack), (2, stack // 4)] if work.scheme.prunes else []  # values, what refinement aims at, and the mask twice
+    if work.matches:
+        yield [*held, *quantize.corrected_target(rows, k)]
+    yield [*held, *quantize.factor(rows, k, work.damping)]
+    pruned = sparsify.pruned(rows, k) if work.scheme.prunes else []
     if work.scheme.quantizes:
-        # quantize/gptq.py, solve: at its end weights, stack, w, codes, errors, two temporaries, and the codes as int8
-        yield [*held, *pruned, (7, stack), (1, stack // 4), (3, square)]
-        if work.refines:  # quantize/refine.py: one more sweep beside the first; the normal equations of the scales
-            yield [*held, *pruned, (9, stack), (4, square)]
-            yield [*held, *pruned, (7, stack), (4, square), (4, 4 * rows * stage.groups**2)]
-    if work.scheme.prunes:  # sparsify/sparsegpt.py and masked_ls.py: what is finished, and seven matrices of the rows at hand
-        part = 4 * min(rows, _PRUNED_TOGETHER) * k
-        yield [*held, (3, stack), (1, stack // 4), (7, part), (1, part // 4), (3, square)]
+        yield [*held, *pruned, *quantize.solve(rows, k)]
+        if work.refines:
+            yield [*held, *pruned, *quantize.descend(rows, k)]
+            yield [*held, *pruned, *quantize.refit_scales(rows, k, stage.groups)]
+    if work.scheme.prunes:
+        yield [*held, *sparsify.prune(rows, k)]
 
 
 def _writing(architecture: Architecture, work: Work) -> int:

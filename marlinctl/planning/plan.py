@@ -6,7 +6,7 @@
                                                  ─► time (time.py), a guess           ─┘
 
 The arithmetic has one home for plan and run. A recipe that prunes and distils runs in three stages, each of which is planned; the largest
-counts. What only weights tell is not known here: NaN and infinity, and masks that contradict their weights.
+counts. NaN and infinity, and masks that contradict their weights, are found only by reading weights, so not here.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Settings:
     probe: Probe | None = None  # runs the largest solve of a stage once
 
 
-# The largest solve of one walk, measured: what is planned, its recipe, the dtype of the forward pass. oneshot has it; it imports torch.
+# The largest solve of one pass, measured: what is planned, its recipe, the dtype of the forward pass. oneshot has it; it imports torch.
 Probe = Callable[[ModelPlan, Recipe, str], time.ProbeResult]
 
 
@@ -131,7 +131,7 @@ def _document(seen: Headers, recipe: Recipe, settings: Settings, console: Consol
     memory = _memory(looked, outputs, stages, recipe)
     disk = _disk(seen, looked, found, outputs, small, stages, recipe)
     checks = _checks(memory, disk, seen, settings)
-    rehearsed = {name: settings.probe(looked, part, dtype) for name, part, _ in stages} if settings.probe else {}
+    probed = {name: settings.probe(looked, part, dtype) for name, part, _ in stages} if settings.probe else {}
     info = seen.checkpoint.tensors
     return {
         "model": {
@@ -150,8 +150,8 @@ def _document(seen: Headers, recipe: Recipe, settings: Settings, console: Consol
         "outputs": [_describe(output, looked, found, recipe, seen, small) for output in outputs],
         "memory": memory,
         "disk": disk,
-        "time": _time(seen, looked, stages, recipe, settings, _ELEMENT[dtype], rehearsed),
-        "rehearsed": [{"name": name, **asdict(measured)} for name, measured in rehearsed.items()],
+        "time": _time(seen, looked, stages, recipe, settings, _ELEMENT[dtype], probed),
+        "probe": [{"name": name, **asdict(measured)} for name, measured in probed.items()],
         "checks": [{**asdict(check), "fits": check.fits} for check in checks],
         "fits": all(check.fits for check in checks),
         "notes": _notes(seen, found, recipe),
@@ -177,16 +177,16 @@ def _output(seen: Headers, looked: ModelPlan, found: Pattern, recipe: Recipe, fm
 
 
 def _stages(recipe: Recipe, looked: ModelPlan, settings: Settings, element: int) -> list[tuple[str, Recipe, Work]]:
-    """The walks: one, or with distillation a first that prunes and a last that quantizes (compress.py)."""
+    """Passes over the blocks: one, or with distillation one that prunes and one that quantizes (compress.py)."""
 
-    def walk(name: str, part: Recipe) -> tuple[str, Recipe, Work]:
+    def one(name: str, part: Recipe) -> tuple[str, Recipe, Work]:
         on_device = settings.device.startswith("cuda")
         return name, part, Work.of(part, element=element, matches=looked.matches, on_device=on_device)
 
     parts = divided(recipe)
     if parts is None:
-        return [walk("quantize" if recipe.sparsify.pattern == "none" else "prune", recipe)]
-    return [walk("prune", parts[0]), walk("quantize", parts[1])]
+        return [one("quantize" if recipe.sparsify.pattern == "none" else "prune", recipe)]
+    return [one("prune", parts[0]), one("quantize", parts[1])]
 
 
 def _memory(looked: ModelPlan, outputs: list[disk_space.Output], stages: list[tuple[str, Recipe, Work]], recipe: Recipe) -> dict[str, Any]:
@@ -226,20 +226,20 @@ def _disk(
 ) -> dict[str, Any]:
     """Bytes on the disk of OUT: at the fullest moment, and in the end. `fetch` is what a cache gets before."""
     first = registry.working_format(recipe.scheme)
-    walked = _output(seen, looked, found, recipe, first)
+    first_output = _output(seen, looked, found, recipe, first)
     scratch = max(disk_space.scratch_bytes(looked.architecture, work) for _, _, work in stages)
     states = max(disk_space.state_bytes(looked.architecture, work) for _, _, work in stages)
     published = sum(output.on_disk + small for output in outputs)
-    extra = 0 if first in {output.format for output in outputs} else walked.on_disk + small
+    extra = 0 if first in {output.format for output in outputs} else first_output.on_disk + small
     moments = {
-        "walk": disk_space.needed_by_walk(walked, scratch, states) + small,
+        "blocks": disk_space.needed_by_blocks(first_output, scratch, states) + small,
         "publish": published + extra + sum(output.mask for output in outputs),
     }
     if divided(recipe) is not None:
         dense = _output(seen, looked, found, recipe, registry.DENSE)
         training = disk_space.needed_by_distillation(looked.architecture, dense.weights, recipe.distill)
         moments["distil"] = 2 * (dense.on_disk + small) + training
-        moments["walk"] += dense.on_disk + small
+        moments["blocks"] += dense.on_disk + small
         moments["publish"] += dense.on_disk + small
     return {"during": max(moments.values()), "outputs": published, "scratch": scratch, "moments": moments, "fetch": seen.to_fetch}
 
@@ -334,7 +334,7 @@ def _time(
     recipe: Recipe,
     settings: Settings,
     element: int,
-    rehearsed: Mapping[str, time.ProbeResult],
+    probed: Mapping[str, time.ProbeResult],
 ) -> dict[str, Any]:
     """Seconds of each part, and what they rest on."""
     cores = settings.threads or _cores()
@@ -343,17 +343,19 @@ def _time(
     parts: dict[str, float] = {}
     counted_at = speed
     for name, part, work in stages:
-        if name in rehearsed:
-            speed = time.machine_of_probe(counted_at, rehearsed[name], part)
-        walk = time.seconds_of_walk(looked.architecture, looked.plan.group_sizes, work, part, speed, size)
-        parts = {name: parts.get(name, 0.0) + seconds for name, seconds in walk.items()} | {k: v for k, v in parts.items() if k not in walk}
+        if name in probed:
+            speed = time.machine_of_probe(counted_at, probed[name], part)
+        seconds_of = time.seconds_of_blocks(looked.architecture, looked.plan.group_sizes, work, part, speed, size)
+        parts = {name: parts.get(name, 0.0) + seconds for name, seconds in seconds_of.items()} | {
+            k: v for k, v in parts.items() if k not in seconds_of
+        }
     if divided(recipe) is not None:
         parts["distil"] = time.seconds_of_training(looked.architecture, recipe.distill, speed)
     return {
         "seconds": round(sum(parts.values())),
         "parts": {name: round(seconds, 1) for name, seconds in parts.items()},
         "basis": f"counted operations at the rates measured on {speed.title}; downloads and evaluation apart"
-        + ("" if rehearsed else "; a factor of two either way"),
+        + ("" if probed else "; a factor of two either way"),
     }
 
 
@@ -371,7 +373,9 @@ def _notes(seen: Headers, found: Pattern, recipe: Recipe) -> list[str]:
     if found.linears and found.origin != MASK_FILE:
         notes.append("the first row of the first linear is 2:4, so all linears are taken to be; the run looks at every weight")
     if found.origin is None and not seen.weights and (sparse := wants_mask(recipe)) is not None:
-        notes.append(f"{sparse.name} holds 2:4 linears alone, and only weights tell whether these are: a dense model is refused (E273)")
+        notes.append(
+            f"{sparse.name} holds only 2:4 linears, and whether these are is known when weights are read: a dense model is refused (E273)"
+        )
     if divided(recipe) is not None:
         notes.append("distillation is planned without its activations: --micro-batch and --checkpointing decide those")
     return notes

@@ -27,7 +27,7 @@ from marlinctl.system.console import Console
 
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
-    """A model that fits its config and the recipe, as far as headers tell."""
+    """A model that fits its config and the recipe, as far as headers show."""
 
     architecture: Architecture
     plan: Plan
@@ -110,9 +110,9 @@ def look(
         _refuse_odd_widths(shapes)
     if problems := misfits(shapes, formats_of(recipe)):
         raise BadInput.from_problems("E349", problems)
-    matches = recipe.quantize.match > 0
+    matches = recipe.quantize.drift_correction > 0
     if matches and any(isinstance(block.mlp, Experts) for block in known.blocks):
-        console.warn("a model with experts: their router sends other tokens than the original's, so nothing is matched (--match 0)")
+        console.warn("drift is not corrected (--drift-correction 0): the experts' router sends other tokens than the unquantized model's")
         matches = False
     return ModelPlan(known, rules, shapes, matches)
 
@@ -173,7 +173,7 @@ def _say_pattern(found: Pattern, planned: int, recipe: Recipe, console: Console)
             "E273",
             f"{len(found.linears)} of {planned} linears are 2:4 already ({origin})",
             where="--pattern 2:4",
-            fix="`marlinctl quantize` keeps the pattern; start from the dense model to prune anew",
+            fix="`marlinctl quantize` keeps the pattern; start from the dense model to prune again",
         )
     console.say(f"{len(found.linears)} of {planned} linears are 2:4, by {origin}; the pattern is kept")
     if len(found.linears) < planned:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from marlinctl.system.console import duration
+from marlinctl.system.console import duration, gibibytes
 from marlinctl.system.log import printable
 
 
@@ -33,9 +33,9 @@ def _rows(plan: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "", time["basis"]
     yield from (("note", note) for note in plan["notes"])
     for check in plan["checks"]:
-        there = "unknown" if check["available"] is None else _binary(check["available"])
+        there = "unknown" if check["available"] is None else gibibytes(check["available"])
         verdict = "fits" if check["fits"] else "DOES NOT FIT"
-        yield "check", f"{check['resource']}: {_binary(check['needed'])} needed, {there} ({check['where']}): {verdict}"
+        yield "check", f"{check['resource']}: {gibibytes(check['needed'])} needed, {there} ({check['where']}): {verdict}"
     yield "fits", "yes" if plan["fits"] else "no"
 
 
@@ -74,13 +74,13 @@ def _memory(memory: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for title, key in (("host memory", "host"), ("GPU memory", "device")):
         if memory[key] is not None:
             stages = memory[key]["stages"]
-            detail = f" ({', '.join(f'{name} {_binary(size)}' for name, size in stages.items())})" if len(stages) > 1 else ""
+            detail = f" ({', '.join(f'{name} {gibibytes(size)}' for name, size in stages.items())})" if len(stages) > 1 else ""
             beside = (
-                f", and {_binary(memory[key]['activations'])} of activations where half of what is free holds them"
+                f", and {gibibytes(memory[key]['activations'])} of activations where half of what is free holds them"
                 if key == "device"
                 else ""
             )
-            yield title, f"{_binary(memory[key]['peak'])} at the peak{detail}{beside}"
+            yield title, f"{gibibytes(memory[key]['peak'])} at the peak{detail}{beside}"
 
 
 def _disk(disk: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -96,7 +96,3 @@ def _first(reasons: Iterable[str]) -> str:
 
 def _gigabytes(size: int) -> str:
     return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
-
-
-def _binary(size: int) -> str:
-    return f"{size / 2**30:,.2f} GiB"

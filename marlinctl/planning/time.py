@@ -1,6 +1,6 @@
-"""How long a run takes, from counted operations and the rates of machines that were measured. A guess, and said to be one.
+"""How long a run takes, from counted operations and the rates of machines that were measured. An estimate, and reported as one.
 
-    products     forward pass 2 N K a token, Gram matrix K² a token (twice both where the original walks along), sweeps R K² a stack
+    products     forward pass 2 N K a token, Gram matrix K² a token (both twice with drift correction), sweeps R K² a stack
     columns      a step of the sweep for each column of each stack: what a GPU waits for
     elements     the scale search and the columns' arithmetic, a few passes over each weight for each candidate
     bytes        read for the scan, read again, written, read back
@@ -78,10 +78,10 @@ def machine_of_probe(speed: Machine, measured: ProbeResult, recipe: Recipe) -> M
     )
 
 
-def seconds_of_walk(
+def seconds_of_blocks(
     architecture: Architecture, compressed: Mapping[str, int], work: Work, recipe: Recipe, speed: Machine, model_bytes: int
 ) -> dict[str, float]:
-    """Seconds of each part of one walk."""
+    """Seconds of each part of one pass over the blocks."""
     tokens = work.samples * work.length
     twice = 2 if work.matches else 1
     forward = gram = sweeps = columns = elements = 0.0
@@ -129,10 +129,10 @@ def _solve(stage: Stage, recipe: Recipe) -> tuple[float, float, float]:
         columns += rounds * k
         passes += _PASSES + 8 * rounds
     if prunes:
-        refined = recipe.sparsify.method == "refined"
-        operations += sweep + (2 * sweep * (recipe.sparsify.ls_iterations + recipe.sparsify.mask_sweeps) if refined else 0)
-        columns += k * (1 + (recipe.sparsify.mask_sweeps * 2 if refined else 0))
-        passes += 8 + (recipe.sparsify.mask_sweeps * 12 + recipe.sparsify.ls_iterations * 8 if refined else 0)
+        iterative = recipe.sparsify.method == "iterative"
+        operations += sweep + (2 * sweep * (recipe.sparsify.ls_iterations + recipe.sparsify.mask_sweeps) if iterative else 0)
+        columns += k * (1 + (recipe.sparsify.mask_sweeps * 2 if iterative else 0))
+        passes += 8 + (recipe.sparsify.mask_sweeps * 12 + recipe.sparsify.ls_iterations * 8 if iterative else 0)
     return operations, columns, passes * rows * k
 
 

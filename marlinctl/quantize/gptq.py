@@ -36,7 +36,7 @@ class Solved:
 
     linear: QuantizedLinear  # codes [R, K], scales [R, G]
     error: Tensor  # [R] float64: δ H δᵀ of each row, with the undamped H
-    energy: Tensor  # [R] float64: w H wᵀ of each row
+    output_energy: Tensor  # [R] float64: w H wᵀ of each row
     damping: float
     fallback: str | None
     dead: int  # columns whose input was zero in all of calibration; their weights are rounded and kept
@@ -51,13 +51,13 @@ def solve(
     weight: Tensor,
     hessian: Hessian,
     settings: SolveSettings,
-    keep: Tensor | None = None,
+    mask: Tensor | None = None,
     original: Tensor | None = None,
     steps: SolverSteps = TORCH,
 ) -> Solved:
     """Quantize stacked rows that share one input.
 
-    weight: [R, K] float32, finite. hessian.matrix: [K, K]. keep: [R, K] bool, or None; where it is False the code is 0.
+    weight: [R, K] float32, finite. hessian.matrix: [K, K]. mask: [R, K] bool, or None; where it is False the code is 0.
     original: [R, K] float32, where `weight` is already a pruned stand-in for it: what refinement aims at and errors are measured against.
     Raises ValueError for shapes that do not fit, for a group size that does not divide K and for a Hessian that is not finite.
     """
@@ -85,23 +85,23 @@ def solve(
 
     w = weight.T[order].contiguous()  # [K, R], columns as rows: indexing a transposed view keeps its strides, and the sweep would crawl
     s = scales.T.contiguous()  # [G, R]
-    kept = None if keep is None else keep.T[order].contiguous()
-    aim = w if original is None else original.T[order].contiguous()
+    kept = None if mask is None else mask.T[order].contiguous()
+    target = w if original is None else original.T[order].contiguous()
     codes, _ = steps.sweep(w, w, factored.feedback, s, group_of, kept)
     ridge = factored.damping * float(diagonal.mean())
     if settings.refine and factored.fallback is None:
         matrix.diagonal().add_(ridge)
         for _ in range(settings.refine):
             for _ in range(2):
-                codes = descend(aim, codes, s, matrix, group_of, kept, sweep=steps.sweep)
-            s = refit_scales(aim, codes, s, matrix, group_of, positive=not settings.both_signs, bfloat16_exact=settings.bfloat16_exact)
+                codes = descend(target, codes, s, matrix, group_of, kept, sweep=steps.sweep)
+            s = refit_scales(target, codes, s, matrix, group_of, positive=not settings.both_signs, bfloat16_exact=settings.bfloat16_exact)
         matrix.diagonal().sub_(ridge)
 
     in_place = codes[torch.argsort(order)].to(torch.int8).T.contiguous()  # rows are gathered: scattering columns is slow on a GPU
     return Solved(
         linear=QuantizedLinear(in_place, s.T.to(torch.float16).contiguous(), group_size),
-        error=layer_error(aim - codes * s[group_of], matrix).double(),
-        energy=layer_error(aim, matrix).double(),
+        error=layer_error(target - codes * s[group_of], matrix).double(),
+        output_energy=layer_error(target, matrix).double(),
         damping=factored.damping,
         fallback=factored.fallback,
         dead=int((diagonal == 0).sum()),

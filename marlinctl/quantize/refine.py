@@ -24,7 +24,7 @@ def descend(
     scales: Tensor,
     matrix: Tensor,
     group_of: Tensor,
-    keep: Tensor | None = None,
+    mask: Tensor | None = None,
     *,
     sweep: Sweep = TORCH.sweep,
 ) -> Tensor:
@@ -38,7 +38,7 @@ def descend(
     current = codes * scales[group_of]
     diagonal = matrix.diagonal()
     base = mm(matrix, weight - current).div_(diagonal.unsqueeze(1)).add_(current)
-    codes, _ = sweep(base, current, matrix / diagonal, scales, group_of, keep)
+    codes, _ = sweep(base, current, matrix / diagonal, scales, group_of, mask)
     return codes
 
 

@@ -24,13 +24,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from marlinctl.quantize.memory import FLOAT64_ABOVE
 from marlinctl.quantize.types import CODE_MAX, CODE_MIN
 
 COLUMN_BLOCK = 128  # columns gathered by one product over everything before them
-COLUMN_RUN = 16  # columns updated among themselves one by one; 16 x R floats stay in the cache. A multiple of 4: quads lie in one run
+COLUMN_RUN = (
+    16  # columns updated among themselves one by one; 16 x R floats stay in the cache. A multiple of 4: a group of four lies in one run
+)
 
 _DAMPING_CEILING = 0.3
-_FLOAT64_ABOVE = 3e5  # bound on the condition number K / damping + 1 above which float32 pivots lose digits
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ def factor(matrix: Tensor, damping: float) -> Factor:
     if not mean > 0.0:
         return _diagonal_factor(diagonal.clone(), damping, "all inputs are zero")
     for rung in dict.fromkeys(min(damping * step, max(damping, _DAMPING_CEILING)) for step in (1.0, 3.0, 10.0)):
-        work = matrix.flip(0, 1).to(torch.float64 if k / rung > _FLOAT64_ABOVE else torch.float32)
+        work = matrix.flip(0, 1).to(torch.float64 if k / rung > FLOAT64_ABOVE else torch.float32)
         work.diagonal().add_(rung * mean)
         lower, info = torch.linalg.cholesky_ex(work)
         del work
@@ -84,7 +86,7 @@ def sweep(
     feedback: Tensor,
     scales: Tensor | None,
     group_of: Tensor,
-    keep: Tensor | None = None,
+    mask: Tensor | None = None,
     choose: Choose | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Project all columns in order, each with the feedback of those before it.
@@ -93,7 +95,7 @@ def sweep(
 
     base, anchor: [K, R] float32. feedback: [K, K] float32, read above the diagonal only. scales: [G, R] float32, none zero;
     group_of: [K] int64, the row of `scales` for each column. Without scales nothing is rounded: q_k = t_k.
-    keep: [K, R] bool or None; where it is False, q is 0. choose: may fill keep[k:] before column k is visited.
+    mask: [K, R] bool or None; where it is False, q is 0. choose: may fill mask[k:] before column k is visited.
     Returns codes (or q, without scales) [K, R] float32 and errors anchor - q, [K, R] float32.
     """
     k_total, rows = base.shape
@@ -104,7 +106,7 @@ def sweep(
     target = torch.empty(COLUMN_BLOCK, rows, dtype=base.dtype, device=base.device)
     # Views are made once: a step is a few microseconds of arithmetic, and indexing a tensor costs one each time.
     code_of, error_of, target_of, anchor_of = codes.unbind(0), errors.unbind(0), target.unbind(0), anchor.unbind(0)
-    keep_of = None if keep is None else keep.unbind(0)
+    mask_of = None if mask is None else mask.unbind(0)
     steps = None if scales is None else (scales.unbind(0), scales.reciprocal().unbind(0))
     group: list[int] = group_of.tolist()
     for start in range(0, k_total, COLUMN_BLOCK):
@@ -124,8 +126,8 @@ def sweep(
                 else:
                     torch.mul(target_of[k - start], steps[1][group[k]], out=code)
                     code.round_().clamp_(CODE_MIN, CODE_MAX)
-                if keep_of is not None:
-                    code.mul_(keep_of[k])
+                if mask_of is not None:
+                    code.mul_(mask_of[k])
                 if steps is None:
                     torch.sub(anchor_of[k], code, out=error)
                 else:

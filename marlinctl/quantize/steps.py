@@ -16,7 +16,7 @@ class Sweep(Protocol):
     """`quantize.solver.sweep` without `choose`."""
 
     def __call__(
-        self, base: Tensor, anchor: Tensor, feedback: Tensor, scales: Tensor | None, group_of: Tensor, keep: Tensor | None = None
+        self, base: Tensor, anchor: Tensor, feedback: Tensor, scales: Tensor | None, group_of: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]: ...
 
 

@@ -16,9 +16,15 @@ INT4 = Scheme()
 CODE_MIN, CODE_MAX = INT4.lowest, INT4.highest  # int4, two's complement; on disk a nibble holds code + 8
 
 
+def dequantized(codes: Tensor, scales: Tensor, group_size: int) -> Tensor:
+    """The weight [N, K] float32 of int8 codes [N, K] and scales [N, G] of any float type. Exact for scales of at most 16 bits."""
+    steps = scales.to(torch.float32).unsqueeze(-1)  # [N, G, 1]
+    return (codes.to(torch.float32).reshape(len(codes), -1, group_size) * steps).reshape(codes.shape)
+
+
 @dataclass(frozen=True, slots=True)
 class QuantizedLinear:
-    """weight[n, k] = codes[n, k] * scales[n, k // group_size]. Codes are data: nobody rounds them again."""
+    """weight[n, k] = codes[n, k] * scales[n, k // group_size]. Codes are data and are never rounded again."""
 
     codes: Tensor  # [N, K] int8, CODE_MIN..CODE_MAX
     scales: Tensor  # [N, G] float16 (bfloat16 only when read from a foreign checkpoint), finite
@@ -50,19 +56,16 @@ class QuantizedLinear:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K] that these codes stand for. Exact in float32: 4-bit code times 11-bit significand."""
-        n, k = self.codes.shape
-        scales = self.scales.to(torch.float32).unsqueeze(-1)  # [N, G, 1]
-        weight = self.codes.to(torch.float32).reshape(n, -1, self.group_size) * scales
-        return weight.reshape(n, k).to(dtype)
+        return dequantized(self.codes, self.scales, self.group_size).to(dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class Hessian:
     """Mean of x xᵀ over calibration tokens (no factor 2; it cancels in every use).
 
-    Where the original model walks along, also how far its activations (x', and r' of the residual stream that the output is added to) have
-    drifted from those of the compressed one. Tokens may be weighted there (marlinctl/oneshot/reference_stream.py, token_scale): every mean
-    is then of the weighted tokens.
+    With drift correction, also the difference between the unquantized model's activations (x', and r' of the residual stream that the
+    output is added to) and the compressed one's. Tokens may be weighted there (oneshot/reference_stream.py, token_scale): every mean is
+    then of the weighted tokens.
     """
 
     matrix: Tensor  # [K, K] float32, symmetric

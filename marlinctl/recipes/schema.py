@@ -4,9 +4,9 @@ A recipe is a YAML file. It says only what differs from the recipe it extends, i
 home of every default. Flags of the command line override the recipe (`resolve`), and what they changed is said and recorded.
 
     quantize:     how weights become codes          pack:      which formats are published
-    sparsify:     which weights survive             evaluate:  how the result is measured
+    sparsify:     which weights are kept               evaluate:  how the result is measured
     calibration:  which tokens the Hessian sees
-    distill:      how a 2:4 or 4-bit model is trained towards its original
+    distill:      how a 2:4 or 4-bit model is trained toward its original
 
 A recipe may come from a stranger. It is data only: reading is `yaml_positions` (no tags, no aliases, no repeated keys), checking
 is pydantic with unknown keys forbidden, and every refusal names file, line and column.
@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
@@ -27,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from marlinctl.errors import Problem, UsageError
 from marlinctl.quantize.scheme import Scheme
+from marlinctl.recipes import renamed
 from marlinctl.recipes.yaml_positions import Place, read_yaml
 from marlinctl.system.files import FileRefused, read_plain
 from marlinctl.system.log import redacted
@@ -62,7 +64,7 @@ class Quantize(_Section):
     scale_search: Literal["none", "mse", "hessian"]
     damping: float = Field(gt=0, le=1)
     refine: int = Field(ge=0, le=100)
-    match: float = Field(ge=0, le=1)
+    drift_correction: float = Field(ge=0, le=1)
     skip: Names
     overrides: dict[str, Override]
     include: Names
@@ -70,7 +72,7 @@ class Quantize(_Section):
 
 class Sparsify(_Section):
     pattern: Literal["none", "2:4"]
-    method: Literal["magnitude", "wanda", "sparsegpt", "refined"]
+    method: Literal["magnitude", "wanda", "sparsegpt", "iterative"]
     mask_sweeps: int = Field(ge=0, le=100)
     ls_iterations: int = Field(ge=0, le=1000)
 
@@ -130,9 +132,13 @@ class Recipe(_Section):
         """What becomes of a linear for which nothing else is said."""
         return Scheme(bits=self.quantize.bits, group_size=self.quantize.group_size, sparsity=self.sparsify.pattern)
 
+    def canonical(self) -> dict[str, Any]:
+        """For hashes and journals: a JSON document that no rename of a key changes."""
+        return renamed.canonical(self.model_dump(mode="json"))
+
     def canonical_json(self) -> str:
         """The same recipe gives the same text everywhere: sorted keys, no spaces, ASCII."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
     def to_yaml(self) -> str:
         """A file that `load_recipe` turns into an equal recipe, whatever the defaults are by then. Without secrets: it is published."""
@@ -144,7 +150,7 @@ class Recipe(_Section):
 
 def recipe_hash(recipe: Recipe) -> str:
     """SHA-256 of the canonical JSON without name and description: equal hashes mean the same job."""
-    body = json.loads(recipe.canonical_json())
+    body = recipe.canonical()
     del body["name"], body["description"]
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -153,35 +159,51 @@ def builtin_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in files("marlinctl.recipes").iterdir() if entry.name.endswith(".yaml"))
 
 
-def load_recipe(name_or_path: str | Path) -> Recipe:
-    """A built-in recipe by name, or a file. Anything wrong with it is a UsageError that lists every problem."""
-    return _validate(_with_parents(_locate(name_or_path, Path(), where=f"recipe {name_or_path}"), ()))
+def _deprecated(text: str) -> None:
+    warnings.warn(text, FutureWarning, stacklevel=3)
 
 
-def resolve(recipe: Recipe, overrides: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
+def load_recipe(name_or_path: str | Path, *, deprecated: Callable[[str], None] = _deprecated) -> Recipe:
+    """A built-in recipe by name, or a file. Anything wrong with it is a UsageError that lists every problem.
+
+    deprecated: is given one line for each key or value with a former name.
+    """
+    return _validate(_with_parents(_locate(name_or_path, Path(), where=f"recipe {name_or_path}"), (), deprecated))
+
+
+def recipe_of_document(document: Mapping[str, Any]) -> Recipe:
+    """What `model_dump` wrote, this version's or an earlier one's. pydantic's ValidationError for anything else."""
+    return Recipe.model_validate(renamed.current(document)[0])
+
+
+def resolve(recipe: Recipe, overrides: Mapping[str, Any], *, deprecated: Callable[[str], None] = _deprecated) -> tuple[Recipe, list[str]]:
     """The recipe with the flags that were given, {"quantize.group_size": 64, ...}; None means not given.
 
-    Returns what the flags changed as sentences, to be said once and recorded.
+    Returns what the flags changed as sentences, to be said once and recorded. deprecated: as in `load_recipe`.
     """
     values = recipe.model_dump(mode="json")
     places: dict[tuple[str, ...], Place] = {}
     changes: list[str] = []
+    given: dict[str, dict[str, Any]] = {}
     for dotted, value in overrides.items():
         section, field = dotted.split(".")
-        if value is None:
-            continue
-        value = list(value) if isinstance(value, tuple) else value
+        if value is not None:
+            given.setdefault(section, {})[field] = list(value) if isinstance(value, tuple) else value
+    given, former = renamed.current(given)
+    for item in former:
+        deprecated(item.what)
+    for section, field, value in ((section, field, value) for section, keys in given.items() for field, value in keys.items()):
         flag = _FLAG_NAMES.get(field, "--" + field.replace("_", "-"))
         places[section, field] = Place(f"{flag} {value}")
-        if values[section][field] != value:
-            before = "null" if values[section][field] is None else values[section][field]
+        if values[section].get(field) != value:
+            before = "null" if values[section].get(field) is None else values[section][field]
             changes.append(f"{flag} {value} instead of {before} (recipe {recipe.name})")
         values[section][field] = value
     return _validate(_Layer(values, places, Place(f"recipe {recipe.name}")), error_id="E202"), changes
 
 
 def divided(recipe: Recipe) -> tuple[Recipe, Recipe] | None:
-    """How `compress` divides a recipe that distils: what prunes before and what quantizes after. None: one walk does all."""
+    """How `compress` divides a recipe that distils: what prunes before and what quantizes after. None: one pass does all."""
     if recipe.sparsify.pattern == "none" or recipe.distill.tokens == 0:
         return None
     return resolve(recipe, {"quantize.bits": 16})[0], resolve(recipe, {"sparsify.pattern": "none"})[0]
@@ -189,10 +211,11 @@ def divided(recipe: Recipe) -> tuple[Recipe, Recipe] | None:
 
 def with_sections(values: Mapping[str, Any]) -> dict[str, Any]:
     """{"group_size": 64} as `resolve` wants it: {"quantize.group_size": 64}. A key's name is unique over all sections."""
-    homes = {field: f"{section}.{field}" for section in _SECTIONS for field in _keys_at((section,))}
+    known = {field: f"{section}.{field}" for section in _SECTIONS for field in _keys_at((section,))}
+    homes = known | {field: f"{section}.{field}" for field, section in renamed.former_keys().items()}
     unknown = [name for name in values if name not in homes]
     if unknown:
-        problems = [Problem(f"there is no option {name}", f"{name}={values[name]!r}", _nearest_key(name, list(homes))) for name in unknown]
+        problems = [Problem(f"there is no option {name}", f"{name}={values[name]!r}", _nearest_key(name, list(known))) for name in unknown]
         raise UsageError.from_problems("E202", problems)
     return {homes[name]: value for name, value in values.items()}
 
@@ -240,9 +263,13 @@ def _locate(name_or_path: str | Path, folder: Path, *, where: str) -> _Found:
     return _Found(str(path), path.stem, path.parent, str(path.resolve()), text)
 
 
-def _with_parents(found: _Found, children: tuple[str, ...]) -> _Layer:
+def _with_parents(found: _Found, children: tuple[str, ...], deprecated: Callable[[str], None]) -> _Layer:
     """The file's own keys over those of the recipe it extends, up to int4."""
-    own, places = read_yaml(found.text, found.title)
+    written, places = read_yaml(found.text, found.title)
+    own, former = renamed.current(written)
+    for item in former:
+        deprecated(f"{places[item.path]}: {item.what}")
+        places[item.now] = places[item.path]
     parent = own.pop("extends", None if found.identity == DEFAULT else DEFAULT)
     own.setdefault("name", found.stem)
     own.setdefault("description", "")
@@ -256,7 +283,7 @@ def _with_parents(found: _Found, children: tuple[str, ...]) -> _Layer:
     chain = (*children, found.identity)
     if base_file.identity in chain:
         raise UsageError("E206", "recipes extend each other in a circle", where=where, fix=f"end the chain at {DEFAULT}")
-    base = _with_parents(base_file, chain)
+    base = _with_parents(base_file, chain, deprecated)
     return _Layer(_merge(base.values, own), {**base.places, **places}, origin)
 
 

@@ -54,7 +54,9 @@ def read_yaml(text: str, title: str) -> tuple[dict[str, Any], dict[tuple[str, ..
         mark = error.problem_mark or error.context_mark
         where = Place(title, mark.line + 1, mark.column + 1) if mark else Place(title)
         what = error.problem or error.context or "not YAML"
-        raise UsageError("E206", f"not readable as YAML: {what}", where=str(where), fix="mend that place; see docs/recipes.md") from error
+        raise UsageError(
+            "E206", f"not readable as YAML: {what}", where=str(where), fix="correct that place; see docs/recipes.md"
+        ) from error
     except yaml.YAMLError as error:  # an unprintable character: no mark
         raise UsageError("E206", f"not readable as YAML: {error}".split("\n")[0], where=title, fix="remove control characters") from error
     except RecursionError as error:

@@ -39,7 +39,7 @@ class CardFacts:
     ignore: Sequence[str]  # linears left 16-bit
     command: str  # the exact command line, with output paths as the person gave them
     loads: Loads
-    base_model: str | None = None  # a hub id; a local path is nobody's business
+    base_model: str | None = None  # a hub id; local paths are private
     license: Mapping[str, str] | None = None  # of the original: license, license_name, license_link
     made_from: Sequence[Row] = field(default=())  # data, seeds, versions, digests
     scores: Sequence[Score] = field(default=())
@@ -81,7 +81,7 @@ def of_training(report: Mapping[str, Any], folder: Folder) -> str:
     original = teacher["name"] if teacher["kind"] == "hub" else None
     tags = ["distillation", *folder.fmt.tags, *(["sparse"] if report["sparse_linears"] else [])]
     rows: list[Row] = [
-        ("Trained", f"{trained(report)}, towards the original"),
+        ("Trained", f"{trained(report)}, toward the original"),
         ("Original", Name(original) if original else ""),
         ("Its licence", spoken(teacher.get("license"))),
         *training_rows(report, folder),
@@ -140,7 +140,7 @@ def _what(facts: CardFacts) -> list[str]:
         ("Format", title.replace("`", "")),
         ("Quantized", f"{len(facts.layers)} linears, int4 symmetric, codes -8..7 times one scale per group" if facts.layers else ""),
         ("Group size", groups),
-        ("Pruned", f"2:4, two of each four neighbours along K are zero; {_survivors(facts.fmt)}" if facts.two_of_four else ""),
+        ("Pruned", f"2:4, two of each four neighbours along K are zero; {_storage(facts.fmt)}" if facts.two_of_four else ""),
         ("Original", Name(facts.base_model) if facts.base_model else ""),
         ("Its licence", spoken(facts.license)),
         *facts.made_from,
@@ -158,7 +158,7 @@ def _named(base_model: str | None) -> str:
     return base_model.rpartition("/")[2] if base_model else "This model"
 
 
-def _survivors(fmt: Format) -> str:
+def _storage(fmt: Format) -> str:
     return "the metadata says which" if fmt.needs_mask else f"{MASK_FILE} says which"
 
 

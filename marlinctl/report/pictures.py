@@ -1,7 +1,7 @@
 """The pictures of a page, as SVG by matplotlib: no window, no global state, the same bytes for the same figures.
 
 Each is drawn twice, at the width of a desktop column and of a phone, because text that scales with a picture is unreadable on one of them.
-Colours are written as numbers that nobody would choose and replaced by the page's CSS variables, so that a picture follows the reader's
+Colours are written as unusual placeholder values and replaced by the page's CSS variables, so that a picture follows the reader's
 light or dark mode. Labels come from checkpoints: matplotlib's own formula language is off, and its XML writer escapes.
 """
 
@@ -153,7 +153,7 @@ def _draw(draw: Callable[[Figure, str], None], heights: Mapping[str, float], cap
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    """Nobody's matplotlibrc has a say, and what matplotlib thinks of a home that cannot be written is no part of our story."""
+    """Without the user's matplotlibrc, and without matplotlib's warnings about a home folder that is not writable."""
     logger = logging.getLogger("matplotlib")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -11,6 +11,7 @@ from marlinctl.checkpoint.formats.registry import linear_bytes
 from marlinctl.checkpoint.licence import spoken
 from marlinctl.checkpoint.runtimes import Loads
 from marlinctl.report.page import Block, Cell, Figure, Listing, Name, Paragraph, Table
+from marlinctl.system.console import gibibytes
 
 _MOST_ANCESTORS = 20
 _INSTALLED = ("marlinctl", "torch", "transformers", "safetensors", "tokenizers", "accelerate")
@@ -71,8 +72,8 @@ def reproduce(report: Mapping[str, Any], folder: Folder) -> list[Block]:
 def peak_memory(report: Mapping[str, Any]) -> Figure:
     """What making it took: resident memory of the host, and of a GPU what was alive there."""
     device = report["peak_device_memory_bytes"]
-    note = "of the host" if device is None else f"of the host; {device / 2**30:.2f} GiB alive on the GPU"
-    return Figure("Peak memory", f"{report['peak_memory_bytes'] / 2**30:.2f} GiB", note)
+    note = "of the host" if device is None else f"of the host; {gibibytes(device)} alive on the GPU"
+    return Figure("Peak memory", gibibytes(report["peak_memory_bytes"]), note)
 
 
 def named(source: Mapping[str, Any]) -> str:
@@ -141,7 +142,7 @@ def _checks(report: Mapping[str, Any]) -> list[Block]:
 
 
 def card_rows(report: Mapping[str, Any], folder: Folder) -> list[tuple[str, Cell]]:
-    """Data, seeds, versions and digests. A local file's path is nobody's business: of calibration only its own name is told."""
+    """Data, seeds, versions and digests. Local paths are private: of a calibration file only its name is shown."""
     rows: list[tuple[str, Cell]] = []
     source = report["source"]
     rows += [("Its commit", Name(source["revision"]))] if source.get("revision") else []

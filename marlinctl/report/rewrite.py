@@ -1,4 +1,4 @@
-"""`report`: card and report of a published folder, made anew from its JSON, after scores or speeds were added to it.
+"""`report`: card and report of a published folder, rewritten from its JSON, after scores or speeds were added to it.
 
 The run itself writes the same files when it publishes (report/files.py). They lie outside the manifest, so the model is not touched.
 """
@@ -26,7 +26,7 @@ _KINDS = ("compress", "quantize", "sparsify", "distill")
 
 
 def rewrite(folder: Path, *, evaluation: Mapping[str, Any] | None = None, bench: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Card and report of a published folder, anew from its JSON, which gets what is given here. Returns the document."""
+    """Rewrite card and report of a published folder from its JSON, after adding what is given here. Returns the document."""
     report = read_report(folder)
     if evaluation is not None:
         report["evaluation"] = {"document": evaluation}
@@ -52,7 +52,7 @@ def rewrite(folder: Path, *, evaluation: Mapping[str, Any] | None = None, bench:
 
 
 def checked_files(report: Mapping[str, Any], folder: Path, *, fmt: Format, layers: Mapping[str, int]) -> dict[str, bytes]:
-    """`report_files` of a document that somebody else may have written: BadInput where it has not the form of ours."""
+    """`report_files` of a document that may be foreign: BadInput where it has not the form of ours."""
     with _ours(folder / JSON):
         return report_files(report, folder, fmt=fmt, layers=layers)
 
@@ -97,5 +97,5 @@ def _document(path: Path, kinds: Sequence[str]) -> dict[str, Any]:
 
 def _damaged(path: Path, reason: str) -> BadInput:
     return BadInput(
-        "E374", f"this is no document that can be reported: {reason}", where=str(path), fix="give the file that marlinctl wrote"
+        "E374", f"this is not a document that can be reported: {reason}", where=str(path), fix="give the file that marlinctl wrote"
     )

@@ -34,7 +34,7 @@ def page(report: Mapping[str, Any], folder: Folder) -> Page:
         Figure("Time", f"{training['seconds']:,.1f} s", "of training"),
         peak_memory(report),
     ]
-    lead = f"Trained towards {report['teacher']['name']}: {trained(report)}."
+    lead = f"Trained toward {report['teacher']['name']}: {trained(report)}."
     by = f"Written by marlinctl {report['versions']['marlinctl']} from marlinctl_report.json, which has every figure of this page."
     shown = [section for section in sections if section.blocks]
     return Page(f"{report['student']['name']}, distilled", lead, figures, shown, by)

@@ -7,7 +7,7 @@
     after that                          ─► anything missing, left over or of another shape is an error, and so is 2:4 metadata that
                                            the hardware has no meaning for: kernels do not look, and compute with whatever it does
 
-transformers alone would warn, fill what is missing with random numbers, and go on. Importing this module registers; importing
+transformers alone would warn, fill what is missing with random numbers, and continue. Importing this module registers; importing
 marlinctl imports it as soon as transformers' registry is there (marlinctl/__init__.py).
 """
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from marlinctl.kernels.functions import Arguments, Function, architecture_of, enqueue, load_function, require_driver
 from marlinctl.quantize.products import mm, split, split_mm
 from marlinctl.quantize.types import CODE_MAX, CODE_MIN
-from marlinctl.sparsify.masked_ls import MARGIN, keep_of, pair_inverses, pair_of
+from marlinctl.sparsify.masked_ls import MARGIN, mask_of, pair_inverses, pair_of
 from marlinctl.sparsify.steps import PruneSteps
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -68,19 +68,19 @@ class SolverKernels:
         return found.T.contiguous()
 
     def sweep(
-        self, base: Tensor, anchor: Tensor, feedback: Tensor, scales: Tensor | None, group_of: Tensor, keep: Tensor | None = None
+        self, base: Tensor, anchor: Tensor, feedback: Tensor, scales: Tensor | None, group_of: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        return self._sweep(base, anchor, feedback, scales, group_of, keep, None)
+        return self._sweep(base, anchor, feedback, scales, group_of, mask, None)
 
     def sparsegpt_sweep(
         self, w: Tensor, pivots: Tensor, feedback: Tensor, scales: Tensor | None, group_of: Tensor
     ) -> tuple[Tensor, Tensor]:
-        keep = torch.empty(w.shape, dtype=torch.bool, device=w.device)
-        values, _ = self._sweep(w, w, feedback, scales, group_of, keep, pivots)
-        return values, keep
+        mask = torch.empty(w.shape, dtype=torch.bool, device=w.device)
+        values, _ = self._sweep(w, w, feedback, scales, group_of, mask, pivots)
+        return values, mask
 
     def _sweep(
-        self, base: Tensor, anchor: Tensor, feedback: Tensor, scales: Tensor | None, group_of: Tensor, keep: Tensor | None,
+        self, base: Tensor, anchor: Tensor, feedback: Tensor, scales: Tensor | None, group_of: Tensor, mask: Tensor | None,
         pivots: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         k, rows = base.shape
@@ -89,15 +89,15 @@ class SolverKernels:
         earlier = torch.empty_like(anchor), torch.empty_like(anchor)  # the errors of finished blocks, split for the matrix units
         nothing = torch.empty(0, device=base.device)
         s = nothing if scales is None else scales.contiguous()
-        mask = 0 if keep is None else _GIVEN if pivots is None else _CHOSEN
-        function = self._load("sweep", sweep_defines(scales is not None, mask), SHARED_BYTES)
+        kind = 0 if mask is None else _GIVEN if pivots is None else _CHOSEN
+        function = self._load("sweep", sweep_defines(scales is not None, kind), SHARED_BYTES)
         for start in range(0, k, COLUMNS):
             stop = min(start + COLUMNS, k)
             block = base[:stop]
             if start:
                 panel = split(feedback[:start, start:stop].T.contiguous())
                 block = split_mm(panel, (earlier[0][:start], earlier[1][:start]), base[start:stop])
-            kept = nothing if keep is None else keep[start:]
+            kept = nothing if mask is None else mask[start:]
             weighs = nothing if pivots is None else pivots[start:]
             tensors = (block, anchor[start:], feedback[start:, start:], s, group[start:], kept, weighs, codes[start:], errors[start:])
             self._launch(function, 1, tensors, (stop - start, rows, k))
@@ -105,10 +105,10 @@ class SolverKernels:
                 part[start:stop] = done
         return codes, errors
 
-    def improve_mask(self, weight: Tensor, values: Tensor, keep: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    def improve_mask(self, weight: Tensor, values: Tensor, mask: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
         k, rows = weight.shape
-        tables, pairs = pair_inverses(matrix).float(), pair_of(keep).to(torch.uint8)
-        v = values * keep
+        tables, pairs = pair_inverses(matrix).float(), pair_of(mask).to(torch.uint8)
+        v = values * mask
         errors = weight - v
         function = self._load("mask", mask_defines(), SHARED_BYTES)
         for start in range(0, k, COLUMNS):
@@ -116,7 +116,7 @@ class SolverKernels:
             pull = mm(matrix[start:stop], errors)
             tensors = (pull, matrix[start:, start:], tables[start // 4 :], v[start:], errors[start:], pairs[start // 4 :])
             self._launch(function, 1, tensors, (stop - start, rows, k))
-        return v, keep_of(pairs.long())
+        return v, mask_of(pairs.long())
 
     def _load(self, name: str, defines: tuple[str, ...], shared_bytes: int) -> Function:
         key = (name, defines, self.device.index)

@@ -1,1 +1,1 @@
-"""Which weights survive, in the 2:4 pattern: two of each four neighbours along K."""
+"""2:4 pruning: which two weights of each aligned four along K are kept, and their values."""

@@ -1,10 +1,10 @@
-"""What remains to be won once there is a mask: better values for the survivors, and a better mask.
+"""Improving a 2:4 mask and the kept weights by least squares.
 
-Both lower f(V) = tr((W - V) H (W - V)ᵀ), the layer error itself, over all V that are zero where the mask says so. SparseGPT leaves most of
-that unused: it compensates a pruned weight with the columns behind it only, and never looks at a quad again.
+Both lower f(V) = tr((W - V) H (W - V)ᵀ), the layer error itself, over all V that are zero where the mask says so. SparseGPT
+compensates a pruned weight with later columns only, and never changes a group of four again.
 
-    improve_mask          every quad in turn takes its best two survivors and their best values, all other quads fixed (exact, 6 pairs)
-    masked_least_squares  all survivors at once for a fixed mask, by conjugate gradients preconditioned with diag(H)
+    improve_mask          each group of four in turn takes its best pair and the best values, all others fixed (exact, 6 pairs)
+    masked_least_squares  all kept weights at once for a fixed mask, by conjugate gradients preconditioned with diag(H)
 
 Everything is [K, R] as in the solver. Rows are independent problems.
 """
@@ -22,23 +22,23 @@ from marlinctl.sparsify.types import QUAD
 
 PAIRS = tuple(combinations(range(QUAD), 2))  # 01 02 03 12 13 23
 _PRODUCTS = tuple((i, j) for i in range(QUAD) for j in range(i, QUAD))  # 00 01 02 03 11 12 13 22 23 33
-MARGIN = 1e-5  # a pair must promise this share more than the one that stands: below it float32 cannot tell which is better
+MARGIN = 1e-5  # a pair must gain this share more than the current one: smaller differences are below float32 accuracy
 
 
-def masked_least_squares(weight: Tensor, values: Tensor, keep: Tensor, matrix: Tensor, iterations: int) -> Tensor:
+def masked_least_squares(weight: Tensor, values: Tensor, mask: Tensor, matrix: Tensor, iterations: int) -> Tensor:
     """argmin over V on the mask of (W - V) H (W - V)ᵀ, from `values`, row by row.
 
-    weight, values: [K, R] float32; keep: [K, R] bool; matrix: [K, K] float32, positive definite (damped). Returns [K, R], zero off
+    weight, values: [K, R] float32; mask: [K, R] bool; matrix: [K, K] float32, positive definite (damped). Returns [K, R], zero off
     the mask. One product of 2 K² R operations an iteration. A row whose residual is zero stays as it is.
     """
     inverse = matrix.diagonal().reciprocal().unsqueeze(1)  # [K, 1]
-    v = values * keep
-    r = mm(matrix, weight - v).mul_(keep)
+    v = values * mask
+    r = mm(matrix, weight - v).mul_(mask)
     z = r * inverse
     direction = z.clone()
     rz = (r * z).sum(0)  # [R]
     for _ in range(iterations):
-        h = mm(matrix, direction).mul_(keep)
+        h = mm(matrix, direction).mul_(mask)
         curvature = (direction * h).sum(0)
         step = torch.where(curvature > 0, rz / curvature, 0.0)
         v.addcmul_(direction, step)
@@ -49,53 +49,53 @@ def masked_least_squares(weight: Tensor, values: Tensor, keep: Tensor, matrix: T
     return v
 
 
-def improve_mask(weight: Tensor, values: Tensor, keep: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """One sweep over the quads. Returns (values, keep), [K, R] each, with f(values) not above what it was.
+def improve_mask(weight: Tensor, values: Tensor, mask: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """One sweep over the groups of four. Returns (values, mask), [K, R] each, with f(values) not above what it was.
 
-    With P = H (W - V), the change of one quad's four values from v to u changes f by -2 Pᵀ(u - v) + (u - v)ᵀ H_qq (u - v). For a pair S of
-    survivors the best u is H_SS⁻¹ b_S with b = P + H_qq v, and gains b_Sᵀ H_SS⁻¹ b_S. H is the same for all rows, so these are six fixed
-    quadratic forms of b for each quad. Ties go to the pair that stands, then to the lower columns.
+    With P = H (W - V), changing four values from v to u changes f by -2 Pᵀ(u - v) + (u - v)ᵀ H_qq (u - v). For a kept
+    pair S the best u is H_SS⁻¹ b_S with b = P + H_qq v, and gains b_Sᵀ H_SS⁻¹ b_S. H is the same for all rows, so these are six fixed
+    quadratic forms of b for each group. Ties go to the current pair, then to the lower columns.
     """
     k, rows = weight.shape
     gain_of, values_of = _pair_tables(matrix)
-    v = values * keep
-    pair = pair_of(keep)  # [K/4, R]
+    v = values * mask
+    pair = pair_of(mask)  # [K/4, R]
     error = weight - v
     left, right = (torch.tensor([p[i] for p in _PRODUCTS], device=weight.device) for i in (0, 1))
     for start in range(0, k, COLUMN_BLOCK):
         stop = min(start + COLUMN_BLOCK, k)
         pull = torch.mm(matrix[start:stop], error)  # P of this block, kept up to date below
         for at in range(start, stop, QUAD):
-            here, quad = slice(at, at + QUAD), at // QUAD
+            here, four = slice(at, at + QUAD), at // QUAD
             b = torch.addmm(pull[at - start : at - start + QUAD], matrix[here, here], v[here])
-            gains = torch.mm(gain_of[quad], b.index_select(0, left).mul_(b.index_select(0, right)))  # [6, R]
-            standing = pair[quad : quad + 1]
+            gains = torch.mm(gain_of[four], b.index_select(0, left).mul_(b.index_select(0, right)))  # [6, R]
+            standing = pair[four : four + 1]
             gains.scatter_(0, standing, gains.gather(0, standing).mul_(1.0 + MARGIN).add_(torch.finfo(torch.float32).tiny))
             chosen = gains.max(0, keepdim=True).indices  # the first of equals, as torch promises
-            pair[quad] = chosen[0]
-            candidates = torch.mm(values_of[quad], b).reshape(len(PAIRS), QUAD, rows)
+            pair[four] = chosen[0]
+            candidates = torch.mm(values_of[four], b).reshape(len(PAIRS), QUAD, rows)
             u = candidates.gather(0, chosen.unsqueeze(1).expand(1, QUAD, rows))[0]
             change = u - v[here]
             v[here] = u
             error[here] -= change
             if at + QUAD < stop:
                 pull[at + QUAD - start :].addmm_(matrix[at + QUAD : stop, here], change, alpha=-1.0)
-    return v, keep_of(pair)
+    return v, mask_of(pair)
 
 
-def keep_of(pair: Tensor) -> Tensor:
+def mask_of(pair: Tensor) -> Tensor:
     """[K/4, R] int64, which of PAIRS -> [K, R] bool."""
-    survivors = torch.tensor([[i in p for i in range(QUAD)] for p in PAIRS], device=pair.device)  # [6, 4]
-    return survivors[pair].transpose(1, 2).reshape(-1, pair.shape[1])  # [K/4, R, 4] -> [K, R]
+    kept = torch.tensor([[i in p for i in range(QUAD)] for p in PAIRS], device=pair.device)  # [6, 4]
+    return kept[pair].transpose(1, 2).reshape(-1, pair.shape[1])  # [K/4, R, 4] -> [K, R]
 
 
-def pair_of(keep: Tensor) -> Tensor:
+def pair_of(mask: Tensor) -> Tensor:
     """[K, R] bool, two of each four -> [K/4, R] int64: which of PAIRS."""
-    table = torch.zeros(2**QUAD, dtype=torch.int64, device=keep.device)
+    table = torch.zeros(2**QUAD, dtype=torch.int64, device=mask.device)
     for index, (i, j) in enumerate(PAIRS):
         table[2**i + 2**j] = index
-    bits = keep.reshape(-1, QUAD, keep.shape[1]).to(torch.int64)
-    places = torch.tensor([2**i for i in range(QUAD)], device=keep.device).reshape(1, QUAD, 1)
+    bits = mask.reshape(-1, QUAD, mask.shape[1]).to(torch.int64)
+    places = torch.tensor([2**i for i in range(QUAD)], device=mask.device).reshape(1, QUAD, 1)
     return table[(bits * places).sum(1)]
 
 

@@ -35,8 +35,10 @@ if TYPE_CHECKING:
 _CHUNK = 64 << 20
 _TEMPORARY = re.compile(r"\.marlinctl-[0-9a-f]{16}\.part")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-_WIDTHS |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ def canonical(document: Mapping[str, Any], *, finite: bool = True) -> bytes:
 
 
 def write_tensors(target: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file that is no part of a checkpoint: there as a whole, on the disk, or not at all."""
+    """A safetensors file outside of a checkpoint: there as a whole, on the disk, or not at all."""
     entries = [tensor_entry(name, tensor) for name, tensor in tensors.items()]
     write_entries(target, in_file_order(entries))
     with disk_problems(target):
@@ -103,13 +105,13 @@ def append_line(target: Path, document: Mapping[str, Any]) -> None:
 
 def in_file_order(entries: Iterable[Entry]) -> list[Entry]:
     """Widest dtype first, then by name."""
-    return sorted(entries, key=lambda entry: (-_WIDTHS[entry.dtype], entry.name))
+    return sorted(entries, key=lambda entry: (-DTYPE_BYTES[entry.dtype], entry.name))
 
 
 def write_entries(target: Path, entries: Sequence[Entry]) -> None:
     needed = sum(entry.size for entry in entries)
     with disk_problems(target, needed), whole_file(target) as file:
-        file.write(_header(entries))
+        file.write(safetensors_header((entry.name, entry.dtype, entry.shape, entry.size) for entry in entries))
         for entry in entries:
             data = entry.data().cast("B")
             if len(data) != entry.size:
@@ -141,12 +143,13 @@ def read_part(path: Path, begin: int, size: int) -> memoryview:
         return memoryview(file.read(size))
 
 
-def _header(entries: Sequence[Entry]) -> bytes:
+def safetensors_header(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
+    """Length and header of a file of tensors (name, dtype, shape, bytes), which follow it in this order without gaps."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a shard that does not say so
     begin = 0
-    for entry in entries:
-        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, begin + entry.size]}
-        begin += entry.size
+    for name, dtype, shape, size in tensors:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, begin + size]}
+        begin += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -189,6 +192,7 @@ def make_folder(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
+    """The names of the files in a folder are on the disk when this returns; of a file its contents."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -211,7 +215,7 @@ def disk_problems(path: Path, needed: int | None = None) -> Iterator[None]:
             "E500",
             f"writing failed: {problem.strerror or problem}",
             where=str(path),
-            fix="mend the disk or name another place; nothing was published",
+            fix="check the disk or choose another output folder; nothing was published",
         ) from problem
 
 
@@ -222,5 +226,5 @@ def disk_full(path: Path, needed: int | None, free: int | None) -> ResourceProbl
         "E500",
         "the disk is full, or a quota or file-size limit is reached" + (f": {', '.join(numbers)}" if numbers else ""),
         where=str(path),
-        fix="free space or name a place with more room; nothing was published and an existing output is untouched",
+        fix="free some space or choose another disk; nothing was published and an existing output is untouched",
     )

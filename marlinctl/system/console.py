@@ -1,7 +1,7 @@
-"""What the person at the terminal sees: results on stdout, the story on stderr, everything in the log.
+"""What the person at the terminal sees: results on stdout, progress messages on stderr, everything in the log.
 
     stdout   the result alone: text, or with --json exactly one JSON document
-    stderr   the story: lines, warnings, one progress bar; colour only on a terminal that wants it
+    stderr   progress: lines, warnings, one progress bar; colour only on a terminal that wants it
     log      every line with a timestamp. It is kept in memory until `log_to` names a file (a command does so as soon as it
              knows where its output goes, the person may do so with --log-file), then written through line by line, so that a
              killed run leaves a log that ends where the run ended.
@@ -11,7 +11,7 @@ every step that carries a note is a line, and bare steps make at most one line i
 All text passes through `redact` (tokens) and `printable` (a tensor name may hold escape sequences) before it leaves, and what is said is
 one line. What other libraries print meets the same at the edge of the program (`visible_streams`, marlinctl/cli.py).
 
-A stderr that takes nothing more (its terminal or its reader is gone, its disk is full) costs the story and nothing else: the work and the
+A stderr that takes nothing more (its terminal or its reader is gone, its disk is full) loses only the messages: the work and the
 log continue without it. A stdout that takes nothing more is an error, since the result is what was asked for.
 """
 
@@ -45,6 +45,11 @@ _LOGGER.setLevel(logging.DEBUG)
 _LOGGER.addHandler(logging.NullHandler())  # as every library does: without a handler, logging would print warnings itself
 
 
+def gibibytes(size: float, digits: int = 2) -> str:
+    """An amount of memory in bytes, as people read it."""
+    return f"{size / 2**30:,.{digits}f} GiB"
+
+
 def duration(seconds: float) -> str:
     """`42 s`, `3 min 05 s`, `2 h 10 min`."""
     whole = round(seconds)
@@ -56,12 +61,12 @@ def duration(seconds: float) -> str:
 
 
 def colour_wanted(stream: TextIO) -> bool:
-    """A terminal, and nobody asked for none (https://no-color.org: set and not empty)."""
+    """A terminal, and colour is not disabled (https://no-color.org: set and not empty)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 class _Messages:
-    """A stream that falls silent for good where it cannot be written, instead of stopping the work that is told about."""
+    """A stream that is dropped for good once it cannot be written, instead of stopping the work."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -130,7 +135,7 @@ class Progress:
 
 
 class Console:
-    """One per run. `json` tells a command that its result goes to a machine; `offline` that the hub is out of bounds."""
+    """One per run. `json`: the result is a JSON document; `offline`: the hub is not asked."""
 
     def __init__(
         self,
@@ -150,7 +155,7 @@ class Console:
         self._verbose = verbose and not quiet
         self._stdout = stdout
         self._stderr = stderr
-        self._story: _Messages | None = None
+        self._messages: _Messages | None = None
         self._colour = colour
         self._bar: Bar | None = None
         self._has_result = False
@@ -165,40 +170,40 @@ class Console:
         return _SilentConsole(quiet=True)
 
     def mute(self) -> None:
-        """For every process of a run but the main one: errors are told, nothing else, and there is no result."""
+        """For every process of a run but the main one: errors are shown, nothing else, and there is no result."""
         self._quiet = self._muted = True
 
-    # The story
+    # Progress messages
 
     def say(self, text: str) -> None:
         text = printable(text, one_line=True)
         self._record(logging.INFO, text)
         if not self._quiet:
-            self._write_story(text)
+            self._write_message(text)
 
     def detail(self, text: str) -> None:
         text = printable(text, one_line=True)
         self._record(logging.DEBUG, text)
         if self._verbose:
-            self._write_story(text)
+            self._write_message(text)
 
     def warn(self, text: str) -> None:
         text = printable(text, one_line=True)
         self._record(logging.WARNING, text)
         if not self._muted:
-            self._write_story(text, label="warning:", colour="33")
+            self._write_message(text, label="warning:", colour="33")
 
     def error(self, text: str, label: str = "error:") -> None:
         """One line of an error report (marlinctl/cli.py)."""
         self._record(logging.ERROR, f"{label} {text}")
-        self._write_story(text, label=label, colour="31;1" if label == "error:" else "2")
+        self._write_message(text, label=label, colour="31;1" if label == "error:" else "2")
 
     def traceback(self, error: BaseException, *, show: bool) -> None:
         """Into the log always, to the terminal only for --debug."""
         text = "".join(traceback.format_exception(error)).rstrip()
         self._record(logging.ERROR, text)
         if show:
-            self._write_story(text)
+            self._write_message(text)
 
     @contextmanager
     def progress(self, label: str, total: int) -> Iterator[Progress]:
@@ -257,7 +262,7 @@ class Console:
     def log_to(self, path: Path, *, named: bool = False) -> None:
         """From here on, and with what was said so far, into this file. --log-file given by the person (`named`) wins.
 
-        UsageError E244, also where the file is somebody else's and the person did not name it.
+        UsageError E244, also where the file is foreign and was not named.
         """
         if self._log.path is not None:
             return
@@ -295,11 +300,11 @@ class Console:
     @property
     def _err(self) -> TextIO:
         stream = plain(self._stderr or sys.stderr)
-        if self._story is None or self._story.stream is not stream:
-            self._story = _Messages(stream)
-        return cast(TextIO, self._story)
+        if self._messages is None or self._messages.stream is not stream:
+            self._messages = _Messages(stream)
+        return cast(TextIO, self._messages)
 
-    def _write_story(self, text: str, *, label: str = "", colour: str = "") -> None:
+    def _write_message(self, text: str, *, label: str = "", colour: str = "") -> None:
         safe = printable(redact(text))
         if label:
             painted = self._colour and colour_wanted(self._err)
@@ -316,7 +321,7 @@ class _SilentConsole(Console):
     def _attach_log(self) -> MemoryThenFile:
         return MemoryThenFile()  # not attached: a library makes many consoles and closes none
 
-    def _write_story(self, text: str, *, label: str = "", colour: str = "") -> None:
+    def _write_message(self, text: str, *, label: str = "", colour: str = "") -> None:
         pass
 
     def result(self, text: str, document: dict[str, Any]) -> None:

@@ -62,7 +62,7 @@ def forward_dtype(device: torch.device, asked: str) -> torch.dtype:
 def grow_segments(device: torch.device) -> None:
     """Have torch's CUDA allocator grow its segments (expandable_segments), in this process and its children, unless the user set it up.
 
-    A walk allocates and frees matrices of many sizes, and fixed segments are left with holes that fit none: with two blocks of 4096 / 14336
+    A run allocates and frees matrices of many sizes, and fixed segments are left with holes that fit none: with two blocks of 4096 / 14336
     torch held 13.39 GiB for 8.18 that were alive, and 10.18 with this (H200, torch 2.11, 2026-11-21). The allocator reads its environment
     once, when it is first asked for memory: to be called before that.
     """
@@ -101,7 +101,7 @@ def cpu_has_bf16() -> bool:
 
 
 def planned_dtype(device: str, asked: str) -> str:
-    """What `forward_dtype` will choose, told without torch: bfloat16 on a GPU, and where the processor names it."""
+    """What `forward_dtype` will choose, without torch: bfloat16 on a GPU, and where the processor names it."""
     if asked != "auto":
         return asked
     return "bfloat16" if device.startswith("cuda") or _processor_says_bf16() else "float32"

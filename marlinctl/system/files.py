@@ -1,4 +1,4 @@
-"""Opening files of a checkpoint that nobody vouches for.
+"""Opening files of an untrusted checkpoint.
 
 A checkpoint folder may come from anywhere. Three things must not happen before we have judged it: a path in an index must
 not lead out of the folder, a FIFO or a device must not be opened (reading a FIFO waits for a writer, forever), and a small
@@ -183,7 +183,7 @@ def parse_json(data: bytes, where: Path | str, *, values: int = MAX_JSON_VALUES)
 
 
 def refuse_deep(document: Any, where: Path | str, limit: int = 100) -> None:
-    """FileRefused for a document of more levels than any of its kind has: what walks it calls itself once for each."""
+    """FileRefused for a document of more levels than any of its kind has: recursive readers call themselves once for each."""
     level = [document] if isinstance(document, (dict, list)) else []
     for _ in range(limit):
         items = (item for holder in level for item in (holder.values() if isinstance(holder, dict) else holder))

@@ -1,4 +1,4 @@
-"""What `accelerate launch` was told reaches its processes as environment variables, which accelerate and transformers read on their own.
+"""Settings of `accelerate launch` reach its processes as environment variables, which accelerate and transformers read on their own.
 
 marlinctl takes from the launcher who the processes are, and whether models are sharded. Settings that ask for something else are refused
 (`sharding_asked`), and all are kept from the libraries where those would act on them (`settings_aside`):

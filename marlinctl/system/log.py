@@ -49,7 +49,7 @@ def redacted(document: Any) -> Any:
 
 
 def without_home(text: str) -> str:
-    """With `~` for the home folder, which mostly holds somebody's name. `/root` leaves `/rootfs` alone."""
+    """With `~` for the home folder, which often holds a person's name. `/root` leaves `/rootfs` alone."""
     try:
         home = Path.home()
     except RuntimeError:  # a user without one, as containers have
@@ -115,7 +115,7 @@ def plain(stream: TextIO) -> TextIO:
 
 @contextmanager
 def visible_streams() -> Iterator[None]:
-    """Everybody's stdout and stderr are `Visible` inside."""
+    """stdout and stderr of the process are `Visible` inside."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (cast(TextIO, Visible(plain(stream))) for stream in before)
     try:
@@ -159,7 +159,7 @@ class MemoryThenFile(logging.Handler):
             raise
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """A log that cannot be written means a full disk: stop for it, as for any other file, instead of going on without."""
+        """A log that cannot be written means a full disk: stop for it, as for any other file, instead of continuing without."""
         raise
 
     def close(self) -> None:

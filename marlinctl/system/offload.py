@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from marlinctl.errors import ResourceProblem
+from marlinctl.system.console import gibibytes
 
 
 class FileTensor:
@@ -102,7 +103,7 @@ class Scratch:
                 raise
             raise ResourceProblem(
                 "E500",
-                f"activations need {size / 2**30:.2f} GiB of disk during the run, and that is not free",
+                f"activations need {gibibytes(size)} of disk during the run, and that is not free",
                 where=str(self._folder),
                 fix="free some space, use fewer --samples, or put OUT on another disk",
             ) from error

@@ -274,7 +274,7 @@ CATALOG = (
         "Options or settings that do not go together",
         """
         The line names them and says what to change. Examples: `pack --check` takes no OUT; SquareHead needs hidden states, which
-        `--cache-logits` does not keep; a 4-bit student needs `--mode scales`; `--redo-from` counts decoder blocks from 0, which `distill`
+        `--cache-logits` does not keep; a 4-bit student needs `--mode scales`; `--from-block` counts decoder blocks from 0, which `distill`
         and `pack` do not have. Of `accelerate launch`, [distill](distill.md#several-gpus-several-machines) supports FSDP2 without
         offloading; each other setting is listed.
         """,

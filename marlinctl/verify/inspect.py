@@ -1,8 +1,8 @@
-"""What a checkpoint is, told from config.json and the headers of its shards: no torch, no weights, well under a second.
+"""What a checkpoint is, from config.json and the headers of its shards: no torch, no weights, well under a second.
 
 The one thing that headers do not say is the true K of a packed linear; it is read from `weight_shape`, sixteen bytes. Of the 2:4 pattern
-they know what metadata or a mask file states; whether the weights have one that nobody states, and how many kept weights are zero, only the
-weights tell, and reading them is asked for.
+they know what metadata or a mask file states; an undeclared pattern, and how many kept weights are zero, need the weights, which are
+read on request.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NATIVE_WARNING = (
 
 
 def inspect(folder: Path, *, weights: bool = False) -> dict[str, Any]:
-    """The facts as one JSON-ready document. `weights`: read them all, for what only they tell."""
+    """The facts as one JSON-ready document. `weights`: read them all, for what only they show."""
     from marlinctl.checkpoint.folder import open_folder
 
     with open_folder(folder) as examined, open_masks(folder) as masks:
@@ -99,9 +99,9 @@ def _dtypes(checkpoint: Checkpoint, info: FormatInfo) -> list[str]:
 
 
 def _pattern(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None, weights: bool) -> dict[str, Any]:
-    """2:4 or not, in which linears, and who says so. `kind` is None where nobody says and the weights were not read."""
-    survivors = sparsity.counted(checkpoint, info, masks) if weights else None
-    found = survivors.pattern if survivors else sparsity.stated(checkpoint, info, masks)
+    """2:4 or not, in which linears, and who says so. `kind` is None where it is not stated and the weights were not read."""
+    kept = sparsity.counted(checkpoint, info, masks) if weights else None
+    found = kept.pattern if kept else sparsity.stated(checkpoint, info, masks)
     shapes = sparsity.shapes(checkpoint, info)
     total = sum(n * k for n, k in shapes.values())
     pruned = sum(n * k // 2 for n, k in (shapes[layer] for layer in found.linears))
@@ -111,8 +111,8 @@ def _pattern(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None, weig
         "linears": len(found.linears),
         "of_linears": len(shapes),
         "density": round(1 - pruned / total, 4) if total and (found.linears or weights) else None,
-        "zero_survivors": survivors.zero if survivors and found.linears else None,
-        "zero_survivor_share": round(survivors.zero / survivors.kept, 6) if survivors and survivors.kept else None,
+        "zero_kept": kept.zero if kept and found.linears else None,
+        "zero_kept_share": round(kept.zero / kept.kept, 6) if kept and kept.kept else None,
     }
 
 
@@ -153,13 +153,13 @@ def table(facts: Mapping[str, Any]) -> str:
 
 def _pattern_line(facts: Mapping[str, Any]) -> str:
     if facts["kind"] is None:
-        return "none stated; --weights tells whether the weights have one"
+        return "none stated; --weights checks the weights"
     if facts["kind"] == "none":
         return "none: no linear has two zeros in each aligned four"
     parts = [f"2:4 in {facts['linears']} of {facts['of_linears']} linears", f"by the {_ORIGINS[facts['origin']]}"]
     parts.append(f"density of all linears {facts['density']}")
-    if facts["zero_survivors"] is not None:
-        parts.append(f"{facts['zero_survivors']:,} kept weights are zero ({100 * facts['zero_survivor_share']:.2f} %)")
+    if facts["zero_kept"] is not None:
+        parts.append(f"{facts['zero_kept']:,} kept weights are zero ({100 * facts['zero_kept_share']:.2f} %)")
     return ", ".join(parts)
 
 

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,11 +30,12 @@ from marlinctl.checkpoint import manifest, runtimes, sparsity
 from marlinctl.checkpoint.finite import scan_finite
 from marlinctl.checkpoint.folder import refuse_two_heads
 from marlinctl.checkpoint.formats import registry
-from marlinctl.checkpoint.formats.base import TRANSFORMERS, TRANSFORMERS_CT, TRANSFORMERS_GPTQ, FormatInfo
+from marlinctl.checkpoint.formats.base import TRANSFORMERS, TRANSFORMERS_CT, TRANSFORMERS_GPTQ, FormatInfo, LinearParts
 from marlinctl.checkpoint.formats.targets import Entries
 from marlinctl.checkpoint.mask import open_masks
 from marlinctl.errors import BadInput, CheckFailed, MarlinctlError, NumericalProblem, Problem
 from marlinctl.models.architectures import architecture
+from marlinctl.system.console import gibibytes
 from marlinctl.system.host import available_memory
 from marlinctl.verify import source as fidelity
 from marlinctl.verify.kernels import KernelCheck, check_kernels
@@ -83,15 +85,19 @@ def verify(
 
     document = manifest.check(folder)
     console.say(f"digests: {len(document['files'])} files as the manifest says")
-    with open_folder(folder, structure="no") as examined, open_masks(folder) as masks:
+    with ExitStack() as stack:
+        examined, masks = stack.enter_context(open_folder(folder, structure="no")), stack.enter_context(open_masks(folder))
         checkpoint, info = examined.checkpoint, examined.info
         for note in examined.notes:
             console.warn(note)
+        original = stack.enter_context(_opened(source, checkpoint, info, console))
         skipped = check_structure(checkpoint, info, module_map)
         console.say(f"structure: {len(checkpoint.tensors)} tensors, {len(info.layers)} linears in {info.name}")
-        check_contents(checkpoint, info, console)
+        check_finite(checkpoint, info)
+        found = check_linears(checkpoint, info, masks, original, console)
+        _raise("E106", found.contents)
         console.say("contents: scales finite, packing again gives the same bytes")
-        sparse = check_pattern(checkpoint, info, masks, console)
+        sparse = check_pattern(checkpoint, info, masks, found)
         if sparse is not None:
             console.say(f"2:4: {sparse['linears']} linears by the {sparse['origin']}; what was pruned is zero")
         read = check_kernels(checkpoint, info, console) if kernels and info.format.native else None
@@ -107,7 +113,9 @@ def verify(
         skipped += [reason] if reason else []
         if error is not None:
             console.say(f"load: logits agree with the dequantized model, relative error {error:.1e}")
-        compared = _compare(checkpoint, info, masks, source, console)
+        compared = None if original is None else fidelity.compare(checkpoint, info, original, found.against_source)
+        if compared is not None:
+            console.say(f"source: {fidelity.summary(compared)}")
     for line in skipped:
         console.warn(line)
     return Verified(info.name, len(info.layers), len(document["files"]), error, tuple(skipped), compared, sparse, read)
@@ -202,46 +210,80 @@ def _config_problems(checkpoint: Checkpoint, info: FormatInfo) -> list[Problem]:
 # ---- 3 contents ----------------------------------------------------------------------------------------------------------------------
 
 
-def check_contents(checkpoint: Checkpoint, info: FormatInfo, console: Console) -> None:
-    """No NaN anywhere; every packed linear is unpacked and packed again; some are read a second, independent way."""
-    import torch
+@dataclass(frozen=True, slots=True)
+class Linears:
+    """What one pass over the linears found. A large folder does not fit into memory, so each further pass would read the disk again."""
 
+    contents: tuple[Problem, ...]
+    masks: tuple[Problem, ...]
+    zero_kept: int  # kept weights that are zero
+    against_source: tuple[fidelity.LayerFidelity, ...]  # of linears that the source has in this shape
+
+
+def check_finite(checkpoint: Checkpoint, info: FormatInfo) -> None:
+    """No NaN in what is not packed; those of scales are refused where the linear is unpacked."""
     owned = info.owned
     try:
         scan_finite(checkpoint, [name for name in checkpoint.tensors if name not in owned])
     except NumericalProblem as found:
         _raise("E106", found.problems)
+
+
+def check_linears(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None, source: Checkpoint | None, console: Console) -> Linears:
+    """Every packed linear is unpacked once, packed again, and compared with its mask and its weight in the source; some are read a second,
+    independent way. 16-bit linears are compared with their masks. Raises BadInput E346 alone; what else is wrong is returned."""
     layers = list(info.layers)
     sampled = set(layers[:: max(1, len(layers) // _SAMPLES)])
-    problems: list[Problem] = []
-    with console.progress("check contents", len(layers)) as progress:
-        for layer in layers:
-            parts = registry.read_parts(checkpoint, info, layer)
-            for name, tensor in registry.linear_tensors(info.format, layer, parts).items():
-                if not torch.equal(checkpoint.read(name).to(tensor.dtype), tensor):
-                    what = f"{name} is not what packing its own codes gives: padding or constant fields are wrong"
-                    problems.append(Problem(what, str(checkpoint.tensors[name].file), _AGAIN))
-            if layer in sampled and not torch.equal(_second_reading(checkpoint, info, layer), parts.weight()):
-                problems.append(Problem(f"{layer}: two ways to read its bytes disagree", layer, "please report it: a defect of marlinctl"))
+    masked = [layer for layer in sparsity.stated(checkpoint, info, masks).linears if layer not in info.layers]
+    contents: list[Problem] = []
+    contradicted: list[Problem] = []
+    compared: list[fidelity.LayerFidelity] = []
+    zeros = 0
+    with console.progress("check linears", len(layers) + len(masked)) as progress:
+        for layer in (*layers, *masked):
+            parts = registry.read_parts(checkpoint, info, layer) if layer in info.layers else None
+            values, keep = (checkpoint.read(f"{layer}.weight"), None) if parts is None else (parts.codes, parts.keep)
+            if parts is not None:
+                contents += _contents(checkpoint, info, layer, parts, second=layer in sampled)
+            try:
+                keep = masks.checked_keep(layer, values) if masks is not None and layer in masks else keep
+            except BadInput as refused:
+                if refused.error_id != sparsity.REFUSED:
+                    raise
+                contradicted += refused.problems
+            zeros += 0 if keep is None else int(((values == 0) & keep).sum())
+            if parts is not None and source is not None and not contents and fidelity.has_weight(source, layer, parts.codes.shape):
+                compared.append(fidelity.measure(layer, source.read(f"{layer}.weight"), replace(parts, keep=keep)))
             progress.advance()
-    _raise("E106", problems)
+    return Linears(tuple(contents), tuple(contradicted), zeros, tuple(compared))
 
 
-def check_pattern(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None, console: Console) -> dict[str, Any] | None:
+def _contents(checkpoint: Checkpoint, info: FormatInfo, layer: str, parts: LinearParts, *, second: bool) -> list[Problem]:
+    import torch
+
+    problems = [
+        Problem(
+            f"{name} is not what packing its own codes gives: padding or constant fields are wrong",
+            str(checkpoint.tensors[name].file),
+            _AGAIN,
+        )
+        for name, tensor in registry.linear_tensors(info.format, layer, parts).items()
+        if not torch.equal(checkpoint.read(name).to(tensor.dtype), tensor)
+    ]
+    if second and not torch.equal(_second_reading(checkpoint, info, layer), parts.weight()):
+        problems.append(Problem(f"{layer}: two ways to read its bytes disagree", layer, "please report it: a defect of marlinctl"))
+    return problems
+
+
+def check_pattern(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None, found: Linears) -> dict[str, Any] | None:
     """Every mask that the folder states against its weights. Returns what it states, None for a folder that states nothing."""
     stated = sparsity.stated(checkpoint, info, masks)
     if stated.origin is None:
         return None
     if masks is not None:
         _raise("E105", sparsity.strangers(sparsity.shapes(checkpoint, info), info, masks))
-    zeros: dict[str, int] = {}
-
-    def read(layer: str) -> None:
-        weight, keep = sparsity.weight_and_keep(checkpoint, info, layer, masks)
-        zeros[layer] = 0 if keep is None else int(((weight == 0) & keep).sum())
-
-    _raise("E106", sparsity.contradictions(stated.linears, read, console))
-    return {"origin": stated.origin, "linears": len(stated.linears), "zero_survivors": sum(zeros.values())}
+    _raise("E106", found.masks)
+    return {"origin": stated.origin, "linears": len(stated.linears), "zero_kept": found.zero_kept}
 
 
 def _second_reading(checkpoint: Checkpoint, info: FormatInfo, layer: str) -> Tensor:
@@ -267,7 +309,7 @@ def _load_check(checkpoint: Checkpoint, info: FormatInfo, load: bool | None) -> 
         return None, f"not loaded with transformers, which refuses it: {refused[0]} (--load insists)"
     needed, available = int(2.5 * 4 * _parameters(checkpoint, info)), available_memory()
     if load is None and needed > available:
-        sizes = f"it needs about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free"
+        sizes = f"it needs about {gibibytes(needed)} of memory, {gibibytes(available)} are free"
         return None, f"not loaded with transformers: {sizes} (--load insists)"
     error = logit_error(checkpoint)
     if not error <= MAX_LOGIT_ERROR:  # NaN too
@@ -390,9 +432,11 @@ def _parameters(checkpoint: Checkpoint, info: FormatInfo) -> int:
 # ---- 6 source ------------------------------------------------------------------------------------------------------------------------
 
 
-def _compare(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None, source: Path | None, console: Console) -> dict[str, Any] | None:
+@contextmanager
+def _opened(source: Path | None, checkpoint: Checkpoint, info: FormatInfo, console: Console) -> Iterator[Checkpoint | None]:
     if source is None:
-        return None
+        yield None
+        return
     from marlinctl.checkpoint.folder import open_folder
 
     if not info.layers:
@@ -400,9 +444,7 @@ def _compare(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None, sour
     with open_folder(source, weight_files="model") as original:
         for note in original.notes:
             console.warn(f"source: {note}")
-        report = fidelity.compare(checkpoint, info, original.checkpoint, console, masks)
-    console.say(f"source: {fidelity.summary(report)}")
-    return report
+        yield original.checkpoint
 
 
 def _raise(error_id: str, problems: Sequence[Problem]) -> None:

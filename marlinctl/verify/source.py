@@ -2,19 +2,19 @@
 
     error         ||W - Q|| / ||W||, the relative distance of the dequantized weight Q. Int4 with groups costs about 0.1; GPTQ a little
                   more, because it moves weights on purpose to keep the layer's output. Above 0.5 the codes are not this weight's codes.
-                  Of a 2:4 linear only survivors are compared. They take over what their neighbours did (up to 0.34 on SmolLM2-135M, more
-                  with --match), so 1 is allowed; unrelated weights are 1.4 apart.
+                  Of a 2:4 linear only kept weights are compared. They compensate for pruned neighbours (up to 0.34 on SmolLM2-135M, more
+                  with --drift-correction), so 1 is allowed; unrelated weights are 1.4 apart.
     scale match   correlation, over all groups, of the stored scale with the one that fits best, <W, codes> / <codes, codes>. Rightly
                   placed scales give nearly 1. Permuted ones (a wrong layout) give about 0, although they cost so little error, since the
                   scales of a layer resemble each other, that `error` alone would let them pass.
 
-Tensors that were not quantized must be the source's bytes. Other tools convert them (fp16 to bf16, say); that is told, and it is a
+Tensors that were not quantized must be the source's bytes. Other tools convert them (fp16 to bf16, say); that is reported, and is a
 failure only where the values are not the source's, rounded to the other dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +25,10 @@ from marlinctl.errors import BadInput, CheckFailed, Problem
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from marlinctl.checkpoint.mask import Masks
     from marlinctl.checkpoint.reader import Checkpoint
-    from marlinctl.system.console import Console
 
 MAX_ERROR = 0.5
-MAX_ERROR_OF_SURVIVORS = 1.0
+MAX_ERROR_OF_KEPT = 1.0
 MIN_SCALE_MATCH = 0.5
 _ENOUGH_GROUPS = 64  # fewer say too little about a correlation
 _SPREAD = 0.02  # relative; scales that are all but equal have no order that could be wrong
@@ -44,17 +42,15 @@ class LayerFidelity:
     sparse: bool
 
 
-def compare(checkpoint: Checkpoint, info: FormatInfo, source: Checkpoint, console: Console, masks: Masks | None = None) -> dict[str, Any]:
-    """Every linear and every untouched tensor against the source. CheckFailed lists all that are implausible."""
+def compare(checkpoint: Checkpoint, info: FormatInfo, source: Checkpoint, layers: Sequence[LayerFidelity]) -> dict[str, Any]:
+    """Every linear, as it was measured, and every untouched tensor against the source. CheckFailed lists all that are implausible, BadInput
+    E302 the first linear that the source lacks."""
     problems, converted = _untouched(checkpoint, info, source)
-    layers: list[LayerFidelity] = []
-    with console.progress("compare with source", len(info.layers)) as progress:
-        for layer in info.layers:
-            weight = _source_weight(source, layer)
-            measured = measure(layer, weight, registry.read_parts(checkpoint, info, layer, masks))
-            layers.append(measured)
-            problems += _implausible(measured)
-            progress.advance()
+    known = {measured.layer for measured in layers}
+    for layer in info.layers:
+        if layer not in known:
+            problems.append(_other_shape(checkpoint, info, source, layer))
+    problems += [problem for measured in layers for problem in _implausible(measured)]
     if problems:
         raise CheckFailed.from_problems("E107", problems)
     errors = sorted(layer.error for layer in layers)
@@ -65,6 +61,12 @@ def compare(checkpoint: Checkpoint, info: FormatInfo, source: Checkpoint, consol
         "worst_layer": max(layers, key=lambda layer: layer.error).layer,
         "converted": converted,
     }
+
+
+def has_weight(source: Checkpoint, layer: str, shape: Sequence[int]) -> bool:
+    """Whether the source has this linear's weight, in this shape."""
+    found = source.tensors.get(f"{layer}.weight")
+    return found is not None and tuple(found.shape) == tuple(shape)
 
 
 def measure(layer: str, weight: Tensor, parts: LinearParts) -> LayerFidelity:
@@ -91,7 +93,7 @@ def _scale_match(weight: Tensor, parts: LinearParts) -> float | None:
 
 def _implausible(measured: LayerFidelity) -> list[Problem]:
     fix = "the codes, their order or the layer's name are wrong; pack or quantize again, and report it if that does not help"
-    most = MAX_ERROR_OF_SURVIVORS if measured.sparse else MAX_ERROR
+    most = MAX_ERROR_OF_KEPT if measured.sparse else MAX_ERROR
     if not measured.error <= most:  # NaN too
         return [Problem(f"{measured.layer}: ||W - Q|| / ||W|| = {measured.error:.3f}, above {most}", measured.layer, fix)]
     if measured.scale_match is not None and measured.scale_match < MIN_SCALE_MATCH:
@@ -100,11 +102,12 @@ def _implausible(measured: LayerFidelity) -> list[Problem]:
     return []
 
 
-def _source_weight(source: Checkpoint, layer: str) -> Tensor:
+def _other_shape(checkpoint: Checkpoint, info: FormatInfo, source: Checkpoint, layer: str) -> Problem:
     name = f"{layer}.weight"
     if name not in source.tensors:
         raise BadInput("E302", f"the source has no {name}", where=str(source.folder), fix="name the model this checkpoint was made from")
-    return source.read(name)
+    theirs, ours = list(source.tensors[name].shape), list(registry.layer_shape(checkpoint, info, layer))
+    return Problem(f"{layer} is {theirs} in the source and {ours} here", layer, "name the model that this checkpoint was made from")
 
 
 def _untouched(checkpoint: Checkpoint, info: FormatInfo, source: Checkpoint) -> tuple[list[Problem], list[str]]:

@@ -43,5 +43,5 @@ def test_the_header_says_what_cuobjdump_says(tmp_path: Path, configuration: obje
 @pytest.mark.parametrize("content", [b"", b"\x7fELF", b"no cubin" * 100, b"\x7fELF" + bytes(200)])
 def test_what_is_no_cubin_is_refused(content: bytes) -> None:
     """If this failed, a damaged entry would show as a struct.error."""
-    with pytest.raises(ValueError, match="no cubin"):
+    with pytest.raises(ValueError, match="not a cubin"):
         resources(content)

@@ -258,7 +258,7 @@ def test_build_tells_what_it_compiled(capsys: pytest.CaptureFixture[str], tmp_pa
 
 
 def test_pictures_are_drawn_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """If this failed, a picture could not be drawn anew without the GPU."""
+    """If this failed, a picture could not be drawn again without the GPU."""
     write_document(made_up(), tmp_path / "bench.json")
     code, out, err = run_main(capsys, "--from", str(tmp_path / "bench.json"), "--out", str(tmp_path / "pictures"))
     assert code == 0, err

@@ -70,7 +70,7 @@ def shards_read(monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, int]]
 
 
 def test_the_fingerprint_sees_every_kind_of_change(tmp_path: Path) -> None:
-    """A resumed job would go on with another model."""
+    """A resumed job would continue with another model."""
     folder = make_tiny(tmp_path / "model", shards=SHARDS)
     first = read(folder).fingerprint
     assert read(folder).fingerprint == first
@@ -240,8 +240,8 @@ def test_a_change_after_reading_is_refused_and_a_touch_is_not(tmp_path: Path, mo
     found.require_unchanged()
     (folder / SECOND).touch()
     read_again: list[str] = []
-    sha256 = subject._sha256
-    monkeypatch.setattr(subject, "_sha256", lambda folder, name: (read_again.append(name), sha256(folder, name))[1])
+    sha256 = subject.sha256_of_member
+    monkeypatch.setattr(subject, "sha256_of_member", lambda folder, name: (read_again.append(name), sha256(folder, name))[1])
     found.require_unchanged()
     found.require_unchanged()
     assert read_again == [SECOND], "a file that was touched is read once and known again then"

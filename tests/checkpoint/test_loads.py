@@ -18,7 +18,7 @@ from marlinctl.cli import main
 from marlinctl.models.architectures import architecture
 from marlinctl.planning.layer_rules import plan
 from tests import zoo
-from tests.oneshot.test_run import TEXT
+from tests.runs import TEXT
 from tests.test_architecture import ROOT
 from tests.tiny import make_tiny, tiny_config
 

@@ -85,7 +85,7 @@ def test_three_kept_in_a_four_are_refused_with_their_place(tmp_path: Path) -> No
 
 def test_a_file_that_is_no_mask_is_refused(tmp_path: Path) -> None:
     save_file({"a.weight": torch.zeros(2, 2)}, tmp_path / mask.NAME)
-    with pytest.raises(BadInput, match="is no mask") as caught, mask.open_masks(tmp_path):
+    with pytest.raises(BadInput, match="is not a mask") as caught, mask.open_masks(tmp_path):
         pass
     assert caught.value.error_id == "E356"
     (tmp_path / mask.NAME).write_bytes(b"\xff" * 64)
@@ -100,7 +100,7 @@ def test_a_mask_and_a_weight_that_contradict_each_other_are_refused(tmp_path: Pa
         assert masks is not None and "a.q" in masks and "a.k" not in masks
         weight = torch.ones(6, 16, dtype=torch.float16) * keep
         assert torch.equal(masks.checked_keep("a.q", weight), keep)
-        assert torch.equal(masks.checked_keep("a.q", torch.zeros(6, 16, dtype=torch.int8)), keep)  # survivors may be zero
+        assert torch.equal(masks.checked_keep("a.q", torch.zeros(6, 16, dtype=torch.int8)), keep)  # kept weights may be zero
         row, column = (~keep).nonzero()[7].tolist()
         weight[row, column] = -0.5
         with pytest.raises(BadInput) as caught:

@@ -69,7 +69,7 @@ def test_every_fault_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_problems_of_all_files_come_together(tmp_path: Path) -> None:
-    """The person would mend one problem only to be told of the next."""
+    """The person would fix one problem only to be told of the next."""
     folder = make_tiny(tmp_path / "model", shards=SHARDS)
     for name in ("missing shards", "config cut"):
         FAULTS[name].damage(folder)
@@ -442,6 +442,7 @@ def test_a_large_bad_index_costs_little(tmp_path: Path, entry: str, count: int) 
     with pytest.raises(BadInput) as caught:
         open_checkpoint(folder)
     assert len(caught.value.problems) <= reader.MAX_PROBLEMS + 1
+    assert ("holds more than 2,000,000 values" in caught.value.problems[0].what) == (count > 2_000_000), "refused before it is parsed"
     assert time.monotonic() - started < 10
 
 

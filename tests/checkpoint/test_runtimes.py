@@ -66,7 +66,7 @@ def test_known_shapes_meet_the_known_rules(shapes: dict[str, tuple[int, int]], s
 def test_reasons_name_layer_and_number() -> None:
     """`no` alone does not tell what to change."""
     refused = verdicts(llama(576, 1536, 192), 64, {})["SGLang 0.5 Marlin"].refused
-    assert f"{BLOCK}self_attn.o_proj: K=576 is no multiple of 128" in refused
+    assert f"{BLOCK}self_attn.o_proj: K=576 is not a multiple of 128" in refused
 
 
 @pytest.mark.parametrize(("tp", "accepted"), [(1, True), (2, True), (4, True), (8, True), (16, False), (3, False)])

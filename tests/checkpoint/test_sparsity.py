@@ -47,11 +47,11 @@ def test_a_stated_pattern_is_found_and_counted(source: Path, tmp_path: Path, ope
     codes = make_sparse_packed(source, tmp_path / "out", fmt, skip=["model.layers.0.self_attn.o_proj"])
     folder = opened(tmp_path / "out")  # type: ignore[operator]
     assert sparsity.stated(*folder) == sparsity.Pattern(origin, tuple(sorted(codes)))
-    survivors = sparsity.counted(*folder)
-    assert survivors.pattern == sparsity.stated(*folder)
-    assert survivors.kept == sum(q.codes.numel() // 2 for q in codes.values())
+    found = sparsity.counted(*folder)
+    assert found.pattern == sparsity.stated(*folder)
+    assert found.kept == sum(q.codes.numel() // 2 for q in codes.values())
     zero = sum(int((q.codes[q.keep] == 0).sum()) for q in codes.values())
-    assert survivors.zero == zero > 100
+    assert found.zero == zero > 100
 
 
 def test_a_pattern_that_nobody_states_is_found_in_the_zeros(source: Path, tmp_path: Path, opened: object) -> None:
@@ -59,9 +59,9 @@ def test_a_pattern_that_nobody_states_is_found_in_the_zeros(source: Path, tmp_pa
     codes = make_sparse_packed(source, tmp_path / "out", "ct", stated=False)
     folder = opened(tmp_path / "out")  # type: ignore[operator]
     assert sparsity.stated(*folder) == sparsity.Pattern(None, ())
-    survivors = sparsity.counted(*folder)
-    assert survivors.pattern == sparsity.Pattern("zeros", tuple(sorted(codes)))
-    assert survivors.zero == sum(int((q.codes[q.keep] == 0).sum()) for q in codes.values())  # filled up: as many as there were
+    found = sparsity.counted(*folder)
+    assert found.pattern == sparsity.Pattern("zeros", tuple(sorted(codes)))
+    assert found.zero == sum(int((q.codes[q.keep] == 0).sum()) for q in codes.values())  # filled up: as many as there were
 
 
 def test_a_dense_model_has_no_pattern(source: Path, tmp_path: Path, opened: object) -> None:
@@ -90,9 +90,9 @@ def dense_24(source: Path, out: Path) -> Path:
 
 def test_16_bit_weights_are_looked_at_too(source: Path, tmp_path: Path, opened: object) -> None:
     """If this failed, the output of `sparsify` and of other pruners could not be told from a dense model. The head is not pruned."""
-    survivors = sparsity.counted(*opened(dense_24(source, tmp_path / "out")))  # type: ignore[operator]
-    assert survivors.pattern.origin == "zeros" and len(survivors.pattern.linears) == 14
-    assert "lm_head" not in survivors.pattern.linears and survivors.zero < 20
+    found = sparsity.counted(*opened(dense_24(source, tmp_path / "out")))  # type: ignore[operator]
+    assert found.pattern.origin == "zeros" and len(found.pattern.linears) == 14
+    assert "lm_head" not in found.pattern.linears and found.zero < 20
 
 
 def test_masks_of_nothing_are_named(source: Path, tmp_path: Path, opened: object) -> None:
@@ -114,7 +114,7 @@ def test_a_mask_is_compared_with_its_weight(source: Path, tmp_path: Path, opened
     edit_masks(tmp_path / "out", lambda masks: masks.update({f"{LAYER}.keep": ~masks[f"{LAYER}.keep"]}))
     folder = opened(tmp_path / "out")  # type: ignore[operator]
     with pytest.raises(BadInput) as caught:
-        sparsity.weight_and_keep(folder[0], folder[1], LAYER, folder[2])
+        sparsity.weight_and_mask(folder[0], folder[1], LAYER, folder[2])
     assert caught.value.error_id == "E356" and f"{LAYER}: row 0, column" in caught.value.problems[0].what
 
 
@@ -124,5 +124,5 @@ def test_why_codes_are_not_two_of_four() -> None:
     codes[2, 4:7] = 1
     codes[3, 8:12] = -8
     problem = sparsity.crowded("l", codes)
-    assert problem.what == "l: row 2, columns 4..7: 3 of four codes are not zero, 2:4 keeps two (2 of 12 such quads)"
+    assert problem.what == "l: row 2, columns 4..7: 3 of four codes are not zero, 2:4 keeps two (2 of 12 such groups)"
     assert "K=10 is not a multiple of 4" in sparsity.crowded("l", codes[:, :10]).what

@@ -44,7 +44,7 @@ def test_weights_are_rounded_once(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 def test_loading_draws_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """transformers draws bars on stderr, which would stand in the middle of our own story."""
+    """transformers draws bars on stderr, which would stand in the middle of our own messages."""
     folder = make_tiny(tmp_path / "m")
     load_dense(folder, dtype=torch.float32)
     assert capfd.readouterr().err == ""

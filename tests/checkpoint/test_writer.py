@@ -445,6 +445,13 @@ def test_ctrl_c_at_any_call_leaves_nothing(source: Path, tmp_path: Path) -> None
     manifest.check(tmp_path / "out")
 
 
+def test_what_a_killed_run_was_writing_is_not_published(source: Path, tmp_path: Path) -> None:
+    """A run that was killed while it rewrote the card of a finished folder would leave half a file in the published one."""
+    publish(tmp_path / "plain")
+    publish(tmp_path / "out", verify=lambda folder: (folder / atomic.temporary_name()).write_bytes(b"half a card") and None)
+    assert {*tree(tmp_path / "out")} == {*tree(tmp_path / "plain")}
+
+
 def test_folders_that_belong_together_appear_together(source: Path, tmp_path: Path) -> None:
     """With --also, one folder without the other would be taken for a finished run."""
     publish(tmp_path / "a", value=1.0)

@@ -23,7 +23,7 @@ VERBS = {
 # flag -> a value that no recipe has by itself
 VALUES = {
     "--bits": "16", "--group-size": "32", "--scale-sign": "positive", "--act-order": "none", "--scale-search": "mse", "--damping": "0.5",
-    "--refine": "7", "--match": "0.25", "--skip": "k_proj", "--include": "lm_head", "--override": "down_proj=group_size:32",
+    "--refine": "7", "--drift-correction": "0.25", "--skip": "k_proj", "--include": "lm_head", "--override": "down_proj=group_size:32",
     "--method": "wanda", "--mask-sweeps": "9", "--ls-iterations": "3",
     "--calibration": "other.txt", "--samples": "5", "--sequence-length": "77", "--seed": "123", "--chat": "never",
     "--format": "gptq", "--also": "gptq", "--tasks": "arc", "--limit": "3", "--text": "other.txt", "--tokens": "5000", "--window": "64",
@@ -67,7 +67,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Recipe]:
 
 def flags(verb: str) -> list[str]:
     command = importlib.import_module(f"marlinctl.commands.{verb}").command
-    return [max(parameter.opts, key=len) for parameter in command.params if isinstance(parameter, click.Option)]
+    return [max(parameter.opts, key=len) for parameter in command.params if isinstance(parameter, click.Option) and not parameter.hidden]
 
 
 CASES = [(verb, flag) for verb in VERBS for flag in flags(verb) if flag not in NOT_OF_THE_RECIPE]

@@ -128,7 +128,7 @@ def sparse(source: Path) -> dict[str, Path]:
 @pytest.mark.parametrize("target", SPARSE)
 @pytest.mark.parametrize("origin", SPARSE)
 def test_every_sparse_format_becomes_every_other_bit_for_bit(sparse: dict[str, Path], tmp_path: Path, origin: str, target: str) -> None:
-    """The mask is part of the model: survivors that are zero must stay survivors, whatever the way."""
+    """The mask is part of the model: kept weights that are zero must stay kept weights, whatever the way."""
     repack.repack(sparse[origin], tmp_path / "out", format=target)
     made, want = weights(tmp_path / "out"), weights(sparse[target])  # the mask file is among them
     assert set(made) == set(want)
@@ -162,7 +162,7 @@ def test_a_pattern_that_nobody_states_is_found_and_said(source: Path, tmp_path: 
     codes = make_sparse_packed(source, tmp_path / "in", "gptq", stated=False)
     story = StringIO()
     done = repack.repack(tmp_path / "in", tmp_path / "out", format="marlin_24", also=("ct",), console=Console(stderr=story))
-    assert done["source"]["pattern"] == "zeros" and "told from the codes that are zero" in story.getvalue()
+    assert done["source"]["pattern"] == "zeros" and "derived from codes that are zero" in story.getvalue()
     checkpoint = open_checkpoint(tmp_path / "out", weight_files="auto")
     info = registry.detect(checkpoint.config, checkpoint.tensors)
     with open_masks(tmp_path / "out-ct") as masks:
@@ -280,7 +280,7 @@ def test_a_wrong_mask_on_the_way_to_disk_is_noticed(
     keep = keep_of(LAYER, 256, 128)
     moved = keep.clone()
     codes = registry.read_parts(*(lambda c: (c, registry.detect(c.config, c.tensors)))(open_checkpoint(sparse["ct"])), LAYER).codes
-    row, quad = ((codes != 0).reshape(256, -1, 4).sum(-1) == 0).nonzero()[0].tolist()  # a quad whose survivors are both zero
+    row, quad = ((codes != 0).reshape(256, -1, 4).sum(-1) == 0).nonzero()[0].tolist()  # a quad whose kept weights are both zero
     moved[row, 4 * quad : 4 * quad + 4] = ~keep[row, 4 * quad : 4 * quad + 4]
     write, pack = writer.StagedCheckpoint.write_mask, registry.linear_tensors
 
@@ -292,7 +292,7 @@ def test_a_wrong_mask_on_the_way_to_disk_is_noticed(
 
     monkeypatch.setattr(writer.StagedCheckpoint, "write_mask", write_moved)
     monkeypatch.setattr(registry, "linear_tensors", pack_moved)
-    with pytest.raises(CheckFailed, match="survivors read back differ") as caught:
+    with pytest.raises(CheckFailed, match="kept weights read back differ") as caught:
         repack.repack(sparse["ct"], tmp_path / "out", format=target)
     assert caught.value.error_id == "E103" and LAYER in caught.value.problems[0].what and not list(tmp_path.glob("out*"))
 
@@ -463,7 +463,7 @@ def test_a_wrong_byte_on_the_way_to_disk_is_noticed(packed: dict[str, Path], tmp
 
 
 def test_a_lost_tensor_is_noticed(packed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clients fill a missing norm with ones and go on."""
+    """Clients fill a missing norm with ones and continue."""
     real = writer.StagedCheckpoint.copy_tensors
     monkeypatch.setattr(
         writer.StagedCheckpoint, "copy_tensors", lambda self, c, names: real(self, c, [n for n in names if n != "model.norm.weight"])

@@ -164,7 +164,7 @@ def test_a_sharded_job_goes_on_alone(place: Path, tmp_path: Path, start: str) ->
             job.send_signal(signal.SIGTERM) if start == "two processes" else os.killpg(job.pid, signal.SIGTERM)
         assert all(job.wait(timeout=100) != 0 for job in jobs)
     heard = (tmp_path / "told").read_text()
-    assert "to go on: accelerate launch ... -m marlinctl resume" in heard, heard[-3000:]
+    assert "to resume: accelerate launch ... -m marlinctl resume" in heard, heard[-3000:]
     saved = json.loads((tmp_path / "out.job" / "state.json").read_text())["step"]
     assert 5 <= saved < 50
     finished = run([sys.executable, "-m", "marlinctl", *command(place, out, "--micro-batch", "4", "--resume", tokens=12800)])

@@ -243,7 +243,7 @@ def test_bfloat16_products_train_too(place: Path, tmp_path: Path) -> None:
     assert report["held_out"]["after"]["loss"] < 0.8 * report["held_out"]["before"]["loss"]
 
 
-# ---- stopping and going on -----------------------------------------------------------------------------------------------------------
+# ---- stopping and resuming -----------------------------------------------------------------------------------------------------------
 
 
 class _Crash(Exception):
@@ -367,7 +367,7 @@ def test_text_that_the_teacher_wrote_is_kept(place: Path, tmp_path: Path, monkey
 
 def test_nothing_to_go_on_with_is_said(place: Path, tmp_path: Path) -> None:
     """--resume without a job must not begin one that the person takes for the old one."""
-    with pytest.raises(UsageError, match="no job to go on with"):
+    with pytest.raises(UsageError, match="no job to resume"):
         run(place, tmp_path / "out", resume=True)
     assert not (tmp_path / "out.job").exists()
 
@@ -416,7 +416,7 @@ def test_killed_and_interrupted_processes_go_on(place: Path, tmp_path: Path) -> 
     stopped.send_signal(signal.SIGTERM)
     _, told = stopped.communicate(timeout=120)
     assert stopped.returncode == 143, told
-    assert f"to go on: marlinctl resume {out}" in told
+    assert f"to resume: marlinctl resume {out}" in told
     assert json.loads(state.read_text())["step"] < 50
     forked.run(command(place, out, "--resume"), cwd=ROOT, check=True, capture_output=True)
     assert_same_tensors(tmp_path / "whole", out)

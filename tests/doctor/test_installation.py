@@ -79,7 +79,7 @@ def test_requirements_are_those_of_the_metadata(tmp_path: Path) -> None:
 
 
 def test_versions_known_to_be_bad_are_caught(tmp_path: Path) -> None:
-    """If this failed, a version that damages results in silence would go on doing so; the release after it must pass."""
+    """If this failed, a version that damages results in silence would continue to do so; the release after it must pass."""
     distribution(tmp_path / "bad", "transformers", "5.10.2")
     distribution(tmp_path / "bad", "vllm", "0.9.2")
     distribution(tmp_path / "good", "transformers", "5.23.0")

@@ -36,6 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prune(root / "model", root / "pruned")
     write_text(root / "text.txt")
     (root / "empty.txt").write_text("\n\n")
+    (root / "little.txt").write_text("fewer tokens than one window\n")
     (root / "names.jsonl").write_text('{"name": "no text"}\n')
     turns = [{"role": "user", "content": "hello there " * 40}, {"role": "assistant", "content": "general reply " * 40}]
     rows = [json.dumps({"messages": turns})] * 3 + [json.dumps({"messages": [{"role": "system", "content": "be brief"}, *turns]})] * 60
@@ -110,7 +111,7 @@ CALIBRATED = [
     (["--samples", str(10**30)], "e202"),
     (["--recipe", "int4"], "e393"),
     (["--damping", "nan"], "e202"),
-    (["--match", "inf"], "e202"),
+    (["--drift-correction", "inf"], "e202"),
     (["--module-map", "map.json"], "e251"),
     (["--module-map", "absent.json"], "e251"),
     (["--device", "gpu"], "e202"),
@@ -126,6 +127,7 @@ CASES = [
     *(("sparsify", ["--max-kl", value], "e202") for value in ("nan", "inf", "-1", "0")),
     *(("compress", ["--max-ppl-ratio", value], "e202") for value in ("nan", "inf", "-1", "0")),
     ("plan", ["--device", "cpuu"], "e202"),
+    *((verb, ["--text", "little.txt"], "e393") for verb in ("eval", "sparsify", "compress")),
     ("eval", ["--seed", "-1"], "e246"),
     ("eval", ["--seed", str(2**32)], "e246"),
     ("eval", ["--device", "gpu"], "e202"),
@@ -284,7 +286,7 @@ def test_what_is_finished_is_measured_otherwise(
     wrong = ["--text", "absent.txt", "--window", "600"]
     assert failed_at_the_end(monkeypatch, [*command, *wrong]) == 2
     told = capsys.readouterr().err
-    assert f"to go on: marlinctl resume {out}; add" in told and "--no-eval" in told
+    assert f"to resume: marlinctl resume {out}; to change the measurement add --tasks" in told and "--no-eval" in told
     assert blocks == [0, 1] and not out.exists()
 
     assert main(["resume", str(out)]) == 2, "the same arguments are wrong again"

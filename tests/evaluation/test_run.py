@@ -155,7 +155,7 @@ def test_limit(model: Path, layouts: dict[str, Path]) -> None:
 
 
 def test_few_shot_examples(model: Path, layouts: dict[str, Path]) -> None:
-    """`--num-fewshot` would change nothing, or examples would be drawn anew in each run."""
+    """`--num-fewshot` would change nothing, or examples would be drawn again in each run."""
     settings = {"tasks": ("mmlu_anatomy",), "task_data": layouts["parquet"], **SMALL}
     runs = [evaluate(model, EvalSettings(num_fewshot=n, **settings), QUIET)["model"]["tasks"]["mmlu_anatomy"] for n in (0, 2, 2)]
     assert [run["num_fewshot"] for run in runs] == [0, 2, 2]
@@ -320,7 +320,7 @@ def test_identity_sees_weights(model: Path, other: Path, tmp_path: Path) -> None
 
 
 def test_a_model_that_changes_before_it_is_loaded_is_not_measured(tmp_path: Path, prose: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores would be noted under the name of other weights, and `--resume` would go on with those."""
+    """Scores would be noted under the name of other weights, and `--resume` would continue with those."""
     folder = make_tiny(tmp_path / "model")
     opened = subject._Run._windows
     monkeypatch.setattr(subject._Run, "_windows", lambda *given: (flip(folder / "model.safetensors"), opened(*given))[1])

@@ -81,7 +81,7 @@ def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_job_is_in_the_way_of_a_new_one(tmp_path: Path) -> None:
-    """Starting anew unasked would throw hours away; the way out is named."""
+    """Starting over unasked would throw hours away; the way out is named."""
     stopped(tmp_path / "out", BLOCK)
     with pytest.raises(UsageError) as caught, held(tmp_path / "out"):
         pass
@@ -92,7 +92,7 @@ def test_an_unfinished_job_is_in_the_way_of_a_new_one(tmp_path: Path) -> None:
 
 
 def test_a_job_without_anything_finished_is_in_nobodys_way(tmp_path: Path) -> None:
-    """A run that was killed while it read its text has nothing to go on with; its folder must not block the next."""
+    """A run that was killed while it read its text has nothing to resume; its folder must not block the next."""
     (tmp_path / "out.job").mkdir()
     mark_job(tmp_path / "out.job")
     (tmp_path / "out.job" / "lock").touch()
@@ -137,7 +137,7 @@ def test_a_link_in_the_place_of_the_folder_is_not_followed(tmp_path: Path) -> No
 
 
 def test_files_beside_those_of_a_job_stay(tmp_path: Path) -> None:
-    """Notes that somebody put into the folder would vanish with the job; they must not keep it from going on either."""
+    """Notes that somebody put into the folder would vanish with the job; they must not keep it from resuming either."""
     path = stopped(tmp_path / "out", BLOCK).path
     (path / "notes.txt").write_text("mine")
     with held(tmp_path / "out", resume=True) as folder:
@@ -255,13 +255,13 @@ def test_what_a_stopped_run_leaves(tmp_path: Path, error: BaseException, lines: 
 
 
 def test_the_way_on_is_told(tmp_path: Path) -> None:
-    """Somebody who pressed Ctrl-C must not have to look up how to go on; for a refusal there is no way on."""
+    """Somebody who pressed Ctrl-C must not have to look up how to resume; for a refusal there is no way on."""
     told = io.StringIO()
     stop(tmp_path / "my out", lambda folder: (folder.begin({}), folder.append(BLOCK)), told=told)
-    assert told.getvalue() == f"to go on: marlinctl resume '{tmp_path}/my out'\n"
+    assert told.getvalue() == f"to resume: marlinctl resume '{tmp_path}/my out'\n"
     with pytest.raises(UsageError), held(tmp_path / "my out", told=told, resume=True):
         raise UsageError("E286", "differs", where="", fix="")
-    assert told.getvalue().count("to go on") == 1
+    assert told.getvalue().count("to resume") == 1
 
 
 # ---- what the lines are worth --------------------------------------------------------------------------------------------------------

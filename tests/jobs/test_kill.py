@@ -18,8 +18,8 @@ import pytest
 from tests import killing
 from tests.distillation.runs import write_text
 from tests.killing import Ended
-from tests.oneshot.test_run import TEXT
 from tests.pruned import prune
+from tests.runs import TEXT
 from tests.tiny import make_tiny
 
 APART = {"README.md", "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html"}
@@ -45,7 +45,7 @@ class Place(NamedTuple):
         sparse = ["--recipe", f"{root}/sparse.yaml", "--dtype", "float32", "--threads", "1", "--no-eval"]
         train = ["distill", f"{root}/student", f"{out}", "--teacher", f"{root}/model", "--device", "cpu", *walk]
         asked = {
-            "quantize": ["quantize", f"{root}/model", f"{out}", "--match", "0.5", *walk],
+            "quantize": ["quantize", f"{root}/model", f"{out}", "--drift-correction", "0.5", *walk],
             "head": ["quantize", f"{root}/model", f"{out}", "--include", "lm_head", *walk],
             "sparsify": ["sparsify", f"{root}/model", f"{out}", "--no-eval", *walk],
             "pack": ["pack", f"{root}/packed", f"{out}", "--format", "marlin", "--also", "gptq"],
@@ -95,7 +95,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 def go_on(place: Place, verb: str, out: Path) -> None:
     """`resume`, or the command again where the run died before it had noted what was asked for."""
     ended = place.run(["resume", str(out), "-q"])
-    if ended.code == 2 and "no job to go on with" in ended.told:
+    if ended.code == 2 and "no job to resume" in ended.told:
         if not out.exists():
             ended = place.run(place.arguments(verb, out))
             assert ended.code == 0, ended.told

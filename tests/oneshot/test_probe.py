@@ -1,4 +1,4 @@
-"""The rehearsal: one solve on random numbers before the long part, and what a plan makes of it."""
+"""The probe: one solve on random numbers before the long part, and what a plan makes of it."""
 
 from __future__ import annotations
 
@@ -20,23 +20,9 @@ from marlinctl.oneshot.probe import run_probe
 from marlinctl.oneshot.solve import StackedSolver
 from marlinctl.planning.layer_rules import plan as rules
 from marlinctl.planning.memory import Work, stages
-from marlinctl.planning.time import largest_stage, machine, machine_of_probe, seconds_of_walk
+from marlinctl.planning.time import largest_stage, machine, machine_of_probe, seconds_of_blocks
 from marlinctl.system.console import Console
-from tests.oneshot.test_run import TEXT, quantize
-from tests.planning.test_plan import plan, recipe
-from tests.tiny import make_tiny
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("rehearsal") / "tiny")
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    return path
+from tests.runs import plan, quantize, recipe
 
 
 def known(tiny: Path) -> tuple[Any, dict[str, int]]:
@@ -48,7 +34,7 @@ def known(tiny: Path) -> tuple[Any, dict[str, int]]:
 def test_the_stack_that_takes_longest_is_solved_as_the_run_would(
     tiny: Path, text: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rehearsal of another shape, or with other steps, promises what the run does not keep."""
+    """A probe of another shape, or with other steps, promises what the run does not keep."""
     found, sizes = known(tiny)
     chosen = recipe(text, name)
     seen: list[tuple[tuple[int, ...], int, bool]] = []
@@ -62,20 +48,20 @@ def test_the_stack_that_takes_longest_is_solved_as_the_run_would(
     monkeypatch.setattr(StackedSolver, "solve", spy)
     measured = run_probe(found, sizes, chosen, matches=True, device=torch.device("cpu"), dtype=torch.float32)
     expected = largest_stage(found, sizes, chosen, machine("cpu", torch.get_num_threads(), 4, matrix_units=False))
-    assert seen == [((expected.rows, expected.k), 32, chosen.quantize.match > 0)]
+    assert seen == [((expected.rows, expected.k), 32, chosen.quantize.drift_correction > 0)]
     assert expected in stages(found, sizes)
     assert measured.stage == expected and measured.seconds > 0 and measured.products > 0 and measured.gram > 0
 
 
 def test_a_rehearsal_leaves_no_trace_in_random_numbers(tiny: Path, text: Path) -> None:
-    """If it drew from the global generator, a run with a rehearsal would differ from one without."""
+    """If it drew from the global generator, a run with a probe would differ from one without."""
     found, sizes = known(tiny)
     before = torch.get_rng_state()
     run_probe(found, sizes, recipe(text), matches=False, device=torch.device("cpu"), dtype=torch.float32)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_time_of_a_walk_is_told_from_the_measured_rates(tiny: Path, text: Path) -> None:
+def test_time_of_a_pass_is_estimated_from_the_measured_rates(tiny: Path, text: Path) -> None:
     """Otherwise --probe would print the guess of another machine."""
     found, sizes = known(tiny)
     chosen = recipe(text)
@@ -85,7 +71,7 @@ def test_time_of_a_walk_is_told_from_the_measured_rates(tiny: Path, text: Path) 
     slow = machine_of_probe(guess, measured, chosen)
     slower = replace(measured, seconds=2 * measured.seconds, products=measured.products / 2, gram=measured.gram / 2)
     twice = machine_of_probe(guess, slower, chosen)
-    first, second = (seconds_of_walk(found, sizes, work, chosen, speed, 10**6) for speed in (slow, twice))
+    first, second = (seconds_of_blocks(found, sizes, work, chosen, speed, 10**6) for speed in (slow, twice))
     for part in ("forward", "gram", "solve"):
         assert second[part] == pytest.approx(2 * first[part])
     assert first["files"] == second["files"] and first["start"] == second["start"]
@@ -123,15 +109,15 @@ def test_a_run_says_how_long_it_will_take(tiny: Path, text: Path, capsys: pytest
     from marlinctl.oneshot.run import run_job
 
     run_job(str(tiny), text.parent / "out", recipe(text), Options(dtype="float32"), Console())
-    assert "rehearsed the largest solve" in capsys.readouterr().err
+    assert "probed the largest solve" in capsys.readouterr().err
 
 
 def test_plan_probes_when_it_is_asked_to(tiny: Path, text: Path) -> None:
     """--probe without effect would leave the guess, and a probe that nobody asked for would import torch."""
-    assert plan(tiny, recipe(text))["rehearsed"] == []
+    assert plan(tiny, recipe(text))["probe"] == []
     chosen = recipe(text, "sparse-int4", distill__tokens=1000, distill__data=str(text))
     document = plan(tiny, chosen, probe=probe.probe_on("cpu", None, Console()))
-    assert [entry["name"] for entry in document["rehearsed"]] == ["prune", "quantize"]
+    assert [entry["name"] for entry in document["probe"]] == ["prune", "quantize"]
     assert "this machine" in document["time"]["basis"] and "factor of two" not in document["time"]["basis"]
 
 
@@ -139,4 +125,4 @@ def test_the_flag_reaches_the_plan(tiny: Path, text: Path, capsys: pytest.Captur
     """A flag that click swallows."""
     arguments = ["plan", str(tiny), "--calibration", str(text), "--group-size", "32", "--dtype", "float32", "--json", "--probe"]
     assert main(arguments) == 0
-    assert len(json.loads(capsys.readouterr().out)["rehearsed"]) == 1
+    assert len(json.loads(capsys.readouterr().out)["probe"]) == 1

@@ -25,7 +25,7 @@ from marlinctl.planning.memory import CHUNK_TOKENS
 from tests import forked
 from tests.checkpoint.test_contents import NEVER_NEW, flip
 from tests.jobs.test_kill import published
-from tests.oneshot.test_run import TEXT
+from tests.runs import TEXT
 from tests.test_architecture import ROOT
 from tests.tiny import make_tiny
 
@@ -134,18 +134,18 @@ def test_a_signal_lets_the_block_end_and_a_second_one_does_not(
         process.send_signal(number)
     _, told = process.communicate(timeout=120)
     assert process.returncode == code, told
-    assert f"to go on: marlinctl resume {out}\n" in told and "interrupted: by" in told
+    assert f"to resume: marlinctl resume {out}\n" in told and "interrupted: by" in told
     assert [line["step"] for line in lines_of(out)] == ["begun", *["block"] * finished]
     assert not out.exists()
     assert main(["resume", str(out), "-q"]) == 0
     assert published(tmp_path) == published(place / "whole")
 
 
-# ---- going on ------------------------------------------------------------------------------------------------------------------------
+# ---- resuming ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_finished_blocks_are_not_solved_again(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A resume that begins anew would give the right bytes and be of no use."""
+    """A resume that starts over would give the right bytes and be of no use."""
     out = tmp_path / "out"
     assert stop_in(monkeypatch, 3, quantize(place, out)) == 130
     assert sorted(path.name for path in (tmp_path / "out.job" / "states").iterdir()) == ["00002.safetensors", "00003.safetensors"]
@@ -309,7 +309,7 @@ def test_a_disk_that_is_full_costs_nothing_that_was_finished(place: Path, tmp_pa
     )
     done = forked.run([sys.executable, "-c", program, *quantize(place, out)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 5 and "the disk is full" in done.stderr, done.stderr
-    assert f"to go on: marlinctl resume {out}" in done.stderr and not out.exists()
+    assert f"to resume: marlinctl resume {out}" in done.stderr and not out.exists()
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 9_000
     assert main(["resume", str(out), "-q"]) == 0
     assert published(tmp_path) == published(place / "whole")
@@ -391,30 +391,36 @@ def test_memory_that_runs_out_costs_nothing_that_was_finished(place: Path, tmp_p
 # ---- going back ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("back_to", "solved"), [(2, [2, 3]), (1, [1, 2, 3]), (0, [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    ("flag", "back_to", "solved"),
+    [("--from-block", 2, [2, 3]), ("--redo-from", 2, [2, 3]), ("--from-block", 1, [1, 2, 3]), ("--from-block", 0, [0, 1, 2, 3])],
+)
 def test_blocks_are_solved_again_on_demand(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back_to: int, solved: list[int], capfd: pytest.CaptureFixture[str]
-) -> None:
-    """--redo-from would keep what it shall drop, or start from hidden states of another block."""
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, back_to: int, solved: list[int],
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """--from-block would keep what it shall drop, or start from hidden states of another block."""
     out = tmp_path / "out"
     assert stop_in(monkeypatch, 3, quantize(place, out)) == 130
     capfd.readouterr()
-    assert blocks_solved(monkeypatch, ["resume", str(out), "--redo-from", str(back_to)]) == (0, solved)
-    assert ("kept up to block 0: 1 finished blocks run once more" in capfd.readouterr().err) == (back_to == 1)
+    assert blocks_solved(monkeypatch, ["resume", str(out), flag, str(back_to)]) == (0, solved)
+    told = capfd.readouterr().err
+    assert ("kept up to block 0: 1 finished blocks run once more" in told) == (back_to == 1)
+    assert told.count("--redo-from is called --from-block now") == (flag == "--redo-from")
     assert published(tmp_path) == published(place / "whole")
 
 
 def test_going_back_in_a_compress(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """--redo-from must reach the walk inside, finished or not, and everything made from it."""
+    """--from-block must reach the walk inside, finished or not, and everything made from it."""
     asked = ["compress", *quantize(place, tmp_path / "out")[1:], "--format", "marlin", "--no-eval"]
     assert stop_in(monkeypatch, 3, asked) == 130
-    assert blocks_solved(monkeypatch, ["resume", str(tmp_path / "out"), "--redo-from", "2", "-q"]) == (0, [2, 3])
+    assert blocks_solved(monkeypatch, ["resume", str(tmp_path / "out"), "--from-block", "2", "-q"]) == (0, [2, 3])
     first = published(tmp_path)
     shutil.rmtree(tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr("marlinctl.compress.verify", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main(asked) == 130
-    assert blocks_solved(monkeypatch, ["resume", str(tmp_path / "out"), "--redo-from", "3", "-q"]) == (0, [0, 1, 2, 3])
+    assert blocks_solved(monkeypatch, ["resume", str(tmp_path / "out"), "--from-block", "3", "-q"]) == (0, [0, 1, 2, 3])
     assert published(tmp_path) == first
 
 
@@ -455,8 +461,8 @@ def test_another_model_recipe_or_format_is_refused_field_by_field(
     asked_for.write_text(json.dumps(request))
 
     assert refused(capfd, *asked)["id"] == "E285"
-    told = refused(capfd, "resume", str(out), "--redo-from", "4")
-    assert told["id"] == "E288" and told["problems"][0]["where"] == "--redo-from"
+    told = refused(capfd, "resume", str(out), "--from-block", "4")
+    assert told["id"] == "E288" and told["problems"][0]["where"] == "--from-block"
     told = refused(capfd, "resume", str(tmp_path / "other"))
     assert told["id"] == "E287" and "no job" in told["problems"][0]["what"]
     shutil.copy(place / "model" / "config.json", tmp_path / "model" / "config.json")
@@ -588,7 +594,7 @@ def test_going_back_in_a_verb_without_blocks_is_refused(place: Path, tmp_path: P
 
     with pytest.raises(OSError, match="full"):
         run()
-    told = refused(capfd, "resume", str(tmp_path / "out"), "--redo-from", "1")
+    told = refused(capfd, "resume", str(tmp_path / "out"), "--from-block", "1")
     assert told["id"] == "E288" and "pack has none" in told["problems"][0]["what"]
 
 

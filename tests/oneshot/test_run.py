@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +14,14 @@ from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.convert.repack import repack
 from marlinctl.errors import BadInput, MarlinctlError, NumericalProblem, ResourceProblem, UsageError
-from marlinctl.oneshot.open import Options
-from marlinctl.oneshot.run import run_job
-from marlinctl.recipes.schema import Recipe, load_recipe, resolve
-from marlinctl.system.console import Console
-from tests import zoo
+from marlinctl.recipes.schema import Recipe, resolve
+from tests import runs, zoo
+from tests.runs import digests, quantize
 from tests.tiny import make_tiny
-
-TEXT = " ".join(
-    f"The {a} {b} of number {i} is on the table in the garden."
-    for i, (a, b) in enumerate(zip("abcdefgh" * 40, "klmnopqrst" * 32, strict=True))
-)
 
 
 def recipe(text: Path, **changes: Any) -> Recipe:
-    given = {
-        "quantize.group_size": 32, "quantize.refine": 1, "calibration.source": str(text), "calibration.samples": 8,
-        "calibration.sequence_length": 64, "calibration.minimum_tokens": 256,
-    }  # fmt: skip
-    return resolve(load_recipe("int4"), given | {key.replace("__", "."): value for key, value in changes.items()})[0]
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    return path
-
-
-def quantize(model: Path, out: Path, chosen: Recipe, **options: Any) -> dict[str, Any]:
-    return run_job(str(model), out, chosen, replace(Options(dtype="float32"), **options), Console.quiet())[0]
-
-
-def digests(folder: Path) -> dict[str, str]:
-    apart = {"README.md", "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html", "run.log"}
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.name not in apart}
+    return runs.recipe(text, **{"quantize__refine": 1} | changes)
 
 
 @torch.no_grad()

@@ -22,19 +22,13 @@ from marlinctl.evaluation.gate import Gate, figures
 from marlinctl.models.architectures import architecture
 from marlinctl.oneshot.open import Options
 from marlinctl.oneshot.run import run_job
-from marlinctl.sparsify.keep import two_of_four
+from marlinctl.sparsify.mask import two_of_four
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from marlinctl.system.console import Console
 from tests import zoo
-from tests.oneshot.test_run import TEXT, digests, logits, recipe
+from tests.oneshot.test_run import logits, recipe
+from tests.runs import digests
 from tests.tiny import make_tiny
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    return path
 
 
 def run(model: Path, out: Path, text: Path, **changes: Any) -> dict[str, Any]:
@@ -73,9 +67,9 @@ def test_a_pruned_model_is_2of4_beside_its_mask_and_loads_in_transformers(tmp_pa
     assert torch.equal(logits(theirs), logits(load_dense(tmp_path / "out", dtype=torch.float32)))
 
 
-@pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "refined"])
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "iterative"])
 def test_the_joint_solve_publishes_codes_and_mask(tmp_path: Path, text: Path, method: str) -> None:
-    """If the mask did not travel with the codes, the packer would have to guess survivors that round to zero."""
+    """If the mask did not travel with the codes, the packer would have to guess kept weights that round to zero."""
     source = tiny(tmp_path / "tiny")
     report = sparsify(source, tmp_path / "out", text, quantize__bits=4, sparsify__method=method)
     assert report["bits"] == 4 and report["sparse"] == 14
@@ -122,7 +116,7 @@ def test_quantize_finds_the_pattern_says_so_and_keeps_it(
 
 
 def test_the_same_job_gives_the_same_bytes(tmp_path: Path, text: Path) -> None:
-    """If the mask depended on the run, a resumed job could not go on where it stopped."""
+    """If the mask depended on the run, a resumed job could not continue where it stopped."""
     source = tiny(tmp_path / "tiny")
     for name in ("a", "b"):
         sparsify(source, tmp_path / name, text, quantize__bits=4)
@@ -264,7 +258,7 @@ def test_stages_that_end_in_int4_ask_for_the_group_size_before_the_first(narrow:
 
 @pytest.mark.parametrize("distil", [False, True])
 def test_compress_goes_all_the_way_to_sparse_tiles(tmp_path: Path, text: Path, distil: bool, capfd: pytest.CaptureFixture[str]) -> None:
-    """If a stage lost the mask, the tiles would be refused or hold other survivors than the interchange copy."""
+    """If a stage lost the mask, the tiles would be refused or hold other kept weights than the interchange copy."""
     source, out = tiny(tmp_path / "tiny"), tmp_path / "out"
     mine = tmp_path / "mine.yaml"
     mine.write_text(

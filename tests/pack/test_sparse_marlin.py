@@ -19,7 +19,7 @@ from marlinctl.pack import sparse_marlin, tile
 from marlinctl.pack.sparse_marlin import pack_sparse_marlin, remask, unpack_sparse_marlin
 from marlinctl.pack.types import SLAB, PackedSparseLinear, padded, transposed
 from marlinctl.quantize.types import QuantizedLinear
-from marlinctl.sparsify.keep import two_of_four
+from marlinctl.sparsify.mask import two_of_four
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from tests.pack.naive import random_keep, random_linear, random_sparse, same_bits, sparse
 

@@ -11,10 +11,8 @@ import pytest
 
 from marlinctl.models.architectures import Architecture, architecture
 from marlinctl.planning.memory import Stage, Work, predicted_device_peak, predicted_distillation, predicted_peak, stages, trained_weights
-from marlinctl.quantize import solver
 from marlinctl.quantize.scheme import Scheme
 from marlinctl.recipes.schema import load_recipe, resolve
-from marlinctl.sparsify import sparsegpt
 from marlinctl.system.host import available_memory
 from tests.test_architecture import ROOT
 from tests.tiny import tiny_config
@@ -43,7 +41,7 @@ LLAMA_8B = llama(4096, 14336, 32, 8, 128256, tied=False)
     [
         ["--hidden", "1024", "--intermediate", "2816", "--samples", "16"],
         ["--hidden", "2048", "--intermediate", "5632", "--samples", "8"],
-        ["--hidden", "1024", "--intermediate", "2816", "--samples", "64", "--match", "0.5"],
+        ["--hidden", "1024", "--intermediate", "2816", "--samples", "64", "--drift-correction", "0.5"],
     ],
     ids=["narrow", "wide", "match"],
 )
@@ -104,14 +102,6 @@ def test_distillation_is_the_table_of_the_page(known: Architecture, full: float,
         assert predicted_distillation(known, asked.model_copy(update={"mode": mode})) == pytest.approx(expected, rel=0.05)
     cached = asked.model_copy(update={"cache_logits": 64})
     assert predicted_distillation(known, cached) < predicted_distillation(known, asked) - 2 * trained_weights(known)
-
-
-def test_constants_of_other_rooms_are_the_same_here() -> None:
-    """The rooms import torch, so two of their constants are written here again."""
-    from marlinctl.planning import memory
-
-    assert memory._PRUNED_TOGETHER == sparsegpt._ROWS
-    assert memory._FLOAT64_ABOVE == solver._FLOAT64_ABOVE
 
 
 def test_work_takes_what_the_recipe_says() -> None:

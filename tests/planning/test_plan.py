@@ -26,39 +26,13 @@ from marlinctl.oneshot import open
 from marlinctl.oneshot.open import Options
 from marlinctl.oneshot.run import run_job
 from marlinctl.planning import plan as planning
-from marlinctl.planning.plan import Settings, make_plan
 from marlinctl.planning.table import table
-from marlinctl.recipes.schema import Recipe, load_recipe, resolve
 from marlinctl.system.console import Console
 from marlinctl.system.devices import cpu_has_bf16, planned_dtype
 from marlinctl.system.offload import Scratch
 from tests import zoo
-from tests.oneshot.test_run import TEXT
+from tests.runs import plan, recipe
 from tests.tiny import make_tiny
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("plan") / "tiny")
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    return path
-
-
-def recipe(text: Path | str, name: str = "int4", **changes: Any) -> Recipe:
-    given = {
-        "quantize.group_size": 32, "calibration.source": str(text), "calibration.samples": 8,
-        "calibration.sequence_length": 64, "calibration.minimum_tokens": 256,
-    }  # fmt: skip
-    return resolve(load_recipe(name), given | {key.replace("__", "."): value for key, value in changes.items()})[0]
-
-
-def plan(model: Path | str, chosen: Recipe, **settings: Any) -> dict[str, Any]:
-    return make_plan(str(model), chosen, Settings(**{"out": Path(), "dtype": "float32"} | settings), Console.quiet())
 
 
 def tensor_bytes(folder: Path) -> int:
@@ -79,7 +53,7 @@ def tensor_bytes(folder: Path) -> int:
         ("int4", {"pack__formats": ["ct", "gptq", "marlin"]}),
         ("int4", {"quantize__group_size": -1, "quantize__include": ["lm_head"], "pack__formats": ["marlin", "ct"]}),
         ("int4", {"quantize__skip": ["k_proj", "layers.0.*"], "quantize__overrides": {"down_proj": {"group_size": 64}}}),
-        ("sparse-int4", {"pack__formats": ["ct", "marlin_24", "gptq"], "quantize__refine": 0, "quantize__match": 0.0}),
+        ("sparse-int4", {"pack__formats": ["ct", "marlin_24", "gptq"], "quantize__refine": 0, "quantize__drift_correction": 0.0}),
     ],
     ids=["formats", "whole rows and head", "rules", "sparse"],
 )
@@ -125,8 +99,10 @@ def test_every_family_is_planned_as_it_is_run(tmp_path: Path, text: Path, model_
     assert bool(routers) is ("moe" in model_type or model_type == "mixtral")
 
 
-@pytest.mark.parametrize("match", [0.0, 0.5])
-def test_activations_on_disk_are_planned(tiny: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, match: float) -> None:
+@pytest.mark.parametrize("correction", [0.0, 0.5])
+def test_activations_on_disk_are_planned(
+    tiny: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, correction: float
+) -> None:
     """Activations lie in unnamed files, which no listing shows: a plan that forgot them would let a run fail in its middle."""
     slots: dict[str, int] = {}
     make = Scratch.tensor
@@ -136,7 +112,7 @@ def test_activations_on_disk_are_planned(tiny: Path, tmp_path: Path, text: Path,
         return make(self, slot, shape, dtype)
 
     monkeypatch.setattr(Scratch, "tensor", noted)
-    chosen = recipe(text, quantize__match=match)
+    chosen = recipe(text, quantize__drift_correction=correction)
     run_job(str(tiny), tmp_path / "out", chosen, Options(dtype="float32"), Console.quiet())
     assert sum(slots.values()) == plan(tiny, chosen)["disk"]["scratch"]
 
@@ -284,7 +260,7 @@ def test_json_has_a_schema_version_and_all_parts(tiny: Path, capsys: pytest.Capt
     assert main(["plan", str(tiny), "--group-size", "32", "--json", "--also", "marlin"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["schema_version"] == 1
-    keys = {"model", "recipe", "settings", "linears", "outputs", "memory", "disk", "time", "rehearsed", "checks", "fits", "notes"}
+    keys = {"model", "recipe", "settings", "linears", "outputs", "memory", "disk", "time", "probe", "checks", "fits", "notes"}
     assert set(document) == keys | {"schema_version"}
     assert set(document["linears"]) == {"compressed", "skipped", "kept"}
     assert [o["format"] for o in document["outputs"]] == ["ct", "marlin"]

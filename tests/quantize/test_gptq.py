@@ -37,7 +37,7 @@ def test_solve_beats_rounding_and_reports_its_true_error(act_order: str, group_s
     true = output_error(w, solved.linear, matrix)
     assert float(solved.error.sum()) == pytest.approx(true, rel=1e-3)
     assert true < 0.8 * output_error(w, round_to_nearest(w, settings), matrix)
-    assert float(solved.energy.sum()) == pytest.approx(float((w.double() @ matrix.double() * w.double()).sum()), rel=1e-4)
+    assert float(solved.output_energy.sum()) == pytest.approx(float((w.double() @ matrix.double() * w.double()).sum()), rel=1e-4)
 
 
 def test_refinement_lowers_the_error() -> None:

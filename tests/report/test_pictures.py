@@ -100,7 +100,7 @@ def test_scores_without_an_error_or_a_value() -> None:
 
 
 def test_a_home_that_cannot_be_written_is_no_trouble() -> None:
-    """In a container without a home, matplotlib would add its own lines to the story of a quiet run."""
+    """In a container without a home, matplotlib would add its own lines to the stderr of a quiet run."""
     program = "from marlinctl.report.pictures import Layer, layers; print(len(layers((Layer(0, 'q', 0.1, 4.0, 0.1),), 'c').wide) > 1000)"
     nowhere = {"HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null/a", "XDG_CONFIG_HOME": "/dev/null/b", "MPLCONFIGDIR": "/dev/null/c"}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""`marlinctl report`: card and report of a published folder anew, from real runs; nothing else of the folder changes."""
+"""`marlinctl report`: card and report of a published folder, rewritten from real runs; nothing else of the folder changes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from marlinctl.cli import main
 from marlinctl.convert.repack import repack
 from marlinctl.system.atomic import temporary_name
-from tests.oneshot.test_run import TEXT, digests
 from tests.report import documents
+from tests.runs import TEXT, digests
 from tests.tiny import make_tiny
 
 FLAGS = ["--calibration", "TEXT", "--samples", "8", "--sequence-length", "64", "--group-size", "32", "--dtype", "float32", "-q"]
@@ -163,6 +163,20 @@ def test_what_a_killed_rewrite_leaves_is_no_damage(out: Path) -> None:
     assert run("verify", out, "--no-load", "-q") == 0
     os.utime(left, (0, 0))  # long ago: no other `report` is writing it
     assert run("report", out, "-q") == 0 and not left.exists()
+
+
+def test_links_in_the_place_of_its_files_are_not_followed(out: Path, tmp_path: Path) -> None:
+    """A downloaded folder holds links with the names of our files, or of what earlier versions wrote first: `report` would write there."""
+    precious, absent = tmp_path / "precious", tmp_path / "absent"
+    precious.write_text("mine")
+    before = {name: (out / name).read_bytes() for name in OURS}
+    for name, target in (("README.md", precious), ("marlinctl_report.md", precious), ("marlinctl_report.html", absent)):
+        (out / name).unlink()
+        (out / name).symlink_to(target)
+        (out / f"{name}.part").symlink_to(precious)
+    assert run("report", out, "-q") == 0
+    assert precious.read_text() == "mine" and not absent.exists()
+    assert {name: (out / name).read_bytes() for name in OURS} == before and not any((out / name).is_symlink() for name in OURS)
 
 
 def test_weights_are_not_touched(out: Path) -> None:

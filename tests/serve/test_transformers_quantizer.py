@@ -149,7 +149,7 @@ DAMAGES: list[tuple[Callable[[dict[str, Tensor]], Any], str]] = [
 
 @pytest.mark.parametrize(("damage", "what"), DAMAGES, ids=[what for _, what in DAMAGES])
 def test_a_damaged_folder_does_not_load(source: Path, tmp_path: Path, damage: Callable[[dict[str, Tensor]], Any], what: str) -> None:
-    """If this failed, transformers would fill what is missing with random numbers and go on."""
+    """If this failed, transformers would fill what is missing with random numbers and continue."""
     make_packed(source, tmp_path / "native", "marlin")
     edit_tensors(tmp_path / "native", damage)
     with pytest.raises(BadInput) as caught:

@@ -17,10 +17,10 @@ from marlinctl.quantize.solver import factor
 from marlinctl.quantize.types import CODE_MAX, CODE_MIN, Hessian
 from marlinctl.solver_kernels import steps
 from marlinctl.solver_kernels.steps import SHARED_BYTES, SOURCES, SolverKernels, mask_defines, scale_defines, sweep_defines
-from marlinctl.sparsify.keep import best_of_quads
+from marlinctl.sparsify.mask import two_largest
 from marlinctl.sparsify.masked_ls import improve_mask
 from marlinctl.sparsify.sparsegpt import PruneSettings, prune, prune_and_quantize
-from marlinctl.sparsify.types import check_keep
+from marlinctl.sparsify.types import check_mask
 from tests.kernels.built import CUBINS
 from tests.kernels.test_compile import RESERVED_BYTES, disassemble
 from tests.quantize.test_solver import hessian
@@ -68,7 +68,7 @@ def test_every_column_gets_the_feedback_of_those_before_it(
     order = torch.randperm(K, generator=torch.Generator().manual_seed(5))
     group_of = order // 68
     scales = search_scales(w.T.contiguous(), None, group_size=68, both_signs=True, bfloat16_exact=True, ratios=(1.0,)).T.contiguous()
-    keep = best_of_quads(w.abs()) if masked else None
+    keep = two_largest(w.abs()) if masked else None
     base = w + 0.01 * w.flip(0)  # as coordinate descent has it: not the anchor
     given = (base, w, factored.feedback, scales if rounds else None, group_of, keep)
     found = install(monkeypatch, tmp_path, backwards=backwards).sweep(*given)
@@ -88,7 +88,7 @@ def test_the_best_two_of_four_are_kept_as_the_sweep_comes_there(rounds: bool, tm
     seen: dict[str, Tensor] = {}
     monkeypatch.setattr(SolverKernels, "_sweep", noting(SolverKernels._sweep, seen))
     values, keep = kernels.sparsegpt_sweep(w, pivots, factored.feedback, scales if rounds else None, group_of)
-    check_keep(keep.T.contiguous())
+    check_mask(keep.T.contiguous())
     assert not bool(keep[8].any()) or bool((keep[8:12].sum(0) == 2).all())
     check_sweep(w, w, factored.feedback, scales if rounds else None, group_of, keep, (values, seen["errors"]))
     feedback, errors = factored.feedback.double(), seen["errors"].double()
@@ -115,11 +115,11 @@ def test_a_better_mask_is_that_of_the_torch_version(backwards: bool, tmp_path: P
     """If this failed, masks would be refined towards something else on a GPU."""
     w, matrix = problem(seed=2)
     matrix.diagonal().add_(0.01 * matrix.diagonal().mean())
-    keep = best_of_quads(w.abs())
+    keep = two_largest(w.abs())
     kernels = install(monkeypatch, tmp_path, backwards=backwards)
     values, better = kernels.improve_mask(w, w * keep, keep, matrix)
     expected, mask = improve_mask(w, w * keep, keep, matrix)
-    check_keep(better.T.contiguous())
+    check_mask(better.T.contiguous())
     assert not bool(values[~better].any())
     same = (better == mask).all(0)  # rows: a pair that wins by rounding alone changes all that follows
     assert float(same.float().mean()) > 0.98
@@ -173,14 +173,14 @@ def test_a_whole_solve_is_as_good_as_with_torch(tmp_path: Path, monkeypatch: pyt
     kernels = install(monkeypatch, tmp_path).steps()
     found, expected = solve(w.T.contiguous(), given, SETTINGS, steps=kernels), solve(w.T.contiguous(), given, SETTINGS)
     assert float(found.error.sum()) == pytest.approx(float(expected.error.sum()), rel=1e-3)
-    pruning = PruneSettings(method="refined", damping=0.01, mask_sweeps=2, iterations=10)
+    pruning = PruneSettings(method="iterative", damping=0.01, mask_sweeps=2, iterations=10)
     pruned, other = prune(w.T.contiguous(), given, pruning, kernels), prune(w.T.contiguous(), given, pruning)
     assert float(pruned.error.sum()) == pytest.approx(float(other.error.sum()), rel=1e-3)
-    for method in ("sparsegpt", "refined"):
+    for method in ("sparsegpt", "iterative"):
         pruning = PruneSettings(method=method, damping=0.01, mask_sweeps=1, iterations=5)
         joint, keep = prune_and_quantize(w.T.contiguous(), given, pruning, SETTINGS, kernels)
         reference, _ = prune_and_quantize(w.T.contiguous(), given, pruning, SETTINGS)
-        check_keep(keep)
+        check_mask(keep)
         assert float(joint.error.sum()) == pytest.approx(float(reference.error.sum()), rel=2e-3), method
 
 

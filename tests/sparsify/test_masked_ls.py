@@ -1,4 +1,4 @@
-"""Least squares on the survivors and the search for better survivors, against exact solutions in float64."""
+"""Least squares on the kept weights and the search for better kept weights, against exact solutions in float64."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from marlinctl.sparsify.keep import best_of_quads
+from marlinctl.sparsify.mask import two_largest
 from marlinctl.sparsify.masked_ls import improve_mask, masked_least_squares
-from marlinctl.sparsify.types import check_keep
+from marlinctl.sparsify.types import check_mask
 from tests.quantize.test_solver import hessian
 
 
@@ -19,7 +19,7 @@ def problem(k: int = 64, rows: int = 12, seed: int = 0) -> tuple[Tensor, Tensor,
     matrix = hessian(k, seed)
     matrix.diagonal().add_(0.01 * matrix.diagonal().mean())
     weight = torch.randn(k, rows, generator=torch.Generator().manual_seed(seed + 1))
-    return weight, matrix, best_of_quads(weight.abs())
+    return weight, matrix, two_largest(weight.abs())
 
 
 def losses(weight: Tensor, values: Tensor, matrix: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def losses(weight: Tensor, values: Tensor, matrix: Tensor) -> Tensor:
 
 
 def exact(weight: Tensor, keep: Tensor, matrix: Tensor) -> Tensor:
-    """Each row's least-squares solution on its survivors, by solving its own system in float64."""
+    """Each row's least-squares solution on its kept weights, by solving its own system in float64."""
     out = torch.zeros_like(weight, dtype=torch.float64)
     h = matrix.double()
     for r in range(weight.shape[1]):
@@ -38,7 +38,7 @@ def exact(weight: Tensor, keep: Tensor, matrix: Tensor) -> Tensor:
 
 
 def test_conjugate_gradients_reach_the_exact_solution() -> None:
-    """If the iteration left the mask or stopped short, the survivors would not make up for what was pruned."""
+    """If the iteration left the mask or stopped short, the kept weights would not make up for what was pruned."""
     weight, matrix, keep = problem()
     values = masked_least_squares(weight, weight * keep, keep, matrix, 200)
     assert not values[~keep].any()
@@ -72,7 +72,7 @@ def test_a_sweep_never_raises_the_error_and_keeps_two_of_four() -> None:
     for _ in range(3):
         values, keep = improve_mask(weight, values, keep, matrix)
         after = losses(weight, values, matrix)
-        check_keep(keep.T.contiguous())
+        check_mask(keep.T.contiguous())
         assert not values[~keep].any()
         assert bool((after <= before * (1 + 1e-5)).all())
         before = after

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from marlinctl.quantize.gptq import SolveSettings
 from marlinctl.quantize.types import Hessian
-from marlinctl.sparsify.keep import two_of_four
+from marlinctl.sparsify.mask import two_of_four
 from marlinctl.sparsify.sparsegpt import PruneSettings, prune, prune_and_quantize, solve_pruned
-from marlinctl.sparsify.types import SparseQuantizedLinear, check_keep
+from marlinctl.sparsify.types import SparseQuantizedLinear, check_mask
 from tests.quantize.test_solver import hessian
 
-PRUNING = PruneSettings(method="refined", damping=0.01, mask_sweeps=3, iterations=20)
+PRUNING = PruneSettings(method="iterative", damping=0.01, mask_sweeps=3, iterations=20)
 SETTINGS = SolveSettings(
     group_size=32, both_signs=True, bfloat16_exact=False, act_order="static", scale_search="hessian", damping=0.01, refine=2
 )
-METHODS = ("magnitude", "wanda", "sparsegpt", "refined")
+METHODS = ("magnitude", "wanda", "sparsegpt", "iterative")
 
 
 def weight(rows: int = 24, k: int = 160, seed: int = 0) -> Tensor:
@@ -60,10 +60,10 @@ def test_exactly_two_of_four_survive_and_the_error_is_the_true_one(method: str) 
     """If a quad kept three, or the reported error were of another weight, nothing downstream could be trusted."""
     w, matrix = weight(), hessian(160, seed=2)
     pruned = prune(w, Hessian(matrix, 480), replace(PRUNING, method=method))
-    check_keep(pruned.keep)
-    assert not pruned.weight[~pruned.keep].any()
+    check_mask(pruned.mask)
+    assert not pruned.weight[~pruned.mask].any()
     assert float(pruned.error.sum()) == pytest.approx(loss(w, pruned.weight, matrix), rel=1e-3)
-    assert float(pruned.energy.sum()) == pytest.approx(loss(w, torch.zeros_like(w), matrix), rel=1e-3)
+    assert float(pruned.output_energy.sum()) == pytest.approx(loss(w, torch.zeros_like(w), matrix), rel=1e-3)
 
 
 def test_each_method_is_better_than_the_one_before() -> None:
@@ -78,18 +78,18 @@ def test_magnitude_and_wanda_keep_their_weights_as_they_are() -> None:
     w, matrix = weight(), hessian(160, seed=4)
     for method in ("magnitude", "wanda"):
         pruned = prune(w, Hessian(matrix, 480), replace(PRUNING, method=method))
-        assert torch.equal(pruned.weight[pruned.keep], w[pruned.keep])
+        assert torch.equal(pruned.weight[pruned.mask], w[pruned.mask])
     diagonal = matrix.diagonal().sqrt()
     quads = (w.abs() * diagonal).reshape(w.shape[0], -1, 4)
-    assert torch.equal(pruned.keep.reshape(quads.shape).sort(-1).values, torch.tensor([False, False, True, True]).expand(quads.shape))
-    lowest_kept = quads.masked_fill(~pruned.keep.reshape(quads.shape), torch.inf).amin(-1)
-    assert (lowest_kept >= quads.masked_fill(pruned.keep.reshape(quads.shape), 0.0).amax(-1)).all()
+    assert torch.equal(pruned.mask.reshape(quads.shape).sort(-1).values, torch.tensor([False, False, True, True]).expand(quads.shape))
+    lowest_kept = quads.masked_fill(~pruned.mask.reshape(quads.shape), torch.inf).amin(-1)
+    assert (lowest_kept >= quads.masked_fill(pruned.mask.reshape(quads.shape), 0.0).amax(-1)).all()
 
 
 def test_ties_go_to_the_lower_columns() -> None:
     """If ties fell as the machine likes, two runs could publish different masks."""
     pruned = prune(torch.ones(3, 16), Hessian(torch.eye(16), 100), replace(PRUNING, method="sparsegpt"))
-    assert torch.equal(pruned.keep, torch.tensor([True, True, False, False]).repeat(3, 4))
+    assert torch.equal(pruned.mask, torch.tensor([True, True, False, False]).repeat(3, 4))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -120,8 +120,8 @@ def test_a_survivor_that_rounds_to_zero_stays_a_survivor() -> None:
     tiny[:, 0::4] *= 1e-6
     solved, kept = solve_pruned(tiny, keep, Hessian(matrix, 480), replace(SETTINGS, refine=0))
     assert isinstance(solved.linear, SparseQuantizedLinear)
-    zero_survivors = (solved.linear.codes == 0) & solved.linear.keep
-    assert bool(zero_survivors.any())
+    zero_kept = (solved.linear.codes == 0) & solved.linear.keep
+    assert bool(zero_kept.any())
     assert torch.equal(kept, keep)
     refound = two_of_four(solved.linear.codes)
     assert refound is not None  # the zeros still fit 2:4, so only the mask that travels says which of them survived
@@ -142,7 +142,7 @@ def test_rows_are_solved_as_if_alone() -> None:
     w, matrix = weight(rows=30), hessian(160, seed=9)
     together = prune(w, Hessian(matrix, 480), PRUNING)
     alone = [prune(part, Hessian(matrix, 480), PRUNING) for part in w.split([11, 19])]
-    assert (together.keep == torch.cat([a.keep for a in alone])).float().mean() > 0.998
+    assert (together.mask == torch.cat([a.mask for a in alone])).float().mean() > 0.998
 
 
 def test_inputs_that_were_never_seen_are_pruned_first() -> None:
@@ -151,7 +151,7 @@ def test_inputs_that_were_never_seen_are_pruned_first() -> None:
     matrix[5], matrix[:, 5] = 0.0, 0.0
     pruned = prune(w, Hessian(matrix, 480), replace(PRUNING, method="sparsegpt"))
     assert pruned.dead == 1
-    assert not pruned.keep[:, 5].any()
+    assert not pruned.mask[:, 5].any()
 
 
 def test_a_hopeless_hessian_falls_back_and_says_so() -> None:
@@ -160,7 +160,7 @@ def test_a_hopeless_hessian_falls_back_and_says_so() -> None:
     matrix[0, 1] = matrix[1, 0] = 5.0
     pruned = prune(weight(), Hessian(matrix, 10), PRUNING)
     assert pruned.fallback is not None
-    check_keep(pruned.keep)
+    check_mask(pruned.mask)
     assert pruned.weight.abs().max() <= weight().abs().max()
 
 

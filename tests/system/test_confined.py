@@ -73,7 +73,7 @@ def test_items_and_errors_come_across() -> None:
 
 
 def test_who_stops_reading_stops_the_work() -> None:
-    """The child would go on reading a corpus of which two rows were wanted, and stay behind as a zombie."""
+    """The child would continue reading a corpus of which two rows were wanted, and stay behind as a zombie."""
     asked: list[int] = []
 
     def work() -> Iterator[Any]:

@@ -41,7 +41,7 @@ def test_durations_read_as_a_person_says_them(seconds: float, text: str) -> None
 
 
 def test_the_result_is_alone_on_stdout(streams: tuple[io.StringIO, io.StringIO]) -> None:
-    """`marlinctl inspect F > file` would hold the story, too."""
+    """`marlinctl inspect F > file` would hold progress messages, too."""
     out, err = streams
     console = Console(stdout=out, stderr=err)
     console.say("working")
@@ -67,7 +67,7 @@ def test_json_is_one_strict_document(streams: tuple[io.StringIO, io.StringIO]) -
 
 
 def test_quiet_keeps_warnings_and_results(streams: tuple[io.StringIO, io.StringIO]) -> None:
-    """-q must silence the story without hiding that something is wrong."""
+    """-q must silence progress messages without hiding that something is wrong."""
     out, err = streams
     console = Console(quiet=True, verbose=True, stdout=out, stderr=err)
     console.say("story")

@@ -14,7 +14,8 @@ from marlinctl.oneshot.open import Options, open_model
 from marlinctl.system import devices
 from marlinctl.system.console import Console
 from tests import forked
-from tests.oneshot.test_run import TEXT, recipe
+from tests.oneshot.test_run import recipe
+from tests.runs import TEXT
 from tests.tiny import make_tiny
 
 CUDAS, GENERIC = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"

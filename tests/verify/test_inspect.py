@@ -65,11 +65,11 @@ def test_the_pattern_is_told_with_its_origin(source: Path, tmp_path: Path, fmt: 
         "of_linears": 15,
         "density": round(1 - QUANTIZED / 2 / (QUANTIZED + 288 * 128), 4),
     }
-    assert facts["pattern"] == {**stated, "zero_survivors": None, "zero_survivor_share": None}
+    assert facts["pattern"] == {**stated, "zero_kept": None, "zero_kept_share": None}
     assert f"2:4 in 14 of 15 linears, by the {origin}" in table(facts)
     zero = sum(int((q.codes[q.keep] == 0).sum()) for q in codes.values())
     looked = inspect(tmp_path / "out", weights=True)
-    assert looked["pattern"] == {**stated, "zero_survivors": zero, "zero_survivor_share": round(zero / (QUANTIZED / 2), 6)} and zero > 100
+    assert looked["pattern"] == {**stated, "zero_kept": zero, "zero_kept_share": round(zero / (QUANTIZED / 2), 6)} and zero > 100
     assert f"{zero:,} kept weights are zero" in table(looked)
     json.dumps(looked)
 
@@ -87,7 +87,7 @@ def test_a_pattern_that_nobody_states_needs_the_weights(source: Path, tmp_path: 
 
 
 def test_marlin_24_is_described(source: Path, tmp_path: Path) -> None:
-    """3 bits and the scales: codes of the survivors are 2, their places 1."""
+    """3 bits and the scales: codes of the kept weights are 2, their places 1."""
     make_sparse_packed(source, tmp_path / "out", "marlin_24", group_size=64)
     facts = inspect(tmp_path / "out")
     assert (facts["format"], facts["bits"], facts["scale_dtypes"], facts["loads_in"]) == ("marlin_24", 4, ["F16"], ["marlinctl"])

@@ -18,14 +18,14 @@ from marlinctl.pack.marlin import pack_marlin
 from marlinctl.pack.sparse_marlin import pack_sparse_marlin
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 from marlinctl.quantize.types import QuantizedLinear
-from marlinctl.sparsify.keep import best_of_quads
+from marlinctl.sparsify.mask import two_largest
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from marlinctl.system.console import Console
 from marlinctl.verify import kernels
 from marlinctl.verify.kernels import ALLOWED, CudaKernel, compared, multiply
 from marlinctl.verify.run import verify
-from tests.oneshot.test_run import TEXT
 from tests.packed import make_packed
+from tests.runs import TEXT
 from tests.tiny import make_tiny
 
 Packed = PackedLinear | PackedSparseLinear
@@ -46,7 +46,7 @@ def linear(n: int, k: int, group_size: int, *, sparse: bool, scale: float = 0.02
     if not sparse:
         q = QuantizedLinear(codes, scales, group_size)
         return pack_marlin(q), (codes.float() * scales.float().repeat_interleave(group_size, 1))
-    keep = best_of_quads(torch.rand(k, n, generator=generator)).T.contiguous()
+    keep = two_largest(torch.rand(k, n, generator=generator)).T.contiguous()
     weight = codes * keep
     return (
         pack_sparse_marlin(SparseQuantizedLinear(weight, scales, group_size, keep)),

@@ -74,7 +74,7 @@ def test_what_was_not_loaded_is_said(good: dict[str, Path], monkeypatch: pytest.
     """Silence would read as success."""
     assert "--no-load" in verify(good["ct"], source=None, load=False, console=Console.quiet()).skipped[0]
     monkeypatch.setattr(module, "available_memory", lambda: 1000)
-    assert "GB of memory" in verify(good["ct"], source=None, load=None, console=Console.quiet()).skipped[0]
+    assert "GiB of memory" in verify(good["ct"], source=None, load=None, console=Console.quiet()).skipped[0]
     assert verify(good["ct"], source=None, load=True, console=Console.quiet()).skipped == ()
 
 
@@ -85,10 +85,10 @@ def test_available_memory_is_a_plausible_number() -> None:
 
 @pytest.mark.parametrize(("name", "origin"), [("marlin_24", "metadata"), ("sparse-ct", "mask file")])
 def test_a_good_sparse_folder_passes(good: dict[str, Path], source: Path, name: str, origin: str) -> None:
-    """Half of the weights are pruned on purpose: compared with the original, only survivors may count."""
+    """Half of the weights are pruned on purpose: compared with the original, only kept weights may count."""
     checked = verify(good[name], source=source, load=None, console=Console.quiet())
     assert checked.pattern is not None and (checked.pattern["origin"], checked.pattern["linears"]) == (origin, 13)
-    assert checked.pattern["zero_survivors"] > 100
+    assert checked.pattern["zero_kept"] > 100
     assert checked.source is not None and 0.05 < checked.source["median_error"] < 0.15
     assert checked.document()["pattern"] == checked.pattern
     assert (checked.logit_error is None) is (name == "marlin_24")
@@ -126,8 +126,7 @@ def test_tiles_in_another_order_are_found_by_their_products(
     edit_tensors(folder, lambda tensors: tensors.update({f"{LAYER}.{tensor}": tensors[f"{LAYER}.{tensor}"].roll(1, dims=1)}))
     remake_manifest(folder)
     read = registry.read_parts
-    monkeypatch.setattr(module, "check_contents", lambda *_: None)
-    monkeypatch.setattr(module, "check_pattern", lambda *_: None)
+    monkeypatch.setattr(module, "check_linears", lambda *_: module.Linears((), (), 0, ()))
     monkeypatch.setattr(registry, "read_parts", lambda c, i, layer, m=None: right if layer == LAYER else read(c, i, layer, m))
     caught = failure(folder)
     assert caught.error_id == "E113" and len(caught.problems) == 1 and LAYER in caught.problems[0].what
@@ -224,7 +223,7 @@ def test_weights_must_agree(good: dict[str, Path], monkeypatch: pytest.MonkeyPat
     """A client may find all its tensors and still read them otherwise; here ours is the one that reads them otherwise."""
     real = LinearParts.weight
     monkeypatch.setattr(LinearParts, "weight", lambda parts: real(parts) * 1.01)
-    monkeypatch.setattr(module, "check_contents", lambda *arguments: None)
+    monkeypatch.setattr(module, "check_linears", lambda *_: module.Linears((), (), 0, ()))
     problem = failure(good["ct"], load=True)
     assert problem.error_id == "E108" and len(problem.problems) == 13
     assert any(f"another {LAYER}.weight than" in each.what for each in problem.problems)
@@ -376,6 +375,9 @@ def test_another_model_as_source_is_noticed(good: dict[str, Path], tmp_path: Pat
     smaller = make_tiny(tmp_path / "smaller", num_hidden_layers=1)
     problem = failure(good["ct"], source=smaller)
     assert problem.error_id == "E302" and str(problem).startswith("the source has no model.layers.1.")
+    wider = make_tiny(tmp_path / "wider", intermediate_size=512)
+    problem = failure(good["ct"], source=wider)
+    assert problem.error_id == "E107" and f"{LAYER} is [512, 128] in the source and [256, 128] here" in [p.what for p in problem.problems]
 
 
 def test_unknown_architectures_are_checked_as_far_as_possible(tmp_path: Path, source: Path) -> None:

@@ -74,17 +74,17 @@ def test_a_weight_of_zeros_is_no_division_by_zero() -> None:
     assert (measured.error, measured.scale_match) == (0.0, None)
 
 
-def test_of_a_sparse_linear_only_survivors_are_compared() -> None:
+def test_of_a_sparse_linear_only_kept_weights_are_compared() -> None:
     """Pruning half of a weight costs a third of it, on purpose; with all weights, good 2:4 models would fail."""
     weight = random_weight()
     keep = random_keep(96, 256)
     q = rtn(weight, 64)
     parts = LinearParts(q.codes * keep, q.scales, 64)
     everything = measure("l", weight, parts)
-    survivors = measure("l", weight, replace(parts, keep=keep))
+    kept = measure("l", weight, replace(parts, keep=keep))
     exact = ((weight.double() - q.dequantize().double()) * keep).norm() / (weight.double() * keep).norm()
-    assert survivors.error == pytest.approx(float(exact), rel=1e-5)
-    assert everything.error > MAX_ERROR > 0.2 > survivors.error
-    assert survivors.scale_match is not None and survivors.scale_match > 0.95
+    assert kept.error == pytest.approx(float(exact), rel=1e-5)
+    assert everything.error > MAX_ERROR > 0.2 > kept.error
+    assert kept.scale_match is not None and kept.scale_match > 0.95
     elsewhere = replace(parts, codes=parts.codes.roll(1, 0), keep=keep.roll(1, 0))
-    assert measure("l", weight, elsewhere).error > MAX_ERROR  # survivors of another row are still noticed
+    assert measure("l", weight, elsewhere).error > MAX_ERROR  # kept weights of another row are still noticed

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 AGAIN = "fetch or write the checkpoint again"
 BLOCK = "quantization_config"
 FLOATS = ("F16", "BF16", "F32")
-DTYPE_BYTES = {"I64": 8, "F32": 4, "I32": 4}  # of what marlinctl writes; the others have two
 
 # What the bytes of a tensor are, for `inspect`.
 CODES, SCALES, METADATA, INDICES, WEIGHTS = "codes", "scales", "metadata", "zeros and indices", "weights"
@@ -196,13 +195,15 @@ class LinearParts:
     group_size: int  # K when one group spans the row
     keep: Tensor | None = None  # [N, K] bool, True for a kept weight of a 2:4 linear; None: dense, or not stated
 
+    @classmethod
+    def of(cls, q: QuantizedLinear) -> LinearParts:
+        return cls(q.codes, q.scales, q.group_size, getattr(q, "keep", None))
+
     def weight(self) -> Tensor:
         """[N, K] float32: the weight that every runtime must compute with. Exact."""
-        import torch
+        from marlinctl.quantize.types import dequantized
 
-        n, k = self.codes.shape
-        steps = self.scales.to(torch.float32).unsqueeze(-1)  # [N, G, 1]
-        return (self.codes.to(torch.float32).reshape(n, -1, self.group_size) * steps).reshape(n, k)
+        return dequantized(self.codes, self.scales, self.group_size)
 
     def quantized(self, layer: str) -> QuantizedLinear:
         """With fp16 scales, as every packed format but ct needs them; refused where that would change a value."""

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from marlinctl.checkpoint.formats import compressed_tensors, dense, gptq, marlin, marlin_24
 from marlinctl.checkpoint.formats.base import (
     AGAIN,
-    DTYPE_BYTES,
     Chosen,
     Format,
     FormatInfo,
@@ -23,6 +22,7 @@ from marlinctl.checkpoint.formats.base import (
 )  # fmt: skip
 from marlinctl.errors import BadInput, Problem
 from marlinctl.quantize.scheme import Scheme
+from marlinctl.system.atomic import DTYPE_BYTES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,7 +133,7 @@ def quantization_config(
 
 def linear_bytes(fmt: Format, n: int, k: int, group_size: int) -> int:
     """Bytes of the tensors that marlinctl writes for a linear [n, k]."""
-    return sum(prod(shape) * DTYPE_BYTES.get(dtypes[0], 2) for dtypes, shape in fmt.shapes(n, k, group_size).values())
+    return sum(prod(shape) * DTYPE_BYTES[dtypes[0]] for dtypes, shape in fmt.shapes(n, k, group_size).values())
 
 
 def misfits(shapes: Mapping[str, tuple[int, int]], targets: Iterable[Format]) -> list[Problem]:
@@ -148,7 +148,7 @@ def linear_tensors(fmt: Format, layer: str, q: QuantizedLinear | LinearParts) ->
 
     A format whose metadata is the mask needs one: `q` is a SparseQuantizedLinear, or parts with `keep`. The others have no place for it.
     """
-    parts = q if isinstance(q, LinearParts) else LinearParts(q.codes, q.scales, q.group_size, getattr(q, "keep", None))
+    parts = q if isinstance(q, LinearParts) else LinearParts.of(q)
     return {f"{layer}.{suffix}": tensor.contiguous() for suffix, tensor in fmt.pack(layer, parts).items()}
 
 

@@ -9,7 +9,7 @@ llama.cpp stores the same models under other names, and three things differently
                         gives the same factors and refuse the file if there is none
 
 A file is turned only if all of it is understood: an architecture, a key or a tensor that is not in the tables below is
-refused, because a hyperparameter that nobody reads is a model that computes something else.
+refused, because an ignored hyperparameter means a model that computes something else.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _config(facts: _Facts, family: _Family) -> dict[str, Any]:
         raise facts.refuse("the file holds a mixture of experts, which is not read from GGUF")
     embedding = facts.header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise facts.refuse("the tensor token_embd.weight is missing or is no matrix")
+        raise facts.refuse("the tensor token_embd.weight is missing or not a matrix")
     config: dict[str, Any] = {"architectures": [family.class_name], "model_type": family.model_type, "dtype": "float16"}
     config |= family.fixed
     for key, name in keys.items():

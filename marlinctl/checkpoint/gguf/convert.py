@@ -6,22 +6,19 @@
 
 Weights stream: a tensor is read, dequantized and written some rows at a time, so memory is bounded by a chunk, and by one
 fp16 matrix where rows must change places. The folder is made under another name and renamed, so a folder under its own name
-is whole; whether it still is, the digests tell on every use. A GGUF file holds the weights quantized: what comes out, and what
+is whole; whether it still is, the digests show on every use. A GGUF file holds the weights quantized: what comes out, and what
 every later comparison calls the original, is their dequantized copy.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import shutil
 import stat
-import struct
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +27,8 @@ from marlinctl.checkpoint.gguf.header import GgufHeader, GgufTensor, read_gguf_h
 from marlinctl.checkpoint.gguf.tokenizer import tokenizer_files
 from marlinctl.checkpoint.ownership import refuse_strangers, remove_tree, strangers_in_cache
 from marlinctl.errors import BadInput, NumericalProblem, ResourceProblem
+from marlinctl.system.atomic import safetensors_header, sync_folder
+from marlinctl.system.digests import sha256_of
 from marlinctl.system.files import FileRefused, read_plain_json, shown
 from marlinctl.system.locks import lock
 
@@ -49,7 +48,7 @@ def gguf_folder(path: Path, cache: Path, console: Console) -> tuple[Path, str]:
     header = read_gguf_header(path)
     config, plan = plan_model(header)
     _refuse_unknown_kinds(header)
-    digest = _sha256(path)
+    digest = sha256_of(path)
     folder = cache / "gguf" / f"{digest[:32]}-v{VERSION}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with lock(folder.with_name(f"{folder.name}.lock"), wait=True):
@@ -79,13 +78,13 @@ def _build(header: GgufHeader, config: dict[str, Any], plan: list[PlannedTensor]
         with console.progress(f"reading {header.path.name}", len(plan)) as progress:
             _write_weights(header.path, plan, staging, progress)
         (staging / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}, indent=2), encoding="utf-8")
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(staging.iterdir())}
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(staging.iterdir())}
         (staging / MANIFEST).write_text(json.dumps({"version": VERSION, "gguf_sha256": digest, "files": files}, indent=2))
         for path in (staging, *staging.iterdir()):
             path.chmod(path.stat().st_mode & ~stat.S_IWOTH)  # whatever the umask: `_damage` takes no other
-            _sync(path)
+            sync_folder(path)
         staging.rename(folder)
-        _sync(folder.parent)
+        sync_folder(folder.parent)
     except OSError as error:
         raise ResourceProblem(
             "E500",
@@ -119,7 +118,7 @@ def _damage(folder: Path, digest: str) -> str | None:
     if {path.name for path in inside} != {*files, MANIFEST}:
         return "files are missing or were added"
     for name, (size, sha256) in files.items():
-        if (folder / name).stat().st_size != size or _sha256(folder / name) != sha256:
+        if (folder / name).stat().st_size != size or sha256_of(folder / name) != sha256:
             return f"{name} has changed"
     return None
 
@@ -131,7 +130,7 @@ def _not_ours(path: Path, *, folder: bool) -> str | None:
         return "is a link or no file"
     if status.st_uid not in (os.geteuid(), 0):
         return f"belongs to user {status.st_uid}"
-    return "may be written by everybody" if status.st_mode & stat.S_IWOTH else None
+    return "may be written by all users" if status.st_mode & stat.S_IWOTH else None
 
 
 def _refuse_unknown_kinds(header: GgufHeader) -> None:
@@ -160,8 +159,8 @@ def _write_weights(path: Path, plan: list[PlannedTensor], folder: Path, progress
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        with _open(path) as source, (folder / file).open("wb") as target:
-            target.write(_safetensors_header(shard))
+        with path.open("rb") as source, (folder / file).open("wb") as target:
+            target.write(safetensors_header((t.name, "F16", t.source.shape, _fp16_bytes(t)) for t in shard))
             for tensor in shard:
                 for part in _fp16(source, tensor, path):
                     target.write(part.astype("<f2", copy=False).data)
@@ -186,18 +185,6 @@ def _shards(plan: list[PlannedTensor]) -> list[list[PlannedTensor]]:
 
 def _fp16_bytes(tensor: PlannedTensor) -> int:
     return 2 * math.prod(tensor.source.shape)
-
-
-def _safetensors_header(shard: list[PlannedTensor]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in shard:
-        end = offset + _fp16_bytes(tensor)
-        entries[tensor.name] = {"dtype": "F16", "shape": list(tensor.source.shape), "data_offsets": [offset, end]}
-        offset = end
-    raw = json.dumps(entries, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    return struct.pack("<Q", len(raw)) + raw
 
 
 def _fp16(source: Any, tensor: PlannedTensor, path: Path) -> Iterator[np.ndarray]:
@@ -254,25 +241,3 @@ def _to_half(numbers: np.ndarray, tensor: PlannedTensor, path: Path) -> np.ndarr
             fix="the file is damaged, or the model needs bf16: use its safetensors folder",
         )
     return half
-
-
-# ---- files ---------------------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    with path.open("rb") as handle:
-        yield handle
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

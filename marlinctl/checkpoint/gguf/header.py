@@ -74,7 +74,7 @@ def _tensors(cursor: _Cursor, count: int, alignment: object) -> dict[str, GgufTe
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
-        raise cursor.wrong(f"the alignment {shown(repr(alignment))} is no power of two up to 2^20")
+        raise cursor.wrong(f"the alignment {shown(repr(alignment))} is not a power of two up to 2^20")
     listed: dict[str, tuple[tuple[int, ...], GGMLQuantizationType, int]] = {}
     for _ in range(count):
         name = cursor.text(_MAX_NAME)

@@ -5,8 +5,8 @@ only a name, `tokenizer.ggml.pre`; SentencePiece BPE ("llama") comes without mer
 a merge is a way to cut a token into two tokens, and the token's score (Gemma: its place) is the merge's rank.
 
 transformers can read these files too, but takes any unknown `pre` for GPT-2's rule: SmolLM's digits, which must stay
-single, and Qwen's normalization to NFC are lost without a word. Here an unknown rule is refused: a tokenizer that is a little
-wrong gives a model that looks a little worse, and nobody finds out why.
+single, and Qwen's normalization to NFC are lost without a word. Here an unknown rule is refused: a tokenizer that is slightly
+wrong gives a model that is slightly worse, without any error.
 """
 
 from __future__ import annotations

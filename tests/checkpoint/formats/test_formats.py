@@ -397,7 +397,7 @@ def test_what_is_written_reads_back_bit_for_bit(fmt: str, n: int, k: int, size: 
 
 
 def test_marlin_24_needs_a_mask() -> None:
-    """A mask made up from the codes would move survivors that are zero; who has none has to say where it comes from."""
+    """A mask made up from the codes would move kept weights that are zero; who has none has to say where it comes from."""
     q = pruned("l", rtn(torch.randn(64, 64), 32))
     with pytest.raises(ValueError, match="l has no mask"):
         registry.linear_tensors(FORMATS["marlin_24"], "l", QuantizedLinear(q.codes, q.scales, 32))

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marlinctl.sparsify.keep import two_of_four
-from marlinctl.sparsify.types import check_keep
+from marlinctl.sparsify.mask import two_of_four
+from marlinctl.sparsify.types import check_mask
 
-QUADS = {  # nonzero pattern -> survivors, worked out by hand
+FOURS = {  # nonzero pattern -> kept weights, worked out by hand
     "0000": "1100",
     "1000": "1100",
     "0100": "1100",
@@ -31,18 +31,18 @@ def row(bits: str) -> torch.Tensor:
     return torch.tensor([[int(bit) for bit in bits]])
 
 
-@pytest.mark.parametrize(("nonzero", "survivors"), QUADS.items())
+@pytest.mark.parametrize(("nonzero", "kept"), FOURS.items())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
-def test_every_quad(nonzero: str, survivors: str, dtype: torch.dtype) -> None:
-    """If this failed, survivors would be pruned, or the same weight could give different masks."""
+def test_every_group_of_four(nonzero: str, kept: str, dtype: torch.dtype) -> None:
+    """If this failed, kept weights would be pruned, or the same weight could give different masks."""
     keep = two_of_four(-3 * row(nonzero).to(dtype))
     assert keep is not None
-    assert torch.equal(keep, row(survivors).bool())
+    assert torch.equal(keep, row(kept).bool())
 
 
 @pytest.mark.parametrize("nonzero", [bits for bits in map("".join, product("01", repeat=4)) if bits.count("1") > 2])
 def test_more_than_two_is_not_the_pattern(nonzero: str) -> None:
-    """If this failed, a dense weight would be taken for 2:4 and lose survivors."""
+    """If this failed, a dense weight would be taken for 2:4 and lose kept weights."""
     assert two_of_four(row("1100" + nonzero + "0011")) is None
 
 
@@ -77,12 +77,12 @@ def test_a_weight_is_a_matrix() -> None:
 
 @given(st.integers(1, 9), st.integers(1, 20), st.floats(0, 1), st.integers(0, 999))
 def test_the_mask_is_2_4_and_covers_every_nonzero(n: int, quads: int, density: float, seed: int) -> None:
-    """If this failed, a mask would not be accepted by check_keep, or would prune something that is there."""
+    """If this failed, a mask would not be accepted by check_mask, or would prune something that is there."""
     generator = torch.Generator().manual_seed(seed)
     allowed = torch.rand(n, quads, 4, generator=generator).argsort(-1) < 2
     weight = (allowed & (torch.rand(n, quads, 4, generator=generator) < density)).reshape(n, -1).float()
     keep = two_of_four(weight)
     assert keep is not None
-    check_keep(keep)
+    check_mask(keep)
     assert not bool((weight != 0)[~keep].any())
     assert torch.equal(keep, two_of_four(weight * keep))  # a mask finds itself again

@@ -1,4 +1,4 @@
-"""Which weights survive: the two best of each four, or the 2:4 pattern that somebody else has already put into a weight."""
+"""2:4 masks, True = kept: the two largest of each four, or the pattern of a weight that is pruned already."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ def best_two(score: Tensor) -> Tensor:
     """[4, ...] float -> [4, ...] bool, True for the two highest along the first axis; among equals the lower index wins."""
     first = torch.arange(QUAD, device=score.device).reshape(-1, 1, *[1] * (score.ndim - 1))
     ahead = (score.unsqueeze(0) > score.unsqueeze(1)) | ((score.unsqueeze(0) == score.unsqueeze(1)) & (first.transpose(0, 1) < first))
-    survives: Tensor = ahead.sum(1, dtype=torch.uint8) < SURVIVORS  # [i, j]: j is ahead of i
-    return survives
+    kept: Tensor = ahead.sum(1, dtype=torch.uint8) < SURVIVORS  # [i, j]: j is ahead of i
+    return kept
 
 
-def best_of_quads(score: Tensor) -> Tensor:
+def two_largest(score: Tensor) -> Tensor:
     """[K, R] float -> [K, R] bool: the two highest of each aligned four along K."""
     k, rows = score.shape
     return best_two(score.reshape(k // QUAD, QUAD, rows).transpose(0, 1)).transpose(0, 1).reshape(k, rows)
 
 
 def two_of_four(weight: Tensor) -> Tensor | None:
-    """The keep mask [N, K] of a weight or of codes [N, K] that are zero wherever 2:4 must prune; None if they are not.
+    """The mask [N, K] of a weight or of codes [N, K] that are zero wherever 2:4 must prune; None if they are not.
 
-    Nonzeros survive. A quad with fewer than two is filled up with its zeros, lowest column first, so that the mask
+    Nonzeros are kept. A group of four with fewer than two is filled up with zeros, lowest column first, so that the mask
     always keeps exactly two and the same weight always gives the same mask. -0.0 is a zero, NaN is not.
     """
     if weight.ndim != 2:
@@ -38,5 +38,5 @@ def two_of_four(weight: Tensor) -> Tensor | None:
     if bool((zeros < QUAD - SURVIVORS).any()):
         return None
     to_fill = zeros - (QUAD - SURVIVORS)  # zeros beyond the two that are pruned
-    keep: Tensor = ~zero | (zeros_up_to_here <= to_fill)
-    return keep.reshape(weight.shape)
+    mask: Tensor = ~zero | (zeros_up_to_here <= to_fill)
+    return mask.reshape(weight.shape)

@@ -1,16 +1,16 @@
-"""Weights that make up for what went wrong before them.
+"""Drift correction: the target of a linear, moved toward what the unquantized model computes.
 
-After a few compressed blocks the inputs x of a linear are no longer the x' of the original model. What the linear should produce is W x',
-and, where its output is added to the residual stream r, also the difference r' - r. Both are linear regressions on x:
+After a few compressed blocks the inputs x of a linear are no longer the x' of the unquantized model. The linear should produce W x', and,
+where its output is added to the residual stream r, also the difference r' - r. Both are linear regressions on x:
 
     W* = W + share · (W E[(x' - x) xᵀ] + E[(r' - r) xᵀ]) (H + ridge)⁻¹        minimises  E |W x' + (r' - r) - W* x|²  at share = 1
 
-and for any V,  E |W x' + (r' - r) - V x|² = (W* - V) H (W* - V)ᵀ + what no V can reach. So a solver that is given W* in place of W
-matches the original's outputs, with the same Hessian. GPTAQ (arXiv 2504.02692) corrects for x' - x; the residual term lets every branch
-also take back what all blocks before it have done.
+and for any V,  E |W x' + (r' - r) - V x|² = (W* - V) H (W* - V)ᵀ + a constant. So a solver that is given W* in place of W approximates
+the unquantized model's outputs, with the same Hessian. GPTAQ (arXiv 2504.02692) corrects for x' - x; the residual term lets every branch
+also correct the error of all blocks before it.
 
 The regression sees calibration tokens only. With share 1 it also fits their noise, and each block adds to it: SmolLM2-135M at 2:4 gets
-worse than without (docs/log/2026-11-21-drift.md).
+worse than without correction (docs/log/2026-11-21-drift.md).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from marlinctl.quantize.types import Hessian
 
 
-def matched(weight: Tensor, hessian: Hessian, *, share: float, damping: float) -> Tensor:
+def corrected_target(weight: Tensor, hessian: Hessian, *, share: float, damping: float) -> Tensor:
     """W* [R, K] float32 of weight [R, K] float32. Without drift, or where H cannot be factored, the weight itself.
 
     share: 0..1. damping: ridge as a fraction of mean(diag H). ValueError where the residual is not of these rows.
