@@ -63,10 +63,10 @@ def stop_in(monkeypatch: pytest.MonkeyPatch, index: int, arguments: list[str], e
     """Run, and stop when this block begins."""
     run_block = SequentialPipeline.run_block
 
-    def stopping(self: SequentialPipeline, block: Any, solve: Any) -> None:
+    def stopping(self: SequentialPipeline, block: Any, solve: Any, *, replay: bool = False) -> None:
         if block.index == index:
             raise error
-        run_block(self, block, solve)
+        run_block(self, block, solve, replay=replay)
 
     with monkeypatch.context() as patch:
         patch.setattr(SequentialPipeline, "run_block", stopping)
