@@ -31,7 +31,8 @@ from marlinctl.benchmarking.cases import Kind, Shape
 from marlinctl.benchmarking.weights import Packed, random_packed
 from marlinctl.kernels import jit
 from marlinctl.kernels.configurations import LARGEST_CLUSTER, SHARINGS, Grid
-from marlinctl.kernels.launch import LoadedKernel, architecture_of, launch, load
+from marlinctl.kernels.functions import architecture_of
+from marlinctl.kernels.launch import LoadedKernel, launch, load
 
 DEVICE = torch.device("cuda", 0)
 DTYPES = (torch.float16, torch.bfloat16)

@@ -75,7 +75,7 @@ def main() -> int:
     fragment = torch.stack([survivors[row + r, column + k + i] for k in (0, 8) for r in (0, 8) for i in (0, 1)], 1)  # a0 .. a3
 
     flags = jit.flags_for(("TOKENS=8",), "sm_90a")
-    code = jit._compile(nvrtc, "probe.cu", {**jit.sources(), "probe.cu": SOURCE}, flags)
+    code = jit._compile(nvrtc, "probe.cu", {**jit.texts_of(jit.SOURCES), "probe.cu": SOURCE}, flags)
     inputs = [fragment.cuda(), meta.to(torch.int32).cuda(), numbers.cuda()]
     outputs = [torch.full((2, 128, 4), torch.nan, device="cuda") for _ in range(2)]
     function = done(

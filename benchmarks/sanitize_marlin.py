@@ -24,7 +24,8 @@ import torch
 from marlinctl.kernels import jit
 from marlinctl.kernels.configurations import GROUP_SIZES, LARGEST_CLUSTER, SHARINGS, Configuration, Grid, group_shift
 from marlinctl.kernels.dispatch import KINDS, configurations
-from marlinctl.kernels.launch import architecture_of, launch, load, unpack
+from marlinctl.kernels.functions import architecture_of
+from marlinctl.kernels.launch import launch, load, unpack
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear, padded
 
 SHAPES = [(64, 48), (80, 64), (192, 64), (576, 576), (896, 896), (192, 160), (576, 18432)]  # N, K

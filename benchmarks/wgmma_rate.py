@@ -112,7 +112,7 @@ def compiled(tokens: int, warpgroups: int, words: int, sparse: int, decoding: in
 
     sizes = {"NUMBER": "Half", "TOKENS": tokens, "WARPGROUPS": warpgroups, "WORDS": words, "SPARSE": sparse, "DECODING": decoding}
     flags = jit.flags_for([f"{name}={value}" for name, value in sizes.items()], "sm_90a")
-    return jit._compile(nvrtc, "rate.cu", {**jit.sources(), "rate.cu": SOURCE}, flags)
+    return jit._compile(nvrtc, "rate.cu", {**jit.texts_of(jit.SOURCES), "rate.cu": SOURCE}, flags)
 
 
 if __name__ == "__main__":

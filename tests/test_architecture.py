@@ -25,6 +25,7 @@ PACKAGE = ROOT / "marlinctl"
 NUMERICS = ["quantize", "sparsify", "pack", "kernels"]  # the design card; also links at the top of the repository
 ROOMS = [
     *NUMERICS,
+    "solver_kernels",
     *("errors", "system", "recipes", "models", "checkpoint", "data", "report", "evaluation", "planning", "jobs", "verify", "serve"),
     *("oneshot", "convert", "benchmarking", "doctor", "distillation", "compress", "api", "commands", "cli", "__main__"),
 ]

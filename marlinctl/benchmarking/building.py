@@ -24,13 +24,14 @@ from marlinctl.errors import EnvironmentProblem, UsageError
 from marlinctl.kernels import jit
 from marlinctl.kernels.configurations import SHARED_BYTES, Configuration, group_shift
 from marlinctl.kernels.dispatch import configurations
-from marlinctl.kernels.launch import architecture_of, unpack_defines, unpack_shared_bytes
+from marlinctl.kernels.functions import architecture_of
+from marlinctl.kernels.launch import unpack_defines, unpack_shared_bytes
 
 if TYPE_CHECKING:
     from marlinctl.system.console import Console
 
 DTYPES = ("float16", "bfloat16")
-EVERYWHERE = ("sm_80", "sm_86", "sm_89", "sm_90a")  # what launch.architecture_of answers
+EVERYWHERE = ("sm_80", "sm_86", "sm_89", "sm_90a")  # what functions.architecture_of answers
 RUNS = {"sm_90": "sm_90a"}  # a GPU of 9.0 is given the machine code of 90a, which may use all it has
 
 

@@ -17,7 +17,7 @@ from marlinctl.benchmarking.cubins import kernel_folder, telling
 from marlinctl.benchmarking.documents import Ceilings, Clocks
 from marlinctl.benchmarking.timing import Candidate, take_turns
 from marlinctl.errors import EnvironmentProblem
-from marlinctl.kernels.launch import architecture_of, checked_architecture
+from marlinctl.kernels.functions import architecture_of, checked_architecture
 from marlinctl.system.devices import no_cuda
 
 READ_BYTES = 2**32  # that the read rate is measured over: no cache holds any of it

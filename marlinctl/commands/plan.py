@@ -70,7 +70,7 @@ def command(
         module_map=values["module_map"],
         task_data=task_data,
         files_are_here=True,
-        probe=_probe(values["device"], values["threads"]) if probe else None,
+        probe=_probe(values["device"], values["threads"], console) if probe else None,
     )
     with _without_collection():
         document = make_plan(model, recipe, settings, console)
@@ -79,10 +79,10 @@ def command(
         click.get_current_context().exit(CheckFailed.exit_code)
 
 
-def _probe(device: str, threads: int | None) -> Probe:
+def _probe(device: str, threads: int | None, console: Console) -> Probe:
     from marlinctl.oneshot.probe import probe_on
 
-    return probe_on(device, threads)
+    return probe_on(device, threads, console)
 
 
 @contextmanager

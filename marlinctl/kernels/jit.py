@@ -31,7 +31,8 @@ from types import ModuleType
 from typing import Any
 
 SOURCES = Path(__file__).parent / "csrc"
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a")  # 90a: 90 with wgmma, which newer architectures do not have
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a")  # of csrc. 90a: 90 with wgmma, which newer architectures do not have
+COMPILED = (*ARCHITECTURES, "sm_100", "sm_120")  # of any source: those of the solver need nothing of one architecture
 OPTIONS = ("--std=c++17",)
 DIGEST_BYTES = hashlib.sha256().digest_size
 LOG_LINES = 12  # of NVRTC's log in an error: the first mistake, mostly
@@ -53,14 +54,15 @@ class CompilationFailed(RuntimeError):
     """NVRTC refused a source. The message has the first lines of its log."""
 
 
-def cubin(source: str, defines: Sequence[str], architecture: str, folder: Path) -> bytes:
-    """The machine code of a source of csrc, from the cache in `folder`, or compiled and put there.
+def cubin(source: str, defines: Sequence[str], architecture: str, folder: Path, sources: Path | None = None) -> bytes:
+    """The machine code of a source, from the cache in `folder`, or compiled and put there.
 
     Args:
         source: a file name in csrc, such as marlin_sm80.cu.
         defines: what -D is given, such as TOKENS=8, in a fixed order.
-        architecture: one of ARCHITECTURES.
+        architecture: one of COMPILED.
         folder: the cache; made if missing.
+        sources: where the source and all that it includes lie; csrc beside this module unless another folder is named.
 
     Raises:
         CompilerMissing: the version of NVRTC is part of the key, so it must be there even for a cached entry.
@@ -69,7 +71,7 @@ def cubin(source: str, defines: Sequence[str], architecture: str, folder: Path) 
         OSError: the folder cannot be read or written.
     """
     nvrtc = _nvrtc()
-    texts, flags, key = _key(nvrtc, source, defines, architecture)
+    texts, flags, key = _key(nvrtc, source, defines, architecture, sources or SOURCES)
     with _private(folder) as opened:
         known = _code(opened, key)
         if known is not None:
@@ -81,7 +83,7 @@ def cubin(source: str, defines: Sequence[str], architecture: str, folder: Path) 
 
 def cached(source: str, defines: Sequence[str], architecture: str, folder: Path) -> bool:
     """Whether `cubin` would find its answer in the cache. Raises what it raises, but for CompilationFailed."""
-    _, _, key = _key(_nvrtc(), source, defines, architecture)
+    _, _, key = _key(_nvrtc(), source, defines, architecture, SOURCES)
     with _private(folder) as opened:
         return _code(opened, key) is not None
 
@@ -125,14 +127,14 @@ def default_folder() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "marlinctl" / "kernels"
 
 
-def sources() -> dict[str, str]:
-    """Every file of csrc by its name; they include each other by these names."""
-    return {path.name: path.read_text("utf-8") for path in sorted(SOURCES.glob("*.cu*"))}
+def texts_of(sources: Path) -> dict[str, str]:
+    """Every file of a folder of sources by its name; they include each other by these names."""
+    return {path.name: path.read_text("utf-8") for path in sorted(sources.glob("*.cu*"))}
 
 
 def flags_for(defines: Sequence[str], architecture: str) -> tuple[str, ...]:
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {architecture!r}, known are {', '.join(ARCHITECTURES)}")
+    if architecture not in COMPILED:
+        raise ValueError(f"unknown architecture {architecture!r}, known are {', '.join(COMPILED)}")
     return (f"--gpu-architecture={architecture}", *OPTIONS, *(f"-D{define}" for define in defines))
 
 
@@ -150,9 +152,11 @@ def nvrtc_version(nvrtc: ModuleType) -> str:
     return f"{major}.{minor}"
 
 
-def _key(nvrtc: ModuleType, source: str, defines: Sequence[str], architecture: str) -> tuple[dict[str, str], tuple[str, ...], str]:
+def _key(
+    nvrtc: ModuleType, source: str, defines: Sequence[str], architecture: str, sources: Path
+) -> tuple[dict[str, str], tuple[str, ...], str]:
     """All sources, the flags, and the key of what they give."""
-    texts, flags = sources(), flags_for(defines, architecture)
+    texts, flags = texts_of(sources), flags_for(defines, architecture)
     return texts, flags, cache_key(texts, flags, source, nvrtc_version(nvrtc))
 
 

@@ -25,7 +25,8 @@ from torch.nn.functional import linear, pad
 
 from marlinctl.kernels import dispatch, jit
 from marlinctl.kernels.configurations import NUMBERS, Grid, group_shift
-from marlinctl.kernels.launch import ALIGNMENT, LoadedKernel, architecture_of, load, multiply, unpack
+from marlinctl.kernels.functions import architecture_of
+from marlinctl.kernels.launch import ALIGNMENT, LoadedKernel, load, multiply, unpack
 from marlinctl.kernels.reference import dequantize, dequantize_sparse, gemm
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear, padded
 from marlinctl.sparsify.types import QUAD

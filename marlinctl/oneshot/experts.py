@@ -29,14 +29,16 @@ class ExpertsPipeline:
 
     def __init__(
         self, block: Block, experts: Experts, counted: Tensor, *,
-        hidden: int, device: torch.device, dtype: torch.dtype, scratch: Scratch, step: int,
+        hidden: int, device: torch.device, dtype: torch.dtype, scratch: Scratch, step: int, replay: bool = False,
     ) -> None:  # fmt: skip
-        """counted: [S, L] bool. hidden: width of input and output. step: samples in flight."""
+        """counted: [S, L] bool. hidden: width of input and output. step: samples in flight. replay: the experts are
+        solved, and nothing is collected."""
         from transformers.activations import ACT2FN
 
         self.prefix, self.experts, self.counted = block.prefix, experts, counted.reshape(-1)
         self.device, self.dtype, self.scratch = device, dtype, scratch
         self.samples, self.length = counted.shape
+        self.replay = replay
         self.at_once = step * self.length
         self.activation = ACT2FN[experts.activation]
         self.inputs = scratch.tensor("branch input", (len(self.counted), hidden), dtype)
@@ -50,7 +52,7 @@ class ExpertsPipeline:
         calls: samples, and what the block hands to its experts for them: input [B * L, hidden], experts and shares [B * L, top_k].
         """
         hidden = self.inputs.shape[1]
-        everyone = Gram(hidden, self.device)
+        everyone = Gram(hidden, self.device, collects=not self.replay)
         for part, (x, ids, weights) in calls:
             rows = slice(part.start * self.length, part.stop * self.length)
             self.inputs[rows], self.routed[rows], self.shares[rows] = x, ids.to(torch.int32), weights.float()
@@ -61,18 +63,20 @@ class ExpertsPipeline:
             self._run_expert(e, h_all, output, solve)
         return self.scratch.tensor("experts output", (self.samples, self.length, hidden), self.dtype)
 
-    def _run_expert(self, e: int, h_all: Hessian, output: Tensor | FileTensor, solve: SolveStage) -> None:
+    def _run_expert(self, e: int, h_all: Hessian | None, output: Tensor | FileTensor, solve: SolveStage) -> None:
         """Solve gate and up, then down; add what the expert makes of its tokens to `output` [T, hidden]."""
         gate, up, down = (f"{self.prefix}.{name.format(e=e)}" for name in (*self.experts.first, self.experts.last))
         where = (self.routed == e).any(-1).nonzero().squeeze(-1)
         share = self.shares[where].masked_fill(self.routed[where] != e, 0.0).sum(-1)
 
-        own = Gram(self.inputs.shape[1], self.device)
+        own = Gram(self.inputs.shape[1], self.device, collects=not self.replay)
         for _, rows in self._pieces(where):
             own.add(self.inputs[rows].to(self.device), self.counted[rows])
         h_own = own.hessian((gate, up))
-        trusted = _trustworthy(h_own, h_all, self.experts)
-        blended, remark = _blend(h_own, h_all, trusted)
+        trusted, blended, remark = 0, h_own, ""
+        if h_own is not None and h_all is not None:
+            trusted = _trustworthy(h_own, h_all, self.experts)
+            blended, remark = _blend(h_own, h_all, trusted)
         weights = {name: w.to(self.device, self.dtype) for name, w in solve((gate, up), blended, remark).items()}
 
         def middle(rows: Tensor) -> Tensor:
@@ -82,16 +86,18 @@ class ExpertsPipeline:
 
         width = weights[gate].shape[0]
         between = self.scratch.tensor("between", (len(where), width), self.dtype)
-        own = Gram(width, self.device)
+        own = Gram(width, self.device, collects=not self.replay)
         for part, rows in self._pieces(where):
             between[part] = m = middle(rows)
             own.add(m, self.counted[rows])
         h_down = own.hessian((down,))
-        if remark:
+        if h_down is not None and remark:
             borrowed = Gram(width, self.device)
             for _, rows in self._pieces(self.sample):
                 borrowed.add(middle(rows), self.counted[rows])
-            h_down, remark = _blend(h_down, borrowed.hessian((down,)), trusted)
+            everybody = borrowed.hessian((down,))
+            assert everybody is not None
+            h_down, remark = _blend(h_down, everybody, trusted)
         weight = solve((down,), h_down, remark)[down].to(self.device, self.dtype)
         for part, rows in self._pieces(where):
             y = linear(between[part].to(self.device), weight) * share[part].to(self.device, self.dtype).unsqueeze(-1)

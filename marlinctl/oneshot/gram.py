@@ -13,9 +13,9 @@ from marlinctl.quantize.types import Hessian
 
 LOST_TOKENS_LIMIT = 0.1  # share of calibration tokens whose activations may be NaN or infinite before the run stops
 
-# Called with the names of linears that share an input, that input's Hessian, and a remark for the report ("" mostly);
-# returns each linear's final weight [N, K] float32.
-SolveStage = Callable[[tuple[str, ...], Hessian, str], Mapping[str, Tensor]]
+# Called with the names of linears that share an input, that input's Hessian (None where they are solved already and only replayed), and a
+# remark for the report ("" mostly); returns each linear's final weight [N, K] float32.
+SolveStage = Callable[[tuple[str, ...], Hessian | None, str], Mapping[str, Tensor]]
 
 
 class Gram:
@@ -24,17 +24,27 @@ class Gram:
     Where drift is corrected, also those of x x'ᵀ and x (r' - r)ᵀ (quantize/types.py, Hessian).
     """
 
-    def __init__(self, k: int, device: torch.device) -> None:
-        self.total = torch.zeros(k, k, dtype=torch.float32, device=device)
-        self.tokens = 0
-        self.lost = 0
+    def __init__(self, k: int, device: torch.device, *, collects: bool = True) -> None:
+        """collects: False for a replay, which needs no Hessian: nothing is summed."""
+        self.collects = collects
+        size = k if collects else 0
+        self.total = torch.zeros(size, size, dtype=torch.float32, device=device)
+        self.tokens: int | Tensor = 0  # on a GPU tensors, so that no chunk waits for it
+        self.lost: int | Tensor = 0
         self.cross: Tensor | None = None
         self.residual: Tensor | None = None
 
     def add(self, x: Tensor, counted: Tensor) -> None:
+        if not self.collects:
+            return
         rows = x.reshape(-1, x.shape[-1])
         if not bool(counted.all()):
             rows = rows[counted.reshape(-1).to(rows.device)]
+        if rows.is_cuda:
+            good = torch.isfinite(rows).all(-1, keepdim=True)
+            self.tokens, self.lost = self.tokens + good.sum(), self.lost + (~good).sum()
+            add_gram(self.total, torch.where(good, rows, 0))
+            return
         if not bool(torch.isfinite(rows.sum())):
             good = torch.isfinite(rows).all(-1)
             self.lost += int((~good).sum())
@@ -50,15 +60,21 @@ class Gram:
     def add_residual(self, x: Tensor, difference: Tensor, counted: Tensor) -> None:
         if self.residual is None:
             self.residual = torch.zeros(x.shape[-1], difference.shape[-1], dtype=torch.float32, device=x.device)
-        add_cross(self.residual, *self._usable(x.float(), difference, counted))
+        wide = x if x.dtype == torch.bfloat16 and x.is_cuda else x.float()
+        add_cross(self.residual, *self._usable(wide, difference, counted))
 
     def _usable(self, x: Tensor, y: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of both that are counted and finite."""
+        """Rows of both that are counted and finite; on a GPU the others are there as zeros."""
         x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         good = counted.reshape(-1).to(x.device) & torch.isfinite(x).all(-1) & torch.isfinite(y).all(-1)
+        if x.is_cuda:  # zeros add nothing, and nobody waits for how many there are
+            return torch.where(good.unsqueeze(-1), x, 0), torch.where(good.unsqueeze(-1), y, 0)
         return x[good], y[good]
 
-    def hessian(self, names: tuple[str, ...]) -> Hessian:
+    def hessian(self, names: tuple[str, ...]) -> Hessian | None:
+        if not self.collects:
+            return None
+        self.tokens, self.lost = int(self.tokens), int(self.lost)
         if self.lost > LOST_TOKENS_LIMIT * (self.tokens + self.lost):
             raise NumericalProblem(
                 "E620",

@@ -9,8 +9,8 @@ weights of linears that share an input, their Hessian
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,12 +20,14 @@ from marlinctl.checkpoint.reader import torch_dtype
 from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.errors import NumericalProblem
 from marlinctl.oneshot.open import Options, RunInputs
-from marlinctl.oneshot.solve import Outcome, StackedSolver
+from marlinctl.oneshot.reading import Reader
+from marlinctl.oneshot.solve import Outcome, StackedSolver, steps_on
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipes.schema import Recipe
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from marlinctl.system.console import Console, Progress
 from marlinctl.system.digests import sha256_of_tensors
+from marlinctl.system.phases import Phases
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,29 +50,79 @@ class LayerRecord:
     seconds: float
 
 
-class LayerQuantizer:
-    """Solves what the sequential pipeline hands over. `stage` is its SolveStage; `flush` writes a shard after each block."""
+@dataclass(frozen=True, slots=True)
+class SolvedLinear:
+    """One linear that is solved and not yet noted. Its tensors lie where they were solved."""
 
-    def __init__(self, opened: RunInputs, recipe: Recipe, options: Options, staged: StagedCheckpoint, console: Console) -> None:
-        self.opened, self.options, self.staged, self.console = opened, options, staged, console
+    name: str
+    result: Tensor | QuantizedLinear  # the 16-bit weight in the dtype that is stored, or codes and scales
+    mask: Tensor | None  # [N, K] bool
+    error: Tensor  # of the linear, float64
+    energy: Tensor
+    outcome: Outcome
+    tokens: int
+    remark: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What a block leaves to be written: the tensors of a shard, and what is noted of each linear. Masks are written already."""
+
+    tensors: dict[str, Tensor]
+    records: list[LayerRecord]
+
+
+class LayerQuantizer:
+    """The pipeline's other half. `stage` is its SolveStage; `take` hands out what was solved, `note` makes of it what is written.
+
+    On a GPU a block is noted while the next one is computed (commits.py); on a CPU each linear at once.
+    """
+
+    def __init__(
+        self, opened: RunInputs, recipe: Recipe, options: Options, staged: StagedCheckpoint, console: Console, weights: Reader,
+        phases: Phases,
+    ) -> None:  # fmt: skip
+        self.opened, self.options, self.staged, self.console, self.weights = opened, options, staged, console, weights
+        self.phases = phases
         self.records: list[LayerRecord] = []
         self.scheme = recipe.scheme
-        self.solver = StackedSolver.of(recipe, matches=opened.matches, bfloat16_exact=bfloat16_exact(opened))
-        self.pending: dict[str, Tensor] = {}
+        steps = steps_on(opened.device, console)
+        self.solver = StackedSolver.of(recipe, matches=opened.matches, bfloat16_exact=bfloat16_exact(opened), steps=steps)
+        self.at_once = opened.device.type == "cpu"
+        self._waiting: list[SolvedLinear] = []
+        self._finished = Finished({}, [])
         self.progress: Progress | None = None
 
-    def flush(self) -> str | None:
-        """Write what is finished as a shard; returns its name, None where nothing was solved."""
-        if not self.pending:
-            return None
-        shard = self.staged.write_shard(self.pending)
-        self.pending = {}
-        return shard
+    def forget(self) -> None:
+        """Of a block that could not be finished."""
+        self._waiting, self._finished = [], Finished({}, [])
 
-    def stage(self, names: tuple[str, ...], hessian: Hessian, remark: str) -> dict[str, Tensor]:
-        """Final weights of linears that share an input; skipped ones as they are."""
+    def take(self) -> list[SolvedLinear]:
+        """What was solved since the last call and is not noted."""
+        taken, self._waiting = self._waiting, []
+        return taken
+
+    def note(self, solved: Sequence[SolvedLinear]) -> Finished:
+        """Everything that is written of a block, whose last linears are `solved`."""
+        for linear in solved:
+            self._note(linear)
+        finished, self._finished = self._finished, Finished({}, [])
+        self.records += finished.records
+        return finished
+
+    def stage(self, names: tuple[str, ...], hessian: Hessian | None, remark: str) -> dict[str, Tensor]:
+        """Final weights of linears that share an input, on the device; skipped ones as they are."""
+        assert hessian is not None, "only stored weights come without a Hessian"
+        if hessian.matrix.is_cuda:
+            torch.cuda.synchronize(hessian.matrix.device)  # what was enqueued before is no part of the solve
+        with self.phases("read"):
+            weights = {name: self.weights.read(f"{name}.weight").to(hessian.matrix.device).float() for name in names}
+        with self.phases("solve"):
+            return self._stage(names, weights, hessian, remark)
+
+    def _stage(self, names: tuple[str, ...], weights: dict[str, Tensor], hessian: Hessian, remark: str) -> dict[str, Tensor]:
         device = hessian.matrix.device
-        weights = {name: self.opened.checkpoint.read(f"{name}.weight").to(device, torch.float32) for name in names}
         sizes, pattern = self.opened.plan.group_sizes, self.opened.pattern
         for name in names:
             if name not in sizes and self.progress is not None:
@@ -88,7 +140,7 @@ class LayerQuantizer:
                 rows = slice(first, first + weights[name].shape[0])
                 first = rows.stop
                 share = seconds * weights[name].shape[0] / stack.shape[0]
-                weights[name] = self._keep(name, outcome, final(rows), kept, rows, hessian.tokens, remark, share).to(device)
+                weights[name] = self._keep(name, outcome, final(rows), kept, rows, hessian.tokens, remark, share)
         return weights
 
     def _solve(
@@ -105,7 +157,7 @@ class LayerQuantizer:
         self, name: str, outcome: Outcome, result: Tensor | QuantizedLinear, mask: Tensor | None,
         rows: slice, tokens: int, remark: str, seconds: float,
     ) -> Tensor:  # fmt: skip
-        """Note and queue one linear; returns the weight [N, K] that the published model computes with."""
+        """Queue one linear; returns the weight [N, K] that the published model computes with."""
         if outcome.fallback and self.options.strict:
             raise NumericalProblem(
                 "E605", f"the Hessian cannot be used as it is ({outcome.fallback}), and --strict forbids a fallback", where=name,
@@ -116,46 +168,67 @@ class LayerQuantizer:
                 "E605", f"{outcome.dead} inputs were zero in all of calibration, and --strict forbids that", where=name,
                 fix="more or other calibration text, --skip this linear, or no --strict",
             )  # fmt: skip
-        info = self.opened.checkpoint.tensors[f"{name}.weight"]
-        if isinstance(result, QuantizedLinear) and not bool(result.codes.any()) and float(outcome.output_energy[rows].sum()) > 0:
-            raise NumericalProblem(
-                "E604", "every weight rounds to zero: they are smaller than the smallest scale that float16 holds", where=name,
-                fix=f"leave this linear 16-bit: --skip {name}",
-            )  # fmt: skip
-        if isinstance(result, QuantizedLinear):
-            tensors = linear_tensors(INTERCHANGE, name, result)
-            weight, digest = result.dequantize(), linear_digest(result)
+        stored = result if isinstance(result, QuantizedLinear) else result.to(torch_dtype(self.opened.checkpoint.tensors[f"{name}.weight"]))
+        kept = None if mask is None else mask[rows]
+        error, energy = outcome.error[rows].sum(), outcome.output_energy[rows].sum()
+        solved = SolvedLinear(name, stored, kept, error, energy, outcome, tokens, remark, seconds)
+        weight = stored.dequantize() if isinstance(stored, QuantizedLinear) else stored.float()
+        if self.at_once:
+            self._note(solved)
         else:
-            stored = result.to("cpu", torch_dtype(info))
-            tensors = {f"{name}.weight": stored}
-            weight, digest = stored.float(), weight_digest(stored, mask[rows] if mask is not None else None)
-        self.pending |= tensors
+            self._waiting.append(solved)
+        return weight
+
+    def _note(self, solved: SolvedLinear) -> None:
+        """One linear: its tensors in the interchange form, its mask, its record and its line."""
+        name, result = solved.name, solved.result
+        energy = float(solved.energy)
+        mask = None if solved.mask is None else solved.mask.cpu()
+        if isinstance(result, QuantizedLinear):
+            linear = _on_cpu(result)
+            if not bool(linear.codes.any()) and energy > 0:
+                raise NumericalProblem(
+                    "E604", "every weight rounds to zero: they are smaller than the smallest scale that float16 holds", where=name,
+                    fix=f"leave this linear 16-bit: --skip {name}",
+                )  # fmt: skip
+            tensors, digest = linear_tensors(INTERCHANGE, name, linear), linear_digest(linear)
+            shape, group_size = (linear.out_features, linear.in_features), linear.group_size
+        else:
+            stored = result.cpu()
+            tensors, digest = {f"{name}.weight": stored}, weight_digest(stored, mask)
+            shape, group_size = (stored.shape[0], stored.shape[1]), None
+        self._finished.tensors.update(tensors)
         if mask is not None:
-            self.staged.write_mask(name, mask[rows])
-        energy = float(outcome.output_energy[rows].sum())
+            self.staged.write_mask(name, mask)
+        info, outcome = self.opened.checkpoint.tensors[f"{name}.weight"], solved.outcome
         record = LayerRecord(
             name=name,
-            shape=(weight.shape[0], weight.shape[1]),
-            group_size=result.group_size if isinstance(result, QuantizedLinear) else None,
+            shape=shape,
+            group_size=group_size,
             pattern=None if mask is None else "2:4",
-            error=float(outcome.error[rows].sum()) / energy if energy > 0 else 0.0,
+            error=float(solved.error) / energy if energy > 0 else 0.0,
             damping=outcome.damping,
-            tokens=tokens,
+            tokens=solved.tokens,
             dead=outcome.dead,
             fallback=outcome.fallback,
-            remark=remark,
+            remark=solved.remark,
             digest=digest,
             bytes_in=info.end - info.begin,
             bytes_out=sum(t.numel() * t.element_size() for t in tensors.values()),
-            seconds=round(seconds, 4),
+            seconds=round(solved.seconds, 4),
         )
-        self.records.append(record)
+        self._finished.records.append(record)
         if outcome.fallback:
             self.console.warn(f"{name}: {outcome.fallback}")
         if self.progress is not None:
-            extra = "".join(f"  {text}" for text in (f"{outcome.dead} dead inputs" if outcome.dead else "", remark) if text)
-            self.progress.advance(1, f"{name:<44} error {record.error:.5f}  damping {outcome.damping:g}  {seconds:6.2f} s{extra}")
-        return weight
+            extra = "".join(f"  {text}" for text in (f"{outcome.dead} dead inputs" if outcome.dead else "", solved.remark) if text)
+            self.progress.advance(1, f"{name:<44} error {record.error:.5f}  damping {outcome.damping:g}  {solved.seconds:6.2f} s{extra}")
+
+
+def _on_cpu(linear: QuantizedLinear) -> QuantizedLinear:
+    if isinstance(linear, SparseQuantizedLinear):
+        return replace(linear, codes=linear.codes.cpu(), scales=linear.scales.cpu(), keep=linear.keep.cpu())
+    return replace(linear, codes=linear.codes.cpu(), scales=linear.scales.cpu())
 
 
 def bfloat16_exact(opened: RunInputs) -> bool:

@@ -20,13 +20,14 @@ from torch import Tensor
 from marlinctl.errors import ResourceProblem
 from marlinctl.models.architectures import Architecture
 from marlinctl.oneshot.open import RunInputs
-from marlinctl.oneshot.solve import StackedSolver
+from marlinctl.oneshot.solve import StackedSolver, steps_on
 from marlinctl.planning.memory import CHUNK_TOKENS, Stage, Work
 from marlinctl.planning.preflight import ModelPlan
 from marlinctl.planning.time import ProbeResult, largest_stage, machine, machine_of_probe, seconds_of_blocks
 from marlinctl.quantize.hessian import add_gram, mirror
 from marlinctl.quantize.types import Hessian
 from marlinctl.recipes.schema import Recipe
+from marlinctl.sparsify.steps import TORCH, PruneSteps
 from marlinctl.system.console import Console, duration
 from marlinctl.system.devices import choose_device, device_peaks, forget_device_peaks, grow_segments, has_matrix_units, threads
 from marlinctl.system.host import release_heap
@@ -36,16 +37,23 @@ _FORWARD_SHARE = 0.7  # of the rate of products that a forward pass through a bl
 
 
 def run_probe(
-    architecture: Architecture, compressed: Mapping[str, int], recipe: Recipe, *, matches: bool, device: torch.device, dtype: torch.dtype
+    architecture: Architecture,
+    compressed: Mapping[str, int],
+    recipe: Recipe,
+    *,
+    matches: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    steps: PruneSteps = TORCH,
 ) -> ProbeResult:
-    """One solve of the stage that takes longest. compressed: linear -> group size.
+    """One solve of the stage that takes longest. compressed: linear -> group size. steps: those of the run.
 
     Raises:
         ResourceProblem: E522, it does not fit into memory.
     """
     speed = machine(device.type, torch.get_num_threads(), dtype.itemsize, matrix_units=False)
     stage = largest_stage(architecture, compressed, recipe, speed)
-    solver = StackedSolver.of(recipe, matches=matches, bfloat16_exact=False)
+    solver = StackedSolver.of(recipe, matches=matches, bfloat16_exact=False, steps=steps)
     forget_device_peaks(device)
     try:
         with torch.no_grad():
@@ -66,7 +74,7 @@ def run_probe(
     return measured
 
 
-def probe_on(device: str, threads_asked: int | None) -> Callable[[ModelPlan, Recipe, str], ProbeResult]:
+def probe_on(device: str, threads_asked: int | None, console: Console) -> Callable[[ModelPlan, Recipe, str], ProbeResult]:
     """What `plan --probe` calls: one solve of each pass over the blocks, on the device that the run would use."""
 
     def probe(looked: ModelPlan, recipe: Recipe, dtype: str) -> ProbeResult:
@@ -74,7 +82,13 @@ def probe_on(device: str, threads_asked: int | None) -> Callable[[ModelPlan, Rec
         grow_segments(place)
         with threads(threads_asked):
             return run_probe(
-                looked.architecture, looked.plan.group_sizes, recipe, matches=looked.matches, device=place, dtype=getattr(torch, dtype)
+                looked.architecture,
+                looked.plan.group_sizes,
+                recipe,
+                matches=looked.matches,
+                device=place,
+                dtype=getattr(torch, dtype),
+                steps=steps_on(place, console),
             )
 
     return probe
@@ -83,7 +97,8 @@ def probe_on(device: str, threads_asked: int | None) -> Callable[[ModelPlan, Rec
 def probe_before(opened: RunInputs, recipe: Recipe, console: Console) -> None:
     """The largest solve once, so that a machine whose memory does not hold it says so in seconds and not after hours."""
     sizes = opened.plan.group_sizes
-    measured = run_probe(opened.architecture, sizes, recipe, matches=opened.matches, device=opened.device, dtype=opened.dtype)
+    steps = steps_on(opened.device, console)
+    measured = run_probe(opened.architecture, sizes, recipe, matches=opened.matches, device=opened.device, dtype=opened.dtype, steps=steps)
     work = Work.of(recipe, element=opened.dtype.itemsize, matches=opened.matches, on_device=opened.device.type == "cuda")
     counted_at = machine(opened.device.type, torch.get_num_threads(), opened.dtype.itemsize, matrix_units=has_matrix_units())
     speed = machine_of_probe(counted_at, measured, recipe)

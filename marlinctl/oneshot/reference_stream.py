@@ -35,6 +35,7 @@ class Original:
         self.read, self.scratch, self.device, self.dtype = read, scratch, device, hidden.dtype
         self.adds = False  # whether the block adds its branches to the residual stream as they are
         self.energy: dict[str, Tensor] = {}  # branch -> [S, L] float32, mean square of the stream that it has been added to
+        self.mean: dict[str, Tensor] = {}  # of each over all tokens
 
     def run_block(self, block: Block, layer: nn.Module, parts: Iterable[slice], call: Callable[[Tensor, int], Tensor]) -> None:
         """Take the hidden states through `layer`, whose norms and biases are in place; its linears hold the original's weights then."""
@@ -50,7 +51,7 @@ class Original:
                 handles.append(module.register_forward_pre_hook(lambda _, args, place=place: seen.__setitem__(place, args[0])))
             module = layer.get_submodule(branch.module)
             handles.append(module.register_forward_hook(_store(seen, branch)))
-        self.adds = True
+        adds = torch.ones((), dtype=torch.bool, device=self.device)  # asked for at the end, so that no chunk waits
         try:
             for part in parts:
                 before = self.hidden[part].to(self.device)
@@ -62,11 +63,14 @@ class Original:
                 self._slot(f"{block.attention.module} residual", before.shape[-1])[part] = before
                 self._slot(f"{block.mlp.module} residual", before.shape[-1])[part] = middle
                 for branch, stream in zip(branches, (middle, after), strict=True):
-                    self.energy.setdefault(branch.module, torch.empty(self.hidden.shape[:2]))[part] = stream.float().square().mean(-1).cpu()
-                if self.adds:
-                    total = middle + seen[block.mlp.module]
-                    self.adds = bool((total - after).float().norm() <= _SAME_SUM * (after - before).float().norm())
+                    self.energy.setdefault(branch.module, torch.empty(self.hidden.shape[:2], device=before.device))[part] = (
+                        stream.float().square().mean(-1)
+                    )
+                total = middle + seen[block.mlp.module]
+                adds &= (total - after).float().norm() <= _SAME_SUM * (after - before).float().norm()
                 self.hidden[part] = after
+            self.adds = bool(adds)
+            self.mean = {name: mean_energy(energy) for name, energy in self.energy.items()}
         finally:
             for handle in handles:
                 handle.remove()
@@ -81,13 +85,17 @@ class Original:
 
     def token_scale(self, branch: Branch, part: slice) -> Tensor:
         """What the inputs of the branch's last linear are multiplied by, [B, L, 1] float32; the weight of a token is its square."""
-        energy = self.energy[branch.module]
-        mean = energy[torch.isfinite(energy)].mean()  # a token whose stream overflowed is lost, and takes no other along
+        energy, mean = self.energy[branch.module], self.mean[branch.module]
         floor = torch.finfo(torch.float32).eps * mean
         return (mean / energy[part].clamp_min(floor)).sqrt().unsqueeze(-1).to(self.device)
 
     def _slot(self, place: str, width: int) -> Tensor | FileTensor:
         return self.scratch.tensor(f"original {place}", (*self.hidden.shape[:2], width), self.dtype)
+
+
+def mean_energy(energy: Tensor) -> Tensor:
+    """Over all tokens but those whose stream overflowed: they are lost, and take no other along."""
+    return energy[torch.isfinite(energy)].mean()
 
 
 def _store(seen: dict[str, Tensor], branch: Branch) -> Callable[[nn.Module, Any, Any], None]:

@@ -3,18 +3,19 @@
     calibration.safetensors     the token ids, and which of them count; the text is not needed again
     staged/                     a shard for each finished block
     staged.masks                the masks of the finished blocks, where there are any
-    states/00012.safetensors    the hidden states that enter block 12; the last two are kept
+    states/00012.safetensors    the hidden states that enter block 12; the last two that were kept
 
     journal    begun ─► block 0 ─► block 1 ─► ... ─► head
 
-A block is finished when its shard, its masks and the hidden states behind it are on the disk; then its line is written. What no line
-names is made again. On a CPU a resumed run computes what an uninterrupted one would have computed, bit for bit: hidden states are kept in
-the dtype in which they are passed on.
+A block is finished when its shard and its masks are on the disk, and the hidden states behind it where they are kept; then its line is
+written. What no line names is made again. Blocks behind the last states are replayed: run once more with the weights that are stored. On a
+CPU a resumed run computes what the one before would have computed, bit for bit: hidden states are kept in the dtype in which they are
+passed on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -23,14 +24,18 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from marlinctl.checkpoint.contents import Contents
+from marlinctl.checkpoint.formats.base import FormatInfo
+from marlinctl.checkpoint.formats.registry import INTERCHANGE, read_linear
 from marlinctl.checkpoint.reader import Checkpoint
-from marlinctl.checkpoint.safetensors_header import read_header
+from marlinctl.checkpoint.safetensors_header import TensorInfo, read_header
 from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.data.calibration import CalibrationSet
 from marlinctl.data.tokens import Tokens
 from marlinctl.errors import UsageError
 from marlinctl.jobs.journal import JOURNAL, JobFolder
-from marlinctl.oneshot.layers import LayerQuantizer, LayerRecord
+from marlinctl.oneshot.layers import Finished, LayerRecord
+from marlinctl.oneshot.reading import Reader
+from marlinctl.quantize.types import Hessian
 from marlinctl.system.atomic import disk_problems, make_folder, write_tensors
 from marlinctl.system.console import Console
 from marlinctl.system.digests import sha256_of, sha256_of_part
@@ -67,23 +72,22 @@ class RunJob(JobFolder):
 
     # Blocks
 
-    def commit(self, step: str, index: int, solving: LayerQuantizer, shard: str | None, states: Mapping[str, Tensor]) -> None:
-        """Note a finished block, or the head (whose `states` are empty: nothing comes behind it).
+    def commit(self, step: str, index: int, finished: Finished, staged: StagedCheckpoint, states: Mapping[str, Tensor]) -> None:
+        """Write and note a finished block, or the head. states: the hidden states behind it, {} where they are not kept.
 
         BadInput E306 where the model has changed: the block may be of the weights of before or of those of now.
         """
+        shard = staged.write_shard(finished.tensors) if finished.tensors else None
         self.require_inputs_unchanged()
-        done = [line for line in self.lines if line["step"] in ("block", "head")]
-        known, masked = sum(len(line["records"]) for line in done), sum(line["masks"]["bytes"] for line in done)
-        records = solving.records[known:]
-        noted: dict[str, Any] = {"step": step, "index": index, "records": [asdict(record) for record in records]}
+        masked = sum(line["masks"]["bytes"] for line in self.lines if line["step"] in ("block", "head"))
+        noted: dict[str, Any] = {"step": step, "index": index, "records": [asdict(record) for record in finished.records]}
         noted["shard"] = self._described(f"staged/{shard}") if shard is not None else None
-        size = solving.staged.sync() - masked
-        noted["masks"] = {"bytes": size, "sha256": sha256_of_part(solving.staged.spool, masked, size) if size else None}
+        size = staged.sync() - masked
+        noted["masks"] = {"bytes": size, "sha256": sha256_of_part(staged.spool, masked, size) if size else None}
         if states:
             with disk_problems(self.path):
                 make_folder(self.path / "states")
-            self._forget_states(before=index + 2 - _STATES_KEPT)
+            self._forget_states(index + 1)
             write_tensors(self.path / _state_name(index + 1), states)
             noted["state"] = self._described(_state_name(index + 1))
         self.append(noted)
@@ -91,8 +95,7 @@ class RunJob(JobFolder):
     def take_up(self, staged: StagedCheckpoint, console: Console, *, redo_from: int | None, pieces: int) -> list[LayerRecord]:
         """Put `staged` where the last finished block left it; returns the records so far. Lines whose files are damaged are dropped.
 
-        redo_from: blocks from this one on are dropped too, and as many before it as have to be solved again because the hidden states
-        between them are gone. pieces: blocks, and the head if it is solved.
+        redo_from: blocks from this one on are dropped too. pieces: blocks, and the head if it is solved.
         """
         if redo_from is not None and redo_from >= pieces:
             what = f"--from-block {redo_from}: the blocks of this model are 0 to {pieces - 1}"
@@ -101,13 +104,7 @@ class RunJob(JobFolder):
         good = 1 + self._whole()
         if redo_from is not None:
             good = min(good, 1 + redo_from)
-        while good > 1 and not self._can_enter(good - 1, pieces):
-            good -= 1
-        if redo_from is not None and good - 1 < redo_from:
-            console.say(
-                f"what enters block {redo_from} is not there (the last {_STATES_KEPT} are kept): solving again from block {good - 1}"
-            )
-        elif redo_from is None and good < found:
+        elif good < found:
             console.warn(f"files of the job are damaged or missing after block {good - 2}; those blocks are solved again")
         self.drop_from(good)
         done = self.lines[1:]
@@ -119,14 +116,33 @@ class RunJob(JobFolder):
             console.say(f"resuming: {len(done)} of {pieces} blocks are finished")
         return records
 
+    def last_states(self) -> tuple[int, dict[str, Tensor]]:
+        """The last finished block behind which hidden states are kept and whole: the number of the next one, and the states.
+
+        0 and {} where there is none.
+        """
+        for index in range(self.finished, 0, -1):
+            state = self.lines[index].get("state")
+            if _describes_file(state) and self._is_as_noted(state):
+                return index, self._tensors(state["name"])
+        return 0, {}
+
+    def stored_weights(self, records: Sequence[LayerRecord], reader: Reader) -> StoredWeights:
+        """Of the finished blocks."""
+        infos: dict[str, TensorInfo] = {}
+        for line in self.lines[1:]:
+            if line["shard"] is not None:
+                shard, problems = read_header(self.staged, Path(line["shard"]["name"]).name)
+                if problems:
+                    raise self.damaged(problems[0].what, problems[0].where)
+                infos |= shard
+        files = tuple(dict.fromkeys(info.file for info in infos.values()))
+        return StoredWeights(Checkpoint(self.staged, {}, infos, files), {record.name: record for record in records}, reader)
+
     @property
     def finished(self) -> int:
         """How many blocks are finished; one more than there are blocks when the head is, too."""
         return sum(line["step"] in ("block", "head") for line in self.lines)
-
-    def states(self) -> dict[str, Tensor]:
-        """The hidden states that enter the first block that is not finished."""
-        return self._tensors(_state_name(self.finished))
 
     # Files
 
@@ -143,18 +159,12 @@ class RunJob(JobFolder):
             count += 1
         return count
 
-    def _can_enter(self, index: int, pieces: int) -> bool:
-        """Whether the run can continue with block `index`."""
-        if index >= pieces:
-            return True  # nothing is left to solve
-        state = self.lines[index].get("state")
-        return _describes_file(state) and self._is_as_noted(state)
-
-    def _forget_states(self, before: int) -> None:
-        """Remove older ones first: the disk then never holds more than are kept."""
-        for path in (self.path / "states").glob("*.safetensors"):
-            if int(path.stem) < before:
-                path.unlink()
+    def _forget_states(self, index: int) -> None:
+        """Before those that enter block `index` are written, so that the disk never holds more. Later ones are of a former run."""
+        kept = sorted((self.path / "states").glob("*.safetensors"))
+        earlier = [path for path in kept if int(path.stem) < index]
+        for path in {*kept} - {*earlier[len(earlier) + 1 - _STATES_KEPT :]}:
+            path.unlink()
 
     def _described(self, name: str) -> dict[str, Any]:
         path = self.path / name
@@ -172,6 +182,28 @@ class RunJob(JobFolder):
             raise self.damaged(problems[0].what, problems[0].where)
         with Checkpoint(self.path, {}, infos, (self.path / name,)) as found:
             return {key: found.read(key) for key in infos}
+
+
+class StoredWeights:
+    """The weights of finished blocks, for a replay. `stage` is a SolveStage."""
+
+    def __init__(self, written: Checkpoint, records: Mapping[str, LayerRecord], reader: Reader) -> None:
+        sizes = {name: record.group_size for name, record in records.items()}
+        self._info = FormatInfo(INTERCHANGE, {name: size for name, size in sizes.items() if size is not None})
+        self._written, self._records, self._reader = written, records, reader
+
+    def stage(self, names: tuple[str, ...], _hessian: Hessian | None, _remark: str) -> dict[str, Tensor]:
+        return {name: self._weight(name) for name in names}
+
+    def _weight(self, name: str) -> Tensor:
+        if name not in self._records:
+            return self._reader.read(f"{name}.weight").float()
+        if name in self._info.layers:
+            return read_linear(self._written, self._info, name).dequantize()
+        return self._written.read(f"{name}.weight").float()
+
+    def close(self) -> None:
+        self._written.close()
 
 
 def _is_whole_line(line: Mapping[str, Any], index: int) -> bool:

@@ -13,7 +13,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +48,14 @@ from marlinctl.evaluation.gate import Measurement
 from marlinctl.jobs.journal import Request
 from marlinctl.models.meta_model import build
 from marlinctl.models.switches import without
-from marlinctl.oneshot.layers import LayerQuantizer, LayerRecord, linear_digest, weight_digest
+from marlinctl.oneshot.commits import Commits, Pace
+from marlinctl.oneshot.layers import LayerQuantizer, LayerRecord, SolvedLinear, linear_digest, weight_digest
 from marlinctl.oneshot.open import Options, RunInputs, check_request, open_model
 from marlinctl.oneshot.probe import probe_before
+from marlinctl.oneshot.reading import Reader
 from marlinctl.oneshot.resume import RunJob
 from marlinctl.oneshot.sequential import SequentialPipeline
-from marlinctl.planning.memory import CHUNK_TOKENS
+from marlinctl.planning.memory import CHUNK_TOKENS, CHUNK_TOKENS_ON_DEVICE
 from marlinctl.planning.preflight import check_lengths, sixteen_bit
 from marlinctl.recipes.schema import Recipe, recipe_hash
 from marlinctl.report.files import report_files
@@ -59,6 +65,7 @@ from marlinctl.system.console import Console
 from marlinctl.system.devices import device_peaks, threads
 from marlinctl.system.host import peak_rss, release_heap
 from marlinctl.system.offload import Scratch
+from marlinctl.system.phases import Phases
 from marlinctl.system.signals import Stopping
 
 ALGORITHM_VERSION = 3  # goes up when the same recipe on the same input gives other codes
@@ -121,24 +128,31 @@ def _run(
     published = (fmt,) if published is None else published
     opened = open_model(model, out, recipe, options, console, published, lambda: job.noted("model", console), before_weights)
     job.watch(opened.contents)
+    phases = Phases()
+    workers = max(1, (os.cpu_count() or 1) // 4) if opened.device.type == "cuda" else 1  # whose host memory the weights have not filled
     with threads(options.threads), torch.no_grad():
-        probe_before(opened, recipe, console)
+        with phases("probe"):
+            probe_before(opened, recipe, console)
         calibration = _calibration(job, opened, recipe, texts, console)
-        with StagedCheckpoint(out, overwrite=options.overwrite, fmt=fmt, path=job.staged) as staged:
-            solving = LayerQuantizer(opened, recipe, options, staged, console)
+        with StagedCheckpoint(out, overwrite=options.overwrite, fmt=fmt, path=job.staged) as staged, ExitStack() as stack:
+            reader = stack.enter_context(Reader(opened.checkpoint, ahead=opened.device.type == "cuda"))
+            solving = LayerQuantizer(opened, recipe, options, staged, console, reader, phases)
             _walk(calibration.tokens, job, solving)
             solved = {f"{name}.weight" for name in opened.plan.group_sizes}
-            staged.copy_tensors(opened.checkpoint, [n for n in opened.tensors if n not in solved])
-            staged.copy_companions(opened.source.folder)
+            with phases("copy"):
+                staged.copy_tensors(opened.checkpoint, [n for n in opened.tensors if n not in solved])
+                staged.copy_companions(opened.source.folder)
             staged.write_file("recipe.yaml", recipe.to_yaml().encode())
             warnings = _warnings(opened, calibration, solving.records, console)
             report = _report(opened, recipe, options, calibration.facts, solving.records, warnings, time.monotonic() - started)
-            staged.finish(
-                _config(opened, recipe),
-                manifest=_manifest(opened, recipe, calibration.facts, solving.records),
-                verify=lambda folder: _verify_written(folder, solving.records, console),
-                report_files={},
-            )
+            with phases("check"):
+                staged.finish(
+                    _config(opened, recipe),
+                    manifest=_manifest(opened, recipe, calibration.facts, solving.records),
+                    verify=lambda folder: _verify_written(folder, solving.records, console, workers),
+                    report_files={},
+                )
+            report["phases"] = phases.seconds()
             if measure is not None:
                 try:
                     with job.measuring():
@@ -215,9 +229,11 @@ def _walk(tokens: Tokens, job: RunJob, solving: LayerQuantizer) -> None:
     """All blocks. Where the device's memory runs out, once more from the last finished block with less of it. ResourceProblem E590 where
     that does not suffice either."""
     device = solving.opened.device
-    budget = int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE) if device.type == "cuda" else 0
+    budget, chunk = 0, CHUNK_TOKENS
+    if device.type == "cuda":
+        budget, chunk = int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE), CHUNK_TOKENS_ON_DEVICE
     full = ""
-    for attempt in (_Attempt(CHUNK_TOKENS, budget, solving.options.redo_from), _Attempt(CHUNK_TOKENS // 2, budget=0)):
+    for attempt in (_Attempt(chunk, budget, solving.options.redo_from), _Attempt(chunk // 2, budget=0)):
         if full:
             solving.console.warn(f"{full}; once more from block {job.finished}, with half of the tokens in flight")
         try:
@@ -225,7 +241,7 @@ def _walk(tokens: Tokens, job: RunJob, solving: LayerQuantizer) -> None:
             return
         except torch.OutOfMemoryError as error:
             full = str(error).splitlines()[0]  # its traceback would keep the tensors of the attempt alive
-        solving.pending = {}
+        solving.forget()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     raise ResourceProblem(
@@ -250,37 +266,70 @@ def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: 
         solving.progress.advance(sum(len(block.linears) for block in architecture.blocks[:first]))
         if first == pieces:
             return
-        walk = SequentialPipeline(
-            model, architecture, opened.checkpoint, tokens,
-            device=opened.device, dtype=opened.dtype, scratch=Scratch(job.path, opened.device, attempt.budget),
-            chunk_tokens=attempt.chunk_tokens, match=opened.matches,
-        )  # fmt: skip
-        if first:
-            walk.go_on(job.states())
-        for block in architecture.blocks[first:]:
-            with Stopping("block") as stopping:
-                walk.run_block(block, solving.stage)
-                shard = solving.flush()
-                job.commit("block", block.index, solving, shard, walk.states() if block.index + 1 < pieces else {})
-                release_heap()
-            if stopping.asked:
-                console.say(f"block {block.index} is finished and kept")
-                stopping.raise_again()
-        if head is not None:
-            walk.run_head(head.name, solving.stage)
-            job.commit("head", len(architecture.blocks), solving, solving.flush(), {})
+        with solving.phases("embed"):
+            walk = SequentialPipeline(
+                model, architecture, solving.weights, tokens,
+                device=opened.device, dtype=opened.dtype, scratch=Scratch(job.path, opened.device, attempt.budget),
+                chunk_tokens=attempt.chunk_tokens, match=opened.matches, resident=True,
+            )  # fmt: skip
+        _replay(walk, job, solving, console)
+        on_gpu = opened.device.type == "cuda"
+        pace = Pace(sum(tensor.nbytes for tensor in walk.states().values()))
+        with Commits(opened.device) as commits:
+            for block, following in zip_longest(architecture.blocks[first:], architecture.blocks[first + 1 :]):
+                with Stopping("block") as stopping:
+                    if following is not None:
+                        solving.weights.expect([*following.others, *(f"{name}.weight" for name in following.linears)])
+                    with solving.phases("forward and Gram"):
+                        walk.run_block(block, solving.stage)
+                        if on_gpu:
+                            torch.cuda.synchronize(opened.device)
+                    kept = block.index + 1 < pieces and (not on_gpu or (commits.idle and pace.due))
+                    states = {name: tensor.clone() if on_gpu else tensor for name, tensor in walk.states().items()} if kept else {}
+                    with solving.phases("wait for the disk"):
+                        commits.submit(partial(_commit, job, solving, "block", block.index, solving.take(), states, pace))
+                    release_heap()
+                if stopping.asked:
+                    commits.wait()
+                    console.say(f"block {block.index} is finished and kept")
+                    stopping.raise_again()
+            if head is not None:
+                walk.run_head(head.name, solving.stage)
+                commits.submit(partial(_commit, job, solving, "head", len(architecture.blocks), solving.take(), {}, pace))
 
 
-def _verify_written(folder: Path, records: list[LayerRecord], console: Console) -> None:
-    """Read the staged checkpoint back: every linear holds what was solved, and its mask."""
+def _commit(
+    job: RunJob, solving: LayerQuantizer, step: str, index: int, solved: Sequence[SolvedLinear], states: Mapping[str, Tensor], pace: Pace
+) -> None:
+    with pace.timed() if states else nullcontext():
+        job.commit(step, index, solving.note(solved), solving.staged, states)
+
+
+def _replay(walk: SequentialPipeline, job: RunJob, solving: LayerQuantizer, console: Console) -> None:
+    """Hidden states behind the last finished block: those that are kept, taken through the blocks behind them with the stored weights."""
+    index, states = job.last_states()
+    if states:
+        walk.go_on(states)
+    blocks = walk.architecture.blocks[index : job.finished]
+    if not blocks:
+        return
+    console.say(f"hidden states are kept up to block {index}: {len(blocks)} finished blocks run once more with their stored weights")
+    with closing(job.stored_weights(solving.records, solving.weights)) as stored:
+        for block in blocks:
+            walk.run_block(block, stored.stage, replay=True)
+
+
+def _verify_written(folder: Path, records: list[LayerRecord], console: Console, workers: int) -> None:
+    """Read the staged checkpoint back: every linear holds what was solved, and its mask. workers: linears at a time."""
     with (
         open_checkpoint(folder) as written,
         open_masks(folder) as masks,
         console.progress("check from disk", len(records)) as progress,
+        ThreadPoolExecutor(workers) as pool,
     ):
         info = detect(written.config, written.tensors)
-        for record in records:
-            if _digest_on_disk(written, info, masks, record) != record.digest:
+        for record, digest in zip(records, pool.map(lambda record: _digest_on_disk(written, info, masks, record), records), strict=True):
+            if digest != record.digest:
                 raise CheckFailed(
                     "E103",
                     "weights, scales or mask on disk differ from those that were solved",

@@ -59,6 +59,7 @@ class SequentialPipeline:
         scratch: Scratch,
         chunk_tokens: int,
         match: bool = False,  # let the original walk along, so that Hessians hold the drift
+        resident: bool = False,  # hidden states may stay on the device
     ) -> None:
         self.model, self.architecture, self.checkpoint = model, architecture, checkpoint
         self.device, self.dtype, self.scratch = device, dtype, scratch
@@ -67,9 +68,13 @@ class SequentialPipeline:
         self.step = max(1, chunk_tokens // self.length)
         self.decoder = model.get_submodule(architecture.decoder)
         self.calls: dict[int, list[dict[str, Any]]] = {}  # samples in a chunk -> keyword arguments of every block
-        self.hidden = torch.empty(self.samples, self.length, architecture.hidden_size, dtype=dtype)
+        shape = (self.samples, self.length, architecture.hidden_size)
+        self.hidden = scratch.resident(shape, dtype) if resident else torch.empty(shape, dtype=dtype)
         self._embed(tokens.ids)
-        self.original = Original(self.hidden.clone(), checkpoint.read, scratch, device) if match else None
+        self.original: Original | None = None
+        if match:
+            theirs = scratch.resident(shape, dtype).copy_(self.hidden) if resident else self.hidden.clone()
+            self.original = Original(theirs, checkpoint.read, scratch, device)
 
     def states(self) -> dict[str, Tensor]:
         """Everything that the next block depends on, as it is: not copies."""
@@ -77,9 +82,9 @@ class SequentialPipeline:
 
     def go_on(self, states: Mapping[str, Tensor]) -> None:
         """Stand where another walk over the same tokens stood, given its `states`."""
-        self.hidden = states["hidden"]
+        self.hidden.copy_(states["hidden"])
         if self.original is not None:
-            self.original.hidden = states["original"]
+            self.original.hidden.copy_(states["original"])
 
     def chunks(self) -> Iterator[slice]:
         for first in range(0, self.samples, self.step):
@@ -120,8 +125,11 @@ class SequentialPipeline:
                 del block.forward
         set_parameter(self.model, name, torch.empty(0, device="meta"))
 
-    def run_block(self, block: Block, solve: SolveStage) -> None:
-        """Take the hidden states through one block, solving its linears on the way."""
+    def run_block(self, block: Block, solve: SolveStage, *, replay: bool = False) -> None:
+        """Take the hidden states through one block, solving its linears on the way.
+
+        replay: its linears are solved; `solve` knows their weights and is given no Hessian. The hidden states become the same bit for bit.
+        """
         layer = self.model.get_submodule(block.prefix)
         for name in block.others:
             set_parameter(layer, block.parameter(name), self.checkpoint.read(name).to(self.device, self.dtype))
@@ -134,9 +142,9 @@ class SequentialPipeline:
             for branch in (block.attention, block.mlp):
                 calls = self._calls(layer, block, branch, replays, outputs)
                 if isinstance(branch, Experts):
-                    outputs[branch.module] = self._run_experts(block, branch, calls, solve)
+                    outputs[branch.module] = self._run_experts(block, branch, calls, solve, replay)
                 else:
-                    outputs[branch.module] = self._run_branch(block, layer, branch, calls, outputs, solve)
+                    outputs[branch.module] = self._run_branch(block, layer, branch, calls, outputs, solve, replay)
                 replays[branch.module] = Replay(isinstance(branch, Branch) and branch.returns_tuple, flat=isinstance(branch, Experts))
                 layer.set_submodule(branch.module, replays[branch.module])
             for part in self.chunks():
@@ -166,7 +174,7 @@ class SequentialPipeline:
 
     def _run_branch(
         self, block: Block, layer: nn.Module, branch: Branch, arguments: Calls,
-        outputs: Mapping[str, Output], solve: SolveStage,
+        outputs: Mapping[str, Output], solve: SolveStage, replay: bool,
     ) -> Output:  # fmt: skip
         """Solve the linears of one branch; returns its output."""
         module = layer.get_submodule(branch.module)
@@ -178,26 +186,26 @@ class SequentialPipeline:
         inputs = self.scratch.tensor("branch input", (self.samples, self.length, width_in), self.dtype)
         calls: dict[int, dict[str, Any]] = {}  # samples in a chunk -> the branch's other arguments
         by_name = False  # whether the block passes hidden_states by name
-        gram = Gram(width_in, self.device)
+        gram = Gram(width_in, self.device, collects=not replay)
         for part, args, kwargs in arguments:
             x = args[0] if args else kwargs.pop("hidden_states")
             inputs[part] = x
             by_name = not args
             calls.setdefault(x.shape[0], kwargs)
             gram.add(x, self.counted[part])
-            if self.original is not None:
+            if self.original is not None and not replay:
                 gram.add_drift(x, self.original.input(branch.first[0], width_in, part), self.counted[part])
         self._install(layer, block, solve(first, gram.hessian(first), ""))
 
         between = self.scratch.tensor("between", (self.samples, self.length, width_last), self.dtype)
-        gram = Gram(width_last, self.device)
+        gram = Gram(width_last, self.device, collects=not replay)
         last_module = layer.get_submodule(branch.last)
         for part in self.chunks():
             x = inputs[part].to(self.device)
             given = ((), {"hidden_states": x}) if by_name else ((x,), {})
             (middle, *_), _ = call_until(last_module, module, *given[0], **given[1], **calls[x.shape[0]])
             between[part] = middle
-            if self.original is None:
+            if self.original is None or replay:
                 gram.add(middle, self.counted[part])
                 continue
             theirs = self.original.input(branch.last, width_last, part)
@@ -218,11 +226,11 @@ class SequentialPipeline:
             output[part] = last_module(between[part].to(self.device))
         return lambda part: output[part].to(self.device)
 
-    def _run_experts(self, block: Block, experts: Experts, arguments: Calls, solve: SolveStage) -> Output:
+    def _run_experts(self, block: Block, experts: Experts, arguments: Calls, solve: SolveStage, replay: bool) -> Output:
         """Solve the experts of a block; returns their summed output."""
         pipeline = ExpertsPipeline(
             block, experts, self.counted,
-            hidden=self.architecture.hidden_size, device=self.device, dtype=self.dtype, scratch=self.scratch, step=self.step,
+            hidden=self.architecture.hidden_size, device=self.device, dtype=self.dtype, scratch=self.scratch, step=self.step, replay=replay,
         )  # fmt: skip
         whole = pipeline.run(((part, args) for part, args, _ in arguments), solve)
         return lambda part: whole[part].to(self.device)

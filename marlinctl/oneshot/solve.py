@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from marlinctl.quantize.drift import corrected_target
@@ -18,7 +19,9 @@ from marlinctl.quantize.scheme import Scheme
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipes.schema import Recipe
 from marlinctl.sparsify.sparsegpt import PruneSettings, fit_mask, prune, prune_and_quantize, solve_pruned
+from marlinctl.sparsify.steps import TORCH, PruneSteps
 from marlinctl.sparsify.types import SparseQuantizedLinear
+from marlinctl.system.console import Console
 
 
 class Outcome(Protocol):
@@ -42,9 +45,10 @@ class StackedSolver:
     scheme: Scheme
     pruning: PruneSettings
     settings: SolveSettings  # of int4; the group size is that of each stack
+    steps: PruneSteps = TORCH
 
     @classmethod
-    def of(cls, recipe: Recipe, *, matches: bool, bfloat16_exact: bool) -> StackedSolver:
+    def of(cls, recipe: Recipe, *, matches: bool, bfloat16_exact: bool, steps: PruneSteps = TORCH) -> StackedSolver:
         q = recipe.quantize
         return cls(
             drift_correction=q.drift_correction if matches else 0.0,
@@ -64,12 +68,13 @@ class StackedSolver:
                 damping=q.damping,
                 refine=q.refine,
             ),
+            steps=steps,
         )
 
     def solve(
         self, stack: Tensor, mask: Tensor | None, hessian: Hessian, group_size: int
     ) -> tuple[Outcome, Callable[[slice], Tensor | QuantizedLinear], Tensor | None]:
-        """The outcome, what each slice of rows became, and the mask of all rows [R, K] on the CPU.
+        """The outcome, what each slice of rows became, and the mask of all rows [R, K].
 
         stack: [R, K] float32. mask: a mask that the source has already, [R, K] bool, or None.
 
@@ -79,23 +84,40 @@ class StackedSolver:
         if self.drift_correction:
             stack = corrected_target(stack, hessian, share=self.drift_correction, damping=self.pruning.damping)
         if not self.scheme.quantizes:
-            pruned = prune(stack, hessian, self.pruning)
-            return pruned, lambda rows: pruned.weight[rows], pruned.mask.cpu()
+            pruned = prune(stack, hessian, self.pruning, self.steps)
+            return pruned, lambda rows: pruned.weight[rows], pruned.mask
         settings = replace(self.settings, group_size=group_size)
         solved: Solved
         if mask is not None:
             pruned_stack = fit_mask(stack, mask, hessian, self.pruning) if self.drift_correction else stack
-            solved, mask = solve_pruned(pruned_stack, mask, hessian, settings, original=stack)
+            solved, mask = solve_pruned(pruned_stack, mask, hessian, settings, original=stack, steps=self.steps)
         elif self.scheme.prunes:
-            solved, mask = prune_and_quantize(stack, hessian, self.pruning, settings)
+            solved, mask = prune_and_quantize(stack, hessian, self.pruning, settings, self.steps)
         else:
-            solved = solve(stack, hessian, settings)
-        kept = None if mask is None else mask.cpu()
+            solved = solve(stack, hessian, settings, steps=self.steps)
+        kept = mask
         return solved, lambda rows: _rows(solved.linear, kept, rows), kept
 
 
+def steps_on(device: torch.device, console: Console) -> PruneSteps:
+    """The solver's kernels on a GPU, torch operators on a CPU; those too, with a warning, where no kernel can be compiled or loaded."""
+    if device.type != "cuda":
+        return TORCH
+    from marlinctl.kernels import jit
+    from marlinctl.solver_kernels.steps import SolverKernels
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    kernels = SolverKernels(torch.device("cuda", index), jit.default_folder())
+    try:
+        kernels.require()
+    except (ValueError, OSError, jit.CompilerMissing, jit.DriverTooOld) as reason:
+        console.warn(f"the solver's kernels cannot be used, and torch operators take about twenty times as long: {reason}")
+        return TORCH
+    return kernels.steps()
+
+
 def _rows(linear: QuantizedLinear, mask: Tensor | None, rows: slice) -> QuantizedLinear:
-    codes, scales = linear.codes[rows].cpu(), linear.scales[rows].cpu()
+    codes, scales = linear.codes[rows], linear.scales[rows]
     if mask is None:
         return QuantizedLinear(codes, scales, linear.group_size)
     return SparseQuantizedLinear(codes, scales, linear.group_size, mask[rows])

@@ -31,6 +31,7 @@ from marlinctl.recipes.schema import Distill, Recipe
 from marlinctl.sparsify import memory as sparsify
 
 CHUNK_TOKENS = 2048  # tokens in flight: enough for full speed of the matrix units, little enough for any memory
+CHUNK_TOKENS_ON_DEVICE = 8192  # of a GPU: launches are dear there and memory is not
 SHARD_BYTES = 1 << 30  # finished tensors that `pack` keeps in memory before they become a shard
 
 BASE = 310 << 20  # python, torch and transformers before any tensor, and the threads' buffers
@@ -168,7 +169,7 @@ def _solving(architecture: Architecture, compressed: Mapping[str, int], work: Wo
 
 def _phases(architecture: Architecture, stage: Stage, work: Work) -> Iterator[Arrays]:
     """The arrays that are alive in each phase of one stage."""
-    k, rows, tokens = stage.k, stage.rows, max(CHUNK_TOKENS, work.length)
+    k, rows, tokens = stage.k, stage.rows, max(CHUNK_TOKENS_ON_DEVICE if work.on_device else CHUNK_TOKENS, work.length)
     held = [(1, 4 * stage.other_rows * k)]  # weights that pass through the solve untouched
     if work.matches:  # E[(x' - x) xᵀ], E[(r' - r) xᵀ] and the stack before it was matched
         held += [(1, 4 * k * k), (1, 4 * k * architecture.hidden_size), (1, 4 * rows * k)]

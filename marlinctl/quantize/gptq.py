@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from marlinctl.quantize.grid import search_scales
 from marlinctl.quantize.refine import descend, layer_error, refit_scales
-from marlinctl.quantize.solver import factor, sweep
+from marlinctl.quantize.solver import factor
+from marlinctl.quantize.steps import TORCH, SolverSteps
 from marlinctl.quantize.types import CODE_MAX, CODE_MIN, Hessian, QuantizedLinear
 
 
@@ -47,7 +47,14 @@ SEARCH_RATIOS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)
 SEARCH_MARGIN = 0.35
 
 
-def solve(weight: Tensor, hessian: Hessian, settings: SolveSettings, mask: Tensor | None = None, original: Tensor | None = None) -> Solved:
+def solve(
+    weight: Tensor,
+    hessian: Hessian,
+    settings: SolveSettings,
+    mask: Tensor | None = None,
+    original: Tensor | None = None,
+    steps: SolverSteps = TORCH,
+) -> Solved:
     """Quantize stacked rows that share one input.
 
     weight: [R, K] float32, finite. hessian.matrix: [K, K]. mask: [R, K] bool, or None; where it is False the code is 0.
@@ -67,12 +74,12 @@ def solve(weight: Tensor, hessian: Hessian, settings: SolveSettings, mask: Tenso
     if not bool(diagonal.any()):
         nothing = torch.zeros(rows, dtype=torch.float64, device=weight.device)
         reason = "plain rounding: no calibration token reached this input, or all of them were zero"
-        return Solved(round_to_nearest(weight, settings), nothing, nothing, settings.damping, reason, k)
-    scales = static_scales(weight, diagonal, settings)  # [R, G]
+        return Solved(round_to_nearest(weight, settings, steps), nothing, nothing, settings.damping, reason, k)
+    scales = static_scales(weight, diagonal, settings, steps)  # [R, G]
     order = (
         torch.argsort(diagonal, descending=True, stable=True) if settings.act_order == "static" else torch.arange(k, device=weight.device)
     )
-    group_of = (order // group_size).tolist()
+    group_of = order // group_size
     matrix = hessian.matrix[order[:, None], order]
     factored = factor(matrix, settings.damping)
 
@@ -80,21 +87,20 @@ def solve(weight: Tensor, hessian: Hessian, settings: SolveSettings, mask: Tenso
     s = scales.T.contiguous()  # [G, R]
     kept = None if mask is None else mask.T[order].contiguous()
     target = w if original is None else original.T[order].contiguous()
-    codes, _ = sweep(w, w, factored.feedback, s, group_of, kept)
+    codes, _ = steps.sweep(w, w, factored.feedback, s, group_of, kept)
     ridge = factored.damping * float(diagonal.mean())
     if settings.refine and factored.fallback is None:
         matrix.diagonal().add_(ridge)
         for _ in range(settings.refine):
             for _ in range(2):
-                codes = descend(target, codes, s, matrix, group_of, kept)
+                codes = descend(target, codes, s, matrix, group_of, kept, sweep=steps.sweep)
             s = refit_scales(target, codes, s, matrix, group_of, positive=not settings.both_signs, bfloat16_exact=settings.bfloat16_exact)
         matrix.diagonal().sub_(ridge)
 
-    in_place = torch.empty(rows, k, dtype=torch.int8, device=weight.device)
-    in_place[:, order] = codes.T.to(torch.int8)
+    in_place = codes[torch.argsort(order)].to(torch.int8).T.contiguous()  # rows are gathered: scattering columns is slow on a GPU
     return Solved(
         linear=QuantizedLinear(in_place, s.T.to(torch.float16).contiguous(), group_size),
-        error=layer_error(target - codes * s[torch.as_tensor(group_of, device=weight.device)], matrix).double(),
+        error=layer_error(target - codes * s[group_of], matrix).double(),
         output_energy=layer_error(target, matrix).double(),
         damping=factored.damping,
         fallback=factored.fallback,
@@ -102,7 +108,7 @@ def solve(weight: Tensor, hessian: Hessian, settings: SolveSettings, mask: Tenso
     )
 
 
-def static_scales(weight: Tensor, importance: Tensor, settings: SolveSettings) -> Tensor:
+def static_scales(weight: Tensor, importance: Tensor, settings: SolveSettings, steps: SolverSteps = TORCH) -> Tensor:
     """Scales [R, G] float32 of the original columns, before any column is rounded.
 
     importance: [K], the diagonal of the Hessian, which weighs the errors of the search. The scale that covers the largest weight stands
@@ -112,7 +118,7 @@ def static_scales(weight: Tensor, importance: Tensor, settings: SolveSettings) -
     ratios = (1.0,) if settings.scale_search == "none" else SEARCH_RATIOS
     weights = importance if settings.scale_search == "hessian" else None
     group_size = weight.shape[1] if settings.group_size == -1 else settings.group_size
-    return search_scales(
+    return steps.search_scales(
         weight,
         weights,
         group_size=group_size,
@@ -123,10 +129,10 @@ def static_scales(weight: Tensor, importance: Tensor, settings: SolveSettings) -
     )
 
 
-def round_to_nearest(weight: Tensor, settings: SolveSettings) -> QuantizedLinear:
+def round_to_nearest(weight: Tensor, settings: SolveSettings, steps: SolverSteps = TORCH) -> QuantizedLinear:
     """Plain rounding of [R, K] float32 with searched scales: for an input that no calibration token reached."""
     rows, k = weight.shape
     group_size = k if settings.group_size == -1 else settings.group_size
-    scales = static_scales(weight, torch.ones(k, device=weight.device), settings)
+    scales = static_scales(weight, torch.ones(k, device=weight.device), settings, steps)
     codes = (weight.reshape(rows, -1, group_size) / scales.unsqueeze(-1)).round().clamp(CODE_MIN, CODE_MAX)
     return QuantizedLinear(codes.reshape(rows, k).to(torch.int8), scales.to(torch.float16), group_size)

@@ -18,6 +18,10 @@ from torch import Tensor
 # feed the matrix units worse. Two cores with AMX, 65,536 tokens: K = 576 in 1, 2, 4 panels takes 0.10, 0.06, 0.08 s, K = 1,536 in 1, 4, 6
 # panels 0.34, 0.26, 0.25 s.
 _PANEL = 320
+# On a GPU wide panels, whose borders are aligned to 16 bytes, as the fast kernels of cuBLAS ask. An H200, 8,192 tokens of bfloat16:
+# K = 4,096 in panels of 320, 1,024, 2,048, 4,096 columns takes 0.91, 0.36, 0.35, 0.48 ms, K = 14,336 in panels of 320, 2,048, 7,168,
+# 14,336 columns 4.4, 3.1, 3.7, 4.9 ms.
+_CUDA_PANEL = 2048
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:
@@ -26,12 +30,12 @@ def add_gram(total: Tensor, x: Tensor) -> None:
     total: [K, K] float32, changed in place. x: [T, K] bfloat16, float16 or float32, one row per token.
     """
     k = x.shape[1]
-    step = -(-k // max(1, round(k / _PANEL)))
     if x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16):
-        for start in range(0, k, step):
+        for start in range(0, k, step := _CUDA_PANEL):
             rows = x[:, start : start + step].T
             total[start : start + step, : start + step] += torch.mm(rows, x[:, : start + step], out_dtype=torch.float32)
         return
+    step = -(-k // max(1, round(k / _PANEL)))
     exact_in_bf16 = x.dtype == torch.bfloat16
     wide = x.float()
     with _bfloat16_products(exact_in_bf16):
@@ -40,9 +44,14 @@ def add_gram(total: Tensor, x: Tensor) -> None:
 
 
 def add_cross(total: Tensor, x: Tensor, y: Tensor) -> None:
-    """total += xᵀ y. total: [K, N] float32, changed in place. x: [T, K], y: [T, N], of one dtype."""
+    """total += xᵀ y. total: [K, N] float32, changed in place. x: [T, K], y: [T, N], of one dtype; or x bfloat16 and y float32."""
     if x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16):
-        total += torch.mm(x.T, y, out_dtype=torch.float32)
+        # A float32 y is the sum of two bfloat16 numbers up to 2^-17 of itself: 8,192 tokens, K = 14,336, N = 4,096 take 3.0 instead of
+        # 19.7 ms.
+        high = y.to(x.dtype)
+        total += torch.mm(x.T, high, out_dtype=torch.float32)
+        if y.dtype != x.dtype:
+            total += torch.mm(x.T, (y - high).to(x.dtype), out_dtype=torch.float32)
         return
     with _bfloat16_products(x.dtype == torch.bfloat16):
         total.addmm_(x.float().T, y.float())

@@ -9,30 +9,41 @@ import torch
 from torch import Tensor
 
 from marlinctl.quantize.grid import round_scales
-from marlinctl.quantize.solver import sweep
+from marlinctl.quantize.products import mm
+from marlinctl.quantize.steps import TORCH, Sweep
 
 
 def layer_error(delta: Tensor, matrix: Tensor) -> Tensor:
     """The error δ H δᵀ of each row. delta: [K, R] float32, matrix: [K, K] float32 -> [R] float32."""
-    return (torch.mm(matrix, delta) * delta).sum(0)
+    return (mm(matrix, delta) * delta).sum(0)
 
 
-def descend(weight: Tensor, codes: Tensor, scales: Tensor, matrix: Tensor, group_of: list[int], mask: Tensor | None = None) -> Tensor:
+def descend(
+    weight: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    matrix: Tensor,
+    group_of: Tensor,
+    mask: Tensor | None = None,
+    *,
+    sweep: Sweep = TORCH.sweep,
+) -> Tensor:
     """One sweep of coordinate descent: every code in turn takes its best value given all others.
 
-    weight, codes: [K, R] float32; scales: [G, R] float32; matrix: [K, K] float32 with a positive diagonal. Returns codes [K, R].
+    weight, codes: [K, R] float32; scales: [G, R] float32; matrix: [K, K] float32 with a positive diagonal; group_of: [K] int64.
+    Returns codes [K, R].
     With P = (W - Q) H the best value of column k is q_k + P_k / H_kk, and a change d_i = q_i(old) - q_i(new) of an earlier column adds
     d_i H_ik to P_k: the solver's sweep with anchor q and feedback H / diag(H).
     """
-    current = codes * scales[torch.as_tensor(group_of, device=codes.device)]
+    current = codes * scales[group_of]
     diagonal = matrix.diagonal()
-    base = torch.mm(matrix, weight - current).div_(diagonal.unsqueeze(1)).add_(current)
+    base = mm(matrix, weight - current).div_(diagonal.unsqueeze(1)).add_(current)
     codes, _ = sweep(base, current, matrix / diagonal, scales, group_of, mask)
     return codes
 
 
 def refit_scales(
-    weight: Tensor, codes: Tensor, scales: Tensor, matrix: Tensor, group_of: list[int], *, positive: bool, bfloat16_exact: bool
+    weight: Tensor, codes: Tensor, scales: Tensor, matrix: Tensor, group_of: Tensor, *, positive: bool, bfloat16_exact: bool
 ) -> Tensor:
     """The scales that minimise the layer error for fixed codes, row by row: a G x G least-squares system, G = number of groups.
 
@@ -40,15 +51,14 @@ def refit_scales(
     weight, codes: [K, R]; scales: [G, R]; matrix: [K, K]; all float32. Returns scales [G, R].
     """
     groups, rows = scales.shape
-    index = torch.as_tensor(group_of, device=codes.device)
-    order = torch.argsort(index, stable=True)
+    order = torch.argsort(group_of, stable=True)
     c, h = codes[order], matrix[order[:, None], order]
     size = c.shape[0] // groups
-    right = torch.mm(h, weight[order]).mul_(c).reshape(groups, size, rows).sum(1)  # [G, R]
+    right = mm(h, weight[order]).mul_(c).reshape(groups, size, rows).sum(1)  # [G, R]
     normal = torch.empty(rows, groups, groups, dtype=torch.float32, device=codes.device)
     for g in range(groups):
         part = slice(g * size, (g + 1) * size)
-        product = torch.mm(h[:, part], c[part]).mul_(c).reshape(groups, size, rows).sum(1)  # [G, R]: c_h H_hg c_g
+        product = mm(h[:, part], c[part]).mul_(c).reshape(groups, size, rows).sum(1)  # [G, R]: c_h H_hg c_g
         normal[:, :, g] = product.T
 
     def error(s: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ Pruning is the same sweep with another projection: a column that is not kept bec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -85,7 +85,7 @@ def sweep(
     anchor: Tensor,
     feedback: Tensor,
     scales: Tensor | None,
-    group_of: Sequence[int],
+    group_of: Tensor,
     mask: Tensor | None = None,
     choose: Choose | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -94,7 +94,7 @@ def sweep(
     For k = 0..K-1:  t_k = base_k + Σ_{i<k} (anchor_i - q_i) feedback_ik ;  code_k = clamp(round(t_k / s_k)) ;  q_k = code_k s_k
 
     base, anchor: [K, R] float32. feedback: [K, K] float32, read above the diagonal only. scales: [G, R] float32, none zero;
-    group_of[k] is the row of `scales` for column k. Without scales nothing is rounded: q_k = t_k.
+    group_of: [K] int64, the row of `scales` for each column. Without scales nothing is rounded: q_k = t_k.
     mask: [K, R] bool or None; where it is False, q is 0. choose: may fill mask[k:] before column k is visited.
     Returns codes (or q, without scales) [K, R] float32 and errors anchor - q, [K, R] float32.
     """
@@ -108,6 +108,7 @@ def sweep(
     code_of, error_of, target_of, anchor_of = codes.unbind(0), errors.unbind(0), target.unbind(0), anchor.unbind(0)
     mask_of = None if mask is None else mask.unbind(0)
     steps = None if scales is None else (scales.unbind(0), scales.reciprocal().unbind(0))
+    group: list[int] = group_of.tolist()
     for start in range(0, k_total, COLUMN_BLOCK):
         stop = min(start + COLUMN_BLOCK, k_total)
         block = target[: stop - start]
@@ -123,14 +124,14 @@ def sweep(
                 if steps is None:
                     code.copy_(target_of[k - start])
                 else:
-                    torch.mul(target_of[k - start], steps[1][group_of[k]], out=code)
+                    torch.mul(target_of[k - start], steps[1][group[k]], out=code)
                     code.round_().clamp_(CODE_MIN, CODE_MAX)
                 if mask_of is not None:
                     code.mul_(mask_of[k])
                 if steps is None:
                     torch.sub(anchor_of[k], code, out=error)
                 else:
-                    torch.addcmul(anchor_of[k], code, steps[0][group_of[k]], value=-1.0, out=error)
+                    torch.addcmul(anchor_of[k], code, steps[0][group[k]], value=-1.0, out=error)
                 if k + 1 < end:
                     target[k + 1 - start : end - start].addr_(feedback[k, k + 1 : end], error)
     return codes, errors

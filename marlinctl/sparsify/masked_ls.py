@@ -16,12 +16,13 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from marlinctl.quantize.products import mm
 from marlinctl.quantize.solver import COLUMN_BLOCK
 from marlinctl.sparsify.types import QUAD
 
-_PAIRS = tuple(combinations(range(QUAD), 2))  # 01 02 03 12 13 23
+PAIRS = tuple(combinations(range(QUAD), 2))  # 01 02 03 12 13 23
 _PRODUCTS = tuple((i, j) for i in range(QUAD) for j in range(i, QUAD))  # 00 01 02 03 11 12 13 22 23 33
-_MARGIN = 1e-5  # a pair must gain this share more than the current one: smaller differences are below float32 accuracy
+MARGIN = 1e-5  # a pair must gain this share more than the current one: smaller differences are below float32 accuracy
 
 
 def masked_least_squares(weight: Tensor, values: Tensor, mask: Tensor, matrix: Tensor, iterations: int) -> Tensor:
@@ -32,12 +33,12 @@ def masked_least_squares(weight: Tensor, values: Tensor, mask: Tensor, matrix: T
     """
     inverse = matrix.diagonal().reciprocal().unsqueeze(1)  # [K, 1]
     v = values * mask
-    r = torch.mm(matrix, weight - v).mul_(mask)
+    r = mm(matrix, weight - v).mul_(mask)
     z = r * inverse
     direction = z.clone()
     rz = (r * z).sum(0)  # [R]
     for _ in range(iterations):
-        h = torch.mm(matrix, direction).mul_(mask)
+        h = mm(matrix, direction).mul_(mask)
         curvature = (direction * h).sum(0)
         step = torch.where(curvature > 0, rz / curvature, 0.0)
         v.addcmul_(direction, step)
@@ -57,8 +58,8 @@ def improve_mask(weight: Tensor, values: Tensor, mask: Tensor, matrix: Tensor) -
     """
     k, rows = weight.shape
     gain_of, values_of = _pair_tables(matrix)
-    v, mask = values * mask, mask.clone()
-    pair = _pair_index(mask)  # [K/4, R]
+    v = values * mask
+    pair = pair_of(mask)  # [K/4, R]
     error = weight - v
     left, right = (torch.tensor([p[i] for p in _PRODUCTS], device=weight.device) for i in (0, 1))
     for start in range(0, k, COLUMN_BLOCK):
@@ -69,43 +70,55 @@ def improve_mask(weight: Tensor, values: Tensor, mask: Tensor, matrix: Tensor) -
             b = torch.addmm(pull[at - start : at - start + QUAD], matrix[here, here], v[here])
             gains = torch.mm(gain_of[four], b.index_select(0, left).mul_(b.index_select(0, right)))  # [6, R]
             standing = pair[four : four + 1]
-            gains.scatter_(0, standing, gains.gather(0, standing).mul_(1.0 + _MARGIN).add_(torch.finfo(torch.float32).tiny))
+            gains.scatter_(0, standing, gains.gather(0, standing).mul_(1.0 + MARGIN).add_(torch.finfo(torch.float32).tiny))
             chosen = gains.max(0, keepdim=True).indices  # the first of equals, as torch promises
             pair[four] = chosen[0]
-            candidates = torch.mm(values_of[four], b).reshape(len(_PAIRS), QUAD, rows)
+            candidates = torch.mm(values_of[four], b).reshape(len(PAIRS), QUAD, rows)
             u = candidates.gather(0, chosen.unsqueeze(1).expand(1, QUAD, rows))[0]
             change = u - v[here]
             v[here] = u
             error[here] -= change
             if at + QUAD < stop:
                 pull[at + QUAD - start :].addmm_(matrix[at + QUAD : stop, here], change, alpha=-1.0)
-    kept = torch.tensor([[i in p for i in range(QUAD)] for p in _PAIRS], device=weight.device)  # [6, 4]
-    mask = kept[pair].transpose(1, 2).reshape(k, rows)  # [K/4, R, 4] -> [K, R]
-    return v, mask
+    return v, mask_of(pair)
 
 
-def _pair_index(mask: Tensor) -> Tensor:
-    """[K, R] bool, two of each four -> [K/4, R] int64: which of _PAIRS."""
+def mask_of(pair: Tensor) -> Tensor:
+    """[K/4, R] int64, which of PAIRS -> [K, R] bool."""
+    kept = torch.tensor([[i in p for i in range(QUAD)] for p in PAIRS], device=pair.device)  # [6, 4]
+    return kept[pair].transpose(1, 2).reshape(-1, pair.shape[1])  # [K/4, R, 4] -> [K, R]
+
+
+def pair_of(mask: Tensor) -> Tensor:
+    """[K, R] bool, two of each four -> [K/4, R] int64: which of PAIRS."""
     table = torch.zeros(2**QUAD, dtype=torch.int64, device=mask.device)
-    for index, (i, j) in enumerate(_PAIRS):
+    for index, (i, j) in enumerate(PAIRS):
         table[2**i + 2**j] = index
     bits = mask.reshape(-1, QUAD, mask.shape[1]).to(torch.int64)
     places = torch.tensor([2**i for i in range(QUAD)], device=mask.device).reshape(1, QUAD, 1)
     return table[(bits * places).sum(1)]
 
 
+def pair_inverses(matrix: Tensor) -> Tensor:
+    """[K, K] float32 -> [K/4, 6, 3] float64: of H restricted to each pair (i, j) of each four the inverse, at ii, ij and jj."""
+    quads = matrix.shape[0] // QUAD
+    blocks = matrix.reshape(quads, QUAD, quads, QUAD).diagonal(dim1=0, dim2=2).permute(2, 0, 1).double()  # [K/4, 4, 4]
+    i, j = torch.tensor(PAIRS, device=matrix.device).T
+    a, b, c = blocks[:, i, i], blocks[:, j, j], blocks[:, i, j]  # [K/4, 6]
+    return torch.stack((b, -c, a), -1) / (a * b - c * c).unsqueeze(-1)
+
+
 def _pair_tables(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """For each four: the gain of each pair as a form in products of b, [K/4, 6, 10], and its values as a map of b, [K/4, 6 * 4, 4]."""
-    fours = matrix.shape[0] // QUAD
-    blocks = matrix.reshape(fours, QUAD, fours, QUAD).diagonal(dim1=0, dim2=2).permute(2, 0, 1).double()  # [K/4, 4, 4]
-    gain = torch.zeros(fours, len(_PAIRS), len(_PRODUCTS), dtype=torch.float64, device=matrix.device)
-    value = torch.zeros(fours, len(_PAIRS), QUAD, QUAD, dtype=torch.float64, device=matrix.device)
-    for p, (i, j) in enumerate(_PAIRS):
-        a, b, c = blocks[:, i, i], blocks[:, j, j], blocks[:, i, j]
-        det = a * b - c * c
-        gain[:, p, _PRODUCTS.index((i, i))] = b / det
-        gain[:, p, _PRODUCTS.index((i, j))] = -2.0 * c / det
-        gain[:, p, _PRODUCTS.index((j, j))] = a / det
-        value[:, p, i, i], value[:, p, i, j] = b / det, -c / det
-        value[:, p, j, i], value[:, p, j, j] = -c / det, a / det
-    return gain.float(), value.reshape(fours, -1, QUAD).float()
+    """For each quad: the gain of each pair as a form in products of b, [K/4, 6, 10], and its values as a map of b, [K/4, 6 * 4, 4]."""
+    inverses = pair_inverses(matrix)
+    quads = len(inverses)
+    gain = torch.zeros(quads, len(PAIRS), len(_PRODUCTS), dtype=torch.float64, device=matrix.device)
+    value = torch.zeros(quads, len(PAIRS), QUAD, QUAD, dtype=torch.float64, device=matrix.device)
+    for p, (i, j) in enumerate(PAIRS):
+        ii, ij, jj = inverses[:, p].unbind(-1)
+        gain[:, p, _PRODUCTS.index((i, i))] = ii
+        gain[:, p, _PRODUCTS.index((i, j))] = 2.0 * ij
+        gain[:, p, _PRODUCTS.index((j, j))] = jj
+        value[:, p, i, i], value[:, p, i, j] = ii, ij
+        value[:, p, j, i], value[:, p, j, j] = ij, jj
+    return gain.float(), value.reshape(quads, -1, QUAD).float()

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from marlinctl.quantize.gptq import Solved, SolveSettings, solve, static_scales
 from marlinctl.quantize.refine import layer_error
-from marlinctl.quantize.solver import Factor, factor, sweep
+from marlinctl.quantize.solver import Factor, factor
 from marlinctl.quantize.types import Hessian
-from marlinctl.sparsify.mask import best_two, two_largest
-from marlinctl.sparsify.masked_ls import improve_mask, masked_least_squares
+from marlinctl.sparsify.mask import two_largest
+from marlinctl.sparsify.masked_ls import masked_least_squares
 from marlinctl.sparsify.memory import ROWS_TOGETHER
+from marlinctl.sparsify.steps import TORCH, PruneSteps
 from marlinctl.sparsify.types import QUAD, SparseQuantizedLinear
 
 
@@ -53,7 +54,7 @@ class Pruned:
     dead: int  # columns whose input was zero in all of calibration; pruned first
 
 
-def prune(weight: Tensor, hessian: Hessian, settings: PruneSettings) -> Pruned:
+def prune(weight: Tensor, hessian: Hessian, settings: PruneSettings, steps: PruneSteps = TORCH) -> Pruned:
     """Prune stacked rows [R, K] float32 that share one input. ValueError where K is not a multiple of four or the Hessian is not finite."""
     _check(weight, hessian)
     matrix = hessian.matrix
@@ -63,29 +64,36 @@ def prune(weight: Tensor, hessian: Hessian, settings: PruneSettings) -> Pruned:
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for rows in torch.split(weight, ROWS_TOGETHER):
         w = rows.T.contiguous()  # [K, R]
-        values, mask = _start(w, diagonal, factored, settings)
+        values, mask = _start(w, diagonal, factored, settings, steps)
         if settings.method == "iterative" and factored.fallback is None:
             for _ in range(settings.mask_sweeps):
-                values, mask = improve_mask(w, values, mask, damped)
+                values, mask = steps.improve_mask(w, values, mask, damped)
             values = masked_least_squares(w, values, mask, damped, settings.iterations)
         parts.append((values.T, mask.T, layer_error(w - values, matrix).double(), layer_error(w, matrix).double()))
     pruned, mask, error, energy = (torch.cat(column).contiguous() for column in zip(*parts, strict=True))
     return Pruned(pruned, mask, error, energy, factored.damping, factored.fallback, int((diagonal == 0).sum()))
 
 
-def prune_and_quantize(weight: Tensor, hessian: Hessian, pruning: PruneSettings, settings: SolveSettings) -> tuple[Solved, Tensor]:
+def prune_and_quantize(
+    weight: Tensor, hessian: Hessian, pruning: PruneSettings, settings: SolveSettings, steps: PruneSteps = TORCH
+) -> tuple[Solved, Tensor]:
     """The joint 2:4 + int4 solve. Returns the solve, whose linear is a SparseQuantizedLinear, and the mask [R, K]."""
     if pruning.method == "sparsegpt":
-        return _one_pass(weight, hessian, pruning, settings)
-    pruned = prune(weight, hessian, pruning)
-    return solve_pruned(pruned.weight, pruned.mask, hessian, settings, original=weight)
+        return _one_pass(weight, hessian, pruning, settings, steps)
+    pruned = prune(weight, hessian, pruning, steps)
+    return solve_pruned(pruned.weight, pruned.mask, hessian, settings, original=weight, steps=steps)
 
 
 def solve_pruned(
-    weight: Tensor, mask: Tensor, hessian: Hessian, settings: SolveSettings, original: Tensor | None = None
+    weight: Tensor,
+    mask: Tensor,
+    hessian: Hessian,
+    settings: SolveSettings,
+    original: Tensor | None = None,
+    steps: PruneSteps = TORCH,
 ) -> tuple[Solved, Tensor]:
     """Quantize pruned rows: scales, rounding, descent and re-fit on the kept weights. weight: [R, K], zero where pruned."""
-    solved = solve(weight, hessian, settings, mask, original)
+    solved = solve(weight, hessian, settings, mask, original, steps)
     linear = solved.linear
     return replace(solved, linear=SparseQuantizedLinear(linear.codes, linear.scales, linear.group_size, mask)), mask
 
@@ -103,47 +111,33 @@ def fit_mask(weight: Tensor, mask: Tensor, hessian: Hessian, settings: PruneSett
     return torch.cat(parts).contiguous()
 
 
-def _start(w: Tensor, diagonal: Tensor, factored: Factor, settings: PruneSettings) -> tuple[Tensor, Tensor]:
+def _start(w: Tensor, diagonal: Tensor, factored: Factor, settings: PruneSettings, steps: PruneSteps) -> tuple[Tensor, Tensor]:
     """The first mask and the kept weights under it, [K, R] each."""
     if settings.method in ("magnitude", "wanda"):
         score = w.abs() if settings.method == "magnitude" else w.abs() * diagonal.sqrt().unsqueeze(1)
         mask = two_largest(score)
         return w * mask, mask
-    return _sparsegpt_sweep(w, diagonal, factored, None, [])
+    no_groups = torch.zeros(len(w), dtype=torch.int64, device=w.device)
+    return steps.sparsegpt_sweep(w, _earned(factored, diagonal), factored.feedback, None, no_groups)
 
 
-def _sparsegpt_sweep(w: Tensor, diagonal: Tensor, factored: Factor, scales: Tensor | None, group_of: list[int]) -> tuple[Tensor, Tensor]:
-    """One pass in natural order that decides the mask on the way; returns what the sweep returns first, and mask, [K, R] each."""
-    mask = torch.zeros(w.shape, dtype=torch.bool, device=w.device)
-    pivots = (factored.pivots * (diagonal > 0)).unsqueeze(1)  # damping alone gives a dead input a pivot
-
-    def choose(k: int, targets: Tensor) -> None:
-        if k % QUAD:
-            return
-        four = targets[:QUAD].clone()
-        for i in range(QUAD - 1):  # what the later ones become if the earlier ones stay: the solver adds that only as it goes
-            four[i + 1 :].addr_(factored.feedback[k + i, k + i + 1 : k + QUAD], w[k + i] - four[i])
-        mask[k : k + QUAD] = best_two((four * pivots[k : k + QUAD]).abs())
-
-    values, _ = sweep(w, w, factored.feedback, scales, group_of, mask, choose)
-    return values, mask
-
-
-def _one_pass(weight: Tensor, hessian: Hessian, pruning: PruneSettings, settings: SolveSettings) -> tuple[Solved, Tensor]:
+def _one_pass(
+    weight: Tensor, hessian: Hessian, pruning: PruneSettings, settings: SolveSettings, steps: PruneSteps
+) -> tuple[Solved, Tensor]:
     """SparseGPT and GPTQ in one sweep: scales are those of the weights that would be kept without any feedback."""
     _check(weight, hessian)
     k = weight.shape[1]
     matrix, diagonal = hessian.matrix, hessian.matrix.diagonal().clone()
     factored = factor(matrix, pruning.damping)
     group_size = k if settings.group_size == -1 else settings.group_size
-    group_of = [column // group_size for column in range(k)]
+    group_of = torch.arange(k, device=weight.device) // group_size
     codes, kept, scales, errors, energies = [], [], [], [], []
     for rows in torch.split(weight, ROWS_TOGETHER):
         w = rows.T.contiguous()
         provisional = two_largest(w.abs() * factored.pivots.unsqueeze(1))
-        s = static_scales((w * provisional).T.contiguous(), diagonal, settings).T.contiguous()  # [G, R]
-        part, mask = _sparsegpt_sweep(w, diagonal, factored, s, group_of)
-        delta = w - part * s[torch.as_tensor(group_of, device=w.device)]
+        s = static_scales((w * provisional).T.contiguous(), diagonal, settings, steps).T.contiguous()  # [G, R]
+        part, mask = steps.sparsegpt_sweep(w, _earned(factored, diagonal), factored.feedback, s, group_of)
+        delta = w - part * s[group_of]
         codes.append(part.T.to(torch.int8))
         kept.append(mask.T)
         scales.append(s.T.to(torch.float16))
@@ -153,6 +147,11 @@ def _one_pass(weight: Tensor, hessian: Hessian, pruning: PruneSettings, settings
     linear = SparseQuantizedLinear(torch.cat(codes).contiguous(), torch.cat(scales).contiguous(), group_size, mask)
     dead = int((diagonal == 0).sum())
     return Solved(linear, torch.cat(errors), torch.cat(energies), factored.damping, factored.fallback, dead), mask
+
+
+def _earned(factored: Factor, diagonal: Tensor) -> Tensor:
+    """[K]: the pivots, 0 for a dead input: damping gives it one that it has not earned."""
+    return factored.pivots * (diagonal > 0)
 
 
 def _check(weight: Tensor, hessian: Hessian) -> None:

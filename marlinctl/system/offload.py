@@ -85,6 +85,14 @@ class Scratch:
         file, mapped = self._files[slot]
         return FileTensor(file, mapped, shape, dtype)
 
+    def resident(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor that every pass reads and writes: on the device while the budget lasts, else in host memory."""
+        size = math.prod(shape) * dtype.itemsize
+        if size > self._budget:
+            return torch.empty(shape, dtype=dtype)
+        self._budget -= size
+        return torch.empty(shape, dtype=dtype, device=self._device)
+
     def _new_file(self, size: int) -> tuple[BinaryIO, mmap.mmap]:
         file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115  # lives as long as the slot, without a name
         try:

@@ -120,7 +120,7 @@ def cuda_kernel(console: Console) -> CudaKernel | None:
 
     if not torch.cuda.is_available():
         return None
-    from marlinctl.kernels.launch import checked_architecture
+    from marlinctl.kernels.functions import checked_architecture
     from marlinctl.pack.marlin import pack_marlin
     from marlinctl.quantize.types import QuantizedLinear
 

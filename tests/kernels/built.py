@@ -46,19 +46,19 @@ def kept(kind: str, inputs: Any, make: Callable[[Path], object]) -> Path:
     return place
 
 
-def kernel_library(files: dict[str, str], defines: Sequence[str], folder: Path) -> Path:
-    """software_gpu/kernel.cpp, compiled beside `files` (name -> text) and linked with the software GPU.
+def kernel_library(files: dict[str, str], defines: Sequence[str], folder: Path, main: Path = SOFTWARE_GPU / "kernel.cpp") -> Path:
+    """`main`, compiled beside `files` (name -> text) and linked with the software GPU.
 
     In a folder of its own: a second load of one path would share its static variables.
     """
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
-    header, kernel = ((SOFTWARE_GPU / name).read_text("utf-8") for name in ("gpu.h", "kernel.cpp"))
+    header = (SOFTWARE_GPU / "gpu.h").read_text("utf-8")
     gpu = _software_gpu(compiler, header)
     # A kernel runs for less time than it takes to optimize it, and what is slow, the instructions, is in `gpu`.
     flags = [*FLAGS, "-O0", "-shared", *(f"-D{define}" for define in defines)]
-    files = {**files, "gpu.h": header, "kernel.cpp": kernel}
+    files = {**files, "gpu.h": header, "kernel.cpp": main.read_text("utf-8")}
 
     def make(target: Path) -> None:
         for name, text in files.items():

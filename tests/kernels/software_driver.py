@@ -17,9 +17,11 @@ import pytest
 import torch
 
 from marlinctl.kernels import driver as cuda_driver
+from marlinctl.kernels import functions
 from marlinctl.kernels import launch as launcher
 from marlinctl.kernels.configurations import Configuration
-from marlinctl.kernels.launch import UNPACK_THREADS, Function, LoadedKernel, unpack_defines, unpack_shared_bytes
+from marlinctl.kernels.functions import Function
+from marlinctl.kernels.launch import UNPACK_THREADS, LoadedKernel, unpack_defines, unpack_shared_bytes
 from tests.kernels.software_kernel import Arguments, compiled, library_of
 
 DEVICE = torch.device("cpu")
@@ -155,6 +157,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> SoftwareDriver:
     monkeypatch.setattr(cuda_driver, "_module", driver)
     monkeypatch.setattr(launcher, "_counters", {})
     monkeypatch.setattr(launcher, "_mine", launcher._Mine())
+    monkeypatch.setattr(functions, "_mine", functions._Mine())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: DEVICE.index)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=driver.stream))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: driver.capture is not None)

@@ -47,7 +47,9 @@ def library_of(
 
 def compiled(kernel: str, defines: Sequence[str], folder: Path, edit: Callable[[str], str] = lambda source: source) -> ctypes.CDLL:
     """kernel.cu and the software GPU in one library, with `edit` applied to the kernel and to what it includes."""
-    files = {name: edit(text) if name == f"{kernel}.cu" or name.endswith(".cuh") else text for name, text in jit.sources().items()}
+    files = {
+        name: edit(text) if name == f"{kernel}.cu" or name.endswith(".cuh") else text for name, text in jit.texts_of(jit.SOURCES).items()
+    }
     files |= {name: (SOFTWARE_GPU / name).read_text("utf-8") for name in ("ptx.cuh", "ptx_sm90.cuh")}
     return ctypes.CDLL(str(kernel_library(files, defines, folder)))
 

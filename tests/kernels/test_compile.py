@@ -19,7 +19,7 @@ from tests.kernels.machine_code import MachineCode, disassemble
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")
 
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a")  # as launch.architecture_of names them
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a")  # as functions.architecture_of names them
 RESERVED_BYTES = 1024  # of shared memory, by the system, in every CTA since sm_80
 WORD_BYTES = 16  # what a lane fetches, copies and loads at once
 

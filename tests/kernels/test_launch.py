@@ -15,7 +15,8 @@ import torch
 from marlinctl.kernels import jit, tensor_maps
 from marlinctl.kernels import launch as launcher
 from marlinctl.kernels.configurations import DENSE, DENSE_SM90, SPARSE, Grid
-from marlinctl.kernels.launch import CHUNK_COUNTERS, FEWEST_COUNTERS, Counters, architecture_of, launch, load
+from marlinctl.kernels.functions import architecture_of
+from marlinctl.kernels.launch import CHUNK_COUNTERS, FEWEST_COUNTERS, Counters, launch, load
 from tests.kernels.software_driver import SoftwareDriver, Status, install, software_kernel
 from tests.kernels.software_kernel import aligned, random_packed
 

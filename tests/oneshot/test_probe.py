@@ -116,7 +116,7 @@ def test_plan_probes_when_it_is_asked_to(tiny: Path, text: Path) -> None:
     """--probe without effect would leave the guess, and a probe that nobody asked for would import torch."""
     assert plan(tiny, recipe(text))["probe"] == []
     chosen = recipe(text, "sparse-int4", distill__tokens=1000, distill__data=str(text))
-    document = plan(tiny, chosen, probe=probe.probe_on("cpu", None))
+    document = plan(tiny, chosen, probe=probe.probe_on("cpu", None, Console()))
     assert [entry["name"] for entry in document["probe"]] == ["prune", "quantize"]
     assert "this machine" in document["time"]["basis"] and "factor of two" not in document["time"]["basis"]
 

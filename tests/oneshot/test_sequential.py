@@ -13,7 +13,7 @@ from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.data.tokens import Tokens
 from marlinctl.models.architectures import FAMILIES, Architecture, Branch, Experts, architecture
 from marlinctl.models.meta_model import build as build_skeleton
-from marlinctl.oneshot.reference_stream import Original
+from marlinctl.oneshot.reference_stream import Original, mean_energy
 from marlinctl.oneshot.sequential import SequentialPipeline
 from marlinctl.quantize.types import Hessian
 from marlinctl.system.offload import Scratch
@@ -162,6 +162,7 @@ def test_a_token_that_overflows_takes_no_other_along(tmp_path: Path) -> None:
     original = Original(torch.zeros(1, 4, 8), lambda name: torch.empty(0), Scratch(tmp_path, cpu), cpu)
     branch = Branch("mlp", ("up",), "down", False)
     original.energy["mlp"] = torch.tensor([[1.0, 4.0, torch.inf, torch.nan]])
+    original.mean["mlp"] = mean_energy(original.energy["mlp"])
     scale = original.token_scale(branch, slice(0, 1)).reshape(-1)
     assert scale[:2].tolist() == pytest.approx([2.5**0.5, (2.5 / 4) ** 0.5])
     assert not torch.isfinite(scale[3]) and scale[2] == 0

@@ -14,13 +14,13 @@ def start(k: int = 160, rows: int = 12, group: int = 32) -> tuple[torch.Tensor, 
     matrix = hessian(k, seed=8)
     weight = torch.randn(k, rows, generator=generator) * 0.05
     scales = weight.abs().reshape(k // group, group, rows).amax(1) / 7.5
-    group_of = [i // group for i in torch.randperm(k, generator=generator).tolist()]
+    group_of = torch.randperm(k, generator=generator) // group
     codes, _ = sweep(weight, weight, factor(matrix, 0.01).feedback, scales, group_of)
     return weight, codes, scales, matrix, group_of
 
 
-def error(weight: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, matrix: torch.Tensor, group_of: list[int]) -> torch.Tensor:
-    return layer_error((weight - codes * scales[torch.tensor(group_of)]).double(), matrix.double())
+def error(weight: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, matrix: torch.Tensor, group_of: torch.Tensor) -> torch.Tensor:
+    return layer_error((weight - codes * scales[group_of]).double(), matrix.double())
 
 
 def test_descent_never_raises_the_error() -> None:
@@ -53,7 +53,7 @@ def test_refit_is_least_squares() -> None:
     root = torch.linalg.cholesky(matrix.double()).T  # H = rootᵀ root
     fitted = refit_scales(weight, codes, scales, matrix, group_of, positive=False, bfloat16_exact=False)
     for row in range(weight.shape[1]):
-        columns = [root @ (codes[:, row].double() * (torch.tensor(group_of) == g)) for g in range(scales.shape[0])]
+        columns = [root @ (codes[:, row].double() * (group_of == g)) for g in range(scales.shape[0])]
         expected = torch.linalg.lstsq(torch.stack(columns, 1), (root @ weight[:, row].double()).unsqueeze(1)).solution.squeeze(1)
         assert torch.allclose(fitted[:, row].double(), expected, rtol=2e-3), row
 
@@ -71,6 +71,6 @@ def test_refit_never_raises_the_error() -> None:
 def test_a_group_of_zero_codes_keeps_a_usable_scale() -> None:
     """If a group whose codes are all zero made the system singular, its row would get NaN scales."""
     weight, codes, scales, matrix, group_of = start()
-    codes[torch.tensor(group_of) == 2] = 0.0
+    codes[group_of == 2] = 0.0
     fitted = refit_scales(weight, codes, scales, matrix, group_of, positive=False, bfloat16_exact=False)
     assert torch.isfinite(fitted).all() and (fitted != 0).all()

@@ -19,7 +19,7 @@ def hessian(k: int, seed: int, tokens: int | None = None) -> Tensor:
     return (x.T @ x / x.shape[0]).float()
 
 
-def paper_gptq(weight: Tensor, matrix: Tensor, damping: float, scales: Tensor, group_of: list[int]) -> Tensor:
+def paper_gptq(weight: Tensor, matrix: Tensor, damping: float, scales: Tensor, group_of: torch.Tensor) -> Tensor:
     """arXiv 2210.17323, algorithm 1, with the upper Cholesky factor of the inverse Hessian. weight [R, K] -> codes [R, K], all float64."""
     w, h = weight.double().clone(), matrix.double().clone()
     h.diagonal().add_(damping * h.diagonal().mean())
@@ -40,7 +40,7 @@ def test_one_factorisation_gives_the_codes_of_the_paper(k: int) -> None:
     matrix = hessian(k, seed=k)
     weight = torch.randn(rows, k, generator=torch.Generator().manual_seed(1)) * 0.05
     groups = max(1, k // 16)
-    group_of = [min(i // 16, groups - 1) for i in range(k)]
+    group_of = torch.tensor([min(i // 16, groups - 1) for i in range(k)])
     scales = torch.rand(groups, rows, generator=torch.Generator().manual_seed(2)) * 0.01 + 0.01
     scales[::2] *= -1.0
     factored = factor(matrix, damping)
@@ -48,7 +48,7 @@ def test_one_factorisation_gives_the_codes_of_the_paper(k: int) -> None:
     expected = paper_gptq(weight, matrix, damping, scales, group_of)
     different = (codes.T.double() != expected).float().mean()
     assert different <= 2e-3, f"{different:.2%} of codes differ"  # a tie broken by the last bit of float32 moves a few codes behind it
-    assert torch.allclose(errors, weight.T - codes * scales[torch.tensor(group_of)], atol=1e-7)
+    assert torch.allclose(errors, weight.T - codes * scales[group_of], atol=1e-7)
 
 
 def test_factor_is_the_hessian() -> None:
@@ -69,7 +69,7 @@ def test_a_kept_mask_prunes_and_the_rest_makes_up_for_it() -> None:
     keep = torch.rand(96, 16, generator=torch.Generator().manual_seed(6)) < 0.5
     scales = torch.full((1, 16), 0.01)
     factored = factor(matrix, 0.01)
-    codes, errors = sweep(weight, weight, factored.feedback, scales, [0] * 96, keep)
+    codes, errors = sweep(weight, weight, factored.feedback, scales, torch.zeros(96, dtype=torch.int64), keep)
     plain = (weight / 0.01).round().clamp(CODE_MIN, CODE_MAX) * keep
     assert not codes[~keep].any()
 
@@ -101,5 +101,5 @@ def test_inputs_that_are_all_zero_fall_back_and_say_so() -> None:
     """If a zero Hessian were factored, the damping would be zero as well and the codes NaN."""
     factored = factor(torch.zeros(32, 32), 0.01)
     assert factored.fallback is not None and "zero" in factored.fallback
-    codes, _ = sweep(torch.ones(32, 4), torch.ones(32, 4), factored.feedback, torch.ones(1, 4), [0] * 32)
+    codes, _ = sweep(torch.ones(32, 4), torch.ones(32, 4), factored.feedback, torch.ones(1, 4), torch.zeros(32, dtype=torch.int64))
     assert torch.equal(codes, torch.ones(32, 4))

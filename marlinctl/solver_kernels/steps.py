@@ -1,0 +1,164 @@
+"""The inner loops of the solver as CUDA kernels, compiled at first use by the JIT of marlinctl/kernels.
+
+    csrc/scales.cu   search_scales                     a thread has a row of a group and all candidates in registers
+    csrc/sweep.cu    sweep, sparsegpt_sweep            128 columns at a time; between them one matrix product, as in the torch version
+    csrc/mask.cu     improve_mask                      the same
+
+torch runs these loops as some thousand launches of small kernels for each linear: 14 s of 19 for two blocks of Llama-3-8B on an H200. The
+results agree but for rounding: the sums are the same, in another order, so a target within rounding of a half may get the neighbouring
+code, and of two scales whose errors are equal to rounding either may be taken.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from marlinctl.kernels.functions import Arguments, Function, architecture_of, enqueue, load_function, require_driver
+from marlinctl.quantize.products import mm, split, split_mm
+from marlinctl.quantize.types import CODE_MAX, CODE_MIN
+from marlinctl.sparsify.masked_ls import MARGIN, mask_of, pair_inverses, pair_of
+from marlinctl.sparsify.steps import PruneSteps
+
+SOURCES = Path(__file__).parent / "csrc"
+THREADS = 128  # rows of a CTA
+COLUMNS = 128  # of a call
+_RUN = 32
+SHARED_BYTES = 4 * (COLUMNS * _RUN + COLUMNS * THREADS)  # of sweep and mask, as columns.cuh says
+
+_GIVEN, _CHOSEN = 1, 2  # MASK of sweep.cu
+
+
+@dataclass(frozen=True, slots=True)
+class SolverKernels:
+    """On one device. The methods are those of quantize.steps and sparsify.steps, with their shapes and dtypes."""
+
+    device: torch.device  # with its index
+    folder: Path  # of the cache
+
+    def steps(self) -> PruneSteps:
+        return PruneSteps(self.search_scales, self.sweep, self.sparsegpt_sweep, self.improve_mask)
+
+    def require(self) -> None:
+        """Compiles and loads what a default recipe needs. Raises what kernels.functions.load_function raises."""
+        self._load("sweep", sweep_defines(True, 0), SHARED_BYTES)
+
+    def search_scales(
+        self,
+        weight: Tensor,
+        importance: Tensor | None,
+        *,
+        group_size: int,
+        both_signs: bool,
+        bfloat16_exact: bool,
+        ratios: tuple[float, ...],
+        margin: float = 0.0,
+    ) -> Tensor:
+        rows, k = weight.shape
+        columns = weight.T.contiguous()  # neighbouring threads read neighbouring rows
+        h = torch.ones(k, device=weight.device) if importance is None else importance.contiguous()
+        given = torch.tensor([*ratios, 1.0 - margin], device=weight.device)
+        found = torch.empty(k // group_size, rows, device=weight.device)
+        function = self._load("scales", scale_defines(len(ratios), both_signs, bfloat16_exact), 0)
+        self._launch(function, len(found), (columns, h, given, found), (rows, group_size))
+        return found.T.contiguous()
+
+    def sweep(
+        self, base: Tensor, anchor: Tensor, feedback: Tensor, scales: Tensor | None, group_of: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self._sweep(base, anchor, feedback, scales, group_of, mask, None)
+
+    def sparsegpt_sweep(
+        self, w: Tensor, pivots: Tensor, feedback: Tensor, scales: Tensor | None, group_of: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        mask = torch.empty(w.shape, dtype=torch.bool, device=w.device)
+        values, _ = self._sweep(w, w, feedback, scales, group_of, mask, pivots)
+        return values, mask
+
+    def _sweep(
+        self, base: Tensor, anchor: Tensor, feedback: Tensor, scales: Tensor | None, group_of: Tensor, mask: Tensor | None,
+        pivots: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        k, rows = base.shape
+        anchor, feedback, group = anchor.contiguous(), feedback.contiguous(), group_of.to(torch.int32)
+        codes, errors = torch.empty_like(anchor), torch.empty_like(anchor)
+        earlier = torch.empty_like(anchor), torch.empty_like(anchor)  # the errors of finished blocks, split for the matrix units
+        nothing = torch.empty(0, device=base.device)
+        s = nothing if scales is None else scales.contiguous()
+        kind = 0 if mask is None else _GIVEN if pivots is None else _CHOSEN
+        function = self._load("sweep", sweep_defines(scales is not None, kind), SHARED_BYTES)
+        for start in range(0, k, COLUMNS):
+            stop = min(start + COLUMNS, k)
+            block = base[:stop]
+            if start:
+                panel = split(feedback[:start, start:stop].T.contiguous())
+                block = split_mm(panel, (earlier[0][:start], earlier[1][:start]), base[start:stop])
+            kept = nothing if mask is None else mask[start:]
+            weighs = nothing if pivots is None else pivots[start:]
+            tensors = (block, anchor[start:], feedback[start:, start:], s, group[start:], kept, weighs, codes[start:], errors[start:])
+            self._launch(function, 1, tensors, (stop - start, rows, k))
+            for part, done in zip(earlier, split(errors[start:stop]), strict=True):
+                part[start:stop] = done
+        return codes, errors
+
+    def improve_mask(self, weight: Tensor, values: Tensor, mask: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        k, rows = weight.shape
+        tables, pairs = pair_inverses(matrix).float(), pair_of(mask).to(torch.uint8)
+        v = values * mask
+        errors = weight - v
+        function = self._load("mask", mask_defines(), SHARED_BYTES)
+        for start in range(0, k, COLUMNS):
+            stop = min(start + COLUMNS, k)
+            pull = mm(matrix[start:stop], errors)
+            tensors = (pull, matrix[start:, start:], tables[start // 4 :], v[start:], errors[start:], pairs[start // 4 :])
+            self._launch(function, 1, tensors, (stop - start, rows, k))
+        return v, mask_of(pairs.long())
+
+    def _load(self, name: str, defines: tuple[str, ...], shared_bytes: int) -> Function:
+        key = (name, defines, self.device.index)
+        with _lock:
+            if key not in _loaded:
+                require_driver()
+                architecture = solver_architecture(self.device)
+                _loaded[key] = load_function(SOURCES, name, defines, architecture, THREADS, shared_bytes, self.device, self.folder)
+            return _loaded[key]
+
+    def _launch(self, function: Function, groups: int, tensors: tuple[Tensor, ...], sizes: tuple[int, ...]) -> None:
+        """For all rows (the last but one of the sizes), on torch's current stream."""
+        rows = sizes[-2]
+        arguments = Arguments(len(tensors), len(sizes) - 1)
+        arguments.pack(*(tensor.data_ptr() for tensor in tensors), *sizes)
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream(self.device).cuda_stream
+            enqueue(function, groups * -(-rows // THREADS), stream, arguments, overlap=False)
+
+
+_loaded: dict[tuple[str, tuple[str, ...], int | None], Function] = {}
+_lock = threading.Lock()
+
+
+def solver_architecture(device: torch.device) -> str:
+    """What the kernels are compiled for on this GPU; ValueError where it is none of jit.COMPILED. They use nothing of one architecture, so
+    newer GPUs than those of the GEMM kernels run them."""
+    newer = {10: "sm_100", 12: "sm_120"}.get(torch.cuda.get_device_capability(device)[0])
+    return newer or architecture_of(device)
+
+
+def scale_defines(ratios: int, both_signs: bool, bfloat16_exact: bool) -> tuple[str, ...]:
+    return (f"RATIOS={ratios}", f"BOTH_SIGNS={int(both_signs)}", f"BFLOAT16_EXACT={int(bfloat16_exact)}", *_GRID)
+
+
+def sweep_defines(rounds: bool, mask: int) -> tuple[str, ...]:
+    """mask: 0 for none, 1 for one that is given, 2 for one that the sweep decides on."""
+    return (f"ROUND={int(rounds)}", f"MASK={mask}", f"SHARED_BYTES={SHARED_BYTES}", *_GRID)
+
+
+def mask_defines() -> tuple[str, ...]:
+    return (f"MARGIN={MARGIN}f", f"SHARED_BYTES={SHARED_BYTES}")
+
+
+_GRID = (f"LOWEST={CODE_MIN}.0f", f"HIGHEST={CODE_MAX}.0f")

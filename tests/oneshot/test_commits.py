@@ -1,0 +1,241 @@
+"""Blocks that are written while the next ones are computed, and blocks that are replayed because their states were not kept."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from marlinctl.cli import main
+from marlinctl.oneshot import commits as committing
+from marlinctl.oneshot.commits import Commits, Pace
+from marlinctl.oneshot.reading import Reader
+from marlinctl.system.phases import Phases
+from tests import zoo
+from tests.jobs.test_kill import published
+from tests.oneshot.test_resume import blocks_solved, stop_in
+from tests.runs import TEXT
+from tests.tiny import make_tiny
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.fixture
+def thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread of a GPU without one."""
+
+    @contextmanager
+    def stream(_: Any) -> Iterator[None]:
+        yield
+
+    event = SimpleNamespace(record=lambda _: None)
+    for name, value in {
+        "Event": lambda: event,
+        "Stream": lambda _: SimpleNamespace(wait_event=lambda _: None),
+        "stream": stream,
+        "current_stream": lambda _: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_blocks_are_written_in_their_order_and_a_few_may_wait(thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, the journal would have holes, or all codes of a model would pile up in the GPU's memory before a slow disk."""
+    monkeypatch.setattr(committing, "_MOST_WAITING", 2)
+    written: list[int] = []
+    gate = threading.Event()
+
+    def write(index: int) -> None:
+        gate.wait()
+        written.append(index)
+
+    with Commits(CUDA) as commits:
+        commits.submit(lambda: write(0))
+        commits.submit(lambda: write(1))
+        assert not commits.idle
+        third = threading.Thread(target=lambda: commits.submit(lambda: write(2)))
+        third.start()
+        third.join(0.2)
+        assert third.is_alive(), "a third block does not wait for the disk"
+        gate.set()
+        third.join()
+        commits.wait()
+        assert commits.idle
+    assert written == [0, 1, 2]
+
+
+@pytest.mark.parametrize("when", ["submit", "wait", "end"])
+def test_nothing_is_written_behind_what_failed(thread: None, when: str) -> None:
+    """If this failed, a full disk would leave a journal in which a block is missing, or go unnoticed."""
+    written: list[int] = []
+    entered = threading.Event()
+
+    def fail() -> None:
+        entered.wait()
+        raise OSError(28, "No space left on device")
+
+    def run() -> None:
+        with Commits(CUDA) as commits:
+            commits.submit(fail)
+            commits.submit(lambda: written.append(1))
+            entered.set()
+            if when == "wait":
+                commits.wait()
+            while when == "submit":
+                commits.submit(lambda: written.append(2))
+
+    with pytest.raises(OSError, match="No space left"):
+        run()
+    assert not written
+
+
+def test_an_error_of_the_pipeline_is_the_one_that_is_told(thread: None) -> None:
+    """What is whole is written before the error leaves; an error of the writing does not hide it."""
+    written: list[int] = []
+
+    def run() -> None:
+        with Commits(CUDA) as commits:
+            commits.submit(lambda: written.append(0))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert written == [0]
+
+
+def test_a_cpu_writes_at_once() -> None:
+    """A thread would take the solver's cores, and kills between two calls would not be those that are tested."""
+    with Commits(CPU) as commits:
+        names: list[str] = []
+        commits.submit(lambda: names.append(threading.current_thread().name))
+        assert names == [threading.main_thread().name] and commits.idle
+
+
+def test_states_take_a_tenth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(committing.time, "monotonic", lambda: now[0])
+    pace = Pace(int(0.5e9))  # a second on a slow disk
+    now[0] = 9.0
+    assert not pace.due
+    now[0] = 11.0
+    assert pace.due
+    with pace.timed():
+        now[0] = 14.0  # it took three
+    now[0] = 43.0
+    assert not pace.due
+    now[0] = 45.0
+    assert pace.due
+
+
+def test_a_phase_inside_of_another_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("marlinctl.system.phases.time.monotonic", lambda: now[0])
+    phases = Phases()
+    with phases("forward"):
+        now[0] = 1.0
+        with phases("solve"):
+            now[0] = 4.0
+        now[0] = 4.5
+    assert phases.seconds() == {"forward": 1.5, "solve": 3.0}
+
+
+def test_tensors_that_are_expected_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, a block's weights would be read twice, or those of an earlier block be taken for another's."""
+    read: list[str] = []
+
+    def slow(name: str) -> str:
+        read.append(name)
+        return f"{name} {len(read)}"
+
+    with Reader(SimpleNamespace(read=slow, rows=None), ahead=True) as reader:  # type: ignore[arg-type]
+        reader.expect(["a", "b"])
+        reader.expect(["b"])
+        assert [reader.read("a"), reader.read("b"), reader.read("a")] == ["a 1", "b 2", "a 3"]
+    assert read == ["a", "b", "a"]
+
+
+# Replays
+
+
+REPLAYED = {  # verb, recipe that is extended, flags
+    "drift correction": ("quantize", "int4", ["--group-size", "32", "--drift-correction", "0.5"]),
+    "experts": ("quantize", "int4", ["--group-size", "32"]),
+    "pruned, 16-bit": ("sparsify", "int4", ["--no-eval"]),
+    "pruned, 4-bit, one linear skipped": (
+        "sparsify",
+        "int4",
+        ["--no-eval", "--bits", "4", "--group-size", "32", "--skip", "model.layers.0.mlp.up_proj"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REPLAYED)
+def test_a_replay_ends_where_the_run_would_have(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, a run that goes on without kept states would solve the rest of the model for other inputs."""
+    if kind == "experts":
+        zoo.build("qwen3_moe", tmp_path / "model")
+    else:
+        make_tiny(tmp_path / "model", num_hidden_layers=3)
+    verb, recipe, more = REPLAYED[kind]
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "mine.yaml").write_text(f"extends: {recipe}\ncalibration: {{minimum_tokens: 32}}\n")
+
+    def asked(out: Path) -> list[str]:
+        words = [
+            verb,
+            str(tmp_path / "model"),
+            str(out),
+            "--recipe",
+            str(tmp_path / "mine.yaml"),
+            "--calibration",
+            str(tmp_path / "text.txt"),
+        ]
+        return [*words, "--samples", "2", "--sequence-length", "32", "--dtype", "float32", "--threads", "1", "-q", *more]
+
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    assert main(asked(tmp_path / "whole" / "out")) == 0
+    last = 1 if kind == "experts" else 2
+    assert stop_in(monkeypatch, last, asked(tmp_path / "stopped" / "out")) == 130
+    shutil.rmtree(tmp_path / "stopped" / "out.job" / "states")
+    assert blocks_solved(monkeypatch, ["resume", str(tmp_path / "stopped" / "out"), "-q"]) == (0, [last])
+    assert published(tmp_path / "stopped") == published(tmp_path / "whole")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keeps", [False, True], ids=["replayed", "kept"])
+@pytest.mark.parametrize("verb", ["quantize", "sparsify"])
+def test_a_stopped_run_on_a_gpu_goes_on_to_the_same_bytes(verb: str, keeps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, a job that was killed on a GPU would publish another model than one that was left alone."""
+    make_tiny(tmp_path / "model", num_hidden_layers=4, dtype=torch.bfloat16)
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "mine.yaml").write_text("extends: int4\ncalibration: {minimum_tokens: 32}\n")
+    monkeypatch.setattr(Pace, "due", keeps)
+    more = ["--drift-correction", "0.5"] if verb == "quantize" else ["--no-eval"]
+
+    def asked(out: Path) -> list[str]:
+        words = [
+            verb,
+            str(tmp_path / "model"),
+            str(out),
+            "--recipe",
+            str(tmp_path / "mine.yaml"),
+            "--calibration",
+            str(tmp_path / "text.txt"),
+        ]
+        return [*words, "--samples", "4", "--sequence-length", "64", "--device", "cuda", "--deterministic", "-q", *more]
+
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    assert main(asked(tmp_path / "whole" / "out")) == 0
+    assert stop_in(monkeypatch, 3, asked(tmp_path / "stopped" / "out")) == 130
+    states = tmp_path / "stopped" / "out.job" / "states"
+    assert (states.is_dir() and any(states.iterdir())) == keeps
+    assert blocks_solved(monkeypatch, ["resume", str(tmp_path / "stopped" / "out"), "-q"]) == (0, [3])
+    assert published(tmp_path / "stopped") == published(tmp_path / "whole")
