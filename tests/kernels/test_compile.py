@@ -195,11 +195,11 @@ def test_serialized_products_would_be_seen(tmp_path: Path, monkeypatch: pytest.M
     """If this failed, the check above could not fail: sums that are read before the wait for them make ptxas wait after every product."""
     broken = tmp_path / "csrc"
     shutil.copytree(jit.SOURCES, broken)
-    source = broken / "marlin_sm90.cu"
+    source = broken / "gemm_sm90.cuh"
     wait = "wgmma_wait<0>();\n                    arrived(group_sums);"
     assert wait in source.read_text("utf-8")
     source.write_text(source.read_text("utf-8").replace(wait, "arrived(group_sums);"), "utf-8")
     monkeypatch.setattr(jit, "SOURCES", broken)
     configuration = DENSE_SM90[0]
-    (code,) = disassemble("marlin_sm90", "sm_90a", [jit.cubin(source.name, configuration.defines(torch.float16), "sm_90a", CUBINS)])
+    (code,) = disassemble("marlin_sm90", "sm_90a", [jit.cubin("marlin_sm90.cu", configuration.defines(torch.float16), "sm_90a", CUBINS)])
     assert code.count(r"WARPGROUP\.ARRIVE") == code.count(r"HGMMA\..*")

@@ -30,12 +30,6 @@
 // multiplied, code * scale rounded once to 16 bits, which is the decoded weight as it is defined. With many tokens a group's sums are
 // dear: as many registers as the sums, an fma for each, and the tensor core stands still until they are done.
 //
-// A STAGE holds K_STEP of k (pipeline_sm90.cuh says who fills it):
-//
-//   activations  [K_STEP/64][TOKENS]            rows of 128 bytes, swizzled
-//   weights      [K_STEP/16][BLOCKS][32 lanes]  16 bytes each, as in memory: every lane reads back the 16 bytes of its own
-//   scales       [rows of groups][64 BLOCKS]    float16; room for groups of 32
-//
 // What lies outside of the matrices: activations become zeros, rows of words and scales are copied once more, and columns keep
 // what was in the stage before. A code is finite whatever the word, and a column that nobody writes may be what it likes.
 //
@@ -49,28 +43,7 @@
 //
 // What bounds it is the GPU's 700 W: docs/log/2026-11-22-power-and-tensor-maps.md.
 #include "write_marlin.cuh"
-#include "cluster_sm90.cuh"
-#include "pipeline_sm90.cuh"
-
-constexpr int K_TILES = K_STEP / 16;                   // rows of qweight in a stage
-constexpr int WARP_TILES = K_TILES / K_WARPS;          // and of them those of one warp
-constexpr int GROUP_TILES = GROUPED ? 1 << GROUP_SHIFT : K_TILES;
-constexpr int BATCH = SCALE_SUMS && GROUP_TILES < STEPS ? GROUP_TILES : STEPS;  // steps of k multiplied at a time, never of two groups
-// Steps of k between a word's load and its decoding. With one, the compiler decodes a word right behind its load, and the latency of shared
-// memory shows where decoding is longest: M=64 374 us with one, 364 with two; up to 32 tokens, and with 2:4, one is as fast or faster.
-constexpr int AHEAD = SCALE_WEIGHTS ? 2 : 1;
-constexpr int GROUP_ROWS = !GROUPED ? 0 : K_TILES > GROUP_TILES ? K_TILES / GROUP_TILES : 1;  // of scales in a stage
-constexpr int WEIGHT_BYTES = K_TILES * BLOCKS * 512;
-constexpr int WEIGHTS_AT = ACTIVATION_BYTES, SCALES_AT = WEIGHTS_AT + WEIGHT_BYTES;
-constexpr int STAGE_BYTES = SCALES_AT + SCALE_BYTES;
-constexpr int SCRATCH_AT = STAGES * STAGE_BYTES, RING_AT = SCRATCH_AT + SCRATCH_BYTES, ARRIVED_AT = RING_AT + RING_BYTES;
-
-static_assert(ARRIVED_AT + 16 == SHARED_BYTES, "the host allots other shared memory than the kernel uses");
-static_assert(STAGE_BYTES % 1024 == 0, "the swizzle is one of address bits");
-static_assert(PART_BYTES <= STAGES * STAGE_BYTES, "a cluster's CTAs show each other their sums where the stages were");
-static_assert(WARP_TILES % 4 == 0, "a warp's part of k begins with a row of 128 bytes");
-static_assert(WARP_TILES % (2 * BATCH) == 0, "a stage begins with the first half of a");
-static_assert(WARP_TILES % GROUP_TILES == 0 || GROUP_TILES % WARP_TILES == 0, "groups and parts of a stage end together");
+#include "gemm_sm90.cuh"
 
 __device__ __forceinline__ void multiply_async(Half, float (&d)[SLABS][4], const unsigned (&a)[4], unsigned long long b, bool keep) {
     wgmma_half(d, a, b, keep);
@@ -78,6 +51,25 @@ __device__ __forceinline__ void multiply_async(Half, float (&d)[SLABS][4], const
 __device__ __forceinline__ void multiply_async(BFloat, float (&d)[SLABS][4], const unsigned (&a)[4], unsigned long long b, bool keep) {
     wgmma_bfloat(d, a, b, keep);
 }
+
+struct DenseWeights {
+    static constexpr int TILE_K = 16, META_BYTES = 0;
+    // With one, the compiler decodes a word right behind its load, and the latency of shared memory shows where decoding is longest: M=64
+    // 374 us with one, 364 with two; up to 32 tokens, and with 2:4, one is as fast or faster.
+    static constexpr int AHEAD = SCALE_WEIGHTS ? 2 : 1;
+
+    struct Metadata {
+        __device__ __forceinline__ Metadata(const unsigned&, const unsigned&, const Self&) {}
+        __device__ __forceinline__ void load(int) {}
+    };
+
+    static __device__ __forceinline__ void multiply(
+        Sums& sums, const unsigned (&fragments)[WORDS][4], unsigned long long b, const Metadata&, int, bool keep
+    ) {
+#pragma unroll
+        for (int word = 0; word < WORDS; ++word) multiply_async(NUMBER(), sums[word], fragments[word], b, keep);
+    }
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) marlin_sm90(
     const __grid_constant__ TensorMap activations,  // [M, K] 16-bit, in boxes of TOKENS x 64
@@ -91,136 +83,5 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) marli
     int whole,                             // tiles that each CTA computes alone (stripes.cuh)
     int                                    // group_shift, which is GROUP_SHIFT here
 ) {
-    extern __shared__ __align__(1024) uint4 shared[];
-    char* const stages = reinterpret_cast<char*>(shared);
-    const unsigned shared_base = shared_address(shared);
-    const Ring ring{shared_base + RING_AT};
-    if (threadIdx.x == 0) ring.init();
-    __syncthreads();
-
-    // For each role anew: what is computed before they part is kept in memory.
-    auto blocks_of_n = [&] { return (n + 63) / 64; };
-    auto tiles_of_k = [&] { return (k + 63) / 64 * 4; };
-    auto make_stripes = [&] {
-        return Stripes((blocks_of_n() + BLOCKS - 1) / BLOCKS, (m + TOKENS - 1) / TOKENS, (tiles_of_k() + K_TILES - 1) / K_TILES, whole);
-    };
-
-    if (threadIdx.x >= THREADS) {
-        give_registers<COPY_REGISTERS>();
-        const Stripes stripes = make_stripes();
-        const unsigned thread = thread_index() - THREADS, warp = thread / 32, lane = thread % 32;
-        if (warp == 0) {
-            const unsigned n_blocks = blocks_of_n(), k_tiles = tiles_of_k();
-            const unsigned groups = GROUPED ? (k_tiles + GROUP_TILES - 1) / GROUP_TILES : 1;
-            fill(stripes, ring, [&](const Cursor& at, int stage) {
-                const unsigned first_block = at.slice * BLOCKS, blocks = min(static_cast<unsigned>(BLOCKS), n_blocks - first_block);
-                const unsigned to = shared_base + stage * STAGE_BYTES, full = ring.full(stage);
-                if (lane == 0) barrier_arrive_expecting(full, blocks * (K_TILES * 512 + GROUP_ROWS * 128));
-                __syncwarp();
-                copy_rows<K_TILES, 512>(to + WEIGHTS_AT, qweight, at.step * K_TILES, k_tiles, n_blocks, first_block, blocks, full, lane);
-                const unsigned first_group = at.step * K_TILES / GROUP_TILES;
-                copy_rows<GROUP_ROWS, 128>(to + SCALES_AT, scales, first_group, groups, n_blocks, first_block, blocks, full, lane);
-            });
-        } else if (warp == 1) {
-            if (lane == 0) prefetch_map(activations);
-            wait_for_previous_kernel();
-            fill(stripes, ring, [&](const Cursor& at, int stage) {
-                if (lane == 0) copy_activations(activations, at, shared_base + stage * STAGE_BYTES, ring.full(stage));
-                __syncwarp();
-            });
-        } else {
-            let_next_kernel_start();
-        }
-    } else {
-        take_registers<MULTIPLY_REGISTERS>();
-        const Self self;
-        Sums sums;        // scaled
-        Sums group_sums;  // of the group under way: sums of code times activation
-
-        // The warp's part of one stage.
-        auto multiply = [&](int stage_index, Held& before) {
-            const char* stage = stages + stage_index * STAGE_BYTES;
-            const unsigned first_tile = warp_uniform(self.k_warp) * WARP_TILES;
-            const unsigned long long b = describe_rows(shared_base + stage_index * STAGE_BYTES + first_tile / 4 * (TOKENS * 128));
-            const char* words_at = stage + WEIGHTS_AT + ((first_tile * BLOCKS + self.block) * 32 + self.lane) * 16 + self.first_word * 4;
-            unsigned words[AHEAD + 1][4], a[2 * BATCH][WORDS][4];
-            NUMBER::Scale lower[WORDS], upper[WORDS];
-#pragma unroll
-            for (int i = 0; i < AHEAD; ++i) load_words(words[i], words_at + i * (BLOCKS * 512));
-#pragma unroll
-            for (int first = 0; first < WARP_TILES; first += BATCH) {
-                const bool begins = first % GROUP_TILES == 0;
-                const bool ends = (first + BATCH) % GROUP_TILES == 0 || first + BATCH == WARP_TILES;
-                const char* const row_of_scales = stage + SCALES_AT + (first_tile + first) / GROUP_TILES * (COLUMNS * 2);
-#pragma unroll
-                for (int i = first; i < first + BATCH; ++i) {
-                    if (i + AHEAD < WARP_TILES) load_words(words[(i + AHEAD) % (AHEAD + 1)], words_at + (i + AHEAD) * (BLOCKS * 512));
-                    if (GROUPED && !SCALE_SUMS && i % GROUP_TILES == 0) {
-                        load_scales<NUMBER>(lower, upper, stage + SCALES_AT + (first_tile + i) / GROUP_TILES * (COLUMNS * 2), self);
-                    }
-#pragma unroll
-                    for (int word = 0; word < WORDS; ++word) {
-                        unsigned(&fragment)[4] = a[i % (2 * BATCH)][word];
-                        dequantize<NUMBER>(fragment, words[i % (AHEAD + 1)][word]);
-                        if (GROUPED && !SCALE_SUMS) scale_fragment<NUMBER>(fragment, lower[word], upper[word]);
-                    }
-                }
-                wgmma_fence();
-#pragma unroll
-                for (int i = first; i < first + BATCH; ++i) {
-                    const unsigned long long step = b + (i / 4 * (TOKENS * 128) + i % 4 * 32) / 16;
-                    const bool keep = !SCALE_SUMS || !begins || i > first;
-                    Sums& into = SCALE_SUMS ? group_sums : sums;
-                    const unsigned(&fragments)[WORDS][4] = a[i % (2 * BATCH)];
-#pragma unroll
-                    for (int word = 0; word < WORDS; ++word) multiply_async(NUMBER(), into[word], fragments[word], step, keep);
-                }
-                wgmma_commit();
-                if (SCALE_SUMS && ends) {
-                    wgmma_wait<0>();
-                    arrived(group_sums);
-                    close_group(sums, group_sums, row_of_scales, self);
-                } else {
-                    wgmma_wait<1>();  // the batch before: its half of a may be filled again
-                }
-                if (!SCALE_SUMS && first == 0) before.release();
-            }
-        };
-
-        // The end of an output tile, or of this CTA's part of one.
-        const Output output{scales, bias, out, m, n, GROUPED};
-        bool first = true;
-        auto finish = [&](const Stripes& stripes, int unit) {
-            if (!SCALE_SUMS) arrived(sums);
-            if (first) wait_for_previous_kernel();  // the workspace is its until then
-            first = false;
-            const int tile = unit / stripes.steps;
-            const Sharers ctas = stripes.sharers(tile);
-            const Shared part_of{partials, counters + tile, ctas.first, ctas.last};
-            int* const count = reinterpret_cast<int*>(stages + ARRIVED_AT);
-            auto end = [&](OwnSums& own) {
-                if (cluster_size() > 1) {
-                    complete_in_cluster(own, reinterpret_cast<float4*>(stages), self, [&](const Piece& piece, int slab, const Self& owner) {
-                        write_result(piece, output, stripes.at(unit), slab, owner);
-                    });
-                    return;
-                }
-                complete(own, part_of, count, self, [&](const OwnSums& total, int first_slab) {
-                    write_result(total, output, stripes.at(unit), first_slab, self);
-                });
-            };
-            if constexpr (K_WARPS == 1) {
-                end(reinterpret_cast<OwnSums&>(sums));  // the same type, and in place: 128 of them leave no room for a copy
-            } else {
-                OwnSums own;
-                reduce_in_cta(own, sums, reinterpret_cast<float4*>(stages + SCRATCH_AT), self);
-                end(own);
-            }
-            zero(sums);
-        };
-
-        zero(sums);
-        zero(group_sums);
-        drain(make_stripes, ring, self, multiply, finish);
-    }
+    gemm_sm90<DenseWeights, Output>(activations, qweight, nullptr, scales, bias, out, partials, counters, m, n, k, whole);
 }

@@ -28,14 +28,7 @@
 // 4 steps of two.
 //
 // What a CTA and its warps hold, how groups are scaled and how parts of a sum come together: tile.cuh. How the grid shares the
-// work, and the main loop: stripes.cuh.
-//
-// A STAGE holds K_STEP of k:
-//
-//   weights      [K_STEP/32][BLOCKS][32 lanes]  16 bytes each, as in memory: every lane reads back the 16 bytes of its own
-//   metadata     [K_STEP/32][BLOCKS][2][8]      16 bytes each, as in memory: the 8 rows of a matrix lie in different banks
-//   activations  [TOKENS][K_STEP/8]             16 bytes each, swizzled (tile.cuh)
-//   scales       [K_STEP/32][64 BLOCKS]         float16, the rows of the groups that the stage touches
+// work, and the main loop: stripes.cuh. What a stage holds, and all else that dense and 2:4 kernels share: gemm_sm80.cuh.
 //
 // LIMITS.  N and K multiples of 8 (rows of 16 bytes), everything aligned to 16 bytes; 2^31 units. K_STEP is a multiple of 128,
 // so that a group never reaches over the end of a stage.
@@ -48,100 +41,30 @@
 //
 // On sm_80, 86 and 89 nothing was timed. docs/log/2026-11-21-sparse-kernel.md has more, kernels/README.md what has changed since.
 #include "write_sparse_marlin.cuh"
+#include "gemm_sm80.cuh"
 
-constexpr int K_TILES = K_STEP / 32;                   // rows of qweight and meta in a stage
-constexpr int WARP_TILES = K_TILES / K_WARPS;          // and of them those of one warp
-constexpr int META_TILES = 2 * SPLIT;                  // of which one ldmatrix brings a warp's metadata
-constexpr int WEIGHT_BYTES = K_TILES * BLOCKS * 512;
-constexpr int META_BYTES = K_TILES * BLOCKS * 256;
-constexpr int STAGE_BYTES = WEIGHT_BYTES + META_BYTES + ACTIVATION_BYTES + SCALE_BYTES;
+struct SparseWeights {
+    static constexpr int TILE_K = 32, META_BYTES = 256;
+    static constexpr bool GROUPS_END_IN_STAGES = true;
+    static constexpr int META_TILES = 2 * SPLIT;  // of which one ldmatrix brings a warp's metadata
 
-static_assert(STAGES * STAGE_BYTES + SCRATCH_BYTES + 16 == SHARED_BYTES, "the host allots other shared memory than the kernel uses");
-static_assert(K_STEP % 128 == 0, "a group never reaches over the end of a stage");
-static_assert(WARP_TILES % META_TILES == 0, "a warp takes as much of k at a time as one ldmatrix brings metadata for");
-static_assert(THREADS % (BLOCKS * 32) == 0 && META_BYTES % (THREADS * 16) == 0,
-              "a thread copies one column of weights, one column of metadata, and as many rows as every other thread");
-
-extern "C" __global__ void __launch_bounds__(THREADS, CTAS) sparse_marlin_sm80(
-    const char* __restrict__ activations,  // [M, K] 16-bit
-    const uint4* __restrict__ qweight,     // [K'/32, N'/64, 32 lanes] of four words
-    const uint4* __restrict__ meta,        // [K'/32, N'/64, 2 matrices, 8 rows] of eight int16
-    const char* __restrict__ scales,       // [G', N'] float16
-    const unsigned short* __restrict__ bias,  // [N] as activations, or null
-    unsigned short* __restrict__ out,      // [M, N]
-    float4* __restrict__ partials,         // [2 CTAs][OWN][SLABS][THREADS], of a tile's CTAs
-    int* __restrict__ counters,            // [tiles of n][tiles of m], zero before and after
-    unsigned m, unsigned n, unsigned k,    // true sizes
-    int whole,                             // tiles that each CTA computes alone (stripes.cuh)
-    int group_shift                        // log2(group_size / 16), or -1: channel-wise
-) {
-    extern __shared__ uint4 shared[];
-    const unsigned shared_base = shared_address(shared);
-    float4* const scratch = reinterpret_cast<float4*>(reinterpret_cast<char*>(shared) + STAGES * STAGE_BYTES);
-    int* const arrived = reinterpret_cast<int*>(reinterpret_cast<char*>(shared) + STAGES * STAGE_BYTES + SCRATCH_BYTES);
-
-    const Self self;
-    const unsigned lane = self.lane;
-
-    const unsigned n_blocks = (n + 63) / 64, k_tiles = (k + 63) / 64 * 2;
-    const bool grouped = group_shift >= 0;
-    const int tile_shift = group_shift - 1;  // log2 of the tiles, 32 of k each, in a group
-    const int group_mask = grouped ? (1 << tile_shift) - 1 : -1;  // -1: no tile ends a group
-    const unsigned groups = grouped ? (k_tiles + group_mask) >> tile_shift : 1;
-
-    const Stripes stripes((n_blocks + BLOCKS - 1) / BLOCKS, (m + TOKENS - 1) / TOKENS, (k_tiles + K_TILES - 1) / K_TILES, whole);
-
-    // What this thread copies of a stage's weights and metadata: every COPY_TILES-th or META_ROWS-th row from its own on.
-    constexpr int COPY_TILES = THREADS / (BLOCKS * 32), META_ROWS = THREADS / (BLOCKS * 16);
-    const unsigned copy_tile = self.thread / (BLOCKS * 32), copy_column = self.thread % (BLOCKS * 32);
-    const unsigned meta_tile = self.thread / (BLOCKS * 16), meta_column = self.thread % (BLOCKS * 16);
-    const unsigned weights_to = shared_base + self.thread * 16, meta_to = weights_to + WEIGHT_BYTES;
-    const size_t tile_row = static_cast<size_t>(n_blocks) * 32, meta_row = static_cast<size_t>(n_blocks) * 16;  // uint4 in a row
-    const ActivationCopies copy_activations(self, activations, m, k, shared_base + WEIGHT_BYTES + META_BYTES);
-    const ScaleCopies copy_scales(self, scales, groups, n_blocks * 64, shared_base + WEIGHT_BYTES + META_BYTES + ACTIVATION_BYTES);
-
-    // Weights, metadata and scales of one unit on their way into a stage. What lies outside of the matrices becomes zeros: sums of
-    // zeros. Zeros are no metadata, though (two survivors in one place are undefined): there, any other is as good as any, the first, say.
-    auto fetch_weights = [&](const Cursor& at, int stage) {
-        const unsigned offset = stage * STAGE_BYTES, first_tile = at.step * K_TILES;
-        const unsigned tile = first_tile + copy_tile, column = at.slice * (BLOCKS * 32) + copy_column;
-        const uint4* weights = qweight + (tile * tile_row + column);
-        const bool column_inside = column < n_blocks * 32;
-#pragma unroll
-        for (int i = 0; i < K_TILES / COPY_TILES; ++i) {
-            const bool inside = column_inside && tile + i * COPY_TILES < k_tiles;
-            copy_async(weights_to + offset + i * (THREADS * 16), weights + i * COPY_TILES * tile_row, inside);
-        }
-        const unsigned places_tile = first_tile + meta_tile, places_column = at.slice * (BLOCKS * 16) + meta_column;
-        const uint4* places = meta + (places_tile * meta_row + places_column);
-        const bool places_inside = places_column < n_blocks * 16;
-#pragma unroll
-        for (int i = 0; i < K_TILES / META_ROWS; ++i) {
-            const bool inside = places_inside && places_tile + i * META_ROWS < k_tiles;
-            copy_async(meta_to + offset + i * (THREADS * 16), inside ? places + i * META_ROWS * meta_row : meta, true);
-        }
-        if (grouped) copy_scales(at, offset, first_tile >> tile_shift, (first_tile + K_TILES - 1) >> tile_shift);
-    };
-
-    auto fetch_activations = [&](const Cursor& at, int stage) { copy_activations(at, stage * STAGE_BYTES); };
-    auto first_activations = [&] { copy_activations.first_stages<STAGE_BYTES>(stripes); };
-
-    const Output output{scales, bias, out, m, n, grouped};
-    Sums sums;        // scaled
-    Sums group_sums;  // of the group under way: sums of code times activation
-
-    // The warp's part of one stage.
-    auto multiply = [&](int stage_index, int step) {
-        const char* stage = reinterpret_cast<const char*>(shared) + stage_index * STAGE_BYTES;
-        const unsigned meta_at = shared_base + stage_index * STAGE_BYTES + WEIGHT_BYTES, activations_at = meta_at + META_BYTES;
-        const int first_tile = step * K_TILES;
+    template <class Close>
+    static __device__ __forceinline__ void multiply(
+        Sums& group_sums, const char* shared, const unsigned& shared_base, int stage_index, int step, const Self& self, const Groups& groups,
+        const Close& close
+    ) {
+        using S = Stage<SparseWeights>;
+        const unsigned lane = self.lane;
+        const char* stage = shared + stage_index * S::BYTES;
+        const unsigned meta_at = shared_base + stage_index * S::BYTES + S::META_AT, activations_at = meta_at + S::META_BYTES;
+        const int first_tile = step * S::K_TILES;
         const unsigned matrix = lane / 8;  // that this lane names for ldmatrix: of metadata a half of a tile, of activations 8 of k
         const unsigned its_tile = SPLIT == 1 ? matrix / 2 : matrix, its_half = SPLIT == 1 ? matrix % 2 : self.first_word / 2;
         const unsigned row = lane % 8, chunk = matrix ^ row;  // its token, and its 8 of k, swizzled, in the first tile
         unsigned e[4];
 #pragma unroll
-        for (int i = 0; i < WARP_TILES; ++i) {
-            const unsigned tile = self.k_warp * WARP_TILES + i;
+        for (int i = 0; i < S::WARP_TILES; ++i) {
+            const unsigned tile = self.k_warp * S::WARP_TILES + i;
             if (i % META_TILES == 0) {
                 load_matrices(e, meta_at + ((tile + its_tile) * BLOCKS + self.block) * 256 + its_half * 128 + row * 16);
             }
@@ -161,32 +84,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS) sparse_marlin_sm80(
                 }
             }
             // Where warps share k, a warp's next tiles are not those that follow: it closes its part of the group.
-            const bool leaves = K_WARPS > 1 && i == WARP_TILES - 1;
+            const bool leaves = K_WARPS > 1 && i == S::WARP_TILES - 1;
             const int k_tile = first_tile + tile;
-            if (((k_tile + 1) & group_mask) == 0 || (leaves && grouped)) {
-                const unsigned group = (k_tile >> tile_shift) - (first_tile >> tile_shift);
-                close_group(sums, group_sums, stage + WEIGHT_BYTES + META_BYTES + ACTIVATION_BYTES + group * COLUMNS * 2, self);
+            if (((k_tile + 1) & groups.mask) == 0 || (leaves && groups.grouped)) {
+                close(stage, first_tile, k_tile);
             }
         }
-    };
+    }
+};
 
-    // The end of an output tile, or of this CTA's part of one.
-    auto finish = [&](int unit, int, int) {
-        close_channels(sums, group_sums, grouped);
-        Sums parts;
-        sort_for_exchange(parts, sums);
-        OwnSums own;
-        reduce_in_cta(own, parts, scratch, self);
-        const int tile = unit / stripes.steps;
-        const Sharers ctas = stripes.sharers(tile);
-        const Shared part_of{partials, counters + tile, ctas.first, ctas.last};
-        complete(own, part_of, arrived, self, [&](const OwnSums& total, int first_slab) {
-            write_result(total, output, stripes.at(unit), first_slab, self);
-        });
-        zero(sums);
-    };
+static_assert(K_STEP % 128 == 0, "a group never reaches over the end of a stage");
+static_assert(Stage<SparseWeights>::WARP_TILES % SparseWeights::META_TILES == 0,
+              "a warp takes as much of k at a time as one ldmatrix brings metadata for");
 
-    zero(sums);
-    zero(group_sums);
-    walk(stripes, fetch_weights, fetch_activations, first_activations, multiply, finish);
+extern "C" __global__ void __launch_bounds__(THREADS, CTAS) sparse_marlin_sm80(
+    const char* __restrict__ activations,  // [M, K] 16-bit
+    const uint4* __restrict__ qweight,     // [K'/32, N'/64, 32 lanes] of four words
+    const uint4* __restrict__ meta,        // [K'/32, N'/64, 2 matrices, 8 rows] of eight int16
+    const char* __restrict__ scales,       // [G', N'] float16
+    const unsigned short* __restrict__ bias,  // [N] as activations, or null
+    unsigned short* __restrict__ out,      // [M, N]
+    float4* __restrict__ partials,         // [2 CTAs][OWN][SLABS][THREADS], of a tile's CTAs
+    int* __restrict__ counters,            // [tiles of n][tiles of m], zero before and after
+    unsigned m, unsigned n, unsigned k,    // true sizes
+    int whole,                             // tiles that each CTA computes alone (stripes.cuh)
+    int group_shift                        // log2(group_size / 16), or -1: channel-wise
+) {
+    gemm_sm80<SparseWeights, Output>(
+        activations, qweight, meta, scales, bias, out, partials, counters, m, n, k, whole, group_shift
+    );
 }

@@ -11,6 +11,16 @@ struct Output {
     bool grouped;
 };
 
+// Warps that share k exchange the sums of one word as one part: as they lie.
+__device__ __forceinline__ void sort_for_exchange(Sums& parts, const Sums& sums) {
+#pragma unroll
+    for (int word = 0; word < WORDS; ++word)
+#pragma unroll
+        for (int slab = 0; slab < SLABS; ++slab)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) parts[word][slab][i] = sums[word][slab][i];
+}
+
 // Slabs of the tile from `first_slab` on, WRITTEN of the sums of all, or the only one that `own` holds: channel-wise scales, bias,
 // rounding; movmatrix turns 8 (n) x 8 (m) around, so that a lane holds neighbours in n.
 template <int held>

@@ -1,0 +1,189 @@
+// What the dense and the 2:4 GEMM for Hopper have in common: all but where metadata comes in. marlin_sm90.cu explains it. The rest is a policy,
+// Weights:
+//
+//   TILE_K                k of a row of words, and of one product of the tensor core
+//   META_BYTES            of metadata, for a row of words of 64 columns; 0: none
+//   AHEAD                 steps of k between a word's load and its decoding
+//   Metadata              a lane's metadata of a stage; load(i) loads what steps i .. of the warp need, where it is not there
+//   multiply(...)         the products of one step
+//
+// Output says where results go; write_result and sort_for_exchange are its functions (write_marlin.cuh, write_sparse_marlin.cuh).
+#pragma once
+#include "cluster_sm90.cuh"
+#include "pipeline_sm90.cuh"
+
+// A stage holds K_STEP of k (pipeline_sm90.cuh says who fills it):
+//
+//   activations  [K_STEP/64][TOKENS]                rows of 128 bytes, swizzled
+//   weights      [K_STEP/TILE_K][BLOCKS][32 lanes]  16 bytes each, as in memory: every lane reads back the 16 bytes of its own
+//   metadata     [K_STEP/TILE_K][BLOCKS][2][8]      16 bytes each, as in memory: the 8 rows of a matrix lie in different banks
+//   scales       [rows of groups][64 BLOCKS]        float16; room for groups of 32
+template <class Weights>
+struct Stage {
+    static constexpr int K_TILES = K_STEP / Weights::TILE_K;  // rows of words
+    static constexpr int WARP_TILES = K_TILES / K_WARPS;      // and of them those of one warp
+    static constexpr int ROW_TILES = 64 / Weights::TILE_K;    // in 128 bytes of activations
+    static constexpr int GROUP_TILES = GROUPED ? (16 << (GROUPED ? GROUP_SHIFT : 0)) / Weights::TILE_K : K_TILES;
+    static constexpr int BATCH = SCALE_SUMS && GROUP_TILES < STEPS ? GROUP_TILES : STEPS;  // steps multiplied at a time, never of two groups
+    static constexpr int GROUP_ROWS = !GROUPED ? 0 : K_TILES > GROUP_TILES ? K_TILES / GROUP_TILES : 1;  // of scales
+    static constexpr int WEIGHTS_AT = ACTIVATION_BYTES, META_AT = WEIGHTS_AT + K_TILES * BLOCKS * 512;
+    static constexpr int SCALES_AT = META_AT + K_TILES * BLOCKS * Weights::META_BYTES, BYTES = SCALES_AT + SCALE_BYTES;
+    static constexpr int SCRATCH_AT = STAGES * BYTES, RING_AT = SCRATCH_AT + SCRATCH_BYTES, ARRIVED_AT = RING_AT + RING_BYTES;
+
+    static_assert(ARRIVED_AT + 16 == SHARED_BYTES, "the host allots other shared memory than the kernel uses");
+    static_assert(BYTES % 1024 == 0, "the swizzle is one of address bits");
+    static_assert(PART_BYTES <= STAGES * BYTES, "a cluster's CTAs show each other their sums where the stages were");
+    static_assert(WARP_TILES % ROW_TILES == 0, "a warp's part of k begins with a row of 128 bytes");
+    static_assert(WARP_TILES % (2 * BATCH) == 0, "a stage begins with the first half of a");
+    static_assert(WARP_TILES % GROUP_TILES == 0 || GROUP_TILES % WARP_TILES == 0, "groups and parts of a stage end together");
+};
+
+template <class Weights, class Output, class Number>
+__device__ __forceinline__ void gemm_sm90(
+    const TensorMap& activations, const char* qweight, const char* meta, const char* scales, const unsigned short* bias, Number* out,
+    float4* partials, int* counters, unsigned m, unsigned n, unsigned k, int whole
+) {
+    using S = Stage<Weights>;
+    constexpr int K_TILES = S::K_TILES, WARP_TILES = S::WARP_TILES, GROUP_TILES = S::GROUP_TILES, GROUP_ROWS = S::GROUP_ROWS;
+    constexpr int BATCH = S::BATCH, AHEAD = Weights::AHEAD, ROW_TILES = S::ROW_TILES;
+    extern __shared__ __align__(1024) uint4 shared[];
+    char* const stages = reinterpret_cast<char*>(shared);
+    const unsigned shared_base = shared_address(shared);
+    const Ring ring{shared_base + S::RING_AT};
+    if (threadIdx.x == 0) ring.init();
+    __syncthreads();
+
+    // For each role anew: what is computed before they part is kept in memory.
+    auto blocks_of_n = [&] { return (n + 63) / 64; };
+    auto tiles_of_k = [&] { return (k + 63) / 64 * (64 / Weights::TILE_K); };
+    auto make_stripes = [&] {
+        return Stripes((blocks_of_n() + BLOCKS - 1) / BLOCKS, (m + TOKENS - 1) / TOKENS, (tiles_of_k() + K_TILES - 1) / K_TILES, whole);
+    };
+
+    if (threadIdx.x >= THREADS) {
+        give_registers<COPY_REGISTERS>();
+        const Stripes stripes = make_stripes();
+        const unsigned thread = thread_index() - THREADS, warp = thread / 32, lane = thread % 32;
+        if (warp == 0) {
+            const unsigned n_blocks = blocks_of_n(), k_tiles = tiles_of_k();
+            const unsigned groups = GROUPED ? (k_tiles + GROUP_TILES - 1) / GROUP_TILES : 1;
+            fill(stripes, ring, [&](const Cursor& at, int stage) {
+                const unsigned first_block = at.slice * BLOCKS, blocks = min(static_cast<unsigned>(BLOCKS), n_blocks - first_block);
+                const unsigned to = shared_base + stage * S::BYTES, full = ring.full(stage);
+                if (lane == 0) barrier_arrive_expecting(full, blocks * (K_TILES * (512 + Weights::META_BYTES) + GROUP_ROWS * 128));
+                __syncwarp();
+                copy_rows<K_TILES, 512>(to + S::WEIGHTS_AT, qweight, at.step * K_TILES, k_tiles, n_blocks, first_block, blocks, full, lane);
+                if constexpr (Weights::META_BYTES > 0) {
+                    copy_rows<K_TILES, Weights::META_BYTES>(
+                        to + S::META_AT, meta, at.step * K_TILES, k_tiles, n_blocks, first_block, blocks, full, lane
+                    );
+                }
+                const unsigned first_group = at.step * K_TILES / GROUP_TILES;
+                copy_rows<GROUP_ROWS, 128>(to + S::SCALES_AT, scales, first_group, groups, n_blocks, first_block, blocks, full, lane);
+            });
+        } else if (warp == 1) {
+            if (lane == 0) prefetch_map(activations);
+            wait_for_previous_kernel();
+            fill(stripes, ring, [&](const Cursor& at, int stage) {
+                if (lane == 0) copy_activations(activations, at, shared_base + stage * S::BYTES, ring.full(stage));
+                __syncwarp();
+            });
+        } else {
+            let_next_kernel_start();
+        }
+    } else {
+        take_registers<MULTIPLY_REGISTERS>();
+        const Self self;
+        Sums sums;        // scaled
+        Sums group_sums;  // of the group under way: sums of code times activation
+
+        // The warp's part of one stage.
+        auto multiply = [&](int stage_index, Held& before) {
+            const char* stage = stages + stage_index * S::BYTES;
+            const unsigned first_tile = warp_uniform(self.k_warp) * WARP_TILES;
+            const unsigned long long b = describe_rows(shared_base + stage_index * S::BYTES + first_tile / ROW_TILES * (TOKENS * 128));
+            const char* words_at = stage + S::WEIGHTS_AT + ((first_tile * BLOCKS + self.block) * 32 + self.lane) * 16 + self.first_word * 4;
+            typename Weights::Metadata metadata(shared_base + stage_index * S::BYTES, first_tile, self);
+            unsigned words[AHEAD + 1][4], a[2 * BATCH][WORDS][4];
+            NUMBER::Scale lower[WORDS], upper[WORDS];
+#pragma unroll
+            for (int i = 0; i < AHEAD; ++i) load_words(words[i], words_at + i * (BLOCKS * 512));
+#pragma unroll
+            for (int first = 0; first < WARP_TILES; first += BATCH) {
+                const bool begins = first % GROUP_TILES == 0;
+                const bool ends = (first + BATCH) % GROUP_TILES == 0 || first + BATCH == WARP_TILES;
+                const char* const row_of_scales = stage + S::SCALES_AT + (first_tile + first) / GROUP_TILES * (COLUMNS * 2);
+#pragma unroll
+                for (int i = first; i < first + BATCH; ++i) {
+                    if (i + AHEAD < WARP_TILES) load_words(words[(i + AHEAD) % (AHEAD + 1)], words_at + (i + AHEAD) * (BLOCKS * 512));
+                    metadata.load(i);
+                    if (GROUPED && !SCALE_SUMS && i % GROUP_TILES == 0) {
+                        load_scales<NUMBER>(lower, upper, stage + S::SCALES_AT + (first_tile + i) / GROUP_TILES * (COLUMNS * 2), self);
+                    }
+#pragma unroll
+                    for (int word = 0; word < WORDS; ++word) {
+                        unsigned(&fragment)[4] = a[i % (2 * BATCH)][word];
+                        dequantize<NUMBER>(fragment, words[i % (AHEAD + 1)][word]);
+                        if (GROUPED && !SCALE_SUMS) scale_fragment<NUMBER>(fragment, lower[word], upper[word]);
+                    }
+                }
+                wgmma_fence();
+#pragma unroll
+                for (int i = first; i < first + BATCH; ++i) {
+                    const unsigned long long step = b + (i / ROW_TILES * (TOKENS * 128) + i % ROW_TILES * (2 * Weights::TILE_K)) / 16;
+                    const bool keep = !SCALE_SUMS || !begins || i > first;
+                    Sums& into = SCALE_SUMS ? group_sums : sums;
+                    const unsigned(&fragments)[WORDS][4] = a[i % (2 * BATCH)];
+                    Weights::multiply(into, fragments, step, metadata, i, keep);
+                }
+                wgmma_commit();
+                if (SCALE_SUMS && ends) {
+                    wgmma_wait<0>();
+                    arrived(group_sums);
+                    close_group(sums, group_sums, row_of_scales, self);
+                } else {
+                    wgmma_wait<1>();  // the batch before: its half of a may be filled again
+                }
+                if (!SCALE_SUMS && first == 0) before.release();
+            }
+        };
+
+        // The end of an output tile, or of this CTA's part of one.
+        const Output output{scales, bias, out, m, n, GROUPED};
+        bool first = true;
+        auto finish = [&](const Stripes& stripes, int unit) {
+            if (!SCALE_SUMS) arrived(sums);
+            if (first) wait_for_previous_kernel();  // the workspace is its until then
+            first = false;
+            const int tile = unit / stripes.steps;
+            const Sharers ctas = stripes.sharers(tile);
+            const Shared part_of{partials, counters + tile, ctas.first, ctas.last};
+            int* const count = reinterpret_cast<int*>(stages + S::ARRIVED_AT);
+            auto end = [&](OwnSums& own) {
+                if (cluster_size() > 1) {
+                    complete_in_cluster(own, reinterpret_cast<float4*>(stages), self, [&](const Piece& piece, int slab, const Self& owner) {
+                        write_result(piece, output, stripes.at(unit), slab, owner);
+                    });
+                    return;
+                }
+                complete(own, part_of, count, self, [&](const OwnSums& total, int first_slab) {
+                    write_result(total, output, stripes.at(unit), first_slab, self);
+                });
+            };
+            if constexpr (K_WARPS == 1) {
+                end(reinterpret_cast<OwnSums&>(sums));  // the same type, and in place: 128 of them leave no room for a copy
+            } else {
+                Sums parts;
+                sort_for_exchange(parts, sums);
+                OwnSums own;
+                reduce_in_cta(own, parts, reinterpret_cast<float4*>(stages + S::SCRATCH_AT), self);
+                end(own);
+            }
+            zero(sums);
+        };
+
+        zero(sums);
+        zero(group_sums);
+        drain(make_stripes, ring, self, multiply, finish);
+    }
+}
