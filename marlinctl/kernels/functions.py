@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,15 +62,18 @@ def require_driver() -> None:
 
 
 def load_function(
-    sources: Path, name: str, defines: tuple[str, ...], architecture: str,
+    sources: Path, name: str, defines: tuple[str, ...], architecture: Callable[[torch.device], str],
     threads: int, shared_bytes: int, device: torch.device, folder: Path,
 ) -> Function:  # fmt: skip
-    """The function `name` of name.cu in the folder `sources`, compiled for `architecture` or taken from the cache in `folder`."""
+    """The function `name` of name.cu in the folder `sources`, compiled or taken from the cache in `folder`.
+
+    architecture: says which of a device, or why there is none.
+    """
     with torch.cuda.device(device):
         if torch.cuda.is_current_stream_capturing():
             what = "compiled or loaded while a CUDA graph is captured: call it once with as many rows before the capture"
             raise RuntimeError(f"{name} ({', '.join(defines)}) cannot be {what}")
-        code = jit.cubin(f"{name}.cu", defines, architecture, folder, sources)
+        code = jit.cubin(f"{name}.cu", defines, architecture(device), folder, sources)
         torch.zeros(1, device=device)  # torch makes the device's primary context, and makes it current
         cuda = driver()
         context = done(cuda.cuDevicePrimaryCtxRetain(done(cuda.cuDeviceGet(device.index))))

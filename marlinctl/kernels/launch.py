@@ -117,7 +117,7 @@ def _load(configuration: Configuration, dtype: torch.dtype, device: torch.device
         raise ValueError(f"{configuration.name} does not fit {architecture}: it takes {configuration.shared_bytes} bytes of shared memory")
     sizes = (configuration.threads, configuration.shared_bytes)
     function = load_function(
-        jit.SOURCES, configuration.kernel, configuration.defines(dtype, shift), checked_architecture(device), *sizes, device, folder
+        jit.SOURCES, configuration.kernel, configuration.defines(dtype, shift), checked_architecture, *sizes, device, folder
     )
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     return LoadedKernel(configuration, dtype, function, multiprocessors, folder, shift if configuration.wgmma else None)
@@ -264,7 +264,7 @@ def load_unpack(sparse: bool, dtype: torch.dtype, device: torch.device, folder: 
         with _lock:
             defines, shared_bytes = unpack_defines(sparse, dtype), unpack_shared_bytes(sparse)
             known = _unpacks.get(key) or load_function(
-                jit.SOURCES, "unpack", defines, checked_architecture(device), UNPACK_THREADS, shared_bytes, device, folder
+                jit.SOURCES, "unpack", defines, checked_architecture, UNPACK_THREADS, shared_bytes, device, folder
             )
             _unpacks[key] = known
     return known

@@ -122,9 +122,7 @@ class SolverKernels:
         key = (name, defines, self.device.index)
         with _lock:
             if key not in _loaded:
-                require_driver()
-                architecture = solver_architecture(self.device)
-                _loaded[key] = load_function(SOURCES, name, defines, architecture, THREADS, shared_bytes, self.device, self.folder)
+                _loaded[key] = load_function(SOURCES, name, defines, solver_architecture, THREADS, shared_bytes, self.device, self.folder)
             return _loaded[key]
 
     def _launch(self, function: Function, groups: int, tensors: tuple[Tensor, ...], sizes: tuple[int, ...]) -> None:
@@ -142,10 +140,13 @@ _lock = threading.Lock()
 
 
 def solver_architecture(device: torch.device) -> str:
-    """What the kernels are compiled for on this GPU; ValueError where it is none of jit.COMPILED. They use nothing of one architecture, so
+    """What the kernels are compiled for on this GPU; ValueError where it is none of
+    jit.COMPILED, and what require_driver raises. They use nothing of one architecture, so
     newer GPUs than those of the GEMM kernels run them."""
     newer = {10: "sm_100", 12: "sm_120"}.get(torch.cuda.get_device_capability(device)[0])
-    return newer or architecture_of(device)
+    architecture = newer or architecture_of(device)
+    require_driver()
+    return architecture
 
 
 def scale_defines(ratios: int, both_signs: bool, bfloat16_exact: bool) -> tuple[str, ...]:

@@ -22,7 +22,8 @@ from marlinctl.sparsify.masked_ls import improve_mask
 from marlinctl.sparsify.sparsegpt import PruneSettings, prune, prune_and_quantize
 from marlinctl.sparsify.types import check_mask
 from tests.kernels.built import CUBINS
-from tests.kernels.test_compile import RESERVED_BYTES, disassemble
+from tests.kernels.machine_code import disassemble
+from tests.kernels.test_compile import RESERVED_BYTES
 from tests.quantize.test_solver import hessian
 from tests.solver_kernels.software import install
 
@@ -235,10 +236,8 @@ REST = [
 ]
 
 
-def check_machine_code(name: str, defines: tuple[str, ...], architecture: str, tmp_path: Path) -> None:
-    path = tmp_path / "kernel.cubin"
-    path.write_bytes(jit.cubin(f"{name}.cu", defines, architecture, CUBINS, SOURCES))
-    code = disassemble(path)
+def check_machine_code(name: str, defines: tuple[str, ...], architecture: str) -> None:
+    (code,) = disassemble(name, architecture, [jit.cubin(f"{name}.cu", defines, architecture, CUBINS, SOURCES)])
     assert (code.stack, code.local) == (0, 0), "registers are spilled"
     assert code.shared <= RESERVED_BYTES, "all shared memory is asked for by the host"
 
@@ -246,9 +245,9 @@ def check_machine_code(name: str, defines: tuple[str, ...], architecture: str, t
 @pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_120"])
 @pytest.mark.parametrize(("name", "defines"), VARIANTS, ids=lambda value: value if isinstance(value, str) else "-".join(value[:2]))
-def test_nothing_is_spilled(name: str, defines: tuple[str, ...], architecture: str, tmp_path: Path) -> None:
+def test_nothing_is_spilled(name: str, defines: tuple[str, ...], architecture: str) -> None:
     """If this failed, a thread's run of columns would lie in local memory, and a sweep take several times as long."""
-    check_machine_code(name, defines, architecture, tmp_path)
+    check_machine_code(name, defines, architecture)
 
 
 @pytest.mark.slow
@@ -257,9 +256,9 @@ def test_nothing_is_spilled(name: str, defines: tuple[str, ...], architecture: s
 @pytest.mark.parametrize(
     ("name", "defines"), [*VARIANTS, *REST], ids=lambda value: value if isinstance(value, str) else "-".join(value[:3])
 )
-def test_nothing_is_spilled_anywhere(name: str, defines: tuple[str, ...], architecture: str, tmp_path: Path) -> None:
+def test_nothing_is_spilled_anywhere(name: str, defines: tuple[str, ...], architecture: str) -> None:
     """The same for every variant and architecture."""
-    check_machine_code(name, defines, architecture, tmp_path)
+    check_machine_code(name, defines, architecture)
 
 
 def test_every_gpu_since_ampere_has_the_shared_memory() -> None:
