@@ -8,7 +8,7 @@ Results are not compared (benchmarks/check_marlin.py does that): under a sanitiz
 where their allocation ends, so that one number too many is found. --quick leaves out most of the shapes and rows.
 
 Errors of the interface are not reported because cuda-bindings asks the driver for functions that it may not have. Racecheck follows
-barriers, and does not see that lanes which have met may let one of them arrive for all: with --every-lane each of them does
+barriers, and does not see that lanes which have synchronized may let one of them arrive for all: with --every-lane each of them does
 (csrc/pipeline_sm90.cuh), and all else stays as it is.
 """
 

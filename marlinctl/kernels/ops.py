@@ -17,7 +17,9 @@ overlap: on Hopper the kernel may begin, and read weights, while the one before 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,120 +36,47 @@ from marlinctl.sparsify.types import QUAD
 ROW = 8  # numbers in 16 bytes: the kernels read and write rows that are multiples of it
 
 
-def _marlin_gemm(
-    activations: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    out_features: int,
-    group_size: int,
-    bias: Tensor | None = None,
-    overlap: bool = False,
-) -> Tensor:
-    return _on_gpu(activations, (qweight,), scales, out_features, group_size, bias, overlap)
+class Product(NamedTuple):
+    """The arguments of either operator. A tuple, because making a frozen dataclass takes 0.6 us more, in each call."""
+
+    activations: Tensor  # [.., K], float16 or bfloat16
+    weights: tuple[Tensor, ...]  # qweight, or qweight and meta
+    scales: Tensor
+    out_features: int
+    group_size: int
+    bias: Tensor | None = None
+    overlap: bool = False
+
+    @property
+    def sparse(self) -> bool:
+        return len(self.weights) == 2
+
+    @property
+    def operator(self) -> str:
+        """Its name, for errors."""
+        return _operator(self.sparse)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return (*self.activations.shape[:-1], self.out_features)
 
 
-def _sparse_marlin_gemm(
-    activations: Tensor,
-    qweight: Tensor,
-    meta: Tensor,
-    scales: Tensor,
-    out_features: int,
-    group_size: int,
-    bias: Tensor | None = None,
-    overlap: bool = False,
-) -> Tensor:
-    return _on_gpu(activations, (qweight, meta), scales, out_features, group_size, bias, overlap)
-
-
-def _marlin_gemm_cpu(
-    activations: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    out_features: int,
-    group_size: int,
-    bias: Tensor | None = None,
-    overlap: bool = False,
-) -> Tensor:
-    return _on_cpu(activations, (qweight,), scales, out_features, group_size, bias)
-
-
-def _sparse_marlin_gemm_cpu(
-    activations: Tensor,
-    qweight: Tensor,
-    meta: Tensor,
-    scales: Tensor,
-    out_features: int,
-    group_size: int,
-    bias: Tensor | None = None,
-    overlap: bool = False,
-) -> Tensor:
-    return _on_cpu(activations, (qweight, meta), scales, out_features, group_size, bias)
-
-
-def _marlin_gemm_meta(
-    activations: Tensor,
-    qweight: Tensor,
-    scales: Tensor,
-    out_features: int,
-    group_size: int,
-    bias: Tensor | None = None,
-    overlap: bool = False,
-) -> Tensor:
-    return activations.new_empty((*activations.shape[:-1], out_features))
-
-
-def _sparse_marlin_gemm_meta(
-    activations: Tensor,
-    qweight: Tensor,
-    meta: Tensor,
-    scales: Tensor,
-    out_features: int,
-    group_size: int,
-    bias: Tensor | None = None,
-    overlap: bool = False,
-) -> Tensor:
-    return activations.new_empty((*activations.shape[:-1], out_features))
-
-
-# `custom_op` would do the same at half as much time again for each call.
-_library = torch.library.Library("marlinctl", "DEF")  # type: ignore[no-untyped-call]
-for _name, _metadata, _implementations in (
-    ("marlin_gemm", "", {"CUDA": _marlin_gemm, "CPU": _marlin_gemm_cpu, "Meta": _marlin_gemm_meta}),
-    (
-        "sparse_marlin_gemm",
-        "Tensor meta, ",
-        {"CUDA": _sparse_marlin_gemm, "CPU": _sparse_marlin_gemm_cpu, "Meta": _sparse_marlin_gemm_meta},
-    ),
-):
-    _arguments = f"Tensor activations, Tensor qweight, {_metadata}Tensor scales, int out_features, int group_size"
-    _arguments += ", Tensor? bias=None, bool overlap=False"
-    _library.define(f"{_name}({_arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-    for _key, _implementation in _implementations.items():
-        _library.impl(_name, _implementation, _key)  # type: ignore[no-untyped-call]
-
-# Held, so that a call does not look them up by name.
-marlin_gemm = torch.ops.marlinctl.marlin_gemm.default
-sparse_marlin_gemm = torch.ops.marlinctl.sparse_marlin_gemm.default
-
-
-def _on_gpu(
-    activations: Tensor, weights: tuple[Tensor, ...], scales: Tensor, n: int, group_size: int, bias: Tensor | None, overlap: bool
-) -> Tensor:
-    k = _check(activations, weights, scales, n, group_size, bias)
-    sparse, device, dtype = len(weights) == 2, activations.device, activations.dtype
+def _on_gpu(p: Product) -> Tensor:
+    k = _check(p)
+    activations, weights, scales, bias, n = p.activations, p.weights, p.scales, p.bias, p.out_features
+    device, dtype = activations.device, activations.dtype
     for tensor in (*weights, scales):
         if tensor.data_ptr() % ALIGNMENT:
-            raise ValueError(f"{_operator(sparse)}: a tensor {list(tensor.shape)} is not aligned to {ALIGNMENT} bytes")
+            raise ValueError(f"{p.operator}: a tensor {list(tensor.shape)} is not aligned to {ALIGNMENT} bytes")
     x = activations if activations.ndim == 2 else activations.reshape(-1, k)  # torch's shape functions cost a microsecond each
     m, n_rows, k_rows = x.shape[0], -(-n // ROW) * ROW, -(-k // ROW) * ROW  # the last two as the kernels write and read them
-    out_shape = (*activations.shape[:-1], n)
     if m == 0:
-        return activations.new_empty(out_shape)
-    shift = group_shift(k if group_size == -1 else group_size, k)
-    route = _route(device.index, dtype, sparse, m, n_rows, k_rows, shift)
+        return activations.new_empty(p.out_shape)
+    shift = group_shift(k if p.group_size == -1 else p.group_size, k)
+    route = _route(device.index, dtype, p.sparse, m, n_rows, k_rows, shift)
     if route is None:
         weight = unpack(weights, scales, dtype, n, k_rows, shift, jit.default_folder())
-        return linear(x, weight[:, :k], bias).view(out_shape)
+        return linear(x, weight[:, :k], bias).view(p.out_shape)
     if k_rows != k:
         x = pad(x, (0, k_rows - k))
     if not x.is_contiguous() or x.data_ptr() % ALIGNMENT:
@@ -156,10 +85,10 @@ def _on_gpu(
         bias = pad(bias, (0, n_rows - n)).contiguous()
     kernel, grid = route
     out = torch.empty(m, n_rows, dtype=dtype, device=device)
-    multiply(kernel, x, weights, scales, bias, out, shift, grid, overlap=overlap)
+    multiply(kernel, x, weights, scales, bias, out, shift, grid, overlap=p.overlap)
     if n_rows != n:
         out = out[:, :n].contiguous()
-    return out if activations.ndim == 2 else out.view(out_shape)
+    return out if activations.ndim == 2 else out.view(p.out_shape)
 
 
 def decode(p: PackedLinear | PackedSparseLinear, dtype: torch.dtype) -> Tensor:
@@ -183,16 +112,20 @@ def _route(index: int, dtype: torch.dtype, sparse: bool, m: int, n: int, k: int,
     return kernel, kernel.grid(m, n, k, min(choice.per_multiprocessor, kernel.resident), choice.sharing)
 
 
-def _on_cpu(activations: Tensor, weights: tuple[Tensor, ...], scales: Tensor, n: int, group_size: int, bias: Tensor | None) -> Tensor:
-    k = _check(activations, weights, scales, n, group_size, bias)
+def _on_cpu(p: Product) -> Tensor:
+    k = _check(p)
     _say_that_it_is_slow()
-    size = k if group_size == -1 else group_size
-    p: PackedLinear | PackedSparseLinear
-    if len(weights) == 2:
-        p = PackedSparseLinear(weights[0], weights[1], scales, n, k, size)
+    n, size = p.out_features, k if p.group_size == -1 else p.group_size
+    packed: PackedLinear | PackedSparseLinear
+    if p.sparse:
+        packed = PackedSparseLinear(p.weights[0], p.weights[1], p.scales, n, k, size)
     else:
-        p = PackedLinear(weights[0], scales, n, k, size)
-    return gemm(activations.reshape(-1, k), p, bias).to(activations.dtype).view(*activations.shape[:-1], n)
+        packed = PackedLinear(p.weights[0], p.scales, n, k, size)
+    return gemm(p.activations.reshape(-1, k), packed, p.bias).to(p.activations.dtype).view(p.out_shape)
+
+
+def _on_meta(p: Product) -> Tensor:
+    return p.activations.new_empty(p.out_shape)
 
 
 @lru_cache(maxsize=1)
@@ -205,22 +138,22 @@ def _say_that_it_is_slow() -> None:
 # What would be read wrongly is refused before anything is launched
 
 
-def _check(activations: Tensor, weights: tuple[Tensor, ...], scales: Tensor, n: int, group_size: int, bias: Tensor | None) -> int:
+def _check(p: Product) -> int:
     """K. ValueError names the tensor, what it must be and what it is."""
-    sparse = len(weights) == 2
+    activations, bias, n, sparse = p.activations, p.bias, p.out_features, p.sparse
     if activations.dtype not in NUMBERS:
-        raise ValueError(f"{_operator(sparse)}: activations must be float16 or bfloat16, got {activations.dtype}")
+        raise ValueError(f"{p.operator}: activations must be float16 or bfloat16, got {activations.dtype}")
     if activations.ndim == 0:
-        raise ValueError(f"{_operator(sparse)}: activations must be [.., K], got a single number")
+        raise ValueError(f"{p.operator}: activations must be [.., K], got a single number")
     k = activations.shape[-1]
-    words, scale_shape = _shapes(sparse, n, k, group_size)
-    _must_be("qweight", weights[0], torch.int32, words, activations.device, sparse)
+    words, scale_shape = _shapes(sparse, n, k, p.group_size)
+    _must_be("qweight", p.weights[0], torch.int32, words, activations.device, sparse)
     if sparse:
-        _must_be("meta", weights[1], torch.int16, words, activations.device, sparse)
-    _must_be("scales", scales, torch.float16, scale_shape, activations.device, sparse)
+        _must_be("meta", p.weights[1], torch.int16, words, activations.device, sparse)
+    _must_be("scales", p.scales, torch.float16, scale_shape, activations.device, sparse)
     if bias is not None and (bias.dtype != activations.dtype or bias.shape != (n,) or bias.device != activations.device):
         what = f"bias must be {activations.dtype} [{n}] on {activations.device}"
-        raise ValueError(f"{_operator(sparse)}: {what}, got {bias.dtype} {list(bias.shape)} on {bias.device}")
+        raise ValueError(f"{p.operator}: {what}, got {bias.dtype} {list(bias.shape)} on {bias.device}")
     return k
 
 
@@ -249,3 +182,26 @@ def _shapes(sparse: bool, n: int, k: int, group_size: int) -> tuple[tuple[int, i
 
 def _operator(sparse: bool) -> str:
     return "sparse_marlin_gemm" if sparse else "marlin_gemm"
+
+
+def _implementation(compute: Callable[[Product], Tensor], weights: int) -> Callable[..., Tensor]:
+    """What torch calls with an operator's arguments in the order of its schema; `weights` of them, after the activations, are weights."""
+
+    def call(activations: Tensor, *arguments: Any) -> Tensor:
+        return compute(Product(activations, arguments[:weights], *arguments[weights:]))
+
+    return call
+
+
+# `custom_op` would do the same at half as much time again for each call.
+_library = torch.library.Library("marlinctl", "DEF")  # type: ignore[no-untyped-call]
+for _name, _weights in (("marlin_gemm", ("qweight",)), ("sparse_marlin_gemm", ("qweight", "meta"))):
+    _arguments = ", ".join(f"Tensor {name}" for name in ("activations", *_weights, "scales"))
+    _arguments += ", int out_features, int group_size, Tensor? bias=None, bool overlap=False"
+    _library.define(f"{_name}({_arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    for _key, _compute in (("CUDA", _on_gpu), ("CPU", _on_cpu), ("Meta", _on_meta)):
+        _library.impl(_name, _implementation(_compute, len(_weights)), _key)  # type: ignore[no-untyped-call]
+
+# Looked up once and not by each call.
+marlin_gemm = torch.ops.marlinctl.marlin_gemm.default
+sparse_marlin_gemm = torch.ops.marlinctl.sparse_marlin_gemm.default

@@ -51,12 +51,12 @@ def test_clusters(configuration: Configuration, dtype: torch.dtype, tmp_path: Pa
 
 
 CLUSTER_MISTAKES = [
-    ("    meet_in_cluster();\n", "", "reads parts that are not there"),
-    ("    meet_in_cluster();  // a CTA's memory is there", "    //", "leaves while others read"),
-    ("if constexpr (K_WARPS == 1) meet<THREADS>();", "", "writes over what is multiplied"),
+    ("    sync_cluster();\n", "", "reads parts that are not there"),
+    ("    sync_cluster();  // a CTA's shared memory", "    //", "leaves while others read"),
+    ("if constexpr (K_WARPS == 1) sync_threads<THREADS>();", "", "writes over what is multiplied"),
     ("load_of_cta(cta, from", "load_of_cta(0, from", "one part for all"),
-    ("piece % WARPS * 32 + self.lane", "self.thread", "a piece as if it were its reader's"),
-    ("self.warp * ctas + cluster_rank()", "self.warp * ctas", "pieces of nobody"),
+    ("subtile % WARPS * 32 + role.lane", "role.thread", "a subtile of the thread that reduces it"),
+    ("role.warp * ctas + cluster_rank()", "role.warp * ctas", "subtiles that no CTA reduces"),
 ]
 
 

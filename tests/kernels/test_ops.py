@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,11 @@ def tensors_of(p: PackedLinear | PackedSparseLinear) -> tuple[Tensor, ...]:
     return tuple(aligned(tensor) for tensor in (*weights, p.scales))
 
 
+def called(compute: Callable[[ops.Product], Tensor], sparse: bool) -> Callable[..., Tensor]:
+    """As torch calls it: with the operator's arguments."""
+    return ops._implementation(compute, 2 if sparse else 1)
+
+
 def close(out: Tensor, exact: Tensor) -> bool:
     return float((out.double() - exact).norm()) <= GATES[out.dtype] * float(exact.norm())
 
@@ -62,6 +67,20 @@ def test_the_product_on_the_cpu(sparse: bool, dtype: torch.dtype) -> None:
             exact = activations.double() @ weight.double().T + (0 if with_bias is None else with_bias.double())
             assert out.shape == (*leading, n) and out.dtype == dtype and out.is_contiguous()
             assert out.numel() == 0 or close(out, exact), (n, k, group_size, leading)
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_arguments_by_name(sparse: bool) -> None:
+    """If this failed, a call that names its arguments would be refused, or multiply with other tensors than one that does not."""
+    operator, names = (sparse_marlin_gemm, ("qweight", "meta", "scales")) if sparse else (marlin_gemm, ("qweight", "scales"))
+    tensors, _ = operands(sparse, 80, 128, 32)
+    activations, bias = torch.randn(3, 128).half(), torch.randn(80).half()
+    named = {"overlap": True, "bias": bias, "group_size": 32, "out_features": 80, **dict(zip(names, tensors, strict=True))}
+    for device in ("cpu", "meta"):
+        on_device = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in named.items()}
+        out = operator(activations=activations.to(device), **on_device)
+        assert out.shape == (3, 80) and out.dtype == torch.float16
+        assert device == "meta" or torch.equal(out, operator(activations, *tensors, 80, 32, bias))
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
@@ -158,9 +177,9 @@ def test_what_would_be_read_wrongly_is_refused(
     names = ("qweight", "meta", "scales") if sparse else ("qweight", "scales")
     given = {"activations": torch.zeros(2, 128).half(), **dict(zip(names, tensors, strict=True))}
     given |= {"out_features": 64, "group_size": 32, "bias": None} | changes
-    cpu, gpu = (ops._sparse_marlin_gemm_cpu, ops._sparse_marlin_gemm) if sparse else (ops._marlin_gemm_cpu, ops._marlin_gemm)
+    cpu, gpu = called(ops._on_cpu, sparse), called(ops._on_gpu, sparse)
     with pytest.raises(ValueError, match=re.escape(what)):
-        (gpu if on_gpu else cpu)(**given)
+        (gpu if on_gpu else cpu)(*given.values())
     assert not driver.launches
 
 
@@ -209,7 +228,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, built: dict[Any, Any]) -> Iterator[Soft
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 def test_the_product_on_a_gpu(gpu: SoftwareDriver, sparse: bool, dtype: torch.dtype) -> None:
     """If this failed, padding, leading dimensions, a bias or the choice of the kernel would change the product."""
-    operator = ops._sparse_marlin_gemm if sparse else ops._marlin_gemm
+    operator = called(ops._on_gpu, sparse)
     for i, (n, k, group_size) in enumerate(SHAPES):
         tensors, weight = operands(sparse, n, k, group_size)
         for leading in (LEADING[i % len(LEADING)], (9,), (3, 15)):
@@ -227,13 +246,13 @@ def test_activations_may_lie_as_they_like(gpu: SoftwareDriver) -> None:
     tensors, weight = operands(False, 64, 128, 32)
     wide = aligned(torch.randn(6, 256).half())
     for x in (wide[:, 128:], wide[::2, :128], wide.view(128, 12).T, wide.flatten()[3:131].view(1, 128), wide[:, :128].expand(2, 6, 128)):
-        assert close(ops._marlin_gemm(x, *tensors, 64, 32), x.double() @ weight.double().T)
+        assert close(called(ops._on_gpu, False)(x, *tensors, 64, 32), x.double() @ weight.double().T)
 
 
 def test_nothing_is_launched_for_no_tokens(gpu: SoftwareDriver) -> None:
     """If this failed, an empty batch would start a grid of no CTAs, which the driver refuses."""
     tensors, _ = operands(False, 64, 128, 32)
-    assert ops._marlin_gemm(torch.zeros(0, 128).half(), *tensors, 64, 32).shape == (0, 64)
+    assert called(ops._on_gpu, False)(torch.zeros(0, 128).half(), *tensors, 64, 32).shape == (0, 64)
     assert not gpu.launches
 
 
@@ -241,7 +260,7 @@ def test_m_decides_in_the_call(gpu: SoftwareDriver) -> None:
     """If this failed, one kernel would serve all M, or the grid would be larger than the GPU holds at once."""
     tensors, _ = operands(False, 320, 512, 32)
     for m in (1, 9, 40):
-        ops._marlin_gemm(aligned(torch.zeros(m, 512).half()), *tensors, 320, 32)
+        called(ops._on_gpu, False)(aligned(torch.zeros(m, 512).half()), *tensors, 320, 32)
     small, medium, large = gpu.launches
     assert (small.threads, small.shared) == (DENSE[0].threads, DENSE[0].shared_bytes)
     assert (medium.threads, medium.shared) == (DENSE[2].threads, DENSE[2].shared_bytes)
@@ -255,4 +274,4 @@ def test_packed_tensors_that_are_not_aligned_are_refused(gpu: SoftwareDriver) ->
     shifted = torch.zeros(qweight.numel() + 1, dtype=torch.int32)
     shifted = shifted[1:] if shifted.data_ptr() % 16 == 0 else shifted[:-1]
     with pytest.raises(ValueError, match=r"a tensor \[8, 128\] is not aligned to 16 bytes"):
-        ops._marlin_gemm(torch.zeros(1, 128).half(), shifted.view(8, 128), scales, 64, 32)
+        called(ops._on_gpu, False)(torch.zeros(1, 128).half(), shifted.view(8, 128), scales, 64, 32)

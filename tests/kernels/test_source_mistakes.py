@@ -12,19 +12,19 @@ from tests.kernels.software_kernel import build, mistake, random_packed
 
 SHARED = [  # by both kernels, in one text
     ("copy_async_wait<STAGES - 2>();", "copy_async_wait<STAGES - 1>();", "waits for too few copies"),
-    ("__syncthreads();  // everybody's copies have arrived, and everybody is done with the stage that is filled next", "", "no barrier"),
+    ("__syncthreads();  // all threads' copies have arrived, and all warps have read the stage that is filled next", "", "no barrier"),
     ("stage == 0 ? STAGES - 1 : stage - 1", "stage", "fills the stage that is read"),
     ("copy_chunk ^ copy_row % 8 ^ i * ROWS % 8", "copy_chunk", "no swizzle"),
     ("(cta == first_cta ? 1 : 0)", "0", "parts in one place"),
     ("a[1] = Number::lower(word >> 8)", "a[1] = Number::lower(word >> 4)", "nibbles"),
 ]
-DENSE_ALONE = [("self.first_word + self.k_warp * OWN + word", "self.first_word + word", "wrong words")]
+DENSE_ALONE = [("role.first_word + role.k_warp * OWN + word", "role.first_word + word", "wrong words")]
 SPARSE_ALONE = [
     ("mma_sparse<0>", "mma_sparse<1>", "selector"),
     ("its_half * 128", "0", "one half of the metadata for all words"),
     ("(tile + its_tile) * BLOCKS", "tile * BLOCKS", "one tile's metadata for two"),
     ("inside ? places + i * META_ROWS * meta_row : meta, true", "places + i * META_ROWS * meta_row, inside", "zeros as metadata"),
-    ("self.k_warp * OWN + i, second", "i, second", "wrong words"),
+    ("role.k_warp * OWN + i, second", "i, second", "wrong words"),
     ("part % 2 * 2 + part / 2", "part", "tokens for outputs"),
     ("grouped ? sums[word][slab][i] : group_sums[word][slab][i]", "group_sums[word][slab][i]", "grouped as channel-wise"),
 ]
@@ -37,7 +37,7 @@ HOPPER_BOTH = [
 ]
 HOPPER_WEIGHTS = [
     ("a[1] = Number::times(a[1], upper);", "a[1] = Number::times(a[1], lower);", "the scale of another column"),
-    ("wgmma_wait<0>();\n        held.release();", "held.release();", "ends a tile while it is multiplied"),
+    ("wgmma_wait<0>();\n        unreleased.release();", "unreleased.release();", "ends a tile while it is multiplied"),
 ]
 HOPPER_SPARSE = [
     ("multiply_async<0>(NUMBER()", "multiply_async<1>(NUMBER()", "selector"),

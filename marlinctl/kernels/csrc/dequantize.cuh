@@ -14,7 +14,7 @@
 //   a2   row t/4       columns 2(t%4) + {8, 9}       word & 0x00f000f0            nibbles 1 and 5
 //   a3   row t/4 + 8   columns 2(t%4) + {8, 9}       word & 0xf000f000            nibbles 3 and 7
 //
-// A word of Sparse-MARLIN has the same nibbles in the same order: k then counts survivors, which mma.sp.m16n8k32 stores like a
+// A word of Sparse-MARLIN has the same nibbles in the same order: k then counts kept weights, which mma.sp.m16n8k32 stores like a
 // 16 x 16 block, and the rows t/4 and t/4 + 8 are outputs n and n + 4 instead of n and n + 8.
 //
 // Each mask leaves two nibbles at the same height of the two halves of the register: one instruction decodes two weights.
@@ -31,13 +31,13 @@
 //                                  ( 128 +    x) - 136              = x - 8
 //
 // All of them are exact: every intermediate is an integer, or 64 + x, that the format holds, and fma rounds once. Masking and
-// setting the exponent is a single lop3, (word & mask) | exponent. In float16 the upper nibble of a byte is taken where it
-// lies, so a word costs 1 shift, 4 lop3 and 4 fma or add for 8 weights; in bfloat16 3 shifts, 4 lop3 and 4 fma.
+// setting the exponent is a single lop3, (word & mask) | exponent. In float16 the upper nibble of a byte is decoded without
+// a shift, so a word costs 1 shift, 4 lop3 and 4 fma or add for 8 weights; in bfloat16 3 shifts, 4 lop3 and 4 fma.
 #pragma once
 #include "ptx.cuh"
 
-// Where weights are scaled before they are multiplied, a Scale is what one scale has to be for `times`, which gives the decoded weights
-// as they are defined: code * scale, rounded once to 16 bits.
+// For kernels that scale weights before they multiply: Scale is a scale in the form that `times` takes. `times` gives the decoded weights
+// by their definition: code * scale, rounded once to 16 bits.
 
 // The two formats of activations, under the same names.
 struct Half {

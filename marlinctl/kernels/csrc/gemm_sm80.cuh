@@ -1,10 +1,12 @@
-// What the dense and the 2:4 GEMM for Ampere and later have in common: the stages of a CTA and the copies into them, the loop over the tiles
-// of a stage, and the end of an output tile. marlin_sm80.cu and sparse_marlin_sm80.cu each give the rest as a policy, Weights:
+// What the dense and the 2:4 GEMM for Ampere and later have in common: the stages of a CTA, the copies into them, and the end of an output
+// tile. marlin_sm80.cu and sparse_marlin_sm80.cu each give the rest as a policy, Weights:
 //
 //   TILE_K                    k of a row of words, and of one product of the tensor core
 //   META_BYTES                of metadata, for a row of words of 64 columns; 0: none
 //   GROUPS_END_IN_STAGES      whether no group reaches over the end of a stage
 //   multiply(...)             a warp's part of a stage; it calls close(stage, first_tile, k_tile) where tile k_tile ends a group
+//
+// shared_base and the like are passed by reference: by value, some configurations take one to three registers more (NVRTC 13.0).
 //
 // Output says where results go; write_result and sort_for_exchange are its functions (write_marlin.cuh, write_sparse_marlin.cuh).
 #pragma once
@@ -48,7 +50,7 @@ __device__ __forceinline__ void gemm_sm80(
     float4* const scratch = reinterpret_cast<float4*>(reinterpret_cast<char*>(shared) + STAGES * S::BYTES);
     int* const arrived = reinterpret_cast<int*>(reinterpret_cast<char*>(shared) + STAGES * S::BYTES + SCRATCH_BYTES);
 
-    const Self self;
+    const ThreadRole role;
 
     const unsigned n_blocks = (n + 63) / 64, k_tiles = (k + 63) / 64 * (64 / Weights::TILE_K);
     const bool grouped = group_shift >= 0;
@@ -60,15 +62,15 @@ __device__ __forceinline__ void gemm_sm80(
 
     // What this thread copies of a stage's weights and metadata: every COPY_TILES-th or META_ROWS-th row from its own on.
     constexpr int COPY_TILES = THREADS / (BLOCKS * 32), META_ROWS = THREADS / (BLOCKS * 16);
-    const unsigned copy_tile = self.thread / (BLOCKS * 32), copy_column = self.thread % (BLOCKS * 32);
-    const unsigned meta_tile = self.thread / (BLOCKS * 16), meta_column = self.thread % (BLOCKS * 16);
-    const unsigned weights_to = shared_base + self.thread * 16, meta_to = weights_to + S::META_AT;
+    const unsigned copy_tile = role.thread / (BLOCKS * 32), copy_column = role.thread % (BLOCKS * 32);
+    const unsigned meta_tile = role.thread / (BLOCKS * 16), meta_column = role.thread % (BLOCKS * 16);
+    const unsigned weights_to = shared_base + role.thread * 16, meta_to = weights_to + S::META_AT;
     const size_t tile_row = static_cast<size_t>(n_blocks) * 32, meta_row = static_cast<size_t>(n_blocks) * 16;  // uint4 in a row
-    const ActivationCopies copy_activations(self, activations, m, k, shared_base + S::ACTIVATIONS_AT);
-    const ScaleCopies copy_scales(self, scales, groups, n_blocks * 64, shared_base + S::SCALES_AT);
+    const ActivationCopies copy_activations(role, activations, m, k, shared_base + S::ACTIVATIONS_AT);
+    const ScaleCopies copy_scales(role, scales, groups, n_blocks * 64, shared_base + S::SCALES_AT);
 
-    // Weights, metadata and scales of one unit on their way into a stage. What lies outside of the matrices becomes zeros: sums of
-    // zeros. Zeros are no metadata, though (two survivors in one place are undefined): there, any other is as good as any, the first, say.
+    // Starts the copies of a unit's weights, metadata and scales into a stage. Out of bounds, weights and scales become zeros, which add
+    // nothing. Zeros are invalid as metadata (both kept weights in one place), so there the first row of the matrix is copied.
     auto fetch_weights = [&](const Cursor& at, int stage) {
         const unsigned offset = stage * S::BYTES, first_tile = at.step * K_TILES;
         const unsigned tile = first_tile + copy_tile, column = at.slice * (BLOCKS * 32) + copy_column;
@@ -97,15 +99,15 @@ __device__ __forceinline__ void gemm_sm80(
 
     const Output output{scales, bias, out, m, n, grouped};
     Sums sums;        // scaled
-    Sums group_sums;  // of the group under way: sums of code times activation
+    Sums group_sums;  // of the current group: sums of code times activation
 
     auto close = [&](const char* stage, int first_tile, int k_tile) {
         const unsigned row = (k_tile >> groups_of_k.shift) - (first_tile >> groups_of_k.shift);
-        close_group(sums, group_sums, stage + S::SCALES_AT + row * COLUMNS * 2, self);
+        close_group(sums, group_sums, stage + S::SCALES_AT + row * COLUMNS * 2, role);
     };
 
     auto multiply = [&](int stage_index, int step) {
-        Weights::multiply(group_sums, reinterpret_cast<const char*>(shared), shared_base, stage_index, step, self, groups_of_k, close);
+        Weights::multiply(group_sums, reinterpret_cast<const char*>(shared), shared_base, stage_index, step, role, groups_of_k, close);
     };
 
     // The end of an output tile, or of this CTA's part of one.
@@ -118,17 +120,17 @@ __device__ __forceinline__ void gemm_sm80(
         Sums parts;
         sort_for_exchange(parts, sums);
         OwnSums own;
-        reduce_in_cta(own, parts, scratch, self);
+        reduce_in_cta(own, parts, scratch, role);
         const int tile = unit / stripes.steps;
         const Sharers ctas = stripes.sharers(tile);
-        const Shared part_of{partials, counters + tile, ctas.first, ctas.last};
-        complete(own, part_of, arrived, self, [&](const OwnSums& total, int first_slab) {
-            write_result(total, output, stripes.at(unit), first_slab, self);
+        const SharedTile shared_tile{partials, counters + tile, ctas.first, ctas.last};
+        complete(own, shared_tile, arrived, role, [&](const OwnSums& total, int first_slab) {
+            write_result(total, output, stripes.at(unit), first_slab, role);
         });
         zero(sums);
     };
 
     zero(sums);
     zero(group_sums);
-    walk(stripes, fetch_weights, fetch_activations, first_activations, multiply, finish);
+    run_stages(stripes, fetch_weights, fetch_activations, first_activations, multiply, finish);
 }

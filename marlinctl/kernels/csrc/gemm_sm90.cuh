@@ -4,8 +4,9 @@
 //   TILE_K                k of a row of words, and of one product of the tensor core
 //   META_BYTES            of metadata, for a row of words of 64 columns; 0: none
 //   AHEAD                 steps of k between a word's load and its decoding
-//   Metadata              a lane's metadata of a stage; load(i) loads what steps i .. of the warp need, where it is not there
-//   multiply(...)         the products of one step
+//   metadata_at(...)      where a lane reads metadata of a stage
+//   load_metadata(...)    into e, for step i of the warp and as many after it as one ldmatrix serves; nothing where it is loaded already
+//   multiply(...)         the products of step i
 //
 // Output says where results go; write_result and sort_for_exchange are its functions (write_marlin.cuh, write_sparse_marlin.cuh).
 #pragma once
@@ -53,7 +54,7 @@ __device__ __forceinline__ void gemm_sm90(
     if (threadIdx.x == 0) ring.init();
     __syncthreads();
 
-    // For each role anew: what is computed before they part is kept in memory.
+    // Computed by each role for itself: values computed before the roles branch would be spilled.
     auto blocks_of_n = [&] { return (n + 63) / 64; };
     auto tiles_of_k = [&] { return (k + 63) / 64 * (64 / Weights::TILE_K); };
     auto make_stripes = [&] {
@@ -67,7 +68,7 @@ __device__ __forceinline__ void gemm_sm90(
         if (warp == 0) {
             const unsigned n_blocks = blocks_of_n(), k_tiles = tiles_of_k();
             const unsigned groups = GROUPED ? (k_tiles + GROUP_TILES - 1) / GROUP_TILES : 1;
-            fill(stripes, ring, [&](const Cursor& at, int stage) {
+            produce(stripes, ring, [&](const Cursor& at, int stage) {
                 const unsigned first_block = at.slice * BLOCKS, blocks = min(static_cast<unsigned>(BLOCKS), n_blocks - first_block);
                 const unsigned to = shared_base + stage * S::BYTES, full = ring.full(stage);
                 if (lane == 0) barrier_arrive_expecting(full, blocks * (K_TILES * (512 + Weights::META_BYTES) + GROUP_ROWS * 128));
@@ -84,7 +85,7 @@ __device__ __forceinline__ void gemm_sm90(
         } else if (warp == 1) {
             if (lane == 0) prefetch_map(activations);
             wait_for_previous_kernel();
-            fill(stripes, ring, [&](const Cursor& at, int stage) {
+            produce(stripes, ring, [&](const Cursor& at, int stage) {
                 if (lane == 0) copy_activations(activations, at, shared_base + stage * S::BYTES, ring.full(stage));
                 __syncwarp();
             });
@@ -93,18 +94,18 @@ __device__ __forceinline__ void gemm_sm90(
         }
     } else {
         take_registers<MULTIPLY_REGISTERS>();
-        const Self self;
+        const ThreadRole role;
         Sums sums;        // scaled
-        Sums group_sums;  // of the group under way: sums of code times activation
+        Sums group_sums;  // of the current group: sums of code times activation
 
         // The warp's part of one stage.
-        auto multiply = [&](int stage_index, Held& before) {
+        auto multiply = [&](int stage_index, UnreleasedStage& before) {
             const char* stage = stages + stage_index * S::BYTES;
-            const unsigned first_tile = warp_uniform(self.k_warp) * WARP_TILES;
+            const unsigned first_tile = warp_uniform(role.k_warp) * WARP_TILES;
             const unsigned long long b = describe_rows(shared_base + stage_index * S::BYTES + first_tile / ROW_TILES * (TOKENS * 128));
-            const char* words_at = stage + S::WEIGHTS_AT + ((first_tile * BLOCKS + self.block) * 32 + self.lane) * 16 + self.first_word * 4;
-            typename Weights::Metadata metadata(shared_base + stage_index * S::BYTES, first_tile, self);
-            unsigned words[AHEAD + 1][4], a[2 * BATCH][WORDS][4];
+            const char* words_at = stage + S::WEIGHTS_AT + ((first_tile * BLOCKS + role.block) * 32 + role.lane) * 16 + role.first_word * 4;
+            const unsigned metadata_at = Weights::metadata_at(shared_base, stage_index, first_tile, role);
+            unsigned words[AHEAD + 1][4], a[2 * BATCH][WORDS][4], e[2][4];  // e: metadata
             NUMBER::Scale lower[WORDS], upper[WORDS];
 #pragma unroll
             for (int i = 0; i < AHEAD; ++i) load_words(words[i], words_at + i * (BLOCKS * 512));
@@ -116,9 +117,9 @@ __device__ __forceinline__ void gemm_sm90(
 #pragma unroll
                 for (int i = first; i < first + BATCH; ++i) {
                     if (i + AHEAD < WARP_TILES) load_words(words[(i + AHEAD) % (AHEAD + 1)], words_at + (i + AHEAD) * (BLOCKS * 512));
-                    metadata.load(i);
+                    Weights::load_metadata(e, metadata_at, i);
                     if (GROUPED && !SCALE_SUMS && i % GROUP_TILES == 0) {
-                        load_scales<NUMBER>(lower, upper, stage + S::SCALES_AT + (first_tile + i) / GROUP_TILES * (COLUMNS * 2), self);
+                        load_scales<NUMBER>(lower, upper, stage + S::SCALES_AT + (first_tile + i) / GROUP_TILES * (COLUMNS * 2), role);
                     }
 #pragma unroll
                     for (int word = 0; word < WORDS; ++word) {
@@ -134,15 +135,15 @@ __device__ __forceinline__ void gemm_sm90(
                     const bool keep = !SCALE_SUMS || !begins || i > first;
                     Sums& into = SCALE_SUMS ? group_sums : sums;
                     const unsigned(&fragments)[WORDS][4] = a[i % (2 * BATCH)];
-                    Weights::multiply(into, fragments, step, metadata, i, keep);
+                    Weights::multiply(into, fragments, step, e, i, keep);
                 }
                 wgmma_commit();
                 if (SCALE_SUMS && ends) {
                     wgmma_wait<0>();
                     arrived(group_sums);
-                    close_group(sums, group_sums, row_of_scales, self);
+                    close_group(sums, group_sums, row_of_scales, role);
                 } else {
-                    wgmma_wait<1>();  // the batch before: its half of a may be filled again
+                    wgmma_wait<1>();  // the batch before: its half of a may be overwritten
                 }
                 if (!SCALE_SUMS && first == 0) before.release();
             }
@@ -153,30 +154,31 @@ __device__ __forceinline__ void gemm_sm90(
         bool first = true;
         auto finish = [&](const Stripes& stripes, int unit) {
             if (!SCALE_SUMS) arrived(sums);
-            if (first) wait_for_previous_kernel();  // the workspace is its until then
+            if (first) wait_for_previous_kernel();  // which may still use the workspace
             first = false;
             const int tile = unit / stripes.steps;
             const Sharers ctas = stripes.sharers(tile);
-            const Shared part_of{partials, counters + tile, ctas.first, ctas.last};
+            const SharedTile shared_tile{partials, counters + tile, ctas.first, ctas.last};
             int* const count = reinterpret_cast<int*>(stages + S::ARRIVED_AT);
             auto end = [&](OwnSums& own) {
                 if (cluster_size() > 1) {
-                    complete_in_cluster(own, reinterpret_cast<float4*>(stages), self, [&](const Piece& piece, int slab, const Self& owner) {
-                        write_result(piece, output, stripes.at(unit), slab, owner);
-                    });
+                    auto write = [&](const SubtileFragment& subtile, int slab, const ThreadRole& owner) {
+                        write_result(subtile, output, stripes.at(unit), slab, owner);
+                    };
+                    complete_in_cluster(own, reinterpret_cast<float4*>(stages), role, write);
                     return;
                 }
-                complete(own, part_of, count, self, [&](const OwnSums& total, int first_slab) {
-                    write_result(total, output, stripes.at(unit), first_slab, self);
+                complete(own, shared_tile, count, role, [&](const OwnSums& total, int first_slab) {
+                    write_result(total, output, stripes.at(unit), first_slab, role);
                 });
             };
             if constexpr (K_WARPS == 1) {
-                end(reinterpret_cast<OwnSums&>(sums));  // the same type, and in place: 128 of them leave no room for a copy
+                end(reinterpret_cast<OwnSums&>(sums));  // the same type; in place, because a copy of 128 sums would spill
             } else {
                 Sums parts;
                 sort_for_exchange(parts, sums);
                 OwnSums own;
-                reduce_in_cta(own, parts, reinterpret_cast<float4*>(stages + S::SCRATCH_AT), self);
+                reduce_in_cta(own, parts, reinterpret_cast<float4*>(stages + S::SCRATCH_AT), role);
                 end(own);
             }
             zero(sums);
@@ -184,6 +186,6 @@ __device__ __forceinline__ void gemm_sm90(
 
         zero(sums);
         zero(group_sums);
-        drain(make_stripes, ring, self, multiply, finish);
+        consume(make_stripes, ring, role, multiply, finish);
     }
 }

@@ -6,8 +6,8 @@
 //   out          [M, N]        as activations
 //
 // THE TRANSPOSED PRODUCT.  The tensor core computes D = A . B with A 16 x 16, B 16 x 8. The weight is operand A and the
-// activations are B, so what comes out is outᵀ, 16 (n) x 8 (m): eight tokens fill an instruction, where the other way round
-// takes sixteen. One packed word is one A fragment (dequantize.cuh), and a row of activations is a column of B as it lies.
+// activations are B, so the result is outᵀ, 16 (n) x 8 (m): eight tokens fill an instruction; with the activations as A it would
+// take sixteen. One packed word is one A fragment (dequantize.cuh), and a row of activations is a column of B without any change.
 //
 //   a warp, one step of 16 in k:        64 (n) = 4 words of each lane, 16 bytes
 //
@@ -22,7 +22,7 @@
 //         48 │  word 3  │                     │       │       │
 //            └──────────┘                     └───────┴───────┘
 //
-// What a CTA and its warps hold, how groups are scaled and how parts of a sum come together: tile.cuh. How the grid shares the
+// The output tile of a CTA and of its warps, how groups are scaled and partial sums reduced: tile.cuh. How the grid shares the
 // work, and the main loop: stripes.cuh. What a stage holds, and all else that dense and 2:4 kernels share: gemm_sm80.cuh.
 //
 // LIMITS.  N and K multiples of 8 (rows of 16 bytes), everything aligned to 16 bytes; 2^31 units. mma.sync reaches about two
@@ -44,11 +44,11 @@ struct DenseWeights {
 
     template <class Close>
     static __device__ __forceinline__ void multiply(
-        Sums& group_sums, const char* shared, const unsigned& shared_base, int stage_index, int step, const Self& self, const Groups& groups,
+        Sums& group_sums, const char* shared, const unsigned& shared_base, int stage_index, int step, const ThreadRole& role, const Groups& groups,
         const Close& close
     ) {
         using S = Stage<DenseWeights>;
-        const unsigned lane = self.lane;
+        const unsigned lane = role.lane;
         const char* stage = shared + stage_index * S::BYTES;
         const unsigned activations_at = shared_base + stage_index * S::BYTES + S::ACTIVATIONS_AT;
         const int first_tile = step * S::K_TILES;
@@ -58,9 +58,9 @@ struct DenseWeights {
         unsigned b[SLABS == 1 ? 1 : SLABS / 2][4];
 #pragma unroll
         for (int i = 0; i < S::WARP_TILES; ++i) {
-            const unsigned tile = self.k_warp * S::WARP_TILES + i;
+            const unsigned tile = role.k_warp * S::WARP_TILES + i;
             unsigned words[4];
-            load_words(words, stage + ((tile * BLOCKS + self.block) * 32 + lane) * 16 + self.first_word * 4);
+            load_words(words, stage + ((tile * BLOCKS + role.block) * 32 + lane) * 16 + role.first_word * 4);
             if (TOKENS > 8 || i % 2 == 0) {
 #pragma unroll
                 for (int sixteen = 0; sixteen < (TOKENS + 15) / 16; ++sixteen) {

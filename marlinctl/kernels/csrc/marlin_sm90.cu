@@ -23,15 +23,15 @@
 //              └──────────┘                   └─────────────┘
 //
 // While the tensor core works on a batch of steps, the warp decodes the words of the next batch into the other half of its A
-// registers. Every batch begins with a meeting of the four warps (wgmma.fence): where that shows, a batch is more than one step.
+// registers. Every batch begins with a synchronization of the four warps (wgmma.fence): where that costs time, a batch is more than one step.
 //
 // THE SCALES.  SCALE_WEIGHTS = 0: sums of a group are scaled in float32 (tile.cuh). The group is known to the compiler, so the loop
 // below is straight: GROUP_SHIFT = log2(group_size / 16), -1 for channel-wise. SCALE_WEIGHTS = 1: codes are scaled before they are
-// multiplied, code * scale rounded once to 16 bits, which is the decoded weight as it is defined. With many tokens a group's sums are
-// dear: as many registers as the sums, an fma for each, and the tensor core stands still until they are done.
+// multiplied, code * scale rounded once to 16 bits, which is the definition of the decoded weight. With many tokens the sums of a group
+// are expensive: they take as many registers as the sums, an fma each, and the tensor core is idle until they are added.
 //
-// What lies outside of the matrices: activations become zeros, rows of words and scales are copied once more, and columns keep
-// what was in the stage before. A code is finite whatever the word, and a column that nobody writes may be what it likes.
+// Out of bounds: activations become zeros; rows of words and scales beyond the last one are copies of the last one; columns keep the
+// previous content of the stage. That is safe: any word decodes to finite codes, and columns out of bounds are not written.
 //
 // LIMITS.  N and K multiples of 8 (rows of 16 bytes), everything aligned to 16 bytes; 2^31 units.
 //
@@ -41,7 +41,7 @@
 //   M                1       16       32       64      128      256
 //   73728 x 18432    167      201      243      361      587     1142
 //
-// What bounds it is the GPU's 700 W: docs/log/2026-11-22-power-and-tensor-maps.md.
+// It is limited by the GPU's 700 W power cap: docs/log/2026-11-22-power-and-tensor-maps.md.
 #include "write_marlin.cuh"
 #include "gemm_sm90.cuh"
 
@@ -58,13 +58,11 @@ struct DenseWeights {
     // 374 us with one, 364 with two; up to 32 tokens, and with 2:4, one is as fast or faster.
     static constexpr int AHEAD = SCALE_WEIGHTS ? 2 : 1;
 
-    struct Metadata {
-        __device__ __forceinline__ Metadata(const unsigned&, const unsigned&, const Self&) {}
-        __device__ __forceinline__ void load(int) {}
-    };
+    static __device__ __forceinline__ unsigned metadata_at(const unsigned&, int, unsigned, const ThreadRole&) { return 0; }
+    static __device__ __forceinline__ void load_metadata(unsigned (&)[2][4], const unsigned&, int) {}
 
     static __device__ __forceinline__ void multiply(
-        Sums& sums, const unsigned (&fragments)[WORDS][4], unsigned long long b, const Metadata&, int, bool keep
+        Sums& sums, const unsigned (&fragments)[WORDS][4], unsigned long long b, const unsigned (&)[2][4], int, bool keep
     ) {
 #pragma unroll
         for (int word = 0; word < WORDS; ++word) multiply_async(NUMBER(), sums[word], fragments[word], b, keep);

@@ -1,31 +1,33 @@
 // Hopper: warps that copy and warps that multiply, and the ring of stages between them.
 //
-// A CTA has THREADS that multiply, two or three warpgroups, and after them a warpgroup that copies and gives most of its registers away:
+// A CTA has THREADS consumers that multiply, two or three warpgroups, and after them one producer warpgroup that copies and releases most of
+// its registers (setmaxnreg):
 //
 //   warp 0 of it       weights (and metadata) and scales, contiguous runs, by the copy engine (cp.async.bulk)
 //   warp 1             activations, boxes of a tensor map, into the 128-byte swizzle that wgmma reads (cp.async.bulk.tensor)
-//   warps 2 and 3      let the next kernel start, and are there because setmaxnreg is for four warps together
+//   warps 2 and 3      let the next kernel start; they exist because setmaxnreg applies to four warps at once
 //
 //   stage          0         1         2         0         1    ..            STAGES = 3, u counts units of this CTA
 //   weights     | u=0     | u=1     | u=2     | wait for empty[0], u=3 | ..
 //   activations | u=0     | u=1     | u=2     | wait for empty[0], u=3 | ..
 //   multiply    | wait for full[0] .. u=0 .. arrive at empty[0] | wait for full[1] .. | ..
 //
-// full[stage] ends a phase when all bytes of both are there, empty[stage] when every warp that multiplies has arrived.
+// full[stage] completes a phase when all bytes of both have arrived, empty[stage] when every consumer warp has arrived.
 //
-// WHY A TENSOR MAP.  It is made by the host for one address, microseconds where the address is new. Two warps with cp.async did without;
-// nobody waited for them, and up to 32 tokens they are as fast. But 128 tokens took 651 us with them and 549 with a map, 64 tokens 383
-// and 355, 128 tokens of 2:4 466 and 382 (73728 x 18432, in turns): an H200 under load is bound by its 700 W, and they must take more.
+// WHY A TENSOR MAP.  The host makes one for each address, which takes microseconds for a new address. Two warps with cp.async need none; no
+// warp waited for them, and up to 32 tokens they are as fast. But 128 tokens took 651 us with them and 549 with a map, 64 tokens 383
+// and 355, 128 tokens of 2:4 466 and 382 (73728 x 18432, alternating): an H200 under load is limited by its 700 W power cap, and copies by
+// threads presumably take more power.
 //
-// PROGRAMMATIC DEPENDENT LAUNCH.  Weights depend on no kernel before this one; activations, and the workspace, may. So warp 0 starts at
-// once, and the others wait for the previous kernel first. A CTA of the next kernel finds room when one of this kernel has ended, and
-// then already fetches its weights while others of this kernel are still adding up. Without the launch attribute all of that is nothing.
+// PROGRAMMATIC DEPENDENT LAUNCH.  Weights do not depend on the previous kernel; activations and the workspace may. So warp 0 starts at
+// once, and the others wait for the previous kernel first. A CTA of the next kernel becomes resident when one of this kernel has exited,
+// and fetches its weights while other CTAs of this kernel still reduce. Without the launch attribute these instructions do nothing.
 #pragma once
 #include "tile.cuh"
 #include "ptx_sm90.cuh"
 
-// A warp has read a stage when its lanes have met, and then one of them arrives for all. compute-sanitizer's racecheck follows barriers and
-// not that meeting: for it (benchmarks/sanitize_marlin.py) every lane arrives for itself.
+// A warp has read a stage when its lanes have synchronized (__syncwarp), and then one lane arrives for all. compute-sanitizer's racecheck
+// tracks barriers but not __syncwarp: for it (benchmarks/sanitize_marlin.py) every lane arrives for itself.
 #ifndef EVERY_LANE_ARRIVES
 #define EVERY_LANE_ARRIVES 0
 #endif
@@ -35,7 +37,7 @@ constexpr bool GROUPED = GROUP_SHIFT >= 0;
 constexpr bool SCALE_SUMS = GROUPED && !SCALE_WEIGHTS;
 constexpr int COPY_THREADS = 128;
 constexpr int RING_BYTES = 16 * STAGES;         // full and empty, 8 bytes each
-// What a CTA is started with, in steps of 8, is what setmaxnreg shares out anew; more would be waited for until the end of time.
+// Registers of a thread when a CTA starts, in steps of 8. setmaxnreg can only redistribute these: asking for more would never return.
 constexpr int START_REGISTERS = 65536 / CTAS / (THREADS + COPY_THREADS) / 8 * 8;
 constexpr int COPY_REGISTERS = THREADS * CTAS == 256 ? 40 : 32;
 constexpr int MULTIPLY_REGISTERS = (START_REGISTERS * (THREADS + COPY_THREADS) - COPY_REGISTERS * COPY_THREADS) / THREADS / 8 * 8;
@@ -59,7 +61,7 @@ struct Ring {
     }
 };
 
-// A warp's place in the ring: which stage, and the parity of how often it has been around.
+// A warp's position in the ring: the stage, and the parity of the number of rounds.
 struct Place {
     int stage = 0;
     unsigned parity = 0;
@@ -72,9 +74,9 @@ struct Place {
     }
 };
 
-// What a copying warp does: fetch(cursor, stage) issues its copies of a unit, and its arrivals.
+// The loop of a copying warp: fetch(cursor, stage) issues its copies of a unit, and its arrivals.
 template <class Fetch>
-__device__ __forceinline__ void fill(const Stripes& stripes, const Ring& ring, Fetch fetch) {
+__device__ __forceinline__ void produce(const Stripes& stripes, const Ring& ring, Fetch fetch) {
     Place place;
     for (Cursor at = stripes.first(); stripes.inside(at); stripes.advance(at)) {
         barrier_wait(ring.empty(place.stage), place.parity ^ 1);
@@ -83,8 +85,8 @@ __device__ __forceinline__ void fill(const Stripes& stripes, const Ring& ring, F
     }
 }
 
-// A stage that a multiplying warp still reads.
-struct Held {
+// A stage that a consumer warp has not released yet.
+struct UnreleasedStage {
     const Ring& ring;
     unsigned lane;
     int stage;
@@ -96,35 +98,35 @@ struct Held {
     }
 };
 
-// What a multiplying warp does. multiply(stage, before) multiplies a stage; where products stay under way beyond its end, it releases the
-// stage before when those of that one have ended. finish(stripes, unit) is as in walk.
+// The loop of a consumer warp. multiply(stage, before) multiplies a stage; where wgmma are still running at its end, it releases the
+// previous stage when the products of that one have completed. finish(stripes, unit) is as in run_stages.
 //
-// Part by part, a part being what this CTA computes of one tile: in the inner loop, where registers are scarce, only its end is known. The
-// stripes are computed anew where a part ends.
+// The outer loop is over parts, a part being what this CTA computes of one tile. Registers are scarce in the inner loop, so it knows only
+// the end of the part, and the stripes are computed again after each part.
 template <class MakeStripes, class Multiply, class Finish>
-__device__ __forceinline__ void drain(MakeStripes make_stripes, const Ring& ring, const Self& self, Multiply multiply, Finish finish) {
+__device__ __forceinline__ void consume(MakeStripes make_stripes, const Ring& ring, const ThreadRole& role, Multiply multiply, Finish finish) {
     Place place;
-    Held held{ring, self.lane, -1};
+    UnreleasedStage unreleased{ring, role.lane, -1};
     int unit = make_stripes().begin_or_none();
     while (unit != Stripes::NONE) {
         const int end = make_stripes().part_end(unit);
         do {
             barrier_wait(ring.full(place.stage), place.parity);
-            multiply(place.stage, held);
-            held.stage = place.stage;
-            if (SCALE_SUMS) held.release();
+            multiply(place.stage, unreleased);
+            unreleased.stage = place.stage;
+            if (SCALE_SUMS) unreleased.release();
             place.advance();
         } while (++unit != end);
         wgmma_wait<0>();
-        held.release();
+        unreleased.release();
         const Stripes stripes = make_stripes();
         finish(stripes, unit - 1);
         unit = stripes.after_or_none(unit - 1);
     }
 }
 
-// Rows of a matrix of blocks into a stage, by the copy engine: of each row one run of `blocks` blocks. Rows beyond the last one are the
-// last one once more: activations are zero there.
+// Copies rows of a matrix of blocks into a stage, by the copy engine: of each row `blocks` consecutive blocks. Instead of rows beyond the
+// last one it copies the last one: activations are zero there.
 template <int ROWS, int BLOCK_BYTES>
 __device__ __forceinline__ void copy_rows(
     unsigned to, const char* from, unsigned first_row, unsigned rows, unsigned row_blocks, unsigned first_block, unsigned blocks,
@@ -136,8 +138,8 @@ __device__ __forceinline__ void copy_rows(
     }
 }
 
-// Activations [M, K] into a stage: [K_STEP/64][TOKENS] rows of 128 bytes, swizzled. What lies outside of the matrix becomes zeros: sums of
-// zeros. By one lane.
+// Copies activations [M, K] into a stage: [K_STEP/64][TOKENS] rows of 128 bytes, swizzled. Out of bounds they become zeros, which add
+// nothing. Called by one lane.
 __device__ __forceinline__ void copy_activations(const TensorMap& activations, const Cursor& at, unsigned to, unsigned full) {
     barrier_arrive_expecting(full, ACTIVATION_BYTES);
     for (int part = 0; part < K_STEP / 64; ++part) {

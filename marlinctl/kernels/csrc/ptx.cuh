@@ -1,7 +1,7 @@
 // The instructions that the kernels are made of, one function each, under the names of the PTX ISA.
 //
-// All inline PTX is in this file, so that the rest is plain C++: tests/kernels/software_gpu puts a ptx.cuh of its own in this
-// one's place and runs the kernels on the CPU. No header is included anywhere: NVRTC's wheel brings none, and integers and PTX need none.
+// All inline PTX is in this file, so that the rest is plain C++: tests/kernels/software_gpu replaces it by a ptx.cuh of its own
+// and runs the kernels on the CPU. No header is included anywhere: NVRTC's wheel brings none, and integers and PTX need none.
 // Pairs of 16-bit numbers travel as unsigned, the first one in the low half.
 #pragma once
 
@@ -10,8 +10,8 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
-// threadIdx.x, blockIdx.x and gridDim.x, read where they are asked for: volatile, lest the compiler keeps them from the start on, in registers or
-// spilled.
+// threadIdx.x, blockIdx.x and gridDim.x, read at the place of use: volatile, or the compiler would keep them in registers, or spilled, from
+// the start of the kernel.
 __device__ __forceinline__ unsigned thread_index() {
     unsigned out;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(out));
@@ -30,7 +30,7 @@ __device__ __forceinline__ unsigned cta_count() {
 
 // __syncthreads for the first `threads` of a CTA (barrier 0, for all of them, is __syncthreads' own).
 template <int threads>
-__device__ __forceinline__ void meet() {
+__device__ __forceinline__ void sync_threads() {
     asm volatile("bar.sync 1, %0;" ::"n"(threads) : "memory");
 }
 
@@ -48,28 +48,29 @@ __device__ __forceinline__ void store_shared(unsigned shared, uint4 four) {
 
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until at most `pending` of this thread's groups are still under way.
+// Until at most `pending` of this thread's groups are pending.
 template <int pending>
 __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// atom.acq_rel: adds 1 and gives what was there. What the CTA wrote before it met is visible to every CTA that meets after it sees that.
+// atom.acq_rel: adds 1 and returns the old value. A CTA that reads the new value sees, after its next barrier, all that this CTA wrote before
+// the barrier in front of the call.
 __device__ __forceinline__ int count_up(int* counter) {
     int before;
     asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
     return before;
 }
 
-// griddepcontrol: two kernels of a stream may overlap where the host allows it (programmatic dependent launch, sm_90). The next kernel's
-// CTAs come as soon as all of this one's have said so and there is room; what it writes they see after their own wait.
+// griddepcontrol: two kernels of a stream may overlap where the host allows it (programmatic dependent launch, sm_90). CTAs of the next
+// kernel start when all CTAs of this one have executed this and resources are free; they see this kernel's writes after their own wait.
 __device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-// Until the kernels before this one have ended and what they wrote is visible. Nothing where they had ended anyhow.
+// Waits until the kernels before this one have completed and their writes are visible. Does nothing if they already have.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -167,7 +168,7 @@ __device__ __forceinline__ void mma_bfloat(float (&d)[4], const unsigned (&a)[4]
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// mma.sp.m16n8k32: the same with a 2:4 matrix a, 16 x 32, of which 16 x 16 survivors are stored as above; b is 32 x 8. e says
+// mma.sp.m16n8k32: the same with a 2:4 matrix a, 16 x 32, of which the 16 x 16 kept values are stored as above; b is 32 x 8. e says
 // where they were: four bits for each four columns, the places of the two in rising order (ordered_metadata). Of each four lanes
 // two hold what is used, the first two where `selector` is 0, the others where it is 1.
 template <int selector>

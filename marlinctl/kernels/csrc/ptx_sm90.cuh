@@ -8,7 +8,7 @@ __device__ __forceinline__ void barrier_init(unsigned barrier, unsigned arrivals
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// After barrier_init and before the threads meet: bulk copies see the barriers too.
+// After barrier_init and before the threads synchronize: makes the barriers visible to bulk copies too.
 __device__ __forceinline__ void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 __device__ __forceinline__ void barrier_arrive(unsigned barrier) {
@@ -56,7 +56,7 @@ __device__ __forceinline__ void prefetch_map(const TensorMap& map) { asm volatil
 // Between ordinary accesses of shared memory and those of wgmma.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// The same number, which every lane of the warp has: the compiler then knows it, and keeps what follows from it once for all lanes.
+// A number that is the same in every lane of the warp: tells the compiler so, which then uses uniform registers for what depends on it.
 __device__ __forceinline__ unsigned warp_uniform(unsigned number) { return __shfl_sync(0xffffffff, number, 0); }
 
 // A thread block cluster: how many CTAs it has, 1 where the host asked for none, and which of them this is. They are neighbours in the grid.
@@ -71,8 +71,8 @@ __device__ __forceinline__ unsigned cluster_rank() {
     return out;
 }
 
-// barrier.cluster, for all threads of all its CTAs but those that have ended. What they wrote before they see of each other behind it.
-__device__ __forceinline__ void meet_in_cluster() {
+// barrier.cluster, for all threads of all CTAs of the cluster except those that have exited. Writes before it are visible to all after it.
+__device__ __forceinline__ void sync_cluster() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
@@ -102,7 +102,7 @@ __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.a
 
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Until at most `pending` of this warp's groups are still under way.
+// Until at most `pending` of this warp's groups are pending.
 template <int pending>
 __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");

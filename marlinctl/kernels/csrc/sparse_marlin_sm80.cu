@@ -6,20 +6,20 @@
 //   scales       [G', N']      float16, in Sparse-MARLIN order    groups of 32, 64 or 128 in K, or one for all of K
 //   out          [M, N]        as activations
 //
-// THE TRANSPOSED PRODUCT.  mma.sp takes a 2:4 matrix as operand A alone: so the weight is A, the activations are B, and what
-// comes out is outᵀ. One packed word is one A fragment (dequantize.cuh) of 16 outputs x 32 k, of which half is stored.
+// THE TRANSPOSED PRODUCT.  mma.sp takes a 2:4 matrix only as operand A: so the weight is A, the activations are B, and the
+// result is outᵀ. One packed word is one A fragment (dequantize.cuh) of 16 outputs x 32 k, of which half is stored.
 //
 //   a warp, one step of 32 in k:        64 (n) = 4 words of each lane, 16 bytes
 //
 //                     k 0..31                  m 0..7  8..15
 //              ┌───────────────────┐          ┌───────┬───────┐
-//   n = 8g + 0 │ word 0 │ survivors│  k 0     │       │       │    B: activations [m, k], 16 bytes = 8 k of one m: the four
+//   n = 8g + 0 │ word 0 │ kept     │  k 0     │       │       │    B: activations [m, k], 16 bytes = 8 k of one m: the four
 //   n = 8g + 4 │        │ and meta │   .      │   B   │   B   │       8 x 8 matrices of one ldmatrix are 32 k of 8 m
 //              ├────────┼──────────┤   .      │       │       │
 //   n = 8g + 1 │ word 1 │          │  k 31    └───────┴───────┘    D: float32, lane t holds m = 2(t%4) (+ 1) and, with g = t/4,
 //   n = 8g + 5 │        │          │          ┌───────┬───────┐       of word j the outputs n = 8g + j and 8g + 4 + j:
-//              ├────────┼──────────┤  n 0..63 │   D   │   D   │       over all words eight neighbours, so that out is
-//       ..     │   ..   │          │          │       │       │       written as it lies, and nothing has to be turned around
+//              ├────────┼──────────┤  n 0..63 │   D   │   D   │       over all words eight consecutive n, so that out is
+//       ..     │   ..   │          │          │       │       │       written without a transposition
 //              └───────────────────┘          └───────┴───────┘
 //
 // METADATA.  For 64 n x 32 k it is 256 bytes, two 8 x 8 matrices of ldmatrix. A register of it serves two words: lanes 0, 1 of
@@ -50,26 +50,26 @@ struct SparseWeights {
 
     template <class Close>
     static __device__ __forceinline__ void multiply(
-        Sums& group_sums, const char* shared, const unsigned& shared_base, int stage_index, int step, const Self& self, const Groups& groups,
+        Sums& group_sums, const char* shared, const unsigned& shared_base, int stage_index, int step, const ThreadRole& role, const Groups& groups,
         const Close& close
     ) {
         using S = Stage<SparseWeights>;
-        const unsigned lane = self.lane;
+        const unsigned lane = role.lane;
         const char* stage = shared + stage_index * S::BYTES;
         const unsigned meta_at = shared_base + stage_index * S::BYTES + S::META_AT, activations_at = meta_at + S::META_BYTES;
         const int first_tile = step * S::K_TILES;
         const unsigned matrix = lane / 8;  // that this lane names for ldmatrix: of metadata a half of a tile, of activations 8 of k
-        const unsigned its_tile = SPLIT == 1 ? matrix / 2 : matrix, its_half = SPLIT == 1 ? matrix % 2 : self.first_word / 2;
+        const unsigned its_tile = SPLIT == 1 ? matrix / 2 : matrix, its_half = SPLIT == 1 ? matrix % 2 : role.first_word / 2;
         const unsigned row = lane % 8, chunk = matrix ^ row;  // its token, and its 8 of k, swizzled, in the first tile
         unsigned e[4];
 #pragma unroll
         for (int i = 0; i < S::WARP_TILES; ++i) {
-            const unsigned tile = self.k_warp * S::WARP_TILES + i;
+            const unsigned tile = role.k_warp * S::WARP_TILES + i;
             if (i % META_TILES == 0) {
-                load_matrices(e, meta_at + ((tile + its_tile) * BLOCKS + self.block) * 256 + its_half * 128 + row * 16);
+                load_matrices(e, meta_at + ((tile + its_tile) * BLOCKS + role.block) * 256 + its_half * 128 + row * 16);
             }
             unsigned words[4], a[WORDS][4];
-            load_words(words, stage + ((tile * BLOCKS + self.block) * 32 + lane) * 16 + self.first_word * 4);
+            load_words(words, stage + ((tile * BLOCKS + role.block) * 32 + lane) * 16 + role.first_word * 4);
 #pragma unroll
             for (int word = 0; word < WORDS; ++word) dequantize<NUMBER>(a[word], words[word]);
 #pragma unroll

@@ -7,15 +7,15 @@
 //   out          [M, N]        as activations
 //
 // marlin_sm90.cu with wgmma.sp: roles, ring, scales and the half of A registers that is decoded while the tensor core reads the
-// other are explained there. What is different is what sparse_marlin_sm80.cu explains of mma.sp:
+// other are explained there. The differences are those that sparse_marlin_sm80.cu explains for mma.sp:
 //
 //   a warpgroup, one step of 32 in k          m 0 .. TOKENS-1
 //
 //                    k 0..31                  ┌─────────────┐
 //              ┌───────────────────┐    k 0   │             │    B: activations [m, k] as they lie, rows of 128 bytes,
-//     warp 0   │ word j, survivors │ 16  .    │      B      │       swizzled; half a row is a step
+//     warp 0   │ word j, kept      │ 16  .    │      B      │       swizzled; half a row is a step
 //              ├───────────────────┤     .    │             │
-//     warp 1   │ word j   and meta │    k 31  └─────────────┘    D: of a lane, with g = t/4, the outputs n = 8g + j and
+//     warp 1   │ word j,  metadata │    k 31  └─────────────┘    D: of a lane, with g = t/4, the outputs n = 8g + j and
 //              ├───────────────────┤          ┌─────────────┐       8g + 4 + j of its warp's block: over all words eight
 //     warp 2   │ word j            │          │             │       neighbours
 //              ├───────────────────┤          │      D      │
@@ -25,8 +25,8 @@
 // METADATA of a warp's 16 rows lies in its lanes as for mma.sp.m16n8k32: of each four lanes two, which the selector names, the first
 // for k 0..15, the second for k 16..31; low half of a register row t/4, high half row t/4 + 8. One ldmatrix brings that of two steps.
 //
-// Metadata beyond the columns is what was in the stage before, at first anything. What wgmma.sp makes of two survivors in one place is
-// not defined, but it stays in their row of D, which nobody writes.
+// Metadata of columns out of bounds is the previous content of the stage, at first uninitialised. The result of wgmma.sp is undefined for
+// invalid metadata, but only in the rows of D that the metadata belongs to, and those are not written.
 //
 // LIMITS.  As marlin_sm90.cu.
 //
@@ -36,7 +36,7 @@
 //   M                1       16       32       64      128      256
 //   73728 x 18432    134      158      183      251      395      762
 //
-// What bounds it is the GPU's 700 W: docs/log/2026-11-22-power-and-tensor-maps.md.
+// It is limited by the GPU's 700 W power cap: docs/log/2026-11-22-power-and-tensor-maps.md.
 #include "write_sparse_marlin.cuh"
 #include "gemm_sm90.cuh"
 
@@ -57,30 +57,30 @@ struct SparseWeights {
     static constexpr int TILE_K = 32, META_BYTES = 256, AHEAD = 1;
     static constexpr int META_TILES = 2;  // of which one ldmatrix brings a warp's metadata
 
-    struct Metadata {
-        unsigned at, e[2][4];
+    static __device__ __forceinline__ unsigned metadata_at(
+        const unsigned& shared_base, int stage_index, unsigned first_tile, const ThreadRole& role
+    ) {
+        using S = Stage<SparseWeights>;
+        const unsigned matrix = role.lane / 8;  // that this lane names for ldmatrix: a half of a tile
+        const unsigned its_tile = SPLIT == 1 ? matrix / 2 : matrix % 2, its_half = SPLIT == 1 ? matrix % 2 : role.first_word / 2;
+        return shared_base + stage_index * S::BYTES + S::META_AT + ((first_tile + its_tile) * BLOCKS + role.block) * 256 +
+               its_half * 128 + role.lane % 8 * 16;
+    }
 
-        __device__ __forceinline__ Metadata(const unsigned& stage_base, const unsigned& first_tile, const Self& self) {
-            const unsigned matrix = self.lane / 8;  // that this lane names for ldmatrix: a half of a tile
-            const unsigned its_tile = SPLIT == 1 ? matrix / 2 : matrix % 2, its_half = SPLIT == 1 ? matrix % 2 : self.first_word / 2;
-            at = stage_base + Stage<SparseWeights>::META_AT + ((first_tile + its_tile) * BLOCKS + self.block) * 256 + its_half * 128 +
-                 self.lane % 8 * 16;
+    static __device__ __forceinline__ void load_metadata(unsigned (&e)[2][4], const unsigned& at, int i) {
+        if (i % META_TILES == 0) {
+            unsigned(&places)[4] = e[i / META_TILES % 2];
+            if constexpr (SPLIT == 1) load_matrices(places, at + i * (BLOCKS * 256));
+            else load_two_matrices(places, at + i * (BLOCKS * 256));
         }
-        __device__ __forceinline__ void load(int i) {
-            if (i % META_TILES == 0) {
-                unsigned(&places)[4] = e[i / META_TILES % 2];
-                if constexpr (SPLIT == 1) load_matrices(places, at + i * (BLOCKS * 256));
-                else load_two_matrices(places, at + i * (BLOCKS * 256));
-            }
-        }
-    };
+    }
 
     static __device__ __forceinline__ void multiply(
-        Sums& sums, const unsigned (&fragments)[WORDS][4], unsigned long long b, const Metadata& metadata, int i, bool keep
+        Sums& sums, const unsigned (&fragments)[WORDS][4], unsigned long long b, const unsigned (&e)[2][4], int i, bool keep
     ) {
 #pragma unroll
         for (int word = 0; word < WORDS; word += 2) {  // first_word is even: the selector is that of the word in its pair
-            const unsigned places = metadata.e[i / META_TILES % 2][SPLIT == 1 ? i % META_TILES * 2 + word / 2 : i % META_TILES];
+            const unsigned places = e[i / META_TILES % 2][SPLIT == 1 ? i % META_TILES * 2 + word / 2 : i % META_TILES];
             multiply_async<0>(NUMBER(), sums[word], fragments[word], b, places, keep);
             multiply_async<1>(NUMBER(), sums[word + 1], fragments[word + 1], b, places, keep);
         }

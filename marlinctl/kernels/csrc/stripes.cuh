@@ -1,4 +1,4 @@
-// How the CTAs of a grid share the work, and how one CTA walks through its share with copies under way.
+// How the CTAs of a grid share the work, and the pipelined loop of one CTA over its share.
 //
 // STRIPES.  The work is a row of units, (tile of n, tile of m, step of k) with k fastest, cut into equal runs, one for each
 // CTA, wherever the cuts fall:
@@ -6,13 +6,13 @@
 //   units   | tile 0: k 0 1 2 3 | tile 1: k 0 1 2 3 | tile 2: k 0 1 2 3 |
 //   CTAs    |     0     |     1     |     2     |     3     |          (3 units each)
 //
-// A tile that several CTAs share is put together by `complete` (tile.cuh), which costs more than any other step: its sums go to memory
-// and back. So a CTA may be given `whole` tiles for itself, and only what lies before them in the row is cut:
+// The partial sums of a tile that several CTAs share are reduced by `complete` (tile.cuh), which costs more than any other step: they go
+// to memory and back. So a CTA may be given `whole` tiles of its own, and only the units before these are cut into runs:
 //
 //   units   | tile 0: k 0 1 2 3 | tile 1: k 0 1 2 3 | tile 2: .. | tile 3: .. |      whole = 1, two CTAs
 //   CTAs    |         0         |         1         |     0      |     1      |      (here every tile has one CTA)
 //
-// Its share of the cut ones comes first: while parts are put together, others are busy with whole tiles.
+// Its run of the cut tiles comes first: while some CTAs reduce, others compute whole tiles.
 #pragma once
 #include "ptx.cuh"
 
@@ -55,7 +55,7 @@ struct Stripes {
 
     __device__ __forceinline__ bool inside(const Cursor& at) const { return at.unit < end; }
 
-    // Past `end` it may go on, to places that nobody reads.
+    // It may advance beyond `end`; those cursors are not used.
     __device__ __forceinline__ void advance(Cursor& at) const {
         if (++at.unit == jump) {
             at = this->at(resume);
@@ -74,7 +74,7 @@ struct Stripes {
     // The next unit of this CTA after `unit`.
     __device__ __forceinline__ int after(int unit) const { return unit + 1 == jump ? resume : unit + 1; }
 
-    // The same for who has no other way to see the end.
+    // The same, or NONE at the end.
     static constexpr int NONE = -1;
     __device__ __forceinline__ int begin_or_none() const { return begin < end ? begin : NONE; }
     __device__ __forceinline__ int after_or_none(int unit) const { return after(unit) < end ? after(unit) : NONE; }
@@ -99,17 +99,17 @@ struct Stripes {
 
 // The main loop, STAGES deep, one barrier per stage (u counts units of this CTA, S = STAGES):
 //
-//   cp.async   | u, u+1 .. u+S-2 under way  | u+S-1 ..
+//   cp.async   | u, u+1 .. u+S-2 in flight  | u+S-1 ..
 //   warps      | wait for u, barrier        | multiply u | at the end of an output tile, or of the run: finish
 //
-// fetch_weights(cursor, stage) issues the copies of what belongs to the model, fetch_activations those of what the kernel before this one
-// may still be writing, and read_first_activations() fills the first stages with them; multiply(stage, step) is this warp's part of a unit, and
-// finish(unit, stage, step) writes the sums and starts new ones.
+// fetch_weights(cursor, stage) issues the copies of weights and scales, fetch_activations those of activations, which the previous kernel
+// may still be writing, and read_first_activations() fills the first stages with them; multiply(stage, step) is this warp's part of a unit,
+// and finish(unit, stage, step) writes the sums and zeroes them.
 //
-// The first weights are under way before the kernel waits for the one before it. The activations of these stages are read and stored
-// without cp.async: groups of copies complete in the order in which they were sent, and stage 0 would wait for the weights of all.
+// The copies of the first weights are issued before the kernel waits for the previous one. The activations of these stages are copied
+// without cp.async: its groups complete in the order of issue, and stage 0 would wait for the weights of all stages.
 template <class FetchWeights, class FetchActivations, class ReadFirst, class Multiply, class Finish>
-__device__ __forceinline__ void walk(
+__device__ __forceinline__ void run_stages(
     const Stripes& stripes, FetchWeights fetch_weights, FetchActivations fetch_activations, ReadFirst read_first_activations,
     Multiply multiply, Finish finish
 ) {
@@ -129,7 +129,7 @@ __device__ __forceinline__ void walk(
     int stage = 0;
     for (int unit = stripes.begin; unit < stripes.end; unit = stripes.after(unit)) {
         copy_async_wait<STAGES - 2>();
-        __syncthreads();  // everybody's copies have arrived, and everybody is done with the stage that is filled next
+        __syncthreads();  // all threads' copies have arrived, and all warps have read the stage that is filled next
         if (stripes.inside(fetching)) {
             const int free = stage == 0 ? STAGES - 1 : stage - 1;
             fetch_weights(fetching, free);

@@ -6,16 +6,15 @@
 //   scales       [G', N']      float16, in the order of the tiles
 //   weight       [N, K]        code times scale, rounded once; zero where 2:4 pruned
 //
-// For large M: decoding the weight once and torch.matmul beats decoding it for every 64 tokens (kernels/dispatch.py says when).
-// Two and a half bytes of memory traffic for each weight, so nothing else counts, and the text is the plainest that reads and writes
-// 16 bytes a lane.
+// For large M: decoding the weight once and torch.matmul is faster than decoding it for every 64 tokens (kernels/dispatch.py says when).
+// It moves two and a half bytes for each weight and is bound by memory, so the code is the simplest that reads and writes 16 bytes a lane.
 //
 //   a CTA: 64 (n) x 8 tiles in k, a tile for each of 8 warps: 128 of k dense, 256 of 2:4
 //
 //     tile  ── 16 bytes a lane, 4 words ──►  lane t of a warp decodes each word as an A fragment (dequantize.cuh)
 //
 //                 dense, word j:  n = 16 j + t/4 (+ 8)    k = 2 (t%4) + {0, 1} (+ 8)        a pair of neighbours in k: 4 bytes
-//                 2:4,   word j:  n = 8 (t/4) + j (+ 4)   survivors 2 (t%4) + {0, 1} (+ 8)  the survivors of quad t%4 (+ 4): 8 bytes
+//                 2:4,   word j:  n = 8 (t/4) + j (+ 4)   kept weights 2 (t%4) + {0, 1} (+ 8), of group of four t%4 (+ 4): 8 bytes
 //
 //     shared memory [64 n][k]  ── 16 bytes a thread, rows of 256 or 512 bytes ──►  weight
 //
@@ -82,13 +81,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) unpack(
                 for (unsigned later = 0; later < 2; ++later) {  // the two pairs of a row
                     const unsigned pair = scaled(codes[upper + later * 2], scale);
                     if (SPARSE) {
-                        // Word `later` of the row's metadata in this tile has a nibble for each of four quads: two bits for the place
-                        // of either survivor.
+                        // Word `later` of the row's metadata in this tile has a nibble for each of four groups of four: two bits for
+                        // the place of each kept weight.
                         const unsigned at = row % 4 / 2 * 64 + row / 8 * 8 + row % 2 * 4 + later * 2 + row % 8 / 4;
                         const unsigned places = meta_row[at] >> lane % 4 * 4;
-                        const unsigned long long quad = static_cast<unsigned long long>(pair & 0xffff) << 16 * (places & 3)
+                        const unsigned long long group_of_four = static_cast<unsigned long long>(pair & 0xffff) << 16 * (places & 3)
                                                       | static_cast<unsigned long long>(pair >> 16) << 16 * (places >> 2 & 3);
-                        *reinterpret_cast<unsigned long long*>(to + (lane % 4 + later * 4) * 8) = quad;
+                        *reinterpret_cast<unsigned long long*>(to + (lane % 4 + later * 4) * 8) = group_of_four;
                     } else {
                         *reinterpret_cast<unsigned*>(to + (lane % 4 + later * 4) * 4) = pair;
                     }

@@ -1,4 +1,4 @@
-// The end of the 2:4 kernels: finished sums as numbers of 16 bits in their places.
+// The epilogue of the 2:4 kernels: rounds finished sums to 16 bits and writes them.
 #pragma once
 #include "dequantize.cuh"
 #include "tile.cuh"
@@ -11,15 +11,14 @@ struct Output {
     bool grouped;
 };
 
-// The sums of a lane by where they go. Of all four words, part 2c + r is row r (0: n = 8g + 0..3, 1: n = 8g + 4..7) of token
+// The sums of a lane in the order of the output. Of all four words, part 2c + r is row r (0: n = 8g + 0..3, 1: n = 8g + 4..7) of token
 // 2(t%4) + c; of two words, part c is both rows of it, two outputs each.
-template <int words, int held>
-__device__ __forceinline__ float neighbour(const float (&sums)[words][held][4], int part, int slab, int i) {
+template <int words, int fragment_slabs>
+__device__ __forceinline__ float neighbour(const float (&sums)[words][fragment_slabs][4], int part, int slab, int i) {
     return SPLIT == 1 ? sums[i][slab][part % 2 * 2 + part / 2] : sums[i % 2][slab][i / 2 * 2 + part];
 }
 
-// Warps that share k exchange parts, so that is what they must be given; where none do, the sums may stay where they are until they
-// are written.
+// Warps that share k exchange whole parts, so sums are sorted into parts first; with K_WARPS = 1 they are sorted when they are written.
 __device__ __forceinline__ void sort_for_exchange(Sums& parts, const Sums& sums) {
 #pragma unroll
     for (int slab = 0; slab < SLABS; ++slab)
@@ -29,20 +28,21 @@ __device__ __forceinline__ void sort_for_exchange(Sums& parts, const Sums& sums)
             for (int i = 0; i < 4; ++i) parts[part][slab][i] = K_WARPS > 1 ? neighbour(sums, part, slab, i) : sums[part][slab][i];
 }
 
-// Slabs of the tile from `first_slab` on, WRITTEN of the sums of all, or the only one that `own` holds: channel-wise scales, bias, rounding.
-template <int held>
+// Writes slabs of the tile from `first_slab` on: WRITTEN of the SLABS in `own`, or the one slab of a subtile's fragment. Channel-wise
+// scales, bias, rounding.
+template <int fragment_slabs>
 __device__ __forceinline__ void write_result(
-    const float (&own)[OWN][held][4], const Output& output, const Cursor& at, int first_slab, const Self& self
+    const float (&own)[OWN][fragment_slabs][4], const Output& output, const Cursor& at, int first_slab, const ThreadRole& role
 ) {
-    constexpr int slabs = held == 1 ? 1 : WRITTEN;
-    const int first_held = held == 1 ? 0 : first_slab;
-    const unsigned lane = self.lane, n = output.n;
-    const int eight = (at.slice * BLOCKS + self.block) * 64 + lane / 4 * 8;  // the lane's eight outputs
+    constexpr int slabs = fragment_slabs == 1 ? 1 : WRITTEN;
+    const int first_fragment_slab = fragment_slabs == 1 ? 0 : first_slab;
+    const unsigned lane = role.lane, n = output.n;
+    const int eight = (at.slice * BLOCKS + role.block) * 64 + lane / 4 * 8;  // the lane's eight outputs
     const unsigned short* const channel_scales = reinterpret_cast<const unsigned short*>(output.scales);
 #pragma unroll
     for (int i = 0; i < OWN; ++i) {
-        const int part = self.k_warp * OWN + i, second = SPLIT == 1 ? part / 2 : part;  // of the two tokens
-        const int column = eight + (SPLIT == 1 ? part % 2 * 4 : self.first_word), beyond = SPLIT == 1 ? 2 : 4;  // to the other pair
+        const int part = role.k_warp * OWN + i, second = SPLIT == 1 ? part / 2 : part;  // of the two tokens
+        const int column = eight + (SPLIT == 1 ? part % 2 * 4 : role.first_word), beyond = SPLIT == 1 ? 2 : 4;  // to the other pair
         if (column >= n) continue;  // n is a multiple of 8: all or nothing
         float scale[4], shift[4];
 #pragma unroll
@@ -54,7 +54,7 @@ __device__ __forceinline__ void write_result(
         unsigned token = at.token_tile * TOKENS + first_slab * 8 + lane % 4 * 2 + second;
         unsigned short* to = output.out + (static_cast<size_t>(token) * n + column);
 #pragma unroll
-        for (int slab = first_held; slab < first_held + slabs; ++slab, token += 8, to += static_cast<size_t>(8) * n) {
+        for (int slab = first_fragment_slab; slab < first_fragment_slab + slabs; ++slab, token += 8, to += static_cast<size_t>(8) * n) {
             float s[4];
 #pragma unroll
             for (int j = 0; j < 4; ++j) {

@@ -17,7 +17,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 inline void __syncthreads() { gpu::sync_cta(); }
 inline void __syncwarp() { gpu::sync_warp(); }
-template <int threads> inline void meet() { gpu::sync_first(threads); }
+template <int threads> inline void sync_threads() { gpu::sync_first(threads); }
 inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline int count_up(int* counter) { return (*counter)++; }
 template <class T> inline void __stcg(T* place, T value) { *place = value; }

@@ -14,7 +14,7 @@ inline void copy_box(unsigned to, const TensorMap& map, unsigned x, unsigned y, 
 inline void prefetch_map(const TensorMap&) {}
 inline unsigned cluster_size() { return gpu::cluster_size(); }
 inline unsigned cluster_rank() { return gpu::cluster_rank(); }
-inline void meet_in_cluster() { gpu::sync_cluster(); }
+inline void sync_cluster() { gpu::sync_cluster(); }
 inline float4 load_of_cta(unsigned rank, unsigned from) { return gpu::load_of_cta(rank, from); }
 inline unsigned warp_uniform(unsigned number) { return gpu::exchange(number)[0]; }
 template <int> inline void give_registers() {}
