@@ -48,8 +48,8 @@ def command(console: Console, out: Path, from_block: int | None, overwrite: bool
     the request. On a CPU the result is byte for byte that of an uninterrupted run. Any difference in model, recipe or versions is listed,
     and nothing is done.
 
-    --from-block goes back: block N and all later blocks are solved again. Only the inputs of the last two blocks are kept, so going further
-    back restarts at the first block.
+    --from-block goes back: block N and all later blocks are solved again. Earlier blocks whose hidden states are not kept any more run once
+    more with their stored weights.
 
     The measurement of a compress or sparsify may be changed: --tasks, --text, --window and the like, --max-kl, --max-ppl-ratio, --no-eval.
     Nothing is solved again for that.

@@ -2,9 +2,9 @@
 
     the GPU computes block i + 1          the thread: digests and tensors of block i ─► shard ─► masks ─► (states) ─► line of the journal
 
-One thread takes blocks in their order, so the journal is that of a run without it. A few may wait; then the pipeline does. Hidden states
-are large (2.1 GB for 128 x 2,048 tokens of Llama-3-8B, 4 s of hashing and writing on the H200's machine, where a block takes one), so those
-behind a block are kept only now and then (`Pace`): a run that goes on replays the blocks between (run.py).
+One thread takes blocks in their order, so the journal is that of a run without it. A few may wait, by number and by size; then the pipeline
+does. Hidden states are large (2.1 GB for 128 x 2,048 tokens of Llama-3-8B, 4 s of hashing and writing on the H200's machine, where a block
+takes one), so those behind a block are kept only now and then (`Pace`): a run that goes on replays the blocks between (run.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from types import TracebackType
 
 import torch
 
-_MOST_WAITING = 8  # blocks, the one in work among them: codes and scales of each lie in the device's memory
+_MOST_WAITING = 8  # blocks, the one in work among them
+_MOST_BYTES = 4 << 30  # of the device's memory that they hold; one block may be larger
 
 
 class Commits:
@@ -28,30 +29,35 @@ class Commits:
         """On a GPU in a thread; on a CPU, where thread and solver would want the same cores, `submit` does the work."""
         self._device = device
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="commits") if device.type == "cuda" else None
-        self._queue: deque[Future[None]] = deque()
+        self._queue: deque[tuple[Future[None], int]] = deque()  # and the bytes that each holds
         self._failed = False
 
     @property
     def idle(self) -> bool:
         """Whether nothing waits or is in work."""
-        while self._queue and self._queue[0].done():
-            self._queue.popleft().result()
+        while self._queue and self._queue[0][0].done():
+            self._take()
         return not self._queue
 
-    def submit(self, work: Callable[[], None]) -> None:
+    def submit(self, work: Callable[[], None], size: int = 0) -> None:
+        """size: bytes of the device's memory that the work holds until it is done."""
         if self._pool is None:
             work()
             return
-        while not self.idle and len(self._queue) >= _MOST_WAITING:
-            self._queue.popleft().result()
+        while not self.idle and (len(self._queue) >= _MOST_WAITING or size + sum(held for _, held in self._queue) > _MOST_BYTES):
+            self._take()
         made = torch.cuda.Event()
         made.record(torch.cuda.current_stream(self._device))
-        self._queue.append(self._pool.submit(self._run, work, made))
+        self._queue.append((self._pool.submit(self._run, work, made), size))
 
     def wait(self) -> None:
         """Until everything is on the disk."""
         while self._queue:
-            self._queue.popleft().result()
+            self._take()
+
+    def _take(self) -> None:
+        """Wait for the first of the queue; raises what it raised."""
+        self._queue.popleft()[0].result()
 
     def _run(self, work: Callable[[], None], made: torch.cuda.Event) -> None:
         """made: when what the work reads is computed. It is copied on a stream of its own, beside the next block's work."""
@@ -72,7 +78,12 @@ class Commits:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """What is whole is written, after an error too. An error of the work itself is told where there is no other."""
         if self._pool is not None:
-            self._pool.shutdown(wait=True)
+            try:
+                self._pool.shutdown(wait=True)
+            except BaseException:  # a signal: nothing may be written once the job's lock is released, so what is in work ends first
+                self._failed = True
+                self._pool.shutdown(wait=True, cancel_futures=True)
+                raise
         if kind is None:
             self.wait()
 
@@ -88,6 +99,11 @@ class Pace:
     @property
     def due(self) -> bool:
         return time.monotonic() - self._since > 10 * self._seconds
+
+    @property
+    def overdue(self) -> bool:
+        """Worth waiting for the blocks in the queue, which a slow disk never empties."""
+        return time.monotonic() - self._since > 20 * self._seconds
 
     @contextmanager
     def timed(self) -> Iterator[None]:

@@ -21,9 +21,10 @@ from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.errors import NumericalProblem
 from marlinctl.oneshot.open import Options, RunInputs
 from marlinctl.oneshot.reading import Reader
-from marlinctl.oneshot.solve import Outcome, StackedSolver, steps_on
+from marlinctl.oneshot.solve import Outcome, StackedSolver
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipes.schema import Recipe
+from marlinctl.sparsify.steps import PruneSteps
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from marlinctl.system.console import Console, Progress
 from marlinctl.system.digests import sha256_of_tensors
@@ -59,10 +60,17 @@ class SolvedLinear:
     mask: Tensor | None  # [N, K] bool
     error: Tensor  # of the linear, float64
     energy: Tensor
-    outcome: Outcome
+    damping: float
+    dead: int
+    fallback: str | None
     tokens: int
     remark: str
     seconds: float
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.result,) if isinstance(self.result, Tensor) else (self.result.codes, self.result.scales)
+        return sum(tensor.nbytes for tensor in tensors) + (0 if self.mask is None else self.mask.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +89,12 @@ class LayerQuantizer:
 
     def __init__(
         self, opened: RunInputs, recipe: Recipe, options: Options, staged: StagedCheckpoint, console: Console, weights: Reader,
-        phases: Phases,
+        steps: PruneSteps, phases: Phases,
     ) -> None:  # fmt: skip
         self.opened, self.options, self.staged, self.console, self.weights = opened, options, staged, console, weights
         self.phases = phases
         self.records: list[LayerRecord] = []
         self.scheme = recipe.scheme
-        steps = steps_on(opened.device, console)
         self.solver = StackedSolver.of(recipe, matches=opened.matches, bfloat16_exact=bfloat16_exact(opened), steps=steps)
         self.at_once = opened.device.type == "cpu"
         self._waiting: list[SolvedLinear] = []
@@ -171,7 +178,9 @@ class LayerQuantizer:
         stored = result if isinstance(result, QuantizedLinear) else result.to(torch_dtype(self.opened.checkpoint.tensors[f"{name}.weight"]))
         kept = None if mask is None else mask[rows]
         error, energy = outcome.error[rows].sum(), outcome.output_energy[rows].sum()
-        solved = SolvedLinear(name, stored, kept, error, energy, outcome, tokens, remark, seconds)
+        solved = SolvedLinear(
+            name, stored, kept, error, energy, outcome.damping, outcome.dead, outcome.fallback, tokens, remark, seconds
+        )  # fmt: skip
         weight = stored.dequantize() if isinstance(stored, QuantizedLinear) else stored.float()
         if self.at_once:
             self._note(solved)
@@ -200,17 +209,17 @@ class LayerQuantizer:
         self._finished.tensors.update(tensors)
         if mask is not None:
             self.staged.write_mask(name, mask)
-        info, outcome = self.opened.checkpoint.tensors[f"{name}.weight"], solved.outcome
+        info = self.opened.checkpoint.tensors[f"{name}.weight"]
         record = LayerRecord(
             name=name,
             shape=shape,
             group_size=group_size,
             pattern=None if mask is None else "2:4",
             error=float(solved.error) / energy if energy > 0 else 0.0,
-            damping=outcome.damping,
+            damping=solved.damping,
             tokens=solved.tokens,
-            dead=outcome.dead,
-            fallback=outcome.fallback,
+            dead=solved.dead,
+            fallback=solved.fallback,
             remark=solved.remark,
             digest=digest,
             bytes_in=info.end - info.begin,
@@ -218,11 +227,11 @@ class LayerQuantizer:
             seconds=round(solved.seconds, 4),
         )
         self._finished.records.append(record)
-        if outcome.fallback:
-            self.console.warn(f"{name}: {outcome.fallback}")
+        if solved.fallback:
+            self.console.warn(f"{name}: {solved.fallback}")
         if self.progress is not None:
-            extra = "".join(f"  {text}" for text in (f"{outcome.dead} dead inputs" if outcome.dead else "", solved.remark) if text)
-            self.progress.advance(1, f"{name:<44} error {record.error:.5f}  damping {outcome.damping:g}  {solved.seconds:6.2f} s{extra}")
+            extra = "".join(f"  {text}" for text in (f"{solved.dead} dead inputs" if solved.dead else "", solved.remark) if text)
+            self.progress.advance(1, f"{name:<44} error {record.error:.5f}  damping {solved.damping:g}  {solved.seconds:6.2f} s{extra}")
 
 
 def _on_cpu(linear: QuantizedLinear) -> QuantizedLinear:

@@ -33,6 +33,7 @@ from marlinctl.system.devices import choose_device, device_peaks, forget_device_
 from marlinctl.system.host import release_heap
 
 _SEED = 0
+_FEW_ROWS = 8
 _FORWARD_SHARE = 0.7  # of the rate of products that a forward pass through a block keeps
 
 
@@ -94,10 +95,9 @@ def probe_on(device: str, threads_asked: int | None, console: Console) -> Callab
     return probe
 
 
-def probe_before(opened: RunInputs, recipe: Recipe, console: Console) -> None:
+def probe_before(opened: RunInputs, recipe: Recipe, steps: PruneSteps, console: Console) -> None:
     """The largest solve once, so that a machine whose memory does not hold it says so in seconds and not after hours."""
     sizes = opened.plan.group_sizes
-    steps = steps_on(opened.device, console)
     measured = run_probe(opened.architecture, sizes, recipe, matches=opened.matches, device=opened.device, dtype=opened.dtype, steps=steps)
     work = Work.of(recipe, element=opened.dtype.itemsize, matches=opened.matches, on_device=opened.device.type == "cuda")
     counted_at = machine(opened.device.type, torch.get_num_threads(), opened.dtype.itemsize, matrix_units=has_matrix_units())
@@ -127,6 +127,10 @@ def _measure(stage: Stage, solver: StackedSolver, hidden: int, device: torch.dev
         residual = torch.zeros(stage.k, stage.rows, device=device) if stage.rows == hidden else None
     hessian = Hessian(matrix, CHUNK_TOKENS, drift, residual)
     group_size = -1 if stage.groups <= 1 else stage.k // stage.groups
+    if device.type == "cuda":  # kernels are compiled and libraries initialised at the first call
+        few = None if residual is None else residual[:, :_FEW_ROWS].contiguous()
+        solver.solve(weight[:_FEW_ROWS], None, Hessian(matrix, CHUNK_TOKENS, drift, few), group_size)
+        _wait(device)
     started = time.monotonic()
     solver.solve(weight, None, hessian, group_size)
     _wait(device)

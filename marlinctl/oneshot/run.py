@@ -55,11 +55,13 @@ from marlinctl.oneshot.probe import probe_before
 from marlinctl.oneshot.reading import Reader
 from marlinctl.oneshot.resume import RunJob
 from marlinctl.oneshot.sequential import SequentialPipeline
+from marlinctl.oneshot.solve import steps_on
 from marlinctl.planning.memory import CHUNK_TOKENS, CHUNK_TOKENS_ON_DEVICE
 from marlinctl.planning.preflight import check_lengths, sixteen_bit
 from marlinctl.recipes.schema import Recipe, recipe_hash
 from marlinctl.report.files import report_files
 from marlinctl.report.rewrite import read_report
+from marlinctl.sparsify.steps import TORCH, PruneSteps
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from marlinctl.system.console import Console
 from marlinctl.system.devices import device_peaks, threads
@@ -129,14 +131,15 @@ def _run(
     opened = open_model(model, out, recipe, options, console, published, lambda: job.noted("model", console), before_weights)
     job.watch(opened.contents)
     phases = Phases()
-    workers = max(1, (os.cpu_count() or 1) // 4) if opened.device.type == "cuda" else 1  # whose host memory the weights have not filled
+    workers = min(4, len(os.sched_getaffinity(0))) if opened.device.type == "cuda" else 1  # a CPU's memory holds one linear at a time
     with threads(options.threads), torch.no_grad():
         with phases("probe"):
-            probe_before(opened, recipe, console)
-        calibration = _calibration(job, opened, recipe, texts, console)
+            steps = steps_on(opened.device, console)
+            probe_before(opened, recipe, steps, console)
+        calibration = _calibration(job, opened, recipe, texts, steps, console)
         with StagedCheckpoint(out, overwrite=options.overwrite, fmt=fmt, path=job.staged) as staged, ExitStack() as stack:
             reader = stack.enter_context(Reader(opened.checkpoint, ahead=opened.device.type == "cuda"))
-            solving = LayerQuantizer(opened, recipe, options, staged, console, reader, phases)
+            solving = LayerQuantizer(opened, recipe, options, staged, console, reader, steps, phases)
             _walk(calibration.tokens, job, solving)
             solved = {f"{name}.weight" for name in opened.plan.group_sizes}
             with phases("copy"):
@@ -182,7 +185,9 @@ def _kept_calibration(job: RunJob, console: Console) -> CalibrationSet | None:
     return kept
 
 
-def _calibration(job: RunJob, opened: RunInputs, recipe: Recipe, texts: list[CalibrationSet], console: Console) -> CalibrationSet:
+def _calibration(
+    job: RunJob, opened: RunInputs, recipe: Recipe, texts: list[CalibrationSet], steps: PruneSteps, console: Console
+) -> CalibrationSet:
     """What was read before, or what the model writes now. It begins the job, or is compared with what the job was begun with."""
     folder = opened.source.folder
     made = (
@@ -196,7 +201,7 @@ def _calibration(job: RunJob, opened: RunInputs, recipe: Recipe, texts: list[Cal
             load_model=lambda: _whole_model(folder, opened.dtype, opened.device),
         )
     )
-    facts = _fingerprint(opened, recipe, made)
+    facts = _fingerprint(opened, recipe, made, steps)
     if job.begun:
         job.check(facts)
     else:
@@ -204,8 +209,10 @@ def _calibration(job: RunJob, opened: RunInputs, recipe: Recipe, texts: list[Cal
     return made
 
 
-def _fingerprint(opened: RunInputs, recipe: Recipe, calibration: CalibrationSet) -> dict[str, Any]:
+def _fingerprint(opened: RunInputs, recipe: Recipe, calibration: CalibrationSet, steps: PruneSteps) -> dict[str, Any]:
     """Everything that decides the numbers. Where any of it differs, going on would mix two jobs."""
+    # Codes differ where rounding decides. A CPU has one solver.
+    solver = {} if opened.device.type == "cpu" else {"solver": "torch" if steps is TORCH else "kernels"}
     return {
         "model": opened.contents.fingerprint,
         "recipe": recipe.canonical(),
@@ -213,6 +220,7 @@ def _fingerprint(opened: RunInputs, recipe: Recipe, calibration: CalibrationSet)
         "versions": versions(),
         "device": opened.device.type,
         "dtype": str(opened.dtype).removeprefix("torch."),
+        **solver,
     }
 
 
@@ -233,9 +241,10 @@ def _walk(tokens: Tokens, job: RunJob, solving: LayerQuantizer) -> None:
     if device.type == "cuda":
         budget, chunk = int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE), CHUNK_TOKENS_ON_DEVICE
     full = ""
-    for attempt in (_Attempt(chunk, budget, solving.options.redo_from), _Attempt(chunk // 2, budget=0)):
+    fewer = [less for less in (CHUNK_TOKENS, CHUNK_TOKENS // 2) if less < chunk]
+    for attempt in (_Attempt(chunk, budget, solving.options.redo_from), *(_Attempt(less, budget=0) for less in fewer)):
         if full:
-            solving.console.warn(f"{full}; once more from block {job.finished}, with half of the tokens in flight")
+            solving.console.warn(f"{full}; once more from block {job.finished}, with {attempt.chunk_tokens:,} tokens in flight")
         try:
             _every_block(tokens, job, solving, attempt)
             return
@@ -245,7 +254,7 @@ def _walk(tokens: Tokens, job: RunJob, solving: LayerQuantizer) -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     raise ResourceProblem(
-        "E590", f"{full}, twice", where=f"block {job.finished}",
+        "E590", f"{full}, again", where=f"block {job.finished}",
         fix="free memory of the GPU, or a smaller --sequence-length, or --device cpu; what is finished is kept",
     )  # fmt: skip
 
@@ -284,10 +293,14 @@ def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: 
                         walk.run_block(block, solving.stage)
                         if on_gpu:
                             torch.cuda.synchronize(opened.device)
-                    kept = block.index + 1 < pieces and (not on_gpu or (commits.idle and pace.due))
+                    if pace.overdue:
+                        commits.wait()
+                    kept = block.index + 1 < pieces and (not on_gpu or (pace.due and commits.idle))
                     states = {name: tensor.clone() if on_gpu else tensor for name, tensor in walk.states().items()} if kept else {}
                     with solving.phases("wait for the disk"):
-                        commits.submit(partial(_commit, job, solving, "block", block.index, solving.take(), states, pace))
+                        solved = solving.take()
+                        size = sum(linear.nbytes for linear in solved) + sum(tensor.nbytes for tensor in states.values())
+                        commits.submit(partial(_commit, job, solving, "block", block.index, solved, states, pace), size)
                     release_heap()
                 if stopping.asked:
                     commits.wait()

@@ -110,7 +110,9 @@ def steps_on(device: torch.device, console: Console) -> PruneSteps:
     kernels = SolverKernels(torch.device("cuda", index), jit.default_folder())
     try:
         kernels.require()
-    except (ValueError, OSError, jit.CompilerMissing, jit.DriverTooOld) as reason:
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, OSError, RuntimeError) as reason:  # no such GPU, no compiler or driver, no cache; or one of them refuses
         console.warn(f"the solver's kernels cannot be used, and torch operators take about twenty times as long: {reason}")
         return TORCH
     return kernels.steps()

@@ -1,7 +1,7 @@
 """How many bytes of disk a run writes: its outputs, exactly, and what lies beside them while it runs. From names and shapes alone.
 
 blocks    the finished linears in the interchange form, the activations of one block in unnamed files (system/offload.py), and the
-          hidden states that enter the last two blocks, to resume from (oneshot/resume.py)
+          hidden states that enter two blocks, to resume from (oneshot/resume.py)
 publish   every output at once: each is built beside its place and renamed
 mask      2:4 linears have one bit a weight in a file of its own, which is written twice: its header is known last
 """
@@ -64,7 +64,7 @@ def needed_by_blocks(first: Output, scratch: int, states: int) -> int:
 
 
 def state_bytes(architecture: Architecture, work: Work) -> int:
-    """The hidden states that enter the last two blocks, with drift correction also the reference model's: what a run resumes from."""
+    """The hidden states that enter two blocks, with drift correction also the reference model's: what a run resumes from."""
     copies = 2 * (2 if work.matches else 1)
     return copies * work.samples * work.length * architecture.hidden_size * work.element
 

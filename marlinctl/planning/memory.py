@@ -171,6 +171,8 @@ def _phases(architecture: Architecture, stage: Stage, work: Work) -> Iterator[Ar
     """The arrays that are alive in each phase of one stage."""
     k, rows, tokens = stage.k, stage.rows, max(CHUNK_TOKENS_ON_DEVICE if work.on_device else CHUNK_TOKENS, work.length)
     held = [(1, 4 * stage.other_rows * k)]  # weights that pass through the solve untouched
+    if work.on_device:
+        held += quantize.split(rows, k)
     if work.matches:  # E[(x' - x) xᵀ], E[(r' - r) xᵀ] and the stack before it was matched
         held += [(1, 4 * k * k), (1, 4 * k * architecture.hidden_size), (1, 4 * rows * k)]
 

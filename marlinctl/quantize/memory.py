@@ -27,6 +27,11 @@ def corrected_target(rows: int, k: int) -> Arrays:
     return [(4, stack), (2, 2 * stack), (1, square), (2, 2 * square)]
 
 
+def split(rows: int, k: int) -> Arrays:
+    """products.mm on a GPU: both operands in two parts each."""
+    return [(2, 4 * k * k), (2, 4 * rows * k)]
+
+
 def factor(rows: int, k: int, damping: float) -> Arrays:
     """solver.factor as gptq.solve calls it: weights and stack, H and its reordered copy, the matrix to be factored and its factor."""
     square = 4 * k * k

@@ -84,6 +84,7 @@ class SolverKernels:
         pivots: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         k, rows = base.shape
+        _require_contiguous(base, mask, pivots)
         anchor, feedback, group = anchor.contiguous(), feedback.contiguous(), group_of.to(torch.int32)
         codes, errors = torch.empty_like(anchor), torch.empty_like(anchor)
         earlier = torch.empty_like(anchor), torch.empty_like(anchor)  # the errors of finished blocks, split for the matrix units
@@ -107,9 +108,10 @@ class SolverKernels:
 
     def improve_mask(self, weight: Tensor, values: Tensor, mask: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
         k, rows = weight.shape
-        tables, pairs = pair_inverses(matrix).float(), pair_of(mask).to(torch.uint8)
-        v = values * mask
-        errors = weight - v
+        _require_contiguous(weight, matrix)
+        tables, pairs = pair_inverses(matrix).float().contiguous(), pair_of(mask).to(torch.uint8).contiguous()
+        v = (values * mask).contiguous()
+        errors = (weight - v).contiguous()
         function = self._load("mask", mask_defines(), SHARED_BYTES)
         for start in range(0, k, COLUMNS):
             stop = min(start + COLUMNS, k)
@@ -137,6 +139,13 @@ class SolverKernels:
 
 _loaded: dict[tuple[str, tuple[str, ...], int | None], Function] = {}
 _lock = threading.Lock()
+
+
+def _require_contiguous(*tensors: Tensor | None) -> None:
+    """The kernels are given addresses: ValueError for a tensor whose elements do not lie as its shape says."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"a tensor {list(tensor.shape)} with strides {list(tensor.stride())} is not contiguous")
 
 
 def solver_architecture(device: torch.device) -> str:

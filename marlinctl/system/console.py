@@ -23,6 +23,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -108,9 +109,14 @@ class Progress:
         self._task = bar.add_task(printable(label, one_line=True), total=total) if bar is not None else None
         self._done = 0
         self._started = self._last_line = time.monotonic()
+        self._lock = threading.Lock()  # of threads that are at work on the same steps
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         """`steps` more are done. A note is worth a line of its own, wherever the output goes."""
+        with self._lock:
+            self._advance(steps, note)
+
+    def _advance(self, steps: int, note: str) -> None:
         self._done += steps
         now = time.monotonic()
         if self._bar is not None and self._task is not None:

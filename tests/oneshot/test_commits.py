@@ -70,6 +70,58 @@ def test_blocks_are_written_in_their_order_and_a_few_may_wait(thread: None, monk
     assert written == [0, 1, 2]
 
 
+def test_large_blocks_wait_by_their_size(thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, eight blocks of a large model would take the memory that its solves need."""
+    monkeypatch.setattr(committing, "_MOST_BYTES", 100)
+    gate, submitted = threading.Event(), threading.Event()
+
+    def more() -> None:
+        commits.submit(lambda: None, 60)
+        submitted.set()
+
+    with Commits(CUDA) as commits:
+        commits.submit(gate.wait, 60)  # type: ignore[arg-type]
+        second = threading.Thread(target=more)
+        second.start()
+        assert not submitted.wait(0.2)
+        gate.set()
+        second.join()
+    with Commits(CUDA) as commits:
+        commits.submit(lambda: None, 10**12)  # one may be larger
+
+
+def test_a_signal_while_the_last_blocks_are_written_begins_no_more(thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, a thread would write into the job's folder after its lock was released, beside the run that resumes it."""
+    written: list[int] = []
+    begun, gate = threading.Event(), threading.Event()
+
+    def write(index: int) -> None:
+        begun.set()
+        gate.wait()
+        written.append(index)
+
+    def run() -> None:
+        with Commits(CUDA) as commits:
+            for index in range(5):
+                commits.submit(lambda index=index: write(index))  # type: ignore[misc]
+            begun.wait()
+            shutdown, calls = commits._pool.shutdown, []  # type: ignore[union-attr]
+
+            def interrupted(**how: bool) -> None:
+                calls.append(how)
+                if len(calls) == 1:
+                    gate.set()
+                    raise KeyboardInterrupt
+                shutdown(**how)
+
+            monkeypatch.setattr(commits._pool, "shutdown", interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert written in ([0], [0, 1])  # what had begun
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("commits")]
+
+
 @pytest.mark.parametrize("when", ["submit", "wait", "end"])
 def test_nothing_is_written_behind_what_failed(thread: None, when: str) -> None:
     """If this failed, a full disk would leave a journal in which a block is missing, or go unnoticed."""
@@ -130,7 +182,9 @@ def test_states_take_a_tenth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> Non
     now[0] = 43.0
     assert not pace.due
     now[0] = 45.0
-    assert pace.due
+    assert pace.due and not pace.overdue
+    now[0] = 75.0
+    assert pace.overdue
 
 
 def test_a_phase_inside_of_another_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:

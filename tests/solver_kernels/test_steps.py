@@ -261,6 +261,18 @@ def test_nothing_is_spilled_anywhere(name: str, defines: tuple[str, ...], archit
     check_machine_code(name, defines, architecture)
 
 
+def test_a_tensor_that_lies_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, a kernel would read another matrix than the one it was given."""
+    kernels = install(monkeypatch, tmp_path)
+    w, matrix = problem()
+    group_of = torch.zeros(K, dtype=torch.int64)
+    for base, mask in ((w.T.contiguous().T, None), (w, (w.T > 0).contiguous().T)):
+        with pytest.raises(ValueError, match="is not contiguous"):
+            kernels.sweep(base, w, factor(matrix, 0.01).feedback, None, group_of, mask)
+    with pytest.raises(ValueError, match="is not contiguous"):
+        kernels.improve_mask(w, w, two_largest(w.abs()), (matrix * torch.arange(K)).T)
+
+
 def test_every_gpu_since_ampere_has_the_shared_memory() -> None:
     """If this failed, a launch would be refused on cards with 99 KiB."""
     assert SHARED_BYTES <= 99 * 1024
