@@ -85,7 +85,7 @@ class RunInputs:
     plan: Plan
     tensors: Mapping[str, TensorInfo]  # of the checkpoint, a tied head once
     pattern: SourcePattern  # 2:4 that the source has already
-    matches: bool  # whether drift from the reference model is corrected (sequential.py)
+    corrects_drift: bool  # whether drift from the reference model is corrected (sequential.py)
     device: torch.device
     dtype: torch.dtype  # of the forward pass
     contents: Contents  # what its files hold
@@ -134,7 +134,7 @@ def open_model(
     pattern = of_source(checkpoint, looked.shapes, console)
     check_pattern(pattern.pattern, looked, recipe, console)
     tensors = stored_once(checkpoint, looked.architecture)
-    work = Work.of(recipe, element=dtype.itemsize, matches=looked.matches, on_device=device.type == "cuda")
+    work = Work.of(recipe, element=dtype.itemsize, corrects_drift=looked.corrects_drift, on_device=device.type == "cuda")
     _require_resources(looked, tensors, pattern, work, out, options)
     packed = {f"{name}.weight" for name in looked.plan.group_sizes} if recipe.scheme.quantizes else set()
     contents = read_contents(checkpoint, console, scan=looked.architecture.expected, for_4_bits=packed, noted=noted())
@@ -144,7 +144,9 @@ def open_model(
         console.warn(warning)
         warnings.append(warning)
     known = looked.architecture
-    return RunInputs(source, checkpoint, known, looked.plan, tensors, pattern, looked.matches, device, dtype, contents, tuple(warnings))
+    return RunInputs(
+        source, checkpoint, known, looked.plan, tensors, pattern, looked.corrects_drift, device, dtype, contents, tuple(warnings)
+    )
 
 
 def _require_resources(

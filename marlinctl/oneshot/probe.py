@@ -42,7 +42,7 @@ def run_probe(
     compressed: Mapping[str, int],
     recipe: Recipe,
     *,
-    matches: bool,
+    corrects_drift: bool,
     device: torch.device,
     dtype: torch.dtype,
     steps: PruneSteps = TORCH,
@@ -54,7 +54,7 @@ def run_probe(
     """
     speed = machine(device.type, torch.get_num_threads(), dtype.itemsize, matrix_units=False)
     stage = largest_stage(architecture, compressed, recipe, speed)
-    solver = StackedSolver.of(recipe, matches=matches, bfloat16_exact=False, steps=steps)
+    solver = StackedSolver.of(recipe, corrects_drift=corrects_drift, bfloat16_exact=False, steps=steps)
     forget_device_peaks(device)
     try:
         with torch.no_grad():
@@ -86,7 +86,7 @@ def probe_on(device: str, threads_asked: int | None, console: Console) -> Callab
                 looked.architecture,
                 looked.plan.group_sizes,
                 recipe,
-                matches=looked.matches,
+                corrects_drift=looked.corrects_drift,
                 device=place,
                 dtype=getattr(torch, dtype),
                 steps=steps_on(place, console),
@@ -98,8 +98,10 @@ def probe_on(device: str, threads_asked: int | None, console: Console) -> Callab
 def probe_before(opened: RunInputs, recipe: Recipe, steps: PruneSteps, console: Console) -> None:
     """The largest solve once, so that a machine whose memory does not hold it says so in seconds and not after hours."""
     sizes = opened.plan.group_sizes
-    measured = run_probe(opened.architecture, sizes, recipe, matches=opened.matches, device=opened.device, dtype=opened.dtype, steps=steps)
-    work = Work.of(recipe, element=opened.dtype.itemsize, matches=opened.matches, on_device=opened.device.type == "cuda")
+    measured = run_probe(
+        opened.architecture, sizes, recipe, corrects_drift=opened.corrects_drift, device=opened.device, dtype=opened.dtype, steps=steps
+    )
+    work = Work.of(recipe, element=opened.dtype.itemsize, corrects_drift=opened.corrects_drift, on_device=opened.device.type == "cuda")
     counted_at = machine(opened.device.type, torch.get_num_threads(), opened.dtype.itemsize, matrix_units=has_matrix_units())
     speed = machine_of_probe(counted_at, measured, recipe)
     size = sum(tensor.nbytes for tensor in opened.checkpoint.tensors.values())

@@ -27,7 +27,7 @@ from marlinctl.system.offload import FileTensor, Scratch
 _SAME_SUM = 0.02  # relative difference up to which a block's output is the sum of its input and its branches' outputs: bfloat16 rounds
 
 
-class Original:
+class ReferenceModel:
     """The reference model's hidden states, block by block."""
 
     def __init__(self, hidden: Tensor, read: Callable[[str], Tensor], scratch: Scratch, device: torch.device) -> None:

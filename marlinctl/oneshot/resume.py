@@ -51,7 +51,7 @@ class RunJob(JobFolder):
 
     # Calibration
 
-    def begin_walk(self, fingerprint: Mapping[str, Any], calibration: CalibrationSet, model: Contents) -> None:
+    def begin_blocks(self, fingerprint: Mapping[str, Any], calibration: CalibrationSet, model: Contents) -> None:
         tokens = calibration.tokens
         write_tensors(self.path / _CALIBRATION, {"ids": tokens.ids, "counted": tokens.counted})
         noted = {"facts": dict(calibration.facts), "file": self._described(_CALIBRATION)}

@@ -140,7 +140,7 @@ def _run(
         with StagedCheckpoint(out, overwrite=options.overwrite, fmt=fmt, path=job.staged) as staged, ExitStack() as stack:
             reader = stack.enter_context(Reader(opened.checkpoint, ahead=opened.device.type == "cuda"))
             solving = LayerQuantizer(opened, recipe, options, staged, console, reader, steps, phases)
-            _walk(calibration.tokens, job, solving)
+            _run_blocks(calibration.tokens, job, solving)
             solved = {f"{name}.weight" for name in opened.plan.group_sizes}
             with phases("copy"):
                 staged.copy_tensors(opened.checkpoint, [n for n in opened.tensors if n not in solved])
@@ -205,7 +205,7 @@ def _calibration(
     if job.begun:
         job.check(facts)
     else:
-        job.begin_walk(facts, made, opened.contents)
+        job.begin_blocks(facts, made, opened.contents)
     return made
 
 
@@ -233,7 +233,7 @@ class _Attempt:
     redo_from: int | None = None  # the first block to solve again
 
 
-def _walk(tokens: Tokens, job: RunJob, solving: LayerQuantizer) -> None:
+def _run_blocks(tokens: Tokens, job: RunJob, solving: LayerQuantizer) -> None:
     """All blocks. Where the device's memory runs out, once more from the last finished block with less of it. ResourceProblem E590 where
     that does not suffice either."""
     device = solving.opened.device
@@ -276,27 +276,27 @@ def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: 
         if first == pieces:
             return
         with solving.phases("embed"):
-            walk = SequentialPipeline(
+            pipeline = SequentialPipeline(
                 model, architecture, solving.weights, tokens,
                 device=opened.device, dtype=opened.dtype, scratch=Scratch(job.path, opened.device, attempt.budget),
-                chunk_tokens=attempt.chunk_tokens, match=opened.matches, resident=True,
+                chunk_tokens=attempt.chunk_tokens, corrects_drift=opened.corrects_drift, resident=True,
             )  # fmt: skip
-        _replay(walk, job, solving, console)
+        _replay(pipeline, job, solving, console)
         on_gpu = opened.device.type == "cuda"
-        pace = Pace(sum(tensor.nbytes for tensor in walk.states().values()))
+        pace = Pace(sum(tensor.nbytes for tensor in pipeline.states().values()))
         with Commits(opened.device) as commits:
             for block, following in zip_longest(architecture.blocks[first:], architecture.blocks[first + 1 :]):
                 with Stopping("block") as stopping:
                     if following is not None:
                         solving.weights.expect([*following.others, *(f"{name}.weight" for name in following.linears)])
                     with solving.phases("forward and Gram"):
-                        walk.run_block(block, solving.stage)
+                        pipeline.run_block(block, solving.stage)
                         if on_gpu:
                             torch.cuda.synchronize(opened.device)
                     if pace.overdue:
                         commits.wait()
                     kept = block.index + 1 < pieces and (not on_gpu or (pace.due and commits.idle))
-                    states = {name: tensor.clone() if on_gpu else tensor for name, tensor in walk.states().items()} if kept else {}
+                    states = {name: tensor.clone() if on_gpu else tensor for name, tensor in pipeline.states().items()} if kept else {}
                     with solving.phases("wait for the disk"):
                         solved = solving.take()
                         size = sum(linear.nbytes for linear in solved) + sum(tensor.nbytes for tensor in states.values())
@@ -307,7 +307,7 @@ def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: 
                     console.say(f"block {block.index} is finished and kept")
                     stopping.raise_again()
             if head is not None:
-                walk.run_head(head.name, solving.stage)
+                pipeline.run_head(head.name, solving.stage)
                 commits.submit(partial(_commit, job, solving, "head", len(architecture.blocks), solving.take(), {}, pace))
 
 
@@ -318,18 +318,18 @@ def _commit(
         job.commit(step, index, solving.note(solved), solving.staged, states)
 
 
-def _replay(walk: SequentialPipeline, job: RunJob, solving: LayerQuantizer, console: Console) -> None:
+def _replay(pipeline: SequentialPipeline, job: RunJob, solving: LayerQuantizer, console: Console) -> None:
     """Hidden states behind the last finished block: those that are kept, taken through the blocks behind them with the stored weights."""
     index, states = job.last_states()
     if states:
-        walk.go_on(states)
-    blocks = walk.architecture.blocks[index : job.finished]
+        pipeline.restore(states)
+    blocks = pipeline.architecture.blocks[index : job.finished]
     if not blocks:
         return
     console.say(f"hidden states are kept up to block {index}: {len(blocks)} finished blocks run once more with their stored weights")
     with closing(job.stored_weights(solving.records, solving.weights)) as stored:
         for block in blocks:
-            walk.run_block(block, stored.stage, replay=True)
+            pipeline.run_block(block, stored.stage, replay=True)
 
 
 def _verify_written(folder: Path, records: list[LayerRecord], console: Console, workers: int) -> None:

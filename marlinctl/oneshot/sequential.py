@@ -25,12 +25,12 @@ from marlinctl.models.architectures import Architecture, Block, Branch, Experts
 from marlinctl.models.meta_model import Replay, call_until, drop_parameters, set_parameter
 from marlinctl.oneshot.experts import ExpertsPipeline
 from marlinctl.oneshot.gram import Gram, SolveStage
-from marlinctl.oneshot.reference_stream import Original
+from marlinctl.oneshot.reference_stream import ReferenceModel
 from marlinctl.system.offload import Scratch
 
 
 class Tensors(Protocol):
-    """What the walk needs of a checkpoint."""
+    """What the pipeline needs of a checkpoint."""
 
     def read(self, name: str) -> Tensor: ...
 
@@ -58,7 +58,7 @@ class SequentialPipeline:
         dtype: torch.dtype,
         scratch: Scratch,
         chunk_tokens: int,
-        match: bool = False,  # let the original walk along, so that Hessians hold the drift
+        corrects_drift: bool = False,  # run the reference model alongside, so that Hessians hold the drift
         resident: bool = False,  # hidden states may stay on the device
     ) -> None:
         self.model, self.architecture, self.checkpoint = model, architecture, checkpoint
@@ -71,20 +71,20 @@ class SequentialPipeline:
         shape = (self.samples, self.length, architecture.hidden_size)
         self.hidden = scratch.resident(shape, dtype) if resident else torch.empty(shape, dtype=dtype)
         self._embed(tokens.ids)
-        self.original: Original | None = None
-        if match:
+        self.reference: ReferenceModel | None = None
+        if corrects_drift:
             theirs = scratch.resident(shape, dtype).copy_(self.hidden) if resident else self.hidden.clone()
-            self.original = Original(theirs, checkpoint.read, scratch, device)
+            self.reference = ReferenceModel(theirs, checkpoint.read, scratch, device)
 
     def states(self) -> dict[str, Tensor]:
         """Everything that the next block depends on, as it is: not copies."""
-        return {"hidden": self.hidden} | ({"original": self.original.hidden} if self.original is not None else {})
+        return {"hidden": self.hidden} | ({"original": self.reference.hidden} if self.reference is not None else {})
 
-    def go_on(self, states: Mapping[str, Tensor]) -> None:
-        """Stand where another walk over the same tokens stood, given its `states`."""
+    def restore(self, states: Mapping[str, Tensor]) -> None:
+        """Continue where another run over the same tokens stood, given its `states`."""
         self.hidden.copy_(states["hidden"])
-        if self.original is not None:
-            self.original.hidden.copy_(states["original"])
+        if self.reference is not None:
+            self.reference.hidden.copy_(states["original"])
 
     def chunks(self) -> Iterator[slice]:
         for first in range(0, self.samples, self.step):
@@ -133,8 +133,8 @@ class SequentialPipeline:
         layer = self.model.get_submodule(block.prefix)
         for name in block.others:
             set_parameter(layer, block.parameter(name), self.checkpoint.read(name).to(self.device, self.dtype))
-        if self.original is not None:
-            self.original.run_block(block, layer, self.chunks(), lambda hidden, index: layer(hidden, **self.calls[hidden.shape[0]][index]))
+        if self.reference is not None:
+            self.reference.run_block(block, layer, self.chunks(), lambda hidden, index: layer(hidden, **self.calls[hidden.shape[0]][index]))
         whole = {part: layer.get_submodule(part) for part in (block.attention.module, block.mlp.module)}
         try:
             replays: dict[str, Replay] = {}
@@ -193,8 +193,8 @@ class SequentialPipeline:
             by_name = not args
             calls.setdefault(x.shape[0], kwargs)
             gram.add(x, self.counted[part])
-            if self.original is not None and not replay:
-                gram.add_drift(x, self.original.input(branch.first[0], width_in, part), self.counted[part])
+            if self.reference is not None and not replay:
+                gram.add_drift(x, self.reference.input(branch.first[0], width_in, part), self.counted[part])
         self._install(layer, block, solve(first, gram.hessian(first), ""))
 
         between = self.scratch.tensor("between", (self.samples, self.length, width_last), self.dtype)
@@ -205,16 +205,16 @@ class SequentialPipeline:
             given = ((), {"hidden_states": x}) if by_name else ((x,), {})
             (middle, *_), _ = call_until(last_module, module, *given[0], **given[1], **calls[x.shape[0]])
             between[part] = middle
-            if self.original is None or replay:
+            if self.reference is None or replay:
                 gram.add(middle, self.counted[part])
                 continue
-            theirs = self.original.input(branch.last, width_last, part)
-            if self.original.adds:
-                scale = self.original.token_scale(branch, part)
+            theirs = self.reference.input(branch.last, width_last, part)
+            if self.reference.adds:
+                scale = self.reference.token_scale(branch, part)
                 stream = self.hidden[part].to(self.device)
                 stream = stream if branch is block.attention else stream + outputs[block.attention.module](part)
                 middle, theirs = (middle.float() * scale).to(self.dtype), (theirs.float() * scale).to(self.dtype)
-                gram.add_residual(middle, (self.original.residual(branch, part).float() - stream.float()) * scale, self.counted[part])
+                gram.add_residual(middle, (self.reference.residual(branch, part).float() - stream.float()) * scale, self.counted[part])
             gram.add(middle, self.counted[part])
             gram.add_drift(middle, theirs, self.counted[part])
         self._install(layer, block, solve((last,), gram.hessian((last,)), ""))

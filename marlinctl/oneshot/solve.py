@@ -48,10 +48,10 @@ class StackedSolver:
     steps: PruneSteps = TORCH
 
     @classmethod
-    def of(cls, recipe: Recipe, *, matches: bool, bfloat16_exact: bool, steps: PruneSteps = TORCH) -> StackedSolver:
+    def of(cls, recipe: Recipe, *, corrects_drift: bool, bfloat16_exact: bool, steps: PruneSteps = TORCH) -> StackedSolver:
         q = recipe.quantize
         return cls(
-            drift_correction=q.drift_correction if matches else 0.0,
+            drift_correction=q.drift_correction if corrects_drift else 0.0,
             scheme=recipe.scheme,
             pruning=PruneSettings(
                 method=recipe.sparsify.method,

@@ -65,7 +65,7 @@ def needed_by_blocks(first: Output, scratch: int, states: int) -> int:
 
 def state_bytes(architecture: Architecture, work: Work) -> int:
     """The hidden states that enter two blocks, with drift correction also the reference model's: what a run resumes from."""
-    copies = 2 * (2 if work.matches else 1)
+    copies = 2 * (2 if work.corrects_drift else 1)
     return copies * work.samples * work.length * architecture.hidden_size * work.element
 
 
@@ -80,7 +80,7 @@ def scratch_bytes(architecture: Architecture, work: Work) -> int:
             widths["between"] = max(widths["between"], wide)
             if isinstance(branch, Experts):
                 widths["experts output"] = hidden
-            elif work.matches:
+            elif work.corrects_drift:
                 widths |= {f"original {branch.first[0]}": hidden, f"original {last}": wide, f"residual {branch.module}": hidden}
     return tokens * work.element * sum(widths.values())
 

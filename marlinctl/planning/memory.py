@@ -9,7 +9,7 @@
 
 quantize/memory.py and sparsify/memory.py have the arrays of each; `_phases` adds them up. What the C library's heap keeps of freed arrays
 is added, which decides for models with small matrices. A mapped file is not counted: the system takes its pages back when it needs them.
-Text that the model writes itself (--calibration self) needs the whole model and its cache of keys and values, before the walk.
+Text that the model writes itself (--calibration self) needs the whole model and its cache of keys and values, before the first block.
 
 `predicted_peak` is what a run is held to before it starts (oneshot/open.py), what `plan` prints and what benchmarks/peak_memory.py compares
 with the measured peak; docs/plan.md has the comparison.
@@ -46,27 +46,27 @@ _PACKING = 24  # bytes for each weight of a linear that is packed and read back
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What of a recipe and of its settings decides the memory of the walk."""
+    """What of a recipe and of its settings decides the memory of the run over the blocks."""
 
     samples: int
     length: int  # tokens of a sample
     element: int  # bytes of an activation
     damping: float
-    matches: bool  # drift from the reference model is corrected
+    corrects_drift: bool  # drift from the reference model is corrected
     refines: bool
     scheme: Scheme
     writes_text: bool  # --calibration self
     on_device: bool
 
     @classmethod
-    def of(cls, recipe: Recipe, *, element: int, matches: bool, on_device: bool) -> Work:
+    def of(cls, recipe: Recipe, *, element: int, corrects_drift: bool, on_device: bool) -> Work:
         asked = recipe.calibration
         return cls(
             samples=asked.samples,
             length=asked.sequence_length,
             element=element,
             damping=recipe.quantize.damping,
-            matches=matches,
+            corrects_drift=corrects_drift,
             refines=recipe.quantize.refine > 0,
             scheme=recipe.scheme,
             writes_text=asked.source == "self",
@@ -90,21 +90,21 @@ def predicted_peak(architecture: Architecture, compressed: Mapping[str, int], wo
     if work.on_device:  # weights pass through on their way to the device, results on their way back
         stage = max(8 * (s.rows + s.other_rows) * s.k for s in stages(architecture, compressed))
         return base + _BASE_OF_CUDA + hidden + stage
-    walking = hidden + _block_bytes(architecture, work) + _solving(architecture, compressed, work)
-    return base + max(walking, _writing(architecture, work))
+    running = hidden + _block_bytes(architecture, work) + _solving(architecture, compressed, work)
+    return base + max(running, _writing(architecture, work))
 
 
 def predicted_device_peak(architecture: Architecture, compressed: Mapping[str, int], work: Work) -> int:
     """Memory of the CUDA device at the peak, in bytes, without the activations that stay there when there is room (system/offload.py)."""
-    walking = _block_bytes(architecture, work) + _solving(architecture, compressed, work)
-    return BASE_ON_DEVICE + max(walking, _writing(architecture, work))
+    running = _block_bytes(architecture, work) + _solving(architecture, compressed, work)
+    return BASE_ON_DEVICE + max(running, _writing(architecture, work))
 
 
 _BASE_OF_CUDA = 1 << 30  # what the CUDA libraries take of host memory; with it, three runs on an H200 were planned 5 to 13 % too high
 
 
 def stages(architecture: Architecture, compressed: Mapping[str, int]) -> set[Stage]:
-    """The different solves of a walk."""
+    """The different solves of a run."""
     found = {stage for block in architecture.blocks for stage in stages_of_block(block, compressed)}
     if architecture.head is not None and architecture.head.name in compressed:
         found.add(_stage([architecture.head], compressed))
@@ -134,7 +134,7 @@ def _stage(linears: list[LinearSpec], compressed: Mapping[str, int]) -> Stage:
 
 
 def _hidden_states(architecture: Architecture, work: Work) -> int:
-    return work.samples * work.length * architecture.hidden_size * work.element * (2 if work.matches else 1)
+    return work.samples * work.length * architecture.hidden_size * work.element * (2 if work.corrects_drift else 1)
 
 
 def _tokenizer(architecture: Architecture) -> int:
@@ -173,16 +173,16 @@ def _phases(architecture: Architecture, stage: Stage, work: Work) -> Iterator[Ar
     held = [(1, 4 * stage.other_rows * k)]  # weights that pass through the solve untouched
     if work.on_device:
         held += quantize.split(rows, k)
-    if work.matches:  # E[(x' - x) xᵀ], E[(r' - r) xᵀ] and the stack before it was matched
+    if work.corrects_drift:  # E[(x' - x) xᵀ], E[(r' - r) xᵀ] and the stack before it was matched
         held += [(1, 4 * k * k), (1, 4 * k * architecture.hidden_size), (1, 4 * rows * k)]
 
     # oneshot/gram.py: activations of a chunk as they are beside the sums; then H as a whole
     widest = max(k, *(spec.out_features for spec in architecture.blocks[0].linears.values()))
-    yield [*held, *quantize.gram(k, tokens, drift=work.matches), (4, tokens * widest * work.element)]
+    yield [*held, *quantize.gram(k, tokens, drift=work.corrects_drift), (4, tokens * widest * work.element)]
     yield [*held, *quantize.mirror(k)]
     if not rows:
         return
-    if work.matches:
+    if work.corrects_drift:
         yield [*held, *quantize.corrected_target(rows, k)]
     yield [*held, *quantize.factor(rows, k, work.damping)]
     pruned = sparsify.pruned(rows, k) if work.scheme.prunes else []

@@ -181,7 +181,7 @@ def _stages(recipe: Recipe, looked: ModelPlan, settings: Settings, element: int)
 
     def one(name: str, part: Recipe) -> tuple[str, Recipe, Work]:
         on_device = settings.device.startswith("cuda")
-        return name, part, Work.of(part, element=element, matches=looked.matches, on_device=on_device)
+        return name, part, Work.of(part, element=element, corrects_drift=looked.corrects_drift, on_device=on_device)
 
     parts = divided(recipe)
     if parts is None:

@@ -32,7 +32,7 @@ class ModelPlan:
     architecture: Architecture
     plan: Plan
     shapes: Mapping[str, tuple[int, int]]  # the linears that are compressed -> (N, K)
-    matches: bool  # whether drift from the reference model is corrected (oneshot/sequential.py)
+    corrects_drift: bool  # whether drift from the reference model is corrected (oneshot/sequential.py)
 
 
 def refuse_no_change(recipe: Recipe) -> None:
@@ -110,11 +110,11 @@ def look(
         _refuse_odd_widths(shapes)
     if problems := misfits(shapes, formats_of(recipe)):
         raise BadInput.from_problems("E349", problems)
-    matches = recipe.quantize.drift_correction > 0
-    if matches and any(isinstance(block.mlp, Experts) for block in known.blocks):
+    corrects_drift = recipe.quantize.drift_correction > 0
+    if corrects_drift and any(isinstance(block.mlp, Experts) for block in known.blocks):
         console.warn("drift is not corrected (--drift-correction 0): the experts' router sends other tokens than the unquantized model's")
-        matches = False
-    return ModelPlan(known, rules, shapes, matches)
+        corrects_drift = False
+    return ModelPlan(known, rules, shapes, corrects_drift)
 
 
 def formats_of(recipe: Recipe) -> list[Format]:

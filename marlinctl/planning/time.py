@@ -83,7 +83,7 @@ def seconds_of_blocks(
 ) -> dict[str, float]:
     """Seconds of each part of one pass over the blocks."""
     tokens = work.samples * work.length
-    twice = 2 if work.matches else 1
+    twice = 2 if work.corrects_drift else 1
     forward = gram = sweeps = columns = elements = 0.0
     for block in architecture.blocks:
         share = _share_of_tokens(block)
@@ -91,7 +91,7 @@ def seconds_of_blocks(
             seen = tokens * (share if count > 1 else 1.0)
             rows = stage.rows + stage.other_rows
             forward += count * 2 * rows * stage.k * seen * twice
-            gram += count * stage.k**2 * seen * (3 if work.matches else 1)
+            gram += count * stage.k**2 * seen * (3 if work.corrects_drift else 1)
             s, c, e = _solve(stage, recipe)
             sweeps, columns, elements = sweeps + count * s, columns + count * c, elements + count * e
     parts = {

@@ -41,12 +41,12 @@ def test_the_stack_that_takes_longest_is_solved_as_the_run_would(
     solve = StackedSolver.solve
 
     def spy(self: StackedSolver, stack: torch.Tensor, keep: Any, hessian: Any, group_size: int) -> Any:
-        assert self == StackedSolver.of(chosen, matches=True, bfloat16_exact=False)
+        assert self == StackedSolver.of(chosen, corrects_drift=True, bfloat16_exact=False)
         seen.append((tuple(stack.shape), group_size, hessian.drift is not None))
         return solve(self, stack, keep, hessian, group_size)
 
     monkeypatch.setattr(StackedSolver, "solve", spy)
-    measured = run_probe(found, sizes, chosen, matches=True, device=torch.device("cpu"), dtype=torch.float32)
+    measured = run_probe(found, sizes, chosen, corrects_drift=True, device=torch.device("cpu"), dtype=torch.float32)
     expected = largest_stage(found, sizes, chosen, machine("cpu", torch.get_num_threads(), 4, matrix_units=False))
     assert seen == [((expected.rows, expected.k), 32, chosen.quantize.drift_correction > 0)]
     assert expected in stages(found, sizes)
@@ -57,7 +57,7 @@ def test_a_rehearsal_leaves_no_trace_in_random_numbers(tiny: Path, text: Path) -
     """If it drew from the global generator, a run with a probe would differ from one without."""
     found, sizes = known(tiny)
     before = torch.get_rng_state()
-    run_probe(found, sizes, recipe(text), matches=False, device=torch.device("cpu"), dtype=torch.float32)
+    run_probe(found, sizes, recipe(text), corrects_drift=False, device=torch.device("cpu"), dtype=torch.float32)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -66,8 +66,8 @@ def test_time_of_a_pass_is_estimated_from_the_measured_rates(tiny: Path, text: P
     found, sizes = known(tiny)
     chosen = recipe(text)
     guess = machine("cpu", 2, 4, matrix_units=False)
-    measured = run_probe(found, sizes, chosen, matches=False, device=torch.device("cpu"), dtype=torch.float32)
-    work = Work.of(chosen, element=4, matches=False, on_device=False)
+    measured = run_probe(found, sizes, chosen, corrects_drift=False, device=torch.device("cpu"), dtype=torch.float32)
+    work = Work.of(chosen, element=4, corrects_drift=False, on_device=False)
     slow = machine_of_probe(guess, measured, chosen)
     slower = replace(measured, seconds=2 * measured.seconds, products=measured.products / 2, gram=measured.gram / 2)
     twice = machine_of_probe(guess, slower, chosen)
@@ -101,7 +101,7 @@ def test_other_errors_of_a_rehearsal_are_not_called_a_lack_of_memory(tiny: Path,
     monkeypatch.setattr(probe, "_measure", broken)
     found, sizes = known(tiny)
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        run_probe(found, sizes, recipe(text), matches=False, device=torch.device("cpu"), dtype=torch.float32)
+        run_probe(found, sizes, recipe(text), corrects_drift=False, device=torch.device("cpu"), dtype=torch.float32)
 
 
 def test_a_run_says_how_long_it_will_take(tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:

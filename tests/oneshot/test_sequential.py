@@ -13,7 +13,7 @@ from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.data.tokens import Tokens
 from marlinctl.models.architectures import FAMILIES, Architecture, Branch, Experts, architecture
 from marlinctl.models.meta_model import build as build_skeleton
-from marlinctl.oneshot.reference_stream import Original, mean_energy
+from marlinctl.oneshot.reference_stream import ReferenceModel, mean_energy
 from marlinctl.oneshot.sequential import SequentialPipeline
 from marlinctl.quantize.types import Hessian
 from marlinctl.system.offload import Scratch
@@ -100,7 +100,7 @@ def test_drift_is_the_difference_between_two_models(model_type: str, tmp_path: P
     cpu = torch.device("cpu")
     walk = SequentialPipeline(
         build_skeleton(checkpoint.config, torch.float32), known, checkpoint, tokens(),
-        device=cpu, dtype=torch.float32, scratch=Scratch(tmp_path, cpu), chunk_tokens=2 * LENGTH, match=True,
+        device=cpu, dtype=torch.float32, scratch=Scratch(tmp_path, cpu), chunk_tokens=2 * LENGTH, corrects_drift=True,
     )  # fmt: skip
     for block in known.blocks:
         walk.run_block(block, disturb)
@@ -159,7 +159,7 @@ def test_drift_is_the_difference_between_two_models(model_type: str, tmp_path: P
 def test_a_token_that_overflows_takes_no_other_along(tmp_path: Path) -> None:
     """If one infinite stream made every weight NaN, a single bad token would end a run that may lose a tenth of them."""
     cpu = torch.device("cpu")
-    original = Original(torch.zeros(1, 4, 8), lambda name: torch.empty(0), Scratch(tmp_path, cpu), cpu)
+    original = ReferenceModel(torch.zeros(1, 4, 8), lambda name: torch.empty(0), Scratch(tmp_path, cpu), cpu)
     branch = Branch("mlp", ("up",), "down", False)
     original.energy["mlp"] = torch.tensor([[1.0, 4.0, torch.inf, torch.nan]])
     original.mean["mlp"] = mean_energy(original.energy["mlp"])

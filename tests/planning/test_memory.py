@@ -18,7 +18,8 @@ from tests.test_architecture import ROOT
 from tests.tiny import tiny_config
 
 WORK = Work(
-    samples=128, length=512, element=2, damping=0.01, matches=False, refines=False, scheme=Scheme(), writes_text=False, on_device=False
+    samples=128, length=512, element=2, damping=0.01, corrects_drift=False, refines=False, scheme=Scheme(), writes_text=False,
+    on_device=False,
 )  # fmt: skip
 
 
@@ -109,7 +110,7 @@ def test_work_takes_what_the_recipe_says() -> None:
     chosen, _ = resolve(
         load_recipe("sparse-int4"), {"calibration.source": "t.txt", "calibration.samples": 7, "calibration.sequence_length": 99}
     )
-    work = Work.of(chosen, element=4, matches=True, on_device=True)
+    work = Work.of(chosen, element=4, corrects_drift=True, on_device=True)
     assert work == Work(7, 99, 4, chosen.quantize.damping, True, True, Scheme(sparsity="2:4"), False, True)
 
 

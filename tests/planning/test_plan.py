@@ -174,7 +174,9 @@ def test_text_of_the_models_own_needs_the_whole_model(tiny: Path) -> None:
     known = architecture(_large_config())
     sizes = dict.fromkeys(known.linears, 128)
     needed = {
-        source: predicted_peak(known, sizes, Work.of(recipe(source, quantize__group_size=128), element=2, matches=False, on_device=False))
+        source: predicted_peak(
+            known, sizes, Work.of(recipe(source, quantize__group_size=128), element=2, corrects_drift=False, on_device=False)
+        )
         for source in ("self", "t.txt")
     }
     assert needed["self"] > 141e9 > 30e9 > needed["t.txt"]
