@@ -68,7 +68,7 @@ def test_what_is_asked_for_costs_memory() -> None:
     sizes = dict.fromkeys(LLAMA_8B.linears, 128)
     plain = predicted_peak(LLAMA_8B, sizes, WORK)
     for costly in (
-        {"samples": 512}, {"length": 2048}, {"element": 4}, {"matches": True}, {"refines": True},
+        {"samples": 512}, {"length": 2048}, {"element": 4}, {"corrects_drift": True}, {"refines": True},
         {"scheme": Scheme(sparsity="2:4")}, {"writes_text": True}
     ):  # fmt: skip
         assert predicted_peak(LLAMA_8B, sizes, replace(WORK, **costly)) > plain, costly
