@@ -6,7 +6,8 @@
     bytes        read for the scan, read again, written, read back
 
 Rates are those of docs/comparison.md and docs/log (SmolLM2-135M, 2026-11): a core of an AMD EPYC without matrix units, a core of an Intel
-Xeon with AMX, an NVIDIA H200. Other machines differ; the order of magnitude is what the figure is for.
+Xeon with AMX, an NVIDIA H200 (Llama-3-8B's shape, int4, all blocks: 55 s predicted without text, 64 s measured,
+docs/log/2026-11-29-compression-speed.md). Other machines differ; the order of magnitude is what the figure is for.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ class Machine:
     elements: float  # a second, in element-wise passes
     memory: float  # bytes a second, for reading the whole model once a token
     layer: float  # seconds of overhead for a block of one token
+    files: float = 5e8  # bytes a second, through checks and digests; on a GPU the solver does not wait for them
     solves: float = 1.0  # seconds that a solve took, over seconds that were counted for it
 
 
-_DISK = 5e8  # bytes a second, through checks and digests
 _START = 10.0  # seconds until torch and transformers are imported and the model is built
 _PASSES = 2 * 9 * 8  # the scale search: two signs, nine candidates, eight passes each
 
@@ -43,7 +44,7 @@ _PASSES = 2 * 9 * 8  # the scale search: two signs, nine candidates, eight passe
 def machine(device: str, cores: int, element: int, *, matrix_units: bool) -> Machine:
     """The measured machine that comes closest."""
     if device.startswith("cuda"):
-        return Machine("NVIDIA H200", 2e14, 2e14, 3e13, 1e-4, 2e11, 2e12, 5e-4)
+        return Machine("NVIDIA H200", 4e14, 2.6e14, 1.2e14, 2e-6, 2e11, 2e12, 5e-4, files=2.8e9)
     kind = "Intel Xeon with AMX" if matrix_units and element == 2 else "AMD EPYC"
     rate = 2.35e11 if matrix_units and element == 2 else 9e10 if element == 2 else 3.5e10
     return Machine(f"{cores} cores of an {kind}", cores * rate, cores * rate, cores * 3.5e10, 4e-6, cores * 1e9, 1.5e10, 1e-3)
@@ -99,7 +100,7 @@ def seconds_of_blocks(
         "forward": forward / speed.products,
         "gram": gram / speed.gram,
         "solve": speed.solves * _seconds(speed, sweeps, columns, elements),
-        "files": 3.5 * model_bytes / _DISK,
+        "files": 3.5 * model_bytes / speed.files,
     }
     if work.writes_text:
         parts["text"] = _writing(architecture, work, speed)
