@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -217,16 +217,32 @@ def test_tensors_that_are_expected_are_read_once(monkeypatch: pytest.MonkeyPatch
 # Replays
 
 
-REPLAYED = {  # verb, recipe that is extended, flags
-    "drift correction": ("quantize", "int4", ["--group-size", "32", "--drift-correction", "0.5"]),
-    "experts": ("quantize", "int4", ["--group-size", "32"]),
-    "pruned, 16-bit": ("sparsify", "int4", ["--no-eval"]),
+REPLAYED = {  # verb, flags
+    "drift correction": ("quantize", ["--group-size", "32", "--drift-correction", "0.5"]),
+    "experts": ("quantize", ["--group-size", "32"]),
+    "pruned, 16-bit": ("sparsify", ["--no-eval"]),
     "pruned, 4-bit, one linear skipped": (
         "sparsify",
-        "int4",
         ["--no-eval", "--bits", "4", "--group-size", "32", "--skip", "model.layers.0.mlp.up_proj"],
     ),
 }
+
+
+def stop_and_resume(
+    place: Path, monkeypatch: pytest.MonkeyPatch, verb: str, flags: list[str], *, last: int, between: Callable[[Path], object]
+) -> None:
+    """Publish the model of `place` with and without a stop before block `last`: equal bytes. between: called with the job's folder."""
+    (place / "text.txt").write_text(TEXT)
+    (place / "mine.yaml").write_text("extends: int4\ncalibration: {minimum_tokens: 32}\n")
+    inputs = ["--recipe", str(place / "mine.yaml"), "--calibration", str(place / "text.txt")]
+    for name in ("whole", "stopped"):
+        (place / name).mkdir()
+    asked = {name: [verb, str(place / "model"), str(place / name / "out"), *inputs, "-q", *flags] for name in ("whole", "stopped")}
+    assert main(asked["whole"]) == 0
+    assert stop_in(monkeypatch, last, asked["stopped"]) == 130
+    between(place / "stopped" / "out.job")
+    assert blocks_solved(monkeypatch, ["resume", str(place / "stopped" / "out"), "-q"]) == (0, [last])
+    assert published(place / "stopped") == published(place / "whole")
 
 
 @pytest.mark.parametrize("kind", REPLAYED)
@@ -236,30 +252,10 @@ def test_a_replay_ends_where_the_run_would_have(kind: str, tmp_path: Path, monke
         zoo.build("qwen3_moe", tmp_path / "model")
     else:
         make_tiny(tmp_path / "model", num_hidden_layers=3)
-    verb, recipe, more = REPLAYED[kind]
-    (tmp_path / "text.txt").write_text(TEXT)
-    (tmp_path / "mine.yaml").write_text(f"extends: {recipe}\ncalibration: {{minimum_tokens: 32}}\n")
-
-    def asked(out: Path) -> list[str]:
-        words = [
-            verb,
-            str(tmp_path / "model"),
-            str(out),
-            "--recipe",
-            str(tmp_path / "mine.yaml"),
-            "--calibration",
-            str(tmp_path / "text.txt"),
-        ]
-        return [*words, "--samples", "2", "--sequence-length", "32", "--dtype", "float32", "--threads", "1", "-q", *more]
-
-    for name in ("whole", "stopped"):
-        (tmp_path / name).mkdir()
-    assert main(asked(tmp_path / "whole" / "out")) == 0
+    verb, flags = REPLAYED[kind]
+    size = ["--samples", "2", "--sequence-length", "32", "--dtype", "float32", "--threads", "1"]
     last = 1 if kind == "experts" else 2
-    assert stop_in(monkeypatch, last, asked(tmp_path / "stopped" / "out")) == 130
-    shutil.rmtree(tmp_path / "stopped" / "out.job" / "states")
-    assert blocks_solved(monkeypatch, ["resume", str(tmp_path / "stopped" / "out"), "-q"]) == (0, [last])
-    assert published(tmp_path / "stopped") == published(tmp_path / "whole")
+    stop_and_resume(tmp_path, monkeypatch, verb, [*size, *flags], last=last, between=lambda job: shutil.rmtree(job / "states"))
 
 
 @pytest.mark.gpu
@@ -268,28 +264,11 @@ def test_a_replay_ends_where_the_run_would_have(kind: str, tmp_path: Path, monke
 def test_a_stopped_run_on_a_gpu_goes_on_to_the_same_bytes(verb: str, keeps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, a job that was killed on a GPU would publish another model than one that was left alone."""
     make_tiny(tmp_path / "model", num_hidden_layers=4, dtype=torch.bfloat16)
-    (tmp_path / "text.txt").write_text(TEXT)
-    (tmp_path / "mine.yaml").write_text("extends: int4\ncalibration: {minimum_tokens: 32}\n")
     monkeypatch.setattr(Pace, "due", keeps)
-    more = ["--drift-correction", "0.5"] if verb == "quantize" else ["--no-eval"]
+    flags = ["--samples", "4", "--sequence-length", "64", "--device", "cuda", "--deterministic"]
+    flags += ["--drift-correction", "0.5"] if verb == "quantize" else ["--no-eval"]
 
-    def asked(out: Path) -> list[str]:
-        words = [
-            verb,
-            str(tmp_path / "model"),
-            str(out),
-            "--recipe",
-            str(tmp_path / "mine.yaml"),
-            "--calibration",
-            str(tmp_path / "text.txt"),
-        ]
-        return [*words, "--samples", "4", "--sequence-length", "64", "--device", "cuda", "--deterministic", "-q", *more]
+    def look(job: Path) -> None:
+        assert ((job / "states").is_dir() and any((job / "states").iterdir())) == keeps
 
-    for name in ("whole", "stopped"):
-        (tmp_path / name).mkdir()
-    assert main(asked(tmp_path / "whole" / "out")) == 0
-    assert stop_in(monkeypatch, 3, asked(tmp_path / "stopped" / "out")) == 130
-    states = tmp_path / "stopped" / "out.job" / "states"
-    assert (states.is_dir() and any(states.iterdir())) == keeps
-    assert blocks_solved(monkeypatch, ["resume", str(tmp_path / "stopped" / "out"), "-q"]) == (0, [3])
-    assert published(tmp_path / "stopped") == published(tmp_path / "whole")
+    stop_and_resume(tmp_path, monkeypatch, verb, flags, last=3, between=look)
