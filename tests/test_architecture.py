@@ -254,7 +254,7 @@ def test_nobody_spells_the_name_of_a_format(tmp_path: Path) -> None:
 
 # Files
 
-# Into folders that they have just made and that nobody else knows.
+# Into folders that they have just made, with names that cannot be guessed.
 MAY_OPEN_FOR_WRITING = ("checkpoint/gguf/convert.py", "checkpoint/hub.py", "evaluation/tasks.py")
 
 

@@ -4,7 +4,7 @@
 
 One thread takes blocks in their order, so the journal is that of a run without it. A few may wait, by number and by size; then the pipeline
 does. Hidden states are large (2.1 GB for 128 x 2,048 tokens of Llama-3-8B, 4 s of hashing and writing on the H200's machine, where a block
-takes one), so those behind a block are kept only now and then (`Pace`): a run that goes on replays the blocks between (run.py).
+takes one), so those behind a block are kept only now and then (`Pace`): a resumed run replays the blocks between (run.py).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Commits:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """What is whole is written, after an error too. An error of the work itself is told where there is no other."""
+        """What is whole is written, after an error too. An error of the work itself is raised if the body raised none."""
         if self._pool is not None:
             try:
                 self._pool.shutdown(wait=True)

@@ -67,7 +67,7 @@ class Gram:
         """Rows of both that are counted and finite; on a GPU the others are there as zeros."""
         x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         good = counted.reshape(-1).to(x.device) & torch.isfinite(x).all(-1) & torch.isfinite(y).all(-1)
-        if x.is_cuda:  # zeros add nothing, and nobody waits for how many there are
+        if x.is_cuda:  # zeros add nothing, and no chunk waits for their number
             return torch.where(good.unsqueeze(-1), x, 0), torch.where(good.unsqueeze(-1), y, 0)
         return x[good], y[good]
 

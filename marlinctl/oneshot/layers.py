@@ -122,7 +122,7 @@ class LayerQuantizer:
         """Final weights of linears that share an input, on the device; skipped ones as they are."""
         assert hessian is not None, "only stored weights come without a Hessian"
         if hessian.matrix.is_cuda:
-            torch.cuda.synchronize(hessian.matrix.device)  # what was enqueued before is no part of the solve
+            torch.cuda.synchronize(hessian.matrix.device)  # so that work enqueued before is not timed as the solve
         with self.phases("read"):
             weights = {name: self.weights.read(f"{name}.weight").to(hessian.matrix.device).float() for name in names}
         with self.phases("solve"):

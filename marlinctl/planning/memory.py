@@ -31,7 +31,7 @@ from marlinctl.recipes.schema import Distill, Recipe
 from marlinctl.sparsify import memory as sparsify
 
 CHUNK_TOKENS = 2048  # tokens in flight: enough for full speed of the matrix units, little enough for any memory
-CHUNK_TOKENS_ON_DEVICE = 8192  # of a GPU: launches are dear there and memory is not
+CHUNK_TOKENS_ON_DEVICE = 8192  # of a GPU: launches are expensive there, memory is not
 SHARD_BYTES = 1 << 30  # finished tensors that `pack` keeps in memory before they become a shard
 
 BASE = 310 << 20  # python, torch and transformers before any tensor, and the threads' buffers

@@ -115,7 +115,7 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_field_that_is_wrong_is_named(tmp_path: Path) -> None:
-    """If this failed, nobody could fix a document edited by hand."""
+    """If this failed, a document edited by hand could not be repaired."""
     content = made_up().as_json()
     content["cases"][2]["candidates"][0]["us"] = "fast"
     (tmp_path / "edited.json").write_text(json.dumps(content))

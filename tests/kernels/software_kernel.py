@@ -23,7 +23,7 @@ from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 from tests.kernels.built import SOFTWARE_GPU, kernel_library
 from tests.pack.naive import random_linear, random_sparse
 
-GUARD = 64  # elements before and after the output that nobody may touch
+GUARD = 64  # elements before and after the output that must stay as they are
 
 Launch = Callable[..., Tensor]
 

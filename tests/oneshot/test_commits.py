@@ -20,7 +20,7 @@ from marlinctl.oneshot.reading import Reader
 from marlinctl.system.phases import Phases
 from tests import zoo
 from tests.jobs.test_kill import published
-from tests.oneshot.test_resume import blocks_solved, stop_in
+from tests.oneshot.stopping import blocks_solved, stop_in
 from tests.runs import TEXT
 from tests.tiny import make_tiny
 
@@ -247,7 +247,7 @@ def stop_and_resume(
 
 @pytest.mark.parametrize("kind", REPLAYED)
 def test_a_replay_ends_where_the_run_would_have(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If this failed, a run that goes on without kept states would solve the rest of the model for other inputs."""
+    """If this failed, a run resumed without kept states would solve the rest of the model for other inputs."""
     if kind == "experts":
         zoo.build("qwen3_moe", tmp_path / "model")
     else:

@@ -56,7 +56,7 @@ __device__ __forceinline__ void prefetch_map(const TensorMap& map) { asm volatil
 // Between ordinary accesses of shared memory and those of wgmma.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// A number that is the same in every lane of the warp: tells the compiler so, which then uses uniform registers for what depends on it.
+// A number that is the same in every lane of the warp. This lets the compiler use uniform registers for what depends on it.
 __device__ __forceinline__ unsigned warp_uniform(unsigned number) { return __shfl_sync(0xffffffff, number, 0); }
 
 // A thread block cluster: how many CTAs it has, 1 where the host asked for none, and which of them this is. They are neighbours in the grid.

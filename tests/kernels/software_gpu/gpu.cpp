@@ -265,7 +265,7 @@ void exchange_cta(Cta& cta) {
     std::swap_ranges(cta.memory.begin(), cta.memory.end(), shared_bytes(0));
 }
 
-// Shared memory as nobody may read it: before a CTA has started and after it has ended.
+// Shared memory which must not be read: before a CTA has started and after it has ended.
 void forget_memory(Cta& cta) { cta.memory.assign(sizeof shared, '\xff'); }
 
 void start(Cta& cta, int index) {
@@ -307,7 +307,7 @@ bool run(Cta& cta, bool backwards) {
             resumed = true;
             resume();
         }
-        if (running && !resumed && !waiting) std::abort();  // all wait for a barrier that nobody else comes to
+        if (running && !resumed && !waiting) std::abort();  // all wait for a barrier that no other thread reaches
     }
     exchange_cta(cta);
     return waiting;
@@ -403,7 +403,7 @@ void barrier_arrive(unsigned barrier, unsigned expected_bytes) {
 void barrier_wait(unsigned barrier, unsigned parity) {
     Mbarrier& at = mbarrier_at(barrier);
     for (long turns = 0; at.parity == parity; ++turns) {
-        if (turns == 1'000'000) std::abort();  // nobody will ever arrive
+        if (turns == 1'000'000) std::abort();  // no thread will ever arrive
         carry_out_copies(at);
         if (at.parity == parity) yield();
     }
