@@ -149,13 +149,16 @@ def read_contents(
     for_4_bits: Collection[str] = (),
     noted: Noted | None = None,
     title: str = "read all weights",
+    over: threading.Event | None = None,
 ) -> Contents:
     """Digests of everything that makes the folder what it is. A shard that has the stamp in `noted` is not read.
 
     scan: tensors to look at for NaN, infinity and what is odd; for_4_bits: those of them that will be quantized. What is found does not
     stop the pass: `Contents.require_finite` refuses it, so that a file with a known digest can be called damaged first (source_digests.py).
-    BadInput E301 where a shard cannot be read to its end, and for a small file that may not be followed.
+    over: ends the pass when it is set; what comes of it is of no use then. BadInput E301 where a shard cannot be read to its end, and
+    for a small file that may not be followed.
     """
+    over = over or threading.Event()
     folder = checkpoint.folder
     shards = {str(path.relative_to(folder)): path for path in checkpoint.files}
     small = _small_files(folder)
@@ -163,7 +166,8 @@ def read_contents(
     stamps = {name: _stamp(folder / name) for name in (*shards, *small, *masks)}  # before reading: a later change gives another one
     known = noted or Noted({}, {}, {})
     untouched = {name for name in shards if stamps[name] is not None and stamps[name] == known.stamps.get(name)}
-    read = _read_shards(checkpoint, {n: p for n, p in shards.items() if n not in untouched}, set(scan), set(for_4_bits), console, title)
+    unread = {name: path for name, path in shards.items() if name not in untouched}
+    read = _read_shards(checkpoint, unread, set(scan), set(for_4_bits), console, title, over)
     digests = {name: known.digests[name] if name in untouched else read[name].sha256 for name in shards}
     problems: dict[str, tuple[Problem, ...]] = {}
     for name in shards:
@@ -197,8 +201,9 @@ class _Shard:
 
 
 def _read_shards(
-    checkpoint: Checkpoint, shards: Mapping[str, Path], scan: set[str], for_4_bits: set[str], console: Console, title: str
-) -> dict[str, _Shard]:
+    checkpoint: Checkpoint, shards: Mapping[str, Path], scan: set[str], for_4_bits: set[str], console: Console, title: str,
+    over: threading.Event,
+) -> dict[str, _Shard]:  # fmt: skip
     """Several at a time. The first error ends all of them, and so does Ctrl-C."""
     if not shards:
         return {}
@@ -211,21 +216,21 @@ def _read_shards(
         console.progress(title, sum(path.stat().st_size for path in shards.values())) as progress,
         ThreadPoolExecutor(at_once, "read") as pool,
     ):
-        shared = _SharedProgress(progress)
+        shared = _SharedProgress(progress, over)
         try:
             begun = {
                 name: pool.submit(_read_shard, checkpoint, path, tensors[path], scan, for_4_bits, shared) for name, path in shards.items()
             }
             return {name: future.result() for name, future in begun.items()}
         finally:
-            shared.over.set()
+            over.set()
 
 
 class _SharedProgress:
     """The progress bar, from several threads; `over` stops them."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress, self._lock, self.over = progress, threading.Lock(), threading.Event()
+    def __init__(self, progress: Progress, over: threading.Event) -> None:
+        self._progress, self._lock, self.over = progress, threading.Lock(), over
 
     def advance(self, count: int) -> None:
         with self._lock:

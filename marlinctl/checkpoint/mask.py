@@ -21,6 +21,7 @@ from marlinctl.errors import BadInput, Problem
 from marlinctl.system.files import exists
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 SUFFIX = ".keep"
@@ -90,8 +91,8 @@ class Masks:
 
 
 @contextmanager
-def open_masks(folder: Path) -> Iterator[Masks | None]:
-    """The folder's masks, or None where it has no mask file. Headers are checked here, each mask when it is read."""
+def open_masks(folder: Path, *, device: torch.device | None = None) -> Iterator[Masks | None]:
+    """The folder's masks, or None where it has no mask file. Headers are checked here, each mask when it is read, on `device`."""
     if not exists(folder, NAME):
         yield None
         return
@@ -103,5 +104,5 @@ def open_masks(folder: Path) -> Iterator[Masks | None]:
     ]
     if problems:
         raise BadInput.from_problems("E356", problems)
-    with Checkpoint(folder, {}, tensors, (folder / NAME,)) as checkpoint:
+    with Checkpoint(folder, {}, tensors, (folder / NAME,), device=device) as checkpoint:
         yield Masks(checkpoint)

@@ -63,18 +63,20 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     files: tuple[Path, ...]  # the shards
     notes: tuple[str, ...] = ()  # what the person should know, one line each
+    device: torch.device | None = None  # where `read` puts tensors; None: in host memory
     _open: dict[Path, FileIO] = field(default_factory=dict, repr=False, compare=False)
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False, compare=False)
 
     def read(self, name: str) -> Tensor:
-        """A copy of the tensor in CPU memory."""
+        """A copy of the tensor."""
         import torch
 
         info = self.tensors[name]
-        tensor = torch.empty(info.shape, dtype=torch_dtype(info))
+        on_gpu = self.device is not None and self.device.type == "cuda"
+        tensor = torch.empty(info.shape, dtype=torch_dtype(info), pin_memory=on_gpu)  # as system.devices.to_host, the other way
         if info.nbytes:
             self.read_into(info, info.begin, tensor.reshape(-1).view(torch.uint8).numpy().data)
-        return tensor
+        return tensor.to(self.device, non_blocking=True) if on_gpu else tensor
 
     def rows(self, name: str, row_ids: Iterable[int] | Tensor) -> Tensor:
         """Rows of a matrix [rows, columns], in the order asked for; only those rows are read from disk."""
@@ -160,8 +162,11 @@ def torch_dtype(info: TensorInfo) -> torch.dtype:
     return dtype
 
 
-def open_checkpoint(folder: Path, *, weight_files: str = MODEL_FILES) -> Checkpoint:
-    """Look at everything, read no weight. `weight_files`: a stem of formats/base.py or "auto"; BadInput lists all problems."""
+def open_checkpoint(folder: Path, *, weight_files: str = MODEL_FILES, device: torch.device | None = None) -> Checkpoint:
+    """Look at everything, read no weight. BadInput lists all problems.
+
+    weight_files: a stem of formats/base.py or "auto". device: where `read` puts tensors.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise BadInput("E301", "there is no such folder", where=str(folder), fix="name a folder that holds config.json and *.safetensors")
@@ -179,7 +184,7 @@ def open_checkpoint(folder: Path, *, weight_files: str = MODEL_FILES) -> Checkpo
         _compare_with_index(weight_map, tensors, folder, problems)
     if problems:
         raise BadInput.from_problems("E301", problems)
-    return Checkpoint(folder, config, tensors, tuple(folder / name for name in shards), tuple(notes))
+    return Checkpoint(folder, config, tensors, tuple(folder / name for name in shards), tuple(notes), device)
 
 
 def _refuse_adapter(folder: Path) -> None:

@@ -16,7 +16,9 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -45,6 +47,7 @@ from marlinctl.system.atomic import (
     whole_file,
     write_entries,
 )
+from marlinctl.system.devices import to_host
 from marlinctl.system.files import FileRefused, open_member
 
 if TYPE_CHECKING:
@@ -134,13 +137,17 @@ class StagedCheckpoint:
         self._stays = path is not None
         self._shards: list[list[Entry]] = []
         self._masks: list[Entry] = []
+        self._ahead = self.path.with_name(self.path.name + ".copied")
+        self._written_ahead: dict[int, Path] = {}
 
     def __enter__(self) -> StagedCheckpoint:
         with disk_problems(self.path):
+            self._remove_ahead()  # of a run that was killed
             make_folder(self.path) if self._stays else self.path.mkdir()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._remove_ahead()
         if not self._stays:
             shutil.rmtree(self.path, ignore_errors=True)  # gone already after a publish
             self.spool.unlink(missing_ok=True)
@@ -180,7 +187,7 @@ class StagedCheckpoint:
 
     def write_mask(self, layer: str, mask: Tensor) -> None:
         """Add the mask [N, K] bool of one linear to the mask file (checkpoint/mask.py)."""
-        entry = tensor_entry(layer + masks.SUFFIX, masks.pack_bits(mask))
+        entry = tensor_entry(layer + masks.SUFFIX, to_host(masks.pack_bits(mask)))
         begin = sum(written.size for written in self._masks)
         with disk_problems(self.spool, entry.size), os.fdopen(open_regular(self.spool, os.O_RDWR | os.O_CREAT), "r+b") as file:
             os.truncate(file.fileno(), begin)
@@ -205,18 +212,21 @@ class StagedCheckpoint:
 
     def copy_tensors(self, checkpoint: Checkpoint, names: Sequence[str]) -> None:
         """Copy tensors byte by byte into shards of their own, streaming; order and shard borders depend on the names alone."""
-        pending: list[Entry] = []
-        size = 0
-        for name in sorted(names):
-            info = checkpoint.tensors[name]
-            length = info.end - info.begin
-            if pending and size + length > MAX_SHARD_BYTES:
-                self._write_entries(pending)
-                pending, size = [], 0
-            pending.append(Entry(name, info.dtype, info.shape, length, lambda name=name: checkpoint.raw(name)))  # type: ignore[misc]
-            size += length
-        if pending:
-            self._write_entries(pending)
+        for number, entries in enumerate(_copies(checkpoint, names)):
+            self._write_entries(entries, ahead=self._written_ahead.get(number))
+
+    def copy_ahead(self, checkpoint: Checkpoint, names: Sequence[str], over: threading.Event) -> None:
+        """Write the shards that `copy_tensors` of the same names is going to write, beside the folder, and leave them for it to move. Meant
+        for a thread, while other shards are written; it ends early once `over` is set.
+        """
+        with disk_problems(self._ahead):
+            make_folder(self._ahead)
+        for number, entries in enumerate(_copies(checkpoint, names)):
+            if over.is_set():
+                return
+            path = self._ahead / f"{number}.safetensors"
+            write_entries(path, in_file_order(entries))
+            self._written_ahead[number] = path
 
     def write_file(self, name: str, data: bytes) -> None:
         """Write one small file. Existing ones are replaced: companions may be overridden."""
@@ -268,14 +278,23 @@ class StagedCheckpoint:
         """Keep the staged folder as OUT.rejected, instead of removing it."""
         return keep_rejected(self.path, self.out)
 
-    def _write_entries(self, entries: list[Entry]) -> str:
+    def _remove_ahead(self) -> None:
+        if self._ahead.is_dir():
+            ownership.remove_tree(self._ahead)
+
+    def _write_entries(self, entries: list[Entry], ahead: Path | None = None) -> str:
+        """The next shard. ahead: where it is written already."""
         taken = {entry.name for shard in self._shards for entry in shard}
         twice = [entry.name for entry in entries if entry.name in taken]
         if twice:
             raise ValueError(f"tensor {twice[0]} was written before")
         entries = in_file_order(entries)
         name = f"{self.stem}-{len(self._shards) + 1:05d}.safetensors"
-        write_entries(self.path / name, entries)
+        if ahead is None:
+            write_entries(self.path / name, entries)
+        else:
+            with disk_problems(self.path):
+                ahead.replace(self.path / name)
         self._shards.append([Entry(e.name, e.dtype, e.shape, e.size, _no_data) for e in entries])
         return name
 
@@ -295,6 +314,21 @@ class StagedCheckpoint:
         total = sum(entry.size for shard in self._shards for entry in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         self.write_file(f"{self.stem}.safetensors.index.json", canonical(index))
+
+
+def _copies(checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[list[Entry]]:
+    """Shards of these tensors, by name and up to MAX_SHARD_BYTES."""
+    pending: list[Entry] = []
+    size = 0
+    for name in sorted(names):
+        info = checkpoint.tensors[name]
+        if pending and size + info.nbytes > MAX_SHARD_BYTES:
+            yield pending
+            pending, size = [], 0
+        pending.append(Entry(name, info.dtype, info.shape, info.nbytes, partial(checkpoint.raw, name)))
+        size += info.nbytes
+    if pending:
+        yield pending
 
 
 def _no_data() -> memoryview:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ from marlinctl.planning.preflight import (
     wants_mask,
 )
 from marlinctl.recipes.schema import Recipe
+from marlinctl.system.background import begun
 from marlinctl.system.console import Console, gibibytes
 from marlinctl.system.devices import choose_device, forward_dtype, grow_segments
 from marlinctl.system.host import available_memory
@@ -130,14 +132,16 @@ def open_model(
             console.warn(line)
     if wants_mask(recipe) is not None:  # one row shows it, before a text is read
         refuse_dense_tiles(from_headers(checkpoint, looked.shapes, weights=True), looked.shapes, recipe)
-    before_weights(source, checkpoint)
-    pattern = of_source(checkpoint, looked.shapes, console)
-    check_pattern(pattern.pattern, looked, recipe, console)
-    tensors = stored_once(checkpoint, looked.architecture)
-    work = Work.of(recipe, element=dtype.itemsize, corrects_drift=looked.corrects_drift, on_device=device.type == "cuda")
-    _require_resources(looked, tensors, pattern, work, out, options)
     packed = {f"{name}.weight" for name in looked.plan.group_sizes} if recipe.scheme.quantizes else set()
-    contents = read_contents(checkpoint, console, scan=looked.architecture.expected, for_4_bits=packed, noted=noted())
+    read = partial(read_contents, checkpoint, console, scan=looked.architecture.expected, for_4_bits=packed, noted=noted())
+    with begun(lambda over: read(over=over)) as contents_read:  # while the text is read, which waits for imports and the tokenizer
+        before_weights(source, checkpoint)
+        pattern = of_source(checkpoint, looked.shapes, console)
+        check_pattern(pattern.pattern, looked, recipe, console)
+        tensors = stored_once(checkpoint, looked.architecture)
+        work = Work.of(recipe, element=dtype.itemsize, corrects_drift=looked.corrects_drift, on_device=device.type == "cuda")
+        _require_resources(looked, tensors, pattern, work, out, options)
+        contents = contents_read()
     check_known_digests(checkpoint, contents)
     contents.require_finite()
     for warning in findings.of_weights(contents, strict=options.strict):

@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -127,8 +128,8 @@ class RunJob(JobFolder):
                 return index, self._tensors(state["name"])
         return 0, {}
 
-    def stored_weights(self, records: Sequence[LayerRecord], reader: Reader) -> StoredWeights:
-        """Of the finished blocks."""
+    def stored_weights(self, records: Sequence[LayerRecord], reader: Reader, device: torch.device) -> StoredWeights:
+        """Of the finished blocks, read onto `device`."""
         infos: dict[str, TensorInfo] = {}
         for line in self.lines[1:]:
             if line["shard"] is not None:
@@ -137,7 +138,7 @@ class RunJob(JobFolder):
                     raise self.damaged(problems[0].what, problems[0].where)
                 infos |= shard
         files = tuple(dict.fromkeys(info.file for info in infos.values()))
-        return StoredWeights(Checkpoint(self.staged, {}, infos, files), {record.name: record for record in records}, reader)
+        return StoredWeights(Checkpoint(self.staged, {}, infos, files, device=device), {record.name: record for record in records}, reader)
 
     @property
     def finished(self) -> int:

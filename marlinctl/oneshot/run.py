@@ -11,9 +11,9 @@ which `pack` makes the other formats; linears that are pruned and not quantized 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,43 +26,42 @@ from torch import Tensor
 
 from marlinctl import __version__
 from marlinctl.checkpoint import findings
-from marlinctl.checkpoint.formats.base import Format, FormatInfo
+from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.formats.registry import (
     INTERCHANGE,
-    detect,
     quantization_config,
-    read_linear,
     without_quantization,
     working_format,
 )
 from marlinctl.checkpoint.licence import licence_of
 from marlinctl.checkpoint.manifest import made_from
-from marlinctl.checkpoint.mask import Masks, open_masks
-from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
+from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output
 from marlinctl.data.calibration import CalibrationSet, load_calibration
 from marlinctl.data.tokens import Tokens
-from marlinctl.errors import CheckFailed, GateRefused, ResourceProblem
+from marlinctl.errors import GateRefused, ResourceProblem
 from marlinctl.evaluation.gate import Measurement
 from marlinctl.jobs.journal import Request
+from marlinctl.models.architectures import Block
 from marlinctl.models.meta_model import build
 from marlinctl.models.switches import without
 from marlinctl.oneshot.commits import Commits, Pace
-from marlinctl.oneshot.layers import LayerQuantizer, LayerRecord, SolvedLinear, linear_digest, weight_digest
+from marlinctl.oneshot.layers import LayerQuantizer, LayerRecord, SolvedLinear
 from marlinctl.oneshot.open import Options, RunInputs, check_request, open_model
 from marlinctl.oneshot.probe import probe_before
 from marlinctl.oneshot.reading import Reader
 from marlinctl.oneshot.resume import RunJob
 from marlinctl.oneshot.sequential import SequentialPipeline
 from marlinctl.oneshot.solve import steps_on
+from marlinctl.oneshot.written import verify_written
 from marlinctl.planning.memory import CHUNK_TOKENS, CHUNK_TOKENS_ON_DEVICE
 from marlinctl.planning.preflight import check_lengths, sixteen_bit
 from marlinctl.recipes.schema import Recipe, recipe_hash
 from marlinctl.report.files import report_files
 from marlinctl.report.rewrite import read_report
 from marlinctl.sparsify.steps import TORCH, PruneSteps
-from marlinctl.sparsify.types import SparseQuantizedLinear
+from marlinctl.system.background import begun
 from marlinctl.system.console import Console
 from marlinctl.system.devices import device_peaks, threads
 from marlinctl.system.host import peak_rss, release_heap
@@ -115,6 +114,7 @@ def _run(
     published: Sequence[Format] | None,
 ) -> tuple[dict[str, Any], Source]:  # fmt: skip
     started = time.monotonic()
+    phases = Phases(start=started - console.started)
     texts = [kept] if (kept := _kept_calibration(job, console)) is not None else []
 
     def before_weights(source: Source, checkpoint: Checkpoint) -> None:
@@ -124,26 +124,30 @@ def _run(
         if measure is not None:
             measure.check_model(source.folder, checkpoint.config)
         if not texts and recipe.calibration.source != "self":
-            texts.append(load_calibration(recipe.calibration, source.folder, checkpoint.config, console=console, load_model=_no_model))
+            with phases("text"):
+                texts.append(load_calibration(recipe.calibration, source.folder, checkpoint.config, console=console, load_model=_no_model))
 
     fmt = working_format(recipe.scheme)
     published = (fmt,) if published is None else published
-    opened = open_model(model, out, recipe, options, console, published, lambda: job.noted("model", console), before_weights)
+    with phases("look at the model"):
+        opened = open_model(model, out, recipe, options, console, published, lambda: job.noted("model", console), before_weights)
     job.watch(opened.contents)
-    phases = Phases()
-    workers = min(4, len(os.sched_getaffinity(0))) if opened.device.type == "cuda" else 1  # a CPU's memory holds one linear at a time
     with threads(options.threads), torch.no_grad():
         with phases("probe"):
             steps = steps_on(opened.device, console)
             probe_before(opened, recipe, steps, console)
         calibration = _calibration(job, opened, recipe, texts, steps, console)
         with StagedCheckpoint(out, overwrite=options.overwrite, fmt=fmt, path=job.staged) as staged, ExitStack() as stack:
-            reader = stack.enter_context(Reader(opened.checkpoint, ahead=opened.device.type == "cuda"))
+            reader = stack.enter_context(Reader(opened.checkpoint, opened.device, ahead=opened.device.type == "cuda"))
             solving = LayerQuantizer(opened, recipe, options, staged, console, reader, steps, phases)
-            _run_blocks(calibration.tokens, job, solving)
             solved = {f"{name}.weight" for name in opened.plan.group_sizes}
+            rest = [name for name in opened.tensors if name not in solved]
+            with begun(partial(_copy_ahead, staged, opened, rest)) as copied:
+                _run_blocks(calibration.tokens, job, solving)
+                with phases("copy"):
+                    copied()
             with phases("copy"):
-                staged.copy_tensors(opened.checkpoint, [n for n in opened.tensors if n not in solved])
+                staged.copy_tensors(opened.checkpoint, rest)
                 staged.copy_companions(opened.source.folder)
             staged.write_file("recipe.yaml", recipe.to_yaml().encode())
             warnings = _warnings(opened, calibration, solving.records, console)
@@ -152,7 +156,7 @@ def _run(
                 staged.finish(
                     _config(opened, recipe),
                     manifest=_manifest(opened, recipe, calibration.facts, solving.records),
-                    verify=lambda folder: _verify_written(folder, solving.records, console, workers),
+                    verify=lambda folder: verify_written(folder, solving.records, console, opened.device),
                     report_files={},
                 )
             report["phases"] = phases.seconds()
@@ -168,6 +172,12 @@ def _run(
             _write_reports(staged, report, opened, fmt)
             job.publish([staged], keep=options.keep_job)
     return report, opened.source
+
+
+def _copy_ahead(staged: StagedCheckpoint, opened: RunInputs, names: Sequence[str], over: threading.Event) -> None:
+    """On a GPU, while it computes; on a CPU all cores are at work."""
+    if opened.device.type == "cuda":
+        staged.copy_ahead(opened.checkpoint, names, over)
 
 
 def _found(model: str, options: Options, console: Console) -> Source:
@@ -275,6 +285,8 @@ def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: 
         solving.progress.advance(sum(len(block.linears) for block in architecture.blocks[:first]))
         if first == pieces:
             return
+        if first < len(architecture.blocks):
+            _expect(architecture.blocks[first], solving)
         with solving.phases("embed"):
             pipeline = SequentialPipeline(
                 model, architecture, solving.weights, tokens,
@@ -288,7 +300,7 @@ def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: 
             for block, following in zip_longest(architecture.blocks[first:], architecture.blocks[first + 1 :]):
                 with Stopping("block") as stopping:
                     if following is not None:
-                        solving.weights.expect([*following.others, *(f"{name}.weight" for name in following.linears)])
+                        _expect(following, solving)
                     with solving.phases("forward and Gram"):
                         pipeline.run_block(block, solving.stage)
                         if on_gpu:
@@ -311,6 +323,12 @@ def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: 
                 commits.submit(partial(_commit, job, solving, "head", len(architecture.blocks), solving.take(), {}, pace))
 
 
+def _expect(block: Block, solving: LayerQuantizer) -> None:
+    """Have its weights read ahead: linears are read by the reference model, too."""
+    solving.weights.expect(block.others)
+    solving.weights.expect([f"{name}.weight" for name in block.linears], reads=2 if solving.opened.corrects_drift else 1)
+
+
 def _commit(
     job: RunJob, solving: LayerQuantizer, step: str, index: int, solved: Sequence[SolvedLinear], states: Mapping[str, Tensor], pace: Pace
 ) -> None:
@@ -327,43 +345,9 @@ def _replay(pipeline: SequentialPipeline, job: RunJob, solving: LayerQuantizer, 
     if not blocks:
         return
     console.say(f"hidden states are kept up to block {index}: {len(blocks)} finished blocks run once more with their stored weights")
-    with closing(job.stored_weights(solving.records, solving.weights)) as stored:
+    with closing(job.stored_weights(solving.records, solving.weights, solving.opened.device)) as stored:
         for block in blocks:
             pipeline.run_block(block, stored.stage, replay=True)
-
-
-def _verify_written(folder: Path, records: list[LayerRecord], console: Console, workers: int) -> None:
-    """Read the staged checkpoint back: every linear holds what was solved, and its mask. workers: linears at a time."""
-    with (
-        open_checkpoint(folder) as written,
-        open_masks(folder) as masks,
-        console.progress("check from disk", len(records)) as progress,
-        ThreadPoolExecutor(workers) as pool,
-    ):
-        info = detect(written.config, written.tensors)
-        for record, digest in zip(records, pool.map(lambda record: _digest_on_disk(written, info, masks, record), records), strict=True):
-            if digest != record.digest:
-                raise CheckFailed(
-                    "E103",
-                    "weights, scales or mask on disk differ from those that were solved",
-                    where=record.name,
-                    fix="check the disk, then run again",
-                )
-            progress.advance()
-
-
-def _digest_on_disk(written: Checkpoint, info: FormatInfo, masks: Masks | None, record: LayerRecord) -> str:
-    keep: Tensor | None = None
-    if record.pattern is not None:
-        if masks is None:
-            return "no mask file"
-        keep = masks.keep(record.name, *record.shape)
-    if record.group_size is None:
-        return weight_digest(written.read(f"{record.name}.weight"), keep)
-    linear = read_linear(written, info, record.name)
-    if keep is not None:
-        linear = SparseQuantizedLinear(linear.codes, linear.scales, linear.group_size, keep)
-    return linear_digest(linear)
 
 
 def _warnings(opened: RunInputs, calibration: CalibrationSet, records: list[LayerRecord], console: Console) -> list[str]:

@@ -155,6 +155,7 @@ class Console:
         stdout: TextIO | None = None,
         stderr: TextIO | None = None,
     ) -> None:
+        self.started = time.monotonic()
         self.json = json
         self.offline = offline
         self._quiet = quiet

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from marlinctl.system.devices import to_host
 from marlinctl.system.files import open_member
 
 if TYPE_CHECKING:
@@ -38,10 +39,10 @@ def sha256_of_member(folder: Path, name: str) -> str:
 
 
 def sha256_of_tensors(*tensors: Tensor) -> str:
-    """Of the bytes of tensors on the CPU, one after the other in row-major order, without shapes and dtypes."""
+    """Of the bytes of tensors, one after the other in row-major order, without shapes and dtypes."""
     import torch
 
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(to_host(tensor.contiguous()).reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

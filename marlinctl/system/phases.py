@@ -10,8 +10,9 @@ from contextlib import contextmanager
 class Phases:
     """`with phases("solve"): ...`; a phase inside of another one is not counted there too. For one thread."""
 
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
+    def __init__(self, **before: float) -> None:
+        """before: seconds of phases that are over."""
+        self._seconds: dict[str, float] = before
         self._open: list[str] = []
         self._since = 0.0
 

@@ -8,6 +8,7 @@ import shutil
 import stat
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,41 @@ def publish(out: Path, *, overwrite: bool = False, fmt: str = "ct", verify: Call
         stage.copy_tensors(source, ["model.norm.weight", "lm_head.weight"])
         stage.copy_companions(source.folder)
         stage.publish({"model_type": "llama"}, manifest={"recipe_hash": "x"}, verify=verify, report_files={"README.md": b"card"})
+
+
+@pytest.mark.parametrize("ahead", ["all", "one of two", "left by a run that was killed"])
+def test_tensors_that_are_copied_ahead_make_the_same_folder(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: str
+) -> None:
+    """If this failed, a run on a GPU, which copies embedding and head while it computes, would publish other bytes than one on a CPU."""
+    monkeypatch.setattr(writer, "MAX_SHARD_BYTES", 20_000)
+    found = open_checkpoint(source)
+    names = ["model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"]
+
+    def build(out: Path, over: threading.Event | None) -> dict[str, bytes]:
+        job = tmp_path / f"{out.name}.job"
+        job.mkdir()
+        left = job / "staged.copied" / "0.safetensors"
+        left.parent.mkdir()
+        left.write_bytes(b"of another model")
+        with writer.StagedCheckpoint(out, overwrite=False, fmt=FORMATS["ct"], path=job / "staged") as stage:
+            if over is not None:
+                stage.copy_ahead(found, names, over)
+            stage.write_shard(TENSORS)
+            stage.copy_tensors(found, names)
+            stage.publish({"model_type": "llama"}, manifest={}, verify=nothing, report_files={})
+        assert not left.parent.exists()
+        return tree(out)
+
+    class AfterOne(threading.Event):
+        asked = 0
+
+        def is_set(self) -> bool:
+            self.asked += 1
+            return self.asked > 1
+
+    over = {"all": threading.Event(), "one of two": AfterOne(), "left by a run that was killed": None}[ahead]
+    assert build(tmp_path / "ahead", over) == build(tmp_path / "plain", None)
 
 
 # ---- what a published folder is ------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from marlinctl.cli import main
 from marlinctl.oneshot import commits as committing
@@ -203,15 +204,31 @@ def test_tensors_that_are_expected_are_read_once(monkeypatch: pytest.MonkeyPatch
     """If this failed, a block's weights would be read twice, or those of an earlier block be taken for another's."""
     read: list[str] = []
 
-    def slow(name: str) -> str:
+    def slow(name: str) -> Tensor:
         read.append(name)
-        return f"{name} {len(read)}"
+        return torch.tensor([ord(name), len(read)])
 
-    with Reader(SimpleNamespace(read=slow, rows=None), ahead=True) as reader:  # type: ignore[arg-type]
+    with Reader(SimpleNamespace(read=slow, rows=None), torch.device("cpu"), ahead=True) as reader:  # type: ignore[arg-type]
         reader.expect(["a", "b"])
         reader.expect(["b"])
-        assert [reader.read("a"), reader.read("b"), reader.read("a")] == ["a 1", "b 2", "a 3"]
+        assert [int(reader.read(name)[1]) for name in "aba"] == [1, 2, 3]
     assert read == ["a", "b", "a"]
+
+
+def test_tensors_that_are_expected_twice_are_read_once_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, drift correction would read every linear from the disk twice, or a block that is tried again get old weights."""
+    read: list[str] = []
+
+    def slow(name: str) -> Tensor:
+        read.append(name)
+        return torch.tensor([ord(name), len(read)])
+
+    with Reader(SimpleNamespace(read=slow, rows=None), torch.device("cpu"), ahead=True) as reader:  # type: ignore[arg-type]
+        reader.expect(["a"], reads=2)
+        assert [int(reader.read("a")[1]) for _ in range(3)] == [1, 1, 2]
+        reader.expect(["a"], reads=2)
+        reader.forget()
+        assert int(reader.read("a")[1]) == len(read)
 
 
 # Replays

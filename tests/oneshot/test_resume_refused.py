@@ -147,7 +147,7 @@ def test_weights_that_change_during_a_run_are_not_published(
     shutil.copytree(place / "model", tmp_path / "model")
     out = tmp_path / "out"
     asked = ["quantize", str(tmp_path / "model"), *quantize(place, out)[2:]]
-    run_block, verify = SequentialPipeline.run_block, job._verify_written
+    run_block, verify = SequentialPipeline.run_block, job.verify_written
 
     def in_block(self: SequentialPipeline, block: Any, solve: Any) -> None:
         if block.index == 2:
@@ -162,7 +162,7 @@ def test_weights_that_change_during_a_run_are_not_published(
         if when == "in block 2":
             patch.setattr(SequentialPipeline, "run_block", in_block)
         else:
-            patch.setattr(job, "_verify_written", at_the_end)
+            patch.setattr(job, "verify_written", at_the_end)
         capfd.readouterr()
         assert main([*asked, "--json"]) == 3
     told = json.loads(capfd.readouterr().out)["error"]

@@ -213,7 +213,7 @@ def test_a_failure_leaves_the_old_output_untouched(tmp_path: Path, text: Path, m
     before = digests(tmp_path / "out")
     with pytest.raises(UsageError, match="not empty"):
         quantize(source, tmp_path / "out", recipe(text))
-    monkeypatch.setattr("marlinctl.oneshot.run._digest_on_disk", lambda *_: str(torch.rand(1)))
+    monkeypatch.setattr("marlinctl.oneshot.written._digest_on_disk", lambda *_: str(torch.rand(1)))
     with pytest.raises(MarlinctlError, match="differ from those that were solved"):
         quantize(source, tmp_path / "out", recipe(text, quantize__refine=0), overwrite=True)
     assert digests(tmp_path / "out") == before

@@ -13,6 +13,7 @@ from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.data.tokens import Tokens
 from marlinctl.models.architectures import FAMILIES, Architecture, Branch, Experts, architecture
 from marlinctl.models.meta_model import build as build_skeleton
+from marlinctl.oneshot.gram import _finite
 from marlinctl.oneshot.reference_stream import ReferenceModel, mean_energy
 from marlinctl.oneshot.sequential import SequentialPipeline
 from marlinctl.quantize.types import Hessian
@@ -226,3 +227,14 @@ def test_module_map_describes_an_unknown_architecture(tmp_path: Path) -> None:
     assert by_hand.linears == by_table.linears
     assert [b.attention for b in by_hand.blocks] == [b.attention for b in by_table.blocks]
     assert by_hand.head == by_table.head
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_token_with_one_value_that_is_not_finite_is_found(dtype: torch.dtype, device: str) -> None:
+    """If this failed, one overflow would make the whole Hessian NaN, or a token of large values be dropped."""
+    x = torch.randn(7, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[1, 299], x[2, 0], x[3, 150] = torch.nan, torch.inf, -torch.inf
+    x[4, :] = torch.finfo(dtype).max
+    x[5, 0], x[5, 1] = torch.inf, torch.nan
+    assert _finite(x.to(device)).tolist() == torch.isfinite(x).all(-1).tolist() == [True, False, False, False, True, False, True]
