@@ -121,6 +121,7 @@ _DETERMINISTIC = click.option("--deterministic", is_flag=True, help="The same by
 _MAX_MEMORY = click.option(
     "--max-memory", metavar="SIZE", help="Refuse to start if more memory is needed (4GiB, 800MiB). Default: free memory."
 )
+_DEVICE_MEMORY = click.option("--device-memory", metavar="SIZE", help="Take no more of the GPU's memory (40GiB). Default: what is free.")
 _KEEP_JOB = click.option("--keep-job", is_flag=True, help="Keep OUT.job, the run's journal, when OUT is published.")
 _RESUME = click.option("--resume", is_flag=True, help="Continue this interrupted job (shorter: `marlinctl resume OUT`).")
 _RUN_FLAGS: list[_Decorator] = [
@@ -136,6 +137,7 @@ _RUN_FLAGS: list[_Decorator] = [
     _DETERMINISTIC,
     _THREADS,
     _MAX_MEMORY,
+    _DEVICE_MEMORY,
     _CACHE_DIR,
     _MODULE_MAP,
 ]
@@ -148,7 +150,7 @@ def run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def plan_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     """Where the run that is planned would take place."""
-    apart = (_OVERWRITE, _RESUME, _KEEP_JOB, _STRICT, _DETERMINISTIC, _MAX_MEMORY)
+    apart = (_OVERWRITE, _RESUME, _KEEP_JOB, _STRICT, _DETERMINISTIC, _MAX_MEMORY, _DEVICE_MEMORY)
     chosen = [option for option in _RUN_FLAGS if option not in apart]
     return _apply(
         function,
@@ -215,6 +217,7 @@ def chosen_options(console: Console, values: Mapping[str, Any]) -> Options:
         deterministic=values.get("deterministic", False),
         threads=values["threads"],
         max_memory=size_in_bytes(values.get("max_memory"), "--max-memory"),
+        device_memory=size_in_bytes(values.get("device_memory"), "--device-memory"),
         module_map=values["module_map"],
         command=command_line(),
         keep_job=values["keep_job"],

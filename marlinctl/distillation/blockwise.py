@@ -32,7 +32,7 @@ from marlinctl.oneshot.sequential import SequentialPipeline
 from marlinctl.planning.training_settings import rows_per_step, steps_of
 from marlinctl.recipes.schema import Distill
 from marlinctl.system.console import Console, Progress, duration
-from marlinctl.system.offload import FileTensor, Scratch
+from marlinctl.system.offload import Scratch, Slot
 from marlinctl.system.signals import Stopping
 
 EMBEDDED_TOGETHER = 64  # rows
@@ -234,7 +234,7 @@ class BlockLoop:
 class _Side:
     """One of the two models: its meta model, and its hidden states between two blocks, [R, L, H] in scratch."""
 
-    hidden: Tensor | FileTensor
+    hidden: Slot
 
     @torch.no_grad()
     def __init__(
@@ -292,7 +292,7 @@ def _parts(first: int, last: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, last))
 
 
-def _gather(hidden: Tensor | FileTensor, rows: Tensor) -> Tensor:
+def _gather(hidden: Slot, rows: Tensor) -> Tensor:
     """Single rows, read one by one: an index would map the whole file."""
     return torch.cat([hidden[slice(row, row + 1)] for row in rows.tolist()])
 

@@ -19,7 +19,7 @@ from types import TracebackType
 import torch
 
 _MOST_WAITING = 8  # blocks, the one in work among them
-_MOST_BYTES = 4 << 30  # of the device's memory that they hold; one block may be larger
+MOST_BYTES = 4 << 30  # of the device's memory that they hold; one block may be larger
 
 
 class Commits:
@@ -44,7 +44,7 @@ class Commits:
         if self._pool is None:
             work()
             return
-        while not self.idle and (len(self._queue) >= _MOST_WAITING or size + sum(held for _, held in self._queue) > _MOST_BYTES):
+        while not self.idle and (len(self._queue) >= _MOST_WAITING or size + sum(held for _, held in self._queue) > MOST_BYTES):
             self._take()
         made = torch.cuda.Event()
         made.record(torch.cuda.current_stream(self._device))

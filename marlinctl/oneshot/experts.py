@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 from marlinctl.models.architectures import Block, Experts
 from marlinctl.oneshot.gram import Gram, SolveStage
 from marlinctl.quantize.types import Hessian
-from marlinctl.system.offload import FileTensor, Scratch
+from marlinctl.system.offload import Scratch, Slot
 
 _MOST_BORROWED = 8192  # tokens of other experts that a poorly fed one is shown
 
@@ -46,7 +46,7 @@ class ExpertsPipeline:
         self.shares = torch.empty(len(self.counted), experts.top_k, dtype=torch.float32)
         self.sample = self.counted.nonzero().squeeze(-1)[:_MOST_BORROWED]
 
-    def run(self, calls: Iterable[tuple[slice, tuple[Any, ...]]], solve: SolveStage) -> Tensor | FileTensor:
+    def run(self, calls: Iterable[tuple[slice, tuple[Any, ...]]], solve: SolveStage) -> Slot:
         """Solve all experts; returns their summed output [S, L, hidden].
 
         calls: samples, and what the block hands to its experts for them: input [B * L, hidden], experts and shares [B * L, top_k].
@@ -63,7 +63,7 @@ class ExpertsPipeline:
             self._run_expert(e, h_all, output, solve)
         return self.scratch.tensor("experts output", (self.samples, self.length, hidden), self.dtype)
 
-    def _run_expert(self, e: int, h_all: Hessian | None, output: Tensor | FileTensor, solve: SolveStage) -> None:
+    def _run_expert(self, e: int, h_all: Hessian | None, output: Slot, solve: SolveStage) -> None:
         """Solve gate and up, then down; add what the expert makes of its tokens to `output` [T, hidden]."""
         gate, up, down = (f"{self.prefix}.{name.format(e=e)}" for name in (*self.experts.first, self.experts.last))
         where = (self.routed == e).any(-1).nonzero().squeeze(-1)

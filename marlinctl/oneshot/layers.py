@@ -95,7 +95,7 @@ class LayerQuantizer:
         self.opened, self.options, self.staged, self.console, self.weights = opened, options, staged, console, weights
         self.phases = phases
         self.records: list[LayerRecord] = []
-        self.scheme = recipe.scheme
+        self.recipe, self.scheme = recipe, recipe.scheme
         self.solver = StackedSolver.of(recipe, corrects_drift=opened.corrects_drift, bfloat16_exact=bfloat16_exact(opened), steps=steps)
         self.at_once = opened.device.type == "cpu"
         self._waiting: list[SolvedLinear] = []

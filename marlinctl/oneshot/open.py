@@ -65,6 +65,7 @@ class Options:
     deterministic: bool = False
     threads: int | None = None
     max_memory: int | None = None  # bytes
+    device_memory: int | None = None  # bytes of the GPU that the run may take; None: what is free
     module_map: Path | None = None
     command: str = "marlinctl quantize"
     keep_job: bool = False

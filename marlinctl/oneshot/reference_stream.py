@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from marlinctl.models.architectures import Block, Branch
 from marlinctl.models.meta_model import set_parameter
-from marlinctl.system.offload import FileTensor, Scratch
+from marlinctl.system.offload import Scratch, Slot
 
 _SAME_SUM = 0.02  # relative difference up to which a block's output is the sum of its input and its branches' outputs: bfloat16 rounds
 
@@ -89,8 +89,13 @@ class ReferenceModel:
         floor = torch.finfo(torch.float32).eps * mean
         return (mean / energy[part].clamp_min(floor)).sqrt().unsqueeze(-1).to(self.device)
 
-    def _slot(self, place: str, width: int) -> Tensor | FileTensor:
+    def _slot(self, place: str, width: int) -> Slot:
         return self.scratch.tensor(f"original {place}", (*self.hidden.shape[:2], width), self.dtype)
+
+
+def scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """x [B, L, K] times scale [B, L, 1] float32, multiplied in float32 and rounded once to the dtype of x."""
+    return torch.mul(x, scale, out=torch.empty_like(x))
 
 
 def mean_energy(energy: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ from marlinctl.jobs.journal import Request
 from marlinctl.models.architectures import Block
 from marlinctl.models.meta_model import build
 from marlinctl.models.switches import without
-from marlinctl.oneshot.commits import Commits, Pace
+from marlinctl.oneshot.commits import MOST_BYTES, Commits, Pace
 from marlinctl.oneshot.layers import LayerQuantizer, LayerRecord, SolvedLinear
 from marlinctl.oneshot.open import Options, RunInputs, check_request, open_model
 from marlinctl.oneshot.probe import probe_before
@@ -55,7 +55,7 @@ from marlinctl.oneshot.resume import RunJob
 from marlinctl.oneshot.sequential import SequentialPipeline
 from marlinctl.oneshot.solve import steps_on
 from marlinctl.oneshot.written import verify_written
-from marlinctl.planning.memory import CHUNK_TOKENS, CHUNK_TOKENS_ON_DEVICE
+from marlinctl.planning.memory import CHUNK_TOKENS, CHUNK_TOKENS_ON_DEVICE, Work, predicted_device_peak
 from marlinctl.planning.preflight import check_lengths, sixteen_bit
 from marlinctl.recipes.schema import Recipe, recipe_hash
 from marlinctl.report.files import report_files
@@ -63,14 +63,13 @@ from marlinctl.report.rewrite import read_report
 from marlinctl.sparsify.steps import TORCH, PruneSteps
 from marlinctl.system.background import begun
 from marlinctl.system.console import Console
-from marlinctl.system.devices import device_peaks, threads
-from marlinctl.system.host import peak_rss, release_heap
+from marlinctl.system.devices import device_peaks, limit_device_memory, threads
+from marlinctl.system.host import available_memory, peak_rss, release_heap
 from marlinctl.system.offload import Scratch
 from marlinctl.system.phases import Phases
 from marlinctl.system.signals import Stopping
 
 ALGORITHM_VERSION = 3  # goes up when the same recipe on the same input gives other codes
-_DEVICE_SHARE = 0.5  # of free device memory that activations may take
 
 
 def run_job(
@@ -249,7 +248,7 @@ def _run_blocks(tokens: Tokens, job: RunJob, solving: LayerQuantizer) -> None:
     device = solving.opened.device
     budget, chunk = 0, CHUNK_TOKENS
     if device.type == "cuda":
-        budget, chunk = int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE), CHUNK_TOKENS_ON_DEVICE
+        budget, chunk = _left_on_device(solving), CHUNK_TOKENS_ON_DEVICE
     full = ""
     fewer = [less for less in (CHUNK_TOKENS, CHUNK_TOKENS // 2) if less < chunk]
     for attempt in (_Attempt(chunk, budget, solving.options.redo_from), *(_Attempt(less, budget=0) for less in fewer)):
@@ -267,6 +266,15 @@ def _run_blocks(tokens: Tokens, job: RunJob, solving: LayerQuantizer) -> None:
         "E590", f"{full}, again", where=f"block {job.finished}",
         fix="free memory of the GPU, or a smaller --sequence-length, or --device cpu; what is finished is kept",
     )  # fmt: skip
+
+
+def _left_on_device(solving: LayerQuantizer) -> int:
+    """Bytes of device memory that the fullest solve and what is on its way to the disk leave to activations."""
+    opened = solving.opened
+    torch.cuda.empty_cache()
+    free = limit_device_memory(opened.device, solving.options.device_memory)
+    work = Work.of(solving.recipe, element=opened.dtype.itemsize, corrects_drift=opened.corrects_drift, on_device=True)
+    return max(0, free - predicted_device_peak(opened.architecture, opened.plan.group_sizes, work) - MOST_BYTES)
 
 
 def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: _Attempt) -> None:
@@ -290,7 +298,7 @@ def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: 
         with solving.phases("embed"):
             pipeline = SequentialPipeline(
                 model, architecture, solving.weights, tokens,
-                device=opened.device, dtype=opened.dtype, scratch=Scratch(job.path, opened.device, attempt.budget),
+                device=opened.device, dtype=opened.dtype, scratch=_scratch(job, opened, attempt.budget),
                 chunk_tokens=attempt.chunk_tokens, corrects_drift=opened.corrects_drift, resident=True,
             )  # fmt: skip
         _replay(pipeline, job, solving, console)
@@ -321,6 +329,11 @@ def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: 
             if head is not None:
                 pipeline.run_head(head.name, solving.stage)
                 commits.submit(partial(_commit, job, solving, "head", len(architecture.blocks), solving.take(), {}, pace))
+
+
+def _scratch(job: RunJob, opened: RunInputs, budget: int) -> Scratch:
+    """For activations: beside a GPU, half of the host's free memory comes before the disk."""
+    return Scratch(job.path, opened.device, budget, available_memory() // 2 if opened.device.type == "cuda" else 0)
 
 
 def _expect(block: Block, solving: LayerQuantizer) -> None:

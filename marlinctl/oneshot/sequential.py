@@ -25,7 +25,7 @@ from marlinctl.models.architectures import Architecture, Block, Branch, Experts
 from marlinctl.models.meta_model import Replay, call_until, drop_parameters, set_parameter
 from marlinctl.oneshot.experts import ExpertsPipeline
 from marlinctl.oneshot.gram import Gram, SolveStage
-from marlinctl.oneshot.reference_stream import ReferenceModel
+from marlinctl.oneshot.reference_stream import ReferenceModel, scaled
 from marlinctl.system.offload import Scratch
 
 
@@ -213,7 +213,7 @@ class SequentialPipeline:
                 scale = self.reference.token_scale(branch, part)
                 stream = self.hidden[part].to(self.device)
                 stream = stream if branch is block.attention else stream + outputs[block.attention.module](part)
-                middle, theirs = (middle.float() * scale).to(self.dtype), (theirs.float() * scale).to(self.dtype)
+                middle, theirs = scaled(middle, scale), scaled(theirs, scale)
                 gram.add_residual(middle, (self.reference.residual(branch, part).float() - stream.float()) * scale, self.counted[part])
             gram.add(middle, self.counted[part])
             gram.add_drift(middle, theirs, self.counted[part])

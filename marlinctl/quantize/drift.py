@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from marlinctl.quantize.products import mm
 from marlinctl.quantize.types import Hessian
 
 
@@ -28,7 +29,7 @@ def corrected_target(weight: Tensor, hessian: Hessian, *, share: float, damping:
     """
     if hessian.drift is None or share == 0.0:
         return weight
-    wanted = torch.mm(weight, hessian.drift.T)  # [R, K]
+    wanted = mm(weight, hessian.drift.T)  # [R, K]
     if hessian.residual is not None:
         if tuple(hessian.residual.shape) != (weight.shape[1], weight.shape[0]):
             raise ValueError(f"the residual drift {list(hessian.residual.shape)} does not fit a weight {list(weight.shape)}")

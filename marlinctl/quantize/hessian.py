@@ -32,8 +32,7 @@ def add_gram(total: Tensor, x: Tensor) -> None:
     k = x.shape[1]
     if x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16):
         for start in range(0, k, step := _CUDA_PANEL):
-            rows = x[:, start : start + step].T
-            total[start : start + step, : start + step] += torch.mm(rows, x[:, : start + step], out_dtype=torch.float32)
+            _add_product(total[start : start + step, : start + step], x[:, start : start + step].T, x[:, : start + step])
         return
     step = -(-k // max(1, round(k / _PANEL)))
     exact_in_bf16 = x.dtype == torch.bfloat16
@@ -49,12 +48,17 @@ def add_cross(total: Tensor, x: Tensor, y: Tensor) -> None:
         # A float32 y is the sum of two bfloat16 numbers up to 2^-17 of itself: 8,192 tokens, K = 14,336, N = 4,096 take 3.0 instead of
         # 19.7 ms.
         high = y.to(x.dtype)
-        total += torch.mm(x.T, high, out_dtype=torch.float32)
+        _add_product(total, x.T, high)
         if y.dtype != x.dtype:
-            total += torch.mm(x.T, (y - high).to(x.dtype), out_dtype=torch.float32)
+            _add_product(total, x.T, (y - high).to(x.dtype))
         return
     with _bfloat16_products(x.dtype == torch.bfloat16):
         total.addmm_(x.float().T, y.float())
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b on a GPU. total: float32; a, b: 16-bit, whose product is added up in float32."""
+    torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 def mirror(total: Tensor) -> Tensor:

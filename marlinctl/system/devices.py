@@ -70,6 +70,17 @@ def grow_segments(device: torch.device) -> None:
         os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
 
 
+def limit_device_memory(device: torch.device, most: int | None) -> int:
+    """Bytes of a CUDA device that this process may still take: what is free, or `most` where that is less, which torch then keeps to."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    if most is None:
+        return free
+    torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), device)
+    return min(free, most)
+
+
 def forget_device_peaks(device: torch.device) -> None:
     """device_peaks counts from now on: what ran before in this process is not this run's."""
     import torch

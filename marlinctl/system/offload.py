@@ -1,9 +1,9 @@
 """Activations that need not be in memory: tensors in unnamed files, read and written by the chunk.
 
-A named slot is reused by every block. On a CUDA device, slots that fit stay on the device instead; both kinds are indexed alike. Files
-are read and written, not mapped, where whole ranges are wanted: a mapping would count as memory of this process and cost a page
-fault every 4 KiB (5 s of 66 on SmolLM2-135M, two cores). Their blocks are reserved beforehand, so a full disk is an error where the slot
-is made and never a SIGBUS later.
+A named slot is reused by every block. On a CUDA device, slots that fit stay on the device instead, and those that do not in page-locked
+host memory, as far as that suffices; all kinds are indexed alike. Files are read and written, not mapped, where whole ranges are wanted: a
+mapping would count as memory of this process and cost a page fault every 4 KiB (5 s of 66 on SmolLM2-135M, two cores). Their blocks are
+reserved beforehand, so a full disk is an error where the slot is made and never a SIGBUS later.
 """
 
 from __future__ import annotations
@@ -60,24 +60,64 @@ class FileTensor:
         return torch.frombuffer(self._mapped, dtype=self.dtype, count=math.prod(self.shape)).view(self.shape)
 
 
-class Scratch:
-    """Slots of activations in `folder`, or on `device` while `device_budget` bytes last."""
+class PinnedTensor:
+    """A tensor [n, ...] in page-locked host memory, for a GPU: `t[a:b]` is a copy on the device. Copies in either direction are enqueued on
+    its current stream. An index tensor gathers or scatters rows in host memory.
+    """
 
-    def __init__(self, folder: Path, device: torch.device, device_budget: int = 0) -> None:
+    def __init__(self, memory: Tensor, device: torch.device) -> None:
+        self._memory, self._device, self.shape, self.dtype = memory, device, tuple(memory.shape), memory.dtype
+
+    def __getitem__(self, key: slice | Tensor) -> Tensor:
+        if isinstance(key, Tensor):
+            self._wait()
+            return self._memory[key]
+        return self._memory[key].to(self._device, non_blocking=True)
+
+    def __setitem__(self, key: slice | Tensor, value: Tensor) -> None:
+        if isinstance(key, Tensor):
+            self._wait()
+            self._memory[key] = value.to("cpu", self.dtype)
+        else:
+            self._memory[key].copy_(value, non_blocking=True)
+
+    def zero_(self) -> PinnedTensor:
+        self._wait()
+        self._memory.zero_()
+        return self
+
+    def _wait(self) -> None:
+        torch.cuda.current_stream(self._device).synchronize()
+
+
+Slot = Tensor | PinnedTensor | FileTensor
+
+
+class Scratch:
+    """Slots of activations on `device` while `device_budget` bytes last, in page-locked memory while `host_budget` does, or in `folder`."""
+
+    def __init__(self, folder: Path, device: torch.device, device_budget: int = 0, host_budget: int = 0) -> None:
+        """host_budget: 0 on a CPU, whose memory is the solver's."""
         self._folder = folder
-        self._device, self._budget = device, device_budget
+        self._device, self._budget, self._host_budget = device, device_budget, host_budget
         self._on_device: dict[str, Tensor] = {}
+        self._on_host: dict[str, Tensor] = {}
         self._files: dict[str, tuple[BinaryIO, mmap.mmap]] = {}
 
-    def tensor(self, slot: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | FileTensor:
+    def tensor(self, slot: str, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
         """A tensor of this shape with arbitrary contents; an earlier tensor of the same slot becomes invalid."""
         size = max(math.prod(shape), 1) * dtype.itemsize
-        held = self._on_device.get(slot)
-        if held is not None and held.numel() >= size:
-            return held[:size].view(dtype)[: math.prod(shape)].view(shape)
+        for held in (self._on_device.get(slot), self._on_host.get(slot)):
+            if held is not None and held.numel() >= size:
+                found = held[:size].view(dtype)[: math.prod(shape)].view(shape)
+                return found if held.device == self._device else PinnedTensor(found, self._device)
         if slot not in self._files and size <= self._budget:
             self._budget -= size
             self._on_device[slot] = torch.empty(size, dtype=torch.uint8, device=self._device)
+            return self.tensor(slot, shape, dtype)
+        if slot not in self._files and size <= self._host_budget:
+            self._host_budget -= size
+            self._on_host[slot] = torch.empty(size, dtype=torch.uint8, pin_memory=True)
             return self.tensor(slot, shape, dtype)
         if slot not in self._files or len(self._files[slot][1]) < size:
             self._files.pop(slot, None)
@@ -89,7 +129,7 @@ class Scratch:
         """A tensor that every pass reads and writes: on the device while the budget lasts, else in host memory."""
         size = math.prod(shape) * dtype.itemsize
         if size > self._budget:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, pin_memory=self._device.type == "cuda")
         self._budget -= size
         return torch.empty(shape, dtype=dtype, device=self._device)
 

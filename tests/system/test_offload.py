@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from marlinctl.errors import ResourceProblem
-from marlinctl.system.offload import FileTensor, Scratch
+from marlinctl.system.offload import FileTensor, PinnedTensor, Scratch
 
 CPU = torch.device("cpu")
 
@@ -54,3 +54,20 @@ def test_a_full_disk_is_an_error_where_the_slot_is_made(tmp_path: Path, monkeypa
     with pytest.raises(ResourceProblem, match="of disk") as caught:
         Scratch(tmp_path, CPU).tensor("a", (10, 10), torch.float32)
     assert caught.value.exit_code == 5
+
+
+@pytest.mark.gpu
+def test_page_locked_memory_comes_before_the_disk_and_holds_the_same(tmp_path: Path) -> None:
+    """If this failed, the activations of a 70B beside a GPU of 40 GB would be read and written at the rate of a disk, or be others'."""
+    scratch = Scratch(tmp_path, torch.device("cuda"), 0, 7 * 5 * 3 * 2)
+    slot = scratch.tensor("a", (7, 5, 3), torch.bfloat16)
+    assert isinstance(slot, PinnedTensor) and isinstance(scratch.tensor("b", (7, 5, 3), torch.bfloat16), FileTensor)
+    expected = torch.randn(7, 5, 3, device="cuda").bfloat16()
+    for part in (slice(4, 7), slice(0, 4)):
+        slot[part] = expected[part]
+    assert slot[1:3].is_cuda and torch.equal(slot[0:7], expected)
+    rows = torch.tensor([6, 0, 3])
+    assert torch.equal(slot[rows], expected.cpu()[rows])
+    slot[rows] = expected[rows.cuda()] * 2
+    assert torch.equal(slot[3:4], expected[3:4] * 2) and torch.equal(slot[1:3], expected[1:3])
+    assert not slot.zero_()[0:7].any()
