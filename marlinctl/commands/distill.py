@@ -31,7 +31,7 @@ def command(console: Console, student: str, out: Path, teacher: str, **values: A
     STUDENT is a 2:4 folder, or a 4-bit folder for --mode scales. OUT gets the same form, whole or not at all. Several GPUs: accelerate
     launch --multi_gpu -m marlinctl distill ... (docs/distill.md).
     """
-    from marlinctl.distillation.distributed import silence_if_second
+    from marlinctl.system.processes import silence_if_second
 
     silence_if_second(console)
     recipe = chosen_distillation(console, values)

@@ -172,7 +172,7 @@ def _solve(console: Console, out: Path, asked: dict[str, Any], values: dict[str,
 
 def _distill(console: Console, out: Path, asked: dict[str, Any], _values: dict[str, Any], *changes: Any) -> None:
     from marlinctl.commands.distill import show_result
-    from marlinctl.distillation.distributed import silence_if_second
+    from marlinctl.system.processes import silence_if_second
 
     silence_if_second(console)
     from marlinctl.distillation.run import run_distill
