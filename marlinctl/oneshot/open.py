@@ -108,10 +108,12 @@ def check_request(recipe: Recipe, options: Options, measure: Measurement | None,
 def open_model(
     model: str, out: Path, recipe: Recipe, options: Options, console: Console,
     published: Sequence[Format] = (), noted: Callable[[], Noted | None] = lambda: None,
-    before_weights: Callable[[Source, Checkpoint], None] = lambda source, checkpoint: None,
+    before_weights: Callable[[Source, Checkpoint], None] = lambda source, checkpoint: None, shared: Contents | None = None,
+    writes: bool = True,
 ) -> RunInputs:  # fmt: skip
     """All checks, cheap ones first. published: the formats that come of it in the end; who will refuse them is said. noted: what a
-    resumed job knows of the weights. before_weights: the caller's checks that need config.json and tokenizer alone.
+    resumed job knows of the weights. before_weights: the caller's checks that need config.json and tokenizer alone. shared: what the files
+    hold, where another process has read them. writes: False for a process that needs no disk.
 
     With --strict, what is a warning without it is BadInput E307 or NumericalProblem E605 (checkpoint/findings.py).
     """
@@ -135,9 +137,9 @@ def open_model(
     check_pattern(pattern.pattern, looked, recipe, console)
     tensors = stored_once(checkpoint, looked.architecture)
     work = Work.of(recipe, element=dtype.itemsize, corrects_drift=looked.corrects_drift, on_device=device.type == "cuda")
-    _require_resources(looked, tensors, pattern, work, out, options)
+    _require_resources(looked, tensors, pattern, work, out if writes else None, options)
     packed = {f"{name}.weight" for name in looked.plan.group_sizes} if recipe.scheme.quantizes else set()
-    contents = read_contents(checkpoint, console, scan=looked.architecture.expected, for_4_bits=packed, noted=noted())
+    contents = shared or read_contents(checkpoint, console, scan=looked.architecture.expected, for_4_bits=packed, noted=noted())
     check_known_digests(checkpoint, contents)
     contents.require_finite()
     for warning in findings.of_weights(contents, strict=options.strict):
@@ -150,7 +152,7 @@ def open_model(
 
 
 def _require_resources(
-    looked: ModelPlan, tensors: Mapping[str, TensorInfo], pattern: SourcePattern, work: Work, out: Path, options: Options
+    looked: ModelPlan, tensors: Mapping[str, TensorInfo], pattern: SourcePattern, work: Work, out: Path | None, options: Options
 ) -> None:
     """Memory against --max-memory or what is free, disk against what is free beside OUT. `marlinctl plan` says the same before."""
     needed = predicted_peak(looked.architecture, looked.plan.group_sizes, work)
@@ -164,6 +166,8 @@ def _require_resources(
             fix="fewer --samples, a smaller --sequence-length, or --calibration FILE in place of self (`marlinctl plan` shows what takes "
             "how much); a larger --max-memory starts all the same",
         )
+    if out is None:
+        return
     masked = looked.shapes if work.scheme.prunes else pattern.pattern.linears
     fmt = working_format(work.scheme)
     first = disk.output(fmt, tensors, looked.shapes, looked.plan.group_sizes, masked)

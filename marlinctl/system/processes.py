@@ -259,6 +259,9 @@ class Processes:
             raise instead from error
 
 
+ALONE = Processes()  # one process, and no launcher is asked
+
+
 def silence_if_second(console: Console) -> None:
     """Under a launcher all processes run the same command; one of them talks."""
     if int(os.environ.get("RANK", "0")) > 0:
