@@ -40,9 +40,7 @@ def solve_rows(
     rows = len(stack)
     mine, each = own_rows(rows, processes)
     residual = None if hessian.residual is None else hessian.residual[:, mine].contiguous()
-    outcome, _, kept = solver.solve(
-        stack[mine], None if mask is None else mask[mine], replace(hessian, residual=residual), group_size
-    )
+    outcome, _, kept = solver.solve(stack[mine], None if mask is None else mask[mine], replace(hessian, residual=residual), group_size)
 
     def whole(part: Tensor) -> Tensor:
         return together(part, each, rows, processes)

@@ -174,7 +174,9 @@ def _run(
                 staged.copy_companions(opened.source.folder)
             staged.write_file("recipe.yaml", recipe.to_yaml().encode())
             warnings = _warnings(opened, calibration, solving.records, console)
-            report = _report(opened, recipe, options, calibration.facts, solving.records, warnings, time.monotonic() - started, processes.count)
+            report = _report(
+                opened, recipe, options, calibration.facts, solving.records, warnings, time.monotonic() - started, processes.count
+            )
             with phases("check"):
                 staged.finish(
                     _config(opened, recipe),
