@@ -84,7 +84,8 @@ class Finished:
 
 
 class LayerQuantizer:
-    """The pipeline's other half. Only the main process notes what is solved. `stage` is its SolveStage; `take` hands out what was solved, `note` makes of it what is written.
+    """The pipeline's other half. `stage` is its SolveStage; `take` hands out what was solved, `note` makes of it what is written.
+    Of several processes, only the main one notes what is solved.
 
     On a GPU a block is noted while the next one is computed (commits.py); on a CPU each linear at once.
     """

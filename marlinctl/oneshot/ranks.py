@@ -4,9 +4,9 @@
     process 1   samples 64..127   ─► Gram ─┴─ sum ─► └─► rows 2048..4095 ─┴─ together: the weights that the next forward pass needs
 
 Each has the hidden states of its own samples and reads the model from its own folder. Hessians are sums over all of them, so what depends
-on a Hessian alone (factorisation, damping, dead inputs) is the same everywhere, and rows are independent given it. The main process has the
-job's folder: it begins, commits, checks and publishes; hidden states that are kept are those of all samples, in their order, so a job may be
-resumed with another number of processes.
+on a Hessian alone (factorisation, damping, dead inputs) is the same everywhere; rows are independent given it (rows.py). The main process
+has the job's folder: it begins, commits, checks and publishes. Hidden states that are kept are those of all samples, in their order, so
+another number of processes may resume the job.
 
 Sums are formed in the order of the backend. With one process everything here is what it would be without.
 """
@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from marlinctl.checkpoint.contents import Contents

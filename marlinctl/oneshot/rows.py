@@ -17,8 +17,10 @@ from marlinctl.system.processes import Processes
 
 
 def own_rows(rows: int, processes: Processes) -> tuple[slice, int]:
-    """The rows that this process solves, and how many each sends. Where they do not divide, or there are fewer rows than processes, the last
-    processes have fewer; one without rows of its own solves the last one too, and nobody reads that."""
+    """The rows that this process solves, and how many rows each sends.
+
+    Where they do not divide, the last processes have fewer. One without rows of its own solves the last one too, which is not used.
+    """
     each = -(-rows // processes.count)
     first = min(processes.index * each, rows - 1)
     return slice(first, max(min((processes.index + 1) * each, rows), first + 1)), each

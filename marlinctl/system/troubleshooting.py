@@ -565,9 +565,9 @@ CATALOG = (
         "E505",
         "A process of a run over several has ended",
         """
-        All others end with it; nothing is published, and what is finished is kept. The message says which process it was and on which
-        machine: look there, in the log of the kernel too, for memory that ran out. `marlinctl resume OUT` continues, with the same launcher,
-        with another number of processes, or without one.
+        All others end with it; nothing is published, and what is finished is kept. The message says which process it was, and on which
+        machine. Look there for memory that ran out, in the log of the kernel too. `marlinctl resume OUT` continues, under the launcher
+        with any number of processes, or without it.
         """,
     ),
     Entry(

@@ -83,7 +83,7 @@ class Watch:
         return None
 
     def close(self) -> None:
-        """After the last collective: nobody is missed from now on."""
+        """After the last collective: no process is missed from now on."""
         self._leaving.set()
         self._say({"farewell": True})
         for peer in self._peers:
@@ -180,7 +180,7 @@ class Watch:
         how = "ended: it was killed, or its machine is gone" if lost.code is None else f"left with exit code {lost.code}"
         return ResourceProblem(
             "E505", f"process {lost.index} of {self._count} {how}, so all of them end", where=name,
-            fix="look there for memory that ran out; what is finished is kept: `marlinctl resume OUT` continues, with any number of processes",
+            fix="look there for memory that ran out; `marlinctl resume OUT` continues, with any number of processes",
         )  # fmt: skip
 
 

@@ -6,10 +6,8 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -77,14 +75,14 @@ def run(folder: Path, count: int, arguments: list[str]) -> tuple[list[int], str,
     return codes, (folder / "stdout").read_text(), (folder / "stderr").read_text()
 
 
-def rows_apart(ours: Path, theirs: Path, part: str) -> tuple[int, int]:
-    """How many rows of the linears whose names hold `part` have other codes or scales. One code that rounds to the other side moves the
-    later ones of its row, whose error they carry, and through the hidden states a few rows of every later linear."""
+def rows_apart(ours: Path, theirs: Path) -> tuple[int, int]:
+    """How many rows of the first stack of all, block 0's q k v, have other codes or scales. One code that rounds to the other side moves
+    the later ones of its row, and through the hidden states, in a model as small as this, some rows of every later linear."""
     apart = total = 0
     with open_checkpoint(ours) as a, open_checkpoint(theirs) as b:
         mine, other = detect(a.config, a.tensors), detect(b.config, b.tensors)
         assert mine.layers.keys() == other.layers.keys() and a.tensors.keys() == b.tensors.keys()
-        for name in (name for name in mine.layers if part in name):
+        for name in (f"model.layers.0.self_attn.{letter}_proj" for letter in "qkv"):
             x, y = read_linear(a, mine, name), read_linear(b, other, name)
             apart += int(((x.codes != y.codes).any(1) | (x.scales != y.scales).any(1)).sum())
             total += len(x.codes)
@@ -105,9 +103,8 @@ def test_the_result_is_that_of_one_process(place: Place, tmp_path: Path, count: 
     for ours, theirs in zip(report["layers"], alone["layers"], strict=True):
         assert ours["name"] == theirs["name"] and ours["error"] == pytest.approx(theirs["error"], rel=0.1)
     assert report["error"]["mean"] == pytest.approx(alone["error"]["mean"], rel=0.01)
-    apart, total = rows_apart(tmp_path / "out", tmp_path / "alone", "layers.0.self_attn")
-    print(apart, total, rows_apart(tmp_path / "out", tmp_path / "alone", "layers."))
-    assert apart <= 0.05 * total, f"{apart} of {total}"
+    apart, total = rows_apart(tmp_path / "out", tmp_path / "alone")
+    assert total == 128 and apart <= 4, f"{apart} of {total}"
     assert not (tmp_path / "out.job").exists()
 
 
@@ -131,8 +128,8 @@ def require_like(place: Place, out: Path, alone: Path) -> None:
     ours, theirs = (json.loads((folder / "marlinctl_report.json").read_text()) for folder in (out, alone))
     assert [layer["name"] for layer in ours["layers"]] == [layer["name"] for layer in theirs["layers"]]
     assert ours["error"]["mean"] == pytest.approx(theirs["error"]["mean"], rel=0.01)
-    apart, total = rows_apart(out, alone, "layers.0.self_attn")
-    assert apart <= 0.02 * total, f"{apart} of {total}"
+    apart, total = rows_apart(out, alone)
+    assert apart <= 4, f"{apart} of {total}"
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +150,13 @@ def test_a_job_goes_on_with_another_number_of_processes(place: Place, tmp_path: 
     assert told.count("to resume: ") == 1 and ("accelerate launch ... -m marlinctl resume" in told) == (first > 1)
     journal = (tmp_path / "out.job" / "journal.jsonl").read_text()
     assert len(journal.splitlines()) == 3
+    if first == 3:  # the blocks run once more with their stored weights
+        for state in (tmp_path / "out.job" / "states").iterdir():
+            state.unlink()
     codes, _, heard = run(tmp_path, then, ["resume", str(tmp_path / "out")])
     assert codes == [0] * then, heard[-3000:]
     assert heard.count("resuming: 2 of 4 blocks are finished") == 1
+    assert heard.count("run once more with their stored weights") == (first == 3)
     require_like(place, tmp_path / "out", alone)
 
 
@@ -204,6 +205,95 @@ sys.exit(cli.main(sys.argv[1:]))
     assert told.count("error: ") == 1 and "error: memory ran out" in told
     assert "where: block 0; process 1 (pid " in told
     assert not (tmp_path / "out").exists()
+
+
+SAME_SUMS = """
+import sys
+import torch
+from pathlib import Path
+from marlinctl.checkpoint.reader import open_checkpoint
+from marlinctl.data.tokens import Tokens
+from marlinctl.models.architectures import architecture
+from marlinctl.models.meta_model import build
+from marlinctl.oneshot.ranks import kept_states, own_samples, restore
+from marlinctl.oneshot.rows import solve_rows
+from marlinctl.oneshot.sequential import SequentialPipeline
+from marlinctl.oneshot.solve import StackedSolver
+from marlinctl.recipes.schema import load_recipe, resolve
+from marlinctl.system.offload import Scratch
+from marlinctl.system.processes import ALONE, Processes
+
+torch.set_grad_enabled(False)
+cpu = torch.device("cpu")
+generator = torch.Generator().manual_seed(3)
+ids = torch.randint(3, 200, (7, 24), generator=generator)
+counted = torch.rand(7, 24, generator=generator) < 0.9
+recipe = resolve(load_recipe("sparse-int4"), {"quantize.group_size": 32})[0]
+solver = StackedSolver.of(recipe, corrects_drift=True, bfloat16_exact=False)
+
+
+def walk(checkpoint, processes):
+    hessians, weights = [], torch.Generator().manual_seed(5)
+    def stage(names, hessian, remark):
+        hessians.append(hessian)
+        read = {name: checkpoint.read(f"{name}.weight").float() for name in names}
+        return {name: w + 0.01 * torch.randn(w.shape, generator=weights) for name, w in read.items()}
+    known = architecture(checkpoint.config)
+    pipeline = SequentialPipeline(
+        build(checkpoint.config, torch.float32), known, checkpoint, own_samples(Tokens(ids, counted), processes), device=cpu,
+        dtype=torch.float32, scratch=Scratch(Path(sys.argv[2]), cpu), chunk_tokens=48, corrects_drift=True, processes=processes,
+    )
+    for block in known.blocks:
+        pipeline.run_block(block, stage)
+    return pipeline, hessians
+
+
+def near(a, b, scale):
+    assert (a is None) == (b is None)
+    assert a is None or (a - b).norm() <= 2e-5 * b.norm() + 1e-6 * scale.norm(), float((a - b).norm())
+
+
+with Processes("cpu") as processes, open_checkpoint(Path(sys.argv[1])) as checkpoint:
+    pipeline, ours = walk(checkpoint, processes)
+    alone, theirs = walk(checkpoint, ALONE)
+    assert len(ours) == len(theirs) == 16
+    assert any(h.residual is not None and h.residual.any() for h in theirs) and theirs[-1].drift.any()
+    for mine, whole in zip(ours, theirs):
+        assert mine.tokens == whole.tokens
+        for name in ("matrix", "drift", "residual"):
+            near(getattr(mine, name), getattr(whole, name), whole.matrix)  # drift is a difference of two means
+    states = kept_states(pipeline, 7, processes)
+    assert sorted(states) == (["hidden", "original"] if processes.main else [])
+    for name, tensor in states.items():
+        near(tensor, alone.states()[name], tensor)
+    before = pipeline.hidden.clone()
+    pipeline.hidden.zero_()
+    restore(pipeline, states, 7, processes)
+    assert torch.equal(pipeline.hidden, before)
+    hessian = theirs[-1]
+    for rows in (64, 7, 4, 1):
+        stack = checkpoint.read("model.layers.3.mlp.down_proj.weight").float()[:rows]
+        given = type(hessian)(hessian.matrix, hessian.tokens, hessian.drift, hessian.residual[:, :rows].contiguous())
+        found, wanted = solve_rows(solver, stack, None, given, 32, processes), solver.solve(stack, None, given, 32)
+        x, y = found[1](slice(0, rows)), wanted[1](slice(0, rows))
+        apart = (x.codes != y.codes).any(1) | (x.keep != y.keep).any(1) | (x.scales != y.scales).any(1)
+        assert int(apart.sum()) <= rows // 16 and torch.equal(found[2], x.keep), apart
+        assert (found[0].dead, found[0].fallback, found[0].damping) == (wanted[0].dead, wanted[0].fallback, wanted[0].damping)
+        for name in ("error", "output_energy"):
+            a, b = getattr(found[0], name), getattr(wanted[0], name)
+            assert a.shape == (rows,) and torch.allclose(a[~apart], b[~apart], rtol=1e-3)
+    if processes.main:
+        print("the same")
+"""
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_sums_rows_and_states_are_those_of_one_process(place: Place, tmp_path: Path, count: int) -> None:
+    """Codes agree up to ties and hide a sum that is slightly wrong: here no code is rounded between one Hessian and the next."""
+    with (tmp_path / "said").open("w") as out, (tmp_path / "told").open("w") as err:
+        jobs = start(count, [str(place.root / "model"), str(tmp_path)], out, err, ["-c", SAME_SUMS])
+        assert [job.wait(timeout=60) for job in jobs] == [0] * count, (tmp_path / "told").read_text()[-3000:]
+    assert (tmp_path / "said").read_text() == "the same\n"
 
 
 @pytest.mark.parametrize(("rows", "count"), [(8, 2), (7, 3), (4, 3), (1, 4), (5, 2)])
