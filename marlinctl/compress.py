@@ -44,6 +44,7 @@ from marlinctl.report.files import report_files
 from marlinctl.system.atomic import canonical, write_bytes, write_document
 from marlinctl.system.console import Console
 from marlinctl.system.digests import sha256_of
+from marlinctl.system.processes import Processes
 from marlinctl.verify.run import verify
 
 _CT = INTERCHANGE.name  # the folder of the 4-bit checkpoint in the job, from which the other formats are packed
@@ -71,7 +72,32 @@ def run_compress(
     gate: Gate | None = None,
 ) -> dict[str, Any]:
     """The whole way from a model to published folders: OUT in the recipe's first format, OUT-<format> for each further one."""
-    gate = gate or Gate()
+    with Processes(options.device) as processes:
+        if processes.main:
+            report = _compress(model, out, recipe, options, console, processes, evaluate_result, task_data, gate or Gate())
+        else:
+            report = _assist(model, out, recipe, options, console, processes)
+        return processes.share(report)
+
+
+def _assist(model: str, out: Path, recipe: Recipe, options: Options, console: Console, processes: Processes) -> dict[str, Any]:
+    """What a process does that is not the main one: its part of the stages that are spread."""
+    if not processes.share(True):  # the result of an earlier run gets its place
+        return {}
+    source = _found(model, options, console)
+    inner = replace(options, keep_job=False, overwrite=False)
+    return _interchange(model, source, JobFolder(out).path, recipe, inner, console, processes)
+
+
+def _found(model: str, options: Options, console: Console) -> Source:
+    return resolve_model(model, revision=options.revision, cache_dir=options.cache_dir, offline=options.offline, console=console)
+
+
+def _compress(
+    model: str, out: Path, recipe: Recipe, options: Options, console: Console, processes: Processes,
+    evaluate_result: bool, task_data: Path | None, gate: Gate,
+) -> dict[str, Any]:  # fmt: skip
+    """The whole of it, as the main process goes through it."""
     first, *others = recipe.pack.formats
     places = {first: out} | {fmt: out.with_name(f"{out.name}-{fmt}") for fmt in others}
     sources = [Path(model)] if Path(model).exists() else []
@@ -90,15 +116,16 @@ def run_compress(
     looking = Measurement(EvalSettings.of_recipe(recipe.evaluate, task_data), gate, console) if rejects else None
     if not options.resume:
         check_request(recipe, options, looking, distils=True)
-    with job.held(Request("compress", asked), resume=options.resume, console=console):
+    with job.held(Request("compress", asked), resume=options.resume, console=console, launcher=processes.launcher):
         console.log_to(job.log)
         if job.publishing is not None and options.redo_from is None:
+            processes.share(False)
             job.publish_again(overwrite=options.overwrite, keep=options.keep_job)
             return published_report(out)
         if options.resume:
             _check_places(places.values(), options, sources, rejects)
             check_request(recipe, options, looking, distils=True, texts_known=job.begun)
-        source = resolve_model(model, revision=options.revision, cache_dir=options.cache_dir, offline=options.offline, console=console)
+        source = _found(model, options, console)
         with open_checkpoint(source.folder) as checkpoint:
             examine(checkpoint, structure="needed", dense=True, tokenizer=True, module_map=options.module_map)  # the stages say its notes
             _check_model(recipe, source, checkpoint, looking, begun=job.begun, console=console)
@@ -118,7 +145,8 @@ def run_compress(
                 shutil.rmtree(work / made, ignore_errors=True)
         _note_recipe(work, (divided(recipe) or (recipe,))[-1], packed)
         inner = replace(options, keep_job=False, overwrite=False)
-        report = _interchange(model, source, work, recipe, inner, console)
+        processes.share(True)
+        report = _interchange(model, source, work, recipe, inner, console, processes)
         for fmt in places:
             if fmt != _CT and not (work / fmt).is_dir():
                 repack(work / _CT, work / fmt, format=fmt, console=console, resume=(work / f"{fmt}.job" / JOB).is_file())
@@ -199,27 +227,43 @@ def _check_places(places: Iterable[Path], options: Options, sources: list[Path],
         check_output(place, overwrite=options.overwrite, sources=sources, rejects=rejects and i == 0)  # all are kept as the first one's
 
 
-def _interchange(model: str, source: Source, work: Path, recipe: Recipe, options: Options, console: Console) -> dict[str, Any]:
-    """The 4-bit checkpoint in the interchange form, as work/ct, by one pass or by three stages."""
+def _interchange(
+    model: str, source: Source, work: Path, recipe: Recipe, options: Options, console: Console, processes: Processes
+) -> dict[str, Any]:
+    """The 4-bit checkpoint in the interchange form, as work/ct, by one pass or by three stages. All processes are at work on it."""
     parts, formats = divided(recipe), formats_of(recipe)
     if parts is None:
-        return _stage(work / _CT, options, lambda inner: run_job(model, work / _CT, recipe, inner, console, published=formats)[0])
+        return _stage(
+            work / _CT, options, processes,
+            lambda inner: run_job(model, work / _CT, recipe, inner, console, published=formats, joined=processes)[0],
+        )  # fmt: skip
     from marlinctl.distillation.run import run_distill
 
     pruning, quantizing = parts
     pruned_at, distilled_at = work / "pruned", work / "distilled"
     without = replace(options, redo_from=None)  # blocks are counted in the pass that makes the result
-    if not distilled_at.is_dir():
-        _stage(pruned_at, without, lambda inner: run_job(model, pruned_at, pruning, inner, console, published=formats)[0])
-    if not (work / "pruned.json").is_file():  # its report stays when its weights go
+    if processes.share(not distilled_at.is_dir()):
+        _stage(
+            pruned_at, without, processes,
+            lambda inner: run_job(model, pruned_at, pruning, inner, console, published=formats, joined=processes)[0],
+        )  # fmt: skip
+    if processes.main and not (work / "pruned.json").is_file():  # its report stays when its weights go
         write_document(work / "pruned.json", published_report(pruned_at))
     distilled = _stage(
-        distilled_at, without, lambda inner: run_distill(str(pruned_at), distilled_at, str(source.folder), recipe, inner, console)
-    )
-    with suppress(FileNotFoundError):
-        shutil.rmtree(pruned_at)
+        distilled_at, without, processes,
+        lambda inner: run_distill(str(pruned_at), distilled_at, str(source.folder), recipe, inner, console, processes),
+    )  # fmt: skip
+    processes.wait()  # nobody reads what is removed
+    if processes.main:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(pruned_at)
     at_hand = replace(options, revision=None)
-    report = _stage(work / _CT, at_hand, lambda inner: run_job(str(distilled_at), work / _CT, quantizing, inner, console, published=())[0])
+    report = _stage(
+        work / _CT, at_hand, processes,
+        lambda inner: run_job(str(distilled_at), work / _CT, quantizing, inner, console, published=(), joined=processes)[0],
+    )  # fmt: skip
+    if not processes.main:
+        return report
     pruned = json.loads((work / "pruned.json").read_text("utf-8"))
     stages = {
         "pruned": {key: pruned[key] for key in ("error", "seconds", "layers")},
@@ -233,15 +277,20 @@ def _interchange(model: str, source: Source, work: Path, recipe: Recipe, options
     return report
 
 
-def _stage(folder: Path, options: Options, run: Callable[[Options], dict[str, Any]]) -> dict[str, Any]:
+def _stage(folder: Path, options: Options, processes: Processes, run: Callable[[Options], dict[str, Any]]) -> dict[str, Any]:
     """The report of a stage: of the folder that is there already, or of a run that takes up what an earlier one left."""
+    done, again = processes.share(_left(folder) if processes.main else (None, False))
+    return done or run(replace(options, resume=again, redo_from=options.redo_from if again else None))
+
+
+def _left(folder: Path) -> tuple[dict[str, Any] | None, bool]:
+    """What an earlier run left of a stage: the report of its folder; whether there is a job to resume."""
     job = JobFolder(folder)
     if folder.is_dir():
         job.remove()  # it died between the rename and the removal
         check_manifest(folder)
-        return published_report(folder)
-    again = (job.path / JOB).is_file()
-    return run(replace(options, resume=again, redo_from=options.redo_from if again else None))
+        return published_report(folder), False
+    return None, (job.path / JOB).is_file()
 
 
 def _write_reports(folder: Path, report: Mapping[str, Any]) -> None:

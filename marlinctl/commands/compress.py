@@ -11,6 +11,7 @@ from marlinctl.commands.common import common_options, go_offline
 from marlinctl.commands.evaluation_flags import chosen_gate, chosen_measuring, evaluation_flags
 from marlinctl.commands.recipe_flags import chosen_options, chosen_recipe, recipe_flags, run_flags
 from marlinctl.system.console import Console
+from marlinctl.system.processes import silence_if_second
 
 
 @click.command("compress")
@@ -41,6 +42,7 @@ def command(
     The result is measured against the original: perplexity, KL divergence and top-token agreement on a text, and the tasks you name.
     OUT and its OUT-FORMAT siblings appear together when everything is checked, or not at all.
     """
+    silence_if_second(console)
     measuring, task_data = chosen_measuring(values)
     if task_data is not None:
         go_offline()

@@ -10,6 +10,7 @@ import click
 from marlinctl.commands.common import common_options
 from marlinctl.commands.recipe_flags import chosen_distillation, chosen_options, distill_flags, distill_run_flags
 from marlinctl.system.console import Console, gibibytes
+from marlinctl.system.processes import silence_if_second
 
 
 @click.command("distill")
@@ -31,8 +32,6 @@ def command(console: Console, student: str, out: Path, teacher: str, **values: A
     STUDENT is a 2:4 folder, or a 4-bit folder for --mode scales. OUT gets the same form, whole or not at all. Several GPUs: accelerate
     launch --multi_gpu -m marlinctl distill ... (docs/distill.md).
     """
-    from marlinctl.distillation.distributed import silence_if_second
-
     silence_if_second(console)
     recipe = chosen_distillation(console, values)
 

@@ -10,6 +10,7 @@ import click
 from marlinctl.commands.common import common_options
 from marlinctl.commands.recipe_flags import chosen_options, chosen_recipe, recipe_flags, run_flags
 from marlinctl.system.console import Console, gibibytes
+from marlinctl.system.processes import silence_if_second
 
 
 @click.command("quantize")
@@ -31,6 +32,7 @@ def command(console: Console, model: str, out: Path, **values: Any) -> None:
     transformers load; `marlinctl pack` turns it into other formats. Blocks stream from the source to OUT one at a time, and OUT
     appears whole or not at all. What is finished is kept in OUT.job: `marlinctl resume OUT` continues after Ctrl-C or a crash.
     """
+    silence_if_second(console)
     from marlinctl.oneshot.run import run_job
 
     recipe = chosen_recipe(console, values)

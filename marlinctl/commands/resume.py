@@ -17,6 +17,7 @@ from marlinctl.errors import UsageError
 from marlinctl.system.console import Console
 from marlinctl.system.files import shown
 from marlinctl.system.log import printable
+from marlinctl.system.processes import silence_if_second
 
 if TYPE_CHECKING:
     from marlinctl.evaluation.gate import Gate
@@ -54,6 +55,7 @@ def command(console: Console, out: Path, from_block: int | None, overwrite: bool
     The measurement of a compress or sparsify may be changed: --tasks, --text, --window and the like, --max-kl, --max-ppl-ratio, --no-eval.
     Nothing is solved again for that.
     """
+    silence_if_second(console)
     from marlinctl.jobs.journal import JOB, JobFolder
 
     out = out.absolute()
@@ -172,9 +174,6 @@ def _solve(console: Console, out: Path, asked: dict[str, Any], values: dict[str,
 
 def _distill(console: Console, out: Path, asked: dict[str, Any], _values: dict[str, Any], *changes: Any) -> None:
     from marlinctl.commands.distill import show_result
-    from marlinctl.distillation.distributed import silence_if_second
-
-    silence_if_second(console)
     from marlinctl.distillation.run import run_distill
 
     options = _options(console, asked["options"], *changes)

@@ -11,6 +11,7 @@ from marlinctl.commands.common import common_options, go_offline
 from marlinctl.commands.evaluation_flags import chosen_gate, chosen_measuring, evaluation_flags
 from marlinctl.commands.recipe_flags import chosen_options, chosen_recipe, recipe_flags, run_flags
 from marlinctl.system.console import Console, gibibytes
+from marlinctl.system.processes import silence_if_second
 
 
 @click.command("sparsify")
@@ -37,6 +38,7 @@ def command(console: Console, model: str, out: Path, pattern: str, **values: Any
     One-shot 2:4 hurts modern models badly: perplexity and KL divergence to the original are measured and reported, and --max-kl and
     --max-ppl-ratio keep a bad result from being published.
     """
+    silence_if_second(console)
     measuring, task_data = chosen_measuring(values)
     if task_data is not None:
         go_offline()

@@ -53,6 +53,7 @@ from marlinctl.system.console import Console
 from marlinctl.system.devices import device_peaks, forget_device_peaks, forward_dtype, threads
 from marlinctl.system.host import peak_rss
 from marlinctl.system.offload import Scratch
+from marlinctl.system.processes import Processes as AllProcesses
 
 _DEVICE_SHARE = 0.4  # of free device memory that hidden states may take in mode blockwise
 
@@ -88,18 +89,21 @@ class _Run:
             torch.cuda.empty_cache()
 
 
-def run_distill(student: str, out: Path, teacher: str, recipe: Recipe, options: Options, console: Console) -> dict[str, Any]:
-    """Train `student` toward `teacher` and publish it as `out`. Returns the report as a JSON document."""
-    processes = Processes(options.device)
+def run_distill(
+    student: str, out: Path, teacher: str, recipe: Recipe, options: Options, console: Console, joined: AllProcesses | None = None
+) -> dict[str, Any]:
+    """Train `student` toward `teacher` and publish it as `out`. Returns the report as a JSON document.
+
+    joined: the processes of the run that this is a stage of.
+    """
+    processes = Processes(options.device, joined)
     forget_device_peaks(processes.device)  # `compress` quantizes first
     run = _Run(out, recipe, options, console, processes, DistillJob(out), forward_dtype(processes.device, options.dtype))
     asked = {"student": student, "teacher": teacher, "recipe": recipe.model_dump(mode="json"), "options": options.document()}
     request = Request("distill", asked)
-    launcher = "accelerate launch ... -m " if processes.count > 1 else ""
-
     sources = [Path(name) for name in (student, teacher) if Path(name).exists()]
 
-    with ExitStack() as stack, threads(options.threads):
+    with processes, ExitStack() as stack, threads(options.threads):
 
         def check_arguments() -> None:
             """What needs no model, before one is fetched."""
@@ -112,7 +116,7 @@ def run_distill(student: str, out: Path, teacher: str, recipe: Recipe, options: 
             if not options.resume:
                 check_arguments()
             if processes.main:
-                stack.enter_context(run.job.held(request, resume=options.resume, console=console, launcher=launcher))
+                stack.enter_context(run.job.held(request, resume=options.resume, console=console, launcher=processes.launcher))
                 console.log_to(run.job.log)
 
         def look() -> TrainingInputs:
@@ -140,7 +144,6 @@ def run_distill(student: str, out: Path, teacher: str, recipe: Recipe, options: 
             rows = _rows(run, opened, begun)
             state = _state(run, begun)
             report = _train_blocks(run, opened, rows, state) if run.asked.mode == "blockwise" else _train(run, opened, rows, state)
-    processes.part()
     return report
 
 

@@ -20,6 +20,7 @@ from marlinctl.models.architectures import Block, Experts
 from marlinctl.oneshot.gram import Gram, SolveStage
 from marlinctl.quantize.types import Hessian
 from marlinctl.system.offload import Scratch, Slot
+from marlinctl.system.processes import ALONE, Processes
 
 _MOST_BORROWED = 8192  # tokens of other experts that a poorly fed one is shown
 
@@ -30,6 +31,7 @@ class ExpertsPipeline:
     def __init__(
         self, block: Block, experts: Experts, counted: Tensor, *,
         hidden: int, device: torch.device, dtype: torch.dtype, scratch: Scratch, step: int, replay: bool = False,
+        processes: Processes = ALONE,
     ) -> None:  # fmt: skip
         """counted: [S, L] bool. hidden: width of input and output. step: samples in flight. replay: the experts are
         solved, and nothing is collected."""
@@ -38,7 +40,7 @@ class ExpertsPipeline:
         self.prefix, self.experts, self.counted = block.prefix, experts, counted.reshape(-1)
         self.device, self.dtype, self.scratch = device, dtype, scratch
         self.samples, self.length = counted.shape
-        self.replay = replay
+        self.replay, self.processes = replay, processes
         self.at_once = step * self.length
         self.activation = ACT2FN[experts.activation]
         self.inputs = scratch.tensor("branch input", (len(self.counted), hidden), dtype)
@@ -57,7 +59,7 @@ class ExpertsPipeline:
             rows = slice(part.start * self.length, part.stop * self.length)
             self.inputs[rows], self.routed[rows], self.shares[rows] = x, ids.to(torch.int32), weights.float()
             everyone.add(x, self.counted[rows])
-        h_all = everyone.hessian((f"{self.prefix}.{self.experts.module}",))
+        h_all = everyone.hessian((f"{self.prefix}.{self.experts.module}",), self.processes)
         output = self.scratch.tensor("experts output", (len(self.counted), hidden), self.dtype).zero_()
         for e in range(self.experts.count):
             self._run_expert(e, h_all, output, solve)
@@ -72,7 +74,7 @@ class ExpertsPipeline:
         own = Gram(self.inputs.shape[1], self.device, collects=not self.replay)
         for _, rows in self._pieces(where):
             own.add(self.inputs[rows].to(self.device), self.counted[rows])
-        h_own = own.hessian((gate, up))
+        h_own = own.hessian((gate, up), self.processes)
         trusted, blended, remark = 0, h_own, ""
         if h_own is not None and h_all is not None:
             trusted = _trustworthy(h_own, h_all, self.experts)
@@ -90,12 +92,12 @@ class ExpertsPipeline:
         for part, rows in self._pieces(where):
             between[part] = m = middle(rows)
             own.add(m, self.counted[rows])
-        h_down = own.hessian((down,))
+        h_down = own.hessian((down,), self.processes)
         if h_down is not None and remark:
             borrowed = Gram(width, self.device)
             for _, rows in self._pieces(self.sample):
                 borrowed.add(middle(rows), self.counted[rows])
-            everybody = borrowed.hessian((down,))
+            everybody = borrowed.hessian((down,), self.processes)
             assert everybody is not None
             h_down, remark = _blend(h_down, everybody, trusted)
         weight = solve((down,), h_down, remark)[down].to(self.device, self.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 from marlinctl.errors import NumericalProblem
 from marlinctl.quantize.hessian import add_cross, add_gram, mirror
 from marlinctl.quantize.types import Hessian
+from marlinctl.system.processes import ALONE, Processes
 
 LOST_TOKENS_LIMIT = 0.1  # share of calibration tokens whose activations may be NaN or infinite before the run stops
 
@@ -71,9 +72,16 @@ class Gram:
             return torch.where(good.unsqueeze(-1), x, 0), torch.where(good.unsqueeze(-1), y, 0)
         return x[good], y[good]
 
-    def hessian(self, names: tuple[str, ...]) -> Hessian | None:
+    def hessian(self, names: tuple[str, ...], processes: Processes = ALONE) -> Hessian | None:
+        """The mean over the tokens of all processes, which ask together. NumericalProblem E620 where too many were not finite."""
         if not self.collects:
             return None
+        if processes.count > 1:
+            counts = torch.tensor([int(self.tokens), int(self.lost)], device=self.total.device)
+            self.tokens, self.lost = processes.sum(counts).tolist()
+            for summed in (self.total, self.cross, self.residual):
+                if summed is not None:
+                    processes.sum(summed)
         self.tokens, self.lost = int(self.tokens), int(self.lost)
         if self.lost > LOST_TOKENS_LIMIT * (self.tokens + self.lost):
             raise NumericalProblem(

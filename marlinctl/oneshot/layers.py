@@ -21,6 +21,7 @@ from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.errors import NumericalProblem
 from marlinctl.oneshot.open import Options, RunInputs
 from marlinctl.oneshot.reading import Reader
+from marlinctl.oneshot.rows import solve_rows
 from marlinctl.oneshot.solve import Outcome, StackedSolver
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipes.schema import Recipe
@@ -30,6 +31,7 @@ from marlinctl.system.console import Console, Progress
 from marlinctl.system.devices import to_host
 from marlinctl.system.digests import sha256_of_tensors
 from marlinctl.system.phases import Phases
+from marlinctl.system.processes import ALONE, Processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +86,17 @@ class Finished:
 
 class LayerQuantizer:
     """The pipeline's other half. `stage` is its SolveStage; `take` hands out what was solved, `note` makes of it what is written.
+    Of several processes, only the main one notes what is solved.
 
     On a GPU a block is noted while the next one is computed (commits.py); on a CPU each linear at once.
     """
 
     def __init__(
         self, opened: RunInputs, recipe: Recipe, options: Options, staged: StagedCheckpoint, console: Console, weights: Reader,
-        steps: PruneSteps, phases: Phases,
+        steps: PruneSteps, phases: Phases, processes: Processes = ALONE,
     ) -> None:  # fmt: skip
         self.opened, self.options, self.staged, self.console, self.weights = opened, options, staged, console, weights
-        self.phases = phases
+        self.phases, self.processes = phases, processes
         self.records: list[LayerRecord] = []
         self.recipe, self.scheme = recipe, recipe.scheme
         self.solver = StackedSolver.of(recipe, corrects_drift=opened.corrects_drift, bfloat16_exact=bfloat16_exact(opened), steps=steps)
@@ -156,7 +159,7 @@ class LayerQuantizer:
         self, members: list[str], stack: Tensor, mask: Tensor | None, hessian: Hessian, group_size: int
     ) -> tuple[Outcome, Callable[[slice], Tensor | QuantizedLinear], Tensor | None]:
         try:
-            return self.solver.solve(stack, mask, hessian, group_size)
+            return solve_rows(self.solver, stack, mask, hessian, group_size, self.processes)
         except ValueError as error:
             raise NumericalProblem(
                 "E620", str(error), where=", ".join(members), fix="check the model with its own weights; try --dtype float32"
@@ -184,6 +187,8 @@ class LayerQuantizer:
             name, stored, kept, error, energy, outcome.damping, outcome.dead, outcome.fallback, tokens, remark, seconds
         )  # fmt: skip
         weight = stored.dequantize() if isinstance(stored, QuantizedLinear) else stored.float()
+        if not self.processes.main:
+            return weight
         if self.at_once:
             self._note(solved)
         else:

@@ -5,9 +5,9 @@ Whatever is wrong with a checkpoint is listed at once. Weights are looked at too
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,10 +111,12 @@ def check_request(recipe: Recipe, options: Options, measure: Measurement | None,
 def open_model(
     model: str, out: Path, recipe: Recipe, options: Options, console: Console,
     published: Sequence[Format] = (), noted: Callable[[], Noted | None] = lambda: None,
-    before_weights: Callable[[Source, Checkpoint], None] = lambda source, checkpoint: None,
+    before_weights: Callable[[Source, Checkpoint], None] = lambda source, checkpoint: None, shared: Contents | None = None,
+    writes: bool = True,
 ) -> RunInputs:  # fmt: skip
     """All checks, cheap ones first. published: the formats that come of it in the end; who will refuse them is said. noted: what a
-    resumed job knows of the weights. before_weights: the caller's checks that need config.json and tokenizer alone.
+    resumed job knows of the weights. before_weights: the caller's checks that need config.json and tokenizer alone. shared: what the files
+    hold, where another process has read them. writes: False for a process that needs no disk.
 
     With --strict, what is a warning without it is BadInput E307 or NumericalProblem E605 (checkpoint/findings.py).
     """
@@ -134,14 +136,19 @@ def open_model(
     if wants_mask(recipe) is not None:  # one row shows it, before a text is read
         refuse_dense_tiles(from_headers(checkpoint, looked.shapes, weights=True), looked.shapes, recipe)
     packed = {f"{name}.weight" for name in looked.plan.group_sizes} if recipe.scheme.quantizes else set()
-    read = partial(read_contents, checkpoint, console, scan=looked.architecture.expected, for_4_bits=packed, noted=noted())
-    with begun(lambda over: read(over=over)) as contents_read:  # while the text is read, which waits for imports and the tokenizer
+
+    def read(over: threading.Event) -> Contents:
+        scanned = looked.architecture.expected
+        return shared or read_contents(checkpoint, console, scan=scanned, for_4_bits=packed, noted=already, over=over)
+
+    already = noted()
+    with begun(read) as contents_read:  # while the text is read, which waits for imports and the tokenizer
         before_weights(source, checkpoint)
         pattern = of_source(checkpoint, looked.shapes, console)
         check_pattern(pattern.pattern, looked, recipe, console)
         tensors = stored_once(checkpoint, looked.architecture)
         work = Work.of(recipe, element=dtype.itemsize, corrects_drift=looked.corrects_drift, on_device=device.type == "cuda")
-        _require_resources(looked, tensors, pattern, work, out, options)
+        _require_resources(looked, tensors, pattern, work, out if writes else None, options)
         contents = contents_read()
     check_known_digests(checkpoint, contents)
     contents.require_finite()
@@ -155,7 +162,7 @@ def open_model(
 
 
 def _require_resources(
-    looked: ModelPlan, tensors: Mapping[str, TensorInfo], pattern: SourcePattern, work: Work, out: Path, options: Options
+    looked: ModelPlan, tensors: Mapping[str, TensorInfo], pattern: SourcePattern, work: Work, out: Path | None, options: Options
 ) -> None:
     """Memory against --max-memory or what is free, disk against what is free beside OUT. `marlinctl plan` says the same before."""
     needed = predicted_peak(looked.architecture, looked.plan.group_sizes, work)
@@ -169,6 +176,8 @@ def _require_resources(
             fix="fewer --samples, a smaller --sequence-length, or --calibration FILE in place of self (`marlinctl plan` shows what takes "
             "how much); a larger --max-memory starts all the same",
         )
+    if out is None:
+        return
     masked = looked.shapes if work.scheme.prunes else pattern.pattern.linears
     fmt = working_format(work.scheme)
     first = disk.output(fmt, tensors, looked.shapes, looked.plan.group_sizes, masked)

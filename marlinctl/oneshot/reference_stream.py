@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from marlinctl.models.architectures import Block, Branch
 from marlinctl.models.meta_model import set_parameter
 from marlinctl.system.offload import Scratch, Slot
+from marlinctl.system.processes import ALONE, Processes
 
 _SAME_SUM = 0.02  # relative difference up to which a block's output is the sum of its input and its branches' outputs: bfloat16 rounds
 
@@ -30,9 +31,12 @@ _SAME_SUM = 0.02  # relative difference up to which a block's output is the sum 
 class ReferenceModel:
     """The reference model's hidden states, block by block."""
 
-    def __init__(self, hidden: Tensor, read: Callable[[str], Tensor], scratch: Scratch, device: torch.device) -> None:
+    def __init__(
+        self, hidden: Tensor, read: Callable[[str], Tensor], scratch: Scratch, device: torch.device, processes: Processes = ALONE
+    ) -> None:
         self.hidden = hidden  # [S, L, hidden] before the block that comes next
         self.read, self.scratch, self.device, self.dtype = read, scratch, device, hidden.dtype
+        self.processes = processes
         self.adds = False  # whether the block adds its branches to the residual stream as they are
         self.energy: dict[str, Tensor] = {}  # branch -> [S, L] float32, mean square of the stream that it has been added to
         self.mean: dict[str, Tensor] = {}  # of each over all tokens
@@ -69,8 +73,8 @@ class ReferenceModel:
                 total = middle + seen[block.mlp.module]
                 adds &= (total - after).float().norm() <= _SAME_SUM * (after - before).float().norm()
                 self.hidden[part] = after
-            self.adds = bool(adds)
-            self.mean = {name: mean_energy(energy) for name, energy in self.energy.items()}
+            self.adds = all(self.processes.gather(bool(adds)))
+            self.mean = {name: mean_energy(energy, self.processes) for name, energy in self.energy.items()}
         finally:
             for handle in handles:
                 handle.remove()
@@ -98,9 +102,13 @@ def scaled(x: Tensor, scale: Tensor) -> Tensor:
     return torch.mul(x, scale, out=torch.empty_like(x))
 
 
-def mean_energy(energy: Tensor) -> Tensor:
+def mean_energy(energy: Tensor, processes: Processes = ALONE) -> Tensor:
     """Over all tokens but those whose stream overflowed: they are lost, and take no other along."""
-    return energy[torch.isfinite(energy)].mean()
+    finite = energy[torch.isfinite(energy)]
+    if processes.count == 1:
+        return finite.mean()
+    total, count = processes.sum(torch.stack([finite.double().sum(), torch.tensor(finite.numel(), device=finite.device).double()]))
+    return (total / count).float()
 
 
 def _store(seen: dict[str, Tensor], branch: Branch) -> Callable[[nn.Module, Any, Any], None]:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from marlinctl import __version__
 from marlinctl.checkpoint import findings
+from marlinctl.checkpoint.contents import Contents
 from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.formats.registry import (
     INTERCHANGE,
@@ -46,6 +47,7 @@ from marlinctl.jobs.journal import Request
 from marlinctl.models.architectures import Block
 from marlinctl.models.meta_model import build
 from marlinctl.models.switches import without
+from marlinctl.oneshot import ranks
 from marlinctl.oneshot.commits import MOST_BYTES, Commits, Pace
 from marlinctl.oneshot.layers import LayerQuantizer, LayerRecord, SolvedLinear
 from marlinctl.oneshot.open import Options, RunInputs, check_request, open_model
@@ -67,6 +69,7 @@ from marlinctl.system.devices import device_peaks, limit_device_memory, threads
 from marlinctl.system.host import available_memory, peak_rss, release_heap
 from marlinctl.system.offload import Scratch
 from marlinctl.system.phases import Phases
+from marlinctl.system.processes import Processes
 from marlinctl.system.signals import Stopping
 
 ALGORITHM_VERSION = 3  # goes up when the same recipe on the same input gives other codes
@@ -82,36 +85,49 @@ def run_job(
     *,
     measured: Mapping[str, Any] | None = None,
     published: Sequence[Format] | None = None,
+    joined: Processes | None = None,
 ) -> tuple[dict[str, Any], Source]:
     """Quantize, prune or both: `model` (folder, hub id or GGUF file) into `out`.
 
     Returns the report as a JSON document, and where the model was found. Where `measure` raises GateRefused the finished folder is kept
     beside `out`, as OUT.rejected; where it raises anything else, in the job. measured: what `resume` needs to make `measure` again.
     published: the formats that the person gets in the end, where this walk is a stage of `compress`; who will refuse them is said before
-    the work.
+    the work. joined: the processes of the run that this is a stage of.
     """
     local = [Path(model)] if Path(model).exists() else []
     job = RunJob(out)
     asked = {"model": model, "recipe": recipe.model_dump(mode="json"), "options": options.document(), "measured": measured}
     request = Request("quantize" if recipe.sparsify.pattern == "none" else "sparsify", asked)
-    if not options.resume:
+
+    def check(texts_known: bool = False) -> None:
         check_output(out, overwrite=options.overwrite, sources=local, rejects=measure is not None)
-        check_request(recipe, options, measure, distils=False)
-    with job.held(request, resume=options.resume, console=console):
-        console.log_to(job.log)
-        if job.publishing is not None and options.redo_from is None:
-            job.publish_again(overwrite=options.overwrite, keep=options.keep_job)
-            return published_report(out), _found(model, options, console)
-        if options.resume:  # there may be an output by now
-            check_output(out, overwrite=options.overwrite, sources=local, rejects=measure is not None)
-            check_request(recipe, options, measure, distils=False, texts_known=job.begun)
-        return _run(job, model, out, recipe, options, console, measure, published)
+        check_request(recipe, options, measure, distils=False, texts_known=texts_known)
+
+    with Processes(options.device, joined) as processes, ExitStack() as stack:
+        if processes.main:
+            if not options.resume:
+                check()
+                ranks.require_samples(recipe.calibration.samples, processes)
+            stack.enter_context(job.held(request, resume=options.resume, console=console, launcher=processes.launcher))
+            console.log_to(job.log)
+        if processes.share(job.publishing is not None and options.redo_from is None):
+            if processes.main:
+                job.publish_again(overwrite=options.overwrite, keep=options.keep_job)
+            processes.wait()
+            return processes.share(published_report(out) if processes.main else {}), _found(model, options, console)
+        if options.resume and processes.main:  # there may be an output by now
+            check(texts_known=job.begun)
+        if processes.count > 1:
+            options = replace(options, device=str(processes.device))
+        report, source = _run(job, model, out, recipe, options, console, measure, published, processes)
+        return processes.share(report), source
 
 
 def _run(
     job: RunJob, model: str, out: Path, recipe: Recipe, options: Options, console: Console, measure: Measurement | None,
-    published: Sequence[Format] | None,
+    published: Sequence[Format] | None, processes: Processes,
 ) -> tuple[dict[str, Any], Source]:  # fmt: skip
+    """The report is the main process's: the others leave after the last block."""
     started = time.monotonic()
     phases = Phases(start=started - console.started)
     texts = [kept] if (kept := _kept_calibration(job, console)) is not None else []
@@ -128,21 +144,32 @@ def _run(
 
     fmt = working_format(recipe.scheme)
     published = (fmt,) if published is None else published
+
+    def look(known: Contents | None) -> RunInputs:
+        if not processes.main:
+            return open_model(model, out, recipe, options, console, shared=known, writes=False)
+        return open_model(model, out, recipe, options, console, published, lambda: job.noted("model", console), before_weights)
+
     with phases("look at the model"):
-        opened = open_model(model, out, recipe, options, console, published, lambda: job.noted("model", console), before_weights)
+        opened = ranks.open_on_all(processes, look)
     job.watch(opened.contents)
     with threads(options.threads), torch.no_grad():
         with phases("probe"):
             steps = steps_on(opened.device, console)
             probe_before(opened, recipe, steps, console)
-        calibration = _calibration(job, opened, recipe, texts, steps, console)
-        with StagedCheckpoint(out, overwrite=options.overwrite, fmt=fmt, path=job.staged) as staged, ExitStack() as stack:
+        calibration = ranks.share_calibration(processes, lambda: _calibration(job, opened, recipe, texts, steps, console, processes))
+        with ExitStack() as stack:
+            staged = StagedCheckpoint(out, overwrite=options.overwrite, fmt=fmt, path=job.staged)
+            if processes.main:
+                stack.enter_context(staged)
             reader = stack.enter_context(Reader(opened.checkpoint, opened.device, ahead=opened.device.type == "cuda"))
-            solving = LayerQuantizer(opened, recipe, options, staged, console, reader, steps, phases)
+            solving = LayerQuantizer(opened, recipe, options, staged, console, reader, steps, phases, processes)
             solved = {f"{name}.weight" for name in opened.plan.group_sizes}
             rest = [name for name in opened.tensors if name not in solved]
-            with begun(partial(_copy_ahead, staged, opened, rest)) as copied:
+            with begun(partial(_copy_ahead, staged, opened, rest if processes.main else [])) as copied:
                 _run_blocks(calibration.tokens, job, solving)
+                if not processes.main:
+                    return {}, opened.source
                 with phases("copy"):
                     copied()
             with phases("copy"):
@@ -150,7 +177,9 @@ def _run(
                 staged.copy_companions(opened.source.folder)
             staged.write_file("recipe.yaml", recipe.to_yaml().encode())
             warnings = _warnings(opened, calibration, solving.records, console)
-            report = _report(opened, recipe, options, calibration.facts, solving.records, warnings, time.monotonic() - started)
+            report = _report(
+                opened, recipe, options, calibration.facts, solving.records, warnings, time.monotonic() - started, processes.count
+            )
             with phases("check"):
                 staged.finish(
                     _config(opened, recipe),
@@ -175,7 +204,7 @@ def _run(
 
 def _copy_ahead(staged: StagedCheckpoint, opened: RunInputs, names: Sequence[str], over: threading.Event) -> None:
     """On a GPU, while it computes; on a CPU all cores are at work."""
-    if opened.device.type == "cuda":
+    if names and opened.device.type == "cuda":
         staged.copy_ahead(opened.checkpoint, names, over)
 
 
@@ -195,8 +224,9 @@ def _kept_calibration(job: RunJob, console: Console) -> CalibrationSet | None:
 
 
 def _calibration(
-    job: RunJob, opened: RunInputs, recipe: Recipe, texts: list[CalibrationSet], steps: PruneSteps, console: Console
-) -> CalibrationSet:
+    job: RunJob, opened: RunInputs, recipe: Recipe, texts: list[CalibrationSet], steps: PruneSteps, console: Console,
+    processes: Processes,
+) -> CalibrationSet:  # fmt: skip
     """What was read before, or what the model writes now. It begins the job, or is compared with what the job was begun with."""
     folder = opened.source.folder
     made = (
@@ -210,6 +240,7 @@ def _calibration(
             load_model=lambda: _whole_model(folder, opened.dtype, opened.device),
         )
     )
+    ranks.require_samples(len(made.tokens.ids), processes)
     facts = _fingerprint(opened, recipe, made, steps)
     if job.begun:
         job.check(facts)
@@ -245,12 +276,12 @@ class _Attempt:
 def _run_blocks(tokens: Tokens, job: RunJob, solving: LayerQuantizer) -> None:
     """All blocks. Where the device's memory runs out, once more from the last finished block with less of it. ResourceProblem E590 where
     that does not suffice either."""
-    device = solving.opened.device
+    device, processes = solving.opened.device, solving.processes
     budget, chunk = 0, CHUNK_TOKENS
     if device.type == "cuda":
         budget, chunk = _left_on_device(solving), CHUNK_TOKENS_ON_DEVICE
     full = ""
-    fewer = [less for less in (CHUNK_TOKENS, CHUNK_TOKENS // 2) if less < chunk]
+    fewer = [less for less in (CHUNK_TOKENS, CHUNK_TOKENS // 2) if less < chunk and processes.count == 1]  # the others do not wait for it
     for attempt in (_Attempt(chunk, budget, solving.options.redo_from), *(_Attempt(less, budget=0) for less in fewer)):
         if full:
             solving.console.warn(f"{full}; once more from block {job.finished}, with {attempt.chunk_tokens:,} tokens in flight")
@@ -263,7 +294,7 @@ def _run_blocks(tokens: Tokens, job: RunJob, solving: LayerQuantizer) -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     raise ResourceProblem(
-        "E590", f"{full}, again", where=f"block {job.finished}",
+        "E590", f"{full}, again" if fewer else full, where=f"block {job.finished}" if processes.main else f"process {processes.index}",
         fix="free memory of the GPU, or a smaller --sequence-length, or --device cpu; what is finished is kept",
     )  # fmt: skip
 
@@ -280,16 +311,17 @@ def _left_on_device(solving: LayerQuantizer) -> int:
 def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: _Attempt) -> None:
     """From the first block that is not finished to the last, and the head."""
     opened, console = solving.opened, solving.console
-    architecture, head = opened.architecture, opened.plan.head
+    architecture, head, processes = opened.architecture, opened.plan.head, solving.processes
     pieces = len(architecture.blocks) + (head is not None)
-    solving.records = job.take_up(solving.staged, console, redo_from=attempt.redo_from, pieces=pieces)
+    if processes.main:
+        solving.records = job.take_up(solving.staged, console, redo_from=attempt.redo_from, pieces=pieces)
     model = build(opened.checkpoint.config, opened.dtype)
     linears = len(architecture.linears) + (head is not None)
     with (
         console.progress("quantize" if solving.scheme.quantizes else "prune", linears) as solving.progress,
         _deterministic(solving.options.deterministic),
     ):
-        first = job.finished
+        first = processes.share(job.finished)
         solving.progress.advance(sum(len(block.linears) for block in architecture.blocks[:first]))
         if first == pieces:
             return
@@ -297,13 +329,14 @@ def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: 
             _expect(architecture.blocks[first], solving)
         with solving.phases("embed"):
             pipeline = SequentialPipeline(
-                model, architecture, solving.weights, tokens,
-                device=opened.device, dtype=opened.dtype, scratch=_scratch(job, opened, attempt.budget),
-                chunk_tokens=attempt.chunk_tokens, corrects_drift=opened.corrects_drift, resident=True,
+                model, architecture, solving.weights, ranks.own_samples(tokens, processes),
+                device=opened.device, dtype=opened.dtype, scratch=_scratch(job, solving, attempt.budget),
+                chunk_tokens=attempt.chunk_tokens, corrects_drift=opened.corrects_drift, resident=True, processes=processes,
             )  # fmt: skip
-        _replay(pipeline, job, solving, console)
+        samples = len(tokens.ids)
+        _replay(pipeline, job, solving, console, samples)
         on_gpu = opened.device.type == "cuda"
-        pace = Pace(sum(tensor.nbytes for tensor in pipeline.states().values()))
+        pace = Pace(processes.count * sum(tensor.nbytes for tensor in pipeline.states().values()))
         with Commits(opened.device) as commits:
             for block, following in zip_longest(architecture.blocks[first:], architecture.blocks[first + 1 :]):
                 with Stopping("block") as stopping:
@@ -315,25 +348,30 @@ def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: 
                             torch.cuda.synchronize(opened.device)
                     if pace.overdue:
                         commits.wait()
-                    kept = block.index + 1 < pieces and (not on_gpu or (pace.due and commits.idle))
-                    states = {name: tensor.clone() if on_gpu else tensor for name, tensor in pipeline.states().items()} if kept else {}
+                    kept = processes.share(block.index + 1 < pieces and (not on_gpu or (pace.due and commits.idle)))
+                    states = ranks.kept_states(pipeline, samples, processes) if kept else {}
                     with solving.phases("wait for the disk"):
                         solved = solving.take()
                         size = sum(linear.nbytes for linear in solved) + sum(tensor.nbytes for tensor in states.values())
-                        commits.submit(partial(_commit, job, solving, "block", block.index, solved, states, pace), size)
+                        if processes.main:
+                            commits.submit(partial(_commit, job, solving, "block", block.index, solved, states, pace), size)
                     release_heap()
-                if stopping.asked:
+                if asked := processes.largest(stopping.asked):
                     commits.wait()
                     console.say(f"block {block.index} is finished and kept")
+                    stopping.asked = asked
                     stopping.raise_again()
             if head is not None:
                 pipeline.run_head(head.name, solving.stage)
-                commits.submit(partial(_commit, job, solving, "head", len(architecture.blocks), solving.take(), {}, pace))
+                if processes.main:
+                    commits.submit(partial(_commit, job, solving, "head", len(architecture.blocks), solving.take(), {}, pace))
 
 
-def _scratch(job: RunJob, opened: RunInputs, budget: int) -> Scratch:
+def _scratch(job: RunJob, solving: LayerQuantizer, budget: int) -> Scratch:
     """For activations: beside a GPU, half of the host's free memory comes before the disk."""
-    return Scratch(job.path, opened.device, budget, available_memory() // 2 if opened.device.type == "cuda" else 0)
+    device, processes = solving.opened.device, solving.processes
+    host_budget = available_memory() // (2 * processes.count) if device.type == "cuda" else 0
+    return Scratch(ranks.scratch_folder(job.path), device, budget, host_budget)
 
 
 def _expect(block: Block, solving: LayerQuantizer) -> None:
@@ -349,18 +387,22 @@ def _commit(
         job.commit(step, index, solving.note(solved), solving.staged, states)
 
 
-def _replay(pipeline: SequentialPipeline, job: RunJob, solving: LayerQuantizer, console: Console) -> None:
+def _replay(pipeline: SequentialPipeline, job: RunJob, solving: LayerQuantizer, console: Console, samples: int) -> None:
     """Hidden states behind the last finished block: those that are kept, taken through the blocks behind them with the stored weights."""
-    index, states = job.last_states()
-    if states:
-        pipeline.restore(states)
-    blocks = pipeline.architecture.blocks[index : job.finished]
+    processes = solving.processes
+    found, states = job.last_states()
+    index, finished = processes.share((found, job.finished))
+    if index:
+        ranks.restore(pipeline, states, samples, processes)
+    blocks = pipeline.architecture.blocks[index:finished]
     if not blocks:
         return
     console.say(f"hidden states are kept up to block {index}: {len(blocks)} finished blocks run once more with their stored weights")
-    with closing(job.stored_weights(solving.records, solving.weights, solving.opened.device)) as stored:
+    device = solving.opened.device if processes.count == 1 else torch.device("cpu")  # where they are shared
+    with closing(job.stored_weights(solving.records, solving.weights, device)) if processes.main else nullcontext() as stored:
+        stage = ranks.stored_by_main(stored.stage if stored is not None else None, processes)
         for block in blocks:
-            pipeline.run_block(block, stored.stage, replay=True)
+            pipeline.run_block(block, stage, replay=True)
 
 
 def _warnings(opened: RunInputs, calibration: CalibrationSet, records: list[LayerRecord], console: Console) -> list[str]:
@@ -428,7 +470,7 @@ def _manifest(opened: RunInputs, recipe: Recipe, calibration: Mapping[str, Any],
 
 def _report(
     opened: RunInputs, recipe: Recipe, options: Options, calibration: Mapping[str, Any], records: list[LayerRecord],
-    warnings: list[str], seconds: float,
+    warnings: list[str], seconds: float, processes: int,
 ) -> dict[str, Any]:  # fmt: skip
     device = opened.device
     tensors = opened.checkpoint.tensors
@@ -443,6 +485,7 @@ def _report(
         "calibration": dict(calibration),
         "versions": versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "processes": processes,
         "dtype": str(opened.dtype).removeprefix("torch."),
         "bits": recipe.scheme.bits,
         "sparse": sum(r.pattern is not None for r in records),

@@ -27,6 +27,7 @@ from marlinctl.oneshot.experts import ExpertsPipeline
 from marlinctl.oneshot.gram import Gram, SolveStage
 from marlinctl.oneshot.reference_stream import ReferenceModel, scaled
 from marlinctl.system.offload import Scratch
+from marlinctl.system.processes import ALONE, Processes
 
 
 class Tensors(Protocol):
@@ -60,10 +61,11 @@ class SequentialPipeline:
         chunk_tokens: int,
         corrects_drift: bool = False,  # run the reference model alongside, so that Hessians hold the drift
         resident: bool = False,  # hidden states may stay on the device
+        processes: Processes = ALONE,  # tokens are those of this one; Hessians are of all
     ) -> None:
         self.model, self.architecture, self.checkpoint = model, architecture, checkpoint
         self.device, self.dtype, self.scratch = device, dtype, scratch
-        self.counted = tokens.counted
+        self.counted, self.processes = tokens.counted, processes
         self.samples, self.length = tokens.ids.shape
         self.step = max(1, chunk_tokens // self.length)
         self.decoder = model.get_submodule(architecture.decoder)
@@ -74,7 +76,7 @@ class SequentialPipeline:
         self.reference: ReferenceModel | None = None
         if corrects_drift:
             theirs = scratch.resident(shape, dtype).copy_(self.hidden) if resident else self.hidden.clone()
-            self.reference = ReferenceModel(theirs, checkpoint.read, scratch, device)
+            self.reference = ReferenceModel(theirs, checkpoint.read, scratch, device, processes)
 
     def states(self) -> dict[str, Tensor]:
         """Everything that the next block depends on, as it is: not copies."""
@@ -195,7 +197,7 @@ class SequentialPipeline:
             gram.add(x, self.counted[part])
             if self.reference is not None and not replay:
                 gram.add_drift(x, self.reference.input(branch.first[0], width_in, part), self.counted[part])
-        self._install(layer, block, solve(first, gram.hessian(first), ""))
+        self._install(layer, block, solve(first, gram.hessian(first, self.processes), ""))
 
         between = self.scratch.tensor("between", (self.samples, self.length, width_last), self.dtype)
         gram = Gram(width_last, self.device, collects=not replay)
@@ -217,7 +219,7 @@ class SequentialPipeline:
                 gram.add_residual(middle, (self.reference.residual(branch, part).float() - stream.float()) * scale, self.counted[part])
             gram.add(middle, self.counted[part])
             gram.add_drift(middle, theirs, self.counted[part])
-        self._install(layer, block, solve((last,), gram.hessian((last,)), ""))
+        self._install(layer, block, solve((last,), gram.hessian((last,), self.processes), ""))
 
         if branch is block.mlp:  # its output is used once, when the block is left
             return lambda part: last_module(between[part].to(self.device))
@@ -231,6 +233,7 @@ class SequentialPipeline:
         pipeline = ExpertsPipeline(
             block, experts, self.counted,
             hidden=self.architecture.hidden_size, device=self.device, dtype=self.dtype, scratch=self.scratch, step=self.step, replay=replay,
+            processes=self.processes,
         )  # fmt: skip
         whole = pipeline.run(((part, args) for part, args, _ in arguments), solve)
         return lambda part: whole[part].to(self.device)
@@ -244,7 +247,7 @@ class SequentialPipeline:
         for part in self.chunks():
             gram.add(norm(self.hidden[part].to(self.device)), self.counted[part])
         drop_parameters(norm)
-        solve((head,), gram.hessian((head,)), "")
+        solve((head,), gram.hessian((head,), self.processes), "")
 
     def _install(self, layer: nn.Module, block: Block, weights: Mapping[str, Tensor]) -> None:
         for name, weight in weights.items():

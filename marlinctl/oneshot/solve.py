@@ -96,7 +96,7 @@ class StackedSolver:
         else:
             solved = solve(stack, hessian, settings, steps=self.steps)
         kept = mask
-        return solved, lambda rows: _rows(solved.linear, kept, rows), kept
+        return solved, lambda rows: rows_of_linear(solved.linear, kept, rows), kept
 
 
 def steps_on(device: torch.device, console: Console) -> PruneSteps:
@@ -118,7 +118,8 @@ def steps_on(device: torch.device, console: Console) -> PruneSteps:
     return kernels.steps()
 
 
-def _rows(linear: QuantizedLinear, mask: Tensor | None, rows: slice) -> QuantizedLinear:
+def rows_of_linear(linear: QuantizedLinear, mask: Tensor | None, rows: slice) -> QuantizedLinear:
+    """These rows, with their mask where there is one [R, K]."""
     codes, scales = linear.codes[rows], linear.scales[rows]
     if mask is None:
         return QuantizedLinear(codes, scales, linear.group_size)

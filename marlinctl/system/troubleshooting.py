@@ -562,6 +562,15 @@ CATALOG = (
         ("E504",),
     ),
     Entry(
+        "E505",
+        "A process of a run over several has ended",
+        """
+        All others end with it; nothing is published, and what is finished is kept. The message says which process it was, and on which
+        machine. Look there for memory that ran out, in the log of the kernel too. `marlinctl resume OUT` continues, under the launcher
+        with any number of processes, or without it.
+        """,
+    ),
+    Entry(
         "E522",
         "Not enough memory for the run",
         """

@@ -20,9 +20,10 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from marlinctl.distillation.agreement import checksum
-from marlinctl.distillation.distributed import Processes, local, silence_if_second, whole
+from marlinctl.distillation.distributed import Processes, local, whole
 from marlinctl.errors import UsageError
 from marlinctl.system.console import Console
+from marlinctl.system.processes import silence_if_second
 from tests import forked
 from tests.distillation.runs import write_text
 from tests.pruned import prune, prune_and_quantize, read_all
