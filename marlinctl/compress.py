@@ -36,8 +36,9 @@ from marlinctl.errors import GateRefused
 from marlinctl.evaluation.gate import Gate, Measurement
 from marlinctl.evaluation.settings import EvalSettings
 from marlinctl.jobs.journal import JOB, JobFolder, Place, Request
+from marlinctl.oneshot.documents import published_report, versions
 from marlinctl.oneshot.open import Options, check_request
-from marlinctl.oneshot.run import published_report, run_job, versions
+from marlinctl.oneshot.run import run_job
 from marlinctl.planning.preflight import check_lengths, formats_of
 from marlinctl.recipes.schema import Recipe, divided, recipe_hash
 from marlinctl.report.files import report_files

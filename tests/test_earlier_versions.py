@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from marlinctl.cli import main
-from marlinctl.oneshot.run import versions
+from marlinctl.oneshot.documents import versions
 
 FOLDER = Path(__file__).parent / "published_0_1"
 

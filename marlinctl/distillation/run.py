@@ -42,8 +42,8 @@ from marlinctl.distillation.student import load_student
 from marlinctl.distillation.teacher import Cached, Teacher, live, write_cache
 from marlinctl.jobs.journal import Request
 from marlinctl.models.architectures import check_module_map
+from marlinctl.oneshot.documents import published_report, versions
 from marlinctl.oneshot.open import Options
-from marlinctl.oneshot.run import published_report, versions
 from marlinctl.planning.disk import needed_by_distillation
 from marlinctl.planning.memory import parameters
 from marlinctl.planning.training_settings import check_settings, check_sizes

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -24,18 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlinctl import __version__
 from marlinctl.checkpoint import findings
 from marlinctl.checkpoint.contents import Contents
 from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.formats.registry import (
-    INTERCHANGE,
-    quantization_config,
-    without_quantization,
     working_format,
 )
-from marlinctl.checkpoint.licence import licence_of
-from marlinctl.checkpoint.manifest import made_from
 from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output
@@ -46,9 +40,9 @@ from marlinctl.evaluation.gate import Measurement
 from marlinctl.jobs.journal import Request
 from marlinctl.models.architectures import Block
 from marlinctl.models.meta_model import build
-from marlinctl.models.switches import without
 from marlinctl.oneshot import ranks
 from marlinctl.oneshot.commits import MOST_BYTES, Commits, Pace
+from marlinctl.oneshot.documents import manifest_of, model_config, published_report, report_of, versions, write_reports
 from marlinctl.oneshot.layers import LayerQuantizer, LayerRecord, SolvedLinear
 from marlinctl.oneshot.open import Options, RunInputs, check_request, open_model
 from marlinctl.oneshot.probe import probe_before
@@ -58,21 +52,17 @@ from marlinctl.oneshot.sequential import SequentialPipeline
 from marlinctl.oneshot.solve import steps_on
 from marlinctl.oneshot.written import verify_written
 from marlinctl.planning.memory import CHUNK_TOKENS, CHUNK_TOKENS_ON_DEVICE, Work, predicted_device_peak
-from marlinctl.planning.preflight import check_lengths, sixteen_bit
-from marlinctl.recipes.schema import Recipe, recipe_hash
-from marlinctl.report.files import report_files
-from marlinctl.report.rewrite import read_report
+from marlinctl.planning.preflight import check_lengths
+from marlinctl.recipes.schema import Recipe
 from marlinctl.sparsify.steps import TORCH, PruneSteps
 from marlinctl.system.background import begun
 from marlinctl.system.console import Console
-from marlinctl.system.devices import device_peaks, limit_device_memory, threads
-from marlinctl.system.host import available_memory, peak_rss, release_heap
+from marlinctl.system.devices import limit_device_memory, threads
+from marlinctl.system.host import available_memory, release_heap
 from marlinctl.system.offload import Scratch
 from marlinctl.system.phases import Phases
 from marlinctl.system.processes import Processes
 from marlinctl.system.signals import Stopping
-
-ALGORITHM_VERSION = 3  # goes up when the same recipe on the same input gives other codes
 
 
 def run_job(
@@ -177,13 +167,13 @@ def _run(
                 staged.copy_companions(opened.source.folder)
             staged.write_file("recipe.yaml", recipe.to_yaml().encode())
             warnings = _warnings(opened, calibration, solving.records, console)
-            report = _report(
+            report = report_of(
                 opened, recipe, options, calibration.facts, solving.records, warnings, time.monotonic() - started, processes.count
             )
             with phases("check"):
                 staged.finish(
-                    _config(opened, recipe),
-                    manifest=_manifest(opened, recipe, calibration.facts, solving.records),
+                    model_config(opened, recipe),
+                    manifest=manifest_of(opened, recipe, calibration.facts, solving.records),
                     verify=lambda folder: verify_written(folder, solving.records, console, opened.device),
                     report_files={},
                 )
@@ -193,11 +183,11 @@ def _run(
                     with job.measuring():
                         report["evaluation"] = measure(staged.path, opened.source)
                 except GateRefused:
-                    _write_reports(staged, report, opened, fmt)
+                    write_reports(staged, report, opened, fmt)
                     console.warn(f"not published; the result is kept in {staged.set_aside()}")
                     job.remove()
                     raise
-            _write_reports(staged, report, opened, fmt)
+            write_reports(staged, report, opened, fmt)
             job.publish([staged], keep=options.keep_job)
     return report, opened.source
 
@@ -411,96 +401,6 @@ def _warnings(opened: RunInputs, calibration: CalibrationSet, records: list[Laye
     for warning in inputs:
         console.warn(warning)
     return [*opened.warnings, *findings.of_text(calibration.facts, "--sequence-length"), *inputs]
-
-
-# ---- what is written about it --------------------------------------------------------------------------------------------------------
-
-
-def _config(opened: RunInputs, recipe: Recipe) -> dict[str, Any]:
-    config: dict[str, Any] = without(without_quantization(opened.checkpoint.config))
-    if not recipe.scheme.quantizes:
-        return config
-    layers = dict(opened.plan.group_sizes)
-    config["quantization_config"] = quantization_config(
-        INTERCHANGE, layers, sixteen_bit(opened.checkpoint, layers), {"version": __version__, "recipe_sha256": recipe_hash(recipe)}
-    )
-    return config
-
-
-def published_report(out: Path) -> dict[str, Any]:
-    """The report of a folder that is published already."""
-    return {key: value for key, value in read_report(out).items() if key != "schema_version"}
-
-
-def _write_reports(staged: StagedCheckpoint, report: Mapping[str, Any], opened: RunInputs, fmt: Format) -> None:
-    """They name the digest of the manifest, so they come after it."""
-    layers = opened.plan.group_sizes if fmt.quantized else {}
-    for name, data in report_files(report, staged.path, fmt=fmt, layers=layers).items():
-        staged.write_file(name, data)
-
-
-def versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    names = ("torch", "transformers", "safetensors", "tokenizers", "accelerate")
-    return {"marlinctl": __version__, "algorithm": str(ALGORITHM_VERSION), **{name: version(name) for name in names}}
-
-
-def _source_facts(opened: RunInputs) -> dict[str, Any]:
-    source = opened.source
-    return {"kind": source.kind, "name": Path(source.name).name if source.kind != "hub" else source.name, "revision": source.revision}
-
-
-def _manifest(opened: RunInputs, recipe: Recipe, calibration: Mapping[str, Any], records: list[LayerRecord]) -> dict[str, Any]:
-    layers = [{k: v for k, v in asdict(record).items() if k != "seconds"} for record in records]
-    source = {key: value for key, value in calibration.items() if key != "source"}
-    earlier = made_from(opened.source.folder)
-    return {
-        "format": working_format(recipe.scheme).name,
-        "recipe": {"sha256": recipe_hash(recipe)},
-        "source": {**_source_facts(opened), "fingerprint": opened.contents.fingerprint, **({"made_from": earlier} if earlier else {})},
-        "calibration": source,
-        "versions": versions(),
-        "device": opened.device.type,
-        "dtype": str(opened.dtype).removeprefix("torch."),
-        "layers": layers,
-        "finished": True,
-    }
-
-
-def _report(
-    opened: RunInputs, recipe: Recipe, options: Options, calibration: Mapping[str, Any], records: list[LayerRecord],
-    warnings: list[str], seconds: float, processes: int,
-) -> dict[str, Any]:  # fmt: skip
-    device = opened.device
-    tensors = opened.checkpoint.tensors
-    dense = sum(info.end - info.begin for info in tensors.values())
-    saved = sum(r.bytes_in - r.bytes_out for r in records)
-    return {
-        "kind": "quantize" if recipe.scheme.quantizes else "sparsify",
-        "command": options.command,
-        "written": time.strftime("%Y-%m-%d", time.gmtime()),
-        "source": {**_source_facts(opened), "note": opened.source.note, "license": licence_of(opened.source)},
-        "recipe": {"sha256": recipe_hash(recipe), **recipe.model_dump(mode="json")},
-        "calibration": dict(calibration),
-        "versions": versions(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "processes": processes,
-        "dtype": str(opened.dtype).removeprefix("torch."),
-        "bits": recipe.scheme.bits,
-        "sparse": sum(r.pattern is not None for r in records),
-        "bytes": {"source": dense, "result": dense - saved},
-        "kept": [{"name": name, "reason": reason} for name, reason in opened.plan.kept.items()],
-        "fallbacks": [{"name": r.name, "fallback": r.fallback} for r in records if r.fallback],
-        "underfed": [{"name": r.name, "tokens": r.tokens, "remark": r.remark} for r in records if r.remark],
-        "dead_inputs": [{"name": r.name, "count": r.dead} for r in records if r.dead],
-        "warnings": warnings,
-        "error": {"mean": sum(r.error for r in records) / len(records), "worst": max(records, key=lambda r: r.error).name},
-        "seconds": round(seconds, 1),
-        "peak_memory_bytes": peak_rss(),
-        **device_peaks(device),
-        "layers": [asdict(record) for record in records],
-    }
 
 
 # ---- process settings ----------------------------------------------------------------------------------------------------------------

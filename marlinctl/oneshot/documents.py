@@ -1,0 +1,116 @@
+"""What a run writes about itself: the model's config, the facts of the manifest, the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from marlinctl import __version__
+from marlinctl.checkpoint.formats.base import Format
+from marlinctl.checkpoint.formats.registry import INTERCHANGE, quantization_config, without_quantization, working_format
+from marlinctl.checkpoint.licence import licence_of
+from marlinctl.checkpoint.manifest import made_from
+from marlinctl.checkpoint.writer import StagedCheckpoint
+from marlinctl.models.switches import without
+from marlinctl.oneshot.layers import LayerRecord
+from marlinctl.oneshot.open import Options, RunInputs
+from marlinctl.planning.preflight import sixteen_bit
+from marlinctl.recipes.schema import Recipe, recipe_hash
+from marlinctl.report.files import report_files
+from marlinctl.report.rewrite import read_report
+from marlinctl.system.devices import device_peaks
+from marlinctl.system.host import peak_rss
+
+ALGORITHM_VERSION = 3  # goes up when the same recipe on the same input gives other codes
+
+
+def model_config(opened: RunInputs, recipe: Recipe) -> dict[str, Any]:
+    config: dict[str, Any] = without(without_quantization(opened.checkpoint.config))
+    if not recipe.scheme.quantizes:
+        return config
+    layers = dict(opened.plan.group_sizes)
+    config["quantization_config"] = quantization_config(
+        INTERCHANGE, layers, sixteen_bit(opened.checkpoint, layers), {"version": __version__, "recipe_sha256": recipe_hash(recipe)}
+    )
+    return config
+
+
+def published_report(out: Path) -> dict[str, Any]:
+    """The report of a folder that is published already."""
+    return {key: value for key, value in read_report(out).items() if key != "schema_version"}
+
+
+def write_reports(staged: StagedCheckpoint, report: Mapping[str, Any], opened: RunInputs, fmt: Format) -> None:
+    """They name the digest of the manifest, so they come after it."""
+    layers = opened.plan.group_sizes if fmt.quantized else {}
+    for name, data in report_files(report, staged.path, fmt=fmt, layers=layers).items():
+        staged.write_file(name, data)
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "safetensors", "tokenizers", "accelerate")
+    return {"marlinctl": __version__, "algorithm": str(ALGORITHM_VERSION), **{name: version(name) for name in names}}
+
+
+def _source_facts(opened: RunInputs) -> dict[str, Any]:
+    source = opened.source
+    return {"kind": source.kind, "name": Path(source.name).name if source.kind != "hub" else source.name, "revision": source.revision}
+
+
+def manifest_of(opened: RunInputs, recipe: Recipe, calibration: Mapping[str, Any], records: list[LayerRecord]) -> dict[str, Any]:
+    layers = [{k: v for k, v in asdict(record).items() if k != "seconds"} for record in records]
+    source = {key: value for key, value in calibration.items() if key != "source"}
+    earlier = made_from(opened.source.folder)
+    return {
+        "format": working_format(recipe.scheme).name,
+        "recipe": {"sha256": recipe_hash(recipe)},
+        "source": {**_source_facts(opened), "fingerprint": opened.contents.fingerprint, **({"made_from": earlier} if earlier else {})},
+        "calibration": source,
+        "versions": versions(),
+        "device": opened.device.type,
+        "dtype": str(opened.dtype).removeprefix("torch."),
+        "layers": layers,
+        "finished": True,
+    }
+
+
+def report_of(
+    opened: RunInputs, recipe: Recipe, options: Options, calibration: Mapping[str, Any], records: list[LayerRecord],
+    warnings: list[str], seconds: float, processes: int,
+) -> dict[str, Any]:  # fmt: skip
+    device = opened.device
+    tensors = opened.checkpoint.tensors
+    dense = sum(info.end - info.begin for info in tensors.values())
+    saved = sum(r.bytes_in - r.bytes_out for r in records)
+    return {
+        "kind": "quantize" if recipe.scheme.quantizes else "sparsify",
+        "command": options.command,
+        "written": time.strftime("%Y-%m-%d", time.gmtime()),
+        "source": {**_source_facts(opened), "note": opened.source.note, "license": licence_of(opened.source)},
+        "recipe": {"sha256": recipe_hash(recipe), **recipe.model_dump(mode="json")},
+        "calibration": dict(calibration),
+        "versions": versions(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "processes": processes,
+        "dtype": str(opened.dtype).removeprefix("torch."),
+        "bits": recipe.scheme.bits,
+        "sparse": sum(r.pattern is not None for r in records),
+        "bytes": {"source": dense, "result": dense - saved},
+        "kept": [{"name": name, "reason": reason} for name, reason in opened.plan.kept.items()],
+        "fallbacks": [{"name": r.name, "fallback": r.fallback} for r in records if r.fallback],
+        "underfed": [{"name": r.name, "tokens": r.tokens, "remark": r.remark} for r in records if r.remark],
+        "dead_inputs": [{"name": r.name, "count": r.dead} for r in records if r.dead],
+        "warnings": warnings,
+        "error": {"mean": sum(r.error for r in records) / len(records), "worst": max(records, key=lambda r: r.error).name},
+        "seconds": round(seconds, 1),
+        "peak_memory_bytes": peak_rss(),
+        **device_peaks(device),
+        "layers": [asdict(record) for record in records],
+    }
