@@ -78,7 +78,7 @@ def run_compress(
             report = _compress(model, out, recipe, options, console, processes, evaluate_result, task_data, gate or Gate())
         else:
             report = _assist(model, out, recipe, options, console, processes)
-        return processes.share(report)
+        return processes.part(report)
 
 
 def _assist(model: str, out: Path, recipe: Recipe, options: Options, console: Console, processes: Processes) -> dict[str, Any]:
@@ -87,7 +87,9 @@ def _assist(model: str, out: Path, recipe: Recipe, options: Options, console: Co
         return {}
     source = _found(model, options, console)
     inner = replace(options, keep_job=False, overwrite=False)
-    return _interchange(model, source, JobFolder(out).path, recipe, inner, console, processes)
+    report = _interchange(model, source, JobFolder(out).path, recipe, inner, console, processes)
+    processes.disband()
+    return report
 
 
 def _found(model: str, options: Options, console: Console) -> Source:
@@ -148,6 +150,7 @@ def _compress(
         inner = replace(options, keep_job=False, overwrite=False)
         processes.share(True)
         report = _interchange(model, source, work, recipe, inner, console, processes)
+        processes.disband()
         for fmt in places:
             if fmt != _CT and not (work / fmt).is_dir():
                 repack(work / _CT, work / fmt, format=fmt, console=console, resume=(work / f"{fmt}.job" / JOB).is_file())

@@ -40,7 +40,8 @@ def command(
         marlinctl compress ./smollm2 ./smollm2-2of4 --recipe sparse-int4 --distill-tokens 5000000 --max-ppl-ratio 1.5
 
     The result is measured against the original: perplexity, KL divergence and top-token agreement on a text, and the tasks you name.
-    OUT and its OUT-FORMAT siblings appear together when everything is checked, or not at all.
+    OUT and its OUT-FORMAT siblings appear together when everything is checked, or not at all. Several GPUs: accelerate launch
+    --multi_gpu -m marlinctl compress ... (docs/quantize.md).
     """
     silence_if_second(console)
     measuring, task_data = chosen_measuring(values)

@@ -31,6 +31,7 @@ def command(console: Console, model: str, out: Path, **values: Any) -> None:
     MODEL is a Hugging Face folder, a hub id or a GGUF file. OUT gets compressed-tensors `pack-quantized`, which vLLM, SGLang and
     transformers load; `marlinctl pack` turns it into other formats. Blocks stream from the source to OUT one at a time, and OUT
     appears whole or not at all. What is finished is kept in OUT.job: `marlinctl resume OUT` continues after Ctrl-C or a crash.
+    Several GPUs: accelerate launch --multi_gpu -m marlinctl quantize ... (docs/quantize.md).
     """
     silence_if_second(console)
     from marlinctl.oneshot.run import run_job

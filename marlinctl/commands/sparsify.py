@@ -36,7 +36,7 @@ def command(console: Console, model: str, out: Path, pattern: str, **values: Any
     compressed-tensors checkpoint that `marlinctl pack --format marlin_24` turns into sparse tensor-core tiles.
 
     One-shot 2:4 hurts modern models badly: perplexity and KL divergence to the original are measured and reported, and --max-kl and
-    --max-ppl-ratio keep a bad result from being published.
+    --max-ppl-ratio keep a bad result from being published. Several GPUs: as for quantize (docs/quantize.md).
     """
     silence_if_second(console)
     measuring, task_data = chosen_measuring(values)

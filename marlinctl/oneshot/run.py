@@ -103,14 +103,13 @@ def run_job(
         if processes.share(job.publishing is not None and options.redo_from is None):
             if processes.main:
                 job.publish_again(overwrite=options.overwrite, keep=options.keep_job)
-            processes.wait()
-            return processes.share(published_report(out) if processes.main else {}), _found(model, options, console)
+            return processes.part(published_report(out) if processes.main else {}), _found(model, options, console)
         if options.resume and processes.main:  # there may be an output by now
             check(texts_known=job.begun)
         if processes.count > 1:
             options = replace(options, device=str(processes.device))
         report, source = _run(job, model, out, recipe, options, console, measure, published, processes)
-        return processes.share(report), source
+        return processes.part(report), source
 
 
 def _run(
@@ -158,6 +157,7 @@ def _run(
             rest = [name for name in opened.tensors if name not in solved]
             with begun(partial(_copy_ahead, staged, opened, rest if processes.main else [])) as copied:
                 _run_blocks(calibration.tokens, job, solving)
+                processes.disband()
                 if not processes.main:
                     return {}, opened.source
                 with phases("copy"):

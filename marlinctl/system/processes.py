@@ -11,6 +11,8 @@ Process 0, the main one, reads the texts, writes every file and prints progress 
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import TracebackType
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 PATIENCE = timedelta(hours=6)  # the others wait while the main process downloads, reads a text or measures the result
+_LAUNCHED = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+)
 _MOST_AT_ONCE = 1 << 28  # bytes of one message between two hosts
 
 
@@ -48,6 +54,7 @@ class Processes:
         self._device: torch.device | None = None
         self._host: torch.distributed.ProcessGroup | None = None
         self._watch: Watch | None = None
+        self._ended, self._grouped = False, False
         if joined is not None:
             self.count, self.index, self.local_index = joined.count, joined.index, joined.local_index
             self._device, self._host, self._watch = joined._device, joined._host, joined._watch
@@ -65,6 +72,7 @@ class Processes:
             torch.cuda.set_device(self.device)
         torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=PATIENCE)
         self._host = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        self._grouped = True
         self._watch = Watch(self.index, self.count, self.share)
 
     @property
@@ -229,20 +237,42 @@ class Processes:
 
         held = part.contiguous()
         whole = torch.empty((self.count * held.shape[0], *held.shape[1:]), dtype=held.dtype, device=held.device)
-        torch.distributed.all_gather_into_tensor(whole.view(torch.uint8), held.view(torch.uint8))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has another name for it, torch 2.11 knows no other
+            torch.distributed.all_gather_into_tensor(whole.view(torch.uint8), held.view(torch.uint8))
         return whole
 
     # The end
 
-    def part(self) -> None:
-        """The run is over: wait for the slowest, and let the others go."""
-        if self.count > 1 and not self._joined:
-            import torch
+    def disband(self) -> None:
+        """All together: nothing is spread any more, and the main process does the rest alone. Libraries that find a group of processes wait
+        for the others in it (compressed-tensors when it loads a model, lm_eval), so there is none for them from now on."""
+        if self._watch is None or self._joined or not self._grouped:
+            return
+        import torch
 
-            self.wait()
-            assert self._watch is not None
-            self._watch.close()
-            torch.distributed.destroy_process_group()
+        self.wait()
+        self._watch.free()
+        torch.distributed.destroy_process_group()
+        self._grouped = False
+        if "accelerate" in sys.modules:
+            from accelerate.state import AcceleratorState
+
+            AcceleratorState._reset_state(reset_partial_state=True)
+        for name in [name for name in os.environ if name in _LAUNCHED or name.startswith("TORCHELASTIC_")]:
+            del os.environ[name]
+
+    def part(self, value: Value) -> Value:
+        """The run is over; the others wait here until it is. The main process's value, for all; of JSON's kinds."""
+        if self._watch is None or self._joined:
+            return self.share(value)
+        self.disband()
+        self._ended = True
+        if self.main:
+            self._watch.close(value)
+            return value
+        ended: Value = self._watch.wait()
+        return ended
 
     def __enter__(self) -> Processes:
         return self
@@ -252,7 +282,8 @@ class Processes:
         if self._watch is None or self._joined:
             return
         if error is None:
-            self.part()
+            if not self._ended:
+                self.part(None)
             return
         instead = self._watch.leave(error)
         if instead is not None:

@@ -51,7 +51,8 @@ class Watch:
         """share: hands the main process's value to all. All processes make their watch together."""
         self._index, self._count = index, count
         self._lost: Lost | None = None
-        self._found, self._leaving = threading.Event(), threading.Event()
+        self._found, self._leaving = threading.Event(), threading.Event()  # the end, or a process that is lost; this one goes too
+        self._free, self._value = False, None
         self._names = {0: f"process 0 (at {os.environ.get('MASTER_ADDR', 'unknown')})"}
         self._peers = self._accept(share) if index == 0 else self._connect(share)
         for peer in self._peers:
@@ -82,13 +83,22 @@ class Watch:
         self._say({"left": code})
         return None
 
-    def close(self) -> None:
-        """After the last collective: no process is missed from now on."""
+    def free(self) -> None:
+        """After the last collective: the main process needs the others no more, and misses none."""
+        self._free = True
+
+    def close(self, value: Any) -> None:
+        """Of the main process: the run is over, with this value."""
         self._leaving.set()
-        self._say({"farewell": True})
-        for peer in self._peers:
-            with suppress(OSError):
-                peer.shutdown(socket.SHUT_WR)
+        self._say({"farewell": value})
+
+    def wait(self) -> Any:
+        """Of any other: until the run is over; the value. RuntimeError where the main process has left before (`leave` knows why)."""
+        self._found.wait()
+        if self._lost is not None:
+            raise RuntimeError("the main process has left")
+        self._leaving.set()
+        return self._value
 
     # Connections
 
@@ -129,7 +139,7 @@ class Watch:
     # The thread
 
     def _run(self) -> None:
-        """Until all have said farewell, or one is lost."""
+        """Until the run is over or a process is lost."""
         with selectors.DefaultSelector() as selector:
             for position, peer in enumerate(self._peers):
                 selector.register(peer, selectors.EVENT_READ, position + 1 if self._index == 0 else 0)
@@ -142,7 +152,11 @@ class Watch:
                         data = b""
                     *lines, buffers[key.data] = (buffers[key.data] + data).split(b"\n")
                     said = [json.loads(line) for line in lines]
-                    if any("farewell" in message for message in said):
+                    if said and "farewell" in said[0]:
+                        self._value = said[0]["farewell"]
+                        self._found.set()
+                        return
+                    if (said or not data) and self._index == 0 and self._free:
                         selector.unregister(key.fileobj)
                     elif said or not data:
                         self._miss(key.data, said[0] if said else {})

@@ -81,7 +81,7 @@ def agreement(folder: Path) -> None:
     everywhere = processes.gather(found)
     if processes.main:
         print(json.dumps(everywhere))
-    processes.part()
+    processes.part(None)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     (root / "int4.yaml").write_text("extends: int4\ncalibration: {minimum_tokens: 32}\n")
     sparse = "sparsify: {pattern: '2:4', ls_iterations: 8}\n"
     (root / "sparse.yaml").write_text(f"extends: sparse-int4\n{sparse}calibration: {{minimum_tokens: 32}}\ndistill: {{tokens: 0}}\n")
+    training = "tokens: 1024, sequence_length: 32, batch_tokens: 256, micro_batch: 4, learning_rate: 0.001, save_every: 2"
+    (root / "trained.yaml").write_text(
+        f"extends: sparse-int4\nsparsify: {{ls_iterations: 8}}\ncalibration: {{minimum_tokens: 32}}\ndistill: {{{training}, data: {root}/text.txt}}\n"
+    )
     return Place(root)
 
 
@@ -106,6 +110,18 @@ def test_the_result_is_that_of_one_process(place: Place, tmp_path: Path, count: 
     apart, total = rows_apart(tmp_path / "out", tmp_path / "alone")
     assert total == 128 and apart <= 4, f"{apart} of {total}"
     assert not (tmp_path / "out.job").exists()
+
+
+def test_compress_with_training_has_one_group_of_processes(place: Place, tmp_path: Path) -> None:
+    """Three stages, of which each would make a group of its own, or train in one process while the others prune again."""
+    codes, told, heard = run(tmp_path, 2, place.command("compress", tmp_path / "out", "--no-eval", "--json", recipe="trained"))
+    assert codes == [0, 0], heard[-3000:]
+    report = json.loads(told)
+    assert report["processes"] == 2 and set(report["stages"]) == {"pruned", "distilled"}
+    assert report["stages"]["distilled"]["training"]["steps"] == 4
+    with open_checkpoint(tmp_path / "out") as made:
+        assert len(detect(made.config, made.tensors).layers) == 28
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-marlin_24", "out.log", "stderr", "stdout"]
 
 
 def begin(place: Place, folder: Path, count: int, seconds: float) -> list[Any]:
