@@ -8,6 +8,8 @@ Shapes are those of benchmarks/shapes.py. The model's tokenizer is trained on th
 of blocks, or more, the line through the first and the last is printed, and what it says of the whole model. Each run is a process of its
 own, with a cold start; the kernels' cache in FOLDER is filled by a run that is not counted.
 
+`--keep RUNS` keeps the report of each run for plan_rates.py.
+
 Disk beside the models: the output, the hidden states of two blocks, and activations that do not fit into half of the GPU's memory.
 """
 
@@ -36,6 +38,7 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, action="append", help="may be given several times (default: 2 and 6)")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=2048)
+    parser.add_argument("--keep", type=Path, help="folder that gets the report of each run")
     parser.add_argument("--profile", action="store_true", help="print where the time of the last run went, by cProfile")
     own, _, rest = "\0".join(sys.argv[1:]).partition("\0--\0")
     chosen, command = parser.parse_args(own.split("\0")), rest.split("\0")
@@ -56,12 +59,22 @@ def main() -> int:
         report = json.loads((out / "marlinctl_report.json").read_text())
         peaks = {key: f"{value / 2**30:.1f} GiB" for key, value in report.items() if key.startswith("peak") and value}
         print(f"{blocks} blocks: {seconds[blocks]:.1f} s {peaks} {report.get('phases', '')}", flush=True)
+        if chosen.keep is not None:
+            keep(out, chosen.keep / f"{chosen.shape}-{report['recipe']['name']}-{blocks}", seconds[blocks])
         shutil.rmtree(out)
     if len(seconds) > 1:
         (first, a), *_, (last_blocks, b) = seconds.items()
         block, whole = (b - a) / (last_blocks - first), shape["num_hidden_layers"]
         print(f"a block: {block:.2f} s; {whole} blocks, by the line: {a + block * (whole - first):.1f} s")
     return 0
+
+
+def keep(out: Path, place: Path, seconds: float) -> None:
+    """What benchmarks/plan_rates.py reads of a run."""
+    place.mkdir(parents=True, exist_ok=True)
+    for name in ("marlinctl_report.json", "config.json"):
+        shutil.copy(out / name, place / name)
+    (place / "seconds.json").write_text(json.dumps({"seconds": round(seconds, 2)}))
 
 
 def run(arguments: list[str], folder: Path, *, profile: bool = False) -> float:

@@ -46,7 +46,7 @@ from marlinctl.jobs.journal import Request
 from marlinctl.models.architectures import Block
 from marlinctl.models.meta_model import build
 from marlinctl.models.switches import without
-from marlinctl.oneshot.commits import MOST_BYTES, Commits, Pace
+from marlinctl.oneshot.commits import Commits, Pace
 from marlinctl.oneshot.layers import LayerQuantizer, LayerRecord, SolvedLinear
 from marlinctl.oneshot.open import Options, RunInputs, check_request, open_model
 from marlinctl.oneshot.probe import probe_before
@@ -274,7 +274,7 @@ def _left_on_device(solving: LayerQuantizer) -> int:
     torch.cuda.empty_cache()
     free = limit_device_memory(opened.device, solving.options.device_memory)
     work = Work.of(solving.recipe, element=opened.dtype.itemsize, corrects_drift=opened.corrects_drift, on_device=True)
-    return max(0, free - predicted_device_peak(opened.architecture, opened.plan.group_sizes, work) - MOST_BYTES)
+    return max(0, free - predicted_device_peak(opened.architecture, opened.plan.group_sizes, work))
 
 
 def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: _Attempt) -> None:

@@ -78,6 +78,14 @@ def check_lengths(recipe: Recipe, config: Mapping[str, Any], *, distils: bool) -
         check_sizes(recipe.distill, config, 1, where="--distill-sequence-length")
 
 
+def check_ranks(recipe: Recipe, ranks: int, *, where: str = "--ranks") -> None:
+    """UsageError E288 where some of the processes that share the calibration samples would have none."""
+    samples = recipe.calibration.samples
+    if samples < ranks:
+        what = f"{samples} calibration samples cannot be shared by {ranks} processes: each needs one at least"
+        raise UsageError("E288", what, where=where, fix=f"--samples {ranks} or more, or at most {samples} processes")
+
+
 # ---- what needs the headers ----------------------------------------------------------------------------------------------------------
 
 

@@ -87,6 +87,21 @@ def test_hidden_states_lie_on_the_host_and_solves_on_the_device() -> None:
     assert predicted_device_peak(LLAMA_8B, sizes, on_device) > 24 * 14336**2
 
 
+def test_blocks_that_are_read_ahead_and_written_behind_take_memory() -> None:
+    """Two blocks of weights lie on the host, and what a slow disk has not taken yet on the device: 8 blocks or 4 GiB of results."""
+
+    def peaks(blocks: int, hidden: int, intermediate: int) -> tuple[int, int]:
+        known, work = llama(hidden, intermediate, blocks, 8, 128256, tied=False), replace(WORK, on_device=True)
+        sizes = dict.fromkeys(known.linears, 128)
+        return predicted_peak(known, sizes, work), predicted_device_peak(known, sizes, work)
+
+    weights = 2 * 4096**2 + 2 * 1024 * 4096 + 3 * 4096 * 14336
+    (one, on_device), (two, second), (nine, ninth), many = (peaks(blocks, 4096, 14336) for blocks in (1, 2, 9, 32))
+    assert two - one == 2 * weights and nine == two
+    assert second - on_device == weights + weights // 64 and ninth - on_device == 8 * (second - on_device) and many == (nine, ninth)
+    assert peaks(80, 8192, 28672)[1] - peaks(1, 8192, 28672)[1] == 4 << 30
+
+
 @pytest.mark.parametrize(
     ("known", "full", "blockwise", "scales"),
     [
