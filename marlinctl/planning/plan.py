@@ -46,6 +46,7 @@ from marlinctl.planning.preflight import (
     stored_once,
     wants_mask,
 )
+from marlinctl.planning.training_settings import check_settings, check_sizes
 from marlinctl.recipes.schema import Recipe, divided, recipe_hash
 from marlinctl.system.console import Console
 from marlinctl.system.devices import free_device_memory, has_matrix_units, planned_dtype
@@ -100,6 +101,8 @@ def make_plan(model: str, recipe: Recipe, settings: Settings, console: Console) 
     _check_evaluation(recipe, settings, None, console)
     with headers(model, revision=settings.revision, cache_dir=settings.cache_dir, offline=console.offline, console=console) as seen:
         check_lengths(recipe, seen.checkpoint.config, distils=True)
+        if divided(recipe) is not None:
+            check_sizes(recipe.distill, seen.checkpoint.config, settings.ranks, where="--distill-sequence-length")
         _check_evaluation(recipe, settings, seen.checkpoint, console)
         return _document(seen, recipe, settings, console)
 
@@ -109,8 +112,7 @@ def _check_ranks(recipe: Recipe, settings: Settings) -> None:
     if settings.ranks == 1:
         return
     if divided(recipe) is not None:
-        fix = "plan its stages: --distill-tokens 0, and docs/distill.md for the training"
-        raise UsageError("E288", "a recipe that distils runs in one process", where="--ranks", fix=fix)
+        check_settings(recipe.distill, settings.ranks)
     if ":" in settings.device:
         what = f"{settings.ranks} processes have a GPU each, and {settings.device} is one"
         raise UsageError("E288", what, where="--device", fix="--device cuda")
@@ -169,7 +171,7 @@ def _document(seen: Headers, recipe: Recipe, settings: Settings, console: Consol
         "probe": [{"name": name, **asdict(measured)} for name, measured in probed.items()],
         "checks": [{**asdict(check), "fits": check.fits} for check in checks],
         "fits": all(check.fits for check in checks),
-        "notes": _notes(seen, found, recipe),
+        "notes": _notes(seen, found, recipe, settings.ranks),
     }
 
 
@@ -383,7 +385,7 @@ def _time(
             k: v for k, v in parts.items() if k not in seconds_of
         }
     if divided(recipe) is not None:
-        parts["distil"] = time.seconds_of_training(looked.architecture, recipe.distill, speed)
+        parts["distil"] = time.seconds_of_training(looked.architecture, recipe.distill, speed) / settings.ranks
     return {
         "seconds": round(sum(parts.values())),
         "parts": {name: round(seconds, 1) for name, seconds in parts.items()},
@@ -398,7 +400,7 @@ def _cores() -> int:
     return int(asked) if asked.isdecimal() and int(asked) > 0 else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
-def _notes(seen: Headers, found: Pattern, recipe: Recipe) -> list[str]:
+def _notes(seen: Headers, found: Pattern, recipe: Recipe, ranks: int) -> list[str]:
     notes = [seen.source.note] if seen.source.note else []
     if not recipe.scheme.quantizes and divided(recipe) is None:
         notes.append("at 16 bits this is what `marlinctl sparsify` writes")
@@ -412,4 +414,6 @@ def _notes(seen: Headers, found: Pattern, recipe: Recipe) -> list[str]:
         )
     if divided(recipe) is not None:
         notes.append("distillation is planned without its activations: --micro-batch and --checkpointing decide those")
+    if divided(recipe) is not None and ranks > 1:
+        notes.append("every process is planned to hold both models; FSDP2 divides them (docs/distill.md)")
     return notes

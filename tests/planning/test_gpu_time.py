@@ -200,7 +200,12 @@ def test_ranks_without_a_gpu_each_do_not_fit(tiny: Path, text: Path, monkeypatch
             "2 calibration samples cannot be shared by 3 processes",
         ),
         ({}, {"ranks": 2, "device": "cuda:1"}, "2 processes have a GPU each"),
-        ({"sparsify__pattern": "2:4", "distill__tokens": 1000}, {"ranks": 2}, "runs in one process"),
+        (
+            {"sparsify__pattern": "2:4", "distill__tokens": 100_000},
+            {"ranks": 3},
+            "32 rows in a step cannot be shared equally by 3 processes",
+        ),
+        ({"sparsify__pattern": "2:4", "distill__tokens": 100_000, "distill__mode": "blockwise"}, {"ranks": 2}, "is for one process"),
     ],
 )
 def test_ranks_that_cannot_be_are_refused(tiny: Path, text: Path, changes: dict[str, Any], settings: dict[str, Any], what: str) -> None:
