@@ -4,9 +4,10 @@
     python benchmarks/plan_rates.py RUNS/*
 
 Each argument is a folder with marlinctl_report.json and config.json: what `compress_speed.py --keep` leaves, or a published folder. Where
-seconds.json says how long the whole process took, its start is compared too. A rate is fitted by least squares over all phases of all
-runs that count it: errors of a phase are taken as five percent of it and a tenth of a second, and a rate that the runs do not decide stays
-near what it was (a factor of two is one standard error). What comes out goes into RATES of marlinctl/planning/gpu_time.py.
+seconds.json says how long the whole process took, what lies in no phase is compared too. A rate is fitted by least squares over all phases
+of all runs that count it: errors of a phase are taken as five percent of it and a tenth of a second, and a rate that the runs do not decide stays
+near what it was (a factor of two is one standard error). Phases that wait for a thread are no sums of terms and are left out: the rates
+of what it does show where it is waited for only. What comes out goes into RATES of marlinctl/planning/gpu_time.py.
 """
 
 from __future__ import annotations
@@ -20,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from marlinctl.models.architectures import Experts, architecture
-from marlinctl.planning.gpu_time import H200, RATES, Counts, Gpu, counts, seconds_of_phases
+from marlinctl.planning.gpu_time import BESIDE, H200, RATES, Counts, Gpu, counts, seconds_of_phases
 from marlinctl.planning.memory import Work
 from marlinctl.recipes.schema import recipe_of_document
 
-APART = ("wait for the disk",)  # planned as what is left of writing when the rest is done: no sum of terms
 _SHARE, _LEAST = 0.05, 0.1  # error of a phase: of its seconds, and seconds
 _SWEEPS = 20_000
 
@@ -65,10 +65,8 @@ def run_of(name: str, report: Mapping[str, Any], config: Mapping[str, Any], seco
     compressed = {layer["name"]: layer["group_size"] or -1 for layer in report["layers"]}
     counted = counts(known, compressed, work, recipe, report["bytes"]["source"])
     measured = dict(report["phases"])
-    # The report's own seconds end where the check begins.
-    measured["open"] = report["seconds"] - sum(value for phase, value in measured.items() if phase != "check")
     if seconds is not None:
-        measured["start"] = seconds - report["seconds"] - measured.get("check", 0.0)
+        measured["the rest"] = seconds - sum(measured.values())
     return Run(name, counted, measured)
 
 
@@ -79,7 +77,7 @@ def fit(runs: Sequence[Run]) -> dict[str, float]:
     wanted: list[float] = []
     for run in runs:
         for phase, seconds in run.measured.items():
-            if phase in run.counted and phase not in APART and run.counted[phase]:
+            if phase in run.counted and phase not in BESIDE and run.counted[phase]:
                 error = _SHARE * seconds + _LEAST
                 rows.append([run.counted[phase].get(term, 0.0) * RATES[term] / error for term in terms])
                 wanted.append(seconds / error)
@@ -124,7 +122,9 @@ def _apart(planned: float, measured: float) -> str:
 
 def rates(runs: Sequence[Run], fitted: Mapping[str, float]) -> list[str]:
     """Rates that some run has counted, as units a second or, below one unit a second, as seconds."""
-    counted = {term for run in runs for phase, terms in run.counted.items() if phase not in APART for term, units in terms.items() if units}
+    counted = {
+        term for run in runs for phase, terms in run.counted.items() if phase not in BESIDE for term, units in terms.items() if units
+    }
     lines = ["", "| term | was | fits |", "|---|---:|---:|"]
     return lines + [f'| "{term}" | {_rate(RATES[term])} | {_rate(fitted[term])} |' for term in RATES if term in counted]
 

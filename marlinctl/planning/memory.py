@@ -103,7 +103,7 @@ def predicted_peak(architecture: Architecture, compressed: Mapping[str, int], wo
     hidden, base = _hidden_states(architecture, work) + _text(work), BASE + _tokenizer(architecture)
     if work.on_device:  # weights pass through on their way to the device, results on their way back
         stage = max(8 * (s.rows + s.other_rows) * s.k for s in stages(architecture, compressed))
-        return base + _BASE_OF_CUDA + hidden + stage + _read_ahead(architecture)
+        return base + _BASE_OF_CUDA + hidden + stage
     running = hidden + _block_bytes(architecture, work) + _solving(architecture, compressed, work)
     return base + max(running, _writing(architecture, work))
 
@@ -111,21 +111,23 @@ def predicted_peak(architecture: Architecture, compressed: Mapping[str, int], wo
 def predicted_device_peak(architecture: Architecture, compressed: Mapping[str, int], work: Work) -> int:
     """Memory of the CUDA device at the peak, in bytes, without the activations that stay there when there is room (system/offload.py).
     Each rank has a device of its own."""
-    running = _block_bytes(architecture, work) + _solving(architecture, compressed, work) + _queued(architecture, compressed, work)
+    beside = _read_ahead(architecture) + _queued(architecture, compressed, work)
+    running = _block_bytes(architecture, work) + _solving(architecture, compressed, work) + beside
     return BASE_ON_DEVICE + max(running, _writing(architecture, work))
 
 
 def _read_ahead(architecture: Architecture) -> int:
-    """Weights in host memory that a thread has read: what is left of this block, and all of the next (oneshot/reading.py)."""
+    """Weights on the device that a thread has read: what is left of this block, and all of the next (oneshot/reading.py)."""
     sizes = sorted(sum(spec.out_features * spec.in_features for spec in block.linears.values()) for block in architecture.blocks)
     return STORED * sum(sizes[-2:])
 
 
 def _queued(architecture: Architecture, compressed: Mapping[str, int], work: Work) -> int:
-    """Results on the device: those of this block, and of finished ones where the disk is slow (oneshot/commits.py)."""
+    """Results on the device: those of this block, and of finished ones where the disk is slow, with a copy of the hidden states
+    (oneshot/commits.py)."""
     block = max(sum(_result_bytes(spec, compressed, work) for spec in block.linears.values()) for block in architecture.blocks)
-    finished = min(len(architecture.blocks) - 1, QUEUED_BLOCKS)
-    return block + min(finished * block, QUEUED_BYTES)
+    finished, states = min(len(architecture.blocks) - 1, QUEUED_BLOCKS), _hidden_states(architecture, work)
+    return block + (min(finished * block + states, max(QUEUED_BYTES, block + states)) if finished else 0)
 
 
 def _result_bytes(spec: LinearSpec, compressed: Mapping[str, int], work: Work) -> int:

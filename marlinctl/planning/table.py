@@ -79,11 +79,7 @@ def _memory(memory: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             detail = f" ({', '.join(f'{name} {gibibytes(size)}' for name, size in stages.items())})" if len(stages) > 1 else ""
             if memory[key].get("processes", 1) > 1:
                 detail += f" in each of {memory[key]['processes']} processes, {gibibytes(memory[key]['together'])} together"
-            beside = (
-                f", and {gibibytes(memory[key]['activations'])} of activations where half of what is free holds them"
-                if key == "device"
-                else ""
-            )
+            beside = f", and {gibibytes(memory[key]['activations'])} of activations, where there is room beside" if key == "device" else ""
             yield title, f"{gibibytes(memory[key]['peak'])} at the peak{detail}{beside}"
 
 

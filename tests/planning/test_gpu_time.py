@@ -15,7 +15,7 @@ from marlinctl.errors import UsageError
 from marlinctl.models.architectures import Architecture, architecture
 from marlinctl.oneshot.open import Options
 from marlinctl.oneshot.run import run_job
-from marlinctl.planning.gpu_time import H200, RATES, Counts, Gpu, counts, gram_operations, seconds_of_phases
+from marlinctl.planning.gpu_time import BESIDE, H200, RATES, Counts, Gpu, counts, gram_operations, seconds_of_phases
 from marlinctl.planning.memory import Work, predicted_device_peak, predicted_peak, stages_of_block
 from marlinctl.planning.preflight import check_ranks
 from marlinctl.planning.time import machine, seconds_of_blocks
@@ -43,11 +43,12 @@ def counted(name: str, known: Architecture = LLAMA_8B, ranks: int = 1, **changes
 
 
 def test_the_run_that_was_measured_is_planned_within_fifteen_percent_in_each_phase() -> None:
-    """docs/log/2026-11-29-compression-speed.md: 64.1 s for 32 blocks, by phase. Rates that lost it would have lost all that is known."""
+    """docs/log/2026-11-29-compression-speed.md: 32 blocks, by phase. Rates that lost it would have lost all that is known."""
     seconds = seconds_of_phases(counted("int4"), H200)
-    for phase, measured in {"forward and Gram": 17.4, "solve": 8.2, "read": 3.6, "copy": 2.3, "check": 9.5, "probe": 0.8}.items():
+    for phase, measured in {"forward and Gram": 17.4, "solve": 8.2, "read": 3.6, "check": 9.5, "probe": 0.8}.items():
         assert seconds[phase] == pytest.approx(measured, rel=0.15), phase
-    assert sum(seconds.values()) == pytest.approx(64.1, rel=0.1)
+    # Since then the model is digested beside the text, and embedding and head are copied beside the blocks.
+    assert "copy" not in seconds and sum(seconds.values()) == pytest.approx(64.1 - 2.3 - 3.0, rel=0.1)
 
 
 def test_operations_of_the_forward_pass_are_those_of_the_matrices() -> None:
@@ -226,11 +227,9 @@ def synthetic(folder: Path, name: str, config: Mapping[str, Any], asked: Recipe,
     work = Work.of(asked, element=2, corrects_drift=drift, on_device=True)
     layers = [{"name": linear, "group_size": 128} for linear in known.linears]
     seconds = seconds_of_phases(counts(known, dict.fromkeys(known.linears, 128), work, asked, MODEL_BYTES), true)
-    apart = ("start", "open")
     report = {
         "recipe": {"sha256": "0", **asked.model_dump(mode="json")}, "dtype": "bfloat16", "layers": layers, "bytes": {"source": MODEL_BYTES},
-        "phases": {phase: value for phase, value in seconds.items() if phase not in apart} | {"nap": 1.0},
-        "seconds": 1.0 + sum(value for phase, value in seconds.items() if phase not in ("start", "check")),
+        "phases": {phase: value for phase, value in seconds.items() if phase != "the rest"} | {"nap": 1.0},
     }  # fmt: skip
     place = folder / name
     place.mkdir()
@@ -254,7 +253,7 @@ def test_rates_come_back_from_reports(tmp_path: Path, monkeypatch: pytest.Monkey
     fitted = Gpu("fitted", plan_rates.fit(runs))
     for run in runs:
         again = seconds_of_phases(run.counted, fitted)
-        for phase in (set(run.measured) & set(run.counted)) - set(plan_rates.APART):
+        for phase in (set(run.measured) & set(run.counted)) - set(BESIDE):
             assert again[phase] == pytest.approx(run.measured[phase], rel=0.1, abs=0.15), (run.name, phase)
     monkeypatch.setattr("sys.argv", ["plan_rates.py", *map(str, folders)])
     assert plan_rates.main() == 0
