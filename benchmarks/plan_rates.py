@@ -4,10 +4,12 @@
     python benchmarks/plan_rates.py RUNS/*
 
 Each argument is a folder with marlinctl_report.json and config.json: what `compress_speed.py --keep` leaves, or a published folder. Where
-seconds.json says how long the whole process took, what lies in no phase is compared too. A rate is fitted by least squares over all phases
-of all runs that count it: errors of a phase are taken as five percent of it and a tenth of a second, and a rate that the runs do not decide stays
-near what it was (a factor of two is one standard error). Phases that wait for a thread are no sums of terms and are left out: the rates
-of what it does show where it is waited for only. What comes out goes into RATES of marlinctl/planning/gpu_time.py.
+seconds.json says how long the whole process took, what lies in no phase is compared too.
+
+A rate is fitted by least squares over all phases of all runs that count it. Errors of a phase are taken as five percent of it and a tenth
+of a second, and a rate that the runs do not decide stays near what it was (a factor of two is one standard error). Phases that wait for a
+thread are no sums of terms and are left out: the rates of what it does show where it is waited for only. What comes out goes into RATES of
+marlinctl/planning/gpu_time.py.
 """
 
 from __future__ import annotations
