@@ -29,13 +29,14 @@ if TYPE_CHECKING:
 @click.option("--distill-data", metavar="SOURCE", help="Text to train on: self, a .txt/.jsonl/.parquet file, or a hub data set.")
 @click.option("--distill-sequence-length", type=int, metavar="N", help="Tokens per row of that text.")
 @measuring_flags
+@click.option("--ranks", type=click.IntRange(min=1), default=1, metavar="N", help="Processes of accelerate launch on one host. Default: 1.")
 @click.option("--probe", is_flag=True, help="Run the largest solve once and estimate the time from it.")
 @recipe_flags
 @plan_flags
 @common_options
 def command(
     console: Console, model: str, out: Path, fmt: str | None, also: tuple[str, ...], distill_tokens: int | None, distill_data: str | None,
-    distill_sequence_length: int | None, probe: bool, **values: Any,
+    distill_sequence_length: int | None, ranks: int, probe: bool, **values: Any,
 ) -> None:  # fmt: skip
     """Show what compress would do, what it needs, and whether it fits.
 
@@ -44,11 +45,13 @@ def command(
         marlinctl plan Qwen/Qwen3-0.6B
         marlinctl plan ./llama-8b --device cuda --probe
         marlinctl plan ./llama-70b --device cuda --device-memory 80GiB --also marlin
+        marlinctl plan ./llama-70b --device cuda --ranks 4 --device-memory 140GiB --max-memory 500GiB
         marlinctl plan ./model.gguf --recipe sparse-int4 --calibration text.jsonl --max-memory 8GiB --json
 
     Lists which linears are compressed, skipped or kept, and why; bytes and loaders of each output; peak memory, disk space and estimated
     time. Reads config.json and the headers of the shards only, also of a hub model. Exit code 1 if memory or disk space does not suffice;
-    invalid inputs give the same errors as the run. --probe runs the largest solve once, on random numbers, to estimate the time.
+    invalid inputs give the same errors as the run. --ranks plans a run whose samples and rows are shared by N processes, on GPUs one each:
+    memory is that of each process, and of all together. --probe runs the largest solve once, on random numbers, to estimate the time.
     """
     from marlinctl.planning.plan import Settings, make_plan
     from marlinctl.planning.table import table
@@ -67,6 +70,7 @@ def command(
         threads=values["threads"],
         max_memory=size_in_bytes(values["max_memory"], "--max-memory"),
         device_memory=size_in_bytes(values["device_memory"], "--device-memory"),
+        ranks=ranks,
         module_map=values["module_map"],
         task_data=task_data,
         files_are_here=True,

@@ -132,7 +132,7 @@ class BlockLoop:
         started = time.monotonic()
         loss = torch.zeros((), device=self.device)
         for step in range(first, self.steps):
-            loss += self._step(layer, block, step, target_energy)
+            loss += self.step(layer, block, step, target_energy)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, self.steps, self.asked)
             optimizer.step()
@@ -155,7 +155,7 @@ class BlockLoop:
             self.console.say(f"block {block.index} is finished and saved")
             stopping.raise_again()
 
-    def _step(self, layer: nn.Module, block: Block, step: int, target_energy: float) -> Tensor:
+    def step(self, layer: nn.Module, block: Block, step: int, target_energy: float) -> Tensor:
         rows = rows_of_step(step, self.per_step, self.rows.trained, self.asked.seed)
         scale = 1.0 / (target_energy * self.student.hidden.shape[-1] * int(self.rows.counted[rows].sum()))
         total = torch.zeros((), device=self.device)

@@ -37,16 +37,21 @@ class Processes(processes.Processes):
 
     # Models
 
-    def shard(self, model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
-        """Give each process its part of every parameter, where that was asked for."""
+    def shard(self, model: nn.Module, blocks: Sequence[nn.Module], dtype: torch.dtype | None = None) -> nn.Module:
+        """Give each process its part of every parameter, where that was asked for.
+
+        dtype: what parameters are gathered in, and what the model computes with; their own if None. Parts keep their dtype, and gradients
+        are summed in float32.
+        """
         if self.sharded:
             from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
+            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
             mesh = init_device_mesh(self.device.type, (self.count,))
+            policy = MixedPrecisionPolicy() if dtype is None else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
             for block in blocks:
-                fully_shard(block, mesh=mesh)
-            fully_shard(model, mesh=mesh)
+                fully_shard(block, mesh=mesh, mp_policy=policy)
+            fully_shard(model, mesh=mesh, mp_policy=policy)
         return model
 
     def replicate(self, model: nn.Module) -> nn.Module:

@@ -7,12 +7,13 @@
 AdamW without weight decay, betas 0.9 and 0.999, on the trained parameters alone; the learning rate rises linearly and falls linearly to 0.
 A step is worked off in parts of `micro_batch` rows, over all processes. Its losses are means over the tokens of the whole step, so that how
 many processes share the parts decides nothing but rounding; SquareHead divides by the teacher's energy in a part.
-A step does not wait for the device: losses are fetched every LOG_EVERY steps.
+A step does not wait for the device: losses are fetched every LOG_EVERY steps. The time of a step is taken from there to there.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -58,6 +59,8 @@ class Loop:
         self.optimizer = make_optimizer(student.trained.values(), processes.device)
         self.curve: list[dict[str, float]] = []
         self.seconds = 0.0  # in training, over all runs of the job
+        self._paces: list[float] = []  # seconds of a step, from one line of the log to the next, saving apart
+        self._logged = (0, 0.0)  # the step after which the device was last waited for, and when that was
         self._sums = torch.zeros(3, device=processes.device)  # since the last log line
         self._counts = torch.zeros(3, dtype=torch.float64)
 
@@ -67,10 +70,11 @@ class Loop:
         if resumed is not None:
             first = self._restore(resumed)
         started = time.monotonic()
+        self._logged = (first, started)
         with Stopping() as stopping, self.console.progress("distill", self.steps) as progress:
             progress.advance(first)
             for step in range(first, self.steps):
-                self._step(step)
+                self.step(step)
                 done = step + 1
                 self.seconds, started = self.seconds + time.monotonic() - started, time.monotonic()
                 stopping.asked = self.processes.largest(stopping.asked)
@@ -79,6 +83,7 @@ class Loop:
                 progress.advance(1, self._log(done) if done % LOG_EVERY == 0 or save else "")
                 if save:
                     self._save(done)
+                    self._logged = (done, time.monotonic())
                 if stopping.asked:
                     self.console.say(f"state after step {done} of {self.steps} is saved")
                     stopping.raise_again()
@@ -97,11 +102,14 @@ class Loop:
 
     def facts(self) -> dict[str, Any]:
         """What the report says about the training."""
-        return training_facts(self.steps, self.steps * self._tokens_per_step, self.seconds, self.curve)
+        facts = training_facts(self.steps, self.steps * self._tokens_per_step, self.seconds, self.curve)
+        settled = self._paces[1:] or self._paces  # the first steps compile kernels and grow the allocator
+        return facts | ({"seconds_per_step": round(statistics.median(settled), 4)} if settled else {})
 
     # One step
 
-    def _step(self, step: int) -> None:
+    def step(self, step: int) -> None:
+        """Does not wait for the device."""
         rows = rows_of_step(step, self.per_step, self.rows.trained, self.asked.seed)
         counts = _counts(self.rows.counted[rows])
         share = self.per_step // self.processes.count
@@ -127,13 +135,18 @@ class Loop:
         self._sums += sums.detach()
 
     def _losses(self, model: torch.nn.Module, part: Tensor, weights: Weights) -> Tensor:
-        ids = self.rows.ids[part].to(self.processes.device, non_blocking=True)
-        counted = self.rows.counted[part].to(self.processes.device, non_blocking=True)
+        rows = self.rows.counted[part]
+        ids, counted = (self._on_device(tensor) for tensor in (self.rows.ids[part], rows))
         with torch.autocast(self.processes.device.type, self.dtype, enabled=self.dtype != torch.float32):
             signals = self.teacher(part, ids)
             out = model(input_ids=ids, use_cache=False, output_hidden_states=bool(weights.squarehead))
         hidden = out.hidden_states[1:] if weights.squarehead else ()
-        return loss_sums(out.logits, hidden, ids, counted, signals, weights)
+        return loss_sums(out.logits, hidden, ids, counted, signals, weights, padded=not bool(rows.all()))
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        """From pinned memory: a copy from other memory would wait for the device."""
+        device = self.processes.device
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
     # Reports and saved states
 
@@ -144,6 +157,9 @@ class Loop:
         self._counts.zero_()
         if not all(math.isfinite(value) for value in means.values()):
             raise not_finite(", ".join(f"{name} {value:g}" for name, value in means.items()), f"step {done} of {self.steps}", self.asked)
+        before, now = self._logged, time.monotonic()
+        self._paces.append((now - before[1]) / (done - before[0]))
+        self._logged = (done, now)
         rate = learning_rate(done - 1, self.steps, self.asked)
         self.curve.append({"step": done, "tokens": done * self._tokens_per_step, "learning_rate": rate, **means})
         left = duration(self.seconds / done * (self.steps - done))

@@ -50,7 +50,7 @@ from marlinctl.planning.training_settings import check_settings, check_sizes
 from marlinctl.recipes.schema import Distill, Recipe, recipe_hash
 from marlinctl.report.files import report_files
 from marlinctl.system.console import Console
-from marlinctl.system.devices import device_peaks, forget_device_peaks, forward_dtype, threads
+from marlinctl.system.devices import device_peaks, forget_device_peaks, forward_dtype, grow_segments, threads
 from marlinctl.system.host import peak_rss
 from marlinctl.system.offload import Scratch
 from marlinctl.system.processes import Processes as AllProcesses
@@ -97,6 +97,7 @@ def run_distill(
     joined: the processes of the run that this is a stage of.
     """
     processes = Processes(options.device, joined)
+    grow_segments(processes.device)
     forget_device_peaks(processes.device)  # `compress` quantizes first
     run = _Run(out, recipe, options, console, processes, DistillJob(out), forward_dtype(processes.device, options.dtype))
     asked = {"student": student, "teacher": teacher, "recipe": recipe.model_dump(mode="json"), "options": options.document()}
@@ -244,7 +245,7 @@ def _train(run: _Run, opened: TrainingInputs, rows: Rows, state: State | None) -
             teacher = run.whole_teacher(opened)
             require_same_weights("teacher", teacher, processes)
             ask = live(teacher, weights)
-        student = load_student(opened, asked.mode, asked.checkpointing, processes)
+        student = load_student(opened, asked.mode, asked.checkpointing, processes, run.dtype)
         comparison.require_same_losses("student", student.model)
         loop = Loop(
             student, ask, rows, asked,
@@ -328,7 +329,9 @@ def _publish_again(run: _Run) -> dict[str, Any]:
 def _report(
     run: _Run, opened: TrainingInputs, rows: Rows, training: Mapping[str, Any], before: Mapping[str, float], after: Mapping[str, float]
 ) -> dict[str, Any]:
+    """Peaks are the main process's, and those of each. All processes must ask together."""
     device = run.processes.device
+    peaks = {"peak_memory_bytes": peak_rss(), **device_peaks(device)}
     return {
         "kind": "distill",
         "command": run.options.command,
@@ -346,8 +349,8 @@ def _report(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "processes": run.processes.count,
         "dtype": str(run.dtype).removeprefix("torch."),
-        "peak_memory_bytes": peak_rss(),
-        **device_peaks(device),
+        **peaks,
+        "peaks": run.processes.gather(peaks),
     }
 
 

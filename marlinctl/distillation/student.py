@@ -1,6 +1,7 @@
 """The student as the loop trains it: transformers' model, which of its parameters are trained, and what stays zero.
 
-Weights are held in float32, whatever the checkpoint stores: a step of 1e-4 on a bfloat16 weight would mostly round to nothing.
+Weights are held in float32, whatever the checkpoint stores: a step of 1e-4 on a bfloat16 weight would mostly round to nothing. Where they
+are sharded, they are gathered in the dtype of products: half of the bytes, and no copy of every weight for the backward pass.
 The model stays in eval mode, so nothing in it is random.
 """
 
@@ -61,8 +62,8 @@ class Student:
                     yield tensor, full[self.places[tensor].index]
 
 
-def load_student(opened: TrainingInputs, mode: str, checkpointing: bool, processes: Processes) -> Student:
-    """Read the student and prepare it for training in this process."""
+def load_student(opened: TrainingInputs, mode: str, checkpointing: bool, processes: Processes, dtype: torch.dtype) -> Student:
+    """Read the student and prepare it for training in this process. dtype: of products."""
     known = opened.student.architecture
     model = load_dense(opened.student.source.folder, dtype=torch.float32, device="cpu" if processes.sharded else processes.device)
     model.requires_grad_(False)
@@ -78,7 +79,8 @@ def load_student(opened: TrainingInputs, mode: str, checkpointing: bool, process
     if checkpointing:
         for block in blocks:  # keeps a block's input alone and runs it again in the backward pass
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    processes.shard(model, blocks)
+    # A factor beside a scale is 1 and a little, which bfloat16 would round away.
+    processes.shard(model, blocks, None if mode == "scales" or dtype == torch.float32 else dtype)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     pruned = [] if mode == "scales" else _pruned(model, places, opened, processes)
     return Student(model, trained, pruned, places, scaled)

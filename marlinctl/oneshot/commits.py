@@ -18,8 +18,7 @@ from types import TracebackType
 
 import torch
 
-_MOST_WAITING = 8  # blocks, the one in work among them
-MOST_BYTES = 4 << 30  # of the device's memory that they hold; one block may be larger
+from marlinctl.planning.memory import QUEUED_BLOCKS, QUEUED_BYTES
 
 
 class Commits:
@@ -44,7 +43,7 @@ class Commits:
         if self._pool is None:
             work()
             return
-        while not self.idle and (len(self._queue) >= _MOST_WAITING or size + sum(held for _, held in self._queue) > MOST_BYTES):
+        while not self.idle and (len(self._queue) >= QUEUED_BLOCKS or size + sum(held for _, held in self._queue) > QUEUED_BYTES):
             self._take()
         made = torch.cuda.Event()
         made.record(torch.cuda.current_stream(self._device))

@@ -5,8 +5,8 @@
                        the recipe ──────────────┘
 
 Time and memory of a solve depend on shapes and recipe alone, not on values, so random ones will do. What it costs is one solve of the many
-that follow. The forward pass has attention and norms beside its products, so its rate is that of products times what the measured machines
-keep of it.
+that follow. The forward pass has attention and norms beside its products. On a CPU its rate is that of products times what the measured
+machines keep of it; on a GPU they are counted apart (planning/gpu_time.py).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from marlinctl.system.host import release_heap
 
 _SEED = 0
 _FEW_ROWS = 8
-_FORWARD_SHARE = 0.7  # of the rate of products that a forward pass through a block keeps
+_FORWARD_SHARE = 0.7  # of the rate of products that a forward pass through a block keeps on a CPU
 
 
 def run_probe(
@@ -53,7 +53,7 @@ def run_probe(
         ResourceProblem: E522, it does not fit into memory.
     """
     speed = machine(device.type, torch.get_num_threads(), dtype.itemsize, matrix_units=False)
-    stage = largest_stage(architecture, compressed, recipe, speed)
+    stage = largest_stage(architecture, compressed, recipe, speed, corrects_drift=corrects_drift)
     solver = StackedSolver.of(recipe, corrects_drift=corrects_drift, bfloat16_exact=False, steps=steps)
     forget_device_peaks(device)
     try:
@@ -103,7 +103,7 @@ def probe_before(opened: RunInputs, recipe: Recipe, steps: PruneSteps, console: 
     )
     work = Work.of(recipe, element=opened.dtype.itemsize, corrects_drift=opened.corrects_drift, on_device=opened.device.type == "cuda")
     counted_at = machine(opened.device.type, torch.get_num_threads(), opened.dtype.itemsize, matrix_units=has_matrix_units())
-    speed = machine_of_probe(counted_at, measured, recipe)
+    speed = machine_of_probe(counted_at, measured, recipe, corrects_drift=opened.corrects_drift)
     size = sum(tensor.nbytes for tensor in opened.checkpoint.tensors.values())
     left = sum(seconds_of_blocks(opened.architecture, sizes, work, recipe, speed, size).values())
     stage = measured.stage
@@ -140,7 +140,7 @@ def _measure(stage: Stage, solver: StackedSolver, hidden: int, device: torch.dev
     return ProbeResult(
         stage=stage,
         seconds=seconds,
-        products=_FORWARD_SHARE * 2 * stage.rows * stage.k * CHUNK_TOKENS / seconds_forward,
+        products=(1.0 if device.type == "cuda" else _FORWARD_SHARE) * 2 * stage.rows * stage.k * CHUNK_TOKENS / seconds_forward,
         gram=stage.k**2 * CHUNK_TOKENS / seconds_gram,
         device_peak=peaks["peak_device_memory_bytes"],
         device_reserved=peaks["peak_device_reserved_bytes"],

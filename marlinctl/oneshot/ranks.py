@@ -22,7 +22,7 @@ from torch import Tensor
 from marlinctl.checkpoint.contents import Contents
 from marlinctl.data.calibration import CalibrationSet
 from marlinctl.data.tokens import Tokens
-from marlinctl.errors import CheckFailed, Problem, UsageError
+from marlinctl.errors import CheckFailed, Problem
 from marlinctl.oneshot.gram import SolveStage
 from marlinctl.oneshot.open import RunInputs
 from marlinctl.oneshot.sequential import SequentialPipeline
@@ -30,14 +30,6 @@ from marlinctl.quantize.types import Hessian
 from marlinctl.system.processes import Processes
 
 # ---- before the work -----------------------------------------------------------------------------------------------------------------
-
-
-def require_samples(samples: int, processes: Processes) -> None:
-    """UsageError E288 where a process would have none."""
-    if samples < processes.count:
-        what = f"{samples} calibration samples cannot be spread over {processes.count} processes: each needs one at least"
-        fix = f"--samples {processes.count} or more, or fewer processes (--num_processes {max(samples, 1)})"
-        raise UsageError("E288", what, where="--samples", fix=fix)
 
 
 def open_on_all(processes: Processes, look: Callable[[Contents | None], RunInputs]) -> RunInputs:

@@ -41,7 +41,7 @@ from marlinctl.jobs.journal import Request
 from marlinctl.models.architectures import Block
 from marlinctl.models.meta_model import build
 from marlinctl.oneshot import ranks
-from marlinctl.oneshot.commits import MOST_BYTES, Commits, Pace
+from marlinctl.oneshot.commits import Commits, Pace
 from marlinctl.oneshot.documents import manifest_of, model_config, published_report, report_of, versions, write_reports
 from marlinctl.oneshot.layers import LayerQuantizer, LayerRecord, SolvedLinear
 from marlinctl.oneshot.open import Options, RunInputs, check_request, open_model
@@ -52,7 +52,7 @@ from marlinctl.oneshot.sequential import SequentialPipeline
 from marlinctl.oneshot.solve import steps_on
 from marlinctl.oneshot.written import verify_written
 from marlinctl.planning.memory import CHUNK_TOKENS, CHUNK_TOKENS_ON_DEVICE, Work, predicted_device_peak
-from marlinctl.planning.preflight import check_lengths
+from marlinctl.planning.preflight import check_lengths, require_samples
 from marlinctl.recipes.schema import Recipe
 from marlinctl.sparsify.steps import TORCH, PruneSteps
 from marlinctl.system.background import begun
@@ -97,7 +97,7 @@ def run_job(
         if processes.main:
             if not options.resume:
                 check()
-                ranks.require_samples(recipe.calibration.samples, processes)
+                require_samples(recipe.calibration.samples, processes.count)
             stack.enter_context(job.held(request, resume=options.resume, console=console, launcher=processes.launcher))
             console.log_to(job.log)
         if processes.share(job.publishing is not None and options.redo_from is None):
@@ -230,7 +230,7 @@ def _calibration(
             load_model=lambda: _whole_model(folder, opened.dtype, opened.device),
         )
     )
-    ranks.require_samples(len(made.tokens.ids), processes)
+    require_samples(len(made.tokens.ids), processes.count)
     facts = _fingerprint(opened, recipe, made, steps)
     if job.begun:
         job.check(facts)
@@ -295,7 +295,7 @@ def _left_on_device(solving: LayerQuantizer) -> int:
     torch.cuda.empty_cache()
     free = limit_device_memory(opened.device, solving.options.device_memory)
     work = Work.of(solving.recipe, element=opened.dtype.itemsize, corrects_drift=opened.corrects_drift, on_device=True)
-    return max(0, free - predicted_device_peak(opened.architecture, opened.plan.group_sizes, work) - MOST_BYTES)
+    return max(0, free - predicted_device_peak(opened.architecture, opened.plan.group_sizes, work))
 
 
 def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: _Attempt) -> None:

@@ -85,6 +85,12 @@ def scratch_bytes(architecture: Architecture, work: Work) -> int:
     return tokens * work.element * sum(widths.values())
 
 
+def resident_bytes(architecture: Architecture, work: Work) -> int:
+    """What one rank keeps on its device of all this, and of the hidden states, where there is room (system/offload.py)."""
+    hidden = work.length * architecture.hidden_size * work.element * (2 if work.corrects_drift else 1)
+    return work.own_samples * (scratch_bytes(architecture, work) // work.samples + hidden)
+
+
 def needed_by_distillation(architecture: Architecture, result: int, asked: Distill) -> int:
     """Bytes beside the result: two states (weights and two moments in float32) and what the teacher predicts."""
     trained, blocks = trained_weights(architecture), len(architecture.blocks)

@@ -32,8 +32,11 @@ from marlinctl.sparsify import memory as sparsify
 
 CHUNK_TOKENS = 2048  # tokens in flight: enough for full speed of the matrix units, little enough for any memory
 CHUNK_TOKENS_ON_DEVICE = 8192  # of a GPU: launches are expensive there, memory is not
+QUEUED_BLOCKS = 8  # blocks of a GPU on their way to the disk, the one in work among them (oneshot/commits.py)
+QUEUED_BYTES = 4 << 30  # of the device's memory that they hold; one block may be larger
 SHARD_BYTES = 1 << 30  # finished tensors that `pack` keeps in memory before they become a shard
 
+STORED = 2  # bytes of a weight in the checkpoint
 BASE = 310 << 20  # python, torch and transformers before any tensor, and the threads' buffers
 BASE_ON_DEVICE = 790 << 20  # CUDA context and libraries: what nvidia-smi counts beyond torch's own (H200, torch 2.11.0+cu130, driver 580)
 _HEAP_BELOW = 32 << 20  # glibc takes smaller arrays from its heap, and keeps what is freed there (mallopt(3), M_MMAP_THRESHOLD)
@@ -57,9 +60,19 @@ class Work:
     scheme: Scheme
     writes_text: bool  # --calibration self
     on_device: bool
+    ranks: int = 1  # processes that share samples and rows; memory is that of each
+
+    @property
+    def own_samples(self) -> int:
+        """Of the rank that has most."""
+        return -(-self.samples // self.ranks)
+
+    def own_rows(self, rows: int) -> int:
+        """Of a solve, in the rank that has most."""
+        return -(-rows // self.ranks)
 
     @classmethod
-    def of(cls, recipe: Recipe, *, element: int, corrects_drift: bool, on_device: bool) -> Work:
+    def of(cls, recipe: Recipe, *, element: int, corrects_drift: bool, on_device: bool, ranks: int = 1) -> Work:
         asked = recipe.calibration
         return cls(
             samples=asked.samples,
@@ -71,6 +84,7 @@ class Work:
             scheme=recipe.scheme,
             writes_text=asked.source == "self",
             on_device=on_device,
+            ranks=ranks,
         )
 
 
@@ -85,7 +99,7 @@ class Stage:
 
 
 def predicted_peak(architecture: Architecture, compressed: Mapping[str, int], work: Work) -> int:
-    """Anonymous host memory of a run at its peak, in bytes. compressed: linear -> group size."""
+    """Anonymous host memory of a run at its peak, in bytes; of several ranks, that of each. compressed: linear -> group size."""
     hidden, base = _hidden_states(architecture, work) + _text(work), BASE + _tokenizer(architecture)
     if work.on_device:  # weights pass through on their way to the device, results on their way back
         stage = max(8 * (s.rows + s.other_rows) * s.k for s in stages(architecture, compressed))
@@ -95,9 +109,34 @@ def predicted_peak(architecture: Architecture, compressed: Mapping[str, int], wo
 
 
 def predicted_device_peak(architecture: Architecture, compressed: Mapping[str, int], work: Work) -> int:
-    """Memory of the CUDA device at the peak, in bytes, without the activations that stay there when there is room (system/offload.py)."""
-    running = _block_bytes(architecture, work) + _solving(architecture, compressed, work)
+    """Memory of the CUDA device at the peak, in bytes, without the activations that stay there when there is room (system/offload.py).
+    Each rank has a device of its own."""
+    beside = _read_ahead(architecture) + _queued(architecture, compressed, work)
+    running = _block_bytes(architecture, work) + _solving(architecture, compressed, work) + beside
     return BASE_ON_DEVICE + max(running, _writing(architecture, work))
+
+
+def _read_ahead(architecture: Architecture) -> int:
+    """Weights on the device that a thread has read: what is left of this block, and all of the next (oneshot/reading.py)."""
+    sizes = sorted(sum(spec.out_features * spec.in_features for spec in block.linears.values()) for block in architecture.blocks)
+    return STORED * sum(sizes[-2:])
+
+
+def _queued(architecture: Architecture, compressed: Mapping[str, int], work: Work) -> int:
+    """Results on the device: those of this block, and of finished ones where the disk is slow, with a copy of the hidden states
+    (oneshot/commits.py)."""
+    block = max(sum(_result_bytes(spec, compressed, work) for spec in block.linears.values()) for block in architecture.blocks)
+    finished, states = min(len(architecture.blocks) - 1, QUEUED_BLOCKS), _hidden_states(architecture, work)
+    return block + (min(finished * block + states, max(QUEUED_BYTES, block + states)) if finished else 0)
+
+
+def _result_bytes(spec: LinearSpec, compressed: Mapping[str, int], work: Work) -> int:
+    """Codes as int8 and scales as float16, or the pruned weight; and the mask, a byte for each weight."""
+    if spec.name not in compressed:
+        return 0
+    weights, size = spec.out_features * spec.in_features, compressed[spec.name]
+    scales = 2 * spec.out_features * (1 if size == -1 else spec.in_features // size)
+    return (weights + scales if work.scheme.quantizes else STORED * weights) + (weights if work.scheme.prunes else 0)
 
 
 _BASE_OF_CUDA = 1 << 30  # what the CUDA libraries take of host memory; with it, three runs on an H200 were planned 5 to 13 % too high
@@ -107,7 +146,7 @@ def stages(architecture: Architecture, compressed: Mapping[str, int]) -> set[Sta
     """The different solves of a run."""
     found = {stage for block in architecture.blocks for stage in stages_of_block(block, compressed)}
     if architecture.head is not None and architecture.head.name in compressed:
-        found.add(_stage([architecture.head], compressed))
+        found.add(stage_of([architecture.head], compressed))
     return found
 
 
@@ -121,11 +160,12 @@ def stages_of_block(block: Block, compressed: Mapping[str, int]) -> Counter[Stag
         groups += [(1, block.mlp.first), (1, (block.mlp.last,))]
     found: Counter[Stage] = Counter()
     for count, names in groups:
-        found[_stage([block.linears[prefix + name] for name in names], compressed)] += count
+        found[stage_of([block.linears[prefix + name] for name in names], compressed)] += count
     return found
 
 
-def _stage(linears: list[LinearSpec], compressed: Mapping[str, int]) -> Stage:
+def stage_of(linears: list[LinearSpec], compressed: Mapping[str, int]) -> Stage:
+    """The solve of linears that share an input."""
     rows = sum(spec.out_features for spec in linears if spec.name in compressed)
     k = linears[0].in_features
     sizes = [compressed[spec.name] for spec in linears if spec.name in compressed]
@@ -134,7 +174,7 @@ def _stage(linears: list[LinearSpec], compressed: Mapping[str, int]) -> Stage:
 
 
 def _hidden_states(architecture: Architecture, work: Work) -> int:
-    return work.samples * work.length * architecture.hidden_size * work.element * (2 if work.corrects_drift else 1)
+    return work.own_samples * work.length * architecture.hidden_size * work.element * (2 if work.corrects_drift else 1)
 
 
 def _tokenizer(architecture: Architecture) -> int:
@@ -169,8 +209,9 @@ def _solving(architecture: Architecture, compressed: Mapping[str, int], work: Wo
 
 def _phases(architecture: Architecture, stage: Stage, work: Work) -> Iterator[Arrays]:
     """The arrays that are alive in each phase of one stage."""
-    k, rows, tokens = stage.k, stage.rows, max(CHUNK_TOKENS_ON_DEVICE if work.on_device else CHUNK_TOKENS, work.length)
-    held = [(1, 4 * stage.other_rows * k)]  # weights that pass through the solve untouched
+    k, rows, tokens = stage.k, work.own_rows(stage.rows), max(CHUNK_TOKENS_ON_DEVICE if work.on_device else CHUNK_TOKENS, work.length)
+    # Weights that pass through the solve untouched, or come out of other ranks' solves, as weights and codes.
+    held = [(1, 4 * stage.other_rows * k), (1, 5 * (stage.rows - rows) * k)]
     if work.on_device:
         held += quantize.split(rows, k)
     if work.corrects_drift:  # E[(x' - x) xᵀ], E[(r' - r) xᵀ] and the stack before it was matched

@@ -42,9 +42,11 @@ from marlinctl.planning.preflight import (
     check_texts,
     formats_of,
     look,
+    require_samples,
     stored_once,
     wants_mask,
 )
+from marlinctl.planning.training_settings import check_settings, check_sizes
 from marlinctl.recipes.schema import Recipe, divided, recipe_hash
 from marlinctl.system.console import Console
 from marlinctl.system.devices import free_device_memory, has_matrix_units, planned_dtype
@@ -64,7 +66,8 @@ class Settings:
     cache_dir: Path | None = None
     threads: int | None = None
     max_memory: int | None = None  # bytes; None: what is free
-    device_memory: int | None = None  # bytes; None: what nvidia-smi says
+    device_memory: int | None = None  # bytes of each GPU; None: what nvidia-smi says
+    ranks: int = 1  # processes that share the work, all on this host; on GPUs each has one
     module_map: Path | None = None
     task_data: Path | None = None
     files_are_here: bool = False  # texts and the tasks' data: else the run takes place where they are, and they are not looked at
@@ -94,11 +97,25 @@ def make_plan(model: str, recipe: Recipe, settings: Settings, console: Console) 
     if not re.fullmatch(r"(cpu|cuda)(:\d{1,3})?", settings.device, re.ASCII):
         raise UsageError("E202", f"unknown device {settings.device}", where="--device", fix="give cpu, cuda or cuda:N")
     check_arguments(recipe, settings.module_map, distils=True)
+    _check_ranks(recipe, settings)
     _check_evaluation(recipe, settings, None, console)
     with headers(model, revision=settings.revision, cache_dir=settings.cache_dir, offline=console.offline, console=console) as seen:
         check_lengths(recipe, seen.checkpoint.config, distils=True)
+        if divided(recipe) is not None:
+            check_sizes(recipe.distill, seen.checkpoint.config, settings.ranks, where="--distill-sequence-length")
         _check_evaluation(recipe, settings, seen.checkpoint, console)
         return _document(seen, recipe, settings, console)
+
+
+def _check_ranks(recipe: Recipe, settings: Settings) -> None:
+    require_samples(recipe.calibration.samples, settings.ranks)
+    if settings.ranks == 1:
+        return
+    if divided(recipe) is not None:
+        check_settings(recipe.distill, settings.ranks)
+    if ":" in settings.device:
+        what = f"{settings.ranks} processes have a GPU each, and {settings.device} is one"
+        raise UsageError("E288", what, where="--device", fix="--device cuda")
 
 
 def _check_evaluation(recipe: Recipe, settings: Settings, checkpoint: Checkpoint | None, console: Console) -> None:
@@ -128,7 +145,7 @@ def _document(seen: Headers, recipe: Recipe, settings: Settings, console: Consol
     outputs = [_output(seen, looked, found, recipe, fmt) for fmt in _formats(recipe)]
     small = sum(len(data) for _, data in companions(seen.checkpoint.folder)) if seen.files else 0
     stages = _stages(recipe, looked, settings, _ELEMENT[dtype])
-    memory = _memory(looked, outputs, stages, recipe)
+    memory = _memory(looked, outputs, stages, recipe, settings.ranks)
     disk = _disk(seen, looked, found, outputs, small, stages, recipe)
     checks = _checks(memory, disk, seen, settings)
     probed = {name: settings.probe(looked, part, dtype) for name, part, _ in stages} if settings.probe else {}
@@ -145,7 +162,7 @@ def _document(seen: Headers, recipe: Recipe, settings: Settings, console: Consol
             "dtypes": sorted({tensor.dtype for tensor in info.values()}),
         },
         "recipe": {"name": recipe.name, "sha256": recipe_hash(recipe), **recipe.model_dump(mode="json", exclude={"name", "description"})},
-        "settings": {"device": settings.device, "dtype": dtype},
+        "settings": {"device": settings.device, "dtype": dtype, "ranks": settings.ranks},
         "linears": _linears(looked, found, recipe),
         "outputs": [_describe(output, looked, found, recipe, seen, small) for output in outputs],
         "memory": memory,
@@ -154,7 +171,7 @@ def _document(seen: Headers, recipe: Recipe, settings: Settings, console: Consol
         "probe": [{"name": name, **asdict(measured)} for name, measured in probed.items()],
         "checks": [{**asdict(check), "fits": check.fits} for check in checks],
         "fits": all(check.fits for check in checks),
-        "notes": _notes(seen, found, recipe),
+        "notes": _notes(seen, found, recipe, settings.ranks),
     }
 
 
@@ -181,7 +198,8 @@ def _stages(recipe: Recipe, looked: ModelPlan, settings: Settings, element: int)
 
     def one(name: str, part: Recipe) -> tuple[str, Recipe, Work]:
         on_device = settings.device.startswith("cuda")
-        return name, part, Work.of(part, element=element, corrects_drift=looked.corrects_drift, on_device=on_device)
+        work = Work.of(part, element=element, corrects_drift=looked.corrects_drift, on_device=on_device, ranks=settings.ranks)
+        return name, part, work
 
     parts = divided(recipe)
     if parts is None:
@@ -189,9 +207,11 @@ def _stages(recipe: Recipe, looked: ModelPlan, settings: Settings, element: int)
     return [one("prune", parts[0]), one("quantize", parts[1])]
 
 
-def _memory(looked: ModelPlan, outputs: list[disk_space.Output], stages: list[tuple[str, Recipe, Work]], recipe: Recipe) -> dict[str, Any]:
-    """Bytes at the peak of each stage, on the host and on the device. Evaluation takes what is free, or is left out
-    (evaluation/gate.py).
+def _memory(
+    looked: ModelPlan, outputs: list[disk_space.Output], stages: list[tuple[str, Recipe, Work]], recipe: Recipe, ranks: int
+) -> dict[str, Any]:
+    """Bytes at the peak of each stage, on the host and on the device: of one process, and of all on the host together. Evaluation takes
+    what is free, or is left out (evaluation/gate.py).
     """
     known, sizes = looked.architecture, looked.plan.group_sizes
     host = {name: predicted_peak(known, sizes, work) for name, _, work in stages}
@@ -200,10 +220,11 @@ def _memory(looked: ModelPlan, outputs: list[disk_space.Output], stages: list[tu
     if divided(recipe) is not None:
         training = predicted_distillation(known, recipe.distill)
         host["distil"], device = (host["prune"], device | {"distil": training}) if on_device else (training, device)
+    together = ranks * max(host.values())
     if [output.format for output in outputs] not in ([registry.INTERCHANGE], [registry.DENSE]):
         host["pack"] = predicted_repack([n * k for n, k in looked.shapes.values()], [output.linears for output in outputs])
     return {
-        "host": {"peak": max(host.values()), "stages": host},
+        "host": {"peak": max(host.values()), "stages": host, "processes": ranks, "together": max(together, *host.values())},
         "device": {"peak": max(device.values()), "stages": device, "activations": _activations(known, stages)} if device else None,
     }
 
@@ -212,7 +233,7 @@ def _activations(known: Architecture, stages: list[tuple[str, Recipe, Work]]) ->
     """What stays on the device besides, where half of what is free suffices (system/offload.py); in host memory or on disk where it does
     not.
     """
-    return max(disk_space.scratch_bytes(known, work) for _, _, work in stages)
+    return max(disk_space.resident_bytes(known, work) for _, _, work in stages)
 
 
 def _disk(
@@ -247,12 +268,11 @@ def _disk(
 def _checks(memory: Mapping[str, Any], disk: Mapping[str, Any], seen: Headers, settings: Settings) -> list[Check]:
     limit = settings.max_memory
     where = "free memory of this machine" if limit is None else "--max-memory"
-    checks = [Check("host memory", memory["host"]["peak"], available_memory() if limit is None else limit, where)]
+    several = f" of {settings.ranks} processes" if settings.ranks > 1 else ""
+    checks = [Check(f"host memory{several}", memory["host"]["together"], available_memory() if limit is None else limit, where)]
     if memory["device"] is not None:
-        card = None if settings.device_memory is not None else free_device_memory(settings.device)
-        available = settings.device_memory if settings.device_memory is not None else card[1] if card else None
-        title = "--device-memory" if settings.device_memory is not None else card[0] if card else "no GPU was found; give --device-memory"
-        checks.append(Check("GPU memory", memory["device"]["peak"], available, title))
+        available, title = _device_memory(settings)
+        checks.append(Check("GPU memory" if settings.ranks == 1 else "memory of each GPU", memory["device"]["peak"], available, title))
     place = _existing(settings.out)
     needed = disk["during"]
     if seen.to_fetch:
@@ -263,6 +283,21 @@ def _checks(memory: Mapping[str, Any], disk: Mapping[str, Any], seen: Headers, s
             checks.append(Check("disk of the cache", seen.to_fetch, shutil.disk_usage(cache).free, str(cache)))
     checks.append(Check("disk", needed, shutil.disk_usage(place).free, str(place)))
     return checks
+
+
+def _device_memory(settings: Settings) -> tuple[int | None, str]:
+    """Bytes of the GPU, or of the one of all that has least, and where that is known from."""
+    if settings.device_memory is not None:
+        return settings.device_memory, "--device-memory"
+    if settings.ranks == 1:
+        card = free_device_memory(settings.device)
+        return (card[1], card[0]) if card else (None, "no GPU was found; give --device-memory")
+    found = [free_device_memory(f"cuda:{index}") for index in range(settings.ranks)]
+    cards = [card for card in found if card is not None]
+    if len(cards) < settings.ranks:
+        return None, f"{len(cards)} of {settings.ranks} GPUs were found; give --device-memory"
+    name, least = min(cards, key=lambda card: card[1])
+    return least, name
 
 
 def _existing(path: Path) -> Path:
@@ -337,25 +372,26 @@ def _time(
     probed: Mapping[str, time.ProbeResult],
 ) -> dict[str, Any]:
     """Seconds of each part, and what they rest on."""
-    cores = settings.threads or _cores()
+    cores = settings.threads or max(1, _cores() // settings.ranks)
     speed = time.machine(settings.device, cores, element, matrix_units=has_matrix_units())
     size = sum(tensor.nbytes for tensor in seen.checkpoint.tensors.values())
     parts: dict[str, float] = {}
     counted_at = speed
     for name, part, work in stages:
         if name in probed:
-            speed = time.machine_of_probe(counted_at, probed[name], part)
+            speed = time.machine_of_probe(counted_at, probed[name], part, corrects_drift=work.corrects_drift)
         seconds_of = time.seconds_of_blocks(looked.architecture, looked.plan.group_sizes, work, part, speed, size)
         parts = {name: parts.get(name, 0.0) + seconds for name, seconds in seconds_of.items()} | {
             k: v for k, v in parts.items() if k not in seconds_of
         }
     if divided(recipe) is not None:
-        parts["distil"] = time.seconds_of_training(looked.architecture, recipe.distill, speed)
+        parts["distil"] = time.seconds_of_training(looked.architecture, recipe.distill, speed) / settings.ranks
     return {
         "seconds": round(sum(parts.values())),
         "parts": {name: round(seconds, 1) for name, seconds in parts.items()},
         "basis": f"counted operations at the rates measured on {speed.title}; downloads and evaluation apart"
-        + ("" if probed else "; a factor of two either way"),
+        + ("" if probed else "; a factor of two either way")
+        + ("; the rate of the link between processes is a guess" if settings.ranks > 1 else ""),
     }
 
 
@@ -364,7 +400,7 @@ def _cores() -> int:
     return int(asked) if asked.isdecimal() and int(asked) > 0 else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
-def _notes(seen: Headers, found: Pattern, recipe: Recipe) -> list[str]:
+def _notes(seen: Headers, found: Pattern, recipe: Recipe, ranks: int) -> list[str]:
     notes = [seen.source.note] if seen.source.note else []
     if not recipe.scheme.quantizes and divided(recipe) is None:
         notes.append("at 16 bits this is what `marlinctl sparsify` writes")
@@ -378,4 +414,6 @@ def _notes(seen: Headers, found: Pattern, recipe: Recipe) -> list[str]:
         )
     if divided(recipe) is not None:
         notes.append("distillation is planned without its activations: --micro-batch and --checkpointing decide those")
+    if divided(recipe) is not None and ranks > 1:
+        notes.append("every process is planned to hold both models; FSDP2 divides them (docs/distill.md)")
     return notes

@@ -78,6 +78,14 @@ def check_lengths(recipe: Recipe, config: Mapping[str, Any], *, distils: bool) -
         check_sizes(recipe.distill, config, 1, where="--distill-sequence-length")
 
 
+def require_samples(samples: int, processes: int) -> None:
+    """UsageError E288 where a process that shares the calibration samples would have none."""
+    if samples < processes:
+        what = f"{samples} calibration samples cannot be spread over {processes} processes: each needs one at least"
+        fix = f"--samples {processes} or more, or fewer processes ({max(samples, 1)} at most)"
+        raise UsageError("E288", what, where="--samples", fix=fix)
+
+
 # ---- what needs the headers ----------------------------------------------------------------------------------------------------------
 
 

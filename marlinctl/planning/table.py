@@ -20,8 +20,9 @@ def _rows(plan: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     size = f"{model['parameters'] / 1e9:.2f} billion parameters, {_gigabytes(model['bytes'])} as {', '.join(model['dtypes'])}"
     yield "model", f"{model['model_type']}, {model['blocks']} blocks, {size}"
     asked = recipe["calibration"]
+    ranks = f", {settings['ranks']} processes" if settings["ranks"] > 1 else ""
     tokens = f"calibration {asked['samples']} x {asked['sequence_length']} tokens of {asked['source']}"
-    yield "recipe", f"{recipe['name']}, {tokens}, forward pass in {settings['dtype']} on {settings['device']}"
+    yield "recipe", f"{recipe['name']}, {tokens}, forward pass in {settings['dtype']} on {settings['device']}{ranks}"
     yield from _linears(plan["linears"])
     for output in plan["outputs"]:
         yield from _output(output)
@@ -71,15 +72,14 @@ def _output(output: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _memory(memory: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for title, key in (("host memory", "host"), ("GPU memory", "device")):
+    each = "each GPU" if memory["host"]["processes"] > 1 else "GPU memory"
+    for title, key in (("host memory", "host"), (each, "device")):
         if memory[key] is not None:
             stages = memory[key]["stages"]
             detail = f" ({', '.join(f'{name} {gibibytes(size)}' for name, size in stages.items())})" if len(stages) > 1 else ""
-            beside = (
-                f", and {gibibytes(memory[key]['activations'])} of activations where half of what is free holds them"
-                if key == "device"
-                else ""
-            )
+            if memory[key].get("processes", 1) > 1:
+                detail += f" in each of {memory[key]['processes']} processes, {gibibytes(memory[key]['together'])} together"
+            beside = f", and {gibibytes(memory[key]['activations'])} of activations, where there is room beside" if key == "device" else ""
             yield title, f"{gibibytes(memory[key]['peak'])} at the peak{detail}{beside}"
 
 

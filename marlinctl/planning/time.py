@@ -1,13 +1,14 @@
 """How long a run takes, from counted operations and the rates of machines that were measured. An estimate, and reported as one.
 
+A GPU's is made phase by phase (gpu_time.py). On a CPU:
+
     products     forward pass 2 N K a token, Gram matrix K² a token (both twice with drift correction), sweeps R K² a stack
-    columns      a step of the sweep for each column of each stack: what a GPU waits for
+    columns      a step of the sweep for each column of each stack
     elements     the scale search and the columns' arithmetic, a few passes over each weight for each candidate
     bytes        read for the scan, read again, written, read back
 
 Rates are those of docs/comparison.md and docs/log (SmolLM2-135M, 2026-11): a core of an AMD EPYC without matrix units, a core of an Intel
-Xeon with AMX, an NVIDIA H200 (Llama-3-8B's shape, int4, all blocks: 55 s predicted without text, 64 s measured,
-docs/log/2026-11-29-compression-speed.md). Other machines differ; the order of magnitude is what the figure is for.
+Xeon with AMX. Other machines differ; the order of magnitude is what the figure is for.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from dataclasses import dataclass, replace
 
 from marlinctl.data.calibration_size import SELF_BATCH
 from marlinctl.models.architectures import Architecture, Block, Experts
+from marlinctl.planning import gpu_time
+from marlinctl.planning.gpu_time import Gpu
 from marlinctl.planning.memory import Stage, Work, parameters, stages, stages_of_block
 from marlinctl.recipes.schema import Distill, Recipe
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Rates of one machine, all threads together."""
+    """Rates of one machine without a GPU, all threads together."""
 
     title: str
     products: float  # operations a second in the dtype of the forward pass, a multiplication and an addition being two
@@ -33,18 +36,20 @@ class Machine:
     elements: float  # a second, in element-wise passes
     memory: float  # bytes a second, for reading the whole model once a token
     layer: float  # seconds of overhead for a block of one token
-    files: float = 5e8  # bytes a second, through checks and digests; on a GPU the solver does not wait for them
+    files: float = 5e8  # bytes a second, through checks and digests
     solves: float = 1.0  # seconds that a solve took, over seconds that were counted for it
 
 
+_GPU_PRODUCTS, _GPU_MEMORY, _GPU_LAYER = 4e14, 2e12, 5e-4  # an H200's, of training and of writing text, which are not counted by phase
+_LINK = 2e9  # bytes a second between processes on one CPU: a guess
 _START = 10.0  # seconds until torch and transformers are imported and the model is built
 _PASSES = 2 * 9 * 8  # the scale search: two signs, nine candidates, eight passes each
 
 
-def machine(device: str, cores: int, element: int, *, matrix_units: bool) -> Machine:
-    """The measured machine that comes closest."""
+def machine(device: str, cores: int, element: int, *, matrix_units: bool) -> Machine | Gpu:
+    """The measured machine that comes closest. cores: of one process."""
     if device.startswith("cuda"):
-        return Machine("NVIDIA H200", 4e14, 2.6e14, 1.2e14, 2e-6, 2e11, 2e12, 5e-4, files=2.8e9)
+        return gpu_time.H200
     kind = "Intel Xeon with AMX" if matrix_units and element == 2 else "AMD EPYC"
     rate = 2.35e11 if matrix_units and element == 2 else 9e10 if element == 2 else 3.5e10
     return Machine(f"{cores} cores of an {kind}", cores * rate, cores * rate, cores * 3.5e10, 4e-6, cores * 1e9, 1.5e10, 1e-3)
@@ -57,35 +62,51 @@ class ProbeResult:
     stage: Stage
     seconds: float  # of the solve
     products: float  # operations a second
-    gram: float  # operations a second
+    gram: float  # K² of a token a second
     device_peak: int | None  # bytes that were alive on the CUDA device at the fullest moment
     device_reserved: int | None  # with what torch's allocator kept beside them
 
 
-def largest_stage(architecture: Architecture, compressed: Mapping[str, int], recipe: Recipe, speed: Machine) -> Stage:
+def largest_stage(
+    architecture: Architecture, compressed: Mapping[str, int], recipe: Recipe, speed: Machine | Gpu, *, corrects_drift: bool
+) -> Stage:
     """The solve that takes longest."""
-    return max(stages(architecture, compressed), key=lambda stage: (_seconds(speed, *_solve(stage, recipe)), stage.k))
-
-
-def machine_of_probe(speed: Machine, measured: ProbeResult, recipe: Recipe) -> Machine:
-    """`speed` with the rates that this machine has shown. Disk, start-up and one token at a time keep theirs."""
-    stage = measured.stage
-    return replace(
-        speed,
-        title=f"this machine, whose largest solve ({stage.rows} x {stage.k}) took {measured.seconds:.2f} s",
-        products=measured.products,
-        gram=measured.gram,
-        solves=measured.seconds / _seconds(speed, *_solve(stage, recipe)),
+    return max(
+        stages(architecture, compressed),
+        key=lambda stage: (_seconds_of_solve(stage, recipe, speed, corrects_drift=corrects_drift), stage.k),
     )
 
 
+def machine_of_probe(speed: Machine | Gpu, measured: ProbeResult, recipe: Recipe, *, corrects_drift: bool) -> Machine | Gpu:
+    """`speed` with the rates that this machine has shown. Disk, start-up and one token at a time keep theirs."""
+    stage = measured.stage
+    title = f"this machine, whose largest solve ({stage.rows} x {stage.k}) took {measured.seconds:.2f} s"
+    solves = measured.seconds / _seconds_of_solve(stage, recipe, speed, corrects_drift=corrects_drift)
+    if isinstance(speed, Gpu):
+        gram = measured.gram * gpu_time.gram_operations(stage.k) / stage.k**2
+        return gpu_time.with_probe(speed, title, forward=measured.products, gram=gram, solves=solves)
+    return replace(speed, title=title, products=measured.products, gram=measured.gram, solves=solves)
+
+
 def seconds_of_blocks(
+    architecture: Architecture, compressed: Mapping[str, int], work: Work, recipe: Recipe, speed: Machine | Gpu, model_bytes: int
+) -> dict[str, float]:
+    """Seconds of each part of one pass over the blocks, in the rank that has most to do."""
+    if isinstance(speed, Gpu):
+        parts = gpu_time.seconds_of_phases(gpu_time.counts(architecture, compressed, work, recipe, model_bytes), speed)
+    else:
+        parts = _seconds_of_parts(architecture, compressed, work, recipe, speed, model_bytes)
+    if work.writes_text:
+        parts["text"] = _writing(architecture, work, speed)
+    return parts
+
+
+def _seconds_of_parts(
     architecture: Architecture, compressed: Mapping[str, int], work: Work, recipe: Recipe, speed: Machine, model_bytes: int
 ) -> dict[str, float]:
-    """Seconds of each part of one pass over the blocks."""
-    tokens = work.samples * work.length
+    tokens = work.own_samples * work.length
     twice = 2 if work.corrects_drift else 1
-    forward = gram = sweeps = columns = elements = 0.0
+    forward = gram = sweeps = columns = elements = sent = 0.0
     for block in architecture.blocks:
         share = _share_of_tokens(block)
         for stage, count in stages_of_block(block, compressed).items():
@@ -93,7 +114,9 @@ def seconds_of_blocks(
             rows = stage.rows + stage.other_rows
             forward += count * 2 * rows * stage.k * seen * twice
             gram += count * stage.k**2 * seen * (3 if work.corrects_drift else 1)
-            s, c, e = _solve(stage, recipe)
+            s, c, e = _solve(replace(stage, rows=work.own_rows(stage.rows)), recipe)
+            sums = 4 * stage.k**2 * (2 if work.corrects_drift else 1)
+            sent += count * (2 * sums + 4 * stage.rows * stage.k) * (work.ranks - 1) / work.ranks
             sweeps, columns, elements = sweeps + count * s, columns + count * c, elements + count * e
     parts = {
         "start": _START,
@@ -102,9 +125,13 @@ def seconds_of_blocks(
         "solve": speed.solves * _seconds(speed, sweeps, columns, elements),
         "files": 3.5 * model_bytes / speed.files,
     }
-    if work.writes_text:
-        parts["text"] = _writing(architecture, work, speed)
-    return parts
+    return parts | ({"between ranks": sent / _LINK} if work.ranks > 1 else {})
+
+
+def _seconds_of_solve(stage: Stage, recipe: Recipe, speed: Machine | Gpu, *, corrects_drift: bool) -> float:
+    if isinstance(speed, Gpu):
+        return gpu_time.seconds_of_solve(stage, recipe, speed, corrects_drift=corrects_drift)
+    return _seconds(speed, *_solve(stage, recipe))
 
 
 def _seconds(speed: Machine, sweeps: float, columns: float, elements: float) -> float:
@@ -137,15 +164,20 @@ def _solve(stage: Stage, recipe: Recipe) -> tuple[float, float, float]:
     return operations, columns, passes * rows * k
 
 
-def _writing(architecture: Architecture, work: Work, speed: Machine) -> float:
+def _writing(architecture: Architecture, work: Work, speed: Machine | Gpu) -> float:
     """The model reads all its weights for each token that a batch of samples writes."""
     batches = -(-work.samples // SELF_BATCH)
     weights = parameters(architecture)
     together = min(SELF_BATCH, work.samples)
-    step = max(weights * work.element / speed.memory, 2 * weights * together / speed.products) + len(architecture.blocks) * speed.layer
+    memory, layer = (_GPU_MEMORY, _GPU_LAYER) if isinstance(speed, Gpu) else (speed.memory, speed.layer)
+    step = max(weights * work.element / memory, 2 * weights * together / _products(speed)) + len(architecture.blocks) * layer
     return batches * (work.length - 1) * step
 
 
-def seconds_of_training(architecture: Architecture, asked: Distill, speed: Machine) -> float:
+def _products(speed: Machine | Gpu) -> float:
+    return _GPU_PRODUCTS if isinstance(speed, Gpu) else speed.products
+
+
+def seconds_of_training(architecture: Architecture, asked: Distill, speed: Machine | Gpu) -> float:
     """Student forward and backward, and the teacher's forward: 8 operations a weight and token, 10 with checkpointing."""
-    return asked.tokens * parameters(architecture) * (10 if asked.checkpointing else 8) / speed.products
+    return asked.tokens * parameters(architecture) * (10 if asked.checkpointing else 8) / _products(speed)

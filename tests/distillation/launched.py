@@ -2,10 +2,12 @@
 
 accelerate launch ... launched.py distill STUDENT OUT ...      the command line of marlinctl
 accelerate launch ... launched.py agreement FOLDER             what is found where processes differ, as JSON from process 0
+accelerate launch ... launched.py gathering FOLDER             a sharded model in bfloat16: dtypes, and gradients against a whole one's
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
@@ -22,7 +24,7 @@ from transformers.integrations import is_fsdp_enabled
 from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.cli import main
 from marlinctl.distillation.agreement import Comparison, require_same_weights
-from marlinctl.distillation.distributed import Processes, local
+from marlinctl.distillation.distributed import Processes, local, whole
 from marlinctl.errors import CheckFailed
 from marlinctl.system.console import Console
 
@@ -84,9 +86,47 @@ def agreement(folder: Path) -> None:
     processes.part(None)
 
 
+def gathering(folder: Path) -> None:
+    """Each process has a row of its own; gradients are averaged over both."""
+    processes = Processes("cpu")
+    model = load_dense(folder, dtype=torch.float32)
+    rows = torch.arange(3, 67).reshape(2, 32)
+    whole_model = copy.deepcopy(model)
+    for parameter in whole_model.parameters():  # not the buffers: rotary frequencies stay float32
+        parameter.data = parameter.data.to(torch.bfloat16)
+    expected: dict[str, torch.Tensor] = {}
+    for row in rows:
+        _loss(whole_model, row).backward()
+        for name, parameter in whole_model.named_parameters():
+            assert parameter.grad is not None
+            expected[name] = expected.get(name, 0.0) + parameter.grad.double() / 2
+            parameter.grad = None
+    processes.shard(model, [model.get_submodule(f"model.layers.{i}") for i in range(2)], torch.bfloat16)
+    seen: dict[str, str] = {}
+    linear = model.get_submodule("model.layers.1.mlp.up_proj")
+    linear.register_forward_hook(lambda module, given, out: seen.update(weight=str(module.weight.dtype), stream=str(given[0].dtype)))
+    _loss(model, rows[processes.index]).backward()
+    found = {"dtypes": seen, "kept": sorted({str(p.dtype) for p in model.parameters()} | {str(p.grad.dtype) for p in model.parameters()})}
+    errors = {
+        name: float((whole(parameter.grad).double() - expected[name]).norm() / expected[name].norm())
+        for name, parameter in model.named_parameters()
+    }
+    everywhere = processes.gather({**found, "error": max(errors.values())})
+    if processes.main:
+        print(json.dumps(everywhere))
+    processes.part()
+
+
+def _loss(model: torch.nn.Module, row: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=row.unsqueeze(0), use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits[0, :-1].float(), row[1:])
+
+
 if __name__ == "__main__":
     PreTrainedModel._move_missing_keys_from_meta_to_device = zero_like_transformers_5_22()  # type: ignore[method-assign]
     if sys.argv[1] == "agreement":
         agreement(Path(sys.argv[2]))
+    elif sys.argv[1] == "gathering":
+        gathering(Path(sys.argv[2]))
     else:
         sys.exit(main())

@@ -99,7 +99,7 @@ def test_a_resumed_job_ends_with_the_same_bits(
     place: Path, undisturbed: Path, tmp_path: Path, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed before the first state, inside a block, between two blocks: finished blocks, hidden states and moments must all come back."""
-    step, done = blockwise.BlockLoop._step, []
+    step, done = blockwise.BlockLoop.step, []
 
     def counted(*args: Any) -> torch.Tensor:
         if len(done) == steps:
@@ -108,7 +108,7 @@ def test_a_resumed_job_ends_with_the_same_bits(
         return step(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(blockwise.BlockLoop, "_step", counted)
+        patched.setattr(blockwise.BlockLoop, "step", counted)
         with pytest.raises(_Crash):
             run(place, tmp_path / "out")
     assert not (tmp_path / "out").exists()

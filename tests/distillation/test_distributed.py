@@ -207,6 +207,29 @@ def test_processes_that_differ_do_not_train(place: Path) -> None:
     assert second["shards of zeros"] == "left with 1"
 
 
+def test_shards_are_gathered_in_bfloat16_and_kept_in_float32(place: Path) -> None:
+    """Gathering float32 costs twice the bytes and a copy of every weight; a step on bfloat16 weights would round to nothing."""
+    finished = launched(place, "sharded", ["gathering", str(place / "student")])
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    for found in json.loads(finished.stdout.splitlines()[-1]):
+        assert found["dtypes"] == {"weight": "torch.bfloat16", "stream": "torch.bfloat16"} and found["kept"] == ["torch.float32"]
+        assert found["error"] < 2 * torch.finfo(torch.bfloat16).eps  # the sum of two is not rounded; products run in another order
+
+
+def test_two_sharded_processes_train_in_bfloat16(place: Path, tmp_path: Path, alone: dict[str, Path]) -> None:
+    """The check of sharded against whole models must allow for the rounding of what runs between blocks, and the training must go down."""
+    arguments = [*command(place, tmp_path / "out", "--micro-batch", "4"), "--dtype", "bfloat16"]
+    finished = launched(place, "sharded", arguments)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    report = json.loads(finished.stdout)
+    expected = json.loads((alone["full"] / "marlinctl_report.json").read_text())
+    for when in ("before", "after"):
+        assert report["held_out"][when]["loss"] == pytest.approx(expected["held_out"][when]["loss"], rel=0.05)
+    assert report["held_out"]["after"]["loss"] < 0.8 * report["held_out"]["before"]["loss"]
+    assert len(report["peaks"]) == 2 and report["peaks"][0]["peak_memory_bytes"] == report["peak_memory_bytes"]
+    assert 0 < report["training"]["seconds_per_step"] < report["training"]["seconds"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.bool])
 def test_a_checksum_sees_values_and_their_rows(dtype: torch.dtype) -> None:
     """Every word counts, those that fill no 8 bytes too; equal tensors must not be told apart by how they lie in memory."""

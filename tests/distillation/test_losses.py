@@ -87,6 +87,41 @@ def test_parts_add_up_to_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(loss_sums(logits, hidden, ids, counted, Signals(target, teacher), weights), whole)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
+def test_the_divergence_written_out_is_that_of_torch_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, temperature: float
+) -> None:
+    """Its gradient is no other formula: a job that was begun with autograd's goes on with the same numbers."""
+    monkeypatch.setattr(losses, "CHUNK", 4)
+    logits, _, _, counted, teacher, _ = example()
+    student, target = logits.to(dtype).flatten(0, 1).requires_grad_(), teacher.to(dtype).flatten(0, 1)
+    predicted = torch.nn.functional.pad(counted[:, 1:], (0, 1), value=False).flatten()
+    sums = []
+    for s, t, mask in zip(student.split(4), target.split(4), predicted.split(4), strict=True):
+        q, p = ((z.float() / temperature).log_softmax(-1) for z in (s, t))
+        sums.append(torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1).masked_fill(~mask, 0.0).sum())
+    expected = torch.stack(sums).sum() * temperature**2
+    (gradient,) = torch.autograd.grad(3.0 * expected, student)
+    before = (student.detach().clone(), target.clone())
+    found = losses._divergence_sum(student, Signals(logits=target.unsqueeze(0)), predicted, temperature)
+    (ours,) = torch.autograd.grad(3.0 * found, student)
+    assert torch.equal(found, expected) and torch.equal(ours, gradient) and ours.dtype == dtype
+    assert torch.equal(student, before[0]) and torch.equal(target, before[1])  # nothing is worked on in place
+
+
+def test_rows_without_padding_need_no_mask() -> None:
+    """`padded` saves passes over memory and must not change a bit, of the losses or of their gradients."""
+    logits, hidden, ids, _, teacher, target = example()
+    full = torch.ones(B, L, dtype=torch.bool)
+    results = []
+    for padded in (True, False):
+        states = [h.clone().requires_grad_() for h in hidden]
+        sums = loss_sums(logits, states, ids, full, Signals(target, teacher), ALL, padded=padded)
+        results.append((sums.detach(), *torch.autograd.grad(sums.sum(), states)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_gradients_in_chunks_are_those_of_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second computation of a chunk, in the backward pass, must be of the same numbers."""
     monkeypatch.setattr(losses, "CHUNK", 4)

@@ -252,7 +252,7 @@ class _Crash(Exception):
 
 def crash_after(monkeypatch: pytest.MonkeyPatch, steps: int, owner: Any = loops.Loop) -> None:
     """Let so many steps pass, then fail, as a machine does."""
-    step, done = owner._step, []
+    step, done = owner.step, []
 
     def counted(*args: Any) -> Any:
         if len(done) == steps:
@@ -260,7 +260,7 @@ def crash_after(monkeypatch: pytest.MonkeyPatch, steps: int, owner: Any = loops.
         done.append(1)
         return step(*args)
 
-    monkeypatch.setattr(owner, "_step", counted)
+    monkeypatch.setattr(owner, "step", counted)
 
 
 @pytest.mark.parametrize(("mode", "student"), [("full", "student"), ("scales", "packed")])
@@ -338,14 +338,14 @@ def test_other_weights_under_the_same_headers_are_refused(
 def test_a_teacher_that_changes_during_the_training_ends_it(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A state that was trained towards two teachers would be gone on with."""
     shutil.copytree(place / "teacher", tmp_path / "teacher")
-    step = loops.Loop._step
+    step = loops.Loop.step
 
     def changing(self: loops.Loop, *given: Any) -> Any:
         if given[0] == 3:
             flip(next((tmp_path / "teacher").glob("model*.safetensors")))
         return step(self, *given)
 
-    monkeypatch.setattr(loops.Loop, "_step", changing)
+    monkeypatch.setattr(loops.Loop, "step", changing)
     with pytest.raises(BadInput) as caught:
         distill(place / "student", tmp_path / "out", tmp_path / "teacher", recipe(place / "text.txt"))
     assert caught.value.error_id == "E306" and "teacher" in caught.value.problems[0].where

@@ -48,7 +48,7 @@ def thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_blocks_are_written_in_their_order_and_a_few_may_wait(thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, the journal would have holes, or all codes of a model would pile up in the GPU's memory before a slow disk."""
-    monkeypatch.setattr(committing, "_MOST_WAITING", 2)
+    monkeypatch.setattr(committing, "QUEUED_BLOCKS", 2)
     written: list[int] = []
     gate = threading.Event()
 
@@ -73,7 +73,7 @@ def test_blocks_are_written_in_their_order_and_a_few_may_wait(thread: None, monk
 
 def test_large_blocks_wait_by_their_size(thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, eight blocks of a large model would take the memory that its solves need."""
-    monkeypatch.setattr(committing, "MOST_BYTES", 100)
+    monkeypatch.setattr(committing, "QUEUED_BYTES", 100)
     gate, submitted = threading.Event(), threading.Event()
 
     def more() -> None:

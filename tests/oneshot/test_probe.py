@@ -47,7 +47,7 @@ def test_the_stack_that_takes_longest_is_solved_as_the_run_would(
 
     monkeypatch.setattr(StackedSolver, "solve", spy)
     measured = run_probe(found, sizes, chosen, corrects_drift=True, device=torch.device("cpu"), dtype=torch.float32)
-    expected = largest_stage(found, sizes, chosen, machine("cpu", torch.get_num_threads(), 4, matrix_units=False))
+    expected = largest_stage(found, sizes, chosen, machine("cpu", torch.get_num_threads(), 4, matrix_units=False), corrects_drift=False)
     assert seen == [((expected.rows, expected.k), 32, chosen.quantize.drift_correction > 0)]
     assert expected in stages(found, sizes)
     assert measured.stage == expected and measured.seconds > 0 and measured.products > 0 and measured.gram > 0
@@ -68,9 +68,9 @@ def test_time_of_a_pass_is_estimated_from_the_measured_rates(tiny: Path, text: P
     guess = machine("cpu", 2, 4, matrix_units=False)
     measured = run_probe(found, sizes, chosen, corrects_drift=False, device=torch.device("cpu"), dtype=torch.float32)
     work = Work.of(chosen, element=4, corrects_drift=False, on_device=False)
-    slow = machine_of_probe(guess, measured, chosen)
+    slow = machine_of_probe(guess, measured, chosen, corrects_drift=False)
     slower = replace(measured, seconds=2 * measured.seconds, products=measured.products / 2, gram=measured.gram / 2)
-    twice = machine_of_probe(guess, slower, chosen)
+    twice = machine_of_probe(guess, slower, chosen, corrects_drift=False)
     first, second = (seconds_of_blocks(found, sizes, work, chosen, speed, 10**6) for speed in (slow, twice))
     for part in ("forward", "gram", "solve"):
         assert second[part] == pytest.approx(2 * first[part])

@@ -19,8 +19,8 @@ from marlinctl.checkpoint.formats.registry import detect, read_linear
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.cli import main
 from marlinctl.errors import UsageError
-from marlinctl.oneshot.ranks import require_samples
 from marlinctl.oneshot.rows import own_rows
+from marlinctl.planning.preflight import require_samples
 from marlinctl.system.processes import Processes
 from tests import forked
 from tests.oneshot.stopping import PROGRAM, SIZES
@@ -51,8 +51,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     sparse = "sparsify: {pattern: '2:4', ls_iterations: 8}\n"
     (root / "sparse.yaml").write_text(f"extends: sparse-int4\n{sparse}calibration: {{minimum_tokens: 32}}\ndistill: {{tokens: 0}}\n")
     training = "tokens: 1024, sequence_length: 32, batch_tokens: 256, micro_batch: 4, learning_rate: 0.001, save_every: 2"
+    distill = f"distill: {{{training}, data: {root}/text.txt}}\n"
     (root / "trained.yaml").write_text(
-        f"extends: sparse-int4\nsparsify: {{ls_iterations: 8}}\ncalibration: {{minimum_tokens: 32}}\ndistill: {{{training}, data: {root}/text.txt}}\n"
+        f"extends: sparse-int4\nsparsify: {{ls_iterations: 8}}\ncalibration: {{minimum_tokens: 32}}\n{distill}"
     )
     return Place(root)
 
@@ -327,12 +328,10 @@ def test_every_row_is_solved(rows: int, count: int) -> None:
 
 
 def test_too_few_samples_are_refused() -> None:
-    processes = Processes()
-    processes.count = 3
     with pytest.raises(UsageError) as caught:
-        require_samples(2, processes)
+        require_samples(2, 3)
     assert caught.value.problems[0].fix.startswith("--samples 3 or more")
-    require_samples(3, processes)
+    require_samples(3, 3)
     assert [processes.part_of(7, index) for index in range(3)] == [slice(0, 2), slice(2, 4), slice(4, 7)]
 
 

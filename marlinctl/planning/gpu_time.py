@@ -1,0 +1,230 @@
+"""How long a run on a GPU takes, phase by phase: what each phase does is counted, and each count has a rate.
+
+    phase of the report (oneshot/run.py)   counts
+    start                                  imports
+    text                                   the tokenizer and the text
+    look at the model                      SHA-256 of the model's files, as far as it takes longer than the text beside it
+    probe                                  the largest solve, and the libraries' first calls
+    embed                                  the embedding of all tokens
+    forward and Gram                       products, Gram matrices, bytes of activations, chunks, experts
+    read                                   bytes of weights on their way to the GPU
+    solve                                  factorisations, products, steps of the sweeps, passes over weights, solves
+    wait for the disk                      what the thread that writes is behind when the last block is done
+    copy                                   bytes that are copied as they are, as far as it takes longer than the blocks beside it
+    check                                  weights that are unpacked, bytes that are hashed
+    between ranks                          bytes of Gram matrices and rows through the link; of several ranks, and no phase of the report
+    the rest                               of the process, in no phase: the start of python, reports, publishing
+
+A term is counted wherever its work is done, so an estimate is linear in the rates but for what goes on beside other work, and a few reports
+give all rates (benchmarks/plan_rates.py). Rates are of one NVIDIA H200 and its machine. They are set so that the one whole run measured so
+far comes out (Llama-3-8B's shape, int4, 64.1 s, docs/log/2026-11-29-compression-speed.md), from the times of single kernels there; what has
+become faster since, and all other shapes and recipes, have not been held against them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from marlinctl.models.architectures import Architecture, Block, Experts
+from marlinctl.planning.memory import (
+    CHUNK_TOKENS_ON_DEVICE,
+    STORED,
+    Stage,
+    Work,
+    parameters,
+    stage_of,
+    stages,
+    stages_of_block,
+)
+from marlinctl.recipes.schema import Recipe
+
+# Seconds for one unit of each term.
+RATES: Mapping[str, float] = MappingProxyType(
+    {
+        "start": 8.0,  # once
+        "text": 3.0,  # once
+        "the rest": 5.0,  # once
+        "digest": 1 / 3.2e9,  # byte of the model's files
+        "probe": 0.6,  # once, beside the solve itself
+        "embed": 1.0,  # once
+        "forward": 1 / 6e14,  # operation of linears and attention, in bfloat16
+        "gram": 1 / 6e14,  # operation of Gram and cross matrices
+        "activations": 1 / 2.8e11,  # byte of inputs and outputs of linears and of the stream; each is passed over many times
+        "chunk": 1e-3,  # chunk of tokens through a block: launches
+        "expert": 8e-3,  # expert of a block: its tokens are looked up and gathered
+        "read": 1 / 3.9e9,  # byte of weights, from the page cache to the GPU
+        "factor columns": 5e-7,  # column of a factorisation
+        "factor": 1 / 3.8e13,  # operation of a factorisation, K³/3
+        "panels": 1 / 4e13,  # operation of products with panels of 128 columns, within sweeps
+        "products": 1 / 9e13,  # operation of products with whole matrices, float32 as three of TF32
+        "correction": 1 / 3e13,  # operation of the regression of drift correction, float64
+        "columns": 4e-7,  # column of a sweep
+        "weights": 1 / 3.2e9,  # weight in a solve: stacked, split, searched, rounded, put in order
+        "iterations": 1.2e-11,  # weight in an iteration of least squares
+        "groups": 5e-5,  # group of columns in a re-fit of scales
+        "solve": 3e-3,  # solve: launches, and questions that wait for the device
+        "link": 1 / 100e9,  # byte between GPUs of one host: a guess, never measured
+        "write": 1 / 1e9,  # byte of a result, digest and all
+        "copy": 1 / 9.2e8,  # byte that is copied as it is
+        "unpack": 1 / 1.25e9,  # weight that is read back and unpacked
+        "hash": 1 / 1.5e9,  # byte of the result
+    }
+)
+
+Terms = defaultdict[str, float]  # term -> units
+Counts = dict[str, Terms]  # by phase
+_GRAM_PANEL = 2048  # columns (quantize/hessian.py)
+_SLOTS = 6  # times that the residual stream is read or written in a block, by norms and sums
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """The rates of one GPU."""
+
+    title: str
+    seconds: Mapping[str, float]  # for one unit of each term
+    solves: float = 1.0  # seconds that a solve took, over seconds that were counted for it
+
+
+H200 = Gpu("an NVIDIA H200", RATES)
+
+
+def with_probe(gpu: Gpu, title: str, *, forward: float, gram: float, solves: float) -> Gpu:
+    """With what a probe has shown: operations a second, and the time of a solve over what was counted for it."""
+    return replace(gpu, title=title, seconds={**gpu.seconds, "forward": 1 / forward, "gram": 1 / gram}, solves=solves)
+
+
+def seconds_of_phases(counted: Counts, gpu: Gpu) -> dict[str, float]:
+    """Seconds of each phase. What a thread does is waited for where it takes longer than what goes on beside it."""
+    seconds = {phase: sum(units * gpu.seconds[term] for term, units in terms.items()) for phase, terms in counted.items()}
+    first_calls = counted["probe"]["probe"] * gpu.seconds["probe"]
+    seconds["probe"] = first_calls + gpu.solves * (seconds["probe"] - first_calls)
+    seconds["solve"] *= gpu.solves
+    blocks = sum(seconds[phase] for phase in ("forward and Gram", "read", "solve"))
+    for phase, beside in (("look at the model", seconds["text"]), ("wait for the disk", blocks), ("copy", blocks)):
+        seconds[phase] = max(0.0, seconds[phase] - beside)
+    return {phase: value for phase, value in seconds.items() if value}
+
+
+def seconds_of_solve(stage: Stage, recipe: Recipe, gpu: Gpu, *, corrects_drift: bool) -> float:
+    """All rows of it."""
+    return gpu.solves * sum(units * gpu.seconds[term] for term, units in _solve(stage, recipe, corrects_drift, stage.rows).items())
+
+
+def counts(architecture: Architecture, compressed: Mapping[str, int], work: Work, recipe: Recipe, model_bytes: int) -> Counts:
+    """What one pass over the blocks does, in the rank that has most to do. compressed: linear -> group size."""
+    found: Counts = {phase: defaultdict(float) for phase in _PHASES}
+    for phase in ("start", "text", "probe", "embed", "the rest"):
+        found[phase][phase] = 1
+    found["look at the model"]["digest"] = model_bytes
+    largest = max(
+        stages(architecture, compressed), key=lambda s: (seconds_of_solve(s, recipe, H200, corrects_drift=work.corrects_drift), s.k)
+    )
+    found["probe"].update(_solve(largest, recipe, work.corrects_drift, largest.rows))
+    for block in architecture.blocks:
+        _add_block(found, architecture, block, compressed, work, recipe)
+    if architecture.head is not None and architecture.head.name in compressed:
+        stage = stage_of([architecture.head], compressed)
+        _add_stage(found, stage, 1, work.own_samples * work.length, architecture.hidden_size, work, recipe)
+        found["read"]["read"] += STORED * stage.rows * stage.k
+    every = [*architecture.linears.values(), *([architecture.head] if architecture.head is not None else [])]
+    solved = [(spec.out_features, spec.in_features, compressed[spec.name]) for spec in every if spec.name in compressed]
+    weights = sum(n * k for n, k, _ in solved)
+    scales = sum(2 * n * (1 if size == -1 else k // size) for n, k, size in solved)
+    result = round(weights * (recipe.scheme.bits + recipe.scheme.prunes) / 8) + (scales if recipe.scheme.quantizes else 0)
+    untouched = max(0, model_bytes - round(model_bytes * weights / parameters(architecture)))
+    found["wait for the disk"]["write"] = result
+    found["copy"]["copy"] = untouched
+    found["check"].update(unpack=weights, hash=result + untouched)
+    return found
+
+
+BESIDE = ("look at the model", "wait for the disk", "copy")  # phases that wait for what a thread does beside others
+_PHASES = (
+    *("start", "text", "look at the model", "probe", "embed", "forward and Gram", "read", "solve", "wait for the disk", "copy", "check"),
+    *("between ranks", "the rest"),
+)
+
+
+def _add_block(found: Counts, architecture: Architecture, block: Block, compressed: Mapping[str, int], work: Work, recipe: Recipe) -> None:
+    tokens, hidden = work.own_samples * work.length, architecture.hidden_size
+    passes = 2 if work.corrects_drift else 1  # the reference model's beside the compressed one's
+    forward = found["forward and Gram"]
+    share = block.mlp.top_k / block.mlp.count if isinstance(block.mlp, Experts) else 1.0
+    for stage, count in stages_of_block(block, compressed).items():
+        _add_stage(found, stage, count, tokens * (share if count > 1 else 1.0), hidden, work, recipe)
+    if isinstance(block.mlp, Experts):
+        forward["gram"] += gram_operations(hidden) * tokens  # of the layer, which experts with few tokens borrow from
+        forward["expert"] += block.mlp.count
+    queries = block.linears[f"{block.prefix}.{block.attention.first[0]}"].out_features
+    forward["forward"] += passes * 2 * work.length * queries * tokens  # scores and values, half of them masked
+    forward["activations"] += passes * _SLOTS * hidden * tokens * work.element
+    forward["chunk"] += passes * -(-work.own_samples // max(1, CHUNK_TOKENS_ON_DEVICE // work.length))
+    read = STORED * sum(spec.out_features * spec.in_features for spec in block.linears.values())
+    found["read"]["read"] += read
+    if work.corrects_drift:
+        forward["read"] += read  # for the reference model, within this phase
+
+
+def _add_stage(found: Counts, stage: Stage, count: int, tokens: float, hidden: int, work: Work, recipe: Recipe) -> None:
+    """count: how many such stages the block has. tokens: that each of them sees."""
+    forward, k, rows = found["forward and Gram"], stage.k, stage.rows + stage.other_rows
+    drift = work.corrects_drift
+    into_stream = drift and rows == hidden  # where its output is added to the residual stream, that is corrected too
+    forward["forward"] += count * tokens * 2 * rows * k * (2 if drift else 1)
+    # A cross matrix is full, where a Gram matrix is half; the residual, which is float32, is multiplied as two of bfloat16.
+    forward["gram"] += count * tokens * (gram_operations(k) + (2 * k * k if drift else 0) + (2 * 2 * k * hidden if into_stream else 0))
+    forward["activations"] += count * tokens * work.element * ((k + rows) * (2 if drift else 1) + (2 * k if drift else 0))
+    own = work.own_rows(stage.rows)
+    for term, units in _solve(stage, recipe, drift, own).items():
+        found["solve"][term] += count * units
+    if work.ranks > 1 and stage.rows:
+        ring = (work.ranks - 1) / work.ranks
+        sums = 4 * k * k * (2 if drift else 1) + (4 * k * hidden if into_stream else 0)
+        result = 1 if recipe.scheme.quantizes else 4
+        gathered = stage.rows * k * (result + (1 if recipe.scheme.prunes else 0))
+        found["between ranks"]["link"] += count * ring * (2 * sums + gathered)
+
+
+def gram_operations(k: int) -> float:
+    """Operations for a token: panels on and below the diagonal."""
+    panels = max(1, -(-k // _GRAM_PANEL))
+    return 2 * k * k * (panels + 1) / (2 * panels)
+
+
+def _solve(stage: Stage, recipe: Recipe, corrects_drift: bool, rows: int) -> Terms:
+    """One solve. rows: those of this rank, which makes the factorisations itself."""
+    k = stage.k
+    found: Terms = defaultdict(float)
+    if not rows:
+        return found
+    half, full, factor = rows * k * k, 2 * rows * k * k, k**3 / 3
+    quantizes, prunes = recipe.scheme.quantizes, recipe.scheme.prunes
+    found["solve"] = 1
+    if corrects_drift:  # W driftᵀ, a factorisation, two triangular solves
+        found["correction"] += 2 * full + factor
+        found["factor columns"] += k
+        found["weights"] += rows * k
+    if prunes:
+        iterative = recipe.sparsify.method == "iterative"
+        sweeps, iterations = (recipe.sparsify.mask_sweeps, recipe.sparsify.ls_iterations) if iterative else (0, 0)
+        found["factor"] += factor
+        found["factor columns"] += k
+        found["panels"] += half + sweeps * full  # a sweep over the mask asks all columns, not those before
+        found["columns"] += k * (1 + sweeps)
+        found["products"] += 2 * full + (full * (iterations + 1) if iterative else 0)  # two errors, the residual, the iterations
+        found["weights"] += rows * k * (1 + sweeps)
+        found["iterations"] += rows * k * iterations
+    if quantizes:
+        refine = recipe.quantize.refine
+        found["factor"] += factor
+        found["factor columns"] += k
+        found["panels"] += half * (1 + 2 * refine)
+        found["columns"] += k * (1 + 2 * refine)
+        found["products"] += full * (2 + refine * 4)  # two errors; two descents, both sides of a re-fit
+        found["weights"] += rows * k * (1 + refine)
+        found["groups"] += stage.groups * refine
+    return found
