@@ -177,7 +177,7 @@ def measure(
         shown = profiled(lambda: loop.step(steps - 1), processes.device) if profile else None
     by_parameters, by_products = operations(known, asked)
     main, count = processes.main, processes.count
-    processes.part()
+    processes.part(None)
     return Measured(seconds, asked.batch_tokens, count, peaks, product, by_parameters, by_products, shown) if main else None
 
 

@@ -114,7 +114,7 @@ def gathering(folder: Path) -> None:
     everywhere = processes.gather({**found, "error": max(errors.values())})
     if processes.main:
         print(json.dumps(everywhere))
-    processes.part()
+    processes.part(None)
 
 
 def _loss(model: torch.nn.Module, row: torch.Tensor) -> torch.Tensor:

@@ -332,6 +332,12 @@ def test_too_few_samples_are_refused() -> None:
         require_samples(2, 3)
     assert caught.value.problems[0].fix.startswith("--samples 3 or more")
     require_samples(3, 3)
+
+
+def test_samples_are_spread_in_their_order() -> None:
+    """If this failed, a sample would be lost, or counted twice."""
+    processes = Processes()
+    processes.count = 3
     assert [processes.part_of(7, index) for index in range(3)] == [slice(0, 2), slice(2, 4), slice(4, 7)]
 
 
