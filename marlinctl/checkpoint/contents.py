@@ -21,28 +21,33 @@ import json
 import os
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint import manifest, mask
 from marlinctl.checkpoint.finite import CHUNK_BYTES, TensorScan
 from marlinctl.checkpoint.safetensors_header import header_bytes
-from marlinctl.errors import BadInput, NumericalProblem, Problem
+from marlinctl.errors import BadInput, NumericalProblem, Problem, ResourceProblem
+from marlinctl.system.confined import Bounds, Exceeded, confined
 from marlinctl.system.digests import sha256_of_member
 from marlinctl.system.files import FileRefused, exists
 
 if TYPE_CHECKING:
     from marlinctl.checkpoint.reader import Checkpoint
     from marlinctl.checkpoint.safetensors_header import TensorInfo
-    from marlinctl.system.console import Console, Progress
+    from marlinctl.system.console import Console
 
 SHARDS_AT_ONCE = 4
 SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system that is in use (FAT) ticks every two seconds
 ALL_ZERO = -1
 _STEP_BYTES = 1 << 24  # bytes between two steps of the progress bar
+_STEPS = 1000  # of it that a process of its own reports
+_BOUNDS = Bounds(memory=4 << 30, cpu=1 << 30, wait=3600.0)  # what we run, not a stranger
 _SMALL = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _REPORTS = manifest.OUTSIDE - {manifest.NAME}  # they hold times, so two equal folders would have two fingerprints
 
@@ -149,16 +154,31 @@ def read_contents(
     for_4_bits: Collection[str] = (),
     noted: Noted | None = None,
     title: str = "read all weights",
-    over: threading.Event | None = None,
 ) -> Contents:
     """Digests of everything that makes the folder what it is. A shard that has the stamp in `noted` is not read.
 
     scan: tensors to look at for NaN, infinity and what is odd; for_4_bits: those of them that will be quantized. What is found does not
     stop the pass: `Contents.require_finite` refuses it, so that a file with a known digest can be called damaged first (source_digests.py).
-    over: ends the pass when it is set; what comes of it is of no use then. BadInput E301 where a shard cannot be read to its end, and
-    for a small file that may not be followed.
+    BadInput E301 where a shard cannot be read to its end, and for a small file that may not be followed.
     """
-    over = over or threading.Event()
+    with reading_contents(checkpoint, console, scan=scan, for_4_bits=for_4_bits, noted=noted, title=title, apart_from=None) as read:
+        return read()
+
+
+@contextmanager
+def reading_contents(
+    checkpoint: Checkpoint,
+    console: Console,
+    *,
+    scan: Collection[str] = (),
+    for_4_bits: Collection[str] = (),
+    noted: Noted | None = None,
+    title: str = "read all weights",
+    apart_from: int | None = 1 << 28,
+) -> Iterator[Callable[[], Contents]]:
+    """What is yielded waits for the result of `read_contents`. From `apart_from` bytes on they are read meanwhile, in a process of its own:
+    the threads of this one would wait 5 ms for the interpreter at every chunk while it imports and makes tokens.
+    """
     folder = checkpoint.folder
     shards = {str(path.relative_to(folder)): path for path in checkpoint.files}
     small = _small_files(folder)
@@ -166,28 +186,109 @@ def read_contents(
     stamps = {name: _stamp(folder / name) for name in (*shards, *small, *masks)}  # before reading: a later change gives another one
     known = noted or Noted({}, {}, {})
     untouched = {name for name in shards if stamps[name] is not None and stamps[name] == known.stamps.get(name)}
-    unread = {name: path for name, path in shards.items() if name not in untouched}
-    read = _read_shards(checkpoint, unread, set(scan), set(for_4_bits), console, title, over)
-    digests = {name: known.digests[name] if name in untouched else read[name].sha256 for name in shards}
-    problems: dict[str, tuple[Problem, ...]] = {}
-    for name in shards:
-        for error_id, problem in read[name].problems if name in read else ():
-            problems[error_id] = (*problems.get(error_id, ()), problem)
-    fingerprint: dict[str, Any] = {
-        "files": {name: _digest_of(folder, name) for name in small},
-        "shards": {
-            name: {
-                "bytes": path.stat().st_size,
-                "header_sha256": hashlib.sha256(header_bytes(folder, name)).hexdigest(),
-                "sha256": digests[name],
-            }
-            for name, path in shards.items()
-        },
-    }
-    if masks:
-        fingerprint["masks"] = {"sha256": _digest_of(folder, mask.NAME)}
-    odd = {name: known.odd[name] if name in untouched else read[name].odd for name in shards}
-    return Contents(folder, fingerprint, odd, problems, stamps)
+    work = _Work(checkpoint, {name: path for name, path in shards.items() if name not in untouched}, set(scan), set(for_4_bits))
+
+    def contents(read: Mapping[str, _Shard]) -> Contents:
+        digests = {name: known.digests[name] if name in untouched else read[name].sha256 for name in shards}
+        problems: dict[str, tuple[Problem, ...]] = {}
+        for name in shards:
+            for error_id, problem in read[name].problems if name in read else ():
+                problems[error_id] = (*problems.get(error_id, ()), problem)
+        fingerprint: dict[str, Any] = {
+            "files": {name: _digest_of(folder, name) for name in small},
+            "shards": {
+                name: {
+                    "bytes": path.stat().st_size,
+                    "header_sha256": hashlib.sha256(header_bytes(folder, name)).hexdigest(),
+                    "sha256": digests[name],
+                }
+                for name, path in shards.items()
+            },
+        }
+        if masks:
+            fingerprint["masks"] = {"sha256": _digest_of(folder, mask.NAME)}
+        odd = {name: known.odd[name] if name in untouched else read[name].odd for name in shards}
+        return Contents(folder, fingerprint, odd, problems, stamps)
+
+    if apart_from is None or work.size < apart_from:
+        yield lambda: contents(_read_here(work, console, title))
+        return
+    with closing(confined(work.documents, _BOUNDS)) as documents:
+        next(documents)  # the process is there: made by this thread, while no other one runs
+        yield lambda: contents(_read_apart(work, documents, console, title))
+
+
+# ---- all shards ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Shards to read, and what to look for in them."""
+
+    checkpoint: Checkpoint
+    shards: Mapping[str, Path]
+    scan: set[str]
+    for_4_bits: set[str]
+
+    @property
+    def size(self) -> int:
+        return sum(path.stat().st_size for path in self.shards.values())
+
+    def read(self, advance: Callable[[int], None]) -> dict[str, _Shard]:
+        """Several at a time. The first error ends all of them, and so does Ctrl-C. advance: called with bytes that were read."""
+        if not self.shards:
+            return {}
+        tensors: dict[Path, list[TensorInfo]] = {path: [] for path in self.shards.values()}
+        for info in sorted(self.checkpoint.tensors.values(), key=lambda info: info.begin):
+            if info.file in tensors:
+                tensors[info.file].append(info)
+        shared = _SharedProgress(advance)
+        with ThreadPoolExecutor(min(SHARDS_AT_ONCE, os.cpu_count() or 1, len(self.shards)), "read") as pool:
+            try:
+                begun = {
+                    name: pool.submit(_read_shard, self.checkpoint, path, tensors[path], self.scan, self.for_4_bits, shared)
+                    for name, path in self.shards.items()
+                }
+                return {name: future.result() for name, future in begun.items()}
+            finally:
+                shared.over.set()
+
+    def documents(self) -> Iterator[Any]:
+        """The same for another process: None, numbers of bytes read, and what was found; few enough for a pipe that is not read yet."""
+        yield None
+        steps: SimpleQueue[int | None] = SimpleQueue()
+        found: list[dict[str, _Shard]] = []
+        with ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(lambda: found.append(self.read(steps.put)))
+            reading.add_done_callback(lambda _: steps.put(None))
+            unreported, step = 0, self.size // _STEPS
+            while (count := steps.get()) is not None:
+                unreported += count
+                if unreported >= step:
+                    yield unreported
+                    unreported = 0
+            reading.result()
+        yield {name: shard.document() for name, shard in found[0].items()}
+
+
+def _read_here(work: _Work, console: Console, title: str) -> dict[str, _Shard]:
+    if not work.shards:
+        return {}
+    with console.progress(title, work.size) as progress:
+        return work.read(progress.advance)
+
+
+def _read_apart(work: _Work, documents: Iterator[Any], console: Console, title: str) -> dict[str, _Shard]:
+    with console.progress(title, work.size) as progress:
+        try:
+            for document in documents:
+                if isinstance(document, dict):
+                    return {name: _Shard.of(shard) for name, shard in document.items()}
+                progress.advance(document)
+        except Exceeded as reason:
+            what = f"the process that reads the weights was ended: {reason}"
+            raise ResourceProblem("E522", what, where=str(work.checkpoint.folder), fix="free some memory, then run again") from None
+    raise AssertionError("its last document is what it found")
 
 
 # ---- one shard -----------------------------------------------------------------------------------------------------------------------
@@ -199,42 +300,24 @@ class _Shard:
     problems: list[tuple[str, Problem]]
     odd: dict[str, int]
 
+    def document(self) -> list[Any]:
+        return [self.sha256, [[error_id, *astuple(problem)] for error_id, problem in self.problems], self.odd]
 
-def _read_shards(
-    checkpoint: Checkpoint, shards: Mapping[str, Path], scan: set[str], for_4_bits: set[str], console: Console, title: str,
-    over: threading.Event,
-) -> dict[str, _Shard]:  # fmt: skip
-    """Several at a time. The first error ends all of them, and so does Ctrl-C."""
-    if not shards:
-        return {}
-    at_once = min(SHARDS_AT_ONCE, os.cpu_count() or 1, len(shards))
-    tensors: dict[Path, list[TensorInfo]] = {path: [] for path in shards.values()}
-    for info in sorted(checkpoint.tensors.values(), key=lambda info: info.begin):
-        if info.file in tensors:
-            tensors[info.file].append(info)
-    with (
-        console.progress(title, sum(path.stat().st_size for path in shards.values())) as progress,
-        ThreadPoolExecutor(at_once, "read") as pool,
-    ):
-        shared = _SharedProgress(progress, over)
-        try:
-            begun = {
-                name: pool.submit(_read_shard, checkpoint, path, tensors[path], scan, for_4_bits, shared) for name, path in shards.items()
-            }
-            return {name: future.result() for name, future in begun.items()}
-        finally:
-            over.set()
+    @classmethod
+    def of(cls, document: list[Any]) -> _Shard:
+        sha256, problems, odd = document
+        return cls(sha256, [(error_id, Problem(*parts)) for error_id, *parts in problems], odd)
 
 
 class _SharedProgress:
-    """The progress bar, from several threads; `over` stops them."""
+    """Progress from several threads; `over` stops them."""
 
-    def __init__(self, progress: Progress, over: threading.Event) -> None:
-        self._progress, self._lock, self.over = progress, threading.Lock(), over
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self._advance, self._lock, self.over = advance, threading.Lock(), threading.Event()
 
     def advance(self, count: int) -> None:
         with self._lock:
-            self._progress.advance(count)
+            self._advance(count)
 
 
 def _read_shard(

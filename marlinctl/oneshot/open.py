@@ -5,8 +5,8 @@ Whatever is wrong with a checkpoint is listed at once. Weights are looked at too
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from marlinctl.checkpoint import findings
-from marlinctl.checkpoint.contents import Contents, Noted, read_contents
+from marlinctl.checkpoint.contents import Contents, Noted, reading_contents
 from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.formats.registry import working_format
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
@@ -42,7 +42,6 @@ from marlinctl.planning.preflight import (
     wants_mask,
 )
 from marlinctl.recipes.schema import Recipe
-from marlinctl.system.background import begun
 from marlinctl.system.console import Console, gibibytes
 from marlinctl.system.devices import choose_device, forward_dtype, grow_segments
 from marlinctl.system.host import available_memory
@@ -136,13 +135,8 @@ def open_model(
     if wants_mask(recipe) is not None:  # one row shows it, before a text is read
         refuse_dense_tiles(from_headers(checkpoint, looked.shapes, weights=True), looked.shapes, recipe)
     packed = {f"{name}.weight" for name in looked.plan.group_sizes} if recipe.scheme.quantizes else set()
-
-    def read(over: threading.Event) -> Contents:
-        scanned = looked.architecture.expected
-        return shared or read_contents(checkpoint, console, scan=scanned, for_4_bits=packed, noted=already, over=over)
-
-    already = noted()
-    with begun(read) as contents_read:  # while the text is read, which waits for imports and the tokenizer
+    reading = reading_contents(checkpoint, console, scan=looked.architecture.expected, for_4_bits=packed, noted=noted())
+    with reading if shared is None else nullcontext(lambda: shared) as contents_read:
         before_weights(source, checkpoint)
         pattern = of_source(checkpoint, looked.shapes, console)
         check_pattern(pattern.pattern, looked, recipe, console)

@@ -22,7 +22,7 @@ import signal
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,7 @@ class Exceeded(Exception):
     """A bound was reached; the text says which one."""
 
 
-def confined(work: Callable[[], Iterator[Any]], bounds: Bounds) -> Iterator[Any]:
+def confined(work: Callable[[], Iterator[Any]], bounds: Bounds) -> Generator[Any, None, None]:
     """The items of `work()`, which are JSON documents. `work` runs in the child; what it changes is not seen here.
 
     Raises Exceeded, any MarlinctlError that `work` raises, and RuntimeError with the child's traceback for everything else it raises.

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from marlinctl.checkpoint import contents as subject
 from marlinctl.checkpoint import manifest, mask
-from marlinctl.checkpoint.contents import Contents, Noted, read_contents
+from marlinctl.checkpoint.contents import Contents, Noted, read_contents, reading_contents
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.checkpoint.source_digests import check_known_digests
 from marlinctl.errors import BadInput
@@ -121,6 +122,44 @@ def test_known_digests_come_before_what_the_weights_are(tmp_path: Path) -> None:
         with pytest.raises(BadInput) as caught:
             check_known_digests(checkpoint, found)
     assert caught.value.error_id == "E304" and [SECOND in problem.where for problem in caught.value.problems] == [True]
+
+
+def test_a_process_of_its_own_finds_the_same(tmp_path: Path) -> None:
+    """If this failed, weights read while the text is read would pass with a NaN, or get a digest that resuming does not find again."""
+    config = tiny_config()
+    tensors = tiny_tensors(config)
+    names = [name for name, tensor in tensors.items() if tensor.dim() == 2]
+    tensors[names[0]][0, 0] = torch.nan
+    tensors[names[1]].zero_()
+    folder = make_tiny(tmp_path / "model")
+    write_weights(folder, tensors)
+    with open_checkpoint(folder) as checkpoint:
+        here = read_contents(checkpoint, QUIET, scan=checkpoint.tensors)
+        with reading_contents(checkpoint, QUIET, scan=checkpoint.tensors, apart_from=0) as read_apart:
+            apart = read_apart()
+    assert apart == here and apart.document() == here.document()
+    assert set(apart.problems) == {"E620"} and apart.zero_tensors == [names[1]]
+
+
+def test_a_shard_that_is_cut_is_refused_by_the_other_process_too(tmp_path: Path) -> None:
+    folder = make_tiny(tmp_path / "model")
+    with open_checkpoint(folder) as checkpoint:
+        os.truncate(folder / "model.safetensors", 5000)
+        with reading_contents(checkpoint, QUIET, apart_from=0) as read_apart, pytest.raises(BadInput) as refused:
+            read_apart()
+    assert refused.value.error_id == "E301" and "longer when it was checked" in str(refused.value)
+
+
+def test_the_other_process_ends_with_what_it_was_begun_for(tmp_path: Path) -> None:
+    """If this failed, a run that refuses its text would leave a process behind that reads for minutes."""
+    folder = make_tiny(tmp_path / "model")
+    with open_checkpoint(folder) as checkpoint:
+        os.truncate(folder / "model.safetensors", 1 << 34)  # sparse: half a minute to read
+        larger = replace(checkpoint, tensors={name: replace(info, end=1 << 34) for name, info in list(checkpoint.tensors.items())[-1:]})
+        with pytest.raises(ZeroDivisionError), reading_contents(larger, QUIET, apart_from=0):
+            raise ZeroDivisionError
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
 
 
 def test_matrices_of_zeros_are_found(tmp_path: Path) -> None:
