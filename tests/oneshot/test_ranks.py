@@ -50,11 +50,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     (root / "int4.yaml").write_text("extends: int4\ncalibration: {minimum_tokens: 32}\n")
     sparse = "sparsify: {pattern: '2:4', ls_iterations: 8}\n"
     (root / "sparse.yaml").write_text(f"extends: sparse-int4\n{sparse}calibration: {{minimum_tokens: 32}}\ndistill: {{tokens: 0}}\n")
-    training = "tokens: 1024, sequence_length: 32, batch_tokens: 256, micro_batch: 4, learning_rate: 0.001, save_every: 2"
-    distill = f"distill: {{{training}, data: {root}/text.txt}}\n"
-    (root / "trained.yaml").write_text(
-        f"extends: sparse-int4\nsparsify: {{ls_iterations: 8}}\ncalibration: {{minimum_tokens: 32}}\n{distill}"
-    )
+    short = "calibration: {minimum_tokens: 32}\n"
+    training = f"tokens: 1024, data: {root}/text.txt, sequence_length: 32, batch_tokens: 256, micro_batch: 4, save_every: 2"
+    (root / "trained.yaml").write_text(f"extends: sparse-int4\nsparsify: {{ls_iterations: 8}}\n{short}distill: {{{training}}}\n")
     return Place(root)
 
 
