@@ -101,8 +101,8 @@ CATALOG = (
         "Processes disagree",
         """
         All processes must read the same model ([quantize](quantize.md#several-gpus-several-machines)), in training the same student and
-        teacher; a sharded model must compute what the whole model does ([distill](distill.md#several-gpus-several-machines)). If the files on
-        the machines differ, compare them with `sha256sum`; otherwise report it with `marlinctl doctor --json`. Nothing was computed.
+        teacher; a sharded model must compute what the whole model does ([distill](distill.md#several-gpus-several-machines)). If the files
+        on the machines differ, compare them with `sha256sum`; otherwise report it with `marlinctl doctor --json`. Nothing was computed.
         """,
     ),
     Entry(
