@@ -42,7 +42,7 @@ REASONS = {
     r"^other/bin/python": "runs another program in an environment of its own",
     r"^make ": "is how these tests are run",
     r"^hf ": "belongs to huggingface_hub, and asks the hub",
-    r"^accelerate launch": "several processes: tests/distillation/test_distributed.py",
+    r"^accelerate launch": "several processes: tests/distillation/test_distributed.py, tests/oneshot/test_ranks.py",
     r"^marlinctl (?!plan).*--device cuda": "needs a GPU",
     r"^marlinctl plan .*--device cuda --probe": "needs a GPU",
     r"^marlinctl bench": "needs a GPU: tests/benchmarking/test_run.py and tests/benchmarking",

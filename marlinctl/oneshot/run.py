@@ -348,6 +348,7 @@ def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: 
                     release_heap()
                 if asked := processes.largest(stopping.asked):
                     commits.wait()
+                    processes.wait()
                     console.say(f"block {block.index} is finished and kept")
                     stopping.asked = asked
                     stopping.raise_again()

@@ -98,11 +98,11 @@ CATALOG = (
     ),
     Entry(
         "E117",
-        "Training processes disagree",
+        "Processes disagree",
         """
-        All processes must hold the same student and teacher, and a sharded model must compute what the whole model does
-        ([distill](distill.md#several-gpus-several-machines)). If machines hold different files, compare them with `sha256sum`; otherwise
-        report it with `marlinctl doctor --json`. Nothing was trained.
+        All processes must read the same model ([quantize](quantize.md#several-gpus-several-machines)), in training the same student and
+        teacher; a sharded model must compute what the whole model does ([distill](distill.md#several-gpus-several-machines)). If the files
+        on the machines differ, compare them with `sha256sum`; otherwise report it with `marlinctl doctor --json`. Nothing was computed.
         """,
     ),
     Entry(

@@ -29,7 +29,7 @@ from marlinctl.errors import MarlinctlError, Problem, ResourceProblem
 
 _CONNECT_SECONDS = 120
 _ASK_SECONDS = 5  # for the reason of a collective that failed
-_GRACE_SECONDS = 30  # for the run to notice and to leave by itself
+_GRACE_SECONDS = 60  # for the run to notice, to write what is finished and to leave by itself
 _KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # a machine that is cut off is noticed after a minute
 _MOST_BYTES = 1 << 20  # of a message
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -50,11 +51,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     (root / "int4.yaml").write_text("extends: int4\ncalibration: {minimum_tokens: 32}\n")
     sparse = "sparsify: {pattern: '2:4', ls_iterations: 8}\n"
     (root / "sparse.yaml").write_text(f"extends: sparse-int4\n{sparse}calibration: {{minimum_tokens: 32}}\ndistill: {{tokens: 0}}\n")
-    training = "tokens: 1024, sequence_length: 32, batch_tokens: 256, micro_batch: 4, learning_rate: 0.001, save_every: 2"
-    distill = f"distill: {{{training}, data: {root}/text.txt}}\n"
-    (root / "trained.yaml").write_text(
-        f"extends: sparse-int4\nsparsify: {{ls_iterations: 8}}\ncalibration: {{minimum_tokens: 32}}\n{distill}"
-    )
+    short = "calibration: {minimum_tokens: 32}\n"
+    training = f"tokens: 1024, data: {root}/text.txt, sequence_length: 32, batch_tokens: 256, micro_batch: 4, save_every: 2"
+    (root / "trained.yaml").write_text(f"extends: sparse-int4\nsparsify: {{ls_iterations: 8}}\n{short}distill: {{{training}}}\n")
     return Place(root)
 
 
@@ -123,6 +122,39 @@ def test_compress_with_training_has_one_group_of_processes(place: Place, tmp_pat
     with open_checkpoint(tmp_path / "out") as made:
         assert len(detect(made.config, made.tensors).layers) == 28
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-marlin_24", "out.log", "stderr", "stdout"]
+
+
+def launched(place: Place, out: Path, device: str, *launcher: str) -> dict[str, Any]:
+    """The report of a run that `accelerate launch` has started."""
+    asked = place.command("quantize", out, "--json", "--device", device)
+    done = subprocess.run([*launcher, "-m", "marlinctl", *asked], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+ACCELERATE = (
+    *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+    *("--main_process_port", "0", "--mixed_precision", "no"),
+)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_starts_the_processes(place: Place, tmp_path: Path, alone: Path) -> None:
+    """The variables of the tests above are those of the launcher, or a person's command starts two runs that refuse each other's lock."""
+    assert launched(place, tmp_path / "out", "cpu", *ACCELERATE)["processes"] == 2
+    require_like(place, tmp_path / "out", alone)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+def test_two_gpus_make_what_one_makes(place: Place, tmp_path: Path) -> None:
+    """NCCL, kernels on two devices, blocks that are written behind: not what gloo on a CPU does."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two CUDA devices, torch sees {torch.cuda.device_count()}")
+    launched(place, tmp_path / "one", "cuda", sys.executable)
+    assert launched(place, tmp_path / "two", "cuda", *ACCELERATE)["processes"] == 2
+    require_like(place, tmp_path / "two", tmp_path / "one")
 
 
 def begin(place: Place, folder: Path, count: int, seconds: float) -> list[Any]:
