@@ -18,12 +18,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCABULARY = 4096, 14336, 32, 8, 128256
-LINEARS = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (HIDDEN // 4, HIDDEN), "self_attn.v_proj": (HIDDEN // 4, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INTERMEDIATE, HIDDEN), "mlp.up_proj": (INTERMEDIATE, HIDDEN), "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-}  # fmt: skip
+from benchmarks.shapes import SHAPES
+from marlinctl.models.architectures import architecture
+
+SHAPE = SHAPES["llama-3-8b"]
+HIDDEN, VOCABULARY = SHAPE["hidden_size"], SHAPE["vocab_size"]
+_BLOCK = architecture(SHAPE).blocks[0]
+LINEARS = {name[len(_BLOCK.prefix) + 1 :]: (spec.out_features, spec.in_features) for name, spec in _BLOCK.linears.items()}
 
 
 def main() -> int:
@@ -57,15 +58,12 @@ def main() -> int:
 
 
 def config(chosen: argparse.Namespace) -> dict[str, object]:
-    from marlinctl.checkpoint.formats.registry import quantization_config
+    from marlinctl.checkpoint.formats.registry import FORMATS, quantization_config
 
     layers = {f"model.layers.{i}.{name}": chosen.group_size for i in range(chosen.blocks) for name in LINEARS}
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float16",
-        "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": chosen.blocks,
-        "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "vocab_size": VOCABULARY, "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu", "tie_word_embeddings": False,
-        "quantization_config": quantization_config(chosen.format, layers, ["lm_head"]),
+        **SHAPE, "dtype": "float16", "num_hidden_layers": chosen.blocks,
+        "quantization_config": quantization_config(FORMATS[chosen.format], layers, ["lm_head"]),
     }  # fmt: skip
 
 
