@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from marlinctl.data.calibration_size import SELF_BATCH
 from marlinctl.models.architectures import Architecture, Block, Experts
-from marlinctl.planning.memory import Stage, Work, parameters, stages, stages_of_block
+from marlinctl.planning.memory import Stage, Work, experts_together, parameters, stages, stages_of_block
 from marlinctl.recipes.schema import Distill, Recipe
 
 
@@ -84,17 +84,20 @@ def seconds_of_blocks(
 ) -> dict[str, float]:
     """Seconds of each part of one pass over the blocks."""
     tokens = work.samples * work.length
-    twice = 2 if work.corrects_drift else 1
+    together = experts_together(architecture, compressed, work)
     forward = gram = sweeps = columns = elements = 0.0
     for block in architecture.blocks:
         share = _share_of_tokens(block)
         for stage, count in stages_of_block(block, compressed).items():
-            seen = tokens * (share if count > 1 else 1.0)
+            seen = tokens * (share if stage.experts > 1 else 1.0)
             rows = stage.rows + stage.other_rows
-            forward += count * 2 * rows * stage.k * seen * twice
+            # The reference model's pass, and what experts make of its inputs.
+            times = 1 if not work.corrects_drift else 3 if stage.experts > 1 else 2
+            forward += count * 2 * rows * stage.k * seen * times
             gram += count * stage.k**2 * seen * (3 if work.corrects_drift else 1)
             s, c, e = _solve(stage, recipe)
-            sweeps, columns, elements = sweeps + count * s, columns + count * c, elements + count * e
+            launched = -(-count // min(together, count))  # experts that are solved together share the steps of a sweep
+            sweeps, columns, elements = sweeps + count * s, columns + launched * c, elements + count * e
     parts = {
         "start": _START,
         "forward": forward / speed.products,
