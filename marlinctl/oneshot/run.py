@@ -38,7 +38,7 @@ from marlinctl.data.tokens import Tokens
 from marlinctl.errors import GateRefused, ResourceProblem
 from marlinctl.evaluation.gate import Measurement
 from marlinctl.jobs.journal import Request
-from marlinctl.models.architectures import Block
+from marlinctl.models.architectures import Block, Experts
 from marlinctl.models.meta_model import build
 from marlinctl.oneshot import ranks
 from marlinctl.oneshot.commits import MOST_BYTES, Commits, Pace
@@ -243,6 +243,9 @@ def _fingerprint(opened: RunInputs, recipe: Recipe, calibration: CalibrationSet,
     """Everything that decides the numbers. Where any of it differs, going on would mix two jobs."""
     # Codes differ where rounding decides. A CPU has one solver.
     solver = {} if opened.device.type == "cpu" else {"solver": "torch" if steps is TORCH else "kernels"}
+    # Earlier versions corrected no drift in mixtures of experts. ALGORITHM_VERSION stays: the codes of all other runs are as before.
+    corrected = opened.corrects_drift and any(isinstance(block.mlp, Experts) for block in opened.architecture.blocks)
+    experts = {"experts": "drift correction"} if corrected else {}
     return {
         "model": opened.contents.fingerprint,
         "recipe": recipe.canonical(),
@@ -251,6 +254,7 @@ def _fingerprint(opened: RunInputs, recipe: Recipe, calibration: CalibrationSet,
         "device": opened.device.type,
         "dtype": str(opened.dtype).removeprefix("torch."),
         **solver,
+        **experts,
     }
 
 

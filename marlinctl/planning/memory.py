@@ -171,9 +171,7 @@ def _block_bytes(architecture: Architecture, work: Work) -> int:
 def _solving(architecture: Architecture, compressed: Mapping[str, int], work: Work) -> int:
     """The fullest phase of all stages; on the host, with what the heap keeps of the others."""
     many = experts_together(architecture, compressed, work)
-    phases = [
-        phase for stage in stages(architecture, compressed) for phase in _phases(architecture, stage, work, min(many, stage.experts))
-    ]
+    phases = [phase for stage in stages(architecture, compressed) for phase in _phases(architecture, stage, work, min(many, stage.experts))]
     if work.on_device:
         return max(map(_size, phases))
     heap = [sum(count * size for count, size in phase if size < _HEAP_BELOW) for phase in phases]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,7 @@ from marlinctl.errors import NumericalProblem
 from marlinctl.models.architectures import Architecture, Experts, architecture
 from marlinctl.models.meta_model import build as build_meta
 from marlinctl.oneshot import layers
+from marlinctl.oneshot import run as job
 from marlinctl.oneshot.gram import StageInput
 from marlinctl.oneshot.layers import LayerQuantizer
 from marlinctl.oneshot.routing import sort_by_expert
@@ -27,6 +29,7 @@ from marlinctl.system.offload import Scratch
 from tests import zoo
 from tests.oneshot.test_sequential import LENGTH, SAMPLES, tokens
 from tests.runs import quantize, recipe, write_text
+from tests.solver_kernels.software import install
 
 CPU = torch.device("cpu")
 MANY = {"num_experts": 24, "num_experts_per_tok": 3, "mlp_only_layers": []}  # some of them see few tokens
@@ -227,3 +230,34 @@ def test_the_expert_at_fault_is_named() -> None:
     with pytest.raises(NumericalProblem, match="NaN") as raised:
         quantizer._solve([["experts.0.down"], ["experts.1.down"]], torch.randn(2, 4, 32), None, [good, bad], 32)
     assert "experts.1.down" in str(raised.value.problems) and "experts.0.down" not in str(raised.value.problems)
+
+
+def test_a_job_without_drift_of_experts_is_not_continued_with_it(tmp_path: Path) -> None:
+    """If a job of an earlier version went on, half of the experts would be corrected and half not, and its states would lack a model."""
+    text = write_text(tmp_path / "text.txt")
+    for model_type, share, expected in (("olmoe", 0.5, "drift correction"), ("olmoe", 0.0, None), ("llama", 0.5, None)):
+        folder, out = zoo.build(model_type, tmp_path / f"{model_type} {share}"), tmp_path / f"out {model_type} {share}"
+        quantize(folder, out, recipe(text, quantize__drift_correction=share), keep_job=True)
+        begun = json.loads((out.with_name(out.name + ".job") / "journal.jsonl").read_text().splitlines()[0])
+        assert begun["fingerprint"].get("experts") == expected
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-best", "sparse-int4"])
+def test_a_run_with_kernels_in_batches_is_as_good(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the way of a GPU through the experts lost something on the way, its layers would be worse than a CPU's."""
+    text = write_text(tmp_path / "text.txt")
+    folder = zoo.build("qwen3_moe", tmp_path / "model", **(MANY | {"num_hidden_layers": 1}))
+    chosen = recipe(text, name, distill__tokens=0)
+    alone = quantize(folder, tmp_path / "alone", chosen)
+    kernels = install(monkeypatch, tmp_path / "built").steps()
+    monkeypatch.setattr(job, "steps_on", lambda *_: kernels)
+    monkeypatch.setattr(layers, "experts_together", lambda *_: 7)
+    together = quantize(folder, tmp_path / "together", chosen)
+    records = {record["name"]: record for record in together["layers"]}
+    for record in alone["layers"]:
+        found = records[record["name"]]
+        # Codes of attention that differ by rounding send a few tokens to other experts.
+        assert found["tokens"] == pytest.approx(record["tokens"], abs=12), record["name"]
+        same = ("damping", "dead", "fallback", "pattern", "group_size", "shape")
+        assert [found[key] for key in same] == [record[key] for key in same], record["name"]
+    assert together["error"]["mean"] == pytest.approx(alone["error"]["mean"], rel=0.05)
