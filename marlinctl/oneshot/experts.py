@@ -110,9 +110,7 @@ class ExpertsPipeline:
             batch.append(_Expert(e, (gate, up, down), rows, {}))
         yield batch
 
-    def _run_batch(
-        self, batch: list[_Expert], routing: Routing, h_all: Hessian | None, output: Slot, solve: SolveStages
-    ) -> None:
+    def _run_batch(self, batch: list[_Expert], routing: Routing, h_all: Hessian | None, output: Slot, solve: SolveStages) -> None:
         """Solve gate and up of all, then down of all; add what they make of their tokens to `output` [T, hidden]."""
         grams = [self._gram_of_inputs(expert, routing) for expert in batch]
         hessians = self._hessians(grams, [expert.names[:2] for expert in batch])
