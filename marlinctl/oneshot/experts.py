@@ -102,9 +102,7 @@ class ExpertsPipeline:
         for e in range(self.experts.count):
             gate, up, down = (f"{self.prefix}.{name.format(e=e)}" for name in (*self.experts.first, self.experts.last))
             rows = routing.rows(e)
-            if batch and (
-                len(batch) == self.together or any(first[e + 1] - first[batch[0].number] > most for first, most in places)
-            ):
+            if batch and (len(batch) == self.together or any(first[e + 1] - first[batch[0].number] > most for first, most in places)):
                 yield batch
                 batch = []
             batch.append(_Expert(e, (gate, up, down), rows, {}))

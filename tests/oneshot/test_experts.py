@@ -26,6 +26,7 @@ from marlinctl.oneshot.solve import StackedSolver
 from marlinctl.quantize.types import Hessian
 from marlinctl.sparsify.steps import TORCH
 from marlinctl.system.offload import Scratch
+from marlinctl.system.processes import ALONE
 from tests import zoo
 from tests.oneshot.test_sequential import LENGTH, SAMPLES, tokens
 from tests.runs import quantize, recipe, write_text
@@ -224,7 +225,7 @@ def test_the_expert_at_fault_is_named() -> None:
     """If the error of one expert named the whole batch, nobody would find it."""
     solver = StackedSolver.of(recipe("chat"), corrects_drift=False, bfloat16_exact=False, steps=TORCH)
     quantizer = object.__new__(LayerQuantizer)
-    quantizer.solver = solver
+    quantizer.solver, quantizer.processes = solver, ALONE
     good = Hessian(torch.eye(32), 10)
     bad = Hessian(torch.full((32, 32), torch.nan), 10)
     with pytest.raises(NumericalProblem, match="NaN") as raised:
