@@ -2,6 +2,7 @@
 
     python benchmarks/solve_speed.py                        # the four stacks of a block of Llama-3-8B
     python benchmarks/solve_speed.py --stack 4096x14336     # rows x columns; repeatable
+    python benchmarks/solve_speed.py --experts 19 --stack 1536x2048 --stack 2048x768    # of Qwen3-30B-A3B: together, and one by one
 
 Weights are random; the Hessian is that of random inputs with correlated columns. Every part is timed on its own: a warm-up, then the median
 of three. Both ways must agree: the table has the share of equal codes, and the layer error of the kernels' result over that of torch's.
@@ -18,15 +19,15 @@ import torch
 from torch import Tensor
 
 from marlinctl.kernels import jit
-from marlinctl.quantize.gptq import SEARCH_MARGIN, SEARCH_RATIOS, SolveSettings, solve
+from marlinctl.quantize.gptq import SEARCH_MARGIN, SEARCH_RATIOS, SolveSettings, solve, solve_many
 from marlinctl.quantize.hessian import add_gram, mirror
 from marlinctl.quantize.refine import layer_error, refit_scales
-from marlinctl.quantize.solver import factor
+from marlinctl.quantize.solver import factor, factor_stack
 from marlinctl.quantize.types import Hessian
 from marlinctl.solver_kernels.steps import SolverKernels
 from marlinctl.sparsify.mask import two_largest
 from marlinctl.sparsify.masked_ls import masked_least_squares
-from marlinctl.sparsify.sparsegpt import PruneSettings, prune
+from marlinctl.sparsify.sparsegpt import PruneSettings, prune, prune_many
 from marlinctl.sparsify.steps import TORCH, PruneSteps
 
 DEVICE = torch.device("cuda", 0)
@@ -39,11 +40,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stack", action="append", metavar="RxK", help=f"default: {' '.join(LLAMA)}")
     parser.add_argument("--skip-torch", action="store_true", help="only the kernels")
+    parser.add_argument("--experts", type=int, metavar="E", help="so many stacks, each with a Hessian of its own, together and one by one")
     arguments = parser.parse_args()
     print(f"{torch.cuda.get_device_name(DEVICE)}, torch {torch.__version__}, groups of {GROUP}, {TOKENS} tokens; milliseconds")
     kernels = SolverKernels(DEVICE, jit.default_folder()).steps()
     for stack in arguments.stack or LLAMA:
         rows, k = map(int, stack.split("x"))
+        if arguments.experts:
+            measure_many(arguments.experts, rows, k, kernels)
+            continue
         measure(rows, k, kernels, None if arguments.skip_torch else TORCH)
 
 
@@ -91,6 +96,35 @@ def measure(rows: int, k: int, kernels: PruneSteps, torch_steps: PruneSteps | No
             print(f"  equal {what}: {float((ours[what] == theirs[what]).float().mean()):.6f}")
         for what in ("error", "mask error"):
             print(f"  {what}, kernels over torch: {float(ours[what] / theirs[what]):.6f}")
+
+
+def measure_many(count: int, rows: int, k: int, kernels: PruneSteps) -> None:
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    weights = torch.randn(count, rows, k, generator=generator, device=DEVICE) * 0.02
+    hessians = []
+    for _ in range(count):
+        total = torch.zeros(k, k, device=DEVICE)
+        add_gram(total, inputs(k, generator))
+        hessians.append(Hessian(mirror(total) / TOKENS, TOKENS))
+    matrices = torch.stack([hessian.matrix for hessian in hessians])
+    print(f"\n{count} experts, {rows} rows, {k} columns")
+    show("factor: together", timed(lambda: factor_stack(matrices, 0.01)))
+    show("factor: one by one", timed(lambda: [factor(matrix, 0.01) for matrix in matrices]))
+    damped = matrices.double()
+    damped.diagonal(dim1=1, dim2=2).add_(0.01)
+    show("float64 Cholesky: together", timed(lambda: torch.linalg.cholesky_ex(damped)))
+    show("float64 Cholesky: one by one", timed(lambda: [torch.linalg.cholesky_ex(one) for one in damped]))
+    pruning = PruneSettings("iterative", 0.01, 2, 20)
+    for refine in (0, 2):
+        settings = SolveSettings(GROUP, True, True, "static", "hessian", 0.01, refine)
+        one_by_one = lambda: [solve(w, h, settings, steps=kernels) for w, h in zip(weights, hessians, strict=True)]  # noqa: B023, E731
+        show(f"solve, refine {refine}: together", timed(lambda: solve_many(weights, hessians, settings, steps=kernels)))  # noqa: B023
+        show(f"solve, refine {refine}: one by one", timed(one_by_one))
+        pairs = zip(solve_many(weights, hessians, settings, steps=kernels), one_by_one(), strict=True)
+        equal = [float((many.linear.codes == one.linear.codes).float().mean()) for many, one in pairs]
+        print(f"  equal codes, the worst expert: {min(equal):.6f}")
+    show("prune, refined: together", timed(lambda: prune_many(weights, hessians, pruning, kernels)))
+    show("prune, refined: one by one", timed(lambda: [prune(w, h, pruning, kernels) for w, h in zip(weights, hessians, strict=True)]))
 
 
 def inputs(k: int, generator: torch.Generator) -> Tensor:

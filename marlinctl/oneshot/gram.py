@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,33 +20,48 @@ LOST_TOKENS_LIMIT = 0.1  # share of calibration tokens whose activations may be 
 SolveStage = Callable[[tuple[str, ...], Hessian | None, str], Mapping[str, Tensor]]
 
 
+@dataclass(frozen=True, slots=True)
+class StageInput:
+    """What a SolveStage is called with."""
+
+    names: tuple[str, ...]
+    hessian: Hessian | None
+    remark: str = ""
+
+
+# The same for linears with several inputs, which do not depend on each other: the experts of a block.
+SolveStages = Callable[[Sequence[StageInput]], Sequence[Mapping[str, Tensor]]]
+
+
 class Gram:
     """The running sum of x xᵀ over counted tokens. A token with a value that is not finite is dropped and counted.
 
     Where drift is corrected, also those of x x'ᵀ and x (r' - r)ᵀ (quantize/types.py, Hessian).
     """
 
-    def __init__(self, k: int, device: torch.device, *, collects: bool = True) -> None:
-        """collects: False for a replay, which needs no Hessian: nothing is summed."""
+    def __init__(self, k: int, device: torch.device, *, collects: bool = True, drifts: bool = False) -> None:
+        """collects: False for a replay, which needs no Hessian: nothing is summed. drifts: there is a sum of x x'ᵀ also where no token
+        comes, as it may be for an expert in one of several processes."""
         self.collects = collects
         size = k if collects else 0
         self.total = torch.zeros(size, size, dtype=torch.float32, device=device)
         self.tokens: int | Tensor = 0  # on a GPU tensors, so that no chunk waits for it
         self.lost: int | Tensor = 0
-        self.cross: Tensor | None = None
+        self.cross: Tensor | None = torch.zeros_like(self.total) if collects and drifts else None
         self.residual: Tensor | None = None
 
     def add(self, x: Tensor, counted: Tensor) -> None:
         if not self.collects:
             return
         rows = x.reshape(-1, x.shape[-1])
-        if not bool(counted.all()):
-            rows = rows[counted.reshape(-1).to(rows.device)]
-        if rows.is_cuda:
-            good = _finite(rows).unsqueeze(-1)
-            self.tokens, self.lost = self.tokens + good.sum(), self.lost + (~good).sum()
+        if rows.is_cuda:  # zeros add nothing, and no chunk waits for their number
+            wanted = counted.reshape(-1, 1).to(rows.device)
+            good = _finite(rows).unsqueeze(-1) & wanted
+            self.tokens, self.lost = self.tokens + good.sum(), self.lost + (wanted & ~good).sum()
             add_gram(self.total, torch.where(good, rows, 0))
             return
+        if not bool(counted.all()):
+            rows = rows[counted.reshape(-1).to(rows.device)]
         if not bool(torch.isfinite(rows.sum())):
             good = torch.isfinite(rows).all(-1)
             self.lost += int((~good).sum())
@@ -94,6 +110,15 @@ class Gram:
         matrix = mirror(self.total).div_(count)
         drift = None if self.cross is None else self.cross.div_(count).sub_(matrix)
         return Hessian(matrix, self.tokens, drift, None if self.residual is None else self.residual.div_(count))
+
+
+def settle(grams: Sequence[Gram]) -> None:
+    """The numbers of tokens of all as integers, with one wait for the device in place of two for each."""
+    if any(isinstance(gram.tokens, Tensor) for gram in grams):
+        numbers = [torch.as_tensor(number, device=gram.total.device) for gram in grams for number in (gram.tokens, gram.lost)]
+        flat = torch.stack(numbers).tolist()
+        for i, gram in enumerate(grams):
+            gram.tokens, gram.lost = flat[2 * i], flat[2 * i + 1]
 
 
 def _finite(rows: Tensor) -> Tensor:

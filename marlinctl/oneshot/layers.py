@@ -2,6 +2,7 @@
 
 weights of linears that share an input, their Hessian
     ─► members with equal group size and equal source of the mask are stacked into one solve
+    ─► stacks of equal shape, of the experts of a block, are solved together
     ─► codes (+ mask) + scales, or pruned 16-bit weights + mask
     ─► tensors of the interchange form, mask, LayerRecord;   the final weight goes back to the pipeline
 """
@@ -9,7 +10,7 @@ weights of linears that share an input, their Hessian
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +20,12 @@ from marlinctl.checkpoint.formats.registry import INTERCHANGE, linear_tensors
 from marlinctl.checkpoint.reader import torch_dtype
 from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.errors import NumericalProblem
+from marlinctl.oneshot.gram import StageInput
 from marlinctl.oneshot.open import Options, RunInputs
 from marlinctl.oneshot.reading import Reader
-from marlinctl.oneshot.rows import solve_rows
-from marlinctl.oneshot.solve import Outcome, StackedSolver
+from marlinctl.oneshot.rows import solve_stacks
+from marlinctl.oneshot.solve import Outcome, StackedSolver, StackOutcome
+from marlinctl.planning.memory import Work, experts_together
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipes.schema import Recipe
 from marlinctl.sparsify.steps import PruneSteps
@@ -85,8 +88,8 @@ class Finished:
 
 
 class LayerQuantizer:
-    """The pipeline's other half. `stage` is its SolveStage; `take` hands out what was solved, `note` makes of it what is written.
-    Of several processes, only the main one notes what is solved.
+    """The pipeline's other half. `stage` and `stages` are its SolveStage and SolveStages; `take` hands out what was solved, `note` makes of
+    it what is written. Of several processes, only the main one notes what is solved.
 
     On a GPU a block is noted while the next one is computed (commits.py); on a CPU each linear at once.
     """
@@ -101,6 +104,9 @@ class LayerQuantizer:
         self.recipe, self.scheme = recipe, recipe.scheme
         self.solver = StackedSolver.of(recipe, corrects_drift=opened.corrects_drift, bfloat16_exact=bfloat16_exact(opened), steps=steps)
         self.at_once = opened.device.type == "cpu"
+        work = Work.of(recipe, element=opened.dtype.itemsize, corrects_drift=opened.corrects_drift, on_device=not self.at_once)
+        self.experts_together = experts_together(opened.architecture, opened.plan.group_sizes, work)  # how many `stages` may be given
+        self._run_order = {name: i for i, name in enumerate(opened.architecture.linears)}
         self._waiting: list[SolvedLinear] = []
         self._finished = Finished({}, [])
         self.progress: Progress | None = None
@@ -111,9 +117,9 @@ class LayerQuantizer:
         self._waiting, self._finished = [], Finished({}, [])
 
     def take(self) -> list[SolvedLinear]:
-        """What was solved since the last call and is not noted."""
+        """What was solved since the last call and is not noted, in run order."""
         taken, self._waiting = self._waiting, []
-        return taken
+        return sorted(taken, key=lambda linear: self._run_order.get(linear.name, len(self._run_order)))
 
     def note(self, solved: Sequence[SolvedLinear]) -> Finished:
         """Everything that is written of a block, whose last linears are `solved`."""
@@ -125,44 +131,70 @@ class LayerQuantizer:
 
     def stage(self, names: tuple[str, ...], hessian: Hessian | None, remark: str) -> dict[str, Tensor]:
         """Final weights of linears that share an input, on the device; skipped ones as they are."""
-        assert hessian is not None, "only stored weights come without a Hessian"
-        if hessian.matrix.is_cuda:
-            torch.cuda.synchronize(hessian.matrix.device)  # so that work enqueued before is not timed as the solve
-        with self.phases("read"):
-            weights = {name: self.weights.read(f"{name}.weight").to(hessian.matrix.device).float() for name in names}
-        with self.phases("solve"):
-            return self._stage(names, weights, hessian, remark)
+        return self.stages([StageInput(names, hessian, remark)])[0]
 
-    def _stage(self, names: tuple[str, ...], weights: dict[str, Tensor], hessian: Hessian, remark: str) -> dict[str, Tensor]:
-        device = hessian.matrix.device
-        sizes, pattern = self.opened.plan.group_sizes, self.opened.pattern
-        for name in names:
-            if name not in sizes and self.progress is not None:
-                self.progress.advance()
-        kinds = {name: (sizes[name], pattern.origin(name)) for name in names if name in sizes}
-        for kind in dict.fromkeys(kinds.values()):
-            members = [name for name in names if kinds.get(name) == kind]
-            started = time.monotonic()
-            stack = torch.cat([weights[name] for name in members])
-            mask = torch.cat([pattern.mask(name, weights[name]).to(device) for name in members]) if kind[1] else None
-            outcome, final, kept = self._solve(members, stack, mask, hessian, kind[0])
-            seconds = time.monotonic() - started
-            first = 0
-            for name in members:
-                rows = slice(first, first + weights[name].shape[0])
-                first = rows.stop
-                share = seconds * weights[name].shape[0] / stack.shape[0]
-                weights[name] = self._keep(name, outcome, final(rows), kept, rows, hessian.tokens, remark, share)
+    def stages(self, inputs: Sequence[StageInput]) -> list[dict[str, Tensor]]:
+        """The same for linears with several inputs."""
+        hessians = [stage.hessian for stage in inputs if stage.hessian is not None]
+        assert len(hessians) == len(inputs), "only stored weights come without a Hessian"
+        device = hessians[0].matrix.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # so that work enqueued before is not timed as the solve
+        with self.phases("read"):
+            weights = [{name: self.weights.read(f"{name}.weight").to(device).float() for name in stage.names} for stage in inputs]
+        with self.phases("solve"):
+            self._solve_stages(inputs, weights, hessians)
+            if device.type == "cuda" and len(inputs) > 1:
+                torch.cuda.synchronize(device)
         return weights
 
+    def _solve_stages(self, inputs: Sequence[StageInput], weights: list[dict[str, Tensor]], hessians: Sequence[Hessian]) -> None:
+        """Put final weights into `weights`."""
+        sizes, pattern = self.opened.plan.group_sizes, self.opened.pattern
+        alike: dict[tuple[int, str | None, torch.Size], list[tuple[int, list[str]]]] = {}  # stacks of one kind and shape: input, members
+        for i, stage in enumerate(inputs):
+            for name in stage.names:
+                if name not in sizes and self.progress is not None:
+                    self.progress.advance()
+            kinds = {name: (sizes[name], pattern.origin(name)) for name in stage.names if name in sizes}
+            for kind in dict.fromkeys(kinds.values()):
+                members = [name for name in stage.names if kinds.get(name) == kind]
+                rows, k = sum(weights[i][name].shape[0] for name in members), weights[i][members[0]].shape[1]
+                alike.setdefault((*kind, torch.Size((rows, k))), []).append((i, members))
+        for (group_size, origin, shape), stacks in alike.items():
+            started = time.monotonic()
+            stack = torch.cat([weights[i][name] for i, members in stacks for name in members]).view(len(stacks), *shape)
+            masks = None
+            if origin:
+                masks = torch.cat([pattern.mask(name, weights[i][name]).to(stack.device) for i, members in stacks for name in members])
+                masks = masks.view(len(stacks), *shape)
+            solved = self._solve([members for _, members in stacks], stack, masks, [hessians[i] for i, _ in stacks], group_size)
+            seconds = (time.monotonic() - started) / len(stacks)
+            for (i, members), (outcome, final, kept) in zip(stacks, solved, strict=True):
+                first = 0
+                for name in members:
+                    part = slice(first, first + weights[i][name].shape[0])
+                    first = part.stop
+                    share = seconds * weights[i][name].shape[0] / shape[0]
+                    tokens, remark = hessians[i].tokens, inputs[i].remark
+                    weights[i][name] = self._keep(name, outcome, final(part), kept, part, tokens, remark, share)
+
     def _solve(
-        self, members: list[str], stack: Tensor, mask: Tensor | None, hessian: Hessian, group_size: int
-    ) -> tuple[Outcome, Callable[[slice], Tensor | QuantizedLinear], Tensor | None]:
+        self, members: list[list[str]], stacks: Tensor, masks: Tensor | None, hessians: Sequence[Hessian], group_size: int
+    ) -> list[StackOutcome]:
+        """members: the linears of each stack [R, K] of `stacks` [E, R, K]."""
         try:
-            return solve_rows(self.solver, stack, mask, hessian, group_size, self.processes)
+            return solve_stacks(self.solver, stacks, masks, hessians, group_size, self.processes)
         except ValueError as error:
+            fault, message = 0, str(error)
+            for e in range(len(members)) if len(members) > 1 else ():  # one by one: the one at fault is named
+                try:
+                    self.solver.solve(stacks[e], None if masks is None else masks[e], hessians[e], group_size)
+                except ValueError as found:
+                    fault, message = e, str(found)
+                    break
             raise NumericalProblem(
-                "E620", str(error), where=", ".join(members), fix="check the model with its own weights; try --dtype float32"
+                "E620", message, where=", ".join(members[fault]), fix="check the model with its own weights; try --dtype float32"
             ) from error
 
     def _keep(

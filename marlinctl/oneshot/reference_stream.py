@@ -8,24 +8,41 @@ does at a token is measured against the length of the stream there, and tokens a
 (`token_scale`). Otherwise the few tokens with massive activations (arXiv 2402.17762), whose stream is hundreds of times longer,
 would dominate the mean.
 
-It takes one more forward pass, one more copy of the hidden states and, on disk, the inputs of four linears. Models with experts have no
-reference model: its router would send other tokens to them, so inputs could not be compared.
+It takes one more forward pass, one more copy of the hidden states and, on disk, the inputs of four linears. A block with experts runs with
+its own routing and all experts in memory; what the experts are given is kept, and their weights until the block is left (experts.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from marlinctl.models.architectures import Block, Branch
+from marlinctl.models.architectures import Block, Branch, Experts
 from marlinctl.models.meta_model import set_parameter
 from marlinctl.system.offload import Scratch, Slot
 from marlinctl.system.processes import ALONE, Processes
 
 _SAME_SUM = 0.02  # relative difference up to which a block's output is the sum of its input and its branches' outputs: bfloat16 rounds
+
+
+_GATE_UP, _DOWN = "gate_up_proj", "down_proj"  # of transformers' modules of experts: [E, 2 I, H], gate first, and [E, H, I]
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceExperts:
+    """What drift correction needs to know of the experts of one block."""
+
+    inputs: Slot  # [T, H] what the reference model's experts are given, all tokens
+    gate_up: Tensor  # [E, 2 I, H] original weights
+
+    def gate_and_up(self, e: int) -> tuple[Tensor, Tensor]:
+        """[I, H] each."""
+        gate, up = self.gate_up[e].chunk(2)
+        return gate, up
 
 
 class ReferenceModel:
@@ -43,10 +60,13 @@ class ReferenceModel:
 
     def run_block(self, block: Block, layer: nn.Module, parts: Iterable[slice], call: Callable[[Tensor, int], Tensor]) -> None:
         """Take the hidden states through `layer`, whose norms and biases are in place; its linears hold the original's weights then."""
-        assert isinstance(block.mlp, Branch)
-        branches = (block.attention, block.mlp)
-        for name in block.linears:
-            set_parameter(layer, f"{name[len(block.prefix) + 1 :]}.weight", self.read(f"{name}.weight").to(self.device, self.dtype))
+        branches = [branch for branch in (block.attention, block.mlp) if isinstance(branch, Branch)]
+        for branch in branches:
+            for name in (*branch.first, branch.last):
+                set_parameter(layer, f"{name}.weight", self._weight(f"{block.prefix}.{name}"))
+        experts = block.mlp if isinstance(block.mlp, Experts) else None
+        if experts is not None:
+            self._set_experts(layer, block, experts)
         seen: dict[str, Tensor] = {}
         handles = []
         for branch in branches:
@@ -54,7 +74,11 @@ class ReferenceModel:
                 module = layer.get_submodule(place)
                 handles.append(module.register_forward_pre_hook(lambda _, args, place=place: seen.__setitem__(place, args[0])))
             module = layer.get_submodule(branch.module)
-            handles.append(module.register_forward_hook(_store(seen, branch)))
+            handles.append(module.register_forward_hook(_store(seen, branch.module, branch.returns_tuple)))
+        if experts is not None:
+            module = layer.get_submodule(experts.module)
+            handles.append(module.register_forward_pre_hook(lambda _, args: seen.__setitem__(_given(experts), args[0])))
+            handles.append(module.register_forward_hook(_store(seen, experts.module, False)))
         adds = torch.ones((), dtype=torch.bool, device=self.device)  # asked for at the end, so that no chunk waits
         try:
             for part in parts:
@@ -64,13 +88,16 @@ class ReferenceModel:
                     for place in (branch.first[0], branch.last):
                         self._slot(place, seen[place].shape[-1])[part] = seen[place]
                 middle = before + seen[block.attention.module]
-                self._slot(f"{block.attention.module} residual", before.shape[-1])[part] = before
-                self._slot(f"{block.mlp.module} residual", before.shape[-1])[part] = middle
-                for branch, stream in zip(branches, (middle, after), strict=True):
+                streams = (before, middle, after)
+                if experts is not None:
+                    self._slot(_given(experts), before.shape[-1])[part] = seen[_given(experts)].view_as(before)
+                for branch, stream in zip(branches, streams, strict=False):
+                    self._slot(f"{branch.module} residual", before.shape[-1])[part] = stream
+                for branch, stream in zip(branches, streams[1:], strict=False):
                     self.energy.setdefault(branch.module, torch.empty(self.hidden.shape[:2], device=before.device))[part] = (
                         stream.float().square().mean(-1)
                     )
-                total = middle + seen[block.mlp.module]
+                total = middle + seen[block.mlp.module].view_as(middle)
                 adds &= (total - after).float().norm() <= _SAME_SUM * (after - before).float().norm()
                 self.hidden[part] = after
             self.adds = all(self.processes.gather(bool(adds)))
@@ -82,6 +109,27 @@ class ReferenceModel:
     def input(self, place: str, width: int, part: slice) -> Tensor:
         """What the linear `place` of the block (name relative to it) reads in the original model, [B, L, width]."""
         return self._slot(place, width)[part].to(self.device)
+
+    def experts(self, layer: nn.Module, experts: Experts) -> ReferenceExperts:
+        """Of the block that was run last, whose module is `layer`."""
+        hidden = self.hidden.shape[-1]
+        inputs = self.scratch.tensor(f"original {_given(experts)}", (self.hidden.shape[0] * self.hidden.shape[1], hidden), self.dtype)
+        return ReferenceExperts(inputs, getattr(layer.get_submodule(experts.module), _GATE_UP))
+
+    def _weight(self, name: str) -> Tensor:
+        return self.read(f"{name}.weight").to(self.device, self.dtype)
+
+    def _set_experts(self, layer: nn.Module, block: Block, experts: Experts) -> None:
+        """The module of experts, whose parameters hold all of them."""
+        down_spec = block.linears[f"{block.prefix}.{experts.last.format(e=0)}"]
+        hidden, width = down_spec.out_features, down_spec.in_features
+        gate_up = torch.empty(experts.count, 2 * width, hidden, dtype=self.dtype, device=self.device)
+        down = torch.empty(experts.count, hidden, width, dtype=self.dtype, device=self.device)
+        for e in range(experts.count):
+            gate, up, last = (f"{block.prefix}.{name.format(e=e)}" for name in (*experts.first, experts.last))
+            gate_up[e, :width], gate_up[e, width:], down[e] = self._weight(gate), self._weight(up), self._weight(last)
+        set_parameter(layer, f"{experts.module}.{_GATE_UP}", gate_up)
+        set_parameter(layer, f"{experts.module}.{_DOWN}", down)
 
     def residual(self, branch: Branch, part: slice) -> Tensor:
         """The original's residual stream where `branch` begins, [B, L, hidden]."""
@@ -111,8 +159,13 @@ def mean_energy(energy: Tensor, processes: Processes = ALONE) -> Tensor:
     return (total / count).float()
 
 
-def _store(seen: dict[str, Tensor], branch: Branch) -> Callable[[nn.Module, Any, Any], None]:
+def _given(experts: Experts) -> str:
+    """The place of what the experts are given."""
+    return f"{experts.module} input"
+
+
+def _store(seen: dict[str, Tensor], module: str, returns_tuple: bool) -> Callable[[nn.Module, Any, Any], None]:
     def hook(_: nn.Module, __: Any, output: Any) -> None:
-        seen[branch.module] = output[0] if branch.returns_tuple else output
+        seen[module] = output[0] if returns_tuple else output
 
     return hook

@@ -1,14 +1,15 @@
-"""The rows of one solve over several processes. Rows are independent given the Hessian, which is the same everywhere."""
+"""Solves over several processes: the rows of one, or the stacks of many. Rows are independent given the Hessian, which is the same
+everywhere, and stacks are independent."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from marlinctl.oneshot.solve import Outcome, StackedSolver, rows_of_linear
+from marlinctl.oneshot.solve import StackedSolver, StackOutcome, pruned, quantized
 from marlinctl.quantize.gptq import Solved
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.sparsify.sparsegpt import Pruned
@@ -33,12 +34,53 @@ def together(part: Tensor, each: int, rows: int, processes: Processes) -> Tensor
     return processes.concatenate(part)[:rows]
 
 
-def solve_rows(
-    solver: StackedSolver, stack: Tensor, mask: Tensor | None, hessian: Hessian, group_size: int, processes: Processes
-) -> tuple[Outcome, Callable[[slice], Tensor | QuantizedLinear], Tensor | None]:
-    """StackedSolver.solve, of which each process solves its rows. All have the whole result."""
+def solve_stacks(
+    solver: StackedSolver, stacks: Tensor, masks: Tensor | None, hessians: Sequence[Hessian], group_size: int, processes: Processes
+) -> list[StackOutcome]:
+    """StackedSolver.solve_many, of which each process solves its stacks, or its rows where there is one stack. All have the whole result.
+
+    A ValueError is that of one process: it must end, and the others with it.
+    """
     if processes.count == 1:
-        return solver.solve(stack, mask, hessian, group_size)
+        return solver.solve_many(stacks, masks, hessians, group_size)
+    if len(hessians) == 1:
+        return [_solve_rows(solver, stacks[0], None if masks is None else masks[0], hessians[0], group_size, processes)]
+    count = len(hessians)
+    mine, each = own_rows(count, processes)
+    solved = solver.solve_many(stacks[mine], None if masks is None else masks[mine], hessians[mine], group_size)
+    facts = processes.gather([(outcome.damping, outcome.fallback, outcome.dead) for outcome, _, _ in solved])
+
+    def whole(parts: Sequence[Tensor]) -> Tensor:
+        return together(torch.stack(list(parts)), each, count, processes)
+
+    outcomes, kept = [outcome for outcome, _, _ in solved], [mask for _, _, mask in solved if mask is not None]
+    keep = whole(kept) if kept else None
+    errors, energies = (whole([getattr(outcome, what) for outcome in outcomes]) for what in ("error", "output_energy"))
+    linears = [outcome.linear for outcome in outcomes if isinstance(outcome, Solved)]
+    if linears:
+        codes, scales = whole([linear.codes for linear in linears]), whole([linear.scales for linear in linears])
+    else:
+        weights = whole([outcome.weight for outcome in outcomes if isinstance(outcome, Pruned)])
+    joined: list[StackOutcome] = []
+    for e in range(count):
+        damping, fallback, dead = facts[e // each][e % each]
+        mask = None if keep is None else keep[e]
+        if linears:
+            linear = joined_linear(codes[e], scales[e], linears[0].group_size, mask)
+            joined.append(quantized(Solved(linear, errors[e], energies[e], damping, fallback, dead), mask))
+        else:
+            assert mask is not None
+            joined.append(pruned(Pruned(weights[e], mask, errors[e], energies[e], damping, fallback, dead)))
+    return joined
+
+
+def joined_linear(codes: Tensor, scales: Tensor, group_size: int, mask: Tensor | None) -> QuantizedLinear:
+    return QuantizedLinear(codes, scales, group_size) if mask is None else SparseQuantizedLinear(codes, scales, group_size, mask)
+
+
+def _solve_rows(
+    solver: StackedSolver, stack: Tensor, mask: Tensor | None, hessian: Hessian, group_size: int, processes: Processes
+) -> StackOutcome:
     rows = len(stack)
     mine, each = own_rows(rows, processes)
     residual = None if hessian.residual is None else hessian.residual[:, mine].contiguous()
@@ -50,10 +92,7 @@ def solve_rows(
     mask = None if kept is None else whole(kept)
     error, energy = whole(outcome.error), whole(outcome.output_energy)
     if isinstance(outcome, Solved):
-        linear = outcome.linear
-        parts = (whole(linear.codes), whole(linear.scales), linear.group_size)
-        joined = QuantizedLinear(*parts) if mask is None else SparseQuantizedLinear(*parts, mask)
-        return replace(outcome, linear=joined, error=error, output_energy=energy), lambda part: rows_of_linear(joined, mask, part), mask
+        linear = joined_linear(whole(outcome.linear.codes), whole(outcome.linear.scales), outcome.linear.group_size, mask)
+        return quantized(replace(outcome, linear=linear, error=error, output_energy=energy), mask)
     assert isinstance(outcome, Pruned) and mask is not None
-    weight = whole(outcome.weight)
-    return replace(outcome, weight=weight, mask=mask, error=error, output_energy=energy), lambda part: weight[part], mask
+    return pruned(replace(outcome, weight=whole(outcome.weight), mask=mask, error=error, output_energy=energy))

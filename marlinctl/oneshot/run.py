@@ -38,7 +38,7 @@ from marlinctl.data.tokens import Tokens
 from marlinctl.errors import GateRefused, ResourceProblem
 from marlinctl.evaluation.gate import Measurement
 from marlinctl.jobs.journal import Request
-from marlinctl.models.architectures import Block
+from marlinctl.models.architectures import Block, Experts
 from marlinctl.models.meta_model import build
 from marlinctl.oneshot import ranks
 from marlinctl.oneshot.commits import Commits, Pace
@@ -243,6 +243,9 @@ def _fingerprint(opened: RunInputs, recipe: Recipe, calibration: CalibrationSet,
     """Everything that decides the numbers. Where any of it differs, going on would mix two jobs."""
     # Codes differ where rounding decides. A CPU has one solver.
     solver = {} if opened.device.type == "cpu" else {"solver": "torch" if steps is TORCH else "kernels"}
+    # Earlier versions corrected no drift in mixtures of experts. ALGORITHM_VERSION stays: the codes of all other runs are as before.
+    corrected = opened.corrects_drift and any(isinstance(block.mlp, Experts) for block in opened.architecture.blocks)
+    experts = {"experts": "drift correction"} if corrected else {}
     return {
         "model": opened.contents.fingerprint,
         "recipe": recipe.canonical(),
@@ -251,6 +254,7 @@ def _fingerprint(opened: RunInputs, recipe: Recipe, calibration: CalibrationSet,
         "device": opened.device.type,
         "dtype": str(opened.dtype).removeprefix("torch."),
         **solver,
+        **experts,
     }
 
 
@@ -261,6 +265,7 @@ class _Attempt:
     chunk_tokens: int  # tokens in flight
     budget: int  # bytes of device memory for activations between two passes; the others lie in host memory or on the disk
     redo_from: int | None = None  # the first block to solve again
+    batches: bool = True  # experts are solved many together
 
 
 def _run_blocks(tokens: Tokens, job: RunJob, solving: LayerQuantizer) -> None:
@@ -272,7 +277,7 @@ def _run_blocks(tokens: Tokens, job: RunJob, solving: LayerQuantizer) -> None:
         budget, chunk = _left_on_device(solving), CHUNK_TOKENS_ON_DEVICE
     full = ""
     fewer = [less for less in (CHUNK_TOKENS, CHUNK_TOKENS // 2) if less < chunk and processes.count == 1]  # the others do not wait for it
-    for attempt in (_Attempt(chunk, budget, solving.options.redo_from), *(_Attempt(less, budget=0) for less in fewer)):
+    for attempt in (_Attempt(chunk, budget, solving.options.redo_from), *(_Attempt(less, budget=0, batches=False) for less in fewer)):
         if full:
             solving.console.warn(f"{full}; once more from block {job.finished}, with {attempt.chunk_tokens:,} tokens in flight")
         try:
@@ -322,6 +327,7 @@ def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: 
                 model, architecture, solving.weights, ranks.own_samples(tokens, processes),
                 device=opened.device, dtype=opened.dtype, scratch=_scratch(job, solving, attempt.budget),
                 chunk_tokens=attempt.chunk_tokens, corrects_drift=opened.corrects_drift, resident=True, processes=processes,
+                experts_together=solving.experts_together if attempt.batches else 1, solve_experts=solving.stages,
             )  # fmt: skip
         samples = len(tokens.ids)
         _replay(pipeline, job, solving, console, samples)

@@ -14,7 +14,7 @@ read; activations in flight are one chunk wide. A block's weights are read when 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -24,7 +24,7 @@ from marlinctl.data.tokens import Tokens
 from marlinctl.models.architectures import Architecture, Block, Branch, Experts
 from marlinctl.models.meta_model import Replay, call_until, drop_parameters, set_parameter
 from marlinctl.oneshot.experts import ExpertsPipeline
-from marlinctl.oneshot.gram import Gram, SolveStage
+from marlinctl.oneshot.gram import Gram, SolveStage, SolveStages, StageInput
 from marlinctl.oneshot.reference_stream import ReferenceModel, scaled
 from marlinctl.system.offload import Scratch
 from marlinctl.system.processes import ALONE, Processes
@@ -62,12 +62,15 @@ class SequentialPipeline:
         corrects_drift: bool = False,  # run the reference model alongside, so that Hessians hold the drift
         resident: bool = False,  # hidden states may stay on the device
         processes: Processes = ALONE,  # tokens are those of this one; Hessians are of all
+        experts_together: int = 1,  # experts of a block that `solve_experts` is given at a time
+        solve_experts: SolveStages | None = None,  # solves them; without it, that of `run_block` one after another
     ) -> None:
         self.model, self.architecture, self.checkpoint = model, architecture, checkpoint
         self.device, self.dtype, self.scratch = device, dtype, scratch
         self.counted, self.processes = tokens.counted, processes
         self.samples, self.length = tokens.ids.shape
         self.step = max(1, chunk_tokens // self.length)
+        self.experts_together, self.solve_experts = experts_together, solve_experts
         self.decoder = model.get_submodule(architecture.decoder)
         self.calls: dict[int, list[dict[str, Any]]] = {}  # samples in a chunk -> keyword arguments of every block
         shape = (self.samples, self.length, architecture.hidden_size)
@@ -144,7 +147,7 @@ class SequentialPipeline:
             for branch in (block.attention, block.mlp):
                 calls = self._calls(layer, block, branch, replays, outputs)
                 if isinstance(branch, Experts):
-                    outputs[branch.module] = self._run_experts(block, branch, calls, solve, replay)
+                    outputs[branch.module] = self._run_experts(block, layer, branch, calls, solve, replay)
                 else:
                     outputs[branch.module] = self._run_branch(block, layer, branch, calls, outputs, solve, replay)
                 replays[branch.module] = Replay(isinstance(branch, Branch) and branch.returns_tuple, flat=isinstance(branch, Experts))
@@ -228,14 +231,20 @@ class SequentialPipeline:
             output[part] = last_module(between[part].to(self.device))
         return lambda part: output[part].to(self.device)
 
-    def _run_experts(self, block: Block, experts: Experts, arguments: Calls, solve: SolveStage, replay: bool) -> Output:
+    def _run_experts(self, block: Block, layer: nn.Module, experts: Experts, arguments: Calls, solve: SolveStage, replay: bool) -> Output:
         """Solve the experts of a block; returns their summed output."""
+
+        def one_by_one(inputs: Sequence[StageInput]) -> list[Mapping[str, Tensor]]:
+            return [solve(stage.names, stage.hessian, stage.remark) for stage in inputs]
+
+        together = one_by_one if self.solve_experts is None or replay else self.solve_experts
         pipeline = ExpertsPipeline(
             block, experts, self.counted,
-            hidden=self.architecture.hidden_size, device=self.device, dtype=self.dtype, scratch=self.scratch, step=self.step, replay=replay,
-            processes=self.processes,
+            hidden=self.architecture.hidden_size, device=self.device, dtype=self.dtype, scratch=self.scratch, step=self.step,
+            together=self.experts_together, replay=replay, processes=self.processes,
+            reference=None if self.reference is None else self.reference.experts(layer, experts),
         )  # fmt: skip
-        whole = pipeline.run(((part, args) for part, args, _ in arguments), solve)
+        whole = pipeline.run(((part, args) for part, args, _ in arguments), together)
         return lambda part: whole[part].to(self.device)
 
     def run_head(self, head: str, solve: SolveStage) -> None:

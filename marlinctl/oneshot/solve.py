@@ -6,19 +6,20 @@ measures what a run does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from marlinctl.quantize.drift import corrected_target
-from marlinctl.quantize.gptq import Solved, SolveSettings, solve
+from marlinctl.quantize.drift import corrected_stack, corrected_target
+from marlinctl.quantize.gptq import Solved, SolveSettings, solve_many
 from marlinctl.quantize.scheme import Scheme
+from marlinctl.quantize.stacks import stacked
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipes.schema import Recipe
-from marlinctl.sparsify.sparsegpt import PruneSettings, fit_mask, prune, prune_and_quantize, solve_pruned
+from marlinctl.sparsify.sparsegpt import Pruned, PruneSettings, fit_mask, prune_and_quantize_many, prune_many, solve_pruned_many
 from marlinctl.sparsify.steps import TORCH, PruneSteps
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from marlinctl.system.console import Console
@@ -37,6 +38,10 @@ class Outcome(Protocol):
     def fallback(self) -> str | None: ...
     @property
     def dead(self) -> int: ...
+
+
+# The outcome, what each slice of rows became, and the mask of all rows [R, K].
+StackOutcome = tuple[Outcome, Callable[[slice], Tensor | QuantizedLinear], Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,32 +76,38 @@ class StackedSolver:
             steps=steps,
         )
 
-    def solve(
-        self, stack: Tensor, mask: Tensor | None, hessian: Hessian, group_size: int
-    ) -> tuple[Outcome, Callable[[slice], Tensor | QuantizedLinear], Tensor | None]:
-        """The outcome, what each slice of rows became, and the mask of all rows [R, K].
+    def solve(self, stack: Tensor, mask: Tensor | None, hessian: Hessian, group_size: int) -> StackOutcome:
+        """One stack [R, K]."""
+        return self.solve_many(stack.unsqueeze(0), None if mask is None else mask.unsqueeze(0), [hessian], group_size)[0]
 
-        stack: [R, K] float32. mask: a mask that the source has already, [R, K] bool, or None.
+    def solve_many(self, stacks: Tensor, masks: Tensor | None, hessians: Sequence[Hessian], group_size: int) -> list[StackOutcome]:
+        """Stacks that do not depend on each other, each with its Hessian; at once where the steps take several problems.
+
+        stacks: [E, R, K] float32. masks: masks that the source has already, [E, R, K] bool, or None.
 
         Raises:
             ValueError: weights or Hessian are not finite, or no damping makes the Hessian positive definite.
         """
         if self.drift_correction:
-            stack = corrected_target(stack, hessian, share=self.drift_correction, damping=self.pruning.damping)
+            stacks = self._corrected(stacks, hessians)
         if not self.scheme.quantizes:
-            pruned = prune(stack, hessian, self.pruning, self.steps)
-            return pruned, lambda rows: pruned.weight[rows], pruned.mask
+            return [pruned(one) for one in prune_many(stacks, hessians, self.pruning, self.steps)]
         settings = replace(self.settings, group_size=group_size)
-        solved: Solved
-        if mask is not None:
-            pruned_stack = fit_mask(stack, mask, hessian, self.pruning) if self.drift_correction else stack
-            solved, mask = solve_pruned(pruned_stack, mask, hessian, settings, original=stack, steps=self.steps)
-        elif self.scheme.prunes:
-            solved, mask = prune_and_quantize(stack, hessian, self.pruning, settings, self.steps)
-        else:
-            solved = solve(stack, hessian, settings, steps=self.steps)
-        kept = mask
-        return solved, lambda rows: rows_of_linear(solved.linear, kept, rows), kept
+        if masks is not None:
+            values = stacks
+            if self.drift_correction:
+                values = stacked([fit_mask(stack, mask, h, self.pruning) for stack, mask, h in zip(stacks, masks, hessians, strict=True)])
+            return [quantized(*one) for one in solve_pruned_many(values, masks, hessians, settings, originals=stacks, steps=self.steps)]
+        if self.scheme.prunes:
+            return [quantized(*one) for one in prune_and_quantize_many(stacks, hessians, self.pruning, settings, self.steps)]
+        return [quantized(solved, None) for solved in solve_many(stacks, hessians, settings, steps=self.steps)]
+
+    def _corrected(self, stacks: Tensor, hessians: Sequence[Hessian]) -> Tensor:
+        """The targets of drift correction, [E, R, K]."""
+        share, damping = self.drift_correction, self.pruning.damping
+        if self.steps.stacks and len(hessians) > 1 and all(hessian.residual is None for hessian in hessians):
+            return corrected_stack(stacks, hessians, share=share, damping=damping)
+        return stacked([corrected_target(stack, h, share=share, damping=damping) for stack, h in zip(stacks, hessians, strict=True)])
 
 
 def steps_on(device: torch.device, console: Console) -> PruneSteps:
@@ -116,6 +127,14 @@ def steps_on(device: torch.device, console: Console) -> PruneSteps:
         console.warn(f"the solver's kernels cannot be used, and torch operators take about twenty times as long: {reason}")
         return TORCH
     return kernels.steps()
+
+
+def pruned(found: Pruned) -> StackOutcome:
+    return found, lambda rows: found.weight[rows], found.mask
+
+
+def quantized(solved: Solved, mask: Tensor | None) -> StackOutcome:
+    return solved, lambda rows: rows_of_linear(solved.linear, mask, rows), mask
 
 
 def rows_of_linear(linear: QuantizedLinear, mask: Tensor | None, rows: slice) -> QuantizedLinear:

@@ -79,7 +79,10 @@ def scratch_bytes(architecture: Architecture, work: Work) -> int:
             wide = block.linears[f"{block.prefix}.{last}"].in_features
             widths["between"] = max(widths["between"], wide)
             if isinstance(branch, Experts):
+                widths["between"] = max(widths["between"], hidden)  # the tokens of several experts
                 widths["experts output"] = hidden
+                if work.corrects_drift:
+                    widths[f"original {branch.module}"] = hidden
             elif work.corrects_drift:
                 widths |= {f"original {branch.first[0]}": hidden, f"original {last}": wide, f"residual {branch.module}": hidden}
     return tokens * work.element * sum(widths.values())

@@ -34,6 +34,7 @@ CHUNK_TOKENS = 2048  # tokens in flight: enough for full speed of the matrix uni
 CHUNK_TOKENS_ON_DEVICE = 8192  # of a GPU: launches are expensive there, memory is not
 QUEUED_BLOCKS = 8  # blocks of a GPU on their way to the disk, the one in work among them (oneshot/commits.py)
 QUEUED_BYTES = 4 << 30  # of the device's memory that they hold; one block may be larger
+EXPERTS_BYTES = 4 << 30  # of a GPU's memory that experts which are solved together may take: enough rows for all of an H200's units
 SHARD_BYTES = 1 << 30  # finished tensors that `pack` keeps in memory before they become a shard
 
 STORED = 2  # bytes of a weight in the checkpoint
@@ -96,6 +97,7 @@ class Stage:
     rows: int  # of those that are compressed
     other_rows: int  # of those that stay as they are
     groups: int  # of a row, at the smallest group size
+    experts: int = 1  # of a block, each of which has such a stage; a GPU solves several together
 
 
 def predicted_peak(architecture: Architecture, compressed: Mapping[str, int], work: Work) -> int:
@@ -142,6 +144,15 @@ def _result_bytes(spec: LinearSpec, compressed: Mapping[str, int], work: Work) -
 _BASE_OF_CUDA = 1 << 30  # what the CUDA libraries take of host memory; with it, three runs on an H200 were planned 5 to 13 % too high
 
 
+def experts_together(architecture: Architecture, compressed: Mapping[str, int], work: Work) -> int:
+    """How many experts of a block are solved together. A CPU solves one after another."""
+    found = [stage for stage in stages(architecture, compressed) if stage.experts > 1]
+    if not work.on_device or not found:
+        return 1
+    largest = max(_size(phase) for stage in found for phase in _phases_of_solve(architecture, stage, work))
+    return max(1, min(EXPERTS_BYTES // max(largest, 1), *(stage.experts for stage in found)))
+
+
 def stages(architecture: Architecture, compressed: Mapping[str, int]) -> set[Stage]:
     """The different solves of a run."""
     found = {stage for block in architecture.blocks for stage in stages_of_block(block, compressed)}
@@ -160,17 +171,17 @@ def stages_of_block(block: Block, compressed: Mapping[str, int]) -> Counter[Stag
         groups += [(1, block.mlp.first), (1, (block.mlp.last,))]
     found: Counter[Stage] = Counter()
     for count, names in groups:
-        found[stage_of([block.linears[prefix + name] for name in names], compressed)] += count
+        found[stage_of([block.linears[prefix + name] for name in names], compressed, count)] += count
     return found
 
 
-def stage_of(linears: list[LinearSpec], compressed: Mapping[str, int]) -> Stage:
+def stage_of(linears: list[LinearSpec], compressed: Mapping[str, int], experts: int = 1) -> Stage:
     """The solve of linears that share an input."""
     rows = sum(spec.out_features for spec in linears if spec.name in compressed)
     k = linears[0].in_features
     sizes = [compressed[spec.name] for spec in linears if spec.name in compressed]
     groups = max((1 if size == -1 else k // size for size in sizes), default=0)
-    return Stage(k, rows, sum(spec.out_features for spec in linears) - rows, groups)
+    return Stage(k, rows, sum(spec.out_features for spec in linears) - rows, groups, experts)
 
 
 def _hidden_states(architecture: Architecture, work: Work) -> int:
@@ -187,10 +198,11 @@ def _text(work: Work) -> int:
 
 
 def _block_bytes(architecture: Architecture, work: Work) -> int:
-    """The weights of the largest block as the forward pass holds them. Experts are read one by one and stay nowhere."""
+    """The weights of the largest block as the forward pass holds them. Experts are read a few at a time and stay nowhere, but for those of
+    the reference model."""
     sizes = []
     for block in architecture.blocks:
-        experts = isinstance(block.mlp, Experts)
+        experts = isinstance(block.mlp, Experts) and not work.corrects_drift
         names = [block.prefix + "." + name for name in (*block.attention.first, block.attention.last)] if experts else list(block.linears)
         sizes.append(sum(block.linears[name].out_features * block.linears[name].in_features for name in names))
     return max(sizes) * work.element
@@ -198,31 +210,53 @@ def _block_bytes(architecture: Architecture, work: Work) -> int:
 
 def _solving(architecture: Architecture, compressed: Mapping[str, int], work: Work) -> int:
     """The fullest phase of all stages; on the host, with what the heap keeps of the others."""
-    phases = [phase for stage in stages(architecture, compressed) for phase in _phases(architecture, stage, work)]
+    many = experts_together(architecture, compressed, work)
+    phases = [phase for stage in stages(architecture, compressed) for phase in _phases(architecture, stage, work, min(many, stage.experts))]
     if work.on_device:
-        return max(sum(count * size for count, size in phase) for phase in phases)
+        return max(map(_size, phases))
     heap = [sum(count * size for count, size in phase if size < _HEAP_BELOW) for phase in phases]
     mapped = [sum(count * size for count, size in phase if size >= _HEAP_BELOW) for phase in phases]
     together = max(_HOLES * below + above for below, above in zip(heap, mapped, strict=True))
     return int(max(together, _KEPT * max(heap) + max(mapped)))
 
 
-def _phases(architecture: Architecture, stage: Stage, work: Work) -> Iterator[Arrays]:
-    """The arrays that are alive in each phase of one stage."""
-    k, rows, tokens = stage.k, work.own_rows(stage.rows), max(CHUNK_TOKENS_ON_DEVICE if work.on_device else CHUNK_TOKENS, work.length)
+def _phases(architecture: Architecture, stage: Stage, work: Work, together: int) -> Iterator[Arrays]:
+    """The arrays that are alive in each phase of one stage, or of `together` experts with such a stage."""
+    k, tokens = stage.k, max(CHUNK_TOKENS_ON_DEVICE if work.on_device else CHUNK_TOKENS, work.length)
+    # oneshot/gram.py: activations of a chunk as they are beside the sums; then H as a whole
+    widest = max(k, *(spec.out_features for spec in architecture.blocks[0].linears.values()))
+    held, drift = _held(architecture, stage, work), work.corrects_drift
+    others = [((2 if drift else 1) * (together - 1), 4 * k * k)] if together > 1 else []  # sums of the other experts
+    yield [*held, *others, *quantize.gram(k, tokens, drift=drift), (4, tokens * widest * work.element)]
+    yield [*held, *others, *quantize.mirror(k)]
+    for phase in _phases_of_solve(architecture, stage, work):
+        yield [(together * count, size) for count, size in phase]
+
+
+def _held(architecture: Architecture, stage: Stage, work: Work) -> Arrays:
+    """What is there in every phase of a stage."""
+    k, rows = stage.k, _own_rows(stage, work)
     # Weights that pass through the solve untouched, or come out of other ranks' solves, as weights and codes.
     held = [(1, 4 * stage.other_rows * k), (1, 5 * (stage.rows - rows) * k)]
     if work.on_device:
         held += quantize.split(rows, k)
     if work.corrects_drift:  # E[(x' - x) xᵀ], E[(r' - r) xᵀ] and the stack before it was matched
         held += [(1, 4 * k * k), (1, 4 * k * architecture.hidden_size), (1, 4 * rows * k)]
+    return held
 
-    # oneshot/gram.py: activations of a chunk as they are beside the sums; then H as a whole
-    widest = max(k, *(spec.out_features for spec in architecture.blocks[0].linears.values()))
-    yield [*held, *quantize.gram(k, tokens, drift=work.corrects_drift), (4, tokens * widest * work.element)]
-    yield [*held, *quantize.mirror(k)]
+
+def _own_rows(stage: Stage, work: Work) -> int:
+    """Of a solve in one rank: rows are spread over ranks, or else whole experts."""
+    return work.own_rows(stage.rows) if stage.experts == 1 else stage.rows
+
+
+def _phases_of_solve(architecture: Architecture, stage: Stage, work: Work) -> Iterator[Arrays]:
+    k, rows = stage.k, _own_rows(stage, work)
     if not rows:
         return
+    held = _held(architecture, stage, work)
+    if stage.experts > 1 and work.on_device:
+        held.append((1, 4 * k * k))  # H of each expert, beside the stack of them
     if work.corrects_drift:
         yield [*held, *quantize.corrected_target(rows, k)]
     yield [*held, *quantize.factor(rows, k, work.damping)]
@@ -234,6 +268,10 @@ def _phases(architecture: Architecture, stage: Stage, work: Work) -> Iterator[Ar
             yield [*held, *pruned, *quantize.refit_scales(rows, k, stage.groups)]
     if work.scheme.prunes:
         yield [*held, *sparsify.prune(rows, k)]
+
+
+def _size(arrays: Arrays) -> int:
+    return sum(count * size for count, size in arrays)
 
 
 def _writing(architecture: Architecture, work: Work) -> int:

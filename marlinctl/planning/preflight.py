@@ -19,7 +19,7 @@ from marlinctl.checkpoint.safetensors_header import TensorInfo
 from marlinctl.checkpoint.sparsity import MASK_FILE, Pattern
 from marlinctl.data.calibration_size import check_documents, check_length, too_few_tokens
 from marlinctl.errors import BadInput, Problem, UsageError
-from marlinctl.models.architectures import Architecture, Experts, LinearSpec, check_module_map
+from marlinctl.models.architectures import Architecture, LinearSpec, check_module_map
 from marlinctl.planning.layer_rules import Plan, plan
 from marlinctl.recipes.schema import Recipe, divided
 from marlinctl.system.console import Console
@@ -118,11 +118,7 @@ def look(
         _refuse_odd_widths(shapes)
     if problems := misfits(shapes, formats_of(recipe)):
         raise BadInput.from_problems("E349", problems)
-    corrects_drift = recipe.quantize.drift_correction > 0
-    if corrects_drift and any(isinstance(block.mlp, Experts) for block in known.blocks):
-        console.warn("drift is not corrected (--drift-correction 0): the experts' router sends other tokens than the unquantized model's")
-        corrects_drift = False
-    return ModelPlan(known, rules, shapes, corrects_drift)
+    return ModelPlan(known, rules, shapes, corrects_drift=recipe.quantize.drift_correction > 0)
 
 
 def formats_of(recipe: Recipe) -> list[Format]:

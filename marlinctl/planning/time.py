@@ -105,14 +105,15 @@ def _seconds_of_parts(
     architecture: Architecture, compressed: Mapping[str, int], work: Work, recipe: Recipe, speed: Machine, model_bytes: int
 ) -> dict[str, float]:
     tokens = work.own_samples * work.length
-    twice = 2 if work.corrects_drift else 1
     forward = gram = sweeps = columns = elements = sent = 0.0
     for block in architecture.blocks:
         share = _share_of_tokens(block)
         for stage, count in stages_of_block(block, compressed).items():
-            seen = tokens * (share if count > 1 else 1.0)
+            seen = tokens * (share if stage.experts > 1 else 1.0)
             rows = stage.rows + stage.other_rows
-            forward += count * 2 * rows * stage.k * seen * twice
+            # The reference model's pass, and what experts make of its inputs.
+            times = 1 if not work.corrects_drift else 3 if stage.experts > 1 else 2
+            forward += count * 2 * rows * stage.k * seen * times
             gram += count * stage.k**2 * seen * (3 if work.corrects_drift else 1)
             s, c, e = _solve(replace(stage, rows=work.own_rows(stage.rows)), recipe)
             sums = 4 * stage.k**2 * (2 if work.corrects_drift else 1)

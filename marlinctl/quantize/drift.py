@@ -15,10 +15,13 @@ worse than without correction (docs/log/2026-11-21-drift.md).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from marlinctl.quantize.products import mm
+from marlinctl.quantize.stacks import diagonal
 from marlinctl.quantize.types import Hessian
 
 
@@ -34,9 +37,29 @@ def corrected_target(weight: Tensor, hessian: Hessian, *, share: float, damping:
         if tuple(hessian.residual.shape) != (weight.shape[1], weight.shape[0]):
             raise ValueError(f"the residual drift {list(hessian.residual.shape)} does not fit a weight {list(weight.shape)}")
         wanted += hessian.residual.T
-    matrix = hessian.matrix.double()
-    matrix.diagonal().add_(damping * matrix.diagonal().mean())
+    matrix = _damped(hessian.matrix, damping)
     lower, info = torch.linalg.cholesky_ex(matrix)
     if int(info):
         return weight
     return weight + share * torch.cholesky_solve(wanted.T.double(), lower).T.float()
+
+
+def corrected_stack(weights: Tensor, hessians: Sequence[Hessian], *, share: float, damping: float) -> Tensor:
+    """`corrected_target` of weights [E, R, K], each with its Hessian, at once: [E, R, K].
+
+    No Hessian has a residual, and all have a drift or none has.
+    """
+    drifts = [hessian.drift for hessian in hessians if hessian.drift is not None]
+    if not drifts or share == 0.0:
+        return weights
+    wanted = mm(weights, torch.stack(drifts).mT)
+    lower, info = torch.linalg.cholesky_ex(_damped(torch.stack([hessian.matrix for hessian in hessians]), damping))
+    solved = [torch.cholesky_solve(right.T.double(), one).T.float() for right, one in zip(wanted, lower, strict=True)]
+    return torch.where((info == 0)[:, None, None], weights + share * torch.stack(solved), weights)
+
+
+def _damped(matrix: Tensor, damping: float) -> Tensor:
+    """[..., K, K] with the ridge, float64."""
+    matrix = matrix.double()
+    diagonal(matrix).add_(damping * diagonal(matrix).mean(-1, keepdim=True))
+    return matrix

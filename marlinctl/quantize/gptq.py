@@ -6,13 +6,16 @@ stacked weights [R, K] ─► static scales per group of original columns ─►
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from marlinctl.quantize.refine import descend, layer_error, refit_scales
-from marlinctl.quantize.solver import factor
+from marlinctl.quantize.solver import factor, factor_stack, ridges
+from marlinctl.quantize.stacks import apart, choose, take_both, take_rows
+from marlinctl.quantize.stacks import diagonal as diagonal_of
 from marlinctl.quantize.steps import TORCH, SolverSteps
 from marlinctl.quantize.types import CODE_MAX, CODE_MIN, Hessian, QuantizedLinear
 
@@ -75,49 +78,117 @@ def solve(
         nothing = torch.zeros(rows, dtype=torch.float64, device=weight.device)
         reason = "plain rounding: no calibration token reached this input, or all of them were zero"
         return Solved(round_to_nearest(weight, settings, steps), nothing, nothing, settings.damping, reason, k)
-    scales = static_scales(weight, diagonal, settings, steps)  # [R, G]
-    order = (
-        torch.argsort(diagonal, descending=True, stable=True) if settings.act_order == "static" else torch.arange(k, device=weight.device)
-    )
-    group_of = order // group_size
-    matrix = hessian.matrix[order[:, None], order]
+    order = _order(diagonal, settings)
+    matrix = take_both(hessian.matrix, order)
     factored = factor(matrix, settings.damping)
-
-    w = weight.T[order].contiguous()  # [K, R], columns as rows: indexing a transposed view keeps its strides, and the sweep would crawl
-    s = scales.T.contiguous()  # [G, R]
-    kept = None if mask is None else mask.T[order].contiguous()
-    target = w if original is None else original.T[order].contiguous()
-    codes, _ = steps.sweep(w, w, factored.feedback, s, group_of, kept)
     ridge = factored.damping * float(diagonal.mean())
-    if settings.refine and factored.fallback is None:
-        matrix.diagonal().add_(ridge)
-        for _ in range(settings.refine):
-            for _ in range(2):
-                codes = descend(target, codes, s, matrix, group_of, kept, sweep=steps.sweep)
-            s = refit_scales(target, codes, s, matrix, group_of, positive=not settings.both_signs, bfloat16_exact=settings.bfloat16_exact)
-        matrix.diagonal().sub_(ridge)
-
-    in_place = codes[torch.argsort(order)].to(torch.int8).T.contiguous()  # rows are gathered: scattering columns is slow on a GPU
+    rounds = settings.refine if factored.fallback is None else 0
+    codes, scales, error, energy = _round(
+        weight, mask, original, diagonal, order, matrix, factored.feedback, ridge, rounds, settings, steps
+    )
     return Solved(
-        linear=QuantizedLinear(in_place, s.T.to(torch.float16).contiguous(), group_size),
-        error=layer_error(target - codes * s[group_of], matrix).double(),
-        output_energy=layer_error(target, matrix).double(),
+        linear=QuantizedLinear(codes, scales, group_size),
+        error=error,
+        output_energy=energy,
         damping=factored.damping,
         fallback=factored.fallback,
         dead=int((diagonal == 0).sum()),
     )
 
 
+def solve_many(
+    weights: Tensor,
+    hessians: Sequence[Hessian],
+    settings: SolveSettings,
+    masks: Tensor | None = None,
+    originals: Tensor | None = None,
+    steps: SolverSteps = TORCH,
+) -> list[Solved]:
+    """`solve` of many stacks of rows, each with a Hessian of its own: the same but for rounding.
+
+    weights: [E, R, K] float32; masks and originals: [E, R, K] or None. With `steps` that take stacks of problems all are solved at once,
+    but for those whose Hessian is zero, not finite or not positive definite with the first damping: each of these is solved alone, and
+    changes no other. Otherwise one after another. Raises what `solve` raises for any of them.
+    """
+
+    def alone(e: int) -> Solved:
+        mask, original = (None if all_ is None else all_[e] for all_ in (masks, originals))
+        return solve(weights[e], hessians[e], settings, mask, original, steps)
+
+    count, _, k = weights.shape
+    if not steps.stacks or count == 1:
+        return [alone(e) for e in range(count)]
+    group_size = k if settings.group_size == -1 else settings.group_size
+    if k % group_size:
+        raise ValueError(f"K={k} is not a multiple of group_size {group_size}")
+    matrices = torch.stack([hessian.matrix for hessian in hessians])
+    diagonals = diagonal_of(matrices).clone()
+    order = _order(diagonals, settings)
+    matrices = take_both(matrices, order)
+    feedback, _, good = factor_stack(matrices, settings.damping)
+    dead = (diagonals == 0).sum(-1).tolist()
+
+    def together(chosen: Sequence[int]) -> list[Solved]:
+        mask, original = (None if all_ is None else choose(all_, chosen) for all_ in (masks, originals))
+        weight, diagonal, places, matrix, fed_back = (choose(all_, chosen) for all_ in (weights, diagonals, order, matrices, feedback))
+        ridge = ridges(diagonal, settings.damping)
+        found = _round(weight, mask, original, diagonal, places, matrix, fed_back, ridge, settings.refine, settings, steps)
+        return [
+            Solved(QuantizedLinear(codes, scales, group_size), error, energy, settings.damping, None, dead[e])
+            for e, codes, scales, error, energy in zip(chosen, *found, strict=True)
+        ]
+
+    return apart(good.tolist(), together, alone)
+
+
+def _order(diagonal: Tensor, settings: SolveSettings) -> Tensor:
+    """The order of columns during the solve, [..., K] int64."""
+    if settings.act_order == "static":
+        return torch.argsort(diagonal, dim=-1, descending=True, stable=True)
+    return torch.arange(diagonal.shape[-1], device=diagonal.device).expand(diagonal.shape)
+
+
+def _round(
+    weight: Tensor, mask: Tensor | None, original: Tensor | None, diagonal: Tensor, order: Tensor, matrix: Tensor, feedback: Tensor,
+    ridge: float | Tensor, rounds: int, settings: SolveSettings, steps: SolverSteps,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Scales, sweep and refinement; codes [R, K] int8, scales [R, G] float16, error and output energy of each row [R] float64.
+
+    weight, mask, original: [R, K]. diagonal: [K]. order: [K], and in it matrix and feedback [K, K]. ridge: what is added to the diagonal
+    while codes and scales are refined, `rounds` times. Or stacks [E, ...] of all tensors, ridge [E, 1] then.
+    """
+    group_size = weight.shape[-1] if settings.group_size == -1 else settings.group_size
+    scales = static_scales(weight, diagonal, settings, steps)  # [R, G]
+    group_of = order // group_size
+    w = take_rows(
+        weight.mT, order
+    ).contiguous()  # [K, R], columns as rows: an indexed transposed view keeps its strides, and the sweep would crawl
+    s = scales.mT.contiguous()  # [G, R]
+    kept = None if mask is None else take_rows(mask.mT, order).contiguous()
+    target = w if original is None else take_rows(original.mT, order).contiguous()
+    codes, _ = steps.sweep(w, w, feedback, s, group_of, kept)
+    if rounds:
+        diagonal_of(matrix).add_(ridge)
+        for _ in range(rounds):
+            for _ in range(2):
+                codes = descend(target, codes, s, matrix, group_of, kept, sweep=steps.sweep)
+            s = refit_scales(target, codes, s, matrix, group_of, positive=not settings.both_signs, bfloat16_exact=settings.bfloat16_exact)
+        diagonal_of(matrix).sub_(ridge)
+    in_place = take_rows(codes, torch.argsort(order, dim=-1)).to(torch.int8).mT.contiguous()  # scattering columns is slow on a GPU
+    error = layer_error(target - codes * take_rows(s, group_of), matrix).double()
+    return in_place, s.mT.to(torch.float16).contiguous(), error, layer_error(target, matrix).double()
+
+
 def static_scales(weight: Tensor, importance: Tensor, settings: SolveSettings, steps: SolverSteps = TORCH) -> Tensor:
     """Scales [R, G] float32 of the original columns, before any column is rounded.
 
-    importance: [K], the diagonal of the Hessian, which weighs the errors of the search. The scale that covers the largest weight stands
-    unless another one promises SEARCH_MARGIN less: small gains come from clipping, and cost more later than the search can see
-    (docs/log/2026-11-21-drift.md).
+    importance: [K], the diagonal of the Hessian, which weighs the errors of the search. Or stacks [E, ...] of all. The scale that covers
+    the largest weight stands unless another one promises SEARCH_MARGIN less: small gains come from clipping, and cost more later than the
+    search can see (docs/log/2026-11-21-drift.md).
     """
     ratios = (1.0,) if settings.scale_search == "none" else SEARCH_RATIOS
     weights = importance if settings.scale_search == "hessian" else None
-    group_size = weight.shape[1] if settings.group_size == -1 else settings.group_size
+    group_size = weight.shape[-1] if settings.group_size == -1 else settings.group_size
     return steps.search_scales(
         weight,
         weights,

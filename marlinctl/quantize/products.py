@@ -20,9 +20,9 @@ _ROUND, _MASK = 1 << 12, -(1 << 13)  # of the 13 bits that TF32 does not have
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for float32 matrices."""
+    """a @ b for float32 matrices, or for stacks [E, ., .] of them."""
     if not a.is_cuda:
-        return torch.mm(a, b)
+        return torch.matmul(a, b) if a.ndim > 2 else torch.mm(a, b)
     return split_mm(split(a), split(b))
 
 
@@ -33,7 +33,12 @@ def split(a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def split_mm(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], base: Tensor | None = None) -> Tensor:
-    """The product of split matrices on a GPU, added to a copy of `base` where there is one."""
+    """The product of split matrices on a GPU, added to a copy of `base` where there is one; or those of stacks of matrices."""
+    if a[0].ndim > 2:
+        with _tf32():
+            out = torch.bmm(a[1], b[0]) if base is None else torch.baddbmm(base, a[1], b[0])
+            out.baddbmm_(a[0], b[1])
+            return out.baddbmm_(a[0], b[0])
     with _tf32():
         out = torch.mm(a[1], b[0]) if base is None else torch.addmm(base, a[1], b[0])  # the small terms first
         out.addmm_(a[0], b[1])

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from marlinctl.quantize.memory import FLOAT64_ABOVE
+from marlinctl.quantize.stacks import diagonal as diagonal_of
 from marlinctl.quantize.types import CODE_MAX, CODE_MIN
 
 COLUMN_BLOCK = 128  # columns gathered by one product over everything before them
@@ -52,22 +53,45 @@ def factor(matrix: Tensor, damping: float) -> Factor:
     importance-weighted rounding. The result says which happened. Needs two more K x K matrices in the precision of the factorisation,
     which is float64 where the condition number may pass what float32 pivots bear.
     """
-    k = matrix.shape[0]
     diagonal = matrix.diagonal()
     mean = float(diagonal.mean())
     if not mean > 0.0:
         return _diagonal_factor(diagonal.clone(), damping, "all inputs are zero")
     for rung in dict.fromkeys(min(damping * step, max(damping, _DAMPING_CEILING)) for step in (1.0, 3.0, 10.0)):
-        work = matrix.flip(0, 1).to(torch.float64 if k / rung > FLOAT64_ABOVE else torch.float32)
-        work.diagonal().add_(rung * mean)
-        lower, info = torch.linalg.cholesky_ex(work)
-        del work
-        pivots = lower.diagonal().clone()  # of the flipped matrix: last column first
-        if int(info) == 0 and bool(torch.isfinite(pivots).all()):
+        lower, pivots, good = _cholesky(matrix, rung, rung * mean)
+        if bool(good):
             feedback = lower.div_(pivots).float()
             del lower
             return Factor(feedback.flip(0, 1), pivots.flip(0).float(), rung, None)
     return _diagonal_factor(diagonal + damping * mean, damping, "not positive definite")
+
+
+def factor_stack(matrices: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The first rung of `factor` for matrices [E, K, K] at once.
+
+    Returns feedback [E, K, K], pivots [E, K], and for which of them it holds, [E] bool. Those of the others (not positive definite, zero,
+    not finite) are arbitrary; `factor` is for them.
+    """
+    ridge = ridges(diagonal_of(matrices), damping)
+    lower, pivots, good = _cholesky(matrices, damping, ridge)
+    feedback = lower.div_(pivots.unsqueeze(-2)).float()
+    del lower
+    return feedback.flip(-2, -1), pivots.flip(-1).float(), good & (ridge.squeeze(-1) > 0.0)
+
+
+def ridges(diagonals: Tensor, damping: float) -> Tensor:
+    """What is added to diagonals [E, K] of a stack of matrices, [E, 1] float64."""
+    return damping * diagonals.mean(-1, keepdim=True).double()
+
+
+def _cholesky(matrix: Tensor, damping: float, ridge: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of [..., K, K] plus the ridge, flipped: the triangle, its pivots [..., K], last column first, and whether they are good, [...]."""
+    k = matrix.shape[-1]
+    work = matrix.flip(-2, -1).to(torch.float64 if k / damping > FLOAT64_ABOVE else torch.float32)
+    diagonal_of(work).add_(ridge)
+    lower, info = torch.linalg.cholesky_ex(work)
+    pivots = diagonal_of(lower).clone()
+    return lower, pivots, (info == 0) & torch.isfinite(pivots).all(-1)
 
 
 def _diagonal_factor(diagonal: Tensor, damping: float, reason: str) -> Factor:

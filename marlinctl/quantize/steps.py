@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from marlinctl.quantize.solver import sweep
 
 
 class Sweep(Protocol):
-    """`quantize.solver.sweep` without `choose`."""
+    """`quantize.solver.sweep` without `choose`; of stacks [E, ...] of its arguments where SolverSteps.stacks is True."""
 
     def __call__(
         self, base: Tensor, anchor: Tensor, feedback: Tensor, scales: Tensor | None, group_of: Tensor, mask: Tensor | None = None
@@ -24,6 +24,7 @@ class Sweep(Protocol):
 class SolverSteps:
     search_scales: Callable[..., Tensor]  # quantize.grid.search_scales
     sweep: Sweep
+    stacks: bool = field(default=False, kw_only=True)  # whether all of them also take stacks of problems, [E, ...] for each argument
 
 
 TORCH = SolverSteps(search_scales, sweep)

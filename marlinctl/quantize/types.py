@@ -40,9 +40,11 @@ class QuantizedLinear:
             raise ValueError(
                 f"scales must be float16 or bfloat16 [{n}, {k // self.group_size}], got {self.scales.dtype} {tuple(self.scales.shape)}"
             )
+        low, high = torch.aminmax(self.codes)
+        if bool(torch.isfinite(self.scales).all() & (low >= CODE_MIN) & (high <= CODE_MAX)):  # one wait for a GPU
+            return
         if not bool(torch.isfinite(self.scales).all()):
             raise ValueError("scales hold NaN or infinity")
-        low, high = torch.aminmax(self.codes)
         if int(low) < CODE_MIN or int(high) > CODE_MAX:
             raise ValueError(f"codes lie in {int(low)}..{int(high)}, outside {CODE_MIN}..{CODE_MAX}")
 

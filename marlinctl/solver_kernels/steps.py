@@ -4,6 +4,8 @@
     csrc/sweep.cu    sweep, sparsegpt_sweep            128 columns at a time; between them one matrix product, as in the torch version
     csrc/mask.cu     improve_mask                      the same
 
+Each takes one problem, or a stack of problems with a leading dimension E, as the experts of a block are: CTAs of its own for each.
+
 torch runs these loops as some thousand launches of small kernels for each linear: 14 s of 19 for two blocks of Llama-3-8B on an H200. The
 results agree but for rounding: the sums are the same, in another order, so a target within rounding of a half may get the neighbouring
 code, and of two scales whose errors are equal to rounding either may be taken.
@@ -41,7 +43,7 @@ class SolverKernels:
     folder: Path  # of the cache
 
     def steps(self) -> PruneSteps:
-        return PruneSteps(self.search_scales, self.sweep, self.sparsegpt_sweep, self.improve_mask)
+        return PruneSteps(self.search_scales, self.sweep, self.sparsegpt_sweep, self.improve_mask, stacks=True)
 
     def require(self) -> None:
         """Compiles and loads what a default recipe needs. Raises what kernels.functions.load_function raises."""
@@ -58,14 +60,14 @@ class SolverKernels:
         ratios: tuple[float, ...],
         margin: float = 0.0,
     ) -> Tensor:
-        rows, k = weight.shape
-        columns = weight.T.contiguous()  # neighbouring threads read neighbouring rows
-        h = torch.ones(k, device=weight.device) if importance is None else importance.contiguous()
+        *stack, rows, k = weight.shape
+        columns = weight.mT.contiguous()  # neighbouring threads read neighbouring rows
+        h = torch.ones(*stack, k, device=weight.device) if importance is None else importance.contiguous()
         given = torch.tensor([*ratios, 1.0 - margin], device=weight.device)
-        found = torch.empty(k // group_size, rows, device=weight.device)
+        found = torch.empty(*stack, k // group_size, rows, device=weight.device)
         function = self._load("scales", scale_defines(len(ratios), both_signs, bfloat16_exact), 0)
-        self._launch(function, len(found), (columns, h, given, found), (rows, group_size))
-        return found.T.contiguous()
+        self._launch(function, _ctas(rows, found.numel() // rows), (columns, h, given, found), (rows, group_size))
+        return found.mT.contiguous()
 
     def sweep(
         self, base: Tensor, anchor: Tensor, feedback: Tensor, scales: Tensor | None, group_of: Tensor, mask: Tensor | None = None
@@ -83,9 +85,10 @@ class SolverKernels:
         self, base: Tensor, anchor: Tensor, feedback: Tensor, scales: Tensor | None, group_of: Tensor, mask: Tensor | None,
         pivots: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        k, rows = base.shape
+        k, rows = base.shape[-2:]
+        problems = base.numel() // (k * rows)
         _require_contiguous(base, mask, pivots)
-        anchor, feedback, group = anchor.contiguous(), feedback.contiguous(), group_of.to(torch.int32)
+        anchor, feedback, group = anchor.contiguous(), feedback.contiguous(), group_of.to(torch.int32).contiguous()
         codes, errors = torch.empty_like(anchor), torch.empty_like(anchor)
         earlier = torch.empty_like(anchor), torch.empty_like(anchor)  # the errors of finished blocks, split for the matrix units
         nothing = torch.empty(0, device=base.device)
@@ -94,20 +97,25 @@ class SolverKernels:
         function = self._load("sweep", sweep_defines(scales is not None, kind), SHARED_BYTES)
         for start in range(0, k, COLUMNS):
             stop = min(start + COLUMNS, k)
-            block = base[:stop]
+            here, target, columns = (..., slice(start, stop), slice(None)), base, k
             if start:
-                panel = split(feedback[:start, start:stop].T.contiguous())
-                block = split_mm(panel, (earlier[0][:start], earlier[1][:start]), base[start:stop])
-            kept = nothing if mask is None else mask[start:]
-            weighs = nothing if pivots is None else pivots[start:]
-            tensors = (block, anchor[start:], feedback[start:, start:], s, group[start:], kept, weighs, codes[start:], errors[start:])
-            self._launch(function, 1, tensors, (stop - start, rows, k))
-            for part, done in zip(earlier, split(errors[start:stop]), strict=True):
-                part[start:stop] = done
+                past = (..., slice(start), slice(None))
+                panel = split(feedback[..., :start, start:stop].mT.contiguous())
+                target, columns = split_mm(panel, (earlier[0][past], earlier[1][past]), base[here]), stop - start
+            kept = nothing if mask is None else mask[here]
+            weighs = nothing if pivots is None else pivots[..., start:]
+            tensors = (
+                target, anchor[here], feedback[..., start:, start:], s, group[..., start:], kept, weighs, codes[here], errors[here]
+            )  # fmt: skip
+            sizes = (stop - start, rows, k, 0 if scales is None else scales.shape[-2], columns)
+            self._launch(function, _ctas(rows, problems), tensors, sizes)
+            for part, done in zip(earlier, split(errors[here]), strict=True):
+                part[here] = done
         return codes, errors
 
     def improve_mask(self, weight: Tensor, values: Tensor, mask: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        k, rows = weight.shape
+        k, rows = weight.shape[-2:]
+        problems = weight.numel() // (k * rows)
         _require_contiguous(weight, matrix)
         tables, pairs = pair_inverses(matrix).float().contiguous(), pair_of(mask).to(torch.uint8).contiguous()
         v = (values * mask).contiguous()
@@ -115,9 +123,12 @@ class SolverKernels:
         function = self._load("mask", mask_defines(), SHARED_BYTES)
         for start in range(0, k, COLUMNS):
             stop = min(start + COLUMNS, k)
-            pull = mm(matrix[start:stop], errors)
-            tensors = (pull, matrix[start:, start:], tables[start // 4 :], v[start:], errors[start:], pairs[start // 4 :])
-            self._launch(function, 1, tensors, (stop - start, rows, k))
+            pull = mm(matrix[..., start:stop, :], errors)
+            fours = (..., slice(start // 4, None), slice(None))
+            tensors = (
+                pull, matrix[..., start:, start:], tables[..., start // 4 :, :, :], v[..., start:, :], errors[..., start:, :], pairs[fours]
+            )  # fmt: skip
+            self._launch(function, _ctas(rows, problems), tensors, (stop - start, rows, k))
         return v, mask_of(pairs.long())
 
     def _load(self, name: str, defines: tuple[str, ...], shared_bytes: int) -> Function:
@@ -127,18 +138,22 @@ class SolverKernels:
                 _loaded[key] = load_function(SOURCES, name, defines, solver_architecture, THREADS, shared_bytes, self.device, self.folder)
             return _loaded[key]
 
-    def _launch(self, function: Function, groups: int, tensors: tuple[Tensor, ...], sizes: tuple[int, ...]) -> None:
-        """For all rows (the last but one of the sizes), on torch's current stream."""
-        rows = sizes[-2]
+    def _launch(self, function: Function, ctas: int, tensors: tuple[Tensor, ...], sizes: tuple[int, ...]) -> None:
+        """On torch's current stream."""
         arguments = Arguments(len(tensors), len(sizes) - 1)
         arguments.pack(*(tensor.data_ptr() for tensor in tensors), *sizes)
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream(self.device).cuda_stream
-            enqueue(function, groups * -(-rows // THREADS), stream, arguments, overlap=False)
+            enqueue(function, ctas, stream, arguments, overlap=False)
 
 
 _loaded: dict[tuple[str, tuple[str, ...], int | None], Function] = {}
 _lock = threading.Lock()
+
+
+def _ctas(rows: int, problems: int) -> int:
+    """Each problem, or group of one, has CTAs for all of its rows."""
+    return problems * -(-rows // THREADS)
 
 
 def _require_contiguous(*tensors: Tensor | None) -> None:

@@ -17,9 +17,9 @@ def best_two(score: Tensor) -> Tensor:
 
 
 def two_largest(score: Tensor) -> Tensor:
-    """[K, R] float -> [K, R] bool: the two highest of each aligned four along K."""
-    k, rows = score.shape
-    return best_two(score.reshape(k // QUAD, QUAD, rows).transpose(0, 1)).transpose(0, 1).reshape(k, rows)
+    """[..., K, R] float -> [..., K, R] bool: the two highest of each aligned four along K."""
+    fours = score.reshape(*score.shape[:-2], -1, QUAD, score.shape[-1])
+    return best_two(fours.movedim(-2, 0)).movedim(0, -2).reshape(score.shape)
 
 
 def two_of_four(weight: Tensor) -> Tensor | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from marlinctl.quantize.products import mm
 from marlinctl.quantize.solver import COLUMN_BLOCK
+from marlinctl.quantize.stacks import diagonal
 from marlinctl.sparsify.types import QUAD
 
 PAIRS = tuple(combinations(range(QUAD), 2))  # 01 02 03 12 13 23
@@ -28,23 +29,23 @@ MARGIN = 1e-5  # a pair must gain this share more than the current one: smaller 
 def masked_least_squares(weight: Tensor, values: Tensor, mask: Tensor, matrix: Tensor, iterations: int) -> Tensor:
     """argmin over V on the mask of (W - V) H (W - V)ᵀ, from `values`, row by row.
 
-    weight, values: [K, R] float32; mask: [K, R] bool; matrix: [K, K] float32, positive definite (damped). Returns [K, R], zero off
-    the mask. One product of 2 K² R operations an iteration. A row whose residual is zero stays as it is.
+    weight, values: [K, R] float32; mask: [K, R] bool; matrix: [K, K] float32, positive definite (damped). Or stacks [E, ...] of all.
+    Returns [K, R], zero off the mask. One product of 2 K² R operations an iteration. A row whose residual is zero stays as it is.
     """
-    inverse = matrix.diagonal().reciprocal().unsqueeze(1)  # [K, 1]
+    inverse = diagonal(matrix).reciprocal().unsqueeze(-1)  # [K, 1]
     v = values * mask
     r = mm(matrix, weight - v).mul_(mask)
     z = r * inverse
     direction = z.clone()
-    rz = (r * z).sum(0)  # [R]
+    rz = (r * z).sum(-2, keepdim=True)  # [1, R]
     for _ in range(iterations):
         h = mm(matrix, direction).mul_(mask)
-        curvature = (direction * h).sum(0)
+        curvature = (direction * h).sum(-2, keepdim=True)
         step = torch.where(curvature > 0, rz / curvature, 0.0)
         v.addcmul_(direction, step)
         r.addcmul_(h, step, value=-1.0)
         torch.mul(r, inverse, out=z)
-        previous, rz = rz, (r * z).sum(0)
+        previous, rz = rz, (r * z).sum(-2, keepdim=True)
         direction.mul_(torch.where(previous > 0, rz / previous, 0.0)).add_(z)
     return v
 
@@ -84,27 +85,28 @@ def improve_mask(weight: Tensor, values: Tensor, mask: Tensor, matrix: Tensor) -
 
 
 def mask_of(pair: Tensor) -> Tensor:
-    """[K/4, R] int64, which of PAIRS -> [K, R] bool."""
+    """[..., K/4, R] int64, which of PAIRS -> [..., K, R] bool."""
     kept = torch.tensor([[i in p for i in range(QUAD)] for p in PAIRS], device=pair.device)  # [6, 4]
-    return kept[pair].transpose(1, 2).reshape(-1, pair.shape[1])  # [K/4, R, 4] -> [K, R]
+    return kept[pair].mT.flatten(-3, -2)  # [K/4, R, 4] -> [K, R]
 
 
 def pair_of(mask: Tensor) -> Tensor:
-    """[K, R] bool, two of each four -> [K/4, R] int64: which of PAIRS."""
+    """[..., K, R] bool, two of each four -> [..., K/4, R] int64: which of PAIRS."""
     table = torch.zeros(2**QUAD, dtype=torch.int64, device=mask.device)
     for index, (i, j) in enumerate(PAIRS):
         table[2**i + 2**j] = index
-    bits = mask.reshape(-1, QUAD, mask.shape[1]).to(torch.int64)
-    places = torch.tensor([2**i for i in range(QUAD)], device=mask.device).reshape(1, QUAD, 1)
-    return table[(bits * places).sum(1)]
+    bits = mask.reshape(*mask.shape[:-2], -1, QUAD, mask.shape[-1]).to(torch.int64)
+    places = torch.tensor([2**i for i in range(QUAD)], device=mask.device).reshape(QUAD, 1)
+    return table[(bits * places).sum(-2)]
 
 
 def pair_inverses(matrix: Tensor) -> Tensor:
-    """[K, K] float32 -> [K/4, 6, 3] float64: of H restricted to each pair (i, j) of each four the inverse, at ii, ij and jj."""
-    quads = matrix.shape[0] // QUAD
-    blocks = matrix.reshape(quads, QUAD, quads, QUAD).diagonal(dim1=0, dim2=2).permute(2, 0, 1).double()  # [K/4, 4, 4]
+    """[..., K, K] float32 -> [..., K/4, 6, 3] float64: of H restricted to each pair (i, j) of each four the inverse, at ii, ij and jj."""
+    quads = matrix.shape[-1] // QUAD
+    fours = matrix.reshape(*matrix.shape[:-2], quads, QUAD, quads, QUAD)
+    blocks = fours.diagonal(dim1=-4, dim2=-2).movedim(-1, -3).double()  # [K/4, 4, 4]
     i, j = torch.tensor(PAIRS, device=matrix.device).T
-    a, b, c = blocks[:, i, i], blocks[:, j, j], blocks[:, i, j]  # [K/4, 6]
+    a, b, c = blocks[..., i, i], blocks[..., j, j], blocks[..., i, j]  # [K/4, 6]
     return torch.stack((b, -c, a), -1) / (a * b - c * c).unsqueeze(-1)
 
 

@@ -15,14 +15,17 @@ The second way costs two more sweeps and leaves a fraction of the error, because
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from marlinctl.quantize.gptq import Solved, SolveSettings, solve, static_scales
+from marlinctl.quantize.gptq import Solved, SolveSettings, solve_many, static_scales
 from marlinctl.quantize.refine import layer_error
-from marlinctl.quantize.solver import Factor, factor
+from marlinctl.quantize.solver import factor, factor_stack, ridges
+from marlinctl.quantize.stacks import apart, choose, stacked, take_rows
+from marlinctl.quantize.stacks import diagonal as diagonal_of
 from marlinctl.quantize.types import Hessian
 from marlinctl.sparsify.mask import two_largest
 from marlinctl.sparsify.masked_ls import masked_least_squares
@@ -60,42 +63,65 @@ def prune(weight: Tensor, hessian: Hessian, settings: PruneSettings, steps: Prun
     matrix = hessian.matrix
     diagonal = matrix.diagonal().clone()
     factored = factor(matrix, settings.damping)
-    damped = _damped(matrix, factored)
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for rows in torch.split(weight, ROWS_TOGETHER):
-        w = rows.T.contiguous()  # [K, R]
-        values, mask = _start(w, diagonal, factored, settings, steps)
-        if settings.method == "iterative" and factored.fallback is None:
-            for _ in range(settings.mask_sweeps):
-                values, mask = steps.improve_mask(w, values, mask, damped)
-            values = masked_least_squares(w, values, mask, damped, settings.iterations)
-        parts.append((values.T, mask.T, layer_error(w - values, matrix).double(), layer_error(w, matrix).double()))
-    pruned, mask, error, energy = (torch.cat(column).contiguous() for column in zip(*parts, strict=True))
-    return Pruned(pruned, mask, error, energy, factored.damping, factored.fallback, int((diagonal == 0).sum()))
+    ridge = factored.damping * float(matrix.diagonal().mean())
+    found = _prune(weight, matrix, diagonal, factored.feedback, factored.pivots, ridge, settings, steps, improves=factored.fallback is None)
+    return Pruned(*found, factored.damping, factored.fallback, int((diagonal == 0).sum()))
+
+
+def prune_many(weights: Tensor, hessians: Sequence[Hessian], settings: PruneSettings, steps: PruneSteps = TORCH) -> list[Pruned]:
+    """`prune` of stacks [E, R, K], each with a Hessian of its own; at once where `quantize.gptq.solve_many` does so."""
+
+    def alone(e: int) -> Pruned:
+        return prune(weights[e], hessians[e], settings, steps)
+
+    if not steps.stacks or len(hessians) == 1:
+        return [alone(e) for e in range(len(hessians))]
+    _check(weights[0], hessians[0])
+    matrices = torch.stack([hessian.matrix for hessian in hessians])
+    diagonals = diagonal_of(matrices).clone()
+    feedback, pivots, good = factor_stack(matrices, settings.damping)
+    dead = (diagonals == 0).sum(-1).tolist()
+
+    def together(chosen: Sequence[int]) -> list[Pruned]:
+        weight, matrix, diagonal, fed_back, pivot = (choose(all_, chosen) for all_ in (weights, matrices, diagonals, feedback, pivots))
+        found = _prune(weight, matrix, diagonal, fed_back, pivot, ridges(diagonal, settings.damping), settings, steps, improves=True)
+        return [
+            Pruned(pruned, mask, error, energy, settings.damping, None, dead[e])
+            for e, pruned, mask, error, energy in zip(chosen, *found, strict=True)
+        ]
+
+    return apart(good.tolist(), together, alone)
 
 
 def prune_and_quantize(
     weight: Tensor, hessian: Hessian, pruning: PruneSettings, settings: SolveSettings, steps: PruneSteps = TORCH
 ) -> tuple[Solved, Tensor]:
     """The joint 2:4 + int4 solve. Returns the solve, whose linear is a SparseQuantizedLinear, and the mask [R, K]."""
+    return prune_and_quantize_many(weight.unsqueeze(0), [hessian], pruning, settings, steps)[0]
+
+
+def prune_and_quantize_many(
+    weights: Tensor, hessians: Sequence[Hessian], pruning: PruneSettings, settings: SolveSettings, steps: PruneSteps = TORCH
+) -> list[tuple[Solved, Tensor]]:
+    """`prune_and_quantize` of stacks [E, R, K], each with a Hessian of its own; at once where `quantize.gptq.solve_many` does so."""
     if pruning.method == "sparsegpt":
-        return _one_pass(weight, hessian, pruning, settings, steps)
-    pruned = prune(weight, hessian, pruning, steps)
-    return solve_pruned(pruned.weight, pruned.mask, hessian, settings, original=weight, steps=steps)
+        return _one_pass_many(weights, hessians, pruning, settings, steps)
+    pruned = prune_many(weights, hessians, pruning, steps)
+    values, masks = (stacked([getattr(one, what) for one in pruned]) for what in ("weight", "mask"))
+    return solve_pruned_many(values, masks, hessians, settings, originals=weights, steps=steps)
 
 
-def solve_pruned(
-    weight: Tensor,
-    mask: Tensor,
-    hessian: Hessian,
+def solve_pruned_many(
+    weights: Tensor,
+    masks: Tensor,
+    hessians: Sequence[Hessian],
     settings: SolveSettings,
-    original: Tensor | None = None,
+    originals: Tensor | None = None,
     steps: PruneSteps = TORCH,
-) -> tuple[Solved, Tensor]:
-    """Quantize pruned rows: scales, rounding, descent and re-fit on the kept weights. weight: [R, K], zero where pruned."""
-    solved = solve(weight, hessian, settings, mask, original, steps)
-    linear = solved.linear
-    return replace(solved, linear=SparseQuantizedLinear(linear.codes, linear.scales, linear.group_size, mask)), mask
+) -> list[tuple[Solved, Tensor]]:
+    """Quantize pruned rows: scales, rounding, descent and re-fit on the kept weights. weights: [E, R, K], zero where pruned."""
+    solved = solve_many(weights, hessians, settings, masks, originals, steps)
+    return [(_with_mask(one, mask), mask) for one, mask in zip(solved, masks, strict=True)]
 
 
 def fit_mask(weight: Tensor, mask: Tensor, hessian: Hessian, settings: PruneSettings) -> Tensor:
@@ -103,7 +129,7 @@ def fit_mask(weight: Tensor, mask: Tensor, hessian: Hessian, settings: PruneSett
     factored = factor(hessian.matrix, settings.damping)
     if factored.fallback is not None:
         return weight * mask
-    damped = _damped(hessian.matrix, factored)
+    damped = _damped(hessian.matrix, factored.damping * float(hessian.matrix.diagonal().mean()))
     parts = []
     for rows, kept in zip(torch.split(weight, ROWS_TOGETHER), torch.split(mask, ROWS_TOGETHER), strict=True):
         w, on = rows.T.contiguous(), kept.T.contiguous()
@@ -111,47 +137,105 @@ def fit_mask(weight: Tensor, mask: Tensor, hessian: Hessian, settings: PruneSett
     return torch.cat(parts).contiguous()
 
 
-def _start(w: Tensor, diagonal: Tensor, factored: Factor, settings: PruneSettings, steps: PruneSteps) -> tuple[Tensor, Tensor]:
+def _prune(
+    weight: Tensor, matrix: Tensor, diagonal: Tensor, feedback: Tensor, pivots: Tensor, ridge: float | Tensor,
+    settings: PruneSettings, steps: PruneSteps, *, improves: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Pruned weights and mask [R, K], error and output energy of each row [R] float64. Or stacks [E, ...] of all tensors, ridge [E, 1].
+
+    improves: whether `iterative` may; not where the solver had to fall back to a diagonal Hessian.
+    """
+    damped = _damped(matrix, ridge)
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for rows in torch.split(weight, ROWS_TOGETHER, dim=-2):
+        w = rows.mT.contiguous()  # [K, R]
+        values, mask = _start(w, diagonal, feedback, pivots, settings, steps)
+        if settings.method == "iterative" and improves:
+            for _ in range(settings.mask_sweeps):
+                values, mask = steps.improve_mask(w, values, mask, damped)
+            values = masked_least_squares(w, values, mask, damped, settings.iterations)
+        parts.append((values.mT, mask.mT, layer_error(w - values, matrix).double(), layer_error(w, matrix).double()))
+    pruned, kept, error, energy = (
+        torch.cat(column, dim=dim).contiguous() for column, dim in zip(zip(*parts, strict=True), (-2, -2, -1, -1), strict=True)
+    )
+    return pruned, kept, error, energy
+
+
+def _start(
+    w: Tensor, diagonal: Tensor, feedback: Tensor, pivots: Tensor, settings: PruneSettings, steps: PruneSteps
+) -> tuple[Tensor, Tensor]:
     """The first mask and the kept weights under it, [K, R] each."""
     if settings.method in ("magnitude", "wanda"):
-        score = w.abs() if settings.method == "magnitude" else w.abs() * diagonal.sqrt().unsqueeze(1)
+        score = w.abs() if settings.method == "magnitude" else w.abs() * diagonal.sqrt().unsqueeze(-1)
         mask = two_largest(score)
         return w * mask, mask
-    no_groups = torch.zeros(len(w), dtype=torch.int64, device=w.device)
-    return steps.sparsegpt_sweep(w, _earned(factored, diagonal), factored.feedback, None, no_groups)
+    no_groups = torch.zeros(w.shape[:-1], dtype=torch.int64, device=w.device)
+    return steps.sparsegpt_sweep(w, _earned(pivots, diagonal), feedback, None, no_groups)
+
+
+def _one_pass_many(
+    weights: Tensor, hessians: Sequence[Hessian], pruning: PruneSettings, settings: SolveSettings, steps: PruneSteps
+) -> list[tuple[Solved, Tensor]]:
+    """SparseGPT and GPTQ in one sweep: scales are those of the weights that would be kept without any feedback."""
+
+    def alone(e: int) -> tuple[Solved, Tensor]:
+        _check(weights[e], hessians[e])
+        matrix = hessians[e].matrix
+        factored, diagonal = factor(matrix, pruning.damping), matrix.diagonal().clone()
+        found = _one_pass(weights[e], matrix, diagonal, factored.feedback, factored.pivots, settings, steps)
+        return result(found, factored.damping, factored.fallback, int((diagonal == 0).sum()))
+
+    def result(found: Sequence[Tensor], damping: float, fallback: str | None, dead: int) -> tuple[Solved, Tensor]:
+        codes, scales, mask, error, energy = found
+        linear = SparseQuantizedLinear(codes, scales, codes.shape[1] // scales.shape[1], mask)
+        return Solved(linear, error, energy, damping, fallback, dead), mask
+
+    if not steps.stacks or len(hessians) == 1:
+        return [alone(e) for e in range(len(hessians))]
+    _check(weights[0], hessians[0])
+    matrices = torch.stack([hessian.matrix for hessian in hessians])
+    diagonals = diagonal_of(matrices).clone()
+    feedback, pivots, good = factor_stack(matrices, pruning.damping)
+    dead = (diagonals == 0).sum(-1).tolist()
+
+    def together(chosen: Sequence[int]) -> list[tuple[Solved, Tensor]]:
+        weight, matrix, diagonal, fed_back, pivot = (choose(all_, chosen) for all_ in (weights, matrices, diagonals, feedback, pivots))
+        found = _one_pass(weight, matrix, diagonal, fed_back, pivot, settings, steps)
+        return [result(one, pruning.damping, None, dead[e]) for e, *one in zip(chosen, *found, strict=True)]
+
+    return apart(good.tolist(), together, alone)
 
 
 def _one_pass(
-    weight: Tensor, hessian: Hessian, pruning: PruneSettings, settings: SolveSettings, steps: PruneSteps
-) -> tuple[Solved, Tensor]:
-    """SparseGPT and GPTQ in one sweep: scales are those of the weights that would be kept without any feedback."""
-    _check(weight, hessian)
-    k = weight.shape[1]
-    matrix, diagonal = hessian.matrix, hessian.matrix.diagonal().clone()
-    factored = factor(matrix, pruning.damping)
+    weight: Tensor, matrix: Tensor, diagonal: Tensor, feedback: Tensor, pivots: Tensor, settings: SolveSettings, steps: PruneSteps
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Codes [R, K] int8, scales [R, G] float16, mask [R, K], error and output energy [R] float64. Or stacks [E, ...] of all tensors."""
+    k = weight.shape[-1]
     group_size = k if settings.group_size == -1 else settings.group_size
-    group_of = torch.arange(k, device=weight.device) // group_size
-    codes, kept, scales, errors, energies = [], [], [], [], []
-    for rows in torch.split(weight, ROWS_TOGETHER):
-        w = rows.T.contiguous()
-        provisional = two_largest(w.abs() * factored.pivots.unsqueeze(1))
-        s = static_scales((w * provisional).T.contiguous(), diagonal, settings, steps).T.contiguous()  # [G, R]
-        part, mask = steps.sparsegpt_sweep(w, _earned(factored, diagonal), factored.feedback, s, group_of)
-        delta = w - part * s[group_of]
-        codes.append(part.T.to(torch.int8))
-        kept.append(mask.T)
-        scales.append(s.T.to(torch.float16))
-        errors.append(layer_error(delta, matrix).double())
-        energies.append(layer_error(w, matrix).double())
-    mask = torch.cat(kept).contiguous()
-    linear = SparseQuantizedLinear(torch.cat(codes).contiguous(), torch.cat(scales).contiguous(), group_size, mask)
-    dead = int((diagonal == 0).sum())
-    return Solved(linear, torch.cat(errors), torch.cat(energies), factored.damping, factored.fallback, dead), mask
+    group_of = (torch.arange(k, device=weight.device) // group_size).expand(diagonal.shape)
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
+    for rows in torch.split(weight, ROWS_TOGETHER, dim=-2):
+        w = rows.mT.contiguous()
+        provisional = two_largest(w.abs() * pivots.unsqueeze(-1))
+        s = static_scales((w * provisional).mT.contiguous(), diagonal, settings, steps).mT.contiguous()  # [G, R]
+        part, mask = steps.sparsegpt_sweep(w, _earned(pivots, diagonal), feedback, s, group_of)
+        delta = w - part * take_rows(s, group_of)
+        errors = (layer_error(delta, matrix).double(), layer_error(w, matrix).double())
+        parts.append((part.mT.to(torch.int8), s.mT.to(torch.float16), mask.mT, *errors))
+    codes, scales, kept, error, energy = (
+        torch.cat(column, dim=dim).contiguous() for column, dim in zip(zip(*parts, strict=True), (-2, -2, -2, -1, -1), strict=True)
+    )
+    return codes, scales, kept, error, energy
 
 
-def _earned(factored: Factor, diagonal: Tensor) -> Tensor:
-    """[K]: the pivots, 0 for a dead input: damping gives it one that it has not earned."""
-    return factored.pivots * (diagonal > 0)
+def _with_mask(solved: Solved, mask: Tensor) -> Solved:
+    linear = solved.linear
+    return replace(solved, linear=SparseQuantizedLinear(linear.codes, linear.scales, linear.group_size, mask))
+
+
+def _earned(pivots: Tensor, diagonal: Tensor) -> Tensor:
+    """[..., K]: the pivots, 0 for a dead input: damping gives it one that it has not earned."""
+    return pivots * (diagonal > 0)
 
 
 def _check(weight: Tensor, hessian: Hessian) -> None:
@@ -164,8 +248,8 @@ def _check(weight: Tensor, hessian: Hessian) -> None:
         raise ValueError(f"the Hessian of {hessian.tokens} tokens holds NaN or infinity")
 
 
-def _damped(matrix: Tensor, factored: Factor) -> Tensor:
+def _damped(matrix: Tensor, ridge: float | Tensor) -> Tensor:
     """H with the ridge that made it factorable: bounded from below, so that least squares cannot run away along directions never seen."""
     damped = matrix.clone()
-    damped.diagonal().add_(factored.damping * float(matrix.diagonal().mean()))
+    diagonal_of(damped).add_(ridge)
     return damped

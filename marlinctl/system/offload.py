@@ -93,6 +93,19 @@ class PinnedTensor:
 Slot = Tensor | PinnedTensor | FileTensor
 
 
+def rows_of(x: Slot, rows: Tensor) -> Tensor:
+    """x[rows], a copy where x is. rows: [J] int64 on any device."""
+    return x[rows.to(x.device if isinstance(x, Tensor) else "cpu")]
+
+
+def set_rows(x: Slot, rows: Tensor, value: Tensor) -> None:
+    """x[rows] = value."""
+    if isinstance(x, Tensor):
+        x[rows.to(x.device)] = value.to(x.device)
+    else:
+        x[rows.to("cpu")] = value.to("cpu")
+
+
 class Scratch:
     """Slots of activations on `device` while `device_budget` bytes last, in page-locked memory while `host_budget` does, or in `folder`."""
 

@@ -23,7 +23,7 @@ from marlinctl.errors import UsageError
 from marlinctl.oneshot.rows import own_rows
 from marlinctl.planning.preflight import require_samples
 from marlinctl.system.processes import Processes
-from tests import forked
+from tests import forked, zoo
 from tests.oneshot.stopping import PROGRAM, SIZES
 from tests.runs import TEXT
 from tests.test_architecture import ROOT
@@ -265,7 +265,7 @@ from marlinctl.data.tokens import Tokens
 from marlinctl.models.architectures import architecture
 from marlinctl.models.meta_model import build
 from marlinctl.oneshot.ranks import kept_states, own_samples, restore
-from marlinctl.oneshot.rows import solve_rows
+from marlinctl.oneshot.rows import solve_stacks
 from marlinctl.oneshot.sequential import SequentialPipeline
 from marlinctl.oneshot.solve import StackedSolver
 from marlinctl.recipes.schema import load_recipe, resolve
@@ -282,15 +282,21 @@ solver = StackedSolver.of(recipe, corrects_drift=True, bfloat16_exact=False)
 
 
 def walk(checkpoint, processes):
-    hessians, weights = [], torch.Generator().manual_seed(5)
+    hessians = {}
+    def noise(name, w):
+        return 0.01 * torch.randn(w.shape, generator=torch.Generator().manual_seed(sum(map(ord, name))))
     def stage(names, hessian, remark):
-        hessians.append(hessian)
+        hessians[names] = hessian
         read = {name: checkpoint.read(f"{name}.weight").float() for name in names}
-        return {name: w + 0.01 * torch.randn(w.shape, generator=weights) for name, w in read.items()}
+        return {name: w + noise(name, w) for name, w in read.items()}
+    def stages(inputs):
+        together.append(len(inputs))
+        return [stage(one.names, one.hessian, one.remark) for one in inputs]
     known = architecture(checkpoint.config)
     pipeline = SequentialPipeline(
         build(checkpoint.config, torch.float32), known, checkpoint, own_samples(Tokens(ids, counted), processes), device=cpu,
         dtype=torch.float32, scratch=Scratch(Path(sys.argv[2]), cpu), chunk_tokens=48, corrects_drift=True, processes=processes,
+        experts_together=5, solve_experts=stages,
     )
     for block in known.blocks:
         pipeline.run_block(block, stage)
@@ -303,12 +309,15 @@ def near(a, b, scale):
 
 
 with Processes("cpu") as processes, open_checkpoint(Path(sys.argv[1])) as checkpoint:
+    together = []
     pipeline, ours = walk(checkpoint, processes)
     alone, theirs = walk(checkpoint, ALONE)
-    assert len(ours) == len(theirs) == 16
-    assert any(h.residual is not None and h.residual.any() for h in theirs) and theirs[-1].drift.any()
-    for mine, whole in zip(ours, theirs):
-        assert mine.tokens == whole.tokens
+    assert len(ours) == len(theirs) == int(sys.argv[3]) and max(together, default=5) == 5
+    hessian = list(theirs.values())[-1]
+    assert any(h.residual is not None and h.residual.any() for h in theirs.values()) and hessian.drift.any()
+    for names, whole in theirs.items():  # batches may hold other experts
+        mine = ours[names]
+        assert mine.tokens == whole.tokens, names
         for name in ("matrix", "drift", "residual"):
             near(getattr(mine, name), getattr(whole, name), whole.matrix)  # drift is a difference of two means
     states = kept_states(pipeline, 7, processes)
@@ -319,11 +328,20 @@ with Processes("cpu") as processes, open_checkpoint(Path(sys.argv[1])) as checkp
     pipeline.hidden.zero_()
     restore(pipeline, states, 7, processes)
     assert torch.equal(pipeline.hidden, before)
-    hessian = theirs[-1]
-    for rows in (64, 7, 4, 1):
+    stacks = torch.randn(5, 8, 64, generator=generator)
+    matrices = [torch.eye(64) + 0.1 * e for e in range(5)]
+    matrices[3].zero_()
+    many = [type(hessian)(matrix, 10 + e) for e, matrix in enumerate(matrices)]
+    for e, found in enumerate(solve_stacks(solver, stacks, None, many, 32, processes)):
+        wanted = solver.solve(stacks[e], None, many[e], 32)
+        x, y = found[1](slice(0, 8)), wanted[1](slice(0, 8))
+        assert torch.equal(x.codes, y.codes) and torch.equal(x.keep, y.keep) and torch.equal(x.scales, y.scales), e
+        assert (found[0].dead, found[0].fallback, found[0].damping) == (wanted[0].dead, wanted[0].fallback, wanted[0].damping)
+        assert torch.equal(found[0].error, wanted[0].error)
+    for rows in (64, 7, 4, 1) if hessian.residual is not None else ():
         stack = checkpoint.read("model.layers.3.mlp.down_proj.weight").float()[:rows]
         given = type(hessian)(hessian.matrix, hessian.tokens, hessian.drift, hessian.residual[:, :rows].contiguous())
-        found, wanted = solve_rows(solver, stack, None, given, 32, processes), solver.solve(stack, None, given, 32)
+        (found,), wanted = solve_stacks(solver, stack.unsqueeze(0), None, [given], 32, processes), solver.solve(stack, None, given, 32)
         x, y = found[1](slice(0, rows)), wanted[1](slice(0, rows))
         apart = (x.codes != y.codes).any(1) | (x.keep != y.keep).any(1) | (x.scales != y.scales).any(1)
         assert int(apart.sum()) <= rows // 16 and torch.equal(found[2], x.keep), apart
@@ -336,11 +354,15 @@ with Processes("cpu") as processes, open_checkpoint(Path(sys.argv[1])) as checkp
 """
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_sums_rows_and_states_are_those_of_one_process(place: Place, tmp_path: Path, count: int) -> None:
+@pytest.mark.parametrize(("count", "experts"), [(2, False), (3, False), (2, True), (3, True)])
+def test_sums_rows_and_states_are_those_of_one_process(place: Place, tmp_path: Path, count: int, experts: bool) -> None:
     """Codes agree up to ties and hide a sum that is slightly wrong: here no code is rounded between one Hessian and the next."""
     with (tmp_path / "said").open("w") as out, (tmp_path / "told").open("w") as err:
-        jobs = start(count, [str(place.root / "model"), str(tmp_path)], out, err, ["-c", SAME_SUMS])
+        model, solves = place.root / "model", 16
+        if experts:
+            changes = {"num_experts": 12, "num_experts_per_tok": 3, "num_hidden_layers": 2, "mlp_only_layers": []}
+            model, solves = zoo.build("qwen3_moe", tmp_path / "model", **changes), 2 * (2 + 2 * 12)
+        jobs = start(count, [str(model), str(tmp_path), str(solves)], out, err, ["-c", SAME_SUMS])
         assert [job.wait(timeout=60) for job in jobs] == [0] * count, (tmp_path / "told").read_text()[-3000:]
     assert (tmp_path / "said").read_text() == "the same\n"
 

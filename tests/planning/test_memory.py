@@ -9,8 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.shapes import SHAPES
 from marlinctl.models.architectures import Architecture, architecture
-from marlinctl.planning.memory import Stage, Work, predicted_device_peak, predicted_distillation, predicted_peak, stages, trained_weights
+from marlinctl.planning.memory import (
+    EXPERTS_BYTES,
+    Stage,
+    Work,
+    experts_together,
+    predicted_device_peak,
+    predicted_distillation,
+    predicted_peak,
+    stages,
+    trained_weights,
+)
 from marlinctl.quantize.scheme import Scheme
 from marlinctl.recipes.schema import load_recipe, resolve
 from marlinctl.system.host import available_memory
@@ -61,6 +72,30 @@ def test_stages_are_the_solves_of_a_block() -> None:
     without = {name: size for name, size in everything.items() if not name.endswith("k_proj")}
     assert Stage(128, 192, 64, 4) in stages(known, without)
     assert Stage(128, 288, 0, 1) in stages(known, {**everything, "lm_head": -1})
+
+
+QWEN3_30B = architecture(SHAPES["qwen3-30b-a3b"])
+
+
+def test_experts_that_are_solved_together_are_counted() -> None:
+    """If a batch of experts were counted as one, a GPU with other work on it would run out of memory in the first block."""
+    sizes = dict.fromkeys(QWEN3_30B.linears, 128)
+    on_gpu = replace(WORK, on_device=True)
+    together = experts_together(QWEN3_30B, sizes, on_gpu)
+    assert experts_together(QWEN3_30B, sizes, WORK) == 1 and experts_together(LLAMA_8B, dict.fromkeys(LLAMA_8B.linears, 128), on_gpu) == 1
+    assert 16 <= together <= 128, "fewer leave most of the GPU idle"
+    stack, square = 4 * 2 * 768 * 2048, 4 * 2048**2  # gate and up of one expert, and its Hessian
+    peak = predicted_device_peak(QWEN3_30B, sizes, on_gpu)
+    assert together * (7 * stack + 4 * square) < peak < 3 * EXPERTS_BYTES
+    for costly in ({"refines": True}, {"corrects_drift": True}, {"scheme": Scheme(sparsity="2:4")}):
+        assert experts_together(QWEN3_30B, sizes, replace(on_gpu, **costly)) < together, costly
+
+
+def test_the_reference_model_holds_all_experts_of_a_block() -> None:
+    """If they were left out, drift correction of a mixture on a CPU would end where `plan` had promised memory."""
+    sizes = dict.fromkeys(QWEN3_30B.linears, 128)
+    more = predicted_peak(QWEN3_30B, sizes, replace(WORK, corrects_drift=True)) - predicted_peak(QWEN3_30B, sizes, WORK)
+    assert more > 128 * 3 * 768 * 2048 * WORK.element
 
 
 def test_what_is_asked_for_costs_memory() -> None:

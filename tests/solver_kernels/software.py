@@ -18,7 +18,7 @@ from tests.kernels.software_kernel import Arguments
 
 HERE = Path(__file__).parent
 CALLS = {
-    "sweep": "sweep(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], n[0], n[1], n[2])",
+    "sweep": "sweep(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], n[0], n[1], n[2], n[3], n[4])",
     "mask": "mask(p[0], p[1], p[2], p[3], p[4], p[5], n[0], n[1], n[2])",
     "scales": "scales(p[0], p[1], p[2], p[3], n[0], n[1])",
 }
@@ -42,11 +42,10 @@ def install(
             built[name, defines] = build(name, defines, folder / str(len(built)), edit)
         return built[name, defines]
 
-    def launch(self: SolverKernels, function: ctypes.CDLL, groups: int, tensors: tuple[Tensor, ...], sizes: tuple[int, ...]) -> None:
+    def launch(self: SolverKernels, function: ctypes.CDLL, ctas: int, tensors: tuple[Tensor, ...], sizes: tuple[int, ...]) -> None:
         pointers = (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
         numbers = (ctypes.c_int * len(sizes))(*sizes)
         given = Arguments(activations=ctypes.addressof(pointers), qweight=ctypes.addressof(numbers))
-        ctas = groups * -(-sizes[-2] // steps.THREADS)
         function.launch(given, (ctypes.c_int * ctas)(*range(ctas)), ctas, 1, ctypes.c_bool(False), ctypes.c_bool(backwards))
 
     monkeypatch.setattr(SolverKernels, "_load", load)

@@ -11,7 +11,7 @@ from torch import Tensor
 from marlinctl.quantize.gptq import SolveSettings
 from marlinctl.quantize.types import Hessian
 from marlinctl.sparsify.mask import two_of_four
-from marlinctl.sparsify.sparsegpt import PruneSettings, prune, prune_and_quantize, solve_pruned
+from marlinctl.sparsify.sparsegpt import PruneSettings, prune, prune_and_quantize, solve_pruned_many
 from marlinctl.sparsify.types import SparseQuantizedLinear, check_mask
 from tests.quantize.test_solver import hessian
 
@@ -118,7 +118,7 @@ def test_a_survivor_that_rounds_to_zero_stays_a_survivor() -> None:
     keep = torch.tensor([True, True, False, False]).repeat(24, 40)
     tiny = (w * keep).clone()
     tiny[:, 0::4] *= 1e-6
-    solved, kept = solve_pruned(tiny, keep, Hessian(matrix, 480), replace(SETTINGS, refine=0))
+    ((solved, kept),) = solve_pruned_many(tiny.unsqueeze(0), keep.unsqueeze(0), [Hessian(matrix, 480)], replace(SETTINGS, refine=0))
     assert isinstance(solved.linear, SparseQuantizedLinear)
     zero_kept = (solved.linear.codes == 0) & solved.linear.keep
     assert bool(zero_kept.any())

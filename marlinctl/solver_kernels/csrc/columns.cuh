@@ -1,13 +1,15 @@
 // What the kernels that go over columns share: a thread has one row, and a run of RUN columns of it in registers.
 //
-//   a CTA: THREADS rows, COLUMNS columns (one call of the host for each block of columns, a matrix product between calls)
+//   a CTA: THREADS rows of one problem, COLUMNS columns (one call of the host for each block of columns, a matrix product between calls)
 //
 //     for each run of RUN columns
 //         tile   shared memory [columns so far and of the run][RUN]    what a change of an earlier column does to those of the run
 //         value += change of each earlier column of the block * tile   RUN multiply-adds for each
 //         the run's columns one after the other                        in registers, unrolled
 //
-// Everything is [K, R]: neighbouring threads read neighbouring addresses, and no thread reads what another one computed.
+// Everything is [K, R]: neighbouring threads read neighbouring addresses, and no thread reads what another one computed. A call may be for
+// a stack of problems, [E, K, R]: each has CTAs of its own, and `place_of` says which. What the host passes as the start of an array is that
+// of the block of columns in the first problem.
 #pragma once
 
 constexpr int COLUMNS = 128;  // of a call
@@ -18,6 +20,16 @@ constexpr int TILE_FLOATS = COLUMNS * RUN;
 constexpr int CHANGE_FLOATS = COLUMNS * THREADS;
 
 static_assert((TILE_FLOATS + CHANGE_FLOATS) * 4 == SHARED_BYTES, "the host allots other shared memory than the kernels use");
+
+struct Place {
+    size_t problem;
+    int row;  // of it; may lie beyond the last one
+};
+
+__device__ __forceinline__ Place place_of(int rows) {
+    const int ctas = (rows + THREADS - 1) / THREADS;  // of a problem
+    return {blockIdx.x / static_cast<unsigned>(ctas), static_cast<int>(blockIdx.x % ctas * THREADS + threadIdx.x)};
+}
 
 // Rows 0..run+RUN-1 and columns run..run+RUN-1 of the block's square part of a matrix with rows of `stride` floats. Zero beyond `columns`.
 __device__ __forceinline__ void load_tile(float* tile, const float* matrix, int run, int columns, int stride) {

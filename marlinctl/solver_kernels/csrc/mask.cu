@@ -2,10 +2,12 @@
 // pair of columns, and the values of them, that lower the layer error most while all other fours stay.
 //
 //   pull    [columns, R]  H (W - V) of the block's columns before the block: the host's matrix product
-//   matrix  [columns, columns] of H, rows of `stride` floats
+//   matrix  [columns, columns] of H, rows of K floats
 //   tables  [columns / 4, 6, 3]  of each pair (i, j) the inverse of H restricted to it: at ii, at ij, at jj
 //   values  [columns, R]  V, changed in place; errors [columns, R]  W - V, changed along
 //   pairs   [columns / 4, R]  which of 01 02 03 12 13 23 stays, changed in place
+//
+// A problem has K x K of matrix, K columns of values and errors, K / 4 of tables and pairs, and the columns of the block alone of pull.
 //
 // With P = pull and b = P + H_qq v, a pair takes u = inverse b and gains b inverse b. A pair must gain more than the standing one by
 // MARGIN; among equals the lower one wins. A change u - v of column i subtracts H_ij (u - v) from P_j of the columns after it.
@@ -16,18 +18,25 @@ constexpr int PAIRS = 6;
 extern "C" __global__ void __launch_bounds__(THREADS) mask(
     const float* __restrict__ pull, const float* __restrict__ matrix, const float* __restrict__ tables,
     float* __restrict__ values, float* __restrict__ errors, unsigned char* __restrict__ pairs,
-    int columns, int rows, int stride
+    int columns, int rows, int k_total
 ) {
     extern __shared__ uint4 shared[];
     float* const tile = reinterpret_cast<float*>(shared);
     float* const change = tile + TILE_FLOATS + threadIdx.x;
-    const int row = blockIdx.x * THREADS + threadIdx.x;
-    const bool inside = row < rows;
-    const size_t at = inside ? row : rows - 1;
+    const Place place_in = place_of(rows);
+    const bool inside = place_in.row < rows;
+    const size_t at = inside ? place_in.row : rows - 1;
+    const size_t before = place_in.problem * k_total;  // columns of the problems before this one
+    pull += place_in.problem * columns * rows;
+    matrix += before * k_total;
+    tables += before / QUAD * PAIRS * 3;
+    values += before * rows;
+    errors += before * rows;
+    pairs += before / QUAD * rows;
 
     for (int run = 0; run < columns; run += RUN) {
         __syncthreads();
-        load_tile(tile, matrix, run, columns, stride);
+        load_tile(tile, matrix, run, columns, k_total);
         float p[RUN];
 #pragma unroll
         for (int j = 0; j < RUN; ++j) p[j] = pull[min(run + j, columns - 1) * static_cast<size_t>(rows) + at];

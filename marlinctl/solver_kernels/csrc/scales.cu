@@ -5,6 +5,8 @@
 //   ratios      [RATIOS + 1]  candidates, as fractions of the scale that just covers the largest weight; then the bar (below)
 //   scales      [G, R]  written, as `round_scales` rounds them
 //
+// Of a stack of problems, [E, K, R], [E, K] and [E, G, R]: E x G groups one behind the other.
+//
 // A thread has one row of one group and reads its weights twice: for the largest, then for the errors of all candidates at once, which
 // lie in registers. -DBOTH_SIGNS=1 tries two signs, w / -8 and w / 7.5; 0 the positive one alone. -DBFLOAT16_EXACT=1 gives scales that
 // bfloat16 holds too.

@@ -4,13 +4,16 @@
 //
 //   target    [columns, R]  base plus the feedback of all blocks before this one: the host's matrix product
 //   anchor    [columns, R]
-//   feedback  [columns, columns], rows of `stride` floats, read above the diagonal
+//   feedback  [columns, columns], rows of K floats, read above the diagonal
 //   scales    [G, R]        and group_of [columns]: the row of each column. -DROUND=1: q = clamp(round(t / s)) s, `codes` gets the code;
 //                           -DROUND=0: neither is read, q = t, and `codes` gets q
 //   keep      [columns, R]  -DMASK=0: not read; 1: where it is 0, q is 0; 2: written, the best two of each four as the sweep comes there
 //                           (SparseGPT, arXiv 2301.00774): those with the largest |t pivot| if all before them in the four stayed
 //   pivots    [columns]     of -DMASK=2
 //   codes, errors           [columns, R], written
+//
+// A problem has all K columns of anchor, keep, codes and errors, K x K of feedback, K of group_of and pivots, G rows of scales;
+// `target_columns` of target, which may be a matrix of the block alone.
 //
 // LIMITS.  columns <= 128, a multiple of 4 with -DMASK=2. The code of a column is the reference's unless t / s is within rounding of a
 // half: the sums are the same, in another order.
@@ -26,18 +29,30 @@ extern "C" __global__ void __launch_bounds__(THREADS) sweep(
     const float* __restrict__ target, const float* __restrict__ anchor, const float* __restrict__ feedback,
     const float* __restrict__ scales, const int* __restrict__ group_of, unsigned char* __restrict__ keep,
     const float* __restrict__ pivots, float* __restrict__ codes, float* __restrict__ errors,
-    int columns, int rows, int stride
+    int columns, int rows, int k_total, int groups, int target_columns
 ) {
     extern __shared__ uint4 shared[];
     float* const tile = reinterpret_cast<float*>(shared);
     float* const change = tile + TILE_FLOATS + threadIdx.x;  // of column i at i * THREADS
-    const int row = blockIdx.x * THREADS + threadIdx.x;
-    const bool inside = row < rows;
-    const size_t at = inside ? row : rows - 1;  // every thread reads and meets; those beyond the last row write nothing
+    const Place place_in = place_of(rows);
+    const bool inside = place_in.row < rows;
+    const size_t at = inside ? place_in.row : rows - 1;  // every thread reads and meets; those beyond the last row write nothing
+    const size_t before = place_in.problem * k_total;  // columns of the problems before this one
+    target += place_in.problem * target_columns * rows;
+    anchor += before * rows;
+    feedback += before * k_total;
+    if (ROUND) {
+        scales += place_in.problem * groups * rows;
+        group_of += before;
+    }
+    if (MASK != 0) keep += before * rows;
+    if (MASK == 2) pivots += before;
+    codes += before * rows;
+    errors += before * rows;
 
     for (int run = 0; run < columns; run += RUN) {
         __syncthreads();  // the tile of the run before has been read
-        load_tile(tile, feedback, run, columns, stride);
+        load_tile(tile, feedback, run, columns, k_total);
         float t[RUN], a[RUN], s[RUN];
 #pragma unroll
         for (int j = 0; j < RUN; ++j) {
