@@ -10,8 +10,9 @@ On a CPU these are torch's own products.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,30 +20,45 @@ from torch import Tensor
 _ROUND, _MASK = 1 << 12, -(1 << 13)  # of the 13 bits that TF32 does not have
 
 
-def mm(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for float32 matrices, or for stacks [E, ., .] of them."""
-    if not a.is_cuda:
+Halves = tuple[Tensor, Tensor]  # high and low, whose sum a matrix is
+
+
+def operand(a: Tensor) -> Tensor | Halves:
+    """A matrix that several products are taken with, prepared once."""
+    return split(a) if a.is_cuda else a
+
+
+def mm(a: Tensor | Halves, b: Tensor, *, short: bool = False) -> Tensor:
+    """a @ b for float32 matrices, or for stacks [E, ., .] of them. short: b holds integers of 11 bits at most, without a second half."""
+    if not b.is_cuda:
+        assert isinstance(a, Tensor), "halves are made on a GPU"
         return torch.matmul(a, b) if a.ndim > 2 else torch.mm(a, b)
-    return split_mm(split(a), split(b))
+    return split_mm(split(a) if isinstance(a, Tensor) else a, (b, None) if short else split(b))
 
 
-def split(a: Tensor) -> tuple[Tensor, Tensor]:
+def split(a: Tensor, out: Halves | None = None) -> Halves:
     """float32 -> (high, low), float32 both: high has 11 significant bits, and high + low is a."""
-    high = (a.view(torch.int32) + _ROUND).bitwise_and_(_MASK).view(torch.float32)
-    return high, a - high
+    high, low = (torch.empty_like(a), torch.empty_like(a)) if out is None else out
+    bits = high.view(torch.int32)
+    torch.add(a.view(torch.int32), _ROUND, out=bits)
+    bits.bitwise_and_(_MASK)
+    torch.sub(a, high, out=low)
+    return high, low
 
 
-def split_mm(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], base: Tensor | None = None) -> Tensor:
+def split_mm(a: Halves, b: tuple[Tensor, Tensor | None], base: Tensor | None = None) -> Tensor:
     """The product of split matrices on a GPU, added to a copy of `base` where there is one; or those of stacks of matrices."""
-    if a[0].ndim > 2:
-        with _tf32():
-            out = torch.bmm(a[1], b[0]) if base is None else torch.baddbmm(base, a[1], b[0])
-            out.baddbmm_(a[0], b[1])
-            return out.baddbmm_(a[0], b[0])
+    (a_high, a_low), (b_high, b_low) = a, b
+    stacked = a_high.ndim > 2
     with _tf32():
-        out = torch.mm(a[1], b[0]) if base is None else torch.addmm(base, a[1], b[0])  # the small terms first
-        out.addmm_(a[0], b[1])
-        return out.addmm_(a[0], b[0])
+        if base is None:
+            out = torch.matmul(a_low, b_high)  # the small terms first
+        else:
+            out = (torch.baddbmm if stacked else torch.addmm)(base, a_low, b_high)
+        add = cast(Callable[[Tensor, Tensor], Tensor], out.baddbmm_ if stacked else out.addmm_)
+        if b_low is not None:
+            add(a_high, b_low)
+        return add(a_high, b_high)
 
 
 @contextmanager

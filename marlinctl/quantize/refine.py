@@ -60,7 +60,7 @@ def refit_scales(
     normal = torch.empty(*stack, rows, groups, groups, dtype=torch.float32, device=codes.device)
     for g in range(groups):
         part = slice(g * size, (g + 1) * size)
-        product = mm(h[..., part], c[..., part, :]).mul_(c).reshape(*stack, groups, size, rows).sum(-2)  # [G, R]: c_h H_hg c_g
+        product = mm(h[..., part], c[..., part, :], short=True).mul_(c).reshape(*stack, groups, size, rows).sum(-2)  # [G, R]: c_h H_hg c_g
         normal[..., g] = product.mT
 
     def error(s: Tensor) -> Tensor:

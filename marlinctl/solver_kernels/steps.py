@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from marlinctl.kernels.functions import Arguments, Function, architecture_of, enqueue, load_function, require_driver
-from marlinctl.quantize.products import mm, split, split_mm
+from marlinctl.quantize.products import Halves, split, split_mm
 from marlinctl.quantize.types import CODE_MAX, CODE_MIN
 from marlinctl.sparsify.masked_ls import MARGIN, mask_of, pair_inverses, pair_of
 from marlinctl.sparsify.steps import PruneSteps
@@ -29,6 +29,9 @@ from marlinctl.sparsify.steps import PruneSteps
 SOURCES = Path(__file__).parent / "csrc"
 THREADS = 128  # rows of a CTA
 COLUMNS = 128  # of a call
+# Columns that one product over everything before them serves: its tiles are as wide as the matrix units like them, where a product for
+# each call reads all errors for 128 columns. What lies between is added by small products.
+_GATHERED = 512
 _RUN = 32
 SHARED_BYTES = 4 * (COLUMNS * _RUN + COLUMNS * THREADS)  # of sweep and mask, as columns.cuh says
 
@@ -95,22 +98,24 @@ class SolverKernels:
         s = nothing if scales is None else scales.contiguous()
         kind = 0 if mask is None else _GIVEN if pivots is None else _CHOSEN
         function = self._load("sweep", sweep_defines(scales is not None, kind), SHARED_BYTES)
-        for start in range(0, k, COLUMNS):
-            stop = min(start + COLUMNS, k)
-            here, target, columns = (..., slice(start, stop), slice(None)), base, k
-            if start:
-                past = (..., slice(start), slice(None))
-                panel = split(feedback[..., :start, start:stop].mT.contiguous())
-                target, columns = split_mm(panel, (earlier[0][past], earlier[1][past]), base[here]), stop - start
-            kept = nothing if mask is None else mask[here]
-            weighs = nothing if pivots is None else pivots[..., start:]
-            tensors = (
-                target, anchor[here], feedback[..., start:, start:], s, group[..., start:], kept, weighs, codes[here], errors[here]
-            )  # fmt: skip
-            sizes = (stop - start, rows, k, 0 if scales is None else scales.shape[-2], columns)
-            self._launch(function, _ctas(rows, problems), tensors, sizes)
-            for part, done in zip(earlier, split(errors[here]), strict=True):
-                part[here] = done
+        for first in range(0, k, _GATHERED):
+            last = min(first + _GATHERED, k)
+            gathered = base if not first else _behind(base[..., first:last, :], feedback, earlier, slice(first), slice(first, last))
+            for start in range(first, last, COLUMNS):
+                stop = min(start + COLUMNS, last)
+                here = (..., slice(start, stop), slice(None))
+                target = gathered[..., start - first : stop - first, :]
+                columns = gathered.shape[-2]
+                if start > first:
+                    target, columns = _behind(target, feedback, earlier, slice(first, start), slice(start, stop)), stop - start
+                kept = nothing if mask is None else mask[here]
+                weighs = nothing if pivots is None else pivots[..., start:]
+                tensors = (
+                    target, anchor[here], feedback[..., start:, start:], s, group[..., start:], kept, weighs, codes[here], errors[here]
+                )  # fmt: skip
+                sizes = (stop - start, rows, k, 0 if scales is None else scales.shape[-2], columns)
+                self._launch(function, _ctas(rows, problems), tensors, sizes)
+                split(errors[here], (earlier[0][here], earlier[1][here]))
         return codes, errors
 
     def improve_mask(self, weight: Tensor, values: Tensor, mask: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,15 +125,18 @@ class SolverKernels:
         tables, pairs = pair_inverses(matrix).float().contiguous(), pair_of(mask).to(torch.uint8).contiguous()
         v = (values * mask).contiguous()
         errors = (weight - v).contiguous()
+        halves, (high, low) = split(errors), split(matrix)
         function = self._load("mask", mask_defines(), SHARED_BYTES)
         for start in range(0, k, COLUMNS):
             stop = min(start + COLUMNS, k)
-            pull = mm(matrix[..., start:stop, :], errors)
+            here = (..., slice(start, stop), slice(None))
+            pull = split_mm((high[here], low[here]), halves)
             fours = (..., slice(start // 4, None), slice(None))
             tensors = (
                 pull, matrix[..., start:, start:], tables[..., start // 4 :, :, :], v[..., start:, :], errors[..., start:, :], pairs[fours]
             )  # fmt: skip
             self._launch(function, _ctas(rows, problems), tensors, (stop - start, rows, k))
+            split(errors[here], (halves[0][here], halves[1][here]))
         return v, mask_of(pairs.long())
 
     def _load(self, name: str, defines: tuple[str, ...], shared_bytes: int) -> Function:
@@ -149,6 +157,13 @@ class SolverKernels:
 
 _loaded: dict[tuple[str, tuple[str, ...], int | None], Function] = {}
 _lock = threading.Lock()
+
+
+def _behind(base: Tensor, feedback: Tensor, earlier: Halves, past: slice, columns: slice) -> Tensor:
+    """base [..., C, R] of some columns and the feedback of the errors of past ones."""
+    panel = split(feedback[..., past, columns].mT.contiguous())
+    high, low = (half[..., past, :] for half in earlier)
+    return split_mm(panel, (high, low), base)
 
 
 def _ctas(rows: int, problems: int) -> int:

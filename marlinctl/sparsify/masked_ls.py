@@ -16,7 +16,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from marlinctl.quantize.products import mm
+from marlinctl.quantize.products import mm, operand
 from marlinctl.quantize.solver import COLUMN_BLOCK
 from marlinctl.quantize.stacks import diagonal
 from marlinctl.sparsify.types import QUAD
@@ -34,12 +34,13 @@ def masked_least_squares(weight: Tensor, values: Tensor, mask: Tensor, matrix: T
     """
     inverse = diagonal(matrix).reciprocal().unsqueeze(-1)  # [K, 1]
     v = values * mask
-    r = mm(matrix, weight - v).mul_(mask)
+    h_matrix = operand(matrix)
+    r = mm(h_matrix, weight - v).mul_(mask)
     z = r * inverse
     direction = z.clone()
     rz = (r * z).sum(-2, keepdim=True)  # [1, R]
     for _ in range(iterations):
-        h = mm(matrix, direction).mul_(mask)
+        h = mm(h_matrix, direction).mul_(mask)
         curvature = (direction * h).sum(-2, keepdim=True)
         step = torch.where(curvature > 0, rz / curvature, 0.0)
         v.addcmul_(direction, step)

@@ -33,6 +33,27 @@ def problems() -> tuple[Tensor, Tensor]:
     return weights, torch.stack([hessian(K, seed) for seed in range(E)])
 
 
+@pytest.mark.parametrize("gathered", [128, 256, 1024])
+def test_feedback_is_the_same_however_many_columns_are_gathered_at_once(
+    gathered: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this failed, wide linears, whose columns are gathered in several steps, would lose or count twice the feedback of some of them."""
+    k = 460
+    w = torch.randn(2, k, 40, generator=torch.Generator().manual_seed(0))
+    feedback, _, _ = factor_stack(torch.stack([hessian(k, seed) for seed in range(2)]), DAMPING)
+    monkeypatch.setattr("marlinctl.solver_kernels.steps._GATHERED", gathered)
+    kernels = install(monkeypatch, tmp_path)
+    group_of = torch.arange(k).expand(2, -1) // 115
+    scales = torch.full((2, 4, 40), 0.3)
+    for several in (True, False):
+        parts = (slice(None),) if several else (0, 1)
+        for part in parts:
+            codes, errors = kernels.sweep(w[part], w[part], feedback[part], scales[part], group_of[part])
+            for e in range(2) if several else (part,):
+                one = (codes[e], errors[e]) if several else (codes, errors)
+                check_sweep(w[e], w[e], feedback[e], scales[e], group_of[e], None, one)
+
+
 @pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize("mask", ["none", "given", "chosen"])
 @pytest.mark.parametrize("rounds", [False, True])
