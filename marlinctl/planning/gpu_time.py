@@ -34,6 +34,7 @@ from marlinctl.planning.memory import (
     STORED,
     Stage,
     Work,
+    experts_together,
     parameters,
     stage_of,
     stages,
@@ -54,7 +55,7 @@ RATES: Mapping[str, float] = MappingProxyType(
         "gram": 1 / 6e14,  # operation of Gram and cross matrices
         "activations": 1 / 2.8e11,  # byte of inputs and outputs of linears and of the stream; each is passed over many times
         "chunk": 1e-3,  # chunk of tokens through a block: launches
-        "expert": 8e-3,  # expert of a block: its tokens are looked up and gathered
+        "expert": 1e-3,  # expert of a block: some hundred launches that gather its tokens and sum its matrices; a guess, never measured
         "read": 1 / 3.9e9,  # byte of weights, from the page cache to the GPU
         "factor columns": 5e-7,  # column of a factorisation
         "factor": 1 / 3.8e13,  # operation of a factorisation, K³/3
@@ -124,11 +125,12 @@ def counts(architecture: Architecture, compressed: Mapping[str, int], work: Work
         stages(architecture, compressed), key=lambda s: (seconds_of_solve(s, recipe, H200, corrects_drift=work.corrects_drift), s.k)
     )
     found["probe"].update(_solve(largest, recipe, work.corrects_drift, largest.rows))
+    together = experts_together(architecture, compressed, work)
     for block in architecture.blocks:
-        _add_block(found, architecture, block, compressed, work, recipe)
+        _add_block(found, architecture, block, compressed, work, recipe, together)
     if architecture.head is not None and architecture.head.name in compressed:
         stage = stage_of([architecture.head], compressed)
-        _add_stage(found, stage, 1, work.own_samples * work.length, architecture.hidden_size, work, recipe)
+        _add_stage(found, stage, 1, work.own_samples * work.length, architecture.hidden_size, work, recipe, together)
         found["read"]["read"] += STORED * stage.rows * stage.k
     every = [*architecture.linears.values(), *([architecture.head] if architecture.head is not None else [])]
     solved = [(spec.out_features, spec.in_features, compressed[spec.name]) for spec in every if spec.name in compressed]
@@ -149,13 +151,15 @@ _PHASES = (
 )
 
 
-def _add_block(found: Counts, architecture: Architecture, block: Block, compressed: Mapping[str, int], work: Work, recipe: Recipe) -> None:
+def _add_block(
+    found: Counts, architecture: Architecture, block: Block, compressed: Mapping[str, int], work: Work, recipe: Recipe, together: int
+) -> None:
     tokens, hidden = work.own_samples * work.length, architecture.hidden_size
     passes = 2 if work.corrects_drift else 1  # the reference model's beside the compressed one's
     forward = found["forward and Gram"]
     share = block.mlp.top_k / block.mlp.count if isinstance(block.mlp, Experts) else 1.0
     for stage, count in stages_of_block(block, compressed).items():
-        _add_stage(found, stage, count, tokens * (share if count > 1 else 1.0), hidden, work, recipe)
+        _add_stage(found, stage, count, tokens * (share if stage.experts > 1 else 1.0), hidden, work, recipe, together)
     if isinstance(block.mlp, Experts):
         forward["gram"] += gram_operations(hidden) * tokens  # of the layer, which experts with few tokens borrow from
         forward["expert"] += block.mlp.count
@@ -169,24 +173,30 @@ def _add_block(found: Counts, architecture: Architecture, block: Block, compress
         forward["read"] += read  # for the reference model, within this phase
 
 
-def _add_stage(found: Counts, stage: Stage, count: int, tokens: float, hidden: int, work: Work, recipe: Recipe) -> None:
-    """count: how many such stages the block has. tokens: that each of them sees."""
+def _add_stage(found: Counts, stage: Stage, count: int, tokens: float, hidden: int, work: Work, recipe: Recipe, together: int) -> None:
+    """count: how many such stages the block has. tokens: that each of them sees. together: experts that are solved at once."""
     forward, k, rows = found["forward and Gram"], stage.k, stage.rows + stage.other_rows
     drift = work.corrects_drift
-    into_stream = drift and rows == hidden  # where its output is added to the residual stream, that is corrected too
-    forward["forward"] += count * tokens * 2 * rows * k * (2 if drift else 1)
+    experts = stage.experts > 1
+    into_stream = drift and rows == hidden and not experts  # where its output is added to the residual stream, that is corrected too
+    # The reference model's pass, and what experts make of its inputs.
+    forward["forward"] += count * tokens * 2 * rows * k * (1 if not drift else 3 if experts else 2)
     # A cross matrix is full, where a Gram matrix is half; the residual, which is float32, is multiplied as two of bfloat16.
     forward["gram"] += count * tokens * (gram_operations(k) + (2 * k * k if drift else 0) + (2 * 2 * k * hidden if into_stream else 0))
     forward["activations"] += count * tokens * work.element * ((k + rows) * (2 if drift else 1) + (2 * k if drift else 0))
+    batches = -(-count // min(together, count))
     own = work.own_rows(stage.rows)
     for term, units in _solve(stage, recipe, drift, own).items():
-        found["solve"][term] += count * units
+        found["solve"][term] += (batches if term in _ONCE_A_BATCH else count) * units
     if work.ranks > 1 and stage.rows:
         ring = (work.ranks - 1) / work.ranks
         sums = 4 * k * k * (2 if drift else 1) + (4 * k * hidden if into_stream else 0)
         result = 1 if recipe.scheme.quantizes else 4
         gathered = stage.rows * k * (result + (1 if recipe.scheme.prunes else 0))
         found["between ranks"]["link"] += count * ring * (2 * sums + gathered)
+
+
+_ONCE_A_BATCH = ("solve", "factor columns", "columns", "groups")  # what experts that are solved together wait for only once
 
 
 def gram_operations(k: int) -> float:

@@ -145,7 +145,7 @@ _BASE_OF_CUDA = 1 << 30  # what the CUDA libraries take of host memory; with it,
 
 
 def experts_together(architecture: Architecture, compressed: Mapping[str, int], work: Work) -> int:
-    """How many experts of a block are solved together. A CPU solves one after another."""
+    """How many experts of a block are solved together, over all ranks. A CPU solves one after another."""
     found = [stage for stage in stages(architecture, compressed) if stage.experts > 1]
     if not work.on_device or not found:
         return 1
@@ -176,7 +176,7 @@ def stages_of_block(block: Block, compressed: Mapping[str, int]) -> Counter[Stag
 
 
 def stage_of(linears: list[LinearSpec], compressed: Mapping[str, int], experts: int = 1) -> Stage:
-    """The solve of linears that share an input."""
+    """The solve of linears that share an input. experts: how many such stages the block has, one for each expert."""
     rows = sum(spec.out_features for spec in linears if spec.name in compressed)
     k = linears[0].in_features
     sizes = [compressed[spec.name] for spec in linears if spec.name in compressed]
@@ -246,8 +246,8 @@ def _held(architecture: Architecture, stage: Stage, work: Work) -> Arrays:
 
 
 def _own_rows(stage: Stage, work: Work) -> int:
-    """Of a solve in one rank: rows are spread over ranks, or else whole experts."""
-    return work.own_rows(stage.rows) if stage.experts == 1 else stage.rows
+    """Of the rank that has most. On GPUs ranks share the experts of a batch and not their rows, and each is counted with all of them."""
+    return stage.rows if stage.experts > 1 and work.on_device else work.own_rows(stage.rows)
 
 
 def _phases_of_solve(architecture: Architecture, stage: Stage, work: Work) -> Iterator[Arrays]:

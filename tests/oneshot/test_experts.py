@@ -248,7 +248,8 @@ def test_a_run_with_kernels_in_batches_is_as_good(name: str, tmp_path: Path, mon
     """If the way of a GPU through the experts lost something on the way, its layers would be worse than a CPU's."""
     text = write_text(tmp_path / "text.txt")
     folder = zoo.build("qwen3_moe", tmp_path / "model", **(MANY | {"num_hidden_layers": 1}))
-    chosen = recipe(text, name, distill__tokens=0)
+    # Attention stays as it is: codes that differ by rounding there would send tokens to other experts.
+    chosen = recipe(text, name, distill__tokens=0, quantize__skip=["self_attn.*"])
     alone = quantize(folder, tmp_path / "alone", chosen)
     kernels = install(monkeypatch, tmp_path / "built").steps()
     monkeypatch.setattr(job, "steps_on", lambda *_: kernels)
@@ -257,8 +258,10 @@ def test_a_run_with_kernels_in_batches_is_as_good(name: str, tmp_path: Path, mon
     records = {record["name"]: record for record in together["layers"]}
     for record in alone["layers"]:
         found = records[record["name"]]
-        # Codes of attention that differ by rounding send a few tokens to other experts.
-        assert found["tokens"] == pytest.approx(record["tokens"], abs=12), record["name"]
-        same = ("damping", "dead", "fallback", "pattern", "group_size", "shape")
+        same = ("tokens", "damping", "dead", "fallback", "remark", "pattern", "group_size", "shape")
         assert [found[key] for key in same] == [record[key] for key in same], record["name"]
-    assert together["error"]["mean"] == pytest.approx(alone["error"]["mean"], rel=0.05)
+        if "down" not in record["name"]:  # whose input is what gate and up came to be
+            # A handful of tokens leaves a Hessian nearly singular, where pairs of columns gain alike: 5 % between masks of one rounding.
+            assert found["error"] == pytest.approx(record["error"], rel=0.15), record["name"]
+    assert len(records) == 3 * MANY["num_experts"]
+    assert together["error"]["mean"] == pytest.approx(alone["error"]["mean"], rel=0.02)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from marlinctl.models.architectures import Architecture, architecture
 from marlinctl.oneshot.open import Options
 from marlinctl.oneshot.run import run_job
 from marlinctl.planning.gpu_time import BESIDE, H200, RATES, Counts, Gpu, counts, gram_operations, seconds_of_phases
-from marlinctl.planning.memory import Work, predicted_device_peak, predicted_peak, stages_of_block
+from marlinctl.planning.memory import Work, experts_together, predicted_device_peak, predicted_peak, stages_of_block
 from marlinctl.planning.preflight import require_samples
 from marlinctl.planning.time import machine, seconds_of_blocks
 from marlinctl.recipes.schema import Recipe, load_recipe, resolve
 from marlinctl.system.console import Console
-from tests.planning.test_memory import LLAMA_8B
+from tests.planning.test_memory import LLAMA_8B, WORK
 from tests.runs import plan, recipe
 
 MODEL_BYTES = 16_060_522_496
@@ -83,11 +84,14 @@ def test_each_setting_of_the_solver_is_counted() -> None:
     assert greedy["iterations"] == 0 and greedy["panels"] < calm["panels"]
 
 
-def test_experts_are_solved_one_by_one_on_their_share_of_the_tokens() -> None:
-    """256 small solves of a block take longer than their operations say, and each expert sees one token in sixteen."""
+def test_experts_are_solved_in_batches_on_their_share_of_the_tokens() -> None:
+    """A batch of experts waits once for what each of them would wait for, and each expert sees one token in sixteen."""
     known = architecture({**SHAPES["qwen3-30b-a3b"], **FEW})
     found = counted("int4", known)
-    assert found["solve"]["solve"] == 2 * (2 + 2 * 128) and found["forward and Gram"]["expert"] == 2 * 128
+    together = experts_together(known, dict.fromkeys(known.linears, 128), replace(WORK, on_device=True))
+    batches = -(-128 // together)
+    assert 1 < batches < 16
+    assert found["solve"]["solve"] == 2 * (2 + 2 * batches) and found["forward and Gram"]["expert"] == 2 * 128
     expert = 3 * 2048 * 768
     attention = 2048 * (4096 + 2 * 512) + 4096 * 2048
     expected = 2 * 128 * 2048 * (2 * (8 * expert + attention) + 2 * 2048 * 4096)
