@@ -77,7 +77,8 @@ def limit_device_memory(device: torch.device, most: int | None) -> int:
     free, total = torch.cuda.mem_get_info(device)
     if most is None:
         return free
-    torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), index)
     return min(free, most)
 
 

@@ -120,10 +120,10 @@ class Scratch:
     def tensor(self, slot: str, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
         """A tensor of this shape with arbitrary contents; an earlier tensor of the same slot becomes invalid."""
         size = max(math.prod(shape), 1) * dtype.itemsize
-        for held in (self._on_device.get(slot), self._on_host.get(slot)):
-            if held is not None and held.numel() >= size:
-                found = held[:size].view(dtype)[: math.prod(shape)].view(shape)
-                return found if held.device == self._device else PinnedTensor(found, self._device)
+        if (held := self._on_device.get(slot)) is not None and held.numel() >= size:
+            return _seen_as(held, shape, dtype)
+        if (held := self._on_host.get(slot)) is not None and held.numel() >= size:
+            return PinnedTensor(_seen_as(held, shape, dtype), self._device)
         if slot not in self._files and size <= self._budget:
             self._budget -= size
             self._on_device[slot] = torch.empty(size, dtype=torch.uint8, device=self._device)
@@ -161,6 +161,12 @@ class Scratch:
                 fix="free some space, use fewer --samples, or put OUT on another disk",
             ) from error
         return file, mmap.mmap(file.fileno(), size)
+
+
+def _seen_as(held: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The beginning of a tensor of bytes."""
+    count = math.prod(shape)
+    return held[: count * dtype.itemsize].view(dtype).view(shape)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -79,3 +79,15 @@ def test_memory_that_is_alive_and_memory_that_is_kept_are_told_apart(monkeypatch
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 1339)
     assert devices.device_peaks(torch.device("cuda")) == {"peak_device_memory_bytes": 818, "peak_device_reserved_bytes": 1339}
     assert set(devices.device_peaks(torch.device("cpu")).values()) == {None}
+
+
+@pytest.mark.gpu
+def test_a_process_keeps_to_the_device_memory_that_it_was_given() -> None:
+    """If this failed, --device-memory 40GiB would be a wish, and the other program on the GPU be the one that runs out."""
+    device = torch.device("cuda")
+    try:
+        assert devices.limit_device_memory(device, 1 << 30) == 1 << 30
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(2 << 30, dtype=torch.uint8, device=device)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, torch.cuda.current_device())

@@ -57,6 +57,13 @@ def test_a_full_disk_is_an_error_where_the_slot_is_made(tmp_path: Path, monkeypa
 
 
 @pytest.mark.gpu
+def test_what_fits_on_the_device_is_an_ordinary_tensor_there(tmp_path: Path) -> None:
+    """If this failed, tokens would be gathered and scattered through the host; the device is named without its number here, as in a run."""
+    slot = Scratch(tmp_path, torch.device("cuda"), 1 << 20, 1 << 20).tensor("a", (7, 5), torch.bfloat16)
+    assert isinstance(slot, torch.Tensor) and slot.is_cuda
+
+
+@pytest.mark.gpu
 def test_page_locked_memory_comes_before_the_disk_and_holds_the_same(tmp_path: Path) -> None:
     """If this failed, the activations of a 70B beside a GPU of 40 GB would be read and written at the rate of a disk, or be others'."""
     scratch = Scratch(tmp_path, torch.device("cuda"), 0, 7 * 5 * 3 * 2)
