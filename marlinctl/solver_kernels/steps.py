@@ -93,29 +93,31 @@ class SolverKernels:
         _require_contiguous(base, mask, pivots)
         anchor, feedback, group = anchor.contiguous(), feedback.contiguous(), group_of.to(torch.int32).contiguous()
         codes, errors = torch.empty_like(anchor), torch.empty_like(anchor)
-        earlier = torch.empty_like(anchor), torch.empty_like(anchor)  # the errors of finished blocks, split for the matrix units
+        halves = torch.empty_like(anchor), torch.empty_like(anchor)  # of the errors, for the matrix units
         nothing = torch.empty(0, device=base.device)
         s = nothing if scales is None else scales.contiguous()
         kind = 0 if mask is None else _GIVEN if pivots is None else _CHOSEN
         function = self._load("sweep", sweep_defines(scales is not None, kind), SHARED_BYTES)
         for first in range(0, k, _GATHERED):
             last = min(first + _GATHERED, k)
-            gathered = base if not first else _behind(base[..., first:last, :], feedback, earlier, slice(first), slice(first, last))
+            panel = split(feedback[..., :last, first:last].mT.contiguous())  # [.., columns of this group, all before its last]
+            gathered = base if not first else _behind(base[..., first:last, :], panel, slice(None), halves, slice(first))
             for start in range(first, last, COLUMNS):
                 stop = min(start + COLUMNS, last)
                 here = (..., slice(start, stop), slice(None))
                 target = gathered[..., start - first : stop - first, :]
                 columns = gathered.shape[-2]
                 if start > first:
-                    target, columns = _behind(target, feedback, earlier, slice(first, start), slice(start, stop)), stop - start
+                    columns = stop - start
+                    target = _behind(target, panel, slice(start - first, stop - first), halves, slice(first, start))
                 kept = nothing if mask is None else mask[here]
                 weighs = nothing if pivots is None else pivots[..., start:]
                 tensors = (
-                    target, anchor[here], feedback[..., start:, start:], s, group[..., start:], kept, weighs, codes[here], errors[here]
+                    target, anchor[here], feedback[..., start:, start:], s, group[..., start:], kept, weighs, codes[here], errors[here],
+                    *(half[here] for half in halves),
                 )  # fmt: skip
                 sizes = (stop - start, rows, k, 0 if scales is None else scales.shape[-2], columns)
                 self._launch(function, _ctas(rows, problems), tensors, sizes)
-                split(errors[here], (earlier[0][here], earlier[1][here]))
         return codes, errors
 
     def improve_mask(self, weight: Tensor, values: Tensor, mask: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,10 +135,10 @@ class SolverKernels:
             pull = split_mm((high[here], low[here]), halves)
             fours = (..., slice(start // 4, None), slice(None))
             tensors = (
-                pull, matrix[..., start:, start:], tables[..., start // 4 :, :, :], v[..., start:, :], errors[..., start:, :], pairs[fours]
+                pull, matrix[..., start:, start:], tables[..., start // 4 :, :, :], v[here], errors[here], *(half[here] for half in halves),
+                pairs[fours],
             )  # fmt: skip
             self._launch(function, _ctas(rows, problems), tensors, (stop - start, rows, k))
-            split(errors[here], (halves[0][here], halves[1][here]))
         return v, mask_of(pairs.long())
 
     def _load(self, name: str, defines: tuple[str, ...], shared_bytes: int) -> Function:
@@ -159,11 +161,10 @@ _loaded: dict[tuple[str, tuple[str, ...], int | None], Function] = {}
 _lock = threading.Lock()
 
 
-def _behind(base: Tensor, feedback: Tensor, earlier: Halves, past: slice, columns: slice) -> Tensor:
-    """base [..., C, R] of some columns and the feedback of the errors of past ones."""
-    panel = split(feedback[..., past, columns].mT.contiguous())
-    high, low = (half[..., past, :] for half in earlier)
-    return split_mm(panel, (high, low), base)
+def _behind(base: Tensor, panel: Halves, columns: slice, errors: Halves, past: slice) -> Tensor:
+    """base [..., C, R] of some columns and the feedback of the errors of past ones. panel: feedback [..., columns, all before]."""
+    of_columns = panel[0][..., columns, past], panel[1][..., columns, past]
+    return split_mm(of_columns, (errors[0][..., past, :], errors[1][..., past, :]), base)
 
 
 def _ctas(rows: int, problems: int) -> int:

@@ -18,8 +18,8 @@ from tests.kernels.software_kernel import Arguments
 
 HERE = Path(__file__).parent
 CALLS = {
-    "sweep": "sweep(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], n[0], n[1], n[2], n[3], n[4])",
-    "mask": "mask(p[0], p[1], p[2], p[3], p[4], p[5], n[0], n[1], n[2])",
+    "sweep": "sweep(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], n[0], n[1], n[2], n[3], n[4])",
+    "mask": "mask(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], n[0], n[1], n[2])",
     "scales": "scales(p[0], p[1], p[2], p[3], n[0], n[1])",
 }
 

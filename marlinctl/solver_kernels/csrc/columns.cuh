@@ -56,6 +56,13 @@ __device__ __forceinline__ void add_row(float (&value)[RUN], const float* tile, 
     }
 }
 
+// The two numbers of TF32 whose sum `value` is but for 2^-22 of it (marlinctl/quantize/products.py, `split`), for the host's products.
+__device__ __forceinline__ void store_halves(float* high, float* low, size_t place, float value) {
+    const float rounded = __uint_as_float((__float_as_uint(value) + (1u << 12)) & ~((1u << 13) - 1));
+    high[place] = rounded;
+    low[place] = value - rounded;
+}
+
 // The two highest of four, the lower one among equals: bit i of the result is set where i is one of them.
 __device__ __forceinline__ unsigned best_two(const float (&score)[QUAD]) {
     unsigned kept = 0;

@@ -4,10 +4,10 @@
 //   pull    [columns, R]  H (W - V) of the block's columns before the block: the host's matrix product
 //   matrix  [columns, columns] of H, rows of K floats
 //   tables  [columns / 4, 6, 3]  of each pair (i, j) the inverse of H restricted to it: at ii, at ij, at jj
-//   values  [columns, R]  V, changed in place; errors [columns, R]  W - V, changed along
+//   values  [columns, R]  V, changed in place; errors [columns, R]  W - V, changed along; high, low [columns, R]: errors in halves
 //   pairs   [columns / 4, R]  which of 01 02 03 12 13 23 stays, changed in place
 //
-// A problem has K x K of matrix, K columns of values and errors, K / 4 of tables and pairs, and the columns of the block alone of pull.
+// A problem has K x K of matrix, K columns of values, errors and halves, K / 4 of tables and pairs, and the columns of the block alone of pull.
 //
 // With P = pull and b = P + H_qq v, a pair takes u = inverse b and gains b inverse b. A pair must gain more than the standing one by
 // MARGIN; among equals the lower one wins. A change u - v of column i subtracts H_ij (u - v) from P_j of the columns after it.
@@ -17,7 +17,8 @@ constexpr int PAIRS = 6;
 
 extern "C" __global__ void __launch_bounds__(THREADS) mask(
     const float* __restrict__ pull, const float* __restrict__ matrix, const float* __restrict__ tables,
-    float* __restrict__ values, float* __restrict__ errors, unsigned char* __restrict__ pairs,
+    float* __restrict__ values, float* __restrict__ errors, float* __restrict__ high, float* __restrict__ low,
+    unsigned char* __restrict__ pairs,
     int columns, int rows, int k_total
 ) {
     extern __shared__ uint4 shared[];
@@ -32,6 +33,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) mask(
     tables += before / QUAD * PAIRS * 3;
     values += before * rows;
     errors += before * rows;
+    high += before * rows;
+    low += before * rows;
     pairs += before / QUAD * rows;
 
     for (int run = 0; run < columns; run += RUN) {
@@ -83,7 +86,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) mask(
                     change[(k + i) * THREADS] = difference;
                     if (inside) {
                         values[here] = u[i];
-                        errors[here] -= difference;
+                        const float error = errors[here] - difference;
+                        errors[here] = error;
+                        store_halves(high, low, here, error);
                     }
                     add_row(p, tile, k + i, -difference, j + QUAD);
                 }

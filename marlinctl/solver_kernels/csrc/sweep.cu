@@ -10,9 +10,9 @@
 //   keep      [columns, R]  -DMASK=0: not read; 1: where it is 0, q is 0; 2: written, the best two of each four as the sweep comes there
 //                           (SparseGPT, arXiv 2301.00774): those with the largest |t pivot| if all before them in the four stayed
 //   pivots    [columns]     of -DMASK=2
-//   codes, errors           [columns, R], written
+//   codes, errors           [columns, R], written; high, low [columns, R]: the errors in halves, written
 //
-// A problem has all K columns of anchor, keep, codes and errors, K x K of feedback, K of group_of and pivots, G rows of scales;
+// A problem has all K columns of anchor, keep, codes, errors and halves, K x K of feedback, K of group_of and pivots, G rows of scales;
 // `target_columns` of target, which may be a matrix of the block alone.
 //
 // LIMITS.  columns <= 128, a multiple of 4 with -DMASK=2. The code of a column is the reference's unless t / s is within rounding of a
@@ -29,6 +29,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sweep(
     const float* __restrict__ target, const float* __restrict__ anchor, const float* __restrict__ feedback,
     const float* __restrict__ scales, const int* __restrict__ group_of, unsigned char* __restrict__ keep,
     const float* __restrict__ pivots, float* __restrict__ codes, float* __restrict__ errors,
+    float* __restrict__ high, float* __restrict__ low,
     int columns, int rows, int k_total, int groups, int target_columns
 ) {
     extern __shared__ uint4 shared[];
@@ -49,6 +50,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) sweep(
     if (MASK == 2) pivots += before;
     codes += before * rows;
     errors += before * rows;
+    high += before * rows;
+    low += before * rows;
 
     for (int run = 0; run < columns; run += RUN) {
         __syncthreads();  // the tile of the run before has been read
@@ -95,6 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sweep(
                 if (inside) {
                     codes[place] = code;
                     errors[place] = error;
+                    store_halves(high, low, place, error);
                     if (MASK == 2) keep[place] = stays;
                 }
                 add_row(t, tile, k, error, j + 1);
