@@ -45,9 +45,13 @@ def command(console: Console, model: str, out: Path, pattern: str, **values: Any
     from marlinctl.evaluation.gate import Measurement
     from marlinctl.evaluation.settings import EvalSettings
     from marlinctl.oneshot.run import run_job
+    from marlinctl.recipes.schema import load_recipe
 
     gate, evaluated = chosen_gate(values), values.pop("evaluated") is not False
+    named = values["recipe_name"]
     recipe = chosen_recipe(console, values, measuring, verb={"sparsify.pattern": pattern, "quantize.bits": 16})
+    if not recipe.scheme.quantizes and load_recipe(named).sparsify.pattern != "none":
+        console.say(f"--recipe {named} has codes; without --bits 4, sparsify leaves the weights at 16 bits")
     looking = measured = None
     if evaluated or gate.asked:
         looking = Measurement(EvalSettings.of_recipe(recipe.evaluate, task_data), gate, console)

@@ -45,32 +45,32 @@ from marlinctl.recipes.schema import Recipe
 # Seconds for one unit of each term.
 RATES: Mapping[str, float] = MappingProxyType(
     {
-        "start": 8.0,  # once
-        "text": 3.0,  # once
-        "the rest": 5.0,  # once
+        "start": 1.8,  # once
+        "text": 7.5,  # once, imports of transformers among it
+        "the rest": 4.0,  # once
         "digest": 1 / 3.2e9,  # byte of the model's files
-        "probe": 0.6,  # once, beside the solve itself
-        "embed": 1.0,  # once
-        "forward": 1 / 6e14,  # operation of linears and attention, in bfloat16
-        "gram": 1 / 6e14,  # operation of Gram and cross matrices
-        "activations": 1 / 2.8e11,  # byte of inputs and outputs of linears and of the stream; each is passed over many times
-        "chunk": 1e-3,  # chunk of tokens through a block: launches
+        "probe": 0.85,  # once, beside the solve itself
+        "embed": 0.4,  # once
+        "forward": 1 / 7.5e14,  # operation of linears and attention, in bfloat16
+        "gram": 1 / 5.8e14,  # operation of Gram and cross matrices
+        "activations": 1 / 3.6e11,  # byte of inputs and outputs of linears and of the stream; each is passed over many times
+        "chunk": 9e-4,  # chunk of tokens through a block: launches
         "expert": 1e-3,  # expert of a block: some hundred launches that gather its tokens and sum its matrices; a guess, never measured
-        "read": 1 / 3.9e9,  # byte of weights, from the page cache to the GPU
+        "read": 1 / 2e11,  # byte of weights, read ahead: what is waited for
         "factor columns": 5e-7,  # column of a factorisation
-        "factor": 1 / 3.8e13,  # operation of a factorisation, K³/3
+        "factor": 1 / 2.6e13,  # operation of a factorisation, K³/3
         "panels": 1 / 4e13,  # operation of products with panels of 128 columns, within sweeps
-        "products": 1 / 9e13,  # operation of products with whole matrices, float32 as three of TF32
-        "correction": 1 / 3e13,  # operation of the regression of drift correction, float64
-        "columns": 4e-7,  # column of a sweep
+        "products": 1 / 1.7e14,  # operation of products with whole matrices, float32 as three of TF32
+        "correction": 1 / 4.2e13,  # operation of the regression of drift correction, float64
+        "columns": 4.4e-7,  # column of a sweep
         "weights": 1 / 3.2e9,  # weight in a solve: stacked, split, searched, rounded, put in order
-        "iterations": 1.2e-11,  # weight in an iteration of least squares
+        "iterations": 1e-11,  # weight in an iteration of least squares
         "groups": 5e-5,  # group of columns in a re-fit of scales
-        "solve": 3e-3,  # solve: launches, and questions that wait for the device
+        "solve": 3.5e-3,  # solve: launches, and questions that wait for the device
         "link": 1 / 100e9,  # byte between GPUs of one host: a guess, never measured
         "write": 1 / 1e9,  # byte of a result, digest and all
         "copy": 1 / 9.2e8,  # byte that is copied as it is
-        "unpack": 1 / 1.25e9,  # weight that is read back and unpacked
+        "unpack": 1 / 7.5e9,  # weight that is read back and unpacked
         "hash": 1 / 1.5e9,  # byte of the result
     }
 )

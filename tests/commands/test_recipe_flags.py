@@ -10,6 +10,7 @@ import click
 import pytest
 
 from marlinctl import cli
+from marlinctl.errors import UsageError
 from marlinctl.recipes.schema import Recipe, load_recipe, recipe_hash
 
 # verb -> what it is called with, and what gets its recipe
@@ -102,3 +103,17 @@ def test_every_value_of_the_table_is_a_flag() -> None:
     """A flag that was renamed would leave its row behind, and this file would look complete."""
     known = {flag for verb in VERBS for flag in flags(verb)}
     assert set(VALUES) <= known and known >= NOT_OF_THE_RECIPE
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"), [(["--recipe", "sparse-int4"], True), (["--recipe", "sparse-int4", "--bits", "4"], False), ([], False)]
+)
+def test_sparsify_says_that_it_makes_no_codes_of_a_recipe_that_has_them(
+    flags: list[str], said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If this failed, an hour of `sparsify --recipe sparse-int4` would end in a 16-bit model without a word."""
+    monkeypatch.setattr(
+        "marlinctl.oneshot.run.run_job", lambda *_, **__: (_ for _ in ()).throw(UsageError("E222", "w", where="w", fix="f"))
+    )
+    assert cli.main(["sparsify", "MODEL", "OUT", "--no-eval", *flags]) == 2
+    assert ("without --bits 4" in capsys.readouterr().err) == said

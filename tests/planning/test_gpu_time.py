@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,25 @@ def counted(name: str, known: Architecture = LLAMA_8B, ranks: int = 1, **changes
 # ---- what is counted -----------------------------------------------------------------------------------------------------------------
 
 
-def test_the_run_that_was_measured_is_planned_within_fifteen_percent_in_each_phase() -> None:
-    """docs/log/2026-11-29-compression-speed.md: 32 blocks, by phase. Rates that lost it would have lost all that is known."""
-    seconds = seconds_of_phases(counted("int4"), H200)
-    for phase, measured in {"forward and Gram": 17.4, "solve": 8.2, "read": 3.6, "check": 9.5, "probe": 0.8}.items():
-        assert seconds[phase] == pytest.approx(measured, rel=0.15), phase
-    # Since then the model is digested beside the text, and embedding and head are copied beside the blocks.
-    assert "copy" not in seconds and sum(seconds.values()) == pytest.approx(64.1 - 2.3 - 3.0, rel=0.1)
+# docs/log/2026-11-29-compression-speed.md, one H200: the whole process, and the phases that matter.
+MEASURED = {
+    ("int4", 32, 4): {"together": 45.9, "forward and Gram": 13.9, "solve": 7.1, "check": 4.6},
+    ("int4-best", 8, 4): {"together": 32.8, "forward and Gram": 9.8, "solve": 7.6, "check": 2.6},
+    ("sparse-int4", 8, 16): {"together": 41.4, "forward and Gram": 10.0, "solve": 11.6, "check": 3.9},
+}
+
+
+@pytest.mark.parametrize(("name", "blocks", "bits"), list(MEASURED))
+def test_runs_that_were_measured_are_planned_within_a_sixth(name: str, blocks: int, bits: int) -> None:
+    """If a term or a rate were lost, the plan of a night's run would be off by hours."""
+    known = architecture({**LLAMA, "num_hidden_layers": blocks})
+    asked = chosen(name, **{"quantize.bits": bits})
+    work = Work.of(asked, element=2, corrects_drift=asked.quantize.drift_correction > 0, on_device=True)
+    size = 2 * sum(prod(shape) for shape in known.expected.values())
+    seconds = seconds_of_phases(counts(known, dict.fromkeys(known.linears, 128), work, asked, size), H200)
+    seconds["together"] = sum(seconds.values())
+    for phase, measured in MEASURED[name, blocks, bits].items():
+        assert seconds[phase] == pytest.approx(measured, rel=1 / 6), phase
 
 
 def test_operations_of_the_forward_pass_are_those_of_the_matrices() -> None:
@@ -262,7 +275,7 @@ def test_rates_come_back_from_reports(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("sys.argv", ["plan_rates.py", *map(str, folders)])
     assert plan_rates.main() == 0
     out = capsys.readouterr().out
-    assert "| 8b-int4 | nap | not planned | 1.00 |" in out and "| moe-4 | together |" in out and '| "forward" | 1 / 6e+14 |' in out
+    assert "| 8b-int4 | nap | not planned | 1.00 |" in out and "| moe-4 | together |" in out and '| "forward" | 1 / 7.5e+14 |' in out
 
 
 def test_what_no_run_counts_keeps_its_rate() -> None:
@@ -272,4 +285,4 @@ def test_what_no_run_counts_keeps_its_rate() -> None:
     fitted = plan_rates.fit([plan_rates.Run("twice", found, slow)])
     for term in ("iterations", "correction", "link", "expert", "groups"):
         assert fitted[term] == pytest.approx(RATES[term])
-    assert fitted["read"] == pytest.approx(2 * RATES["read"], rel=0.05)
+    assert fitted["embed"] == pytest.approx(2 * RATES["embed"], rel=0.1)
