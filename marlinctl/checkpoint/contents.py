@@ -26,14 +26,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint import manifest, mask
 from marlinctl.checkpoint.finite import CHUNK_BYTES, TensorScan
 from marlinctl.checkpoint.safetensors_header import header_bytes
 from marlinctl.errors import BadInput, NumericalProblem, Problem, ResourceProblem
-from marlinctl.system.confined import Bounds, Exceeded, confined
 from marlinctl.system.digests import sha256_of_member
 from marlinctl.system.files import FileRefused, exists
 
@@ -47,7 +45,6 @@ SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system that is in use (FA
 ALL_ZERO = -1
 _STEP_BYTES = 1 << 24  # bytes between two steps of the progress bar
 _STEPS = 1000  # of it that a process of its own reports
-_BOUNDS = Bounds(memory=4 << 30, cpu=1 << 30, wait=3600.0)  # what we run, not a stranger
 _SMALL = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _REPORTS = manifest.OUTSIDE - {manifest.NAME}  # they hold times, so two equal folders would have two fingerprints
 
@@ -213,7 +210,10 @@ def reading_contents(
     if apart_from is None or work.size < apart_from:
         yield lambda: contents(_read_here(work, console, title))
         return
-    with closing(confined(work.documents, _BOUNDS)) as documents:
+    from marlinctl.system.confined import Bounds, confined
+
+    trusted = Bounds(memory=4 << 30, cpu=1 << 30, wait=3600.0)  # it is our own work that runs there
+    with closing(confined(work.documents, trusted)) as documents:
         next(documents)  # the process is there: made by this thread, while no other one runs
         yield lambda: contents(_read_apart(work, documents, console, title))
 
@@ -255,6 +255,8 @@ class _Work:
 
     def documents(self) -> Iterator[Any]:
         """The same for another process: None, numbers of bytes read, and what was found; few enough for a pipe that is not read yet."""
+        from queue import SimpleQueue
+
         yield None
         steps: SimpleQueue[int | None] = SimpleQueue()
         found: list[dict[str, _Shard]] = []
@@ -279,6 +281,8 @@ def _read_here(work: _Work, console: Console, title: str) -> dict[str, _Shard]:
 
 
 def _read_apart(work: _Work, documents: Iterator[Any], console: Console, title: str) -> dict[str, _Shard]:
+    from marlinctl.system.confined import Exceeded
+
     with console.progress(title, work.size) as progress:
         try:
             for document in documents:

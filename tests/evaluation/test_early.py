@@ -71,7 +71,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def reading(*_: object, **__: object) -> None:
         raise AssertionError("weights are read")
 
-    for name in ("oneshot.open.of_source", "oneshot.open.read_contents", "compress.read_contents", "checkpoint.contents.read_contents"):
+    for name in ("oneshot.open.of_source", "checkpoint.contents._Work.read", "compress.read_contents", "checkpoint.contents.read_contents"):
         monkeypatch.setattr(f"marlinctl.{name}", reading)
     for name in ("_open_pattern", "read_contents"):
         monkeypatch.setattr(f"marlinctl.distillation.open.{name}", reading)
