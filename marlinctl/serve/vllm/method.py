@@ -20,7 +20,7 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.linear import LinearMethodBase
 
-from marlinctl.checkpoint.formats.base import METADATA, Format
+from marlinctl.checkpoint.formats.base import CODES, METADATA, Format
 from marlinctl.checkpoint.reader import dtype_called, name_of_dtype
 from marlinctl.errors import BadInput
 from marlinctl.kernels.ops import marlin_gemm, sparse_marlin_gemm
@@ -61,7 +61,7 @@ class MarlinctlLinearMethod(LinearMethodBase):
         self.out_features, self.product_group, self.sparse = place.out_features, place.product_group, self.format.needs_mask
         self.outputs = place.outputs if place.gaps else ()
         shapes = self.format.shapes(place.out_features, place.inputs, self.product_group)
-        self.words = tuple(suffix for suffix in self.format.suffixes if suffix in shapes and len(shapes[suffix][1]) == 2 and suffix != self.scales)
+        self.words = tuple(suffix for suffix, kind in self.format.tensors.items() if kind in (CODES, METADATA))  # as the operators take them
         for suffix, (dtypes, shape) in shapes.items():
             parameter = Parameter(torch.empty(shape, dtype=dtype_called(dtypes[0])), requires_grad=False)
             if not place.covered and len(shape) == 2:
@@ -164,7 +164,7 @@ def _fill(layer: torch.nn.Module, fmt: Format) -> None:
             nibbles = ordered[torch.randint(6, (*parameter.shape, 4), device=parameter.device, dtype=torch.int32)]
             four = sum(nibbles[..., i] << 4 * i for i in range(4))
             parameter.copy_(torch.where(four >= 1 << 15, four - (1 << 16), four))
-        elif suffix in fmt.suffixes[:1]:
+        elif kind == CODES:
             parameter.random_(-(2**31), 2**31 - 1)
 
 
