@@ -64,7 +64,7 @@ def repack(words: Tensor) -> Tensor:
     qweight = torch.empty(rows, n // TILE_N, 8, 4, 4, dtype=torch.int32, device=words.device)  # [row, block, column, quad, j]
     at_once = max(1, WEIGHTS_AT_ONCE // (TILE_K * n))
     for tiles, part in zip(split(qweight, at_once), split(words, 2 * at_once), strict=True):
-        halves = part.unflatten(0, (-1, 2)).unflatten(2, (-1, 4, 2, 8))  # [row, half, block, j, pair, column]
+        halves = part.view(-1, 2, n // TILE_N, 4, 2, 8)  # [row, half, block, j, pair, column]
         low, high = halves[:, 0], halves[:, 1]
         # bytes [quad] of nibbles [half], for both values of odd
         for odd, of_halves in enumerate((low & _NIBBLES | (high & _NIBBLES) << 4, low >> 4 & _NIBBLES | high & ~_NIBBLES)):

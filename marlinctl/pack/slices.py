@@ -58,4 +58,4 @@ class Slice:
         groups = outputs[first_k // self.group_size : -(-padded(end_k) // self.group_size)]
         if not self.one_group:
             return groups
-        return (sparse_marlin if sparse else marlin).one_group(groups[:1])
+        return sparse_marlin.one_group(groups[:1]) if sparse else marlin.one_group(groups[:1])

@@ -1,4 +1,4 @@
-"""A slice of packed tensors is the packed slice: what tensor parallelism loads must be what the packer would have made of a device's codes."""
+"""A slice of packed tensors is the packed slice: tensor parallelism loads what the packer would have made of a device's codes."""
 
 from __future__ import annotations
 

@@ -73,8 +73,9 @@ class NativeConfig(QuantizationConfig):
             folder = _folder(model_name, revision)
             with open_checkpoint(folder, weight_files=NATIVE_FILES) as checkpoint:
                 _refuse_other_weights(checkpoint)
+                _refuse_incomplete(checkpoint, self.format)  # by name, before `detect` wonders what the others are
                 info = registry.detect(checkpoint.config, checkpoint.tensors)
-                refuse_misfits(checkpoint, info)
+                _refuse_misfits(checkpoint, info)
             self.format_name, self.layers = info.name, dict(info.layers)
             self.present = dict.fromkeys(name.rpartition(".")[0] for name in checkpoint.tensors)
 
@@ -150,25 +151,33 @@ def _refuse_other_weights(checkpoint: Checkpoint) -> None:
     others = sorted(path.name for path in checkpoint.folder.iterdir() if path.suffix == ".safetensors" and path.name not in known)
     if others:
         what = f"the folder holds other weights too, {others[0]}{f' and {len(others) - 1} more' if others[1:] else ''}"
-        raise BadInput("E301", f"{what}, and vLLM would load both", where=str(checkpoint.folder), fix="move them into a folder of their own")
+        raise BadInput(
+            "E301", f"{what}, and vLLM would load both", where=str(checkpoint.folder), fix="move them into a folder of their own"
+        )
 
 
-def refuse_misfits(checkpoint: Checkpoint, info: FormatInfo) -> None:
-    """BadInput E302 lists tensors of packed linears that are missing or have another shape than weight_shape asks for, and experts."""
+def _refuse_incomplete(checkpoint: Checkpoint, fmt: Format) -> None:
+    """BadInput E302 names what packed linears lack, and experts."""
+    needed = [suffix for suffix in fmt.suffixes if suffix not in fmt.optional]
+    layers = sorted({name.rpartition(".")[0] for name in checkpoint.tensors if name.rpartition(".")[2] in fmt.suffixes})
+    missing = [f"{layer}.{suffix}" for layer in layers for suffix in needed if f"{layer}.{suffix}" not in checkpoint.tensors]
+    problems = [Problem(f"{name} is missing", str(checkpoint.folder), _AGAIN) for name in missing]
+    experts = next((layer for layer in layers if EXPERTS in layer), None)
+    if experts is not None:
+        problems.append(Problem(f"{experts} is an expert, and experts are not served from native folders", experts, _INSTEAD))
+    if problems:
+        raise BadInput.from_problems("E302", problems)
+
+
+def _refuse_misfits(checkpoint: Checkpoint, info: FormatInfo) -> None:
+    """BadInput E302 lists tensors of packed linears that have another dtype or shape than weight_shape asks for."""
     problems: list[Problem] = []
-    suffixes = [suffix for suffix in info.format.suffixes if suffix not in info.format.optional]
-    modules = {name.rpartition(".")[0] for name in checkpoint.tensors if name.rpartition(".")[2] in info.format.suffixes}
-    for layer in sorted(modules):
-        missing = [f"{layer}.{suffix}" for suffix in suffixes if f"{layer}.{suffix}" not in checkpoint.tensors]
-        problems += [Problem(f"{name} is missing", str(checkpoint.folder), _AGAIN) for name in missing]
-        if EXPERTS in layer:
-            problems.append(Problem(f"{layer} is an expert, and experts are not served from native folders", layer, _INSTEAD))
-        elif not missing:
-            n, k = registry.layer_shape(checkpoint, info, layer)
-            for suffix, (dtypes, shape) in info.format.shapes(n, k, info.layers[layer]).items():
-                found = checkpoint.tensors[f"{layer}.{suffix}"]
-                if found.dtype not in dtypes or tuple(found.shape) != shape:
-                    what = f"{layer}.{suffix} is {found.dtype} {list(found.shape)}, expected {' or '.join(dtypes)} {list(shape)}"
-                    problems.append(Problem(what, str(found.file), _AGAIN))
+    for layer, group_size in info.layers.items():
+        n, k = registry.layer_shape(checkpoint, info, layer)
+        for suffix, (dtypes, shape) in info.format.shapes(n, k, group_size).items():
+            found = checkpoint.tensors[f"{layer}.{suffix}"]
+            if found.dtype not in dtypes or tuple(found.shape) != shape:
+                what = f"{layer}.{suffix} is {found.dtype} {list(found.shape)}, expected {' or '.join(dtypes)} {list(shape)}"
+                problems.append(Problem(what, str(found.file), _AGAIN))
     if problems:
         raise BadInput.from_problems("E302", problems)

@@ -83,9 +83,7 @@ class Layout:
         raise BadInput("E302", what, where=self.names[0], fix="this model cannot be served from a native folder; use `pack --format ct`")
 
 
-def layout(
-    names: Sequence[str], parts: Sequence[Part], *, in_features: int, inputs_here: int, group_size: int, rank: int
-) -> Layout:
+def layout(names: Sequence[str], parts: Sequence[Part], *, in_features: int, inputs_here: int, group_size: int, rank: int) -> Layout:
     """BadInput E302 says which linear cannot be cut, and why.
 
     names: one for each part, or a single one that holds all of them side by side.

@@ -112,7 +112,9 @@ def _no_kernels_here() -> str | None:
     if architecture is None:
         return f"marlinctl has no kernels for compute capability {capability.major}.{capability.minor}"
     if (architecture, dispatch.KINDS[False]) not in dispatch.tables():
-        return f"marlinctl's kernels were not measured on {architecture}, so whether they are faster is not known (`marlinctl bench --tune`)"
+        return (
+            f"marlinctl's kernels were not measured on {architecture}, so whether they are faster is not known (`marlinctl bench --tune`)"
+        )
     try:
         require_driver()
     except (CompilerMissing, DriverTooOld) as error:

@@ -61,7 +61,9 @@ class MarlinctlLinearMethod(LinearMethodBase):
         self.out_features, self.product_group, self.sparse = place.out_features, place.product_group, self.format.needs_mask
         self.outputs = place.outputs if place.gaps else ()
         shapes = self.format.shapes(place.out_features, place.inputs, self.product_group)
-        self.words = tuple(suffix for suffix, kind in self.format.tensors.items() if kind in (CODES, METADATA))  # as the operators take them
+        self.words = tuple(
+            suffix for suffix, kind in self.format.tensors.items() if kind in (CODES, METADATA)
+        )  # as the operators take them
         for suffix, (dtypes, shape) in shapes.items():
             parameter = Parameter(torch.empty(shape, dtype=dtype_called(dtypes[0])), requires_grad=False)
             if not place.covered and len(shape) == 2:
@@ -161,10 +163,9 @@ def _fill(layer: torch.nn.Module, fmt: Format) -> None:
         parameter = getattr(layer, suffix).data
         if kind == METADATA:
             ordered = torch.tensor([first + 4 * second for second in range(4) for first in range(second)], device=parameter.device)
-            nibbles = ordered[torch.randint(6, (*parameter.shape, 4), device=parameter.device, dtype=torch.int32)]
-            four = sum(nibbles[..., i] << 4 * i for i in range(4))
-            parameter.copy_(torch.where(four >= 1 << 15, four - (1 << 16), four))
+            parameter.zero_()
+            for i in range(4):
+                nibbles = ordered[torch.randint(6, parameter.shape, device=parameter.device, dtype=torch.int32)]
+                parameter |= (nibbles << 4 * i).to(torch.int16)  # keeps the low 16 bits
         elif kind == CODES:
             parameter.random_(-(2**31), 2**31 - 1)
-
-

@@ -1,7 +1,7 @@
 """What vLLM calls in each of its processes, as soon as it has parsed its arguments, and maybe more than once.
 
-    vLLM that we know     the quantization method marlinctl; in front of the linear kernels ours, when vLLM imports them
-    another vLLM          the method marlinctl refuses with vLLM's version; its own kernels stay as they are
+vLLM that we know     the quantization method marlinctl; in front of the linear kernels ours, when vLLM imports them
+another vLLM          the method marlinctl refuses with vLLM's version; its own kernels stay as they are
 """
 
 from __future__ import annotations

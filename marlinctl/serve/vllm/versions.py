@@ -1,4 +1,4 @@
-"""Which releases of vLLM the plugin was run with. Its inner interfaces change from release to release, so that others are refused by name."""
+"""Which releases of vLLM the plugin was run with. Inner interfaces change from one to the next, so others are refused by name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def refusal(found: str | None) -> str | None:
             return None
     except (InvalidSpecifier, InvalidVersion):
         pass  # a version that is none is another one
-    return f"marlinctl was not run with vLLM {found}, but with {known}: pip install 'vllm{SUPPORTED}', or a marlinctl that knows vLLM {found}"
+    return (
+        f"marlinctl was not run with vLLM {found}, but with {known}: pip install 'vllm{SUPPORTED}', or a marlinctl that knows vLLM {found}"
+    )
 
 
 def plugin_found() -> bool:
