@@ -122,9 +122,26 @@ def test_widths_that_fill_no_tiles(vllm: Vllm, tmp_path: Path, fmt: str) -> None
 
 
 @pytest.mark.filterwarnings("ignore:packed linears on the CPU")
+@pytest.mark.parametrize("fmt", ["marlin", "marlin_24"])
+@pytest.mark.parametrize("widths", [[128, 64, 64], [96, 48, 48]], ids=["tiles", "gaps"])
+def test_a_compiled_model_holds_it_whole(vllm: Vllm, tmp_path: Path, fmt: str, widths: list[int]) -> None:
+    """vLLM compiles the model without graph breaks; one in each linear would stop it."""
+    hidden = widths[0]
+    model = {"hidden_size": hidden, "num_attention_heads": 4, "num_key_value_heads": 2}
+    folder = native(tmp_path, fmt, model, group_size=32)
+    qkv = [f"{LAYER}self_attn.{one}_proj" for one in "qkv"]
+    module = Linear(opened(vllm, folder), f"{LAYER}self_attn.qkv_proj", hidden, widths)
+    load(module, folder, qkv, ["q", "k", "v"])
+    x = torch.randn(3, hidden).half()
+    eager = product(module, x)
+    compiled = torch.compile(lambda x: module.quant_method.apply(module, x), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), eager)
+
+
+@pytest.mark.filterwarnings("ignore:packed linears on the CPU")
 @pytest.mark.parametrize("devices", [1, 3])
 def test_a_packed_head(vllm: Vllm, tmp_path: Path, devices: int) -> None:
-    """vLLM pads the vocabulary to 64 and divides that: 288 words are 320 rows, of which each of five devices would have one tile."""
+    """vLLM pads the vocabulary to 64 and divides that: 130 words are 192 rows, of which the last of three devices has two words."""
     folder = tmp_path / "native"
     make_tiny(tmp_path / "dense", vocab_size=130)
     packed_with_head(tmp_path / "dense", folder)
