@@ -49,7 +49,7 @@ def main() -> None:
     verb = verbs.add_parser("tokens")
     verb.add_argument("folder", type=Path)
     verb.add_argument("out", type=Path)
-    verb.add_argument("--text", type=Path, help="without it, random tokens")
+    verb.add_argument("--text", type=Path, help=".txt, or token ids as .json; without it, random ones")
     verb.add_argument("--devices", type=int, default=1)
     verb = verbs.add_parser("reference")
     verb.add_argument("folder", type=Path)
@@ -210,6 +210,10 @@ def write_tokens(folder: Path, out: Path, text: Path | None, devices: int) -> No
 
 
 def text_ids(folder: Path, text: Path) -> list[int]:
+    """Of a text, or a list of them in a .json file: of a model without a tokenizer."""
+    if text.suffix == ".json":
+        known: list[int] = json.loads(text.read_text())
+        return known
     from transformers import AutoTokenizer
 
     ids: list[int] = AutoTokenizer.from_pretrained(folder)(text.read_text("utf-8")[:20000])["input_ids"]

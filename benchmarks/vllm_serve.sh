@@ -9,7 +9,8 @@
 #     small                  tokens of a small random model, native and through the linear kernel; references; damaged folders
 #     repack                 words to tiles on the GPU
 #     time:NAME              fp16 ct marlin marlin_24 ct-head marlin-head marlin_24-head; time:ct:machete with vLLM's own choice
-#     real:FOLDER            tokens of a real folder (marlin_24 of SmolLM2-135M, say) in each format that it can be packed to, and references
+#     real:FOLDER            tokens of a native folder of a real model in each format that it can be packed to, and references; ids.json beside
+#                            the folder has the text's tokens where it holds no tokenizer
 #     two                    the small model on two GPUs
 set -u
 kit=$(cd "$1" && pwd); shift
@@ -66,9 +67,10 @@ real() { # FOLDER: each format that the folder can be packed to has the same wei
     [ -d $work/$name-$format ] || run $name-pack-$format 90 python3 -m marlinctl pack "$folder" $work/$name-$format --format $format -q
   done
   ln -sfn "$folder" $work/$name-native
-  cat $here/docs/*.md > $work/text.txt
+  local text=$(dirname "$folder")/ids.json
+  [ -f "$text" ] || { text=$work/text.txt; cat $here/docs/*.md > $text; }
   for format in native marlin ct; do
-    run $name-$format 150 $serve tokens $work/$name-$format $work/$name-$format.json --text $work/text.txt
+    run $name-$format 150 $serve tokens $work/$name-$format $work/$name-$format.json --text "$text"
   done
   run $name-reference 120 $serve reference $work/$name-ct $work/$name-*.json
 }

@@ -112,7 +112,9 @@ def test_tiles_are_not_cut(tp: int, refused: list[str]) -> None:
     model = packed(llama(576, 1536, 192), 64, fmt="marlin")
     found = {v.runtime: v for v in survey(model, [tp])}["vLLM 0.26 with marlinctl"]
     torn = [line for line in found.refused if "on each device" in line]
-    assert [line for line in torn if "k_proj" in line] == [f"{BLOCK}self_attn.{one} on each device is not a multiple of 64" for one in refused]
+    assert [line for line in torn if "k_proj" in line] == [
+        f"{BLOCK}self_attn.{one} on each device is not a multiple of 64" for one in refused
+    ]
 
 
 def test_experts_stay_out_of_vllm_in_tiles() -> None:
