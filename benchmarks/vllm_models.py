@@ -153,7 +153,11 @@ def random_model(out: Path, config: dict[str, Any]) -> None:
 
 
 def random_plain(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.ones(shape, dtype=torch.float16) if len(shape) == 1 else torch.randn(shape, generator=generator).to(torch.float16)
+    """A head of a tenth: logits of some units, where float16 still has three digits behind the point."""
+    scale = 0.1 if name == "lm_head.weight" else 1.0
+    return (
+        torch.ones(shape, dtype=torch.float16) if len(shape) == 1 else (scale * torch.randn(shape, generator=generator)).to(torch.float16)
+    )
 
 
 def random_linear(n: int, k: int, generator: torch.Generator) -> QuantizedLinear:

@@ -84,7 +84,10 @@ for what in "$@"; do
       run time-$name-machete 170 env VLLM_DISABLED_KERNELS=MarlinctlLinearKernel $serve time $work/shapes/$name $name-machete ;;
     time:*) run time-${what#time:} 170 $serve time $work/shapes/${what#time:} ${what#time:} ;;
     real:*) real "$(cd "${what#real:}" && pwd)" ;;
-    two) run two 150 env VLLM_ENABLE_V1_MULTIPROCESSING=1 $serve tokens $work/small/marlin $work/two-marlin.json --devices 2
+    two) # no NVLink multicast: not every machine can have it
+      export VLLM_ALLREDUCE_USE_SYMM_MEM=0 VLLM_ALLREDUCE_USE_FLASHINFER=0
+      export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
+      run two 150 env VLLM_ENABLE_V1_MULTIPROCESSING=1 $serve tokens $work/small/marlin $work/two-marlin.json --devices 2
       run two_24 150 env VLLM_ENABLE_V1_MULTIPROCESSING=1 $serve tokens $work/small/marlin_24 $work/two-marlin_24.json --devices 2
       run two-reference 90 $serve reference $work/small/ct $work/two-marlin.json $work/two-marlin_24.json ;;
     *) echo "no step $what"; exit 2 ;;

@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 from marlinctl.doctor.known_bad import KNOWN_BAD
 from marlinctl.doctor.result import Check, Status
-from marlinctl.serve.vllm import versions
+from marlinctl.serve.vllm.versions import GROUP, NAME, SUPPORTED, plugin_found, refusal
 
 EXTRAS = ("eval", "distill")  # those that verbs need; the others are for work on marlinctl itself
 _INFO = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*?)-(?P<version>[0-9][^-]*)(-py[0-9.]+)?\.(?P<kind>dist|egg)-info")
@@ -109,19 +109,19 @@ def requirements(own: Distribution | None, path: Sequence[str]) -> Iterator[Chec
 
 def vllm(path: Sequence[str]) -> Iterator[Check]:
     """Whether vLLM would serve native folders, and its own 4-bit models with our kernels."""
-    version, tested = _version("vllm", path), versions.SUPPORTED.removeprefix("==")
+    version, tested = _version("vllm", path), SUPPORTED.removeprefix("==")
     if version is None:
         yield Check("vllm", "ok", f"not installed; marlinctl serves in vLLM {tested}")
         return
-    why = versions.refusal(version)
+    why = refusal(version)
     if why is not None:
-        yield Check("vllm", "warn", f"{version}: {why}", f"pip install 'vllm{versions.SUPPORTED}'")
-    elif not versions.plugin_found():
-        what = f"{version}, which was tested, but it does not find marlinctl's plugin (entry point {versions.GROUP})"
+        yield Check("vllm", "warn", f"{version}: {why}", f"pip install 'vllm{SUPPORTED}'")
+    elif not plugin_found():
+        what = f"{version}, which was tested, but it does not find marlinctl's plugin (entry point {GROUP})"
         yield Check("vllm", "warn", what, "pip install marlinctl again, or pip install -e . in its repository")
-    elif (allowed := os.environ.get("VLLM_PLUGINS")) is not None and versions.NAME not in allowed.split(","):
+    elif (allowed := os.environ.get("VLLM_PLUGINS")) is not None and NAME not in allowed.split(","):
         what = f"{version}, which was tested, but VLLM_PLUGINS={allowed} keeps marlinctl's plugin out"
-        yield Check("vllm", "warn", what, f"unset VLLM_PLUGINS, or add {versions.NAME} to it")
+        yield Check("vllm", "warn", what, f"unset VLLM_PLUGINS, or add {NAME} to it")
     else:
         yield Check("vllm", "ok", f"{version}, which was tested; it finds marlinctl's plugin")
 

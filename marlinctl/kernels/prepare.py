@@ -1,5 +1,5 @@
-"""Everything that a product may ask for, compiled and loaded before it is asked: for servers, where the first request must not wait, and for
-CUDA graphs, under whose capture nothing can be compiled.
+"""Everything that a product may ask for, compiled and loaded before it is asked: for servers, where the first request must not wait,
+and for CUDA graphs, under whose capture nothing can be compiled.
 
     products [N, K] ─► dispatch.choices: a kernel for each range of M ─┐
     torch.matmul for large M ─► unpack.cu                              ┴─► compiled side by side into the cache ─► loaded

@@ -1,6 +1,6 @@
 """What one device of several holds of a packed linear: a slice of its tensors, which is the packed slice of its codes.
 
-    outputs n   words [.., 2 first : 2 end], scales [.., first : end]      tiles are 64 outputs wide, and scales change places inside of them
+    outputs n   words [.., 2 first : 2 end], scales [.., first : end]      tiles are 64 outputs wide; scales change places inside of one
     inputs k    words [first / step : end / step, ..], and scales by groups
 
 Where one group is left of several, its scales get the order that kernels expect of one group (tile.py); a linear with one scale for each

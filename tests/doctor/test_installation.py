@@ -140,7 +140,7 @@ def test_vllm_and_its_plugin(
     """If this failed, vLLM would serve with its own kernels, or refuse a native folder, and the doctor would call it well."""
     if version is not None:
         distribution(tmp_path, "vllm", version)
-    monkeypatch.setattr(installation.versions, "plugin_found", lambda: found)
+    monkeypatch.setattr(installation, "plugin_found", lambda: found)
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     if plugins is not None:
         monkeypatch.setenv("VLLM_PLUGINS", plugins)

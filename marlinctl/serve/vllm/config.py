@@ -140,7 +140,7 @@ def _folder(model: str, revision: str | None) -> Path:
     from marlinctl.checkpoint.hub import fetch
     from marlinctl.system.console import Console
 
-    return fetch(model, revision=revision, cache_dir=None, offline=False, console=Console(quiet=True))[0]
+    return fetch(model, revision=revision, cache_dir=None, offline=False, console=Console.quiet())[0]
 
 
 def _refuse_other_weights(checkpoint: Checkpoint) -> None:

@@ -1,4 +1,4 @@
-"""Which part of which tensor of a native folder belongs where, for a linear of vLLM on one of its devices. Neither vLLM nor a GPU is needed.
+"""Which part of which tensor of a native folder belongs where, for a linear of vLLM on one of its devices. No vLLM and no GPU is needed.
 
     folder                 vLLM                     one device of two
     q_proj  N = 4096  ─┐                            ┌ outputs    0 .. 2048   of q, its heads

@@ -105,6 +105,8 @@ def _no_kernels_here() -> str | None:
     """Why not on this machine, whatever the linear."""
     if envs.VLLM_BATCH_INVARIANT:
         return "the order of its sums depends on the batch (VLLM_BATCH_INVARIANT)"
+    if envs.VLLM_MARLIN_INPUT_DTYPE:
+        return f"VLLM_MARLIN_INPUT_DTYPE={envs.VLLM_MARLIN_INPUT_DTYPE} asks for vLLM's Marlin"
     capability = current_platform.get_device_capability()
     if not current_platform.is_cuda() or capability is None:
         return "it needs CUDA"

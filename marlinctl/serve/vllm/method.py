@@ -31,8 +31,6 @@ from marlinctl.serve.vllm.layout import Arrivals, Layout, Part, check_tensor, la
 from marlinctl.serve.vllm.told import telling
 
 DUMMY = "dummy"  # load_format of vLLM: no weights, random ones
-# Loaders that copy whole parameters of a model that was saved from memory. They look for themselves whether all are there.
-FROM_MEMORY = ("sharded_state", "tensorizer")
 _ZERO_CODES, _FIRST_TWO = 0x88888888 - (1 << 32), 0x4444  # words of padding: code 0, and metadata that names the first two of four
 
 
@@ -103,7 +101,7 @@ class MarlinctlLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         if self.load_format == DUMMY:
             _fill(layer, self.format)
-        elif self.load_format not in FROM_MEMORY:
+        else:
             with telling():
                 self.arrivals.complete()
         for suffix, kind in self.format.tensors.items():

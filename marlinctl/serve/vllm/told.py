@@ -1,4 +1,4 @@
-"""Our errors as vLLM shows them: the text of an exception, mostly below a traceback. It has to hold all that the command line would print."""
+"""Our errors as vLLM shows them: the text of an exception, mostly below a traceback. It holds all that the command line would print."""
 
 from __future__ import annotations
 

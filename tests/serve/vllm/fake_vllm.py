@@ -162,7 +162,10 @@ def installed(version: str = "0.26.0") -> Iterator[Vllm]:
 
         return keep
 
-    state.kernels, state.envs = kernels[Platform.CUDA], SimpleNamespace(environment_variables={}, VLLM_BATCH_INVARIANT=False)
+    state.kernels, state.envs = (
+        kernels[Platform.CUDA],
+        SimpleNamespace(environment_variables={}, VLLM_BATCH_INVARIANT=False, VLLM_MARLIN_INPUT_DTYPE=None),
+    )
     base = "vllm.model_executor"
     contents: dict[str, dict[str, Any]] = {
         "vllm": {},

@@ -69,9 +69,11 @@ def test_where_it_is_not_known_to_be_faster(vllm: Vllm, capability: tuple[int, i
     assert not taken and said is not None and why in said
 
 
-def test_a_batch_invariant_engine_keeps_its_kernels(vllm: Vllm) -> None:
-    vllm.envs.VLLM_BATCH_INVARIANT = True
-    assert answer(vllm)[0] is False
+@pytest.mark.parametrize(("name", "value"), [("VLLM_BATCH_INVARIANT", True), ("VLLM_MARLIN_INPUT_DTYPE", "int8")])
+def test_an_engine_that_asks_for_other_kernels_gets_them(vllm: Vllm, name: str, value: object) -> None:
+    setattr(vllm.envs, name, value)
+    taken, said = answer(vllm)
+    assert not taken and said is not None and name in said
 
 
 def test_without_a_compiler_vllm_serves_on(vllm: Vllm, monkeypatch: pytest.MonkeyPatch) -> None:
