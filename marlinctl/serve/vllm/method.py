@@ -59,9 +59,8 @@ class MarlinctlLinearMethod(LinearMethodBase):
         self.out_features, self.product_group, self.sparse = place.out_features, place.product_group, self.format.needs_mask
         self.outputs = place.outputs if place.gaps else ()
         shapes = self.format.shapes(place.out_features, place.inputs, self.product_group)
-        self.words = tuple(
-            suffix for suffix, kind in self.format.tensors.items() if kind in (CODES, METADATA)
-        )  # as the operators take them
+        # What `apply` reads are plain numbers and names: a traced program guards all that it looks at.
+        self.operands = (*(suffix for suffix, kind in self.format.tensors.items() if kind in (CODES, METADATA)), self.scales)
         for suffix, (dtypes, shape) in shapes.items():
             parameter = Parameter(torch.empty(shape, dtype=dtype_called(dtypes[0])), requires_grad=False)
             if not place.covered and len(shape) == 2:
@@ -121,11 +120,11 @@ class MarlinctlLinearMethod(LinearMethodBase):
                 raise BadInput("E346", f"{name}: {problem}", where=name, fix="the file is damaged; fetch or write it again") from None
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        words = [getattr(layer, suffix) for suffix in self.words]
+        weights = [getattr(layer, name) for name in self.operands]
         multiply: Callable[..., Tensor] = sparse_marlin_gemm if self.sparse else marlin_gemm
         if not self.outputs:
-            return multiply(x, *words, getattr(layer, self.scales), self.out_features, self.product_group, bias, True)
-        out = multiply(x, *words, getattr(layer, self.scales), self.out_features, self.product_group, None, True)
+            return multiply(x, *weights, self.out_features, self.product_group, bias, True)
+        out = multiply(x, *weights, self.out_features, self.product_group, None, True)
         out = torch.cat([out[..., first : first + count] for first, count in self.outputs], dim=-1)
         return out if bias is None else out + bias
 
