@@ -2,8 +2,8 @@
 #
 #     OUT=FOLDER bash benchmarks/vllm_serve.sh KIT STEP ..          in the repository
 #
-# KIT: a folder with kit.tar.xz.* , which holds vLLM 0.26.0 and what it needs beside torch. Logs go to $OUT, lines that begin with SERVE or
-# STEP to stdout. A step that fails leaves the others alone; its last lines are shown.
+# KIT: a folder with kit.tar.xz.* , which holds vLLM 0.26.0 and what it needs beside torch. Logs go to $OUT/vllm_serve.tgz, lines that begin
+# with SERVE or STEP to stdout. A step that fails leaves the others alone; its last lines are shown.
 #
 #     unpack                 the kit, and an entry point for this working tree
 #     small                  tokens of a small random model, native and through the linear kernel; references; damaged folders
@@ -16,7 +16,7 @@ set -u
 kit=$(cd "$1" && pwd); shift
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 serve="python3 $here/benchmarks/vllm_serve.py"; models="python3 $here/benchmarks/vllm_models.py"
-work=/tmp/vllm_serve; logs=$OUT; mkdir -p $work $logs
+work=/tmp/vllm_serve; logs=$work/logs; mkdir -p $logs "$OUT"
 start=$(date +%s)
 step() { echo "STEP [$(( $(date +%s) - start )) s] $*"; }
 
@@ -31,6 +31,7 @@ run() { # NAME SECONDS COMMAND ..: to a log, then what matters of it
   local code=$?
   grep -E '^SERVE|vllm.marlinctl|marlinctl\]|Using .*(Kernel|attention)|kernels for .* shapes|Graph capturing|torch.compile took|Loading weights took' "$logs/$name.log" | cut -c1-400
   [ $code = 0 ] || grep -v '^SERVE' "$logs/$name.log" | tail -"${TAIL:-20}" | cut -c1-300
+  tar -C $work -czf "$work/$name.tgz" logs && mv "$work/$name.tgz" "$OUT/vllm_serve.tgz"  # after each: a limit may end us
   step "$name: exit $code, $(( $(date +%s) - began )) s"
 }
 
