@@ -176,6 +176,25 @@ def test_rooms_know_torch_and_nothing_else() -> None:
     assert not strangers_in_rooms(all_imports())
 
 
+PLUGIN = "marlinctl.serve.vllm"
+# Of the plugin, what is imported without vLLM: by vLLM's entry point and by the doctor.
+WITHOUT_VLLM = {f"{PLUGIN}.{name}" for name in ("plugin", "versions", "layout", "products", "told")}
+
+
+def vllm_outside_of_the_plugin(imports: list[Import]) -> list[str]:
+    """Imports of vLLM by other files, or where a file without it is imported; and of the plugin's files that need it."""
+    of_vllm = [i for i in imports if i.target.split(".")[0] == "vllm"]
+    needs = {i.importer for i in of_vllm if i.importer.startswith(PLUGIN) and i.at_import}
+    wrong = [i for i in of_vllm if not i.importer.startswith(PLUGIN) or (i.importer in WITHOUT_VLLM and i.at_import)]
+    wrong += [i for i in imports if not i.importer.startswith(PLUGIN) and {i.target, i.target.rpartition(".")[0]} & needs]
+    return [str(i) for i in wrong]
+
+
+def test_the_plugin_alone_knows_vllm() -> None:
+    """vLLM is not installed where marlinctl compresses, and its inner names change from release to release."""
+    assert not vllm_outside_of_the_plugin(all_imports())
+
+
 def test_the_stages_meet_in_files() -> None:
     """Evaluation, distillation and benchmarking are coupled by the JSON files of a run, so that each runs alone."""
     assert not stages_that_meet(all_imports())
@@ -206,7 +225,10 @@ def test_the_checks_find_what_they_look_for(tmp_path: Path) -> None:
         "quantize/gptq.py": "import numpy\nfrom ..pack import tile\nfrom marlinctl.errors import Problem",
         "pack/__init__.py": "",
         "pack/tile.py": "from marlinctl.quantize import gptq",
-        "errors.py": "",
+        "errors.py": "from vllm import LLM",
+        "serve/vllm/config.py": "import vllm",
+        "doctor/run.py": "from marlinctl.serve.vllm.config import x",
+        "serve/vllm/versions.py": "from vllm import envs",
     }
     for name, text in sources.items():
         path = tmp_path / "marlinctl" / name
@@ -223,6 +245,11 @@ def test_the_checks_find_what_they_look_for(tmp_path: Path) -> None:
     assert circles(imports, modules) == [
         "marlinctl.jobs.one -> marlinctl.jobs.two -> marlinctl.jobs.one",
         "marlinctl.pack.tile -> marlinctl.quantize.gptq -> marlinctl.pack.tile",
+    ]
+    assert vllm_outside_of_the_plugin(imports) == [
+        "marlinctl/errors.py:1: marlinctl.errors imports vllm.LLM",
+        "marlinctl/serve/vllm/versions.py:1: marlinctl.serve.vllm.versions imports vllm.envs",
+        "marlinctl/doctor/run.py:1: marlinctl.doctor.run imports marlinctl.serve.vllm.config.x",
     ]
     assert heavy_at_start(imports, modules) == ["marlinctl/system/helper.py:1: marlinctl.system.helper imports torch"]
 

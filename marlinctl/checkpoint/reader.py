@@ -156,10 +156,21 @@ class Checkpoint:
 
 def torch_dtype(info: TensorInfo) -> torch.dtype:
     """The dtype a tensor is read as."""
+    return dtype_called(info.dtype)
+
+
+def dtype_called(name: str) -> torch.dtype:
+    """The dtype that safetensors calls so."""
     import torch
 
-    dtype: torch.dtype = getattr(torch, _TORCH_DTYPES[info.dtype])
+    dtype: torch.dtype = getattr(torch, _TORCH_DTYPES[name])
     return dtype
+
+
+def name_of_dtype(dtype: torch.dtype) -> str:
+    """What safetensors calls it; torch's own name where it has none."""
+    plain = str(dtype).removeprefix("torch.")
+    return next((name for name, known in _TORCH_DTYPES.items() if known == plain), plain)
 
 
 def open_checkpoint(folder: Path, *, weight_files: str = MODEL_FILES, device: torch.device | None = None) -> Checkpoint:

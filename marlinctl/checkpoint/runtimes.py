@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint.formats import registry
-from marlinctl.checkpoint.formats.base import Format, FormatInfo, Packed, size_text
+from marlinctl.checkpoint.formats.base import VLLM_MARLINCTL, Format, FormatInfo, Packed, size_text
 from marlinctl.checkpoint.formats.targets import FUSED, split_fused
 
 if TYPE_CHECKING:
@@ -57,10 +57,12 @@ class Runtime:
     serves: bool  # a server: fuses and splits
     note: str = ""
     reads_folders: bool = True  # False: a kernel whose checkpoint format is gone
+    loader: str = ""  # the program, where it is not the first word of the name
+    cut_multiple: int = 1  # of N and K of each linear on a device, fused or not, where there are several devices
 
     @property
     def program(self) -> str:
-        return self.name.partition(" ")[0]
+        return self.loader or self.name.partition(" ")[0]
 
     def reads(self, fmt: Format) -> bool:
         """Whether it multiplies with this format as it lies on the disk."""
@@ -78,6 +80,9 @@ RUNTIMES = (
     Runtime("GPTQModel 7 Marlin", _COMMON_GROUPS, 8, 8, False),
     Runtime("IST-DASLab kernels", (-1, 128), 256, 128, False, "the kernel's shapes; it reads no checkpoint format of today", False),
     Runtime("vLLM 0.3-0.10 marlin", (-1, 128), 64, 128, True, "the kernel's shapes; its checkpoint format is gone from vLLM", False),
+    Runtime(
+        "vLLM 0.26 with marlinctl", _COMMON_GROUPS, 1, 1, True, "tiles of 64; pads on one device", loader=VLLM_MARLINCTL, cut_multiple=64
+    ),
     Runtime("marlinctl", None, 1, 1, False, "pads N and K to multiples of 64"),
 )
 
@@ -145,13 +150,15 @@ def survey(packed: Packed, splits: Sequence[int]) -> list[Verdict]:
     """Every runtime at every split."""
     whole: tuple[list[Unit], list[str]] = (_single(packed.shapes, packed.sizes), [])
     cut = {split: split_units(packed.shapes, packed.sizes, packed.config, split) for split in splits}
+    parts = {split: _split_parts(packed.shapes, packed.sizes, packed.config, split)[0] for split in splits}
     uneven = _uneven(packed)
     verdicts = []
     for runtime in RUNTIMES:
         alike = [*uneven, *packed.format.limits(packed, runtime.program)] if runtime.serves else []
         for split in splits if runtime.serves else (1,):
             units, broken = cut[split] if runtime.serves else whole
-            verdicts.append(Verdict(runtime.name, split, (*alike, *broken, *_refusals(runtime, units))))
+            torn = _torn(runtime, parts[split]) if runtime.serves and split > 1 else []
+            verdicts.append(Verdict(runtime.name, split, (*alike, *broken, *torn, *_refusals(runtime, units))))
     return verdicts
 
 
@@ -170,6 +177,14 @@ def split_units(
     shapes: Mapping[str, tuple[int, int]], sizes: Mapping[str, int], config: Mapping[str, Any], split: int
 ) -> tuple[list[Unit], list[str]]:
     """The linears of one device, fused; and what cannot be split."""
+    parts, broken = _split_parts(shapes, sizes, config, split)
+    return [Unit(fused, sum(u.n for u in units), units[0].k, units[0].group_size) for fused, units in parts.items()], broken
+
+
+def _split_parts(
+    shapes: Mapping[str, tuple[int, int]], sizes: Mapping[str, int], config: Mapping[str, Any], split: int
+) -> tuple[dict[str, list[Unit]], list[str]]:
+    """The same by the names of what they are fused into."""
     parts: dict[str, list[Unit]] = {}
     broken = []
     for name, (n, k) in shapes.items():
@@ -187,7 +202,14 @@ def split_units(
                 broken.append(f"{name}: N={n} cannot be cut in {split}")
                 continue
             parts.setdefault(_fused_name(name, last), []).append(Unit(name, share, k, size))
-    return [Unit(fused, sum(u.n for u in units), units[0].k, units[0].group_size) for fused, units in parts.items()], broken
+    return parts, broken
+
+
+def _torn(runtime: Runtime, parts: Mapping[str, Sequence[Unit]]) -> list[str]:
+    """Linears that a cut goes through where the runtime cannot cut."""
+    multiple = runtime.cut_multiple
+    units = [unit for fused in parts.values() for unit in fused if unit.n % multiple or unit.k % multiple]
+    return [f"{unit.name}: [{unit.n}, {unit.k}] on each device is not a multiple of {multiple}" for unit in units]
 
 
 def _column_share(last: str, n: int, config: Mapping[str, Any], split: int) -> int | None:

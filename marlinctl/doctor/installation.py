@@ -3,6 +3,7 @@
 python         Requires-Python; the versions that tests run with are the classifiers
 marlinctl      the files that run are those of the installed distribution (RECORD), or of its editable folder (direct_url.json)
 requirements   Requires-Dist
+vllm           its version, and whether it finds the plugin
 known-bad      known_bad.py
 duplicates     folders NAME-VERSION.dist-info of the same name and different versions: an upgrade that was cut short
 """
@@ -10,6 +11,7 @@ duplicates     folders NAME-VERSION.dist-info of the same name and different ver
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import sys
@@ -20,6 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 from marlinctl.doctor.known_bad import KNOWN_BAD
 from marlinctl.doctor.result import Check, Status
+from marlinctl.serve.vllm.versions import GROUP, NAME, SUPPORTED, plugin_found, refusal
 
 EXTRAS = ("eval", "distill")  # those that verbs need; the others are for work on marlinctl itself
 _INFO = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*?)-(?P<version>[0-9][^-]*)(-py[0-9.]+)?\.(?P<kind>dist|egg)-info")
@@ -102,6 +105,25 @@ def requirements(own: Distribution | None, path: Sequence[str]) -> Iterator[Chec
     if sound:
         without = f"; not installed: {', '.join(dict.fromkeys(missing_extras))}" if missing_extras else ""
         yield Check("requirements", "ok", f"{met} installed as marlinctl {own.version} asks{without}")
+
+
+def vllm(path: Sequence[str]) -> Iterator[Check]:
+    """Whether vLLM would serve native folders, and its own 4-bit models with our kernels."""
+    version, tested = _version("vllm", path), SUPPORTED.removeprefix("==")
+    if version is None:
+        yield Check("vllm", "ok", f"not installed; marlinctl serves in vLLM {tested}")
+        return
+    why = refusal(version)
+    if why is not None:
+        yield Check("vllm", "warn", f"{version}: {why}", f"pip install 'vllm{SUPPORTED}'")
+    elif not plugin_found():
+        what = f"{version}, which was tested, but it does not find marlinctl's plugin (entry point {GROUP})"
+        yield Check("vllm", "warn", what, "pip install marlinctl again, or pip install -e . in its repository")
+    elif (allowed := os.environ.get("VLLM_PLUGINS")) is not None and NAME not in allowed.split(","):
+        what = f"{version}, which was tested, but VLLM_PLUGINS={allowed} keeps marlinctl's plugin out"
+        yield Check("vllm", "warn", what, f"unset VLLM_PLUGINS, or add {NAME} to it")
+    else:
+        yield Check("vllm", "ok", f"{version}, which was tested; it finds marlinctl's plugin")
 
 
 def known_bad(path: Sequence[str]) -> Iterator[Check]:

@@ -96,6 +96,15 @@ def choose(architecture: str, sparse: bool, m: int, n: int, k: int) -> Choice | 
     return table.choose(m, n, k)
 
 
+def choices(architecture: str, sparse: bool, n: int, k: int) -> set[Choice | None]:
+    """Everything that `choose` may answer for a weight [N, K], whatever M is: what has to be compiled before a server may begin."""
+    kind = KINDS[sparse]
+    table = tables().get((architecture, kind)) or reasoned(architecture, kind)
+    # An answer changes behind a row's M and behind its tile, and where dequantizing begins.
+    after = {1 + size for row in table.rows for size in (row.m, row.choice.configuration.tokens)}
+    return {choose(architecture, sparse, m, n, k) for m in {1, *after, *filter(None, [table.dequantize_from])}}
+
+
 @lru_cache(maxsize=1)
 def tables() -> dict[tuple[str, str], Table]:
     """What was measured, by architecture and kind, as the user's file and the packaged one have it."""

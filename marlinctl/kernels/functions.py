@@ -35,12 +35,18 @@ class Function:
 def architecture_of(device: torch.device) -> str:
     """The architecture, one of jit.ARCHITECTURES, whose machine code this GPU runs. ValueError where there is none."""
     major, minor = torch.cuda.get_device_capability(device)
+    architecture = architecture_for(major, minor)
+    if architecture is None:
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(f"the kernels need a GPU of compute capability 8.0 to 9.0, and {name} ({device}) has {major}.{minor}")
+    return architecture
+
+
+def architecture_for(major: int, minor: int) -> str | None:
+    """The same of a compute capability, which can be asked for without CUDA; None where no kernel is made for it."""
     if major == 8:
         return "sm_89" if minor >= 9 else "sm_86" if minor >= 6 else "sm_80"  # machine code runs on later minor versions too
-    if (major, minor) == (9, 0):
-        return "sm_90a"
-    name = torch.cuda.get_device_name(device)
-    raise ValueError(f"the kernels need a GPU of compute capability 8.0 to 9.0, and {name} ({device}) has {major}.{minor}")
+    return "sm_90a" if (major, minor) == (9, 0) else None
 
 
 def checked_architecture(device: torch.device) -> str:

@@ -68,7 +68,7 @@ def _sparse_rows(p: PackedSparseLinear, n: Tensor) -> Tensor:
     places = meta_place(quads, n)
     nibbles = p.meta[places.row, places.column].to(torch.int64) >> (4 * places.nibble) & 15
     slot = n if p.channel_wise else sparse_grouped_slot(n)
-    weight = torch.zeros(len(n), p.in_features, device=n.device)
+    weight = torch.zeros(len(n), p.in_features, dtype=torch.float32, device=n.device)
     for odd, column in enumerate(meta_columns(nibbles)):
         k = 4 * quads + column  # [rows, K/4]
         place = sparse_place(2 * quads + odd, n)

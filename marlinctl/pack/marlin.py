@@ -27,6 +27,7 @@ from marlinctl.pack.types import SLAB, PackedLinear, padded, padded_codes, scale
 from marlinctl.quantize.types import QuantizedLinear
 
 LOW_NIBBLES = 0x0F0F_0F0F_0F0F_0F0F
+WEIGHTS_AT_ONCE = 1 << 25  # in `repack`, where each step is a launch on a GPU: 16 MiB of words, whose temporaries stay in a large L2 cache
 
 
 def pack_marlin(q: QuantizedLinear) -> PackedLinear:
@@ -49,6 +50,49 @@ def unpack_marlin(p: PackedLinear) -> QuantizedLinear:
     for slab, blocks in zip(split(codes, SLAB), split(words, SLAB // TILE_N, 1), strict=True):
         _codes(blocks, out=slab)
     return QuantizedLinear(codes[:n, :k].contiguous(), scales_from_tiles(p, _scale_order(p.channel_wise)), p.group_size)
+
+
+def repack(words: Tensor) -> Tensor:
+    """qweight int32 [K/16, 2N] out of the words of GPTQ, int32 [K/8, N], or of compressed-tensors, transposed. K and N: multiples of 64.
+
+    Any strides, any device. All three formats have code + 8 in a nibble, so bits change places and no code is decoded. In a word, nibbles
+    are [quad, odd]; four words, [half, pair], become four, [quad]. Temporaries are four times WEIGHTS_AT_ONCE / 2 bytes.
+    """
+    if words.ndim != 2 or words.dtype != torch.int32 or not words.numel() or words.shape[0] % 8 or words.shape[1] % TILE_N:
+        raise ValueError(f"words must be int32 [K/8, N] with N and K multiples of {TILE_N}, got {words.dtype} {list(words.shape)}")
+    rows, n = words.shape[0] // 2, words.shape[1]
+    qweight = torch.empty(rows, n // TILE_N, 8, 4, 4, dtype=torch.int32, device=words.device)  # [row, block, column, quad, j]
+    at_once = max(1, WEIGHTS_AT_ONCE // (TILE_K * n))
+    for tiles, part in zip(split(qweight, at_once), split(words, 2 * at_once), strict=True):
+        halves = part.view(-1, 2, n // TILE_N, 4, 2, 8)  # [row, half, block, j, pair, column]
+        low, high = halves[:, 0], halves[:, 1]
+        # bytes [quad] of nibbles [half], for both values of odd
+        for odd, of_halves in enumerate((low & _NIBBLES | (high & _NIBBLES) << 4, low >> 4 & _NIBBLES | high & ~_NIBBLES)):
+            first, second = of_halves[:, :, :, 0], of_halves[:, :, :, 1]  # pair; [row, block, j, column]
+            even_quads = first & _BYTES | (second & _BYTES) << 8  # bytes [quad high, pair]
+            odd_quads = first >> 8 & _BYTES | second & ~_BYTES
+            for quad, pairs in ((0, even_quads), (1, odd_quads), (2, even_quads >> 16), (3, odd_quads >> 16)):
+                target = tiles[:, :, :, quad].transpose(2, 3)  # [row, block, j, column]
+                if odd:
+                    target |= pairs << 16
+                else:
+                    target.copy_(pairs & 0xFFFF)
+    return qweight.view(rows, 2 * n)
+
+
+_NIBBLES, _BYTES = 0x0F0F0F0F, 0x00FF00FF  # every other one of an int32
+
+
+def order_scales(scales: Tensor, *, channel_wise: bool) -> Tensor:
+    """scales [G, N] in the order of the outputs -> the same in MARLIN order, contiguous."""
+    column = _scale_order(channel_wise)(torch.arange(scales.shape[1], device=scales.device))
+    return scales[:, column].contiguous()
+
+
+def one_group(scales: Tensor) -> Tensor:
+    """scales [1, N] in the order of more groups -> the order of one: what is left where K is cut down to a single group."""
+    plain = scales[:, grouped_slot(torch.arange(scales.shape[1], device=scales.device))]
+    return order_scales(plain, channel_wise=True)
 
 
 def _words(codes: Tensor) -> Tensor:

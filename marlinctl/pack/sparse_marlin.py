@@ -73,6 +73,11 @@ def _channel_order(n: Tensor) -> Tensor:
     return n
 
 
+def one_group(scales: Tensor) -> Tensor:
+    """scales [1, N] in the order of more groups -> the order of one, that of the outputs: K was cut down to a single group."""
+    return scales[:, sparse_grouped_slot(torch.arange(scales.shape[1], device=scales.device))].contiguous()
+
+
 def remask(packed: PackedSparseLinear, q: QuantizedLinear, importance: Tensor | None = None) -> None:
     """Choose the survivors anew and write them over qweight and meta of `packed`, while a model runs.
 

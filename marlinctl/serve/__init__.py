@@ -1,1 +1,1 @@
-"""Native folders in programs that serve models."""
+"""Native folders in programs that serve models: transformers, and vLLM (the folder vllm)."""

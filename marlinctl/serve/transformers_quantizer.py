@@ -175,9 +175,10 @@ def _wrong_tensors(checkpoint: Checkpoint, fmt: Format, layer: str, n: int, k: i
 def _without_memory(fmt: Format, n: int, k: int, group_size: int) -> PackedLinear | PackedSparseLinear:
     import torch
 
-    dtypes = {"F16": torch.float16, "I32": torch.int32, "I16": torch.int16, "I64": torch.int64}
+    from marlinctl.checkpoint.reader import dtype_called
+
     shapes = fmt.shapes(n, k, group_size).items()
-    empty = {suffix: torch.empty(shape, dtype=dtypes[kinds[0]], device="meta") for suffix, (kinds, shape) in shapes}
+    empty = {suffix: torch.empty(shape, dtype=dtype_called(dtypes[0]), device="meta") for suffix, (dtypes, shape) in shapes}
     assert fmt.tiles is not None
     return fmt.tiles(empty, n, k, group_size)
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 _ORIGINS = {sparsity.METADATA: "metadata", sparsity.MASK_FILE: "mask file", sparsity.ZEROS: "zeros of the weights alone"}
 _NATIVE_WARNING = (
-    "plain transformers and vLLM do not load native folders: transformers finds no model file and stops; "
-    "`marlinctl pack --format ct` writes one they load"
+    "transformers and vLLM load native folders where marlinctl is installed, and refuse them elsewhere: transformers finds no model file; "
+    "`marlinctl pack --format ct` writes one that both load without"
 )
 
 

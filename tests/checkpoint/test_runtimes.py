@@ -103,7 +103,23 @@ def test_servers_are_those_that_read_the_format() -> None:
     shapes = llama(4096, 14336, 1024)
     found = survey(packed(shapes), [1, 2])
     assert servers_that_accept(found, FORMATS["ct"], 2) == ["vLLM 0.24+ Marlin", "SGLang 0.5 Marlin"]
-    assert servers_that_accept(found, FORMATS["marlin"], 2) == []
+    assert servers_that_accept(found, FORMATS["marlin"], 2) == ["vLLM 0.26 with marlinctl"]
+
+
+@pytest.mark.parametrize(("tp", "refused"), [(1, []), (3, []), (2, ["k_proj: [96, 576]"]), (4, ["k_proj: [48, 576]"])])
+def test_tiles_are_not_cut(tp: int, refused: list[str]) -> None:
+    """Three key heads of 64 make tiles for three devices; of 96 there would be one and a half, whatever the fused width is."""
+    model = packed(llama(576, 1536, 192), 64, fmt="marlin")
+    found = {v.runtime: v for v in survey(model, [tp])}["vLLM 0.26 with marlinctl"]
+    torn = [line for line in found.refused if "on each device" in line]
+    assert [line for line in torn if "k_proj" in line] == [
+        f"{BLOCK}self_attn.{one} on each device is not a multiple of 64" for one in refused
+    ]
+
+
+def test_experts_stay_out_of_vllm_in_tiles() -> None:
+    found = loads(packed(experts(), fmt="marlin"))
+    assert found.accepted == ("marlinctl",) and "experts are not served" in found.refused["vLLM (with marlinctl)"][0]
 
 
 # ---- loads in --------------------------------------------------------------------------------------------------------------------------
@@ -162,7 +178,9 @@ def test_formats_have_their_own_readers() -> None:
         "GPTQModel", "transformers (with optimum and gptqmodel)", "marlinctl",
     )  # fmt: skip
     assert "SGLang" not in loads(packed(llama(4096, 14336, 1024), fmt="gptq", variant="v2")).accepted
-    assert loads(packed(llama(576, 1536, 192), fmt="marlin", **uneven)) == Loads(("marlinctl",), {}, {})
+    native = loads(packed(llama(576, 1536, 192), fmt="marlin", **uneven))
+    assert native.accepted == ("marlinctl",) and list(native.refused) == ["vLLM (with marlinctl)"]
+    assert loads(packed(llama(576, 1536, 192), 64, fmt="marlin")) == Loads(("vLLM (with marlinctl)", "marlinctl"), {}, {})
     assert loads(Packed(FORMATS["dense"], {}, {}, list(llama(576, 1536, 192)), LLAMA_8B)) == Loads(FORMATS["dense"].loaders, {}, {})
 
 

@@ -121,3 +121,28 @@ def test_what_is_left_of_an_installation(tmp_path: Path) -> None:
     own = distribution(tmp_path / "own", "marlinctl", "0.1.0", "Requires-Dist: gguf>=0.17", "Requires-Dist: torch>=2.11")
     (missing,) = installation.requirements(own, [str(tmp_path)])
     assert missing.found == "gguf is not installed"
+
+
+@pytest.mark.parametrize(
+    ("version", "found", "plugins", "status", "says"),
+    [
+        (None, False, None, "ok", "not installed; marlinctl serves in vLLM 0.26.0"),
+        ("0.26.0", True, None, "ok", "0.26.0, which was tested; it finds"),
+        ("0.26.0", True, "other,marlinctl", "ok", "it finds"),
+        ("0.26.0", False, None, "warn", "does not find marlinctl's plugin"),
+        ("0.26.0", True, "other", "warn", "VLLM_PLUGINS=other keeps"),
+        ("0.27.0", True, None, "warn", "not run with vLLM 0.27.0"),
+    ],
+)
+def test_vllm_and_its_plugin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str | None, found: bool, plugins: str | None, status: str, says: str
+) -> None:
+    """If this failed, vLLM would serve with its own kernels, or refuse a native folder, and the doctor would call it well."""
+    if version is not None:
+        distribution(tmp_path, "vllm", version)
+    monkeypatch.setattr(installation, "plugin_found", lambda: found)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if plugins is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    (check,) = installation.vllm([str(tmp_path)])
+    assert check.status == status and says in check.found

@@ -18,7 +18,7 @@ from tests.doctor.distributions import distribution
 from tests.test_architecture import PACKAGE, ROOT
 
 TOKEN = "hf_" + "aBcDeFgHiJ1234567890KlMnOpQrStUvWx"
-QUICK = {"python", "marlinctl", "requirements", "known-bad", "duplicates", "names", "cache", "hub-cache", "temporary"}
+QUICK = {"python", "marlinctl", "requirements", "vllm", "known-bad", "duplicates", "names", "cache", "hub-cache", "temporary"}
 QUICK |= {"disk", "disk-cache", "disk-hub-cache", "hub", "token", "driver"}
 
 

@@ -266,7 +266,7 @@ def test_json_has_a_schema_version_and_all_parts(tiny: Path, capsys: pytest.Capt
     assert set(document) == keys | {"schema_version"}
     assert set(document["linears"]) == {"compressed", "skipped", "kept"}
     assert [o["format"] for o in document["outputs"]] == ["ct", "marlin"]
-    assert document["outputs"][1]["loads_in"] == ["marlinctl"]
+    assert document["outputs"][1]["loads_in"] == ["vLLM (with marlinctl)", "marlinctl"]
     assert document["time"]["seconds"] > 0 and "rates measured on" in document["time"]["basis"]
     assert "14 linears" in table(document)
 

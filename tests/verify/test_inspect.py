@@ -90,7 +90,12 @@ def test_marlin_24_is_described(source: Path, tmp_path: Path) -> None:
     """3 bits and the scales: codes of the kept weights are 2, their places 1."""
     make_sparse_packed(source, tmp_path / "out", "marlin_24", group_size=64)
     facts = inspect(tmp_path / "out")
-    assert (facts["format"], facts["bits"], facts["scale_dtypes"], facts["loads_in"]) == ("marlin_24", 4, ["F16"], ["marlinctl"])
+    assert (facts["format"], facts["bits"], facts["scale_dtypes"], facts["loads_in"]) == (
+        "marlin_24",
+        4,
+        ["F16"],
+        ["vLLM (with marlinctl)", "marlinctl"],
+    )
     assert (facts["bytes"]["codes"], facts["bytes"]["metadata"]) == (QUANTIZED // 4, QUANTIZED // 8)
     assert facts["bits_per_quantized_weight"] == round(3 + 16 / 64 + 8 * 16 * 14 / QUANTIZED, 3)
     assert facts["warnings"]

@@ -39,6 +39,7 @@ TRANSFORMERS, TRANSFORMERS_CT, TRANSFORMERS_GPTQ = (
     "transformers (with optimum and gptqmodel)",
 )
 VLLM, SGLANG, GPTQMODEL, MARLINCTL = "vLLM", "SGLang", "GPTQModel", "marlinctl"
+VLLM_MARLINCTL = "vLLM (with marlinctl)"  # whose plugin reads native folders (marlinctl/serve/vllm)
 MODEL_FILES, NATIVE_FILES = STEMS = ("model", "marlin")  # of the shards; native folders must not look like a model to plain transformers
 
 Shapes = Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]]  # suffix -> (allowed dtypes, shape)

@@ -17,10 +17,12 @@ from marlinctl.checkpoint.formats.base import (
     MARLINCTL,
     NATIVE_FILES,
     SCALES,
+    VLLM_MARLINCTL,
     Chosen,
     Format,
     FormatInfo,
     LinearParts,
+    Packed,
     Shapes,
     group_size_of,
     object_at,
@@ -91,6 +93,12 @@ def _config_block(chosen: Chosen, fmt: Format) -> dict[str, Any]:
     return block | ({"overrides": chosen.differing} if chosen.differing else {})
 
 
+def _limits(packed: Packed, program: str) -> list[str]:
+    """Programs that fuse experts have no place for tiles of each."""
+    experts = packed.experts if program == VLLM_MARLINCTL else []
+    return [f"{experts[0]}: experts are not served from native folders"] if experts else []
+
+
 def _shapes(n: int, k: int, group_size: int, words: Mapping[str, Words]) -> Shapes:
     """N' and K' are multiples of 64."""
     groups = 1 if group_size == -1 else -(-k // group_size)
@@ -138,8 +146,9 @@ def make_format(
         title=title,
         tensors={**{suffix: one.kind for suffix, one in words.items()}, "s": SCALES, "weight_shape": INDICES},
         shapes=lambda n, k, group_size: _shapes(n, k, group_size, words),
-        loaders=(MARLINCTL,),
-        kernels=(MARLINCTL,),
+        loaders=(VLLM_MARLINCTL, MARLINCTL),
+        kernels=(VLLM_MARLINCTL, MARLINCTL),
+        limits=_limits,
         methods=(METHOD,),
         detect=lambda block, names: _detect(block, names, fmt),
         config_block=lambda chosen: _config_block(chosen, fmt),

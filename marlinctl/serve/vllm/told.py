@@ -1,0 +1,28 @@
+"""Our errors as vLLM shows them: the text of an exception, mostly below a traceback. It holds all that the command line would print."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from marlinctl.errors import MarlinctlError
+
+
+class Refused(RuntimeError):
+    """Not a ValueError: pydantic would wrap it, and print all of the engine's arguments."""
+
+
+def text(error: MarlinctlError) -> str:
+    lines = [f"marlinctl {error.error_id}"]
+    for problem in error.problems:
+        lines += [f"  error: {problem.what}", f"    where: {problem.where}", f"    fix: {problem.fix}"]
+    return "\n".join([*lines, f"  docs: docs/troubleshooting.md#{error.error_id.lower()}"])
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """Refused instead of any MarlinctlError."""
+    try:
+        yield
+    except MarlinctlError as error:
+        raise Refused(text(error)) from None

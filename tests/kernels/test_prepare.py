@@ -1,0 +1,37 @@
+"""What is compiled before a server begins is all that its products can ask for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from marlinctl.kernels import dispatch
+from marlinctl.kernels.prepare import Multiplied, needed
+
+LLAMA = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096), (1152, 576)]
+
+
+@pytest.mark.parametrize("architecture", ["sm_90a", "sm_80", "sm_86"])
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(("n", "k"), LLAMA)
+def test_choices_are_those_of_every_m(architecture: str, sparse: bool, n: int, k: int) -> None:
+    """An M whose kernel is not among them would be compiled by the first request that has it, or stop a capture."""
+    asked = {dispatch.choose(architecture, sparse, m, n, k) for m in range(1, 1200)}
+    assert dispatch.choices(architecture, sparse, n, k) == asked
+
+
+def test_kernels_are_named_with_their_groups_and_dtype() -> None:
+    """wgmma kernels are compiled for a group size and a dtype each; the wrong one would be compiled again when it is asked for."""
+    one = Multiplied(False, 4096, 4096, 128, torch.float16)
+    found = needed("sm_90a", [one, one])
+    assert {(dtype, shift) for _, dtype, shift in found.kernels} == {(torch.float16, 3)}
+    assert found.unpacks == {(False, torch.float16)}
+    assert len(found.sources) == len(found.kernels) + 1
+    rows = needed("sm_90a", [Multiplied(True, 4096, 4096, -1, torch.bfloat16)])
+    assert {(dtype, shift) for _, dtype, shift in rows.kernels} == {(torch.bfloat16, -1)} and rows.unpacks == {(True, torch.bfloat16)}
+
+
+def test_mma_sync_kernels_are_compiled_once_for_all_groups() -> None:
+    both = needed("sm_80", [Multiplied(False, 4096, 4096, size, torch.float16) for size in (64, 128)])
+    alone = needed("sm_80", [Multiplied(False, 4096, 4096, 64, torch.float16)])
+    assert both.sources == alone.sources
