@@ -73,7 +73,7 @@ class Checkpoint:
 
         info = self.tensors[name]
         on_gpu = self.device is not None and self.device.type == "cuda"
-        tensor = torch.empty(info.shape, dtype=torch_dtype(info), pin_memory=on_gpu)  # as system.devices.to_host, the other way
+        tensor = torch.empty(info.shape, dtype=torch_dtype(info), pin_memory=on_gpu)  # as system.page_locked.to_host, the other way
         if info.nbytes:
             self.read_into(info, info.begin, tensor.reshape(-1).view(torch.uint8).numpy().data)
         return tensor.to(self.device, non_blocking=True) if on_gpu else tensor

@@ -47,8 +47,8 @@ from marlinctl.system.atomic import (
     whole_file,
     write_entries,
 )
-from marlinctl.system.devices import to_host
 from marlinctl.system.files import FileRefused, open_member
+from marlinctl.system.page_locked import to_host
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -31,8 +31,8 @@ from marlinctl.recipes.schema import Recipe
 from marlinctl.sparsify.steps import PruneSteps
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from marlinctl.system.console import Console, Progress
-from marlinctl.system.devices import to_host
 from marlinctl.system.digests import sha256_of_tensors
+from marlinctl.system.page_locked import to_host
 from marlinctl.system.phases import Phases
 from marlinctl.system.processes import ALONE, Processes
 

@@ -6,8 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from marlinctl.system.devices import to_host
 from marlinctl.system.files import open_member
+from marlinctl.system.page_locked import to_host
 
 if TYPE_CHECKING:
     from torch import Tensor
