@@ -77,14 +77,16 @@ def format_of(block: Mapping[str, Any]) -> str:
     return registry.detect({"quantization_config": dict(block)}, []).name
 
 
-def read_folder(model: str, revision: str | None, block: Mapping[str, Any], server: str) -> NativeFolder:
+def read_folder(model: str, revision: str | None, block: Mapping[str, Any], server: str, *, skips_masks: bool) -> NativeFolder:
     """model: a folder, or a hub model, which is fetched into the hub's own cache, where the server looks next. BadInput lists what is
     wrong.
+
+    skips_masks: whether the server can be told to leave out a mask file, which is for pruning and training and no part of the model.
     """
     from marlinctl.checkpoint.reader import open_checkpoint
 
     with open_checkpoint(_folder(model, revision), weight_files=NATIVE_FILES) as checkpoint:
-        _refuse_other_weights(checkpoint, server)
+        _refuse_other_weights(checkpoint, server, skips_masks)
         _refuse_incomplete(checkpoint, registry.FORMATS[format_of(block)])  # by name, before `detect` wonders what the others are
         info = registry.detect(checkpoint.config, checkpoint.tensors)
         _refuse_misfits(checkpoint, info)
@@ -102,11 +104,11 @@ def _folder(model: str, revision: str | None) -> Path:
     return fetch(model, revision=revision, cache_dir=None, offline=False, console=Console.quiet())[0]
 
 
-def _refuse_other_weights(checkpoint: Checkpoint, server: str) -> None:
+def _refuse_other_weights(checkpoint: Checkpoint, server: str, skips_masks: bool) -> None:
     """BadInput E301: the server would load them too, one over the other."""
     from marlinctl.checkpoint.model_files import MASK_FILE
 
-    known = {path.name for path in checkpoint.files} | {MASK_FILE}
+    known = {path.name for path in checkpoint.files} | ({MASK_FILE} if skips_masks else set())
     others = sorted(path.name for path in checkpoint.folder.iterdir() if path.suffix == ".safetensors" and path.name not in known)
     if others:
         what = f"the folder holds other weights too, {others[0]}{f' and {len(others) - 1} more' if others[1:] else ''}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
+PLUGIN = "marlinctl"  # the name of the entry point
+
 
 @dataclass(frozen=True, slots=True)
 class Release:
@@ -45,6 +47,6 @@ class Release:
             f"pip install '{self.package}{self.supported}', or a marlinctl that knows {self.server} {found}"
         )
 
-    def plugin_found(self, name: str) -> bool:
+    def plugin_found(self) -> bool:
         """Whether the server would find the plugin: marlinctl is installed, and not only importable."""
-        return any(point.name == name for point in entry_points(group=self.group))
+        return any(point.name == PLUGIN for point in entry_points(group=self.group))

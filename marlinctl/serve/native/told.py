@@ -1,4 +1,4 @@
-"""Our errors as a server shows them: the text of an exception, mostly below a traceback, so it has to hold all that a terminal would show."""
+"""Our errors as a server shows them: the text of an exception, mostly below a traceback, so it holds all that a terminal would show."""
 
 from __future__ import annotations
 

@@ -8,5 +8,5 @@
     refusing.py        the answer to native folders in a release that we do not know
     cache_key.py       vLLM's cache of compiled models, which must know what our linears look like
 
-What does not depend on vLLM is in serve/native/. Nothing else imports vLLM, and plugin.py alone is imported before vLLM has a model to load.
+What does not depend on vLLM is in serve/native/. Nothing else imports vLLM, and plugin.py alone is imported before it has a model to load.
 """

@@ -52,7 +52,7 @@ class NativeConfig(QuantizationConfig):
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         with telling():
-            self.folder = read_folder(model_name, revision, self.block, "vLLM")
+            self.folder = read_folder(model_name, revision, self.block, "vLLM", skips_masks=True)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         self.folder = self.folder.renamed(hf_to_vllm_mapper.apply_list, hf_to_vllm_mapper.apply_dict)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from marlinctl.serve.native.release import Release
+from marlinctl.serve.native.release import PLUGIN, Release
 
 SUPPORTED = "==0.26.0"  # run on an H200; a release is added when it was run
-GROUP, NAME = "vllm.general_plugins", "marlinctl"  # of the entry point
+GROUP, NAME = "vllm.general_plugins", PLUGIN  # of the entry point
 RELEASE = Release("vLLM", "vllm", SUPPORTED, GROUP, "run with")
 
 
@@ -18,4 +18,4 @@ def refusal(found: str | None) -> str | None:
 
 
 def plugin_found() -> bool:
-    return RELEASE.plugin_found(NAME)
+    return RELEASE.plugin_found()
