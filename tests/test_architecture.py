@@ -176,23 +176,26 @@ def test_rooms_know_torch_and_nothing_else() -> None:
     assert not strangers_in_rooms(all_imports())
 
 
-PLUGIN = "marlinctl.serve.vllm"
-# Of the plugin, what is imported without vLLM: by vLLM's entry point and by the doctor.
-WITHOUT_VLLM = {f"{PLUGIN}.{name}" for name in ("plugin", "versions", "layout", "products", "told")}
+SERVERS = ("vllm", "sglang")  # each known to its plugin alone, marlinctl.serve.<name>
+WITHOUT_SERVER = ("plugin", "versions")  # of a plugin, what is imported without the server: by its entry point and by the doctor
 
 
-def vllm_outside_of_the_plugin(imports: list[Import]) -> list[str]:
-    """Imports of vLLM by other files, or where a file without it is imported; and of the plugin's files that need it."""
-    of_vllm = [i for i in imports if i.target.split(".")[0] == "vllm"]
-    needs = {i.importer for i in of_vllm if i.importer.startswith(PLUGIN) and i.at_import}
-    wrong = [i for i in of_vllm if not i.importer.startswith(PLUGIN) or (i.importer in WITHOUT_VLLM and i.at_import)]
-    wrong += [i for i in imports if not i.importer.startswith(PLUGIN) and {i.target, i.target.rpartition(".")[0]} & needs]
+def servers_outside_of_their_plugin(imports: list[Import]) -> list[str]:
+    """Imports of a server by other files, or where a file without it is imported; and of the plugin's files that need it."""
+    wrong: list[Import] = []
+    for server in SERVERS:
+        plugin = f"marlinctl.serve.{server}"
+        without = {f"{plugin}.{name}" for name in WITHOUT_SERVER}
+        of_server = [i for i in imports if i.target.split(".")[0] == server]
+        needs = {i.importer for i in of_server if i.importer.startswith(f"{plugin}.") and i.at_import}
+        wrong += [i for i in of_server if not i.importer.startswith(f"{plugin}.") or (i.importer in without and i.at_import)]
+        wrong += [i for i in imports if not i.importer.startswith(f"{plugin}.") and {i.target, i.target.rpartition(".")[0]} & needs]
     return [str(i) for i in wrong]
 
 
-def test_the_plugin_alone_knows_vllm() -> None:
-    """vLLM is not installed where marlinctl compresses, and its inner names change from release to release."""
-    assert not vllm_outside_of_the_plugin(all_imports())
+def test_a_plugin_alone_knows_its_server() -> None:
+    """Servers are not installed where marlinctl compresses, and their inner names change from release to release."""
+    assert not servers_outside_of_their_plugin(all_imports())
 
 
 def test_the_stages_meet_in_files() -> None:
@@ -246,7 +249,7 @@ def test_the_checks_find_what_they_look_for(tmp_path: Path) -> None:
         "marlinctl.jobs.one -> marlinctl.jobs.two -> marlinctl.jobs.one",
         "marlinctl.pack.tile -> marlinctl.quantize.gptq -> marlinctl.pack.tile",
     ]
-    assert vllm_outside_of_the_plugin(imports) == [
+    assert servers_outside_of_their_plugin(imports) == [
         "marlinctl/errors.py:1: marlinctl.errors imports vllm.LLM",
         "marlinctl/serve/vllm/versions.py:1: marlinctl.serve.vllm.versions imports vllm.envs",
         "marlinctl/doctor/run.py:1: marlinctl.doctor.run imports marlinctl.serve.vllm.config.x",

@@ -45,7 +45,10 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
         "--skip",
         {"multiple": True, "metavar": "PATTERN", "help": "Leave these linears 16-bit (o_proj, layers.0.*, re:...)."},
     ),
-    "quantize.include": ("--include", {"multiple": True, "metavar": "lm_head", "help": "Quantize the output head too."}),
+    "quantize.include": (
+        "--include",
+        {"multiple": True, "metavar": "lm_head", "help": "Quantize the output head too; a tied one is copied."},
+    ),
     "sparsify.method": (
         "--method",
         {"metavar": "iterative|sparsegpt|wanda|magnitude", "help": "How the kept weights are chosen when pruning to 2:4."},

@@ -3,7 +3,7 @@
 python         Requires-Python; the versions that tests run with are the classifiers
 marlinctl      the files that run are those of the installed distribution (RECORD), or of its editable folder (direct_url.json)
 requirements   Requires-Dist
-vllm           its version, and whether it finds the plugin
+vllm, sglang   their versions, and whether they find the plugin
 known-bad      known_bad.py
 duplicates     folders NAME-VERSION.dist-info of the same name and different versions: an upgrade that was cut short
 """
@@ -22,7 +22,11 @@ from urllib.parse import unquote, urlsplit
 
 from marlinctl.doctor.known_bad import KNOWN_BAD
 from marlinctl.doctor.result import Check, Status
-from marlinctl.serve.vllm.versions import GROUP, NAME, SUPPORTED, plugin_found, refusal
+from marlinctl.serve.native.release import PLUGIN, Release
+from marlinctl.serve.sglang.versions import RELEASE as SGLANG
+from marlinctl.serve.sglang.versions import plugin_found as sglang_plugin_found
+from marlinctl.serve.vllm.versions import RELEASE as VLLM
+from marlinctl.serve.vllm.versions import plugin_found
 
 EXTRAS = ("eval", "distill")  # those that verbs need; the others are for work on marlinctl itself
 _INFO = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*?)-(?P<version>[0-9][^-]*)(-py[0-9.]+)?\.(?P<kind>dist|egg)-info")
@@ -109,21 +113,30 @@ def requirements(own: Distribution | None, path: Sequence[str]) -> Iterator[Chec
 
 def vllm(path: Sequence[str]) -> Iterator[Check]:
     """Whether vLLM would serve native folders, and its own 4-bit models with our kernels."""
-    version, tested = _version("vllm", path), SUPPORTED.removeprefix("==")
+    yield _server("vllm", path, VLLM, plugin_found(), "VLLM_PLUGINS", "which was tested")
+
+
+def sglang(path: Sequence[str]) -> Iterator[Check]:
+    """Whether SGLang would serve native folders."""
+    known = "which marlinctl's plugin was written for and not run on a GPU with"
+    yield _server("sglang", path, SGLANG, sglang_plugin_found(), "SGLANG_PLUGINS", known)
+
+
+def _server(name: str, path: Sequence[str], release: Release, found: bool, variable: str, known: str) -> Check:
+    """found: whether it finds the plugin. variable: its own, which names the plugins that it may load. known: of the release's version."""
+    version = _version(release.package, path)
     if version is None:
-        yield Check("vllm", "ok", f"not installed; marlinctl serves in vLLM {tested}")
-        return
-    why = refusal(version)
+        return Check(name, "ok", f"not installed; marlinctl serves in {release.server} {release.known}")
+    why = release.refusal(version)
     if why is not None:
-        yield Check("vllm", "warn", f"{version}: {why}", f"pip install 'vllm{SUPPORTED}'")
-    elif not plugin_found():
-        what = f"{version}, which was tested, but it does not find marlinctl's plugin (entry point {GROUP})"
-        yield Check("vllm", "warn", what, "pip install marlinctl again, or pip install -e . in its repository")
-    elif (allowed := os.environ.get("VLLM_PLUGINS")) is not None and NAME not in allowed.split(","):
-        what = f"{version}, which was tested, but VLLM_PLUGINS={allowed} keeps marlinctl's plugin out"
-        yield Check("vllm", "warn", what, f"unset VLLM_PLUGINS, or add {NAME} to it")
-    else:
-        yield Check("vllm", "ok", f"{version}, which was tested; it finds marlinctl's plugin")
+        return Check(name, "warn", f"{version}: {why}", f"pip install '{name}{release.supported}'")
+    if not found:
+        what = f"{version}, {known}, but it does not find marlinctl's plugin (entry point {release.group})"
+        return Check(name, "warn", what, "pip install marlinctl again, or pip install -e . in its repository")
+    if (allowed := os.environ.get(variable)) is not None and PLUGIN not in [one.strip() for one in allowed.split(",")]:
+        what = f"{version}, {known}, but {variable}={allowed} keeps marlinctl's plugin out"
+        return Check(name, "warn", what, f"unset {variable}, or add {PLUGIN} to it")
+    return Check(name, "ok", f"{version}, {known}; it finds marlinctl's plugin")
 
 
 def known_bad(path: Sequence[str]) -> Iterator[Check]:
@@ -148,11 +161,11 @@ def duplicates(path: Sequence[str]) -> Iterator[Check]:
                 found.setdefault(normal(match["name"]), {}).setdefault(match["version"], folder)
                 if match["kind"] == "dist" and not (entry / "METADATA").is_file():
                     torn.append(entry)
-    twice = {name: versions for name, versions in found.items() if len(versions) > 1}
-    for name, versions in twice.items():
-        where = " and ".join(f"{version} in {folder}" for version, folder in versions.items())
+    twice = {name: places for name, places in found.items() if len(places) > 1}
+    for name, places in twice.items():
+        where = " and ".join(f"{version} in {folder}" for version, folder in places.items())
         cure = f"pip uninstall {name} until none is left, then install it again"
-        yield Check("duplicates", "warn", f"{name} is there in {len(versions)} versions: {where}", cure)
+        yield Check("duplicates", "warn", f"{name} is there in {len(places)} versions: {where}", cure)
     for entry in torn:
         yield Check("duplicates", "warn", f"{entry} has no METADATA: what is left of an installation", "remove that folder")
     if not twice and not torn:

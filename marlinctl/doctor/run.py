@@ -31,6 +31,7 @@ def examine(*, quick: bool, offline: bool) -> Iterator[Check]:
         ("marlinctl", lambda: installation.marlinctl(own, Path(marlinctl.__file__).parent)),
         ("requirements", lambda: installation.requirements(own, sys.path)),
         ("vllm", lambda: installation.vllm(sys.path)),
+        ("sglang", lambda: installation.sglang(sys.path)),
         ("known-bad", lambda: installation.known_bad(sys.path)),
         ("duplicates", lambda: installation.duplicates(sys.path)),
         ("names", lambda: names.shadowed(own, Path.cwd(), sys.path, os.environ.get("PYTHONPATH", ""))),

@@ -14,7 +14,7 @@ so `inspect` and the preflight of a run can ask it too. A model that is not in t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,7 @@ class Architecture:
     vocab_size: int
     expected: Mapping[str, Shape]  # every tensor the checkpoint must hold
     ignorable: tuple[str, ...] = field(default=("rotary_emb.inv_freq", "lm_head.weight"))  # endings a checkpoint may hold besides
+    tied: LinearSpec | None = None  # the output head, where it is tied to the embedding
 
     @property
     def linears(self) -> dict[str, LinearSpec]:
@@ -94,6 +95,12 @@ class Architecture:
     def unexpected(self, names: Mapping[str, object]) -> list[str]:
         """Tensors of a checkpoint that this architecture has no place for: a sign that config and weights do not belong together."""
         return sorted(n for n in names if n not in self.expected and not n.endswith(self.ignorable))
+
+    def untied(self) -> Architecture:
+        """The same model with an output head of its own. Only for one whose head is tied."""
+        assert self.tied is not None
+        expected = {**self.expected, f"{self.tied.name}.weight": (self.tied.out_features, self.tied.in_features)}
+        return replace(self, head=self.tied, tied=None, expected=expected)
 
     def tied_copies(self, names: Iterable[str]) -> list[str]:
         """A head that config.json ties to the embedding and the checkpoint holds all the same."""
@@ -241,14 +248,17 @@ class _Sizes:
 def _from_family(model_type: str, family: _Family, sizes: _Sizes) -> Architecture:
     blocks = tuple(_block(i, family, sizes) for i in range(sizes.blocks))
     tied = bool(sizes.config.get("tie_word_embeddings", family.tied))
-    head = None if tied else LinearSpec("lm_head", sizes.vocab, sizes.hidden, bias=False)
+    head = LinearSpec("lm_head", sizes.vocab, sizes.hidden, bias=False)
     expected: dict[str, Shape] = {"model.embed_tokens.weight": (sizes.vocab, sizes.hidden), "model.norm.weight": (sizes.hidden,)}
     for block in blocks:
         expected |= block.others
         expected |= {f"{spec.name}.weight": (spec.out_features, spec.in_features) for spec in block.linears.values()}
-    if head is not None:
+    if not tied:
         expected["lm_head.weight"] = (sizes.vocab, sizes.hidden)
-    return Architecture(model_type, "model", blocks, "model.embed_tokens", "model.norm", head, sizes.hidden, sizes.vocab, expected)
+    own, shared = (None, head) if tied else (head, None)
+    return Architecture(
+        model_type, "model", blocks, "model.embed_tokens", "model.norm", own, sizes.hidden, sizes.vocab, expected, tied=shared
+    )
 
 
 def _block(index: int, family: _Family, sizes: _Sizes) -> Block:
@@ -391,9 +401,10 @@ def _by_hand(config: Mapping[str, Any], module_map: Path) -> Architecture:
         others = {n: s for n, s in shapes.items() if n.startswith(prefix + ".") and n not in weights}
         blocks.append(Block(i, prefix, branches["attention"], branches["mlp"], linears, others))
     vocab, hidden = shapes[f"{embedding}.weight"]
-    head = None if tied or "lm_head" not in modules else LinearSpec("lm_head", vocab, hidden, "lm_head.bias" in shapes)
+    head = LinearSpec("lm_head", vocab, hidden, "lm_head.bias" in shapes) if "lm_head" in modules else None
+    own, shared = (None, head) if tied else (head, None)
     expected = {n: s for n, s in shapes.items() if not (tied and n == "lm_head.weight")}
-    return Architecture(str(config.get("model_type")), decoder, tuple(blocks), embedding, norm, head, hidden, vocab, expected)
+    return Architecture(str(config.get("model_type")), decoder, tuple(blocks), embedding, norm, own, hidden, vocab, expected, tied=shared)
 
 
 def _holdings(shapes: Mapping[str, Shape], prefix: str) -> str:

@@ -15,6 +15,7 @@ from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.formats.registry import INTERCHANGE, quantization_config, without_quantization, working_format
 from marlinctl.checkpoint.licence import licence_of
 from marlinctl.checkpoint.manifest import made_from
+from marlinctl.checkpoint.tied_head import stored_bytes
 from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.models.switches import without
 from marlinctl.oneshot.layers import LayerRecord
@@ -87,7 +88,8 @@ def report_of(
 ) -> dict[str, Any]:  # fmt: skip
     device = opened.device
     tensors = opened.checkpoint.tensors
-    dense = sum(info.end - info.begin for info in tensors.values())
+    dense = stored_bytes(tensors)
+    named = sum(info.nbytes for info in tensors.values())  # a tied head that was compressed had no bytes of its own
     saved = sum(r.bytes_in - r.bytes_out for r in records)
     return {
         "kind": "quantize" if recipe.scheme.quantizes else "sparsify",
@@ -102,7 +104,7 @@ def report_of(
         "dtype": str(opened.dtype).removeprefix("torch."),
         "bits": recipe.scheme.bits,
         "sparse": sum(r.pattern is not None for r in records),
-        "bytes": {"source": dense, "result": dense - saved},
+        "bytes": {"source": dense, "result": named - saved},
         "kept": [{"name": name, "reason": reason} for name, reason in opened.plan.kept.items()],
         "fallbacks": [{"name": r.name, "fallback": r.fallback} for r in records if r.fallback],
         "underfed": [{"name": r.name, "tokens": r.tokens, "remark": r.remark} for r in records if r.remark],

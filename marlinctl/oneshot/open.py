@@ -38,6 +38,7 @@ from marlinctl.planning.preflight import (
     look,
     refuse_dense_tiles,
     refuse_no_change,
+    said_of_untied_head,
     stored_once,
     wants_mask,
 )
@@ -82,7 +83,7 @@ class RunInputs:
     """A model that has passed every check, and what will be done to it."""
 
     source: Source
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint  # a tied head that is compressed has a name of its own (checkpoint/tied_head.py)
     architecture: Architecture
     plan: Plan
     tensors: Mapping[str, TensorInfo]  # of the checkpoint, a tied head once
@@ -129,18 +130,22 @@ def open_model(
     checkpoint = open_checkpoint(source.folder)
     looked = look(checkpoint, recipe, options.module_map, console)
     warnings = findings.of_folder(checkpoint, strict=options.strict)
+    if looked.unties:
+        console.say(said_of_untied_head(looked, published[0] if published else working_format(recipe.scheme)))
     for fmt in published:
-        for line in loads(as_published(looked, checkpoint, fmt)).warnings(fmt):
+        for line in loads(as_published(looked, fmt)).warnings(fmt):
             console.warn(line)
     if wants_mask(recipe) is not None:  # one row shows it, before a text is read
-        refuse_dense_tiles(from_headers(checkpoint, looked.shapes, weights=True), looked.shapes, recipe)
+        refuse_dense_tiles(from_headers(looked.checkpoint, looked.shapes, weights=True), looked.shapes, recipe)
     packed = {f"{name}.weight" for name in looked.plan.group_sizes} if recipe.scheme.quantizes else set()
+    if looked.unties and packed:
+        packed.add(f"{looked.architecture.embedding}.weight")
     reading = reading_contents(checkpoint, console, scan=looked.architecture.expected, for_4_bits=packed, noted=noted())
     with reading if shared is None else nullcontext(lambda: shared) as contents_read:
         before_weights(source, checkpoint)
-        pattern = of_source(checkpoint, looked.shapes, console)
+        pattern = of_source(looked.checkpoint, looked.shapes, console)
         check_pattern(pattern.pattern, looked, recipe, console)
-        tensors = stored_once(checkpoint, looked.architecture)
+        tensors = stored_once(looked.checkpoint, looked.architecture)
         work = Work.of(recipe, element=dtype.itemsize, corrects_drift=looked.corrects_drift, on_device=device.type == "cuda")
         _require_resources(looked, tensors, pattern, work, out if writes else None, options)
         contents = contents_read()
@@ -151,7 +156,7 @@ def open_model(
         warnings.append(warning)
     known = looked.architecture
     return RunInputs(
-        source, checkpoint, known, looked.plan, tensors, pattern, looked.corrects_drift, device, dtype, contents, tuple(warnings)
+        source, looked.checkpoint, known, looked.plan, tensors, pattern, looked.corrects_drift, device, dtype, contents, tuple(warnings)
     )
 
 

@@ -243,9 +243,11 @@ def _fingerprint(opened: RunInputs, recipe: Recipe, calibration: CalibrationSet,
     """Everything that decides the numbers. Where any of it differs, going on would mix two jobs."""
     # Codes differ where rounding decides. A CPU has one solver.
     solver = {} if opened.device.type == "cpu" else {"solver": "torch" if steps is TORCH else "kernels"}
-    # Earlier versions corrected no drift in mixtures of experts. ALGORITHM_VERSION stays: the codes of all other runs are as before.
+    # Earlier versions corrected no drift in mixtures of experts and in the output head. ALGORITHM_VERSION stays: the codes of all other
+    # runs are as before.
     corrected = opened.corrects_drift and any(isinstance(block.mlp, Experts) for block in opened.architecture.blocks)
     experts = {"experts": "drift correction"} if corrected else {}
+    head = {"head": "drift correction"} if opened.corrects_drift and opened.plan.head is not None else {}
     return {
         "model": opened.contents.fingerprint,
         "recipe": recipe.canonical(),
@@ -255,6 +257,7 @@ def _fingerprint(opened: RunInputs, recipe: Recipe, calibration: CalibrationSet,
         "dtype": str(opened.dtype).removeprefix("torch."),
         **solver,
         **experts,
+        **head,
     }
 
 

@@ -248,13 +248,19 @@ class SequentialPipeline:
         return lambda part: whole[part].to(self.device)
 
     def run_head(self, head: str, solve: SolveStage) -> None:
-        """Solve the output head, whose input is the final norm of the last block's output."""
+        """Solve the output head, whose input is the final norm of the last block's output; the reference model's, where drift is corrected.
+
+        Tokens count alike: after a norm no token is longer than others.
+        """
         name = f"{self.architecture.norm}.weight"
         norm = self.model.get_submodule(self.architecture.norm)
         set_parameter(norm, "weight", self.checkpoint.read(name).to(self.device, self.dtype))
         gram = Gram(self.architecture.hidden_size, self.device)
         for part in self.chunks():
-            gram.add(norm(self.hidden[part].to(self.device)), self.counted[part])
+            x = norm(self.hidden[part].to(self.device))
+            gram.add(x, self.counted[part])
+            if self.reference is not None:
+                gram.add_drift(x, norm(self.reference.hidden[part].to(self.device)), self.counted[part])
         drop_parameters(norm)
         solve((head,), gram.hessian((head,), self.processes), "")
 

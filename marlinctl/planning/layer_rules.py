@@ -26,7 +26,7 @@ class Plan:
 
     group_sizes: Mapping[str, int]
     kept: Mapping[str, str]  # linears that stay 16-bit -> reason
-    head: LinearSpec | None  # the output head, when it is quantized too
+    head: LinearSpec | None  # the output head, when it is quantized too; a tied one gets a weight of its own
 
 
 def plan(architecture: Architecture, *, group_size: int, skip: Sequence[str], overrides: Mapping[str, int], include: Sequence[str]) -> Plan:
@@ -108,14 +108,10 @@ def _head(architecture: Architecture, include: Sequence[str]) -> LinearSpec | No
         if name != "lm_head":
             fix = "lm_head is the only one there is; no runtime loads 4-bit embeddings"
             raise UsageError("E255", f"{name!r} cannot be quantized", where="--include", fix=fix)
-        if architecture.head is None:
-            raise UsageError(
-                "E255",
-                "the output head is tied to the embedding and stays 16-bit",
-                where="--include lm_head",
-                fix="leave it out: quantizing a tied head would change the embedding, untying it would make the model larger",
-            )
-    return architecture.head if include else None
+        if architecture.head is None and architecture.tied is None:
+            what = "the model has no linear that is called lm_head"
+            raise UsageError("E255", what, where="--include lm_head", fix="leave it out: the output head stays 16-bit")
+    return (architecture.head or architecture.tied) if include else None
 
 
 def _require_divisible(linears: Mapping[str, LinearSpec], sizes: Mapping[str, int]) -> None:

@@ -43,6 +43,7 @@ from marlinctl.planning.preflight import (
     formats_of,
     look,
     require_samples,
+    said_of_untied_head,
     stored_once,
     wants_mask,
 )
@@ -138,11 +139,11 @@ def _check_evaluation(recipe: Recipe, settings: Settings, checkpoint: Checkpoint
 
 def _document(seen: Headers, recipe: Recipe, settings: Settings, console: Console) -> dict[str, Any]:
     looked = look(seen.checkpoint, recipe, settings.module_map, console, files=seen.files, weights=seen.weights)
-    found = from_headers(seen.checkpoint, looked.shapes, weights=seen.weights)
+    found = from_headers(looked.checkpoint, looked.shapes, weights=seen.weights)
     if found.origin is not None or seen.weights or not any(fmt.needs_mask for fmt in formats_of(recipe)):
         check_pattern(found, looked, recipe, console)
     dtype = planned_dtype(settings.device, settings.dtype)
-    outputs = [_output(seen, looked, found, recipe, fmt) for fmt in _formats(recipe)]
+    outputs = [_output(looked, found, recipe, fmt) for fmt in _formats(recipe)]
     small = sum(len(data) for _, data in companions(seen.checkpoint.folder)) if seen.files else 0
     stages = _stages(recipe, looked, settings, _ELEMENT[dtype])
     memory = _memory(looked, outputs, stages, recipe, settings.ranks)
@@ -164,14 +165,14 @@ def _document(seen: Headers, recipe: Recipe, settings: Settings, console: Consol
         "recipe": {"name": recipe.name, "sha256": recipe_hash(recipe), **recipe.model_dump(mode="json", exclude={"name", "description"})},
         "settings": {"device": settings.device, "dtype": dtype, "ranks": settings.ranks},
         "linears": _linears(looked, found, recipe),
-        "outputs": [_describe(output, looked, found, recipe, seen, small) for output in outputs],
+        "outputs": [_describe(output, looked, small) for output in outputs],
         "memory": memory,
         "disk": disk,
         "time": _time(seen, looked, stages, recipe, settings, _ELEMENT[dtype], probed),
         "probe": [{"name": name, **asdict(measured)} for name, measured in probed.items()],
         "checks": [{**asdict(check), "fits": check.fits} for check in checks],
         "fits": all(check.fits for check in checks),
-        "notes": _notes(seen, found, recipe, settings.ranks),
+        "notes": _notes(seen, looked, found, recipe, settings.ranks),
     }
 
 
@@ -185,8 +186,8 @@ def _masked(looked: ModelPlan, found: Pattern, recipe: Recipe) -> tuple[str, ...
     return tuple(looked.shapes) if recipe.sparsify.pattern != "none" else found.linears
 
 
-def _output(seen: Headers, looked: ModelPlan, found: Pattern, recipe: Recipe, fmt: Format) -> disk_space.Output:
-    tensors = stored_once(seen.checkpoint, looked.architecture)
+def _output(looked: ModelPlan, found: Pattern, recipe: Recipe, fmt: Format) -> disk_space.Output:
+    tensors = stored_once(looked.checkpoint, looked.architecture)
     return disk_space.output(fmt, tensors, looked.shapes, looked.plan.group_sizes, _masked(looked, found, recipe))
 
 
@@ -247,7 +248,7 @@ def _disk(
 ) -> dict[str, Any]:
     """Bytes on the disk of OUT: at the fullest moment, and in the end. `fetch` is what a cache gets before."""
     first = registry.working_format(recipe.scheme)
-    first_output = _output(seen, looked, found, recipe, first)
+    first_output = _output(looked, found, recipe, first)
     scratch = max(disk_space.scratch_bytes(looked.architecture, work) for _, _, work in stages)
     states = max(disk_space.state_bytes(looked.architecture, work) for _, _, work in stages)
     published = sum(output.on_disk + small for output in outputs)
@@ -257,7 +258,7 @@ def _disk(
         "publish": published + extra + sum(output.mask for output in outputs),
     }
     if divided(recipe) is not None:
-        dense = _output(seen, looked, found, recipe, registry.DENSE)
+        dense = _output(looked, found, recipe, registry.DENSE)
         training = disk_space.needed_by_distillation(looked.architecture, dense.weights, recipe.distill)
         moments["distil"] = 2 * (dense.on_disk + small) + training
         moments["blocks"] += dense.on_disk + small
@@ -335,10 +336,10 @@ def _linears(looked: ModelPlan, found: Pattern, recipe: Recipe) -> dict[str, Any
     return {"compressed": compressed, "skipped": skipped, "kept": kept}
 
 
-def _describe(output: disk_space.Output, looked: ModelPlan, found: Pattern, recipe: Recipe, seen: Headers, small: int) -> dict[str, Any]:
+def _describe(output: disk_space.Output, looked: ModelPlan, small: int) -> dict[str, Any]:
     """One published folder: bytes and who loads it."""
     weights = sum(n * k for n, k in looked.shapes.values())
-    planned = as_published(looked, seen.checkpoint, output.format)
+    planned = as_published(looked, output.format)
     loads = runtimes.loads(planned)
     readers = {runtime.name for runtime in runtimes.RUNTIMES if runtime.reads(output.format)}
     refused = {v.runtime: list(v.refused) for v in runtimes.survey(planned, (1,)) if v.refused and v.runtime in readers}
@@ -400,8 +401,10 @@ def _cores() -> int:
     return int(asked) if asked.isdecimal() and int(asked) > 0 else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
-def _notes(seen: Headers, found: Pattern, recipe: Recipe, ranks: int) -> list[str]:
+def _notes(seen: Headers, looked: ModelPlan, found: Pattern, recipe: Recipe, ranks: int) -> list[str]:
     notes = [seen.source.note] if seen.source.note else []
+    if looked.unties:
+        notes.append(said_of_untied_head(looked, _formats(recipe)[0]))
     if not recipe.scheme.quantizes and divided(recipe) is None:
         notes.append("at 16 bits this is what `marlinctl sparsify` writes")
     if recipe.calibration.source == "self":

@@ -13,10 +13,11 @@ from typing import Any
 
 from marlinctl.checkpoint.folder import examine
 from marlinctl.checkpoint.formats.base import Format, Packed
-from marlinctl.checkpoint.formats.registry import FORMATS, misfits, sixteen_bit_linears
+from marlinctl.checkpoint.formats.registry import FORMATS, linear_bytes, misfits, sixteen_bit_linears
 from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.safetensors_header import TensorInfo
 from marlinctl.checkpoint.sparsity import MASK_FILE, Pattern
+from marlinctl.checkpoint.tied_head import with_own_head
 from marlinctl.data.calibration_size import check_documents, check_length, too_few_tokens
 from marlinctl.errors import BadInput, Problem, UsageError
 from marlinctl.models.architectures import Architecture, LinearSpec, check_module_map
@@ -33,6 +34,8 @@ class ModelPlan:
     plan: Plan
     shapes: Mapping[str, tuple[int, int]]  # the linears that are compressed -> (N, K)
     corrects_drift: bool  # whether drift from the reference model is corrected (oneshot/sequential.py)
+    checkpoint: Checkpoint  # as the run reads it: a tied head that is compressed has a name of its own
+    unties: bool = False  # whether there is such a head
 
 
 def refuse_no_change(recipe: Recipe) -> None:
@@ -118,7 +121,28 @@ def look(
         _refuse_odd_widths(shapes)
     if problems := misfits(shapes, formats_of(recipe)):
         raise BadInput.from_problems("E349", problems)
-    return ModelPlan(known, rules, shapes, corrects_drift=recipe.quantize.drift_correction > 0)
+    unties = rules.head is not None and rules.head.name in rules.group_sizes and known.head is None
+    if unties:
+        checkpoint, known = with_own_head(checkpoint, known), known.untied()
+    return ModelPlan(known, rules, shapes, recipe.quantize.drift_correction > 0, checkpoint, unties)
+
+
+def said_of_untied_head(looked: ModelPlan, fmt: Format) -> str:
+    """What it costs to compress a tied head, in the folder and for each token."""
+    head, embedding = looked.plan.head, looked.checkpoint.tensors[f"{looked.architecture.embedding}.weight"]
+    assert head is not None
+    n, k = looked.shapes[head.name]
+    size = linear_bytes(fmt, n, k, looked.plan.group_sizes[head.name]) if fmt.quantized else embedding.nbytes
+    copy = "a 4-bit copy" if fmt.quantized else "a copy"
+    reads = f", and a token reads {_mebibytes(size)} in place of {_mebibytes(embedding.nbytes)}" if fmt.quantized else ""
+    return (
+        f"{head.name} is tied to the embedding: {copy} of it is written, the embedding stays 16-bit, and config.json says "
+        f"tie_word_embeddings false; the folder is {_mebibytes(size)} larger than with the 16-bit tied head{reads}"
+    )
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.2f} MiB"
 
 
 def formats_of(recipe: Recipe) -> list[Format]:
@@ -136,11 +160,11 @@ def stored_once(checkpoint: Checkpoint, known: Architecture) -> dict[str, Tensor
     return {name: info for name, info in checkpoint.tensors.items() if name not in copies}
 
 
-def as_published(looked: ModelPlan, checkpoint: Checkpoint, fmt: Format) -> Packed:
+def as_published(looked: ModelPlan, fmt: Format) -> Packed:
     """What a published folder will be to its clients (checkpoint/runtimes.py)."""
     quantized = looked.plan.group_sizes if fmt.quantized else {}
     shapes = {name: looked.shapes[name] for name in quantized}
-    return Packed(fmt, shapes, quantized, sixteen_bit(checkpoint, quantized), checkpoint.config, fmt.writes_variant)
+    return Packed(fmt, shapes, quantized, sixteen_bit(looked.checkpoint, quantized), looked.checkpoint.config, fmt.writes_variant)
 
 
 def sixteen_bit(checkpoint: Checkpoint, quantized: Iterable[str]) -> list[str]:

@@ -1,1 +1,1 @@
-"""Native folders in programs that serve models: transformers, and vLLM (the folder vllm)."""
+"""Native folders in programs that serve models: transformers, vLLM and SGLang; native/ is what the servers share."""

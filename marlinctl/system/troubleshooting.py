@@ -219,7 +219,7 @@ CATALOG = (
           `re:` and a regular expression.
         - K is not a multiple of the group size, or of four as 2:4 needs. Use a size that is listed, `--override 'PATTERN=group_size:32'`,
           or `--skip`.
-        - Embeddings, and output heads tied to them, stay 16-bit.
+        - Embeddings stay 16-bit. `--include` takes `lm_head` alone, and the model must have a linear of that name.
         """,
         ("E254", "E256", "E271"),
     ),

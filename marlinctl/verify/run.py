@@ -33,6 +33,7 @@ from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.formats.base import TRANSFORMERS, TRANSFORMERS_CT, TRANSFORMERS_GPTQ, FormatInfo, LinearParts
 from marlinctl.checkpoint.formats.targets import Entries
 from marlinctl.checkpoint.mask import open_masks
+from marlinctl.checkpoint.tied_head import with_own_head
 from marlinctl.errors import BadInput, CheckFailed, MarlinctlError, NumericalProblem, Problem
 from marlinctl.models.architectures import architecture
 from marlinctl.system.console import gibibytes
@@ -444,7 +445,16 @@ def _opened(source: Path | None, checkpoint: Checkpoint, info: FormatInfo, conso
     with open_folder(source, weight_files="model") as original:
         for note in original.notes:
             console.warn(f"source: {note}")
-        yield original.checkpoint
+        yield _with_head_of(checkpoint, original.checkpoint)
+
+
+def _with_head_of(checkpoint: Checkpoint, source: Checkpoint) -> Checkpoint:
+    """The source with a head of its own where `checkpoint` has one that was made of the tied embedding."""
+    try:
+        known, ours = architecture(source.config), architecture(checkpoint.config)
+    except BadInput:  # of a model that a module map describes
+        return source
+    return source if known.tied is None or ours.head is None else with_own_head(source, known)
 
 
 def _raise(error_id: str, problems: Sequence[Problem]) -> None:

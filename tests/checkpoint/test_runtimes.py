@@ -188,6 +188,8 @@ def test_what_nobody_tried_is_not_promised() -> None:
     """A 4-bit head is read by some releases of servers and not by others."""
     found = loads(packed({**llama(4096, 14336, 1024), "lm_head": (32000, 4096)}))
     assert found.untested == dict.fromkeys(("vLLM", "SGLang"), "a quantized lm_head")
+    gptq = loads(packed({**llama(4096, 14336, 1024), "lm_head": (32000, 4096)}, fmt="gptq"))
+    assert list(gptq.refused) == ["transformers (with optimum and gptqmodel)"], "optimum would leave the head at random numbers"
     assert not {"vLLM", "SGLang"} & {*found.accepted, *found.refused}
     assert ("Not tested", "vLLM, with a quantized lm_head") in found.rows() and len(found.warnings(FORMATS["ct"])) == 2
     assert list(loads(packed(experts(), fmt="gptq")).untested.values()) == ["experts"]

@@ -146,3 +146,27 @@ def test_vllm_and_its_plugin(
         monkeypatch.setenv("VLLM_PLUGINS", plugins)
     (check,) = installation.vllm([str(tmp_path)])
     assert check.status == status and says in check.found
+
+
+@pytest.mark.parametrize(
+    ("version", "found", "plugins", "status", "says"),
+    [
+        (None, False, None, "ok", "not installed; marlinctl serves in SGLang 0.5.23"),
+        ("0.5.23", True, "other, marlinctl", "ok", "not run on a GPU with; it finds"),
+        ("0.5.23", False, None, "warn", "does not find marlinctl's plugin (entry point sglang.srt.plugins)"),
+        ("0.5.23", True, "other", "warn", "SGLANG_PLUGINS=other keeps"),
+        ("0.5.24", True, None, "warn", "not written for SGLang 0.5.24"),
+    ],
+)
+def test_sglang_and_its_plugin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str | None, found: bool, plugins: str | None, status: str, says: str
+) -> None:
+    """If this failed, SGLang would refuse a native folder, and the doctor would call it well."""
+    if version is not None:
+        distribution(tmp_path, "sglang", version)
+    monkeypatch.setattr(installation, "sglang_plugin_found", lambda: found)
+    monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
+    if plugins is not None:
+        monkeypatch.setenv("SGLANG_PLUGINS", plugins)
+    (check,) = installation.sglang([str(tmp_path)])
+    assert check.status == status and says in check.found

@@ -18,7 +18,7 @@ from tests.doctor.distributions import distribution
 from tests.test_architecture import PACKAGE, ROOT
 
 TOKEN = "hf_" + "aBcDeFgHiJ1234567890KlMnOpQrStUvWx"
-QUICK = {"python", "marlinctl", "requirements", "vllm", "known-bad", "duplicates", "names", "cache", "hub-cache", "temporary"}
+QUICK = {"python", "marlinctl", "requirements", "vllm", "sglang", "known-bad", "duplicates", "names", "cache", "hub-cache", "temporary"}
 QUICK |= {"disk", "disk-cache", "disk-hub-cache", "hub", "token", "driver"}
 
 
@@ -172,7 +172,7 @@ def test_without_packaging_the_rest_is_still_told(tmp_path: Path) -> None:
 def test_every_check_is_explained() -> None:
     """If this failed, a line of the doctor would have no page that says what it means."""
     sources = "\n".join(path.read_text("utf-8") for path in (PACKAGE / "doctor").glob("*.py"))
-    names = {*re.findall(r'(?:Check|_writable|_free)\(\s*"([a-z-]+)"', sources), "marlin", "sparse-marlin"}
+    names = {*re.findall(r'(?:Check|_writable|_free|_server)\(\s*"([a-z-]+)"', sources), "marlin", "sparse-marlin"}
     page = (ROOT / "docs" / "doctor.md").read_text("utf-8")
     assert names >= QUICK
     rows = re.findall(r"^\| (`[a-z-]+`(?:, `[a-z-]+`)*) \|", page, flags=re.MULTILINE)  # checks of one kind share a row

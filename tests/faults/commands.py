@@ -193,9 +193,7 @@ COMMANDS: dict[str, Command] = {
     "group size that does not divide K": Command(
         _then(_model(lambda tensors: None, intermediate_size=192), "--group-size", "128"), 2, "model.layers.1.mlp.down_proj"
     ),
-    "a tied head, included": Command(
-        _then(_model(lambda tensors: None, tie_word_embeddings=True), "--include", "lm_head"), 2, "tied to the embedding"
-    ),
+    "an embedding, included": Command(_with("--include", "embed_tokens"), 2, "lm_head is the only one there is"),
     "an unknown dtype": Command(_with("--dtype", "float16"), 2, "bfloat16"),
     "no such size": Command(_with("--max-memory", "lots"), 2, "800MiB"),
     # recipes

@@ -175,6 +175,13 @@ def _misfit(n: int, k: int) -> str | None:
     return f"GPTQ needs N and K in multiples of 8, this linear is [{n}, {k}]" if n % 8 or k % 8 else None
 
 
+def _limits(packed: Packed, program: str) -> list[str]:
+    """optimum (2.3.0) makes packed linears in the blocks alone, and transformers would fill the head with random numbers."""
+    if program == TRANSFORMERS_GPTQ and "lm_head" in packed.sizes:
+        return ["lm_head: optimum looks for packed linears in the blocks alone"]
+    return []
+
+
 def _untested(packed: Packed) -> Mapping[str, str]:
     return {TRANSFORMERS_GPTQ: "experts"} if packed.experts else {}
 
@@ -208,5 +215,6 @@ FORMAT = Format(
     misfit=_misfit,
     misread="activation order at run time and zero points other than 8 are not read; quantize the original model again, "
     "symmetric and with static order (desc_act false)",
+    limits=_limits,
     untested=_untested,
 )

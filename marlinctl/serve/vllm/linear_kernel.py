@@ -7,6 +7,7 @@ does multiplies it. Ours is asked first, and says no to whatever it has no measu
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -25,8 +26,11 @@ from marlinctl.kernels.ops import marlin_gemm
 from marlinctl.kernels.prepare import Multiplied
 from marlinctl.pack.marlin import order_scales, repack
 from marlinctl.pack.types import PAD_TO
-from marlinctl.serve.vllm import cache_key, products
-from marlinctl.serve.vllm.told import Refused
+from marlinctl.serve.native import products
+from marlinctl.serve.native.told import Refused
+from marlinctl.serve.vllm import cache_key
+
+_log = logging.getLogger("vllm.marlinctl")  # below vLLM's own
 
 
 class MarlinctlLinearKernel(MPLinearKernel):
@@ -49,7 +53,7 @@ class MarlinctlLinearKernel(MPLinearKernel):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         self._transform_param(layer, self.w_q_name, lambda words: repack(_inputs_first(words)))
         self._transform_param(layer, self.w_s_name, self._scales)
-        products.compile_expected(getattr(layer, self.w_s_name).device)
+        products.compile_expected(getattr(layer, self.w_s_name).device, _log)
 
     def _scales(self, parameter: Any) -> Tensor:
         """Kernels read float16. bfloat16 has fewer bits of a number and more of its size: below 6e-5 a bit or more is lost."""

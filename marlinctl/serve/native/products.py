@@ -1,6 +1,6 @@
 """Kernels of all linears of a model, compiled together before the first of them is needed.
 
-vLLM makes all modules, loads all weights, and finishes module by module. What the modules will multiply is known when they are made, so the
+Servers make all modules, load all weights, and finish module by module. What the modules will multiply is known when they are made, so the
 first that is finished has everything compiled, side by side; capture of CUDA graphs and the first request find it in place.
 """
 
@@ -13,7 +13,6 @@ import torch
 
 from marlinctl.kernels.prepare import Multiplied, prepare
 
-_log = logging.getLogger("vllm.marlinctl")
 _expected: set[Multiplied] = set()
 _ready: set[tuple[Multiplied, torch.device]] = set()
 
@@ -22,12 +21,12 @@ def expect(product: Multiplied) -> None:
     _expected.add(product)
 
 
-def compile_expected(device: torch.device) -> None:
-    """Raises what launch.load raises. Nothing is compiled for a CPU."""
+def compile_expected(device: torch.device, log: logging.Logger) -> None:
+    """Raises what launch.load raises. Nothing is compiled for a CPU. log: below the server's own, which decides where lines go."""
     new = [product for product in _expected if (product, device) not in _ready]
     if not new or device.type != "cuda":
         return
     started = time.perf_counter()
     count = prepare(new, device)
     _ready.update((product, device) for product in new)
-    _log.info("%d kernels for %d shapes of linears are ready, in %.1f s", count, len(new), time.perf_counter() - started)
+    log.info("%d kernels for %d shapes of linears are ready, in %.1f s", count, len(new), time.perf_counter() - started)

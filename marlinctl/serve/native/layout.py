@@ -1,6 +1,6 @@
-"""Which part of which tensor of a native folder belongs where, for a linear of vLLM on one of its devices. No vLLM and no GPU is needed.
+"""Which part of which tensor of a native folder belongs where, for a linear of a server on one of its devices. It needs no server, no GPU.
 
-    folder                 vLLM                     one device of two
+    folder                 server                   one device of two
     q_proj  N = 4096  ─┐                            ┌ outputs    0 .. 2048   of q, its heads
     k_proj  N = 1024  ─┼─ qkv_proj  N = 6144  ─►    ├ outputs 2048 .. 2560   of k
     v_proj  N = 1024  ─┘                            └ outputs 2560 .. 3072   of v
@@ -27,7 +27,7 @@ _AGAIN = "config.json and weights do not belong together, or the copy is incompl
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One of the linears that vLLM has joined, by its outputs."""
+    """One of the linears that the server has joined, by its outputs."""
 
     n: int  # of the whole part, on all devices; keys and values counted once
     here: int  # on each device
@@ -51,7 +51,7 @@ class Layout:
     in_features: int  # their K
     group_size: int  # as config.json has it: -1 for whole rows
     places: tuple[tuple[Place, ...], ...]  # for each name; none where a device has nothing of it
-    outputs: tuple[tuple[int, int], ...]  # (first, how many): the outputs that vLLM wants side by side
+    outputs: tuple[tuple[int, int], ...]  # (first, how many): the outputs that the server wants side by side
     inputs: int  # K of the product here
     product_group: int  # its group size, -1 where one scale is left for each output
 
@@ -73,13 +73,13 @@ class Layout:
         )
 
     def index(self, shard: object) -> int:
-        """Which name a shard of vLLM means: q, k, v or a number; None is the only one. BadInput E302."""
+        """Which name a shard means: q, k, v or a number; None is the only one. BadInput E302."""
         if shard is None and len(self.names) == 1:
             return 0
         found = _SHARDS.get(shard, -1) if isinstance(shard, str) else shard
         if isinstance(found, int) and not isinstance(found, bool) and 0 <= found < len(self.names):
             return found
-        what = f"vLLM loads shard {shard!r} of a linear that the folder has as {', '.join(self.names)}"
+        what = f"the server loads shard {shard!r} of a linear that the folder has as {', '.join(self.names)}"
         raise BadInput("E302", what, where=self.names[0], fix="this model cannot be served from a native folder; use `pack --format ct`")
 
 
@@ -92,7 +92,7 @@ def layout(names: Sequence[str], parts: Sequence[Part], *, in_features: int, inp
     if len(names) not in (1, len(parts)):
         raise BadInput(
             "E302",
-            f"vLLM joins {len(parts)} linears where the folder has {len(names)}",
+            f"the server joins {len(parts)} linears where the folder has {len(names)}",
             where=", ".join(names),
             fix="this model cannot be served from a native folder; use `pack --format ct`",
         )
@@ -129,12 +129,12 @@ def _cut(name: str, n: int, k: int, size: int, outputs: tuple[int, int], inputs:
     try:
         return Slice(n, k, size, outputs, inputs)
     except ValueError as problem:
-        fix = f"use fewer GPUs (--tensor-parallel-size): parts of a linear are multiples of {PAD_TO} and of the group size"
+        fix = f"divide the model among fewer GPUs: parts of a linear are multiples of {PAD_TO} and of the group size"
         raise BadInput("E302", f"{name} cannot be divided: {problem}", where=name, fix=fix) from None
 
 
 class Arrivals:
-    """Which tensors of a module have been loaded. vLLM does not look: one that is missing leaves memory as it was."""
+    """Which tensors of a module have been loaded. Servers do not look: one that is missing leaves memory as it was."""
 
     def __init__(self, names: Sequence[str], suffixes: Sequence[str]) -> None:
         self.wanted = [f"{name}.{suffix}" for name in names for suffix in suffixes]
@@ -147,7 +147,7 @@ class Arrivals:
             raise BadInput("E302", f"{tensor} is there twice", where=tensor, fix="two files of the folder hold it; " + _AGAIN)
 
     def complete(self) -> None:
-        """BadInput E302 names all that did not come. Afterwards everything may come again: vLLM can load weights anew."""
+        """BadInput E302 names all that did not come. Afterwards everything may come again: servers can load weights anew."""
         missing = [tensor for tensor in self.wanted if not self._seen[tensor]]
         if missing:
             raise BadInput.from_problems("E302", [Problem(f"{tensor} was not loaded", tensor, _AGAIN) for tensor in missing])

@@ -1,4 +1,4 @@
-"""Our errors as vLLM shows them: the text of an exception, mostly below a traceback. It holds all that the command line would print."""
+"""Our errors as a server shows them: the text of an exception, mostly below a traceback, so it holds all that a terminal would show."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from marlinctl.errors import MarlinctlError
 
 
 class Refused(RuntimeError):
-    """Not a ValueError: pydantic would wrap it, and print all of the engine's arguments."""
+    """Not a ValueError: pydantic, in vLLM, would wrap it and print all of the engine's arguments."""
 
 
 def text(error: MarlinctlError) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from marlinctl.errors import BadInput
-from marlinctl.serve.vllm.layout import Arrivals, Part, check_tensor, layout
+from marlinctl.serve.native.layout import Arrivals, Part, check_tensor, layout
 
 QKV = ("q", "k", "v")
 
@@ -85,7 +85,7 @@ def test_shards_have_names_and_numbers() -> None:
 
 
 def test_missing_and_doubled_tensors_are_named() -> None:
-    """vLLM notices neither: a missing tensor is memory as it was, and of two the last one wins."""
+    """Servers notice neither: a missing tensor is memory as it was, and of two the last one wins."""
     arrivals = Arrivals(("a.q", "a.k"), ("B", "s"))
     for tensor in ("a.q.B", "a.k.s"):
         arrivals.note(tensor)

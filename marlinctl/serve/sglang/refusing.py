@@ -1,0 +1,42 @@
+"""The quantization method `marlinctl` in an SGLang that we do not know: it says so when a native folder is opened."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+
+from marlinctl.serve.native.told import Refused
+
+
+def refusing_config(why: str) -> type[QuantizationConfig]:
+    class RefusingConfig(QuantizationConfig):
+        """Of all that SGLang asks, `from_config` comes first."""
+
+        @classmethod
+        def get_name(cls) -> str:
+            return "marlinctl"
+
+        @classmethod
+        def get_supported_act_dtypes(cls) -> list[Any]:
+            return []
+
+        @classmethod
+        def get_min_capability(cls) -> int:
+            return 0
+
+        @staticmethod
+        def get_config_filenames() -> list[str]:
+            return []
+
+        @classmethod
+        def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
+            raise Refused(f"this folder holds tiles of marlinctl's kernels, and {why}; or `marlinctl pack FOLDER OUT --format ct`")
+
+        def get_quant_method(self, layer: Any, prefix: str) -> None:
+            return None
+
+        def get_scaled_act_names(self) -> list[str]:
+            return []
+
+    return RefusingConfig
