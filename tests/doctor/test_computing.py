@@ -79,7 +79,7 @@ def test_a_real_gpu() -> None:
     assert computing.kernels(torch.device("cuda", 0)).status == "ok"
 
 
-@pytest.mark.filterwarnings("ignore:packed linears on the CPU")
+@pytest.mark.filterwarnings("ignore:packed tensors on the CPU")
 def test_the_kernels_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, a GPU whose kernels are wrong, or do not start, would be called fit. The operators run on the CPU here."""
     device = torch.device("cpu")
