@@ -20,8 +20,8 @@ from torch import Tensor
 from marlinctl.checkpoint import mask, reader, writer
 from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.formats.registry import FORMATS
-from marlinctl.models.architectures import architecture
 from marlinctl.kernels.linear import MarlinLinear, SparseMarlinLinear
+from marlinctl.models.architectures import architecture
 from marlinctl.quantize.types import QuantizedLinear
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from marlinctl.system.atomic import canonical
@@ -196,7 +196,7 @@ def remake_manifest(folder: Path) -> None:
 
 
 def by_reference(model: torch.nn.Module) -> torch.nn.Module:
-    """The model, with packed linears that multiply by the reference on a CPU: in float32, where torch's int4 operator rounds to bfloat16."""
+    """The model, with packed linears that multiply by the reference: in float32, where torch's int4 operator has bfloat16."""
     for module in model.modules():
         if isinstance(module, MarlinLinear | SparseMarlinLinear):
             module.keeps_tiles = True

@@ -31,9 +31,11 @@ from marlinctl.pack.types import SLAB, PackedLinear, PackedSparseLinear, padded
 from marlinctl.quantize.types import QuantizedLinear
 from marlinctl.sparsify.types import SparseQuantizedLinear
 
-# Rows up to which torch's operator multiplies. With AVX2 alone it always wins, because bfloat16 products are slow there (64 rows of
-# 4096 x 4096: 40 ms against 87). Elsewhere, on arm64 too, it is a plain loop (one row: 58 ms) and everything is decoded.
-MOST_ROWS = {"AVX512": 64, "AVX2": 1 << 62}
+# Rows up to which torch's operator multiplies; with more the weight is decoded. Decoding pays only where the processor multiplies bfloat16
+# itself: 4096 x 4096 times 128 rows, one core, 50 ms against 40 with AVX512-BF16 (64 rows: 28 against 27), 75 against 300 with AVX-512
+# alone, 158 against 3,000 with AVX2. Without AVX, and on arm64, the operator is a plain loop: 38 ms a row, decoding 70 ms in all.
+ANY = 1 << 62
+WITH_BFLOAT16, WITHOUT_AVX = 64, 2
 GROUPS = (256, 128, 64)  # the operator's, for channel-wise scales, which are repeated
 PROBE = 64  # N and K of the codes that find out the layout: the widest block of outputs
 ACTIVATIONS = (torch.float16, torch.bfloat16, torch.float32)
@@ -92,9 +94,13 @@ def words_again(weight: Tensor, meta: Tensor | None) -> Tensor:
     return pack_sparse_marlin(SparseQuantizedLinear(codes, scales, k, keep)).qweight
 
 
+@lru_cache(maxsize=1)
 def most_rows() -> int:
     """Of activations that are given to torch's operator; more are multiplied with the decoded weight."""
-    return MOST_ROWS.get(torch.backends.cpu.get_cpu_capability(), 0)
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX512" and torch.cpu.get_capabilities().get("avx512_bf16", False):
+        return WITH_BFLOAT16
+    return ANY if capability in ("AVX512", "AVX2") else WITHOUT_AVX
 
 
 @lru_cache(maxsize=1)

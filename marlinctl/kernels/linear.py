@@ -9,9 +9,9 @@ lies on disk. Scales stay float16 whatever the model is converted to: `.to(torch
 Calls overlap with the kernel before them (`overlap` of the operators). Where that kernel changes these very tensors, as pack's `remask`
 does, set `overlap` of the module to False.
 
-On a CPU the first call turns the tiles into the layout of torch's int4 operator and drops them (cpu.py): as many bytes, and in a dense
-linear nothing else. state_dict, packed, copies, pickles and moves to another device make the same tiles again, bit for bit; the layout itself
-is never stored, because it belongs to this processor. A module keeps its tiles and multiplies by the reference, which is right and slow,
+On a CPU the first call turns the tiles into the layout of torch's int4 operator (cpu.py) and drops them; for a dense linear that takes as
+many bytes. state_dict, packed, copies, pickles and moves to another device make the same tiles again, bit for bit; the layout itself is
+never stored, because it belongs to this processor. A module keeps its tiles and multiplies by the reference, which is right and slow,
 where `overlap` is False, as somebody changes them, and where `keeps_tiles` is True: they come from the disk for each call.
 """
 
@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from marlinctl.kernels.cpu import cpu_gemm, for_cpu, words_again
 from marlinctl.kernels.ops import marlin_gemm, sparse_marlin_gemm
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
-
 
 _CHANGING = threading.Lock()  # of threads that call a module for the first time at once, one prepares it
 
@@ -49,8 +48,7 @@ class _Packed(nn.Module):
         self.register_buffer("s", p.scales)
         shape = torch.tensor([p.out_features, p.in_features], dtype=torch.int64, device="cpu")
         self.register_buffer("weight_shape", shape.to(p.scales.device))
-        self.register_buffer("cpu_weight", None, persistent=False)
-        self.register_buffer("cpu_scales", None, persistent=False)
+        self.cpu_weight = self.cpu_scales = None  # no buffers: accelerate moves those that are not there yet, and fails
         self.overlap, self.keeps_tiles = True, False
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
@@ -70,7 +68,7 @@ class _Packed(nn.Module):
         """By the operator, from tiles."""
         raise NotImplementedError
 
-    @torch.compiler.disable(  # type: ignore[misc]
+    @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
         reason="a packed linear is prepared for the CPU: with fullgraph=True call the model once before it is compiled"
     )
     def prepare(self) -> None:
@@ -95,19 +93,19 @@ class _Packed(nn.Module):
         raise NotImplementedError
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.cpu_weight is not None:
             destination[f"{prefix}{self.WORDS}"] = self._words()
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         self._bring_tiles_back()
-        super()._load_from_state_dict(*arguments)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*arguments)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: another process may have another processor."""
         state = self.__dict__.copy()
         if self.cpu_weight is not None:
-            state["_buffers"] = {**self._buffers, self.WORDS: self._words(), "cpu_weight": None, "cpu_scales": None}
+            state |= {"_buffers": {**self._buffers, self.WORDS: self._words()}, "cpu_weight": None, "cpu_scales": None}
         return state
 
     def extra_repr(self) -> str:
@@ -117,17 +115,18 @@ class _Packed(nn.Module):
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> _Packed:
         if self.cpu_weight is not None and fn(self.weight_shape).device.type != "cpu":
             self._bring_tiles_back()
-        scales, cpu_scales = self.s, self.cpu_scales
+        scales = self.s
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if cpu_scales is not None and self.cpu_scales is not None and self.cpu_scales.dtype != cpu_scales.dtype:
-            self.cpu_scales = cpu_scales
         if self.s.dtype != scales.dtype:
             self.s = scales.to(self.s.device)
         return self
 
 
 class MarlinLinear(_Packed):
-    """x [.., K] float16 or bfloat16, on a CPU float32 too -> [.., N]: a linear in MARLIN tiles. Tensors on the meta device make a module to be filled later."""
+    """x [.., K] float16 or bfloat16, on a CPU float32 too -> [.., N]: a linear in MARLIN tiles.
+
+    Tensors on the meta device make a module to be filled later.
+    """
 
     WORDS = "B"
     B: Tensor

@@ -159,7 +159,7 @@ def test_to_a_gpu_and_back(sparse: bool) -> None:
     exact = x.double() @ weight.double().T
     assert error(module.cuda()(x.cuda()).cpu(), exact) < GATE
     assert torch.equal(getattr(module, module.WORDS).cpu(), p.qweight)
-    with pytest.raises(ValueError, match="must be on the CPU|qweight must be"):
+    with pytest.raises(ValueError, match=r"the tiles must be on the CPU"):
         module(x)
     assert error(module.cpu()(x), exact) < GATE
 
@@ -243,7 +243,7 @@ def test_what_is_refused() -> None:
         module(torch.ones(1, 96).bfloat16())
     with pytest.raises(ValueError, match="is not one of N=80, K=256"):
         module(torch.ones(1, 256).half())
-    with pytest.raises(ValueError, match="activations must be float16, bfloat16 or float32, got torch.float64"):
+    with pytest.raises(ValueError, match=r"activations must be float16, bfloat16 or float32, got torch\.float64"):
         module(torch.ones(1, 96).double())
     odd = PackedLinear(torch.zeros(8, 128, dtype=torch.int32), torch.zeros(8, 64).half(), 64, 128, 16)
     with pytest.raises(ValueError, match="32, 64, 128 and channel-wise"):
