@@ -16,7 +16,7 @@ import torch
 from marlinctl.kernels import jit
 from marlinctl.kernels.driver import done, driver
 
-BLACKWELL = {10: "sm_100", 11: "sm_110", 12: "sm_120"}  # by major version; machine code runs on later minor versions, 10.3 and 12.1
+NEWER = {10: "sm_100", 11: "sm_110", 12: "sm_120"}  # by major version; machine code runs on later minor versions, 10.3 and 12.1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +48,7 @@ def architecture_for(major: int, minor: int) -> str | None:
     """The same of a compute capability, which can be asked for without CUDA; None where no kernel is made for it."""
     if major == 8:
         return "sm_89" if minor >= 9 else "sm_86" if minor >= 6 else "sm_80"  # machine code runs on later minor versions too
-    return "sm_90a" if (major, minor) == (9, 0) else BLACKWELL.get(major)
+    return "sm_90a" if (major, minor) == (9, 0) else NEWER.get(major)
 
 
 def checked_architecture(device: torch.device) -> str:

@@ -83,9 +83,8 @@ def test_what_this_compiler_does_not_know_is_not_built(monkeypatch: pytest.Monke
     """If this failed, --build with the NVRTC of CUDA 12 would end with an error, as it does not know sm_110."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert building.default_architectures() == building.EVERYWHERE
-    monkeypatch.setattr(
-        jit._nvrtc(), "nvrtcGetSupportedArchs", lambda: (jit._nvrtc().nvrtcResult.NVRTC_SUCCESS, [80, 86, 89, 90, 100, 120])
-    )
+    nvrtc = jit._nvrtc()
+    monkeypatch.setattr(nvrtc, "nvrtcGetSupportedArchs", lambda: (nvrtc.nvrtcResult.NVRTC_SUCCESS, [80, 86, 89, 90, 100, 120]))
     assert building.default_architectures() == tuple(name for name in building.EVERYWHERE if name != "sm_110")
 
 

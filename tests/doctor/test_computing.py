@@ -98,6 +98,9 @@ def test_the_compiler() -> None:
     """If this failed, an NVRTC that cannot compile for the device would show when the first kernel is wanted. It needs no GPU for this."""
     compiled = computing.nvrtc((9, 0), NEW)
     assert compiled.status == "ok" and "sm_90" in compiled.found
+    for capability in ((10, 3), (12, 0), (12, 1)):
+        first = computing.nvrtc(capability, NEW)
+        assert first.status == "warn" and "never run by us" in first.found and "bench --check" in first.cure
     unknown = computing.nvrtc((7, 0), NEW)
     assert unknown.status == "warn" and "not made for sm_70" in unknown.found
     older = computing.nvrtc((9, 0), Driver(True, "570.86.15", (12, 8)))

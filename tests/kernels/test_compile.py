@@ -36,9 +36,9 @@ HOPPER: list[Case] = [
     for dtype, shift in ((torch.float16, 3), (torch.bfloat16, 3), (torch.bfloat16, (1, 2, -1)[i % 3]))
 ]
 HOPPER_IDS = [f"{c.name}-{str(dtype).removeprefix('torch.')}-groups{16 << shift if shift > 0 else 'K'}" for c, dtype, _, shift in HOPPER]
-# On Blackwell, where nothing of ours has run: two kernels for each architecture in the quick suite, the others when `slow` is asked for (148
-# cubins, 38 s with two cores). NVRTC 13.0 spills some registers of the largest 2:4 tiles there. They stay: 32 rows at a time would decode
-# every weight twice, and what these bytes cost has not been measured.
+# On Blackwell, where nothing of ours has run: two kernels for each architecture in the quick suite, the others when `slow` is asked for
+# (148 cubins, 38 s with two cores). NVRTC 13.0 spills some registers of the largest 2:4 tiles there. They stay: 32 rows at a time would
+# decode every weight twice, and what these bytes cost has not been measured.
 SPILLS = {
     **{("sparse-m64n256k128x3", dtype, a): 32 for dtype in (torch.float16, torch.bfloat16) for a in ("sm_120", "sm_121")},
     **{("sparse-m64n256k128x3", torch.bfloat16, a): 40 for a in ("sm_100", "sm_103", "sm_110")},
