@@ -33,7 +33,7 @@ from marlinctl.sparsify.types import SparseQuantizedLinear
 
 # Rows up to which torch's operator multiplies; with more the weight is decoded. Decoding pays only where the processor multiplies bfloat16
 # itself: 4096 x 4096 times 128 rows, one core, 50 ms against 40 with AVX512-BF16 (64 rows: 28 against 27), 75 against 300 with AVX-512
-# alone, 158 against 3,000 with AVX2. Without AVX, and on arm64, the operator is a plain loop: 38 ms a row, decoding 70 ms in all.
+# alone, 158 against 3,000 with AVX2. Without AVX, and on arm64, the operator is a plain loop: 30 ms a row, decoding 60 ms in all.
 ANY = 1 << 62
 WITH_BFLOAT16, WITHOUT_AVX = 64, 2
 GROUPS = (256, 128, 64)  # the operator's, for channel-wise scales, which are repeated

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import marlinctl
-from marlinctl.benchmarking.generation import load_packed
+from marlinctl.benchmarking.generation import load_packed, unpack_linears
 from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.errors import BadInput
 from marlinctl.kernels.linear import MarlinLinear, SparseMarlinLinear
@@ -75,6 +75,21 @@ def test_bfloat16(source: Path, tmp_path: Path) -> None:
     assert model.lm_head.weight.dtype == torch.bfloat16
     assert {buffer.dtype for name, buffer in model.named_buffers() if name.endswith(".s")} == {torch.float16}
     assert distance(logits(model), logits(load_dense(tmp_path / "native", dtype=torch.float32))) < 3e-2
+
+
+@pytest.mark.parametrize("fmt", ["marlin", "marlin_24"])
+@pytest.mark.parametrize("rows", [1, 80], ids=["a token", "a prompt"])
+def test_on_a_cpu_it_is_as_near_as_bfloat16(source: Path, tmp_path: Path, fmt: str, rows: int) -> None:
+    """If this failed, the fast way on a CPU would be another model than its own weights in bfloat16 are, for few or for many rows."""
+    MAKE[fmt](source, tmp_path / "native", fmt, group_size=64)
+    ids = torch.arange(rows)[None] * 7 % VOCAB_SIZE
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "native", dtype=torch.bfloat16)
+    with torch.no_grad():
+        exact = load_dense(tmp_path / "native", dtype=torch.float32)(ids).logits.double()
+        ours = distance(packed(ids).logits.double(), exact)
+        assert unpack_linears(packed, torch.bfloat16) == 14
+        theirs = distance(packed(ids).logits.double(), exact)
+    assert 0 < ours < 1.5 * theirs
 
 
 def test_biases_overrides_and_a_skipped_linear(tmp_path: Path) -> None:
