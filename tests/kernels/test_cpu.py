@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -130,6 +131,16 @@ def test_tiles_are_dropped_and_come_back(sparse: bool) -> None:
     given = module.packed()
     assert torch.equal(given.qweight, p.qweight) and module.cpu_weight is None
     assert torch.equal(module(torch.ones(1, 256).bfloat16()), out)
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_nothing_holds_the_tiles(sparse: bool) -> None:
+    """If this failed, what is dropped would stay in memory all the same."""
+    module = packed_module(packed(sparse, 200, 256, 64)[0])
+    words = weakref.ref(getattr(module, module.WORDS))
+    assert words() is not None
+    module(torch.ones(1, 256).bfloat16())
+    assert words() is None
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
