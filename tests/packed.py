@@ -20,6 +20,7 @@ from torch import Tensor
 from marlinctl.checkpoint import mask, reader, writer
 from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.formats.registry import FORMATS
+from marlinctl.kernels.linear import MarlinLinear, SparseMarlinLinear
 from marlinctl.models.architectures import architecture
 from marlinctl.quantize.types import QuantizedLinear
 from marlinctl.sparsify.types import SparseQuantizedLinear
@@ -192,6 +193,14 @@ def remake_manifest(folder: Path) -> None:
 
     (folder / manifest.NAME).unlink(missing_ok=True)
     (folder / manifest.NAME).write_bytes(canonical(manifest.build(folder, {})))
+
+
+def by_reference(model: torch.nn.Module) -> torch.nn.Module:
+    """The model, with packed linears that multiply by the reference: in float32, where torch's int4 operator has bfloat16."""
+    for module in model.modules():
+        if isinstance(module, MarlinLinear | SparseMarlinLinear):
+            module.keeps_tiles = True
+    return model
 
 
 def tree(folder: Path) -> dict[str, bytes]:

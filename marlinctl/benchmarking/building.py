@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from marlinctl.system.console import Console
 
 DTYPES = ("float16", "bfloat16")
-EVERYWHERE = ("sm_80", "sm_86", "sm_89", "sm_90a")  # what functions.architecture_of answers
-RUNS = {"sm_90": "sm_90a"}  # a GPU of 9.0 is given the machine code of 90a, which may use all it has
+EVERYWHERE = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_110", "sm_120")  # what functions.architecture_of answers
+RUNS = {"sm_90": "sm_90a", "sm_103": "sm_100", "sm_121": "sm_120"}  # which machine code such a GPU is given
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +106,22 @@ def build(architectures: Sequence[str], *, only: Sequence[str], console: Console
 
 
 def default_architectures() -> tuple[str, ...]:
-    """Those of this machine's GPUs; without one, all that a GPU could ask for. EnvironmentProblem E420: one that no kernel is made for."""
+    """Those of this machine's GPUs; without one, all that a GPU could ask for and this NVRTC knows (12.x does not know sm_110).
+
+    EnvironmentProblem E420: one that no kernel is made for. E403 where there is no NVRTC.
+    """
     import torch
 
     there = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     try:
-        return tuple(dict.fromkeys(architecture_of(torch.device("cuda", i)) for i in there)) or EVERYWHERE
+        found = tuple(dict.fromkeys(architecture_of(torch.device("cuda", i)) for i in there))
     except ValueError as error:
         fix = f"name the GPUs that the kernels are for: --arch {EVERYWHERE[0]}, or another of {', '.join(EVERYWHERE)}"
         raise EnvironmentProblem("E420", str(error), where="bench --build without --arch", fix=fix) from error
+    if found:
+        return found
+    with telling(kernel_folder(None), "NVRTC"):
+        return tuple(architecture for architecture in EVERYWHERE if jit.compiles_for(architecture))
 
 
 def build_table(document: dict[str, Any]) -> str:

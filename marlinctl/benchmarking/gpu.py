@@ -49,7 +49,7 @@ def open_gpu(name: str) -> Gpu:
         with telling(kernel_folder(None), f"cuda:{index}"):
             checked_architecture(torch.device("cuda", index))
     except ValueError as error:
-        fix = "bench on an A100, A10, RTX 30 or 40, L4, L40, H100 or H200"
+        fix = "bench on an A100, A10, RTX 30, 40 or 50, L4, L40, H100, H200 or B200, or with --device cpu"
         raise EnvironmentProblem("E420", str(error), where=f"cuda:{index}", fix=fix) from error
     return Gpu(index)
 

@@ -1,9 +1,9 @@
 """What is checked and timed of ours: the operators as a model calls them, and every configuration with every number of CTAs.
 
     int4, int4 2:4               torch.ops.marlinctl: it chooses kernel, configuration and CTAs itself
-    int4, overlap                the same, allowed to begin before the call before it has ended (Hopper)
+    int4, overlap                the same, allowed to begin before the call before it has ended (since Hopper)
     dequantize, dequantize 2:4   a plain weight of the tiles, then torch.matmul: what the operators choose for many tokens
-    m16n128k256x3/2              a configuration, with two CTAs on each multiprocessor; on Hopper with ", overlap"
+    m16n128k256x3/2              a configuration, with two CTAs on each multiprocessor; since Hopper with ", overlap"
     m16n128k256x3/2 even         the same, with another way of sharing output tiles (kernels/configurations.py)
 
 The operators are timed without overlap, as peers have none, and with it, as marlinctl's modules call them.
@@ -143,7 +143,7 @@ def dequantized_name(kind: Kind) -> str:
 
 def overlaps(architecture: str) -> bool:
     """Whether a launch may begin before the one before it has ended: programmatic dependent launch, since Hopper."""
-    return architecture == "sm_90a"
+    return architecture not in ("sm_80", "sm_86", "sm_89")
 
 
 def fewest(implementations: Sequence[Configured]) -> Iterator[Configured]:

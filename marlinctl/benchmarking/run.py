@@ -107,6 +107,9 @@ class _Bench:
 
 def run(asked: Asked, gpu: Device, console: Console) -> Document:
     """CheckFailed E113 where a product is wrong; what compiling and loading raise (E403, E490)."""
+    if gpu.architecture in jit.BLACKWELL:
+        report = "please report what `marlinctl bench --check --configurations` and `marlinctl doctor --json` say"
+        console.warn(f"the kernels for {gpu.architecture} have been compiled and never run by us: {report}")
     with gpu.current():
         clocks = gpu.clocks()
         ways = (False, True) if overlaps(gpu.architecture) else (False,)

@@ -46,7 +46,7 @@ SET_NAMES = ("llama3-8b", "llama3-8b-unfused", "llama3-70b", "llama2-7b", "llama
 @click.option("--lengths", metavar="64:64,..", help="With --model: prompt and generated tokens. Default: 64:64.")
 @click.option("--fuse", "fused", is_flag=True, help="With --model: fuse q, k, v and gate, up.")
 @click.option("--compile", "compiled", is_flag=True, help="With --model: torch.compile the decoding step.")
-@click.option("--device", default="cuda", show_default=True, metavar="DEVICE", help="cuda or cuda:N.")
+@click.option("--device", default="cuda", show_default=True, metavar="DEVICE", help="cuda, cuda:N or cpu.")
 @click.option("--cache-dir", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Cache of compiled kernels.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Write bench.json and the pictures here.")
 @click.option(
@@ -62,10 +62,13 @@ def command(console: Console, **given: Any) -> None:
         marlinctl bench ./smollm2-marlin --tokens 1,16,64
         marlinctl bench --model ./smollm2-marlin --batch 1,16 --lengths 64:64,1024:128
         marlinctl bench --build --arch sm_90
+        marlinctl bench --device cpu --tokens 1,8
         marlinctl bench --from bench-8b/bench.json --out pictures
 
     Products are first compared with float64; a wrong one ends the run with exit code 1. Then each linear is timed in a CUDA graph, with
     weights not in cache, beside torch.matmul. FOLDER is a packed checkpoint whose linears are measured. Exit code 4: there is no GPU.
+
+    --device cpu measures the modules on this CPU in bfloat16, beside torch's own int4 operator: 4096x4096 unless --shape says other.
 
     --model generates text with a packed checkpoint in transformers, then with the same weights in 16 bits, and times the first token and
     the following ones.
@@ -84,6 +87,9 @@ def command(console: Console, **given: Any) -> None:
 
         _take(given["out"], "bench")
         _give(console, read_document(given["source"]), given["out"])
+        return
+    if given["device"] == "cpu":
+        _measure_cpu(console, given)
         return
     _measure(console, given)
 
@@ -120,6 +126,12 @@ def _refuse_contradictions(given: dict[str, Any]) -> None:
         for name, value in (("--arch", given["arch"]), ("--only", given["only"])):
             if value:
                 raise UsageError("E288", f"{name} belongs to --build", where=name, fix=f"add --build, or leave {name} out")
+    if given["device"] == "cpu":
+        needs_gpu = {"--tune": given["tune"], "--configurations": given["configurations"], "--roofline": given["roofline"]}
+        for name, value in {**needs_gpu, "--model": given["model"]}.items():
+            if value:
+                fix = f"leave {name} out, or give --device cuda"
+                raise UsageError("E288", f"{name} measures kernels on a GPU", where=f"{name} --device cpu", fix=fix)
     if given["tune"] and given["only_check"]:
         raise UsageError("E288", "--tune measures, --check does not", where="--tune --check", fix="leave one of them out")
 
@@ -194,6 +206,29 @@ def _measure(console: Console, given: dict[str, Any]) -> None:
         path = tuning.write_own_table(tuning.merged(table, document))
         console.say(f"{path}: the operators choose by these measurements from now on")
     _give(console, document, given["out"])
+
+
+def _measure_cpu(console: Console, given: dict[str, Any]) -> None:
+    from marlinctl.benchmarking import cases, processor
+    from marlinctl.system.atomic import write_bytes
+
+    tokens = cases.parse_tokens(given["tokens"]) if given["tokens"] else processor.DEFAULT_TOKENS
+    size = 128 if given["group_size"] is None else given["group_size"]
+    sets = [cases.named_set(name, size) for name in given["layers"]]
+    if given["shape"]:
+        sets.append(cases.shapes_set(given["shape"], size))
+    _take(given["out"], "cpu")
+    kind: cases.Kind | None = given["kind"]
+    if given["folder"] is not None:
+        own, fixed = cases.checkpoint_set(given["folder"], console)
+        sets.append(own)
+        kind = kind or fixed
+    shapes = cases.distinct(sets) or (cases.checked(*processor.DEFAULT_SHAPE, size),)
+    kinds = cases.KINDS if kind is None else (kind,)
+    document = processor.run(shapes, tokens, kinds, console, only_check=given["only_check"])
+    if given["out"] is not None:
+        write_bytes(given["out"] / "cpu.json", (json.dumps(document, indent=1) + "\n").encode())
+    console.result(processor.table(document), document)
 
 
 def _take(out: Path | None, kind: str) -> None:

@@ -120,7 +120,11 @@ def nvrtc(capability: tuple[int, int] | None, found: Driver) -> Check:
         return Check("nvrtc", "warn", " ".join(str(error).split()), cure)
     except jit.DriverTooOld as error:
         return Check("nvrtc", "warn", str(error), f"install driver {OLDEST_DRIVER.get(error.needed, 'of a newer branch')} or newer")
-    return Check("nvrtc", "ok", f"the dense kernel compiles for {name}, {len(code):,} bytes of machine code")
+    found_out = f"the dense kernel compiles for {name}, {len(code):,} bytes of machine code"
+    if name in jit.BLACKWELL:
+        cure = "run `marlinctl bench --check --configurations` and report its output together with that of `marlinctl doctor --json`"
+        return Check("nvrtc", "warn", f"{found_out}; compiled for Blackwell, never run by us", cure)
+    return Check("nvrtc", "ok", found_out)
 
 
 def kernels(device: torch.device) -> Check:

@@ -29,7 +29,11 @@ import torch
 
 Sharing = Literal["striped", "even", "mixed", "cluster"]
 SHARINGS: tuple[Sharing, ...] = get_args(Sharing)
-SHARED_BYTES = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_90a": 227 * 1024}  # of a CTA, at most
+SHARED_BYTES = {  # of a CTA, at most: CUDA C++ Programming Guide, compute capabilities
+    "sm_80": 163 * 1024,
+    **dict.fromkeys(("sm_86", "sm_89", "sm_120", "sm_121"), 99 * 1024),
+    **dict.fromkeys(("sm_90", "sm_90a", "sm_100", "sm_103", "sm_110"), 227 * 1024),
+}
 NUMBERS = {torch.float16: "Half", torch.bfloat16: "BFloat"}  # the structs of csrc/dequantize.cuh
 GROUP_SIZES = (32, 64, 128)  # and channel-wise
 LARGEST_CLUSTER = 8  # CTAs: what every GPU with clusters starts

@@ -114,7 +114,7 @@ def tables() -> dict[tuple[str, str], Table]:
 
 
 def reasoned(architecture: str, kind: str) -> Table:
-    """For an architecture without measurements: the first configuration for so many tokens that fits."""
+    """For an architecture without measurements, Blackwell's among them: the first configuration for so many tokens that fits."""
     fitting = [c for c in configurations(kind) if c.fits(architecture)]
     first = {c.tokens: c for c in reversed(fitting)}
     rows = tuple(Row(tokens, 4096, 4096, Choice(c, c.ctas)) for tokens, c in sorted(first.items()))

@@ -16,6 +16,8 @@ import torch
 from marlinctl.kernels import jit
 from marlinctl.kernels.driver import done, driver
 
+NEWER = {10: "sm_100", 11: "sm_110", 12: "sm_120"}  # by major version; machine code runs on later minor versions, 10.3 and 12.1
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Function:
@@ -38,7 +40,7 @@ def architecture_of(device: torch.device) -> str:
     architecture = architecture_for(major, minor)
     if architecture is None:
         name = torch.cuda.get_device_name(device)
-        raise ValueError(f"the kernels need a GPU of compute capability 8.0 to 9.0, and {name} ({device}) has {major}.{minor}")
+        raise ValueError(f"the kernels need a GPU of compute capability 8.0 to 12.x, and {name} ({device}) has {major}.{minor}")
     return architecture
 
 
@@ -46,7 +48,7 @@ def architecture_for(major: int, minor: int) -> str | None:
     """The same of a compute capability, which can be asked for without CUDA; None where no kernel is made for it."""
     if major == 8:
         return "sm_89" if minor >= 9 else "sm_86" if minor >= 6 else "sm_80"  # machine code runs on later minor versions too
-    return "sm_90a" if (major, minor) == (9, 0) else None
+    return "sm_90a" if (major, minor) == (9, 0) else NEWER.get(major)
 
 
 def checked_architecture(device: torch.device) -> str:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator, Sequence
@@ -31,8 +32,8 @@ from types import ModuleType
 from typing import Any
 
 SOURCES = Path(__file__).parent / "csrc"
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a")  # of csrc. 90a: 90 with wgmma, which newer architectures do not have
-COMPILED = (*ARCHITECTURES, "sm_100", "sm_120")  # of any source: those of the solver need nothing of one architecture
+BLACKWELL = ("sm_100", "sm_103", "sm_110", "sm_120", "sm_121")  # compiled, and never run: nothing of ours has been on such a GPU
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", *BLACKWELL)  # 90a: 90 with wgmma, which newer architectures do not have
 OPTIONS = ("--std=c++17",)
 DIGEST_BYTES = hashlib.sha256().digest_size
 LOG_LINES = 12  # of NVRTC's log in an error: the first mistake, mostly
@@ -60,7 +61,7 @@ def cubin(source: str, defines: Sequence[str], architecture: str, folder: Path, 
     Args:
         source: a file name in csrc, such as marlin_sm80.cu.
         defines: what -D is given, such as TOKENS=8, in a fixed order.
-        architecture: one of COMPILED.
+        architecture: one of ARCHITECTURES.
         folder: the cache; made if missing.
         sources: where the source and all that it includes lie; csrc beside this module unless another folder is named.
 
@@ -110,6 +111,14 @@ def compiler_version() -> str:
     return nvrtc_version(_nvrtc())
 
 
+def compiles_for(architecture: str) -> bool:
+    """Whether the NVRTC that is installed knows an architecture. CompilerMissing where there is none."""
+    nvrtc = _nvrtc()
+    nvrtc_version(nvrtc)
+    _, known = _checked(nvrtc, nvrtc.nvrtcGetSupportedArchs())
+    return int(re.sub(r"\D", "", architecture)) in known
+
+
 def refuse_old_driver(known: tuple[int, int]) -> None:
     """DriverTooOld where `known`, the newest CUDA of the driver, is of an older major version than NVRTC. Newer minor versions load:
     https://docs.nvidia.com/deploy/cuda-compatibility/
@@ -133,8 +142,8 @@ def texts_of(sources: Path) -> dict[str, str]:
 
 
 def flags_for(defines: Sequence[str], architecture: str) -> tuple[str, ...]:
-    if architecture not in COMPILED:
-        raise ValueError(f"unknown architecture {architecture!r}, known are {', '.join(COMPILED)}")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {architecture!r}, known are {', '.join(ARCHITECTURES)}")
     return (f"--gpu-architecture={architecture}", *OPTIONS, *(f"-D{define}" for define in defines))
 
 

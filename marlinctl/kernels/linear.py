@@ -9,27 +9,36 @@ lies on disk. Scales stay float16 whatever the model is converted to: `.to(torch
 Calls overlap with the kernel before them (`overlap` of the operators). Where that kernel changes these very tensors, as pack's `remask`
 does, set `overlap` of the module to False.
 
-Without a GPU the reference multiplies: it decodes the weight in every call, 4 bytes for each weight of one linear while it runs, and keeps
-nothing. Slow, and the model takes no more memory than it does packed.
+On a CPU the first call turns the tiles into the layout of torch's int4 operator (cpu.py) and drops them; for a dense linear that takes as
+many bytes. state_dict, packed, copies, pickles and moves to another device make the same tiles again, bit for bit; the layout itself is
+never stored, because it belongs to this processor. A module keeps its tiles and multiplies by the reference, which is right and slow,
+where `overlap` is False, as somebody changes them, and where `keeps_tiles` is True: they come from the disk for each call.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from marlinctl.kernels.cpu import cpu_gemm, for_cpu, words_again
 from marlinctl.kernels.ops import marlin_gemm, sparse_marlin_gemm
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
+
+_CHANGING = threading.Lock()  # of threads that call a module for the first time at once, one prepares it
 
 
 class _Packed(nn.Module):
     """What both have in common. For inference: no gradient passes through."""
 
+    WORDS: ClassVar[str]  # the buffer that a CPU can do without
     s: Tensor
     bias: nn.Parameter | None
+    cpu_weight: Tensor | None  # as cpu.for_cpu makes them
+    cpu_scales: Tensor | None
 
     def __init__(self, p: PackedLinear | PackedSparseLinear, bias: Tensor | None) -> None:
         super().__init__()
@@ -39,14 +48,73 @@ class _Packed(nn.Module):
         self.register_buffer("s", p.scales)
         shape = torch.tensor([p.out_features, p.in_features], dtype=torch.int64, device="cpu")
         self.register_buffer("weight_shape", shape.to(p.scales.device))
-        self.overlap = True
+        self.cpu_weight = self.cpu_scales = None  # no buffers: accelerate moves those that are not there yet, and fails
+        self.overlap, self.keeps_tiles = True, False
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and self.overlap and not self.keeps_tiles:
+            if self.cpu_weight is None:
+                self.prepare()
+            out: Tensor = cpu_gemm(x, self.cpu_weight, self.cpu_scales, self.out_features, self.bias)
+            return out
+        if self.cpu_weight is not None:
+            if x.device.type != "cpu":
+                raise ValueError(f"activations are on {x.device} and the linear is on the CPU: move one of them with .to()")
+            self._bring_tiles_back()
+        return self._multiply(x)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        """By the operator, from tiles."""
+        raise NotImplementedError
+
+    @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
+        reason="a packed linear is prepared for the CPU: with fullgraph=True call the model once before it is compiled"
+    )
+    def prepare(self) -> None:
+        """On a CPU what the first call does: tiles to the layout of torch's operator. ValueError where they are elsewhere."""
+        with _CHANGING:
+            if self.cpu_weight is None:
+                self.cpu_weight, self.cpu_scales = for_cpu(self._as_packed())
+                setattr(self, self.WORDS, None)
+
+    def _bring_tiles_back(self) -> None:
+        with _CHANGING:
+            if self.cpu_weight is not None:
+                setattr(self, self.WORDS, self._words())
+                self.cpu_weight = self.cpu_scales = None
+
+    def _words(self) -> Tensor:
+        """Of the tiles, from torch's layout."""
+        assert self.cpu_weight is not None
+        return words_again(self.cpu_weight, getattr(self, "B_meta", None))
+
+    def _as_packed(self) -> PackedLinear | PackedSparseLinear:
+        raise NotImplementedError
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.cpu_weight is not None:
+            destination[f"{prefix}{self.WORDS}"] = self._words()
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._bring_tiles_back()
+        super()._load_from_state_dict(*arguments)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: another process may have another processor."""
+        state = self.__dict__.copy()
+        if self.cpu_weight is not None:
+            state |= {"_buffers": {**self._buffers, self.WORDS: self._words()}, "cpu_weight": None, "cpu_scales": None}
+        return state
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}"
         return f"{sizes}, bias={self.bias is not None}"
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> _Packed:
+        if self.cpu_weight is not None and fn(self.weight_shape).device.type != "cpu":
+            self._bring_tiles_back()
         scales = self.s
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.s.dtype != scales.dtype:
@@ -55,26 +123,35 @@ class _Packed(nn.Module):
 
 
 class MarlinLinear(_Packed):
-    """x [.., K] float16 or bfloat16 -> [.., N]: a linear in MARLIN tiles. Tensors on the meta device make a module to be filled later."""
+    """x [.., K] float16 or bfloat16, on a CPU float32 too -> [.., N]: a linear in MARLIN tiles.
 
+    Tensors on the meta device make a module to be filled later.
+    """
+
+    WORDS = "B"
     B: Tensor
 
     def __init__(self, p: PackedLinear, bias: Tensor | None = None) -> None:
         super().__init__(p, bias)
         self.register_buffer("B", p.qweight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _multiply(self, x: Tensor) -> Tensor:
         out: Tensor = marlin_gemm(x, self.B, self.s, self.out_features, self.group_size, self.bias, self.overlap)
         return out
 
     def packed(self) -> PackedLinear:
-        """The tensors as the packer's type."""
+        """The tensors as the packer's type: the module's own, but on a CPU only until it is called again."""
+        self._bring_tiles_back()
+        return self._as_packed()
+
+    def _as_packed(self) -> PackedLinear:
         return PackedLinear(self.B, self.s, self.out_features, self.in_features, self.group_size)
 
 
 class SparseMarlinLinear(_Packed):
-    """x [.., K] float16 or bfloat16 -> [.., N]: a 2:4 linear in Sparse-MARLIN tiles."""
+    """x [.., K] float16 or bfloat16, on a CPU float32 too -> [.., N]: a 2:4 linear in Sparse-MARLIN tiles."""
 
+    WORDS = "B_24"
     B_24: Tensor
     B_meta: Tensor
 
@@ -83,12 +160,16 @@ class SparseMarlinLinear(_Packed):
         self.register_buffer("B_24", p.qweight)
         self.register_buffer("B_meta", p.meta)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _multiply(self, x: Tensor) -> Tensor:
         out: Tensor = sparse_marlin_gemm(x, self.B_24, self.B_meta, self.s, self.out_features, self.group_size, self.bias, self.overlap)
         return out
 
     def packed(self) -> PackedSparseLinear:
-        """The tensors as the packer's type."""
+        """The tensors as the packer's type: the module's own, but on a CPU only until it is called again."""
+        self._bring_tiles_back()
+        return self._as_packed()
+
+    def _as_packed(self) -> PackedSparseLinear:
         return PackedSparseLinear(self.B_24, self.B_meta, self.s, self.out_features, self.in_features, self.group_size)
 
 

@@ -4,7 +4,7 @@
     torch.ops.marlinctl.sparse_marlin_gemm(activations, qweight, meta, scales, out_features, group_size, bias=None, overlap=False)
 
     CUDA   a kernel that dispatch.py picks for this M, N, K; for large M one dense weight and torch.matmul
-    CPU    reference.py: slow, with the same result up to rounding; said once
+    CPU    reference.py: slow, with the same result up to rounding; said once. The modules of linear.py have a fast way (cpu.py)
     meta   the shape alone, for torch.compile
 
 Importing this module registers them. Both return a new tensor and change nothing, so torch.compile needs no graph break. Which kernel runs
@@ -131,7 +131,7 @@ def _on_meta(p: Product) -> Tensor:
 @lru_cache(maxsize=1)
 def _say_that_it_is_slow() -> None:
     """Once in a process."""
-    what = "packed linears on the CPU are multiplied by marlinctl's reference, which decodes every weight in each call: right, and slow"
+    what = "packed tensors on the CPU are multiplied by the reference, which decodes every weight in each call: right, and slow"
     warnings.warn(what, UserWarning, stacklevel=2)
 
 

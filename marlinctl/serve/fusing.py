@@ -61,8 +61,12 @@ def _fuse(model: nn.Module, names: Sequence[str], linears: Sequence[MarlinLinear
         like = next(one for one in biases if one is not None)
         zeros = (torch.zeros(linear.out_features, dtype=like.dtype, device=like.device) for linear in linears)
         bias = torch.cat([zero if one is None else one.data for one, zero in zip(biases, zeros, strict=True)])
+    prepared = all(linear.cpu_weight is not None for linear in linears)  # before packed() brings their tiles back
     shared = SharedLinear(packed_module(side_by_side([linear.packed() for linear in linears]), bias), len(linears))
     shared.linear.overlap = all(linear.overlap for linear in linears)
+    shared.linear.keeps_tiles = any(linear.keeps_tiles for linear in linears)
+    if prepared:
+        shared.linear.prepare()
     first = 0
     for part, (name, linear) in enumerate(zip(names, linears, strict=True)):
         parent, _, leaf = name.rpartition(".")

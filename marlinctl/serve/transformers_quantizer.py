@@ -82,7 +82,12 @@ class MarlinctlQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        from marlinctl.kernels.linear import MarlinLinear, SparseMarlinLinear
+
         del model.config.transformers_weights  # it said where the weights are, not what the model is
+        for module in model.modules():
+            if isinstance(module, MarlinLinear | SparseMarlinLinear) and module.s.is_meta:  # left on the disk by device_map
+                module.keeps_tiles = True
         return model
 
     def is_serializable(self) -> bool:

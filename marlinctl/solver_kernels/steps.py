@@ -180,11 +180,8 @@ def _require_contiguous(*tensors: Tensor | None) -> None:
 
 
 def solver_architecture(device: torch.device) -> str:
-    """What the kernels are compiled for on this GPU; ValueError where it is none of
-    jit.COMPILED, and what require_driver raises. They use nothing of one architecture, so
-    newer GPUs than those of the GEMM kernels run them."""
-    newer = {10: "sm_100", 12: "sm_120"}.get(torch.cuda.get_device_capability(device)[0])
-    architecture = newer or architecture_of(device)
+    """What the kernels are compiled for on this GPU. Raises what architecture_of and require_driver raise."""
+    architecture = architecture_of(device)
     require_driver()
     return architecture
 

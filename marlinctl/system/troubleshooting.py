@@ -522,8 +522,9 @@ CATALOG = (
         """
         torch sees no CUDA device, or not the one that `--device` names; `marlinctl doctor` tests more. Use `--device cpu`.
 
-        `bench` needs compute capability 8.0 to 9.0 (A100, A10, RTX 30 and 40, L4, L40, H100, H200); compressing does not. Without a GPU,
-        `bench --build --arch` compiles the kernels, and `verify --kernels` uses the emulator.
+        `bench` needs compute capability 8.0 to 12.x (A100, A10, RTX 30, 40 and 50, L4, L40, H100, H200, B200) or `--device cpu`.
+        Compressing does not. For Blackwell (10.0 to 12.x) the kernels are compiled and were never run by us: `bench --check` tests them.
+        Without a GPU, `bench --build --arch` compiles the kernels, and `verify --kernels` uses the emulator.
         """,
         ("E401", "E421"),
     ),

@@ -76,6 +76,16 @@ def test_a_kernel_for_one_group_size_is_built_for_each(monkeypatch: pytest.Monke
 def test_every_architecture_that_is_built_is_one_the_compiler_knows() -> None:
     """If this failed, --build without --arch would end with an error."""
     assert set(building.EVERYWHERE) <= set(jit.ARCHITECTURES)
+    assert set(jit.ARCHITECTURES) == {*building.EVERYWHERE, *building.RUNS}
+
+
+def test_what_this_compiler_does_not_know_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, --build with the NVRTC of CUDA 12 would end with an error, as it does not know sm_110."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert building.default_architectures() == building.EVERYWHERE
+    nvrtc = jit._nvrtc()
+    monkeypatch.setattr(nvrtc, "nvrtcGetSupportedArchs", lambda: (nvrtc.nvrtcResult.NVRTC_SUCCESS, [80, 86, 89, 90, 100, 120]))
+    assert building.default_architectures() == tuple(name for name in building.EVERYWHERE if name != "sm_110")
 
 
 @pytest.mark.parametrize(("architectures", "only"), [(["sm_75"], []), (["sm_80"], ["m8n8k8x1"])])

@@ -79,7 +79,7 @@ def test_a_real_gpu() -> None:
     assert computing.kernels(torch.device("cuda", 0)).status == "ok"
 
 
-@pytest.mark.filterwarnings("ignore:packed linears on the CPU")
+@pytest.mark.filterwarnings("ignore:packed tensors on the CPU")
 def test_the_kernels_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, a GPU whose kernels are wrong, or do not start, would be called fit. The operators run on the CPU here."""
     device = torch.device("cpu")
@@ -98,6 +98,9 @@ def test_the_compiler() -> None:
     """If this failed, an NVRTC that cannot compile for the device would show when the first kernel is wanted. It needs no GPU for this."""
     compiled = computing.nvrtc((9, 0), NEW)
     assert compiled.status == "ok" and "sm_90" in compiled.found
+    for capability in ((10, 3), (12, 0), (12, 1)):
+        first = computing.nvrtc(capability, NEW)
+        assert first.status == "warn" and "never run by us" in first.found and "bench --check" in first.cure
     unknown = computing.nvrtc((7, 0), NEW)
     assert unknown.status == "warn" and "not made for sm_70" in unknown.found
     older = computing.nvrtc((9, 0), Driver(True, "570.86.15", (12, 8)))

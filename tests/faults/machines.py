@@ -144,7 +144,7 @@ MACHINES: dict[str, Command] = {
     "no GPU: bench --model": _bench("this machine has no GPU", "no GPU", more=_MODEL),
     "no GPU: quantize --device cuda": _on_cuda("no cuda: this machine has no GPU", "no GPU"),
     "one GPU: quantize --device cuda:1": _on_cuda("torch sees cuda:0", "sm_90", device="cuda:1"),
-    "sm_70: bench": _bench("8.0 to 9.0, and Tesla V100-SXM2-16GB (cuda:0) has 7.0", "sm_70"),
+    "sm_70: bench": _bench("8.0 to 12.x, and Tesla V100-SXM2-16GB (cuda:0) has 7.0", "sm_70"),
     "sm_70: bench --model": _bench("(cuda:0) has 7.0", "sm_70", more=_MODEL),
     "sm_70: bench --build": _bench("--arch sm_80", "sm_70", more=("--build",)),
     "a driver too old for torch: bench": _bench("knows CUDA 11.4, and torch is built for 13.0", "a driver too old for torch"),

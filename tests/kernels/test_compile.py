@@ -19,7 +19,7 @@ from tests.kernels.machine_code import MachineCode, disassemble
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")
 
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a")  # as functions.architecture_of names them
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a")  # as functions.architecture_of names them; those of Blackwell are below
 RESERVED_BYTES = 1024  # of shared memory, by the system, in every CTA since sm_80
 WORD_BYTES = 16  # what a lane fetches, copies and loads at once
 
@@ -36,14 +36,34 @@ HOPPER: list[Case] = [
     for dtype, shift in ((torch.float16, 3), (torch.bfloat16, 3), (torch.bfloat16, (1, 2, -1)[i % 3]))
 ]
 HOPPER_IDS = [f"{c.name}-{str(dtype).removeprefix('torch.')}-groups{16 << shift if shift > 0 else 'K'}" for c, dtype, _, shift in HOPPER]
-
+# On Blackwell, where nothing of ours has run: two kernels for each architecture in the quick suite, the others when `slow` is asked for
+# (148 cubins, 38 s with two cores). NVRTC 13.0 spills some registers of the largest 2:4 tiles there. They stay: 32 rows at a time would
+# decode every weight twice, and what these bytes cost has not been measured.
+SPILLS = {
+    **{("sparse-m64n256k128x3", dtype, a): 32 for dtype in (torch.float16, torch.bfloat16) for a in ("sm_120", "sm_121")},
+    **{("sparse-m64n256k128x3", torch.bfloat16, a): 40 for a in ("sm_100", "sm_103", "sm_110")},
+    **{("sparse-m64n256k256x3", torch.float16, a): 24 for a in ("sm_100", "sm_103", "sm_110")},
+    **{("sparse-m64n256k256x3", torch.bfloat16, a): 56 for a in ("sm_100", "sm_103", "sm_110")},
+}
+QUICK: list[Case] = [(c, dtype, a, 3) for a in jit.BLACKWELL for c, dtype in ((DENSE[0], torch.float16), (SPARSE[4], torch.bfloat16))]
+SLOW: list[Case] = [
+    (c, dtype, a, 3)
+    for a in jit.BLACKWELL
+    for c in (*DENSE, *SPARSE)
+    for dtype in (torch.float16, torch.bfloat16)
+    if c.fits(a) and (c, dtype, a, 3) not in QUICK
+]
+EVERY = (CASES, HOPPER, QUICK, SLOW)
+BLACKWELL = [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
+BLACKWELL_IDS = [f"{c.name}-{str(dtype).removeprefix('torch.')}-{architecture}" for c, dtype, architecture, _ in (*QUICK, *SLOW)]
 
 BATCH = 12  # kernels that are disassembled at once
 
 
 def machine_code_of(case: Case) -> MachineCode:
     """Of one case, made together with that of its neighbours."""
-    same = [other for other in (*CASES, *HOPPER) if (other[0].kernel, other[2]) == (case[0].kernel, case[2])]
+    those = next(cases for cases in EVERY if case in cases)
+    same = [other for other in those if (other[0].kernel, other[2]) == (case[0].kernel, case[2])]
     first = same.index(case) // BATCH * BATCH
     made = _batch(tuple(same[first : first + BATCH]))[case]
     if isinstance(made, BaseException):
@@ -69,11 +89,23 @@ def _batch(cases: tuple[Case, ...]) -> dict[Case, MachineCode | BaseException]:
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_machine_code(case: Case) -> None:
     """If this failed, the kernel would be slow (spills, plain loads, conversions) or not start at all (registers)."""
-    configuration, dtype, *_ = case
+    check_machine_code(case)
+
+
+@pytest.mark.parametrize("case", BLACKWELL, ids=BLACKWELL_IDS)
+def test_machine_code_for_blackwell(case: Case) -> None:
+    """If this failed, the first user of an RTX 50 or a B200 would find a kernel that does not compile or start."""
+    check_machine_code(case)
+    assert_one_atomic(machine_code_of(case))
+
+
+def check_machine_code(case: Case) -> None:
+    configuration, dtype, architecture, _ = case
     code = machine_code_of(case)
 
-    assert (code.stack, code.local) == (0, 0), "a spill, or an array that is indexed at run time"
-    assert code.count(r"(LDL|STL)\b.*") == 0
+    spilled = SPILLS.get((configuration.name, dtype, architecture), 0)
+    assert code.stack <= spilled and code.local == 0, "a spill, or an array that is indexed at run time"
+    assert (code.count(r"(LDL|STL)\b.*") == 0) or spilled
     assert code.shared <= RESERVED_BYTES, "shared memory beside the stages, which `shared_bytes` does not count"
     assert code.registers * configuration.threads * configuration.ctas <= 65536
 
@@ -156,7 +188,7 @@ def assert_one_atomic(code: MachineCode) -> None:
     assert code.count(r"ATOM(G|S)?\b.*") == code.count(r"ATOMG?\.E\.ADD\.S32\.STRONG\.GPU") == 1, "one integer counter"
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *jit.BLACKWELL])
 def test_every_architecture_has_a_kernel_for_every_m(architecture: str) -> None:
     """If this failed, sm_86 and sm_89, with 99 KB of shared memory, could not start what small or large M asks for."""
     assert {c.tokens for c in DENSE if c.shared_bytes <= 99 * 1024} == {8, 16, 32, 64}

@@ -275,7 +275,18 @@ def gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> torch.d
 
 @pytest.mark.parametrize(
     ("capability", "architecture"),
-    [((8, 0), "sm_80"), ((8, 6), "sm_86"), ((8, 7), "sm_86"), ((8, 9), "sm_89"), ((9, 0), "sm_90a")],
+    [
+        ((8, 0), "sm_80"),
+        ((8, 6), "sm_86"),
+        ((8, 7), "sm_86"),
+        ((8, 9), "sm_89"),
+        ((9, 0), "sm_90a"),
+        ((10, 0), "sm_100"),
+        ((10, 3), "sm_100"),
+        ((11, 0), "sm_110"),
+        ((12, 0), "sm_120"),
+        ((12, 1), "sm_120"),
+    ],
 )
 def test_every_gpu_gets_code_that_it_runs(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], architecture: str) -> None:
     """If this failed, a GPU would be given machine code of another."""
@@ -283,11 +294,11 @@ def test_every_gpu_gets_code_that_it_runs(monkeypatch: pytest.MonkeyPatch, capab
     assert architecture in jit.ARCHITECTURES
 
 
-@pytest.mark.parametrize("capability", [(7, 5), (10, 0), (12, 0)])
+@pytest.mark.parametrize("capability", [(7, 5), (9, 1), (13, 0)])
 def test_other_gpus_are_refused(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], tmp_path: Path) -> None:
     """If this failed, an older or newer GPU would fail in the driver, with a number for a reason."""
     device = gpu(monkeypatch, capability)
-    with pytest.raises(ValueError, match=rf"capability 8.0 to 9.0, and a GPU \(cuda:0\) has {capability[0]}.{capability[1]}"):
+    with pytest.raises(ValueError, match=rf"capability 8.0 to 12.x, and a GPU \(cuda:0\) has {capability[0]}.{capability[1]}"):
         load(DENSE[0], torch.float16, device, tmp_path)
 
 

@@ -24,7 +24,7 @@ from tests import forked
 from tests.kernels.software_driver import SoftwareDriver, install, software_kernel, software_unpack
 from tests.kernels.software_kernel import aligned, random_packed
 
-pytestmark = pytest.mark.filterwarnings("ignore:packed linears on the CPU")
+pytestmark = pytest.mark.filterwarnings("ignore:packed tensors on the CPU")
 
 GATES = {torch.float16: 1e-3, torch.bfloat16: 5e-3}  # a single wrong number among thousands is beyond them
 

@@ -87,7 +87,7 @@ def test_the_software_gpu_sees_mistakes(sparse: bool, right: str, wrong: str, tm
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "sm_100", "sm_120"])
 @pytest.mark.parametrize(("sparse", "dtype"), KINDS, ids=IDS)
 def test_machine_code(sparse: bool, dtype: torch.dtype, architecture: str) -> None:
     """If this failed, dequantizing would be bound by something else than memory: spills, or reads and writes of fewer bytes."""

@@ -17,11 +17,11 @@ from marlinctl.kernels.reference import dequantize, dequantize_sparse
 from marlinctl.pack.types import PackedSparseLinear, side_by_side
 from marlinctl.serve.fusing import fuse_linears
 from tests.kernels.software_kernel import random_packed
-from tests.packed import make_packed, make_sparse_packed
+from tests.packed import by_reference, make_packed, make_sparse_packed
 from tests.tiny import VOCAB_SIZE, make_tiny
 from tests.zoo import build
 
-pytestmark = pytest.mark.filterwarnings("ignore:packed linears on the CPU")
+pytestmark = pytest.mark.filterwarnings("ignore:packed tensors on the CPU")
 
 assert marlinctl.__version__, "importing marlinctl is what registers"
 IDS = torch.arange(40).view(2, 20) * 7 % VOCAB_SIZE
@@ -55,7 +55,7 @@ def test_a_fused_model_is_the_same_model(fmt: str, tmp_path: Path) -> None:
     """If this failed, a faster model would write something else."""
     make = make_packed if fmt == "marlin" else make_sparse_packed
     make(make_tiny(tmp_path / "source"), tmp_path / "native", fmt, group_size=32)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
+    model = by_reference(AutoModelForCausalLM.from_pretrained(tmp_path / "native"))
     expected = logits(model)
     assert fuse_linears(model) == 4, "q, k, v and gate, up of two blocks"
     linears = [module for module in model.modules() if isinstance(module, MarlinLinear | SparseMarlinLinear)]
@@ -109,8 +109,9 @@ def test_a_fused_model_compiles_whole(tmp_path: Path) -> None:
     """If this failed, what is handed from one part to the next would break the graph."""
     make_packed(make_tiny(tmp_path / "source"), tmp_path / "native", "marlin", group_size=32)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
-    expected = logits(model)
+    expected = logits(model)  # and the linears are prepared for the CPU
     fuse_linears(model)
+    assert all(module.cpu_weight is not None for module in model.modules() if isinstance(module, MarlinLinear))
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     with torch.no_grad():
         assert near(compiled(IDS, use_cache=False).logits.double(), expected)

@@ -252,7 +252,7 @@ def test_nothing_is_spilled(name: str, defines: tuple[str, ...], architecture: s
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_110", "sm_120"])
 @pytest.mark.parametrize(
     ("name", "defines"), [*VARIANTS, *REST], ids=lambda value: value if isinstance(value, str) else "-".join(value[:3])
 )
