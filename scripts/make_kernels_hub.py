@@ -68,8 +68,8 @@ from kernels import get_kernel
 marlin = get_kernel("OWNER/marlinctl", version={version}, trust_remote_code=["OWNER/marlinctl"])
 ```
 
-Needs cuda-bindings and NVRTC of CUDA 13, which torch's CUDA wheels for Linux bring. On a CPU the modules multiply by torch's int4 operator, the
-operators by a slow reference. Written by `scripts/make_kernels_hub.py` of marlinctl, from the sources with SHA-256 {digest}.
+Needs cuda-bindings and NVRTC of CUDA 13, which torch's CUDA wheels for Linux bring. On a CPU the modules multiply by torch's int4
+operator, the operators by a slow reference. Written by `scripts/make_kernels_hub.py` of marlinctl, from the sources with SHA-256 {digest}.
 """
 _ALLOWED = sys.stdlib_module_names | {"torch"}  # the hub's rule
 _BINDINGS = "cuda"  # and the one exception: inside of functions
