@@ -68,8 +68,8 @@ from kernels import get_kernel
 marlin = get_kernel("OWNER/marlinctl", version={version}, trust_remote_code=["OWNER/marlinctl"])
 ```
 
-Needs cuda-bindings and NVRTC of CUDA 13, which torch's CUDA wheels for Linux bring. Without a GPU the products are computed by a slow
-reference. Written by `scripts/make_kernels_hub.py` of marlinctl, from the sources with SHA-256 {digest}.
+Needs cuda-bindings and NVRTC of CUDA 13, which torch's CUDA wheels for Linux bring. On a CPU the modules multiply by torch's int4
+operator, the operators by a slow reference. Written by `scripts/make_kernels_hub.py` of marlinctl, from the sources with SHA-256 {digest}.
 """
 _ALLOWED = sys.stdlib_module_names | {"torch"}  # the hub's rule
 _BINDINGS = "cuda"  # and the one exception: inside of functions
@@ -138,15 +138,14 @@ def write(out: Path) -> str:
     files = sources()
     digest = digest_of(files)
     namespace = f"marlinctl_{digest[:12]}"
-    operators = files["kernels/ops.py"]
-    for old, new in (
-        ('Library("marlinctl", "DEF")', f'Library("{namespace}", "DEF")'),
-        ("torch.ops.marlinctl.", f"torch.ops.{namespace}."),
-    ):
-        if old not in operators:
-            raise ValueError(f"kernels/ops.py has no {old} to rename")
-        operators = operators.replace(old, new)
-    files["kernels/ops.py"] = operators
+    for path, kind in (("kernels/ops.py", "DEF"), ("kernels/cpu.py", "FRAGMENT")):
+        for old, new in (
+            (f'Library("marlinctl", "{kind}")', f'Library("{namespace}", "{kind}")'),
+            ("torch.ops.marlinctl.", f"torch.ops.{namespace}."),
+        ):
+            if old not in files[path]:
+                raise ValueError(f"{path} has no {old} to rename")
+            files[path] = files[path].replace(old, new)
     metadata = {
         "id": namespace, "name": "marlinctl", "version": VERSION, "license": "apache-2.0", "python-depends": [],
         "backend": {"type": "cuda", "archs": ["8.0", "9.0"]},

@@ -75,7 +75,8 @@ class _Packed(nn.Module):
         """On a CPU what the first call does: tiles to the layout of torch's operator. ValueError where they are elsewhere."""
         with _CHANGING:
             if self.cpu_weight is None:
-                self.cpu_weight, self.cpu_scales = for_cpu(self._as_packed())
+                weight, self.cpu_scales = for_cpu(self._as_packed())
+                self.cpu_weight = weight  # after the scales: a thread that sees it does not wait
                 setattr(self, self.WORDS, None)
 
     def _bring_tiles_back(self) -> None:
