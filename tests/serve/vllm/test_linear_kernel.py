@@ -61,7 +61,13 @@ def test_what_it_leaves_to_others(vllm: Vllm, changes: dict[str, Any], why: str)
 
 @pytest.mark.parametrize(
     ("capability", "why"),
-    [((7, 5), "7.5"), ((10, 0), "10.0"), ((8, 0), "not measured on sm_80"), ((8, 9), "not measured on sm_89"), (None, "needs CUDA")],
+    [
+        ((7, 5), "7.5"),
+        ((10, 0), "not measured on sm_100"),
+        ((8, 0), "not measured on sm_80"),
+        ((8, 9), "not measured on sm_89"),
+        (None, "needs CUDA"),
+    ],
 )
 def test_where_it_is_not_known_to_be_faster(vllm: Vllm, capability: tuple[int, int] | None, why: str) -> None:
     vllm.capability = capability
