@@ -258,7 +258,7 @@ def compare(folder: Path, files: Sequence[Path]) -> None:
 
 
 def try_damaged(folder: Path) -> int:
-    """Exit code 1 where one is not refused, or by somebody else."""
+    """Exit code 1 where one is not refused, or by another program."""
     from safetensors.torch import load_file, save_file
     from vllm.engine.arg_utils import EngineArgs
 

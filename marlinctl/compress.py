@@ -257,7 +257,7 @@ def _interchange(
         distilled_at, without, processes,
         lambda inner: run_distill(str(pruned_at), distilled_at, str(source.folder), recipe, inner, console, processes),
     )  # fmt: skip
-    processes.wait()  # nobody reads what is removed
+    processes.wait()
     if processes.main:
         with suppress(FileNotFoundError):
             shutil.rmtree(pruned_at)

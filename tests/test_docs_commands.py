@@ -45,6 +45,7 @@ REASONS = {
     r"^accelerate launch": "several processes: tests/distillation/test_distributed.py, tests/oneshot/test_ranks.py",
     r"^marlinctl (?!plan).*--device cuda": "needs a GPU",
     r"^marlinctl plan .*--device cuda --probe": "needs a GPU",
+    r"^OMP_NUM_THREADS=1 marlinctl bench --device cpu": "measures for a minute: tests/benchmarking/test_processor.py",
     r"^marlinctl bench": "needs a GPU: tests/benchmarking/test_run.py and tests/benchmarking",
     r"^marlinctl (resume|jobs)": "needs a job that was killed: tests/oneshot/test_resume.py and tests/jobs/test_kill.py",
     r"^(MARLINCTL_CACHE=\S+ )?python3? (benchmarks|-m pytest)": "measures for minutes or hours, mostly on a GPU",

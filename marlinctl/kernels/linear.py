@@ -12,7 +12,7 @@ does, set `overlap` of the module to False.
 On a CPU the first call turns the tiles into the layout of torch's int4 operator (cpu.py) and drops them; for a dense linear that takes as
 many bytes. state_dict, packed, copies, pickles and moves to another device make the same tiles again, bit for bit; the layout itself is
 never stored, because it belongs to this processor. A module keeps its tiles and multiplies by the reference, which is right and slow,
-where `overlap` is False, as somebody changes them, and where `keeps_tiles` is True: they come from the disk for each call.
+where `overlap` is False, because they are going to be changed, and where `keeps_tiles` is True: they come from the disk for each call.
 """
 
 from __future__ import annotations

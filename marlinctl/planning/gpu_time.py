@@ -15,7 +15,7 @@
     between ranks                          bytes of Gram matrices and rows through the link; of several ranks, and no phase of the report
     the rest                               of the process, in no phase: the start of python, reports, publishing
 
-A term is counted wherever its work is done, so an estimate is linear in the rates but for what goes on beside other work, and a few reports
+A term is counted wherever its work is done, so an estimate is linear in the rates but for work beside other work, and a few reports
 give all rates (benchmarks/plan_rates.py). Rates are of one NVIDIA H200 and its machine. They are set so that the one whole run measured so
 far comes out (Llama-3-8B's shape, int4, 64.1 s, docs/log/2026-11-29-compression-speed.md), from the times of single kernels there; what has
 become faster since, and all other shapes and recipes, have not been held against them.
@@ -99,7 +99,7 @@ def with_probe(gpu: Gpu, title: str, *, forward: float, gram: float, solves: flo
 
 
 def seconds_of_phases(counted: Counts, gpu: Gpu) -> dict[str, float]:
-    """Seconds of each phase. What a thread does is waited for where it takes longer than what goes on beside it."""
+    """Seconds of each phase. What a thread does is waited for where it takes longer than the work beside it."""
     seconds = {phase: sum(units * gpu.seconds[term] for term, units in terms.items()) for phase, terms in counted.items()}
     first_calls = counted["probe"]["probe"] * gpu.seconds["probe"]
     seconds["probe"] = first_calls + gpu.solves * (seconds["probe"] - first_calls)

@@ -1,7 +1,7 @@
 """Who of the processes is still there. A process that is gone never answers, and whoever waits for it in a collective waits for hours.
 
     process 1 ──┐                          a connection that closes without a farewell: that process is dead
-    process 2 ──┼──► process 0             it tells the others, and all of them end; one of them says which process it was
+    process 2 ──┼──► process 0             the others hear of it, and all of them end; one of them says which process it was
     process 3 ──┘
 
 The kernel closes the connection of a process that dies, however it dies; a machine that is cut off is noticed by TCP keepalive. A thread

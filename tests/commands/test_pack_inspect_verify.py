@@ -141,7 +141,8 @@ def test_check_fails_where_no_server_would_load_it(marlinctl: Any, packed: Path)
     """Scripts ask before hours of upload: exit 1, and still one JSON document."""
     result = marlinctl("pack", packed, "--check", "--tp", "8", "--json")
     assert result.code == 1 and result.document["ok"] is False and result.document["servers"] == []
-    assert marlinctl("pack", packed, "--check", "--tp", "8", "--format", "marlin").code == 0  # marlinctl itself is its only reader
+    assert marlinctl("pack", packed, "--check", "--tp", "8", "--format", "marlin").code == 1  # vLLM with marlinctl reads it, whole
+    assert marlinctl("pack", packed, "--check", "--format", "marlin").code == 0
 
 
 def test_check_warns_of_uneven_shards(marlinctl: Any, source: Path, tmp_path: Path) -> None:
@@ -149,7 +150,7 @@ def test_check_warns_of_uneven_shards(marlinctl: Any, source: Path, tmp_path: Pa
     make_packed(source, tmp_path / "uneven", overrides={"model.layers.0.self_attn.q_proj": 64})
     result = marlinctl("pack", tmp_path / "uneven", "--check")
     assert result.code == 1 and "warning: the ct folder will not load in vLLM, SGLang: model.layers.0.self_attn.qkv_proj" in result.err
-    table = {line.rsplit(maxsplit=1)[0][:18].strip(): line.split()[-1] for line in result.out.splitlines()[1:8]}
+    table = {line.rsplit(maxsplit=1)[0][:18].strip(): line.split()[-1] for line in result.out.splitlines()[1:9]}
     assert (table["vLLM 0.24+ Marlin"], table["SGLang 0.5 Marlin"], table["marlinctl"]) == ("no", "no", "yes")
 
 

@@ -82,7 +82,7 @@ def check_tiles() -> None:
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_products_under_every_kind_of_processor(capability: str) -> None:
-    """If this failed, somebody's CPU would compute with codes in the wrong places, or further off than bfloat16 is."""
+    """If this failed, some CPU would compute with codes in the wrong places, or further off than bfloat16 is."""
     here = torch.backends.cpu.get_cpu_capability().lower()
     if CAPABILITIES.index(capability) < (CAPABILITIES.index(here) if here in CAPABILITIES else 2):
         pytest.skip(f"this processor is {here}")
@@ -190,7 +190,7 @@ def test_weights_that_are_loaded_later_count() -> None:
 
 @pytest.mark.filterwarnings("ignore:packed tensors on the CPU")
 def test_tiles_that_somebody_changes() -> None:
-    """If this failed, `remask` would change tiles that nobody multiplies with."""
+    """If this failed, `remask` would change tiles that no product reads."""
     p, weight = packed(True, 80, 96, 32)
     module, x = SparseMarlinLinear(p), torch.eye(96).bfloat16()
     assert torch.allclose(module(x).T.float(), weight, rtol=2**-7, atol=0)

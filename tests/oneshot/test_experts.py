@@ -222,7 +222,7 @@ def test_a_run_in_batches_publishes_the_same_weights(tmp_path: Path, monkeypatch
 
 
 def test_the_expert_at_fault_is_named() -> None:
-    """If the error of one expert named the whole batch, nobody would find it."""
+    """If the error of one expert named the whole batch, it would not be found."""
     solver = StackedSolver.of(recipe("chat"), corrects_drift=False, bfloat16_exact=False, steps=TORCH)
     quantizer = object.__new__(LayerQuantizer)
     quantizer.solver, quantizer.processes = solver, ALONE

@@ -82,7 +82,7 @@ def test_the_head_all_the_way(tmp_path: Path, text: Path, tied: bool, vocabulary
         elif fmt in NATIVE:
             model = AutoModelForCausalLM.from_pretrained(folder)
             assert isinstance(model.lm_head, NATIVE[fmt])
-            assert distance(logits(model), exact) < 5e-3
+            assert distance(logits(model), exact) < 3e-2  # a CPU multiplies with activations in bfloat16
 
 
 def test_a_tied_head_costs_what_plan_says(tmp_path: Path, text: Path) -> None:

@@ -119,7 +119,7 @@ def test_the_phases_of_a_run_are_those_that_are_planned(tiny: Path, tmp_path: Pa
 
 
 def test_the_disk_is_waited_for_where_it_is_slower_than_the_rest() -> None:
-    """Writing goes on beside the blocks; only what is left when they are done is waited for."""
+    """Writing runs beside the blocks; only what is left when they are done is waited for."""
     found = counted("int4")
     assert "wait for the disk" not in seconds_of_phases(found, H200)
     slow = Gpu("slow disk", {**RATES, "write": 1e-7})

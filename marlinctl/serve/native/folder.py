@@ -81,7 +81,7 @@ def read_folder(model: str, revision: str | None, block: Mapping[str, Any], serv
     """model: a folder, or a hub model, which is fetched into the hub's own cache, where the server looks next. BadInput lists what is
     wrong.
 
-    skips_masks: whether the server can be told to leave out a mask file, which is for pruning and training and no part of the model.
+    skips_masks: whether the server can be asked to leave out a mask file, which is for pruning and training and no part of the model.
     """
     from marlinctl.checkpoint.reader import open_checkpoint
 

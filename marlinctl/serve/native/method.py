@@ -25,7 +25,7 @@ from marlinctl.kernels.prepare import Multiplied
 from marlinctl.pack.sparse_marlin import check_metadata
 from marlinctl.serve.native import products
 from marlinctl.serve.native.layout import Arrivals, Layout, Part, check_tensor, layout
-from marlinctl.serve.native.told import telling
+from marlinctl.serve.native.refusals import as_refusals
 
 _ZERO_CODES, _FIRST_TWO = 0x88888888 - (1 << 32), 0x4444  # words of padding: code 0, and metadata that names the first two of four
 
@@ -63,7 +63,7 @@ class PackedLinearMethod:
 
     def load(self, suffix: str, parameter: Parameter, loaded: Tensor, shard: object = None) -> None:
         """What a server calls with each tensor of the folder: `loaded` is the whole tensor, `shard` says which of the linears it is of."""
-        with telling():
+        with as_refusals():
             i = self.layout.index(shard)
             name, n, k = f"{self.names[i]}.{suffix}", self.layout.widths[i], self.layout.in_features
             self.arrivals.note(name)
@@ -96,7 +96,7 @@ class PackedLinearMethod:
             check_metadata(meta.data)
         except ValueError as problem:
             name = f"{', '.join(self.names)}: {suffix}"
-            with telling():
+            with as_refusals():
                 raise BadInput("E346", f"{name}: {problem}", where=name, fix="the file is damaged; fetch or write it again") from None
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:

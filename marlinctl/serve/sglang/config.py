@@ -20,7 +20,7 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig, Quant
 from marlinctl.checkpoint.formats.targets import FUSED
 from marlinctl.errors import BadInput, Problem
 from marlinctl.serve.native.folder import AGAIN, INSTEAD, NativeFolder, read_folder
-from marlinctl.serve.native.told import telling
+from marlinctl.serve.native.refusals import as_refusals
 
 if TYPE_CHECKING:
     from sglang.srt.models.utils import WeightsMapper
@@ -61,7 +61,7 @@ class NativeConfig(QuantizationConfig):
         block = {key: value for key, value in config.items() if key not in ("hf_config", "packed_modules_mapping")}
         model = config.get("hf_config")
         name = getattr(model, "_name_or_path", "") or ""
-        with telling():
+        with as_refusals():
             if not name:
                 what = "SGLang does not say where the model lies, and which linears are packed is in the headers of its files"
                 raise BadInput("E301", what, where="config.json", fix=INSTEAD)
@@ -82,7 +82,7 @@ class NativeConfig(QuantizationConfig):
         is_linear = isinstance(layer, LinearBase)
         if not is_linear and not isinstance(layer, ParallelLMHead):
             return None
-        with telling():
+        with as_refusals():
             names = self.folder.names_of(prefix, self.packed_modules_mapping)
             size = self.folder.group_size_of(prefix, names)
             if size is None and is_linear:
@@ -96,7 +96,7 @@ class NativeConfig(QuantizationConfig):
 
     def is_linear_unquantized(self, prefix: str) -> bool:
         """Asked before there are layers, about names that may be of none: nothing is claimed."""
-        with telling():
+        with as_refusals():
             return self.folder.group_size_of(prefix, self.folder.names_of(prefix, self.packed_modules_mapping)) is None
 
     def _require_weights(self, prefix: str, names: tuple[str, ...]) -> None:

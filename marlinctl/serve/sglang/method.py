@@ -15,7 +15,7 @@ from marlinctl.checkpoint.formats.base import Format
 from marlinctl.errors import BadInput
 from marlinctl.serve.native.folder import INSTEAD
 from marlinctl.serve.native.method import PackedLinearMethod, layout_of
-from marlinctl.serve.native.told import telling
+from marlinctl.serve.native.refusals import as_refusals
 
 _log = logging.getLogger("sglang.marlinctl")
 
@@ -39,7 +39,7 @@ class MarlinctlLinearMethod(PackedLinearMethod, LinearMethodBase):
         **_: Any,
     ) -> None:
         rank, _size = get_group_rank_size(getattr(layer, "tp_group", None))
-        with telling():
+        with as_refusals():
             _refuse_other_divisions(layer, self.names)
             place = layout_of(
                 layer, self.names, input_size_per_partition, output_partition_sizes, input_size, output_size, self.group_size, rank
@@ -48,7 +48,7 @@ class MarlinctlLinearMethod(PackedLinearMethod, LinearMethodBase):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Also refused here: --load-format dummy, and loaders that copy parameters from memory. Nothing has been counted then."""
-        with telling():
+        with as_refusals():
             self.arrivals.complete()
             self.require_claimed(get_parallel().pp_size == 1)
         self.finish(layer, _log)

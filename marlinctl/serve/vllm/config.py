@@ -12,7 +12,7 @@ import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from marlinctl.serve.native.folder import NativeFolder, format_of, read_folder
-from marlinctl.serve.native.told import telling
+from marlinctl.serve.native.refusals import as_refusals
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -24,7 +24,7 @@ class NativeConfig(QuantizationConfig):
     def __init__(self, block: dict[str, Any]) -> None:
         super().__init__()
         self.block = block
-        with telling():
+        with as_refusals():
             self.folder = NativeFolder(format_of(block), "vLLM", {}, frozenset(), frozenset())  # until vLLM has named it
 
     def __repr__(self) -> str:
@@ -51,7 +51,7 @@ class NativeConfig(QuantizationConfig):
         return cls(config)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        with telling():
+        with as_refusals():
             self.folder = read_folder(model_name, revision, self.block, "vLLM", skips_masks=True)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
@@ -73,7 +73,7 @@ class NativeConfig(QuantizationConfig):
         is_linear = isinstance(layer, LinearBase)
         if not is_linear and not isinstance(layer, ParallelLMHead):
             return None
-        with telling():
+        with as_refusals():
             names: Sequence[str] = self.folder.names_of(prefix, self.packed_modules_mapping)
             size = self.folder.group_size_of(prefix, names)
         if size is None:

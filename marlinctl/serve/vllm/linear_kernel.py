@@ -27,7 +27,7 @@ from marlinctl.kernels.prepare import Multiplied
 from marlinctl.pack.marlin import order_scales, repack
 from marlinctl.pack.types import PAD_TO
 from marlinctl.serve.native import products
-from marlinctl.serve.native.told import Refused
+from marlinctl.serve.native.refusals import Refused
 from marlinctl.serve.vllm import cache_key
 
 _log = logging.getLogger("vllm.marlinctl")  # below vLLM's own

@@ -11,7 +11,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from marlinctl.serve.native.method import PackedLinearMethod, layout_of
-from marlinctl.serve.native.told import telling
+from marlinctl.serve.native.refusals import as_refusals
 from marlinctl.serve.vllm import cache_key
 
 DUMMY = "dummy"  # load_format of vLLM: no weights, random ones
@@ -34,7 +34,7 @@ class MarlinctlLinearMethod(PackedLinearMethod, LinearMethodBase):
         rank = getattr(layer, "tp_rank", None)
         if rank is None:
             rank = get_tensor_model_parallel_rank()
-        with telling():
+        with as_refusals():
             place = layout_of(
                 layer, self.names, input_size_per_partition, output_partition_sizes, input_size, output_size, self.group_size, rank
             )
@@ -47,6 +47,6 @@ class MarlinctlLinearMethod(PackedLinearMethod, LinearMethodBase):
         if self.load_format == DUMMY:
             self.fill_at_random(layer)  # vLLM has filled the scales
         else:
-            with telling():
+            with as_refusals():
                 self.arrivals.complete()
         self.finish(layer, _log)

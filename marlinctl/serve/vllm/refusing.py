@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from marlinctl.serve.native.told import Refused
+from marlinctl.serve.native.refusals import Refused
 
 
 def refusing_config(why: str) -> type[QuantizationConfig]:

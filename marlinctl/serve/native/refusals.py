@@ -20,7 +20,7 @@ def text(error: MarlinctlError) -> str:
 
 
 @contextmanager
-def telling() -> Iterator[None]:
+def as_refusals() -> Iterator[None]:
     """Refused instead of any MarlinctlError."""
     try:
         yield
