@@ -210,11 +210,15 @@ def reading_contents(
     if apart_from is None or work.size < apart_from:
         yield lambda: contents(_read_here(work, console, title))
         return
-    from marlinctl.system.confined import Bounds, confined
+    from marlinctl.system.confined import Bounds, Exceeded, confined
 
     trusted = Bounds(memory=4 << 30, cpu=1 << 30, wait=3600.0)  # it is our own work that runs there
     with closing(confined(work.documents, trusted)) as documents:
-        next(documents)  # the process is there: made by this thread, while no other one runs
+        try:
+            next(documents)  # the process is there: made by this thread, while no other one runs
+        except (Exceeded, OSError):  # the system gives no second process: all is read here, later
+            yield lambda: contents(_read_here(work, console, title))
+            return
         yield lambda: contents(_read_apart(work, documents, console, title))
 
 

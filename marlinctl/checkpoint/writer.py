@@ -18,6 +18,8 @@ import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -137,17 +139,18 @@ class StagedCheckpoint:
         self._stays = path is not None
         self._shards: list[list[Entry]] = []
         self._masks: list[Entry] = []
-        self._ahead = self.path.with_name(self.path.name + ".copied")
+        self._ahead = _copied(self.path)
         self._written_ahead: dict[int, Path] = {}
 
     def __enter__(self) -> StagedCheckpoint:
         with disk_problems(self.path):
-            self._remove_ahead()  # of a run that was killed
+            remove_copied(self.path)  # of a run that was killed
             make_folder(self.path) if self._stays else self.path.mkdir()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._remove_ahead()
+        with suppress(OSError):
+            remove_copied(self.path)
         if not self._stays:
             shutil.rmtree(self.path, ignore_errors=True)  # gone already after a publish
             self.spool.unlink(missing_ok=True)
@@ -221,11 +224,19 @@ class StagedCheckpoint:
         """
         with disk_problems(self._ahead):
             make_folder(self._ahead)
-        for number, entries in enumerate(_copies(checkpoint, names)):
+
+        def unless_over(entry: Entry) -> memoryview:
             if over.is_set():
-                return
+                raise _Over
+            return entry.data()
+
+        for number, entries in enumerate(_copies(checkpoint, names)):
             path = self._ahead / f"{number}.safetensors"
-            write_entries(path, in_file_order(entries))
+            watched = [replace(entry, data=partial(unless_over, entry)) for entry in entries]
+            try:
+                write_entries(path, in_file_order(watched))
+            except _Over:
+                return
             self._written_ahead[number] = path
 
     def write_file(self, name: str, data: bytes) -> None:
@@ -278,10 +289,6 @@ class StagedCheckpoint:
         """Keep the staged folder as OUT.rejected, instead of removing it."""
         return keep_rejected(self.path, self.out)
 
-    def _remove_ahead(self) -> None:
-        if self._ahead.is_dir():
-            ownership.remove_tree(self._ahead)
-
     def _write_entries(self, entries: list[Entry], ahead: Path | None = None) -> str:
         """The next shard. ahead: where it is written already."""
         taken = {entry.name for shard in self._shards for entry in shard}
@@ -314,6 +321,20 @@ class StagedCheckpoint:
         total = sum(entry.size for shard in self._shards for entry in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         self.write_file(f"{self.stem}.safetensors.index.json", canonical(index))
+
+
+class _Over(Exception):
+    """Copying ahead is not wanted any more."""
+
+
+def _copied(staged: Path) -> Path:
+    return staged.with_name(staged.name + ".copied")
+
+
+def remove_copied(staged: Path) -> None:
+    """What `StagedCheckpoint.copy_ahead` left beside the folder that a job builds its checkpoint in."""
+    if _copied(staged).is_dir():
+        ownership.remove_tree(_copied(staged))
 
 
 def _copies(checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[list[Entry]]:

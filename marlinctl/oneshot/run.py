@@ -32,7 +32,7 @@ from marlinctl.checkpoint.formats.registry import (
 )
 from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
-from marlinctl.checkpoint.writer import StagedCheckpoint, check_output
+from marlinctl.checkpoint.writer import StagedCheckpoint, check_output, remove_copied
 from marlinctl.data.calibration import CalibrationSet, load_calibration
 from marlinctl.data.tokens import Tokens
 from marlinctl.errors import GateRefused, ResourceProblem
@@ -118,6 +118,8 @@ def _run(
 ) -> tuple[dict[str, Any], Source]:  # fmt: skip
     """The report is the main process's: the others leave after the last block."""
     started = time.monotonic()
+    if processes.main:
+        remove_copied(job.staged)  # of a run that was killed: it would count as space that is not free
     phases = Phases(start=started - console.started)
     texts = [kept] if (kept := _kept_calibration(job, console)) is not None else []
 
@@ -142,6 +144,8 @@ def _run(
     with phases("look at the model"):
         opened = ranks.open_on_all(processes, look)
     job.watch(opened.contents)
+    if opened.device.type == "cuda":  # before the first solve is tried, and before a model writes its text
+        limit_device_memory(opened.device, options.device_memory)
     with threads(options.threads), torch.no_grad():
         with phases("probe"):
             steps = steps_on(opened.device, console)
@@ -293,7 +297,7 @@ def _run_blocks(tokens: Tokens, job: RunJob, solving: LayerQuantizer) -> None:
             torch.cuda.empty_cache()
     raise ResourceProblem(
         "E590", f"{full}, again" if fewer else full, where=f"block {job.finished}" if processes.main else f"process {processes.index}",
-        fix="free memory of the GPU, or a smaller --sequence-length, or --device cpu; what is finished is kept",
+        fix="free memory of the GPU, a larger --device-memory, a smaller --sequence-length, or --device cpu; what is finished is kept",
     )  # fmt: skip
 
 

@@ -18,9 +18,13 @@ def begun(work: Callable[[threading.Event], Value]) -> Iterator[Callable[[], Val
     The event that `work` is given is set when the body is left, by an error too: then it returns soon, and what it returns is not used.
     """
     over = threading.Event()
-    with ThreadPoolExecutor(1, "background") as pool:
-        future = pool.submit(work, over)
+    pool = ThreadPoolExecutor(1, "background")
+    try:
+        yield pool.submit(work, over).result
+    finally:
+        over.set()
         try:
-            yield future.result
-        finally:
-            over.set()
+            pool.shutdown(wait=True)
+        except BaseException:  # a second signal: the files of the job are the thread's until it has ended
+            pool.shutdown(wait=True)
+            raise

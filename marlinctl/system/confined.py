@@ -31,6 +31,7 @@ from typing import Any, NoReturn
 from marlinctl import errors
 from marlinctl.errors import MarlinctlError, Problem
 
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MOST_BYTES = 256 << 20  # of one item
 
 
@@ -55,10 +56,14 @@ def confined(work: Callable[[], Iterator[Any]], bounds: Bounds) -> Generator[Any
     ours, theirs = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads: the child takes no lock that they may hold
-        child = os.fork()
-    if child == 0:
-        os.close(ours)
-        _run(work, bounds, theirs)
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)  # the child must not run what the parent does at its end
+        try:
+            child = os.fork()
+            if child == 0:
+                os.close(ours)
+                _run(work, bounds, theirs, masked)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
     os.close(theirs)
     try:
         yield from _items(ours, child, bounds)
@@ -73,12 +78,14 @@ def confined(work: Callable[[], Iterator[Any]], bounds: Bounds) -> Generator[Any
 # The child
 
 
-def _run(work: Callable[[], Iterator[Any]], bounds: Bounds, pipe: int) -> NoReturn:
+def _run(work: Callable[[], Iterator[Any]], bounds: Bounds, pipe: int, masked: set[int | signal.Signals]) -> NoReturn:
     """Never returns, and runs nothing that was registered for the end of the parent."""
     code = 1
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which kills us
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
         nowhere = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):  # a library that dies says so on stderr, in its own words
             os.dup2(nowhere, stream)

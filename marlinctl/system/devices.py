@@ -75,11 +75,9 @@ def limit_device_memory(device: torch.device, most: int | None) -> int:
     import torch
 
     free, total = torch.cuda.mem_get_info(device)
-    if most is None:
-        return free
     index = torch.cuda.current_device() if device.index is None else device.index
-    torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), index)
-    return min(free, most)
+    torch.cuda.set_per_process_memory_fraction(1.0 if most is None else min(1.0, most / total), index)
+    return free if most is None else min(free, most)
 
 
 def forget_device_peaks(device: torch.device) -> None:

@@ -128,9 +128,8 @@ class Scratch:
             self._budget -= size
             self._on_device[slot] = torch.empty(size, dtype=torch.uint8, device=self._device)
             return self.tensor(slot, shape, dtype)
-        if slot not in self._files and size <= self._host_budget:
-            self._host_budget -= size
-            self._on_host[slot] = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        if slot not in self._files and (pinned := self._page_locked(size)) is not None:
+            self._on_host[slot] = pinned
             return self.tensor(slot, shape, dtype)
         if slot not in self._files or len(self._files[slot][1]) < size:
             self._files.pop(slot, None)
@@ -141,10 +140,24 @@ class Scratch:
     def resident(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor that every pass reads and writes: on the device while the budget lasts, else in host memory."""
         size = math.prod(shape) * dtype.itemsize
-        if size > self._budget:
-            return torch.empty(shape, dtype=dtype, pin_memory=self._device.type == "cuda")
-        self._budget -= size
-        return torch.empty(shape, dtype=dtype, device=self._device)
+        if size <= self._budget:
+            self._budget -= size
+            return torch.empty(shape, dtype=dtype, device=self._device)
+        pinned = self._page_locked(size)
+        return torch.empty(shape, dtype=dtype) if pinned is None else _seen_as(pinned, shape, dtype)
+
+    def _page_locked(self, size: int) -> Tensor | None:
+        """Bytes of page-locked memory while its budget lasts; None where it does not, or the system gives no more."""
+        taken = 1 << max(size - 1, 0).bit_length()  # torch rounds such blocks up to a power of two
+        if taken > self._host_budget:
+            return None
+        try:
+            pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError:  # also where the limit of locked memory is reached: the disk holds the same
+            self._host_budget = 0
+            return None
+        self._host_budget -= taken
+        return pinned
 
     def _new_file(self, size: int) -> tuple[BinaryIO, mmap.mmap]:
         file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115  # lives as long as the slot, without a name

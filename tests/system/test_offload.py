@@ -56,6 +56,31 @@ def test_a_full_disk_is_an_error_where_the_slot_is_made(tmp_path: Path, monkeypa
     assert caught.value.exit_code == 5
 
 
+def test_page_locked_memory_is_counted_as_torch_rounds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, slots of 17 GiB would take 32 GiB each, and a run be killed that was given half of the free memory."""
+    real = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **how: real(*shape, **how))
+    scratch = Scratch(tmp_path, torch.device("cpu"), 0, 100)
+    assert isinstance(scratch.tensor("a", (33,), torch.uint8), PinnedTensor)  # 64 of 100
+    assert isinstance(scratch.tensor("b", (33,), torch.uint8), FileTensor)
+    scratch.resident((32,), torch.uint8)  # 32 of the 36 that are left
+    assert isinstance(scratch.tensor("c", (8,), torch.uint8), FileTensor)
+
+
+def test_where_no_page_can_be_locked_the_disk_holds_activations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this failed, a limit of locked memory (ulimit -l) would end a run that needs none."""
+    real = torch.empty
+
+    def refusing(*shape: object, pin_memory: bool = False, **how: object) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return real(*shape, **how)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(torch, "empty", refusing)
+    scratch = Scratch(tmp_path, torch.device("cpu"), 0, 1 << 20)
+    assert isinstance(scratch.tensor("a", (33,), torch.uint8), FileTensor) and scratch.resident((4,), torch.uint8).shape == (4,)
+
+
 @pytest.mark.gpu
 def test_what_fits_on_the_device_is_an_ordinary_tensor_there(tmp_path: Path) -> None:
     """If this failed, tokens would be gathered and scattered through the host; the device is named without its number here, as in a run."""
@@ -66,7 +91,7 @@ def test_what_fits_on_the_device_is_an_ordinary_tensor_there(tmp_path: Path) -> 
 @pytest.mark.gpu
 def test_page_locked_memory_comes_before_the_disk_and_holds_the_same(tmp_path: Path) -> None:
     """If this failed, the activations of a 70B beside a GPU of 40 GB would be read and written at the rate of a disk, or be others'."""
-    scratch = Scratch(tmp_path, torch.device("cuda"), 0, 7 * 5 * 3 * 2)
+    scratch = Scratch(tmp_path, torch.device("cuda"), 0, 256)  # 210 bytes, of which torch makes 256
     slot = scratch.tensor("a", (7, 5, 3), torch.bfloat16)
     assert isinstance(slot, PinnedTensor) and isinstance(scratch.tensor("b", (7, 5, 3), torch.bfloat16), FileTensor)
     expected = torch.randn(7, 5, 3, device="cuda").bfloat16()
