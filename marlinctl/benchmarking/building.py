@@ -108,7 +108,7 @@ def build(architectures: Sequence[str], *, only: Sequence[str], console: Console
 def default_architectures() -> tuple[str, ...]:
     """Those of this machine's GPUs; without one, all that a GPU could ask for and this NVRTC knows (12.x does not know sm_110).
 
-    EnvironmentProblem E420: one that no kernel is made for. E403 where there is no NVRTC.
+    EnvironmentProblem E420: one without kernels. E403 where there is no NVRTC.
     """
     import torch
 

@@ -64,7 +64,7 @@ class Watch:
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def leave(self, error: BaseException) -> BaseException | None:
-        """This process leaves with an error. Tells the others; returns what is to be raised instead: nothing, what the main process will
+        """This process leaves with an error. Informs the others; returns what is to be raised instead: nothing, what the main process will
         report for another one, or an exit without a report."""
         self._leaving.set()
         ours = isinstance(error, (MarlinctlError, Exit))

@@ -92,7 +92,7 @@ def test_parts_add_up_to_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_divergence_written_out_is_that_of_torch_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, temperature: float
 ) -> None:
-    """Its gradient is no other formula: a job that was begun with autograd's continues with the same numbers."""
+    """Its gradient has the same formula: a job that was begun with autograd's continues with the same numbers."""
     monkeypatch.setattr(losses, "CHUNK", 4)
     logits, _, _, counted, teacher, _ = example()
     student, target = logits.to(dtype).flatten(0, 1).requires_grad_(), teacher.to(dtype).flatten(0, 1)

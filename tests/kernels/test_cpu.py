@@ -205,7 +205,7 @@ def test_tiles_that_somebody_changes() -> None:
 
 
 def test_torch_compile() -> None:
-    """If this failed, a compiled model would break at every linear, or compile anew for every number of rows."""
+    """If this failed, a compiled model would break at every linear, or compile again for every number of rows."""
     torch._dynamo.reset()
     model = torch.nn.Sequential(packed_module(packed(False, 128, 96, 32)[0]), packed_module(packed(True, 80, 128, 64)[0]))
     with pytest.raises(Exception, match="call the model once before it is compiled"):

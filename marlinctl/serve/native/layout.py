@@ -147,7 +147,7 @@ class Arrivals:
             raise BadInput("E302", f"{tensor} is there twice", where=tensor, fix="two files of the folder hold it; " + _AGAIN)
 
     def complete(self) -> None:
-        """BadInput E302 names all that did not come. Afterwards everything may come again: servers can load weights anew."""
+        """BadInput E302 names all that did not come. Afterwards everything may come again: servers can load weights again."""
         missing = [tensor for tensor in self.wanted if not self._seen[tensor]]
         if missing:
             raise BadInput.from_problems("E302", [Problem(f"{tensor} was not loaded", tensor, _AGAIN) for tensor in missing])

@@ -19,6 +19,7 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig, Quant
 
 from marlinctl.checkpoint.formats.targets import FUSED
 from marlinctl.errors import BadInput, Problem
+from marlinctl.serve.native.config import ConfigAnswers
 from marlinctl.serve.native.folder import AGAIN, INSTEAD, NativeFolder, read_folder
 from marlinctl.serve.native.refusals import as_refusals
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")  # of a linear: model.layers.3
 
 
-class NativeConfig(QuantizationConfig):
+class NativeConfig(ConfigAnswers, QuantizationConfig):
     """One native folder, and what of it the model has asked for."""
 
     def __init__(self, folder: NativeFolder, joined: Mapping[str, list[str]]) -> None:
@@ -39,22 +40,6 @@ class NativeConfig(QuantizationConfig):
 
     def __repr__(self) -> str:
         return f"NativeConfig({self.folder.format_name}, {len(self.folder.layers)} packed linears)"
-
-    @classmethod
-    def get_name(cls) -> str:
-        return "marlinctl"
-
-    @classmethod
-    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        return [torch.float16, torch.bfloat16]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 80
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> NativeConfig:
@@ -70,9 +55,6 @@ class NativeConfig(QuantizationConfig):
 
     def apply_weight_name_mapper(self, hf_to_sglang_mapper: WeightsMapper) -> None:
         self.folder = self.folder.renamed(hf_to_sglang_mapper.apply_list, hf_to_sglang_mapper.apply_dict)
-
-    def get_scaled_act_names(self) -> list[str]:
-        return []
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from sglang.srt.layers.linear import LinearBase

@@ -49,6 +49,8 @@ def _add_method(why: str | None) -> None:
 
         QUANTIZATION_METHODS[METHOD] = NativeConfig
     else:
-        from marlinctl.serve.sglang.refusing import refusing_config
+        from sglang.srt.layers.quantization.base_config import QuantizationConfig
 
-        QUANTIZATION_METHODS[METHOD] = refusing_config(why)
+        from marlinctl.serve.native.config import refusing_config
+
+        QUANTIZATION_METHODS[METHOD] = refusing_config(QuantizationConfig, why)

@@ -5,7 +5,6 @@
     linear_kernel.py   a kernel for 4-bit checkpoints that vLLM loads itself: GPTQ, compressed-tensors
     config.py          native folders, as vLLM's quantization config
     method.py          one linear of such a folder
-    refusing.py        the answer to native folders in a release that we do not know
     cache_key.py       vLLM's cache of compiled models, which must know what our linears look like
 
 What does not depend on vLLM is in serve/native/. Nothing else imports vLLM, and plugin.py alone is imported before it has a model to load.

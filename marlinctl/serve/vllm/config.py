@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
+from marlinctl.serve.native.config import ConfigAnswers
 from marlinctl.serve.native.folder import NativeFolder, format_of, read_folder
 from marlinctl.serve.native.refusals import as_refusals
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
 
-class NativeConfig(QuantizationConfig):
+class NativeConfig(ConfigAnswers, QuantizationConfig):
     """One native folder. It is pickled for vLLM's other processes."""
 
     def __init__(self, block: dict[str, Any]) -> None:
@@ -29,22 +30,6 @@ class NativeConfig(QuantizationConfig):
 
     def __repr__(self) -> str:
         return f"NativeConfig({self.folder.format_name}, {len(self.folder.layers)} packed linears)"
-
-    @classmethod
-    def get_name(cls) -> Any:
-        return "marlinctl"
-
-    @classmethod
-    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        return [torch.float16, torch.bfloat16]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 80
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> NativeConfig:

@@ -46,8 +46,9 @@ def _register_refusal(why: str) -> None:
     """So that a native folder gets an answer, instead of "Unknown quantization method"."""
     try:
         from vllm.model_executor.layers.quantization import register_quantization_config
-
-        from marlinctl.serve.vllm.refusing import refusing_config
+        from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
     except ImportError:  # so different that there is no place for an answer; vLLM will say that it does not know the method
         return
-    register_quantization_config(METHOD)(refusing_config(why))
+    from marlinctl.serve.native.config import refusing_config
+
+    register_quantization_config(METHOD)(refusing_config(QuantizationConfig, why))

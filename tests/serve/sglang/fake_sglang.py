@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-OURS = ("config", "method", "refusing", "plugin")  # import SGLang, or keep what it was told
+OURS = ("config", "method", "plugin")  # import SGLang, or keep what it was told
 
 
 @dataclass(frozen=True)

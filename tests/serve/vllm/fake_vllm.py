@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-OURS = ("config", "method", "linear_kernel", "refusing", "cache_key", "plugin")  # import vLLM, or keep what it was told
+OURS = ("config", "method", "linear_kernel", "cache_key", "plugin")  # import vLLM, or keep what it was told
 
 
 class Platform(enum.Enum):
