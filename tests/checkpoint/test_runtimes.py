@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from marlinctl.checkpoint.formats.base import TRANSFORMERS_CT, Packed
+from marlinctl.checkpoint.formats.base import TRANSFORMERS_CT, FormatInfo, Packed
 from marlinctl.checkpoint.formats.registry import FORMATS
-from marlinctl.checkpoint.runtimes import Loads, Verdict, loads, servers_that_accept, split_units, survey
+from marlinctl.checkpoint.reader import Checkpoint
+from marlinctl.checkpoint.runtimes import Loads, Verdict, loads, packed_of, servers_that_accept, split_units, survey
+from marlinctl.checkpoint.safetensors_header import TensorInfo
 
 LLAMA_8B = {"num_attention_heads": 32, "num_key_value_heads": 8}
 BLOCK = "model.layers.0."
@@ -203,3 +207,19 @@ def test_programs_with_the_same_reasons_share_a_line() -> None:
         "the ct folder will not load in vLLM, SGLang: model.layers.0.self_attn.qkv_proj: q_proj, k_proj, v_proj are not quantized alike "
         "(16-bit, group 128), and servers load them as one linear (and 29 more)"
     )
+
+
+def test_headers_of_a_large_mixture_of_experts_are_read_in_linear_time(tmp_path: Path) -> None:
+    """Qwen3-30B-A3B has 18,816 linears: where each tensor asks for all of them, the report takes minutes after the work is done."""
+    layers = {f"model.layers.0.mlp.experts.{i}.down_proj": 128 for i in range(4000)}
+    kinds = {"qweight": (16, 128), "scales": (1, 128), "qzeros": (1, 16), "g_idx": (128,)}
+    tensors = {
+        f"{layer}.{suffix}": TensorInfo(f"{layer}.{suffix}", "I32", shape, tmp_path / "model.safetensors", 0, 0)
+        for layer in layers
+        for suffix, shape in kinds.items()
+    }
+    checkpoint = Checkpoint(tmp_path, {}, tensors, ())
+    started = time.process_time()
+    found = packed_of(checkpoint, FormatInfo(FORMATS["gptq"], layers))
+    assert time.process_time() - started < 5
+    assert set(found.shapes.values()) == {(128, 128)} and len(found.shapes) == 4000
