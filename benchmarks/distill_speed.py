@@ -51,7 +51,7 @@ from marlinctl.planning.training_settings import check_sizes
 from marlinctl.recipes.schema import Distill, load_recipe, resolve
 from marlinctl.sparsify.mask import two_largest
 from marlinctl.system.console import Console
-from marlinctl.system.devices import grow_segments
+from marlinctl.system.devices import set_up_allocator
 
 PEAK = 989e12  # operations a second in bfloat16, dense: the data sheet of the H100 and H200 (SXM)
 PRODUCT = 8192  # of the square matrices whose product shows what the card multiplies at its power limit
@@ -155,7 +155,7 @@ def measure(
 ) -> Measured | None:
     """Train for some steps; None in every process but the main one."""
     processes = Processes(device)
-    grow_segments(processes.device)
+    set_up_allocator(processes.device)
     product = product_rate(processes.device) if processes.device.type == "cuda" else PEAK
     with ExitStack() as stack:
         opened = open_models(str(student), str(teacher), asked, Options(device=device), Console.quiet(), stack)

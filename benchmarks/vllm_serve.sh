@@ -8,7 +8,7 @@
 #     unpack                 the kit, and an entry point for this working tree
 #     small                  tokens of a small random model, native and through the linear kernel; references; damaged folders
 #     repack                 words to tiles on the GPU
-#     time:NAME              fp16 ct marlin marlin_24 ct-head marlin-head marlin_24-head; time:ct:machete with vLLM's own choice
+#     time:NAME              fp16 ct marlin marlin_24 ct-head marlin-head marlin_24-head; time:ct:machete and time:ct:marlin with vLLM's kernels
 #     real:FOLDER            tokens of a native folder of a real model in each format that it can be packed to, and references; ids.json beside
 #                            the folder has the text's tokens where it holds no tokenizer
 #     two                    the small model on two GPUs
@@ -83,6 +83,8 @@ for what in "$@"; do
     repack) run repack 60 $serve repack ;;
     time:*:machete) name=${what#time:}; name=${name%:machete}
       run time-$name-machete 170 env VLLM_DISABLED_KERNELS=MarlinctlLinearKernel $serve time $work/shapes/$name $name-machete ;;
+    time:*:marlin) name=${what#time:}; name=${name%:marlin}
+      run time-$name-marlin 170 env VLLM_DISABLED_KERNELS=MarlinctlLinearKernel,MacheteLinearKernel $serve time $work/shapes/$name $name-marlin ;;
     time:*) run time-${what#time:} 170 $serve time $work/shapes/${what#time:} ${what#time:} ;;
     real:*) real "$(cd "${what#real:}" && pwd)" ;;
     two) # no NVLink multicast: not every machine can have it

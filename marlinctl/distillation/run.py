@@ -50,7 +50,7 @@ from marlinctl.planning.training_settings import check_settings, check_sizes
 from marlinctl.recipes.schema import Distill, Recipe, recipe_hash
 from marlinctl.report.files import report_files
 from marlinctl.system.console import Console
-from marlinctl.system.devices import device_peaks, forget_device_peaks, forward_dtype, grow_segments, threads
+from marlinctl.system.devices import device_peaks, forget_device_peaks, forward_dtype, set_up_allocator, threads
 from marlinctl.system.host import peak_rss
 from marlinctl.system.offload import Scratch
 from marlinctl.system.processes import Processes as AllProcesses
@@ -97,7 +97,7 @@ def run_distill(
     joined: the processes of the run that this is a stage of.
     """
     processes = Processes(options.device, joined)
-    grow_segments(processes.device)
+    set_up_allocator(processes.device)
     forget_device_peaks(processes.device)  # `compress` quantizes first
     run = _Run(out, recipe, options, console, processes, DistillJob(out), forward_dtype(processes.device, options.dtype))
     asked = {"student": student, "teacher": teacher, "recipe": recipe.model_dump(mode="json"), "options": options.document()}

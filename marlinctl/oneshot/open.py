@@ -44,7 +44,7 @@ from marlinctl.planning.preflight import (
 )
 from marlinctl.recipes.schema import Recipe
 from marlinctl.system.console import Console, gibibytes
-from marlinctl.system.devices import choose_device, forward_dtype, grow_segments
+from marlinctl.system.devices import choose_device, forward_dtype, set_up_allocator
 from marlinctl.system.host import available_memory
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def open_model(
     """
     refuse_no_change(recipe)
     device = torch.device(choose_device(options.device))
-    grow_segments(device)
+    set_up_allocator(device)
     dtype = forward_dtype(device, options.dtype)
     source = resolve_model(model, revision=options.revision, cache_dir=options.cache_dir, offline=options.offline, console=console)
     if source.note:

@@ -29,7 +29,7 @@ from marlinctl.quantize.types import Hessian
 from marlinctl.recipes.schema import Recipe
 from marlinctl.sparsify.steps import TORCH, PruneSteps
 from marlinctl.system.console import Console, duration
-from marlinctl.system.devices import choose_device, device_peaks, forget_device_peaks, grow_segments, has_matrix_units, threads
+from marlinctl.system.devices import choose_device, device_peaks, forget_device_peaks, set_up_allocator, has_matrix_units, threads
 from marlinctl.system.host import release_heap
 
 _SEED = 0
@@ -80,7 +80,7 @@ def probe_on(device: str, threads_asked: int | None, console: Console) -> Callab
 
     def probe(looked: ModelPlan, recipe: Recipe, dtype: str) -> ProbeResult:
         place = torch.device(choose_device(device))
-        grow_segments(place)
+        set_up_allocator(place)
         with threads(threads_asked):
             return run_probe(
                 looked.architecture,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # read by torch 2.11 and 2.13 alike; where both are set, the first one
+_SETTINGS = "expandable_segments:True,pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
 
 
 def choose_device(device: str) -> str:
@@ -59,15 +60,17 @@ def forward_dtype(device: torch.device, asked: str) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def grow_segments(device: torch.device) -> None:
-    """Have torch's CUDA allocator grow its segments (expandable_segments), in this process and its children, unless the user set it up.
+def set_up_allocator(device: torch.device) -> None:
+    """Set up torch's allocators of a CUDA device, in this process and its children, unless the user did.
 
-    A run allocates and frees matrices of many sizes, and fixed segments are left with holes that fit none: with two blocks of 4096 / 14336
-    torch held 13.39 GiB for 8.18 that were alive, and 10.18 with this (H200, torch 2.11, 2026-11-21). The allocator reads its environment
-    once, when it is first asked for memory: to be called before that.
+    expandable_segments: a run allocates and frees matrices of many sizes, and fixed segments are left with holes that fit none: with two
+    blocks of 4096 / 14336 torch held 13.39 GiB for 8.18 that were alive, and 10.18 with this (H200, torch 2.11, 2026-11-21).
+    pinned_use_cuda_host_register: page-locked memory is taken by threads; the driver alone takes it page by page.
+
+    The allocators read their environment once, when first asked for memory: to be called before that.
     """
     if device.type == "cuda" and not any(name in os.environ for name in _ALLOCATOR):
-        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
+        os.environ[_ALLOCATOR[0]] = _SETTINGS
 
 
 def limit_device_memory(device: torch.device, most: int | None) -> int:

@@ -19,13 +19,14 @@ from tests.runs import TEXT
 from tests.tiny import make_tiny
 
 CUDAS, GENERIC = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
+SETTINGS = "expandable_segments:True,pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
 
 
 @pytest.mark.parametrize(
     ("device", "users", "expected"),
     [
-        ("cuda", {}, {CUDAS: "expandable_segments:True"}),
-        ("cuda:1", {}, {CUDAS: "expandable_segments:True"}),
+        ("cuda", {}, {CUDAS: SETTINGS}),
+        ("cuda:1", {}, {CUDAS: SETTINGS}),
         ("cuda", {CUDAS: "max_split_size_mb:100"}, {CUDAS: "max_split_size_mb:100"}),
         ("cuda", {GENERIC: "expandable_segments:False"}, {GENERIC: "expandable_segments:False"}),
         ("cuda", {GENERIC: ""}, {GENERIC: ""}),
