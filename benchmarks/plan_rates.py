@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marlinctl.models.architectures import Experts, architecture
+from marlinctl.models.architectures import architecture
 from marlinctl.planning.gpu_time import BESIDE, H200, RATES, Counts, Gpu, counts, seconds_of_phases
 from marlinctl.planning.memory import Work
 from marlinctl.recipes.schema import recipe_of_document
@@ -61,11 +61,11 @@ def run_of(name: str, report: Mapping[str, Any], config: Mapping[str, Any], seco
     """report: marlinctl_report.json. config: config.json of source or result. seconds: of the whole process."""
     known = architecture(config)
     recipe = recipe_of_document({key: value for key, value in report["recipe"].items() if key != "sha256"})
-    corrects_drift = recipe.quantize.drift_correction > 0 and not any(isinstance(block.mlp, Experts) for block in known.blocks)
+    corrects_drift = recipe.quantize.drift_correction > 0
     element = {"bfloat16": 2, "float32": 4}[report["dtype"]]
     work = Work.of(recipe, element=element, corrects_drift=corrects_drift, on_device=True, ranks=report.get("processes", 1))
     compressed = {layer["name"]: layer["group_size"] or -1 for layer in report["layers"]}
-    counted = counts(known, compressed, work, recipe, report["bytes"]["source"])
+    counted = counts(known, compressed, work, recipe, report["bytes"]["source"], report.get("device_memory_bytes"))
     measured = dict(report["phases"])
     if seconds is not None:
         measured["the rest"] = seconds - sum(measured.values())

@@ -84,7 +84,7 @@ def manifest_of(opened: RunInputs, recipe: Recipe, calibration: Mapping[str, Any
 
 def report_of(
     opened: RunInputs, recipe: Recipe, options: Options, calibration: Mapping[str, Any], records: list[LayerRecord],
-    warnings: list[str], seconds: float, processes: int,
+    warnings: list[str], seconds: float, processes: int, device_memory: int | None,
 ) -> dict[str, Any]:  # fmt: skip
     device = opened.device
     tensors = opened.checkpoint.tensors
@@ -113,6 +113,7 @@ def report_of(
         "error": {"mean": sum(r.error for r in records) / len(records), "worst": max(records, key=lambda r: r.error).name},
         "seconds": round(seconds, 1),
         "peak_memory_bytes": peak_rss(),
+        "device_memory_bytes": device_memory,  # what the run could take
         **device_peaks(device),
         "layers": [asdict(record) for record in records],
     }

@@ -29,7 +29,7 @@ from marlinctl.quantize.types import Hessian
 from marlinctl.recipes.schema import Recipe
 from marlinctl.sparsify.steps import TORCH, PruneSteps
 from marlinctl.system.console import Console, duration
-from marlinctl.system.devices import choose_device, device_peaks, forget_device_peaks, set_up_allocator, has_matrix_units, threads
+from marlinctl.system.devices import choose_device, device_peaks, forget_device_peaks, has_matrix_units, set_up_allocator, threads
 from marlinctl.system.host import release_heap
 
 _SEED = 0
@@ -95,8 +95,9 @@ def probe_on(device: str, threads_asked: int | None, console: Console) -> Callab
     return probe
 
 
-def probe_before(opened: RunInputs, recipe: Recipe, steps: PruneSteps, console: Console) -> None:
-    """The largest solve once, so that a machine whose memory does not hold it says so in seconds and not after hours."""
+def probe_before(opened: RunInputs, recipe: Recipe, steps: PruneSteps, console: Console, device_memory: int | None) -> None:
+    """The largest solve once, so that a machine whose memory does not hold it says so in seconds and not after hours. device_memory: bytes
+    that the run may take of a GPU."""
     sizes = opened.plan.group_sizes
     measured = run_probe(
         opened.architecture, sizes, recipe, corrects_drift=opened.corrects_drift, device=opened.device, dtype=opened.dtype, steps=steps
@@ -105,7 +106,7 @@ def probe_before(opened: RunInputs, recipe: Recipe, steps: PruneSteps, console: 
     counted_at = machine(opened.device.type, torch.get_num_threads(), opened.dtype.itemsize, matrix_units=has_matrix_units())
     speed = machine_of_probe(counted_at, measured, recipe, corrects_drift=opened.corrects_drift)
     size = sum(tensor.nbytes for tensor in opened.checkpoint.tensors.values())
-    left = sum(seconds_of_blocks(opened.architecture, sizes, work, recipe, speed, size).values())
+    left = sum(seconds_of_blocks(opened.architecture, sizes, work, recipe, speed, size, device_memory).values())
     stage = measured.stage
     console.say(
         f"probed the largest solve, {stage.rows} rows of {stage.k} inputs: {measured.seconds:.2f} s; the whole run will take about "

@@ -144,12 +144,13 @@ def _run(
     with phases("look at the model"):
         opened = ranks.open_on_all(processes, look)
     job.watch(opened.contents)
+    device_memory = None
     if opened.device.type == "cuda":  # before the first solve is tried, and before a model writes its text
-        limit_device_memory(opened.device, options.device_memory)
+        device_memory = limit_device_memory(opened.device, options.device_memory)
     with threads(options.threads), torch.no_grad():
         with phases("probe"):
             steps = steps_on(opened.device, console)
-            probe_before(opened, recipe, steps, console)
+            probe_before(opened, recipe, steps, console, device_memory)
         calibration = ranks.share_calibration(processes, lambda: _calibration(job, opened, recipe, texts, steps, console, processes))
         with ExitStack() as stack:
             staged = StagedCheckpoint(out, overwrite=options.overwrite, fmt=fmt, path=job.staged)
@@ -172,8 +173,9 @@ def _run(
             staged.write_file("recipe.yaml", recipe.to_yaml().encode())
             warnings = _warnings(opened, calibration, solving.records, console)
             report = report_of(
-                opened, recipe, options, calibration.facts, solving.records, warnings, time.monotonic() - started, processes.count
-            )
+                opened, recipe, options, calibration.facts, solving.records, warnings, time.monotonic() - started, processes.count,
+                device_memory,
+            )  # fmt: skip
             with phases("check"):
                 staged.finish(
                     model_config(opened, recipe),

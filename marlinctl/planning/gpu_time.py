@@ -6,12 +6,12 @@
     look at the model                      SHA-256 of the model's files, as far as it takes longer than the text beside it
     probe                                  the largest solve, and the libraries' first calls
     embed                                  the embedding of all tokens
-    forward and Gram                       products, Gram matrices, bytes of activations, chunks, experts
+    forward and Gram                       products, Gram matrices, bytes of activations, chunks, experts, activations in host memory
     read                                   bytes of weights on their way to the GPU
     solve                                  factorisations, products, steps of the sweeps, passes over weights, solves
     wait for the disk                      what the thread that writes is behind when the last block is done
     copy                                   bytes that are copied as they are, as far as it takes longer than the blocks beside it
-    check                                  weights that are unpacked, bytes that are hashed
+    check                                  linears, weights that are unpacked, bytes that are hashed
     between ranks                          bytes of Gram matrices and rows through the link; of several ranks, and no phase of the report
     the rest                               of the process, in no phase: the start of python, reports, publishing
 
@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from marlinctl.models.architectures import Architecture, Block, Experts
+from marlinctl.planning.disk import resident_bytes
 from marlinctl.planning.memory import (
     CHUNK_TOKENS_ON_DEVICE,
     STORED,
@@ -36,6 +37,7 @@ from marlinctl.planning.memory import (
     Work,
     experts_together,
     parameters,
+    predicted_device_peak,
     stage_of,
     stages,
     stages_of_block,
@@ -68,8 +70,11 @@ RATES: Mapping[str, float] = MappingProxyType(
         "groups": 5e-5,  # group of columns in a re-fit of scales
         "solve": 3.5e-3,  # solve: launches, and questions that wait for the device
         "link": 1 / 100e9,  # byte between GPUs of one host: a guess, never measured
+        "page-locked": 1 / 2e9,  # byte of activations that host memory holds: taken once
+        "to the host": 1 / 5e10,  # byte of activations between host and GPU
         "write": 1 / 1e9,  # byte of a result, digest and all
         "copy": 1 / 9.2e8,  # byte that is copied as it is
+        "linear": 2.5e-3,  # linear that is read back
         "unpack": 1 / 7.5e9,  # weight that is read back and unpacked
         "hash": 1 / 1.5e9,  # byte of the result
     }
@@ -115,8 +120,17 @@ def seconds_of_solve(stage: Stage, recipe: Recipe, gpu: Gpu, *, corrects_drift: 
     return gpu.solves * sum(units * gpu.seconds[term] for term, units in _solve(stage, recipe, corrects_drift, stage.rows).items())
 
 
-def counts(architecture: Architecture, compressed: Mapping[str, int], work: Work, recipe: Recipe, model_bytes: int) -> Counts:
-    """What one pass over the blocks does, in the rank that has most to do. compressed: linear -> group size."""
+def counts(
+    architecture: Architecture,
+    compressed: Mapping[str, int],
+    work: Work,
+    recipe: Recipe,
+    model_bytes: int,
+    device_memory: int | None = None,
+) -> Counts:
+    """What one pass over the blocks does, in the rank that has most to do. compressed: linear -> group size. device_memory: bytes of the
+    GPU that the run may take; None where all activations stay there.
+    """
     found: Counts = {phase: defaultdict(float) for phase in _PHASES}
     for phase in ("start", "text", "probe", "embed", "the rest"):
         found[phase][phase] = 1
@@ -140,7 +154,12 @@ def counts(architecture: Architecture, compressed: Mapping[str, int], work: Work
     untouched = max(0, model_bytes - round(model_bytes * weights / parameters(architecture)))
     found["wait for the disk"]["write"] = result
     found["copy"]["copy"] = untouched
-    found["check"].update(unpack=weights, hash=result + untouched)
+    found["check"].update(linear=len(solved), unpack=weights, hash=result + untouched)
+    if device_memory is not None:
+        needed = resident_bytes(architecture, work) + predicted_device_peak(architecture, compressed, work)
+        elsewhere = max(0, needed - device_memory)
+        found["forward and Gram"]["page-locked"] += elsewhere
+        found["forward and Gram"]["to the host"] += 2 * elsewhere * len(architecture.blocks)
     return found
 
 

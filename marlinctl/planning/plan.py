@@ -376,12 +376,13 @@ def _time(
     cores = settings.threads or max(1, _cores() // settings.ranks)
     speed = time.machine(settings.device, cores, element, matrix_units=has_matrix_units())
     size = sum(tensor.nbytes for tensor in seen.checkpoint.tensors.values())
+    free = _device_memory(settings)[0] if settings.device.startswith("cuda") else None
     parts: dict[str, float] = {}
     counted_at = speed
     for name, part, work in stages:
         if name in probed:
             speed = time.machine_of_probe(counted_at, probed[name], part, corrects_drift=work.corrects_drift)
-        seconds_of = time.seconds_of_blocks(looked.architecture, looked.plan.group_sizes, work, part, speed, size)
+        seconds_of = time.seconds_of_blocks(looked.architecture, looked.plan.group_sizes, work, part, speed, size, free)
         parts = {name: parts.get(name, 0.0) + seconds for name, seconds in seconds_of.items()} | {
             k: v for k, v in parts.items() if k not in seconds_of
         }

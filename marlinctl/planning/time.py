@@ -89,11 +89,13 @@ def machine_of_probe(speed: Machine | Gpu, measured: ProbeResult, recipe: Recipe
 
 
 def seconds_of_blocks(
-    architecture: Architecture, compressed: Mapping[str, int], work: Work, recipe: Recipe, speed: Machine | Gpu, model_bytes: int
-) -> dict[str, float]:
-    """Seconds of each part of one pass over the blocks, in the rank that has most to do."""
+    architecture: Architecture, compressed: Mapping[str, int], work: Work, recipe: Recipe, speed: Machine | Gpu, model_bytes: int,
+    device_memory: int | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Seconds of each part of one pass over the blocks, in the rank that has most to do. device_memory: of a GPU (gpu_time.counts)."""
     if isinstance(speed, Gpu):
-        parts = gpu_time.seconds_of_phases(gpu_time.counts(architecture, compressed, work, recipe, model_bytes), speed)
+        counted = gpu_time.counts(architecture, compressed, work, recipe, model_bytes, device_memory)
+        parts = gpu_time.seconds_of_phases(counted, speed)
     else:
         parts = _seconds_of_parts(architecture, compressed, work, recipe, speed, model_bytes)
     if work.writes_text:
