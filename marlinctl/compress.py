@@ -35,11 +35,11 @@ from marlinctl.distillation.rows import load_rows
 from marlinctl.errors import GateRefused
 from marlinctl.evaluation.gate import Gate, Measurement
 from marlinctl.evaluation.settings import EvalSettings
-from marlinctl.jobs.journal import JOB, JobFolder, Place, Request
+from marlinctl.jobs.journal import JOB, CompressJob, JobFolder, Place, Request
 from marlinctl.oneshot.documents import published_report, versions
 from marlinctl.oneshot.open import Options, check_request
 from marlinctl.oneshot.run import run_job
-from marlinctl.planning.preflight import check_lengths, formats_of
+from marlinctl.planning.preflight import check_lengths, folders_of, formats_of
 from marlinctl.recipes.schema import Recipe, divided, recipe_hash
 from marlinctl.report.files import report_files
 from marlinctl.system.atomic import canonical, write_bytes, write_document
@@ -49,16 +49,6 @@ from marlinctl.system.processes import Processes
 from marlinctl.verify.run import verify
 
 _CT = INTERCHANGE.name  # the folder of the 4-bit checkpoint in the job, from which the other formats are packed
-
-
-class _CompressJob(JobFolder):
-    @property
-    def progress(self) -> bool:
-        """A stage is finished, or one of them has something to resume."""
-        if self.publishing is not None:
-            return True
-        inner = [path for path in self.path.iterdir() if path.is_dir()] if self.path.is_dir() else []
-        return any(path.suffix != ".job" or JobFolder(path.with_suffix("")).has_progress() for path in inner)
 
 
 def run_compress(
@@ -101,8 +91,7 @@ def _compress(
     evaluate_result: bool, task_data: Path | None, gate: Gate,
 ) -> dict[str, Any]:  # fmt: skip
     """The whole of it, as the main process goes through it."""
-    first, *others = recipe.pack.formats
-    places = {first: out} | {fmt: out.with_name(f"{out.name}-{fmt}") for fmt in others}
+    places = folders_of(recipe, out)
     sources = [Path(model)] if Path(model).exists() else []
     asked = {
         "model": model,
@@ -112,7 +101,7 @@ def _compress(
         "task_data": None if task_data is None else str(task_data),
         "gate": gate.document(),
     }
-    job = _CompressJob(out)
+    job = CompressJob(out)
     rejects = evaluate_result or gate.asked
     if not options.resume:
         _check_places(places.values(), options, sources, rejects)

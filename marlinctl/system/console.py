@@ -284,6 +284,10 @@ class Console:
                 fix=fix if named else f"move what is there away, or {fix}",
             ) from error
 
+    def withdraw_log(self) -> None:
+        """Of a run that was refused, nothing stays in the log that `log_to` chose: neither a new file nor lines in one that was there."""
+        self._log.withdraw()
+
     def close(self) -> None:
         _LOGGER.removeHandler(self._log)
         _LOGGER.propagate = True

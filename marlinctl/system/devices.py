@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -19,16 +20,20 @@ _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # read by torch 
 _SETTINGS = "expandable_segments:True,pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
 
 
+def check_name(device: str) -> None:
+    """UsageError E202 for what names no device. Without torch."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device, re.ASCII):
+        raise UsageError("E202", f"unknown device {device}", where="--device", fix="give auto, cpu, cuda or cuda:N")
+
+
 def choose_device(device: str) -> str:
     """`auto` resolved; a device that is not there is an error, not a slow surprise."""
+    check_name(device)
     import torch
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError("E202", f"unknown device {device}", where="--device", fix="give auto, cpu, cuda or cuda:N") from error
+    kind = torch.device(device)
     if kind.type == "cuda" and (not torch.cuda.is_available() or (kind.index or 0) >= torch.cuda.device_count()):
         reason, cure = no_cuda()
         fix = f"give --device cpu, or {cure}" if cure else "give --device cpu"

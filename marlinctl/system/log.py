@@ -133,10 +133,12 @@ class MemoryThenFile(logging.Handler):
         self.lines: deque[str] = deque(maxlen=LINES_IN_MEMORY)
         self.file: TextIO | None = None
         self.path: Path | None = None
+        self._begin: int | None = None  # where the lines of this run begin in a file that nobody named
 
     def open(self, path: Path, *, named: bool) -> None:
         """named: the person named this file, so whatever it is, lines are appended to it. Otherwise it is new, or a log of ours."""
         self.file = _named_log(path) if named else _own_log(path)
+        self._begin = None if named else os.fstat(self.file.fileno()).st_size
         try:
             self.file.writelines(self.lines)
             self.file.flush()
@@ -145,6 +147,18 @@ class MemoryThenFile(logging.Handler):
             raise
         self.path = path
         self.lines.clear()
+
+    def withdraw(self) -> None:
+        """Back to memory: take the lines of this run out of the file, and the file away where it was new. A named one keeps them."""
+        if self.file is None or self.path is None or self._begin is None:
+            return
+        with suppress(OSError):
+            if self._begin:
+                os.truncate(self.file.fileno(), self._begin)
+            else:
+                self.path.unlink()
+        self._let_go()
+        self.path = None
 
     def emit(self, record: logging.LogRecord) -> None:
         text = printable(without_home(redact(self.format(record)))) + "\n"

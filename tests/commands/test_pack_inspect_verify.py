@@ -117,7 +117,6 @@ def test_pack_needs_overwrite(marlinctl: Any, packed: Path, tmp_path: Path) -> N
         (["{packed}", "{tmp}/o", "--format", "awq"], "no format 'awq'"),
         (["{packed}", "{packed}"], "the output is the input"),
         (["{packed}", "{packed}/sub"], "inside the input"),
-        (["{packed}", "{tmp}/no/o"], "does not exist"),
         (["{packed}", "--check", "--tp", "0"], "0"),
     ],
 )
