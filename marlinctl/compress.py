@@ -44,6 +44,7 @@ from marlinctl.recipes.schema import Recipe, divided, recipe_hash
 from marlinctl.report.files import report_files
 from marlinctl.system.atomic import canonical, write_bytes, write_document
 from marlinctl.system.console import Console
+from marlinctl.system.devices import say_choice
 from marlinctl.system.digests import sha256_of
 from marlinctl.system.processes import Processes
 from marlinctl.verify.run import verify
@@ -108,6 +109,7 @@ def _compress(
     looking = Measurement(EvalSettings.of_recipe(recipe.evaluate, task_data), gate, console) if rejects else None
     if not options.resume:
         check_request(recipe, options, looking, distils=True)
+        say_choice(options.device, processes.device.type, console)
     with job.held(Request("compress", asked), resume=options.resume, console=console, launcher=processes.launcher):
         console.log_to(job.log)
         if job.publishing is not None and options.redo_from is None:
@@ -152,7 +154,10 @@ def _compress(
         }
         distilled = work / "distilled"  # trained weights and norms are what the codes were made from
         made_from = distilled if distilled.is_dir() else source.folder
-        report["verified"] = {fmt: verify(work / fmt, source=made_from, load=None, console=console).document() for fmt in places}
+        checked = {fmt: verify(work / fmt, source=made_from, load=None, console=console) for fmt in places}
+        for line in dict.fromkeys(line for found in checked.values() for line in found.skipped):
+            console.warn(line)
+        report["verified"] = {fmt: found.document() for fmt, found in checked.items()}
         if looking is not None:
             try:
                 with job.measuring():

@@ -130,9 +130,9 @@ def command(
         elif folder is not None and not is_gguf(folder):
             open_subject(Path(folder).expanduser())
     from marlinctl.evaluation.run import evaluate, render_table
-    from marlinctl.system.devices import choose_device
+    from marlinctl.system.devices import choose_device, say_choice
 
-    choose_device(device)  # this and what follows: before a model is fetched
+    say_choice(device, choose_device(device), console)  # this and what follows: before a model is fetched
     check_arguments(settings, console, with_text=with_text, load_tasks=False)  # they are loaded at once
     offline = console.offline
     source = resolve_model(model, revision=revision, cache_dir=cache_dir, offline=offline, console=console)

@@ -118,6 +118,9 @@ def look(
         overrides={pattern: override.group_size if groups else -1 for pattern, override in recipe.quantize.overrides.items()},
         include=recipe.quantize.include,
     )
+    if console is not None:
+        for pattern in rules.idle:
+            console.say(f"--skip {pattern} changes nothing: the output head stays 16-bit anyway")
     shapes = {name: (spec.out_features, spec.in_features) for name, spec in _planned(known, rules).items()}
     if recipe.scheme.prunes:
         _refuse_odd_widths(shapes)

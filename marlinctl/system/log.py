@@ -17,8 +17,11 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, cast
+
+from marlinctl.system.after_import import after_import
 
 LINES_IN_MEMORY = 2000  # of log, as long as no file is known
 
@@ -122,6 +125,43 @@ def visible_streams() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+class _OfLibraries(logging.Handler):
+    """Into our log what other libraries log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not record.name.startswith("marlinctl"):  # ours reach the root, too, while no console is there
+            logging.getLogger("marlinctl").debug("%s: %s", record.name, " ".join(record.getMessage().split()))
+
+
+_OWN_HANDLERS = {"transformers.utils.logging": "transformers", "huggingface_hub.utils.logging": "huggingface_hub"}
+_watched: set[str] = set()  # modules whose import has been waited for in this process
+
+
+@contextmanager
+def libraries_in_log() -> Iterator[None]:
+    """What libraries warn of and log goes to the log alone: a person cannot act on a deprecation inside of transformers."""
+    for module in _OWN_HANDLERS.keys() - _watched:
+        _watched.add(module)
+        after_import(module, partial(_to_root, _OWN_HANDLERS[module]))
+    handler = _OfLibraries(logging.WARNING)
+    root = logging.getLogger()
+    root.addHandler(handler)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        root.removeHandler(handler)
+
+
+def _to_root(name: str) -> None:
+    """A library that has its own way to stderr, once it has set that up."""
+    library = logging.getLogger(name)
+    for handler in [handler for handler in library.handlers if isinstance(handler, logging.StreamHandler)]:
+        library.removeHandler(handler)
+    library.propagate = True
 
 
 class MemoryThenFile(logging.Handler):
