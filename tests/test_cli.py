@@ -167,7 +167,7 @@ def test_every_error_has_its_exit_code(
 
     assert cli.main(["probe", "--json"]) == code
     document = json.loads(capsys.readouterr().out)["error"]
-    assert (document["id"], document["exit_code"]) == (anchor.upper(), code)
+    assert (document["id"], document["exit_code"]) == (error_id, code)
 
 
 def test_all_problems_are_listed(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
