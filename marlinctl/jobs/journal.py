@@ -161,8 +161,14 @@ class JobFolder:
     def refuse_taken(self) -> None:
         """What `held` refuses of a new job, before it takes the lock: E224, E285 and E503, as there. Nothing is changed."""
         self.refuse_foreign()
+        if held_by(self.path) is not None:
+            raise self._at_work()
         self._read()
         self._refuse_unfinished()
+
+    def _at_work(self) -> ResourceProblem:
+        what = f"another run is at work on this output{_by(self.path)}"
+        return ResourceProblem("E503", what, where=str(self.path), fix="wait until it ends, or stop it")
 
     @contextmanager
     def _locked(self, *, new: bool) -> Iterator[None]:
@@ -183,8 +189,7 @@ class JobFolder:
                     if ownership.is_job(self.path) and not (self.path / JOB).exists():  # refused before it began: nothing to resume
                         self.remove()
         except Held:
-            what = f"another run is at work on this output{_by(self.path)}"
-            raise ResourceProblem("E503", what, where=str(self.path), fix="wait until it ends, or stop it") from None
+            raise self._at_work() from None
 
     def _refuse_unfinished(self) -> None:
         if (self.path / JOB).exists() and self.progress and not self.published:

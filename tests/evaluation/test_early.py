@@ -249,6 +249,7 @@ def test_a_gate_without_the_memory_to_measure_is_refused_early(
 def failed_at_the_end(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> int:
     """A run whose arguments were right when it began: the text goes away while it works."""
     with monkeypatch.context() as patch:
+        patch.setattr("marlinctl.oneshot.early._asked_here", lambda options: False)
         patch.setattr(Measurement, "check_arguments", lambda self: None)
         patch.setattr(Measurement, "check_model", lambda self, folder, config: None)
         return main(arguments)

@@ -284,14 +284,14 @@ def test_on_a_terminal_the_bar_has_the_status_in_place_of_lines(
 def test_what_libraries_warn_of_goes_to_the_log_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A person would take a deprecation inside of transformers for a problem of the model."""
     console = Console(log_file=tmp_path / "log")
-    own = logging.getLogger("transformers")
+    own = logging.getLogger("a_library")
     handler = logging.StreamHandler()
     own.addHandler(handler)
-    _to_root("transformers")
+    _to_root("a_library")
     with libraries_in_log():
         warnings.warn("past_key_values is deprecated", FutureWarning, stacklevel=1)
-        logging.getLogger("transformers.modeling").warning("some weights were not used")
+        logging.getLogger("a_library.modeling").warning("some weights were not used")
     console.close()
     log = (tmp_path / "log").read_text()
-    assert "past_key_values is deprecated" in log and "transformers.modeling: some weights were not used" in log
+    assert "past_key_values is deprecated" in log and "a_library.modeling: some weights were not used" in log
     assert capsys.readouterr().err == "" and handler not in own.handlers
