@@ -100,7 +100,8 @@ def _first_characters(parts: Iterable[str], longest: int) -> tuple[list[str], bo
 def names_a_file(source: str) -> bool:
     """Whether a source of documents is a file here, there or not; else `org/name` is a data set on the hub."""
     if not _HUB_NAME.fullmatch(source):
-        return True
+        folder, colon, _ = source.partition(":")
+        return not (colon and Path(folder).is_dir())  # a copy of a data set, with its split
     return Path(source).suffix in (".txt", ".jsonl", ".parquet", ".gz") or Path(source).exists()
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from marlinctl.checkpoint.hub import require_hub_id
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.remote_headers import headers
-from marlinctl.checkpoint.source import is_gguf, is_local
+from marlinctl.checkpoint.source import is_gguf, is_local, writable_cache
 from marlinctl.checkpoint.writer import check_output
 from marlinctl.data.calibration_size import check_documents
 from marlinctl.data.text import PYTHONDOC, check_text
@@ -51,6 +51,8 @@ def check_run(
     if not is_local(model, options.revision):
         require_hub_id(model)
         return
+    if is_gguf(model):
+        writable_cache(options.cache_dir)  # where the folder will be that it is turned into
     with headers(model, revision=None, cache_dir=options.cache_dir, offline=True, console=Console.quiet()) as seen:
         check_lengths(recipe, seen.checkpoint.config, distils=distils)
         look(seen.checkpoint, recipe, options.module_map, None, files=seen.files, weights=False)
