@@ -3,7 +3,7 @@
     error: what is wrong
       where: which file, tensor, byte, option or line
       fix: what would be right
-      docs: docs/troubleshooting.md#e312
+      docs: marlinctl explain E312
 
      0  done                            5  disk or memory ran out      129  SIGHUP: the terminal went away
      1  a check said no                 6  NaN, or no factorisation    130  Ctrl-C
@@ -20,6 +20,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import re
 import signal
 import sys
 import time
@@ -33,9 +34,9 @@ import click
 
 from marlinctl import __version__
 from marlinctl.commands.common import COMPLETION_VARIABLE, add_common_options
-from marlinctl.errors import BadInput, EnvironmentProblem, MarlinctlError, ResourceProblem, UsageError
+from marlinctl.errors import BadInput, EnvironmentProblem, MarlinctlError, Problem, ResourceProblem, UsageError
 from marlinctl.system.console import Console
-from marlinctl.system.log import printable, visible_streams
+from marlinctl.system.log import libraries_in_log, printable, visible_streams
 
 VERBS = {
     "compress": "Quantize, pack, verify and evaluate a model in one go.",
@@ -53,9 +54,10 @@ VERBS = {
     "verify": "Check a checkpoint's digests, structure and numbers.",
     "doctor": "Check this machine.",
     "recipes": "List, show and check recipes.",
+    "explain": "Explain an error: its cause, and how to fix it.",
     "completion": "Print the completion script of a shell.",
 }
-DOCS = "docs/troubleshooting.md"
+SHOWN = 3  # problems of one kind; --json has all
 
 
 class _Terminated(BaseException):
@@ -117,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a name that the locale cannot spell must not stop the program
     consoles: list[Console] = []  # the running verb puts its console here
     try:
-        with _signals_raise(), visible_streams():
+        with _signals_raise(), visible_streams(), libraries_in_log():
             code = _run(args, consoles)
             _flush()
     except BaseException as error:  # noqa: BLE001  the edge: every exception becomes an exit code here
@@ -173,16 +175,27 @@ def _report(error: BaseException, args: list[str], consoles: list[Console]) -> i
 
 
 def _show(error: MarlinctlError, code: int, console: Console) -> None:
-    docs = f"{DOCS}#{error.error_id.lower()}"
+    docs = f"marlinctl explain {error.error_id}"
     if console.json:
         problems = [{"what": problem.what, "where": problem.where, "fix": problem.fix} for problem in error.problems]
         console.write_json({"error": {"id": error.error_id, "exit_code": code, "problems": problems, "docs": docs}})
         return
+    kinds: dict[str, list[Problem]] = {}
     for problem in error.problems:
-        console.error(printable(problem.what, one_line=True))
-        console.error(printable(problem.where, one_line=True), label="  where:")
-        console.error(printable(problem.fix, one_line=True), label="  fix:")
+        kinds.setdefault(_kind(problem), []).append(problem)
+    for problems_of_kind in kinds.values():
+        for problem in problems_of_kind[:SHOWN]:
+            console.error(printable(problem.what, one_line=True))
+            console.error(printable(problem.where, one_line=True), label="  where:")
+            console.error(printable(problem.fix, one_line=True), label="  fix:")
+        if len(problems_of_kind) > SHOWN:
+            console.error(f"and {len(problems_of_kind) - SHOWN} more of the kind (--json lists them)", label="  ...")
     console.error(docs, label="  docs:")
+
+
+def _kind(problem: Problem) -> str:
+    """The sentence without the names and numbers in it."""
+    return re.sub(r"""\[[^]]*\]|'[^']*'|\S*[\d._/\\]\S*""", "", problem.what)
 
 
 # What others raise, in our words

@@ -35,30 +35,21 @@ from marlinctl.distillation.rows import load_rows
 from marlinctl.errors import GateRefused
 from marlinctl.evaluation.gate import Gate, Measurement
 from marlinctl.evaluation.settings import EvalSettings
-from marlinctl.jobs.journal import JOB, JobFolder, Place, Request
+from marlinctl.jobs.journal import JOB, CompressJob, JobFolder, Place, Request
 from marlinctl.oneshot.documents import published_report, versions
 from marlinctl.oneshot.open import Options, check_request
 from marlinctl.oneshot.run import run_job
-from marlinctl.planning.preflight import check_lengths, formats_of
+from marlinctl.planning.preflight import check_lengths, folders_of, formats_of
 from marlinctl.recipes.schema import Recipe, divided, recipe_hash
 from marlinctl.report.files import report_files
 from marlinctl.system.atomic import canonical, write_bytes, write_document
 from marlinctl.system.console import Console
+from marlinctl.system.devices import say_choice
 from marlinctl.system.digests import sha256_of
 from marlinctl.system.processes import Processes
 from marlinctl.verify.run import verify
 
 _CT = INTERCHANGE.name  # the folder of the 4-bit checkpoint in the job, from which the other formats are packed
-
-
-class _CompressJob(JobFolder):
-    @property
-    def progress(self) -> bool:
-        """A stage is finished, or one of them has something to resume."""
-        if self.publishing is not None:
-            return True
-        inner = [path for path in self.path.iterdir() if path.is_dir()] if self.path.is_dir() else []
-        return any(path.suffix != ".job" or JobFolder(path.with_suffix("")).has_progress() for path in inner)
 
 
 def run_compress(
@@ -101,8 +92,7 @@ def _compress(
     evaluate_result: bool, task_data: Path | None, gate: Gate,
 ) -> dict[str, Any]:  # fmt: skip
     """The whole of it, as the main process goes through it."""
-    first, *others = recipe.pack.formats
-    places = {first: out} | {fmt: out.with_name(f"{out.name}-{fmt}") for fmt in others}
+    places = folders_of(recipe, out)
     sources = [Path(model)] if Path(model).exists() else []
     asked = {
         "model": model,
@@ -112,13 +102,14 @@ def _compress(
         "task_data": None if task_data is None else str(task_data),
         "gate": gate.document(),
     }
-    job = _CompressJob(out)
+    job = CompressJob(out)
     rejects = evaluate_result or gate.asked
     if not options.resume:
         _check_places(places.values(), options, sources, rejects)
     looking = Measurement(EvalSettings.of_recipe(recipe.evaluate, task_data), gate, console) if rejects else None
     if not options.resume:
         check_request(recipe, options, looking, distils=True)
+        say_choice(options.device, processes.device.type, console)
     with job.held(Request("compress", asked), resume=options.resume, console=console, launcher=processes.launcher):
         console.log_to(job.log)
         if job.publishing is not None and options.redo_from is None:
@@ -163,7 +154,10 @@ def _compress(
         }
         distilled = work / "distilled"  # trained weights and norms are what the codes were made from
         made_from = distilled if distilled.is_dir() else source.folder
-        report["verified"] = {fmt: verify(work / fmt, source=made_from, load=None, console=console).document() for fmt in places}
+        checked = {fmt: verify(work / fmt, source=made_from, load=None, console=console) for fmt in places}
+        for line in dict.fromkeys(line for found in checked.values() for line in found.skipped):
+            console.warn(line)
+        report["verified"] = {fmt: found.document() for fmt, found in checked.items()}
         if looking is not None:
             try:
                 with job.measuring():

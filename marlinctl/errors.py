@@ -51,7 +51,8 @@ class MarlinctlError(Exception):
 
     @classmethod
     def from_problems(cls, error_id: str, problems: Sequence[Problem]) -> MarlinctlError:
-        """One error that lists all problems found, up to MOST_PROBLEMS; the first one gives the headline."""
+        """One error that lists all problems found, each once, up to MOST_PROBLEMS; the first one gives the headline."""
+        problems = list(dict.fromkeys(problems))  # each once
         first, *rest = problems[:MOST_PROBLEMS]
         if len(problems) > MOST_PROBLEMS:
             rest.append(Problem(f"and {len(problems) - MOST_PROBLEMS:,} more problems", first.where, "fix the ones above first"))

@@ -28,12 +28,13 @@ Every error says what is wrong, where, and how to fix it:
 error: what is wrong
   where: which file, tensor, byte, option or line
   fix: what would be right
-  docs: docs/troubleshooting.md#e312
+  docs: marlinctl explain E312
 ```
 
 An id names a kind of problem; its first digit is the exit code. Ids are stable: scripts may rely on them. With `--json`, the same fields
 are one document: `{"schema_version": 1, "error": {"id", "exit_code", "problems": [{"what", "where", "fix"}], "docs"}}`. `--debug` adds the
-traceback; the log always has it. [`marlinctl doctor`](doctor.md) tests the machine.
+traceback; the log always has it. `marlinctl explain E312` prints an entry of this page, and `marlinctl explain` lists them.
+Of problems of one kind three are shown; `--json` lists all. [`marlinctl doctor`](doctor.md) tests the machine.
 
 Unless an entry says otherwise, nothing was published and an existing output is unchanged.
 """

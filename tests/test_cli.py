@@ -117,7 +117,7 @@ def test_wrong_usage_is_exit_2_with_a_suggestion(
     what, where, fix, docs = err.splitlines()
     assert what.startswith("error: ") and where.startswith("  where: marlinctl") and fix.startswith("  fix: ")
     assert suggestion in fix
-    assert docs == f"  docs: docs/troubleshooting.md#{error_id.lower()}"
+    assert docs == f"  docs: marlinctl explain {error_id}"
 
 
 @pytest.mark.parametrize("arguments", [["--json", "zzzzz"], ["zzzzz", "--json"], ["probe", "--group-size", "x", "--json"]])
@@ -133,26 +133,28 @@ def test_wrong_usage_as_json(arguments: list[str], verb: Any, capsys: pytest.Cap
 
 
 CASES: list[tuple[BaseException, int, str]] = [
-    (CheckFailed("E101", "w", where="p", fix="f"), 1, "e101"),
-    (BadInput("E312", "w", where="p", fix="f"), 3, "e312"),
-    (NumericalProblem("E620", "w", where="p", fix="f"), 6, "e620"),
-    (HubProblem("E701", "w", where="p", fix="f"), 7, "e701"),
-    (MemoryError(), 5, "e590"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), 5, "e590"),
-    (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), 5, "e590"),
-    (OSError(errno.ENOSPC, "No space left on device", "/out/model"), 5, "e500"),
-    (OSError(errno.EDQUOT, "Disk quota exceeded"), 5, "e500"),
-    (PermissionError(errno.EACCES, "Permission denied", "/srv/x"), 4, "e490"),
-    (OSError(errno.EROFS, "Read-only file system"), 4, "e490"),
-    (ValueError("boom"), 70, "e900"),
-    (FileNotFoundError(errno.ENOENT, "No such file", "x"), 70, "e900"),
+    (CheckFailed("E101", "w", where="p", fix="f"), 1, "E101"),
+    (BadInput("E312", "w", where="p", fix="f"), 3, "E312"),
+    (NumericalProblem("E620", "w", where="p", fix="f"), 6, "E620"),
+    (HubProblem("E701", "w", where="p", fix="f"), 7, "E701"),
+    (MemoryError(), 5, "E590"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), 5, "E590"),
+    (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), 5, "E590"),
+    (OSError(errno.ENOSPC, "No space left on device", "/out/model"), 5, "E500"),
+    (OSError(errno.EDQUOT, "Disk quota exceeded"), 5, "E500"),
+    (PermissionError(errno.EACCES, "Permission denied", "/srv/x"), 4, "E490"),
+    (OSError(errno.EROFS, "Read-only file system"), 4, "E490"),
+    (ValueError("boom"), 70, "E900"),
+    (FileNotFoundError(errno.ENOENT, "No such file", "x"), 70, "E900"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "anchor"), CASES, ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None
+    ("error", "code", "error_id"), CASES, ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None
 )
-def test_every_error_has_its_exit_code(error: BaseException, code: int, anchor: str, verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_error_has_its_exit_code(
+    error: BaseException, code: int, error_id: str, verb: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Scripts decide by the exit code; a traceback helps nobody at the terminal."""
     verb(raising(error))
     assert cli.main(["probe"]) == code
@@ -160,12 +162,12 @@ def test_every_error_has_its_exit_code(error: BaseException, code: int, anchor: 
     assert out == ""
     lines = err.splitlines()
     assert [line.split(":")[0] for line in lines] == ["error", "  where", "  fix", "  docs"]
-    assert lines[-1].endswith("#" + anchor)
+    assert lines[-1].endswith(f"marlinctl explain {error_id}")
     assert "Traceback" not in err
 
     assert cli.main(["probe", "--json"]) == code
     document = json.loads(capsys.readouterr().out)["error"]
-    assert (document["id"], document["exit_code"]) == (anchor.upper(), code)
+    assert (document["id"], document["exit_code"]) == (error_id, code)
 
 
 def test_all_problems_are_listed(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,11 +182,22 @@ def test_all_problems_are_listed(verb: Any, capsys: pytest.CaptureFixture[str]) 
         "error: second",
         "  where: b",
         "  fix: do b",
-        "  docs: docs/troubleshooting.md#e301",
+        "  docs: marlinctl explain E301",
     ]
     assert cli.main(["--json", "probe"]) == 3
     problems = json.loads(capsys.readouterr().out)["error"]["problems"]
     assert problems == [{"what": "first", "where": "a", "fix": "do a"}, {"what": "second", "where": "b", "fix": "do b"}]
+
+
+def test_problems_of_one_kind_are_three_and_a_count(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A config that is wrong for each of a hundred layers would fill the screen; another kind of problem would be lost below."""
+    of_layers = [Problem(f"K={i} of model.layers.{i}.q_proj is odd", f"layer {i}", "do it") for i in range(27)]
+    verb(raising(BadInput.from_problems("E301", [*of_layers, Problem("the tokenizer is missing", "folder", "copy it")])))
+    assert cli.main(["probe"]) == 3
+    told = capsys.readouterr().err
+    assert told.count("is odd") == 3 and "  ... and 24 more of the kind" in told and "error: the tokenizer is missing" in told
+    assert cli.main(["--json", "probe"]) == 3
+    assert len(json.loads(capsys.readouterr().out)["error"]["problems"]) == 28
 
 
 def test_an_unexpected_error_names_type_text_and_log(verb: Any, capsys: pytest.CaptureFixture[str], own_cache: Path) -> None:
@@ -422,7 +435,7 @@ def test_a_stdout_that_is_open_for_reading_alone_is_exit_5() -> None:
         child = start(RESULT, stdout=nothing)
         _, err = child.communicate(timeout=30)
     assert child.returncode == 5
-    assert "docs/troubleshooting.md#e500" in err
+    assert "marlinctl explain E500" in err
 
 
 def removed_folder(tmp_path: Path) -> Callable[[], None]:
@@ -457,7 +470,7 @@ def test_relative_paths_from_a_removed_working_folder_are_refused(arguments: lis
     """A result would be written into a temporary folder and be removed with it."""
     done = run_in_removed_folder(tmp_path, *arguments)
     assert done.returncode == 4
-    assert "the current folder was deleted" in done.stderr and "#e490" in done.stderr
+    assert "the current folder was deleted" in done.stderr and "explain E490" in done.stderr
 
 
 def test_a_folder_that_is_removed_while_it_runs(verb: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -472,7 +485,7 @@ def test_a_folder_that_is_removed_while_it_runs(verb: Any, tmp_path: Path, monke
 
     verb(body)
     assert cli.main(["probe"]) == 4
-    assert "#e490" in capsys.readouterr().err
+    assert "explain E490" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["a" * 300, "a/" * 3000])
@@ -480,4 +493,4 @@ def test_a_path_that_no_system_takes_is_exit_2(name: str, capsys: pytest.Capture
     """pathlib raises OSError for a name that is too long: no defect of marlinctl."""
     for verb_name in (["inspect"], ["verify", "--no-load"], ["plan"], ["jobs", "ls"], ["report"], ["recipes", "check"]):
         assert cli.main([*verb_name, name]) in (1, 2, 3), verb_name
-    assert "#e900" not in capsys.readouterr().err
+    assert "explain E900" not in capsys.readouterr().err

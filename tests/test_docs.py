@@ -89,7 +89,7 @@ def named_ids(text: str) -> set[str]:
 
 
 def test_every_error_id_is_explained_and_no_other() -> None:
-    """`docs: ...#e312` must lead somewhere, and a page full of dead ids hides the living ones."""
+    """`docs: marlinctl explain E312` must lead somewhere, and a page full of dead ids hides the living ones."""
     catalog = PACKAGE / "system" / "troubleshooting.py"
     sources = [path.read_text("utf-8") for path in PACKAGE.rglob("*.py") if path != catalog]
     used = {found for text in sources for found in re.findall(r"[\"'](E\d{3})[\"']", text)}

@@ -50,6 +50,7 @@ CALLS = {
     "recipes ls": "recipes ls",
     "recipes show": "recipes show quick",
     "recipes check": "recipes check R",
+    "explain": "explain E255",
     "completion": "completion bash",
 }
 

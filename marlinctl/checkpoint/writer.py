@@ -91,9 +91,10 @@ def check_output(out: Path, *, overwrite: bool, sources: Sequence[Path], rejects
     if rejects and os.path.lexists(rejected):
         what = "a result that is not good enough is kept here, and there is what marlinctl did not write"
         ownership.refuse_strangers(what, rejected, ownership.strangers_in_rejected(rejected), "move it away, or name another output")
-    parent = real.parent
+    parent = next(folder for folder in real.parents if os.path.lexists(folder))  # the others are made once the inputs are accepted
     if not parent.is_dir():
-        raise UsageError("E244", "the output folder's parent does not exist", where=str(parent), fix=f"mkdir -p {parent}")
+        what = "the output folder would lie in what is no folder"
+        raise UsageError("E244", what, where=str(parent), fix="name another place")
     probe = parent / f".{real.name}.probe-{secrets.token_hex(4)}"
     try:  # asking os.access would not notice a read-only mount on every system
         probe.mkdir()
@@ -115,9 +116,10 @@ def _overlap(what: str, out: Path, source: Path) -> UsageError:
 
 def require_space(out: Path, needed: int) -> None:
     """ResourceProblem when the disk of `out` has less than `needed` bytes free."""
-    free = shutil.disk_usage(out.resolve().parent).free
+    parent = next(folder for folder in out.resolve().parents if folder.is_dir())
+    free = shutil.disk_usage(parent).free
     if free < needed:
-        raise disk_full(out.resolve().parent, needed, free)
+        raise disk_full(parent, needed, free)
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------------------------

@@ -47,8 +47,6 @@ def command(
     measuring, task_data = chosen_measuring(values)
     if task_data is not None:
         go_offline()
-    from marlinctl.compress import run_compress
-
     formats = list(dict.fromkeys([*([fmt] if fmt else []), *also])) if fmt or also else None
     if also and not fmt:
         formats = list(dict.fromkeys(["ct", *also]))
@@ -60,10 +58,17 @@ def command(
         **measuring,
     }
     gate, evaluated = chosen_gate(values), values.pop("evaluated") is not False
-    recipe = chosen_recipe(console, values, extra)
-    report = run_compress(
-        model, out, recipe, chosen_options(console, values), console, evaluate_result=evaluated, task_data=task_data, gate=gate
-    )
+    recipe, options = chosen_recipe(console, values, extra), chosen_options(console, values)
+    from marlinctl.evaluation.settings import EvalSettings
+    from marlinctl.jobs.journal import CompressJob
+    from marlinctl.oneshot.early import check_run
+    from marlinctl.planning.preflight import folders_of
+
+    measured = EvalSettings.of_recipe(recipe.evaluate, task_data) if evaluated or gate.asked else None
+    check_run(model, list(folders_of(recipe, out).values()), CompressJob(out), recipe, options, measured, distils=True)
+    from marlinctl.compress import run_compress
+
+    report = run_compress(model, out, recipe, options, console, evaluate_result=evaluated, task_data=task_data, gate=gate)
     show_result(console, report)
 
 

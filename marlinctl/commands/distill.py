@@ -33,11 +33,14 @@ def command(console: Console, student: str, out: Path, teacher: str, **values: A
     launch --multi_gpu -m marlinctl distill ... (docs/distill.md).
     """
     silence_if_second(console)
-    recipe = chosen_distillation(console, values)
+    recipe, options = chosen_distillation(console, values), chosen_options(console, values)
+    from marlinctl.jobs.journal import JobFolder
+    from marlinctl.oneshot.early import check_training
 
+    check_training(student, teacher, out, JobFolder(out), recipe, options)
     from marlinctl.distillation.run import run_distill
 
-    report = run_distill(student, out, teacher, recipe, chosen_options(console, values), console)
+    report = run_distill(student, out, teacher, recipe, options, console)
     show_result(console, out, report)
 
 

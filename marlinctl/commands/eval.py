@@ -98,11 +98,14 @@ def command(
     """
     if task_data is not None and not console.offline and _is_local(model) and (against is None or _is_local(against)):
         go_offline()  # before the hub clients are imported
-    from marlinctl.checkpoint.source import resolve_model
+    from marlinctl.checkpoint.hub import require_hub_id
+    from marlinctl.checkpoint.source import is_gguf, is_local, resolve_model
+    from marlinctl.data.text import PYTHONDOC, check_text
     from marlinctl.evaluation.early import check_arguments
+    from marlinctl.evaluation.loading import open_subject
     from marlinctl.evaluation.results import check_place
-    from marlinctl.evaluation.run import EvalSettings, evaluate, render_table
-    from marlinctl.system.devices import choose_device
+    from marlinctl.evaluation.settings import EvalSettings
+    from marlinctl.system.devices import check_name
 
     settings = EvalSettings(
         tasks=tuple(names_of_tasks(tasks)),
@@ -117,9 +120,19 @@ def command(
         dtype=dtype,
         device=device,
     )
-    choose_device(device)  # this and what follows: before a model is fetched
+    check_name(device)  # this and what follows: before torch is imported
     check_place(out, resume=resume)
-    with_text = bool(text or against or not settings.tasks)
+    if with_text := bool(text or against or not settings.tasks):
+        check_text(text or PYTHONDOC)
+    for folder, commit in ((model, revision), (against, None)):
+        if folder is not None and not is_local(folder, commit):
+            require_hub_id(folder)
+        elif folder is not None and not is_gguf(folder):
+            open_subject(Path(folder).expanduser())
+    from marlinctl.evaluation.run import evaluate, render_table
+    from marlinctl.system.devices import choose_device, say_choice
+
+    say_choice(device, choose_device(device), console)  # this and what follows: before a model is fetched
     check_arguments(settings, console, with_text=with_text, load_tasks=False)  # they are loaded at once
     offline = console.offline
     source = resolve_model(model, revision=revision, cache_dir=cache_dir, offline=offline, console=console)

@@ -53,14 +53,14 @@ def command(
     invalid inputs give the same errors as the run. --ranks plans a run whose samples and rows are shared by N processes, on GPUs one each:
     memory is that of each process, and of all together. --probe runs the largest solve once, on random numbers, to estimate the time.
     """
-    from marlinctl.planning.plan import Settings, make_plan
-    from marlinctl.planning.table import table
-
     refuse_unknown_dtype(values["dtype"])
     formats = list(dict.fromkeys([*([fmt] if fmt else ["ct"] if also else []), *also])) or None
     measuring, task_data = chosen_measuring(values)
     training = {"distill.tokens": distill_tokens, "distill.data": distill_data, "distill.sequence_length": distill_sequence_length}
     recipe = chosen_recipe(console, values, {"pack.formats": formats, **training, **measuring})
+    from marlinctl.planning.plan import Settings, make_plan
+    from marlinctl.planning.table import table
+
     settings = Settings(
         out,
         revision=values["revision"],

@@ -34,10 +34,14 @@ def command(console: Console, model: str, out: Path, **values: Any) -> None:
     Several GPUs: accelerate launch --multi_gpu -m marlinctl quantize ... (docs/quantize.md).
     """
     silence_if_second(console)
+    recipe, options = chosen_recipe(console, values), chosen_options(console, values)
+    from marlinctl.jobs.journal import JobFolder
+    from marlinctl.oneshot.early import check_run
+
+    check_run(model, [out], JobFolder(out), recipe, options, None, distils=False)
     from marlinctl.oneshot.run import run_job
 
-    recipe = chosen_recipe(console, values)
-    report, _ = run_job(model, out, recipe, chosen_options(console, values), console)
+    report, _ = run_job(model, out, recipe, options, console)
     show_result(console, out, report)
 
 

@@ -127,9 +127,12 @@ _MAX_MEMORY = click.option(
 _DEVICE_MEMORY = click.option("--device-memory", metavar="SIZE", help="Take no more of the GPU's memory (40GiB). Default: what is free.")
 _KEEP_JOB = click.option("--keep-job", is_flag=True, help="Keep OUT.job, the run's journal, when OUT is published.")
 _RESUME = click.option("--resume", is_flag=True, help="Continue this interrupted job (shorter: `marlinctl resume OUT`).")
+_DEVICE = click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute. auto: a CUDA GPU if there is one."
+)
 _RUN_FLAGS: list[_Decorator] = [
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
-    click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute."),
+    _DEVICE,
     click.option(
         "--dtype", default="auto", metavar="auto|bfloat16|float32", help="Dtype of the forward pass. auto: bfloat16 if the hardware has it."
     ),
@@ -166,12 +169,12 @@ def plan_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def distill_run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
-    """How a distillation runs. A GPU is taken where there is one: training without it takes days."""
+    """How a distillation runs."""
     return _apply(
         function,
         [
             click.option("--revision", metavar="REV", help="Branch, tag or commit of a teacher on the hub."),
-            click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute."),
+            _DEVICE,
             click.option(
                 "--dtype",
                 default="auto",
@@ -292,8 +295,8 @@ def _resolved(console: Console, values: dict[str, Any], overrides: Mapping[str, 
 
     recipe, _ = resolve(load_recipe(values.pop("recipe_name"), deprecated=console.warn), verb or {})
     resolved, changes = resolve(recipe, overrides, deprecated=console.warn)
-    if changes:
-        console.say("flags win over the recipe: " + "; ".join(changes))
+    for change in changes:
+        console.say(change)
     return resolved
 
 

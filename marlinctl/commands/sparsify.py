@@ -44,7 +44,6 @@ def command(console: Console, model: str, out: Path, pattern: str, **values: Any
         go_offline()
     from marlinctl.evaluation.gate import Measurement
     from marlinctl.evaluation.settings import EvalSettings
-    from marlinctl.oneshot.run import run_job
     from marlinctl.recipes.schema import load_recipe
 
     gate, evaluated = chosen_gate(values), values.pop("evaluated") is not False
@@ -56,7 +55,14 @@ def command(console: Console, model: str, out: Path, pattern: str, **values: Any
     if evaluated or gate.asked:
         looking = Measurement(EvalSettings.of_recipe(recipe.evaluate, task_data), gate, console)
         measured = {"gate": gate.document(), "task_data": None if task_data is None else str(task_data)}
-    report, _ = run_job(model, out, recipe, chosen_options(console, values), console, looking, measured=measured)
+    options = chosen_options(console, values)
+    from marlinctl.jobs.journal import JobFolder
+    from marlinctl.oneshot.early import check_run
+
+    check_run(model, [out], JobFolder(out), recipe, options, None if looking is None else looking.settings, distils=False)
+    from marlinctl.oneshot.run import run_job
+
+    report, _ = run_job(model, out, recipe, options, console, looking, measured=measured)
     show_result(console, out, report)
 
 

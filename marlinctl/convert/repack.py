@@ -38,6 +38,7 @@ from marlinctl.errors import BadInput, CheckFailed, Problem, UsageError
 from marlinctl.jobs.journal import JobFolder, Request
 from marlinctl.models.switches import without
 from marlinctl.planning.memory import SHARD_BYTES
+from marlinctl.recipes.foreign_formats import instead_of
 from marlinctl.report import card
 from marlinctl.report.page import Name
 from marlinctl.system.atomic import canonical
@@ -198,7 +199,9 @@ def output_folders(out: Path, fmt: str, also: Sequence[str]) -> dict[Format, Pat
     asked = (fmt, *also)
     for name in asked:
         if name not in registry.FORMATS:
-            raise UsageError("E202", f"there is no format {name!r}", where="--format, --also", fix=f"one of {', '.join(registry.FORMATS)}")
+            raise UsageError(
+                "E202", f"there is no format {name!r}", where="--format, --also", fix=instead_of(name, ", ".join(registry.FORMATS))
+            )
     if len(set(asked)) != len(asked):
         raise UsageError("E288", f"one format twice: {', '.join(asked)}", where="--format, --also", fix="name each format once")
     return {registry.FORMATS[fmt]: out} | {registry.FORMATS[name]: out.with_name(f"{out.name}-{name}") for name in also}

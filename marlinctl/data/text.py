@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ MOST_BLANK = 1_000_000  # lines; a second of reading
 READING = Bounds(memory=1 << 30, cpu=600, wait=120)  # of a parquet file
 KINDS = ".txt, .jsonl (both also as .gz), .parquet or the word pythondoc"
 CHAT_COLUMNS = ("messages", "conversations")
+_HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(:.*)?", re.ASCII)  # org/name[:config][:split]
 ROLES = {"human": "user", "gpt": "assistant"}  # the names that ShareGPT's `conversations` use
 
 Chat = list[dict[str, Any]]  # [{"role": "user", "content": "..."}, ...], what chat templates take
@@ -97,7 +99,10 @@ def _first_characters(parts: Iterable[str], longest: int) -> tuple[list[str], bo
 
 def names_a_file(source: str) -> bool:
     """Whether a source of documents is a file here, there or not; else `org/name` is a data set on the hub."""
-    return "/" not in source or Path(source).suffix in (".txt", ".jsonl", ".parquet", ".gz") or Path(source).expanduser().exists()
+    if not _HUB_NAME.fullmatch(source):
+        folder, colon, _ = source.partition(":")
+        return not (colon and Path(folder).is_dir())  # a copy of a data set, with its split
+    return Path(source).suffix in (".txt", ".jsonl", ".parquet", ".gz") or Path(source).exists()
 
 
 def check_text(source: str, *, chats: bool = False) -> None:

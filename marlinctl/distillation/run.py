@@ -50,7 +50,7 @@ from marlinctl.planning.training_settings import check_settings, check_sizes
 from marlinctl.recipes.schema import Distill, Recipe, recipe_hash
 from marlinctl.report.files import report_files
 from marlinctl.system.console import Console
-from marlinctl.system.devices import device_peaks, forget_device_peaks, forward_dtype, set_up_allocator, threads
+from marlinctl.system.devices import device_peaks, forget_device_peaks, forward_dtype, say_choice, set_up_allocator, threads
 from marlinctl.system.host import peak_rss
 from marlinctl.system.offload import Scratch
 from marlinctl.system.processes import Processes as AllProcesses
@@ -116,6 +116,8 @@ def run_distill(
             check_settings(run.asked, processes.count)
             if not options.resume:
                 check_arguments()
+            if joined is None and processes.main:
+                say_choice(options.device, processes.device.type, console)
             if processes.main:
                 stack.enter_context(run.job.held(request, resume=options.resume, console=console, launcher=processes.launcher))
                 console.log_to(run.job.log)

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 from marlinctl.checkpoint import manifest, ownership
 from marlinctl.checkpoint.contents import Noted
 from marlinctl.checkpoint.writer import Finished, publish_together
-from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, Problem, ResourceProblem, UsageError
+from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, MarlinctlError, Problem, ResourceProblem, UsageError
 from marlinctl.system.atomic import append_line, disk_problems, whole_file, write_document
 from marlinctl.system.files import FileRefused, read_json, read_plain, read_plain_json
 from marlinctl.system.locks import Held, lock, refuse_unusable
@@ -111,7 +111,7 @@ class JobFolder:
             fix = "give the whole command again to start over"
             raise UsageError("E287", "there is no job to resume", where=str(self.path), fix=fix)
         self._asked = request
-        with self._locked(new=not resume):
+        with self._parents(), self._locked(new=not resume):
             self._read()
             if resume:
                 self.request()  # one that this version understands
@@ -129,6 +129,20 @@ class JobFolder:
                 self._leave(error, console, launcher)
                 raise
 
+    @contextmanager
+    def _parents(self) -> Iterator[None]:
+        """The folders above OUT. Those that this run made go again when nothing was published in them."""
+        missing = [folder for folder in self.path.parents if not folder.exists()]
+        try:
+            with disk_problems(self.path):
+                for folder in reversed(missing):
+                    folder.mkdir(exist_ok=True)
+            yield
+        finally:
+            with suppress(OSError):  # the first that is not empty
+                for folder in missing:
+                    folder.rmdir()
+
     def refuse_foreign(self, *, resume: bool = False) -> None:
         """UsageError E224 where OUT.job is there and is not marlinctl's, ResourceProblem E503 for its lock. Nothing is changed.
 
@@ -143,6 +157,18 @@ class JobFolder:
             strangers = ownership.strangers_in_job(self.path)
         what = "the job's folder would lie here, and there is what marlinctl did not write"
         ownership.refuse_strangers(what, self.path, strangers, "move it away, or name another output")
+
+    def refuse_taken(self) -> None:
+        """What `held` refuses of a new job, before it takes the lock: E224, E285 and E503, as there. Nothing is changed."""
+        self.refuse_foreign()
+        if held_by(self.path) is not None:
+            raise self._at_work()
+        self._read()
+        self._refuse_unfinished()
+
+    def _at_work(self) -> ResourceProblem:
+        what = f"another run is at work on this output{_by(self.path)}"
+        return ResourceProblem("E503", what, where=str(self.path), fix="wait until it ends, or stop it")
 
     @contextmanager
     def _locked(self, *, new: bool) -> Iterator[None]:
@@ -163,8 +189,7 @@ class JobFolder:
                     if ownership.is_job(self.path) and not (self.path / JOB).exists():  # refused before it began: nothing to resume
                         self.remove()
         except Held:
-            what = f"another run is at work on this output{_by(self.path)}"
-            raise ResourceProblem("E503", what, where=str(self.path), fix="wait until it ends, or stop it") from None
+            raise self._at_work() from None
 
     def _refuse_unfinished(self) -> None:
         if (self.path / JOB).exists() and self.progress and not self.published:
@@ -180,13 +205,20 @@ class JobFolder:
         if not (self.path / JOB).exists():
             return
         if not self.progress and not (self.begun and isinstance(error, (ResourceProblem, OSError))):
+            if self._is_whole and (isinstance(error, _REFUSALS) or (isinstance(error, MarlinctlError) and not self.begun)):
+                console.withdraw_log()
             self.remove()
-        elif self.path.parent.suffix != ENDING:  # a stage is resumed with the whole
+        elif self._is_whole:
             resume = f"{launcher}marlinctl resume {shlex.quote(str(self._shown))}"
             if self._measures:
                 resume += "; to change the measurement add --tasks, --text, --window, --limit, ..., or --no-eval"
             if self._measures or not isinstance(error, _REFUSALS):
                 console.error(resume, label="to resume:")
+
+    @property
+    def _is_whole(self) -> bool:
+        """Not a stage of another job, which is resumed with the whole and has no log of its own."""
+        return self.path.parent.suffix != ENDING
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -412,6 +444,18 @@ class JobFolder:
             self._read()
         made = self.publishing["folders"] if self.publishing is not None else []
         return any(item["to"] == place.name and item["manifest"] == _digest(place) for item in made)
+
+
+class CompressJob(JobFolder):
+    """That of `compress`, with a job for each stage inside."""
+
+    @property
+    def progress(self) -> bool:
+        """A stage is finished, or one of them has something to resume."""
+        if self.publishing is not None:
+            return True
+        inner = [path for path in self.path.iterdir() if path.is_dir()] if self.path.is_dir() else []
+        return any(path.suffix != ".job" or JobFolder(path.with_suffix("")).has_progress() for path in inner)
 
 
 def held_by(path: Path) -> dict[str, Any] | None:

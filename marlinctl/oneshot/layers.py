@@ -98,6 +98,7 @@ class LayerQuantizer:
         self, opened: RunInputs, recipe: Recipe, options: Options, staged: StagedCheckpoint, console: Console, weights: Reader,
         steps: PruneSteps, phases: Phases, processes: Processes = ALONE,
     ) -> None:  # fmt: skip
+        self._worst = (0.0, "")  # layer error so far, and whose it is
         self.opened, self.options, self.staged, self.console, self.weights = opened, options, staged, console, weights
         self.phases, self.processes = phases, processes
         self.records: list[LayerRecord] = []
@@ -269,7 +270,10 @@ class LayerQuantizer:
             self.console.warn(f"{name}: {solved.fallback}")
         if self.progress is not None:
             extra = "".join(f"  {text}" for text in (f"{solved.dead} dead inputs" if solved.dead else "", solved.remark) if text)
-            self.progress.advance(1, f"{name:<44} error {record.error:.5f}  damping {solved.damping:g}  {solved.seconds:6.2f} s{extra}")
+            note = f"{name:<44} error {record.error:.5f}  damping {solved.damping:g}  {solved.seconds:6.2f} s{extra}"
+            self._worst = max(self._worst, (record.error, name))
+            error, worst = self._worst
+            self.progress.advance(1, note, f"worst error {error:.4f}, {worst.removeprefix('model.')}")
 
 
 def bfloat16_exact(opened: RunInputs) -> bool:

@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from marlinctl.checkpoint import findings
 from marlinctl.checkpoint.contents import Contents, Noted, reading_contents
 from marlinctl.checkpoint.formats.base import Format
@@ -48,6 +46,8 @@ from marlinctl.system.devices import choose_device, forward_dtype, set_up_alloca
 from marlinctl.system.host import available_memory
 
 if TYPE_CHECKING:
+    import torch
+
     from marlinctl.evaluation.gate import Measurement
 
 
@@ -120,6 +120,8 @@ def open_model(
 
     With --strict, what is a warning without it is BadInput E307 or NumericalProblem E605 (checkpoint/findings.py).
     """
+    import torch
+
     refuse_no_change(recipe)
     device = torch.device(choose_device(options.device))
     set_up_allocator(device)

@@ -57,7 +57,7 @@ from marlinctl.recipes.schema import Recipe
 from marlinctl.sparsify.steps import TORCH, PruneSteps
 from marlinctl.system.background import begun
 from marlinctl.system.console import Console
-from marlinctl.system.devices import limit_device_memory, threads
+from marlinctl.system.devices import limit_device_memory, say_choice, threads
 from marlinctl.system.host import available_memory, release_heap
 from marlinctl.system.offload import Scratch
 from marlinctl.system.phases import Phases
@@ -97,6 +97,8 @@ def run_job(
         if processes.main:
             if not options.resume:
                 check()
+                if joined is None:
+                    say_choice(options.device, processes.device.type, console)
                 require_samples(recipe.calibration.samples, processes.count)
             stack.enter_context(job.held(request, resume=options.resume, console=console, launcher=processes.launcher))
             console.log_to(job.log)

@@ -27,6 +27,7 @@ class Plan:
     group_sizes: Mapping[str, int]
     kept: Mapping[str, str]  # linears that stay 16-bit -> reason
     head: LinearSpec | None  # the output head, when it is quantized too; a tied one gets a weight of its own
+    idle: tuple[str, ...] = ()  # patterns of `skip` that name the output head alone, where it stays 16-bit anyway
 
 
 def plan(architecture: Architecture, *, group_size: int, skip: Sequence[str], overrides: Mapping[str, int], include: Sequence[str]) -> Plan:
@@ -37,8 +38,10 @@ def plan(architecture: Architecture, *, group_size: int, skip: Sequence[str], ov
         linears[head.name] = head
     names = _Names(linears)
     problems: list[Problem] = []
+    sixteen_bit = _Names(spec.name for spec in (architecture.head, architecture.tied) if spec is not None and head is None)
+    idle = tuple(pattern for pattern in dict.fromkeys(skip) if not names.matching(pattern) and sixteen_bit.matching(pattern))
     for pattern in (*skip, *overrides):
-        if not names.matching(pattern):
+        if pattern not in idle and not names.matching(pattern):
             if len(problems) == _MOST_PROBLEMS:
                 problems.append(Problem("and maybe more patterns", "--skip / --override", "fix the ones above first"))
                 break
@@ -62,7 +65,7 @@ def plan(architecture: Architecture, *, group_size: int, skip: Sequence[str], ov
             kept[name] = f"K={spec.in_features}"
     if architecture.head is not None and head is None:
         kept[architecture.head.name] = "output head (--include lm_head)"
-    return Plan(sizes, kept, head)
+    return Plan(sizes, kept, head, idle)
 
 
 class _Names:

@@ -12,10 +12,9 @@ counts. NaN and infinity, and masks that contradict their weights, are found onl
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ from marlinctl.planning.preflight import (
 from marlinctl.planning.training_settings import check_settings, check_sizes
 from marlinctl.recipes.schema import Recipe, divided, recipe_hash
 from marlinctl.system.console import Console
-from marlinctl.system.devices import free_device_memory, has_matrix_units, planned_dtype
+from marlinctl.system.devices import free_device_memory, has_matrix_units, planned_device, planned_dtype
 from marlinctl.system.host import available_memory
 
 _ELEMENT = {"bfloat16": 2, "float32": 4}
@@ -95,8 +94,7 @@ class Check:
 
 def make_plan(model: str, recipe: Recipe, settings: Settings, console: Console) -> dict[str, Any]:
     """The plan as one JSON-ready document. Refuses what a run would refuse, with the same error ids."""
-    if not re.fullmatch(r"(cpu|cuda)(:\d{1,3})?", settings.device, re.ASCII):
-        raise UsageError("E202", f"unknown device {settings.device}", where="--device", fix="give cpu, cuda or cuda:N")
+    settings = replace(settings, device=planned_device(settings.device))
     check_arguments(recipe, settings.module_map, distils=True)
     _check_ranks(recipe, settings)
     _check_evaluation(recipe, settings, None, console)

@@ -93,9 +93,10 @@ def require_samples(samples: int, processes: int) -> None:
 
 
 def look(
-    checkpoint: Checkpoint, recipe: Recipe, module_map: Path | None, console: Console, *, files: bool = True, weights: bool = True
+    checkpoint: Checkpoint, recipe: Recipe, module_map: Path | None, console: Console | None, *, files: bool = True, weights: bool = True
 ) -> ModelPlan:
-    """The folder (checkpoint/folder.py) and the rules. BadInput and UsageError list all that is wrong of a kind; notes are said.
+    """The folder (checkpoint/folder.py) and the rules. BadInput and UsageError list all that is wrong of a kind; notes are said,
+    where there is a console.
 
     files: False where there is no folder yet, because it will be made from a GGUF file, tokenizer and all. weights: False where it holds
     headers alone.
@@ -103,8 +104,9 @@ def look(
     examined = examine(
         checkpoint, structure="needed", dense=True, tokenizer=True, module_map=module_map, files=files, weights=weights and files
     )
-    for note in examined.notes:
-        console.warn(note)
+    if console is not None:
+        for note in examined.notes:
+            console.warn(note)
     known = examined.architecture
     assert known is not None  # "needed"
     # At 16 bits there are no groups, unless the recipe distils: then int4 comes last, and must not fail after hours of work.
@@ -116,6 +118,9 @@ def look(
         overrides={pattern: override.group_size if groups else -1 for pattern, override in recipe.quantize.overrides.items()},
         include=recipe.quantize.include,
     )
+    if console is not None:
+        for pattern in rules.idle:
+            console.say(f"--skip {pattern} changes nothing: the output head stays 16-bit anyway")
     shapes = {name: (spec.out_features, spec.in_features) for name, spec in _planned(known, rules).items()}
     if recipe.scheme.prunes:
         _refuse_odd_widths(shapes)
@@ -147,6 +152,12 @@ def _mebibytes(size: int) -> str:
 
 def formats_of(recipe: Recipe) -> list[Format]:
     return [FORMATS[name] for name in recipe.pack.formats]
+
+
+def folders_of(recipe: Recipe, out: Path) -> dict[str, Path]:
+    """Where `compress` publishes each format of a recipe: OUT in the first, OUT-<format> for each further one."""
+    first, *others = recipe.pack.formats
+    return {str(first): out} | {str(fmt): out.with_name(f"{out.name}-{fmt}") for fmt in others}
 
 
 def wants_mask(recipe: Recipe) -> Format | None:

@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from marlinctl.errors import Problem, UsageError
 from marlinctl.quantize.scheme import Scheme
 from marlinctl.recipes import renamed
+from marlinctl.recipes.foreign_formats import instead_of
 from marlinctl.recipes.yaml_positions import Place, read_yaml
 from marlinctl.system.files import FileRefused, read_plain
 from marlinctl.system.log import redacted
@@ -196,10 +197,14 @@ def resolve(recipe: Recipe, overrides: Mapping[str, Any], *, deprecated: Callabl
         flag = _FLAG_NAMES.get(field, "--" + field.replace("_", "-"))
         places[section, field] = Place(f"{flag} {value}")
         if values[section].get(field) != value:
-            before = "null" if values[section].get(field) is None else values[section][field]
-            changes.append(f"{flag} {value} instead of {before} (recipe {recipe.name})")
+            changes.append(f"{flag} {_spoken(value)} instead of {_spoken(values[section].get(field))} (recipe {recipe.name})")
         values[section][field] = value
     return _validate(_Layer(values, places, Place(f"recipe {recipe.name}")), error_id="E202"), changes
+
+
+def _spoken(value: Any) -> str:
+    """A value in one line of text."""
+    return ", ".join(map(str, value)) or "none" if isinstance(value, (list, dict)) else "none" if value is None else str(value)
 
 
 def divided(recipe: Recipe) -> tuple[Recipe, Recipe] | None:
@@ -314,6 +319,8 @@ def _problem(item: Any, layer: _Layer) -> Problem:
     name = ".".join(path)
     if item["type"] == "extra_forbidden":
         return Problem(f"unknown key {name}", where, _nearest_key(path[-1], _keys_at(path[:-1])))
+    if item["type"] == "literal_error" and path[:2] == ("pack", "formats"):
+        return Problem(f"there is no format {item['input']!r}", where, instead_of(item["input"], item["ctx"]["expected"]))
     if item["type"] == "literal_error":
         return Problem(f"{name} cannot be {item['input']!r}", where, f"use {item['ctx']['expected']}")
     message = item["msg"].removeprefix("Input should be ")

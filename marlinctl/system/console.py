@@ -106,23 +106,27 @@ class Progress:
         self._label = label
         self._total = total
         self._bar = bar
-        self._task = bar.add_task(printable(label, one_line=True), total=total) if bar is not None else None
+        self._task = bar.add_task(printable(label, one_line=True), total=total, status="") if bar is not None else None
         self._done = 0
         self._started = self._last_line = time.monotonic()
         self._lock = threading.Lock()  # of threads that are at work on the same steps
 
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        """`steps` more are done. A note is worth a line of its own, wherever the output goes."""
+    def advance(self, steps: int = 1, note: str = "", status: str = "") -> None:
+        """`steps` more are done. A note is worth a line of its own. With a status, a few words that stand in the bar, that line is for
+        --verbose and the log where there is a bar.
+        """
         with self._lock:
-            self._advance(steps, note)
+            self._advance(steps, note, status)
 
-    def _advance(self, steps: int, note: str) -> None:
+    def _advance(self, steps: int, note: str, status: str) -> None:
         self._done += steps
         now = time.monotonic()
         if self._bar is not None and self._task is not None:
             self._bar.advance(self._task, steps)
+            if status:
+                self._bar.update(self._task, status=printable(status, one_line=True))
             if note:
-                self._console.say(note)
+                (self._console.detail if status else self._console.say)(note)
         elif note:
             self._console.say(f"{self._label} {self._how_far()}: {note}")
             self._last_line = now
@@ -284,6 +288,10 @@ class Console:
                 fix=fix if named else f"move what is there away, or {fix}",
             ) from error
 
+    def withdraw_log(self) -> None:
+        """Of a run that was refused, nothing stays in the log that `log_to` chose: neither a new file nor lines in one that was there."""
+        self._log.withdraw()
+
     def close(self) -> None:
         _LOGGER.removeHandler(self._log)
         _LOGGER.propagate = True
@@ -313,13 +321,28 @@ class Console:
 
     def _write_message(self, text: str, *, label: str = "", colour: str = "") -> None:
         safe = printable(redact(text))
-        if label:
-            painted = self._colour and colour_wanted(self._err)
-            safe = f"\x1b[{colour}m{label}\x1b[0m {safe}" if painted else f"{label} {safe}"
+        safe = self._fitted(f"{label} {safe}" if label else safe)
+        if label and self._colour and colour_wanted(self._err):
+            safe = f"\x1b[{colour}m{label}\x1b[0m{safe.removeprefix(label)}"
         if self._bar is not None:
             self._bar.console.out(safe, highlight=False)  # above the bar
         else:
             print(safe, file=self._err, flush=True)
+
+    def _fitted(self, text: str) -> str:
+        """Broken between words at the width of a terminal. Elsewhere a message is one line, and so is one that has lines already."""
+        if "\n" in text or not self._err.isatty():
+            return text
+        import shutil
+        import textwrap
+
+        columns = shutil.get_terminal_size().columns
+        beginning = text[: len(text) - len(text.lstrip())]
+        lines = textwrap.wrap(
+            text.strip(), max(columns, 20), initial_indent=beginning, subsequent_indent="    ", break_long_words=False,
+            break_on_hyphens=False, drop_whitespace=True,
+        )  # fmt: skip
+        return "\n".join(lines) or text
 
 
 class _SilentConsole(Console):
@@ -339,14 +362,16 @@ def _draw_bar(stream: TextIO, colour: bool, total: int) -> Bar:
     from rich.console import Console as RichConsole
     from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
+    from rich.table import Column
 
     return Bar(
         TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        BarColumn(bar_width=16),
         MofNCompleteColumn() if total < COUNTABLE else TaskProgressColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
         console=RichConsole(file=stream, no_color=not colour, force_terminal=True, highlight=False, markup=False),
         transient=True,
     )

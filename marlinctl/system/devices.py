@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -15,25 +16,57 @@ from marlinctl.errors import EnvironmentProblem, UsageError
 if TYPE_CHECKING:
     import torch
 
+    from marlinctl.system.console import Console
+
 _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # read by torch 2.11 and 2.13 alike; where both are set, the first one
 _SETTINGS = "expandable_segments:True,pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
 
 
+def check_name(device: str) -> None:
+    """UsageError E202 for what names no device. Without torch."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device, re.ASCII):
+        raise UsageError("E202", f"unknown device {device}", where="--device", fix="give auto, cpu, cuda or cuda:N")
+
+
 def choose_device(device: str) -> str:
     """`auto` resolved; a device that is not there is an error, not a slow surprise."""
+    check_name(device)
     import torch
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError("E202", f"unknown device {device}", where="--device", fix="give auto, cpu, cuda or cuda:N") from error
+    kind = torch.device(device)
     if kind.type == "cuda" and (not torch.cuda.is_available() or (kind.index or 0) >= torch.cuda.device_count()):
         reason, cure = no_cuda()
         fix = f"give --device cpu, or {cure}" if cure else "give --device cpu"
         raise EnvironmentProblem("E420", f"there is no {device}: {reason}", where="--device", fix=fix)
     return device
+
+
+def say_choice(asked: str, chosen: str, console: Console) -> None:
+    """One line on what `--device auto` came to; nothing where the person said it."""
+    if asked != "auto":
+        return
+    if chosen.startswith("cuda"):
+        import torch
+
+        console.say(f"computing on {chosen}, {torch.cuda.get_device_name(chosen)} (--device auto)")
+    else:
+        console.say(f"computing on the CPU: {no_cuda()[0]} (--device auto)")
+
+
+def planned_device(device: str) -> str:
+    """What `choose_device` will choose, without torch: for auto, cuda where nvidia-smi shows a GPU and torch is a build for one."""
+    check_name(device)
+    if device != "auto":
+        return device
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        without_cuda = version("torch").endswith("+cpu")
+    except PackageNotFoundError:
+        without_cuda = True
+    return "cpu" if without_cuda or free_device_memory("cuda") is None else "cuda"
 
 
 def no_cuda() -> tuple[str, str]:

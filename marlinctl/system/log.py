@@ -17,8 +17,11 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, cast
+
+from marlinctl.system.after_import import after_import
 
 LINES_IN_MEMORY = 2000  # of log, as long as no file is known
 
@@ -124,6 +127,43 @@ def visible_streams() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+class _OfLibraries(logging.Handler):
+    """Into our log what other libraries log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not record.name.startswith("marlinctl"):  # ours reach the root, too, while no console is there
+            logging.getLogger("marlinctl").debug("%s: %s", record.name, " ".join(record.getMessage().split()))
+
+
+_OWN_HANDLERS = {"transformers.utils.logging": "transformers", "huggingface_hub.utils.logging": "huggingface_hub"}
+_watched: set[str] = set()  # modules whose import has been waited for in this process
+
+
+@contextmanager
+def libraries_in_log() -> Iterator[None]:
+    """What libraries warn of and log goes to the log alone: a person cannot act on a deprecation inside of transformers."""
+    for module in _OWN_HANDLERS.keys() - _watched:
+        _watched.add(module)
+        after_import(module, partial(_to_root, _OWN_HANDLERS[module]))
+    handler = _OfLibraries(logging.WARNING)
+    root = logging.getLogger()
+    root.addHandler(handler)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        root.removeHandler(handler)
+
+
+def _to_root(name: str) -> None:
+    """A library that has its own way to stderr, once it has set that up."""
+    library = logging.getLogger(name)
+    for handler in [handler for handler in library.handlers if isinstance(handler, logging.StreamHandler)]:
+        library.removeHandler(handler)
+    library.propagate = True
+
+
 class MemoryThenFile(logging.Handler):
     """Keeps the last lines until it learns of a file, then writes every line through."""
 
@@ -133,10 +173,12 @@ class MemoryThenFile(logging.Handler):
         self.lines: deque[str] = deque(maxlen=LINES_IN_MEMORY)
         self.file: TextIO | None = None
         self.path: Path | None = None
+        self._begin: int | None = None  # where the lines of this run begin in a file that nobody named
 
     def open(self, path: Path, *, named: bool) -> None:
         """named: the person named this file, so whatever it is, lines are appended to it. Otherwise it is new, or a log of ours."""
         self.file = _named_log(path) if named else _own_log(path)
+        self._begin = None if named else os.fstat(self.file.fileno()).st_size
         try:
             self.file.writelines(self.lines)
             self.file.flush()
@@ -145,6 +187,18 @@ class MemoryThenFile(logging.Handler):
             raise
         self.path = path
         self.lines.clear()
+
+    def withdraw(self) -> None:
+        """Back to memory: take the lines of this run out of the file, and the file away where it was new. A named one keeps them."""
+        if self.file is None or self.path is None or self._begin is None:
+            return
+        with suppress(OSError):
+            if self._begin:
+                os.truncate(self.file.fileno(), self._begin)
+            else:
+                self.path.unlink()
+        self._let_go()
+        self.path = None
 
     def emit(self, record: logging.LogRecord) -> None:
         text = printable(without_home(redact(self.format(record)))) + "\n"

@@ -176,7 +176,7 @@ CATALOG = (
         "E244",
         "An output, log or results file cannot be written there",
         """
-        - Output: its name belongs to a file or a dangling link, or its parent folder does not exist or is not writable.
+        - Output: its name belongs to a file or a dangling link, or the folder above it is not writable. Missing folders are made.
         - Log: its folder is not writable, or `OUT.log` is a link or not a log of marlinctl. Move it away, or append to any file with
           `--log-file`.
         - Results (`--out`): the file exists (add `--resume`), its folder is missing, or `--resume` was given without `--out`.

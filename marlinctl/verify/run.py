@@ -85,7 +85,7 @@ def verify(
     from marlinctl.checkpoint.folder import open_folder
 
     document = manifest.check(folder)
-    console.say(f"digests: {len(document['files'])} files as the manifest says")
+    console.detail(f"digests: {len(document['files'])} files as the manifest says")
     with ExitStack() as stack:
         examined, masks = stack.enter_context(open_folder(folder, structure="no")), stack.enter_context(open_masks(folder))
         checkpoint, info = examined.checkpoint, examined.info
@@ -93,17 +93,17 @@ def verify(
             console.warn(note)
         original = stack.enter_context(_opened(source, checkpoint, info, console))
         skipped = check_structure(checkpoint, info, module_map)
-        console.say(f"structure: {len(checkpoint.tensors)} tensors, {len(info.layers)} linears in {info.name}")
+        console.detail(f"structure: {len(checkpoint.tensors)} tensors, {len(info.layers)} linears in {info.name}")
         check_finite(checkpoint, info)
         found = check_linears(checkpoint, info, masks, original, console)
         _raise("E106", found.contents)
-        console.say("contents: scales finite, packing again gives the same bytes")
+        console.detail("contents: scales finite, packing again gives the same bytes")
         sparse = check_pattern(checkpoint, info, masks, found)
         if sparse is not None:
-            console.say(f"2:4: {sparse['linears']} linears by the {sparse['origin']}; what was pruned is zero")
+            console.detail(f"2:4: {sparse['linears']} linears by the {sparse['origin']}; what was pruned is zero")
         read = check_kernels(checkpoint, info, console) if kernels and info.format.native else None
         if read is not None:
-            console.say(
+            console.detail(
                 f"kernels: tiles read by the {read.by}, {read.blocks} of {read.of_blocks} blocks; error {read.error:.1e}, rounding alone"
             )
             if read.unread:
@@ -113,12 +113,10 @@ def verify(
         error, reason = _load_check(checkpoint, info, load)
         skipped += [reason] if reason else []
         if error is not None:
-            console.say(f"load: logits agree with the dequantized model, relative error {error:.1e}")
+            console.detail(f"load: logits agree with the dequantized model, relative error {error:.1e}")
         compared = None if original is None else fidelity.compare(checkpoint, info, original, found.against_source)
         if compared is not None:
-            console.say(f"source: {fidelity.summary(compared)}")
-    for line in skipped:
-        console.warn(line)
+            console.detail(f"source: {fidelity.summary(compared)}")
     return Verified(info.name, len(info.layers), len(document["files"]), error, tuple(skipped), compared, sparse, read)
 
 

@@ -213,7 +213,7 @@ def test_without_a_gpu_three_lines_name_what_works_here(capsys: pytest.CaptureFi
     code, out, err = run_main(capsys, "--layers", "llama3-8b")
     assert (code, out) == (4, "")
     assert [line.split(":")[0].strip() for line in err.splitlines()] == ["error", "where", "fix", "docs"]
-    assert "--build" in err and "verify --kernels" in err and "e420" in err
+    assert "--build" in err and "verify --kernels" in err and "explain E420" in err
 
 
 @without_gpu
@@ -240,7 +240,7 @@ def test_without_a_gpu_json_says_the_same(capsys: pytest.CaptureFixture[str]) ->
 def test_what_means_nothing_is_refused(arguments: list[str], error_id: str, where: str, capsys: pytest.CaptureFixture[str]) -> None:
     """If this failed, an option would be ignored without a word, or need a GPU to be refused."""
     code, _, err = run_main(capsys, *arguments)
-    assert code == 2 and f"#{error_id}" in err and f"  where: {where}\n" in err
+    assert code == 2 and f"explain {error_id.upper()}" in err and f"  where: {where}\n" in err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")
@@ -281,7 +281,7 @@ def test_files_of_somebody_else_are_not_replaced(tmp_path: Path, capsys: pytest.
     (tmp_path / "c" / "bench.json").symlink_to(document)
     for name in "abc":
         code, _, err = run_main(capsys, "--from", str(document), "--out", str(tmp_path / name))
-        assert code == 2 and "#e224" in err, name
+        assert code == 2 and "explain E224" in err, name
         assert len(list((tmp_path / name).iterdir())) == 1
     assert (tmp_path / "a" / "bench.json").read_text() == '{"kind": "mine"}'
     for _ in range(2):  # what it wrote itself may be replaced
@@ -298,4 +298,4 @@ def test_files_of_somebody_else_are_not_replaced(tmp_path: Path, capsys: pytest.
 def test_a_file_that_is_no_document_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "other.json").write_text("[]")
     code, _, err = run_main(capsys, "--from", str(tmp_path / "other.json"))
-    assert code == 3 and "#e374" in err and "other.json" in err
+    assert code == 3 and "explain E374" in err and "other.json" in err

@@ -81,7 +81,11 @@ def test_a_sparse_model_goes_to_marlin_24_and_back(marlinctl: Any, source: Path,
         result = marlinctl("verify", tmp_path / name, "--source", source)
         assert result.code == 0 and f"{name}: ok" in result.out, result.err
     result = marlinctl("verify", tmp_path / "m")
-    assert "2:4: 14 linears by the metadata" in result.err and "2:4 in 14 linears by the metadata, what was pruned is zero" in result.out
+    assert (
+        result.out.count("2:4") == 1
+        and "2:4" not in result.err
+        and "2:4 in 14 linears by the metadata, what was pruned is zero" in result.out
+    )
     assert "2:4 in 14 of 15 linears, by the metadata" in marlinctl("inspect", tmp_path / "m").out
     assert "kept weights are zero" in marlinctl("inspect", tmp_path / "m", "--weights").out
     assert marlinctl("pack", tmp_path / "m", tmp_path / "back").code == 0
@@ -117,7 +121,6 @@ def test_pack_needs_overwrite(marlinctl: Any, packed: Path, tmp_path: Path) -> N
         (["{packed}", "{tmp}/o", "--format", "awq"], "no format 'awq'"),
         (["{packed}", "{packed}"], "the output is the input"),
         (["{packed}", "{packed}/sub"], "inside the input"),
-        (["{packed}", "{tmp}/no/o"], "does not exist"),
         (["{packed}", "--check", "--tp", "0"], "0"),
     ],
 )

@@ -59,6 +59,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Recipe]:
             raise Asked
 
         monkeypatch.setattr(place, job)
+        monkeypatch.setattr("marlinctl.oneshot.early._asked_here", lambda _options: False)  # the files are not there
         assert cli.main([verb, *arguments, *flags, "-q"]) == 70  # our exception is no known one
         (recipe,) = found
         return recipe

@@ -156,7 +156,7 @@ def test_refused_before_a_weight_is_read(
     assert main([*WORK[verb], *more]) in (2, 3)
     told = capsys.readouterr().err
     if anchor is not None:
-        assert told.rstrip().endswith(f"#{anchor}") and any(word in told for word in more), told
+        assert told.rstrip().endswith(f"explain {anchor.upper()}") and any(word in told for word in more), told
     assert not (here / "out").exists() and not (here / "out.job").exists()
 
 
@@ -239,7 +239,7 @@ def test_a_gate_without_the_memory_to_measure_is_refused_early(
     monkeypatch.setattr("marlinctl.evaluation.gate.available_memory", lambda: 1000)
     assert main(["sparsify", "model", str(tmp_path / "out"), *SMALL, "--max-kl", "5"]) == 1
     told = capsys.readouterr().err
-    assert "#e115" in told and "needs a measurement" in told
+    assert "explain E115" in told and "needs a measurement" in told
     assert not list(tmp_path.glob("out.*ed"))
 
 
@@ -249,6 +249,7 @@ def test_a_gate_without_the_memory_to_measure_is_refused_early(
 def failed_at_the_end(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> int:
     """A run whose arguments were right when it began: the text goes away while it works."""
     with monkeypatch.context() as patch:
+        patch.setattr("marlinctl.oneshot.early._asked_here", lambda options: False)
         patch.setattr(Measurement, "check_arguments", lambda self: None)
         patch.setattr(Measurement, "check_model", lambda self, folder, config: None)
         return main(arguments)
@@ -365,5 +366,5 @@ def test_a_verb_that_measures_nothing_takes_no_such_flags(here: Path, tmp_path: 
     for flags in (["--text", "text.txt"], ["--no-eval"], ["--max-kl", "1"]):
         assert main(["resume", str(out), *flags]) == 2
         told = capsys.readouterr().err
-        assert "#e288" in told and flags[0] in told
+        assert "explain E288" in told and flags[0] in told
     assert main(["resume", str(out)]) == 0

@@ -452,3 +452,38 @@ def test_a_kept_job_is_not_in_the_way(tmp_path: Path) -> None:
         assert folder.lines == []
         folder.remove()
     assert (tmp_path / "out" / NAME).exists()
+
+
+# ---- what a refused run leaves -------------------------------------------------------------------------------------------------------
+
+
+def logged(out: Path, error: BaseException, *, begins: bool) -> None:
+    """A run with a log, as run.py has it, that ends with `error`."""
+    folder, console = JobFolder(out), Console(colour=False, stderr=io.StringIO())
+    try:
+        with folder.held(REQUEST, resume=False, console=console):
+            console.log_to(folder.log)
+            if begins:
+                folder.begin({})
+            raise error
+    except type(error):
+        console.traceback(error, show=False)
+    finally:
+        console.close()
+
+
+def test_a_refused_run_leaves_no_folders_and_no_log(tmp_path: Path) -> None:
+    """Each typing error would leave a log, and folders that were made for an output that never came."""
+    refusal = BadInput("E302", "what", where="where", fix="fix")
+    logged(tmp_path / "new" / "place" / "out", refusal, begins=False)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out.log").write_text(before := "2026-11-30T00:00:00+0000 INFO    of an earlier run\n")
+    logged(tmp_path / "out", refusal, begins=False)
+    assert (tmp_path / "out.log").read_text() == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), NumericalProblem("E620", "what", where="where", fix="fix")])
+def test_a_run_that_failed_at_work_keeps_its_log(error: BaseException, tmp_path: Path) -> None:
+    """What happened in a run that had begun could not be looked up."""
+    logged(tmp_path / "new" / "out", error, begins=True)
+    assert "INFO" in (log := (tmp_path / "new" / "out.log").read_text()) or type(error).__name__ in log

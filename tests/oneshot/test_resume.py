@@ -271,7 +271,7 @@ def test_a_gpu_that_stays_full_is_an_error_and_the_job_is_kept(
     out = tmp_path / "out"
     assert full_gpu(monkeypatch, 2, quantize(place, out))[0] == 5
     told = capfd.readouterr().err
-    assert "e590" in told and "--sequence-length" in told and "and more lines" not in told and "Traceback" not in told
+    assert "explain E590" in told and "--sequence-length" in told and "and more lines" not in told and "Traceback" not in told
     assert blocks_solved(monkeypatch, ["resume", str(out), "-q"]) == (0, [2, 3])
     assert published(tmp_path) == published(place / "whole")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,11 @@ from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.convert.repack import repack
 from marlinctl.errors import BadInput, MarlinctlError, NumericalProblem, ResourceProblem, UsageError
+from marlinctl.oneshot.open import Options
+from marlinctl.oneshot.run import run_job
+from marlinctl.planning.preflight import look
 from marlinctl.recipes.schema import Recipe, resolve
+from marlinctl.system.console import Console
 from tests import runs, zoo
 from tests.runs import digests, quantize
 from tests.tiny import make_tiny
@@ -240,3 +245,29 @@ def test_deterministic_runs_on_cuda_publish_the_same_bytes(tmp_path: Path, text:
     for name in ("first", "second"):
         quantize(source, tmp_path / name, recipe(text), device="cuda", dtype="bfloat16", deterministic=True)
     assert digests(tmp_path / "first") == digests(tmp_path / "second")
+
+
+def test_skip_of_a_head_that_stays_16_bit_is_accepted(tmp_path: Path, text: Path) -> None:
+    """Recipes of other tools skip lm_head; the error would say that there is no such linear."""
+    for tied in (False, True):
+        source = make_tiny(tmp_path / f"model{tied}", tie_word_embeddings=tied)
+        told = io.StringIO()
+        console = Console(colour=False, stderr=told)
+        with open_checkpoint(source) as checkpoint:
+            looked = look(checkpoint, recipe(text, quantize__skip=["lm_head", "k_proj"]), None, console)
+        console.close()
+        assert told.getvalue() == "--skip lm_head changes nothing: the output head stays 16-bit anyway\n"
+        assert "lm_head" not in looked.shapes and len(looked.plan.group_sizes) == 12
+
+
+def test_the_chosen_device_is_said_once(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A person would not see that hours are computed on a CPU because torch has no CUDA."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device, lines in (("auto", 1), ("cpu", 0)):
+        told = io.StringIO()
+        console = Console(colour=False, stderr=told)
+        run_job(
+            str(make_tiny(tmp_path / f"m{device}")), tmp_path / f"o{device}", recipe(text), Options(device=device, dtype="float32"), console
+        )
+        console.close()
+        assert told.getvalue().count("computing on the CPU: ") == lines

@@ -229,7 +229,7 @@ def test_sparse_tiles_of_a_dense_model_are_refused_before_any_work(tmp_path: Pat
     source, out = tiny(tmp_path / "tiny"), tmp_path / "out"
     code = main(["compress", str(source), str(out), "--calibration", str(text), "--format", "marlin_24"])
     told = capfd.readouterr().err
-    assert code == 2 and "needs 2:4 linears, and 14 of 14 are not" in told and "e273" in told
+    assert code == 2 and "needs 2:4 linears, and 14 of 14 are not" in told and "explain E273" in told
     assert untouched(out)
 
 

@@ -83,7 +83,7 @@ def test_scores_of_this_folder_are_added(out: Path, made: Path, tmp_path: Path, 
     assert "4 windows of 32 tokens" in (out / "marlinctl_report.md").read_text("utf-8")
     assert run("report", made / "out-marlin", "--scores", scores) == 2
     told = capsys.readouterr().err
-    assert "#e261" in told and "scores are of another model" in told
+    assert "explain E261" in told and "scores are of another model" in told
     unfinished = json.loads(scores.read_text()) | {"finished": False}
     scores.write_text(json.dumps(unfinished))
     assert run("report", out, "--scores", scores) == 2
@@ -126,7 +126,7 @@ def test_a_damaged_report_is_refused_and_nothing_is_lost(out: Path, damage: byte
     before = {name: (out / name).read_bytes() for name in OURS}
     assert run("report", out) == 3
     told = capsys.readouterr().err
-    assert "#e374" in told and "marlinctl_report.json" in told
+    assert "explain E374" in told and "marlinctl_report.json" in told
     assert {name: (out / name).read_bytes() for name in OURS} == before
 
 
@@ -150,10 +150,10 @@ def test_a_folder_without_a_report(made: Path, tmp_path: Path, capsys: pytest.Ca
     """A dense or foreign folder has no run to report."""
     assert run("report", made / "tiny") == 1
     told = capsys.readouterr().err
-    assert "#e101" in told and "there is no marlinctl_report.json" in told
+    assert "explain E101" in told and "there is no marlinctl_report.json" in told
     assert run("report", made / "out", "--bench", tmp_path / "missing.json") == 3
     told = capsys.readouterr().err
-    assert "#e374" in told and "missing.json" in told
+    assert "explain E374" in told and "missing.json" in told
 
 
 def test_what_a_killed_rewrite_leaves_is_no_damage(out: Path) -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from marlinctl.errors import UsageError
 from marlinctl.system import console as console_module
 from marlinctl.system.console import Console, duration
+from marlinctl.system.log import _to_root, libraries_in_log
 
 
 class Terminal(io.StringIO):
@@ -241,3 +243,55 @@ def test_silent_in_a_program_without_logging() -> None:
     program = "from marlinctl.system.console import Console; Console.quiet().warn('careful')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+# ---- on a terminal of 80 columns -----------------------------------------------------------------------------------------------------
+
+
+def test_messages_are_broken_between_words_at_the_width_of_a_terminal(
+    streams: tuple[io.StringIO, io.StringIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A terminal would break an error in the middle of a word; in a pipe, a line is what grep looks for."""
+    monkeypatch.setenv("COLUMNS", "80")
+    terminal = Terminal()
+    fix = "fewer --samples, a smaller --sequence-length, or --calibration FILE in place of self, which loads the whole model"
+    for stream in (terminal, streams[1]):
+        console = Console(stdout=streams[0], stderr=stream, colour=False)
+        console.error(fix, label="  fix:")
+        console.close()
+    lines = terminal.getvalue().splitlines()
+    assert len(lines) == 2 and all(len(line) <= 80 for line in lines) and " ".join(map(str.strip, lines)) == f"fix: {fix}"
+    assert lines[0].startswith("  fix: ") and lines[1].startswith("    ")
+    assert streams[1].getvalue() == f"  fix: {fix}\n"
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_on_a_terminal_the_bar_has_the_status_in_place_of_lines(
+    verbose: bool, streams: tuple[io.StringIO, io.StringIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """224 lines would push everything else off the screen; --verbose and the log have them."""
+    monkeypatch.setenv("COLUMNS", "80")
+    terminal = Terminal()
+    console = Console(stdout=streams[0], stderr=terminal, colour=False, verbose=verbose)
+    with console.progress("quantize", 2) as progress:
+        progress.advance(1, "layers.0.mlp.down_proj error 0.01234", "worst error 0.0123, layers.0.mlp.down_proj")
+    lines = "".join(console._log.lines)
+    console.close()
+    assert ("down_proj error 0.01234" in terminal.getvalue()) == verbose and "down_proj error 0.01234" in lines
+    assert "worst error 0.0123" in terminal.getvalue()
+
+
+def test_what_libraries_warn_of_goes_to_the_log_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A person would take a deprecation inside of transformers for a problem of the model."""
+    console = Console(log_file=tmp_path / "log")
+    own = logging.getLogger("a_library")
+    handler = logging.StreamHandler()
+    own.addHandler(handler)
+    _to_root("a_library")
+    with libraries_in_log():
+        warnings.warn("past_key_values is deprecated", FutureWarning, stacklevel=1)
+        logging.getLogger("a_library.modeling").warning("some weights were not used")
+    console.close()
+    log = (tmp_path / "log").read_text()
+    assert "past_key_values is deprecated" in log and "a_library.modeling: some weights were not used" in log
+    assert capsys.readouterr().err == "" and handler not in own.handlers

@@ -139,7 +139,7 @@ def test_compress_publishes_nothing_that_the_kernel_multiplies_wrongly(
     command = ["compress", str(tmp_path / "model"), str(tmp_path / "out"), "--recipe", str(tmp_path / "mine.yaml"), "--also", "marlin"]
     code = main([*command, "--calibration", str(tmp_path / "text.txt"), "--dtype", "float32", "--no-eval"])
     assert code == 1
-    assert "#e113" in capfd.readouterr().err
+    assert "explain E113" in capfd.readouterr().err
     assert not (tmp_path / "out").exists() and not (tmp_path / "out-marlin").exists()
 
 

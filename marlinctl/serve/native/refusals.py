@@ -16,7 +16,7 @@ def text(error: MarlinctlError) -> str:
     lines = [f"marlinctl {error.error_id}"]
     for problem in error.problems:
         lines += [f"  error: {problem.what}", f"    where: {problem.where}", f"    fix: {problem.fix}"]
-    return "\n".join([*lines, f"  docs: docs/troubleshooting.md#{error.error_id.lower()}"])
+    return "\n".join([*lines, f"  docs: marlinctl explain {error.error_id}"])
 
 
 @contextmanager
