@@ -42,6 +42,7 @@ REASONS = {
     r"^other/bin/python": "runs another program in an environment of its own",
     r"^make ": "is how these tests are run",
     r"^vllm serve|^python -m sglang": "needs that server and a GPU: tests/serve/vllm and tests/serve/sglang",
+    r"^docker (build|run) ": "needs Docker: tests/test_container.py",
     r"^hf ": "belongs to huggingface_hub, and asks the hub",
     r"^accelerate launch": "several processes: tests/distillation/test_distributed.py, tests/oneshot/test_ranks.py",
     r"^marlinctl (?!plan).*--device cuda": "needs a GPU",
