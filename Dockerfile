@@ -22,6 +22,7 @@ ENV HF_HOME=/cache/huggingface MARLINCTL_CACHE=/cache/marlinctl HOME=/cache USER
 RUN mkdir -m 1777 /cache /work
 WORKDIR /work
 COPY constraints.txt /
+# Below, doctor gets another cache: what root makes in /cache, the user could not write.
 ENTRYPOINT ["marlinctl"]
 CMD ["--help"]
 
@@ -30,11 +31,13 @@ FROM base AS cuda
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 RUN pip install --no-cache-dir -c /constraints.txt torch
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
-    pip install --no-cache-dir -c /constraints.txt "$(echo /wheels/*.whl)[eval]" && marlinctl doctor --quick
+    pip install --no-cache-dir -c /constraints.txt "$(echo /wheels/*.whl)[eval]" && \
+    MARLINCTL_CACHE="$(mktemp -d)" marlinctl doctor --quick
 USER 1000:1000
 
 FROM base AS cpu
 RUN pip install --no-cache-dir -c /constraints.txt --index-url https://download.pytorch.org/whl/cpu torch
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
-    pip install --no-cache-dir -c /constraints.txt "$(echo /wheels/*.whl)[eval]" && marlinctl doctor --quick
+    pip install --no-cache-dir -c /constraints.txt "$(echo /wheels/*.whl)[eval]" && \
+    MARLINCTL_CACHE="$(mktemp -d)" marlinctl doctor --quick
 USER 1000:1000
