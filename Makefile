@@ -64,8 +64,9 @@ format: $(VENV)/.installed-test  ## ruff format
 docs: $(VENV)/.installed-test  ## write the generated pages anew
 	$(RUN)/python scripts/make_cli_docs.py && $(RUN)/python scripts/make_troubleshooting.py
 
-site: $(VENV)/.installed-docs  ## docs/ as a site
+site: $(VENV)/.installed-docs $(VENV)/.installed-test  ## docs/ as a site, looked at in a browser if there is one
 	NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs build -q
+	$(RUN)/python -m pytest -q tests/test_site.py -m "slow or not slow"
 
 wheel: $(VENV)/.installed-test  ## dist/marlinctl-*.whl
 	$(RUN)/python -m build -q --wheel

@@ -296,8 +296,9 @@ def _usage_error(error: click.ClickException, args: list[str]) -> MarlinctlError
     if isinstance(error, click.NoSuchOption):
         parameters = context.command.get_params(context) if context is not None else []
         known = [name for parameter in parameters if not getattr(parameter, "hidden", False) for name in parameter.opts]
+        all_of_them = f"{command} --help-all" if "--help-all" in known else help_line
         return UsageError(
-            "E202", f"there is no option {error.option_name}", where=command, fix=_nearest(error.option_name, known, help_line)
+            "E202", f"there is no option {error.option_name}", where=command, fix=_nearest(error.option_name, known, all_of_them)
         )
     if isinstance(error, click.exceptions.NoSuchCommand):
         known = context.command.list_commands(context) if context is not None and isinstance(context.command, click.Group) else []

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import click
 import generated
 
 from marlinctl import cli
-from marlinctl.commands import common, evaluation_flags, recipe_flags
+from marlinctl.commands import help
 
 PAGE = generated.DOCS / "cli.md"
 WIDTH = 100  # fixed, so that the page does not depend on a terminal
@@ -26,7 +25,8 @@ HEAD = """\
 <!-- Written by scripts/make_cli_docs.py from the help texts; `make docs` rewrites it. -->
 
 Results go to stdout, progress messages and errors to stderr. With `--json` the result, or the error, is one JSON document on stdout with
-`schema_version` 1. Options that several verbs share are listed once, [below](#shared-options); `marlinctl VERB --help` shows all.
+`schema_version` 1. `marlinctl VERB --help` shows the options that most people need, `marlinctl VERB --help-all` all of them, as this page
+does. The options of every command, before it or after it, are listed [once](#marlinctl).
 
 ## Exit codes
 
@@ -38,33 +38,6 @@ Every error has three lines (what, where, fix) and an id that [troubleshooting](
 """
 
 
-def _recorded(*decorators: Callable[..., Any]) -> dict[str, str]:
-    """Flag -> help of the options that these decorators add."""
-
-    @click.command()
-    def probe() -> None: ...
-
-    for decorator in decorators:
-        probe = decorator(probe)
-    records = (option.get_help_record(click.Context(probe)) for option in reversed(probe.params) if not getattr(option, "hidden", False))
-    return dict(record for record in records if record is not None)
-
-
-# Options that several verbs have, under a title of their own, in the order in which the page lists them.
-GROUPS = {
-    "recipe options": _recorded(recipe_flags.recipe_flags),
-    "evaluation options": _recorded(evaluation_flags.evaluation_flags),
-    "run options": _recorded(recipe_flags.run_flags),
-    "common options": _recorded(common.add_common_options),
-}
-INTRODUCTIONS = {
-    "recipe options": "Each overrides a key of the [recipe](recipes.md).",
-    "evaluation options": "How the result is measured and what it must reach.",
-    "run options": "How the job runs.",
-    "common options": "Of every verb, before or after it.",
-}
-
-
 def page() -> str:
     codes = re.search(r"^     0  .*?(?=\n\n)", cli.__doc__ or "", re.MULTILINE | re.DOTALL)
     assert codes is not None, "the table of exit codes in marlinctl/cli.py"
@@ -72,45 +45,17 @@ def page() -> str:
     for title, text in helps(cli.marlinctl, ["marlinctl"], None):
         level = "##" if title.count(" ") < 2 else "###"
         parts.append(f"{level} {title}\n\n```text\n{text}\n```\n")
-    parts.append("## Shared options\n")
-    for name, options in GROUPS.items():
-        parts.append(f"### {name.capitalize()}\n\n{INTRODUCTIONS[name]}\n\n```text\n{_table(options.items())}\n```\n")
     return "\n".join(parts)
 
 
-def _table(options: Iterable[tuple[str, str]]) -> str:
-    formatter = click.HelpFormatter(width=WIDTH)
-    with formatter.indentation():
-        formatter.write_dl(list(options))
-    return "\n".join(line.rstrip() for line in formatter.getvalue().splitlines())
-
-
-class _Short(click.Context):
-    """Writes help in which a whole group of shared options is one line."""
-
-    def make_formatter(self) -> click.HelpFormatter:
-        return _ShortFormatter(width=WIDTH)
-
-
-class _ShortFormatter(click.HelpFormatter):
-    def write_dl(self, rows: Sequence[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
-        given = dict(rows)
-        whole = [name for name, options in GROUPS.items() if options.items() <= given.items()]
-        apart = {flag for name in whole for flag in GROUPS[name]} | ({"-h, --help"} if whole else set())
-        own = [(flag, text) for flag, text in rows if flag not in apart]
-        if own:
-            super().write_dl(own, col_max, col_spacing)
-        if whole:
-            self.write(f"{'':{self.current_indent}}and the {', '.join(whole)}\n")
-
-
 def helps(command: click.Command, path: list[str], parent: click.Context | None) -> Iterator[tuple[str, str]]:
-    """Title and help text of a command and of everything below it."""
-    context = _Short(
+    """Title and help text of a command and of everything below it: all its options but those of every command."""
+    context = click.Context(
         command, parent, info_name=path[-1], terminal_width=WIDTH, max_content_width=WIDTH, help_option_names=["-h", "--help"], color=False
     )
+    help.show_all(context)
     text = "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
-    yield " ".join(path), text
+    yield " ".join(path), text.partition(f"\n{help.COMMON}:\n")[0].rstrip()
     if isinstance(command, click.Group):
         for name in command.list_commands(context):
             child = command.get_command(context, name)

@@ -41,6 +41,8 @@ REASONS = {
     r"^python3\.11 -m venv": "makes an environment; `make test` does",
     r"^other/bin/python": "runs another program in an environment of its own",
     r"^make ": "is how these tests are run",
+    r"^vllm serve|^python -m sglang": "needs that server and a GPU: tests/serve/vllm and tests/serve/sglang",
+    r"^docker (build|run) ": "needs Docker: tests/test_container.py",
     r"^hf ": "belongs to huggingface_hub, and asks the hub",
     r"^accelerate launch": "several processes: tests/distillation/test_distributed.py, tests/oneshot/test_ranks.py",
     r"^marlinctl (?!plan).*--device cuda": "needs a GPU",
@@ -81,7 +83,7 @@ def of_page(page: Path) -> Iterator[Shown]:
     """All lines of shell fences; of other fences those after a `$ `, with the lines of options that continue them."""
     for language, body in blocks(page.read_text("utf-8")):
         joined = re.sub(r"\\\n\s*", " ", body)
-        if language not in ("bash", "sh", "console"):
+        if language not in ("bash", "sh"):
             sessions = re.findall(r"^\$ (.*(?:\n +--.*)*)", joined, flags=re.MULTILINE)
             joined = "\n".join(re.sub(r"\n +", " ", session) for session in sessions)
         for line in joined.splitlines():

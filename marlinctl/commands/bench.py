@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from marlinctl.commands.common import common_options
+from marlinctl.commands.help import Command
 from marlinctl.commands.recipe_flags import command_line
 from marlinctl.errors import UsageError
 from marlinctl.system.console import Console
@@ -18,7 +19,7 @@ from marlinctl.system.console import Console
 SET_NAMES = ("llama3-8b", "llama3-8b-unfused", "llama3-70b", "llama2-7b", "llama2-13b", "llama-33b", "llama-65b", "falcon-180b", "ideal")
 
 
-@click.command("bench")
+@click.command("bench", cls=Command)
 @click.argument("folder", type=click.Path(path_type=Path), required=False, metavar="[FOLDER]")
 @click.option("--build", "build_only", is_flag=True, help="Compile every kernel into the cache and stop; needs no GPU.")
 @click.option(

@@ -2,7 +2,7 @@
 
 A command file reads
 
-    @click.command("inspect")
+    @click.command("inspect", cls=Command)
     @click.argument("folder", ...)
     @common_options
     def command(console: Console, folder: Path) -> None: ...

@@ -5,10 +5,11 @@ from __future__ import annotations
 import click
 
 from marlinctl.commands.common import COMPLETION_VARIABLE, common_options
+from marlinctl.commands.help import Command
 from marlinctl.system.console import Console
 
 
-@click.command("completion")
+@click.command("completion", cls=Command)
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @common_options
 def command(console: Console, shell: str) -> None:

@@ -9,16 +9,17 @@ import click
 
 from marlinctl.commands.common import common_options, go_offline
 from marlinctl.commands.evaluation_flags import chosen_gate, chosen_measuring, evaluation_flags
+from marlinctl.commands.help import Command
 from marlinctl.commands.recipe_flags import chosen_options, chosen_recipe, recipe_flags, run_flags
 from marlinctl.system.console import Console
 from marlinctl.system.processes import silence_if_second
 
 
-@click.command("compress")
+@click.command("compress", cls=Command)
 @click.argument("model", type=click.Path(), metavar="MODEL")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
-@click.option("--format", "fmt", metavar="ct|gptq|marlin|marlin_24", help="What OUT holds. Default: the recipe's first format, ct.")
-@click.option("--also", multiple=True, metavar="FORMAT", help="Publish this format too, in OUT-FORMAT; may be given again.")
+@click.option("--format", "fmt", metavar="ct|gptq|marlin|marlin_24", help="Format of OUT. Default: the recipe's first, ct.")
+@click.option("--also", multiple=True, metavar="FORMAT", help="Publish this format too; may be given again.")
 @click.option("--distill-tokens", type=int, metavar="N", help="Train a pruned model on N tokens before it is quantized.")
 @click.option("--distill-data", metavar="SOURCE", help="Text to train on: self, a .txt/.jsonl/.parquet file, or a hub data set.")
 @click.option("--distill-sequence-length", type=int, metavar="N", help="Tokens per row of that text.")
@@ -40,7 +41,9 @@ def command(
         marlinctl compress ./smollm2 ./smollm2-2of4 --recipe sparse-int4 --distill-tokens 5000000 --max-ppl-ratio 1.5
 
     The result is measured against the original: perplexity, KL divergence and top-token agreement on a text, and the tasks you name.
-    OUT and its OUT-FORMAT siblings appear together when everything is checked, or not at all. Several GPUs: accelerate launch
+
+    \f
+    OUT and its siblings OUT-FORMAT of --also appear together when everything is checked, or not at all. Several GPUs: accelerate launch
     --multi_gpu -m marlinctl compress ... (docs/quantize.md).
     """
     silence_if_second(console)

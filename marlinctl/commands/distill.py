@@ -8,12 +8,13 @@ from typing import Any
 import click
 
 from marlinctl.commands.common import common_options
+from marlinctl.commands.help import Command
 from marlinctl.commands.recipe_flags import chosen_distillation, chosen_options, distill_flags, distill_run_flags
 from marlinctl.system.console import Console, gibibytes
 from marlinctl.system.processes import silence_if_second
 
 
-@click.command("distill")
+@click.command("distill", cls=Command)
 @click.argument("student", type=click.Path(), metavar="STUDENT")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
 @click.option("--teacher", required=True, metavar="MODEL", help="The original: a folder, a hub id or a GGUF file.")
@@ -29,7 +30,10 @@ def command(console: Console, student: str, out: Path, teacher: str, **values: A
         marlinctl distill ./qwen3-int4 ./qwen3-int4-kd --teacher Qwen/Qwen3-0.6B --tokens 2000000 --mode scales
         marlinctl resume ./qwen3-2of4-kd
 
-    STUDENT is a 2:4 folder, or a 4-bit folder for --mode scales. OUT gets the same form, whole or not at all. Several GPUs: accelerate
+    STUDENT is a 2:4 folder, or a 4-bit folder for --mode scales. OUT gets the same form, whole or not at all.
+
+    \f
+    Several GPUs: accelerate
     launch --multi_gpu -m marlinctl distill ... (docs/distill.md).
     """
     silence_if_second(console)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import click
 
 from marlinctl.commands.common import common_options
+from marlinctl.commands.help import Command
 from marlinctl.system.console import Console
 
 
-@click.command("doctor")
+@click.command("doctor", cls=Command)
 @click.option("--quick", is_flag=True, help="Skip slow checks: torch, GPU and hub.")
 @common_options
 def command(console: Console, quick: bool) -> None:

@@ -9,6 +9,7 @@ import click
 
 from marlinctl.commands.common import common_options, go_offline
 from marlinctl.commands.evaluation_flags import names_of_tasks
+from marlinctl.commands.help import Command
 from marlinctl.system.console import Console
 
 
@@ -24,7 +25,7 @@ class _BatchSize(click.ParamType):
             self.fail(f"{value!r} is neither auto nor a number", param, ctx)
 
 
-@click.command("eval")
+@click.command("eval", cls=Command)
 @click.argument("model", type=click.Path())
 @click.option("--tasks", metavar="NAMES", default="", help="Tasks of lm_eval, by comma; arc means both ARC sets. Needs the extra `eval`.")
 @click.option(

@@ -43,7 +43,7 @@ def measuring_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def evaluation_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same, whether it is measured at all, and the gate. Nothing that was not given has a value: `resume` asks which were."""
-    evaluated = click.option("--eval/--no-eval", "evaluated", default=None, help="Measure the result against the original. Default: yes.")
+    evaluated = click.option("--eval/--no-eval", "evaluated", default=None, help="Measure the result. Default: yes.")
     return _apply(function, (*_MEASURING, *_GATE, evaluated))
 
 

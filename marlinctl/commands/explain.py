@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from marlinctl.commands.common import common_options
+from marlinctl.commands.help import Command
 from marlinctl.errors import UsageError, exit_code
 from marlinctl.system.console import Console
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from marlinctl.system.troubleshooting import Entry
 
 
-@click.command("explain")
+@click.command("explain", cls=Command)
 @click.argument("error_id", metavar="[ID]", required=False)
 @common_options
 def command(console: Console, error_id: str | None) -> None:

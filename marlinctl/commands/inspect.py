@@ -7,10 +7,11 @@ from pathlib import Path
 import click
 
 from marlinctl.commands.common import common_options
+from marlinctl.commands.help import Command
 from marlinctl.system.console import Console
 
 
-@click.command("inspect")
+@click.command("inspect", cls=Command)
 @click.argument("folder", type=click.Path(path_type=Path), metavar="FOLDER")
 @click.option("--weights", is_flag=True, help="Read all weights too: finds an undeclared 2:4 pattern, counts kept weights that are zero.")
 @common_options

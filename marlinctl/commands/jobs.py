@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from marlinctl.commands.common import common_options
+from marlinctl.commands.help import Group
 from marlinctl.errors import ResourceProblem, UsageError
 from marlinctl.system.console import Console, duration
 from marlinctl.system.log import printable
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from marlinctl.jobs.listing import UnfinishedJob
 
 
-@click.group("jobs")
+@click.group("jobs", cls=Group)
 def command() -> None:
     """List or remove unfinished jobs.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from marlinctl.commands.common import common_options
+from marlinctl.commands.help import Command
 from marlinctl.errors import CheckFailed, UsageError
 from marlinctl.system.console import Console
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 _SHOWN = 3  # reasons per verdict; the rest is counted
 
 
-@click.command("pack")
+@click.command("pack", cls=Command)
 @click.argument("source", type=click.Path(), metavar="SOURCE")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT", required=False)
 @click.option("--format", "fmt", default="ct", show_default=True, metavar="ct|gptq|marlin|marlin_24|dense", help="What to write.")

@@ -12,6 +12,7 @@ import click
 
 from marlinctl.commands.common import common_options
 from marlinctl.commands.evaluation_flags import chosen_measuring, measuring_flags
+from marlinctl.commands.help import Command
 from marlinctl.commands.recipe_flags import chosen_recipe, plan_flags, recipe_flags, refuse_unknown_dtype, size_in_bytes
 from marlinctl.errors import CheckFailed
 from marlinctl.system.console import Console
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
     from marlinctl.planning.plan import Probe
 
 
-@click.command("plan")
+@click.command("plan", cls=Command)
 @click.argument("model", type=click.Path(), metavar="MODEL")
 @click.option("--out", type=click.Path(path_type=Path), default=Path(), metavar="OUT", help="Where the result would lie. Default: here.")
-@click.option("--format", "fmt", metavar="ct|gptq|marlin|marlin_24", help="What OUT holds. Default: the recipe's first format, ct.")
+@click.option("--format", "fmt", metavar="ct|gptq|marlin|marlin_24", help="Format of OUT. Default: the recipe's first, ct.")
 @click.option("--also", multiple=True, metavar="FORMAT", help="Publish this format too; may be given again.")
 @click.option("--distill-tokens", type=int, metavar="N", help="Train a pruned model on N tokens before it is quantized.")
 @click.option("--distill-data", metavar="SOURCE", help="Text to train on: self, a .txt/.jsonl/.parquet file, or a hub data set.")
@@ -50,8 +51,11 @@ def command(
 
     Lists which linears are compressed, skipped or kept, and why; bytes and loaders of each output; peak memory, disk space and estimated
     time. Reads config.json and the headers of the shards only, also of a hub model. Exit code 1 if memory or disk space does not suffice;
-    invalid inputs give the same errors as the run. --ranks plans a run whose samples and rows are shared by N processes, on GPUs one each:
-    memory is that of each process, and of all together. --probe runs the largest solve once, on random numbers, to estimate the time.
+    invalid inputs give the same errors as the run.
+
+    \f
+    --ranks plans a run whose samples and rows are shared by N processes, on GPUs one each: memory is that of each process, and of all
+    together. --probe runs the largest solve once, on random numbers, to estimate the time.
     """
     refuse_unknown_dtype(values["dtype"])
     formats = list(dict.fromkeys([*([fmt] if fmt else ["ct"] if also else []), *also])) or None

@@ -8,12 +8,13 @@ from typing import Any
 import click
 
 from marlinctl.commands.common import common_options
+from marlinctl.commands.help import Command
 from marlinctl.commands.recipe_flags import chosen_options, chosen_recipe, recipe_flags, run_flags
 from marlinctl.system.console import Console, gibibytes
 from marlinctl.system.processes import silence_if_second
 
 
-@click.command("quantize")
+@click.command("quantize", cls=Command)
 @click.argument("model", type=click.Path(), metavar="MODEL")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
 @recipe_flags
@@ -29,7 +30,10 @@ def command(console: Console, model: str, out: Path, **values: Any) -> None:
         marlinctl quantize ./model.gguf ./model-int4 --override 'down_proj=group_size:32' --skip 'layers.0.*'
 
     MODEL is a Hugging Face folder, a hub id or a GGUF file. OUT gets compressed-tensors `pack-quantized`, which vLLM, SGLang and
-    transformers load; `marlinctl pack` turns it into other formats. Blocks stream from the source to OUT one at a time, and OUT
+    transformers load.
+
+    \f
+    `marlinctl pack` turns it into other formats. Blocks stream from the source to OUT one at a time, and OUT
     appears whole or not at all. What is finished is kept in OUT.job: `marlinctl resume OUT` continues after Ctrl-C or a crash.
     Several GPUs: accelerate launch --multi_gpu -m marlinctl quantize ... (docs/quantize.md).
     """

@@ -43,7 +43,7 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     ),
     "quantize.skip": (
         "--skip",
-        {"multiple": True, "metavar": "PATTERN", "help": "Leave these linears 16-bit (o_proj, layers.0.*, re:...)."},
+        {"multiple": True, "metavar": "PATTERN", "help": "Keep these linears at 16 bits (o_proj, re:...)."},
     ),
     "quantize.include": (
         "--include",
@@ -108,7 +108,7 @@ def distill_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # What every job has.
-_OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an existing OUT once the new one is complete.")
+_OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace OUT once the new one is complete.")
 _THREADS = click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads.")
 _CACHE_DIR = click.option("--cache-dir", type=click.Path(path_type=Path), metavar="DIR", help="Downloads and converted GGUF files.")
 _MODULE_MAP = click.option("--module-map", type=click.Path(path_type=Path), metavar="FILE", help="Description of an unknown architecture.")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import click
 
 from marlinctl.commands.common import common_options
+from marlinctl.commands.help import Group
 from marlinctl.system.console import Console
 
 
-@click.group("recipes")
+@click.group("recipes", cls=Group)
 def command() -> None:
     """List, show and check recipes.
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import click
 
 from marlinctl.commands.common import common_options
+from marlinctl.commands.help import Command
 from marlinctl.errors import UsageError
 from marlinctl.system.console import Console
 
 
-@click.command("report")
+@click.command("report", cls=Command)
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
 @click.option(
     "--scores", type=click.Path(path_type=Path), metavar="FILE.json", help="Add what `marlinctl eval OUT --out FILE.json` measured."

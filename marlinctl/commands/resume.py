@@ -12,6 +12,7 @@ import click
 
 from marlinctl.commands.common import FormerFlag, common_options, go_offline
 from marlinctl.commands.evaluation_flags import changed_gate, chosen_measuring, evaluation_flags
+from marlinctl.commands.help import Command
 from marlinctl.commands.recipe_flags import command_line
 from marlinctl.errors import UsageError
 from marlinctl.system.console import Console
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
-@click.command("resume")
+@click.command("resume", cls=Command)
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
 @click.option("--from-block", type=click.IntRange(0), metavar="N", help="Solve block N and all later ones again.")
 @click.option("--redo-from", "--from-block", cls=FormerFlag, type=click.IntRange(0))

@@ -9,12 +9,13 @@ import click
 
 from marlinctl.commands.common import common_options, go_offline
 from marlinctl.commands.evaluation_flags import chosen_gate, chosen_measuring, evaluation_flags
+from marlinctl.commands.help import Command
 from marlinctl.commands.recipe_flags import chosen_options, chosen_recipe, recipe_flags, run_flags
 from marlinctl.system.console import Console, gibibytes
 from marlinctl.system.processes import silence_if_second
 
 
-@click.command("sparsify")
+@click.command("sparsify", cls=Command)
 @click.argument("model", type=click.Path(), metavar="MODEL")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
 @click.option("--pattern", default="2:4", show_default=True, metavar="2:4", help="Sparsity pattern; tensor cores support 2:4 only.")
@@ -31,12 +32,14 @@ def command(console: Console, model: str, out: Path, pattern: str, **values: Any
         marlinctl sparsify ./smollm2 ./smollm2-2of4-int4 --bits 4 --group-size 64 --refine 2
         marlinctl sparsify ./smollm2 ./smollm2-2of4 --method wanda --max-ppl-ratio 2
 
-    Without --bits 4, OUT is a 16-bit model with the mask beside it (marlinctl_mask.safetensors), ready for `marlinctl distill` and then
-    `marlinctl quantize`, which keep the pattern. With --bits 4, mask, codes and scales are solved together, and OUT is a
-    compressed-tensors checkpoint that `marlinctl pack --format marlin_24` turns into sparse tensor-core tiles.
+    OUT is a 16-bit model, ready for `marlinctl distill` and then `marlinctl quantize`, which keep the pattern; or with --bits 4 a
+    compressed-tensors checkpoint for `marlinctl pack --format marlin_24`. One-shot 2:4 hurts modern models badly: the damage is measured.
 
-    One-shot 2:4 hurts modern models badly: perplexity and KL divergence to the original are measured and reported, and --max-kl and
-    --max-ppl-ratio keep a bad result from being published. Several GPUs: as for quantize (docs/quantize.md).
+    \f
+    Without --bits 4, the mask lies beside the model (marlinctl_mask.safetensors). With --bits 4, mask, codes and scales are solved
+    together, and `marlinctl pack --format marlin_24` turns OUT into sparse tensor-core tiles. Perplexity and KL divergence to the
+    original are measured and reported, and --max-kl and --max-ppl-ratio keep a bad result from being published. Several GPUs: as for
+    quantize (docs/quantize.md).
     """
     silence_if_second(console)
     measuring, task_data = chosen_measuring(values)

@@ -7,10 +7,11 @@ from pathlib import Path
 import click
 
 from marlinctl.commands.common import common_options
+from marlinctl.commands.help import Command
 from marlinctl.system.console import Console
 
 
-@click.command("verify")
+@click.command("verify", cls=Command)
 @click.argument("folder", type=click.Path(path_type=Path), metavar="FOLDER")
 @click.option("--source", metavar="MODEL", help="Compare with the model it was made from: a folder, a hub id or a GGUF file.")
 @click.option("--cache-dir", type=click.Path(path_type=Path), metavar="DIR", help="Cache of a fetched or converted --source.")

@@ -109,9 +109,9 @@ CATALOG = (
         "E202",
         "A verb, option or value is unknown, missing or not allowed",
         """
-        The line says what is allowed, or gives the nearest names. `marlinctl VERB --help` lists all options; those of the Python API are
-        the keys of a [recipe](recipes.md). `jobs rm` needs `--yes` with `--json` or without a terminal. float16 overflows in some models,
-        and is slow on a CPU.
+        The line says what is allowed, or gives the nearest names. [The page of the command line](cli.md) has all options, and so has
+        `marlinctl VERB --help-all`, or `--help` of a verb with few. Those of the Python API are the keys of a [recipe](recipes.md).
+        `jobs rm` needs `--yes` with `--json` or without a terminal. float16 overflows in some models, and is slow on a CPU.
         """,
         ("E200", "E201", "E211", "E212", "E230", "E248", "E257", "E258", "E259", "E284", "E293", "E297", "E298"),
     ),

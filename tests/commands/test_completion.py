@@ -46,6 +46,8 @@ def ask(words: str, place: int) -> list[tuple[str, str]]:
         ("marlinctl quan", 1, [("plain", "quantize")]),
         ("marlinctl recipes s", 2, [("plain", "show")]),
         ("marlinctl quantize --gro", 2, [("plain", "--group-size")]),
+        ("marlinctl quantize --mask-s", 2, [("plain", "--mask-sweeps")]),  # which --help leaves out
+        ("marlinctl quantize --help-", 2, [("plain", "--help-all")]),
         ("marlinctl quantize --act-order s", 3, [("plain", "static")]),
         ("marlinctl compress m o --recipe sp", 5, [("plain", "sparse-int4")]),
         ("marlinctl completion z", 2, [("plain", "zsh")]),
