@@ -17,9 +17,7 @@ from typing import Any
 from marlinctl.errors import EnvironmentProblem, Problem
 
 _HOME = "lm_eval.tasks."
-_NLTK_DATA = {
-    "ifeval": ("tokenizers/punkt_tab", "punkt_tab")
-}  # lm_eval fetches it when the task is loaded
+_NLTK_DATA = {"ifeval": ("tokenizers/punkt_tab", "punkt_tab")}  # lm_eval fetches it when the task is loaded
 _DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml", "rouge_score": "rouge-score"}
 
 

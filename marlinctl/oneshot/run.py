@@ -33,7 +33,7 @@ from marlinctl.checkpoint.formats.registry import (
 from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output, remove_copied
-from marlinctl.data.calibration import CalibrationSet, load_calibration
+from marlinctl.data.calibration import CalibrationSet, load_calibration, require_files_unchanged
 from marlinctl.data.tokens import Tokens
 from marlinctl.errors import GateRefused, ResourceProblem
 from marlinctl.evaluation.gate import Measurement
@@ -216,6 +216,8 @@ def _kept_calibration(job: RunJob, console: Console) -> CalibrationSet | None:
     begun, kept = job.begun, job.calibration()
     if begun and kept is None:
         console.warn("the calibration tokens of the job are damaged or missing: it starts anew")
+    if kept is not None:
+        require_files_unchanged(kept.facts)
     return kept
 
 
