@@ -30,6 +30,7 @@ from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import check_output, keep_rejected
 from marlinctl.convert.repack import repack
+from marlinctl.data.default_set import settled
 from marlinctl.data.mixture import parts_of
 from marlinctl.data.text import names_a_file
 from marlinctl.distillation.rows import load_rows
@@ -74,6 +75,7 @@ def run_compress(
     gate: Gate | None = None,
 ) -> dict[str, Any]:
     """The whole way from a model to published folders: OUT in the recipe's first format, OUT-<format> for each further one."""
+    recipe = settled(recipe, console, offline=options.offline)
     with Processes(options.device) as processes:
         if processes.main:
             report = _compress(model, out, recipe, options, console, processes, evaluate_result, task_data, gate or Gate())

@@ -132,7 +132,8 @@ def _instructed(row: Mapping[str, Any], *, where: str) -> Chat:
 
 def _chat(turns: Any, *, where: str) -> Chat:
     if not isinstance(turns, list) or not turns:
-        raise BadInput("E385", f"a chat must be a list of turns, this is {kind_of(turns)}", where=where, fix=_CHAT_FIX)
+        found = "an empty list" if turns == [] else kind_of(turns)
+        raise BadInput("E385", f"a chat must be a list of turns, this is {found}", where=where, fix=_CHAT_FIX)
     chat: Chat = []
     for place, turn in enumerate(turns, start=1):
         if isinstance(turn, dict) and "from" in turn and "value" in turn:

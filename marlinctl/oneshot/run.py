@@ -34,6 +34,7 @@ from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output, remove_copied
 from marlinctl.data.calibration import CalibrationSet, load_calibration, require_files_unchanged
+from marlinctl.data.default_set import settled
 from marlinctl.data.tokens import Tokens
 from marlinctl.errors import GateRefused, ResourceProblem
 from marlinctl.evaluation.gate import Measurement
@@ -84,6 +85,7 @@ def run_job(
     published: the formats that the person gets in the end, where this walk is a stage of `compress`; who will refuse them is said before
     the work. joined: the processes of the run that this is a stage of.
     """
+    recipe = settled(recipe, console, offline=options.offline)
     local = [Path(model)] if Path(model).exists() else []
     job = RunJob(out)
     asked = {"model": model, "recipe": recipe.model_dump(mode="json"), "options": options.document(), "measured": measured}

@@ -27,6 +27,7 @@ from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.remote_headers import Headers, headers
 from marlinctl.checkpoint.sparsity import MASK_FILE, Pattern, from_headers
 from marlinctl.checkpoint.writer import companions
+from marlinctl.data.default_set import settled
 from marlinctl.errors import UsageError
 from marlinctl.models.architectures import Architecture
 from marlinctl.models.config import positions
@@ -95,6 +96,7 @@ class Check:
 
 def make_plan(model: str, recipe: Recipe, settings: Settings, console: Console) -> dict[str, Any]:
     """The plan as one JSON-ready document. Refuses what a run would refuse, with the same error ids."""
+    recipe = settled(recipe, console, offline=console.offline)
     if not re.fullmatch(r"(cpu|cuda)(:\d{1,3})?", settings.device, re.ASCII):
         raise UsageError("E202", f"unknown device {settings.device}", where="--device", fix="give cpu, cuda or cuda:N")
     check_arguments(recipe, settings.module_map, distils=True)

@@ -108,9 +108,16 @@ def _digests(source: Mapping[str, Any]) -> list[tuple[str, Cell]]:
 
 def _calibration(calibration: Mapping[str, Any]) -> list[tuple[Cell, Cell]]:
     samples, tokens = calibration["samples"], calibration["tokens"]
+    parts = calibration.get("parts", ())
+    mixed = (
+        [("", f"{part['share']:.0%} of it, {part['samples']} samples: {public_source(part['source'])}") for part in parts]
+        if len(parts) > 1
+        else []
+    )
     text = f"{samples['got']} samples of at most {calibration['sequence_length']} tokens, {tokens['counted']:,} tokens counted"
     return [
         ("calibration", Name(str(calibration["source"]))),
+        *mixed,
         ("", f"{text} ({calibration['how']})"),
         ("SHA-256 of the token ids", Name(calibration["sha256"])),
     ]

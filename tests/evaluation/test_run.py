@@ -331,7 +331,16 @@ def test_a_model_that_changes_before_it_is_loaded_is_not_measured(tmp_path: Path
 
 @pytest.mark.parametrize(
     "changes",
-    [{"limit": 0}, {"num_fewshot": -1}, {"batch_size": 0}, {"window": 1}, {"tokens": 5, "window": 6}, {"dtype": "int4"}, {"fewshot_as_multiturn": True}],
+    [
+        {"limit": 0},
+        {"num_fewshot": -1},
+        {"batch_size": 0},
+        {"window": 1},
+        {"tokens": 5, "window": 6},
+        {"dtype": "int4"},
+        {"fewshot_as_multiturn": True},
+        {"backend": "sglang"},
+    ],
     ids=str,
 )
 def test_impossible_settings(changes: dict[str, Any]) -> None:
