@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,10 +52,9 @@ def require_nltk_data(leaves: Mapping[str, Any]) -> None:
     """EnvironmentProblem E402 where NLTK's data are not there; asked after the task was loaded, which tries to fetch them."""
     for name in leaves:
         data = next((data for part, data in _NLTK_DATA.items() if part in name), None)
-        if data is None:
+        nltk = sys.modules.get("nltk")  # the code of the task has imported it
+        if data is None or nltk is None:
             continue
-        import nltk
-
         try:
             nltk.data.find(data[0])
         except LookupError:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from marlinctl.cli import main
-from marlinctl.errors import BadInput, UsageError
+from marlinctl.errors import BadInput, EnvironmentProblem, UsageError
 from marlinctl.evaluation import packages, statistics, tasks
 from marlinctl.evaluation.run import EvalSettings, evaluate, render_table
 from marlinctl.system.console import Console
@@ -138,6 +138,19 @@ def test_packages_that_show_when_a_task_is_loaded() -> None:
         found = packages.missing(error)
     assert found == "sklearn" and packages.missing(ValueError("other")) is None
     assert packages.refusal({"t": ["sklearn"]}).problems[0].fix == "pip install scikit-learn"
+
+
+def test_data_of_nltk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """IFEval would stop in the middle, at the first answer that is divided into words, and be reported as a task that cannot run."""
+
+    def find(name: str) -> None:
+        raise LookupError(name)
+
+    monkeypatch.setitem(sys.modules, "nltk", types.SimpleNamespace(data=types.SimpleNamespace(find=find)))
+    packages.require_nltk_data({"gsm8k": None})
+    with pytest.raises(EnvironmentProblem, match="needs the data punkt_tab of NLTK") as caught:
+        packages.require_nltk_data({"ifeval": None})
+    assert caught.value.error_id == "E402" and "python -m nltk.downloader punkt_tab" in caught.value.problems[0].fix
 
 
 def test_code_of_the_model_needs_consent(
