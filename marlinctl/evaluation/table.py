@@ -1,9 +1,9 @@
 """An evaluation as text: aligned columns, every figure with its standard error.
 
-task        split       metric           score              baseline         difference        flips
-winogrande  validation  acc              0.5201 ± 0.0140    0.5028 ± 0.0141  +0.0174 ± 0.0119  0.1800 ± 0.0108 (-0.0813 +0.0987)
-pythondoc   -           perplexity       14.766 ± 0.777     12.427 ± 0.661   +2.340 ± 0.131
-pythondoc   -           KL, nats         0.18246 ± 0.00158
+task       split  metric                   score              baseline         difference        flips
+ifeval     train  prompt_level_strict_acc  0.2000 ± 0.1333    0.3000 ± 0.1528  -0.1000 ± 0.1795  0.3000 ± 0.1528 (-0.2000 +0.1000)
+pythondoc  -      perplexity               16.137 ± 0.821     13.359 ± 0.651   +2.778 ± 0.170
+pythondoc  -      KL, nats                 0.18767 ± 0.00447
 """
 
 from __future__ import annotations
