@@ -30,6 +30,8 @@ from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import check_output, keep_rejected
 from marlinctl.convert.repack import repack
+from marlinctl.data.default_set import settled
+from marlinctl.data.mixture import parts_of
 from marlinctl.data.text import names_a_file
 from marlinctl.distillation.rows import load_rows
 from marlinctl.errors import GateRefused
@@ -64,6 +66,7 @@ def run_compress(
     gate: Gate | None = None,
 ) -> dict[str, Any]:
     """The whole way from a model to published folders: OUT in the recipe's first format, OUT-<format> for each further one."""
+    recipe = settled(recipe, console, offline=options.offline)
     with Processes(options.device) as processes:
         if processes.main:
             report = _compress(model, out, recipe, options, console, processes, evaluate_result, task_data, gate or Gate())
@@ -179,7 +182,12 @@ def _check_model(
 ) -> None:
     """What the model's config and tokenizer refuse of any stage, before the first of them begins."""
     check_lengths(recipe, checkpoint.config, distils=True)
-    if divided(recipe) is not None and not begun and recipe.distill.data != "self" and names_a_file(recipe.distill.data):
+    if (
+        divided(recipe) is not None
+        and not begun
+        and recipe.distill.data != "self"
+        and all(names_a_file(part.source) for part in parts_of(recipe.distill.data))
+    ):
         console.detail(f"reading {recipe.distill.data} once, so that training does not stop at it")
         load_rows(recipe.distill, source.folder, console=Console.quiet(), load_teacher=_no_model)
     if looking is not None:
@@ -216,7 +224,13 @@ def _texts(recipe: Recipe, noted: Mapping[str, Any]) -> dict[str, Any]:
     if divided(recipe) is None:
         return {}  # the tokens of the only pass are in its job
     sources = {"calibration": recipe.calibration.source, "distillation": recipe.distill.data}
-    found = {name: {"sha256": sha256_of(Path(source))} for name, source in sources.items() if Path(source).is_file()}
+    files = {
+        f"{name} {place}" if place else name: Path(part.source)
+        for name, source in sources.items()
+        for place, part in enumerate(parts_of(source))
+        if names_a_file(part.source)
+    }
+    found = {name: {"sha256": sha256_of(path)} for name, path in files.items() if path.is_file()}
     return {"texts": {**noted, **found}}
 
 

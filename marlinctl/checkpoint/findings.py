@@ -3,7 +3,7 @@
     folder     a shard that no index names, an index without metadata (checkpoint/reader.py)         --strict: E307, exit 3
     weights    a matrix that holds nothing but zeros, or columns with one value in every row         --strict: E605, exit 6
     inputs     of a linear, that were zero in all of calibration                                     --strict: E605, exit 6
-    text       chats that were cut to the length of a sample
+    text       chats that were cut to the length of a sample, rows that were skipped
 
 A column of a weight that holds one value adds the same to every output: nothing that was trained looks like that. An input that is always
 zero leaves its column out of the Hessian, so its weights are rounded without knowing what they do.
@@ -12,6 +12,7 @@ zero leaves its column out of the Hessian, so its weights are rounded without kn
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.errors import BadInput, NumericalProblem, Problem
@@ -54,7 +55,15 @@ def of_inputs(counts: Mapping[str, int]) -> list[str]:
 def of_text(facts: Mapping[str, Any], flag: str) -> list[str]:
     """facts: of a calibration, or of the rows of a distillation. flag: what sets the length."""
     cut = facts.get("cut", 0)  # a job of an earlier version did not count them
-    return [f"{cut} chats are longer than {flag} and were cut to {facts['sequence_length']} tokens"] if cut else []
+    found = [f"{cut} chats are longer than {flag} and were cut to {facts['sequence_length']} tokens"] if cut else []
+    for part in facts.get("parts", ()):
+        rows = part["rows"]
+        if rows["skipped"]:
+            which = "; ".join(rows["first"]) + ("; ..." if rows["skipped"] > len(rows["first"]) else "")
+            found.append(
+                f"{rows['skipped']:,} of {rows['read']:,} rows of {Path(part['source']).name} cannot be used and were skipped: {which}"
+            )
+    return found
 
 
 def _some(names: Sequence[str]) -> str:

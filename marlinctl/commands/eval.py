@@ -36,6 +36,13 @@ class _BatchSize(click.ParamType):
 )
 @click.option("--limit", type=int, metavar="N", help="Only the first N documents of each task.")
 @click.option("--num-fewshot", type=int, metavar="N", help="Examples before each question. Default: what the task says.")
+@click.option("--apply-chat-template", is_flag=True, help="Put prompts through the model's chat template, as an instruct model needs.")
+@click.option("--fewshot-as-multiturn", is_flag=True, help="Each example as turns of the chat. Needs --apply-chat-template.")
+@click.option("--log-samples", is_flag=True, help="Write prompts and answers beside --out: FILE.samples/SIDE.TASK.jsonl.")
+@click.option("--confirm-run-unsafe-code", is_flag=True, help="Allow tasks that run code written by the model (humaneval).")
+@click.option(
+    "--backend", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True, help="What answers the tasks: transformers or vLLM."
+)
 @click.option(
     "--batch-size",
     type=_BatchSize(),
@@ -74,6 +81,11 @@ def command(
     task_data: Path | None,
     limit: int | None,
     num_fewshot: int | None,
+    apply_chat_template: bool,
+    fewshot_as_multiturn: bool,
+    log_samples: bool,
+    confirm_run_unsafe_code: bool,
+    backend: str,
     batch_size: int | Literal["auto"],
     against: str | None,
     text: str | None,
@@ -93,6 +105,7 @@ def command(
     Example:
       marlinctl eval OUT --against MODEL
       marlinctl eval OUT --tasks mmlu,arc,winogrande --against MODEL --out scores.json
+      marlinctl eval OUT --tasks gsm8k,ifeval --apply-chat-template --num-fewshot 5 --against MODEL
 
     MODEL and BASELINE are folders (dense, compressed-tensors, GPTQ or native), hub ids or GGUF files. Without --tasks, or
     with --against, a text is measured too. Every figure comes with its standard error.
@@ -104,7 +117,7 @@ def command(
     from marlinctl.data.text import PYTHONDOC, check_text
     from marlinctl.evaluation.early import check_arguments
     from marlinctl.evaluation.loading import open_subject
-    from marlinctl.evaluation.results import check_place
+    from marlinctl.evaluation.results import check_place, samples_folder
     from marlinctl.evaluation.settings import EvalSettings
     from marlinctl.system.devices import check_name
 
@@ -113,6 +126,11 @@ def command(
         task_data=task_data,
         limit=limit,
         num_fewshot=num_fewshot,
+        apply_chat_template=apply_chat_template,
+        fewshot_as_multiturn=fewshot_as_multiturn,
+        log_samples=log_samples,
+        run_code=confirm_run_unsafe_code,
+        backend=backend,
         batch_size=batch_size,
         text=text,
         tokens=tokens,
@@ -122,7 +140,7 @@ def command(
         device=device,
     )
     check_name(device)  # this and what follows: before torch is imported
-    check_place(out, resume=resume)
+    check_place(out, resume=resume, samples=log_samples)
     if with_text := bool(text or against or not settings.tasks):
         check_text(text or PYTHONDOC)
     for folder, commit in ((model, revision), (against, None)):
@@ -148,7 +166,7 @@ def command(
         names=(source.name, None if other is None else other.name),
     )
     if out is not None:
-        console.say(f"results are in {out}")
+        console.say(f"results are in {out}" + (f", prompts and answers in {samples_folder(out)}" if log_samples else ""))
     console.result(render_table(document), document)
 
 

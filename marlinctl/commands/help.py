@@ -28,7 +28,8 @@ TITLES: Mapping[str, str] = {
     "Training": "--distill-data --distill-tokens --distill-sequence-length --data distill:--tokens distill:--sequence-length"
     " --learning-rate --warmup --batch-tokens --micro-batch --ce --squarehead --kl --temperature --cache-logits --checkpointing"
     " --save-every distill:--seed",
-    "Quality": "--tasks --task-data --limit --num-fewshot --batch-size eval:--seed --eval --text --tokens --window --max-kl --max-ppl-ratio"
+    "Quality": "--tasks --task-data --limit --num-fewshot --apply-chat-template --fewshot-as-multiturn --log-samples"
+    " --confirm-run-unsafe-code --backend --batch-size eval:--seed --eval --text --tokens --window --max-kl --max-ppl-ratio"
     " --publish-anyway --load --kernels",
     "Running": "--device --dtype --ranks --probe --threads --max-memory --device-memory --deterministic --strict --resume --keep-job"
     " --quick --yes",

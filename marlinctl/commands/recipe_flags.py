@@ -55,7 +55,10 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     ),
     "sparsify.mask_sweeps": ("--mask-sweeps", {"type": int, "help": "Sweeps of --method iterative that may change the mask."}),
     "sparsify.ls_iterations": ("--ls-iterations", {"type": int, "help": "Least-squares steps of --method iterative."}),
-    "calibration.source": ("--calibration", {"metavar": "SOURCE", "help": "self, a .txt/.jsonl/.parquet file, or a hub data set."}),
+    "calibration.source": (
+        "--calibration",
+        {"metavar": "SOURCE", "help": "auto, self, a .txt/.jsonl/.json/.parquet file, a hub data set, or a mixture: A:0.5,B:0.5."},
+    ),
     "calibration.samples": ("--samples", {"type": int, "help": "Calibration samples."}),
     "calibration.sequence_length": ("--sequence-length", {"type": int, "help": "Tokens per sample."}),
     "calibration.seed": ("--seed", {"type": int, "help": "Random seed."}),
@@ -66,7 +69,7 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
 _FORMER_FLAGS = {"--drift-correction": "--match"}
 
 _DISTILL_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "distill.data": ("--data", {"metavar": "SOURCE", "help": "self, a .txt/.jsonl/.parquet file, or a hub data set."}),
+    "distill.data": ("--data", {"metavar": "SOURCE", "help": "self, a .txt/.jsonl/.json/.parquet file, a hub data set, or a mixture."}),
     "distill.tokens": ("--tokens", {"type": int, "metavar": "N", "help": "Tokens to train on."}),
     "distill.mode": ("--mode", {"metavar": "full|blockwise|scales", "help": "The whole model, one block at a time, or scales and norms."}),
     "distill.learning_rate": ("--learning-rate", {"type": float, "help": "Peak learning rate."}),

@@ -3,6 +3,7 @@
     documents ─► joined by blank lines ─► tokens ─► cut into samples of equal length          (text)
     chats     ─► the model's chat template ─► tokens ─► one sample each, padded on the right  (chat)
     self      ─► the model writes the samples itself, once, with a seed of its own
+    mixture   ─► each part as above, its rows drawn from the seed ─► all samples in an order drawn from the seed
 
 Padding and special tokens run through the model, because they are part of what it reads, but they are not counted in any Hessian: one
 BOS token can weigh as much as thousands of ordinary ones.
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,23 +23,27 @@ from torch import Tensor
 
 from marlinctl.checkpoint import findings
 from marlinctl.data.calibration_size import CHARACTERS_PER_TOKEN, PIECE, SELF_BATCH, check_length, too_few_tokens
+from marlinctl.data.mixture import SELF, Part, parts_of, samples_of_parts
+from marlinctl.data.rows import Document, Item, RowCount, columns_of, item_of, no_column, usable
 from marlinctl.data.tokens import SLACK, Tokens, first_ids, token_ids, tokenizer_refused
-from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, UsageError
+from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, MarlinctlError, Problem, UsageError
 from marlinctl.models.config import read_config
 from marlinctl.models.transformers_config import transformers_config
 from marlinctl.recipes.schema import Calibration
 from marlinctl.system.confined import Bounds, Exceeded, confined
 from marlinctl.system.console import Console
-from marlinctl.system.digests import sha256_of_tensors
+from marlinctl.system.digests import sha256_of, sha256_of_tensors
 from marlinctl.system.files import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from marlinctl.data.text import Chat, Document
-
 # What regular expressions of tokenizers divide: words, numbers, runs of a letter, of spaces and of signs, other scripts, lines.
 _LINE = f"The quick brown fox jumps over the dog 1234567890 times; it's {'a' * 40} {' ' * 40} {'!?' * 20} Grüße, 世界\n\n\tEnd. #$%&@~|\"<>"
+
+
+_WINDOW, _WINDOW_CHARACTERS = 2000, 1 << 24  # documents, and characters of them, among which the next row of a mixture is drawn
+_Placed = tuple[str, Document]  # where it is, what it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +62,11 @@ def load_calibration(
     """
     check_length(asked, config)
     tokenizer = load_tokenizer(folder)
-    if asked.source == "self":
-        ids, how, cut = write_samples(load_model(), tokenizer, asked, console), "written by the model itself", 0
+    if asked.source == SELF:
+        found = Samples(write_samples(load_model(), tokenizer, asked, console), "written by the model itself", 0)
     else:
-        ids, how, cut = read_samples(asked, tokenizer)
+        found = read_samples(asked, tokenizer)
+    ids = found.ids
     special = torch.tensor(sorted({i for i in tokenizer.all_special_ids if i is not None}), dtype=torch.int64)
     padding = ids < 0
     counted = ~padding & ~torch.isin(ids, special)
@@ -69,18 +76,21 @@ def load_calibration(
     sizes = {"asked": asked.samples * asked.sequence_length, "got": int((~padding).sum()), "counted": int(counted.sum())}
     facts = {
         "source": asked.source,
-        "how": how,
+        "how": found.how,
         "samples": {"asked": asked.samples, "got": ids.shape[0]},
         "tokens": sizes,
         "sequence_length": asked.sequence_length,
-        "cut": cut,
+        "cut": found.cut,
+        **({"parts": found.parts} if found.parts else {}),
         "seed": asked.seed,
         "sha256": sha256_of_tensors(ids),
     }
     console.say(
-        f"calibration: {asked.source} ({how}), {ids.shape[0]} of {asked.samples} samples, "
+        f"calibration: {asked.source} ({found.how}), {ids.shape[0]} of {asked.samples} samples, "
         f"{sizes['got']:,} of {sizes['asked']:,} tokens, {sizes['counted']:,} counted"
     )
+    if len(found.parts) > 1:
+        console.say("mixture: " + ", ".join(f"{part['samples']} samples of {part['source']}" for part in found.parts))
     for warning in findings.of_text(facts, "--sequence-length"):
         console.warn(warning)
     return CalibrationSet(Tokens(ids, counted), facts)
@@ -136,54 +146,130 @@ def _require(asked: Calibration, ids: Tensor, counted: Tensor) -> None:
 # ---- text and chats ------------------------------------------------------------------------------------------------------------------
 
 
-def read_samples(asked: Calibration, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, str, int]:
-    """[S, L] int64 with -1 where padded; how they were made; how many chats were longer than L. No more is read than the samples need.
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """ids: [S, L] int64 with -1 where padded. how: how they were made. cut: chats that were longer than L."""
 
-    Whether the data are chats is decided by their first document (with --chat always by any). BadInput E325 where the chat template takes
-    too much time or memory.
+    ids: Tensor
+    how: str
+    cut: int
+    parts: Sequence[Mapping[str, Any]] = ()  # for report and manifest: what was read of each source
+
+
+def read_samples(asked: Calibration, tokenizer: PreTrainedTokenizerBase) -> Samples:
+    """No more is read than the samples need. A single source is read from its beginning; of a mixture each part's rows, and in the end the
+    order of all samples, are drawn from the seed.
+
+    Whether the data are chats is decided by the first document of each part (with --chat always by any). BadInput E325 where the chat
+    template takes too much time or memory, E385 where too many rows cannot be used, E393 where a part of a mixture is too short;
+    UsageError E246 for a mixture that is none.
     """
-    found = iter(_documents(asked))
-    if asked.chat == "always":
-        found = (document for document in found if not isinstance(document, str))
-    first = next(found, None)
+    parts = parts_of(asked.source)
+    counts = samples_of_parts(parts, asked.samples)
+    found = [
+        _read_part(part, count, place, asked, tokenizer, mixed=len(parts) > 1)
+        for place, (part, count) in enumerate(zip(parts, counts, strict=True))
+    ]
+    if len(found) == 1:
+        return found[0]
+    length = max(part.ids.shape[1] for part in found)
+    ids = torch.cat([torch.nn.functional.pad(part.ids, (0, length - part.ids.shape[1]), value=-1) for part in found])
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(asked.seed))
+    how = "; ".join(dict.fromkeys(part.how for part in found))
+    return Samples(ids[order], how, sum(part.cut for part in found), [facts for part in found for facts in part.parts])
+
+
+def _read_part(part: Part, samples: int, place: int, asked: Calibration, tokenizer: PreTrainedTokenizerBase, *, mixed: bool) -> Samples:
+    count = RowCount(part.source)
+    documents: Iterator[_Placed] = ((count.where, document) for document in _documents(part.source, samples, count))
+    if mixed:
+        documents = _drawn(documents, f"{asked.seed} {place}")
+    first = next(((where, d) for where, d in documents if asked.chat != "always" or not isinstance(d, str)), None)
     template = getattr(tokenizer, "chat_template", None)
-    as_chats = bool(template) and first is not None and not isinstance(first, str) and asked.chat != "never"
+    as_chats = bool(template) and first is not None and not isinstance(first[1], str) and asked.chat != "never"
     if asked.chat == "always" and not as_chats:
+        count.require()
         missing = "the model has no chat template" if not template else "the data are no chats"
-        raise UsageError("E253", f"--chat always, but {missing}", where=f"calibration {asked.source}", fix="--chat auto")
-    everything = chain(() if first is None else (first,), found)
+        raise UsageError("E253", f"--chat always, but {missing}", where=f"calibration {part.source}", fix="--chat auto")
+    everything = chain(() if first is None else (first,), documents)
     if as_chats:
-        chats = list(islice(((row, d) for row, d in enumerate(everything, start=1) if not isinstance(d, str)), asked.samples))
-        rows = [first_ids(text, tokenizer, asked.sequence_length) for text in _rendered(chats, tokenizer, asked.source)]
-        cut = sum(len(row) > asked.sequence_length for row in rows)
-        return _pad(rows, asked.sequence_length), "chats, with the model's template", cut
-    texts = (d if isinstance(d, str) else "\n\n".join(turn["content"] for turn in d) for d in everything)
-    return _cut(texts, tokenizer, asked.samples, asked.sequence_length), "documents joined by blank lines and cut", 0
+        chats = ((where, d) for where, d in everything if not isinstance(d, str))
+        rows = list(islice(_chat_ids(chats, samples, asked.sequence_length, tokenizer, count), samples))
+        cut, ids = sum(len(row) > asked.sequence_length for row in rows), _pad(rows, asked.sequence_length)
+        how = "chats, with the model's template"
+    else:
+        texts = (d if isinstance(d, str) else "\n\n".join(turn["content"] for turn in d) for _, d in everything)
+        cut, ids = 0, _cut(texts, tokenizer, samples, asked.sequence_length)
+        how = "documents joined by blank lines and cut"
+    count.require()
+    if mixed and len(ids) < samples:
+        raise BadInput(
+            "E393",
+            f"{len(ids)} samples of {asked.sequence_length} tokens are there, the share of {part.share:.3g} asks for {samples}",
+            where=f"calibration {part.source}",
+            fix="give more text, a smaller share, or fewer --samples",
+        )
+    path = Path(part.source).expanduser()
+    digest = {"file_sha256": sha256_of(path)} if path.is_file() else {}
+    facts = {"source": part.source, "share": round(part.share, 6), "samples": len(ids), "rows": count.facts(), **digest}
+    return Samples(ids, how, cut, [facts])
 
 
-def _documents(asked: Calibration) -> Iterable[Document]:
-    from marlinctl.data.text import documents, names_a_file
+def require_files_unchanged(facts: Mapping[str, Any]) -> None:
+    """facts: of a calibration that a job was begun with. UsageError E286 for a file that is another one by now; one that is gone is not
+    needed any more."""
+    problems = []
+    for part in facts.get("parts", ()):
+        path = Path(part["source"]).expanduser()
+        if "file_sha256" in part and path.is_file() and sha256_of(path) != part["file_sha256"]:
+            what = f"{path.name} is not the file any more that the job was begun with"
+            problems.append(Problem(what, f"calibration {part['source']}", "put the earlier file back, or start again with another OUT"))
+    if problems:
+        raise UsageError.from_problems("E286", problems)
 
-    if names_a_file(asked.source):
-        return documents(asked.source)
-    return islice(_confined_hub_documents(asked.source), 64 * asked.samples)
+
+def _drawn(documents: Iterator[_Placed], seed: str) -> Iterator[_Placed]:
+    """In an order drawn from the seed: out of a window over the next documents, so that a corpus of any size is read as a stream."""
+    draw = Random(seed)
+    held: list[_Placed] = []
+    characters = 0
+    for placed in documents:
+        held.append(placed)
+        characters += _characters(placed)
+        if len(held) > _WINDOW or characters > _WINDOW_CHARACTERS:
+            place = draw.randrange(len(held))
+            held[place], held[-1] = held[-1], held[place]
+            characters -= _characters(held[-1])
+            yield held.pop()
+    draw.shuffle(held)
+    yield from held
 
 
-def _confined_hub_documents(source: str) -> Iterator[Document]:
+def _characters(placed: _Placed) -> int:
+    document = placed[1]
+    return len(document) if isinstance(document, str) else sum(len(turn["content"]) for turn in document)
+
+
+def _documents(source: str, samples: int, count: RowCount) -> Iterator[Document]:
+    from marlinctl.data.text import READING, documents, names_a_file
+
+    if names_a_file(source):
+        return documents(source, count)
+    return islice(_of_hub(source, count, READING), 64 * samples)
+
+
+def _of_hub(source: str, count: RowCount, bounds: Bounds) -> Iterator[Document]:
     """In a process of its own: the library unpacks what the hub's files say, and they are as much a stranger's as a local one."""
-    from marlinctl.data.text import READING
-
     try:
-        yield from confined(lambda: _hub_documents(source), READING)
+        found = usable(confined(lambda: _hub_items(source), bounds), count)
+        yield from (document for document in found if not isinstance(document, str) or document.strip())
     except Exceeded as reason:
         what = f"reading the data set was stopped: {reason}"
         raise BadInput("E325", what, where=f"calibration {source}", fix="choose another data set") from None
 
 
-def _hub_documents(source: str) -> Iterator[Document]:
-    """Rows of a hub data set `org/name[:config][:split]`, streamed: column text, or messages for chats."""
-    from marlinctl.data.text import checked_row
-
+def _hub_items(source: str) -> Iterator[Item]:
+    """Rows of a hub data set `org/name[:config][:split]`, streamed, through the same checks as those of a file."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -192,9 +278,15 @@ def _hub_documents(source: str) -> Iterator[Document]:
         ) from error
     name, *rest = source.split(":")
     split = rest[-1] if rest else "train"
+    number = 0
     try:
-        rows = iter(load_dataset(name, rest[0] if len(rest) > 1 else None, split=split, streaming=True))
-        first = next(rows, None)
+        for row in load_dataset(name, rest[0] if len(rest) > 1 else None, split=split, streaming=True):
+            number += 1
+            if number == 1 and not columns_of(list(row), chats=True):
+                raise no_column(list(row), chats=True, where=f"calibration {source}")
+            yield item_of(row, chats=True, where=f"{source}, row {number}")
+    except (MarlinctlError, MemoryError):
+        raise
     except Exception as error:  # the library raises many kinds for an absent, gated or unreachable data set
         if "scripts are no longer supported" in str(error):  # datasets >= 4 runs none, and says so only in these words
             raise BadInput(
@@ -206,17 +298,9 @@ def _hub_documents(source: str) -> Iterator[Document]:
         raise HubProblem(
             "E707",
             f"the data set cannot be read: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            where=f"calibration {source}",
+            where=f"calibration {source}" + (f", after row {number}" if number else ""),
             fix="check name, config and split (org/name:config:split), or give a local .txt, .jsonl or .parquet file",
         ) from error
-    if first is None or not ({"text", "messages"} & set(first)):
-        columns = ", ".join(first or ()) or "none"
-        raise BadInput(
-            "E385", f"no column text or messages; it has: {columns}", where=f"calibration {source}", fix="choose another data set"
-        )
-    column = "messages" if "messages" in first else "text"
-    for number, row in enumerate(chain((first,), rows), start=1):
-        yield checked_row({column: row[column]}, chats=True, where=f"calibration {source}, row {number}")
 
 
 def _cut(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, samples: int, length: int) -> Tensor:
@@ -278,18 +362,32 @@ def _divided(text: str, size: int) -> list[str]:
     return [*parts, text[begin:]]
 
 
-def _rendered(chats: Sequence[tuple[int, Chat]], tokenizer: PreTrainedTokenizerBase, source: str) -> Iterator[str]:
-    """Each chat (and which row it is) in the model's template, which is a program that came with the model: it runs in a process of its
-    own (system/confined.py). UsageError E253 where the template refuses a chat."""
+def _chat_ids(
+    chats: Iterator[_Placed], wanted: int, length: int, tokenizer: PreTrainedTokenizerBase, count: RowCount
+) -> Iterator[list[int]]:
+    """The ids of chats in the model's template, until there are as many as wanted; `length` and more of each. Those that the template
+    refuses are skipped and counted."""
+    while wanted > 0 and (some := list(islice(chats, wanted))):
+        for (where, chat), text in zip(some, _rendered([chat for _, chat in some], tokenizer), strict=True):
+            if isinstance(text, str):
+                wanted -= 1
+                yield first_ids(text, tokenizer, length)
+            else:
+                count.skip(_refused_chat(chat, where, text[0]), by_template=True)
 
-    def render() -> Iterator[str]:
-        for row, chat in chats:
+
+def _rendered(chats: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> Iterator[str | list[str]]:
+    """Each chat in the model's template, or [why the template refuses it]. The template is a program that came with the model: it runs in a
+    process of its own (system/confined.py)."""
+
+    def render() -> Iterator[str | list[str]]:
+        for chat in chats:
             try:
-                text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+                text: str | list[str] = str(tokenizer.apply_chat_template(chat, tokenize=False))
             except Exception as error:  # raise_exception() of the template, and whatever its own mistakes raise in jinja or Python
                 if isinstance(error, MemoryError):
                     raise
-                raise _refused_chat(chat, f"{source}, row {row}", error) from error
+                text = [str(error).strip() or type(error).__name__]
             yield text
 
     try:
@@ -303,13 +401,12 @@ def _rendered(chats: Sequence[tuple[int, Chat]], tokenizer: PreTrainedTokenizerB
         ) from None
 
 
-def _refused_chat(chat: Chat, where: str, error: Exception) -> UsageError:
+def _refused_chat(chat: Any, where: str, reason: str) -> Problem:
     roles = ", ".join(shown(turn["role"], 30) for turn in chat[:4]) + (", ..." if len(chat) > 4 else "")
-    return UsageError(
-        "E253",
-        f"the model's chat template refuses this chat ({roles}): {shown(str(error).strip() or type(error).__name__)}",
-        where=where,
-        fix="leave out the turns that the template does not know, such as `system`; or calibrate with --chat never, on plain text",
+    return Problem(
+        f"the model's chat template refuses this chat ({roles}): {shown(reason)}",
+        where,
+        "leave out the turns that the template does not know, such as `system`; or calibrate with --chat never, on plain text",
     )
 
 

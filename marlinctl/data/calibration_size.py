@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from marlinctl.data.mixture import SELF, parts_of
 from marlinctl.errors import BadInput, UsageError
 from marlinctl.models.config import positions
 from marlinctl.recipes.schema import Calibration
@@ -15,13 +16,14 @@ PIECE = 4_000_000  # characters that are tokenized at a time
 
 
 def check_documents(source: str) -> None:
-    """Text to calibrate with or to train on: the file is there, and its first row is what it must be."""
-    if source == "self":
+    """Text to calibrate with or to train on, each part of it: the file is there, and it begins with a row that can be used."""
+    if source == SELF:
         return
     from marlinctl.data.text import check_text, names_a_file  # what unpacks files is not imported for nothing
 
-    if names_a_file(source):
-        check_text(source, chats=True)
+    for part in parts_of(source):
+        if names_a_file(part.source):
+            check_text(part.source, chats=True)
 
 
 def check_length(asked: Calibration, config: Mapping[str, Any]) -> None:

@@ -1,8 +1,9 @@
 """Text for measuring and for calibrating: from a file, or from the Python that runs marlinctl.
 
     notes.txt  notes.txt.gz        the file is the text; as documents: one for every paragraph (blank lines divide them)
-    rows.jsonl  rows.jsonl.gz      one JSON object a line: {"text": "..."}, or a chat: {"messages": [...]} / {"conversations": [...]}
-    rows.parquet                   column `text`, or `messages` / `conversations`
+    rows.jsonl  rows.jsonl.gz      one JSON object a line: {"text": "..."}, or a chat (data/rows.py)
+    rows.json  rows.json.gz        an array of such objects, or such lines
+    rows.parquet                   such columns
     pythondoc                      pydoc_data.topics, the English prose behind help() that every CPython ships
 
 Rows become one text by joining them with a blank line, which is how the published WikiText-2 perplexities are made.
@@ -15,6 +16,7 @@ parquet, whose library unpacks as the file says, is read in a process of its own
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import json
@@ -26,26 +28,23 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+from marlinctl.data.rows import LONGEST_TEXT, Document, Item, RowCount, bad, columns_of, item_of, kind_of, no_column, usable
 from marlinctl.errors import BadInput, EnvironmentProblem, UsageError
 from marlinctl.system.confined import Bounds, Exceeded, confined
 from marlinctl.system.files import FileRefused, open_plain, shown
 
 PYTHONDOC = "pythondoc"
 LONGEST_LINE = 16 << 20  # bytes; a row of 16 MiB is some 4 million tokens
-LONGEST_TEXT = 1 << 24  # characters of one text or paragraph; WikiText-2's test text has 1.3 million
 MOST_UNPACKED = 100  # times the size of a .gz, beyond the first 64 MiB; text packs to a fifth, a log to a thirtieth
 UNPACKED_FREELY = 64 << 20
 MOST_BLANK = 1_000_000  # lines; a second of reading
 READING = Bounds(memory=1 << 30, cpu=600, wait=120)  # of a parquet file
-KINDS = ".txt, .jsonl (both also as .gz), .parquet or the word pythondoc"
-CHAT_COLUMNS = ("messages", "conversations")
+KINDS = ".txt, .jsonl, .json (all three also as .gz), .parquet or the word pythondoc"
 _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(:.*)?", re.ASCII)  # org/name[:config][:split]
-ROLES = {"human": "user", "gpt": "assistant"}  # the names that ShareGPT's `conversations` use
-
-Chat = list[dict[str, Any]]  # [{"role": "user", "content": "..."}, ...], what chat templates take
-Document = str | Chat
+_CHUNK = 1 << 20  # bytes of an array that are read at a time
+_BEFORE, _BETWEEN = re.compile(r"[\ufeff\s]*"), re.compile(r"[\s,]*")  # an array, and its elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +71,17 @@ def load_text(source: str, *, longest: int = LONGEST_TEXT) -> Text:
     return _text(path.name, text[:longest] if more else text, f"{note}, the first {longest:,} characters" if more else note)
 
 
-def documents(source: str) -> Iterator[Document]:
+def documents(source: str, count: RowCount | None = None) -> Iterator[Document]:
     """The documents of `source`, in file order, empty ones left out. Read as they are asked for: who has enough stops.
 
-    A paragraph of more than LONGEST_TEXT characters comes in several, divided where a line ends.
+    With a count, rows that cannot be used are skipped and counted (data/rows.py), else they are BadInput E385. A paragraph of more than
+    LONGEST_TEXT characters comes in several, divided where a line ends.
     """
     if source == PYTHONDOC:
         found: Iterable[Document] = _python_topics()
     else:
         path, kind = _open_kind(source)
-        found = _paragraphs(path) if kind == "txt" else _rows(path, kind, chats=True)
+        found = _paragraphs(path) if kind == "txt" else _rows(path, kind, chats=True, count=count)
     return (document for document in found if not isinstance(document, str) or document.strip())
 
 
@@ -102,16 +102,19 @@ def names_a_file(source: str) -> bool:
     if not _HUB_NAME.fullmatch(source):
         folder, colon, _ = source.partition(":")
         return not (colon and Path(folder).is_dir())  # a copy of a data set, with its split
-    return Path(source).suffix in (".txt", ".jsonl", ".parquet", ".gz") or Path(source).exists()
+    return Path(source).suffix in (".txt", ".jsonl", ".json", ".parquet", ".gz") or Path(source).exists()
 
 
 def check_text(source: str, *, chats: bool = False) -> None:
-    """What load_text (with `chats`, documents) would refuse of the file's name, kind and first row. Reads no further than that."""
+    """What load_text would refuse of the file's name, kind and first row; with `chats`, what documents would, up to its first good row."""
     if source == PYTHONDOC:
         return
     path, kind = _open_kind(source)
-    rows: Iterator[Document] = _paragraphs(path) if kind == "txt" else _rows(path, kind, chats=chats)
+    count = RowCount(str(path)) if chats else None
+    rows: Iterator[Document] = _paragraphs(path) if kind == "txt" else _rows(path, kind, chats=chats, count=count)
     if next(rows, None) is None:
+        if count is not None:
+            count.require()
         raise BadInput("E393", "the text is empty", where=str(path), fix="give a file that holds text")
 
 
@@ -128,7 +131,7 @@ def _python_topics() -> list[str]:
 
 
 def _open_kind(source: str) -> tuple[Path, str]:
-    """The path and its kind, from the name: txt, jsonl or parquet."""
+    """The path and its kind, from the name: txt, jsonl, json or parquet."""
     path = Path(source).expanduser()
     if not path.exists():
         raise UsageError("E240", f"no such text: {source}", where=str(path), fix=f"give {KINDS}")
@@ -137,9 +140,9 @@ def _open_kind(source: str) -> tuple[Path, str]:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes[-1:] == [".gz"]:
         suffixes.pop()
-        kinds = {".txt": "txt", ".jsonl": "jsonl"}
+        kinds = {".txt": "txt", ".jsonl": "jsonl", ".json": "json"}
     else:
-        kinds = {".txt": "txt", ".jsonl": "jsonl", ".parquet": "parquet"}
+        kinds = {".txt": "txt", ".jsonl": "jsonl", ".json": "json", ".parquet": "parquet"}
     kind = kinds.get(suffixes[-1] if suffixes else "")
     if kind is None:
         raise UsageError("E240", f"what kind of text is {path.name}? Its name does not say", where=str(path), fix=f"give {KINDS}")
@@ -174,8 +177,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 what = f"more than {MOST_BLANK:,} blank lines in a row"
                 raise BadInput("E325", what, where=where, fix="give a file that holds text")
             if packed and unpacked > most:
-                what = f"the file unpacks to more than {MOST_UNPACKED} times its size"
-                raise BadInput("E325", what, where=where, fix="no text does that; if this one does, unpack it first (gunzip)")
+                raise _unpacks_too_far(where)
             yield number, _decode(line, first=number == 1, where=where)
 
 
@@ -202,8 +204,17 @@ def _decode(line: bytes, *, first: bool, where: str) -> str:
             fix="convert the file first, for example: iconv -f LATIN1 -t UTF-8 IN > OUT",
         ) from error
     if "\x00" in text:
-        raise BadInput("E385", "a zero byte in the text: this looks like a binary file", where=where, fix="give a text file in UTF-8")
+        raise _binary(where)
     return text
+
+
+def _binary(where: str) -> BadInput:
+    return BadInput("E385", "a zero byte in the text: this looks like a binary file", where=where, fix="give a text file in UTF-8")
+
+
+def _unpacks_too_far(where: str) -> BadInput:
+    what = f"the file unpacks to more than {MOST_UNPACKED} times its size"
+    return BadInput("E325", what, where=where, fix="no text does that; if this one does, unpack it first (gunzip)")
 
 
 def _paragraphs(path: Path) -> Iterator[str]:
@@ -220,19 +231,19 @@ def _paragraphs(path: Path) -> Iterator[str]:
         yield "".join(lines).strip()
 
 
-def _rows(path: Path, kind: str, *, chats: bool) -> Iterator[Document]:
-    if kind == "jsonl":
-        for where, row in _json_rows(path):
-            yield checked_row(row, chats=chats, where=where)
+def _rows(path: Path, kind: str, *, chats: bool, count: RowCount | None = None) -> Iterator[Document]:
+    if kind != "parquet":
+        as_array = kind == "json" and _is_array(path)
+        yield from usable(_array_items(path, chats=chats) if as_array else _line_items(path, chats=chats), count)
         return
     try:
-        yield from cast(Iterator[Document], confined(lambda: _parquet_rows(path, chats=chats), READING))
+        yield from usable(confined(lambda: _parquet_items(path, chats=chats), READING), count)
     except Exceeded as reason:
         fix = "no text does that; if this one does, write it as .jsonl"
         raise BadInput("E325", f"reading the parquet file was stopped: {reason}", where=str(path), fix=fix) from None
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _line_items(path: Path, *, chats: bool) -> Iterator[Item]:
     for number, line in _lines(path):
         if not line.strip():
             continue
@@ -241,14 +252,92 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             reason = f"{error.msg}, at place {error.pos + 1} of the line" if isinstance(error, json.JSONDecodeError) else str(error)
-            raise BadInput("E385", f"not JSON: {reason}", where=where, fix=_JSON_FIX) from error
-        if not isinstance(row, dict):
-            raise BadInput("E385", f"the line holds {_kind_of(row)}, not an object", where=where, fix=_JSON_FIX)
-        yield where, row
+            yield bad(f"not JSON: {reason}", where=where, fix=_JSON_FIX)
+            continue
+        yield _item(row, "line", chats=chats, where=where)
 
 
-def _parquet_rows(path: Path, *, chats: bool) -> Iterator[Document]:
-    """Row by row, reading only the column that counts. Each row may repeat a value of megabytes that is stored once; a row costs 16 us."""
+def _item(row: Any, place: str, *, chats: bool, where: str) -> Item:
+    if not isinstance(row, dict):
+        return bad(f"the {place} holds {kind_of(row)}, not an object", where=where, fix=_JSON_FIX)
+    return item_of(row, chats=chats, where=where)
+
+
+def _is_array(path: Path) -> bool:
+    """By its first sign. Many files of that name hold a JSON object a line."""
+    for chunk in _chunks(path):
+        if start := chunk.removeprefix("\ufeff").lstrip():
+            return start[0] == "["
+    return False
+
+
+def _array_items(path: Path, *, chats: bool) -> Iterator[Item]:
+    """The elements of a JSON array one by one, of which no more is in memory than one element and a chunk.
+
+    BadInput E385 where it is no JSON: unlike a line, an element that cannot be read has no end behind which to continue.
+    """
+    decoder = json.JSONDecoder()
+    chunks = _chunks(path)
+    text, at, line, opened = "", 0, 1, False
+    while True:
+        gap = (_BETWEEN if opened else _BEFORE).match(text, at)
+        assert gap is not None  # it matches nothing too
+        line += text.count("\n", at, gap.end())
+        at = gap.end()
+        if not opened and at < len(text):
+            opened, at = True, at + 1
+            continue
+        if text.startswith("]", at):
+            return
+        where = f"{path}, line {line}"
+        try:
+            row, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            left = len(text) - at
+            chunk = next(chunks, "") if isinstance(error, ValueError) and left <= LONGEST_LINE else ""
+            if chunk:
+                text, at = text[at:] + chunk, 0
+                continue
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            if not left:
+                reason = "it has no end"
+            elif left > LONGEST_LINE:
+                reason = f"no element ends within {LONGEST_LINE >> 20} MiB: {reason}"
+            raise BadInput("E385", f"not a JSON array: {reason}", where=where, fix=_JSON_FIX) from error
+        yield _item(row, "element", chats=chats, where=where)
+        line += text.count("\n", at, end)
+        at = end
+
+
+def _chunks(path: Path) -> Iterator[str]:
+    """The text of a file in pieces, checked for encoding, binary junk and how much it unpacks to."""
+    packed = path.suffix.lower() == ".gz"
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    unpacked = 0
+    with _open(path) as plain, _unpacked(plain, packed=packed) as file:
+        most = max(UNPACKED_FREELY, MOST_UNPACKED * os.fstat(plain.fileno()).st_size)
+        while True:
+            where = f"{path}, after byte {unpacked}"
+            try:
+                data = file.read(_CHUNK)
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                fix = "convert the file first, for example: iconv -f LATIN1 -t UTF-8 IN > OUT"
+                raise BadInput("E385", "not UTF-8 text", where=where, fix=fix) from error
+            except (OSError, EOFError, zlib.error) as error:
+                raise BadInput("E385", f"cannot read the file: {error}", where=where, fix="copy or download the file again") from error
+            if not data:
+                return
+            unpacked += len(data)
+            if packed and unpacked > most:
+                raise _unpacks_too_far(where)
+            if "\x00" in text:
+                raise _binary(where)
+            yield text
+
+
+def _parquet_items(path: Path, *, chats: bool) -> Iterator[Item]:
+    """Row by row, reading only the columns that count. Each row may repeat a value of megabytes that is stored once; a row costs 16 us."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -260,13 +349,13 @@ def _parquet_rows(path: Path, *, chats: bool) -> Iterator[Document]:
     try:
         with _open(path) as plain, pq.ParquetFile(plain, buffer_size=1 << 20) as file:
             names = file.schema_arrow.names
-            column = next((name for name in ("text", *(CHAT_COLUMNS if chats else ())) if name in names), None)
-            if column is None:
-                raise _no_text(names, chats=chats, where=str(path))
-            for batch in file.iter_batches(batch_size=1, columns=[column], use_threads=False):
+            columns = columns_of(names, chats=chats)
+            if not columns:
+                raise no_column(names, chats=chats, where=str(path))
+            for batch in file.iter_batches(batch_size=1, columns=columns, use_threads=False):
                 for row in batch.to_pylist():
                     number += 1
-                    yield checked_row(row, chats=chats, where=f"{path}, row {number}")
+                    yield item_of(row, chats=chats, where=f"{path}, row {number}")
     except (pa.ArrowMemoryError, MemoryError):
         raise MemoryError from None
     except (pa.ArrowException, OSError, OverflowError) as error:
@@ -276,56 +365,4 @@ def _parquet_rows(path: Path, *, chats: bool) -> Iterator[Document]:
         ) from error
 
 
-def checked_row(row: dict[str, Any], *, chats: bool, where: str) -> Document:
-    """The text or chat of a row; BadInput E385 where it is neither, or longer than LONGEST_TEXT."""
-    if chats and "text" not in row:
-        for column in CHAT_COLUMNS:
-            if column in row:
-                return _chat(row[column], where=f"{where}, {column}")
-    if "text" not in row:
-        raise _no_text(list(row), chats=chats, where=where)
-    if not isinstance(row["text"], str):
-        raise BadInput("E385", f"`text` is {_kind_of(row['text'])}, not a string", where=where, fix="write the text as a string")
-    return _encodable(row["text"], where=where)
-
-
-def _chat(turns: Any, *, where: str) -> Chat:
-    """Turns as {"role", "content"}; ShareGPT's {"from", "value"} is renamed."""
-    if not isinstance(turns, list) or not turns:
-        raise BadInput("E385", f"a chat must be a list of turns, this is {_kind_of(turns)}", where=where, fix=_CHAT_FIX)
-    chat: Chat = []
-    for place, turn in enumerate(turns, start=1):
-        if isinstance(turn, dict) and "from" in turn and "value" in turn:
-            turn = {"role": ROLES.get(str(turn["from"]), turn["from"]), "content": turn["value"]}
-        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
-            raise BadInput("E385", f"turn {place} of the chat has no role and content", where=where, fix=_CHAT_FIX)
-        chat.append({"role": _encodable(turn["role"], where=where), "content": _encodable(turn["content"], where=where)})
-    return chat
-
-
-def _encodable(text: str, *, where: str) -> str:
-    """JSON may spell half of a surrogate pair (\\ud83d), which is not a character and which no tokenizer takes."""
-    if len(text) > LONGEST_TEXT:
-        raise BadInput("E385", f"a text is longer than {LONGEST_TEXT:,} characters", where=where, fix="divide it into several rows")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadInput(
-            "E385", f"half a surrogate pair at place {error.start + 1} of the text", where=where, fix="write the text again as proper UTF-8"
-        ) from error
-    return text
-
-
 _JSON_FIX = 'write one JSON object a line, as {"text": "..."}'
-_CHAT_FIX = 'write turns as {"role": "user", "content": "..."}'
-
-
-def _no_text(names: list[str], *, chats: bool, where: str) -> BadInput:
-    wanted = ", ".join(("text", *CHAT_COLUMNS)) if chats else "text"
-    listed = ", ".join(str(name)[:40] for name in names[:12]) or "none"
-    return BadInput("E385", f"no field `{wanted}`; there are: {listed}", where=where, fix="rename the field that holds the text to `text`")
-
-
-def _kind_of(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", int: "a number", float: "a number"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)

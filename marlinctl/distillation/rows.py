@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from marlinctl.checkpoint import findings
-from marlinctl.data.calibration import load_tokenizer, read_samples, write_samples
+from marlinctl.data.calibration import Samples, load_tokenizer, read_samples, write_samples
 from marlinctl.errors import BadInput
 from marlinctl.planning.training_settings import HELD_OUT_SHARE, held_out_rows, rows_per_step, steps_of
 from marlinctl.recipes.schema import Calibration, Distill
@@ -63,16 +63,17 @@ def load_rows(asked: Distill, folder: Path, *, console: Console, load_teacher: C
     tokenizer = load_tokenizer(folder)
     if asked.data == "self":
         teacher = load_teacher()
-        ids, how, cut = write_samples(teacher, tokenizer, sample, console, together=SELF_TOGETHER), "written by the teacher", 0
+        found = Samples(write_samples(teacher, tokenizer, sample, console, together=SELF_TOGETHER), "written by the teacher", 0)
     else:
-        ids, how, cut = read_samples(sample, tokenizer)
+        found = read_samples(sample, tokenizer)
+    ids = found.ids
     padding = ids < 0
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    return make_rows(torch.where(padding, pad, ids), ~padding, asked, how, console, cut)
+    return make_rows(torch.where(padding, pad, ids), ~padding, asked, found, console)
 
 
-def make_rows(ids: Tensor, counted: Tensor, asked: Distill, how: str, console: Console, cut: int = 0) -> Rows:
-    """cut: how many chats were longer than a row."""
+def make_rows(ids: Tensor, counted: Tensor, asked: Distill, found: Samples, console: Console) -> Rows:
+    """found: what the rows were read from."""
     got = ids.shape[0]
     if got < 2:
         raise BadInput(
@@ -86,18 +87,19 @@ def make_rows(ids: Tensor, counted: Tensor, asked: Distill, how: str, console: C
     passes = wanted / (got - held_out)
     facts = {
         "source": asked.data,
-        "how": how,
+        "how": found.how,
         "rows": {"trained": got - held_out, "held_out": held_out},
         "sequence_length": int(ids.shape[1]),
         "tokens": int(counted[: got - held_out].sum()),
         "passes": round(passes, 2),
-        "cut": cut,
+        "cut": found.cut,
+        **({"parts": found.parts} if found.parts else {}),
     }
     for warning in findings.of_text(facts, "--sequence-length"):
         console.warn(warning)
     rows = Rows(ids, counted, held_out, facts)
     console.say(
-        f"data: {asked.data} ({how}), {rows.trained} rows of {ids.shape[1]} tokens to train on, {held_out} held out"
+        f"data: {asked.data} ({found.how}), {rows.trained} rows of {ids.shape[1]} tokens to train on, {held_out} held out"
         + (f"; the budget of {asked.tokens:,} tokens reads them {passes:.1f} times" if passes > 1 else "")
     )
     return rows

@@ -28,6 +28,7 @@ from marlinctl.checkpoint.manifest import made_from
 from marlinctl.checkpoint.source import Source
 from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output, require_space
+from marlinctl.data.calibration import Samples
 from marlinctl.data.calibration_size import check_documents
 from marlinctl.distillation.agreement import Comparison, require_same_weights
 from marlinctl.distillation.blockwise import BlockLoop
@@ -161,7 +162,7 @@ def _rows(run: _Run, opened: TrainingInputs, resume: bool) -> Rows:
             return None  # type: ignore[return-value]  # it comes below
         kept = run.job.rows() if resume and run.asked.data == "self" else None
         if kept is not None:
-            rows = make_rows(*kept, run.asked, "written by the teacher", run.console)
+            rows = make_rows(*kept, run.asked, Samples(kept[0], "written by the teacher", 0), run.console)
         elif run.rows is not None:
             rows = run.rows
         else:

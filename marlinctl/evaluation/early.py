@@ -28,11 +28,9 @@ def check_arguments(settings: EvalSettings, console: Console, *, with_text: bool
 
     tasks.require_lm_eval()
     if not load_tasks:
-        tasks.check_tasks(settings.tasks, task_data=settings.task_data, console=console)
+        tasks.check_tasks(settings, console)
         return
-    with tasks.plan_tasks(
-        settings.tasks, task_data=settings.task_data, num_fewshot=settings.num_fewshot, seed=settings.seed, console=console
-    ):
+    with tasks.plan_tasks(settings, console):
         pass
 
 

@@ -25,6 +25,7 @@ import datasets
 import lm_eval.api.task
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from marlinctl.errors import NumericalProblem, ResourceProblem
 from marlinctl.system.console import Console, Progress
@@ -80,7 +81,10 @@ class Harness(HFLM):
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
         ask = super().generate_until
         self._document_of = {request.args[0]: request.doc_id for request in requests}
-        return self._sized(self.max_length, len(requests), lambda: ask(requests, disable_tqdm=True))
+        answers = (normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"] for request in requests)
+        contexts = (len(self.tok_encode(request.args[0])) for request in requests)
+        longest = max((context + answer for context, answer in zip(contexts, answers, strict=True)), default=1)
+        return self._sized(longest, len(requests), lambda: ask(requests, disable_tqdm=True), writes=True)
 
     def tok_batch_encode(self, strings: list[str], *how: Any, left_truncate_len: int | None = None, **more: Any) -> Any:
         if left_truncate_len:
@@ -97,23 +101,24 @@ class Harness(HFLM):
             self.batch_size_per_gpu = self.fitting_batch(self.max_length)
         return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
-    def fitting_batch(self, longest: int) -> int:
-        """How many sequences of `longest` tokens fit."""
+    def fitting_batch(self, longest: int, *, writes: bool = False) -> int:
+        """How many sequences of `longest` tokens fit. writes: only the last token's logits are made, but keys and values are kept."""
         tokens = min(longest, self.max_length)
         size = self.model.dtype.itemsize
         config = self.model.config.get_text_config()
         inner = getattr(config, "intermediate_size", config.hidden_size)  # some families have one for each layer
-        per_token = size * (3 * config.vocab_size + 8 * (max(inner) if isinstance(inner, (list, tuple)) else inner))
+        kept = 2 * config.num_hidden_layers * config.hidden_size if writes else 3 * config.vocab_size
+        per_token = size * (kept + 8 * (max(inner) if isinstance(inner, (list, tuple)) else inner))
         if self.device.type == "cuda":
             budget, most = int(CUDA_SHARE * torch.cuda.mem_get_info(self.device)[0]), MOST_ON_CUDA
         else:
             budget, most = CPU_BATCH_BYTES, MOST_ON_CPU
         return max(1, min(most, budget // (per_token * tokens)))
 
-    def _sized(self, longest: int, requests: int, ask: Callable[[], Any]) -> Any:
+    def _sized(self, longest: int, requests: int, ask: Callable[[], Any], *, writes: bool = False) -> Any:
         """Ask with a batch that fits. An automatic batch that did not fit after all is halved, once."""
         if self._automatic:
-            self.batch_size_per_gpu = self.fitting_batch(longest)
+            self.batch_size_per_gpu = self.fitting_batch(longest, writes=writes)
         try:
             return self._counted(requests, ask)
         except Exception as error:

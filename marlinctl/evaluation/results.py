@@ -6,8 +6,10 @@
     model           name, identity; perplexity; tasks                         its identity
     baseline        the same, or null                                         its identity
     text            name, SHA-256, tokens, windows                            no: follows from the settings
-    comparison      KL, top-1 agreement, differences of all scores            no: made at the end
+    comparison      KL, top-1 agreement, differences of all scores, flips     no: made at the end
     finished        false while pieces are missing
+
+With --log-samples, prompts and answers lie in FILE.samples/SIDE.TASK.jsonl, one document a line.
 
 A write is a temporary file beside FILE, fsync, rename: a kill at any moment leaves the old or the new file, never half of one.
 """
@@ -16,11 +18,13 @@ from __future__ import annotations
 
 import errno
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from marlinctl.errors import BadInput, Problem, ResourceProblem, UsageError
-from marlinctl.system.atomic import sync_folder, whole_file
+from marlinctl.system.atomic import make_folder, sync_folder, whole_file
 from marlinctl.system.files import MAX_OWN_BYTES, MAX_OWN_VALUES, FileRefused, read_plain_json
 
 Document = dict[str, Any]
@@ -30,10 +34,10 @@ OPEN_LEVELS = 3
 class ResultsFile:
     """`document` is changed by the evaluation and kept by `save`. Without a path nothing is written."""
 
-    def __init__(self, path: Path | None, fresh: Document, *, resume: bool) -> None:
+    def __init__(self, path: Path | None, fresh: Document, *, resume: bool, samples: bool = False) -> None:
         self.path = path
         self.document = fresh
-        check_place(path, resume=resume)
+        check_place(path, resume=resume, samples=samples)
         if path is None:
             return
         if resume and path.exists():
@@ -44,16 +48,40 @@ class ResultsFile:
         if self.path is not None:
             write_atomically(self.path, f"{render(self.document)}\n".encode())
 
+    def save_samples(self, side: str, task: str, samples: Iterable[Document]) -> None:
+        """SIDE.TASK.jsonl, before the line of the task is kept: what the results name as finished has its samples."""
+        assert self.path is not None  # check_place
+        folder = samples_folder(self.path)
+        name = re.sub(r"[^\w.-]", "_", task)
+        lines = "".join(f"{json.dumps(sample, ensure_ascii=False)}\n" for sample in samples)
+        try:
+            make_folder(folder)
+        except OSError as error:
+            raise UsageError(
+                "E244", f"cannot make the folder: {error.strerror}", where=str(folder), fix="name a results file elsewhere with --out"
+            ) from error
+        write_atomically(folder / f"{side}.{name}.jsonl", lines.encode("utf-8", "backslashreplace"))
 
-def check_place(path: Path | None, *, resume: bool) -> None:
+
+def samples_folder(path: Path) -> Path:
+    """Beside the results: scores.samples for scores.json."""
+    return path.with_name(f"{path.stem}.samples")
+
+
+def check_place(path: Path | None, *, resume: bool, samples: bool = False) -> None:
     """UsageError E244 where the results cannot lie there: before a model is fetched, and again before it is loaded."""
     if path is None:
+        if samples:
+            raise UsageError("E244", "--log-samples writes beside the results file", where="--log-samples", fix="add --out FILE.json")
         if resume:
             raise UsageError("E244", "--resume needs the file to continue", where="--resume", fix="add --out FILE.json")
     elif path.exists() and not resume:
         raise UsageError("E244", f"{path} exists already", where="--out", fix="add --resume to continue it, or name another file")
     elif not path.parent.is_dir():
         raise UsageError("E244", f"there is no folder {path.parent}", where="--out", fix="make the folder first, or name another file")
+    elif samples and not resume and samples_folder(path).exists():
+        what = f"{samples_folder(path)} exists already, of another run"
+        raise UsageError("E244", what, where="--log-samples", fix="move it away, or name another file with --out")
 
 
 def render(value: Any, depth: int = 0) -> str:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from marlinctl.data.text import LONGEST_TEXT, PYTHONDOC, Text, load_text
 from marlinctl.data.tokens import MOST_CHARACTERS_PER_TOKEN
 from marlinctl.errors import UsageError
-from marlinctl.evaluation import divergence, loading, results, statistics, table, tasks, windows
+from marlinctl.evaluation import chat, divergence, loading, results, statistics, table, tasks, windows
 from marlinctl.evaluation.settings import DEFAULT_WINDOW, EvalSettings
 from marlinctl.report.scores import figure
 from marlinctl.system import devices
@@ -53,8 +53,9 @@ def evaluate(
     if text is not None:
         run.refuse_text(text)
     with run.planned_tasks() as plan:
+        run.refuse_chat()
         run.look()
-        file = results.ResultsFile(out, run.fresh_document(text, plan), resume=resume)
+        file = results.ResultsFile(out, run.fresh_document(text, plan), resume=resume, samples=settings.log_samples)
         document = file.document
         if text is not None and not _text_is_done(document):
             run.measure_text(text, document)
@@ -62,9 +63,9 @@ def evaluate(
         if plan is not None:
             for side, who in (("model", subject), ("baseline", other)):
                 if who is not None:
-                    run.score_tasks(plan, who, document[side], file)
+                    run.score_tasks(plan, who, side, file)
             if other is not None:
-                document["comparison"]["tasks"] = _task_differences(plan, document, settings.seed)
+                document["comparison"] |= _task_differences(plan, document, settings.seed)
         document["finished"] = True
         file.save()
     return document
@@ -106,6 +107,14 @@ class _Run:
         """It may be too short, or the windows too long: that shows before any weight is read."""
         windows.of_models(text, self.models, self.settings)
 
+    def refuse_chat(self) -> None:
+        """With --apply-chat-template: UsageError E253 for a model without a template, E261 where the two models have different ones."""
+        if self.settings.apply_chat_template and self.settings.tasks:
+            first, *others = [chat.tried_template(loading.load_tokenizer(who), who.name) for who in self.models]
+            if any(other != first for other in others):
+                fix = "compare without --apply-chat-template, or give both models one template"
+                raise UsageError("E261", "the two models have different chat templates", where="--against", fix=fix)
+
     def look(self) -> None:
         """What the person should know of the folders, whether their weights can be believed, and their identity, in one reading."""
         for who in (self.subject, self.other):
@@ -126,6 +135,10 @@ class _Run:
                 "task_data": None if s.task_data is None else str(s.task_data.resolve()),
                 "limit": s.limit,
                 "num_fewshot": s.num_fewshot,
+                "apply_chat_template": s.apply_chat_template,
+                "fewshot_as_multiturn": s.fewshot_as_multiturn,
+                "log_samples": s.log_samples,
+                "backend": s.backend,
                 "batch_size": s.batch_size,
                 "text_sha256": None if text is None else text.sha256,
                 "tokens": s.tokens,
@@ -134,7 +147,7 @@ class _Run:
                 "dtype": self.dtype,
                 "device": self.device,
             },
-            "versions": _versions(with_tasks=plan is not None),
+            "versions": _versions(self.settings if plan is not None else None),
             "names": [] if plan is None else list(plan.names),
             "text": None,
             "model": sides[0],
@@ -148,7 +161,7 @@ class _Run:
         if not s.tasks:
             yield None
             return
-        with tasks.plan_tasks(s.tasks, task_data=s.task_data, num_fewshot=s.num_fewshot, seed=s.seed, console=self.console) as plan:
+        with tasks.plan_tasks(s, self.console) as plan:
             for name in plan.names:
                 leaves = tasks.leaves_of(plan.groups[name]) if name in plan.groups else [name]
                 splits = ", ".join(sorted({plan.splits[leaf] for leaf in leaves}))
@@ -172,6 +185,27 @@ class _Run:
             gc.collect()
             if self.device.startswith("cuda"):
                 torch.cuda.empty_cache()
+
+    @contextmanager
+    def answering(self, who: loading.Subject) -> Iterator[Any]:
+        """The model as lm_eval wants it, by the backend that was asked for."""
+        s = self.settings
+        if s.backend == "vllm":
+            from marlinctl.evaluation.vllm_backend import VllmHarness
+
+            self.console.say(f"loading {who.name} ({self.dtype}, vLLM)")
+            harness = VllmHarness(who.folder, dtype=self.dtype, batch_size=s.batch_size, seed=s.seed)
+            self.contents[who.folder].require_unchanged()
+            try:
+                yield harness
+            finally:
+                harness.close()
+                gc.collect()
+            return
+        from marlinctl.evaluation.harness import Harness
+
+        with self.loaded(who) as model:
+            yield Harness(model, loading.load_tokenizer(who), batch_size=s.batch_size, console=self.console)
 
     def measure_text(self, text: Text, document: results.Document) -> None:
         s = self.settings
@@ -207,14 +241,16 @@ class _Run:
     def _windows(self, text: Text) -> tuple[Any, int | None]:
         return windows.of_models(text, self.models, self.settings)
 
-    def score_tasks(self, plan: tasks.TaskPlan, who: loading.Subject, side: results.Document, file: results.ResultsFile) -> None:
+    def score_tasks(self, plan: tasks.TaskPlan, who: loading.Subject, name_of_side: str, file: results.ResultsFile) -> None:
+        side = file.document[name_of_side]
         records: dict[str, tasks.Record] = side.setdefault("tasks", {})
         if plan.leaves.keys() - records.keys():
             if records:
                 self.console.say(f"{who.name}: {len(records)} finished tasks are kept")
-            from marlinctl.evaluation.harness import Harness
 
-            def finished(name: str, record: tasks.Record) -> None:
+            def finished(name: str, record: tasks.Record, samples: list[dict[str, Any]]) -> None:
+                if self.settings.log_samples:
+                    file.save_samples(name_of_side, name, (tasks.plain(sample) for sample in samples))
                 records[name] = record
                 file.save()
                 scores = ", ".join(f"{metric} {figure(estimate)}" for metric, estimate in record["metrics"].items())
@@ -223,9 +259,8 @@ class _Run:
                     what = f"{record['cut']} of {record['documents']} questions are longer than the model reads"
                     self.console.warn(f"{who.name}: {name}: {what}; their beginnings were left out")
 
-            with self.loaded(who) as model:
-                harness = Harness(model, loading.load_tokenizer(who), batch_size=self.settings.batch_size, console=self.console)
-                tasks.run_leaves(plan, harness, limit=self.settings.limit, done=set(records), label=who.name, finished=finished)
+            with self.answering(who) as harness:
+                tasks.run_leaves(plan, harness, self.settings, done=set(records), label=who.name, finished=finished)
                 del harness
         side["groups"] = tasks.group_scores(plan, records)
 
@@ -235,9 +270,12 @@ def _text_is_done(document: results.Document) -> bool:
 
 
 def _task_differences(plan: tasks.TaskPlan, document: results.Document, seed: int) -> dict[str, dict[str, Any]]:
-    """{name: {metric: {"value", "stderr"}}} of every leaf and group, model - baseline, paired by document."""
+    """Of every leaf and group, paired by document: {"tasks": {name: {metric: {"value", "stderr"}}}, model - baseline; and "flips": the same
+    of the share of answers that change, with the shares "to_wrong" and "to_correct", of every score that is right or wrong.
+    """
     ours, theirs = document["model"]["tasks"], document["baseline"]["tasks"]
     leaves: dict[str, dict[str, statistics.Estimate]] = {}
+    flips: dict[str, dict[str, statistics.Flips]] = {}
     for name, record in ours.items():
         if record["prompts_sha256"] != theirs[name]["prompts_sha256"]:
             raise UsageError(
@@ -246,29 +284,42 @@ def _task_differences(plan: tasks.TaskPlan, document: results.Document, seed: in
                 where="--against",
                 fix="start over with another --out: the data changed between the runs",
             )
-        leaves[name] = {}
+        leaves[name], flips[name] = {}, {}
         for metric, samples in record["samples"].items():
-            if None not in samples and None not in theirs[name]["samples"][metric]:
-                leaves[name][metric] = _leaf_difference(plan.leaves[name], metric, samples, theirs[name]["samples"][metric], seed)
+            baseline = theirs[name]["samples"][metric]
+            if None not in samples and None not in baseline:
+                leaves[name][metric] = _leaf_difference(plan.leaves[name], metric, samples, baseline, seed)
+                if _is_mean(plan.leaves[name], metric) and all(score in (0, 1) for score in (*samples, *baseline)):
+                    flips[name][metric] = statistics.flips(samples, baseline)
     groups: dict[str, dict[str, statistics.Estimate]] = {}
     for name, record in document["model"]["groups"].items():
-        groups[name] = {}
+        groups[name], flips[name] = {}, {}
         for metric in record["metrics"]:
+            by_size = tasks.weighs_by_size(plan.groups[name], metric)
             parts = [(leaves[leaf][metric], ours[leaf]["documents"]) for leaf in record["tasks"] if metric in leaves[leaf]]
             if parts:
-                groups[name][metric] = statistics.pooled(parts, by_size=tasks.weighs_by_size(plan.groups[name], metric))
-    return {name: {metric: e.document() for metric, e in found.items()} for name, found in (leaves | groups).items()}
+                groups[name][metric] = statistics.pooled(parts, by_size=by_size)
+            flipped = [(flips[leaf][metric], ours[leaf]["documents"]) for leaf in record["tasks"] if metric in flips[leaf]]
+            if flipped and len(flipped) == len(record["tasks"]):
+                flips[name][metric] = statistics.pooled_flips(flipped, by_size=by_size)
+    differences = {name: {metric: e.document() for metric, e in found.items()} for name, found in (leaves | groups).items()}
+    return {"tasks": differences, "flips": {name: {m: f.document() for m, f in found.items()} for name, found in flips.items() if found}}
 
 
 def _leaf_difference(task: Any, metric: str, samples: list[Any], baseline: list[Any], seed: int) -> statistics.Estimate:
-    aggregate = task.aggregation().get(metric.split(",")[0])
-    if aggregate is None or aggregate.__name__ == "mean":
+    if _is_mean(task, metric):
         return statistics.paired_mean(samples, baseline)
-    return statistics.paired_bootstrap(samples, baseline, aggregate, seed=seed)
+    return statistics.paired_bootstrap(samples, baseline, task.aggregation()[metric.split(",")[0]], seed=seed)
 
 
-def _versions(*, with_tasks: bool) -> dict[str, str]:
+def _is_mean(task: Any, metric: str) -> bool:
+    aggregate = task.aggregation().get(metric.split(",")[0])
+    return aggregate is None or aggregate.__name__ == "mean"
+
+
+def _versions(with_tasks: EvalSettings | None) -> dict[str, str]:
     from marlinctl import __version__
 
-    packages = ("torch", "transformers", *(("lm_eval",) if with_tasks else ()))
+    asked = () if with_tasks is None else ("lm_eval", "vllm") if with_tasks.backend == "vllm" else ("lm_eval",)
+    packages = ("torch", "transformers", *asked)
     return {"marlinctl": __version__, **{name: importlib.metadata.version(name) for name in packages}}

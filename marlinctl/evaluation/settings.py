@@ -15,6 +15,7 @@ DEFAULT_TOKENS = 20480
 DEFAULT_WINDOW = 1024  # or all positions of a model that has fewer
 DEFAULT_SEED = 1234  # lm_eval's own
 DTYPES = ("bfloat16", "float16", "float32")
+BACKENDS = ("hf", "vllm")
 MOST = 2**31 - 1  # of anything that is counted: far beyond every use, and within every library's integers
 
 
@@ -26,6 +27,11 @@ class EvalSettings:
     task_data: Path | None = None
     limit: int | None = None  # documents per task
     num_fewshot: int | None = None  # None: what each task says
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = False  # each example a turn of its own; needs the chat template
+    log_samples: bool = False  # prompts and answers, beside the results file
+    run_code: bool = False  # the consent to tasks that run what the model writes
+    backend: str = "hf"  # what answers the tasks: hf, our forward passes; or vllm
     batch_size: int | Literal["auto"] = "auto"
     text: str | None = None  # see data/text.py; None: pythondoc when a text is needed
     tokens: int = DEFAULT_TOKENS
@@ -43,10 +49,14 @@ class EvalSettings:
             ((self.window or 2) <= self.tokens <= MOST, "--tokens", f"at least one window, {self.window or 2}, and at most {MOST}"),
             (0 <= self.seed < 2**32, "--seed", "0 to 2**32 - 1"),
             (self.dtype in ("auto", *DTYPES), "--dtype", f"auto, {', '.join(DTYPES)}"),
+            (self.backend in BACKENDS, "--backend", f"one of {', '.join(BACKENDS)}"),
         )
         for holds, option, allowed in checks:
             if not holds:
                 raise UsageError("E246", f"{option} is out of range", where=option, fix=f"give {allowed}")
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            what, fix = "--fewshot-as-multiturn makes turns of a chat, and prompts are plain text", "add --apply-chat-template"
+            raise UsageError("E246", what, where="--fewshot-as-multiturn", fix=fix)
 
     @classmethod
     def of_recipe(cls, asked: Evaluate, task_data: Path | None) -> EvalSettings:

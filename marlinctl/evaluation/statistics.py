@@ -88,6 +88,30 @@ def paired_bootstrap(
     return Estimate(value, math.sqrt(math.fsum((r - centre) ** 2 for r in redrawn) / (draws - 1)))
 
 
+@dataclass(frozen=True, slots=True)
+class Flips:
+    """The share of answers that are right for one model and wrong for the other. A score may stay while they change."""
+
+    share: Estimate
+    to_wrong: Estimate  # right for the baseline, wrong for the model
+    to_correct: Estimate
+
+    def document(self) -> dict[str, Any]:
+        return {**self.share.document(), "to_wrong": self.to_wrong.document(), "to_correct": self.to_correct.document()}
+
+
+def flips(scores: Sequence[float], baseline: Sequence[float]) -> Flips:
+    """Of scores that are 0 or 1, over the same documents."""
+    moved = [int(a) - int(b) for a, b in zip(scores, baseline, strict=True)]
+    return Flips(mean([abs(step) for step in moved]), mean([step < 0 for step in moved]), mean([step > 0 for step in moved]))
+
+
+def pooled_flips(parts: Sequence[tuple[Flips, int]], *, by_size: bool) -> Flips:
+    """As `pooled`."""
+    shares = [[(getattr(part, name), size) for part, size in parts] for name in ("share", "to_wrong", "to_correct")]
+    return Flips(*(pooled(share, by_size=by_size) for share in shares))
+
+
 def pooled(parts: Sequence[tuple[Estimate, int]], *, by_size: bool) -> Estimate:
     """The score of a group from its parts (estimate, documents): weighted by size, or every part alike. The parts are independent."""
     weights = [size if by_size else 1 for _, size in parts]

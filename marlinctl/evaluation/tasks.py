@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, MarlinctlError, Problem, UsageError
-from marlinctl.evaluation import local_data
+from marlinctl.evaluation import local_data, packages
+from marlinctl.evaluation.settings import EvalSettings
 from marlinctl.system.console import Console
 
 ABBREVIATIONS = {"arc": ("arc_easy", "arc_challenge")}
-USUAL_FOLDERS = ("mmlu/default", "arc", "winogrande", "wikitext", "hellaswag", "piqa", "openbookqa")
+USUAL_FOLDERS = ("mmlu/default", "arc", "winogrande", "wikitext", "hellaswag", "piqa", "openbookqa", "gsm8k", "ifeval", "humaneval")
 
 Record = dict[str, Any]
 
@@ -52,45 +53,64 @@ def require_lm_eval() -> None:
         )
 
 
-def check_tasks(names: Sequence[str], *, task_data: Path | None, console: Console) -> None:
-    """Refuse names that lm_eval does not know, and copies of data that are not there (E243). Loads and fetches no data."""
-    require_lm_eval()
-    if task_data is not None:
-        local_data.check_folder(task_data)
-    from marlinctl.evaluation.harness import lm_eval_speaks_to
-
-    wanted = _in_full(names)
-    with tempfile.TemporaryDirectory(prefix="marlinctl-tasks-") as temporary, lm_eval_speaks_to(console):
-        index = _find_names(wanted, console)
-        if task_data is not None:
-            _with_local_data(wanted, index, task_data, Path(temporary))
+def check_tasks(settings: EvalSettings, console: Console) -> None:
+    """Refuse names that lm_eval does not know, code without consent, and copies of data that are not there (E243); packages that a task
+    needs (E402). Loads and fetches no data."""
+    with _found(settings, console):
+        pass
 
 
 @contextmanager
-def plan_tasks(names: Sequence[str], *, task_data: Path | None, num_fewshot: int | None, seed: int, console: Console) -> Iterator[TaskPlan]:
+def plan_tasks(settings: EvalSettings, console: Console) -> Iterator[TaskPlan]:
     """The plan is usable inside the `with`: the data of the tasks are mapped from a temporary folder."""
-    require_lm_eval()
-    if task_data is not None:
-        local_data.check_folder(task_data)
+    if settings.task_data is not None:
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")  # before datasets and huggingface_hub are imported
+    if settings.run_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # asked by the metric when the task is loaded
+    with _found(settings, console) as (wanted, index):
+        yield _load(wanted, index, settings)
+
+
+@contextmanager
+def _found(settings: EvalSettings, console: Console) -> Iterator[tuple[list[str], Any]]:
+    """The wanted names, and a task manager that knows them all, with local copies of the data where there are some."""
+    require_lm_eval()
+    if settings.backend == "vllm" and find_spec("vllm") is None:
+        fix = "pip install vllm (Linux, a GPU), or leave --backend out: the tasks then run in transformers"
+        raise EnvironmentProblem("E402", "the package vllm is not installed", where="--backend vllm", fix=fix)
+    if settings.task_data is not None:
+        local_data.check_folder(settings.task_data)
     from marlinctl.evaluation.harness import lm_eval_speaks_to
 
-    wanted = _in_full(names)
+    wanted = list(dict.fromkeys(full for name in settings.tasks for full in ABBREVIATIONS.get(name, (name,))))
     with tempfile.TemporaryDirectory(prefix="marlinctl-tasks-") as temporary, lm_eval_speaks_to(console):
-        index = _find_names(wanted, console)
-        if task_data is not None:
-            index = _with_local_data(wanted, index, task_data, Path(temporary))
-        yield _load(wanted, index, num_fewshot=num_fewshot, seed=seed, local=task_data is not None)
+        manager = _find_names(wanted, console)
+        configs = {leaf: manager.task_index[leaf].cfg for leaf in _leaf_names(wanted, manager.task_index)}
+        if not settings.run_code:
+            _refuse_code([name for name, config in configs.items() if config.get("unsafe_code")])
+        packages.require(configs)
+        if settings.task_data is not None:
+            manager = _with_local_data(wanted, manager, settings.task_data, Path(temporary))
+        yield wanted, manager
 
 
-def _in_full(names: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(full for name in names for full in ABBREVIATIONS.get(name, (name,))))
+def _refuse_code(names: Sequence[str]) -> None:
+    if names:
+        what = "runs code that the model wrote, on this machine and with your rights"
+        fix = "--confirm-run-unsafe-code allows it, best in a container without network; or leave the task out"
+        raise UsageError.from_problems("E243", [Problem(f"{name} {what}", "--tasks", fix) for name in names])
 
 
 def run_leaves(
-    plan: TaskPlan, model: Any, *, limit: int | None, done: set[str], label: str, finished: Callable[[str, Record], None]
+    plan: TaskPlan,
+    model: Any,
+    settings: EvalSettings,
+    *,
+    done: set[str],
+    label: str,
+    finished: Callable[[str, Record, list[dict[str, Any]]], None],
 ) -> None:
-    """Every leaf that is not done yet; `model` is a Harness."""
+    """Every leaf that is not done yet; `model` is a Harness. `finished` gets name, record and lm_eval's own samples."""
     from lm_eval import evaluate
 
     from marlinctl.evaluation.harness import out_of_memory
@@ -100,21 +120,27 @@ def run_leaves(
     for place, name in enumerate(left, start=1):
         model.label = f"{label}: {name} ({place} of {len(left)})"
         model.cut.clear()
+        plan.leaves[name].set_fewshot_seed(seed=settings.seed)  # the baseline gets the examples that the model got before it
         try:
             result = evaluate(
                 lm=model,
                 task_dict={"tasks": {name: plan.leaves[name]}, "groups": {}, "group_map": {}},
-                limit=limit,
+                limit=settings.limit,
                 bootstrap_iters=1000,
                 log_samples=True,
+                apply_chat_template=settings.apply_chat_template,
+                fewshot_as_multiturn=settings.fewshot_as_multiturn,
+                confirm_run_unsafe_code=settings.run_code,
             )
         except (MarlinctlError, OSError):
             raise
         except Exception as error:  # lm_eval and the code of its tasks raise what they like
             if out_of_memory(error):
                 raise
+            if (missing := packages.missing(error)) is not None:
+                raise packages.refusal({name: [missing]}) from error
             raise UsageError("E243", f"lm_eval cannot run the task: {_first_line(error)}", where=name, fix="leave the task out") from error
-        finished(name, _record(plan, name, result, len(model.cut)))
+        finished(name, _record(plan, name, result, len(model.cut)), result["samples"][name])
 
 
 def _record(plan: TaskPlan, name: str, result: Any, cut: int) -> Record:
@@ -139,7 +165,12 @@ def _record(plan: TaskPlan, name: str, result: Any, cut: int) -> Record:
         "metrics": _estimates(result["results"][name]),
         "samples": {_short(key): values for key, values in samples.items()},
     }
-    return cast(Record, json.loads(json.dumps(_finite(record), default=_plain)))  # the same now as when it is read back
+    return plain(record)  # the same now as when it is read back
+
+
+def plain(value: dict[str, Any]) -> dict[str, Any]:
+    """As JSON holds it."""
+    return cast(dict[str, Any], json.loads(json.dumps(_finite(value), default=_plain)))
 
 
 def group_scores(plan: TaskPlan, records: dict[str, Record]) -> dict[str, Record]:
@@ -254,6 +285,11 @@ def _below(name: str, index: Any) -> list[str]:
     return found
 
 
+def _leaf_names(wanted: Sequence[str], index: Any) -> list[str]:
+    needed = dict.fromkeys(below for name in wanted for below in _below(name, index))
+    return [name for name in needed if index[name].kind.name not in ("GROUP", "TAG")]
+
+
 def _with_local_data(wanted: Sequence[str], manager: Any, root: Path, temporary: Path) -> Any:
     """A task manager over the same definitions, each with its data taken from `root`."""
     import yaml
@@ -262,9 +298,7 @@ def _with_local_data(wanted: Sequence[str], manager: Any, root: Path, temporary:
     index = manager.task_index
     missing: list[str] = []
     copies: list[local_data.LocalCopy] = []
-    needed = list(dict.fromkeys(below for name in wanted for below in _below(name, index)))
-    leaves = [name for name in needed if index[name].kind.name not in ("GROUP", "TAG")]
-    for place, leaf in enumerate(leaves):
+    for place, leaf in enumerate(_leaf_names(wanted, index)):
         config = index[leaf].cfg
         copy = local_data.find_copy(root, str(config.get("dataset_path")), config.get("dataset_name"))
         changed = local_data.overrides(config, copy) if copy is not None else None
@@ -279,6 +313,7 @@ def _with_local_data(wanted: Sequence[str], manager: Any, root: Path, temporary:
     if missing:
         raise _no_data(missing, root, index)
     local_data.check_unpacked(copies)
+    needed = dict.fromkeys(below for name in wanted for below in _below(name, index))
     folders = sorted({path.parent for name in needed if (path := index[name].yaml_path) is not None})
     return TaskManager(include_path=[*folders, temporary], include_defaults=False)
 
@@ -295,7 +330,7 @@ def _no_data(missing: Sequence[str], root: Path, index: Any) -> UsageError:
     )
 
 
-def _load(wanted: Sequence[str], manager: Any, *, num_fewshot: int | None, seed: int, local: bool) -> TaskPlan:
+def _load(wanted: Sequence[str], manager: Any, settings: EvalSettings) -> TaskPlan:
     leaves: dict[str, Any] = {}
     groups: dict[str, Any] = {}
     names: list[str] = []
@@ -303,7 +338,7 @@ def _load(wanted: Sequence[str], manager: Any, *, num_fewshot: int | None, seed:
         try:
             loaded = manager.load([name])
         except (ConnectionError, OSError) as error:
-            if local:
+            if settings.task_data is not None:
                 raise _unusable(name, error) from error
             raise HubProblem(
                 "E707",
@@ -312,33 +347,33 @@ def _load(wanted: Sequence[str], manager: Any, *, num_fewshot: int | None, seed:
                 fix="check the network, or give local copies with --task-data DIR",
             ) from error
         except Exception as error:  # datasets, pyarrow and lm_eval raise what they like on data that do not fit a task
+            if (missing := packages.missing(error)) is not None:
+                raise packages.refusal({name: [missing]}) from error
             raise _unusable(name, error) from error
         leaves |= loaded["tasks"]
         groups |= loaded["groups"]
         scored = name in loaded["groups"] and loaded["groups"][name].has_aggregation
         names += [name] if scored else list(loaded["tasks"])
-    problems = [
-        Problem(f"{name} {reason}, which marlinctl does not do", "--tasks", "leave the task out")
-        for name, task in leaves.items()
-        for mark, reason in (("UNSAFE_CODE", "runs code that the model wrote"), ("MULTIMODAL", "shows pictures to the model"))
-        if getattr(task, mark, False)
-    ]
-    if problems:
-        raise UsageError.from_problems("E243", problems)
+    if not settings.run_code:
+        _refuse_code([name for name, task in leaves.items() if getattr(task, "UNSAFE_CODE", False)])
+    pictures = [name for name, task in leaves.items() if getattr(task, "MULTIMODAL", False)]
+    if pictures:
+        what = "shows pictures to the model, which marlinctl does not do"
+        raise UsageError.from_problems("E243", [Problem(f"{name} {what}", "--tasks", "leave the task out") for name in pictures])
+    packages.require_nltk_data(leaves)
     for task in leaves.values():
-        _set_fewshot(task, num_fewshot, seed)
+        _set_fewshot(task, settings.num_fewshot)
     splits = {name: local_data.measured_split(_split_names(task)) or "its own" for name, task in leaves.items()}
     return TaskPlan(tuple(dict.fromkeys(names)), leaves, groups, splits)
 
 
-def _set_fewshot(task: Any, num_fewshot: int | None, seed: int) -> None:
+def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
     """As lm_eval's command line does: a task that insists on 0 keeps 0, a task that says nothing gets 0."""
     own = task.get_config("num_fewshot")
     if num_fewshot is not None and own != 0:
         task.set_config(key="num_fewshot", value=num_fewshot)
     elif own is None:
         task.set_config(key="num_fewshot", value=0)
-    task.set_fewshot_seed(seed=seed)
 
 
 def _split_names(task: Any) -> dict[str, str | None]:

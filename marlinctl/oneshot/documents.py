@@ -23,6 +23,7 @@ from marlinctl.oneshot.open import Options, RunInputs
 from marlinctl.planning.preflight import sixteen_bit
 from marlinctl.recipes.schema import Recipe, recipe_hash
 from marlinctl.report.files import report_files
+from marlinctl.report.provenance import public_source
 from marlinctl.report.rewrite import read_report
 from marlinctl.system.devices import device_peaks
 from marlinctl.system.host import peak_rss
@@ -68,6 +69,8 @@ def _source_facts(opened: RunInputs) -> dict[str, Any]:
 def manifest_of(opened: RunInputs, recipe: Recipe, calibration: Mapping[str, Any], records: list[LayerRecord]) -> dict[str, Any]:
     layers = [{k: v for k, v in asdict(record).items() if k != "seconds"} for record in records]
     source = {key: value for key, value in calibration.items() if key != "source"}
+    if "parts" in source:  # local paths are private: of a file its name
+        source["parts"] = [{**part, "source": public_source(part["source"])} for part in source["parts"]]
     earlier = made_from(opened.source.folder)
     return {
         "format": working_format(recipe.scheme).name,

@@ -33,7 +33,8 @@ from marlinctl.checkpoint.formats.registry import (
 from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output, remove_copied
-from marlinctl.data.calibration import CalibrationSet, load_calibration
+from marlinctl.data.calibration import CalibrationSet, load_calibration, require_files_unchanged
+from marlinctl.data.default_set import settled
 from marlinctl.data.tokens import Tokens
 from marlinctl.errors import GateRefused, ResourceProblem
 from marlinctl.evaluation.gate import Measurement
@@ -84,6 +85,7 @@ def run_job(
     published: the formats that the person gets in the end, where this walk is a stage of `compress`; who will refuse them is said before
     the work. joined: the processes of the run that this is a stage of.
     """
+    recipe = settled(recipe, console, offline=options.offline)
     local = [Path(model)] if Path(model).exists() else []
     job = RunJob(out)
     asked = {"model": model, "recipe": recipe.model_dump(mode="json"), "options": options.document(), "measured": measured}
@@ -218,6 +220,8 @@ def _kept_calibration(job: RunJob, console: Console) -> CalibrationSet | None:
     begun, kept = job.begun, job.calibration()
     if begun and kept is None:
         console.warn("the calibration tokens of the job are damaged or missing: it starts anew")
+    if kept is not None:
+        require_files_unchanged(kept.facts)
     return kept
 
 

@@ -26,6 +26,7 @@ from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.remote_headers import Headers, headers
 from marlinctl.checkpoint.sparsity import MASK_FILE, Pattern, from_headers
 from marlinctl.checkpoint.writer import companions
+from marlinctl.data.mixture import SELF
 from marlinctl.errors import UsageError
 from marlinctl.models.architectures import Architecture
 from marlinctl.models.config import positions
@@ -47,7 +48,7 @@ from marlinctl.planning.preflight import (
     wants_mask,
 )
 from marlinctl.planning.training_settings import check_settings, check_sizes
-from marlinctl.recipes.schema import Recipe, divided, recipe_hash
+from marlinctl.recipes.schema import AUTO, Recipe, divided, recipe_hash, resolve
 from marlinctl.system.console import Console
 from marlinctl.system.devices import free_device_memory, has_matrix_units, planned_device, planned_dtype
 from marlinctl.system.host import available_memory
@@ -95,6 +96,8 @@ class Check:
 def make_plan(model: str, recipe: Recipe, settings: Settings, console: Console) -> dict[str, Any]:
     """The plan as one JSON-ready document. Refuses what a run would refuse, with the same error ids."""
     settings = replace(settings, device=planned_device(settings.device))
+    if recipe.calibration.source == AUTO:  # the hub is not asked for a plan: what needs most is planned
+        recipe = resolve(recipe, {"calibration.source": SELF})[0]
     check_arguments(recipe, settings.module_map, distils=True)
     _check_ranks(recipe, settings)
     _check_evaluation(recipe, settings, None, console)
@@ -406,8 +409,10 @@ def _notes(seen: Headers, looked: ModelPlan, found: Pattern, recipe: Recipe, ran
         notes.append(said_of_untied_head(looked, _formats(recipe)[0]))
     if not recipe.scheme.quantizes and divided(recipe) is None:
         notes.append("at 16 bits this is what `marlinctl sparsify` writes")
-    if recipe.calibration.source == "self":
-        notes.append("--calibration self loads the whole model once to write its text; a file of text does not")
+    if recipe.calibration.source == SELF:
+        notes.append(
+            "--calibration self loads the whole model once to write its text; a file or a data set, as UltraChat by default, does not"
+        )
     if found.linears and found.origin != MASK_FILE:
         notes.append("the first row of the first linear is 2:4, so all linears are taken to be; the run looks at every weight")
     if found.origin is None and not seen.weights and (sparse := wants_mask(recipe)) is not None:

@@ -35,6 +35,7 @@ from marlinctl.system.files import FileRefused, read_plain
 from marlinctl.system.log import redacted
 
 DEFAULT = "int4"
+AUTO = "auto"  # a source of calibration text that is chosen when the work begins: data/default_set.py
 _FLAG_NAMES = {"source": "--calibration", "formats": "--format/--also", "overrides": "--override"}  # of keys whose flag is called otherwise
 MAXIMUM_BYTES = 1 << 17  # 2,000 overrides; the worst text of that size takes 11 s to read, one of a megabyte 90
 _SECTIONS = ("quantize", "sparsify", "calibration", "pack", "evaluate")  # whose keys `with_sections` knows

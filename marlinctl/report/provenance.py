@@ -108,9 +108,16 @@ def _digests(source: Mapping[str, Any]) -> list[tuple[str, Cell]]:
 
 def _calibration(calibration: Mapping[str, Any]) -> list[tuple[Cell, Cell]]:
     samples, tokens = calibration["samples"], calibration["tokens"]
+    parts = calibration.get("parts", ())
+    mixed = (
+        [("", f"{part['share']:.0%} of it, {part['samples']} samples: {public_source(part['source'])}") for part in parts]
+        if len(parts) > 1
+        else []
+    )
     text = f"{samples['got']} samples of at most {calibration['sequence_length']} tokens, {tokens['counted']:,} tokens counted"
     return [
         ("calibration", Name(str(calibration["source"]))),
+        *mixed,
         ("", f"{text} ({calibration['how']})"),
         ("SHA-256 of the token ids", Name(calibration["sha256"])),
     ]
@@ -150,14 +157,14 @@ def card_rows(report: Mapping[str, Any], folder: Folder) -> list[tuple[str, Cell
     rows += _digests(chain[-1]) if chain else []
     if calibration := report.get("calibration"):
         samples, tokens = calibration["samples"], calibration["tokens"]
-        text = f"{_public(calibration['source'])}: {samples['got']} samples, {tokens['counted']:,} tokens ({calibration['how']})"
+        text = f"{public_source(calibration['source'])}: {samples['got']} samples, {tokens['counted']:,} tokens ({calibration['how']})"
         rows += [("Calibration", text), ("SHA-256 of its token ids", Name(calibration["sha256"]))]
     return [*rows, *_card_tail(report, folder, _seeds(report["recipe"]))]
 
 
 def training_rows(report: Mapping[str, Any], folder: Folder) -> list[tuple[str, Cell]]:
     data, training = report["data"], report["training"]
-    text = f"{_public(data['source'])}: {training['tokens']:,} tokens in {training['steps']} steps ({data['how']})"
+    text = f"{public_source(data['source'])}: {training['tokens']:,} tokens in {training['steps']} steps ({data['how']})"
     return [("Data", text), *_card_tail(report, folder, str(report["recipe"]["distill"]["seed"]))]
 
 
@@ -172,8 +179,9 @@ def _card_tail(report: Mapping[str, Any], folder: Folder, seeds: str) -> list[tu
     ]
 
 
-def _public(source: str) -> str:
+def public_source(source: str) -> str:
     """`self` and data sets of the hub as they are; of a path the last part."""
     import re
 
-    return re.split(r"[/\\]", source)[-1] if re.search(r"\.(txt|jsonl|parquet)$", source) else source
+    file = re.compile(r"\.(txt|jsonl|json|parquet)(\.gz)?(:[\d.]+)?$")  # behind it a part of a mixture has its share
+    return ", ".join(re.split(r"[/\\]", part)[-1] if file.search(part) else part for part in source.split(","))

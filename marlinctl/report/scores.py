@@ -27,6 +27,7 @@ class Score:
     baseline: Estimate | None = None
     difference: Estimate | None = None
     whole: bool = True  # of all documents; a score of a part is for trying out
+    flips: Mapping[str, Any] | None = None  # an estimate with "to_wrong" and "to_correct", of a task that is right or wrong
 
 
 def scores(document: Mapping[str, Any]) -> list[Score]:
@@ -44,6 +45,13 @@ def figure(estimate: Estimate | None, *, digits: int = 4, signed: bool = False) 
     return f"{value} ± {estimate['stderr']:.{digits}f}" if finite(estimate.get("stderr")) else value
 
 
+def flips_figure(flips: Mapping[str, Any] | None) -> str:
+    """0.1500 ± 0.0819 (-0.1000 +0.0500): the share of answers that change, of it correct to wrong and wrong to correct."""
+    if flips is None:
+        return ""
+    return f"{figure(flips)} (-{flips['to_wrong']['value']:.4f} +{flips['to_correct']['value']:.4f})"
+
+
 def finite(value: float | None) -> bool:
     """JSON has no NaN: it is written as null."""
     return value is not None and math.isfinite(value)
@@ -57,6 +65,8 @@ def notes(document: Mapping[str, Any]) -> list[str]:
         lines.append(f"text: {text['note']}, SHA-256 {text['sha256']}")
         lines.append(f"      {text['windows']} windows of {text['window']:,} tokens{start}")
     records = document["model"].get("tasks", {})
+    if (document.get("comparison") or {}).get("flips"):
+        lines.append("flips: share of answers that change against the baseline (- correct to wrong, + wrong to correct)")
     limited = [name for name, record in records.items() if record["documents"] < record["of_documents"]]
     if limited:
         lines.append(f"limited: {len(limited)} of {len(records)} tasks ran on a part of their documents; such scores are for trying out")
@@ -68,15 +78,17 @@ def notes(document: Mapping[str, Any]) -> list[str]:
 
 def _of_tasks(document: Mapping[str, Any]) -> Iterator[Score]:
     baseline = document.get("baseline") or {}
-    differences = (document.get("comparison") or {}).get("tasks", {})
+    comparison = document.get("comparison") or {}
+    differences, flips = comparison.get("tasks", {}), comparison.get("flips", {})
     for name in document.get("names", []):
         theirs = _metrics(baseline, name)
         for metric, estimate in _metrics(document["model"], name).items():
             difference = differences.get(name, {}).get(metric)
+            flipped = flips.get(name, {}).get(metric)
             records = _leaves(document["model"], name)
             splits = ", ".join(sorted({record["split"] for record in records}))
             whole = all(record["documents"] == record["of_documents"] for record in records)
-            yield Score("task", name, splits, metric, 4, estimate, theirs.get(metric), difference, whole)
+            yield Score("task", name, splits, metric, 4, estimate, theirs.get(metric), difference, whole, flipped)
 
 
 def _metrics(side: Mapping[str, Any], name: str) -> dict[str, Estimate]:

@@ -167,7 +167,8 @@ CATALOG = (
         "lm_eval cannot run a task",
         """
         It does not know the name (`lm_eval ls tasks` lists all), the folder of `--task-data` lacks the data, the task runs generated code
-        or needs pictures, or its own code fails, for example on a model with few positions. Add the data, or omit the task.
+        without `--confirm-run-unsafe-code`, it needs pictures, or its own code fails, for example on a model with few positions. Add the
+        data, or omit the task.
         [Finished tasks are kept](jobs.md#a-measurement-that-fails).
         """,
         ("E242", "E249"),
@@ -204,10 +205,11 @@ CATALOG = (
         "E253",
         "Chats cannot be formatted",
         """
-        With `--chat always`: the model has no chat template, or the data hold no chats. Use `--chat auto`.
+        With `--chat always`: the model has no chat template, or the data hold no chats. Use `--chat auto`. With `--apply-chat-template`:
+        the model has no chat template; measure the instruct model, or omit the option.
 
-        Or the model's template refuses a chat, for example a `system` turn. Remove those turns, or use `--chat never`, which reads chats as
-        plain text.
+        Or the model's template refuses more than a tenth of the chats, for example for a `system` turn. Remove those turns, or use
+        `--chat never`, which reads chats as plain text.
         """,
         ("E262",),
     ),
@@ -227,7 +229,8 @@ CATALOG = (
         "E261",
         "Models or scores that do not belong together",
         """
-        `eval --against` needs the model that the other one was made from: tokenizers, vocabularies and questions must agree.
+        `eval --against` needs the model that the other one was made from: tokenizers, vocabularies, chat templates and questions must
+        agree.
         `report OUT --scores FILE` needs finished results of `eval OUT --out FILE` for this very folder.
         """,
         ("E247",),
@@ -449,7 +452,8 @@ CATALOG = (
         - The file is damaged: copy it again. Local data of a task need the columns of the data set on the hub.
         - It is not UTF-8: convert it, for example with `iconv`.
         - A line of a .jsonl file is not an object: write `{"text": "..."}`.
-        - There is no column `text`, `messages` or `conversations`, or a value has the wrong type.
+        - There is no column `text`, `messages`, `conversations` or `instruction` with `output`, or a value has the wrong type. For
+          calibration and training such rows are skipped, up to a tenth; the first three are named with their lines.
         - A line or text exceeds 16 MiB: split it.
         - The hub data set is a Python script: choose another one.
         """,
@@ -498,7 +502,8 @@ CATALOG = (
         "E402",
         "A Python package is missing",
         """
-        Tasks and .parquet files need `pip install 'marlinctl[eval]'`; hub data sets need that or `marlinctl[distill]`.
+        Tasks and .parquet files need `pip install 'marlinctl[eval]'`; hub data sets need that or `marlinctl[distill]`. Some tasks need
+        packages or NLTK data of their own: run the command in the error. `--backend vllm` needs vLLM.
         """,
         ("E400",),
     ),

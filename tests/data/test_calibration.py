@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from marlinctl.data.calibration import CalibrationSet, load_calibration, load_tokenizer
-from marlinctl.errors import BadInput, UsageError
+from marlinctl.errors import BadInput, HubProblem, UsageError
 from marlinctl.recipes.schema import load_recipe, resolve
 from marlinctl.system.console import Console
 from tests.tiny import make_tiny
@@ -24,7 +25,7 @@ def model(tmp_path: Path) -> Path:
     return make_tiny(tmp_path / "model")
 
 
-def calibrate(model: Path, source: Path, *, console: Console | None = None, **changes: Any) -> CalibrationSet:
+def calibrate(model: Path, source: Path | str, *, console: Console | None = None, **changes: Any) -> CalibrationSet:
     given = {
         "calibration.source": str(source),
         "calibration.samples": 3,
@@ -168,3 +169,81 @@ def test_a_tokenizer_is_tried_on_a_line(model: Path) -> None:
     with pytest.raises(BadInput, match="cannot read a line of text") as caught:
         load_tokenizer(model)
     assert caught.value.error_id == "E325"
+
+
+def shared(question: str, *, first: str = "human") -> dict[str, Any]:
+    return {"conversations": [{"from": first, "value": question}, {"from": "gpt", "value": "A place " * 9}]}
+
+
+def test_sharegpt_rows_with_bad_ones_among_them(tmp_path: Path) -> None:
+    """A damaged row, or one that the model's template refuses, would end the run, be read as something else, or go unsaid."""
+    strict = (
+        "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endfor %}"
+    )
+    model = make_tiny(tmp_path / "model", chat_template=strict)
+    rows = [shared(f"What is garden {i}?") for i in range(40)]
+    rows[0], rows[3], rows[5] = {"conversations": []}, shared("Be brief.", first="system"), {"conversations": [{"from": "human"}]}
+    source = write(tmp_path / "chats.jsonl", rows)
+    told = io.StringIO()
+    found = calibrate(model, source, console=Console(colour=False, stderr=told), samples=30, sequence_length=60)
+    tokenizer = load_tokenizer(model)
+    good = [row for i, row in enumerate(rows) if i not in (0, 3, 5)]
+    for ids, row in zip(found.tokens.ids, good[:30], strict=True):
+        turns = [{"role": role, "content": turn["value"]} for role, turn in zip(("user", "assistant"), row["conversations"], strict=True)]
+        expected = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False)["input_ids"][:60]
+        assert ids[: len(expected)].tolist() == expected
+    part = found.facts["parts"][0]
+    assert (part["rows"]["read"], part["rows"]["skipped"], part["samples"]) == (33, 3, 30)
+    warning = next(line for line in told.getvalue().splitlines() if "cannot be used" in line)
+    assert "3 of 33 rows of chats.jsonl cannot be used and were skipped: line 1, conversations: a chat must be a list" in warning
+    assert "line 4: the model's chat template refuses this chat (system, assistant): user first" in warning
+    rows = [shared("Be brief.", first="system")] * 9
+    with pytest.raises(UsageError, match=r"template refuses this chat .* \(3 of 3 rows") as caught:
+        calibrate(model, write(tmp_path / "refused.jsonl", rows[:3]))
+    assert caught.value.error_id == "E253"
+
+
+def test_a_mixture_of_two_files(model: Path, tmp_path: Path) -> None:
+    """Shares would not be kept, chats of a mixture would miss the template, or two runs of one seed would see other text."""
+    web = write(tmp_path / "web.jsonl", [{"text": f"Document {i} says that rain falls in spring."} for i in range(300)])
+    chat = write(tmp_path / "chat.json", [])
+    chat.write_text(json.dumps([{"instruction": f"Where is garden {i}?", "output": "Here."} for i in range(50)]))
+    mixture = f"{web}:0.75,{chat}:0.25"
+    found = calibrate(model, mixture, samples=12)
+    tokenizer = load_tokenizer(model)
+    texts = [tokenizer.decode(ids) for ids in found.tokens.ids]
+    chats = [text for text in texts if text.startswith("<|im_start|>user\nWhere is garden")]
+    assert len(chats) == 3 and sum("says that rain" in text for text in texts) == 9
+    assert [(part["share"], part["samples"]) for part in found.facts["parts"]] == [(0.75, 9), (0.25, 3)]
+    assert {part["file_sha256"] for part in found.facts["parts"]} == {hashlib.sha256(path.read_bytes()).hexdigest() for path in (web, chat)}
+    again, other = calibrate(model, mixture, samples=12), calibrate(model, mixture, samples=12, seed=1)
+    assert torch.equal(again.tokens.ids, found.tokens.ids) and not torch.equal(other.tokens.ids, found.tokens.ids)
+    with pytest.raises(BadInput, match=r"the share of 0\.75 asks for 75") as caught:
+        calibrate(model, f"{chat}:0.25,{web}:0.75", samples=100, sequence_length=200)
+    assert caught.value.error_id == "E393" and str(web) in caught.value.problems[0].where
+
+
+def test_rows_of_the_hub_are_checked_like_those_of_a_file(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad row of a hub data set would end in a traceback, Alpaca's columns would be refused, a lost connection would be a defect."""
+    import datasets
+
+    rows: list[dict[str, Any]] = [{"instruction": f"Where is garden {i}?", "input": None, "output": "Here."} for i in range(30)]
+    rows[2] = {"instruction": None, "input": None, "output": "Here."}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, **_: iter(rows))
+    found = calibrate(model, "org/alpaca:train", samples=20)
+    part = found.facts["parts"][0]
+    assert (part["rows"]["read"], part["rows"]["skipped"]) == (21, 1) and "file_sha256" not in part
+    assert part["rows"]["first"] == ["row 3: `instruction` is null, not a string"]
+
+    def breaks(*_: Any, **__: Any) -> Any:
+        yield rows[0]
+        raise ConnectionError("lost")
+
+    monkeypatch.setattr(datasets, "load_dataset", breaks)
+    with pytest.raises(HubProblem, match="ConnectionError: lost") as caught:
+        calibrate(model, "org/alpaca:train")
+    assert caught.value.error_id == "E707" and "after row 1" in caught.value.problems[0].where
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([{"body": "a"}]))
+    with pytest.raises(BadInput, match="there are: body"):
+        calibrate(model, "org/other")

@@ -89,7 +89,7 @@ BAD = {
     "cut.txt.gz": (b"", "E385", "cannot read the file", ", line "),
     "notgz.jsonl.gz": (b"", "E385", "cannot read the file", "line 1"),
     "junk.parquet": (b"PAR1 this is not parquet PAR1", "E385", "cannot read the parquet file", "junk.parquet"),
-    "column.jsonl": (jsonl({"instruction": "a", "output": "b"}), "E385", "no field", "line 1"),
+    "column.jsonl": (jsonl({"body": "a"}), "E385", "no field", "line 1"),
     "number.jsonl": (jsonl({"text": "a"}, {"text": 5}), "E385", "not a string", "line 2"),
 }
 

@@ -201,7 +201,7 @@ def test_a_chat_that_the_template_refuses_is_named(
     }  # fmt: skip
     assert main(asked[verb]) in (2, 3)
     told = capsys.readouterr().err
-    assert "System role not supported" in told and "chats.jsonl, row 4" in told and "--chat never" in told
+    assert "System role not supported" in told and "chats.jsonl, line 4" in told and "--chat never" in told
 
 
 def test_chats_that_the_template_refuses_are_read_as_text_on_demand(here: Path, tmp_path: Path) -> None:

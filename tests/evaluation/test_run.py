@@ -331,7 +331,16 @@ def test_a_model_that_changes_before_it_is_loaded_is_not_measured(tmp_path: Path
 
 @pytest.mark.parametrize(
     "changes",
-    [{"limit": 0}, {"num_fewshot": -1}, {"batch_size": 0}, {"window": 1}, {"tokens": 5, "window": 6}, {"dtype": "int4"}],
+    [
+        {"limit": 0},
+        {"num_fewshot": -1},
+        {"batch_size": 0},
+        {"window": 1},
+        {"tokens": 5, "window": 6},
+        {"dtype": "int4"},
+        {"fewshot_as_multiturn": True},
+        {"backend": "sglang"},
+    ],
     ids=str,
 )
 def test_impossible_settings(changes: dict[str, Any]) -> None:
@@ -427,7 +436,7 @@ def test_command_line(model: Path, other: Path, layouts: dict[str, Path], tmp_pa
     assert main(asked) == 2  # the file exists
     assert "--resume" in capfd.readouterr().err
     assert main([*asked, "--resume"]) == 0
-    assert capfd.readouterr().out.splitlines()[0].split() == ["task", "split", "metric", "score", "baseline", "difference"]
+    assert capfd.readouterr().out.splitlines()[0].split() == ["task", "split", "metric", "score", "baseline", "difference", "flips"]
 
 
 def test_real_local_copies(model: Path, data_dir: Path) -> None:
