@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from marlinctl.commands.card_flags import BASE_MODEL, LICENSE, chosen_card
 from marlinctl.commands.common import FormerFlag
 from marlinctl.errors import UsageError
 from marlinctl.system.log import redact
@@ -128,6 +129,8 @@ _DEVICE_MEMORY = click.option("--device-memory", metavar="SIZE", help="Take no m
 _KEEP_JOB = click.option("--keep-job", is_flag=True, help="Keep OUT.job, the run's journal, when OUT is published.")
 _RESUME = click.option("--resume", is_flag=True, help="Continue this interrupted job (shorter: `marlinctl resume OUT`).")
 _RUN_FLAGS: list[_Decorator] = [
+    BASE_MODEL,
+    LICENSE,
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
     click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where to compute."),
     click.option(
@@ -153,7 +156,7 @@ def run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def plan_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     """Where the run that is planned would take place."""
-    apart = (_OVERWRITE, _RESUME, _KEEP_JOB, _STRICT, _DETERMINISTIC, _MAX_MEMORY, _DEVICE_MEMORY)
+    apart = (BASE_MODEL, LICENSE, _OVERWRITE, _RESUME, _KEEP_JOB, _STRICT, _DETERMINISTIC, _MAX_MEMORY, _DEVICE_MEMORY)
     chosen = [option for option in _RUN_FLAGS if option not in apart]
     return _apply(
         function,
@@ -170,6 +173,8 @@ def distill_run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     return _apply(
         function,
         [
+            BASE_MODEL,
+            LICENSE,
             click.option("--revision", metavar="REV", help="Branch, tag or commit of a teacher on the hub."),
             click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute."),
             click.option(
@@ -209,6 +214,7 @@ def chosen_options(console: Console, values: Mapping[str, Any]) -> Options:
     from marlinctl.oneshot.open import Options
 
     refuse_unknown_dtype(values["dtype"])
+    said = chosen_card(values)
     return Options(
         revision=values["revision"],
         device=values["device"],
@@ -224,6 +230,8 @@ def chosen_options(console: Console, values: Mapping[str, Any]) -> Options:
         module_map=values["module_map"],
         command=command_line(),
         keep_job=values["keep_job"],
+        base_model=said.base_model,
+        license=said.license,
         resume=values["resume"],
     )
 

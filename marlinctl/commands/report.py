@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
+from marlinctl.commands.card_flags import card_flags, chosen_card
 from marlinctl.commands.common import common_options
 from marlinctl.errors import UsageError
 from marlinctl.system.console import Console
@@ -17,8 +19,9 @@ from marlinctl.system.console import Console
     "--scores", type=click.Path(path_type=Path), metavar="FILE.json", help="Add what `marlinctl eval OUT --out FILE.json` measured."
 )
 @click.option("--bench", type=click.Path(path_type=Path), metavar="FILE.json", help="Add what `marlinctl bench` measured: its bench.json.")
+@card_flags
 @common_options
-def command(console: Console, out: Path, scores: Path | None, bench: Path | None) -> None:
+def command(console: Console, out: Path, scores: Path | None, bench: Path | None, **said: Any) -> None:
     """Rewrite the report and the model card of a published folder.
 
     \b
@@ -34,8 +37,9 @@ def command(console: Console, out: Path, scores: Path | None, bench: Path | None
     from marlinctl.report.files import CARD, HTML, JSON, MARKDOWN
     from marlinctl.report.rewrite import read_bench, rewrite
 
+    card = chosen_card(said)
     evaluation = None if scores is None else _evaluation_of(scores, out, console)
-    document = rewrite(out, evaluation=evaluation, bench=None if bench is None else read_bench(bench))
+    document = rewrite(out, evaluation=evaluation, bench=None if bench is None else read_bench(bench), said=card)
     files = [str(out / name) for name in (HTML, MARKDOWN, CARD, JSON)]
     console.result("\n".join(files), {"out": str(out), "files": files, "report": document})
 

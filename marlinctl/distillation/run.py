@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from marlinctl.checkpoint import findings
-from marlinctl.checkpoint.licence import licence_of
+from marlinctl.checkpoint.licence import licence_of, stated
 from marlinctl.checkpoint.manifest import made_from
 from marlinctl.checkpoint.source import Source
 from marlinctl.checkpoint.transformers_model import load_dense
@@ -312,7 +312,7 @@ def _publish(
             staged,
             recipe_yaml=run.recipe.to_yaml(),
             manifest=_manifest(run, opened, rows),
-            report_files=lambda folder: report_files(report, folder, fmt=opened.student.info.format, layers={}),
+            report_files=lambda folder: report_files(report, folder, name=staged.out.name, fmt=opened.student.info.format, layers={}),
             console=run.console,
         )
         job.publish([staged], keep=run.options.keep_job)
@@ -337,7 +337,11 @@ def _report(
         "command": run.options.command,
         "format": opened.student.info.name,
         "student": _source_facts(opened.student.source),
-        "teacher": {**_source_facts(opened.teacher.source), "license": licence_of(opened.teacher.source)},
+        "teacher": {
+            **_source_facts(opened.teacher.source),
+            "license": stated(licence_of(opened.teacher.source), run.options.license),
+            "base_model": run.options.base_model,
+        },
         "written": time.strftime("%Y-%m-%d", time.gmtime()),
         "recipe": {"sha256": recipe_hash(run.recipe), **run.recipe.model_dump(mode="json")},
         "sparse_linears": len(opened.pattern.shapes),

@@ -21,6 +21,7 @@ _INSTALLED = ("marlinctl", "torch", "transformers", "safetensors", "tokenizers",
 class Folder:
     """What the pages know of the folder beside which they lie."""
 
+    name: str  # what the person called it
     fmt: Format
     manifest: Mapping[str, Any]
     manifest_sha256: str
@@ -91,8 +92,12 @@ def ancestors(folder: Folder) -> list[Mapping[str, Any]]:
     return found
 
 
-def hub_ancestor(folder: Folder) -> str | None:
-    """The hub's name of the model that all of it began with, where it came from there."""
+def base_model(source: Mapping[str, Any], folder: Folder) -> str | None:
+    """The hub's name of the model that all of it began with: as the person gave it, else where it came from there."""
+    if given := source.get("base_model"):
+        return str(given)
+    if source["kind"] == "hub":
+        return str(source["name"])
     return next((str(source["name"]) for source in reversed(ancestors(folder)) if source.get("kind") == "hub"), None)
 
 
@@ -150,14 +155,14 @@ def card_rows(report: Mapping[str, Any], folder: Folder) -> list[tuple[str, Cell
     rows += _digests(chain[-1]) if chain else []
     if calibration := report.get("calibration"):
         samples, tokens = calibration["samples"], calibration["tokens"]
-        text = f"{_public(calibration['source'])}: {samples['got']} samples, {tokens['counted']:,} tokens ({calibration['how']})"
+        text = f"{public(calibration['source'])}: {samples['got']} samples, {tokens['counted']:,} tokens ({calibration['how']})"
         rows += [("Calibration", text), ("SHA-256 of its token ids", Name(calibration["sha256"]))]
     return [*rows, *_card_tail(report, folder, _seeds(report["recipe"]))]
 
 
 def training_rows(report: Mapping[str, Any], folder: Folder) -> list[tuple[str, Cell]]:
     data, training = report["data"], report["training"]
-    text = f"{_public(data['source'])}: {training['tokens']:,} tokens in {training['steps']} steps ({data['how']})"
+    text = f"{public(data['source'])}: {training['tokens']:,} tokens in {training['steps']} steps ({data['how']})"
     return [("Data", text), *_card_tail(report, folder, str(report["recipe"]["distill"]["seed"]))]
 
 
@@ -172,7 +177,7 @@ def _card_tail(report: Mapping[str, Any], folder: Folder, seeds: str) -> list[tu
     ]
 
 
-def _public(source: str) -> str:
+def public(source: str) -> str:
     """`self` and data sets of the hub as they are; of a path the last part."""
     import re
 

@@ -189,7 +189,7 @@ def loads(fmt: str = "ct") -> Loads:
 
 def folder(fmt: str = "ct", found: Loads | None = None) -> Folder:
     source = {"kind": "hub", "name": "org/Model-1B", "fingerprint": {"files": {}, "shards": {}}}
-    return Folder(FORMATS[fmt], {"source": source}, "f" * 64, found or loads(fmt))
+    return Folder("model-int4", FORMATS[fmt], {"source": source}, "f" * 64, found or loads(fmt))
 
 
 def after_distilling() -> Folder:
@@ -202,4 +202,4 @@ def after_distilling() -> Folder:
         "fingerprint": {"files": {"a": "3"}},
         "made_from": {"source": pruned, "teacher": original},
     }
-    return Folder(FORMATS["ct"], {"source": distilled}, "f" * 64, loads())
+    return Folder("model-int4", FORMATS["ct"], {"source": distilled}, "f" * 64, loads())
