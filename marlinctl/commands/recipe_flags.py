@@ -128,6 +128,11 @@ _MAX_MEMORY = click.option(
 _DEVICE_MEMORY = click.option("--device-memory", metavar="SIZE", help="Take no more of the GPU's memory (40GiB). Default: what is free.")
 _KEEP_JOB = click.option("--keep-job", is_flag=True, help="Keep OUT.job, the run's journal, when OUT is published.")
 _RESUME = click.option("--resume", is_flag=True, help="Continue this interrupted job (shorter: `marlinctl resume OUT`).")
+_TRACKER = click.option(
+    "--tracker",
+    type=click.Choice(["tensorboard", "wandb"]),
+    help="Log losses, learning rate and speed there too. Needs the extra of that name.",
+)
 _RUN_FLAGS: list[_Decorator] = [
     BASE_MODEL,
     LICENSE,
@@ -173,6 +178,7 @@ def distill_run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     return _apply(
         function,
         [
+            _TRACKER,
             BASE_MODEL,
             LICENSE,
             click.option("--revision", metavar="REV", help="Branch, tag or commit of a teacher on the hub."),
@@ -230,6 +236,7 @@ def chosen_options(console: Console, values: Mapping[str, Any]) -> Options:
         module_map=values["module_map"],
         command=command_line(),
         keep_job=values["keep_job"],
+        tracker=values.get("tracker"),
         base_model=said.base_model,
         license=said.license,
         resume=values["resume"],

@@ -40,6 +40,7 @@ from marlinctl.distillation.rows import Rows, load_rows, make_rows
 from marlinctl.distillation.state import DistillJob, State
 from marlinctl.distillation.student import load_student
 from marlinctl.distillation.teacher import Cached, Teacher, live, write_cache
+from marlinctl.distillation.tracking import Track, require_tracker, tracking, untracked
 from marlinctl.jobs.journal import Request
 from marlinctl.models.architectures import check_module_map
 from marlinctl.oneshot.documents import published_report, versions
@@ -69,6 +70,7 @@ class _Run:
     processes: Processes
     job: DistillJob
     dtype: torch.dtype
+    track: Track = untracked
     rows: Rows | None = None  # of a text that was read before the weights
     _teacher: nn.Module | None = field(default=None)
 
@@ -110,6 +112,7 @@ def run_distill(
             """What needs no model, before one is fetched."""
             check_output(out, overwrite=options.overwrite, sources=sources)
             check_module_map(options.module_map)
+            require_tracker(options.tracker)
             check_documents(run.asked.data)
 
         def take() -> None:
@@ -119,6 +122,12 @@ def run_distill(
             if processes.main:
                 stack.enter_context(run.job.held(request, resume=options.resume, console=console, launcher=processes.launcher))
                 console.log_to(run.job.log)
+                if run.job.publishing is None:
+                    require_tracker(options.tracker)
+                    settings = recipe.distill.model_dump(mode="json")
+                    run.track = stack.enter_context(
+                        tracking(options.tracker, out, run.job, settings, offline=options.offline, console=console)
+                    )
 
         def look() -> TrainingInputs:
             if options.resume:
@@ -249,13 +258,16 @@ def _train(run: _Run, opened: TrainingInputs, rows: Rows, state: State | None) -
         comparison.require_same_losses("student", student.model)
         loop = Loop(
             student, ask, rows, asked,
-            dtype=run.dtype, processes=processes, job=run.job, console=run.console,
+            dtype=run.dtype, processes=processes, job=run.job, console=run.console, track=run.track,
         )  # fmt: skip
         before = loop.measure()
+        if state is None:
+            run.track(_held_out(before), 0)
         run.console.say(f"held out, before: {_as_text(before)}")
         loop.run(state)
         student.settle(opened)
         after = loop.measure()
+        run.track(_held_out(after), loop.steps)
         run.console.say(f"held out, after, as published: {_as_text(after)}")
         if after["loss"] > before["loss"]:
             run.console.warn("the held-out loss has risen: the result is worse than the student; try a lower --learning-rate")
@@ -279,12 +291,16 @@ def _train_blocks(run: _Run, opened: TrainingInputs, rows: Rows, state: State | 
     budget = int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE) if device.type == "cuda" else 0
     loop = BlockLoop(
         opened, rows, run.asked, device=device, dtype=run.dtype, job=run.job,
-        scratch=Scratch(run.job.path, device, budget), console=run.console,
+        scratch=Scratch(run.job.path, device, budget), console=run.console, track=run.track,
     )  # fmt: skip
     loop.run(state)
     before, after = loop.measured()
     run.console.say(f"held out, before: {_as_text(before)}; after, as published: {_as_text(after)}")
     return _publish(run, opened, rows, loop.values, loop.facts(), before, after)
+
+
+def _held_out(losses: Mapping[str, float]) -> dict[str, float]:
+    return {f"held_out/{name}": value for name, value in losses.items()}
 
 
 def _as_text(losses: Mapping[str, float]) -> str:

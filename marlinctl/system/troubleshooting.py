@@ -498,7 +498,8 @@ CATALOG = (
         "E402",
         "A Python package is missing",
         """
-        Tasks and .parquet files need `pip install 'marlinctl[eval]'`; hub data sets need that or `marlinctl[distill]`.
+        Tasks and .parquet files need `pip install 'marlinctl[eval]'`; hub data sets need that or `marlinctl[distill]`; `distill --tracker`
+        needs `marlinctl[tensorboard]` or `marlinctl[wandb]`.
         """,
         ("E400",),
     ),
@@ -515,6 +516,14 @@ CATALOG = (
         - The driver is older than NVRTC (13 needs driver 580): update it, or install a torch built for the driver's CUDA.
         """,
         ("E404", "E405"),
+    ),
+    Entry(
+        "E410",
+        "The tracker of a training does not start",
+        """
+        `distill --tracker wandb` needs a login (`wandb login`) and a connection, or `--offline`. TensorBoard's files are written to
+        `OUT.tensorboard`. Without `--tracker`, OUT's report has the loss curve.
+        """,
     ),
     Entry(
         "E420",
