@@ -25,7 +25,7 @@ from marlinctl.checkpoint.mask import NAME as MASK_FILE
 from marlinctl.checkpoint.runtimes import Loads
 from marlinctl.report.markdown import code, listing, table, text
 from marlinctl.report.page import Cell, Name, Table
-from marlinctl.report.scores import RECOVERY, Score, figure, finite, notes, percent, recovery, scores
+from marlinctl.report.scores import RECOVERY, Score, figure, finite, percent, recovery, scores
 from marlinctl.report.usage import usage
 from marlinctl.system.log import redact
 
@@ -122,15 +122,11 @@ def render(facts: CardFacts) -> str:
 
 
 def _measured(report: Mapping[str, Any]) -> tuple[list[Score], list[str]]:
-    """Scores and what they were measured on. Of a text only the name of its file is shown: paths are private."""
-    from marlinctl.report.provenance import public
+    """Scores and what they were measured on."""
+    from marlinctl.report.provenance import public_notes
 
     document = report.get("evaluation", {}).get("document")
-    if not document:
-        return [], []
-    if text := document.get("text"):
-        document = {**document, "text": {**text, "note": public(text["note"])}}
-    return scores(document), [line.strip() for line in notes(document)]
+    return (scores(document), public_notes(document)) if document else ([], [])
 
 
 def _front_matter(

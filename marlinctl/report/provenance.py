@@ -11,6 +11,7 @@ from marlinctl.checkpoint.formats.registry import linear_bytes
 from marlinctl.checkpoint.licence import spoken
 from marlinctl.checkpoint.runtimes import Loads
 from marlinctl.report.page import Block, Cell, Figure, Listing, Name, Paragraph, Table
+from marlinctl.report.scores import notes
 from marlinctl.system.console import gibibytes
 
 _MOST_ANCESTORS = 20
@@ -175,6 +176,13 @@ def _card_tail(report: Mapping[str, Any], folder: Folder, seeds: str) -> list[tu
         ("Versions", ", ".join(f"{name} {number}" for name, number in report["versions"].items())),
         ("SHA-256 of the manifest", Name(folder.manifest_sha256)),
     ]
+
+
+def public_notes(document: Mapping[str, Any]) -> list[str]:
+    """What an evaluation was measured on. Of a text only the name of its file is shown."""
+    if text := document.get("text"):
+        document = {**document, "text": {**text, "note": public(text["note"])}}
+    return [line.strip() for line in notes(document)]
 
 
 def public(source: str) -> str:

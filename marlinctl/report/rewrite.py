@@ -39,12 +39,12 @@ def rewrite(
         report["evaluation"] = {"document": evaluation}
     if bench is not None:
         report["bench"] = bench
-    with _ours(folder / JSON):
+    with reading(folder):
         report = restated(report, said)
     with open_folder(folder) as examined:
         info = examined.info
         shapes = {layer: layer_shape(examined.checkpoint, info, layer) for layer in info.layers}
-    with _ours(folder / JSON):
+    with reading(folder):
         recorded = {record["name"]: tuple(record["shape"]) for record in report.get("layers", ()) if record["group_size"] is not None}
     if recorded and recorded != shapes:
         raise BadInput(
@@ -71,16 +71,17 @@ def restated(report: Mapping[str, Any], said: Stated) -> dict[str, Any]:
 
 def checked_files(report: Mapping[str, Any], folder: Path, *, name: str, fmt: Format, layers: Mapping[str, int]) -> dict[str, bytes]:
     """`report_files` of a document that may be foreign: BadInput where it has not the form of ours."""
-    with _ours(folder / JSON):
+    with reading(folder):
         return report_files(report, folder, name=name, fmt=fmt, layers=layers)
 
 
 @contextmanager
-def _ours(path: Path) -> Iterator[None]:
+def reading(folder: Path) -> Iterator[None]:
+    """BadInput E374 where the report of a folder has not the form of ours."""
     try:
         yield
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
-        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+        raise _damaged(folder / JSON, f"{type(error).__name__}: {error}") from error
 
 
 def read_report(folder: Path) -> dict[str, Any]:
