@@ -53,7 +53,7 @@ def tracking(
 ) -> Iterator[Track]:
     """What logs values, until the run ends. config: settings of a new run.
 
-    EnvironmentProblem E410 where the tracker does not start: no login, no connection, a folder that cannot be written.
+    EnvironmentProblem E406 where the tracker does not start: no login, no connection, a folder that cannot be written.
     """
     if name is None:
         yield untracked
@@ -69,7 +69,7 @@ def tracking(
         if not known:
             tracker.store_init_configuration({key: value for key, value in config.items() if value is not None})
     except Exception as error:  # the packages raise what they like: no login, no connection, no permission
-        raise EnvironmentProblem("E410", f"{name} does not start: {error}", where="--tracker", fix=_FIX[name]) from error
+        raise EnvironmentProblem("E406", f"{name} does not start: {error}", where="--tracker", fix=_FIX[name]) from error
     console.say(f"the training's curves: {where}")
     try:
         yield lambda values, step: tracker.log(dict(values), step=step)

@@ -518,7 +518,7 @@ CATALOG = (
         ("E404", "E405"),
     ),
     Entry(
-        "E410",
+        "E406",
         "The tracker of a training does not start",
         """
         `distill --tracker wandb` needs a login (`wandb login`) and a connection, or `--offline`. TensorBoard's files are written to

@@ -154,7 +154,7 @@ def test_a_tracker_that_does_not_start_ends_the_run_first(
     monkeypatch.setattr("marlinctl.distillation.run.open_models", lambda *_: pytest.fail("a model was read"))
     with pytest.raises(EnvironmentProblem, match="No API key configured") as raised:
         run(place, tmp_path / "out", "wandb")
-    assert raised.value.error_id == "E410"
+    assert raised.value.error_id == "E406"
     assert not (tmp_path / "out.job").exists()
 
 
