@@ -42,6 +42,7 @@ REASONS = {
     r"^other/bin/python": "runs another program in an environment of its own",
     r"^make ": "is how these tests are run",
     r"^hf ": "belongs to huggingface_hub, and asks the hub",
+    r"^marlinctl report \S+ \./": "needs several folders that were measured: tests/report/test_comparison.py",
     r"^tensorboard ": "belongs to TensorBoard, and serves until it is stopped",
     r"^marlinctl distill .*--tracker": "needs TensorBoard or wandb: tests/distillation/test_tracking.py",
     r"^accelerate launch": "several processes: tests/distillation/test_distributed.py, tests/oneshot/test_ranks.py",
