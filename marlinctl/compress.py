@@ -171,7 +171,7 @@ def _compress(
                 console.warn(f"not published; the result is kept in {kept}")
                 raise
         for fmt in places:
-            _write_reports(work / fmt, report)
+            _write_reports(work / fmt, places[fmt].name, report)
         stages = [Place(work / fmt, place.resolve(), options.overwrite) for fmt, place in places.items()]
         job.publish(stages, keep=options.keep_job)
     return report
@@ -305,10 +305,10 @@ def _left(folder: Path) -> tuple[dict[str, Any] | None, bool]:
     return None, (job.path / JOB).is_file()
 
 
-def _write_reports(folder: Path, report: Mapping[str, Any]) -> None:
+def _write_reports(folder: Path, name: str, report: Mapping[str, Any]) -> None:
     """Card and report of each folder, with what was measured. They lie outside the manifest and may be rewritten."""
     with open_checkpoint(folder, weight_files="auto") as checkpoint:
         info = detect(checkpoint.config, checkpoint.tensors)
         report = {**report, "bytes": {**report["bytes"], "result": sum(info.nbytes for info in checkpoint.tensors.values())}}
-    for name, data in report_files(report, folder, fmt=info.format, layers=info.layers).items():
-        write_bytes(folder / name, data)
+    for file, data in report_files(report, folder, name=name, fmt=info.format, layers=info.layers).items():
+        write_bytes(folder / file, data)

@@ -23,5 +23,5 @@ def blank_pictures() -> Iterator[None]:
             pictures.layers.cache_clear()  # no other test gets a blank one
 
 
-def _blank(_draw: Any, _heights: Any, caption: str) -> Picture:
-    return Picture("<svg></svg>", "<svg></svg>", caption)
+def _blank(_draw: Any, _heights: Any, caption: str, alt: str = "") -> Picture:
+    return Picture("<svg></svg>", "<svg></svg>", caption, alt or caption)

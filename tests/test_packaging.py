@@ -100,7 +100,7 @@ def test_metadata(wheel: Path) -> None:
         assert f"{folder}/licenses/LICENSE" in archive.namelist()
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
-    assert set(metadata.get_all("Provides-Extra") or []) == {"eval", "distill", "docs", "test", "fuzz"}
+    assert set(metadata.get_all("Provides-Extra") or []) == {"eval", "distill", "tensorboard", "wandb", "docs", "test", "fuzz"}
     assert "marlinctl = marlinctl.cli:main" in entry_points
 
 

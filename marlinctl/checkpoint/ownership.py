@@ -52,7 +52,7 @@ def _is_job_folder(name: str) -> bool:
 def _is_job_file(name: str) -> bool:
     """With .part: what an earlier version of marlinctl left of a file that it was writing."""
     known = (
-        rf"({re.escape(JOB_MARKER)}|{_LOCK}|{re.escape(_RUNNING)}|job\.json|journal\.jsonl|(blocks|state|pruned)\.json"
+        rf"({re.escape(JOB_MARKER)}|{_LOCK}|{re.escape(_RUNNING)}|job\.json|journal\.jsonl|(blocks|state|pruned|tracker)\.json"
         rf"|staged(-({_outputs()}))?\.masks|(calibration|rows)\.safetensors|(teacher|block|state)-\d+\.safetensors)(\.part)?"
     )
     return re.fullmatch(known, name) is not None

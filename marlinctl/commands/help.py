@@ -19,7 +19,7 @@ COMMON = "Options of every command"
 # Title -> its options, both in the order of the help. `bench:--tokens` is the option of that verb alone and wins over `--tokens`.
 TITLES: Mapping[str, str] = {
     "Models and output": "--teacher --against --source --model --format --also --out --overwrite --from --scores --bench --revision"
-    " --module-map --cache-dir",
+    " --base-model --license --module-map --cache-dir",
     "What is computed": "--recipe --pattern --mode --build --arch --only --check --tp --layers --shape --roofline --dense --sparse"
     " --bits --group-size bench:--tokens --configurations --tune --peers --batch --lengths --fuse --compile"
     " --skip --include --override --method --mask-sweeps --ls-iterations --scale-search --scale-sign --act-order --refine"
@@ -27,7 +27,7 @@ TITLES: Mapping[str, str] = {
     "Calibration": "--calibration --samples --sequence-length --chat --seed",
     "Training": "--distill-data --distill-tokens --distill-sequence-length --data distill:--tokens distill:--sequence-length"
     " --learning-rate --warmup --batch-tokens --micro-batch --ce --squarehead --kl --temperature --cache-logits --checkpointing"
-    " --save-every distill:--seed",
+    " --save-every --tracker distill:--seed",
     "Quality": "--tasks --task-data --limit --num-fewshot --apply-chat-template --fewshot-as-multiturn --log-samples"
     " --confirm-run-unsafe-code --backend --batch-size eval:--seed --eval --text --tokens --window --max-kl --max-ppl-ratio"
     " --publish-anyway --load --kernels",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from marlinctl.commands.card_flags import card_flags, chosen_card
 from marlinctl.commands.common import common_options
 from marlinctl.commands.help import Command
 from marlinctl.errors import CheckFailed, UsageError
@@ -28,6 +29,7 @@ _SHOWN = 3  # reasons per verdict; the rest is counted
 @click.option("--check", is_flag=True, help="Write nothing; show which runtimes accept the shapes.")
 @click.option("--tp", type=click.IntRange(1, 1024), metavar="N", help="With --check: tensor-parallel splits up to N. Default: 1.")
 @click.option("--cache-dir", type=click.Path(path_type=Path), metavar="DIR", help="Cache of a SOURCE from the hub.")
+@card_flags
 @click.option("--overwrite", is_flag=True, help="Replace an existing OUT, after the new one is complete.")
 @click.option("--keep-job", is_flag=True, help="Keep OUT.job, the run's journal, when OUT is published.")
 @common_options
@@ -42,6 +44,7 @@ def command(
     cache_dir: Path | None,
     overwrite: bool,
     keep_job: bool,
+    **said: Any,
 ) -> None:
     """Write a 4-bit checkpoint in another format.
 
@@ -75,16 +78,18 @@ def command(
     from marlinctl.convert.repack import output_folders
     from marlinctl.jobs.journal import JobFolder
 
+    card = chosen_card(said)
     local = [Path(source)] if Path(source).exists() else []
     for folder in output_folders(out, fmt, also).values():
         check_output(folder, overwrite=overwrite, sources=local)  # before anything is fetched
     JobFolder(out).refuse_foreign()
-    asked = {"source": source, "format": fmt, "also": list(also), "overwrite": overwrite, "keep_job": keep_job}
+    asked = {"source": source, "format": fmt, "also": list(also), "overwrite": overwrite, "keep_job": keep_job, **asdict(card)}
     pack(console, out, {**asked, "cache_dir": None if cache_dir is None else str(cache_dir)}, resume=False)
 
 
 def pack(console: Console, out: Path, asked: Mapping[str, Any], *, resume: bool) -> None:
     """Pack what is asked for (the arguments that a job's folder keeps) and show the result."""
+    from marlinctl.checkpoint.licence import Stated
     from marlinctl.convert.repack import repack
     from marlinctl.jobs.journal import Request
 
@@ -96,6 +101,7 @@ def pack(console: Console, out: Path, asked: Mapping[str, Any], *, resume: bool)
         also=asked["also"],
         overwrite=asked["overwrite"],
         keep_job=asked["keep_job"],
+        said=Stated(asked["base_model"], asked["license"]),
         console=console,
         request=Request("pack", asked),
         resume=resume,

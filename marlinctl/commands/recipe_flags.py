@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from marlinctl.commands.card_flags import BASE_MODEL, LICENSE, chosen_card
 from marlinctl.commands.common import FormerFlag
 from marlinctl.errors import UsageError
 from marlinctl.system.log import redact
@@ -133,7 +134,14 @@ _RESUME = click.option("--resume", is_flag=True, help="Continue this interrupted
 _DEVICE = click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute. auto: a CUDA GPU if there is one."
 )
+_TRACKER = click.option(
+    "--tracker",
+    type=click.Choice(["tensorboard", "wandb"]),
+    help="Log losses, learning rate and speed there too. Needs the extra of that name.",
+)
 _RUN_FLAGS: list[_Decorator] = [
+    BASE_MODEL,
+    LICENSE,
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
     _DEVICE,
     click.option(
@@ -159,7 +167,7 @@ def run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def plan_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     """Where the run that is planned would take place."""
-    apart = (_OVERWRITE, _RESUME, _KEEP_JOB, _STRICT, _DETERMINISTIC, _MAX_MEMORY, _DEVICE_MEMORY)
+    apart = (BASE_MODEL, LICENSE, _OVERWRITE, _RESUME, _KEEP_JOB, _STRICT, _DETERMINISTIC, _MAX_MEMORY, _DEVICE_MEMORY)
     chosen = [option for option in _RUN_FLAGS if option not in apart]
     return _apply(
         function,
@@ -176,6 +184,9 @@ def distill_run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     return _apply(
         function,
         [
+            _TRACKER,
+            BASE_MODEL,
+            LICENSE,
             click.option("--revision", metavar="REV", help="Branch, tag or commit of a teacher on the hub."),
             _DEVICE,
             click.option(
@@ -215,6 +226,7 @@ def chosen_options(console: Console, values: Mapping[str, Any]) -> Options:
     from marlinctl.oneshot.open import Options
 
     refuse_unknown_dtype(values["dtype"])
+    said = chosen_card(values)
     return Options(
         revision=values["revision"],
         device=values["device"],
@@ -230,6 +242,9 @@ def chosen_options(console: Console, values: Mapping[str, Any]) -> Options:
         module_map=values["module_map"],
         command=command_line(),
         keep_job=values["keep_job"],
+        tracker=values.get("tracker"),
+        base_model=said.base_model,
+        license=said.license,
         resume=values["resume"],
     )
 

@@ -253,6 +253,8 @@ class _Packed:
     also: list[str]
     overwrite: bool
     keep_job: bool
+    base_model: str | None = None
+    license: str | None = None
 
 
 _ARGUMENTS = {"quantize": _Solved, "sparsify": _Solved, "distill": _Distilled, "compress": _Compressed, "pack": _Packed}

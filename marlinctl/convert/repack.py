@@ -22,15 +22,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl.checkpoint import manifest, runtimes, sparsity, writer
+from marlinctl.checkpoint import licence, manifest, runtimes, sparsity, writer
 from marlinctl.checkpoint.contents import Contents, read_contents
 from marlinctl.checkpoint.folder import examine
 from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.formats.base import Format, FormatInfo, LinearParts, Packed
+from marlinctl.checkpoint.licence import NOTHING_STATED, Stated
 from marlinctl.checkpoint.mask import Masks, open_masks
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.source_digests import check_known_digests
@@ -114,15 +115,17 @@ def repack(
     request: Request | None = None,
     resume: bool = False,
     keep_job: bool = False,
+    said: Stated = NOTHING_STATED,
 ) -> dict[str, Any]:
     """Write `source` in another format to `out`, and in each format of `also` to OUT-<format>. Returns what was written.
 
     request: what the person asked for, where that says more than these arguments. resume: take up a job that was killed; the codes are
-    packed again, unless only the last rename is missing.
+    packed again, unless only the last rename is missing. said: what the cards say instead of what is known.
     """
     console = console or Console.quiet()
     outputs = output_folders(out, format, also)
     asked = {"source": str(source), "format": format, "also": list(also), "overwrite": overwrite, "keep_job": keep_job, "cache_dir": None}
+    asked |= asdict(said)
     request = request or Request("pack", asked)
     job = JobFolder(out)
     if not resume:
@@ -135,11 +138,11 @@ def repack(
                 return _written(open_source(out, masks), outputs)
         for folder in outputs.values() if resume else ():
             writer.check_output(folder, overwrite=overwrite, sources=[source])
-        return _repack(job, source, outputs, overwrite, console, keep_job)
+        return _repack(job, source, outputs, overwrite, console, keep_job, said)
 
 
 def _repack(
-    job: JobFolder, source: Path, outputs: Mapping[Format, Path], overwrite: bool, console: Console, keep_job: bool
+    job: JobFolder, source: Path, outputs: Mapping[Format, Path], overwrite: bool, console: Console, keep_job: bool, said: Stated
 ) -> dict[str, Any]:
     out = next(iter(outputs.values()))
     with ExitStack() as stack:
@@ -171,7 +174,8 @@ def _repack(
             stack.enter_context(stage).restore([], [])
         _write_linears(opened, stages, console)
         for fmt, stage in stages.items():
-            _finish(opened, contents, fmt, stage, console, f"marlinctl pack {source.name} {outputs[fmt].name} --format {fmt.name}")
+            command = f"marlinctl pack {source.name} {outputs[fmt].name} --format {fmt.name}"
+            _finish(opened, contents, fmt, stage, console, command, said)
         job.publish(list(stages.values()), keep=keep_job)
     for fmt, folder in outputs.items():
         console.say(f"wrote {folder} ({fmt.name}, {sizes[fmt] / 1e6:,.1f} MB of weights)")
@@ -320,7 +324,9 @@ def _flush(stages: Mapping[Format, writer.StagedCheckpoint], pending: dict[Forma
             tensors.clear()
 
 
-def _finish(source: Source, contents: Contents, fmt: Format, stage: writer.StagedCheckpoint, console: Console, command: str) -> None:
+def _finish(
+    source: Source, contents: Contents, fmt: Format, stage: writer.StagedCheckpoint, console: Console, command: str, said: Stated
+) -> None:
     """Everything of the folder but the linears, and the check from disk."""
     stage.copy_tensors(source.checkpoint, source.untouched)
     stage.copy_companions(source.checkpoint.folder)
@@ -336,30 +342,34 @@ def _finish(source: Source, contents: Contents, fmt: Format, stage: writer.Stage
     made_from, recipe = earlier.get("source", {}), earlier.get("recipe", {})
     digest = recipe.get("sha256")
     details = card.CardFacts(
+        stage.out.name,
         fmt,
         source.info.layers,
         source.ignore,
         command,
         runtimes.loads(source.packed(fmt)),
-        base_model=made_from.get("name") if made_from.get("kind") == "hub" else None,
+        base_model=said.base_model or (made_from.get("name") if made_from.get("kind") == "hub" else None),
+        license=licence.stated(None, said.license),
         made_from=[("SHA-256 of the recipe", Name(digest))] if isinstance(digest, str) else (),
         two_of_four=source.origin is not None,
     )
     stage.finish(config, manifest=facts, verify=lambda folder: check_written(source, fmt, folder, console), report_files={})
-    written = _report_files(source, fmt, stage.path, command, console) or {"README.md": card.render(details).encode()}
+    written = _report_files(source, fmt, stage, command, console, said) or {"README.md": card.render(details).encode()}
     for name, data in written.items():
         stage.write_file(name, data)
 
 
-def _report_files(source: Source, fmt: Format, folder: Path, command: str, console: Console) -> dict[str, bytes]:
+def _report_files(
+    source: Source, fmt: Format, stage: writer.StagedCheckpoint, command: str, console: Console, said: Stated
+) -> dict[str, bytes]:
     """The source's report travels on: its codes are the same. Nothing where there is none, as in a foreign folder."""
     from marlinctl.report import rewrite
 
     try:
         document = rewrite.read_report(source.checkpoint.folder)
         sizes = {**document["bytes"], "result": written_bytes(source, fmt)}
-        packed = {**document, "bytes": sizes, "packed": {"command": command, "format": fmt.name}}
-        return rewrite.checked_files(packed, folder, fmt=fmt, layers=source.info.layers)
+        packed = {**rewrite.restated(document, said), "bytes": sizes, "packed": {"command": command, "format": fmt.name}}
+        return rewrite.checked_files(packed, stage.path, name=stage.out.name, fmt=fmt, layers=source.info.layers)
     except CheckFailed:
         return {}
     except (BadInput, KeyError, TypeError) as refused:

@@ -26,6 +26,7 @@ from marlinctl.distillation.open import Model, TrainingInputs
 from marlinctl.distillation.parameters import Place, assemble, block_places, by_parameter, trained_places
 from marlinctl.distillation.rows import Rows, rows_of_step
 from marlinctl.distillation.state import DistillJob, State
+from marlinctl.distillation.tracking import Track, untracked
 from marlinctl.models.architectures import Block
 from marlinctl.models.meta_model import build, drop_parameters, set_parameter
 from marlinctl.oneshot.sequential import SequentialPipeline
@@ -51,7 +52,9 @@ class BlockLoop:
         job: DistillJob,
         scratch: Scratch,
         console: Console,
+        track: Track = untracked,
     ) -> None:
+        self.track = track
         self.opened, self.rows, self.asked = opened, rows, asked
         self.device, self.dtype, self.job, self.console = device, dtype, job, console
         self.blocks = opened.student.architecture.blocks
@@ -188,6 +191,9 @@ class BlockLoop:
         if not math.isfinite(mean):
             raise not_finite(f"block {block.index}: {mean:g}", f"step {done} of {self.steps}", self.asked)
         self.curve.append({"step": step, "block": block.index, "loss": mean})
+        rate, speed = learning_rate(done - 1, self.steps, self.asked), step * self.per_step * self.rows.ids.shape[1] / self.seconds
+        values = {"loss": mean, "block": block.index, "learning_rate": rate, "tokens_per_second": speed}
+        self.track({f"train/{name}": value for name, value in values.items()}, step)
         left = duration(self.seconds / step * (self.steps * len(self.blocks) - step))
         return f"block {block.index}: error {mean:.5f}, {left} left"
 
@@ -208,6 +214,7 @@ class BlockLoop:
             parameters[parameter].copy_(parameters[parameter].to(dtype))
             tensors |= {name: parameters[parameter][places[name].index].to(dtype) for name in names}
         after = self._held_out_error(layer, block, target_energy)
+        self.track({"held_out/block_error": after}, (block.index + 1) * self.steps)
         self.job.save_block(block.index, tensors)
         self.records.append({"block": block.index, "before": before, "after": after})
         self.job.save_document("blocks.json", {"blocks": self.records, "curve": self.curve, "seconds": self.seconds})

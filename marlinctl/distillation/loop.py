@@ -27,6 +27,7 @@ from marlinctl.distillation.rows import Rows, rows_of_step
 from marlinctl.distillation.state import DistillJob, State
 from marlinctl.distillation.student import Student
 from marlinctl.distillation.teacher import Teacher
+from marlinctl.distillation.tracking import Track, untracked
 from marlinctl.errors import NumericalProblem
 from marlinctl.planning.training_settings import rows_per_step, steps_of
 from marlinctl.recipes.schema import Distill
@@ -50,7 +51,9 @@ class Loop:
         processes: Processes,
         job: DistillJob,
         console: Console,
+        track: Track = untracked,
     ) -> None:
+        self.track = track
         self.student, self.teacher, self.rows, self.asked = student, teacher, rows, asked
         self.dtype, self.processes, self.job, self.console = dtype, processes, job, console
         self.weights = Weights(asked.ce, asked.squarehead, asked.kl, asked.temperature)
@@ -160,8 +163,11 @@ class Loop:
         before, now = self._logged, time.monotonic()
         self._paces.append((now - before[1]) / (done - before[0]))
         self._logged = (done, now)
+        speed = self._tokens_per_step / self._paces[-1]
         rate = learning_rate(done - 1, self.steps, self.asked)
         self.curve.append({"step": done, "tokens": done * self._tokens_per_step, "learning_rate": rate, **means})
+        values = {**means, "learning_rate": rate, "tokens_per_second": speed}
+        self.track({f"train/{name}": value for name, value in values.items()}, done)
         left = duration(self.seconds / done * (self.steps - done))
         losses = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
         speed = done * self._tokens_per_step / self.seconds

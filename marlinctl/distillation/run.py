@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from marlinctl.checkpoint import findings
-from marlinctl.checkpoint.licence import licence_of
+from marlinctl.checkpoint.licence import licence_of, stated
 from marlinctl.checkpoint.manifest import made_from
 from marlinctl.checkpoint.source import Source
 from marlinctl.checkpoint.transformers_model import load_dense
@@ -41,6 +41,7 @@ from marlinctl.distillation.rows import Rows, load_rows, make_rows
 from marlinctl.distillation.state import DistillJob, State
 from marlinctl.distillation.student import load_student
 from marlinctl.distillation.teacher import Cached, Teacher, live, write_cache
+from marlinctl.distillation.tracking import Track, require_tracker, tracking, untracked
 from marlinctl.jobs.journal import Request
 from marlinctl.models.architectures import check_module_map
 from marlinctl.oneshot.documents import published_report, versions
@@ -70,6 +71,7 @@ class _Run:
     processes: Processes
     job: DistillJob
     dtype: torch.dtype
+    track: Track = untracked
     rows: Rows | None = None  # of a text that was read before the weights
     _teacher: nn.Module | None = field(default=None)
 
@@ -111,6 +113,7 @@ def run_distill(
             """What needs no model, before one is fetched."""
             check_output(out, overwrite=options.overwrite, sources=sources)
             check_module_map(options.module_map)
+            require_tracker(options.tracker)
             check_documents(run.asked.data)
 
         def take() -> None:
@@ -122,6 +125,12 @@ def run_distill(
             if processes.main:
                 stack.enter_context(run.job.held(request, resume=options.resume, console=console, launcher=processes.launcher))
                 console.log_to(run.job.log)
+                if run.job.publishing is None:
+                    require_tracker(options.tracker)
+                    settings = recipe.distill.model_dump(mode="json")
+                    run.track = stack.enter_context(
+                        tracking(options.tracker, out, run.job, settings, offline=options.offline, console=console)
+                    )
 
         def look() -> TrainingInputs:
             if options.resume:
@@ -252,13 +261,16 @@ def _train(run: _Run, opened: TrainingInputs, rows: Rows, state: State | None) -
         comparison.require_same_losses("student", student.model)
         loop = Loop(
             student, ask, rows, asked,
-            dtype=run.dtype, processes=processes, job=run.job, console=run.console,
+            dtype=run.dtype, processes=processes, job=run.job, console=run.console, track=run.track,
         )  # fmt: skip
         before = loop.measure()
+        if state is None:
+            run.track(_held_out(before), 0)
         run.console.say(f"held out, before: {_as_text(before)}")
         loop.run(state)
         student.settle(opened)
         after = loop.measure()
+        run.track(_held_out(after), loop.steps)
         run.console.say(f"held out, after, as published: {_as_text(after)}")
         if after["loss"] > before["loss"]:
             run.console.warn("the held-out loss has risen: the result is worse than the student; try a lower --learning-rate")
@@ -282,12 +294,16 @@ def _train_blocks(run: _Run, opened: TrainingInputs, rows: Rows, state: State | 
     budget = int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE) if device.type == "cuda" else 0
     loop = BlockLoop(
         opened, rows, run.asked, device=device, dtype=run.dtype, job=run.job,
-        scratch=Scratch(run.job.path, device, budget), console=run.console,
+        scratch=Scratch(run.job.path, device, budget), console=run.console, track=run.track,
     )  # fmt: skip
     loop.run(state)
     before, after = loop.measured()
     run.console.say(f"held out, before: {_as_text(before)}; after, as published: {_as_text(after)}")
     return _publish(run, opened, rows, loop.values, loop.facts(), before, after)
+
+
+def _held_out(losses: Mapping[str, float]) -> dict[str, float]:
+    return {f"held_out/{name}": value for name, value in losses.items()}
 
 
 def _as_text(losses: Mapping[str, float]) -> str:
@@ -315,7 +331,7 @@ def _publish(
             staged,
             recipe_yaml=run.recipe.to_yaml(),
             manifest=_manifest(run, opened, rows),
-            report_files=lambda folder: report_files(report, folder, fmt=opened.student.info.format, layers={}),
+            report_files=lambda folder: report_files(report, folder, name=staged.out.name, fmt=opened.student.info.format, layers={}),
             console=run.console,
         )
         job.publish([staged], keep=run.options.keep_job)
@@ -340,7 +356,11 @@ def _report(
         "command": run.options.command,
         "format": opened.student.info.name,
         "student": _source_facts(opened.student.source),
-        "teacher": {**_source_facts(opened.teacher.source), "license": licence_of(opened.teacher.source)},
+        "teacher": {
+            **_source_facts(opened.teacher.source),
+            "license": stated(licence_of(opened.teacher.source), run.options.license),
+            "base_model": run.options.base_model,
+        },
         "written": time.strftime("%Y-%m-%d", time.gmtime()),
         "recipe": {"sha256": recipe_hash(run.recipe), **run.recipe.model_dump(mode="json")},
         "sparse_linears": len(opened.pattern.shapes),

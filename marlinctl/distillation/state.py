@@ -3,6 +3,7 @@
     rows.safetensors              the training text as token ids
     teacher-00000.safetensors     the teacher's predictions, when they are cached
     block-00003.safetensors       a block that is finished, in mode blockwise; blocks.json lists them
+    tracker.json                  the name of the run in TensorBoard or wandb, where one logs the curves
     state-00000200.safetensors    trained tensors and optimizer state after 200 steps
     state.json                    which state is the newest, and the loss curve up to it
 
@@ -78,6 +79,10 @@ class DistillJob(JobFolder):
         step, name = int(document.pop("step")), str(document.pop("file"))
         with self.tensors(name) as found:
             return State(step, {key: found.read(key) for key in found.tensors}, document)
+
+    def newest_step(self) -> int:
+        """The steps behind the newest state; 0 without one."""
+        return int(self.document("state.json")["step"]) if (self.path / "state.json").exists() else 0
 
     def save_block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """BadInput E306 where student or teacher has changed since it was read: blocks are read while others are trained."""

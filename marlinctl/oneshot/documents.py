@@ -13,7 +13,7 @@ import torch
 from marlinctl import __version__
 from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.formats.registry import INTERCHANGE, quantization_config, without_quantization, working_format
-from marlinctl.checkpoint.licence import licence_of
+from marlinctl.checkpoint.licence import licence_of, stated
 from marlinctl.checkpoint.manifest import made_from
 from marlinctl.checkpoint.tied_head import stored_bytes
 from marlinctl.checkpoint.writer import StagedCheckpoint
@@ -50,7 +50,7 @@ def published_report(out: Path) -> dict[str, Any]:
 def write_reports(staged: StagedCheckpoint, report: Mapping[str, Any], opened: RunInputs, fmt: Format) -> None:
     """They name the digest of the manifest, so they come after it."""
     layers = opened.plan.group_sizes if fmt.quantized else {}
-    for name, data in report_files(report, staged.path, fmt=fmt, layers=layers).items():
+    for name, data in report_files(report, staged.path, name=staged.out.name, fmt=fmt, layers=layers).items():
         staged.write_file(name, data)
 
 
@@ -98,7 +98,12 @@ def report_of(
         "kind": "quantize" if recipe.scheme.quantizes else "sparsify",
         "command": options.command,
         "written": time.strftime("%Y-%m-%d", time.gmtime()),
-        "source": {**_source_facts(opened), "note": opened.source.note, "license": licence_of(opened.source)},
+        "source": {
+            **_source_facts(opened),
+            "note": opened.source.note,
+            "license": stated(licence_of(opened.source), options.license),
+            "base_model": options.base_model,
+        },
         "recipe": {"sha256": recipe_hash(recipe), **recipe.model_dump(mode="json")},
         "calibration": dict(calibration),
         "versions": versions(),

@@ -69,6 +69,9 @@ class Options:
     module_map: Path | None = None
     command: str = "marlinctl quantize"
     keep_job: bool = False
+    tracker: str | None = None  # of distill: tensorboard or wandb
+    base_model: str | None = None  # a hub id, for the card: what the original is called there
+    license: str | None = None  # an id that the hub knows, for the card; None: what stands beside the original
     resume: bool = False  # continue the job that is there
     redo_from: int | None = None  # with `resume`: the first block to solve again
 

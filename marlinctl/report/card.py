@@ -1,8 +1,13 @@
 """README.md of a published folder: the model card that people and the hub read.
 
-Its front matter is huggingface_hub's: the hub links the original and shows the scores from it
-(`model-index`), those of whole tasks. It lies outside the manifest, so
-scores can be added later without touching the model. What it says of a run comes from the run's JSON; what
+    front matter    huggingface_hub's: the hub links the original, filters by licence, and shows the scores of whole tasks (`model-index`)
+    title           the name of the folder
+    Use it          what is copied: a server, transformers (usage.py)
+    Scores          beside the original's
+    What it is      format, licence, data, seeds, versions, digests
+    How ...         the command, and how to check the folder
+
+It lies outside the manifest, so scores can be added later without touching the model. What it says of a run comes from the run's JSON; what
 `pack` knows of a foreign folder is less, and every line that nothing is known for stays out.
 """
 
@@ -20,13 +25,15 @@ from marlinctl.checkpoint.mask import NAME as MASK_FILE
 from marlinctl.checkpoint.runtimes import Loads
 from marlinctl.report.markdown import code, listing, table, text
 from marlinctl.report.page import Cell, Name, Table
-from marlinctl.report.scores import Score, figure, finite, scores
+from marlinctl.report.scores import RECOVERY, Score, figure, finite, percent, recovery, scores
+from marlinctl.report.usage import usage
 from marlinctl.system.log import redact
 
 if TYPE_CHECKING:
     from marlinctl.report.provenance import Folder
 
 _TASK = "text-generation"
+_PRUNED = "16-bit weights, pruned to 2:4"
 Row = tuple[str, Cell]
 
 
@@ -34,6 +41,7 @@ Row = tuple[str, Cell]
 class CardFacts:
     """What the card says."""
 
+    name: str  # of the folder
     fmt: Format
     layers: Mapping[str, int]  # quantized linears -> group size, -1 for whole rows
     ignore: Sequence[str]  # linears left 16-bit
@@ -42,6 +50,7 @@ class CardFacts:
     base_model: str | None = None  # a hub id; local paths are private
     license: Mapping[str, str] | None = None  # of the original: license, license_name, license_link
     made_from: Sequence[Row] = field(default=())  # data, seeds, versions, digests
+    size: tuple[int, int] | None = None  # bytes of the original's weights and of these
     scores: Sequence[Score] = field(default=())
     measured: Sequence[str] = field(default=())  # on which text, and what must not be overlooked
     two_of_four: bool = False  # pruned to 2:4
@@ -49,22 +58,23 @@ class CardFacts:
 
 def of_compression(report: Mapping[str, Any], folder: Folder, layers: Mapping[str, int]) -> str:
     """The card of what compress, quantize, sparsify or pack published."""
-    from marlinctl.report.provenance import card_rows, hub_ancestor
-    from marlinctl.report.scores import notes
+    from marlinctl.report.provenance import base_model, card_rows
 
-    source, document = report["source"], report.get("evaluation", {}).get("document")
-    packed = report.get("packed")
+    source, packed = report["source"], report.get("packed")
+    found, measured = _measured(report)
     facts = CardFacts(
+        name=folder.name,
         fmt=folder.fmt,
         layers=layers,
         ignore=[item["name"] for item in report["kept"]],
         command=report["command"] + (f"\n{packed['command']}" if packed else ""),
         loads=folder.loads,
-        base_model=source["name"] if source["kind"] == "hub" else hub_ancestor(folder),
+        base_model=base_model(source, folder),
         license=source.get("license"),
         made_from=card_rows(report, folder),
-        scores=scores(document) if document else (),
-        measured=[line.strip() for line in notes(document)] if document else (),
+        size=(report["bytes"]["source"], report["bytes"]["result"]),
+        scores=found,
+        measured=measured,
         two_of_four=report["sparse"] > 0,
     )
     return render(facts)
@@ -72,15 +82,16 @@ def of_compression(report: Mapping[str, Any], folder: Folder, layers: Mapping[st
 
 def of_training(report: Mapping[str, Any], folder: Folder) -> str:
     """The card of what distill published."""
-    from marlinctl.report.provenance import training_rows
+    from marlinctl.report.provenance import base_model, training_rows
     from marlinctl.report.training import held_out, trained
 
     title = folder.fmt.title if folder.fmt.quantized else "16-bit weights"
     title += ", 2:4 sparse" if report["sparse_linears"] else ""
     teacher = report["teacher"]
-    original = teacher["name"] if teacher["kind"] == "hub" else None
+    original = base_model(teacher, folder)
     tags = ["distillation", *folder.fmt.tags, *(["sparse"] if report["sparse_linears"] else [])]
     rows: list[Row] = [
+        ("Format", title.replace("`", "")),
         ("Trained", f"{trained(report)}, toward the original"),
         ("Original", Name(original) if original else ""),
         ("Its licence", spoken(teacher.get("license"))),
@@ -89,20 +100,43 @@ def of_training(report: Mapping[str, Any], folder: Folder) -> str:
     ]
     losses = held_out(report["held_out"])
     assert isinstance(losses, Table)
-    lines = [_front_matter(original, teacher.get("license"), tags, relation="finetune"), "", f"# {text(_named(original))}: {title}", ""]
-    lines += [table(("", ""), [row for row in rows if row[1]]), "", "## Held-out loss", "", table(losses.header, losses.rows), ""]
+    found, measured = _measured(report)
+    lead = f"{title}, distilled from {code(original) if original else 'the original'}."
+    lines = [
+        _front_matter(folder.name, original, teacher.get("license"), tags, relation="finetune", measured=found),
+        "",
+        *_head(folder.name, lead, folder.loads),
+        *_scores(found, measured),
+        *("## Held-out loss", "", table(losses.header, losses.rows), ""),
+        *("## What it is", "", table(("", ""), [row for row in rows if row[1]]), ""),
+    ]
     return "\n".join([*lines, *_how(report["command"])])
 
 
 def render(facts: CardFacts) -> str:
     """The card as Markdown with YAML front matter."""
     tags = [*facts.fmt.tags, *(["sparse"] if facts.two_of_four else [])]
-    front = _front_matter(facts.base_model, facts.license, tags, relation="quantized", measured=facts.scores)
-    return "\n".join([front, "", *_what(facts), *_scores(facts), *_how(facts.command)])
+    front = _front_matter(facts.name, facts.base_model, facts.license, tags, relation="quantized", measured=facts.scores)
+    head = _head(facts.name, _lead(facts), facts.loads)
+    return "\n".join([front, "", *head, *_scores(facts.scores, facts.measured), *_what(facts), *_how(facts.command)])
+
+
+def _measured(report: Mapping[str, Any]) -> tuple[list[Score], list[str]]:
+    """Scores and what they were measured on."""
+    from marlinctl.report.provenance import public_notes
+
+    document = report.get("evaluation", {}).get("document")
+    return (scores(document), public_notes(document)) if document else ([], [])
 
 
 def _front_matter(
-    base_model: str | None, licence: Mapping[str, str] | None, tags: Sequence[str], *, relation: str, measured: Sequence[Score] = ()
+    name: str,
+    base_model: str | None,
+    licence: Mapping[str, str] | None,
+    tags: Sequence[str],
+    *,
+    relation: str,
+    measured: Sequence[Score] = (),
 ) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -120,7 +154,7 @@ def _front_matter(
     ]
     known: dict[str, Any] = {key: licence[key] for key in KEYS if licence and key in licence}
     if results:
-        known |= {"model_name": _named(base_model), "eval_results": results}
+        known |= {"model_name": name, "eval_results": results}
     if base_model:
         known |= {"base_model": base_model, "base_model_relation": relation}
     data = ModelCardData(
@@ -132,12 +166,30 @@ def _front_matter(
     return f"---\n{data.to_yaml()}\n---"
 
 
+def _head(name: str, lead: str, loads: Loads) -> list[str]:
+    return [f"# {text(name)}", "", lead, "", *usage(name, loads.accepted)]
+
+
+def _title(facts: CardFacts) -> str:
+    return facts.fmt.title if facts.layers else _PRUNED  # nothing quantized: `sparsify` without --bits 4
+
+
+def _lead(facts: CardFacts) -> str:
+    """What it is, of what, and how much smaller."""
+    line = f"{code(facts.base_model)} as {_title(facts)}" if facts.base_model else _title(facts)
+    if facts.two_of_four and facts.layers:
+        line += ", pruned to 2:4"
+    if facts.size is None or not all(facts.size):
+        return f"{line}."
+    before, after = facts.size
+    return f"{line}: {after / 1e6:,.1f} MB instead of {before / 1e6:,.1f} MB of weights."
+
+
 def _what(facts: CardFacts) -> list[str]:
     sizes = Counter(facts.layers.values())
     groups = ", ".join(f"{'whole rows' if size == -1 else size} ({count} linears)" for size, count in sizes.most_common())
-    title = facts.fmt.title if facts.layers else "16-bit weights, pruned to 2:4"  # nothing quantized: `sparsify` without --bits 4
     rows: list[Row] = [
-        ("Format", title.replace("`", "")),
+        ("Format", _title(facts).replace("`", "")),
         ("Quantized", f"{len(facts.layers)} linears, int4 symmetric, codes -8..7 times one scale per group" if facts.layers else ""),
         ("Group size", groups),
         ("Pruned", f"2:4, two of each four neighbours along K are zero; {_storage(facts.fmt)}" if facts.two_of_four else ""),
@@ -151,26 +203,29 @@ def _what(facts: CardFacts) -> list[str]:
     if facts.ignore:
         lines += ["", f"Left at 16 bits: {_shorten(facts.ignore)}."]
     note = facts.fmt.note if facts.layers else ""
-    return [f"# {text(_named(facts.base_model))}: {title}", "", *lines, "", *([note] if note else [])]
-
-
-def _named(base_model: str | None) -> str:
-    return base_model.rpartition("/")[2] if base_model else "This model"
+    return ["## What it is", "", *lines, "", *([note] if note else [])]
 
 
 def _storage(fmt: Format) -> str:
     return "the metadata says which" if fmt.needs_mask else f"{MASK_FILE} says which"
 
 
-def _scores(facts: CardFacts) -> list[str]:
-    if not facts.scores:
+def _scores(found: Sequence[Score], measured: Sequence[str]) -> list[str]:
+    if not found:
         return []
     rows = [
-        (s.name, s.metric, figure(s.ours, digits=s.digits), "" if s.kind == "distance" else figure(s.baseline, digits=s.digits))
-        for s in facts.scores
+        (
+            s.name,
+            s.metric,
+            figure(s.ours, digits=s.digits),
+            "" if s.kind == "distance" else figure(s.baseline, digits=s.digits),
+            percent(recovery(s)),
+        )
+        for s in found
     ]
-    shown = table(("Measured on", "Metric", "This model", "Original"), rows)
-    return ["## Scores", "", shown, "", *(f"{text(line)}\n" for line in facts.measured)]
+    shown = table(("Measured on", "Metric", "This model", "Original", "Recovery"), rows)
+    said = [RECOVERY] if any(recovery(s) is not None for s in found) else []
+    return ["## Scores", "", shown, "", *(f"{text(line)}\n" for line in (*said, *measured))]
 
 
 def _how(command: str) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from marlinctl.report import pictures
 from marlinctl.report.page import Block, Cell, Figure, Name, Page, Paragraph, Points, Section, Table
 from marlinctl.report.provenance import Folder, peak_memory, provenance, reproduce
-from marlinctl.report.scores import Estimate, Score, figure, finite, flips_figure, notes, scores
+from marlinctl.report.scores import RECOVERY, Estimate, Score, figure, finite, flips_figure, notes, percent, recovery, scores
 from marlinctl.report.speed import speed
 
 
@@ -142,13 +142,16 @@ def _quality(report: Mapping[str, Any]) -> list[Block]:
             figure(s.ours, digits=s.digits),
             "" if s.kind == "distance" else figure(s.baseline, digits=s.digits),
             "" if s.kind == "distance" else figure(s.difference, digits=s.digits, signed=True),
+            percent(recovery(s)),
             flips_figure(s.flips),
         )
         for s in found
     ]
-    header = ("measured on", "metric", "this model", "original", "difference", "flips")
-    width = 6 if any(s.flips for s in found) else 5
+    header = ("measured on", "metric", "this model", "original", "difference", "recovery", "flips")
+    width = 7 if any(s.flips for s in found) else 6
     blocks: list[Block] = [Table(header[:width], [row[:width] for row in rows], numbers=frozenset(range(2, width)))]
+    if any(recovery(s) is not None for s in found):
+        blocks.append(Paragraph(RECOVERY))
     if any(s.ours and s.baseline for s in found if s.kind != "distance"):
         caption = "This model beside its original, with one standard error to each side. That of the paired difference (table) is smaller."
         blocks.append(pictures.comparison(found, caption))

@@ -25,15 +25,16 @@ from marlinctl.system.log import redacted
 JSON, MARKDOWN, HTML, CARD = "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html", "README.md"
 
 
-def report_files(report: Mapping[str, Any], folder: Path, *, fmt: Format, layers: Mapping[str, int]) -> dict[str, bytes]:
-    """What is published beside the finished checkpoint in `folder`. layers: its quantized linears and their group sizes.
+def report_files(report: Mapping[str, Any], folder: Path, *, name: str, fmt: Format, layers: Mapping[str, int]) -> dict[str, bytes]:
+    """What is published beside the finished checkpoint in `folder`, which will be called `name`. layers: its quantized linears and their
+    group sizes.
 
     The document holds what a person typed: its command, and the names of texts. Secrets in it are taken out here.
     """
     report = redacted(report)
     with open_checkpoint(folder, weight_files="auto") as checkpoint:
         loads = runtimes.loads(runtimes.packed_of(checkpoint, detect(checkpoint.config, checkpoint.tensors)))
-    about = Folder(fmt, manifest.read(folder), manifest.digest(folder), loads)
+    about = Folder(name, fmt, manifest.read(folder), manifest.digest(folder), loads)
     if report["kind"] == "distill":
         page, readme = training.page(report, about), card.of_training(report, about)
     else:

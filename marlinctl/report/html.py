@@ -10,6 +10,7 @@ from dataclasses import replace
 from importlib.resources import files
 
 from marlinctl.report.page import Block, Cell, Figure, Listing, Name, Page, Paragraph, Picture, Points, Section, Table
+from marlinctl.report.pictures import DARK, LIGHT
 from marlinctl.system.log import printable
 
 TEMPLATE = "page.html.jinja"
@@ -29,7 +30,7 @@ def render(page: Page) -> str:
         [Section(_line(section.title), [_visible(block) for block in section.blocks]) for section in page.sections],
         _line(page.written_by),
     )
-    return template.render(page=shown, svg=Markup, is_name=lambda cell: isinstance(cell, Name))
+    return template.render(page=shown, svg=Markup, is_name=lambda cell: isinstance(cell, Name), light=LIGHT, dark=DARK)
 
 
 def _visible(block: Block) -> Block:
@@ -43,7 +44,7 @@ def _visible(block: Block) -> Block:
     if isinstance(block, Paragraph):
         return Paragraph(_line(block.text))
     assert isinstance(block, Picture)
-    return replace(block, caption=_line(block.caption))
+    return replace(block, caption=_line(block.caption), alt=_line(block.alt))
 
 
 def _cell(cell: Cell) -> Cell:

@@ -44,9 +44,9 @@ def code(name: str) -> str:
     return f"{fence}{space}{shown}{space}{fence}".replace("|", "\\|")
 
 
-def listing(body: str) -> str:
+def listing(body: str, language: str = "text") -> str:
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", body)), default=0))
-    return f"{fence}text\n{printable(body)}\n{fence}"
+    return f"{fence}{language}\n{printable(body)}\n{fence}"
 
 
 def _block(block: Block) -> Iterator[str]:

@@ -41,6 +41,7 @@ class Picture:
     wide: str
     narrow: str
     caption: str
+    alt: str  # for those who cannot see it: the caption, or more
     kind: str = "picture"
 
 

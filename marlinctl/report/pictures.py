@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.report.page import Picture
@@ -30,6 +31,17 @@ if TYPE_CHECKING:
 INK, MUTED, LINE = "#010201", "#010202", "#010203"
 SERIES = tuple(f"#0103{number:02d}" for number in range(1, 9))
 _VARIABLES = {INK: "--ink", MUTED: "--muted", LINE: "--line"} | {colour: f"--series-{i}" for i, colour in enumerate(SERIES, start=1)}
+# Declarations of these variables; all pass WCAG AA on their paper.
+LIGHT = (
+    "--paper: #fff; --raised: #f4f6f8; --ink: #1b2026; --muted: #56616d; --line: #d5dbe1; "
+    "--series-1: #0067a3; --series-2: #b84a00; --series-3: #00765a; --series-4: #a43b74; "
+    "--series-5: #7a5f00; --series-6: #5145cd; --series-7: #66707a; --series-8: #a61e1e;"
+)
+DARK = (
+    "--paper: #14181c; --raised: #1e242a; --ink: #e8ecf0; --muted: #a3aeb9; --line: #38414a; "
+    "--series-1: #63b8f0; --series-2: #ff9f5c; --series-3: #35c99c; --series-4: #f29ac6; "
+    "--series-5: #e3c547; --series-6: #aba5ff; --series-7: #b3bbc3; --series-8: #ff8080;"
+)
 _MARKERS = "os^Dv<>p"
 _WIDTHS = {"wide": 9.2, "narrow": 4.0}  # inches of 72 points: the page's column, and a phone's
 _LABEL = 28  # characters of a name; the whole of it stands in the table
@@ -115,6 +127,55 @@ def curves(values: Mapping[str, Sequence[tuple[float, float]]], horizontal: str,
     return _draw(draw, {"wide": 3.4, "narrow": 3.2}, caption)
 
 
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One output: its size in MB, and a figure of its quality."""
+
+    name: str
+    x: float
+    y: float
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    title: str
+    points: tuple[Point, ...]
+
+
+def quality(panels: Sequence[Panel], caption: str, alt: str) -> Picture:
+    """Quality over size: a panel for each kind of figure, a mark for each output. Names stand in the legend, where none overlap."""
+    longest = max(len(_middle(point.name)) for panel in panels for point in panel.points)
+    columns = {name: max(1, int(width / (0.45 + _LETTER * longest))) for name, width in _WIDTHS.items()}
+    count = len({point.name for panel in panels for point in panel.points})
+
+    def draw(figure: Figure, name: str) -> None:
+        shape = (1, len(panels)) if name == "wide" else (len(panels), 1)
+        axes = figure.subplots(*shape, squeeze=False, gridspec_kw={"wspace": 0.28, "hspace": 0.45}).ravel()
+        for panel, axis in zip(panels, axes, strict=True):
+            for number, point in enumerate(panel.points):
+                original = point.name == "original"
+                look: dict[str, Any] = {"color": INK, "marker": "*"} if original else _mark(number)
+                axis.plot([point.x], [point.y], **look, markersize=9 if original else 7, linestyle="none", label=_middle(point.name))
+            axis.set_title("\n".join(wrap(panel.title, 38)), pad=8)
+            axis.margins(0.12)
+            axis.set_xlim(left=0)
+        for axis in axes if name == "wide" else axes[-1:]:
+            axis.set_xlabel("weights, MB")
+        _fit(figure, 1 + _legend(figure, max(axes, key=lambda axis: len(axis.lines)), columns=columns[name]))
+
+    lines = {name: -(-count // columns[name]) for name in _WIDTHS}
+    heights = {"wide": 3.1 + _LINE * lines["wide"], "narrow": 0.9 + _LINE * lines["narrow"] + 2.3 * len(panels)}
+    return _draw(draw, heights, caption, alt)
+
+
+def standalone(picture: Picture) -> str:
+    """The wide drawing as a file of its own, with its colours and a background: a page around it may be of the other mode."""
+    style = f":root {{ {LIGHT} }} @media (prefers-color-scheme: dark) {{ :root {{ {DARK} }} }}"
+    style += " svg { background: var(--paper); font-family: system-ui, sans-serif; } text { font-family: inherit !important; }"
+    head, close, rest = picture.wide.partition(">")
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{head}{close}<style>{style}</style>{rest}\n'
+
+
 def roofline(points: Mapping[str, Sequence[tuple[float, float]]], bandwidth: float, peak: float, caption: str) -> Picture:
     """TFLOP/s over operations per byte, under the two roofs that were measured: bandwidth in TB/s and peak in TFLOP/s."""
 
@@ -137,7 +198,7 @@ def roofline(points: Mapping[str, Sequence[tuple[float, float]]], bandwidth: flo
 # ---- drawing -------------------------------------------------------------------------------------------------------------------------
 
 
-def _draw(draw: Callable[[Figure, str], None], heights: Mapping[str, float], caption: str) -> Picture:
+def _draw(draw: Callable[[Figure, str], None], heights: Mapping[str, float], caption: str, alt: str = "") -> Picture:
     svgs = {}
     for name, width in _WIDTHS.items():
         with _settings():
@@ -147,8 +208,8 @@ def _draw(draw: Callable[[Figure, str], None], heights: Mapping[str, float], cap
             draw(figure, name)
             out = io.StringIO()
             figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}, transparent=True)
-        svgs[name] = _inline(out.getvalue(), caption)
-    return Picture(svgs["wide"], svgs["narrow"], caption)
+        svgs[name] = _inline(out.getvalue(), alt or caption)
+    return Picture(svgs["wide"], svgs["narrow"], caption, alt or caption)
 
 
 @contextmanager
@@ -263,6 +324,11 @@ def _dot(axis: Axes, estimate: Estimate | None, height: float, number: int, labe
     )  # fmt: skip
 
 
+def _mark(number: int) -> dict[str, Any]:
+    """Sixty-four outputs have looks of their own: a marker and a colour, which do not turn at the same pace."""
+    return {"color": SERIES[number % 8], "marker": _MARKERS[(number + number // 8) % 8]}
+
+
 def _mean(values: Iterator[float]) -> float:
     found = list(values)
     return sum(found) / len(found)
@@ -271,3 +337,9 @@ def _mean(values: Iterator[float]) -> float:
 def _short(name: str, length: int = _LABEL) -> str:
     shown = printable(name, one_line=True)
     return shown if len(shown) <= length else f"{shown[: length - 3]}..."
+
+
+def _middle(name: str) -> str:
+    """Short, with both ends: folders of one model differ at the end."""
+    shown = printable(name, one_line=True)
+    return shown if len(shown) <= _LABEL else f"{shown[:10]}...{shown[13 - _LABEL :]}"

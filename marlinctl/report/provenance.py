@@ -11,6 +11,7 @@ from marlinctl.checkpoint.formats.registry import linear_bytes
 from marlinctl.checkpoint.licence import spoken
 from marlinctl.checkpoint.runtimes import Loads
 from marlinctl.report.page import Block, Cell, Figure, Listing, Name, Paragraph, Table
+from marlinctl.report.scores import notes
 from marlinctl.system.console import gibibytes
 
 _MOST_ANCESTORS = 20
@@ -21,6 +22,7 @@ _INSTALLED = ("marlinctl", "torch", "transformers", "safetensors", "tokenizers",
 class Folder:
     """What the pages know of the folder beside which they lie."""
 
+    name: str  # what the person called it
     fmt: Format
     manifest: Mapping[str, Any]
     manifest_sha256: str
@@ -91,8 +93,12 @@ def ancestors(folder: Folder) -> list[Mapping[str, Any]]:
     return found
 
 
-def hub_ancestor(folder: Folder) -> str | None:
-    """The hub's name of the model that all of it began with, where it came from there."""
+def base_model(source: Mapping[str, Any], folder: Folder) -> str | None:
+    """The hub's name of the model that all of it began with: as the person gave it, else where it came from there."""
+    if given := source.get("base_model"):
+        return str(given)
+    if source["kind"] == "hub":
+        return str(source["name"])
     return next((str(source["name"]) for source in reversed(ancestors(folder)) if source.get("kind") == "hub"), None)
 
 
@@ -177,6 +183,13 @@ def _card_tail(report: Mapping[str, Any], folder: Folder, seeds: str) -> list[tu
         ("Versions", ", ".join(f"{name} {number}" for name, number in report["versions"].items())),
         ("SHA-256 of the manifest", Name(folder.manifest_sha256)),
     ]
+
+
+def public_notes(document: Mapping[str, Any]) -> list[str]:
+    """What an evaluation was measured on. Of a text only the name of its file is shown."""
+    if text := document.get("text"):
+        document = {**document, "text": {**text, "note": public_source(text["note"])}}
+    return [line.strip() for line in notes(document)]
 
 
 def public_source(source: str) -> str:

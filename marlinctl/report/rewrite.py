@@ -13,6 +13,7 @@ from typing import Any
 from marlinctl.checkpoint.folder import open_folder
 from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.formats.registry import layer_shape
+from marlinctl.checkpoint.licence import NOTHING_STATED, Stated, stated
 from marlinctl.checkpoint.manifest import UPDATE, written_by_newer
 from marlinctl.checkpoint.ownership import remove_temporaries
 from marlinctl.errors import BadInput, CheckFailed
@@ -25,17 +26,25 @@ _ABANDONED = 3600  # seconds; a file that was begun earlier and never got its na
 _KINDS = ("compress", "quantize", "sparsify", "distill")
 
 
-def rewrite(folder: Path, *, evaluation: Mapping[str, Any] | None = None, bench: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def rewrite(
+    folder: Path,
+    *,
+    evaluation: Mapping[str, Any] | None = None,
+    bench: Mapping[str, Any] | None = None,
+    said: Stated = NOTHING_STATED,
+) -> dict[str, Any]:
     """Rewrite card and report of a published folder from its JSON, after adding what is given here. Returns the document."""
     report = read_report(folder)
     if evaluation is not None:
         report["evaluation"] = {"document": evaluation}
     if bench is not None:
         report["bench"] = bench
+    with reading(folder):
+        report = restated(report, said)
     with open_folder(folder) as examined:
         info = examined.info
         shapes = {layer: layer_shape(examined.checkpoint, info, layer) for layer in info.layers}
-    with _ours(folder / JSON):
+    with reading(folder):
         recorded = {record["name"]: tuple(record["shape"]) for record in report.get("layers", ()) if record["group_size"] is not None}
     if recorded and recorded != shapes:
         raise BadInput(
@@ -44,25 +53,35 @@ def rewrite(folder: Path, *, evaluation: Mapping[str, Any] | None = None, bench:
             where=str(folder / JSON),
             fix="put the report back that was published with these weights, or write the checkpoint again",
         )
-    written = checked_files(report, folder, fmt=info.format, layers=info.layers)
+    written = checked_files(report, folder, name=folder.resolve().name, fmt=info.format, layers=info.layers)
     remove_temporaries(folder, older=_ABANDONED)
     for name, data in written.items():
         write_bytes(folder / name, data)
     return report
 
 
-def checked_files(report: Mapping[str, Any], folder: Path, *, fmt: Format, layers: Mapping[str, int]) -> dict[str, bytes]:
+def restated(report: Mapping[str, Any], said: Stated) -> dict[str, Any]:
+    """The document with what a person says of the original."""
+    key = "teacher" if report["kind"] == "distill" else "source"
+    original = dict(report[key])
+    original |= {"base_model": said.base_model} if said.base_model else {}
+    original |= {"license": stated(original.get("license"), said.license)} if said.license else {}
+    return {**report, key: original}
+
+
+def checked_files(report: Mapping[str, Any], folder: Path, *, name: str, fmt: Format, layers: Mapping[str, int]) -> dict[str, bytes]:
     """`report_files` of a document that may be foreign: BadInput where it has not the form of ours."""
-    with _ours(folder / JSON):
-        return report_files(report, folder, fmt=fmt, layers=layers)
+    with reading(folder):
+        return report_files(report, folder, name=name, fmt=fmt, layers=layers)
 
 
 @contextmanager
-def _ours(path: Path) -> Iterator[None]:
+def reading(folder: Path) -> Iterator[None]:
+    """BadInput E374 where the report of a folder has not the form of ours."""
     try:
         yield
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
-        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+        raise _damaged(folder / JSON, f"{type(error).__name__}: {error}") from error
 
 
 def read_report(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+# Metrics of lm_eval's tasks whose shares of the original's score mean something: more is better, and 0 is the worst.
+_SHARES = ("acc", "acc_norm", "acc_bytes", "acc_all", "exact_match", "f1", "bleu", "chrf", "chrf++")
+_SHARES_LIKE = ("pass@", "rouge", "prompt_level_", "inst_level_")
+RECOVERY = (
+    "Recovery is this model's score as a share of the original's. It is given for tasks where more is better; "
+    "near the score of guessing it stays high whatever was lost. Perplexity and KL divergence have none: less is better there."
+)
+
 Estimate = Mapping[str, Any]  # {"value": float or None, "stderr": float or None}
 
 
@@ -50,6 +58,22 @@ def flips_figure(flips: Mapping[str, Any] | None) -> str:
     if flips is None:
         return ""
     return f"{figure(flips)} (-{flips['to_wrong']['value']:.4f} +{flips['to_correct']['value']:.4f})"
+
+
+def recovery(score: Score) -> float | None:
+    """This model's score over the original's; None where that means nothing (perplexity, KL, a bias, an original without a score)."""
+    metric = score.metric.partition(",")[0]
+    if score.kind != "task" or not (metric in _SHARES or metric.startswith(_SHARES_LIKE)):
+        return None
+    ours, theirs = (None if side is None else side["value"] for side in (score.ours, score.baseline))
+    if ours is None or theirs is None or not (math.isfinite(ours) and math.isfinite(theirs)) or theirs <= 0:
+        return None
+    return float(ours / theirs)
+
+
+def percent(share: float | None) -> str:
+    """98.4 %; nothing where there is no share."""
+    return "" if share is None else f"{100 * share:.1f} %"
 
 
 def finite(value: float | None) -> bool:

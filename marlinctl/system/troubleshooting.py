@@ -502,8 +502,9 @@ CATALOG = (
         "E402",
         "A Python package is missing",
         """
-        Tasks and .parquet files need `pip install 'marlinctl[eval]'`; hub data sets need that or `marlinctl[distill]`. Some tasks need
-        packages or NLTK data of their own: run the command in the error. `--backend vllm` needs vLLM.
+        Tasks and .parquet files need `pip install 'marlinctl[eval]'`; hub data sets need that or `marlinctl[distill]`; `distill --tracker`
+        needs `marlinctl[tensorboard]` or `marlinctl[wandb]`. Some tasks need packages or NLTK data of their own: run the command in the
+        error. `--backend vllm` needs vLLM.
         """,
         ("E400",),
     ),
@@ -520,6 +521,14 @@ CATALOG = (
         - The driver is older than NVRTC (13 needs driver 580): update it, or install a torch built for the driver's CUDA.
         """,
         ("E404", "E405"),
+    ),
+    Entry(
+        "E406",
+        "The tracker of a training does not start",
+        """
+        `distill --tracker wandb` needs a login (`wandb login`) and a connection, or `--offline`. TensorBoard's files are written to
+        `OUT.tensorboard`. Without `--tracker`, OUT's report has the loss curve.
+        """,
     ),
     Entry(
         "E420",

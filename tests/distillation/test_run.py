@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from torch import Tensor
 
 from marlinctl.checkpoint.mask import open_masks
@@ -81,6 +82,14 @@ def test_full_mode_brings_the_student_nearer_and_keeps_its_mask(place: Path, tmp
     assert {name for name in moved if torch.equal(moved[name], original[name])} == {"model.embed_tokens.weight", "lm_head.weight"}
     assert all(moved[name].dtype == original[name].dtype for name in moved)
     assert not list(tmp_path.glob("out.job*")) and not list(tmp_path.glob("out.tmp*"))
+
+
+def test_the_card_names_the_original_on_the_hub(place: Path, tmp_path: Path) -> None:
+    """A student of a local teacher would have no original and no licence on the hub."""
+    settings = {"base_model": "org/Tiny-1B", "license": "mit"}
+    distill(place / "student", tmp_path / "out", place / "teacher", recipe(place / "text.txt", tokens=256), **settings)
+    meta = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert (meta.base_model, meta.base_model_relation, meta.license) == ("org/Tiny-1B", "finetune", "mit")
 
 
 def test_what_is_measured_is_what_is_published(place: Path, tmp_path: Path) -> None:

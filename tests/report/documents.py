@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from marlinctl.checkpoint.formats.registry import FORMATS
 from marlinctl.checkpoint.runtimes import Loads
 from marlinctl.recipes.schema import load_recipe, recipe_hash
-from marlinctl.report.provenance import Folder
+from marlinctl.report.comparison import Output
+from marlinctl.report.provenance import Folder, public_notes
+from marlinctl.report.scores import scores
 
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 HOSTILE = (
@@ -183,13 +186,29 @@ def training(mode: str = "full", **changes: Any) -> dict[str, Any]:
     return document | changes
 
 
+def outputs(names: Sequence[str] = ("model-int4", "model-int4-g32", "model-2of4")) -> list[Output]:
+    """Of one model, ever larger and better."""
+    found = []
+    for number, name in enumerate(names):
+        measured = evaluation()
+        for task in measured["model"]["tasks"].values():
+            task["metrics"]["acc"] = estimate(0.5 + 0.02 * number)
+        measured["comparison"]["kl"] = estimate(0.3 - 0.1 * number / len(names))
+        by_key = {(score.name, score.metric): score for score in scores(measured)}
+        questions = {"winogrande": ("a" * 64,), "arc_easy": ("b" * 64,)}
+        size = 1_000_000 + 100_000 * number
+        notes = tuple(public_notes(measured))
+        found.append(Output(name, "compressed-tensors", size, 3_000_000, "org/Model-1B", by_key, ("original", "text"), notes, questions))
+    return found
+
+
 def loads(fmt: str = "ct") -> Loads:
     return Loads(FORMATS[fmt].loaders, {}, {})
 
 
 def folder(fmt: str = "ct", found: Loads | None = None) -> Folder:
     source = {"kind": "hub", "name": "org/Model-1B", "fingerprint": {"files": {}, "shards": {}}}
-    return Folder(FORMATS[fmt], {"source": source}, "f" * 64, found or loads(fmt))
+    return Folder("model-int4", FORMATS[fmt], {"source": source}, "f" * 64, found or loads(fmt))
 
 
 def after_distilling() -> Folder:
@@ -202,4 +221,4 @@ def after_distilling() -> Folder:
         "fingerprint": {"files": {"a": "3"}},
         "made_from": {"source": pruned, "teacher": original},
     }
-    return Folder(FORMATS["ct"], {"source": distilled}, "f" * 64, loads())
+    return Folder("model-int4", FORMATS["ct"], {"source": distilled}, "f" * 64, loads())

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 
-from marlinctl.report import compression, html, training
+from marlinctl.report import comparison, compression, html, training
 from tests.report import documents
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PAGES = {
     "compression": lambda: compression.page(documents.report(), documents.folder()),
     "hostile": lambda: compression.page(documents.report(list(documents.HOSTILE)), documents.folder()),
+    "comparison": lambda: comparison.page(documents.outputs()),
+    "comparison, hostile": lambda: comparison.page(documents.outputs([*documents.HOSTILE, "a" * 200])),
     "training": lambda: training.page(documents.training(), documents.folder("dense")),
 }
 

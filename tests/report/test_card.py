@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ast
+import re
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ from marlinctl.checkpoint.formats.registry import FORMATS
 from marlinctl.checkpoint.runtimes import Loads
 from marlinctl.report.card import CardFacts, of_compression, of_training, render
 from marlinctl.report.page import Name
-from marlinctl.report.scores import Score
+from marlinctl.report.scores import Score, recovery
 from tests.report import documents
 
 
@@ -20,6 +22,7 @@ def front_matter(card: str) -> dict[str, Any]:
 
 
 FACTS = CardFacts(
+    "model-int4",
     FORMATS["ct"],
     {"model.layers.0.mlp.up_proj": 128, "model.layers.0.mlp.down_proj": 128, "model.layers.1.mlp.down_proj": -1},
     [f"skipped_{i}" for i in range(9)],
@@ -49,10 +52,10 @@ def test_the_card_says_what_was_done() -> None:
         "and 3 more",
         "vLLM, SGLang",
         "marlinctl quantize org/Model OUT --recipe int4",
-        "| winogrande | acc | 0.51 ± 0.01 | 0.52 ± 0.01 |",
+        "| winogrande | acc | 0.51 ± 0.01 | 0.52 ± 0.01 | 98.1 % |",
         "marlinctl verify FOLDER --source ORIGINAL",
         "ab" * 32,
-        "# Model-1B:",
+        "# model-int4\n",
     ):
         assert text in card, text
 
@@ -60,7 +63,7 @@ def test_the_card_says_what_was_done() -> None:
 @pytest.mark.parametrize("fmt", ["ct", "gptq", "marlin", "dense"])
 def test_a_card_without_optional_facts_is_whole(fmt: str) -> None:
     """Foreign input comes without base model, recipe and scores: no `None` may stand in the card."""
-    card = render(CardFacts(FORMATS[fmt], {"a": 64}, ["lm_head"], "marlinctl pack IN OUT", documents.loads(fmt)))
+    card = render(CardFacts("out", FORMATS[fmt], {"a": 64}, ["lm_head"], "marlinctl pack IN OUT", documents.loads(fmt)))
     assert "None" not in card and "## Scores" not in card and front_matter(card).keys() == {"library_name", "pipeline_tag", "tags"}
     assert ("finds no model file" in card) is (fmt == "marlin")
     assert ("rounded to 11" in card) is (fmt == "dense")
@@ -71,6 +74,7 @@ def test_hostile_names_stay_inside_their_place() -> None:
     hostile = 'x"\nlicense: mit\n---\n| a | b |'
     card = render(
         CardFacts(
+            hostile,
             FORMATS["ct"],
             {"a": 64},
             ["l|m"],
@@ -87,6 +91,59 @@ def test_hostile_names_stay_inside_their_place() -> None:
     assert "````text\nrun ``` now\n````" in card and "t\\|u | m\\\\nn" in card
 
 
+def blocks(card: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", card, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "installed", "imported"),
+    [
+        ("ct", "pip install vllm\n", "from transformers"),
+        ("gptq", "pip install vllm\n", "from transformers"),
+        ("dense", "pip install vllm\n", "from transformers"),
+        ("marlin", "pip install vllm==0.26.0 marlinctl\n", "import marlinctl"),
+        ("marlin_24", "pip install vllm==0.26.0 marlinctl\n", "import marlinctl"),
+    ],
+)
+def test_what_people_copy_comes_first(fmt: str, installed: str, imported: str) -> None:
+    """Whoever opens a card wants to run the model: a native folder without the plugin's release would not start, and nobody scrolls."""
+    card = render(CardFacts("out", FORMATS[fmt], {"a": 64}, [], "marlinctl pack IN OUT", documents.loads(fmt)))
+    assert blocks(card, "bash")[0] == f"{installed}vllm serve ./out\n"
+    (code,) = blocks(card, "python")
+    ast.parse(code)
+    assert code.startswith(imported) and 'from_pretrained("./out"' in code
+    assert card.index("vllm serve") < card.index("from_pretrained") < card.index("## What it is") < card.index("## How it was made")
+
+
+@pytest.mark.parametrize("fmt", ["ct", "marlin"])
+def test_no_command_is_given_for_a_program_that_refuses(fmt: str) -> None:
+    """A command that fails after the download is worse than none."""
+    card = render(CardFacts("out", FORMATS[fmt], {"a": 64}, [], "marlinctl pack IN OUT", Loads(("marlinctl",), {}, {})))
+    assert "vllm" not in card and "transformers import" not in card
+    (code,) = blocks(card, "python")
+    ast.parse(code)
+    assert 'from marlinctl.api import load\n\nmodel = load("./out")' in code
+
+
+def test_recovery_is_of_tasks_where_more_is_better() -> None:
+    """A perplexity of 150 % of the original's read as a recovery would make a damaged model look better than its original."""
+    card = of_compression(documents.report(), documents.folder(), {"a": 64})
+    assert "| winogrande | acc | 0.5300 ± 0.0100 | 0.5500 ± 0.0100 | 96.4 % |" in card and "near the score of guessing" in card
+    assert all(re.search(rf"^\| pythondoc \| {metric}.*\|  \|$", card, re.MULTILINE) for metric in ("perplexity", "KL"))
+    for metric, value, wanted in (("acc_norm", 0.5, 0.96), ("exact_match,strict-match", 0.5, 0.96), ("word_perplexity", 0.5, None),
+                                  ("wer", 0.5, None), ("acc", 0.0, None), ("acc", None, None)):  # fmt: skip
+        score = Score("task", "t", "test", metric, 4, documents.estimate(0.48), documents.estimate(value))
+        assert recovery(score) == wanted, metric
+
+
+def test_the_text_of_a_measurement_is_named_without_its_path() -> None:
+    """A home folder in a published card is nobody's business."""
+    document = documents.evaluation()
+    document["text"]["note"] = "/home/somebody/secret/wiki.txt"
+    card = of_compression(documents.report(evaluation={"document": document}), documents.folder(), {"a": 64})
+    assert "text: wiki.txt" in card and "/home" not in card
+
+
 def test_a_run_tells_everything_that_a_card_needs() -> None:
     """Whoever gets the model must be able to judge it: licence, data, seeds, versions, scores, digests, runtimes."""
     card = of_compression(documents.report(), documents.folder(), {"a": 64})
@@ -100,7 +157,7 @@ def test_a_run_tells_everything_that_a_card_needs() -> None:
         "torch 2.13.0+cpu, transformers 5.23.0",
         "f" * 64,  # the manifest
         "vLLM, SGLang",
-        "| winogrande | acc | 0.5300 ± 0.0100 | 0.5500 ± 0.0100 |",
+        "| winogrande | acc | 0.5300 ± 0.0100 | 0.5500 ± 0.0100 | 96.4 % |",
         "4 windows of 1,024 tokens",
         "marlinctl compress org/Model-1B out/model",
     ):
@@ -117,7 +174,7 @@ def test_the_hub_shows_the_scores_of_whole_tasks() -> None:
     found = of_compression(documents.report(evaluation={"document": document}), documents.folder(), {"a": 64})
     results = ModelCard(found).data.eval_results
     assert [(r.dataset_name, r.dataset_split, r.metric_type, r.metric_value) for r in results] == [("arc_easy", "test", "acc", 0.59)]
-    assert front_matter(found)["model-index"][0]["name"] == "Model-1B"
+    assert front_matter(found)["model-index"][0]["name"] == "model-int4"
 
 
 def test_a_distilled_model_has_a_card_of_the_same_form() -> None:
@@ -134,6 +191,8 @@ def test_a_distilled_model_has_a_card_of_the_same_form() -> None:
         "f" * 64,
     ):
         assert wanted in card, wanted
+    measured = of_training(documents.training(evaluation={"document": documents.evaluation()}), documents.folder("dense"))
+    assert "| winogrande | acc | 0.5300" in measured and front_matter(measured)["model-index"][0]["name"] == "model-int4"
 
 
 @pytest.mark.parametrize("kind", ["compress", "distill"])

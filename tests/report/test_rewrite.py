@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 
 from marlinctl.cli import main
 from marlinctl.convert.repack import repack
@@ -32,7 +33,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tiny" / "README.md").write_text("---\nlicense: mit\n---\n# Tiny\n")
     flags = [str(folder / "text.txt") if flag == "TEXT" else flag for flag in FLAGS]
     arguments = ["compress", str(folder / "tiny"), str(folder / "out"), "--also", "marlin", "--recipe", str(recipe), *flags]
-    assert main([*arguments, "--text", str(folder / "text.txt")]) == 0
+    assert main([*arguments, "--text", str(folder / "text.txt"), "--base-model", "org/Tiny"]) == 0
     return folder
 
 
@@ -53,6 +54,7 @@ def test_compress_writes_all_four_beside_each_folder(made: Path) -> None:
         assert wanted in page and "KL divergence" in page and "model.layers.1.mlp.down_proj" in page and "mit" in page
         assert json.loads((made / name / "marlinctl_report.json").read_text())["schema_version"] == 1
         card = (made / name / "README.md").read_text("utf-8")
+        assert ModelCard(card).data.base_model == "org/Tiny" and f"\n# {name}\n" in card
         assert "\nlicense: mit\n" in card and "| Its licence | mit |" in card
         assert run("verify", made / name, "--no-load", "-q") == 0
 
@@ -106,6 +108,48 @@ def test_a_packed_copy_keeps_the_report(out: Path, tmp_path: Path) -> None:
     assert "| Its licence | mit |" in (tmp_path / "gptq" / "README.md").read_text("utf-8")
     assert run("report", tmp_path / "gptq", "-q") == 0
     assert run("verify", tmp_path / "gptq", "--no-load", "-q") == 0
+
+
+def test_a_local_original_gets_its_name_on_the_hub(out: Path, tmp_path: Path) -> None:
+    """The hub would link the copy to nothing, and show no licence, for all who keep their models in folders."""
+    said = ["--base-model", "org/Tiny-1B", "--license", "llama3.1"]
+    assert run("report", out, *said, "-q") == 0
+    for folder in (out, tmp_path / "gptq", tmp_path / "gptq2"):
+        if folder != out:
+            assert run("pack", out, folder, "--format", "gptq", *(["--license", "mit"] if folder.name == "gptq2" else []), "-q") == 0
+        meta = ModelCard.load(folder / "README.md").data
+        assert (meta.base_model, meta.license) == ("org/Tiny-1B", "mit" if folder.name == "gptq2" else "llama3.1")
+        assert run("report", folder, "-q") == 0 and ModelCard.load(folder / "README.md").data.base_model == "org/Tiny-1B", "and it stays"
+        assert run("verify", folder, "--no-load", "-q") == 0
+    for name in OURS:
+        (out / name).unlink()
+    assert run("pack", out, tmp_path / "foreign", "--format", "gptq", *said, "-q") == 0
+    meta = ModelCard.load(tmp_path / "foreign" / "README.md").data
+    assert (meta.base_model, meta.license) == ("org/Tiny-1B", "llama3.1"), "a foreign folder has no report"
+
+
+@pytest.mark.parametrize("verb", ["compress", "quantize", "sparsify", "distill", "pack", "report"])
+@pytest.mark.parametrize(
+    ("flag", "value", "told"),
+    [("--base-model", "./my/local/model", "id of the hub"), ("--license", "apache2", "apache-2.0"), ("--license", "proprietary", "other")],
+)
+def test_what_the_hub_would_not_take_is_refused_first(
+    verb: str, flag: str, value: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hub refuses the card at the upload, hours later."""
+    arguments = {"report": ["x"], "distill": ["x", tmp_path / "out", "--teacher", "y"]}.get(verb, ["x", tmp_path / "out"])
+    assert run(verb, *arguments, flag, value) == 2
+    error = capsys.readouterr().err
+    assert "E202" in error and told in error and list(tmp_path.iterdir()) == []
+
+
+def test_the_python_of_a_card_runs(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a stranger copies first must work."""
+    monkeypatch.chdir(made)
+    for name in ("out", "out-marlin"):
+        code = (made / name / "README.md").read_text("utf-8").split("```python\n")[1].split("```")[0]
+        exec(compile(code, "card", "exec"), {})
+        assert capsys.readouterr().out.startswith("The capital of France is")
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ TRANSFORMERS, TRANSFORMERS_CT, TRANSFORMERS_GPTQ = (
 )
 VLLM, SGLANG, GPTQMODEL, MARLINCTL = "vLLM", "SGLang", "GPTQModel", "marlinctl"
 VLLM_MARLINCTL = "vLLM (with marlinctl)"  # whose plugin reads native folders (marlinctl/serve/vllm)
+VLLM_RELEASE = "0.26.0"  # the plugin was run with it on an H200; a release is added when it was run
 MODEL_FILES, NATIVE_FILES = STEMS = ("model", "marlin")  # of the shards; native folders must not look like a model to plain transformers
 
 Shapes = Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]]  # suffix -> (allowed dtypes, shape)

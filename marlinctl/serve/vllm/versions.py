@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from marlinctl.checkpoint.formats.base import VLLM_RELEASE
 from marlinctl.serve.native.release import PLUGIN, Release
 
-SUPPORTED = "==0.26.0"  # run on an H200; a release is added when it was run
+SUPPORTED = f"=={VLLM_RELEASE}"
 GROUP, NAME = "vllm.general_plugins", PLUGIN  # of the entry point
 RELEASE = Release("vLLM", "vllm", SUPPORTED, GROUP, "run with")
 
