@@ -139,7 +139,7 @@ def test_a_missing_package_is_named_before_a_model_is_read(
     arguments = ["distill", str(tmp_path / "s"), str(tmp_path / "out"), "--teacher", str(tmp_path / "t"), "--tokens", "1000000"]
     assert main([*arguments, "--device", "cpu", "--tracker", name]) == 4
     error = capsys.readouterr().err
-    assert f"pip install 'marlinctl[{name}]'" in error and "e402" in error and list(tmp_path.iterdir()) == []
+    assert f"pip install 'marlinctl[{name}]'" in error and "E402" in error and list(tmp_path.iterdir()) == []
 
 
 def test_a_tracker_that_does_not_start_ends_the_run_first(
