@@ -16,9 +16,9 @@
     the rest                               of the process, in no phase: the start of python, reports, publishing
 
 A term is counted wherever its work is done, so an estimate is linear in the rates but for work beside other work, and a few reports
-give all rates (benchmarks/plan_rates.py). Rates are of one NVIDIA H200 and its machine. They are set so that the one whole run measured so
-far comes out (Llama-3-8B's shape, int4, 64.1 s, docs/log/2026-11-29-compression-speed.md), from the times of single kernels there; what has
-become faster since, and all other shapes and recipes, have not been held against them.
+give all rates (benchmarks/plan_rates.py). Rates are of one NVIDIA H200 and its machine, set by hand so that the runs of
+docs/log/2026-11-30-compression-speed.md come out: three shapes, three recipes. Fitted rates come closer and mean less, because runs of so
+few shapes cannot tell products from Gram matrices.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ RATES: Mapping[str, float] = MappingProxyType(
         "gram": 1 / 5.8e14,  # operation of Gram and cross matrices
         "activations": 1 / 3.6e11,  # byte of inputs and outputs of linears and of the stream; each is passed over many times
         "chunk": 9e-4,  # chunk of tokens through a block: launches
-        "expert": 1e-3,  # expert of a block: some hundred launches that gather its tokens and sum its matrices; a guess, never measured
+        "expert": 6e-3,  # expert of a block: some hundred launches that gather its tokens and sum its matrices
         "read": 1 / 2e11,  # byte of weights, read ahead: what is waited for
         "factor columns": 5e-7,  # column of a factorisation
-        "factor": 1 / 2.6e13,  # operation of a factorisation, K³/3
+        "factor": 1 / 4e13,  # operation of a factorisation, K³/3
         "panels": 1 / 4e13,  # operation of products with panels of 128 columns, within sweeps
         "products": 1 / 1.7e14,  # operation of products with whole matrices, float32 as three of TF32
         "correction": 1 / 4.2e13,  # operation of the regression of drift correction, float64
@@ -70,11 +70,12 @@ RATES: Mapping[str, float] = MappingProxyType(
         "groups": 5e-5,  # group of columns in a re-fit of scales
         "solve": 3.5e-3,  # solve: launches, and questions that wait for the device
         "link": 1 / 100e9,  # byte between GPUs of one host: a guess, never measured
-        "page-locked": 1 / 2e9,  # byte of activations that host memory holds: taken once
-        "to the host": 1 / 5e10,  # byte of activations between host and GPU
+        "page-locked": 1 / 2.7e9,  # byte of activations that host memory holds: taken once
+        "released": 1 / 8e9,  # byte of the same, when the process ends
+        "to the host": 1 / 1.8e11,  # byte of activations between host and GPU; the link takes 55 GB/s, most of it beside products
         "write": 1 / 1e9,  # byte of a result, digest and all
         "copy": 1 / 9.2e8,  # byte that is copied as it is
-        "linear": 2.5e-3,  # linear that is read back
+        "linear": 2e-3,  # linear that is read back
         "unpack": 1 / 7.5e9,  # weight that is read back and unpacked
         "hash": 1 / 1.5e9,  # byte of the result
     }
@@ -159,6 +160,7 @@ def counts(
         needed = resident_bytes(architecture, work) + predicted_device_peak(architecture, compressed, work)
         elsewhere = max(0, needed - device_memory)
         found["forward and Gram"]["page-locked"] += elsewhere
+        found["the rest"]["released"] += elsewhere
         found["forward and Gram"]["to the host"] += 2 * elsewhere * len(architecture.blocks)
     return found
 
