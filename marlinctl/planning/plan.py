@@ -48,7 +48,7 @@ from marlinctl.planning.preflight import (
     wants_mask,
 )
 from marlinctl.planning.training_settings import check_settings, check_sizes
-from marlinctl.recipes.schema import AUTO, Recipe, divided, recipe_hash, resolve
+from marlinctl.recipes.schema import AUTO, Recipe, divided, recipe_hash
 from marlinctl.system.console import Console
 from marlinctl.system.devices import free_device_memory, has_matrix_units, planned_device, planned_dtype
 from marlinctl.system.host import available_memory
@@ -97,7 +97,7 @@ def make_plan(model: str, recipe: Recipe, settings: Settings, console: Console) 
     """The plan as one JSON-ready document. Refuses what a run would refuse, with the same error ids."""
     settings = replace(settings, device=planned_device(settings.device))
     if recipe.calibration.source == AUTO:  # the hub is not asked for a plan: what needs most is planned
-        recipe = resolve(recipe, {"calibration.source": SELF})[0]
+        recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"source": SELF})})
     check_arguments(recipe, settings.module_map, distils=True)
     _check_ranks(recipe, settings)
     _check_evaluation(recipe, settings, None, console)

@@ -39,12 +39,11 @@ def rewrite(
         report["evaluation"] = {"document": evaluation}
     if bench is not None:
         report["bench"] = bench
-    with reading(folder):
-        report = restated(report, said)
     with open_folder(folder) as examined:
         info = examined.info
         shapes = {layer: layer_shape(examined.checkpoint, info, layer) for layer in info.layers}
     with reading(folder):
+        report = restated(report, said)
         recorded = {record["name"]: tuple(record["shape"]) for record in report.get("layers", ()) if record["group_size"] is not None}
     if recorded and recorded != shapes:
         raise BadInput(
