@@ -95,14 +95,15 @@ def probe_on(device: str, threads_asked: int | None, console: Console) -> Callab
     return probe
 
 
-def probe_before(opened: RunInputs, recipe: Recipe, steps: PruneSteps, console: Console, device_memory: int | None) -> None:
+def probe_before(opened: RunInputs, recipe: Recipe, steps: PruneSteps, console: Console, *, device_memory: int | None, ranks: int) -> None:
     """The largest solve once, so that a machine whose memory does not hold it says so in seconds and not after hours. device_memory: bytes
-    that the run may take of a GPU."""
+    that the run may take of a GPU. ranks: processes that share the run; each probes alone."""
     sizes = opened.plan.group_sizes
     measured = run_probe(
         opened.architecture, sizes, recipe, corrects_drift=opened.corrects_drift, device=opened.device, dtype=opened.dtype, steps=steps
     )
-    work = Work.of(recipe, element=opened.dtype.itemsize, corrects_drift=opened.corrects_drift, on_device=opened.device.type == "cuda")
+    on_device = opened.device.type == "cuda"
+    work = Work.of(recipe, element=opened.dtype.itemsize, corrects_drift=opened.corrects_drift, on_device=on_device, ranks=ranks)
     counted_at = machine(opened.device.type, torch.get_num_threads(), opened.dtype.itemsize, matrix_units=has_matrix_units())
     speed = machine_of_probe(counted_at, measured, recipe, corrects_drift=opened.corrects_drift)
     size = sum(tensor.nbytes for tensor in opened.checkpoint.tensors.values())

@@ -154,7 +154,7 @@ def _run(
     with threads(options.threads), torch.no_grad():
         with phases("probe"):
             steps = steps_on(opened.device, console)
-            probe_before(opened, recipe, steps, console, device_memory)
+            probe_before(opened, recipe, steps, console, device_memory=device_memory, ranks=processes.count)
         calibration = ranks.share_calibration(processes, lambda: _calibration(job, opened, recipe, texts, steps, console, processes))
         with ExitStack() as stack:
             staged = StagedCheckpoint(out, overwrite=options.overwrite, fmt=fmt, path=job.staged)

@@ -15,12 +15,13 @@ from marlinctl.cli import main
 from marlinctl.errors import ResourceProblem
 from marlinctl.models.architectures import architecture
 from marlinctl.oneshot import probe
-from marlinctl.oneshot.open import Options
+from marlinctl.oneshot.open import Options, open_model
 from marlinctl.oneshot.probe import run_probe
 from marlinctl.oneshot.solve import StackedSolver
 from marlinctl.planning.layer_rules import plan as rules
 from marlinctl.planning.memory import Work, stages
 from marlinctl.planning.time import largest_stage, machine, machine_of_probe, seconds_of_blocks
+from marlinctl.sparsify.steps import TORCH
 from marlinctl.system.console import Console
 from tests.runs import plan, quantize, recipe
 
@@ -126,3 +127,18 @@ def test_the_flag_reaches_the_plan(tiny: Path, text: Path, capsys: pytest.Captur
     arguments = ["plan", str(tiny), "--calibration", str(text), "--group-size", "32", "--dtype", "float32", "--json", "--probe"]
     assert main(arguments) == 0
     assert len(json.loads(capsys.readouterr().out)["probe"]) == 1
+
+
+def test_the_first_estimate_of_a_run_knows_its_processes(tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs would be told the time of one."""
+    seen: list[Work] = []
+
+    def seconds(_known: object, _sizes: object, work: Work, *_: object) -> dict[str, float]:
+        seen.append(work)
+        return {"solve": 60.0}
+
+    monkeypatch.setattr(probe, "seconds_of_blocks", seconds)
+    opened = open_model(str(tiny), tmp_path / "out", recipe(text), Options(), Console.quiet())
+    for ranks in (1, 2):
+        probe.probe_before(opened, recipe(text), TORCH, Console.quiet(), device_memory=None, ranks=ranks)
+    assert [work.ranks for work in seen] == [1, 2]
