@@ -69,7 +69,7 @@ COMMANDS: list[tuple[int, list[str]]] = [
     (1, ["distill", "ct", "out", "--teacher", "dense", "--mode", "scales", *TRAINED]),
     (2, ["eval", "ct", "--against", "dense", *MEASURED]), (1, ["eval", "gptq", *MEASURED, "--out", "scores.json", "--resume"]),
     (1, ["eval", "dense", "--tasks", "winogrande", "--task-data", "data", "--limit", "2"]),
-    (1, ["doctor", "--quick"]), (1, ["completion", "bash"]),
+    (1, ["doctor", "--quick"]), (1, ["completion", "bash"]), (1, ["explain", "E255"]),
 ]  # fmt: skip
 FLAGS = [
     "--max-kl", "--max-ppl-ratio", "--damping", "--drift-correction", "--samples", "--sequence-length", "--seed", "--tokens", "--window",

@@ -121,6 +121,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub_from_refusal_to_result(place: Path) -> None:
     """Cut in the middle of a file, whole, then without network: a refusal would be a traceback, or half a model would be used."""
     hub = Hub(place / "model")

@@ -8,7 +8,7 @@ from typing import Any
 from marlinctl.data.mixture import SELF, parts_of
 from marlinctl.errors import BadInput, UsageError
 from marlinctl.models.config import positions
-from marlinctl.recipes.schema import Calibration
+from marlinctl.recipes.schema import AUTO, Calibration
 
 SELF_BATCH = 32  # samples that the model writes at a time, when it writes its calibration text
 CHARACTERS_PER_TOKEN = 6  # generous first guess of how much calibration text is enough; what is missing is read after it
@@ -17,7 +17,7 @@ PIECE = 4_000_000  # characters that are tokenized at a time
 
 def check_documents(source: str) -> None:
     """Text to calibrate with or to train on, each part of it: the file is there, and it begins with a row that can be used."""
-    if source == SELF:
+    if source in (SELF, AUTO):
         return
     from marlinctl.data.text import check_text, names_a_file  # what unpacks files is not imported for nothing
 

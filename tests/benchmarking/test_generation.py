@@ -49,6 +49,7 @@ def test_the_writer_writes_what_transformers_would(packed: Path) -> None:
         assert torch.equal(torch.cat(written, dim=1), expected)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_a_compiled_step_writes_the_same(packed: Path) -> None:
     """If the operators broke a graph, or the compiled step forgot the cache, --compile would stop or be fast at writing nonsense."""

@@ -313,9 +313,9 @@ def test_a_hostile_header_costs_little(tmp_path: Path, filling: bytes) -> None:
                 handle.write(block[: 8 + length - handle.tell()])
     os.truncate(path, 8 + length)
     tracemalloc.start()
-    started = time.perf_counter()
+    started = time.process_time()
     tensors, problems = read_header(tmp_path, path.name)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert not tensors and problems
@@ -327,10 +327,10 @@ def test_a_hundred_thousand_tensors_are_quick(tmp_path: Path) -> None:
     """The entry by entry scan would be too slow for the largest real checkpoints."""
     header = {f"model.layers.{i}.weight": {"dtype": "F16", "shape": [1], "data_offsets": [2 * i, 2 * i + 2]} for i in range(100_000)}
     write_shard(tmp_path / "model.safetensors", header, bytes(200_000))
-    started = time.perf_counter()
+    started = time.process_time()
     tensors, problems = read_header(tmp_path, "model.safetensors")
     assert len(tensors) == 100_000 and not problems
-    assert time.perf_counter() - started < 10  # alone it takes about 1.5 s
+    assert time.process_time() - started < 10  # alone it takes about 1.5 s
 
 
 json_values = st.recursive(
@@ -438,12 +438,12 @@ def test_a_large_bad_index_costs_little(tmp_path: Path, entry: str, count: int) 
     """An index of 57 MB with five million bad entries took 129 s and 1.9 GB; every entry became a line of the report."""
     folder = make_tiny(tmp_path / "model", shards=2)
     (folder / INDEX).write_text('{"weight_map":{' + ",".join(entry.replace("{}", str(i)) for i in range(count)) + "}}")
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(BadInput) as caught:
         open_checkpoint(folder)
     assert len(caught.value.problems) <= reader.MAX_PROBLEMS + 1
     assert ("holds more than 2,000,000 values" in caught.value.problems[0].what) == (count > 2_000_000), "refused before it is parsed"
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
 
 
 def test_one_file_under_many_names_is_not_read_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

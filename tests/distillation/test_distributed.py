@@ -119,7 +119,7 @@ def alone(place: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(("how", "mode", "student"), [
-    ("replicated", "full", "student"), ("sharded", "full", "student"), ("sharded", "scales", "packed"),
+    ("replicated", "full", "student"), pytest.param("sharded", "full", "student", marks=pytest.mark.slow), ("sharded", "scales", "packed"),
 ])  # fmt: skip
 def test_two_processes_train_the_same_model(place: Path, tmp_path: Path, alone: dict[str, Path], how: str, mode: str, student: str) -> None:
     """If rows, gradients, counts or masks were shared out wrongly, two GPUs would train another model than one."""

@@ -89,6 +89,7 @@ def test_winogrande_answers_are_those_of_the_model(model: Path, layouts: dict[st
     assert document["model"]["tasks"]["winogrande"]["samples"]["acc"] == expected
 
 
+@pytest.mark.slow
 def test_all_of_mmlu_as_a_group(model: Path, other: Path, tmp_path: Path) -> None:
     """MMLU would be shown as 57 lines, its average would not weigh subjects by their size, or its difference would be another average."""
     from lm_eval.tasks.mmlu._generate_configs import SUBJECTS

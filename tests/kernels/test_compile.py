@@ -28,16 +28,13 @@ Case = tuple[Configuration, torch.dtype, str, int]  # the last is group_shift()
 CASES: list[Case] = [
     (c, dtype, a, 3) for c in (*DENSE, *SPARSE) for dtype in (torch.float16, torch.bfloat16) for a in ARCHITECTURES if c.fits(a)
 ]
-IDS = [f"{c.name}-{str(dtype).removeprefix('torch.')}-{architecture}" for c, dtype, architecture, _ in CASES]
 # With wgmma the group size is compiled in: 128, and for the type that takes more registers one of the others, by turns.
 HOPPER: list[Case] = [
     (c, dtype, "sm_90a", shift)
     for i, c in enumerate((*DENSE_SM90, *SPARSE_SM90))
     for dtype, shift in ((torch.float16, 3), (torch.bfloat16, 3), (torch.bfloat16, (1, 2, -1)[i % 3]))
 ]
-HOPPER_IDS = [f"{c.name}-{str(dtype).removeprefix('torch.')}-groups{16 << shift if shift > 0 else 'K'}" for c, dtype, _, shift in HOPPER]
-# On Blackwell, where nothing of ours has run: two kernels for each architecture in the quick suite, the others when `slow` is asked for
-# (148 cubins, 38 s with two cores). NVRTC 13.0 spills some registers of the largest 2:4 tiles there. They stay: 32 rows at a time would
+# On Blackwell nothing of ours has run. NVRTC 13.0 spills some registers of the largest 2:4 tiles there. They stay: 32 rows at a time would
 # decode every weight twice, and what these bytes cost has not been measured.
 SPILLS = {
     **{("sparse-m64n256k128x3", dtype, a): 32 for dtype in (torch.float16, torch.bfloat16) for a in ("sm_120", "sm_121")},
@@ -45,18 +42,39 @@ SPILLS = {
     **{("sparse-m64n256k256x3", torch.float16, a): 24 for a in ("sm_100", "sm_103", "sm_110")},
     **{("sparse-m64n256k256x3", torch.bfloat16, a): 56 for a in ("sm_100", "sm_103", "sm_110")},
 }
-QUICK: list[Case] = [(c, dtype, a, 3) for a in jit.BLACKWELL for c, dtype in ((DENSE[0], torch.float16), (SPARSE[4], torch.bfloat16))]
-SLOW: list[Case] = [
-    (c, dtype, a, 3)
-    for a in jit.BLACKWELL
-    for c in (*DENSE, *SPARSE)
-    for dtype in (torch.float16, torch.bfloat16)
-    if c.fits(a) and (c, dtype, a, 3) not in QUICK
+BLACKWELL: list[Case] = [
+    (c, dtype, a, 3) for a in jit.BLACKWELL for c in (*DENSE, *SPARSE) for dtype in (torch.float16, torch.bfloat16) if c.fits(a)
 ]
-EVERY = (CASES, HOPPER, QUICK, SLOW)
-BLACKWELL = [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
-BLACKWELL_IDS = [f"{c.name}-{str(dtype).removeprefix('torch.')}-{architecture}" for c, dtype, architecture, _ in (*QUICK, *SLOW)]
 
+
+def is_quick(case: Case) -> bool:
+    """All 400 take minutes. The quick suite compiles every kernel once, in the two types by turns, and two for each other architecture."""
+    configuration, dtype, architecture, shift = case
+    if configuration in (*DENSE_SM90, *SPARSE_SM90):
+        number = (*DENSE_SM90, *SPARSE_SM90).index(configuration)
+        return shift == 3 and dtype == (torch.float16, torch.bfloat16)[number % 2]
+    number = (*DENSE, *SPARSE).index(configuration)
+    if architecture == "sm_80":
+        return dtype == (torch.float16, torch.bfloat16)[number % 2]
+    return (configuration, dtype) in ((DENSE[0], torch.float16), (SPARSE[4], torch.bfloat16))
+
+
+def parametrized(cases: list[Case]) -> pytest.MarkDecorator:
+    """Those that are not quick are `slow`."""
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(
+                (c, dtype, a, shift),
+                id=f"{c.name}-{str(dtype).removeprefix('torch.')}-{a}-groups{16 << shift if shift > 0 else 'K'}",
+                marks=[] if is_quick((c, dtype, a, shift)) else pytest.mark.slow,
+            )
+            for c, dtype, a, shift in cases
+        ],
+    )
+
+
+EVERY = [[case for case in cases if is_quick(case) == quick] for cases in (CASES, HOPPER, BLACKWELL) for quick in (True, False)]
 BATCH = 12  # kernels that are disassembled at once
 
 
@@ -86,13 +104,13 @@ def _batch(cases: tuple[Case, ...]) -> dict[Case, MachineCode | BaseException]:
     return {case: error for case in cases if (error := cubins[case].exception())} | dict(zip(good, codes, strict=True))
 
 
-@pytest.mark.parametrize("case", CASES, ids=IDS)
+@parametrized(CASES)
 def test_machine_code(case: Case) -> None:
     """If this failed, the kernel would be slow (spills, plain loads, conversions) or not start at all (registers)."""
     check_machine_code(case)
 
 
-@pytest.mark.parametrize("case", BLACKWELL, ids=BLACKWELL_IDS)
+@parametrized(BLACKWELL)
 def test_machine_code_for_blackwell(case: Case) -> None:
     """If this failed, the first user of an RTX 50 or a B200 would find a kernel that does not compile or start."""
     check_machine_code(case)
@@ -133,7 +151,7 @@ def check_machine_code(case: Case) -> None:
     assert code.count(r"I2F.*|I2HP.*") <= 32, "numbers come out of lop3; what is left are the integer divisions of addresses"
 
 
-@pytest.mark.parametrize("case", HOPPER, ids=HOPPER_IDS)
+@parametrized(HOPPER)
 def test_machine_code_for_hopper(case: Case) -> None:
     """If this failed, the kernel would be slow (spills, serialized products, copies by threads) or hang (registers that are not there)."""
     configuration, dtype, _, shift = case
@@ -171,13 +189,13 @@ def test_machine_code_for_hopper(case: Case) -> None:
     assert code.count(r"I2F.*|I2HP.*") <= 32, "numbers come out of lop3; what is left are the integer divisions of addresses"
 
 
-@pytest.mark.parametrize("case", CASES, ids=IDS)
+@parametrized(CASES)
 def test_the_sum_has_no_atomics(case: Case) -> None:
     """If this failed, the order of additions, and with it the last bits, could change from run to run."""
     assert_one_atomic(machine_code_of(case))
 
 
-@pytest.mark.parametrize("case", HOPPER, ids=HOPPER_IDS)
+@parametrized(HOPPER)
 def test_the_sum_on_hopper_has_no_atomics(case: Case) -> None:
     """As above."""
     assert_one_atomic(machine_code_of(case))

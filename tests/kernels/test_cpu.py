@@ -80,7 +80,7 @@ def check_tiles() -> None:
         assert torch.equal(cpu.words_again(weight, p.meta if isinstance(p, PackedSparseLinear) else None), p.qweight), (sparse, n, k)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", [pytest.param(c, marks=() if c == CAPABILITIES[-1] else pytest.mark.slow) for c in CAPABILITIES])
 def test_products_under_every_kind_of_processor(capability: str) -> None:
     """If this failed, some CPU would compute with codes in the wrong places, or further off than bfloat16 is."""
     here = torch.backends.cpu.get_cpu_capability().lower()

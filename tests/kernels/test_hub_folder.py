@@ -83,6 +83,7 @@ def loaded(folder: Path, how: str, cwd: Path) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_the_folder_stands_alone(folder: Path, tmp_path: Path) -> None:
     """Loaded as `kernels` 0.17.2 does it. An import of marlinctl, or a module that was forgotten, would work here and nowhere else."""
     name, operator, sources, *_ = loaded(folder, BY_PATH, tmp_path)

@@ -243,7 +243,7 @@ def test_a_job_without_drift_of_experts_is_not_continued_with_it(tmp_path: Path)
         assert begun["fingerprint"].get("experts") == expected
 
 
-@pytest.mark.parametrize("name", ["int4", "int4-best", "sparse-int4"])
+@pytest.mark.parametrize("name", ["int4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int4-best", "sparse-int4"))])
 def test_a_run_with_kernels_in_batches_is_as_good(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the way of a GPU through the experts lost something on the way, its layers would be worse than a CPU's."""
     text = write_text(tmp_path / "text.txt")

@@ -53,9 +53,9 @@ def tensor_bytes(folder: Path) -> int:
     ("tied", "vocabulary", "name", "formats"),
     [
         (False, 288, "int4", ["ct", "gptq", "marlin"]),
-        (False, 321, "sparse-int4", ["ct", "marlin", "marlin_24"]),
-        (True, 321, "int4", ["ct", "marlin"]),
-        (True, 288, "sparse-int4", ["ct", "marlin_24"]),
+        pytest.param(False, 321, "sparse-int4", ["ct", "marlin", "marlin_24"], marks=pytest.mark.slow),
+        pytest.param(True, 321, "int4", ["ct", "marlin"], marks=pytest.mark.slow),
+        (True, 321, "sparse-int4", ["ct", "marlin_24"]),
     ],
 )
 def test_the_head_all_the_way(tmp_path: Path, text: Path, tied: bool, vocabulary: int, name: str, formats: list[str]) -> None:

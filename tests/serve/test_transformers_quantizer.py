@@ -260,7 +260,11 @@ def test_it_is_not_saved_as_something_else(source: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "first", ["import marlinctl, transformers", "import transformers.modeling_utils, marlinctl"], ids=["marlinctl", "transformers"]
+    "first",
+    [
+        pytest.param("import marlinctl, transformers", id="marlinctl", marks=pytest.mark.slow),
+        pytest.param("import transformers.modeling_utils, marlinctl", id="transformers"),
+    ],
 )
 def test_importing_marlinctl_is_enough(source: Path, tmp_path: Path, first: str) -> None:
     """If this failed, whether a folder loads would depend on the order of imports."""
