@@ -219,6 +219,13 @@ def _as_marlinctl_error(error: BaseException) -> MarlinctlError | None:
     if type(error).__name__ == "PanicException":  # of a library in Rust; it derives from BaseException and from nothing else
         what, fix = f"a file of the model or a text makes a library give up: {error}", "take the tokenizer's files from the original model"
         return BadInput("E325", what, where=_notes(error) or "the tokenizer, most often", fix=fix)
+    if isinstance(error, ImportError) and (error.name or "marlinctl").partition(".")[0] != "marlinctl":
+        return EnvironmentProblem(
+            "E402",
+            f"a package that marlinctl needs is missing or too old: {error}",
+            where=f"{_place(error)}; Python is {sys.executable}",
+            fix="marlinctl doctor --quick names every such package and the pip command for it",
+        )
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         where = str(error.filename) if error.filename else "the output of this run"
         return ResourceProblem("E500", f"writing failed: {error.strerror}", where=where, fix="free some space, or write to another disk")
@@ -259,8 +266,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _internal_error(error: BaseException, console: Console) -> MarlinctlError:
-    frame = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
-    place = f"{Path(frame.filename).name}:{frame.lineno}, in {frame.name}" if frame else "unknown"
+    place = _place(error)
     notes = _notes(error)
     log = _crash_log(console)
     return MarlinctlError(
@@ -269,6 +275,11 @@ def _internal_error(error: BaseException, console: Console) -> MarlinctlError:
         where=f"{place}{'; ' + notes if notes else ''}; {log}",
         fix="this is a defect of marlinctl: run again with --debug and report it with the log",
     )
+
+
+def _place(error: BaseException) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
+    return f"{Path(frame.filename).name}:{frame.lineno}, in {frame.name}" if frame else "unknown"
 
 
 def _notes(error: BaseException) -> str:

@@ -144,6 +144,9 @@ CASES: list[tuple[BaseException, int, str]] = [
     (OSError(errno.EDQUOT, "Disk quota exceeded"), 5, "E500"),
     (PermissionError(errno.EACCES, "Permission denied", "/srv/x"), 4, "E490"),
     (OSError(errno.EROFS, "Read-only file system"), 4, "E490"),
+    (ModuleNotFoundError("No module named 'pydantic'", name="pydantic"), 4, "E402"),
+    (ImportError("cannot import name 'x' from 'transformers.models'", name="transformers.models"), 4, "E402"),
+    (ModuleNotFoundError("No module named 'marlinctl.gone'", name="marlinctl.gone"), 70, "E900"),
     (ValueError("boom"), 70, "E900"),
     (FileNotFoundError(errno.ENOENT, "No such file", "x"), 70, "E900"),
 ]
