@@ -322,7 +322,8 @@ def _usage_error(error: click.ClickException, args: list[str]) -> MarlinctlError
 def _nearest(name: str, known: Sequence[str] | dict[str, str], help_line: str) -> str:
     from difflib import get_close_matches
 
-    near = get_close_matches(name, list(known), n=3, cutoff=0.5)
+    bare = {option.lstrip("-"): option for option in known}  # dashes alone would make short options alike
+    near = [bare[word] for word in get_close_matches(name.lstrip("-"), list(bare), n=3, cutoff=0.5)]
     return f"did you mean {' or '.join(near)}? {help_line} lists all" if near else f"see {help_line}"
 
 

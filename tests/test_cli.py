@@ -99,6 +99,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["zzzzz"], "E202", "marlinctl --help"),
         (["--jsno"], "E202", "--json"),
         (["probe", "--group-sise", "64"], "E202", "--group-size"),
+        (["probe", "--groupsize", "64"], "E202", "did you mean --group-size? "),
         (["recipes", "lss"], "E202", "ls"),
         (["probe", "--group-size", "many"], "E202", "marlinctl probe --help"),
         (["probe", "--group-size"], "E202", "marlinctl probe --help"),

@@ -33,6 +33,7 @@ from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.formats.base import TRANSFORMERS, TRANSFORMERS_CT, TRANSFORMERS_GPTQ, FormatInfo, LinearParts
 from marlinctl.checkpoint.formats.targets import Entries
 from marlinctl.checkpoint.mask import open_masks
+from marlinctl.checkpoint.reader import require_folder
 from marlinctl.checkpoint.tied_head import with_own_head
 from marlinctl.errors import BadInput, CheckFailed, MarlinctlError, NumericalProblem, Problem
 from marlinctl.models.architectures import architecture
@@ -84,6 +85,7 @@ def verify(
     """All checks in turn; the first kind that fails raises, naming everything it found. `load` None: if it fits into memory."""
     from marlinctl.checkpoint.folder import open_folder
 
+    require_folder(folder)
     document = manifest.check(folder)
     console.detail(f"digests: {len(document['files'])} files as the manifest says")
     with ExitStack() as stack:

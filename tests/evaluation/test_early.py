@@ -368,3 +368,10 @@ def test_a_verb_that_measures_nothing_takes_no_such_flags(here: Path, tmp_path: 
         told = capsys.readouterr().err
         assert "explain E288" in told and flags[0] in told
     assert main(["resume", str(out)]) == 0
+
+
+def test_a_baseline_that_is_not_there_is_the_one_that_is_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`where` would send the person to the argument MODEL, which is right."""
+    assert main(["eval", "model", "--against", "./modle"]) == 2
+    told = capsys.readouterr().err
+    assert "  where: the model ./modle\n" in told and "MODEL" not in told

@@ -200,6 +200,15 @@ def test_a_folder_without_a_report(made: Path, tmp_path: Path, capsys: pytest.Ca
     assert "explain E374" in told and "missing.json" in told
 
 
+@pytest.mark.parametrize("verb", ["report", "verify", "inspect"])
+def test_a_folder_that_is_not_there(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A misspelled path would look like a damaged folder, or like a check that said no (exit code 1)."""
+    (tmp_path / "file.json").touch()
+    for name in ("absent", "file.json"):
+        assert run(verb, tmp_path / name) == 3
+        assert "there is no such folder" in capsys.readouterr().err
+
+
 def test_what_a_killed_rewrite_leaves_is_no_damage(out: Path) -> None:
     """`kill -9` in the middle of a rewrite would make a sound model fail its check."""
     left = out / temporary_name()

@@ -265,6 +265,27 @@ def test_messages_are_broken_between_words_at_the_width_of_a_terminal(
     assert streams[1].getvalue() == f"  fix: {fix}\n"
 
 
+def test_a_table_of_sentences_continues_in_the_column_of_the_sentences(
+    streams: tuple[io.StringIO, io.StringIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a plan in a terminal of 80 columns, the second halves of the lines would stand below the names; a pipe gets whole lines."""
+    monkeypatch.setenv("COLUMNS", "80")
+    terminal, piped = Terminal(), streams[0]
+    text = (
+        "output        ct, 113.1 MB: linears 56.4 MB (4.25 bits a weight), the rest 56.7 MB, and the mask of the pattern\nfits          yes"
+    )
+    for stream in (terminal, piped):
+        console = Console(stdout=stream, stderr=streams[1])
+        console.result(text, {}, hanging=14)
+        console.close()
+    assert terminal.getvalue().splitlines() == [
+        "output        ct, 113.1 MB: linears 56.4 MB (4.25 bits a weight), the rest 56.7",
+        "              MB, and the mask of the pattern",
+        "fits          yes",
+    ]
+    assert piped.getvalue() == text + "\n"
+
+
 @pytest.mark.parametrize("verbose", [False, True])
 def test_on_a_terminal_the_bar_has_the_status_in_place_of_lines(
     verbose: bool, streams: tuple[io.StringIO, io.StringIO], monkeypatch: pytest.MonkeyPatch
