@@ -382,8 +382,9 @@ def _draw_bar(stream: TextIO, colour: bool, total: int) -> Bar:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+        TextColumn("{task.fields[status]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
         console=RichConsole(file=stream, no_color=not colour, force_terminal=True, highlight=False, markup=False),
+        expand=True,  # the status has what the others leave; without it, a long one would cut the count and the time left
         transient=True,
     )
 

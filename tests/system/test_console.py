@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -300,6 +301,20 @@ def test_on_a_terminal_the_bar_has_the_status_in_place_of_lines(
     console.close()
     assert ("down_proj error 0.01234" in terminal.getvalue()) == verbose and "down_proj error 0.01234" in lines
     assert "worst error 0.0123" in terminal.getvalue()
+
+
+def test_a_long_status_leaves_the_time_left(streams: tuple[io.StringIO, io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long it will take is what a person looks for; it read `210… 0:10… left 0:0…` in a terminal of 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    terminal = Terminal()
+    console = Console(stdout=streams[0], stderr=terminal, colour=False)
+    with console.progress("quantize", 210) as progress:
+        progress.advance(209, status="worst error 0.0074, model.layers.17.self_attn.v_proj")
+    console.close()
+    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).replace("\r", "\n").splitlines()
+    (line,) = {line for line in drawn if "worst error 0.0074" in line}
+    assert re.match(r"quantize ━+\S* +209/210 \d:\d\d:\d\d left (\d|-):(\d\d|--):(\d\d|--) worst error 0.0074, \S", line), line
+    assert len(line) <= 80
 
 
 def test_what_libraries_warn_of_goes_to_the_log_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
