@@ -34,6 +34,7 @@ import click
 
 from marlinctl import __version__
 from marlinctl.commands.common import COMPLETION_VARIABLE, add_common_options
+from marlinctl.commands.help import continue_examples
 from marlinctl.errors import BadInput, EnvironmentProblem, MarlinctlError, Problem, ResourceProblem, UsageError
 from marlinctl.system.console import Console
 from marlinctl.system.log import libraries_in_log, printable, visible_streams
@@ -87,6 +88,11 @@ class _Verbs(click.Group):
                 "E202", f"there is no verb '{args[0]}'", where=f"marlinctl {args[0]}", fix=_nearest(args[0], VERBS, "marlinctl --help")
             )
         return super().resolve_command(ctx, args)
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        before = len(formatter.buffer)
+        super().format_help_text(ctx, formatter)
+        continue_examples(formatter, before)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Verbs"):
