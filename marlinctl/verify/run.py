@@ -301,8 +301,8 @@ def _load_check(checkpoint: Checkpoint, info: FormatInfo, load: bool | None) -> 
     """(relative logit error, None), or (None, why it was not done)."""
     loader = next((program for program in info.format.loaders if program in (TRANSFORMERS, TRANSFORMERS_CT)), None)
     if loader is None:
-        without = " without optimum and gptqmodel" * (TRANSFORMERS_GPTQ in info.format.loaders)
-        return None, f"not loaded with transformers: it reads no {info.name}{without}"
+        without = " (it needs optimum and gptqmodel)" * (TRANSFORMERS_GPTQ in info.format.loaders)
+        return None, f"not loaded with transformers, which does not read {info.name} by itself{without}"
     if load is False:
         return None, "not loaded with transformers: --no-load"
     refused = runtimes.loads(runtimes.packed_of(checkpoint, info)).refused.get(loader)
