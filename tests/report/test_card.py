@@ -187,12 +187,12 @@ def test_a_card_without_tasks_has_no_empty_column() -> None:
     assert "| Measured on | Metric | This model | Original |\n" in card and "Recovery" not in card
 
 
-def test_rows_of_the_original_say_so_where_it_has_no_name() -> None:
-    """`Its licence` under the name of a local folder reads as the licence of the folder."""
+def test_rows_of_the_original_say_so() -> None:
+    """A local original has no row of its own, and `Its licence` would read as the licence of this folder."""
     source = {"kind": "folder", "name": "x", "revision": None, "fingerprint": {"files": {}}}
     card = of_compression(documents.report(source=source), documents.folder(), {"a": 64})
     rows = card.partition("## What it is")[2].partition("## How")[0]
-    assert "| Original |" not in rows and "| Its " not in rows
+    assert "| Its " not in rows
     assert "| Licence of the original |" in rows and "| SHA-256 of the fingerprint of the original |" in rows
 
 
