@@ -375,3 +375,13 @@ def test_a_baseline_that_is_not_there_is_the_one_that_is_named(here: Path, capsy
     assert main(["eval", "model", "--against", "./modle"]) == 2
     told = capsys.readouterr().err
     assert "  where: the model ./modle\n" in told and "MODEL" not in told
+
+
+def test_a_window_of_more_than_is_measured_is_said_of_the_window(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--tokens is out of range` was said to a person who had given --window alone."""
+    assert main(["eval", "model", "--window", "30000"]) == 2
+    told = capsys.readouterr().err
+    assert (
+        "one window of 30000 tokens is more than is measured, 20480 tokens" in told
+        and "  fix: a smaller --window, or more --tokens\n" in told
+    )
