@@ -34,6 +34,7 @@ import click
 
 from marlinctl import __version__
 from marlinctl.commands.common import COMPLETION_VARIABLE, add_common_options
+from marlinctl.commands.help import continue_examples
 from marlinctl.errors import BadInput, EnvironmentProblem, MarlinctlError, Problem, ResourceProblem, UsageError
 from marlinctl.system.console import Console
 from marlinctl.system.log import libraries_in_log, printable, visible_streams
@@ -87,6 +88,11 @@ class _Verbs(click.Group):
                 "E202", f"there is no verb '{args[0]}'", where=f"marlinctl {args[0]}", fix=_nearest(args[0], VERBS, "marlinctl --help")
             )
         return super().resolve_command(ctx, args)
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        before = len(formatter.buffer)
+        super().format_help_text(ctx, formatter)
+        continue_examples(formatter, before)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Verbs"):
@@ -219,6 +225,13 @@ def _as_marlinctl_error(error: BaseException) -> MarlinctlError | None:
     if type(error).__name__ == "PanicException":  # of a library in Rust; it derives from BaseException and from nothing else
         what, fix = f"a file of the model or a text makes a library give up: {error}", "take the tokenizer's files from the original model"
         return BadInput("E325", what, where=_notes(error) or "the tokenizer, most often", fix=fix)
+    if isinstance(error, ImportError) and (error.name or "marlinctl").partition(".")[0] != "marlinctl":
+        return EnvironmentProblem(
+            "E402",
+            f"a package that marlinctl needs is missing or too old: {error}",
+            where=f"{_place(error)}; Python is {sys.executable}",
+            fix="marlinctl doctor --quick names every such package and the pip command for it",
+        )
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         where = str(error.filename) if error.filename else "the output of this run"
         return ResourceProblem("E500", f"writing failed: {error.strerror}", where=where, fix="free some space, or write to another disk")
@@ -259,8 +272,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _internal_error(error: BaseException, console: Console) -> MarlinctlError:
-    frame = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
-    place = f"{Path(frame.filename).name}:{frame.lineno}, in {frame.name}" if frame else "unknown"
+    place = _place(error)
     notes = _notes(error)
     log = _crash_log(console)
     return MarlinctlError(
@@ -269,6 +281,11 @@ def _internal_error(error: BaseException, console: Console) -> MarlinctlError:
         where=f"{place}{'; ' + notes if notes else ''}; {log}",
         fix="this is a defect of marlinctl: run again with --debug and report it with the log",
     )
+
+
+def _place(error: BaseException) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
+    return f"{Path(frame.filename).name}:{frame.lineno}, in {frame.name}" if frame else "unknown"
 
 
 def _notes(error: BaseException) -> str:
@@ -311,7 +328,8 @@ def _usage_error(error: click.ClickException, args: list[str]) -> MarlinctlError
 def _nearest(name: str, known: Sequence[str] | dict[str, str], help_line: str) -> str:
     from difflib import get_close_matches
 
-    near = get_close_matches(name, list(known), n=3, cutoff=0.5)
+    bare = {option.lstrip("-"): option for option in known}  # dashes alone would make short options alike
+    near = [bare[word] for word in get_close_matches(name.lstrip("-"), list(bare), n=3, cutoff=0.5)]
     return f"did you mean {' or '.join(near)}? {help_line} lists all" if near else f"see {help_line}"
 
 

@@ -159,7 +159,7 @@ def _compress(
         made_from = distilled if distilled.is_dir() else source.folder
         checked = {fmt: verify(work / fmt, source=made_from, load=None, console=console) for fmt in places}
         for line in dict.fromkeys(line for found in checked.values() for line in found.skipped):
-            console.warn(line)
+            console.say(line)
         report["verified"] = {fmt: found.document() for fmt, found in checked.items()}
         if looking is not None:
             try:

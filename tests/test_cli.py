@@ -99,6 +99,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["zzzzz"], "E202", "marlinctl --help"),
         (["--jsno"], "E202", "--json"),
         (["probe", "--group-sise", "64"], "E202", "--group-size"),
+        (["probe", "--groupsize", "64"], "E202", "did you mean --group-size? "),
         (["recipes", "lss"], "E202", "ls"),
         (["probe", "--group-size", "many"], "E202", "marlinctl probe --help"),
         (["probe", "--group-size"], "E202", "marlinctl probe --help"),
@@ -144,6 +145,9 @@ CASES: list[tuple[BaseException, int, str]] = [
     (OSError(errno.EDQUOT, "Disk quota exceeded"), 5, "E500"),
     (PermissionError(errno.EACCES, "Permission denied", "/srv/x"), 4, "E490"),
     (OSError(errno.EROFS, "Read-only file system"), 4, "E490"),
+    (ModuleNotFoundError("No module named 'pydantic'", name="pydantic"), 4, "E402"),
+    (ImportError("cannot import name 'x' from 'transformers.models'", name="transformers.models"), 4, "E402"),
+    (ModuleNotFoundError("No module named 'marlinctl.gone'", name="marlinctl.gone"), 70, "E900"),
     (ValueError("boom"), 70, "E900"),
     (FileNotFoundError(errno.ENOENT, "No such file", "x"), 70, "E900"),
 ]

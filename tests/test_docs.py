@@ -190,3 +190,21 @@ def test_every_built_in_recipe_is_explained() -> None:
     """A recipe that no page names is a recipe that nobody uses."""
     page = (DOCS / "recipes.md").read_text("utf-8")
     assert [name for name in builtin_names() if not re.search(rf"^\| `{name}` ", page, flags=re.MULTILINE)] == []
+
+
+def test_commands_that_install_marlinctl_name_the_repository() -> None:
+    """The package index has no marlinctl yet: the first command that a reader copies would fail. Drop this when it is published.
+
+    An extra alone is for an environment that has marlinctl; pip then asks no index for it.
+    """
+    pages = [ROOT / "README.md", *(page for page in DOCS.rglob("*.md") if page.parent.name != "log")]
+    commands = [
+        f"{page.name}: {line}"
+        for page in pages
+        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for line in block.splitlines()
+        if re.search(r"pip install .*\bmarlinctl\b", line)
+    ]
+    assert len(commands) >= 5
+    assert [line for line in commands if "git+https" not in line and not re.search(r"pip install 'marlinctl\[\w+\]'$", line)] == []
+    assert [line for line in commands if line.startswith(("README.md", "install.md")) and "git+https" not in line] == []

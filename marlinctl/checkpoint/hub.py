@@ -74,7 +74,7 @@ def require_hub_id(model: str) -> None:
         raise UsageError(
             "E240",
             f"there is no folder or file {shown(model)!r}, and it cannot be a hub id either (name or organisation/name)",
-            where="the argument MODEL",
+            where=f"the model {shown(model)}",
             fix="check the path; a hub id looks like HuggingFaceTB/SmolLM2-135M",
         )
 

@@ -173,14 +173,19 @@ def name_of_dtype(dtype: torch.dtype) -> str:
     return next((name for name, known in _TORCH_DTYPES.items() if known == plain), plain)
 
 
+def require_folder(folder: Path) -> None:
+    """BadInput E301 where it is not there, or is a file: what is missing in it would be named instead."""
+    if not folder.is_dir():
+        raise BadInput("E301", "there is no such folder", where=str(folder), fix="name a folder that holds config.json and *.safetensors")
+
+
 def open_checkpoint(folder: Path, *, weight_files: str = MODEL_FILES, device: torch.device | None = None) -> Checkpoint:
     """Look at everything, read no weight. BadInput lists all problems.
 
     weight_files: a stem of formats/base.py or "auto". device: where `read` puts tensors.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise BadInput("E301", "there is no such folder", where=str(folder), fix="name a folder that holds config.json and *.safetensors")
+    require_folder(folder)
     _refuse_adapter(folder)
     problems = special_files(folder)[:MAX_PROBLEMS]
     notes: list[str] = []

@@ -18,11 +18,11 @@ def command(console: Console, shell: str) -> None:
     \b
     Example:
         marlinctl completion bash > ~/.local/share/bash-completion/completions/marlinctl
-        marlinctl completion zsh > ~/.zfunc/_marlinctl      (with `fpath+=~/.zfunc` before compinit)
+        marlinctl completion zsh > ~/.zfunc/_marlinctl
         marlinctl completion fish > ~/.config/fish/completions/marlinctl.fish
 
     Verbs, options, their values and paths are completed. The script asks the program itself, so it stays valid after an
-    update. bash 4.4 or later.
+    update. bash 4.4 or later; zsh needs `fpath+=~/.zfunc` before compinit.
     """
     from click.shell_completion import get_completion_class
 

@@ -56,4 +56,4 @@ def show_result(console: Console, out: Path, report: dict[str, Any]) -> None:
         f"{out}: {training['tokens']:,} tokens in {training['steps']} steps, {training['seconds']:,.1f} s; "
         f"held out: {losses}; peak {gibibytes(report['peak_memory_bytes'])}"
     )
-    console.result(text, {"out": str(out), **report})
+    console.result(text, {"out": str(out), **report}, hanging=4)

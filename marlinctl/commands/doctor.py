@@ -31,6 +31,6 @@ def command(console: Console, quick: bool) -> None:
     if not quick:
         console.say("testing; torch and the packed formats run in a process of their own, which takes some seconds")
     checks = list(examine(quick=quick, offline=console.offline))
-    console.result(table(checks), document(checks, quick=quick))
+    console.result(table(checks), document(checks, quick=quick), hanging=22)
     if worst(checks) == "fail":
         click.get_current_context().exit(EnvironmentProblem.exit_code)

@@ -9,6 +9,8 @@ Why no library: docs/decisions/README.md, "The titles of the help are our own".
 from __future__ import annotations
 
 import inspect
+import re
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,7 +65,9 @@ class Command(click.Command):
             )
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        before = len(formatter.buffer)
         super().format_help_text(ctx, formatter)  # up to the form feed
+        continue_examples(formatter, before)
         rest = inspect.cleandoc(self.help or "").partition("\f")[2].strip()
         if rest and _shows_all(ctx):
             formatter.write_paragraph()
@@ -99,6 +103,24 @@ class Group(click.Group):
     """A verb with verbs of its own, whose options stand under titles."""
 
     command_class = Command
+
+
+def continue_examples(formatter: click.HelpFormatter, start: int) -> None:
+    """Examples among what was written since `start` that are wider than the terminal continue after a backslash, and can be copied."""
+    lines = "".join(formatter.buffer[start:]).split("\n")
+    formatter.buffer[start:] = ["\n".join(_continued(line, formatter.width) for line in lines)]
+
+
+def _continued(line: str, width: int) -> str:
+    example = line.lstrip()
+    if len(line) <= width or not example.startswith("marlinctl "):
+        return line
+    indent = line[: len(line) - len(example)]
+    whole = re.sub(r"(?<= )(--[a-z-]+) (?!-)", "\\1\0", example)  # an option keeps its value
+    parts = textwrap.wrap(
+        whole, width - len(" \\"), initial_indent=indent, subsequent_indent=f"{indent}    ", break_long_words=False, break_on_hyphens=False
+    )
+    return " \\\n".join(parts).replace("\0", " ")
 
 
 def show_all(context: click.Context) -> None:

@@ -30,4 +30,4 @@ def command(console: Console, folder: Path, weights: bool) -> None:
     from marlinctl.verify.inspect import inspect, table
 
     facts = inspect(folder, weights=weights)
-    console.result(table(facts), facts)
+    console.result(table(facts), facts, hanging=16)

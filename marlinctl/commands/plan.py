@@ -82,7 +82,7 @@ def command(
     )
     with _without_collection():
         document = make_plan(model, recipe, settings, console)
-    console.result(table(document), document)
+    console.result(table(document), document, hanging=14)
     if not document["fits"]:
         click.get_current_context().exit(CheckFailed.exit_code)
 

@@ -56,4 +56,4 @@ def show_result(console: Console, out: Path, report: dict[str, Any]) -> None:
         f"{out}: {len(report['layers'])} linears in 4 bits, {size['source'] / 1e6:,.1f} MB -> {size['result'] / 1e6:,.1f} MB, "
         f"mean layer error {report['error']['mean']:.5f}, {report['seconds']:.1f} s, peak {gibibytes(report['peak_memory_bytes'])}"
     )
-    console.result(text, {"out": str(out), **report})
+    console.result(text, {"out": str(out), **report}, hanging=4)

@@ -337,7 +337,7 @@ def _override(text: str) -> tuple[str, dict[str, int]]:
 
 
 def size_in_bytes(text: str | None, flag: str) -> int | None:
-    """4GiB, 4G, 800MiB, 1.5GB -> bytes."""
+    """4GiB, 4G, 800MiB, 1.5GB -> bytes. A bare number is bytes; UsageError E202 below a MiB, where the unit was forgotten."""
     if text is None:
         return None
     import re
@@ -346,4 +346,7 @@ def size_in_bytes(text: str | None, flag: str) -> int | None:
     if not match:
         raise UsageError("E202", f"{text!r} is not an amount of memory", where=flag, fix="write it as 4GiB or 800MiB")
     unit = 1024 if match[3] or not match[2] else 1000
-    return int(float(match[1]) * unit ** " KMGT".index(match[2].upper() or " "))
+    size = int(float(match[1]) * unit ** " KMGT".index(match[2].upper() or " "))
+    if size < 2**20 and not match[2]:
+        raise UsageError("E202", f"{text.strip()} without a unit is bytes", where=flag, fix=f"{flag} {match[1]}GiB or {match[1]}MiB")
+    return size

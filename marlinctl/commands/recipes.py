@@ -37,6 +37,7 @@ def ls(console: Console) -> None:
     console.result(
         "\n".join(f"{recipe.name:{width}}  {recipe.description}" for recipe in recipes),
         {"recipes": [{"name": recipe.name, "description": recipe.description, "sha256": recipe_hash(recipe)} for recipe in recipes]},
+        hanging=width + 2,
     )
 
 

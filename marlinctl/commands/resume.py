@@ -57,12 +57,16 @@ def command(console: Console, out: Path, from_block: int | None, overwrite: bool
     Nothing is solved again for that.
     """
     silence_if_second(console)
+    from marlinctl.checkpoint.manifest import NAME as MANIFEST
     from marlinctl.jobs.journal import JOB, JobFolder
 
     out = out.absolute()
     job = JobFolder(out)
     job.refuse_foreign(resume=True)
     if not (job.path / JOB).is_file():
+        if (out / MANIFEST).is_file():
+            fix = f"nothing needs to be done; `marlinctl verify {out.name}` checks it"
+            raise UsageError("E287", "there is no job to resume: the output is complete", where=str(out), fix=fix)
         fix = "`marlinctl jobs ls FOLDER` lists the jobs below a folder; to start over, give the whole command again"
         raise UsageError("E287", "there is no job to resume", where=str(job.path), fix=fix)
     request = job.request()

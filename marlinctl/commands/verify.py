@@ -57,4 +57,4 @@ def command(
         lines.append(f"  logits of transformers against the dequantized weights: relative error {checked.logit_error:.1e}")
     if checked.source is not None:
         lines.append(f"  {summary(checked.source)}")
-    console.result("\n".join([*lines, *(f"  {reason}" for reason in checked.skipped)]), {"folder": str(folder), **facts})
+    console.result("\n".join([*lines, *(f"  {reason}" for reason in checked.skipped)]), {"folder": str(folder), **facts}, hanging=4)

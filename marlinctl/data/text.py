@@ -134,7 +134,7 @@ def _open_kind(source: str) -> tuple[Path, str]:
     """The path and its kind, from the name: txt, jsonl, json or parquet."""
     path = Path(source).expanduser()
     if not path.exists():
-        raise UsageError("E240", f"no such text: {source}", where=str(path), fix=f"give {KINDS}")
+        raise UsageError("E240", f"no such text: {source}", where=str(path), fix=f"check the path; a text is {KINDS}")
     if not path.is_file():  # a FIFO or a device would make us wait for ever
         raise UsageError("E240", f"{source} is not a regular file", where=str(path), fix=f"give {KINDS}")
     suffixes = [suffix.lower() for suffix in path.suffixes]

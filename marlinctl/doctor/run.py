@@ -58,6 +58,8 @@ def guarded(name: str, ask: Ask) -> Iterator[Check]:
     except OSError as error:
         cure = "see that the path is there and may be read; without a path it is the current folder: change into one that exists"
         yield Check(name, "fail", f"cannot be tested: {error}", cure)
+    except ModuleNotFoundError as error:
+        yield Check(name, "fail", f"cannot be tested: {error}", f"pip install {(error.name or 'marlinctl').partition('.')[0]}")
     except Exception as error:  # noqa: BLE001  any exception here is a finding about the machine, and the other checks must run
         cause = (str(error).splitlines() or [""])[0]
         cure = "pip install --force-reinstall marlinctl; if it stays, report it with this line"

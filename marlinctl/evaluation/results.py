@@ -132,7 +132,9 @@ def read(path: Path) -> Document:
 
 
 def _damaged(path: Path, reason: str) -> BadInput:
-    return BadInput("E374", f"not a results file of marlinctl eval: {reason}", where=str(path), fix="name another file with --out")
+    return BadInput(
+        "E374", f"not a results file of marlinctl eval: {reason}", where=str(path), fix="name the file that `marlinctl eval --out` wrote"
+    )
 
 
 def _differences(old: Document, new: Document) -> list[tuple[str, Any, Any]]:

@@ -46,7 +46,7 @@ class EvalSettings:
             (self.num_fewshot is None or 0 <= self.num_fewshot <= MOST, "--num-fewshot", f"0 to {MOST}"),
             (self.batch_size == "auto" or 1 <= self.batch_size <= MOST, "--batch-size", f"auto, or 1 to {MOST}"),
             (self.window is None or self.window >= 2, "--window", "at least 2: the first token is given, the others are predicted"),
-            ((self.window or 2) <= self.tokens <= MOST, "--tokens", f"at least one window, {self.window or 2}, and at most {MOST}"),
+            (2 <= self.tokens <= MOST, "--tokens", f"2 to {MOST}"),
             (0 <= self.seed < 2**32, "--seed", "0 to 2**32 - 1"),
             (self.dtype in ("auto", *DTYPES), "--dtype", f"auto, {', '.join(DTYPES)}"),
             (self.backend in BACKENDS, "--backend", f"one of {', '.join(BACKENDS)}"),
@@ -54,6 +54,9 @@ class EvalSettings:
         for holds, option, allowed in checks:
             if not holds:
                 raise UsageError("E246", f"{option} is out of range", where=option, fix=f"give {allowed}")
+        if self.window is not None and self.window > self.tokens:
+            what = f"one window of {self.window} tokens is more than is measured, {self.tokens} tokens"
+            raise UsageError("E246", what, where="--window, --tokens", fix="a smaller --window, or more --tokens")
         if self.fewshot_as_multiturn and not self.apply_chat_template:
             what, fix = "--fewshot-as-multiturn makes turns of a chat, and prompts are plain text", "add --apply-chat-template"
             raise UsageError("E246", what, where="--fewshot-as-multiturn", fix=fix)

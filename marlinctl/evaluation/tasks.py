@@ -326,7 +326,7 @@ def _no_data(missing: Sequence[str], root: Path, index: Any) -> UsageError:
         "E243",
         f"the local copies lack the data of {names} (looked for {wanted.split('/', 1)[-1]}, splits to measure included)",
         where=f"--task-data {root}",
-        fix=f"there is: {local_data.listing(root)}; add the data, or leave the task out",
+        fix=f"the folder holds {local_data.listing(root)}; add the data, name another folder, or leave the task out",
     )
 
 

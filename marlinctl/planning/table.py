@@ -35,7 +35,7 @@ def _rows(plan: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from (("note", note) for note in plan["notes"])
     for check in plan["checks"]:
         there = "unknown" if check["available"] is None else gibibytes(check["available"])
-        verdict = "fits" if check["fits"] else "DOES NOT FIT"
+        verdict = "fits" if check["fits"] else "UNKNOWN" if check["available"] is None else "DOES NOT FIT"
         yield "check", f"{check['resource']}: {gibibytes(check['needed'])} needed, {there} ({check['where']}): {verdict}"
     yield "fits", "yes" if plan["fits"] else "no"
 

@@ -94,7 +94,7 @@ def of_training(report: Mapping[str, Any], folder: Folder) -> str:
         ("Format", title.replace("`", "")),
         ("Trained", f"{trained(report)}, toward the original"),
         ("Original", Name(original) if original else ""),
-        ("Its licence", spoken(teacher.get("license"))),
+        ("Licence of the original", spoken(teacher.get("license"))),
         *training_rows(report, folder),
         *folder.loads.rows(),
     ]
@@ -194,7 +194,7 @@ def _what(facts: CardFacts) -> list[str]:
         ("Group size", groups),
         ("Pruned", f"2:4, two of each four neighbours along K are zero; {_storage(facts.fmt)}" if facts.two_of_four else ""),
         ("Original", Name(facts.base_model) if facts.base_model else ""),
-        ("Its licence", spoken(facts.license)),
+        ("Licence of the original", spoken(facts.license)),
         *facts.made_from,
         ("Written by", f"marlinctl {__version__}"),
         *facts.loads.rows(),
@@ -223,8 +223,10 @@ def _scores(found: Sequence[Score], measured: Sequence[str]) -> list[str]:
         )
         for s in found
     ]
-    shown = table(("Measured on", "Metric", "This model", "Original", "Recovery"), rows)
-    said = [RECOVERY] if any(recovery(s) is not None for s in found) else []
+    recovered = any(recovery(s) is not None for s in found)
+    columns = ("Measured on", "Metric", "This model", "Original", "Recovery")
+    shown = table(columns, rows) if recovered else table(columns[:-1], [row[:-1] for row in rows])
+    said = [RECOVERY] if recovered else []
     return ["## Scores", "", shown, "", *(f"{text(line)}\n" for line in (*said, *measured))]
 
 

@@ -109,7 +109,7 @@ def _digests(source: Mapping[str, Any]) -> list[tuple[str, Cell]]:
     from marlinctl.system.atomic import canonical
 
     fingerprint = source.get("fingerprint")
-    return [("SHA-256 of its fingerprint", Name(hashlib.sha256(canonical(fingerprint)).hexdigest()))] if fingerprint else []
+    return [("SHA-256 of the fingerprint of the original", Name(hashlib.sha256(canonical(fingerprint)).hexdigest()))] if fingerprint else []
 
 
 def _calibration(calibration: Mapping[str, Any]) -> list[tuple[Cell, Cell]]:

@@ -16,6 +16,7 @@ from marlinctl.checkpoint.formats.registry import layer_shape
 from marlinctl.checkpoint.licence import NOTHING_STATED, Stated, stated
 from marlinctl.checkpoint.manifest import UPDATE, written_by_newer
 from marlinctl.checkpoint.ownership import remove_temporaries
+from marlinctl.checkpoint.reader import require_folder
 from marlinctl.errors import BadInput, CheckFailed
 from marlinctl.report.files import JSON, report_files
 from marlinctl.system.atomic import write_bytes
@@ -85,6 +86,7 @@ def reading(folder: Path) -> Iterator[None]:
 
 def read_report(folder: Path) -> dict[str, Any]:
     """marlinctl_report.json of a published folder."""
+    require_folder(folder)
     path = folder / JSON
     if not path.is_file():
         raise CheckFailed(

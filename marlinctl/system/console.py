@@ -232,8 +232,11 @@ class Console:
 
     # The result
 
-    def result(self, text: str, document: dict[str, Any]) -> None:
-        """Once per run: two JSON documents on stdout would be none."""
+    def result(self, text: str, document: dict[str, Any], *, hanging: int | None = None) -> None:
+        """Once per run: two JSON documents on stdout would be none.
+
+        hanging: of a table of names and sentences, the column of the sentences; on a terminal, lines that are too wide continue there.
+        """
         if self._has_result:
             raise RuntimeError("Console.result was called twice in one run")
         self._has_result = True
@@ -243,7 +246,10 @@ class Console:
         if self.json:
             self.write_json(document)
         else:
-            self._write_result(printable(redact(text)))
+            safe = printable(redact(text))
+            if hanging is not None and self._out.isatty():
+                safe = "\n".join(_wrapped(line, " " * hanging) for line in safe.splitlines())
+            self._write_result(safe)
 
     def write_json(self, document: dict[str, Any]) -> None:
         """ASCII, so that no locale can break it; NaN and infinity, which JSON does not know, become null."""
@@ -333,16 +339,21 @@ class Console:
         """Broken between words at the width of a terminal. Elsewhere a message is one line, and so is one that has lines already."""
         if "\n" in text or not self._err.isatty():
             return text
-        import shutil
-        import textwrap
+        return _wrapped(text, "    ")
 
-        columns = shutil.get_terminal_size().columns
-        beginning = text[: len(text) - len(text.lstrip())]
-        lines = textwrap.wrap(
-            text.strip(), max(columns, 20), initial_indent=beginning, subsequent_indent="    ", break_long_words=False,
-            break_on_hyphens=False, drop_whitespace=True,
-        )  # fmt: skip
-        return "\n".join(lines) or text
+
+def _wrapped(line: str, indent: str) -> str:
+    """Broken between words at the width of the terminal; what follows the first line is indented."""
+    import shutil
+    import textwrap
+
+    columns = shutil.get_terminal_size().columns
+    beginning = line[: len(line) - len(line.lstrip())]
+    lines = textwrap.wrap(
+        line.strip(), max(columns, 20), initial_indent=beginning, subsequent_indent=indent, break_long_words=False,
+        break_on_hyphens=False, drop_whitespace=True,
+    )  # fmt: skip
+    return "\n".join(lines) or line
 
 
 class _SilentConsole(Console):
@@ -354,7 +365,7 @@ class _SilentConsole(Console):
     def _write_message(self, text: str, *, label: str = "", colour: str = "") -> None:
         pass
 
-    def result(self, text: str, document: dict[str, Any]) -> None:
+    def result(self, text: str, document: dict[str, Any], *, hanging: int | None = None) -> None:
         self._record(logging.INFO, f"result:\n{text}")
 
 
@@ -371,8 +382,9 @@ def _draw_bar(stream: TextIO, colour: bool, total: int) -> Bar:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+        TextColumn("{task.fields[status]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
         console=RichConsole(file=stream, no_color=not colour, force_terminal=True, highlight=False, markup=False),
+        expand=True,  # the status has what the others leave; without it, a long one would cut the count and the time left
         transient=True,
     )
 

@@ -46,7 +46,7 @@ class Stopping:
         self._restore()
         # Past sys.stderr: the signal may have come in the middle of its own write, which it does not bear.
         with suppress(OSError):
-            os.write(2, f"\nfinishing the current {self._piece}, then stopping; press again to stop immediately and lose it\n".encode())
+            os.write(2, f"\nfinishing the current {self._piece}; press again to stop at once and lose it\n".encode())
 
     def _restore(self) -> None:
         while self._before:

@@ -505,6 +505,9 @@ CATALOG = (
         Tasks and .parquet files need `pip install 'marlinctl[eval]'`; hub data sets need that or `marlinctl[distill]`; `distill --tracker`
         needs `marlinctl[tensorboard]` or `marlinctl[wandb]`. Some tasks need packages or NLTK data of their own: run the command in the
         error. `--backend vllm` needs vLLM.
+
+        A package that marlinctl always needs is missing or too old after `pip install --no-deps`, or when another install has replaced it:
+        `marlinctl doctor --quick` names each and the pip command for it.
         """,
         ("E400",),
     ),

@@ -132,6 +132,7 @@ def table(facts: Mapping[str, Any]) -> str:
     loads = runtimes.Loads(
         facts["loads_in"], {program: tuple(reasons) for program, reasons in facts["refused_by"].items()}, facts["untested"]
     )
+    as_much = f", {facts['ratio_to_16bit']} times as much" if facts["ratio_to_16bit"] != 1 else ""
     rows: Sequence[tuple[str, str]] = (
         ("model", f"{name}, {facts['blocks']} blocks, hidden size {facts['hidden_size']}"),
         ("format", f"{facts['format']}{' ' + facts['variant'] if facts['variant'] else ''}, {facts['bits']} bits"),
@@ -141,8 +142,8 @@ def table(facts: Mapping[str, Any]) -> str:
         ("bits per weight", str(facts["bits_per_quantized_weight"] or "")),
         ("pattern", _pattern_line(facts["pattern"])),
         ("not quantized", f"{facts['other_parameters']:,} weights"),
-        ("on disk", f"{_megabytes(facts['bytes']['total'])} in {facts['shards']} shards: {kinds}"),
-        ("as 16-bit", f"{_megabytes(facts['dense_16bit_bytes'])}, {facts['ratio_to_16bit']} times as much"),
+        ("on disk", f"{_megabytes(facts['bytes']['total'])} in {facts['shards']} shard{'s' * (facts['shards'] != 1)}: {kinds}"),
+        ("as 16-bit", f"{_megabytes(facts['dense_16bit_bytes'])}{as_much}"),
         *((title.lower(), said) for title, said in loads.rows()),
         ("manifest", f"{facts['manifest']['files']} files; check them with marlinctl verify" if facts["manifest"] else "none"),
     )

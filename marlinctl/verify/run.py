@@ -33,6 +33,7 @@ from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.formats.base import TRANSFORMERS, TRANSFORMERS_CT, TRANSFORMERS_GPTQ, FormatInfo, LinearParts
 from marlinctl.checkpoint.formats.targets import Entries
 from marlinctl.checkpoint.mask import open_masks
+from marlinctl.checkpoint.reader import require_folder
 from marlinctl.checkpoint.tied_head import with_own_head
 from marlinctl.errors import BadInput, CheckFailed, MarlinctlError, NumericalProblem, Problem
 from marlinctl.models.architectures import architecture
@@ -84,6 +85,7 @@ def verify(
     """All checks in turn; the first kind that fails raises, naming everything it found. `load` None: if it fits into memory."""
     from marlinctl.checkpoint.folder import open_folder
 
+    require_folder(folder)
     document = manifest.check(folder)
     console.detail(f"digests: {len(document['files'])} files as the manifest says")
     with ExitStack() as stack:
@@ -299,8 +301,8 @@ def _load_check(checkpoint: Checkpoint, info: FormatInfo, load: bool | None) -> 
     """(relative logit error, None), or (None, why it was not done)."""
     loader = next((program for program in info.format.loaders if program in (TRANSFORMERS, TRANSFORMERS_CT)), None)
     if loader is None:
-        without = " without optimum and gptqmodel" * (TRANSFORMERS_GPTQ in info.format.loaders)
-        return None, f"not loaded with transformers: it reads no {info.name}{without}"
+        without = " (it needs optimum and gptqmodel)" * (TRANSFORMERS_GPTQ in info.format.loaders)
+        return None, f"not loaded with transformers, which does not read {info.name} by itself{without}"
     if load is False:
         return None, "not loaded with transformers: --no-load"
     refused = runtimes.loads(runtimes.packed_of(checkpoint, info)).refused.get(loader)

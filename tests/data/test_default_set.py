@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import huggingface_hub
 import huggingface_hub.constants
 import pytest
 
+import marlinctl.oneshot.run as oneshot_run
+from marlinctl import cli, compress
 from marlinctl.data import default_set
 from marlinctl.data.default_set import DEFAULT_SET, settled
-from marlinctl.recipes.schema import load_recipe, resolve
+from marlinctl.errors import CheckFailed
+from marlinctl.recipes.schema import Recipe, load_recipe, resolve
 from marlinctl.system.console import Console
+from tests.tiny import make_tiny
 
 
 def settle(*, offline: bool = False) -> tuple[str, str]:
@@ -52,3 +57,31 @@ def test_what_was_asked_for_stays() -> None:
     recipe, _ = resolve(load_recipe("int4"), {"calibration.source": "self"})
     told = io.StringIO()
     assert settled(recipe, Console(colour=False, stderr=told), offline=False) is recipe and not told.getvalue()
+
+
+@pytest.mark.parametrize("verb", ["quantize", "sparsify", "compress"])
+def test_a_command_without_a_text_begins(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first command of the README would be refused: `auto` is no file, and the check of files must not look for one."""
+    make_tiny(tmp_path / "model")
+    begun: list[str] = []
+
+    def work(model: str, out: Path, recipe: Recipe, *_: Any, **__: Any) -> NoReturn:
+        begun.append(recipe.calibration.source)
+        raise CheckFailed("E101", "far enough", where="here", fix="none")
+
+    monkeypatch.setattr(oneshot_run, "run_job", work)
+    monkeypatch.setattr(compress, "run_compress", work)
+    assert cli.main([verb, str(tmp_path / "model"), str(tmp_path / "out"), "--group-size", "64"]) == 1, capsys.readouterr().err
+    assert begun == ["auto"]
+
+
+def test_a_whole_run_without_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Checks, run and report each read the source; one that does not know the default would stop, or name `auto` as a text."""
+    make_tiny(tmp_path / "model")
+    (tmp_path / "mine.yaml").write_text("calibration: {minimum_tokens: 32}")
+    small = ["--recipe", str(tmp_path / "mine.yaml"), "--group-size", "32", "--samples", "2", "--sequence-length", "32", "--no-eval"]
+    out = tmp_path / "out"
+    assert cli.main(["compress", str(tmp_path / "model"), str(out), *small, "--offline"]) == 0, capsys.readouterr().err
+    assert load_recipe(out / "recipe.yaml").calibration.source == "self"

@@ -163,6 +163,8 @@ def test_paths_that_are_no_text(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=what) as caught:
             load_text(source)
         assert caught.value.error_id == "E240"
+        if what == "no such text":
+            assert caught.value.problems[0].fix.startswith("check the path"), "a typing error, most often"
 
 
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,3 +177,13 @@ def test_every_check_is_explained() -> None:
     assert names >= QUICK
     rows = re.findall(r"^\| (`[a-z-]+`(?:, `[a-z-]+`)*) \|", page, flags=re.MULTILINE)  # checks of one kind share a row
     assert sorted(names) == sorted(name for row in rows for name in re.findall(r"[a-z-]+", row))
+
+
+def test_a_check_without_its_package_names_the_package_to_install() -> None:
+    """If this failed, the cure for `pip install --no-deps` would be to install everything again, torch included."""
+
+    def ask() -> Iterator[Check]:
+        raise ModuleNotFoundError("No module named 'packaging'", name="packaging.version")
+
+    (check,) = doctor.guarded("python", ask)
+    assert (check.status, check.cure) == ("fail", "pip install packaging")

@@ -368,3 +368,20 @@ def test_a_verb_that_measures_nothing_takes_no_such_flags(here: Path, tmp_path: 
         told = capsys.readouterr().err
         assert "explain E288" in told and flags[0] in told
     assert main(["resume", str(out)]) == 0
+
+
+def test_a_baseline_that_is_not_there_is_the_one_that_is_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`where` would send the person to the argument MODEL, which is right."""
+    assert main(["eval", "model", "--against", "./modle"]) == 2
+    told = capsys.readouterr().err
+    assert "  where: the model ./modle\n" in told and "MODEL" not in told
+
+
+def test_a_window_of_more_than_is_measured_is_said_of_the_window(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--tokens is out of range` was said to a person who had given --window alone."""
+    assert main(["eval", "model", "--window", "30000"]) == 2
+    told = capsys.readouterr().err
+    assert (
+        "one window of 30000 tokens is more than is measured, 20480 tokens" in told
+        and "  fix: a smaller --window, or more --tokens\n" in told
+    )

@@ -195,6 +195,7 @@ COMMANDS: dict[str, Command] = {
     "an embedding, included": Command(_with("--include", "embed_tokens"), 2, "lm_head is the only one there is"),
     "an unknown dtype": Command(_with("--dtype", "float16"), 2, "bfloat16"),
     "no such size": Command(_with("--max-memory", "lots"), 2, "800MiB"),
+    "size without a unit": Command(_with("--max-memory", "40"), 2, "40GiB"),
     # recipes
     "recipe: unknown key": Command(_recipe("extends: int4\nquantize: {grop_size: 64}\n"), 2, "group_size"),
     "recipe: wrong type": Command(_recipe("extends: int4\nquantize: {group_size: many}\n"), 2, "mine.yaml:2:12"),

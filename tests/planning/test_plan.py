@@ -129,6 +129,14 @@ def test_memory_that_does_not_suffice_is_exit_1(tiny: Path, text: Path, capsys: 
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
+def test_memory_of_a_gpu_that_is_not_here_is_unknown(tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever plans for another machine would read that the model is too large for it."""
+    arguments = ["plan", str(tiny), "--group-size", "32", "--calibration", str(text), "--device", "cuda"]
+    assert main(arguments) == 1
+    told = capsys.readouterr().out
+    assert "give --device-memory): UNKNOWN" in told and "DOES NOT FIT" not in told
+
+
 def test_the_run_refuses_what_the_plan_says_does_not_fit(tiny: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two opinions on whether a job fits are worse than none."""
     chosen = recipe(text)

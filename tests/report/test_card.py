@@ -149,7 +149,7 @@ def test_a_run_tells_everything_that_a_card_needs() -> None:
     card = of_compression(documents.report(), documents.folder(), {"a": 64})
     for wanted in (
         "| Original | `org/Model-1B` |",
-        "| Its licence | apache-2.0 |",
+        "| Licence of the original | apache-2.0 |",
         "c" * 40,  # the original's commit
         "| Calibration | texts.jsonl: 8 samples, 4,000 tokens",
         "de" * 32,  # the token ids
@@ -175,6 +175,25 @@ def test_the_hub_shows_the_scores_of_whole_tasks() -> None:
     results = ModelCard(found).data.eval_results
     assert [(r.dataset_name, r.dataset_split, r.metric_type, r.metric_value) for r in results] == [("arc_easy", "test", "acc", 0.59)]
     assert front_matter(found)["model-index"][0]["name"] == "model-int4"
+
+
+def test_a_card_without_tasks_has_no_empty_column() -> None:
+    """The first card that a person sees, of `compress` without --tasks, would look unfinished."""
+    document = documents.evaluation()
+    document["names"] = []
+    for side in ("model", "baseline"):
+        document[side]["tasks"] = {}
+    card = of_compression(documents.report(evaluation={"document": document}), documents.folder(), {"a": 64})
+    assert "| Measured on | Metric | This model | Original |\n" in card and "Recovery" not in card
+
+
+def test_rows_of_the_original_say_so() -> None:
+    """A local original has no row of its own, and `Its licence` would read as the licence of this folder."""
+    source = {"kind": "folder", "name": "x", "revision": None, "fingerprint": {"files": {}}}
+    card = of_compression(documents.report(source=source), documents.folder(), {"a": 64})
+    rows = card.partition("## What it is")[2].partition("## How")[0]
+    assert "| Its " not in rows
+    assert "| Licence of the original |" in rows and "| SHA-256 of the fingerprint of the original |" in rows
 
 
 def test_a_distilled_model_has_a_card_of_the_same_form() -> None:
@@ -208,7 +227,7 @@ def test_programs_that_refuse_the_model_are_named_with_the_reason(kind: str) -> 
 def test_no_licence_is_said() -> None:
     """Silence would read as permission."""
     card = of_compression(documents.report(source={"kind": "folder", "name": "x", "revision": None}), documents.folder(), {"a": 64})
-    assert "| Its licence | not stated" in card and "license" not in front_matter(card)
+    assert "| Licence of the original | not stated" in card and "license" not in front_matter(card)
 
 
 def test_the_base_model_is_the_one_that_it_all_began_with() -> None:

@@ -55,7 +55,7 @@ def test_compress_writes_all_four_beside_each_folder(made: Path) -> None:
         assert json.loads((made / name / "marlinctl_report.json").read_text())["schema_version"] == 1
         card = (made / name / "README.md").read_text("utf-8")
         assert ModelCard(card).data.base_model == "org/Tiny" and f"\n# {name}\n" in card
-        assert "\nlicense: mit\n" in card and "| Its licence | mit |" in card
+        assert "\nlicense: mit\n" in card and "| Licence of the original | mit |" in card
         assert run("verify", made / name, "--no-load", "-q") == 0
 
 
@@ -105,7 +105,7 @@ def test_a_packed_copy_keeps_the_report(out: Path, tmp_path: Path) -> None:
     repack(out, tmp_path / "gptq", format="gptq")
     page = (tmp_path / "gptq" / "marlinctl_report.html").read_text("utf-8")
     assert "GPTQ" in page and "KL divergence" in page and "marlinctl pack out gptq --format gptq" in page
-    assert "| Its licence | mit |" in (tmp_path / "gptq" / "README.md").read_text("utf-8")
+    assert "| Licence of the original | mit |" in (tmp_path / "gptq" / "README.md").read_text("utf-8")
     assert run("report", tmp_path / "gptq", "-q") == 0
     assert run("verify", tmp_path / "gptq", "--no-load", "-q") == 0
 
@@ -198,6 +198,24 @@ def test_a_folder_without_a_report(made: Path, tmp_path: Path, capsys: pytest.Ca
     assert run("report", made / "out", "--bench", tmp_path / "missing.json") == 3
     told = capsys.readouterr().err
     assert "explain E374" in told and "missing.json" in told
+    assert run("report", made / "out", "--scores", tmp_path / "missing.json") == 3
+    assert "  fix: name the file that `marlinctl eval --out` wrote\n" in capsys.readouterr().err
+
+
+def test_resume_of_what_is_complete_says_so(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever starts `resume` once too often would look for a job that was lost, and start the whole command again."""
+    assert run("resume", made / "out") == 2
+    told = capsys.readouterr().err
+    assert "the output is complete" in told and "`marlinctl verify out`" in told
+
+
+@pytest.mark.parametrize("verb", ["report", "verify", "inspect"])
+def test_a_folder_that_is_not_there(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A misspelled path would look like a damaged folder, or like a check that said no (exit code 1)."""
+    (tmp_path / "file.json").touch()
+    for name in ("absent", "file.json"):
+        assert run(verb, tmp_path / name) == 3
+        assert "there is no such folder" in capsys.readouterr().err
 
 
 def test_what_a_killed_rewrite_leaves_is_no_damage(out: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -265,6 +266,27 @@ def test_messages_are_broken_between_words_at_the_width_of_a_terminal(
     assert streams[1].getvalue() == f"  fix: {fix}\n"
 
 
+def test_a_table_of_sentences_continues_in_the_column_of_the_sentences(
+    streams: tuple[io.StringIO, io.StringIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a plan in a terminal of 80 columns, the second halves of the lines would stand below the names; a pipe gets whole lines."""
+    monkeypatch.setenv("COLUMNS", "80")
+    terminal, piped = Terminal(), streams[0]
+    text = (
+        "output        ct, 113.1 MB: linears 56.4 MB (4.25 bits a weight), the rest 56.7 MB, and the mask of the pattern\nfits          yes"
+    )
+    for stream in (terminal, piped):
+        console = Console(stdout=stream, stderr=streams[1])
+        console.result(text, {}, hanging=14)
+        console.close()
+    assert terminal.getvalue().splitlines() == [
+        "output        ct, 113.1 MB: linears 56.4 MB (4.25 bits a weight), the rest 56.7",
+        "              MB, and the mask of the pattern",
+        "fits          yes",
+    ]
+    assert piped.getvalue() == text + "\n"
+
+
 @pytest.mark.parametrize("verbose", [False, True])
 def test_on_a_terminal_the_bar_has_the_status_in_place_of_lines(
     verbose: bool, streams: tuple[io.StringIO, io.StringIO], monkeypatch: pytest.MonkeyPatch
@@ -279,6 +301,20 @@ def test_on_a_terminal_the_bar_has_the_status_in_place_of_lines(
     console.close()
     assert ("down_proj error 0.01234" in terminal.getvalue()) == verbose and "down_proj error 0.01234" in lines
     assert "worst error 0.0123" in terminal.getvalue()
+
+
+def test_a_long_status_leaves_the_time_left(streams: tuple[io.StringIO, io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long it will take is what a person looks for; it read `210… 0:10… left 0:0…` in a terminal of 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    terminal = Terminal()
+    console = Console(stdout=streams[0], stderr=terminal, colour=False)
+    with console.progress("quantize", 210) as progress:
+        progress.advance(209, status="worst error 0.0074, model.layers.17.self_attn.v_proj")
+    console.close()
+    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).replace("\r", "\n").splitlines()
+    (line,) = {line for line in drawn if "worst error 0.0074" in line}
+    assert re.match(r"quantize ━+\S* +209/210 \d:\d\d:\d\d left (\d|-):(\d\d|--):(\d\d|--) worst error 0.0074, \S", line), line
+    assert len(line) <= 80
 
 
 def test_what_libraries_warn_of_goes_to_the_log_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,3 +60,12 @@ def test_every_signal_that_ends_a_run_waits_for_the_step(number: signal.Signals)
             assert heard == [number]
     finally:
         signal.signal(number, before)
+
+
+def test_what_a_second_signal_does_fits_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    """The handler writes without the console, which breaks lines: at 80 columns the end would stand alone on a second line."""
+    with Stopping() as stopping:
+        signal.raise_signal(signal.SIGINT)
+        assert stopping.asked
+    said = capfd.readouterr().err
+    assert "press again to stop at once and lose it" in said and max(map(len, said.splitlines())) <= 78

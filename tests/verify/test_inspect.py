@@ -28,6 +28,7 @@ def test_dense_models_are_described(source: Path) -> None:
     assert (facts["format"], facts["bits"], facts["blocks"], facts["architecture"]) == ("dense", 16, 2, "LlamaForCausalLM")
     assert facts["other_parameters"] == QUANTIZED + OTHERS and facts["quantized_parameters"] == 0
     assert facts["bytes"]["total"] == facts["dense_16bit_bytes"] == 2 * (QUANTIZED + OTHERS) and facts["ratio_to_16bit"] == 1.0
+    assert "times as much" not in table(facts) and " in 1 shard: " in table(facts), "it is compared with itself"
     assert facts["manifest"] is None and "vLLM" in facts["loads_in"]
 
 
