@@ -36,9 +36,8 @@ def command(
     \b
     Example:
         marlinctl compress Qwen/Qwen3-0.6B ./qwen3-int4
-        marlinctl compress ./smollm2 ./smollm2-marlin --group-size 64 --format marlin --also ct
-        marlinctl compress ./model.gguf ./model-int4 --recipe quick --tasks arc,winogrande --limit 100
-        marlinctl compress ./smollm2 ./smollm2-2of4 --recipe sparse-int4 --distill-tokens 5000000 --max-ppl-ratio 1.5
+        marlinctl compress ./smollm2 ./smollm2-marlin --group-size 64 --also marlin
+        marlinctl compress ./smollm2 ./smollm2-2of4 --recipe sparse-int4
 
     The result is measured against the original: perplexity, KL divergence and top-token agreement on a text, and the tasks you name.
 

@@ -45,9 +45,9 @@ def command(
     Example:
         marlinctl plan Qwen/Qwen3-0.6B
         marlinctl plan ./llama-8b --device cuda --probe
-        marlinctl plan ./llama-70b --device cuda --device-memory 80GiB --also marlin
-        marlinctl plan ./llama-70b --device cuda --ranks 4 --device-memory 140GiB --max-memory 500GiB
-        marlinctl plan ./model.gguf --recipe sparse-int4 --calibration text.jsonl --max-memory 8GiB --json
+        marlinctl plan ./llama-70b --device cuda --device-memory 80GiB
+        marlinctl plan ./llama-70b --device cuda --ranks 4
+        marlinctl plan ./model.gguf --recipe sparse-int4 --max-memory 8GiB
 
     Lists which linears are compressed, skipped or kept, and why; bytes and loaders of each output; peak memory, disk space and estimated
     time. Reads config.json and the headers of the shards only, also of a hub model. Exit code 1 if memory or disk space does not suffice;

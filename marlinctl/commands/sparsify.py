@@ -30,7 +30,7 @@ def command(console: Console, model: str, out: Path, pattern: str, **values: Any
     Example:
         marlinctl sparsify Qwen/Qwen3-0.6B ./qwen3-2of4
         marlinctl sparsify ./smollm2 ./smollm2-2of4-int4 --bits 4 --group-size 64 --refine 2
-        marlinctl sparsify ./smollm2 ./smollm2-2of4 --method wanda --max-ppl-ratio 2
+        marlinctl sparsify ./smollm2 ./smollm2-2of4 --method wanda
 
     OUT is a 16-bit model, ready for `marlinctl distill` and then `marlinctl quantize`, which keep the pattern; or with --bits 4 a
     compressed-tensors checkpoint for `marlinctl pack --format marlin_24`. One-shot 2:4 hurts modern models badly: the damage is measured.
