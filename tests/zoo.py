@@ -37,6 +37,14 @@ ZOO: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {**_MOE, "head_dim": 16, "norm_topk_prob": True, "mlp_only_layers": [1]},
     "olmoe": {**_MOE, "intermediate_size": 32},
+    "exaone4": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    "ernie4_5": {"head_dim": 16, "use_bias": True},
+    "gemma": {"head_dim": 16},
+    "ministral": {"head_dim": 16},
+    "ministral3": {"head_dim": 16},
+    "olmo3": {"sliding_window": 16},
+    "seed_oss": {"head_dim": 16, "attention_out_bias": True},
+    "smollm3": {"mlp_bias": True},
 }
 
 # the same for types that are not in the table
@@ -45,10 +53,7 @@ DERIVED: dict[str, dict[str, Any]] = {
     "arcee": {},
     "cohere": {"use_qk_norm": True},
     "cohere2": {"sliding_window": 16, "head_dim": 16},
-    "ernie4_5": {"head_dim": 16},
-    "exaone4": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
     "falcon": {"new_decoder_architecture": False},
-    "gemma": {"head_dim": 16},
     "gemma4_text": {
         "head_dim": 16,
         "global_head_dim": 32,
@@ -68,15 +73,10 @@ DERIVED: dict[str, dict[str, Any]] = {
     "helium": {"head_dim": 16},
     "hunyuan_v1_dense": {"head_dim": 16},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "ministral": {"head_dim": 16},
-    "ministral3": {"head_dim": 16},
     "nemotron": {"head_dim": 16},
     "olmo": {},
-    "olmo3": {"sliding_window": 16},
     "phi": {},
     "qwen3_5_text": {"head_dim": 16, "layer_types": ["linear_attention", "full_attention"]},
-    "seed_oss": {"head_dim": 16},
-    "smollm3": {},
     "stablelm": {"use_qkv_bias": True},
     "starcoder2": {},
 }

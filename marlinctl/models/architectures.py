@@ -143,7 +143,29 @@ FAMILIES: Mapping[str, _Family] = {
     "gemma3_text": _Family(norms=_GEMMA_NORMS, tied=True, qk_norm="head", defaults={"head_dim": 256, "num_key_value_heads": 4}),
     "phi3": _Family(attention_bias=False, output_bias=False, fused=True),
     "olmo2": _Family(norms=("post_attention_layernorm", "post_feedforward_layernorm"), qk_norm="full"),
+    "olmo3": _Family(norms=("post_attention_layernorm", "post_feedforward_layernorm"), qk_norm="full"),
     "granite": _Family(mlp_bias="mlp_bias"),
+    "smollm3": _Family(mlp_bias="mlp_bias", tied=True, defaults={"num_key_value_heads": 4}),
+    "exaone4": _Family(
+        norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+        attention_bias=False,
+        output_bias=False,
+        qk_norm="head",
+        defaults={"num_key_value_heads": 32},
+    ),
+    "seed_oss": _Family(
+        output_bias="attention_out_bias", mlp_bias="mlp_bias", defaults={"attention_bias": True, "head_dim": 128, "num_key_value_heads": 8}
+    ),
+    "ernie4_5": _Family(
+        attention_bias="use_bias",
+        output_bias="use_bias",
+        mlp_bias="use_bias",
+        tied=True,
+        defaults={"head_dim": 128, "num_key_value_heads": 2},
+    ),
+    "ministral": _Family(attention_bias=False, output_bias=False, defaults={"num_key_value_heads": 8}),
+    "ministral3": _Family(attention_bias=False, output_bias=False, defaults={"head_dim": 128, "num_key_value_heads": 8}),
+    "gemma": _Family(tied=True, defaults={"head_dim": 256, "num_key_value_heads": 16}),
     "mixtral": _Family(
         attention_bias=False,
         output_bias=False,
