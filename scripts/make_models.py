@@ -3,15 +3,15 @@
     .venv/bin/python scripts/make_models.py           # all of them, 10 minutes
     .venv/bin/python scripts/make_models.py glm4 phi  # print single ones
 
-A type counts as working when the pipeline's hidden states are those of transformers, and when the result of `quantize` loads with exactly
-its linears changed. A type that takes longer than 40 seconds is
-not tried.
+A type counts as working when the pipeline's hidden states are those of transformers, and when the result of `quantize` loads with
+exactly its linears changed. A type that takes longer
+than 40 seconds is not tried.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -37,13 +37,30 @@ def main() -> None:
 
 
 def _table(outcomes: Sequence[Outcome]) -> str:
-    works = ", ".join(f"`{one.model_type}`" for one in outcomes if one.how == "table")
-    derived = ", ".join(f"`{one.model_type}`" for one in outcomes if one.how == "derived")
-    rows = "".join(f"| `{one.model_type}` | {one.reason} |\n" for one in outcomes if one.how == "refused")
-    return (
-        f"In the table, so that a plan takes a tenth of a second: {works}.\n\nDerived from transformers' own code: {derived}.\n\n"
-        f"Refused:\n\n| model_type | reason |\n|---|---|\n{rows}"
+    """Types that work, and reasons for the others; a reason that many share stands once."""
+    refused = {one.model_type: one.reason.partition(" cannot be compressed: ")[2] or one.reason for one in outcomes if one.how == "refused"}
+    kinds = {
+        "Mixtures of experts": "mixture of",
+        "Encoders, and decoders whose layers are not one list of blocks": "one list of blocks",
+        "Not tried, because the script cannot make a tiny model of them in time": "not tried",
+    }
+    groups = {title: [name for name, reason in refused.items() if words in reason] for title, words in kinds.items()}
+    single = {name: reason for name, reason in refused.items() if not any(name in group for group in groups.values())}
+    return "\n".join(
+        [
+            f"In the table, so that a plan needs no torch: {_listed(one.model_type for one in outcomes if one.how == 'table')}.\n",
+            f"Derived from transformers' own code: {_listed(one.model_type for one in outcomes if one.how == 'derived')}.\n",
+            "Refused:\n",
+            *(f"- {title}: {_listed(group)}." for title, group in groups.items()),
+            "\n| model_type | reason |\n|---|---|",
+            *(f"| `{name}` | {reason} |" for name, reason in single.items()),
+            "",
+        ]
     )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 if __name__ == "__main__":

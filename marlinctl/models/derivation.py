@@ -144,7 +144,8 @@ def _traced(model: nn.Module, kind: str, blocks: Sequence[str], first: int) -> _
             with building("config.json"):
                 model(input_ids=ids, use_cache=False)
     except BadInput as error:
-        _refuse(kind, f"its forward pass cannot be followed without weights ({error.problems[0].what})")
+        reason = error.problems[0].what.partition(": ")[2]  # behind "transformers cannot build this model"
+        _refuse(kind, f"its forward pass cannot be followed without weights ({reason})")
     finally:
         for handle in handles:
             handle.remove()
