@@ -60,8 +60,12 @@ def derived_architecture(config: Mapping[str, Any]) -> Architecture:
 
     BadInput E390 with the reason for a model that the pipeline cannot run; E392 for one that transformers cannot build.
     """
-    model = cast("PreTrainedModel", build(config, torch.float32))
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     kind = str(config.get("model_type"))
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        _refuse(kind, "transformers has no language model of this type; a newer release may have one")
+    model = cast("PreTrainedModel", build(config, torch.float32))
     names = {module: name for name, module in model.named_modules()}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     decoder, blocks_at = _stack(model, kind, names)

@@ -96,7 +96,7 @@ def test_a_type_that_transformers_lacks_is_refused_without_a_map() -> None:
     """If a map were offered, it would fail for the same reason: transformers must build the model."""
     with pytest.raises(BadInput, match="mamba9") as caught:
         any_architecture({"model_type": "mamba9"})
-    assert caught.value.error_id == "E392"
+    assert caught.value.error_id == "E390" and "--module-map" not in caught.value.problems[0].fix
 
 
 def test_experts_outside_the_table_are_refused_without_torch(tmp_path: Path) -> None:
@@ -129,3 +129,12 @@ def test_experts_are_what_the_table_has_rows_for() -> None:
         if family.experts:
             blocks = architecture(config_of(name)).blocks
             assert any(isinstance(block.mlp, Experts) for block in blocks)
+
+
+def test_infinity_is_read_as_transformers_writes_it() -> None:
+    """If {"__float__": "Infinity"} stayed a mapping, every Granite 4 and Bamba that transformers saved would be called damaged."""
+    from marlinctl.models.transformers_config import transformers_config
+
+    limit = [0.0, {"__float__": "Infinity"}]
+    parsed: Any = transformers_config({"model_type": "granitemoehybrid", "num_local_experts": 0, "time_step_limit": limit})
+    assert parsed.time_step_limit == (0.0, float("inf"))
