@@ -15,7 +15,7 @@ from marlinctl.checkpoint.formats.registry import FORMATS
 from marlinctl.checkpoint.mask import NAME, SUFFIX, pack_bits
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.writer import StagedCheckpoint
-from marlinctl.models.architectures import architecture
+from marlinctl.models.lookup import any_architecture
 from marlinctl.quantize.types import QuantizedLinear
 from tests.packed import rtn
 
@@ -30,7 +30,7 @@ def prune(source: Path, out: Path, *, mask: bool = True) -> dict[str, Tensor]:
     """A dense 2:4 copy of `source`; returns the masks by linear."""
     shutil.copytree(source, out)
     with open_checkpoint(source) as checkpoint:
-        names = list(architecture(checkpoint.config).linears)
+        names = list(any_architecture(checkpoint.config).linears)
     keeps: dict[str, Tensor] = {}
     for shard in out.glob("model*.safetensors"):
         tensors = load_file(shard)
@@ -51,7 +51,7 @@ def write_masks(folder: Path, keeps: dict[str, Tensor]) -> None:
 def prune_and_quantize(source: Path, out: Path, *, group_size: int = 32, mask: bool = True) -> dict[str, QuantizedLinear]:
     """A ct copy of `source`: rounded to nearest, 2:4 with a mask file unless that is not wanted."""
     checkpoint = open_checkpoint(source)
-    names = list(architecture(checkpoint.config).linears)
+    names = list(any_architecture(checkpoint.config).linears)
     weights = {name: checkpoint.read(f"{name}.weight") for name in names}
     keeps = {name: keep_largest(weight) for name, weight in weights.items()} if mask else {}
     codes = {name: rtn(weight * keeps[name] if mask else weight, group_size) for name, weight in weights.items()}

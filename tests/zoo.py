@@ -37,6 +37,48 @@ ZOO: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {**_MOE, "head_dim": 16, "norm_topk_prob": True, "mlp_only_layers": [1]},
     "olmoe": {**_MOE, "intermediate_size": 32},
+    "exaone4": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    "ernie4_5": {"head_dim": 16, "use_bias": True},
+    "gemma": {"head_dim": 16},
+    "ministral": {"head_dim": 16},
+    "ministral3": {"head_dim": 16},
+    "olmo3": {"sliding_window": 16},
+    "seed_oss": {"head_dim": 16, "attention_out_bias": True},
+    "smollm3": {"mlp_bias": True},
+}
+
+# the same for types that are not in the table
+DERIVED: dict[str, dict[str, Any]] = {
+    "apertus": {},
+    "arcee": {},
+    "cohere": {"use_qk_norm": True},
+    "cohere2": {"sliding_window": 16, "head_dim": 16},
+    "falcon": {"new_decoder_architecture": False},
+    "gemma4_text": {
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "glm": {"head_dim": 16},
+    "glm4": {"head_dim": 16},
+    "gpt_bigcode": {},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "gpt_neox": {},
+    "gptj": {"rotary_dim": 8},
+    "codegen": {"rotary_dim": 8},
+    "granitemoehybrid": {"num_local_experts": 0, "layer_types": ["attention", "attention"], "shared_intermediate_size": 96},
+    "helium": {"head_dim": 16},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "nemotron": {"head_dim": 16},
+    "olmo": {},
+    "phi": {},
+    "qwen3_5_text": {"head_dim": 16, "layer_types": ["linear_attention", "full_attention"]},
+    "stablelm": {"use_qkv_bias": True},
+    "starcoder2": {},
 }
 
 
@@ -46,7 +88,7 @@ def build(model_type: str, folder: Path, *, dtype: torch.dtype = torch.float32, 
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(model_type, **{**_COMMON, **ZOO[model_type], **changes})
+    config = AutoConfig.for_model(model_type, **{**_COMMON, **(ZOO | DERIVED).get(model_type, {}), **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config).to(dtype).eval()

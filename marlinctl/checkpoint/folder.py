@@ -34,6 +34,7 @@ from marlinctl.checkpoint.source_digests import check_small_files
 from marlinctl.errors import BadInput, Problem
 from marlinctl.models.architectures import Architecture, architecture
 from marlinctl.models.config import CONFIG
+from marlinctl.models.lookup import any_architecture
 from marlinctl.models.switches import check_switches
 from marlinctl.models.tokenizer_files import check_tokenizer
 from marlinctl.system.files import FileRefused, open_member, shown
@@ -151,7 +152,7 @@ def _check_small_files_open(folder: Path) -> None:
 
 def _architecture(checkpoint: Checkpoint, info: FormatInfo, structure: Structure, module_map: Path | None) -> Architecture | None:
     try:
-        known = architecture(checkpoint.config, module_map)
+        known = (any_architecture if structure == "needed" else architecture)(checkpoint.config, module_map)
     except BadInput as unknown:
         if structure == "known" and unknown.error_id == "E390":
             return None

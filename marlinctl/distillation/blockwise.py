@@ -28,7 +28,7 @@ from marlinctl.distillation.rows import Rows, rows_of_step
 from marlinctl.distillation.state import DistillJob, State
 from marlinctl.distillation.tracking import Track, untracked
 from marlinctl.models.architectures import Block
-from marlinctl.models.meta_model import build, drop_parameters, set_parameter
+from marlinctl.models.meta_model import build, drop_parameters, hidden_states, set_parameter
 from marlinctl.oneshot.sequential import SequentialPipeline
 from marlinctl.planning.training_settings import rows_per_step, steps_of
 from marlinctl.recipes.schema import Distill
@@ -264,13 +264,13 @@ class _Side:
         for parameter, names in by_parameter(places).items():
             relative = parameter[len(block.prefix) + 1 :]
             pieces = ((places[name], known[name] if name in known else self.source.checkpoint.read(name)) for name in names)
-            value = assemble(pieces, layer.get_parameter(relative).shape, dtype)
+            shape = (layer.get_buffer if parameter in block.buffers else layer.get_parameter)(relative).shape
+            value = assemble(pieces, shape, dtype)
             set_parameter(layer, relative, value.to(self.device))
         return layer
 
     def call(self, layer: nn.Module, block: Block, hidden: Tensor) -> Tensor:
-        output: Tensor = layer(hidden.to(self.device), **self._arguments(hidden.shape[0])[block.index])
-        return output
+        return hidden_states(layer(hidden.to(self.device), **self._arguments(hidden.shape[0])[block.index]))
 
     @torch.no_grad()
     def advance(self, layer: nn.Module, block: Block, autocast: Callable[[], torch.autocast]) -> None:

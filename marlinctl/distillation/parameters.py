@@ -40,10 +40,10 @@ def block_places(block: Block) -> dict[str, Place]:
 
 def trained_places(architecture: Architecture) -> dict[str, Place]:
     """What distillation trains: the linears of the blocks with their biases, and all norms. Embedding, head and routers stay."""
-    norm = f"{architecture.norm}.weight"
-    found = {norm: Place(norm)}
+    found = {name: Place(name) for name in architecture.norm_tensors}
     for block in architecture.blocks:
-        found |= {name: place for name, place in block_places(block).items() if name not in block.others or len(block.others[name]) == 1}
+        fixed = {name for name, shape in block.others.items() if len(shape) != 1} | block.buffers
+        found |= {name: place for name, place in block_places(block).items() if name not in fixed}
     return found
 
 

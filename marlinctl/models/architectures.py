@@ -65,6 +65,8 @@ class Block:
     linears: Mapping[str, LinearSpec]  # full name -> spec, in run order
     others: Mapping[str, Shape]  # full tensor names of norms, routers and biases -> shape
     renamed: Mapping[str, str] = field(default_factory=dict)  # those of them that the block's module calls otherwise
+    buffers: frozenset[str] = frozenset()  # those of them that are no parameters: they are not trained
+    returns_tuple: bool = False  # the block returns (hidden states, ...)
 
     def parameter(self, tensor: str) -> str:
         """The name, relative to the block's module, of a tensor of the checkpoint."""
@@ -86,11 +88,17 @@ class Architecture:
     expected: Mapping[str, Shape]  # every tensor the checkpoint must hold
     ignorable: tuple[str, ...] = field(default=("rotary_emb.inv_freq", "lm_head.weight"))  # endings a checkpoint may hold besides
     tied: LinearSpec | None = None  # the output head, where it is tied to the embedding
+    outside: tuple[str, ...] = ()  # tensors of the decoder besides blocks, embedding and norm: learned positions, a norm before the blocks
 
     @property
     def linears(self) -> dict[str, LinearSpec]:
         """All linears that are quantized unless a rule says otherwise, in run order."""
         return {name: spec for block in self.blocks for name, spec in block.linears.items()}
+
+    @property
+    def norm_tensors(self) -> list[str]:
+        """Weight and bias of the norm after the last block, as far as it has them."""
+        return [name for name in self.expected if name.startswith(f"{self.norm}.")]
 
     def unexpected(self, names: Mapping[str, object]) -> list[str]:
         """Tensors of a checkpoint that this architecture has no place for: a sign that config and weights do not belong together."""
@@ -135,7 +143,29 @@ FAMILIES: Mapping[str, _Family] = {
     "gemma3_text": _Family(norms=_GEMMA_NORMS, tied=True, qk_norm="head", defaults={"head_dim": 256, "num_key_value_heads": 4}),
     "phi3": _Family(attention_bias=False, output_bias=False, fused=True),
     "olmo2": _Family(norms=("post_attention_layernorm", "post_feedforward_layernorm"), qk_norm="full"),
+    "olmo3": _Family(norms=("post_attention_layernorm", "post_feedforward_layernorm"), qk_norm="full"),
     "granite": _Family(mlp_bias="mlp_bias"),
+    "smollm3": _Family(mlp_bias="mlp_bias", tied=True, defaults={"num_key_value_heads": 4}),
+    "exaone4": _Family(
+        norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+        attention_bias=False,
+        output_bias=False,
+        qk_norm="head",
+        defaults={"num_key_value_heads": 32},
+    ),
+    "seed_oss": _Family(
+        output_bias="attention_out_bias", mlp_bias="mlp_bias", defaults={"attention_bias": True, "head_dim": 128, "num_key_value_heads": 8}
+    ),
+    "ernie4_5": _Family(
+        attention_bias="use_bias",
+        output_bias="use_bias",
+        mlp_bias="use_bias",
+        tied=True,
+        defaults={"head_dim": 128, "num_key_value_heads": 2},
+    ),
+    "ministral": _Family(attention_bias=False, output_bias=False, defaults={"num_key_value_heads": 8}),
+    "ministral3": _Family(attention_bias=False, output_bias=False, defaults={"head_dim": 128, "num_key_value_heads": 8}),
+    "gemma": _Family(tied=True, defaults={"head_dim": 256, "num_key_value_heads": 16}),
     "mixtral": _Family(
         attention_bias=False,
         output_bias=False,
@@ -156,6 +186,7 @@ FAMILIES: Mapping[str, _Family] = {
     "olmoe": _Family(qk_norm="full", experts=_EXPERTS, defaults={"num_experts": 64, "num_experts_per_tok": 8}),
 }
 
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MAX_DIMENSION = 2**24  # no layer, head or vocabulary of a real model is larger; a config that says so is damaged or hostile
 _MAX_BLOCKS = 10_000
 _MAX_MAP_BYTES = 1 << 20
@@ -164,7 +195,8 @@ _MAX_MAP_BYTES = 1 << 20
 def architecture(config: Mapping[str, Any], module_map: Path | None = None) -> Architecture:
     """Names and shapes of the model that `config` (a parsed config.json) describes.
 
-    BadInput E390 for a model_type that is not in the table and has no module map; E392 for a config whose sizes are missing or absurd.
+    BadInput E390 for a model_type that is not in the table and has no module map (lookup.py knows more of them); E392 for a config whose
+    sizes are missing or absurd.
     """
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
@@ -180,13 +212,38 @@ def architecture(config: Mapping[str, Any], module_map: Path | None = None) -> A
     if module_map is not None:
         return _by_hand(config, module_map)
     if family is None:
+        _refuse_experts(config)
         raise BadInput(
             "E390",
-            f"marlinctl does not know the architecture {model_type!r}",
+            f"the architecture {model_type!r} is not in marlinctl's table",
             where="config.json, key model_type",
-            fix=f"supported: {', '.join(sorted(FAMILIES))}; describe any other decoder with --module-map FILE (docs/module-map.md)",
+            fix=f"in the table: {', '.join(sorted(FAMILIES))}; docs/models.md has the others that can be compressed",
         )
     return _from_family(str(model_type), family, _Sizes.read(config, family))
+
+
+def may_be_derived(config: Mapping[str, Any]) -> bool:
+    """Whether the table has no row for the model, and config.json no reason why transformers' code cannot be followed."""
+    model_type = config.get("model_type")
+    named = isinstance(model_type, str) and model_type not in FAMILIES
+    return named and not isinstance(config.get("text_config"), Mapping) and _experts_key(config) is None
+
+
+def _experts_key(config: Mapping[str, Any]) -> str | None:
+    """The key that says how many experts there are, where there are several."""
+    return next((key for key in _EXPERT_COUNTS if isinstance(config.get(key), int) and config[key] > 1), None)
+
+
+def _refuse_experts(config: Mapping[str, Any]) -> None:
+    """BadInput E390 for a mixture of experts that is not in the table, by config.json alone."""
+    if key := _experts_key(config):
+        known = ", ".join(sorted(name for name, family in FAMILIES.items() if family.experts))
+        raise BadInput(
+            "E390",
+            f"{config.get('model_type')!r} is a mixture of {config[key]} experts, and of those marlinctl knows {known}",
+            where=f"config.json, key {key}",
+            fix="compress a dense model, or one of these; no module map can describe experts",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ after it; nothing ever holds the whole model.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,9 +43,14 @@ def linear_modules(config: Mapping[str, Any]) -> set[str]:
 
 
 def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
-    """Put `value` where the (meta) parameter `name` is."""
+    """Put `value` where the (meta) parameter, or the buffer, `name` is. A buffer keeps its dtype."""
     parent, _, leaf = name.rpartition(".")
-    module.get_submodule(parent)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    holder = module.get_submodule(parent)
+    buffer = holder._buffers.get(leaf)
+    if buffer is not None:
+        holder._buffers[leaf] = value.to(buffer.dtype)
+    else:
+        holder._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
 def drop_parameters(module: nn.Module) -> None:
@@ -53,6 +59,18 @@ def drop_parameters(module: nn.Module) -> None:
         for name, parameter in sub._parameters.items():
             if parameter is not None:
                 sub._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+def bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name, in the order in which the module's class declares them."""
+    signature = inspect.signature(type(module).forward)
+    self_, *others = signature.parameters.items()
+    found = dict(signature.bind_partial(module, *args, **kwargs).arguments)
+    del found[self_[0]]
+    for name, parameter in others:
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            found |= found.pop(name, {})
+    return found
 
 
 class Reached(Exception):
@@ -77,6 +95,12 @@ def call_until(target: nn.Module, run: Callable[..., Any], *args: Any, **kwargs:
     finally:
         handle.remove()
     raise RuntimeError(f"{type(target).__name__} was never called")
+
+
+def hidden_states(output: Any) -> Tensor:
+    """Of what a block returned: some return a tuple."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
 
 
 class Replay(nn.Module):

@@ -52,6 +52,9 @@ def transformers_config(config: Mapping[str, Any], folder: Path | None = None, *
     return parsed
 
 
+_NO_JSON_NUMBERS = ("Infinity", "-Infinity", "NaN")
+
+
 @contextmanager
 def building(where: str) -> Iterator[None]:
     """BadInput E392, with the first line of what transformers says, where it cannot make a config or a model of what config.json says.
@@ -81,7 +84,7 @@ def _settings(config: Mapping[str, Any], kind: type[PreTrainedConfig], quantized
     fields = {field.name for field in dataclasses.fields(kind)}
     quantization = () if quantized else ("quantization_config", "compression_config")
     return {
-        key: value
+        key: _decoded(value)
         for key, value in without(_nested_without(config, quantization)).items()
         if key not in _OURS and (key in fields or _may_be_set(kind, key))
     }
@@ -95,6 +98,15 @@ def _nested_without(config: Mapping[str, Any], keys: tuple[str, ...]) -> dict[st
         key: {k: v for k, v in value.items() if k not in inner} if isinstance(value, Mapping) and key.endswith("_config") else value
         for key, value in plain.items()
     }
+
+
+def _decoded(value: Any) -> Any:
+    """With numbers in place of {"__float__": "Infinity"}, which is how transformers writes what JSON lacks."""
+    if isinstance(value, list):
+        return [_decoded(part) for part in value]
+    if isinstance(value, Mapping) and set(value) == {"__float__"} and value["__float__"] in _NO_JSON_NUMBERS:
+        return float(value["__float__"])
+    return value
 
 
 def _may_be_set(kind: type, key: str) -> bool:

@@ -15,6 +15,7 @@ read; activations in flight are one chunk wide. A block's weights are read when 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from marlinctl.data.tokens import Tokens
 from marlinctl.models.architectures import Architecture, Block, Branch, Experts
-from marlinctl.models.meta_model import Replay, call_until, drop_parameters, set_parameter
+from marlinctl.models.meta_model import Replay, bound, call_until, drop_parameters, hidden_states, set_parameter
 from marlinctl.oneshot.experts import ExpertsPipeline
 from marlinctl.oneshot.gram import Gram, SolveStage, SolveStages, StageInput
 from marlinctl.oneshot.reference_stream import ReferenceModel, scaled
@@ -103,6 +104,8 @@ class SequentialPipeline:
         used, compact = torch.unique(ids, return_inverse=True)
         name = f"{self.architecture.embedding}.weight"
         set_parameter(self.model, name, self.checkpoint.rows(name, used).to(self.device, self.dtype))
+        for other in self.architecture.outside:
+            set_parameter(self.model, other, self.checkpoint.read(other).to(self.device, self.dtype))
         embedding = cast(nn.Embedding, self.model.get_submodule(self.architecture.embedding))
         embedding.padding_idx = None  # it counts in the whole vocabulary, and a forward pass does not need it
         blocks = [self.model.get_submodule(block.prefix) for block in self.architecture.blocks]
@@ -110,13 +113,14 @@ class SequentialPipeline:
         calls: list[dict[str, Any]] = []
         first: list[Tensor] = []
 
-        def passing(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def passing(block: nn.Module, returns_tuple: bool, *args: Any, **kwargs: Any) -> Any:
+            (_, hidden), *others = bound(block, args, kwargs).items()
             first.append(hidden)
-            calls.append(kwargs)
-            return hidden
+            calls.append(dict(others))
+            return (hidden, None) if returns_tuple else hidden
 
-        for block in blocks:
-            block.forward = passing
+        for block, known in zip(blocks, self.architecture.blocks, strict=True):
+            block.forward = partial(passing, block, known.returns_tuple)
         try:
             for part in self.chunks():
                 calls.clear()
@@ -128,7 +132,8 @@ class SequentialPipeline:
         finally:
             for block in blocks:
                 del block.forward
-        set_parameter(self.model, name, torch.empty(0, device="meta"))
+        for other in (name, *self.architecture.outside):
+            set_parameter(self.model, other, torch.empty(0, device="meta"))
 
     def run_block(self, block: Block, solve: SolveStage, *, replay: bool = False) -> None:
         """Take the hidden states through one block, solving its linears on the way.
@@ -139,7 +144,7 @@ class SequentialPipeline:
         for name in block.others:
             set_parameter(layer, block.parameter(name), self.checkpoint.read(name).to(self.device, self.dtype))
         if self.reference is not None:
-            self.reference.run_block(block, layer, self.chunks(), lambda hidden, index: layer(hidden, **self.calls[hidden.shape[0]][index]))
+            self.reference.run_block(block, layer, self.chunks(), partial(self._run, layer))
         whole = {part: layer.get_submodule(part) for part in (block.attention.module, block.mlp.module)}
         try:
             replays: dict[str, Replay] = {}
@@ -160,9 +165,11 @@ class SequentialPipeline:
                 layer.set_submodule(name, module)
             drop_parameters(layer)
 
-    def _call(self, layer: nn.Module, index: int, part: slice) -> Any:
-        hidden = self.hidden[part].to(self.device)
-        return layer(hidden, **self.calls[hidden.shape[0]][index])
+    def _call(self, layer: nn.Module, index: int, part: slice) -> Tensor:
+        return self._run(layer, self.hidden[part].to(self.device), index)
+
+    def _run(self, layer: nn.Module, hidden: Tensor, index: int) -> Tensor:
+        return hidden_states(layer(hidden, **self.calls[hidden.shape[0]][index]))
 
     def _set_replays(self, replays: Mapping[str, Replay], outputs: Mapping[str, Output], part: slice) -> None:
         for name, replay in replays.items():
@@ -190,13 +197,11 @@ class SequentialPipeline:
 
         inputs = self.scratch.tensor("branch input", (self.samples, self.length, width_in), self.dtype)
         calls: dict[int, dict[str, Any]] = {}  # samples in a chunk -> the branch's other arguments
-        by_name = False  # whether the block passes hidden_states by name
         gram = Gram(width_in, self.device, collects=not replay)
         for part, args, kwargs in arguments:
-            x = args[0] if args else kwargs.pop("hidden_states")
+            (_, x), *others = bound(module, args, kwargs).items()
             inputs[part] = x
-            by_name = not args
-            calls.setdefault(x.shape[0], kwargs)
+            calls.setdefault(x.shape[0], dict(others))
             gram.add(x, self.counted[part])
             if self.reference is not None and not replay:
                 gram.add_drift(x, self.reference.input(branch.first[0], width_in, part), self.counted[part])
@@ -207,8 +212,7 @@ class SequentialPipeline:
         last_module = layer.get_submodule(branch.last)
         for part in self.chunks():
             x = inputs[part].to(self.device)
-            given = ((), {"hidden_states": x}) if by_name else ((x,), {})
-            (middle, *_), _ = call_until(last_module, module, *given[0], **given[1], **calls[x.shape[0]])
+            (middle, *_), _ = call_until(last_module, module, x, **calls[x.shape[0]])
             between[part] = middle
             if self.reference is None or replay:
                 gram.add(middle, self.counted[part])
@@ -252,9 +256,9 @@ class SequentialPipeline:
 
         Tokens count alike: after a norm no token is longer than others.
         """
-        name = f"{self.architecture.norm}.weight"
         norm = self.model.get_submodule(self.architecture.norm)
-        set_parameter(norm, "weight", self.checkpoint.read(name).to(self.device, self.dtype))
+        for name in self.architecture.norm_tensors:
+            set_parameter(self.model, name, self.checkpoint.read(name).to(self.device, self.dtype))
         gram = Gram(self.architecture.hidden_size, self.device)
         for part in self.chunks():
             x = norm(self.hidden[part].to(self.device))

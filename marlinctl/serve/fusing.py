@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from marlinctl.models.architectures import Branch, architecture
+from marlinctl.models.architectures import Branch
+from marlinctl.models.lookup import any_architecture
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,13 +27,13 @@ def fuse_linears(model: PreTrainedModel) -> int:
     """Fuses in place what can be fused, for inference; returns how many SharedLinears there are now.
 
     Linears stay as they are where they are not packed alike (kind, group size), where one is not packed at all, or where its outputs are
-    no multiple of 64. Weights are copied, one group at a time. BadInput E390 for an architecture that marlinctl does not know.
+    no multiple of 64. Weights are copied, one group at a time. BadInput E390 for a model that marlinctl cannot compress.
     """
     from marlinctl.kernels.linear import MarlinLinear, SparseMarlinLinear
 
     modules = dict(model.named_modules())
     fused = 0
-    for block in architecture(model.config.to_dict()).blocks:
+    for block in any_architecture(model.config.to_dict()).blocks:
         for branch in (block.attention, block.mlp):
             names = [f"{block.prefix}.{name}" for name in branch.first] if isinstance(branch, Branch) else []
             packed = [module for name in names if isinstance(module := modules.get(name), MarlinLinear | SparseMarlinLinear)]

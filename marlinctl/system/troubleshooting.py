@@ -463,7 +463,9 @@ CATALOG = (
         "E390",
         "This kind of model is not supported",
         """
-        The supported architectures are listed. Describe another decoder with `--module-map FILE` ([other models](module-map.md)).
+        The message gives the reason: a mixture of experts of another kind, blocks that are not an attention and an MLP branch, a wrapper.
+        [Models](models.md) lists the types that work. A few others can be described with `--module-map FILE`
+        ([module maps](module-map.md)).
 
         A LoRA adapter (`adapter_config.json`) must be merged into its model first.
 

@@ -36,7 +36,8 @@ from marlinctl.checkpoint.mask import open_masks
 from marlinctl.checkpoint.reader import require_folder
 from marlinctl.checkpoint.tied_head import with_own_head
 from marlinctl.errors import BadInput, CheckFailed, MarlinctlError, NumericalProblem, Problem
-from marlinctl.models.architectures import architecture
+from marlinctl.models.architectures import may_be_derived
+from marlinctl.models.lookup import any_architecture
 from marlinctl.system.console import gibibytes
 from marlinctl.system.host import available_memory
 from marlinctl.verify import source as fidelity
@@ -129,9 +130,9 @@ def check_structure(checkpoint: Checkpoint, info: FormatInfo, module_map: Path |
     """Names, shapes and dtypes of all tensors, and the config fields that must not be forgotten. Returns what could not be checked."""
     problems = _config_problems(checkpoint, info)
     try:
-        model = architecture(checkpoint.config, module_map)
+        model = any_architecture(checkpoint.config, module_map)
     except BadInput as unknown:
-        if unknown.error_id != "E390":
+        if unknown.error_id != "E390" and not may_be_derived(checkpoint.config):  # such a model may need a newer transformers
             raise
         problems += _layer_problems(checkpoint, info, {layer: registry.layer_shape(checkpoint, info, layer) for layer in info.layers})
         _raise("E105", problems)
@@ -451,7 +452,7 @@ def _opened(source: Path | None, checkpoint: Checkpoint, info: FormatInfo, conso
 def _with_head_of(checkpoint: Checkpoint, source: Checkpoint) -> Checkpoint:
     """The source with a head of its own where `checkpoint` has one that was made of the tied embedding."""
     try:
-        known, ours = architecture(source.config), architecture(checkpoint.config)
+        known, ours = any_architecture(source.config), any_architecture(checkpoint.config)
     except BadInput:  # of a model that a module map describes
         return source
     return source if known.tied is None or ours.head is None else with_own_head(source, known)

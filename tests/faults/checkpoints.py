@@ -386,7 +386,7 @@ FAULTS: dict[str, Fault] = {
     "config asks for more layers": Fault(_config(num_hidden_layers=3), 3, "is missing"),
     "config with another hidden_size": Fault(_config(hidden_size=64), 3, "config.json asks for"),
     "already quantized": Fault(_config(quantization_config={"quant_method": "gptq", "bits": 4}), 3, "marlinctl pack"),
-    "unknown architecture": Fault(_config(model_type="mamba9"), 3, "--module-map"),
+    "unknown architecture": Fault(_config(model_type="mamba9"), 3, "mamba9"),
     "remote code": Fault(_remote_code, 3, "never runs"),
     "tokenizer missing": Fault(_no_tokenizer, 3, "tokenizer is missing"),
     "tokenizer larger than the embedding": Fault(_edit_json("tokenizer.json", _larger_tokenizer), 3, "larger than the embedding"),

@@ -1,0 +1,140 @@
+"""Models that are not in the table: their architecture is found by following transformers' own code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from marlinctl.errors import BadInput
+from marlinctl.models.architectures import FAMILIES, Experts, architecture
+from marlinctl.models.derivation import derived_architecture
+from marlinctl.models.lookup import any_architecture
+from tests import zoo
+from tests.models.sweep import outcome
+
+DENSE = sorted(name for name, family in FAMILIES.items() if not family.experts)
+SAMPLE = ["cohere2", "falcon", "gemma4_text", "gpt_bigcode", "gpt_neox", "phi"]
+
+
+def config_of(model_type: str, **changes: Any) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    settings = {**zoo._COMMON, **(zoo.ZOO | zoo.DERIVED).get(model_type, {}), **changes}
+    made: dict[str, Any] = AutoConfig.for_model(model_type, **settings).to_dict()
+    return made
+
+
+@pytest.mark.parametrize("model_type", DENSE)
+def test_derivation_finds_what_the_table_says(model_type: str) -> None:
+    """If either were wrong, the two would differ: they have nothing in common."""
+    config = config_of(model_type)
+    by_table, derived = architecture(config), derived_architecture(config)
+    assert [replace(b, others={}) for b in derived.blocks] == [replace(b, others={}) for b in by_table.blocks]
+    assert [dict(b.others) for b in derived.blocks] == [dict(b.others) for b in by_table.blocks]
+    assert dict(derived.expected) == dict(by_table.expected)
+    names = ("decoder", "embedding", "norm", "head", "tied", "hidden_size", "vocab_size", "outside")
+    assert [getattr(derived, name) for name in names] == [getattr(by_table, name) for name in names]
+
+
+@pytest.mark.parametrize("model_type", SAMPLE)
+def test_models_outside_the_table_are_quantized(model_type: str) -> None:
+    """If an argument, a buffer, learned positions or a tuple were lost on the way, hidden states would not be those of transformers."""
+    found = outcome(model_type)
+    assert found.how in ("derived", "table"), found.line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", sorted(zoo.DERIVED))
+def test_every_model_of_the_list_is_quantized(model_type: str) -> None:
+    """If a release of transformers changed a model, docs/models.md would promise what does not work."""
+    found = outcome(model_type)
+    assert found.how in ("derived", "table"), found.line
+
+
+def test_derived_buffers_are_carried_and_not_trained() -> None:
+    """If Gemma 4's layer scalar were taken for a norm, distillation would train a buffer, and fail."""
+    from marlinctl.distillation.parameters import trained_places
+
+    known = derived_architecture(config_of("gemma4_text"))
+    assert known.blocks[0].buffers == {"model.layers.0.layer_scalar"}
+    assert "model.layers.0.layer_scalar" in known.expected
+    assert not known.blocks[0].buffers & set(trained_places(known))
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "per-layer embeddings": ("gemma4_text", {"hidden_size_per_layer_input": 16}, "per_layer_input, which depends on the tokens"),
+    "an MLP that is no module": ("opt", {}, "then fc1, then fc2"),
+    "a residual inside of the branch": ("bloom", {}, "returns what its last linear returns"),
+    "a norm that runs twice": ("nanochat", {}, "runs in other places too"),
+    "Conv1D": ("gpt2", {}, "Conv1D"),
+    "recurrent blocks": ("mamba", {}, "mixer.in_proj"),
+    "an encoder": ("bert", {}, "not a decoder with one list of blocks"),
+    "a mixture of experts": ("qwen2_moe", {"num_experts": 4}, "mixture of 4 experts"),
+    "experts under another key": ("hunyuan_v1_moe", {"num_experts": 1, "head_dim": 16}, "mixture of experts"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refusal_gives_the_reason(case: str) -> None:
+    """If it said `use a module map`, a user would write one for a model that no map can describe."""
+    model_type, changes, reason = REFUSED[case]
+    with pytest.raises(BadInput) as caught:
+        any_architecture(config_of(model_type, **changes))
+    problem = caught.value.problems[0]
+    assert caught.value.error_id == "E390" and reason in problem.what
+    assert "--module-map" not in problem.fix
+
+
+def test_a_type_that_transformers_lacks_is_refused_without_a_map() -> None:
+    """If a map were offered, it would fail for the same reason: transformers must build the model."""
+    with pytest.raises(BadInput, match="mamba9") as caught:
+        any_architecture({"model_type": "mamba9"})
+    assert caught.value.error_id == "E390" and "--module-map" not in caught.value.problems[0].fix
+
+
+def test_experts_outside_the_table_are_refused_without_torch(tmp_path: Path) -> None:
+    """If config.json were not enough, every refusal of such a model would take the seconds that torch takes to import."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v3", "n_routed_experts": 256}))
+    program = (
+        "import json, sys; from pathlib import Path; from marlinctl.errors import BadInput\n"
+        "from marlinctl.models.lookup import any_architecture\n"
+        "try: any_architecture(json.loads(Path(sys.argv[1]).read_text()))\n"
+        "except BadInput as e: print(e.error_id, 'torch' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", program, tmp_path / "config.json"], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["E390", "False"]
+
+
+def test_the_model_is_as_it_was_after_tracing() -> None:
+    """If stand-ins stayed in a model, whoever builds on the traced one would compute zeros."""
+    from marlinctl.models import derivation
+    from marlinctl.models.meta_model import build
+
+    model = build(config_of("phi"), torch.float32)
+    derivation._traced(model, "phi", ["model.layers.0", "model.layers.1"], first=1)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_experts_are_what_the_table_has_rows_for() -> None:
+    """If a mixture were derived, its experts would be one tensor that nothing quantizes."""
+    for name, family in FAMILIES.items():
+        if family.experts:
+            blocks = architecture(config_of(name)).blocks
+            assert any(isinstance(block.mlp, Experts) for block in blocks)
+
+
+def test_infinity_is_read_as_transformers_writes_it() -> None:
+    """If {"__float__": "Infinity"} stayed a mapping, every Granite 4 and Bamba that transformers saved would be called damaged."""
+    from marlinctl.models.transformers_config import transformers_config
+
+    limit = [0.0, {"__float__": "Infinity"}]
+    parsed: Any = transformers_config({"model_type": "granitemoehybrid", "num_local_experts": 0, "time_step_limit": limit})
+    assert parsed.time_step_limit == (0.0, float("inf"))
