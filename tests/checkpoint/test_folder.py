@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -223,8 +223,17 @@ def copied(place: Path, name: str) -> Path:
     return Path(shutil.copytree(place / name, place / "damaged"))
 
 
-@pytest.mark.parametrize("verb", DENSE)
-@pytest.mark.parametrize("name", ANY_FOLDER)
+def met(damages: Mapping[str, object], verbs: Iterable[str]) -> pytest.MarkDecorator:
+    """Each damage with two of the verbs, by turns; with the others it is `slow`. All verbs ask one function (checkpoint/folder.py)."""
+    verbs = list(verbs)
+    quick = {(name, verbs[(i + j) % len(verbs)]) for i, name in enumerate(damages) for j in range(2)}
+    pairs = [(name, verb) for name in damages for verb in verbs]
+    return pytest.mark.parametrize(
+        ("name", "verb"), [pytest.param(*pair, marks=() if pair in quick else pytest.mark.slow) for pair in pairs]
+    )
+
+
+@met(ANY_FOLDER, DENSE)
 def test_every_verb_refuses_a_damaged_model(place: Path, name: str, verb: str) -> None:
     """A verb that skips a check computes garbage, hangs or ends in a traceback on what the others refuse."""
     damage, ids, text = ANY_FOLDER[name]
@@ -233,8 +242,7 @@ def test_every_verb_refuses_a_damaged_model(place: Path, name: str, verb: str) -
     assert_says(refusal(DENSE[verb], folder), ids, text)
 
 
-@pytest.mark.parametrize("verb", PACKED)
-@pytest.mark.parametrize("name", ANY_FOLDER | PACKED_FOLDER)
+@met(ANY_FOLDER | PACKED_FOLDER, PACKED)
 def test_every_verb_refuses_a_damaged_packed_model(place: Path, name: str, verb: str) -> None:
     """The same of a folder whose linears are packed, where nobody wrote down what it was."""
     damage, ids, text = (ANY_FOLDER | PACKED_FOLDER)[name]
@@ -244,8 +252,7 @@ def test_every_verb_refuses_a_damaged_packed_model(place: Path, name: str, verb:
     assert_says(refusal(PACKED[verb], folder), ids, text)
 
 
-@pytest.mark.parametrize("verb", PACKED)
-@pytest.mark.parametrize("name", PUBLISHED)
+@met(PUBLISHED, PACKED)
 def test_every_verb_refuses_what_the_manifest_disproves(place: Path, name: str, verb: str) -> None:
     """`pack` would write a new manifest that vouches for the damage; `eval` and a report would be of another model."""
     damage, ids, text = PUBLISHED[name]

@@ -89,7 +89,7 @@ def test_losses_speed_and_held_out_divergence_are_logged(place: Path, tmp_path: 
     assert dict(tracker.logged[-1][1])["held_out/kl"] == report["held_out"]["after"]["kl"]
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+@pytest.mark.parametrize("name", ["tensorboard", pytest.param("wandb", marks=pytest.mark.slow)])
 def test_a_resumed_job_continues_its_run(
     name: str, place: Path, tmp_path: Path, recorded: list[Recorded], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,12 +131,12 @@ def test_blocks_are_logged_one_after_the_other(place: Path, tmp_path: Path, reco
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 @pytest.mark.parametrize("found", [None, SimpleNamespace(origin=None)], ids=["nothing", "a folder of that name"])
 def test_a_missing_package_is_named_before_a_model_is_read(
-    name: str, found: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, found: Any, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Found out after the models were loaded, it costs minutes; a folder `wandb`, which wandb leaves, is no package."""
     monkeypatch.setattr(tracking, "find_spec", lambda _: found)
     monkeypatch.setattr("marlinctl.distillation.run.open_models", lambda *_: pytest.fail("a model was read"))
-    arguments = ["distill", str(tmp_path / "s"), str(tmp_path / "out"), "--teacher", str(tmp_path / "t"), "--tokens", "1000000"]
+    arguments = ["distill", str(place / "student"), str(tmp_path / "out"), "--teacher", str(place / "teacher"), "--tokens", "1000000"]
     assert main([*arguments, "--device", "cpu", "--tracker", name]) == 4
     error = capsys.readouterr().err
     assert f"pip install 'marlinctl[{name}]'" in error and "E402" in error and list(tmp_path.iterdir()) == []

@@ -273,7 +273,7 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ("verb", "how"),
     [
         ("compress", "resume"),
-        ("compress", "whole"),
+        pytest.param("compress", "whole", marks=pytest.mark.slow),
         ("sparsify", "no-eval"),
     ],
 )

@@ -256,7 +256,7 @@ def test_stages_that_end_in_int4_ask_for_the_group_size_before_the_first(narrow:
     assert caught.value.error_id == "E255"
 
 
-@pytest.mark.parametrize("distil", [False, True])
+@pytest.mark.parametrize("distil", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compress_goes_all_the_way_to_sparse_tiles(tmp_path: Path, text: Path, distil: bool, capfd: pytest.CaptureFixture[str]) -> None:
     """If a stage lost the mask, the tiles would be refused or hold other kept weights than the interchange copy."""
     source, out = tiny(tmp_path / "tiny"), tmp_path / "out"

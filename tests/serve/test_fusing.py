@@ -105,6 +105,7 @@ def test_what_is_not_alike_stays_apart(tmp_path: Path) -> None:
     assert near(logits(model), expected)
 
 
+@pytest.mark.slow
 def test_a_fused_model_compiles_whole(tmp_path: Path) -> None:
     """If this failed, what is handed from one part to the next would break the graph."""
     make_packed(make_tiny(tmp_path / "source"), tmp_path / "native", "marlin", group_size=32)
