@@ -173,7 +173,7 @@ class MemoryThenFile(logging.Handler):
         self.lines: deque[str] = deque(maxlen=LINES_IN_MEMORY)
         self.file: TextIO | None = None
         self.path: Path | None = None
-        self._begin: int | None = None  # where the lines of this run begin in a file that nobody named
+        self._begin: int | None = None  # where the lines of this run begin in a file that no one asked for by name
 
     def open(self, path: Path, *, named: bool) -> None:
         """named: the person named this file, so whatever it is, lines are appended to it. Otherwise it is new, or a log of ours."""

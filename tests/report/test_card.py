@@ -106,7 +106,7 @@ def blocks(card: str, language: str) -> list[str]:
     ],
 )
 def test_what_people_copy_comes_first(fmt: str, installed: str, imported: str) -> None:
-    """Whoever opens a card wants to run the model: a native folder without the plugin's release would not start, and nobody scrolls."""
+    """Whoever opens a card wants to run the model: a native folder without the plugin's release would not start, and few scroll."""
     card = render(CardFacts("out", FORMATS[fmt], {"a": 64}, [], "marlinctl pack IN OUT", documents.loads(fmt)))
     assert blocks(card, "bash")[0] == f"{installed}vllm serve ./out\n"
     (code,) = blocks(card, "python")
@@ -137,7 +137,7 @@ def test_recovery_is_of_tasks_where_more_is_better() -> None:
 
 
 def test_the_text_of_a_measurement_is_named_without_its_path() -> None:
-    """A home folder in a published card is nobody's business."""
+    """A home folder does not belong in a published card."""
     document = documents.evaluation()
     document["text"]["note"] = "/home/somebody/secret/wiki.txt"
     card = of_compression(documents.report(evaluation={"document": document}), documents.folder(), {"a": 64})
