@@ -274,7 +274,7 @@ def _is_array(path: Path) -> bool:
 def _array_items(path: Path, *, chats: bool) -> Iterator[Item]:
     """The elements of a JSON array one by one, of which no more is in memory than one element and a chunk.
 
-    BadInput E385 where it is no JSON: unlike a line, an element that cannot be read has no end behind which to continue.
+    BadInput E385 where it cannot be parsed as JSON: unlike a line, an element that cannot be read has no end behind which to continue.
     """
     decoder = json.JSONDecoder()
     chunks = _chunks(path)

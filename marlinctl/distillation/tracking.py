@@ -38,7 +38,7 @@ def untracked(values: Mapping[str, float], step: int) -> None:
 
 
 def require_tracker(name: str | None) -> None:
-    """EnvironmentProblem E402 where its package is missing. A folder `wandb` that wandb left here is no package."""
+    """EnvironmentProblem E402 where its package is missing. A folder `wandb` that wandb left here does not count as one."""
     if name is None:
         return
     found = find_spec(name)

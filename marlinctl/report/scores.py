@@ -72,7 +72,7 @@ def recovery(score: Score) -> float | None:
 
 
 def percent(share: float | None) -> str:
-    """98.4 %; nothing where there is no share."""
+    """98.4 %; empty without a share."""
     return "" if share is None else f"{100 * share:.1f} %"
 
 
