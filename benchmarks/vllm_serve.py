@@ -1,6 +1,6 @@
 """What vLLM makes of a folder through marlinctl's plugin: how fast, the same tokens or not, and what it says of a damaged one. Needs a GPU.
 
-    python benchmarks/vllm_serve.py time FOLDER LABEL [--batch 1,16,64,128] [--repeats 5] [--weights]
+    python benchmarks/vllm_serve.py time FOLDER LABEL [--batch 1,16,64,128] [--repeats 5] [--weights] [--kernels]
     python benchmarks/vllm_serve.py tokens FOLDER OUT.json [--text FILE] [--devices 2]
     python benchmarks/vllm_serve.py reference FOLDER TOKENS.json ..
     python benchmarks/vllm_serve.py damaged NATIVE_FOLDER
@@ -8,7 +8,8 @@
 
 time        64 tokens in and 64 out, all requests of a batch at once, greedy, CUDA graphs, the engine in this process. TTFT: mean over
             the requests, from the first request handed over to a request's first token. TPOT: the rest by 63. Median of the repeats.
-            Weights are random (load_format dummy) unless --weights.
+            Weights are random (load_format dummy) unless --weights. --kernels: also the microseconds of a token by kernel, from one
+            more run of each batch under torch's profiler.
 tokens      greedy continuations of six prompts, and the log-probabilities of four windows of text
 reference   the same weights, dequantized, in transformers and float32: is each token of vLLM the most likely one there, how much less
             likely is it where not, and is the perplexity the same
@@ -46,6 +47,7 @@ def main() -> None:
     verb.add_argument("--batch", default="1,16,64,128")
     verb.add_argument("--repeats", type=int, default=5)
     verb.add_argument("--weights", action="store_true", help="load them")
+    verb.add_argument("--kernels", action="store_true", help="print which kernels the time of a token is")
     verb = verbs.add_parser("tokens")
     verb.add_argument("folder", type=Path)
     verb.add_argument("out", type=Path)
@@ -61,7 +63,8 @@ def main() -> None:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     if chosen.verb == "time":
-        time_folder(chosen.folder, chosen.label, [int(size) for size in chosen.batch.split(",")], chosen.repeats, weights=chosen.weights)
+        batches = [int(size) for size in chosen.batch.split(",")]
+        time_folder(chosen.folder, chosen.label, batches, chosen.repeats, weights=chosen.weights, kernels=chosen.kernels)
     elif chosen.verb == "tokens":
         write_tokens(chosen.folder, chosen.out, chosen.text, chosen.devices)
     elif chosen.verb == "reference":
@@ -81,7 +84,7 @@ def say(*words: object) -> None:
 # ---- how fast ------------------------------------------------------------------------------------------------------------------------
 
 
-def time_folder(folder: Path, label: str, batches: Sequence[int], repeats: int, *, weights: bool) -> None:
+def time_folder(folder: Path, label: str, batches: Sequence[int], repeats: int, *, weights: bool, kernels: bool) -> None:
     from vllm import LLM
 
     started = time.perf_counter()
@@ -108,6 +111,27 @@ def time_folder(folder: Path, label: str, batches: Sequence[int], repeats: int, 
         first, each = (statistics.median(run[i] for run in runs) for i in range(2))
         least, most = min(run[1] for run in runs), max(run[1] for run in runs)
         say(f"{label:14} batch {batch:4}  TPOT {each:.3f} ms ({least:.3f} to {most:.3f})  TTFT {first:.2f} ms")
+        if kernels:
+            say_kernels(engine, batch, numbers, label)
+
+
+def say_kernels(engine: Any, batch: int, numbers: random.Random, label: str) -> None:
+    """Microseconds of a token by kernel, the first token's among them, graphs' kernels too; and what the host does before the first token."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as recorded:
+        one_batch(engine, batch, numbers)
+    found = [(event.self_device_time_total / OUT, event.count / OUT, event.key) for event in recorded.key_averages()]
+    say(f"{label:14} batch {batch:4}  all kernels {sum(each for each, _, _ in found):.0f} us a token")
+    for each, count, name in sorted(found, reverse=True)[:8]:
+        say(f"{label:14} batch {batch:4}  {each:8.1f} us  {count:6.1f} launches  {name[:110]}")
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as recorded:
+        one_batch(engine, batch, numbers, tokens=1)
+    events = recorded.key_averages()
+    say(f"{label:14} batch {batch:4}  first token: kernels {sum(event.self_device_time_total for event in events):.0f} us")
+    for event in sorted(events, key=lambda event: -event.self_cpu_time_total)[:14]:
+        say(f"{label:14} batch {batch:4}  {event.self_cpu_time_total:8.0f} us of the host  {event.count:6} calls  {event.key[:90]}")
 
 
 def fill(model: Any) -> None:
@@ -138,13 +162,13 @@ def described(model: Any) -> str:
 _requests = iter(range(10**9))
 
 
-def one_batch(engine: Any, batch: int, numbers: random.Random) -> tuple[float, float]:
+def one_batch(engine: Any, batch: int, numbers: random.Random, tokens: int = OUT) -> tuple[float, float]:
     """Milliseconds to the first token and for each of the others, means over the requests."""
     import torch
     from vllm import SamplingParams
 
     core = engine.llm_engine
-    settings = SamplingParams(temperature=0.0, max_tokens=OUT, ignore_eos=True, detokenize=False)
+    settings = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
     prompts = [[numbers.randrange(1000, 100000) for _ in range(IN)] for _ in range(batch)]
     first: dict[str, tuple[float, int]] = {}
     last: dict[str, tuple[float, int]] = {}
@@ -160,10 +184,10 @@ def one_batch(engine: Any, batch: int, numbers: random.Random) -> tuple[float, f
             if count:
                 first.setdefault(output.request_id, (now, count))
                 last[output.request_id] = (now, count)
-    if len(last) != batch or any(count != OUT for _, count in last.values()):
+    if len(last) != batch or any(count != tokens for _, count in last.values()):
         raise SystemExit(f"{len(last)} of {batch} requests were answered, with {sorted({count for _, count in last.values()})} tokens")
     waits = [moment - started for moment, _ in first.values()]
-    paces = [(last[key][0] - moment) / (OUT - count) for key, (moment, count) in first.items()]
+    paces = [(last[key][0] - moment) / max(tokens - count, 1) for key, (moment, count) in first.items()]
     return 1e3 * statistics.mean(waits), 1e3 * statistics.mean(paces)
 
 

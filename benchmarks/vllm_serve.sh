@@ -8,6 +8,7 @@
 #     unpack                 the kit, and an entry point for this working tree
 #     small                  tokens of a small random model, native and through the linear kernel; references; damaged folders
 #     repack                 words to tiles on the GPU
+#     kernels:NAME           1 and 16 requests, and the kernels that a token's time is
 #     time:NAME              fp16 ct marlin marlin_24 ct-head marlin-head marlin_24-head; time:ct:machete and time:ct:marlin with vLLM's kernels
 #     real:FOLDER            tokens of a native folder of a real model in each format that it can be packed to, and references; ids.json beside
 #                            the folder has the text's tokens where it holds no tokenizer
@@ -85,6 +86,7 @@ for what in "$@"; do
       run time-$name-machete 170 env VLLM_DISABLED_KERNELS=MarlinctlLinearKernel $serve time $work/shapes/$name $name-machete ;;
     time:*:marlin) name=${what#time:}; name=${name%:marlin}
       run time-$name-marlin 170 env VLLM_DISABLED_KERNELS=MarlinctlLinearKernel,MacheteLinearKernel $serve time $work/shapes/$name $name-marlin ;;
+    kernels:*) run kernels-${what#kernels:} 170 $serve time $work/shapes/${what#kernels:} ${what#kernels:} --batch 1,16 --repeats 3 --kernels ;;
     time:*) run time-${what#time:} 170 $serve time $work/shapes/${what#time:} ${what#time:} ;;
     real:*) real "$(cd "${what#real:}" && pwd)" ;;
     two) # no NVLink multicast: not every machine can have it

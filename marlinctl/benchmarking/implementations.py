@@ -26,7 +26,7 @@ from marlinctl.benchmarking.documents import Kernel
 from marlinctl.benchmarking.weights import Packed
 from marlinctl.kernels.configurations import Grid, Sharing, group_shift
 from marlinctl.kernels.dispatch import DEQUANTIZE, Choice
-from marlinctl.kernels.launch import LoadedKernel, launch, load, unpack
+from marlinctl.kernels.launch import LoadedKernel, launch, load, load_unpack, unpack
 from marlinctl.pack.types import PackedSparseLinear
 from marlinctl.system.console import Console
 from marlinctl.verify.kernels import multiply
@@ -68,7 +68,8 @@ class Dequantized:
     def run(self, activations: Tensor, p: Packed, bias: Tensor | None, out: Tensor) -> Tensor:
         n, k = p.out_features, p.in_features
         weights = (p.qweight, p.meta) if isinstance(p, PackedSparseLinear) else (p.qweight,)
-        weight = unpack(weights, p.scales, self.dtype, n, -(-k // 8) * 8, group_shift(p.group_size, k), kernel_folder(None))
+        function = load_unpack(len(weights) == 2, self.dtype, p.scales.device, kernel_folder(None))
+        weight = unpack(function, weights, p.scales, self.dtype, n, -(-k // 8) * 8, group_shift(p.group_size, k))
         return linear(activations, weight[:, :k], bias)
 
     def is_worth_timing(self, m: int, n: int, k: int) -> bool:

@@ -218,21 +218,20 @@ def multiply(
 
 
 def unpack(
+    function: Function,  # of load_unpack, for this kind of weights and dtype
     weights: tuple[Tensor, ...],  # qweight, and of 2:4 meta; contiguous, aligned
     scales: Tensor,
     dtype: torch.dtype,
     n: int,
     k: int,  # a multiple of 8, up to K'; what lies beyond the true K is zero
     shift: int,  # of configurations.group_shift
-    folder: Path,
 ) -> Tensor:  # [N, K]
     """The weight in `dtype`, each code times its scale rounded once, on torch's current stream of the tensors' device."""
     device = scales.device
     if torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
-            return unpack(weights, scales, dtype, n, k, shift, folder)
+            return unpack(function, weights, scales, dtype, n, k, shift)
     sparse = len(weights) == 2
-    function = load_unpack(sparse, dtype, device, folder)
     weight = torch.empty(n, k, dtype=dtype, device=device)
     meta = weights[1].data_ptr() if sparse else 0
     arguments = _mine.unpack

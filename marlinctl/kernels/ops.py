@@ -27,8 +27,8 @@ from torch.nn.functional import linear, pad
 
 from marlinctl.kernels import dispatch, jit
 from marlinctl.kernels.configurations import NUMBERS, Grid, group_shift
-from marlinctl.kernels.functions import architecture_of
-from marlinctl.kernels.launch import ALIGNMENT, LoadedKernel, load, multiply, unpack
+from marlinctl.kernels.functions import Function, architecture_of
+from marlinctl.kernels.launch import ALIGNMENT, LoadedKernel, load, load_unpack, multiply, unpack
 from marlinctl.kernels.reference import dequantize, dequantize_sparse, gemm
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear, padded
 from marlinctl.sparsify.types import QUAD
@@ -75,7 +75,7 @@ def _on_gpu(p: Product) -> Tensor:
     shift = group_shift(k if p.group_size == -1 else p.group_size, k)
     route = _route(device.index, dtype, p.sparse, m, n_rows, k_rows, shift)
     if route is None:
-        weight = unpack(weights, scales, dtype, n, k_rows, shift, jit.default_folder())
+        weight = unpack(_unpack(p.sparse, dtype, device.index), weights, scales, dtype, n, k_rows, shift)
         return linear(x, weight[:, :k], bias).view(p.out_shape)
     if k_rows != k:
         x = pad(x, (0, k_rows - k))
@@ -97,7 +97,8 @@ def decode(p: PackedLinear | PackedSparseLinear, dtype: torch.dtype) -> Tensor:
         return (dequantize_sparse(p) if isinstance(p, PackedSparseLinear) else dequantize(p)).to(dtype)
     n, k = p.out_features, p.in_features
     weights = (p.qweight, p.meta) if isinstance(p, PackedSparseLinear) else (p.qweight,)
-    weight = unpack(weights, p.scales, dtype, n, -(-k // ROW) * ROW, group_shift(p.group_size, k), jit.default_folder())
+    function = _unpack(len(weights) == 2, dtype, p.scales.device.index)
+    weight = unpack(function, weights, p.scales, dtype, n, -(-k // ROW) * ROW, group_shift(p.group_size, k))
     return weight[:, :k].contiguous()
 
 
@@ -110,6 +111,12 @@ def _route(index: int, dtype: torch.dtype, sparse: bool, m: int, n: int, k: int,
         return None
     kernel = load(choice.configuration, dtype, device, jit.default_folder(), shift)
     return kernel, kernel.grid(m, n, k, min(choice.per_multiprocessor, kernel.resident), choice.sharing)
+
+
+@lru_cache(maxsize=64)
+def _unpack(sparse: bool, dtype: torch.dtype, index: int) -> Function:
+    """Kept here: to name the folder of kernels takes longer than the launch."""
+    return load_unpack(sparse, dtype, torch.device("cuda", index), jit.default_folder())
 
 
 def _on_cpu(p: Product) -> Tensor:

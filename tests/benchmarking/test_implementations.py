@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from marlinctl.benchmarking import accuracy
+from marlinctl.benchmarking import accuracy, implementations
 from marlinctl.benchmarking.cases import KINDS, Kind, Shape
 from marlinctl.benchmarking.implementations import Configured, Dequantized, Operator, fewest
 from marlinctl.kernels import launch as launcher
@@ -44,7 +44,7 @@ def test_the_way_over_a_plain_weight_passes_the_check(
 ) -> None:
     """If this failed, the M from which the operators dequantize would be tuned by something else."""
     function = software_unpack(kind == "sparse", torch.float16, tmp_path)
-    monkeypatch.setattr(launcher, "load_unpack", lambda *_: function)
+    monkeypatch.setattr(implementations, "load_unpack", lambda *_: function)
     one = Dequantized(kind, torch.float16)
     found, problems = accuracy.check([one], [], CPU, thorough=True)
     assert problems == [] and found.checks > 0

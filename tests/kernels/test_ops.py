@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from marlinctl.kernels import launch as launcher
 from marlinctl.kernels import ops
 from marlinctl.kernels.configurations import DENSE, SPARSE
 from marlinctl.kernels.dispatch import Choice
@@ -218,10 +217,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch, built: dict[Any, Any]) -> Iterator[Soft
     monkeypatch.setattr(ops, "architecture_of", lambda device: "sm_80")
     monkeypatch.setattr(ops.dispatch, "choose", choose)
     monkeypatch.setattr(ops, "load", load)
-    monkeypatch.setattr(launcher, "load_unpack", load_unpack)
+    monkeypatch.setattr(ops, "load_unpack", load_unpack)
     ops._route.cache_clear()
+    ops._unpack.cache_clear()
     yield driver
     ops._route.cache_clear()
+    ops._unpack.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from marlinctl.kernels import jit
-from marlinctl.kernels import launch as launcher
 from marlinctl.kernels.configurations import DENSE, SPARSE, group_shift
 from marlinctl.kernels.launch import unpack, unpack_defines, unpack_shared_bytes
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
@@ -36,10 +35,9 @@ def test_the_weight_comes_back(sparse: bool, dtype: torch.dtype, tmp_path: Path,
     """If this failed, large M would be multiplied with another weight than small M."""
     install(monkeypatch)
     function = software_unpack(sparse, dtype, tmp_path)
-    monkeypatch.setattr(launcher, "load_unpack", lambda *_: function)
     for n, k, group_size in SHAPES:
         p, weight = random_packed(SPARSE[0] if sparse else DENSE[0], n, k, group_size, seed=n)
-        out = unpack(tensors_of(p), aligned(p.scales), dtype, n, k, group_shift(p.group_size, k), tmp_path)
+        out = unpack(function, tensors_of(p), aligned(p.scales), dtype, n, k, group_shift(p.group_size, k))
         assert torch.equal(out, weight.to(dtype)), (n, k, group_size)
 
 
@@ -48,9 +46,8 @@ def test_columns_beyond_k_are_zero(sparse: bool, tmp_path: Path, monkeypatch: py
     """If this failed, a K that is no multiple of 8 would be multiplied with what lies behind the rows."""
     install(monkeypatch)
     function = software_unpack(sparse, torch.float16, tmp_path)
-    monkeypatch.setattr(launcher, "load_unpack", lambda *_: function)
     p, weight = random_packed(SPARSE[0] if sparse else DENSE[0], 72, 100, -1, seed=1)
-    out = unpack(tensors_of(p), aligned(p.scales), torch.float16, 72, 104, group_shift(100, 100), tmp_path)
+    out = unpack(function, tensors_of(p), aligned(p.scales), torch.float16, 72, 104, group_shift(100, 100))
     assert torch.equal(out[:, :100], weight.to(torch.float16))
     assert not out[:, 100:].any()
 
@@ -78,10 +75,9 @@ def test_the_software_gpu_sees_mistakes(sparse: bool, right: str, wrong: str, tm
     driver: SoftwareDriver = install(monkeypatch)
     function = software_unpack(sparse, torch.float16, tmp_path)
     function.handle.library = compiled("unpack", (*unpack_defines(sparse, torch.float16), "UNPACK=1"), tmp_path / "broken", edit)
-    monkeypatch.setattr(launcher, "load_unpack", lambda *_: function)
     assert sum(hits) == 1
     p, weight = random_packed(SPARSE[0] if sparse else DENSE[0], 192, 512, 64, seed=2)
-    out = unpack(tensors_of(p), aligned(p.scales), torch.float16, 192, 512, 2, tmp_path)
+    out = unpack(function, tensors_of(p), aligned(p.scales), torch.float16, 192, 512, 2)
     assert len(driver.launches) == 1
     assert not torch.equal(out, weight.half())
 
