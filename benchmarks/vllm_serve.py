@@ -116,7 +116,7 @@ def time_folder(folder: Path, label: str, batches: Sequence[int], repeats: int, 
 
 
 def say_kernels(engine: Any, batch: int, numbers: random.Random, label: str) -> None:
-    """Microseconds of a token by kernel, the first token's among them, graphs' kernels too; and what the host does before the first token."""
+    """Microseconds of a token by kernel, also those of graphs, with the first token; then what the host does before the first token."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as recorded:
