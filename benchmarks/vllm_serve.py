@@ -353,16 +353,17 @@ def try_damaged(folder: Path) -> int:
 def time_repacking() -> None:
     import torch
 
+    from marlinctl.kernels.repack import repack
+    from marlinctl.pack import marlin
     from marlinctl.pack.interchange import pack_ct, pack_gptq
-    from marlinctl.pack.marlin import pack_marlin, repack
     from marlinctl.quantize.types import QuantizedLinear
 
     n, k = 28672, 4096  # gate and up of Llama-3-8B
     codes = torch.randint(-8, 8, (n, k), dtype=torch.int8, device="cuda")
     q = QuantizedLinear(codes, torch.ones(n, k // 128, dtype=torch.float16, device="cuda"), 128)
-    wanted = pack_marlin(q).qweight
+    wanted = marlin.pack_marlin(q).qweight
     for name, words in (("GPTQ", pack_gptq(q)["qweight"]), ("compressed-tensors", pack_ct(codes).T)):
-        same = torch.equal(repack(words), wanted)
+        same = torch.equal(repack(words), wanted) and torch.equal(marlin.repack(words), wanted)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before, times = torch.cuda.memory_allocated(), []

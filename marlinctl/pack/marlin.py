@@ -58,8 +58,7 @@ def repack(words: Tensor) -> Tensor:
     Any strides, any device. All three formats have code + 8 in a nibble, so bits change places and no code is decoded. In a word, nibbles
     are [quad, odd]; four words, [half, pair], become four, [quad]. Temporaries are four times WEIGHTS_AT_ONCE / 2 bytes.
     """
-    if words.ndim != 2 or words.dtype != torch.int32 or not words.numel() or words.shape[0] % 8 or words.shape[1] % TILE_N:
-        raise ValueError(f"words must be int32 [K/8, N] with N and K multiples of {TILE_N}, got {words.dtype} {list(words.shape)}")
+    check_words(words)
     rows, n = words.shape[0] // 2, words.shape[1]
     qweight = torch.empty(rows, n // TILE_N, 8, 4, 4, dtype=torch.int32, device=words.device)  # [row, block, column, quad, j]
     at_once = max(1, WEIGHTS_AT_ONCE // (TILE_K * n))
@@ -78,6 +77,12 @@ def repack(words: Tensor) -> Tensor:
                 else:
                     target.copy_(pairs & 0xFFFF)
     return qweight.view(rows, 2 * n)
+
+
+def check_words(words: Tensor) -> None:
+    """ValueError where `repack` cannot take them."""
+    if words.ndim != 2 or words.dtype != torch.int32 or not words.numel() or words.shape[0] % 8 or words.shape[1] % TILE_N:
+        raise ValueError(f"words must be int32 [K/8, N] with N and K multiples of {TILE_N}, got {words.dtype} {list(words.shape)}")
 
 
 _NIBBLES, _BYTES = 0x0F0F0F0F, 0x00FF00FF  # every other one of an int32

@@ -7,6 +7,7 @@ way of CUDA tensors, from the arguments in their buffer to the kernel's own text
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from marlinctl.kernels import driver as cuda_driver
-from marlinctl.kernels import functions
+from marlinctl.kernels import functions, repack
 from marlinctl.kernels import launch as launcher
 from marlinctl.kernels.configurations import Configuration
 from marlinctl.kernels.functions import Function
@@ -28,6 +29,7 @@ DEVICE = torch.device("cpu")
 KINDS = dict(Arguments._fields_)
 SPARSE = list(KINDS)  # the arguments of each kernel, in order
 DENSE = [name for name in KINDS if name != "meta"]
+REPACK = ["activations", "qweight", "n", "m", "k", "whole"]  # words, tiles, N, K/8, strides of rows and of columns
 UNPACK = ["qweight", "meta", "scales", "out", "n", "k", "group_shift"]
 
 
@@ -181,6 +183,13 @@ def software_kernel(
     sizes = (configuration.threads, configuration.shared_bytes, resident)
     function = Function(handle, "context", DEVICE, *sizes, registers=0, local_bytes=0, overlaps=overlaps)
     return LoadedKernel(configuration, dtype, function, multiprocessors, Path("cache"), shift)
+
+
+def software_repack(folder: Path, edit: Callable[[str], str] = lambda source: source) -> Function:
+    """csrc/repack.cu, as kernels/repack.py loads it; `edit` may break its source."""
+    library = compiled("repack", (*repack.DEFINES, "REPACK=1"), folder / "repack", edit)
+    handle = SimpleNamespace(library=library, names=REPACK, tokens=0)
+    return Function(handle, "context", DEVICE, repack.THREADS, repack.SHARED_BYTES, resident=1, registers=0, local_bytes=0, overlaps=True)
 
 
 def software_unpack(sparse: bool, dtype: torch.dtype, folder: Path) -> Function:

@@ -24,7 +24,8 @@ from marlinctl.kernels.functions import architecture_for, require_driver
 from marlinctl.kernels.jit import CompilerMissing, DriverTooOld
 from marlinctl.kernels.ops import marlin_gemm
 from marlinctl.kernels.prepare import Multiplied
-from marlinctl.pack.marlin import order_scales, repack
+from marlinctl.kernels.repack import repack
+from marlinctl.pack.marlin import order_scales
 from marlinctl.pack.types import PAD_TO
 from marlinctl.serve.native import products
 from marlinctl.serve.native.refusals import Refused

@@ -1,6 +1,9 @@
 // A kernel of csrc for the software GPU. Built in a folder with copies of csrc, of which ptx.cuh and ptx_sm90.cuh have been replaced.
-// -DSPARSE=1 is a 2:4 kernel, -DSPARSE=0 a dense one; -DWGMMA=1 is that for Hopper, and -DUNPACK=1 unpack.cu for either.
-#if UNPACK
+// -DSPARSE=1 is a 2:4 kernel, -DSPARSE=0 a dense one; -DWGMMA=1 is that for Hopper, -DUNPACK=1 unpack.cu for either, and -DREPACK=1
+// repack.cu.
+#if REPACK
+#include "repack.cu"
+#elif UNPACK
 #include "unpack.cu"
 #elif SPARSE && WGMMA
 #include "sparse_marlin_sm90.cu"
@@ -33,7 +36,9 @@ void gpu::run_thread(const Arguments& a) {
 #else
     const char* const activations = a.activations;
 #endif
-#if UNPACK
+#if REPACK
+    repack(Pointer{a.activations}, qweight, a.n, a.m, a.k, a.whole);
+#elif UNPACK
     unpack(qweight, meta, scales, out, a.n, a.k, a.group_shift);
 #elif SPARSE
     KERNEL(activations, qweight, meta, scales, a.bias, out, a.partials, a.counters, a.m, a.n, a.k, a.whole, a.group_shift);
