@@ -76,6 +76,7 @@ class Experts:
     first: tuple[str, ...]  # gate and up of one expert, or up alone, with {e} for its number, as the checkpoint spells them
     last: str
     parameters: tuple[str, str] = ("gate_up_proj", "down_proj")  # of the module: [E, 2 I, H], gate first, and [E, H, I]
+    whole: tuple[str, ...] = ()  # those two as checkpoints spell them, of families that store no expert by itself; relative to the block
     transposed: bool = False  # [E, H, 2 I] and [E, I, H]
     interleaved: bool = False  # gate and up by turns, not one after the other
     biased: bool = False  # there are gate_up_proj_bias [E, 2 I] and down_proj_bias [E, H] as well, which stay as they are

@@ -108,7 +108,7 @@ def _followed(model: PreTrainedModel, kind: str, blocks: Sequence[str]) -> _Mode
     experts = {name: experts_of(name, module, homes[name], trace, kind) for name, module in modules.items()}
     stored = stored_names(model, kind, experts)
     buffers = frozenset(name for name, _ in model.named_buffers() if name in shapes)
-    return _Model(model, kind, shapes, buffers, trace, other, named(experts, stored.experts, homes), stored)
+    return _Model(model, kind, shapes, buffers, trace, other, named(experts, stored, homes), stored)
 
 
 def _refuse_arguments_of_tokens(kind: str, blocks: Sequence[str], one: Trace, other: Trace) -> None:

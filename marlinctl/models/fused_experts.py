@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from marlinctl.models.architectures import Experts
 from marlinctl.models.refusals import refused
+from marlinctl.models.stored_names import StoredNames
 from marlinctl.models.tracing import LENGTH, SAMPLES, Call, Trace
 
 _FIRST, _LAST = ("gate_up_proj", "up_proj"), "down_proj"
@@ -78,10 +79,15 @@ def _as_called(known: Experts, call: Call, kind: str) -> Experts:
     raise refused(kind, f"its experts are called with tensors of the shapes {shapes}, and not with input, experts and shares")
 
 
-def named(experts: Mapping[str, Experts], names: Mapping[str, Sequence[str]], prefixes: Mapping[str, str]) -> dict[str, Experts]:
-    """With the names that checkpoints have for each expert: module -> gate, up and down with {e}. prefixes: module -> its block."""
-    found = dict(experts)
-    for module, templates in names.items():
-        relative = tuple(template[len(prefixes[module]) + 1 :].removesuffix(".weight") for template in templates)
-        found[module] = replace(experts[module], first=relative[:-1], last=relative[-1])
+def named(experts: Mapping[str, Experts], names: StoredNames, prefixes: Mapping[str, str]) -> dict[str, Experts]:
+    """With the names that checkpoints have for each expert, or for all of them. prefixes: module -> its block."""
+    found = {}
+    for module, known in experts.items():
+        start = len(prefixes[module]) + 1
+        if module in names.experts:
+            relative = tuple(name[start:].removesuffix(".weight") for name in names.experts[module])
+            found[module] = replace(known, first=relative[:-1], last=relative[-1])
+        else:
+            whole = tuple(names.tensors[f"{module}.{parameter}"][start:] for parameter in known.parameters)
+            found[module] = replace(known, whole=whole)
     return found

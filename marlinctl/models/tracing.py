@@ -80,7 +80,7 @@ def traced(model: nn.Module, kind: str, blocks: Sequence[str], experts: Sequence
                 model(input_ids=ids, use_cache=False)
     except BadInput as error:
         reason = error.problems[0].what.partition(": ")[2]  # behind "transformers cannot build this model"
-        raise refused(kind, f"its forward pass cannot be followed without weights ({reason})")
+        raise refused(kind, f"its forward pass cannot be followed without weights ({reason})") from None
     finally:
         for handle in handles:
             handle.remove()

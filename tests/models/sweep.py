@@ -24,7 +24,7 @@ from marlinctl.quantize.types import Hessian
 from marlinctl.system.offload import Scratch
 from tests import runs, zoo
 
-SECONDS, BUILDING = 40, 10
+SECONDS, BUILDING = 120, 60
 SAMPLES, LENGTH = 3, 24
 
 
