@@ -21,7 +21,19 @@ _COMMON: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_MOE = {"moe_intermediate_size": 32, "num_experts": 6, "num_experts_per_tok": 2}
+_MOE: dict[str, Any] = {"moe_intermediate_size": 32, "num_experts": 6, "num_experts_per_tok": 2}
+_ROUTED: dict[str, Any] = {  # as DeepSeek spells it: the first block is dense
+    "moe_intermediate_size": 32, "n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 1,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+_MLA: dict[str, Any] = {
+    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "head_dim": 8,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+_DELTA: dict[str, Any] = {  # gated delta net, in the first block
+    "head_dim": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
 
 # model_type -> what its config needs besides; options that change names or shapes are switched on where a family has them
 ZOO: dict[str, dict[str, Any]] = {
@@ -79,6 +91,49 @@ DERIVED: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"head_dim": 16, "layer_types": ["linear_attention", "full_attention"]},
     "stablelm": {"use_qkv_bias": True},
     "starcoder2": {},
+    # blocks that are no two branches
+    "biogpt": {},
+    "bloom": {},
+    "ctrl": {"n_embd": 64, "dff": 96, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "falcon_h1": {"head_dim": 16, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1},
+    "falcon_mamba": {"time_step_rank": 32, "state_size": 16},
+    "gpt_neox_japanese": {},
+    "mamba": {"time_step_rank": 32, "state_size": 16},
+    "minicpm3": {**_MLA, "kv_lora_rank": 32},
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 128},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "youtu": {**_MLA, "pad_token_id": 0},  # transformers loads zeros in place of its embedding
+    # mixtures of experts
+    "afmoe": {**_MOE, "head_dim": 16, "num_dense_layers": 1, "num_shared_experts": 1},
+    "aria_text": {"moe_num_experts": 6, "moe_topk": 2, "moe_num_shared_experts": 1, "head_dim": 16},
+    "axk1": {**_MLA, **_ROUTED},
+    "cohere2_moe": {**_MOE, "head_dim": 16},
+    "deepseek_v2": {**_MLA, **_ROUTED, "topk_method": "greedy", "n_group": 1, "topk_group": 1},
+    "deepseek_v3": {**_MLA, **_ROUTED},
+    "ernie4_5_moe": {
+        "moe_intermediate_size": 32,
+        "moe_num_experts": 6,
+        "moe_k": 2,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+    },
+    "exaone_moe": {**_MOE, "head_dim": 16, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_shared_experts": 1},
+    "flex_olmo": {**_MOE, "intermediate_size": 32},
+    "glm4_moe": {**_ROUTED, "head_dim": 16},
+    "glm4_moe_lite": {**_MLA, **_ROUTED},
+    "gpt_oss": {"num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 16},
+    "granitemoe": {"num_local_experts": 6, "num_experts_per_tok": 2},
+    "granitemoeshared": {"num_local_experts": 6, "num_experts_per_tok": 2, "shared_intermediate_size": 96},
+    "hy_v3": {**_MOE, "head_dim": 16, "first_k_dense_replace": 1},
+    "jamba": {"num_experts": 6, "num_experts_per_tok": 2, "mamba_dt_rank": 32, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "llama4_text": {"num_local_experts": 6, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 2, "head_dim": 16},
+    "minimax": {"num_local_experts": 6, "head_dim": 16, "block_size": 8},
+    "minimax_m2": {"num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 16},
+    "phimoe": {"num_local_experts": 6, "num_experts_per_tok": 2},
+    "qwen2_moe": {**_MOE, "shared_expert_intermediate_size": 96},
+    "qwen3_5_moe_text": {**_MOE, **_DELTA, "shared_expert_intermediate_size": 32},
+    "qwen3_next": {**_MOE, **_DELTA, "shared_expert_intermediate_size": 32},
+    "solar_open": {**_ROUTED, "head_dim": 16},
 }
 
 

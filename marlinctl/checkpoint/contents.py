@@ -176,6 +176,8 @@ def reading_contents(
     """What is yielded waits for the result of `read_contents`. From `apart_from` bytes on they are read meanwhile, in a process of its own:
     the threads of this one would wait 5 ms for the interpreter at every chunk while it imports and makes tokens.
     """
+    parts = {name: info.name for name, info in checkpoint.parts.items()}
+    scan, for_4_bits = ({parts.get(name, name) for name in names} for names in (scan, for_4_bits))
     folder = checkpoint.folder
     shards = {str(path.relative_to(folder)): path for path in checkpoint.files}
     small = _small_files(folder)
@@ -183,7 +185,7 @@ def reading_contents(
     stamps = {name: _stamp(folder / name) for name in (*shards, *small, *masks)}  # before reading: a later change gives another one
     known = noted or Noted({}, {}, {})
     untouched = {name for name in shards if stamps[name] is not None and stamps[name] == known.stamps.get(name)}
-    work = _Work(checkpoint, {name: path for name, path in shards.items() if name not in untouched}, set(scan), set(for_4_bits))
+    work = _Work(checkpoint, {name: path for name, path in shards.items() if name not in untouched}, scan, for_4_bits)
 
     def contents(read: Mapping[str, _Shard]) -> Contents:
         digests = {name: known.digests[name] if name in untouched else read[name].sha256 for name in shards}
@@ -243,7 +245,10 @@ class _Work:
         if not self.shards:
             return {}
         tensors: dict[Path, list[TensorInfo]] = {path: [] for path in self.shards.values()}
-        for info in sorted(self.checkpoint.tensors.values(), key=lambda info: info.begin):
+        parts = self.checkpoint.parts
+        stored = {name: info for name, info in self.checkpoint.tensors.items() if name not in parts}
+        stored |= {info.name: info for info in parts.values()}
+        for info in sorted(stored.values(), key=lambda info: info.begin):
             if info.file in tensors:
                 tensors[info.file].append(info)
         shared = _SharedProgress(advance)

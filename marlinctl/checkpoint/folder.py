@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.formats.base import FormatInfo
+from marlinctl.checkpoint.fused_experts import with_single_experts
 from marlinctl.checkpoint.model_files import companion_names
 from marlinctl.checkpoint.reader import Checkpoint, check_expected, open_checkpoint
 from marlinctl.checkpoint.source_digests import check_small_files
@@ -104,7 +105,9 @@ def examine(
         what = f"config.json says {info.name}, but no tensor is packed that way"
         raise BadInput("E302", what, where=str(folder), fix="config.json belongs to another model; fetch the checkpoint again")
     notes = (*checkpoint.notes, *check_switches(folder, config, files=files))
-    known = None if structure == "no" else _architecture(checkpoint, info, structure, module_map)
+    known = None
+    if structure != "no":
+        known, checkpoint = _architecture(checkpoint, info, structure, module_map)
     checks: list[Callable[[], None]] = []
     if known is not None:
         checks += _structure_checks(checkpoint, info, known)
@@ -150,18 +153,22 @@ def _check_small_files_open(folder: Path) -> None:
 # ---- structure -----------------------------------------------------------------------------------------------------------------------
 
 
-def _architecture(checkpoint: Checkpoint, info: FormatInfo, structure: Structure, module_map: Path | None) -> Architecture | None:
+def _architecture(
+    checkpoint: Checkpoint, info: FormatInfo, structure: Structure, module_map: Path | None
+) -> tuple[Architecture | None, Checkpoint]:
+    """The architecture, and the checkpoint with the names that it has for experts."""
     try:
         known = (any_architecture if structure == "needed" else architecture)(checkpoint.config, module_map)
     except BadInput as unknown:
         if structure == "known" and unknown.error_id == "E390":
-            return None
+            return None, checkpoint
         raise
-    other = _other_layout(checkpoint, _owned(info)[0], known)
+    seen = with_single_experts(checkpoint, known)
+    other = _other_layout(seen, _owned(info)[0], known)
     if other is None:
-        return known
+        return known, seen
     if structure == "known":
-        return None  # transformers may know the layout; it loads all tensors or none
+        return None, checkpoint  # transformers may know the layout; it loads all tensors or none
     raise other
 
 
@@ -245,11 +252,6 @@ def _other_layout(checkpoint: Checkpoint, packed: set[str], known: Architecture)
     if inner and all(inner + name in tensors for name in missing):
         what = f"the names of the tensors begin with {shown(inner, 60)!r}: {shown(inner, 60)}{missing[0]} in place of {missing[0]}"
         return BadInput("E302", what, where=where, fix=_saved_again(checkpoint.folder))
-    if all(".experts." in name for name in missing):
-        fused = [name for name, info in tensors.items() if ".experts." in name and len(info.shape) == 3]
-        if fused:
-            what = f"the experts are stored as one three-dimensional tensor for each block, {shown(fused[0], 100)} first, not one by one"
-            return BadInput("E302", what, where=where, fix=_saved_again(checkpoint.folder))
     return None
 
 

@@ -64,6 +64,7 @@ class Checkpoint:
     files: tuple[Path, ...]  # the shards
     notes: tuple[str, ...] = ()  # what the person should know, one line each
     device: torch.device | None = None  # where `read` puts tensors; None: in host memory
+    parts: Mapping[str, TensorInfo] = field(default_factory=dict)  # tensors that lie in another one, by name -> that (fused_experts.py)
     _open: dict[Path, FileIO] = field(default_factory=dict, repr=False, compare=False)
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False, compare=False)
 
@@ -71,12 +72,18 @@ class Checkpoint:
         """A copy of the tensor."""
         import torch
 
-        info = self.tensors[name]
+        info, cut = self.tensors[name], self.tensors[name].cut
         on_gpu = self.device is not None and self.device.type == "cuda"
-        tensor = torch.empty(info.shape, dtype=torch_dtype(info), pin_memory=on_gpu)  # as system.page_locked.to_host, the other way
+        shape = info.shape if cut is None else cut.matrix
+        tensor = torch.empty(shape, dtype=torch_dtype(info), pin_memory=on_gpu)  # as system.page_locked.to_host, the other way
         if info.nbytes:
             self.read_into(info, info.begin, tensor.reshape(-1).view(torch.uint8).numpy().data)
-        return tensor.to(self.device, non_blocking=True) if on_gpu else tensor
+        if on_gpu:
+            tensor = tensor.to(self.device, non_blocking=True)
+        if cut is not None:
+            rows = (tensor.T if cut.transposed else tensor)[cut.first :: cut.step]
+            tensor = rows[: info.shape[0]].contiguous()
+        return tensor
 
     def rows(self, name: str, row_ids: Iterable[int] | Tensor) -> Tensor:
         """Rows of a matrix [rows, columns], in the order asked for; only those rows are read from disk."""
@@ -98,8 +105,12 @@ class Checkpoint:
         return found[place]
 
     def raw(self, name: str) -> memoryview:
-        """The bytes of the tensor, mapped read-only."""
+        """The bytes of the tensor, mapped read-only; a copy of a tensor that lies in another one."""
         info = self.tensors[name]
+        if info.cut is not None:
+            import torch
+
+            return memoryview(self.read(name).cpu().reshape(-1).view(torch.uint8).numpy().data)
         if info.file not in self._maps:
             self._maps[info.file] = mmap.mmap(self._handle(info.file).fileno(), 0, access=mmap.ACCESS_READ)
         return memoryview(self._maps[info.file])[info.begin : info.end]

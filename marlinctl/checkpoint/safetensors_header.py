@@ -48,6 +48,16 @@ _AGAIN = "download the file again"
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """A tensor that is a part of a stored matrix: rows first, first + step, ... of it; of its transpose, where `transposed`."""
+
+    matrix: tuple[int, int]  # as it is stored
+    transposed: bool
+    first: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Where one tensor lies."""
 
@@ -57,10 +67,11 @@ class TensorInfo:
     file: Path
     begin: int  # absolute byte range in the file
     end: int
+    cut: Cut | None = None  # what lies there is more than the tensor (fused_experts.py)
 
     @property
     def nbytes(self) -> int:
-        return self.end - self.begin
+        return self.end - self.begin if self.cut is None else math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 def read_header(folder: Path, name: str) -> tuple[dict[str, TensorInfo], list[Problem]]:

@@ -29,4 +29,4 @@ def with_own_head(checkpoint: Checkpoint, known: Architecture) -> Checkpoint:
 
 def stored_bytes(tensors: Mapping[str, TensorInfo]) -> int:
     """Bytes of tensors in their files; those under two names count once."""
-    return sum({(info.file, info.begin): info.nbytes for info in tensors.values()}.values())
+    return sum({(info.file, info.begin, info.cut): info.nbytes for info in tensors.values()}.values())

@@ -10,7 +10,7 @@ and continue.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from io import StringIO
@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.formats.base import FormatInfo
+from marlinctl.checkpoint.fused_experts import joined
+from marlinctl.checkpoint.lazy import LazyTensor
 from marlinctl.errors import BadInput, Problem
 from marlinctl.models.transformers_config import building, transformers_config
 from marlinctl.system.launcher import settings_aside
@@ -54,6 +56,7 @@ def model_from(
             fix="only decoder language models that transformers itself supports are loaded",
         )
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class insists on a folder or a name
+    tensors = joined(checkpoint, tensors)
     where = str(checkpoint.folder / "config.json")
     with building(where), quietly(), settings_aside():  # transformers must load the weights in every process
         model, info = model_class.from_pretrained(
@@ -83,16 +86,6 @@ def dense_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
 
 def _weight(checkpoint: Checkpoint, info: FormatInfo, layer: str) -> Tensor:
     return registry.read_parts(checkpoint, info, layer).weight()
-
-
-class LazyTensor:
-    """What transformers' loader takes for a slice of a safetensors file: indexed with `...`, it yields the tensor."""
-
-    def __init__(self, make: Callable[[], Tensor]) -> None:
-        self._make = make
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self._make()[index]
 
 
 @contextmanager

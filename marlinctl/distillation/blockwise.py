@@ -23,12 +23,13 @@ from marlinctl.checkpoint.reader import torch_dtype
 from marlinctl.data.tokens import Tokens
 from marlinctl.distillation.loop import LOG_EVERY, learning_rate, make_optimizer, not_finite, training_facts
 from marlinctl.distillation.open import Model, TrainingInputs
-from marlinctl.distillation.parameters import Place, assemble, block_places, by_parameter, trained_places
+from marlinctl.distillation.parameters import assemble, by_parameter, trained_places
 from marlinctl.distillation.rows import Rows, rows_of_step
 from marlinctl.distillation.state import DistillJob, State
 from marlinctl.distillation.tracking import Track, untracked
 from marlinctl.models.architectures import Block
 from marlinctl.models.meta_model import build, drop_parameters, hidden_states, set_parameter
+from marlinctl.models.places import Place, block_places
 from marlinctl.oneshot.sequential import SequentialPipeline
 from marlinctl.planning.training_settings import rows_per_step, steps_of
 from marlinctl.recipes.schema import Distill
@@ -212,7 +213,7 @@ class BlockLoop:
         for parameter, names in by_parameter(places).items():
             dtype = torch_dtype(self.opened.student.checkpoint.tensors[names[0]])
             parameters[parameter].copy_(parameters[parameter].to(dtype))
-            tensors |= {name: parameters[parameter][places[name].index].to(dtype) for name in names}
+            tensors |= {name: places[name].of(parameters[parameter]).to(dtype).contiguous() for name in names}
         after = self._held_out_error(layer, block, target_energy)
         self.track({"held_out/block_error": after}, (block.index + 1) * self.steps)
         self.job.save_block(block.index, tensors)

@@ -1,41 +1,14 @@
-"""Where a tensor of the checkpoint lies in transformers' model.
-
-Mostly under its own name. The experts of a mixture are 2-D linears on disk, which transformers stacks into two 3-D parameters:
-
-    experts.gate_up_proj [E, 2 I, H]     rows 0..I are gate, I..2I are up
-    experts.down_proj    [E, H, I]
-"""
+"""Which parameters of transformers' model distillation trains, and how one is put together from tensors of the checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from marlinctl.models.architectures import Architecture, Block, Experts
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    parameter: str
-    index: tuple[int | slice, ...] = ()  # the part of the parameter; () is all of it
-
-
-def block_places(block: Block) -> dict[str, Place]:
-    """Every tensor of a block -> its place. Parameters are named as in the whole model."""
-    found = {name: Place(block.renamed.get(name, name)) for name in block.others}
-    found |= {f"{name}.weight": Place(f"{name}.weight") for name in block.linears}
-    if isinstance(block.mlp, Experts):
-        experts = f"{block.prefix}.{block.mlp.module}"
-        for e in range(block.mlp.count):
-            gate, up, down = (f"{block.prefix}.{name.format(e=e)}" for name in (*block.mlp.first, block.mlp.last))
-            width = block.linears[gate].out_features
-            found[f"{gate}.weight"] = Place(f"{experts}.gate_up_proj", (e, slice(0, width)))
-            found[f"{up}.weight"] = Place(f"{experts}.gate_up_proj", (e, slice(width, 2 * width)))
-            found[f"{down}.weight"] = Place(f"{experts}.down_proj", (e,))
-    return found
+from marlinctl.models.architectures import Architecture
+from marlinctl.models.places import Place, block_places
 
 
 def trained_places(architecture: Architecture) -> dict[str, Place]:
@@ -59,7 +32,7 @@ def assemble(pieces: Iterable[tuple[Place, Tensor]], shape: torch.Size, dtype: t
     """A parameter, or a mask of one, from its pieces."""
     whole = torch.zeros(shape, dtype=dtype)
     for place, piece in pieces:
-        whole[place.index] = piece.to(dtype)
+        place.of(whole).copy_(piece)
     return whole
 
 

@@ -17,8 +17,9 @@ from torch.nn.utils import parametrize
 
 from marlinctl.checkpoint.formats.base import LinearParts
 from marlinctl.distillation.distributed import local, whole
-from marlinctl.distillation.parameters import Place, assemble, by_parameter, parent_of
+from marlinctl.distillation.parameters import assemble, by_parameter, parent_of
 from marlinctl.errors import UsageError
+from marlinctl.models.places import Place
 from marlinctl.quantize.grid import round_scales
 
 
@@ -45,6 +46,7 @@ def freeze_codes(model: nn.Module, places: Mapping[str, Place], parts: Mapping[s
     """Replace the weights of packed linears by codes times scales. places: tensor name -> place; parts: linear -> codes and scales."""
     packed = by_parameter({f"{layer}.weight": places[f"{layer}.weight"] for layer in parts})
     for parameter, tensors in packed.items():
+        _refuse_transposed(parameter, places[tensors[0]])
         _refuse_mixed(parameter, tensors, parts)
         module, name = parent_of(model, parameter)
         weight = getattr(module, name)
@@ -59,7 +61,7 @@ def freeze_codes(model: nn.Module, places: Mapping[str, Place], parts: Mapping[s
 def trained_scales(model: nn.Module, place: Place) -> Tensor:
     """[N, G] float32: scales times factors of one linear, as they are now."""
     made, factors = _parts_of(model, place.parameter)
-    return (made.scales * whole(factors.detach()))[place.index]
+    return place.of(made.scales * whole(factors.detach()))
 
 
 def settle(model: nn.Module, parameters: Mapping[str, bool]) -> None:
@@ -82,6 +84,16 @@ def _parts_of(model: nn.Module, parameter: str) -> tuple[CodesTimesScales, nn.Pa
     module, name = parent_of(model, parameter)
     held: Any = module.parametrizations[name]  # type: ignore[index]  # set by register_parametrization
     return held[0], held.original
+
+
+def _refuse_transposed(parameter: str, place: Place) -> None:
+    if place.transposed:
+        raise UsageError(
+            "E288",
+            f"transformers holds the experts in {parameter} transposed, and scales are trained row by row",
+            where="--mode scales",
+            fix="--mode full or blockwise, before the model is quantized",
+        )
 
 
 def _refuse_mixed(parameter: str, tensors: list[str], parts: Mapping[str, LinearParts]) -> None:

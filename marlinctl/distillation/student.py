@@ -21,9 +21,10 @@ from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.distillation.agreement import require_same_weights
 from marlinctl.distillation.distributed import Processes, local, shard_like, whole
 from marlinctl.distillation.open import TrainingInputs
-from marlinctl.distillation.parameters import Place, assemble, by_parameter, trained_places
+from marlinctl.distillation.parameters import assemble, by_parameter, trained_places
 from marlinctl.distillation.scales import exact_in_bfloat16, freeze_codes, settle, trained_scales
 from marlinctl.models.architectures import Architecture
+from marlinctl.models.places import Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Student:
             else:
                 full = whole(self.trained[parameter].detach())
                 for tensor in tensors:
-                    yield tensor, full[self.places[tensor].index]
+                    yield tensor, self.places[tensor].of(full)
 
 
 def load_student(opened: TrainingInputs, mode: str, checkpointing: bool, processes: Processes, dtype: torch.dtype) -> Student:

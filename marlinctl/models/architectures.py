@@ -1,11 +1,16 @@
 """Which linears a decoder block has, in the order they run, and which of them share an input.
 
-Every supported model is a stack of equal blocks, and each block is two branches: attention and MLP. A branch has linears that read the
-branch's input (q, k, v; gate, up) and one last linear whose output leaves the branch (o; down). That is all that oneshot/sequential.py
-needs to know: everything between them (norms, rotary embeddings, residuals, multipliers) is run by transformers' own block.
+Every supported model is a stack of blocks, and a block is a row of parts, of which there are three kinds. That is all that
+oneshot/sequential.py needs to know: everything between linears (norms, rotary embeddings, convolutions, residuals) is run by transformers'
+own block.
 
-    block ──► attention: first = q_proj k_proj v_proj, last = o_proj ──► mlp: first = gate_proj up_proj, last = down_proj ──► next block
-                                                                     └─► or experts: one such pair for each expert, behind a router
+    Branch    first = q_proj k_proj v_proj    last = o_proj       what enters the module is what `first` read, what `last` makes leaves it
+    Chain     q_a kv_a ─► q_b ─► kv_b ─► o                        any other module, in stages: the linears of a stage read one tensor
+    Experts   a router, and for each expert  gate up ─► down      behind it
+
+    Llama     Branch self_attn ──► Branch mlp                     DeepSeek-V3    Chain self_attn ──► Experts ──► Chain mlp.shared_experts
+
+Blocks of a model may differ. A linear that is in no part stays as it is, like norms and routers.
 
 The table below is driven by the config: a row says how a model_type spells its linears, norms and biases. Nothing here imports torch,
 so `inspect` and the preflight of a run can ask it too. A model that is not in the table can be described by hand (`--module-map`).
@@ -13,6 +18,7 @@ so `inspect` and the preflight of a run can ask it too. A model that is not in t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,25 +49,53 @@ class Branch:
     last: str
     returns_tuple: bool  # attention modules return (output, attention weights)
 
+    @property
+    def stages(self) -> tuple[tuple[str, ...], ...]:
+        return self.first, (self.last,)
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Linears of the block in the order in which they run, each stage reading one tensor. Names are relative to the block."""
+
+    module: str  # holds all of them, and its output can be replayed; "": the block itself, which is run again for each stage
+    stages: tuple[tuple[str, ...], ...]
+    returns_tuple: bool = False  # (output, anything that nothing reads)
+
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """A mixture of experts: a router that stays 16-bit, and one (first, last) pair of 2-D linears for each expert."""
+    """A mixture of experts: a router that stays 16-bit, and one (first, last) pair of 2-D linears for each expert.
 
-    module: str  # the module transformers calls with (hidden, expert ids, expert weights); relative to the block
+    transformers holds all experts in two parameters of the module that it calls with (hidden, expert ids, shares): models/places.py.
+    """
+
+    module: str  # relative to the block
     count: int
     top_k: int
-    first: tuple[str, str]  # gate and up of one expert, with {e} for its number, as the checkpoint spells them
+    first: tuple[str, ...]  # gate and up of one expert, or up alone, with {e} for its number, as the checkpoint spells them
     last: str
-    activation: str
+    parameters: tuple[str, str] = ("gate_up_proj", "down_proj")  # of the module: [E, 2 I, H], gate first, and [E, H, I]
+    whole: tuple[str, ...] = ()  # those two as checkpoints spell them, of families that store no expert by itself; relative to the block
+    transposed: bool = False  # [E, H, 2 I] and [E, I, H]
+    interleaved: bool = False  # gate and up by turns, not one after the other
+    biased: bool = False  # there are gate_up_proj_bias [E, 2 I] and down_proj_bias [E, H] as well, which stay as they are
+    shares_first: bool = False  # the module is given [E * T, H], each token times its share of each expert: zero for all but one
+
+    @property
+    def stages(self) -> tuple[tuple[str, ...], ...]:
+        """Of one expert, with {e} for its number."""
+        return self.first, (self.last,)
+
+
+Part = Branch | Chain | Experts
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
     index: int
     prefix: str  # "model.layers.3"
-    attention: Branch
-    mlp: Branch | Experts
+    parts: tuple[Part, ...]  # in the order in which they run
     linears: Mapping[str, LinearSpec]  # full name -> spec, in run order
     others: Mapping[str, Shape]  # full tensor names of norms, routers and biases -> shape
     renamed: Mapping[str, str] = field(default_factory=dict)  # those of them that the block's module calls otherwise
@@ -71,6 +105,34 @@ class Block:
     def parameter(self, tensor: str) -> str:
         """The name, relative to the block's module, of a tensor of the checkpoint."""
         return self.renamed.get(tensor, tensor)[len(self.prefix) + 1 :]
+
+    @property
+    def experts(self) -> tuple[Experts, ...]:
+        return tuple(part for part in self.parts if isinstance(part, Experts))
+
+    @property
+    def homes(self) -> tuple[str, ...]:
+        """The modules whose outputs, in most models, are added to the residual stream one after another: parts, or what holds several of
+        them. "": linears of the block itself."""
+        parts = Counter(part.module.partition(".")[0] for part in self.parts)
+        tops = ((part.module, part.module.partition(".")[0]) for part in self.parts)
+        return tuple(dict.fromkeys(module if parts[top] == 1 else top for module, top in tops))
+
+    @property
+    def streams(self) -> dict[str, tuple[str, ...]]:
+        """Branches that may be added to the residual stream as they are -> homes before them, each of which is one part."""
+        homes = self.homes
+        single = {part.module for part in self.parts if not isinstance(part, Experts)} - {""}
+        branches = {part.module for part in self.parts if isinstance(part, Branch)}
+        return {home: homes[:i] for i, home in enumerate(homes) if home in branches and single.issuperset(homes[:i])}
+
+    def stages(self) -> list[tuple[tuple[LinearSpec, ...], Experts | None]]:
+        """The linears of each stage in run order; of experts, those of the first one."""
+        return [
+            (tuple(self.linears[f"{self.prefix}.{name.format(e=0)}"] for name in stage), part if isinstance(part, Experts) else None)
+            for part in self.parts
+            for stage in part.stages
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +248,6 @@ FAMILIES: Mapping[str, _Family] = {
     "olmoe": _Family(qk_norm="full", experts=_EXPERTS, defaults={"num_experts": 64, "num_experts_per_tok": 8}),
 }
 
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MAX_DIMENSION = 2**24  # no layer, head or vocabulary of a real model is larger; a config that says so is damaged or hostile
 _MAX_BLOCKS = 10_000
 _MAX_MAP_BYTES = 1 << 20
@@ -212,7 +273,6 @@ def architecture(config: Mapping[str, Any], module_map: Path | None = None) -> A
     if module_map is not None:
         return _by_hand(config, module_map)
     if family is None:
-        _refuse_experts(config)
         raise BadInput(
             "E390",
             f"the architecture {model_type!r} is not in marlinctl's table",
@@ -225,25 +285,7 @@ def architecture(config: Mapping[str, Any], module_map: Path | None = None) -> A
 def may_be_derived(config: Mapping[str, Any]) -> bool:
     """Whether the table has no row for the model, and config.json no reason why transformers' code cannot be followed."""
     model_type = config.get("model_type")
-    named = isinstance(model_type, str) and model_type not in FAMILIES
-    return named and not isinstance(config.get("text_config"), Mapping) and _experts_key(config) is None
-
-
-def _experts_key(config: Mapping[str, Any]) -> str | None:
-    """The key that says how many experts there are, where there are several."""
-    return next((key for key in _EXPERT_COUNTS if isinstance(config.get(key), int) and config[key] > 1), None)
-
-
-def _refuse_experts(config: Mapping[str, Any]) -> None:
-    """BadInput E390 for a mixture of experts that is not in the table, by config.json alone."""
-    if key := _experts_key(config):
-        known = ", ".join(sorted(name for name, family in FAMILIES.items() if family.experts))
-        raise BadInput(
-            "E390",
-            f"{config.get('model_type')!r} is a mixture of {config[key]} experts, and of those marlinctl knows {known}",
-            where=f"config.json, key {key}",
-            fix="compress a dense model, or one of these; no module map can describe experts",
-        )
+    return isinstance(model_type, str) and model_type not in FAMILIES and not isinstance(config.get("text_config"), Mapping)
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,7 +381,7 @@ def _block(index: int, family: _Family, sizes: _Sizes) -> Block:
         q_norm, k_norm = (sizes.head_dim, sizes.head_dim) if family.qk_norm == "head" else (q_width, kv_width)
         others |= {f"{prefix}.self_attn.q_norm.weight": (q_norm,), f"{prefix}.self_attn.k_norm.weight": (k_norm,)}
 
-    mlp: Branch | Experts
+    mlp: Part
     renamed: dict[str, str] = {}
     if family.experts and _is_sparse(index, sizes.config):
         router, gate, up, down = family.experts
@@ -349,9 +391,7 @@ def _block(index: int, family: _Family, sizes: _Sizes) -> Block:
         for e in range(count):
             linears += [LinearSpec(f"{prefix}.{name.format(e=e)}", width, sizes.hidden, False) for name in (gate, up)]
             linears.append(LinearSpec(f"{prefix}.{down.format(e=e)}", sizes.hidden, width, False))
-        mlp = Experts(
-            "mlp.experts", count, int(sizes.config["num_experts_per_tok"]), (gate, up), down, str(sizes.config.get("hidden_act", "silu"))
-        )
+        mlp = Experts("mlp.experts", count, int(sizes.config["num_experts_per_tok"]), (gate, up), down)
     else:
         first = (
             {"mlp.gate_up_proj": 2 * sizes.intermediate}
@@ -363,7 +403,7 @@ def _block(index: int, family: _Family, sizes: _Sizes) -> Block:
         mlp = Branch("mlp", tuple(first), "mlp.down_proj", returns_tuple=False)
 
     others |= {f"{spec.name}.bias": (spec.out_features,) for spec in linears if spec.bias}
-    return Block(index, prefix, attention, mlp, {spec.name: spec for spec in linears}, others, renamed)
+    return Block(index, prefix, (attention, mlp), {spec.name: spec for spec in linears}, others, renamed)
 
 
 def _is_sparse(index: int, config: Mapping[str, Any]) -> bool:
@@ -456,7 +496,7 @@ def _by_hand(config: Mapping[str, Any], module_map: Path) -> Architecture:
         linears = {n: LinearSpec(n, shapes[f"{n}.weight"][0], shapes[f"{n}.weight"][1], f"{n}.bias" in shapes) for n in names}
         weights = {f"{n}.weight" for n in names}
         others = {n: s for n, s in shapes.items() if n.startswith(prefix + ".") and n not in weights}
-        blocks.append(Block(i, prefix, branches["attention"], branches["mlp"], linears, others))
+        blocks.append(Block(i, prefix, (branches["attention"], branches["mlp"]), linears, others))
     vocab, hidden = shapes[f"{embedding}.weight"]
     head = LinearSpec("lm_head", vocab, hidden, "lm_head.bias" in shapes) if "lm_head" in modules else None
     own, shared = (None, head) if tied else (head, None)

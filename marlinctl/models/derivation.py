@@ -1,58 +1,45 @@
 """The architecture of a model that is not in the table: transformers builds it without weights, and one forward pass shows what runs.
 
-    meta model ─► linears and embeddings stand in for themselves (they return zeros) ─► forward over four tokens ─► calls, in order
-        ─► a block's linears by what they read:   [q k v] [o] [gate up] [down]   ─► two branches, each in a module of its own
-        ─► the embedding, the blocks, the final norm and the head, by what was called between them
+    meta model ─► its modules of experts (fused_experts.py) ─► forward pass (tracing.py) ─► for each block its parts (parts.py)
+        ─► the embedding, the blocks, the final norm and the head, by what was called between them ─► names of checkpoints (stored_names.py)
 
-No weight is read and no matrix multiplied, so it takes a second after the imports, whatever the size. What the pipeline cannot run
-(oneshot/sequential.py) is refused with the reason: experts, recurrent blocks, branches without a module, inputs that depend on tokens.
+What the pipeline cannot run (oneshot/sequential.py) is refused with the reason: blocks that are given more than hidden states, linears that
+run twice for a token, experts that are held in an unknown way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from marlinctl.errors import BadInput
-from marlinctl.models.architectures import Architecture, Block, Branch, LinearSpec, Shape
-from marlinctl.models.meta_model import bound, build
-from marlinctl.models.transformers_config import building
+from marlinctl.models.architectures import Architecture, Block, Experts, LinearSpec, Shape
+from marlinctl.models.fused_experts import expert_modules, experts_of, named
+from marlinctl.models.meta_model import build
+from marlinctl.models.parts import BlockReader
+from marlinctl.models.refusals import refused
+from marlinctl.models.stored_names import StoredNames, stored_names
+from marlinctl.models.tracing import Trace, equal, holds_tensors, same, traced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_TOKENS = 4
-_TREE = "docs/models.md has the models that work, and why others do not"
-
 
 @dataclass(frozen=True, slots=True)
-class _Call:
-    """A module was called. `given` is the first tensor that it was given, `returned` the first that it returned."""
+class _Model:
+    """A model that was traced."""
 
-    name: str
-    given: Tensor | None
-    returned: Tensor | None
-    elements: int  # of the tuple that it returned, 0 where it is none
-    order: int  # of the end of the call; linears that ran inside ended before
-
-
-@dataclass(slots=True)
-class _Trace:
-    """Calls by the time they ended."""
-
-    calls: list[_Call] = field(default_factory=list)
-    linears: list[_Call] = field(default_factory=list)
-    arguments: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # block, or module with linears in it -> what it was given
-
-    def of(self, name: str) -> list[_Call]:
-        return [call for call in self.calls if call.name == name]
+    module: PreTrainedModel
+    kind: str
+    shapes: Mapping[str, Shape]  # of its tensors, by their names in the model
+    buffers: frozenset[str]  # those of them that are no parameters
+    trace: Trace
+    other: Trace  # over other tokens
+    experts: Mapping[str, Experts]  # by the full names of their modules
+    names: StoredNames
 
 
 def derived_architecture(config: Mapping[str, Any]) -> Architecture:
@@ -64,40 +51,36 @@ def derived_architecture(config: Mapping[str, Any]) -> Architecture:
 
     kind = str(config.get("model_type"))
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        _refuse(kind, "transformers has no language model of this type; a newer release may have one")
+        raise refused(kind, "transformers has no language model of this type; a newer release may have one")
     model = cast("PreTrainedModel", build(config, torch.float32))
     names = {module: name for name, module in model.named_modules()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     decoder, blocks_at = _stack(model, kind, names)
-    _refuse_experts(model.get_submodule(blocks_at), kind)
     embedding = names.get(model.get_input_embeddings())
     if embedding is None or not embedding.startswith(f"{decoder}."):
-        _refuse(kind, "its token embedding is not part of the decoder")
+        raise refused(kind, "its token embedding is not part of the decoder")
     blocks = [f"{blocks_at}.{i}" for i in range(len(list(model.get_submodule(blocks_at).children())))]
-    trace = _traced(model, kind, blocks, first=1)
-    _refuse_arguments_of_tokens(kind, trace, _traced(model, kind, blocks, first=2))
-    norm = _final_norm(kind, trace, decoder, blocks[-1])
-    buffers = {name for name, _ in model.named_buffers() if name in shapes}
-    built = tuple(_block(i, prefix, model, kind, trace, shapes, buffers) for i, prefix in enumerate(blocks))
+    known = _followed(model, kind, blocks)
+    norm = _final_norm(kind, known.trace, decoder, blocks[-1])
+    built = tuple(_block(i, prefix, known) for i, prefix in enumerate(blocks))
+    if not any(block.linears for block in built):
+        raise refused(kind, "its blocks have no linears (GPT-2's Conv1D stores weights the other way round)")
 
-    head = _head(model, names, trace, norm)
-    if renamed := _renamed(model, kind, head):
-        shapes = {renamed.get(name, name): shape for name, shape in shapes.items()}
-        if head is not None:
-            head = replace(head, name=renamed.get(f"{head.name}.weight", f"{head.name}.weight").removesuffix(".weight"))
-    tied = head is not None and bool(model.config.tie_word_embeddings)
-    expected = {name: shape for name, shape in shapes.items() if head is None or not tied or name != f"{head.name}.weight"}
+    head = _head(model, names, known.trace, norm)
+    stored = known.names.tensors
+    if head is not None:
+        head = replace(head, name=stored[f"{head.name}.weight"].removesuffix(".weight"))
+    _refuse_renamed(kind, known, blocks_at, None if head is None else head.name)
+    tied = bool(model.config.tie_word_embeddings)
+    expected = _expected(known, built, blocks_at)
+    if tied and (last := names.get(model.get_output_embeddings())):
+        expected.pop(stored.get(f"{last}.weight", ""), None)
     apart = tuple(f"{part}." for part in (blocks_at, embedding, norm))
     outside = tuple(n for n in expected if n.startswith(f"{decoder}.") and not n.startswith(apart))
-    vocab, hidden = shapes[f"{embedding}.weight"]
+    vocab, hidden = known.shapes[f"{embedding}.weight"]
     return Architecture(
         kind, decoder, built, embedding, norm, None if tied else head, hidden, vocab, expected,
         tied=head if tied else None, outside=outside,
     )  # fmt: skip
-
-
-def _refuse(kind: str, reason: str) -> NoReturn:
-    raise BadInput("E390", f"models of type {kind!r} cannot be compressed: {reason}", where="config.json, key model_type", fix=_TREE)
 
 
 # ---- what the model is made of -------------------------------------------------------------------------------------------------------
@@ -105,222 +88,124 @@ def _refuse(kind: str, reason: str) -> NoReturn:
 
 def _stack(model: PreTrainedModel, kind: str, names: Mapping[nn.Module, str]) -> tuple[str, str]:
     """Names of the decoder and of its list of blocks."""
-    decoder = getattr(model, "base_model", model)
-    if hasattr(decoder, "decoder"):
-        decoder = decoder.decoder
     count = getattr(model.config, "num_hidden_layers", None)
-    lists = [module for module in decoder.children() if isinstance(module, nn.ModuleList) and len(module) == count]
-    if len(lists) != 1 or decoder is model:
-        _refuse(kind, "it is not a decoder with one list of blocks, as many as config.json says")
-    return names[decoder], names[lists[0]]
+    bases = [model.base_model] if model.base_model is not model else list(model.children())
+    found = []
+    for decoder in (getattr(base, "decoder", base) for base in bases):
+        lists = [module for module in decoder.children() if isinstance(module, nn.ModuleList) and len(module) == count]
+        found += [(names[decoder], names[module]) for module in lists]
+    if len(found) != 1:
+        raise refused(kind, "it is not a decoder with one list of blocks, as many as config.json says")
+    return found[0]
 
 
-def _refuse_experts(blocks: nn.Module, kind: str) -> None:
-    for name, parameter in blocks.named_parameters():
-        if parameter.dim() == 3 and "expert" in name:
-            index, _, inner = name.partition(".")
-            _refuse(kind, f"it is a mixture of experts (block {index} holds {inner}), and no family that marlinctl knows")
+def _followed(model: PreTrainedModel, kind: str, blocks: Sequence[str]) -> _Model:
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    modules = expert_modules(model, blocks, kind)
+    homes = {name: next(prefix for prefix in blocks if name.startswith(f"{prefix}.")) for name in modules}
+    trace, other = (traced(model, kind, blocks, tuple(modules), first=first) for first in (1, 2))
+    _refuse_arguments_of_tokens(kind, blocks, trace, other)
+    experts = {name: experts_of(name, module, homes[name], trace, kind) for name, module in modules.items()}
+    stored = stored_names(model, kind, experts)
+    buffers = frozenset(name for name, _ in model.named_buffers() if name in shapes)
+    return _Model(model, kind, shapes, buffers, trace, other, named(experts, stored, homes), stored)
 
 
-# ---- the forward pass ----------------------------------------------------------------------------------------------------------------
-
-
-def _traced(model: nn.Module, kind: str, blocks: Sequence[str], first: int) -> _Trace:
-    """Calls of one forward pass over tokens `first`, `first` + 1, ... Weights are stand-ins of one number."""
-    trace = _Trace()
-    handles: list[Any] = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            setattr(module, "forward", partial(_linear, trace, name, module.out_features))  # noqa: B010 - mypy: a method
-        elif isinstance(module, nn.Embedding):
-            setattr(module, "forward", partial(_embedding, module.embedding_dim))  # noqa: B010
-        else:
-            handles.append(module.register_forward_hook(partial(_ended, trace, name), with_kwargs=True))
-    for prefix in blocks:
-        for inner, module in model.get_submodule(prefix).named_modules():
-            if not inner or any(isinstance(child, nn.Linear) for child in module.children()):
-                name = f"{prefix}.{inner}" if inner else prefix
-                if not isinstance(module, nn.Linear):
-                    handles.append(module.register_forward_pre_hook(partial(_begins, trace, name), with_kwargs=True))
-    try:
-        with torch.no_grad(), _stand_ins(model):
-            ids = torch.arange(first, first + _TOKENS).unsqueeze(0)
-            with building("config.json"):
-                model(input_ids=ids, use_cache=False)
-    except BadInput as error:
-        reason = error.problems[0].what.partition(": ")[2]  # behind "transformers cannot build this model"
-        _refuse(kind, f"its forward pass cannot be followed without weights ({reason})")
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in model.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                del module.forward
-    return trace
-
-
-@contextmanager
-def _stand_ins(model: nn.Module) -> Iterator[None]:
-    """Parameters on the CPU, each one number that is repeated; meta parameters again afterwards."""
-    kept = [(module, dict(module._parameters)) for module in model.modules()]
-    try:
-        for module, parameters in kept:
-            for name, parameter in parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = nn.Parameter(torch.ones(1).expand(parameter.shape), requires_grad=False)
-        yield
-    finally:
-        for module, parameters in kept:
-            module._parameters.update(parameters)
-
-
-def _linear(trace: _Trace, name: str, out_features: int, x: Tensor) -> Tensor:
-    y = x.new_zeros(*x.shape[:-1], out_features)
-    trace.linears.append(_Call(name, x, y, 0, len(trace.calls)))
-    return y
-
-
-def _embedding(width: int, ids: Tensor, *_: Any, **__: Any) -> Tensor:
-    return ids.to(torch.float32).unsqueeze(-1).repeat(*(1 for _ in ids.shape), width)
-
-
-def _begins(trace: _Trace, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    trace.arguments[name] = bound(module, args, kwargs)
-
-
-def _ended(trace: _Trace, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    given = args[0] if args else kwargs.get("hidden_states")
-    returned = output[0] if isinstance(output, tuple) and output else output
-    trace.calls.append(
-        _Call(
-            name,
-            given if isinstance(given, Tensor) else None,
-            returned if isinstance(returned, Tensor) else None,
-            len(output) if isinstance(output, tuple) else 0,
-            len(trace.calls),
-        )
-    )
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    """One tensor, or two views of all of it."""
-    return a is not None and b is not None and (a is b or (a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a.dtype == b.dtype))
-
-
-def _refuse_arguments_of_tokens(kind: str, one: _Trace, other: _Trace) -> None:
+def _refuse_arguments_of_tokens(kind: str, blocks: Sequence[str], one: Trace, other: Trace) -> None:
     """The pipeline keeps what blocks are given besides hidden states once for all samples."""
-    for module, arguments in one.arguments.items():
-        for key, value in list(arguments.items())[1:]:
-            if isinstance(value, Mapping) and any(isinstance(held, Tensor | tuple) for held in value.values()):
-                _refuse(kind, f"{module} is given {key}, which other blocks fill, besides the hidden states")
-            if not _equal(value, other.arguments[module].get(key)):
-                _refuse(kind, f"{module} is given {key}, which depends on the tokens, besides the hidden states")
+    for block in blocks:
+        for key, value in list(one.arguments[block].items())[1:]:
+            if holds_tensors(value):
+                raise refused(kind, f"{block} is given {key}, which other blocks fill, besides the hidden states")
+            if not equal(value, other.arguments[block].get(key)):
+                raise refused(kind, f"{block} is given {key}, which depends on the tokens, besides the hidden states")
 
 
-def _equal(a: object, b: object) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    return True
-
-
-def _final_norm(kind: str, trace: _Trace, decoder: str, last_block: str) -> str:
+def _final_norm(kind: str, trace: Trace, decoder: str, last_block: str) -> str:
     """The module that is given the last block's output."""
     ends = trace.of(last_block)
     if len(ends) != 1:
-        _refuse(kind, f"its blocks are run {len(ends)} times")
+        raise refused(kind, f"its blocks are run {len(ends)} times")
     for call in trace.calls[ends[0].order + 1 :]:
-        if call.name.startswith(f"{decoder}.") and _same(call.given, ends[0].returned):
+        if call.name.startswith(f"{decoder}.") and same(call.given, ends[0].returned):
             if len(trace.of(call.name)) > 1:
-                _refuse(kind, f"{call.name} runs in other places too, and not only after the last block")
+                raise refused(kind, f"{call.name} runs in other places too, and not only after the last block")
             return call.name
-    _refuse(kind, "no norm follows its last block")
+    raise refused(kind, "no norm follows its last block")
 
 
-def _head(model: PreTrainedModel, names: Mapping[nn.Module, str], trace: _Trace, norm: str) -> LinearSpec | None:
+def _head(model: PreTrainedModel, names: Mapping[nn.Module, str], trace: Trace, norm: str) -> LinearSpec | None:
     """The output head, where it reads what the final norm returns."""
     module = model.get_output_embeddings()
     if not isinstance(module, nn.Linear):
         return None
     name = names[module]
     calls = [call for call in trace.linears if call.name == name]
-    if len(calls) != 1 or not _same(calls[0].given, trace.of(norm)[-1].returned):
+    if len(calls) != 1 or not same(calls[0].given, trace.of(norm)[-1].returned):
         return None
     return LinearSpec(name, module.out_features, module.in_features, module.bias is not None)
 
 
-def _renamed(model: PreTrainedModel, kind: str, head: LinearSpec | None) -> dict[str, str]:
-    """Tensors of the output head that checkpoints call otherwise than transformers' module; no others are known to the pipeline."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    held = model.state_dict()
-    stored = {id(tensor): name for name, tensor in revert_weight_conversion(model, dict(held)).items()}
-    renamed = {name: stored.get(id(tensor), "") for name, tensor in held.items() if stored.get(id(tensor)) != name}
-    for name, other in renamed.items():
-        if not other or head is None or not name.startswith(f"{head.name}."):
-            _refuse(kind, f"its checkpoints hold {name} in another way{f', as {other}' if other else ''}")
-    return renamed
+def _refuse_renamed(kind: str, known: _Model, blocks_at: str, head: str | None) -> None:
+    """The pipeline knows other names for the output head, and for norms, routers and experts of blocks."""
+    linears = {f"{call.name}.weight" for call in known.trace.linears}
+    for name, other in known.names.tensors.items():
+        in_block = name.startswith(f"{blocks_at}.") and other.startswith(f"{blocks_at}.") and name not in linears
+        if name != other and not in_block and other not in (f"{head}.weight", f"{head}.bias"):
+            raise refused(kind, f"its checkpoints hold {name} in another way, as {other}")
 
 
 # ---- one block -----------------------------------------------------------------------------------------------------------------------
 
 
-def _block(index: int, prefix: str, model: nn.Module, kind: str, trace: _Trace, shapes: Mapping[str, Shape], buffers: set[str]) -> Block:
-    runs = [call for call in trace.linears if call.name.startswith(f"{prefix}.")]
-    holds = {f"{prefix}.{name}" for name, module in model.get_submodule(prefix).named_modules() if isinstance(module, nn.Linear)}
-    if not holds:
-        _refuse(kind, f"its block {index} has no linears (GPT-2's Conv1D stores weights the other way round)")
-    stages: list[list[_Call]] = []
-    for call in runs:
-        if stages and _same(call.given, stages[-1][0].given):
-            stages[-1].append(call)
-        else:
-            stages.append([call])
-    branches = []
-    for first, last in pairwise(stages):
-        branch = _branch(prefix, trace, first, last)
-        if branch is not None:
-            branches.append(branch)
-    if len(branches) != 2:
-        listed = ", then ".join(" and ".join(call.name[len(prefix) + 1 :] for call in stage) for stage in stages)
-        what = f"block {index} is not two modules, attention and MLP, each of which returns what its last linear returns"
-        _refuse(kind, f"{what}; its linears run in this order: {listed or 'none'}")
-    named = [f"{prefix}.{name}" for branch in branches for name in (*branch.first, branch.last)]
-    inside = tuple(f"{prefix}.{branch.module}." for branch in branches)
-    strays = sorted(name for name in holds if name not in named and name.startswith(inside))
-    if strays:
-        _refuse(kind, f"{strays[0]} is part of a branch, and neither reads its input nor makes its output")
-    linears = {n: LinearSpec(n, shapes[f"{n}.weight"][0], shapes[f"{n}.weight"][1], f"{n}.bias" in shapes) for n in named}
-    others = {n: s for n, s in shapes.items() if n.startswith(f"{prefix}.") and n.removesuffix(".weight") not in linears}
-    elements = trace.of(prefix)[-1].elements
+def _block(index: int, prefix: str, known: _Model) -> Block:
+    reader = BlockReader(prefix, known.module.get_submodule(prefix), known.kind, known.trace, known.other, known.experts)
+    parts = reader.parts()
+    elements = known.trace.of(prefix)[-1].elements
     if elements > 2:
-        _refuse(kind, f"its blocks return {elements} values")
-    return Block(
-        index, prefix, branches[0], branches[1], linears, others, buffers=frozenset(buffers & set(others)), returns_tuple=elements > 0
-    )
+        raise refused(known.kind, f"its blocks return {elements} values")
+    linears: dict[str, LinearSpec] = {}
+    fused: set[str] = set()
+    for part in parts:
+        if isinstance(part, Experts):
+            linears |= _experts_linears(prefix, part, known.shapes)
+            fused |= {f"{prefix}.{part.module}.{name}" for name in part.parameters}
+        else:
+            linears |= {spec.name: spec for stage in part.stages for name in stage for spec in [_spec(f"{prefix}.{name}", known.shapes)]}
+    stored = known.names.tensors
+    held = {name for name in known.shapes if name.startswith(f"{prefix}.") and name not in fused}
+    others = {stored[name]: known.shapes[name] for name in known.shapes if name in held and name.removesuffix(".weight") not in linears}
+    renamed = {stored[name]: name for name in held if stored[name] != name}
+    buffers = frozenset(stored[name] for name in held & known.buffers)
+    return Block(index, prefix, parts, linears, others, renamed, buffers, elements > 0)
 
 
-def _branch(prefix: str, trace: _Trace, first: Sequence[_Call], last: Sequence[_Call]) -> Branch | None:
-    """The branch that these two stages make, if they do: a module that the first ones' input enters and the last one's output leaves."""
-    names = [call.name for call in (*first, *last)]
-    module = _common(names)
-    if len(last) != 1 or len(set(names)) != len(names) or len(module) <= len(prefix):
-        return None
-    calls = trace.of(module)
-    entered = first[0].given
-    if entered is None or entered.dim() != 3 or len(calls) != 1 or calls[0].elements not in (0, 2):
-        return None
-    if not _same(calls[0].given, entered) or not _same(calls[0].returned, last[0].returned):
-        return None
-    start = len(prefix) + 1
-    return Branch(module[start:], tuple(call.name[start:] for call in first), last[0].name[start:], calls[0].elements > 0)
+def _spec(name: str, shapes: Mapping[str, Shape]) -> LinearSpec:
+    rows, columns = shapes[f"{name}.weight"]
+    return LinearSpec(name, rows, columns, f"{name}.bias" in shapes)
 
 
-def _common(names: Sequence[str]) -> str:
-    """The module that holds all of these."""
-    parts = [name.split(".")[:-1] for name in names]
-    shared = 0
-    while all(len(p) > shared for p in parts) and len({p[shared] for p in parts}) == 1:
-        shared += 1
-    return ".".join(parts[0][:shared])
+def _experts_linears(prefix: str, experts: Experts, shapes: Mapping[str, Shape]) -> dict[str, LinearSpec]:
+    """A linear for each part of each expert, in run order."""
+    rows, columns = shapes[f"{prefix}.{experts.module}.{experts.parameters[1]}"][1:]
+    hidden, width = (columns, rows) if experts.transposed else (rows, columns)
+    found: dict[str, LinearSpec] = {}
+    for e in range(experts.count):
+        for name in experts.first:
+            spec = LinearSpec(f"{prefix}.{name.format(e=e)}", width, hidden, bias=False)
+            found[spec.name] = spec
+        spec = LinearSpec(f"{prefix}.{experts.last.format(e=e)}", hidden, width, bias=False)
+        found[spec.name] = spec
+    return found
+
+
+def _expected(known: _Model, blocks: Sequence[Block], blocks_at: str) -> dict[str, Shape]:
+    """Every tensor that a checkpoint must hold."""
+    found: dict[str, Shape] = {}
+    for name, shape in known.shapes.items():
+        if not name.startswith(f"{blocks_at}."):
+            found[known.names.tensors[name]] = shape
+    for block in blocks:
+        found |= block.others
+        found |= {f"{spec.name}.weight": (spec.out_features, spec.in_features) for spec in block.linears.values()}
+    return found

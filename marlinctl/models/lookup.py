@@ -13,7 +13,7 @@ from marlinctl.system.files import shown
 
 
 def any_architecture(config: Mapping[str, Any], module_map: Path | None = None) -> Architecture:
-    """As `architecture`, and torch is imported only for a model_type that is in the table neither as a dense model nor as a mixture."""
+    """As `architecture`, and torch is imported only for a model_type that is not in the table."""
     if module_map is not None or not may_be_derived(config):
         return architecture(config, module_map)
     _refuse_unlisted(str(config["model_type"]))

@@ -97,6 +97,22 @@ def call_until(target: nn.Module, run: Callable[..., Any], *args: Any, **kwargs:
     raise RuntimeError(f"{type(target).__name__} was never called")
 
 
+def call_through(target: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run `run(*args, **kwargs)` and stop it where `target` returns: what it returned."""
+
+    def stop(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        raise Reached((output,), {})
+
+    handle = target.register_forward_hook(stop)
+    try:
+        run(*args, **kwargs)
+    except Reached as reached:
+        return reached.args_[0]
+    finally:
+        handle.remove()
+    raise RuntimeError(f"{type(target).__name__} was never called")
+
+
 def hidden_states(output: Any) -> Tensor:
     """Of what a block returned: some return a tuple."""
     found: Tensor = output[0] if isinstance(output, tuple) else output
@@ -104,13 +120,16 @@ def hidden_states(output: Any) -> Tensor:
 
 
 class Replay(nn.Module):
-    """Stands in for a branch whose output [B, L, hidden] is known already. flat: it is returned as [B * L, hidden], as experts do."""
+    """Stands in for a part of a block whose output [B, L, hidden] is known already."""
 
-    def __init__(self, returns_tuple: bool, flat: bool = False) -> None:
+    def __init__(self, returns_tuple: bool = False, flat: bool = False, experts: int = 1) -> None:
+        """flat: it is returned as [B * L, hidden], as experts do. experts: so many such outputs are asked for, to be added up."""
         super().__init__()
-        self.returns_tuple, self.flat = returns_tuple, flat
+        self.returns_tuple, self.flat, self.experts = returns_tuple, flat, experts
         self.output = torch.empty(0)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.output.flatten(0, 1) if self.flat else self.output
+        if self.experts > 1:
+            output = torch.cat([output, output.new_zeros((self.experts - 1) * output.shape[0], output.shape[1])])
         return (output, None) if self.returns_tuple else output

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import linear
+from torch import Tensor, nn
 
 from marlinctl.models.architectures import Block, Experts
 from marlinctl.oneshot.gram import Gram, SolveStages, StageInput, settle
+from marlinctl.oneshot.one_expert import OneExpert, Routed
 from marlinctl.oneshot.reference_stream import ReferenceExperts
 from marlinctl.oneshot.routing import Routing, sort_by_expert
 from marlinctl.quantize.types import Hessian
@@ -38,9 +37,10 @@ class _Expert:
     """One expert of the batch at hand."""
 
     number: int
-    names: tuple[str, str, str]  # gate, up, down
+    first: tuple[str, ...]  # gate and up, or up alone
+    last: tuple[str]  # down
     rows: slice  # of the sorted order
-    weights: dict[str, Tensor]  # gate and up as they are solved
+    weights: list[Tensor]  # of `first`, as they are solved
     trusted: int = 0
     remark: str = ""
 
@@ -49,14 +49,12 @@ class ExpertsPipeline:
     """The tokens of one layer of experts, T = S * L of them, and the linears of each expert."""
 
     def __init__(
-        self, block: Block, experts: Experts, counted: Tensor, *,
-        hidden: int, device: torch.device, dtype: torch.dtype, scratch: Scratch, step: int,
+        self, block: Block, experts: Experts, module: nn.Module, counted: Tensor, *,
+        device: torch.device, dtype: torch.dtype, scratch: Scratch, step: int,
         together: int = 1, reference: ReferenceExperts | None = None, replay: bool = False, processes: Processes = ALONE,
     ) -> None:  # fmt: skip
-        """counted: [S, L] bool. hidden: width of input and output. step: samples in flight. together: experts that are solved together.
-        reference: of drift correction. replay: the experts are solved, and nothing is collected."""
-        from transformers.activations import ACT2FN
-
+        """module: of transformers, for its activation. counted: [S, L] bool. step: samples in flight. together: experts that are solved
+        together. reference: of drift correction. replay: the experts are solved, and nothing is collected."""
         self.prefix, self.experts = block.prefix, experts
         self.device, self.dtype, self.scratch = device, dtype, scratch
         self.samples, self.length = counted.shape
@@ -64,8 +62,9 @@ class ExpertsPipeline:
         self.replay, self.together, self.reference = replay, together, None if replay else reference
         self.processes = processes
         self.at_once = step * self.length
-        self.activation = ACT2FN[experts.activation]
-        width = block.linears[f"{block.prefix}.{experts.last.format(e=0)}"].in_features
+        self.one = OneExpert(experts, module)
+        down = block.linears[f"{block.prefix}.{experts.last.format(e=0)}"]
+        width, hidden = down.in_features, down.out_features
         self.most_rows = self.tokens * max(1, hidden // width)  # of "between"; an expert never has more than all tokens
         self.inputs = scratch.tensor("branch input", (self.tokens, hidden), dtype)
         home = self.inputs.device if isinstance(self.inputs, Tensor) else torch.device("cpu")  # tokens are sorted where they are
@@ -74,7 +73,7 @@ class ExpertsPipeline:
         self.sample = counted.reshape(-1).nonzero().squeeze(-1)[:_MOST_BORROWED].to(home)
         self.counted = counted.reshape(-1).to(home)
 
-    def run(self, calls: Iterable[tuple[slice, tuple[Any, ...]]], solve: SolveStages) -> Slot:
+    def run(self, calls: Iterable[tuple[slice, Routed]], solve: SolveStages) -> Slot:
         """Solve all experts; returns their summed output [S, L, hidden].
 
         calls: samples, and what the block hands to its experts for them: input [B * L, hidden], experts and shares [B * L, top_k].
@@ -100,18 +99,20 @@ class ExpertsPipeline:
         batch: list[_Expert] = []
         places = self.processes.gather((routing.first, self.most_rows))  # of each process
         for e in range(self.experts.count):
-            gate, up, down = (f"{self.prefix}.{name.format(e=e)}" for name in (*self.experts.first, self.experts.last))
+            first, (last,) = (tuple(f"{self.prefix}.{name.format(e=e)}" for name in stage) for stage in self.experts.stages)
             rows = routing.rows(e)
-            if batch and (len(batch) == self.together or any(first[e + 1] - first[batch[0].number] > most for first, most in places)):
+            if batch and (
+                len(batch) == self.together or any(rows_from[e + 1] - rows_from[batch[0].number] > most for rows_from, most in places)
+            ):
                 yield batch
                 batch = []
-            batch.append(_Expert(e, (gate, up, down), rows, {}))
+            batch.append(_Expert(e, first, (last,), rows, []))
         yield batch
 
     def _run_batch(self, batch: list[_Expert], routing: Routing, h_all: Hessian | None, output: Slot, solve: SolveStages) -> None:
         """Solve gate and up of all, then down of all; add what they make of their tokens to `output` [T, hidden]."""
         grams = [self._gram_of_inputs(expert, routing) for expert in batch]
-        hessians = self._hessians(grams, [expert.names[:2] for expert in batch])
+        hessians = self._hessians(grams, [expert.first for expert in batch])
         del grams
         first: list[StageInput] = []
         for expert, own in zip(batch, hessians, strict=True):
@@ -119,13 +120,13 @@ class ExpertsPipeline:
             if own is not None and h_all is not None:
                 expert.trusted = _trustworthy(own, h_all, self.experts)
                 blended, expert.remark = _blend(own, h_all, expert.trusted)
-            first.append(StageInput(expert.names[:2], blended, expert.remark))
+            first.append(StageInput(expert.first, blended, expert.remark))
         del hessians
         for expert, found in zip(batch, solve(first), strict=True):
-            expert.weights = {name: weight.to(self.device, self.dtype) for name, weight in found.items()}
+            expert.weights = [found[name].to(self.device, self.dtype) for name in expert.first]
         del first
 
-        width = batch[0].weights[batch[0].names[0]].shape[0]
+        width = batch[0].weights[0].shape[0]
         start = batch[0].rows.start
         between = self.scratch.tensor("between", (batch[-1].rows.stop - start, width), self.dtype)
         grams = []
@@ -138,20 +139,20 @@ class ExpertsPipeline:
                 own_gram.add(middle, self.counted[rows])
                 self._add_drift(own_gram, middle, expert, rows)
             grams.append(own_gram)
-        hessians = self._hessians(grams, [expert.names[2:] for expert in batch])
+        hessians = self._hessians(grams, [expert.last for expert in batch])
         del grams
         last: list[StageInput] = []
         for expert, own in zip(batch, hessians, strict=True):
             blended, remark = own, expert.remark
             if own is not None and remark:
                 blended, remark = _blend(own, self._borrowed(expert, width), expert.trusted)
-            last.append(StageInput(expert.names[2:], blended, remark))
+            last.append(StageInput(expert.last, blended, remark))
         del hessians
         for expert, found in zip(batch, solve(last), strict=True):
-            weight = found[expert.names[2]].to(self.device, self.dtype)
+            weight = found[expert.last[0]].to(self.device, self.dtype)
             for part in self._parts(expert.rows):
                 x = between[part.start - start : part.stop - start].to(self.device)
-                y = linear(x, weight) * routing.shares[part].to(self.device, self.dtype).unsqueeze(-1)
+                y = self.one.output(expert.number, x, weight) * routing.shares[part].to(self.device, self.dtype).unsqueeze(-1)
                 rows = routing.tokens[part]
                 set_rows(output, rows, rows_of(output, rows).to(self.device) + y)
 
@@ -178,23 +179,17 @@ class ExpertsPipeline:
             middle = self._middle(expert, rows)
             borrowed.add(middle, self.counted[rows])
             self._add_drift(borrowed, middle, expert, rows)
-        everybody = borrowed.hessian(expert.names[2:], self.processes)
+        everybody = borrowed.hessian(expert.last, self.processes)
         assert everybody is not None
         return everybody
 
     def _middle(self, expert: _Expert, rows: Tensor) -> Tensor:
-        gate, up = (expert.weights[name] for name in expert.names[:2])
-        return self._between(self._input(rows), gate, up)
+        return self.one.middle(expert.number, self._input(rows), expert.weights)
 
     def _add_drift(self, gram: Gram, middle: Tensor, expert: _Expert, rows: Tensor) -> None:
         if self.reference is not None:
-            gate, up = self.reference.gate_and_up(expert.number)
-            gram.add_drift(middle, self._between(self._reference_input(rows), gate, up), self.counted[rows])
-
-    def _between(self, x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-        """What down reads, [tokens, width], of x [tokens, hidden]."""
-        y: Tensor = self.activation(linear(x, gate)) * linear(x, up)
-        return y
+            weights = self.reference.first(expert.number)
+            gram.add_drift(middle, self.one.middle(expert.number, self._reference_input(rows), weights), self.counted[rows])
 
     def _input(self, rows: Tensor) -> Tensor:
         return rows_of(self.inputs, rows).to(self.device)

@@ -261,7 +261,7 @@ class LayerQuantizer:
             fallback=solved.fallback,
             remark=solved.remark,
             digest=digest,
-            bytes_in=info.end - info.begin,
+            bytes_in=info.nbytes,
             bytes_out=sum(t.numel() * t.element_size() for t in tensors.values()),
             seconds=round(solved.seconds, 4),
         )

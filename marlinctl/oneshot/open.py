@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,7 +145,8 @@ def open_model(
     packed = {f"{name}.weight" for name in looked.plan.group_sizes} if recipe.scheme.quantizes else set()
     if looked.unties and packed:
         packed.add(f"{looked.architecture.embedding}.weight")
-    reading = reading_contents(checkpoint, console, scan=looked.architecture.expected, for_4_bits=packed, noted=noted())
+    stored = replace(checkpoint, parts=looked.checkpoint.parts)
+    reading = reading_contents(stored, console, scan=looked.architecture.expected, for_4_bits=packed, noted=noted())
     with reading if shared is None else nullcontext(lambda: shared) as contents_read:
         before_weights(source, checkpoint)
         pattern = of_source(looked.checkpoint, looked.shapes, console)

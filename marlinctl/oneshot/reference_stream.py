@@ -8,13 +8,13 @@ does at a token is measured against the length of the stream there, and tokens a
 (`token_scale`). Otherwise the few tokens with massive activations (arXiv 2402.17762), whose stream is hundreds of times longer,
 would dominate the mean.
 
-It takes one more forward pass, one more copy of the hidden states and, on disk, the inputs of four linears. A block with experts runs with
-its own routing and all experts in memory; what the experts are given is kept, and their weights until the block is left (experts.py).
+It takes one more forward pass, one more copy of the hidden states and, on disk, the inputs of a block's stages. A block with experts runs
+with its own routing and all experts in memory; what they are given is kept, and their weights until the block is left (experts.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from marlinctl.models.architectures import Block, Branch, Experts
-from marlinctl.models.meta_model import set_parameter
+from marlinctl.models.meta_model import bound, set_parameter
+from marlinctl.models.places import expert_places
+from marlinctl.oneshot.one_expert import routed
 from marlinctl.system.offload import Scratch, Slot
 from marlinctl.system.processes import ALONE, Processes
 
 _SAME_SUM = 0.02  # relative difference up to which a block's output is the sum of its input and its branches' outputs: bfloat16 rounds
-
-
-_GATE_UP, _DOWN = "gate_up_proj", "down_proj"  # of transformers' modules of experts: [E, 2 I, H], gate first, and [E, H, I]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +36,7 @@ class ReferenceExperts:
     """What drift correction needs to know of the experts of one block."""
 
     inputs: Slot  # [T, H] what the reference model's experts are given, all tokens
-    gate_up: Tensor  # [E, 2 I, H] original weights
-
-    def gate_and_up(self, e: int) -> tuple[Tensor, Tensor]:
-        """[I, H] each."""
-        gate, up = self.gate_up[e].chunk(2)
-        return gate, up
+    first: Callable[[int], Sequence[Tensor]]  # original weights of gate and up of an expert, or of up alone, [I, H] each
 
 
 class ReferenceModel:
@@ -57,83 +51,94 @@ class ReferenceModel:
         self.adds = False  # whether the block adds its branches to the residual stream as they are
         self.energy: dict[str, Tensor] = {}  # branch -> [S, L] float32, mean square of the stream that it has been added to
         self.mean: dict[str, Tensor] = {}  # of each over all tokens
+        self.slots: dict[str, tuple[str, int]] = {}  # place in the block -> slot, and width of what it holds
 
     def run_block(self, block: Block, layer: nn.Module, parts: Iterable[slice], call: Callable[[Tensor, int], Tensor]) -> None:
         """Take the hidden states through `layer`, whose norms and biases are in place; its linears hold the original's weights then."""
-        branches = [branch for branch in (block.attention, block.mlp) if isinstance(branch, Branch)]
-        for branch in branches:
-            for name in (*branch.first, branch.last):
+        places = [stage[0] for part in block.parts if not isinstance(part, Experts) for stage in part.stages]
+        for one in block.parts:
+            if isinstance(one, Experts):
+                self._set_experts(layer, block, one)
+                continue
+            for name in (name for stage in one.stages for name in stage):
                 set_parameter(layer, f"{name}.weight", self._weight(f"{block.prefix}.{name}"))
-        experts = block.mlp if isinstance(block.mlp, Experts) else None
-        if experts is not None:
-            self._set_experts(layer, block, experts)
+        self.slots = {}
         seen: dict[str, Tensor] = {}
         handles = []
-        for branch in branches:
-            for place in (branch.first[0], branch.last):
-                module = layer.get_submodule(place)
-                handles.append(module.register_forward_pre_hook(lambda _, args, place=place: seen.__setitem__(place, args[0])))
-            module = layer.get_submodule(branch.module)
-            handles.append(module.register_forward_hook(_store(seen, branch.module, branch.returns_tuple)))
-        if experts is not None:
+        for place in places:
+            module = layer.get_submodule(place)
+            handles.append(module.register_forward_pre_hook(lambda _, args, place=place: seen.__setitem__(place, args[0])))
+        homes = [home for home in block.homes if home]
+        for home in homes:
+            handles.append(layer.get_submodule(home).register_forward_hook(_store(seen, home)))
+        for experts in block.experts:
             module = layer.get_submodule(experts.module)
-            handles.append(module.register_forward_pre_hook(lambda _, args: seen.__setitem__(_given(experts), args[0])))
-            handles.append(module.register_forward_hook(_store(seen, experts.module, False)))
+            handles.append(module.register_forward_pre_hook(_store_input(seen, module, experts), with_kwargs=True))
+        streams = block.streams
+        summed = len(homes) == len(block.homes)
         adds = torch.ones((), dtype=torch.bool, device=self.device)  # asked for at the end, so that no chunk waits
         try:
             for part in parts:
                 before = self.hidden[part].to(self.device)
                 after = call(before, block.index)
-                for branch in branches:
-                    for place in (branch.first[0], branch.last):
-                        self._slot(place, seen[place].shape[-1])[part] = seen[place]
-                middle = before + seen[block.attention.module]
-                streams = (before, middle, after)
-                if experts is not None:
-                    self._slot(_given(experts), before.shape[-1])[part] = seen[_given(experts)].view_as(before)
-                for branch, stream in zip(branches, streams, strict=False):
-                    self._slot(f"{branch.module} residual", before.shape[-1])[part] = stream
-                for branch, stream in zip(branches, streams[1:], strict=False):
-                    self.energy.setdefault(branch.module, torch.empty(self.hidden.shape[:2], device=before.device))[part] = (
-                        stream.float().square().mean(-1)
-                    )
-                total = middle + seen[block.mlp.module].view_as(middle)
+                for place in places:
+                    self._keep(place, seen[place], part)
+                for experts in block.experts:
+                    self._keep(_given(experts), seen[_given(experts)], part)
+                total = before
+                for home in homes if summed else ():
+                    if seen[home].numel() != before.numel():
+                        summed = False
+                        break
+                    if home in streams:
+                        self._keep(_residual(home), total, part)
+                    total = total + seen[home].view_as(before)
+                    if home in streams:
+                        stream = after if home == homes[-1] else total
+                        self.energy.setdefault(home, torch.empty(self.hidden.shape[:2], device=before.device))[part] = (
+                            stream.float().square().mean(-1)
+                        )
                 adds &= (total - after).float().norm() <= _SAME_SUM * (after - before).float().norm()
                 self.hidden[part] = after
-            self.adds = all(self.processes.gather(bool(adds)))
-            self.mean = {name: mean_energy(energy, self.processes) for name, energy in self.energy.items()}
+            self.adds = all(self.processes.gather(bool(adds) and summed))
+            self.mean = {name: mean_energy(self.energy[name], self.processes) for name in streams if summed}
         finally:
             for handle in handles:
                 handle.remove()
 
-    def input(self, place: str, width: int, part: slice) -> Tensor:
+    def input(self, place: str, part: slice) -> Tensor:
         """What the linear `place` of the block (name relative to it) reads in the original model, [B, L, width]."""
-        return self._slot(place, width)[part].to(self.device)
+        return self._kept(place)[part].to(self.device)
 
-    def experts(self, layer: nn.Module, experts: Experts) -> ReferenceExperts:
+    def experts(self, block: Block, layer: nn.Module, experts: Experts) -> ReferenceExperts:
         """Of the block that was run last, whose module is `layer`."""
-        hidden = self.hidden.shape[-1]
-        inputs = self.scratch.tensor(f"original {_given(experts)}", (self.hidden.shape[0] * self.hidden.shape[1], hidden), self.dtype)
-        return ReferenceExperts(inputs, getattr(layer.get_submodule(experts.module), _GATE_UP))
+        slot, width = self.slots[_given(experts)]
+        inputs = self.scratch.tensor(slot, (self.hidden.shape[0] * self.hidden.shape[1], width), self.dtype)
+        module = layer.get_submodule(experts.module)
+        first = getattr(module, experts.parameters[0])
+
+        def weights(e: int) -> Sequence[Tensor]:
+            places = expert_places(block, experts, e)
+            return [places[name.format(e=e)].of(first) for name in experts.first]
+
+        return ReferenceExperts(inputs, weights)
 
     def _weight(self, name: str) -> Tensor:
         return self.read(f"{name}.weight").to(self.device, self.dtype)
 
     def _set_experts(self, layer: nn.Module, block: Block, experts: Experts) -> None:
         """The module of experts, whose parameters hold all of them."""
-        down_spec = block.linears[f"{block.prefix}.{experts.last.format(e=0)}"]
-        hidden, width = down_spec.out_features, down_spec.in_features
-        gate_up = torch.empty(experts.count, 2 * width, hidden, dtype=self.dtype, device=self.device)
-        down = torch.empty(experts.count, hidden, width, dtype=self.dtype, device=self.device)
+        for name in experts.parameters:
+            shape = getattr(layer.get_submodule(experts.module), name).shape
+            set_parameter(layer, f"{experts.module}.{name}", torch.empty(shape, dtype=self.dtype, device=self.device))
         for e in range(experts.count):
-            gate, up, last = (f"{block.prefix}.{name.format(e=e)}" for name in (*experts.first, experts.last))
-            gate_up[e, :width], gate_up[e, width:], down[e] = self._weight(gate), self._weight(up), self._weight(last)
-        set_parameter(layer, f"{experts.module}.{_GATE_UP}", gate_up)
-        set_parameter(layer, f"{experts.module}.{_DOWN}", down)
+            for name, place in expert_places(block, experts, e).items():
+                whole = layer.get_parameter(place.parameter[len(block.prefix) + 1 :])
+                place.of(whole.data).copy_(self._weight(f"{block.prefix}.{name}"))
 
     def residual(self, branch: Branch, part: slice) -> Tensor:
         """The original's residual stream where `branch` begins, [B, L, hidden]."""
-        return self._slot(f"{branch.module} residual", self.hidden.shape[-1])[part].to(self.device)
+        return self._kept(_residual(branch.module))[part].to(self.device)
 
     def token_scale(self, branch: Branch, part: slice) -> Tensor:
         """What the inputs of the branch's last linear are multiplied by, [B, L, 1] float32; the weight of a token is its square."""
@@ -141,8 +146,16 @@ class ReferenceModel:
         floor = torch.finfo(torch.float32).eps * mean
         return (mean / energy[part].clamp_min(floor)).sqrt().unsqueeze(-1).to(self.device)
 
-    def _slot(self, place: str, width: int) -> Slot:
-        return self.scratch.tensor(f"original {place}", (*self.hidden.shape[:2], width), self.dtype)
+    def _keep(self, place: str, x: Tensor, part: slice) -> None:
+        """x: [B, L, width] or [B * L, width], or with dimensions of 1 between. Slots are numbered: blocks share them, and call places
+        otherwise."""
+        width = x.shape[-1]
+        self.slots.setdefault(place, (f"original {len(self.slots)}", width))
+        self._kept(place)[part] = x.reshape(part.stop - part.start, -1, width)
+
+    def _kept(self, place: str) -> Slot:
+        slot, width = self.slots[place]
+        return self.scratch.tensor(slot, (*self.hidden.shape[:2], width), self.dtype)
 
 
 def scaled(x: Tensor, scale: Tensor) -> Tensor:
@@ -164,8 +177,19 @@ def _given(experts: Experts) -> str:
     return f"{experts.module} input"
 
 
-def _store(seen: dict[str, Tensor], module: str, returns_tuple: bool) -> Callable[[nn.Module, Any, Any], None]:
+def _residual(branch: str) -> str:
+    return f"{branch} residual"
+
+
+def _store(seen: dict[str, Tensor], module: str) -> Callable[[nn.Module, Any, Any], None]:
     def hook(_: nn.Module, __: Any, output: Any) -> None:
-        seen[module] = output[0] if returns_tuple else output
+        seen[module] = output[0] if isinstance(output, tuple) else output
+
+    return hook
+
+
+def _store_input(seen: dict[str, Tensor], module: nn.Module, experts: Experts) -> Callable[..., None]:
+    def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+        seen[_given(experts)] = routed(experts, bound(module, args, kwargs))[0]
 
     return hook

@@ -39,7 +39,7 @@ from marlinctl.data.tokens import Tokens
 from marlinctl.errors import GateRefused, ResourceProblem
 from marlinctl.evaluation.gate import Measurement
 from marlinctl.jobs.journal import Request
-from marlinctl.models.architectures import Block, Experts
+from marlinctl.models.architectures import Block
 from marlinctl.models.meta_model import build
 from marlinctl.oneshot import ranks
 from marlinctl.oneshot.commits import Commits, Pace
@@ -257,7 +257,7 @@ def _fingerprint(opened: RunInputs, recipe: Recipe, calibration: CalibrationSet,
     solver = {} if opened.device.type == "cpu" else {"solver": "torch" if steps is TORCH else "kernels"}
     # Earlier versions corrected no drift in mixtures of experts and in the output head. ALGORITHM_VERSION stays: the codes of all other
     # runs are as before.
-    corrected = opened.corrects_drift and any(isinstance(block.mlp, Experts) for block in opened.architecture.blocks)
+    corrected = opened.corrects_drift and any(block.experts for block in opened.architecture.blocks)
     experts = {"experts": "drift correction"} if corrected else {}
     head = {"head": "drift correction"} if opened.corrects_drift and opened.plan.head is not None else {}
     return {

@@ -5,8 +5,11 @@
          └── next block ◄── the block once more, both outputs replayed ◄── solve down ◄── m ◄── solve gate up ◄── norm ◄──────┘
 
 The block's own code, from transformers, runs everything between the linears. It is stopped where a branch (attention, MLP) begins, the
-branch is run by itself in two steps, and its output is replayed when the block goes on. So no forward of any model is written again
+branch is run by itself in two steps, and its output is replayed when the block continues. So no forward of any model is written again
 here, and what one linear sees is what the compressed model will compute.
+
+A chain has no such short way: for each of its stages the block is run from its beginning until it calls the first linear of the stage, with
+the final weights of the stages before.
 
 Memory: the hidden states are held once; the inputs of the current branch and of its last linear lie in scratch files that are mapped, not
 read; activations in flight are one chunk wide. A block's weights are read when it is its turn.
@@ -22,12 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from marlinctl.data.tokens import Tokens
-from marlinctl.models.architectures import Architecture, Block, Branch, Experts
-from marlinctl.models.meta_model import Replay, bound, call_until, drop_parameters, hidden_states, set_parameter
+from marlinctl.models.architectures import Architecture, Block, Branch, Chain, Experts, Part
+from marlinctl.models.meta_model import Replay, bound, call_through, call_until, drop_parameters, hidden_states, set_parameter
 from marlinctl.oneshot.experts import ExpertsPipeline
 from marlinctl.oneshot.gram import Gram, SolveStage, SolveStages, StageInput
+from marlinctl.oneshot.one_expert import routed
 from marlinctl.oneshot.reference_stream import ReferenceModel, scaled
-from marlinctl.system.offload import Scratch
+from marlinctl.system.offload import Scratch, Slot
 from marlinctl.system.processes import ALONE, Processes
 
 
@@ -145,21 +149,25 @@ class SequentialPipeline:
             set_parameter(layer, block.parameter(name), self.checkpoint.read(name).to(self.device, self.dtype))
         if self.reference is not None:
             self.reference.run_block(block, layer, self.chunks(), partial(self._run, layer))
-        whole = {part: layer.get_submodule(part) for part in (block.attention.module, block.mlp.module)}
+        whole = {part.module: layer.get_submodule(part.module) for part in block.parts if part.module}
+        replays: dict[str, Replay] = {}
+        outputs: dict[str, Output] = {}
         try:
-            replays: dict[str, Replay] = {}
-            outputs: dict[str, Output] = {}
-            for branch in (block.attention, block.mlp):
-                calls = self._calls(layer, block, branch, replays, outputs)
-                if isinstance(branch, Experts):
-                    outputs[branch.module] = self._run_experts(block, layer, branch, calls, solve, replay)
+            for part in block.parts:
+                if isinstance(part, Chain):
+                    self._run_chain(block, layer, part, replays, outputs, solve, replay)
+                    continue
+                calls = self._calls(layer, block, part, replays, outputs)
+                if isinstance(part, Experts):
+                    outputs[part.module] = self._run_experts(block, layer, part, calls, solve, replay)
+                    replays[part.module] = Replay(flat=True, experts=part.count if part.shares_first else 1)
                 else:
-                    outputs[branch.module] = self._run_branch(block, layer, branch, calls, outputs, solve, replay)
-                replays[branch.module] = Replay(isinstance(branch, Branch) and branch.returns_tuple, flat=isinstance(branch, Experts))
-                layer.set_submodule(branch.module, replays[branch.module])
-            for part in self.chunks():
-                self._set_replays(replays, outputs, part)
-                self.hidden[part] = self._call(layer, block.index, part)
+                    outputs[part.module] = self._run_branch(block, layer, part, calls, outputs, solve, replay)
+                    replays[part.module] = Replay(part.returns_tuple)
+                layer.set_submodule(part.module, replays[part.module])
+            for samples in self.chunks():
+                self._set_replays(replays, outputs, samples)
+                self.hidden[samples] = self._call(layer, block.index, samples)
         finally:
             for name, module in whole.items():
                 layer.set_submodule(name, module)
@@ -178,7 +186,7 @@ class SequentialPipeline:
     def _calls(
         self, layer: nn.Module, block: Block, branch: Branch | Experts, replays: Mapping[str, Replay], outputs: Mapping[str, Output]
     ) -> Calls:
-        """The arguments with which the block calls `branch`, chunk by chunk; branches before it are replayed."""
+        """The arguments with which the block calls `branch`, chunk by chunk; parts before it are replayed."""
         module = layer.get_submodule(branch.module)
         for part in self.chunks():
             self._set_replays(replays, outputs, part)
@@ -204,7 +212,7 @@ class SequentialPipeline:
             calls.setdefault(x.shape[0], dict(others))
             gram.add(x, self.counted[part])
             if self.reference is not None and not replay:
-                gram.add_drift(x, self.reference.input(branch.first[0], width_in, part), self.counted[part])
+                gram.add_drift(x, self.reference.input(branch.first[0], part), self.counted[part])
         self._install(layer, block, solve(first, gram.hessian(first, self.processes), ""))
 
         between = self.scratch.tensor("between", (self.samples, self.length, width_last), self.dtype)
@@ -217,23 +225,62 @@ class SequentialPipeline:
             if self.reference is None or replay:
                 gram.add(middle, self.counted[part])
                 continue
-            theirs = self.reference.input(branch.last, width_last, part)
-            if self.reference.adds:
+            theirs = self.reference.input(branch.last, part)
+            if self.reference.adds and branch.module in block.streams:
                 scale = self.reference.token_scale(branch, part)
                 stream = self.hidden[part].to(self.device)
-                stream = stream if branch is block.attention else stream + outputs[block.attention.module](part)
+                for before in block.streams[branch.module]:
+                    stream = stream + outputs[before](part)
                 middle, theirs = scaled(middle, scale), scaled(theirs, scale)
                 gram.add_residual(middle, (self.reference.residual(branch, part).float() - stream.float()) * scale, self.counted[part])
             gram.add(middle, self.counted[part])
             gram.add_drift(middle, theirs, self.counted[part])
         self._install(layer, block, solve((last,), gram.hessian((last,), self.processes), ""))
 
-        if branch is block.mlp:  # its output is used once, when the block is left
+        if branch is block.parts[-1]:  # its output is used once, when the block is left
             return lambda part: last_module(between[part].to(self.device))
-        output = self.scratch.tensor("attention output", (self.samples, self.length, self.architecture.hidden_size), self.dtype)
+        output = self._output_slot(block, branch, block.linears[last].out_features)
         for part in self.chunks():
             output[part] = last_module(between[part].to(self.device))
         return lambda part: output[part].to(self.device)
+
+    def _run_chain(
+        self, block: Block, layer: nn.Module, chain: Chain,
+        replays: dict[str, Replay], outputs: dict[str, Output], solve: SolveStage, replay: bool,
+    ) -> None:  # fmt: skip
+        """Solve the stages of a chain one after another, and replay its output from then on."""
+        for stage in chain.stages:
+            names = tuple(f"{block.prefix}.{name}" for name in stage)
+            gram = Gram(block.linears[names[0]].in_features, self.device, collects=not replay)
+            target = layer.get_submodule(stage[0])
+            for part in () if replay else self.chunks():
+                self._set_replays(replays, outputs, part)
+                (x, *_), _ = call_until(target, self._call, layer, block.index, part)
+                gram.add(x, self.counted[part])
+                if self.reference is not None:
+                    gram.add_drift(x, self.reference.input(stage[0], part), self.counted[part])
+            self._install(layer, block, solve(names, gram.hessian(names, self.processes), ""))
+        if not chain.module or chain is block.parts[-1]:
+            return
+        module = layer.get_submodule(chain.module)
+        kept: Slot | None = None
+        flat = False
+        for part in self.chunks():
+            self._set_replays(replays, outputs, part)
+            output = call_through(module, self._call, layer, block.index, part)
+            hidden = output[0] if chain.returns_tuple else output
+            flat = hidden.dim() == 2
+            if kept is None:
+                kept = self._output_slot(block, chain, hidden.shape[-1])
+            kept[part] = hidden.view(part.stop - part.start, self.length, -1)
+        assert kept is not None
+        whole = kept
+        outputs[chain.module] = lambda part: whole[part].to(self.device)
+        replays[chain.module] = Replay(chain.returns_tuple, flat=flat)
+        layer.set_submodule(chain.module, replays[chain.module])
+
+    def _output_slot(self, block: Block, part: Part, width: int) -> Slot:
+        return self.scratch.tensor(f"output {block.parts.index(part)}", (self.samples, self.length, width), self.dtype)
 
     def _run_experts(self, block: Block, layer: nn.Module, experts: Experts, arguments: Calls, solve: SolveStage, replay: bool) -> Output:
         """Solve the experts of a block; returns their summed output."""
@@ -242,13 +289,14 @@ class SequentialPipeline:
             return [solve(stage.names, stage.hessian, stage.remark) for stage in inputs]
 
         together = one_by_one if self.solve_experts is None or replay else self.solve_experts
+        module = layer.get_submodule(experts.module)
         pipeline = ExpertsPipeline(
-            block, experts, self.counted,
-            hidden=self.architecture.hidden_size, device=self.device, dtype=self.dtype, scratch=self.scratch, step=self.step,
+            block, experts, module, self.counted,
+            device=self.device, dtype=self.dtype, scratch=self.scratch, step=self.step,
             together=self.experts_together, replay=replay, processes=self.processes,
-            reference=None if self.reference is None else self.reference.experts(layer, experts),
+            reference=None if self.reference is None else self.reference.experts(block, layer, experts),
         )  # fmt: skip
-        whole = pipeline.run(((part, args) for part, args, _ in arguments), together)
+        whole = pipeline.run(((part, routed(experts, bound(module, args, kwargs))) for part, args, kwargs in arguments), together)
         return lambda part: whole[part].to(self.device)
 
     def run_head(self, head: str, solve: SolveStage) -> None:

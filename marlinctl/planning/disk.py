@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.safetensors_header import TensorInfo
-from marlinctl.models.architectures import Architecture, Experts
+from marlinctl.models.architectures import Architecture, Block, Branch, Chain, Experts
 from marlinctl.planning.memory import Work, trained_weights
 from marlinctl.recipes.schema import Distill
 
@@ -72,20 +72,37 @@ def state_bytes(architecture: Architecture, work: Work) -> int:
 def scratch_bytes(architecture: Architecture, work: Work) -> int:
     """The unnamed files that hold activations beside the output: every slot of `Scratch` in oneshot/."""
     tokens, hidden = work.samples * work.length, architecture.hidden_size
-    widths = {"branch input": hidden, "attention output": hidden, "between": 0}
+    widths: dict[str, int] = {}
+
+    def count(slot: str, width: int) -> None:
+        widths[slot] = max(widths.get(slot, 0), width)
+
     for block in architecture.blocks:
-        for branch in (block.attention, block.mlp):
-            last = branch.last.format(e=0)
-            wide = block.linears[f"{block.prefix}.{last}"].in_features
-            widths["between"] = max(widths["between"], wide)
-            if isinstance(branch, Experts):
-                widths["between"] = max(widths["between"], hidden)  # the tokens of several experts
-                widths["experts output"] = hidden
-                if work.corrects_drift:
-                    widths[f"original {branch.module}"] = hidden
-            elif work.corrects_drift:
-                widths |= {f"original {branch.first[0]}": hidden, f"original {last}": wide, f"residual {branch.module}": hidden}
+        original = 0  # slots of the reference model
+        for number, part in enumerate(block.parts):
+            last = block.linears[f"{block.prefix}.{part.stages[-1][-1].format(e=0)}"]
+            if not isinstance(part, Chain):
+                count("branch input", hidden)
+                count("between", last.in_features)
+            if isinstance(part, Experts):
+                count("between", hidden)  # the tokens of several experts
+                count("experts output", hidden)
+            elif part is not block.parts[-1]:
+                count(f"output {number}", last.out_features)
+            if not work.corrects_drift:
+                continue
+            places = [hidden] if isinstance(part, Experts) else _inputs(block, part)
+            if part.module in block.streams:
+                places.append(hidden)  # the residual stream there
+            for width in places:
+                count(f"original {original}", width)
+                original += 1
     return tokens * work.element * sum(widths.values())
+
+
+def _inputs(block: Block, part: Branch | Chain) -> list[int]:
+    """Widths of what the stages of a part read."""
+    return [block.linears[f"{block.prefix}.{stage[0]}"].in_features for stage in part.stages]
 
 
 def resident_bytes(architecture: Architecture, work: Work) -> int:

@@ -28,7 +28,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from marlinctl.models.architectures import Architecture, Block, Experts
+from marlinctl.models.architectures import Architecture, Block, Chain, Experts
 from marlinctl.planning.disk import resident_bytes
 from marlinctl.planning.memory import (
     CHUNK_TOKENS_ON_DEVICE,
@@ -178,14 +178,15 @@ def _add_block(
     tokens, hidden = work.own_samples * work.length, architecture.hidden_size
     passes = 2 if work.corrects_drift else 1  # the reference model's beside the compressed one's
     forward = found["forward and Gram"]
-    share = block.mlp.top_k / block.mlp.count if isinstance(block.mlp, Experts) else 1.0
     for stage, count in stages_of_block(block, compressed).items():
-        _add_stage(found, stage, count, tokens * (share if stage.experts > 1 else 1.0), hidden, work, recipe, together)
-    if isinstance(block.mlp, Experts):
+        _add_stage(found, stage, count, tokens * stage.share, hidden, work, recipe, together)
+    for experts in block.experts:
         forward["gram"] += gram_operations(hidden) * tokens  # of the layer, which experts with few tokens borrow from
-        forward["expert"] += block.mlp.count
-    queries = block.linears[f"{block.prefix}.{block.attention.first[0]}"].out_features
-    forward["forward"] += passes * 2 * work.length * queries * tokens  # scores and values, half of them masked
+        forward["expert"] += experts.count
+    attention = block.parts[0]  # or what stands in its place
+    queries = 0 if isinstance(attention, Experts) else block.linears[f"{block.prefix}.{attention.stages[0][0]}"].out_features
+    runs = len(attention.stages) if isinstance(attention, Chain) else 1  # of the compressed model's
+    forward["forward"] += (passes - 1 + runs) * 2 * work.length * queries * tokens  # scores and values, half of them masked
     forward["activations"] += passes * _SLOTS * hidden * tokens * work.element
     forward["chunk"] += passes * -(-work.own_samples // max(1, CHUNK_TOKENS_ON_DEVICE // work.length))
     read = STORED * sum(spec.out_features * spec.in_features for spec in block.linears.values())

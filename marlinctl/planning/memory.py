@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from math import prod
 
 from marlinctl.data.calibration_size import CHARACTERS_PER_TOKEN, PIECE, SELF_BATCH
-from marlinctl.models.architectures import Architecture, Block, Experts, LinearSpec
+from marlinctl.models.architectures import Architecture, Block, Branch, Chain, LinearSpec
 from marlinctl.quantize import memory as quantize
 from marlinctl.quantize.memory import Arrays
 from marlinctl.quantize.scheme import Scheme
@@ -98,6 +98,7 @@ class Stage:
     other_rows: int  # of those that stay as they are
     groups: int  # of a row, at the smallest group size
     experts: int = 1  # of a block, each of which has such a stage; a GPU solves several together
+    share: float = 1.0  # of the tokens, that one expert sees
 
 
 def predicted_peak(architecture: Architecture, compressed: Mapping[str, int], work: Work) -> int:
@@ -163,25 +164,23 @@ def stages(architecture: Architecture, compressed: Mapping[str, int]) -> set[Sta
 
 def stages_of_block(block: Block, compressed: Mapping[str, int]) -> Counter[Stage]:
     """The solves of one block, and how many of each; experts are taken to be alike."""
-    prefix = block.prefix + "."
-    groups = [(1, block.attention.first), (1, (block.attention.last,))]
-    if isinstance(block.mlp, Experts):
-        groups += [(block.mlp.count, tuple(name.format(e=0) for name in names)) for names in (block.mlp.first, (block.mlp.last,))]
-    else:
-        groups += [(1, block.mlp.first), (1, (block.mlp.last,))]
     found: Counter[Stage] = Counter()
-    for count, names in groups:
-        found[stage_of([block.linears[prefix + name] for name in names], compressed, count)] += count
+    for linears, experts in block.stages():
+        if experts is None:
+            found[stage_of(linears, compressed)] += 1
+        else:
+            found[stage_of(linears, compressed, experts.count, experts.top_k / experts.count)] += experts.count
     return found
 
 
-def stage_of(linears: list[LinearSpec], compressed: Mapping[str, int], experts: int = 1) -> Stage:
-    """The solve of linears that share an input. experts: how many such stages the block has, one for each expert."""
+def stage_of(linears: Sequence[LinearSpec], compressed: Mapping[str, int], experts: int = 1, share: float = 1.0) -> Stage:
+    """The solve of linears that share an input. experts: how many such stages the block has, one for each expert. share: of the tokens,
+    that one expert sees."""
     rows = sum(spec.out_features for spec in linears if spec.name in compressed)
     k = linears[0].in_features
     sizes = [compressed[spec.name] for spec in linears if spec.name in compressed]
     groups = max((1 if size == -1 else k // size for size in sizes), default=0)
-    return Stage(k, rows, sum(spec.out_features for spec in linears) - rows, groups, experts)
+    return Stage(k, rows, sum(spec.out_features for spec in linears) - rows, groups, experts, share)
 
 
 def _hidden_states(architecture: Architecture, work: Work) -> int:
@@ -202,9 +201,10 @@ def _block_bytes(architecture: Architecture, work: Work) -> int:
     the reference model."""
     sizes = []
     for block in architecture.blocks:
-        experts = isinstance(block.mlp, Experts) and not work.corrects_drift
-        names = [block.prefix + "." + name for name in (*block.attention.first, block.attention.last)] if experts else list(block.linears)
-        sizes.append(sum(block.linears[name].out_features * block.linears[name].in_features for name in names))
+        specs = [spec for linears, experts in block.stages() if experts is None for spec in linears]
+        if work.corrects_drift:
+            specs = list(block.linears.values())
+        sizes.append(sum(spec.out_features * spec.in_features for spec in specs))
     return max(sizes) * work.element
 
 
@@ -278,10 +278,18 @@ def _writing(architecture: Architecture, work: Work) -> int:
     """The whole model, the keys and values of the samples that it writes together, and their last logits."""
     if not work.writes_text:
         return 0
-    attention = [block.linears[f"{block.prefix}.{name}"] for block in architecture.blocks for name in block.attention.first[1:]]
+    attention = [block.linears[f"{block.prefix}.{name}"] for block in architecture.blocks for name in _cached(block)]
     together = min(SELF_BATCH, work.samples)
     cache = together * work.length * sum(spec.out_features for spec in attention) * work.element
     return parameters(architecture) * work.element + int(_HOLES * cache) + together * architecture.vocab_size * 12  # it grows by the token
+
+
+def _cached(block: Block) -> list[str]:
+    """Linears whose outputs, or what becomes of them, a block keeps for each token: keys and values. Of a chain all but the last."""
+    part = block.parts[0] if block.parts else None
+    if isinstance(part, Chain):
+        return [name for stage in part.stages[:-1] for name in stage]
+    return list(part.first[1:]) if isinstance(part, Branch) else []
 
 
 def predicted_repack(linears: Sequence[int], outputs: Sequence[int]) -> int:

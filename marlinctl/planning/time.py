@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from marlinctl.data.calibration_size import SELF_BATCH
-from marlinctl.models.architectures import Architecture, Block, Experts
+from marlinctl.models.architectures import Architecture
 from marlinctl.planning import gpu_time
 from marlinctl.planning.gpu_time import Gpu
 from marlinctl.planning.memory import Stage, Work, parameters, stages, stages_of_block
@@ -109,9 +109,8 @@ def _seconds_of_parts(
     tokens = work.own_samples * work.length
     forward = gram = sweeps = columns = elements = sent = 0.0
     for block in architecture.blocks:
-        share = _share_of_tokens(block)
         for stage, count in stages_of_block(block, compressed).items():
-            seen = tokens * (share if stage.experts > 1 else 1.0)
+            seen = tokens * stage.share
             rows = stage.rows + stage.other_rows
             # The reference model's pass, and what experts make of its inputs.
             times = 1 if not work.corrects_drift else 3 if stage.experts > 1 else 2
@@ -139,11 +138,6 @@ def _seconds_of_solve(stage: Stage, recipe: Recipe, speed: Machine | Gpu, *, cor
 
 def _seconds(speed: Machine, sweeps: float, columns: float, elements: float) -> float:
     return sweeps / speed.full + columns * speed.column + elements / speed.elements
-
-
-def _share_of_tokens(block: Block) -> float:
-    """The part of the tokens that one expert sees."""
-    return block.mlp.top_k / block.mlp.count if isinstance(block.mlp, Experts) else 1.0
 
 
 def _solve(stage: Stage, recipe: Recipe) -> tuple[float, float, float]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from marlinctl.models.architectures import Branch
+from marlinctl.models.architectures import Experts
 from marlinctl.models.lookup import any_architecture
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def fuse_linears(model: PreTrainedModel) -> int:
     modules = dict(model.named_modules())
     fused = 0
     for block in any_architecture(model.config.to_dict()).blocks:
-        for branch in (block.attention, block.mlp):
-            names = [f"{block.prefix}.{name}" for name in branch.first] if isinstance(branch, Branch) else []
+        for stage in (stage for part in block.parts if not isinstance(part, Experts) for stage in part.stages):
+            names = [f"{block.prefix}.{name}" for name in stage]
             packed = [module for name in names if isinstance(module := modules.get(name), MarlinLinear | SparseMarlinLinear)]
             if len(packed) == len(names) > 1 and _alike(packed):
                 _fuse(model, names, packed)

@@ -301,8 +301,8 @@ CATALOG = (
         "Tensors do not match the model",
         """
         - Missing, or not of the shape that config.json gives: get the complete checkpoint. With `--source`, name the model this one was
-          made from. - Other names (without `model.`, or with a longer prefix), or all experts of a block in one tensor: the line holds a
-          command that saves the usual layout. `eval` takes every layout that transformers loads.
+          made from. - Other names (without `model.`, or with a longer prefix): the line holds a command that saves the usual layout.
+          `eval` takes every layout that transformers loads.
         - Left over: config.json has fewer layers than the weights, or tensors were added (scales of a quantized KV cache, heads for several
           tokens). The line holds a command that removes them.
         - config.json says packed, and no tensor is: it belongs to another model.
@@ -463,7 +463,7 @@ CATALOG = (
         "E390",
         "This kind of model is not supported",
         """
-        The message gives the reason: a mixture of experts of another kind, blocks that are not an attention and an MLP branch, a wrapper.
+        The message gives the reason: experts that are held in a way of their own, blocks that are given more than hidden states, a wrapper.
         [Models](models.md) lists the types that work. A few others can be described with `--module-map FILE`
         ([module maps](module-map.md)).
 

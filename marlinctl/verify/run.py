@@ -32,6 +32,7 @@ from marlinctl.checkpoint.folder import refuse_two_heads
 from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.formats.base import TRANSFORMERS, TRANSFORMERS_CT, TRANSFORMERS_GPTQ, FormatInfo, LinearParts
 from marlinctl.checkpoint.formats.targets import Entries
+from marlinctl.checkpoint.fused_experts import with_single_experts
 from marlinctl.checkpoint.mask import open_masks
 from marlinctl.checkpoint.reader import require_folder
 from marlinctl.checkpoint.tied_head import with_own_head
@@ -446,15 +447,16 @@ def _opened(source: Path | None, checkpoint: Checkpoint, info: FormatInfo, conso
     with open_folder(source, weight_files="model") as original:
         for note in original.notes:
             console.warn(f"source: {note}")
-        yield _with_head_of(checkpoint, original.checkpoint)
+        yield _as_of(checkpoint, original.checkpoint)
 
 
-def _with_head_of(checkpoint: Checkpoint, source: Checkpoint) -> Checkpoint:
-    """The source with a head of its own where `checkpoint` has one that was made of the tied embedding."""
+def _as_of(checkpoint: Checkpoint, source: Checkpoint) -> Checkpoint:
+    """The source with a name for each expert, and with a head of its own where `checkpoint` has one that was made of the tied embedding."""
     try:
         known, ours = any_architecture(source.config), any_architecture(checkpoint.config)
     except BadInput:  # of a model that a module map describes
         return source
+    source = with_single_experts(source, known)
     return source if known.tied is None or ours.head is None else with_own_head(source, known)
 
 

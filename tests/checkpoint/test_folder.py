@@ -303,19 +303,6 @@ def _run_the_fix(error: MarlinctlError, folder: Path) -> Path:
     return folder
 
 
-def _moe(folder: Path) -> Path:
-    """Experts as one three-dimensional tensor, as trainers save them."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = AutoConfig.for_model(
-        "qwen3_moe", **sizes, num_key_value_heads=2, head_dim=16, vocab_size=VOCAB_SIZE, num_experts=4, num_experts_per_tok=2
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder, save_original_format=False)
-    write_tokenizer(folder)
-    return folder
-
-
 def _renamed(folder: Path, rename: Callable[[str], str], **extra: torch.Tensor) -> Path:
     make_tiny(folder, tie_word_embeddings=True)
     tensors = {rename(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
@@ -325,7 +312,6 @@ def _renamed(folder: Path, rename: Callable[[str], str], **extra: torch.Tensor) 
 
 LAYOUTS: dict[str, tuple[Callable[[Path], Path], str, str]] = {
     "no prefix": (lambda f: _renamed(f, lambda name: name.removeprefix("model.")), "E302", 'lack "model."'),
-    "fused experts": (_moe, "E302", "one three-dimensional tensor"),
     "a head for several tokens": (lambda f: _renamed(f, str, **{"mtp.fc.weight": torch.zeros(8, 8)}), "E302", "(MTP)"),
     "a value head": (lambda f: _renamed(f, str, **{"v_head.summary.weight": torch.zeros(1, 128)}), "E302", "value head"),
 }

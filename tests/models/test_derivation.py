@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from marlinctl.errors import BadInput
-from marlinctl.models.architectures import FAMILIES, Experts, architecture
+from marlinctl.models.architectures import FAMILIES, architecture
 from marlinctl.models.derivation import derived_architecture
 from marlinctl.models.lookup import any_architecture
 from tests import zoo
 from tests.models.sweep import outcome
 
 DENSE = sorted(name for name, family in FAMILIES.items() if not family.experts)
-SAMPLE = ["cohere2", "falcon", "gemma4_text", "gpt_bigcode", "gpt_neox", "phi"]
+SAMPLE = ["cohere2", "deepseek_v3", "falcon_h1", "gemma4_text", "gpt_bigcode", "opt", "qwen3_next"]
 
 
 def config_of(model_type: str, **changes: Any) -> dict[str, Any]:
@@ -70,14 +66,11 @@ def test_derived_buffers_are_carried_and_not_trained() -> None:
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "per-layer embeddings": ("gemma4_text", {"hidden_size_per_layer_input": 16}, "per_layer_input, which depends on the tokens"),
-    "an MLP that is no module": ("opt", {}, "then fc1, then fc2"),
-    "a residual inside of the branch": ("bloom", {}, "returns what its last linear returns"),
     "a norm that runs twice": ("nanochat", {}, "runs in other places too"),
     "Conv1D": ("gpt2", {}, "Conv1D"),
-    "recurrent blocks": ("mamba", {}, "mixer.in_proj"),
     "an encoder": ("bert", {}, "not a decoder with one list of blocks"),
-    "a mixture of experts": ("qwen2_moe", {"num_experts": 4}, "mixture of 4 experts"),
-    "experts under another key": ("hunyuan_v1_moe", {"num_experts": 1, "head_dim": 16}, "mixture of experts"),
+    "experts of another kind": ("jetmoe", {"num_local_experts": 4}, "no module of gate, up and down"),
+    "tokens by their numbers": ("deepseek_v4", {}, "input_ids, which depends on the tokens"),
 }  # fmt: skip
 
 
@@ -99,26 +92,13 @@ def test_a_type_that_transformers_lacks_is_refused_without_a_map() -> None:
     assert caught.value.error_id == "E390" and "--module-map" not in caught.value.problems[0].fix
 
 
-def test_experts_outside_the_table_are_refused_without_torch(tmp_path: Path) -> None:
-    """If config.json were not enough, every refusal of such a model would take the seconds that torch takes to import."""
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v3", "n_routed_experts": 256}))
-    program = (
-        "import json, sys; from pathlib import Path; from marlinctl.errors import BadInput\n"
-        "from marlinctl.models.lookup import any_architecture\n"
-        "try: any_architecture(json.loads(Path(sys.argv[1]).read_text()))\n"
-        "except BadInput as e: print(e.error_id, 'torch' in sys.modules)"
-    )
-    ran = subprocess.run([sys.executable, "-c", program, tmp_path / "config.json"], capture_output=True, text=True, check=True)
-    assert ran.stdout.split() == ["E390", "False"]
-
-
 def test_the_model_is_as_it_was_after_tracing() -> None:
     """If stand-ins stayed in a model, whoever builds on the traced one would compute zeros."""
-    from marlinctl.models import derivation
+    from marlinctl.models import tracing
     from marlinctl.models.meta_model import build
 
     model = build(config_of("phi"), torch.float32)
-    derivation._traced(model, "phi", ["model.layers.0", "model.layers.1"], first=1)
+    tracing.traced(model, "phi", ["model.layers.0", "model.layers.1"], (), first=1)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not any("forward" in vars(module) for module in model.modules())
 
@@ -128,7 +108,7 @@ def test_experts_are_what_the_table_has_rows_for() -> None:
     for name, family in FAMILIES.items():
         if family.experts:
             blocks = architecture(config_of(name)).blocks
-            assert any(isinstance(block.mlp, Experts) for block in blocks)
+            assert any(block.experts for block in blocks)
 
 
 def test_infinity_is_read_as_transformers_writes_it() -> None:

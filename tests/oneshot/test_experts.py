@@ -14,7 +14,7 @@ from torch.nn.functional import linear, silu
 
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.errors import NumericalProblem
-from marlinctl.models.architectures import Architecture, Experts, architecture
+from marlinctl.models.architectures import Architecture, architecture
 from marlinctl.models.meta_model import build as build_meta
 from marlinctl.oneshot import layers
 from marlinctl.oneshot import run as job
@@ -112,8 +112,7 @@ def test_a_batch_holds_no_more_tokens_than_the_scratch(tmp_path: Path) -> None:
     """If a batch were bounded by its number alone, the tokens of popular experts would not fit where `plan` counted them."""
     folder = zoo.build("qwen3_moe", tmp_path / "model", **(MANY | {"num_experts_per_tok": 12}))
     _, solver, known = run(folder, tmp_path, together=24)
-    experts = known.blocks[0].mlp
-    assert isinstance(experts, Experts)
+    (experts,) = known.blocks[0].experts
     width = known.linears[f"model.layers.0.{experts.last.format(e=0)}"].in_features
     assert SAMPLES * LENGTH * experts.top_k > SAMPLES * LENGTH * (known.hidden_size // width), "all fit into one batch"
     assert 1 < max(solver.calls) < experts.count
@@ -135,17 +134,18 @@ def test_drift_of_an_expert_is_that_of_its_tokens(model_type: str, tmp_path: Pat
         seen: dict[str, tuple[Tensor, Tensor]] = {}
         for block in known.blocks:
             layer = model.get_submodule(block.prefix)
-            if not isinstance(block.mlp, Experts):
+            if not block.experts:
                 for name in block.linears:
                     if name in weights:
                         cast(Any, model.get_submodule(name)).weight.copy_(weights[name])
                 continue
-            for name in (*block.attention.first, block.attention.last):
+            for name in (name for stage in block.parts[0].stages for name in stage):
                 if (full := f"{block.prefix}.{name}") in weights:
                     cast(Any, layer.get_submodule(name)).weight.copy_(weights[full])
-            module = cast(Any, layer.get_submodule(block.mlp.module))
-            for e in range(block.mlp.count):
-                gate, up, down = (f"{block.prefix}.{name.format(e=e)}" for name in (*block.mlp.first, block.mlp.last))
+            (experts,) = block.experts
+            module = cast(Any, layer.get_submodule(experts.module))
+            for e in range(experts.count):
+                gate, up, down = (f"{block.prefix}.{name.format(e=e)}" for name in (*experts.first, experts.last))
                 if gate in weights:
                     module.gate_up_proj[e].copy_(torch.cat([weights[gate], weights[up]]))
                     module.down_proj[e].copy_(weights[down])
@@ -160,12 +160,13 @@ def test_drift_of_an_expert_is_that_of_its_tokens(model_type: str, tmp_path: Pat
     counted = tokens().counted.reshape(-1)
     rerouted = 0
     for block in known.blocks:
-        if not isinstance(block.mlp, Experts):
+        if not block.experts:
             continue
+        (experts,) = block.experts
         (x_all, routed), (x_theirs, routed_theirs) = ours[block.prefix], theirs[block.prefix]
         rerouted += int((routed.sort(-1).values != routed_theirs.sort(-1).values).any(-1).sum())
-        for e in range(block.mlp.count):
-            gate, up, down = (f"{block.prefix}.{name.format(e=e)}" for name in (*block.mlp.first, block.mlp.last))
+        for e in range(experts.count):
+            gate, up, down = (f"{block.prefix}.{name.format(e=e)}" for name in (*experts.first, experts.last))
             rows = (routed == e).any(-1) & counted
             x, other = x_all[rows].double(), x_theirs[rows].double()
             for name in (gate, down):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.data.tokens import Tokens
-from marlinctl.models.architectures import FAMILIES, Architecture, Branch, Experts, architecture
+from marlinctl.models.architectures import FAMILIES, Architecture, Branch, architecture
+from marlinctl.models.lookup import any_architecture
 from marlinctl.models.meta_model import build as build_skeleton
 from marlinctl.oneshot.gram import _finite
 from marlinctl.oneshot.reference_stream import ReferenceModel, mean_energy
@@ -21,6 +23,12 @@ from marlinctl.system.offload import Scratch
 from tests import zoo
 
 SAMPLES, LENGTH = 5, 24
+# Latent attention and experts beside a chain; parallel mixers; linears of the block itself; a flattened chain before experts.
+CHAINS = ("deepseek_v3", "falcon_h1", "opt", "qwen3_next")
+
+
+# Linears of the block itself; latent attention before a branch.
+DENSE_CHAINS: dict[str, dict[str, Any]] = {"opt": {}, "deepseek_v3": {"first_k_dense_replace": 2}}
 
 
 def tokens(seed: int = 0) -> Tokens:
@@ -35,7 +43,7 @@ def tokens(seed: int = 0) -> Tokens:
 @torch.no_grad()
 def walked(folder: Path, scratch: Path, chunk: int = 2 * LENGTH) -> tuple[SequentialPipeline, dict[str, Hessian], Architecture, Checkpoint]:
     checkpoint = open_checkpoint(folder)
-    known = architecture(checkpoint.config)
+    known = any_architecture(checkpoint.config)
     seen: dict[str, Hessian] = {}
 
     def keep_weights(names: tuple[str, ...], hessian: Hessian, remark: str) -> dict[str, Tensor]:
@@ -52,7 +60,7 @@ def walked(folder: Path, scratch: Path, chunk: int = 2 * LENGTH) -> tuple[Sequen
     return walk, seen, known, checkpoint
 
 
-@pytest.mark.parametrize("model_type", sorted(zoo.ZOO))
+@pytest.mark.parametrize("model_type", sorted([*zoo.ZOO, *CHAINS]))
 @torch.no_grad()
 def test_walk_computes_what_the_model_computes(model_type: str, tmp_path: Path) -> None:
     """If a residual, norm, mask, rotary embedding or expert were treated wrongly, Hessians would be of another model."""
@@ -78,15 +86,15 @@ def test_walk_computes_what_the_model_computes(model_type: str, tmp_path: Path) 
         assert seen[name].tokens == int(given.counted.sum())
 
 
-@pytest.mark.parametrize("model_type", sorted(set(zoo.ZOO) - {"mixtral", "qwen3_moe", "olmoe"}))
+@pytest.mark.parametrize("model_type", sorted({*zoo.ZOO, *DENSE_CHAINS} - {"mixtral", "qwen3_moe", "olmoe"}))
 @torch.no_grad()
 def test_drift_is_the_difference_between_two_models(model_type: str, tmp_path: Path) -> None:
     """If x' and x were of other tokens, places or blocks, matching would push the weights somewhere else than to the original."""
     from transformers import AutoModelForCausalLM
 
-    folder = zoo.build(model_type, tmp_path / "model")
+    folder = zoo.build(model_type, tmp_path / "model", **DENSE_CHAINS.get(model_type, {}))
     checkpoint = open_checkpoint(folder)
-    known = architecture(checkpoint.config)
+    known = any_architecture(checkpoint.config)
     seen: dict[str, Hessian] = {}
     changed: dict[str, Tensor] = {}
 
@@ -118,7 +126,7 @@ def test_drift_is_the_difference_between_two_models(model_type: str, tmp_path: P
         for block in known.blocks:
             layer = model.get_submodule(block.prefix)
             layer.register_forward_pre_hook(lambda _, args, p=block.prefix: streams.__setitem__(p, args[0]))
-            attention = layer.get_submodule(block.attention.module)
+            attention = layer.get_submodule(block.homes[0])
             attention.register_forward_hook(lambda _, __, out, p=block.prefix: streams.__setitem__(p + " middle", streams[p] + out[0]))
             layer.register_forward_hook(lambda _, __, out, p=block.prefix: streams.__setitem__(p + " after", out))
         model(tokens().ids)
@@ -128,9 +136,8 @@ def test_drift_is_the_difference_between_two_models(model_type: str, tmp_path: P
     (theirs, their_streams), (ours, our_streams) = record({}), record(changed)
     weighted: dict[str, Tensor] = {}  # last linears whose tokens are weighted -> [T, 1] float64
     for block in known.blocks:
-        for branch, after in ((block.attention, " middle"), (block.mlp, " after")):
-            assert isinstance(branch, Branch)
-            if model_type not in ("gemma2", "gemma3_text", "olmo2", "olmo3", "exaone4", "granite"):
+        for branch, after in zip(block.parts, (" middle", " after"), strict=True):
+            if model_type not in ("gemma2", "gemma3_text", "olmo2", "olmo3", "exaone4", "granite", "opt") and isinstance(branch, Branch):
                 energy = their_streams[block.prefix + after].double().square().mean(-1)
                 weighted[f"{block.prefix}.{branch.last}"] = (energy.mean() / energy)[counted].unsqueeze(1)
     for name in known.linears:
@@ -143,9 +150,8 @@ def test_drift_is_the_difference_between_two_models(model_type: str, tmp_path: P
         gram = x.T @ (x * weight) / len(x)
         assert (seen[name].matrix.double() - gram).norm() <= 2e-4 * gram.norm(), name
     for block in known.blocks:
-        for branch, stream in ((block.attention, block.prefix), (block.mlp, block.prefix + " middle")):
-            assert isinstance(branch, Branch)
-            last = f"{block.prefix}.{branch.last}"
+        for branch, stream in zip(block.parts, (block.prefix, block.prefix + " middle"), strict=True):
+            last = f"{block.prefix}.{branch.stages[-1][0]}"
             found = seen[last].residual
             if last not in weighted:
                 assert found is None  # a norm or a factor stands between the branch and the residual stream
@@ -175,9 +181,9 @@ def test_each_expert_sees_the_tokens_that_the_router_sends_it(model_type: str, t
     folder = zoo.build(model_type, tmp_path / "model")
     _, seen, known, _ = walked(folder, tmp_path)
     block = known.blocks[0]
-    assert isinstance(block.mlp, Experts)
-    counts = [seen[f"{block.prefix}.{block.mlp.first[0].format(e=e)}"].tokens for e in range(block.mlp.count)]
-    assert sum(counts) == int(tokens().counted.sum()) * block.mlp.top_k
+    (experts,) = block.experts
+    counts = [seen[f"{block.prefix}.{experts.first[0].format(e=e)}"].tokens for e in range(experts.count)]
+    assert sum(counts) == int(tokens().counted.sum()) * experts.top_k
 
 
 def test_chunks_do_not_change_the_result(tmp_path: Path) -> None:
@@ -225,7 +231,7 @@ def test_module_map_describes_an_unknown_architecture(tmp_path: Path) -> None:
     by_hand, by_table = architecture(config, tmp_path / "map.json"), architecture(config)
     assert dict(by_hand.expected) == dict(by_table.expected)
     assert by_hand.linears == by_table.linears
-    assert [b.attention for b in by_hand.blocks] == [b.attention for b in by_table.blocks]
+    assert [b.parts for b in by_hand.blocks] == [b.parts for b in by_table.blocks]
     assert by_hand.head == by_table.head
 
 

@@ -1,0 +1,169 @@
+"""What runs in a model, in which order, and what it reads: one forward pass over a few tokens, without weights.
+
+    meta model ─► linears, embeddings and experts stand in for themselves (they return zeros), parameters are one number repeated
+        ─► forward over two samples of three tokens ─► calls, by the time they ended
+
+No weight is read and no matrix multiplied, so it takes a second after the imports, whatever the size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marlinctl.errors import BadInput
+from marlinctl.models.meta_model import bound
+from marlinctl.models.refusals import refused
+from marlinctl.models.transformers_config import building
+
+SAMPLES, LENGTH = 2, 3
+_WHOLE = 1 << 20  # parameters up to this size are not one number repeated: some models write into them
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A module was called. `given` is the first tensor that it was given, `returned` the first that it returned."""
+
+    name: str
+    given: Tensor | None
+    returned: Tensor | None
+    elements: int  # of the tuple that it returned, 0 where it is none
+    order: int  # of the end of the call; linears that ran inside ended before
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of experts, all
+
+
+@dataclass(slots=True)
+class Trace:
+    """Calls by the time they ended."""
+
+    calls: list[Call] = field(default_factory=list)
+    linears: list[Call] = field(default_factory=list)  # and modules of experts
+    arguments: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # block, or module with linears in it -> what it was given
+
+    def of(self, name: str) -> list[Call]:
+        return [call for call in self.calls if call.name == name]
+
+
+def traced(model: nn.Module, kind: str, blocks: Sequence[str], experts: Sequence[str], first: int) -> Trace:
+    """Calls of one forward pass over tokens `first`, `first` + 1, ... experts: names of their modules."""
+    trace = Trace()
+    handles: list[Any] = []
+    replaced = []
+    for name, module in model.named_modules():
+        stand_in: Any = None
+        if isinstance(module, nn.Linear):
+            stand_in = partial(_linear, trace, name, module)
+        elif isinstance(module, nn.Embedding):
+            stand_in = partial(_embedding, module.embedding_dim)
+        elif name in experts:
+            stand_in = partial(_experts, trace, name, module)
+        if stand_in is None:
+            handles.append(module.register_forward_hook(partial(_ended, trace, name), with_kwargs=True))
+        else:
+            setattr(module, "forward", stand_in)  # noqa: B010 - mypy: a method
+            replaced.append(module)
+    for prefix in blocks:
+        for inner, module in model.get_submodule(prefix).named_modules():
+            if not isinstance(module, nn.Linear) and (not inner or any(isinstance(one, nn.Linear) for one in module.modules())):
+                name = f"{prefix}.{inner}" if inner else prefix
+                handles.append(module.register_forward_pre_hook(partial(_begins, trace, name), with_kwargs=True))
+    try:
+        with torch.no_grad(), _stand_ins(model):
+            ids = torch.arange(first, first + SAMPLES * LENGTH).view(SAMPLES, LENGTH)
+            with building("config.json"):
+                model(input_ids=ids, use_cache=False)
+    except BadInput as error:
+        reason = error.problems[0].what.partition(": ")[2]  # behind "transformers cannot build this model"
+        raise refused(kind, f"its forward pass cannot be followed without weights ({reason})") from None
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in replaced:
+            del module.forward
+    return trace
+
+
+@contextmanager
+def _stand_ins(model: nn.Module) -> Iterator[None]:
+    """Parameters on the CPU, each one number that is repeated; meta parameters again afterwards."""
+    kept = [(module, dict(module._parameters)) for module in model.modules()]
+    try:
+        for module, parameters in kept:
+            for name, parameter in parameters.items():
+                if parameter is not None:
+                    one = torch.ones(1).expand(parameter.shape)
+                    value = one.clone() if parameter.numel() <= _WHOLE else one
+                    module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        yield
+    finally:
+        for module, parameters in kept:
+            module._parameters.update(parameters)
+
+
+def _linear(trace: Trace, name: str, module: nn.Linear, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A router that is made of nn.Linear computes more than a product, and is none of the linears."""
+    own = type(module).forward
+    y = x.new_zeros(*x.shape[:-1], module.out_features) if own is nn.Linear.forward else own(module, x, *args, **kwargs)
+    if isinstance(y, Tensor):
+        trace.linears.append(Call(name, x, y, 0, len(trace.calls)))
+    return y
+
+
+def _embedding(width: int, ids: Tensor, *_: Any, **__: Any) -> Tensor:
+    return ids.to(torch.float32).unsqueeze(-1).repeat(*(1 for _ in ids.shape), width)
+
+
+def _experts(trace: Trace, name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    arguments = bound(module, args, kwargs)
+    x: Tensor = next(iter(arguments.values()))
+    y = torch.zeros_like(x)
+    trace.linears.append(Call(name, x, y, 0, len(trace.calls), arguments))
+    return y
+
+
+def _begins(trace: Trace, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    trace.arguments[name] = bound(module, args, kwargs)
+
+
+def _ended(trace: Trace, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    given = args[0] if args else kwargs.get("hidden_states")
+    returned = output[0] if isinstance(output, tuple) and output else output
+    trace.calls.append(
+        Call(
+            name,
+            given if isinstance(given, Tensor) else None,
+            returned if isinstance(returned, Tensor) else None,
+            len(output) if isinstance(output, tuple) else 0,
+            len(trace.calls),
+        )
+    )
+
+
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    """One tensor, or two views of all of it."""
+    return a is not None and b is not None and (a is b or (a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a.dtype == b.dtype))
+
+
+def equal(a: object, b: object) -> bool:
+    """Whether two arguments are the same; what is neither tensor nor row of tensors is taken to be."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return True
+
+
+def holds_tensors(value: object) -> bool:
+    """Whether an argument is a place where blocks leave tensors for each other."""
+    return isinstance(value, Mapping) and any(isinstance(held, Tensor | tuple) for held in value.values())
+
+
+def of_all_tokens(x: Tensor | None) -> bool:
+    """[B, L, ...] or [B * L, ...], or with dimensions of 1 between, so that a row of it is a token."""
+    return x is not None and tuple(n for n in x.shape[:-1] if n > 1) in ((SAMPLES, LENGTH), (SAMPLES * LENGTH,))
