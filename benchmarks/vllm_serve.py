@@ -22,8 +22,10 @@ One line each begins with SERVE.
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
 import os
+import pstats
 import random
 import shutil
 import statistics
@@ -126,12 +128,15 @@ def say_kernels(engine: Any, batch: int, numbers: random.Random, label: str) -> 
     for each, count, name in sorted(found, reverse=True)[:8]:
         say(f"{label:14} batch {batch:4}  {each:8.1f} us  {count:6.1f} launches  {name[:110]}")
 
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as recorded:
-        one_batch(engine, batch, numbers, tokens=1)
-    events = recorded.key_averages()
-    say(f"{label:14} batch {batch:4}  first token: kernels {sum(event.self_device_time_total for event in events):.0f} us")
-    for event in sorted(events, key=lambda event: -event.self_cpu_time_total)[:14]:
-        say(f"{label:14} batch {batch:4}  {event.self_cpu_time_total:8.0f} us of the host  {event.count:6} calls  {event.key[:90]}")
+    waits = [one_batch(engine, batch, numbers, tokens=1)[0] for _ in range(5)]
+    say(f"{label:14} batch {batch:4}  first token alone: {', '.join(f'{wait:.1f}' for wait in waits)} ms")
+    host = cProfile.Profile()
+    host.runcall(one_batch, engine, batch, numbers, tokens=1)
+    found = pstats.Stats(host).stats.items()
+    for (file, line, name), (_, calls, own, whole, _) in sorted(found, key=lambda entry: -entry[1][2])[:25]:
+        say(
+            f"{label:14} batch {batch:4}  {1e3 * own:6.2f} ms of the host, {1e3 * whole:6.2f} with calls  {calls:6}  {file[-50:]}:{line} {name[:60]}"
+        )
 
 
 def fill(model: Any) -> None:
