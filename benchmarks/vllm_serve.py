@@ -1,6 +1,6 @@
 """What vLLM makes of a folder through marlinctl's plugin: how fast, the same tokens or not, and what it says of a damaged one. Needs a GPU.
 
-    python benchmarks/vllm_serve.py time FOLDER LABEL [--batch 1,16,64,128] [--repeats 5] [--weights] [--kernels]
+    python benchmarks/vllm_serve.py time FOLDER LABEL [--batch 1,16,64,128] [--repeats 5] [--weights] [--kernels] [--devices 2]
     python benchmarks/vllm_serve.py tokens FOLDER OUT.json [--text FILE] [--devices 2]
     python benchmarks/vllm_serve.py reference FOLDER TOKENS.json ..
     python benchmarks/vllm_serve.py damaged NATIVE_FOLDER
@@ -35,6 +35,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.vllm_weights import described, fill
+
 IN = OUT = 64
 WINDOWS, WINDOW = 4, 256
 GRAPHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -50,6 +52,7 @@ def main() -> None:
     verb.add_argument("--repeats", type=int, default=5)
     verb.add_argument("--weights", action="store_true", help="load them")
     verb.add_argument("--kernels", action="store_true", help="print which kernels the time of a token is")
+    verb.add_argument("--devices", type=int, default=1)
     verb = verbs.add_parser("tokens")
     verb.add_argument("folder", type=Path)
     verb.add_argument("out", type=Path)
@@ -66,7 +69,8 @@ def main() -> None:
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     if chosen.verb == "time":
         batches = [int(size) for size in chosen.batch.split(",")]
-        time_folder(chosen.folder, chosen.label, batches, chosen.repeats, weights=chosen.weights, kernels=chosen.kernels)
+        how = {"weights": chosen.weights, "kernels": chosen.kernels, "devices": chosen.devices}
+        time_folder(chosen.folder, chosen.label, batches, chosen.repeats, **how)
     elif chosen.verb == "tokens":
         write_tokens(chosen.folder, chosen.out, chosen.text, chosen.devices)
     elif chosen.verb == "reference":
@@ -86,7 +90,7 @@ def say(*words: object) -> None:
 # ---- how fast ------------------------------------------------------------------------------------------------------------------------
 
 
-def time_folder(folder: Path, label: str, batches: Sequence[int], repeats: int, *, weights: bool, kernels: bool) -> None:
+def time_folder(folder: Path, label: str, batches: Sequence[int], repeats: int, *, weights: bool, kernels: bool, devices: int) -> None:
     from vllm import LLM
 
     started = time.perf_counter()
@@ -100,6 +104,7 @@ def time_folder(folder: Path, label: str, batches: Sequence[int], repeats: int, 
         max_num_batched_tokens=8192,
         enable_prefix_caching=False,
         gpu_memory_utilization=0.5,
+        tensor_parallel_size=devices,
         seed=0,
         compilation_config={"cudagraph_capture_sizes": sorted({*GRAPHS, *batches})},
     )
@@ -134,34 +139,8 @@ def say_kernels(engine: Any, batch: int, numbers: random.Random, label: str) -> 
     host.runcall(one_batch, engine, batch, numbers, tokens=1)
     found = pstats.Stats(host).stats.items()
     for (file, line, name), (_, calls, own, whole, _) in sorted(found, key=lambda entry: -entry[1][2])[:25]:
-        say(
-            f"{label:14} batch {batch:4}  {1e3 * own:6.2f} ms of the host, {1e3 * whole:6.2f} with calls  {calls:6}  {file[-50:]}:{line} {name[:60]}"
-        )
-
-
-def fill(model: Any) -> None:
-    """Numbers like those of a model: dummies are nearly zero, and words of GPTQ and compressed-tensors whatever the memory held."""
-    import torch
-
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        leaf, data = name.rpartition(".")[2], parameter.data
-        if leaf in ("qweight", "weight_packed"):
-            data.random_(-(2**31), 2**31 - 1)
-        elif leaf in ("s", "scales", "weight_scale"):
-            data.uniform_(0.002, 0.006)
-        elif data.is_floating_point():
-            data.fill_(1.0) if data.dim() == 1 else data.normal_(0.0, 0.02)
-
-
-def described(model: Any) -> str:
-    """Which kernel multiplies each linear of a block, the head, and the bytes of all weights."""
-    names = [f"model.layers.0.{name}" for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")]
-    modules = [model.get_submodule(name) for name in [*names, "lm_head"]]
-    kernels = [getattr(one.quant_method, "kernel", None) or getattr(getattr(one, "scheme", None), "kernel", None) for one in modules]
-    said = [type(kernel or module.quant_method).__name__ for kernel, module in zip(kernels, modules, strict=True)]
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return f"{size / 1e9:.2f} GB; blocks {', '.join(dict.fromkeys(said[:-1]))}; head {said[-1]}"
+        where = f"{file[-50:]}:{line} {name[:60]}"
+        say(f"{label:14} batch {batch:4}  {1e3 * own:6.2f} ms of the host, {1e3 * whole:6.2f} with calls  {calls:6}  {where}")
 
 
 _requests = iter(range(10**9))

@@ -13,12 +13,16 @@
 #     real:FOLDER            tokens of a native folder of a real model in each format that it can be packed to, and references; ids.json beside
 #                            the folder has the text's tokens where it holds no tokenizer
 #     two                    the small model on two GPUs
+#     time2:NAME             as time:, over two GPUs
 set -u
 kit=$(cd "$1" && pwd); shift
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 serve="python3 $here/benchmarks/vllm_serve.py"; models="python3 $here/benchmarks/vllm_models.py"
 work=/tmp/vllm_serve; logs=$work/logs; mkdir -p $logs "$OUT"
 start=$(date +%s)
+# Over several GPUs. Without NVLink multicast: not every machine can have it.
+apart="VLLM_ENABLE_V1_MULTIPROCESSING=1 VLLM_ALLREDUCE_USE_SYMM_MEM=0 VLLM_ALLREDUCE_USE_FLASHINFER=0"
+apart="$apart NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1"
 step() { echo "STEP [$(( $(date +%s) - start )) s] $*"; }
 
 export PYTHONPATH=/tmp/vk:/tmp/site:$here PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
@@ -89,11 +93,10 @@ for what in "$@"; do
     kernels:*) run kernels-${what#kernels:} 170 $serve time $work/shapes/${what#kernels:} ${what#kernels:} --batch 1,16 --repeats 3 --kernels ;;
     time:*) run time-${what#time:} 170 $serve time $work/shapes/${what#time:} ${what#time:} ;;
     real:*) real "$(cd "${what#real:}" && pwd)" ;;
-    two) # no NVLink multicast: not every machine can have it
-      export VLLM_ALLREDUCE_USE_SYMM_MEM=0 VLLM_ALLREDUCE_USE_FLASHINFER=0
-      export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
-      run two 150 env VLLM_ENABLE_V1_MULTIPROCESSING=1 $serve tokens $work/small/marlin $work/two-marlin.json --devices 2
-      run two_24 150 env VLLM_ENABLE_V1_MULTIPROCESSING=1 $serve tokens $work/small/marlin_24 $work/two-marlin_24.json --devices 2
+    time2:*) run time2-${what#time2:} 170 env $apart $serve time $work/shapes/${what#time2:} ${what#time2:}-2 --devices 2 ;;
+    two)
+      run two 150 env $apart $serve tokens $work/small/marlin $work/two-marlin.json --devices 2
+      run two_24 150 env $apart $serve tokens $work/small/marlin_24 $work/two-marlin_24.json --devices 2
       run two-reference 90 $serve reference $work/small/ct $work/two-marlin.json $work/two-marlin_24.json ;;
     *) echo "no step $what"; exit 2 ;;
   esac

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -86,3 +87,26 @@ def test_who_stops_reading_stops_the_work() -> None:
     items.close()  # type: ignore[attr-defined]
     with pytest.raises(ProcessLookupError):
         os.kill(asked[0], 0)
+
+
+def test_a_child_that_hangs_at_a_lock_is_replaced() -> None:
+    """A good tokenizer would be refused where another thread held a lock of some library at the moment of the fork."""
+    lock = threading.Lock()
+
+    def work() -> Iterator[Any]:
+        with lock:
+            yield 7
+
+    lock.acquire()
+    threading.Timer(0.3, lock.release).start()  # in the first child it stays locked
+    assert list(confined(work, Bounds(256 << 20, cpu=10, wait=1))) == [7]
+
+
+def test_a_child_that_hangs_twice_is_given_up() -> None:
+    """A run would wait for ever, or try for ever."""
+    lock = threading.Lock()
+    lock.acquire()
+    started = time.monotonic()
+    with pytest.raises(Exceeded, match=r"more than 0\.5 s"):
+        list(confined(lambda: iter([lock.acquire()]), Bounds(256 << 20, cpu=10, wait=0.5)))
+    assert 1 <= time.monotonic() - started < 10
