@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from marlinctl.errors import ResourceProblem, UsageError
-from marlinctl.system.log import MemoryThenFile, plain, printable, redact, visible_streams
+from marlinctl.system.log import Foreign, MemoryThenFile, plain, printable, redact, visible_streams
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -279,13 +279,18 @@ class Console:
     def log_to(self, path: Path, *, named: bool = False) -> None:
         """From here on, and with what was said so far, into this file. --log-file given by the person (`named`) wins.
 
-        UsageError E244, also where the file is foreign and was not named.
+        OUT.log that is somebody else's is left alone, and OUT.run.log taken. UsageError E244 where that is foreign too, and for links.
         """
         if self._log.path is not None:
             return
         fix = "name a file in a folder that exists and is writable: --log-file FILE"
         try:
-            self._log.open(path, named=named)
+            try:
+                self._log.open(path, named=named)
+            except Foreign:
+                other = path.with_name(f"{path.stem}.run.log")
+                self._log.open(other, named=named)
+                self.say(f"the log is {other.name}: {path.name} is another file")
         except OSError as error:
             raise UsageError(
                 "E244",

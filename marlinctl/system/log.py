@@ -68,16 +68,30 @@ def printable(text: str, *, one_line: bool = False) -> str:
     return text.replace("\n", "\\n") if one_line else text
 
 
+class Foreign(OSError):
+    """A file that is no log of ours."""
+
+
 def _own_log(path: Path) -> TextIO:
-    """A log to append to. OSError for a link, for what is not a regular file, and for a file that does not begin as our logs do."""
+    """A log to append to. OSError for a link and for what is not a regular file; Foreign for a file that does not begin as our logs do, and
+    for one that the shell sends our output to (`> OUT.log`)."""
     from marlinctl.system.atomic import open_regular
 
     file = os.fdopen(open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "a+", encoding="utf-8", errors="backslashreplace")
     begin = os.pread(file.fileno(), 64, 0)
-    if begin and not _LINE.match(begin):
+    if (begin and not _LINE.match(begin)) or _is_output(file.fileno()):
         file.close()
-        raise FileExistsError(errno.EEXIST, "the file that is there is not a log of marlinctl", str(path))
+        raise Foreign(errno.EEXIST, "the file that is there is not a log of marlinctl", str(path))
     return file
+
+
+def _is_output(descriptor: int) -> bool:
+    """Whether stdout or stderr of the process is this file."""
+    for stream in (1, 2):
+        with suppress(OSError):  # closed
+            if os.path.samestat(os.fstat(stream), os.fstat(descriptor)):
+                return True
+    return False
 
 
 def _named_log(path: Path) -> TextIO:

@@ -178,8 +178,8 @@ CATALOG = (
         "An output, log or results file cannot be written there",
         """
         - Output: its name belongs to a file or a dangling link, or the folder above it is not writable. Missing folders are made.
-        - Log: its folder is not writable, or `OUT.log` is a link or not a log of marlinctl. Move it away, or append to any file with
-          `--log-file`.
+        - Log: its folder is not writable, or `OUT.log` is a link, or neither it nor `OUT.run.log` is a log of marlinctl. Move it away,
+          or append to any file with `--log-file`.
         - Results (`--out`): the file exists (add `--resume`), its folder is missing, or `--resume` was given without `--out`.
         """,
         ("E204", "E221", "E223"),

@@ -173,12 +173,13 @@ def test_a_log_that_cannot_be_opened_is_a_usage_error(tmp_path: Path) -> None:
     assert caught.value.error_id == "E244"
 
 
-@pytest.mark.parametrize("kind", ["text", "link", "dangling", "fifo", "folder"])
+@pytest.mark.parametrize("kind", ["texts", "link", "dangling", "fifo", "folder"])
 def test_a_file_of_somebody_else_is_not_appended_to(tmp_path: Path, kind: str) -> None:
     """`thesis.log` beside an output called `thesis` is LaTeX's; a link would spoil whatever it leads to."""
     place, elsewhere = tmp_path / "out.log", tmp_path / "elsewhere"
-    if kind == "text":
+    if kind == "texts":
         place.write_text("This is pdfTeX, Version 3.14\n")
+        (tmp_path / "out.run.log").write_text("of a race\n")
     elif kind == "link":
         elsewhere.write_text("2026-11-21T05:11:58+0000 INFO    even a log of ours\n")
         place.symlink_to(elsewhere)
@@ -196,6 +197,20 @@ def test_a_file_of_somebody_else_is_not_appended_to(tmp_path: Path, kind: str) -
     console.close()
     assert caught.value.error_id == "E244" and "--log-file" in caught.value.problems[0].fix
     assert [path.read_bytes() for path in (place, elsewhere) if path.is_file()] == before
+
+
+@pytest.mark.parametrize("foreign", ["text", "our output"])
+def test_a_foreign_file_in_the_place_of_the_log(tmp_path: Path, foreign: str) -> None:
+    """`marlinctl quantize MODEL out > out.log` would be refused, or lines of output and log would lie in one file."""
+    place = tmp_path / "out.log"
+    place.write_text("This is pdfTeX, Version 3.14\n" if foreign == "text" else "")
+    code = "from pathlib import Path; from marlinctl.system.console import Console; Console().log_to(Path('out.log'))"
+    with place.open("a") as output:
+        stdout = output if foreign == "our output" else subprocess.DEVNULL
+        ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, stdout=stdout, stderr=subprocess.PIPE, text=True, check=True)
+    assert ended.stderr == "the log is out.run.log: out.log is another file\n"
+    assert "pdfTeX" in place.read_text() if foreign == "text" else place.read_text() == ""
+    assert "the log is out.run.log" in (tmp_path / "out.run.log").read_text()
 
 
 def test_a_log_of_ours_is_continued(tmp_path: Path) -> None:
