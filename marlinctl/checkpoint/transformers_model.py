@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.formats.base import FormatInfo
 from marlinctl.errors import BadInput, Problem
-from marlinctl.models.transformers_config import building, transformers_config
+from marlinctl.models.guests import guests
+from marlinctl.models.transformers_config import building, model_class, transformers_config
 from marlinctl.system.launcher import settings_aside
 
 if TYPE_CHECKING:
@@ -43,26 +44,23 @@ def model_from(
     checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor], *, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
     """A model of the checkpoint's config, filled with these tensors."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
     config = transformers_config(checkpoint.config, checkpoint.folder)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise BadInput(
-            "E392",
-            f"transformers has no language model for model_type {config.model_type!r}",
-            where=str(checkpoint.folder / "config.json"),
-            fix="only decoder language models that transformers itself supports are loaded",
-        )
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class insists on a folder or a name
     where = str(checkpoint.folder / "config.json")
+    made_of = model_class(config, where)  # the Auto class insists on a folder or a name
     with building(where), quietly(), settings_aside():  # transformers must load the weights in every process
-        model, info = model_class.from_pretrained(
+        model, info = made_of.from_pretrained(
             None, config=config, state_dict=dict(tensors), dtype=dtype, device_map={"": str(device)}, output_loading_info=True,
             ignore_mismatched_sizes=True,  # else the first one raises; they are all refused below
         )  # fmt: skip
-    info["unexpected_keys"] = set(info["unexpected_keys"]) - _idle_biases(checkpoint, info["unexpected_keys"])
+    info["unexpected_keys"] = strangers(model, info, checkpoint.config) - _idle_biases(checkpoint, info["unexpected_keys"])
     refuse_incomplete(checkpoint.folder, info)
     return model.eval()
+
+
+def strangers(model: PreTrainedModel, info: Mapping[str, Any], config: Mapping[str, Any]) -> set[str]:
+    """The tensors that transformers had no place for and that are no guests of the model (models/guests.py)."""
+    left = set(info["unexpected_keys"])
+    return left - set(guests(left, model.state_dict().keys(), config))
 
 
 def _idle_biases(checkpoint: Checkpoint, names: Iterable[str]) -> set[str]:

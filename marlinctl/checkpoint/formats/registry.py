@@ -112,8 +112,9 @@ def sixteen_bit_linears(shapes: Mapping[str, Sequence[int]], layers: Iterable[st
     """
     quantized = set(layers)
     names = [name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2]
-    names = [name for name in names if name not in quantized and not re.search(r"embed|wte$|wpe$", name.rpartition(".")[2])]
-    return sorted({*names, *({"lm_head"} - quantized)})
+    names = [name for name in names if name not in quantized and not re.search(r"embed(?!.*proj)|wte$|wpe$", name.rpartition(".")[2])]
+    head = set() if any(layer.rpartition(".")[2] == "lm_head" for layer in quantized) else {"lm_head"}
+    return sorted({*names, *head})
 
 
 # ---- what is written -----------------------------------------------------------------------------------------------------------------
@@ -124,11 +125,12 @@ def quantization_config(
     layers: Mapping[str, int],  # layer name -> group size, -1 for whole rows
     ignore: Sequence[str] = (),  # every nn.Linear that stays 16-bit: lm_head, skipped layers, routers
     provenance: Mapping[str, Any] | None = None,  # goes under the key "marlinctl", which clients ignore
+    wraps: bool = False,  # the language model is part of a wrapper
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
     if fmt.config_block is None:
         raise ValueError(f"no config block for format {fmt.name!r}")
-    return fmt.config_block(Chosen(layers, ignore)) | ({"marlinctl": dict(provenance)} if provenance else {})
+    return fmt.config_block(Chosen(layers, ignore, wraps)) | ({"marlinctl": dict(provenance)} if provenance else {})
 
 
 def linear_bytes(fmt: Format, n: int, k: int, group_size: int) -> int:
