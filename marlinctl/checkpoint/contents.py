@@ -243,7 +243,7 @@ class _Work:
         if not self.shards:
             return {}
         tensors: dict[Path, list[TensorInfo]] = {path: [] for path in self.shards.values()}
-        for info in sorted(self.checkpoint.tensors.values(), key=lambda info: info.begin):
+        for info in sorted((self.checkpoint.stored or self.checkpoint.tensors).values(), key=lambda info: info.begin):
             if info.file in tensors:
                 tensors[info.file].append(info)
         shared = _SharedProgress(advance)

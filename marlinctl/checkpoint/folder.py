@@ -29,6 +29,7 @@ from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.formats.base import FormatInfo
 from marlinctl.checkpoint.model_files import companion_names
 from marlinctl.checkpoint.reader import Checkpoint, check_expected, open_checkpoint
+from marlinctl.checkpoint.sixteen_bit import in_sixteen_bits
 from marlinctl.checkpoint.source_digests import check_small_files
 from marlinctl.errors import BadInput, Problem
 from marlinctl.models.architectures import Architecture, architecture
@@ -84,6 +85,7 @@ def examine(
     dense: a quantized checkpoint is refused. files: False where there is no folder yet, because it will be made from a GGUF file.
     weights: False where the folder holds headers alone, as for a plan of a model on the hub.
     """
+    checkpoint = in_sixteen_bits(checkpoint)
     folder, config = checkpoint.folder, checkpoint.config
     if files:
         _check_small_files_open(folder)
@@ -95,7 +97,8 @@ def examine(
     if info.format.quantized and not info.layers:
         what = f"config.json says {info.name}, but no tensor is packed that way"
         raise BadInput("E302", what, where=str(folder), fix="config.json belongs to another model; fetch the checkpoint again")
-    notes = (*checkpoint.notes, *check_switches(folder, config, files=files))
+    precision = (checkpoint.precision,) if checkpoint.precision else ()
+    notes = (*checkpoint.notes, *precision, *check_switches(folder, config, files=files))
     known = None if structure == "no" else _architecture(checkpoint, info, structure, module_map)
     checks: list[Callable[[], None]] = []
     if known is not None:
@@ -283,5 +286,6 @@ def refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:
         "E313",
         f"the checkpoint is already quantized ({shown(str(method or 'quantization_config is present'))})",
         where=str(folder / CONFIG),
-        fix="start from the original checkpoint; to change the format of this one, use marlinctl pack",
+        fix=registry.way_to_sixteen_bits(method)
+        or "start from the original checkpoint; to change the format of this one, use marlinctl pack",
     )

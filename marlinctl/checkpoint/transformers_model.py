@@ -35,8 +35,10 @@ if TYPE_CHECKING:
 def load_dense(folder: Path, *, dtype: torch.dtype, device: str | torch.device = "cpu") -> PreTrainedModel:
     """The model in eval mode, every linear dense in `dtype`: dequantized in fp32, then rounded once."""
     from marlinctl.checkpoint.reader import open_checkpoint
+    from marlinctl.checkpoint.sixteen_bit import in_sixteen_bits
 
-    with open_checkpoint(folder, weight_files="auto") as checkpoint:
+    with open_checkpoint(folder, weight_files="auto") as opened:
+        checkpoint = in_sixteen_bits(opened)
         return model_from(checkpoint, dense_tensors(checkpoint), dtype=dtype, device=device)
 
 

@@ -65,7 +65,9 @@ def versions() -> dict[str, str]:
 
 def _source_facts(opened: RunInputs) -> dict[str, Any]:
     source = opened.source
-    return {"kind": source.kind, "name": Path(source.name).name if source.kind != "hub" else source.name, "revision": source.revision}
+    name = Path(source.name).name if source.kind != "hub" else source.name
+    precision = {"precision": opened.checkpoint.precision} if opened.checkpoint.precision else {}
+    return {"kind": source.kind, "name": name, "revision": source.revision, **precision}
 
 
 def manifest_of(opened: RunInputs, recipe: Recipe, calibration: Mapping[str, Any], records: list[LayerRecord]) -> dict[str, Any]:

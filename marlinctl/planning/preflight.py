@@ -107,7 +107,7 @@ def look(
     if console is not None:
         for note in examined.notes:
             console.warn(note)
-    known = examined.architecture
+    known, checkpoint = examined.architecture, examined.checkpoint
     assert known is not None  # "needed"
     # At 16 bits there are no groups, unless the recipe distils: then int4 comes last, and must not fail after hours of work.
     groups = recipe.scheme.quantizes or recipe.distill.tokens > 0

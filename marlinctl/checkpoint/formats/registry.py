@@ -37,6 +37,24 @@ DENSE, INTERCHANGE = dense.FORMAT, compressed_tensors.FORMAT  # what models come
 FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (INTERCHANGE, gptq.FORMAT, marlin.FORMAT, marlin_24.FORMAT, DENSE)}
 
 
+_WAYS = {
+    "bitsandbytes": 'python -c "from transformers import AutoModelForCausalLM as M; '
+    "M.from_pretrained('FOLDER').dequantize().save_pretrained('NEW')\"",
+    "mxfp4": 'python -c "from transformers import AutoModelForCausalLM as M, Mxfp4Config as C; '
+    "M.from_pretrained('FOLDER', quantization_config=C(dequantize=True), dtype='bfloat16').save_pretrained('NEW')\"",
+}
+
+
+def way_to_sixteen_bits(method: object) -> str | None:
+    """How transformers makes a 16-bit model of one that was quantized so, where marlinctl does not read it."""
+    program = _WAYS.get(method) if isinstance(method, str) else None
+    return (
+        None
+        if program is None
+        else f"start from a 16-bit copy of the model, or make one: {program}, and copy the tokenizer's files into NEW"
+    )
+
+
 def working_format(scheme: Scheme) -> Format:
     """What a run solves into, before it packs."""
     return INTERCHANGE if scheme.quantizes else DENSE
@@ -60,7 +78,8 @@ def detect(config: Mapping[str, Any], tensor_names: Iterable[str]) -> FormatInfo
         raise unreadable(str(problem), "restore quantization_config from the original") from None
     raise unreadable(
         f"the model is quantized with {method!r}, which marlinctl does not read",
-        "use compressed-tensors pack-quantized or GPTQ, 4-bit symmetric, or quantize the original 16-bit model",
+        way_to_sixteen_bits(method)
+        or "use compressed-tensors pack-quantized or GPTQ, 4-bit symmetric, or quantize the original 16-bit model",
     )
 
 
