@@ -137,16 +137,64 @@ DERIVED: dict[str, dict[str, Any]] = {
 }
 
 
+_TEXT = {
+    key: value for key, value in _COMMON.items() if not key.endswith("_token_id")
+} | {"head_dim": 16, "max_position_embeddings": 512}  # fmt: skip
+_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+_QWEN_VISION = {
+    "depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64, "patch_size": 4, "spatial_merge_size": 2,
+}  # fmt: skip
+_QWEN = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
+_MROPE = {"rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2]}}
+
+# Language models with a part for images -> their configs
+WRAPPERS: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": {"model_type": "gemma3_text", **_TEXT}, "vision_config": _VISION, "mm_tokens_per_image": 4, "image_token_index": 5,
+    },
+    "qwen3_vl": {
+        "text_config": {**_TEXT, **_MROPE}, **_QWEN,
+        "vision_config": {**_QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    },
+    "mistral3": {
+        "text_config": {"model_type": "mistral", **_TEXT}, "vision_config": {"model_type": "pixtral", "head_dim": 16, **_VISION},
+        "image_token_index": 5, "spatial_merge_size": 1,
+    },
+    "llava": {
+        "text_config": {"model_type": "llama", **_TEXT},
+        "vision_config": {"model_type": "clip_vision_model", "projection_dim": 32, **_VISION}, "image_token_index": 5,
+    },
+    "qwen2_5_vl": {
+        "text_config": {**_TEXT, **_MROPE}, "vision_config": {**_QWEN_VISION, "window_size": 16, "fullatt_block_indexes": [0]}, **_QWEN,
+    },
+    "idefics3": {"text_config": {"model_type": "llama", **_TEXT}, "vision_config": _VISION, "image_token_id": 5, "scale_factor": 1},
+    "paligemma": {
+        "text_config": {"model_type": "gemma", **_TEXT}, "vision_config": {"projection_dim": 64, **_VISION}, "image_token_index": 5,
+    },
+    "internvl": {"text_config": {"model_type": "qwen2", **_TEXT}, "vision_config": _VISION, "image_token_id": 5},
+    "aya_vision": {"text_config": {"model_type": "cohere2", **_TEXT}, "vision_config": _VISION, "image_token_index": 5},
+    "gemma4": {
+        "text_config": {"model_type": "gemma4_text", **_TEXT, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
+        "vision_config": {"num_key_value_heads": 2, "head_dim": 16, **_VISION}, "audio_config": None, "image_token_id": 5,
+    },
+    "glm4v": {
+        "text_config": {**_TEXT, **_MROPE}, "vision_config": {**_QWEN_VISION, "image_size": 28, "patch_size": 14}, "image_token_id": 5,
+    },
+}  # fmt: skip
+
+
 def build(model_type: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Path:
     """Save a random model of this type with a tokenizer; weights are large enough that every layer matters to the logits. Further
     keywords change its config.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    config = AutoConfig.for_model(model_type, **{**_COMMON, **(ZOO | DERIVED).get(model_type, {}), **changes})
+    wrapper = WRAPPERS.get(model_type)
+    settings = {**_COMMON, **(ZOO | DERIVED).get(model_type, {})} if wrapper is None else wrapper
+    config = AutoConfig.for_model(model_type, **{**settings, **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+        model = (AutoModelForCausalLM if wrapper is None else AutoModelForImageTextToText).from_config(config).to(dtype).eval()
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.6 if "router" in name or name.endswith("gate.weight") else 0.12)

@@ -245,9 +245,10 @@ class _Work:
         if not self.shards:
             return {}
         tensors: dict[Path, list[TensorInfo]] = {path: [] for path in self.shards.values()}
-        parts = self.checkpoint.parts
-        stored = {name: info for name, info in self.checkpoint.tensors.items() if name not in parts}
-        stored |= {info.name: info for info in parts.values()}
+        parts, stored = self.checkpoint.parts, self.checkpoint.stored
+        if stored is None:
+            stored = {name: info for name, info in self.checkpoint.tensors.items() if name not in parts}
+            stored |= {info.name: info for info in parts.values()}
         for info in sorted(stored.values(), key=lambda info: info.begin):
             if info.file in tensors:
                 tensors[info.file].append(info)

@@ -19,7 +19,6 @@ strict loading for the others (transformers_model.py).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,11 +30,12 @@ from marlinctl.checkpoint.formats.base import FormatInfo
 from marlinctl.checkpoint.fused_experts import with_single_experts
 from marlinctl.checkpoint.model_files import companion_names
 from marlinctl.checkpoint.reader import Checkpoint, check_expected, open_checkpoint
+from marlinctl.checkpoint.sixteen_bit import in_sixteen_bits
 from marlinctl.checkpoint.source_digests import check_small_files
 from marlinctl.errors import BadInput, Problem
 from marlinctl.models.architectures import Architecture, architecture
 from marlinctl.models.config import CONFIG
-from marlinctl.models.lookup import any_architecture
+from marlinctl.models.lookup import architecture_of, spelled_as
 from marlinctl.models.switches import check_switches
 from marlinctl.models.tokenizer_files import check_tokenizer
 from marlinctl.system.files import FileRefused, open_member, shown
@@ -48,13 +48,6 @@ _SAVED_AGAIN = (  # a second object, because one that was loaded is saved in the
     'let transformers save it in the usual layout: python -c "from transformers import AutoModelForCausalLM as M; '
     "m = M.from_pretrained('FOLDER', dtype='auto'); n = M.from_config(m.config, dtype=m.dtype); n.load_state_dict(m.state_dict()); "
     "n.save_pretrained('NEW')\", and copy the tokenizer's files into NEW"
-)
-_GUESTS = (  # tensors that others add to a model
-    (r"\.(k|v|q|prob)_(scale|zero_point)$", "scales of a quantized KV cache"),
-    (r"(^|\.)mtp(\.|_)", "a head that predicts several tokens (MTP)"),
-    (r"^v_head\.", "the value head of a reinforcement-learning trainer"),
-    (r"lora_[AB]\.", "an adapter (LoRA) that was not merged"),
-    (r"(^|\.)(vision|visual|audio|multi_modal)", "a part for images or sound"),
 )
 
 
@@ -93,6 +86,7 @@ def examine(
     dense: a quantized checkpoint is refused. files: False where there is no folder yet, because it will be made from a GGUF file.
     weights: False where the folder holds headers alone, as for a plan of a model on the hub.
     """
+    checkpoint = in_sixteen_bits(checkpoint)
     folder, config = checkpoint.folder, checkpoint.config
     if files:
         _check_small_files_open(folder)
@@ -104,7 +98,8 @@ def examine(
     if info.format.quantized and not info.layers:
         what = f"config.json says {info.name}, but no tensor is packed that way"
         raise BadInput("E302", what, where=str(folder), fix="config.json belongs to another model; fetch the checkpoint again")
-    notes = (*checkpoint.notes, *check_switches(folder, config, files=files))
+    precision = (checkpoint.precision,) if checkpoint.precision else ()
+    notes = (*checkpoint.notes, *precision, *check_switches(folder, config, files=files))
     known = None
     if structure != "no":
         known, checkpoint = _architecture(checkpoint, info, structure, module_map)
@@ -116,6 +111,8 @@ def examine(
     check_together(*checks)
     if known is not None and weights:
         refuse_two_heads(checkpoint, known)
+    if known is not None and known.guests:
+        notes = (*notes, _said_of_guests(known.guests))
     idle = () if known is None else tuple(known.unexpected(dict.fromkeys(biases(checkpoint, info))))
     if weights:
         refuse_used(checkpoint, idle)
@@ -157,8 +154,12 @@ def _architecture(
     checkpoint: Checkpoint, info: FormatInfo, structure: Structure, module_map: Path | None
 ) -> tuple[Architecture | None, Checkpoint]:
     """The architecture, and the checkpoint with the names that it has for experts."""
+    names = dense_names(checkpoint, info)
     try:
-        known = (any_architecture if structure == "needed" else architecture)(checkpoint.config, module_map)
+        if structure == "needed":
+            known = architecture_of(checkpoint.config, names, module_map)
+        else:
+            known = spelled_as(architecture(checkpoint.config, module_map), checkpoint.config, names)
     except BadInput as unknown:
         if structure == "known" and unknown.error_id == "E390":
             return None, checkpoint
@@ -170,6 +171,12 @@ def _architecture(
     if structure == "known":
         return None, checkpoint  # transformers may know the layout; it loads all tensors or none
     raise other
+
+
+def dense_names(checkpoint: Checkpoint, info: FormatInfo) -> set[str]:
+    """The tensors that the checkpoint has, or would have if its linears were not packed."""
+    packed, owned = _owned(info)
+    return packed | {name for name in checkpoint.tensors if name not in owned}
 
 
 def _owned(info: FormatInfo) -> tuple[set[str], set[str]]:
@@ -194,16 +201,18 @@ def _refuse_unexpected(checkpoint: Checkpoint, info: FormatInfo, known: Architec
     if not extra:
         return
     listed = ", ".join(shown(name, 100) for name in extra[:5]) + (" ..." if len(extra) > 5 else "")
-    kinds = sorted({kind for pattern, kind in _GUESTS for name in extra if re.search(pattern, name)})
-    packed, _ = _owned(info)
-    if kinds and all(name in checkpoint.tensors or name in packed for name in known.expected):
-        what = f"{len(extra)} tensors are no part of the model that config.json describes: {listed} ({', '.join(kinds)})"
-        without = "take a checkpoint without them" if info.layers else _saved_again(checkpoint.folder)
-        fix = f"marlinctl does not carry them along; to leave them out, {without}"
-    else:
-        what = f"{len(extra)} tensors have no place in the model that config.json describes: {listed}"
-        fix = "config.json and the weights do not belong together (fewer layers than weights?); download both again"
+    what = f"{len(extra)} tensors have no place in the model that config.json describes: {listed}"
+    fix = (
+        "transformers would leave them out, and compute another model than the one that was trained: take config.json and weights from one "
+        "place (more blocks, or biases, than config.json says? an adapter that was not merged?)"
+    )
     raise BadInput("E302", what, where=str(checkpoint.folder), fix=fix)
+
+
+def _said_of_guests(found: Mapping[str, str]) -> str:
+    listed = ", ".join(shown(name, 100) for name in list(found)[:3]) + (" ..." if len(found) > 3 else "")
+    kinds = "; ".join(sorted(set(found.values())))
+    return f"{len(found)} tensors are no part of the model that config.json describes, and are carried as they are: {listed} ({kinds})"
 
 
 def biases(checkpoint: Checkpoint, info: FormatInfo) -> list[str]:
@@ -244,10 +253,6 @@ def _other_layout(checkpoint: Checkpoint, packed: set[str], known: Architecture)
     if not missing:
         return None
     where = str(checkpoint.folder)
-    begins = f"{known.decoder}."
-    if all(name.startswith(begins) and name.removeprefix(begins) in tensors for name in missing):
-        what = f'the names of the tensors lack "{begins}": {missing[0].removeprefix(begins)} in place of {missing[0]}'
-        return BadInput("E302", what, where=where, fix=_saved_again(checkpoint.folder))
     inner = _prefix_before(missing[0], tensors)
     if inner and all(inner + name in tensors for name in missing):
         what = f"the names of the tensors begin with {shown(inner, 60)!r}: {shown(inner, 60)}{missing[0]} in place of {missing[0]}"
@@ -283,5 +288,6 @@ def refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:
         "E313",
         f"the checkpoint is already quantized ({shown(str(method or 'quantization_config is present'))})",
         where=str(folder / CONFIG),
-        fix="start from the original checkpoint; to change the format of this one, use marlinctl pack",
+        fix=registry.way_to_sixteen_bits(method)
+        or "start from the original checkpoint; to change the format of this one, use marlinctl pack",
     )

@@ -20,7 +20,7 @@ from marlinctl.checkpoint.lazy import LazyTensor
 from marlinctl.checkpoint.safetensors_header import Cut, TensorInfo
 from marlinctl.errors import BadInput
 from marlinctl.models.architectures import Architecture, Block, Experts
-from marlinctl.models.lookup import any_architecture
+from marlinctl.models.lookup import architecture_of
 from marlinctl.models.places import Place, expert_places
 from marlinctl.system.atomic import DTYPE_BYTES
 from marlinctl.system.files import shown
@@ -93,7 +93,7 @@ def joined(checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor]) -> Mapping
     if not any(_ONE_BY_ONE.search(name) for name in tensors):
         return tensors
     try:
-        known = any_architecture(checkpoint.config)
+        known = architecture_of(checkpoint.config, tensors.keys())
     except BadInput:  # transformers may know the layout; it loads all tensors or none
         return tensors
     found = dict(tensors)

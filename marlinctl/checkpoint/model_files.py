@@ -17,7 +17,7 @@ _COMPANION_NAMES = frozenset(
             "chat_template.json",
         ),
         *("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt"),
-        *("generation_config.json", "preprocessor_config.json", "processor_config.json", "recipe.yaml"),
+        *("generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "recipe.yaml"),
     )
 )
 _COMPANION_STARTS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")

@@ -65,12 +65,18 @@ class Checkpoint:
     notes: tuple[str, ...] = ()  # what the person should know, one line each
     device: torch.device | None = None  # where `read` puts tensors; None: in host memory
     parts: Mapping[str, TensorInfo] = field(default_factory=dict)  # tensors that lie in another one, by name -> that (fused_experts.py)
+    made: Mapping[str, Callable[[Checkpoint], Tensor]] = field(default_factory=dict)  # tensors that are computed (sixteen_bit.py)
+    stored: Mapping[str, TensorInfo] | None = None  # what lies in the files, where some are
+    precision: str = ""  # how it is stored, and what becomes of that, where some are
     _open: dict[Path, FileIO] = field(default_factory=dict, repr=False, compare=False)
     _maps: dict[Path, mmap.mmap] = field(default_factory=dict, repr=False, compare=False)
 
     def read(self, name: str) -> Tensor:
         """A copy of the tensor."""
         import torch
+
+        if name in self.made:
+            return self.made[name](self)
 
         info, cut = self.tensors[name], self.tensors[name].cut
         on_gpu = self.device is not None and self.device.type == "cuda"
@@ -92,6 +98,8 @@ class Checkpoint:
         info = self.tensors[name]
         if len(info.shape) != 2:
             raise ValueError(f"{name} is not a matrix, its shape is {list(info.shape)}")
+        if name in self.made:
+            return self.read(name)[torch.as_tensor(row_ids if isinstance(row_ids, torch.Tensor) else list(row_ids), dtype=torch.int64)]
         ids = torch.as_tensor(row_ids if isinstance(row_ids, torch.Tensor) else list(row_ids), dtype=torch.int64).reshape(-1)
         wanted, place = torch.unique(ids, return_inverse=True)  # sorted: the disk is read in one direction
         if len(wanted) and not 0 <= int(wanted[0]) <= int(wanted[-1]) < info.shape[0]:
@@ -105,9 +113,9 @@ class Checkpoint:
         return found[place]
 
     def raw(self, name: str) -> memoryview:
-        """The bytes of the tensor, mapped read-only; a copy of a tensor that lies in another one."""
+        """The bytes of the tensor, mapped read-only; of one that is computed or lies in another one, in memory."""
         info = self.tensors[name]
-        if info.cut is not None:
+        if name in self.made or info.cut is not None:
             import torch
 
             return memoryview(self.read(name).cpu().reshape(-1).view(torch.uint8).numpy().data)

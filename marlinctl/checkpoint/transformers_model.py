@@ -22,7 +22,8 @@ from marlinctl.checkpoint.formats.base import FormatInfo
 from marlinctl.checkpoint.fused_experts import joined
 from marlinctl.checkpoint.lazy import LazyTensor
 from marlinctl.errors import BadInput, Problem
-from marlinctl.models.transformers_config import building, transformers_config
+from marlinctl.models.guests import guests
+from marlinctl.models.transformers_config import building, model_class, transformers_config
 from marlinctl.system.launcher import settings_aside
 
 if TYPE_CHECKING:
@@ -36,8 +37,10 @@ if TYPE_CHECKING:
 def load_dense(folder: Path, *, dtype: torch.dtype, device: str | torch.device = "cpu") -> PreTrainedModel:
     """The model in eval mode, every linear dense in `dtype`: dequantized in fp32, then rounded once."""
     from marlinctl.checkpoint.reader import open_checkpoint
+    from marlinctl.checkpoint.sixteen_bit import in_sixteen_bits
 
-    with open_checkpoint(folder, weight_files="auto") as checkpoint:
+    with open_checkpoint(folder, weight_files="auto") as opened:
+        checkpoint = in_sixteen_bits(opened)
         return model_from(checkpoint, dense_tensors(checkpoint), dtype=dtype, device=device)
 
 
@@ -45,27 +48,24 @@ def model_from(
     checkpoint: Checkpoint, tensors: Mapping[str, LazyTensor], *, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
     """A model of the checkpoint's config, filled with these tensors."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
     config = transformers_config(checkpoint.config, checkpoint.folder)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise BadInput(
-            "E392",
-            f"transformers has no language model for model_type {config.model_type!r}",
-            where=str(checkpoint.folder / "config.json"),
-            fix="only decoder language models that transformers itself supports are loaded",
-        )
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # the Auto class insists on a folder or a name
     tensors = joined(checkpoint, tensors)
     where = str(checkpoint.folder / "config.json")
+    made_of = model_class(config, where)  # the Auto class insists on a folder or a name
     with building(where), quietly(), settings_aside():  # transformers must load the weights in every process
-        model, info = model_class.from_pretrained(
+        model, info = made_of.from_pretrained(
             None, config=config, state_dict=dict(tensors), dtype=dtype, device_map={"": str(device)}, output_loading_info=True,
             ignore_mismatched_sizes=True,  # else the first one raises; they are all refused below
         )  # fmt: skip
-    info["unexpected_keys"] = set(info["unexpected_keys"]) - _idle_biases(checkpoint, info["unexpected_keys"])
+    info["unexpected_keys"] = strangers(model, info, checkpoint.config) - _idle_biases(checkpoint, info["unexpected_keys"])
     refuse_incomplete(checkpoint.folder, info)
     return model.eval()
+
+
+def strangers(model: PreTrainedModel, info: Mapping[str, Any], config: Mapping[str, Any]) -> set[str]:
+    """The tensors that transformers had no place for and that are no guests of the model (models/guests.py)."""
+    left = set(info["unexpected_keys"])
+    return left - set(guests(left, model.state_dict().keys(), config))
 
 
 def _idle_biases(checkpoint: Checkpoint, names: Iterable[str]) -> set[str]:

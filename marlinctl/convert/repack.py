@@ -37,6 +37,7 @@ from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.source_digests import check_known_digests
 from marlinctl.errors import BadInput, CheckFailed, Problem, UsageError
 from marlinctl.jobs.journal import JobFolder, Request
+from marlinctl.models.config import wraps
 from marlinctl.models.switches import without
 from marlinctl.planning.memory import SHARD_BYTES
 from marlinctl.recipes.foreign_formats import instead_of
@@ -333,7 +334,7 @@ def _finish(
     old = registry.quantization_block(source.checkpoint.config) or {}
     config = without(registry.without_quantization(source.checkpoint.config))
     if fmt.quantized:
-        config["quantization_config"] = registry.quantization_config(fmt, source.info.layers, source.ignore, provenance(old))
+        config["quantization_config"] = registry.quantization_config(fmt, source.info.layers, source.ignore, provenance(old), wraps(config))
     if fmt.block_file:
         stage.write_file(fmt.block_file, canonical(config["quantization_config"]))
     origin = {"format": source.info.name, "variant": source.info.variant, **_source_digest(source, contents)}

@@ -259,7 +259,7 @@ class _Side:
 
     def load(self, block: Block, dtype: torch.dtype, replaced: Mapping[str, Tensor] | None = None) -> nn.Module:
         """A block with its weights, from the checkpoint or from `replaced`."""
-        layer = self.model.get_submodule(block.prefix)
+        layer = self.model.get_submodule(block.path)
         places = block_places(block)
         known = replaced or {}
         for parameter, names in by_parameter(places).items():

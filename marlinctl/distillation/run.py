@@ -250,7 +250,7 @@ def _train(run: _Run, opened: TrainingInputs, rows: Rows, state: State | None) -
         elif processes.sharded:
             original = load_dense(opened.teacher.source.folder, dtype=run.dtype, device="cpu")
             require_same_weights("teacher", original, processes)
-            processes.shard(original, [original.get_submodule(block.prefix) for block in opened.teacher.architecture.blocks])
+            processes.shard(original, [original.get_submodule(block.path) for block in opened.teacher.architecture.blocks])
             comparison.require_same_losses("teacher", original)
             ask = live(original, weights)
         else:

@@ -76,7 +76,7 @@ def load_student(opened: TrainingInputs, mode: str, checkpointing: bool, process
         for parameter in by_parameter(places):
             model.get_parameter(parameter).requires_grad_(True)
     require_same_weights("student", model, processes)
-    blocks = [model.get_submodule(block.prefix) for block in known.blocks]
+    blocks = [model.get_submodule(block.path) for block in known.blocks]
     if checkpointing:
         for block in blocks:  # keeps a block's input alone and runs it again in the backward pass
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from marlinctl.errors import BadInput, Problem, UsageError
+from marlinctl.models.config import wraps
 from marlinctl.system.files import FileRefused, read_plain_json
 
 Shape = tuple[int, ...]
@@ -101,6 +102,12 @@ class Block:
     renamed: Mapping[str, str] = field(default_factory=dict)  # those of them that the block's module calls otherwise
     buffers: frozenset[str] = frozenset()  # those of them that are no parameters: they are not trained
     returns_tuple: bool = False  # the block returns (hidden states, ...)
+    module: str = ""  # its path in transformers' model, where that is not `prefix`
+
+    @property
+    def path(self) -> str:
+        """Where it is in transformers' model."""
+        return self.module or self.prefix
 
     def parameter(self, tensor: str) -> str:
         """The name, relative to the block's module, of a tensor of the checkpoint."""
@@ -136,11 +143,32 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
+class Spelling:
+    """How a checkpoint names what transformers' model calls otherwise: (in the checkpoint, in the model).
+
+    Gemma 3 with its vision tower: decoder ("language_model.model", "model.language_model"), head ("language_model.lm_head", "lm_head").
+    A model that was saved without its head: decoder ("", "model").
+    """
+
+    decoder: tuple[str, str]
+    head: tuple[str, str]
+
+    def module(self, name: str) -> str:
+        """The path in the model of a module or tensor of the checkpoint."""
+        for stored, path in (self.head, self.decoder):
+            if not stored:
+                return f"{path}.{name}"
+            if name == stored or name.startswith(f"{stored}."):
+                return path + name[len(stored) :]
+        return name
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
-    """A whole model as names and shapes."""
+    """A whole model as names and shapes. Names are those of the checkpoint; where transformers' modules have others, `module` has them."""
 
     model_type: str
-    decoder: str  # the module that holds embedding, blocks and final norm: "model"
+    decoder: str  # the path of the module that holds embedding, blocks and final norm: "model"
     blocks: tuple[Block, ...]
     embedding: str
     norm: str
@@ -151,11 +179,18 @@ class Architecture:
     ignorable: tuple[str, ...] = field(default=("rotary_emb.inv_freq", "lm_head.weight"))  # endings a checkpoint may hold besides
     tied: LinearSpec | None = None  # the output head, where it is tied to the embedding
     outside: tuple[str, ...] = ()  # tensors of the decoder besides blocks, embedding and norm: learned positions, a norm before the blocks
+    spelling: Spelling | None = None  # None: the checkpoint names modules as transformers does
+    carried: frozenset[str] = frozenset()  # other tensors of the checkpoint, of parts that are copied and not looked at
+    guests: Mapping[str, str] = field(default_factory=dict)  # tensors of the checkpoint that the model lacks, copied -> what (guests.py)
 
     @property
     def linears(self) -> dict[str, LinearSpec]:
         """All linears that are quantized unless a rule says otherwise, in run order."""
         return {name: spec for block in self.blocks for name, spec in block.linears.items()}
+
+    def module(self, name: str) -> str:
+        """The path, in transformers' model, of a module or tensor of the checkpoint."""
+        return name if self.spelling is None else self.spelling.module(name)
 
     @property
     def norm_tensors(self) -> list[str]:
@@ -164,7 +199,8 @@ class Architecture:
 
     def unexpected(self, names: Mapping[str, object]) -> list[str]:
         """Tensors of a checkpoint that this architecture has no place for: a sign that config and weights do not belong together."""
-        return sorted(n for n in names if n not in self.expected and not n.endswith(self.ignorable))
+        apart = {*self.carried, *self.guests}
+        return sorted(n for n in names if n not in self.expected and n not in apart and not n.endswith(self.ignorable))
 
     def untied(self) -> Architecture:
         """The same model with an output head of its own. Only for one whose head is tied."""
@@ -175,6 +211,45 @@ class Architecture:
     def tied_copies(self, names: Iterable[str]) -> list[str]:
         """A head that config.json ties to the embedding and the checkpoint holds all the same."""
         return [n for n in names if self.head is None and n not in self.expected and n.endswith("lm_head.weight")]
+
+
+def respelled(known: Architecture, spelling: Spelling) -> Architecture:
+    """A language model in the names that a checkpoint has for it; paths of modules become those of `spelling`."""
+    begins, spec = f"{known.decoder}.", known.head or known.tied
+    head = None if spec is None else spec.name
+    stored = f"{spelling.decoder[0]}." if spelling.decoder[0] else ""
+
+    def name(old: str) -> str:
+        if head is not None and (old == head or old.startswith(f"{head}.")):
+            return spelling.head[0] + old[len(head) :]
+        return stored + old.removeprefix(begins) if old.startswith(begins) else old
+
+    def linear(old: LinearSpec) -> LinearSpec:
+        return replace(old, name=name(old.name))
+
+    def block(old: Block) -> Block:
+        return replace(
+            old,
+            prefix=name(old.prefix),
+            module=spelling.module(name(old.prefix)),
+            linears={name(key): linear(spec) for key, spec in old.linears.items()},
+            others={name(key): shape for key, shape in old.others.items()},
+            renamed={name(key): name(module) for key, module in old.renamed.items()},
+            buffers=frozenset(map(name, old.buffers)),
+        )
+
+    return replace(
+        known,
+        decoder=spelling.decoder[1],
+        blocks=tuple(map(block, known.blocks)),
+        embedding=name(known.embedding),
+        norm=name(known.norm),
+        head=None if known.head is None else linear(known.head),
+        tied=None if known.tied is None else linear(known.tied),
+        expected={name(key): shape for key, shape in known.expected.items()},
+        outside=tuple(map(name, known.outside)),
+        spelling=spelling,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,15 +336,6 @@ def architecture(config: Mapping[str, Any], module_map: Path | None = None) -> A
     """
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    text = config.get("text_config")
-    if family is None and isinstance(text, Mapping):  # no module map can describe it: file and transformers call its tensors otherwise
-        inner = f" ({text['model_type']})" if isinstance(text.get("model_type"), str) else ""
-        raise BadInput(
-            "E390",
-            f"{model_type!r} is a wrapper around a language model{inner}, for images or sound, and not a language model by itself",
-            where="config.json, key text_config",
-            fix="make a copy of the language model alone, with transformers; docs/troubleshooting.md#e390 has the five lines",
-        )
     if module_map is not None:
         return _by_hand(config, module_map)
     if family is None:
@@ -285,7 +351,7 @@ def architecture(config: Mapping[str, Any], module_map: Path | None = None) -> A
 def may_be_derived(config: Mapping[str, Any]) -> bool:
     """Whether the table has no row for the model, and config.json no reason why transformers' code cannot be followed."""
     model_type = config.get("model_type")
-    return isinstance(model_type, str) and model_type not in FAMILIES and not isinstance(config.get("text_config"), Mapping)
+    return isinstance(model_type, str) and model_type not in FAMILIES and not wraps(config)
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,11 @@ def positions(config: Mapping[str, Any]) -> int | None:
     return None
 
 
+def wraps(config: Mapping[str, Any]) -> bool:
+    """Whether config.json describes a language model with other parts around it, for images or sound: it has a config for each part."""
+    return any(isinstance(config.get(key), Mapping) for key in ("text_config", "vision_config"))
+
+
 def refuse_large(config: Mapping[str, Any], names: Mapping[str, str], where: str) -> None:
     """BadInput E392 for a size beyond reason under the name that a family has for it: `n_layer` for num_hidden_layers.
 

@@ -52,7 +52,11 @@ def derived_architecture(config: Mapping[str, Any]) -> Architecture:
     kind = str(config.get("model_type"))
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise refused(kind, "transformers has no language model of this type; a newer release may have one")
-    model = cast("PreTrainedModel", build(config, torch.float32))
+    return architecture_of_model(cast("PreTrainedModel", build(config, torch.float32)), kind)
+
+
+def architecture_of_model(model: PreTrainedModel, kind: str) -> Architecture:
+    """The same of a model on the meta device. kind: what it is called in a refusal."""
     names = {module: name for name, module in model.named_modules()}
     decoder, blocks_at = _stack(model, kind, names)
     embedding = names.get(model.get_input_embeddings())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from marlinctl.errors import BadInput
-from marlinctl.models.architectures import Architecture, architecture, may_be_derived
+from marlinctl.errors import BadInput, UsageError
+from marlinctl.models.architectures import Architecture, Spelling, architecture, may_be_derived, respelled
+from marlinctl.models.config import wraps
+from marlinctl.models.guests import guests
 from marlinctl.system.files import shown
 
 
@@ -20,6 +23,37 @@ def any_architecture(config: Mapping[str, Any], module_map: Path | None = None) 
     from marlinctl.models.derivation import derived_architecture
 
     return derived_architecture(config)
+
+
+def architecture_of(config: Mapping[str, Any], names: Collection[str], module_map: Path | None = None) -> Architecture:
+    """The same in the names of a checkpoint, which holds `names`: a wrapper has several spellings, and others lack "model."."""
+    known = _wrapped(config, names, module_map) if wraps(config) else any_architecture(config, module_map)
+    return spelled_as(known, config, names)
+
+
+def spelled_as(known: Architecture, config: Mapping[str, Any], names: Collection[str]) -> Architecture:
+    """In the names of a checkpoint, with what others added to it. No torch."""
+    begins = f"{known.decoder}."
+    missing = [name for name in known.expected if name not in names]
+    # A model that was saved without its head has names without the part before the first dot. transformers adds it when it loads.
+    if missing and all(name.startswith(begins) and name.removeprefix(begins) in names for name in missing):
+        head = known.head or known.tied
+        known = respelled(known, Spelling(("", known.decoder), ("lm_head", "lm_head") if head is None else (head.name, head.name)))
+    head_names = [f"{head.name}.weight" for head in (known.head, known.tied) if head is not None]
+    return replace(known, guests=guests(known.unexpected(dict.fromkeys(names)), [*known.expected, *known.carried, *head_names], config))
+
+
+def _wrapped(config: Mapping[str, Any], names: Collection[str], module_map: Path | None) -> Architecture:
+    if module_map is not None:
+        raise UsageError(
+            "E251",
+            f"{shown(repr(config.get('model_type')), 60)} has parts for images or sound besides its language model; no map describes those",
+            where=str(module_map),
+            fix="leave --module-map out: transformers says which part is the language model",
+        )
+    from marlinctl.models.wrappers import wrapped_architecture
+
+    return wrapped_architecture(config, names)
 
 
 def _refuse_unlisted(model_type: str) -> None:

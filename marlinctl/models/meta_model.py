@@ -13,20 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marlinctl.models.transformers_config import building, transformers_config
+from marlinctl.models.transformers_config import building, model_class, transformers_config
 
 
 def build(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
-    """The causal language model that `config` describes, with parameters on the meta device and code from transformers alone."""
+    """The model that `config` describes, with parameters on the meta device and code from transformers alone: a causal language model, or
+    one with the parts for images or sound around it."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     parsed = transformers_config(config)
     parsed.use_cache = False
+    made_of = model_class(parsed)
     with building("config.json"), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, trust_remote_code=False)
+        model: nn.Module = made_of._from_config(parsed, dtype=dtype)
     return model.eval()
 
 

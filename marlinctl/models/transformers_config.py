@@ -20,7 +20,7 @@ from marlinctl.models.switches import without
 from marlinctl.system.files import shown
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # Said by marlinctl whenever it runs a model; quantizers have no business where weights come dense or through our own.
 _OURS = ("dtype", "torch_dtype", "return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "torchscript")
@@ -50,6 +50,28 @@ def transformers_config(config: Mapping[str, Any], folder: Path | None = None, *
         parsed: PreTrainedConfig = kind(**_settings(config, kind, quantized))
     parsed.name_or_path = str(folder) if folder else ""
     return parsed
+
+
+def client_class(config: PreTrainedConfig) -> Any:
+    """The class with which people load such a model: for a language model alone, or for one with parts for images or sound."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    wraps = config.get_text_config() is not config and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if wraps else AutoModelForCausalLM
+
+
+def model_class(config: PreTrainedConfig, where: str = "config.json") -> type[PreTrainedModel]:
+    """The class of the whole model. BadInput E392."""
+    mapping = client_class(config)._model_mapping
+    if type(config) not in mapping:
+        raise BadInput(
+            "E392",
+            f"transformers has no language model for model_type {shown(repr(config.model_type), 60)}",
+            where=where,
+            fix="only language models that transformers itself supports are loaded, alone or with parts for images",
+        )
+    found: type[PreTrainedModel] = mapping[type(config)]
+    return found
 
 
 _NO_JSON_NUMBERS = ("Infinity", "-Infinity", "NaN")

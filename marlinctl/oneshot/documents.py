@@ -17,6 +17,7 @@ from marlinctl.checkpoint.licence import licence_of, stated
 from marlinctl.checkpoint.manifest import made_from
 from marlinctl.checkpoint.tied_head import stored_bytes
 from marlinctl.checkpoint.writer import StagedCheckpoint
+from marlinctl.models.config import wraps
 from marlinctl.models.switches import without
 from marlinctl.oneshot.layers import LayerRecord
 from marlinctl.oneshot.open import Options, RunInputs
@@ -37,8 +38,9 @@ def model_config(opened: RunInputs, recipe: Recipe) -> dict[str, Any]:
         return config
     layers = dict(opened.plan.group_sizes)
     config["quantization_config"] = quantization_config(
-        INTERCHANGE, layers, sixteen_bit(opened.checkpoint, layers), {"version": __version__, "recipe_sha256": recipe_hash(recipe)}
-    )
+        INTERCHANGE, layers, sixteen_bit(opened.checkpoint, layers), {"version": __version__, "recipe_sha256": recipe_hash(recipe)},
+        wraps(config),
+    )  # fmt: skip
     return config
 
 
@@ -63,7 +65,9 @@ def versions() -> dict[str, str]:
 
 def _source_facts(opened: RunInputs) -> dict[str, Any]:
     source = opened.source
-    return {"kind": source.kind, "name": Path(source.name).name if source.kind != "hub" else source.name, "revision": source.revision}
+    name = Path(source.name).name if source.kind != "hub" else source.name
+    precision = {"precision": opened.checkpoint.precision} if opened.checkpoint.precision else {}
+    return {"kind": source.kind, "name": name, "revision": source.revision, **precision}
 
 
 def manifest_of(opened: RunInputs, recipe: Recipe, calibration: Mapping[str, Any], records: list[LayerRecord]) -> dict[str, Any]:

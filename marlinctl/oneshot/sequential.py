@@ -107,13 +107,14 @@ class SequentialPipeline:
         """
         used, compact = torch.unique(ids, return_inverse=True)
         name = f"{self.architecture.embedding}.weight"
-        set_parameter(self.model, name, self.checkpoint.rows(name, used).to(self.device, self.dtype))
-        for other in self.architecture.outside:
-            set_parameter(self.model, other, self.checkpoint.read(other).to(self.device, self.dtype))
-        embedding = cast(nn.Embedding, self.model.get_submodule(self.architecture.embedding))
+        architecture = self.architecture
+        set_parameter(self.model, architecture.module(name), self.checkpoint.rows(name, used).to(self.device, self.dtype))
+        for other in architecture.outside:
+            set_parameter(self.model, architecture.module(other), self.checkpoint.read(other).to(self.device, self.dtype))
+        embedding = cast(nn.Embedding, self.model.get_submodule(architecture.module(architecture.embedding)))
         embedding.padding_idx = None  # it counts in the whole vocabulary, and a forward pass does not need it
-        blocks = [self.model.get_submodule(block.prefix) for block in self.architecture.blocks]
-        norm = self.model.get_submodule(self.architecture.norm)
+        blocks = [self.model.get_submodule(block.path) for block in architecture.blocks]
+        norm = self.model.get_submodule(architecture.module(architecture.norm))
         calls: list[dict[str, Any]] = []
         first: list[Tensor] = []
 
@@ -137,14 +138,14 @@ class SequentialPipeline:
             for block in blocks:
                 del block.forward
         for other in (name, *self.architecture.outside):
-            set_parameter(self.model, other, torch.empty(0, device="meta"))
+            set_parameter(self.model, architecture.module(other), torch.empty(0, device="meta"))
 
     def run_block(self, block: Block, solve: SolveStage, *, replay: bool = False) -> None:
         """Take the hidden states through one block, solving its linears on the way.
 
         replay: its linears are solved; `solve` knows their weights and is given no Hessian. The hidden states become the same bit for bit.
         """
-        layer = self.model.get_submodule(block.prefix)
+        layer = self.model.get_submodule(block.path)
         for name in block.others:
             set_parameter(layer, block.parameter(name), self.checkpoint.read(name).to(self.device, self.dtype))
         if self.reference is not None:
@@ -304,9 +305,9 @@ class SequentialPipeline:
 
         Tokens count alike: after a norm no token is longer than others.
         """
-        norm = self.model.get_submodule(self.architecture.norm)
+        norm = self.model.get_submodule(self.architecture.module(self.architecture.norm))
         for name in self.architecture.norm_tensors:
-            set_parameter(self.model, name, self.checkpoint.read(name).to(self.device, self.dtype))
+            set_parameter(self.model, self.architecture.module(name), self.checkpoint.read(name).to(self.device, self.dtype))
         gram = Gram(self.architecture.hidden_size, self.device)
         for part in self.chunks():
             x = norm(self.hidden[part].to(self.device))

@@ -36,7 +36,7 @@ class Folder:
 def provenance(report: Mapping[str, Any], folder: Folder) -> list[Block]:
     source, recipe = report["source"], report["recipe"]
     rows: list[tuple[Cell, Cell]] = [("original", Name(named(source)))]
-    rows += [("", source["note"])] if source.get("note") else []
+    rows += [("", source[key]) for key in ("note", "precision") if source.get(key)]
     rows += [("its licence", spoken(source.get("license")))]
     chain = ancestors(folder)
     rows += [("by way of", Name(", ".join(named(ancestor) for ancestor in chain[:-1])))] if len(chain) > 1 else []
@@ -159,6 +159,7 @@ def card_rows(report: Mapping[str, Any], folder: Folder) -> list[tuple[str, Cell
     rows: list[tuple[str, Cell]] = []
     source = report["source"]
     rows += [("Its commit", Name(source["revision"]))] if source.get("revision") else []
+    rows += [("Its weights", source["precision"])] if source.get("precision") else []
     chain = ancestors(folder)
     rows += _digests(chain[-1]) if chain else []
     if calibration := report.get("calibration"):

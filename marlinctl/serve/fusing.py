@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from marlinctl.models.architectures import Experts
-from marlinctl.models.lookup import any_architecture
+from marlinctl.models.lookup import architecture_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,9 +33,9 @@ def fuse_linears(model: PreTrainedModel) -> int:
 
     modules = dict(model.named_modules())
     fused = 0
-    for block in any_architecture(model.config.to_dict()).blocks:
+    for block in architecture_of(model.config.to_dict(), model.state_dict().keys()).blocks:
         for stage in (stage for part in block.parts if not isinstance(part, Experts) for stage in part.stages):
-            names = [f"{block.prefix}.{name}" for name in stage]
+            names = [f"{block.path}.{name}" for name in stage]
             packed = [module for name in names if isinstance(module := modules.get(name), MarlinLinear | SparseMarlinLinear)]
             if len(packed) == len(names) > 1 and _alike(packed):
                 _fuse(model, names, packed)

@@ -301,10 +301,11 @@ CATALOG = (
         "Tensors do not match the model",
         """
         - Missing, or not of the shape that config.json gives: get the complete checkpoint. With `--source`, name the model this one was
-          made from. - Other names (without `model.`, or with a longer prefix): the line holds a command that saves the usual layout.
+          made from.
+        - Other names (with a longer prefix): the line holds a command that saves the usual layout.
           `eval` takes every layout that transformers loads.
-        - Left over: config.json has fewer layers than the weights, or tensors were added (scales of a quantized KV cache, heads for several
-          tokens). The line holds a command that removes them.
+        - Left over: config.json has fewer blocks than the weights, or no bias where they have one, or an adapter was not merged. Tensors
+          that stand beside the model are carried along and are no error.
         - config.json says packed, and no tensor is: it belongs to another model.
         - A tied output head that differs from the embedding: transformers uses the head, vLLM the embedding. If the head is right, write
           `"tie_word_embeddings": false` into config.json, else remove the tensor.
@@ -463,23 +464,11 @@ CATALOG = (
         "E390",
         "This kind of model is not supported",
         """
-        The message gives the reason: experts that are held in a way of their own, blocks that are given more than hidden states, a wrapper.
+        The message gives the reason: experts that are held in a way of their own, blocks that are given more than hidden states.
         [Models](models.md) lists the types that work. A few others can be described with `--module-map FILE`
         ([module maps](module-map.md)).
 
         A LoRA adapter (`adapter_config.json`) must be merged into its model first.
-
-        A model for images or sound wraps a language model: config.json has a `text_config`. Compress a copy of the language model, with the
-        tokenizer's files beside it:
-
-        ```python
-        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-        whole = AutoModelForImageTextToText.from_pretrained("MODEL", dtype="auto")
-        text = AutoModelForCausalLM.from_config(whole.config.get_text_config(), dtype=whole.dtype)
-        text.model, text.lm_head = whole.model.language_model, whole.lm_head
-        text.save_pretrained("TEXT")
-        ```
         """,
         ("E316",),
     ),

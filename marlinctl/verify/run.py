@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint import manifest, runtimes, sparsity
 from marlinctl.checkpoint.finite import scan_finite
-from marlinctl.checkpoint.folder import refuse_two_heads
+from marlinctl.checkpoint.folder import dense_names, refuse_two_heads
 from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.formats.base import TRANSFORMERS, TRANSFORMERS_CT, TRANSFORMERS_GPTQ, FormatInfo, LinearParts
 from marlinctl.checkpoint.formats.targets import Entries
@@ -38,7 +38,7 @@ from marlinctl.checkpoint.reader import require_folder
 from marlinctl.checkpoint.tied_head import with_own_head
 from marlinctl.errors import BadInput, CheckFailed, MarlinctlError, NumericalProblem, Problem
 from marlinctl.models.architectures import may_be_derived
-from marlinctl.models.lookup import any_architecture
+from marlinctl.models.lookup import architecture_of
 from marlinctl.system.console import gibibytes
 from marlinctl.system.host import available_memory
 from marlinctl.verify import source as fidelity
@@ -131,7 +131,7 @@ def check_structure(checkpoint: Checkpoint, info: FormatInfo, module_map: Path |
     """Names, shapes and dtypes of all tensors, and the config fields that must not be forgotten. Returns what could not be checked."""
     problems = _config_problems(checkpoint, info)
     try:
-        model = any_architecture(checkpoint.config, module_map)
+        model = architecture_of(checkpoint.config, dense_names(checkpoint, info), module_map)
     except BadInput as unknown:
         if unknown.error_id != "E390" and not may_be_derived(checkpoint.config):  # such a model may need a newer transformers
             raise
@@ -336,17 +336,17 @@ def logit_error(checkpoint: Checkpoint) -> float:
     compared first, exactly or as that rounding leaves them, and the logits are those of equal weights.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from marlinctl.checkpoint.transformers_model import dense_tensors, model_from, quietly
-    from marlinctl.models.transformers_config import transformers_config
+    from marlinctl.checkpoint.transformers_model import dense_tensors, model_from, quietly, strangers
+    from marlinctl.models.transformers_config import client_class, transformers_config
 
     try:
         with quietly():
-            client, info = AutoModelForCausalLM.from_pretrained(
-                checkpoint.folder, config=transformers_config(checkpoint.config, checkpoint.folder, quantized=True), dtype=torch.float32,
-                local_files_only=True, output_loading_info=True,
-            )  # fmt: skip
+            config = transformers_config(checkpoint.config, checkpoint.folder, quantized=True)
+            client, info = client_class(config).from_pretrained(
+                checkpoint.folder, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+            info["unexpected_keys"] = strangers(client, info, checkpoint.config)
             torch.nn.Module.float(client.eval())  # experts stay in the dtype of their scales, whatever dtype is asked for
             tokens = _probe(int(client.config.get_text_config().vocab_size))
             theirs = _logits(client, tokens)  # dense linears are decompressed by the first call
@@ -453,7 +453,8 @@ def _opened(source: Path | None, checkpoint: Checkpoint, info: FormatInfo, conso
 def _as_of(checkpoint: Checkpoint, source: Checkpoint) -> Checkpoint:
     """The source with a name for each expert, and with a head of its own where `checkpoint` has one that was made of the tied embedding."""
     try:
-        known, ours = any_architecture(source.config), any_architecture(checkpoint.config)
+        known = architecture_of(source.config, source.tensors)
+        ours = architecture_of(checkpoint.config, dense_names(checkpoint, registry.detect(checkpoint.config, checkpoint.tensors)))
     except BadInput:  # of a model that a module map describes
         return source
     source = with_single_experts(source, known)

@@ -42,9 +42,10 @@ from marlinctl.report.rewrite import rewrite
 from marlinctl.system.console import Console
 from marlinctl.verify import run as verify
 from marlinctl.verify.inspect import inspect
+from tests import runs
 from tests.packed import edit_json, edit_tensors, foreign_gptq, gptq_block, make_foreign, make_packed, remake_manifest
 from tests.pruned import prune
-from tests.tiny import VOCAB_SIZE, make_tiny, tiny_config, write_tokenizer
+from tests.tiny import VOCAB_SIZE, make_tiny, tiny_config
 
 QUIET = Console.quiet()
 TEXT = "A sentence of some words, and another one. " * 60
@@ -155,8 +156,8 @@ def _no_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
 
-def _kv_scales(folder: Path) -> None:
-    edit_tensors(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.k_scale": torch.ones(1)}))
+def _unmerged(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(1, 128)}))
 
 
 def _half_a_tensor(folder: Path) -> None:
@@ -170,7 +171,7 @@ ANY_FOLDER: dict[str, Damage] = {
     "fewer layers than weights": (_config(num_hidden_layers=1), "E302", "model.layers.1."),
     "half a tensor": (_half_a_tensor, "E302", "model.norm.weight has shape [64]"),
     "a tied head that is another matrix": (_two_heads, "E302", "tie_word_embeddings"),
-    "scales of a quantized cache": (_kv_scales, "E302", "scales of a quantized KV cache"),
+    "an adapter that was not merged": (_unmerged, "E302 E340", "lora_A"),
     "a companion that is linked": (_link_out, "E301", "out of the checkpoint folder"),
     "a template that is linked": (_linked_template, "E301", "out of the checkpoint folder"),
     "a companion that is a FIFO": (_fifo, "E301", "FIFO"),
@@ -295,37 +296,11 @@ def test_a_good_folder_passes(place: Path) -> None:
 # ---- layouts that are whole, and not the usual one -------------------------------------------------------------------------------------
 
 
-def _run_the_fix(error: MarlinctlError, folder: Path) -> Path:
-    """What the refusal says to do, done: the command between the quotes, and the tokenizer."""
-    program = error.problems[0].fix.partition('python -c "')[2].partition('"')[0].replace("'NEW'", repr(str(folder)))
-    exec(compile(program, "fix", "exec"), {})
-    write_tokenizer(folder)
-    return folder
-
-
 def _renamed(folder: Path, rename: Callable[[str], str], **extra: torch.Tensor) -> Path:
     make_tiny(folder, tie_word_embeddings=True)
     tensors = {rename(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file({**tensors, **extra}, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
-
-
-LAYOUTS: dict[str, tuple[Callable[[Path], Path], str, str]] = {
-    "no prefix": (lambda f: _renamed(f, lambda name: name.removeprefix("model.")), "E302", 'lack "model."'),
-    "a head for several tokens": (lambda f: _renamed(f, str, **{"mtp.fc.weight": torch.zeros(8, 8)}), "E302", "(MTP)"),
-    "a value head": (lambda f: _renamed(f, str, **{"v_head.summary.weight": torch.zeros(1, 128)}), "E302", "value head"),
-}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_a_foreign_layout_is_named_once_and_its_cure_works(tmp_path: Path, name: str) -> None:
-    """ "Tensor is missing, download both again", a line for each tensor, helps nobody whose download is complete."""
-    make, error_id, says = LAYOUTS[name]
-    folder = make(tmp_path / "model")
-    error = refusal(FROM_DENSE["plan"], folder)
-    assert (error.error_id, error.exit_code, len(error.problems)) == (error_id, 3, 1) and says in error.problems[0].what
-    with open_folder(_run_the_fix(error, tmp_path / "cured"), structure="needed", tokenizer=True) as examined:
-        assert examined.architecture is not None
 
 
 def test_another_prefix_is_named(tmp_path: Path) -> None:
@@ -341,50 +316,62 @@ def test_a_missing_head_is_not_taken_for_a_layout(tmp_path: Path) -> None:
     assert_says(refusal(FROM_DENSE["plan"], folder), "E302", "lm_head.weight is missing")
 
 
-def test_what_transformers_loads_is_evaluated_whatever_its_layout(tmp_path: Path) -> None:
-    """The walk needs the usual names; an evaluation does not."""
+def _unprefixed(folder: Path) -> Path:
+    return _renamed(folder, lambda name: name.removeprefix("model."))
+
+
+def test_names_without_their_beginning_are_taken_as_they_are(tmp_path: Path) -> None:
+    """Embedding models are saved without their head, so their names lack "model."; transformers loads them. The result, and whatever is
+    made of it, has the checkpoint's own names, and the config's patterns match them and transformers' modules.
+    """
+    folder = _unprefixed(tmp_path / "model")
     (tmp_path / "text.txt").write_text(TEXT)
-    _eval(LAYOUTS["no prefix"][0](tmp_path / "model"))
+    _eval(folder)
+    runs.quantize(folder, tmp_path / "out", runs.recipe(tmp_path / "text.txt", quantize__skip=["up_proj"]))
+    with open_folder(tmp_path / "out", structure="needed") as examined:
+        assert "layers.1.mlp.down_proj" in examined.info.layers and "layers.1.mlp.up_proj.weight" in examined.checkpoint.tensors
+        assert examined.checkpoint.config["quantization_config"]["ignore"] == [
+            r"re:^(.*\.)?layers\.0\.mlp\.up_proj$", r"re:^(.*\.)?layers\.1\.mlp\.up_proj$", r"re:^(.*\.)?lm_head$",
+        ]  # fmt: skip
+    assert verify.verify(tmp_path / "out", source=folder, load=True, console=QUIET).logit_error == 0
+    repack(tmp_path / "out", tmp_path / "marlin", format="marlin", also=["gptq"])
+    assert verify.verify(tmp_path / "marlin", source=folder, load=True, console=QUIET, kernels=False).linears == 12
 
 
-def test_a_wrapper_is_named_as_one(tmp_path: Path) -> None:
-    """No module map can describe it, so it must not be offered."""
-    config = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "hidden_size": 64}, "vision_config": {}}
-    for given in (None, tmp_path / "map.json"):
-        with pytest.raises(BadInput, match="gemma3_text") as caught:
-            architecture(config, given)
-        assert caught.value.error_id == "E390" and "--module-map" not in caught.value.problems[0].fix
+GUESTS = {
+    "model.layers.0.self_attn.k_scale": (torch.ones(1), "scales of a quantized KV cache"),
+    "mtp.fc.weight": (torch.full((128, 256), 0.5), "(MTP)"),
+    "model.layers.2.eh_proj.weight": (torch.full((128, 256), 0.5), "(MTP)"),  # where config.json says num_nextn_predict_layers 1
+    "v_head.summary.weight": (torch.full((1, 128), 0.5), "value head"),
+    "score.weight": (torch.full((2, 128), 0.5), "a part that the model of config.json lacks"),
+}
 
 
-def test_the_text_model_of_a_wrapper_can_be_taken_out(tmp_path: Path) -> None:
-    """The five lines of docs/troubleshooting.md#e390 must work, and give the same logits."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+def test_tensors_that_others_added_are_carried(tmp_path: Path) -> None:
+    """transformers loads such a model without a word of harm, so "download both again" helps nobody. They come out as they went in."""
+    folder = make_tiny(tmp_path / "model", num_nextn_predict_layers=1)
+    edit_tensors(folder, lambda tensors: tensors.update({name: tensor for name, (tensor, _) in GUESTS.items()}))
+    with open_folder(folder, structure="needed") as examined:
+        (said,) = examined.notes
+        assert said.startswith("5 tensors are no part of the model") and all(kind in said for _, kind in GUESTS.values())
+    (tmp_path / "text.txt").write_text(TEXT)
+    _eval(folder)
+    runs.quantize(folder, tmp_path / "out", runs.recipe(tmp_path / "text.txt"))
+    with open_folder(tmp_path / "out") as examined:
+        assert all(torch.equal(examined.checkpoint.read(name), tensor) for name, (tensor, _) in GUESTS.items())
+        ignored = examined.checkpoint.config["quantization_config"]["ignore"]
+        assert {"mtp.fc", "model.layers.2.eh_proj", "lm_head"} <= set(ignored)
+    assert verify.verify(tmp_path / "out", source=folder, load=True, console=QUIET).logit_error == 0
 
-    text = {"model_type": "gemma3_text", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": VOCAB_SIZE, "max_position_embeddings": 128}
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-    }
-    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=5)
-    whole = AutoModelForImageTextToText.from_config(config)
-    whole.save_pretrained(tmp_path / "model")
-    page = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text()
-    program = page.partition("### E390")[2].partition("```python")[2].partition("```")[0]
-    exec(
-        compile(program.replace('"MODEL"', repr(str(tmp_path / "model"))).replace('"TEXT"', repr(str(tmp_path / "text"))), "page", "exec"),
-        {},
-    )
-    with open_folder(tmp_path / "text", structure="needed") as examined:
-        assert examined.checkpoint.config["model_type"] == "gemma3_text"
-    ids = torch.arange(1, 9)[None]
-    with torch.inference_mode():
-        alone = AutoModelForCausalLM.from_pretrained(tmp_path / "text")(input_ids=ids).logits
-        assert torch.equal(whole.eval()(input_ids=ids).logits, alone)
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.bias", "model.layers.2.mlp.up_proj.weight", "lm_head.bias"])
+def test_tensors_of_another_model_are_refused(tmp_path: Path, name: str) -> None:
+    """transformers drops them too, and computes another model than the one that was trained."""
+    folder = make_tiny(tmp_path / "model")
+    edit_tensors(folder, lambda tensors: tensors.update({name: torch.ones(256)}))
+    error = refusal(FROM_DENSE["plan"], folder)
+    assert_says(error, "E302", name)
+    assert "download" not in error.problems[0].fix
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def disagreement(folder: Path, scratch: Path) -> str:
         walked = _walked(known, examined.checkpoint, scratch)
     model = load_dense(folder, dtype=torch.float32)
     entered: list[Tensor] = []
-    handle = model.get_submodule(known.norm).register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    handle = model.get_submodule(known.module(known.norm)).register_forward_pre_hook(lambda _, args: entered.append(args[0]))
     with torch.no_grad():
         model(_tokens().ids, use_cache=False)
     handle.remove()
@@ -79,8 +79,8 @@ def disagreement(folder: Path, scratch: Path) -> str:
     packed = load_dense(scratch / "out", dtype=torch.float32)
     weights = packed.state_dict()
     changed = [name for name, weight in model.state_dict().items() if not torch.equal(weight, weights[name])]
-    experts = {f"{block.prefix}.{part.module}" for block in known.blocks for part in block.experts}  # fused in the model
-    wanted = {name for name in known.linears if ".experts." not in name}
+    experts = {f"{block.path}.{part.module}" for block in known.blocks for part in block.experts}  # fused in the model
+    wanted = {known.module(name) for name in known.linears if ".experts." not in name}
     if {name.removesuffix(".weight") for name in changed if not name.startswith(tuple(experts))} != wanted:
         return f"of {len(wanted)} linears {len(changed)} tensors changed"
     own = model.state_dict()

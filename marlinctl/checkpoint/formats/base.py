@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint.formats import blocks
+from marlinctl.checkpoint.formats.targets import tower_of
 from marlinctl.errors import BadInput, Problem
 
 if TYPE_CHECKING:
@@ -53,6 +54,17 @@ class Chosen:
 
     layers: Mapping[str, int]  # quantized linear -> group size, -1 for whole rows
     ignore: Sequence[str]  # every nn.Linear that stays 16-bit: lm_head, skipped layers, routers
+    wraps: bool = False  # the language model is part of a wrapper, for which clients have names of their own
+
+    @property
+    def tower(self) -> str | None:
+        """What the names of the blocks begin with, where clients have other names: in a wrapper, or where that is nothing."""
+        found = tower_of(self.layers)
+        return found if self.wraps or not found else None
+
+    @property
+    def packs_head(self) -> bool:
+        return any(name.rpartition(".")[2] == "lm_head" for name in self.layers)
 
     @property
     def everything(self) -> list[str]:

@@ -128,14 +128,14 @@ def _config_block(chosen: Chosen) -> dict[str, Any]:
     transformers' default mode follows the groups; its `dequantize=True` (5.23) takes the first group for every linear, and stops.
     """
     sizes = sizes_by_count(chosen.layers)
-    head = ["lm_head"] if "lm_head" in chosen.layers else []  # SGLang (0.5.23) takes a head for packed only where a target has its name
+    head = ["lm_head"] if chosen.packs_head else []  # SGLang (0.5.23) takes a head for packed only where a target has its name
     groups = {}
     for i, size in enumerate(sizes):
         members = [name for name, s in chosen.layers.items() if s == size]
         weights = {"num_bits": FORMAT.bits, "type": "int", "symmetric": True, "dynamic": False}
         weights |= {"strategy": "channel", "group_size": None} if size == -1 else {"strategy": "group", "group_size": size}
         groups[f"group_{i}"] = {
-            "targets": ["Linear", *head] if len(sizes) == 1 else name_patterns(members, chosen.everything),
+            "targets": ["Linear", *head] if len(sizes) == 1 else name_patterns(members, chosen.everything, chosen.tower),
             "weights": weights,
             "input_activations": None,
             "output_activations": None,
@@ -145,7 +145,7 @@ def _config_block(chosen: Chosen) -> dict[str, Any]:
         "format": "pack-quantized",
         "quantization_status": "compressed",  # without it transformers fills the layers with random numbers and says nothing
         "config_groups": groups,
-        "ignore": name_patterns(chosen.ignore, chosen.everything),
+        "ignore": name_patterns(chosen.ignore, chosen.everything, chosen.tower),
     }
 
 

@@ -113,22 +113,22 @@ def _strange_rules(dynamic: Mapping[str, Any]) -> list[Problem]:
 
 def _config_block(chosen: Chosen) -> dict[str, Any]:
     block = {"quant_method": "gptq", "bits": FORMAT.bits, "group_size": chosen.majority, "desc_act": False, "sym": True}
-    block |= {"checkpoint_format": "gptq", "format": "gptq", "pack_dtype": "int32", "lm_head": "lm_head" in chosen.layers}
-    dynamic = _dynamic_block(chosen.differing, [name for name in chosen.ignore if name != "lm_head"], chosen.everything)
+    block |= {"checkpoint_format": "gptq", "format": "gptq", "pack_dtype": "int32", "lm_head": chosen.packs_head}
+    dynamic = _dynamic_block(chosen)
     return block | ({"dynamic": dynamic} if dynamic else {})
 
 
-def _dynamic_block(differing: Mapping[str, int], skipped: Sequence[str], everything: Sequence[str]) -> dict[str, Any]:
+def _dynamic_block(chosen: Chosen) -> dict[str, Any]:
     """GPTQModel's per-module rules. Servers match them after fusing q/k/v and gate/up, hence the fused names."""
 
     def rules(sign: str, names: Sequence[str], rule: dict[str, Any]) -> dict[str, Any]:
-        patterns = name_patterns(with_fused_names(names), with_fused_names(everything))
+        patterns = name_patterns(with_fused_names(names), with_fused_names(chosen.everything), chosen.tower)
         return {f"{sign}:{p[3:] if p.startswith('re:') else '^' + re.escape(p) + '$'}": rule for p in patterns}
 
     block: dict[str, Any] = {}
-    for size in sorted(set(differing.values())):
-        block |= rules("+", [name for name, s in differing.items() if s == size], {"group_size": size})
-    return block | rules("-", skipped, {})
+    for size in sorted(set(chosen.differing.values())):
+        block |= rules("+", [name for name, s in chosen.differing.items() if s == size], {"group_size": size})
+    return block | rules("-", [name for name in chosen.ignore if name != "lm_head"], {})
 
 
 def _shapes(n: int, k: int, group_size: int) -> Shapes:

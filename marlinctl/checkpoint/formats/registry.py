@@ -37,6 +37,24 @@ DENSE, INTERCHANGE = dense.FORMAT, compressed_tensors.FORMAT  # what models come
 FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (INTERCHANGE, gptq.FORMAT, marlin.FORMAT, marlin_24.FORMAT, DENSE)}
 
 
+_WAYS = {
+    "bitsandbytes": 'python -c "from transformers import AutoModelForCausalLM as M; '
+    "M.from_pretrained('FOLDER').dequantize().save_pretrained('NEW')\"",
+    "mxfp4": 'python -c "from transformers import AutoModelForCausalLM as M, Mxfp4Config as C; '
+    "M.from_pretrained('FOLDER', quantization_config=C(dequantize=True), dtype='bfloat16').save_pretrained('NEW')\"",
+}
+
+
+def way_to_sixteen_bits(method: object) -> str | None:
+    """How transformers makes a 16-bit model of one that was quantized so, where marlinctl does not read it."""
+    program = _WAYS.get(method) if isinstance(method, str) else None
+    return (
+        None
+        if program is None
+        else f"start from a 16-bit copy of the model, or make one: {program}, and copy the tokenizer's files into NEW"
+    )
+
+
 def working_format(scheme: Scheme) -> Format:
     """What a run solves into, before it packs."""
     return INTERCHANGE if scheme.quantizes else DENSE
@@ -60,7 +78,8 @@ def detect(config: Mapping[str, Any], tensor_names: Iterable[str]) -> FormatInfo
         raise unreadable(str(problem), "restore quantization_config from the original") from None
     raise unreadable(
         f"the model is quantized with {method!r}, which marlinctl does not read",
-        "use compressed-tensors pack-quantized or GPTQ, 4-bit symmetric, or quantize the original 16-bit model",
+        way_to_sixteen_bits(method)
+        or "use compressed-tensors pack-quantized or GPTQ, 4-bit symmetric, or quantize the original 16-bit model",
     )
 
 
@@ -112,8 +131,9 @@ def sixteen_bit_linears(shapes: Mapping[str, Sequence[int]], layers: Iterable[st
     """
     quantized = set(layers)
     names = [name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2]
-    names = [name for name in names if name not in quantized and not re.search(r"embed|wte$|wpe$", name.rpartition(".")[2])]
-    return sorted({*names, *({"lm_head"} - quantized)})
+    names = [name for name in names if name not in quantized and not re.search(r"embed(?!.*proj)|wte$|wpe$", name.rpartition(".")[2])]
+    head = set() if any(layer.rpartition(".")[2] == "lm_head" for layer in quantized) else {"lm_head"}
+    return sorted({*names, *head})
 
 
 # ---- what is written -----------------------------------------------------------------------------------------------------------------
@@ -124,11 +144,12 @@ def quantization_config(
     layers: Mapping[str, int],  # layer name -> group size, -1 for whole rows
     ignore: Sequence[str] = (),  # every nn.Linear that stays 16-bit: lm_head, skipped layers, routers
     provenance: Mapping[str, Any] | None = None,  # goes under the key "marlinctl", which clients ignore
+    wraps: bool = False,  # the language model is part of a wrapper
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
     if fmt.config_block is None:
         raise ValueError(f"no config block for format {fmt.name!r}")
-    return fmt.config_block(Chosen(layers, ignore)) | ({"marlinctl": dict(provenance)} if provenance else {})
+    return fmt.config_block(Chosen(layers, ignore, wraps)) | ({"marlinctl": dict(provenance)} if provenance else {})
 
 
 def linear_bytes(fmt: Format, n: int, k: int, group_size: int) -> int:

@@ -13,6 +13,10 @@ NOTE: transformers finds the scheme of the experts by looking for an expression 
 names where an expression will do.
 
 NOTE: every expression is anchored at both ends. Clients use `re.match`, which would let `...layers.1` match `...layers.11`.
+
+Clients of a wrapper for images or sound have names of their own: a linear is language_model.model.layers.0.mlp.up_proj in the file,
+model.language_model.layers.0.mlp.up_proj in transformers, and something else in a server. There an expression may begin anywhere,
+`(.*\\.)?layers\\.0\\.mlp\\.up_proj`, and parts without a packed linear are named as a whole, `(.*\\.)?vision_tower\\..*`.
 """
 
 from __future__ import annotations
@@ -25,14 +29,20 @@ from marlinctl.system.patterns import Expressions
 
 _EXACT_AT_MOST = 8  # a family up to this size stays a list of names: readable, and immune to regex dialects
 _MARK = "re:"
+_ANYWHERE = r"(.*\.)?"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 # What servers fuse at load: the shards of one fused linear must be quantized alike.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-def name_patterns(chosen: Iterable[str], everything: Iterable[str]) -> list[str]:
-    """Entries that match exactly `chosen` among `everything` (all linears of the model, quantized or not), in an order of their own."""
+def name_patterns(chosen: Iterable[str], everything: Iterable[str], tower: str | None = None) -> list[str]:
+    """Entries that match exactly `chosen` among `everything` (all linears of the model, quantized or not), in an order of their own.
+
+    tower: where clients have names of their own, what all linears of the blocks begin with; they match in any spelling.
+    """
+    if tower is not None:
+        return _in_any_spelling(list(chosen), list(everything), tower)
     families: dict[str, list[str]] = defaultdict(list)
     for name in sorted(everything, key=_by_number):
         families[_NUMBER.sub("#", name)].append(name)
@@ -43,6 +53,36 @@ def name_patterns(chosen: Iterable[str], everything: Iterable[str]) -> list[str]
         if hits:
             patterns += _family_patterns(family, members, hits)
     return patterns
+
+
+def tower_of(layers: Iterable[str]) -> str | None:
+    """What the names of the blocks begin with: "model" of model.layers.0.mlp.up_proj, "" of layers.0.mlp.up_proj."""
+    blocks = next((name for name in layers if _NUMBER.search(name)), None)
+    return None if blocks is None else blocks[: _NUMBER.search(blocks).start() - 1].rpartition(".")[0]  # type: ignore[union-attr]
+
+
+def _in_any_spelling(chosen: Sequence[str], everything: Sequence[str], tower: str) -> list[str]:
+    begins = f"{tower}." if tower else ""
+
+    def in_blocks(names: Iterable[str]) -> list[str]:
+        return [name.removeprefix(begins) for name in names if name.startswith(begins) and _NUMBER.search(name)]
+
+    inside = name_patterns(in_blocks(chosen), in_blocks(everything))
+    expressions = [p.removeprefix(f"{_MARK}^") if p.startswith(_MARK) else f"{re.escape(p)}$" for p in inside]
+    blocks = set(in_blocks(chosen))
+    for name in chosen:
+        if name.removeprefix(begins) not in blocks:
+            part, below = _part(name, tower)
+            expressions.append(re.escape(part) + (r"\..*" if below else "$"))
+    return [f"{_MARK}^{_ANYWHERE}{expression}" for expression in dict.fromkeys(expressions)]
+
+
+def _part(name: str, tower: str) -> tuple[str, bool]:
+    """Of a linear outside of the blocks, the part of the model that it belongs to, and whether it lies below that part."""
+    parts, shared = name.split("."), set(tower.split("."))
+    while len(parts) > 1 and parts[0] in shared:
+        parts.pop(0)
+    return parts[0], len(parts) > 1
 
 
 def _family_patterns(family: str, members: Sequence[str], hits: Sequence[str]) -> list[str]:

@@ -1,0 +1,145 @@
+"""Language models inside of wrappers for images or sound, and what checkpoints call their tensors.
+
+    config.json ─► transformers' wrapper on the meta device ─► its decoder and output head ─► the architecture of a language model alone
+    names in the checkpoint ─► transformers' own renaming ─► modules ─► the architecture, in the checkpoint's names
+
+One wrapper has several spellings on the hub: transformers renames what it loads, and back where it saves. So names are never guessed: those
+that the checkpoint holds go through what transformers does to them when it loads, and the names of its modules come out.
+
+    language_model.model.layers.0.mlp.up_proj.weight          Gemma 3 4B as it was published
+    model.language_model.layers.0.mlp.up_proj.weight          the module, and how newer models are stored
+    vision_tower.vision_model.encoder.layers.0. ...           any other part: it must be there, and is copied as it is
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from copy import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+import torch
+from torch import Tensor, nn
+
+from marlinctl.errors import BadInput
+from marlinctl.models.architectures import FAMILIES, Architecture, Spelling, architecture, respelled
+from marlinctl.models.derivation import architecture_of_model
+from marlinctl.models.meta_model import build
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def wrapped_architecture(config: Mapping[str, Any], names: Collection[str]) -> Architecture:
+    """The language model of a wrapper, spelled as in the checkpoint that holds `names`; its other tensors are `carried`.
+
+    BadInput E390 with the reason for a wrapper whose language model cannot be compressed; E392 for one that transformers cannot build.
+    """
+    model = cast("PreTrainedModel", build(config, torch.float32))
+    kind = str(config.get("model_type"))
+    decoder, head = _language_model(model, kind)
+    held = model.state_dict()
+    tied = f"{head}.weight" in model.all_tied_weights_keys
+    known = _alone(model.get_submodule(decoder), None if head is None else model.get_submodule(head), kind, tied)
+    modules = module_names(model, held, names)
+    return _spelled(known, modules, held, decoder, head)
+
+
+def module_names(model: PreTrainedModel, held: Mapping[str, Tensor], names: Collection[str]) -> dict[str, tuple[str, bool]]:
+    """Names of a checkpoint -> the name that transformers loads the tensor under, and whether it makes another tensor of it on the way.
+
+    held: the model's state dict. What the model has no place for comes out under a name that is not in it.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    found = {}
+    for name in sorted(names):
+        renamed, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, dict(held))
+        if renamed not in held and name in held:  # a spelling of its own modules
+            renamed, converter = name, None
+        found[name] = (renamed, converter is not None)
+    return found
+
+
+# ---- the language model --------------------------------------------------------------------------------------------------------------
+
+
+class _Alone(nn.Module):
+    """The decoder and the head of a wrapper as a language model: the names are those that language models have."""
+
+    base_model_prefix = "model"
+
+    def __init__(self, decoder: nn.Module, head: nn.Module | None, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.model = decoder
+        self.lm_head = head
+        self.config = config
+
+    @property
+    def base_model(self) -> nn.Module:
+        return self.model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return cast(nn.Module, cast(Any, self.model).get_input_embeddings())
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.lm_head
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
+        hidden = self.model(input_ids=input_ids, use_cache=use_cache)[0]
+        return hidden if self.lm_head is None else self.lm_head(hidden)
+
+
+def _language_model(model: PreTrainedModel, kind: str) -> tuple[str, str | None]:
+    """Names of the decoder and of the output head inside of the wrapper."""
+    from transformers import PreTrainedModel
+
+    paths = {module: name for name, module in model.named_modules()}
+    decoder = model.get_decoder()
+    if decoder is not model and isinstance(getattr(decoder, "model", None), PreTrainedModel):  # Llama 4 wraps one that has its own head
+        decoder = decoder.model
+    if decoder is model or decoder not in paths or not hasattr(decoder, "config"):
+        _refuse(kind, "transformers names no decoder inside of it")
+    if getattr(decoder.config, "is_encoder_decoder", False):
+        _refuse(kind, "its language model is an encoder and a decoder")
+    return paths[decoder], paths.get(model.get_output_embeddings())
+
+
+def _alone(decoder: nn.Module, head: nn.Module | None, kind: str, tied: bool) -> Architecture:
+    """The architecture of a language model by itself, by the table where it has a row."""
+    config: PreTrainedConfig = copy(cast(Any, decoder).config)
+    config.tie_word_embeddings = tied  # the wrapper's own setting counts
+    if config.model_type in FAMILIES:
+        return architecture(config.to_dict())  # with the defaults that config.json leaves out
+    return architecture_of_model(cast("PreTrainedModel", _Alone(decoder, head, config)), f"{kind} ({config.model_type})")
+
+
+def _refuse(kind: str, reason: str) -> NoReturn:
+    raise BadInput(
+        "E390", f"models of type {kind!r} cannot be compressed: {reason}", where="config.json, key model_type",
+        fix="docs/models.md has the models that work, and why others do not",
+    )  # fmt: skip
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _spelled(
+    known: Architecture, modules: Mapping[str, tuple[str, bool]], held: Mapping[str, Tensor], decoder: str, head: str | None
+) -> Architecture:
+    """The architecture in the checkpoint's names. modules: those names -> modules, as `module_names` has them."""
+    stored = {module: name for name, (module, _) in modules.items()}
+    inside = (f"{decoder}.", f"{head}.")
+    first = f"{known.embedding.removeprefix(f'{known.decoder}.')}.weight"
+    prefix = stored.get(f"{decoder}.{first}", f"{decoder}.{first}").removesuffix(first).removesuffix(".")
+    of_head = stored.get(f"{head}.weight", f"{head}.weight").removesuffix(".weight")
+    found = respelled(known, Spelling((prefix, decoder), (of_head, head or "lm_head")))
+    made = {module for module, converted in modules.values() if converted}  # of tensors of another shape: they are copied unseen
+    beside = {module: tuple(tensor.shape) for module, tensor in held.items() if not module.startswith(inside)}
+    others = {stored.get(module, module): shape for module, shape in beside.items() if module not in made}
+    carried = frozenset(name for name, (module, _) in modules.items() if module in beside and module in made)
+    return replace(found, expected={**found.expected, **others}, carried=carried)

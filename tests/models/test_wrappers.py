@@ -1,0 +1,107 @@
+"""Language models with parts for images: the language model is compressed, everything else is copied."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from marlinctl.checkpoint.folder import open_folder
+from marlinctl.checkpoint.formats.targets import Entries
+from marlinctl.errors import BadInput, UsageError
+from marlinctl.models.lookup import architecture_of
+from marlinctl.system.console import Console
+from marlinctl.verify.run import verify
+from tests import runs, zoo
+from tests.models.sweep import disagreement
+
+QUIET = Console.quiet()
+QUICK = ("gemma3",)
+EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in zoo.WRAPPERS]
+OLD, NEW = "language_model.model.layers.0.mlp.up_proj", "model.language_model.layers.0.mlp.up_proj"
+
+
+def respell(folder: Path, old: str, new: str) -> None:
+    path = folder / "model.safetensors"
+    save_file({name.replace(old, new, 1): tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("model_type", EVERY)
+def test_the_language_model_is_compressed_and_the_rest_is_copied(tmp_path: Path, model_type: str) -> None:
+    """If names or modules were mixed up, hidden states would not be those of transformers, or logits not those of the weights; if `ignore`
+    left out a linear, transformers would look for packed weights of the vision tower, and fill it with random numbers.
+    """
+    folder = zoo.build(model_type, tmp_path / "model")
+    (folder / "video_preprocessor_config.json").write_text("{}")
+    assert disagreement(folder, tmp_path) == ""
+    assert verify(tmp_path / "out", source=folder, load=True, console=QUIET).logit_error == 0
+    with open_folder(folder, structure="needed") as before, open_folder(tmp_path / "out", structure="needed") as after:
+        known = after.architecture
+        assert known is not None and set(after.info.layers) == set(known.linears) and known == before.architecture
+        others = [name for name in before.checkpoint.tensors if name.removesuffix(".weight") not in after.info.layers]
+        assert any("vis" in name for name in others)
+        assert all(before.checkpoint.raw(name) == after.checkpoint.raw(name) for name in others)
+        ignored = Entries(after.checkpoint.config["quantization_config"]["ignore"])
+        linears = {name for name, module in _whole(folder).named_modules() if isinstance(module, nn.Linear)}
+        packed = {known.module(name) for name in after.info.layers}
+        assert {name for name in linears if name not in ignored} == packed
+    assert (tmp_path / "out" / "video_preprocessor_config.json").exists()
+
+
+def _whole(folder: Path) -> nn.Module:
+    from transformers import AutoModelForImageTextToText
+
+    model: nn.Module = AutoModelForImageTextToText.from_pretrained(folder)
+    return model
+
+
+def test_every_spelling_of_a_wrapper_is_known(tmp_path: Path) -> None:
+    """The hub has Gemma 3 in two spellings, and transformers loads both. Names are the checkpoint's, modules are transformers'."""
+    folder = zoo.build("gemma3", tmp_path / "model")
+    found = []
+    for name in (OLD, NEW):
+        with open_folder(folder, structure="needed") as examined:
+            known = examined.architecture
+            assert known is not None and name in known.linears and not known.unexpected(examined.checkpoint.tensors)
+            assert known.module(name) == NEW and known.blocks[0].path == "model.language_model.layers.0"
+            found.append(len(known.expected))
+        respell(folder, "language_model.model.", "model.language_model.")
+    assert found[0] == found[1]
+
+
+def test_what_a_wrapper_lacks_is_named(tmp_path: Path) -> None:
+    """A vision tower without one of its tensors would be carried along, and filled with random numbers where it is loaded."""
+    folder = zoo.build("gemma3", tmp_path / "model")
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["vision_tower.encoder.layers.0.mlp.fc1.bias"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=r"fc1\.bias is missing") as caught, open_folder(folder, structure="needed"):
+        pass
+    assert caught.value.error_id == "E302"
+
+
+def test_a_module_map_is_not_taken_for_a_wrapper(tmp_path: Path) -> None:
+    """No map can say which part is the language model, and none needs to."""
+    with pytest.raises(UsageError, match="gemma3") as caught:
+        architecture_of({"model_type": "gemma3", "text_config": {}}, [], tmp_path / "map.json")
+    assert caught.value.error_id == "E251" and "leave --module-map out" in caught.value.problems[0].fix
+
+
+@pytest.mark.slow
+def test_every_format_holds_a_wrapper(tmp_path: Path) -> None:
+    """`pack` has only names and config.json to know it by; skipped linears must be found by GPTQ's rules and by compressed-tensors."""
+    from marlinctl.convert.repack import repack
+
+    folder = zoo.build("gemma3", tmp_path / "model", dtype=torch.bfloat16)
+    text = runs.write_text(tmp_path / "text.txt")
+    rules = {"quantize__skip": ["layers.1.*"], "quantize__overrides": {"down_proj": {"group_size": -1}}}
+    runs.quantize(folder, tmp_path / "out", runs.recipe(text, **rules))
+    repack(tmp_path / "out", tmp_path / "gptq", format="gptq", also=["marlin", "ct"])
+    for fmt in ("gptq", "gptq-marlin", "gptq-ct"):
+        assert verify(tmp_path / fmt, source=folder, load=fmt == "gptq-ct", console=QUIET, kernels=False).linears == 7
+    with open_folder(tmp_path / "gptq") as examined:
+        assert {name: size for name, size in examined.info.layers.items() if size == -1} == {OLD.replace("up_proj", "down_proj"): -1}
