@@ -130,6 +130,7 @@ _MAX_MEMORY = click.option(
 )
 _DEVICE_MEMORY = click.option("--device-memory", metavar="SIZE", help="Take no more of the GPU's memory (40GiB). Default: what is free.")
 _KEEP_JOB = click.option("--keep-job", is_flag=True, help="Keep OUT.job, the run's journal, when OUT is published.")
+MAX_SHARD_SIZE = click.option("--max-shard-size", metavar="SIZE", help="Largest weight file of OUT (2GB, 500MB). Default: 5GB.")
 _RESUME = click.option("--resume", is_flag=True, help="Continue this interrupted job (shorter: `marlinctl resume OUT`).")
 _DEVICE = click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute. auto: a CUDA GPU if there is one."
@@ -150,6 +151,7 @@ _RUN_FLAGS: list[_Decorator] = [
     _OVERWRITE,
     _RESUME,
     _KEEP_JOB,
+    MAX_SHARD_SIZE,
     _STRICT,
     _DETERMINISTIC,
     _THREADS,
@@ -167,7 +169,7 @@ def run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def plan_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     """Where the run that is planned would take place."""
-    apart = (BASE_MODEL, LICENSE, _OVERWRITE, _RESUME, _KEEP_JOB, _STRICT, _DETERMINISTIC, _MAX_MEMORY, _DEVICE_MEMORY)
+    apart = (BASE_MODEL, LICENSE, _OVERWRITE, _RESUME, _KEEP_JOB, MAX_SHARD_SIZE, _STRICT, _DETERMINISTIC, _MAX_MEMORY, _DEVICE_MEMORY)
     chosen = [option for option in _RUN_FLAGS if option not in apart]
     return _apply(
         function,
@@ -198,6 +200,7 @@ def distill_run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
             _OVERWRITE,
             _RESUME,
             _KEEP_JOB,
+            MAX_SHARD_SIZE,
             _THREADS,
             _CACHE_DIR,
             _MODULE_MAP,
@@ -227,6 +230,7 @@ def chosen_options(console: Console, values: Mapping[str, Any]) -> Options:
 
     refuse_unknown_dtype(values["dtype"])
     said = chosen_card(values)
+    shard_size = max_shard_bytes(values.get("max_shard_size"))
     return Options(
         revision=values["revision"],
         device=values["device"],
@@ -242,11 +246,21 @@ def chosen_options(console: Console, values: Mapping[str, Any]) -> Options:
         module_map=values["module_map"],
         command=command_line(),
         keep_job=values["keep_job"],
+        max_shard_bytes=shard_size,
         tracker=values.get("tracker"),
         base_model=said.base_model,
         license=said.license,
         resume=values["resume"],
     )
+
+
+def max_shard_bytes(text: str | None) -> int:
+    from marlinctl.checkpoint.shards import MAX_SHARD_BYTES
+
+    size = size_in_bytes(text, "--max-shard-size")
+    if size == 0:
+        raise UsageError("E202", f"{text!r}: a file holds something", where="--max-shard-size", fix="--max-shard-size 5GB")
+    return MAX_SHARD_BYTES if size is None else size
 
 
 def refuse_unknown_dtype(dtype: str) -> None:
@@ -344,7 +358,7 @@ def size_in_bytes(text: str | None, flag: str) -> int | None:
 
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     if not match:
-        raise UsageError("E202", f"{text!r} is not an amount of memory", where=flag, fix="write it as 4GiB or 800MiB")
+        raise UsageError("E202", f"{text!r} is not a number of bytes", where=flag, fix="write it as 4GiB or 800MiB")
     unit = 1024 if match[3] or not match[2] else 1000
     size = int(float(match[1]) * unit ** " KMGT".index(match[2].upper() or " "))
     if size < 2**20 and not match[2]:

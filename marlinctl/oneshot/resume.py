@@ -1,7 +1,7 @@
 """What quantize and sparsify keep in the job's folder, to resume after the last finished block.
 
     calibration.safetensors     the token ids, and which of them count; the text is not needed again
-    staged/                     a shard for each finished block
+    staged/                     a shard for each finished block; they are merged when all are there (checkpoint/shards.py)
     staged.masks                the masks of the finished blocks, where there are any
     states/00012.safetensors    the hidden states that enter block 12; the last two that were kept
 
@@ -173,8 +173,6 @@ class RunJob(JobFolder):
 
     def _is_as_noted(self, noted: Mapping[str, Any]) -> bool:
         path = self.path / noted["name"]
-        if not path.is_file():  # a shard that had its final name when the run died
-            path = next(iter(path.parent.glob(f"{path.stem}-of-*{path.suffix}")), path)
         return path.is_file() and not path.is_symlink() and path.stat().st_size == noted["bytes"] and sha256_of(path) == noted["sha256"]
 
     def _tensors(self, name: str) -> dict[str, Tensor]:

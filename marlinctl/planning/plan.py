@@ -258,10 +258,12 @@ def _disk(
         "blocks": disk_space.needed_by_blocks(first_output, scratch, states) + small,
         "publish": published + extra + sum(output.mask for output in outputs),
     }
+    moments["publish"] += max((disk_space.merged_bytes(output.linears) for output in outputs if output.format is not first), default=0)
     if divided(recipe) is not None:
         dense = _output(looked, found, recipe, registry.DENSE)
         training = disk_space.needed_by_distillation(looked.architecture, dense.weights, recipe.distill)
-        moments["distil"] = 2 * (dense.on_disk + small) + training
+        moments["prune"] = disk_space.needed_by_blocks(dense, scratch, states) + small
+        moments["distil"] = 2 * (dense.on_disk + small) + disk_space.merged_bytes(dense.weights) + training
         moments["blocks"] += dense.on_disk + small
         moments["publish"] += dense.on_disk + small
     return {"during": max(moments.values()), "outputs": published, "scratch": scratch, "moments": moments, "fetch": seen.to_fetch}

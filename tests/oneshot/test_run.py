@@ -56,6 +56,32 @@ def test_every_architecture_goes_all_the_way(model_type: str, tmp_path: Path, te
     assert 0.005 < drift < most, "4-bit weights move the logits a little, and not much"
 
 
+@pytest.mark.parametrize(("most", "changes"), [(80_000, {}), (5 * 10**9, {"sparsify__pattern": "2:4", "quantize__bits": 16})])
+def test_blocks_are_merged_into_few_files(
+    most: int, changes: dict[str, Any], tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of thirty files is not what people publish, and blocks that wait until the end cost a GPU its time."""
+    from marlinctl.checkpoint.shards import Published
+
+    source = make_tiny(tmp_path / "model")
+    late: list[str] = []
+    fill = Published.fill
+    monkeypatch.setattr(
+        Published,
+        "fill",
+        lambda self, entries: (late.extend(e.name for e in entries if e.name not in self._filled), fill(self, entries))[1],
+    )
+    quantize(source, tmp_path / "out", recipe(text, **changes), max_shard_bytes=most)
+    monkeypatch.undo()
+    untouched = {name for name in open_checkpoint(source).tensors if "proj" not in name}
+    assert {*late} == untouched, "what was solved is in its place before the run ends"
+    published = open_checkpoint(tmp_path / "out")
+    sizes = [sum(info.nbytes for info in published.tensors.values() if info.file == path) for path in published.files]
+    assert max(sizes) <= most and (len(sizes) == 1 or len(sizes) < sum(sizes) / most * 2)
+    assert all(published.raw(name) == open_checkpoint(source).raw(name) for name in untouched)
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists() == (len(sizes) > 1)
+
+
 def test_two_runs_publish_the_same_bytes(tmp_path: Path, text: Path) -> None:
     """If anything depended on time, place or chance, a result could not be reproduced or checked."""
     source = make_tiny(tmp_path / "model")
