@@ -130,7 +130,7 @@ def test_safetensors_itself_reads_what_is_written(source: Path, tmp_path: Path) 
     ("most", "sizes"), [(100, [[8, 2, 8, 2, 9]]), (20, [[8, 2, 8, 2], [9]]), (19, [[8, 2], [8, 2, 9]]), (1, [[8, 2], [8, 2], [9]])]
 )
 def test_a_linear_lies_in_one_file(most: int, sizes: list[list[int]]) -> None:
-    """Broken: a file is larger than was asked for, the tensors of a linear are torn apart, or two runs divide the same tensors differently."""
+    """Broken: a file is larger than was asked for, a linear is torn apart, or two runs divide the same tensors differently."""
 
     def entry(name: str, size: int) -> atomic.Entry:
         return atomic.Entry(name, "U8", (size,), size, lambda: memoryview(b""))
