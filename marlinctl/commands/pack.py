@@ -49,7 +49,7 @@ def command(
     max_shard_size: str | None,
     **said: Any,
 ) -> None:
-    """Write a 4-bit checkpoint in another format.
+    """Write a quantized checkpoint in another format.
 
     \b
     Example:
@@ -58,9 +58,9 @@ def command(
         marlinctl pack ./smollm2-sparse ./smollm2-24 --format marlin_24 --also ct
         marlinctl pack ./smollm2-int4 --check --tp 4
 
-    SOURCE is a 4-bit symmetric compressed-tensors (pack-quantized), GPTQ or native folder, or a hub id. Codes are moved, never rounded
-    again; neither the model nor a GPU is needed. vLLM, SGLang and transformers load `ct`, GPTQModel loads `gptq`, marlinctl's kernels
-    `marlin` and, for 2:4, `marlin_24`; `dense` is a 16-bit copy (products rounded to float16).
+    SOURCE is a symmetric compressed-tensors (pack-quantized) or GPTQ folder of 4 or 8 bits, a native folder, or a hub id. Codes are moved,
+    never rounded again; neither the model nor a GPU is needed. vLLM, SGLang and transformers load `ct`, GPTQModel loads `gptq`, marlinctl's
+    kernels `marlin` and, for 2:4, `marlin_24`, which hold 4-bit codes alone; `dense` is a 16-bit copy (products rounded to float16).
 
     `marlin_24` stores only the kept weights of a 2:4 model. The mask is that of the mask file beside the weights, else derived from codes
     that are zero. Every other format gets such a file.

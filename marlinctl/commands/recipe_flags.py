@@ -7,7 +7,7 @@ leaves the recipe alone, so defaults live in recipes/int4.yaml and nowhere else.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "quantize.bits": ("--bits", {"type": int, "metavar": "4", "help": "Bits per weight; `sparsify` leaves 16 without it."}),
+    "quantize.bits": ("--bits", {"type": int, "metavar": "4|8", "help": "Bits per weight; `sparsify` leaves 16 without it."}),
     "quantize.group_size": (
         "--group-size",
         {"type": int, "metavar": "128|64|32|-1", "help": "Inputs that share a scale; -1: the whole row."},
@@ -100,7 +100,7 @@ def recipe_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     decorators = _of_table(_RECIPE_FLAGS)
     decorators.append(
         click.option(
-            "--override", multiple=True, metavar="PATTERN=group_size:N", help="Another group size for these linears; may be given again."
+            "--override", multiple=True, metavar="PATTERN=KEY:N", help="Another group_size or bits for these linears; may be given again."
         )
     )
     return _apply(function, decorators)
@@ -216,7 +216,7 @@ def chosen_recipe(
     extra: keys that flags of the verb itself set. verb: keys that the verb implies whatever the recipe says; not reported.
     """
     overrides = _given(values, _RECIPE_FLAGS)
-    overrides["quantize.overrides"] = dict(_override(text) for text in values.pop("override")) or None
+    overrides["quantize.overrides"] = _overrides(values.pop("override")) or None
     return _resolved(console, values, {**overrides, **(extra or {})}, verb)
 
 
@@ -342,12 +342,18 @@ def _parameter(key: str) -> str:
     return key.replace(".", "__")
 
 
-def _override(text: str) -> tuple[str, dict[str, int]]:
-    pattern, equals, rule = text.rpartition("=")
-    key, colon, value = rule.partition(":")
-    if not (equals and colon and pattern and key == "group_size" and value.removeprefix("-").isdecimal()):
-        raise UsageError("E202", f"{text!r} is not an override", where="--override", fix="--override 'PATTERN=group_size:32'")
-    return pattern, {key: int(value)}
+def _overrides(texts: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Several rules may be given for one pattern, each with another key."""
+    found: dict[str, dict[str, int]] = {}
+    for text in texts:
+        pattern, equals, rules = text.rpartition("=")
+        for rule in rules.split(","):
+            key, colon, value = rule.partition(":")
+            if not (equals and colon and pattern and key in ("group_size", "bits") and value.removeprefix("-").isdecimal()):
+                fix = "--override 'PATTERN=group_size:32', or 'PATTERN=bits:8', or 'PATTERN=bits:8,group_size:64'"
+                raise UsageError("E202", f"{text!r} is not an override", where="--override", fix=fix)
+            found.setdefault(pattern, {})[key] = int(value)
+    return found
 
 
 def size_in_bytes(text: str | None, flag: str) -> int | None:

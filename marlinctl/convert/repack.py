@@ -103,7 +103,7 @@ class Source:
         sizes = self.info.layers if fmt.quantized else {}
         ignore = [*self.ignore, *(() if fmt.quantized else self.info.layers)]
         shapes = {layer: self.shapes[layer] for layer in sizes}
-        return Packed(fmt, shapes, sizes, ignore, self.checkpoint.config, fmt.writes_variant)
+        return Packed(fmt, shapes, sizes, ignore, self.checkpoint.config, fmt.writes_variant, self.info.grids)
 
 
 def repack(
@@ -241,7 +241,7 @@ def open_source(folder: Path, masks: Masks | None = None) -> Source:
 
 def refuse_misfits(source: Source, targets: Sequence[Format]) -> None:
     """Everything that would fail later, found first and named all at once."""
-    problems = registry.misfits(source.shapes, targets)
+    problems = registry.misfits(source.shapes, targets, source.info.grids)
     for layer, (_, k) in source.shapes.items():
         size = source.info.layers[layer]
         if size != -1 and (size < 1 or k % size):
@@ -292,7 +292,8 @@ def written_bytes(source: Source, fmt: Format) -> int:
 
 
 def _packed_bytes(source: Source, fmt: Format) -> int:
-    return sum(registry.linear_bytes(fmt, n, k, source.info.layers[layer]) for layer, (n, k) in source.shapes.items())
+    info = source.info
+    return sum(registry.linear_bytes(fmt, n, k, info.layers[layer], info.grid(layer)) for layer, (n, k) in source.shapes.items())
 
 
 def _mask_bytes(source: Source, fmt: Format) -> int:
@@ -345,7 +346,8 @@ def _finish(
     old = registry.quantization_block(source.checkpoint.config) or {}
     config = without(registry.without_quantization(source.checkpoint.config))
     if fmt.quantized:
-        config["quantization_config"] = registry.quantization_config(fmt, source.info.layers, source.ignore, provenance(old))
+        block = registry.quantization_config(fmt, source.info.layers, source.ignore, provenance(old), source.info.grids)
+        config["quantization_config"] = block
     if fmt.block_file:
         stage.write_file(fmt.block_file, canonical(config["quantization_config"]))
     origin = {"format": source.info.name, "variant": source.info.variant, **_source_digest(source, contents)}
@@ -364,6 +366,7 @@ def _finish(
         license=licence.stated(None, said.license),
         made_from=[("SHA-256 of the recipe", Name(digest))] if isinstance(digest, str) else (),
         two_of_four=source.origin is not None,
+        grids=source.info.grids,
     )
     stage.finish(config, manifest=facts, verify=lambda folder: check_written(source, fmt, folder, console), report_files={})
     written = _report_files(source, fmt, stage, command, console, said) or {"README.md": card.render(details).encode()}

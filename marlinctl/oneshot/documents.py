@@ -37,7 +37,11 @@ def model_config(opened: RunInputs, recipe: Recipe) -> dict[str, Any]:
         return config
     layers = dict(opened.plan.group_sizes)
     config["quantization_config"] = quantization_config(
-        INTERCHANGE, layers, sixteen_bit(opened.checkpoint, layers), {"version": __version__, "recipe_sha256": recipe_hash(recipe)}
+        INTERCHANGE,
+        layers,
+        sixteen_bit(opened.checkpoint, layers),
+        {"version": __version__, "recipe_sha256": recipe_hash(recipe)},
+        opened.plan.grids,
     )
     return config
 

@@ -186,6 +186,6 @@ def _require_resources(
         return
     masked = looked.shapes if work.scheme.prunes else pattern.pattern.linears
     fmt = working_format(work.scheme)
-    first = disk.output(fmt, tensors, looked.shapes, looked.plan.group_sizes, masked)
+    first = disk.output(fmt, tensors, looked.shapes, looked.plan, masked)
     scratch = 0 if work.on_device else disk.scratch_bytes(looked.architecture, work)
     require_space(out, disk.needed_by_blocks(first, scratch, disk.state_bytes(looked.architecture, work)))

@@ -42,7 +42,7 @@ def _expected(opened: RunInputs, fmt: Format, name: str) -> list[Entry]:
     if not fmt.quantized:
         return [Entry(weight.name, weight.dtype, weight.shape, weight.nbytes, _not_yet)]
     n, k = weight.shape
-    shapes = fmt.shapes(n, k, opened.plan.group_sizes[name])
+    shapes = fmt.shapes(n, k, opened.plan.group_sizes[name], opened.plan.grid(name))
     return [
         Entry(f"{name}.{suffix}", dtypes[0], shape, prod(shape) * DTYPE_BYTES[dtypes[0]], _not_yet)
         for suffix, (dtypes, shape) in shapes.items()
@@ -84,5 +84,5 @@ def _digest_on_disk(written: Checkpoint, info: FormatInfo, masks: Masks | None, 
         return weight_digest(written.read(f"{record.name}.weight"), keep)
     linear = read_linear(written, info, record.name)
     if keep is not None:
-        linear = SparseQuantizedLinear(linear.codes, linear.scales, linear.group_size, keep)
+        linear = SparseQuantizedLinear(linear.codes, linear.scales, linear.group_size, keep, grid=linear.grid)
     return linear_digest(linear)

@@ -17,6 +17,7 @@ from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.safetensors_header import TensorInfo
 from marlinctl.checkpoint.shards import MAX_SHARD_BYTES
 from marlinctl.models.architectures import Architecture, Experts
+from marlinctl.planning.layer_rules import Plan
 from marlinctl.planning.memory import SHARD_BYTES, Work, trained_weights
 from marlinctl.recipes.schema import Distill
 
@@ -46,14 +47,16 @@ class Output:
         return self.weights + _PER_TENSOR * self.tensors + _PAGE
 
 
-def output(fmt: Format, tensors: Mapping[str, TensorInfo], shapes: Shapes, sizes: Mapping[str, int], masked: Iterable[str]) -> Output:
-    """A folder in format `fmt` of a 16-bit model whose `shapes` are compressed. sizes: group sizes. masked: the 2:4 linears."""
+def output(
+    fmt: Format, tensors: Mapping[str, TensorInfo], shapes: Shapes, rules: Plan, masked: Iterable[str]
+) -> Output:  # fmt: skip
+    """A folder in format `fmt` of a 16-bit model whose `shapes` are compressed. rules: group sizes and grids. masked: the 2:4 linears."""
     weights = {f"{name}.weight" for name in shapes}
     untouched = [info.nbytes for name, info in tensors.items() if name not in weights]
     if not fmt.quantized:
         linears = sum(tensors[name].nbytes for name in weights)
     else:
-        linears = sum(registry.linear_bytes(fmt, n, k, sizes[name]) for name, (n, k) in shapes.items())
+        linears = sum(registry.linear_bytes(fmt, n, k, rules.group_sizes[name], rules.grid(name)) for name, (n, k) in shapes.items())
     each = len(fmt.suffixes)
     named = [] if fmt.needs_mask else [shapes[name] for name in masked]
     mask = sum(n * -(-k // 8) for n, k in named)

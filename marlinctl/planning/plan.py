@@ -189,7 +189,7 @@ def _masked(looked: ModelPlan, found: Pattern, recipe: Recipe) -> tuple[str, ...
 
 def _output(looked: ModelPlan, found: Pattern, recipe: Recipe, fmt: Format) -> disk_space.Output:
     tensors = stored_once(looked.checkpoint, looked.architecture)
-    return disk_space.output(fmt, tensors, looked.shapes, looked.plan.group_sizes, _masked(looked, found, recipe))
+    return disk_space.output(fmt, tensors, looked.shapes, looked.plan, _masked(looked, found, recipe))
 
 
 # ---- stages: what runs one after another -----------------------------------------------------------------------------------------------
@@ -322,7 +322,7 @@ def _linears(looked: ModelPlan, found: Pattern, recipe: Recipe) -> dict[str, Any
         {
             "name": name,
             "shape": list(looked.shapes[name]),
-            "bits": scheme.bits,
+            "bits": looked.plan.grid(name).bits if scheme.quantizes else scheme.bits,
             "group_size": size if scheme.quantizes else None,
             "pattern": "2:4" if name in sparse else None,
         }
