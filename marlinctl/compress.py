@@ -147,7 +147,10 @@ def _compress(
         processes.disband()
         for fmt in places:
             if fmt != _CT and not (work / fmt).is_dir():
-                repack(work / _CT, work / fmt, format=fmt, console=console, resume=(work / f"{fmt}.job" / JOB).is_file())
+                again = (work / f"{fmt}.job" / JOB).is_file()
+                repack(
+                    work / _CT, work / fmt, format=fmt, console=console, resume=again, max_shard_bytes=options.max_shard_bytes
+                )  # fmt: skip
         report = {
             **report,
             "kind": "compress",

@@ -5,8 +5,8 @@ seen from outside: the functions of the system, and the two that write the journ
 knows of it.
 
     lines   every journal line and every JSON document of a job's folder; `half`: killed with half of it written, `after`: with all of it
-    calls   every fsync, rename, replace, unlink, truncate and mkdir; killed before it is made
-    writes  every write to a file, fsync, rename, replace, truncate and mkdir; fails with ENOSPC instead
+    calls   every fsync, rename, replace, unlink, truncate, mkdir and copy within the kernel; killed before it is made
+    writes  every write to a file, copy, fsync, rename, replace, truncate and mkdir; fails with ENOSPC instead
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from tests import forked
 from tests.faults.machines import STATES
 from tests.test_architecture import ROOT
 
-_CALLS = ("fsync", "rename", "replace", "unlink", "truncate", "mkdir")
-_FAILING = ("fsync", "rename", "replace", "truncate", "mkdir", "pwrite", "posix_fallocate")
+_CALLS = ("fsync", "fdatasync", "rename", "replace", "unlink", "truncate", "mkdir", "copy_file_range")
+_FAILING = ("fsync", "fdatasync", "rename", "replace", "truncate", "mkdir", "pwrite", "posix_fallocate", "copy_file_range")
 
 
 @dataclass(frozen=True)

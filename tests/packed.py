@@ -167,7 +167,7 @@ def edit_json(path: Path, change: Callable[[Any], None]) -> None:
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
     """Rewrite the shards of a folder as one, after a change; the index follows."""
-    stem = "marlin" if list(folder.glob("marlin-*")) else "model"
+    stem = "marlin" if (folder / "marlin.safetensors.index.json").exists() else "model"
     shards = sorted(path for path in folder.glob("*.safetensors") if path.name != mask.NAME)
     tensors = {name: tensor.clone() for shard in shards for name, tensor in load_file(shard).items()}
     change(tensors)

@@ -45,7 +45,7 @@ def _outputs() -> str:
 
 
 def _is_job_folder(name: str) -> bool:
-    known = rf"staged(-({_outputs()}))?(\.copied)?|states|({_outputs()})(\.job)?|[^/]+\.old-[0-9a-f]{{8}}"
+    known = rf"staged(-({_outputs()}))?(\.whole|\.copied)?|states|({_outputs()})(\.job)?|[^/]+\.old-[0-9a-f]{{8}}"
     return re.fullmatch(known, name) is not None
 
 

@@ -289,10 +289,10 @@ def _find_shards(folder: Path, weight_files: str, problems: list[Problem], notes
     if index not in found[stem]:
         _note_strangers(folder, {single}, f"{index}, which would name them, is missing", notes)
         return [single], None
-    if single in found[stem]:
-        notes.append(f"both {index} and {single} are there; the index is followed and {single} is not read")
     weight_map = _read_index(folder, index, problems, notes)
     shards = sorted(set(weight_map.values()))
+    if single in found[stem] and single not in shards:
+        notes.append(f"both {index} and {single} are there; the index is followed and {single} is not read")
     _note_strangers(folder, {single, *shards}, f"{index} does not name them", notes)
     return shards, weight_map
 

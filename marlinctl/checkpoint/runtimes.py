@@ -15,12 +15,13 @@ The rules are those of the releases named here (2026-11); docs/formats/ has the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint.formats import registry
-from marlinctl.checkpoint.formats.base import VLLM_MARLINCTL, Format, FormatInfo, Packed, size_text
+from marlinctl.checkpoint.formats.base import VLLM_MARLINCTL, Format, FormatInfo, Kind, Packed, kind_text
 from marlinctl.checkpoint.formats.targets import FUSED, split_fused
+from marlinctl.quantize.scheme import INT4, INT8, Grid
 
 if TYPE_CHECKING:
     from marlinctl.checkpoint.reader import Checkpoint
@@ -36,7 +37,7 @@ def packed_of(checkpoint: Checkpoint, info: FormatInfo) -> Packed:
     others = {name: tensor.shape for name, tensor in checkpoint.tensors.items() if name not in owned}
     shapes = {layer: registry.layer_shape(checkpoint, info, layer) for layer in info.layers}
     ignore = registry.sixteen_bit_linears(others, info.layers)
-    return Packed(info.format, shapes, info.layers, ignore, checkpoint.config, info.variant)
+    return Packed(info.format, shapes, info.layers, ignore, checkpoint.config, info.variant, info.grids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class Unit:
     n: int
     k: int
     group_size: int  # -1: whole rows
+    grid: Grid = INT4
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class Runtime:
     note: str = ""
     reads_folders: bool = True  # False: a kernel whose checkpoint format is gone
     loader: str = ""  # the program, where it is not the first word of the name
+    grids: tuple[Grid, ...] = (INT4,)  # of codes
     cut_multiple: int = 1  # of N and K of each linear on a device, fused or not, where there are several devices
 
     @property
@@ -75,10 +78,10 @@ class Runtime:
 
 
 RUNTIMES = (
-    Runtime("vLLM 0.24+ Marlin", _COMMON_GROUPS, 1, 1, True, "pads odd shapes with zeros"),
-    Runtime("vLLM Machete (Hopper)", (-1, 64, 128), 128, 64, True, "vLLM takes Marlin where Machete does not fit"),
-    Runtime("SGLang 0.5 Marlin", _COMMON_GROUPS, 64, 128, True, "pads nothing"),
-    Runtime("GPTQModel 7 Marlin", _COMMON_GROUPS, 8, 8, False),
+    Runtime("vLLM 0.24+ Marlin", _COMMON_GROUPS, 1, 1, True, "pads odd shapes with zeros", grids=(INT4, INT8)),
+    Runtime("vLLM Machete (Hopper)", (-1, 64, 128), 128, 64, True, "vLLM takes Marlin where Machete does not fit", grids=(INT4, INT8)),
+    Runtime("SGLang 0.5 Marlin", _COMMON_GROUPS, 64, 128, True, "pads nothing", grids=(INT4, INT8)),
+    Runtime("GPTQModel 7 Marlin", _COMMON_GROUPS, 8, 8, False, grids=(INT4, INT8)),
     Runtime("IST-DASLab kernels", (-1, 128), 256, 128, False, "the kernel's shapes; it reads no checkpoint format of today", False),
     Runtime("vLLM 0.3-0.10 marlin", (-1, 128), 64, 128, True, "the kernel's shapes; its checkpoint format is gone from vLLM", False),
     Runtime(
@@ -149,9 +152,10 @@ def loads(packed: Packed) -> Loads:
 
 def survey(packed: Packed, splits: Sequence[int]) -> list[Verdict]:
     """Every runtime at every split."""
-    whole: tuple[list[Unit], list[str]] = (_single(packed.shapes, packed.sizes), [])
-    cut = {split: split_units(packed.shapes, packed.sizes, packed.config, split) for split in splits}
-    parts = {split: _split_parts(packed.shapes, packed.sizes, packed.config, split)[0] for split in splits}
+    kinds = packed.kinds
+    whole: tuple[list[Unit], list[str]] = (_single(packed.shapes, kinds), [])
+    cut = {split: split_units(packed.shapes, kinds, packed.config, split) for split in splits}
+    parts = {split: _split_parts(packed.shapes, kinds, packed.config, split)[0] for split in splits}
     uneven = _uneven(packed)
     verdicts = []
     for runtime in RUNTIMES:
@@ -165,44 +169,44 @@ def survey(packed: Packed, splits: Sequence[int]) -> list[Verdict]:
 
 def _uneven(packed: Packed) -> list[str]:
     """Linears that servers load as one although they are not quantized alike."""
-    everything: dict[str, int | None] = {**dict.fromkeys(packed.ignore), **packed.sizes}
+    everything: dict[str, Kind | None] = {**dict.fromkeys(packed.ignore), **packed.kinds}
     lines = []
     for fused, shards in split_fused(everything):
         parts = "experts" if fused.endswith("experts") else ", ".join(FUSED[fused.rpartition(".")[2]])
-        sizes = ", ".join(size_text(size) for size in sorted({0 if size is None else size for size in shards.values()}))
-        lines.append(f"{fused}: {parts} are not quantized alike ({sizes}), and servers load them as one linear")
+        kinds = ", ".join(kind_text(kind) for kind in sorted({kind or (0, INT4) for kind in shards.values()}))
+        lines.append(f"{fused}: {parts} are not quantized alike ({kinds}), and servers load them as one linear")
     return lines
 
 
 def split_units(
-    shapes: Mapping[str, tuple[int, int]], sizes: Mapping[str, int], config: Mapping[str, Any], split: int
+    shapes: Mapping[str, tuple[int, int]], kinds: Mapping[str, Kind], config: Mapping[str, Any], split: int
 ) -> tuple[list[Unit], list[str]]:
     """The linears of one device, fused; and what cannot be split."""
-    parts, broken = _split_parts(shapes, sizes, config, split)
-    return [Unit(fused, sum(u.n for u in units), units[0].k, units[0].group_size) for fused, units in parts.items()], broken
+    parts, broken = _split_parts(shapes, kinds, config, split)
+    return [replace(units[0], name=fused, n=sum(unit.n for unit in units)) for fused, units in parts.items()], broken
 
 
 def _split_parts(
-    shapes: Mapping[str, tuple[int, int]], sizes: Mapping[str, int], config: Mapping[str, Any], split: int
+    shapes: Mapping[str, tuple[int, int]], kinds: Mapping[str, Kind], config: Mapping[str, Any], split: int
 ) -> tuple[dict[str, list[Unit]], list[str]]:
     """The same by the names of what they are fused into."""
     parts: dict[str, list[Unit]] = {}
     broken = []
     for name, (n, k) in shapes.items():
         last = name.rpartition(".")[2]
-        size = sizes[name]
+        size, grid = kinds[name]
         if last in _ROW_PARALLEL:
             if k % split or (size != -1 and (k // split) % size):
                 reason = f"cut in {split} goes through a group of {size}" if size != -1 else f"is not a multiple of {split}"
                 broken.append(f"{name}: K={k} {reason}")
                 continue
-            parts.setdefault(name, []).append(Unit(name, n, k // split, size))
+            parts.setdefault(name, []).append(Unit(name, n, k // split, size, grid))
         else:
             share = _column_share(last, n, config, split)
             if share is None:
                 broken.append(f"{name}: N={n} cannot be cut in {split}")
                 continue
-            parts.setdefault(_fused_name(name, last), []).append(Unit(name, share, k, size))
+            parts.setdefault(_fused_name(name, last), []).append(Unit(name, share, k, size, grid))
     return parts, broken
 
 
@@ -233,13 +237,14 @@ def _fused_name(name: str, last: str) -> str:
     return name
 
 
-def _single(shapes: Mapping[str, tuple[int, int]], sizes: Mapping[str, int]) -> list[Unit]:
-    return [Unit(name, n, k, sizes[name]) for name, (n, k) in shapes.items()]
+def _single(shapes: Mapping[str, tuple[int, int]], kinds: Mapping[str, Kind]) -> list[Unit]:
+    return [Unit(name, n, k, *kinds[name]) for name, (n, k) in shapes.items()]
 
 
 def _refusals(runtime: Runtime, units: Sequence[Unit]) -> list[str]:
     rules: tuple[tuple[Callable[[Unit], bool], Callable[[Unit], str]], ...] = (
         (lambda u: runtime.groups is not None and u.group_size not in runtime.groups, lambda u: f"group size {u.group_size}"),
+        (lambda u: u.grid not in runtime.grids, lambda u: f"{u.grid} codes"),
         (lambda u: u.n % runtime.n_multiple != 0, lambda u: f"N={u.n} is not a multiple of {runtime.n_multiple}"),
         (lambda u: u.k % runtime.k_multiple != 0, lambda u: f"K={u.k} is not a multiple of {runtime.k_multiple}"),
     )

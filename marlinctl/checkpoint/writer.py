@@ -1,9 +1,9 @@
 """How a checkpoint is published: whole or not at all.
 
-    OUT.tmp-1f0c9a2e/  beside OUT, on the same filesystem, so that the last step is one rename
-        every file:    temporary name ─► write ─► fsync ─► rename          a file with its final name is a whole file
-        in this order: shards ─► index ─► mask ─► tokenizer and other companions ─► config.json ─► manifest
-        then:          fsync the folder ─► read everything back and check it ─► rename to OUT ─► fsync the parent
+    OUT.tmp-1f0c9a2e/        pieces: one shard for each block of the model; temporary name ─► write ─► fsync ─► rename
+    OUT.tmp-1f0c9a2e.whole/  beside OUT, on the same filesystem, so that the last step is one rename
+        in this order: companions ─► weights, merged from the pieces (shards.py) ─► index ─► mask ─► config.json
+        then:          read everything back and check it, while it gets to the disk and is hashed ─► manifest ─► rename to OUT
 
 config.json comes last of the model's files, because a folder with config.json looks like a model: a save that was killed must not.
 An old OUT is renamed aside, and deleted only after the new one stands; any failure puts it back. A body that raises (Ctrl-C too)
@@ -17,10 +17,9 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import accumulate, takewhile
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -28,10 +27,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from marlinctl.checkpoint import manifest as manifests
 from marlinctl.checkpoint import mask as masks
-from marlinctl.checkpoint import ownership
-from marlinctl.checkpoint.formats.base import Format
+from marlinctl.checkpoint import ownership, shards
+from marlinctl.checkpoint.formats.base import MODEL_FILES, Format
 from marlinctl.checkpoint.model_files import companion_names
 from marlinctl.checkpoint.safetensors_header import read_header
+from marlinctl.checkpoint.shards import Published
 from marlinctl.errors import BadInput, ResourceProblem, UsageError
 from marlinctl.models.switches import cleaned
 from marlinctl.system.atomic import (
@@ -40,6 +40,7 @@ from marlinctl.system.atomic import (
     canonical,
     disk_full,
     disk_problems,
+    header_of,
     in_file_order,
     make_folder,
     open_regular,
@@ -49,6 +50,7 @@ from marlinctl.system.atomic import (
     whole_file,
     write_entries,
 )
+from marlinctl.system.background import begun
 from marlinctl.system.files import FileRefused, open_member
 from marlinctl.system.page_locked import to_host
 
@@ -56,8 +58,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from marlinctl.checkpoint.reader import Checkpoint
+    from marlinctl.checkpoint.safetensors_header import TensorInfo
 
-MAX_SHARD_BYTES = 5 * 10**9
 _MAX_COMPANION_BYTES = 500 << 20
 
 
@@ -128,39 +130,55 @@ def require_space(out: Path, needed: int) -> None:
 class StagedCheckpoint:
     """A checkpoint under construction. Use as a context manager; `publish` makes it real, leaving without it removes it.
 
-    path: the folder it is built in, which then stays when something goes wrong; without it, a new one beside `out`.
-    A native folder calls its weights marlin-*.safetensors, so that plain transformers finds no model in it.
+    pieces: the folder for what is finished, which then stays when something goes wrong; without it, a new one beside `out`. The checkpoint
+    itself is built beside it, in `path`. resumable: pieces stay until the checkpoint is published; otherwise each goes when it is merged,
+    so that the disk never holds more than one published file twice.
+    A native folder calls its weights marlin*.safetensors, so that plain transformers finds no model in it.
     """
 
-    def __init__(self, out: Path, *, overwrite: bool, fmt: Format, path: Path | None = None) -> None:
+    def __init__(
+        self, out: Path, *, overwrite: bool, fmt: Format, pieces: Path | None = None, resumable: bool = False,
+        max_shard_bytes: int = shards.MAX_SHARD_BYTES,
+    ) -> None:  # fmt: skip
         self.out = out.resolve()  # a link to a folder is followed: the folder is replaced, the link stays
         self.overwrite = overwrite
         self.stem = fmt.files
-        self.path = path or self.out.with_name(f"{self.out.name}.tmp-{secrets.token_hex(4)}")
-        self.spool = self.path.with_name(self.path.name + ".masks")  # the header of a file comes first, but is known last
-        self._stays = path is not None
+        self.pieces = pieces or self.out.with_name(f"{self.out.name}.tmp-{secrets.token_hex(4)}")
+        self.path = self.pieces.with_name(self.pieces.name + ".whole")
+        self.spool = self.pieces.with_name(self.pieces.name + ".masks")  # the header of a file comes first, but is known last
+        self._stays, self._resumable = pieces is not None, resumable
+        self._max_shard_bytes = max_shard_bytes
         self._shards: list[list[Entry]] = []
+        self._copies: list[Entry] = []
         self._masks: list[Entry] = []
-        self._ahead = _copied(self.path)
-        self._written_ahead: dict[int, Path] = {}
+        self._ahead: Published | None = None  # the published files, begun before all pieces are there
 
     def __enter__(self) -> StagedCheckpoint:
-        with disk_problems(self.path):
-            remove_copied(self.path)  # of a run that was killed
-            make_folder(self.path) if self._stays else self.path.mkdir()
+        try:
+            with disk_problems(self.pieces):
+                make_folder(self.pieces) if self._stays else self.pieces.mkdir()
+                if os.path.lexists(self.path):
+                    ownership.remove_tree(self.path)  # of a run that was killed: it is merged again
+                self.path.mkdir()
+        except BaseException:
+            self._remove(published=False)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with suppress(OSError):
-            remove_copied(self.path)
+        self._remove(published=kind is None)
+
+    def _remove(self, *, published: bool) -> None:
+        if published or not self._stays:
+            shutil.rmtree(self.pieces, ignore_errors=True)
         if not self._stays:
             shutil.rmtree(self.path, ignore_errors=True)  # gone already after a publish
             self.spool.unlink(missing_ok=True)
 
-    def restore(self, shards: Sequence[str], layers: Sequence[tuple[str, int, int]]) -> None:
-        """Take up what an earlier run left: these shards, as they were called while staged, and the masks of these linears [N, K].
+    def restore(self, pieces: Sequence[str], layers: Sequence[tuple[str, int, int]]) -> None:
+        """Take up what an earlier run left: these pieces, and the masks of these linears [N, K].
 
-        Everything else in the folder is removed. What is taken up must have been compared with its digest.
+        Everything else in their folder is removed. What is taken up must have been compared with its digest.
         """
         begin = 0
         self._shards.clear()
@@ -173,22 +191,39 @@ class StagedCheckpoint:
             if self.spool.exists():
                 with os.fdopen(open_regular(self.spool, os.O_RDWR), "r+b") as file:
                     os.truncate(file.fileno(), begin)
-            for name in shards:
-                for renamed in self.path.glob(f"{name.removesuffix('.safetensors')}-of-*.safetensors"):
-                    renamed.replace(self.path / name)  # it had its final name already
-            for path in self.path.iterdir():
-                if path.name not in shards:
+            for path in self.pieces.iterdir():
+                if path.name not in pieces:
                     ownership.remove(path)
-        for name in shards:
-            found, problems = read_header(self.path, name)
+        for name in pieces:
+            found, problems = read_header(self.pieces, name)
             if problems:
                 raise BadInput.from_problems("E374", problems)
             in_order = sorted(found.values(), key=lambda info: info.begin)
-            self._shards.append([Entry(info.name, info.dtype, info.shape, info.nbytes, _no_data) for info in in_order])
+            self._shards.append([_piece(self.pieces / name, info, info.nbytes, info.begin) for info in in_order])
+        if self._ahead is not None:
+            self._ahead.forget(entry.name for shard in (*self._shards, self._copies) for entry in shard)
 
     def write_shard(self, tensors: Mapping[str, Tensor]) -> str:
-        """Write the next shard; returns its name while staged (the final one says how many there are)."""
-        return self._write_entries([tensor_entry(name, tensor) for name, tensor in tensors.items()])
+        """Write the next piece: whole linears. Returns its name."""
+        entries = in_file_order([tensor_entry(name, tensor) for name, tensor in tensors.items()])
+        self._refuse_twice(tensors)
+        name = f"{self.stem}-{len(self._shards) + 1:05d}.safetensors"
+        write_entries(self.pieces / name, entries)
+        begins = accumulate((entry.size for entry in entries), initial=len(header_of(entries)))
+        self._shards.append([_piece(self.pieces / name, entry, entry.size, begin) for entry, begin in zip(entries, begins, strict=False)])
+        if self._ahead is not None:
+            self._ahead.put(self._shards[-1], durable=True)
+        return name
+
+    def expect(self, linears: Sequence[Sequence[Entry]]) -> None:
+        """What each piece will hold: then it is merged as soon as it is written. What is copied must be known by now (`copy_tensors`)."""
+        self._ahead = self._begun(shards.divided([*linears, self._copies], self._max_shard_bytes))
+
+    def copy_ahead(self, over: threading.Event) -> None:
+        """Copy tensors of the source into the files that are begun. Meant for a thread, while pieces are written; it ends early once `over`
+        is set."""
+        assert self._ahead is not None
+        self._ahead.put(takewhile(lambda _: not over.is_set(), self._copies), durable=True)
 
     def write_mask(self, layer: str, mask: Tensor) -> None:
         """Add the mask [N, K] bool of one linear to the mask file (checkpoint/mask.py)."""
@@ -201,9 +236,9 @@ class StagedCheckpoint:
         self._masks.append(self._spooled(entry.name, entry.shape, begin))
 
     def sync(self) -> int:
-        """Make shards and masks written so far durable, names included; returns the bytes of the masks."""
-        with disk_problems(self.path):
-            sync_folder(self.path)
+        """Make pieces and masks written so far durable, names included; returns the bytes of the masks."""
+        with disk_problems(self.pieces):
+            sync_folder(self.pieces)
         if not self._masks:
             return 0
         with disk_problems(self.spool), self.spool.open("rb") as file:
@@ -216,30 +251,12 @@ class StagedCheckpoint:
         return Entry(name, "U8", shape, size, lambda: read_part(self.spool, begin, size))
 
     def copy_tensors(self, checkpoint: Checkpoint, names: Sequence[str]) -> None:
-        """Copy tensors byte by byte into shards of their own, streaming; order and shard borders depend on the names alone."""
-        for number, entries in enumerate(_copies(checkpoint, names)):
-            self._write_entries(entries, ahead=self._written_ahead.get(number))
-
-    def copy_ahead(self, checkpoint: Checkpoint, names: Sequence[str], over: threading.Event) -> None:
-        """Write the shards that `copy_tensors` of the same names is going to write, beside the folder, and leave them for it to move. Meant
-        for a thread, while other shards are written; it ends early once `over` is set.
-        """
-        with disk_problems(self._ahead):
-            make_folder(self._ahead)
-
-        def unless_over(entry: Entry) -> memoryview:
-            if over.is_set():
-                raise _Over
-            return entry.data()
-
-        for number, entries in enumerate(_copies(checkpoint, names)):
-            path = self._ahead / f"{number}.safetensors"
-            watched = [replace(entry, data=partial(unless_over, entry)) for entry in entries]
-            try:
-                write_entries(path, in_file_order(watched))
-            except _Over:
-                return
-            self._written_ahead[number] = path
+        """Tensors that are the source's, byte by byte, behind the pieces and in the order of their names. They are copied when the
+        checkpoint is finished, or by `copy_ahead`, so the source stays open until then."""
+        self._refuse_twice(names)
+        for name in sorted(names):
+            info = checkpoint.tensors[name]
+            self._copies.append(Entry(name, info.dtype, info.shape, info.nbytes, partial(checkpoint.raw, name)))
 
     def write_file(self, name: str, data: bytes) -> None:
         """Write one small file. Existing ones are replaced: companions may be overridden."""
@@ -276,86 +293,72 @@ class StagedCheckpoint:
         report_files: Mapping[str, bytes],
     ) -> None:
         """Everything of `publish` but the last rename, for folders that appear together (`publish_together`)."""
-        self._name_shards()
-        self._finish_masks()
+        published = self._merge()
+        large = [*published.files, *self._finish_masks()]
         for name, data in report_files.items():
             self.write_file(name, data)
         self.write_file("config.json", canonical(config, finite=False))  # limits of a list may be infinite
-        self.write_file(manifests.NAME, canonical(manifests.build(self.path, manifest)))
+        with begun(lambda _: published.make_durable()) as durable, begun(lambda _: manifests.described(self.path, large)) as described:
+            verify(self.path)
+            durable()
+            digests = described()
+        self.write_file(manifests.NAME, canonical(manifests.build(self.path, manifest, digests)))
         with disk_problems(self.path):
             for folder, _, _ in os.walk(self.path):
                 sync_folder(Path(folder))
-        verify(self.path)
 
     def set_aside(self) -> Path:
         """Keep the staged folder as OUT.rejected, instead of removing it."""
         return keep_rejected(self.path, self.out)
 
-    def _write_entries(self, entries: list[Entry], ahead: Path | None = None) -> str:
-        """The next shard. ahead: where it is written already."""
-        taken = {entry.name for shard in self._shards for entry in shard}
-        twice = [entry.name for entry in entries if entry.name in taken]
+    def _refuse_twice(self, names: Iterable[str]) -> None:
+        taken = {entry.name for shard in (*self._shards, self._copies) for entry in shard}
+        twice = [name for name in names if name in taken]
         if twice:
             raise ValueError(f"tensor {twice[0]} was written before")
-        entries = in_file_order(entries)
-        name = f"{self.stem}-{len(self._shards) + 1:05d}.safetensors"
-        if ahead is None:
-            write_entries(self.path / name, entries)
-        else:
-            with disk_problems(self.path):
-                ahead.replace(self.path / name)
-        self._shards.append([Entry(e.name, e.dtype, e.shape, e.size, _no_data) for e in entries])
-        return name
 
-    def _finish_masks(self) -> None:
-        if self._masks:
-            write_entries(self.path / masks.NAME, sorted(self._masks, key=lambda entry: entry.name))
+    def _merge(self) -> Published:
+        """The published weight files, and their index where there are several."""
+        files = shards.divided([*self._shards, self._copies], self._max_shard_bytes)
+        published = self._ahead or self._begun(files)
+        published.require(files)
+        for number, entries in enumerate(files, start=1):
+            published.fill(entries)
+            if not self._resumable:
+                self._drop_pieces(files[number:])
+        if len(files) > 1 or self.stem != MODEL_FILES:  # transformers is given the index's name before it knows the folder
+            total = sum(entry.size for entries in files for entry in entries)
+            weight_map = {entry.name: name for name, entries in published.files.items() for entry in entries}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            self.write_file(f"{self.stem}.safetensors.index.json", canonical(index))
+        return published
 
-    def _name_shards(self) -> None:
-        """Give the shards their final names and write the index."""
-        count = len(self._shards)
-        weight_map: dict[str, str] = {}
-        for i, shard in enumerate(self._shards, start=1):
-            final = f"{self.stem}-{i:05d}-of-{count:05d}.safetensors"
-            with disk_problems(self.path / final):
-                (self.path / f"{self.stem}-{i:05d}.safetensors").replace(self.path / final)
-            weight_map |= {entry.name: final for entry in shard}
-        total = sum(entry.size for shard in self._shards for entry in shard)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        self.write_file(f"{self.stem}.safetensors.index.json", canonical(index))
+    def _begun(self, files: Sequence[Sequence[Entry]]) -> Published:
+        published = Published(self.path, self.stem, files)
+        published.create()
+        return published
 
+    def _drop_pieces(self, waiting: Sequence[Sequence[Entry]]) -> None:
+        """Those that none of these files needs."""
+        needed = {entry.lies[0] for entries in waiting for entry in entries if entry.lies is not None}
+        with disk_problems(self.pieces):
+            for path in list(self.pieces.iterdir()):
+                if path not in needed:
+                    ownership.remove(path)
 
-class _Over(Exception):
-    """Copying ahead is not wanted any more."""
-
-
-def _copied(staged: Path) -> Path:
-    return staged.with_name(staged.name + ".copied")
-
-
-def remove_copied(staged: Path) -> None:
-    """What `StagedCheckpoint.copy_ahead` left beside the folder that a job builds its checkpoint in."""
-    if _copied(staged).is_dir():
-        ownership.remove_tree(_copied(staged))
+    def _finish_masks(self) -> list[str]:
+        if not self._masks:
+            return []
+        write_entries(self.path / masks.NAME, sorted(self._masks, key=lambda entry: entry.name))
+        return [masks.NAME]
 
 
-def _copies(checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[list[Entry]]:
-    """Shards of these tensors, by name and up to MAX_SHARD_BYTES."""
-    pending: list[Entry] = []
-    size = 0
-    for name in sorted(names):
-        info = checkpoint.tensors[name]
-        if pending and size + info.nbytes > MAX_SHARD_BYTES:
-            yield pending
-            pending, size = [], 0
-        pending.append(Entry(name, info.dtype, info.shape, info.nbytes, partial(checkpoint.raw, name)))
-        size += info.nbytes
-    if pending:
-        yield pending
+def _piece(path: Path, info: Entry | TensorInfo, size: int, begin: int) -> Entry:
+    return Entry(info.name, info.dtype, info.shape, size, _no_data, (path, begin))
 
 
 def _no_data() -> memoryview:
-    raise AssertionError("a written shard keeps no data")
+    raise AssertionError("a piece is copied, not read")
 
 
 def keep_rejected(folder: Path, out: Path) -> Path:

@@ -20,8 +20,8 @@ COMMON = "Options of every command"
 
 # Title -> its options, both in the order of the help. `bench:--tokens` is the option of that verb alone and wins over `--tokens`.
 TITLES: Mapping[str, str] = {
-    "Models and output": "--teacher --against --source --model --format --also --out --overwrite --from --scores --bench --revision"
-    " --base-model --license --module-map --cache-dir",
+    "Models and output": "--teacher --against --source --model --format --also --out --overwrite --max-shard-size --from --scores"
+    " --bench --revision --base-model --license --module-map --cache-dir",
     "What is computed": "--recipe --pattern --mode --build --arch --only --check --tp --layers --shape --roofline --dense --sparse"
     " --bits --group-size bench:--tokens --configurations --tune --peers --batch --lengths --fuse --compile"
     " --skip --include --override --method --mask-sweeps --ls-iterations --scale-search --scale-sign --act-order --refine"

@@ -12,6 +12,7 @@ import click
 from marlinctl.commands.card_flags import card_flags, chosen_card
 from marlinctl.commands.common import common_options
 from marlinctl.commands.help import Command
+from marlinctl.commands.recipe_flags import MAX_SHARD_SIZE, max_shard_bytes
 from marlinctl.errors import CheckFailed, UsageError
 from marlinctl.system.console import Console
 
@@ -31,6 +32,7 @@ _SHOWN = 3  # reasons per verdict; the rest is counted
 @click.option("--cache-dir", type=click.Path(path_type=Path), metavar="DIR", help="Cache of a SOURCE from the hub.")
 @card_flags
 @click.option("--overwrite", is_flag=True, help="Replace an existing OUT, after the new one is complete.")
+@MAX_SHARD_SIZE
 @click.option("--keep-job", is_flag=True, help="Keep OUT.job, the run's journal, when OUT is published.")
 @common_options
 def command(
@@ -44,9 +46,10 @@ def command(
     cache_dir: Path | None,
     overwrite: bool,
     keep_job: bool,
+    max_shard_size: str | None,
     **said: Any,
 ) -> None:
-    """Write a 4-bit checkpoint in another format.
+    """Write a quantized checkpoint in another format.
 
     \b
     Example:
@@ -55,9 +58,9 @@ def command(
         marlinctl pack ./smollm2-sparse ./smollm2-24 --format marlin_24 --also ct
         marlinctl pack ./smollm2-int4 --check --tp 4
 
-    SOURCE is a 4-bit symmetric compressed-tensors (pack-quantized), GPTQ or native folder, or a hub id. Codes are moved, never rounded
-    again; neither the model nor a GPU is needed. vLLM, SGLang and transformers load `ct`, GPTQModel loads `gptq`, marlinctl's kernels
-    `marlin` and, for 2:4, `marlin_24`; `dense` is a 16-bit copy (products rounded to float16).
+    SOURCE is a symmetric compressed-tensors (pack-quantized) or GPTQ folder of 4 or 8 bits, a native folder, or a hub id. Codes are moved,
+    never rounded again; neither the model nor a GPU is needed. vLLM, SGLang and transformers load `ct`, GPTQModel loads `gptq`, marlinctl's
+    kernels `marlin` and, for 2:4, `marlin_24`, which hold 4-bit codes alone; `dense` is a 16-bit copy (products rounded to float16).
 
     `marlin_24` stores only the kept weights of a 2:4 model. The mask is that of the mask file beside the weights, else derived from codes
     that are zero. Every other format gets such a file.
@@ -84,6 +87,7 @@ def command(
         check_output(folder, overwrite=overwrite, sources=local)  # before anything is fetched
     JobFolder(out).refuse_foreign()
     asked = {"source": source, "format": fmt, "also": list(also), "overwrite": overwrite, "keep_job": keep_job, **asdict(card)}
+    asked["max_shard_bytes"] = max_shard_bytes(max_shard_size)
     pack(console, out, {**asked, "cache_dir": None if cache_dir is None else str(cache_dir)}, resume=False)
 
 
@@ -101,6 +105,7 @@ def pack(console: Console, out: Path, asked: Mapping[str, Any], *, resume: bool)
         also=asked["also"],
         overwrite=asked["overwrite"],
         keep_job=asked["keep_job"],
+        max_shard_bytes=asked["max_shard_bytes"],
         said=Stated(asked["base_model"], asked["license"]),
         console=console,
         request=Request("pack", asked),

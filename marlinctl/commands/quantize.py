@@ -1,4 +1,4 @@
-"""`marlinctl quantize`: GPTQ to 4 bits, in the interchange form."""
+"""`marlinctl quantize`: GPTQ to 4 or 8 bits, in the interchange form."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from marlinctl.system.processes import silence_if_second
 @run_flags
 @common_options
 def command(console: Console, model: str, out: Path, **values: Any) -> None:
-    """Quantize a model to 4 bits with GPTQ.
+    """Quantize a model to 4 or 8 bits with GPTQ.
 
     \b
     Example:
         marlinctl quantize Qwen/Qwen3-0.6B ./qwen3-int4
         marlinctl quantize ./smollm2 ./smollm2-int4 --group-size 64 --calibration text.jsonl
-        marlinctl quantize ./model.gguf ./model-int4 --override 'down_proj=group_size:32' --skip 'layers.0.*'
+        marlinctl quantize ./model.gguf ./model-int4 --override 'down_proj=bits:8' --skip 'layers.0.*'
 
     MODEL is a Hugging Face folder, a hub id or a GGUF file. OUT gets compressed-tensors `pack-quantized`, which vLLM, SGLang and
     transformers load.
@@ -49,11 +49,17 @@ def command(console: Console, model: str, out: Path, **values: Any) -> None:
     show_result(console, out, report)
 
 
+def bits_of(report: dict[str, Any]) -> str:
+    """4, or 4 and 8"""
+    return " and ".join(map(str, sorted({layer["bits"] for layer in report["layers"]})))
+
+
 def show_result(console: Console, out: Path, report: dict[str, Any]) -> None:
     """The result, for a person and for a machine."""
     size = report["bytes"]
     text = (
-        f"{out}: {len(report['layers'])} linears in 4 bits, {size['source'] / 1e6:,.1f} MB -> {size['result'] / 1e6:,.1f} MB, "
-        f"mean layer error {report['error']['mean']:.5f}, {report['seconds']:.1f} s, peak {gibibytes(report['peak_memory_bytes'])}"
+        f"{out}: {len(report['layers'])} linears in {bits_of(report)} bits, "
+        f"{size['source'] / 1e6:,.1f} MB -> {size['result'] / 1e6:,.1f} MB, mean layer error {report['error']['mean']:.5f}, "
+        f"{report['seconds']:.1f} s, peak {gibibytes(report['peak_memory_bytes'])}"
     )
     console.result(text, {"out": str(out), **report}, hanging=4)

@@ -7,7 +7,7 @@ leaves the recipe alone, so defaults live in recipes/int4.yaml and nowhere else.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "quantize.bits": ("--bits", {"type": int, "metavar": "4", "help": "Bits per weight; `sparsify` leaves 16 without it."}),
+    "quantize.bits": ("--bits", {"type": int, "metavar": "4|8", "help": "Bits per weight; `sparsify` leaves 16 without it."}),
     "quantize.group_size": (
         "--group-size",
         {"type": int, "metavar": "128|64|32|-1", "help": "Inputs that share a scale; -1: the whole row."},
@@ -100,7 +100,7 @@ def recipe_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     decorators = _of_table(_RECIPE_FLAGS)
     decorators.append(
         click.option(
-            "--override", multiple=True, metavar="PATTERN=group_size:N", help="Another group size for these linears; may be given again."
+            "--override", multiple=True, metavar="PATTERN=KEY:N", help="Another group_size or bits for these linears; may be given again."
         )
     )
     return _apply(function, decorators)
@@ -130,6 +130,7 @@ _MAX_MEMORY = click.option(
 )
 _DEVICE_MEMORY = click.option("--device-memory", metavar="SIZE", help="Take no more of the GPU's memory (40GiB). Default: what is free.")
 _KEEP_JOB = click.option("--keep-job", is_flag=True, help="Keep OUT.job, the run's journal, when OUT is published.")
+MAX_SHARD_SIZE = click.option("--max-shard-size", metavar="SIZE", help="Largest weight file of OUT (2GB, 500MB). Default: 5GB.")
 _RESUME = click.option("--resume", is_flag=True, help="Continue this interrupted job (shorter: `marlinctl resume OUT`).")
 _DEVICE = click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to compute. auto: a CUDA GPU if there is one."
@@ -150,6 +151,7 @@ _RUN_FLAGS: list[_Decorator] = [
     _OVERWRITE,
     _RESUME,
     _KEEP_JOB,
+    MAX_SHARD_SIZE,
     _STRICT,
     _DETERMINISTIC,
     _THREADS,
@@ -167,7 +169,7 @@ def run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def plan_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     """Where the run that is planned would take place."""
-    apart = (BASE_MODEL, LICENSE, _OVERWRITE, _RESUME, _KEEP_JOB, _STRICT, _DETERMINISTIC, _MAX_MEMORY, _DEVICE_MEMORY)
+    apart = (BASE_MODEL, LICENSE, _OVERWRITE, _RESUME, _KEEP_JOB, MAX_SHARD_SIZE, _STRICT, _DETERMINISTIC, _MAX_MEMORY, _DEVICE_MEMORY)
     chosen = [option for option in _RUN_FLAGS if option not in apart]
     return _apply(
         function,
@@ -198,6 +200,7 @@ def distill_run_flags(function: Callable[..., Any]) -> Callable[..., Any]:
             _OVERWRITE,
             _RESUME,
             _KEEP_JOB,
+            MAX_SHARD_SIZE,
             _THREADS,
             _CACHE_DIR,
             _MODULE_MAP,
@@ -213,7 +216,7 @@ def chosen_recipe(
     extra: keys that flags of the verb itself set. verb: keys that the verb implies whatever the recipe says; not reported.
     """
     overrides = _given(values, _RECIPE_FLAGS)
-    overrides["quantize.overrides"] = dict(_override(text) for text in values.pop("override")) or None
+    overrides["quantize.overrides"] = _overrides(values.pop("override")) or None
     return _resolved(console, values, {**overrides, **(extra or {})}, verb)
 
 
@@ -227,6 +230,7 @@ def chosen_options(console: Console, values: Mapping[str, Any]) -> Options:
 
     refuse_unknown_dtype(values["dtype"])
     said = chosen_card(values)
+    shard_size = max_shard_bytes(values.get("max_shard_size"))
     return Options(
         revision=values["revision"],
         device=values["device"],
@@ -242,11 +246,21 @@ def chosen_options(console: Console, values: Mapping[str, Any]) -> Options:
         module_map=values["module_map"],
         command=command_line(),
         keep_job=values["keep_job"],
+        max_shard_bytes=shard_size,
         tracker=values.get("tracker"),
         base_model=said.base_model,
         license=said.license,
         resume=values["resume"],
     )
+
+
+def max_shard_bytes(text: str | None) -> int:
+    from marlinctl.checkpoint.shards import MAX_SHARD_BYTES
+
+    size = size_in_bytes(text, "--max-shard-size")
+    if size == 0:
+        raise UsageError("E202", f"{text!r}: a file holds something", where="--max-shard-size", fix="--max-shard-size 5GB")
+    return MAX_SHARD_BYTES if size is None else size
 
 
 def refuse_unknown_dtype(dtype: str) -> None:
@@ -328,12 +342,18 @@ def _parameter(key: str) -> str:
     return key.replace(".", "__")
 
 
-def _override(text: str) -> tuple[str, dict[str, int]]:
-    pattern, equals, rule = text.rpartition("=")
-    key, colon, value = rule.partition(":")
-    if not (equals and colon and pattern and key == "group_size" and value.removeprefix("-").isdecimal()):
-        raise UsageError("E202", f"{text!r} is not an override", where="--override", fix="--override 'PATTERN=group_size:32'")
-    return pattern, {key: int(value)}
+def _overrides(texts: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Several rules may be given for one pattern, each with another key."""
+    found: dict[str, dict[str, int]] = {}
+    for text in texts:
+        pattern, equals, rules = text.rpartition("=")
+        for rule in rules.split(","):
+            key, colon, value = rule.partition(":")
+            if not (equals and colon and pattern and key in ("group_size", "bits") and value.removeprefix("-").isdecimal()):
+                fix = "--override 'PATTERN=group_size:32', or 'PATTERN=bits:8', or 'PATTERN=bits:8,group_size:64'"
+                raise UsageError("E202", f"{text!r} is not an override", where="--override", fix=fix)
+            found.setdefault(pattern, {})[key] = int(value)
+    return found
 
 
 def size_in_bytes(text: str | None, flag: str) -> int | None:
@@ -344,7 +364,7 @@ def size_in_bytes(text: str | None, flag: str) -> int | None:
 
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     if not match:
-        raise UsageError("E202", f"{text!r} is not an amount of memory", where=flag, fix="write it as 4GiB or 800MiB")
+        raise UsageError("E202", f"{text!r} is not a number of bytes", where=flag, fix="write it as 4GiB or 800MiB")
     unit = 1024 if match[3] or not match[2] else 1000
     size = int(float(match[1]) * unit ** " KMGT".index(match[2].upper() or " "))
     if size < 2**20 and not match[2]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from marlinctl.checkpoint.shards import MAX_SHARD_BYTES
 from marlinctl.commands.common import FormerFlag, common_options, go_offline
 from marlinctl.commands.evaluation_flags import changed_gate, chosen_measuring, evaluation_flags
 from marlinctl.commands.help import Command
@@ -257,6 +258,7 @@ class _Packed:
     also: list[str]
     overwrite: bool
     keep_job: bool
+    max_shard_bytes: int = MAX_SHARD_BYTES
     base_model: str | None = None
     license: str | None = None
 

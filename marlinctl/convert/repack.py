@@ -34,11 +34,13 @@ from marlinctl.checkpoint.formats.base import Format, FormatInfo, LinearParts, P
 from marlinctl.checkpoint.licence import NOTHING_STATED, Stated
 from marlinctl.checkpoint.mask import Masks, open_masks
 from marlinctl.checkpoint.reader import open_checkpoint
+from marlinctl.checkpoint.shards import MAX_SHARD_BYTES
 from marlinctl.checkpoint.source_digests import check_known_digests
 from marlinctl.errors import BadInput, CheckFailed, Problem, UsageError
 from marlinctl.jobs.journal import JobFolder, Request
 from marlinctl.models.config import wraps
 from marlinctl.models.switches import without
+from marlinctl.planning.disk import merged_bytes
 from marlinctl.planning.memory import SHARD_BYTES
 from marlinctl.recipes.foreign_formats import instead_of
 from marlinctl.report import card
@@ -102,7 +104,7 @@ class Source:
         sizes = self.info.layers if fmt.quantized else {}
         ignore = [*self.ignore, *(() if fmt.quantized else self.info.layers)]
         shapes = {layer: self.shapes[layer] for layer in sizes}
-        return Packed(fmt, shapes, sizes, ignore, self.checkpoint.config, fmt.writes_variant)
+        return Packed(fmt, shapes, sizes, ignore, self.checkpoint.config, fmt.writes_variant, self.info.grids)
 
 
 def repack(
@@ -116,6 +118,7 @@ def repack(
     request: Request | None = None,
     resume: bool = False,
     keep_job: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     said: Stated = NOTHING_STATED,
 ) -> dict[str, Any]:
     """Write `source` in another format to `out`, and in each format of `also` to OUT-<format>. Returns what was written.
@@ -126,6 +129,7 @@ def repack(
     console = console or Console.quiet()
     outputs = output_folders(out, format, also)
     asked = {"source": str(source), "format": format, "also": list(also), "overwrite": overwrite, "keep_job": keep_job, "cache_dir": None}
+    asked["max_shard_bytes"] = max_shard_bytes
     asked |= asdict(said)
     request = request or Request("pack", asked)
     job = JobFolder(out)
@@ -139,12 +143,13 @@ def repack(
                 return _written(open_source(out, masks), outputs)
         for folder in outputs.values() if resume else ():
             writer.check_output(folder, overwrite=overwrite, sources=[source])
-        return _repack(job, source, outputs, overwrite, console, keep_job, said)
+        return _repack(job, source, outputs, overwrite, console, keep_job, max_shard_bytes, said)
 
 
 def _repack(
-    job: JobFolder, source: Path, outputs: Mapping[Format, Path], overwrite: bool, console: Console, keep_job: bool, said: Stated
-) -> dict[str, Any]:
+    job: JobFolder, source: Path, outputs: Mapping[Format, Path], overwrite: bool, console: Console, keep_job: bool, max_shard_bytes: int,
+    said: Stated,
+) -> dict[str, Any]:  # fmt: skip
     out = next(iter(outputs.values()))
     with ExitStack() as stack:
         masks = stack.enter_context(open_masks(source))
@@ -163,12 +168,16 @@ def _repack(
         facts = {"source": _source_digest(opened, contents), "formats": [fmt.name for fmt in outputs], "version": provenance({})["version"]}
         job.check(facts) if job.begun else job.begin(facts)
         sizes = {fmt: written_bytes(opened, fmt) for fmt in outputs}
-        writer.require_space(out, sum(sizes.values()) + sum(_mask_bytes(opened, fmt) for fmt in outputs))
+        pieces = sum(_packed_bytes(opened, fmt) for fmt in list(outputs)[1:])  # they wait until the first is merged
+        pieces += merged_bytes(_packed_bytes(opened, next(iter(outputs))), max_shard_bytes)
+        writer.require_space(out, sum(sizes.values()) + pieces + sum(_mask_bytes(opened, fmt) for fmt in outputs))
         console.say(f"{source}: {opened.info.name}, {len(opened.info.layers)} linears, group size {opened.info.group_size}")
         _check_pattern(opened, console)
 
         stages = {
-            fmt: writer.StagedCheckpoint(folder, overwrite=overwrite, fmt=fmt, path=job.path / f"staged-{fmt.name}")
+            fmt: writer.StagedCheckpoint(
+                folder, overwrite=overwrite, fmt=fmt, pieces=job.path / f"staged-{fmt.name}", max_shard_bytes=max_shard_bytes
+            )
             for fmt, folder in outputs.items()
         }
         for stage in stages.values():
@@ -233,7 +242,7 @@ def open_source(folder: Path, masks: Masks | None = None) -> Source:
 
 def refuse_misfits(source: Source, targets: Sequence[Format]) -> None:
     """Everything that would fail later, found first and named all at once."""
-    problems = registry.misfits(source.shapes, targets)
+    problems = registry.misfits(source.shapes, targets, source.info.grids)
     for layer, (_, k) in source.shapes.items():
         size = source.info.layers[layer]
         if size != -1 and (size < 1 or k % size):
@@ -279,9 +288,13 @@ def _check_pattern(source: Source, console: Console) -> None:
 
 def written_bytes(source: Source, fmt: Format) -> int:
     """Bytes of weights that a target will have."""
-    packed = sum(registry.linear_bytes(fmt, n, k, source.info.layers[layer]) for layer, (n, k) in source.shapes.items())
     untouched = (source.checkpoint.tensors[name] for name in source.untouched)
-    return packed + sum(info.end - info.begin for info in untouched)
+    return _packed_bytes(source, fmt) + sum(info.end - info.begin for info in untouched)
+
+
+def _packed_bytes(source: Source, fmt: Format) -> int:
+    info = source.info
+    return sum(registry.linear_bytes(fmt, n, k, info.layers[layer], info.grid(layer)) for layer, (n, k) in source.shapes.items())
 
 
 def _mask_bytes(source: Source, fmt: Format) -> int:
@@ -334,7 +347,8 @@ def _finish(
     old = registry.quantization_block(source.checkpoint.config) or {}
     config = without(registry.without_quantization(source.checkpoint.config))
     if fmt.quantized:
-        config["quantization_config"] = registry.quantization_config(fmt, source.info.layers, source.ignore, provenance(old), wraps(config))
+        known, bits = source.info.layers, source.info.grids
+        config["quantization_config"] = registry.quantization_config(fmt, known, source.ignore, provenance(old), bits, wraps(config))
     if fmt.block_file:
         stage.write_file(fmt.block_file, canonical(config["quantization_config"]))
     origin = {"format": source.info.name, "variant": source.info.variant, **_source_digest(source, contents)}
@@ -353,6 +367,7 @@ def _finish(
         license=licence.stated(None, said.license),
         made_from=[("SHA-256 of the recipe", Name(digest))] if isinstance(digest, str) else (),
         two_of_four=source.origin is not None,
+        grids=source.info.grids,
     )
     stage.finish(config, manifest=facts, verify=lambda folder: check_written(source, fmt, folder, console), report_files={})
     written = _report_files(source, fmt, stage, command, console, said) or {"README.md": card.render(details).encode()}

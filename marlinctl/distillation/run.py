@@ -46,7 +46,7 @@ from marlinctl.jobs.journal import Request
 from marlinctl.models.architectures import check_module_map
 from marlinctl.oneshot.documents import published_report, versions
 from marlinctl.oneshot.open import Options
-from marlinctl.planning.disk import needed_by_distillation
+from marlinctl.planning.disk import merged_bytes, needed_by_distillation
 from marlinctl.planning.memory import parameters
 from marlinctl.planning.training_settings import check_settings, check_sizes
 from marlinctl.recipes.schema import Distill, Recipe, recipe_hash
@@ -145,7 +145,7 @@ def run_distill(
             opened = open_models(student, teacher, run.asked, options, console, stack, noted, before_weights)
             for contents in opened.contents.values():
                 run.job.watch(contents)
-            _require_disk_space(opened, out, run.asked)
+            _require_disk_space(opened, out, run.asked, options.max_shard_bytes)
             return opened
 
         processes.main_first(take)
@@ -221,11 +221,14 @@ def _fingerprint(run: _Run, opened: TrainingInputs, rows: Rows) -> dict[str, Any
     }
 
 
-def _require_disk_space(opened: TrainingInputs, out: Path, asked: Distill) -> None:
-    """Disk for the result and, beside it, for two states (weights and two moments in float32) and what the teacher predicts."""
+def _require_disk_space(opened: TrainingInputs, out: Path, asked: Distill, max_shard_bytes: int) -> None:
+    """Disk for the result, a part of it twice, and, beside it, for two states (weights and two moments in float32) and what the teacher
+    predicts."""
     tensors = opened.student.checkpoint.tensors
     result = sum(info.nbytes for info in tensors.values())
-    require_space(out, result + needed_by_distillation(opened.student.architecture, result, asked))
+    require_space(
+        out, result + merged_bytes(result, max_shard_bytes) + needed_by_distillation(opened.student.architecture, result, asked)
+    )  # fmt: skip
 
 
 # ---- the modes -----------------------------------------------------------------------------------------------------------------------
@@ -323,7 +326,10 @@ def _publish(
             pass
         return report
     job = run.job
-    with StagedCheckpoint(run.out, overwrite=run.options.overwrite, fmt=opened.student.info.format, path=job.staged) as staged:
+    with StagedCheckpoint(
+        run.out, overwrite=run.options.overwrite, fmt=opened.student.info.format, pieces=job.staged,
+        max_shard_bytes=run.options.max_shard_bytes,
+    ) as staged:  # fmt: skip
         staged.restore([], [])
         build(
             opened,

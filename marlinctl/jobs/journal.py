@@ -9,7 +9,8 @@
                         block, head  a finished block (oneshot/resume.py), with size and SHA-256 of its files
                         publishing   everything is checked; these folders get their names now
                         published    they have them
-    staged/           the checkpoint as it is built (checkpoint/writer.py); the last step renames it to OUT
+    staged/           what is finished of the checkpoint, piece by piece (checkpoint/writer.py)
+    staged.whole/     the checkpoint itself, merged from the pieces; the last step renames it to OUT
     OUT.old-1f0c9a2e/ the OUT that is being replaced; goes back if the new one does not get there
     lock              held while a process is at work; running.json says which one
 
@@ -403,6 +404,8 @@ class JobFolder:
     def _over(self, keep: bool) -> None:
         if keep:
             self.append({"step": "published"})
+            if (self.path / "staged").is_dir():  # the pieces of a run that was killed behind `publishing`
+                ownership.remove_tree(self.path / "staged")
         else:
             self.remove()
 

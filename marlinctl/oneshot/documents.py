@@ -39,7 +39,7 @@ def model_config(opened: RunInputs, recipe: Recipe) -> dict[str, Any]:
     layers = dict(opened.plan.group_sizes)
     config["quantization_config"] = quantization_config(
         INTERCHANGE, layers, sixteen_bit(opened.checkpoint, layers), {"version": __version__, "recipe_sha256": recipe_hash(recipe)},
-        wraps(config),
+        opened.plan.grids, wraps(config),
     )  # fmt: skip
     return config
 

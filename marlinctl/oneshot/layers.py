@@ -1,7 +1,7 @@
 """What happens to each linear of the sequential pipeline: prune, quantize or both, and what is written and noted about it.
 
 weights of linears that share an input, their Hessian
-    ─► members with equal group size and equal source of the mask are stacked into one solve
+    ─► members with equal group size, equal grid and equal source of the mask are stacked into one solve
     ─► stacks of equal shape, of the experts of a block, are solved together
     ─► codes (+ mask) + scales, or pruned 16-bit weights + mask
     ─► tensors of the interchange form, mask, LayerRecord;   the final weight goes back to the pipeline
@@ -26,6 +26,7 @@ from marlinctl.oneshot.reading import Reader
 from marlinctl.oneshot.rows import solve_stacks
 from marlinctl.oneshot.solve import Outcome, StackedSolver, StackOutcome
 from marlinctl.planning.memory import Work, experts_together
+from marlinctl.quantize.scheme import SIXTEEN_BIT, Grid
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipes.schema import Recipe
 from marlinctl.sparsify.steps import PruneSteps
@@ -55,6 +56,7 @@ class LayerRecord:
     bytes_in: int
     bytes_out: int
     seconds: float
+    bits: int = 4  # of a code; 16: not quantized. Earlier versions noted none
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,24 +154,26 @@ class LayerQuantizer:
     def _solve_stages(self, inputs: Sequence[StageInput], weights: list[dict[str, Tensor]], hessians: Sequence[Hessian]) -> None:
         """Put final weights into `weights`."""
         sizes, pattern = self.opened.plan.group_sizes, self.opened.pattern
-        alike: dict[tuple[int, str | None, torch.Size], list[tuple[int, list[str]]]] = {}  # stacks of one kind and shape: input, members
+        # Stacks of one kind and shape: input, members.
+        alike: dict[tuple[int, Grid, str | None, torch.Size], list[tuple[int, list[str]]]] = {}
         for i, stage in enumerate(inputs):
             for name in stage.names:
                 if name not in sizes and self.progress is not None:
                     self.progress.advance()
-            kinds = {name: (sizes[name], pattern.origin(name)) for name in stage.names if name in sizes}
+            kinds = {name: (sizes[name], self.opened.plan.grid(name), pattern.origin(name)) for name in stage.names if name in sizes}
             for kind in dict.fromkeys(kinds.values()):
                 members = [name for name in stage.names if kinds.get(name) == kind]
                 rows, k = sum(weights[i][name].shape[0] for name in members), weights[i][members[0]].shape[1]
                 alike.setdefault((*kind, torch.Size((rows, k))), []).append((i, members))
-        for (group_size, origin, shape), stacks in alike.items():
+        for (group_size, grid, origin, shape), stacks in alike.items():
             started = time.monotonic()
             stack = torch.cat([weights[i][name] for i, members in stacks for name in members]).view(len(stacks), *shape)
             masks = None
             if origin:
                 masks = torch.cat([pattern.mask(name, weights[i][name]).to(stack.device) for i, members in stacks for name in members])
                 masks = masks.view(len(stacks), *shape)
-            solved = self._solve([members for _, members in stacks], stack, masks, [hessians[i] for i, _ in stacks], group_size)
+            solver, given = self.solver.on(grid), [hessians[i] for i, _ in stacks]
+            solved = self._solve(solver, [members for _, members in stacks], stack, masks, given, group_size)
             seconds = (time.monotonic() - started) / len(stacks)
             for (i, members), (outcome, final, kept) in zip(stacks, solved, strict=True):
                 first = 0
@@ -181,16 +185,22 @@ class LayerQuantizer:
                     weights[i][name] = self._keep(name, outcome, final(part), kept, part, tokens, remark, share)
 
     def _solve(
-        self, members: list[list[str]], stacks: Tensor, masks: Tensor | None, hessians: Sequence[Hessian], group_size: int
+        self,
+        solver: StackedSolver,
+        members: list[list[str]],
+        stacks: Tensor,
+        masks: Tensor | None,
+        hessians: Sequence[Hessian],
+        group_size: int,
     ) -> list[StackOutcome]:
         """members: the linears of each stack [R, K] of `stacks` [E, R, K]."""
         try:
-            return solve_stacks(self.solver, stacks, masks, hessians, group_size, self.processes)
+            return solve_stacks(solver, stacks, masks, hessians, group_size, self.processes)
         except ValueError as error:
             fault, message = 0, str(error)
             for e in range(len(members)) if len(members) > 1 else ():  # one by one: the one at fault is named
                 try:
-                    self.solver.solve(stacks[e], None if masks is None else masks[e], hessians[e], group_size)
+                    solver.solve(stacks[e], None if masks is None else masks[e], hessians[e], group_size)
                 except ValueError as found:
                     fault, message = e, str(found)
                     break
@@ -264,6 +274,7 @@ class LayerQuantizer:
             bytes_in=info.nbytes,
             bytes_out=sum(t.numel() * t.element_size() for t in tensors.values()),
             seconds=round(solved.seconds, 4),
+            bits=result.grid.bits if isinstance(result, QuantizedLinear) else SIXTEEN_BIT,
         )
         self._finished.records.append(record)
         if solved.fallback:

@@ -18,6 +18,7 @@ from marlinctl.checkpoint.formats.registry import working_format
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.checkpoint.runtimes import loads
 from marlinctl.checkpoint.safetensors_header import TensorInfo
+from marlinctl.checkpoint.shards import MAX_SHARD_BYTES
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.source_digests import check_known_digests
 from marlinctl.checkpoint.sparsity import SourcePattern, from_headers, of_source
@@ -69,6 +70,7 @@ class Options:
     module_map: Path | None = None
     command: str = "marlinctl quantize"
     keep_job: bool = False
+    max_shard_bytes: int = MAX_SHARD_BYTES  # of a published weight file
     tracker: str | None = None  # of distill: tensorboard or wandb
     base_model: str | None = None  # a hub id, for the card: what the original is called there
     license: str | None = None  # an id that the hub knows, for the card; None: what stands beside the original
@@ -185,6 +187,6 @@ def _require_resources(
         return
     masked = looked.shapes if work.scheme.prunes else pattern.pattern.linears
     fmt = working_format(work.scheme)
-    first = disk.output(fmt, tensors, looked.shapes, looked.plan.group_sizes, masked)
+    first = disk.output(fmt, tensors, looked.shapes, looked.plan, masked)
     scratch = 0 if work.on_device else disk.scratch_bytes(looked.architecture, work)
     require_space(out, disk.needed_by_blocks(first, scratch, disk.state_bytes(looked.architecture, work)))

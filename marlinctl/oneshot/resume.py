@@ -1,7 +1,7 @@
 """What quantize and sparsify keep in the job's folder, to resume after the last finished block.
 
     calibration.safetensors     the token ids, and which of them count; the text is not needed again
-    staged/                     a shard for each finished block
+    staged/                     a shard for each finished block; they are merged when all are there (checkpoint/shards.py)
     staged.masks                the masks of the finished blocks, where there are any
     states/00012.safetensors    the hidden states that enter block 12; the last two that were kept
 
@@ -36,6 +36,7 @@ from marlinctl.errors import UsageError
 from marlinctl.jobs.journal import JOURNAL, JobFolder
 from marlinctl.oneshot.layers import Finished, LayerRecord
 from marlinctl.oneshot.reading import Reader
+from marlinctl.quantize.scheme import INT4, Grid
 from marlinctl.quantize.types import Hessian
 from marlinctl.system.atomic import disk_problems, make_folder, write_tensors
 from marlinctl.system.console import Console
@@ -173,8 +174,6 @@ class RunJob(JobFolder):
 
     def _is_as_noted(self, noted: Mapping[str, Any]) -> bool:
         path = self.path / noted["name"]
-        if not path.is_file():  # a shard that had its final name when the run died
-            path = next(iter(path.parent.glob(f"{path.stem}-of-*{path.suffix}")), path)
         return path.is_file() and not path.is_symlink() and path.stat().st_size == noted["bytes"] and sha256_of(path) == noted["sha256"]
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
@@ -190,7 +189,8 @@ class StoredWeights:
 
     def __init__(self, written: Checkpoint, records: Mapping[str, LayerRecord], reader: Reader) -> None:
         sizes = {name: record.group_size for name, record in records.items()}
-        self._info = FormatInfo(INTERCHANGE, {name: size for name, size in sizes.items() if size is not None})
+        grids = {name: Grid(record.bits) for name, record in records.items() if record.group_size is not None and record.bits != INT4.bits}
+        self._info = FormatInfo(INTERCHANGE, {name: size for name, size in sizes.items() if size is not None}, grids=grids)
         self._written, self._records, self._reader = written, records, reader
 
     def stage(self, names: tuple[str, ...], _hessian: Hessian | None, _remark: str) -> dict[str, Tensor]:

@@ -66,7 +66,7 @@ def solve_stacks(
         damping, fallback, dead = facts[e // each][e % each]
         mask = None if keep is None else keep[e]
         if linears:
-            linear = joined_linear(codes[e], scales[e], linears[0].group_size, mask)
+            linear = joined_linear(codes[e], scales[e], linears[0], mask)
             joined.append(quantized(Solved(linear, errors[e], energies[e], damping, fallback, dead), mask))
         else:
             assert mask is not None
@@ -74,8 +74,10 @@ def solve_stacks(
     return joined
 
 
-def joined_linear(codes: Tensor, scales: Tensor, group_size: int, mask: Tensor | None) -> QuantizedLinear:
-    return QuantizedLinear(codes, scales, group_size) if mask is None else SparseQuantizedLinear(codes, scales, group_size, mask)
+def joined_linear(codes: Tensor, scales: Tensor, part: QuantizedLinear, mask: Tensor | None) -> QuantizedLinear:
+    """part: one of those that are joined."""
+    size, grid = part.group_size, part.grid
+    return QuantizedLinear(codes, scales, size, grid=grid) if mask is None else SparseQuantizedLinear(codes, scales, size, mask, grid=grid)
 
 
 def _solve_rows(
@@ -92,7 +94,7 @@ def _solve_rows(
     mask = None if kept is None else whole(kept)
     error, energy = whole(outcome.error), whole(outcome.output_energy)
     if isinstance(outcome, Solved):
-        linear = joined_linear(whole(outcome.linear.codes), whole(outcome.linear.scales), outcome.linear.group_size, mask)
+        linear = joined_linear(whole(outcome.linear.codes), whole(outcome.linear.scales), outcome.linear, mask)
         return quantized(replace(outcome, linear=linear, error=error, output_energy=energy), mask)
     assert isinstance(outcome, Pruned) and mask is not None
     return pruned(replace(outcome, weight=whole(outcome.weight), mask=mask, error=error, output_energy=energy))

@@ -11,7 +11,6 @@ which `pack` makes the other formats; linears that are pruned and not quantized 
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
@@ -32,7 +31,7 @@ from marlinctl.checkpoint.formats.registry import (
 )
 from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
-from marlinctl.checkpoint.writer import StagedCheckpoint, check_output, remove_copied
+from marlinctl.checkpoint.writer import StagedCheckpoint, check_output
 from marlinctl.data.calibration import CalibrationSet, load_calibration, require_files_unchanged
 from marlinctl.data.default_set import settled
 from marlinctl.data.tokens import Tokens
@@ -51,7 +50,7 @@ from marlinctl.oneshot.reading import Reader
 from marlinctl.oneshot.resume import RunJob
 from marlinctl.oneshot.sequential import SequentialPipeline
 from marlinctl.oneshot.solve import steps_on
-from marlinctl.oneshot.written import verify_written
+from marlinctl.oneshot.written import expected_pieces, verify_written
 from marlinctl.planning.memory import CHUNK_TOKENS, CHUNK_TOKENS_ON_DEVICE, Work, predicted_device_peak
 from marlinctl.planning.preflight import check_lengths, require_samples
 from marlinctl.recipes.schema import Recipe
@@ -122,8 +121,6 @@ def _run(
 ) -> tuple[dict[str, Any], Source]:  # fmt: skip
     """The report is the main process's: the others leave after the last block."""
     started = time.monotonic()
-    if processes.main:
-        remove_copied(job.staged)  # of a run that was killed: it would count as space that is not free
     phases = Phases(start=started - console.started)
     texts = [kept] if (kept := _kept_calibration(job, console)) is not None else []
 
@@ -157,23 +154,27 @@ def _run(
             probe_before(opened, recipe, steps, console, device_memory=device_memory, ranks=processes.count)
         calibration = ranks.share_calibration(processes, lambda: _calibration(job, opened, recipe, texts, steps, console, processes))
         with ExitStack() as stack:
-            staged = StagedCheckpoint(out, overwrite=options.overwrite, fmt=fmt, path=job.staged)
+            staged = StagedCheckpoint(
+                out, overwrite=options.overwrite, fmt=fmt, pieces=job.staged, resumable=True, max_shard_bytes=options.max_shard_bytes
+            )
             if processes.main:
                 stack.enter_context(staged)
             reader = stack.enter_context(Reader(opened.checkpoint, opened.device, ahead=opened.device.type == "cuda"))
             solving = LayerQuantizer(opened, recipe, options, staged, console, reader, steps, phases, processes)
             solved = {f"{name}.weight" for name in opened.plan.group_sizes}
             rest = [name for name in opened.tensors if name not in solved]
-            with begun(partial(_copy_ahead, staged, opened, rest if processes.main else [])) as copied:
+            if processes.main:
+                staged.copy_tensors(opened.checkpoint, rest)
+                staged.expect(expected_pieces(opened, fmt))
+            with begun(staged.copy_ahead) if processes.main and opened.device.type == "cuda" else nullcontext() as copied:
                 _run_blocks(calibration.tokens, job, solving)
                 processes.disband()
                 if not processes.main:
                     return {}, opened.source
-                with phases("copy"):
-                    copied()
-            with phases("copy"):
-                staged.copy_tensors(opened.checkpoint, rest)
-                staged.copy_companions(opened.source.folder)
+                if copied is not None:
+                    with phases("copy"):
+                        copied()
+            staged.copy_companions(opened.source.folder)
             staged.write_file("recipe.yaml", recipe.to_yaml().encode())
             warnings = _warnings(opened, calibration, solving.records, console)
             report = report_of(
@@ -200,12 +201,6 @@ def _run(
             write_reports(staged, report, opened, fmt)
             job.publish([staged], keep=options.keep_job)
     return report, opened.source
-
-
-def _copy_ahead(staged: StagedCheckpoint, opened: RunInputs, names: Sequence[str], over: threading.Event) -> None:
-    """On a GPU, while it computes; on a CPU all cores are at work."""
-    if names and opened.device.type == "cuda":
-        staged.copy_ahead(opened.checkpoint, names, over)
 
 
 def _found(model: str, options: Options, console: Console) -> Source:

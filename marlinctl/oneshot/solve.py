@@ -15,7 +15,7 @@ from torch import Tensor
 
 from marlinctl.quantize.drift import corrected_stack, corrected_target
 from marlinctl.quantize.gptq import Solved, SolveSettings, solve_many
-from marlinctl.quantize.scheme import Scheme
+from marlinctl.quantize.scheme import Grid, Scheme
 from marlinctl.quantize.stacks import stacked
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipes.schema import Recipe
@@ -49,7 +49,7 @@ class StackedSolver:
     drift_correction: float  # share, 0..1; 0 where there is no reference model
     scheme: Scheme
     pruning: PruneSettings
-    settings: SolveSettings  # of int4; the group size is that of each stack
+    settings: SolveSettings  # of the codes; the group size is that of each stack
     steps: PruneSteps = TORCH
 
     @classmethod
@@ -72,9 +72,14 @@ class StackedSolver:
                 scale_search=q.scale_search,
                 damping=q.damping,
                 refine=q.refine,
+                grid=recipe.scheme.grid,
             ),
             steps=steps,
         )
+
+    def on(self, grid: Grid) -> StackedSolver:
+        """The same with other codes."""
+        return replace(self, settings=replace(self.settings, grid=grid))
 
     def solve(self, stack: Tensor, mask: Tensor | None, hessian: Hessian, group_size: int) -> StackOutcome:
         """One stack [R, K]."""
@@ -141,5 +146,5 @@ def rows_of_linear(linear: QuantizedLinear, mask: Tensor | None, rows: slice) ->
     """These rows, with their mask where there is one [R, K]."""
     codes, scales = linear.codes[rows], linear.scales[rows]
     if mask is None:
-        return QuantizedLinear(codes, scales, linear.group_size)
-    return SparseQuantizedLinear(codes, scales, linear.group_size, mask[rows])
+        return QuantizedLinear(codes, scales, linear.group_size, grid=linear.grid)
+    return SparseQuantizedLinear(codes, scales, linear.group_size, mask[rows], grid=linear.grid)

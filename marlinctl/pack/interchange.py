@@ -1,6 +1,7 @@
 """The two layouts that other programs load: compressed-tensors pack-quantized and GPTQ.
 
-Both put eight neighbours in K into one int32, lowest nibble first, so that their codes differ by a transpose:
+Both put neighbours in K into one int32, the first in the lowest bits: eight codes of 4 bits or four of 8. So their codes differ by a
+transpose:
 
     compressed-tensors   weight_packed [N, ceil(K/8)]     GPTQ   qweight [K/8, N] = weight_packed.T
                          weight_scale  [N, G]                    scales  [G, N]   = weight_scale.T
@@ -9,9 +10,10 @@ Both put eight neighbours in K into one int32, lowest nibble first, so that thei
 Codes enter and leave as int8, and no step makes anything wider than int16 out of them: two int8 codes seen as one
 int16 fold into one byte, four bytes seen as one int32 are the word (the hosts and devices of torch are little-endian).
 
-GPTQ carries a zero point per column and group. Ours is always 8, the middle of the nibble. Files of version 1 store
-it as 7, one less than it is, files of version 2 (checkpoint_format gptq_v2) as 8. The caller says which rule the file
-claims to follow; one that is symmetric by the other rule alone is refused as mislabelled.
+On disk a code has half of its range added: 8, or 128. GPTQ carries a zero point per column and group. Ours is always
+that half. Files of version 1 store it as 7 (127), one less than it is, files of version 2 (checkpoint_format gptq_v2)
+as 8 (128). The caller says which rule the file claims to follow; one that is symmetric by the other rule alone is
+refused as mislabelled.
 """
 
 from __future__ import annotations
@@ -22,15 +24,20 @@ from torch.nn.functional import pad
 
 from marlinctl.pack.tile import NIBBLES, OFFSET
 from marlinctl.pack.types import SLAB, as_float16, transposed
+from marlinctl.quantize.scheme import INT4, Grid
 from marlinctl.quantize.types import CODE_MAX, CODE_MIN, QuantizedLinear
 
-ZEROS_V1 = 0x77777777  # eight nibbles of 8 - 1
-ZEROS_V2 = 0x88888888 - (1 << 32)  # eight nibbles of 8, as a signed word
+ZEROS_V1 = {4: 0x77777777, 8: 0x7F7F7F7F}  # bits -> a word of 8 - 1, or of 128 - 1
+ZEROS_V2 = {4: 0x88888888 - (1 << 32), 8: 0x80808080 - (1 << 32)}  # a word of 8, or of 128, as a signed number
+WORD_BITS = 32
 
 
-def pack_ct(codes: Tensor) -> Tensor:
-    """codes int8 [N, K] in -8..7 -> weight_packed int32 [N, ceil(K/8)]. The nibbles beyond K are 0, as compressed-tensors has them."""
+def pack_ct(codes: Tensor, bits: int = 4) -> Tensor:
+    """codes int8 [N, K] -> weight_packed int32 [N, K / codes in a word, up]. What lies beyond K is 0, as compressed-tensors has it."""
     _expect("codes", codes, torch.int8)
+    if bits == 8:
+        padded = pad(codes, (0, -codes.shape[1] % 4), value=-128).contiguous()  # which is byte 0
+        return (padded.view(torch.uint8) ^ 0x80).view(torch.int32)
     low, high = torch.aminmax(codes)
     if int(low) < CODE_MIN or int(high) > CODE_MAX:  # would spill into the neighbours
         raise ValueError(f"codes {list(codes.shape)} lie in {int(low)}..{int(high)}, outside {CODE_MIN}..{CODE_MAX}")
@@ -43,11 +50,14 @@ def pack_ct(codes: Tensor) -> Tensor:
     return weight_packed
 
 
-def unpack_ct(weight_packed: Tensor, n: int, k: int) -> Tensor:
-    """weight_packed int32 [n, ceil(k/8)] -> codes int8 [n, k]."""
+def unpack_ct(weight_packed: Tensor, n: int, k: int, bits: int = 4) -> Tensor:
+    """weight_packed int32 [n, k / codes in a word, up] -> codes int8 [n, k]."""
     _expect("weight_packed", weight_packed, torch.int32)
-    if tuple(weight_packed.shape) != (n, -(-k // NIBBLES)):
-        raise ValueError(f"weight_packed of N={n}, K={k} must be [{n}, {-(-k // NIBBLES)}], got {list(weight_packed.shape)}")
+    across = -(-k // (WORD_BITS // bits))
+    if tuple(weight_packed.shape) != (n, across):
+        raise ValueError(f"weight_packed of N={n}, K={k} must be [{n}, {across}], got {list(weight_packed.shape)}")
+    if bits == 8:
+        return (weight_packed.contiguous().view(torch.uint8) ^ 0x80).view(torch.int8)[:, :k].contiguous()
     codes = torch.empty(n, NIBBLES * weight_packed.shape[1], dtype=torch.int8, device=weight_packed.device)
     for slab, words in zip(split(codes, SLAB), split(weight_packed, SLAB), strict=True):
         pairs = words.reshape(-1).view(torch.uint8).to(torch.int16)  # a byte holds two neighbours
@@ -59,40 +69,41 @@ def unpack_ct(weight_packed: Tensor, n: int, k: int) -> Tensor:
 
 def pack_gptq(q: QuantizedLinear) -> dict[str, Tensor]:
     """The four tensors of a symmetric GPTQ layer, version 1 (checkpoint_format gptq)."""
-    n, k = q.out_features, q.in_features
+    n, k, bits = q.out_features, q.in_features, q.grid.bits
     if n % NIBBLES or k % NIBBLES:
         raise ValueError(f"GPTQ packs 8 codes to a word along K and 8 zeros along N, so both must be multiples of 8: N={n}, K={k}")
     device = q.codes.device
     groups = q.scales.shape[1]
     return {
-        "qweight": transposed(pack_ct(q.codes)),  # [K/8, N]
-        "qzeros": torch.full((groups, n // NIBBLES), ZEROS_V1, dtype=torch.int32, device=device),
+        "qweight": transposed(pack_ct(q.codes, bits)),  # [K/8, N], or [K/4, N]
+        "qzeros": torch.full((groups, n * bits // WORD_BITS), ZEROS_V1[bits], dtype=torch.int32, device=device),
         "scales": transposed(as_float16(q.scales)),  # [G, N]
         "g_idx": _plain_g_idx(k, q.group_size, device),
     }
 
 
-def unpack_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, *, v2: bool) -> QuantizedLinear:
+def unpack_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, *, v2: bool, grid: Grid = INT4) -> QuantizedLinear:
     """The codes of a symmetric GPTQ layer without activation order at run time; anything else is refused.
 
     v2 says how the file stores its zero points: checkpoint_format gptq_v2, against gptq. g_idx is None where the file
     has none, which means plain order as long as its config says desc_act: false.
     """
     _expect("qweight", qweight, torch.int32)
-    k, n = NIBBLES * qweight.shape[0], qweight.shape[1]
-    if n % NIBBLES:
-        raise ValueError(f"qweight {list(qweight.shape)} has N={n} columns, which is not a multiple of {NIBBLES}")
+    together = WORD_BITS // grid.bits  # codes in a word
+    k, n = together * qweight.shape[0], qweight.shape[1]
+    if n % together:
+        raise ValueError(f"qweight {list(qweight.shape)} has N={n} columns, which is not a multiple of {together}")
     _expect("scales", scales, torch.float16, torch.bfloat16)
     groups = scales.shape[0]
     if scales.shape[1] != n or not groups or k % groups:
         raise ValueError(f"scales of N={n}, K={k} must be [G, {n}] with G dividing {k}, got {list(scales.shape)}")
     _expect("qzeros", qzeros, torch.int32)
-    if tuple(qzeros.shape) != (groups, n // NIBBLES):
-        raise ValueError(f"qzeros of N={n} and {groups} groups must be [{groups}, {n // NIBBLES}], got {list(qzeros.shape)}")
-    _refuse_asymmetric(qzeros, v2)
+    if tuple(qzeros.shape) != (groups, n // together):
+        raise ValueError(f"qzeros of N={n} and {groups} groups must be [{groups}, {n // together}], got {list(qzeros.shape)}")
+    _refuse_asymmetric(qzeros, v2, grid.bits)
     if g_idx is not None:
         _refuse_act_order(g_idx, k, k // groups)
-    return QuantizedLinear(unpack_ct(qweight.T, n, k), transposed(scales), k // groups)
+    return QuantizedLinear(unpack_ct(qweight.T, n, k, grid.bits), transposed(scales), k // groups, grid=grid)
 
 
 def _plain_g_idx(k: int, group_size: int, device: torch.device) -> Tensor:
@@ -100,23 +111,25 @@ def _plain_g_idx(k: int, group_size: int, device: torch.device) -> Tensor:
     return torch.arange(k, dtype=torch.int32, device=device) // group_size
 
 
-def _refuse_asymmetric(qzeros: Tensor, v2: bool) -> None:
-    """Every zero point must be 8. A file that is symmetric by the other version's rule is most likely mislabelled, so that is said."""
-    symmetric, other, version, other_version = (ZEROS_V2, ZEROS_V1, "gptq_v2", "gptq") if v2 else (ZEROS_V1, ZEROS_V2, "gptq", "gptq_v2")
+def _refuse_asymmetric(qzeros: Tensor, v2: bool, bits: int) -> None:
+    """Every zero point must be 8, or 128. A file that is symmetric by the other version's rule is most likely mislabelled: that is said."""
+    first, second = ZEROS_V1[bits], ZEROS_V2[bits]
+    symmetric, other, version, other_version = (second, first, "gptq_v2", "gptq") if v2 else (first, second, "gptq", "gptq_v2")
+    mask, together = (1 << bits) - 1, WORD_BITS // bits
     wrong = qzeros != symmetric
     if not bool(wrong.any()):
         return
     if bool((qzeros == other).all()):
         raise ValueError(
-            f"qzeros {list(qzeros.shape)} store {other & 15} everywhere, which is symmetric in {other_version} and not in {version}: "
+            f"qzeros {list(qzeros.shape)} store {other & mask} everywhere, which is symmetric in {other_version} and not in {version}: "
             f"the checkpoint_format of this file looks wrong"
         )
     group, column = wrong.nonzero()[0].tolist()
     word = int(qzeros[group, column])
-    nibble = next(i for i in range(NIBBLES) if (word ^ symmetric) >> (4 * i) & 15)
+    place = next(i for i in range(together) if (word ^ symmetric) >> (bits * i) & mask)
     raise ValueError(
-        f"asymmetric: qzeros {list(qzeros.shape)} must store {symmetric & 15} everywhere ({version}), "
-        f"but group {group}, output {NIBBLES * column + nibble} stores {word >> (4 * nibble) & 15}; {int(wrong.sum())} words differ"
+        f"asymmetric: qzeros {list(qzeros.shape)} must store {symmetric & mask} everywhere ({version}), "
+        f"but group {group}, output {together * column + place} stores {word >> (bits * place) & mask}; {int(wrong.sum())} words differ"
     )
 
 

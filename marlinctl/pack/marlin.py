@@ -33,7 +33,7 @@ WEIGHTS_AT_ONCE = 1 << 25  # in `repack`, where each step is a launch on a GPU: 
 def pack_marlin(q: QuantizedLinear) -> PackedLinear:
     """Codes and scales in MARLIN order. N and K are padded to multiples of 64 with code 0 and scale 0."""
     n, k = q.out_features, q.in_features
-    codes = padded_codes(q.codes)
+    codes = padded_codes(q)
     qweight = codes.new_empty(padded(k) // TILE_K, padded(n) // TILE_N, 8, 4, 4, dtype=torch.int32)  # [row, block, column, quad, j]
     for blocks, slab in zip(split(qweight, SLAB // TILE_N, 1), split(codes, SLAB), strict=True):
         blocks.copy_(_words(slab))

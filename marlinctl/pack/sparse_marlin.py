@@ -36,7 +36,7 @@ def pack_sparse_marlin(q: SparseQuantizedLinear) -> PackedSparseLinear:
     n, k = q.out_features, q.in_features
     shape = (padded(k) // ROW_K, 2 * padded(n))
     qweight, meta = q.codes.new_empty(shape, dtype=torch.int32), q.codes.new_empty(shape, dtype=torch.int16)
-    codes, keep = padded_codes(q.codes), q.keep
+    codes, keep = padded_codes(q), q.keep
     if codes is not q.codes:
         keep = (torch.arange(padded(k), device=codes.device) % QUAD < SURVIVORS).repeat(padded(n), 1)
         keep[:n, :k] = q.keep
@@ -102,7 +102,7 @@ def remask(packed: PackedSparseLinear, q: QuantizedLinear, importance: Tensor | 
     if not (packed.qweight.is_contiguous() and packed.meta.is_contiguous()):
         raise ValueError("qweight and meta are written in place, so they must be contiguous")
     by_column = None if importance is None else _by_column(importance, padded(k))
-    codes = padded_codes(q.codes)
+    codes = padded_codes(q)
     slab_rows = SLAB if codes.device.type == "cpu" else max(TILE_N, WEIGHTS_AT_ONCE // codes.shape[1] // TILE_N * TILE_N)
     for words, places, slab in zip(*_split(packed.qweight, packed.meta, slab_rows), split(codes, slab_rows), strict=True):
         _write(words, places, slab, _best(slab, by_column))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from marlinctl.quantize.scheme import INT4
 from marlinctl.quantize.types import QuantizedLinear
 from marlinctl.sparsify.types import QUAD
 
@@ -138,8 +139,12 @@ def side_by_side(parts: Sequence[PackedLinear | PackedSparseLinear]) -> PackedLi
     return PackedSparseLinear(words, meta, scales, n, k, group_size)
 
 
-def padded_codes(codes: Tensor) -> Tensor:
-    """codes [N, K] -> [N', K'] with code 0 beyond N and K; `codes` itself where that is the same."""
+def padded_codes(q: QuantizedLinear) -> Tensor:
+    """codes [N, K] -> [N', K'] with code 0 beyond N and K; `q.codes` itself where that is the same. ValueError for other codes than INT4:
+    tiles are made of nibbles."""
+    if q.grid != INT4:
+        raise ValueError(f"tiles hold {INT4} codes, and these are {q.grid}")
+    codes = q.codes
     n, k = codes.shape
     return codes if (padded(n), padded(k)) == (n, k) else pad(codes, (0, padded(k) - k, 0, padded(n) - n))
 

@@ -1,7 +1,8 @@
 """How many bytes of disk a run writes: its outputs, exactly, and what lies beside them while it runs. From names and shapes alone.
 
 blocks    the finished linears in the interchange form, the activations of one block in unnamed files (system/offload.py), and the
-          hidden states that enter two blocks, to resume from (oneshot/resume.py)
+          hidden states that enter two blocks, to resume from (oneshot/resume.py). In the end the linears are there twice: in the pieces
+          that were written block by block, and in the files that are published (checkpoint/shards.py)
 publish   every output at once: each is built beside its place and renamed
 mask      2:4 linears have one bit a weight in a file of its own, which is written twice: its header is known last
 """
@@ -14,8 +15,10 @@ from dataclasses import dataclass
 from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.safetensors_header import TensorInfo
+from marlinctl.checkpoint.shards import MAX_SHARD_BYTES
 from marlinctl.models.architectures import Architecture, Block, Branch, Chain, Experts
-from marlinctl.planning.memory import Work, trained_weights
+from marlinctl.planning.layer_rules import Plan
+from marlinctl.planning.memory import SHARD_BYTES, Work, trained_weights
 from marlinctl.recipes.schema import Distill
 
 Shapes = Mapping[str, tuple[int, int]]  # linear -> (N, K)
@@ -44,14 +47,16 @@ class Output:
         return self.weights + _PER_TENSOR * self.tensors + _PAGE
 
 
-def output(fmt: Format, tensors: Mapping[str, TensorInfo], shapes: Shapes, sizes: Mapping[str, int], masked: Iterable[str]) -> Output:
-    """A folder in format `fmt` of a 16-bit model whose `shapes` are compressed. sizes: group sizes. masked: the 2:4 linears."""
+def output(
+    fmt: Format, tensors: Mapping[str, TensorInfo], shapes: Shapes, rules: Plan, masked: Iterable[str]
+) -> Output:  # fmt: skip
+    """A folder in format `fmt` of a 16-bit model whose `shapes` are compressed. rules: group sizes and grids. masked: the 2:4 linears."""
     weights = {f"{name}.weight" for name in shapes}
     untouched = [info.nbytes for name, info in tensors.items() if name not in weights]
     if not fmt.quantized:
         linears = sum(tensors[name].nbytes for name in weights)
     else:
-        linears = sum(registry.linear_bytes(fmt, n, k, sizes[name]) for name, (n, k) in shapes.items())
+        linears = sum(registry.linear_bytes(fmt, n, k, rules.group_sizes[name], rules.grid(name)) for name, (n, k) in shapes.items())
     each = len(fmt.suffixes)
     named = [] if fmt.needs_mask else [shapes[name] for name in masked]
     mask = sum(n * -(-k // 8) for n, k in named)
@@ -59,8 +64,14 @@ def output(fmt: Format, tensors: Mapping[str, TensorInfo], shapes: Shapes, sizes
 
 
 def needed_by_blocks(first: Output, scratch: int, states: int) -> int:
-    """Bytes at the fullest moment of quantize or sparsify: activations are gone before the untouched tensors are copied."""
-    return max(first.linears + first.mask + scratch, first.on_disk + first.mask) + states
+    """Bytes at the fullest moment of quantize or sparsify: activations are gone before the pieces are merged."""
+    return first.linears + first.mask + max(scratch, first.on_disk) + states
+
+
+def merged_bytes(pieces: int, max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
+    """What lies on the disk twice while pieces of so many bytes are merged, and each goes when it is: one published file, and the pieces
+    that it shares with its neighbours."""
+    return min(pieces, max_shard_bytes + 2 * SHARD_BYTES)
 
 
 def state_bytes(architecture: Architecture, work: Work) -> int:

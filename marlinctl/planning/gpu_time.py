@@ -10,7 +10,8 @@
     read                                   bytes of weights on their way to the GPU
     solve                                  factorisations, products, steps of the sweeps, passes over weights, solves
     wait for the disk                      what the thread that writes is behind when the last block is done
-    copy                                   bytes that are copied as they are, as far as it takes longer than the blocks beside it
+    copy                                   bytes of the source that are copied as they are, as far as it takes longer than the blocks
+                                           beside it
     check                                  linears, weights that are unpacked, bytes that are hashed
     between ranks                          bytes of Gram matrices and rows through the link; of several ranks, and no phase of the report
     the rest                               of the process, in no phase: the start of python, reports, publishing

@@ -1,4 +1,4 @@
-"""Per-layer rules: which linears are quantized, and with which group size.
+"""Per-layer rules: which linears are quantized, with which group size and how many bits.
 
 A pattern is a shell glob that is held against a linear's full name and against every tail of it that begins after a dot: `k_proj` and
 `*.k_proj` mean all k_proj, `layers.0.*` the first block. `re:EXPRESSION` is a regular expression searched in the full name.
@@ -7,12 +7,13 @@ A pattern is a shell glob that is held against a linear's full name and against 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from marlinctl.errors import Problem, UsageError
 from marlinctl.models.architectures import Architecture, LinearSpec
+from marlinctl.quantize.scheme import INT4, Grid
 from marlinctl.system.patterns import Time, compiled
 
 GROUP_SIZES = (128, 64, 32, -1)
@@ -28,10 +29,21 @@ class Plan:
     kept: Mapping[str, str]  # linears that stay 16-bit -> reason
     head: LinearSpec | None  # the output head, when it is quantized too; a tied one gets a weight of its own
     idle: tuple[str, ...] = ()  # patterns of `skip` that name the output head alone, where it stays 16-bit anyway
+    grids: Mapping[str, Grid] = field(default_factory=dict)  # of the quantized linears whose codes are not INT4
+
+    def grid(self, name: str) -> Grid:
+        return self.grids.get(name, INT4)
 
 
-def plan(architecture: Architecture, *, group_size: int, skip: Sequence[str], overrides: Mapping[str, int], include: Sequence[str]) -> Plan:
-    """Resolve the rules against a model. All problems at once: UsageError E255 (patterns, group sizes)."""
+def plan(
+    architecture: Architecture, *, group_size: int, skip: Sequence[str], overrides: Mapping[str, int], include: Sequence[str],
+    grid: Grid = INT4, grids: Mapping[str, Grid] | None = None,
+) -> Plan:  # fmt: skip
+    """Resolve the rules against a model. All problems at once: UsageError E255 (patterns, group sizes).
+
+    overrides: pattern -> group size. grid: of all linears; grids: pattern -> another one.
+    """
+    grids = grids or {}
     linears = dict(architecture.linears)
     head = _head(architecture, include)
     if head is not None:
@@ -40,7 +52,7 @@ def plan(architecture: Architecture, *, group_size: int, skip: Sequence[str], ov
     problems: list[Problem] = []
     sixteen_bit = _Names(spec.name for spec in (architecture.head, architecture.tied) if spec is not None and head is None)
     idle = tuple(pattern for pattern in dict.fromkeys(skip) if not names.matching(pattern) and sixteen_bit.matching(pattern))
-    for pattern in (*skip, *overrides):
+    for pattern in dict.fromkeys((*skip, *overrides, *grids)):
         if pattern not in idle and not names.matching(pattern):
             if len(problems) == _MOST_PROBLEMS:
                 problems.append(Problem("and maybe more patterns", "--skip / --override", "fix the ones above first"))
@@ -60,12 +72,15 @@ def plan(architecture: Architecture, *, group_size: int, skip: Sequence[str], ov
     if not sizes:
         raise UsageError("E255", "every linear is skipped; nothing would be quantized", where="--skip", fix="skip fewer linears")
     _require_divisible(linears, sizes)
+    chosen = dict.fromkeys(sizes, grid)
+    for pattern, other in grids.items():
+        chosen |= dict.fromkeys((name for name in names.matching(pattern) if name in sizes), other)
     for name, spec in architecture.linears.items():
         if name not in sizes and name not in kept:
             kept[name] = f"K={spec.in_features}"
     if architecture.head is not None and head is None:
         kept[architecture.head.name] = "output head (--include lm_head)"
-    return Plan(sizes, kept, head, idle)
+    return Plan(sizes, kept, head, idle, {name: grid for name, grid in chosen.items() if grid != INT4})
 
 
 class _Names:

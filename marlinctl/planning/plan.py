@@ -189,7 +189,7 @@ def _masked(looked: ModelPlan, found: Pattern, recipe: Recipe) -> tuple[str, ...
 
 def _output(looked: ModelPlan, found: Pattern, recipe: Recipe, fmt: Format) -> disk_space.Output:
     tensors = stored_once(looked.checkpoint, looked.architecture)
-    return disk_space.output(fmt, tensors, looked.shapes, looked.plan.group_sizes, _masked(looked, found, recipe))
+    return disk_space.output(fmt, tensors, looked.shapes, looked.plan, _masked(looked, found, recipe))
 
 
 # ---- stages: what runs one after another -----------------------------------------------------------------------------------------------
@@ -258,10 +258,12 @@ def _disk(
         "blocks": disk_space.needed_by_blocks(first_output, scratch, states) + small,
         "publish": published + extra + sum(output.mask for output in outputs),
     }
+    moments["publish"] += max((disk_space.merged_bytes(output.linears) for output in outputs if output.format is not first), default=0)
     if divided(recipe) is not None:
         dense = _output(looked, found, recipe, registry.DENSE)
         training = disk_space.needed_by_distillation(looked.architecture, dense.weights, recipe.distill)
-        moments["distil"] = 2 * (dense.on_disk + small) + training
+        moments["prune"] = disk_space.needed_by_blocks(dense, scratch, states) + small
+        moments["distil"] = 2 * (dense.on_disk + small) + disk_space.merged_bytes(dense.weights) + training
         moments["blocks"] += dense.on_disk + small
         moments["publish"] += dense.on_disk + small
     return {"during": max(moments.values()), "outputs": published, "scratch": scratch, "moments": moments, "fetch": seen.to_fetch}
@@ -320,7 +322,7 @@ def _linears(looked: ModelPlan, found: Pattern, recipe: Recipe) -> dict[str, Any
         {
             "name": name,
             "shape": list(looked.shapes[name]),
-            "bits": scheme.bits,
+            "bits": looked.plan.grid(name).bits if scheme.quantizes else scheme.bits,
             "group_size": size if scheme.quantizes else None,
             "pattern": "2:4" if name in sparse else None,
         }

@@ -22,6 +22,7 @@ from marlinctl.data.calibration_size import check_documents, check_length, too_f
 from marlinctl.errors import BadInput, Problem, UsageError
 from marlinctl.models.architectures import Architecture, LinearSpec, check_module_map
 from marlinctl.planning.layer_rules import Plan, plan
+from marlinctl.quantize.scheme import INT4, Grid
 from marlinctl.recipes.schema import Recipe, divided
 from marlinctl.system.console import Console
 
@@ -115,8 +116,18 @@ def look(
         known,
         group_size=recipe.quantize.group_size if groups else -1,
         skip=recipe.quantize.skip,
-        overrides={pattern: override.group_size if groups else -1 for pattern, override in recipe.quantize.overrides.items()},
+        overrides={
+            pattern: override.group_size if groups else -1
+            for pattern, override in recipe.quantize.overrides.items()
+            if override.group_size is not None
+        },
         include=recipe.quantize.include,
+        grid=recipe.scheme.grid,
+        grids={
+            pattern: Grid(override.bits) if recipe.scheme.quantizes else INT4
+            for pattern, override in recipe.quantize.overrides.items()
+            if override.bits is not None
+        },
     )
     if console is not None:
         for pattern in rules.idle:
@@ -124,7 +135,7 @@ def look(
     shapes = {name: (spec.out_features, spec.in_features) for name, spec in _planned(known, rules).items()}
     if recipe.scheme.prunes:
         _refuse_odd_widths(shapes)
-    if problems := misfits(shapes, formats_of(recipe)):
+    if problems := misfits(shapes, formats_of(recipe), rules.grids):
         raise BadInput.from_problems("E349", problems)
     unties = rules.head is not None and rules.head.name in rules.group_sizes and known.head is None
     if unties:
@@ -137,8 +148,8 @@ def said_of_untied_head(looked: ModelPlan, fmt: Format) -> str:
     head, embedding = looked.plan.head, looked.checkpoint.tensors[f"{looked.architecture.embedding}.weight"]
     assert head is not None
     n, k = looked.shapes[head.name]
-    size = linear_bytes(fmt, n, k, looked.plan.group_sizes[head.name]) if fmt.quantized else embedding.nbytes
-    copy = "a 4-bit copy" if fmt.quantized else "a copy"
+    size = linear_bytes(fmt, n, k, looked.plan.group_sizes[head.name], looked.plan.grid(head.name)) if fmt.quantized else embedding.nbytes
+    copy = f"a {looked.plan.grid(head.name)} copy" if fmt.quantized else "a copy"
     reads = f", and a token reads {_mebibytes(size)} in place of {_mebibytes(embedding.nbytes)}" if fmt.quantized else ""
     return (
         f"{head.name} is tied to the embedding: {copy} of it is written, the embedding stays 16-bit, and config.json says "
@@ -175,7 +186,8 @@ def as_published(looked: ModelPlan, fmt: Format) -> Packed:
     """What a published folder will be to its clients (checkpoint/runtimes.py)."""
     quantized = looked.plan.group_sizes if fmt.quantized else {}
     shapes = {name: looked.shapes[name] for name in quantized}
-    return Packed(fmt, shapes, quantized, sixteen_bit(looked.checkpoint, quantized), looked.checkpoint.config, fmt.writes_variant)
+    ignore, grids = sixteen_bit(looked.checkpoint, quantized), looked.plan.grids if fmt.quantized else {}
+    return Packed(fmt, shapes, quantized, ignore, looked.checkpoint.config, fmt.writes_variant, grids)
 
 
 def sixteen_bit(checkpoint: Checkpoint, quantized: Iterable[str]) -> list[str]:

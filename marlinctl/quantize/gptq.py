@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from marlinctl.quantize.refine import descend, layer_error, refit_scales
+from marlinctl.quantize.scheme import INT4, Grid
 from marlinctl.quantize.solver import factor, factor_stack, ridges
 from marlinctl.quantize.stacks import apart, choose, take_both, take_rows
 from marlinctl.quantize.stacks import diagonal as diagonal_of
 from marlinctl.quantize.steps import TORCH, SolverSteps
-from marlinctl.quantize.types import CODE_MAX, CODE_MIN, Hessian, QuantizedLinear
+from marlinctl.quantize.types import Hessian, QuantizedLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class SolveSettings:
     scale_search: str  # "hessian", "mse" or "none"
     damping: float  # fraction of mean(diag H)
     refine: int  # rounds of two descents and one re-fit
+    grid: Grid = INT4
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ def solve(
         weight, mask, original, diagonal, order, matrix, factored.feedback, ridge, rounds, settings, steps
     )
     return Solved(
-        linear=QuantizedLinear(codes, scales, group_size),
+        linear=QuantizedLinear(codes, scales, group_size, grid=settings.grid),
         error=error,
         output_energy=energy,
         damping=factored.damping,
@@ -134,7 +136,7 @@ def solve_many(
         ridge = ridges(diagonal, settings.damping)
         found = _round(weight, mask, original, diagonal, places, matrix, fed_back, ridge, settings.refine, settings, steps)
         return [
-            Solved(QuantizedLinear(codes, scales, group_size), error, energy, settings.damping, None, dead[e])
+            Solved(QuantizedLinear(codes, scales, group_size, grid=settings.grid), error, energy, settings.damping, None, dead[e])
             for e, codes, scales, error, energy in zip(chosen, *found, strict=True)
         ]
 
@@ -166,12 +168,12 @@ def _round(
     s = scales.mT.contiguous()  # [G, R]
     kept = None if mask is None else take_rows(mask.mT, order).contiguous()
     target = w if original is None else take_rows(original.mT, order).contiguous()
-    codes, _ = steps.sweep(w, w, feedback, s, group_of, kept)
+    codes, _ = steps.sweep(w, w, feedback, s, group_of, kept, grid=settings.grid)
     if rounds:
         diagonal_of(matrix).add_(ridge)
         for _ in range(rounds):
             for _ in range(2):
-                codes = descend(target, codes, s, matrix, group_of, kept, sweep=steps.sweep)
+                codes = descend(target, codes, s, matrix, group_of, kept, sweep=steps.sweep, grid=settings.grid)
             s = refit_scales(target, codes, s, matrix, group_of, positive=not settings.both_signs, bfloat16_exact=settings.bfloat16_exact)
         diagonal_of(matrix).sub_(ridge)
     in_place = take_rows(codes, torch.argsort(order, dim=-1)).to(torch.int8).mT.contiguous()  # scattering columns is slow on a GPU
@@ -197,6 +199,7 @@ def static_scales(weight: Tensor, importance: Tensor, settings: SolveSettings, s
         bfloat16_exact=settings.bfloat16_exact,
         ratios=ratios,
         margin=SEARCH_MARGIN,
+        grid=settings.grid,
     )
 
 
@@ -205,5 +208,5 @@ def round_to_nearest(weight: Tensor, settings: SolveSettings, steps: SolverSteps
     rows, k = weight.shape
     group_size = k if settings.group_size == -1 else settings.group_size
     scales = static_scales(weight, torch.ones(k, device=weight.device), settings, steps)
-    codes = (weight.reshape(rows, -1, group_size) / scales.unsqueeze(-1)).round().clamp(CODE_MIN, CODE_MAX)
-    return QuantizedLinear(codes.reshape(rows, k).to(torch.int8), scales.to(torch.float16), group_size)
+    codes = (weight.reshape(rows, -1, group_size) / scales.unsqueeze(-1)).round().clamp(settings.grid.lowest, settings.grid.highest)
+    return QuantizedLinear(codes.reshape(rows, k).to(torch.int8), scales.to(torch.float16), group_size, grid=settings.grid)

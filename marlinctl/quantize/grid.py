@@ -1,7 +1,7 @@
-"""The symmetric int4 grid: code x scale, codes -8..7, one scale for each group of inputs and each output.
+"""The symmetric grid: code x scale, codes -8..7 or -128..127, one scale for each group of inputs and each output.
 
 The grid is lopsided (one level more on the negative side), so the sign of the scale is worth a bit: a negative scale puts the largest
-weight on level -8. MARLIN multiplies by the scale and does not care about its sign.
+weight on the lowest level. MARLIN multiplies by the scale and does not care about its sign.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from marlinctl.quantize.types import CODE_MAX, CODE_MIN
+from marlinctl.quantize.scheme import INT4, Grid
 
 SMALLEST_SCALE = 2.0**-14  # the smallest normal float16: below it a float16 scale loses digits
 
@@ -38,29 +38,30 @@ def search_scales(
     bfloat16_exact: bool,
     ratios: tuple[float, ...],
     margin: float = 0.0,
+    grid: Grid = INT4,
 ) -> Tensor:
     """For each group of each row the scale with the least weighted rounding error Σ_j h_j (w_j - q_j)².
 
-    The scale that just covers the largest weight, with -8 for it where both signs are allowed, stands unless another one promises an error
-    smaller by more than `margin`, a share of the standing one's.
+    The scale that just covers the largest weight, with the lowest code for it where both signs are allowed, stands unless another one
+    promises an error smaller by more than `margin`, a share of the standing one's.
 
     weight: [R, K] float32. importance: [K] float32 >= 0 (the diagonal of the Hessian), or None for plain squares.
-    ratios: the other candidates, as fractions of the scale that just covers the largest weight w: w / -8, which puts it on level -8,
-    and w / 7.5 for the other sign; |w| / 7.5 alone where scales must be positive. Returns scales [R, G] float32, already rounded by
-    `round_scales`.
+    ratios: the other candidates, as fractions of the scale that just covers the largest weight w: of four bits w / -8, which puts it on
+    level -8, and w / 7.5 for the other sign; |w| / 7.5 alone where scales must be positive. Returns scales [R, G] float32, already
+    rounded by `round_scales`.
     """
     rows, k = weight.shape
     groups = k // group_size
     grouped = weight.reshape(rows, groups, group_size)
     signed = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)  # [R, G] the weight of largest magnitude
-    starts = [signed / CODE_MIN, signed / (CODE_MAX + 0.5)] if both_signs else [signed.abs() / (CODE_MAX + 0.5)]
+    starts = [signed / grid.lowest, signed / (grid.highest + 0.5)] if both_signs else [signed.abs() / (grid.highest + 0.5)]
     h = None if importance is None else importance.reshape(groups, group_size)
     best = round_scales(starts[0], bfloat16_exact)
     chunk = max(1, 2**18 // k)  # rows whose temporaries stay in the cache
 
     def error(w: Tensor, s: Tensor) -> Tensor:
         t = w * s.reciprocal().unsqueeze(-1)
-        delta = t.round().clamp_(CODE_MIN, CODE_MAX).sub_(t).square_()
+        delta = t.round().clamp_(grid.lowest, grid.highest).sub_(t).square_()
         return (delta.sum(-1) if h is None else (delta * h).sum(-1)) * s.square()
 
     for first in range(0, rows, chunk):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from marlinctl.quantize.grid import round_scales
 from marlinctl.quantize.products import mm
+from marlinctl.quantize.scheme import INT4, Grid
 from marlinctl.quantize.stacks import diagonal as diagonal_of
 from marlinctl.quantize.stacks import take_both, take_rows
 from marlinctl.quantize.steps import TORCH, Sweep
@@ -29,6 +30,7 @@ def descend(
     mask: Tensor | None = None,
     *,
     sweep: Sweep = TORCH.sweep,
+    grid: Grid = INT4,
 ) -> Tensor:
     """One sweep of coordinate descent: every code in turn takes its best value given all others.
 
@@ -40,7 +42,7 @@ def descend(
     current = codes * take_rows(scales, group_of)
     diagonal = diagonal_of(matrix)
     base = mm(matrix, weight - current).div_(diagonal.unsqueeze(-1)).add_(current)
-    codes, _ = sweep(base, current, matrix / diagonal.unsqueeze(-2), scales, group_of, mask)
+    codes, _ = sweep(base, current, matrix / diagonal.unsqueeze(-2), scales, group_of, mask, grid=grid)
     return codes
 
 

@@ -10,6 +10,29 @@ Activations = Literal["16-bit"]
 SIXTEEN_BIT = 16
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Grid:
+    """The values that a code may have: a step is the scale of its group."""
+
+    bits: int = 4
+
+    @property
+    def lowest(self) -> int:
+        """The smallest code, -8 of four bits."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def highest(self) -> int:
+        """The largest code, 7 of four bits."""
+        return (1 << (self.bits - 1)) - 1
+
+    def __str__(self) -> str:
+        return f"{self.bits}-bit"
+
+
+INT4, INT8 = Grid(), Grid(8)
+
+
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """Symmetric integer codes of `bits` bits, one scale for each group of weights along K, or weights as they are (16)."""
@@ -28,11 +51,6 @@ class Scheme:
         return self.sparsity != "none"
 
     @property
-    def lowest(self) -> int:
-        """The smallest code, -8 of four bits."""
-        return -(1 << (self.bits - 1))
-
-    @property
-    def highest(self) -> int:
-        """The largest code, 7 of four bits."""
-        return (1 << (self.bits - 1)) - 1
+    def grid(self) -> Grid:
+        """INT4 where nothing is quantized: it is not used then."""
+        return Grid(self.bits) if self.quantizes else INT4

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from marlinctl.quantize.memory import FLOAT64_ABOVE
+from marlinctl.quantize.scheme import INT4, Grid
 from marlinctl.quantize.stacks import diagonal as diagonal_of
-from marlinctl.quantize.types import CODE_MAX, CODE_MIN
 
 COLUMN_BLOCK = 128  # columns gathered by one product over everything before them
 COLUMN_RUN = (
@@ -112,6 +112,7 @@ def sweep(
     group_of: Tensor,
     mask: Tensor | None = None,
     choose: Choose | None = None,
+    grid: Grid = INT4,
 ) -> tuple[Tensor, Tensor]:
     """Project all columns in order, each with the feedback of those before it.
 
@@ -149,7 +150,7 @@ def sweep(
                     code.copy_(target_of[k - start])
                 else:
                     torch.mul(target_of[k - start], steps[1][group[k]], out=code)
-                    code.round_().clamp_(CODE_MIN, CODE_MAX)
+                    code.round_().clamp_(grid.lowest, grid.highest)
                 if mask_of is not None:
                     code.mul_(mask_of[k])
                 if steps is None:

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from marlinctl.quantize.grid import search_scales
+from marlinctl.quantize.scheme import INT4, Grid
 from marlinctl.quantize.solver import sweep
 
 
@@ -16,8 +17,9 @@ class Sweep(Protocol):
     """`quantize.solver.sweep` without `choose`; of stacks [E, ...] of its arguments where SolverSteps.stacks is True."""
 
     def __call__(
-        self, base: Tensor, anchor: Tensor, feedback: Tensor, scales: Tensor | None, group_of: Tensor, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]: ...
+        self, base: Tensor, anchor: Tensor, feedback: Tensor, scales: Tensor | None, group_of: Tensor, mask: Tensor | None = None,
+        *, grid: Grid = INT4,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

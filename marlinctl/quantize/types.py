@@ -5,14 +5,13 @@ Axes: N out_features, K in_features, G groups along K (G = K / group_size).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from marlinctl.quantize.scheme import Scheme
+from marlinctl.quantize.scheme import INT4, Grid
 
-INT4 = Scheme()
 CODE_MIN, CODE_MAX = INT4.lowest, INT4.highest  # int4, two's complement; on disk a nibble holds code + 8
 
 
@@ -26,9 +25,10 @@ def dequantized(codes: Tensor, scales: Tensor, group_size: int) -> Tensor:
 class QuantizedLinear:
     """weight[n, k] = codes[n, k] * scales[n, k // group_size]. Codes are data and are never rounded again."""
 
-    codes: Tensor  # [N, K] int8, CODE_MIN..CODE_MAX
+    codes: Tensor  # [N, K] int8, of the grid
     scales: Tensor  # [N, G] float16 (bfloat16 only when read from a foreign checkpoint), finite
     group_size: int  # divides K; a whole row is group_size == K, never -1
+    grid: Grid = field(default=INT4, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.codes.dtype != torch.int8 or self.codes.ndim != 2:
@@ -41,12 +41,12 @@ class QuantizedLinear:
                 f"scales must be float16 or bfloat16 [{n}, {k // self.group_size}], got {self.scales.dtype} {tuple(self.scales.shape)}"
             )
         low, high = torch.aminmax(self.codes)
-        if bool(torch.isfinite(self.scales).all() & (low >= CODE_MIN) & (high <= CODE_MAX)):  # one wait for a GPU
+        if bool(torch.isfinite(self.scales).all() & (low >= self.grid.lowest) & (high <= self.grid.highest)):  # one wait for a GPU
             return
         if not bool(torch.isfinite(self.scales).all()):
             raise ValueError("scales hold NaN or infinity")
-        if int(low) < CODE_MIN or int(high) > CODE_MAX:
-            raise ValueError(f"codes lie in {int(low)}..{int(high)}, outside {CODE_MIN}..{CODE_MAX}")
+        if int(low) < self.grid.lowest or int(high) > self.grid.highest:
+            raise ValueError(f"codes lie in {int(low)}..{int(high)}, outside {self.grid.lowest}..{self.grid.highest}")
 
     @property
     def out_features(self) -> int:
@@ -57,7 +57,7 @@ class QuantizedLinear:
         return int(self.codes.shape[1])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [N, K] that these codes stand for. Exact in float32: 4-bit code times 11-bit significand."""
+        """The weight [N, K] that these codes stand for. Exact in float32: a code of at most 8 bits times 11-bit significand."""
         return dequantized(self.codes, self.scales, self.group_size).to(dtype)
 
 

@@ -24,7 +24,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from marlinctl.errors import Problem, UsageError
 from marlinctl.quantize.scheme import Scheme
@@ -55,11 +55,22 @@ class _Section(BaseModel):
 class Override(_Section):
     """What one pattern of layers does differently."""
 
-    group_size: GroupSize
+    group_size: GroupSize | None = None
+    bits: Literal[4, 8] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Override:
+        if self.group_size is None and self.bits is None:
+            raise ValueError("use group_size or bits, or both")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _what_is_said(self, dumped: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dumped(self).items() if value is not None}
 
 
 class Quantize(_Section):
-    bits: Literal[4, 16]
+    bits: Literal[4, 8, 16]
     group_size: GroupSize
     scale_sign: Literal["both", "positive"]
     act_order: Literal["static", "none"]

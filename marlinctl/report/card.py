@@ -23,6 +23,7 @@ from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.licence import KEYS, spoken
 from marlinctl.checkpoint.mask import NAME as MASK_FILE
 from marlinctl.checkpoint.runtimes import Loads
+from marlinctl.quantize.scheme import INT4, Grid
 from marlinctl.report.markdown import code, listing, table, text
 from marlinctl.report.page import Cell, Name, Table
 from marlinctl.report.scores import RECOVERY, Score, figure, finite, percent, recovery, scores
@@ -54,11 +55,19 @@ class CardFacts:
     scores: Sequence[Score] = field(default=())
     measured: Sequence[str] = field(default=())  # on which text, and what must not be overlooked
     two_of_four: bool = False  # pruned to 2:4
+    grids: Mapping[str, Grid] = field(default_factory=dict)  # of the quantized linears whose codes are not INT4
+
+    def grid_counts(self) -> list[tuple[Grid, int]]:
+        return sorted(Counter(self.grids.get(layer, INT4) for layer in self.layers).items())
+
+    @property
+    def used_grids(self) -> list[Grid]:
+        return [grid for grid, _ in self.grid_counts()]
 
 
 def of_compression(report: Mapping[str, Any], folder: Folder, layers: Mapping[str, int]) -> str:
     """The card of what compress, quantize, sparsify or pack published."""
-    from marlinctl.report.provenance import base_model, card_rows
+    from marlinctl.report.provenance import base_model, card_rows, grids_of
 
     source, packed = report["source"], report.get("packed")
     found, measured = _measured(report)
@@ -76,6 +85,7 @@ def of_compression(report: Mapping[str, Any], folder: Folder, layers: Mapping[st
         scores=found,
         measured=measured,
         two_of_four=report["sparse"] > 0,
+        grids=grids_of(report),
     )
     return render(facts)
 
@@ -85,11 +95,11 @@ def of_training(report: Mapping[str, Any], folder: Folder) -> str:
     from marlinctl.report.provenance import base_model, training_rows
     from marlinctl.report.training import held_out, trained
 
-    title = folder.fmt.title if folder.fmt.quantized else "16-bit weights"
+    title = folder.fmt.title_of(folder.grids) if folder.fmt.quantized else "16-bit weights"
     title += ", 2:4 sparse" if report["sparse_linears"] else ""
     teacher = report["teacher"]
     original = base_model(teacher, folder)
-    tags = ["distillation", *folder.fmt.tags, *(["sparse"] if report["sparse_linears"] else [])]
+    tags = ["distillation", *folder.fmt.tags_of(folder.grids), *(["sparse"] if report["sparse_linears"] else [])]
     rows: list[Row] = [
         ("Format", title.replace("`", "")),
         ("Trained", f"{trained(report)}, toward the original"),
@@ -115,7 +125,7 @@ def of_training(report: Mapping[str, Any], folder: Folder) -> str:
 
 def render(facts: CardFacts) -> str:
     """The card as Markdown with YAML front matter."""
-    tags = [*facts.fmt.tags, *(["sparse"] if facts.two_of_four else [])]
+    tags = [*facts.fmt.tags_of(facts.used_grids), *(["sparse"] if facts.two_of_four else [])]
     front = _front_matter(facts.name, facts.base_model, facts.license, tags, relation="quantized", measured=facts.scores)
     head = _head(facts.name, _lead(facts), facts.loads)
     return "\n".join([front, "", *head, *_scores(facts.scores, facts.measured), *_what(facts), *_how(facts.command)])
@@ -171,7 +181,7 @@ def _head(name: str, lead: str, loads: Loads) -> list[str]:
 
 
 def _title(facts: CardFacts) -> str:
-    return facts.fmt.title if facts.layers else _PRUNED  # nothing quantized: `sparsify` without --bits 4
+    return facts.fmt.title_of(facts.used_grids) if facts.layers else _PRUNED  # nothing quantized: `sparsify` without --bits 4
 
 
 def _lead(facts: CardFacts) -> str:
@@ -190,7 +200,7 @@ def _what(facts: CardFacts) -> list[str]:
     groups = ", ".join(f"{'whole rows' if size == -1 else size} ({count} linears)" for size, count in sizes.most_common())
     rows: list[Row] = [
         ("Format", _title(facts).replace("`", "")),
-        ("Quantized", f"{len(facts.layers)} linears, int4 symmetric, codes -8..7 times one scale per group" if facts.layers else ""),
+        *(("Quantized" if i == 0 else "", line) for i, line in enumerate(_codes(facts))),
         ("Group size", groups),
         ("Pruned", f"2:4, two of each four neighbours along K are zero; {_storage(facts.fmt)}" if facts.two_of_four else ""),
         ("Original", Name(facts.base_model) if facts.base_model else ""),
@@ -204,6 +214,13 @@ def _what(facts: CardFacts) -> list[str]:
         lines += ["", f"Left at 16 bits: {_shorten(facts.ignore)}."]
     note = facts.fmt.note if facts.layers else ""
     return ["## What it is", "", *lines, "", *([note] if note else [])]
+
+
+def _codes(facts: CardFacts) -> list[str]:
+    return [
+        f"{count} linears, int{grid.bits} symmetric, codes {grid.lowest}..{grid.highest} times one scale per group"
+        for grid, count in facts.grid_counts()
+    ]
 
 
 def _storage(fmt: Format) -> str:

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from marlinctl.quantize.scheme import SIXTEEN_BIT
 from marlinctl.report import pictures
 from marlinctl.report.page import Block, Cell, Figure, Name, Page, Paragraph, Points, Section, Table
-from marlinctl.report.provenance import Folder, peak_memory, provenance, reproduce
+from marlinctl.report.provenance import Folder, grid_of, peak_memory, provenance, reproduce
 from marlinctl.report.scores import RECOVERY, Estimate, Score, figure, finite, flips_figure, notes, percent, recovery, scores
 from marlinctl.report.speed import speed
 
@@ -65,19 +66,21 @@ def page(report: Mapping[str, Any], folder: Folder) -> Page:
 def _bits(record: Mapping[str, Any], folder: Folder) -> float:
     n, k = record["shape"]
     group_size = record["group_size"]
-    bytes_out = record["bytes_out"] if group_size is None else folder.linear_bytes(n, k, -1 if group_size == k else group_size)
+    bytes_out = (
+        record["bytes_out"] if group_size is None else folder.linear_bytes(n, k, -1 if group_size == k else group_size, grid_of(record))
+    )
     return 8 * bytes_out / (n * k)
 
 
 def _counts(report: Mapping[str, Any]) -> list[str]:
     """How many were quantized, pruned and left alone."""
-    done = len(report["layers"]) if report["bits"] == 4 else 0
+    done = len(report["layers"]) if report["bits"] < SIXTEEN_BIT else 0
     counts = {"quantized": done, "pruned to 2:4": report["sparse"], "left 16-bit": len(report["kept"])}
     return [f"{count} linears {what}" for what, count in counts.items() if count]
 
 
 def _groups(report: Mapping[str, Any], layers: Sequence[_Layer]) -> str:
-    if report["bits"] != 4:
+    if report["bits"] == SIXTEEN_BIT:
         return "not quantized"
     sizes = Counter(layer.group for layer in layers).most_common()
     names = ["one scale a row" if size == "row" else f"group size {size}" for size, _ in sizes]

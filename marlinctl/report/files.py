@@ -33,8 +33,9 @@ def report_files(report: Mapping[str, Any], folder: Path, *, name: str, fmt: For
     """
     report = redacted(report)
     with open_checkpoint(folder, weight_files="auto") as checkpoint:
-        loads = runtimes.loads(runtimes.packed_of(checkpoint, detect(checkpoint.config, checkpoint.tensors)))
-    about = Folder(name, fmt, manifest.read(folder), manifest.digest(folder), loads)
+        info = detect(checkpoint.config, checkpoint.tensors)
+        loads = runtimes.loads(runtimes.packed_of(checkpoint, info))
+    about = Folder(name, fmt, manifest.read(folder), manifest.digest(folder), loads, info.used_grids)
     if report["kind"] == "distill":
         page, readme = training.page(report, about), card.of_training(report, about)
     else:

@@ -10,6 +10,7 @@ from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.formats.registry import linear_bytes
 from marlinctl.checkpoint.licence import spoken
 from marlinctl.checkpoint.runtimes import Loads
+from marlinctl.quantize.scheme import INT4, Grid
 from marlinctl.report.page import Block, Cell, Figure, Listing, Name, Paragraph, Table
 from marlinctl.report.scores import notes
 from marlinctl.system.console import gibibytes
@@ -27,10 +28,22 @@ class Folder:
     manifest: Mapping[str, Any]
     manifest_sha256: str
     loads: Loads
+    grids: Sequence[Grid] = (INT4,)  # that its codes have
 
-    def linear_bytes(self, n: int, k: int, group_size: int) -> int:
+    def linear_bytes(self, n: int, k: int, group_size: int, grid: Grid) -> int:
         """Of one quantized linear in this folder's format."""
-        return linear_bytes(self.fmt, n, k, group_size)
+        return linear_bytes(self.fmt, n, k, group_size, grid)
+
+
+def grid_of(record: Mapping[str, Any]) -> Grid:
+    """That of a layer of the report. Earlier versions noted no bits."""
+    return Grid(record.get("bits", INT4.bits))
+
+
+def grids_of(report: Mapping[str, Any]) -> dict[str, Grid]:
+    """Of the quantized linears whose codes are not INT4."""
+    quantized = (record for record in report["layers"] if record["group_size"] is not None)
+    return {record["name"]: grid for record in quantized if (grid := grid_of(record)) != INT4}
 
 
 def provenance(report: Mapping[str, Any], folder: Folder) -> list[Block]:

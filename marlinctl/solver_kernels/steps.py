@@ -22,7 +22,7 @@ from torch import Tensor
 
 from marlinctl.kernels.functions import Arguments, Function, architecture_of, enqueue, load_function, require_driver
 from marlinctl.quantize.products import Halves, split, split_mm
-from marlinctl.quantize.types import CODE_MAX, CODE_MIN
+from marlinctl.quantize.scheme import INT4, Grid
 from marlinctl.sparsify.masked_ls import MARGIN, mask_of, pair_inverses, pair_of
 from marlinctl.sparsify.steps import PruneSteps
 
@@ -62,31 +62,33 @@ class SolverKernels:
         bfloat16_exact: bool,
         ratios: tuple[float, ...],
         margin: float = 0.0,
+        grid: Grid = INT4,
     ) -> Tensor:
         *stack, rows, k = weight.shape
         columns = weight.mT.contiguous()  # neighbouring threads read neighbouring rows
         h = torch.ones(*stack, k, device=weight.device) if importance is None else importance.contiguous()
         given = torch.tensor([*ratios, 1.0 - margin], device=weight.device)
         found = torch.empty(*stack, k // group_size, rows, device=weight.device)
-        function = self._load("scales", scale_defines(len(ratios), both_signs, bfloat16_exact), 0)
+        function = self._load("scales", scale_defines(len(ratios), both_signs, bfloat16_exact, grid), 0)
         self._launch(function, _ctas(rows, found.numel() // rows), (columns, h, given, found), (rows, group_size))
         return found.mT.contiguous()
 
     def sweep(
-        self, base: Tensor, anchor: Tensor, feedback: Tensor, scales: Tensor | None, group_of: Tensor, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return self._sweep(base, anchor, feedback, scales, group_of, mask, None)
+        self, base: Tensor, anchor: Tensor, feedback: Tensor, scales: Tensor | None, group_of: Tensor, mask: Tensor | None = None,
+        *, grid: Grid = INT4,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return self._sweep(base, anchor, feedback, scales, group_of, mask, None, grid)
 
     def sparsegpt_sweep(
-        self, w: Tensor, pivots: Tensor, feedback: Tensor, scales: Tensor | None, group_of: Tensor
+        self, w: Tensor, pivots: Tensor, feedback: Tensor, scales: Tensor | None, group_of: Tensor, *, grid: Grid = INT4
     ) -> tuple[Tensor, Tensor]:
         mask = torch.empty(w.shape, dtype=torch.bool, device=w.device)
-        values, _ = self._sweep(w, w, feedback, scales, group_of, mask, pivots)
+        values, _ = self._sweep(w, w, feedback, scales, group_of, mask, pivots, grid)
         return values, mask
 
     def _sweep(
         self, base: Tensor, anchor: Tensor, feedback: Tensor, scales: Tensor | None, group_of: Tensor, mask: Tensor | None,
-        pivots: Tensor | None,
+        pivots: Tensor | None, grid: Grid,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         k, rows = base.shape[-2:]
         problems = base.numel() // (k * rows)
@@ -97,7 +99,7 @@ class SolverKernels:
         nothing = torch.empty(0, device=base.device)
         s = nothing if scales is None else scales.contiguous()
         kind = 0 if mask is None else _GIVEN if pivots is None else _CHOSEN
-        function = self._load("sweep", sweep_defines(scales is not None, kind), SHARED_BYTES)
+        function = self._load("sweep", sweep_defines(scales is not None, kind, grid), SHARED_BYTES)
         for first in range(0, k, _GATHERED):
             last = min(first + _GATHERED, k)
             panel = split(feedback[..., :last, first:last].mT.contiguous())  # [.., columns of this group, all before its last]
@@ -186,17 +188,18 @@ def solver_architecture(device: torch.device) -> str:
     return architecture
 
 
-def scale_defines(ratios: int, both_signs: bool, bfloat16_exact: bool) -> tuple[str, ...]:
-    return (f"RATIOS={ratios}", f"BOTH_SIGNS={int(both_signs)}", f"BFLOAT16_EXACT={int(bfloat16_exact)}", *_GRID)
+def scale_defines(ratios: int, both_signs: bool, bfloat16_exact: bool, grid: Grid = INT4) -> tuple[str, ...]:
+    return (f"RATIOS={ratios}", f"BOTH_SIGNS={int(both_signs)}", f"BFLOAT16_EXACT={int(bfloat16_exact)}", *_of_grid(grid))
 
 
-def sweep_defines(rounds: bool, mask: int) -> tuple[str, ...]:
+def sweep_defines(rounds: bool, mask: int, grid: Grid = INT4) -> tuple[str, ...]:
     """mask: 0 for none, 1 for one that is given, 2 for one that the sweep decides on."""
-    return (f"ROUND={int(rounds)}", f"MASK={mask}", f"SHARED_BYTES={SHARED_BYTES}", *_GRID)
+    return (f"ROUND={int(rounds)}", f"MASK={mask}", f"SHARED_BYTES={SHARED_BYTES}", *_of_grid(grid))
 
 
 def mask_defines() -> tuple[str, ...]:
     return (f"MARGIN={MARGIN}f", f"SHARED_BYTES={SHARED_BYTES}")
 
 
-_GRID = (f"LOWEST={CODE_MIN}.0f", f"HIGHEST={CODE_MAX}.0f")
+def _of_grid(grid: Grid) -> tuple[str, ...]:
+    return (f"LOWEST={grid.lowest}.0f", f"HIGHEST={grid.highest}.0f")

@@ -187,7 +187,7 @@ def _one_pass_many(
 
     def result(found: Sequence[Tensor], damping: float, fallback: str | None, dead: int) -> tuple[Solved, Tensor]:
         codes, scales, mask, error, energy = found
-        linear = SparseQuantizedLinear(codes, scales, codes.shape[1] // scales.shape[1], mask)
+        linear = SparseQuantizedLinear(codes, scales, codes.shape[1] // scales.shape[1], mask, grid=settings.grid)
         return Solved(linear, error, energy, damping, fallback, dead), mask
 
     if not steps.stacks or len(hessians) == 1:
@@ -218,7 +218,7 @@ def _one_pass(
         w = rows.mT.contiguous()
         provisional = two_largest(w.abs() * pivots.unsqueeze(-1))
         s = static_scales((w * provisional).mT.contiguous(), diagonal, settings, steps).mT.contiguous()  # [G, R]
-        part, mask = steps.sparsegpt_sweep(w, _earned(pivots, diagonal), feedback, s, group_of)
+        part, mask = steps.sparsegpt_sweep(w, _earned(pivots, diagonal), feedback, s, group_of, grid=settings.grid)
         delta = w - part * take_rows(s, group_of)
         errors = (layer_error(delta, matrix).double(), layer_error(w, matrix).double())
         parts.append((part.mT.to(torch.int8), s.mT.to(torch.float16), mask.mT, *errors))
@@ -230,7 +230,7 @@ def _one_pass(
 
 def _with_mask(solved: Solved, mask: Tensor) -> Solved:
     linear = solved.linear
-    return replace(solved, linear=SparseQuantizedLinear(linear.codes, linear.scales, linear.group_size, mask))
+    return replace(solved, linear=SparseQuantizedLinear(linear.codes, linear.scales, linear.group_size, mask, grid=linear.grid))
 
 
 def _earned(pivots: Tensor, diagonal: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from marlinctl.sparsify.sweep import sparsegpt_sweep
 
 @dataclass(frozen=True, slots=True)
 class PruneSteps(SolverSteps):
-    sparsegpt_sweep: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]]
+    sparsegpt_sweep: Callable[..., tuple[Tensor, Tensor]]  # sparsify.sweep.sparsegpt_sweep
     improve_mask: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from marlinctl.quantize.scheme import INT4, Grid
 from marlinctl.quantize.solver import sweep
 from marlinctl.sparsify.mask import best_two
 from marlinctl.sparsify.types import QUAD
 
 
-def sparsegpt_sweep(w: Tensor, pivots: Tensor, feedback: Tensor, scales: Tensor | None, group_of: Tensor) -> tuple[Tensor, Tensor]:
+def sparsegpt_sweep(
+    w: Tensor, pivots: Tensor, feedback: Tensor, scales: Tensor | None, group_of: Tensor, *, grid: Grid = INT4
+) -> tuple[Tensor, Tensor]:
     """One pass in natural order (Frantar and Alistarh, arXiv 2301.00774): of each four columns the two with the largest |w'_k pivot_k|
     stay, where w' makes up for everything that was pruned or rounded before the four.
 
@@ -28,5 +31,5 @@ def sparsegpt_sweep(w: Tensor, pivots: Tensor, feedback: Tensor, scales: Tensor 
             quad[i + 1 :].addr_(feedback[k + i, k + i + 1 : k + QUAD], w[k + i] - quad[i])
         mask[k : k + QUAD] = best_two((quad * weighs[k : k + QUAD]).abs())
 
-    values, _ = sweep(w, w, feedback, scales, group_of, mask, choose)
+    values, _ = sweep(w, w, feedback, scales, group_of, mask, choose, grid)
     return values, mask

@@ -50,6 +50,7 @@ class Entry:
     shape: tuple[int, ...]
     size: int
     data: Callable[[], memoryview]
+    lies: tuple[Path, int] | None = None  # file and first byte, where it is written already and need not be read to be copied
 
 
 def temporary_name() -> str:
@@ -111,13 +112,17 @@ def in_file_order(entries: Iterable[Entry]) -> list[Entry]:
 def write_entries(target: Path, entries: Sequence[Entry]) -> None:
     needed = sum(entry.size for entry in entries)
     with disk_problems(target, needed), whole_file(target) as file:
-        file.write(safetensors_header((entry.name, entry.dtype, entry.shape, entry.size) for entry in entries))
+        file.write(header_of(entries))
         for entry in entries:
             data = entry.data().cast("B")
             if len(data) != entry.size:
                 raise ValueError(f"tensor {entry.name} has {len(data)} bytes, its shape says {entry.size}")
             for begin in range(0, len(data), _CHUNK):
                 file.write(data[begin : begin + _CHUNK])
+
+
+def header_of(entries: Iterable[Entry]) -> bytes:
+    return safetensors_header((entry.name, entry.dtype, entry.shape, entry.size) for entry in entries)
 
 
 def tensor_entry(name: str, tensor: Tensor) -> Entry:

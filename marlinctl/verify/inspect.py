@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from marlinctl.checkpoint import manifest, runtimes, sparsity
 from marlinctl.checkpoint.formats.base import FormatInfo
 from marlinctl.checkpoint.mask import open_masks
+from marlinctl.quantize.scheme import SIXTEEN_BIT
 from marlinctl.system.log import printable
 
 if TYPE_CHECKING:
@@ -37,12 +38,14 @@ def inspect(folder: Path, *, weights: bool = False) -> dict[str, Any]:
         checkpoint, info = examined.checkpoint, examined.info
         packed = runtimes.packed_of(checkpoint, info)
         loads = runtimes.loads(packed)
+        bits = Counter(info.grid(layer).bits for layer in info.layers) or Counter([SIXTEEN_BIT])
         return {
             "folder": str(folder),
             **_model(checkpoint.config),
             "format": info.name,
             "variant": info.variant,
-            "bits": info.format.bits,
+            "bits": bits.most_common(1)[0][0],
+            "linears_by_bits": {str(size): count for size, count in bits.most_common()} if info.layers else {},
             "group_sizes": {str(size): count for size, count in Counter(info.layers.values()).most_common()},
             "scale_dtypes": _dtypes(checkpoint, info),
             **_parameters(checkpoint, info, packed.shapes),
@@ -135,7 +138,7 @@ def table(facts: Mapping[str, Any]) -> str:
     as_much = f", {facts['ratio_to_16bit']} times as much" if facts["ratio_to_16bit"] != 1 else ""
     rows: Sequence[tuple[str, str]] = (
         ("model", f"{name}, {facts['blocks']} blocks, hidden size {facts['hidden_size']}"),
-        ("format", f"{facts['format']}{' ' + facts['variant'] if facts['variant'] else ''}, {facts['bits']} bits"),
+        ("format", f"{facts['format']}{' ' + facts['variant'] if facts['variant'] else ''}, {_bits(facts)} bits"),
         ("group size", sizes or "none: not quantized"),
         ("scales", ", ".join(facts["scale_dtypes"])),
         ("quantized", f"{facts['quantized_linears']} linears, {facts['quantized_parameters']:,} weights"),
@@ -150,6 +153,12 @@ def table(facts: Mapping[str, Any]) -> str:
     lines = [(key, value) for key, value in rows if value]
     lines += [("note", warning) for warning in facts["warnings"]]
     return "\n".join(f"{key:<16}{printable(value, one_line=True)}" for key, value in lines)
+
+
+def _bits(facts: Mapping[str, Any]) -> str:
+    """4, or 4 (12 linears) and 8 (2 linears)"""
+    counts = facts["linears_by_bits"]
+    return str(facts["bits"]) if len(counts) < 2 else " and ".join(f"{bits} ({count} linears)" for bits, count in counts.items())
 
 
 def _pattern_line(facts: Mapping[str, Any]) -> str:

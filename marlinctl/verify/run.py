@@ -165,7 +165,7 @@ def _layer_problems(checkpoint: Checkpoint, info: FormatInfo, shapes: Mapping[st
         if size != -1 and k % size:
             problems.append(Problem(f"{layer}: K={k} is not a multiple of group_size {size}", layer, _APART))
             continue
-        for suffix, (dtypes, shape) in info.format.shapes(n, k, size).items():
+        for suffix, (dtypes, shape) in info.format.shapes(n, k, size, info.grid(layer)).items():
             problems += _tensor_problems(checkpoint, f"{layer}.{suffix}", dtypes, shape)
         if f"{layer}.weight_shape" in checkpoint.tensors and registry.layer_shape(checkpoint, info, layer) != (n, k):
             problems.append(Problem(f"{layer}.weight_shape does not say [{n}, {k}]", layer, _AGAIN))
@@ -293,7 +293,8 @@ def _second_reading(checkpoint: Checkpoint, info: FormatInfo, layer: str) -> Ten
     """[N, K] fp32, without the fast unpackers."""
     assert info.format.second_reading is not None
     tensors = registry.read_tensors(checkpoint, info, layer)
-    return info.format.second_reading(tensors, *registry.layer_shape(checkpoint, info, layer), info.layers[layer])
+    n, k = registry.layer_shape(checkpoint, info, layer)
+    return info.format.second_reading(tensors, n, k, info.layers[layer], info.grid(layer))
 
 
 # ---- 5 load --------------------------------------------------------------------------------------------------------------------------

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from marlinctl.checkpoint.formats.base import TRANSFORMERS_CT, FormatInfo, Packed
+from marlinctl.checkpoint.formats.base import SGLANG, TRANSFORMERS_CT, VLLM, FormatInfo, Packed
 from marlinctl.checkpoint.formats.registry import FORMATS
 from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.runtimes import Loads, Verdict, loads, packed_of, servers_that_accept, split_units, survey
 from marlinctl.checkpoint.safetensors_header import TensorInfo
+from marlinctl.quantize.scheme import INT4, INT8
 
 LLAMA_8B = {"num_attention_heads": 32, "num_key_value_heads": 8}
 BLOCK = "model.layers.0."
@@ -25,7 +26,7 @@ def llama(hidden: int, inner: int, kv: int) -> dict[str, tuple[int, int]]:
 
 def packed(
     shapes: dict[str, tuple[int, int]], size: int = 128, config: dict[str, Any] = LLAMA_8B, *, fmt: str = "ct", variant: str = "",
-    overrides: dict[str, int] | None = None, skip: Sequence[str] = (),
+    overrides: dict[str, int] | None = None, skip: Sequence[str] = (), in_8_bits: Sequence[str] = (),
 ) -> Packed:  # fmt: skip
     """overrides, skip: by the ends of names."""
 
@@ -35,7 +36,8 @@ def packed(
     sizes = {name: size for name in shapes if ends(name, skip) is None}
     sizes |= {name: overrides[tail] for name in sizes if overrides and (tail := ends(name, overrides))}
     ignore = [name for name in shapes if name not in sizes]
-    return Packed(FORMATS[fmt], {name: shapes[name] for name in sizes}, sizes, [*ignore, "lm_head"], config, variant)
+    grids = {name: INT8 for name in sizes if ends(name, in_8_bits)}
+    return Packed(FORMATS[fmt], {name: shapes[name] for name in sizes}, sizes, [*ignore, "lm_head"], config, variant, grids)
 
 
 def verdicts(shapes: dict[str, tuple[int, int]], size: int, config: dict[str, Any], tp: int = 1) -> dict[str, Verdict]:
@@ -45,6 +47,18 @@ def verdicts(shapes: dict[str, tuple[int, int]], size: int, config: dict[str, An
 def test_a_common_model_is_accepted_by_all() -> None:
     """Refusing Llama-3-8B at group 128 would make the table worthless."""
     assert all(v.accepted for v in verdicts(llama(4096, 14336, 1024), 128, LLAMA_8B).values())
+
+
+@pytest.mark.parametrize("fmt", ["ct", "gptq"])
+@pytest.mark.parametrize(("in_8_bits", "refused"), [(["down_proj", "o_proj"], False), (["_proj"], False), (["v_proj"], True)])
+def test_8_bits_load_where_fused_linears_are_alike(fmt: str, in_8_bits: list[str], refused: bool) -> None:
+    """Refusing what servers load would keep people from it; a q/k/v of different bits is found out at load, on somebody else's GPU."""
+    found = loads(packed(llama(4096, 14336, 1024), fmt=fmt, in_8_bits=in_8_bits))
+    assert {VLLM, SGLANG} <= {*(found.refused if refused else found.accepted)}
+    if refused:
+        assert "q_proj, k_proj, v_proj are not quantized alike (group 128, 8-bit, group 128)" in found.refused[VLLM][0]
+    mine = next(v for v in survey(packed(llama(4096, 14336, 1024), fmt=fmt, in_8_bits=in_8_bits), [1]) if v.runtime == "marlinctl")
+    assert mine.refused[0].endswith(": 8-bit codes"), "the kernels multiply 4-bit codes"
 
 
 @pytest.mark.parametrize(
@@ -90,7 +104,7 @@ def test_whole_rows_split_anywhere_even() -> None:
 def test_few_key_value_heads_are_replicated() -> None:
     """With more devices than key/value heads servers copy heads: N of k_proj is then one head, not N / devices."""
     shapes = llama(4096, 14336, 1024)
-    units, broken = split_units(shapes, dict.fromkeys(shapes, 128), LLAMA_8B, 16)
+    units, broken = split_units(shapes, dict.fromkeys(shapes, (128, INT4)), LLAMA_8B, 16)
     assert broken == []
     assert {u.name: u.n for u in units}[f"{BLOCK}self_attn.qkv_proj"] == 4096 // 16 + 2 * 128
 
@@ -98,7 +112,7 @@ def test_few_key_value_heads_are_replicated() -> None:
 def test_shards_are_judged_fused() -> None:
     """N=192 of k_proj is no multiple of 128, but servers see 576 + 2 * 192 = 960 columns of qkv_proj."""
     shapes = llama(576, 1536, 192)
-    units, _ = split_units(shapes, dict.fromkeys(shapes, 64), {}, 1)
+    units, _ = split_units(shapes, dict.fromkeys(shapes, (64, INT4)), {}, 1)
     assert {u.name.rpartition(".")[2]: u.n for u in units} == {"qkv_proj": 960, "o_proj": 576, "gate_up_proj": 3072, "down_proj": 576}
 
 

@@ -3,9 +3,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import stat
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from marlinctl.checkpoint import manifest, writer
+from marlinctl.checkpoint import manifest, shards, writer
 from marlinctl.checkpoint.formats.registry import FORMATS
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.errors import BadInput, ResourceProblem, UsageError
@@ -33,10 +35,13 @@ def nothing(folder: Path) -> None:
     """A verification that finds nothing wrong."""
 
 
-def publish(out: Path, *, overwrite: bool = False, fmt: str = "ct", verify: Callable[[Path], None] = nothing, value: float = 1.0) -> None:
-    """A whole small publication: two shards, copied tensors, companions."""
+def publish(
+    out: Path, *, overwrite: bool = False, fmt: str = "ct", verify: Callable[[Path], None] = nothing, value: float = 1.0,
+    max_shard_bytes: int = 10**9,
+) -> None:  # fmt: skip
+    """A whole small publication: two pieces, copied tensors, companions."""
     source = open_checkpoint(out.parent / "source")
-    with writer.StagedCheckpoint(out, overwrite=overwrite, fmt=FORMATS[fmt]) as stage:
+    with writer.StagedCheckpoint(out, overwrite=overwrite, fmt=FORMATS[fmt], max_shard_bytes=max_shard_bytes) as stage:
         stage.write_shard({"first": torch.full((3, 5), value)})
         stage.write_shard(TENSORS)
         stage.copy_tensors(source, ["model.norm.weight", "lm_head.weight"])
@@ -45,27 +50,28 @@ def publish(out: Path, *, overwrite: bool = False, fmt: str = "ct", verify: Call
 
 
 @pytest.mark.parametrize("ahead", ["all", "one of two", "left by a run that was killed"])
-def test_tensors_that_are_copied_ahead_make_the_same_folder(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: str
-) -> None:
-    """If this failed, a run on a GPU, which copies embedding and head while it computes, would publish other bytes than one on a CPU."""
-    monkeypatch.setattr(writer, "MAX_SHARD_BYTES", 20_000)
+def test_what_is_merged_ahead_makes_the_same_folder(source: Path, tmp_path: Path, ahead: str) -> None:
+    """If this failed, a run that merges each block while it computes the next would publish other bytes than one that merges in the end."""
     found = open_checkpoint(source)
     names = ["model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"]
+    first = {"first.weight": torch.full((3, 5), 2.0)}
 
     def build(out: Path, over: threading.Event | None) -> dict[str, bytes]:
         job = tmp_path / f"{out.name}.job"
-        job.mkdir()
-        left = job / "staged.copied" / "0.safetensors"
-        left.parent.mkdir()
+        left = job / "staged.whole" / "model.safetensors"
+        left.parent.mkdir(parents=True)
         left.write_bytes(b"of another model")
-        with writer.StagedCheckpoint(out, overwrite=False, fmt=FORMATS["ct"], path=job / "staged") as stage:
-            if over is not None:
-                stage.copy_ahead(found, names, over)
-            stage.write_shard(TENSORS)
+        with writer.StagedCheckpoint(
+            out, overwrite=False, fmt=FORMATS["ct"], pieces=job / "staged", resumable=True, max_shard_bytes=20_000
+        ) as stage:
             stage.copy_tensors(found, names)
+            if over is not None:
+                stage.expect([described(first), described(TENSORS)])
+                stage.copy_ahead(over)
+            stage.write_shard(first)
+            stage.write_shard(TENSORS)
             stage.publish({"model_type": "llama"}, manifest={}, verify=nothing, report_files={})
-        assert not left.parent.exists()
+        assert not left.parent.exists() and list(job.iterdir()) == []
         return tree(out)
 
     class AfterOne(threading.Event):
@@ -75,16 +81,35 @@ def test_tensors_that_are_copied_ahead_make_the_same_folder(
             self.asked += 1
             return self.asked > 1
 
-    over = {"all": threading.Event(), "one of two": AfterOne(), "left by a run that was killed": None}[ahead]
+    over = {"one of two": AfterOne(), "left by a run that was killed": None}.get(ahead, threading.Event())
     assert build(tmp_path / "ahead", over) == build(tmp_path / "plain", None)
+
+
+def described(tensors: dict[str, torch.Tensor]) -> list[atomic.Entry]:
+    return [atomic.tensor_entry(*item) for item in tensors.items()]
+
+
+@pytest.mark.parametrize("expected", [{"other": torch.zeros(2)}, {"a": torch.zeros(3)}, {"a": torch.zeros(2), "b": torch.zeros(1)}])
+def test_other_tensors_than_expected_are_not_published(tmp_path: Path, expected: dict[str, torch.Tensor]) -> None:
+    """A tensor that never came would be zeros in the published file, and one of another shape would lie over its neighbour."""
+
+    def build() -> None:
+        with writer.StagedCheckpoint(tmp_path / "out", overwrite=False, fmt=FORMATS["ct"]) as stage:
+            stage.expect([described(expected)])
+            stage.write_shard({"a": torch.ones(2)})
+            stage.publish({}, manifest={}, verify=nothing, report_files={})
+
+    with pytest.raises(ValueError, match="expected"):
+        build()
+    assert not (tmp_path / "out").exists()
 
 
 # ---- what a published folder is ------------------------------------------------------------------------------------------------------
 
 
 def test_safetensors_itself_reads_what_is_written(source: Path, tmp_path: Path) -> None:
-    """The shards are written by our own code; every loader reads them with safetensors."""
-    publish(tmp_path / "out")
+    """The files are written by our own code; every loader reads them with safetensors."""
+    publish(tmp_path / "out", max_shard_bytes=20_000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     found = {name: tensor for shard in set(index["weight_map"].values()) for name, tensor in load_file(tmp_path / "out" / shard).items()}
     original = load_file(source / "model.safetensors")
@@ -94,14 +119,55 @@ def test_safetensors_itself_reads_what_is_written(source: Path, tmp_path: Path) 
     assert sorted(set(index["weight_map"].values())) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in found.values())
     assert open_checkpoint(tmp_path / "out").files  # our own preflight agrees: no gaps, no trailing bytes
+    publish(tmp_path / "one")
+    (whole,) = (tmp_path / "one").glob("*.safetensors*")
+    assert whole.name == "model.safetensors" and {name: tensor.tolist() for name, tensor in load_file(whole).items()} == {
+        name: tensor.tolist() for name, tensor in found.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"), [(100, [[8, 2, 8, 2, 9]]), (20, [[8, 2, 8, 2], [9]]), (19, [[8, 2], [8, 2, 9]]), (1, [[8, 2], [8, 2], [9]])]
+)
+def test_a_linear_lies_in_one_file(most: int, sizes: list[list[int]]) -> None:
+    """Broken: a file is larger than was asked for, a linear is torn apart, or two runs divide the same tensors differently."""
+
+    def entry(name: str, size: int) -> atomic.Entry:
+        return atomic.Entry(name, "U8", (size,), size, lambda: memoryview(b""))
+
+    written = [[entry("b.codes", 8), entry("a.codes", 8), entry("b.scales", 2), entry("a.scales", 2)], [entry("head", 9)]]
+    files = shards.divided(written, most)
+    assert [[e.size for e in sorted(entries, key=lambda e: e.name)] for entries in files] == sizes
+    assert shards.divided([[*reversed(written[0])], written[1]], most) == files
+
+
+@pytest.mark.parametrize("problem", [None, errno.EXDEV, errno.ENOSYS, errno.EIO])
+def test_where_the_kernel_cannot_copy_bytes_are_read(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: int | None
+) -> None:
+    """Broken: on a file system without copy_file_range nothing is published, or a failing disk is taken for one."""
+
+    def copies(*_: Any) -> int:
+        assert problem is not None
+        raise OSError(problem, os.strerror(problem))
+
+    publish(tmp_path / "plain")
+    if problem is not None:
+        monkeypatch.setattr(os, "copy_file_range", copies)
+    with pytest.raises(ResourceProblem) if problem == errno.EIO else nullcontext():
+        publish(tmp_path / "out")
+        assert tree(tmp_path / "out") == tree(tmp_path / "plain")
 
 
 def test_native_shards_are_not_called_model(source: Path, tmp_path: Path) -> None:
-    """transformers would load a model.safetensors of native tensors and fill the linears with random numbers."""
-    publish(tmp_path / "out", fmt="marlin")
-    names = set(tree(tmp_path / "out"))
-    assert "marlin.safetensors.index.json" in names and "marlin-00001-of-00003.safetensors" in names
-    assert not any(name.startswith("model") for name in names)
+    """transformers would load a model.safetensors of native tensors and fill the linears with random numbers. The index stays: it is what
+    transformers is told to read, before it knows how many files there are."""
+    for out, most in (("one", 10**9), ("three", 20_000)):
+        publish(tmp_path / out, fmt="marlin", max_shard_bytes=most)
+        assert not any(name.startswith("model") for name in tree(tmp_path / out))
+        assert open_checkpoint(tmp_path / out, weight_files="marlin").notes == ()
+    assert {"marlin.safetensors.index.json", "marlin.safetensors"} <= {*tree(tmp_path / "one")}
+    assert {"marlin.safetensors.index.json", "marlin-00001-of-00003.safetensors"} <= {*tree(tmp_path / "three")}
 
 
 def test_files_follow_the_umask(source: Path, tmp_path: Path) -> None:
@@ -140,7 +206,7 @@ def test_the_folder_is_verified_before_it_appears(source: Path, tmp_path: Path) 
     """A checkpoint that does not read back must never get its name."""
 
     def fails(folder: Path) -> None:
-        assert folder.name.startswith("out.tmp-") and (folder / manifest.NAME).is_file() and not (tmp_path / "out").exists()
+        assert folder.name.startswith("out.tmp-") and (folder / "config.json").is_file() and not (tmp_path / "out").exists()
         raise ResourceProblem("E500", "no", where="", fix="")
 
     with pytest.raises(ResourceProblem):
@@ -156,15 +222,14 @@ def test_a_tensor_cannot_be_written_twice(tmp_path: Path) -> None:
             stage.write_shard({"a": torch.zeros(1)})
 
 
-def test_large_copies_are_split_into_shards(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_copies_are_split_into_shards(source: Path, tmp_path: Path) -> None:
     """One shard of all untouched tensors would be too large for file systems and clients."""
     checkpoint = open_checkpoint(source)
-    monkeypatch.setattr(writer, "MAX_SHARD_BYTES", 100_000)
-    with writer.StagedCheckpoint(tmp_path / "out", overwrite=False, fmt=FORMATS["ct"]) as stage:
+    with writer.StagedCheckpoint(tmp_path / "out", overwrite=False, fmt=FORMATS["ct"], max_shard_bytes=100_000) as stage:
         stage.copy_tensors(checkpoint, list(checkpoint.tensors))
-        sizes = [path.stat().st_size for path in stage.path.glob("*.safetensors")]
-        assert len(sizes) > 3 and max(sizes) < 110_000
         stage.publish(checkpoint.config, manifest={}, verify=nothing, report_files={})
+    sizes = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
+    assert len(sizes) > 3 and max(sizes) < 110_000
     copied = open_checkpoint(tmp_path / "out")
     assert all(copied.raw(name) == checkpoint.raw(name) for name in checkpoint.tensors)
 
@@ -334,9 +399,13 @@ def test_a_linked_folder_inside_of_a_checkpoint_is_not_written_through(source: P
     elsewhere.mkdir()
     (elsewhere / "thesis.tex").write_text("mine")
     staged = tmp_path / "out.job" / "staged"
-    staged.mkdir(parents=True)
-    (staged / "additional_chat_templates").symlink_to(elsewhere)
-    with writer.StagedCheckpoint(tmp_path / "out", overwrite=False, fmt=FORMATS["ct"], path=staged) as stage:
+    whole = staged.with_name("staged.whole")
+    for folder in (staged, whole):
+        folder.mkdir(parents=True)
+        (folder / "additional_chat_templates").symlink_to(elsewhere)
+    with writer.StagedCheckpoint(tmp_path / "out", overwrite=False, fmt=FORMATS["ct"], pieces=staged) as stage:
+        assert list(whole.iterdir()) == []
+        (whole / "additional_chat_templates").symlink_to(elsewhere)
         with pytest.raises(ResourceProblem, match="link"):
             stage.write_file("additional_chat_templates/a.jinja", b"x")
         stage.spool.symlink_to(elsewhere / "thesis.tex")
@@ -346,14 +415,17 @@ def test_a_linked_folder_inside_of_a_checkpoint_is_not_written_through(source: P
             stage.restore([], [])
         stage.spool.unlink()
         stage.restore([], [])
-    assert list(staged.iterdir()) == [] and [path.name for path in elsewhere.iterdir()] == ["thesis.tex"]
-    staged.rmdir()
-    staged.symlink_to(elsewhere)
-    with (
-        pytest.raises(ResourceProblem, match="link"),
-        writer.StagedCheckpoint(tmp_path / "out", overwrite=False, fmt=FORMATS["ct"], path=staged),
-    ):
-        pass
+        assert list(staged.iterdir()) == []
+    assert not staged.exists() and [path.name for path in elsewhere.iterdir()] == ["thesis.tex"]
+    shutil.rmtree(whole)
+    for link, said in ((staged, "link"), (whole, "not a folder")):
+        link.symlink_to(elsewhere)
+        with (
+            pytest.raises(ResourceProblem, match=said),
+            writer.StagedCheckpoint(tmp_path / "out", overwrite=False, fmt=FORMATS["ct"], pieces=staged),
+        ):
+            pass
+        link.unlink()
     assert (elsewhere / "thesis.tex").read_text() == "mine"
 
 

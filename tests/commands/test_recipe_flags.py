@@ -39,6 +39,7 @@ NOT_OF_THE_RECIPE = {
     "--revision", "--device", "--dtype", "--overwrite", "--strict", "--deterministic", "--threads", "--max-memory", "--cache-dir",
     "--module-map", "--task-data", "--max-kl", "--max-ppl-ratio", "--publish-anyway", "--eval", "--pattern", "--out", "--device-memory",
     "--teacher", "--keep-job", "--resume", "--probe", "--recipe", "--ranks", "--help-all", "--base-model", "--license", "--tracker",
+    "--max-shard-size",
 }  # fmt: skip
 
 
@@ -118,3 +119,14 @@ def test_sparsify_says_that_it_makes_no_codes_of_a_recipe_that_has_them(
     monkeypatch.setattr("marlinctl.oneshot.run.run_job", refuse)
     assert cli.main(["sparsify", "MODEL", "OUT", "--no-eval", "--recipe", "sparse-int4", *codes]) == 2
     assert ("without --bits 4" in capsys.readouterr().err) == said
+
+
+def test_overrides_of_one_pattern_are_joined(asked: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]) -> None:
+    """A second rule for a pattern would take the place of the first, and a key that is misspelt would be left out."""
+    given = ["--override", "down_proj=bits:8", "--override", "down_proj=group_size:64", "--override", "re:o_proj$=bits:8,group_size:-1"]
+    overrides = {"down_proj": {"group_size": 64, "bits": 8}, "re:o_proj$": {"group_size": -1, "bits": 8}}
+    assert asked("quantize", *given).model_dump()["quantize"]["overrides"] == overrides
+    assert asked("quantize", *given[:2]).model_dump()["quantize"]["overrides"] == {"down_proj": {"bits": 8}}
+    for wrong in ("down_proj=bits:5", "down_proj=bits", "down_proj=damping:1", "down_proj=bits:8,", "bits:8"):
+        assert cli.main(["quantize", *VERBS["quantize"][0], "--override", wrong, "-q"]) == 2
+        assert "override" in capsys.readouterr().err

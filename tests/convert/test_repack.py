@@ -483,8 +483,17 @@ def test_a_full_disk_is_said_before_the_pass(packed: dict[str, Path], tmp_path: 
 def test_shards_stay_small_in_memory(packed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finished tensors are written as soon as a shard's worth is there: the whole model is never in memory."""
     monkeypatch.setattr(repack, "SHARD_BYTES", 20_000)
+    pieces: list[int] = []
+    write_shard = writer.StagedCheckpoint.write_shard
+
+    def noted(self: writer.StagedCheckpoint, tensors: dict[str, torch.Tensor]) -> str:
+        pieces.append(sum(tensor.nbytes for tensor in tensors.values()))
+        return write_shard(self, tensors)
+
+    monkeypatch.setattr(writer.StagedCheckpoint, "write_shard", noted)
     repack.repack(packed["ct"], tmp_path / "out", format="marlin")
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
+    assert len(pieces) > 3 and max(pieces) < 50_000
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["marlin.safetensors"]
     manifest.check(tmp_path / "out")
 
 

@@ -20,6 +20,7 @@ from marlinctl.oneshot.run import run_job
 from marlinctl.planning.preflight import look
 from marlinctl.recipes.schema import Recipe, resolve
 from marlinctl.system.console import Console
+from marlinctl.verify.run import verify
 from tests import runs, zoo
 from tests.runs import digests, quantize
 from tests.tiny import make_tiny
@@ -54,6 +55,69 @@ def test_every_architecture_goes_all_the_way(model_type: str, tmp_path: Path, te
     # The experts of a random model have nothing in common, so a token that a router sends elsewhere gets quite another answer.
     most = 0.7 if model_type in ("mixtral", "qwen3_moe", "olmoe") else 0.5
     assert 0.005 < drift < most, "4-bit weights move the logits a little, and not much"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quantize__bits": 8},
+        {"quantize__overrides": {"down_proj": {"bits": 8, "group_size": -1}, "layers.0.*": {"bits": 8}}, "quantize__refine": 0},
+        {"quantize__overrides": {"*.experts.*": {"bits": 8}}, "model_type": "qwen3_moe"},
+        {"quantize__overrides": {"o_proj": {"bits": 8}}, "sparsify__pattern": "2:4"},
+    ],
+    ids=["all", "some", "experts", "2:4"],
+)  # fmt: skip
+def test_8_bits_go_all_the_way(changes: dict[str, Any], tmp_path: Path, text: Path) -> None:
+    """If bits were lost on the way, words of four codes would be read as eight, by marlinctl or by compressed-tensors."""
+    from transformers import AutoModelForCausalLM
+
+    source = zoo.build(changes.pop("model_type", "llama"), tmp_path / "model", dtype=torch.bfloat16)
+    report = quantize(source, tmp_path / "ct", recipe(text, **changes))
+    with open_checkpoint(tmp_path / "ct") as found:
+        info = detect(found.config, found.tensors)
+    bits = {layer["name"]: layer["bits"] for layer in report["layers"]}
+    assert {layer: info.grid(layer).bits for layer in info.layers} == bits and 8 in bits.values()
+    assert all(
+        report_layer["error"] < 1e-4 for report_layer in report["layers"] if report_layer["bits"] == 8 and not report_layer["pattern"]
+    )
+    expected = logits(load_dense(tmp_path / "ct", dtype=torch.float32))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ct", dtype=torch.float32)
+    assert (logits(loaded) - expected).norm() / expected.norm() < 1e-3
+    repack(tmp_path / "ct", tmp_path / "gptq", format="gptq")
+    repack(tmp_path / "gptq", tmp_path / "back", format="ct")
+    assert torch.equal(logits(load_dense(tmp_path / "gptq", dtype=torch.float32)), expected)
+    with open_checkpoint(tmp_path / "back") as back, open_checkpoint(tmp_path / "ct") as first:
+        assert all(back.raw(name) == first.raw(name) for name in first.tensors)
+    assert verify(tmp_path / "ct", source=source, load=None, console=Console.quiet()).format == "ct"
+    with pytest.raises(BadInput, match="has 8-bit codes, and marlin holds 4-bit ones alone") as refused:
+        repack(tmp_path / "ct", tmp_path / "marlin", format="marlin")
+    assert refused.value.error_id == "E349" and not (tmp_path / "marlin").exists()
+
+
+@pytest.mark.parametrize(("most", "changes"), [(80_000, {}), (5 * 10**9, {"sparsify__pattern": "2:4", "quantize__bits": 16})])
+def test_blocks_are_merged_into_few_files(
+    most: int, changes: dict[str, Any], tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of thirty files is not what people publish, and blocks that wait until the end cost a GPU its time."""
+    from marlinctl.checkpoint.shards import Published
+
+    source = make_tiny(tmp_path / "model")
+    late: list[str] = []
+    fill = Published.fill
+    monkeypatch.setattr(
+        Published,
+        "fill",
+        lambda self, entries: (late.extend(e.name for e in entries if e.name not in self._filled), fill(self, entries))[1],
+    )
+    quantize(source, tmp_path / "out", recipe(text, **changes), max_shard_bytes=most)
+    monkeypatch.undo()
+    untouched = {name for name in open_checkpoint(source).tensors if "proj" not in name}
+    assert {*late} == untouched, "what was solved is in its place before the run ends"
+    published = open_checkpoint(tmp_path / "out")
+    sizes = [sum(info.nbytes for info in published.tensors.values() if info.file == path) for path in published.files]
+    assert max(sizes) <= most and (len(sizes) == 1 or len(sizes) < sum(sizes) / most * 2)
+    assert all(published.raw(name) == open_checkpoint(source).raw(name) for name in untouched)
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists() == (len(sizes) > 1)
 
 
 def test_two_runs_publish_the_same_bytes(tmp_path: Path, text: Path) -> None:

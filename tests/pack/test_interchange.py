@@ -12,7 +12,11 @@ from torch import Tensor
 
 from marlinctl.pack import tile
 from marlinctl.pack.interchange import ZEROS_V1, ZEROS_V2, pack_ct, pack_gptq, unpack_ct, unpack_gptq
+from marlinctl.pack.marlin import pack_marlin
+from marlinctl.pack.sparse_marlin import pack_sparse_marlin
+from marlinctl.quantize.scheme import INT8
 from marlinctl.quantize.types import QuantizedLinear
+from marlinctl.sparsify.types import SparseQuantizedLinear
 from tests.pack.naive import or_together, random_linear, same_bits
 
 SIZES = [16, 48, 80, 200]
@@ -42,7 +46,7 @@ def test_gptq_unpack_is_the_inverse(n: int, group_size: int, k: int, seed: int, 
     q = random_linear(8 * n, 24 * k if group_size == -1 else group_size * k, group_size, seed)
     tensors = pack_gptq(q)
     if v2:
-        tensors["qzeros"] = torch.full_like(tensors["qzeros"], ZEROS_V2)
+        tensors["qzeros"] = torch.full_like(tensors["qzeros"], ZEROS_V2[4])
     back = unpack_gptq(**tensors, v2=v2)
     assert same_bits(back.codes, q.codes) and same_bits(back.scales, q.scales) and back.group_size == q.group_size
 
@@ -90,7 +94,7 @@ def test_worked_examples() -> None:
     assert gptq["qweight"].tolist() == [[1985229328] * 8, [-19088744] * 8]
     assert gptq["qzeros"].tolist() == [[2004318071], [2004318071]]
     assert gptq["g_idx"].tolist() == [0] * 8 + [1] * 8
-    assert ZEROS_V2 == -2004318072
+    assert ZEROS_V2[4] == -2004318072
 
 
 def test_gptq_tensors_have_the_names_shapes_and_dtypes_clients_ask_for() -> None:
@@ -127,7 +131,7 @@ def gptq_file(**changed: Tensor | None) -> dict[str, Tensor | None]:
 
 def test_the_version_decides_what_a_zero_means() -> None:
     """If this failed, v1 tensors read as v2 (or the reverse) would shift every weight by one step, silently."""
-    v2 = torch.full((2, 2), ZEROS_V2, dtype=torch.int32)
+    v2 = torch.full((2, 2), ZEROS_V2[4], dtype=torch.int32)
     with pytest.raises(ValueError, match="store 7 everywhere, which is symmetric in gptq and not in gptq_v2"):
         unpack_gptq(**gptq_file(), v2=True)
     with pytest.raises(ValueError, match="store 8 everywhere, which is symmetric in gptq_v2 and not in gptq:"):
@@ -136,11 +140,11 @@ def test_the_version_decides_what_a_zero_means() -> None:
 
 def test_asymmetric_zeros_are_refused_with_their_place() -> None:
     """If this failed, an asymmetric checkpoint would be converted as if its zero points were 8."""
-    qzeros = torch.full((2, 2), ZEROS_V1, dtype=torch.int32)
+    qzeros = torch.full((2, 2), ZEROS_V1[4], dtype=torch.int32)
     qzeros[1, 1] = 0x77A77777  # nibble 5 of the second word: output 13
     with pytest.raises(ValueError, match=r"must store 7 everywhere \(gptq\), but group 1, output 13 stores 10; 1 words differ"):
         unpack_gptq(**gptq_file(qzeros=qzeros), v2=False)
-    qzeros[:] = ZEROS_V2
+    qzeros[:] = ZEROS_V2[4]
     qzeros[0, 0] = 0x08888888  # the sign nibble, output 7
     with pytest.raises(ValueError, match=r"must store 8 everywhere \(gptq_v2\), but group 0, output 7 stores 0; 1 words differ"):
         unpack_gptq(**gptq_file(qzeros=qzeros), v2=True)
@@ -222,3 +226,57 @@ def test_cuda_packs_the_same_bits() -> None:
     assert all(torch.equal(t.cpu(), pack_gptq(q)[name]) and t.is_cuda for name, t in packed.items())
     assert torch.equal(unpack_gptq(**packed, v2=False).codes.cpu(), q.codes)
     assert torch.equal(unpack_ct(pack_ct(there.codes), 200, 448).cpu(), q.codes)
+
+
+# ---- 8 bits --------------------------------------------------------------------------------------------------------------------------
+
+
+def bytewise(n: int, k: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("k", [1, 4, 13, 64])
+def test_8_bit_words_are_what_compressed_tensors_packs(k: int) -> None:
+    """If this failed, vLLM and transformers would decode other codes."""
+    from compressed_tensors.compressors import pack_to_int32
+
+    codes = bytewise(5, k, seed=k)
+    packed = pack_ct(codes, 8)
+    assert same_bits(packed, pack_to_int32(codes, 8))
+    words = [sum((int(code) + 128) << (8 * i) for i, code in enumerate(codes[0, j : j + 4])) for j in range(0, k, 4)]
+    assert [word & 0xFFFFFFFF for word in packed[0].tolist()] == words, "the first code in the lowest byte, nothing beyond K"
+    assert same_bits(unpack_ct(packed, 5, k, 8), codes)
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_8_bit_gptq_is_the_transpose(v2: bool) -> None:
+    """If this failed, GPTQ clients would decode other codes, or subtract another zero point than 128."""
+    q = QuantizedLinear(bytewise(16, 64), torch.ones(16, 2, dtype=torch.float16), 32, grid=INT8)
+    tensors = pack_gptq(q)
+    assert tensors["qweight"].shape == (16, 16) and torch.equal(tensors["qweight"], pack_ct(q.codes, 8).T)
+    assert tensors["qzeros"].shape == (2, 4) and tensors["qzeros"].view(torch.uint8).unique().tolist() == [127]
+    if v2:
+        tensors["qzeros"] = torch.full_like(tensors["qzeros"], ZEROS_V2[8])
+    back = unpack_gptq(**tensors, v2=v2, grid=INT8)
+    assert same_bits(back.codes, q.codes) and back.grid == INT8
+    with pytest.raises(ValueError, match=r"store 12[78] everywhere, which is symmetric in gptq"):
+        unpack_gptq(**tensors, v2=not v2, grid=INT8)
+
+
+def test_a_grid_bounds_its_codes() -> None:
+    """If this failed, an 8-bit code could be packed into four bits, where it changes its neighbours."""
+    codes, scales = bytewise(8, 32), torch.ones(8, 1, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"outside -8\.\.7"):
+        QuantizedLinear(codes, scales, 32)
+    with pytest.raises(ValueError, match=r"outside -8\.\.7"):
+        pack_ct(codes)
+
+
+def test_tiles_refuse_8_bit_codes() -> None:
+    """If this failed, a native folder would hold the low halves of 8-bit codes."""
+    q = QuantizedLinear(bytewise(64, 64), torch.ones(64, 1, dtype=torch.float16), 64, grid=INT8)
+    keep = torch.tensor([True, True, False, False]).repeat(64, 16)
+    with pytest.raises(ValueError, match="tiles hold 4-bit codes, and these are 8-bit"):
+        pack_marlin(q)
+    with pytest.raises(ValueError, match="tiles hold 4-bit codes, and these are 8-bit"):
+        pack_sparse_marlin(SparseQuantizedLinear(q.codes * keep, q.scales, 64, keep, grid=INT8))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from marlinctl.quantize.gptq import SolveSettings, round_to_nearest, solve
+from marlinctl.quantize.scheme import INT4, INT8
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from tests.quantize.test_solver import hessian
 
@@ -38,6 +39,17 @@ def test_solve_beats_rounding_and_reports_its_true_error(act_order: str, group_s
     assert float(solved.error.sum()) == pytest.approx(true, rel=1e-3)
     assert true < 0.8 * output_error(w, round_to_nearest(w, settings), matrix)
     assert float(solved.output_energy.sum()) == pytest.approx(float((w.double() @ matrix.double() * w.double()).sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("refine", [0, 1])
+def test_8_bits_lose_what_the_finer_grid_says(refine: int) -> None:
+    """If 8-bit codes were clamped to four bits, or their scales were those of four bits, the error would be a hundred times larger."""
+    w, matrix = weight(), hessian(128, seed=9)
+    coarse, fine = (solve(w, Hessian(matrix, 384), replace(SETTINGS, refine=refine, grid=grid)) for grid in (INT4, INT8))
+    assert fine.linear.grid == INT8 and int(fine.linear.codes.max()) > 100 and int(fine.linear.codes.min()) < -100
+    true = output_error(w, fine.linear, matrix)
+    assert float(fine.error.sum()) == pytest.approx(true, rel=1e-2)
+    assert true < 2 * 16**-2 * output_error(w, coarse.linear, matrix), "16 times finer, so 256 times less squared error"
 
 
 def test_refinement_lowers_the_error() -> None:

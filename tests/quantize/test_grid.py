@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from marlinctl.quantize.grid import SMALLEST_SCALE, round_scales, search_scales
+from marlinctl.quantize.scheme import INT4, INT8, Grid
 
 
 def test_scales_survive_float16_and_bfloat16() -> None:
@@ -33,26 +34,28 @@ def test_extreme_scales_stay_finite_and_usable(value: float) -> None:
         assert (rounded < 0) == (value < 0 or str(value) == "-0.0")
 
 
+@pytest.mark.parametrize("grid", [INT4, INT8], ids=str)
 @pytest.mark.parametrize("both_signs", [True, False])
-def test_search_finds_the_best_candidate(both_signs: bool) -> None:
+def test_search_finds_the_best_candidate(both_signs: bool, grid: Grid) -> None:
     """If the search kept a worse scale than one it tried, the error of every layer would rise."""
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(7, 96, generator=generator)
     importance = torch.rand(96, generator=generator) * 5
     ratios = (1.0, 0.9, 0.7)
-    found = search_scales(weight, importance, group_size=32, both_signs=both_signs, bfloat16_exact=False, ratios=ratios)
+    found = search_scales(weight, importance, group_size=32, both_signs=both_signs, bfloat16_exact=False, ratios=ratios, grid=grid)
+    lowest, highest = -(2 ** (grid.bits - 1)), 2 ** (grid.bits - 1) - 1
 
     def error(row: int, group: int, scale: float) -> float:
         part = slice(32 * group, 32 * group + 32)
         w = weight[row, part].double()
-        q = (w / scale).round().clamp(-8, 7) * scale
+        q = (w / scale).round().clamp(lowest, highest) * scale
         return float(((w - q) ** 2 * importance[part].double()).sum())
 
     for row in range(7):
         for group in range(3):
             w = weight[row, 32 * group : 32 * group + 32]
             peak = float(w[w.abs().argmax()])
-            starts = [peak / -8, peak / 7.5] if both_signs else [abs(peak) / 7.5]
+            starts = [peak / lowest, peak / (highest + 0.5)] if both_signs else [abs(peak) / (highest + 0.5)]
             candidates = [float(torch.tensor(s * r).half()) for s in starts for r in ratios]
             best = min(error(row, group, c) for c in candidates)
             assert error(row, group, float(found[row, group])) <= best * 1.001

@@ -13,8 +13,9 @@ from torch import Tensor
 from marlinctl.kernels import jit
 from marlinctl.quantize.gptq import SEARCH_MARGIN, SEARCH_RATIOS, SolveSettings, solve
 from marlinctl.quantize.grid import round_scales, search_scales
+from marlinctl.quantize.scheme import INT4, INT8, Grid
 from marlinctl.quantize.solver import factor
-from marlinctl.quantize.types import CODE_MAX, CODE_MIN, Hessian
+from marlinctl.quantize.types import Hessian
 from marlinctl.solver_kernels import steps
 from marlinctl.solver_kernels.steps import SHARED_BYTES, SOURCES, SolverKernels, mask_defines, scale_defines, sweep_defines
 from marlinctl.sparsify.mask import two_largest
@@ -38,7 +39,7 @@ def problem(k: int = K, rows: int = ROWS, seed: int = 0) -> tuple[Tensor, Tensor
 
 def check_sweep(
     base: Tensor, anchor: Tensor, feedback: Tensor, scales: Tensor | None, group_of: Tensor, keep: Tensor | None,
-    found: tuple[Tensor, Tensor],
+    found: tuple[Tensor, Tensor], grid: Grid = INT4,
 ) -> None:  # fmt: skip
     """Every column is the projection of base and the feedback of the errors before it, in float64; the errors are what was left."""
     codes, errors = (tensor.double() for tensor in found)
@@ -50,7 +51,7 @@ def check_sweep(
         return
     s = scales.double()[group_of]
     t = target / s
-    right = t.round().clamp(CODE_MIN, CODE_MAX) * kept
+    right = t.round().clamp(grid.lowest, grid.highest) * kept
     tie = ((t - t.floor() - 0.5).abs() < TIE) & ((codes - right).abs() <= 1)
     assert bool(((codes == right) | tie).all()), "a code is not the nearest one of its target"
     assert float(tie.float().mean()) < 1e-2
@@ -59,21 +60,25 @@ def check_sweep(
 
 @pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize(("rounds", "grid"), [(False, INT4), (True, INT4), (True, INT8)])
 def test_every_column_gets_the_feedback_of_those_before_it(
-    rounds: bool, masked: bool, backwards: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rounds: bool, grid: Grid, masked: bool, backwards: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If this failed, a run on a GPU would round other targets than GPTQ's."""
     w, matrix = problem()
     factored = factor(matrix, 0.01)
     order = torch.randperm(K, generator=torch.Generator().manual_seed(5))
     group_of = order // 68
-    scales = search_scales(w.T.contiguous(), None, group_size=68, both_signs=True, bfloat16_exact=True, ratios=(1.0,)).T.contiguous()
+    given_scales = search_scales(
+        w.T.contiguous(), None, group_size=68, both_signs=True, bfloat16_exact=True, ratios=(1.0,), grid=grid
+    )  # fmt: skip
+    scales = given_scales.T.contiguous()
     keep = two_largest(w.abs()) if masked else None
     base = w + 0.01 * w.flip(0)  # as coordinate descent has it: not the anchor
     given = (base, w, factored.feedback, scales if rounds else None, group_of, keep)
-    found = install(monkeypatch, tmp_path, backwards=backwards).sweep(*given)
-    check_sweep(*given, found)
+    found = install(monkeypatch, tmp_path, backwards=backwards).sweep(*given, grid=grid)
+    check_sweep(*given, found, grid)
+    assert not rounds or int(found[0].min()) == grid.lowest
 
 
 @pytest.mark.parametrize("rounds", [False, True])
@@ -157,7 +162,7 @@ def test_scales_are_those_of_the_torch_version(
     def error(scales: Tensor) -> Tensor:
         t = w.double().reshape(ROWS, -1, group_size) / scales.double().unsqueeze(-1)
         h = 1.0 if importance is None else importance.double().reshape(-1, group_size)
-        return ((t.round().clamp(CODE_MIN, CODE_MAX) - t).square() * h).sum(-1) * scales.double().square()
+        return ((t.round().clamp(INT4.lowest, INT4.highest) - t).square() * h).sum(-1) * scales.double().square()
 
     assert torch.allclose(error(found), error(expected), rtol=1e-5)
 

@@ -15,11 +15,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from marlinctl.checkpoint.formats import blocks
 from marlinctl.checkpoint.formats.targets import tower_of
 from marlinctl.errors import BadInput, Problem
+from marlinctl.quantize.scheme import INT4, Grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +46,7 @@ VLLM_RELEASE = "0.26.0"  # the plugin was run with it on an H200; a release is a
 MODEL_FILES, NATIVE_FILES = STEMS = ("model", "marlin")  # of the shards; native folders must not look like a model to plain transformers
 
 Shapes = Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]]  # suffix -> (allowed dtypes, shape)
+Kind = tuple[int, Grid]  # group size, -1 for whole rows, and grid of a linear
 _MISREAD = "the file is damaged or its config.json belongs to another model; fetch or write it again"
 
 
@@ -54,6 +56,7 @@ class Chosen:
 
     layers: Mapping[str, int]  # quantized linear -> group size, -1 for whole rows
     ignore: Sequence[str]  # every nn.Linear that stays 16-bit: lm_head, skipped layers, routers
+    grids: Mapping[str, Grid] = field(default_factory=dict)  # of the linears whose codes are not INT4
     wraps: bool = False  # the language model is part of a wrapper, for which clients have names of their own
 
     @property
@@ -66,17 +69,25 @@ class Chosen:
     def packs_head(self) -> bool:
         return any(name.rpartition(".")[2] == "lm_head" for name in self.layers)
 
+    def kind(self, layer: str) -> Kind:
+        return self.layers[layer], self.grids.get(layer, INT4)
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        return {layer: self.kind(layer) for layer in self.layers}
+
     @property
     def everything(self) -> list[str]:
         return [*self.layers, *self.ignore]
 
     @property
-    def majority(self) -> int:
-        return sizes_by_count(self.layers)[0]
+    def majority(self) -> Kind:
+        return kinds_by_count(self.kinds)[0]
 
     @property
-    def differing(self) -> dict[str, int]:
-        return {name: size for name, size in self.layers.items() if size != self.majority}
+    def differing(self) -> dict[str, Kind]:
+        majority = self.majority
+        return {name: kind for name, kind in self.kinds.items() if kind != majority}
 
 
 def no_limits(packed: Packed, program: str) -> list[str]:
@@ -85,6 +96,10 @@ def no_limits(packed: Packed, program: str) -> list[str]:
 
 def nothing_untested(packed: Packed) -> Mapping[str, str]:
     return {}
+
+
+class ShapesOf(Protocol):
+    def __call__(self, n: int, k: int, group_size: int, grid: Grid = INT4) -> Shapes: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # one object a format: compared and hashed as such
@@ -96,25 +111,27 @@ class Format:
 
     name: str  # as --format, manifest and reports spell it
     label: str  # in tables
-    title: str  # of the model card
+    title: str  # of the model card; {} stands for the bits of its codes
     tensors: Mapping[str, str]  # suffix -> what its bytes are, of one quantized linear; the first marks a linear as quantized
-    shapes: Callable[[int, int, int], Shapes]  # (N, K, group size)
+    shapes: ShapesOf
     loaders: tuple[str, ...]  # programs that read it; whether they take a given model is what runtimes.loads says
     pack: Callable[[str, LinearParts], dict[str, Tensor]]  # the layer is named in errors
-    unpack: Callable[[Mapping[str, Tensor], int, str], LinearParts]  # (tensors, group size, variant); ValueError says what is wrong
-    bits: int = 4  # of a code
+    unpack: Callable[[Mapping[str, Tensor], int, str, Grid], LinearParts]  # (tensors, group size, variant, grid), or ValueError
+    grids: tuple[Grid, ...] = (INT4,)  # whose codes it holds
     kernels: tuple[str, ...] = ()  # programs that multiply with it as it lies on the disk
     methods: tuple[str, ...] = ()  # values of quant_method that announce it
     detect: Callable[[Mapping[str, Any], Sequence[str]], FormatInfo | None] | None = None  # None: the block is of a sibling
     config_block: Callable[[Chosen], dict[str, Any]] | None = None
-    second_reading: Callable[[Mapping[str, Tensor], int, int, int], Tensor] | None = None  # [N, K] fp32 by another way than `unpack`
+    second_reading: Callable[[Mapping[str, Tensor], int, int, int, Grid], Tensor] | None = None  # [N, K] fp32 by another way than `unpack`
     tiles: Callable[[Mapping[str, Tensor], int, int, int], PackedLinear | PackedSparseLinear] | None = None  # native: as kernels take it
     tags: tuple[str, ...] = ()  # of the model card
     note: str = ""  # of the model card
     files: str = MODEL_FILES  # stem of the shards
     optional: tuple[str, ...] = ()  # suffixes that others leave out
     shape_from: str = "weight_shape"  # the tensor that says N and K
-    header_shape: Callable[[Sequence[int]], tuple[int, int]] | None = None  # (N, K) from the shape of that tensor, where it is a matrix
+    header_shape: Callable[[Sequence[int], Grid], tuple[int, int]] | None = (
+        None  # (N, K) from the shape of that tensor, where it is a matrix
+    )
     needs_mask: bool = False  # it holds 2:4 linears alone, and its metadata is their mask
     writes_variant: str = ""
     variant_loaders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -126,6 +143,13 @@ class Format:
     limits: Callable[[Packed, str], list[str]] = no_limits  # why a program refuses such a model, beyond the shapes of its kernels
     untested: Callable[[Packed], Mapping[str, str]] = nothing_untested
     trains: str = ""  # what distillation can train of it: "weights", "scales" or nothing
+
+    def title_of(self, grids: Iterable[Grid]) -> str:
+        """Of a model with such codes."""
+        return self.title.format(grids_text(grids))
+
+    def tags_of(self, grids: Iterable[Grid]) -> list[str]:
+        return [*self.tags, *(f"int{grid.bits}" for grid in sorted({*grids}) if self.quantized)]
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -161,6 +185,14 @@ class FormatInfo:
     format: Format
     layers: Mapping[str, int] = field(default_factory=dict)  # quantized linears -> group size; -1 is one group for the whole row
     variant: str = ""
+    grids: Mapping[str, Grid] = field(default_factory=dict)  # of the linears whose codes are not INT4
+
+    def grid(self, layer: str) -> Grid:
+        return self.grids.get(layer, INT4)
+
+    @property
+    def used_grids(self) -> list[Grid]:
+        return sorted({self.grid(layer) for layer in self.layers})
 
     @property
     def name(self) -> str:
@@ -187,6 +219,14 @@ class Packed:
     ignore: Sequence[str]  # linears that stay 16-bit
     config: Mapping[str, Any]
     variant: str = ""
+    grids: Mapping[str, Grid] = field(default_factory=dict)  # of the linears whose codes are not INT4
+
+    def grid(self, layer: str) -> Grid:
+        return self.grids.get(layer, INT4)
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        return {layer: (size, self.grid(layer)) for layer, size in self.sizes.items()}
 
     @property
     def experts(self) -> list[str]:
@@ -208,10 +248,11 @@ class LinearParts:
     scales: Tensor  # [N, G] float16, bfloat16 or float32
     group_size: int  # K when one group spans the row
     keep: Tensor | None = None  # [N, K] bool, True for a kept weight of a 2:4 linear; None: dense, or not stated
+    grid: Grid = INT4
 
     @classmethod
     def of(cls, q: QuantizedLinear) -> LinearParts:
-        return cls(q.codes, q.scales, q.group_size, getattr(q, "keep", None))
+        return cls(q.codes, q.scales, q.group_size, getattr(q, "keep", None), q.grid)
 
     def weight(self) -> Tensor:
         """[N, K] float32: the weight that every runtime must compute with. Exact."""
@@ -238,14 +279,31 @@ class LinearParts:
                 fix="pack to ct, which keeps the scales as they are, or quantize the original model again with marlinctl",
             )
         if self.keep is not None:
-            return SparseQuantizedLinear(self.codes, scales, self.group_size, self.keep)
-        return QuantizedLinear(self.codes, scales, self.group_size)
+            return SparseQuantizedLinear(self.codes, scales, self.group_size, self.keep, grid=self.grid)
+        return QuantizedLinear(self.codes, scales, self.group_size, grid=self.grid)
 
 
 def sizes_by_count(layers: Mapping[str, int]) -> list[int]:
     """Group sizes, the most frequent first; among equals the smaller, so that the order of the layers does not matter."""
     counts = Counter(layers.values())
     return sorted(counts, key=lambda size: (-counts[size], size))
+
+
+def kinds_by_count(kinds: Mapping[str, Kind]) -> list[Kind]:
+    """The same of group sizes with grids."""
+    counts = Counter(kinds.values())
+    return sorted(counts, key=lambda kind: (-counts[kind], kind))
+
+
+def kind_text(kind: Kind) -> str:
+    """What differs from INT4 is said."""
+    size, grid = kind
+    return size_text(size) if grid == INT4 else f"{grid}, {size_text(size)}"
+
+
+def grids_text(grids: Iterable[Grid]) -> str:
+    """4-bit, or 4-bit and 8-bit"""
+    return " and ".join(str(grid) for grid in sorted({*grids}))
 
 
 def size_text(size: int) -> str:
@@ -334,8 +392,8 @@ def check_scales(scales: Tensor, rows: int) -> None:
         raise ValueError("scales hold NaN or infinity")
 
 
-def nibbles(words: Tensor) -> Tensor:
-    """int32 [R, C] -> int32 [R, 8C], lowest nibble first."""
+def codes_of(words: Tensor, bits: int) -> Tensor:
+    """int32 [R, C] -> int32 [R, C x codes in a word], lowest bits first; half of their range is added to them."""
     import torch
 
-    return (words.unsqueeze(-1) >> torch.arange(0, 32, 4, dtype=torch.int32) & 15).reshape(words.shape[0], -1)
+    return (words.unsqueeze(-1) >> torch.arange(0, 32, bits, dtype=torch.int32) & (1 << bits) - 1).reshape(words.shape[0], -1)

@@ -1,6 +1,6 @@
 """`ct`: compressed-tensors `pack-quantized`, what vLLM, SGLang and transformers load. marlinctl's interchange form.
 
-    P.weight_packed  [N, K/8 up]     int32
+    P.weight_packed  [N, K/8 up]     int32    of 8-bit codes [N, K/4 up]
     P.weight_scale   [N, G]          float    of any float dtype, as they were solved or found
     P.weight_shape   [2] = [N, K]    int64    transformers fails without it
 
@@ -31,11 +31,11 @@ from marlinctl.checkpoint.formats.base import (
     Packed,
     Shapes,
     check_scales,
-    nibbles,
+    codes_of,
+    kind_text,
+    kinds_by_count,
     object_at,
     refuse,
-    size_text,
-    sizes_by_count,
     strays,
     true_group_size,
     true_shape,
@@ -43,6 +43,7 @@ from marlinctl.checkpoint.formats.base import (
 )  # fmt: skip
 from marlinctl.checkpoint.formats.targets import Entries, GroupOf, name_patterns
 from marlinctl.errors import Problem
+from marlinctl.quantize.scheme import INT4, INT8, Grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +53,7 @@ _MIXTRAL = ("w1", "w2", "w3")
 
 def _detect(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
     if block.get("format") != "pack-quantized":
-        raise unreadable(f"compressed-tensors format {block.get('format')!r} is not pack-quantized", "only 4-bit pack-quantized is read")
+        raise unreadable(f"compressed-tensors format {block.get('format')!r} is not pack-quantized", "only pack-quantized is read")
     groups = block.get("config_groups")
     usable = isinstance(groups, Mapping) and all(isinstance(g, Mapping) and isinstance(g.get("targets"), list) for g in groups.values())
     if not isinstance(groups, Mapping) or not usable:
@@ -65,8 +66,9 @@ def _detect(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
         raise ValueError("ignore is not a list")
     Entries(str(entry) for entry in ignore)  # an expression that is none is refused here, once
     reasons = {name: _reason(group) for name, group in groups.items()}
-    fix = "only 4-bit symmetric integer weights are read"
+    fix = "only 4-bit and 8-bit symmetric integer weights are read"
     layers: dict[str, int] = {}
+    grids: dict[str, Grid] = {}
     problems: list[Problem] = []
     used = set()
     for layer in FORMAT.layer_names(names):
@@ -79,6 +81,8 @@ def _detect(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
         if reasons[group]:
             problems.append(Problem(f"{layer}: {reasons[group]}", f"config.json: config_groups.{group}", fix))
         layers[layer] = _configured_size(groups[group])
+        if not reasons[group] and (grid := _configured_grid(groups[group])) != INT4:
+            grids[layer] = grid
     problems += [
         Problem(f"{name}: {reason}", f"config.json: config_groups.{name}", fix)
         for name, reason in reasons.items()
@@ -90,13 +94,14 @@ def _detect(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
         if name.endswith(".weight_zero_point")
     ]
     refuse("E340", problems or strays(FORMAT, layers, names))
-    return FormatInfo(FORMAT, layers)
+    return FormatInfo(FORMAT, layers, grids=grids)
 
 
 def _reason(group: Mapping[str, Any]) -> str | None:
-    """Why a config group is not 4-bit symmetric weight-only, or None."""
+    """Why a config group is not 4-bit or 8-bit symmetric weight-only, or None."""
     weights = object_at(group, "weights")
-    if weights.get("num_bits") != 4 or str(weights.get("type", "int")).lower() != "int":
+    bits = weights.get("num_bits")
+    if type(bits) is not int or Grid(bits) not in FORMAT.grids or str(weights.get("type", "int")).lower() != "int":
         return f"{weights.get('num_bits')}-bit {weights.get('type', 'int')}"
     if weights.get("symmetric", True) is not True:
         return "asymmetric"
@@ -120,22 +125,26 @@ def _configured_size(group: Mapping[str, Any]) -> int:
     return int(size) if isinstance(size, int) and size > 0 and str(weights.get("strategy")).lower() != "channel" else -1
 
 
-def _config_block(chosen: Chosen) -> dict[str, Any]:
-    """One config group for each group size.
+def _configured_grid(group: Mapping[str, Any]) -> Grid:
+    return Grid(object_at(group, "weights")["num_bits"])
 
-    NOTE: with several sizes no group may say "Linear". compressed-tensors prefers a layer's own name to its class, but vLLM asks for the
+
+def _config_block(chosen: Chosen) -> dict[str, Any]:
+    """One config group for each group size and grid.
+
+    NOTE: with several of them no group may say "Linear". compressed-tensors prefers a layer's own name to its class, but vLLM asks for the
     class before it asks for the shards of a fused linear, so qkv_proj (a QKVParallelLinear) would get the group that says "Linear".
     transformers' default mode follows the groups; its `dequantize=True` (5.23) takes the first group for every linear, and stops.
     """
-    sizes = sizes_by_count(chosen.layers)
+    kinds = kinds_by_count(chosen.kinds)
     head = ["lm_head"] if chosen.packs_head else []  # SGLang (0.5.23) takes a head for packed only where a target has its name
     groups = {}
-    for i, size in enumerate(sizes):
-        members = [name for name, s in chosen.layers.items() if s == size]
-        weights = {"num_bits": FORMAT.bits, "type": "int", "symmetric": True, "dynamic": False}
+    for i, (size, grid) in enumerate(kinds):
+        members = [name for name in chosen.layers if chosen.kind(name) == (size, grid)]
+        weights = {"num_bits": grid.bits, "type": "int", "symmetric": True, "dynamic": False}
         weights |= {"strategy": "channel", "group_size": None} if size == -1 else {"strategy": "group", "group_size": size}
         groups[f"group_{i}"] = {
-            "targets": ["Linear", *head] if len(sizes) == 1 else name_patterns(members, chosen.everything, chosen.tower),
+            "targets": ["Linear", *head] if len(kinds) == 1 else name_patterns(members, chosen.everything, chosen.tower),
             "weights": weights,
             "input_activations": None,
             "output_activations": None,
@@ -149,9 +158,9 @@ def _config_block(chosen: Chosen) -> dict[str, Any]:
     }
 
 
-def _shapes(n: int, k: int, group_size: int) -> Shapes:
-    groups = 1 if group_size == -1 else -(-k // group_size)
-    return {"weight_packed": (("I32",), (n, -(-k // 8))), "weight_scale": (FLOATS, (n, groups)), "weight_shape": (("I64", "I32"), (2,))}
+def _shapes(n: int, k: int, group_size: int, grid: Grid = INT4) -> Shapes:
+    groups, words = 1 if group_size == -1 else -(-k // group_size), -(-k * grid.bits // 32)
+    return {"weight_packed": (("I32",), (n, words)), "weight_scale": (FLOATS, (n, groups)), "weight_shape": (("I64", "I32"), (2,))}
 
 
 def _pack(layer: str, parts: LinearParts) -> dict[str, Tensor]:
@@ -161,24 +170,25 @@ def _pack(layer: str, parts: LinearParts) -> dict[str, Tensor]:
     from marlinctl.pack.interchange import pack_ct
 
     shape = torch.tensor(parts.codes.shape, dtype=torch.int64)
-    return {"weight_packed": pack_ct(parts.codes), "weight_scale": parts.scales, "weight_shape": shape}
+    return {"weight_packed": pack_ct(parts.codes, parts.grid.bits), "weight_scale": parts.scales, "weight_shape": shape}
 
 
-def _unpack(tensors: Mapping[str, Tensor], group_size: int, variant: str) -> LinearParts:
+def _unpack(tensors: Mapping[str, Tensor], group_size: int, variant: str, grid: Grid) -> LinearParts:
     from marlinctl.pack.interchange import unpack_ct
 
     n, k = true_shape(tensors["weight_shape"])
     scales = tensors["weight_scale"]
     check_scales(scales, n)
-    return LinearParts(unpack_ct(tensors["weight_packed"], n, k), scales, true_group_size(group_size, k, int(scales.shape[1])))
+    codes = unpack_ct(tensors["weight_packed"], n, k, grid.bits)
+    return LinearParts(codes, scales, true_group_size(group_size, k, int(scales.shape[1])), grid=grid)
 
 
-def _second_reading(tensors: Mapping[str, Tensor], n: int, k: int, group_size: int) -> Tensor:
-    """Nibble by nibble, as clients do."""
+def _second_reading(tensors: Mapping[str, Tensor], n: int, k: int, group_size: int, grid: Grid) -> Tensor:
+    """Code by code, as clients do."""
     import torch
 
     scales = tensors["weight_scale"].to(torch.float32)
-    codes = nibbles(tensors["weight_packed"])[:, :k] - 8
+    codes = codes_of(tensors["weight_packed"], grid.bits)[:, :k] + grid.lowest
     return codes.to(torch.float32) * scales.repeat_interleave(k // scales.shape[1], dim=1)
 
 
@@ -188,11 +198,11 @@ def _limits(packed: Packed, program: str) -> list[str]:
         return _limits_of_transformers(packed)
     if not packed.experts:
         return []
-    first, sizes = packed.experts[0], sorted(set(packed.sizes.values()))
-    if program == SGLANG and len(sizes) > 1:
-        text = ", ".join(size_text(size) for size in sizes)
+    first, kinds = packed.experts[0], sorted({*packed.kinds.values()})
+    if program == SGLANG and len(kinds) > 1:
+        text = ", ".join(kind_text(kind) for kind in kinds)
         return [f"{first}: SGLang finds the scheme of experts only where a model has one for all linears, and this has {text}"]
-    if program == VLLM and first.rpartition(".")[2] in _MIXTRAL and (len(sizes) > 1 or packed.sixteen_bit_experts):
+    if program == VLLM and first.rpartition(".")[2] in _MIXTRAL and (len(kinds) > 1 or packed.sixteen_bit_experts):
         return [f"{first}: vLLM finds the scheme of experts of this name only where a model has one for all linears, experts included"]
     return []
 
@@ -200,11 +210,12 @@ def _limits(packed: Packed, program: str) -> list[str]:
 def _limits_of_transformers(packed: Packed) -> list[str]:
     """transformers fuses the experts of a block. It takes one scheme for all experts of a model, that of the first config group which names
     some; a single scale per row fits whatever scheme has groups, but not the reverse."""
-    used = {packed.sizes[name] for name in packed.experts}
-    grouped = {packed.sizes[name] for name in packed.experts if packed.sizes[name] not in (-1, packed.shapes[name][1])}
-    scheme = next((size for size in sizes_by_count(packed.sizes) if size in used), None)
-    if grouped - {scheme}:
-        text = ", ".join(size_text(size) for size in sorted(used))
+    kinds = packed.kinds
+    used = {kinds[name] for name in packed.experts}
+    grouped = {kinds[name] for name in packed.experts if packed.sizes[name] not in (-1, packed.shapes[name][1])}
+    scheme = next((kind for kind in kinds_by_count(kinds) if kind in used), None)
+    if grouped - {scheme} or len({grid for _, grid in used}) > 1:
+        text = ", ".join(kind_text(kind) for kind in sorted(used))
         return [f"{packed.experts[0]}: experts have {text}, and transformers takes one for all experts of a model"]
     if packed.sixteen_bit_experts and packed.sizes:
         return [f"{packed.sixteen_bit_experts[0]}: it stays 16-bit, and transformers looks for packed experts alone"]
@@ -218,7 +229,7 @@ def _untested(packed: Packed) -> Mapping[str, str]:
 FORMAT = Format(
     name="ct",
     label="compressed-tensors",
-    title="4-bit weights, compressed-tensors `pack-quantized`",
+    title="{} weights, compressed-tensors `pack-quantized`",
     tensors={"weight_packed": CODES, "weight_scale": SCALES, "weight_shape": INDICES},
     shapes=_shapes,
     loaders=(VLLM, SGLANG, TRANSFORMERS_CT, MARLINCTL),
@@ -228,8 +239,9 @@ FORMAT = Format(
     config_block=_config_block,
     pack=_pack,
     unpack=_unpack,
+    grids=(INT4, INT8),
     second_reading=_second_reading,
-    tags=("compressed-tensors", "int4"),
+    tags=("compressed-tensors",),
     required=(("quantization_status", "compressed", "transformers would fill the linears with random numbers"),),
     checks_ignore=True,
     limits=_limits,

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from marlinctl.checkpoint.formats.base import FLOATS, MARLINCTL, SGLANG, TRANSFORMERS, VLLM, WEIGHTS, Format, LinearParts, Shapes
 from marlinctl.errors import NumericalProblem
+from marlinctl.quantize.scheme import INT4, Grid
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _shapes(n: int, k: int, group_size: int) -> Shapes:
+def _shapes(n: int, k: int, group_size: int, grid: Grid = INT4) -> Shapes:
     return {"weight": (FLOATS, (n, k))}
 
 
@@ -34,21 +35,20 @@ def _pack(layer: str, parts: LinearParts) -> dict[str, Tensor]:
     return {"weight": weight}
 
 
-def _unpack(tensors: Mapping[str, Tensor], group_size: int, variant: str) -> LinearParts:
+def _unpack(tensors: Mapping[str, Tensor], group_size: int, variant: str, grid: Grid) -> LinearParts:
     raise ValueError("a 16-bit weight has no codes")
 
 
 FORMAT = Format(
     name="dense",
     label="16-bit weights",
-    title="16-bit copy of a 4-bit model",
+    title="16-bit copy of a {} model",
     tensors={"weight": WEIGHTS},
     shapes=_shapes,
     loaders=(TRANSFORMERS, VLLM, SGLANG, MARLINCTL),
     kernels=(MARLINCTL,),
     pack=_pack,
     unpack=_unpack,
-    bits=16,
     note="Every linear holds float16(code * scale). The product is rounded to 11 significant bits, so logits are close to those of the "
     "packed model and not equal to them.\n",
     trains="weights",

@@ -1,7 +1,8 @@
 """`gptq`: GPTQ v1, for GPTQModel and its relatives, vLLM and SGLang. v2 is read.
 
-    P.qweight  [K/8, N]   int32
-    P.qzeros   [G, N/8]   int32    every nibble 7 (v1 stores zero - 1); GPTQModel loads garbage without it
+    P.qweight  [K/8, N]   int32    of 8-bit codes [K/4, N]
+    P.qzeros   [G, N/8]   int32    every nibble 7 (v1 stores zero - 1), of 8-bit codes [G, N/4] and every byte 127; GPTQModel loads garbage
+                                   without it
     P.scales   [G, N]     fp16
     P.g_idx    [K]        int32    k // g; optimum reads uninitialised memory without it
 
@@ -29,12 +30,13 @@ from marlinctl.checkpoint.formats.base import (
     Chosen,
     Format,
     FormatInfo,
+    Kind,
     LinearParts,
     Packed,
     Shapes,
     check_scales,
+    codes_of,
     group_size_of,
-    nibbles,
     object_at,
     refuse,
     strays,
@@ -42,6 +44,7 @@ from marlinctl.checkpoint.formats.base import (
 )  # fmt: skip
 from marlinctl.checkpoint.formats.targets import name_patterns, with_fused_names
 from marlinctl.errors import Problem
+from marlinctl.quantize.scheme import INT4, INT8, Grid
 from marlinctl.system.files import brief
 from marlinctl.system.patterns import Expressions
 
@@ -57,8 +60,8 @@ def _detect(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
     if label not in ("gptq", "gptq_v2") or block.get("is_marlin_format"):
         what = f"GPTQ checkpoint_format {label!r} is not read"
         problems.append(Problem(what, "config.json: checkpoint_format", "gptq and gptq_v2 are read"))
-    if block.get("bits") != 4:
-        problems.append(Problem(f"{block.get('bits')!r}-bit GPTQ is not read", "config.json: bits", "only 4 bits are read"))
+    if not _is_read(bits := block.get("bits")):
+        problems.append(Problem(f"{bits!r}-bit GPTQ is not read", "config.json: bits", "4 and 8 bits are read"))
     if block.get("sym", True) is not True:
         problems.append(Problem("asymmetric GPTQ is not read", "config.json: sym", "quantize the original model symmetrically"))
     refuse("E340", problems)
@@ -67,20 +70,29 @@ def _detect(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
     present = set(names)
     rule_of = _DynamicRules(dynamic)
     layers: dict[str, int] = {}
+    grids: dict[str, Grid] = {}
     for layer in FORMAT.layer_names(names):
         rule = rule_of(layer)
         if rule is None:
             what = f"{layer} is packed, and a rule of `dynamic` says that it is not quantized"
             problems.append(Problem(what, "config.json: dynamic", "config.json belongs to another model; restore it"))
             continue
-        if rule.get("bits", 4) != 4 or rule.get("sym", True) is not True:
-            problems.append(Problem(f"{layer}: {rule} is not 4-bit symmetric", "config.json: dynamic", "only 4-bit symmetric is read"))
+        bits = rule.get("bits", block["bits"])
+        if not _is_read(bits) or rule.get("sym", True) is not True:
+            what = f"{layer}: {rule} is neither 4-bit nor 8-bit symmetric"
+            problems.append(Problem(what, "config.json: dynamic", "only 4-bit and 8-bit symmetric are read"))
+        elif Grid(bits) != INT4:
+            grids[layer] = Grid(bits)
         if rule.get("desc_act", block.get("desc_act")) and f"{layer}.g_idx" not in present:
             what = f"{layer}: desc_act is true, and without {layer}.g_idx the order of its columns is unknown"
             problems.append(Problem(what, "config.json: desc_act", "fetch the checkpoint again, or quantize the original model"))
         layers[layer] = group_size_of(rule.get("group_size", size))
     refuse("E340", problems or strays(FORMAT, layers, names))
-    return FormatInfo(FORMAT, layers, V2 if label == "gptq_v2" else V1)
+    return FormatInfo(FORMAT, layers, V2 if label == "gptq_v2" else V1, grids)
+
+
+def _is_read(bits: object) -> bool:
+    return type(bits) is int and Grid(bits) in FORMAT.grids
 
 
 class _DynamicRules:
@@ -112,10 +124,16 @@ def _strange_rules(dynamic: Mapping[str, Any]) -> list[Problem]:
 
 
 def _config_block(chosen: Chosen) -> dict[str, Any]:
-    block = {"quant_method": "gptq", "bits": FORMAT.bits, "group_size": chosen.majority, "desc_act": False, "sym": True}
+    size, grid = chosen.majority
+    block = {"quant_method": "gptq", "bits": grid.bits, "group_size": size, "desc_act": False, "sym": True}
     block |= {"checkpoint_format": "gptq", "format": "gptq", "pack_dtype": "int32", "lm_head": chosen.packs_head}
     dynamic = _dynamic_block(chosen)
     return block | ({"dynamic": dynamic} if dynamic else {})
+
+
+def _rule(kind: Kind, usual: Kind) -> dict[str, int]:
+    """What a rule of `dynamic` says of linears that differ from the usual ones."""
+    return ({} if kind[0] == usual[0] else {"group_size": kind[0]}) | ({} if kind[1] == usual[1] else {"bits": kind[1].bits})
 
 
 def _dynamic_block(chosen: Chosen) -> dict[str, Any]:
@@ -126,16 +144,18 @@ def _dynamic_block(chosen: Chosen) -> dict[str, Any]:
         return {f"{sign}:{p[3:] if p.startswith('re:') else '^' + re.escape(p) + '$'}": rule for p in patterns}
 
     block: dict[str, Any] = {}
-    for size in sorted(set(chosen.differing.values())):
-        block |= rules("+", [name for name, s in chosen.differing.items() if s == size], {"group_size": size})
+    differing = {name: _rule(kind, chosen.majority) for name, kind in chosen.differing.items()}
+    for rule in sorted({tuple(rule.items()) for rule in differing.values()}):
+        block |= rules("+", [name for name, other in differing.items() if tuple(other.items()) == rule], dict(rule))
     return block | rules("-", [name for name in chosen.ignore if name != "lm_head"], {})
 
 
-def _shapes(n: int, k: int, group_size: int) -> Shapes:
+def _shapes(n: int, k: int, group_size: int, grid: Grid = INT4) -> Shapes:
     groups = 1 if group_size == -1 else -(-k // group_size)
+    together = 32 // grid.bits
     return {
-        "qweight": (("I32",), (k // 8, n)),
-        "qzeros": (("I32",), (groups, n // 8)),
+        "qweight": (("I32",), (k // together, n)),
+        "qzeros": (("I32",), (groups, n // together)),
         "scales": (FLOATS, (groups, n)),
         "g_idx": (("I32", "I64"), (k,)),
     }
@@ -147,25 +167,26 @@ def _pack(layer: str, parts: LinearParts) -> dict[str, Tensor]:
     return pack_gptq(parts.quantized(layer))
 
 
-def _unpack(tensors: Mapping[str, Tensor], group_size: int, variant: str) -> LinearParts:
+def _unpack(tensors: Mapping[str, Tensor], group_size: int, variant: str, grid: Grid) -> LinearParts:
     import torch
 
     from marlinctl.pack.interchange import unpack_gptq
 
     qweight, qzeros, scales = (tensors[suffix] for suffix in ("qweight", "qzeros", "scales"))
-    k, n = qweight.shape[0] * 8, qweight.shape[-1]
+    k, n = qweight.shape[0] * 32 // grid.bits, qweight.shape[-1]
     check_scales(scales.T, n)
     # The codes do not depend on the scales; foreign ones may be of a dtype that QuantizedLinear does not hold.
-    q = unpack_gptq(qweight, qzeros, torch.ones_like(scales, dtype=torch.float16), tensors.get("g_idx"), v2=variant == V2)
-    return LinearParts(q.codes, scales.T.contiguous(), true_group_size(group_size, k, int(scales.shape[0])))
+    ones = torch.ones_like(scales, dtype=torch.float16)
+    q = unpack_gptq(qweight, qzeros, ones, tensors.get("g_idx"), v2=variant == V2, grid=grid)
+    return LinearParts(q.codes, scales.T.contiguous(), true_group_size(group_size, k, int(scales.shape[0])), grid=grid)
 
 
-def _second_reading(tensors: Mapping[str, Tensor], n: int, k: int, group_size: int) -> Tensor:
-    """Nibble by nibble, as clients do."""
+def _second_reading(tensors: Mapping[str, Tensor], n: int, k: int, group_size: int, grid: Grid) -> Tensor:
+    """Code by code, as clients do."""
     import torch
 
-    codes = nibbles(tensors["qweight"].T)  # [N, K]
-    zeros = nibbles(tensors["qzeros"]) + 1  # [G, N], v1 stores one less
+    codes = codes_of(tensors["qweight"].T, grid.bits)  # [N, K]
+    zeros = codes_of(tensors["qzeros"], grid.bits) + 1  # [G, N], v1 stores one less
     group = tensors["g_idx"].to(torch.int64)
     scales = tensors["scales"].to(torch.float32)  # [G, N]
     return (codes - zeros[group].T).to(torch.float32) * scales[group].T
@@ -189,7 +210,7 @@ def _untested(packed: Packed) -> Mapping[str, str]:
 FORMAT = Format(
     name="gptq",
     label="GPTQ",
-    title="4-bit weights, GPTQ v1",
+    title="{} weights, GPTQ v1",
     tensors={"qweight": CODES, "qzeros": INDICES, "scales": SCALES, "g_idx": INDICES},
     shapes=_shapes,
     loaders=(GPTQMODEL, VLLM, SGLANG, TRANSFORMERS_GPTQ, MARLINCTL),
@@ -199,11 +220,12 @@ FORMAT = Format(
     config_block=_config_block,
     pack=_pack,
     unpack=_unpack,
+    grids=(INT4, INT8),
     second_reading=_second_reading,
-    tags=("gptq", "int4"),
+    tags=("gptq",),
     optional=("g_idx",),  # old files lack it, which means plain order
     shape_from="qweight",
-    header_shape=lambda shape: (shape[1], 8 * shape[0]),
+    header_shape=lambda shape, grid: (shape[1], 32 // grid.bits * shape[0]),
     writes_variant=V1,
     variant_loaders={V2: (GPTQMODEL, VLLM, TRANSFORMERS_GPTQ, MARLINCTL)},
     block_file="quantize_config.json",

@@ -32,6 +32,7 @@ from marlinctl.checkpoint.formats.base import (
     unreadable,
 )
 from marlinctl.errors import BadInput
+from marlinctl.quantize.scheme import INT4
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,9 +71,9 @@ def _detect(block: Mapping[str, Any], names: Sequence[str], fmt: Format) -> Form
             fix="update marlinctl, or pack the model again to ct with the version that wrote it",
         )
     said = block.get("format")
-    if not isinstance(said, str) or said not in MARKS or block.get("bits") != fmt.bits:
+    if not isinstance(said, str) or said not in MARKS or block.get("bits") != INT4.bits:
         what = f"native format {said!r} with {block.get('bits')!r} bits is not read"
-        raise unreadable(what, f"only {' and '.join(MARKS)} with {fmt.bits} bits are")
+        raise unreadable(what, f"only {' and '.join(MARKS)} with {INT4.bits} bits are")
     if said != fmt.name:
         return None
     ending = next(f".{mark}" for name, mark in MARKS.items() if name != fmt.name)
@@ -89,8 +90,9 @@ def _detect(block: Mapping[str, Any], names: Sequence[str], fmt: Format) -> Form
 
 
 def _config_block(chosen: Chosen, fmt: Format) -> dict[str, Any]:
-    block = {"quant_method": METHOD, "format": fmt.name, "format_version": FORMAT_VERSION, "bits": fmt.bits, "group_size": chosen.majority}
-    return block | ({"overrides": chosen.differing} if chosen.differing else {})
+    (size, _), differing = chosen.majority, chosen.differing  # one grid
+    block = {"quant_method": METHOD, "format": fmt.name, "format_version": FORMAT_VERSION, "bits": INT4.bits, "group_size": size}
+    return block | ({"overrides": {name: size for name, (size, _) in differing.items()}} if differing else {})
 
 
 def _limits(packed: Packed, program: str) -> list[str]:
@@ -145,7 +147,7 @@ def make_format(
         label=label,
         title=title,
         tensors={**{suffix: one.kind for suffix, one in words.items()}, "s": SCALES, "weight_shape": INDICES},
-        shapes=lambda n, k, group_size: _shapes(n, k, group_size, words),
+        shapes=lambda n, k, group_size, grid=INT4: _shapes(n, k, group_size, words),
         loaders=(VLLM_MARLINCTL, MARLINCTL),
         kernels=(VLLM_MARLINCTL, MARLINCTL),
         limits=_limits,
@@ -153,10 +155,10 @@ def make_format(
         detect=lambda block, names: _detect(block, names, fmt),
         config_block=lambda chosen: _config_block(chosen, fmt),
         pack=packed,
-        unpack=lambda tensors, group_size, variant: LinearParts.of(unpack(tiles_of(tensors, *_true_sizes(fmt, tensors, group_size)))),
-        second_reading=lambda tensors, n, k, group_size: second_reading(tiles_of(tensors, n, k, group_size)),
+        unpack=lambda tensors, group_size, variant, grid: LinearParts.of(unpack(tiles_of(tensors, *_true_sizes(fmt, tensors, group_size)))),
+        second_reading=lambda tensors, n, k, group_size, grid: second_reading(tiles_of(tensors, n, k, group_size)),
         tiles=tiles_of,
-        tags=("marlin", "int4"),
+        tags=("marlin",),
         note=NOTE,
         files=NATIVE_FILES,
         needs_mask=needs_mask,

@@ -18,10 +18,11 @@ from marlinctl.checkpoint.formats.base import (
     Format,
     FormatInfo,
     LinearParts,
+    grids_text,
     unreadable,
 )  # fmt: skip
 from marlinctl.errors import BadInput, Problem
-from marlinctl.quantize.scheme import Scheme
+from marlinctl.quantize.scheme import INT4, Grid, Scheme
 from marlinctl.system.atomic import DTYPE_BYTES
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def detect(config: Mapping[str, Any], tensor_names: Iterable[str]) -> FormatInfo
     raise unreadable(
         f"the model is quantized with {method!r}, which marlinctl does not read",
         way_to_sixteen_bits(method)
-        or "use compressed-tensors pack-quantized or GPTQ, 4-bit symmetric, or quantize the original 16-bit model",
+        or "use compressed-tensors pack-quantized or GPTQ, 4-bit or 8-bit symmetric, or quantize the original 16-bit model",
     )
 
 
@@ -144,24 +145,33 @@ def quantization_config(
     layers: Mapping[str, int],  # layer name -> group size, -1 for whole rows
     ignore: Sequence[str] = (),  # every nn.Linear that stays 16-bit: lm_head, skipped layers, routers
     provenance: Mapping[str, Any] | None = None,  # goes under the key "marlinctl", which clients ignore
+    grids: Mapping[str, Grid] | None = None,  # of the layers whose codes are not INT4
     wraps: bool = False,  # the language model is part of a wrapper
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
     if fmt.config_block is None:
         raise ValueError(f"no config block for format {fmt.name!r}")
-    return fmt.config_block(Chosen(layers, ignore, wraps)) | ({"marlinctl": dict(provenance)} if provenance else {})
+    return fmt.config_block(Chosen(layers, ignore, grids or {}, wraps)) | ({"marlinctl": dict(provenance)} if provenance else {})
 
 
-def linear_bytes(fmt: Format, n: int, k: int, group_size: int) -> int:
+def linear_bytes(fmt: Format, n: int, k: int, group_size: int, grid: Grid = INT4) -> int:
     """Bytes of the tensors that marlinctl writes for a linear [n, k]."""
-    return sum(prod(shape) * DTYPE_BYTES[dtypes[0]] for dtypes, shape in fmt.shapes(n, k, group_size).values())
+    return sum(prod(shape) * DTYPE_BYTES[dtypes[0]] for dtypes, shape in fmt.shapes(n, k, group_size, grid).values())
 
 
-def misfits(shapes: Mapping[str, tuple[int, int]], targets: Iterable[Format]) -> list[Problem]:
-    """Linears (name -> (N, K)) that a target format cannot hold."""
+def misfits(shapes: Mapping[str, tuple[int, int]], targets: Sequence[Format], grids: Mapping[str, Grid]) -> list[Problem]:
+    """Linears (name -> (N, K)) that a target format cannot hold. grids: of those whose codes are not INT4."""
     asks = [fmt.misfit for fmt in targets if fmt.misfit is not None]
     found = ((layer, ask(n, k)) for ask in asks for layer, (n, k) in shapes.items())
-    return [Problem(f"{layer}: {why}", layer, "pack to ct or marlin") for layer, why in found if why is not None]
+    problems = [Problem(f"{layer}: {why}", layer, "pack to ct or marlin") for layer, why in found if why is not None]
+    for fmt in targets:
+        holders = " or ".join(other.name for other in FORMATS.values() if other.quantized and {*grids.values()} <= {*other.grids})
+        problems += [
+            Problem(f"{layer} has {grid} codes, and {fmt.name} holds {grids_text(fmt.grids)} ones alone", layer, f"pack to {holders}")
+            for layer, grid in grids.items()
+            if layer in shapes and fmt.quantized and grid not in fmt.grids
+        ]
+    return problems
 
 
 def linear_tensors(fmt: Format, layer: str, q: QuantizedLinear | LinearParts) -> dict[str, Tensor]:
@@ -194,7 +204,7 @@ def layer_shape(checkpoint: Checkpoint, info: FormatInfo, layer: str) -> tuple[i
     tensor = checkpoint.tensors[name]
     if info.format.header_shape is not None:
         if len(tensor.shape) == 2:
-            return info.format.header_shape(tensor.shape)
+            return info.format.header_shape(tensor.shape, info.grid(layer))
     elif tensor.dtype in ("I64", "I32") and tuple(tensor.shape) == (2,):
         data = bytes(checkpoint.raw(name))
         width = len(data) // 2
@@ -213,7 +223,7 @@ def read_parts(checkpoint: Checkpoint, info: FormatInfo, layer: str, masks: Mask
     try:
         _check_ranks(checkpoint, layer, present)
         tensors = {suffix: checkpoint.read(f"{layer}.{suffix}") for suffix in present}
-        parts = info.format.unpack(tensors, info.layers[layer], info.variant)
+        parts = info.format.unpack(tensors, info.layers[layer], info.variant, info.grid(layer))
     except ValueError as problem:
         raise BadInput(
             "E346",

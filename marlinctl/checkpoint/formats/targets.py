@@ -24,6 +24,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from marlinctl.system.patterns import Expressions
 
@@ -32,6 +33,7 @@ _MARK = "re:"
 _ANYWHERE = r"(.*\.)?"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
+_Kind = TypeVar("_Kind")
 # What servers fuse at load: the shards of one fused linear must be quantized alike.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -152,20 +154,20 @@ class GroupOf:
         return self._groups[found] if found is not None else self._exact.get("Linear")
 
 
-def split_fused(sizes: Mapping[str, int | None]) -> list[tuple[str, dict[str, int | None]]]:
-    """Linears that servers load as one although they are not quantized alike: (fused name, {shard: group size, None for 16-bit}).
+def split_fused(kinds: Mapping[str, _Kind]) -> list[tuple[str, dict[str, _Kind]]]:
+    """Linears that servers load as one although they are not quantized alike: (fused name, {shard: what it is}).
 
     Fused are q/k/v, gate/up, and all experts of a block.
     """
-    families: dict[str, dict[str, int | None]] = defaultdict(dict)
-    for name, size in sizes.items():
+    families: dict[str, dict[str, _Kind]] = defaultdict(dict)
+    for name, kind in kinds.items():
         parent, _, last = name.rpartition(".")
         head, found, _ = name.partition(".experts.")
         if found:
-            families[f"{head}.experts"][name] = size
+            families[f"{head}.experts"][name] = kind
         for fused, shards in FUSED.items():
             if last in shards and not found:
-                families[f"{parent}.{fused}"][name] = size
+                families[f"{parent}.{fused}"][name] = kind
     return [(fused, shards) for fused, shards in families.items() if len(set(shards.values())) > 1]
 
 

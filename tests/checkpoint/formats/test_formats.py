@@ -23,6 +23,7 @@ from marlinctl.checkpoint.formats.registry import FORMATS
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.errors import BadInput
+from marlinctl.quantize.scheme import INT8
 from marlinctl.quantize.types import QuantizedLinear
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from tests.packed import (
@@ -123,18 +124,18 @@ def test_formats_are_told_apart(block: Any, names: list[str], name: str, variant
         ({**ct_block(), "sparsity_config": {"format": "sparse-24-bitmask"}}, CT_NAMES, "E340", "sparse-24-bitmask"),
         ({**ct_block(), "config_groups": {}}, CT_NAMES, "E340", LAYER),
         ({**ct_block(), "config_groups": {"g": {"weights": {}}}}, CT_NAMES, "E340", "targets"),
-        (ct_block(num_bits=8), CT_NAMES, "E340", f"{LAYER}: 8-bit"),
+        (ct_block(num_bits=3), CT_NAMES, "E340", f"{LAYER}: 3-bit"),
         (ct_block(type="float"), CT_NAMES, "E340", "float"),
         (ct_block(symmetric=False), CT_NAMES, "E340", "asymmetric"),
         (ct_block(), [*CT_NAMES, f"{LAYER}.weight_zero_point"], "E340", "zero point"),
         (ct_block(strategy="block"), CT_NAMES, "E340", "block"),
         (ct_block(actorder="group"), CT_NAMES, "E340", "static order"),
         (ct_block(group_size=0), CT_NAMES, "E340", "group_size 0"),
-        (gptq_block(bits=8), GPTQ_NAMES, "E340", "8-bit"),
+        (gptq_block(bits=3), GPTQ_NAMES, "E340", "3-bit"),
         (gptq_block(sym=False), GPTQ_NAMES, "E340", "asymmetric"),
         (gptq_block(checkpoint_format="marlin"), GPTQ_NAMES, "E340", "marlin"),
         (gptq_block(group_size=0), GPTQ_NAMES, "E340", "group_size"),
-        (gptq_block(dynamic={".*": {"bits": 8}}), GPTQ_NAMES, "E340", LAYER),
+        (gptq_block(dynamic={".*": {"bits": 3}}), GPTQ_NAMES, "E340", LAYER),
         (gptq_block(dynamic={f"+:.*{i}": {} for i in range(5001)}), GPTQ_NAMES, "E340", "more than 5,000 regular expressions"),
         ({**MARLIN, "format_version": 2}, MARLIN_NAMES, "E340", "update marlinctl"),
         ({**MARLIN, "format_version": "1"}, MARLIN_NAMES, "E340", "format_version"),
@@ -331,7 +332,7 @@ def test_all_unreadable_layers_are_listed() -> None:
     """Naming one layer per attempt would make the person try as often as there are layers."""
     names = [f"model.layers.{i}.q_proj.weight_packed" for i in range(5)]
     with pytest.raises(BadInput) as caught:
-        registry.detect({"quantization_config": ct_block(num_bits=8)}, names)
+        registry.detect({"quantization_config": ct_block(num_bits=3)}, names)
     assert len(caught.value.problems) == 5
 
 
@@ -543,6 +544,34 @@ def test_no_group_says_linear_when_sizes_differ() -> None:
         assert group is not None and size_of[group] == (64 if i == 2 else 128)
     wrong = {"group_0": ["Linear"], "group_1": groups["group_1"]}
     assert vllm_group("model.layers.2.self_attn.qkv_proj", "QKVParallelLinear", wrong) == "group_0"  # the trap itself
+
+
+@pytest.mark.parametrize("fmt", ["ct", "gptq"])
+@pytest.mark.parametrize("few", ["k_proj", "o_proj"])
+def test_bits_of_single_linears_are_read_back(fmt: str, few: str) -> None:
+    """Broken: a client, or marlinctl itself, unpacks 8-bit words as 4-bit ones, or takes its group size from other linears."""
+    names = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(12) for p in "qkvo"]
+    sizes = {name: 32 if name.endswith("q_proj") else 64 for name in names}
+    grids = {name: INT8 for name in names if name.endswith(few) or ".layers.1." in name}
+    block = registry.quantization_config(FORMATS[fmt], sizes, ["lm_head"], grids=grids)
+    found = registry.detect({"quantization_config": block}, [f"{name}.{FORMATS[fmt].suffixes[0]}" for name in names])
+    assert dict(found.layers) == sizes and dict(found.grids) == grids
+    if fmt == "ct":
+        from compressed_tensors.quantization import QuantizationConfig
+
+        QuantizationConfig.model_validate(block)
+
+
+def test_bits_that_are_not_read_are_refused() -> None:
+    """Broken: 3-bit words are unpacked as 4-bit ones, or true as one bit."""
+    for bits in (3, 2, True, "8", None):
+        ct = registry.quantization_config(FORMATS["ct"], {LAYER: 32}, [])
+        ct["config_groups"]["group_0"]["weights"]["num_bits"] = bits
+        gptq = {**registry.quantization_config(FORMATS["gptq"], {LAYER: 32}, []), "bits": bits}
+        for block, suffix in ((ct, "weight_packed"), (gptq, "qweight")):
+            with pytest.raises(BadInput, match="bit") as caught:
+                registry.detect({"quantization_config": block}, [f"{LAYER}.{suffix}"])
+            assert caught.value.error_id == "E340"
 
 
 def test_forgotten_quantization_status_is_the_trap_it_is_said_to_be(source: Path, tmp_path: Path) -> None:

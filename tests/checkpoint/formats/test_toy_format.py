@@ -32,6 +32,7 @@ from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.cli import main
 from marlinctl.convert.repack import repack
 from marlinctl.planning.plan import Settings, make_plan
+from marlinctl.quantize.scheme import INT4, Grid
 from marlinctl.recipes.schema import load_recipe
 from marlinctl.report.rewrite import rewrite
 from marlinctl.system.console import Console
@@ -48,7 +49,7 @@ def _config_block(chosen: Chosen) -> dict[str, Any]:
     return {"quant_method": "toy", "sizes": dict(chosen.layers)}
 
 
-def _shapes(n: int, k: int, group_size: int) -> Shapes:
+def _shapes(n: int, k: int, group_size: int, grid: Grid = INT4) -> Shapes:
     groups = 1 if group_size == -1 else k // group_size
     return {"bytes": (("I8",), (k, n)), "steps": (("F32",), (n, groups)), "weight_shape": (("I64",), (2,))}
 
@@ -58,12 +59,12 @@ def _pack(layer: str, parts: LinearParts) -> dict[str, Tensor]:
     return {"bytes": parts.codes.T.contiguous(), "steps": parts.scales.float(), "weight_shape": shape}
 
 
-def _unpack(tensors: Mapping[str, Tensor], group_size: int, variant: str) -> LinearParts:
+def _unpack(tensors: Mapping[str, Tensor], group_size: int, variant: str, grid: Grid) -> LinearParts:
     codes, scales = tensors["bytes"].T.contiguous(), tensors["steps"]
     return LinearParts(codes, scales, true_group_size(group_size, codes.shape[1], scales.shape[1]))
 
 
-def _second_reading(tensors: Mapping[str, Tensor], n: int, k: int, group_size: int) -> Tensor:
+def _second_reading(tensors: Mapping[str, Tensor], n: int, k: int, group_size: int, grid: Grid) -> Tensor:
     steps = tensors["steps"].repeat_interleave(k // tensors["steps"].shape[1], dim=1)
     return tensors["bytes"].T.float() * steps
 
