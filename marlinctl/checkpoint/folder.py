@@ -32,6 +32,7 @@ from marlinctl.checkpoint.model_files import companion_names
 from marlinctl.checkpoint.reader import Checkpoint, check_expected, open_checkpoint
 from marlinctl.checkpoint.sixteen_bit import in_sixteen_bits
 from marlinctl.checkpoint.source_digests import check_small_files
+from marlinctl.checkpoint.tied_head import with_embedding
 from marlinctl.errors import BadInput, Problem
 from marlinctl.models.architectures import Architecture, architecture
 from marlinctl.models.config import CONFIG
@@ -148,7 +149,7 @@ def _check_small_files_open(folder: Path) -> None:
 def _architecture(
     checkpoint: Checkpoint, info: FormatInfo, structure: Structure, module_map: Path | None
 ) -> tuple[Architecture | None, Checkpoint]:
-    """The architecture, and the checkpoint with the names that it has for experts."""
+    """The architecture, and the checkpoint with the names that it has for experts and for the embedding."""
     names = dense_names(checkpoint, info)
     try:
         if structure == "needed":
@@ -159,7 +160,7 @@ def _architecture(
         if structure == "known" and unknown.error_id == "E390":
             return None, checkpoint
         raise
-    seen = with_single_experts(checkpoint, known)
+    seen = with_single_experts(with_embedding(checkpoint, known), known)
     other = _other_layout(seen, _owned(info)[0], known)
     if other is None:
         return known, seen
