@@ -177,6 +177,26 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "text_config": {"model_type": "gemma4_text", **_TEXT, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
         "vision_config": {"num_key_value_heads": 2, "head_dim": 16, **_VISION}, "audio_config": None, "image_token_id": 5,
     },
+    "qwen3_5": {
+        "text_config": {
+            **_TEXT, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+        "vision_config": {**_QWEN_VISION, "num_position_embeddings": 16}, **_QWEN,
+    },
+    "qwen3_vl_moe": {
+        "text_config": {**_TEXT, **_MROPE, **_MOE, "decoder_sparse_step": 1}, **_QWEN,
+        "vision_config": {**_QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    },
+    "llama4": {
+        "text_config": {
+            "model_type": "llama4_text", **_TEXT, "intermediate_size_mlp": 96, "num_local_experts": 2, "num_experts_per_tok": 1,
+        },
+        "vision_config": {
+            **_VISION, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32, "pixel_shuffle_ratio": 0.5,
+        },
+    },
+    "lfm2_vl": {"text_config": {"model_type": "lfm2", **_TEXT}, "vision_config": _VISION, "image_token_id": 5},
     "glm4v": {
         "text_config": {**_TEXT, **_MROPE}, "vision_config": {**_QWEN_VISION, "image_size": 28, "patch_size": 14}, "image_token_id": 5,
     },

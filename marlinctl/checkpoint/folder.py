@@ -32,6 +32,7 @@ from marlinctl.checkpoint.model_files import companion_names
 from marlinctl.checkpoint.reader import Checkpoint, check_expected, open_checkpoint
 from marlinctl.checkpoint.sixteen_bit import in_sixteen_bits
 from marlinctl.checkpoint.source_digests import check_small_files
+from marlinctl.checkpoint.tied_head import with_embedding
 from marlinctl.errors import BadInput, Problem
 from marlinctl.models.architectures import Architecture, architecture
 from marlinctl.models.config import CONFIG
@@ -44,11 +45,6 @@ from marlinctl.system.files import FileRefused, open_member, shown
 Structure = Literal["needed", "known", "no"]
 _READ_BY_LOADERS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _APART = "config.json and the weights do not belong together; write or fetch both again"
-_SAVED_AGAIN = (  # a second object, because one that was loaded is saved in the layout that it came in
-    'let transformers save it in the usual layout: python -c "from transformers import AutoModelForCausalLM as M; '
-    "m = M.from_pretrained('FOLDER', dtype='auto'); n = M.from_config(m.config, dtype=m.dtype); n.load_state_dict(m.state_dict()); "
-    "n.save_pretrained('NEW')\", and copy the tokenizer's files into NEW"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +149,7 @@ def _check_small_files_open(folder: Path) -> None:
 def _architecture(
     checkpoint: Checkpoint, info: FormatInfo, structure: Structure, module_map: Path | None
 ) -> tuple[Architecture | None, Checkpoint]:
-    """The architecture, and the checkpoint with the names that it has for experts."""
+    """The architecture, and the checkpoint with the names that it has for experts and for the embedding."""
     names = dense_names(checkpoint, info)
     try:
         if structure == "needed":
@@ -164,7 +160,7 @@ def _architecture(
         if structure == "known" and unknown.error_id == "E390":
             return None, checkpoint
         raise
-    seen = with_single_experts(checkpoint, known)
+    seen = with_single_experts(with_embedding(checkpoint, known), known)
     other = _other_layout(seen, _owned(info)[0], known)
     if other is None:
         return known, seen
@@ -256,17 +252,14 @@ def _other_layout(checkpoint: Checkpoint, packed: set[str], known: Architecture)
     inner = _prefix_before(missing[0], tensors)
     if inner and all(inner + name in tensors for name in missing):
         what = f"the names of the tensors begin with {shown(inner, 60)!r}: {shown(inner, 60)}{missing[0]} in place of {missing[0]}"
-        return BadInput("E302", what, where=where, fix=_saved_again(checkpoint.folder))
+        fix = "transformers would fill the model with random numbers: take config.json of the model that the weights were saved from"
+        return BadInput("E302", what, where=where, fix=fix)
     return None
 
 
 def _prefix_before(name: str, tensors: Mapping[str, object]) -> str | None:
     """What stands before `name` in the checkpoint's own names."""
     return next((found.removesuffix(name) for found in tensors if found.endswith("." + name)), None)
-
-
-def _saved_again(folder: Path) -> str:
-    return _SAVED_AGAIN.replace("FOLDER", str(folder))
 
 
 def refuse_two_heads(checkpoint: Checkpoint, known: Architecture) -> None:

@@ -38,7 +38,7 @@ def with_single_experts(checkpoint: Checkpoint, known: Architecture) -> Checkpoi
     tensors, parts = dict(checkpoint.tensors), dict(checkpoint.parts)
     for block in known.blocks:
         for experts in block.experts:
-            _split(tensors, parts, block, experts)
+            _split(checkpoint, tensors, parts, block, experts)
         for name, module_name in block.renamed.items():  # who stores all experts in one tensor also calls the router as the module does
             if name not in tensors and module_name in tensors:
                 parts[name] = tensors.pop(module_name)
@@ -46,7 +46,7 @@ def with_single_experts(checkpoint: Checkpoint, known: Architecture) -> Checkpoi
     return checkpoint if tensors.keys() == checkpoint.tensors.keys() else replace(checkpoint, tensors=tensors, parts=parts)
 
 
-def _split(tensors: dict[str, TensorInfo], parts: dict[str, TensorInfo], block: Block, experts: Experts) -> None:
+def _split(checkpoint: Checkpoint, tensors: dict[str, TensorInfo], parts: dict[str, TensorInfo], block: Block, experts: Experts) -> None:
     """Replace the tensors of all experts by tensors of each. BadInput E302 for one of another shape."""
     places = [expert_places(block, experts, e) for e in range(experts.count)]
     for i, parameter in enumerate(experts.parameters):
@@ -55,6 +55,9 @@ def _split(tensors: dict[str, TensorInfo], parts: dict[str, TensorInfo], block: 
         if stored is None:
             continue
         info = tensors.pop(stored)
+        if stored in checkpoint.made:
+            what = f"{shown(stored)} holds all experts of a block in FP8, which is not read"
+            raise BadInput("E340", what, where=str(info.file), fix="start from the original 16-bit model")
         for e, of_expert in enumerate(places):
             for name, place in of_expert.items():
                 if place.parameter == of_module:

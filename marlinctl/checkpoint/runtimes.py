@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.formats.base import VLLM_MARLINCTL, Format, FormatInfo, Kind, Packed, kind_text
 from marlinctl.checkpoint.formats.targets import FUSED, split_fused
+from marlinctl.models.config import sizes_of, wraps
 from marlinctl.quantize.scheme import INT4, INT8, Grid
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ class Loads:
     accepted: tuple[str, ...]
     refused: Mapping[str, tuple[str, ...]]
     untested: Mapping[str, str]
+    wraps: bool = False  # a language model with parts for images or sound
 
     def refusals(self) -> list[str]:
         """One line for all programs that have the same reasons: `vLLM, SGLang: REASON (and 3 more)`."""
@@ -147,7 +149,8 @@ def loads(packed: Packed) -> Loads:
         if reasons:
             refused[program] = reasons
     untested = {program: what for program, what in packed.format.untested(packed).items() if program in programs and program not in refused}
-    return Loads(tuple(p for p in programs if p not in refused and p not in untested), refused, untested)
+    accepted = tuple(p for p in programs if p not in refused and p not in untested)
+    return Loads(accepted, refused, untested, wraps(packed.config))
 
 
 def survey(packed: Packed, splits: Sequence[int]) -> list[Verdict]:
@@ -219,6 +222,7 @@ def _torn(runtime: Runtime, parts: Mapping[str, Sequence[Unit]]) -> list[str]:
 
 def _column_share(last: str, n: int, config: Mapping[str, Any], split: int) -> int | None:
     """Rows of one device. Attention is cut by heads; fewer key/value heads than devices are replicated."""
+    config = sizes_of(config)
     heads = config.get("num_attention_heads")
     kv_heads = config.get("num_key_value_heads", heads)
     if last in _REPLICATED_HEADS and isinstance(kv_heads, int) and kv_heads > 0:

@@ -27,6 +27,18 @@ def with_own_head(checkpoint: Checkpoint, known: Architecture) -> Checkpoint:
     return replace(checkpoint, config={**checkpoint.config, "tie_word_embeddings": False}, tensors={**checkpoint.tensors, name: head})
 
 
+def with_embedding(checkpoint: Checkpoint, known: Architecture) -> Checkpoint:
+    """The checkpoint of a model whose head is tied and that stores the matrix under the name of the head alone: under the name of the
+    embedding, as everybody else has it. Itself where it has one."""
+    embedding = f"{known.embedding}.weight"
+    head = None if known.tied is None else f"{known.tied.name}.weight"
+    if head is None or embedding in checkpoint.tensors or head not in checkpoint.tensors:
+        return checkpoint
+    tensors = {name: info for name, info in checkpoint.tensors.items() if name != head}
+    tensors[embedding] = replace(checkpoint.tensors[head], name=embedding)
+    return replace(checkpoint, tensors=tensors, stored=checkpoint.stored or checkpoint.tensors)
+
+
 def stored_bytes(tensors: Mapping[str, TensorInfo]) -> int:
     """Bytes of tensors in their files; those under two names count once."""
     return sum({(info.file, info.begin, info.cut): info.nbytes for info in tensors.values()}.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,10 +46,16 @@ def first_ids(text: str, tokenizer: Any, wanted: int) -> list[int]:
         characters *= 4
 
 
+# Packages that transformers asks for where there is no tokenizer.json -> the files that are read with them.
+_PACKAGES = {"sentencepiece": ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"), "tiktoken": ("tiktoken.model",)}
+
+
 def tokenizer_refused(what: str, error: Exception, folder: Path) -> BadInput:
-    return BadInput(
-        "E314",
-        f"the tokenizer {what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-        where=str(folder),
-        fix="copy tokenizer.json and tokenizer_config.json from the original model",
-    )
+    copied = "copy tokenizer.json and tokenizer_config.json from the original model"
+    read_with = [(file, package) for package, files in _PACKAGES.items() for file in files if (folder / file).is_file()]
+    if read_with and not (folder / "tokenizer.json").is_file() and find_spec(read_with[0][1]) is None:
+        file, package = read_with[0]
+        what = f"the tokenizer {what}: {file} is read with {package}, which is not installed"
+        return BadInput("E314", what, where=str(folder), fix=f"pip install {package}; or {copied}")
+    reason = str(error).splitlines()[0] if str(error) else ""
+    return BadInput("E314", f"the tokenizer {what}: {type(error).__name__}: {reason}", where=str(folder), fix=copied)

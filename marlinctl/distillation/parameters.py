@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ def trained_places(architecture: Architecture) -> dict[str, Place]:
     for block in architecture.blocks:
         fixed = {name for name, shape in block.others.items() if len(shape) != 1} | block.buffers
         found |= {name: place for name, place in block_places(block).items() if name not in fixed}
-    return found
+    return {name: replace(place, parameter=architecture.module(place.parameter)) for name, place in found.items()}
 
 
 def by_parameter(places: Mapping[str, Place]) -> dict[str, list[str]]:

@@ -162,6 +162,10 @@ class Spelling:
                 return path + name[len(stored) :]
         return name
 
+    def holds(self, name: str) -> bool:
+        """Whether a tensor of the checkpoint is the language model's, and not of another part of a wrapper."""
+        return any(not stored or name.startswith(f"{stored}.") for stored, _ in (self.head, self.decoder))
+
 
 @dataclass(frozen=True, slots=True)
 class Architecture:

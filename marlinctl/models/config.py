@@ -66,6 +66,12 @@ def wraps(config: Mapping[str, Any]) -> bool:
     return any(isinstance(config.get(key), Mapping) for key in ("text_config", "vision_config"))
 
 
+def sizes_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config in which a language model's own sizes stand at the top, also those of one inside of a wrapper."""
+    text = config.get("text_config")
+    return {**text, **config} if isinstance(text, Mapping) else config
+
+
 def refuse_large(config: Mapping[str, Any], names: Mapping[str, str], where: str) -> None:
     """BadInput E392 for a size beyond reason under the name that a family has for it: `n_layer` for num_hidden_layers.
 

@@ -332,11 +332,19 @@ def _linears(looked: ModelPlan, found: Pattern, recipe: Recipe) -> dict[str, Any
     kept = [{"name": name, "reason": reason} for name, reason in looked.plan.kept.items() if not reason.startswith("--skip")]
     linears = {f"{name}.weight" for name in known.linears} | ({f"{known.head.name}.weight"} if known.head else set())
     kept += [
-        {"name": name.removesuffix(".weight"), "reason": "embedding" if name == f"{known.embedding}.weight" else "router of the experts"}
+        {"name": name.removesuffix(".weight"), "reason": _why_kept(name, known)}
         for name, shape in known.expected.items()
         if len(shape) == 2 and name not in linears
     ]
     return {"compressed": compressed, "skipped": skipped, "kept": kept}
+
+
+def _why_kept(tensor: str, known: Architecture) -> str:
+    if tensor == f"{known.embedding}.weight":
+        return "embedding"
+    if known.spelling is not None and not known.spelling.holds(tensor):
+        return "not of the language model"
+    return "router of the experts"
 
 
 def _describe(output: disk_space.Output, looked: ModelPlan, small: int) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from marlinctl.system.log import redact
 if TYPE_CHECKING:
     from marlinctl.report.provenance import Folder
 
-_TASK = "text-generation"
+_TASK, _WITH_IMAGES = "text-generation", "image-text-to-text"
 _PRUNED = "16-bit weights, pruned to 2:4"
 Row = tuple[str, Cell]
 
@@ -113,7 +113,7 @@ def of_training(report: Mapping[str, Any], folder: Folder) -> str:
     found, measured = _measured(report)
     lead = f"{title}, distilled from {code(original) if original else 'the original'}."
     lines = [
-        _front_matter(folder.name, original, teacher.get("license"), tags, relation="finetune", measured=found),
+        _front_matter(folder.name, original, teacher.get("license"), tags, relation="finetune", wraps=folder.loads.wraps, measured=found),
         "",
         *_head(folder.name, lead, folder.loads),
         *_scores(found, measured),
@@ -126,7 +126,9 @@ def of_training(report: Mapping[str, Any], folder: Folder) -> str:
 def render(facts: CardFacts) -> str:
     """The card as Markdown with YAML front matter."""
     tags = [*facts.fmt.tags_of(facts.used_grids), *(["sparse"] if facts.two_of_four else [])]
-    front = _front_matter(facts.name, facts.base_model, facts.license, tags, relation="quantized", measured=facts.scores)
+    front = _front_matter(
+        facts.name, facts.base_model, facts.license, tags, relation="quantized", wraps=facts.loads.wraps, measured=facts.scores
+    )
     head = _head(facts.name, _lead(facts), facts.loads)
     return "\n".join([front, "", *head, *_scores(facts.scores, facts.measured), *_what(facts), *_how(facts.command)])
 
@@ -146,6 +148,7 @@ def _front_matter(
     tags: Sequence[str],
     *,
     relation: str,
+    wraps: bool,
     measured: Sequence[Score] = (),
 ) -> str:
     from huggingface_hub import EvalResult, ModelCardData
@@ -169,7 +172,7 @@ def _front_matter(
         known |= {"base_model": base_model, "base_model_relation": relation}
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag=_TASK,
+        pipeline_tag=_WITH_IMAGES if wraps else _TASK,
         tags=["marlinctl", *tags],
         **known,
     )
@@ -177,7 +180,7 @@ def _front_matter(
 
 
 def _head(name: str, lead: str, loads: Loads) -> list[str]:
-    return [f"# {text(name)}", "", lead, "", *usage(name, loads.accepted)]
+    return [f"# {text(name)}", "", lead, "", *usage(name, loads.accepted, wraps=loads.wraps)]
 
 
 def _title(facts: CardFacts) -> str:

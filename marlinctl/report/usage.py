@@ -34,8 +34,8 @@ _LOAD = {  # program -> what is installed, and the imports that it needs
 }
 
 
-def usage(name: str, accepted: Sequence[str]) -> list[str]:
-    """Markdown lines. name: of the folder. accepted: programs that load it, as in runtimes.Loads."""
+def usage(name: str, accepted: Sequence[str], *, wraps: bool = False) -> list[str]:
+    """Markdown lines. name: of the folder. accepted, wraps: as in runtimes.Loads."""
     place = f"./{name}"
     quoted = json.dumps(place, ensure_ascii=False)  # as a Python string
     lines = ["## Use it", "", f"{code(place)} is this folder. For a copy on the hub, put its id there, such as {code(f'me/{name}')}.", ""]
@@ -47,7 +47,7 @@ def usage(name: str, accepted: Sequence[str]) -> list[str]:
     if loader is not None:
         installed, imports = _LOAD[loader]
         lines += ["Load it with transformers:", "", listing(f"pip install {installed}", "bash"), ""]
-        lines += [listing(f"{imports}{_transformers(quoted)}", "python"), ""]
+        lines += [listing(f"{imports}{_transformers(quoted, wraps)}", "python"), ""]
     elif GPTQMODEL in accepted:
         lines += ["Load it with GPTQModel:", "", listing("pip install gptqmodel", "bash"), ""]
         lines += [listing(f"from gptqmodel import GPTQModel\n\nmodel = GPTQModel.load({quoted})", "python"), ""]
@@ -57,11 +57,12 @@ def usage(name: str, accepted: Sequence[str]) -> list[str]:
     return lines
 
 
-def _transformers(quoted: str) -> str:
+def _transformers(quoted: str, wraps: bool) -> str:
+    kind = "AutoModelForImageTextToText" if wraps else "AutoModelForCausalLM"
     return (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"from transformers import {kind}, AutoTokenizer\n"
         "\n"
-        f'model = AutoModelForCausalLM.from_pretrained({quoted}, dtype="auto", device_map="auto")\n'
+        f'model = {kind}.from_pretrained({quoted}, dtype="auto", device_map="auto")\n'
         f"tokenizer = AutoTokenizer.from_pretrained({quoted})\n"
         'ids = tokenizer("The capital of France is", return_tensors="pt").to(model.device)\n'
         "print(tokenizer.decode(model.generate(**ids, max_new_tokens=16)[0]))"

@@ -302,8 +302,8 @@ CATALOG = (
         """
         - Missing, or not of the shape that config.json gives: get the complete checkpoint. With `--source`, name the model this one was
           made from.
-        - Other names (with a longer prefix): the line holds a command that saves the usual layout.
-          `eval` takes every layout that transformers loads.
+        - Other names: config.json is of a part of the model that the weights were saved from, or of another one. Every spelling that
+          transformers loads is taken.
         - Left over: config.json has fewer blocks than the weights, or no bias where they have one, or an adapter was not merged. Tensors
           that stand beside the model are carried along and are no error.
         - config.json says packed, and no tensor is: it belongs to another model.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from marlinctl.checkpoint import manifest, runtimes, sparsity
 from marlinctl.checkpoint.formats.base import FormatInfo
 from marlinctl.checkpoint.mask import open_masks
+from marlinctl.models.config import sizes_of
 from marlinctl.quantize.scheme import SIXTEEN_BIT
 from marlinctl.system.log import printable
 
@@ -61,6 +62,7 @@ def inspect(folder: Path, *, weights: bool = False) -> dict[str, Any]:
 
 def _model(config: Mapping[str, Any]) -> dict[str, Any]:
     architectures = config.get("architectures")
+    config = sizes_of(config)
     return {
         "architecture": architectures[0] if isinstance(architectures, list) and architectures else None,
         "model_type": config.get("model_type"),

@@ -338,6 +338,17 @@ def test_names_without_their_beginning_are_taken_as_they_are(tmp_path: Path) -> 
     assert verify.verify(tmp_path / "marlin", source=folder, load=True, console=QUIET, kernels=False).linears == 12
 
 
+def test_a_tied_head_that_is_stored_alone_is_the_embedding(tmp_path: Path) -> None:
+    """transformers loads such a folder; the result has the matrix where every client looks for it."""
+    folder = _renamed(tmp_path / "model", lambda name: name.replace("model.embed_tokens", "lm_head"))
+    (tmp_path / "text.txt").write_text(TEXT)
+    runs.quantize(folder, tmp_path / "out", runs.recipe(tmp_path / "text.txt"))
+    with open_folder(tmp_path / "out") as examined:
+        assert "lm_head.weight" not in examined.checkpoint.tensors
+        assert torch.equal(examined.checkpoint.read("model.embed_tokens.weight"), load_file(folder / "model.safetensors")["lm_head.weight"])
+    assert verify.verify(tmp_path / "out", source=folder, load=True, console=QUIET).logit_error == 0
+
+
 GUESTS = {
     "model.layers.0.self_attn.k_scale": (torch.ones(1), "scales of a quantized KV cache"),
     "mtp.fc.weight": (torch.full((128, 256), 0.5), "(MTP)"),

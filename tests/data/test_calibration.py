@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from marlinctl.data import tokens
 from marlinctl.data.calibration import CalibrationSet, load_calibration, load_tokenizer
 from marlinctl.errors import BadInput, HubProblem, UsageError
 from marlinctl.recipes.schema import load_recipe, resolve
@@ -247,3 +248,15 @@ def test_rows_of_the_hub_are_checked_like_those_of_a_file(model: Path, monkeypat
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([{"body": "a"}]))
     with pytest.raises(BadInput, match="there are: body"):
         calibrate(model, "org/other")
+
+
+def test_a_tokenizer_that_needs_a_package_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "Copy tokenizer.json" helps nobody whose model has none; where the package is there, the file itself is at fault."""
+    folder = make_tiny(tmp_path / "model", tokenizer=False)
+    (folder / "tokenizer.model").write_bytes(b"\n\x0c\n\x05<unk>\x15\x00\x00\x00\x00")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    for installed, fix in ((False, "pip install sentencepiece"), (True, "copy tokenizer.json")):
+        monkeypatch.setattr(tokens, "find_spec", lambda name, installed=installed: installed or None)
+        with pytest.raises(BadInput) as caught:
+            load_tokenizer(folder)
+        assert caught.value.error_id == "E314" and caught.value.problems[0].fix.startswith(fix)

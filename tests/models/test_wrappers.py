@@ -14,13 +14,15 @@ from marlinctl.checkpoint.formats.targets import Entries
 from marlinctl.errors import BadInput, UsageError
 from marlinctl.models.lookup import architecture_of
 from marlinctl.system.console import Console
+from marlinctl.verify.inspect import inspect
 from marlinctl.verify.run import verify
 from tests import runs, zoo
 from tests.models.sweep import disagreement
 
 QUIET = Console.quiet()
 QUICK = ("gemma3",)
-EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in zoo.WRAPPERS]
+EXPERTS = ("llama4", "qwen3_vl_moe")  # which checkpoints store in one tensor; transformers does not put single ones together
+EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in zoo.WRAPPERS if name not in EXPERTS]
 OLD, NEW = "language_model.model.layers.0.mlp.up_proj", "model.language_model.layers.0.mlp.up_proj"
 
 
@@ -49,6 +51,30 @@ def test_the_language_model_is_compressed_and_the_rest_is_copied(tmp_path: Path,
         packed = {known.module(name) for name in after.info.layers}
         assert {name for name in linears if name not in ignored} == packed
     assert (tmp_path / "out" / "video_preprocessor_config.json").exists()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "AutoModelForImageTextToText.from_pretrained" in card and "pipeline_tag: image-text-to-text" in card
+    assert inspect(tmp_path / "out")["hidden_size"] == 64
+
+
+def test_a_plan_says_what_stays(tmp_path: Path) -> None:
+    """The linears of a vision tower are no routers, and their bytes are part of the result."""
+    folder = zoo.build("gemma3", tmp_path / "model", dtype=torch.bfloat16)
+    found = runs.plan(folder, runs.recipe(runs.write_text(tmp_path / "text.txt")))
+    reasons = {item["name"]: item["reason"] for item in found["linears"]["kept"]}
+    assert (
+        reasons["vision_tower.encoder.layers.0.mlp.fc1"] == "not of the language model" and "router of the experts" not in reasons.values()
+    )
+    assert found["model"]["bytes"] == sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+    assert found["outputs"][0]["bytes"]["weights"] < found["model"]["bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", EXPERTS)
+def test_the_experts_of_a_wrapper_are_compressed(tmp_path: Path, model_type: str) -> None:
+    """A wrapper has a prefix before the names by which experts get names of their own, and are put together again."""
+    folder = zoo.build(model_type, tmp_path / "model")
+    assert disagreement(folder, tmp_path) == ""
+    assert verify(tmp_path / "out", source=folder, load=False, console=QUIET).linears > 14
 
 
 def _whole(folder: Path) -> nn.Module:
