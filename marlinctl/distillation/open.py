@@ -149,7 +149,7 @@ def _examined(source: Source, checkpoint: Checkpoint, options: Options, console:
     for note in examined.notes:
         console.warn(note)
     assert examined.architecture is not None  # "needed"
-    return Model(source, checkpoint, examined.architecture, examined.info)
+    return Model(source, examined.checkpoint, examined.architecture, examined.info)
 
 
 # ---- together ------------------------------------------------------------------------------------------------------------------------
