@@ -1,11 +1,11 @@
 """Write docs/models.md's table: every language model type of the installed transformers, tiny and random, quantized and loaded again.
 
-    .venv/bin/python scripts/make_models.py           # all of them, 10 minutes
+    .venv/bin/python scripts/make_models.py           # all of them, 20 minutes on two cores
     .venv/bin/python scripts/make_models.py glm4 phi  # print single ones
 
 A type counts as working when the pipeline's hidden states are those of transformers, and when the result of `quantize` loads with
 exactly its linears changed. A type that takes longer
-than 40 seconds is not tried.
+than a minute is not tried.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ def _table(outcomes: Sequence[Outcome]) -> str:
     """Types that work, and reasons for the others; a reason that many share stands once."""
     refused = {one.model_type: one.reason.partition(" cannot be compressed: ")[2] or one.reason for one in outcomes if one.how == "refused"}
     kinds = {
-        "Mixtures of experts": "mixture of",
         "Encoders, and decoders whose layers are not one list of blocks": "one list of blocks",
         "Not tried, because the script cannot make a tiny model of them in time": "not tried",
     }

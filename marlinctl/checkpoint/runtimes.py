@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint.formats import registry
-from marlinctl.checkpoint.formats.base import VLLM_MARLINCTL, Format, FormatInfo, Kind, Packed, kind_text
+from marlinctl.checkpoint.formats.base import SGLANG, TRANSFORMERS, VLLM, VLLM_MARLINCTL, Format, FormatInfo, Kind, Packed, kind_text
 from marlinctl.checkpoint.formats.targets import FUSED, split_fused
 from marlinctl.models.config import sizes_of, wraps
 from marlinctl.quantize.scheme import INT4, INT8, Grid
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _ROW_PARALLEL = ("o_proj", "down_proj", "w2", "dense", "fc2", "out_proj")
 _REPLICATED_HEADS = ("k_proj", "v_proj")
 _COMMON_GROUPS = (-1, 32, 64, 128)
+# Families whose checkpoints hold all experts of a block in one tensor: transformers does not put theirs together (models/stored_names.py).
+WHOLE_EXPERTS = frozenset(("aria_text", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "llama4_text"))
 
 
 def packed_of(checkpoint: Checkpoint, info: FormatInfo) -> Packed:
@@ -143,14 +145,29 @@ def loads(packed: Packed) -> Loads:
     programs = packed.format.variant_loaders.get(packed.variant, packed.format.loaders)
     for program in programs:
         kernels = [r for r in RUNTIMES if r.serves and r.program == program and r.reads(packed.format)]
-        reasons = () if kernels else tuple(packed.format.limits(packed, program))
+        reasons = () if kernels else (*_no_place(packed, program), *packed.format.limits(packed, program))
         if kernels and not any(verdicts[kernel.name].accepted for kernel in kernels):
             reasons = verdicts[kernels[0].name].refused
         if reasons:
             refused[program] = reasons
-    untested = {program: what for program, what in packed.format.untested(packed).items() if program in programs and program not in refused}
+    unknown = {**_unknown(packed), **packed.format.untested(packed)}
+    untested = {program: what for program, what in unknown.items() if program in programs and program not in refused}
     accepted = tuple(p for p in programs if p not in refused and p not in untested)
     return Loads(accepted, refused, untested, wraps(packed.config))
+
+
+def _no_place(packed: Packed, program: str) -> list[str]:
+    """Experts one by one, of a family whose checkpoints hold all of a block in one tensor: transformers does not put them together."""
+    experts = [*packed.experts, *packed.sixteen_bit_experts]
+    kind = packed.config.get("model_type")
+    if not program.startswith(TRANSFORMERS) or kind not in WHOLE_EXPERTS or not experts:
+        return []
+    return [f"{experts[0]}: transformers loads the experts of a block of {kind} from one tensor alone"]
+
+
+def _unknown(packed: Packed) -> Mapping[str, str]:
+    kind = packed.config.get("model_type")
+    return dict.fromkeys((VLLM, SGLANG), f"experts of {kind} one by one") if packed.experts and kind in WHOLE_EXPERTS else {}
 
 
 def survey(packed: Packed, splits: Sequence[int]) -> list[Verdict]:

@@ -43,7 +43,7 @@ from marlinctl.distillation.student import load_student
 from marlinctl.distillation.teacher import Cached, Teacher, live, write_cache
 from marlinctl.distillation.tracking import Track, require_tracker, tracking, untracked
 from marlinctl.jobs.journal import Request
-from marlinctl.models.architectures import check_module_map
+from marlinctl.models.module_map import check_module_map
 from marlinctl.oneshot.documents import published_report, versions
 from marlinctl.oneshot.open import Options
 from marlinctl.planning.disk import merged_bytes, needed_by_distillation

@@ -26,7 +26,7 @@ from typing import Any
 
 from marlinctl.errors import BadInput, Problem, UsageError
 from marlinctl.models.config import wraps
-from marlinctl.system.files import FileRefused, read_plain_json
+from marlinctl.models.module_map import read_module_map
 
 Shape = tuple[int, ...]
 
@@ -329,7 +329,6 @@ FAMILIES: Mapping[str, _Family] = {
 
 _MAX_DIMENSION = 2**24  # no layer, head or vocabulary of a real model is larger; a config that says so is damaged or hostile
 _MAX_BLOCKS = 10_000
-_MAX_MAP_BYTES = 1 << 20
 
 
 def architecture(config: Mapping[str, Any], module_map: Path | None = None) -> Architecture:
@@ -483,43 +482,6 @@ def _is_sparse(index: int, config: Mapping[str, Any]) -> bool:
     return (index + 1) % int(config.get("decoder_sparse_step") or 1) == 0
 
 
-def check_module_map(module_map: Path | None) -> None:
-    """UsageError E251 for a file that is not a module map. Whether it fits the model is another question (`architecture`)."""
-    if module_map is not None:
-        _read_module_map(module_map)
-
-
-def _read_module_map(module_map: Path) -> tuple[dict[str, Branch], str, str, str, str]:
-    """The branches, and the names of decoder, blocks, embedding and norm."""
-    fix = "docs/module-map.md shows a whole one to start from"
-    try:
-        given = read_plain_json(module_map, limit=_MAX_MAP_BYTES)
-        branches = {
-            key: Branch(
-                _name(given[key]["module"]),
-                tuple(_name(name) for name in given[key]["first"]),
-                _name(given[key]["last"]),
-                bool(given[key].get("returns_tuple", key == "attention")),
-            )
-            for key in ("attention", "mlp")
-        }
-        decoder, blocks, embedding, norm = (_name(given[key]) for key in ("decoder", "blocks", "embedding", "norm"))
-        if not all(branch.first for branch in branches.values()):
-            raise ValueError("`first` is empty")
-    except FileRefused as refused:
-        what = f"the module map cannot be used: {refused.problem.what}"
-        raise UsageError("E251", what, where=str(module_map), fix=fix) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError("E251", f"the module map cannot be used: {error!r}", where=str(module_map), fix=fix) from None
-    return branches, decoder, blocks, embedding, norm
-
-
-def _name(value: object) -> str:
-    if not isinstance(value, str) or not value:
-        raise TypeError(f"{value!r} is not the name of a module")
-    return value
-
-
 def _by_hand(config: Mapping[str, Any], module_map: Path) -> Architecture:
     """An architecture from a module map: a JSON object with the names that the table would give.
 
@@ -531,14 +493,15 @@ def _by_hand(config: Mapping[str, Any], module_map: Path) -> Architecture:
     Shapes come from the model that transformers builds for the config, on the meta device; transformers must know the model_type.
     """
     where = str(module_map)
-    branches, decoder, blocks_at, embedding, norm = _read_module_map(module_map)
+    named_branches, decoder, blocks_at, embedding, norm = read_module_map(module_map)
+    branches = [Branch(*branch) for branch in named_branches]
     from marlinctl.models.meta_model import linear_modules, meta_shapes
 
     shapes, tied = meta_shapes(config)
     modules = linear_modules(config)
     numbers = {name[len(blocks_at) + 1 :].split(".")[0] for name in shapes if name.startswith(f"{blocks_at}.")}
     count = 1 + max((int(number) for number in numbers if number.isdecimal()), default=-1)
-    named = [name for b in branches.values() for name in (*b.first, b.last)]
+    named = [name for b in branches for name in (*b.first, b.last)]
     absent = [f"{name}.weight" for name, rank in ((embedding, 2), (norm, 1)) if len(shapes.get(f"{name}.weight", ())) != rank]
     absent += [f"{blocks_at}.0.{name}.weight" for name in named if f"{blocks_at}.0.{name}" not in modules]
     if absent or not count:
@@ -562,11 +525,11 @@ def _by_hand(config: Mapping[str, Any], module_map: Path) -> Architecture:
     blocks = []
     for i in range(count):
         prefix = f"{blocks_at}.{i}"
-        names = [f"{prefix}.{name}" for b in branches.values() for name in (*b.first, b.last)]
+        names = [f"{prefix}.{name}" for name in named]
         linears = {n: LinearSpec(n, shapes[f"{n}.weight"][0], shapes[f"{n}.weight"][1], f"{n}.bias" in shapes) for n in names}
         weights = {f"{n}.weight" for n in names}
         others = {n: s for n, s in shapes.items() if n.startswith(prefix + ".") and n not in weights}
-        blocks.append(Block(i, prefix, (branches["attention"], branches["mlp"]), linears, others))
+        blocks.append(Block(i, prefix, tuple(branches), linears, others))
     vocab, hidden = shapes[f"{embedding}.weight"]
     head = LinearSpec("lm_head", vocab, hidden, "lm_head.bias" in shapes) if "lm_head" in modules else None
     own, shared = (None, head) if tied else (head, None)

@@ -18,7 +18,7 @@ from marlinctl.checkpoint.source import is_gguf, is_local, writable_cache
 from marlinctl.checkpoint.writer import check_output
 from marlinctl.data.calibration_size import check_documents
 from marlinctl.data.text import PYTHONDOC, check_text
-from marlinctl.models.architectures import check_module_map
+from marlinctl.models.module_map import check_module_map
 from marlinctl.planning.preflight import check_arguments, check_lengths, check_texts, look
 from marlinctl.planning.training_settings import check_settings, check_sizes
 from marlinctl.system.console import Console

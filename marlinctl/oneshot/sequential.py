@@ -276,7 +276,7 @@ class SequentialPipeline:
             kept[part] = hidden.view(part.stop - part.start, self.length, -1)
         assert kept is not None
         whole = kept
-        outputs[chain.module] = lambda part: whole[part].to(self.device)
+        outputs[chain.module] = lambda part: self._copied(whole, part)
         replays[chain.module] = Replay(chain.returns_tuple, flat=flat)
         layer.set_submodule(chain.module, replays[chain.module])
 
@@ -298,7 +298,11 @@ class SequentialPipeline:
             reference=None if self.reference is None else self.reference.experts(block, layer, experts),
         )  # fmt: skip
         whole = pipeline.run(((part, routed(experts, bound(module, args, kwargs))) for part, args, kwargs in arguments), together)
-        return lambda part: whole[part].to(self.device)
+        return lambda part: self._copied(whole, part)
+
+    def _copied(self, slot: Slot, part: slice) -> Tensor:
+        """Of what is replayed beside other parts of a module: blocks add those to it in place."""
+        return slot[part].clone() if isinstance(slot, Tensor) else slot[part].to(self.device)
 
     def run_head(self, head: str, solve: SolveStage) -> None:
         """Solve the output head, whose input is the final norm of the last block's output; the reference model's, where drift is corrected.

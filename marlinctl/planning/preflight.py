@@ -20,7 +20,8 @@ from marlinctl.checkpoint.sparsity import MASK_FILE, Pattern
 from marlinctl.checkpoint.tied_head import with_own_head
 from marlinctl.data.calibration_size import check_documents, check_length, too_few_tokens
 from marlinctl.errors import BadInput, Problem, UsageError
-from marlinctl.models.architectures import Architecture, LinearSpec, check_module_map
+from marlinctl.models.architectures import Architecture, LinearSpec
+from marlinctl.models.module_map import check_module_map
 from marlinctl.planning.layer_rules import Plan, plan
 from marlinctl.quantize.scheme import INT4, Grid
 from marlinctl.recipes.schema import Recipe, divided

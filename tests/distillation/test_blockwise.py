@@ -73,7 +73,10 @@ def test_the_reported_error_is_that_of_the_published_block(place: Path, tmp_path
     assert found == pytest.approx([record["after"] for record in report["training"]["blocks"]], rel=1e-5)
 
 
-@pytest.mark.parametrize("model_type", ["gemma3_text", "mixtral", "phi3", "qwen2"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["gemma3_text", "mixtral", "phi3", "qwen2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deepseek_v3", "falcon_h1"))],
+)
 def test_blocks_of_other_architectures(model_type: str, tmp_path: Path) -> None:
     """Fused experts, biases, renamed routers and sliding windows must be found when a block stands alone."""
     teacher = zoo.build(model_type, tmp_path / "teacher", dtype=torch.bfloat16)

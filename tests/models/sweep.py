@@ -24,7 +24,7 @@ from marlinctl.quantize.types import Hessian
 from marlinctl.system.offload import Scratch
 from tests import runs, zoo
 
-SECONDS, BUILDING = 120, 60
+SECONDS, BUILDING = 60, 15
 SAMPLES, LENGTH = 3, 24
 
 
