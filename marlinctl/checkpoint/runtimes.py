@@ -22,7 +22,7 @@ from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.formats.base import SGLANG, TRANSFORMERS, VLLM, VLLM_MARLINCTL, Format, FormatInfo, Kind, Packed, kind_text
 from marlinctl.checkpoint.formats.targets import FUSED, split_fused
 from marlinctl.models.config import sizes_of, wraps
-from marlinctl.quantize.scheme import INT4, INT8, Grid
+from marlinctl.quantize.scheme import INT4, INT8, UINT4, Grid
 
 if TYPE_CHECKING:
     from marlinctl.checkpoint.reader import Checkpoint
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _ROW_PARALLEL = ("o_proj", "down_proj", "w2", "dense", "fc2", "out_proj")
 _REPLICATED_HEADS = ("k_proj", "v_proj")
 _COMMON_GROUPS = (-1, 32, 64, 128)
+_GRIDS = (INT4, INT8, UINT4)  # that servers multiply; GPTQ of asymmetric codes they do not read
 # Families whose checkpoints hold all experts of a block in one tensor: transformers does not put theirs together (models/stored_names.py).
 WHOLE_EXPERTS = frozenset(("aria_text", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "llama4_text"))
 
@@ -81,9 +82,9 @@ class Runtime:
 
 
 RUNTIMES = (
-    Runtime("vLLM 0.24+ Marlin", _COMMON_GROUPS, 1, 1, True, "pads odd shapes with zeros", grids=(INT4, INT8)),
-    Runtime("vLLM Machete (Hopper)", (-1, 64, 128), 128, 64, True, "vLLM takes Marlin where Machete does not fit", grids=(INT4, INT8)),
-    Runtime("SGLang 0.5 Marlin", _COMMON_GROUPS, 64, 128, True, "pads nothing", grids=(INT4, INT8)),
+    Runtime("vLLM 0.24+ Marlin", _COMMON_GROUPS, 1, 1, True, "pads odd shapes with zeros", grids=_GRIDS),
+    Runtime("vLLM Machete (Hopper)", (-1, 64, 128), 128, 64, True, "vLLM takes Marlin where Machete does not fit", grids=_GRIDS),
+    Runtime("SGLang 0.5 Marlin", _COMMON_GROUPS, 64, 128, True, "pads nothing", grids=_GRIDS),
     Runtime("GPTQModel 7 Marlin", _COMMON_GROUPS, 8, 8, False, grids=(INT4, INT8)),
     Runtime("IST-DASLab kernels", (-1, 128), 256, 128, False, "the kernel's shapes; it reads no checkpoint format of today", False),
     Runtime("vLLM 0.3-0.10 marlin", (-1, 128), 64, 128, True, "the kernel's shapes; its checkpoint format is gone from vLLM", False),

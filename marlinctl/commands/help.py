@@ -23,7 +23,7 @@ TITLES: Mapping[str, str] = {
     "Models and output": "--teacher --against --source --model --format --also --out --overwrite --max-shard-size --from --scores"
     " --bench --revision --base-model --license --module-map --cache-dir",
     "What is computed": "--recipe --pattern --mode --build --arch --only --check --tp --layers --shape --roofline --dense --sparse"
-    " --bits --group-size bench:--tokens --configurations --tune --peers --batch --lengths --fuse --compile"
+    " --bits --asymmetric --group-size bench:--tokens --configurations --tune --peers --batch --lengths --fuse --compile"
     " --skip --include --override --method --mask-sweeps --ls-iterations --scale-search --scale-sign --act-order --refine"
     " --drift-correction --damping --from-block --weights",
     "Calibration": "--calibration --samples --sequence-length --chat --seed",

@@ -29,6 +29,10 @@ _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "quantize.bits": ("--bits", {"type": int, "metavar": "4|8", "help": "Bits per weight; `sparsify` leaves 16 without it."}),
+    "quantize.symmetric": (
+        "--asymmetric",
+        {"is_flag": True, "flag_value": False, "help": "4-bit codes with a zero point for each group, for ct and gptq."},
+    ),
     "quantize.group_size": (
         "--group-size",
         {"type": int, "metavar": "128|64|32|-1", "help": "Inputs that share a scale; -1: the whole row."},

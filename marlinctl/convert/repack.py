@@ -104,7 +104,7 @@ class Source:
         sizes = self.info.layers if fmt.quantized else {}
         ignore = [*self.ignore, *(() if fmt.quantized else self.info.layers)]
         shapes = {layer: self.shapes[layer] for layer in sizes}
-        return Packed(fmt, shapes, sizes, ignore, self.checkpoint.config, fmt.writes_variant, self.info.grids)
+        return Packed(fmt, shapes, sizes, ignore, self.checkpoint.config, fmt.variant_of(self.info.used_grids), self.info.grids)
 
 
 def repack(
@@ -420,7 +420,8 @@ def check_written(source: Source, fmt: Format, folder: Path, console: Console) -
     """Read the staged folder back: same tensors, codes, scales and masks, same untouched bytes. CheckFailed names the first difference."""
     written = open_checkpoint(folder, weight_files="auto")
     info = registry.detect(written.config, written.tensors)
-    expected = {*source.untouched, *fmt.owned(source.info.layers)}
+    kinds = {layer: (*shape, source.info.layers[layer], source.info.grid(layer)) for layer, shape in source.shapes.items()}
+    expected = {*source.untouched, *(f"{layer}.{suffix}" for layer, kind in kinds.items() for suffix in fmt.shapes(*kind))}
     if info.format is not fmt or set(written.tensors) != expected:
         different = sorted(set(written.tensors) ^ expected)
         raise _unequal(folder, f"the written tensors are not the expected ones ({info.name}; {', '.join(different[:5])})")
@@ -445,7 +446,8 @@ def _same_parts(source: Source, written: Checkpoint, info: FormatInfo, layer: st
 
     want, got = source.parts(layer), registry.read_parts(written, info, layer, masks)
     same_scales = torch.equal(want.scales.to(torch.float32), got.scales.to(torch.float32))
-    if not torch.equal(want.codes, got.codes) or not same_scales or want.group_size != got.group_size:
+    same_zeros = want.zeros is None if got.zeros is None else want.zeros is not None and torch.equal(want.zeros, got.zeros)
+    if not torch.equal(want.codes, got.codes) or not same_scales or not same_zeros or want.group_size != got.group_size:
         raise _unequal(written.folder, f"{layer}: codes or scales read back differ from what was packed")
     _same_mask(written.folder, layer, want.keep, got.keep)
 

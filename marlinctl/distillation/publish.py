@@ -98,9 +98,9 @@ def check_written(folder: Path, opened: TrainingInputs, digests: Mapping[str, st
                 progress.advance()
         packed = detect(written.config, written.tensors).layers
         for layer in packed:
-            for suffix in ("weight_packed", "weight_shape"):
-                if written.raw(f"{layer}.{suffix}") != opened.student.checkpoint.raw(f"{layer}.{suffix}"):
-                    problems.append(Problem(f"{layer}.{suffix} is not the student's", str(folder), again))
+            for name in (f"{layer}.{suffix}" for suffix in ("weight_packed", "weight_shape", "weight_zero_point")):
+                if name in opened.student.checkpoint.tensors and written.raw(name) != opened.student.checkpoint.raw(name):
+                    problems.append(Problem(f"{name} is not the student's", str(folder), again))
     if problems:
         raise CheckFailed.from_problems("E103", problems)
 

@@ -51,7 +51,7 @@ def freeze_codes(model: nn.Module, places: Mapping[str, Place], parts: Mapping[s
         module, name = parent_of(model, parameter)
         weight = getattr(module, name)
         pieces = [(places[tensor], parts[tensor.removesuffix(".weight")]) for tensor in tensors]
-        codes = assemble(((place, part.codes) for place, part in pieces), weight.shape, torch.int8)
+        codes = assemble(((place, part.steps()) for place, part in pieces), weight.shape, torch.int8)
         groups = pieces[0][1].scales.shape[-1]
         scales = assemble(((place, part.scales) for place, part in pieces), torch.Size((*weight.shape[:-1], groups)), torch.float32)
         made = CodesTimesScales(codes.to(weight.device), scales.to(weight.device))

@@ -57,6 +57,7 @@ class LayerRecord:
     bytes_out: int
     seconds: float
     bits: int = 4  # of a code; 16: not quantized. Earlier versions noted none
+    symmetric: bool = True  # codes without zero points
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class SolvedLinear:
 
     @property
     def nbytes(self) -> int:
-        tensors = (self.result,) if isinstance(self.result, Tensor) else (self.result.codes, self.result.scales)
+        tensors = (self.result,) if isinstance(self.result, Tensor) else tensors_of(self.result)
         return sum(tensor.nbytes for tensor in tensors) + (0 if self.mask is None else self.mask.nbytes)
 
 
@@ -244,7 +245,7 @@ class LayerQuantizer:
         energy = float(solved.energy)
         mask = solved.mask
         if isinstance(result, QuantizedLinear):
-            if not bool(result.codes.any()) and energy > 0:
+            if result.grid.symmetric and not bool(result.codes.any()) and energy > 0:
                 raise NumericalProblem(
                     "E604", "every weight rounds to zero: they are smaller than the smallest scale that float16 holds", where=name,
                     fix=f"leave this linear 16-bit: --skip {name}",
@@ -275,6 +276,7 @@ class LayerQuantizer:
             bytes_out=sum(t.numel() * t.element_size() for t in tensors.values()),
             seconds=round(solved.seconds, 4),
             bits=result.grid.bits if isinstance(result, QuantizedLinear) else SIXTEEN_BIT,
+            symmetric=not isinstance(result, QuantizedLinear) or result.grid.symmetric,
         )
         self._finished.records.append(record)
         if solved.fallback:
@@ -293,9 +295,13 @@ def bfloat16_exact(opened: RunInputs) -> bool:
 
 
 def linear_digest(linear: QuantizedLinear) -> str:
-    """SHA-256 of codes, scales and, where there is one, the mask."""
+    """SHA-256 of codes, scales, zeros and, where there is one, the mask."""
     masks = (linear.keep,) if isinstance(linear, SparseQuantizedLinear) else ()
-    return sha256_of_tensors(linear.codes, linear.scales, *masks)
+    return sha256_of_tensors(*tensors_of(linear), *masks)
+
+
+def tensors_of(linear: QuantizedLinear) -> tuple[Tensor, ...]:
+    return (linear.codes, linear.scales, *(() if linear.zeros is None else (linear.zeros,)))
 
 
 def weight_digest(weight: Tensor, mask: Tensor | None) -> str:

@@ -189,7 +189,8 @@ class StoredWeights:
 
     def __init__(self, written: Checkpoint, records: Mapping[str, LayerRecord], reader: Reader) -> None:
         sizes = {name: record.group_size for name, record in records.items()}
-        grids = {name: Grid(record.bits) for name, record in records.items() if record.group_size is not None and record.bits != INT4.bits}
+        grids = {name: Grid(record.bits, record.symmetric) for name, record in records.items() if record.group_size is not None}
+        grids = {name: grid for name, grid in grids.items() if grid != INT4}
         self._info = FormatInfo(INTERCHANGE, {name: size for name, size in sizes.items() if size is not None}, grids=grids)
         self._written, self._records, self._reader = written, records, reader
 

@@ -59,6 +59,8 @@ def solve_stacks(
     linears = [outcome.linear for outcome in outcomes if isinstance(outcome, Solved)]
     if linears:
         codes, scales = whole([linear.codes for linear in linears]), whole([linear.scales for linear in linears])
+        zeros = [linear.zeros for linear in linears if linear.zeros is not None]
+        zeros_of = whole(zeros) if zeros else None
     else:
         weights = whole([outcome.weight for outcome in outcomes if isinstance(outcome, Pruned)])
     joined: list[StackOutcome] = []
@@ -66,7 +68,7 @@ def solve_stacks(
         damping, fallback, dead = facts[e // each][e % each]
         mask = None if keep is None else keep[e]
         if linears:
-            linear = joined_linear(codes[e], scales[e], linears[0], mask)
+            linear = joined_linear(codes[e], scales[e], None if zeros_of is None else zeros_of[e], linears[0], mask)
             joined.append(quantized(Solved(linear, errors[e], energies[e], damping, fallback, dead), mask))
         else:
             assert mask is not None
@@ -74,10 +76,11 @@ def solve_stacks(
     return joined
 
 
-def joined_linear(codes: Tensor, scales: Tensor, part: QuantizedLinear, mask: Tensor | None) -> QuantizedLinear:
+def joined_linear(codes: Tensor, scales: Tensor, zeros: Tensor | None, part: QuantizedLinear, mask: Tensor | None) -> QuantizedLinear:
     """part: one of those that are joined."""
-    size, grid = part.group_size, part.grid
-    return QuantizedLinear(codes, scales, size, grid=grid) if mask is None else SparseQuantizedLinear(codes, scales, size, mask, grid=grid)
+    if mask is None:
+        return QuantizedLinear(codes, scales, part.group_size, grid=part.grid, zeros=zeros)
+    return SparseQuantizedLinear(codes, scales, part.group_size, mask, grid=part.grid)
 
 
 def _solve_rows(
@@ -94,7 +97,9 @@ def _solve_rows(
     mask = None if kept is None else whole(kept)
     error, energy = whole(outcome.error), whole(outcome.output_energy)
     if isinstance(outcome, Solved):
-        linear = joined_linear(whole(outcome.linear.codes), whole(outcome.linear.scales), outcome.linear, mask)
+        part = outcome.linear
+        zeros = None if part.zeros is None else whole(part.zeros)
+        linear = joined_linear(whole(part.codes), whole(part.scales), zeros, part, mask)
         return quantized(replace(outcome, linear=linear, error=error, output_energy=energy), mask)
     assert isinstance(outcome, Pruned) and mask is not None
     return pruned(replace(outcome, weight=whole(outcome.weight), mask=mask, error=error, output_energy=energy))

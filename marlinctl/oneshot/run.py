@@ -151,6 +151,8 @@ def _run(
     with threads(options.threads), torch.no_grad():
         with phases("probe"):
             steps = steps_on(opened.device, console)
+            if opened.device.type == "cuda" and recipe.scheme.quantizes and not recipe.scheme.symmetric:
+                console.warn("asymmetric codes are solved by torch operators, which take about twenty times as long as the kernels")
             probe_before(opened, recipe, steps, console, device_memory=device_memory, ranks=processes.count)
         calibration = ranks.share_calibration(processes, lambda: _calibration(job, opened, recipe, texts, steps, console, processes))
         with ExitStack() as stack:

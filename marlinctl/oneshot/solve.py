@@ -78,8 +78,8 @@ class StackedSolver:
         )
 
     def on(self, grid: Grid) -> StackedSolver:
-        """The same with other codes."""
-        return replace(self, settings=replace(self.settings, grid=grid))
+        """The same with other codes. The GPU's kernels have no zero points, so asymmetric codes are found by torch operators."""
+        return replace(self, settings=replace(self.settings, grid=grid), steps=self.steps if grid.symmetric else TORCH)
 
     def solve(self, stack: Tensor, mask: Tensor | None, hessian: Hessian, group_size: int) -> StackOutcome:
         """One stack [R, K]."""
@@ -146,5 +146,6 @@ def rows_of_linear(linear: QuantizedLinear, mask: Tensor | None, rows: slice) ->
     """These rows, with their mask where there is one [R, K]."""
     codes, scales = linear.codes[rows], linear.scales[rows]
     if mask is None:
-        return QuantizedLinear(codes, scales, linear.group_size, grid=linear.grid)
+        zeros = None if linear.zeros is None else linear.zeros[rows]
+        return QuantizedLinear(codes, scales, linear.group_size, grid=linear.grid, zeros=zeros)
     return SparseQuantizedLinear(codes, scales, linear.group_size, mask[rows], grid=linear.grid)

@@ -68,7 +68,7 @@ def unpack_ct(weight_packed: Tensor, n: int, k: int, bits: int = 4) -> Tensor:
 
 
 def pack_gptq(q: QuantizedLinear) -> dict[str, Tensor]:
-    """The four tensors of a symmetric GPTQ layer, version 1 (checkpoint_format gptq)."""
+    """The four tensors of a GPTQ layer: version 1 (checkpoint_format gptq), or version 2 of asymmetric codes."""
     n, k, bits = q.out_features, q.in_features, q.grid.bits
     if n % NIBBLES or k % NIBBLES:
         raise ValueError(f"GPTQ packs 8 codes to a word along K and 8 zeros along N, so both must be multiples of 8: N={n}, K={k}")
@@ -76,14 +76,16 @@ def pack_gptq(q: QuantizedLinear) -> dict[str, Tensor]:
     groups = q.scales.shape[1]
     return {
         "qweight": transposed(pack_ct(q.codes, bits)),  # [K/8, N], or [K/4, N]
-        "qzeros": torch.full((groups, n * bits // WORD_BITS), ZEROS_V1[bits], dtype=torch.int32, device=device),
+        "qzeros": torch.full((groups, n * bits // WORD_BITS), ZEROS_V1[bits], dtype=torch.int32, device=device)
+        if q.zeros is None
+        else pack_ct(q.zeros.T.contiguous(), bits),
         "scales": transposed(as_float16(q.scales)),  # [G, N]
         "g_idx": _plain_g_idx(k, q.group_size, device),
     }
 
 
 def unpack_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, *, v2: bool, grid: Grid = INT4) -> QuantizedLinear:
-    """The codes of a symmetric GPTQ layer without activation order at run time; anything else is refused.
+    """The codes of a GPTQ layer without activation order at run time; anything else is refused.
 
     v2 says how the file stores its zero points: checkpoint_format gptq_v2, against gptq. g_idx is None where the file
     has none, which means plain order as long as its config says desc_act: false.
@@ -100,10 +102,14 @@ def unpack_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor |
     _expect("qzeros", qzeros, torch.int32)
     if tuple(qzeros.shape) != (groups, n // together):
         raise ValueError(f"qzeros of N={n} and {groups} groups must be [{groups}, {n // together}], got {list(qzeros.shape)}")
-    _refuse_asymmetric(qzeros, v2, grid.bits)
+    if grid.symmetric:
+        _refuse_asymmetric(qzeros, v2, grid.bits)
+    elif not v2:
+        raise ValueError("asymmetric codes are read in version 2 alone")
+    zeros = None if grid.symmetric else transposed(unpack_ct(qzeros, groups, n, grid.bits))
     if g_idx is not None:
         _refuse_act_order(g_idx, k, k // groups)
-    return QuantizedLinear(unpack_ct(qweight.T, n, k, grid.bits), transposed(scales), k // groups, grid=grid)
+    return QuantizedLinear(unpack_ct(qweight.T, n, k, grid.bits), transposed(scales), k // groups, grid=grid, zeros=zeros)
 
 
 def _plain_g_idx(k: int, group_size: int, device: torch.device) -> Tensor:

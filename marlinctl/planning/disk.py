@@ -57,10 +57,10 @@ def output(
         linears = sum(tensors[name].nbytes for name in weights)
     else:
         linears = sum(registry.linear_bytes(fmt, n, k, rules.group_sizes[name], rules.grid(name)) for name, (n, k) in shapes.items())
-    each = len(fmt.suffixes)
+    each = sum(len(fmt.shapes(n, k, rules.group_sizes[name], rules.grid(name))) for name, (n, k) in shapes.items())
     named = [] if fmt.needs_mask else [shapes[name] for name in masked]
     mask = sum(n * -(-k // 8) for n, k in named)
-    return Output(fmt, linears, sum(untouched), mask, len(untouched) + each * len(shapes) + len(named))
+    return Output(fmt, linears, sum(untouched), mask, len(untouched) + each + len(named))
 
 
 def needed_by_blocks(first: Output, scratch: int, states: int) -> int:

@@ -23,7 +23,7 @@ from marlinctl.errors import BadInput, Problem, UsageError
 from marlinctl.models.architectures import Architecture, LinearSpec
 from marlinctl.models.module_map import check_module_map
 from marlinctl.planning.layer_rules import Plan, plan
-from marlinctl.quantize.scheme import INT4, Grid
+from marlinctl.quantize.scheme import INT4, UINT4, Grid
 from marlinctl.recipes.schema import Recipe, divided
 from marlinctl.system.console import Console
 
@@ -40,6 +40,25 @@ class ModelPlan:
     unties: bool = False  # whether there is such a head
 
 
+def _overridden(bits: int, recipe: Recipe) -> Grid:
+    """What a rule for some linears means: 8-bit codes are always symmetric."""
+    if not recipe.scheme.quantizes:
+        return INT4
+    return Grid(bits, recipe.scheme.symmetric or bits != UINT4.bits)
+
+
+def refuse_zero_points(recipe: Recipe) -> None:
+    """UsageError E273 for zero points where there can be none."""
+    if recipe.scheme.symmetric or not recipe.scheme.quantizes:
+        return
+    if recipe.scheme.bits != UINT4.bits:
+        what, fix = "8-bit codes are symmetric: vLLM and SGLang load no others", "leave out one of the two"
+        raise UsageError("E273", what, where="--bits 8 --asymmetric", fix=fix)
+    if recipe.scheme.prunes:
+        what = "a 2:4 model has symmetric codes: what is pruned is code 0 in every format"
+        raise UsageError("E273", what, where="--asymmetric", fix="leave out --asymmetric, or do not prune")
+
+
 def refuse_no_change(recipe: Recipe) -> None:
     if not recipe.scheme.quantizes and not recipe.scheme.prunes:
         raise UsageError("E273", "16 bits and no pattern: nothing would change", where="--bits 16", fix="--bits 4, or `marlinctl sparsify`")
@@ -54,6 +73,7 @@ def check_arguments(recipe: Recipe, module_map: Path | None, *, distils: bool) -
     distils: whether a recipe that trains is divided into stages, as `compress` does.
     """
     refuse_no_change(recipe)
+    refuse_zero_points(recipe)
     check_module_map(module_map)
     asked = recipe.calibration
     if (most := asked.samples * asked.sequence_length) < asked.minimum_tokens:
@@ -125,7 +145,7 @@ def look(
         include=recipe.quantize.include,
         grid=recipe.scheme.grid,
         grids={
-            pattern: Grid(override.bits) if recipe.scheme.quantizes else INT4
+            pattern: _overridden(override.bits, recipe)
             for pattern, override in recipe.quantize.overrides.items()
             if override.bits is not None
         },
@@ -188,7 +208,7 @@ def as_published(looked: ModelPlan, fmt: Format) -> Packed:
     quantized = looked.plan.group_sizes if fmt.quantized else {}
     shapes = {name: looked.shapes[name] for name in quantized}
     ignore, grids = sixteen_bit(looked.checkpoint, quantized), looked.plan.grids if fmt.quantized else {}
-    return Packed(fmt, shapes, quantized, ignore, looked.checkpoint.config, fmt.writes_variant, grids)
+    return Packed(fmt, shapes, quantized, ignore, looked.checkpoint.config, fmt.variant_of(grids.values()), grids)
 
 
 def sixteen_bit(checkpoint: Checkpoint, quantized: Iterable[str]) -> list[str]:
@@ -220,6 +240,9 @@ def _say_pattern(found: Pattern, planned: int, recipe: Recipe, console: Console)
     if not found.linears:
         return
     origin = "its mask file" if found.origin == MASK_FILE else "the zeros of its weights"
+    if recipe.scheme.quantizes and not recipe.scheme.symmetric:
+        what = f"{len(found.linears)} of {planned} linears are 2:4 already ({origin}), and 2:4 linears have symmetric codes"
+        raise UsageError("E273", what, where="--asymmetric", fix="leave out --asymmetric: the pattern is kept then")
     if recipe.sparsify.pattern != "none":
         raise UsageError(
             "E273",

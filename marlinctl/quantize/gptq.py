@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from marlinctl.quantize.affine import search_ranges
 from marlinctl.quantize.refine import descend, layer_error, refit_scales
 from marlinctl.quantize.scheme import INT4, Grid
 from marlinctl.quantize.solver import factor, factor_stack, ridges
@@ -85,11 +86,11 @@ def solve(
     factored = factor(matrix, settings.damping)
     ridge = factored.damping * float(diagonal.mean())
     rounds = settings.refine if factored.fallback is None else 0
-    codes, scales, error, energy = _round(
+    codes, scales, zeros, error, energy = _round(
         weight, mask, original, diagonal, order, matrix, factored.feedback, ridge, rounds, settings, steps
     )
     return Solved(
-        linear=QuantizedLinear(codes, scales, group_size, grid=settings.grid),
+        linear=QuantizedLinear(codes, scales, group_size, grid=settings.grid, zeros=zeros),
         error=error,
         output_energy=energy,
         damping=factored.damping,
@@ -134,10 +135,13 @@ def solve_many(
         mask, original = (None if all_ is None else choose(all_, chosen) for all_ in (masks, originals))
         weight, diagonal, places, matrix, fed_back = (choose(all_, chosen) for all_ in (weights, diagonals, order, matrices, feedback))
         ridge = ridges(diagonal, settings.damping)
-        found = _round(weight, mask, original, diagonal, places, matrix, fed_back, ridge, settings.refine, settings, steps)
+        # None has zeros: the steps that take stacks have none.
+        codes_of, scales_of, _, *errors = _round(
+            weight, mask, original, diagonal, places, matrix, fed_back, ridge, settings.refine, settings, steps
+        )
         return [
             Solved(QuantizedLinear(codes, scales, group_size, grid=settings.grid), error, energy, settings.damping, None, dead[e])
-            for e, codes, scales, error, energy in zip(chosen, *found, strict=True)
+            for e, codes, scales, error, energy in zip(chosen, codes_of, scales_of, *errors, strict=True)
         ]
 
     return apart(good.tolist(), together, alone)
@@ -153,36 +157,42 @@ def _order(diagonal: Tensor, settings: SolveSettings) -> Tensor:
 def _round(
     weight: Tensor, mask: Tensor | None, original: Tensor | None, diagonal: Tensor, order: Tensor, matrix: Tensor, feedback: Tensor,
     ridge: float | Tensor, rounds: int, settings: SolveSettings, steps: SolverSteps,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Scales, sweep and refinement; codes [R, K] int8, scales [R, G] float16, error and output energy of each row [R] float64.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """Scales, sweep and refinement; codes [R, K] int8, scales [R, G] float16, zeros [R, G] int8 of asymmetric codes, error and output
+    energy of each row [R] float64.
 
     weight, mask, original: [R, K]. diagonal: [K]. order: [K], and in it matrix and feedback [K, K]. ridge: what is added to the diagonal
     while codes and scales are refined, `rounds` times. Or stacks [E, ...] of all tensors, ridge [E, 1] then.
     """
     group_size = weight.shape[-1] if settings.group_size == -1 else settings.group_size
-    scales = static_scales(weight, diagonal, settings, steps)  # [R, G]
+    scales, zeros = static_scales(weight, diagonal, settings, steps)  # [R, G]
     group_of = order // group_size
     w = take_rows(
         weight.mT, order
     ).contiguous()  # [K, R], columns as rows: an indexed transposed view keeps its strides, and the sweep would crawl
     s = scales.mT.contiguous()  # [G, R]
+    z = None if zeros is None else zeros.mT.contiguous()
     kept = None if mask is None else take_rows(mask.mT, order).contiguous()
     target = w if original is None else take_rows(original.mT, order).contiguous()
-    codes, _ = steps.sweep(w, w, feedback, s, group_of, kept, grid=settings.grid)
+    codes, _ = steps.sweep(w, w, feedback, s, group_of, kept, grid=settings.grid, zeros=z)
     if rounds:
+        positive = not settings.both_signs or z is not None
         diagonal_of(matrix).add_(ridge)
         for _ in range(rounds):
             for _ in range(2):
-                codes = descend(target, codes, s, matrix, group_of, kept, sweep=steps.sweep, grid=settings.grid)
-            s = refit_scales(target, codes, s, matrix, group_of, positive=not settings.both_signs, bfloat16_exact=settings.bfloat16_exact)
+                codes = descend(target, codes, s, matrix, group_of, kept, sweep=steps.sweep, grid=settings.grid, zeros=z)
+            s = refit_scales(target, codes, s, matrix, group_of, positive=positive, bfloat16_exact=settings.bfloat16_exact)
         diagonal_of(matrix).sub_(ridge)
     in_place = take_rows(codes, torch.argsort(order, dim=-1)).to(torch.int8).mT.contiguous()  # scattering columns is slow on a GPU
     error = layer_error(target - codes * take_rows(s, group_of), matrix).double()
-    return in_place, s.mT.to(torch.float16).contiguous(), error, layer_error(target, matrix).double()
+    if zeros is not None:
+        zeros = zeros.to(torch.int8)
+        in_place += zeros.repeat_interleave(group_size, dim=-1)
+    return in_place, s.mT.to(torch.float16).contiguous(), zeros, error, layer_error(target, matrix).double()
 
 
-def static_scales(weight: Tensor, importance: Tensor, settings: SolveSettings, steps: SolverSteps = TORCH) -> Tensor:
-    """Scales [R, G] float32 of the original columns, before any column is rounded.
+def static_scales(weight: Tensor, importance: Tensor, settings: SolveSettings, steps: SolverSteps = TORCH) -> tuple[Tensor, Tensor | None]:
+    """Scales [R, G] float32 of the original columns, before any column is rounded; and zeros [R, G] float32 of asymmetric codes.
 
     importance: [K], the diagonal of the Hessian, which weighs the errors of the search. Or stacks [E, ...] of all. The scale that covers
     the largest weight stands unless another one promises SEARCH_MARGIN less: small gains come from clipping, and cost more later than the
@@ -191,7 +201,12 @@ def static_scales(weight: Tensor, importance: Tensor, settings: SolveSettings, s
     ratios = (1.0,) if settings.scale_search == "none" else SEARCH_RATIOS
     weights = importance if settings.scale_search == "hessian" else None
     group_size = weight.shape[-1] if settings.group_size == -1 else settings.group_size
-    return steps.search_scales(
+    if not settings.grid.symmetric:
+        return search_ranges(
+            weight, weights, group_size=group_size, bfloat16_exact=settings.bfloat16_exact, ratios=ratios, margin=SEARCH_MARGIN,
+            grid=settings.grid,
+        )  # fmt: skip
+    found = steps.search_scales(
         weight,
         weights,
         group_size=group_size,
@@ -201,12 +216,18 @@ def static_scales(weight: Tensor, importance: Tensor, settings: SolveSettings, s
         margin=SEARCH_MARGIN,
         grid=settings.grid,
     )
+    return found, None
 
 
 def round_to_nearest(weight: Tensor, settings: SolveSettings, steps: SolverSteps = TORCH) -> QuantizedLinear:
     """Plain rounding of [R, K] float32 with searched scales: for an input that no calibration token reached."""
     rows, k = weight.shape
     group_size = k if settings.group_size == -1 else settings.group_size
-    scales = static_scales(weight, torch.ones(k, device=weight.device), settings, steps)
-    codes = (weight.reshape(rows, -1, group_size) / scales.unsqueeze(-1)).round().clamp(settings.grid.lowest, settings.grid.highest)
-    return QuantizedLinear(codes.reshape(rows, k).to(torch.int8), scales.to(torch.float16), group_size, grid=settings.grid)
+    scales, zeros = static_scales(weight, torch.ones(k, device=weight.device), settings, steps)
+    lowest, highest = settings.grid.lowest, settings.grid.highest
+    steps_of = (weight.reshape(rows, -1, group_size) / scales.unsqueeze(-1)).round()
+    if zeros is not None:
+        steps_of += zeros.unsqueeze(-1)
+        zeros = zeros.to(torch.int8)
+    codes = steps_of.clamp(lowest, highest).reshape(rows, k).to(torch.int8)
+    return QuantizedLinear(codes, scales.to(torch.float16), group_size, grid=settings.grid, zeros=zeros)

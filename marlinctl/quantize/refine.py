@@ -31,8 +31,9 @@ def descend(
     *,
     sweep: Sweep = TORCH.sweep,
     grid: Grid = INT4,
+    zeros: Tensor | None = None,
 ) -> Tensor:
-    """One sweep of coordinate descent: every code in turn takes its best value given all others.
+    """One sweep of coordinate descent: every code in turn takes its best value given all others. Of asymmetric codes their steps do.
 
     weight, codes: [K, R] float32; scales: [G, R] float32; matrix: [K, K] float32 with a positive diagonal; group_of: [K] int64.
     Returns codes [K, R]. With a `sweep` that takes them, stacks [E, ...] of all these.
@@ -42,7 +43,7 @@ def descend(
     current = codes * take_rows(scales, group_of)
     diagonal = diagonal_of(matrix)
     base = mm(matrix, weight - current).div_(diagonal.unsqueeze(-1)).add_(current)
-    codes, _ = sweep(base, current, matrix / diagonal.unsqueeze(-2), scales, group_of, mask, grid=grid)
+    codes, _ = sweep(base, current, matrix / diagonal.unsqueeze(-2), scales, group_of, mask, grid=grid, zeros=zeros)
     return codes
 
 

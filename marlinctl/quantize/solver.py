@@ -113,6 +113,7 @@ def sweep(
     mask: Tensor | None = None,
     choose: Choose | None = None,
     grid: Grid = INT4,
+    zeros: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Project all columns in order, each with the feedback of those before it.
 
@@ -120,6 +121,7 @@ def sweep(
 
     base, anchor: [K, R] float32. feedback: [K, K] float32, read above the diagonal only. scales: [G, R] float32, none zero;
     group_of: [K] int64, the row of `scales` for each column. Without scales nothing is rounded: q_k = t_k.
+    zeros: [G, R] float32, of asymmetric codes; codes are then steps from the zero, so that q_k = code_k s_k holds for them too.
     mask: [K, R] bool or None; where it is False, q is 0. choose: may fill mask[k:] before column k is visited.
     Returns codes (or q, without scales) [K, R] float32 and errors anchor - q, [K, R] float32.
     """
@@ -133,6 +135,7 @@ def sweep(
     code_of, error_of, target_of, anchor_of = codes.unbind(0), errors.unbind(0), target.unbind(0), anchor.unbind(0)
     mask_of = None if mask is None else mask.unbind(0)
     steps = None if scales is None else (scales.unbind(0), scales.reciprocal().unbind(0))
+    ranges = None if zeros is None else ((grid.lowest - zeros).unbind(0), (grid.highest - zeros).unbind(0))
     group: list[int] = group_of.tolist()
     for start in range(0, k_total, COLUMN_BLOCK):
         stop = min(start + COLUMN_BLOCK, k_total)
@@ -150,7 +153,10 @@ def sweep(
                     code.copy_(target_of[k - start])
                 else:
                     torch.mul(target_of[k - start], steps[1][group[k]], out=code)
-                    code.round_().clamp_(grid.lowest, grid.highest)
+                    if ranges is None:
+                        code.round_().clamp_(grid.lowest, grid.highest)
+                    else:
+                        torch.clamp(code.round_(), ranges[0][group[k]], ranges[1][group[k]], out=code)
                 if mask_of is not None:
                     code.mul_(mask_of[k])
                 if steps is None:

@@ -18,7 +18,7 @@ class Sweep(Protocol):
 
     def __call__(
         self, base: Tensor, anchor: Tensor, feedback: Tensor, scales: Tensor | None, group_of: Tensor, mask: Tensor | None = None,
-        *, grid: Grid = INT4,
+        *, grid: Grid = INT4, zeros: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 

@@ -15,20 +15,26 @@ from marlinctl.quantize.scheme import INT4, Grid
 CODE_MIN, CODE_MAX = INT4.lowest, INT4.highest  # int4, two's complement; on disk a nibble holds code + 8
 
 
-def dequantized(codes: Tensor, scales: Tensor, group_size: int) -> Tensor:
-    """The weight [N, K] float32 of int8 codes [N, K] and scales [N, G] of any float type. Exact for scales of at most 16 bits."""
-    steps = scales.to(torch.float32).unsqueeze(-1)  # [N, G, 1]
-    return (codes.to(torch.float32).reshape(len(codes), -1, group_size) * steps).reshape(codes.shape)
+def dequantized(codes: Tensor, scales: Tensor, group_size: int, zeros: Tensor | None = None) -> Tensor:
+    """The weight [N, K] float32 of int8 codes [N, K] and scales [N, G] of any float type. Exact for scales of at most 16 bits.
+
+    zeros: [N, G] int8, of asymmetric codes.
+    """
+    steps = codes.to(torch.float32).reshape(len(codes), -1, group_size)
+    if zeros is not None:
+        steps = steps - zeros.to(torch.float32).unsqueeze(-1)
+    return (steps * scales.to(torch.float32).unsqueeze(-1)).reshape(codes.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLinear:
-    """weight[n, k] = codes[n, k] * scales[n, k // group_size]. Codes are data and are never rounded again."""
+    """weight[n, k] = (codes[n, k] - zeros[n, k // group_size]) * scales[n, k // group_size]. Codes are data and are never rounded again."""
 
     codes: Tensor  # [N, K] int8, of the grid
     scales: Tensor  # [N, G] float16 (bfloat16 only when read from a foreign checkpoint), finite
     group_size: int  # divides K; a whole row is group_size == K, never -1
     grid: Grid = field(default=INT4, kw_only=True)
+    zeros: Tensor | None = field(default=None, kw_only=True)  # [N, G] int8, codes of the grid; None where it is symmetric
 
     def __post_init__(self) -> None:
         if self.codes.dtype != torch.int8 or self.codes.ndim != 2:
@@ -40,6 +46,14 @@ class QuantizedLinear:
             raise ValueError(
                 f"scales must be float16 or bfloat16 [{n}, {k // self.group_size}], got {self.scales.dtype} {tuple(self.scales.shape)}"
             )
+        if (self.zeros is None) != self.grid.symmetric:
+            raise ValueError(f"{self.grid} codes have {'no ' * self.grid.symmetric}zeros")
+        if self.zeros is not None:
+            if self.zeros.dtype != torch.int8 or self.zeros.shape != self.scales.shape:
+                raise ValueError(f"zeros must be int8 {list(self.scales.shape)}, got {self.zeros.dtype} {list(self.zeros.shape)}")
+            least, most = (int(value) for value in torch.aminmax(self.zeros))
+            if least < self.grid.lowest or most > self.grid.highest:
+                raise ValueError(f"zeros lie in {least}..{most}, outside {self.grid.lowest}..{self.grid.highest}")
         low, high = torch.aminmax(self.codes)
         if bool(torch.isfinite(self.scales).all() & (low >= self.grid.lowest) & (high <= self.grid.highest)):  # one wait for a GPU
             return
@@ -58,7 +72,7 @@ class QuantizedLinear:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K] that these codes stand for. Exact in float32: a code of at most 8 bits times 11-bit significand."""
-        return dequantized(self.codes, self.scales, self.group_size).to(dtype)
+        return dequantized(self.codes, self.scales, self.group_size, self.zeros).to(dtype)
 
 
 @dataclass(frozen=True, slots=True)

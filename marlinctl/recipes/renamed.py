@@ -1,4 +1,4 @@
-"""Keys and values of recipes that were renamed.
+"""Keys and values of recipes that were renamed, and keys that came later.
 
 Recipes with a former name are accepted for one version, and the new one is printed. Hashes and journals keep the former names for
 good (`canonical`): a published folder holds the hash of its recipe, and a job compares the recipe that it was begun with.
@@ -14,6 +14,7 @@ _Path = tuple[str, ...]
 
 _KEYS: Mapping[_Path, str] = {("quantize", "drift_correction"): "match"}  # key -> its former name in the same section
 _VALUES: Mapping[_Path, Mapping[str, str]] = {("sparsify", "method"): {"iterative": "refined"}}  # key -> value -> its former name
+_LATER: Mapping[_Path, object] = {("quantize", "symmetric"): True}  # key that came later -> what recipes without it mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,18 @@ def canonical(values: Mapping[str, Any]) -> dict[str, Any]:
         names[section][key] = former_values.get(names[section][key], names[section][key])
     for (section, key), former in _KEYS.items():
         names[section][former] = names[section].pop(key)
+    for (section, key), meant in _LATER.items():
+        if names[section][key] == meant:
+            del names[section][key]
+    return names
+
+
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A whole recipe that an earlier version may have written, with the keys that came later."""
+    names = dict(values)
+    for (section, key), meant in _LATER.items():
+        if isinstance(names.get(section), dict):
+            names[section] = {key: meant, **names[section]}
     return names
 
 

@@ -71,6 +71,7 @@ class Override(_Section):
 
 class Quantize(_Section):
     bits: Literal[4, 8, 16]
+    symmetric: bool
     group_size: GroupSize
     scale_sign: Literal["both", "positive"]
     act_order: Literal["static", "none"]
@@ -143,7 +144,8 @@ class Recipe(_Section):
     @property
     def scheme(self) -> Scheme:
         """What becomes of a linear for which nothing else is said."""
-        return Scheme(bits=self.quantize.bits, group_size=self.quantize.group_size, sparsity=self.sparsify.pattern)
+        q = self.quantize
+        return Scheme(bits=q.bits, group_size=q.group_size, sparsity=self.sparsify.pattern, symmetric=q.symmetric)
 
     def canonical(self) -> dict[str, Any]:
         """For hashes and journals: a JSON document that no rename of a key changes."""
@@ -186,7 +188,7 @@ def load_recipe(name_or_path: str | Path, *, deprecated: Callable[[str], None] =
 
 def recipe_of_document(document: Mapping[str, Any]) -> Recipe:
     """What `model_dump` wrote, this version's or an earlier one's. pydantic's ValidationError for anything else."""
-    return Recipe.model_validate(renamed.current(document)[0])
+    return Recipe.model_validate(renamed.completed(renamed.current(document)[0]))
 
 
 def resolve(recipe: Recipe, overrides: Mapping[str, Any], *, deprecated: Callable[[str], None] = _deprecated) -> tuple[Recipe, list[str]]:

@@ -222,6 +222,8 @@ def _what(facts: CardFacts) -> list[str]:
 def _codes(facts: CardFacts) -> list[str]:
     return [
         f"{count} linears, int{grid.bits} symmetric, codes {grid.lowest}..{grid.highest} times one scale per group"
+        if grid.symmetric
+        else f"{count} linears, int{grid.bits} asymmetric, codes less one zero point per group times one scale per group"
         for grid, count in facts.grid_counts()
     ]
 

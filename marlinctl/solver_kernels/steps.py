@@ -75,8 +75,10 @@ class SolverKernels:
 
     def sweep(
         self, base: Tensor, anchor: Tensor, feedback: Tensor, scales: Tensor | None, group_of: Tensor, mask: Tensor | None = None,
-        *, grid: Grid = INT4,
+        *, grid: Grid = INT4, zeros: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if zeros is not None:
+            raise ValueError("the kernels have no zero points")
         return self._sweep(base, anchor, feedback, scales, group_of, mask, None, grid)
 
     def sparsegpt_sweep(

@@ -217,7 +217,7 @@ def _one_pass(
     for rows in torch.split(weight, ROWS_TOGETHER, dim=-2):
         w = rows.mT.contiguous()
         provisional = two_largest(w.abs() * pivots.unsqueeze(-1))
-        s = static_scales((w * provisional).mT.contiguous(), diagonal, settings, steps).mT.contiguous()  # [G, R]
+        s = static_scales((w * provisional).mT.contiguous(), diagonal, settings, steps)[0].mT.contiguous()  # [G, R]
         part, mask = steps.sparsegpt_sweep(w, _earned(pivots, diagonal), feedback, s, group_of, grid=settings.grid)
         delta = w - part * take_rows(s, group_of)
         errors = (layer_error(delta, matrix).double(), layer_error(w, matrix).double())

@@ -391,10 +391,10 @@ CATALOG = (
         "E340",
         "This quantization is not supported",
         """
-        Only 4-bit and 8-bit symmetric weights are read, in compressed-tensors (pack-quantized), GPTQ and native folders: no zero points, no
-        activation order at run time, no quantized activations. The layers or fields are listed. Unknown fields and tensors are refused
-        because they may change what the model computes. Quantize the original model; a field that only notes how the codes were made can be
-        removed from config.json.
+        Only 4-bit and 8-bit weights are read, in compressed-tensors (pack-quantized), GPTQ and native folders: zero points with 4 bits
+        alone, no activation order at run time, no quantized activations. The layers or fields are listed. Unknown fields and tensors are
+        refused because they may change what the model computes. Quantize the original model; a field that only notes how the codes were
+        made can be removed from config.json.
 
         For a newer native format, update marlinctl, or pack the model to `ct` with the version that wrote it.
         """,

@@ -188,7 +188,10 @@ def _config_problems(checkpoint: Checkpoint, info: FormatInfo) -> list[Problem]:
     where = str(checkpoint.folder / "config.json")
     problems: list[Problem] = []
 
-    for key, value, why in info.format.required:
+    needed = info.format.required
+    if not all(grid.symmetric for grid in info.used_grids):  # what is needed of symmetric codes has been read as it is
+        needed = [item for item in needed if item[0] not in ("sym", "checkpoint_format")]
+    for key, value, why in needed:
         if block.get(key) != value:
             problems.append(Problem(f"quantization_config.{key} is {block.get(key)!r}, not {value!r}: {why}", where, _AGAIN))
     if info.format.checks_ignore:

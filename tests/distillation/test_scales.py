@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from marlinctl.distillation.parameters import Place
 from marlinctl.distillation.scales import exact_in_bfloat16, freeze_codes, settle, trained_scales
 from marlinctl.errors import UsageError
 from marlinctl.quantize.grid import SMALLEST_SCALE
+from marlinctl.quantize.scheme import UINT4
 
 
 class Fused(nn.Module):
@@ -45,6 +48,15 @@ def test_the_weight_is_codes_times_scales_and_its_gradient_reaches_them() -> Non
         factors *= 1.5
     torch.testing.assert_close(trained_scales(module, Place("proj.weight")), given.scales.float() * 1.5)
     torch.testing.assert_close(module.proj.weight, given.weight() * 1.5)
+
+
+def test_zero_points_stay_where_they_are() -> None:
+    """Scales of asymmetric codes would be trained as if the zero were code 0, and the student would not be the model that was given."""
+    module, plain = Fused(), parts(0, 4, 8, 4)
+    zeros = torch.tensor([[-8, 7], [0, 3], [-5, 1], [2, -1]], dtype=torch.int8)
+    given = replace(plain, grid=UINT4, zeros=zeros)
+    freeze_codes(module, {"proj.weight": Place("proj.weight")}, {"proj": given})
+    assert torch.equal(module.proj.weight, given.weight()) and not torch.equal(given.weight(), plain.weight())
 
 
 def test_fused_experts_are_put_together_and_taken_apart() -> None:

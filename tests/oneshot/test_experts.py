@@ -226,11 +226,11 @@ def test_the_expert_at_fault_is_named() -> None:
     """If the error of one expert named the whole batch, it would not be found."""
     solver = StackedSolver.of(recipe("chat"), corrects_drift=False, bfloat16_exact=False, steps=TORCH)
     quantizer = object.__new__(LayerQuantizer)
-    quantizer.solver, quantizer.processes = solver, ALONE
+    quantizer.processes = ALONE
     good = Hessian(torch.eye(32), 10)
     bad = Hessian(torch.full((32, 32), torch.nan), 10)
     with pytest.raises(NumericalProblem, match="NaN") as raised:
-        quantizer._solve([["experts.0.down"], ["experts.1.down"]], torch.randn(2, 4, 32), None, [good, bad], 32)
+        quantizer._solve(solver, [["experts.0.down"], ["experts.1.down"]], torch.randn(2, 4, 32), None, [good, bad], 32)
     assert "experts.1.down" in str(raised.value.problems) and "experts.0.down" not in str(raised.value.problems)
 
 

@@ -89,9 +89,48 @@ def test_8_bits_go_all_the_way(changes: dict[str, Any], tmp_path: Path, text: Pa
     with open_checkpoint(tmp_path / "back") as back, open_checkpoint(tmp_path / "ct") as first:
         assert all(back.raw(name) == first.raw(name) for name in first.tensors)
     assert verify(tmp_path / "ct", source=source, load=None, console=Console.quiet()).format == "ct"
-    with pytest.raises(BadInput, match="has 8-bit codes, and marlin holds 4-bit ones alone") as refused:
+    with pytest.raises(BadInput, match="has 8-bit codes, and marlin holds symmetric 4-bit ones alone") as refused:
         repack(tmp_path / "ct", tmp_path / "marlin", format="marlin")
     assert refused.value.error_id == "E349" and not (tmp_path / "marlin").exists()
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")  # transformers, of what it is asked for
+def test_asymmetric_codes_go_all_the_way(tmp_path: Path, text: Path) -> None:
+    """If a zero point were lost on the way, every weight of its group would be shifted, by marlinctl or by compressed-tensors."""
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    source = zoo.build("llama", tmp_path / "model", dtype=torch.bfloat16)
+    symmetric = quantize(source, tmp_path / "int4", recipe(text))["error"]["mean"]
+    report = quantize(source, tmp_path / "ct", recipe(text, quantize__symmetric=False))
+    assert report["error"]["mean"] < symmetric and not any(layer["symmetric"] for layer in report["layers"])
+    expected = logits(load_dense(tmp_path / "ct", dtype=torch.float32))
+    whole = CompressedTensorsConfig(dequantize=True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ct", dtype=torch.float32, quantization_config=whole)
+    assert (logits(loaded) - expected).norm() / expected.norm() < 1e-3
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):  # what `loads` says of it; where it passes, say that it loads
+        AutoModelForCausalLM.from_pretrained(tmp_path / "ct", dtype=torch.float32)
+    checked = verify(tmp_path / "ct", source=source, load=None, console=Console.quiet())
+    assert any("takes zero points with dequantize=True alone" in line for line in checked.skipped)
+    repack(tmp_path / "ct", tmp_path / "gptq", format="gptq")
+    assert json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]["checkpoint_format"] == "gptq_v2"
+    assert torch.equal(logits(load_dense(tmp_path / "gptq", dtype=torch.float32)), expected)
+    repack(tmp_path / "gptq", tmp_path / "back", format="ct")
+    with open_checkpoint(tmp_path / "back") as back, open_checkpoint(tmp_path / "ct") as first:
+        assert all(back.raw(name) == first.raw(name) for name in first.tensors)
+    with pytest.raises(BadInput, match="has asymmetric 4-bit codes, and marlin holds symmetric 4-bit ones alone"):
+        repack(tmp_path / "ct", tmp_path / "marlin", format="marlin")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"quantize__bits": 8}, "8-bit codes are symmetric"), ({"sparsify__pattern": "2:4"}, "a 2:4 model has symmetric codes")],
+)
+def test_zero_points_that_no_format_holds_are_refused(changes: dict[str, Any], says: str, tmp_path: Path, text: Path) -> None:
+    """Found out after hours of solving, it would be a lost day."""
+    source = make_tiny(tmp_path / "model")
+    with pytest.raises(UsageError, match=says) as caught:
+        quantize(source, tmp_path / "out", recipe(text, quantize__symmetric=False, **changes))
+    assert caught.value.error_id == "E273" and not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize(("most", "changes"), [(80_000, {}), (5 * 10**9, {"sparsify__pattern": "2:4", "quantize__bits": 16})])

@@ -14,7 +14,7 @@ from marlinctl.pack import tile
 from marlinctl.pack.interchange import ZEROS_V1, ZEROS_V2, pack_ct, pack_gptq, unpack_ct, unpack_gptq
 from marlinctl.pack.marlin import pack_marlin
 from marlinctl.pack.sparse_marlin import pack_sparse_marlin
-from marlinctl.quantize.scheme import INT8
+from marlinctl.quantize.scheme import INT8, UINT4
 from marlinctl.quantize.types import QuantizedLinear
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from tests.pack.naive import or_together, random_linear, same_bits
@@ -280,3 +280,27 @@ def test_tiles_refuse_8_bit_codes() -> None:
         pack_marlin(q)
     with pytest.raises(ValueError, match="tiles hold 4-bit codes, and these are 8-bit"):
         pack_sparse_marlin(SparseQuantizedLinear(q.codes * keep, q.scales, 64, keep, grid=INT8))
+
+
+def test_zero_points_are_packed_along_n() -> None:
+    """If this failed, vLLM and GPTQModel would subtract the zero of another output."""
+    from compressed_tensors.compressors import pack_to_int32
+
+    from marlinctl.checkpoint.formats.base import LinearParts
+    from marlinctl.checkpoint.formats.registry import FORMATS
+
+    codes = random_linear(24, 64, 32).codes
+    zeros = torch.randint(-8, 8, (24, 2), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
+    q = QuantizedLinear(codes, torch.ones(24, 2, dtype=torch.float16), 32, grid=UINT4, zeros=zeros)
+    tensors = FORMATS["ct"].pack("layer", LinearParts.of(q))
+    assert torch.equal(tensors["weight_zero_point"], pack_to_int32(zeros, 4, packed_dim=0)) and tensors["weight_zero_point"].shape == (3, 2)
+    assert tensors["weight_zero_point"][0, 0].item() & 15 == int(zeros[0, 0]) + 8
+    gptq = pack_gptq(q)
+    assert torch.equal(gptq["qzeros"], tensors["weight_zero_point"].T), "version 2 stores the zero itself"
+    back = unpack_gptq(**gptq, v2=True, grid=UINT4)
+    assert back.zeros is not None and same_bits(back.zeros, zeros) and same_bits(back.codes, codes)
+    for name, packed, variant in (("ct", tensors, ""), ("gptq", gptq, "v2")):
+        fmt = FORMATS[name]
+        assert fmt.second_reading is not None
+        assert torch.equal(fmt.unpack(packed, 32, variant, UINT4).weight(), q.dequantize())
+        assert torch.equal(fmt.second_reading(packed, 24, 64, 32, UINT4), q.dequantize())

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from marlinctl import cli
 from marlinctl.errors import UsageError
-from marlinctl.recipes.schema import builtin_names, load_recipe, recipe_hash, resolve
+from marlinctl.recipes.schema import builtin_names, load_recipe, recipe_hash, recipe_of_document, resolve
 from marlinctl.recipes.yaml_positions import read_yaml
 
 
@@ -51,6 +51,19 @@ def test_a_recipe_says_only_what_differs(tmp_path: Path) -> None:
     assert {pattern: override.group_size for pattern, override in mine.quantize.overrides.items()} == {"y": -1}
     assert mine.calibration == quick.calibration.model_copy(update={"seed": 7})
     assert mine.evaluate == quick.evaluate
+
+
+def test_a_key_that_came_later_changes_no_hash() -> None:
+    """A published folder holds the hash of its recipe, and a job that an earlier version began has none of the key."""
+    recipe = load_recipe("int4")
+    assert "symmetric" not in recipe.canonical()["quantize"]
+    document = recipe.model_dump(mode="json")
+    del document["quantize"]["symmetric"]
+    assert recipe_of_document(document) == recipe
+    asymmetric = resolve(recipe, {"quantize.symmetric": False})[0]
+    assert recipe_hash(asymmetric) != recipe_hash(recipe) and recipe_of_document(asymmetric.model_dump(mode="json")) == asymmetric
+    rule = resolve(recipe, {"quantize.overrides": {"down_proj": {"group_size": 32}}})[0]
+    assert rule.canonical()["quantize"]["overrides"] == {"down_proj": {"group_size": 32}}
 
 
 def test_the_hash_is_of_the_job_not_of_its_name(tmp_path: Path) -> None:

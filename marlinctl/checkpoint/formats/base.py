@@ -134,6 +134,8 @@ class Format:
     )
     needs_mask: bool = False  # it holds 2:4 linears alone, and its metadata is their mask
     writes_variant: str = ""
+    asymmetric_variant: str = ""  # what is written of asymmetric codes, where that is another one
+    one_symmetry: bool = False  # all codes of a model are symmetric, or none
     variant_loaders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     block_file: str = ""  # the config block once more, in a file that old loaders read
     required: Sequence[tuple[str, object, str]] = ()  # keys of the block that clients need and do not miss aloud: key, value, why
@@ -144,12 +146,17 @@ class Format:
     untested: Callable[[Packed], Mapping[str, str]] = nothing_untested
     trains: str = ""  # what distillation can train of it: "weights", "scales" or nothing
 
+    def variant_of(self, grids: Iterable[Grid]) -> str:
+        """That marlinctl writes."""
+        return self.writes_variant if all(grid.symmetric for grid in grids) else self.asymmetric_variant
+
     def title_of(self, grids: Iterable[Grid]) -> str:
         """Of a model with such codes."""
-        return self.title.format(grids_text(grids))
+        text = self.title.format(grids_text(grids))
+        return text[:1].upper() + text[1:]
 
     def tags_of(self, grids: Iterable[Grid]) -> list[str]:
-        return [*self.tags, *(f"int{grid.bits}" for grid in sorted({*grids}) if self.quantized)]
+        return [*self.tags, *dict.fromkeys(f"int{grid.bits}" for grid in sorted({*grids}) if self.quantized)]
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -249,16 +256,21 @@ class LinearParts:
     group_size: int  # K when one group spans the row
     keep: Tensor | None = None  # [N, K] bool, True for a kept weight of a 2:4 linear; None: dense, or not stated
     grid: Grid = INT4
+    zeros: Tensor | None = None  # [N, G] int8, of asymmetric codes
 
     @classmethod
     def of(cls, q: QuantizedLinear) -> LinearParts:
-        return cls(q.codes, q.scales, q.group_size, getattr(q, "keep", None), q.grid)
+        return cls(q.codes, q.scales, q.group_size, getattr(q, "keep", None), q.grid, q.zeros)
+
+    def steps(self) -> Tensor:
+        """[N, K] int8: codes less the zeros of their groups; -15..15 of asymmetric ones."""
+        return self.codes if self.zeros is None else self.codes - self.zeros.repeat_interleave(self.group_size, dim=1)
 
     def weight(self) -> Tensor:
         """[N, K] float32: the weight that every runtime must compute with. Exact."""
         from marlinctl.quantize.types import dequantized
 
-        return dequantized(self.codes, self.scales, self.group_size)
+        return dequantized(self.codes, self.scales, self.group_size, self.zeros)
 
     def quantized(self, layer: str) -> QuantizedLinear:
         """With fp16 scales, as every packed format but ct needs them; refused where that would change a value."""
@@ -280,7 +292,7 @@ class LinearParts:
             )
         if self.keep is not None:
             return SparseQuantizedLinear(self.codes, scales, self.group_size, self.keep, grid=self.grid)
-        return QuantizedLinear(self.codes, scales, self.group_size, grid=self.grid)
+        return QuantizedLinear(self.codes, scales, self.group_size, grid=self.grid, zeros=self.zeros)
 
 
 def sizes_by_count(layers: Mapping[str, int]) -> list[int]:

@@ -3,6 +3,7 @@
     P.weight_packed  [N, K/8 up]     int32    of 8-bit codes [N, K/4 up]
     P.weight_scale   [N, G]          float    of any float dtype, as they were solved or found
     P.weight_shape   [2] = [N, K]    int64    transformers fails without it
+    P.weight_zero_point  [N/8 up, G] int32    of asymmetric codes; eight neighbours in N a word
 
 Without `quantization_status: compressed` transformers loads random numbers and says nothing.
 docs/formats/compressed-tensors.md has the bits.
@@ -43,7 +44,7 @@ from marlinctl.checkpoint.formats.base import (
 )  # fmt: skip
 from marlinctl.checkpoint.formats.targets import Entries, GroupOf, name_patterns
 from marlinctl.errors import Problem
-from marlinctl.quantize.scheme import INT4, INT8, Grid
+from marlinctl.quantize.scheme import INT4, INT8, UINT4, Grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +67,7 @@ def _detect(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
         raise ValueError("ignore is not a list")
     Entries(str(entry) for entry in ignore)  # an expression that is none is refused here, once
     reasons = {name: _reason(group) for name, group in groups.items()}
-    fix = "only 4-bit and 8-bit symmetric integer weights are read"
+    fix = "only 4-bit and 8-bit integer weights are read, asymmetric ones of 4 bits"
     layers: dict[str, int] = {}
     grids: dict[str, Grid] = {}
     problems: list[Problem] = []
@@ -88,23 +89,25 @@ def _detect(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
         for name, reason in reasons.items()
         if reason and name not in used
     ]
-    problems += [
-        Problem(f"{name} is a zero point: asymmetric quantization", name, "quantize the original model symmetrically")
-        for name in names
-        if name.endswith(".weight_zero_point")
-    ]
+    present = set(names)
+    for layer in layers:
+        name = f"{layer}.weight_zero_point"
+        if (name in present) == grids.get(layer, INT4).symmetric:
+            what = f"{name} is {'there' if name in present else 'missing'}, and config.json says {grids.get(layer, INT4)}"
+            problems.append(Problem(what, name, "config.json and weights do not belong together; fetch both again"))
     refuse("E340", problems or strays(FORMAT, layers, names))
     return FormatInfo(FORMAT, layers, grids=grids)
 
 
 def _reason(group: Mapping[str, Any]) -> str | None:
-    """Why a config group is not 4-bit or 8-bit symmetric weight-only, or None."""
+    """Why a config group is not a weight-only scheme that is read, or None."""
     weights = object_at(group, "weights")
     bits = weights.get("num_bits")
-    if type(bits) is not int or Grid(bits) not in FORMAT.grids or str(weights.get("type", "int")).lower() != "int":
+    symmetric = weights.get("symmetric", True)
+    if type(bits) is not int or bits not in (INT4.bits, INT8.bits) or str(weights.get("type", "int")).lower() != "int":
         return f"{weights.get('num_bits')}-bit {weights.get('type', 'int')}"
-    if weights.get("symmetric", True) is not True:
-        return "asymmetric"
+    if type(symmetric) is not bool or Grid(bits, symmetric) not in FORMAT.grids:
+        return f"asymmetric {bits}-bit"
     strategy, size = weights.get("strategy"), weights.get("group_size")
     if isinstance(strategy, str):
         strategy = strategy.lower()
@@ -126,7 +129,8 @@ def _configured_size(group: Mapping[str, Any]) -> int:
 
 
 def _configured_grid(group: Mapping[str, Any]) -> Grid:
-    return Grid(object_at(group, "weights")["num_bits"])
+    weights = object_at(group, "weights")
+    return Grid(weights["num_bits"], weights.get("symmetric", True))
 
 
 def _config_block(chosen: Chosen) -> dict[str, Any]:
@@ -141,7 +145,7 @@ def _config_block(chosen: Chosen) -> dict[str, Any]:
     groups = {}
     for i, (size, grid) in enumerate(kinds):
         members = [name for name in chosen.layers if chosen.kind(name) == (size, grid)]
-        weights = {"num_bits": grid.bits, "type": "int", "symmetric": True, "dynamic": False}
+        weights = {"num_bits": grid.bits, "type": "int", "symmetric": grid.symmetric, "dynamic": False}
         weights |= {"strategy": "channel", "group_size": None} if size == -1 else {"strategy": "group", "group_size": size}
         groups[f"group_{i}"] = {
             "targets": ["Linear", *head] if len(kinds) == 1 else name_patterns(members, chosen.everything, chosen.tower),
@@ -160,7 +164,13 @@ def _config_block(chosen: Chosen) -> dict[str, Any]:
 
 def _shapes(n: int, k: int, group_size: int, grid: Grid = INT4) -> Shapes:
     groups, words = 1 if group_size == -1 else -(-k // group_size), -(-k * grid.bits // 32)
-    return {"weight_packed": (("I32",), (n, words)), "weight_scale": (FLOATS, (n, groups)), "weight_shape": (("I64", "I32"), (2,))}
+    zeros = {} if grid.symmetric else {"weight_zero_point": (("I32",), (-(-n * grid.bits // 32), groups))}
+    return {
+        "weight_packed": (("I32",), (n, words)),
+        "weight_scale": (FLOATS, (n, groups)),
+        "weight_shape": (("I64", "I32"), (2,)),
+        **zeros,
+    }
 
 
 def _pack(layer: str, parts: LinearParts) -> dict[str, Tensor]:
@@ -169,8 +179,9 @@ def _pack(layer: str, parts: LinearParts) -> dict[str, Tensor]:
 
     from marlinctl.pack.interchange import pack_ct
 
-    shape = torch.tensor(parts.codes.shape, dtype=torch.int64)
-    return {"weight_packed": pack_ct(parts.codes, parts.grid.bits), "weight_scale": parts.scales, "weight_shape": shape}
+    shape, bits = torch.tensor(parts.codes.shape, dtype=torch.int64), parts.grid.bits
+    zeros = {} if parts.zeros is None else {"weight_zero_point": pack_ct(parts.zeros.T.contiguous(), bits).T}
+    return {"weight_packed": pack_ct(parts.codes, bits), "weight_scale": parts.scales, "weight_shape": shape, **zeros}
 
 
 def _unpack(tensors: Mapping[str, Tensor], group_size: int, variant: str, grid: Grid) -> LinearParts:
@@ -180,7 +191,12 @@ def _unpack(tensors: Mapping[str, Tensor], group_size: int, variant: str, grid: 
     scales = tensors["weight_scale"]
     check_scales(scales, n)
     codes = unpack_ct(tensors["weight_packed"], n, k, grid.bits)
-    return LinearParts(codes, scales, true_group_size(group_size, k, int(scales.shape[1])), grid=grid)
+    zeros = None
+    if not grid.symmetric:
+        if "weight_zero_point" not in tensors:
+            raise ValueError("it has no weight_zero_point, and config.json says that it is asymmetric")
+        zeros = unpack_ct(tensors["weight_zero_point"].T.contiguous(), int(scales.shape[1]), n, grid.bits).T.contiguous()
+    return LinearParts(codes, scales, true_group_size(group_size, k, int(scales.shape[1])), grid=grid, zeros=zeros)
 
 
 def _second_reading(tensors: Mapping[str, Tensor], n: int, k: int, group_size: int, grid: Grid) -> Tensor:
@@ -189,13 +205,20 @@ def _second_reading(tensors: Mapping[str, Tensor], n: int, k: int, group_size: i
 
     scales = tensors["weight_scale"].to(torch.float32)
     codes = codes_of(tensors["weight_packed"], grid.bits)[:, :k] + grid.lowest
-    return codes.to(torch.float32) * scales.repeat_interleave(k // scales.shape[1], dim=1)
+    size = k // scales.shape[1]
+    if not grid.symmetric:
+        zeros = codes_of(tensors["weight_zero_point"].T, grid.bits)[:, :n].T + grid.lowest
+        codes = codes - zeros.repeat_interleave(size, dim=1)
+    return codes.to(torch.float32) * scales.repeat_interleave(size, dim=1)
 
 
 def _limits(packed: Packed, program: str) -> list[str]:
     """What a program's own look-up of the scheme of fused experts does not find."""
     if program == TRANSFORMERS_CT:
         return _limits_of_transformers(packed)
+    asymmetric = [name for name in packed.experts if not packed.grid(name).symmetric]
+    if asymmetric:
+        return [f"{asymmetric[0]}: {program} has no zero points for experts"]
     if not packed.experts:
         return []
     first, kinds = packed.experts[0], sorted({*packed.kinds.values()})
@@ -211,6 +234,9 @@ def _limits_of_transformers(packed: Packed) -> list[str]:
     """transformers fuses the experts of a block. It takes one scheme for all experts of a model, that of the first config group which names
     some; a single scale per row fits whatever scheme has groups, but not the reverse."""
     kinds = packed.kinds
+    if asymmetric := next((name for name, (_, grid) in kinds.items() if not grid.symmetric), None):
+        one = ", and one scheme for all linears then" if len({*kinds.values()}) > 1 else ""
+        return [f"{asymmetric}: transformers (compressed-tensors 0.20) takes zero points with dequantize=True alone{one}"]
     used = {kinds[name] for name in packed.experts}
     grouped = {kinds[name] for name in packed.experts if packed.sizes[name] not in (-1, packed.shapes[name][1])}
     scheme = next((kind for kind in kinds_by_count(kinds) if kind in used), None)
@@ -230,7 +256,7 @@ FORMAT = Format(
     name="ct",
     label="compressed-tensors",
     title="{} weights, compressed-tensors `pack-quantized`",
-    tensors={"weight_packed": CODES, "weight_scale": SCALES, "weight_shape": INDICES},
+    tensors={"weight_packed": CODES, "weight_scale": SCALES, "weight_shape": INDICES, "weight_zero_point": INDICES},
     shapes=_shapes,
     loaders=(VLLM, SGLANG, TRANSFORMERS_CT, MARLINCTL),
     kernels=(VLLM, SGLANG, MARLINCTL),
@@ -239,7 +265,8 @@ FORMAT = Format(
     config_block=_config_block,
     pack=_pack,
     unpack=_unpack,
-    grids=(INT4, INT8),
+    grids=(INT4, INT8, UINT4),
+    optional=("weight_zero_point",),
     second_reading=_second_reading,
     tags=("compressed-tensors",),
     required=(("quantization_status", "compressed", "transformers would fill the linears with random numbers"),),

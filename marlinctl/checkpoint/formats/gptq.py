@@ -6,7 +6,8 @@
     P.scales   [G, N]     fp16
     P.g_idx    [K]        int32    k // g; optimum reads uninitialised memory without it
 
-v1 tensors under a v2 label, or the reverse, are off by one step everywhere. docs/formats/gptq.md has the bits.
+v1 tensors under a v2 label, or the reverse, are off by one step everywhere. Asymmetric codes are written as v2,
+which stores the zero itself. docs/formats/gptq.md has the bits.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from marlinctl.checkpoint.formats.base import (
 )  # fmt: skip
 from marlinctl.checkpoint.formats.targets import name_patterns, with_fused_names
 from marlinctl.errors import Problem
-from marlinctl.quantize.scheme import INT4, INT8, Grid
+from marlinctl.quantize.scheme import INT4, INT8, UINT4, Grid
 from marlinctl.system.files import brief
 from marlinctl.system.patterns import Expressions
 
@@ -62,8 +63,10 @@ def _detect(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
         problems.append(Problem(what, "config.json: checkpoint_format", "gptq and gptq_v2 are read"))
     if not _is_read(bits := block.get("bits")):
         problems.append(Problem(f"{bits!r}-bit GPTQ is not read", "config.json: bits", "4 and 8 bits are read"))
-    if block.get("sym", True) is not True:
-        problems.append(Problem("asymmetric GPTQ is not read", "config.json: sym", "quantize the original model symmetrically"))
+    symmetric = block.get("sym", True)
+    if type(symmetric) is not bool or (not symmetric and (label != "gptq_v2" or bits != UINT4.bits)):
+        what = "asymmetric GPTQ is read in version 2 and with 4 bits: version 1 stores zero - 1, and where the zero is 0 that wraps around"
+        problems.append(Problem(what, "config.json: sym", "quantize the original model symmetrically"))
     refuse("E340", problems)
     size, dynamic = group_size_of(block.get("group_size", -1)), object_at(block, "dynamic")
     refuse("E340", [*blocks.strange(block, blocks.GPTQ_BLOCK, BLOCK), *_strange_rules(dynamic)])
@@ -78,11 +81,12 @@ def _detect(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
             problems.append(Problem(what, "config.json: dynamic", "config.json belongs to another model; restore it"))
             continue
         bits = rule.get("bits", block["bits"])
-        if not _is_read(bits) or rule.get("sym", True) is not True:
+        if not _is_read(bits) or rule.get("sym", symmetric) is not symmetric or (not symmetric and bits != UINT4.bits):
             what = f"{layer}: {rule} is neither 4-bit nor 8-bit symmetric"
-            problems.append(Problem(what, "config.json: dynamic", "only 4-bit and 8-bit symmetric are read"))
-        elif Grid(bits) != INT4:
-            grids[layer] = Grid(bits)
+            fix = "4-bit and 8-bit symmetric linears are read, and 4-bit asymmetric ones where all are"
+            problems.append(Problem(what, "config.json: dynamic", fix))
+        elif (grid := Grid(bits, symmetric)) != INT4:
+            grids[layer] = grid
         if rule.get("desc_act", block.get("desc_act")) and f"{layer}.g_idx" not in present:
             what = f"{layer}: desc_act is true, and without {layer}.g_idx the order of its columns is unknown"
             problems.append(Problem(what, "config.json: desc_act", "fetch the checkpoint again, or quantize the original model"))
@@ -92,7 +96,7 @@ def _detect(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
 
 
 def _is_read(bits: object) -> bool:
-    return type(bits) is int and Grid(bits) in FORMAT.grids
+    return type(bits) is int and bits in (INT4.bits, INT8.bits)
 
 
 class _DynamicRules:
@@ -125,8 +129,9 @@ def _strange_rules(dynamic: Mapping[str, Any]) -> list[Problem]:
 
 def _config_block(chosen: Chosen) -> dict[str, Any]:
     size, grid = chosen.majority
-    block = {"quant_method": "gptq", "bits": grid.bits, "group_size": size, "desc_act": False, "sym": True}
-    block |= {"checkpoint_format": "gptq", "format": "gptq", "pack_dtype": "int32", "lm_head": chosen.packs_head}
+    block = {"quant_method": "gptq", "bits": grid.bits, "group_size": size, "desc_act": False, "sym": grid.symmetric}
+    label = "gptq" if grid.symmetric else "gptq_v2"
+    block |= {"checkpoint_format": label, "format": label, "pack_dtype": "int32", "lm_head": chosen.packs_head}
     dynamic = _dynamic_block(chosen)
     return block | ({"dynamic": dynamic} if dynamic else {})
 
@@ -178,7 +183,7 @@ def _unpack(tensors: Mapping[str, Tensor], group_size: int, variant: str, grid: 
     # The codes do not depend on the scales; foreign ones may be of a dtype that QuantizedLinear does not hold.
     ones = torch.ones_like(scales, dtype=torch.float16)
     q = unpack_gptq(qweight, qzeros, ones, tensors.get("g_idx"), v2=variant == V2, grid=grid)
-    return LinearParts(q.codes, scales.T.contiguous(), true_group_size(group_size, k, int(scales.shape[0])), grid=grid)
+    return LinearParts(q.codes, scales.T.contiguous(), true_group_size(group_size, k, int(scales.shape[0])), grid=grid, zeros=q.zeros)
 
 
 def _second_reading(tensors: Mapping[str, Tensor], n: int, k: int, group_size: int, grid: Grid) -> Tensor:
@@ -186,7 +191,7 @@ def _second_reading(tensors: Mapping[str, Tensor], n: int, k: int, group_size: i
     import torch
 
     codes = codes_of(tensors["qweight"].T, grid.bits)  # [N, K]
-    zeros = codes_of(tensors["qzeros"], grid.bits) + 1  # [G, N], v1 stores one less
+    zeros = codes_of(tensors["qzeros"], grid.bits) + grid.symmetric  # [G, N], v1 stores one less
     group = tensors["g_idx"].to(torch.int64)
     scales = tensors["scales"].to(torch.float32)  # [G, N]
     return (codes - zeros[group].T).to(torch.float32) * scales[group].T
@@ -198,6 +203,9 @@ def _misfit(n: int, k: int) -> str | None:
 
 def _limits(packed: Packed, program: str) -> list[str]:
     """optimum (2.3.0) makes packed linears in the blocks alone, and transformers would fill the head with random numbers."""
+    asymmetric = next((name for name in packed.sizes if not packed.grid(name).symmetric), None)
+    if asymmetric and program in (VLLM, SGLANG):
+        return [f"{asymmetric}: {program} reads symmetric GPTQ alone; ct has its zero points for it"]
     if program == TRANSFORMERS_GPTQ and "lm_head" in packed.sizes:
         return ["lm_head: optimum looks for packed linears in the blocks alone"]
     return []
@@ -220,7 +228,9 @@ FORMAT = Format(
     config_block=_config_block,
     pack=_pack,
     unpack=_unpack,
-    grids=(INT4, INT8),
+    grids=(INT4, INT8, UINT4),
+    one_symmetry=True,
+    asymmetric_variant=V2,
     second_reading=_second_reading,
     tags=("gptq",),
     optional=("g_idx",),  # old files lack it, which means plain order

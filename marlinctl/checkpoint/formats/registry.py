@@ -165,12 +165,17 @@ def misfits(shapes: Mapping[str, tuple[int, int]], targets: Sequence[Format], gr
     found = ((layer, ask(n, k)) for ask in asks for layer, (n, k) in shapes.items())
     problems = [Problem(f"{layer}: {why}", layer, "pack to ct or marlin") for layer, why in found if why is not None]
     for fmt in targets:
+        held = f"{fmt.name} holds symmetric {grids_text(fmt.grids)} ones alone"
         holders = " or ".join(other.name for other in FORMATS.values() if other.quantized and {*grids.values()} <= {*other.grids})
         problems += [
-            Problem(f"{layer} has {grid} codes, and {fmt.name} holds {grids_text(fmt.grids)} ones alone", layer, f"pack to {holders}")
+            Problem(f"{layer} has {grid} codes, and {held}", layer, f"pack to {holders}")
             for layer, grid in grids.items()
             if layer in shapes and fmt.quantized and grid not in fmt.grids
         ]
+        first = next(iter(grids), None)
+        if fmt.one_symmetry and len({grids.get(layer, INT4).symmetric for layer in shapes}) > 1:
+            what = f"{fmt.name} holds symmetric or asymmetric codes, and this model has both, {first} first"
+            problems.append(Problem(what, fmt.name, "pack to ct"))
     return problems
 
 

@@ -79,7 +79,8 @@ def test_detect_needs_no_torch(source: Path) -> None:
 
 
 LAYER = "model.layers.0.mlp.up_proj"
-CT_NAMES = [f"{LAYER}.{suffix}" for suffix in FORMATS["ct"].suffixes]
+CT_NAMES = [f"{LAYER}.{suffix}" for suffix in FORMATS["ct"].suffixes if suffix != "weight_zero_point"]
+ZERO_POINT = f"{LAYER}.weight_zero_point"
 GPTQ_NAMES = [f"{LAYER}.{suffix}" for suffix in FORMATS["gptq"].suffixes]
 MARLIN = {"quant_method": "marlinctl", "format": "marlin", "format_version": 1, "bits": 4, "group_size": 64}
 MARLIN_NAMES = [f"{LAYER}.{suffix}" for suffix in FORMATS["marlin"].suffixes]
@@ -93,6 +94,8 @@ MARLIN_24_NAMES = [f"{LAYER}.{suffix}" for suffix in FORMATS["marlin_24"].suffix
         (ct_block(), CT_NAMES, "ct", "", 32),
         (ct_block(strategy="channel", group_size=None), CT_NAMES, "ct", "", -1),
         (ct_block(actorder="static"), CT_NAMES, "ct", "", 32),
+        (ct_block(symmetric=False), [*CT_NAMES, ZERO_POINT], "ct", "", 32),
+        (gptq_block(sym=False, checkpoint_format="gptq_v2"), GPTQ_NAMES, "gptq", "v2", 32),
         (gptq_block(), GPTQ_NAMES, "gptq", "v1", 32),
         (gptq_block(checkpoint_format="gptq_v2", group_size=-1), GPTQ_NAMES, "gptq", "v2", -1),
         (gptq_block(desc_act=True), GPTQ_NAMES, "gptq", "v1", 32),  # g_idx decides, when it is read
@@ -126,13 +129,17 @@ def test_formats_are_told_apart(block: Any, names: list[str], name: str, variant
         ({**ct_block(), "config_groups": {"g": {"weights": {}}}}, CT_NAMES, "E340", "targets"),
         (ct_block(num_bits=3), CT_NAMES, "E340", f"{LAYER}: 3-bit"),
         (ct_block(type="float"), CT_NAMES, "E340", "float"),
-        (ct_block(symmetric=False), CT_NAMES, "E340", "asymmetric"),
-        (ct_block(), [*CT_NAMES, f"{LAYER}.weight_zero_point"], "E340", "zero point"),
+        (ct_block(symmetric=False), CT_NAMES, "E340", "weight_zero_point is missing, and config.json says asymmetric 4-bit"),
+        (ct_block(symmetric=False, num_bits=8), [*CT_NAMES, ZERO_POINT], "E340", "asymmetric 8-bit"),
+        (ct_block(symmetric=None), CT_NAMES, "E340", "asymmetric"),
+        (ct_block(), [*CT_NAMES, ZERO_POINT], "E340", "weight_zero_point is there, and config.json says 4-bit"),
         (ct_block(strategy="block"), CT_NAMES, "E340", "block"),
         (ct_block(actorder="group"), CT_NAMES, "E340", "static order"),
         (ct_block(group_size=0), CT_NAMES, "E340", "group_size 0"),
         (gptq_block(bits=3), GPTQ_NAMES, "E340", "3-bit"),
         (gptq_block(sym=False), GPTQ_NAMES, "E340", "asymmetric"),
+        (gptq_block(sym=False, checkpoint_format="gptq_v2", bits=8), GPTQ_NAMES, "E340", "asymmetric"),
+        (gptq_block(dynamic={".*": {"sym": False}}), GPTQ_NAMES, "E340", LAYER),
         (gptq_block(checkpoint_format="marlin"), GPTQ_NAMES, "E340", "marlin"),
         (gptq_block(group_size=0), GPTQ_NAMES, "E340", "group_size"),
         (gptq_block(dynamic={".*": {"bits": 3}}), GPTQ_NAMES, "E340", LAYER),
@@ -394,7 +401,7 @@ def test_what_is_written_reads_back_bit_for_bit(fmt: str, n: int, k: int, size: 
         names = {torch.int32: "I32", torch.int64: "I64", torch.int16: "I16", torch.float16: "F16"}
         assert tuple(tensors[f"l.{suffix}"].shape) == shape
         assert names[tensors[f"l.{suffix}"].dtype] in dtypes
-    assert set(tensors) == {f"l.{suffix}" for suffix in FORMATS[fmt].suffixes}
+    assert set(tensors) == {f"l.{suffix}" for suffix in FORMATS[fmt].suffixes} - {"l.weight_zero_point"}
 
 
 def test_marlin_24_needs_a_mask() -> None:
