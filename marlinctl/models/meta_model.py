@@ -19,7 +19,7 @@ from marlinctl.models.transformers_config import building, transformers_config
 
 
 class _ExpertsOnMeta(TorchFunctionMode):
-    """Large tensors of three dimensions are made without memory: the experts of a block of DeepSeek-V3 would take 30 GB until they are moved."""
+    """Large tensors of three dimensions are made without memory: experts of a block of DeepSeek-V3 would take 30 GB until they move."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
