@@ -7,13 +7,34 @@ after it; nothing ever holds the whole model.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from marlinctl.models.transformers_config import building, model_class, transformers_config
+
+
+class _ExpertsOnMeta(TorchFunctionMode):
+    """Large tensors of three dimensions are made without memory: experts of a block of DeepSeek-V3 would take 30 GB until they move."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.empty, torch.zeros) and "device" not in kwargs:
+            sizes = _sizes(args)
+            if len(sizes) == _FUSED_DIMENSIONS and math.prod(sizes) > _LARGE:
+                kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+_FUSED_DIMENSIONS, _LARGE = 3, 1 << 24  # elements; buffers are smaller, and must be real
+
+
+def _sizes(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(args[0]) if len(args) == 1 and isinstance(args[0], tuple | list) else args
 
 
 def build(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
@@ -26,7 +47,7 @@ def build(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
     parsed = transformers_config(config)
     parsed.use_cache = False
     made_of = model_class(parsed)
-    with building("config.json"), init_empty_weights(include_buffers=False):
+    with building("config.json"), init_empty_weights(include_buffers=False), _ExpertsOnMeta():
         model: nn.Module = made_of._from_config(parsed, dtype=dtype)
     return model.eval()
 
