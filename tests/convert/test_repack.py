@@ -417,6 +417,8 @@ def test_dense_refuses_what_float16_cannot_hold(tmp_path: Path) -> None:
         (lambda single, out: single.rename(out), "E313", "is not quantized"),
         (lambda single, out: make_foreign(single, out, ct_block(num_bits=8), foreign_ct), "E349", "8-bit"),
         (lambda single, out: make_foreign(single, out, gptq_block(bits=8), foreign_gptq), "E302", "config.json asks for"),
+        (lambda single, out: make_foreign(single, out, ct_block(num_bits=3), foreign_ct), "E340", "3-bit"),
+        (lambda single, out: make_foreign(single, out, gptq_block(bits=3), foreign_gptq), "E340", "3-bit"),
         (lambda single, out: make_foreign(single, out, gptq_block(), foreign_ct), "E302", "config.json says gptq"),
         (lambda single, out: make_foreign(single, out, ct_block(group_size=96), foreign_ct), "E349", "96"),
         (lambda single, out: make_foreign(single, out, ct_block(group_size=64), foreign_ct), "E346", "config.json says group_size 64"),
