@@ -11,9 +11,9 @@ JSON into a pipe and is never ahead of the reader by more than the pipe holds, s
 takes too long for one item or the reader goes away; the kernel refuses memory and ends it when its processor time is used up. Where the
 kernel does not count address space (macOS), only time is bounded.
 
-A fork holds the locks that other threads held. What the child calls takes none of ours, but libraries have some: of 14 forks in a busy
-process with CUDA two hung without a word (eight test runs side by side, H200, 2026-11-30). Such a child uses no processor time, and is
-replaced once.
+A fork holds the locks that other threads held. What the child calls takes none of ours, but libraries have some: of 28 forks in processes
+with CUDA two hung, and one ended with 127, without a word (six and eight test runs side by side, H200, 2026-11-30). Such a child has taken
+no processor time, and is replaced once.
 """
 
 from __future__ import annotations
@@ -53,8 +53,12 @@ class Exceeded(Exception):
     """A bound was reached; the text says which one."""
 
 
-class _TooLate(Exception):
-    """Nothing came in time; the text says in which."""
+class _Silent(Exception):
+    """The child is dead, or was killed because nothing came in time; the text says which."""
+
+    def __init__(self, text: str, seconds: float) -> None:
+        super().__init__(text)
+        self.seconds = seconds  # of processor time that it took
 
 
 def confined(work: Callable[[], Iterator[Any]], bounds: Bounds) -> Generator[Any, None, None]:
@@ -73,7 +77,7 @@ class _Hung(Exception):
 
 
 def _attempt(work: Callable[[], Iterator[Any]], bounds: Bounds, *, last: bool = False) -> Generator[Any, None, None]:
-    """With one child. Raises _Hung, unless it is the last, where that gave nothing in all of its time and took no processor time."""
+    """With one child. Raises _Hung, unless it is the last, where that gave nothing and took no processor time."""
     ours, theirs = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads: see above
@@ -91,9 +95,9 @@ def _attempt(work: Callable[[], Iterator[Any]], bounds: Bounds, *, last: bool = 
         for item in _items(ours, child, bounds):
             began = True
             yield item
-    except _TooLate as late:
-        if began or last or _processor_time_of_killed(child) > _IDLE:
-            raise Exceeded(str(late)) from None
+    except _Silent as silent:
+        if began or last or silent.seconds > _IDLE:
+            raise Exceeded(str(silent)) from None
         raise _Hung from None
     finally:
         os.close(ours)
@@ -101,13 +105,6 @@ def _attempt(work: Callable[[], Iterator[Any]], bounds: Bounds, *, last: bool = 
             if os.waitpid(child, os.WNOHANG) == (0, 0):
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-
-
-def _processor_time_of_killed(child: int) -> float:
-    """Seconds that it took before."""
-    os.kill(child, signal.SIGKILL)
-    usage = os.wait4(child, 0)[2]
-    return usage.ru_utime + usage.ru_stime
 
 
 # The child
@@ -200,18 +197,24 @@ def _read(pipe: int, count: int, until: float, child: int, bounds: Bounds) -> by
     while len(data) < count:
         left = until - time.monotonic()
         if left <= 0 or not poll.poll(1000 * left):
-            raise _TooLate(f"it took more than {bounds.wait:g} s")
+            os.kill(child, signal.SIGKILL)
+            raise _Silent(f"it took more than {bounds.wait:g} s", _ended(child)[1])
         found = os.read(pipe, min(count - len(data), 1 << 20))
         if not found:
-            raise Exceeded(_cause_of_death(child, bounds))
+            code, seconds = _ended(child)
+            raise _Silent(_cause_of_death(code, bounds), seconds)
         data += found
     return bytes(data)
 
 
-def _cause_of_death(child: int, bounds: Bounds) -> str:
+def _ended(child: int) -> tuple[int, float]:
+    """The exit code of a child, and its processor time in seconds."""
+    _, status, usage = os.wait4(child, 0)
+    return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
+
+
+def _cause_of_death(code: int, bounds: Bounds) -> str:
     """Of a child that ended without a word."""
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
     if code == -signal.SIGXCPU:
         return f"it took more than {bounds.cpu} s of processor time"
     if code in (1, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGKILL):  # how a process ends that gets no memory

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,3 +111,18 @@ def test_a_child_that_hangs_twice_is_given_up() -> None:
     with pytest.raises(Exceeded, match=r"more than 0\.5 s"):
         list(confined(lambda: iter([lock.acquire()]), Bounds(256 << 20, cpu=10, wait=0.5)))
     assert 1 <= time.monotonic() - started < 10
+
+
+def test_a_child_that_dies_at_once_is_replaced(tmp_path: Path) -> None:
+    """The dynamic loader may end a fork of a process with many threads with 127, before it has done anything."""
+    tries = tmp_path / "tries"
+
+    def work() -> Iterator[Any]:
+        with tries.open("a") as file:
+            file.write("x")
+        if tries.read_text() == "x":
+            os._exit(127)
+        yield 7
+
+    assert list(confined(work, BOUNDS)) == [7]
+    assert tries.read_text() == "xx"
