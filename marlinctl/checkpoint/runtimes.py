@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.formats.base import SGLANG, TRANSFORMERS, VLLM, VLLM_MARLINCTL, Format, FormatInfo, Kind, Packed, kind_text
 from marlinctl.checkpoint.formats.targets import FUSED, split_fused
-from marlinctl.models.config import sizes_of, wraps
+from marlinctl.models.config import language_model_type, sizes_of, wraps
 from marlinctl.quantize.scheme import INT4, INT8, UINT4, Grid
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ _REPLICATED_HEADS = ("k_proj", "v_proj")
 _COMMON_GROUPS = (-1, 32, 64, 128)
 _GRIDS = (INT4, INT8, UINT4)  # that servers multiply; GPTQ of asymmetric codes they do not read
 # Families whose checkpoints hold all experts of a block in one tensor: transformers does not put theirs together (models/stored_names.py).
-WHOLE_EXPERTS = frozenset(("aria_text", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "llama4_text"))
+WHOLE_EXPERTS = frozenset(
+    ("aria_text", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "llama4_text", "qwen3_vl_moe_text")
+)
 
 
 def packed_of(checkpoint: Checkpoint, info: FormatInfo) -> Packed:
@@ -160,14 +162,14 @@ def loads(packed: Packed) -> Loads:
 def _no_place(packed: Packed, program: str) -> list[str]:
     """Experts one by one, of a family whose checkpoints hold all of a block in one tensor: transformers does not put them together."""
     experts = [*packed.experts, *packed.sixteen_bit_experts]
-    kind = packed.config.get("model_type")
+    kind = language_model_type(packed.config)
     if not program.startswith(TRANSFORMERS) or kind not in WHOLE_EXPERTS or not experts:
         return []
     return [f"{experts[0]}: transformers loads the experts of a block of {kind} from one tensor alone"]
 
 
 def _unknown(packed: Packed) -> Mapping[str, str]:
-    kind = packed.config.get("model_type")
+    kind = language_model_type(packed.config)
     return dict.fromkeys((VLLM, SGLANG), f"experts of {kind} one by one") if packed.experts and kind in WHOLE_EXPERTS else {}
 
 

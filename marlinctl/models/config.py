@@ -72,6 +72,12 @@ def sizes_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**text, **config} if isinstance(text, Mapping) else config
 
 
+def language_model_type(config: Mapping[str, Any]) -> object:
+    """The model_type of the language model, also of one inside of a wrapper."""
+    text = config.get("text_config")
+    return (text if isinstance(text, Mapping) else config).get("model_type")
+
+
 def refuse_large(config: Mapping[str, Any], names: Mapping[str, str], where: str) -> None:
     """BadInput E392 for a size beyond reason under the name that a family has for it: `n_layer` for num_hidden_layers.
 
