@@ -44,7 +44,7 @@ def test_a_wrong_product_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         module = real(p)  # type: ignore[arg-type]
         module.prepare()
         assert module.cpu_weight is not None
-        module.cpu_weight[0, 0] ^= 0xFF
+        module.cpu_weight ^= 0xFF  # a byte of it is within the tolerance in some processors' layouts
         return module
 
     monkeypatch.setattr(processor, "packed_module", broken)

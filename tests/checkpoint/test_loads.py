@@ -100,7 +100,8 @@ def test_the_examples_make_models_that_servers_load() -> None:
         given: dict[str, list[str]] = {"--skip": [], "--override": [], "--include": [], "--group-size": ["128"]}
         for flag, value in pairwise(words):
             given.get(flag, []).append(value)
-        overrides = {pattern: int(size) for pattern, size in (text.split("=group_size:") for text in given["--override"])}
+        sized = [text.partition("=") for text in given["--override"] if "bits:" not in text]
+        overrides = {pattern: int(size.removeprefix("group_size:")) for pattern, _, size in sized}
         rules = plan(
             known, group_size=int(given["--group-size"][-1]), skip=given["--skip"], overrides=overrides, include=given["--include"]
         )

@@ -168,7 +168,7 @@ def test_verify_failures_are_exit_1(marlinctl: Any, packed: Path, tmp_path: Path
 
 
 def test_unreadable_input_is_exit_3(marlinctl: Any, tmp_path: Path) -> None:
-    """8-bit input: the format is named, nothing is written."""
-    make_foreign(make_tiny(tmp_path / "single"), tmp_path / "in", ct_block(num_bits=8), foreign_ct)
+    """3-bit input: the format is named, nothing is written."""
+    make_foreign(make_tiny(tmp_path / "single"), tmp_path / "in", ct_block(num_bits=3), foreign_ct)
     result = marlinctl("pack", tmp_path / "in", tmp_path / "out")
-    assert result.code == 3 and "8-bit" in result.err and not (tmp_path / "out").exists()
+    assert result.code == 3 and "3-bit" in result.err and not (tmp_path / "out").exists()

@@ -163,8 +163,8 @@ _GROUP_64 = _label(lambda block: block["config_groups"]["group_0"]["weights"].up
 
 LABELS: dict[str, Command] = {
     "gptq_v2 on what is v1": Command(_verify("gptq", _said(checkpoint_format="gptq_v2")), 1, "off by one"),
-    "gptq_v2 on what is v1, evaluated": Command(_eval("gptq", _said(checkpoint_format="gptq_v2")), 3, "checkpoint_format of this file"),
-    "gptq_v2 on what is v1, packed on": Command(_pack("gptq", _said(checkpoint_format="gptq_v2")), 3, "checkpoint_format of this file"),
+    "gptq_v2 on what is v1, evaluated": Command(_eval("gptq", _said(checkpoint_format="gptq_v2")), 3, 'write "checkpoint_format": "gptq"'),
+    "gptq_v2 on what is v1, packed on": Command(_pack("gptq", _said(checkpoint_format="gptq_v2")), 3, 'write "checkpoint_format": "gptq"'),
     "a checkpoint_format that nobody knows": Command(_verify("gptq", _said(checkpoint_format="gptq_v9")), 3, "'gptq_v9' is not read"),
     "a checkpoint_format that nobody knows, evaluated": Command(
         _eval("gptq", _said(checkpoint_format="gptq_v9")), 3, "'gptq_v9' is not read"
