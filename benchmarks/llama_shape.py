@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.shapes import SHAPES
-from marlinctl.models.architectures import architecture
+from marlinctl.models.families import architecture
 
 SHAPE = SHAPES["llama-3-8b"]
 HIDDEN, VOCABULARY = SHAPE["hidden_size"], SHAPE["vocab_size"]

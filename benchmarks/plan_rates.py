@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marlinctl.models.architectures import architecture
+from marlinctl.models.families import architecture
 from marlinctl.planning.gpu_time import BESIDE, H200, RATES, Counts, Gpu, counts, seconds_of_phases
 from marlinctl.planning.memory import Work
 from marlinctl.recipes.schema import recipe_of_document

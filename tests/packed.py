@@ -21,7 +21,7 @@ from marlinctl.checkpoint import mask, reader, writer
 from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.formats.registry import FORMATS
 from marlinctl.kernels.linear import MarlinLinear, SparseMarlinLinear
-from marlinctl.models.architectures import architecture
+from marlinctl.models.families import architecture
 from marlinctl.quantize.types import QuantizedLinear
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from marlinctl.system.atomic import canonical

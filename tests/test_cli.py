@@ -159,7 +159,7 @@ CASES: list[tuple[BaseException, int, str]] = [
 def test_every_error_has_its_exit_code(
     error: BaseException, code: int, error_id: str, verb: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Scripts decide by the exit code; a traceback helps nobody at the terminal."""
+    """Scripts decide by the exit code; a traceback does not help at the terminal."""
     verb(raising(error))
     assert cli.main(["probe"]) == code
     out, err = capsys.readouterr()

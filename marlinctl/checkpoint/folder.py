@@ -34,8 +34,9 @@ from marlinctl.checkpoint.sixteen_bit import in_sixteen_bits
 from marlinctl.checkpoint.source_digests import check_small_files
 from marlinctl.checkpoint.tied_head import with_embedding
 from marlinctl.errors import BadInput, Problem
-from marlinctl.models.architectures import Architecture, architecture
+from marlinctl.models.architectures import Architecture
 from marlinctl.models.config import CONFIG
+from marlinctl.models.families import architecture
 from marlinctl.models.lookup import architecture_of, spelled_as
 from marlinctl.models.switches import check_switches
 from marlinctl.models.tokenizer_files import check_tokenizer

@@ -4,7 +4,7 @@
     mtp.fc.weight, model.layers.61. ...     a head that predicts further tokens
     v_head.summary.weight                   the value head of a trainer, or any other part that the model of config.json lacks
 
-What lies inside of the model and has no place there is no guest: a bias that config.json does not announce, a block too many, an adapter
+What lies inside of the model and has no place there is not a guest: a bias that config.json does not announce, a block too many, an adapter
 that was not merged. transformers drops those too, and computes another model than the one that was trained.
 """
 

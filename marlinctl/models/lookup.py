@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from marlinctl.errors import BadInput, UsageError
-from marlinctl.models.architectures import Architecture, Spelling, architecture, may_be_derived, respelled
+from marlinctl.models.architectures import Architecture, Spelling, respelled
 from marlinctl.models.config import wraps
+from marlinctl.models.families import architecture, may_be_derived
 from marlinctl.models.guests import guests
 from marlinctl.system.files import shown
 

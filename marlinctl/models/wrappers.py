@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from marlinctl.errors import BadInput
-from marlinctl.models.architectures import FAMILIES, Architecture, Spelling, architecture, respelled
+from marlinctl.models.architectures import Architecture, Spelling, respelled
 from marlinctl.models.derivation import architecture_of_model
+from marlinctl.models.families import FAMILIES, architecture
 from marlinctl.models.meta_model import build
 
 if TYPE_CHECKING:

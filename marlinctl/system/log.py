@@ -69,7 +69,7 @@ def printable(text: str, *, one_line: bool = False) -> str:
 
 
 class Foreign(OSError):
-    """A file that is no log of ours."""
+    """A file that is not a log of marlinctl."""
 
 
 def _own_log(path: Path) -> TextIO:

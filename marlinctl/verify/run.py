@@ -37,7 +37,7 @@ from marlinctl.checkpoint.mask import open_masks
 from marlinctl.checkpoint.reader import require_folder
 from marlinctl.checkpoint.tied_head import with_own_head
 from marlinctl.errors import BadInput, CheckFailed, MarlinctlError, NumericalProblem, Problem
-from marlinctl.models.architectures import may_be_derived
+from marlinctl.models.families import may_be_derived
 from marlinctl.models.lookup import architecture_of
 from marlinctl.system.console import gibibytes
 from marlinctl.system.host import available_memory

@@ -29,7 +29,7 @@ from marlinctl.compress import run_compress
 from marlinctl.convert.repack import repack
 from marlinctl.errors import BadInput, MarlinctlError, UsageError
 from marlinctl.evaluation.run import EvalSettings, evaluate
-from marlinctl.models.architectures import architecture
+from marlinctl.models.families import architecture
 from marlinctl.models.meta_model import build
 from marlinctl.models.switches import SWITCHES, cleaned
 from marlinctl.models.transformers_config import building, transformers_config
@@ -359,7 +359,7 @@ GUESTS = {
 
 
 def test_tensors_that_others_added_are_carried(tmp_path: Path) -> None:
-    """transformers loads such a model without a word of harm, so "download both again" helps nobody. They come out as they went in."""
+    """transformers loads such a model without a word of harm, so "download both again" does not help. They come out as they went in."""
     folder = make_tiny(tmp_path / "model", num_nextn_predict_layers=1)
     edit_tensors(folder, lambda tensors: tensors.update({name: tensor for name, (tensor, _) in GUESTS.items()}))
     with open_folder(folder, structure="needed") as examined:

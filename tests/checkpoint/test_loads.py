@@ -15,7 +15,7 @@ import pytest
 from marlinctl.checkpoint.formats.registry import FORMATS
 from marlinctl.checkpoint.runtimes import Packed, loads
 from marlinctl.cli import main
-from marlinctl.models.architectures import architecture
+from marlinctl.models.families import architecture
 from marlinctl.planning.layer_rules import plan
 from tests import zoo
 from tests.runs import TEXT

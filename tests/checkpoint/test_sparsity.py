@@ -15,7 +15,7 @@ from marlinctl.checkpoint.formats.registry import FORMATS
 from marlinctl.checkpoint.mask import Masks, open_masks
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.errors import BadInput
-from marlinctl.models.architectures import architecture
+from marlinctl.models.families import architecture
 from tests.packed import edit_masks, edit_tensors, keep_of, make_packed, make_sparse_packed
 from tests.tiny import make_tiny, write_weights
 

@@ -251,7 +251,7 @@ def test_rows_of_the_hub_are_checked_like_those_of_a_file(model: Path, monkeypat
 
 
 def test_a_tokenizer_that_needs_a_package_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ "Copy tokenizer.json" helps nobody whose model has none; where the package is there, the file itself is at fault."""
+    """ "Copy tokenizer.json" does not help those whose model has none; where the package is there, the file itself is at fault."""
     folder = make_tiny(tmp_path / "model", tokenizer=False)
     (folder / "tokenizer.model").write_bytes(b"\n\x0c\n\x05<unk>\x15\x00\x00\x00\x00")
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')

@@ -12,7 +12,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 
 from benchmarks import distill_speed as subject
 from benchmarks.shapes import SHAPES, make_model
-from marlinctl.models.architectures import architecture
+from marlinctl.models.families import architecture
 from marlinctl.system import launcher
 from tests.distillation.runs import recipe
 

@@ -17,7 +17,8 @@ from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.data.tokens import Tokens
 from marlinctl.errors import MarlinctlError
-from marlinctl.models.architectures import FAMILIES, Architecture
+from marlinctl.models.architectures import Architecture
+from marlinctl.models.families import FAMILIES
 from marlinctl.models.meta_model import build as build_meta
 from marlinctl.oneshot.sequential import SequentialPipeline
 from marlinctl.quantize.types import Hessian

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from marlinctl.errors import BadInput
-from marlinctl.models.architectures import FAMILIES, architecture
 from marlinctl.models.derivation import derived_architecture
+from marlinctl.models.families import FAMILIES, architecture
 from marlinctl.models.lookup import any_architecture
 from tests import zoo
 from tests.models.sweep import outcome

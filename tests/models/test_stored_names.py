@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from marlinctl.checkpoint.runtimes import WHOLE_EXPERTS
-from marlinctl.models.architectures import FAMILIES, architecture
 from marlinctl.models.derivation import derived_architecture
+from marlinctl.models.families import FAMILIES, architecture
 from tests.models.test_derivation import config_of
 
 MIXTURES = ("deepseek_v3", "gpt_oss", "granitemoeshared", "llama4_text", "phimoe", "qwen3_5_moe_text")

@@ -14,7 +14,8 @@ from torch.nn.functional import linear, silu
 
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.errors import NumericalProblem
-from marlinctl.models.architectures import Architecture, architecture
+from marlinctl.models.architectures import Architecture
+from marlinctl.models.families import architecture
 from marlinctl.models.meta_model import build as build_meta
 from marlinctl.oneshot import layers
 from marlinctl.oneshot import run as job

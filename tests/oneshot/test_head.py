@@ -17,7 +17,7 @@ from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.compress import run_compress
 from marlinctl.errors import CheckFailed, UsageError
 from marlinctl.kernels.linear import MarlinLinear, SparseMarlinLinear
-from marlinctl.models.architectures import architecture
+from marlinctl.models.families import architecture
 from marlinctl.oneshot.layers import LayerQuantizer
 from marlinctl.oneshot.open import Options
 from marlinctl.oneshot.sequential import SequentialPipeline

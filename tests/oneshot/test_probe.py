@@ -13,7 +13,7 @@ import torch
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.cli import main
 from marlinctl.errors import ResourceProblem
-from marlinctl.models.architectures import architecture
+from marlinctl.models.families import architecture
 from marlinctl.oneshot import probe
 from marlinctl.oneshot.open import Options, open_model
 from marlinctl.oneshot.probe import run_probe

@@ -262,7 +262,7 @@ import torch
 from pathlib import Path
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.data.tokens import Tokens
-from marlinctl.models.architectures import architecture
+from marlinctl.models.families import architecture
 from marlinctl.models.meta_model import build
 from marlinctl.oneshot.ranks import kept_states, own_samples, restore
 from marlinctl.oneshot.rows import solve_stacks

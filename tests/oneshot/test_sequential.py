@@ -12,7 +12,8 @@ from torch import Tensor
 
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.data.tokens import Tokens
-from marlinctl.models.architectures import FAMILIES, Architecture, Branch, architecture
+from marlinctl.models.architectures import Architecture, Branch
+from marlinctl.models.families import FAMILIES, architecture
 from marlinctl.models.lookup import any_architecture
 from marlinctl.models.meta_model import build as build_skeleton
 from marlinctl.oneshot.gram import _finite

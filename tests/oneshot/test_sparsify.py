@@ -19,7 +19,7 @@ from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.cli import main
 from marlinctl.errors import BadInput, CheckFailed, UsageError
 from marlinctl.evaluation.gate import Gate, figures
-from marlinctl.models.architectures import architecture
+from marlinctl.models.families import architecture
 from marlinctl.oneshot.open import Options
 from marlinctl.oneshot.run import run_job
 from marlinctl.sparsify.mask import two_of_four

@@ -14,7 +14,8 @@ import pytest
 from benchmarks import plan_rates
 from benchmarks.shapes import SHAPES
 from marlinctl.errors import UsageError
-from marlinctl.models.architectures import Architecture, architecture
+from marlinctl.models.architectures import Architecture
+from marlinctl.models.families import architecture
 from marlinctl.oneshot.open import Options
 from marlinctl.oneshot.run import run_job
 from marlinctl.planning.disk import resident_bytes

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.shapes import SHAPES
-from marlinctl.models.architectures import Architecture, architecture
+from marlinctl.models.architectures import Architecture
+from marlinctl.models.families import architecture
 from marlinctl.planning.memory import (
     EXPERTS_BYTES,
     Stage,

@@ -21,7 +21,7 @@ from marlinctl.checkpoint.safetensors_header import read_header
 from marlinctl.cli import main
 from marlinctl.compress import run_compress
 from marlinctl.errors import BadInput, MarlinctlError, ResourceProblem, UsageError
-from marlinctl.models.architectures import architecture
+from marlinctl.models.families import architecture
 from marlinctl.oneshot import open
 from marlinctl.oneshot.open import Options
 from marlinctl.oneshot.run import run_job

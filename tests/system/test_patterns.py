@@ -106,7 +106,7 @@ def test_a_list_of_expressions_has_a_budget() -> None:
 def test_recipes_are_bounded_too() -> None:
     """A recipe may come from a stranger as well: its patterns would hold `plan` for ever."""
     from marlinctl.errors import UsageError
-    from marlinctl.models.architectures import architecture
+    from marlinctl.models.families import architecture
 
     known = architecture(tiny_config(num_hidden_layers=40))
     started = time.monotonic()

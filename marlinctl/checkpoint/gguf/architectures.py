@@ -264,7 +264,7 @@ def llama3_factors(theta: float, head_dim: int, factor: float) -> list[float]:
 
 def _plan(header: GgufHeader, family: _Family, config: dict[str, Any]) -> list[PlannedTensor]:
     """Every tensor of the file gets a name; names and shapes are then compared with what the architecture must hold."""
-    from marlinctl.models.architectures import architecture
+    from marlinctl.models.families import architecture
 
     planned: list[PlannedTensor] = []
     problems: list[Problem] = []
