@@ -344,7 +344,13 @@ def _why_kept(tensor: str, known: Architecture) -> str:
         return "embedding"
     if known.spelling is not None and not known.spelling.holds(tensor):
         return "not of the language model"
-    return "router of the experts"
+    name = tensor.removesuffix(".weight")
+    if _ROUTERS.intersection(name.split(".")):
+        return "router of the experts"
+    return "bias of the experts" if name.endswith("bias") else "a gate of few outputs, or read without a product"
+
+
+_ROUTERS = {"gate", "router"}  # modules
 
 
 def _describe(output: disk_space.Output, looked: ModelPlan, small: int) -> dict[str, Any]:
