@@ -46,7 +46,7 @@ def first_ids(text: str, tokenizer: Any, wanted: int) -> list[int]:
         characters *= 4
 
 
-# Packages that transformers asks for where there is no tokenizer.json -> the files that are read with them.
+# Packages that transformers asks for without a tokenizer.json -> the files that are read with them.
 _PACKAGES = {"sentencepiece": ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"), "tiktoken": ("tiktoken.model",)}
 
 

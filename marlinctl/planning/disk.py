@@ -47,9 +47,7 @@ class Output:
         return self.weights + _PER_TENSOR * self.tensors + _PAGE
 
 
-def output(
-    fmt: Format, tensors: Mapping[str, TensorInfo], shapes: Shapes, rules: Plan, masked: Iterable[str]
-) -> Output:  # fmt: skip
+def output(fmt: Format, tensors: Mapping[str, TensorInfo], shapes: Shapes, rules: Plan, masked: Iterable[str]) -> Output:
     """A folder in format `fmt` of a 16-bit model whose `shapes` are compressed. rules: group sizes and grids. masked: the 2:4 linears."""
     weights = {f"{name}.weight" for name in shapes}
     untouched = [info.nbytes for name, info in tensors.items() if name not in weights]

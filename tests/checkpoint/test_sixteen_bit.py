@@ -202,7 +202,7 @@ def test_scales_must_fit(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(("method", "way"), [("bitsandbytes", ".dequantize()"), ("mxfp4", "Mxfp4Config")])
 def test_what_is_not_read_names_the_way(tmp_path: Path, method: str, way: str) -> None:
-    """ "Start from the original" does not help where there is no other."""
+    """ "Start from the original" does not help without another."""
     folder = make_tiny(tmp_path / "model")
     edit_json(folder / "config.json", lambda config: config.update(quantization_config={"quant_method": method}))
     text = runs.recipe(runs.write_text(tmp_path / "text.txt"))
