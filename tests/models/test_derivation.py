@@ -70,6 +70,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "Conv1D": ("gpt2", {}, "Conv1D"),
     "an encoder": ("bert", {}, "not a decoder with one list of blocks"),
     "experts of another kind": ("jetmoe", {"num_local_experts": 4}, "no module of gate, up and down"),
+    "what another block computed": (
+        "glm_moe_dsa", {"indexer_types": ["full", "shared"]}, "prev_topk_indices, which depends on the tokens",
+    ),
     "tokens by their numbers": ("deepseek_v4", {}, "input_ids, which depends on the tokens"),
 }  # fmt: skip
 
