@@ -126,8 +126,12 @@ def _head(architecture: Architecture, include: Sequence[str]) -> LinearSpec | No
         if name != "lm_head":
             fix = "lm_head is the only one there is; no runtime loads 4-bit embeddings"
             raise UsageError("E255", f"{name!r} cannot be quantized", where="--include", fix=fix)
-        if architecture.head is None and architecture.tied is None:
+        head = architecture.head or architecture.tied
+        if head is None:
             what = "the model has no linear that is called lm_head"
+            raise UsageError("E255", what, where="--include lm_head", fix="leave it out: the output head stays 16-bit")
+        if head.name.rpartition(".")[2] != name:
+            what = f"the output head of this checkpoint is called {head.name}, and programs load a packed one as {name} alone"
             raise UsageError("E255", what, where="--include lm_head", fix="leave it out: the output head stays 16-bit")
     return (architecture.head or architecture.tied) if include else None
 

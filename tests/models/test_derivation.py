@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from marlinctl.errors import BadInput
+from marlinctl.errors import BadInput, UsageError
 from marlinctl.models.derivation import derived_architecture
 from marlinctl.models.families import FAMILIES, architecture
 from marlinctl.models.lookup import any_architecture
@@ -121,3 +121,14 @@ def test_infinity_is_read_as_transformers_writes_it() -> None:
     limit = [0.0, {"__float__": "Infinity"}]
     parsed: Any = transformers_config({"model_type": "granitemoehybrid", "num_local_experts": 0, "time_step_limit": limit})
     assert parsed.time_step_limit == (0.0, float("inf"))
+
+
+def test_a_head_of_another_name_is_not_packed() -> None:
+    """If embed_out of GPT-NeoX were packed, transformers would look for lm_head, and fill it with random numbers."""
+    from marlinctl.planning.layer_rules import plan
+
+    known = derived_architecture(config_of("gpt_neox"))
+    assert known.head is not None and known.head.name == "embed_out"
+    with pytest.raises(UsageError, match="embed_out") as caught:
+        plan(known, group_size=32, skip=(), overrides={}, include=("lm_head",))
+    assert caught.value.error_id == "E255"

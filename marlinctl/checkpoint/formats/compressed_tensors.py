@@ -33,6 +33,7 @@ from marlinctl.checkpoint.formats.base import (
     Shapes,
     check_scales,
     codes_of,
+    is_head,
     kind_text,
     kinds_by_count,
     object_at,
@@ -249,7 +250,7 @@ def _limits_of_transformers(packed: Packed) -> list[str]:
 
 
 def _untested(packed: Packed) -> Mapping[str, str]:
-    return dict.fromkeys((VLLM, SGLANG), "a quantized lm_head") if "lm_head" in packed.sizes else {}
+    return dict.fromkeys((VLLM, SGLANG), "a quantized lm_head") if any(map(is_head, packed.sizes)) else {}
 
 
 FORMAT = Format(
