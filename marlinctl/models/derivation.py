@@ -86,7 +86,7 @@ def architecture_of_model(model: PreTrainedModel, kind: str) -> Architecture:
     vocab, hidden = known.shapes[f"{embedding}.weight"]
     return Architecture(
         kind, decoder, built, embedding, norm, None if tied else head, hidden, vocab, expected,
-        tied=head if tied else None, outside=outside,
+        tied=head if tied else None, outside=outside, unnamed=_unnamed(model, expected, stored),
     )  # fmt: skip
 
 
@@ -160,6 +160,13 @@ def _refuse_renamed(kind: str, known: _Model, blocks_at: str, head: str | None) 
         in_block = name.startswith(f"{blocks_at}.") and other.startswith(f"{blocks_at}.") and name not in linears
         if name != other and not in_block and other not in (f"{head}.weight", f"{head}.bias"):
             raise refused(kind, f"its checkpoints hold {name} in another way, as {other}")
+
+
+def _unnamed(model: PreTrainedModel, expected: Mapping[str, Shape], stored: Mapping[str, str]) -> tuple[str, ...]:
+    """Linears that clients of a checkpoint would take for packed ones, since they go by modules. lm_head is known to everything."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    tensors = [(name, stored.get(f"{name}.weight", "")) for name in linears]
+    return tuple(name for name, tensor in tensors if tensor not in expected or (tensor != f"{name}.weight"))
 
 
 # ---- one block -----------------------------------------------------------------------------------------------------------------------

@@ -37,10 +37,9 @@ def model_config(opened: RunInputs, recipe: Recipe) -> dict[str, Any]:
     if not recipe.scheme.quantizes:
         return config
     layers = dict(opened.plan.group_sizes)
-    config["quantization_config"] = quantization_config(
-        INTERCHANGE, layers, sixteen_bit(opened.checkpoint, layers), {"version": __version__, "recipe_sha256": recipe_hash(recipe)},
-        opened.plan.grids, wraps(config),
-    )  # fmt: skip
+    provenance = {"version": __version__, "recipe_sha256": recipe_hash(recipe)}
+    ignore = sixteen_bit(opened.checkpoint, opened.architecture, layers)
+    config["quantization_config"] = quantization_config(INTERCHANGE, layers, ignore, provenance, opened.plan.grids, wraps(config))
     return config
 
 

@@ -207,15 +207,15 @@ def as_published(looked: ModelPlan, fmt: Format) -> Packed:
     """What a published folder will be to its clients (checkpoint/runtimes.py)."""
     quantized = looked.plan.group_sizes if fmt.quantized else {}
     shapes = {name: looked.shapes[name] for name in quantized}
-    ignore, grids = sixteen_bit(looked.checkpoint, quantized), looked.plan.grids if fmt.quantized else {}
+    ignore, grids = sixteen_bit(looked.checkpoint, looked.architecture, quantized), looked.plan.grids if fmt.quantized else {}
     return Packed(fmt, shapes, quantized, ignore, looked.checkpoint.config, fmt.variant_of(grids.values()), grids)
 
 
-def sixteen_bit(checkpoint: Checkpoint, quantized: Iterable[str]) -> list[str]:
-    """The linears of a 16-bit checkpoint that stay as they are."""
+def sixteen_bit(checkpoint: Checkpoint, known: Architecture, quantized: Iterable[str]) -> list[str]:
+    """The linears of a 16-bit checkpoint that stay as they are, by the names of tensors and of modules."""
     chosen = set(quantized)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items() if name.removesuffix(".weight") not in chosen}
-    return sixteen_bit_linears(shapes, chosen)
+    return sorted({*sixteen_bit_linears(shapes, chosen), *known.unnamed})
 
 
 def check_pattern(found: Pattern, looked: ModelPlan, recipe: Recipe, console: Console) -> None:
