@@ -34,7 +34,7 @@ from marlinctl.checkpoint.formats.base import TRANSFORMERS, TRANSFORMERS_CT, TRA
 from marlinctl.checkpoint.formats.targets import Entries
 from marlinctl.checkpoint.fused_experts import with_single_experts
 from marlinctl.checkpoint.mask import open_masks
-from marlinctl.checkpoint.reader import require_folder
+from marlinctl.checkpoint.reader import FLOAT_DTYPES, require_folder
 from marlinctl.checkpoint.tied_head import with_own_head
 from marlinctl.errors import BadInput, CheckFailed, MarlinctlError, NumericalProblem, Problem
 from marlinctl.models.families import may_be_derived
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from marlinctl.system.console import Console
 
 MAX_LOGIT_ERROR = 1e-3  # relative, fp32: both sides multiply the same weights in the same order, so only the order of sums may differ
-_FLOATS = ("F16", "BF16", "F32")
 _AGAIN = "fetch or write the checkpoint again"
 _APART = "config.json and weights do not belong together; fetch or write the checkpoint again"
 _GARBAGE = "a client would compute garbage from this folder; write it again, and report it if that does not help"
@@ -147,7 +146,7 @@ def check_structure(checkpoint: Checkpoint, info: FormatInfo, module_map: Path |
     packed = {f"{layer}.weight" for layer in info.layers}
     for name, shape in model.expected.items():
         if name not in packed:
-            problems += _tensor_problems(checkpoint, name, _FLOATS, shape)
+            problems += _tensor_problems(checkpoint, name, FLOAT_DTYPES, shape)
     owned = info.owned
     problems += [
         Problem(f"{name} is not a tensor of this model", str(checkpoint.tensors[name].file), _APART)
