@@ -49,14 +49,25 @@ def _overridden(bits: int, recipe: Recipe) -> Grid:
 
 def refuse_zero_points(recipe: Recipe) -> None:
     """UsageError E273 for zero points where there can be none."""
-    if recipe.scheme.symmetric or not recipe.scheme.quantizes:
+    if recipe.scheme.symmetric:
         return
+    if not recipe.scheme.quantizes:
+        what = "weights that stay at 16 bits have no zero points"
+        raise UsageError("E273", what, where="--asymmetric", fix="leave out --asymmetric, or quantize too: --bits 4 without pruning")
     if recipe.scheme.bits != UINT4.bits:
         what, fix = "8-bit codes are symmetric: vLLM and SGLang load no others", "leave out one of the two"
         raise UsageError("E273", what, where="--bits 8 --asymmetric", fix=fix)
     if recipe.scheme.prunes:
         what = "a 2:4 model has symmetric codes: what is pruned is code 0 in every format"
         raise UsageError("E273", what, where="--asymmetric", fix="leave out --asymmetric, or do not prune")
+
+
+def refuse_idle_bits(recipe: Recipe) -> None:
+    """UsageError E273 for other bits of single linears where nothing is quantized."""
+    idle = [pattern for pattern, override in recipe.quantize.overrides.items() if override.bits is not None]
+    if idle and not recipe.scheme.quantizes:
+        what = "weights stay at 16 bits, and other bits for some linears would be ignored"
+        raise UsageError("E273", what, where=f"--override {idle[0]}=bits:...", fix="leave it out, or quantize too: --bits 4")
 
 
 def refuse_no_change(recipe: Recipe) -> None:
@@ -74,6 +85,7 @@ def check_arguments(recipe: Recipe, module_map: Path | None, *, distils: bool) -
     """
     refuse_no_change(recipe)
     refuse_zero_points(recipe)
+    refuse_idle_bits(recipe)
     check_module_map(module_map)
     asked = recipe.calibration
     if (most := asked.samples * asked.sequence_length) < asked.minimum_tokens:
