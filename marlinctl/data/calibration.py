@@ -193,7 +193,7 @@ def _read_part(part: Part, samples: int, place: int, asked: Calibration, tokeniz
         raise UsageError("E253", f"--chat always, but {missing}", where=f"calibration {part.source}", fix="--chat auto")
     everything = chain(() if first is None else (first,), documents)
     if as_chats:
-        chats = ((where, d) for where, d in everything if not isinstance(d, str))
+        chats = _chats(everything, None if asked.chat == "always" else count)
         rows = list(islice(_chat_ids(chats, samples, asked.sequence_length, tokenizer, count), samples))
         cut, ids = sum(len(row) > asked.sequence_length for row in rows), _pad(rows, asked.sequence_length)
         how = "chats, with the model's template"
@@ -303,10 +303,23 @@ def _hub_items(source: str) -> Iterator[Item]:
         ) from error
 
 
+def _chats(documents: Iterable[_Placed], count: RowCount | None) -> Iterator[_Placed]:
+    """Those of the documents that are chats. With a count, texts among them are skipped and counted."""
+    for where, document in documents:
+        if not isinstance(document, str):
+            yield where, document
+        elif count is not None:
+            fix = "divide the file in two and give both as a mixture, or read all as plain text with --chat never"
+            count.skip(Problem("a text among chats", where, fix))
+
+
 def _cut(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, samples: int, length: int) -> Tensor:
-    """Join, tokenize, cut. Samples begin with BOS where the tokenizer puts one before every text."""
+    """Join, tokenize, cut. Samples begin with BOS where the tokenizer puts one before every text; UsageError E246 where that is all."""
     begins = _begins_with(tokenizer)
     body = length - len(begins)
+    if body < 1:
+        what = f"a sample of {length} has no room but for the token that the tokenizer puts before every text"
+        raise UsageError("E246", what, where="--sequence-length", fix=f"--sequence-length {len(begins) + 1} or more")
     needed = samples * body
     found = [torch.empty(0, dtype=torch.int64)]
     got = 0

@@ -3,7 +3,7 @@
     mixture   part,part,...        shares of the samples; any positive numbers, divided by their sum; without numbers all alike
     part      source[:share]       a file, or a data set of the hub (org/name:config:split:0.3)
 
-A name that is a file as it stands is one source, whatever signs are in it.
+A name that is a file as it stands is one source, whatever signs are in it. A share of a single file means nothing, and does no harm.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class Part:
 def parts_of(source: str) -> tuple[Part, ...]:
     """One part for a plain source. UsageError E246 for shares that are none, or for `self` beside others."""
     if "," not in source or Path(source).expanduser().exists():
-        return (Part(source, 1.0),)
+        name, share = _divided(source)
+        alone = bool(share) and not Path(source).expanduser().exists() and Path(name).expanduser().exists()
+        return (Part(name if alone else source, 1.0),)
     found = [_divided(piece.strip()) for piece in source.split(",")]
     where = f"calibration {source}"
     if any(not name for name, _ in found):
