@@ -26,7 +26,7 @@ from marlinctl.data.calibration_size import CHARACTERS_PER_TOKEN, PIECE, SELF_BA
 from marlinctl.data.mixture import SELF, Part, parts_of, samples_of_parts
 from marlinctl.data.rows import Document, Item, RowCount, columns_of, item_of, no_column, usable
 from marlinctl.data.tokens import SLACK, Tokens, first_ids, token_ids, tokenizer_refused
-from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, MarlinctlError, Problem, UsageError
+from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, MarlinctlError, Problem, UsageError, number_of
 from marlinctl.models.config import read_config
 from marlinctl.models.transformers_config import transformers_config
 from marlinctl.recipes.schema import Calibration
@@ -86,11 +86,11 @@ def load_calibration(
         "sha256": sha256_of_tensors(ids),
     }
     console.say(
-        f"calibration: {asked.source} ({found.how}), {ids.shape[0]} of {asked.samples} samples, "
+        f"calibration: {asked.source} ({found.how}), {ids.shape[0]} of {number_of(asked.samples, 'sample')}, "
         f"{sizes['got']:,} of {sizes['asked']:,} tokens, {sizes['counted']:,} counted"
     )
     if len(found.parts) > 1:
-        console.say("mixture: " + ", ".join(f"{part['samples']} samples of {part['source']}" for part in found.parts))
+        console.say("mixture: " + ", ".join(f"{number_of(part['samples'], 'sample')} of {part['source']}" for part in found.parts))
     for warning in findings.of_text(facts, "--sequence-length"):
         console.warn(warning)
     return CalibrationSet(Tokens(ids, counted), facts)
@@ -130,12 +130,16 @@ def _try(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         ) from None
 
 
+def _there(samples: int, length: int) -> str:
+    return number_of(samples, f"sample of {length} tokens is there", f"samples of {length} tokens are there")
+
+
 def _require(asked: Calibration, ids: Tensor, counted: Tensor) -> None:
     got, tokens = ids.shape[0], int(counted.sum())
     if got < asked.samples:
         raise BadInput(
             "E393",
-            f"{got} samples of {asked.sequence_length} tokens are there, {asked.samples} were asked for",
+            f"{_there(got, asked.sequence_length)}, {asked.samples} were asked for",
             where=f"calibration {asked.source}",
             fix=f"give more text, or --samples {got}" if got else "give more text, or a smaller --sequence-length",
         )
@@ -205,7 +209,7 @@ def _read_part(part: Part, samples: int, place: int, asked: Calibration, tokeniz
     if mixed and len(ids) < samples:
         raise BadInput(
             "E393",
-            f"{len(ids)} samples of {asked.sequence_length} tokens are there, the share of {part.share:.3g} asks for {samples}",
+            f"{_there(len(ids), asked.sequence_length)}, the share of {part.share:.3g} asks for {samples}",
             where=f"calibration {part.source}",
             fix="give more text, a smaller share, or fewer --samples",
         )

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from marlinctl.errors import UsageError
+from marlinctl.errors import UsageError, number_of
 
 SELF = "self"
 _NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+")
@@ -59,7 +59,7 @@ def samples_of_parts(parts: tuple[Part, ...], samples: int) -> tuple[int, ...]:
         counts[place] += 1
     for part, count in zip(parts, counts, strict=True):
         if count == 0:
-            what = f"a share of {part.share:.3g} of {samples} samples is less than one"
+            what = f"a share of {part.share:.3g} of {number_of(samples, 'sample')} is less than one"
             raise UsageError("E246", what, where=f"calibration {part.source}", fix="more --samples, or a larger share")
     return tuple(counts)
 

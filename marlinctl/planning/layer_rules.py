@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from marlinctl.errors import Problem, UsageError
+from marlinctl.errors import Problem, UsageError, number_of
 from marlinctl.models.architectures import Architecture, LinearSpec
 from marlinctl.quantize.scheme import INT4, Grid
 from marlinctl.system.patterns import Time, compiled
@@ -148,7 +148,7 @@ def _require_divisible(linears: Mapping[str, LinearSpec], sizes: Mapping[str, in
         "E255",
         [
             Problem(
-                f"K={k} is not a multiple of group size {size} in {len(names)} linears",
+                f"K={k} is not a multiple of group size {size} in {number_of(len(names), 'linear')}",
                 f"{names[0]}{' ... ' + names[-1] if len(names) > 1 else ''}",
                 f"--group-size {' or '.join(str(s) for s in common)} fits every layer, or --override / --skip these",
             )

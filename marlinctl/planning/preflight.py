@@ -19,7 +19,7 @@ from marlinctl.checkpoint.safetensors_header import TensorInfo
 from marlinctl.checkpoint.sparsity import MASK_FILE, Pattern
 from marlinctl.checkpoint.tied_head import with_own_head
 from marlinctl.data.calibration_size import check_documents, check_length, too_few_tokens
-from marlinctl.errors import BadInput, Problem, UsageError
+from marlinctl.errors import BadInput, Problem, UsageError, number_of
 from marlinctl.models.architectures import Architecture, LinearSpec
 from marlinctl.models.module_map import check_module_map
 from marlinctl.planning.layer_rules import Plan, plan
@@ -247,24 +247,30 @@ def _refuse_odd_widths(shapes: Mapping[str, tuple[int, int]]) -> None:
         raise UsageError.from_problems("E255", odd)
 
 
+def _in_part(found: Pattern, planned: int) -> str:
+    return f"{len(found.linears)} of {number_of(planned, 'linear')} {'is' if len(found.linears) == 1 else 'are'} 2:4"
+
+
 def _say_pattern(found: Pattern, planned: int, recipe: Recipe, console: Console) -> None:
     """A pattern that is there already is kept, and said aloud; to prune once more is refused."""
     if not found.linears:
         return
     origin = "its mask file" if found.origin == MASK_FILE else "the zeros of its weights"
     if recipe.scheme.quantizes and not recipe.scheme.symmetric:
-        what = f"{len(found.linears)} of {planned} linears are 2:4 already ({origin}), and 2:4 linears have symmetric codes"
+        what = f"{_in_part(found, planned)} already ({origin}), and 2:4 linears have symmetric codes"
         raise UsageError("E273", what, where="--asymmetric", fix="leave out --asymmetric: the pattern is kept then")
     if recipe.sparsify.pattern != "none":
         raise UsageError(
             "E273",
-            f"{len(found.linears)} of {planned} linears are 2:4 already ({origin})",
+            f"{_in_part(found, planned)} already ({origin})",
             where="--pattern 2:4",
             fix="`marlinctl quantize` keeps the pattern; start from the dense model to prune again",
         )
-    console.say(f"{len(found.linears)} of {planned} linears are 2:4, by {origin}; the pattern is kept")
+    console.say(f"{_in_part(found, planned)}, by {origin}; the pattern is kept")
     if len(found.linears) < planned:
-        console.warn(f"{planned - len(found.linears)} linears are not 2:4, so the result cannot be packed to marlin_24")
+        console.warn(
+            f"{number_of(planned - len(found.linears), 'linear is', 'linears are')} not 2:4, so the result cannot be packed to marlin_24"
+        )
 
 
 def refuse_dense_tiles(found: Pattern, shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> None:
