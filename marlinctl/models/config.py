@@ -54,7 +54,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def positions(config: Mapping[str, Any]) -> int | None:
     """How many tokens a model can read at once; None where config.json does not say."""
     text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
+    for part in (text if isinstance(text, dict) else {}, config):
         for key in ("max_position_embeddings", "n_positions"):
             if type(part.get(key)) is int:
                 return int(part[key])
@@ -67,9 +67,10 @@ def wraps(config: Mapping[str, Any]) -> bool:
 
 
 def sizes_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config in which a language model's own sizes stand at the top, also those of one inside of a wrapper."""
+    """The config in which a language model's own sizes stand at the top, also those of one inside of a wrapper: a `hidden_size` of the
+    wrapper itself may be that of another part (PaliGemma)."""
     text = config.get("text_config")
-    return {**text, **config} if isinstance(text, Mapping) else config
+    return {**config, **text} if isinstance(text, Mapping) else config
 
 
 def language_model_type(config: Mapping[str, Any]) -> object:

@@ -63,16 +63,17 @@ def inspect(folder: Path, *, weights: bool = False) -> dict[str, Any]:
 
 def _model(config: Mapping[str, Any]) -> dict[str, Any]:
     architectures = config.get("architectures")
-    config = sizes_of(config)
+    sizes = sizes_of(config)
+    tied = config.get("tie_word_embeddings")  # the wrapper's own setting counts
     return {
         "architecture": architectures[0] if isinstance(architectures, list) and architectures else None,
         "model_type": config.get("model_type"),
-        "blocks": config.get("num_hidden_layers"),
-        "hidden_size": config.get("hidden_size"),
-        "vocab_size": config.get("vocab_size"),
-        "experts": config.get("num_experts") or config.get("num_local_experts"),
-        "dtype": config.get("dtype") or config.get("torch_dtype"),
-        "tied_head": config.get("tie_word_embeddings"),
+        "blocks": sizes.get("num_hidden_layers"),
+        "hidden_size": sizes.get("hidden_size"),
+        "vocab_size": sizes.get("vocab_size"),
+        "experts": sizes.get("num_experts") or sizes.get("num_local_experts"),
+        "dtype": config.get("dtype") or config.get("torch_dtype") or sizes.get("dtype") or sizes.get("torch_dtype"),
+        "tied_head": sizes.get("tie_word_embeddings") if tied is None else tied,
     }
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from marlinctl.checkpoint.folder import open_folder
 from marlinctl.checkpoint.formats.targets import Entries
 from marlinctl.errors import BadInput, UsageError
+from marlinctl.models.config import positions, sizes_of
 from marlinctl.models.lookup import architecture_of
 from marlinctl.system.console import Console
 from marlinctl.verify.inspect import inspect
@@ -141,3 +142,10 @@ def test_every_format_holds_a_wrapper(tmp_path: Path) -> None:
         assert verify(tmp_path / fmt, source=folder, load=fmt == "gptq-ct", console=QUIET, kernels=False).linears == 7
     with open_folder(tmp_path / "gptq") as examined:
         assert {name: size for name, size in examined.info.layers.items() if size == -1} == {OLD.replace("up_proj", "down_proj"): -1}
+
+
+def test_sizes_are_those_of_the_language_model() -> None:
+    """PaliGemma has a hidden_size of 2048 beside its text_config whatever the language model is: `inspect` showed that."""
+    config = {"model_type": "paligemma", "hidden_size": 2048, "max_position_embeddings": 9, "text_config": {"hidden_size": 64}}
+    assert sizes_of(config)["hidden_size"] == 64 and positions(config) == 9
+    assert positions({**config, "text_config": {"max_position_embeddings": 512}}) == 512
