@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint import licence, manifest, runtimes, sparsity, writer
 from marlinctl.checkpoint.contents import Contents, read_contents
-from marlinctl.checkpoint.folder import examine
+from marlinctl.checkpoint.folder import dense_names, examine
 from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.formats.base import Format, FormatInfo, LinearParts, Packed
 from marlinctl.checkpoint.licence import NOTHING_STATED, Stated
@@ -39,6 +39,8 @@ from marlinctl.checkpoint.source_digests import check_known_digests
 from marlinctl.errors import BadInput, CheckFailed, Problem, UsageError, number_of
 from marlinctl.jobs.journal import JobFolder, Request
 from marlinctl.models.config import wraps
+from marlinctl.models.families import may_be_derived
+from marlinctl.models.lookup import architecture_of
 from marlinctl.models.switches import without
 from marlinctl.planning.disk import merged_bytes
 from marlinctl.planning.memory import SHARD_BYTES
@@ -65,6 +67,7 @@ class Source:
     masks: Masks | None = None
     carried: tuple[str, ...] = ()  # linears that stayed 16-bit and have a mask all the same: it travels with them
     notes: tuple[str, ...] = ()  # what the person should know of the folder
+    unnamed: tuple[str, ...] = ()  # 16-bit linears of transformers' model that no tensor is called after (models/architectures.py)
     from_zeros: bool = False  # the target needs a 2:4 pattern and none is stated: it is derived from codes that are zero
 
     @property
@@ -97,7 +100,8 @@ class Source:
 
     @property
     def ignore(self) -> list[str]:
-        return registry.sixteen_bit_linears({name: self.checkpoint.tensors[name].shape for name in self.untouched}, self.info.layers)
+        shapes = {name: self.checkpoint.tensors[name].shape for name in self.untouched}
+        return sorted({*registry.sixteen_bit_linears(shapes, self.info.layers), *self.unnamed})
 
     def packed(self, fmt: Format) -> Packed:
         """What a target will be to its clients."""
@@ -146,6 +150,17 @@ def repack(
         return _repack(job, source, outputs, overwrite, console, keep_job, max_shard_bytes, said)
 
 
+def _unnamed(source: Source) -> tuple[str, ...]:
+    """None where transformers' code cannot be followed: `verify` says then what it does not load."""
+    config = source.checkpoint.config
+    if not may_be_derived(config) and not wraps(config):
+        return ()
+    try:
+        return architecture_of(config, dense_names(source.checkpoint, source.info)).unnamed
+    except BadInput:
+        return ()
+
+
 def _repack(
     job: JobFolder, source: Path, outputs: Mapping[Format, Path], overwrite: bool, console: Console, keep_job: bool, max_shard_bytes: int,
     said: Stated,
@@ -157,6 +172,8 @@ def _repack(
         for note in opened.notes:
             console.warn(note)
         opened = replace(opened, from_zeros=any(fmt.needs_mask for fmt in outputs) and opened.origin is None)
+        if any(fmt.checks_ignore for fmt in outputs):
+            opened = replace(opened, unnamed=_unnamed(opened))
         refuse_misfits(opened, list(outputs))
         contents = read_contents(opened.checkpoint, console, scan=opened.untouched)
         check_known_digests(opened.checkpoint, contents)

@@ -19,6 +19,7 @@ from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.convert import repack
 from marlinctl.errors import BadInput, CheckFailed, MarlinctlError, ResourceProblem, UsageError
 from marlinctl.system.console import Console
+from tests import runs, zoo
 from tests.packed import (
     ct_block,
     edit_json,
@@ -519,3 +520,15 @@ def test_extra_tensors_of_the_source_are_kept(tmp_path: Path) -> None:
     save_file({**tensors, **biases}, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
     repack.repack(tmp_path / "in", tmp_path / "out", format="marlin")
     assert torch.equal(weights(tmp_path / "out")[f"{LAYER}.bias"], torch.ones(256))
+
+
+@pytest.mark.slow
+def test_modules_that_no_tensor_is_called_after_stay_in_ignore(tmp_path: Path) -> None:
+    """If the renamed router of PhiMoE were lost on the way back to ct, transformers would take it for a packed linear."""
+    source = zoo.build("phimoe", tmp_path / "model")
+    asked = runs.recipe(runs.write_text(tmp_path / "text.txt"), calibration__sequence_length=32)
+    runs.quantize(source, tmp_path / "ct", asked)
+    repack.repack(tmp_path / "ct", tmp_path / "gptq", format="gptq")
+    repack.repack(tmp_path / "gptq", tmp_path / "back", format="ct")
+    first, back = (json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]["ignore"] for name in ("ct", "back"))
+    assert back == first and "model.layers.0.mlp.router" in back
