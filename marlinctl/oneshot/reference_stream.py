@@ -183,7 +183,8 @@ def _residual(branch: str) -> str:
 
 def _store(seen: dict[str, Tensor], module: str) -> Callable[[nn.Module, Any, Any], None]:
     def hook(_: nn.Module, __: Any, output: Any) -> None:
-        seen[module] = output[0] if isinstance(output, tuple) else output
+        returned = output[0] if isinstance(output, tuple) else output
+        seen[module] = returned.clone()  # blocks of Falcon add to it in place
 
     return hook
 

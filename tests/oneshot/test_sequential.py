@@ -164,6 +164,29 @@ def test_drift_is_the_difference_between_two_models(model_type: str, tmp_path: P
             assert (found.double() - expected).norm() <= 1e-3 * expected.norm() + 1e-5, last
 
 
+@torch.no_grad()
+def test_a_block_that_adds_in_place_adds_its_branches_to_the_stream(tmp_path: Path) -> None:
+    """Falcon adds the output of attention to that of the MLP in place. If the sum were taken for the MLP's output, tokens would not be
+    weighted, and drift of the stream would not be corrected."""
+    folder = zoo.build("falcon", tmp_path / "model")
+    checkpoint = open_checkpoint(folder)
+    known, cpu = any_architecture(checkpoint.config), torch.device("cpu")
+    walk = SequentialPipeline(
+        build_skeleton(checkpoint.config, torch.float32), known, checkpoint, tokens(),
+        device=cpu, dtype=torch.float32, scratch=Scratch(tmp_path, cpu), chunk_tokens=2 * LENGTH, corrects_drift=True,
+    )  # fmt: skip
+    assert walk.reference is not None
+    seen: list[Hessian] = []
+
+    def keep(names: tuple[str, ...], hessian: Hessian | None, remark: str) -> dict[str, Tensor]:
+        assert hessian is not None
+        seen.append(hessian)
+        return {name: checkpoint.read(f"{name}.weight").float() for name in names}
+
+    walk.run_block(known.blocks[0], keep)
+    assert walk.reference.adds and [hessian.residual is not None for hessian in seen] == [False, True, False, True]
+
+
 def test_a_token_that_overflows_takes_no_other_along(tmp_path: Path) -> None:
     """If one infinite stream made every weight NaN, a single bad token would end a run that may lose a tenth of them."""
     cpu = torch.device("cpu")
