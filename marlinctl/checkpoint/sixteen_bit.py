@@ -128,7 +128,9 @@ def _block_sides(block: Mapping[str, Any]) -> tuple[int, int] | None:
 
 def _misfit(shape: tuple[int, ...], scales: TensorInfo, sides: tuple[int, int] | None) -> str | None:
     """Why these scales do not belong to FP8 codes of that shape."""
-    *before, n, k = (1, *shape) if len(shape) == 1 else shape
+    if len(shape) < 2:
+        return f"of shape {list(shape)}, where only matrices are read"
+    *before, n, k = shape
     fitting: list[tuple[int, ...]] = [(), (1,), (n,), (n, 1)]
     if before:  # all experts in one tensor
         fitting = [tuple(before), (*before, 1, 1), (*before, n, 1)]

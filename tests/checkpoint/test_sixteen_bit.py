@@ -184,6 +184,10 @@ Change = Callable[[dict[str, Tensor]], object]
 DAMAGED: dict[str, tuple[Change, str]] = {
     "no scales": (lambda t: t.pop(f"{UP}.weight_scale_inv"), "it has no scales"),
     "scales of another model": (lambda t: t.update({f"{UP}.weight_scale_inv": torch.ones(3, 3)}), r"do not fit \[256, 128\]"),
+    "a vector": (
+        lambda t: t.update({"model.norm.weight": torch.ones(128).to(FP8), "model.norm.weight_scale_inv": torch.ones(1)}),
+        "only matrices are read",
+    ),
     "scales of bytes": (lambda t: t.update({f"{UP}.weight_scale_inv": torch.ones(4, 2, dtype=torch.uint8)}), "U8, which is not read"),
 }
 
