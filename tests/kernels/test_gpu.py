@@ -90,7 +90,8 @@ def test_identity_gives_the_weight(sparse: bool, dtype: torch.dtype) -> None:
         eye, expected = torch.eye(640, device="cuda", dtype=dtype), linear.weight.T.to(dtype)
         assert torch.equal(torch.cat([linear(rows) for rows in eye.split(16)]), expected)
         shift = group_shift(linear.p.group_size, 640)
-        weight = launcher.unpack(linear.tensors[:-1], linear.p.scales, dtype, 448, 640, shift, jit.default_folder())
+        function = launcher.load_unpack(sparse, dtype, eye.device, jit.default_folder())
+        weight = launcher.unpack(function, linear.tensors[:-1], linear.p.scales, dtype, 448, 640, shift)
         assert torch.equal(weight, expected.T)
 
 
