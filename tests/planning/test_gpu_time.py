@@ -73,6 +73,12 @@ def test_runs_that_were_measured_are_planned_within_a_quarter(shape: str, name: 
     assert sum(seconds.values()) == pytest.approx(MEASURED[shape, name, blocks], rel=0.25)
 
 
+@pytest.mark.parametrize(("name", "seconds"), [("int4", 32.6), ("int4-best", 57.5)])
+def test_runs_on_two_gpus_are_planned_within_a_tenth(name: str, seconds: float) -> None:
+    """Measured after the rates were set, in the process of rank 0. If what ranks share were forgotten, the plan would be that of one GPU."""
+    assert sum(seconds_of_phases(counted(name, ranks=2), H200).values()) == pytest.approx(seconds, rel=0.1)
+
+
 def test_phases_of_a_whole_model_are_planned_within_a_sixth() -> None:
     """If terms of two phases were exchanged, the sum would still come out."""
     measured = {"int4": {"forward and Gram": 15.4, "solve": 6.1, "check": 4.5}, "int4-best": {"forward and Gram": 39.4, "solve": 30.9}}
