@@ -360,7 +360,7 @@ def test_sums_rows_and_states_are_those_of_one_process(place: Place, tmp_path: P
     with (tmp_path / "said").open("w") as out, (tmp_path / "told").open("w") as err:
         model, solves = place.root / "model", 16
         if experts:
-            changes = {"num_experts": 12, "num_experts_per_tok": 3, "num_hidden_layers": 2, "mlp_only_layers": []}
+            changes: dict[str, Any] = {"num_experts": 12, "num_experts_per_tok": 3, "num_hidden_layers": 2, "mlp_only_layers": []}
             model, solves = zoo.build("qwen3_moe", tmp_path / "model", **changes), 2 * (2 + 2 * 12)
         jobs = start(count, [str(model), str(tmp_path), str(solves)], out, err, ["-c", SAME_SUMS])
         assert [job.wait(timeout=60) for job in jobs] == [0] * count, (tmp_path / "told").read_text()[-3000:]
