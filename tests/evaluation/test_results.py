@@ -104,7 +104,8 @@ def test_existing_files_and_impossible_places(tmp_path: Path) -> None:
     path.write_text("mine")
     impossible = path / "no" / "r.json"
     for target, resume, what in (
-        (path, False, "exists already"), (impossible, False, "not a folder"), (None, True, "needs the file"), (impossible, True, "not a folder"),
+        (path, False, "exists already"), (None, True, "needs the file"),
+        (impossible, False, "not a folder"), (impossible, True, "not a folder"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=what) as caught:
             ResultsFile(target, document(), resume=resume)

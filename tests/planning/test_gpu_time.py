@@ -75,7 +75,7 @@ def test_runs_that_were_measured_are_planned_within_a_quarter(shape: str, name: 
 
 @pytest.mark.parametrize(("name", "seconds"), [("int4", 32.6), ("int4-best", 57.5)])
 def test_runs_on_two_gpus_are_planned_within_a_tenth(name: str, seconds: float) -> None:
-    """Measured after the rates were set, in the process of rank 0. If what ranks share were forgotten, the plan would be that of one GPU."""
+    """Measured after the rates were set, in the process of rank 0. If what ranks share were forgotten, it would be one GPU's."""
     assert sum(seconds_of_phases(counted(name, ranks=2), H200).values()) == pytest.approx(seconds, rel=0.1)
 
 
