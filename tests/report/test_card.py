@@ -188,6 +188,17 @@ def test_a_card_without_tasks_has_no_empty_column() -> None:
     assert "| Measured on | Metric | This model | Original |\n" in card and "Recovery" not in card
 
 
+def test_a_card_shows_flips_where_they_were_measured() -> None:
+    """The same score may hide answers that changed: who serves the model would not see them."""
+    document = documents.evaluation()
+    estimate = {"value": 0.15, "stderr": 0.01, "to_wrong": {"value": 0.1}, "to_correct": {"value": 0.05}}
+    document["comparison"]["flips"] = {"winogrande": {"acc": estimate}}
+    card = of_compression(documents.report(evaluation={"document": document}), documents.folder(), {"a": 64})
+    assert "| Measured on | Metric | This model | Original | Recovery | Flips |\n" in card
+    assert "| winogrande | acc | 0.5300 ± 0.0100 | 0.5500 ± 0.0100 | 96.4 % | 0.1500 ± 0.0100 (-0.1000 +0.0500) |" in card
+    assert "correct to wrong" in card
+
+
 def test_rows_of_the_original_say_so() -> None:
     """A local original has no row of its own, and `Its licence` would read as the licence of this folder."""
     source: dict[str, Any] = {"kind": "folder", "name": "x", "revision": None, "fingerprint": {"files": {}}}
