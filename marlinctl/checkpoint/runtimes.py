@@ -33,8 +33,11 @@ _COMMON_GROUPS = (-1, 32, 64, 128)
 _GRIDS = (INT4, INT8, UINT4)  # that servers multiply; GPTQ of asymmetric codes they do not read
 # Families whose checkpoints hold all experts of a block in one tensor: transformers does not put theirs together (models/stored_names.py).
 WHOLE_EXPERTS = frozenset(
-    ("aria_text", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "llama4_text", "qwen3_vl_moe_text")
-)
+    (
+        "aria_text", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "llama4_text",
+        "minimax_m3_vl_text", "qwen3_vl_moe_text",
+    )
+)  # fmt: skip
 
 
 def packed_of(checkpoint: Checkpoint, info: FormatInfo) -> Packed:

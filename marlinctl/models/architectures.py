@@ -179,6 +179,7 @@ class Architecture:
     outside: tuple[str, ...] = ()  # tensors of the decoder besides blocks, embedding and norm: learned positions, a norm before the blocks
     spelling: Spelling | None = None  # None: the checkpoint names modules as transformers does
     carried: frozenset[str] = frozenset()  # other tensors of the checkpoint, of parts that are copied and not looked at
+    unnamed: tuple[str, ...] = ()  # nn.Linear modules at 16 bits that no tensor is called after: a tied head, a router that is renamed
     guests: Mapping[str, str] = field(default_factory=dict)  # tensors of the checkpoint that the model lacks, copied -> what (guests.py)
 
     @property
@@ -246,5 +247,6 @@ def respelled(known: Architecture, spelling: Spelling) -> Architecture:
         tied=None if known.tied is None else linear(known.tied),
         expected={name(key): shape for key, shape in known.expected.items()},
         outside=tuple(map(name, known.outside)),
+        unnamed=tuple(spelling.module(name(module)) for module in known.unnamed),
         spelling=spelling,
     )

@@ -63,6 +63,9 @@ def architecture_of_model(model: PreTrainedModel, kind: str) -> Architecture:
     if embedding is None or not embedding.startswith(f"{decoder}."):
         raise refused(kind, "its token embedding is not part of the decoder")
     blocks = [f"{blocks_at}.{i}" for i in range(len(list(model.get_submodule(blocks_at).children())))]
+    shared = sorted(name for pair in model.all_tied_weights_keys.items() for name in pair if name.startswith(f"{blocks_at}."))
+    if shared:
+        raise refused(kind, f"{shared[0]} is the same tensor as another one, and would be quantized for one of two places")
     known = _followed(model, kind, blocks)
     norm = _final_norm(kind, known.trace, decoder, blocks[-1])
     built = tuple(_block(i, prefix, known) for i, prefix in enumerate(blocks))
@@ -83,7 +86,7 @@ def architecture_of_model(model: PreTrainedModel, kind: str) -> Architecture:
     vocab, hidden = known.shapes[f"{embedding}.weight"]
     return Architecture(
         kind, decoder, built, embedding, norm, None if tied else head, hidden, vocab, expected,
-        tied=head if tied else None, outside=outside,
+        tied=head if tied else None, outside=outside, unnamed=_unnamed(model, expected, stored),
     )  # fmt: skip
 
 
@@ -121,7 +124,7 @@ def _refuse_arguments_of_tokens(kind: str, blocks: Sequence[str], one: Trace, ot
         for key, value in list(one.arguments[block].items())[1:]:
             if holds_tensors(value):
                 raise refused(kind, f"{block} is given {key}, which other blocks fill, besides the hidden states")
-            if not equal(value, other.arguments[block].get(key)):
+            if (block, key) in one.arguments_read and not equal(value, other.arguments[block].get(key)):
                 raise refused(kind, f"{block} is given {key}, which depends on the tokens, besides the hidden states")
 
 
@@ -159,6 +162,13 @@ def _refuse_renamed(kind: str, known: _Model, blocks_at: str, head: str | None) 
             raise refused(kind, f"its checkpoints hold {name} in another way, as {other}")
 
 
+def _unnamed(model: PreTrainedModel, expected: Mapping[str, Shape], stored: Mapping[str, str]) -> tuple[str, ...]:
+    """Linears that clients of a checkpoint would take for packed ones, since they go by modules. lm_head is known to everything."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    tensors = [(name, stored.get(f"{name}.weight", "")) for name in linears]
+    return tuple(name for name, tensor in tensors if tensor not in expected or (tensor != f"{name}.weight"))
+
+
 # ---- one block -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +178,8 @@ def _block(index: int, prefix: str, known: _Model) -> Block:
     elements = known.trace.of(prefix)[-1].elements
     if elements > 2:
         raise refused(known.kind, f"its blocks return {elements} values")
+    if prefix in known.trace.second_read:
+        raise refused(known.kind, f"{prefix} returns something besides the hidden states that is read")
     linears: dict[str, LinearSpec] = {}
     fused: set[str] = set()
     for part in parts:

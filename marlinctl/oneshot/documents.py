@@ -17,6 +17,7 @@ from marlinctl.checkpoint.licence import licence_of, stated
 from marlinctl.checkpoint.manifest import made_from
 from marlinctl.checkpoint.tied_head import stored_bytes
 from marlinctl.checkpoint.writer import StagedCheckpoint
+from marlinctl.errors import number_of
 from marlinctl.models.config import wraps
 from marlinctl.models.switches import without
 from marlinctl.oneshot.layers import LayerRecord
@@ -37,10 +38,9 @@ def model_config(opened: RunInputs, recipe: Recipe) -> dict[str, Any]:
     if not recipe.scheme.quantizes:
         return config
     layers = dict(opened.plan.group_sizes)
-    config["quantization_config"] = quantization_config(
-        INTERCHANGE, layers, sixteen_bit(opened.checkpoint, layers), {"version": __version__, "recipe_sha256": recipe_hash(recipe)},
-        opened.plan.grids, wraps(config),
-    )  # fmt: skip
+    provenance = {"version": __version__, "recipe_sha256": recipe_hash(recipe)}
+    ignore = sixteen_bit(opened.checkpoint, opened.architecture, layers)
+    config["quantization_config"] = quantization_config(INTERCHANGE, layers, ignore, provenance, opened.plan.grids, wraps(config))
     return config
 
 
@@ -111,7 +111,7 @@ def report_of(
         "recipe": {"sha256": recipe_hash(recipe), **recipe.model_dump(mode="json")},
         "calibration": dict(calibration),
         "versions": versions(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {number_of(torch.get_num_threads(), 'thread')}",
         "processes": processes,
         "dtype": str(opened.dtype).removeprefix("torch."),
         "bits": recipe.scheme.bits,

@@ -24,6 +24,7 @@ from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.licence import KEYS, spoken
 from marlinctl.checkpoint.mask import NAME as MASK_FILE
 from marlinctl.checkpoint.runtimes import Loads
+from marlinctl.errors import number_of
 from marlinctl.quantize.scheme import INT4, Grid
 from marlinctl.report.markdown import code, listing, table, text
 from marlinctl.report.page import Cell, Name, Table
@@ -201,7 +202,7 @@ def _lead(facts: CardFacts) -> str:
 
 def _what(facts: CardFacts) -> list[str]:
     sizes = Counter(facts.layers.values())
-    groups = ", ".join(f"{'whole rows' if size == -1 else size} ({count} linears)" for size, count in sizes.most_common())
+    groups = ", ".join(f"{'whole rows' if size == -1 else size} ({number_of(count, 'linear')})" for size, count in sizes.most_common())
     rows: list[Row] = [
         ("Format", _title(facts).replace("`", "")),
         *(("Quantized" if i == 0 else "", line) for i, line in enumerate(_codes(facts))),
@@ -222,9 +223,9 @@ def _what(facts: CardFacts) -> list[str]:
 
 def _codes(facts: CardFacts) -> list[str]:
     return [
-        f"{count} linears, int{grid.bits} symmetric, codes {grid.lowest}..{grid.highest} times one scale per group"
+        f"{number_of(count, 'linear')}, int{grid.bits} symmetric, codes {grid.lowest}..{grid.highest} times one scale per group"
         if grid.symmetric
-        else f"{count} linears, int{grid.bits} asymmetric, codes less one zero point per group times one scale per group"
+        else f"{number_of(count, 'linear')}, int{grid.bits} asymmetric, codes less one zero point per group times one scale per group"
         for grid, count in facts.grid_counts()
     ]
 

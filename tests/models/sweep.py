@@ -16,13 +16,15 @@ from marlinctl.checkpoint.folder import open_folder
 from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.data.tokens import Tokens
-from marlinctl.errors import MarlinctlError
+from marlinctl.errors import CheckFailed, MarlinctlError
 from marlinctl.models.architectures import Architecture
 from marlinctl.models.families import FAMILIES
 from marlinctl.models.meta_model import build as build_meta
 from marlinctl.oneshot.sequential import SequentialPipeline
 from marlinctl.quantize.types import Hessian
+from marlinctl.system.console import Console
 from marlinctl.system.offload import Scratch
+from marlinctl.verify.run import verify
 from tests import runs, zoo
 
 SECONDS, BUILDING = 60, 15
@@ -77,6 +79,12 @@ def disagreement(folder: Path, scratch: Path) -> str:
     if (off := _distance(walked, entered[0])) > 1e-3:
         return f"the pipeline's hidden states are {off:.2g} off"
     runs.quantize(folder, scratch / "out", runs.recipe(runs.write_text(scratch / "text.txt"), calibration__sequence_length=32))
+    try:
+        verify(
+            scratch / "out", source=folder, load=None, console=Console.quiet()
+        )  # with transformers, where the rules say that it loads it
+    except CheckFailed as failed:
+        return failed.problems[0].what
     packed = load_dense(scratch / "out", dtype=torch.float32)
     weights = packed.state_dict()
     changed = [name for name, weight in model.state_dict().items() if not torch.equal(weight, weights[name])]

@@ -57,6 +57,16 @@ def test_the_language_model_is_compressed_and_the_rest_is_copied(tmp_path: Path,
     assert inspect(tmp_path / "out")["hidden_size"] == 64
 
 
+def test_a_language_model_without_a_row_in_the_table_is_derived() -> None:
+    """The decoder of a wrapper is no whole model of transformers: what derivation asks of one must be there too."""
+    from marlinctl.models.meta_model import build
+    from tests.models.test_derivation import config_of
+
+    config = config_of("aya_vision", **zoo.WRAPPERS["aya_vision"])
+    known = architecture_of(config, build(config, torch.float32).state_dict().keys())
+    assert len(known.linears) == 14 and all(name.startswith("model.language_model.layers.") for name in known.linears)
+
+
 def test_a_plan_says_what_stays(tmp_path: Path) -> None:
     """The linears of a vision tower are no routers, and their bytes are part of the result."""
     folder = zoo.build("gemma3", tmp_path / "model", dtype=torch.bfloat16)

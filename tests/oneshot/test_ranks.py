@@ -228,7 +228,7 @@ def test_a_job_goes_on_with_another_number_of_processes(place: Place, tmp_path: 
             state.unlink()
     codes, _, heard = run(tmp_path, then, ["resume", str(tmp_path / "out")])
     assert codes == [0] * then, heard[-3000:]
-    assert heard.count("resuming: 2 of 4 blocks are finished") == 1
+    assert heard.count("resuming: 2 of 4 blocks finished") == 1
     assert heard.count("run once more with their stored weights") == (first == 3)
     require_like(place, tmp_path / "out", alone)
 

@@ -46,6 +46,15 @@ def counted(name: str, changes: dict[str, Any] | None = None, *, known: Architec
 # ---- what is counted -----------------------------------------------------------------------------------------------------------------
 
 
+def test_a_block_without_linears_is_counted_too() -> None:
+    """If blocks of a hybrid were all taken to have attention or experts, its plan would end in a traceback."""
+    first, *others = LLAMA_8B.blocks
+    bare = replace(first, parts=(), linears={})
+    known = replace(LLAMA_8B, blocks=(bare, *others))
+    seconds = [seconds_of_phases(counted("int4", one), H200)["forward and Gram"] for one in (known, LLAMA_8B)]
+    assert 0.9 < seconds[0] / seconds[1] < 1.0
+
+
 # docs/log/2026-11-30-compression-speed.md, one H200: seconds of the whole process.
 MEASURED = {
     ("llama-3-8b", "int4", 2): 19.99,

@@ -48,7 +48,7 @@ def test_the_card_says_what_was_done() -> None:
     """Who gets the model must know groups, what was left out, where it runs, the scores, and how to repeat and check it."""
     card = render(FACTS)
     for text in (
-        "128 (2 linears), whole rows (1 linears)",
+        "128 (2 linears), whole rows (1 linear)",
         "and 3 more",
         "vLLM, SGLang",
         "marlinctl quantize org/Model OUT --recipe int4",

@@ -38,6 +38,7 @@ from marlinctl.checkpoint.formats.base import (
     check_scales,
     codes_of,
     group_size_of,
+    is_head,
     object_at,
     refuse,
     strays,
@@ -207,7 +208,7 @@ def _limits(packed: Packed, program: str) -> list[str]:
     asymmetric = next((name for name in packed.sizes if not packed.grid(name).symmetric), None)
     if asymmetric and program in (VLLM, SGLANG):
         return [f"{asymmetric}: {program} reads symmetric GPTQ alone; ct has its zero points for it"]
-    if program == TRANSFORMERS_GPTQ and "lm_head" in packed.sizes:
+    if program == TRANSFORMERS_GPTQ and any(map(is_head, packed.sizes)):
         return ["lm_head: optimum looks for packed linears in the blocks alone"]
     return []
 
