@@ -15,7 +15,7 @@ from marlinctl.errors import BadInput, CheckFailed, GateRefused, MarlinctlError,
 
 PACKAGE = Path(marlinctl.__file__).parent
 CLASSES = {cls.__name__: cls for cls in MarlinctlError.__subclasses__()}
-ALL = {cls.__name__: cls for cls in (MarlinctlError, GateRefused, *CLASSES.values())}
+ALL: dict[str, type[MarlinctlError]] = {"MarlinctlError": MarlinctlError, "GateRefused": GateRefused, **CLASSES}
 
 
 def ids_of_another_class(source: str) -> Iterator[str]:

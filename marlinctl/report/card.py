@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from marlinctl import __version__
@@ -27,7 +28,7 @@ from marlinctl.errors import number_of
 from marlinctl.quantize.scheme import INT4, Grid
 from marlinctl.report.markdown import code, listing, table, text
 from marlinctl.report.page import Cell, Name, Table
-from marlinctl.report.scores import RECOVERY, Score, figure, finite, percent, recovery, scores
+from marlinctl.report.scores import RECOVERY, Score, figure, finite, flips_figure, percent, recovery, scores
 from marlinctl.report.usage import usage
 from marlinctl.system.log import redact
 
@@ -243,12 +244,14 @@ def _scores(found: Sequence[Score], measured: Sequence[str]) -> list[str]:
             figure(s.ours, digits=s.digits),
             "" if s.kind == "distance" else figure(s.baseline, digits=s.digits),
             percent(recovery(s)),
+            flips_figure(s.flips),
         )
         for s in found
     ]
     recovered = any(recovery(s) is not None for s in found)
-    columns = ("Measured on", "Metric", "This model", "Original", "Recovery")
-    shown = table(columns, rows) if recovered else table(columns[:-1], [row[:-1] for row in rows])
+    filled = [True] * 4 + [recovered, any(s.flips for s in found)]
+    columns = ("Measured on", "Metric", "This model", "Original", "Recovery", "Flips")
+    shown = table(tuple(compress(columns, filled)), [tuple(compress(row, filled)) for row in rows])
     said = [RECOVERY] if recovered else []
     return ["## Scores", "", shown, "", *(f"{text(line)}\n" for line in (*said, *measured))]
 

@@ -99,7 +99,7 @@ def disagreement(folder: Path, scratch: Path) -> str:
 
 @torch.no_grad()
 def _walked(known: Architecture, checkpoint: Checkpoint, scratch: Path) -> Tensor:
-    def keep(names: tuple[str, ...], hessian: Hessian, remark: str) -> dict[str, Tensor]:
+    def keep(names: tuple[str, ...], hessian: Hessian | None, remark: str) -> dict[str, Tensor]:
         return {name: checkpoint.read(f"{name}.weight").float() for name in names}
 
     cpu = torch.device("cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -89,13 +89,14 @@ class Decoder(nn.Module):
         self.norm = Norm()
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
-        hidden: Tensor = self.embed(input_ids)
+        hidden: Any = self.embed(input_ids)
         kept: Any = None
         for layer in self.layers:
             hidden = layer(hidden, kept) if isinstance(layer, Handing) else layer(hidden)
             if isinstance(hidden, tuple):
                 hidden, kept = hidden
-        return self.norm(hidden)
+        out: Tensor = self.norm(hidden)
+        return out
 
 
 class Model(PreTrainedModel):
@@ -290,7 +291,8 @@ def test_what_blocks_hand_to_each_other_is_refused() -> None:
 def test_a_linear_of_two_blocks_is_refused() -> None:
     """If it were quantized for the first block, the second one would read other weights than the result has."""
     model = model_of(of())
-    model.model.layers[1].a.o = model.model.layers[0].a.o
+    first, second = (cast(Any, block) for block in model.model.layers)
+    second.a.o = first.a.o
     with pytest.raises(BadInput, match=r"a\.o of a block runs more than once"):
         derived(model)
 

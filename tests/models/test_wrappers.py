@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,7 +136,7 @@ def test_every_format_holds_a_wrapper(tmp_path: Path) -> None:
 
     folder = zoo.build("gemma3", tmp_path / "model", dtype=torch.bfloat16)
     text = runs.write_text(tmp_path / "text.txt")
-    rules = {"quantize__skip": ["layers.1.*"], "quantize__overrides": {"down_proj": {"group_size": -1}}}
+    rules: dict[str, Any] = {"quantize__skip": ["layers.1.*"], "quantize__overrides": {"down_proj": {"group_size": -1}}}
     runs.quantize(folder, tmp_path / "out", runs.recipe(text, **rules))
     repack(tmp_path / "out", tmp_path / "gptq", format="gptq", also=["marlin", "ct"])
     for fmt in ("gptq", "gptq-marlin", "gptq-ct"):

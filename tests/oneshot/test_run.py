@@ -181,7 +181,7 @@ def test_self_calibration_is_drawn_with_a_seed_of_its_own(tmp_path: Path, text: 
     """If sampling used the global generator, --seed would not decide the calibration text."""
     source = make_tiny(tmp_path / "model")
     chosen = recipe(text, calibration__source="self")
-    runs = []
+    runs: list[str] = []
     for seed in (0, 0, 1):
         torch.manual_seed(len(runs))
         report = quantize(source, tmp_path / f"out{len(runs)}", resolve(chosen, {"calibration.seed": seed})[0])

@@ -47,7 +47,8 @@ def walked(folder: Path, scratch: Path, chunk: int = 2 * LENGTH) -> tuple[Sequen
     known = any_architecture(checkpoint.config)
     seen: dict[str, Hessian] = {}
 
-    def keep_weights(names: tuple[str, ...], hessian: Hessian, remark: str) -> dict[str, Tensor]:
+    def keep_weights(names: tuple[str, ...], hessian: Hessian | None, remark: str) -> dict[str, Tensor]:
+        assert hessian is not None
         seen.update(dict.fromkeys(names, hessian))
         return {name: checkpoint.read(f"{name}.weight").float() for name in names}
 
@@ -99,7 +100,8 @@ def test_drift_is_the_difference_between_two_models(model_type: str, tmp_path: P
     seen: dict[str, Hessian] = {}
     changed: dict[str, Tensor] = {}
 
-    def disturb(names: tuple[str, ...], hessian: Hessian, remark: str) -> dict[str, Tensor]:
+    def disturb(names: tuple[str, ...], hessian: Hessian | None, remark: str) -> dict[str, Tensor]:
+        assert hessian is not None
         seen.update(dict.fromkeys(names, hessian))
         for name in names:
             weight = checkpoint.read(f"{name}.weight").float()

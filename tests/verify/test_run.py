@@ -256,7 +256,7 @@ def test_logits_must_agree(good: dict[str, Path], monkeypatch: pytest.MonkeyPatc
 
 def mixture(folder: Path, layers: int, experts: int, chosen: int, **packing: Any) -> Path:
     """A packed Qwen3-MoE of 16-bit scales, random and sound."""
-    changes = {"num_hidden_layers": layers, "num_experts": experts, "num_experts_per_tok": chosen, "mlp_only_layers": []}
+    changes: dict[str, Any] = {"num_hidden_layers": layers, "num_experts": experts, "num_experts_per_tok": chosen, "mlp_only_layers": []}
     zoo.build("qwen3_moe", folder / "source", **changes)
     make_packed(folder / "source", folder / "ct", **packing)
     return folder / "ct"

@@ -146,7 +146,8 @@ def _dynamic_block(chosen: Chosen) -> dict[str, Any]:
     """GPTQModel's per-module rules. Servers match them after fusing q/k/v and gate/up, hence the fused names."""
 
     def rules(sign: str, names: Sequence[str], rule: dict[str, Any]) -> dict[str, Any]:
-        patterns = name_patterns(with_fused_names(names), with_fused_names(chosen.everything), chosen.tower)
+        everything = chosen.everything
+        patterns = name_patterns(with_fused_names(names, everything), with_fused_names(everything, everything), chosen.tower)
         return {f"{sign}:{p[3:] if p.startswith('re:') else '^' + re.escape(p) + '$'}": rule for p in patterns}
 
     block: dict[str, Any] = {}
