@@ -73,10 +73,13 @@ def _as_called(known: Experts, call: Call, kind: str) -> Experts:
     x, others = given[0], given[1:]
     if not others and x.shape[0] == known.count * tokens:
         return replace(known, shares_first=True)
-    if len(others) == 2 and x.shape[0] == tokens and x.dim() == 2 and others[0].shape == others[1].shape:
+    numbers = [value.is_floating_point() for value in others]
+    if numbers == [False, True] and x.shape[0] == tokens and x.dim() == 2 and others[0].shape == others[1].shape:
         return replace(known, top_k=others[0].shape[1])
     shapes = [list(value.shape) for value in given]
-    raise refused(kind, f"its experts are called with tensors of the shapes {shapes}, and not with input, experts and shares")
+    raise refused(
+        kind, f"its experts are called with tensors of the shapes {shapes}, and not with input, experts and shares, in this order"
+    )
 
 
 def named(experts: Mapping[str, Experts], names: StoredNames, prefixes: Mapping[str, str]) -> dict[str, Experts]:
