@@ -84,6 +84,8 @@ def architecture_of_model(model: PreTrainedModel, kind: str) -> Architecture:
     apart = tuple(f"{part}." for part in (blocks_at, embedding, norm))
     outside = tuple(n for n in expected if n.startswith(f"{decoder}.") and not n.startswith(apart))
     vocab, hidden = known.shapes[f"{embedding}.weight"]
+    if (entered := known.trace.entered[blocks[0]]) is not None:
+        hidden = entered.shape[-1]  # OPT may have narrower embeddings, and a projection behind them
     return Architecture(
         kind, decoder, built, embedding, norm, None if tied else head, hidden, vocab, expected,
         tied=head if tied else None, outside=outside, unnamed=_unnamed(model, expected, stored),

@@ -124,6 +124,13 @@ def test_infinity_is_read_as_transformers_writes_it() -> None:
     assert parsed.time_step_limit == (0.0, float("inf"))
 
 
+def test_the_hidden_size_is_that_of_the_blocks() -> None:
+    """If it were the width of the embedding, an OPT with narrower ones would end in a traceback when its tokens are embedded."""
+    known = derived_architecture(config_of("opt", word_embed_proj_dim=32))
+    assert known.hidden_size == 64 and known.expected[f"{known.embedding}.weight"] == (zoo.VOCAB_SIZE, 32)
+    assert "model.decoder.project_in.weight" in known.outside
+
+
 def test_a_head_of_another_name_is_not_packed() -> None:
     """If embed_out of GPT-NeoX were packed, transformers would look for lm_head, and fill it with random numbers."""
     from marlinctl.planning.layer_rules import plan
