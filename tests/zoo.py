@@ -108,9 +108,11 @@ DERIVED: dict[str, dict[str, Any]] = {
     "falcon_mamba": {"time_step_rank": 32, "state_size": 16},
     "gpt_neox_japanese": {},
     "mamba": {"time_step_rank": 32, "state_size": 16},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1},
     "minicpm3": {**_MLA, "kv_lora_rank": 32},
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 128},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "xglm": {"d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4, "max_position_embeddings": 512, "pad_token_id": 1},
     "youtu": {**_MLA, "pad_token_id": 0},  # transformers loads zeros in place of its embedding
     # mixtures of experts
     "afmoe": {**_MOE, "head_dim": 16, "num_dense_layers": 1, "num_shared_experts": 1},
