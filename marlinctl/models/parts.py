@@ -18,6 +18,7 @@ from marlinctl.models.architectures import Branch, Chain, Experts, Part
 from marlinctl.models.refusals import refused
 from marlinctl.models.tracing import LENGTH, SAMPLES, Call, Trace, equal, holds_tensors, of_all_tokens, same
 
+_SMALLEST_GROUP = 32  # inputs below which a linear has no group at all: the low rank of a gated norm
 _GATE = 16  # outputs below which a linear is a gate: a 4-bit one saves nothing, and no kernel takes it
 
 
@@ -50,8 +51,11 @@ class BlockReader:
 
     def _stays(self, call: Call) -> bool:
         """Whether it is a gate or a router."""
-        return self._linear(call.name).out_features < _GATE or any(
-            self._routes(call.name, name.rpartition(".")[0], found.count) for name, found in self.experts.items()
+        linear = self._linear(call.name)
+        return (
+            linear.out_features < _GATE
+            or linear.in_features < _SMALLEST_GROUP
+            or any(self._routes(call.name, name.rpartition(".")[0], found.count) for name, found in self.experts.items())
         )
 
     def _routes(self, name: str, mixture: str, count: int) -> bool:
@@ -128,7 +132,11 @@ class BlockReader:
     def _given_tokens(self, module: str) -> bool:
         """Whether a module is given something besides its input that is of the tokens: a branch is called with one value for all."""
         others = list(self.trace.arguments[module].items())[1:]
-        return any(holds_tensors(value) or not equal(value, self.other.arguments[module].get(key)) for key, value in others)
+        shared = [id(value) for value in self.trace.arguments[self.prefix].values() if holds_tensors(value)]
+        return any(
+            id(value) not in shared and (holds_tensors(value) or not equal(value, self.other.arguments[module].get(key)))
+            for key, value in others
+        )
 
     # ---- chains ---------------------------------------------------------------------------------------------------------------------
 
