@@ -426,7 +426,7 @@ def _logits(model: torch.nn.Module, tokens: Tensor) -> Tensor:
     import torch
 
     with torch.inference_mode():
-        return model(tokens).logits.to(torch.float64)
+        return model(input_ids=tokens, use_cache=False).logits.to(torch.float64)
 
 
 def _parameters(checkpoint: Checkpoint, info: FormatInfo) -> int:
