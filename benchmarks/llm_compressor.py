@@ -16,6 +16,7 @@ import argparse
 import json
 import resource
 import time
+from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -54,8 +55,9 @@ def main() -> None:
     data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * chosen.sequence_length] * chosen.samples})
     weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=chosen.group_size)
     gptq = GPTQModifier(config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}, ignore=["lm_head"])
-    size = {"max_seq_length": chosen.sequence_length, "num_calibration_samples": chosen.samples}
-    common = {"dataset": data, "tokenizer": tokenizer, **size}
+    common = {
+        "dataset": data, "tokenizer": tokenizer, "max_seq_length": chosen.sequence_length, "num_calibration_samples": chosen.samples,
+    }  # fmt: skip
     if chosen.sparse:
         oneshot(model=model, recipe=SparseGPTModifier(sparsity=0.5, mask_structure="2:4", ignore=["re:.*lm_head"]), **common)
         masks = {name: module.weight != 0 for name, module in linears(model)}
@@ -70,11 +72,11 @@ def main() -> None:
     print(f"{time.monotonic() - started:.1f} s, peak {peak:.2f} GiB")
 
 
-def linears(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+def linears(model: torch.nn.Module) -> list[tuple[str, torch.nn.Linear]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and not name.endswith("lm_head")]
 
 
-def save(model: torch.nn.Module, tokenizer: object, out: str) -> None:
+def save(model: Any, tokenizer: Any, out: str) -> None:
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 

@@ -68,7 +68,7 @@ def steps(n: int, k: int, group_size: int, device: torch.device) -> Iterator[tup
     yield "unpack_ct", lambda: unpack_ct(words, n, k)
     yield "pack_gptq", lambda: pack_gptq(q)
     gptq = pack_gptq(q)
-    yield "unpack_gptq", lambda: unpack_gptq(**gptq, v2=False)
+    yield "unpack_gptq", lambda: unpack_gptq(gptq["qweight"], gptq["qzeros"], gptq["scales"], gptq["g_idx"], v2=False)
 
 
 def measure(call: Callable[[], object], repeats: int, device: torch.device) -> float:

@@ -67,9 +67,8 @@ def main() -> int:
         warp, lane = divmod(thread, 32)
         selector, half = divmod(lane % 4, 2)
         for upper in range(2):
-            row = 16 * warp + lane // 4 + 8 * upper
             for quad in range(4):
-                meta[thread] |= nibbles[selector, row, 4 * half + quad] << (16 * upper + 4 * quad)
+                meta[thread] |= nibbles[selector, 16 * warp + lane // 4 + 8 * upper, 4 * half + quad] << (16 * upper + 4 * quad)
     lanes = torch.arange(128)
     row, column = 16 * (lanes // 32) + lanes % 32 // 4, 2 * (lanes % 4)
     fragment = torch.stack([survivors[row + r, column + k + i] for k in (0, 8) for r in (0, 8) for i in (0, 1)], 1)  # a0 .. a3

@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from pack_speed import device_name, wait
 
+from benchmarks.pack_speed import device_name, wait
 from marlinctl.pack.sparse_marlin import pack_sparse_marlin, remask
 from marlinctl.pack.types import PackedSparseLinear
 from marlinctl.quantize.types import QuantizedLinear

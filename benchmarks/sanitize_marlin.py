@@ -25,7 +25,7 @@ from marlinctl.kernels import jit
 from marlinctl.kernels.configurations import GROUP_SIZES, LARGEST_CLUSTER, SHARINGS, Configuration, Grid, group_shift
 from marlinctl.kernels.dispatch import KINDS, configurations
 from marlinctl.kernels.functions import architecture_of
-from marlinctl.kernels.launch import launch, load, unpack
+from marlinctl.kernels.launch import launch, load, load_unpack, unpack
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear, padded
 
 SHAPES = [(64, 48), (80, 64), (192, 64), (576, 576), (896, 896), (192, 160), (576, 18432)]  # N, K
@@ -64,7 +64,8 @@ def main() -> int:
                     launch(kernel, activations, p, bias, torch.empty(m, n, dtype=dtype, device=device), grid)
                     launches += 1
             weights = (p.qweight, p.meta) if isinstance(p, PackedSparseLinear) else (p.qweight,)
-            unpack(weights, p.scales, dtype, n, k, group_shift(p.group_size, k), folder)
+            function = load_unpack(len(weights) == 2, dtype, device, folder)
+            unpack(function, weights, p.scales, dtype, n, k, group_shift(p.group_size, k))
             torch.cuda.synchronize()
         print(f"{kind}, {str(dtype)[6:]}: {len(kernels)} configurations, {launches} launches so far", flush=True)
     return 0

@@ -137,7 +137,7 @@ def say_kernels(engine: Any, batch: int, numbers: random.Random, label: str) -> 
     say(f"{label:14} batch {batch:4}  first token alone: {', '.join(f'{wait:.1f}' for wait in waits)} ms")
     host = cProfile.Profile()
     host.runcall(one_batch, engine, batch, numbers, tokens=1)
-    found = pstats.Stats(host).stats.items()
+    found = pstats.Stats(host).stats.items()  # type: ignore[attr-defined]  # typeshed leaves it out
     for (file, line, name), (_, calls, own, whole, _) in sorted(found, key=lambda entry: -entry[1][2])[:25]:
         where = f"{file[-50:]}:{line} {name[:60]}"
         say(f"{label:14} batch {batch:4}  {1e3 * own:6.2f} ms of the host, {1e3 * whole:6.2f} with calls  {calls:6}  {where}")

@@ -32,13 +32,14 @@ def quantize(
     *,
     recipe: str | Path = "int4",
     revision: str | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     overwrite: bool = False,
     **options: Any,
 ) -> Path:
     """Quantize a folder, hub id or GGUF file to int4 and publish it, in the interchange form, as the folder `out`.
 
-    `options` are keys of the recipe (group_size=64, samples=256, source="mine.jsonl"); they win over the recipe.
+    `options` are keys of the recipe (group_size=64, samples=256, source="mine.jsonl"); they win over the recipe. device: "auto" is a GPU
+    where there is one.
     """
     from marlinctl.oneshot.open import Options
     from marlinctl.oneshot.run import run_job
@@ -57,7 +58,7 @@ def sparsify(
     bits: int = 16,
     recipe: str | Path = "int4",
     revision: str | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     overwrite: bool = False,
     **options: Any,
 ) -> Path:

@@ -66,8 +66,8 @@ def run_compress(
     gate: Gate | None = None,
 ) -> dict[str, Any]:
     """The whole way from a model to published folders: OUT in the recipe's first format, OUT-<format> for each further one."""
-    recipe = settled(recipe, console, offline=options.offline)
     with Processes(options.device) as processes:
+        recipe = processes.share(settled(recipe, console, offline=options.offline) if processes.main else recipe)
         if processes.main:
             report = _compress(model, out, recipe, options, console, processes, evaluate_result, task_data, gate or Gate())
         else:

@@ -22,6 +22,11 @@ from dataclasses import dataclass
 MOST_PROBLEMS = 200  # a config of a stranger can be wrong for each of a hundred thousand layers
 
 
+def number_of(count: int, one: str, many: str = "") -> str:
+    """In words of a message: `1 tensor has`, `1,200 tensors have`. many: where it is not `one` and an s."""
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One thing that is wrong. `where` names file, tensor, byte, option or line; `fix` says what would be right."""
@@ -55,7 +60,7 @@ class MarlinctlError(Exception):
         problems = list(dict.fromkeys(problems))  # each once
         first, *rest = problems[:MOST_PROBLEMS]
         if len(problems) > MOST_PROBLEMS:
-            rest.append(Problem(f"and {len(problems) - MOST_PROBLEMS:,} more problems", first.where, "fix the ones above first"))
+            rest.append(Problem(f"and {number_of(len(problems) - MOST_PROBLEMS, 'more problem')}", first.where, "fix the ones above first"))
         return cls(error_id, first.what, where=first.where, fix=first.fix, more=rest)
 
 

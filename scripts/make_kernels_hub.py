@@ -87,8 +87,8 @@ def sources() -> dict[str, str]:
         text = re.sub(r"^(\s*)from marlinctl import ", r"\1from .. import ", text, flags=re.MULTILINE)
         found[path] = text
         waiting |= _modules(ast.parse(text, path), path)
-    for path in sorted((PACKAGE / "kernels" / "csrc").iterdir()):
-        found[f"kernels/csrc/{path.name}"] = path.read_text("utf-8")
+    for source in sorted((PACKAGE / "kernels" / "csrc").iterdir()):
+        found[f"kernels/csrc/{source.name}"] = source.read_text("utf-8")
     found["kernels/dispatch.json"] = (PACKAGE / "kernels" / "dispatch.json").read_text("utf-8")
     return found
 

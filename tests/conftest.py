@@ -25,6 +25,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def pytest_addoption(parser: pytest.Parser) -> None:
     if find_spec("pytest_timeout") is None:  # a machine that is there for its GPU: what the plugin would register
         parser.addini("timeout", "ignored without pytest-timeout")
+    parser.addoption("--vllm", default=None, metavar="PYTHON", help="python of an environment with vLLM for CPUs (CONTRIBUTING.md)")
     parser.addoption("--data", type=Path, default=None, metavar="DIR", help="folder with local evaluation sets and texts")
 
 

@@ -41,7 +41,9 @@ from tests.tiny import make_tiny
 
 CODES = {0, 1, 2, 3, 4, 5, 6, 7}
 PATIENCE = 60  # seconds
-SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+SIZES: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1,
+}  # fmt: skip
 SMALL = ["--recipe", "mine.yaml", "--group-size", "32", "--samples", "2", "--sequence-length", "32", "--calibration", "text.txt"]
 MEASURED = ["--tokens", "128", "--window", "32", "--text", "rows.jsonl"]
 TRAINED = ["--tokens", "128", "--sequence-length", "32", "--batch-tokens", "64", "--data", "text.txt"]

@@ -121,7 +121,7 @@ class _Counter:
 
             return write
 
-        journal.append_line = double(atomic.append_line, True)  # type: ignore[attr-defined]
+        journal.append_line = double(atomic.append_line, True)
         document = double(atomic.write_document, False)
         for module in (journal, compress, job):
             module.write_document = document  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from marlinctl.models.families import architecture
 from marlinctl.quantize.types import QuantizedLinear
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from marlinctl.system.atomic import canonical
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 def rtn(weight: Tensor, group_size: int) -> QuantizedLinear:
@@ -159,13 +161,13 @@ def gptq_block(**changes: Any) -> dict[str, Any]:
     return {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True, "checkpoint_format": "gptq"} | changes
 
 
-def edit_json(path: Path, change: Callable[[Any], None]) -> None:
+def edit_json(path: Path, change: Callable[[Any], object]) -> None:
     document = json.loads(path.read_text())
     change(document)
     path.write_text(json.dumps(document))
 
 
-def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     """Rewrite the shards of a folder as one, after a change; the index follows."""
     stem = "marlin" if (folder / "marlin.safetensors.index.json").exists() else "model"
     shards = sorted(path for path in folder.glob("*.safetensors") if path.name != mask.NAME)
@@ -178,7 +180,7 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> N
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}))
 
 
-def edit_masks(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+def edit_masks(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     """Rewrite the mask file after a change; one that is left empty goes away."""
     tensors = {name: tensor.clone() for name, tensor in load_file(folder / mask.NAME).items()}
     change(tensors)
@@ -195,7 +197,7 @@ def remake_manifest(folder: Path) -> None:
     (folder / manifest.NAME).write_bytes(canonical(manifest.build(folder, {})))
 
 
-def by_reference(model: torch.nn.Module) -> torch.nn.Module:
+def by_reference(model: Model) -> Model:
     """The model, with packed linears that multiply by the reference: in float32, where torch's int4 operator has bfloat16."""
     for module in model.modules():
         if isinstance(module, MarlinLinear | SparseMarlinLinear):

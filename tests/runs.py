@@ -34,7 +34,7 @@ def recipe(text: Path | str, name: str = "int4", **changes: Any) -> Recipe:
 
 
 def plan(model: Path | str, chosen: Recipe, **settings: Any) -> dict[str, Any]:
-    return make_plan(str(model), chosen, Settings(**{"out": Path(), "dtype": "float32"} | settings), Console.quiet())
+    return make_plan(str(model), chosen, Settings(**{"out": Path(), "dtype": "float32", **settings}), Console.quiet())
 
 
 def quantize(model: Path, out: Path, chosen: Recipe, **options: Any) -> dict[str, Any]:

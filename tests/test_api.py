@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_sparsify_prunes_with_or_without_int4(model: Path, tmp_path: Path, capfd
     """A program that embeds the tool must get the same 2:4 folders as the command line, and the next function must take them."""
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"The {i} quick brown foxes jump over {i * i} lazy dogs." for i in range(400)))
-    given = {"source": str(text), "samples": 4, "sequence_length": 128, "minimum_tokens": 100}
+    given: dict[str, Any] = {"source": str(text), "samples": 4, "sequence_length": 128, "minimum_tokens": 100}
     pruned = api.sparsify(model, tmp_path / "pruned", **given)
     for weight in (p for name, p in api.load(pruned).named_parameters() if name.endswith("_proj.weight")):
         assert int((weight.reshape(-1, 4) != 0).sum(1).max()) == 2

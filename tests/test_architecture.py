@@ -96,7 +96,7 @@ def arrows_to_the_right(imports: list[Import]) -> list[str]:
 
 
 def strangers_in_rooms(imports: list[Import]) -> list[str]:
-    def allowed(found: Import) -> set[str]:
+    def allowed(found: Import) -> frozenset[str]:
         also = set() if found.at_import else ROOMS_MAY_ALSO.get(found.importer, set())
         return sys.stdlib_module_names | {"torch", "marlinctl"} | also
 

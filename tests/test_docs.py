@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -71,7 +72,7 @@ def test_examples_in_the_docs_use_real_options() -> None:
                 words = line.removeprefix("$ ").split("#")[0].split()
                 if words[:1] != ["marlinctl"] or len(words) < 2 or words[1].startswith("-"):
                     continue
-                command: click.Command | None = importlib.import_module(f"marlinctl.commands.{words[1]}").command
+                command: Any = importlib.import_module(f"marlinctl.commands.{words[1]}").command
                 if isinstance(command, click.Group) and len(words) > 2:
                     command = command.commands[words[2]]
                 shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]

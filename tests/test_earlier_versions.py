@@ -70,7 +70,7 @@ def test_an_interrupted_job_is_continued(left: Path, capsys: pytest.CaptureFixtu
     (job / "journal.jsonl").write_text("\n".join([json.dumps(line), *rest]) + "\n")
     assert main(["resume", str(left / "out")]) == 0
     told = capsys.readouterr().err
-    assert "1 of 2 blocks are finished" in told and "warning: an earlier marlinctl began this job and noted no digests" in told
+    assert "1 of 2 blocks finished" in told and "warning: an earlier marlinctl began this job and noted no digests" in told
     published = load_file(left / "out" / "model.safetensors")
     assert finished and all(torch.equal(published[name], tensor) for name, tensor in finished.items())
     assert main(["verify", str(left / "out"), "--source", str(left / "model"), "--json", "--quiet"]) == 0

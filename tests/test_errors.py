@@ -11,11 +11,11 @@ import pytest
 
 import marlinctl
 from marlinctl import errors
-from marlinctl.errors import BadInput, CheckFailed, GateRefused, MarlinctlError, Problem, UsageError, exit_code
+from marlinctl.errors import BadInput, CheckFailed, GateRefused, MarlinctlError, Problem, UsageError, exit_code, number_of
 
 PACKAGE = Path(marlinctl.__file__).parent
 CLASSES = {cls.__name__: cls for cls in MarlinctlError.__subclasses__()}
-ALL = {cls.__name__: cls for cls in (MarlinctlError, GateRefused, *CLASSES.values())}
+ALL: dict[str, type[MarlinctlError]] = {"MarlinctlError": MarlinctlError, "GateRefused": GateRefused, **CLASSES}
 
 
 def ids_of_another_class(source: str) -> Iterator[str]:
@@ -67,3 +67,9 @@ def test_an_id_of_another_class_cannot_be_raised(kind: type[MarlinctlError], err
 def test_usage_error_is_what_click_calls_usage() -> None:
     """Shell scripts know 2 as wrong usage."""
     assert UsageError.exit_code == 2
+
+
+def test_one_is_not_many() -> None:
+    """If messages did not tell one from many, they would read `1 tensors have`."""
+    assert number_of(1, "tensor") == "1 tensor" and number_of(0, "tensor") == "0 tensors" and number_of(1200, "tensor") == "1,200 tensors"
+    assert number_of(1, "weight is", "weights are") == "1 weight is" and number_of(2, "weight is", "weights are") == "2 weights are"

@@ -34,7 +34,7 @@ def index(fetch: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         archive.writestr("data/model.gguf", b"x" * 2_000_000)
         archive.writestr("data/sub/table.json", b"{}")
         archive.writestr("other/readme", b"no")
-    served = {"bytes": good.read_bytes(), "code": 0, "calls": 0}
+    served: dict[str, Any] = {"bytes": good.read_bytes(), "code": 0, "calls": 0}
     wheel = fetch.Wheel("demo==1.0", "demo-1.0-py3-none-any.whl", fetch.sha256(good), 1)
 
     def pip(command: list[str], *, check: bool) -> subprocess.CompletedProcess[bytes]:

@@ -25,7 +25,7 @@ from torch.nn.functional import linear
 from marlinctl.benchmarking.cases import OPERATORS, Kind, Shape
 from marlinctl.benchmarking.table import as_text, text_table
 from marlinctl.benchmarking.weights import random_packed
-from marlinctl.errors import CheckFailed, Problem
+from marlinctl.errors import CheckFailed, Problem, number_of
 from marlinctl.kernels.cpu import few_rows, for_cpu
 from marlinctl.kernels.linear import packed_module
 from marlinctl.kernels.ops import decode
@@ -166,7 +166,7 @@ def table(document: dict[str, Any]) -> str:
             )
         rows.add_section()
     load, itself = document["load"], "multiplies bfloat16 itself" if document["bfloat16"] else "does not multiply bfloat16 itself"
-    machine = f"{document['processor']}, {document['capability']}, {itself}; {document['threads']} threads"
+    machine = f"{document['processor']}, {document['capability']}, {itself}; {number_of(document['threads'], 'thread')}"
     least = "ms: the least of the turns, weights not in cache" if any(case["timed"] for case in document["cases"]) else "checked, not timed"
     busy = f"load {load['before']} before, {load['after']} after"
     return f"{as_text(rows)}\n\n{machine}; {busy}\ntorch {document['torch']}, {document['date']}; {least}"

@@ -41,7 +41,7 @@ from marlinctl.benchmarking.documents import (
 from marlinctl.benchmarking.implementations import Dequantized, Operator, configured, fewest, overlaps
 from marlinctl.benchmarking.timing import REPLAYS, Candidate, Clock, copies_for, take_turns
 from marlinctl.benchmarking.weights import Packed, packed_bytes, random_packed
-from marlinctl.errors import UsageError
+from marlinctl.errors import UsageError, number_of
 from marlinctl.kernels import jit
 from marlinctl.system.console import gibibytes
 
@@ -122,7 +122,7 @@ def run(asked: Asked, gpu: Device, console: Console) -> Document:
             ours += [*plain, *every]
             checked += [*plain, *fewest(every)]
         work = _work(asked, gpu, console)
-        console.say(f"accuracy: {len(checked)} kernels, {len(work)} linears, against float64")
+        console.say(f"accuracy: {number_of(len(checked), 'kernel')}, {number_of(len(work), 'linear')}, against float64")
         with telling(kernel_folder(None), f"the operators on {gpu.name}"):  # they compile what they choose
             found, problems = accuracy.check(checked, work, gpu.device, thorough=True)
         accuracy.refuse(problems)

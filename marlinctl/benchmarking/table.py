@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from marlinctl.benchmarking.cases import SIDE_BY_SIDE
 from marlinctl.benchmarking.documents import Case, Document, Set, Timed
+from marlinctl.errors import number_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -87,7 +88,7 @@ def _notes(document: Document) -> Iterator[str]:
         yield f"measured in this run: {rates}"
     for worst in document.accuracy.worst:
         errors = f"relative {worst.relative:.1e} (at most {worst.gate:.0e}), mean ratio {worst.mean_ratio:.1e}"
-        yield f"error against float64, {worst.name}: {errors}, {worst.checks} checks"
+        yield f"error against float64, {worst.name}: {errors}, {number_of(worst.checks, 'check')}"
     shown = [cost for cost in document.fixed_costs if "/" not in cost.name]  # single configurations would hide the rest
     if shown:
         costs = ", ".join(f"{cost.name} {cost.us:.1f} us + {cost.bytes_per_second / 1e12:.2f} TB/s" for cost in shown)

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlinctl.errors import BadInput, NumericalProblem, Problem
+from marlinctl.errors import BadInput, NumericalProblem, Problem, number_of
 from marlinctl.system.files import shown
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def of_weights(contents: Contents, *, strict: bool) -> list[str]:
     if strict and (zero or constant):
         where, fix = str(contents.folder), "the checkpoint may be damaged, compare it with the original; or no --strict"
         what = [f"{shown(name)} holds nothing but zeros" for name in zero]
-        what += [f"{count} columns of {shown(name)} hold one value in every row" for name, count in constant.items()]
+        what += [f"{number_of(count, 'column')} of {shown(name)} with one value in every row" for name, count in constant.items()]
         raise NumericalProblem.from_problems("E605", [Problem(f"{text}, and --strict forbids that", where, fix) for text in what])
     found = [f"weights that hold nothing but zeros: {_some(zero)}"] if zero else []
     columns = [f"{name} ({count})" for name, count in constant.items()]
@@ -55,7 +55,8 @@ def of_inputs(counts: Mapping[str, int]) -> list[str]:
 def of_text(facts: Mapping[str, Any], flag: str) -> list[str]:
     """facts: of a calibration, or of the rows of a distillation. flag: what sets the length."""
     cut = facts.get("cut", 0)  # a job of an earlier version did not count them
-    found = [f"{cut} chats are longer than {flag} and were cut to {facts['sequence_length']} tokens"] if cut else []
+    chats = number_of(cut, f"chat is longer than {flag} and was", f"chats are longer than {flag} and were")
+    found = [f"{chats} cut to {facts['sequence_length']} tokens"] if cut else []
     for part in facts.get("parts", ()):
         rows = part["rows"]
         if rows["skipped"]:

@@ -33,7 +33,7 @@ from marlinctl.checkpoint.reader import Checkpoint, check_expected, open_checkpo
 from marlinctl.checkpoint.sixteen_bit import in_sixteen_bits
 from marlinctl.checkpoint.source_digests import check_small_files
 from marlinctl.checkpoint.tied_head import with_embedding
-from marlinctl.errors import BadInput, Problem
+from marlinctl.errors import BadInput, Problem, number_of
 from marlinctl.models.architectures import Architecture
 from marlinctl.models.config import CONFIG
 from marlinctl.models.families import architecture
@@ -203,7 +203,7 @@ def _refuse_unexpected(checkpoint: Checkpoint, info: FormatInfo, known: Architec
     if not extra:
         return
     listed = ", ".join(shown(name, 100) for name in extra[:5]) + (" ..." if len(extra) > 5 else "")
-    what = f"{len(extra)} tensors have no place in the model that config.json describes: {listed}"
+    what = f"{number_of(len(extra), 'tensor has', 'tensors have')} no place in the model that config.json describes: {listed}"
     fix = (
         "transformers would leave them out, and compute another model than the one that was trained: take config.json and weights from one "
         "place (more blocks, or biases, than config.json says? an adapter that was not merged?)"
@@ -214,8 +214,9 @@ def _refuse_unexpected(checkpoint: Checkpoint, info: FormatInfo, known: Architec
 def _said_of_guests(found: Mapping[str, str], *, dropped: bool) -> str:
     listed = ", ".join(shown(name, 100) for name in list(found)[:3]) + (" ..." if len(found) > 3 else "")
     kinds = "; ".join(sorted(set(found.values())))
-    what = "left out" if dropped else "carried as they are"
-    return f"{len(found)} tensors are no part of the model that config.json describes, and are {what}: {listed} ({kinds})"
+    what = "left out" if dropped else "carried along unchanged"
+    count = number_of(len(found), "tensor is", "tensors are")
+    return f"{count} no part of the model that config.json describes, and {what}: {listed} ({kinds})"
 
 
 def biases(checkpoint: Checkpoint, info: FormatInfo) -> list[str]:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from marlinctl.checkpoint.formats.base import MODEL_FILES, STEMS
 from marlinctl.checkpoint.model_files import MASK_FILE
 from marlinctl.checkpoint.safetensors_header import TensorInfo, read_header
-from marlinctl.errors import BadInput, Problem
+from marlinctl.errors import BadInput, Problem, number_of
 from marlinctl.models.config import CONFIG, read_config
 from marlinctl.system.files import FileRefused, exists, member, open_member, read_json, shown, special_files
 
@@ -268,7 +268,7 @@ def _first_problems(wrong: Iterable[_Wrong], describe: Callable[[_Wrong], Proble
     yield from map(describe, islice(left, MAX_PROBLEMS))
     more = sum(1 for _ in left)
     if more:
-        yield Problem(f"and {more:,} more problems", str(folder), "fix the ones above first")
+        yield Problem(f"and {number_of(more, 'more problem')}", str(folder), "fix the ones above first")
 
 
 def _find_shards(folder: Path, weight_files: str, problems: list[Problem], notes: list[str]) -> tuple[list[str], dict[str, str] | None]:
@@ -369,7 +369,7 @@ def _read_shards(folder: Path, shards: list[str], problems: list[Problem]) -> di
     tensors: dict[str, TensorInfo] = {}
     for place, shard in enumerate(shards):
         if len(problems) > MAX_PROBLEMS:
-            what = f"{len(shards) - place:,} more shards were not looked at"
+            what = f"{number_of(len(shards) - place, 'more shard was', 'more shards were')} not looked at"
             problems.append(Problem(what, str(folder), "fix the ones above first"))
             break
         found, wrong = read_header(folder, shard)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from marlinctl.checkpoint.formats.registry import quantization_block, without_quantization
 from marlinctl.checkpoint.reader import Checkpoint, dtype_called
 from marlinctl.checkpoint.safetensors_header import TensorInfo
-from marlinctl.errors import BadInput, Problem
+from marlinctl.errors import BadInput, Problem, number_of
 from marlinctl.system.files import brief, shown
 
 if TYPE_CHECKING:
@@ -109,7 +109,9 @@ def _of_fp8(checkpoint: Checkpoint, block: Mapping[str, Any]) -> Checkpoint:
     if problems:
         raise BadInput.from_problems("E340", problems)
     kind = f"blocks of {sides[0]} x {sides[1]}" if sides else "a scale for each row or matrix"
-    return _dense(checkpoint, made, left_out, f"{len(made)} weights are FP8 ({kind}); they are read as bfloat16, rounded once")
+    return _dense(
+        checkpoint, made, left_out, f"{number_of(len(made), 'weight is', 'weights are')} FP8 ({kind}), read as bfloat16 and rounded once"
+    )
 
 
 def _block_sides(block: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -176,7 +178,7 @@ def _of_awq(checkpoint: Checkpoint, block: Mapping[str, Any]) -> Checkpoint:
         raise BadInput.from_problems("E340", problems)
     left_out = {f"{layer}.{part}" for layer in layers for part in _AWQ_PARTS}
     again = f"quantizing them again loses accuracy, so {_ORIGINAL} where you can"
-    return _dense(checkpoint, made, left_out, f"{len(made)} linears are 4-bit AWQ; they are dequantized; {again}")
+    return _dense(checkpoint, made, left_out, f"{number_of(len(made), 'linear is', 'linears are')} 4-bit AWQ, dequantized; {again}")
 
 
 def _awq_misfit(parts: Mapping[str, TensorInfo]) -> str | None:

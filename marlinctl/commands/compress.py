@@ -12,6 +12,7 @@ from marlinctl.commands.evaluation_flags import chosen_gate, chosen_measuring, e
 from marlinctl.commands.help import Command
 from marlinctl.commands.quantize import bits_of
 from marlinctl.commands.recipe_flags import chosen_options, chosen_recipe, recipe_flags, run_flags
+from marlinctl.errors import number_of
 from marlinctl.system.console import Console
 from marlinctl.system.processes import silence_if_second
 
@@ -80,7 +81,7 @@ def show_result(console: Console, report: dict[str, Any]) -> None:
     size = report["bytes"]
     lines = [f"{item['folder']} ({item['format']})" for item in report["outputs"]]
     sizes = f"{size['source'] / 1e6:,.1f} MB -> {size['result'] / 1e6:,.1f} MB"
-    lines.append(f"{len(report['layers'])} linears in {bits_of(report)} bits, {sizes}, {report['seconds']:.1f} s to quantize")
+    lines.append(f"{number_of(len(report['layers']), 'linear')} in {bits_of(report)} bits, {sizes}, {report['seconds']:.1f} s to quantize")
     if "evaluation" in report:
         lines += ["", report["evaluation"]["table"]]
     lines += ["", f"report: {Path(report['outputs'][0]['folder']) / 'marlinctl_report.html'}"]

@@ -10,6 +10,7 @@ import click
 from marlinctl.commands.common import common_options
 from marlinctl.commands.help import Command
 from marlinctl.commands.recipe_flags import chosen_distillation, chosen_options, distill_flags, distill_run_flags
+from marlinctl.errors import number_of
 from marlinctl.system.console import Console, gibibytes
 from marlinctl.system.processes import silence_if_second
 
@@ -53,7 +54,7 @@ def show_result(console: Console, out: Path, report: dict[str, Any]) -> None:
     training, held_out = report["training"], report["held_out"]
     losses = ", ".join(f"{name} {held_out['before'][name]:.4f} -> {value:.4f}" for name, value in held_out["after"].items())
     text = (
-        f"{out}: {training['tokens']:,} tokens in {training['steps']} steps, {training['seconds']:,.1f} s; "
+        f"{out}: {training['tokens']:,} tokens in {number_of(training['steps'], 'step')}, {training['seconds']:,.1f} s; "
         f"held out: {losses}; peak {gibibytes(report['peak_memory_bytes'])}"
     )
     console.result(text, {"out": str(out), **report}, hanging=4)

@@ -10,6 +10,7 @@ import click
 from marlinctl.commands.common import common_options
 from marlinctl.commands.help import Command
 from marlinctl.commands.recipe_flags import chosen_options, chosen_recipe, recipe_flags, run_flags
+from marlinctl.errors import number_of
 from marlinctl.system.console import Console, gibibytes
 from marlinctl.system.processes import silence_if_second
 
@@ -58,7 +59,7 @@ def show_result(console: Console, out: Path, report: dict[str, Any]) -> None:
     """The result, for a person and for a machine."""
     size = report["bytes"]
     text = (
-        f"{out}: {len(report['layers'])} linears in {bits_of(report)} bits, "
+        f"{out}: {number_of(len(report['layers']), 'linear')} in {bits_of(report)} bits, "
         f"{size['source'] / 1e6:,.1f} MB -> {size['result'] / 1e6:,.1f} MB, mean layer error {report['error']['mean']:.5f}, "
         f"{report['seconds']:.1f} s, peak {gibibytes(report['peak_memory_bytes'])}"
     )

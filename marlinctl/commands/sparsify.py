@@ -11,6 +11,7 @@ from marlinctl.commands.common import common_options, go_offline
 from marlinctl.commands.evaluation_flags import chosen_gate, chosen_measuring, evaluation_flags
 from marlinctl.commands.help import Command
 from marlinctl.commands.recipe_flags import chosen_options, chosen_recipe, recipe_flags, run_flags
+from marlinctl.errors import number_of
 from marlinctl.system.console import Console, gibibytes
 from marlinctl.system.processes import silence_if_second
 
@@ -74,8 +75,8 @@ def show_result(console: Console, out: Path, report: dict[str, Any]) -> None:
     size = report["bytes"]
     sizes = f"{size['source'] / 1e6:,.1f} MB -> {size['result'] / 1e6:,.1f} MB"
     lines = [
-        f"{out}: {report['sparse']} linears 2:4 at {report['bits']} bits, {sizes}, mean layer error {report['error']['mean']:.5f}, "
-        f"{report['seconds']:.1f} s, peak {gibibytes(report['peak_memory_bytes'])}"
+        f"{out}: {number_of(report['sparse'], 'linear')} 2:4 at {report['bits']} bits, {sizes}, "
+        f"mean layer error {report['error']['mean']:.5f}, {report['seconds']:.1f} s, peak {gibibytes(report['peak_memory_bytes'])}"
     ]
     if "evaluation" in report:
         lines += ["", report["evaluation"]["table"]]

@@ -8,6 +8,7 @@ import click
 
 from marlinctl.commands.common import common_options
 from marlinctl.commands.help import Command
+from marlinctl.errors import number_of
 from marlinctl.system.console import Console
 
 
@@ -46,10 +47,11 @@ def command(
         original = resolve_model(source, revision=None, cache_dir=cache_dir, offline=console.offline, console=console).folder
     checked = verify(folder, source=original, load=load, console=console, module_map=module_map, kernels=kernels)
     facts = checked.document()
-    lines = [f"{folder}: ok", f"  {facts['files']} files, {facts['linears']} linears in {facts['format']}"]
+    lines = [f"{folder}: ok", f"  {number_of(facts['files'], 'file')}, {number_of(facts['linears'], 'linear')} in {facts['format']}"]
     if checked.pattern is not None:
         zero = f"{checked.pattern['zero_kept']:,} kept weights are zero"
-        lines.append(f"  2:4 in {checked.pattern['linears']} linears by the {checked.pattern['origin']}, what was pruned is zero, {zero}")
+        count = number_of(checked.pattern["linears"], "linear")
+        lines.append(f"  2:4 in {count} by the {checked.pattern['origin']}, what was pruned is zero, {zero}")
     if checked.kernels is not None:
         read = f"{checked.kernels.blocks} of {checked.kernels.of_blocks} blocks of 64 outputs"
         lines.append(f"  tiles read by the {checked.kernels.by}, {read}: the same products, relative error {checked.kernels.error:.1e}")

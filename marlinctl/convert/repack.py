@@ -37,7 +37,7 @@ from marlinctl.checkpoint.mask import Masks, open_masks
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.shards import MAX_SHARD_BYTES
 from marlinctl.checkpoint.source_digests import check_known_digests
-from marlinctl.errors import BadInput, CheckFailed, Problem, UsageError
+from marlinctl.errors import BadInput, CheckFailed, Problem, UsageError, number_of
 from marlinctl.jobs.journal import JobFolder, Request
 from marlinctl.models.config import CONFIG, named_otherwise
 from marlinctl.models.families import FAMILIES
@@ -175,7 +175,7 @@ def _repack(
         pieces = sum(_packed_bytes(opened, fmt) for fmt in list(outputs)[1:])  # they wait until the first is merged
         pieces += merged_bytes(_packed_bytes(opened, next(iter(outputs))), max_shard_bytes)
         writer.require_space(out, sum(sizes.values()) + pieces + sum(_mask_bytes(opened, fmt) for fmt in outputs))
-        console.say(f"{source}: {opened.info.name}, {len(opened.info.layers)} linears, group size {opened.info.group_size}")
+        console.say(f"{source}: {opened.info.name}, {number_of(len(opened.info.layers), 'linear')}, group size {opened.info.group_size}")
         _check_pattern(opened, console)
 
         stages = {
@@ -290,7 +290,7 @@ def _check_pattern(source: Source, console: Console) -> None:
         "2:4: there is no mask file, so the mask is derived from codes that are zero; "
         "where a group of four has more than two of those, the lowest columns count as kept"
         if source.masks is None
-        else f"2:4: the masks of {len(source.masks.layers)} linears are those of {source.masks.where}"
+        else f"2:4: the masks of {number_of(len(source.masks.layers), 'linear')} are those of {source.masks.where}"
     )
     sparsity.refuse(sparsity.contradictions([*source.info.layers, *source.carried], source.mask, console))
 

@@ -26,7 +26,7 @@ from marlinctl.data.calibration_size import CHARACTERS_PER_TOKEN, PIECE, SELF_BA
 from marlinctl.data.mixture import SELF, Part, parts_of, samples_of_parts
 from marlinctl.data.rows import Document, Item, RowCount, columns_of, item_of, no_column, usable
 from marlinctl.data.tokens import SLACK, Tokens, first_ids, token_ids, tokenizer_refused
-from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, MarlinctlError, Problem, UsageError
+from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, MarlinctlError, Problem, UsageError, number_of
 from marlinctl.models.config import read_config
 from marlinctl.models.transformers_config import transformers_config
 from marlinctl.recipes.schema import Calibration
@@ -86,11 +86,11 @@ def load_calibration(
         "sha256": sha256_of_tensors(ids),
     }
     console.say(
-        f"calibration: {asked.source} ({found.how}), {ids.shape[0]} of {asked.samples} samples, "
+        f"calibration: {asked.source} ({found.how}), {ids.shape[0]} of {number_of(asked.samples, 'sample')}, "
         f"{sizes['got']:,} of {sizes['asked']:,} tokens, {sizes['counted']:,} counted"
     )
     if len(found.parts) > 1:
-        console.say("mixture: " + ", ".join(f"{part['samples']} samples of {part['source']}" for part in found.parts))
+        console.say("mixture: " + ", ".join(f"{number_of(part['samples'], 'sample')} of {part['source']}" for part in found.parts))
     for warning in findings.of_text(facts, "--sequence-length"):
         console.warn(warning)
     return CalibrationSet(Tokens(ids, counted), facts)
@@ -130,12 +130,16 @@ def _try(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         ) from None
 
 
+def _there(samples: int, length: int) -> str:
+    return number_of(samples, f"sample of {length} tokens is there", f"samples of {length} tokens are there")
+
+
 def _require(asked: Calibration, ids: Tensor, counted: Tensor) -> None:
     got, tokens = ids.shape[0], int(counted.sum())
     if got < asked.samples:
         raise BadInput(
             "E393",
-            f"{got} samples of {asked.sequence_length} tokens are there, {asked.samples} were asked for",
+            f"{_there(got, asked.sequence_length)}, {asked.samples} were asked for",
             where=f"calibration {asked.source}",
             fix=f"give more text, or --samples {got}" if got else "give more text, or a smaller --sequence-length",
         )
@@ -193,7 +197,7 @@ def _read_part(part: Part, samples: int, place: int, asked: Calibration, tokeniz
         raise UsageError("E253", f"--chat always, but {missing}", where=f"calibration {part.source}", fix="--chat auto")
     everything = chain(() if first is None else (first,), documents)
     if as_chats:
-        chats = ((where, d) for where, d in everything if not isinstance(d, str))
+        chats = _chats(everything, None if asked.chat == "always" else count)
         rows = list(islice(_chat_ids(chats, samples, asked.sequence_length, tokenizer, count), samples))
         cut, ids = sum(len(row) > asked.sequence_length for row in rows), _pad(rows, asked.sequence_length)
         how = "chats, with the model's template"
@@ -205,7 +209,7 @@ def _read_part(part: Part, samples: int, place: int, asked: Calibration, tokeniz
     if mixed and len(ids) < samples:
         raise BadInput(
             "E393",
-            f"{len(ids)} samples of {asked.sequence_length} tokens are there, the share of {part.share:.3g} asks for {samples}",
+            f"{_there(len(ids), asked.sequence_length)}, the share of {part.share:.3g} asks for {samples}",
             where=f"calibration {part.source}",
             fix="give more text, a smaller share, or fewer --samples",
         )
@@ -303,10 +307,23 @@ def _hub_items(source: str) -> Iterator[Item]:
         ) from error
 
 
+def _chats(documents: Iterable[_Placed], count: RowCount | None) -> Iterator[_Placed]:
+    """Those of the documents that are chats. With a count, texts among them are skipped and counted."""
+    for where, document in documents:
+        if not isinstance(document, str):
+            yield where, document
+        elif count is not None:
+            fix = "divide the file in two and give both as a mixture, or read all as plain text with --chat never"
+            count.skip(Problem("a text among chats", where, fix))
+
+
 def _cut(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, samples: int, length: int) -> Tensor:
-    """Join, tokenize, cut. Samples begin with BOS where the tokenizer puts one before every text."""
+    """Join, tokenize, cut. Samples begin with BOS where the tokenizer puts one before every text; UsageError E246 where that is all."""
     begins = _begins_with(tokenizer)
     body = length - len(begins)
+    if body < 1:
+        what = f"a sample of {length} has no room but for the token that the tokenizer puts before every text"
+        raise UsageError("E246", what, where="--sequence-length", fix=f"--sequence-length {len(begins) + 1} or more")
     needed = samples * body
     found = [torch.empty(0, dtype=torch.int64)]
     got = 0

@@ -3,7 +3,7 @@
     mixture   part,part,...        shares of the samples; any positive numbers, divided by their sum; without numbers all alike
     part      source[:share]       a file, or a data set of the hub (org/name:config:split:0.3)
 
-A name that is a file as it stands is one source, whatever signs are in it.
+A name that is a file as it stands is one source, whatever signs are in it. A share of a single file means nothing, and does no harm.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from marlinctl.errors import UsageError
+from marlinctl.errors import UsageError, number_of
 
 SELF = "self"
 _NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+")
@@ -29,7 +29,9 @@ class Part:
 def parts_of(source: str) -> tuple[Part, ...]:
     """One part for a plain source. UsageError E246 for shares that are none, or for `self` beside others."""
     if "," not in source or Path(source).expanduser().exists():
-        return (Part(source, 1.0),)
+        name, share = _divided(source)
+        alone = bool(share) and not Path(source).expanduser().exists() and Path(name).expanduser().exists()
+        return (Part(name if alone else source, 1.0),)
     found = [_divided(piece.strip()) for piece in source.split(",")]
     where = f"calibration {source}"
     if any(not name for name, _ in found):
@@ -57,7 +59,7 @@ def samples_of_parts(parts: tuple[Part, ...], samples: int) -> tuple[int, ...]:
         counts[place] += 1
     for part, count in zip(parts, counts, strict=True):
         if count == 0:
-            what = f"a share of {part.share:.3g} of {samples} samples is less than one"
+            what = f"a share of {part.share:.3g} of {number_of(samples, 'sample')} is less than one"
             raise UsageError("E246", what, where=f"calibration {part.source}", fix="more --samples, or a larger share")
     return tuple(counts)
 

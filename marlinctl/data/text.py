@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from marlinctl.data.rows import LONGEST_TEXT, Document, Item, RowCount, bad, columns_of, item_of, kind_of, no_column, usable
-from marlinctl.errors import BadInput, EnvironmentProblem, UsageError
+from marlinctl.errors import BadInput, EnvironmentProblem, UsageError, number_of
 from marlinctl.system.confined import Bounds, Exceeded, confined
 from marlinctl.system.files import FileRefused, open_plain, shown
 
@@ -67,7 +67,7 @@ def load_text(source: str, *, longest: int = LONGEST_TEXT) -> Text:
         text, note = "".join(parts), str(path)
     else:
         parts, more = _first_characters((row for row in _rows(path, kind, chats=False) if isinstance(row, str)), longest)
-        text, note = "\n\n".join(parts), f"{path}, {len(parts):,} rows joined by blank lines"
+        text, note = "\n\n".join(parts), f"{path}, {number_of(len(parts), 'row')} joined by blank lines"
     return _text(path.name, text[:longest] if more else text, f"{note}, the first {longest:,} characters" if more else note)
 
 

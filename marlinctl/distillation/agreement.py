@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from marlinctl.distillation.distributed import Processes
-from marlinctl.errors import CheckFailed, Problem
+from marlinctl.errors import CheckFailed, Problem, number_of
 from marlinctl.system.console import Console
 from marlinctl.system.host import available_memory
 
@@ -37,7 +37,11 @@ def require_same_weights(title: str, model: nn.Module, processes: Processes) -> 
     others = sorted(name for name in mine.keys() | wanted.keys() if mine.get(name) != wanted.get(name))
     fix = f"the {title}'s files must be equal on every machine (sha256sum); if they are, please report it, with `marlinctl doctor --json`"
     problems = [
-        Problem(f"process {index} holds another {title} than process 0: {count} of {len(wanted)} tensors differ", f"{title}, {first}", fix)
+        Problem(
+            f"process {index} holds another {title} than process 0: {count} of {number_of(len(wanted), 'tensor')} not the same",
+            f"{title}, {first}",
+            fix,
+        )
         for index, (count, first) in enumerate(processes.gather((len(others), others[0] if others else "")))
         if count
     ]

@@ -25,7 +25,7 @@ from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.source_digests import check_known_digests
 from marlinctl.data.calibration import load_tokenizer
-from marlinctl.errors import BadInput, Problem, UsageError
+from marlinctl.errors import BadInput, Problem, UsageError, number_of
 from marlinctl.models.architectures import Architecture
 from marlinctl.oneshot.open import Options
 from marlinctl.planning.training_settings import refuse_blockwise
@@ -172,7 +172,8 @@ def _check_kinship(student: Model, teacher: Model) -> None:
         mine, other = (load_tokenizer(model.source.folder).get_vocab() for model in (student, teacher))
         moved = sorted(token for token in mine.keys() & other.keys() if mine[token] != other[token])
         if moved:
-            what = f"{len(moved)} tokens have other ids in the teacher's tokenizer, {moved[0]!r} among them"
+            count = number_of(len(moved), "token has another id", "tokens have other ids")
+            what = f"{count} in the teacher's tokenizer, {moved[0]!r} among them"
             problems.append(Problem(what, where, fix))
     if problems:
         raise BadInput.from_problems("E371", problems)
@@ -200,7 +201,7 @@ def _check_pattern(student: Model, pattern: Pattern, console: Console) -> None:
     """Every mask is 2:4, and what it prunes is zero. Lists all linears where that does not hold."""
     problems = sparsity.contradictions(pattern.shapes, lambda layer: _check_layer(student, pattern, layer), console)
     if problems and not pattern.from_file and len(problems) == len(pattern.shapes):
-        what = f"the student is not pruned: none of its {len(problems)} linears is 2:4"
+        what = f"the student is not pruned: none of its {number_of(len(problems), 'linear')} is 2:4"
         raise BadInput("E356", what, where=str(student.source.folder), fix=_SPARSIFY)
     sparsity.refuse(problems)
 
@@ -214,9 +215,10 @@ def _check_layer(student: Model, pattern: Pattern, layer: str) -> None:
     alive = (values != 0) & ~mask
     if bool(alive.any()):
         row, column = alive.nonzero()[0].tolist()
+        count = number_of(int(alive.sum()), "weight is", "weights are")
         raise BadInput(
             "E356",
-            f"{layer}: {int(alive.sum())} weights are not zero although the mask prunes them; the first is [{row}, {column}]",
+            f"{layer}: {count} not zero although the mask prunes them; the first is [{row}, {column}]",
             where=str(student.source.folder / masks.NAME),
             fix=f"mask and weights do not belong together; write or fetch the checkpoint again, or {_SPARSIFY}",
         )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from marlinctl.checkpoint import findings
 from marlinctl.data.calibration import Samples, load_tokenizer, read_samples, write_samples
-from marlinctl.errors import BadInput
+from marlinctl.errors import BadInput, number_of
 from marlinctl.planning.training_settings import HELD_OUT_SHARE, held_out_rows, rows_per_step, steps_of
 from marlinctl.recipes.schema import Calibration, Distill
 from marlinctl.system.console import Console
@@ -78,7 +78,7 @@ def make_rows(ids: Tensor, counted: Tensor, asked: Distill, found: Samples, cons
     if got < 2:
         raise BadInput(
             "E393",
-            f"{got} rows of {asked.sequence_length} tokens are there; at least one to train on and one to measure on are needed",
+            f"{number_of(got, 'row')} of {asked.sequence_length} tokens to read; at least one to train on and one to measure on are needed",
             where=f"--data {asked.data}",
             fix="give more text, or a smaller --sequence-length",
         )
@@ -99,7 +99,7 @@ def make_rows(ids: Tensor, counted: Tensor, asked: Distill, found: Samples, cons
         console.warn(warning)
     rows = Rows(ids, counted, held_out, facts)
     console.say(
-        f"data: {asked.data} ({found.how}), {rows.trained} rows of {ids.shape[1]} tokens to train on, {held_out} held out"
+        f"data: {asked.data} ({found.how}), {number_of(rows.trained, 'row')} of {ids.shape[1]} tokens to train on, {held_out} held out"
         + (f"; the budget of {asked.tokens:,} tokens reads them {passes:.1f} times" if passes > 1 else "")
     )
     return rows

@@ -42,6 +42,7 @@ from marlinctl.distillation.state import DistillJob, State
 from marlinctl.distillation.student import load_student
 from marlinctl.distillation.teacher import Cached, Teacher, live, write_cache
 from marlinctl.distillation.tracking import Track, require_tracker, tracking, untracked
+from marlinctl.errors import number_of
 from marlinctl.jobs.journal import Request
 from marlinctl.models.module_map import check_module_map
 from marlinctl.oneshot.documents import published_report, versions
@@ -375,7 +376,7 @@ def _report(
         "training": dict(training),
         "held_out": {"before": dict(before), "after": dict(after)},
         "versions": versions(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {number_of(torch.get_num_threads(), 'thread')}",
         "processes": run.processes.count,
         "dtype": str(run.dtype).removeprefix("torch."),
         **peaks,

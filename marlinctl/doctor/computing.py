@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from marlinctl.doctor.driver import gpu as missing_gpu
 from marlinctl.doctor.places import shared_memory
 from marlinctl.doctor.result import Check
+from marlinctl.errors import number_of
 from marlinctl.system.console import gibibytes
 from marlinctl.system.driver import OLDEST_DRIVER, Driver, find_driver, no_gpu
 
@@ -72,7 +73,7 @@ def cpu(version: str) -> Iterator[Check]:
         yield Check("torch", "fail", f"{version}: a product on the CPU is wrong in {', '.join(wrong)}", cure)
         return
     unit = "the processor multiplies bfloat16 itself" if cpu_has_bf16() else "bfloat16 is emulated, so runs on the CPU take float32"
-    yield Check("torch", "ok", f"{version}: products on the CPU are right, {torch.get_num_threads()} threads; {unit}")
+    yield Check("torch", "ok", f"{version}: products on the CPU are right, {number_of(torch.get_num_threads(), 'thread')}; {unit}")
 
 
 def gpu(index: int) -> Check:

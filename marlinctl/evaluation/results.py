@@ -25,7 +25,7 @@ from typing import Any
 
 from marlinctl.errors import BadInput, Problem, ResourceProblem, UsageError
 from marlinctl.system.atomic import make_folder, sync_folder, whole_file
-from marlinctl.system.files import MAX_OWN_BYTES, MAX_OWN_VALUES, FileRefused, read_plain_json
+from marlinctl.system.files import MAX_OWN_BYTES, MAX_OWN_VALUES, FileRefused, read_plain_json, require_parent
 
 Document = dict[str, Any]
 OPEN_LEVELS = 3
@@ -75,11 +75,11 @@ def check_place(path: Path | None, *, resume: bool, samples: bool = False) -> No
             raise UsageError("E244", "--log-samples writes beside the results file", where="--log-samples", fix="add --out FILE.json")
         if resume:
             raise UsageError("E244", "--resume needs the file to continue", where="--resume", fix="add --out FILE.json")
-    elif path.exists() and not resume:
+        return
+    if path.exists() and not resume:
         raise UsageError("E244", f"{path} exists already", where="--out", fix="add --resume to continue it, or name another file")
-    elif not path.parent.is_dir():
-        raise UsageError("E244", f"there is no folder {path.parent}", where="--out", fix="make the folder first, or name another file")
-    elif samples and not resume and samples_folder(path).exists():
+    require_parent(path, "--out")
+    if samples and not resume and samples_folder(path).exists():
         what = f"{samples_folder(path)} exists already, of another run"
         raise UsageError("E244", what, where="--log-samples", fix="move it away, or name another file with --out")
 
@@ -95,6 +95,7 @@ def render(value: Any, depth: int = 0) -> str:
 
 def write_atomically(path: Path, data: bytes) -> None:
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:
             file.write(data)
         sync_folder(path.parent)

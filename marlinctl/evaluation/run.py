@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from marlinctl.data.text import LONGEST_TEXT, PYTHONDOC, Text, load_text
 from marlinctl.data.tokens import MOST_CHARACTERS_PER_TOKEN
-from marlinctl.errors import UsageError
+from marlinctl.errors import UsageError, number_of
 from marlinctl.evaluation import chat, divergence, loading, results, statistics, table, tasks, windows
 from marlinctl.evaluation.settings import DEFAULT_WINDOW, EvalSettings
 from marlinctl.report.scores import figure
@@ -167,7 +167,7 @@ class _Run:
                 splits = ", ".join(sorted({plan.splits[leaf] for leaf in leaves}))
                 documents = sum(min(len(plan.leaves[leaf].eval_docs), s.limit or 10**9) for leaf in leaves)
                 several = f"{len(leaves)} tasks, " if len(leaves) > 1 else ""
-                self.console.say(f"{name}: split {splits}, {several}{documents:,} documents")
+                self.console.say(f"{name}: split {splits}, {several}{number_of(documents, 'document')}")
             yield plan
 
     @contextmanager
@@ -218,7 +218,7 @@ class _Run:
             "window": self.window,
             "starts_with": start,
         }
-        self.console.say(f"text: {text.note}, SHA-256 {text.sha256[:16]}..., {len(rows)} windows of {self.window:,} tokens")
+        self.console.say(f"text: {text.note}, SHA-256 {text.sha256[:16]}..., {number_of(len(rows), 'window')} of {self.window:,} tokens")
         if s.window is None and self.window < min(DEFAULT_WINDOW, s.tokens):
             self.console.say(f"windows are no longer than the {self.window:,} positions of the model")
         if len(rows) < s.tokens // self.window:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from marlinctl.checkpoint.ownership import is_job, refuse_strangers, strangers_in_job
-from marlinctl.errors import BadInput, UsageError
+from marlinctl.errors import BadInput, UsageError, number_of
 from marlinctl.jobs.journal import ENDING, JobFolder, held_by
 
 
@@ -94,4 +94,4 @@ def _stage(job: JobFolder) -> tuple[str, int]:
     if state.is_file():
         return f"state after step {job.document('state.json').get('step')}", 0
     blocks = sum(line["step"] in ("block", "head") for line in job.lines)
-    return (f"{blocks} blocks finished", blocks) if blocks else ("begun", 0)
+    return (f"{number_of(blocks, 'block')} finished", blocks) if blocks else ("begun", 0)

@@ -75,7 +75,9 @@ def _derived(model: PreTrainedModel, kind: str) -> tuple[Architecture, str]:
         raise refused(kind, "its token embedding is not part of the decoder")
     blocks = [f"{blocks_at}.{i}" for i in range(len(list(model.get_submodule(blocks_at).children())))]
     _refuse_conv1d(model, kind, blocks_at)
-    _refuse_shared_weights(model, kind, blocks_at)
+    shared = sorted(name for pair in model.all_tied_weights_keys.items() for name in pair if name.startswith(f"{blocks_at}."))
+    if shared:
+        raise refused(kind, f"{shared[0]} is the same tensor as another one, and would be quantized for one of two places")
     known, prefix = _followed(model, kind, decoder, blocks)
     norm = _final_norm(model, kind, known.trace, decoder, blocks[-1])
     built = tuple(_block(i, prefix, known) for i, prefix in enumerate(blocks))
@@ -175,14 +177,6 @@ def _refuse_conv1d(model: nn.Module, kind: str, blocks_at: str) -> None:
         raise refused(kind, "its linears are Conv1D, stored as (in, out), and compressed-tensors packs only nn.Linear")
 
 
-def _refuse_shared_weights(model: nn.Module, kind: str, blocks_at: str) -> None:
-    """Blocks are solved one after another, each with weights of its own."""
-    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
-    inside = [(name, source) for name, source in tied.items() if name.startswith(f"{blocks_at}.") and source.startswith(f"{blocks_at}.")]
-    if inside:
-        raise refused(kind, f"its blocks share weights: {inside[0][0]} is {inside[0][1]}")
-
-
 def _dropped(model: nn.Module) -> tuple[str, ...]:
     """What transformers leaves out when it loads the model."""
     found = (getattr(module, "_keys_to_ignore_on_load_unexpected", None) or () for module in model.modules())
@@ -204,6 +198,8 @@ def _block(index: int, prefix: str, known: _Model) -> Block:
     elements = known.trace.of(prefix)[-1].elements
     if elements > 2:
         raise refused(known.kind, f"its blocks return {elements} values")
+    if prefix in known.trace.second_read:
+        raise refused(known.kind, f"{prefix} returns something besides the hidden states that is read")
     linears: dict[str, LinearSpec] = {}
     fused: set[str] = set()
     for part in parts:

@@ -3,7 +3,7 @@
     linears by what they read:   [q k v] [o] [gate up] [down]     a module that the first stage's input enters and the last one's output
                                                                   leaves is a Branch; what else runs in a row in one module is a Chain
 
-A linear stays as it is where it is a router or a gate of a few outputs, or where the model reads its weight without calling it.
+A linear stays as it is where it is a router or a gate of a few outputs, or where the model reads its weight.
 """
 
 from __future__ import annotations
@@ -41,20 +41,18 @@ class BlockReader:
         self.calls = [call for call in runs if call.name in self.experts or not self._stays(call)]
 
     def parts(self) -> tuple[Part, ...]:
-        usual = self._two_branches()
-        if usual:
-            return usual
         self._check()
-        return tuple(self._chained(self._items()))
+        return self._two_branches() or tuple(self._chained(self._items()))
 
     # ---- which linears --------------------------------------------------------------------------------------------------------------
 
     def _stays(self, call: Call) -> bool:
-        """Whether it is a gate or a router."""
+        """Whether it is a gate or a router, or one whose weight the model reads, which a packed linear lacks."""
         linear = self._linear(call.name)
         return (
             linear.out_features < _GATE
             or linear.in_features < _SMALLEST_GROUP
+            or call.name in self.trace.weights_read
             or any(self._routes(call.name, name.rpartition(".")[0], found.count) for name, found in self.experts.items())
         )
 
@@ -90,7 +88,8 @@ class BlockReader:
         """The usual block: two branches, and nothing beside them that is solved."""
         stages = _stages([call for call in self.calls if call.name not in self.experts])
         found = [branch for first, last in pairwise(stages) if (branch := self._branch(first, last)) is not None]
-        return tuple(found) if len(found) == 2 and not self.experts else ()
+        solved = [name for branch in found for stage in branch.stages for name in stage]
+        return tuple(found) if len(found) == 2 and len(solved) == len(self.calls) else ()
 
     def _items(self) -> Iterator[_Item]:
         """Stages, branches and experts in run order."""
@@ -119,12 +118,19 @@ class BlockReader:
             return None
         calls = self.trace.of(module)
         entered = first[0].given
-        if entered is None or entered.dim() != 3 or len(calls) != 1 or calls[0].elements not in (0, 2):
+        if entered is None or len(entered.shape) != 3 or not self._replayed(calls):
             return None
         if not same(calls[0].given, entered) or not same(calls[0].returned, last[0].returned) or self._given_tokens(module):
             return None
         start = len(self.prefix) + 1
         return Branch(module[start:], tuple(call.name[start:] for call in first), last[0].name[start:], calls[0].elements > 0)
+
+    def _replayed(self, calls: Sequence[Call]) -> bool:
+        """Whether a module is called once, writes nothing into its input, and returns hidden states, or those and what nothing reads."""
+        if len(calls) != 1 or calls[0].elements not in (0, 2) or calls[0].name in self.trace.second_read:
+            return False
+        entered = self.trace.entered[calls[0].name]
+        return entered is None or same(entered, calls[0].given)
 
     def _inside(self, module: str) -> set[str]:
         return {call.name for call in self.calls if call.name.startswith(f"{module}.")}
@@ -170,8 +176,8 @@ class BlockReader:
         named = tuple(tuple(call.name[start:] for call in stage) for stage in stages)
         module = _common([call.name for call in calls])
         ends = self.trace.of(module) if len(module) > len(self.prefix) else []
-        whole = len(ends) == 1 and self._inside(module) == {call.name for call in calls}
-        if not whole or ends[0].elements not in (0, 2) or not of_all_tokens(ends[0].returned):
+        whole = self._inside(module) == {call.name for call in calls}
+        if not whole or not self._replayed(ends) or not of_all_tokens(ends[0].returned):
             return Chain("", named)
         return Chain(module[start:], named, ends[0].elements > 0)
 

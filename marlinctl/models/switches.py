@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from marlinctl.errors import BadInput
+from marlinctl.errors import BadInput, number_of
 from marlinctl.system.files import FileRefused, brief, exists, parse_json, read_json, refuse_deep, shown
 
 CODE = "auto_map"
@@ -103,7 +103,10 @@ def check_switches(folder: Path, config: Mapping[str, Any], *, files: bool = Tru
         if not (name in carriers and path == CODE)
     ]
     more = len(notes) - _LISTED
-    return (*notes[:_LISTED], *([f"and {more} more keys that choose code are ignored"] if more > 0 else []))
+    return (
+        *notes[:_LISTED],
+        *([f"and {number_of(more, 'more key that chooses code is', 'more keys that choose code are')} ignored"] if more > 0 else []),
+    )
 
 
 def _found(document: Any, above: str = "") -> Iterator[tuple[str, Any]]:

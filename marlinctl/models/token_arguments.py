@@ -17,7 +17,7 @@ from torch import Tensor
 
 from marlinctl.models.architectures import Shape
 from marlinctl.models.refusals import refused
-from marlinctl.models.tracing import LENGTH, SAMPLES, Trace, equal, holds_tensors, same
+from marlinctl.models.tracing import LENGTH, SAMPLES, Trace, Value, equal, holds_tensors, same
 
 
 @dataclass(slots=True)
@@ -39,10 +39,10 @@ def of_tokens(kind: str, blocks: Sequence[str], one: Trace, other: Trace, shifte
         for key, value in list(one.arguments[block].items())[1:]:
             if holds_tensors(value):
                 _note_shared(found, kind, block, key, value, one)
-            elif not equal(value, other.arguments[block].get(key)):
+            elif (block, key) in one.arguments_read and not equal(value, other.arguments[block].get(key)):
                 if not isinstance(value, Tensor) or value.shape[:2] != (SAMPLES, LENGTH):
                     raise refused(kind, f"{block} is given {key}, which depends on the tokens, besides the hidden states")
-                name = next((known for known, tensor in kept if same(tensor, value)), f"{key} of {block}")
+                name = next((known for known, tensor in kept if same(Value.now(tensor), Value.now(value))), f"{key} of {block}")
                 kept.append((name, value))
                 found.given.setdefault(block, {})[key] = name
                 found.per_token[name] = value.numel() // (SAMPLES * LENGTH)

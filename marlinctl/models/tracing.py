@@ -1,9 +1,10 @@
 """What runs in a model, in which order, and what it reads: one forward pass over a few tokens, without weights.
 
-    meta model ─► linears, embeddings and experts stand in for themselves (they return zeros), parameters are one number repeated
+    meta model ─► linears, embeddings and experts stand in for themselves, parameters are one number repeated
         ─► forward over two samples of three tokens ─► calls, by the time they ended
 
-No weight is read and no matrix multiplied, so it takes a second after the imports, whatever the size.
+What stands in returns numbers that depend on what it is given, so whatever is computed from the tokens differs between two traces over
+different tokens. No weight is read and no matrix multiplied, so it takes a second after the imports, whatever the size.
 """
 
 from __future__ import annotations
@@ -28,12 +29,29 @@ _WHOLE = 1 << 20  # parameters up to this size are not one number repeated: some
 
 
 @dataclass(frozen=True, slots=True)
+class Value:
+    """A tensor as it was at one time: what is written into it afterwards makes it another value."""
+
+    tensor: Tensor
+    version: int  # torch counts what is written in place
+
+    @classmethod
+    def now(cls, tensor: object) -> Value | None:
+        return cls(tensor, tensor._version) if isinstance(tensor, Tensor) else None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
-    """A module was called. `given` is the first tensor that it was given, `returned` the first that it returned."""
+    """A module was called. `given` is the first tensor that it was given, `returned` the first that it returned, both at the end of the
+    call, but for a linear, which writes into neither."""
 
     name: str
-    given: Tensor | None
-    returned: Tensor | None
+    given: Value | None
+    returned: Value | None
     elements: int  # of the tuple that it returned, 0 where it is none
     order: int  # of the end of the call; linears that ran inside ended before
     arguments: Mapping[str, Any] = field(default_factory=dict)  # of experts, all
@@ -48,6 +66,10 @@ class Trace:
     arguments: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # block, or module with linears in it -> what it was given
     by_token: set[str] = field(default_factory=set)  # embeddings that were given the tokens
     filled: set[str] = field(default_factory=set)  # arguments that held tensors before the first block ran
+    entered: dict[str, Value | None] = field(default_factory=dict)  # the same modules -> the first tensor of it, at the begin of the call
+    second_read: set[str] = field(default_factory=set)  # modules of whose tuples something reads more than the first element
+    arguments_read: set[tuple[str, str]] = field(default_factory=set)  # block and argument, of those that are tensors
+    weights_read: set[str] = field(default_factory=set)  # linears of whose weight the model asks something, besides that it calls them
 
     def of(self, name: str) -> list[Call]:
         return [call for call in self.calls if call.name == name]
@@ -57,19 +79,20 @@ def traced(model: nn.Module, kind: str, blocks: Sequence[str], experts: Sequence
     """Calls of one forward pass over tokens `first`, `first` + 1, ... experts: names of their modules. shifted: blocks return other hidden
     states than they compute, so that what depends on those differs from another trace."""
     trace = Trace()
+    reads = _Reads(trace)
     ids = torch.arange(first, first + SAMPLES * LENGTH).view(SAMPLES, LENGTH)
     handles: list[Any] = []
     replaced = []
     for name, module in model.named_modules():
         stand_in: Any = None
         if isinstance(module, nn.Linear):
-            stand_in = partial(_linear, trace, name, module)
+            stand_in = partial(_linear, trace, reads, name, module)
         elif isinstance(module, nn.Embedding):
             stand_in = partial(_embedding, trace, name, module, ids)
         elif name in experts:
             stand_in = partial(_experts, trace, name, module)
         if stand_in is None:
-            handles.append(module.register_forward_hook(partial(_ended, trace, name), with_kwargs=True))
+            handles.append(module.register_forward_hook(partial(_ended, trace, reads, name), with_kwargs=True))
         else:
             setattr(module, "forward", stand_in)  # noqa: B010 - mypy: a method
             replaced.append(module)
@@ -80,10 +103,11 @@ def traced(model: nn.Module, kind: str, blocks: Sequence[str], experts: Sequence
         for inner, module in model.get_submodule(prefix).named_modules():
             if not isinstance(module, nn.Linear) and (not inner or any(isinstance(one, nn.Linear) for one in module.modules())):
                 name = f"{prefix}.{inner}" if inner else prefix
-                handles.append(module.register_forward_pre_hook(partial(_begins, trace, name), with_kwargs=True))
+                handles.append(module.register_forward_pre_hook(partial(_begins, trace, reads, name, not inner), with_kwargs=True))
     try:
         with torch.no_grad(), _stand_ins(model):
-            with building("config.json"):
+            reads.weights = {id(module.weight): name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+            with building("config.json"), reads:
                 model(input_ids=ids, use_cache=False)
     except BadInput as error:
         reason = error.problems[0].what.partition(": ")[2]  # behind "transformers cannot build this model"
@@ -113,12 +137,64 @@ def _stand_ins(model: nn.Module) -> Iterator[None]:
             module._parameters.update(parameters)
 
 
-def _linear(trace: Trace, name: str, module: nn.Linear, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+class _Reads(TorchFunctionMode):
+    """Notes which of the tensors that are watched are given to a function of torch."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+        self.seconds: dict[int, tuple[Tensor, set[str]]] = {}  # by id: tensors, which stay alive for it, and the modules that returned them
+        self.weights: dict[int, str] = {}  # of linears
+        self.given: dict[int, tuple[Tensor, set[tuple[str, str]]]] = {}  # the same for the arguments of the block that runs
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        for tensor in _tensors((*args, *(kwargs or {}).values())):
+            if id(tensor) in self.weights:
+                self.trace.weights_read.add(self.weights[id(tensor)])
+            self.trace.second_read |= self.seconds.get(id(tensor), (tensor, set()))[1]
+            self.trace.arguments_read |= self.given.get(id(tensor), (tensor, set()))[1]
+        return func(*args, **(kwargs or {}))
+
+    def begins(self, block: str, arguments: Mapping[str, Any]) -> None:
+        self.given = {}
+        for key, value in list(arguments.items())[1:]:
+            for tensor in _tensors((value,)):
+                self.given.setdefault(id(tensor), (tensor, set()))[1].add((block, key))
+
+    def ended(self, module: str, output: tuple[Any, ...]) -> None:
+        first = {id(tensor) for tensor in _tensors(output[:1])}
+        for tensor in _tensors(output[1:]):
+            if id(tensor) not in first:
+                self.seconds.setdefault(id(tensor), (tensor, set()))[1].add(module)
+
+
+def _tensors(values: object) -> Iterator[Tensor]:
+    """All tensors in a value, or in rows of such."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, tuple | list):
+        for value in values:
+            yield from _tensors(value)
+
+
+def _numbers(x: Tensor, width: int) -> Tensor:
+    """[..., K] -> [..., width] float32 from -1 to 1, of which each depends on the whole row."""
+    weights = torch.arange(1, x.shape[-1] + 1, dtype=torch.float32).cos()
+    sums = (x.float() * weights).sum(-1, keepdim=True).nan_to_num()
+    return (sums + torch.arange(width, dtype=torch.float32)).sin()
+
+
+def _linear(trace: Trace, reads: _Reads, name: str, module: nn.Linear, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """A router that is made of nn.Linear computes more than a product, and is none of the linears."""
     own = type(module).forward
-    y = x.new_zeros(*x.shape[:-1], module.out_features) if own is nn.Linear.forward else own(module, x, *args, **kwargs)
+    if own is nn.Linear.forward:
+        y = _numbers(x, module.out_features).to(x.dtype)
+    else:
+        weight = reads.weights.pop(id(module.weight))  # it may read its own
+        y = own(module, x, *args, **kwargs)
+        reads.weights[id(module.weight)] = weight
     if isinstance(y, Tensor):
-        trace.linears.append(Call(name, x, y, 0, len(trace.calls)))
+        trace.linears.append(Call(name, Value.now(x), Value.now(y), 0, len(trace.calls)))
     return y
 
 
@@ -127,7 +203,7 @@ def _embedding(trace: Trace, name: str, module: nn.Embedding, tokens: Tensor, id
         return type(module).forward(module, ids, *args, **kwargs)
     if torch.equal(ids, tokens) and _looks_up(module, tokens, ids, *args, **kwargs):
         trace.by_token.add(name)
-    return (ids.unsqueeze(-1) % (torch.arange(module.embedding_dim) % 5 + 2)).to(torch.float32)  # rows that differ behind a norm, too
+    return _numbers(ids.unsqueeze(-1), module.embedding_dim)
 
 
 def _looks_up(module: nn.Embedding, tokens: Tensor, *args: Any, **kwargs: Any) -> bool:
@@ -155,8 +231,8 @@ class _LookUps(TorchFunctionMode):
 def _experts(trace: Trace, name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     arguments = bound(module, args, kwargs)
     x: Tensor = next(iter(arguments.values()))
-    y = torch.zeros_like(x)
-    trace.linears.append(Call(name, x, y, 0, len(trace.calls), arguments))
+    y = _numbers(x, x.shape[-1]).to(x.dtype)
+    trace.linears.append(Call(name, Value.now(x), Value.now(y), 0, len(trace.calls), arguments))
     return y
 
 
@@ -165,32 +241,41 @@ def _first_begins(trace: Trace, module: nn.Module, args: tuple[Any, ...], kwargs
 
 
 def _shift(_: nn.Module, __: Any, output: Any) -> Any:
-    hidden = output[0] if isinstance(output, tuple) else output
-    other = hidden + torch.arange(hidden.numel()).view(hidden.shape) % 7  # not by one number, which a norm would take away
-    return (other, *output[1:]) if isinstance(output, tuple) else other
+    def other(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return value + torch.arange(value.numel()).view(value.shape) % 7  # not by one number, which a norm would take away
+
+    return tuple(map(other, output)) if isinstance(output, tuple) else other(output)
 
 
-def _begins(trace: Trace, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _begins(
+    trace: Trace, reads: _Reads, name: str, is_block: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     trace.arguments[name] = bound(module, args, kwargs)
+    trace.entered[name] = Value.now(_first(args, kwargs))
+    if is_block:
+        reads.begins(name, trace.arguments[name])
 
 
-def _ended(trace: Trace, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    given = args[0] if args else kwargs.get("hidden_states")
-    returned = output[0] if isinstance(output, tuple) and output else output
-    trace.calls.append(
-        Call(
-            name,
-            given if isinstance(given, Tensor) else None,
-            returned if isinstance(returned, Tensor) else None,
-            len(output) if isinstance(output, tuple) else 0,
-            len(trace.calls),
-        )
-    )
+def _ended(trace: Trace, reads: _Reads, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    elements = len(output) if isinstance(output, tuple) else 0
+    if elements:
+        reads.ended(name, output)
+    returned = output[0] if elements else output
+    trace.calls.append(Call(name, Value.now(_first(args, kwargs)), Value.now(returned), elements, len(trace.calls)))
 
 
-def same(a: Tensor | None, b: Tensor | None) -> bool:
-    """One tensor, or two views of all of it."""
-    return a is not None and b is not None and (a is b or (a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a.dtype == b.dtype))
+def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
+    return args[0] if args else kwargs.get("hidden_states")
+
+
+def same(one: Value | None, other: Value | None) -> bool:
+    """One tensor, or two views of all of it, into which nothing was written in between."""
+    if one is None or other is None or one.version != other.version:
+        return False
+    a, b = one.tensor, other.tensor
+    return a is b or (a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a.dtype == b.dtype)
 
 
 def equal(a: object, b: object) -> bool:
@@ -199,7 +284,7 @@ def equal(a: object, b: object) -> bool:
         return torch.equal(a, b)
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
         return len(a) == len(b) and all(map(equal, a, b))
-    return True
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor)
 
 
 def holds_tensors(value: object) -> bool:
@@ -207,6 +292,6 @@ def holds_tensors(value: object) -> bool:
     return isinstance(value, Mapping) and any(isinstance(held, Tensor | tuple) for held in value.values())
 
 
-def of_all_tokens(x: Tensor | None) -> bool:
+def of_all_tokens(x: Value | None) -> bool:
     """[B, L, ...] or [B * L, ...], or with dimensions of 1 between, so that a row of it is a token."""
     return x is not None and tuple(n for n in x.shape[:-1] if n > 1) in ((SAMPLES, LENGTH), (SAMPLES * LENGTH,))

@@ -61,6 +61,8 @@ class _Alone(nn.Module):
         self.model = decoder
         self.lm_head = head
         self.config = config
+        inside: Mapping[str, str] = cast(Any, decoder).all_tied_weights_keys
+        self.all_tied_weights_keys = {f"model.{name}": f"model.{other}" for name, other in inside.items()}
 
     @property
     def base_model(self) -> nn.Module:

@@ -17,6 +17,7 @@ from marlinctl.checkpoint.licence import licence_of, stated
 from marlinctl.checkpoint.manifest import made_from
 from marlinctl.checkpoint.tied_head import stored_bytes
 from marlinctl.checkpoint.writer import StagedCheckpoint
+from marlinctl.errors import number_of
 from marlinctl.models.config import named_otherwise
 from marlinctl.models.switches import without
 from marlinctl.oneshot.layers import LayerRecord
@@ -37,7 +38,7 @@ def model_config(opened: RunInputs, recipe: Recipe) -> dict[str, Any]:
     if not recipe.scheme.quantizes:
         return config
     layers, known = dict(opened.plan.group_sizes), opened.architecture
-    ignore = known.sixteen_bit(sixteen_bit(opened.checkpoint, layers), layers)
+    ignore = sixteen_bit(opened.checkpoint, known, layers)
     provenance = {"version": __version__, "recipe_sha256": recipe_hash(recipe)}
     named, grids = known.by_all_names(layers), known.by_all_names(opened.plan.grids)
     config["quantization_config"] = quantization_config(INTERCHANGE, named, ignore, provenance, grids, named_otherwise(config))
@@ -111,7 +112,7 @@ def report_of(
         "recipe": {"sha256": recipe_hash(recipe), **recipe.model_dump(mode="json")},
         "calibration": dict(calibration),
         "versions": versions(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {number_of(torch.get_num_threads(), 'thread')}",
         "processes": processes,
         "dtype": str(opened.dtype).removeprefix("torch."),
         "bits": recipe.scheme.bits,

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from marlinctl.errors import number_of
 from marlinctl.models.architectures import Block, Experts
 from marlinctl.oneshot.gram import Gram, SolveStages, StageInput, settle
 from marlinctl.oneshot.one_expert import OneExpert, Routed
@@ -222,4 +223,4 @@ def _blend(own: Hessian, everyone: Hessian, trusted: int) -> tuple[Hessian, str]
     drift = own.drift
     if drift is not None and everyone.drift is not None:
         drift = drift.mul(share).add_(everyone.drift, alpha=1.0 - share)
-    return Hessian(matrix, own.tokens, drift), f"{own.tokens} tokens, blended with the layer's Hessian"
+    return Hessian(matrix, own.tokens, drift), f"{number_of(own.tokens, 'token')}, blended with the layer's Hessian"

@@ -19,7 +19,7 @@ from torch import Tensor
 from marlinctl.checkpoint.formats.registry import INTERCHANGE, linear_tensors
 from marlinctl.checkpoint.reader import torch_dtype
 from marlinctl.checkpoint.writer import StagedCheckpoint
-from marlinctl.errors import NumericalProblem
+from marlinctl.errors import NumericalProblem, number_of
 from marlinctl.oneshot.gram import StageInput
 from marlinctl.oneshot.open import Options, RunInputs
 from marlinctl.oneshot.reading import Reader
@@ -221,7 +221,8 @@ class LayerQuantizer:
             )  # fmt: skip
         if self.options.strict and outcome.dead:
             raise NumericalProblem(
-                "E605", f"{outcome.dead} inputs were zero in all of calibration, and --strict forbids that", where=name,
+                "E605", f"{number_of(outcome.dead, 'input was', 'inputs were')} zero in all of calibration, and --strict forbids that",
+                where=name,
                 fix="more or other calibration text, --skip this linear, or no --strict",
             )  # fmt: skip
         stored = result if isinstance(result, QuantizedLinear) else result.to(torch_dtype(self.opened.checkpoint.tensors[f"{name}.weight"]))

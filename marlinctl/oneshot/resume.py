@@ -115,7 +115,7 @@ class RunJob(JobFolder):
         layers = [(record.name, *record.shape) for record in records if record.pattern is not None]
         staged.restore(shards, layers)
         if done:
-            console.say(f"resuming: {len(done)} of {pieces} blocks are finished")
+            console.say(f"resuming: {len(done)} of {pieces} blocks finished")
         return records
 
     def last_states(self) -> tuple[int, dict[str, Tensor]]:

@@ -84,17 +84,17 @@ def run_job(
     published: the formats that the person gets in the end, where this walk is a stage of `compress`; who will refuse them is said before
     the work. joined: the processes of the run that this is a stage of.
     """
-    recipe = settled(recipe, console, offline=options.offline)
     local = [Path(model)] if Path(model).exists() else []
     job = RunJob(out)
-    asked = {"model": model, "recipe": recipe.model_dump(mode="json"), "options": options.document(), "measured": measured}
-    request = Request("quantize" if recipe.sparsify.pattern == "none" else "sparsify", asked)
-
-    def check(texts_known: bool = False) -> None:
-        check_output(out, overwrite=options.overwrite, sources=local, rejects=measure is not None)
-        check_request(recipe, options, measure, distils=False, texts_known=texts_known)
-
     with Processes(options.device, joined) as processes, ExitStack() as stack:
+        recipe = processes.share(settled(recipe, console, offline=options.offline) if processes.main else recipe)
+        asked = {"model": model, "recipe": recipe.model_dump(mode="json"), "options": options.document(), "measured": measured}
+        request = Request("quantize" if recipe.sparsify.pattern == "none" else "sparsify", asked)
+
+        def check(texts_known: bool = False) -> None:
+            check_output(out, overwrite=options.overwrite, sources=local, rejects=measure is not None)
+            check_request(recipe, options, measure, distils=False, texts_known=texts_known)
+
         if processes.main:
             if not options.resume:
                 check()

@@ -266,7 +266,7 @@ class SequentialPipeline:
         output = self._output_slot(block, branch, block.linears[last].out_features)
         for part in self.chunks():
             output[part] = last_module(between[part].to(self.device))
-        return lambda part: output[part].to(self.device)
+        return lambda part: self._copied(output, part)
 
     def _run_chain(
         self, block: Block, layer: nn.Module, chain: Chain,
@@ -324,7 +324,7 @@ class SequentialPipeline:
         return lambda part: self._copied(whole, part)
 
     def _copied(self, slot: Slot, part: slice) -> Tensor:
-        """Of what is replayed beside other parts of a module: blocks add those to it in place."""
+        """Of what is replayed: some blocks add to it in place."""
         return slot[part].clone() if isinstance(slot, Tensor) else slot[part].to(self.device)
 
     def run_head(self, head: str, solve: SolveStage) -> None:

@@ -50,7 +50,12 @@ class StackedSolver:
     scheme: Scheme
     pruning: PruneSettings
     settings: SolveSettings  # of the codes; the group size is that of each stack
-    steps: PruneSteps = TORCH
+    offered: PruneSteps = TORCH  # of the device
+
+    @property
+    def steps(self) -> PruneSteps:
+        """The GPU's kernels have no zero points, so asymmetric codes are found by torch operators."""
+        return self.offered if self.settings.grid.symmetric else TORCH
 
     @classmethod
     def of(cls, recipe: Recipe, *, corrects_drift: bool, bfloat16_exact: bool, steps: PruneSteps = TORCH) -> StackedSolver:
@@ -74,12 +79,12 @@ class StackedSolver:
                 refine=q.refine,
                 grid=recipe.scheme.grid,
             ),
-            steps=steps,
+            offered=steps,
         )
 
     def on(self, grid: Grid) -> StackedSolver:
-        """The same with other codes. The GPU's kernels have no zero points, so asymmetric codes are found by torch operators."""
-        return replace(self, settings=replace(self.settings, grid=grid), steps=self.steps if grid.symmetric else TORCH)
+        """The same with other codes."""
+        return replace(self, settings=replace(self.settings, grid=grid))
 
     def solve(self, stack: Tensor, mask: Tensor | None, hessian: Hessian, group_size: int) -> StackOutcome:
         """One stack [R, K]."""

@@ -184,8 +184,9 @@ def _add_block(
     for experts in block.experts:
         forward["gram"] += gram_operations(hidden) * tokens  # of the layer, which experts with few tokens borrow from
         forward["expert"] += experts.count
-    attention = block.parts[0]  # or what stands in its place
-    queries = 0 if isinstance(attention, Experts) else block.linears[block.linear(attention.stages[0][0])].out_features
+    attention = block.parts[0] if block.parts else None  # or what stands in its place
+    first = None if attention is None or isinstance(attention, Experts) else block.linear(attention.stages[0][0])
+    queries = 0 if first is None else block.linears[first].out_features
     runs = len(attention.stages) if isinstance(attention, Chain) else 1  # of the compressed model's
     forward["forward"] += (passes - 1 + runs) * 2 * work.length * queries * tokens  # scores and values, half of them masked
     forward["activations"] += passes * _SLOTS * hidden * tokens * work.element

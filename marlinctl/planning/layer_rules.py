@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from marlinctl.errors import Problem, UsageError
+from marlinctl.errors import Problem, UsageError, number_of
 from marlinctl.models.architectures import Architecture, LinearSpec
 from marlinctl.quantize.scheme import INT4, Grid
 from marlinctl.system.patterns import Time, compiled
@@ -126,8 +126,12 @@ def _head(architecture: Architecture, include: Sequence[str]) -> LinearSpec | No
         if name != "lm_head":
             fix = "lm_head is the only one there is; no runtime loads 4-bit embeddings"
             raise UsageError("E255", f"{name!r} cannot be quantized", where="--include", fix=fix)
-        if architecture.head is None and architecture.tied is None:
+        head = architecture.head or architecture.tied
+        if head is None:
             what = "the model has no linear that is called lm_head"
+            raise UsageError("E255", what, where="--include lm_head", fix="leave it out: the output head stays 16-bit")
+        if head.name.rpartition(".")[2] != name:
+            what = f"the output head of this checkpoint is called {head.name}, and programs load a packed one as {name} alone"
             raise UsageError("E255", what, where="--include lm_head", fix="leave it out: the output head stays 16-bit")
     return (architecture.head or architecture.tied) if include else None
 
@@ -144,7 +148,7 @@ def _require_divisible(linears: Mapping[str, LinearSpec], sizes: Mapping[str, in
         "E255",
         [
             Problem(
-                f"K={k} is not a multiple of group size {size} in {len(names)} linears",
+                f"K={k} is not a multiple of group size {size} in {number_of(len(names), 'linear')}",
                 f"{names[0]}{' ... ' + names[-1] if len(names) > 1 else ''}",
                 f"--group-size {' or '.join(str(s) for s in common)} fits every layer, or --override / --skip these",
             )

@@ -19,7 +19,7 @@ from marlinctl.checkpoint.safetensors_header import TensorInfo
 from marlinctl.checkpoint.sparsity import MASK_FILE, Pattern
 from marlinctl.checkpoint.tied_head import with_own_head
 from marlinctl.data.calibration_size import check_documents, check_length, too_few_tokens
-from marlinctl.errors import BadInput, Problem, UsageError
+from marlinctl.errors import BadInput, Problem, UsageError, number_of
 from marlinctl.models.architectures import Architecture, LinearSpec
 from marlinctl.models.module_map import check_module_map
 from marlinctl.planning.layer_rules import Plan, plan
@@ -49,14 +49,25 @@ def _overridden(bits: int, recipe: Recipe) -> Grid:
 
 def refuse_zero_points(recipe: Recipe) -> None:
     """UsageError E273 for zero points where there can be none."""
-    if recipe.scheme.symmetric or not recipe.scheme.quantizes:
+    if recipe.scheme.symmetric:
         return
+    if not recipe.scheme.quantizes:
+        what = "weights that stay at 16 bits have no zero points"
+        raise UsageError("E273", what, where="--asymmetric", fix="leave out --asymmetric, or quantize too: --bits 4 without pruning")
     if recipe.scheme.bits != UINT4.bits:
         what, fix = "8-bit codes are symmetric: vLLM and SGLang load no others", "leave out one of the two"
         raise UsageError("E273", what, where="--bits 8 --asymmetric", fix=fix)
     if recipe.scheme.prunes:
         what = "a 2:4 model has symmetric codes: what is pruned is code 0 in every format"
         raise UsageError("E273", what, where="--asymmetric", fix="leave out --asymmetric, or do not prune")
+
+
+def refuse_idle_bits(recipe: Recipe) -> None:
+    """UsageError E273 for other bits of single linears where nothing is quantized."""
+    idle = [pattern for pattern, override in recipe.quantize.overrides.items() if override.bits is not None]
+    if idle and not recipe.scheme.quantizes:
+        what = "weights stay at 16 bits, and other bits for some linears would be ignored"
+        raise UsageError("E273", what, where=f"--override {idle[0]}=bits:...", fix="leave it out, or quantize too: --bits 4")
 
 
 def refuse_no_change(recipe: Recipe) -> None:
@@ -74,6 +85,7 @@ def check_arguments(recipe: Recipe, module_map: Path | None, *, distils: bool) -
     """
     refuse_no_change(recipe)
     refuse_zero_points(recipe)
+    refuse_idle_bits(recipe)
     check_module_map(module_map)
     asked = recipe.calibration
     if (most := asked.samples * asked.sequence_length) < asked.minimum_tokens:
@@ -213,15 +225,15 @@ def as_published(looked: ModelPlan, fmt: Format) -> Packed:
     """What a published folder will be to its clients (checkpoint/runtimes.py)."""
     quantized = looked.plan.group_sizes if fmt.quantized else {}
     shapes = {name: looked.shapes[name] for name in quantized}
-    ignore, grids = sixteen_bit(looked.checkpoint, quantized), looked.plan.grids if fmt.quantized else {}
+    ignore, grids = sixteen_bit(looked.checkpoint, looked.architecture, quantized), looked.plan.grids if fmt.quantized else {}
     return Packed(fmt, shapes, quantized, ignore, looked.checkpoint.config, fmt.variant_of(grids.values()), grids)
 
 
-def sixteen_bit(checkpoint: Checkpoint, quantized: Iterable[str]) -> list[str]:
-    """The linears of a 16-bit checkpoint that stay as they are."""
+def sixteen_bit(checkpoint: Checkpoint, known: Architecture, quantized: Iterable[str]) -> list[str]:
+    """The linears of a 16-bit checkpoint that stay as they are, by the names of tensors and of modules."""
     chosen = set(quantized)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items() if name.removesuffix(".weight") not in chosen}
-    return sixteen_bit_linears(shapes, chosen)
+    return known.sixteen_bit(sixteen_bit_linears(shapes, chosen), chosen)
 
 
 def check_pattern(found: Pattern, looked: ModelPlan, recipe: Recipe, console: Console) -> None:
@@ -241,24 +253,30 @@ def _refuse_odd_widths(shapes: Mapping[str, tuple[int, int]]) -> None:
         raise UsageError.from_problems("E255", odd)
 
 
+def _in_part(found: Pattern, planned: int) -> str:
+    return f"{len(found.linears)} of {number_of(planned, 'linear')} {'is' if len(found.linears) == 1 else 'are'} 2:4"
+
+
 def _say_pattern(found: Pattern, planned: int, recipe: Recipe, console: Console) -> None:
     """A pattern that is there already is kept, and said aloud; to prune once more is refused."""
     if not found.linears:
         return
     origin = "its mask file" if found.origin == MASK_FILE else "the zeros of its weights"
     if recipe.scheme.quantizes and not recipe.scheme.symmetric:
-        what = f"{len(found.linears)} of {planned} linears are 2:4 already ({origin}), and 2:4 linears have symmetric codes"
+        what = f"{_in_part(found, planned)} already ({origin}), and 2:4 linears have symmetric codes"
         raise UsageError("E273", what, where="--asymmetric", fix="leave out --asymmetric: the pattern is kept then")
     if recipe.sparsify.pattern != "none":
         raise UsageError(
             "E273",
-            f"{len(found.linears)} of {planned} linears are 2:4 already ({origin})",
+            f"{_in_part(found, planned)} already ({origin})",
             where="--pattern 2:4",
             fix="`marlinctl quantize` keeps the pattern; start from the dense model to prune again",
         )
-    console.say(f"{len(found.linears)} of {planned} linears are 2:4, by {origin}; the pattern is kept")
+    console.say(f"{_in_part(found, planned)}, by {origin}; the pattern is kept")
     if len(found.linears) < planned:
-        console.warn(f"{planned - len(found.linears)} linears are not 2:4, so the result cannot be packed to marlin_24")
+        console.warn(
+            f"{number_of(planned - len(found.linears), 'linear is', 'linears are')} not 2:4, so the result cannot be packed to marlin_24"
+        )
 
 
 def refuse_dense_tiles(found: Pattern, shapes: Mapping[str, tuple[int, int]], recipe: Recipe) -> None:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from marlinctl.errors import number_of
 from marlinctl.system.console import duration, gibibytes
 from marlinctl.system.log import printable
 
@@ -18,7 +19,7 @@ def table(plan: Mapping[str, Any]) -> str:
 def _rows(plan: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     model, settings, recipe = plan["model"], plan["settings"], plan["recipe"]
     size = f"{model['parameters'] / 1e9:.2f} billion parameters, {_gigabytes(model['bytes'])} as {', '.join(model['dtypes'])}"
-    yield "model", f"{model['model_type']}, {model['blocks']} blocks, {size}"
+    yield "model", f"{model['model_type']}, {number_of(model['blocks'], 'block')}, {size}"
     asked = recipe["calibration"]
     ranks = f", {settings['ranks']} processes" if settings["ranks"] > 1 else ""
     tokens = f"calibration {asked['samples']} x {asked['sequence_length']} tokens of {asked['source']}"
@@ -44,7 +45,7 @@ def _linears(linears: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[tup
     kinds = Counter(
         (_kind(item["name"]), *item["shape"], item["bits"], item["group_size"], item["pattern"]) for item in linears["compressed"]
     )
-    yield "compressed", f"{len(linears['compressed'])} linears"
+    yield "compressed", number_of(len(linears["compressed"]), "linear")
     for (kind, n, k, bits, group, pattern), count in kinds.items():
         scales = "" if group is None else ", one scale a row" if group == -1 else f", group size {group}"
         yield "", f"{count:>5} x {kind:<22} [{n}, {k}] {bits} bits{scales}{f', {pattern}' if pattern else ''}"
@@ -66,7 +67,7 @@ def _output(output: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "output", f"{output['format']}, {_gigabytes(sizes['weights'])}: {parts}{mask}"
     yield "", f"loads in {', '.join(output['loads_in'])}"
     for runtime, reasons in output["refused_by"].items():
-        yield "", f"{runtime} refuses {len(reasons)} linears: {_first(reasons)}"
+        yield "", f"{runtime} refuses {number_of(len(reasons), 'linear')}: {_first(reasons)}"
     for program, what in output["untested"].items():
         yield "", f"{program}: not tested with {what}"
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from marlinctl.data.calibration_size import SELF_BATCH
+from marlinctl.errors import number_of
 from marlinctl.models.architectures import Architecture
 from marlinctl.planning import gpu_time
 from marlinctl.planning.gpu_time import Gpu
@@ -52,7 +53,7 @@ def machine(device: str, cores: int, element: int, *, matrix_units: bool) -> Mac
         return gpu_time.H200
     kind = "Intel Xeon with AMX" if matrix_units and element == 2 else "AMD EPYC"
     rate = 2.35e11 if matrix_units and element == 2 else 9e10 if element == 2 else 3.5e10
-    return Machine(f"{cores} cores of an {kind}", cores * rate, cores * rate, cores * 3.5e10, 4e-6, cores * 1e9, 1.5e10, 1e-3)
+    return Machine(f"{number_of(cores, 'core')} of an {kind}", cores * rate, cores * rate, cores * 3.5e10, 4e-6, cores * 1e9, 1.5e10, 1e-3)
 
 
 @dataclass(frozen=True, slots=True)

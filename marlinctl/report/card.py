@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from marlinctl import __version__
@@ -23,10 +24,11 @@ from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.licence import KEYS, spoken
 from marlinctl.checkpoint.mask import NAME as MASK_FILE
 from marlinctl.checkpoint.runtimes import Loads
+from marlinctl.errors import number_of
 from marlinctl.quantize.scheme import INT4, Grid
 from marlinctl.report.markdown import code, listing, table, text
 from marlinctl.report.page import Cell, Name, Table
-from marlinctl.report.scores import RECOVERY, Score, figure, finite, percent, recovery, scores
+from marlinctl.report.scores import RECOVERY, Score, figure, finite, flips_figure, percent, recovery, scores
 from marlinctl.report.usage import usage
 from marlinctl.system.log import redact
 
@@ -200,7 +202,7 @@ def _lead(facts: CardFacts) -> str:
 
 def _what(facts: CardFacts) -> list[str]:
     sizes = Counter(facts.layers.values())
-    groups = ", ".join(f"{'whole rows' if size == -1 else size} ({count} linears)" for size, count in sizes.most_common())
+    groups = ", ".join(f"{'whole rows' if size == -1 else size} ({number_of(count, 'linear')})" for size, count in sizes.most_common())
     rows: list[Row] = [
         ("Format", _title(facts).replace("`", "")),
         *(("Quantized" if i == 0 else "", line) for i, line in enumerate(_codes(facts))),
@@ -221,9 +223,9 @@ def _what(facts: CardFacts) -> list[str]:
 
 def _codes(facts: CardFacts) -> list[str]:
     return [
-        f"{count} linears, int{grid.bits} symmetric, codes {grid.lowest}..{grid.highest} times one scale per group"
+        f"{number_of(count, 'linear')}, int{grid.bits} symmetric, codes {grid.lowest}..{grid.highest} times one scale per group"
         if grid.symmetric
-        else f"{count} linears, int{grid.bits} asymmetric, codes less one zero point per group times one scale per group"
+        else f"{number_of(count, 'linear')}, int{grid.bits} asymmetric, codes less one zero point per group times one scale per group"
         for grid, count in facts.grid_counts()
     ]
 
@@ -242,12 +244,14 @@ def _scores(found: Sequence[Score], measured: Sequence[str]) -> list[str]:
             figure(s.ours, digits=s.digits),
             "" if s.kind == "distance" else figure(s.baseline, digits=s.digits),
             percent(recovery(s)),
+            flips_figure(s.flips),
         )
         for s in found
     ]
     recovered = any(recovery(s) is not None for s in found)
-    columns = ("Measured on", "Metric", "This model", "Original", "Recovery")
-    shown = table(columns, rows) if recovered else table(columns[:-1], [row[:-1] for row in rows])
+    filled = [True] * 4 + [recovered, any(s.flips for s in found)]
+    columns = ("Measured on", "Metric", "This model", "Original", "Recovery", "Flips")
+    shown = table(tuple(compress(columns, filled)), [tuple(compress(row, filled)) for row in rows])
     said = [RECOVERY] if recovered else []
     return ["## Scores", "", shown, "", *(f"{text(line)}\n" for line in (*said, *measured))]
 

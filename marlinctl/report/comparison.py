@@ -23,6 +23,7 @@ from marlinctl.report.page import Block, Page, Paragraph, Picture, Section, Tabl
 from marlinctl.report.provenance import public_notes
 from marlinctl.report.rewrite import read_report, reading
 from marlinctl.report.scores import RECOVERY, Score, figure, finite, percent, recovery, scores
+from marlinctl.system.files import require_parent
 from marlinctl.system.log import redacted
 
 _PREFERRED = ("acc_norm", "acc", "exact_match,strict-match", "exact_match")  # of a task with several metrics, the one in the mean
@@ -112,6 +113,7 @@ def write(outputs: Sequence[Output], target: Path) -> list[Path]:
     shown = f"![{markdown.text(drawn.alt)}]({beside[0].name})\n\n"
     head, tables = markdown.render(made).split("## ", 1)
     contents = {target: html.render(made), beside[0]: pictures.standalone(drawn), beside[1]: f"{head}{shown}## {tables}"}
+    target.parent.mkdir(parents=True, exist_ok=True)
     for path, content in contents.items():
         write_bytes(path, content.encode())
     return list(contents)
@@ -223,8 +225,7 @@ def check_target(target: Path, folders: Sequence[Path]) -> None:
         raise UsageError("E288", "the comparison is an HTML page", where="--out", fix=f"--out {target.with_suffix('.html')}")
     if len({folder.resolve() for folder in folders}) != len(folders):
         raise UsageError("E288", "one folder twice", where="the arguments OUT", fix="name each folder once")
-    if not target.parent.is_dir():
-        raise UsageError("E244", f"there is no folder {target.parent}", where="--out", fix="make the folder first, or name another file")
+    require_parent(target, "--out")
     taken: Iterator[Path] = (path for path in (target, target.with_suffix(".svg"), target.with_suffix(".md")) if path.exists())
     if (found := next(taken, None)) is not None:
         raise UsageError("E244", f"{found} exists already", where="--out", fix="remove it, or name another file")

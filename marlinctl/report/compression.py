@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from marlinctl.errors import number_of
 from marlinctl.quantize.scheme import SIXTEEN_BIT
 from marlinctl.report import pictures
 from marlinctl.report.page import Block, Cell, Figure, Name, Page, Paragraph, Points, Section, Table
@@ -76,7 +77,7 @@ def _counts(report: Mapping[str, Any]) -> list[str]:
     """How many were quantized, pruned and left alone."""
     done = len(report["layers"]) if report["bits"] < SIXTEEN_BIT else 0
     counts = {"quantized": done, "pruned to 2:4": report["sparse"], "left 16-bit": len(report["kept"])}
-    return [f"{count} linears {what}" for what, count in counts.items() if count]
+    return [f"{number_of(count, 'linear')} {what}" for what, count in counts.items() if count]
 
 
 def _groups(report: Mapping[str, Any], layers: Sequence[_Layer]) -> str:
@@ -86,7 +87,7 @@ def _groups(report: Mapping[str, Any], layers: Sequence[_Layer]) -> str:
     names = ["one scale a row" if size == "row" else f"group size {size}" for size, _ in sizes]
     if len(sizes) == 1:
         return names[0]
-    return ", ".join(f"{name} ({count} linears)" for name, (_, count) in zip(names, sizes, strict=True))
+    return ", ".join(f"{name} ({number_of(count, 'linear')})" for name, (_, count) in zip(names, sizes, strict=True))
 
 
 def _figures(report: Mapping[str, Any], layers: Sequence[_Layer]) -> Iterator[Figure]:
@@ -118,7 +119,10 @@ def _attention(report: Mapping[str, Any]) -> list[Block]:
     items: list[list[Cell]] = [[Name(item["name"]), item["fallback"]] for item in report["fallbacks"]]
     items += [[Name(item["name"]), item["remark"]] for item in report["underfed"]]
     items += [
-        [Name(item["name"]), f"{item['count']} inputs were zero in all of calibration; their weights are rounded and kept"]
+        [
+            Name(item["name"]),
+            f"{number_of(item['count'], 'input was', 'inputs were')} zero in all of calibration; the weights there are rounded and kept",
+        ]
         for item in report["dead_inputs"]
     ]
     items += [[line] for line in report.get("warnings", [])]
@@ -221,7 +225,7 @@ def _training(report: Mapping[str, Any]) -> list[Block]:
 
     pruned, distilled = stages["pruned"], stages["distilled"]
     facts: list[tuple[Cell, Cell]] = [
-        ("pruned", f"{len(pruned['layers'])} linears, mean error {pruned['error']['mean']:.5f}, {pruned['seconds']:,.1f} s"),
-        ("distilled", f"{distilled['training']['tokens']:,} tokens in {distilled['training']['steps']} steps"),
+        ("pruned", f"{number_of(len(pruned['layers']), 'linear')}, mean error {pruned['error']['mean']:.5f}, {pruned['seconds']:,.1f} s"),
+        ("distilled", f"{distilled['training']['tokens']:,} tokens in {number_of(distilled['training']['steps'], 'step')}"),
     ]
     return [Table((), facts), held_out(distilled["held_out"]), curve(distilled["training"])]

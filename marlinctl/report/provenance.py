@@ -10,6 +10,7 @@ from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.formats.registry import linear_bytes
 from marlinctl.checkpoint.licence import spoken
 from marlinctl.checkpoint.runtimes import Loads
+from marlinctl.errors import number_of
 from marlinctl.quantize.scheme import INT4, Grid
 from marlinctl.report.page import Block, Cell, Figure, Listing, Name, Paragraph, Table
 from marlinctl.report.scores import notes
@@ -129,11 +130,11 @@ def _calibration(calibration: Mapping[str, Any]) -> list[tuple[Cell, Cell]]:
     samples, tokens = calibration["samples"], calibration["tokens"]
     parts = calibration.get("parts", ())
     mixed = (
-        [("", f"{part['share']:.0%} of it, {part['samples']} samples: {public_source(part['source'])}") for part in parts]
+        [("", f"{part['share']:.0%} of it, {number_of(part['samples'], 'sample')}: {public_source(part['source'])}") for part in parts]
         if len(parts) > 1
         else []
     )
-    text = f"{samples['got']} samples of at most {calibration['sequence_length']} tokens, {tokens['counted']:,} tokens counted"
+    text = f"{number_of(samples['got'], 'sample')} of at most {calibration['sequence_length']} tokens, {tokens['counted']:,} tokens counted"
     return [
         ("calibration", Name(str(calibration["source"]))),
         *mixed,
@@ -154,7 +155,7 @@ def _checks(report: Mapping[str, Any]) -> list[Block]:
     rows: list[Sequence[Cell]] = []
     for fmt, checked in report.get("verified", {}).items():
         kernels, source = checked.get("kernels"), checked.get("source")
-        found = [f"{checked['files']} files and {checked['linears']} linears as they must be"]
+        found = [f"{number_of(checked['files'], 'file')} and {number_of(checked['linears'], 'linear')} as they must be"]
         found += (
             [f"logits within {checked['logit_error']:.1e} of the dequantized weights"] if checked.get("logit_error") is not None else []
         )
@@ -177,14 +178,15 @@ def card_rows(report: Mapping[str, Any], folder: Folder) -> list[tuple[str, Cell
     rows += _digests(chain[-1]) if chain else []
     if calibration := report.get("calibration"):
         samples, tokens = calibration["samples"], calibration["tokens"]
-        text = f"{public_source(calibration['source'])}: {samples['got']} samples, {tokens['counted']:,} tokens ({calibration['how']})"
+        count = number_of(samples["got"], "sample")
+        text = f"{public_source(calibration['source'])}: {count}, {tokens['counted']:,} tokens ({calibration['how']})"
         rows += [("Calibration", text), ("SHA-256 of its token ids", Name(calibration["sha256"]))]
     return [*rows, *_card_tail(report, folder, _seeds(report["recipe"]))]
 
 
 def training_rows(report: Mapping[str, Any], folder: Folder) -> list[tuple[str, Cell]]:
     data, training = report["data"], report["training"]
-    text = f"{public_source(data['source'])}: {training['tokens']:,} tokens in {training['steps']} steps ({data['how']})"
+    text = f"{public_source(data['source'])}: {training['tokens']:,} tokens in {number_of(training['steps'], 'step')} ({data['how']})"
     return [("Data", text), *_card_tail(report, folder, str(report["recipe"]["distill"]["seed"]))]
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from marlinctl.errors import number_of
+
 # Metrics of lm_eval's tasks whose shares of the original's score mean something: more is better, and 0 is the worst.
 _SHARES = ("acc", "acc_norm", "acc_bytes", "acc_all", "exact_match", "f1", "bleu", "chrf", "chrf++")
 _SHARES_LIKE = ("pass@", "rouge", "prompt_level_", "inst_level_")
@@ -87,7 +89,7 @@ def notes(document: Mapping[str, Any]) -> list[str]:
     if (text := document.get("text")) is not None:
         start = ", each after the beginning-of-sequence token" if text["starts_with"] is not None else ""
         lines.append(f"text: {text['note']}, SHA-256 {text['sha256']}")
-        lines.append(f"      {text['windows']} windows of {text['window']:,} tokens{start}")
+        lines.append(f"      {number_of(text['windows'], 'window')} of {text['window']:,} tokens{start}")
     records = document["model"].get("tasks", {})
     if (document.get("comparison") or {}).get("flips"):
         lines.append("flips: share of answers that change against the baseline (- correct to wrong, + wrong to correct)")

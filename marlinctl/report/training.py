@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from marlinctl.checkpoint.licence import spoken
+from marlinctl.errors import number_of
 from marlinctl.report import pictures
 from marlinctl.report.page import Block, Cell, Figure, Name, Page, Points, Section, Table
 from marlinctl.report.provenance import Folder, named, peak_memory, reproduce
@@ -29,7 +30,11 @@ def page(report: Mapping[str, Any], folder: Folder) -> Page:
     ]
     figures = [
         _headline(losses),
-        Figure("Tokens", f"{training['tokens']:,}", f"in {training['steps']} steps" + (" for each block" if _is_blockwise(report) else "")),
+        Figure(
+            "Tokens",
+            f"{training['tokens']:,}",
+            f"in {number_of(training['steps'], 'step')}" + (" for each block" if _is_blockwise(report) else ""),
+        ),
         Figure("Speed", f"{training['tokens_per_second'] or 0:,.0f} tokens/s", f"on {report['device']}"),
         Figure("Time", f"{training['seconds']:,.1f} s", "of training"),
         peak_memory(report),
@@ -66,7 +71,7 @@ def curve(training: Mapping[str, Any]) -> Block:
 
 def trained(report: Mapping[str, Any]) -> str:
     sparse = report["sparse_linears"]
-    return _TRAINED[report["recipe"]["distill"]["mode"]] + (f"; 2:4 masks of {sparse} linears fixed" if sparse else "")
+    return _TRAINED[report["recipe"]["distill"]["mode"]] + (f"; 2:4 masks of {number_of(sparse, 'linear')} fixed" if sparse else "")
 
 
 def _is_blockwise(report: Mapping[str, Any]) -> bool:
@@ -77,7 +82,7 @@ def _facts(report: Mapping[str, Any], folder: Folder) -> list[tuple[Cell, Cell]]
     asked, training, data = report["recipe"]["distill"], report["training"], report["data"]
     losses = ", ".join(f"{name} {asked[name]:g}" for name in ("ce", "squarehead", "kl") if asked[name])
     losses = "relative error of each block's output" if _is_blockwise(report) else f"{losses}, temperature {asked['temperature']:g}"
-    rows = f"{data['rows']['trained']} rows, {data['rows']['held_out']} held out ({data['how']})"
+    rows = f"{number_of(data['rows']['trained'], 'row')}, {data['rows']['held_out']} held out ({data['how']})"
     return [
         ("student", Name(report["student"]["name"])),
         ("teacher", Name(named(report["teacher"]))),
@@ -86,9 +91,9 @@ def _facts(report: Mapping[str, Any], folder: Folder) -> list[tuple[Cell, Cell]]
         ("data", Name(str(data["source"]))),
         ("", rows),
         ("learning rate", f"{asked['learning_rate']:g}, batches of {asked['batch_tokens']:,} tokens"),
-        ("tokens", f"{training['tokens']:,} in {training['steps']} steps"),
+        ("tokens", f"{training['tokens']:,} in {number_of(training['steps'], 'step')}"),
         ("seed", str(asked["seed"])),
-        ("computed on", f"{report['device']}, {report['processes']} processes, products in {report['dtype']}"),
+        ("computed on", f"{report['device']}, {number_of(report['processes'], 'process', 'processes')}, products in {report['dtype']}"),
         ("versions", ", ".join(f"{name} {number}" for name, number in report["versions"].items())),
         ("written", report.get("written", "")),
         ("SHA-256 of the recipe", Name(report["recipe"]["sha256"])),

@@ -24,7 +24,7 @@ from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from marlinctl.errors import Problem
+from marlinctl.errors import Problem, UsageError
 from marlinctl.system.console import printable
 
 MAX_JSON_BYTES = 64_000_000  # the largest index seen in the wild is below 20 MB
@@ -210,6 +210,15 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise DuplicateKey(key)
             seen.add(key)
     return found
+
+
+def require_parent(path: Path, option: str) -> None:
+    """UsageError E244 where no file can be made at `path`, before long work. Folders that are missing are made when it is written."""
+    parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not parent.is_dir():
+        raise UsageError("E244", f"{parent} is not a folder", where=option, fix="name a file elsewhere")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError("E244", f"{parent} cannot be written to", where=option, fix="name a file elsewhere")
 
 
 def _refuse_special(mode: int, where: Path) -> None:

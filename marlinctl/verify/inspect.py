@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from marlinctl.checkpoint import manifest, runtimes, sparsity
 from marlinctl.checkpoint.formats.base import FormatInfo
 from marlinctl.checkpoint.mask import open_masks
+from marlinctl.errors import number_of
 from marlinctl.models.config import sizes_of
 from marlinctl.quantize.scheme import SIXTEEN_BIT
 from marlinctl.system.log import printable
@@ -131,7 +132,9 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
 
 def table(facts: Mapping[str, Any]) -> str:
     """The facts for people."""
-    sizes = ", ".join(f"{'whole rows' if size == '-1' else size} ({count} linears)" for size, count in facts["group_sizes"].items())
+    sizes = ", ".join(
+        f"{'whole rows' if size == '-1' else size} ({number_of(count, 'linear')})" for size, count in facts["group_sizes"].items()
+    )
     kinds = ", ".join(f"{kind} {_megabytes(size)}" for kind, size in facts["bytes"].items() if kind != "total")
     name = f"{facts['architecture'] or 'unknown class'} ({facts['model_type']})"
     loads = runtimes.Loads(
@@ -139,28 +142,34 @@ def table(facts: Mapping[str, Any]) -> str:
     )
     as_much = f", {facts['ratio_to_16bit']} times as much" if facts["ratio_to_16bit"] != 1 else ""
     rows: Sequence[tuple[str, str]] = (
-        ("model", f"{name}, {facts['blocks']} blocks, hidden size {facts['hidden_size']}"),
+        ("model", f"{name}, {_blocks(facts['blocks'])}, hidden size {facts['hidden_size']}"),
         ("format", f"{facts['format']}{' ' + facts['variant'] if facts['variant'] else ''}, {_bits(facts)} bits"),
         ("group size", sizes or "none: not quantized"),
         ("scales", ", ".join(facts["scale_dtypes"])),
-        ("quantized", f"{facts['quantized_linears']} linears, {facts['quantized_parameters']:,} weights"),
+        ("quantized", f"{number_of(facts['quantized_linears'], 'linear')}, {facts['quantized_parameters']:,} weights"),
         ("bits per weight", str(facts["bits_per_quantized_weight"] or "")),
         ("pattern", _pattern_line(facts["pattern"])),
         ("not quantized", f"{facts['other_parameters']:,} weights"),
-        ("on disk", f"{_megabytes(facts['bytes']['total'])} in {facts['shards']} shard{'s' * (facts['shards'] != 1)}: {kinds}"),
+        ("on disk", f"{_megabytes(facts['bytes']['total'])} in {number_of(facts['shards'], 'shard')}: {kinds}"),
         ("as 16-bit", f"{_megabytes(facts['dense_16bit_bytes'])}{as_much}"),
         *((title.lower(), said) for title, said in loads.rows()),
-        ("manifest", f"{facts['manifest']['files']} files; check them with marlinctl verify" if facts["manifest"] else "none"),
+        ("manifest", f"{number_of(facts['manifest']['files'], 'file')}; check them with marlinctl verify" if facts["manifest"] else "none"),
     )
     lines = [(key, value) for key, value in rows if value]
     lines += [("note", warning) for warning in facts["warnings"]]
     return "\n".join(f"{key:<16}{printable(value, one_line=True)}" for key, value in lines)
 
 
+def _blocks(count: object) -> str:
+    return number_of(count, "block") if isinstance(count, int) else f"{count} blocks"
+
+
 def _bits(facts: Mapping[str, Any]) -> str:
     """4, or 4 (12 linears) and 8 (2 linears)"""
     counts = facts["linears_by_bits"]
-    return str(facts["bits"]) if len(counts) < 2 else " and ".join(f"{bits} ({count} linears)" for bits, count in counts.items())
+    return (
+        str(facts["bits"]) if len(counts) < 2 else " and ".join(f"{bits} ({number_of(count, 'linear')})" for bits, count in counts.items())
+    )
 
 
 def _pattern_line(facts: Mapping[str, Any]) -> str:

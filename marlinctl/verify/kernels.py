@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.formats.base import FormatInfo
-from marlinctl.errors import CheckFailed, Problem
+from marlinctl.errors import CheckFailed, Problem, number_of
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +107,11 @@ def check_kernels(checkpoint: Checkpoint, info: FormatInfo, console: Console) ->
     if problems:
         raise CheckFailed.from_problems("E113", problems)
     read = len(info.layers) - len(unread)
-    by = EMULATOR if kernel is None or emulated == read else kernel.name + (f" ({emulated} linears by the {EMULATOR})" if emulated else "")
+    by = (
+        EMULATOR
+        if kernel is None or emulated == read
+        else kernel.name + (f" ({number_of(emulated, 'linear')} by the {EMULATOR})" if emulated else "")
+    )
     return KernelCheck(by, read, tuple(unread), blocks, of_blocks, largest)
 
 

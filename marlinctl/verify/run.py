@@ -34,9 +34,9 @@ from marlinctl.checkpoint.formats.base import TRANSFORMERS, TRANSFORMERS_CT, TRA
 from marlinctl.checkpoint.formats.targets import Entries
 from marlinctl.checkpoint.fused_experts import with_single_experts
 from marlinctl.checkpoint.mask import open_masks
-from marlinctl.checkpoint.reader import require_folder
+from marlinctl.checkpoint.reader import FLOAT_DTYPES, require_folder
 from marlinctl.checkpoint.tied_head import with_own_head
-from marlinctl.errors import BadInput, CheckFailed, MarlinctlError, NumericalProblem, Problem
+from marlinctl.errors import BadInput, CheckFailed, MarlinctlError, NumericalProblem, Problem, number_of
 from marlinctl.models.families import may_be_derived
 from marlinctl.models.lookup import architecture_of
 from marlinctl.system.console import gibibytes
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from marlinctl.system.console import Console
 
 MAX_LOGIT_ERROR = 1e-3  # relative, fp32: both sides multiply the same weights in the same order, so only the order of sums may differ
-_FLOATS = ("F16", "BF16", "F32")
 _AGAIN = "fetch or write the checkpoint again"
 _APART = "config.json and weights do not belong together; fetch or write the checkpoint again"
 _GARBAGE = "a client would compute garbage from this folder; write it again, and report it if that does not help"
@@ -89,7 +88,7 @@ def verify(
 
     require_folder(folder)
     document = manifest.check(folder)
-    console.detail(f"digests: {len(document['files'])} files as the manifest says")
+    console.detail(f"digests: {number_of(len(document['files']), 'file')} as the manifest says")
     with ExitStack() as stack:
         examined, masks = stack.enter_context(open_folder(folder, structure="no")), stack.enter_context(open_masks(folder))
         checkpoint, info = examined.checkpoint, examined.info
@@ -97,21 +96,23 @@ def verify(
             console.warn(note)
         original = stack.enter_context(_opened(source, checkpoint, info, console))
         skipped = check_structure(checkpoint, info, module_map)
-        console.detail(f"structure: {len(checkpoint.tensors)} tensors, {len(info.layers)} linears in {info.name}")
+        console.detail(f"structure: {number_of(len(checkpoint.tensors), 'tensor')}, {number_of(len(info.layers), 'linear')} in {info.name}")
         check_finite(checkpoint, info)
         found = check_linears(checkpoint, info, masks, original, console)
         _raise("E106", found.contents)
         console.detail("contents: scales finite, packing again gives the same bytes")
         sparse = check_pattern(checkpoint, info, masks, found)
         if sparse is not None:
-            console.detail(f"2:4: {sparse['linears']} linears by the {sparse['origin']}; what was pruned is zero")
+            console.detail(f"2:4: {number_of(sparse['linears'], 'linear')} by the {sparse['origin']}; what was pruned is zero")
         read = check_kernels(checkpoint, info, console) if kernels and info.format.native else None
         if read is not None:
             console.detail(
                 f"kernels: tiles read by the {read.by}, {read.blocks} of {read.of_blocks} blocks; error {read.error:.1e}, rounding alone"
             )
             if read.unread:
-                skipped.append(f"{len(read.unread)} linears have groups that no kernel multiplies, {read.unread[0]} first")
+                skipped.append(
+                    f"{number_of(len(read.unread), 'linear has', 'linears have')} groups that no kernel multiplies, {read.unread[0]} first"
+                )
         elif info.format.native:
             skipped.append("tiles not read as a kernel reads them: --no-kernels")
         error, reason = _load_check(checkpoint, info, load)
@@ -147,7 +148,7 @@ def check_structure(checkpoint: Checkpoint, info: FormatInfo, module_map: Path |
     packed = {f"{layer}.weight" for layer in info.layers}
     for name, shape in model.expected.items():
         if name not in packed:
-            problems += _tensor_problems(checkpoint, name, _FLOATS, shape)
+            problems += _tensor_problems(checkpoint, name, FLOAT_DTYPES, shape)
     owned = info.owned
     problems += [
         Problem(f"{name} is not a tensor of this model", str(checkpoint.tensors[name].file), _APART)
@@ -426,6 +427,7 @@ def _logits(model: torch.nn.Module, tokens: Tensor) -> Tensor:
     import torch
 
     with torch.inference_mode():
+        # Some hybrids have no cache for what they are configured as.
         return model(input_ids=tokens, use_cache=False).logits.to(torch.float64)
 
 

@@ -35,8 +35,11 @@ def test_the_ideal_is_the_slower_of_reading_and_multiplying() -> None:
 
 def test_the_baseline_is_the_faster_layout_and_speedups_are_over_it() -> None:
     """If this failed, a slow baseline would flatter us."""
-    samples = {"torch [N, K]": ("torch", flat(100.0)), "torch [K, N]": ("torch", flat(90.0)), "int4": ("dense", flat(30.0))}
-    case = make_case(Shape(4096, 4096, 128), 16, samples, CEILINGS, ["dense"])
+    case = make_case(
+        Shape(4096, 4096, 128), 16,
+        {"torch [N, K]": ("torch", flat(100.0)), "torch [K, N]": ("torch", flat(90.0)), "int4": ("dense", flat(30.0))},
+        CEILINGS, ["dense"],
+    )  # fmt: skip
     assert case.baseline == "torch [K, N]"
     ours = case.named("int4")
     assert ours is not None and ours.speedup == pytest.approx(3)

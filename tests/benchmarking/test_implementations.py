@@ -66,7 +66,7 @@ def test_the_fewest_and_the_most_ctas_are_checked() -> None:
 
 def test_names_are_those_of_the_table() -> None:
     """If this failed, tables, pictures and tuning would not find what was measured."""
-    names = [one(kind, torch.float16).name for one in (Operator, Dequantized) for kind in KINDS]  # type: ignore[operator]
+    names = [one(kind, torch.float16).name for one in (Operator, Dequantized) for kind in KINDS]
     assert names == ["int4", "int4 2:4", "dequantize", "dequantize 2:4"]
 
 

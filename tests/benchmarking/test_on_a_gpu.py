@@ -10,8 +10,9 @@ import torch
 
 from marlinctl.benchmarking import accuracy, tuning
 from marlinctl.benchmarking import run as bench
+from marlinctl.benchmarking.accuracy import Implementation
 from marlinctl.benchmarking.building import offered
-from marlinctl.benchmarking.cases import KINDS, shapes_set
+from marlinctl.benchmarking.cases import KINDS, Kind, shapes_set
 from marlinctl.benchmarking.gpu import Gpu, open_gpu
 from marlinctl.benchmarking.implementations import OVERLAP, Dequantized, Operator, configured, overlaps
 from marlinctl.benchmarking.run import Asked, run
@@ -77,11 +78,11 @@ def test_weights_that_fit_the_cache_are_read_from_memory(gpu: Gpu) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_operators_and_every_configuration_are_right(gpu: Gpu, kind: str, dtype: torch.dtype) -> None:
+def test_operators_and_every_configuration_are_right(gpu: Gpu, kind: Kind, dtype: torch.dtype) -> None:
     """If this failed, what passes on the software GPU would not hold on a real one."""
     with gpu.current():
-        loaded, kernels = configured(gpu.device, gpu.architecture, [kind], dtype, Console.quiet())  # type: ignore[list-item]
-        everything = [Operator(kind, dtype), Dequantized(kind, dtype), *loaded]  # type: ignore[arg-type]
+        loaded, kernels = configured(gpu.device, gpu.architecture, [kind], dtype, Console.quiet())
+        everything: list[Implementation] = [Operator(kind, dtype), Dequantized(kind, dtype), *loaded]
         found, problems = accuracy.check(everything, [], gpu.device, thorough=True)
     assert [problem.what for problem in problems] == []
     assert {kernel.name for kernel in kernels} == {c.name for c in offered(gpu.architecture, kind)}

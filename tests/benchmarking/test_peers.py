@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -73,20 +74,20 @@ def module(monkeypatch: pytest.MonkeyPatch, name: str, **members: object) -> Non
 def vllm(monkeypatch: pytest.MonkeyPatch, told: dict[str, object]) -> None:
     """The parameters of vLLM 0.24's functions, in their order; they tell what they were given."""
 
-    def marlin_gemm(
+    def marlin_gemm(  # type: ignore[no-untyped-def]
         a, c, b_q_weight, b_bias, b_scales, a_scales, global_scale, b_zeros, g_idx, perm, workspace, b_q_type, size_m, size_n, size_k,
         is_k_full=True, use_atomic_add=False, use_fp32_reduce=False, is_zp_float=False,
-    ):  # type: ignore[no-untyped-def]  # fmt: skip
+    ) -> None:  # fmt: skip
         told.update(locals())
 
     def machete_prepack_B(b_q_weight, a_type, b_type, group_scales_type):  # type: ignore[no-untyped-def]
         told["prepacked"] = b_q_weight
         return b_q_weight
 
-    def machete_mm(
+    def machete_mm(  # type: ignore[no-untyped-def]
         a, b_q, b_type, out_type=None, b_group_scales=None, b_group_zeros=None, b_group_size=None, b_channel_scales=None,
         a_token_scales=None, schedule=None,
-    ):  # type: ignore[no-untyped-def]  # fmt: skip
+    ) -> None:  # fmt: skip
         told.update(locals())
 
     functions = {f.__name__: f for f in (marlin_gemm, machete_prepack_B, machete_mm)}
@@ -129,7 +130,8 @@ class HummingLayer(torch.nn.Module):
         pad_k_to_multiple: int = 1, num_experts: int | None = None, has_bias: bool = False, torch_dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.weight_config, self.humming_config = weight_config, None
+        self.weight_config = weight_config
+        self.humming_config: str | None = None
         size = weight_config["group_size"]
         assert isinstance(size, int)
         self.weight = torch.nn.Parameter(torch.zeros(shape_n, shape_k // 8, dtype=torch.int32), requires_grad=False)
@@ -174,7 +176,7 @@ def test_humming_is_made_filled_and_tuned(monkeypatch: pytest.MonkeyPatch, group
     call = peers._humming(Shape(256, 512, group_size), torch.float16, CPU)
     assert asked == [], "nothing is chosen before M is known"
     for rows in (3, 3, 16):
-        layer = call(torch.zeros(rows, 512))
+        layer: Any = call(torch.zeros(rows, 512))
         assert isinstance(layer, HummingLayer)
         assert layer.called_with == {
             "rows": rows, "compute_config": None, "tuning_config": {"of": "configuration", "for": rows, "as": "dense"},

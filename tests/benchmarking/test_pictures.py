@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,7 +40,7 @@ def test_the_roofline_is_drawn_for_its_own_matrices(tmp_path: Path) -> None:
 def test_the_lines_are_the_documents_figures() -> None:
     """If this failed, the picture would show something else than the table."""
     document = made_up()
-    figures = dict(pictures._figures(document))
+    figures: dict[str, Any] = dict(pictures._figures(document))
     lines = {line.get_label(): line for line in figures["speedup-llama3-8b"].axes[0].get_lines()}
     sums = [row for row in document.sets[0].sums if row.name == "int4"]
     assert list(lines["int4"].get_xdata()) == [row.m for row in sums]

@@ -56,7 +56,7 @@ def test_a_wrong_product_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_call_takes_another_copy() -> None:
     """If this failed, small weights would come from a cache."""
     seen: list[int] = []
-    call = processor._rotated([lambda x, i=i: seen.append(i) or x for i in range(3)])  # type: ignore[misc,func-returns-value]
+    call = processor._rotated([lambda x, i=i: seen.append(i) or x for i in range(3)])  # type: ignore[misc]
     for _ in range(4):
         call(torch.zeros(1))
     assert seen == [0, 1, 2, 0]

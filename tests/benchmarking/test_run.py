@@ -185,7 +185,7 @@ def test_tuning_knows_what_the_operators_choose_by_their_own_time(own_cache: Pat
 @pytest.mark.usefixtures("small", "every")
 def test_tuning_keeps_what_it_did_not_measure(own_cache: Path) -> None:
     """If this failed, tuning the dense kernels would forget the 2:4 ones, or another GPU's."""
-    other = {"measured": {}, "dequantize_from": None, "choices": [[1, 64, 64, f"{SPARSE[0].name}/1"]]}
+    other: dict[str, Any] = {"measured": {}, "dequantize_from": None, "choices": [[1, 64, 64, f"{SPARSE[0].name}/1"]]}
     before = {"schema_version": dispatch.SCHEMA_VERSION, "architectures": {"sm_80": {"sparse": other}, "sm_90a": {"sparse": other}}}
     document = run(asked(every=True, kinds=("dense",)), SoftwareGpu(), Console.quiet())
     after = tuning.merged(before, document)["architectures"]

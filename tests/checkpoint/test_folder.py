@@ -466,7 +466,7 @@ def test_a_module_map_is_held_against_every_block(tmp_path: Path) -> None:
 
 # ---- what chooses code -----------------------------------------------------------------------------------------------------------------
 
-HOSTILE = {
+HOSTILE: dict[str, Any] = {
     "attn_implementation": "kernels-community/anything@branch",
     "_attn_implementation": "evil/attention",
     "_attn_implementation_internal": "evil/attention",
@@ -480,7 +480,7 @@ HOSTILE = {
     "attribute_map": {"hidden_size": "intermediate_size"},
     "base_model_tp_plan": {"layers.*": "colwise"},
 }  # fmt: skip
-INNER = {"to_dict": 1, "validate": "x", "return_dict": False, "output_attentions": True, "get_text_config": None}
+INNER: dict[str, Any] = {"to_dict": 1, "validate": "x", "return_dict": False, "output_attentions": True, "get_text_config": None}
 
 
 @pytest.fixture

@@ -191,7 +191,7 @@ def test_each_program_is_refused_for_its_own_reason(model: Packed, refused: dict
 
 def test_formats_have_their_own_readers() -> None:
     """What only our kernels read must not be told of a server; what no client fuses is refused by none."""
-    uneven = {"overrides": {"k_proj": 32}}
+    uneven: dict[str, Any] = {"overrides": {"k_proj": 32}}
     assert loads(packed(llama(4096, 14336, 1024), fmt="gptq", **uneven)).accepted == (
         "GPTQModel", "transformers (with optimum and gptqmodel)", "marlinctl",
     )  # fmt: skip

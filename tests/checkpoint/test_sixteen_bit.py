@@ -194,7 +194,7 @@ def test_scales_must_fit(tmp_path: Path, name: str) -> None:
     folder = make_tiny(tmp_path / "model", dtype=torch.bfloat16)
     blockwise(folder)
     edit_json(folder / "config.json", lambda config: config.update(quantization_config=FP8_BLOCKS["_scale_inv"]))
-    edit_tensors(folder, DAMAGED[name][0])  # type: ignore[arg-type]
+    edit_tensors(folder, DAMAGED[name][0])
     with pytest.raises(BadInput, match=DAMAGED[name][1]) as caught, open_folder(folder):
         pass
     assert caught.value.error_id == "E340"

@@ -323,7 +323,7 @@ def test_both_folders_or_neither(packed: dict[str, Path], tmp_path: Path, monkey
     """One of two would be taken for a finished run."""
     real = repack.check_written
 
-    def second_fails(source: repack.Source, fmt: Format, folder: Path, console: object) -> None:
+    def second_fails(source: repack.Source, fmt: Format, folder: Path, console: Console) -> None:
         if fmt.name == "ct":
             raise CheckFailed("E103", "damaged", where="", fix="")
         real(source, fmt, folder, console)

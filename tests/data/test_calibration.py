@@ -205,6 +205,38 @@ def test_sharegpt_rows_with_bad_ones_among_them(tmp_path: Path) -> None:
     assert caught.value.error_id == "E253"
 
 
+def test_texts_among_chats_are_counted(model: Path, tmp_path: Path) -> None:
+    """If they were passed over without a word, a file that begins with one chat would calibrate with that chat alone."""
+    rows: list[dict[str, Any]] = [{"messages": chat} for chat in CHATS * 10] + [{"text": "Rain falls in spring."}] * 2
+    found = calibrate(model, write(tmp_path / "some.jsonl", [*rows[-2:], *rows]), samples=3, chat="always")
+    assert found.facts["parts"][0]["rows"] == {"read": 5, "skipped": 0}
+    found = calibrate(model, write(tmp_path / "few.jsonl", [rows[0], rows[-1], *rows[1:]]), samples=20)
+    assert found.facts["parts"][0]["rows"]["skipped"] == 1
+    with pytest.raises(BadInput, match=r"a text among chats \(2 of 3 rows") as caught:
+        calibrate(model, write(tmp_path / "many.jsonl", [rows[0], *rows[-2:]]))
+    assert caught.value.error_id == "E385" and "mixture" in caught.value.problems[0].fix
+
+
+def test_a_sample_that_is_only_bos_is_refused(tmp_path: Path) -> None:
+    """Samples of one token would never be full where the tokenizer puts one before every text: the run would not end."""
+    model = make_tiny(tmp_path / "model")
+    path = model / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    begins = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [begins, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}},
+    }
+    path.write_text(json.dumps(tokenizer))
+    source = write(tmp_path / "text.jsonl", [{"text": "Rain falls in spring."}] * 50)
+    assert calibrate(model, source, samples=20, sequence_length=2).tokens.ids[:, 0].tolist() == [1] * 20
+    with pytest.raises(UsageError, match="no room") as caught:
+        calibrate(model, source, samples=20, sequence_length=1)
+    assert caught.value.error_id == "E246"
+
+
 def test_a_mixture_of_two_files(model: Path, tmp_path: Path) -> None:
     """Shares would not be kept, chats of a mixture would miss the template, or two runs of one seed would see other text."""
     web = write(tmp_path / "web.jsonl", [{"text": f"Document {i} says that rain falls in spring."} for i in range(300)])

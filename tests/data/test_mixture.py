@@ -19,6 +19,9 @@ def test_parts_and_shares(tmp_path: Path) -> None:
     odd = tmp_path / "a,b.jsonl"
     odd.write_text("{}")
     assert parts_of(str(odd)) == (Part(str(odd), 1.0),)
+    single = tmp_path / "web.jsonl"
+    single.write_text("{}")
+    assert parts_of(f"{single}:0.5") == (Part(str(single), 1.0),)
 
 
 @pytest.mark.parametrize(

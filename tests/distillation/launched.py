@@ -123,7 +123,7 @@ def _loss(model: torch.nn.Module, row: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    PreTrainedModel._move_missing_keys_from_meta_to_device = zero_like_transformers_5_22()  # type: ignore[method-assign]
+    PreTrainedModel._move_missing_keys_from_meta_to_device = zero_like_transformers_5_22()
     if sys.argv[1] == "agreement":
         agreement(Path(sys.argv[2]))
     elif sys.argv[1] == "gathering":

@@ -29,5 +29,5 @@ def recipe(text: Path | str, **changes: Any) -> Recipe:
 
 
 def distill(student: Path, out: Path, teacher: Path, chosen: Recipe, *, resume: bool = False, **options: Any) -> dict[str, Any]:
-    settings = Options(**({"device": "cpu", "dtype": "float32", "command": "marlinctl distill", "resume": resume} | options))
+    settings = Options(**{"device": "cpu", "dtype": "float32", "command": "marlinctl distill", "resume": resume, **options})
     return run_distill(str(student), out, str(teacher), chosen, settings, Console.quiet())

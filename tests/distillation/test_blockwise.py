@@ -102,7 +102,8 @@ def test_a_resumed_job_ends_with_the_same_bits(
     place: Path, undisturbed: Path, tmp_path: Path, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed before the first state, inside a block, between two blocks: finished blocks, hidden states and moments must all come back."""
-    step, done = blockwise.BlockLoop.step, []
+    step = blockwise.BlockLoop.step
+    done: list[int] = []
 
     def counted(*args: Any) -> torch.Tensor:
         if len(done) == steps:

@@ -16,7 +16,8 @@ from marlinctl.models.families import architecture
 from marlinctl.system import launcher
 from tests.distillation.runs import recipe
 
-SMALL = SHAPES["llama-3-8b"] | {
+SMALL = {
+    **SHAPES["llama-3-8b"],
     "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
 }  # fmt: skip
 

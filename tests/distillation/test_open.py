@@ -121,7 +121,7 @@ def test_weights_that_the_mask_prunes(place: Path, tmp_path: Path, form: str) ->
         ({"hidden_size": 64}, "hidden size: the student has 128, the teacher 64"),
     ],
 )
-def test_a_teacher_of_another_size(place: Path, tmp_path: Path, changes: dict[str, int], words: str) -> None:
+def test_a_teacher_of_another_size(place: Path, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     """Hidden states and predictions could not be compared, or would be cut to fit."""
     teacher = make_tiny(tmp_path / "teacher", **changes)
     error = refused(BadInput, place / "student", tmp_path / "out", teacher, place / "text.txt")

@@ -86,7 +86,7 @@ def test_full_mode_brings_the_student_nearer_and_keeps_its_mask(place: Path, tmp
 
 def test_the_card_names_the_original_on_the_hub(place: Path, tmp_path: Path) -> None:
     """A student of a local teacher would have no original and no licence on the hub."""
-    settings = {"base_model": "org/Tiny-1B", "license": "mit"}
+    settings: dict[str, Any] = {"base_model": "org/Tiny-1B", "license": "mit"}
     distill(place / "student", tmp_path / "out", place / "teacher", recipe(place / "text.txt", tokens=256), **settings)
     meta = ModelCard.load(tmp_path / "out" / "README.md").data
     assert (meta.base_model, meta.base_model_relation, meta.license) == ("org/Tiny-1B", "finetune", "mit")
@@ -261,7 +261,8 @@ class _Crash(Exception):
 
 def crash_after(monkeypatch: pytest.MonkeyPatch, steps: int, owner: Any = loops.Loop) -> None:
     """Let so many steps pass, then fail, as a machine does."""
-    step, done = owner.step, []
+    step = owner.step
+    done: list[int] = []
 
     def counted(*args: Any) -> Any:
         if len(done) == steps:

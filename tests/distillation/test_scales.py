@@ -36,7 +36,7 @@ def test_the_weight_is_codes_times_scales_and_its_gradient_reaches_them() -> Non
     module, given = Fused(), parts(0, 4, 8, 4)
     freeze_codes(module, {"proj.weight": Place("proj.weight")}, {"proj": given})
     assert torch.equal(module.proj.weight, given.weight())
-    factors = module.proj.parametrizations["weight"].original
+    factors = module.get_parameter("proj.parametrizations.weight.original")
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
     module.proj(x).square().sum().backward()
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_the_weight_is_codes_times_scales_and_its_gradient_reaches_them() -> Non
         expected = outer.reshape(4, 2, 4).sum(-1)
     torch.testing.assert_close(factors.grad, expected)
     with torch.no_grad():
-        factors *= 1.5
+        factors.mul_(1.5)
     torch.testing.assert_close(trained_scales(module, Place("proj.weight")), given.scales.float() * 1.5)
     torch.testing.assert_close(module.proj.weight, given.weight() * 1.5)
 
@@ -85,7 +85,7 @@ def test_settled_scales_are_ones_that_a_checkpoint_holds(exact: bool) -> None:
     """What is measured at the end must be what float16 (and bfloat16, where it was so before) can hold."""
     module = Fused()
     freeze_codes(module, {"proj.weight": Place("proj.weight")}, {"proj": parts(0, 4, 8, 4)})
-    factors = module.proj.parametrizations["weight"].original
+    factors = module.get_parameter("proj.parametrizations.weight.original")
     with torch.no_grad():
         factors.copy_(torch.rand(factors.shape, generator=torch.Generator().manual_seed(2)) + 0.5)
         factors[0, 0] = 1e-9

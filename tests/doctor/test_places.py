@@ -73,7 +73,7 @@ def test_a_disk_that_cannot_do_what_publishing_needs(home: Path, monkeypatch: py
     def refuses(*_args: object) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(*((os, "fsync") if call == "fsync" else (Path, "replace")), refuses)
+    monkeypatch.setattr(os if call == "fsync" else Path, call, refuses)
     check = by_name(list(places.cache()))["cache"]
     assert check.status == "fail" and f"{step} failed: Operation not supported" in check.found
     assert not home.exists(), "the probe and the folders made for it are gone"

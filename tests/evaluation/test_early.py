@@ -19,7 +19,9 @@ from tests.evaluation.local_copies import parquet_layout
 from tests.pruned import prune
 from tests.tiny import make_tiny
 
-SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+SIZES: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2,
+}  # fmt: skip
 RAISING = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for m in messages %}{{ m['content'] }}{% endfor %}"

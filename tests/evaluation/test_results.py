@@ -89,13 +89,23 @@ def test_another_baseline_or_none(tmp_path: Path) -> None:
         ResultsFile(path, document(), resume=True)
 
 
+def test_folders_of_the_results_are_made(tmp_path: Path) -> None:
+    """OUT of every other verb makes its parents; `eval --out runs/one/scores.json` ended with "make the folder first"."""
+    path = tmp_path / "runs" / "one" / "r.json"
+    results.check_place(path, resume=False)
+    assert not path.parent.exists()
+    ResultsFile(path, document(), resume=False)
+    assert path.is_file()
+
+
 def test_existing_files_and_impossible_places(tmp_path: Path) -> None:
-    """Hours of results would be overwritten, or lost at the end because the folder was not there."""
+    """Hours of results would be overwritten, or lost at the end because no file can be there."""
     path = tmp_path / "r.json"
     path.write_text("mine")
-    missing = tmp_path / "no" / "r.json"
+    impossible = path / "no" / "r.json"
     for target, resume, what in (
-        (path, False, "exists already"), (missing, False, "no folder"), (None, True, "needs the file"), (missing, True, "no folder"),
+        (path, False, "exists already"), (None, True, "needs the file"),
+        (impossible, False, "not a folder"), (impossible, True, "not a folder"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=what) as caught:
             ResultsFile(target, document(), resume=resume)

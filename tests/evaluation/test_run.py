@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -390,7 +390,8 @@ def test_out_of_memory_is_tried_once_with_half(model: Path, layouts: dict[str, P
         raise torch.OutOfMemoryError("no")
 
     monkeypatch.setattr(Harness, "_model_call", full)
-    for batch_size, asked in (("auto", [14, 8]), (4, [4])):
+    cases: list[tuple[int | Literal["auto"], list[int]]] = [("auto", [14, 8]), (4, [4])]
+    for batch_size, asked in cases:
         sizes.clear()
         with pytest.raises(ResourceProblem) as caught:
             evaluate(model, EvalSettings(tasks=("winogrande",), task_data=layouts["saved"], batch_size=batch_size, **SMALL), QUIET)

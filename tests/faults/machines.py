@@ -52,7 +52,7 @@ def _driver_too_old_for_torch() -> None:
     import torch
 
     _no_gpu()
-    torch.version.cuda = "13.0"  # type: ignore[assignment]
+    torch.version.cuda = "13.0"
     _libcuda(11040)
 
 

@@ -220,8 +220,8 @@ def test_what_a_killed_run_was_writing_goes(tmp_path: Path) -> None:
     """Each kill would leave a state of gigabytes under a name of its own."""
     path = stopped(tmp_path / "out", BLOCK).path
     (path / "states").mkdir()
-    for folder in (path, path / "states"):
-        (folder / temporary_name()).write_text("half")
+    for place in (path, path / "states"):
+        (place / temporary_name()).write_text("half")
     with held(tmp_path / "out", resume=True) as folder:
         assert not list(folder.path.rglob("*.part"))
         folder.remove()
@@ -358,7 +358,7 @@ def test_a_publication_that_was_cut_short_is_completed(tmp_path: Path) -> None:
 
 def test_a_result_that_is_nowhere_is_not_called_published(tmp_path: Path) -> None:
     """Somebody removed the staged folder: saying `done` would be a lie."""
-    line = {"step": "publishing", "folders": [{"from": "staged", "to": "out", "manifest": "0" * 64}]}
+    line: dict[str, object] = {"step": "publishing", "folders": [{"from": "staged", "to": "out", "manifest": "0" * 64}]}
     stopped(tmp_path / "out", line)
     with pytest.raises(BadInput) as caught, held(tmp_path / "out", resume=True) as folder:
         folder.publish_again(overwrite=False, keep=False)

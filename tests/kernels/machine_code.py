@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import accumulate
+from operator import methodcaller
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -50,8 +51,7 @@ def disassemble(kernel: str, architecture: str, cubins: Sequence[bytes]) -> list
     if missing:
         made = dict(zip(missing, _disassemble(kernel, architecture, [cubins[i] for i in missing]), strict=True))
         for i, code in made.items():
-            text = json.dumps(vars(code))
-            kept("json", inputs[i], lambda target, text=text: target.write_text(text))
+            kept("json", inputs[i], methodcaller("write_text", json.dumps(vars(code))))
     documents = [json.loads(entry("json", key).read_text()) for key in inputs]
     return [MachineCode(**{**document, **{key: Counter(document[key]) for key in ("instructions", "selectors")}}) for document in documents]
 

@@ -26,7 +26,7 @@ from marlinctl.kernels.launch import UNPACK_THREADS, LoadedKernel, unpack_define
 from tests.kernels.software_kernel import Arguments, compiled, library_of
 
 DEVICE = torch.device("cpu")
-KINDS = dict(Arguments._fields_)
+KINDS: dict[str, Any] = {field[0]: field[1] for field in Arguments._fields_}
 SPARSE = list(KINDS)  # the arguments of each kernel, in order
 DENSE = [name for name in KINDS if name != "meta"]
 REPACK = ["activations", "qweight", "n", "m", "k", "whole"]  # words, tiles, N, K/8, strides of rows and of columns
@@ -97,6 +97,7 @@ class SoftwareDriver:
         addresses = (ctypes.c_void_p * len(function.names)).from_address(params)
         given = {name: KINDS[name].from_address(address).value for name, address in zip(function.names, addresses, strict=True)}
         if function.tokens:  # what is there instead of the activations' address is a map, which begins with it
+            assert addresses[0] is not None
             sizes = (ctypes.c_uint64 * 4).from_address(addresses[0])
             assert list(sizes)[1:] == [given["k"], given["m"], function.tokens], "the map is of another matrix, or another box"
         how = {"threads": threads, "shared": shared, "stream": stream, "overlap": self.overlap, "cluster": self.cluster}

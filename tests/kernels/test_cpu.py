@@ -18,7 +18,7 @@ from torch import Tensor
 
 from marlinctl.kernels import cpu
 from marlinctl.kernels.configurations import DENSE, SPARSE
-from marlinctl.kernels.linear import MarlinLinear, SparseMarlinLinear, packed_module
+from marlinctl.kernels.linear import MarlinLinear, packed_module
 from marlinctl.kernels.reference import dequantize_sparse
 from marlinctl.pack.sparse_marlin import remask
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
@@ -115,7 +115,8 @@ def test_tiles_are_dropped_and_come_back(sparse: bool) -> None:
     out = module(torch.ones(1, 256).bfloat16())
     assert getattr(module, module.WORDS) is None
     held = sum(buffer.numel() * buffer.element_size() for buffer in (module.cpu_weight, module.cpu_scales) if buffer is not None)
-    assert module.cpu_weight is not None and module.cpu_weight.numel() == (2 if sparse else 1) * size, "half a byte for each weight"
+    weight = module.cpu_weight
+    assert weight is not None and weight.numel() == (2 if sparse else 1) * size, "half a byte for each weight"
     assert held < 1.15 * (2 if sparse else 1) * size
 
     def same(state: dict[str, Tensor]) -> bool:
@@ -192,7 +193,7 @@ def test_weights_that_are_loaded_later_count() -> None:
 def test_tiles_that_somebody_changes() -> None:
     """If this failed, `remask` would change tiles that no product reads."""
     p, weight = packed(True, 80, 96, 32)
-    module, x = SparseMarlinLinear(p), torch.eye(96).bfloat16()
+    module, x = packed_module(p), torch.eye(96).bfloat16()
     assert torch.allclose(module(x).T.float(), weight, rtol=2**-7, atol=0)
     module.overlap = False
     given = module.packed()
@@ -226,7 +227,8 @@ def test_threads_that_call_at_once() -> None:
     """If this failed, one thread would find the tiles gone and nothing in their place."""
     x = torch.randn(2, 96).bfloat16()
     for seed in range(20):
-        module, found = MarlinLinear(packed(False, 80, 96, 32, seed=seed)[0]), []
+        module = packed_module(packed(False, 80, 96, 32, seed=seed)[0])
+        found: list[Tensor] = []
         threads = [threading.Thread(target=lambda module=module, found=found: found.append(module(x))) for _ in range(4)]
         for thread in threads:
             thread.start()
@@ -239,7 +241,7 @@ def test_threads_that_call_at_once() -> None:
 def test_shapes_of_activations(m: int) -> None:
     """If this failed, no rows, more dimensions or other strides would stop a model."""
     p, weight = packed(False, 80, 96, 32)
-    module = MarlinLinear(p)
+    module = packed_module(p)
     x = torch.randn(96, 2 * m).bfloat16().T.view(2, m, 96) if m else torch.empty(2, 0, 96, dtype=torch.bfloat16)
     assert module(x).shape == (2, m, 80) and module(x).is_contiguous()
     if m:
@@ -249,7 +251,7 @@ def test_shapes_of_activations(m: int) -> None:
 
 def test_what_is_refused() -> None:
     """If this failed, torch would read beyond a weight, or a module would add a bias of another type than a GPU accepts."""
-    module = MarlinLinear(packed(False, 80, 96, 32)[0], torch.zeros(80).half())
+    module = packed_module(packed(False, 80, 96, 32)[0], torch.zeros(80).half())
     with pytest.raises(ValueError, match=r"bias must be torch.bfloat16 \[80\], got torch.float16"):
         module(torch.ones(1, 96).bfloat16())
     with pytest.raises(ValueError, match="is not one of N=80, K=256"):

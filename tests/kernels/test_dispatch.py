@@ -78,7 +78,8 @@ def test_the_users_table_goes_first(own_cache: Path) -> None:
     assert name("sm_80", False, 1, 4096, 4096) == f"{DENSE[2].name}/2"
     assert choose("sm_80", False, 64, 4096, 4096) is None
     assert name("sm_90a", False, 1, 4096, 4096) == "m8n128k512x5/1"
-    assert choose("sm_80", True, 1, 64, 64).configuration in SPARSE
+    other = choose("sm_80", True, 1, 64, 64)
+    assert other is not None and other.configuration in SPARSE
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from marlinctl.kernels import jit, ops
+from marlinctl.kernels import dispatch, jit, ops
 from marlinctl.kernels import launch as launcher
 from marlinctl.kernels.configurations import DENSE, SPARSE, group_shift
 from marlinctl.kernels.dispatch import Choice
@@ -90,7 +92,8 @@ def test_identity_gives_the_weight(sparse: bool, dtype: torch.dtype) -> None:
         eye, expected = torch.eye(640, device="cuda", dtype=dtype), linear.weight.T.to(dtype)
         assert torch.equal(torch.cat([linear(rows) for rows in eye.split(16)]), expected)
         shift = group_shift(linear.p.group_size, 640)
-        weight = launcher.unpack(linear.tensors[:-1], linear.p.scales, dtype, 448, 640, shift, jit.default_folder())
+        function = launcher.load_unpack(sparse, dtype, eye.device, jit.default_folder())
+        weight = launcher.unpack(function, linear.tensors[:-1], linear.p.scales, dtype, 448, 640, shift)
         assert torch.equal(weight, expected.T)
 
 
@@ -153,7 +156,7 @@ def test_streams(sparse: bool) -> None:
     assert all(torch.equal(out, expected) for outs, expected in zip(together, alone, strict=True) for out in outs)
 
 
-def captured(work: Callable[[], Tensor], **options: object) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+def captured(work: Callable[[], Tensor], **options: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     work()  # kernels are not loaded under capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -188,7 +191,7 @@ def test_graphs_replayed_at_once() -> None:
     linear = Linear(False, 576, 4096, 128)
     inputs = [linear.inputs(33, torch.float16) for _ in range(3)]
     expected = [linear(x) for x in inputs]
-    graphs = [captured(lambda x=x: linear(x)) for x in inputs[:2]]
+    graphs = [captured(partial(linear, x)) for x in inputs[:2]]
     streams = [torch.cuda.Stream() for _ in graphs]
     for _ in range(50):
         for (graph, _), stream in zip(graphs, streams, strict=True):
@@ -205,7 +208,11 @@ def test_graphs_that_share_a_pool() -> None:
     linear = Linear(False, 576, 4096, 128)
     pool = torch.cuda.graph_pool_handle()
     inputs = {m: linear.inputs(m, torch.float16) for m in (64, 33, 8, 1)}
-    graphs = {m: captured(lambda x=x: linear(x).clone(), pool=pool) for m, x in inputs.items()}
+
+    def cloned(x: Tensor) -> Tensor:
+        return linear(x).clone()
+
+    graphs = {m: captured(partial(cloned, x), pool=pool) for m, x in inputs.items()}
     for m in (1, 64, 8, 33, 1):
         graphs[m][0].replay()
         torch.cuda.synchronize()
@@ -217,7 +224,7 @@ def test_a_kernel_is_not_loaded_under_capture(monkeypatch: pytest.MonkeyPatch) -
     linear = Linear(False, 64, 128, 32)
     x = linear.inputs(2, torch.float16)
     unused = replace(DENSE[0], stages=2)
-    monkeypatch.setattr(ops.dispatch, "choose", lambda *_: Choice(unused, 1))
+    monkeypatch.setattr(dispatch, "choose", lambda *_: Choice(unused, 1))
     ops._route.cache_clear()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

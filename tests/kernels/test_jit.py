@@ -7,8 +7,9 @@ import stat
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -38,7 +39,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     original = jit._compile
 
-    def counting(nvrtc, source, texts, flags):
+    def counting(nvrtc: ModuleType, source: str, texts: dict[str, str], flags: Sequence[str]) -> bytes:
         names.append(source)
         return original(nvrtc, source, texts, flags)
 
@@ -71,7 +72,9 @@ def test_a_kernel_is_compiled_once(csrc: Path, compilations: list[str], tmp_path
     ],
     ids=["source", "header", "flag", "architecture", "architecture with a letter"],
 )
-def test_whatever_decides_the_result_is_in_the_key(csrc: Path, compilations: list[str], tmp_path: Path, change: Callable) -> None:
+def test_whatever_decides_the_result_is_in_the_key(
+    csrc: Path, compilations: list[str], tmp_path: Path, change: Callable[[Path], tuple[str, tuple[str, ...], str]]
+) -> None:
     """If this failed, a changed source or another GPU would be given stale machine code."""
     first = jit.cubin(*ARGUMENTS, tmp_path / "cache")
     assert jit.cubin(*change(csrc), tmp_path / "cache") != first
@@ -185,7 +188,7 @@ def pretended(csrc: Path, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """A compiler that gives other code at each call; the list grows by what it gave."""
     made: list[bytes] = []
 
-    def compiling(nvrtc, source, texts, flags) -> bytes:
+    def compiling(nvrtc: ModuleType, source: str, texts: dict[str, str], flags: Sequence[str]) -> bytes:
         made.append(b"code %d" % len(made))
         return made[-1]
 

@@ -8,13 +8,14 @@ import random
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from marlinctl.kernels import jit, tensor_maps
 from marlinctl.kernels import launch as launcher
-from marlinctl.kernels.configurations import DENSE, DENSE_SM90, SPARSE, Grid
+from marlinctl.kernels.configurations import DENSE, DENSE_SM90, SPARSE, Configuration, Grid
 from marlinctl.kernels.functions import architecture_of
 from marlinctl.kernels.launch import CHUNK_COUNTERS, FEWEST_COUNTERS, Counters, launch, load
 from tests.kernels.software_driver import SoftwareDriver, Status, install, software_kernel
@@ -27,7 +28,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> SoftwareDriver:
 
 
 @pytest.mark.parametrize("configuration", [DENSE[0], SPARSE[0]], ids=lambda c: c.name)
-def test_a_launch_multiplies(configuration, driver: SoftwareDriver, tmp_path: Path) -> None:
+def test_a_launch_multiplies(configuration: Configuration, driver: SoftwareDriver, tmp_path: Path) -> None:
     """If this failed, an argument would reach the kernel in a wrong place or width, or a launch would leave its counters used."""
     m, n, k, group_size, ctas = 9, 192, 320, 64, 4
     kernel = software_kernel(configuration, torch.float16, tmp_path)
@@ -169,18 +170,18 @@ def test_an_error_of_the_driver_is_an_error(driver: SoftwareDriver) -> None:
         launch(software_kernel(DENSE[0], torch.float16, None), x, p, None, x.clone(), Grid(1))
 
 
-def test_threads_do_not_share_arguments(driver: SoftwareDriver) -> None:
+def test_threads_do_not_share_arguments(driver: SoftwareDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, a thread could overwrite what the driver is about to read of another's launch."""
     seen = []
     original = driver.cuLaunchKernel
     both = threading.Barrier(2)
 
-    def slow(*arguments: int) -> tuple[Status, ...]:
+    def slow(*arguments: Any) -> tuple[Status]:
         both.wait(timeout=20)  # both have packed their arguments
         seen.append(original(*arguments))
         return (Status.CUDA_SUCCESS,)
 
-    driver.cuLaunchKernel = slow
+    monkeypatch.setattr(driver, "cuLaunchKernel", slow)
     kernel = software_kernel(DENSE[0], torch.float16, None)
     p, _ = random_packed(DENSE[0], 64, 64, 32, seed=0)
 
@@ -217,7 +218,7 @@ def test_streams_and_captures_never_share_counters() -> None:
     capture: dict[int, int | None] = {1: None, 2: None, 3: None}
     captures = itertools.count()
     counters = Counters(Memory(), lambda stream: capture[stream])
-    pieces: list[tuple[int, int, object]] = []  # address, bytes, who may use it
+    pieces: list[tuple[int, int, tuple[int, int | None]]] = []  # address, bytes, who may use it
     for _ in range(4000):
         stream = numbers.choice([1, 2, 3])
         if numbers.random() < 0.2:
@@ -227,7 +228,8 @@ def test_streams_and_captures_never_share_counters() -> None:
         pieces.append((counters.of(stream, count), 4 * count, owner))
     pieces = sorted(set(pieces), key=lambda piece: piece[0])
     assert len({owner for _, _, owner in pieces}) > 100
-    end, last = 0, None
+    end = 0
+    last: tuple[int, int | None] | None = None
     for address, size, owner in pieces:
         assert address >= end or owner == last, f"{owner} and {last} share counters"
         if address + size > end:
@@ -236,7 +238,8 @@ def test_streams_and_captures_never_share_counters() -> None:
 
 def test_counters_are_kept() -> None:
     """If this failed, every launch would take new memory, for ever."""
-    memory, capture = Memory(), [None]
+    memory = Memory()
+    capture: list[int | None] = [None]
     counters = Counters(memory, lambda stream: capture[0])
     assert len({counters.of(1, 10) for _ in range(5)}) == 1
     outgrown = counters.of(1, FEWEST_COUNTERS + 1)

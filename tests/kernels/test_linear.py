@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +53,7 @@ def test_the_state_dict_is_what_lies_on_disk(sparse: bool) -> None:
 
 
 @pytest.mark.parametrize("convert", [lambda m: m.to(torch.bfloat16), lambda m: m.bfloat16()], ids=["to", "bfloat16"])
-def test_conversions_leave_scales_alone(convert) -> None:
+def test_conversions_leave_scales_alone(convert: Callable[[torch.nn.Module], Any]) -> None:
     """If this failed, `model.to(torch.bfloat16)` would round the scales, or make the operator refuse them."""
     module, weight = module_of(False, torch.randn(80).half())
     before = module.s.clone()

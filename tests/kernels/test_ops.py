@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from marlinctl.kernels import ops
+from marlinctl.kernels import dispatch, ops
 from marlinctl.kernels.configurations import DENSE, SPARSE
 from marlinctl.kernels.dispatch import Choice
 from marlinctl.kernels.launch import LoadedKernel
@@ -215,7 +215,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, built: dict[Any, Any]) -> Iterator[Soft
         return built[key]
 
     monkeypatch.setattr(ops, "architecture_of", lambda device: "sm_80")
-    monkeypatch.setattr(ops.dispatch, "choose", choose)
+    monkeypatch.setattr(dispatch, "choose", choose)
     monkeypatch.setattr(ops, "load", load)
     monkeypatch.setattr(ops, "load_unpack", load_unpack)
     ops._route.cache_clear()

@@ -138,7 +138,7 @@ def _sections(rope: Mapping[str, Any]) -> list[int]:
 
 def _one_of_each(config: PreTrainedConfig) -> dict[str, Any]:
     """The lists that have a value for each layer, cut to one layer of each kind, and how many layers those are."""
-    count = getattr(config, "num_hidden_layers", None)
+    count: int = getattr(config, "num_hidden_layers", 0)
     names = [field.name for field in dataclasses.fields(config)]
     values = vars(config)
     lists = {key: list(values[key]) for key in names if isinstance(values.get(key), list | tuple) and len(values[key]) == count}
@@ -149,7 +149,7 @@ def _one_of_each(config: PreTrainedConfig) -> dict[str, Any]:
     chosen = sorted(chosen + [i for i in range(count) if i not in chosen][: max(0, 2 - len(chosen))])
     if values.get("num_kv_shared_layers"):  # the last ones read keys and values of the first ones
         chosen = [*chosen, *chosen]
-    found = {key: [_small(key, values[i], {}) for i in chosen] for key, values in lists.items()}
+    found: dict[str, Any] = {key: [_small(key, values[i], {}) for i in chosen] for key, values in lists.items()}
     counted = [key for key in names if re.fullmatch(_LAYERS, key)][:1]
     if values.get("num_kv_shared_layers"):
         found["num_kv_shared_layers"] = len(chosen) // 2

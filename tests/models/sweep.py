@@ -12,6 +12,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from marlinctl.checkpoint.folder import open_folder
 from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.data.tokens import Tokens
-from marlinctl.errors import MarlinctlError
+from marlinctl.errors import CheckFailed, MarlinctlError
 from marlinctl.models.architectures import Architecture
 from marlinctl.models.config import read_config, wraps
 from marlinctl.models.families import FAMILIES
@@ -66,7 +67,8 @@ def listed_types() -> list[str]:
 def outcomes(types: Sequence[str], *, workers: int = WORKERS, seconds: float = SECONDS) -> Iterator[Outcome]:
     """Of each type, as they come: in a process each, so many at a time, each ended when its time is over."""
     fork = multiprocessing.get_context("fork")  # what is imported here is not imported for each
-    waiting, running = list(types), {}
+    waiting = list(types)
+    running: dict[connection.Connection, tuple[str, Any, float]] = {}
     while waiting or running:
         while waiting and len(running) < workers:
             ours, theirs = fork.Pipe(duplex=False)
@@ -142,6 +144,12 @@ def disagreement(folder: Path, scratch: Path) -> str:
     if (off := _distance(walked, entered[-1])) > 1e-3:
         return f"the pipeline's hidden states are {off:.2g} off"
     runs.quantize(folder, scratch / "out", runs.recipe(runs.write_text(scratch / "text.txt"), calibration__sequence_length=32))
+    try:
+        verify(
+            scratch / "out", source=folder, load=None, console=Console.quiet()
+        )  # with transformers, where the rules say that it loads it
+    except CheckFailed as failed:
+        return failed.problems[0].what
     packed = load_dense(scratch / "out", dtype=torch.float32)
     weights = packed.state_dict()
     changed = [name for name, weight in model.state_dict().items() if not torch.equal(weight, weights[name])]
@@ -156,7 +164,7 @@ def disagreement(folder: Path, scratch: Path) -> str:
 
 @torch.no_grad()
 def _walked(known: Architecture, checkpoint: Checkpoint, scratch: Path) -> Tensor:
-    def keep(names: tuple[str, ...], hessian: Hessian, remark: str) -> dict[str, Tensor]:
+    def keep(names: tuple[str, ...], hessian: Hessian | None, remark: str) -> dict[str, Tensor]:
         return {name: checkpoint.read(f"{name}.weight").float() for name in names}
 
     cpu = torch.device("cpu")

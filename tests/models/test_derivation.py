@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from marlinctl.errors import BadInput
+from marlinctl.errors import BadInput, UsageError
 from marlinctl.models.derivation import derived_architecture
 from marlinctl.models.families import FAMILIES, architecture
 from marlinctl.models.lookup import any_architecture
@@ -16,7 +16,7 @@ from tests import zoo
 from tests.models.sweep import outcome
 
 DENSE = sorted(name for name, family in FAMILIES.items() if not family.experts)
-SAMPLE = ["cohere2", "deepseek_v3", "falcon_h1", "gemma4_text", "gpt_bigcode", "gpt_oss", "opt", "qwen3_next"]
+SAMPLE = ["biogpt", "cohere2", "deepseek_v3", "falcon_h1", "gemma4_text", "gpt_bigcode", "gpt_oss", "phimoe", "qwen3_next"]
 
 
 def config_of(model_type: str, **changes: Any) -> dict[str, Any]:
@@ -38,7 +38,8 @@ def test_derivation_finds_what_the_table_says(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", SAMPLE)
 def test_models_outside_the_table_are_quantized(model_type: str) -> None:
-    """If an argument, a buffer, learned positions or a tuple were lost on the way, hidden states would not be those of transformers."""
+    """If an argument, a buffer, learned positions or a tuple were lost on the way, hidden states would not be those of transformers; if
+    `ignore` lacked a tied head (biogpt) or a router (phimoe) by the name of its module, transformers would not load the result."""
     found = outcome(model_type)
     assert found.how in ("derived", "table"), found.line
 
@@ -63,12 +64,13 @@ def test_derived_buffers_are_carried_and_not_trained() -> None:
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "several streams": ("gemma3n_text", {}, "pass on several hidden states for each token"),
-    "one weight in several blocks": ("zamba2", {}, "its blocks share weights"),
+    "one weight in several blocks": ("zamba2", {}, "is the same tensor as another one"),
     "Conv1D": ("gpt2", {}, "Conv1D"),
     "Conv1D before norms": ("openai-gpt", {}, "Conv1D"),
     "an encoder": ("bert", {}, "not a decoder with one list of blocks"),
     "experts of another kind": ("jetmoe", {"num_local_experts": 4}, "no module of gate, up and down"),
     "hyper connections": ("deepseek_v4", {}, "pass on several hidden states for each token"),
+    "what another block computed": ("glm_moe_dsa", {"indexer_types": ["full", "shared"]}, "prev_topk_indices, which depends on what other"),
 }  # fmt: skip
 
 
@@ -129,3 +131,14 @@ def test_infinity_is_read_as_transformers_writes_it() -> None:
     limit = [0.0, {"__float__": "Infinity"}]
     parsed: Any = transformers_config({"model_type": "granitemoehybrid", "num_local_experts": 0, "time_step_limit": limit})
     assert parsed.time_step_limit == (0.0, float("inf"))
+
+
+def test_a_head_of_another_name_is_not_packed() -> None:
+    """If embed_out of GPT-NeoX were packed, transformers would look for lm_head, and fill it with random numbers."""
+    from marlinctl.planning.layer_rules import plan
+
+    known = derived_architecture(config_of("gpt_neox"))
+    assert known.head is not None and known.head.name == "embed_out"
+    with pytest.raises(UsageError, match="embed_out") as caught:
+        plan(known, group_size=32, skip=(), overrides={}, include=("lm_head",))
+    assert caught.value.error_id == "E255"

@@ -65,7 +65,10 @@ def test_rules_name_a_linear_as_both_call_it(tmp_path: Path) -> None:
 
     folder = zoo.build("laguna", tmp_path / "model")
     text = runs.write_text(tmp_path / "text.txt")
-    rules = {"quantize__skip": ["shared_expert.up_proj"], "quantize__overrides": {"shared_expert.down_proj": {"group_size": -1}}}
+    rules: dict[str, Any] = {
+        "quantize__skip": ["shared_expert.up_proj"],
+        "quantize__overrides": {"shared_expert.down_proj": {"group_size": -1}},
+    }
     runs.quantize(folder, tmp_path / "out", runs.recipe(text, **rules))
     repack(tmp_path / "out", tmp_path / "gptq", format="gptq")
     repack(tmp_path / "gptq", tmp_path / "again", format="ct")

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from scripts.make_models import read_table, table
 from tests.models import sweep
+from tests.models.model_list import read_table, table
 from tests.models.shrink import FIRST_SPECIAL, HIDDEN, tiny_config
 from tests.models.sweep import NOT_TRIED, Outcome, outcomes
 

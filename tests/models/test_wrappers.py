@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +65,16 @@ def test_names_and_positions_of_odd_wrappers(model_type: str) -> None:
     """
     found = outcome(model_type)
     assert (found.how, found.reason) == ("wrapper", ""), found.line
+
+
+def test_a_language_model_without_a_row_in_the_table_is_derived() -> None:
+    """The decoder of a wrapper is no whole model of transformers: what derivation asks of one must be there too."""
+    from marlinctl.models.meta_model import build
+    from tests.models.test_derivation import config_of
+
+    config = config_of("aya_vision", **zoo.WRAPPERS["aya_vision"])
+    known = architecture_of(config, build(config, torch.float32).state_dict().keys())
+    assert len(known.linears) == 14 and all(name.startswith("model.language_model.layers.") for name in known.linears)
 
 
 def test_a_plan_says_what_stays(tmp_path: Path) -> None:
@@ -134,7 +145,7 @@ def test_every_format_holds_a_wrapper(tmp_path: Path) -> None:
 
     folder = zoo.build("gemma3", tmp_path / "model", dtype=torch.bfloat16)
     text = runs.write_text(tmp_path / "text.txt")
-    rules = {"quantize__skip": ["layers.1.*"], "quantize__overrides": {"down_proj": {"group_size": -1}}}
+    rules: dict[str, Any] = {"quantize__skip": ["layers.1.*"], "quantize__overrides": {"down_proj": {"group_size": -1}}}
     runs.quantize(folder, tmp_path / "out", runs.recipe(text, **rules))
     repack(tmp_path / "out", tmp_path / "gptq", format="gptq", also=["marlin", "ct"])
     for fmt in ("gptq", "gptq-marlin", "gptq-ct"):

@@ -11,7 +11,9 @@ import pytest
 from marlinctl.cli import main
 from marlinctl.oneshot.sequential import SequentialPipeline
 
-SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 4}
+SIZES: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 4,
+}  # fmt: skip
 ASKED = ["--group-size", "32", "--samples", "2", "--sequence-length", "32", "--refine", "0", "--dtype", "float32", "--threads", "1", "-q"]
 PROGRAM = """
 import sys, time

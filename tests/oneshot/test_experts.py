@@ -34,7 +34,7 @@ from tests.runs import quantize, recipe, write_text
 from tests.solver_kernels.software import install
 
 CPU = torch.device("cpu")
-MANY = {"num_experts": 24, "num_experts_per_tok": 3, "mlp_only_layers": []}  # some of them see few tokens
+MANY: dict[str, Any] = {"num_experts": 24, "num_experts_per_tok": 3, "mlp_only_layers": []}  # some of them see few tokens
 
 
 def test_tokens_are_sorted_as_a_loop_over_experts_finds_them() -> None:

@@ -29,7 +29,7 @@ def test_jobs_are_listed_and_removed(
     found = {Path(job["path"]).name: job for job in json.loads(capfd.readouterr().out)["jobs"]}
     assert {name: (job["verb"], job["stage"], job["blocks"]) for name, job in found.items()} == {
         "out.job": ("quantize", "3 blocks finished", 3),
-        "whole.job": ("compress", "ct: 1 blocks finished", 1),
+        "whole.job": ("compress", "ct: 1 block finished", 1),
     }
     on_disk = sum(path.stat().st_size for path in (tmp_path / "a" / "b" / "out.job").rglob("*") if path.is_file())
     assert found["out.job"]["size"] == on_disk and found["out.job"]["running"] is None and 0 <= found["out.job"]["age"] < 300

@@ -54,6 +54,19 @@ def test_the_stack_that_takes_longest_is_solved_as_the_run_would(
     assert measured.stage == expected and measured.seconds > 0 and measured.products > 0 and measured.gram > 0
 
 
+def test_asymmetric_codes_are_probed_without_the_kernels(tiny: Path, text: Path) -> None:
+    """The GPU's kernels refuse zero points: every asymmetric run on a GPU ended in the probe, with an internal error."""
+    found, sizes = known(tiny)
+    chosen = recipe(text, quantize__symmetric=False)
+
+    def refuses(*_args: Any, **_more: Any) -> Any:
+        raise ValueError("the kernels have no zero points")
+
+    kernels = replace(TORCH, sweep=refuses, search_scales=refuses)
+    measured = run_probe(found, sizes, chosen, corrects_drift=False, device=torch.device("cpu"), dtype=torch.float32, steps=kernels)
+    assert measured.seconds > 0
+
+
 def test_a_rehearsal_leaves_no_trace_in_random_numbers(tiny: Path, text: Path) -> None:
     """If it drew from the global generator, a run with a probe would differ from one without."""
     found, sizes = known(tiny)

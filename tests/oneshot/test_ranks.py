@@ -124,6 +124,30 @@ def test_compress_with_training_has_one_group_of_processes(place: Place, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-marlin_24", "out.log", "stderr", "stdout"]
 
 
+HUB_OF_ONE = """
+import os, sys
+from marlinctl.cli import main
+from marlinctl.data import default_set
+if os.environ["RANK"] == "1":
+    default_set._unreachable = lambda **_: sys.exit("rank 1 asked the hub")
+else:
+    default_set.DEFAULT_SET, default_set._unreachable = sys.argv[1], lambda **_: None
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("verb", ["quantize", "compress"])
+def test_the_main_process_decides_what_auto_is(place: Place, tmp_path: Path, verb: str) -> None:
+    """If each asked the hub, one that it does not answer would write the text itself while the others read it."""
+    arguments = place.command(verb, tmp_path / "out", "--json", *(["--no-eval"] if verb == "compress" else []))
+    arguments[arguments.index("--calibration") + 1] = "auto"
+    with (tmp_path / "stdout").open("w+") as out, (tmp_path / "stderr").open("w+") as err:
+        jobs = start(2, [str(place.root / "text.txt"), *arguments], out, err, ["-c", HUB_OF_ONE])
+        codes = [job.wait(timeout=100) for job in jobs]
+    assert codes == [0, 0], (tmp_path / "stderr").read_text()[-3000:]
+    assert json.loads((tmp_path / "stdout").read_text())["calibration"]["source"].endswith("text.txt")
+
+
 def launched(place: Place, out: Path, device: str, *launcher: str) -> dict[str, Any]:
     """The report of a run that `accelerate launch` has started."""
     asked = place.command("quantize", out, "--json", "--device", device)
@@ -204,7 +228,7 @@ def test_a_job_goes_on_with_another_number_of_processes(place: Place, tmp_path: 
             state.unlink()
     codes, _, heard = run(tmp_path, then, ["resume", str(tmp_path / "out")])
     assert codes == [0] * then, heard[-3000:]
-    assert heard.count("resuming: 2 of 4 blocks are finished") == 1
+    assert heard.count("resuming: 2 of 4 blocks finished") == 1
     assert heard.count("run once more with their stored weights") == (first == 3)
     require_like(place, tmp_path / "out", alone)
 
@@ -360,7 +384,7 @@ def test_sums_rows_and_states_are_those_of_one_process(place: Place, tmp_path: P
     with (tmp_path / "said").open("w") as out, (tmp_path / "told").open("w") as err:
         model, solves = place.root / "model", 16
         if experts:
-            changes = {"num_experts": 12, "num_experts_per_tok": 3, "num_hidden_layers": 2, "mlp_only_layers": []}
+            changes: dict[str, Any] = {"num_experts": 12, "num_experts_per_tok": 3, "num_hidden_layers": 2, "mlp_only_layers": []}
             model, solves = zoo.build("qwen3_moe", tmp_path / "model", **changes), 2 * (2 + 2 * 12)
         jobs = start(count, [str(model), str(tmp_path), str(solves)], out, err, ["-c", SAME_SUMS])
         assert [job.wait(timeout=60) for job in jobs] == [0] * count, (tmp_path / "told").read_text()[-3000:]

@@ -123,13 +123,21 @@ def test_asymmetric_codes_go_all_the_way(tmp_path: Path, text: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "says"),
-    [({"quantize__bits": 8}, "8-bit codes are symmetric"), ({"sparsify__pattern": "2:4"}, "a 2:4 model has symmetric codes")],
+    [
+        ({"quantize__bits": 8}, "8-bit codes are symmetric"),
+        ({"sparsify__pattern": "2:4"}, "a 2:4 model has symmetric codes"),
+        ({"sparsify__pattern": "2:4", "quantize__bits": 16}, "no zero points"),
+        (
+            {"sparsify__pattern": "2:4", "quantize__bits": 16, "quantize__symmetric": True, "quantize__overrides": {"k_proj": {"bits": 8}}},
+            "would be ignored",
+        ),
+    ],
 )
-def test_zero_points_that_no_format_holds_are_refused(changes: dict[str, Any], says: str, tmp_path: Path, text: Path) -> None:
-    """Found out after hours of solving, it would be a lost day."""
+def test_codes_that_no_format_holds_or_nothing_has_are_refused(changes: dict[str, Any], says: str, tmp_path: Path, text: Path) -> None:
+    """Found out after hours of solving, or never, it would be a lost day."""
     source = make_tiny(tmp_path / "model")
     with pytest.raises(UsageError, match=says) as caught:
-        quantize(source, tmp_path / "out", recipe(text, quantize__symmetric=False, **changes))
+        quantize(source, tmp_path / "out", recipe(text, **{"quantize__symmetric": False, **changes}))
     assert caught.value.error_id == "E273" and not list(tmp_path.glob("out*"))
 
 
@@ -173,7 +181,7 @@ def test_self_calibration_is_drawn_with_a_seed_of_its_own(tmp_path: Path, text: 
     """If sampling used the global generator, --seed would not decide the calibration text."""
     source = make_tiny(tmp_path / "model")
     chosen = recipe(text, calibration__source="self")
-    runs = []
+    runs: list[str] = []
     for seed in (0, 0, 1):
         torch.manual_seed(len(runs))
         report = quantize(source, tmp_path / f"out{len(runs)}", resolve(chosen, {"calibration.seed": seed})[0])

@@ -51,7 +51,8 @@ def walked(folder: Path, scratch: Path, chunk: int = 2 * LENGTH) -> tuple[Sequen
     known = any_architecture(checkpoint.config)
     seen: dict[str, Hessian] = {}
 
-    def keep_weights(names: tuple[str, ...], hessian: Hessian, remark: str) -> dict[str, Tensor]:
+    def keep_weights(names: tuple[str, ...], hessian: Hessian | None, remark: str) -> dict[str, Tensor]:
+        assert hessian is not None
         seen.update(dict.fromkeys(names, hessian))
         return {name: checkpoint.read(f"{name}.weight").float() for name in names}
 
@@ -103,7 +104,8 @@ def test_drift_is_the_difference_between_two_models(model_type: str, tmp_path: P
     seen: dict[str, Hessian] = {}
     changed: dict[str, Tensor] = {}
 
-    def disturb(names: tuple[str, ...], hessian: Hessian, remark: str) -> dict[str, Tensor]:
+    def disturb(names: tuple[str, ...], hessian: Hessian | None, remark: str) -> dict[str, Tensor]:
+        assert hessian is not None
         seen.update(dict.fromkeys(names, hessian))
         for name in names:
             weight = checkpoint.read(f"{name}.weight").float()
@@ -264,7 +266,7 @@ def test_what_blocks_leave_for_later_ones_is_kept_to_resume_from(tmp_path: Path)
             device=cpu, dtype=torch.float32, scratch=Scratch(tmp_path, cpu), chunk_tokens=2 * LENGTH,
         )  # fmt: skip
 
-    def keep(names: tuple[str, ...], hessian: Hessian, remark: str) -> dict[str, Tensor]:
+    def keep(names: tuple[str, ...], hessian: Hessian | None, remark: str) -> dict[str, Tensor]:
         return {name: checkpoint.read(f"{name}.weight").float() for name in names}
 
     first, second = begun(), begun()

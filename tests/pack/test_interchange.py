@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_ct_unpack_is_the_inverse(n: int, k: int, seed: int) -> None:
 def test_gptq_unpack_is_the_inverse(n: int, group_size: int, k: int, seed: int, v2: bool) -> None:
     """If this failed, GPTQ clients would run other codes or scales than the solver chose."""
     q = random_linear(8 * n, 24 * k if group_size == -1 else group_size * k, group_size, seed)
-    tensors = pack_gptq(q)
+    tensors: dict[str, Any] = pack_gptq(q)
     if v2:
         tensors["qzeros"] = torch.full_like(tensors["qzeros"], ZEROS_V2[4])
     back = unpack_gptq(**tensors, v2=v2)
@@ -125,7 +126,7 @@ def test_compressed_tensors_packs_the_same_words(n: int, k: int) -> None:
     assert torch.equal(unpack_from_int32(pack_ct(codes), 4, torch.Size((n, k))), codes)
 
 
-def gptq_file(**changed: Tensor | None) -> dict[str, Tensor | None]:
+def gptq_file(**changed: Tensor | None) -> dict[str, Any]:
     return {**pack_gptq(random_linear(16, 64, 32)), **changed}
 
 
@@ -222,7 +223,7 @@ def test_cuda_packs_the_same_bits() -> None:
     """If this failed, a model packed on a GPU would differ from one packed on the CPU."""
     q = random_linear(200, 448, 64)
     there = QuantizedLinear(q.codes.cuda(), q.scales.cuda(), 64)
-    packed = pack_gptq(there)
+    packed: dict[str, Any] = pack_gptq(there)
     assert all(torch.equal(t.cpu(), pack_gptq(q)[name]) and t.is_cuda for name, t in packed.items())
     assert torch.equal(unpack_gptq(**packed, v2=False).codes.cpu(), q.codes)
     assert torch.equal(unpack_ct(pack_ct(there.codes), 200, 448).cpu(), q.codes)
@@ -294,7 +295,7 @@ def test_zero_points_are_packed_along_n() -> None:
     q = QuantizedLinear(codes, torch.ones(24, 2, dtype=torch.float16), 32, grid=UINT4, zeros=zeros)
     tensors = FORMATS["ct"].pack("layer", LinearParts.of(q))
     assert torch.equal(tensors["weight_zero_point"], pack_to_int32(zeros, 4, packed_dim=0)) and tensors["weight_zero_point"].shape == (3, 2)
-    assert tensors["weight_zero_point"][0, 0].item() & 15 == int(zeros[0, 0]) + 8
+    assert int(tensors["weight_zero_point"][0, 0]) & 15 == int(zeros[0, 0]) + 8
     gptq = pack_gptq(q)
     assert torch.equal(gptq["qzeros"], tensors["weight_zero_point"].T), "version 2 stores the zero itself"
     back = unpack_gptq(**gptq, v2=True, grid=UINT4)

@@ -228,7 +228,8 @@ def test_plan_refuses_what_the_run_refuses(
     tmp_path: Path, text: Path, changes: dict[str, Any], spoil: Callable[[Path], None] | str | None, error_id: str, what: str
 ) -> None:
     """A plan that says yes to what the run then refuses is worse than no plan."""
-    folder = make_tiny(tmp_path / "model", **({"hidden_size": 96, "intermediate_size": 160} if spoil == "odd" else {}))
+    sizes: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 160} if spoil == "odd" else {}
+    folder = make_tiny(tmp_path / "model", **sizes)
     if callable(spoil):
         spoil(folder)
     elif spoil == "quantized":

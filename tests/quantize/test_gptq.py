@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -109,7 +110,7 @@ def test_positive_scales_stay_positive_through_refinement() -> None:
     ("change", "k", "text"),
     [({"group_size": 48}, 128, "not a multiple of group_size 48"), ({}, 96, "does not fit a Hessian")],
 )
-def test_shapes_that_do_not_fit_are_refused(change: dict[str, int], k: int, text: str) -> None:
+def test_shapes_that_do_not_fit_are_refused(change: dict[str, Any], k: int, text: str) -> None:
     """If a wrong group size were accepted, columns would share the scale of a neighbour's group."""
     with pytest.raises(ValueError, match=text):
         solve(weight(k=k), Hessian(hessian(128, seed=17), 384), replace(SETTINGS, **change))

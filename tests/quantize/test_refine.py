@@ -9,7 +9,7 @@ from marlinctl.quantize.solver import factor, sweep
 from tests.quantize.test_solver import hessian
 
 
-def start(k: int = 160, rows: int = 12, group: int = 32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
+def start(k: int = 160, rows: int = 12, group: int = 32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
     matrix = hessian(k, seed=8)
     weight = torch.randn(k, rows, generator=generator) * 0.05

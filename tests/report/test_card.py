@@ -48,7 +48,7 @@ def test_the_card_says_what_was_done() -> None:
     """Who gets the model must know groups, what was left out, where it runs, the scores, and how to repeat and check it."""
     card = render(FACTS)
     for text in (
-        "128 (2 linears), whole rows (1 linears)",
+        "128 (2 linears), whole rows (1 linear)",
         "and 3 more",
         "vLLM, SGLang",
         "marlinctl quantize org/Model OUT --recipe int4",
@@ -172,8 +172,9 @@ def test_the_hub_shows_the_scores_of_whole_tasks() -> None:
     document["model"]["tasks"]["arc_easy"]["documents"] = 100
     document["model"]["perplexity"]["value"] = None  # JSON's NaN
     found = of_compression(documents.report(evaluation={"document": document}), documents.folder(), {"a": 64})
-    results = ModelCard(found).data.eval_results
-    assert [(r.dataset_name, r.dataset_split, r.metric_type, r.metric_value) for r in results] == [("arc_easy", "test", "acc", 0.59)]
+    said: Any = ModelCard(found).data
+    (result,) = said.eval_results
+    assert (result.dataset_name, result.dataset_split, result.metric_type, result.metric_value) == ("arc_easy", "test", "acc", 0.59)
     assert front_matter(found)["model-index"][0]["name"] == "model-int4"
 
 
@@ -187,9 +188,20 @@ def test_a_card_without_tasks_has_no_empty_column() -> None:
     assert "| Measured on | Metric | This model | Original |\n" in card and "Recovery" not in card
 
 
+def test_a_card_shows_flips_where_they_were_measured() -> None:
+    """The same score may hide answers that changed: who serves the model would not see them."""
+    document = documents.evaluation()
+    estimate = {"value": 0.15, "stderr": 0.01, "to_wrong": {"value": 0.1}, "to_correct": {"value": 0.05}}
+    document["comparison"]["flips"] = {"winogrande": {"acc": estimate}}
+    card = of_compression(documents.report(evaluation={"document": document}), documents.folder(), {"a": 64})
+    assert "| Measured on | Metric | This model | Original | Recovery | Flips |\n" in card
+    assert "| winogrande | acc | 0.5300 ± 0.0100 | 0.5500 ± 0.0100 | 96.4 % | 0.1500 ± 0.0100 (-0.1000 +0.0500) |" in card
+    assert "correct to wrong" in card
+
+
 def test_rows_of_the_original_say_so() -> None:
     """A local original has no row of its own, and `Its licence` would read as the licence of this folder."""
-    source = {"kind": "folder", "name": "x", "revision": None, "fingerprint": {"files": {}}}
+    source: dict[str, Any] = {"kind": "folder", "name": "x", "revision": None, "fingerprint": {"files": {}}}
     card = of_compression(documents.report(source=source), documents.folder(), {"a": 64})
     rows = card.partition("## What it is")[2].partition("## How")[0]
     assert "| Its " not in rows

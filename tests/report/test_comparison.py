@@ -124,7 +124,7 @@ def test_what_cannot_be_compared_is_refused(change: str, value: object, told: st
         (["a", "--out", "all.html"], "comparison of several"),
         (["a", "b", "--out", "all.pdf"], "HTML"),
         (["a", "a", "--out", "all.html"], "twice"),
-        (["a", "b", "--out", "none/all.html"], "no folder"),
+        (["a", "b", "--out", "a/config.json/all.html"], "not a folder"),
         (["a", "b", "--out", "taken.html"], "exists already"),
         (["a", "b", "--out", "all.html", "--license", "mit"], "--license belongs to one folder"),
         (["a", "b", "--out", "all.html", "--scores", "s.json"], "--scores belongs to one folder"),

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from marlinctl.report import compression, html, training
-from marlinctl.report.page import Figure, Listing, Name, Page, Paragraph, Points, Section, Table
+from marlinctl.report.page import Block, Figure, Listing, Name, Page, Paragraph, Points, Section, Table
 from tests.report import documents
 
 VOID = {"meta", "img", "br", "link", "input"}
@@ -45,7 +45,7 @@ class Outline(HTMLParser):
 def hostile_everywhere() -> Page:
     """The same bad text at every place that a page has."""
     bad = documents.HOSTILE[0] + documents.HOSTILE[1] + documents.HOSTILE[4] + documents.HOSTILE[7]
-    blocks = [
+    blocks: list[Block] = [
         Table((bad,), [(bad,)], folded=bad),
         Table((), [(Name(bad), bad)]),
         Points([[Name(bad), bad]]),

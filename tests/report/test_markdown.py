@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from marlinctl.report import compression, markdown, training
 from tests.report import documents
@@ -43,7 +44,7 @@ def test_figures_and_tables_are_there() -> None:
 
 def test_memory_of_a_gpu_is_told_beside_that_of_the_host() -> None:
     """Somebody with a smaller GPU would take the host's figure for what the job needs."""
-    taken = {"peak_device_memory_bytes": 5 << 29, "peak_device_reserved_bytes": 7 << 29}
+    taken: dict[str, Any] = {"peak_device_memory_bytes": 5 << 29, "peak_device_reserved_bytes": 7 << 29}
     on_gpu = (
         compression.page(documents.report(**taken), documents.folder()),
         training.page(documents.training(**taken), documents.folder("dense")),

@@ -54,7 +54,7 @@ def test_compress_writes_all_four_beside_each_folder(made: Path) -> None:
         assert wanted in page and "KL divergence" in page and "model.layers.1.mlp.down_proj" in page and "mit" in page
         assert json.loads((made / name / "marlinctl_report.json").read_text())["schema_version"] == 1
         card = (made / name / "README.md").read_text("utf-8")
-        assert ModelCard(card).data.base_model == "org/Tiny" and f"\n# {name}\n" in card
+        assert ModelCard(card).data.get("base_model") == "org/Tiny" and f"\n# {name}\n" in card
         assert "\nlicense: mit\n" in card and "| Licence of the original | mit |" in card
         assert run("verify", made / name, "--no-load", "-q") == 0
 
@@ -137,8 +137,8 @@ def test_what_the_hub_would_not_take_is_refused_first(
     verb: str, flag: str, value: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The hub refuses the card at the upload, hours later."""
-    arguments = {"report": ["x"], "distill": ["x", tmp_path / "out", "--teacher", "y"]}.get(verb, ["x", tmp_path / "out"])
-    assert run(verb, *arguments, flag, value) == 2
+    arguments: dict[str, list[Any]] = {"report": ["x"], "distill": ["x", tmp_path / "out", "--teacher", "y"]}
+    assert run(verb, *arguments.get(verb, ["x", tmp_path / "out"]), flag, value) == 2
     error = capsys.readouterr().err
     assert "E202" in error and told in error and list(tmp_path.iterdir()) == []
 

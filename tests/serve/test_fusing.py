@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import marlinctl
 from marlinctl.benchmarking.generation import unpack_linears
-from marlinctl.kernels.configurations import DENSE, SPARSE
+from marlinctl.kernels.configurations import DENSE, SPARSE, Configuration
 from marlinctl.kernels.linear import LinearPart, MarlinLinear, SharedLinear, SparseMarlinLinear
 from marlinctl.kernels.reference import dequantize, dequantize_sparse
 from marlinctl.pack.types import PackedSparseLinear, side_by_side
@@ -38,16 +40,16 @@ def near(found: torch.Tensor, expected: torch.Tensor, limit: float = 1e-3) -> bo
 
 @pytest.mark.parametrize("kind", [DENSE[0], SPARSE[0]], ids=["dense", "sparse"])
 @pytest.mark.parametrize("group_size", [32, -1])
-def test_tiles_side_by_side_are_the_weights_one_below_the_other(kind: object, group_size: int) -> None:
+def test_tiles_side_by_side_are_the_weights_one_below_the_other(kind: Configuration, group_size: int) -> None:
     """If this failed, columns of tiles, metadata or scales would belong to another output."""
-    parts = [random_packed(kind, n, 192, group_size, seed=n)[0] for n in (128, 64, 72)]  # type: ignore[arg-type]
-    together = side_by_side(parts)  # type: ignore[arg-type]
-    decode = dequantize_sparse if isinstance(together, PackedSparseLinear) else dequantize
-    assert torch.equal(decode(together), torch.cat([decode(part) for part in parts]))  # type: ignore[arg-type]
+    parts = [random_packed(kind, n, 192, group_size, seed=n)[0] for n in (128, 64, 72)]
+    together = side_by_side(parts)
+    decode: Callable[[Any], torch.Tensor] = dequantize_sparse if isinstance(together, PackedSparseLinear) else dequantize
+    assert torch.equal(decode(together), torch.cat([decode(part) for part in parts]))
     with pytest.raises(ValueError, match="multiples of 64"):
-        side_by_side(parts[::-1])  # type: ignore[arg-type]
+        side_by_side(parts[::-1])
     with pytest.raises(ValueError, match="same K and group size"):
-        side_by_side([parts[0], random_packed(kind, 64, 128, group_size, seed=0)[0]])  # type: ignore[arg-type]
+        side_by_side([parts[0], random_packed(kind, 64, 128, group_size, seed=0)[0]])
 
 
 @pytest.mark.parametrize("fmt", ["marlin", "marlin_24"])

@@ -30,8 +30,8 @@ from tests.zoo import build
 pytestmark = pytest.mark.filterwarnings("ignore:packed tensors on the CPU")
 
 assert marlinctl.__version__, "importing marlinctl is what registers"
-MAKE = {"marlin": make_packed, "marlin_24": make_sparse_packed}
-KIND = {"marlin": MarlinLinear, "marlin_24": SparseMarlinLinear}
+MAKE: dict[str, Callable[..., object]] = {"marlin": make_packed, "marlin_24": make_sparse_packed}
+KIND: dict[str, type[torch.nn.Module]] = {"marlin": MarlinLinear, "marlin_24": SparseMarlinLinear}
 IDS = torch.arange(40).view(2, 20) * 7 % VOCAB_SIZE
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,9 +67,10 @@ def test_each_problem_is_swept_with_its_own_feedback(
     assert bool(good.all())
     order = torch.stack([torch.randperm(K, generator=torch.Generator().manual_seed(e)) for e in range(E)])
     group_of = order // 68
-    how = {"group_size": 68, "both_signs": True, "bfloat16_exact": True, "ratios": (1.0,)}
+    how: dict[str, Any] = {"group_size": 68, "both_signs": True, "bfloat16_exact": True, "ratios": (1.0,)}
     scales = torch.stack([search_scales(one.T.contiguous(), None, **how).T for one in w]).contiguous() if rounds else None
     kernels = install(monkeypatch, tmp_path, backwards=backwards)
+    keep: Tensor | None
     if mask == "chosen":
         seen: dict[str, Tensor] = {}
         monkeypatch.setattr(SolverKernels, "_sweep", noting(SolverKernels._sweep, seen))
@@ -84,6 +86,7 @@ def test_each_problem_is_swept_with_its_own_feedback(
         kept, s = None if keep is None else keep[e], None if scales is None else scales[e]
         check_sweep(base[e], w[e], feedback[e], s, group_of[e], kept, (codes[e], errors[e]))
     if mask == "chosen":
+        assert keep is not None
         for e in range(E):
             _, alone = kernels.sparsegpt_sweep(w[e], pivots[e], feedback[e], None if scales is None else scales[e], group_of[e])
             assert float((alone == keep[e]).float().mean()) > 0.99, e
@@ -109,7 +112,7 @@ def test_each_group_is_searched_with_its_own_importance(weighed: bool, tmp_path:
     """If this failed, scales of an expert would follow the inputs of another one."""
     w = problems()[0].mT.contiguous()
     importance = torch.rand(E, K, generator=torch.Generator().manual_seed(4)) ** 4 if weighed else None
-    how = {"group_size": 68, "both_signs": True, "bfloat16_exact": True, "ratios": SEARCH_RATIOS, "margin": SEARCH_MARGIN}
+    how: dict[str, Any] = {"group_size": 68, "both_signs": True, "bfloat16_exact": True, "ratios": SEARCH_RATIOS, "margin": SEARCH_MARGIN}
     found = install(monkeypatch, tmp_path).search_scales(w, importance, **how)
     for e in range(E):
         expected = search_scales(w[e], None if importance is None else importance[e], **how)
@@ -222,7 +225,7 @@ def test_the_software_gpu_sees_a_neighbours_array(line: str, tmp_path: Path, mon
     w, matrices = problems()
     feedback, _, _ = factor_stack(matrices, DAMPING)
     group_of = torch.stack([torch.randperm(K, generator=torch.Generator().manual_seed(e)) for e in range(E)]) // 68
-    how = {"group_size": 68, "both_signs": True, "bfloat16_exact": True, "ratios": (1.0,)}
+    how: dict[str, Any] = {"group_size": 68, "both_signs": True, "bfloat16_exact": True, "ratios": (1.0,)}
     scales = torch.stack([search_scales(one.T.contiguous(), None, **how).T for one in w]).contiguous()
     keep = torch.stack([two_largest(one.abs()) for one in w])
     hits: list[int] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,7 +154,9 @@ def test_scales_are_those_of_the_torch_version(
     w[1] *= 1e-4  # below what float16 holds
     w[-1] *= 1e4  # above it
     importance = torch.rand(k, generator=torch.Generator().manual_seed(4)) ** 4 if weighed else None
-    how = {"group_size": group_size, "both_signs": both_signs, "bfloat16_exact": exact, "ratios": SEARCH_RATIOS, "margin": SEARCH_MARGIN}
+    how: dict[str, Any] = {
+        "group_size": group_size, "both_signs": both_signs, "bfloat16_exact": exact, "ratios": SEARCH_RATIOS, "margin": SEARCH_MARGIN,
+    }  # fmt: skip
     found = install(monkeypatch, tmp_path).search_scales(w, importance, **how)
     expected = search_scales(w, importance, **how)
     assert torch.equal(round_scales(found, exact), found), "a scale that the checkpoint cannot hold"

@@ -85,4 +85,5 @@ def test_the_mask_is_2_4_and_covers_every_nonzero(n: int, quads: int, density: f
     assert keep is not None
     check_mask(keep)
     assert not bool((weight != 0)[~keep].any())
-    assert torch.equal(keep, two_of_four(weight * keep))  # a mask finds itself again
+    again = two_of_four(weight * keep)
+    assert again is not None and torch.equal(keep, again), "a mask finds itself again"

@@ -85,7 +85,7 @@ def test_who_stops_reading_stops_the_work() -> None:
     items = confined(work, BOUNDS)
     asked.append(next(items))
     assert asked[0] != os.getpid()
-    items.close()  # type: ignore[attr-defined]
+    items.close()
     with pytest.raises(ProcessLookupError):
         os.kill(asked[0], 0)
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,7 +61,8 @@ def test_json_is_one_strict_document(streams: tuple[io.StringIO, io.StringIO]) -
     """A machine could not parse NaN, a path object, or two documents in a row."""
     out, err = streams
     console = Console(json=True, stdout=out, stderr=err)
-    console.result("unused", {"score": float("nan"), "folder": Path("a/b"), "nested": [{"x": float("inf")}], 3: "né"})
+    answer: dict[Any, Any] = {"score": float("nan"), "folder": Path("a/b"), "nested": [{"x": float("inf")}], 3: "né"}
+    console.result("unused", answer)
     with pytest.raises(RuntimeError, match="twice"):
         console.result("again", {})
     console.close()

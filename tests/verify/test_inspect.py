@@ -48,7 +48,7 @@ def test_packed_models_are_described(source: Path, tmp_path: Path, fmt: str, ext
     assert facts["manifest"]["files"] == len(list((tmp_path / "out").iterdir())) - 2
     assert bool(facts["warnings"]) is (fmt == "marlin")
     text = table(facts)
-    assert "32 (13 linears), 64 (1 linears)" in text and facts["loads_in"][0] in text
+    assert "32 (13 linears), 64 (1 linear)" in text and facts["loads_in"][0] in text
     json.dumps(facts)
 
 

@@ -70,6 +70,14 @@ def test_a_good_folder_passes(good: dict[str, Path], source: Path, fmt: str) -> 
     json.dumps(checked.document())
 
 
+def test_a_tensor_of_64_bits_that_was_carried_along_passes(copy: Callable[[str], Path]) -> None:
+    """`quantize` takes such a model; if `verify` did not, every result of it would be called damaged."""
+    folder = copy("ct")
+    edit_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].double()}))
+    remake_manifest(folder)
+    assert verify(folder, source=None, load=False, console=Console.quiet()).linears == 13
+
+
 def test_what_was_not_loaded_is_said(good: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Silence would read as success."""
     assert "--no-load" in verify(good["ct"], source=None, load=False, console=Console.quiet()).skipped[0]
@@ -248,7 +256,7 @@ def test_logits_must_agree(good: dict[str, Path], monkeypatch: pytest.MonkeyPatc
 
 def mixture(folder: Path, layers: int, experts: int, chosen: int, **packing: Any) -> Path:
     """A packed Qwen3-MoE of 16-bit scales, random and sound."""
-    changes = {"num_hidden_layers": layers, "num_experts": experts, "num_experts_per_tok": chosen, "mlp_only_layers": []}
+    changes: dict[str, Any] = {"num_hidden_layers": layers, "num_experts": experts, "num_experts_per_tok": chosen, "mlp_only_layers": []}
     zoo.build("qwen3_moe", folder / "source", **changes)
     make_packed(folder / "source", folder / "ct", **packing)
     return folder / "ct"

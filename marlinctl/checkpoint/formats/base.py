@@ -50,6 +50,11 @@ Kind = tuple[int, Grid]  # group size, -1 for whole rows, and grid of a linear
 _MISREAD = "the file is damaged or its config.json belongs to another model; fetch or write it again"
 
 
+def is_head(layer: str) -> bool:
+    """Whether it is the output head; in a wrapper its name has a prefix."""
+    return layer.rpartition(".")[2] == "lm_head"
+
+
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """The linears of a model, as a config block describes them."""
@@ -67,7 +72,7 @@ class Chosen:
 
     @property
     def packs_head(self) -> bool:
-        return any(name.rpartition(".")[2] == "lm_head" for name in self.layers)
+        return any(map(is_head, self.layers))
 
     def kind(self, layer: str) -> Kind:
         return self.layers[layer], self.grids.get(layer, INT4)

@@ -33,6 +33,7 @@ from marlinctl.checkpoint.formats.base import (
     Shapes,
     check_scales,
     codes_of,
+    is_head,
     kind_text,
     kinds_by_count,
     object_at,
@@ -44,6 +45,7 @@ from marlinctl.checkpoint.formats.base import (
 )  # fmt: skip
 from marlinctl.checkpoint.formats.targets import Entries, GroupOf, name_patterns
 from marlinctl.errors import Problem
+from marlinctl.models.config import language_model_type
 from marlinctl.quantize.scheme import INT4, INT8, UINT4, Grid
 
 if TYPE_CHECKING:
@@ -212,6 +214,10 @@ def _second_reading(tensors: Mapping[str, Tensor], n: int, k: int, group_size: i
     return codes.to(torch.float32) * scales.repeat_interleave(size, dim=1)
 
 
+# transformers (5.23) asks packed linears of these types for their weights when it loads them, and stops.
+_ASKED_FOR_WEIGHTS = frozenset(("falcon", "falcon_mamba", "gpt_bigcode", "mamba", "modernbert-decoder", "xlstm"))
+
+
 def _limits(packed: Packed, program: str) -> list[str]:
     """What a program's own look-up of the scheme of fused experts does not find."""
     if program == TRANSFORMERS_CT:
@@ -234,6 +240,9 @@ def _limits_of_transformers(packed: Packed) -> list[str]:
     """transformers fuses the experts of a block. It takes one scheme for all experts of a model, that of the first config group which names
     some; a single scale per row fits whatever scheme has groups, but not the reverse."""
     kinds = packed.kinds
+    kind_of_model = language_model_type(packed.config)
+    if kind_of_model in _ASKED_FOR_WEIGHTS and packed.sizes:
+        return [f"{next(iter(packed.sizes))}: transformers' code for {kind_of_model} asks for the weight of a packed linear, and stops"]
     if asymmetric := next((name for name, (_, grid) in kinds.items() if not grid.symmetric), None):
         one = ", and one scheme for all linears then" if len({*kinds.values()}) > 1 else ""
         return [f"{asymmetric}: transformers (compressed-tensors 0.20) takes zero points with dequantize=True alone{one}"]
@@ -249,7 +258,7 @@ def _limits_of_transformers(packed: Packed) -> list[str]:
 
 
 def _untested(packed: Packed) -> Mapping[str, str]:
-    return dict.fromkeys((VLLM, SGLANG), "a quantized lm_head") if "lm_head" in packed.sizes else {}
+    return dict.fromkeys((VLLM, SGLANG), "a quantized lm_head") if any(map(is_head, packed.sizes)) else {}
 
 
 FORMAT = Format(

@@ -38,6 +38,7 @@ from marlinctl.checkpoint.formats.base import (
     check_scales,
     codes_of,
     group_size_of,
+    is_head,
     object_at,
     refuse,
     strays,
@@ -154,7 +155,8 @@ def _dynamic_block(chosen: Chosen) -> dict[str, Any]:
     """GPTQModel's per-module rules. Servers match them after fusing q/k/v and gate/up, hence the fused names."""
 
     def rules(sign: str, names: Sequence[str], rule: dict[str, Any]) -> dict[str, Any]:
-        patterns = name_patterns(with_fused_names(names), with_fused_names(chosen.everything), chosen.tower)
+        everything = chosen.everything
+        patterns = name_patterns(with_fused_names(names, everything), with_fused_names(everything, everything), chosen.tower)
         return {f"{sign}:{p[3:] if p.startswith('re:') else '^' + re.escape(p) + '$'}": rule for p in patterns}
 
     block: dict[str, Any] = {}
@@ -215,7 +217,7 @@ def _limits(packed: Packed, program: str) -> list[str]:
     asymmetric = next((name for name in packed.sizes if not packed.grid(name).symmetric), None)
     if asymmetric and program in (VLLM, SGLANG):
         return [f"{asymmetric}: {program} reads symmetric GPTQ alone; ct has its zero points for it"]
-    if program == TRANSFORMERS_GPTQ and "lm_head" in packed.sizes:
+    if program == TRANSFORMERS_GPTQ and any(map(is_head, packed.sizes)):
         return ["lm_head: optimum looks for packed linears in the blocks alone"]
     return []
 

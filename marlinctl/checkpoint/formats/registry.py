@@ -19,6 +19,7 @@ from marlinctl.checkpoint.formats.base import (
     FormatInfo,
     LinearParts,
     grids_text,
+    is_head,
     unreadable,
 )  # fmt: skip
 from marlinctl.errors import BadInput, Problem
@@ -128,12 +129,13 @@ def sixteen_bit_linears(shapes: Mapping[str, Sequence[int]], layers: Iterable[st
     """Every linear that stays 16-bit, by module name: skipped layers, routers, and lm_head, which exists as a module even where it is tied.
 
     They must be named in the config: clients take every nn.Linear that is not ignored for a packed one. Told by shape and name, since it
-    must work for models that are not in the table of architectures: a matrix called P.weight that is not an embedding.
+    must work for models that are not in the table of architectures: a matrix called P.weight that is not an embedding
+    (embed_out of GPT-NeoX is its output head).
     """
     quantized = set(layers)
     names = [name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2]
-    names = [name for name in names if name not in quantized and not re.search(r"embed(?!.*proj)|wte$|wpe$", name.rpartition(".")[2])]
-    head = set() if any(layer.rpartition(".")[2] == "lm_head" for layer in quantized) else {"lm_head"}
+    names = [name for name in names if name not in quantized and not re.search(r"embed(?!.*proj|_out)|wte$|wpe$", name.rpartition(".")[2])]
+    head = set() if any(map(is_head, quantized)) else {"lm_head"}
     return sorted({*names, *head})
 
 

@@ -171,11 +171,14 @@ def split_fused(kinds: Mapping[str, _Kind]) -> list[tuple[str, dict[str, _Kind]]
     return [(fused, shards) for fused, shards in families.items() if len(set(shards.values())) > 1]
 
 
-def with_fused_names(names: Iterable[str]) -> list[str]:
-    """The names, and the fused name wherever all its shards are among them (GPTQ's `dynamic` is matched after fusing)."""
+def with_fused_names(names: Iterable[str], everything: Iterable[str]) -> list[str]:
+    """The names, and the fused name wherever all its shards are among them (GPTQ's `dynamic` is matched after fusing). vLLM has one module
+    for all experts of a block; it has a name here where all linears below it in `everything` are among the names.
+    """
     chosen = list(names)
     have = set(chosen)
-    extra = []
+    incomplete = {_experts(name) for name in everything if name not in have}
+    extra = list(dict.fromkeys(module for name in chosen if (module := _experts(name)) and module not in incomplete))
     for name in chosen:
         parent, _, last = name.rpartition(".")
         extra += [
@@ -184,3 +187,9 @@ def with_fused_names(names: Iterable[str]) -> list[str]:
             if last == shards[0] and all(f"{parent}.{shard}" in have for shard in shards)
         ]
     return chosen + extra
+
+
+def _experts(name: str) -> str:
+    """model.layers.0.mlp.experts of model.layers.0.mlp.experts.7.up_proj; nothing of other linears."""
+    head, found, _ = name.partition(".experts.")
+    return f"{head}.experts" if found else ""

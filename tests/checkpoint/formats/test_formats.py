@@ -627,9 +627,10 @@ def test_routers_and_tied_heads_are_ignored_and_embeddings_are_not_linears() -> 
         "model.layers.0.mlp.gate.weight": (4, 128),
         "model.layers.0.input_layernorm.weight": (128,),
         "model.layers.0.mlp.experts.0.up_proj.weight": (64, 128),
+        "embed_out.weight": (288, 128),  # the output head of GPT-NeoX
     }
     found = registry.sixteen_bit_linears(shapes, [])
-    assert found == ["lm_head", "model.layers.0.mlp.experts.0.up_proj", "model.layers.0.mlp.gate"]
+    assert found == ["embed_out", "lm_head", "model.layers.0.mlp.experts.0.up_proj", "model.layers.0.mlp.gate"]
     assert "lm_head" not in registry.sixteen_bit_linears({}, ["lm_head"])
 
 

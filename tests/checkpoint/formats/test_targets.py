@@ -74,5 +74,13 @@ def test_uneven_shards_are_found(sizes: dict[str, int | None], fused: list[str])
 
 def test_fused_names_join_when_all_shards_are_there() -> None:
     """Servers match GPTQ's `dynamic` after fusing: a rule for q_proj alone would not reach qkv_proj."""
-    names = with_fused_names(["m.0.q_proj", "m.0.k_proj", "m.0.v_proj", "m.0.gate_proj"])
-    assert names[4:] == ["m.0.qkv_proj"]
+    given = ["m.0.q_proj", "m.0.k_proj", "m.0.v_proj", "m.0.gate_proj"]
+    assert with_fused_names(given, given)[4:] == ["m.0.qkv_proj"]
+
+
+def test_all_experts_of_a_block_are_one_module() -> None:
+    """vLLM asks for the rule of `mlp.experts`: without it a folder with 16-bit experts was not served, and with it for a part of them
+    the others would be noise."""
+    experts = [f"m.{block}.mlp.experts.{i}.up_proj" for block in range(2) for i in range(3)]
+    assert with_fused_names(experts[:3], experts)[3:] == ["m.0.mlp.experts"]
+    assert with_fused_names(experts[:5], experts)[5:] == ["m.0.mlp.experts"]

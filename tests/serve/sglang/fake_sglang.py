@@ -304,12 +304,12 @@ class Model(nn.Module):
 
     def process(self) -> None:
         """load_weights_and_postprocess"""
-        for module in self.linears.values():
-            module.quant_method.process_weights_after_loading(module)  # type: ignore[union-attr]
+        for module in map(self, self.names):
+            module.quant_method.process_weights_after_loading(module)
 
     def restore(self) -> None:
-        for module in self.linears.values():
-            module.quant_method.restore_weights_before_loading(module)  # type: ignore[union-attr]
+        for module in map(self, self.names):
+            module.quant_method.restore_weights_before_loading(module)
 
 
 def get_quant_config(cls: Any, block: Mapping[str, Any], folder: str) -> Any:

@@ -319,6 +319,6 @@ def test_invalid_metadata_is_refused(vllm: Vllm, tmp_path: Path) -> None:
     name = f"{LAYER}mlp.down_proj"
     module = Linear(opened(vllm, folder), name, 256, [128])
     load(module, folder, [name], [None])
-    module.B_meta.data[1, 5] = 0
+    module.get_parameter("B_meta").data[1, 5] = 0
     with pytest.raises(RuntimeError, match=r"(?s)E346.*down_proj: B_meta: metadata of row"):
         module.quant_method.process_weights_after_loading(module)

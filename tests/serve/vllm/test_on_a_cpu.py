@@ -1,0 +1,97 @@
+"""What `quantize` and `pack` write, in a real vLLM on a CPU, without marlinctl's plugin: `pytest -m slow --vllm PYTHON`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from marlinctl import api
+from tests import runs, zoo
+from tests.serve.vllm.generate import NEW_TOKENS
+
+# Widths that vLLM's kernels for CPUs take.
+_WIDE: dict[str, Any] = {
+    "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": _WIDE | {"attention_bias": False, "mlp_bias": False},
+    "llava": {"text_config": {"model_type": "llama", **zoo._TEXT, **_WIDE}},
+    "qwen3_moe": _WIDE | {"moe_intermediate_size": 256, "num_experts": 8, "mlp_only_layers": []},
+}
+PROMPTS = [[(7 * i + 3 * j) % 250 + 3 for j in range(8 + i)] for i in range(6)]
+LARGEST_GAP = 1e-2  # of a token that is not the most likely one: products of float16, with logits of two units
+
+# torchvision of PyPI belongs to torch for CUDA. With torch for CPUs it cannot declare its operators, and cannot be imported then. vLLM's
+# models for images import it; without an image nothing of it is called.
+DECLARED = """
+import torch
+try:
+    import torchvision
+except ImportError:
+    pass
+except RuntimeError:
+    _library = torch.library.Library("torchvision", "DEF")
+    for _name in ("nms", "qnms"):
+        _library.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+
+
+@pytest.fixture(scope="module")
+def vllm(request: pytest.FixtureRequest) -> str:
+    python: str | None = request.config.getoption("--vllm")
+    if python is None:
+        pytest.skip("needs vLLM for CPUs: pytest --vllm PYTHON (CONTRIBUTING.md)")
+    return python
+
+
+def experts_in_four_bits() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported())  # what vLLM asks before it takes them
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("fmt", ["ct", "gptq"])
+@pytest.mark.parametrize("model_type", [*MODELS, "qwen3_moe, experts"])
+def test_vllm_generates_what_transformers_would(model_type: str, fmt: str, vllm: str, tmp_path: Path) -> None:
+    """If names, `ignore`, shards of fused linears or zero points were not what vLLM expects, people would serve a model of noise.
+
+    vLLM 0.32 multiplies experts of 4 bits on a CPU with AMX alone; elsewhere the mixture keeps its experts at 16 bits.
+    """
+    kind, _, experts = model_type.partition(", ")
+    if experts and not experts_in_four_bits():
+        pytest.skip("vLLM has no 4-bit experts on a CPU without AMX")
+    source, out, packed = (tmp_path / name for name in ("model", "out", "packed"))
+    zoo.build(kind, source, dtype=torch.bfloat16, **MODELS[kind])
+    text = tmp_path / "t.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 400)
+    skip = ["re:.*experts.*"] if kind == "qwen3_moe" and not experts else []
+    runs.quantize(source, out, runs.recipe(text, "quick", quantize__group_size=64, quantize__skip=skip, calibration__samples=64))
+    if fmt != "ct":
+        api.pack(out, packed, format=fmt)
+    served = out if fmt == "ct" else packed
+
+    asked, answered = tmp_path / "prompts.json", tmp_path / "answers.json"
+    asked.write_text(json.dumps(PROMPTS))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(DECLARED)
+    script = Path(__file__).with_name("generate.py")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(
+        [vllm, str(script), str(served), str(asked), str(answered)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    model = api.load(served)
+    gaps: list[float] = []
+    for prompt, answer in zip(PROMPTS, json.loads(answered.read_text()), strict=True):
+        assert len(answer) == NEW_TOKENS
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*prompt, *answer]])).logits[0].float()[len(prompt) - 1 : -1]
+        gaps += (logits.amax(1) - logits.gather(1, torch.tensor(answer)[:, None])[:, 0]).tolist()
+    assert max(gaps) < LARGEST_GAP and sum(gap == 0 for gap in gaps) >= 0.95 * len(gaps), sorted(gaps)[-8:]
