@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tests.models.shrink import tiny_config
 from tests.tiny import VOCAB_SIZE, write_tokenizer
 
 _COMMON: dict[str, Any] = {
@@ -34,6 +35,11 @@ _INDEXER: dict[str, Any] = {"index_n_heads": 2, "index_head_dim": 16, "index_top
 _DELTA: dict[str, Any] = {  # gated delta net, in the first block
     "head_dim": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+
+_GEMMA4: dict[str, Any] = {  # as E2B and E4B: embeddings for each block, and the last blocks read keys and values of earlier ones
+    "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": VOCAB_SIZE, "global_head_dim": 32,
+    "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
 }  # fmt: skip
 
 # model_type -> what its config needs besides; options that change names or shapes are switched on where a family has them
@@ -69,11 +75,8 @@ DERIVED: dict[str, dict[str, Any]] = {
     "falcon": {"new_decoder_architecture": False},
     "gemma4_text": {
         "head_dim": 16,
-        "global_head_dim": 32,
-        "hidden_size_per_layer_input": 0,
-        "num_kv_shared_layers": 0,
         "sliding_window": 16,
-        "layer_types": ["sliding_attention", "full_attention"],
+        **_GEMMA4,
     },
     "glm": {"head_dim": 16},
     "glm4": {"head_dim": 16},
@@ -108,11 +111,9 @@ DERIVED: dict[str, dict[str, Any]] = {
     "falcon_mamba": {"time_step_rank": 32, "state_size": 16},
     "gpt_neox_japanese": {},
     "mamba": {"time_step_rank": 32, "state_size": 16},
-    "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1},
     "minicpm3": {**_MLA, "kv_lora_rank": 32},
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 128},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
-    "xglm": {"d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4, "max_position_embeddings": 512, "pad_token_id": 1},
     "youtu": {**_MLA, "pad_token_id": 0},  # transformers loads zeros in place of its embedding
     # mixtures of experts
     "afmoe": {**_MOE, "head_dim": 16, "num_dense_layers": 1, "num_shared_experts": 1},
@@ -192,7 +193,7 @@ WRAPPERS: dict[str, dict[str, Any]] = {
     "internvl": {"text_config": {"model_type": "qwen2", **_TEXT}, "vision_config": _VISION, "image_token_id": 5},
     "aya_vision": {"text_config": {"model_type": "cohere2", **_TEXT}, "vision_config": _VISION, "image_token_index": 5},
     "gemma4": {
-        "text_config": {"model_type": "gemma4_text", **_TEXT, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
+        "text_config": {"model_type": "gemma4_text", **_TEXT, **_GEMMA4},
         "vision_config": {"num_key_value_heads": 2, "head_dim": 16, **_VISION}, "audio_config": None, "image_token_id": 5,
     },
     "qwen3_5": {
@@ -221,18 +222,31 @@ WRAPPERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def config_of(model_type: str, **changes: Any) -> Any:
+    """The tiny config of a type, of the entry above or of its defaults (models/shrink.py)."""
+    from transformers import AutoConfig
+
+    entries = WRAPPERS | {name: {**_COMMON, **settings} for name, settings in (ZOO | DERIVED).items()}
+    if model_type not in entries:
+        return tiny_config(model_type, **changes)
+    return AutoConfig.for_model(model_type, **{**entries[model_type], **changes})
+
+
 def build(model_type: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Path:
     """Save a random model of this type with a tokenizer; weights are large enough that every layer matters to the logits. Further
     keywords change its config.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
-    wrapper = WRAPPERS.get(model_type)
-    settings = {**_COMMON, **(ZOO | DERIVED).get(model_type, {})} if wrapper is None else wrapper
-    config = AutoConfig.for_model(model_type, **{**settings, **changes})
+    from marlinctl.models.transformers_config import client_class
+
+    config = config_of(model_type, **changes)
+    made_of = client_class(config)
+    if type(config) not in made_of._model_mapping:  # neither is it a language model, nor does it name one
+        made_of = AutoModelForImageTextToText
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = (AutoModelForCausalLM if wrapper is None else AutoModelForImageTextToText).from_config(config).to(dtype).eval()
+        model = made_of.from_config(config).to(dtype).eval()
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.6 if "router" in name or name.endswith("gate.weight") else 0.12)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,11 +77,13 @@ def examine(
     module_map: Path | None = None,
     files: bool = True,
     weights: bool = True,
+    drop_unexpected: bool = False,
 ) -> Examined:
     """All checks of the table above, in its order. BadInput lists all that is wrong of a kind; CheckFailed E101 for the manifest.
 
     dense: a quantized checkpoint is refused. files: False where there is no folder yet, because it will be made from a GGUF file.
-    weights: False where the folder holds headers alone, as for a plan of a model on the hub.
+    weights: False where the folder holds headers alone, as for a plan of a model on the hub. drop_unexpected: what is beside the model is
+    no longer among the tensors of the checkpoint.
     """
     checkpoint = in_sixteen_bits(checkpoint)
     folder, config = checkpoint.folder, checkpoint.config
@@ -109,7 +111,10 @@ def examine(
     if known is not None and weights:
         refuse_two_heads(checkpoint, known)
     if known is not None and known.guests:
-        notes = (*notes, _said_of_guests(known.guests))
+        notes = (*notes, _said_of_guests(known.guests, dropped=drop_unexpected))
+    if known is not None and drop_unexpected:
+        checkpoint = replace(checkpoint, tensors={name: info for name, info in checkpoint.tensors.items() if name not in known.guests})
+        known = replace(known, guests={})
     idle = () if known is None else tuple(known.unexpected(dict.fromkeys(biases(checkpoint, info))))
     if weights:
         refuse_used(checkpoint, idle)
@@ -206,11 +211,12 @@ def _refuse_unexpected(checkpoint: Checkpoint, info: FormatInfo, known: Architec
     raise BadInput("E302", what, where=str(checkpoint.folder), fix=fix)
 
 
-def _said_of_guests(found: Mapping[str, str]) -> str:
+def _said_of_guests(found: Mapping[str, str], *, dropped: bool) -> str:
     listed = ", ".join(shown(name, 100) for name in list(found)[:3]) + (" ..." if len(found) > 3 else "")
     kinds = "; ".join(sorted(set(found.values())))
+    what = "left out" if dropped else "carried along unchanged"
     count = number_of(len(found), "tensor is", "tensors are")
-    return f"{count} no part of the model that config.json describes, and carried along unchanged: {listed} ({kinds})"
+    return f"{count} no part of the model that config.json describes, and {what}: {listed} ({kinds})"
 
 
 def biases(checkpoint: Checkpoint, info: FormatInfo) -> list[str]:

@@ -34,10 +34,14 @@ _GRIDS = (INT4, INT8, UINT4)  # that servers multiply; GPTQ of asymmetric codes 
 # Families whose checkpoints hold all experts of a block in one tensor: transformers does not put theirs together (models/stored_names.py).
 WHOLE_EXPERTS = frozenset(
     (
-        "aria_text", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "llama4_text",
-        "minimax_m3_vl_text", "qwen3_vl_moe_text",
+        *("aria_text", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "llama4_text"),
+        *("minimax_m3_vl_text", "qwen3_vl_moe_text"),
     )
-)  # fmt: skip
+)
+# Families whose code in transformers reads the weight of a linear, mostly for its dtype: a packed linear has none.
+READ_WEIGHTS = frozenset(
+    ("falcon", "falcon_mamba", "gpt_bigcode", "mamba", "mamba2", "modernbert-decoder", "nanochat", "recurrent_gemma", "xlstm")
+)
 
 
 def packed_of(checkpoint: Checkpoint, info: FormatInfo) -> Packed:
@@ -163,10 +167,15 @@ def loads(packed: Packed) -> Loads:
 
 
 def _no_place(packed: Packed, program: str) -> list[str]:
-    """Experts one by one, of a family whose checkpoints hold all of a block in one tensor: transformers does not put them together."""
+    """Experts one by one, of a family whose checkpoints hold all of a block in one tensor: transformers does not put them together. And
+    packed linears of a family whose code reads their weights."""
     experts = [*packed.experts, *packed.sixteen_bit_experts]
     kind = language_model_type(packed.config)
-    if not program.startswith(TRANSFORMERS) or kind not in WHOLE_EXPERTS or not experts:
+    if not program.startswith(TRANSFORMERS):
+        return []
+    if kind in READ_WEIGHTS and packed.sizes:
+        return [f"{next(iter(packed.sizes))}: the code of {kind} in transformers reads the weights of linears"]
+    if kind not in WHOLE_EXPERTS or not experts:
         return []
     return [f"{experts[0]}: transformers loads the experts of a block of {kind} from one tensor alone"]
 

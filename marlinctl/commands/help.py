@@ -21,7 +21,7 @@ COMMON = "Options of every command"
 # Title -> its options, both in the order of the help. `bench:--tokens` is the option of that verb alone and wins over `--tokens`.
 TITLES: Mapping[str, str] = {
     "Models and output": "--teacher --against --source --model --format --also --out --overwrite --max-shard-size --from --scores"
-    " --bench --revision --base-model --license --module-map --cache-dir",
+    " --bench --revision --base-model --license --module-map --drop-unexpected --gptq-v2 --cache-dir",
     "What is computed": "--recipe --pattern --mode --build --arch --only --check --tp --layers --shape --roofline --dense --sparse"
     " --bits --asymmetric --group-size bench:--tokens --configurations --tune --peers --batch --lengths --fuse --compile"
     " --skip --include --override --method --mask-sweeps --ls-iterations --scale-search --scale-sign --act-order --refine"
@@ -116,7 +116,7 @@ def _continued(line: str, width: int) -> str:
     if len(line) <= width or not example.startswith("marlinctl "):
         return line
     indent = line[: len(line) - len(example)]
-    whole = re.sub(r"(?<= )(--[a-z-]+) (?!-)", "\\1\0", example)  # an option keeps its value
+    whole = re.sub(r"(?<= )(--[a-z0-9-]+) (?!-)", "\\1\0", example)  # an option keeps its value
     parts = textwrap.wrap(
         whole, width - len(" \\"), initial_indent=indent, subsequent_indent=f"{indent}    ", break_long_words=False, break_on_hyphens=False
     )

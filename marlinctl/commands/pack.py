@@ -29,6 +29,7 @@ _SHOWN = 3  # reasons per verdict; the rest is counted
 @click.option("--also", multiple=True, metavar="FORMAT", help="Publish this format too, in OUT-FORMAT; may be given again.")
 @click.option("--check", is_flag=True, help="Write nothing; show which runtimes accept the shapes.")
 @click.option("--tp", type=click.IntRange(1, 1024), metavar="N", help="With --check: tensor-parallel splits up to N. Default: 1.")
+@click.option("--gptq-v2", is_flag=True, help="Read the zero points of a GPTQ SOURCE as version 2, whatever config.json says.")
 @click.option("--cache-dir", type=click.Path(path_type=Path), metavar="DIR", help="Cache of a SOURCE from the hub.")
 @card_flags
 @click.option("--overwrite", is_flag=True, help="Replace an existing OUT, after the new one is complete.")
@@ -43,6 +44,7 @@ def command(
     also: tuple[str, ...],
     check: bool,
     tp: int | None,
+    gptq_v2: bool,
     cache_dir: Path | None,
     overwrite: bool,
     keep_job: bool,
@@ -71,7 +73,7 @@ def command(
     if check:
         if out is not None:
             raise UsageError("E288", "--check writes nothing, so it takes no OUT", where=str(out), fix=f"marlinctl pack {source} --check")
-        _check(console, _folder(source, cache_dir, console), fmt, tp or 1)
+        _check(console, _folder(source, cache_dir, console), fmt, tp or 1, gptq_v2=gptq_v2)
         return
     if out is None:
         raise UsageError("E288", "OUT is missing", where="the command line", fix=f"marlinctl pack {source} OUT --format {fmt}, or --check")
@@ -87,7 +89,7 @@ def command(
         check_output(folder, overwrite=overwrite, sources=local)  # before anything is fetched
     JobFolder(out).refuse_foreign()
     asked = {"source": source, "format": fmt, "also": list(also), "overwrite": overwrite, "keep_job": keep_job, **asdict(card)}
-    asked["max_shard_bytes"] = max_shard_bytes(max_shard_size)
+    asked |= {"max_shard_bytes": max_shard_bytes(max_shard_size), "gptq_v2": gptq_v2}
     pack(console, out, {**asked, "cache_dir": None if cache_dir is None else str(cache_dir)}, resume=False)
 
 
@@ -107,6 +109,7 @@ def pack(console: Console, out: Path, asked: Mapping[str, Any], *, resume: bool)
         keep_job=asked["keep_job"],
         max_shard_bytes=asked["max_shard_bytes"],
         said=Stated(asked["base_model"], asked["license"]),
+        gptq_v2=asked.get("gptq_v2", False),  # jobs of earlier versions lack it
         console=console,
         request=Request("pack", asked),
         resume=resume,
@@ -120,12 +123,12 @@ def _folder(source: str, cache_dir: Path | None, console: Console) -> Path:
     return resolve_model(source, revision=None, cache_dir=cache_dir, offline=console.offline, console=console).folder
 
 
-def _check(console: Console, source: Path, fmt: str, tp: int) -> None:
+def _check(console: Console, source: Path, fmt: str, tp: int, *, gptq_v2: bool) -> None:
     from marlinctl.checkpoint import runtimes
     from marlinctl.convert.repack import open_source, output_folders
 
     target = next(iter(output_folders(source, fmt, ())))
-    opened = open_source(source)
+    opened = open_source(source, gptq_v2=gptq_v2)
     splits = sorted({1, tp, *(2**i for i in range(1, tp.bit_length()) if 2**i < tp)})
     packed = opened.packed(target)
     verdicts = runtimes.survey(packed, splits)

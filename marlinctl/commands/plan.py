@@ -76,6 +76,7 @@ def command(
         device_memory=size_in_bytes(values["device_memory"], "--device-memory"),
         ranks=ranks,
         module_map=values["module_map"],
+        drop_unexpected=values["drop_unexpected"],
         task_data=task_data,
         files_are_here=True,
         probe=_probe(values["device"], values["threads"], console) if probe else None,

@@ -144,6 +144,9 @@ _TRACKER = click.option(
     type=click.Choice(["tensorboard", "wandb"]),
     help="Log losses, learning rate and speed there too. Needs the extra of that name.",
 )
+_DROP_UNEXPECTED = click.option(
+    "--drop-unexpected", is_flag=True, help="Leave out MTP and value heads, KV-cache scales and other tensors that transformers drops."
+)
 _RUN_FLAGS: list[_Decorator] = [
     BASE_MODEL,
     LICENSE,
@@ -163,6 +166,7 @@ _RUN_FLAGS: list[_Decorator] = [
     _DEVICE_MEMORY,
     _CACHE_DIR,
     _MODULE_MAP,
+    _DROP_UNEXPECTED,
 ]
 
 
@@ -248,6 +252,7 @@ def chosen_options(console: Console, values: Mapping[str, Any]) -> Options:
         max_memory=size_in_bytes(values.get("max_memory"), "--max-memory"),
         device_memory=size_in_bytes(values.get("device_memory"), "--device-memory"),
         module_map=values["module_map"],
+        drop_unexpected=values.get("drop_unexpected", False),
         command=command_line(),
         keep_job=values["keep_job"],
         max_shard_bytes=shard_size,

@@ -31,6 +31,7 @@ from marlinctl.checkpoint.contents import Contents, read_contents
 from marlinctl.checkpoint.folder import dense_names, examine
 from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.formats.base import Format, FormatInfo, LinearParts, Packed
+from marlinctl.checkpoint.formats.gptq import labelled_version_2
 from marlinctl.checkpoint.licence import NOTHING_STATED, Stated
 from marlinctl.checkpoint.mask import Masks, open_masks
 from marlinctl.checkpoint.reader import open_checkpoint
@@ -38,8 +39,8 @@ from marlinctl.checkpoint.shards import MAX_SHARD_BYTES
 from marlinctl.checkpoint.source_digests import check_known_digests
 from marlinctl.errors import BadInput, CheckFailed, Problem, UsageError, number_of
 from marlinctl.jobs.journal import JobFolder, Request
-from marlinctl.models.config import wraps
-from marlinctl.models.families import may_be_derived
+from marlinctl.models.config import CONFIG, named_otherwise
+from marlinctl.models.families import FAMILIES
 from marlinctl.models.lookup import architecture_of
 from marlinctl.models.switches import without
 from marlinctl.planning.disk import merged_bytes
@@ -67,7 +68,6 @@ class Source:
     masks: Masks | None = None
     carried: tuple[str, ...] = ()  # linears that stayed 16-bit and have a mask all the same: it travels with them
     notes: tuple[str, ...] = ()  # what the person should know of the folder
-    unnamed: tuple[str, ...] = ()  # 16-bit linears of transformers' model that no tensor is called after (models/architectures.py)
     from_zeros: bool = False  # the target needs a 2:4 pattern and none is stated: it is derived from codes that are zero
 
     @property
@@ -100,8 +100,7 @@ class Source:
 
     @property
     def ignore(self) -> list[str]:
-        shapes = {name: self.checkpoint.tensors[name].shape for name in self.untouched}
-        return sorted({*registry.sixteen_bit_linears(shapes, self.info.layers), *self.unnamed})
+        return registry.sixteen_bit_linears({name: self.checkpoint.tensors[name].shape for name in self.untouched}, self.info.layers)
 
     def packed(self, fmt: Format) -> Packed:
         """What a target will be to its clients."""
@@ -124,17 +123,18 @@ def repack(
     keep_job: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     said: Stated = NOTHING_STATED,
+    gptq_v2: bool = False,
 ) -> dict[str, Any]:
     """Write `source` in another format to `out`, and in each format of `also` to OUT-<format>. Returns what was written.
 
     request: what the person asked for, where that says more than these arguments. resume: take up a job that was killed; the codes are
-    packed again, unless only the last rename is missing. said: what the cards say instead of what is known.
+    packed again, unless only the last rename is missing. said: what the cards say instead of what is known. gptq_v2: `source` is GPTQ of
+    version 2, whatever its config.json says.
     """
     console = console or Console.quiet()
     outputs = output_folders(out, format, also)
     asked = {"source": str(source), "format": format, "also": list(also), "overwrite": overwrite, "keep_job": keep_job, "cache_dir": None}
-    asked["max_shard_bytes"] = max_shard_bytes
-    asked |= asdict(said)
+    asked |= {"max_shard_bytes": max_shard_bytes, "gptq_v2": gptq_v2, **asdict(said)}
     request = request or Request("pack", asked)
     job = JobFolder(out)
     if not resume:
@@ -147,33 +147,20 @@ def repack(
                 return _written(open_source(out, masks), outputs)
         for folder in outputs.values() if resume else ():
             writer.check_output(folder, overwrite=overwrite, sources=[source])
-        return _repack(job, source, outputs, overwrite, console, keep_job, max_shard_bytes, said)
-
-
-def _unnamed(source: Source) -> tuple[str, ...]:
-    """None where transformers' code cannot be followed: `verify` says then what it does not load."""
-    config = source.checkpoint.config
-    if not may_be_derived(config) and not wraps(config):
-        return ()
-    try:
-        return architecture_of(config, dense_names(source.checkpoint, source.info)).unnamed
-    except BadInput:
-        return ()
+        return _repack(job, source, outputs, overwrite, console, keep_job, max_shard_bytes, said, gptq_v2)
 
 
 def _repack(
     job: JobFolder, source: Path, outputs: Mapping[Format, Path], overwrite: bool, console: Console, keep_job: bool, max_shard_bytes: int,
-    said: Stated,
+    said: Stated, gptq_v2: bool,
 ) -> dict[str, Any]:  # fmt: skip
     out = next(iter(outputs.values()))
     with ExitStack() as stack:
         masks = stack.enter_context(open_masks(source))
-        opened = open_source(source, masks)
+        opened = open_source(source, masks, gptq_v2=gptq_v2)
         for note in opened.notes:
             console.warn(note)
         opened = replace(opened, from_zeros=any(fmt.needs_mask for fmt in outputs) and opened.origin is None)
-        if any(fmt.checks_ignore for fmt in outputs):
-            opened = replace(opened, unnamed=_unnamed(opened))
         refuse_misfits(opened, list(outputs))
         contents = read_contents(opened.checkpoint, console, scan=opened.untouched)
         check_known_digests(opened.checkpoint, contents)
@@ -238,9 +225,14 @@ def output_folders(out: Path, fmt: str, also: Sequence[str]) -> dict[Format, Pat
     return {registry.FORMATS[fmt]: out} | {registry.FORMATS[name]: out.with_name(f"{out.name}-{name}") for name in also}
 
 
-def open_source(folder: Path, masks: Masks | None = None) -> Source:
-    """Open a packed checkpoint; `masks` is its mask file. BadInput when it is dense, damaged, or in no format that can be read exactly."""
+def open_source(folder: Path, masks: Masks | None = None, *, gptq_v2: bool = False) -> Source:
+    """Open a packed checkpoint; `masks` is its mask file. BadInput when it is dense, damaged, or in no format that can be read exactly.
+
+    gptq_v2: its zero points are those of GPTQ version 2, whatever its config.json says. UsageError E288 for another format.
+    """
     checkpoint = open_checkpoint(folder, weight_files="auto")
+    if gptq_v2:
+        checkpoint = replace(checkpoint, config=labelled_version_2(checkpoint.config, str(folder / CONFIG)))
     examined = examine(checkpoint, structure="known")
     info = examined.info
     if not info.format.quantized:
@@ -355,6 +347,21 @@ def _flush(stages: Mapping[Format, writer.StagedCheckpoint], pending: dict[Forma
             tensors.clear()
 
 
+def _block(source: Source, fmt: Format, config: Mapping[str, Any], provenance: dict[str, Any]) -> dict[str, Any]:
+    """The quantization_config of a target, with all names that clients have for linears. A model that the installed transformers lacks is
+    packed by its names alone."""
+    layers, grids, ignore = source.info.layers, source.info.grids, source.ignore
+    if config.get("model_type") not in FAMILIES:
+        try:
+            known = architecture_of(source.checkpoint.config, dense_names(source.checkpoint, source.info))
+        except BadInput as unknown:
+            if unknown.error_id not in ("E390", "E392"):
+                raise
+        else:
+            layers, grids, ignore = known.by_all_names(layers), known.by_all_names(grids), known.sixteen_bit(ignore, layers)
+    return registry.quantization_config(fmt, layers, ignore, provenance, grids, named_otherwise(config))
+
+
 def _finish(
     source: Source, contents: Contents, fmt: Format, stage: writer.StagedCheckpoint, console: Console, command: str, said: Stated
 ) -> None:
@@ -364,8 +371,7 @@ def _finish(
     old = registry.quantization_block(source.checkpoint.config) or {}
     config = without(registry.without_quantization(source.checkpoint.config))
     if fmt.quantized:
-        known, bits = source.info.layers, source.info.grids
-        config["quantization_config"] = registry.quantization_config(fmt, known, source.ignore, provenance(old), bits, wraps(config))
+        config["quantization_config"] = _block(source, fmt, config, provenance(old))
     if fmt.block_file:
         stage.write_file(fmt.block_file, canonical(config["quantization_config"]))
     origin = {"format": source.info.name, "variant": source.info.variant, **_source_digest(source, contents)}

@@ -265,7 +265,7 @@ class _Side:
         for parameter, names in by_parameter(places).items():
             relative = parameter[len(block.prefix) + 1 :]
             pieces = ((places[name], known[name] if name in known else self.source.checkpoint.read(name)) for name in names)
-            shape = (layer.get_buffer if parameter in block.buffers else layer.get_parameter)(relative).shape
+            shape = (layer.get_buffer if block.buffers.issuperset(names) else layer.get_parameter)(relative).shape
             value = assemble(pieces, shape, dtype)
             set_parameter(layer, relative, value.to(self.device))
         return layer

@@ -28,6 +28,7 @@ from marlinctl.data.calibration import load_tokenizer
 from marlinctl.errors import BadInput, Problem, UsageError, number_of
 from marlinctl.models.architectures import Architecture
 from marlinctl.oneshot.open import Options
+from marlinctl.planning.training_settings import refuse_blockwise
 from marlinctl.recipes.schema import Distill
 from marlinctl.sparsify.mask import two_of_four
 from marlinctl.system.console import Console
@@ -92,6 +93,7 @@ def open_models(
     """
     pupil = _open_student(_resolve(student, None, options, console), asked, options, console, stack)
     original = _open_teacher(_resolve(teacher, options.revision, options, console), options, console, stack)
+    refuse_blockwise(asked, pupil.architecture)
     _check_kinship(pupil, original)
     before_weights(pupil)
     pattern = _open_pattern(pupil, console, stack)

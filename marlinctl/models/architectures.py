@@ -21,8 +21,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
+from typing import TypeVar
 
 Shape = tuple[int, ...]
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +96,12 @@ class Block:
     parts: tuple[Part, ...]  # in the order in which they run
     linears: Mapping[str, LinearSpec]  # full name -> spec, in run order
     others: Mapping[str, Shape]  # full tensor names of norms, routers and biases -> shape
-    renamed: Mapping[str, str] = field(default_factory=dict)  # those of them that the block's module calls otherwise
-    buffers: frozenset[str] = frozenset()  # those of them that are no parameters: they are not trained
+    renamed: Mapping[str, str] = field(default_factory=dict)  # tensors, of linears too, that the block's module calls otherwise
+    buffers: frozenset[str] = frozenset()  # those of `others` that are no parameters: they are not trained
     returns_tuple: bool = False  # the block returns (hidden states, ...)
     module: str = ""  # its path in transformers' model, where that is not `prefix`
+    given: Mapping[str, str] = field(default_factory=dict)  # arguments, besides the hidden states, that are of the tokens -> `per_token`
+    shares: str = ""  # the argument in which blocks leave tensors for later ones, `shared` of the whole model
 
     @property
     def path(self) -> str:
@@ -106,6 +111,11 @@ class Block:
     def parameter(self, tensor: str) -> str:
         """The name, relative to the block's module, of a tensor of the checkpoint."""
         return self.renamed.get(tensor, tensor)[len(self.prefix) + 1 :]
+
+    def linear(self, module: str) -> str:
+        """The full name of the linear that is the block's `module`, or of an expert."""
+        own = f"{self.prefix}.{module}"
+        return next((name for name, weight in self.renamed.items() if weight == f"{own}.weight"), f"{own}.weight").removesuffix(".weight")
 
     @property
     def experts(self) -> tuple[Experts, ...]:
@@ -130,7 +140,7 @@ class Block:
     def stages(self) -> list[tuple[tuple[LinearSpec, ...], Experts | None]]:
         """The linears of each stage in run order; of experts, those of the first one."""
         return [
-            (tuple(self.linears[f"{self.prefix}.{name.format(e=0)}"] for name in stage), part if isinstance(part, Experts) else None)
+            (tuple(self.linears[self.linear(name.format(e=0))] for name in stage), part if isinstance(part, Experts) else None)
             for part in self.parts
             for stage in part.stages
         ]
@@ -142,14 +152,16 @@ class Spelling:
 
     Gemma 3 with its vision tower: decoder ("language_model.model", "model.language_model"), head ("language_model.lm_head", "lm_head").
     A model that was saved without its head: decoder ("", "model").
+    Kimi K2.5 as transformers saves it: blocks ("language_model.model.blocks", "model.language_model.layers").
     """
 
     decoder: tuple[str, str]
     head: tuple[str, str]
+    blocks: tuple[str, str] | None = None  # where it is not that of the decoder
 
     def module(self, name: str) -> str:
         """The path in the model of a module or tensor of the checkpoint."""
-        for stored, path in (self.head, self.decoder):
+        for stored, path in (self.head, *([self.blocks] if self.blocks else []), self.decoder):
             if not stored:
                 return f"{path}.{name}"
             if name == stored or name.startswith(f"{stored}."):
@@ -179,7 +191,11 @@ class Architecture:
     outside: tuple[str, ...] = ()  # tensors of the decoder besides blocks, embedding and norm: learned positions, a norm before the blocks
     spelling: Spelling | None = None  # None: the checkpoint names modules as transformers does
     carried: frozenset[str] = frozenset()  # other tensors of the checkpoint, of parts that are copied and not looked at
-    unnamed: tuple[str, ...] = ()  # nn.Linear modules at 16 bits that no tensor is called after: a tied head, a router that is renamed
+    beside: tuple[str, ...] = ()  # linears of transformers' model outside of the blocks, by their paths: clients must be told to leave them
+    per_token: Mapping[str, int] = field(default_factory=dict)  # what blocks are given that is of the tokens alone -> values for each
+    shared: Mapping[str, tuple[Shape, ...]] = field(default_factory=dict)  # what blocks leave for later ones -> shapes; 0: the tokens
+    by_token: frozenset[str] = frozenset()  # those of `outside` that are embeddings of tokens, of which the rows that occur are read
+    dropped: tuple[str, ...] = ()  # expressions for names that transformers leaves out when it loads such a model, though they lie inside
     guests: Mapping[str, str] = field(default_factory=dict)  # tensors of the checkpoint that the model lacks, copied -> what (guests.py)
 
     @property
@@ -190,6 +206,32 @@ class Architecture:
     def module(self, name: str) -> str:
         """The path, in transformers' model, of a module or tensor of the checkpoint."""
         return name if self.spelling is None else self.spelling.module(name)
+
+    @property
+    def shared_values(self) -> int:
+        """Of each token, that blocks leave for later ones."""
+        return sum(prod(n for n in shape if n) for shapes in self.shared.values() for shape in shapes)
+
+    @property
+    def renamed_modules(self) -> dict[str, str]:
+        """Modules that are called otherwise inside of a block of the checkpoint -> their names in transformers', behind the same prefix."""
+        weights = {name: module for block in self.blocks for name, module in block.renamed.items() if name.endswith(".weight")}
+        return {name.removesuffix(".weight"): module.removesuffix(".weight") for name, module in weights.items()}
+
+    def by_all_names(self, values: Mapping[str, _Value]) -> dict[str, _Value]:
+        """Values of linears, also under the names that clients have for those that they call otherwise inside of the decoder."""
+        renamed = self.renamed_modules
+        found = {**values, **{renamed[name]: values[name] for name in values.keys() & renamed.keys()}}
+        if self.spelling is None or self.spelling.blocks is None:
+            return found
+        stored, path = (f"{name}." for name in self.spelling.blocks)
+        own = f"{self.spelling.decoder[0]}." + path.removeprefix(f"{self.spelling.decoder[1]}.")
+        return found | {own + name[len(stored) :]: value for name, value in found.items() if name.startswith(stored)}
+
+    def sixteen_bit(self, names: Iterable[str], quantized: Iterable[str]) -> list[str]:
+        """Linears that stay as they are, which the checkpoint calls `names`, with all names that clients have for them."""
+        beside = set(self.beside) - {self.module(name) for name in quantized}
+        return sorted({*self.by_all_names(dict.fromkeys(names)), *beside})
 
     @property
     def norm_tensors(self) -> list[str]:
@@ -217,10 +259,13 @@ def respelled(known: Architecture, spelling: Spelling) -> Architecture:
     begins, spec = f"{known.decoder}.", known.head or known.tied
     head = None if spec is None else spec.name
     stored = f"{spelling.decoder[0]}." if spelling.decoder[0] else ""
+    blocks = f"{known.blocks[0].prefix.rpartition('.')[0]}."
 
     def name(old: str) -> str:
         if head is not None and (old == head or old.startswith(f"{head}.")):
             return spelling.head[0] + old[len(head) :]
+        if spelling.blocks is not None and old.startswith(blocks):
+            return f"{spelling.blocks[0]}.{old[len(blocks) :]}"
         return stored + old.removeprefix(begins) if old.startswith(begins) else old
 
     def linear(old: LinearSpec) -> LinearSpec:
@@ -247,6 +292,6 @@ def respelled(known: Architecture, spelling: Spelling) -> Architecture:
         tied=None if known.tied is None else linear(known.tied),
         expected={name(key): shape for key, shape in known.expected.items()},
         outside=tuple(map(name, known.outside)),
-        unnamed=tuple(spelling.module(name(module)) for module in known.unnamed),
+        by_token=frozenset(map(name, known.by_token)),
         spelling=spelling,
     )

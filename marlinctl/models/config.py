@@ -66,6 +66,15 @@ def wraps(config: Mapping[str, Any]) -> bool:
     return any(isinstance(config.get(key), Mapping) for key in ("text_config", "vision_config"))
 
 
+# Families whose checkpoints call the decoder otherwise than transformers does.
+RENAMED_DECODERS = frozenset(("nemotron_h",))
+
+
+def named_otherwise(config: Mapping[str, Any]) -> bool:
+    """Whether clients have names of their own for the linears of the blocks."""
+    return wraps(config) or config.get("model_type") in RENAMED_DECODERS
+
+
 def sizes_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config in which a language model's own sizes stand at the top, also those of one inside of a wrapper: a `hidden_size` of the
     wrapper itself may be that of another part (PaliGemma)."""

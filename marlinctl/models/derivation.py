@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from marlinctl.models.architectures import Architecture, Block, Experts, LinearSpec, Shape
+from marlinctl.models.architectures import Architecture, Block, Experts, LinearSpec, Shape, Spelling, respelled
 from marlinctl.models.fused_experts import expert_modules, experts_of, named
 from marlinctl.models.meta_model import build
 from marlinctl.models.parts import BlockReader
 from marlinctl.models.refusals import refused
 from marlinctl.models.stored_names import StoredNames, stored_names
-from marlinctl.models.tracing import Trace, equal, holds_tensors, same, traced
+from marlinctl.models.token_arguments import OfTokens, of_tokens
+from marlinctl.models.tracing import Trace, same, traced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +41,7 @@ class _Model:
     other: Trace  # over other tokens
     experts: Mapping[str, Experts]  # by the full names of their modules
     names: StoredNames
+    arguments: OfTokens  # what blocks are given besides the hidden states
 
 
 def derived_architecture(config: Mapping[str, Any]) -> Architecture:
@@ -52,25 +54,35 @@ def derived_architecture(config: Mapping[str, Any]) -> Architecture:
     kind = str(config.get("model_type"))
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise refused(kind, "transformers has no language model of this type; a newer release may have one")
-    return architecture_of_model(cast("PreTrainedModel", build(config, torch.float32)), kind)
+    known, prefix = _derived(cast("PreTrainedModel", build(config, torch.float32)), kind)
+    if prefix == known.decoder:
+        return known
+    head = known.head or known.tied
+    return respelled(known, Spelling((prefix, known.decoder), ("lm_head", "lm_head") if head is None else (head.name, head.name)))
 
 
 def architecture_of_model(model: PreTrainedModel, kind: str) -> Architecture:
-    """The same of a model on the meta device. kind: what it is called in a refusal."""
+    """The same of a model on the meta device, whose decoder is called as it is there. kind: what it is called in a refusal."""
+    return _derived(model, kind)[0]
+
+
+def _derived(model: PreTrainedModel, kind: str) -> tuple[Architecture, str]:
+    """The architecture, with the decoder's name in the model, and what checkpoints call it."""
     names = {module: name for name, module in model.named_modules()}
     decoder, blocks_at = _stack(model, kind, names)
     embedding = names.get(model.get_input_embeddings())
     if embedding is None or not embedding.startswith(f"{decoder}."):
         raise refused(kind, "its token embedding is not part of the decoder")
     blocks = [f"{blocks_at}.{i}" for i in range(len(list(model.get_submodule(blocks_at).children())))]
+    _refuse_conv1d(model, kind, blocks_at)
     shared = sorted(name for pair in model.all_tied_weights_keys.items() for name in pair if name.startswith(f"{blocks_at}."))
     if shared:
         raise refused(kind, f"{shared[0]} is the same tensor as another one, and would be quantized for one of two places")
-    known = _followed(model, kind, blocks)
-    norm = _final_norm(kind, known.trace, decoder, blocks[-1])
+    known, prefix = _followed(model, kind, decoder, blocks)
+    norm = _final_norm(model, kind, known.trace, decoder, blocks[-1])
     built = tuple(_block(i, prefix, known) for i, prefix in enumerate(blocks))
     if not any(block.linears for block in built):
-        raise refused(kind, "its blocks have no linears (GPT-2's Conv1D stores weights the other way round)")
+        raise refused(kind, "its blocks have no linears")
 
     head = _head(model, names, known.trace, norm)
     stored = known.names.tensors
@@ -86,10 +98,13 @@ def architecture_of_model(model: PreTrainedModel, kind: str) -> Architecture:
     vocab, hidden = known.shapes[f"{embedding}.weight"]
     if (entered := known.trace.entered[blocks[0]]) is not None:
         hidden = entered.shape[-1]  # OPT may have narrower embeddings, and a projection behind them
-    return Architecture(
+    found = Architecture(
         kind, decoder, built, embedding, norm, None if tied else head, hidden, vocab, expected,
-        tied=head if tied else None, outside=outside, unnamed=_unnamed(model, expected, stored),
+        tied=head if tied else None, outside=outside, beside=linears_beside(model, blocks_at),
+        dropped=_dropped(model), per_token=known.arguments.per_token, shared=known.arguments.shared,
+        by_token=frozenset(stored[f"{name}.weight"] for name in known.trace.by_token) & set(outside),
     )  # fmt: skip
+    return found, prefix
 
 
 # ---- what the model is made of -------------------------------------------------------------------------------------------------------
@@ -108,36 +123,29 @@ def _stack(model: PreTrainedModel, kind: str, names: Mapping[nn.Module, str]) ->
     return found[0]
 
 
-def _followed(model: PreTrainedModel, kind: str, blocks: Sequence[str]) -> _Model:
+def _followed(model: PreTrainedModel, kind: str, decoder: str, blocks: Sequence[str]) -> tuple[_Model, str]:
+    """The model, and what checkpoints call its decoder."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     modules = expert_modules(model, blocks, kind)
     homes = {name: next(prefix for prefix in blocks if name.startswith(f"{prefix}.")) for name in modules}
     trace, other = (traced(model, kind, blocks, tuple(modules), first=first) for first in (1, 2))
-    _refuse_arguments_of_tokens(kind, blocks, trace, other)
+    arguments = of_tokens(kind, blocks, trace, other, lambda: traced(model, kind, blocks, tuple(modules), first=1, shifted=True))
     experts = {name: experts_of(name, module, homes[name], trace, kind) for name, module in modules.items()}
     stored = stored_names(model, kind, experts)
+    prefix = stored.prefix(decoder, blocks[0])
+    stored = stored.within(decoder, prefix)
     buffers = frozenset(name for name, _ in model.named_buffers() if name in shapes)
-    return _Model(model, kind, shapes, buffers, trace, other, named(experts, stored, homes), stored)
+    return _Model(model, kind, shapes, buffers, trace, other, named(experts, stored, homes), stored, arguments), prefix
 
 
-def _refuse_arguments_of_tokens(kind: str, blocks: Sequence[str], one: Trace, other: Trace) -> None:
-    """The pipeline keeps what blocks are given besides hidden states once for all samples."""
-    for block in blocks:
-        for key, value in list(one.arguments[block].items())[1:]:
-            if holds_tensors(value):
-                raise refused(kind, f"{block} is given {key}, which other blocks fill, besides the hidden states")
-            if (block, key) in one.arguments_read and not equal(value, other.arguments[block].get(key)):
-                raise refused(kind, f"{block} is given {key}, which depends on the tokens, besides the hidden states")
-
-
-def _final_norm(kind: str, trace: Trace, decoder: str, last_block: str) -> str:
+def _final_norm(model: nn.Module, kind: str, trace: Trace, decoder: str, last_block: str) -> str:
     """The module that is given the last block's output."""
     ends = trace.of(last_block)
     if len(ends) != 1:
         raise refused(kind, f"its blocks are run {len(ends)} times")
     for call in trace.calls[ends[0].order + 1 :]:
         if call.name.startswith(f"{decoder}.") and same(call.given, ends[0].returned):
-            if len(trace.of(call.name)) > 1:
+            if len(trace.of(call.name)) > 1 and any(True for _ in model.get_submodule(call.name).parameters()):
                 raise refused(kind, f"{call.name} runs in other places too, and not only after the last block")
             return call.name
     raise refused(kind, "no norm follows its last block")
@@ -156,19 +164,31 @@ def _head(model: PreTrainedModel, names: Mapping[nn.Module, str], trace: Trace, 
 
 
 def _refuse_renamed(kind: str, known: _Model, blocks_at: str, head: str | None) -> None:
-    """The pipeline knows other names for the output head, and for norms, routers and experts of blocks."""
-    linears = {f"{call.name}.weight" for call in known.trace.linears}
+    """The pipeline knows other names for the output head, and inside of blocks."""
     for name, other in known.names.tensors.items():
-        in_block = name.startswith(f"{blocks_at}.") and other.startswith(f"{blocks_at}.") and name not in linears
+        in_block = name.startswith(f"{blocks_at}.") and other.startswith(f"{blocks_at}.")
         if name != other and not in_block and other not in (f"{head}.weight", f"{head}.bias"):
             raise refused(kind, f"its checkpoints hold {name} in another way, as {other}")
 
 
-def _unnamed(model: PreTrainedModel, expected: Mapping[str, Shape], stored: Mapping[str, str]) -> tuple[str, ...]:
-    """Linears that clients of a checkpoint would take for packed ones, since they go by modules. lm_head is known to everything."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
-    tensors = [(name, stored.get(f"{name}.weight", "")) for name in linears]
-    return tuple(name for name, tensor in tensors if tensor not in expected or (tensor != f"{name}.weight"))
+def _refuse_conv1d(model: nn.Module, kind: str, blocks_at: str) -> None:
+    """docs/decisions/README.md has the reason."""
+    from transformers.pytorch_utils import Conv1D
+
+    if any(isinstance(module, Conv1D) for module in model.get_submodule(blocks_at).modules()):
+        raise refused(kind, "its linears are Conv1D, stored as (in, out), and compressed-tensors packs only nn.Linear")
+
+
+def _dropped(model: nn.Module) -> tuple[str, ...]:
+    """What transformers leaves out when it loads the model."""
+    found = (getattr(module, "_keys_to_ignore_on_load_unexpected", None) or () for module in model.modules())
+    return tuple(dict.fromkeys(pattern for patterns in found for pattern in patterns))
+
+
+def linears_beside(model: nn.Module, blocks_at: str) -> tuple[str, ...]:
+    """All linears of a model but those of its blocks."""
+    names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return tuple(name for name in names if not name.startswith(f"{blocks_at}."))
 
 
 # ---- one block -----------------------------------------------------------------------------------------------------------------------
@@ -189,18 +209,21 @@ def _block(index: int, prefix: str, known: _Model) -> Block:
             linears |= _experts_linears(prefix, part, known.shapes)
             fused |= {f"{prefix}.{part.module}.{name}" for name in part.parameters}
         else:
-            linears |= {spec.name: spec for stage in part.stages for name in stage for spec in [_spec(f"{prefix}.{name}", known.shapes)]}
+            linears |= {spec.name: spec for stage in part.stages for name in stage for spec in [_spec(f"{prefix}.{name}", known)]}
     stored = known.names.tensors
     held = {name for name in known.shapes if name.startswith(f"{prefix}.") and name not in fused}
-    others = {stored[name]: known.shapes[name] for name in known.shapes if name in held and name.removesuffix(".weight") not in linears}
+    others = {
+        stored[name]: known.shapes[name] for name in known.shapes if name in held and stored[name].removesuffix(".weight") not in linears
+    }
     renamed = {stored[name]: name for name in held if stored[name] != name}
     buffers = frozenset(stored[name] for name in held & known.buffers)
-    return Block(index, prefix, parts, linears, others, renamed, buffers, elements > 0)
+    given, shares = known.arguments.given.get(prefix, {}), known.arguments.shares.get(prefix, "")
+    return Block(index, prefix, parts, linears, others, renamed, buffers, elements > 0, given=given, shares=shares)
 
 
-def _spec(name: str, shapes: Mapping[str, Shape]) -> LinearSpec:
-    rows, columns = shapes[f"{name}.weight"]
-    return LinearSpec(name, rows, columns, f"{name}.bias" in shapes)
+def _spec(name: str, known: _Model) -> LinearSpec:
+    rows, columns = known.shapes[f"{name}.weight"]
+    return LinearSpec(known.names.tensors[f"{name}.weight"].removesuffix(".weight"), rows, columns, f"{name}.bias" in known.shapes)
 
 
 def _experts_linears(prefix: str, experts: Experts, shapes: Mapping[str, Shape]) -> dict[str, LinearSpec]:

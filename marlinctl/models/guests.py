@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 _MTP = "a head that predicts several tokens (MTP)"
+LEFT_OUT = "tensors that transformers leaves out of such a model"
 _ANYWHERE = (
     (r"\.(k|v|q|prob)_(scale|zero_point)$", "scales of a quantized KV cache"),
     (r"(^|\.)(vision|visual|audio|multi_modal)", "a part for images or sound"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ from marlinctl.errors import BadInput, UsageError
 from marlinctl.models.architectures import Architecture, Spelling, respelled
 from marlinctl.models.config import wraps
 from marlinctl.models.families import architecture, may_be_derived
-from marlinctl.models.guests import guests
+from marlinctl.models.guests import LEFT_OUT, guests
 from marlinctl.system.files import shown
 
 
@@ -41,7 +42,9 @@ def spelled_as(known: Architecture, config: Mapping[str, Any], names: Collection
         head = known.head or known.tied
         known = respelled(known, Spelling(("", known.decoder), ("lm_head", "lm_head") if head is None else (head.name, head.name)))
     head_names = [f"{head.name}.weight" for head in (known.head, known.tied) if head is not None]
-    return replace(known, guests=guests(known.unexpected(dict.fromkeys(names)), [*known.expected, *known.carried, *head_names], config))
+    strange = known.unexpected(dict.fromkeys(names))
+    left_out = {name: LEFT_OUT for name in strange if any(re.search(pattern, name) for pattern in known.dropped)}
+    return replace(known, guests=left_out | guests(strange, [*known.expected, *known.carried, *head_names], config))
 
 
 def _wrapped(config: Mapping[str, Any], names: Collection[str], module_map: Path | None) -> Architecture:

@@ -18,6 +18,7 @@ from marlinctl.models.architectures import Branch, Chain, Experts, Part
 from marlinctl.models.refusals import refused
 from marlinctl.models.tracing import LENGTH, SAMPLES, Call, Trace, equal, holds_tensors, of_all_tokens, same
 
+_SMALLEST_GROUP = 32  # inputs below which a linear has no group at all: the low rank of a gated norm
 _GATE = 16  # outputs below which a linear is a gate: a 4-bit one saves nothing, and no kernel takes it
 
 
@@ -47,8 +48,10 @@ class BlockReader:
 
     def _stays(self, call: Call) -> bool:
         """Whether it is a gate or a router, or one whose weight the model reads, which a packed linear lacks."""
+        linear = self._linear(call.name)
         return (
-            self._linear(call.name).out_features < _GATE
+            linear.out_features < _GATE
+            or linear.in_features < _SMALLEST_GROUP
             or call.name in self.trace.weights_read
             or any(self._routes(call.name, name.rpartition(".")[0], found.count) for name, found in self.experts.items())
         )
@@ -135,7 +138,11 @@ class BlockReader:
     def _given_tokens(self, module: str) -> bool:
         """Whether a module is given something besides its input that is of the tokens: a branch is called with one value for all."""
         others = list(self.trace.arguments[module].items())[1:]
-        return any(holds_tensors(value) or not equal(value, self.other.arguments[module].get(key)) for key, value in others)
+        shared = [id(value) for value in self.trace.arguments[self.prefix].values() if holds_tensors(value)]
+        return any(
+            id(value) not in shared and (holds_tensors(value) or not equal(value, self.other.arguments[module].get(key)))
+            for key, value in others
+        )
 
     # ---- chains ---------------------------------------------------------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ class Place:
 def block_places(block: Block) -> dict[str, Place]:
     """Every tensor of a block -> its place. Parameters are named as in the whole model."""
     found = {name: Place(block.renamed.get(name, name)) for name in block.others}
-    found |= {f"{name}.weight": Place(f"{name}.weight") for name in block.linears}
+    found |= {f"{name}.weight": Place(block.renamed.get(f"{name}.weight", f"{name}.weight")) for name in block.linears}
     for experts in block.experts:
         for e in range(experts.count):
             found |= {f"{block.prefix}.{name}.weight": place for name, place in expert_places(block, experts, e).items()}

@@ -3,14 +3,19 @@
     model.layers.0.mlp.gate.weight           ─► model.layers.0.block_sparse_moe.gate.weight
     model.layers.0.mlp.experts.gate_up_proj  ─► model.layers.0.block_sparse_moe.experts.7.w1.weight, one tensor for each expert
 
-The parameters of experts are stood in for by small ones that number their parts, so the way of each is seen, whatever the conversion is.
+    model.layers.0.mixer.in_proj.weight      ─► backbone.layers.0.mixer.in_proj.weight
+
+A name counts where the way back leads to the tensor that it came from, and where no other tensor has it: then transformers loads a
+checkpoint in these names. The parameters of experts are stood in for by small ones that number their parts, so the way of each is seen,
+whatever the conversion is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,9 +32,28 @@ class StoredNames:
     tensors: Mapping[str, str]  # of the model -> of checkpoints; parameters of experts that checkpoints do not hold as they are lack
     experts: Mapping[str, tuple[str, ...]]  # module -> weights of gate, up and down of expert {e}, where each has a tensor of its own
 
+    def prefix(self, module: str, block: str) -> str:
+        """What checkpoints call a module that holds `block`, by the names of that block's tensors: "backbone" for "model"."""
+        pairs = (_without_common_end(name, stored) for name, stored in self.tensors.items() if name.startswith(f"{block}."))
+        above = ((name, stored) for name, stored in pairs if name in ("", module) or module.startswith(f"{name}."))
+        found = Counter(f"{stored}{module[len(name) :]}".removeprefix(".") for name, stored in above)
+        return found.most_common(1)[0][0] if found else module
+
+    def within(self, decoder: str, prefix: str) -> StoredNames:
+        """The same with the decoder's own name in place of `prefix`."""
+        begins = f"{prefix}." if prefix else ""
+
+        def named(stored: str) -> str:
+            return f"{decoder}.{stored.removeprefix(begins)}" if stored.startswith(begins) else stored
+
+        tensors = {name: named(stored) if name.startswith(f"{decoder}.") else stored for name, stored in self.tensors.items()}
+        return StoredNames(tensors, {name: tuple(map(named, weights)) for name, weights in self.experts.items()})
+
 
 def stored_names(model: PreTrainedModel, kind: str, experts: Mapping[str, Experts]) -> StoredNames:
-    """experts: by the full names of their modules. BadInput E390 for other tensors that are stored in another way."""
+    """experts: by the full names of their modules. BadInput E390 for other tensors that are stored in another way, and for names from which
+    transformers does not find back.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     state: dict[str, Tensor] = dict(model.state_dict())
@@ -62,7 +86,58 @@ def stored_names(model: PreTrainedModel, kind: str, experts: Mapping[str, Expert
             found[module] = tuple(_template(one[0], one[1]) for one in names)
         elif any(f"{module}.{parameter}" not in tensors for parameter in known.parameters):
             raise refused(kind, f"its checkpoints hold the experts of {module} in another way")
+    _refuse_one_way(model, kind, tensors, state)
     return StoredNames(tensors, found)
+
+
+class Loaded(NamedTuple):
+    """What transformers makes of a tensor of a checkpoint."""
+
+    name: str
+    converted: bool  # it is another tensor: a part, or several put together
+    others: tuple[str, ...] = ()  # that are made of it too
+
+
+def module_names(model: PreTrainedModel, held: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Loaded]:
+    """Names of a checkpoint -> what transformers loads the tensor as.
+
+    held: the model's state dict. What the model has no place for comes out under a name that is not in it.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    known = dict(held)
+    found = {}
+    for name in sorted(names):
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if renamed not in held and name in held:  # a spelling of its own modules
+            renamed, pattern = name, None
+        parts: list[str] = next((one.target_patterns for one in converters if pattern in one.source_patterns), [])
+        others = tuple(renamed.replace(parts[0], part, 1) for part in parts[1:] if parts[0] in renamed)
+        found[name] = Loaded(renamed, pattern is not None, others)
+    return found
+
+
+def _refuse_one_way(model: PreTrainedModel, kind: str, tensors: Mapping[str, str], state: Mapping[str, Tensor]) -> None:
+    """BadInput E390 for a name that two tensors have, or that transformers loads as another tensor."""
+    renamed = {name: stored for name, stored in tensors.items() if name != stored}
+    back = module_names(model, state, renamed.values())
+    shared = Counter(tensors.values())
+    for name, stored in renamed.items():
+        if back[stored].name != name or shared[stored] > 1:
+            raise refused(kind, f"its checkpoints hold {name} in another way, as {stored}, from which there is no way back")
+
+
+def _without_common_end(one: str, other: str) -> tuple[str, str]:
+    """Two names without the last parts that they share."""
+    a, b = one.split("."), other.split(".")
+    while a and b and a[-1] == b[-1]:
+        a.pop()
+        b.pop()
+    return ".".join(a), ".".join(b)
 
 
 def _template(zero: str, one: str) -> str:

@@ -64,6 +64,8 @@ class Trace:
     calls: list[Call] = field(default_factory=list)
     linears: list[Call] = field(default_factory=list)  # and modules of experts
     arguments: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # block, or module with linears in it -> what it was given
+    by_token: set[str] = field(default_factory=set)  # embeddings that were given the tokens
+    filled: set[str] = field(default_factory=set)  # arguments that held tensors before the first block ran
     entered: dict[str, Value | None] = field(default_factory=dict)  # the same modules -> the first tensor of it, at the begin of the call
     second_read: set[str] = field(default_factory=set)  # modules of whose tuples something reads more than the first element
     arguments_read: set[tuple[str, str]] = field(default_factory=set)  # block and argument, of those that are tensors
@@ -73,10 +75,12 @@ class Trace:
         return [call for call in self.calls if call.name == name]
 
 
-def traced(model: nn.Module, kind: str, blocks: Sequence[str], experts: Sequence[str], first: int) -> Trace:
-    """Calls of one forward pass over tokens `first`, `first` + 1, ... experts: names of their modules."""
+def traced(model: nn.Module, kind: str, blocks: Sequence[str], experts: Sequence[str], first: int, *, shifted: bool = False) -> Trace:
+    """Calls of one forward pass over tokens `first`, `first` + 1, ... experts: names of their modules. shifted: blocks return other hidden
+    states than they compute, so that what depends on those differs from another trace."""
     trace = Trace()
     reads = _Reads(trace)
+    ids = torch.arange(first, first + SAMPLES * LENGTH).view(SAMPLES, LENGTH)
     handles: list[Any] = []
     replaced = []
     for name, module in model.named_modules():
@@ -84,7 +88,7 @@ def traced(model: nn.Module, kind: str, blocks: Sequence[str], experts: Sequence
         if isinstance(module, nn.Linear):
             stand_in = partial(_linear, trace, reads, name, module)
         elif isinstance(module, nn.Embedding):
-            stand_in = partial(_embedding, module.embedding_dim)
+            stand_in = partial(_embedding, trace, name, module, ids)
         elif name in experts:
             stand_in = partial(_experts, trace, name, module)
         if stand_in is None:
@@ -92,6 +96,9 @@ def traced(model: nn.Module, kind: str, blocks: Sequence[str], experts: Sequence
         else:
             setattr(module, "forward", stand_in)  # noqa: B010 - mypy: a method
             replaced.append(module)
+    if shifted:
+        handles += [model.get_submodule(prefix).register_forward_hook(_shift) for prefix in blocks]
+    handles.append(model.get_submodule(blocks[0]).register_forward_pre_hook(partial(_first_begins, trace), with_kwargs=True))
     for prefix in blocks:
         for inner, module in model.get_submodule(prefix).named_modules():
             if not isinstance(module, nn.Linear) and (not inner or any(isinstance(one, nn.Linear) for one in module.modules())):
@@ -100,7 +107,6 @@ def traced(model: nn.Module, kind: str, blocks: Sequence[str], experts: Sequence
     try:
         with torch.no_grad(), _stand_ins(model):
             reads.weights = {id(module.weight): name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-            ids = torch.arange(first, first + SAMPLES * LENGTH).view(SAMPLES, LENGTH)
             with building("config.json"), reads:
                 model(input_ids=ids, use_cache=False)
     except BadInput as error:
@@ -192,8 +198,34 @@ def _linear(trace: Trace, reads: _Reads, name: str, module: nn.Linear, x: Tensor
     return y
 
 
-def _embedding(width: int, ids: Tensor, *_: Any, **__: Any) -> Tensor:
-    return _numbers(ids.unsqueeze(-1), width)
+def _embedding(trace: Trace, name: str, module: nn.Embedding, tokens: Tensor, ids: Any, *args: Any, **kwargs: Any) -> Tensor:
+    if not isinstance(ids, Tensor):  # positions, found by a shape
+        return type(module).forward(module, ids, *args, **kwargs)
+    if torch.equal(ids, tokens) and _looks_up(module, tokens, ids, *args, **kwargs):
+        trace.by_token.add(name)
+    return _numbers(ids.unsqueeze(-1), module.embedding_dim)
+
+
+def _looks_up(module: nn.Embedding, tokens: Tensor, *args: Any, **kwargs: Any) -> bool:
+    """Whether an embedding that is given the tokens looks those up, and not the positions that it finds by them."""
+    with _LookUps() as looked_up:
+        type(module).forward(module, *args, **kwargs)
+    return len(looked_up.ids) == 1 and torch.equal(looked_up.ids[0], tokens)
+
+
+class _LookUps(TorchFunctionMode):
+    """What embeddings are asked for; no row is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is not nn.functional.embedding:
+            return func(*args, **(kwargs or {}))
+        ids, weight = args[:2]
+        self.ids.append(ids)
+        return weight.new_zeros(*ids.shape, weight.shape[-1])
 
 
 def _experts(trace: Trace, name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
@@ -202,6 +234,19 @@ def _experts(trace: Trace, name: str, module: nn.Module, *args: Any, **kwargs: A
     y = _numbers(x, x.shape[-1]).to(x.dtype)
     trace.linears.append(Call(name, Value.now(x), Value.now(y), 0, len(trace.calls), arguments))
     return y
+
+
+def _first_begins(trace: Trace, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    trace.filled |= {name for name, value in bound(module, args, kwargs).items() if holds_tensors(value)}
+
+
+def _shift(_: nn.Module, __: Any, output: Any) -> Any:
+    def other(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return value + torch.arange(value.numel()).view(value.shape) % 7  # not by one number, which a norm would take away
+
+    return tuple(map(other, output)) if isinstance(output, tuple) else other(output)
 
 
 def _begins(

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from marlinctl.errors import BadInput
 from marlinctl.models.architectures import Architecture, Spelling, respelled
-from marlinctl.models.derivation import architecture_of_model
+from marlinctl.models.derivation import architecture_of_model, linears_beside
 from marlinctl.models.families import FAMILIES, architecture
 from marlinctl.models.meta_model import build
+from marlinctl.models.stored_names import Loaded, StoredNames, module_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -43,27 +44,8 @@ def wrapped_architecture(config: Mapping[str, Any], names: Collection[str]) -> A
     tied = f"{head}.weight" in model.all_tied_weights_keys
     known = _alone(model.get_submodule(decoder), None if head is None else model.get_submodule(head), kind, tied)
     modules = module_names(model, held, names)
-    return _spelled(known, modules, held, decoder, head)
-
-
-def module_names(model: PreTrainedModel, held: Mapping[str, Tensor], names: Collection[str]) -> dict[str, tuple[str, bool]]:
-    """Names of a checkpoint -> the name that transformers loads the tensor under, and whether it makes another tensor of it on the way.
-
-    held: the model's state dict. What the model has no place for comes out under a name that is not in it.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    found = {}
-    for name in sorted(names):
-        renamed, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, dict(held))
-        if renamed not in held and name in held:  # a spelling of its own modules
-            renamed, converter = name, None
-        found[name] = (renamed, converter is not None)
-    return found
+    blocks_at = f"{decoder}.{known.blocks[0].path.removeprefix(f'{known.decoder}.').rpartition('.')[0]}"
+    return replace(_spelled(known, modules, held, decoder, head), beside=linears_beside(model, blocks_at))
 
 
 # ---- the language model --------------------------------------------------------------------------------------------------------------
@@ -132,17 +114,21 @@ def _refuse(kind: str, reason: str) -> NoReturn:
 
 
 def _spelled(
-    known: Architecture, modules: Mapping[str, tuple[str, bool]], held: Mapping[str, Tensor], decoder: str, head: str | None
+    known: Architecture, modules: Mapping[str, Loaded], held: Mapping[str, Tensor], decoder: str, head: str | None
 ) -> Architecture:
     """The architecture in the checkpoint's names. modules: those names -> modules, as `module_names` has them."""
-    stored = {module: name for name, (module, _) in modules.items()}
+    stored = {loaded.name: name for name, loaded in modules.items()}
     inside = (f"{decoder}.", f"{head}.")
     first = f"{known.embedding.removeprefix(f'{known.decoder}.')}.weight"
     prefix = stored.get(f"{decoder}.{first}", f"{decoder}.{first}").removesuffix(first).removesuffix(".")
     of_head = stored.get(f"{head}.weight", f"{head}.weight").removesuffix(".weight")
-    found = respelled(known, Spelling((prefix, decoder), (of_head, head or "lm_head")))
-    made = {module for module, converted in modules.values() if converted}  # of tensors of another shape: they are copied unseen
+    blocks = known.blocks[0].prefix.rpartition(".")[0].removeprefix(f"{known.decoder}.")
+    of_blocks = StoredNames(stored, {}).prefix(f"{decoder}.{blocks}", f"{decoder}.{blocks}")
+    apart = None if of_blocks in (f"{prefix}.{blocks}", blocks) else (of_blocks, f"{decoder}.{blocks}")
+    found = respelled(known, Spelling((prefix, decoder), (of_head, head or "lm_head"), apart))
+    # Of tensors of another shape: they are copied unseen.
+    made = {module for loaded in modules.values() if loaded.converted for module in (loaded.name, *loaded.others)}
     beside = {module: tuple(tensor.shape) for module, tensor in held.items() if not module.startswith(inside)}
     others = {stored.get(module, module): shape for module, shape in beside.items() if module not in made}
-    carried = frozenset(name for name, (module, _) in modules.items() if module in beside and module in made)
+    carried = frozenset(name for name, loaded in modules.items() if loaded.converted and loaded.name in beside)
     return replace(found, expected={**found.expected, **others}, carried=carried)

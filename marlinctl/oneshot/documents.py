@@ -18,7 +18,7 @@ from marlinctl.checkpoint.manifest import made_from
 from marlinctl.checkpoint.tied_head import stored_bytes
 from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.errors import number_of
-from marlinctl.models.config import wraps
+from marlinctl.models.config import named_otherwise
 from marlinctl.models.switches import without
 from marlinctl.oneshot.layers import LayerRecord
 from marlinctl.oneshot.open import Options, RunInputs
@@ -37,10 +37,11 @@ def model_config(opened: RunInputs, recipe: Recipe) -> dict[str, Any]:
     config: dict[str, Any] = without(without_quantization(opened.checkpoint.config))
     if not recipe.scheme.quantizes:
         return config
-    layers = dict(opened.plan.group_sizes)
+    layers, known = dict(opened.plan.group_sizes), opened.architecture
+    ignore = sixteen_bit(opened.checkpoint, known, layers)
     provenance = {"version": __version__, "recipe_sha256": recipe_hash(recipe)}
-    ignore = sixteen_bit(opened.checkpoint, opened.architecture, layers)
-    config["quantization_config"] = quantization_config(INTERCHANGE, layers, ignore, provenance, opened.plan.grids, wraps(config))
+    named, grids = known.by_all_names(layers), known.by_all_names(opened.plan.grids)
+    config["quantization_config"] = quantization_config(INTERCHANGE, named, ignore, provenance, grids, named_otherwise(config))
     return config
 
 

@@ -68,6 +68,7 @@ class Options:
     max_memory: int | None = None  # bytes
     device_memory: int | None = None  # bytes of the GPU that the run may take; None: what is free
     module_map: Path | None = None
+    drop_unexpected: bool = False  # tensors beside the model are left out, and not carried
     command: str = "marlinctl quantize"
     keep_job: bool = False
     max_shard_bytes: int = MAX_SHARD_BYTES  # of a published weight file
@@ -135,7 +136,7 @@ def open_model(
     if source.note:
         console.say(source.note)
     checkpoint = open_checkpoint(source.folder)
-    looked = look(checkpoint, recipe, options.module_map, console)
+    looked = look(checkpoint, recipe, options.module_map, console, drop_unexpected=options.drop_unexpected)
     warnings = findings.of_folder(checkpoint, strict=options.strict)
     if looked.unties:
         console.say(said_of_untied_head(looked, published[0] if published else working_format(recipe.scheme)))

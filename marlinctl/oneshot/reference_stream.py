@@ -53,7 +53,7 @@ class ReferenceModel:
         self.mean: dict[str, Tensor] = {}  # of each over all tokens
         self.slots: dict[str, tuple[str, int]] = {}  # place in the block -> slot, and width of what it holds
 
-    def run_block(self, block: Block, layer: nn.Module, parts: Iterable[slice], call: Callable[[Tensor, int], Tensor]) -> None:
+    def run_block(self, block: Block, layer: nn.Module, parts: Iterable[slice], call: Callable[[Tensor, int, slice], Tensor]) -> None:
         """Take the hidden states through `layer`, whose norms and biases are in place; its linears hold the original's weights then."""
         places = [stage[0] for part in block.parts if not isinstance(part, Experts) for stage in part.stages]
         for one in block.parts:
@@ -61,7 +61,7 @@ class ReferenceModel:
                 self._set_experts(layer, block, one)
                 continue
             for name in (name for stage in one.stages for name in stage):
-                set_parameter(layer, f"{name}.weight", self._weight(f"{block.prefix}.{name}"))
+                set_parameter(layer, f"{name}.weight", self._weight(block.linear(name)))
         self.slots = {}
         seen: dict[str, Tensor] = {}
         handles = []
@@ -80,7 +80,7 @@ class ReferenceModel:
         try:
             for part in parts:
                 before = self.hidden[part].to(self.device)
-                after = call(before, block.index)
+                after = call(before, block.index, part)
                 for place in places:
                     self._keep(place, seen[place], part)
                 for experts in block.experts:

@@ -18,6 +18,7 @@ read; activations in flight are one chunk wide. A block's weights are read when 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -26,9 +27,10 @@ from torch import Tensor, nn
 
 from marlinctl.data.tokens import Tokens
 from marlinctl.models.architectures import Architecture, Block, Branch, Chain, Experts, Part
-from marlinctl.models.meta_model import Replay, bound, call_through, call_until, drop_parameters, hidden_states, set_parameter
+from marlinctl.models.meta_model import Reached, Replay, bound, call_through, call_until, drop_parameters, hidden_states, set_parameter
 from marlinctl.oneshot.experts import ExpertsPipeline
 from marlinctl.oneshot.gram import Gram, SolveStage, SolveStages, StageInput
+from marlinctl.oneshot.of_tokens import COMPRESSED, REFERENCE, TokenArguments, for_samples
 from marlinctl.oneshot.one_expert import routed
 from marlinctl.oneshot.reference_stream import ReferenceModel, scaled
 from marlinctl.system.offload import Scratch, Slot
@@ -78,6 +80,7 @@ class SequentialPipeline:
         self.experts_together, self.solve_experts = experts_together, solve_experts
         self.decoder = model.get_submodule(architecture.decoder)
         self.calls: dict[int, list[dict[str, Any]]] = {}  # samples in a chunk -> keyword arguments of every block
+        self.of_tokens = TokenArguments(architecture, self.samples, self.length, dtype, device, scratch)
         shape = (self.samples, self.length, architecture.hidden_size)
         self.hidden = scratch.resident(shape, dtype) if resident else torch.empty(shape, dtype=dtype)
         self._embed(tokens.ids)
@@ -88,13 +91,16 @@ class SequentialPipeline:
 
     def states(self) -> dict[str, Tensor]:
         """Everything that the next block depends on, as it is: not copies."""
-        return {"hidden": self.hidden} | ({"original": self.reference.hidden} if self.reference is not None else {})
+        found = {"hidden": self.hidden} | self.of_tokens.states(COMPRESSED)
+        return found | ({"original": self.reference.hidden} | self.of_tokens.states(REFERENCE) if self.reference is not None else {})
 
     def restore(self, states: Mapping[str, Tensor]) -> None:
         """Continue where another run over the same tokens stood, given its `states`."""
         self.hidden.copy_(states["hidden"])
+        self.of_tokens.restore(COMPRESSED, states)
         if self.reference is not None:
             self.reference.hidden.copy_(states["original"])
+            self.of_tokens.restore(REFERENCE, states)
 
     def chunks(self) -> Iterator[slice]:
         for first in range(0, self.samples, self.step):
@@ -103,18 +109,23 @@ class SequentialPipeline:
     def _embed(self, ids: Tensor) -> None:
         """Hidden states that enter the first block, and the keyword arguments that the decoder gives to each block.
 
-        Only the embedding rows that occur are read. The model's own forward runs over blocks that pass their input through.
+        Only the embedding rows that occur are read. The model's own forward runs over blocks that pass their input through; it sees the
+        tokens as they are, because some models find padding and positions by them.
         """
-        used, compact = torch.unique(ids, return_inverse=True)
+        used = torch.unique(ids)
         name = f"{self.architecture.embedding}.weight"
         architecture = self.architecture
         set_parameter(self.model, architecture.module(name), self.checkpoint.rows(name, used).to(self.device, self.dtype))
         for other in architecture.outside:
-            set_parameter(self.model, architecture.module(other), self.checkpoint.read(other).to(self.device, self.dtype))
-        embedding = cast(nn.Embedding, self.model.get_submodule(architecture.module(architecture.embedding)))
-        embedding.padding_idx = None  # it counts in the whole vocabulary, and a forward pass does not need it
+            if other not in architecture.by_token:
+                set_parameter(self.model, architecture.module(other), self.checkpoint.read(other).to(self.device, self.dtype))
+        rows = {name: used.to(self.device)}  # embedding -> the tokens whose rows it holds
+        handles = []
+        for weight in (name, *architecture.by_token):
+            embedding = cast(nn.Embedding, self.model.get_submodule(architecture.module(weight.removesuffix(".weight"))))
+            embedding.padding_idx = None  # it counts in the whole vocabulary, and a forward pass does not need it
+            handles.append(embedding.register_forward_pre_hook(partial(_rows_of_tokens, rows, weight)))
         blocks = [self.model.get_submodule(block.path) for block in architecture.blocks]
-        norm = self.model.get_submodule(architecture.module(architecture.norm))
         calls: list[dict[str, Any]] = []
         first: list[Tensor] = []
 
@@ -122,6 +133,8 @@ class SequentialPipeline:
             (_, hidden), *others = bound(block, args, kwargs).items()
             first.append(hidden)
             calls.append(dict(others))
+            if block is blocks[-1]:  # what comes behind it has no weights yet
+                raise Reached(args, kwargs)
             return (hidden, None) if returns_tuple else hidden
 
         for block, known in zip(blocks, self.architecture.blocks, strict=True):
@@ -130,11 +143,21 @@ class SequentialPipeline:
             for part in self.chunks():
                 calls.clear()
                 first.clear()
-                batch = compact[part].to(self.device)
-                call_until(norm, self.decoder, input_ids=batch, use_cache=False)
+                batch = ids[part].to(self.device)
+                for other in architecture.by_token:  # Gemma 4's have a row for each block: of all tokens they would take gigabytes
+                    occurring = torch.unique(ids[part])
+                    rows[other] = occurring.to(self.device)
+                    set_parameter(
+                        self.model, architecture.module(other), self.checkpoint.rows(other, occurring).to(self.device, self.dtype)
+                    )
+                with suppress(Reached):
+                    self.decoder(input_ids=batch, use_cache=False)
                 self.hidden[part] = first[0]
-                self.calls.setdefault(batch.shape[0], list(calls))
+                common = [self.of_tokens.keep(block, part, given) for block, given in zip(architecture.blocks, calls, strict=True)]
+                self.calls.setdefault(batch.shape[0], common)
         finally:
+            for handle in handles:
+                handle.remove()
             for block in blocks:
                 del block.forward
         for other in (name, *self.architecture.outside):
@@ -149,7 +172,7 @@ class SequentialPipeline:
         for name in block.others:
             set_parameter(layer, block.parameter(name), self.checkpoint.read(name).to(self.device, self.dtype))
         if self.reference is not None:
-            self.reference.run_block(block, layer, self.chunks(), partial(self._run, layer))
+            self.reference.run_block(block, layer, self.chunks(), partial(self._run, layer, REFERENCE))
         whole = {part.module: layer.get_submodule(part.module) for part in block.parts if part.module}
         replays: dict[str, Replay] = {}
         outputs: dict[str, Output] = {}
@@ -175,10 +198,12 @@ class SequentialPipeline:
             drop_parameters(layer)
 
     def _call(self, layer: nn.Module, index: int, part: slice) -> Tensor:
-        return self._run(layer, self.hidden[part].to(self.device), index)
+        return self._run(layer, COMPRESSED, self.hidden[part].to(self.device), index, part)
 
-    def _run(self, layer: nn.Module, hidden: Tensor, index: int) -> Tensor:
-        return hidden_states(layer(hidden, **self.calls[hidden.shape[0]][index]))
+    def _run(self, layer: nn.Module, model: str, hidden: Tensor, index: int, part: slice) -> Tensor:
+        """model: whose hidden states these are, COMPRESSED or REFERENCE."""
+        of_tokens = self.of_tokens.of(self.architecture.blocks[index], part, model)
+        return hidden_states(layer(hidden, **self.calls[hidden.shape[0]][index], **of_tokens))
 
     def _set_replays(self, replays: Mapping[str, Replay], outputs: Mapping[str, Output], part: slice) -> None:
         for name, replay in replays.items():
@@ -199,9 +224,7 @@ class SequentialPipeline:
     ) -> Output:  # fmt: skip
         """Solve the linears of one branch; returns its output."""
         module = layer.get_submodule(branch.module)
-        prefix = block.prefix + "."
-        first = tuple(prefix + name for name in branch.first)
-        last = prefix + branch.last
+        first, last = tuple(map(block.linear, branch.first)), block.linear(branch.last)
         width_in, width_last = block.linears[first[0]].in_features, block.linears[last].in_features
 
         inputs = self.scratch.tensor("branch input", (self.samples, self.length, width_in), self.dtype)
@@ -221,7 +244,7 @@ class SequentialPipeline:
         last_module = layer.get_submodule(branch.last)
         for part in self.chunks():
             x = inputs[part].to(self.device)
-            (middle, *_), _ = call_until(last_module, module, x, **calls[x.shape[0]])
+            (middle, *_), _ = call_until(last_module, module, x, **for_samples(calls[x.shape[0]], part))
             between[part] = middle
             if self.reference is None or replay:
                 gram.add(middle, self.counted[part])
@@ -251,7 +274,7 @@ class SequentialPipeline:
     ) -> None:  # fmt: skip
         """Solve the stages of a chain one after another, and replay its output from then on."""
         for stage in chain.stages:
-            names = tuple(f"{block.prefix}.{name}" for name in stage)
+            names = tuple(map(block.linear, stage))
             gram = Gram(block.linears[names[0]].in_features, self.device, collects=not replay)
             target = layer.get_submodule(stage[0])
             for part in () if replay else self.chunks():
@@ -323,4 +346,9 @@ class SequentialPipeline:
 
     def _install(self, layer: nn.Module, block: Block, weights: Mapping[str, Tensor]) -> None:
         for name, weight in weights.items():
-            set_parameter(layer, name[len(block.prefix) + 1 :] + ".weight", weight.to(self.device, self.dtype))
+            set_parameter(layer, block.parameter(f"{name}.weight"), weight.to(self.device, self.dtype))
+
+
+def _rows_of_tokens(rows: Mapping[str, Tensor], name: str, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """An embedding that holds the rows of some tokens is asked for these. rows[name]: the tokens, in order."""
+    return torch.searchsorted(rows[name], args[0]), *args[1:]

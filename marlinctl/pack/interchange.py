@@ -128,7 +128,8 @@ def _refuse_asymmetric(qzeros: Tensor, v2: bool, bits: int) -> None:
     if bool((qzeros == other).all()):
         raise ValueError(
             f"qzeros {list(qzeros.shape)} store {other & mask} everywhere, which is symmetric in {other_version} and not in {version}: "
-            f'config.json names the wrong one, so write "checkpoint_format": "{other_version}" into it and pack again'
+            f"config.json names the wrong one: {'' if v2 else '`marlinctl pack --gptq-v2` reads it so, or '}"
+            f'write "checkpoint_format": "{other_version}" into it and pack again'
         )
     group, column = wrong.nonzero()[0].tolist()
     word = int(qzeros[group, column])

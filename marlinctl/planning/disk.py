@@ -75,7 +75,7 @@ def merged_bytes(pieces: int, max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
 def state_bytes(architecture: Architecture, work: Work) -> int:
     """The hidden states that enter two blocks, with drift correction also the reference model's: what a run resumes from."""
     copies = 2 * (2 if work.corrects_drift else 1)
-    return copies * work.samples * work.length * architecture.hidden_size * work.element
+    return copies * work.samples * work.length * (architecture.hidden_size + architecture.shared_values) * work.element
 
 
 def scratch_bytes(architecture: Architecture, work: Work) -> int:
@@ -89,7 +89,7 @@ def scratch_bytes(architecture: Architecture, work: Work) -> int:
     for block in architecture.blocks:
         original = 0  # slots of the reference model
         for number, part in enumerate(block.parts):
-            last = block.linears[f"{block.prefix}.{part.stages[-1][-1].format(e=0)}"]
+            last = block.linears[block.linear(part.stages[-1][-1].format(e=0))]
             if not isinstance(part, Chain):
                 count("branch input", hidden)
                 count("between", last.in_features)
@@ -106,12 +106,13 @@ def scratch_bytes(architecture: Architecture, work: Work) -> int:
             for width in places:
                 count(f"original {original}", width)
                 original += 1
-    return tokens * work.element * sum(widths.values())
+    shared = architecture.shared_values * (2 if work.corrects_drift else 1)
+    return tokens * work.element * (sum(widths.values()) + sum(architecture.per_token.values()) + shared)
 
 
 def _inputs(block: Block, part: Branch | Chain) -> list[int]:
     """Widths of what the stages of a part read."""
-    return [block.linears[f"{block.prefix}.{stage[0]}"].in_features for stage in part.stages]
+    return [block.linears[block.linear(stage[0])].in_features for stage in part.stages]
 
 
 def resident_bytes(architecture: Architecture, work: Work) -> int:

@@ -185,9 +185,8 @@ def _add_block(
         forward["gram"] += gram_operations(hidden) * tokens  # of the layer, which experts with few tokens borrow from
         forward["expert"] += experts.count
     attention = block.parts[0] if block.parts else None  # or what stands in its place
-    queries = (
-        0 if attention is None or isinstance(attention, Experts) else block.linears[f"{block.prefix}.{attention.stages[0][0]}"].out_features
-    )
+    first = None if attention is None or isinstance(attention, Experts) else block.linear(attention.stages[0][0])
+    queries = 0 if first is None else block.linears[first].out_features
     runs = len(attention.stages) if isinstance(attention, Chain) else 1  # of the compressed model's
     forward["forward"] += (passes - 1 + runs) * 2 * work.length * queries * tokens  # scores and values, half of them masked
     forward["activations"] += passes * _SLOTS * hidden * tokens * work.element

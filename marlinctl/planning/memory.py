@@ -184,7 +184,9 @@ def stage_of(linears: Sequence[LinearSpec], compressed: Mapping[str, int], exper
 
 
 def _hidden_states(architecture: Architecture, work: Work) -> int:
-    return work.own_samples * work.length * architecture.hidden_size * work.element * (2 if work.corrects_drift else 1)
+    """With what blocks leave for later ones, of which there is a copy while a block is kept."""
+    width = architecture.hidden_size + architecture.shared_values
+    return work.own_samples * work.length * width * work.element * (2 if work.corrects_drift else 1)
 
 
 def _tokenizer(architecture: Architecture) -> int:
@@ -278,7 +280,7 @@ def _writing(architecture: Architecture, work: Work) -> int:
     """The whole model, the keys and values of the samples that it writes together, and their last logits."""
     if not work.writes_text:
         return 0
-    attention = [block.linears[f"{block.prefix}.{name}"] for block in architecture.blocks for name in _cached(block)]
+    attention = [block.linears[block.linear(name)] for block in architecture.blocks for name in _cached(block)]
     together = min(SELF_BATCH, work.samples)
     cache = together * work.length * sum(spec.out_features for spec in attention) * work.element
     return parameters(architecture) * work.element + int(_HOLES * cache) + together * architecture.vocab_size * 12  # it grows by the token

@@ -70,6 +70,7 @@ class Settings:
     device_memory: int | None = None  # bytes of each GPU; None: what nvidia-smi says
     ranks: int = 1  # processes that share the work, all on this host; on GPUs each has one
     module_map: Path | None = None
+    drop_unexpected: bool = False
     task_data: Path | None = None
     files_are_here: bool = False  # texts and the tasks' data: else the run takes place where they are, and they are not looked at
     probe: Probe | None = None  # runs the largest solve of a stage once
@@ -139,7 +140,10 @@ def _check_evaluation(recipe: Recipe, settings: Settings, checkpoint: Checkpoint
 
 
 def _document(seen: Headers, recipe: Recipe, settings: Settings, console: Console) -> dict[str, Any]:
-    looked = look(seen.checkpoint, recipe, settings.module_map, console, files=seen.files, weights=seen.weights)
+    looked = look(
+        seen.checkpoint, recipe, settings.module_map, console,
+        files=seen.files, weights=seen.weights, drop_unexpected=settings.drop_unexpected,
+    )  # fmt: skip
     found = from_headers(looked.checkpoint, looked.shapes, weights=seen.weights)
     if found.origin is not None or seen.weights or not any(fmt.needs_mask for fmt in formats_of(recipe)):
         check_pattern(found, looked, recipe, console)

@@ -127,22 +127,28 @@ def require_samples(samples: int, processes: int) -> None:
 
 
 def look(
-    checkpoint: Checkpoint, recipe: Recipe, module_map: Path | None, console: Console | None, *, files: bool = True, weights: bool = True
-) -> ModelPlan:
+    checkpoint: Checkpoint, recipe: Recipe, module_map: Path | None, console: Console | None, *,
+    files: bool = True, weights: bool = True, drop_unexpected: bool = False,
+) -> ModelPlan:  # fmt: skip
     """The folder (checkpoint/folder.py) and the rules. BadInput and UsageError list all that is wrong of a kind; notes are said,
     where there is a console.
 
     files: False where there is no folder yet, because it will be made from a GGUF file, tokenizer and all. weights: False where it holds
-    headers alone.
+    headers alone. drop_unexpected: tensors beside the model (models/guests.py) are not part of the result.
     """
     examined = examine(
-        checkpoint, structure="needed", dense=True, tokenizer=True, module_map=module_map, files=files, weights=weights and files
-    )
+        checkpoint, structure="needed", dense=True, tokenizer=True, module_map=module_map, files=files, weights=weights and files,
+        drop_unexpected=drop_unexpected,
+    )  # fmt: skip
     if console is not None:
         for note in examined.notes:
             console.warn(note)
     known, checkpoint = examined.architecture, examined.checkpoint
     assert known is not None  # "needed"
+    if recipe.distill.tokens:
+        from marlinctl.planning.training_settings import refuse_blockwise
+
+        refuse_blockwise(recipe.distill, known)
     # At 16 bits there are no groups, unless the recipe distils: then int4 comes last, and must not fail after hours of work.
     groups = recipe.scheme.quantizes or recipe.distill.tokens > 0
     rules = plan(
@@ -227,7 +233,7 @@ def sixteen_bit(checkpoint: Checkpoint, known: Architecture, quantized: Iterable
     """The linears of a 16-bit checkpoint that stay as they are, by the names of tensors and of modules."""
     chosen = set(quantized)
     shapes = {name: info.shape for name, info in checkpoint.tensors.items() if name.removesuffix(".weight") not in chosen}
-    return sorted({*sixteen_bit_linears(shapes, chosen), *known.unnamed})
+    return known.sixteen_bit(sixteen_bit_linears(shapes, chosen), chosen)
 
 
 def check_pattern(found: Pattern, looked: ModelPlan, recipe: Recipe, console: Console) -> None:

@@ -9,6 +9,7 @@ from marlinctl.errors import Problem, UsageError
 from marlinctl.models.config import positions
 
 if TYPE_CHECKING:
+    from marlinctl.models.architectures import Architecture
     from marlinctl.recipes.schema import Distill
 
 HELD_OUT_SHARE = 20  # one row in so many
@@ -64,3 +65,10 @@ def check_settings(asked: Distill, processes: int) -> None:
         problems.append(Problem(what, "--cache-logits and --squarehead", "--squarehead 0, or no --cache-logits"))
     if problems:
         raise UsageError.from_problems("E288", problems)
+
+
+def refuse_blockwise(asked: Distill, architecture: Architecture) -> None:
+    """UsageError E288 for one block at a time of a model whose blocks cannot be run with hidden states alone."""
+    if asked.tokens and asked.mode == "blockwise" and (architecture.per_token or architecture.shared):
+        what = f"blocks of {architecture.model_type} are given more than hidden states, and cannot be trained one at a time"
+        raise UsageError("E288", what, where="--mode blockwise", fix="--mode full")

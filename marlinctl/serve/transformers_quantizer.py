@@ -13,6 +13,7 @@ marlinctl imports it as soon as transformers' registry is there (marlinctl/__ini
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,9 +143,11 @@ def _put_packed_linears(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     info = registry.detect(checkpoint.config, checkpoint.tensors)
     modules = dict(model.named_modules())
     problems: list[Problem] = []
+    paths = _paths(model, [layer for layer in info.layers if layer not in modules])
     for layer, group_size in info.layers.items():
         n, k = registry.layer_shape(checkpoint, info, layer)
-        linear = modules.get(layer)
+        path = paths.get(layer, layer)
+        linear = modules.get(path)
         if not isinstance(linear, nn.Linear):
             what = f"the model has no linear {layer}, which the folder has packed"
             fix = "experts that transformers fuses into one tensor cannot stay packed: `marlinctl pack FOLDER OUT --format ct`"
@@ -153,7 +156,7 @@ def _put_packed_linears(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
             shape = [linear.out_features, linear.in_features]
             problems.append(Problem(f"{layer} is [{n}, {k}] in the folder and {shape} in the model", layer, _AGAIN))
         elif not (wrong := _wrong_tensors(checkpoint, info.format, layer, n, k, group_size)):
-            _replace(model, layer, packed_module(_without_memory(info.format, n, k, group_size), linear.bias))
+            _replace(model, path, packed_module(_without_memory(info.format, n, k, group_size), linear.bias))
         else:
             problems += wrong
     for name, tensor in model.state_dict().items():  # transformers 5.17 takes any shape into a quantized model
@@ -163,6 +166,14 @@ def _put_packed_linears(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
             problems.append(Problem(what, str(found.file), _AGAIN))
     if problems:
         raise BadInput.from_problems("E302", problems)
+
+
+def _paths(model: PreTrainedModel, layers: Sequence[str]) -> dict[str, str]:
+    """Linears that the model calls otherwise than the folder -> their paths: transformers renames tensors when it loads."""
+    from marlinctl.models.stored_names import module_names
+
+    found = module_names(model, model.state_dict(), [f"{layer}.weight" for layer in layers]) if layers else {}
+    return {name.removesuffix(".weight"): loaded.name.removesuffix(".weight") for name, loaded in found.items() if not loaded.converted}
 
 
 def _wrong_tensors(checkpoint: Checkpoint, fmt: Format, layer: str, n: int, k: int, group_size: int) -> list[Problem]:

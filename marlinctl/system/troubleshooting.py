@@ -405,7 +405,8 @@ CATALOG = (
         "A packed layer cannot be unpacked",
         """
         Wrong shapes, or 2:4 metadata that do not name two kept weights in order: fetch or write the file again. Zero points, or activation
-        order at run time (`desc_act`): quantize the model again with static order.
+        order at run time (`desc_act`): quantize the model again with static order. GPTQ whose zero points are those of version 2 under the
+        label of version 1: `marlinctl pack SOURCE OUT --gptq-v2`.
         """,
     ),
     Entry(

@@ -427,7 +427,8 @@ def _logits(model: torch.nn.Module, tokens: Tensor) -> Tensor:
     import torch
 
     with torch.inference_mode():
-        return model(tokens, use_cache=False).logits.to(torch.float64)  # some hybrids have no cache for what they are configured as
+        # Some hybrids have no cache for what they are configured as.
+        return model(input_ids=tokens, use_cache=False).logits.to(torch.float64)
 
 
 def _parameters(checkpoint: Checkpoint, info: FormatInfo) -> int:

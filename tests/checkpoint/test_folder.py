@@ -375,6 +375,21 @@ def test_tensors_that_others_added_are_carried(tmp_path: Path) -> None:
     assert verify.verify(tmp_path / "out", source=folder, load=True, console=QUIET).logit_error == 0
 
 
+def test_tensors_that_others_added_are_left_out_on_demand(tmp_path: Path) -> None:
+    """If they stayed in the folder, or in `ignore`, the flag would promise what it does not do; `plan` counts what the run writes."""
+    folder = make_tiny(tmp_path / "model", num_nextn_predict_layers=1)
+    edit_tensors(folder, lambda tensors: tensors.update({name: tensor for name, (tensor, _) in GUESTS.items()}))
+    (tmp_path / "text.txt").write_text(TEXT)
+    recipe = runs.recipe(tmp_path / "text.txt")
+    carried, left_out = (runs.plan(folder, recipe, drop_unexpected=drop)["outputs"][0]["bytes"]["weights"] for drop in (False, True))
+    assert carried - left_out == sum(tensor.nbytes for tensor, _ in GUESTS.values())
+    runs.quantize(folder, tmp_path / "out", recipe, drop_unexpected=True)
+    with open_folder(tmp_path / "out") as examined:
+        assert not GUESTS.keys() & examined.checkpoint.tensors.keys() and not examined.notes
+        assert examined.checkpoint.config["quantization_config"]["ignore"] == ["lm_head"]
+    assert verify.verify(tmp_path / "out", source=folder, load=True, console=QUIET).logit_error == 0
+
+
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.bias", "model.layers.2.mlp.up_proj.weight", "lm_head.bias"])
 def test_tensors_of_another_model_are_refused(tmp_path: Path, name: str) -> None:
     """transformers drops them too, and computes another model than the one that was trained."""

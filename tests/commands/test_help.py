@@ -27,7 +27,7 @@ def flags(command: click.Command) -> list[str]:
 def shown(text: str) -> list[str]:
     """The options that a help lists."""
     options = "".join(re.split(r"^\w[\w ]*:$", text, maxsplit=1, flags=re.MULTILINE)[1:])  # from the first title on
-    return re.findall(r"^  (?:-\w, )?(--[a-z-]+)", options, flags=re.MULTILINE)
+    return re.findall(r"^  (?:-\w, )?(--[a-z0-9-]+)", options, flags=re.MULTILINE)
 
 
 def at_80_columns(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:

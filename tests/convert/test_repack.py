@@ -366,6 +366,23 @@ def test_foreign_gptq_becomes_ct(source: Path, tmp_path: Path, v2: bool, block: 
     assert "fingerprint" in manifest.read(tmp_path / "out")["packed_from"]
 
 
+def test_version_2_under_the_label_of_version_1_is_read_on_demand(packed: dict[str, Path], tmp_path: Path) -> None:
+    """Several published folders are labelled so. If the flag were followed without looking, a right label would give other weights."""
+    single = make_tiny(tmp_path / "single")
+    codes = make_foreign(single, tmp_path / "in", gptq_block(), lambda q: foreign_gptq(q, v2=True))
+    with pytest.raises(BadInput, match="marlinctl pack --gptq-v2"):
+        repack.repack(tmp_path / "in", tmp_path / "out", format="gptq")
+    repack.repack(tmp_path / "in", tmp_path / "out", format="gptq", gptq_v2=True)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    info = registry.detect(checkpoint.config, checkpoint.tensors)
+    assert all(torch.equal(registry.read_linear(checkpoint, info, layer).codes, q.codes) for layer, q in codes.items())
+    assert checkpoint.config["quantization_config"]["checkpoint_format"] == "gptq"
+    with pytest.raises(BadInput, match="symmetric in gptq and not in gptq_v2"):
+        repack.repack(tmp_path / "out", tmp_path / "again", format="ct", gptq_v2=True)
+    with pytest.raises(UsageError, match="this is not one"):
+        repack.repack(packed["ct"], tmp_path / "again", format="gptq", gptq_v2=True)
+
+
 def test_act_order_is_explained(tmp_path: Path) -> None:
     """Old GPTQ files have activation order at run time; converting them without their order gives noise."""
     make_foreign(

@@ -20,10 +20,7 @@ SAMPLE = ["biogpt", "cohere2", "deepseek_v3", "falcon_h1", "gemma4_text", "gpt_b
 
 
 def config_of(model_type: str, **changes: Any) -> dict[str, Any]:
-    from transformers import AutoConfig
-
-    settings = {**zoo._COMMON, **(zoo.ZOO | zoo.DERIVED).get(model_type, {}), **changes}
-    made: dict[str, Any] = AutoConfig.for_model(model_type, **settings).to_dict()
+    made: dict[str, Any] = zoo.config_of(model_type, **changes).to_dict()
     return made
 
 
@@ -66,15 +63,14 @@ def test_derived_buffers_are_carried_and_not_trained() -> None:
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "per-layer embeddings": ("gemma4_text", {"hidden_size_per_layer_input": 16}, "per_layer_input, which depends on the tokens"),
-    "a norm that runs twice": ("nanochat", {}, "runs in other places too"),
+    "several streams": ("gemma3n_text", {}, "pass on several hidden states for each token"),
+    "one weight in several blocks": ("zamba2", {}, "is the same tensor as another one"),
     "Conv1D": ("gpt2", {}, "Conv1D"),
+    "Conv1D before norms": ("openai-gpt", {}, "Conv1D"),
     "an encoder": ("bert", {}, "not a decoder with one list of blocks"),
     "experts of another kind": ("jetmoe", {"num_local_experts": 4}, "no module of gate, up and down"),
-    "what another block computed": (
-        "glm_moe_dsa", {"indexer_types": ["full", "shared"]}, "prev_topk_indices, which depends on the tokens",
-    ),
-    "tokens by their numbers": ("deepseek_v4", {}, "input_ids, which depends on the tokens"),
+    "hyper connections": ("deepseek_v4", {}, "pass on several hidden states for each token"),
+    "what another block computed": ("glm_moe_dsa", {"indexer_types": ["full", "shared"]}, "returns something besides the hidden states"),
 }  # fmt: skip
 
 
@@ -87,6 +83,19 @@ def test_a_refusal_gives_the_reason(case: str) -> None:
     problem = caught.value.problems[0]
     assert caught.value.error_id == "E390" and reason in problem.what
     assert "--module-map" not in problem.fix
+
+
+def test_compressed_tensors_packs_no_conv1d() -> None:
+    """If a release did, GPT-2 would be refused without reason (docs/decisions/README.md)."""
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(zoo.config_of("gpt2"))
+    weights = {"num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": True, "type": "int"}
+    group = {"targets": ["Linear", "Conv1D", "re:.*c_attn"], "weights": weights}
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+    apply_quantization_config(model, QuantizationConfig.model_validate(config))
+    assert not any(hasattr(module, "quantization_scheme") for module in model.modules())
 
 
 def test_a_type_that_transformers_lacks_is_refused_without_a_map() -> None:

@@ -284,7 +284,7 @@ def test_each_linear_is_solved_for_the_inputs_that_it_gets(case: str, tmp_path: 
 def test_what_blocks_hand_to_each_other_is_refused() -> None:
     """The pipeline gives a block the same arguments for all samples, and none that another block makes. Zeros in place of what linears
     compute would hide that they depend on the tokens."""
-    with pytest.raises(BadInput, match="values, which depends on the tokens"):
+    with pytest.raises(BadInput, match="values, which depends on what other blocks return"):
         derived(model_of(Handing))
 
 

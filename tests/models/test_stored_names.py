@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
-from marlinctl.checkpoint.runtimes import WHOLE_EXPERTS
+from marlinctl.checkpoint.runtimes import READ_WEIGHTS, WHOLE_EXPERTS
 from marlinctl.errors import BadInput
 from marlinctl.models.architectures import Experts
+from marlinctl.models.config import RENAMED_DECODERS
 from marlinctl.models.derivation import derived_architecture
 from marlinctl.models.families import FAMILIES, architecture
+from marlinctl.models.meta_model import build
+from marlinctl.models.stored_names import stored_names
+from marlinctl.system.console import Console
+from marlinctl.verify.run import verify
+from tests import runs, zoo
+from tests.models.sweep import outcome
 from tests.models.test_derivation import config_of
 
+RENAMED = ("hy_v3", "laguna", "nemotron_h", "lfm3")
 MIXTURES = ("deepseek_v3", "gpt_oss", "granitemoeshared", "llama4_text", "phimoe", "qwen3_5_moe_text")
 
 
@@ -32,6 +43,66 @@ def test_who_does_not_load_experts_one_by_one_is_known(model_type: str) -> None:
     known = derived_architecture(config_of(model_type))
     whole = {bool(experts.whole) for block in known.blocks for experts in block.experts}
     assert whole == {model_type in WHOLE_EXPERTS}
+
+
+@pytest.mark.parametrize("model_type", [name if name == "laguna" else pytest.param(name, marks=pytest.mark.slow) for name in RENAMED])
+def test_linears_that_checkpoints_call_otherwise_are_quantized(model_type: str) -> None:
+    """If the checkpoint's name were taken for the module's, or the reverse, a linear would be read or written in another's place."""
+    found = outcome(model_type)
+    assert (found.how, found.reason) == ("derived", ""), found.line
+
+
+@pytest.mark.parametrize("model_type", RENAMED)
+def test_whose_decoder_is_called_otherwise_is_known(model_type: str) -> None:
+    """If a family were missing in the list, transformers would not find the linears that stay at 16 bits, and fill them at random."""
+    known = derived_architecture(config_of(model_type))
+    assert (known.spelling is not None) == (model_type in RENAMED_DECODERS)
+    assert known.spelling is not None or known.renamed_modules
+
+
+def test_rules_name_a_linear_as_both_call_it(tmp_path: Path) -> None:
+    """If rules had the checkpoint's name alone, transformers would look for a packed weight, or for other groups, and make them up."""
+    from marlinctl.convert.repack import repack
+
+    folder = zoo.build("laguna", tmp_path / "model")
+    text = runs.write_text(tmp_path / "text.txt")
+    rules: dict[str, Any] = {
+        "quantize__skip": ["shared_expert.up_proj"],
+        "quantize__overrides": {"shared_expert.down_proj": {"group_size": -1}},
+    }
+    runs.quantize(folder, tmp_path / "out", runs.recipe(text, **rules))
+    repack(tmp_path / "out", tmp_path / "gptq", format="gptq")
+    repack(tmp_path / "gptq", tmp_path / "again", format="ct")
+    for name in ("out", "again"):
+        assert verify(tmp_path / name, source=folder, load=True, console=Console.quiet()).logit_error == 0
+
+
+def test_a_tied_head_and_a_linear_called_an_embedding_are_left_alone(tmp_path: Path) -> None:
+    """BioGPT's tied head is no `lm_head`: transformers looked for a packed one, and could not load what was written."""
+    folder = zoo.build("biogpt", tmp_path / "model")
+    runs.quantize(folder, tmp_path / "out", runs.recipe(runs.write_text(tmp_path / "text.txt")))
+    assert verify(tmp_path / "out", source=folder, load=True, console=Console.quiet()).logit_error == 0
+
+
+def test_names_without_a_way_back_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a name led to another tensor when transformers loads it, what is written would be lost or land elsewhere."""
+    from transformers import core_model_loading
+
+    model: Any = build(config_of("phi"), torch.float32)
+    one, other = (f"model.layers.0.mlp.fc{i}.weight" for i in (1, 2))
+    swapped = {one: other, other: one}
+    monkeypatch.setattr(
+        core_model_loading, "revert_weight_conversion", lambda _, state: {swapped.get(name, name): tensor for name, tensor in state.items()}
+    )
+    with pytest.raises(BadInput, match="no way back"):
+        stored_names(model, "phi", {})
+
+
+def test_who_reads_the_weights_of_linears_is_known() -> None:
+    """If a family were missing in the list, `loads` would promise a folder that transformers cannot run."""
+    for model_type in ("nanochat", "phi"):
+        found = outcome(model_type)
+        assert found.how == "derived" and bool(found.reason) == (model_type in READ_WEIGHTS), found.line
 
 
 def test_shares_before_experts_are_refused() -> None:

@@ -19,7 +19,7 @@ from marlinctl.system.console import Console
 from marlinctl.verify.inspect import inspect
 from marlinctl.verify.run import verify
 from tests import runs, zoo
-from tests.models.sweep import disagreement
+from tests.models.sweep import disagreement, outcome
 
 QUIET = Console.quiet()
 QUICK = ("gemma3",)
@@ -56,6 +56,16 @@ def test_the_language_model_is_compressed_and_the_rest_is_copied(tmp_path: Path,
     card = (tmp_path / "out" / "README.md").read_text()
     assert "AutoModelForImageTextToText.from_pretrained" in card and "pipeline_tag: image-text-to-text" in card
     assert inspect(tmp_path / "out")["hidden_size"] == 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["fuyu", "hyperclovax_vision_v2", "kimi_k25", "kosmos-2.5"])
+def test_names_and_positions_of_odd_wrappers(model_type: str) -> None:
+    """A linear called an embedding, a projector called otherwise, blocks called otherwise, positions that are found by token ids: clients
+    took what was left at 16 bits for packed, blocks were not found, or hidden states were of other positions.
+    """
+    found = outcome(model_type)
+    assert (found.how, found.reason) == ("wrapper", ""), found.line
 
 
 def test_a_language_model_without_a_row_in_the_table_is_derived() -> None:

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import marlinctl
 from marlinctl.benchmarking.generation import load_packed, unpack_linears
 from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.errors import BadInput
 from marlinctl.kernels.linear import MarlinLinear, SparseMarlinLinear
-from tests import forked
+from tests import forked, runs
 from tests.packed import by_reference, edit_json, edit_tensors, make_packed, make_sparse_packed, remake_manifest
 from tests.test_architecture import ROOT
 from tests.tiny import VOCAB_SIZE, make_tiny
@@ -111,6 +111,25 @@ def test_other_architectures(tmp_path: Path, model_type: str) -> None:
     make_packed(source, tmp_path / "native", "marlin", group_size=32)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
     assert distance(logits(model), logits(load_dense(tmp_path / "native", dtype=torch.float32))) < 5e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["gemma3", "lfm3"])
+def test_names_that_transformers_renames_are_found(tmp_path: Path, model_type: str) -> None:
+    """The folder has the names of the checkpoint; if a linear were looked for under those, it would be called missing."""
+    from marlinctl.convert.repack import repack
+    from marlinctl.models.transformers_config import client_class
+
+    folder = build(model_type, tmp_path / "model", dtype=torch.bfloat16)
+    runs.quantize(folder, tmp_path / "ct", runs.recipe(runs.write_text(tmp_path / "text.txt")))
+    repack(tmp_path / "ct", tmp_path / "marlin", format="marlin")
+    kind = client_class(AutoConfig.from_pretrained(tmp_path / "marlin"))
+    model = kind.from_pretrained(tmp_path / "marlin", dtype=torch.bfloat16)
+    assert sum(isinstance(module, MarlinLinear) for module in model.modules()) >= 14
+    ids = torch.arange(3, 20).view(1, -1)
+    with torch.no_grad():
+        ours, dense = (one(input_ids=ids).logits.float() for one in (model, load_dense(tmp_path / "ct", dtype=torch.bfloat16)))
+    assert (ours - dense).norm() < 0.03 * dense.norm()
 
 
 def test_generation(source: Path, tmp_path: Path) -> None:

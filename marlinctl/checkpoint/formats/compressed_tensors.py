@@ -215,7 +215,7 @@ def _second_reading(tensors: Mapping[str, Tensor], n: int, k: int, group_size: i
 
 
 # transformers (5.23) asks packed linears of these types for their weights when it loads them, and stops.
-_ASKED_FOR_WEIGHTS = frozenset(("falcon", "falcon_mamba", "gpt_bigcode", "mamba", "mamba2", "modernbert-decoder", "xlstm"))
+_ASKED_FOR_WEIGHTS = frozenset(("falcon", "falcon_mamba", "gpt_bigcode", "mamba", "modernbert-decoder", "xlstm"))
 
 
 def _limits(packed: Packed, program: str) -> list[str]:

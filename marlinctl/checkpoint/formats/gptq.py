@@ -45,7 +45,7 @@ from marlinctl.checkpoint.formats.base import (
     true_group_size,
 )  # fmt: skip
 from marlinctl.checkpoint.formats.targets import name_patterns, with_fused_names
-from marlinctl.errors import Problem
+from marlinctl.errors import Problem, UsageError
 from marlinctl.quantize.scheme import INT4, INT8, UINT4, Grid
 from marlinctl.system.files import brief
 from marlinctl.system.patterns import Expressions
@@ -94,6 +94,15 @@ def _detect(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
         layers[layer] = group_size_of(rule.get("group_size", size))
     refuse("E340", problems or strays(FORMAT, layers, names))
     return FormatInfo(FORMAT, layers, V2 if label == "gptq_v2" else V1, grids)
+
+
+def labelled_version_2(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """config.json of a checkpoint whose zero points are stored as version 2 has them. UsageError E288 for another format."""
+    block = object_at(config, "quantization_config")
+    if block.get("quant_method") not in FORMAT.methods:
+        what = "--gptq-v2 says how a GPTQ checkpoint stores its zero points, and this is not one"
+        raise UsageError("E288", what, where=where, fix="leave out --gptq-v2")
+    return {**config, "quantization_config": {**block, "checkpoint_format": "gptq_v2"}}
 
 
 def _is_read(bits: object) -> bool:
