@@ -39,6 +39,7 @@ REASONS = {
     r"^(\.venv/bin/|other/bin/)?pip install": "installs from an index",
     r"^git clone": "fetches the repository",
     r"^python3\.11 -m venv": "makes an environment; `make test` does",
+    r"^vllm-cpu/bin/|^\.venv/bin/python -m pytest": "needs vLLM in an environment of its own: tests/serve/vllm/test_on_a_cpu.py",
     r"^other/bin/python": "runs another program in an environment of its own",
     r"^make ": "is how these tests are run",
     r"^vllm serve|^python -m sglang": "needs that server and a GPU: tests/serve/vllm and tests/serve/sglang",
@@ -56,6 +57,7 @@ REASONS = {
     r"^(MARLINCTL_CACHE=\S+ )?python3? (benchmarks|-m pytest)": "measures for minutes or hours, mostly on a GPU",
     r"--module-map map\.json": "needs a model of an unknown architecture: tests/oneshot/test_sequential.py",
     r"--tasks gsm8k,ifeval": "needs packages and data of these tasks: tests/evaluation/test_generation.py",
+    r"--gptq-v2": "needs zeros of 8 under the label of version 1: tests/convert/test_repack.py",
     r"demo-out/": "is what `make demo` runs, on a real model",
     r"^MARLINCTL_CACHE=/sys/kernel": "shows what a wrong setting looks like: tests/doctor/test_places.py",
 }

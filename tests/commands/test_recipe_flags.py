@@ -39,7 +39,7 @@ NOT_OF_THE_RECIPE = {
     "--revision", "--device", "--dtype", "--overwrite", "--strict", "--deterministic", "--threads", "--max-memory", "--cache-dir",
     "--module-map", "--task-data", "--max-kl", "--max-ppl-ratio", "--publish-anyway", "--eval", "--pattern", "--out", "--device-memory",
     "--teacher", "--keep-job", "--resume", "--probe", "--recipe", "--ranks", "--help-all", "--base-model", "--license", "--tracker",
-    "--max-shard-size",
+    "--max-shard-size", "--drop-unexpected",
 }  # fmt: skip
 
 

@@ -201,7 +201,7 @@ def test_processes_that_differ_do_not_train(place: Path) -> None:
     main, second = json.loads(finished.stdout.splitlines()[-1])
     for sound in ("sound weights", "sound shards", "not measured"):
         assert main[sound] == second[sound] == "passed"
-    other = "E117 process 1 holds another student than process 0, in 1 of 22 tensors | student, model.norm.weight"
+    other = "E117 process 1 holds another student than process 0: 1 of 22 tensors not the same | student, model.norm.weight"
     assert main["other weights"] == other and second["other weights"] == "left with 1"
     assert main["shards of zeros"].startswith("E117 sharded, the student computes something else: a loss of ")
     assert second["shards of zeros"] == "left with 1"
