@@ -54,8 +54,8 @@ def check_run(
     if is_gguf(model):
         writable_cache(options.cache_dir)  # where the folder will be that it is turned into
     with headers(model, revision=None, cache_dir=options.cache_dir, offline=True, console=Console.quiet()) as seen:
-        check_lengths(recipe, seen.checkpoint.config, distils=distils)
         look(seen.checkpoint, recipe, options.module_map, None, files=seen.files, weights=False, drop_unexpected=options.drop_unexpected)
+        check_lengths(recipe, seen.checkpoint.config, distils=distils)
 
 
 def check_training(student: str, teacher: str, out: Path, job: JobFolder, recipe: Recipe, options: Options) -> None:

@@ -103,10 +103,6 @@ def make_plan(model: str, recipe: Recipe, settings: Settings, console: Console) 
     _check_ranks(recipe, settings)
     _check_evaluation(recipe, settings, None, console)
     with headers(model, revision=settings.revision, cache_dir=settings.cache_dir, offline=console.offline, console=console) as seen:
-        check_lengths(recipe, seen.checkpoint.config, distils=True)
-        if divided(recipe) is not None:
-            check_sizes(recipe.distill, seen.checkpoint.config, settings.ranks, where="--distill-sequence-length")
-        _check_evaluation(recipe, settings, seen.checkpoint, console)
         return _document(seen, recipe, settings, console)
 
 
@@ -144,6 +140,10 @@ def _document(seen: Headers, recipe: Recipe, settings: Settings, console: Consol
         seen.checkpoint, recipe, settings.module_map, console,
         files=seen.files, weights=seen.weights, drop_unexpected=settings.drop_unexpected,
     )  # fmt: skip
+    check_lengths(recipe, seen.checkpoint.config, distils=True)
+    if divided(recipe) is not None:
+        check_sizes(recipe.distill, seen.checkpoint.config, settings.ranks, where="--distill-sequence-length")
+    _check_evaluation(recipe, settings, seen.checkpoint, console)
     found = from_headers(looked.checkpoint, looked.shapes, weights=seen.weights)
     if found.origin is not None or seen.weights or not any(fmt.needs_mask for fmt in formats_of(recipe)):
         check_pattern(found, looked, recipe, console)

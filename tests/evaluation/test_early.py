@@ -46,6 +46,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "mine.yaml").write_text("extends: int4\ncalibration: {minimum_tokens: 32}\n")
     (root / "sparse.yaml").write_text("extends: sparse-int4\ncalibration: {minimum_tokens: 32}\n")
     (root / "map.json").write_text("[" * 100_000)
+    names = {"decoder": "model", "blocks": "model.layers", "embedding": "model.embed_tokens", "norm": "model.norm"}
+    attention = {"module": "self_attn", "first": ["self_attn.q_proj"], "last": "self_attn.o_proj"}
+    other = {"module": "mlp", "first": ["mlp.up"], "last": "mlp.down"}
+    (root / "others-map.json").write_text(json.dumps({**names, "attention": attention, "mlp": other}))
     parquet_layout(root / "data")
     return root
 
@@ -116,6 +120,7 @@ CALIBRATED = [
     (["--drift-correction", "inf"], "e202"),
     (["--module-map", "map.json"], "e251"),
     (["--module-map", "absent.json"], "e251"),
+    (["--module-map", "others-map.json", "--sequence-length", "513"], "e251"),  # the map first, since it may be of another model
     (["--device", "gpu"], "e202"),
     (["--device", "cpuu"], "e202"),
     (["--dtype", "float8"], "e202"),
