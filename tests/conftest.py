@@ -69,7 +69,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return cache
 
 
-# Where runs publish, and what they draw for the page is no subject.
+# Where runs publish, and what they draw for the page does not matter.
 UNDRAWN = {"checkpoint", "convert", "data", "distillation", "evaluation", "jobs", "oneshot", "planning", "serve", "system", "verify"}
 
 

@@ -35,7 +35,7 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Mean of earlier tokens in place of attention: what stands between the linears is no subject."""
+    """Mean of earlier tokens in place of attention: what stands between the linears does not matter."""
 
     def __init__(self) -> None:
         super().__init__()

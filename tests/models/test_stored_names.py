@@ -78,7 +78,7 @@ def test_rules_name_a_linear_as_both_call_it(tmp_path: Path) -> None:
 
 
 def test_a_tied_head_and_a_linear_called_an_embedding_are_left_alone(tmp_path: Path) -> None:
-    """BioGPT's tied head is no `lm_head`: transformers looked for a packed one, and could not load what was written."""
+    """BioGPT's tied head is not called `lm_head`: transformers looked for a packed one, and could not load what was written."""
     folder = zoo.build("biogpt", tmp_path / "model")
     runs.quantize(folder, tmp_path / "out", runs.recipe(runs.write_text(tmp_path / "text.txt")))
     assert verify(tmp_path / "out", source=folder, load=True, console=Console.quiet()).logit_error == 0
@@ -94,7 +94,7 @@ def test_names_without_a_way_back_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(
         core_model_loading, "revert_weight_conversion", lambda _, state: {swapped.get(name, name): tensor for name, tensor in state.items()}
     )
-    with pytest.raises(BadInput, match="no way back"):
+    with pytest.raises(BadInput, match="does not load that name"):
         stored_names(model, "phi", {})
 
 

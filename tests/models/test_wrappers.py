@@ -69,7 +69,7 @@ def test_names_and_positions_of_odd_wrappers(model_type: str) -> None:
 
 
 def test_a_language_model_without_a_row_in_the_table_is_derived() -> None:
-    """The decoder of a wrapper is no whole model of transformers: what derivation asks of one must be there too."""
+    """The decoder of a wrapper is not a whole model of transformers: what derivation asks of one must be there too."""
     from marlinctl.models.meta_model import build
     from tests.models.test_derivation import config_of
 
