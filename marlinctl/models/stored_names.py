@@ -128,7 +128,9 @@ def _refuse_one_way(model: PreTrainedModel, kind: str, tensors: Mapping[str, str
     shared = Counter(tensors.values())
     for name, stored in renamed.items():
         if back[stored].name != name or shared[stored] > 1:
-            raise refused(kind, f"its checkpoints hold {name} in another way, as {stored}, and transformers does not load that name as this tensor")
+            raise refused(
+                kind, f"its checkpoints hold {name} in another way, as {stored}, and transformers does not load that name as this tensor"
+            )
 
 
 def _without_common_end(one: str, other: str) -> tuple[str, str]:
