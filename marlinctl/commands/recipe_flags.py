@@ -27,6 +27,17 @@ if TYPE_CHECKING:
 
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
+class AutoOr(click.ParamType):
+    """A number, or `auto`."""
+
+    name = "auto|fraction"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        if value == "auto":
+            return "auto"
+        return float(click.FLOAT.convert(value, param, ctx))
+
+
 _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "quantize.bits": ("--bits", {"type": int, "metavar": "4|8", "help": "Bits per weight; `sparsify` leaves 16 without it."}),
     "quantize.symmetric": (
@@ -40,12 +51,20 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "quantize.scale_sign": ("--scale-sign", {"metavar": "both|positive", "help": "positive for runtimes that require positive scales."}),
     "quantize.act_order": ("--act-order", {"metavar": "static|none", "help": "Order of columns during the solve; files stay the same."}),
     "quantize.scale_search": ("--scale-search", {"metavar": "hessian|mse|none", "help": "Error that a group's scale minimizes."}),
-    "quantize.damping": ("--damping", {"type": float, "help": "Fraction of the mean diagonal added to the Hessian."}),
+    "quantize.damping": (
+        "--damping",
+        {"type": AutoOr(), "help": "Fraction of the mean diagonal added to the Hessian; auto: by the tokens per input."},
+    ),
     "quantize.refine": ("--refine", {"type": int, "help": "Rounds of coordinate descent and scale re-fit after the solve."}),
     "quantize.drift_correction": (
         "--drift-correction",
         {"type": float, "metavar": "0..1", "help": "Share of the drift from the unquantized model that is corrected; 0 is plain GPTQ."},
     ),
+    "quantize.residual_correction": (
+        "--residual-correction",
+        {"type": float, "metavar": "0..1", "help": "Share of the residual stream's drift that is corrected."},
+    ),
+    "quantize.drift_damping": ("--drift-damping", {"type": AutoOr(), "help": "The same for the regression of drift correction."}),
     "quantize.skip": (
         "--skip",
         {"multiple": True, "metavar": "PATTERN", "help": "Keep these linears at 16 bits (o_proj, re:...)."},

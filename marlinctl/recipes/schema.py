@@ -41,6 +41,7 @@ MAXIMUM_BYTES = 1 << 17  # 2,000 overrides; the worst text of that size takes 11
 _SECTIONS = ("quantize", "sparsify", "calibration", "pack", "evaluate")  # whose keys `with_sections` knows
 
 GroupSize = Literal[128, 64, 32, -1]
+Fraction = Annotated[float, Field(gt=0, le=1)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # YAML knows lists, a frozen value wants tuples
 
 
@@ -76,12 +77,23 @@ class Quantize(_Section):
     scale_sign: Literal["both", "positive"]
     act_order: Literal["static", "none"]
     scale_search: Literal["none", "mse", "hessian"]
-    damping: float = Field(gt=0, le=1)
+    damping: Fraction | Literal["auto"]
     refine: int = Field(ge=0, le=100)
     drift_correction: float = Field(ge=0, le=1)
+    residual_correction: float = Field(ge=0, le=1)
+    drift_damping: Fraction | Literal["auto"]
     skip: Names
     overrides: dict[str, Override]
     include: Names
+
+    @property
+    def corrects_drift(self) -> bool:
+        return self.drift_correction > 0.0 or self.residual_correction > 0.0
+
+    @staticmethod
+    def fraction(damping: float | Literal["auto"]) -> float | None:
+        """As `quantize` has it (quantize/damping.py)."""
+        return None if isinstance(damping, str) else damping
 
 
 class Sparsify(_Section):
