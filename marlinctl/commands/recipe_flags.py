@@ -79,6 +79,10 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     ),
     "sparsify.mask_sweeps": ("--mask-sweeps", {"type": int, "help": "Sweeps of --method iterative that may change the mask."}),
     "sparsify.ls_iterations": ("--ls-iterations", {"type": int, "help": "Least-squares steps of --method iterative."}),
+    "sparsify.permute": (
+        "--permute",
+        {"metavar": "auto|always|never", "help": "Put channels together so that a 2:4 pattern keeps more."},
+    ),
     "calibration.source": (
         "--calibration",
         {"metavar": "SOURCE", "help": "auto, self, a .txt/.jsonl/.json/.parquet file, a hub data set, or a mixture: A:0.5,B:0.5."},

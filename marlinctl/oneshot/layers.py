@@ -10,18 +10,22 @@ weights of linears that share an input, their Hessian
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from marlinctl.checkpoint.formats.registry import INTERCHANGE, linear_tensors
+from marlinctl.checkpoint.model_files import ORDER_FILE
 from marlinctl.checkpoint.reader import torch_dtype
 from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.errors import NumericalProblem, number_of
+from marlinctl.models.config import sizes_of
+from marlinctl.models.folds import candidates, head_dim
 from marlinctl.oneshot.gram import StageInput
 from marlinctl.oneshot.open import Options, RunInputs
+from marlinctl.oneshot.permutation import ChannelOrders, Orders
 from marlinctl.oneshot.reading import Reader
 from marlinctl.oneshot.rows import solve_stacks
 from marlinctl.oneshot.solve import Outcome, StackedSolver, StackOutcome
@@ -33,9 +37,12 @@ from marlinctl.sparsify.steps import PruneSteps
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from marlinctl.system.console import Console, Progress
 from marlinctl.system.digests import sha256_of_tensors
+from marlinctl.system.files import exists
 from marlinctl.system.page_locked import to_host
 from marlinctl.system.phases import Phases
 from marlinctl.system.processes import ALONE, Processes
+
+NOTHING: Mapping[str, Tensor] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +95,7 @@ class Finished:
 
     tensors: dict[str, Tensor]
     records: list[LayerRecord]
+    orders: Orders = field(default_factory=dict)  # in which the linears' rows and columns are written
 
 
 class LayerQuantizer:
@@ -114,6 +122,7 @@ class LayerQuantizer:
         self._waiting: list[SolvedLinear] = []
         self._finished = Finished({}, [])
         self.progress: Progress | None = None
+        self.orders = _channel_orders(opened, recipe, weights, processes)
 
     def forget(self) -> None:
         """Of a block that could not be finished."""
@@ -125,11 +134,23 @@ class LayerQuantizer:
         taken, self._waiting = self._waiting, []
         return sorted(taken, key=lambda linear: self._run_order.get(linear.name, len(self._run_order)))
 
-    def note(self, solved: Sequence[SolvedLinear]) -> Finished:
-        """Everything that is written of a block, whose last linears are `solved`."""
+    def moved(self) -> list[str]:
+        """Tensors besides weights whose order the run may choose: they are written with their block."""
+        return [] if self.orders is None else [name for block in self.opened.architecture.blocks for name in self.orders.moved(block.index)]
+
+    def moved_of(self, block: int) -> tuple[dict[str, Tensor], Orders]:
+        """Of a block: those tensors as they are written, and the orders of its linears."""
+        if self.orders is None:
+            return {}, {}
+        stored = {name: torch_dtype(self.opened.checkpoint.tensors[name]) for name in self.orders.moved(block)}
+        return {name: to_host(self.weights.read(name).to(dtype)) for name, dtype in stored.items()}, self.orders.of(block)
+
+    def note(self, solved: Sequence[SolvedLinear], others: Mapping[str, Tensor] = NOTHING, orders: Orders = NOTHING) -> Finished:
+        """Everything that is written of a block, whose last linears are `solved`. others, orders: what `moved_of` said of it."""
         for linear in solved:
             self._note(linear)
         finished, self._finished = self._finished, Finished({}, [])
+        finished = replace(finished, tensors=finished.tensors | dict(others), orders=orders)
         self.records += finished.records
         return finished
 
@@ -288,6 +309,25 @@ class LayerQuantizer:
             self._worst = max(self._worst, (record.error, name))
             error, worst = self._worst
             self.progress.advance(1, note, f"worst error {error:.4f}, {worst.removeprefix('model.')}")
+
+
+def _channel_orders(opened: RunInputs, recipe: Recipe, weights: Reader, processes: Processes) -> ChannelOrders | None:
+    """Of linears whose 2:4 pattern is chosen in this run. None where none may have one."""
+    permuted = exists(opened.checkpoint.folder, ORDER_FILE)  # by an earlier run; one order on another has no file of its own
+    if not recipe.scheme.prunes or recipe.sparsify.permute == "never" or permuted:
+        return None
+    chosen = {name for name in opened.plan.group_sizes if opened.pattern.origin(name) is None}
+    width = head_dim(sizes_of(opened.checkpoint.config))
+    folds = [
+        {
+            consumer: possible
+            for consumer, possible in candidates(block, width).items()
+            if consumer in chosen and all(producer.name in chosen for fold in possible for producer in fold.producers)
+        }
+        for block in opened.architecture.blocks
+    ]
+    required = recipe.sparsify.permute == "always"
+    return ChannelOrders(folds, weights, required=required, processes=processes) if any(folds) or required else None
 
 
 def bfloat16_exact(opened: RunInputs) -> bool:

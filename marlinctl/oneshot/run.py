@@ -43,8 +43,9 @@ from marlinctl.models.meta_model import build
 from marlinctl.oneshot import ranks
 from marlinctl.oneshot.commits import Commits, Pace
 from marlinctl.oneshot.documents import manifest_of, model_config, published_report, report_of, versions, write_reports
-from marlinctl.oneshot.layers import LayerQuantizer, LayerRecord, SolvedLinear
+from marlinctl.oneshot.layers import NOTHING, LayerQuantizer, LayerRecord, SolvedLinear
 from marlinctl.oneshot.open import Options, RunInputs, check_request, open_model
+from marlinctl.oneshot.permutation import Orders
 from marlinctl.oneshot.probe import probe_before
 from marlinctl.oneshot.reading import Reader
 from marlinctl.oneshot.resume import RunJob
@@ -164,10 +165,11 @@ def _run(
             reader = stack.enter_context(Reader(opened.checkpoint, opened.device, ahead=opened.device.type == "cuda"))
             solving = LayerQuantizer(opened, recipe, options, staged, console, reader, steps, phases, processes)
             solved = {f"{name}.weight" for name in opened.plan.group_sizes}
+            solved.update(solving.moved())
             rest = [name for name in opened.tensors if name not in solved]
             if processes.main:
                 staged.copy_tensors(opened.checkpoint, rest)
-                staged.expect(expected_pieces(opened, fmt))
+                staged.expect(expected_pieces(opened, fmt, solving.orders))
             with begun(staged.copy_ahead) if processes.main and opened.device.type == "cuda" else nullcontext() as copied:
                 _run_blocks(calibration.tokens, job, solving)
                 processes.disband()
@@ -177,6 +179,8 @@ def _run(
                     with phases("copy"):
                         copied()
             staged.copy_companions(opened.source.folder)
+            staged.copy_orders(opened.source.folder)
+            job.write_orders(staged)
             staged.write_file("recipe.yaml", recipe.to_yaml().encode())
             warnings = _warnings(opened, calibration, solving.records, console)
             report = report_of(
@@ -329,6 +333,8 @@ def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: 
         _deterministic(solving.options.deterministic),
     ):
         first = processes.share(job.finished)
+        if solving.orders is not None:
+            solving.orders.restore(processes.share(job.orders() if processes.main else {}))
         solving.progress.advance(sum(len(block.linears) for block in architecture.blocks[:first]))
         if first == pieces:
             return
@@ -340,6 +346,7 @@ def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: 
                 device=opened.device, dtype=opened.dtype, scratch=_scratch(job, solving, attempt.budget),
                 chunk_tokens=attempt.chunk_tokens, corrects_drift=opened.corrects_drift, resident=True, processes=processes,
                 experts_together=solving.experts_together if attempt.batches else 1, solve_experts=solving.stages,
+                orders=solving.orders,
             )  # fmt: skip
         samples = len(tokens.ids)
         _replay(pipeline, job, solving, console, samples)
@@ -359,10 +366,10 @@ def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: 
                     kept = processes.share(block.index + 1 < pieces and (not on_gpu or (pace.due and commits.idle)))
                     states = ranks.kept_states(pipeline, samples, processes) if kept else {}
                     with solving.phases("wait for the disk"):
-                        solved = solving.take()
+                        solved, moved = solving.take(), solving.moved_of(block.index)
                         size = sum(linear.nbytes for linear in solved) + sum(tensor.nbytes for tensor in states.values())
                         if processes.main:
-                            commits.submit(partial(_commit, job, solving, "block", block.index, solved, states, pace), size)
+                            commits.submit(partial(_commit, job, solving, "block", block.index, solved, states, pace, *moved), size)
                     release_heap()
                 if asked := processes.largest(stopping.asked):
                     commits.wait()
@@ -390,10 +397,11 @@ def _expect(block: Block, solving: LayerQuantizer) -> None:
 
 
 def _commit(
-    job: RunJob, solving: LayerQuantizer, step: str, index: int, solved: Sequence[SolvedLinear], states: Mapping[str, Tensor], pace: Pace
-) -> None:
+    job: RunJob, solving: LayerQuantizer, step: str, index: int, solved: Sequence[SolvedLinear], states: Mapping[str, Tensor], pace: Pace,
+    others: Mapping[str, Tensor] = NOTHING, orders: Orders = NOTHING,
+) -> None:  # fmt: skip
     with pace.timed() if states else nullcontext():
-        job.commit(step, index, solving.note(solved), solving.staged, states)
+        job.commit(step, index, solving.note(solved, others, orders), solving.staged, states)
 
 
 def _replay(pipeline: SequentialPipeline, job: RunJob, solving: LayerQuantizer, console: Console, samples: int) -> None:

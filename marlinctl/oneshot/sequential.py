@@ -32,6 +32,7 @@ from marlinctl.oneshot.experts import ExpertsPipeline
 from marlinctl.oneshot.gram import Gram, SolveStage, SolveStages, StageInput
 from marlinctl.oneshot.of_tokens import COMPRESSED, REFERENCE, TokenArguments, for_samples
 from marlinctl.oneshot.one_expert import routed
+from marlinctl.oneshot.permutation import ChannelOrders
 from marlinctl.oneshot.reference_stream import ReferenceModel, scaled
 from marlinctl.system.offload import Scratch, Slot
 from marlinctl.system.processes import ALONE, Processes
@@ -71,13 +72,14 @@ class SequentialPipeline:
         processes: Processes = ALONE,  # tokens are those of this one; Hessians are of all
         experts_together: int = 1,  # experts of a block that `solve_experts` is given at a time
         solve_experts: SolveStages | None = None,  # solves them; without it, that of `run_block` one after another
+        orders: ChannelOrders | None = None,  # chooses those of a block's channels; the checkpoint reads by them
     ) -> None:
         self.model, self.architecture, self.checkpoint = model, architecture, checkpoint
         self.device, self.dtype, self.scratch = device, dtype, scratch
         self.counted, self.processes = tokens.counted, processes
         self.samples, self.length = tokens.ids.shape
         self.step = max(1, chunk_tokens // self.length)
-        self.experts_together, self.solve_experts = experts_together, solve_experts
+        self.experts_together, self.solve_experts, self.orders = experts_together, solve_experts, orders
         self.decoder = model.get_submodule(architecture.decoder)
         self.calls: dict[int, list[dict[str, Any]]] = {}  # samples in a chunk -> keyword arguments of every block
         self.of_tokens = TokenArguments(architecture, self.samples, self.length, dtype, device, scratch)
@@ -169,10 +171,11 @@ class SequentialPipeline:
         replay: its linears are solved; `solve` knows their weights and is given no Hessian. The hidden states become the same bit for bit.
         """
         layer = self.model.get_submodule(block.path)
-        for name in block.others:
-            set_parameter(layer, block.parameter(name), self.checkpoint.read(name).to(self.device, self.dtype))
+        self.install(block, layer, block.others)
         if self.reference is not None:
             self.reference.run_block(block, layer, self.chunks(), partial(self._run, layer, REFERENCE))
+        if self.orders is not None and not replay:
+            self._reorder(block, layer, self.orders)
         whole = {part.module: layer.get_submodule(part.module) for part in block.parts if part.module}
         replays: dict[str, Replay] = {}
         outputs: dict[str, Output] = {}
@@ -196,6 +199,57 @@ class SequentialPipeline:
             for name, module in whole.items():
                 layer.set_submodule(name, module)
             drop_parameters(layer)
+
+    def _reorder(self, block: Block, layer: nn.Module, orders: ChannelOrders) -> None:
+        """Have the orders of the block's channels chosen. What the reference model noted is read in them too."""
+        if self.reference is None and orders.folds[block.index]:
+            linears = (block.linear(name) for part in block.parts if not isinstance(part, Experts) for stage in part.stages for name in stage)
+            self.install(block, layer, [f"{name}.weight" for name in linears])
+        columns = orders.choose(block, layer, self)
+        if self.reference is not None:
+            self.reference.reorder(columns)
+
+    def energies(self, block: Block, layer: nn.Module, modules: Sequence[str]) -> dict[str, Tensor]:
+        """Sums of squares [K] float32 of what these linears read in the original block, in which they run in this order. Of the reference
+        model's activations where there is one, with tokens weighted as in the Hessians."""
+        sums = {module: torch.zeros((), dtype=torch.float64, device=self.device) for module in modules}
+        branches = {part.last: part for part in block.parts if isinstance(part, Branch)}
+        for samples in self.chunks():
+            counted = self.counted[samples].to(self.device).unsqueeze(-1)
+            for module, x in self._original_inputs(block, layer, modules, samples).items():
+                squares = x.reshape(*counted.shape[:2], -1).float().square()
+                branch = branches.get(module)
+                if self.reference is not None and branch is not None and self.reference.adds and branch.module in block.streams:
+                    squares *= self.reference.token_scale(branch, samples).square()
+                sums[module] = sums[module] + torch.where(counted & torch.isfinite(squares), squares, 0).double().sum((0, 1))
+        return {module: self.processes.sum(total).float() for module, total in sums.items()}
+
+    def _original_inputs(self, block: Block, layer: nn.Module, modules: Sequence[str], samples: slice) -> dict[str, Tensor]:
+        if self.reference is not None:
+            return {module: self.reference.input(module, samples) for module in modules}
+        seen: dict[str, Tensor] = {}
+        *earlier, last = modules
+        handles = [
+            layer.get_submodule(module).register_forward_pre_hook(lambda _, args, module=module: seen.__setitem__(module, args[0]))
+            for module in earlier
+        ]
+        try:
+            (x, *_), _ = call_until(layer.get_submodule(last), self._call, layer, block.index, samples)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {**seen, last: x}
+
+    def first_input(self, block: Block, layer: nn.Module, module: str) -> Tensor:
+        """What a linear reads of the first samples with the weights that the block's module holds."""
+        (x, *_), _ = call_until(layer.get_submodule(module), self._call, layer, block.index, next(self.chunks()))
+        found: Tensor = x
+        return found
+
+    def install(self, block: Block, layer: nn.Module, tensors: Iterable[str]) -> None:
+        """Put tensors of the checkpoint into the block's module."""
+        for name in tensors:
+            set_parameter(layer, block.parameter(name), self.checkpoint.read(name).to(self.device, self.dtype))
 
     def _call(self, layer: nn.Module, index: int, part: slice) -> Tensor:
         return self._run(layer, COMPRESSED, self.hidden[part].to(self.device), index, part)

@@ -22,6 +22,7 @@ from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.errors import CheckFailed
 from marlinctl.oneshot.layers import LayerRecord, linear_digest, weight_digest
 from marlinctl.oneshot.open import RunInputs
+from marlinctl.oneshot.permutation import ChannelOrders
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from marlinctl.system.atomic import DTYPE_BYTES, Entry
 from marlinctl.system.console import Console
@@ -29,12 +30,18 @@ from marlinctl.system.console import Console
 _MOST_AT_ONCE = 8  # linears on a GPU; each takes a few bytes a weight of both memories
 
 
-def expected_pieces(opened: RunInputs, fmt: Format) -> list[list[Entry]]:
-    """The tensors of each piece, that of a block or of the head, without their bytes."""
+def expected_pieces(opened: RunInputs, fmt: Format, orders: ChannelOrders | None = None) -> list[list[Entry]]:
+    """The tensors of each piece, that of a block or of the head, without their bytes. orders: those that the run may choose."""
     architecture, head = opened.architecture, opened.plan.head
     pieces = [list(block.linears) for block in architecture.blocks] + ([[head.name]] if head is not None else [])
     planned = opened.plan.group_sizes
-    return [[entry for name in names if name in planned for entry in _expected(opened, fmt, name)] for names in pieces]
+    found = [[entry for name in names if name in planned for entry in _expected(opened, fmt, name)] for names in pieces]
+    for block in architecture.blocks:
+        if orders is None:
+            break
+        moved = (opened.checkpoint.tensors[name] for name in orders.moved(block.index))
+        found[block.index] += [Entry(info.name, info.dtype, info.shape, info.nbytes, _not_yet) for info in moved]
+    return found
 
 
 def _expected(opened: RunInputs, fmt: Format, name: str) -> list[Entry]:

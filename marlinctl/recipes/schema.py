@@ -101,6 +101,7 @@ class Sparsify(_Section):
     method: Literal["magnitude", "wanda", "sparsegpt", "iterative"]
     mask_sweeps: int = Field(ge=0, le=100)
     ls_iterations: int = Field(ge=0, le=1000)
+    permute: Literal["auto", "always", "never"]
 
 
 class Calibration(_Section):
