@@ -61,7 +61,7 @@ def run_of(name: str, report: Mapping[str, Any], config: Mapping[str, Any], seco
     """report: marlinctl_report.json. config: config.json of source or result. seconds: of the whole process."""
     known = architecture(config)
     recipe = recipe_of_document({key: value for key, value in report["recipe"].items() if key != "sha256"})
-    corrects_drift = recipe.quantize.corrects_drift
+    corrects_drift = recipe.quantize.drift_correction > 0
     element = {"bfloat16": 2, "float32": 4}[report["dtype"]]
     work = Work.of(recipe, element=element, corrects_drift=corrects_drift, on_device=True, ranks=report.get("processes", 1))
     compressed = {layer["name"]: layer["group_size"] or -1 for layer in report["layers"]}

@@ -60,11 +60,7 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
         "--drift-correction",
         {"type": float, "metavar": "0..1", "help": "Share of the drift from the unquantized model that is corrected; 0 is plain GPTQ."},
     ),
-    "quantize.residual_correction": (
-        "--residual-correction",
-        {"type": float, "metavar": "0..1", "help": "Share of the residual stream's drift that is corrected."},
-    ),
-    "quantize.drift_damping": ("--drift-damping", {"type": AutoOr(), "help": "The same for the regression of drift correction."}),
+    "quantize.drift_damping": ("--drift-damping", {"type": float, "help": "The same for the regression of drift correction."}),
     "quantize.skip": (
         "--skip",
         {"multiple": True, "metavar": "PATTERN", "help": "Keep these linears at 16 bits (o_proj, re:...)."},

@@ -61,11 +61,11 @@ class StackedSolver:
     def of(cls, recipe: Recipe, *, corrects_drift: bool, bfloat16_exact: bool, steps: PruneSteps = TORCH) -> StackedSolver:
         q = recipe.quantize
         return cls(
-            drift=DriftSettings(q.drift_correction, q.residual_correction, q.fraction(q.drift_damping)) if corrects_drift else None,
+            drift=DriftSettings(q.drift_correction, q.drift_damping) if corrects_drift else None,
             scheme=recipe.scheme,
             pruning=PruneSettings(
                 method=recipe.sparsify.method,
-                damping=q.fraction(q.damping),
+                damping=q.fixed_damping,
                 mask_sweeps=recipe.sparsify.mask_sweeps,
                 iterations=recipe.sparsify.ls_iterations,
             ),
@@ -75,7 +75,7 @@ class StackedSolver:
                 bfloat16_exact=bfloat16_exact,
                 act_order=q.act_order,
                 scale_search=q.scale_search,
-                damping=q.fraction(q.damping),
+                damping=q.fixed_damping,
                 refine=q.refine,
                 grid=recipe.scheme.grid,
             ),

@@ -80,7 +80,7 @@ class Work:
             samples=asked.samples,
             length=asked.sequence_length,
             element=element,
-            damping=recipe.quantize.fraction(recipe.quantize.damping) or LEAST,
+            damping=recipe.quantize.fixed_damping or LEAST,
             corrects_drift=corrects_drift,
             refines=recipe.quantize.refine > 0,
             scheme=recipe.scheme,

@@ -179,7 +179,7 @@ def look(
     unties = rules.head is not None and rules.head.name in rules.group_sizes and known.head is None
     if unties:
         checkpoint, known = with_own_head(checkpoint, known), known.untied()
-    return ModelPlan(known, rules, shapes, recipe.quantize.corrects_drift, checkpoint, unties)
+    return ModelPlan(known, rules, shapes, recipe.quantize.drift_correction > 0, checkpoint, unties)
 
 
 def said_of_untied_head(looked: ModelPlan, fmt: Format) -> str:

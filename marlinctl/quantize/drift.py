@@ -3,11 +3,14 @@
 After a few compressed blocks the inputs x of a linear are no longer the x' of the unquantized model. The linear should produce W x', and,
 where its output is added to the residual stream r, also the difference r' - r. Both are linear regressions on x:
 
-    W* = W + (a W E[(x' - x) xᵀ] + b E[(r' - r) xᵀ]) (H + ridge)⁻¹        minimises  E |W x' + (r' - r) - W* x|²  at a = b = 1
+    W* = W + share · (W E[(x' - x) xᵀ] + E[(r' - r) xᵀ]) (H + ridge)⁻¹        minimises  E |W x' + (r' - r) - W* x|²  at share = 1
 
 and for any V,  E |W x' + (r' - r) - V x|² = (W* - V) H (W* - V)ᵀ + a constant. So a solver that is given W* in place of W approximates
 the unquantized model's outputs, with the same Hessian. GPTAQ (arXiv 2504.02692) corrects for x' - x; the residual term lets every branch
 also correct the error of all blocks before it.
+
+Separate shares for the two terms (LoaQ, arXiv 2509.06297) and a ridge that follows the tokens per input gain nothing here
+(docs/log/2026-11-30-accuracy.md).
 
 The regression sees calibration tokens only. With share 1 it also fits their noise, and each block adds to it: SmolLM2-135M at 2:4 gets
 worse than without correction (docs/log/2026-11-21-drift.md).
@@ -21,7 +24,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from marlinctl.quantize.damping import Damping, damping_of
 from marlinctl.quantize.products import mm
 from marlinctl.quantize.solver import ridges
 from marlinctl.quantize.stacks import diagonal
@@ -32,13 +34,8 @@ from marlinctl.quantize.types import Hessian
 class DriftSettings:
     """How much of the drift is corrected. The recipe has the defaults (recipes/schema.py)."""
 
-    share: float  # a, 0..1: of x' - x
-    residual_share: float  # b, 0..1: of r' - r
-    damping: Damping  # ridge as a fraction of mean(diag H); None: by the tokens per input
-
-    @property
-    def corrects(self) -> bool:
-        return self.share > 0.0 or self.residual_share > 0.0
+    share: float  # 0..1
+    damping: float  # ridge as a fraction of mean(diag H)
 
 
 def corrected_target(weight: Tensor, hessian: Hessian, settings: DriftSettings) -> Tensor:
@@ -46,18 +43,18 @@ def corrected_target(weight: Tensor, hessian: Hessian, settings: DriftSettings) 
 
     ValueError where the residual is not of these rows.
     """
-    if hessian.drift is None or not settings.corrects:
+    if hessian.drift is None or settings.share == 0.0:
         return weight
-    wanted = mm(weight, hessian.drift.T).mul_(settings.share)  # [R, K]
+    wanted = mm(weight, hessian.drift.T)  # [R, K]
     if hessian.residual is not None:
         if tuple(hessian.residual.shape) != (weight.shape[1], weight.shape[0]):
             raise ValueError(f"the residual drift {list(hessian.residual.shape)} does not fit a weight {list(weight.shape)}")
-        wanted.add_(hessian.residual.T, alpha=settings.residual_share)
-    matrix = _damped(hessian.matrix.unsqueeze(0), [damping_of(settings.damping, hessian)])[0]
+        wanted += hessian.residual.T
+    matrix = _damped(hessian.matrix.unsqueeze(0), [settings.damping])[0]
     lower, info = torch.linalg.cholesky_ex(matrix)
     if int(info):
         return weight
-    return weight + torch.cholesky_solve(wanted.T.double(), lower).T.float()
+    return weight + settings.share * torch.cholesky_solve(wanted.T.double(), lower).T.float()
 
 
 def corrected_stack(weights: Tensor, hessians: Sequence[Hessian], settings: DriftSettings) -> Tensor:
@@ -66,13 +63,12 @@ def corrected_stack(weights: Tensor, hessians: Sequence[Hessian], settings: Drif
     No Hessian has a residual, and all have a drift or none has.
     """
     drifts = [hessian.drift for hessian in hessians if hessian.drift is not None]
-    if not drifts or not settings.corrects:
+    if not drifts or settings.share == 0.0:
         return weights
-    wanted = mm(weights, torch.stack(drifts).mT).mul_(settings.share)
-    dampings = [damping_of(settings.damping, hessian) for hessian in hessians]
-    lower, info = torch.linalg.cholesky_ex(_damped(torch.stack([hessian.matrix for hessian in hessians]), dampings))
+    wanted = mm(weights, torch.stack(drifts).mT)
+    lower, info = torch.linalg.cholesky_ex(_damped(torch.stack([hessian.matrix for hessian in hessians]), [settings.damping] * len(hessians)))
     solved = [torch.cholesky_solve(right.T.double(), one).T.float() for right, one in zip(wanted, lower, strict=True)]
-    return torch.where((info == 0)[:, None, None], weights + torch.stack(solved), weights)
+    return torch.where((info == 0)[:, None, None], weights + settings.share * torch.stack(solved), weights)
 
 
 def _damped(matrices: Tensor, dampings: Sequence[float]) -> Tensor:

@@ -80,20 +80,15 @@ class Quantize(_Section):
     damping: Fraction | Literal["auto"]
     refine: int = Field(ge=0, le=100)
     drift_correction: float = Field(ge=0, le=1)
-    residual_correction: float = Field(ge=0, le=1)
-    drift_damping: Fraction | Literal["auto"]
+    drift_damping: Fraction
     skip: Names
     overrides: dict[str, Override]
     include: Names
 
     @property
-    def corrects_drift(self) -> bool:
-        return self.drift_correction > 0.0 or self.residual_correction > 0.0
-
-    @staticmethod
-    def fraction(damping: float | Literal["auto"]) -> float | None:
-        """As `quantize` has it (quantize/damping.py)."""
-        return None if isinstance(damping, str) else damping
+    def fixed_damping(self) -> float | None:
+        """None: by the tokens per input (quantize/damping.py)."""
+        return None if isinstance(self.damping, str) else self.damping
 
 
 class Sparsify(_Section):

@@ -202,9 +202,9 @@ def test_a_stack_of_targets_is_that_of_each() -> None:
     k = weights.shape[2]
     drifts = 0.1 * torch.randn(len(weights), k, k, generator=torch.Generator().manual_seed(2))
     hessians = [replace(one, drift=drift) for one, drift in zip(hessians, drifts, strict=True)]
-    found = corrected_stack(weights, hessians, DriftSettings(0.5, 0.5, DAMPING))
+    found = corrected_stack(weights, hessians, DriftSettings(0.5, DAMPING))
     for e, (weight, one) in enumerate(zip(weights, hessians, strict=True)):
-        expected = corrected_target(weight, one, DriftSettings(0.5, 0.5, DAMPING))
+        expected = corrected_target(weight, one, DriftSettings(0.5, DAMPING))
         assert torch.allclose(found[e], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())), e
     assert torch.equal(found[3], weights[3]), "a Hessian of zeros corrects nothing"
 
