@@ -3,7 +3,7 @@
     inputs of o and down, with the original weights ─► scores |W| sqrt(H_kk) ─► an order ─► tried: the same output? ─► Reader.reorder
 
 From then on the run reads the block's weights and biases in that order: the original model, every solve and what is written agree, and a
-replay of stored weights needs the orders for biases alone. Each order is data of the job and of the result: marlinctl_order.safetensors.
+replay takes weights and biases as they are stored. Each order is data of the job and of the result: marlinctl_order.safetensors.
 
     P.rows      [N] int32    row n of linear P (weight and bias) is the original's row P.rows[n]
     P.columns   [K] int32    column k of its weight is the original's column P.columns[k]
@@ -65,9 +65,9 @@ class ChannelOrders:
         producers = (producer for folds in self.folds[block].values() for fold in folds for producer in fold.producers)
         return list(dict.fromkeys(f"{producer.name}.bias" for producer in producers if producer.bias))
 
-    def restore(self, orders: Mapping[int, Orders]) -> None:
-        """Of the finished blocks; all others are forgotten."""
-        self._chosen = {block: dict(found) for block, found in orders.items()}
+    def forget(self) -> None:
+        """All of them. Finished blocks are stored in their order, and their original is read as it is."""
+        self._chosen = {}
         self._tell()
 
     def choose(self, block: Block, layer: nn.Module, walk: Walk) -> dict[str, Tensor]:

@@ -36,6 +36,7 @@ from marlinctl.data.calibration import CalibrationSet
 from marlinctl.data.tokens import Tokens
 from marlinctl.errors import UsageError
 from marlinctl.jobs.journal import JOURNAL, JobFolder
+from marlinctl.models.architectures import Block
 from marlinctl.oneshot.layers import Finished, LayerRecord
 from marlinctl.oneshot.permutation import Orders
 from marlinctl.oneshot.reading import Reader
@@ -90,6 +91,8 @@ class RunJob(JobFolder):
         size = staged.sync() - masked
         noted["masks"] = {"bytes": size, "sha256": sha256_of_part(staged.spool, masked, size) if size else None}
         noted["orders"] = self._write_orders(index, finished.orders)
+        if finished.tuning is not None:
+            noted["tuning"] = dict(finished.tuning)
         if states:
             with disk_problems(self.path):
                 make_folder(self.path / "states")
@@ -130,6 +133,10 @@ class RunJob(JobFolder):
             make_folder(self.path / "orders")
         write_tensors(self.path / name, {key: order.to(torch.int32) for key, order in orders.items()})
         return self._described(name)
+
+    def tuning(self) -> list[dict[str, Any]]:
+        """Of the blocks that were tuned: their error on held-out samples, before and after."""
+        return [{"block": line["index"], **line["tuning"]} for line in self.lines[1:] if isinstance(line.get("tuning"), dict)]
 
     def orders(self) -> dict[int, Orders]:
         """Of the finished blocks that have any."""
@@ -229,6 +236,10 @@ class StoredWeights:
         if name in self._info.layers:
             return read_linear(self._written, self._info, name).dequantize()
         return self._written.read(f"{name}.weight").float()
+
+    def others(self, block: Block) -> dict[str, Tensor]:
+        """Norms and biases of a finished block that were written with it."""
+        return {name: self._written.read(name) for name in block.others if name in self._written.tensors}
 
     def close(self) -> None:
         self._written.close()

@@ -81,6 +81,8 @@ class Quantize(_Section):
     refine: int = Field(ge=0, le=100)
     drift_correction: float = Field(ge=0, le=1)
     drift_damping: Fraction
+    tune_steps: int = Field(ge=0, le=10**6)
+    tune_learning_rate: float = Field(gt=0, le=1)
     skip: Names
     overrides: dict[str, Override]
     include: Names
@@ -154,6 +156,11 @@ class Recipe(_Section):
         """What becomes of a linear for which nothing else is said."""
         q = self.quantize
         return Scheme(bits=q.bits, group_size=q.group_size, sparsity=self.sparsify.pattern, symmetric=q.symmetric)
+
+    @property
+    def tunes(self) -> bool:
+        """Whether scales and norms of each block are tuned after its solves: there are none where weights stay at 16 bits."""
+        return self.quantize.tune_steps > 0 and self.scheme.quantizes
 
     def canonical(self) -> dict[str, Any]:
         """For hashes and journals: a JSON document that no rename of a key changes."""
