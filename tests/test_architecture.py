@@ -31,7 +31,7 @@ ROOMS = [
 ]
 STAGES = {"evaluation", "distillation", "benchmarking"}
 # The bindings of compiler and driver, inside of functions: a CPU build of torch comes without them.
-ROOMS_MAY_ALSO = {"marlinctl.kernels.jit": {"cuda"}, "marlinctl.kernels.driver": {"cuda"}}
+ROOMS_MAY_ALSO = {"marlinctl.kernels.jit": {"cuda"}, "marlinctl.kernels.driver": {"cuda"}, "marlinctl.sparsify.permute": {"scipy"}}
 LIGHT = sys.stdlib_module_names | {"click", "marlinctl"}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-ORDER_FILE = "marlinctl_order.safetensors"  # rows and columns that lie in another order than in the original (oneshot/permutation.py)
+from marlinctl.system.files import exists
 
 # What travels with the weights. Never weights, never code, never a README (the card is new).
 _COMPANION_NAMES = frozenset(
@@ -26,14 +26,16 @@ _COMPANION_STARTS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 _COMPANION_ENDS = (".tiktoken",)
 MASK_FILE = "marlinctl_mask.safetensors"  # which weights of a 2:4 linear are kept (mask.py)
 COMPANION_FOLDER = "additional_chat_templates"  # *.jinja
-SUBFOLDERS = (COMPANION_FOLDER, "original")  # of a model's folder; no other one is part of a model
+_OWN_FOLDER = "marlinctl"  # of what no client may take for weights: SGLang loads every safetensors file beside them
+ORDER_FILE = f"{_OWN_FOLDER}/order.safetensors"  # which of the original's rows and columns lie where (checkpoint/orders.py)
+SUBFOLDERS = (COMPANION_FOLDER, _OWN_FOLDER, "original")  # of a model's folder; no other one is part of a model
 
 # What a model's folder holds beside its companions, whoever wrote it. Subfolders are named with their files.
 _WEIGHTS = r"[\w.-]+\.safetensors|pytorch_model[\w-]*\.bin"
 _MODEL = re.compile(
     rf"config\.json|{_WEIGHTS}|[\w.-]+\.safetensors\.index\.json|pytorch_model\.bin\.index\.json"
     r"|README\.md|\.gitattributes|quantize_config\.json|hf_quant_config\.json|marlinctl_(manifest|report)\.json|marlinctl_report\.(md|html)"
-    rf"|run\.log|{COMPANION_FOLDER}/[^/]+\.jinja|original/(consolidated[\w.-]*\.(pth|safetensors)|params\.json|tokenizer\.model)"
+    rf"|run\.log|{COMPANION_FOLDER}/[^/]+\.jinja|{ORDER_FILE}|original/(consolidated[\w.-]*\.(pth|safetensors)|params\.json|tokenizer\.model)"
 )
 
 
@@ -46,6 +48,7 @@ def companion_names(folder: Path) -> list[str]:
     templates = folder / COMPANION_FOLDER
     names = [path.name for path in folder.iterdir() if is_companion(path.name)]
     names += [f"{COMPANION_FOLDER}/{path.name}" for path in templates.glob("*.jinja")] if templates.is_dir() else []
+    names += [ORDER_FILE] if exists(folder, ORDER_FILE) else []
     return sorted(names)
 
 

@@ -61,9 +61,7 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
         "--drift-correction",
         {"type": float, "metavar": "0..1", "help": "Share of the drift from the unquantized model that is corrected; 0 is plain GPTQ."},
     ),
-    "quantize.drift_damping": ("--drift-damping", {"type": float, "help": "The same for the regression of drift correction."}),
     "quantize.tune_steps": ("--tune-steps", {"type": int, "help": "Steps of tuning each block's scales and norms, codes frozen."}),
-    "quantize.tune_learning_rate": ("--tune-learning-rate", {"type": float, "help": "Learning rate of --tune-steps."}),
     "quantize.skip": (
         "--skip",
         {"multiple": True, "metavar": "PATTERN", "help": "Keep these linears at 16 bits (o_proj, re:...)."},

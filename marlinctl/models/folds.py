@@ -12,7 +12,7 @@ with the block's own code (oneshot/permutation.py): rotary embeddings, norms and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,27 @@ def candidates(block: Block, head_dim: int | None) -> dict[str, tuple[Fold, ...]
     return found
 
 
+def foldable(blocks: Sequence[Block], config: Mapping[str, Any], chosen: Collection[str]) -> list[dict[str, tuple[Fold, ...]]]:
+    """`candidates` of each block whose linears all are in `chosen`. config: of the language model."""
+    width = _head_dim(config)
+    return [
+        {
+            consumer: possible
+            for consumer, possible in candidates(block, width).items()
+            if consumer in chosen and all(producer.name in chosen for fold in possible for producer in fold.producers)
+        }
+        for block in blocks
+    ]
+
+
+def order_bytes(folds: Sequence[Mapping[str, tuple[Fold, ...]]], shapes: Mapping[str, tuple[int, int]]) -> int:
+    """Of the file of all orders, if the likeliest ones hold: int32 for each row of a producer and each column of a consumer. shapes: linear
+    -> (N, K)."""
+    rows = {producer.name for block in folds for possible in block.values() for producer in possible[0].producers}
+    columns = [consumer for block in folds for consumer in block]
+    return 4 * (sum(shapes[name][0] for name in rows) + sum(shapes[name][1] for name in columns))
+
+
 def _folds(producers: list[LinearSpec], consumer: LinearSpec, module: str, head_dim: int | None) -> Iterator[Fold]:
     k = consumer.in_features
 
@@ -82,7 +103,7 @@ def _folds(producers: list[LinearSpec], consumer: LinearSpec, module: str, head_
             yield fold([(spec, spec.out_features - rows)], rows, rows // head_dim)
 
 
-def head_dim(config: Mapping[str, Any]) -> int | None:
+def _head_dim(config: Mapping[str, Any]) -> int | None:
     """Channels of a value head, of the config of the language model."""
     for key in ("v_head_dim", "head_dim"):
         if isinstance(config.get(key), int):

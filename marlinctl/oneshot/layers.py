@@ -18,15 +18,16 @@ from torch import Tensor, nn
 
 from marlinctl.checkpoint.formats.registry import INTERCHANGE, linear_tensors
 from marlinctl.checkpoint.model_files import ORDER_FILE
+from marlinctl.checkpoint.orders import Orders
 from marlinctl.checkpoint.reader import torch_dtype
 from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.errors import NumericalProblem, number_of
 from marlinctl.models.architectures import Block
 from marlinctl.models.config import sizes_of
-from marlinctl.models.folds import candidates, head_dim
+from marlinctl.models.folds import foldable
 from marlinctl.oneshot.gram import StageInput
 from marlinctl.oneshot.open import Options, RunInputs
-from marlinctl.oneshot.permutation import ChannelOrders, Orders
+from marlinctl.oneshot.permutation import ChannelOrders
 from marlinctl.oneshot.reading import Reader
 from marlinctl.oneshot.rows import solve_stacks
 from marlinctl.oneshot.sequential import SequentialPipeline, TunedBlock
@@ -354,15 +355,7 @@ def _channel_orders(opened: RunInputs, recipe: Recipe, weights: Reader, processe
     if not recipe.scheme.prunes or recipe.sparsify.permute == "never" or permuted:
         return None
     chosen = {name for name in opened.plan.group_sizes if opened.pattern.origin(name) is None}
-    width = head_dim(sizes_of(opened.checkpoint.config))
-    folds = [
-        {
-            consumer: possible
-            for consumer, possible in candidates(block, width).items()
-            if consumer in chosen and all(producer.name in chosen for fold in possible for producer in fold.producers)
-        }
-        for block in opened.architecture.blocks
-    ]
+    folds = foldable(opened.architecture.blocks, sizes_of(opened.checkpoint.config), chosen)
     required = recipe.sparsify.permute == "always"
     return ChannelOrders(folds, weights, required=required, processes=processes) if any(folds) or required else None
 

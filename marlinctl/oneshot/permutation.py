@@ -3,10 +3,8 @@
     inputs of o and down, with the original weights ─► scores |W| sqrt(H_kk) ─► an order ─► tried: the same output? ─► Reader.reorder
 
 From then on the run reads the block's weights and biases in that order: the original model, every solve and what is written agree, and a
-replay takes weights and biases as they are stored. Each order is data of the job and of the result: marlinctl_order.safetensors.
-
-    P.rows      [N] int32    row n of linear P (weight and bias) is the original's row P.rows[n]
-    P.columns   [K] int32    column k of its weight is the original's column P.columns[k]
+replay takes weights and biases as they are stored. Each order is data of the job and of the result
+(checkpoint/orders.py).
 """
 
 from __future__ import annotations
@@ -17,16 +15,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from marlinctl.checkpoint.orders import COLUMNS, ROWS, Orders
 from marlinctl.errors import UsageError
 from marlinctl.models.architectures import Block
 from marlinctl.models.folds import Fold
-from marlinctl.oneshot.reading import COLUMNS, ROWS
 from marlinctl.sparsify.permute import channel_order
 from marlinctl.system.processes import ALONE, Processes
 
 _SAME_OUTPUT = 0.05  # relative difference of what a consumer makes of the first tokens: bfloat16 sums in another order. Otherwise about 1
-
-Orders = Mapping[str, Tensor]
 
 
 class Walk(Protocol):
@@ -86,7 +82,7 @@ class ChannelOrders:
             expected = walk.first_input(block, layer, module).float() @ weight.T
             for fold in possible:
                 order = self.processes.share_tensor(_order(weight, energies[module], fold).cpu())
-                orders = reordered(block, fold, order)
+                orders = orders_of(block, fold, order)
                 names = _tensors(fold)
                 self._put(block.index, found | orders)
                 walk.install(block, layer, names)
@@ -113,7 +109,7 @@ class ChannelOrders:
         self.weights.reorder({name: order for orders in self._chosen.values() for name, order in orders.items()})
 
 
-def reordered(block: Block, fold: Fold, order: Tensor) -> dict[str, Tensor]:
+def orders_of(block: Block, fold: Fold, order: Tensor) -> dict[str, Tensor]:
     """order: [channels], the channel that comes to each place. Rows of the producers and columns of the consumer, int64 on the CPU."""
     found: dict[str, Tensor] = {}
     for producer in fold.producers:

@@ -1,8 +1,11 @@
-"""The tensors of the model, with rows and columns in the order that the run has chosen for them (permutation.py). On a GPU a thread reads those of the next block ahead and copies them there, while the GPU computes."""
+"""The tensors of the model, with rows and columns in the order that the run has chosen for them (permutation.py).
+
+On a GPU a thread reads those of the next block ahead and copies them there, while the GPU computes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -10,9 +13,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from marlinctl.checkpoint.orders import Orders, reordered
 from marlinctl.checkpoint.reader import Checkpoint
-
-ROWS, COLUMNS = ".rows", ".columns"  # an order is that of the rows of a linear, weight and bias, or of its columns
 
 
 @dataclass(slots=True)
@@ -31,7 +33,7 @@ class Reader:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="read ahead") if ahead else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._expected: dict[str, _Expected] = {}
-        self._orders: Mapping[str, Tensor] = {}
+        self._orders: Orders = {}
 
     def expect(self, names: Iterable[str], *, reads: int = 1) -> None:
         """These are asked for next, each `reads` times."""
@@ -45,19 +47,13 @@ class Reader:
             expected.tensor.cancel()
         self._expected.clear()
 
-    def reorder(self, orders: Mapping[str, Tensor]) -> None:
-        """From now on rows and columns are read in these orders alone: "P.rows" [N] and "P.columns" [K] of linears P."""
+    def reorder(self, orders: Orders) -> None:
+        """From now on rows and columns are read in these orders alone (checkpoint/orders.py)."""
         self._orders = orders
 
     def read(self, name: str) -> Tensor:
         """The tensor, not to be changed: another `read` may give the same one."""
-        tensor = self._read(name)
-        linear = name.rpartition(".")[0]
-        for axis, what in enumerate((ROWS, COLUMNS)[: tensor.ndim]):
-            order = self._orders.get(linear + what)
-            if order is not None:
-                tensor = tensor.index_select(axis, order.to(tensor.device))
-        return tensor
+        return reordered(name, self._read(name), self._orders)
 
     def _read(self, name: str) -> Tensor:
         expected = self._expected.get(name)

@@ -29,6 +29,7 @@ from marlinctl.checkpoint.contents import Contents
 from marlinctl.checkpoint.formats.base import FormatInfo
 from marlinctl.checkpoint.formats.registry import INTERCHANGE, read_linear
 from marlinctl.checkpoint.model_files import ORDER_FILE
+from marlinctl.checkpoint.orders import Orders
 from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.safetensors_header import TensorInfo, read_header
 from marlinctl.checkpoint.writer import StagedCheckpoint
@@ -38,7 +39,6 @@ from marlinctl.errors import UsageError
 from marlinctl.jobs.journal import JOURNAL, JobFolder
 from marlinctl.models.architectures import Block
 from marlinctl.oneshot.layers import Finished, LayerRecord
-from marlinctl.oneshot.permutation import Orders
 from marlinctl.oneshot.reading import Reader
 from marlinctl.quantize.scheme import INT4, Grid
 from marlinctl.quantize.types import Hessian
@@ -147,6 +147,8 @@ class RunJob(JobFolder):
         """Put those of all blocks into the finished folder."""
         found = {name: order for orders in self.orders().values() for name, order in orders.items()}
         if found:
+            with disk_problems(staged.path):
+                make_folder((staged.path / ORDER_FILE).parent)
             write_tensors(staged.path / ORDER_FILE, found)
 
     def last_states(self) -> tuple[int, dict[str, Tensor]]:

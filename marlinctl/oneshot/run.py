@@ -180,7 +180,6 @@ def _run(
                     with phases("copy"):
                         copied()
             staged.copy_companions(opened.source.folder)
-            staged.copy_orders(opened.source.folder)
             job.write_orders(staged)
             staged.write_file("recipe.yaml", recipe.to_yaml().encode())
             warnings = [*_warnings(opened, calibration, solving.records, console), *told]

@@ -34,12 +34,13 @@ class Output:
     linears: int
     untouched: int
     mask: int
+    orders: int  # of rows and columns that lie otherwise than in the original
     tensors: int  # how many
 
     @property
     def weights(self) -> int:
         """All tensors together, without the headers of their files."""
-        return self.linears + self.untouched + self.mask
+        return self.linears + self.untouched + self.mask + self.orders
 
     @property
     def on_disk(self) -> int:
@@ -47,8 +48,9 @@ class Output:
         return self.weights + _PER_TENSOR * self.tensors + _PAGE
 
 
-def output(fmt: Format, tensors: Mapping[str, TensorInfo], shapes: Shapes, rules: Plan, masked: Iterable[str]) -> Output:
-    """A folder in format `fmt` of a 16-bit model whose `shapes` are compressed. rules: group sizes and grids. masked: the 2:4 linears."""
+def output(fmt: Format, tensors: Mapping[str, TensorInfo], shapes: Shapes, rules: Plan, masked: Iterable[str], orders: int = 0) -> Output:
+    """A folder in format `fmt` of a 16-bit model whose `shapes` are compressed. rules: group sizes and grids. masked: the 2:4 linears.
+    orders: bytes of the file of orders (checkpoint/orders.py)."""
     weights = {f"{name}.weight" for name in shapes}
     untouched = [info.nbytes for name, info in tensors.items() if name not in weights]
     if not fmt.quantized:
@@ -58,7 +60,7 @@ def output(fmt: Format, tensors: Mapping[str, TensorInfo], shapes: Shapes, rules
     each = sum(len(fmt.shapes(n, k, rules.group_sizes[name], rules.grid(name))) for name, (n, k) in shapes.items())
     named = [] if fmt.needs_mask else [shapes[name] for name in masked]
     mask = sum(n * -(-k // 8) for n, k in named)
-    return Output(fmt, linears, sum(untouched), mask, len(untouched) + each + len(named))
+    return Output(fmt, linears, sum(untouched), mask, orders, len(untouched) + each + len(named))
 
 
 def needed_by_blocks(first: Output, scratch: int, states: int) -> int:

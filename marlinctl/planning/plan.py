@@ -29,7 +29,8 @@ from marlinctl.checkpoint.writer import companions
 from marlinctl.data.mixture import SELF
 from marlinctl.errors import UsageError
 from marlinctl.models.architectures import Architecture
-from marlinctl.models.config import positions
+from marlinctl.models.config import positions, sizes_of
+from marlinctl.models.folds import foldable, order_bytes
 from marlinctl.planning import disk as disk_space
 from marlinctl.planning import time
 from marlinctl.planning.memory import Work, predicted_device_peak, predicted_distillation, predicted_peak, predicted_repack
@@ -194,7 +195,14 @@ def _masked(looked: ModelPlan, found: Pattern, recipe: Recipe) -> tuple[str, ...
 
 def _output(looked: ModelPlan, found: Pattern, recipe: Recipe, fmt: Format) -> disk_space.Output:
     tensors = stored_once(looked.checkpoint, looked.architecture)
-    return disk_space.output(fmt, tensors, looked.shapes, looked.plan, _masked(looked, found, recipe))
+    return disk_space.output(fmt, tensors, looked.shapes, looked.plan, _masked(looked, found, recipe), _orders(looked, found, recipe))
+
+
+def _orders(looked: ModelPlan, found: Pattern, recipe: Recipe) -> int:
+    """Bytes of the orders that a run chooses for channels, if all hold that may."""
+    if not recipe.scheme.prunes or recipe.sparsify.permute == "never" or found.linears:
+        return 0
+    return order_bytes(foldable(looked.architecture.blocks, sizes_of(looked.checkpoint.config), looked.shapes), looked.shapes)
 
 
 # ---- stages: what runs one after another -----------------------------------------------------------------------------------------------

@@ -14,7 +14,13 @@ _Path = tuple[str, ...]
 
 _KEYS: Mapping[_Path, str] = {("quantize", "drift_correction"): "match"}  # key -> its former name in the same section
 _VALUES: Mapping[_Path, Mapping[str, str]] = {("sparsify", "method"): {"iterative": "refined"}}  # key -> value -> its former name
-_LATER: Mapping[_Path, object] = {("quantize", "symmetric"): True}  # key that came later -> what recipes without it mean
+_LATER: Mapping[_Path, object] = {  # key that came later -> what recipes without it mean
+    ("quantize", "symmetric"): True,
+    ("quantize", "drift_damping"): 0.01,
+    ("quantize", "tune_steps"): 0,
+    ("quantize", "tune_learning_rate"): 0.002,
+    ("sparsify", "permute"): "never",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ from marlinctl.checkpoint.formats.base import TRANSFORMERS, TRANSFORMERS_CT, TRA
 from marlinctl.checkpoint.formats.targets import Entries
 from marlinctl.checkpoint.fused_experts import with_single_experts
 from marlinctl.checkpoint.mask import open_masks
+from marlinctl.checkpoint.orders import read_orders, reordered
 from marlinctl.checkpoint.reader import FLOAT_DTYPES, require_folder
 from marlinctl.checkpoint.tied_head import with_own_head
 from marlinctl.errors import BadInput, CheckFailed, MarlinctlError, NumericalProblem, Problem, number_of
@@ -246,6 +247,7 @@ def check_linears(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None,
     contradicted: list[Problem] = []
     compared: list[fidelity.LayerFidelity] = []
     zeros = 0
+    orders = read_orders(checkpoint.folder)
     with console.progress("check linears", len(layers) + len(masked)) as progress:
         for layer in (*layers, *masked):
             parts = registry.read_parts(checkpoint, info, layer) if layer in info.layers else None
@@ -260,7 +262,8 @@ def check_linears(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None,
                 contradicted += refused.problems
             zeros += 0 if keep is None else int(((values == 0) & keep).sum())
             if parts is not None and source is not None and not contents and fidelity.has_weight(source, layer, parts.codes.shape):
-                compared.append(fidelity.measure(layer, source.read(f"{layer}.weight"), replace(parts, keep=keep)))
+                original = reordered(f"{layer}.weight", source.read(f"{layer}.weight"), orders)
+                compared.append(fidelity.measure(layer, original, replace(parts, keep=keep)))
             progress.advance()
     return Linears(tuple(contents), tuple(contradicted), zeros, tuple(compared))
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.formats.base import FormatInfo, LinearParts
+from marlinctl.checkpoint.orders import read_orders, reordered
 from marlinctl.errors import BadInput, CheckFailed, Problem
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def _other_shape(checkpoint: Checkpoint, info: FormatInfo, source: Checkpoint, l
 
 def _untouched(checkpoint: Checkpoint, info: FormatInfo, source: Checkpoint) -> tuple[list[Problem], list[str]]:
     """What is wrong with the tensors that were not quantized, and which of them changed their dtype only."""
-    owned = info.owned
+    owned, orders = info.owned, read_orders(checkpoint.folder)
     problems, converted = [], []
     for name in (name for name in checkpoint.tensors if name not in owned):
         if name not in source.tensors:
@@ -121,8 +122,11 @@ def _untouched(checkpoint: Checkpoint, info: FormatInfo, source: Checkpoint) -> 
         ours, theirs = checkpoint.tensors[name], source.tensors[name]
         if ours.dtype == theirs.dtype and ours.shape == theirs.shape and checkpoint.raw(name) == source.raw(name):
             continue
-        if ours.dtype != theirs.dtype and ours.shape == theirs.shape and _same_rounded(checkpoint.read(name), source.read(name)):
+        same = ours.shape == theirs.shape and _same_rounded(checkpoint.read(name), reordered(name, source.read(name), orders))
+        if same and ours.dtype != theirs.dtype:
             converted.append(name)
+        elif same:
+            continue
         else:
             what = f"{name} was not quantized and yet differs from the source"
             problems.append(Problem(what, name, "name the model that this was made from, or write it again"))

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from marlinctl.checkpoint.model_files import ORDER_FILE
+from marlinctl.checkpoint.orders import read_orders
 from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.cli import main
-from marlinctl.errors import UsageError
+from marlinctl.errors import BadInput, UsageError
 from tests import zoo
 from tests.oneshot.stopping import SIZES, blocks_solved, quantize, stop_in
 from tests.oneshot.test_run import logits, recipe
@@ -131,8 +132,28 @@ def test_both_published_forms_hold_the_same_weights(tmp_path: Path, text: Path) 
     first, again, back = (weights_of(tmp_path / name) for name in ("out", "native-ct", "back"))
     assert first.keys() == again.keys() == back.keys()
     assert all(torch.equal(first[name], again[name]) and torch.equal(first[name], back[name]) for name in first)
-    assert load_file(tmp_path / "out" / ORDER_FILE).keys() == load_file(tmp_path / "native-ct" / ORDER_FILE).keys()
-    assert not (tmp_path / "native" / ORDER_FILE).exists(), "SGLang loads every safetensors file of a native folder"
+    for name in ("native", "native-ct", "back"):
+        assert (tmp_path / name / ORDER_FILE).read_bytes() == (tmp_path / "out" / ORDER_FILE).read_bytes()
+        assert main(["verify", str(tmp_path / name), "--source", str(source), "-q"]) == 0
+    assert "/" in ORDER_FILE, "SGLang loads every safetensors file that lies beside the weights of a native folder"
+
+
+def test_verify_compares_with_the_original_in_the_order_that_is_written(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without the file every reordered weight and bias looks like that of another model; a damaged one must not pass for none."""
+    source = zoo.build("qwen2", tmp_path / "model")
+    run(source, tmp_path / "out", text, sparsify__pattern="2:4")
+    verify = ["verify", str(tmp_path / "out"), "--source", str(source), "-q"]
+    assert main(verify) == 0
+    path = tmp_path / "out" / ORDER_FILE
+    orders = load_file(path)
+    name = next(name for name in orders if name.endswith("down_proj.columns"))
+    save_file(orders | {name: torch.zeros_like(orders[name])}, path)
+    assert main(verify) == 1
+    assert ORDER_FILE in capsys.readouterr().err, "the manifest has its digest"
+    with pytest.raises(BadInput, match="down_proj.columns is not a permutation"):
+        read_orders(tmp_path / "out")
+    path.unlink()
+    assert main(verify) == 1
 
 
 def test_a_block_without_such_channels_is_refused_where_an_order_is_required(tmp_path: Path, text: Path) -> None:

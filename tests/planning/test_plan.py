@@ -38,7 +38,7 @@ from tests.tiny import make_tiny
 def tensor_bytes(folder: Path) -> int:
     """The tensors of every safetensors file, told from their sizes and the lengths of their headers."""
     total = 0
-    for path in folder.glob("*.safetensors"):
+    for path in folder.rglob("*.safetensors"):
         data = path.read_bytes()
         total += len(data) - 8 - struct.unpack("<Q", data[:8])[0]
     return total
