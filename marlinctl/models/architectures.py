@@ -153,14 +153,20 @@ class Spelling:
     Gemma 3 with its vision tower: decoder ("language_model.model", "model.language_model"), head ("language_model.lm_head", "lm_head").
     A model that was saved without its head: decoder ("", "model").
     Kimi K2.5 as transformers saves it: blocks ("language_model.model.blocks", "model.language_model.layers").
+    Mistral Large 4: decoder ("", "model.language_model"), others {"tok_embeddings.weight": "model.language_model.embed_tokens.weight"}.
     """
 
     decoder: tuple[str, str]
     head: tuple[str, str]
     blocks: tuple[str, str] | None = None  # where it is not that of the decoder
+    others: Mapping[str, str] = field(default_factory=dict)  # single tensors of the decoder that are called otherwise
 
     def module(self, name: str) -> str:
         """The path in the model of a module or tensor of the checkpoint."""
+        if name in self.others:
+            return self.others[name]
+        if f"{name}.weight" in self.others:
+            return self.others[f"{name}.weight"].removesuffix(".weight")
         for stored, path in (self.head, *([self.blocks] if self.blocks else []), self.decoder):
             if not stored:
                 return f"{path}.{name}"
@@ -231,7 +237,9 @@ class Architecture:
     def sixteen_bit(self, names: Iterable[str], quantized: Iterable[str]) -> list[str]:
         """Linears that stay as they are, which the checkpoint calls `names`, with all names that clients have for them."""
         beside = set(self.beside) - {self.module(name) for name in quantized}
-        return sorted({*self.by_all_names(dict.fromkeys(names)), *beside})
+        above = "" if self.spelling is None or self.spelling.decoder[0] else self.spelling.decoder[1].rpartition(".")[0]
+        # Names of other parts then begin with what lies above the decoder in transformers' model, which is above the packed linears too.
+        return sorted({name.removeprefix(f"{above}.") for name in (*self.by_all_names(dict.fromkeys(names)), *beside)})
 
     @property
     def norm_tensors(self) -> list[str]:
@@ -260,8 +268,12 @@ def respelled(known: Architecture, spelling: Spelling) -> Architecture:
     head = None if spec is None else spec.name
     stored = f"{spelling.decoder[0]}." if spelling.decoder[0] else ""
     blocks = f"{known.blocks[0].prefix.rpartition('.')[0]}."
+    own = {path: name for name, path in spelling.others.items()}
+    own |= {path.removesuffix(".weight"): name.removesuffix(".weight") for path, name in own.items()}
 
     def name(old: str) -> str:
+        if old.startswith(begins) and (path := f"{spelling.decoder[1]}.{old[len(begins) :]}") in own:
+            return own[path]
         if head is not None and (old == head or old.startswith(f"{head}.")):
             return spelling.head[0] + old[len(head) :]
         if spelling.blocks is not None and old.startswith(blocks):
@@ -295,3 +307,43 @@ def respelled(known: Architecture, spelling: Spelling) -> Architecture:
         by_token=frozenset(map(name, known.by_token)),
         spelling=spelling,
     )
+
+
+def with_experts(known: Architecture, changed: Mapping[tuple[str, str], Experts]) -> Architecture:
+    """With other names for experts. changed: block and module -> the experts, of which a name alone differs."""
+    names = {
+        f"{block.prefix}.{old.format(e=e)}.weight": f"{block.prefix}.{new.format(e=e)}.weight"
+        for block in known.blocks
+        for part in block.experts
+        for new_part in [changed.get((block.prefix, part.module), part)]
+        for old, new in zip((*part.first, part.last), (*new_part.first, new_part.last), strict=True)
+        for e in range(part.count)
+    }
+
+    def block(old: Block) -> Block:
+        parts = (changed.get((old.prefix, part.module), part) if isinstance(part, Experts) else part for part in old.parts)
+        return replace(old, parts=tuple(parts))
+
+    found = renamed(known, {name: other for name, other in names.items() if name != other}, of_experts=True)
+    return replace(found, blocks=tuple(map(block, found.blocks)))
+
+
+def renamed(known: Architecture, names: Mapping[str, str], of_experts: bool = False) -> Architecture:
+    """With other names for tensors of the blocks, which stay in their blocks. names: as they are -> as the checkpoint has them.
+    of_experts: they are parts of parameters, and no module has their names."""
+    linears = {name.removesuffix(".weight"): other.removesuffix(".weight") for name, other in names.items() if name.endswith(".weight")}
+
+    def block(old: Block) -> Block:
+        begins = f"{old.prefix}."
+        here = {} if of_experts else {name: old.renamed.get(name, name) for name in names if name.startswith(begins)}
+        own = {name: module for name, module in old.renamed.items() if name not in here}
+        return replace(
+            old,
+            linears={linears.get(key, key): replace(spec, name=linears.get(key, key)) for key, spec in old.linears.items()},
+            others={names.get(key, key): shape for key, shape in old.others.items()},
+            renamed=own | {names[name]: module for name, module in here.items()},
+            buffers=frozenset(names.get(name, name) for name in old.buffers),
+        )
+
+    expected = {names.get(name, name): shape for name, shape in known.expected.items()}
+    return replace(known, blocks=tuple(map(block, known.blocks)), expected=expected)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -37,7 +38,14 @@ class StoredNames:
         pairs = (_without_common_end(name, stored) for name, stored in self.tensors.items() if name.startswith(f"{block}."))
         above = ((name, stored) for name, stored in pairs if name in ("", module) or module.startswith(f"{name}."))
         found = Counter(f"{stored}{module[len(name) :]}".removeprefix(".") for name, stored in above)
-        return found.most_common(1)[0][0] if found else module
+        return found.most_common(1)[0][0] if found else self._above_all(module, block)
+
+    def _above_all(self, module: str, block: str) -> str:
+        """The same where checkpoints call everything in the block otherwise (Mistral Large 4): by what all names begin with."""
+        named = [stored.split(".") for name, stored in self.tensors.items() if name.startswith(f"{block}.")]
+        begins = ".".join(parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*named, strict=False)))
+        inner = block[len(module) :]
+        return f".{begins}".removesuffix(inner).removeprefix(".") if begins and f".{begins}".endswith(inner) else module
 
     def within(self, decoder: str, prefix: str) -> StoredNames:
         """The same with the decoder's own name in place of `prefix`."""
@@ -83,7 +91,7 @@ def stored_names(model: PreTrainedModel, kind: str, experts: Mapping[str, Expert
     for module, known in experts.items():
         names = [single.get((module, i), {}) for i in range(len(known.first) + 1)]
         if all(len(one) == known.count > 1 for one in names):
-            found[module] = tuple(_template(one[0], one[1]) for one in names)
+            found[module] = tuple(template(one[0], one[1]) for one in names)
         elif any(f"{module}.{parameter}" not in tensors for parameter in known.parameters):
             raise refused(kind, f"its checkpoints hold the experts of {module} in another way")
     _refuse_one_way(model, kind, tensors, state)
@@ -96,6 +104,7 @@ class Loaded(NamedTuple):
     name: str
     converted: bool  # it is another tensor: a part, or several put together
     others: tuple[str, ...] = ()  # that are made of it too
+    part: int = 0  # of those that are put together, in their order: gate is 0, up is 1
 
 
 def module_names(model: PreTrainedModel, held: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Loaded]:
@@ -115,9 +124,10 @@ def module_names(model: PreTrainedModel, held: Mapping[str, Tensor], names: Coll
         renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if renamed not in held and name in held:  # a spelling of its own modules
             renamed, pattern = name, None
-        parts: list[str] = next((one.target_patterns for one in converters if pattern in one.source_patterns), [])
+        converter = next((one for one in converters if pattern in one.source_patterns), None)
+        parts: list[str] = [] if converter is None else converter.target_patterns
         others = tuple(renamed.replace(parts[0], part, 1) for part in parts[1:] if parts[0] in renamed)
-        found[name] = Loaded(renamed, pattern is not None, others)
+        found[name] = Loaded(renamed, pattern is not None, others, 0 if converter is None else converter.source_patterns.index(pattern))
     return found
 
 
@@ -142,6 +152,6 @@ def _without_common_end(one: str, other: str) -> tuple[str, str]:
     return ".".join(a), ".".join(b)
 
 
-def _template(zero: str, one: str) -> str:
+def template(zero: str, one: str) -> str:
     """The name of expert {e}, from those of experts 0 and 1."""
     return ".".join("{e}" if a != b else a for a, b in zip(zero.split("."), one.split("."), strict=True))
