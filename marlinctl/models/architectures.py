@@ -102,6 +102,10 @@ class Block:
     module: str = ""  # its path in transformers' model, where that is not `prefix`
     given: Mapping[str, str] = field(default_factory=dict)  # arguments, besides the hidden states, that are of the tokens -> `per_token`
     shares: str = ""  # the argument in which blocks leave tensors for later ones, `shared` of the whole model
+    _called: Mapping[str, str] = field(init=False, repr=False, compare=False)  # `renamed` the other way round
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_called", {module: name for name, module in self.renamed.items()})
 
     @property
     def path(self) -> str:
@@ -114,8 +118,8 @@ class Block:
 
     def linear(self, module: str) -> str:
         """The full name of the linear that is the block's `module`, or of an expert."""
-        own = f"{self.prefix}.{module}"
-        return next((name for name, weight in self.renamed.items() if weight == f"{own}.weight"), f"{own}.weight").removesuffix(".weight")
+        weight = f"{self.prefix}.{module}.weight"
+        return self._called.get(weight, weight).removesuffix(".weight")
 
     @property
     def experts(self) -> tuple[Experts, ...]:
