@@ -14,7 +14,11 @@ _Path = tuple[str, ...]
 
 _KEYS: Mapping[_Path, str] = {("quantize", "drift_correction"): "match"}  # key -> its former name in the same section
 _VALUES: Mapping[_Path, Mapping[str, str]] = {("sparsify", "method"): {"iterative": "refined"}}  # key -> value -> its former name
-_LATER: Mapping[_Path, object] = {("quantize", "symmetric"): True}  # key that came later -> what recipes without it mean
+_LATER: Mapping[_Path, object] = {  # key that came later -> what recipes without it mean
+    ("quantize", "symmetric"): True,
+    ("evaluate", "num_fewshot"): None,
+    ("evaluate", "apply_chat_template"): False,
+}
 
 
 @dataclass(frozen=True, slots=True)

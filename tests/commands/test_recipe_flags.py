@@ -27,7 +27,7 @@ VALUES = {
     "--refine": "7", "--drift-correction": "0.25", "--skip": "k_proj", "--include": "lm_head", "--override": "down_proj=group_size:32",
     "--method": "wanda", "--mask-sweeps": "9", "--ls-iterations": "3",
     "--calibration": "other.txt", "--samples": "5", "--sequence-length": "77", "--seed": "123", "--chat": "never",
-    "--format": "gptq", "--also": "gptq", "--tasks": "arc", "--limit": "3", "--text": "other.txt", "--tokens": "5000", "--window": "64",
+    "--format": "gptq", "--also": "gptq", "--tasks": "arc", "--limit": "3", "--num-fewshot": "3", "--apply-chat-template": None, "--text": "other.txt", "--tokens": "5000", "--window": "64",
     "--distill-tokens": "5000", "--distill-data": "other.txt", "--distill-sequence-length": "77",
     "--data": "other.txt", "--mode": "scales", "--learning-rate": "0.25",
     "--warmup": "0.5", "--batch-tokens": "64", "--micro-batch": "3", "--ce": "0.5", "--squarehead": "0.5", "--kl": "0.5",
