@@ -53,8 +53,8 @@ WHOLE_EXPERTS = frozenset(
 READ_WEIGHTS = frozenset(
     ("falcon", "falcon_mamba", "gpt_bigcode", "mamba", "mamba2", "modernbert-decoder", "nanochat", "recurrent_gemma", "xlstm")
 )
-# Wrappers of whose other parts transformers splits weights when it loads them: it wants to split their scales too, and has none.
-SPLIT_WEIGHTS = frozenset(("qianfan_ocr",))
+# Models of which transformers splits or joins 16-bit weights when it loads them: it takes those for packed ones too, where others are.
+CONVERTED_WEIGHTS = frozenset(("bailing_hybrid", "kimi_linear", "olmo_hybrid", "qianfan_ocr"))
 
 
 def packed_of(checkpoint: Checkpoint, info: FormatInfo) -> Packed:
@@ -181,14 +181,14 @@ def loads(packed: Packed) -> Loads:
 
 def _no_place(packed: Packed, program: str) -> list[str]:
     """Experts one by one, of a family whose checkpoints hold all of a block in one tensor: transformers does not put them together. Packed
-    linears of a family whose code reads their weights. And wrappers of which it splits weights."""
+    linears of a family whose code reads their weights. And models of which it splits or joins weights."""
     experts = [*packed.experts, *packed.sixteen_bit_experts]
     kind = language_model_type(packed.config)
     if not program.startswith(TRANSFORMERS):
         return []
-    wrapper = packed.config.get("model_type")
-    if program == TRANSFORMERS_CT and wrapper in SPLIT_WEIGHTS and packed.sizes:
-        return [f"{next(iter(packed.sizes))}: transformers splits weights of {wrapper}, which it does not where any are packed"]
+    whole = packed.config.get("model_type")
+    if program == TRANSFORMERS_CT and whole in CONVERTED_WEIGHTS and packed.sizes:
+        return [f"{next(iter(packed.sizes))}: transformers splits or joins 16-bit weights of {whole}, and cannot where others are packed"]
     if kind in READ_WEIGHTS and packed.sizes:
         return [f"{next(iter(packed.sizes))}: the code of {kind} in transformers reads the weights of linears"]
     if kind not in WHOLE_EXPERTS or not experts:

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from math import prod
 from typing import TypeVar
 
@@ -90,6 +91,15 @@ Part = Branch | Chain | Experts
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows of a parameter that a checkpoint holds as several tensors, one below the other: q, k and v of a convolution (Kimi Linear)."""
+
+    parameter: str  # of the model; it begins with the prefix of the block
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     index: int
     prefix: str  # "model.layers.3"
@@ -97,6 +107,7 @@ class Block:
     linears: Mapping[str, LinearSpec]  # full name -> spec, in run order
     others: Mapping[str, Shape]  # full tensor names of norms, routers and biases -> shape
     renamed: Mapping[str, str] = field(default_factory=dict)  # tensors, of linears too, that the block's module calls otherwise
+    pieces: Mapping[str, Piece] = field(default_factory=dict)  # those of `others` that are rows of a parameter of the block's module
     buffers: frozenset[str] = frozenset()  # those of `others` that are no parameters: they are not trained
     returns_tuple: bool = False  # the block returns (hidden states, ...)
     module: str = ""  # its path in transformers' model, where that is not `prefix`
@@ -115,6 +126,14 @@ class Block:
     def parameter(self, tensor: str) -> str:
         """The name, relative to the block's module, of a tensor of the checkpoint."""
         return self.renamed.get(tensor, tensor)[len(self.prefix) + 1 :]
+
+    @property
+    def assembled(self) -> dict[str, list[str]]:
+        """Parameters, relative to the block's module, that a checkpoint holds in pieces -> those, in their order."""
+        found: dict[str, list[str]] = {}
+        for name, piece in sorted(self.pieces.items(), key=lambda item: item[1].first):
+            found.setdefault(piece.parameter[len(self.prefix) + 1 :], []).append(name)
+        return found
 
     def linear(self, module: str) -> str:
         """The full name of the linear that is the block's `module`, or of an expert."""
@@ -295,6 +314,7 @@ def respelled(known: Architecture, spelling: Spelling) -> Architecture:
             linears={name(key): linear(spec) for key, spec in old.linears.items()},
             others={name(key): shape for key, shape in old.others.items()},
             renamed={name(key): name(module) for key, module in old.renamed.items()},
+            pieces={name(key): replace(piece, parameter=name(piece.parameter)) for key, piece in old.pieces.items()},
             buffers=frozenset(map(name, old.buffers)),
         )
 
@@ -330,6 +350,27 @@ def with_experts(known: Architecture, changed: Mapping[tuple[str, str], Experts]
 
     found = renamed(known, {name: other for name, other in names.items() if name != other}, of_experts=True)
     return replace(found, blocks=tuple(map(block, found.blocks)))
+
+
+def with_stored_pieces(known: Architecture, shapes: Mapping[str, Shape]) -> Architecture:
+    """With the rows that the pieces of a parameter have in a checkpoint, where they are as many in all: transformers joins any. shapes: of
+    the checkpoint's tensors."""
+
+    def block(old: Block) -> Block:
+        pieces = dict(old.pieces)
+        for names in old.assembled.values():
+            ends = list(accumulate(shapes.get(name, old.others[name])[0] for name in names))
+            if ends[-1] == pieces[names[-1]].stop:
+                starts = (0, *ends[:-1])
+                pieces |= {n: replace(pieces[n], first=first, stop=stop) for n, first, stop in zip(names, starts, ends, strict=True)}
+        own = {name: (piece.stop - piece.first, *old.others[name][1:]) for name, piece in pieces.items()}
+        return replace(old, pieces=pieces, others={**old.others, **own})
+
+    if not any(old.pieces for old in known.blocks):
+        return known
+    blocks = tuple(map(block, known.blocks))
+    own = {name: one.others[name] for one in blocks for name in one.pieces}
+    return replace(known, blocks=blocks, expected={**known.expected, **own})
 
 
 def renamed(known: Architecture, names: Mapping[str, str], of_experts: bool = False) -> Architecture:

@@ -170,7 +170,11 @@ class SequentialPipeline:
         """
         layer = self.model.get_submodule(block.path)
         for name in block.others:
-            set_parameter(layer, block.parameter(name), self.checkpoint.read(name).to(self.device, self.dtype))
+            if name not in block.pieces:
+                set_parameter(layer, block.parameter(name), self.checkpoint.read(name).to(self.device, self.dtype))
+        for parameter, names in block.assembled.items():
+            pieces = torch.cat([self.checkpoint.read(name) for name in names])
+            set_parameter(layer, parameter, pieces.to(self.device, self.dtype))
         if self.reference is not None:
             self.reference.run_block(block, layer, self.chunks(), partial(self._run, layer, REFERENCE))
         whole = {part.module: layer.get_submodule(part.module) for part in block.parts if part.module}

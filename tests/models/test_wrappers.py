@@ -124,7 +124,7 @@ def test_who_splits_weights_of_a_tower_is_known(tmp_path: Path) -> None:
     """transformers cannot load packed weights beside weights that it splits: `plan` said that it loads them."""
     folder = zoo.build("qianfan_ocr", tmp_path / "model")
     found = runs.plan(folder, runs.recipe(runs.write_text(tmp_path / "text.txt")))
-    assert "splits weights of qianfan_ocr" in str(found["outputs"][0]["refused_by"]), found["outputs"][0]
+    assert "16-bit weights of qianfan_ocr" in str(found["outputs"][0]["refused_by"]), found["outputs"][0]
 
 
 def test_a_language_model_without_a_row_in_the_table_is_derived() -> None:
