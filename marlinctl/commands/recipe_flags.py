@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
+
 class AutoOr(click.ParamType):
     """A number, or `auto`."""
 

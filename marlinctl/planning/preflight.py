@@ -75,7 +75,9 @@ def refuse_lone_tuning(recipe: Recipe) -> None:
     """UsageError E288 for tuning without the reference model, whose output is its aim."""
     if recipe.tunes and recipe.quantize.drift_correction == 0.0:
         what = "a block is tuned toward the original model's output, which is computed for drift correction alone"
-        raise UsageError("E288", what, where="--tune-steps", fix="--drift-correction 0.5 as well, or the recipe int4-best; or --tune-steps 0")
+        raise UsageError(
+            "E288", what, where="--tune-steps", fix="--drift-correction 0.5 as well, or the recipe int4-best; or --tune-steps 0"
+        )
 
 
 def refuse_no_change(recipe: Recipe) -> None:
