@@ -34,19 +34,22 @@ def quantize(
     revision: str | None = None,
     device: str = "auto",
     overwrite: bool = False,
+    max_shard_size: str | int | None = None,
     **options: Any,
 ) -> Path:
     """Quantize a folder, hub id or GGUF file to int4 and publish it, in the interchange form, as the folder `out`.
 
     `options` are keys of the recipe (group_size=64, samples=256, source="mine.jsonl"); they win over the recipe. device: "auto" is a GPU
-    where there is one.
+    where there is one. max_shard_size: of a weight file, "2GB" or a number of bytes; None: 5GB.
     """
+    from marlinctl.checkpoint.shards import max_shard_bytes
     from marlinctl.oneshot.open import Options
     from marlinctl.oneshot.run import run_job
     from marlinctl.recipes.schema import load_recipe, resolve, with_sections
 
     resolved, _ = resolve(load_recipe(recipe), with_sections(options))
-    settings = Options(revision=revision, device=device, overwrite=overwrite, command="marlinctl.api.quantize")
+    most = max_shard_bytes(max_shard_size)
+    settings = Options(revision=revision, device=device, overwrite=overwrite, command="marlinctl.api.quantize", max_shard_bytes=most)
     run_job(str(model), Path(out), resolved, settings, Console.quiet())
     return Path(out)
 
@@ -60,6 +63,7 @@ def sparsify(
     revision: str | None = None,
     device: str = "auto",
     overwrite: bool = False,
+    max_shard_size: str | int | None = None,
     **options: Any,
 ) -> Path:
     """Prune a folder, hub id or GGUF file to 2:4, at 16 bits or together with int4 (bits=4), and publish it as the folder `out`.
@@ -67,21 +71,34 @@ def sparsify(
     `options` are keys of the recipe (method="wanda", drift_correction=0.5); they win over the recipe. Quality is not measured; see
     `marlinctl eval`.
     """
+    from marlinctl.checkpoint.shards import max_shard_bytes
     from marlinctl.oneshot.open import Options
     from marlinctl.oneshot.run import run_job
     from marlinctl.recipes.schema import load_recipe, resolve, with_sections
 
     resolved, _ = resolve(load_recipe(recipe), with_sections({"pattern": "2:4", **options, "bits": bits}))
-    settings = Options(revision=revision, device=device, overwrite=overwrite, command="marlinctl.api.sparsify")
+    most = max_shard_bytes(max_shard_size)
+    settings = Options(revision=revision, device=device, overwrite=overwrite, command="marlinctl.api.sparsify", max_shard_bytes=most)
     run_job(str(model), Path(out), resolved, settings, Console.quiet())
     return Path(out)
 
 
-def pack(source: str | Path, out: str | Path, *, format: str, also: Sequence[str] = (), overwrite: bool = False) -> list[Path]:
+def pack(
+    source: str | Path,
+    out: str | Path,
+    *,
+    format: str,
+    also: Sequence[str] = (),
+    overwrite: bool = False,
+    max_shard_size: str | int | None = None,
+) -> list[Path]:
     """Write a 4-bit folder in another format (ct, gptq, marlin, marlin_24, dense), exactly. Returns `out` and each OUT-<format>."""
+    from marlinctl.checkpoint.shards import max_shard_bytes
     from marlinctl.convert.repack import repack
 
-    written = repack(Path(source), Path(out), format=format, also=also, overwrite=overwrite, console=Console.quiet())
+    most = max_shard_bytes(max_shard_size)
+    console = Console.quiet()
+    written = repack(Path(source), Path(out), format=format, also=also, overwrite=overwrite, console=console, max_shard_bytes=most)
     return [Path(entry["folder"]) for entry in written["outputs"]]
 
 

@@ -37,7 +37,8 @@ from marlinctl.distillation.rows import load_rows
 from marlinctl.errors import GateRefused
 from marlinctl.evaluation.gate import Gate, Measurement
 from marlinctl.evaluation.settings import EvalSettings
-from marlinctl.jobs.journal import JOB, CompressJob, JobFolder, Place, Request
+from marlinctl.jobs.journal import JOB, JobFolder, Place, Request
+from marlinctl.jobs.staged_job import CompressJob
 from marlinctl.oneshot.documents import published_report, versions
 from marlinctl.oneshot.open import Options, check_request
 from marlinctl.oneshot.run import run_job

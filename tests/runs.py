@@ -44,4 +44,5 @@ def quantize(model: Path, out: Path, chosen: Recipe, **options: Any) -> dict[str
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of everything but what may differ between two equal runs."""
     apart = {"README.md", "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html", "run.log"}
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.name not in apart}
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in apart)
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -69,6 +69,21 @@ def test_options_are_the_keys_of_a_recipe(model: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weight_files_are_as_small_as_was_asked_for(model: Path, tmp_path: Path) -> None:
+    """If the size were lost on the way, a program would get one file that its store does not take."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"The {i} quick brown foxes jump over {i * i} lazy dogs." for i in range(400)))
+    given: dict[str, Any] = {"source": str(text), "samples": 4, "sequence_length": 128, "minimum_tokens": 100}
+    made = api.quantize(model, tmp_path / "int4", group_size=32, refine=0, max_shard_size="20KB", **given)
+    pruned = api.sparsify(model, tmp_path / "pruned", method="magnitude", max_shard_size="20KB", **given)
+    packed = api.pack(made, tmp_path / "gptq", format="gptq", max_shard_size="20KB")
+    assert all(len(list(folder.glob("*.safetensors"))) > 1 for folder in (made, pruned, *packed))
+    assert len(list(api.pack(made, tmp_path / "whole", format="gptq")[0].glob("*.safetensors"))) == 1
+    with pytest.raises(UsageError) as caught:
+        api.pack(made, tmp_path / "out", format="gptq", max_shard_size=5)
+    assert caught.value.error_id == "E202"
+
+
 @pytest.mark.parametrize("name", api.__all__)
 def test_the_page_shows_the_signature_that_is_there(name: str) -> None:
     """docs/api.md promises names and parameters; the code must have exactly these."""

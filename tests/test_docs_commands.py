@@ -57,7 +57,7 @@ REASONS = {
     r"^(MARLINCTL_CACHE=\S+ )?python3? (benchmarks|-m pytest)": "measures for minutes or hours, mostly on a GPU",
     r"--module-map map\.json": "needs a model of an unknown architecture: tests/oneshot/test_sequential.py",
     r"--tasks gsm8k,ifeval": "needs packages and data of these tasks: tests/evaluation/test_generation.py",
-    r"--gptq-v2": "needs zeros of 8 under the label of version 1: tests/convert/test_repack.py",
+    r"--gptq-v2": "needs zeros of 8 under the label of version 1: tests/convert/test_repack_foreign.py",
     r"demo-out/": "is what `make demo` runs, on a real model",
     r"^MARLINCTL_CACHE=/sys/kernel": "shows what a wrong setting looks like: tests/doctor/test_places.py",
 }

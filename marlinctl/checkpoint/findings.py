@@ -1,6 +1,7 @@
 """What looks wrong in a model or in its text, and can be worked with all the same: one line each, on stderr and in the report (`warnings`).
 
     folder     a shard that no index names, an index without metadata (checkpoint/reader.py)         --strict: E307, exit 3
+               tensors beside the model, 8-bit floats, switches of config.json (checkpoint/folder.py)
     weights    a matrix that holds nothing but zeros, or columns with one value in every row         --strict: E605, exit 6
     inputs     of a linear, that were zero in all of calibration                                     --strict: E605, exit 6
     text       chats that were cut to the length of a sample, rows that were skipped
@@ -25,12 +26,12 @@ if TYPE_CHECKING:
 _SHOWN = 5
 
 
-def of_folder(checkpoint: Checkpoint, *, strict: bool) -> list[str]:
-    """BadInput E307 that lists them, where `strict`. They are said where a folder is looked at (planning/preflight.py)."""
+def refuse_notes(checkpoint: Checkpoint, *, strict: bool) -> None:
+    """BadInput E307 that lists what is wrong in a folder, where `strict`; else it is said, and noted, where a folder is looked at
+    (planning/preflight.py)."""
     if strict and checkpoint.notes:
         where, fix = str(checkpoint.folder), "put the folder in order, or no --strict"
         raise BadInput.from_problems("E307", [Problem(f"{note}; --strict forbids that", where, fix) for note in checkpoint.notes])
-    return list(checkpoint.notes)
 
 
 def of_weights(contents: Contents, *, strict: bool) -> list[str]:

@@ -34,7 +34,7 @@ from marlinctl.checkpoint.sixteen_bit import in_sixteen_bits
 from marlinctl.checkpoint.source_digests import check_small_files
 from marlinctl.checkpoint.tied_head import with_embedding
 from marlinctl.errors import BadInput, Problem, number_of
-from marlinctl.models.architectures import Architecture
+from marlinctl.models.architectures import Architecture, with_stored_pieces
 from marlinctl.models.config import CONFIG
 from marlinctl.models.families import architecture
 from marlinctl.models.lookup import architecture_of, spelled_as
@@ -166,6 +166,7 @@ def _architecture(
         if structure == "known" and unknown.error_id == "E390":
             return None, checkpoint
         raise
+    known = with_stored_pieces(known, {name: tensor.shape for name, tensor in checkpoint.tensors.items()})
     seen = with_single_experts(with_embedding(checkpoint, known), known)
     other = _other_layout(seen, _owned(info)[0], known)
     if other is None:

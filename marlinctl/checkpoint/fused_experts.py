@@ -11,13 +11,14 @@ the others it is done here.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from marlinctl.checkpoint.lazy import LazyTensor
 from marlinctl.checkpoint.safetensors_header import Cut, TensorInfo
+from marlinctl.checkpoint.sixteen_bit import Made
 from marlinctl.errors import BadInput
 from marlinctl.models.architectures import Architecture, Block, Experts
 from marlinctl.models.lookup import architecture_of
@@ -35,18 +36,26 @@ _ONE_BY_ONE = re.compile(r"\.experts\.\d+\.")
 
 def with_single_experts(checkpoint: Checkpoint, known: Architecture) -> Checkpoint:
     """The checkpoint with a name for each expert; itself where it has them, or has none. Files stay those of `checkpoint`."""
-    tensors, parts = dict(checkpoint.tensors), dict(checkpoint.parts)
+    tensors, parts, made = dict(checkpoint.tensors), dict(checkpoint.parts), dict(checkpoint.made)
     for block in known.blocks:
         for experts in block.experts:
-            _split(checkpoint, tensors, parts, block, experts)
+            _split(tensors, parts, made, block, experts)
         for name, module_name in block.renamed.items():  # who stores all experts in one tensor also calls the router as the module does
             if name not in tensors and module_name in tensors:
                 parts[name] = tensors.pop(module_name)
                 tensors[name] = replace(parts[name], name=name)
-    return checkpoint if tensors.keys() == checkpoint.tensors.keys() else replace(checkpoint, tensors=tensors, parts=parts)
+                if module_name in made:
+                    made[name] = made.pop(module_name)
+    return checkpoint if tensors.keys() == checkpoint.tensors.keys() else replace(checkpoint, tensors=tensors, parts=parts, made=made)
 
 
-def _split(checkpoint: Checkpoint, tensors: dict[str, TensorInfo], parts: dict[str, TensorInfo], block: Block, experts: Experts) -> None:
+def _split(
+    tensors: dict[str, TensorInfo],
+    parts: dict[str, TensorInfo],
+    made: dict[str, Callable[[Checkpoint], Tensor]],
+    block: Block,
+    experts: Experts,
+) -> None:
     """Replace the tensors of all experts by tensors of each. BadInput E302 for one of another shape."""
     places = [expert_places(block, experts, e) for e in range(experts.count)]
     for i, parameter in enumerate(experts.parameters):
@@ -55,9 +64,7 @@ def _split(checkpoint: Checkpoint, tensors: dict[str, TensorInfo], parts: dict[s
         if stored is None:
             continue
         info = tensors.pop(stored)
-        if stored in checkpoint.made:
-            what = f"{shown(stored)} holds all experts of a block in FP8, which is not read"
-            raise BadInput("E340", what, where=str(info.file), fix="start from the original 16-bit model")
+        computed = made.pop(stored, None)
         for e, of_expert in enumerate(places):
             for name, place in of_expert.items():
                 if place.parameter == of_module:
@@ -65,6 +72,10 @@ def _split(checkpoint: Checkpoint, tensors: dict[str, TensorInfo], parts: dict[s
                     shape = (spec.out_features, spec.in_features)
                     part = _part(info, f"{spec.name}.weight", shape, e, place, experts.count)
                     tensors[part.name], parts[part.name] = part, info
+                    if isinstance(computed, Made):
+                        one = computed.of_expert(e, part.name, shape, place)
+                        tensors[part.name], made[part.name] = one.info, one
+                        parts[part.name] = replace(computed.parts["codes"], name=stored)  # as it lies in the file
 
 
 def _whole(block: Block, experts: Experts) -> list[str]:

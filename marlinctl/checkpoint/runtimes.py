@@ -19,7 +19,18 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint.formats import registry
-from marlinctl.checkpoint.formats.base import SGLANG, TRANSFORMERS, VLLM, VLLM_MARLINCTL, Format, FormatInfo, Kind, Packed, kind_text
+from marlinctl.checkpoint.formats.base import (
+    SGLANG,
+    TRANSFORMERS,
+    TRANSFORMERS_CT,
+    VLLM,
+    VLLM_MARLINCTL,
+    Format,
+    FormatInfo,
+    Kind,
+    Packed,
+    kind_text,
+)
 from marlinctl.checkpoint.formats.targets import FUSED, split_fused
 from marlinctl.models.config import language_model_type, sizes_of, wraps
 from marlinctl.quantize.scheme import INT4, INT8, UINT4, Grid
@@ -42,6 +53,8 @@ WHOLE_EXPERTS = frozenset(
 READ_WEIGHTS = frozenset(
     ("falcon", "falcon_mamba", "gpt_bigcode", "mamba", "mamba2", "modernbert-decoder", "nanochat", "recurrent_gemma", "xlstm")
 )
+# Models of which transformers splits or joins 16-bit weights when it loads them: it takes those for packed ones too, where others are.
+CONVERTED_WEIGHTS = frozenset(("bailing_hybrid", "kimi_linear", "olmo_hybrid", "qianfan_ocr"))
 
 
 def packed_of(checkpoint: Checkpoint, info: FormatInfo) -> Packed:
@@ -167,12 +180,15 @@ def loads(packed: Packed) -> Loads:
 
 
 def _no_place(packed: Packed, program: str) -> list[str]:
-    """Experts one by one, of a family whose checkpoints hold all of a block in one tensor: transformers does not put them together. And
-    packed linears of a family whose code reads their weights."""
+    """Experts one by one, of a family whose checkpoints hold all of a block in one tensor: transformers does not put them together. Packed
+    linears of a family whose code reads their weights. And models of which it splits or joins weights."""
     experts = [*packed.experts, *packed.sixteen_bit_experts]
     kind = language_model_type(packed.config)
     if not program.startswith(TRANSFORMERS):
         return []
+    whole = packed.config.get("model_type")
+    if program == TRANSFORMERS_CT and whole in CONVERTED_WEIGHTS and packed.sizes:
+        return [f"{next(iter(packed.sizes))}: transformers splits or joins 16-bit weights of {whole}, and cannot where others are packed"]
     if kind in READ_WEIGHTS and packed.sizes:
         return [f"{next(iter(packed.sizes))}: the code of {kind} in transformers reads the weights of linears"]
     if kind not in WHOLE_EXPERTS or not experts:

@@ -20,11 +20,21 @@ from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
 
+from marlinctl.errors import UsageError
 from marlinctl.system.atomic import Entry, disk_problems, header_of, in_file_order, open_regular
+from marlinctl.system.sizes import size_in_bytes
 
 MAX_SHARD_BYTES = 5 * 10**9  # as the tools of the hub
 _CHUNK = 64 << 20
 _NO_COPY = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL)  # of copy_file_range: the kernel or file system has none
+
+
+def max_shard_bytes(asked: str | int | None) -> int:
+    """`--max-shard-size` in bytes: 2GB, 500MB; None: the default. UsageError E202."""
+    size = size_in_bytes(None if asked is None else str(asked), "--max-shard-size")
+    if size == 0:
+        raise UsageError("E202", f"{str(asked)!r}: a file holds something", where="--max-shard-size", fix="--max-shard-size 5GB")
+    return MAX_SHARD_BYTES if size is None else size
 
 
 def divided(shards: Sequence[Sequence[Entry]], most: int) -> list[list[Entry]]:

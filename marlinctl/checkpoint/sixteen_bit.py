@@ -2,6 +2,7 @@
 
     FP8 in blocks          P.weight [N, K] F8_E4M3    P.weight_scale_inv [N/128 up, K/128 up]    DeepSeek, Qwen
     FP8 in rows            P.weight [N, K] F8_E4M3    P.weight_scale [N, 1]                      compressed-tensors, FBGEMM
+    FP8 of all experts     P [E, N, K] F8_E4M3        P_scale_inv, P_scale [E, ...], each as above    Qwen3-VL-MoE, GLM
     FP8 with one scale     P.weight [N, K] F8_E4M3    P.weight_scale or P.weight_scale_inv []    compressed-tensors, Mistral
     AWQ                    P.qweight [K, N/8] I32     P.qzeros [G, N/8] I32, P.scales [G, N]     4 bits with a zero point for each group
 
@@ -21,6 +22,7 @@ from marlinctl.checkpoint.formats.registry import quantization_block, without_qu
 from marlinctl.checkpoint.reader import Checkpoint, dtype_called
 from marlinctl.checkpoint.safetensors_header import TensorInfo
 from marlinctl.errors import BadInput, Problem, number_of
+from marlinctl.models.places import Place
 from marlinctl.system.files import brief, shown
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ def _dense(checkpoint: Checkpoint, made: Mapping[str, Made], left_out: set[str],
     config = without_quantization(checkpoint.config)
     tensors = {name: info for name, info in checkpoint.tensors.items() if name not in left_out}
     tensors |= {name: one.info for name, one in made.items()}
-    readers: dict[str, Callable[[Checkpoint], Tensor]] = {name: one.tensor for name, one in made.items()}
+    readers: dict[str, Callable[[Checkpoint], Tensor]] = dict(made)
     return replace(checkpoint, config=config, tensors=tensors, made=readers, stored=checkpoint.tensors, precision=precision)
 
 
@@ -63,10 +65,27 @@ class Made:
     parts: Mapping[str, TensorInfo]  # stored
     compute: Callable[[Mapping[str, Tensor]], Tensor]  # in float32
 
-    def tensor(self, checkpoint: Checkpoint) -> Tensor:
+    def __call__(self, checkpoint: Checkpoint) -> Tensor:
         stored = replace(checkpoint, tensors=dict(self.parts), made={}, device=None)
         weight = self.compute({role: stored.read(role) for role in self.parts}).to(dtype_called(self.info.dtype))
         return weight if checkpoint.device is None else weight.to(checkpoint.device)
+
+    def of_expert(self, e: int, name: str, shape: tuple[int, int], place: Place) -> Made:
+        """Of one that holds all experts, the linear `name` that lies at `place`; no other expert is read."""
+        parts = {role: _one_of(info, e) for role, info in self.parts.items()}
+        whole = self.compute
+
+        def compute(stored: Mapping[str, Tensor]) -> Tensor:
+            part = whole(stored)[place.index[1:]]
+            return (part.T if place.transposed else part).contiguous()
+
+        return Made(_sixteen(name, self.info.dtype, shape, parts["codes"]), parts, compute)
+
+
+def _one_of(info: TensorInfo, e: int) -> TensorInfo:
+    """The part of a tensor [E, ...] that is of expert `e`."""
+    size = info.nbytes // info.shape[0]
+    return replace(info, shape=info.shape[1:], begin=info.begin + e * size, end=info.begin + (e + 1) * size)
 
 
 def _sixteen(name: str, dtype: str, shape: tuple[int, ...], codes: TensorInfo) -> TensorInfo:

@@ -64,7 +64,7 @@ def command(
     gate, evaluated = chosen_gate(values), values.pop("evaluated") is not False
     recipe, options = chosen_recipe(console, values, extra), chosen_options(console, values)
     from marlinctl.evaluation.settings import EvalSettings
-    from marlinctl.jobs.journal import CompressJob
+    from marlinctl.jobs.staged_job import CompressJob
     from marlinctl.oneshot.early import check_run
     from marlinctl.planning.preflight import folders_of
 

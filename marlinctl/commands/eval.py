@@ -8,7 +8,7 @@ from typing import Literal
 import click
 
 from marlinctl.commands.common import common_options, go_offline
-from marlinctl.commands.evaluation_flags import names_of_tasks
+from marlinctl.commands.evaluation_flags import CHAT_TEMPLATE, NUM_FEWSHOT, names_of_tasks
 from marlinctl.commands.help import Command
 from marlinctl.system.console import Console
 
@@ -35,8 +35,8 @@ class _BatchSize(click.ParamType):
     help="Local copies of the tasks' data: parquet folders as on the hub, or saved data sets. No network is used.",
 )
 @click.option("--limit", type=int, metavar="N", help="Only the first N documents of each task.")
-@click.option("--num-fewshot", type=int, metavar="N", help="Examples before each question. Default: what the task says.")
-@click.option("--apply-chat-template", is_flag=True, help="Put prompts through the model's chat template, as an instruct model needs.")
+@NUM_FEWSHOT
+@click.option("--apply-chat-template", is_flag=True, help=CHAT_TEMPLATE)
 @click.option("--fewshot-as-multiturn", is_flag=True, help="Each example as turns of the chat. Needs --apply-chat-template.")
 @click.option("--log-samples", is_flag=True, help="Write prompts and answers beside --out: FILE.samples/SIDE.TASK.jsonl.")
 @click.option("--confirm-run-unsafe-code", is_flag=True, help="Allow tasks that run code written by the model (humaneval).")

@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from marlinctl.evaluation.gate import Gate
 
 _POSITIVE = FiniteFloat(0, min_open=True)
-_RECIPE = {"tasks": "evaluate.tasks", "limit": "evaluate.limit", "text": "evaluate.text", "tokens": "evaluate.tokens"}
-_RECIPE |= {"window": "evaluate.window"}
+_KEYS = ("tasks", "limit", "num_fewshot", "apply_chat_template", "text", "tokens", "window")  # of the recipe's section
+
+# As `eval` has them.
+NUM_FEWSHOT = click.option("--num-fewshot", type=int, metavar="N", help="Examples before each question. Default: what the task says.")
+CHAT_TEMPLATE = "Put prompts through the model's chat template, as an instruct model needs."
 
 _MEASURING = (
     click.option(
@@ -25,6 +28,8 @@ _MEASURING = (
         "--task-data", type=click.Path(path_type=Path), metavar="DIR", help="Local copies of the tasks' data, read without network."
     ),
     click.option("--limit", type=int, metavar="N", help="Only the first N documents of each task."),
+    NUM_FEWSHOT,
+    click.option("--apply-chat-template", is_flag=True, default=None, help=CHAT_TEMPLATE),
     click.option("--text", metavar="SOURCE", help="Text for perplexity and KL: pythondoc, or a .txt, .jsonl or .parquet file."),
     click.option("--tokens", type=int, metavar="N", help="Use the first N tokens of the text."),
     click.option("--window", type=int, metavar="N", help="Tokens read together. Default: 1024, or all that a smaller model can read."),
@@ -51,7 +56,7 @@ def chosen_measuring(values: dict[str, Any]) -> tuple[dict[str, Any], Path | Non
     """Takes what `measuring_flags` added out of `values`: keys of the recipe, None where not given; and the folder of the tasks' data."""
     tasks = values["tasks"]
     values["tasks"] = None if tasks is None else names_of_tasks(tasks)
-    return {key: values.pop(flag) for flag, key in _RECIPE.items()}, values.pop("task_data")
+    return {f"evaluate.{key}": values.pop(key) for key in _KEYS}, values.pop("task_data")
 
 
 def names_of_tasks(text: str) -> list[str]:

@@ -12,7 +12,7 @@ import click
 from marlinctl.commands.card_flags import card_flags, chosen_card
 from marlinctl.commands.common import common_options
 from marlinctl.commands.help import Command
-from marlinctl.commands.recipe_flags import MAX_SHARD_SIZE, max_shard_bytes
+from marlinctl.commands.recipe_flags import MAX_SHARD_SIZE
 from marlinctl.errors import CheckFailed, UsageError
 from marlinctl.system.console import Console
 
@@ -79,6 +79,7 @@ def command(
         raise UsageError("E288", "OUT is missing", where="the command line", fix=f"marlinctl pack {source} OUT --format {fmt}, or --check")
     if tp is not None:
         raise UsageError("E288", "--tp goes with --check", where="--tp", fix=f"marlinctl pack {source} --check --tp {tp}")
+    from marlinctl.checkpoint.shards import max_shard_bytes
     from marlinctl.checkpoint.writer import check_output
     from marlinctl.convert.repack import output_folders
     from marlinctl.jobs.journal import JobFolder

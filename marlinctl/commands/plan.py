@@ -13,9 +13,10 @@ import click
 from marlinctl.commands.common import common_options
 from marlinctl.commands.evaluation_flags import chosen_measuring, measuring_flags
 from marlinctl.commands.help import Command
-from marlinctl.commands.recipe_flags import chosen_recipe, plan_flags, recipe_flags, refuse_unknown_dtype, size_in_bytes
+from marlinctl.commands.recipe_flags import chosen_recipe, plan_flags, recipe_flags, refuse_unknown_dtype
 from marlinctl.errors import CheckFailed
 from marlinctl.system.console import Console
+from marlinctl.system.sizes import size_in_bytes
 
 if TYPE_CHECKING:
     from marlinctl.planning.plan import Probe

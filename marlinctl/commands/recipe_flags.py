@@ -17,6 +17,7 @@ from marlinctl.commands.card_flags import BASE_MODEL, LICENSE, chosen_card
 from marlinctl.commands.common import FormerFlag
 from marlinctl.errors import UsageError
 from marlinctl.system.log import redact
+from marlinctl.system.sizes import size_in_bytes
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -254,11 +255,11 @@ def chosen_distillation(console: Console, values: dict[str, Any]) -> Recipe:
 
 
 def chosen_options(console: Console, values: Mapping[str, Any]) -> Options:
+    from marlinctl.checkpoint.shards import max_shard_bytes
     from marlinctl.oneshot.open import Options
 
     refuse_unknown_dtype(values["dtype"])
     said = chosen_card(values)
-    shard_size = max_shard_bytes(values.get("max_shard_size"))
     return Options(
         revision=values["revision"],
         device=values["device"],
@@ -275,21 +276,12 @@ def chosen_options(console: Console, values: Mapping[str, Any]) -> Options:
         drop_unexpected=values.get("drop_unexpected", False),
         command=command_line(),
         keep_job=values["keep_job"],
-        max_shard_bytes=shard_size,
+        max_shard_bytes=max_shard_bytes(values.get("max_shard_size")),
         tracker=values.get("tracker"),
         base_model=said.base_model,
         license=said.license,
         resume=values["resume"],
     )
-
-
-def max_shard_bytes(text: str | None) -> int:
-    from marlinctl.checkpoint.shards import MAX_SHARD_BYTES
-
-    size = size_in_bytes(text, "--max-shard-size")
-    if size == 0:
-        raise UsageError("E202", f"{text!r}: a file holds something", where="--max-shard-size", fix="--max-shard-size 5GB")
-    return MAX_SHARD_BYTES if size is None else size
 
 
 def refuse_unknown_dtype(dtype: str) -> None:
@@ -383,19 +375,3 @@ def _overrides(texts: Sequence[str]) -> dict[str, dict[str, int]]:
                 raise UsageError("E202", f"{text!r} is not an override", where="--override", fix=fix)
             found.setdefault(pattern, {})[key] = int(value)
     return found
-
-
-def size_in_bytes(text: str | None, flag: str) -> int | None:
-    """4GiB, 4G, 800MiB, 1.5GB -> bytes. A bare number is bytes; UsageError E202 below a MiB, where the unit was forgotten."""
-    if text is None:
-        return None
-    import re
-
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if not match:
-        raise UsageError("E202", f"{text!r} is not a number of bytes", where=flag, fix="write it as 4GiB or 800MiB")
-    unit = 1024 if match[3] or not match[2] else 1000
-    size = int(float(match[1]) * unit ** " KMGT".index(match[2].upper() or " "))
-    if size < 2**20 and not match[2]:
-        raise UsageError("E202", f"{text.strip()} without a unit is bytes", where=flag, fix=f"{flag} {match[1]}GiB or {match[1]}MiB")
-    return size

@@ -209,6 +209,7 @@ def _written(source: Source, outputs: Mapping[Format, Path]) -> dict[str, Any]:
         "outputs": [
             {"folder": str(folder), "format": fmt.name, "weight_bytes": written_bytes(source, fmt)} for fmt, folder in outputs.items()
         ],
+        "warnings": list(source.notes),
     }
 
 

@@ -72,6 +72,7 @@ class Model:
     checkpoint: Checkpoint
     architecture: Architecture
     info: FormatInfo
+    notes: tuple[str, ...]  # what the person should know of the folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ def open_models(
         for warning in (zeros := findings.of_weights(read, strict=False)):
             console.warn(f"{name}: {warning}")
         contents[name] = read
-        warnings += [f"{name}: {warning}" for warning in (*findings.of_folder(checkpoint, strict=False), *zeros)]
+        warnings += [f"{name}: {warning}" for warning in (*model.notes, *zeros)]
     _check_pattern(pupil, pattern, console)
     return TrainingInputs(pupil, original, pattern, contents, tuple(warnings))
 
@@ -151,7 +152,7 @@ def _examined(source: Source, checkpoint: Checkpoint, options: Options, console:
     for note in examined.notes:
         console.warn(note)
     assert examined.architecture is not None  # "needed"
-    return Model(source, examined.checkpoint, examined.architecture, examined.info)
+    return Model(source, examined.checkpoint, examined.architecture, examined.info, examined.notes)
 
 
 # ---- together ------------------------------------------------------------------------------------------------------------------------

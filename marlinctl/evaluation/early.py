@@ -35,8 +35,11 @@ def check_arguments(settings: EvalSettings, console: Console, *, with_text: bool
 
 
 def check_model(settings: EvalSettings, folder: Path, config: Mapping[str, Any]) -> None:
-    """The window against the model's positions, the text against the window, through the model's tokenizer."""
-    from marlinctl.evaluation import loading, windows
+    """The window against the model's positions, the text against the window, through the model's tokenizer, and its chat template."""
+    from marlinctl.evaluation import chat, loading, windows
     from marlinctl.evaluation.run import text_of
 
-    windows.of_models(text_of(settings), [loading.Subject(folder, folder.name, dict(config))], settings)
+    subject = loading.Subject(folder, folder.name, dict(config))
+    windows.of_models(text_of(settings), [subject], settings)
+    if settings.apply_chat_template and settings.tasks:
+        chat.tried_template(loading.load_tokenizer(subject), subject.name)

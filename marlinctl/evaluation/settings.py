@@ -64,7 +64,10 @@ class EvalSettings:
     @classmethod
     def of_recipe(cls, asked: Evaluate, task_data: Path | None) -> EvalSettings:
         """What a recipe says of it; device and dtype are chosen for it alone."""
-        return cls(tasks=asked.tasks, task_data=task_data, limit=asked.limit, text=asked.text, tokens=asked.tokens, window=asked.window)
+        return cls(
+            tasks=asked.tasks, task_data=task_data, limit=asked.limit, num_fewshot=asked.num_fewshot,
+            apply_chat_template=asked.apply_chat_template, text=asked.text, tokens=asked.tokens, window=asked.window,
+        )  # fmt: skip
 
     def window_for(self, *positions: int | None) -> int:
         """The window for models of so many positions; None: not known. UsageError E246 where the one asked for does not fit.

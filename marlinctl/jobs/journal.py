@@ -449,18 +449,6 @@ class JobFolder:
         return any(item["to"] == place.name and item["manifest"] == _digest(place) for item in made)
 
 
-class CompressJob(JobFolder):
-    """That of `compress`, with a job for each stage inside."""
-
-    @property
-    def progress(self) -> bool:
-        """A stage is finished, or one of them has something to resume."""
-        if self.publishing is not None:
-            return True
-        inner = [path for path in self.path.iterdir() if path.is_dir()] if self.path.is_dir() else []
-        return any(path.suffix != ".job" or JobFolder(path.with_suffix("")).has_progress() for path in inner)
-
-
 def held_by(path: Path) -> dict[str, Any] | None:
     """The process at work in a job's folder: {"pid", "host"}, {} where it is not known, None where there is none."""
     if not (path / _LOCK).is_file():

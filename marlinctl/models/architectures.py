@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from math import prod
 from typing import TypeVar
 
@@ -90,6 +91,15 @@ Part = Branch | Chain | Experts
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows of a parameter that a checkpoint holds as several tensors, one below the other: q, k and v of a convolution (Kimi Linear)."""
+
+    parameter: str  # of the model; it begins with the prefix of the block
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     index: int
     prefix: str  # "model.layers.3"
@@ -97,11 +107,16 @@ class Block:
     linears: Mapping[str, LinearSpec]  # full name -> spec, in run order
     others: Mapping[str, Shape]  # full tensor names of norms, routers and biases -> shape
     renamed: Mapping[str, str] = field(default_factory=dict)  # tensors, of linears too, that the block's module calls otherwise
+    pieces: Mapping[str, Piece] = field(default_factory=dict)  # those of `others` that are rows of a parameter of the block's module
     buffers: frozenset[str] = frozenset()  # those of `others` that are no parameters: they are not trained
     returns_tuple: bool = False  # the block returns (hidden states, ...)
     module: str = ""  # its path in transformers' model, where that is not `prefix`
     given: Mapping[str, str] = field(default_factory=dict)  # arguments, besides the hidden states, that are of the tokens -> `per_token`
     shares: str = ""  # the argument in which blocks leave tensors for later ones, `shared` of the whole model
+    _called: Mapping[str, str] = field(init=False, repr=False, compare=False)  # `renamed` the other way round
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_called", {module: name for name, module in self.renamed.items()})
 
     @property
     def path(self) -> str:
@@ -112,10 +127,18 @@ class Block:
         """The name, relative to the block's module, of a tensor of the checkpoint."""
         return self.renamed.get(tensor, tensor)[len(self.prefix) + 1 :]
 
+    @property
+    def assembled(self) -> dict[str, list[str]]:
+        """Parameters, relative to the block's module, that a checkpoint holds in pieces -> those, in their order."""
+        found: dict[str, list[str]] = {}
+        for name, piece in sorted(self.pieces.items(), key=lambda item: item[1].first):
+            found.setdefault(piece.parameter[len(self.prefix) + 1 :], []).append(name)
+        return found
+
     def linear(self, module: str) -> str:
         """The full name of the linear that is the block's `module`, or of an expert."""
-        own = f"{self.prefix}.{module}"
-        return next((name for name, weight in self.renamed.items() if weight == f"{own}.weight"), f"{own}.weight").removesuffix(".weight")
+        weight = f"{self.prefix}.{module}.weight"
+        return self._called.get(weight, weight).removesuffix(".weight")
 
     @property
     def experts(self) -> tuple[Experts, ...]:
@@ -159,14 +182,20 @@ class Spelling:
     Gemma 3 with its vision tower: decoder ("language_model.model", "model.language_model"), head ("language_model.lm_head", "lm_head").
     A model that was saved without its head: decoder ("", "model").
     Kimi K2.5 as transformers saves it: blocks ("language_model.model.blocks", "model.language_model.layers").
+    Mistral Large 4: decoder ("", "model.language_model"), others {"tok_embeddings.weight": "model.language_model.embed_tokens.weight"}.
     """
 
     decoder: tuple[str, str]
     head: tuple[str, str]
     blocks: tuple[str, str] | None = None  # where it is not that of the decoder
+    others: Mapping[str, str] = field(default_factory=dict)  # single tensors of the decoder that are called otherwise
 
     def module(self, name: str) -> str:
         """The path in the model of a module or tensor of the checkpoint."""
+        if name in self.others:
+            return self.others[name]
+        if f"{name}.weight" in self.others:
+            return self.others[f"{name}.weight"].removesuffix(".weight")
         for stored, path in (self.head, *([self.blocks] if self.blocks else []), self.decoder):
             if not stored:
                 return f"{path}.{name}"
@@ -237,7 +266,9 @@ class Architecture:
     def sixteen_bit(self, names: Iterable[str], quantized: Iterable[str]) -> list[str]:
         """Linears that stay as they are, which the checkpoint calls `names`, with all names that clients have for them."""
         beside = set(self.beside) - {self.module(name) for name in quantized}
-        return sorted({*self.by_all_names(dict.fromkeys(names)), *beside})
+        above = "" if self.spelling is None or self.spelling.decoder[0] else self.spelling.decoder[1].rpartition(".")[0]
+        # Names of other parts then begin with what lies above the decoder in transformers' model, which is above the packed linears too.
+        return sorted({name.removeprefix(f"{above}.") for name in (*self.by_all_names(dict.fromkeys(names)), *beside)})
 
     @property
     def norm_tensors(self) -> list[str]:
@@ -266,8 +297,12 @@ def respelled(known: Architecture, spelling: Spelling) -> Architecture:
     head = None if spec is None else spec.name
     stored = f"{spelling.decoder[0]}." if spelling.decoder[0] else ""
     blocks = f"{known.blocks[0].prefix.rpartition('.')[0]}."
+    own = {path: name for name, path in spelling.others.items()}
+    own |= {path.removesuffix(".weight"): name.removesuffix(".weight") for path, name in own.items()}
 
     def name(old: str) -> str:
+        if old.startswith(begins) and (path := f"{spelling.decoder[1]}.{old[len(begins) :]}") in own:
+            return own[path]
         if head is not None and (old == head or old.startswith(f"{head}.")):
             return spelling.head[0] + old[len(head) :]
         if spelling.blocks is not None and old.startswith(blocks):
@@ -285,6 +320,7 @@ def respelled(known: Architecture, spelling: Spelling) -> Architecture:
             linears={name(key): linear(spec) for key, spec in old.linears.items()},
             others={name(key): shape for key, shape in old.others.items()},
             renamed={name(key): name(module) for key, module in old.renamed.items()},
+            pieces={name(key): replace(piece, parameter=name(piece.parameter)) for key, piece in old.pieces.items()},
             buffers=frozenset(map(name, old.buffers)),
         )
 
@@ -301,3 +337,64 @@ def respelled(known: Architecture, spelling: Spelling) -> Architecture:
         by_token=frozenset(map(name, known.by_token)),
         spelling=spelling,
     )
+
+
+def with_experts(known: Architecture, changed: Mapping[tuple[str, str], Experts]) -> Architecture:
+    """With other names for experts. changed: block and module -> the experts, of which a name alone differs."""
+    names = {
+        f"{block.prefix}.{old.format(e=e)}.weight": f"{block.prefix}.{new.format(e=e)}.weight"
+        for block in known.blocks
+        for part in block.experts
+        for new_part in [changed.get((block.prefix, part.module), part)]
+        for old, new in zip((*part.first, part.last), (*new_part.first, new_part.last), strict=True)
+        for e in range(part.count)
+    }
+
+    def block(old: Block) -> Block:
+        parts = (changed.get((old.prefix, part.module), part) if isinstance(part, Experts) else part for part in old.parts)
+        return replace(old, parts=tuple(parts))
+
+    found = renamed(known, {name: other for name, other in names.items() if name != other}, of_experts=True)
+    return replace(found, blocks=tuple(map(block, found.blocks)))
+
+
+def with_stored_pieces(known: Architecture, shapes: Mapping[str, Shape]) -> Architecture:
+    """With the rows that the pieces of a parameter have in a checkpoint, where they are as many in all: transformers joins any. shapes: of
+    the checkpoint's tensors."""
+
+    def block(old: Block) -> Block:
+        pieces = dict(old.pieces)
+        for names in old.assembled.values():
+            ends = list(accumulate(shapes.get(name, old.others[name])[0] for name in names))
+            if ends[-1] == pieces[names[-1]].stop:
+                starts = (0, *ends[:-1])
+                pieces |= {n: replace(pieces[n], first=first, stop=stop) for n, first, stop in zip(names, starts, ends, strict=True)}
+        own = {name: (piece.stop - piece.first, *old.others[name][1:]) for name, piece in pieces.items()}
+        return replace(old, pieces=pieces, others={**old.others, **own})
+
+    if not any(old.pieces for old in known.blocks):
+        return known
+    blocks = tuple(map(block, known.blocks))
+    own = {name: one.others[name] for one in blocks for name in one.pieces}
+    return replace(known, blocks=blocks, expected={**known.expected, **own})
+
+
+def renamed(known: Architecture, names: Mapping[str, str], of_experts: bool = False) -> Architecture:
+    """With other names for tensors of the blocks, which stay in their blocks. names: as they are -> as the checkpoint has them.
+    of_experts: they are parts of parameters, and no module has their names."""
+    linears = {name.removesuffix(".weight"): other.removesuffix(".weight") for name, other in names.items() if name.endswith(".weight")}
+
+    def block(old: Block) -> Block:
+        begins = f"{old.prefix}."
+        here = {} if of_experts else {name: old.renamed.get(name, name) for name in names if name.startswith(begins)}
+        own = {name: module for name, module in old.renamed.items() if name not in here}
+        return replace(
+            old,
+            linears={linears.get(key, key): replace(spec, name=linears.get(key, key)) for key, spec in old.linears.items()},
+            others={names.get(key, key): shape for key, shape in old.others.items()},
+            renamed=own | {names[name]: module for name, module in here.items()},
+            buffers=frozenset(names.get(name, name) for name in old.buffers),
+        )
+
+    expected = {names.get(name, name): shape for name, shape in known.expected.items()}
+    return replace(known, blocks=tuple(map(block, known.blocks)), expected=expected)

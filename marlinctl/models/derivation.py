@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from marlinctl.models.architectures import Architecture, Block, Experts, LinearSpec, Shape, Spelling, respelled
+from marlinctl.models.architectures import Architecture, Block, Experts, LinearSpec, Piece, Shape, Spelling, respelled
 from marlinctl.models.fused_experts import expert_modules, experts_of, named
 from marlinctl.models.meta_model import build
 from marlinctl.models.parts import BlockReader
@@ -54,11 +55,12 @@ def derived_architecture(config: Mapping[str, Any]) -> Architecture:
     kind = str(config.get("model_type"))
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise refused(kind, "transformers has no language model of this type; a newer release may have one")
-    known, prefix = _derived(cast("PreTrainedModel", build(config, torch.float32)), kind)
-    if prefix == known.decoder:
+    known, prefix, others = _derived(cast("PreTrainedModel", build(config, torch.float32)), kind)
+    if prefix == known.decoder and not others:
         return known
     head = known.head or known.tied
-    return respelled(known, Spelling((prefix, known.decoder), ("lm_head", "lm_head") if head is None else (head.name, head.name)))
+    names = ("lm_head", "lm_head") if head is None else (head.name, head.name)
+    return respelled(known, Spelling((prefix, known.decoder), names, None, others))
 
 
 def architecture_of_model(model: PreTrainedModel, kind: str) -> Architecture:
@@ -66,8 +68,9 @@ def architecture_of_model(model: PreTrainedModel, kind: str) -> Architecture:
     return _derived(model, kind)[0]
 
 
-def _derived(model: PreTrainedModel, kind: str) -> tuple[Architecture, str]:
-    """The architecture, with the decoder's name in the model, and what checkpoints call it."""
+def _derived(model: PreTrainedModel, kind: str) -> tuple[Architecture, str, dict[str, str]]:
+    """The architecture, with the decoder's name in the model; what checkpoints call the decoder; and tensors of it outside of the blocks
+    that they call otherwise -> their names in the model."""
     names = {module: name for name, module in model.named_modules()}
     decoder, blocks_at = _stack(model, kind, names)
     embedding = names.get(model.get_input_embeddings())
@@ -88,9 +91,9 @@ def _derived(model: PreTrainedModel, kind: str) -> tuple[Architecture, str]:
     stored = known.names.tensors
     if head is not None:
         head = replace(head, name=stored[f"{head.name}.weight"].removesuffix(".weight"))
-    _refuse_renamed(kind, known, blocks_at, None if head is None else head.name)
+    _refuse_renamed(kind, known, decoder, blocks_at, None if head is None else head.name)
     tied = bool(model.config.tie_word_embeddings)
-    expected = _expected(known, built, blocks_at)
+    expected = _expected(known, built, decoder, blocks_at)
     if tied and (last := names.get(model.get_output_embeddings())):
         expected.pop(stored.get(f"{last}.weight", ""), None)
     apart = tuple(f"{part}." for part in (blocks_at, embedding, norm))
@@ -102,9 +105,12 @@ def _derived(model: PreTrainedModel, kind: str) -> tuple[Architecture, str]:
         kind, decoder, built, embedding, norm, None if tied else head, hidden, vocab, expected,
         tied=head if tied else None, outside=outside, beside=linears_beside(model, blocks_at),
         dropped=_dropped(model), per_token=known.arguments.per_token, shared=known.arguments.shared,
-        by_token=frozenset(stored[f"{name}.weight"] for name in known.trace.by_token) & set(outside),
+        by_token=frozenset(f"{name}.weight" for name in known.trace.by_token) & set(outside),
     )  # fmt: skip
-    return found, prefix
+    begins = f"{prefix}." if prefix else ""
+    outer = [name for name in known.shapes if name.startswith(f"{decoder}.") and not name.startswith(f"{blocks_at}.")]
+    otherwise = {stored[name]: name for name in outer if stored[name] != name}
+    return found, prefix, {begins + other.removeprefix(f"{decoder}."): name for other, name in otherwise.items()}
 
 
 # ---- what the model is made of -------------------------------------------------------------------------------------------------------
@@ -163,11 +169,14 @@ def _head(model: PreTrainedModel, names: Mapping[nn.Module, str], trace: Trace, 
     return LinearSpec(name, module.out_features, module.in_features, module.bias is not None)
 
 
-def _refuse_renamed(kind: str, known: _Model, blocks_at: str, head: str | None) -> None:
-    """The pipeline knows other names for the output head, and inside of blocks."""
+def _refuse_renamed(kind: str, known: _Model, decoder: str, blocks_at: str, head: str | None) -> None:
+    """The pipeline knows other names for the output head, inside of blocks, and inside of the decoder."""
+    if outside := [name for name in known.names.pieces if not name.startswith(f"{blocks_at}.")]:
+        raise refused(kind, f"its checkpoints hold {outside[0]} in pieces")
     for name, other in known.names.tensors.items():
-        in_block = name.startswith(f"{blocks_at}.") and other.startswith(f"{blocks_at}.")
-        if name != other and not in_block and other not in (f"{head}.weight", f"{head}.bias"):
+        inside = blocks_at if name.startswith(f"{blocks_at}.") else decoder
+        together = name.startswith(f"{inside}.") and other.startswith(f"{inside}.")
+        if name != other and not together and other not in (f"{head}.weight", f"{head}.bias"):
             raise refused(kind, f"its checkpoints hold {name} in another way, as {other}")
 
 
@@ -211,14 +220,23 @@ def _block(index: int, prefix: str, known: _Model) -> Block:
         else:
             linears |= {spec.name: spec for stage in part.stages for name in stage for spec in [_spec(f"{prefix}.{name}", known)]}
     stored = known.names.tensors
-    held = {name for name in known.shapes if name.startswith(f"{prefix}.") and name not in fused}
+    cut = known.names.pieces
+    held = {name for name in known.shapes if name.startswith(f"{prefix}.") and name not in fused and name not in cut}
+    pieces = {name: piece for owner in cut if owner.startswith(f"{prefix}.") for name, piece in _pieces(owner, cut[owner]).items()}
     others = {
         stored[name]: known.shapes[name] for name in known.shapes if name in held and stored[name].removesuffix(".weight") not in linears
     }
+    others |= {name: (piece.stop - piece.first, *known.shapes[piece.parameter][1:]) for name, piece in pieces.items()}
     renamed = {stored[name]: name for name in held if stored[name] != name}
     buffers = frozenset(stored[name] for name in held & known.buffers)
     given, shares = known.arguments.given.get(prefix, {}), known.arguments.shares.get(prefix, "")
-    return Block(index, prefix, parts, linears, others, renamed, buffers, elements > 0, given=given, shares=shares)
+    return Block(index, prefix, parts, linears, others, renamed, pieces, buffers, elements > 0, given=given, shares=shares)
+
+
+def _pieces(parameter: str, rows: Mapping[str, int]) -> dict[str, Piece]:
+    """By their names, one below the other."""
+    ends = list(accumulate(rows.values()))
+    return {name: Piece(parameter, stop - count, stop) for (name, count), stop in zip(rows.items(), ends, strict=True)}
 
 
 def _spec(name: str, known: _Model) -> LinearSpec:
@@ -240,12 +258,12 @@ def _experts_linears(prefix: str, experts: Experts, shapes: Mapping[str, Shape])
     return found
 
 
-def _expected(known: _Model, blocks: Sequence[Block], blocks_at: str) -> dict[str, Shape]:
-    """Every tensor that a checkpoint must hold."""
+def _expected(known: _Model, blocks: Sequence[Block], decoder: str, blocks_at: str) -> dict[str, Shape]:
+    """Every tensor that a checkpoint must hold. Those of the decoder outside of the blocks have their names in the model."""
     found: dict[str, Shape] = {}
     for name, shape in known.shapes.items():
         if not name.startswith(f"{blocks_at}."):
-            found[known.names.tensors[name]] = shape
+            found[name if name.startswith(f"{decoder}.") else known.names.tensors[name]] = shape
     for block in blocks:
         found |= block.others
         found |= {f"{spec.name}.weight": (spec.out_features, spec.in_features) for spec in block.linears.values()}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from marlinctl.errors import BadInput, UsageError
-from marlinctl.models.architectures import Architecture, Spelling, respelled
+from marlinctl.models.architectures import Architecture, Spelling, renamed, respelled
 from marlinctl.models.config import wraps
 from marlinctl.models.families import architecture, may_be_derived
 from marlinctl.models.guests import LEFT_OUT, guests
@@ -41,10 +41,22 @@ def spelled_as(known: Architecture, config: Mapping[str, Any], names: Collection
     if missing and all(name.startswith(begins) and name.removeprefix(begins) in names for name in missing):
         head = known.head or known.tied
         known = respelled(known, Spelling(("", known.decoder), ("lm_head", "lm_head") if head is None else (head.name, head.name)))
+    known = _as_modules(known, names)
     head_names = [f"{head.name}.weight" for head in (known.head, known.tied) if head is not None]
     strange = known.unexpected(dict.fromkeys(names))
     left_out = {name: LEFT_OUT for name in strange if any(re.search(pattern, name) for pattern in known.dropped)}
     return replace(known, guests=left_out | guests(strange, [*known.expected, *known.carried, *head_names], config))
+
+
+def _as_modules(known: Architecture, names: Collection[str]) -> Architecture:
+    """With the modules' own names where the checkpoint has those alone: transformers loads both. The dense blocks of Kimi Linear say `mlp`,
+    and it would save them as `block_sparse_moe`. A checkpoint with all experts in one tensor is another matter (fused_experts.py)."""
+    own: dict[str, str] = {}
+    for block in known.blocks:
+        fused = (f"{block.prefix}.{part.module}.{weight}" for part in block.experts for weight in part.parameters)
+        if not any(name in names for name in fused):
+            own |= {name: module for name, module in block.renamed.items() if name not in names and module in names}
+    return renamed(known, own) if own else known
 
 
 def _wrapped(config: Mapping[str, Any], names: Collection[str], module_map: Path | None) -> Architecture:

@@ -35,6 +35,7 @@ class Place:
 def block_places(block: Block) -> dict[str, Place]:
     """Every tensor of a block -> its place. Parameters are named as in the whole model."""
     found = {name: Place(block.renamed.get(name, name)) for name in block.others}
+    found |= {name: Place(piece.parameter, (slice(piece.first, piece.stop),)) for name, piece in block.pieces.items()}
     found |= {f"{name}.weight": Place(block.renamed.get(f"{name}.weight", f"{name}.weight")) for name in block.linears}
     for experts in block.experts:
         for e in range(experts.count):

@@ -75,12 +75,14 @@ class Trace:
         return [call for call in self.calls if call.name == name]
 
 
-def traced(model: nn.Module, kind: str, blocks: Sequence[str], experts: Sequence[str], first: int, *, shifted: bool = False) -> Trace:
+def traced(
+    model: nn.Module, kind: str, blocks: Sequence[str], experts: Sequence[str], first: int, *, shifted: bool = False, length: int = LENGTH
+) -> Trace:
     """Calls of one forward pass over tokens `first`, `first` + 1, ... experts: names of their modules. shifted: blocks return other hidden
     states than they compute, so that what depends on those differs from another trace."""
     trace = Trace()
     reads = _Reads(trace)
-    ids = torch.arange(first, first + SAMPLES * LENGTH).view(SAMPLES, LENGTH)
+    ids = torch.arange(first, first + SAMPLES * length).view(SAMPLES, length)
     handles: list[Any] = []
     replaced = []
     for name, module in model.named_modules():

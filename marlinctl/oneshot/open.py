@@ -137,7 +137,8 @@ def open_model(
         console.say(source.note)
     checkpoint = open_checkpoint(source.folder)
     looked = look(checkpoint, recipe, options.module_map, console, drop_unexpected=options.drop_unexpected)
-    warnings = findings.of_folder(checkpoint, strict=options.strict)
+    findings.refuse_notes(checkpoint, strict=options.strict)
+    warnings = list(looked.notes)
     if looked.unties:
         console.say(said_of_untied_head(looked, published[0] if published else working_format(recipe.scheme)))
     for fmt in published:

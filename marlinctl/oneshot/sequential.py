@@ -298,9 +298,15 @@ class SequentialPipeline:
         return found
 
     def install(self, block: Block, layer: nn.Module, tensors: Iterable[str]) -> None:
-        """Put tensors of the checkpoint into the block's module."""
-        for name in tensors:
-            set_parameter(layer, block.parameter(name), self.checkpoint.read(name).to(self.device, self.dtype))
+        """Put tensors of the checkpoint into the block's module; of a parameter that is held in pieces, all."""
+        asked = list(tensors)
+        for name in asked:
+            if name not in block.pieces:
+                set_parameter(layer, block.parameter(name), self.checkpoint.read(name).to(self.device, self.dtype))
+        for parameter, names in block.assembled.items():
+            if not set(names).isdisjoint(asked):
+                whole = torch.cat([self.checkpoint.read(name) for name in names])
+                set_parameter(layer, parameter, whole.to(self.device, self.dtype))
 
     def _call(self, layer: nn.Module, index: int, part: slice) -> Tensor:
         return self._run(layer, COMPRESSED, self.hidden[part].to(self.device), index, part)

@@ -63,7 +63,8 @@ class Tuned:
 
 def tunable(block: Block) -> list[str]:
     """Norms and biases of a block, by their names in the checkpoint."""
-    return [name for name, shape in block.others.items() if len(shape) == 1 and name not in block.buffers] if block.in_one_pass else []
+    apart = {*block.buffers, *block.pieces}
+    return [name for name, shape in block.others.items() if len(shape) == 1 and name not in apart] if block.in_one_pass else []
 
 
 def tune_block(

@@ -179,6 +179,7 @@ def _document(seen: Headers, recipe: Recipe, settings: Settings, console: Consol
         "probe": [{"name": name, **asdict(measured)} for name, measured in probed.items()],
         "checks": [{**asdict(check), "fits": check.fits} for check in checks],
         "fits": all(check.fits for check in checks),
+        "warnings": list(looked.notes),
         "notes": _notes(seen, looked, found, recipe, settings.ranks),
     }
 

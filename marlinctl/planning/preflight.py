@@ -38,6 +38,7 @@ class ModelPlan:
     corrects_drift: bool  # whether drift from the reference model is corrected (oneshot/sequential.py)
     checkpoint: Checkpoint  # as the run reads it: a tied head that is compressed has a name of its own
     unties: bool = False  # whether there is such a head
+    notes: tuple[str, ...] = ()  # what the person should know of the folder: what is carried along or left out, how it is stored
 
 
 def _overridden(bits: int, recipe: Recipe) -> Grid:
@@ -189,7 +190,7 @@ def look(
     unties = rules.head is not None and rules.head.name in rules.group_sizes and known.head is None
     if unties:
         checkpoint, known = with_own_head(checkpoint, known), known.untied()
-    return ModelPlan(known, rules, shapes, recipe.quantize.drift_correction > 0, checkpoint, unties)
+    return ModelPlan(known, rules, shapes, recipe.quantize.drift_correction > 0, checkpoint, unties, examined.notes)
 
 
 def said_of_untied_head(looked: ModelPlan, fmt: Format) -> str:

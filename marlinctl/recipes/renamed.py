@@ -20,6 +20,8 @@ _LATER: Mapping[_Path, object] = {  # key that came later -> what recipes withou
     ("quantize", "tune_steps"): 0,
     ("quantize", "tune_learning_rate"): 0.002,
     ("sparsify", "permute"): "never",
+    ("evaluate", "num_fewshot"): None,
+    ("evaluate", "apply_chat_template"): False,
 }
 
 

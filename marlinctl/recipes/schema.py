@@ -117,6 +117,8 @@ class Pack(_Section):
 class Evaluate(_Section):
     tasks: Names
     limit: Annotated[int, Field(ge=1, le=_MOST)] | None
+    num_fewshot: Annotated[int, Field(ge=0, le=_MOST)] | None
+    apply_chat_template: bool
     text: str = Field(min_length=1)
     tokens: int = Field(ge=2, le=_MOST)
     window: Annotated[int, Field(ge=2, le=_MOST)] | None

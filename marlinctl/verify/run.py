@@ -38,6 +38,7 @@ from marlinctl.checkpoint.orders import read_orders, reordered
 from marlinctl.checkpoint.reader import FLOAT_DTYPES, require_folder
 from marlinctl.checkpoint.tied_head import with_own_head
 from marlinctl.errors import BadInput, CheckFailed, MarlinctlError, NumericalProblem, Problem, number_of
+from marlinctl.models.architectures import with_stored_pieces
 from marlinctl.models.families import may_be_derived
 from marlinctl.models.lookup import architecture_of
 from marlinctl.system.console import gibibytes
@@ -140,6 +141,7 @@ def check_structure(checkpoint: Checkpoint, info: FormatInfo, module_map: Path |
         problems += _layer_problems(checkpoint, info, {layer: registry.layer_shape(checkpoint, info, layer) for layer in info.layers})
         _raise("E105", problems)
         return [f"the model's own list of tensors was not checked: {unknown}"]
+    model = with_stored_pieces(model, {name: tensor.shape for name, tensor in checkpoint.tensors.items()})
     shapes = {spec.name: (spec.out_features, spec.in_features) for spec in model.linears.values()}
     if model.head is not None:
         shapes[model.head.name] = (model.head.out_features, model.head.in_features)

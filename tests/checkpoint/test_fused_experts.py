@@ -88,6 +88,73 @@ def test_digests_are_those_of_the_files(tmp_path: Path) -> None:
         assert found.fingerprint == read_contents(plain, quiet, scan=plain.tensors).fingerprint
 
 
+SIDE = 32
+
+
+def _in_fp8(folder: Path, kind: str) -> dict[str, torch.Tensor]:
+    """Stores the experts of a folder, and linears beside, in FP8; what they mean in bfloat16, by their names. kind: of the scales."""
+    tensors = load_file(folder / "model.safetensors")
+    meant: dict[str, torch.Tensor] = {}
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj", "o_proj.weight"))]:
+        weight = tensors[name].float()
+        *before, n, k = weight.shape
+        if kind == "blocks" or not before:
+            tiles = weight.reshape(*before, n // SIDE, SIDE, k // SIDE, SIDE).abs().amax((-3, -1)) / 448
+            spread = tiles.repeat_interleave(SIDE, -2).repeat_interleave(SIDE, -1)
+        else:
+            tiles = spread = weight.abs().amax((-2, -1) if kind == "experts" else -1, keepdim=True) / 448
+        codes = (weight / spread).to(torch.float8_e4m3fn)
+        tensors[name], tensors[f"{name}_scale_inv"] = codes, tiles.contiguous()
+        meant[name] = (codes.float() * spread).bfloat16()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _damaged(folder, quantization_config={"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [SIDE, SIDE]})
+    return meant
+
+
+@pytest.mark.parametrize("kind", ["blocks", "rows", "experts"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_fp8_of_all_experts_is_read_expert_by_expert(model_type: str, kind: str, tmp_path: Path) -> None:
+    """If a scale of another expert, block or row were taken, or gate for up, the experts would be noise; GPT-OSS has them transposed, and
+    gate and up by turns."""
+    folder = _both(model_type, tmp_path)[1] if model_type == "qwen3_moe" else zoo.build(model_type, tmp_path / "model")
+    meant = _in_fp8(folder, kind)
+    with open_folder(folder, structure="needed") as examined:
+        checkpoint = examined.checkpoint
+        experts = next(name for name in meant if name.endswith("experts.gate_up_proj")).removesuffix(".gate_up_proj")
+        both, down = meant[f"{experts}.gate_up_proj"], meant[f"{experts}.down_proj"]
+        half = both.shape[1] // 2
+        for e in (0, 5):
+            expected = (
+                {"gate_proj": both[e, :, 0::2].T, "up_proj": both[e, :, 1::2].T, "down_proj": down[e].T}
+                if model_type == "gpt_oss"
+                else {"gate_proj": both[e, :half], "up_proj": both[e, half:], "down_proj": down[e]}
+            )
+            for name, weight in expected.items():
+                tensor = f"{experts}.{e}.{name}.weight"
+                assert torch.equal(checkpoint.read(tensor), weight), tensor
+                assert checkpoint.tensors[tensor].shape == tuple(weight.shape)
+                assert bytes(checkpoint.raw(tensor)) == weight.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def test_fp8_of_all_experts_is_quantized_as_its_bfloat16_copy(tmp_path: Path) -> None:
+    """If anything but the rounded product were read, codes would be others."""
+    _, fused = _both("qwen3_moe", tmp_path)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in fused.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    meant = _in_fp8(fused, "blocks")
+    save_file({**load_file(copy / "model.safetensors"), **meant}, copy / "model.safetensors", metadata={"format": "pt"})
+    chosen = recipe(write_text(tmp_path / "text.txt"))
+    report = quantize(fused, tmp_path / "out", chosen)
+    quantize(copy, tmp_path / "expected", chosen)
+    assert f"{len(meant)} weights are FP8" in report["source"]["precision"]
+    with open_checkpoint(tmp_path / "out") as found, open_checkpoint(tmp_path / "expected") as expected:
+        assert found.tensors.keys() == expected.tensors.keys()
+        for name in found.tensors:
+            assert found.raw(name) == expected.raw(name), name
+
+
 def _damaged(folder: Path, **config: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))

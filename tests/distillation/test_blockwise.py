@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.data.calibration import load_tokenizer
 from marlinctl.distillation import blockwise
 from marlinctl.errors import NumericalProblem, UsageError
+from marlinctl.recipes.schema import resolve
 from tests import zoo
 from tests.distillation.runs import distill, recipe, write_text
 from tests.pruned import prune, read_all
@@ -154,3 +156,27 @@ def test_several_processes_are_refused() -> None:
 
     with pytest.raises(UsageError, match="for one process"):
         check_settings(recipe("self", mode="blockwise").distill, 2)
+
+
+def test_models_whose_blocks_are_given_more_than_hidden_states_are_refused(tmp_path: Path) -> None:
+    """A block of Gemma 4 E2B would be trained without its per-layer inputs, or without the keys of the block that it reads: on garbage."""
+    from marlinctl.models.lookup import any_architecture
+    from marlinctl.planning.training_settings import refuse_blockwise
+    from tests.runs import plan
+
+    folder, text = zoo.build("gemma4_text", tmp_path / "model"), write_text(tmp_path / "text.txt")
+    asked = recipe(text, mode="blockwise")
+    with pytest.raises(UsageError, match="gemma4_text are given more than hidden states") as caught:
+        distill(folder, tmp_path / "out", folder, asked)
+    assert caught.value.error_id == "E288" and caught.value.problems[0].fix == "--mode full"
+    assert not (tmp_path / "out.job").exists()
+    with pytest.raises(UsageError, match="given more than hidden states"):  # `compress` with a recipe that distils, and `plan` of it
+        plan(folder, resolve(asked, {"sparsify.pattern": "2:4", "calibration.source": str(text)})[0])
+
+    known = any_architecture(zoo.config_of("gemma4_text").to_dict())
+    assert known.per_token and known.shared
+    for part in (replace(known, per_token={}), replace(known, shared={})):  # either is enough
+        with pytest.raises(UsageError):
+            refuse_blockwise(asked.distill, part)
+    refuse_blockwise(recipe(text, mode="full").distill, known)
+    refuse_blockwise(asked.distill, any_architecture(zoo.config_of("llama").to_dict()))

@@ -12,8 +12,9 @@ import pytest
 
 from marlinctl.cli import main
 from marlinctl.evaluation.gate import Measurement
+from marlinctl.evaluation.settings import EvalSettings
 from marlinctl.oneshot.sequential import SequentialPipeline
-from marlinctl.recipes.schema import load_recipe, recipe_hash
+from marlinctl.recipes.schema import load_recipe, recipe_hash, resolve
 from tests.distillation.runs import write_text
 from tests.evaluation.local_copies import parquet_layout
 from tests.pruned import prune
@@ -30,10 +31,12 @@ RAISING = (
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """model (512 positions), short (64 positions), raising (a template that refuses system turns), pruned, texts, a recipe, task data."""
+    """model (512 positions), short (64 positions), base (no chat template), raising (a template that refuses system turns), pruned, texts,
+    a recipe, task data."""
     root = tmp_path_factory.mktemp("early")
     make_tiny(root / "model", **SIZES)
     make_tiny(root / "short", max_position_embeddings=64, **SIZES)
+    make_tiny(root / "base", chat_template=None, **SIZES)
     make_tiny(root / "raising", chat_template=RAISING, **SIZES)
     prune(root / "model", root / "pruned")
     write_text(root / "text.txt")
@@ -165,6 +168,25 @@ def test_refused_before_a_weight_is_read(
     if anchor is not None:
         assert told.rstrip().endswith(f"explain {anchor.upper()}") and any(word in told for word in more), told
     assert not (here / "out").exists() and not (here / "out.job").exists()
+
+
+@pytest.mark.parametrize("verb", ["sparsify", "compress"])
+def test_a_model_without_a_chat_template_is_refused_at_once(
+    verb: str, here: Path, no_weights: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Broken: a day of work ends with a base model that cannot be asked in turns."""
+    asked = [verb, "base", "out", *SMALL, "--tasks", "winogrande", "--task-data", "data", "--apply-chat-template"]
+    assert main(asked) == 2 and capsys.readouterr().err.rstrip().endswith("explain E253")
+    assert not (here / "out.job").exists()
+
+
+def test_a_recipe_says_how_prompts_are_made() -> None:
+    """If `compress --apply-chat-template --num-fewshot 5` were lost on the way, an instruct model would be scored as a base model."""
+    asked = resolve(load_recipe("int4"), {"evaluate.apply_chat_template": True, "evaluate.num_fewshot": 5})[0]
+    settings = EvalSettings.of_recipe(asked.evaluate, None)
+    assert (settings.apply_chat_template, settings.num_fewshot) == (True, 5)
+    plain = EvalSettings.of_recipe(load_recipe("int4").evaluate, None)
+    assert (plain.apply_chat_template, plain.num_fewshot) == (False, None)
 
 
 @pytest.mark.parametrize(

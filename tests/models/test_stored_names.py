@@ -60,6 +60,56 @@ def test_whose_decoder_is_called_otherwise_is_known(model_type: str) -> None:
     assert known.spelling is not None or known.renamed_modules
 
 
+PIECES = ("bailing_hybrid", "kimi_linear", "olmo_hybrid")
+
+
+@pytest.mark.parametrize("model_type", [name if name == "kimi_linear" else pytest.param(name, marks=pytest.mark.slow) for name in PIECES])
+def test_convolutions_that_are_stored_in_pieces_are_joined(model_type: str) -> None:
+    """If q, k and v of a convolution changed places, hidden states would not be those of transformers; and transformers loads no packed
+    folder of them, which `loads` must say."""
+    found = outcome(model_type)
+    assert found.how == "derived" and "splits or joins 16-bit weights" in found.reason, found.line
+
+
+def test_pieces_have_the_rows_of_the_checkpoint(tmp_path: Path) -> None:
+    """AllenAI's OLMo Hybrid has fewer rows for q and k than for v; transformers saves thirds. It loads both, and so it is here."""
+    from safetensors.torch import load_file, save_file
+
+    from marlinctl.checkpoint.folder import open_folder
+    from marlinctl.models.places import block_places
+
+    folder = zoo.build("olmo_hybrid", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    names = [f"model.layers.0.linear_attn.{part}_conv1d.weight" for part in "qkv"]
+    whole = torch.cat([tensors[name] for name in names])
+    assert whole.shape[0] == 192
+    tensors |= dict(zip(names, (part.contiguous() for part in whole.split([48, 48, 96])), strict=True))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with open_folder(folder, structure="needed") as examined:
+        known, read = examined.architecture, examined.checkpoint.read
+        assert known is not None
+        places = block_places(known.blocks[0])
+        assert all(torch.equal(places[name].of(whole), read(name)) for name in names)
+    tensors[names[2]] = tensors[names[2]][:95].contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=r"conv1d\.weight has shape") as caught, open_folder(folder, structure="needed"):
+        pass
+    assert caught.value.error_id == "E302"
+
+
+def test_a_checkpoint_may_have_the_names_of_modules() -> None:
+    """The dense blocks of Kimi Linear say `mlp`; transformers saves them as `block_sparse_moe`, and loads both."""
+    from marlinctl.models.lookup import architecture_of
+
+    config = config_of("kimi_linear")
+    saved = derived_architecture(config)
+    assert "model.layers.0.block_sparse_moe.up_proj.weight" in saved.expected
+    published = {name.replace("layers.0.block_sparse_moe.", "layers.0.mlp.") for name in saved.expected}
+    known = architecture_of(config, published)
+    assert known.expected.keys() == published and "model.layers.0.mlp.up_proj" in known.linears
+    assert not known.renamed_modules.get("model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj").endswith("moe.up_proj")
+
+
 def test_rules_name_a_linear_as_both_call_it(tmp_path: Path) -> None:
     """If rules had the checkpoint's name alone, transformers would look for a packed weight, or for other groups, and make them up."""
     from marlinctl.convert.repack import repack

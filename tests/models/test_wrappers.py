@@ -59,13 +59,72 @@ def test_the_language_model_is_compressed_and_the_rest_is_copied(tmp_path: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["fuyu", "hyperclovax_vision_v2", "kimi_k25", "kosmos-2.5"])
+@pytest.mark.parametrize(
+    "model_type", ["cosmos3_edge", "cosmos3_omni", "fuyu", "hyperclovax_vision_v2", "kimi_k25", "kosmos-2.5", "mistral_large4"]
+)
 def test_names_and_positions_of_odd_wrappers(model_type: str) -> None:
-    """A linear called an embedding, a projector called otherwise, blocks called otherwise, positions that are found by token ids: clients
-    took what was left at 16 bits for packed, blocks were not found, or hidden states were of other positions.
+    """A linear called an embedding, a projector called otherwise, blocks or all tensors in them called otherwise, positions that are found
+    by token ids: clients took what was left at 16 bits for packed, blocks were not found, or hidden states were of other positions.
     """
     found = outcome(model_type)
     assert (found.how, found.reason) == ("wrapper", ""), found.line
+
+
+# Tensors of checkpoints -> of transformers' models, behind the decoder.
+RENAMED = {
+    "cosmos3_edge": {"layers.0.self_attn.to_q": "layers.0.self_attn.q_proj", "layers.0.mlp.up_proj": "layers.0.mlp.fc1"},
+    "mistral_large4": {"layers.0.attention.wq": "layers.0.self_attn.q_proj", "tok_embeddings": "embed_tokens"},
+}
+
+
+@pytest.mark.parametrize("model_type", RENAMED)
+def test_linears_of_a_wrapper_have_the_checkpoints_names(tmp_path: Path, model_type: str) -> None:
+    """If names inside of blocks were taken to be transformers', their tensors would be called missing."""
+    with open_folder(zoo.build(model_type, tmp_path / "model"), structure="needed") as examined:
+        known = examined.architecture
+    assert known is not None
+    for stored, module in RENAMED[model_type].items():
+        assert f"{stored}.weight" in known.expected
+        assert known.module(known.renamed_modules.get(stored, stored)) == f"model.language_model.{module}"
+
+
+def test_experts_of_a_wrapper_have_the_checkpoints_names(tmp_path: Path) -> None:
+    """If gate and up changed places, or expert 10 came before expert 2, nothing but the results would show it."""
+    from marlinctl.models.places import block_places
+
+    folder = zoo.build("mistral_large4", tmp_path / "model", text_config={"n_routed_experts": 12})
+    with open_folder(folder, structure="needed") as examined:
+        known = examined.architecture
+    assert known is not None
+    (experts,) = known.blocks[1].experts
+    assert (experts.count, experts.first, experts.last) == (12, ("experts.{e}.w1", "experts.{e}.w3"), "experts.{e}.w2")
+    places = block_places(known.blocks[1])
+    assert places["layers.1.experts.10.w3.weight"].index == (10, slice(32, 64))
+
+
+REFUSED = {
+    "blip-2": "transformers runs it with pixel_values alone",
+    "minimax_m3_vl": r"shared_experts\.gate_proj\.weight, which no single tensor",
+    "shieldgemma2": "which its language model of this type does not have",
+}
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_a_wrapper_is_refused_with_the_true_reason(tmp_path: Path, model_type: str) -> None:
+    """It was said that a tensor is missing, and whoever downloaded the folder again got the same."""
+    with (
+        pytest.raises(BadInput, match=REFUSED[model_type]) as caught,
+        open_folder(zoo.build(model_type, tmp_path / "model"), structure="needed"),
+    ):
+        pass
+    assert caught.value.error_id == "E390"
+
+
+def test_who_splits_weights_of_a_tower_is_known(tmp_path: Path) -> None:
+    """transformers cannot load packed weights beside weights that it splits: `plan` said that it loads them."""
+    folder = zoo.build("qianfan_ocr", tmp_path / "model")
+    found = runs.plan(folder, runs.recipe(runs.write_text(tmp_path / "text.txt")))
+    assert "16-bit weights of qianfan_ocr" in str(found["outputs"][0]["refused_by"]), found["outputs"][0]
 
 
 def test_a_language_model_without_a_row_in_the_table_is_derived() -> None:

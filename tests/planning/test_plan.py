@@ -271,7 +271,7 @@ def test_json_has_a_schema_version_and_all_parts(tiny: Path, capsys: pytest.Capt
     assert main(["plan", str(tiny), "--group-size", "32", "--json", "--also", "marlin"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["schema_version"] == 1
-    keys = {"model", "recipe", "settings", "linears", "outputs", "memory", "disk", "time", "probe", "checks", "fits", "notes"}
+    keys = {"model", "recipe", "settings", "linears", "outputs", "memory", "disk", "time", "probe", "checks", "fits", "warnings", "notes"}
     assert set(document) == keys | {"schema_version"}
     assert set(document["linears"]) == {"compressed", "skipped", "kept"}
     assert [o["format"] for o in document["outputs"]] == ["ct", "marlin"]
