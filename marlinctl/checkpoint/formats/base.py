@@ -256,7 +256,7 @@ EXPERTS = ".experts."
 class LinearParts:
     """One linear as it lies on disk, unpacked: scales keep the dtype they had, which QuantizedLinear need not be able to hold."""
 
-    codes: Tensor  # [N, K] int8
+    codes: Tensor  # [N, K] int8; of FP8 the bits
     scales: Tensor  # [N, G] float16, bfloat16 or float32
     group_size: int  # K when one group spans the row
     keep: Tensor | None = None  # [N, K] bool, True for a kept weight of a 2:4 linear; None: dense, or not stated
@@ -275,7 +275,7 @@ class LinearParts:
         """[N, K] float32: the weight that every runtime must compute with. Exact."""
         from marlinctl.quantize.types import dequantized
 
-        return dequantized(self.codes, self.scales, self.group_size, self.zeros)
+        return dequantized(self.codes, self.scales, self.group_size, self.zeros, self.grid)
 
     def quantized(self, layer: str) -> QuantizedLinear:
         """With fp16 scales, as every packed format but ct needs them; refused where that would change a value."""
