@@ -314,8 +314,7 @@ def _mask_bytes(source: Source, fmt: Format) -> int:
 
 def _write_linears(source: Source, stages: Mapping[Format, writer.StagedCheckpoint], console: Console) -> None:
     """One pass over the source, shard by shard, so that each file is read once and in order."""
-    marking = source.info.format.suffixes[0]
-    places = {layer: source.checkpoint.tensors[f"{layer}.{marking}"] for layer in source.info.layers}
+    places = {layer: source.checkpoint.tensors[source.info.marking(layer)] for layer in source.info.layers}
     order = sorted(places, key=lambda layer: (places[layer].file.name, places[layer].begin))
     pending: dict[Format, dict[str, Tensor]] = {fmt: {} for fmt in stages}
     size = 0

@@ -24,7 +24,7 @@ from marlinctl.models.architectures import Architecture, LinearSpec
 from marlinctl.models.module_map import check_module_map
 from marlinctl.planning.layer_rules import Plan, plan
 from marlinctl.quantize.scheme import INT4, UINT4, Grid
-from marlinctl.recipes.schema import Recipe, divided
+from marlinctl.recipes.schema import Override, Recipe, divided
 from marlinctl.system.console import Console
 
 
@@ -40,11 +40,12 @@ class ModelPlan:
     unties: bool = False  # whether there is such a head
 
 
-def _overridden(bits: int, recipe: Recipe) -> Grid:
+def _overridden(override: Override, recipe: Recipe) -> Grid:
     """What a rule for some linears means: 8-bit codes are always symmetric."""
     if not recipe.scheme.quantizes:
         return INT4
-    return Grid(bits, recipe.scheme.symmetric or bits != UINT4.bits)
+    bits = override.bits or recipe.scheme.bits
+    return Grid(bits, recipe.scheme.symmetric or bits != UINT4.bits, override.activations or "16-bit")
 
 
 def refuse_zero_points(recipe: Recipe) -> None:
@@ -70,6 +71,24 @@ def refuse_idle_bits(recipe: Recipe) -> None:
         raise UsageError("E273", what, where=f"--override {idle[0]}=bits:...", fix="leave it out, or quantize too: --bits 4")
 
 
+def refuse_rounded_activations(recipe: Recipe) -> None:
+    """UsageError E273 for 8-bit activations of single linears in a model that is pruned, or whose codes have zero points.
+
+    What a rule alone shows to be wrong (4-bit weights, groups of weights) the recipe refuses when it is read.
+    """
+    rules = ((pattern, override.activations) for pattern, override in recipe.quantize.overrides.items() if override.activations)
+    pattern, activations = next(rules, ("", None))
+    if activations is None or not recipe.scheme.quantizes:
+        return
+    where = f"--override {pattern}=activations:{activations}"
+    if recipe.scheme.prunes:
+        what = f"a 2:4 model has 16-bit activations: no format holds 2:4 weights beside {activations} activations"
+        raise UsageError("E273", what, where=where, fix="leave out activations, or do not prune")
+    if not recipe.scheme.symmetric:
+        what = f"weights beside {activations} activations have no zero points, and transformers loads no folder that has both"
+        raise UsageError("E273", what, where=f"--asymmetric {where}", fix="leave out one of the two")
+
+
 def refuse_no_change(recipe: Recipe) -> None:
     if not recipe.scheme.quantizes and not recipe.scheme.prunes:
         raise UsageError("E273", "16 bits and no pattern: nothing would change", where="--bits 16", fix="--bits 4, or `marlinctl sparsify`")
@@ -86,6 +105,7 @@ def check_arguments(recipe: Recipe, module_map: Path | None, *, distils: bool) -
     refuse_no_change(recipe)
     refuse_zero_points(recipe)
     refuse_idle_bits(recipe)
+    refuse_rounded_activations(recipe)
     check_module_map(module_map)
     asked = recipe.calibration
     if (most := asked.samples * asked.sequence_length) < asked.minimum_tokens:
@@ -163,7 +183,7 @@ def look(
         include=recipe.quantize.include,
         grid=recipe.scheme.grid,
         grids={
-            pattern: _overridden(override.bits, recipe)
+            pattern: _overridden(override, recipe)
             for pattern, override in recipe.quantize.overrides.items()
             if override.bits is not None
         },
@@ -238,7 +258,7 @@ def sixteen_bit(checkpoint: Checkpoint, known: Architecture, quantized: Iterable
 
 def check_pattern(found: Pattern, looked: ModelPlan, recipe: Recipe, console: Console) -> None:
     """A 2:4 pattern that the source has already: kept and said aloud, or refused where the recipe makes another or needs one."""
-    _say_pattern(found, len(looked.shapes), recipe, console)
+    _say_pattern(found, len(looked.shapes), looked.plan.grids, recipe, console)
     refuse_dense_tiles(found, looked.shapes, recipe)
 
 
@@ -257,7 +277,7 @@ def _in_part(found: Pattern, planned: int) -> str:
     return f"{len(found.linears)} of {number_of(planned, 'linear')} {'is' if len(found.linears) == 1 else 'are'} 2:4"
 
 
-def _say_pattern(found: Pattern, planned: int, recipe: Recipe, console: Console) -> None:
+def _say_pattern(found: Pattern, planned: int, grids: Mapping[str, Grid], recipe: Recipe, console: Console) -> None:
     """A pattern that is there already is kept, and said aloud; to prune once more is refused."""
     if not found.linears:
         return
@@ -272,6 +292,9 @@ def _say_pattern(found: Pattern, planned: int, recipe: Recipe, console: Console)
             where="--pattern 2:4",
             fix="`marlinctl quantize` keeps the pattern; start from the dense model to prune again",
         )
+    if rounding := next((name for name in found.linears if grids.get(name, INT4).rounds_activations), None):
+        what = f"{rounding} is 2:4 already ({origin}), and 2:4 linears have 16-bit activations"
+        raise UsageError("E273", what, where="--override ...=activations:...", fix="leave out activations for the linears that are 2:4")
     console.say(f"{_in_part(found, planned)}, by {origin}; the pattern is kept")
     if len(found.linears) < planned:
         console.warn(

@@ -80,10 +80,10 @@ def _model(config: Mapping[str, Any]) -> dict[str, Any]:
 def _parameters(checkpoint: Checkpoint, info: FormatInfo, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     kinds: Counter[str] = Counter()
     other_parameters = 0
-    owned = info.owned
+    owned, of_suffix = info.owned, {**info.format.tensors, **info.format.unpacked}
     for name, tensor in checkpoint.tensors.items():
         suffix = owned.get(name)
-        kinds[info.format.tensors[suffix] if suffix else "not quantized"] += tensor.end - tensor.begin
+        kinds[of_suffix[suffix] if suffix else "not quantized"] += tensor.end - tensor.begin
         if suffix is None:
             other_parameters += prod(tensor.shape)
     quantized = sum(n * k for n, k in shapes.values())

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from marlinctl.checkpoint.formats import compressed_tensors, dense, gptq, marlin, marlin_24
 from marlinctl.checkpoint.formats.base import (
     AGAIN,
+    PROVENANCE,
     Chosen,
     Format,
     FormatInfo,
@@ -89,8 +90,9 @@ def _dense(names: Sequence[str]) -> FormatInfo:
     for fmt in FORMATS.values():
         packed = fmt.layer_names(names) if fmt.quantized else []
         if packed:
+            marks = {f"{packed[0]}.{suffix}" for suffix in (*fmt.tensors, *fmt.unpacked)}
             raise unreadable(
-                f"tensors such as {packed[0]}.{fmt.suffixes[0]} are packed, but config.json has no quantization_config",
+                f"tensors such as {next(name for name in names if name in marks)} are packed, but config.json has no quantization_config",
                 "restore quantization_config in config.json (older GPTQ models keep it in quantize_config.json)",
             )
     return FormatInfo(DENSE)
@@ -146,14 +148,14 @@ def quantization_config(
     fmt: Format,
     layers: Mapping[str, int],  # layer name -> group size, -1 for whole rows
     ignore: Sequence[str] = (),  # every nn.Linear that stays 16-bit: lm_head, skipped layers, routers
-    provenance: Mapping[str, Any] | None = None,  # goes under the key "marlinctl", which clients ignore
+    provenance: Mapping[str, Any] | None = None,  # goes under a key of its own, which clients ignore
     grids: Mapping[str, Grid] | None = None,  # of the layers whose codes are not INT4
     wraps: bool = False,  # the language model is part of a wrapper
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
     if fmt.config_block is None:
         raise ValueError(f"no config block for format {fmt.name!r}")
-    return fmt.config_block(Chosen(layers, ignore, grids or {}, wraps)) | ({"marlinctl": dict(provenance)} if provenance else {})
+    return fmt.config_block(Chosen(layers, ignore, grids or {}, wraps)) | ({PROVENANCE: dict(provenance)} if provenance else {})
 
 
 def linear_bytes(fmt: Format, n: int, k: int, group_size: int, grid: Grid = INT4) -> int:
@@ -205,11 +207,15 @@ def _check_ranks(checkpoint: Checkpoint, layer: str, suffixes: Iterable[str]) ->
 
 def layer_shape(checkpoint: Checkpoint, info: FormatInfo, layer: str) -> tuple[int, int]:
     """(N, K) of a packed linear: from the header where it says so, else from weight_shape. Reads sixteen bytes, no torch."""
-    name = f"{layer}.{info.format.shape_from}"
+    unpacked = info.grid(layer).rounds_activations
+    name = info.marking(layer) if unpacked else f"{layer}.{info.format.shape_from}"
     if name not in checkpoint.tensors:
         raise BadInput("E302", f"{name} is missing", where=str(checkpoint.folder), fix=AGAIN)
     tensor = checkpoint.tensors[name]
-    if info.format.header_shape is not None:
+    if unpacked:
+        if len(tensor.shape) == 2:
+            return tensor.shape[0], tensor.shape[1]
+    elif info.format.header_shape is not None:
         if len(tensor.shape) == 2:
             return info.format.header_shape(tensor.shape, info.grid(layer))
     elif tensor.dtype in ("I64", "I32") and tuple(tensor.shape) == (2,):
@@ -222,8 +228,9 @@ def layer_shape(checkpoint: Checkpoint, info: FormatInfo, layer: str) -> tuple[i
 
 def read_parts(checkpoint: Checkpoint, info: FormatInfo, layer: str, masks: Masks | None = None) -> LinearParts:
     """One layer from disk, unpacked, scales in their own dtype; with its mask, if metadata or `masks` has one. BadInput names the layer."""
-    present = [suffix for suffix in info.format.suffixes if f"{layer}.{suffix}" in checkpoint.tensors]
-    needed = [suffix for suffix in info.format.suffixes if suffix not in info.format.optional]
+    suffixes = info.format.tensors_of(info.grid(layer))
+    present = [suffix for suffix in suffixes if f"{layer}.{suffix}" in checkpoint.tensors]
+    needed = [suffix for suffix in suffixes if suffix not in info.format.optional]
     missing = [f"{layer}.{suffix}" for suffix in needed if suffix not in present]
     if missing:
         raise BadInput.from_problems("E302", [Problem(f"{name} is missing", str(checkpoint.folder), AGAIN) for name in missing])
@@ -235,7 +242,7 @@ def read_parts(checkpoint: Checkpoint, info: FormatInfo, layer: str, masks: Mask
         raise BadInput(
             "E346",
             f"{layer}: {problem}",
-            where=str(checkpoint.tensors[f"{layer}.{info.format.suffixes[0]}"].file),
+            where=str(checkpoint.tensors[info.marking(layer)].file),
             fix=info.format.misread,
         ) from problem
     if masks is None or layer not in masks:
@@ -250,7 +257,8 @@ def read_linear(checkpoint: Checkpoint, info: FormatInfo, layer: str) -> Quantiz
 
 def read_tensors(checkpoint: Checkpoint, info: FormatInfo, layer: str) -> dict[str, Tensor]:
     """The tensors of one linear as they lie in the file, by suffix."""
-    return {suffix: checkpoint.read(f"{layer}.{suffix}") for suffix in info.format.suffixes if f"{layer}.{suffix}" in checkpoint.tensors}
+    suffixes = info.format.tensors_of(info.grid(layer))
+    return {suffix: checkpoint.read(f"{layer}.{suffix}") for suffix in suffixes if f"{layer}.{suffix}" in checkpoint.tensors}
 
 
 def tiles_of(checkpoint: Checkpoint, info: FormatInfo, layer: str) -> PackedLinear | PackedSparseLinear:
