@@ -167,7 +167,7 @@ def _repack(
         contents.require_finite()
         job.watch(contents)
         for fmt in outputs:
-            for line in runtimes.loads(opened.packed(fmt)).warnings(fmt):
+            for line in (*runtimes.loads(opened.packed(fmt)).warnings(fmt), *registry.losses(opened.info, fmt)):
                 console.warn(line)
         facts = {"source": _source_digest(opened, contents), "formats": [fmt.name for fmt in outputs], "version": provenance({})["version"]}
         job.check(facts) if job.begun else job.begin(facts)

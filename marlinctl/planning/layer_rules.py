@@ -153,7 +153,9 @@ def _refuse_rounding(rounding: Mapping[str, Grid], asked: Mapping[str, tuple[str
             problems.append(Problem(what, f"--override {pattern}=group_size:{size}", "leave one of the two rules out for this linear"))
         elif EXPERTS in name:
             what = f"{name} is an expert, and its activations stay 16-bit: transformers fuses experts, and does not round what enters them"
-            problems.append(Problem(what, f"--override ...=activations:{grid.activations}", "--override 're:experts=bits:8' without activations"))
+            problems.append(
+                Problem(what, f"--override ...=activations:{grid.activations}", "--override 're:experts=bits:8' without activations")
+            )
     if problems:
         raise UsageError.from_problems("E255", problems[:_MOST_PROBLEMS])
 

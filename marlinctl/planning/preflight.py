@@ -183,9 +183,7 @@ def look(
         include=recipe.quantize.include,
         grid=recipe.scheme.grid,
         grids={
-            pattern: _overridden(override, recipe)
-            for pattern, override in recipe.quantize.overrides.items()
-            if override.bits is not None
+            pattern: _overridden(override, recipe) for pattern, override in recipe.quantize.overrides.items() if override.bits is not None
         },
     )
     if console is not None:

@@ -1,4 +1,4 @@
-"""Activations of 8 bits, rounded when the model runs: each token of an input has a scale of its own, its largest magnitude over the largest code.
+"""Activations of 8 bits, rounded when the model runs: each token of an input has a scale of its own.
 
     x [.., K] ─► scale s [.., 1] = max |x| / 127 (int8) or / 448 (float8_e4m3fn) ─► codes q = round(x / s) ─► y = (q Wᵀ) s + bias
 
@@ -41,7 +41,7 @@ class RoundingLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.activations: Rounded = activations
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 -- torch's name of it
+    def forward(self, input: Tensor) -> Tensor:
         codes, scales = rounded(input, self.activations)
         power = torch.exp2(torch.floor(torch.log2(scales.clamp_min(_TINY))))  # codes times it are about as large as the input was
         product = nn.functional.linear((codes * power).to(input.dtype), self.weight).float() * (scales / power)

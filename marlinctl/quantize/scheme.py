@@ -44,8 +44,8 @@ class Grid:
 
     @property
     def covers(self) -> float:
-        """The largest number of steps, other than those to the lowest code, that the highest code stands for: half a step beyond it. In FP8,
-        whose largest numbers are 32 steps apart, the highest code itself, as in every other FP8 checkpoint."""
+        """The largest number of steps that the highest code stands for: half a step beyond it. In FP8, whose largest numbers are 32 steps
+        apart, the highest code itself, as in every other FP8 checkpoint."""
         return float(self.highest) if self.floating else self.highest + 0.5
 
     def __str__(self) -> str:

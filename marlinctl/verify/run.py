@@ -41,6 +41,7 @@ from marlinctl.models.families import may_be_derived
 from marlinctl.models.lookup import architecture_of
 from marlinctl.system.console import gibibytes
 from marlinctl.system.host import available_memory
+from marlinctl.verify import activations
 from marlinctl.verify import source as fidelity
 from marlinctl.verify.kernels import KernelCheck, check_kernels
 
@@ -340,8 +341,7 @@ def logit_error(checkpoint: Checkpoint) -> float:
     expert: of sound models, logits were 1e-3 to 7e-2 apart in 2 % of probes (2 blocks, 6 experts) to 45 % (16 blocks, 64). So weights are
     compared first, exactly or as that rounding leaves them, and the logits are those of equal weights.
 
-    NOTE: activations of 8 bits are not rounded here: a difference in the last bit of a sum moves a code that lies on a tie, and with it logits
-    by 1e-3 to 3e-2 (2 blocks). Which linears the client rounds is compared instead.
+    NOTE: activations of 8 bits are not rounded here; which linears the client rounds is compared instead (activations.py).
     """
     import torch
 
@@ -356,7 +356,7 @@ def logit_error(checkpoint: Checkpoint) -> float:
             )
             info["unexpected_keys"] = strangers(client, info, checkpoint.config)
             torch.nn.Module.float(client.eval())  # experts stay in the dtype of their scales, whatever dtype is asked for
-            rounding = _exact_activations(client)
+            rounding = activations.turn_off(client)
             tokens = _probe(int(client.config.get_text_config().vocab_size))
             theirs = _logits(client, tokens)  # dense linears are decompressed by the first call
             held = {name: _digests(parameter.data) for name, parameter in client.named_parameters()}
@@ -374,31 +374,10 @@ def logit_error(checkpoint: Checkpoint) -> float:
     del client
     gc.collect()  # its modules refer to each other
     ours = model_from(checkpoint, dense_tensors(checkpoint), dtype=torch.float32)
-    _raise("E108", _match_activations(ours, rounding, checkpoint))
+    _raise("E108", activations.different(ours, rounding, checkpoint, fix=_GARBAGE))
     _raise("E108", _match_weights(ours, held, str(checkpoint.folder)))
     expected = _logits(ours, tokens)
     return float((theirs - expected).norm() / expected.norm())
-
-
-def _exact_activations(client: torch.nn.Module) -> dict[str, str]:
-    """Turn the rounding of inputs off. Returns which linears had it, by path: the type of its codes, or all of a scheme that is not ours."""
-    found = {}
-    for path, module in client.named_modules():
-        if (inputs := getattr(getattr(module, "quantization_scheme", None), "input_activations", None)) is not None:
-            module.quantization_enabled = False
-            ours = (inputs.num_bits, inputs.dynamic, inputs.symmetric, inputs.strategy) == (8, True, True, "token")
-            found[path] = {"int": "int8", "float": "fp8"}.get(str(inputs.type), "") if ours else str(inputs)
-    return found
-
-
-def _match_activations(ours: torch.nn.Module, rounding: Mapping[str, str], checkpoint: Checkpoint) -> list[Problem]:
-    """The linears whose input the client rounds otherwise than the folder says."""
-    from marlinctl.checkpoint.transformers_model import rounded_linears
-
-    wanted = rounded_linears(ours, registry.detect(checkpoint.config, checkpoint.tensors))
-    different = [path for path in sorted({*rounding, *wanted}) if rounding.get(path) != wanted.get(path)]
-    told = [f"{path}: transformers has {rounding.get(path, '16-bit')} activations, the folder {wanted.get(path, '16-bit')}" for path in different]
-    return [Problem(what, str(checkpoint.folder), _GARBAGE) for what in told]
 
 
 def _match_weights(ours: torch.nn.Module, held: Mapping[str, Sequence[bytes]], where: str) -> list[Problem]:

@@ -70,8 +70,8 @@ def test_fp8_weights_without_a_hessian_are_the_nearest_ones() -> None:
     """If plain rounding of FP8 went to whole numbers, small weights would be lost."""
     w = weight()
     plain = round_to_nearest(w, replace(SETTINGS, grid=FP8, group_size=-1, both_signs=False))
-    numbers = [(8 + m) * 2.0 ** (e - 10) for e in range(1, 16) for m in range(8) if (e, m) != (15, 7)] + [m * 2.0**-9 for m in range(8)]
-    numbers = torch.tensor(sorted({sign * number for number in numbers for sign in (1, -1)}), dtype=torch.float64)
+    listed = [(8 + m) * 2.0 ** (e - 10) for e in range(1, 16) for m in range(8) if (e, m) != (15, 7)] + [m * 2.0**-9 for m in range(8)]
+    numbers = torch.tensor(sorted({sign * number for number in listed for sign in (1, -1)}), dtype=torch.float64)
     steps = w.double() / plain.scales.double()
     nearest = (steps.unsqueeze(-1) - numbers).abs().amin(-1)
     ours = (plain.dequantize().double() / plain.scales.double() - steps).abs()

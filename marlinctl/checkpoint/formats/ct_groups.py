@@ -31,13 +31,13 @@ def format_of(grids: Iterable[Grid]) -> str:
 
 
 def group_of(kind: Kind, targets: list[str], whole: str) -> dict[str, Any]:
-    """The group of linears with these codes and groups of weights. whole: the format of the block; where it is pack-quantized, groups do not
-    repeat it."""
+    """The group of linears with these codes and groups of weights. whole: the format of the block; where it is pack-quantized, groups do
+    not repeat it."""
     size, grid = kind
-    kind = "float" if grid.floating else "int"
-    weights: dict[str, Any] = {"num_bits": grid.bits, "type": kind, "symmetric": grid.symmetric, "dynamic": False}
+    number = "float" if grid.floating else "int"
+    weights: dict[str, Any] = {"num_bits": grid.bits, "type": number, "symmetric": grid.symmetric, "dynamic": False}
     weights |= {"strategy": "channel", "group_size": None} if size == -1 else {"strategy": "group", "group_size": size}
-    activations = {"num_bits": 8, "type": kind, "symmetric": True, "dynamic": True, "strategy": "token"}
+    activations = {"num_bits": 8, "type": number, "symmetric": True, "dynamic": True, "strategy": "token"}
     return {
         "targets": targets,
         "weights": weights,

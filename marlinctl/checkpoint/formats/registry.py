@@ -23,7 +23,7 @@ from marlinctl.checkpoint.formats.base import (
     is_head,
     unreadable,
 )  # fmt: skip
-from marlinctl.errors import BadInput, Problem
+from marlinctl.errors import BadInput, Problem, number_of
 from marlinctl.quantize.scheme import INT4, Grid, Scheme
 from marlinctl.system.atomic import DTYPE_BYTES
 
@@ -169,10 +169,9 @@ def misfits(shapes: Mapping[str, tuple[int, int]], targets: Sequence[Format], gr
     found = ((layer, ask(n, k)) for ask in asks for layer, (n, k) in shapes.items())
     problems = [Problem(f"{layer}: {why}", layer, "pack to ct or marlin") for layer, why in found if why is not None]
     for fmt in targets:
-        held = f"{fmt.name} holds symmetric {grids_text(fmt.grids)} ones alone"
         holders = " or ".join(other.name for other in FORMATS.values() if other.quantized and {*grids.values()} <= {*other.grids})
         problems += [
-            Problem(f"{layer} has {grid} codes, and {held}", layer, f"pack to {holders}")
+            Problem(f"{layer} has {grid} codes, and {_place_for(grid, fmt)}", layer, f"pack to {holders}")
             for layer, grid in grids.items()
             if layer in shapes and fmt.quantized and grid not in fmt.grids
         ]
@@ -181,6 +180,22 @@ def misfits(shapes: Mapping[str, tuple[int, int]], targets: Sequence[Format], gr
             what = f"{fmt.name} holds symmetric or asymmetric codes, and this model has both, {first} first"
             problems.append(Problem(what, fmt.name, "pack to ct"))
     return problems
+
+
+def _place_for(grid: Grid, fmt: Format) -> str:
+    """Why a format does not hold such codes."""
+    if grid.rounds_activations:
+        return f"{fmt.name} holds weights for 16-bit activations alone"
+    return f"{fmt.name} holds {grids_text(fmt.grids)} ones alone"
+
+
+def losses(info: FormatInfo, fmt: Format) -> list[str]:
+    """What a model in this format does otherwise than the one that it is made of, for the person who writes it."""
+    rounding = [layer for layer, grid in info.grids.items() if grid.rounds_activations]
+    if fmt.quantized or not rounding:
+        return []
+    linears = number_of(len(rounding), "linear has", "linears have")
+    return [f"{linears} 8-bit activations, and the {fmt.name} folder has 16-bit ones: it is more exact than the model it is made of"]
 
 
 def linear_tensors(fmt: Format, layer: str, q: QuantizedLinear | LinearParts) -> dict[str, Tensor]:
