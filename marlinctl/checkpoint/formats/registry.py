@@ -186,7 +186,7 @@ def _place_for(grid: Grid, fmt: Format) -> str:
     """Why a format does not hold such codes."""
     if grid.rounds_activations:
         return f"{fmt.name} holds weights for 16-bit activations alone"
-    return f"{fmt.name} holds {grids_text(fmt.grids)} ones alone"
+    return f"{fmt.name} holds symmetric {grids_text(fmt.grids)} ones alone"
 
 
 def losses(info: FormatInfo, fmt: Format) -> list[str]:
