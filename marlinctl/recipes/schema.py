@@ -342,6 +342,8 @@ def _problem(item: Any, layer: _Layer) -> Problem:
         return Problem(f"there is no format {item['input']!r}", where, instead_of(item["input"], item["ctx"]["expected"]))
     if item["type"] == "literal_error":
         return Problem(f"{name} cannot be {item['input']!r}", where, f"use {item['ctx']['expected']}")
+    if item["type"] == "value_error":
+        return Problem(f"{name} cannot be {item['input']!r}", where, str(item["ctx"]["error"]))
     message = item["msg"].removeprefix("Input should be ")
     return Problem(f"{name} cannot be {item['input']!r}", where, f"use {message}" if message != item["msg"] else message)
 

@@ -62,8 +62,8 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_computes_what_we_evaluate(kind: str, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If weights, formats or the rounding of activations were not what compressed-tensors expects, the folder would hold noise, or a KL that
-    was measured here would be that of another model.
+    """If weights, formats or the rounding of activations were not what compressed-tensors expects, the folder would hold noise, or a KL
+    that was measured here would be that of another model.
 
     Linear by linear and with the client's own inputs: a last bit moves a code that lies on a tie, and after some blocks logits differ by
     percents. compressed-tensors divides the largest magnitude of a token by 127.5, vLLM by 127.
@@ -126,7 +126,7 @@ def test_a_client_that_rounds_otherwise_is_found(tmp_path: Path, text: Path) -> 
     found = activations.turn_off
 
     def forgetful(client: torch.nn.Module) -> dict[str, str]:
-        return {path: "fp8" for path in list(found(client))[1:]}
+        return dict.fromkeys(list(found(client))[1:], "fp8")
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(activations, "turn_off", forgetful)

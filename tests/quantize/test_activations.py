@@ -12,7 +12,8 @@ E4M3 = sorted(
     {
         sign * number
         for sign in (1, -1)
-        for number in [(8 + m) * 2.0 ** (e - 10) for e in range(1, 16) for m in range(8) if (e, m) != (15, 7)] + [m * 2.0**-9 for m in range(8)]
+        for number in [(8 + m) * 2.0 ** (e - 10) for e in range(1, 16) for m in range(8) if (e, m) != (15, 7)]
+        + [m * 2.0**-9 for m in range(8)]
     }
 )
 

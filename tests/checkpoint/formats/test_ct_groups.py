@@ -35,7 +35,7 @@ def refused(config: dict[str, Any], names: list[str]) -> str:
 
 @pytest.mark.parametrize(("grid", "name", "kind"), [(INT8_ACTIVATIONS, "int-quantized", "int"), (FP8, "float-quantized", "float")])
 def test_a_mixed_folder_says_the_format_of_each_group(grid: Grid, name: str, kind: str) -> None:
-    """If a group had no format of its own, vLLM would look for packed words of the 8-bit linears, or take all activations for 8-bit ones."""
+    """If a group had no format of its own, vLLM would look for packed words of the 8-bit linears, or round all activations."""
     found = block(grid)
     assert found["format"] == "mixed-precision"
     whole, packed = found["config_groups"].values()
