@@ -38,7 +38,8 @@ IDS = torch.randint(3, zoo.VOCAB_SIZE, (2, 20), generator=torch.Generator().manu
 
 
 def recipe(text: Path, overrides: dict[str, Any], **changes: Any) -> Recipe:
-    return runs.recipe(text, **{"quantize__refine": 1, "quantize__overrides": overrides} | changes)
+    given: dict[str, Any] = {"quantize__refine": 1, "quantize__overrides": overrides}
+    return runs.recipe(text, **given | changes)
 
 
 @torch.no_grad()
