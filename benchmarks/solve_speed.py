@@ -108,7 +108,7 @@ def measure_many(count: int, rows: int, k: int, kernels: PruneSteps) -> None:
         hessians.append(Hessian(mirror(total) / TOKENS, TOKENS))
     matrices = torch.stack([hessian.matrix for hessian in hessians])
     print(f"\n{count} experts, {rows} rows, {k} columns")
-    show("factor: together", timed(lambda: factor_stack(matrices, 0.01)))
+    show("factor: together", timed(lambda: factor_stack(matrices, [0.01] * len(matrices))))
     show("factor: one by one", timed(lambda: [factor(matrix, 0.01) for matrix in matrices]))
     damped = matrices.double()
     damped.diagonal(dim1=1, dim2=2).add_(0.01)

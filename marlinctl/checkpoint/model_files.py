@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+ORDER_FILE = "marlinctl_order.safetensors"  # rows and columns that lie in another order than in the original (oneshot/permutation.py)
+
 # What travels with the weights. Never weights, never code, never a README (the card is new).
 _COMPANION_NAMES = frozenset(
     (

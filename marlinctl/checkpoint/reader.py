@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from marlinctl.checkpoint.formats.base import MODEL_FILES, STEMS
-from marlinctl.checkpoint.model_files import MASK_FILE
+from marlinctl.checkpoint.model_files import MASK_FILE, ORDER_FILE
 from marlinctl.checkpoint.safetensors_header import TensorInfo, read_header
 from marlinctl.errors import BadInput, Problem, number_of
 from marlinctl.models.config import CONFIG, read_config
@@ -300,7 +300,7 @@ def _find_shards(folder: Path, weight_files: str, problems: list[Problem], notes
 def _note_strangers(folder: Path, named: set[str], why: str, notes: list[str]) -> None:
     """Files of weights that are not read: what is left of an earlier model, or a part of this one that the index has lost."""
 
-    found = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors" and path.name not in (*named, MASK_FILE))
+    found = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors" and path.name not in (*named, MASK_FILE, ORDER_FILE))
     if found:
         shown_names = ", ".join(shown(name, 80) for name in found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
         notes.append(f"weights that are not read lie in the folder: {shown_names}; {why}")

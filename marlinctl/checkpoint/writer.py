@@ -29,7 +29,7 @@ from marlinctl.checkpoint import manifest as manifests
 from marlinctl.checkpoint import mask as masks
 from marlinctl.checkpoint import ownership, shards
 from marlinctl.checkpoint.formats.base import MODEL_FILES, Format
-from marlinctl.checkpoint.model_files import companion_names
+from marlinctl.checkpoint.model_files import ORDER_FILE, companion_names
 from marlinctl.checkpoint.safetensors_header import read_header
 from marlinctl.checkpoint.shards import Published
 from marlinctl.errors import BadInput, ResourceProblem, UsageError
@@ -51,7 +51,7 @@ from marlinctl.system.atomic import (
     write_entries,
 )
 from marlinctl.system.background import begun
-from marlinctl.system.files import FileRefused, open_member
+from marlinctl.system.files import FileRefused, exists, open_member
 from marlinctl.system.page_locked import to_host
 
 if TYPE_CHECKING:
@@ -272,6 +272,11 @@ class StagedCheckpoint:
         for name, data in companions(folder):
             self.write_file(name, cleaned(name, data))
 
+    def copy_orders(self, folder: Path) -> None:
+        """The orders of rows and columns, where the weights of `folder` have any."""
+        if exists(folder, ORDER_FILE):
+            self.write_file(ORDER_FILE, _small_file(folder, ORDER_FILE))
+
     def publish(
         self,
         config: Mapping[str, Any],
@@ -384,14 +389,18 @@ def _rejected(out: Path) -> Path:
 def companions(folder: Path) -> Iterator[tuple[str, bytes]]:
     """The companion files of a checkpoint folder, as (name, bytes). BadInput for a link or anything but a regular file."""
     for name in companion_names(folder):
-        try:
-            with open_member(folder, name) as file:
-                size = os.fstat(file.fileno()).st_size
-                if size > _MAX_COMPANION_BYTES:
-                    raise FileRefused(f"{name} has {size:,} bytes, too many for its kind", folder / name, "restore the real file")
-                yield name, file.readall()
-        except FileRefused as refused:
-            raise BadInput.from_problems("E301", [refused.problem]) from None
+        yield name, _small_file(folder, name)
+
+
+def _small_file(folder: Path, name: str) -> bytes:
+    try:
+        with open_member(folder, name) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > _MAX_COMPANION_BYTES:
+                raise FileRefused(f"{name} has {size:,} bytes, too many for its kind", folder / name, "restore the real file")
+            return file.readall()
+    except FileRefused as refused:
+        raise BadInput.from_problems("E301", [refused.problem]) from None
 
 
 # ---- moving into place ---------------------------------------------------------------------------------------------------------------

@@ -27,6 +27,18 @@ if TYPE_CHECKING:
 
 _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
+
+class AutoOr(click.ParamType):
+    """A number, or `auto`."""
+
+    name = "auto|fraction"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        if value == "auto":
+            return "auto"
+        return float(click.FLOAT.convert(value, param, ctx))
+
+
 _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "quantize.bits": ("--bits", {"type": int, "metavar": "4|8", "help": "Bits per weight; `sparsify` leaves 16 without it."}),
     "quantize.symmetric": (
@@ -40,12 +52,18 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "quantize.scale_sign": ("--scale-sign", {"metavar": "both|positive", "help": "positive for runtimes that require positive scales."}),
     "quantize.act_order": ("--act-order", {"metavar": "static|none", "help": "Order of columns during the solve; files stay the same."}),
     "quantize.scale_search": ("--scale-search", {"metavar": "hessian|mse|none", "help": "Error that a group's scale minimizes."}),
-    "quantize.damping": ("--damping", {"type": float, "help": "Fraction of the mean diagonal added to the Hessian."}),
+    "quantize.damping": (
+        "--damping",
+        {"type": AutoOr(), "help": "Fraction of the mean diagonal added to the Hessian; auto: by the tokens per input."},
+    ),
     "quantize.refine": ("--refine", {"type": int, "help": "Rounds of coordinate descent and scale re-fit after the solve."}),
     "quantize.drift_correction": (
         "--drift-correction",
         {"type": float, "metavar": "0..1", "help": "Share of the drift from the unquantized model that is corrected; 0 is plain GPTQ."},
     ),
+    "quantize.drift_damping": ("--drift-damping", {"type": float, "help": "The same for the regression of drift correction."}),
+    "quantize.tune_steps": ("--tune-steps", {"type": int, "help": "Steps of tuning each block's scales and norms, codes frozen."}),
+    "quantize.tune_learning_rate": ("--tune-learning-rate", {"type": float, "help": "Learning rate of --tune-steps."}),
     "quantize.skip": (
         "--skip",
         {"multiple": True, "metavar": "PATTERN", "help": "Keep these linears at 16 bits (o_proj, re:...)."},
@@ -60,6 +78,10 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     ),
     "sparsify.mask_sweeps": ("--mask-sweeps", {"type": int, "help": "Sweeps of --method iterative that may change the mask."}),
     "sparsify.ls_iterations": ("--ls-iterations", {"type": int, "help": "Least-squares steps of --method iterative."}),
+    "sparsify.permute": (
+        "--permute",
+        {"metavar": "auto|always|never", "help": "Put channels together so that a 2:4 pattern keeps more."},
+    ),
     "calibration.source": (
         "--calibration",
         {"metavar": "SOURCE", "help": "auto, self, a .txt/.jsonl/.json/.parquet file, a hub data set, or a mixture: A:0.5,B:0.5."},

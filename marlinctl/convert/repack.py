@@ -367,6 +367,8 @@ def _finish(
     """Everything of the folder but the linears, and the check from disk."""
     stage.copy_tensors(source.checkpoint, source.untouched)
     stage.copy_companions(source.checkpoint.folder)
+    if not fmt.needs_mask:  # a native 2:4 folder has no file beside its weights
+        stage.copy_orders(source.checkpoint.folder)
     old = registry.quantization_block(source.checkpoint.config) or {}
     config = without(registry.without_quantization(source.checkpoint.config))
     if fmt.quantized:

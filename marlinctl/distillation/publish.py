@@ -44,6 +44,7 @@ def build(
     for layer in opened.pattern.shapes:
         staged.write_mask(layer, opened.pattern.mask(layer))
     staged.copy_companions(checkpoint.folder)
+    staged.copy_orders(checkpoint.folder)
     staged.write_file("recipe.yaml", recipe_yaml.encode())
     staged.finish(
         without(checkpoint.config),

@@ -10,21 +10,28 @@ weights of linears that share an input, their Hessian
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from marlinctl.checkpoint.formats.registry import INTERCHANGE, linear_tensors
+from marlinctl.checkpoint.model_files import ORDER_FILE
 from marlinctl.checkpoint.reader import torch_dtype
 from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.errors import NumericalProblem, number_of
+from marlinctl.models.architectures import Block
+from marlinctl.models.config import sizes_of
+from marlinctl.models.folds import candidates, head_dim
 from marlinctl.oneshot.gram import StageInput
 from marlinctl.oneshot.open import Options, RunInputs
+from marlinctl.oneshot.permutation import ChannelOrders, Orders
 from marlinctl.oneshot.reading import Reader
 from marlinctl.oneshot.rows import solve_stacks
+from marlinctl.oneshot.sequential import SequentialPipeline, TunedBlock
 from marlinctl.oneshot.solve import Outcome, StackedSolver, StackOutcome
+from marlinctl.oneshot.tuning import Tuned, TuneSettings, may_be_tuned, tunable, tune_block
 from marlinctl.planning.memory import Work, experts_together
 from marlinctl.quantize.scheme import SIXTEEN_BIT, Activations, Grid
 from marlinctl.quantize.types import Hessian, QuantizedLinear
@@ -33,6 +40,7 @@ from marlinctl.sparsify.steps import PruneSteps
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from marlinctl.system.console import Console, Progress
 from marlinctl.system.digests import sha256_of_tensors
+from marlinctl.system.files import exists
 from marlinctl.system.page_locked import to_host
 from marlinctl.system.phases import Phases
 from marlinctl.system.processes import ALONE, Processes
@@ -94,6 +102,8 @@ class Finished:
 
     tensors: dict[str, Tensor]
     records: list[LayerRecord]
+    orders: Orders = field(default_factory=dict)  # in which the linears' rows and columns are written
+    tuning: Mapping[str, float] | None = None  # error of the block on held-out samples, before and after
 
 
 class LayerQuantizer:
@@ -113,29 +123,79 @@ class LayerQuantizer:
         self.records: list[LayerRecord] = []
         self.recipe, self.scheme = recipe, recipe.scheme
         self.solver = StackedSolver.of(recipe, corrects_drift=opened.corrects_drift, bfloat16_exact=bfloat16_exact(opened), steps=steps)
-        self.at_once = opened.device.type == "cpu"
-        work = Work.of(recipe, element=opened.dtype.itemsize, corrects_drift=opened.corrects_drift, on_device=not self.at_once)
+        self.at_once = opened.device.type == "cpu" and not recipe.tunes
+        on_device = opened.device.type != "cpu"
+        work = Work.of(recipe, element=opened.dtype.itemsize, corrects_drift=opened.corrects_drift, on_device=on_device)
         self.experts_together = experts_together(opened.architecture, opened.plan.group_sizes, work)  # how many `stages` may be given
         self._run_order = {name: i for i, name in enumerate(opened.architecture.linears)}
         self._waiting: list[SolvedLinear] = []
         self._finished = Finished({}, [])
         self.progress: Progress | None = None
+        self.orders = _channel_orders(opened, recipe, weights, processes)
+        self._tuned: dict[int, Tuned] = {}  # blocks that are not taken yet
 
     def forget(self) -> None:
         """Of a block that could not be finished."""
         self.weights.forget()
-        self._waiting, self._finished = [], Finished({}, [])
+        self._waiting, self._finished, self._tuned = [], Finished({}, []), {}
 
     def take(self) -> list[SolvedLinear]:
         """What was solved since the last call and is not noted, in run order."""
         taken, self._waiting = self._waiting, []
         return sorted(taken, key=lambda linear: self._run_order.get(linear.name, len(self._run_order)))
 
-    def note(self, solved: Sequence[SolvedLinear]) -> Finished:
-        """Everything that is written of a block, whose last linears are `solved`."""
+    def changed(self, block: Block) -> list[str]:
+        """Norms and biases that the run may change or reorder: they are written with their block."""
+        moved = [] if self.orders is None else self.orders.moved(block.index)
+        tuned = tunable(block) if self.recipe.tunes else []
+        return list(dict.fromkeys([*moved, *tuned]))
+
+    def rest_of(self, block: Block) -> Finished:
+        """What is written of a block besides its linears."""
+        tuned = self._tuned.pop(block.index, None)
+        others = {} if tuned is None else dict(tuned.others)
+        for name in self.changed(block):
+            if name not in others:
+                others[name] = self.weights.read(name).to(self._stored_dtype(name))
+        tuning = None if tuned is None else {"before": tuned.before, "after": tuned.after}
+        orders = {} if self.orders is None else self.orders.of(block.index)
+        return Finished({name: to_host(tensor) for name, tensor in others.items()}, [], orders, tuning)
+
+    def tune(self, block: Block, layer: nn.Module, walk: SequentialPipeline) -> TunedBlock | None:
+        """The pipeline's TuneBlock: tune the scales of what was solved last, and the norms."""
+        if not may_be_tuned(block):
+            return None
+        solved = {linear.name: linear.result for linear in self._waiting if isinstance(linear.result, QuantizedLinear)}
+        settings = TuneSettings(self.recipe.quantize.tune_steps, self.recipe.quantize.tune_learning_rate)
+        stored = {name: self._stored_dtype(name) for name in tunable(block)}
+        with self.phases("tune"):
+            exact = self.solver.settings.bfloat16_exact
+            tuned = tune_block(block, layer, solved, stored, walk, settings, bfloat16_exact=exact, processes=self.processes)
+        if tuned is None:
+            return None
+        self._waiting = [replace(linear, result=tuned.linears.get(linear.name, linear.result)) for linear in self._waiting]
+        self._tuned[block.index] = tuned
+        results = {linear.name: linear.result for linear in self._waiting}
+
+        def stage(names: tuple[str, ...], _hessian: Hessian | None, _remark: str) -> dict[str, Tensor]:
+            found: dict[str, Tensor] = {}
+            for name in names:
+                result = results[name] if name in results else self.weights.read(f"{name}.weight")
+                found[name] = result.dequantize() if isinstance(result, QuantizedLinear) else result.float()
+            return found
+
+        return TunedBlock(stage, tuned.others)
+
+    def _stored_dtype(self, name: str) -> torch.dtype:
+        return torch_dtype(self.opened.checkpoint.tensors[name])
+
+    def note(self, solved: Sequence[SolvedLinear], rest: Finished | None = None) -> Finished:
+        """Everything that is written of a block, whose last linears are `solved`. rest: what `rest_of` said of it."""
         for linear in solved:
             self._note(linear)
         finished, self._finished = self._finished, Finished({}, [])
+        if rest is not None:
+            finished = replace(rest, tensors=finished.tensors | rest.tensors, records=finished.records)
         self.records += finished.records
         return finished
 
@@ -231,19 +291,17 @@ class LayerQuantizer:
                 where=name,
                 fix="more or other calibration text, --skip this linear, or no --strict",
             )  # fmt: skip
-        stored = result if isinstance(result, QuantizedLinear) else result.to(torch_dtype(self.opened.checkpoint.tensors[f"{name}.weight"]))
+        stored = result if isinstance(result, QuantizedLinear) else result.to(self._stored_dtype(f"{name}.weight"))
         kept = None if mask is None else mask[rows]
         error, energy = outcome.error[rows].sum(), outcome.output_energy[rows].sum()
         solved = SolvedLinear(
             name, stored, kept, error, energy, outcome.damping, outcome.dead, outcome.fallback, tokens, remark, seconds
         )  # fmt: skip
         weight = stored.dequantize() if isinstance(stored, QuantizedLinear) else stored.float()
-        if not self.processes.main:
-            return weight
-        if self.at_once:
-            self._note(solved)
-        else:
+        if not self.at_once:  # a process that writes nothing tunes it all the same
             self._waiting.append(solved)
+        elif self.processes.main:
+            self._note(solved)
         return weight
 
     def _note(self, solved: SolvedLinear) -> None:
@@ -295,6 +353,25 @@ class LayerQuantizer:
             self._worst = max(self._worst, (record.error, name))
             error, worst = self._worst
             self.progress.advance(1, note, f"worst error {error:.4f}, {worst.removeprefix('model.')}")
+
+
+def _channel_orders(opened: RunInputs, recipe: Recipe, weights: Reader, processes: Processes) -> ChannelOrders | None:
+    """Of linears whose 2:4 pattern is chosen in this run. None where none may have one."""
+    permuted = exists(opened.checkpoint.folder, ORDER_FILE)  # by an earlier run; one order on another has no file of its own
+    if not recipe.scheme.prunes or recipe.sparsify.permute == "never" or permuted:
+        return None
+    chosen = {name for name in opened.plan.group_sizes if opened.pattern.origin(name) is None}
+    width = head_dim(sizes_of(opened.checkpoint.config))
+    folds = [
+        {
+            consumer: possible
+            for consumer, possible in candidates(block, width).items()
+            if consumer in chosen and all(producer.name in chosen for fold in possible for producer in fold.producers)
+        }
+        for block in opened.architecture.blocks
+    ]
+    required = recipe.sparsify.permute == "always"
+    return ChannelOrders(folds, weights, required=required, processes=processes) if any(folds) or required else None
 
 
 def bfloat16_exact(opened: RunInputs) -> bool:

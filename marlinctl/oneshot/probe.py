@@ -126,7 +126,7 @@ def _measure(stage: Stage, solver: StackedSolver, hidden: int, device: torch.dev
     matrix = mirror(gram) / CHUNK_TOKENS
     matrix.diagonal().add_(0.1)  # fewer tokens than inputs leave it singular; a run has more
     drift = residual = None
-    if solver.drift_correction:
+    if solver.drift is not None:
         drift = 0.01 * matrix
         residual = torch.zeros(stage.k, stage.rows, device=device) if stage.rows == hidden else None
     hessian = Hessian(matrix, CHUNK_TOKENS, drift, residual)

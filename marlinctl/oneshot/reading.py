@@ -1,8 +1,8 @@
-"""The tensors of the model. On a GPU a thread reads those of the next block ahead and copies them there, while the GPU computes."""
+"""The tensors of the model, with rows and columns in the order that the run has chosen for them (permutation.py). On a GPU a thread reads those of the next block ahead and copies them there, while the GPU computes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from marlinctl.checkpoint.reader import Checkpoint
+
+ROWS, COLUMNS = ".rows", ".columns"  # an order is that of the rows of a linear, weight and bias, or of its columns
 
 
 @dataclass(slots=True)
@@ -29,6 +31,7 @@ class Reader:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="read ahead") if ahead else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._expected: dict[str, _Expected] = {}
+        self._orders: Mapping[str, Tensor] = {}
 
     def expect(self, names: Iterable[str], *, reads: int = 1) -> None:
         """These are asked for next, each `reads` times."""
@@ -42,8 +45,21 @@ class Reader:
             expected.tensor.cancel()
         self._expected.clear()
 
+    def reorder(self, orders: Mapping[str, Tensor]) -> None:
+        """From now on rows and columns are read in these orders alone: "P.rows" [N] and "P.columns" [K] of linears P."""
+        self._orders = orders
+
     def read(self, name: str) -> Tensor:
         """The tensor, not to be changed: another `read` may give the same one."""
+        tensor = self._read(name)
+        linear = name.rpartition(".")[0]
+        for axis, what in enumerate((ROWS, COLUMNS)[: tensor.ndim]):
+            order = self._orders.get(linear + what)
+            if order is not None:
+                tensor = tensor.index_select(axis, order.to(tensor.device))
+        return tensor
+
+    def _read(self, name: str) -> Tensor:
         expected = self._expected.get(name)
         if expected is None:
             return self._checkpoint.read(name)

@@ -14,7 +14,7 @@ with its own routing and all experts in memory; what they are given is kept, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,7 @@ class ReferenceModel:
         self.energy: dict[str, Tensor] = {}  # branch -> [S, L] float32, mean square of the stream that it has been added to
         self.mean: dict[str, Tensor] = {}  # of each over all tokens
         self.slots: dict[str, tuple[str, int]] = {}  # place in the block -> slot, and width of what it holds
+        self.columns: Mapping[str, Tensor] = {}  # of places that are read in another order than that of the slot
 
     def run_block(self, block: Block, layer: nn.Module, parts: Iterable[slice], call: Callable[[Tensor, int, slice], Tensor]) -> None:
         """Take the hidden states through `layer`, whose norms and biases are in place; its linears hold the original's weights then."""
@@ -62,7 +63,7 @@ class ReferenceModel:
                 continue
             for name in (name for stage in one.stages for name in stage):
                 set_parameter(layer, f"{name}.weight", self._weight(block.linear(name)))
-        self.slots = {}
+        self.slots, self.columns = {}, {}
         seen: dict[str, Tensor] = {}
         handles = []
         for place in places:
@@ -108,7 +109,13 @@ class ReferenceModel:
 
     def input(self, place: str, part: slice) -> Tensor:
         """What the linear `place` of the block (name relative to it) reads in the original model, [B, L, width]."""
-        return self._kept(place)[part].to(self.device)
+        kept = self._kept(place)[part].to(self.device)
+        order = self.columns.get(place)
+        return kept if order is None else kept.index_select(-1, order.to(self.device))
+
+    def reorder(self, columns: Mapping[str, Tensor]) -> None:
+        """Until the block is left, these places are read with their channels in another order."""
+        self.columns = columns
 
     def experts(self, block: Block, layer: nn.Module, experts: Experts) -> ReferenceExperts:
         """Of the block that was run last, whose module is `layer`."""

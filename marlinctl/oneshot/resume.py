@@ -4,6 +4,7 @@
     staged/                     a shard for each finished block; they are merged when all are there (checkpoint/shards.py)
     staged.masks                the masks of the finished blocks, where there are any
     states/00012.safetensors    the hidden states that enter block 12; the last two that were kept
+    orders/00012.safetensors    the orders of rows and columns in block 12, where the run chose any
 
     journal    begun ─► block 0 ─► block 1 ─► ... ─► head
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from marlinctl.checkpoint.contents import Contents
 from marlinctl.checkpoint.formats.base import FormatInfo
 from marlinctl.checkpoint.formats.registry import INTERCHANGE, read_linear
+from marlinctl.checkpoint.model_files import ORDER_FILE
 from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.safetensors_header import TensorInfo, read_header
 from marlinctl.checkpoint.writer import StagedCheckpoint
@@ -34,7 +36,9 @@ from marlinctl.data.calibration import CalibrationSet
 from marlinctl.data.tokens import Tokens
 from marlinctl.errors import UsageError
 from marlinctl.jobs.journal import JOURNAL, JobFolder
+from marlinctl.models.architectures import Block
 from marlinctl.oneshot.layers import Finished, LayerRecord
+from marlinctl.oneshot.permutation import Orders
 from marlinctl.oneshot.reading import Reader
 from marlinctl.quantize.scheme import INT4
 from marlinctl.quantize.types import Hessian
@@ -86,6 +90,9 @@ class RunJob(JobFolder):
         noted["shard"] = self._described(f"staged/{shard}") if shard is not None else None
         size = staged.sync() - masked
         noted["masks"] = {"bytes": size, "sha256": sha256_of_part(staged.spool, masked, size) if size else None}
+        noted["orders"] = self._write_orders(index, finished.orders)
+        if finished.tuning is not None:
+            noted["tuning"] = dict(finished.tuning)
         if states:
             with disk_problems(self.path):
                 make_folder(self.path / "states")
@@ -117,6 +124,30 @@ class RunJob(JobFolder):
         if done:
             console.say(f"resuming: {len(done)} of {pieces} blocks finished")
         return records
+
+    def _write_orders(self, index: int, orders: Orders) -> dict[str, Any] | None:
+        if not orders:
+            return None
+        name = f"orders/{index:05d}.safetensors"
+        with disk_problems(self.path):
+            make_folder(self.path / "orders")
+        write_tensors(self.path / name, {key: order.to(torch.int32) for key, order in orders.items()})
+        return self._described(name)
+
+    def tuning(self) -> list[dict[str, Any]]:
+        """Of the blocks that were tuned: their error on held-out samples, before and after."""
+        return [{"block": line["index"], **line["tuning"]} for line in self.lines[1:] if isinstance(line.get("tuning"), dict)]
+
+    def orders(self) -> dict[int, Orders]:
+        """Of the finished blocks that have any."""
+        noted = {line["index"]: line.get("orders") for line in self.lines[1:]}
+        return {index: self._tensors(file["name"]) for index, file in noted.items() if file is not None}
+
+    def write_orders(self, staged: StagedCheckpoint) -> None:
+        """Put those of all blocks into the finished folder."""
+        found = {name: order for orders in self.orders().values() for name, order in orders.items()}
+        if found:
+            write_tensors(staged.path / ORDER_FILE, found)
 
     def last_states(self) -> tuple[int, dict[str, Tensor]]:
         """The last finished block behind which hidden states are kept and whole: the number of the next one, and the states.
@@ -156,6 +187,8 @@ class RunJob(JobFolder):
                 break
             size, spool = line["masks"]["bytes"], self.staged.with_name(self.staged.name + ".masks")
             if size and (not spool.is_file() or sha256_of_part(spool, masked, size) != line["masks"]["sha256"]):
+                break
+            if line.get("orders") is not None and not self._is_as_noted(line["orders"]):
                 break
             masked += size
             count += 1
@@ -203,6 +236,10 @@ class StoredWeights:
             return read_linear(self._written, self._info, name).dequantize()
         return self._written.read(f"{name}.weight").float()
 
+    def others(self, block: Block) -> dict[str, Tensor]:
+        """Norms and biases of a finished block that were written with it."""
+        return {name: self._written.read(name) for name in block.others if name in self._written.tensors}
+
     def close(self) -> None:
         self._written.close()
 
@@ -222,7 +259,7 @@ def _is_whole_line(line: Mapping[str, Any], index: int) -> bool:
         and masks["bytes"] >= 0
         and "sha256" in masks
         and (shard is None or _describes_file(shard))
-        and (line.get("state") is None or _describes_file(line["state"]))
+        and all(line.get(key) is None or _describes_file(line[key]) for key in ("state", "orders"))
     )
 
 

@@ -43,7 +43,7 @@ from marlinctl.models.meta_model import build
 from marlinctl.oneshot import ranks
 from marlinctl.oneshot.commits import Commits, Pace
 from marlinctl.oneshot.documents import manifest_of, model_config, published_report, report_of, versions, write_reports
-from marlinctl.oneshot.layers import LayerQuantizer, LayerRecord, SolvedLinear
+from marlinctl.oneshot.layers import Finished, LayerQuantizer, LayerRecord, SolvedLinear
 from marlinctl.oneshot.open import Options, RunInputs, check_request, open_model
 from marlinctl.oneshot.probe import probe_before
 from marlinctl.oneshot.reading import Reader
@@ -164,10 +164,11 @@ def _run(
             reader = stack.enter_context(Reader(opened.checkpoint, opened.device, ahead=opened.device.type == "cuda"))
             solving = LayerQuantizer(opened, recipe, options, staged, console, reader, steps, phases, processes)
             solved = {f"{name}.weight" for name in opened.plan.group_sizes}
+            solved.update(name for block in opened.architecture.blocks for name in solving.changed(block))
             rest = [name for name in opened.tensors if name not in solved]
             if processes.main:
                 staged.copy_tensors(opened.checkpoint, rest)
-                staged.expect(expected_pieces(opened, fmt))
+                staged.expect(expected_pieces(opened, fmt, solving.changed))
             with begun(staged.copy_ahead) if processes.main and opened.device.type == "cuda" else nullcontext() as copied:
                 _run_blocks(calibration.tokens, job, solving)
                 processes.disband()
@@ -177,6 +178,8 @@ def _run(
                     with phases("copy"):
                         copied()
             staged.copy_companions(opened.source.folder)
+            staged.copy_orders(opened.source.folder)
+            job.write_orders(staged)
             staged.write_file("recipe.yaml", recipe.to_yaml().encode())
             warnings = _warnings(opened, calibration, solving.records, console)
             report = report_of(
@@ -190,7 +193,7 @@ def _run(
                     verify=lambda folder: verify_written(folder, solving.records, console, opened.device),
                     report_files={},
                 )
-            report["phases"] = phases.seconds()
+            report |= {"phases": phases.seconds(), "tuning": job.tuning()}
             if measure is not None:
                 try:
                     with job.measuring():
@@ -336,6 +339,8 @@ def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: 
         _deterministic(solving.options.deterministic),
     ):
         first = processes.share(job.finished)
+        if solving.orders is not None:
+            solving.orders.forget()
         solving.progress.advance(sum(len(block.linears) for block in architecture.blocks[:first]))
         if first == pieces:
             return
@@ -347,6 +352,7 @@ def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: 
                 device=opened.device, dtype=opened.dtype, scratch=_scratch(job, solving, attempt.budget),
                 chunk_tokens=attempt.chunk_tokens, corrects_drift=opened.corrects_drift, resident=True, processes=processes,
                 experts_together=solving.experts_together if attempt.batches else 1, solve_experts=solving.stages,
+                orders=solving.orders, tune=solving.tune if solving.recipe.tunes else None,
             )  # fmt: skip
         samples = len(tokens.ids)
         _replay(pipeline, job, solving, console, samples)
@@ -366,10 +372,10 @@ def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: 
                     kept = processes.share(block.index + 1 < pieces and (not on_gpu or (pace.due and commits.idle)))
                     states = ranks.kept_states(pipeline, samples, processes) if kept else {}
                     with solving.phases("wait for the disk"):
-                        solved = solving.take()
+                        solved, rest = solving.take(), solving.rest_of(block)
                         size = sum(linear.nbytes for linear in solved) + sum(tensor.nbytes for tensor in states.values())
                         if processes.main:
-                            commits.submit(partial(_commit, job, solving, "block", block.index, solved, states, pace), size)
+                            commits.submit(partial(_commit, job, solving, "block", block.index, solved, states, pace, rest), size)
                     release_heap()
                 if asked := processes.largest(stopping.asked):
                     commits.wait()
@@ -397,10 +403,11 @@ def _expect(block: Block, solving: LayerQuantizer) -> None:
 
 
 def _commit(
-    job: RunJob, solving: LayerQuantizer, step: str, index: int, solved: Sequence[SolvedLinear], states: Mapping[str, Tensor], pace: Pace
-) -> None:
+    job: RunJob, solving: LayerQuantizer, step: str, index: int, solved: Sequence[SolvedLinear], states: Mapping[str, Tensor], pace: Pace,
+    rest: Finished | None = None,
+) -> None:  # fmt: skip
     with pace.timed() if states else nullcontext():
-        job.commit(step, index, solving.note(solved), solving.staged, states)
+        job.commit(step, index, solving.note(solved, rest), solving.staged, states)
 
 
 def _replay(pipeline: SequentialPipeline, job: RunJob, solving: LayerQuantizer, console: Console, samples: int) -> None:
@@ -418,7 +425,8 @@ def _replay(pipeline: SequentialPipeline, job: RunJob, solving: LayerQuantizer, 
     with closing(job.stored_weights(solving.records, solving.weights, device)) if processes.main else nullcontext() as stored:
         stage = ranks.stored_by_main(stored.stage if stored is not None else None, processes)
         for block in blocks:
-            pipeline.run_block(block, stage, replay=True)
+            others = processes.share(stored.others(block) if stored is not None else {})
+            pipeline.run_block(block, stage, replay=True, others=others)
 
 
 def _warnings(opened: RunInputs, calibration: CalibrationSet, records: list[LayerRecord], console: Console) -> list[str]:

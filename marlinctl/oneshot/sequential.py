@@ -19,11 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from marlinctl.data.tokens import Tokens
 from marlinctl.models.architectures import Architecture, Block, Branch, Chain, Experts, Part
@@ -32,6 +34,7 @@ from marlinctl.oneshot.experts import ExpertsPipeline
 from marlinctl.oneshot.gram import Gram, SolveStage, SolveStages, StageInput
 from marlinctl.oneshot.of_tokens import COMPRESSED, REFERENCE, TokenArguments, for_samples
 from marlinctl.oneshot.one_expert import routed
+from marlinctl.oneshot.permutation import ChannelOrders
 from marlinctl.oneshot.reference_stream import ReferenceModel, scaled
 from marlinctl.system.offload import Scratch, Slot
 from marlinctl.system.processes import ALONE, Processes
@@ -45,11 +48,25 @@ class Tensors(Protocol):
     def rows(self, name: str, row_ids: Tensor) -> Tensor: ...
 
 
+NOTHING: Mapping[str, Tensor] = {}
+
 # The output of a branch on a range of samples, [B, L, hidden] on the device.
 Output = Callable[[slice], Tensor]
 
 # Samples, and the arguments with which a block calls a branch for them.
 Calls = Iterable[tuple[slice, tuple[Any, ...], dict[str, Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class TunedBlock:
+    """What a block computes with once it is tuned: a SolveStage that knows its linears, and its norms and biases."""
+
+    stage: SolveStage
+    others: Mapping[str, Tensor]
+
+
+# Called with a block, its module and the pipeline; None: nothing was changed.
+TuneBlock = Callable[[Block, nn.Module, "SequentialPipeline"], TunedBlock | None]
 
 
 class SequentialPipeline:
@@ -71,13 +88,15 @@ class SequentialPipeline:
         processes: Processes = ALONE,  # tokens are those of this one; Hessians are of all
         experts_together: int = 1,  # experts of a block that `solve_experts` is given at a time
         solve_experts: SolveStages | None = None,  # solves them; without it, that of `run_block` one after another
+        orders: ChannelOrders | None = None,  # chooses those of a block's channels; the checkpoint reads by them
+        tune: TuneBlock | None = None,  # called with the solved block in its module
     ) -> None:
         self.model, self.architecture, self.checkpoint = model, architecture, checkpoint
         self.device, self.dtype, self.scratch = device, dtype, scratch
         self.counted, self.processes = tokens.counted, processes
         self.samples, self.length = tokens.ids.shape
         self.step = max(1, chunk_tokens // self.length)
-        self.experts_together, self.solve_experts = experts_together, solve_experts
+        self.experts_together, self.solve_experts, self.orders, self.tune = experts_together, solve_experts, orders, tune
         self.decoder = model.get_submodule(architecture.decoder)
         self.calls: dict[int, list[dict[str, Any]]] = {}  # samples in a chunk -> keyword arguments of every block
         self.of_tokens = TokenArguments(architecture, self.samples, self.length, dtype, device, scratch)
@@ -163,39 +182,123 @@ class SequentialPipeline:
         for other in (name, *self.architecture.outside):
             set_parameter(self.model, architecture.module(other), torch.empty(0, device="meta"))
 
-    def run_block(self, block: Block, solve: SolveStage, *, replay: bool = False) -> None:
+    def run_block(self, block: Block, solve: SolveStage, *, replay: bool = False, others: Mapping[str, Tensor] = NOTHING) -> None:
         """Take the hidden states through one block, solving its linears on the way.
 
-        replay: its linears are solved; `solve` knows their weights and is given no Hessian. The hidden states become the same bit for bit.
+        replay: its linears are solved; `solve` knows their weights and is given no Hessian. others: norms and biases that are not the
+        original's, of a block that is replayed. The hidden states become the same bit for bit.
         """
         layer = self.model.get_submodule(block.path)
-        for name in block.others:
-            set_parameter(layer, block.parameter(name), self.checkpoint.read(name).to(self.device, self.dtype))
+        self.install(block, layer, block.others)
         if self.reference is not None:
             self.reference.run_block(block, layer, self.chunks(), partial(self._run, layer, REFERENCE))
+        if self.orders is not None and not replay:
+            self._reorder(block, layer, self.orders)
+        self._put(layer, block, others)
         whole = {part.module: layer.get_submodule(part.module) for part in block.parts if part.module}
-        replays: dict[str, Replay] = {}
-        outputs: dict[str, Output] = {}
         try:
-            for part in block.parts:
-                if isinstance(part, Chain):
-                    self._run_chain(block, layer, part, replays, outputs, solve, replay)
-                    continue
-                calls = self._calls(layer, block, part, replays, outputs)
-                if isinstance(part, Experts):
-                    outputs[part.module] = self._run_experts(block, layer, part, calls, solve, replay)
-                    replays[part.module] = Replay(flat=True, experts=part.count if part.shares_first else 1)
+            replays, outputs = self._run_parts(block, layer, solve, replay)
+            if self.tune is not None and not replay:
+                _set_modules(layer, whole)
+                tuned = self.tune(block, layer, self)
+                if tuned is None:
+                    _set_modules(layer, replays)
                 else:
-                    outputs[part.module] = self._run_branch(block, layer, part, calls, outputs, solve, replay)
-                    replays[part.module] = Replay(part.returns_tuple)
-                layer.set_submodule(part.module, replays[part.module])
+                    self._put(layer, block, tuned.others)
+                    replays, outputs = self._run_parts(block, layer, tuned.stage, replay=True)
             for samples in self.chunks():
                 self._set_replays(replays, outputs, samples)
                 self.hidden[samples] = self._call(layer, block.index, samples)
         finally:
-            for name, module in whole.items():
-                layer.set_submodule(name, module)
+            _set_modules(layer, whole)
             drop_parameters(layer)
+
+    def _run_parts(self, block: Block, layer: nn.Module, solve: SolveStage, replay: bool) -> tuple[dict[str, Replay], dict[str, Output]]:
+        """Solve the parts of a block one after another. Each is replaced by what replays its output, which are both returned."""
+        replays: dict[str, Replay] = {}
+        outputs: dict[str, Output] = {}
+        for part in block.parts:
+            if isinstance(part, Chain):
+                self._run_chain(block, layer, part, replays, outputs, solve, replay)
+                continue
+            calls = self._calls(layer, block, part, replays, outputs)
+            if isinstance(part, Experts):
+                outputs[part.module] = self._run_experts(block, layer, part, calls, solve, replay)
+                replays[part.module] = Replay(flat=True, experts=part.count if part.shares_first else 1)
+            else:
+                outputs[part.module] = self._run_branch(block, layer, part, calls, outputs, solve, replay)
+                replays[part.module] = Replay(part.returns_tuple)
+            layer.set_submodule(part.module, replays[part.module])
+        return replays, outputs
+
+    def output_with(self, block: Block, layer: nn.Module, values: Mapping[str, Tensor], samples: slice) -> Tensor:
+        """[B, L, hidden]: what the block makes of the compressed model's hidden states with these parameters of its module."""
+        hidden = self.hidden[samples].to(self.device).clone()  # some blocks add to it in place
+        given = self.calls[len(hidden)][block.index] | self.of_tokens.of(block, samples, COMPRESSED)
+        return hidden_states(functional_call(layer, dict(values), (hidden,), given))
+
+    def target(self, samples: slice) -> Tensor:
+        """[B, L, hidden]: the reference model's hidden states behind the block that was run last."""
+        assert self.reference is not None
+        return self.reference.hidden[samples].to(self.device)
+
+    def is_counted(self, samples: slice) -> Tensor:
+        return self.counted[samples].to(self.device)
+
+    def _put(self, layer: nn.Module, block: Block, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            set_parameter(layer, block.parameter(name), tensor.to(self.device, self.dtype))
+
+    def _reorder(self, block: Block, layer: nn.Module, orders: ChannelOrders) -> None:
+        """Have the orders of the block's channels chosen. What the reference model noted is read in them too."""
+        if self.reference is None and orders.folds[block.index]:
+            linears = (block.linear(name) for part in block.parts if not isinstance(part, Experts) for stage in part.stages for name in stage)
+            self.install(block, layer, [f"{name}.weight" for name in linears])
+        columns = orders.choose(block, layer, self)
+        if self.reference is not None:
+            self.reference.reorder(columns)
+
+    def energies(self, block: Block, layer: nn.Module, modules: Sequence[str]) -> dict[str, Tensor]:
+        """Sums of squares [K] float32 of what these linears read in the original block, in which they run in this order. Of the reference
+        model's activations where there is one, with tokens weighted as in the Hessians."""
+        sums = {module: torch.zeros((), dtype=torch.float64, device=self.device) for module in modules}
+        branches = {part.last: part for part in block.parts if isinstance(part, Branch)}
+        for samples in self.chunks():
+            counted = self.counted[samples].to(self.device).unsqueeze(-1)
+            for module, x in self._original_inputs(block, layer, modules, samples).items():
+                squares = x.reshape(*counted.shape[:2], -1).float().square()
+                branch = branches.get(module)
+                if self.reference is not None and branch is not None and self.reference.adds and branch.module in block.streams:
+                    squares *= self.reference.token_scale(branch, samples).square()
+                sums[module] = sums[module] + torch.where(counted & torch.isfinite(squares), squares, 0).double().sum((0, 1))
+        return {module: self.processes.sum(total).float() for module, total in sums.items()}
+
+    def _original_inputs(self, block: Block, layer: nn.Module, modules: Sequence[str], samples: slice) -> dict[str, Tensor]:
+        if self.reference is not None:
+            return {module: self.reference.input(module, samples) for module in modules}
+        seen: dict[str, Tensor] = {}
+        *earlier, last = modules
+        handles = [
+            layer.get_submodule(module).register_forward_pre_hook(lambda _, args, module=module: seen.__setitem__(module, args[0]))
+            for module in earlier
+        ]
+        try:
+            (x, *_), _ = call_until(layer.get_submodule(last), self._call, layer, block.index, samples)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {**seen, last: x}
+
+    def first_input(self, block: Block, layer: nn.Module, module: str) -> Tensor:
+        """What a linear reads of the first samples with the weights that the block's module holds."""
+        (x, *_), _ = call_until(layer.get_submodule(module), self._call, layer, block.index, next(self.chunks()))
+        found: Tensor = x
+        return found
+
+    def install(self, block: Block, layer: nn.Module, tensors: Iterable[str]) -> None:
+        """Put tensors of the checkpoint into the block's module."""
+        for name in tensors:
+            set_parameter(layer, block.parameter(name), self.checkpoint.read(name).to(self.device, self.dtype))
 
     def _call(self, layer: nn.Module, index: int, part: slice) -> Tensor:
         return self._run(layer, COMPRESSED, self.hidden[part].to(self.device), index, part)
@@ -345,8 +448,12 @@ class SequentialPipeline:
         solve((head,), gram.hessian((head,), self.processes), "")
 
     def _install(self, layer: nn.Module, block: Block, weights: Mapping[str, Tensor]) -> None:
-        for name, weight in weights.items():
-            set_parameter(layer, block.parameter(f"{name}.weight"), weight.to(self.device, self.dtype))
+        self._put(layer, block, {f"{name}.weight": weight for name, weight in weights.items()})
+
+
+def _set_modules(layer: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        layer.set_submodule(name, module)
 
 
 def _rows_of_tokens(rows: Mapping[str, Tensor], name: str, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from marlinctl.quantize.drift import corrected_stack, corrected_target
+from marlinctl.quantize.drift import DriftSettings, corrected_stack, corrected_target
 from marlinctl.quantize.gptq import Solved, SolveSettings, solve_many
 from marlinctl.quantize.scheme import Grid, Scheme
 from marlinctl.quantize.stacks import stacked
@@ -46,7 +46,7 @@ StackOutcome = tuple[Outcome, Callable[[slice], Tensor | QuantizedLinear], Tenso
 
 @dataclass(frozen=True, slots=True)
 class StackedSolver:
-    drift_correction: float  # share, 0..1; 0 where there is no reference model
+    drift: DriftSettings | None  # None: there is no reference model
     scheme: Scheme
     pruning: PruneSettings
     settings: SolveSettings  # of the codes; the group size is that of each stack
@@ -61,11 +61,11 @@ class StackedSolver:
     def of(cls, recipe: Recipe, *, corrects_drift: bool, bfloat16_exact: bool, steps: PruneSteps = TORCH) -> StackedSolver:
         q = recipe.quantize
         return cls(
-            drift_correction=q.drift_correction if corrects_drift else 0.0,
+            drift=DriftSettings(q.drift_correction, q.drift_damping) if corrects_drift else None,
             scheme=recipe.scheme,
             pruning=PruneSettings(
                 method=recipe.sparsify.method,
-                damping=q.damping,
+                damping=q.fixed_damping,
                 mask_sweeps=recipe.sparsify.mask_sweeps,
                 iterations=recipe.sparsify.ls_iterations,
             ),
@@ -75,7 +75,7 @@ class StackedSolver:
                 bfloat16_exact=bfloat16_exact,
                 act_order=q.act_order,
                 scale_search=q.scale_search,
-                damping=q.damping,
+                damping=q.fixed_damping,
                 refine=q.refine,
                 grid=recipe.scheme.grid,
             ),
@@ -100,26 +100,25 @@ class StackedSolver:
         Raises:
             ValueError: weights or Hessian are not finite, or no damping makes the Hessian positive definite.
         """
-        if self.drift_correction:
-            stacks = self._corrected(stacks, hessians)
+        if self.drift is not None:
+            stacks = self._corrected(stacks, hessians, self.drift)
         if not self.scheme.quantizes:
             return [pruned(one) for one in prune_many(stacks, hessians, self.pruning, self.steps)]
         settings = replace(self.settings, group_size=group_size)
         if masks is not None:
             values = stacks
-            if self.drift_correction:
+            if self.drift is not None:
                 values = stacked([fit_mask(stack, mask, h, self.pruning) for stack, mask, h in zip(stacks, masks, hessians, strict=True)])
             return [quantized(*one) for one in solve_pruned_many(values, masks, hessians, settings, originals=stacks, steps=self.steps)]
         if self.scheme.prunes:
             return [quantized(*one) for one in prune_and_quantize_many(stacks, hessians, self.pruning, settings, self.steps)]
         return [quantized(solved, None) for solved in solve_many(stacks, hessians, settings, steps=self.steps)]
 
-    def _corrected(self, stacks: Tensor, hessians: Sequence[Hessian]) -> Tensor:
+    def _corrected(self, stacks: Tensor, hessians: Sequence[Hessian], drift: DriftSettings) -> Tensor:
         """The targets of drift correction, [E, R, K]."""
-        share, damping = self.drift_correction, self.pruning.damping
         if self.steps.stacks and len(hessians) > 1 and all(hessian.residual is None for hessian in hessians):
-            return corrected_stack(stacks, hessians, share=share, damping=damping)
-        return stacked([corrected_target(stack, h, share=share, damping=damping) for stack, h in zip(stacks, hessians, strict=True)])
+            return corrected_stack(stacks, hessians, drift)
+        return stacked([corrected_target(stack, h, drift) for stack, h in zip(stacks, hessians, strict=True)])
 
 
 def steps_on(device: torch.device, console: Console) -> PruneSteps:

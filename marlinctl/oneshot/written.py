@@ -8,6 +8,7 @@ for an 8B. SHA-256 takes 0.03 s.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
@@ -20,6 +21,7 @@ from marlinctl.checkpoint.formats.registry import detect, read_linear
 from marlinctl.checkpoint.mask import Masks, open_masks
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.errors import CheckFailed
+from marlinctl.models.architectures import Block
 from marlinctl.oneshot.layers import LayerRecord, linear_digest, weight_digest
 from marlinctl.oneshot.open import RunInputs
 from marlinctl.sparsify.types import SparseQuantizedLinear
@@ -29,12 +31,16 @@ from marlinctl.system.console import Console
 _MOST_AT_ONCE = 8  # linears on a GPU; each takes a few bytes a weight of both memories
 
 
-def expected_pieces(opened: RunInputs, fmt: Format) -> list[list[Entry]]:
-    """The tensors of each piece, that of a block or of the head, without their bytes."""
+def expected_pieces(opened: RunInputs, fmt: Format, changed: Callable[[Block], list[str]]) -> list[list[Entry]]:
+    """The tensors of each piece, that of a block or of the head, without their bytes. changed: what else is written with a block."""
     architecture, head = opened.architecture, opened.plan.head
     pieces = [list(block.linears) for block in architecture.blocks] + ([[head.name]] if head is not None else [])
     planned = opened.plan.group_sizes
-    return [[entry for name in names if name in planned for entry in _expected(opened, fmt, name)] for names in pieces]
+    found = [[entry for name in names if name in planned for entry in _expected(opened, fmt, name)] for names in pieces]
+    for block in architecture.blocks:
+        others = (opened.checkpoint.tensors[name] for name in changed(block))
+        found[block.index] += [Entry(info.name, info.dtype, info.shape, info.nbytes, _not_yet) for info in others]
+    return found
 
 
 def _expected(opened: RunInputs, fmt: Format, name: str) -> list[Entry]:

@@ -25,6 +25,7 @@ from math import prod
 from marlinctl.data.calibration_size import CHARACTERS_PER_TOKEN, PIECE, SELF_BATCH
 from marlinctl.models.architectures import Architecture, Block, Branch, Chain, LinearSpec
 from marlinctl.quantize import memory as quantize
+from marlinctl.quantize.damping import LEAST
 from marlinctl.quantize.memory import Arrays
 from marlinctl.quantize.scheme import Scheme
 from marlinctl.recipes.schema import Distill, Recipe
@@ -55,7 +56,7 @@ class Work:
     samples: int
     length: int  # tokens of a sample
     element: int  # bytes of an activation
-    damping: float
+    damping: float  # the smallest that a linear may have: it decides the precision of the factorisation
     corrects_drift: bool  # drift from the reference model is corrected
     refines: bool
     scheme: Scheme
@@ -79,7 +80,7 @@ class Work:
             samples=asked.samples,
             length=asked.sequence_length,
             element=element,
-            damping=recipe.quantize.damping,
+            damping=recipe.quantize.fixed_damping or LEAST,
             corrects_drift=corrects_drift,
             refines=recipe.quantize.refine > 0,
             scheme=recipe.scheme,

@@ -89,6 +89,15 @@ def refuse_rounded_activations(recipe: Recipe) -> None:
         raise UsageError("E273", what, where=f"--asymmetric {where}", fix="leave out one of the two")
 
 
+def refuse_lone_tuning(recipe: Recipe) -> None:
+    """UsageError E288 for tuning without the reference model, whose output is its aim."""
+    if recipe.tunes and recipe.quantize.drift_correction == 0.0:
+        what = "a block is tuned toward the original model's output, which is computed for drift correction alone"
+        raise UsageError(
+            "E288", what, where="--tune-steps", fix="--drift-correction 0.5 as well, or the recipe int4-best; or --tune-steps 0"
+        )
+
+
 def refuse_no_change(recipe: Recipe) -> None:
     if not recipe.scheme.quantizes and not recipe.scheme.prunes:
         raise UsageError("E273", "16 bits and no pattern: nothing would change", where="--bits 16", fix="--bits 4, or `marlinctl sparsify`")
@@ -106,6 +115,7 @@ def check_arguments(recipe: Recipe, module_map: Path | None, *, distils: bool) -
     refuse_zero_points(recipe)
     refuse_idle_bits(recipe)
     refuse_rounded_activations(recipe)
+    refuse_lone_tuning(recipe)
     check_module_map(module_map)
     asked = recipe.calibration
     if (most := asked.samples * asked.sequence_length) < asked.minimum_tokens:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from marlinctl.quantize.affine import search_ranges
+from marlinctl.quantize.damping import Damping, damping_of
 from marlinctl.quantize.grid import round_steps_
 from marlinctl.quantize.refine import descend, layer_error, refit_scales
 from marlinctl.quantize.scheme import INT4, Grid
@@ -32,7 +33,7 @@ class SolveSettings:
     bfloat16_exact: bool  # scales that bfloat16 holds exactly as well
     act_order: str  # "static" or "none"
     scale_search: str  # "hessian", "mse" or "none"
-    damping: float  # fraction of mean(diag H)
+    damping: Damping  # fraction of mean(diag H); None: by the tokens per input
     refine: int  # rounds of two descents and one re-fit
     grid: Grid = INT4
 
@@ -77,14 +78,14 @@ def solve(
     if not bool(torch.isfinite(hessian.matrix).all()):
         raise ValueError(f"the Hessian of {hessian.tokens} tokens holds NaN or infinity")
 
-    diagonal = hessian.matrix.diagonal().clone()
+    diagonal, damping = hessian.matrix.diagonal().clone(), damping_of(settings.damping, hessian)
     if not bool(diagonal.any()):
         nothing = torch.zeros(rows, dtype=torch.float64, device=weight.device)
         reason = "plain rounding: no calibration token reached this input, or all of them were zero"
-        return Solved(round_to_nearest(weight, settings, steps), nothing, nothing, settings.damping, reason, k)
+        return Solved(round_to_nearest(weight, settings, steps), nothing, nothing, damping, reason, k)
     order = _order(diagonal, settings)
     matrix = take_both(hessian.matrix, order)
-    factored = factor(matrix, settings.damping)
+    factored = factor(matrix, damping)
     ridge = factored.damping * float(diagonal.mean())
     rounds = settings.refine if factored.fallback is None else 0
     codes, scales, zeros, error, energy = _round(
@@ -129,19 +130,22 @@ def solve_many(
     diagonals = diagonal_of(matrices).clone()
     order = _order(diagonals, settings)
     matrices = take_both(matrices, order)
-    feedback, _, good = factor_stack(matrices, settings.damping)
+    dampings = [damping_of(settings.damping, hessian) for hessian in hessians]
+    ridge_of = ridges(diagonals, dampings)
+    feedback, _, good = factor_stack(matrices, dampings)
     dead = (diagonals == 0).sum(-1).tolist()
 
     def together(chosen: Sequence[int]) -> list[Solved]:
         mask, original = (None if all_ is None else choose(all_, chosen) for all_ in (masks, originals))
-        weight, diagonal, places, matrix, fed_back = (choose(all_, chosen) for all_ in (weights, diagonals, order, matrices, feedback))
-        ridge = ridges(diagonal, settings.damping)
+        weight, diagonal, places, matrix, fed_back, ridge = (
+            choose(all_, chosen) for all_ in (weights, diagonals, order, matrices, feedback, ridge_of)
+        )
         # None has zeros: the steps that take stacks have none.
         codes_of, scales_of, _, *errors = _round(
             weight, mask, original, diagonal, places, matrix, fed_back, ridge, settings.refine, settings, steps
         )
         return [
-            Solved(QuantizedLinear(codes, scales, group_size, grid=settings.grid), error, energy, settings.damping, None, dead[e])
+            Solved(QuantizedLinear(codes, scales, group_size, grid=settings.grid), error, energy, dampings[e], None, dead[e])
             for e, codes, scales, error, energy in zip(chosen, codes_of, scales_of, *errors, strict=True)
         ]
 

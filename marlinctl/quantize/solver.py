@@ -18,7 +18,7 @@ Pruning is the same sweep with another projection: a column that is not kept bec
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,26 +67,29 @@ def factor(matrix: Tensor, damping: float) -> Factor:
     return _diagonal_factor(diagonal + damping * mean, damping, "not positive definite")
 
 
-def factor_stack(matrices: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The first rung of `factor` for matrices [E, K, K] at once.
+def factor_stack(matrices: Tensor, dampings: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """The first rung of `factor` for matrices [E, K, K] at once, with a damping for each.
 
     Returns feedback [E, K, K], pivots [E, K], and for which of them it holds, [E] bool. Those of the others (not positive definite, zero,
     not finite) are arbitrary; `factor` is for them.
     """
-    ridge = ridges(diagonal_of(matrices), damping)
-    lower, pivots, good = _cholesky(matrices, damping, ridge)
+    ridge = ridges(diagonal_of(matrices), dampings)
+    lower, pivots, good = _cholesky(matrices, min(dampings), ridge)
     feedback = lower.div_(pivots.unsqueeze(-2)).float()
     del lower
     return feedback.flip(-2, -1), pivots.flip(-1).float(), good & (ridge.squeeze(-1) > 0.0)
 
 
-def ridges(diagonals: Tensor, damping: float) -> Tensor:
-    """What is added to diagonals [E, K] of a stack of matrices, [E, 1] float64."""
-    return damping * diagonals.mean(-1, keepdim=True).double()
+def ridges(diagonals: Tensor, dampings: Sequence[float]) -> Tensor:
+    """What is added to diagonals [E, K] of a stack of matrices, [E, 1] float64. dampings: E fractions of the mean."""
+    return torch.tensor(dampings, dtype=torch.float64, device=diagonals.device).unsqueeze(-1) * diagonals.mean(-1, keepdim=True).double()
 
 
 def _cholesky(matrix: Tensor, damping: float, ridge: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of [..., K, K] plus the ridge, flipped: the triangle, its pivots [..., K], last column first, and whether they are good, [...]."""
+    """Of [..., K, K] plus the ridge, flipped: the triangle, its pivots [..., K], last column first, and whether they are good, [...].
+
+    damping: the smallest that the ridge was made with.
+    """
     k = matrix.shape[-1]
     work = matrix.flip(-2, -1).to(torch.float64 if k / damping > FLOAT64_ABOVE else torch.float32)
     diagonal_of(work).add_(ridge)

@@ -41,6 +41,7 @@ MAXIMUM_BYTES = 1 << 17  # 2,000 overrides; the worst text of that size takes 11
 _SECTIONS = ("quantize", "sparsify", "calibration", "pack", "evaluate")  # whose keys `with_sections` knows
 
 GroupSize = Literal[128, 64, 32, -1]
+Fraction = Annotated[float, Field(gt=0, le=1)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # YAML knows lists, a frozen value wants tuples
 
 
@@ -81,12 +82,20 @@ class Quantize(_Section):
     scale_sign: Literal["both", "positive"]
     act_order: Literal["static", "none"]
     scale_search: Literal["none", "mse", "hessian"]
-    damping: float = Field(gt=0, le=1)
+    damping: Fraction | Literal["auto"]
     refine: int = Field(ge=0, le=100)
     drift_correction: float = Field(ge=0, le=1)
+    drift_damping: Fraction
+    tune_steps: int = Field(ge=0, le=10**6)
+    tune_learning_rate: float = Field(gt=0, le=1)
     skip: Names
     overrides: dict[str, Override]
     include: Names
+
+    @property
+    def fixed_damping(self) -> float | None:
+        """None: by the tokens per input (quantize/damping.py)."""
+        return None if isinstance(self.damping, str) else self.damping
 
 
 class Sparsify(_Section):
@@ -94,6 +103,7 @@ class Sparsify(_Section):
     method: Literal["magnitude", "wanda", "sparsegpt", "iterative"]
     mask_sweeps: int = Field(ge=0, le=100)
     ls_iterations: int = Field(ge=0, le=1000)
+    permute: Literal["auto", "always", "never"]
 
 
 class Calibration(_Section):
@@ -151,6 +161,11 @@ class Recipe(_Section):
         """What becomes of a linear for which nothing else is said."""
         q = self.quantize
         return Scheme(bits=q.bits, group_size=q.group_size, sparsity=self.sparsify.pattern, symmetric=q.symmetric)
+
+    @property
+    def tunes(self) -> bool:
+        """Whether scales and norms of each block are tuned after its solves: there are none where weights stay at 16 bits."""
+        return self.quantize.tune_steps > 0 and self.scheme.quantizes
 
     def canonical(self) -> dict[str, Any]:
         """For hashes and journals: a JSON document that no rename of a key changes."""

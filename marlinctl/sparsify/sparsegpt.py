@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from marlinctl.quantize.damping import Damping, damping_of
 from marlinctl.quantize.gptq import Solved, SolveSettings, solve_many, static_scales
 from marlinctl.quantize.refine import layer_error
 from marlinctl.quantize.solver import factor, factor_stack, ridges
@@ -39,7 +40,7 @@ class PruneSettings:
     """Settings of the mask search and of the kept weights. The recipe has the defaults (recipes/schema.py)."""
 
     method: str  # "magnitude", "wanda", "sparsegpt" or "iterative"
-    damping: float  # fraction of mean(diag H)
+    damping: Damping  # fraction of mean(diag H); None: by the tokens per input
     mask_sweeps: int  # of `iterative`
     iterations: int  # of least squares, of `iterative`
 
@@ -62,7 +63,7 @@ def prune(weight: Tensor, hessian: Hessian, settings: PruneSettings, steps: Prun
     _check(weight, hessian)
     matrix = hessian.matrix
     diagonal = matrix.diagonal().clone()
-    factored = factor(matrix, settings.damping)
+    factored = factor(matrix, damping_of(settings.damping, hessian))
     ridge = factored.damping * float(matrix.diagonal().mean())
     found = _prune(weight, matrix, diagonal, factored.feedback, factored.pivots, ridge, settings, steps, improves=factored.fallback is None)
     return Pruned(*found, factored.damping, factored.fallback, int((diagonal == 0).sum()))
@@ -79,14 +80,18 @@ def prune_many(weights: Tensor, hessians: Sequence[Hessian], settings: PruneSett
     _check(weights[0], hessians[0])
     matrices = torch.stack([hessian.matrix for hessian in hessians])
     diagonals = diagonal_of(matrices).clone()
-    feedback, pivots, good = factor_stack(matrices, settings.damping)
+    dampings = [damping_of(settings.damping, hessian) for hessian in hessians]
+    ridge_of = ridges(diagonals, dampings)
+    feedback, pivots, good = factor_stack(matrices, dampings)
     dead = (diagonals == 0).sum(-1).tolist()
 
     def together(chosen: Sequence[int]) -> list[Pruned]:
-        weight, matrix, diagonal, fed_back, pivot = (choose(all_, chosen) for all_ in (weights, matrices, diagonals, feedback, pivots))
-        found = _prune(weight, matrix, diagonal, fed_back, pivot, ridges(diagonal, settings.damping), settings, steps, improves=True)
+        weight, matrix, diagonal, fed_back, pivot, ridge = (
+            choose(all_, chosen) for all_ in (weights, matrices, diagonals, feedback, pivots, ridge_of)
+        )
+        found = _prune(weight, matrix, diagonal, fed_back, pivot, ridge, settings, steps, improves=True)
         return [
-            Pruned(pruned, mask, error, energy, settings.damping, None, dead[e])
+            Pruned(pruned, mask, error, energy, dampings[e], None, dead[e])
             for e, pruned, mask, error, energy in zip(chosen, *found, strict=True)
         ]
 
@@ -126,7 +131,7 @@ def solve_pruned_many(
 
 def fit_mask(weight: Tensor, mask: Tensor, hessian: Hessian, settings: PruneSettings) -> Tensor:
     """The weights on a given mask that come closest to `weight` [R, K] float32 in the Hessian's metric. Returns [R, K]."""
-    factored = factor(hessian.matrix, settings.damping)
+    factored = factor(hessian.matrix, damping_of(settings.damping, hessian))
     if factored.fallback is not None:
         return weight * mask
     damped = _damped(hessian.matrix, factored.damping * float(hessian.matrix.diagonal().mean()))
@@ -181,7 +186,7 @@ def _one_pass_many(
     def alone(e: int) -> tuple[Solved, Tensor]:
         _check(weights[e], hessians[e])
         matrix = hessians[e].matrix
-        factored, diagonal = factor(matrix, pruning.damping), matrix.diagonal().clone()
+        factored, diagonal = factor(matrix, damping_of(pruning.damping, hessians[e])), matrix.diagonal().clone()
         found = _one_pass(weights[e], matrix, diagonal, factored.feedback, factored.pivots, settings, steps)
         return result(found, factored.damping, factored.fallback, int((diagonal == 0).sum()))
 
@@ -195,13 +200,14 @@ def _one_pass_many(
     _check(weights[0], hessians[0])
     matrices = torch.stack([hessian.matrix for hessian in hessians])
     diagonals = diagonal_of(matrices).clone()
-    feedback, pivots, good = factor_stack(matrices, pruning.damping)
+    dampings = [damping_of(pruning.damping, hessian) for hessian in hessians]
+    feedback, pivots, good = factor_stack(matrices, dampings)
     dead = (diagonals == 0).sum(-1).tolist()
 
     def together(chosen: Sequence[int]) -> list[tuple[Solved, Tensor]]:
         weight, matrix, diagonal, fed_back, pivot = (choose(all_, chosen) for all_ in (weights, matrices, diagonals, feedback, pivots))
         found = _one_pass(weight, matrix, diagonal, fed_back, pivot, settings, steps)
-        return [result(one, pruning.damping, None, dead[e]) for e, *one in zip(chosen, *found, strict=True)]
+        return [result(one, dampings[e], None, dead[e]) for e, *one in zip(chosen, *found, strict=True)]
 
     return apart(good.tolist(), together, alone)
 

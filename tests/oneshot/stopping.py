@@ -50,10 +50,10 @@ def stop_in(monkeypatch: pytest.MonkeyPatch, index: int, arguments: list[str], e
     """Run, and stop when this block begins."""
     run_block = SequentialPipeline.run_block
 
-    def stopping(self: SequentialPipeline, block: Any, solve: Any, *, replay: bool = False) -> None:
+    def stopping(self: SequentialPipeline, block: Any, solve: Any, *, replay: bool = False, **more: Any) -> None:
         if block.index == index:
             raise error
-        run_block(self, block, solve, replay=replay)
+        run_block(self, block, solve, replay=replay, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(SequentialPipeline, "run_block", stopping)
@@ -65,10 +65,10 @@ def blocks_solved(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> tupl
     solved: list[int] = []
     run_block = SequentialPipeline.run_block
 
-    def noting(self: SequentialPipeline, block: Any, solve: Any, *, replay: bool = False) -> None:
+    def noting(self: SequentialPipeline, block: Any, solve: Any, *, replay: bool = False, **more: Any) -> None:
         if not replay:
             solved.append(block.index)
-        run_block(self, block, solve, replay=replay)
+        run_block(self, block, solve, replay=replay, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(SequentialPipeline, "run_block", noting)

@@ -150,6 +150,18 @@ def test_the_largest_weight_of_a_row_is_the_largest_code(tmp_path: Path, text: P
         assert apart(codes * scales, weight) < (0.02 if kind == "int8" else 0.05)
 
 
+def test_scales_are_tuned_with_the_values_of_the_codes(tmp_path: Path, text: Path) -> None:
+    """If tuning took the bits of FP8 codes for integers, it would aim at another block, and make this one worse or leave it as it is."""
+    source = zoo.build("llama", tmp_path / "model", dtype=torch.bfloat16)
+    size = {"calibration__samples": 48, "calibration__sequence_length": 128}
+    tuning = {"quantize__drift_correction": 0.5, "quantize__tune_steps": 24, "quantize__tune_learning_rate": 0.01}
+    report = runs.quantize(source, tmp_path / "ct", recipe(text, FP8, **size, **tuning))
+    assert report["tuning"] and all(block["after"] < block["before"] < 0.2 for block in report["tuning"])
+    with open_checkpoint(tmp_path / "ct") as found:
+        name = "model.layers.0.mlp.down_proj.weight"
+        assert bool((found.read(f"{name}_scale") > 0).all()) and found.tensors[name].dtype == "F8_E4M3"
+
+
 def test_a_run_that_stopped_writes_the_same_bytes(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If a finished block were read back with other codes, the blocks after it would see another model than the one that is published."""
     more = ["--override", "down_proj=bits:8,activations:fp8", "--override", "o_proj=bits:8,activations:int8"]

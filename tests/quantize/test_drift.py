@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from marlinctl.quantize.drift import corrected_target
+from marlinctl.quantize.drift import DriftSettings, corrected_target
 from marlinctl.quantize.types import Hessian
 
 
@@ -34,14 +34,14 @@ def test_share_one_is_the_least_squares_fit_of_the_original_output(with_residual
     x, original, residual, weight = drifted()
     target = original @ weight.T + (residual if with_residual else 0.0)
     expected = torch.linalg.lstsq(x, target).solution.T
-    found = corrected_target(weight.float(), statistics(x, original, residual if with_residual else None), share=1.0, damping=1e-8)
+    found = corrected_target(weight.float(), statistics(x, original, residual if with_residual else None), DriftSettings(1.0, 1e-8))
     assert (found.double() - expected).norm() / expected.norm() < 1e-3
 
 
 def test_a_share_goes_that_part_of_the_way() -> None:
     x, original, residual, weight = drifted()
     hessian = statistics(x, original, residual)
-    whole, half = (corrected_target(weight.float(), hessian, share=share, damping=0.01) for share in (1.0, 0.5))
+    whole, half = (corrected_target(weight.float(), hessian, DriftSettings(share, 0.01)) for share in (1.0, 0.5))
     assert torch.allclose(half, (weight.float() + whole) / 2, atol=1e-5)
 
 
@@ -49,7 +49,7 @@ def test_the_error_against_the_target_is_the_hessian_form() -> None:
     """If E|W x' + (r' - r) - V x|² were not (W* - V) H (W* - V)ᵀ plus a constant, solving for W* would have another optimum."""
     x, original, residual, weight = drifted()
     hessian = statistics(x, original, residual)
-    best = corrected_target(weight.float(), hessian, share=1.0, damping=1e-8).double()
+    best = corrected_target(weight.float(), hessian, DriftSettings(1.0, 1e-8)).double()
     target = original @ weight.T + residual
 
     def true(v: Tensor) -> float:
@@ -63,16 +63,16 @@ def test_the_error_against_the_target_is_the_hessian_form() -> None:
 
 def test_without_drift_the_weight_is_untouched() -> None:
     weight = torch.randn(8, 16)
-    assert corrected_target(weight, Hessian(torch.eye(16), 10), share=1.0, damping=0.01) is weight
-    assert torch.allclose(corrected_target(weight, Hessian(torch.eye(16), 10, torch.zeros(16, 16)), share=1.0, damping=0.01), weight)
+    assert corrected_target(weight, Hessian(torch.eye(16), 10), DriftSettings(1.0, 0.01)) is weight
+    assert torch.allclose(corrected_target(weight, Hessian(torch.eye(16), 10, torch.zeros(16, 16)), DriftSettings(1.0, 0.01)), weight)
 
 
 def test_a_hessian_that_cannot_be_factored_leaves_the_weight() -> None:
     """Half a solve would write NaN into a layer."""
     weight = torch.randn(8, 16)
-    assert corrected_target(weight, Hessian(torch.zeros(16, 16), 10, torch.ones(16, 16)), share=1.0, damping=0.01) is weight
+    assert corrected_target(weight, Hessian(torch.zeros(16, 16), 10, torch.ones(16, 16)), DriftSettings(1.0, 0.01)) is weight
 
 
 def test_a_residual_of_other_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="does not fit"):
-        corrected_target(torch.randn(8, 16), Hessian(torch.eye(16), 10, torch.zeros(16, 16), torch.zeros(16, 9)), share=0.5, damping=0.01)
+        corrected_target(torch.randn(8, 16), Hessian(torch.eye(16), 10, torch.zeros(16, 16), torch.zeros(16, 9)), DriftSettings(0.5, 0.01))

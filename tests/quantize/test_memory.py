@@ -49,7 +49,7 @@ def steps() -> dict[str, tuple[memory.Arrays, int, Callable[[], object]]]:
         "drift": (
             memory.corrected_target(ROWS, K),
             STACK + SQUARE,
-            lambda: drift.corrected_target(weight, drifted, share=0.5, damping=0.01),
+            lambda: drift.corrected_target(weight, drifted, drift.DriftSettings(0.5, 0.01)),
         ),
         "factor": (memory.factor(ROWS, K, 0.01), 2 * STACK + 2 * SQUARE, lambda: solver.factor(plain.matrix, 0.01)),
         "factor in float64": (memory.factor(ROWS, K, 1e-3), 2 * STACK + 2 * SQUARE, lambda: solver.factor(plain.matrix, 1e-3)),

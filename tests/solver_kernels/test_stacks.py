@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from marlinctl.quantize.drift import corrected_stack, corrected_target
+from marlinctl.quantize.drift import DriftSettings, corrected_stack, corrected_target
 from marlinctl.quantize.gptq import SEARCH_MARGIN, SEARCH_RATIOS, Solved, solve, solve_many
 from marlinctl.quantize.grid import search_scales
 from marlinctl.quantize.solver import factor, factor_stack
@@ -41,7 +41,7 @@ def test_feedback_is_the_same_however_many_columns_are_gathered_at_once(
     """If this failed, wide linears, whose columns are gathered in several steps, would lose or count twice the feedback of some of them."""
     k = 460
     w = torch.randn(2, k, 40, generator=torch.Generator().manual_seed(0))
-    feedback, _, _ = factor_stack(torch.stack([hessian(k, seed) for seed in range(2)]), DAMPING)
+    feedback, _, _ = factor_stack(torch.stack([hessian(k, seed) for seed in range(2)]), [DAMPING] * 2)
     monkeypatch.setattr("marlinctl.solver_kernels.steps._GATHERED", gathered)
     kernels = install(monkeypatch, tmp_path)
     group_of = torch.arange(k).expand(2, -1) // 115
@@ -63,7 +63,7 @@ def test_each_problem_is_swept_with_its_own_feedback(
 ) -> None:
     """If an expert got the feedback, order, scales or mask of its neighbour, it would be rounded for other inputs than its own."""
     w, matrices = problems()
-    feedback, pivots, good = factor_stack(matrices, DAMPING)
+    feedback, pivots, good = factor_stack(matrices, [DAMPING] * len(matrices))
     assert bool(good.all())
     order = torch.stack([torch.randperm(K, generator=torch.Generator().manual_seed(e)) for e in range(E)])
     group_of = order // 68
@@ -188,7 +188,7 @@ def test_pruning_many_is_pruning_each(method: str, tmp_path: Path, monkeypatch: 
 def test_a_stack_is_factored_as_each_matrix() -> None:
     """If this failed, experts would be solved with another damping than the report says."""
     _, hessians = uneven()
-    feedback, pivots, good = factor_stack(torch.stack([one.matrix for one in hessians]), DAMPING)
+    feedback, pivots, good = factor_stack(torch.stack([one.matrix for one in hessians]), [DAMPING] * len(hessians))
     assert good.tolist() == [True, False, True, False, True]
     for e in (0, 2, 4):
         expected = factor(hessians[e].matrix, DAMPING)
@@ -202,9 +202,9 @@ def test_a_stack_of_targets_is_that_of_each() -> None:
     k = weights.shape[2]
     drifts = 0.1 * torch.randn(len(weights), k, k, generator=torch.Generator().manual_seed(2))
     hessians = [replace(one, drift=drift) for one, drift in zip(hessians, drifts, strict=True)]
-    found = corrected_stack(weights, hessians, share=0.5, damping=DAMPING)
+    found = corrected_stack(weights, hessians, DriftSettings(0.5, DAMPING))
     for e, (weight, one) in enumerate(zip(weights, hessians, strict=True)):
-        expected = corrected_target(weight, one, share=0.5, damping=DAMPING)
+        expected = corrected_target(weight, one, DriftSettings(0.5, DAMPING))
         assert torch.allclose(found[e], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())), e
     assert torch.equal(found[3], weights[3]), "a Hessian of zeros corrects nothing"
 
@@ -223,7 +223,7 @@ def test_a_stack_of_targets_is_that_of_each() -> None:
 def test_the_software_gpu_sees_a_neighbours_array(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this failed, the test of the sweep could not fail."""
     w, matrices = problems()
-    feedback, _, _ = factor_stack(matrices, DAMPING)
+    feedback, _, _ = factor_stack(matrices, [DAMPING] * len(matrices))
     group_of = torch.stack([torch.randperm(K, generator=torch.Generator().manual_seed(e)) for e in range(E)]) // 68
     how: dict[str, Any] = {"group_size": 68, "both_signs": True, "bfloat16_exact": True, "ratios": (1.0,)}
     scales = torch.stack([search_scales(one.T.contiguous(), None, **how).T for one in w]).contiguous()

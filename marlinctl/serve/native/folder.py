@@ -106,9 +106,9 @@ def _folder(model: str, revision: str | None) -> Path:
 
 def _refuse_other_weights(checkpoint: Checkpoint, server: str, skips_masks: bool) -> None:
     """BadInput E301: the server would load them too, one over the other."""
-    from marlinctl.checkpoint.model_files import MASK_FILE
+    from marlinctl.checkpoint.model_files import MASK_FILE, ORDER_FILE
 
-    known = {path.name for path in checkpoint.files} | ({MASK_FILE} if skips_masks else set())
+    known = {path.name for path in checkpoint.files} | ({MASK_FILE, ORDER_FILE} if skips_masks else set())
     others = sorted(path.name for path in checkpoint.folder.iterdir() if path.suffix == ".safetensors" and path.name not in known)
     if others:
         what = f"the folder holds other weights too, {others[0]}{f' and {len(others) - 1} more' if others[1:] else ''}"
