@@ -36,7 +36,8 @@ _SHOWN = 5  # names in a refusal; the rest is counted
 _REQUEST = "job.json"
 _LOCK, _RUNNING = "lock", "running.json"
 _NFS = re.compile(r"\.nfs[0-9a-f]+")  # what a network file system shows of a file that is removed and still open
-_STATE = re.compile(r"\d+\.safetensors(\.part)?")
+BY_BLOCK = ("states", "orders")  # folders of a job with a file for each of some blocks (oneshot/resume.py)
+_OF_BLOCK = re.compile(r"\d+\.safetensors(\.part)?")
 
 
 def _outputs() -> str:
@@ -45,7 +46,7 @@ def _outputs() -> str:
 
 
 def _is_job_folder(name: str) -> bool:
-    known = rf"staged(-({_outputs()}))?(\.whole|\.copied)?|states|({_outputs()})(\.job)?|[^/]+\.old-[0-9a-f]{{8}}"
+    known = rf"staged(-({_outputs()}))?(\.whole|\.copied)?|{'|'.join(BY_BLOCK)}|({_outputs()})(\.job)?|[^/]+\.old-[0-9a-f]{{8}}"
     return re.fullmatch(known, name) is not None
 
 
@@ -147,8 +148,8 @@ def _strange_in_job(folder: Path, name: str, kind: str) -> list[str]:
     inner = folder / name
     if name.endswith(".job"):
         below = strangers_in_job(inner)
-    elif name == "states":
-        below = list(_strangers(inner, lambda file: _STATE.fullmatch(file) is not None))
+    elif name in BY_BLOCK:
+        below = list(_strangers(inner, lambda file: _OF_BLOCK.fullmatch(file) is not None))
     elif ".old-" in name:
         below = list(_strangers(inner, _published(inner) or _model(inner) or is_model_file))
     else:

@@ -300,7 +300,9 @@ def _find_shards(folder: Path, weight_files: str, problems: list[Problem], notes
 def _note_strangers(folder: Path, named: set[str], why: str, notes: list[str]) -> None:
     """Files of weights that are not read: what is left of an earlier model, or a part of this one that the index has lost."""
 
-    found = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors" and path.name not in (*named, MASK_FILE, ORDER_FILE))
+    found = sorted(
+        path.name for path in folder.iterdir() if path.suffix == ".safetensors" and path.name not in (*named, MASK_FILE, ORDER_FILE)
+    )
     if found:
         shown_names = ", ".join(shown(name, 80) for name in found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
         notes.append(f"weights that are not read lie in the folder: {shown_names}; {why}")

@@ -117,7 +117,7 @@ class JobFolder:
             if resume:
                 self.request()  # one that this version understands
                 self._cut(len(self.lines))
-                for folder in (self.path, self.path / "states"):
+                for folder in (self.path, *(self.path / name for name in ownership.BY_BLOCK)):
                     ownership.remove_temporaries(folder)
             else:
                 self._refuse_unfinished()

@@ -122,6 +122,12 @@ class Block:
         return tuple(part for part in self.parts if isinstance(part, Experts))
 
     @property
+    def in_one_pass(self) -> bool:
+        """Whether its module can be run as a whole and alone: not with experts, which are never in memory together, nor where it leaves
+        tensors for later blocks."""
+        return not self.experts and not self.shares
+
+    @property
     def homes(self) -> tuple[str, ...]:
         """The modules whose outputs, in most models, are added to the residual stream one after another: parts, or what holds several of
         them. "": linears of the block itself."""

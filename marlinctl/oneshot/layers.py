@@ -31,7 +31,7 @@ from marlinctl.oneshot.reading import Reader
 from marlinctl.oneshot.rows import solve_stacks
 from marlinctl.oneshot.sequential import SequentialPipeline, TunedBlock
 from marlinctl.oneshot.solve import Outcome, StackedSolver, StackOutcome
-from marlinctl.oneshot.tuning import Tuned, TuneSettings, may_be_tuned, tunable, tune_block
+from marlinctl.oneshot.tuning import Tuned, TuneSettings, tunable, tune_block
 from marlinctl.planning.memory import Work, experts_together
 from marlinctl.quantize.scheme import SIXTEEN_BIT, Activations, Grid
 from marlinctl.quantize.types import Hessian, QuantizedLinear
@@ -163,7 +163,7 @@ class LayerQuantizer:
 
     def tune(self, block: Block, layer: nn.Module, walk: SequentialPipeline) -> TunedBlock | None:
         """The pipeline's TuneBlock: tune the scales of what was solved last, and the norms."""
-        if not may_be_tuned(block):
+        if not block.in_one_pass:
             return None
         solved = {linear.name: linear.result for linear in self._waiting if isinstance(linear.result, QuantizedLinear)}
         settings = TuneSettings(self.recipe.quantize.tune_steps, self.recipe.quantize.tune_learning_rate)

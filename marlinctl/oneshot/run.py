@@ -53,6 +53,7 @@ from marlinctl.oneshot.solve import steps_on
 from marlinctl.oneshot.written import expected_pieces, verify_written
 from marlinctl.planning.memory import CHUNK_TOKENS, CHUNK_TOKENS_ON_DEVICE, Work, predicted_device_peak
 from marlinctl.planning.preflight import check_lengths, require_samples
+from marlinctl.planning.tokens_per_input import fewest
 from marlinctl.recipes.schema import Recipe
 from marlinctl.sparsify.steps import TORCH, PruneSteps
 from marlinctl.system.background import begun
@@ -155,6 +156,7 @@ def _run(
                 console.warn(f"{slow} codes are solved by torch operators, which take about twenty times as long as the kernels")
             probe_before(opened, recipe, steps, console, device_memory=device_memory, ranks=processes.count)
         calibration = ranks.share_calibration(processes, lambda: _calibration(job, opened, recipe, texts, steps, console, processes))
+        told = _tokens_per_input(opened, recipe, calibration, console)
         with ExitStack() as stack:
             staged = StagedCheckpoint(
                 out, overwrite=options.overwrite, fmt=fmt, pieces=job.staged, resumable=True, max_shard_bytes=options.max_shard_bytes
@@ -181,7 +183,7 @@ def _run(
             staged.copy_orders(opened.source.folder)
             job.write_orders(staged)
             staged.write_file("recipe.yaml", recipe.to_yaml().encode())
-            warnings = _warnings(opened, calibration, solving.records, console)
+            warnings = [*_warnings(opened, calibration, solving.records, console), *told]
             report = report_of(
                 opened, recipe, options, calibration.facts, solving.records, warnings, time.monotonic() - started, processes.count,
                 device_memory,
@@ -256,6 +258,15 @@ def _calibration(
     else:
         job.begin_blocks(facts, made, opened.contents)
     return made
+
+
+def _tokens_per_input(opened: RunInputs, recipe: Recipe, calibration: CalibrationSet, console: Console) -> list[str]:
+    """Said before the work; what is to be warned of is returned for the report."""
+    found = fewest(opened.architecture, opened.plan.group_sizes, recipe.calibration, int(calibration.tokens.counted.sum()))
+    if found is None:
+        return []
+    (console.warn if found.few else console.say)(str(found))
+    return [str(found)] if found.few else []
 
 
 def _fingerprint(opened: RunInputs, recipe: Recipe, calibration: CalibrationSet, steps: PruneSteps) -> dict[str, Any]:

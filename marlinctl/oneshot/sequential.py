@@ -252,7 +252,9 @@ class SequentialPipeline:
     def _reorder(self, block: Block, layer: nn.Module, orders: ChannelOrders) -> None:
         """Have the orders of the block's channels chosen. What the reference model noted is read in them too."""
         if self.reference is None and orders.folds[block.index]:
-            linears = (block.linear(name) for part in block.parts if not isinstance(part, Experts) for stage in part.stages for name in stage)
+            linears = (
+                block.linear(name) for part in block.parts if not isinstance(part, Experts) for stage in part.stages for name in stage
+            )
             self.install(block, layer, [f"{name}.weight" for name in linears])
         columns = orders.choose(block, layer, self)
         if self.reference is not None:

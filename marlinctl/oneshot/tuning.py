@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from marlinctl.models.architectures import Block, Experts
+from marlinctl.models.architectures import Block
 from marlinctl.quantize.grid import round_scales
 from marlinctl.quantize.types import QuantizedLinear, values_of
 from marlinctl.system.processes import ALONE, Processes
@@ -61,14 +61,9 @@ class Tuned:
     after: float
 
 
-def may_be_tuned(block: Block) -> bool:
-    """Not with a mixture of experts, which is never in memory as a whole, nor where blocks leave tensors for later ones."""
-    return not block.experts and not block.shares and not any(isinstance(part, Experts) for part in block.parts)
-
-
 def tunable(block: Block) -> list[str]:
     """Norms and biases of a block, by their names in the checkpoint."""
-    return [name for name, shape in block.others.items() if len(shape) == 1 and name not in block.buffers] if may_be_tuned(block) else []
+    return [name for name, shape in block.others.items() if len(shape) == 1 and name not in block.buffers] if block.in_one_pass else []
 
 
 def tune_block(
@@ -77,7 +72,7 @@ def tune_block(
 ) -> Tuned | None:  # fmt: skip
     """linears: the solved ones by their names, which `layer` holds. stored: dtypes of `tunable` tensors. None where nothing gets better, or
     where there are too few samples to hold some out."""
-    *trained, = walk.chunks()
+    (*trained,) = walk.chunks()
     held_out = [trained.pop() for _ in range(max(1, len(trained) // HELD_OUT)) if len(trained) > 1]
     if processes.largest(not held_out) or not linears:
         return None

@@ -9,6 +9,7 @@
     forward and Gram                       products, Gram matrices, bytes of activations, chunks, experts, activations in host memory
     read                                   bytes of weights on their way to the GPU
     solve                                  factorisations, products, steps of the sweeps, passes over weights, solves
+    tune                                   products of passes in both directions, steps
     wait for the disk                      what the thread that writes is behind when the last block is done
     copy                                   bytes of the source that are copied as they are, as far as it takes longer than the blocks
                                            beside it
@@ -58,6 +59,7 @@ RATES: Mapping[str, float] = MappingProxyType(
         "gram": 1 / 5.8e14,  # operation of Gram and cross matrices
         "activations": 1 / 3.6e11,  # byte of inputs and outputs of linears and of the stream; each is passed over many times
         "chunk": 9e-4,  # chunk of tokens through a block: launches
+        "tuning step": 8e-3,  # step of the tuning of a block: launches
         "expert": 6e-3,  # expert of a block: some hundred launches that gather its tokens and sum its matrices
         "read": 1 / 2e11,  # byte of weights, read ahead: what is waited for
         "factor columns": 5e-7,  # column of a factorisation
@@ -168,7 +170,20 @@ def counts(
 
 BESIDE = ("look at the model", "wait for the disk", "copy")  # phases that wait for what a thread does beside others
 _PHASES = (
-    *("start", "text", "look at the model", "probe", "embed", "forward and Gram", "read", "solve", "wait for the disk", "copy", "check"),
+    *(
+        "start",
+        "text",
+        "look at the model",
+        "probe",
+        "embed",
+        "forward and Gram",
+        "read",
+        "solve",
+        "tune",
+        "wait for the disk",
+        "copy",
+        "check",
+    ),
     *("between ranks", "the rest"),
 )
 
@@ -190,6 +205,9 @@ def _add_block(
     runs = len(attention.stages) if isinstance(attention, Chain) else 1  # of the compressed model's
     forward["forward"] += (passes - 1 + runs) * 2 * work.length * queries * tokens  # scores and values, half of them masked
     forward["activations"] += passes * _SLOTS * hidden * tokens * work.element
+    if work.tunes and block.in_one_pass:
+        found["tune"]["forward"] += operations_of_tuning(block, recipe, CHUNK_TOKENS_ON_DEVICE)
+        found["tune"]["tuning step"] += recipe.quantize.tune_steps
     forward["chunk"] += passes * -(-work.own_samples // max(1, CHUNK_TOKENS_ON_DEVICE // work.length))
     read = STORED * sum(spec.out_features * spec.in_features for spec in block.linears.values())
     found["read"]["read"] += read
@@ -218,6 +236,12 @@ def _add_stage(found: Counts, stage: Stage, count: int, tokens: float, hidden: i
         result = 1 if recipe.scheme.quantizes else 4
         gathered = stage.rows * k * (result + (1 if recipe.scheme.prunes else 0))
         found["between ranks"]["link"] += count * ring * (2 * sums + gathered)
+
+
+def operations_of_tuning(block: Block, recipe: Recipe, chunk: int) -> float:
+    """Of all steps for a block, each a chunk of so many tokens through it and back, and eight chunks to judge."""
+    weights = sum(spec.out_features * spec.in_features for spec in block.linears.values())
+    return 2.0 * weights * chunk * (3 * recipe.quantize.tune_steps + 8)
 
 
 _ONCE_A_BATCH = ("solve", "factor columns", "columns", "groups")  # what experts that are solved together wait for only once

@@ -63,6 +63,7 @@ class Work:
     writes_text: bool  # --calibration self
     on_device: bool
     ranks: int = 1  # processes that share samples and rows; memory is that of each
+    tunes: bool = False  # scales and norms of a block, after its solves
 
     @property
     def own_samples(self) -> int:
@@ -87,6 +88,7 @@ class Work:
             writes_text=asked.source == "self",
             on_device=on_device,
             ranks=ranks,
+            tunes=recipe.tunes,
         )
 
 
@@ -108,7 +110,7 @@ def predicted_peak(architecture: Architecture, compressed: Mapping[str, int], wo
     if work.on_device:  # weights pass through on their way to the device, results on their way back
         stage = max(8 * (s.rows + s.other_rows) * s.k for s in stages(architecture, compressed))
         return base + _BASE_OF_CUDA + hidden + stage
-    running = hidden + _block_bytes(architecture, work) + _solving(architecture, compressed, work)
+    running = hidden + _block_bytes(architecture, work) + max(_solving(architecture, compressed, work), _tuning(architecture, work))
     return base + max(running, _writing(architecture, work))
 
 
@@ -116,7 +118,7 @@ def predicted_device_peak(architecture: Architecture, compressed: Mapping[str, i
     """Memory of the CUDA device at the peak, in bytes, without the activations that stay there when there is room (system/offload.py).
     Each rank has a device of its own."""
     beside = _read_ahead(architecture) + _queued(architecture, compressed, work)
-    running = _block_bytes(architecture, work) + _solving(architecture, compressed, work) + beside
+    running = _block_bytes(architecture, work) + max(_solving(architecture, compressed, work), _tuning(architecture, work)) + beside
     return BASE_ON_DEVICE + max(running, _writing(architecture, work))
 
 
@@ -221,6 +223,16 @@ def _solving(architecture: Architecture, compressed: Mapping[str, int], work: Wo
     mapped = [sum(count * size for count, size in phase if size >= _HEAP_BELOW) for phase in phases]
     together = max(_HOLES * below + above for below, above in zip(heap, mapped, strict=True))
     return int(max(together, _KEPT * max(heap) + max(mapped)))
+
+
+def _tuning(architecture: Architecture, work: Work) -> int:
+    """oneshot/tuning.py: the weights of a block once more as codes, as weights, and as gradients, and the activations of a chunk with their
+    gradients."""
+    if not work.tunes:
+        return 0
+    tokens = max(CHUNK_TOKENS_ON_DEVICE if work.on_device else CHUNK_TOKENS, work.length)
+    widths = max(sum(spec.out_features + spec.in_features for spec in block.linears.values()) for block in architecture.blocks)
+    return 3 * _block_bytes(architecture, work) + 3 * tokens * widths * work.element
 
 
 def _phases(architecture: Architecture, stage: Stage, work: Work, together: int) -> Iterator[Arrays]:

@@ -47,6 +47,7 @@ from marlinctl.planning.preflight import (
     stored_once,
     wants_mask,
 )
+from marlinctl.planning.tokens_per_input import fewest
 from marlinctl.planning.training_settings import check_settings, check_sizes
 from marlinctl.recipes.schema import AUTO, Recipe, divided, recipe_hash
 from marlinctl.system.console import Console
@@ -426,6 +427,8 @@ def _cores() -> int:
 
 def _notes(seen: Headers, looked: ModelPlan, found: Pattern, recipe: Recipe, ranks: int) -> list[str]:
     notes = [seen.source.note] if seen.source.note else []
+    if (tokens := fewest(looked.architecture, looked.plan.group_sizes, recipe.calibration)) is not None:
+        notes.append(str(tokens))
     if looked.unties:
         notes.append(said_of_untied_head(looked, _formats(recipe)[0]))
     if not recipe.scheme.quantizes and divided(recipe) is None:

@@ -21,7 +21,7 @@ from marlinctl.errors import number_of
 from marlinctl.models.architectures import Architecture
 from marlinctl.planning import gpu_time
 from marlinctl.planning.gpu_time import Gpu
-from marlinctl.planning.memory import Stage, Work, parameters, stages, stages_of_block
+from marlinctl.planning.memory import CHUNK_TOKENS, Stage, Work, parameters, stages, stages_of_block
 from marlinctl.recipes.schema import Distill, Recipe
 
 
@@ -121,6 +121,8 @@ def _seconds_of_parts(
             sums = 4 * stage.k**2 * (2 if work.corrects_drift else 1)
             sent += count * (2 * sums + 4 * stage.rows * stage.k) * (work.ranks - 1) / work.ranks
             sweeps, columns, elements = sweeps + count * s, columns + count * c, elements + count * e
+    if work.tunes:
+        forward += sum(gpu_time.operations_of_tuning(block, recipe, CHUNK_TOKENS) for block in architecture.blocks if block.in_one_pass)
     parts = {
         "start": _START,
         "forward": forward / speed.products,

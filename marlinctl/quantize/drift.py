@@ -66,7 +66,9 @@ def corrected_stack(weights: Tensor, hessians: Sequence[Hessian], settings: Drif
     if not drifts or settings.share == 0.0:
         return weights
     wanted = mm(weights, torch.stack(drifts).mT)
-    lower, info = torch.linalg.cholesky_ex(_damped(torch.stack([hessian.matrix for hessian in hessians]), [settings.damping] * len(hessians)))
+    lower, info = torch.linalg.cholesky_ex(
+        _damped(torch.stack([hessian.matrix for hessian in hessians]), [settings.damping] * len(hessians))
+    )
     solved = [torch.cholesky_solve(right.T.double(), one).T.float() for right, one in zip(wanted, lower, strict=True)]
     return torch.where((info == 0)[:, None, None], weights + settings.share * torch.stack(solved), weights)
 

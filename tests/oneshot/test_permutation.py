@@ -105,6 +105,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(tmp_path: Path, monkeyp
     arguments = quantize(tmp_path, tmp_path / "parts" / "out")
     assert stop_in(monkeypatch, 2, arguments) == 130
     assert blocks_solved(monkeypatch, ["resume", str(tmp_path / "parts" / "out"), "-q"]) == (0, [2, 3])
+    assert not (tmp_path / "parts" / "out.job").exists(), "all that lies in a job's folder is the job's"
     ours, theirs = (digests(tmp_path / folder / "out") for folder in ("parts", "whole"))
     weights = {name for name in theirs if name.endswith(".safetensors")}
     assert ORDER_FILE in weights and {name: ours[name] for name in weights} == {name: theirs[name] for name in weights}
