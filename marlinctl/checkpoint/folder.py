@@ -241,7 +241,7 @@ def _check_packed(checkpoint: Checkpoint, info: FormatInfo, known: Architecture)
     problems: list[Problem] = []
     for layer in info.layers:
         spec = specs.get(layer)
-        where = str(checkpoint.tensors[f"{layer}.{info.format.suffixes[0]}"].file)
+        where = str(checkpoint.tensors[info.marking(layer)].file)
         if spec is None:
             problems.append(Problem(f"{layer} is packed, but the model has no such linear", where, _APART))
         elif (shape := registry.layer_shape(checkpoint, info, layer)) != (spec.out_features, spec.in_features):

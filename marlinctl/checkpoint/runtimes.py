@@ -33,7 +33,7 @@ from marlinctl.checkpoint.formats.base import (
 )
 from marlinctl.checkpoint.formats.targets import FUSED, split_fused
 from marlinctl.models.config import language_model_type, sizes_of, wraps
-from marlinctl.quantize.scheme import INT4, INT8, UINT4, Grid
+from marlinctl.quantize.scheme import FP8, INT4, INT8, INT8_ACTIVATIONS, UINT4, Grid
 
 if TYPE_CHECKING:
     from marlinctl.checkpoint.reader import Checkpoint
@@ -42,6 +42,7 @@ _ROW_PARALLEL = ("o_proj", "down_proj", "w2", "dense", "fc2", "out_proj")
 _REPLICATED_HEADS = ("k_proj", "v_proj")
 _COMMON_GROUPS = (-1, 32, 64, 128)
 _GRIDS = (INT4, INT8, UINT4)  # that servers multiply; GPTQ of asymmetric codes they do not read
+_ROUNDED = (INT8_ACTIVATIONS, FP8)  # for which servers have other kernels, chosen linear by linear; they take any shape
 # Families whose checkpoints hold all experts of a block in one tensor: transformers does not put theirs together (models/stored_names.py).
 WHOLE_EXPERTS = frozenset(
     (
@@ -104,9 +105,9 @@ class Runtime:
 
 
 RUNTIMES = (
-    Runtime("vLLM 0.24+ Marlin", _COMMON_GROUPS, 1, 1, True, "pads odd shapes with zeros", grids=_GRIDS),
+    Runtime("vLLM 0.24+ Marlin", _COMMON_GROUPS, 1, 1, True, "pads odd shapes with zeros", grids=(*_GRIDS, *_ROUNDED)),
     Runtime("vLLM Machete (Hopper)", (-1, 64, 128), 128, 64, True, "vLLM takes Marlin where Machete does not fit", grids=_GRIDS),
-    Runtime("SGLang 0.5 Marlin", _COMMON_GROUPS, 64, 128, True, "pads nothing", grids=_GRIDS),
+    Runtime("SGLang 0.5 Marlin", _COMMON_GROUPS, 64, 128, True, "pads nothing", grids=(*_GRIDS, *_ROUNDED)),
     Runtime("GPTQModel 7 Marlin", _COMMON_GROUPS, 8, 8, False, grids=(INT4, INT8)),
     Runtime("IST-DASLab kernels", (-1, 128), 256, 128, False, "the kernel's shapes; it reads no checkpoint format of today", False),
     Runtime("vLLM 0.3-0.10 marlin", (-1, 128), 64, 128, True, "the kernel's shapes; its checkpoint format is gone from vLLM", False),

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from marlinctl.checkpoint.formats.base import PROVENANCE
 from marlinctl.checkpoint.formats.registry import quantization_block, without_quantization
 from marlinctl.checkpoint.reader import Checkpoint, dtype_called
 from marlinctl.checkpoint.safetensors_header import TensorInfo
@@ -104,6 +105,8 @@ def _is_fp8(block: Mapping[str, Any]) -> bool:
         return True
     groups = block.get("config_groups")
     if method != "compressed-tensors" or not isinstance(groups, Mapping) or block.get("transform_config"):
+        return False
+    if PROVENANCE in block:  # marlinctl's own FP8 folder is a quantized model, whose activations are rounded too
         return False
     weights = [group.get("weights") if isinstance(group, Mapping) else None for group in groups.values()]
     return bool(weights) and all(isinstance(w, Mapping) and w.get("num_bits") == 8 and w.get("type") == "float" for w in weights)

@@ -32,16 +32,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from marlinctl.checkpoint.reader import Checkpoint
+    from marlinctl.quantize.activations import Rounded
 
 
 def load_dense(folder: Path, *, dtype: torch.dtype, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """The model in eval mode, every linear dense in `dtype`: dequantized in fp32, then rounded once."""
+    """The model in eval mode, every linear dense in `dtype`: dequantized in fp32, then rounded once. Linears with 8-bit activations round
+    what enters them, as servers do."""
     from marlinctl.checkpoint.reader import open_checkpoint
     from marlinctl.checkpoint.sixteen_bit import in_sixteen_bits
 
     with open_checkpoint(folder, weight_files="auto") as opened:
         checkpoint = in_sixteen_bits(opened)
-        return model_from(checkpoint, dense_tensors(checkpoint), dtype=dtype, device=device)
+        model = model_from(checkpoint, dense_tensors(checkpoint), dtype=dtype, device=device)
+        return with_rounded_activations(model, registry.detect(checkpoint.config, checkpoint.tensors))
 
 
 def model_from(
@@ -60,6 +63,23 @@ def model_from(
     info["unexpected_keys"] = strangers(model, info, checkpoint.config) - _idle_biases(checkpoint, info["unexpected_keys"])
     refuse_incomplete(checkpoint.folder, info)
     return model.eval()
+
+
+def with_rounded_activations(model: PreTrainedModel, info: FormatInfo) -> PreTrainedModel:
+    """The model, whose linears with 8-bit activations now round them."""
+    from marlinctl.quantize.activations import round_activations
+
+    round_activations(model, rounded_linears(model, info))
+    return model
+
+
+def rounded_linears(model: PreTrainedModel, info: FormatInfo) -> dict[str, Rounded]:
+    """Which linears of the model have 8-bit activations, by path."""
+    from marlinctl.models.stored_names import module_names
+
+    rounding = {f"{layer}.weight": grid.activations for layer, grid in info.grids.items() if grid.activations != "16-bit"}
+    found = module_names(model, model.state_dict(), list(rounding)) if rounding else {}
+    return {loaded.name.removesuffix(".weight"): rounding[name] for name, loaded in found.items()}
 
 
 def strangers(model: PreTrainedModel, info: Mapping[str, Any], config: Mapping[str, Any]) -> set[str]:

@@ -60,7 +60,7 @@ def command(
         marlinctl pack ./smollm2-sparse ./smollm2-24 --format marlin_24 --also ct
         marlinctl pack ./smollm2-int4 --check --tp 4
 
-    SOURCE is a symmetric compressed-tensors (pack-quantized) or GPTQ folder of 4 or 8 bits, a native folder, or a hub id. Codes are moved,
+    SOURCE is a symmetric compressed-tensors or GPTQ folder of 4 or 8 bits, a native folder, or a hub id. Codes are moved,
     never rounded again; neither the model nor a GPU is needed. vLLM, SGLang and transformers load `ct`, GPTQModel loads `gptq`, marlinctl's
     kernels `marlin` and, for 2:4, `marlin_24`, which hold 4-bit codes alone; `dense` is a 16-bit copy (products rounded to float16).
 

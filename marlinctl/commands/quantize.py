@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import click
 
+from marlinctl.checkpoint.formats.targets import FUSED
 from marlinctl.commands.common import common_options
 from marlinctl.commands.help import Command
 from marlinctl.commands.recipe_flags import chosen_options, chosen_recipe, recipe_flags, run_flags
 from marlinctl.errors import number_of
+from marlinctl.quantize.scheme import INT4
 from marlinctl.system.console import Console, gibibytes
 from marlinctl.system.processes import silence_if_second
 
@@ -29,9 +33,10 @@ def command(console: Console, model: str, out: Path, **values: Any) -> None:
         marlinctl quantize Qwen/Qwen3-0.6B ./qwen3-int4
         marlinctl quantize ./smollm2 ./smollm2-int4 --group-size 64 --calibration text.jsonl
         marlinctl quantize ./model.gguf ./model-int4 --override 'down_proj=bits:8' --skip 'layers.0.*'
+        marlinctl quantize ./smollm2 ./smollm2-int4 --group-size 64 --override 'down_proj=bits:8,activations:int8'
 
-    MODEL is a Hugging Face folder, a hub id or a GGUF file. OUT gets compressed-tensors `pack-quantized`, which vLLM, SGLang and
-    transformers load.
+    MODEL is a Hugging Face folder, a hub id or a GGUF file. OUT gets compressed-tensors, which vLLM, SGLang and transformers
+    load.
 
     \f
     `marlinctl pack` turns it into other formats. Blocks stream from the source to OUT one at a time, and OUT
@@ -50,6 +55,9 @@ def command(console: Console, model: str, out: Path, **values: Any) -> None:
     show_result(console, out, report)
 
 
+_STANDS_OUT = 1.5  # times the mean error of all kinds
+
+
 def bits_of(report: dict[str, Any]) -> str:
     """4, or 4 and 8"""
     return " and ".join(map(str, sorted({layer["bits"] for layer in report["layers"]})))
@@ -64,3 +72,21 @@ def show_result(console: Console, out: Path, report: dict[str, Any]) -> None:
         f"{report['seconds']:.1f} s, peak {gibibytes(report['peak_memory_bytes'])}"
     )
     console.result(text, {"out": str(out), **report}, hanging=4)
+    if candidates := largest_errors(report["layers"]):
+        console.say(candidates)
+
+
+def largest_errors(layers: Sequence[Mapping[str, Any]]) -> str:
+    """The kinds of 4-bit linears that lose most of their output, for whom 8 bits are worth a try; nothing where all lose alike."""
+    kinds: dict[str, list[float]] = {}
+    for layer in layers:
+        if layer["bits"] == INT4.bits and isfinite(layer["error"]):
+            kinds.setdefault(layer["name"].rpartition(".")[2], []).append(layer["error"])
+    means = sorted(((sum(errors) / len(errors), kind) for kind, errors in kinds.items()), reverse=True)
+    if len(means) < 2 or means[0][0] <= _STANDS_OUT * sum(mean for mean, _ in means) / len(means):
+        return ""
+    listed = ", ".join(f"{kind} {mean:.5f}" for mean, kind in means[:3])
+    worst = means[0][1]
+    loaded_as_one = next((shards for shards in FUSED.values() if worst in shards), (worst,))  # by servers, so quantized alike
+    rules = " ".join(f"--override {name}=bits:8" for name in loaded_as_one)
+    return f"largest mean layer errors: {listed}; with 8 bits for the first: {rules}"

@@ -125,7 +125,10 @@ def recipe_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     decorators = _of_table(_RECIPE_FLAGS)
     decorators.append(
         click.option(
-            "--override", multiple=True, metavar="PATTERN=KEY:N", help="Another group_size or bits for these linears; may be given again."
+            "--override",
+            multiple=True,
+            metavar="PATTERN=KEY:N",
+            help="Another group_size or bits, or 8-bit activations, for these linears; may be given again.",
         )
     )
     return _apply(function, decorators)
@@ -363,15 +366,19 @@ def _parameter(key: str) -> str:
     return key.replace(".", "__")
 
 
-def _overrides(texts: Sequence[str]) -> dict[str, dict[str, int]]:
+_OVERRIDE_KEYS = ("group_size", "bits", "activations")
+
+
+def _overrides(texts: Sequence[str]) -> dict[str, dict[str, int | str]]:
     """Several rules may be given for one pattern, each with another key."""
-    found: dict[str, dict[str, int]] = {}
+    found: dict[str, dict[str, int | str]] = {}
     for text in texts:
         pattern, equals, rules = text.rpartition("=")
         for rule in rules.split(","):
             key, colon, value = rule.partition(":")
-            if not (equals and colon and pattern and key in ("group_size", "bits") and value.removeprefix("-").isdecimal()):
-                fix = "--override 'PATTERN=group_size:32', or 'PATTERN=bits:8', or 'PATTERN=bits:8,group_size:64'"
+            number = value.removeprefix("-").isdecimal()
+            if not (equals and colon and pattern and value and key in _OVERRIDE_KEYS and number == (key != "activations")):
+                fix = "--override 'PATTERN=group_size:32', or 'PATTERN=bits:8', or 'PATTERN=bits:8,activations:int8'"
                 raise UsageError("E202", f"{text!r} is not an override", where="--override", fix=fix)
-            found.setdefault(pattern, {})[key] = int(value)
+            found.setdefault(pattern, {})[key] = int(value) if number else value
     return found

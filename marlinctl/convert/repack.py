@@ -167,7 +167,7 @@ def _repack(
         contents.require_finite()
         job.watch(contents)
         for fmt in outputs:
-            for line in runtimes.loads(opened.packed(fmt)).warnings(fmt):
+            for line in (*runtimes.loads(opened.packed(fmt)).warnings(fmt), *registry.losses(opened.info, fmt)):
                 console.warn(line)
         facts = {"source": _source_digest(opened, contents), "formats": [fmt.name for fmt in outputs], "version": provenance({})["version"]}
         job.check(facts) if job.begun else job.begin(facts)
@@ -315,8 +315,7 @@ def _mask_bytes(source: Source, fmt: Format) -> int:
 
 def _write_linears(source: Source, stages: Mapping[Format, writer.StagedCheckpoint], console: Console) -> None:
     """One pass over the source, shard by shard, so that each file is read once and in order."""
-    marking = source.info.format.suffixes[0]
-    places = {layer: source.checkpoint.tensors[f"{layer}.{marking}"] for layer in source.info.layers}
+    places = {layer: source.checkpoint.tensors[source.info.marking(layer)] for layer in source.info.layers}
     order = sorted(places, key=lambda layer: (places[layer].file.name, places[layer].begin))
     pending: dict[Format, dict[str, Tensor]] = {fmt: {} for fmt in stages}
     size = 0

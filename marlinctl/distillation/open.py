@@ -131,6 +131,10 @@ def _open_student(source: Source, asked: Distill, options: Options, console: Con
 
 def _check_form(source: Source, info: FormatInfo, asked: Distill) -> None:
     where = str(source.folder)
+    if rounding := next((layer for layer, grid in info.grids.items() if grid.rounds_activations), None):
+        kind = info.grid(rounding).activations
+        what = f"{rounding} has {kind} activations, and such a student is not trained: their rounding has no gradient"
+        raise BadInput("E313", what, where=where, fix="train a student with 16-bit activations: --override without activations")
     if info.format.trains == "weights" and asked.mode == "scales":
         fix = "--mode full or --mode blockwise trains its weights"
         raise UsageError("E288", "the student is 16-bit and has no scales to train", where=where, fix=fix)

@@ -34,7 +34,7 @@ from marlinctl.oneshot.sequential import SequentialPipeline, TunedBlock
 from marlinctl.oneshot.solve import Outcome, StackedSolver, StackOutcome
 from marlinctl.oneshot.tuning import Tuned, TuneSettings, tunable, tune_block
 from marlinctl.planning.memory import Work, experts_together
-from marlinctl.quantize.scheme import SIXTEEN_BIT, Grid
+from marlinctl.quantize.scheme import SIXTEEN_BIT, Activations, Grid
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipes.schema import Recipe
 from marlinctl.sparsify.steps import PruneSteps
@@ -67,6 +67,12 @@ class LayerRecord:
     seconds: float
     bits: int = 4  # of a code; 16: not quantized. Earlier versions noted none
     symmetric: bool = True  # codes without zero points
+    activations: Activations = "16-bit"  # that the weight is multiplied with
+
+    @property
+    def grid(self) -> Grid:
+        """Of a linear that was quantized."""
+        return Grid(self.bits, self.symmetric, self.activations)
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,6 +343,7 @@ class LayerQuantizer:
             seconds=round(solved.seconds, 4),
             bits=result.grid.bits if isinstance(result, QuantizedLinear) else SIXTEEN_BIT,
             symmetric=not isinstance(result, QuantizedLinear) or result.grid.symmetric,
+            activations=result.grid.activations if isinstance(result, QuantizedLinear) else "16-bit",
         )
         self._finished.records.append(record)
         if solved.fallback:

@@ -40,7 +40,7 @@ from marlinctl.jobs.journal import JOURNAL, JobFolder
 from marlinctl.models.architectures import Block
 from marlinctl.oneshot.layers import Finished, LayerRecord
 from marlinctl.oneshot.reading import Reader
-from marlinctl.quantize.scheme import INT4, Grid
+from marlinctl.quantize.scheme import INT4
 from marlinctl.quantize.types import Hessian
 from marlinctl.system.atomic import disk_problems, make_folder, write_tensors
 from marlinctl.system.console import Console
@@ -224,8 +224,7 @@ class StoredWeights:
 
     def __init__(self, written: Checkpoint, records: Mapping[str, LayerRecord], reader: Reader) -> None:
         sizes = {name: record.group_size for name, record in records.items()}
-        grids = {name: Grid(record.bits, record.symmetric) for name, record in records.items() if record.group_size is not None}
-        grids = {name: grid for name, grid in grids.items() if grid != INT4}
+        grids = {name: record.grid for name, record in records.items() if record.group_size is not None and record.grid != INT4}
         self._info = FormatInfo(INTERCHANGE, {name: size for name, size in sizes.items() if size is not None}, grids=grids)
         self._written, self._records, self._reader = written, records, reader
 

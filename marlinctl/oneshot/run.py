@@ -152,8 +152,8 @@ def _run(
     with threads(options.threads), torch.no_grad():
         with phases("probe"):
             steps = steps_on(opened.device, console)
-            if opened.device.type == "cuda" and recipe.scheme.quantizes and not recipe.scheme.symmetric:
-                console.warn("asymmetric codes are solved by torch operators, which take about twenty times as long as the kernels")
+            if opened.device.type == "cuda" and recipe.scheme.quantizes and (slow := _without_kernels(opened, recipe)):
+                console.warn(f"{slow} codes are solved by torch operators, which take about twenty times as long as the kernels")
             probe_before(opened, recipe, steps, console, device_memory=device_memory, ranks=processes.count)
         calibration = ranks.share_calibration(processes, lambda: _calibration(job, opened, recipe, texts, steps, console, processes))
         told = _tokens_per_input(opened, recipe, calibration, console)
@@ -207,6 +207,13 @@ def _run(
             write_reports(staged, report, opened, fmt)
             job.publish([staged], keep=options.keep_job)
     return report, opened.source
+
+
+def _without_kernels(opened: RunInputs, recipe: Recipe) -> str:
+    """The codes of the run that the solver's kernels do not know; nothing where they know all."""
+    if not recipe.scheme.symmetric:
+        return "asymmetric"
+    return "FP8" if any(grid.floating for grid in opened.plan.grids.values()) else ""
 
 
 def _found(model: str, options: Options, console: Console) -> Source:

@@ -54,8 +54,8 @@ class StackedSolver:
 
     @property
     def steps(self) -> PruneSteps:
-        """The GPU's kernels have no zero points, so asymmetric codes are found by torch operators."""
-        return self.offered if self.settings.grid.symmetric else TORCH
+        """The GPU's kernels have integer codes without zero points, so other ones are found by torch operators."""
+        return self.offered if self.settings.grid.symmetric and not self.settings.grid.floating else TORCH
 
     @classmethod
     def of(cls, recipe: Recipe, *, corrects_drift: bool, bfloat16_exact: bool, steps: PruneSteps = TORCH) -> StackedSolver:
@@ -83,8 +83,10 @@ class StackedSolver:
         )
 
     def on(self, grid: Grid) -> StackedSolver:
-        """The same with other codes."""
-        return replace(self, settings=replace(self.settings, grid=grid))
+        """The same with other codes. Scales of linears whose activations are rounded are positive, as other tools write them: a sign is
+        worth one of 256 levels, and not every kernel for such products was made with negative ones in mind."""
+        both_signs = self.settings.both_signs and not grid.rounds_activations
+        return replace(self, settings=replace(self.settings, grid=grid, both_signs=both_signs))
 
     def solve(self, stack: Tensor, mask: Tensor | None, hessian: Hessian, group_size: int) -> StackOutcome:
         """One stack [R, K]."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from marlinctl.models.architectures import Block
 from marlinctl.quantize.grid import round_scales
-from marlinctl.quantize.types import QuantizedLinear
+from marlinctl.quantize.types import QuantizedLinear, values_of
 from marlinctl.system.processes import ALONE, Processes
 
 HELD_OUT = 8  # of so many chunks of samples one judges
@@ -177,6 +177,7 @@ class _Factors:
 
 
 def _steps_of(linear: QuantizedLinear) -> Tensor:
-    """Codes as steps from zero, [N, G, group]."""
-    codes = linear.codes.unflatten(-1, (linear.scales.shape[-1], -1))
+    """Codes as steps from zero, [N, G, group]; of FP8 their values."""
+    codes = values_of(linear.codes, linear.grid) if linear.grid.floating else linear.codes
+    codes = codes.unflatten(-1, (linear.scales.shape[-1], -1))
     return codes if linear.zeros is None else codes.short() - linear.zeros.unsqueeze(-1)

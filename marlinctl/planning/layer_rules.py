@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
+from marlinctl.checkpoint.formats.base import EXPERTS
 from marlinctl.errors import Problem, UsageError, number_of
 from marlinctl.models.architectures import Architecture, LinearSpec
 from marlinctl.quantize.scheme import INT4, Grid
@@ -41,7 +42,8 @@ def plan(
 ) -> Plan:  # fmt: skip
     """Resolve the rules against a model. All problems at once: UsageError E255 (patterns, group sizes).
 
-    overrides: pattern -> group size. grid: of all linears; grids: pattern -> another one.
+    overrides: pattern -> group size. grid: of all linears; grids: pattern -> another one. Linears whose activations are rounded have one
+    scale per row, whatever the group size of all linears is.
     """
     grids = grids or {}
     linears = dict(architecture.linears)
@@ -67,14 +69,19 @@ def plan(
 
     kept = {name: f"--skip {pattern}" for pattern in skip for name in names.matching(pattern)}
     sizes = dict.fromkeys((name for name in linears if name not in kept), group_size)
+    asked: dict[str, tuple[str, int]] = {}  # linears that a rule names -> its pattern and group size
     for pattern, size in overrides.items():
-        sizes |= dict.fromkeys((name for name in names.matching(pattern) if name not in kept), size)
+        asked |= dict.fromkeys((name for name in names.matching(pattern) if name not in kept), (pattern, size))
+    sizes |= {name: size for name, (_, size) in asked.items()}
     if not sizes:
         raise UsageError("E255", "every linear is skipped; nothing would be quantized", where="--skip", fix="skip fewer linears")
-    _require_divisible(linears, sizes)
     chosen = dict.fromkeys(sizes, grid)
     for pattern, other in grids.items():
         chosen |= dict.fromkeys((name for name in names.matching(pattern) if name in sizes), other)
+    rounding = {name: other for name, other in chosen.items() if other.rounds_activations}
+    _refuse_rounding(rounding, asked)
+    sizes |= dict.fromkeys(rounding, -1)
+    _require_divisible(linears, sizes)
     for name, spec in architecture.linears.items():
         if name not in sizes and name not in kept:
             kept[name] = f"K={spec.in_features}"
@@ -134,6 +141,23 @@ def _head(architecture: Architecture, include: Sequence[str]) -> LinearSpec | No
             what = f"the output head of this checkpoint is called {head.name}, and programs load a packed one as {name} alone"
             raise UsageError("E255", what, where="--include lm_head", fix="leave it out: the output head stays 16-bit")
     return (architecture.head or architecture.tied) if include else None
+
+
+def _refuse_rounding(rounding: Mapping[str, Grid], asked: Mapping[str, tuple[str, int]]) -> None:
+    """UsageError E255 where activations are to be rounded beside groups of weights, or of experts."""
+    problems = []
+    for name, grid in rounding.items():
+        pattern, size = asked.get(name, ("", -1))
+        if size != -1:
+            what = f"{name} has {grid.activations} activations and so one scale per row, and a rule gives it group size {size}"
+            problems.append(Problem(what, f"--override {pattern}=group_size:{size}", "leave one of the two rules out for this linear"))
+        elif EXPERTS in name:
+            what = f"{name} is an expert, and its activations stay 16-bit: transformers fuses experts, and does not round what enters them"
+            problems.append(
+                Problem(what, f"--override ...=activations:{grid.activations}", "--override 're:experts=bits:8' without activations")
+            )
+    if problems:
+        raise UsageError.from_problems("E255", problems[:_MOST_PROBLEMS])
 
 
 def _require_divisible(linears: Mapping[str, LinearSpec], sizes: Mapping[str, int]) -> None:

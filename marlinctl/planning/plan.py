@@ -337,6 +337,7 @@ def _linears(looked: ModelPlan, found: Pattern, recipe: Recipe) -> dict[str, Any
             "name": name,
             "shape": list(looked.shapes[name]),
             "bits": looked.plan.grid(name).bits if scheme.quantizes else scheme.bits,
+            "activations": looked.plan.grid(name).activations,
             "group_size": size if scheme.quantizes else None,
             "pattern": "2:4" if name in sparse else None,
         }

@@ -24,7 +24,7 @@ from marlinctl.models.architectures import Architecture, LinearSpec
 from marlinctl.models.module_map import check_module_map
 from marlinctl.planning.layer_rules import Plan, plan
 from marlinctl.quantize.scheme import INT4, UINT4, Grid
-from marlinctl.recipes.schema import Recipe, divided
+from marlinctl.recipes.schema import Override, Recipe, divided
 from marlinctl.system.console import Console
 
 
@@ -41,11 +41,12 @@ class ModelPlan:
     notes: tuple[str, ...] = ()  # what the person should know of the folder: what is carried along or left out, how it is stored
 
 
-def _overridden(bits: int, recipe: Recipe) -> Grid:
+def _overridden(override: Override, recipe: Recipe) -> Grid:
     """What a rule for some linears means: 8-bit codes are always symmetric."""
     if not recipe.scheme.quantizes:
         return INT4
-    return Grid(bits, recipe.scheme.symmetric or bits != UINT4.bits)
+    bits = override.bits or recipe.scheme.bits
+    return Grid(bits, recipe.scheme.symmetric or bits != UINT4.bits, override.activations or "16-bit")
 
 
 def refuse_zero_points(recipe: Recipe) -> None:
@@ -69,6 +70,24 @@ def refuse_idle_bits(recipe: Recipe) -> None:
     if idle and not recipe.scheme.quantizes:
         what = "weights stay at 16 bits, and other bits for some linears would be ignored"
         raise UsageError("E273", what, where=f"--override {idle[0]}=bits:...", fix="leave it out, or quantize too: --bits 4")
+
+
+def refuse_rounded_activations(recipe: Recipe) -> None:
+    """UsageError E273 for 8-bit activations of single linears in a model that is pruned, or whose codes have zero points.
+
+    What a rule alone shows to be wrong (4-bit weights, groups of weights) the recipe refuses when it is read.
+    """
+    rules = ((pattern, override.activations) for pattern, override in recipe.quantize.overrides.items() if override.activations)
+    pattern, activations = next(rules, ("", None))
+    if activations is None or not recipe.scheme.quantizes:
+        return
+    where = f"--override {pattern}=activations:{activations}"
+    if recipe.scheme.prunes:
+        what = f"a 2:4 model has 16-bit activations: no format holds 2:4 weights beside {activations} activations"
+        raise UsageError("E273", what, where=where, fix="leave out activations, or do not prune")
+    if not recipe.scheme.symmetric:
+        what = f"weights beside {activations} activations have no zero points, and transformers loads no folder that has both"
+        raise UsageError("E273", what, where=f"--asymmetric {where}", fix="leave out one of the two")
 
 
 def refuse_lone_tuning(recipe: Recipe) -> None:
@@ -96,6 +115,7 @@ def check_arguments(recipe: Recipe, module_map: Path | None, *, distils: bool) -
     refuse_no_change(recipe)
     refuse_zero_points(recipe)
     refuse_idle_bits(recipe)
+    refuse_rounded_activations(recipe)
     refuse_lone_tuning(recipe)
     check_module_map(module_map)
     asked = recipe.calibration
@@ -174,9 +194,7 @@ def look(
         include=recipe.quantize.include,
         grid=recipe.scheme.grid,
         grids={
-            pattern: _overridden(override.bits, recipe)
-            for pattern, override in recipe.quantize.overrides.items()
-            if override.bits is not None
+            pattern: _overridden(override, recipe) for pattern, override in recipe.quantize.overrides.items() if override.bits is not None
         },
     )
     if console is not None:
@@ -249,7 +267,7 @@ def sixteen_bit(checkpoint: Checkpoint, known: Architecture, quantized: Iterable
 
 def check_pattern(found: Pattern, looked: ModelPlan, recipe: Recipe, console: Console) -> None:
     """A 2:4 pattern that the source has already: kept and said aloud, or refused where the recipe makes another or needs one."""
-    _say_pattern(found, len(looked.shapes), recipe, console)
+    _say_pattern(found, len(looked.shapes), looked.plan.grids, recipe, console)
     refuse_dense_tiles(found, looked.shapes, recipe)
 
 
@@ -268,7 +286,7 @@ def _in_part(found: Pattern, planned: int) -> str:
     return f"{len(found.linears)} of {number_of(planned, 'linear')} {'is' if len(found.linears) == 1 else 'are'} 2:4"
 
 
-def _say_pattern(found: Pattern, planned: int, recipe: Recipe, console: Console) -> None:
+def _say_pattern(found: Pattern, planned: int, grids: Mapping[str, Grid], recipe: Recipe, console: Console) -> None:
     """A pattern that is there already is kept, and said aloud; to prune once more is refused."""
     if not found.linears:
         return
@@ -283,6 +301,9 @@ def _say_pattern(found: Pattern, planned: int, recipe: Recipe, console: Console)
             where="--pattern 2:4",
             fix="`marlinctl quantize` keeps the pattern; start from the dense model to prune again",
         )
+    if rounding := next((name for name in found.linears if grids.get(name, INT4).rounds_activations), None):
+        what = f"{rounding} is 2:4 already ({origin}), and 2:4 linears have 16-bit activations"
+        raise UsageError("E273", what, where="--override ...=activations:...", fix="leave out activations for the linears that are 2:4")
     console.say(f"{_in_part(found, planned)}, by {origin}; the pattern is kept")
     if len(found.linears) < planned:
         console.warn(

@@ -43,12 +43,14 @@ def _rows(plan: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _linears(linears: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[tuple[str, str]]:
     kinds = Counter(
-        (_kind(item["name"]), *item["shape"], item["bits"], item["group_size"], item["pattern"]) for item in linears["compressed"]
+        (_kind(item["name"]), *item["shape"], item["bits"], item["group_size"], item["pattern"], item["activations"])
+        for item in linears["compressed"]
     )
     yield "compressed", number_of(len(linears["compressed"]), "linear")
-    for (kind, n, k, bits, group, pattern), count in kinds.items():
+    for (kind, n, k, bits, group, pattern, activations), count in kinds.items():
         scales = "" if group is None else ", one scale a row" if group == -1 else f", group size {group}"
-        yield "", f"{count:>5} x {kind:<22} [{n}, {k}] {bits} bits{scales}{f', {pattern}' if pattern else ''}"
+        inputs = "" if activations == "16-bit" else f", {activations} activations"
+        yield "", f"{count:>5} x {kind:<22} [{n}, {k}] {bits} bits{scales}{inputs}{f', {pattern}' if pattern else ''}"
     for title in ("skipped", "kept"):
         for (kind, reason), count in Counter((_kind(item["name"]), item["reason"]) for item in linears[title]).items():
             yield title, f"{count:>5} x {kind:<22} {reason}"

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from marlinctl.quantize.affine import search_ranges
 from marlinctl.quantize.damping import Damping, damping_of
+from marlinctl.quantize.grid import round_steps_
 from marlinctl.quantize.refine import descend, layer_error, refit_scales
 from marlinctl.quantize.scheme import INT4, Grid
 from marlinctl.quantize.solver import factor, factor_stack, ridges
 from marlinctl.quantize.stacks import apart, choose, take_both, take_rows
 from marlinctl.quantize.stacks import diagonal as diagonal_of
 from marlinctl.quantize.steps import TORCH, SolverSteps
-from marlinctl.quantize.types import Hessian, QuantizedLinear
+from marlinctl.quantize.types import Hessian, QuantizedLinear, codes_of_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +188,8 @@ def _round(
                 codes = descend(target, codes, s, matrix, group_of, kept, sweep=steps.sweep, grid=settings.grid, zeros=z)
             s = refit_scales(target, codes, s, matrix, group_of, positive=positive, bfloat16_exact=settings.bfloat16_exact)
         diagonal_of(matrix).sub_(ridge)
-    in_place = take_rows(codes, torch.argsort(order, dim=-1)).to(torch.int8).mT.contiguous()  # scattering columns is slow on a GPU
+    in_place = codes_of_values(take_rows(codes, torch.argsort(order, dim=-1)), settings.grid)  # scattering columns is slow on a GPU
+    in_place = in_place.mT.contiguous()
     error = layer_error(target - codes * take_rows(s, group_of), matrix).double()
     if zeros is not None:
         zeros = zeros.to(torch.int8)
@@ -228,10 +230,9 @@ def round_to_nearest(weight: Tensor, settings: SolveSettings, steps: SolverSteps
     rows, k = weight.shape
     group_size = k if settings.group_size == -1 else settings.group_size
     scales, zeros = static_scales(weight, torch.ones(k, device=weight.device), settings, steps)
-    lowest, highest = settings.grid.lowest, settings.grid.highest
-    steps_of = (weight.reshape(rows, -1, group_size) / scales.unsqueeze(-1)).round()
+    steps_of = weight.reshape(rows, -1, group_size) / scales.unsqueeze(-1)
     if zeros is not None:
-        steps_of += zeros.unsqueeze(-1)
+        steps_of = steps_of.round_() + zeros.unsqueeze(-1)
         zeros = zeros.to(torch.int8)
-    codes = steps_of.clamp(lowest, highest).reshape(rows, k).to(torch.int8)
+    codes = codes_of_values(round_steps_(steps_of, settings.grid).reshape(rows, k), settings.grid)
     return QuantizedLinear(codes, scales.to(torch.float16), group_size, grid=settings.grid, zeros=zeros)

@@ -1,4 +1,4 @@
-"""The symmetric grid: code x scale, codes -8..7 or -128..127, one scale for each group of inputs and each output.
+"""The symmetric grid: code x scale, codes -8..7, -128..127 or float8_e4m3fn, one scale for each group of inputs and each output.
 
 The grid is lopsided (one level more on the negative side), so the sign of the scale is worth a bit: a negative scale puts the largest
 weight on the lowest level. MARLIN multiplies by the scale and does not care about its sign.
@@ -29,6 +29,13 @@ def round_scales(scales: Tensor, bfloat16_exact: bool) -> Tensor:
     return rounded.to(torch.float16).float()
 
 
+def round_steps_(steps: Tensor, grid: Grid) -> Tensor:
+    """The values of the grid that are nearest to `steps` [...] float32, in place."""
+    if grid.floating:
+        return steps.copy_(steps.clamp_(grid.lowest, grid.highest).to(torch.float8_e4m3fn))
+    return steps.round_().clamp_(grid.lowest, grid.highest)
+
+
 def search_scales(
     weight: Tensor,
     importance: Tensor | None,
@@ -47,21 +54,21 @@ def search_scales(
 
     weight: [R, K] float32. importance: [K] float32 >= 0 (the diagonal of the Hessian), or None for plain squares.
     ratios: the other candidates, as fractions of the scale that just covers the largest weight w: of four bits w / -8, which puts it on
-    level -8, and w / 7.5 for the other sign; |w| / 7.5 alone where scales must be positive. Returns scales [R, G] float32, already
-    rounded by `round_scales`.
+    level -8, and w / 7.5 for the other sign; |w| / 7.5 alone where scales must be positive, |w| / 448 in FP8. Returns scales [R, G]
+    float32, already rounded by `round_scales`.
     """
     rows, k = weight.shape
     groups = k // group_size
     grouped = weight.reshape(rows, groups, group_size)
     signed = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)  # [R, G] the weight of largest magnitude
-    starts = [signed / grid.lowest, signed / (grid.highest + 0.5)] if both_signs else [signed.abs() / (grid.highest + 0.5)]
+    starts = [signed / grid.lowest, signed / grid.covers] if both_signs else [signed.abs() / grid.covers]
     h = None if importance is None else importance.reshape(groups, group_size)
     best = round_scales(starts[0], bfloat16_exact)
     chunk = max(1, 2**18 // k)  # rows whose temporaries stay in the cache
 
     def error(w: Tensor, s: Tensor) -> Tensor:
         t = w * s.reciprocal().unsqueeze(-1)
-        delta = t.round().clamp_(grid.lowest, grid.highest).sub_(t).square_()
+        delta = round_steps_(t.clone(), grid).sub_(t).square_()
         return (delta.sum(-1) if h is None else (delta * h).sum(-1)) * s.square()
 
     for first in range(0, rows, chunk):

@@ -6,32 +6,56 @@ from dataclasses import dataclass
 from typing import Literal
 
 Sparsity = Literal["none", "2:4"]
-Activations = Literal["16-bit"]
+Activations = Literal["16-bit", "int8", "fp8"]
 SIXTEEN_BIT = 16
+E4M3_HIGHEST = 448  # the largest number of float8_e4m3fn
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Grid:
-    """The values that a code may have: a step is the scale of its group. Zero is code 0, or a code that each group has for itself."""
+    """The values that a code may have, and the activations that it is multiplied with.
+
+    A step is the scale of its group. Zero is code 0, or a code that each group has for itself. Activations other than 16-bit ones are
+    rounded when the model runs, each token with a scale of its own; their linears have 8-bit codes with one scale per row.
+    """
 
     bits: int = 4
     symmetric: bool = True
+    activations: Activations = "16-bit"
+
+    @property
+    def floating(self) -> bool:
+        """Codes are float8_e4m3fn numbers, and not integers."""
+        return self.activations == "fp8"
+
+    @property
+    def rounds_activations(self) -> bool:
+        return self.activations != "16-bit"
 
     @property
     def lowest(self) -> int:
-        """The smallest code, -8 of four bits."""
-        return -(1 << (self.bits - 1))
+        """The smallest value of a code, -8 of four bits."""
+        return -E4M3_HIGHEST if self.floating else -(1 << (self.bits - 1))
 
     @property
     def highest(self) -> int:
-        """The largest code, 7 of four bits."""
-        return (1 << (self.bits - 1)) - 1
+        """The largest value of a code, 7 of four bits."""
+        return E4M3_HIGHEST if self.floating else (1 << (self.bits - 1)) - 1
+
+    @property
+    def covers(self) -> float:
+        """The largest number of steps that the highest code stands for: half a step beyond it. In FP8, whose largest numbers are 32 steps
+        apart, the highest code itself, as in every other FP8 checkpoint."""
+        return float(self.highest) if self.floating else self.highest + 0.5
 
     def __str__(self) -> str:
+        if self.rounds_activations:
+            return "FP8 (FP8 activations)" if self.floating else f"{self.bits}-bit ({self.activations} activations)"
         return f"{self.bits}-bit" if self.symmetric else f"asymmetric {self.bits}-bit"
 
 
 INT4, INT8, UINT4 = Grid(), Grid(8), Grid(4, symmetric=False)
+INT8_ACTIVATIONS, FP8 = Grid(8, activations="int8"), Grid(8, activations="fp8")
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from marlinctl.quantize.grid import round_steps_
 from marlinctl.quantize.memory import FLOAT64_ABOVE
 from marlinctl.quantize.scheme import INT4, Grid
 from marlinctl.quantize.stacks import diagonal as diagonal_of
@@ -121,6 +122,7 @@ def sweep(
     """Project all columns in order, each with the feedback of those before it.
 
     For k = 0..K-1:  t_k = base_k + Σ_{i<k} (anchor_i - q_i) feedback_ik ;  code_k = clamp(round(t_k / s_k)) ;  q_k = code_k s_k
+    where `round` is to the nearest value of the grid, an integer or a float8_e4m3fn number.
 
     base, anchor: [K, R] float32. feedback: [K, K] float32, read above the diagonal only. scales: [G, R] float32, none zero;
     group_of: [K] int64, the row of `scales` for each column. Without scales nothing is rounded: q_k = t_k.
@@ -157,7 +159,7 @@ def sweep(
                 else:
                     torch.mul(target_of[k - start], steps[1][group[k]], out=code)
                     if ranges is None:
-                        code.round_().clamp_(grid.lowest, grid.highest)
+                        round_steps_(code, grid)
                     else:
                         torch.clamp(code.round_(), ranges[0][group[k]], ranges[1][group[k]], out=code)
                 if mask_of is not None:

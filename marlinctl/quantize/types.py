@@ -15,12 +15,22 @@ from marlinctl.quantize.scheme import INT4, Grid
 CODE_MIN, CODE_MAX = INT4.lowest, INT4.highest  # int4, two's complement; on disk a nibble holds code + 8
 
 
-def dequantized(codes: Tensor, scales: Tensor, group_size: int, zeros: Tensor | None = None) -> Tensor:
+def values_of(codes: Tensor, grid: Grid) -> Tensor:
+    """The values float32 that int8 codes of any shape stand for: integers, or the float8_e4m3fn numbers with these bits."""
+    return (codes.view(torch.float8_e4m3fn) if grid.floating else codes).to(torch.float32)
+
+
+def codes_of_values(values: Tensor, grid: Grid) -> Tensor:
+    """int8 codes of values of the grid, of any float type: the inverse of `values_of`."""
+    return values.to(torch.float8_e4m3fn).view(torch.int8) if grid.floating else values.to(torch.int8)
+
+
+def dequantized(codes: Tensor, scales: Tensor, group_size: int, zeros: Tensor | None = None, grid: Grid = INT4) -> Tensor:
     """The weight [N, K] float32 of int8 codes [N, K] and scales [N, G] of any float type. Exact for scales of at most 16 bits.
 
-    zeros: [N, G] int8, of asymmetric codes.
+    zeros: [N, G] int8, of asymmetric codes. grid: what the codes are of.
     """
-    steps = codes.to(torch.float32).reshape(len(codes), -1, group_size)
+    steps = values_of(codes, grid).reshape(len(codes), -1, group_size)
     if zeros is not None:
         steps = steps - zeros.to(torch.float32).unsqueeze(-1)
     return (steps * scales.to(torch.float32).unsqueeze(-1)).reshape(codes.shape)
@@ -30,7 +40,7 @@ def dequantized(codes: Tensor, scales: Tensor, group_size: int, zeros: Tensor | 
 class QuantizedLinear:
     """weight[n, k] = (codes[n, k] - zeros[n, k // group_size]) * scales[n, k // group_size]. Codes are data and are never rounded again."""
 
-    codes: Tensor  # [N, K] int8, of the grid
+    codes: Tensor  # [N, K] int8, of the grid; the bits of float8_e4m3fn numbers where it is of those
     scales: Tensor  # [N, G] float16 (bfloat16 only when read from a foreign checkpoint), finite
     group_size: int  # divides K; a whole row is group_size == K, never -1
     grid: Grid = field(default=INT4, kw_only=True)
@@ -54,6 +64,10 @@ class QuantizedLinear:
             least, most = (int(value) for value in torch.aminmax(self.zeros))
             if least < self.grid.lowest or most > self.grid.highest:
                 raise ValueError(f"zeros lie in {least}..{most}, outside {self.grid.lowest}..{self.grid.highest}")
+        if self.grid.floating:
+            if not bool(torch.isfinite(self.scales).all() & torch.isfinite(values_of(self.codes, self.grid)).all()):
+                raise ValueError("scales or FP8 codes hold NaN or infinity")
+            return
         low, high = torch.aminmax(self.codes)
         if bool(torch.isfinite(self.scales).all() & (low >= self.grid.lowest) & (high <= self.grid.highest)):  # one wait for a GPU
             return
@@ -72,7 +86,7 @@ class QuantizedLinear:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K] that these codes stand for. Exact in float32: a code of at most 8 bits times 11-bit significand."""
-        return dequantized(self.codes, self.scales, self.group_size, self.zeros).to(dtype)
+        return dequantized(self.codes, self.scales, self.group_size, self.zeros, self.grid).to(dtype)
 
 
 @dataclass(frozen=True, slots=True)

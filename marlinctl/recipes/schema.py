@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from marlinctl.errors import Problem, UsageError
-from marlinctl.quantize.scheme import Scheme
+from marlinctl.quantize.scheme import INT8, Scheme
 from marlinctl.recipes import renamed
 from marlinctl.recipes.foreign_formats import instead_of
 from marlinctl.recipes.yaml_positions import Place, read_yaml
@@ -58,11 +58,16 @@ class Override(_Section):
 
     group_size: GroupSize | None = None
     bits: Literal[4, 8] | None = None
+    activations: Literal["int8", "fp8"] | None = None  # rounded when the model runs; its weights are int8 or FP8 then
 
     @model_validator(mode="after")
     def _says_something(self) -> Override:
-        if self.group_size is None and self.bits is None:
+        if self.group_size is None and self.bits is None and self.activations is None:
             raise ValueError("use group_size or bits, or both")
+        if self.activations is not None and self.bits != INT8.bits:
+            raise ValueError(f"activations {self.activations} need 8-bit weights: use bits: 8 beside them")
+        if self.activations is not None and self.group_size not in (None, -1):
+            raise ValueError(f"weights beside {self.activations} activations have one scale per row: leave group_size out")
         return self
 
     @model_serializer(mode="wrap")
@@ -354,6 +359,8 @@ def _problem(item: Any, layer: _Layer) -> Problem:
         return Problem(f"there is no format {item['input']!r}", where, instead_of(item["input"], item["ctx"]["expected"]))
     if item["type"] == "literal_error":
         return Problem(f"{name} cannot be {item['input']!r}", where, f"use {item['ctx']['expected']}")
+    if item["type"] == "value_error":
+        return Problem(f"{name} cannot be {item['input']!r}", where, str(item["ctx"]["error"]))
     message = item["msg"].removeprefix("Input should be ")
     return Problem(f"{name} cannot be {item['input']!r}", where, f"use {message}" if message != item["msg"] else message)
 

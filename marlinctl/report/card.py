@@ -222,12 +222,17 @@ def _what(facts: CardFacts) -> list[str]:
 
 
 def _codes(facts: CardFacts) -> list[str]:
-    return [
-        f"{number_of(count, 'linear')}, int{grid.bits} symmetric, codes {grid.lowest}..{grid.highest} times one scale per group"
-        if grid.symmetric
-        else f"{number_of(count, 'linear')}, int{grid.bits} asymmetric, codes less one zero point per group times one scale per group"
-        for grid, count in facts.grid_counts()
-    ]
+    return [f"{number_of(count, 'linear')}, {_of_grid(grid)}" for grid, count in facts.grid_counts()]
+
+
+def _of_grid(grid: Grid) -> str:
+    if grid.rounds_activations:
+        codes = "FP8 (e4m3)" if grid.floating else f"int8 symmetric, codes {grid.lowest}..{grid.highest},"
+        kind = "FP8" if grid.floating else grid.activations
+        return f"{codes} times one scale per row; inputs are rounded to {kind} when the model runs, with one scale per token"
+    if grid.symmetric:
+        return f"int{grid.bits} symmetric, codes {grid.lowest}..{grid.highest} times one scale per group"
+    return f"int{grid.bits} asymmetric, codes less one zero point per group times one scale per group"
 
 
 def _storage(fmt: Format) -> str:

@@ -57,7 +57,7 @@ def page(report: Mapping[str, Any], folder: Folder) -> Page:
     done = ", ".join(_counts(report))
     return Page(
         f"{report['source']['name']}, {folder.fmt.label}",
-        f"{done}; recipe {report['recipe']['name']}, {_groups(report, layers)}.",
+        f"{done}; recipe {report['recipe']['name']}, {_groups(report, layers)}{_activations(report)}.",
         list(_figures(report, layers)),
         [section for section in sections if section.blocks],
         f"Written by marlinctl {report['versions']['marlinctl']} from marlinctl_report.json, which has every figure of this page.",
@@ -88,6 +88,13 @@ def _groups(report: Mapping[str, Any], layers: Sequence[_Layer]) -> str:
     if len(sizes) == 1:
         return names[0]
     return ", ".join(f"{name} ({number_of(count, 'linear')})" for name, (_, count) in zip(names, sizes, strict=True))
+
+
+def _activations(report: Mapping[str, Any]) -> str:
+    """Those that are rounded."""
+    counts = Counter(record.get("activations", "16-bit") for record in report["layers"])  # earlier versions noted none
+    rounded = ((kind, count) for kind, count in counts.most_common() if kind != "16-bit")
+    return "".join(f", {kind} activations ({number_of(count, 'linear')})" for kind, count in rounded)
 
 
 def _figures(report: Mapping[str, Any], layers: Sequence[_Layer]) -> Iterator[Figure]:

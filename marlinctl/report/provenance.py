@@ -38,7 +38,7 @@ class Folder:
 
 def grid_of(record: Mapping[str, Any]) -> Grid:
     """That of a layer of the report. Earlier versions noted no bits."""
-    return Grid(record.get("bits", INT4.bits), record.get("symmetric", True))
+    return Grid(record.get("bits", INT4.bits), record.get("symmetric", True), record.get("activations", "16-bit"))
 
 
 def grids_of(report: Mapping[str, Any]) -> dict[str, Grid]:

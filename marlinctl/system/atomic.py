@@ -131,6 +131,7 @@ def tensor_entry(name: str, tensor: Tensor) -> Entry:
     names = {
         torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
         torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+        torch.float8_e4m3fn: "F8_E4M3",
     }  # fmt: skip
     if tensor.dtype not in names:
         raise ValueError(f"tensor {name} has dtype {tensor.dtype}, which is not written")

@@ -222,6 +222,8 @@ CATALOG = (
         - K is not a multiple of the group size, or of four as 2:4 needs. Use a size that is listed, `--override 'PATTERN=group_size:32'`,
           or `--skip`.
         - Embeddings stay 16-bit. `--include` takes `lm_head` alone, and the model must have a linear of that name.
+        - Linears with 8-bit activations have one scale per row: a rule gave one of them a group size, too. Activations of experts stay
+          16-bit.
         """,
         ("E254", "E256", "E271"),
     ),
@@ -242,6 +244,7 @@ CATALOG = (
         - The model is 2:4 already. `marlinctl quantize` keeps the pattern; to prune again, start from the dense model.
         - `marlin_24` holds 2:4 linears only, and the model is dense. Use the recipe `sparse-int4`, or `marlinctl sparsify` first.
         - 16 bits and no pattern would change nothing.
+        - `--override 'PATTERN=bits:8,activations:...'` is for dense linears of a symmetric model: 2:4 linears have 16-bit activations.
         """,
         ("E270", "E272"),
     ),
@@ -391,10 +394,11 @@ CATALOG = (
         "E340",
         "This quantization is not supported",
         """
-        Only 4-bit and 8-bit weights are read, in compressed-tensors (pack-quantized), GPTQ and native folders: zero points with 4 bits
-        alone, no activation order at run time, no quantized activations. The layers or fields are listed. Unknown fields and tensors are
-        refused because they may change what the model computes. Quantize the original model; a field that only notes how the codes were
-        made can be removed from config.json.
+        Only 4-bit and 8-bit weights are read, in compressed-tensors, GPTQ and native folders: zero points with 4 bits alone, no activation
+        order at run time. Quantized activations are read in compressed-tensors alone: int8 or FP8 with a dynamic scale for each token,
+        beside weights of the same type with one scale per row, and not of experts. The layers or fields are listed. Unknown fields and
+        tensors are refused because they may change what the model computes. Quantize the original model; a field that only notes how the
+        codes were made can be removed from config.json.
 
         For a newer native format, update marlinctl, or pack the model to `ct` with the version that wrote it.
         """,

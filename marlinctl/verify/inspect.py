@@ -48,6 +48,7 @@ def inspect(folder: Path, *, weights: bool = False) -> dict[str, Any]:
             "variant": info.variant,
             "bits": bits.most_common(1)[0][0],
             "linears_by_bits": {str(size): count for size, count in bits.most_common()} if info.layers else {},
+            "linears_by_activations": dict(Counter(info.grid(layer).activations for layer in info.layers).most_common()),
             "group_sizes": {str(size): count for size, count in Counter(info.layers.values()).most_common()},
             "scale_dtypes": _dtypes(checkpoint, info),
             **_parameters(checkpoint, info, packed.shapes),
@@ -80,10 +81,10 @@ def _model(config: Mapping[str, Any]) -> dict[str, Any]:
 def _parameters(checkpoint: Checkpoint, info: FormatInfo, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     kinds: Counter[str] = Counter()
     other_parameters = 0
-    owned = info.owned
+    owned, of_suffix = info.owned, {**info.format.tensors, **info.format.unpacked}
     for name, tensor in checkpoint.tensors.items():
         suffix = owned.get(name)
-        kinds[info.format.tensors[suffix] if suffix else "not quantized"] += tensor.end - tensor.begin
+        kinds[of_suffix[suffix] if suffix else "not quantized"] += tensor.end - tensor.begin
         if suffix is None:
             other_parameters += prod(tensor.shape)
     quantized = sum(n * k for n, k in shapes.values())
@@ -146,6 +147,7 @@ def table(facts: Mapping[str, Any]) -> str:
         ("model", f"{name}, {_blocks(facts['blocks'])}, hidden size {facts['hidden_size']}"),
         ("format", f"{facts['format']}{' ' + facts['variant'] if facts['variant'] else ''}, {_bits(facts)} bits"),
         ("group size", sizes or "none: not quantized"),
+        ("activations", _activations(facts["linears_by_activations"])),
         ("scales", ", ".join(facts["scale_dtypes"])),
         ("quantized", f"{number_of(facts['quantized_linears'], 'linear')}, {facts['quantized_parameters']:,} weights"),
         ("bits per weight", str(facts["bits_per_quantized_weight"] or "")),
@@ -171,6 +173,12 @@ def _bits(facts: Mapping[str, Any]) -> str:
     return (
         str(facts["bits"]) if len(counts) < 2 else " and ".join(f"{bits} ({number_of(count, 'linear')})" for bits, count in counts.items())
     )
+
+
+def _activations(counts: Mapping[str, int]) -> str:
+    """Of the linears, where some are rounded when the model runs."""
+    rounded = {kind for kind in counts if kind != "16-bit"}
+    return ", ".join(f"{kind} ({number_of(count, 'linear')})" for kind, count in counts.items()) if rounded else ""
 
 
 def _pattern_line(facts: Mapping[str, Any]) -> str:

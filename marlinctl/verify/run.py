@@ -43,6 +43,7 @@ from marlinctl.models.families import may_be_derived
 from marlinctl.models.lookup import architecture_of
 from marlinctl.system.console import gibibytes
 from marlinctl.system.host import available_memory
+from marlinctl.verify import activations
 from marlinctl.verify import source as fidelity
 from marlinctl.verify.kernels import KernelCheck, check_kernels
 
@@ -344,6 +345,8 @@ def logit_error(checkpoint: Checkpoint) -> float:
     NOTE: transformers decompresses experts in the dtype of their scales, and now and then the last bit of a weight sends a token to another
     expert: of sound models, logits were 1e-3 to 7e-2 apart in 2 % of probes (2 blocks, 6 experts) to 45 % (16 blocks, 64). So weights are
     compared first, exactly or as that rounding leaves them, and the logits are those of equal weights.
+
+    NOTE: activations of 8 bits are not rounded here; which linears the client rounds is compared instead (activations.py).
     """
     import torch
 
@@ -358,6 +361,7 @@ def logit_error(checkpoint: Checkpoint) -> float:
             )
             info["unexpected_keys"] = strangers(client, info, checkpoint.config)
             torch.nn.Module.float(client.eval())  # experts stay in the dtype of their scales, whatever dtype is asked for
+            rounding = activations.turn_off(client)
             tokens = _probe(int(client.config.get_text_config().vocab_size))
             theirs = _logits(client, tokens)  # dense linears are decompressed by the first call
             held = {name: _digests(parameter.data) for name, parameter in client.named_parameters()}
@@ -375,6 +379,7 @@ def logit_error(checkpoint: Checkpoint) -> float:
     del client
     gc.collect()  # its modules refer to each other
     ours = model_from(checkpoint, dense_tensors(checkpoint), dtype=torch.float32)
+    _raise("E108", activations.different(ours, rounding, checkpoint, fix=_GARBAGE))
     _raise("E108", _match_weights(ours, held, str(checkpoint.folder)))
     expected = _logits(ours, tokens)
     return float((theirs - expected).norm() / expected.norm())

@@ -82,7 +82,9 @@ def measure(layer: str, weight: Tensor, parts: LinearParts) -> LayerFidelity:
 def _scale_match(weight: Tensor, parts: LinearParts) -> float | None:
     import torch
 
-    codes = parts.codes.to(torch.float32).reshape(len(parts.codes), -1, parts.group_size)  # [N, G, g]
+    from marlinctl.quantize.types import values_of
+
+    codes = values_of(parts.codes, parts.grid).reshape(len(parts.codes), -1, parts.group_size)  # [N, G, g]
     power = (codes * codes).sum(-1)
     fitted = (weight.reshape(codes.shape) * codes).sum(-1) / power.clamp_min(1)  # [N, G] the scale that fits best
     used = power > 0

@@ -128,6 +128,9 @@ def test_overrides_of_one_pattern_are_joined(asked: Callable[..., Recipe], capsy
     overrides = {"down_proj": {"group_size": 64, "bits": 8}, "re:o_proj$": {"group_size": -1, "bits": 8}}
     assert asked("quantize", *given).model_dump()["quantize"]["overrides"] == overrides
     assert asked("quantize", *given[:2]).model_dump()["quantize"]["overrides"] == {"down_proj": {"bits": 8}}
-    for wrong in ("down_proj=bits:5", "down_proj=bits", "down_proj=damping:1", "down_proj=bits:8,", "bits:8"):
+    rounded = asked("quantize", "--override", "down_proj=bits:8,activations:int8").model_dump()["quantize"]["overrides"]
+    assert rounded == {"down_proj": {"bits": 8, "activations": "int8"}}
+    wrong_activations = ("down_proj=bits:8,activations:8", "down_proj=bits:8,activations:", "down_proj=bits:8,activations:int4")
+    for wrong in ("down_proj=bits:5", "down_proj=bits", "down_proj=damping:1", "down_proj=bits:8,", "bits:8", *wrong_activations):
         assert cli.main(["quantize", *VERBS["quantize"][0], "--override", wrong, "-q"]) == 2
         assert "override" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from marlinctl.checkpoint.mask import NAME
 from marlinctl.errors import BadInput, MarlinctlError, NumericalProblem, UsageError
+from tests import runs
 from tests.distillation.runs import distill, recipe, write_text
 from tests.packed import make_packed, remake_manifest
 from tests.pruned import edit_tensor, prune, prune_and_quantize, write_masks
@@ -143,6 +144,14 @@ def test_a_quantized_teacher(place: Path, tmp_path: Path) -> None:
     """A student would learn the rounding of its own relative instead of the original."""
     error = refused(BadInput, place / "student", tmp_path / "out", place / "packed", place / "text.txt")
     assert error.error_id == "E313"
+
+
+def test_a_student_that_rounds_activations(place: Path, tmp_path: Path) -> None:
+    """Rounding has no gradient: training would go through products that the published model does not compute."""
+    overrides = {"down_proj": {"bits": 8, "activations": "int8"}}
+    runs.quantize(place / "teacher", tmp_path / "int8", runs.recipe(place / "text.txt", quantize__overrides=overrides))
+    error = refused(BadInput, tmp_path / "int8", tmp_path / "out", place / "teacher", place / "text.txt", mode="scales")
+    assert error.error_id == "E313" and "int8 activations" in error.problems[0].what
 
 
 @pytest.mark.parametrize("broken", ["student", "teacher"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from marlinctl.quantize.gptq import SolveSettings, round_to_nearest, solve
-from marlinctl.quantize.scheme import INT4, INT8
+from marlinctl.quantize.scheme import FP8, INT4, INT8
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from tests.quantize.test_solver import hessian
 
@@ -51,6 +51,32 @@ def test_8_bits_lose_what_the_finer_grid_says(refine: int) -> None:
     true = output_error(w, fine.linear, matrix)
     assert float(fine.error.sum()) == pytest.approx(true, rel=1e-2)
     assert true < 2 * 16**-2 * output_error(w, coarse.linear, matrix), "16 times finer, so 256 times less squared error"
+
+
+@pytest.mark.parametrize("refine", [0, 1])
+def test_fp8_codes_come_from_error_feedback_too(refine: int) -> None:
+    """If FP8 columns were rounded to the nearest number alone, the output would lose more than it has to; if the codes were the bits of
+    other numbers than the solve used, the error that it reports would not be that of the weight."""
+    w, matrix = weight(), hessian(128, seed=9)
+    settings = replace(SETTINGS, refine=refine, grid=FP8, group_size=-1, both_signs=False)
+    solved = solve(w, Hessian(matrix, 384), settings)
+    assert solved.linear.grid == FP8 and bool((solved.linear.scales > 0).all())
+    true = output_error(w, solved.linear, matrix)
+    assert float(solved.error.sum()) == pytest.approx(true, rel=1e-2)
+    assert true < 0.7 * output_error(w, round_to_nearest(w, settings), matrix)
+
+
+def test_fp8_weights_without_a_hessian_are_the_nearest_ones() -> None:
+    """If plain rounding of FP8 went to whole numbers, small weights would be lost."""
+    w = weight()
+    plain = round_to_nearest(w, replace(SETTINGS, grid=FP8, group_size=-1, both_signs=False))
+    listed = [(8 + m) * 2.0 ** (e - 10) for e in range(1, 16) for m in range(8) if (e, m) != (15, 7)] + [m * 2.0**-9 for m in range(8)]
+    numbers = torch.tensor(sorted({sign * number for number in listed for sign in (1, -1)}), dtype=torch.float64)
+    steps = w.double() / plain.scales.double()
+    nearest = (steps.unsqueeze(-1) - numbers).abs().amin(-1)
+    ours = (plain.dequantize().double() / plain.scales.double() - steps).abs()
+    assert float((ours - nearest).abs().max()) < 1e-4, "w / scale is rounded to float32 before"
+    assert float(plain.scales.max()) == pytest.approx(float(w.abs().amax(1).max()) / 448, rel=2**-10)
 
 
 def test_refinement_lowers_the_error() -> None:

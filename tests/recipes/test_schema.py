@@ -120,6 +120,10 @@ def test_no_flags_change_nothing() -> None:
         ({"quantize.damping": 0.0}, "--damping 0.0", "greater than 0"),
         ({"quantize.overrides": {"x": {"group_size": 48}}}, "--override ", "128, 64, 32 or -1"),
         ({"calibration.samples": 0}, "--samples 0", "greater than or equal to 1"),
+        ({"quantize.overrides": {"x": {"activations": "int8"}}}, "--override ", "bits: 8"),
+        ({"quantize.overrides": {"x": {"bits": 4, "activations": "fp8"}}}, "--override ", "bits: 8"),
+        ({"quantize.overrides": {"x": {"bits": 8, "activations": "int4"}}}, "--override ", "'int8' or 'fp8'"),
+        ({"quantize.overrides": {"x": {"bits": 8, "activations": "int8", "group_size": 64}}}, "--override ", "leave group_size out"),
     ],
 )
 def test_a_flag_out_of_range_names_the_allowed_set(flags: dict[str, Any], where: str, fix: str) -> None:
@@ -144,6 +148,7 @@ WRONG = {
     "section is empty": ("quantize:", "E206", "1:1", "valid dictionary"),
     "list item": ("pack:\n  formats:\n    - ct\n    - awq", "E206", "4:7", "use ct"),
     "not in the set": ("quantize: {group_size: 100}", "E206", "1:12", "128, 64, 32 or -1"),
+    "activations without bits": ("quantize:\n  overrides: {a: {activations: int8}}", "E206", "2:15", "activations int8 need 8-bit weights"),
     "three bits": ("quantize:\n  bits: 3", "E206", "2:3", "4"),
     "out of range": ("quantize:\n  damping: 0", "E206", "2:3", "greater than 0"),
     "not a number": ("quantize:\n  damping: .nan", "E206", "2:3", "finite number"),

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 AGAIN = "fetch or write the checkpoint again"
 BLOCK = "quantization_config"
+PROVENANCE = "marlinctl"  # the key of the block under which marlinctl says how it wrote the folder
 FLOATS = ("F16", "BF16", "F32")
 
 # What the bytes of a tensor are, for `inspect`.
@@ -103,6 +104,10 @@ def nothing_untested(packed: Packed) -> Mapping[str, str]:
     return {}
 
 
+def no_layout(grids: Iterable[Grid]) -> str:
+    return ""
+
+
 class ShapesOf(Protocol):
     def __call__(self, n: int, k: int, group_size: int, grid: Grid = INT4) -> Shapes: ...
 
@@ -116,13 +121,14 @@ class Format:
 
     name: str  # as --format, manifest and reports spell it
     label: str  # in tables
-    title: str  # of the model card; {} stands for the bits of its codes
+    title: str  # of the model card; {} stands for the bits of its codes, a second one for `layout`
     tensors: Mapping[str, str]  # suffix -> what its bytes are, of one quantized linear; the first marks a linear as quantized
     shapes: ShapesOf
     loaders: tuple[str, ...]  # programs that read it; whether they take a given model is what runtimes.loads says
     pack: Callable[[str, LinearParts], dict[str, Tensor]]  # the layer is named in errors
     unpack: Callable[[Mapping[str, Tensor], int, str, Grid], LinearParts]  # (tensors, group size, variant, grid), or ValueError
     grids: tuple[Grid, ...] = (INT4,)  # whose codes it holds
+    unpacked: Mapping[str, str] = field(default_factory=dict)  # `tensors` of a linear whose activations are rounded; all of them mark it
     kernels: tuple[str, ...] = ()  # programs that multiply with it as it lies on the disk
     methods: tuple[str, ...] = ()  # values of quant_method that announce it
     detect: Callable[[Mapping[str, Any], Sequence[str]], FormatInfo | None] | None = None  # None: the block is of a sibling
@@ -149,6 +155,7 @@ class Format:
     misread: str = _MISREAD  # what to do where `unpack` refuses
     limits: Callable[[Packed, str], list[str]] = no_limits  # why a program refuses such a model, beyond the shapes of its kernels
     untested: Callable[[Packed], Mapping[str, str]] = nothing_untested
+    layout: Callable[[Iterable[Grid]], str] = no_layout  # what the format calls the layout of such codes, where it has several
     trains: str = ""  # what distillation can train of it: "weights", "scales" or nothing
 
     def variant_of(self, grids: Iterable[Grid]) -> str:
@@ -157,11 +164,16 @@ class Format:
 
     def title_of(self, grids: Iterable[Grid]) -> str:
         """Of a model with such codes."""
-        text = self.title.format(grids_text(grids))
+        used = list(grids)
+        text = self.title.format(grids_text(used), self.layout(used))
         return text[:1].upper() + text[1:]
 
     def tags_of(self, grids: Iterable[Grid]) -> list[str]:
-        return [*self.tags, *dict.fromkeys(f"int{grid.bits}" for grid in sorted({*grids}) if self.quantized)]
+        return [*self.tags, *dict.fromkeys("fp8" if grid.floating else f"int{grid.bits}" for grid in sorted({*grids}) if self.quantized)]
+
+    def tensors_of(self, grid: Grid) -> Mapping[str, str]:
+        """Of a linear with such codes: suffix -> what its bytes are."""
+        return self.unpacked if grid.rounds_activations else self.tensors
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -180,14 +192,15 @@ class Format:
     def scales(self) -> str | None:
         return next((suffix for suffix, kind in self.tensors.items() if kind == SCALES), None)
 
-    def owned(self, layers: Iterable[str]) -> dict[str, str]:
-        """The tensors of these linears by full name -> suffix."""
-        return {f"{layer}.{suffix}": suffix for layer in layers for suffix in self.tensors}
-
     def layer_names(self, names: Iterable[str]) -> list[str]:
-        """The linears that the marking tensor names."""
+        """The linears that the marking tensors name."""
+        present = list(names)
         ending = f".{self.suffixes[0]}"
-        return [name.removesuffix(ending) for name in names if name.endswith(ending)]
+        found = [name.removesuffix(ending) for name in present if name.endswith(ending)]
+        if not self.unpacked:
+            return found
+        marks = [{name.removesuffix(f".{suffix}") for name in present if name.endswith(f".{suffix}")} for suffix in self.unpacked]
+        return list(dict.fromkeys([*found, *sorted(set.intersection(*marks))]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +231,11 @@ class FormatInfo:
     @property
     def owned(self) -> dict[str, str]:
         """The tensors of all quantized linears by full name -> suffix."""
-        return self.format.owned(self.layers)
+        return {f"{layer}.{suffix}": suffix for layer in self.layers for suffix in self.format.tensors_of(self.grid(layer))}
+
+    def marking(self, layer: str) -> str:
+        """The tensor of a quantized linear that holds its codes."""
+        return f"{layer}.{next(iter(self.format.tensors_of(self.grid(layer))))}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +273,7 @@ EXPERTS = ".experts."
 class LinearParts:
     """One linear as it lies on disk, unpacked: scales keep the dtype they had, which QuantizedLinear need not be able to hold."""
 
-    codes: Tensor  # [N, K] int8
+    codes: Tensor  # [N, K] int8; of FP8 the bits
     scales: Tensor  # [N, G] float16, bfloat16 or float32
     group_size: int  # K when one group spans the row
     keep: Tensor | None = None  # [N, K] bool, True for a kept weight of a 2:4 linear; None: dense, or not stated
@@ -275,7 +292,7 @@ class LinearParts:
         """[N, K] float32: the weight that every runtime must compute with. Exact."""
         from marlinctl.quantize.types import dequantized
 
-        return dequantized(self.codes, self.scales, self.group_size, self.zeros)
+        return dequantized(self.codes, self.scales, self.group_size, self.zeros, self.grid)
 
     def quantized(self, layer: str) -> QuantizedLinear:
         """With fp16 scales, as every packed format but ct needs them; refused where that would change a value."""
@@ -331,20 +348,21 @@ def size_text(size: int) -> str:
 # ---- for the modules of the formats ---------------------------------------------------------------------------------------------------
 
 
-def strays(fmt: Format, layers: Mapping[str, int], names: Iterable[str]) -> list[Problem]:
+def strays(fmt: Format, layers: Mapping[str, int], names: Iterable[str], grids: Mapping[str, Grid] | None = None) -> list[Problem]:
     """Tensors below a packed linear that its format has no place for, and those that a quantizer wrote for a linear that is not packed.
 
     Copied along as "untouched" they would be lost or misread: an order of columns, a scale of activations, another format beside this one.
+    grids: of the linears whose codes are not INT4.
     """
     if not layers:
         return []  # config.json is of another model altogether, which is said as such (folder.py)
-    own = {*fmt.tensors, "bias"}
+    grids = grids or {}
     fix = "the model was quantized in a way that marlinctl does not read; quantize the original model with marlinctl"
     problems = []
     for name in names:
         parent, _, leaf = name.rpartition(".")
         if parent in layers:
-            if leaf not in own:
+            if leaf != "bias" and leaf not in fmt.tensors_of(grids.get(parent, INT4)):
                 problems.append(Problem(f"{name} belongs to a packed linear, and {fmt.name} has no such tensor", name, fix))
         elif leaf in blocks.QUANTIZER_SUFFIXES:
             problems.append(Problem(f"{name} belongs to a quantized linear, and {parent} is not packed as {fmt.name}", name, fix))

@@ -65,7 +65,7 @@ _PER_LAYER = _Key(_nothing, "linears are named that are quantized otherwise")
 
 CT_BLOCK: Mapping[str, _Key] = {
     "quant_method": NOTE,  # what brought us here
-    "format": _Key(_one_of("pack-quantized"), "only 4-bit pack-quantized is read"),
+    "format": NOTE,  # ct_groups.py
     "config_groups": NOTE,  # CT_GROUP
     "ignore": NOTE,  # targets.py
     "quantization_status": _Key(_one_of("compressed", "frozen"), "its weights are not final"),
@@ -91,7 +91,7 @@ CT_GROUP: Mapping[str, _Key] = {
     "weights": NOTE,  # CT_WEIGHTS
     "input_activations": _Key(_null, "its activations are quantized too"),
     "output_activations": _Key(_null, "its outputs are quantized too"),
-    "format": _Key(_one_of("pack-quantized"), "only pack-quantized is read"),
+    "format": NOTE,  # ct_groups.py
 }
 CT_WEIGHTS: Mapping[str, _Key] = {
     "num_bits": NOTE, "type": NOTE, "symmetric": NOTE, "strategy": NOTE, "group_size": NOTE,  # registry.py reads these together
@@ -105,6 +105,20 @@ CT_WEIGHTS: Mapping[str, _Key] = {
         lambda value: value is None or str(value).removeprefix("torch.") in ("float16", "bfloat16", "float32"), "such scales are not read"
     ),
     "zp_dtype": _Key(_text, "a symmetric weight has no zero point"),
+    "observer": _Key(_text),
+    "observer_kwargs": _Key(lambda value: value is None or isinstance(value, Mapping)),
+}  # fmt: skip
+CT_DYNAMIC: Mapping[str, _Key] = {  # activations that are rounded when the model runs
+    "num_bits": _Key(lambda value: type(value) is int and value == 8, "only 8-bit activations are read"),
+    "type": _Key(lambda value: isinstance(value, str) and value.lower() in ("int", "float"), "integers and FP8 are read"),
+    "strategy": _Key(lambda value: isinstance(value, str) and value.lower() == "token", "only a scale for each token is read"),
+    "dynamic": _Key(lambda value: value is True, "only scales that are found when the model runs are read"),
+    "symmetric": _Key(lambda value: value is None or value is True, "only symmetric activations are read"),
+    "group_size": _Key(_null, "only a scale for each token is read"),
+    "block_structure": _Key(_null, "scales of blocks are not read"),
+    "actorder": _Key(_null, "activations have no such order"),
+    "scale_dtype": _Key(_null, "scales of activations are not rounded"),
+    "zp_dtype": _Key(_text, "symmetric activations have no zero point"),
     "observer": _Key(_text),
     "observer_kwargs": _Key(lambda value: value is None or isinstance(value, Mapping)),
 }  # fmt: skip
@@ -185,3 +199,8 @@ def reason(block: Mapping[str, object], known: Mapping[str, _Key]) -> str | None
         if not known[key].fits(value):
             return f"{key} {brief(value)}: {known[key].why or 'not a value that is read'}"
     return None
+
+
+def missing(block: Mapping[str, object], known: Mapping[str, _Key]) -> str | None:
+    """The first key that has no value and needs one, as half a sentence."""
+    return next((f"{key} is not said" for key, entry in known.items() if key not in block and not entry.fits(None)), None)

@@ -1,9 +1,16 @@
-"""`ct`: compressed-tensors `pack-quantized`, what vLLM, SGLang and transformers load. marlinctl's interchange form.
+"""`ct`: compressed-tensors, what vLLM, SGLang and transformers load. marlinctl's interchange form.
+
+`pack-quantized`:
 
     P.weight_packed  [N, K/8 up]     int32    of 8-bit codes [N, K/4 up]
     P.weight_scale   [N, G]          float    of any float dtype, as they were solved or found
     P.weight_shape   [2] = [N, K]    int64    transformers fails without it
     P.weight_zero_point  [N/8 up, G] int32    of asymmetric codes; eight neighbours in N a word
+
+`int-quantized` and `float-quantized`, of linears whose activations are rounded when the model runs (ct_groups.py):
+
+    P.weight         [N, K]          int8     or float8_e4m3fn
+    P.weight_scale   [N, 1]          float
 
 Without `quantization_status: compressed` transformers loads random numbers and says nothing.
 docs/formats/compressed-tensors.md has the bits.
@@ -14,10 +21,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from marlinctl.checkpoint.formats import blocks
+from marlinctl.checkpoint.formats import blocks, ct_groups
 from marlinctl.checkpoint.formats.base import (
     BLOCK,
     CODES,
+    EXPERTS,
     FLOATS,
     INDICES,
     MARLINCTL,
@@ -46,17 +54,20 @@ from marlinctl.checkpoint.formats.base import (
 from marlinctl.checkpoint.formats.targets import Entries, GroupOf, name_patterns
 from marlinctl.errors import Problem
 from marlinctl.models.config import language_model_type
-from marlinctl.quantize.scheme import INT4, INT8, UINT4, Grid
+from marlinctl.quantize.scheme import INT4, Grid
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _MIXTRAL = ("w1", "w2", "w3")
+_E4M3_NAN = 0x7F  # all bits but the sign
 
 
 def _detect(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
-    if block.get("format") != "pack-quantized":
-        raise unreadable(f"compressed-tensors format {block.get('format')!r} is not pack-quantized", "only pack-quantized is read")
+    whole = block.get("format")
+    if whole not in ct_groups.FORMATS:
+        *others, last = ct_groups.FORMATS
+        raise unreadable(f"compressed-tensors format {whole!r} is not read", f"only {', '.join(others)} and {last} are read")
     groups = block.get("config_groups")
     usable = isinstance(groups, Mapping) and all(isinstance(g, Mapping) and isinstance(g.get("targets"), list) for g in groups.values())
     if not isinstance(groups, Mapping) or not usable:
@@ -67,15 +78,20 @@ def _detect(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
     ignore = block.get("ignore") or []
     if not isinstance(ignore, list):
         raise ValueError("ignore is not a list")
-    Entries(str(entry) for entry in ignore)  # an expression that is none is refused here, once
-    reasons = {name: _reason(group) for name, group in groups.items()}
-    fix = "only 4-bit and 8-bit integer weights are read, asymmetric ones of 4 bits"
+    ignored = Entries(str(entry) for entry in ignore)  # an expression that is none is refused here, once
+    reasons = {name: ct_groups.reason(group, whole) for name, group in groups.items()}
+    fix = (
+        "only 4-bit and 8-bit integer weights are read, asymmetric ones of 4 bits, and int8 or FP8 weights with one scale per row and "
+        "dynamic activations of the same kind"
+    )
     layers: dict[str, int] = {}
     grids: dict[str, Grid] = {}
     problems: list[Problem] = []
-    used = set()
+    used, present = set(), set(names)
     for layer in FORMAT.layer_names(names):
         group = group_of(layer)
+        if f"{layer}.{FORMAT.suffixes[0]}" not in present and (layer in ignored or not _unpacked(groups, group, reasons, whole)):
+            continue  # scales beside a weight that no group explains
         if group is None:
             what = f"{layer} is packed but no config group names it"
             problems.append(Problem(what, "config.json: config_groups", "add it to a group's targets"))
@@ -83,56 +99,31 @@ def _detect(block: Mapping[str, Any], names: Sequence[str]) -> FormatInfo:
         used.add(group)
         if reasons[group]:
             problems.append(Problem(f"{layer}: {reasons[group]}", f"config.json: config_groups.{group}", fix))
-        layers[layer] = _configured_size(groups[group])
-        if not reasons[group] and (grid := _configured_grid(groups[group])) != INT4:
+            layers[layer] = -1  # so that it is a packed linear, whatever else is wrong
+            continue
+        layers[layer], grid = ct_groups.configured(groups[group], whole)
+        if grid != INT4:
             grids[layer] = grid
+        if grid.rounds_activations and EXPERTS in layer:
+            what = f"{layer}: experts with {grid.activations} activations"
+            problems.append(Problem(what, f"config.json: config_groups.{group}", "start from the original model"))
     problems += [
         Problem(f"{name}: {reason}", f"config.json: config_groups.{name}", fix)
         for name, reason in reasons.items()
         if reason and name not in used
     ]
-    present = set(names)
     for layer in layers:
         name = f"{layer}.weight_zero_point"
         if (name in present) == grids.get(layer, INT4).symmetric:
             what = f"{name} is {'there' if name in present else 'missing'}, and config.json says {grids.get(layer, INT4)}"
             problems.append(Problem(what, name, "config.json and weights do not belong together; fetch both again"))
-    refuse("E340", problems or strays(FORMAT, layers, names))
+    refuse("E340", problems or strays(FORMAT, layers, names, grids))
     return FormatInfo(FORMAT, layers, grids=grids)
 
 
-def _reason(group: Mapping[str, Any]) -> str | None:
-    """Why a config group is not a weight-only scheme that is read, or None."""
-    weights = object_at(group, "weights")
-    bits = weights.get("num_bits")
-    symmetric = weights.get("symmetric", True)
-    if type(bits) is not int or bits not in (INT4.bits, INT8.bits) or str(weights.get("type", "int")).lower() != "int":
-        return f"{weights.get('num_bits')}-bit {weights.get('type', 'int')}"
-    if type(symmetric) is not bool or Grid(bits, symmetric) not in FORMAT.grids:
-        return f"asymmetric {bits}-bit"
-    strategy, size = weights.get("strategy"), weights.get("group_size")
-    if isinstance(strategy, str):
-        strategy = strategy.lower()
-    if strategy is None and size is not None:  # compressed-tensors derives the strategy from the size, and no size means one scale for all
-        strategy = "channel" if size == -1 else "group"
-    if strategy == "group" and not (isinstance(size, int) and not isinstance(size, bool) and size > 0):
-        return f"strategy group with group_size {size!r}"
-    if strategy == "channel" and size not in (None, -1):
-        return f"strategy channel with group_size {size!r}"
-    if strategy not in ("group", "channel"):
-        return f"strategy {strategy!r}"
-    return blocks.reason(group, blocks.CT_GROUP) or blocks.reason(weights, blocks.CT_WEIGHTS)
-
-
-def _configured_size(group: Mapping[str, Any]) -> int:
-    weights = object_at(group, "weights")
-    size = weights.get("group_size")
-    return int(size) if isinstance(size, int) and size > 0 and str(weights.get("strategy")).lower() != "channel" else -1
-
-
-def _configured_grid(group: Mapping[str, Any]) -> Grid:
-    weights = object_at(group, "weights")
-    return Grid(weights["num_bits"], weights.get("symmetric", True))
+def _unpacked(groups: Mapping[str, Any], group: str | None, reasons: Mapping[str, str | None], whole: str) -> bool:
+    """Whether the codes of this group's linears are not packed."""
+    return group is not None and not reasons[group] and ct_groups.configured(groups[group], whole)[1].rounds_activations
 
 
 def _config_block(chosen: Chosen) -> dict[str, Any]:
@@ -143,21 +134,16 @@ def _config_block(chosen: Chosen) -> dict[str, Any]:
     transformers' default mode follows the groups; its `dequantize=True` (5.23) takes the first group for every linear, and stops.
     """
     kinds = kinds_by_count(chosen.kinds)
+    whole = ct_groups.format_of(grid for _, grid in kinds)
     head = ["lm_head"] if chosen.packs_head else []  # SGLang (0.5.23) takes a head for packed only where a target has its name
     groups = {}
-    for i, (size, grid) in enumerate(kinds):
-        members = [name for name in chosen.layers if chosen.kind(name) == (size, grid)]
-        weights = {"num_bits": grid.bits, "type": "int", "symmetric": grid.symmetric, "dynamic": False}
-        weights |= {"strategy": "channel", "group_size": None} if size == -1 else {"strategy": "group", "group_size": size}
-        groups[f"group_{i}"] = {
-            "targets": ["Linear", *head] if len(kinds) == 1 else name_patterns(members, chosen.everything, chosen.tower),
-            "weights": weights,
-            "input_activations": None,
-            "output_activations": None,
-        }
+    for i, kind in enumerate(kinds):
+        members = [name for name in chosen.layers if chosen.kind(name) == kind]
+        targets = ["Linear", *head] if len(kinds) == 1 else name_patterns(members, chosen.everything, chosen.tower)
+        groups[f"group_{i}"] = ct_groups.group_of(kind, targets, whole)
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": whole,
         "quantization_status": "compressed",  # without it transformers fills the layers with random numbers and says nothing
         "config_groups": groups,
         "ignore": name_patterns(chosen.ignore, chosen.everything, chosen.tower),
@@ -165,6 +151,8 @@ def _config_block(chosen: Chosen) -> dict[str, Any]:
 
 
 def _shapes(n: int, k: int, group_size: int, grid: Grid = INT4) -> Shapes:
+    if grid.rounds_activations:
+        return {"weight": (("F8_E4M3" if grid.floating else "I8",), (n, k)), "weight_scale": (FLOATS, (n, 1))}
     groups, words = 1 if group_size == -1 else -(-k // group_size), -(-k * grid.bits // 32)
     zeros = {} if grid.symmetric else {"weight_zero_point": (("I32",), (-(-n * grid.bits // 32), groups))}
     return {
@@ -181,6 +169,9 @@ def _pack(layer: str, parts: LinearParts) -> dict[str, Tensor]:
 
     from marlinctl.pack.interchange import pack_ct
 
+    if parts.grid.rounds_activations:
+        codes = parts.codes.view(torch.float8_e4m3fn) if parts.grid.floating else parts.codes
+        return {"weight": codes, "weight_scale": parts.scales}
     shape, bits = torch.tensor(parts.codes.shape, dtype=torch.int64), parts.grid.bits
     zeros = {} if parts.zeros is None else {"weight_zero_point": pack_ct(parts.zeros.T.contiguous(), bits).T}
     return {"weight_packed": pack_ct(parts.codes, bits), "weight_scale": parts.scales, "weight_shape": shape, **zeros}
@@ -189,6 +180,8 @@ def _pack(layer: str, parts: LinearParts) -> dict[str, Tensor]:
 def _unpack(tensors: Mapping[str, Tensor], group_size: int, variant: str, grid: Grid) -> LinearParts:
     from marlinctl.pack.interchange import unpack_ct
 
+    if grid.rounds_activations:
+        return _of_rows(tensors["weight"], tensors["weight_scale"], grid)
     n, k = true_shape(tensors["weight_shape"])
     scales = tensors["weight_scale"]
     check_scales(scales, n)
@@ -201,17 +194,47 @@ def _unpack(tensors: Mapping[str, Tensor], group_size: int, variant: str, grid: 
     return LinearParts(codes, scales, true_group_size(group_size, k, int(scales.shape[1])), grid=grid, zeros=zeros)
 
 
+def _of_rows(codes: Tensor, scales: Tensor, grid: Grid) -> LinearParts:
+    """Codes [N, K] that are not packed, and one scale for each row."""
+    import torch
+
+    wanted = torch.float8_e4m3fn if grid.floating else torch.int8
+    n, k = codes.shape
+    if codes.dtype != wanted:
+        raise ValueError(f"weight is {codes.dtype}, and config.json says {grid}")
+    check_scales(scales, n)
+    if scales.shape[1] != 1:
+        raise ValueError(f"there are {scales.shape[1]} scales for each row, and config.json says one")
+    codes = codes.view(torch.int8)
+    if grid.floating and bool((codes.bitwise_and(_E4M3_NAN) == _E4M3_NAN).any()):
+        raise ValueError("weight holds NaN")
+    return LinearParts(codes, scales, k, grid=grid)
+
+
 def _second_reading(tensors: Mapping[str, Tensor], n: int, k: int, group_size: int, grid: Grid) -> Tensor:
     """Code by code, as clients do."""
     import torch
 
     scales = tensors["weight_scale"].to(torch.float32)
+    if grid.rounds_activations:
+        weight = tensors["weight"]
+        return scales * (_numbers(weight.view(torch.uint8)) if grid.floating else weight.to(torch.float32))
     codes = codes_of(tensors["weight_packed"], grid.bits)[:, :k] + grid.lowest
     size = k // scales.shape[1]
     if not grid.symmetric:
         zeros = codes_of(tensors["weight_zero_point"].T, grid.bits)[:, :n].T + grid.lowest
         codes = codes - zeros.repeat_interleave(size, dim=1)
     return codes.to(torch.float32) * scales.repeat_interleave(size, dim=1)
+
+
+def _numbers(bits: Tensor) -> Tensor:
+    """float8_e4m3fn from its bits, uint8 -> float32: sign, four bits of exponent, three of mantissa."""
+    import torch
+
+    number = bits.to(torch.int32)
+    sign, exponent, mantissa = 1 - 2 * (number >> 7), (number >> 3) & 15, number & 7
+    whole = torch.where(exponent == 0, mantissa, mantissa + 8)
+    return torch.ldexp((sign * whole).to(torch.float32), exponent.clamp_min(1) - 10)
 
 
 # transformers (5.23) asks packed linears of these types for their weights when it loads them, and stops.
@@ -258,14 +281,18 @@ def _limits_of_transformers(packed: Packed) -> list[str]:
 
 
 def _untested(packed: Packed) -> Mapping[str, str]:
-    return dict.fromkeys((VLLM, SGLANG), "a quantized lm_head") if any(map(is_head, packed.sizes)) else {}
+    head = dict.fromkeys((VLLM, SGLANG), "a quantized lm_head") if any(map(is_head, packed.sizes)) else {}
+    rounding = next((grid for grid in packed.grids.values() if grid.rounds_activations), None)
+    return head if rounding is None else {SGLANG: f"{rounding.activations} activations", **head}
 
 
 FORMAT = Format(
     name="ct",
     label="compressed-tensors",
-    title="{} weights, compressed-tensors `pack-quantized`",
+    title="{} weights, compressed-tensors `{}`",
+    layout=ct_groups.format_of,
     tensors={"weight_packed": CODES, "weight_scale": SCALES, "weight_shape": INDICES, "weight_zero_point": INDICES},
+    unpacked={"weight": CODES, "weight_scale": SCALES},
     shapes=_shapes,
     loaders=(VLLM, SGLANG, TRANSFORMERS_CT, MARLINCTL),
     kernels=(VLLM, SGLANG, MARLINCTL),
@@ -274,7 +301,7 @@ FORMAT = Format(
     config_block=_config_block,
     pack=_pack,
     unpack=_unpack,
-    grids=(INT4, INT8, UINT4),
+    grids=ct_groups.GRIDS,
     optional=("weight_zero_point",),
     second_reading=_second_reading,
     tags=("compressed-tensors",),

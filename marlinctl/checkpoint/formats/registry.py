@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from marlinctl.checkpoint.formats import compressed_tensors, dense, gptq, marlin, marlin_24
 from marlinctl.checkpoint.formats.base import (
     AGAIN,
+    PROVENANCE,
     Chosen,
     Format,
     FormatInfo,
@@ -22,7 +23,7 @@ from marlinctl.checkpoint.formats.base import (
     is_head,
     unreadable,
 )  # fmt: skip
-from marlinctl.errors import BadInput, Problem
+from marlinctl.errors import BadInput, Problem, number_of
 from marlinctl.quantize.scheme import INT4, Grid, Scheme
 from marlinctl.system.atomic import DTYPE_BYTES
 
@@ -89,8 +90,9 @@ def _dense(names: Sequence[str]) -> FormatInfo:
     for fmt in FORMATS.values():
         packed = fmt.layer_names(names) if fmt.quantized else []
         if packed:
+            marks = {f"{packed[0]}.{suffix}" for suffix in (*fmt.tensors, *fmt.unpacked)}
             raise unreadable(
-                f"tensors such as {packed[0]}.{fmt.suffixes[0]} are packed, but config.json has no quantization_config",
+                f"tensors such as {next(name for name in names if name in marks)} are packed, but config.json has no quantization_config",
                 "restore quantization_config in config.json (older GPTQ models keep it in quantize_config.json)",
             )
     return FormatInfo(DENSE)
@@ -146,14 +148,14 @@ def quantization_config(
     fmt: Format,
     layers: Mapping[str, int],  # layer name -> group size, -1 for whole rows
     ignore: Sequence[str] = (),  # every nn.Linear that stays 16-bit: lm_head, skipped layers, routers
-    provenance: Mapping[str, Any] | None = None,  # goes under the key "marlinctl", which clients ignore
+    provenance: Mapping[str, Any] | None = None,  # goes under a key of its own, which clients ignore
     grids: Mapping[str, Grid] | None = None,  # of the layers whose codes are not INT4
     wraps: bool = False,  # the language model is part of a wrapper
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
     if fmt.config_block is None:
         raise ValueError(f"no config block for format {fmt.name!r}")
-    return fmt.config_block(Chosen(layers, ignore, grids or {}, wraps)) | ({"marlinctl": dict(provenance)} if provenance else {})
+    return fmt.config_block(Chosen(layers, ignore, grids or {}, wraps)) | ({PROVENANCE: dict(provenance)} if provenance else {})
 
 
 def linear_bytes(fmt: Format, n: int, k: int, group_size: int, grid: Grid = INT4) -> int:
@@ -167,10 +169,9 @@ def misfits(shapes: Mapping[str, tuple[int, int]], targets: Sequence[Format], gr
     found = ((layer, ask(n, k)) for ask in asks for layer, (n, k) in shapes.items())
     problems = [Problem(f"{layer}: {why}", layer, "pack to ct or marlin") for layer, why in found if why is not None]
     for fmt in targets:
-        held = f"{fmt.name} holds symmetric {grids_text(fmt.grids)} ones alone"
         holders = " or ".join(other.name for other in FORMATS.values() if other.quantized and {*grids.values()} <= {*other.grids})
         problems += [
-            Problem(f"{layer} has {grid} codes, and {held}", layer, f"pack to {holders}")
+            Problem(f"{layer} has {grid} codes, and {_place_for(grid, fmt)}", layer, f"pack to {holders}")
             for layer, grid in grids.items()
             if layer in shapes and fmt.quantized and grid not in fmt.grids
         ]
@@ -179,6 +180,22 @@ def misfits(shapes: Mapping[str, tuple[int, int]], targets: Sequence[Format], gr
             what = f"{fmt.name} holds symmetric or asymmetric codes, and this model has both, {first} first"
             problems.append(Problem(what, fmt.name, "pack to ct"))
     return problems
+
+
+def _place_for(grid: Grid, fmt: Format) -> str:
+    """Why a format does not hold such codes."""
+    if grid.rounds_activations:
+        return f"{fmt.name} holds weights for 16-bit activations alone"
+    return f"{fmt.name} holds symmetric {grids_text(fmt.grids)} ones alone"
+
+
+def losses(info: FormatInfo, fmt: Format) -> list[str]:
+    """What a model in this format does otherwise than the one that it is made of, for the person who writes it."""
+    rounding = [layer for layer, grid in info.grids.items() if grid.rounds_activations]
+    if fmt.quantized or not rounding:
+        return []
+    linears = number_of(len(rounding), "linear has", "linears have")
+    return [f"{linears} 8-bit activations, and the {fmt.name} folder has 16-bit ones: it is more exact than the model it is made of"]
 
 
 def linear_tensors(fmt: Format, layer: str, q: QuantizedLinear | LinearParts) -> dict[str, Tensor]:
@@ -205,11 +222,15 @@ def _check_ranks(checkpoint: Checkpoint, layer: str, suffixes: Iterable[str]) ->
 
 def layer_shape(checkpoint: Checkpoint, info: FormatInfo, layer: str) -> tuple[int, int]:
     """(N, K) of a packed linear: from the header where it says so, else from weight_shape. Reads sixteen bytes, no torch."""
-    name = f"{layer}.{info.format.shape_from}"
+    unpacked = info.grid(layer).rounds_activations
+    name = info.marking(layer) if unpacked else f"{layer}.{info.format.shape_from}"
     if name not in checkpoint.tensors:
         raise BadInput("E302", f"{name} is missing", where=str(checkpoint.folder), fix=AGAIN)
     tensor = checkpoint.tensors[name]
-    if info.format.header_shape is not None:
+    if unpacked:
+        if len(tensor.shape) == 2:
+            return tensor.shape[0], tensor.shape[1]
+    elif info.format.header_shape is not None:
         if len(tensor.shape) == 2:
             return info.format.header_shape(tensor.shape, info.grid(layer))
     elif tensor.dtype in ("I64", "I32") and tuple(tensor.shape) == (2,):
@@ -222,8 +243,9 @@ def layer_shape(checkpoint: Checkpoint, info: FormatInfo, layer: str) -> tuple[i
 
 def read_parts(checkpoint: Checkpoint, info: FormatInfo, layer: str, masks: Masks | None = None) -> LinearParts:
     """One layer from disk, unpacked, scales in their own dtype; with its mask, if metadata or `masks` has one. BadInput names the layer."""
-    present = [suffix for suffix in info.format.suffixes if f"{layer}.{suffix}" in checkpoint.tensors]
-    needed = [suffix for suffix in info.format.suffixes if suffix not in info.format.optional]
+    suffixes = info.format.tensors_of(info.grid(layer))
+    present = [suffix for suffix in suffixes if f"{layer}.{suffix}" in checkpoint.tensors]
+    needed = [suffix for suffix in suffixes if suffix not in info.format.optional]
     missing = [f"{layer}.{suffix}" for suffix in needed if suffix not in present]
     if missing:
         raise BadInput.from_problems("E302", [Problem(f"{name} is missing", str(checkpoint.folder), AGAIN) for name in missing])
@@ -235,7 +257,7 @@ def read_parts(checkpoint: Checkpoint, info: FormatInfo, layer: str, masks: Mask
         raise BadInput(
             "E346",
             f"{layer}: {problem}",
-            where=str(checkpoint.tensors[f"{layer}.{info.format.suffixes[0]}"].file),
+            where=str(checkpoint.tensors[info.marking(layer)].file),
             fix=info.format.misread,
         ) from problem
     if masks is None or layer not in masks:
@@ -250,7 +272,8 @@ def read_linear(checkpoint: Checkpoint, info: FormatInfo, layer: str) -> Quantiz
 
 def read_tensors(checkpoint: Checkpoint, info: FormatInfo, layer: str) -> dict[str, Tensor]:
     """The tensors of one linear as they lie in the file, by suffix."""
-    return {suffix: checkpoint.read(f"{layer}.{suffix}") for suffix in info.format.suffixes if f"{layer}.{suffix}" in checkpoint.tensors}
+    suffixes = info.format.tensors_of(info.grid(layer))
+    return {suffix: checkpoint.read(f"{layer}.{suffix}") for suffix in suffixes if f"{layer}.{suffix}" in checkpoint.tensors}
 
 
 def tiles_of(checkpoint: Checkpoint, info: FormatInfo, layer: str) -> PackedLinear | PackedSparseLinear:

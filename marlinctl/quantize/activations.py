@@ -1,0 +1,57 @@
+"""Activations of 8 bits, rounded when the model runs: each token of an input has a scale of its own.
+
+    x [.., K] ─► scale s [.., 1] = max |x| / 127 (int8) or / 448 (float8_e4m3fn) ─► codes q = round(x / s) ─► y = (q Wᵀ) s + bias
+
+This is what vLLM's kernels compute (scaled_int8_quant, scaled_fp8_quant with a scale per token); compressed-tensors divides int8 by 127.5.
+Codes are exact in every float type that models run in, so a product in bfloat16 has the error of its weights and of its sum alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from marlinctl.quantize.scheme import E4M3_HIGHEST, INT8
+
+Rounded = Literal["int8", "fp8"]
+INT8_STEPS = 127.0  # from zero to a token's largest magnitude
+_TINY = 2.0**-100  # the scale of a token of zeros
+_SMALLEST_FP8_SCALE = 1.0 / (E4M3_HIGHEST * 512.0)  # below which vLLM's scales do not fall
+
+
+def rounded(x: Tensor, activations: Rounded) -> tuple[Tensor, Tensor]:
+    """Codes [.., K] and scales [.., 1] of x [.., K], both float32: x is about their product."""
+    x = x.float()
+    largest = x.abs().amax(-1, keepdim=True)
+    if activations == "int8":
+        scales = largest / INT8_STEPS
+        return (x / scales.clamp_min(_TINY)).round_().clamp_(INT8.lowest, INT8.highest), scales
+    scales = (largest / E4M3_HIGHEST).clamp_min(_SMALLEST_FP8_SCALE)
+    return (x / scales).clamp_(-E4M3_HIGHEST, E4M3_HIGHEST).to(torch.float8_e4m3fn).float(), scales
+
+
+class RoundingLinear(nn.Linear):
+    """A linear whose input is rounded. It shares its parameters with the one that it is made of."""
+
+    def __init__(self, linear: nn.Linear, activations: Rounded) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta", dtype=linear.weight.dtype)
+        self.weight, self.bias = linear.weight, linear.bias
+        self.activations: Rounded = activations
+
+    def forward(self, input: Tensor) -> Tensor:
+        codes, scales = rounded(input, self.activations)
+        power = torch.exp2(torch.floor(torch.log2(scales.clamp_min(_TINY))))  # codes times it are about as large as the input was
+        product = nn.functional.linear((codes * power).to(input.dtype), self.weight).float() * (scales / power)
+        return (product if self.bias is None else product + self.bias.float()).to(input.dtype)
+
+
+def round_activations(model: nn.Module, modules: Mapping[str, Rounded]) -> None:
+    """Put a RoundingLinear in the place of each of these linears, by path. ValueError for a path that is no linear."""
+    for path, activations in modules.items():
+        linear = model.get_submodule(path)
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"{path} is no linear")
+        model.set_submodule(path, RoundingLinear(linear, activations))
