@@ -138,7 +138,9 @@ def test_both_published_forms_hold_the_same_weights(tmp_path: Path, text: Path) 
     assert "/" in ORDER_FILE, "SGLang loads every safetensors file that lies beside the weights of a native folder"
 
 
-def test_verify_compares_with_the_original_in_the_order_that_is_written(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_compares_with_the_original_in_the_order_that_is_written(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Without the file every reordered weight and bias looks like that of another model; a damaged one must not pass for none."""
     source = zoo.build("qwen2", tmp_path / "model")
     run(source, tmp_path / "out", text, sparsify__pattern="2:4")
