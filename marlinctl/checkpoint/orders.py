@@ -51,6 +51,21 @@ def read_orders(folder: Path) -> Orders:
     return orders
 
 
+def relative(ours: Orders, theirs: Orders) -> Orders:
+    """Which of their rows and columns lie where in ours, both given by those of one original. {} where they are alike."""
+    import torch
+
+    found = {}
+    for name in {*ours, *theirs}:
+        known = ours.get(name, theirs.get(name))
+        assert known is not None
+        identity = torch.arange(len(known))
+        order = theirs.get(name, identity).argsort()[ours.get(name, identity)]
+        if not torch.equal(order, identity):
+            found[name] = order
+    return found
+
+
 def reordered(name: str, tensor: Tensor, orders: Orders) -> Tensor:
     """The original's tensor `name` in these orders. ValueError where one has another length."""
     linear = name.rpartition(".")[0]

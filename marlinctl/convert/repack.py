@@ -34,6 +34,7 @@ from marlinctl.checkpoint.formats.base import Format, FormatInfo, LinearParts, P
 from marlinctl.checkpoint.formats.gptq import labelled_version_2
 from marlinctl.checkpoint.licence import NOTHING_STATED, Stated
 from marlinctl.checkpoint.mask import Masks, open_masks
+from marlinctl.checkpoint.model_files import ORDER_FILE
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.shards import MAX_SHARD_BYTES
 from marlinctl.checkpoint.source_digests import check_known_digests
@@ -50,6 +51,7 @@ from marlinctl.report import card
 from marlinctl.report.page import Name
 from marlinctl.system.atomic import canonical
 from marlinctl.system.console import Console
+from marlinctl.system.files import exists
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -390,6 +392,7 @@ def _finish(
         license=licence.stated(None, said.license),
         made_from=[("SHA-256 of the recipe", Name(digest))] if isinstance(digest, str) else (),
         two_of_four=source.origin is not None,
+        reordered=exists(source.checkpoint.folder, ORDER_FILE),
         grids=source.info.grids,
     )
     stage.finish(config, manifest=facts, verify=lambda folder: check_written(source, fmt, folder, console), report_files={})

@@ -61,7 +61,7 @@ class StackedSolver:
     def of(cls, recipe: Recipe, *, corrects_drift: bool, bfloat16_exact: bool, steps: PruneSteps = TORCH) -> StackedSolver:
         q = recipe.quantize
         return cls(
-            drift=DriftSettings(q.drift_correction, q.drift_damping) if corrects_drift else None,
+            drift=DriftSettings(q.drift_correction, q.drift_damping) if corrects_drift and q.drift_correction else None,
             scheme=recipe.scheme,
             pruning=PruneSettings(
                 method=recipe.sparsify.method,

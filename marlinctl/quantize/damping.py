@@ -2,7 +2,7 @@
 
 A Hessian of T tokens knows the input's second moments only up to noise, which is the larger the fewer tokens there are for each of the K
 inputs. A solve trusts directions that calibration happened not to show, and the ridge is what holds it back. The best fraction on tokens
-that calibration did not see follows about 6 K / T (docs/log/2026-11-30-damping.md): GPTQ's 0.01 is right for 600 tokens per input.
+that calibration did not see follows about 6 K / T (docs/log/2026-11-30-accuracy.md): GPTQ's 0.01 is right for 600 tokens per input.
 """
 
 from __future__ import annotations

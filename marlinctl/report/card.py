@@ -23,6 +23,7 @@ from marlinctl import __version__
 from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.licence import KEYS, spoken
 from marlinctl.checkpoint.mask import NAME as MASK_FILE
+from marlinctl.checkpoint.model_files import ORDER_FILE
 from marlinctl.checkpoint.runtimes import Loads
 from marlinctl.errors import number_of
 from marlinctl.quantize.scheme import INT4, Grid
@@ -57,6 +58,7 @@ class CardFacts:
     scores: Sequence[Score] = field(default=())
     measured: Sequence[str] = field(default=())  # on which text, and what must not be overlooked
     two_of_four: bool = False  # pruned to 2:4
+    reordered: bool = False  # channels lie in another order than in the original
     grids: Mapping[str, Grid] = field(default_factory=dict)  # of the quantized linears whose codes are not INT4
 
     def grid_counts(self) -> list[tuple[Grid, int]]:
@@ -87,6 +89,7 @@ def of_compression(report: Mapping[str, Any], folder: Folder, layers: Mapping[st
         scores=found,
         measured=measured,
         two_of_four=report["sparse"] > 0,
+        reordered=ORDER_FILE in folder.manifest.get("files", ()),
         grids=grids_of(report),
     )
     return render(facts)
@@ -208,6 +211,7 @@ def _what(facts: CardFacts) -> list[str]:
         *(("Quantized" if i == 0 else "", line) for i, line in enumerate(_codes(facts))),
         ("Group size", groups),
         ("Pruned", f"2:4, two of each four neighbours along K are zero; {_storage(facts.fmt)}" if facts.two_of_four else ""),
+        ("Order", _ORDER if facts.reordered else ""),
         ("Original", Name(facts.base_model) if facts.base_model else ""),
         ("Licence of the original", spoken(facts.license)),
         *facts.made_from,
@@ -219,6 +223,12 @@ def _what(facts: CardFacts) -> list[str]:
         lines += ["", f"Left at 16 bits: {_shorten(facts.ignore)}."]
     note = facts.fmt.note if facts.layers else ""
     return ["## What it is", "", *lines, "", *([note] if note else [])]
+
+
+_ORDER = (
+    "inner channels of MLPs, and channels of kv heads, lie in another order than in the original "
+    f"({ORDER_FILE} says which): a LoRA adapter that was trained for the original does not fit"
+)
 
 
 def _codes(facts: CardFacts) -> list[str]:

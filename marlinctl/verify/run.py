@@ -34,7 +34,7 @@ from marlinctl.checkpoint.formats.base import TRANSFORMERS, TRANSFORMERS_CT, TRA
 from marlinctl.checkpoint.formats.targets import Entries
 from marlinctl.checkpoint.fused_experts import with_single_experts
 from marlinctl.checkpoint.mask import open_masks
-from marlinctl.checkpoint.orders import read_orders, reordered
+from marlinctl.checkpoint.orders import read_orders, relative, reordered
 from marlinctl.checkpoint.reader import FLOAT_DTYPES, require_folder
 from marlinctl.checkpoint.tied_head import with_own_head
 from marlinctl.errors import BadInput, CheckFailed, MarlinctlError, NumericalProblem, Problem, number_of
@@ -250,7 +250,7 @@ def check_linears(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None,
     contradicted: list[Problem] = []
     compared: list[fidelity.LayerFidelity] = []
     zeros = 0
-    orders = read_orders(checkpoint.folder)
+    orders = {} if source is None else relative(read_orders(checkpoint.folder), read_orders(source.folder))
     with console.progress("check linears", len(layers) + len(masked)) as progress:
         for layer in (*layers, *masked):
             parts = registry.read_parts(checkpoint, info, layer) if layer in info.layers else None

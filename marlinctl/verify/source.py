@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.formats.base import FormatInfo, LinearParts
-from marlinctl.checkpoint.orders import read_orders, reordered
+from marlinctl.checkpoint.orders import read_orders, relative, reordered
 from marlinctl.errors import BadInput, CheckFailed, Problem
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _other_shape(checkpoint: Checkpoint, info: FormatInfo, source: Checkpoint, l
 
 def _untouched(checkpoint: Checkpoint, info: FormatInfo, source: Checkpoint) -> tuple[list[Problem], list[str]]:
     """What is wrong with the tensors that were not quantized, and which of them changed their dtype only."""
-    owned, orders = info.owned, read_orders(checkpoint.folder)
+    owned, orders = info.owned, relative(read_orders(checkpoint.folder), read_orders(source.folder))
     problems, converted = [], []
     for name in (name for name in checkpoint.tensors if name not in owned):
         if name not in source.tensors:

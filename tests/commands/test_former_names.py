@@ -38,7 +38,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def published(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in REPORTS}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in REPORTS)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def sparsify(place: Path, out: Path, *flags: str) -> dict[str, bytes]:

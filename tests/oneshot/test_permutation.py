@@ -126,7 +126,8 @@ def test_a_damaged_order_of_the_job_is_chosen_again(tmp_path: Path, monkeypatch:
 def test_both_published_forms_hold_the_same_weights(tmp_path: Path, text: Path) -> None:
     """The packer must take the order as it is: it has nothing to derive it from."""
     source = model_of("llama", tmp_path / "model")
-    run(source, tmp_path / "out", text, sparsify__pattern="2:4")
+    sparsify(source, tmp_path / "pruned", text)
+    run(tmp_path / "pruned", tmp_path / "out", text)
     assert main(["pack", str(tmp_path / "out"), str(tmp_path / "native"), "--format", "marlin_24", "--also", "ct", "-q"]) == 0
     assert main(["pack", str(tmp_path / "native"), str(tmp_path / "back"), "--format", "ct", "-q"]) == 0
     first, again, back = (weights_of(tmp_path / name) for name in ("out", "native-ct", "back"))
@@ -135,6 +136,8 @@ def test_both_published_forms_hold_the_same_weights(tmp_path: Path, text: Path) 
     for name in ("native", "native-ct", "back"):
         assert (tmp_path / name / ORDER_FILE).read_bytes() == (tmp_path / "out" / ORDER_FILE).read_bytes()
         assert main(["verify", str(tmp_path / name), "--source", str(source), "-q"]) == 0
+        assert main(["verify", str(tmp_path / name), "--source", str(tmp_path / "pruned"), "-q"]) == 0, "of the same order"
+        assert ORDER_FILE in (tmp_path / name / "README.md").read_text(), "the card says that adapters do not fit"
     assert "/" in ORDER_FILE, "SGLang loads every safetensors file that lies beside the weights of a native folder"
 
 
@@ -152,7 +155,7 @@ def test_verify_compares_with_the_original_in_the_order_that_is_written(
     save_file(orders | {name: torch.zeros_like(orders[name])}, path)
     assert main(verify) == 1
     assert ORDER_FILE in capsys.readouterr().err, "the manifest has its digest"
-    with pytest.raises(BadInput, match="down_proj.columns is not a permutation"):
+    with pytest.raises(BadInput, match=r"down_proj\.columns is not a permutation"):
         read_orders(tmp_path / "out")
     path.unlink()
     assert main(verify) == 1

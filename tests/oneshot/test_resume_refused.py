@@ -45,7 +45,7 @@ def test_another_model_recipe_or_format_is_refused_field_by_field(
     shutil.copy(place / "model" / "config.json", tmp_path / "model" / "config.json")
 
     told = refused(capfd, *asked, "--resume", "--damping", "0.05")
-    assert [problem["what"] for problem in told["problems"]] == ["recipe.quantize.damping was 0.01 and is now 0.05"]
+    assert [problem["what"] for problem in told["problems"]] == ["recipe.quantize.damping was 'auto' and is now 0.05"]
 
     request = json.loads(asked_for.read_text())
     asked_for.write_text(json.dumps(request | {"format": 2}))
