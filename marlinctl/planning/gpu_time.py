@@ -59,7 +59,8 @@ RATES: Mapping[str, float] = MappingProxyType(
         "gram": 1 / 5.8e14,  # operation of Gram and cross matrices
         "activations": 1 / 3.6e11,  # byte of inputs and outputs of linears and of the stream; each is passed over many times
         "chunk": 9e-4,  # chunk of tokens through a block: launches
-        "tuning step": 8e-3,  # step of the tuning of a block: launches
+        "tuning": 1 / 3.4e14,  # operation of linears while a block is tuned, in both directions; weights are made of codes in each step
+        "tuning step": 5e-3,  # step of the tuning of a block: launches
         "expert": 6e-3,  # expert of a block: some hundred launches that gather its tokens and sum its matrices
         "read": 1 / 2e11,  # byte of weights, read ahead: what is waited for
         "factor columns": 5e-7,  # column of a factorisation
@@ -206,7 +207,7 @@ def _add_block(
     forward["forward"] += (passes - 1 + runs) * 2 * work.length * queries * tokens  # scores and values, half of them masked
     forward["activations"] += passes * _SLOTS * hidden * tokens * work.element
     if work.tunes and block.in_one_pass:
-        found["tune"]["forward"] += operations_of_tuning(block, recipe, CHUNK_TOKENS_ON_DEVICE)
+        found["tune"]["tuning"] += operations_of_tuning(block, recipe, CHUNK_TOKENS_ON_DEVICE)
         found["tune"]["tuning step"] += recipe.quantize.tune_steps
     forward["chunk"] += passes * -(-work.own_samples // max(1, CHUNK_TOKENS_ON_DEVICE // work.length))
     read = STORED * sum(spec.out_features * spec.in_features for spec in block.linears.values())

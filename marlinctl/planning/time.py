@@ -121,8 +121,6 @@ def _seconds_of_parts(
             sums = 4 * stage.k**2 * (2 if work.corrects_drift else 1)
             sent += count * (2 * sums + 4 * stage.rows * stage.k) * (work.ranks - 1) / work.ranks
             sweeps, columns, elements = sweeps + count * s, columns + count * c, elements + count * e
-    if work.tunes:
-        forward += sum(gpu_time.operations_of_tuning(block, recipe, CHUNK_TOKENS) for block in architecture.blocks if block.in_one_pass)
     parts = {
         "start": _START,
         "forward": forward / speed.products,
@@ -130,6 +128,9 @@ def _seconds_of_parts(
         "solve": speed.solves * _seconds(speed, sweeps, columns, elements),
         "files": 3.5 * model_bytes / speed.files,
     }
+    if work.tunes:
+        tuning = sum(gpu_time.operations_of_tuning(block, recipe, CHUNK_TOKENS) for block in architecture.blocks if block.in_one_pass)
+        parts["tune"] = tuning / speed.products
     return parts | ({"between ranks": sent / _LINK} if work.ranks > 1 else {})
 
 

@@ -58,8 +58,8 @@ def _exchanged(scores: Tensor, groups: Tensor) -> Tensor:
 
     for place in range(QUAD):
         leaving = groups[:, place]
-        left = scores[:, groups[:, [other for other in range(QUAD) if other != place]]]  # [R, G, 3]
-        second = left.median(-1).values
+        a, b, c = (scores[:, groups[:, other]] for other in range(QUAD) if other != place)  # [R, G] each
+        second = torch.maximum(torch.minimum(a, b), torch.minimum(torch.maximum(a, b), c))  # torch's median is not deterministic on CUDA
         gains = torch.zeros(len(groups), len(groups), dtype=torch.float32, device=scores.device)
         step = max(1, _ELEMENTS // len(groups) ** 2)
         for offered, needed in zip(torch.split(scores[:, leaving], step), torch.split(second, step), strict=True):

@@ -74,12 +74,19 @@ MEASURED = {
 def test_runs_that_were_measured_are_planned_within_a_quarter(shape: str, name: str, blocks: int) -> None:
     """If a term or a rate were lost, the plan of a night's run would be off by hours."""
     known = architecture({**SHAPES[shape], "num_hidden_layers": blocks})
-    asked = chosen(name, **{"quantize.bits": 4})
+    asked = chosen(name, **{"quantize.bits": 4, "quantize.tune_steps": 0})
     work = Work.of(asked, element=2, corrects_drift=asked.quantize.drift_correction > 0, on_device=True)
     size = 2 * sum(prod(shape) for shape in known.expected.values())
     memory = (40 if shape == "llama-3-70b" else 139) << 30
     seconds = seconds_of_phases(counts(known, dict.fromkeys(known.linears, 128), work, asked, size, memory), H200)
     assert sum(seconds.values()) == pytest.approx(MEASURED[shape, name, blocks], rel=0.25)
+
+
+def test_tuning_is_planned_within_a_sixth() -> None:
+    """It is a third of the time of a sparse run: two blocks took 4.97 s, 64 steps of 8,192 tokens each (docs/log/2026-11-30-accuracy.md)."""
+    known = architecture({**LLAMA, "num_hidden_layers": 2})
+    assert seconds_of_phases(counted("sparse-int4", known=known), H200)["tune"] == pytest.approx(4.97, rel=1 / 6)
+    assert "tune" not in seconds_of_phases(counted("sparse-int4", {"quantize.tune_steps": 0}, known=known), H200)
 
 
 @pytest.mark.parametrize(("name", "seconds"), [("int4", 32.6), ("int4-best", 57.5)])
@@ -182,7 +189,7 @@ def test_the_estimate_on_a_cpu_is_what_it_was() -> None:
         "sparse-int4": (10164.374158995912, 8942.694572578133, 47019.64049292924),
     }
     for name, (forward, gram, solve) in expected.items():
-        asked = resolve(load_recipe(name), {"calibration.source": "t.txt"})[0]
+        asked = resolve(load_recipe(name), {"calibration.source": "t.txt", "quantize.tune_steps": 0})[0]
         work = Work.of(asked, element=2, corrects_drift=asked.quantize.drift_correction > 0, on_device=False)
         sizes = dict.fromkeys(LLAMA_8B.linears, 128)
         seconds = seconds_of_blocks(LLAMA_8B, sizes, work, asked, machine("cpu", 2, 2, matrix_units=False), MODEL_BYTES)

@@ -165,7 +165,7 @@ def test_work_takes_what_the_recipe_says() -> None:
         load_recipe("sparse-int4"), {"calibration.source": "t.txt", "calibration.samples": 7, "calibration.sequence_length": 99}
     )
     work = Work.of(chosen, element=4, corrects_drift=True, on_device=True)
-    assert work == Work(7, 99, 4, 0.01, True, True, Scheme(sparsity="2:4"), False, True, 1, False)
+    assert work == Work(7, 99, 4, 0.01, True, True, Scheme(sparsity="2:4"), False, True, 1, True)
 
 
 def test_available_memory_is_a_plausible_number() -> None:

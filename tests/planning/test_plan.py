@@ -53,7 +53,15 @@ def tensor_bytes(folder: Path) -> int:
         ("int4", {"pack__formats": ["ct", "gptq", "marlin"]}),
         ("int4", {"quantize__group_size": -1, "quantize__include": ["lm_head"], "pack__formats": ["marlin", "ct"]}),
         ("int4", {"quantize__skip": ["k_proj", "layers.0.*"], "quantize__overrides": {"down_proj": {"group_size": 64}}}),
-        ("sparse-int4", {"pack__formats": ["ct", "marlin_24", "gptq"], "quantize__refine": 0, "quantize__drift_correction": 0.0}),
+        (
+            "sparse-int4",
+            {
+                "pack__formats": ["ct", "marlin_24", "gptq"],
+                "quantize__refine": 0,
+                "quantize__drift_correction": 0.0,
+                "quantize__tune_steps": 0,
+            },
+        ),
     ],
     ids=["formats", "whole rows and head", "rules", "sparse"],
 )
