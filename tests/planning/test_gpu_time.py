@@ -83,7 +83,7 @@ def test_runs_that_were_measured_are_planned_within_a_quarter(shape: str, name: 
 
 
 def test_tuning_is_planned_within_a_sixth() -> None:
-    """It is a third of the time of a sparse run: two blocks took 4.97 s, 64 steps of 8,192 tokens each (docs/log/2026-11-30-accuracy.md)."""
+    """It is a third of the time of a sparse run. Two blocks took 4.97 s, 64 steps of 8,192 tokens (docs/log/2026-11-30-accuracy.md)."""
     known = architecture({**LLAMA, "num_hidden_layers": 2})
     assert seconds_of_phases(counted("sparse-int4", known=known), H200)["tune"] == pytest.approx(4.97, rel=1 / 6)
     assert "tune" not in seconds_of_phases(counted("sparse-int4", {"quantize.tune_steps": 0}, known=known), H200)
