@@ -11,6 +11,7 @@ checkpoint holds scales and norms before they are judged.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -73,7 +74,7 @@ def tune_block(
 ) -> Tuned | None:  # fmt: skip
     """linears: the solved ones by their names, which `layer` holds. stored: dtypes of `tunable` tensors. None where nothing gets better, or
     where there are too few samples to hold some out."""
-    (*trained,) = walk.chunks()
+    trained = list(walk.chunks())
     held_out = [trained.pop() for _ in range(max(1, len(trained) // HELD_OUT)) if len(trained) > 1]
     if processes.largest(not held_out) or not linears:
         return None
@@ -123,7 +124,7 @@ def _schedule(steps: int) -> Callable[[int], float]:
 def _stride(count: int) -> int:
     """So that consecutive steps see samples from all over the text: about 0.6 of `count`, without a common divisor."""
     found = max(1, round(0.618 * count))
-    while torch.gcd(torch.tensor(found), torch.tensor(count)) > 1:
+    while math.gcd(found, count) > 1:
         found += 1
     return found
 
