@@ -62,9 +62,11 @@ class Tuned:
 
 
 def tunable(block: Block) -> list[str]:
-    """Norms and biases of a block, by their names in the checkpoint."""
+    """Norms and biases of a block, by their names in the checkpoint. Not what is named otherwise: decays and time steps of a recurrence
+    (A_log, dt_bias) are exponents, and sinks and scalars of a layer no part of a linear's output."""
     apart = {*block.buffers, *block.pieces}
-    return [name for name, shape in block.others.items() if len(shape) == 1 and name not in apart] if block.in_one_pass else []
+    found = (name for name, shape in block.others.items() if len(shape) == 1 and name not in apart)
+    return [name for name in found if name.endswith((".weight", ".bias"))] if block.in_one_pass else []
 
 
 def tune_block(
