@@ -132,6 +132,15 @@ def test_a_mixture_of_experts_is_left_as_it_is_solved(tmp_path: Path, text: Path
     assert main(["verify", str(tmp_path / "out"), "-q"]) == 0
 
 
+def test_too_few_samples_to_hold_some_out_are_said(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Who asked for tuning would take an untuned model for a tuned one."""
+    source = zoo.build("qwen2", tmp_path / "model")
+    few = recipe(text, **TUNED, calibration__samples=4, calibration__sequence_length=64)
+    report, _ = run_job(str(source), tmp_path / "out", few, Options(dtype="float32"), Console())
+    assert not report["tuning"]
+    assert capsys.readouterr().err.count("blocks are not tuned: all samples are taken at once") == 1
+
+
 def test_tuning_needs_the_original_beside_it(tmp_path: Path, text: Path) -> None:
     """Without the reference model there is no output to tune toward; that shows before the model is read."""
     with pytest.raises(UsageError, match="tuned toward the original"):
