@@ -1,9 +1,10 @@
 """A model from the hub, through the hub's own library and cache, and its refusals as one line each.
 
 What is fetched: weights in safetensors, JSON, tokenizer files, chat templates and licences; never a pickle, never code, nothing
-from sub-folders (other formats and older copies live there). The revision is resolved to a commit first and compared with what
-arrives, because the library quietly falls back to older files when the hub does not answer: those are for `--offline`.
-The library resumes a cut transfer a few times by itself; what we repeat, three times at most, is the first question.
+from sub-folders (other formats and older copies live there) but marlinctl's own orders of channels. The revision is resolved to a
+commit first and compared with what arrives, because the library quietly falls back to older files when the hub does not answer:
+those are for `--offline`. The library resumes a cut transfer a few times by itself; what we repeat, three times at most, is the first
+question.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from marlinctl.checkpoint.formats.base import MODEL_FILES, STEMS
+from marlinctl.checkpoint.model_files import ORDER_FILE
 from marlinctl.checkpoint.safetensors_header import MAX_HEADER_BYTES, header_length
 from marlinctl.errors import BadInput, EnvironmentProblem, HubProblem, MarlinctlError, ResourceProblem, UsageError
 from marlinctl.models.tokenizer_files import TOKENIZER_FILES
@@ -241,6 +243,10 @@ def _download(model: str, wanted: dict[str, Any], console: Console) -> Path:
     if folder.name != info.sha:  # the library fell back to an older copy, or there was a push just now
         what = f"commit {info.sha} was asked for and {folder.name} came"
         raise HubProblem("E707", what, where=where, fix="start again; a commit named with --revision cannot move")
+    if any(entry.rfilename == ORDER_FILE for entry in info.siblings or []):
+        with _translated(model, revision), _quiet_library():
+            orders = {**wanted, "revision": info.sha, "allow_patterns": [ORDER_FILE], "ignore_patterns": None}
+            snapshot_download(model, library_name="marlinctl", **orders)
     missing = missing_files(folder)
     if missing:
         what = f"the model on the hub lacks {shown(', '.join(missing), 2000)}"

@@ -11,6 +11,7 @@ checkpoint holds scales and norms before they are judged.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -82,7 +83,7 @@ def tune_block(
     Where `holds_out`."""
     if not linears:
         return None
-    (*trained,) = walk.chunks()
+    trained = list(walk.chunks())
     held_out = [trained.pop() for _ in range(max(1, len(trained) // HELD_OUT))]
     factors = _Factors(block, layer, linears, stored, walk.dtype, bfloat16_exact)
 
@@ -130,7 +131,7 @@ def _schedule(steps: int) -> Callable[[int], float]:
 def _stride(count: int) -> int:
     """So that consecutive steps see samples from all over the text: about 0.6 of `count`, without a common divisor."""
     found = max(1, round(0.618 * count))
-    while torch.gcd(torch.tensor(found), torch.tensor(count)) > 1:
+    while math.gcd(found, count) > 1:
         found += 1
     return found
 

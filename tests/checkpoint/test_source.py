@@ -21,6 +21,7 @@ from marlinctl.checkpoint import hub as hubs
 from marlinctl.checkpoint import source
 from marlinctl.checkpoint.contents import read_contents
 from marlinctl.checkpoint.hub import is_hub_id
+from marlinctl.checkpoint.model_files import ORDER_FILE
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.source_digests import check_known_digests
 from marlinctl.errors import BadInput, EnvironmentProblem, UsageError
@@ -59,13 +60,13 @@ class Hub:
 
     def listing(self) -> list[dict[str, Any]]:
         entries = []
-        for path in sorted(self.folder.iterdir()):
-            data = path.read_bytes()
+        for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
+            data, name = path.read_bytes(), path.relative_to(self.folder).as_posix()
             sha1, sha256 = hashlib.sha1(data).hexdigest(), hashlib.sha256(data).hexdigest()
             entry: dict[str, Any] = {
                 "type": "file",
-                "path": path.name,
-                "rfilename": path.name,
+                "path": name,
+                "rfilename": name,
                 "size": len(data),
                 "oid": sha1,
                 "blobId": sha1,
@@ -128,7 +129,7 @@ def serving(hub: Hub) -> Iterator[str]:
                 self.file()
 
         def file(self) -> None:
-            name = self.path.split("?")[0].rsplit("/", 1)[-1]
+            name = self.path.split("?")[0].partition("/resolve/")[2].partition("/")[2]
             path = hub.folder / name
             if not path.is_file():
                 self.answer(404, b"", X_Error_Code="EntryNotFound")
@@ -214,6 +215,17 @@ def test_download_then_offline(tmp_path: Path, model: Path) -> None:
     (folder / "model-00002-of-00002.safetensors").unlink()
     partial = ask("http://127.0.0.1:9", tmp_path / "cache", offline=True)
     assert (partial["id"], partial["exit"]) == ("E709", 7) and "model-00002-of-00002.safetensors" in partial["what"]
+
+
+def test_orders_of_channels_arrive_and_no_other_file_of_a_subfolder(tmp_path: Path, model: Path) -> None:
+    """Without the file the manifest's list would not be complete, and `verify --source` would take a reordered model for a damaged one."""
+    for name in (ORDER_FILE, "onnx/config.json", "onnx/model.safetensors", "marlinctl/other.json"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_bytes((model / "config.json").read_bytes())
+    with serving(Hub(model)) as endpoint:
+        folder = Path(ask(endpoint, tmp_path / "cache")["folder"])
+    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*/*")) == [ORDER_FILE]
+    assert ask("http://127.0.0.1:9", tmp_path / "cache", offline=True)["folder"] == str(folder)
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,7 @@ def reordered(tensors: dict[str, Tensor], orders: dict[str, Tensor]) -> dict[str
     return found
 
 
-@pytest.mark.parametrize("drift", [0.0, 0.5])
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3", "qwen3"])
+@pytest.mark.parametrize(("model_type", "drift"), [("llama", 0.0), ("llama", 0.5), ("qwen2", 0.5), ("phi3", 0.0), ("qwen3", 0.5)])
 def test_the_original_in_the_written_order_computes_the_same(tmp_path: Path, text: Path, model_type: str, drift: float) -> None:
     """If rows, biases or query heads moved otherwise than the columns that read them, the model would be another one, and a solve would
     hide it as quantization error."""

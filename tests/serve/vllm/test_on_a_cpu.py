@@ -90,7 +90,8 @@ def test_vllm_rounds_activations_as_eval_does(activations: str, rest: str, vllm:
     model, a KL that was measured here would be that of another one.
 
     A last bit of float16 moves a code that lies on a tie, so more tokens than elsewhere are the second most likely one: 14 % with FP8
-    throughout, half as far from the most likely one as for the model without rounding.
+    throughout, half as far from the most likely one as for the model without rounding. The steps of int8 are too small for so small a
+    model to tell the two apart.
     """
     source, out, text = tmp_path / "model", tmp_path / "out", tmp_path / "t.txt"
     zoo.build("llama", source, dtype=torch.bfloat16, **MODELS["llama"])
@@ -107,7 +108,8 @@ def test_vllm_rounds_activations_as_eval_does(activations: str, rest: str, vllm:
             exact = torch.nn.Linear(module.in_features, module.out_features, bias=False)
             exact.weight = module.weight
             model.set_submodule(path, exact)
-    assert rest == "4 bits" or sum(gaps) < sum(gaps_of(model, answers)), "the model without rounding is another one"
+    told_apart = rest == "none" and activations == "fp8"
+    assert not told_apart or sum(gaps) < sum(gaps_of(model, answers)), "the model without rounding is another one"
 
 
 def generated(served: Path, vllm: str, tmp_path: Path) -> list[list[int]]:
