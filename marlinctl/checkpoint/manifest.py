@@ -25,6 +25,7 @@ NAME = "marlinctl_manifest.json"
 OUTSIDE = frozenset(
     {NAME, "README.md", "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html", "run.log", ".gitattributes"}
 )
+TUNED = "tuned"  # norms and biases that are not the source's: quantize --tune-steps changed them with their block
 UPDATE = "update marlinctl to read it (pip install --upgrade marlinctl)"
 SCHEMA = 1  # of the manifest; a greater one was written by a newer marlinctl, whose keys are unknown here
 _FILES_AT_ONCE = 4  # that are hashed; 1.6 GB in four files take 0.65 instead of 1.22 s on two cores
@@ -137,6 +138,12 @@ def made_from(folder: Path) -> dict[str, Any]:
     except (CheckFailed, ValueError, RecursionError):
         return {}
     return found
+
+
+def tuned_of(document: Mapping[str, Any]) -> frozenset[str]:
+    """The tensors besides linears that a run changed; nothing where the list is damaged, so that they must be the source's."""
+    found = document.get(TUNED)
+    return frozenset(name for name in found if isinstance(name, str)) if isinstance(found, list) else frozenset()
 
 
 def digest(folder: Path) -> str:

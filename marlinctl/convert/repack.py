@@ -428,11 +428,14 @@ def provenance(old_block: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _earlier_facts(folder: Path) -> dict[str, Any]:
-    """What the source's manifest says of the model and the recipe it was made from; nothing for a foreign folder."""
+    """What the source's manifest says of the model and the recipe it was made from, and of tensors that are not the model's; nothing for a
+    foreign folder."""
     if not (folder / manifest.NAME).is_file():
         return {}
     document = manifest.read(folder)
-    return {key: document[key] for key in ("source", "recipe", "calibration") if isinstance(document.get(key), dict)}
+    tuned = manifest.tuned_of(document)
+    found = {key: document[key] for key in ("source", "recipe", "calibration") if isinstance(document.get(key), dict)}
+    return found | ({manifest.TUNED: sorted(tuned)} if tuned else {})
 
 
 def _source_digest(source: Source, contents: Contents) -> dict[str, Any]:

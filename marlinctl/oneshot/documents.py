@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from marlinctl import __version__
 from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.formats.registry import INTERCHANGE, quantization_config, without_quantization, working_format
 from marlinctl.checkpoint.licence import licence_of, stated
-from marlinctl.checkpoint.manifest import made_from
+from marlinctl.checkpoint.manifest import TUNED, made_from
 from marlinctl.checkpoint.tied_head import stored_bytes
 from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.errors import number_of
@@ -71,7 +71,10 @@ def _source_facts(opened: RunInputs) -> dict[str, Any]:
     return {"kind": source.kind, "name": name, "revision": source.revision, **precision}
 
 
-def manifest_of(opened: RunInputs, recipe: Recipe, calibration: Mapping[str, Any], records: list[LayerRecord]) -> dict[str, Any]:
+def manifest_of(
+    opened: RunInputs, recipe: Recipe, calibration: Mapping[str, Any], records: list[LayerRecord], tuned: Sequence[str]
+) -> dict[str, Any]:
+    """tuned: tensors besides linears that are not the source's."""
     layers = [{k: v for k, v in asdict(record).items() if k != "seconds"} for record in records]
     source = {key: value for key, value in calibration.items() if key != "source"}
     if "parts" in source:  # local paths are private: of a file its name
@@ -86,6 +89,7 @@ def manifest_of(opened: RunInputs, recipe: Recipe, calibration: Mapping[str, Any
         "device": opened.device.type,
         "dtype": str(opened.dtype).removeprefix("torch."),
         "layers": layers,
+        **({TUNED: sorted(tuned)} if tuned else {}),
         "finished": True,
     }
 

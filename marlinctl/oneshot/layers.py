@@ -32,7 +32,7 @@ from marlinctl.oneshot.reading import Reader
 from marlinctl.oneshot.rows import solve_stacks
 from marlinctl.oneshot.sequential import SequentialPipeline, TunedBlock
 from marlinctl.oneshot.solve import Outcome, StackedSolver, StackOutcome
-from marlinctl.oneshot.tuning import Tuned, TuneSettings, tunable, tune_block
+from marlinctl.oneshot.tuning import Tuned, TuneSettings, holds_out, tunable, tune_block
 from marlinctl.planning.memory import Work, experts_together
 from marlinctl.quantize.scheme import SIXTEEN_BIT, Activations, Grid
 from marlinctl.quantize.types import Hessian, QuantizedLinear
@@ -134,6 +134,7 @@ class LayerQuantizer:
         self.progress: Progress | None = None
         self.orders = _channel_orders(opened, recipe, weights, processes)
         self._tuned: dict[int, Tuned] = {}  # blocks that are not taken yet
+        self._said_untuned = False
 
     def forget(self) -> None:
         """Of a block that could not be finished."""
@@ -165,6 +166,12 @@ class LayerQuantizer:
     def tune(self, block: Block, layer: nn.Module, walk: SequentialPipeline) -> TunedBlock | None:
         """The pipeline's TuneBlock: tune the scales of what was solved last, and the norms."""
         if not block.in_one_pass:
+            return None
+        if not holds_out(walk, self.processes):
+            if not self._said_untuned:
+                of = f" of each of {self.processes.count} processes" if self.processes.count > 1 else ""
+                self.console.warn(f"blocks are not tuned: all samples{of} are taken at once, and some must be held out; use more --samples")
+            self._said_untuned = True
             return None
         solved = {linear.name: linear.result for linear in self._waiting if isinstance(linear.result, QuantizedLinear)}
         settings = TuneSettings(self.recipe.quantize.tune_steps, self.recipe.quantize.tune_learning_rate)

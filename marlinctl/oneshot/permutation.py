@@ -32,6 +32,8 @@ class Walk(Protocol):
 
     def first_input(self, block: Block, layer: nn.Module, module: str) -> Tensor: ...
 
+    def first_left(self, block: Block) -> list[Tensor]: ...
+
     def install(self, block: Block, layer: nn.Module, tensors: Iterable[str]) -> None: ...
 
 
@@ -80,6 +82,7 @@ class ChannelOrders:
             module = modules[consumer]
             weight = self.weights.read(f"{consumer}.weight").to(energies[module].device).float()
             expected = walk.first_input(block, layer, module).float() @ weight.T
+            left = walk.first_left(block)
             for fold in possible:
                 order = self.processes.share_tensor(_order(weight, energies[module], fold).cpu())
                 orders = orders_of(block, fold, order)
@@ -88,6 +91,8 @@ class ChannelOrders:
                 walk.install(block, layer, names)
                 made = walk.first_input(block, layer, module).float() @ weight[:, orders[consumer + COLUMNS].to(weight.device)].T
                 holds = float((made - expected).norm()) <= _SAME_OUTPUT * float(expected.norm())
+                # Later blocks that read these values (Gemma 4) have an o of their own, whose columns stay.
+                holds &= all(map(torch.equal, walk.first_left(block), left))
                 if self.processes.share(holds):
                     found |= orders
                     columns[module] = orders[consumer + COLUMNS]

@@ -50,6 +50,7 @@ from marlinctl.oneshot.reading import Reader
 from marlinctl.oneshot.resume import RunJob
 from marlinctl.oneshot.sequential import SequentialPipeline
 from marlinctl.oneshot.solve import steps_on
+from marlinctl.oneshot.tuning import tunable
 from marlinctl.oneshot.written import expected_pieces, verify_written
 from marlinctl.planning.memory import CHUNK_TOKENS, CHUNK_TOKENS_ON_DEVICE, Work, predicted_device_peak
 from marlinctl.planning.preflight import check_lengths, require_samples
@@ -181,6 +182,8 @@ def _run(
                         copied()
             staged.copy_companions(opened.source.folder)
             job.write_orders(staged)
+            tuning = job.tuning()
+            tuned = [name for block in tuning for name in tunable(opened.architecture.blocks[block["block"]])]
             staged.write_file("recipe.yaml", recipe.to_yaml().encode())
             warnings = [*_warnings(opened, calibration, solving.records, console), *told]
             report = report_of(
@@ -190,11 +193,11 @@ def _run(
             with phases("check"):
                 staged.finish(
                     model_config(opened, recipe),
-                    manifest=manifest_of(opened, recipe, calibration.facts, solving.records),
+                    manifest=manifest_of(opened, recipe, calibration.facts, solving.records, tuned),
                     verify=lambda folder: verify_written(folder, solving.records, console, opened.device),
                     report_files={},
                 )
-            report |= {"phases": phases.seconds(), "tuning": job.tuning()}
+            report |= {"phases": phases.seconds(), "tuning": tuning}
             if measure is not None:
                 try:
                     with job.measuring():

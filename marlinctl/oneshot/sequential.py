@@ -297,6 +297,11 @@ class SequentialPipeline:
         found: Tensor = x
         return found
 
+    def first_left(self, block: Block) -> list[Tensor]:
+        """What the block left for later ones when `first_input` ran it, and what lay there before: copies."""
+        slots = self.of_tokens.slots(COMPRESSED).values() if block.shares else ()
+        return [slot[next(self.chunks())].clone().nan_to_num_() for several in slots for slot in several]
+
     def install(self, block: Block, layer: nn.Module, tensors: Iterable[str]) -> None:
         """Put tensors of the checkpoint into the block's module; of a parameter that is held in pieces, all."""
         asked = list(tensors)

@@ -63,21 +63,28 @@ class Tuned:
 
 
 def tunable(block: Block) -> list[str]:
-    """Norms and biases of a block, by their names in the checkpoint."""
+    """Norms and biases of a block, by their names in the checkpoint. Not what is named otherwise: decays and time steps of a recurrence
+    (A_log, dt_bias) are exponents, and sinks and scalars of a layer no part of a linear's output."""
     apart = {*block.buffers, *block.pieces}
-    return [name for name, shape in block.others.items() if len(shape) == 1 and name not in apart] if block.in_one_pass else []
+    found = (name for name, shape in block.others.items() if len(shape) == 1 and name not in apart)
+    return [name for name in found if name.endswith((".weight", ".bias"))] if block.in_one_pass else []
+
+
+def holds_out(walk: Walk, processes: Processes = ALONE) -> bool:
+    """Whether each process has a chunk of samples to train with and one that judges."""
+    return not processes.largest(sum(1 for _ in walk.chunks()) < 2)
 
 
 def tune_block(
     block: Block, layer: nn.Module, linears: Mapping[str, QuantizedLinear], stored: Mapping[str, torch.dtype], walk: Walk,
     settings: TuneSettings, *, bfloat16_exact: bool, processes: Processes = ALONE,
 ) -> Tuned | None:  # fmt: skip
-    """linears: the solved ones by their names, which `layer` holds. stored: dtypes of `tunable` tensors. None where nothing gets better, or
-    where there are too few samples to hold some out."""
-    trained = list(walk.chunks())
-    held_out = [trained.pop() for _ in range(max(1, len(trained) // HELD_OUT)) if len(trained) > 1]
-    if processes.largest(not held_out) or not linears:
+    """linears: the solved ones by their names, which `layer` holds. stored: dtypes of `tunable` tensors. None where nothing gets better.
+    Where `holds_out`."""
+    if not linears:
         return None
+    trained = list(walk.chunks())
+    held_out = [trained.pop() for _ in range(max(1, len(trained) // HELD_OUT))]
     factors = _Factors(block, layer, linears, stored, walk.dtype, bfloat16_exact)
 
     def error(values: Mapping[str, Tensor], samples: slice) -> tuple[Tensor, Tensor]:

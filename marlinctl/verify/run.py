@@ -122,7 +122,9 @@ def verify(
         skipped += [reason] if reason else []
         if error is not None:
             console.detail(f"load: logits agree with the dequantized model, relative error {error:.1e}")
-        compared = None if original is None else fidelity.compare(checkpoint, info, original, found.against_source)
+        compared = None if original is None else fidelity.compare(
+            checkpoint, info, original, found.against_source, manifest.tuned_of(document)
+        )  # fmt: skip
         if compared is not None:
             console.detail(f"source: {fidelity.summary(compared)}")
     return Verified(info.name, len(info.layers), len(document["files"]), error, tuple(skipped), compared, sparse, read)

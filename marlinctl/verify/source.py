@@ -9,19 +9,20 @@
                   scales of a layer resemble each other, that `error` alone would let them pass.
 
 Tensors that were not quantized must be the source's bytes. Other tools convert them (fp16 to bf16, say); that is reported, and is a
-failure only where the values are not the source's, rounded to the other dtype.
+failure only where the values are not the source's, rounded to the other dtype. Norms and biases that the manifest names as tuned
+(--tune-steps) have the source's dtype, and are as far from it as a weight may be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.formats.base import FormatInfo, LinearParts
 from marlinctl.checkpoint.orders import read_orders, relative, reordered
-from marlinctl.errors import BadInput, CheckFailed, Problem
+from marlinctl.errors import BadInput, CheckFailed, Problem, number_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,10 +44,12 @@ class LayerFidelity:
     sparse: bool
 
 
-def compare(checkpoint: Checkpoint, info: FormatInfo, source: Checkpoint, layers: Sequence[LayerFidelity]) -> dict[str, Any]:
-    """Every linear, as it was measured, and every untouched tensor against the source. CheckFailed lists all that are implausible, BadInput
-    E302 the first linear that the source lacks."""
-    problems, converted = _untouched(checkpoint, info, source)
+def compare(
+    checkpoint: Checkpoint, info: FormatInfo, source: Checkpoint, layers: Sequence[LayerFidelity], tuned: Collection[str] = ()
+) -> dict[str, Any]:
+    """Every linear, as it was measured, and every other tensor against the source. tuned: those that a run changed on purpose. CheckFailed
+    lists all that are implausible, BadInput E302 the first linear that the source lacks."""
+    problems, converted, changed = _others(checkpoint, info, source, tuned)
     known = {measured.layer for measured in layers}
     for layer in info.layers:
         if layer not in known:
@@ -61,6 +64,7 @@ def compare(checkpoint: Checkpoint, info: FormatInfo, source: Checkpoint, layers
         "max_error": errors[-1],
         "worst_layer": max(layers, key=lambda layer: layer.error).layer,
         "converted": converted,
+        "tuned": changed,
     }
 
 
@@ -113,10 +117,12 @@ def _other_shape(checkpoint: Checkpoint, info: FormatInfo, source: Checkpoint, l
     return Problem(f"{layer} is {theirs} in the source and {ours} here", layer, "name the model that this checkpoint was made from")
 
 
-def _untouched(checkpoint: Checkpoint, info: FormatInfo, source: Checkpoint) -> tuple[list[Problem], list[str]]:
-    """What is wrong with the tensors that were not quantized, and which of them changed their dtype only."""
+def _others(
+    checkpoint: Checkpoint, info: FormatInfo, source: Checkpoint, tuned: Collection[str]
+) -> tuple[list[Problem], list[str], list[str]]:
+    """What is wrong with the tensors that were not quantized, which of them changed their dtype only, and which were tuned."""
     owned, orders = info.owned, relative(read_orders(checkpoint.folder), read_orders(source.folder))
-    problems, converted = [], []
+    problems, converted, changed = [], [], []
     for name in (name for name in checkpoint.tensors if name not in owned):
         if name not in source.tensors:
             problems.append(Problem(f"{name} is not in the source", name, "name the model that this checkpoint was made from"))
@@ -124,15 +130,21 @@ def _untouched(checkpoint: Checkpoint, info: FormatInfo, source: Checkpoint) -> 
         ours, theirs = checkpoint.tensors[name], source.tensors[name]
         if ours.dtype == theirs.dtype and ours.shape == theirs.shape and checkpoint.raw(name) == source.raw(name):
             continue
-        same = ours.shape == theirs.shape and _same_rounded(checkpoint.read(name), reordered(name, source.read(name), orders))
-        if same and ours.dtype != theirs.dtype:
-            converted.append(name)
-        elif same:
-            continue
+        alike = ours.shape == theirs.shape
+        found, wanted = checkpoint.read(name), reordered(name, source.read(name), orders) if alike else None
+        if wanted is not None and _same_rounded(found, wanted):
+            if ours.dtype != theirs.dtype:
+                converted.append(name)
+        elif wanted is not None and name in tuned and ours.dtype == theirs.dtype and _distance(found, wanted) <= MAX_ERROR:
+            changed.append(name)
         else:
             what = f"{name} was not quantized and yet differs from the source"
             problems.append(Problem(what, name, "name the model that this was made from, or write it again"))
-    return problems, converted
+    return problems, converted, changed
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
 def _same_rounded(ours: Tensor, theirs: Tensor) -> bool:
@@ -142,6 +154,8 @@ def _same_rounded(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def summary(report: Mapping[str, Any]) -> str:
-    converted = len(report["converted"])
+    converted, tuned = len(report["converted"]), len(report["tuned"])
     others = f"{converted} other tensors changed their dtype only" if converted else "other tensors are byte-identical"
-    return f"||W - Q|| / ||W||: median {report['median_error']:.4f}, worst {report['max_error']:.4f} ({report['worst_layer']}); {others}"
+    norms = f"{number_of(tuned, 'norm or bias was', 'norms and biases were')} tuned, " if tuned else ""
+    worst = f"worst {report['max_error']:.4f} ({report['worst_layer']})"
+    return f"||W - Q|| / ||W||: median {report['median_error']:.4f}, {worst}; {norms}{others}"

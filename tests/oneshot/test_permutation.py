@@ -64,6 +64,18 @@ def test_the_original_in_the_written_order_computes_the_same(tmp_path: Path, tex
     assert torch.allclose(logits(model), expected, rtol=0, atol=1e-9)
 
 
+def test_values_that_later_blocks_read_keep_their_order(tmp_path: Path, text: Path) -> None:
+    """Gemma 4's last blocks read keys and values of earlier ones: their o would find each channel in the place of another."""
+    source = zoo.build("gemma4_text", tmp_path / "model")
+    sparsify(source, tmp_path / "out", text)
+    orders = load_file(tmp_path / "out" / ORDER_FILE)
+    assert {name.split(".")[-2] for name in orders if name.endswith(".columns")} == {"down_proj"}
+    model = load_dense(source, dtype=torch.float64)
+    expected = logits(model)
+    model.load_state_dict(reordered(dict(model.state_dict()), orders))
+    assert torch.allclose(logits(model), expected, rtol=0, atol=1e-5), "its norms compute in float32"
+
+
 def test_biases_and_kept_weights_are_written_in_the_new_order(tmp_path: Path, text: Path) -> None:
     """A bias in the old order belongs to another channel; nothing else would show it."""
     source = zoo.build("qwen2", tmp_path / "model")

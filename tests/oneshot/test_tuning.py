@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from marlinctl.checkpoint import manifest
+from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.cli import main
 from marlinctl.errors import UsageError
+from marlinctl.models.lookup import architecture_of
 from marlinctl.oneshot.open import Options
 from marlinctl.oneshot.run import run_job
+from marlinctl.oneshot.tuning import tunable
 from marlinctl.system.console import Console
 from tests import zoo
 from tests.oneshot.stopping import SIZES, blocks_solved, quantize, stop_in
@@ -74,6 +79,31 @@ def test_what_is_written_is_what_the_next_block_was_given(tmp_path: Path, text: 
     assert main(["verify", str(tmp_path / "out"), "-q"]) == 0
 
 
+@pytest.mark.parametrize("pattern", ["none", "2:4"])
+def test_verify_knows_what_was_tuned(tmp_path: Path, text: Path, pattern: str) -> None:
+    """It would take a norm that was tuned for one of another model: of compress with sparse-int4, and of every packed form. What another
+    tool has changed must be found all the same."""
+    source = zoo.build("qwen2", tmp_path / "model", dtype=torch.bfloat16)
+    assert run(source, tmp_path / "out", text, **TUNED, sparsify__pattern=pattern)["tuning"]
+    native = "marlin_24" if pattern == "2:4" else "marlin"
+    assert main(["pack", str(tmp_path / "out"), str(tmp_path / "native"), "--format", native, "-q"]) == 0
+    for name in ("out", "native"):
+        assert main(["verify", str(tmp_path / name), "--source", str(source), "-q"]) == 0
+        said = manifest.read(tmp_path / name)
+        assert all("norm" in tensor or "bias" in tensor for tensor in said["tuned"])
+        (tmp_path / name / manifest.NAME).write_text(json.dumps(said | {"tuned": said["tuned"][1:]}))
+        assert main(["verify", str(tmp_path / name), "--source", str(source), "-q"]) == 1
+
+
+def test_exponents_of_a_recurrence_stay(tmp_path: Path) -> None:
+    """A_log and dt_bias decide how long a state lasts, over more tokens than a calibration sample has: not what a few steps may move."""
+    with open_checkpoint(zoo.build("qwen3_5_text", tmp_path / "model")) as checkpoint:
+        known = architecture_of(checkpoint.config, set(checkpoint.tensors))
+    names = [name for block in known.blocks for name in tunable(block)]
+    assert any(name.endswith("linear_attn.norm.weight") for name in names)
+    assert not [name for name in names if name.endswith(("A_log", "dt_bias"))]
+
+
 @pytest.mark.parametrize("replayed", [False, True])
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replayed: bool) -> None:
     """If the original's norms were used for a finished block, or the tuned ones for the original model, all later codes would differ."""
@@ -100,6 +130,15 @@ def test_a_mixture_of_experts_is_left_as_it_is_solved(tmp_path: Path, text: Path
     report = run(source, tmp_path / "out", text, **TUNED)
     assert [block["block"] for block in report["tuning"]] in ([0], [])
     assert main(["verify", str(tmp_path / "out"), "-q"]) == 0
+
+
+def test_too_few_samples_to_hold_some_out_are_said(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Who asked for tuning would take an untuned model for a tuned one."""
+    source = zoo.build("qwen2", tmp_path / "model")
+    few = recipe(text, **TUNED, calibration__samples=4, calibration__sequence_length=64)
+    report, _ = run_job(str(source), tmp_path / "out", few, Options(dtype="float32"), Console())
+    assert not report["tuning"]
+    assert capsys.readouterr().err.count("blocks are not tuned: all samples are taken at once") == 1
 
 
 def test_tuning_needs_the_original_beside_it(tmp_path: Path, text: Path) -> None:
