@@ -49,7 +49,7 @@ def group_of(kind: Kind, targets: list[str], whole: str) -> dict[str, Any]:
 
 def reason(group: Mapping[str, Any], whole: str) -> str | None:
     """Why a config group is not a scheme that is read, or None."""
-    name = group.get("format") or whole
+    name = _format_in(group, whole)
     if name not in _ACTIVATIONS_OF:
         return f"format {name!r} of a group"
     activations = _ACTIVATIONS_OF[name]
@@ -81,13 +81,18 @@ def reason(group: Mapping[str, Any], whole: str) -> str | None:
         or blocks.reason(weights, blocks.CT_WEIGHTS)
         or blocks.missing(inputs, blocks.CT_DYNAMIC)
         or blocks.reason(inputs, blocks.CT_DYNAMIC)
-        or (None if inputs["type"].lower() == kind else f"{kind} weights and {inputs['type']} activations")
+        or (None if str(inputs["type"]).lower() == kind else f"{kind} weights and {inputs['type']} activations")
     )
+
+
+def _format_in(group: Mapping[str, Any], whole: str) -> str:
+    """That of a group, or of the whole folder. As text: a config from elsewhere may have anything there."""
+    return str(group.get("format") or whole)
 
 
 def configured(group: Mapping[str, Any], whole: str) -> Kind:
     """Group size and grid of a group that is read."""
     weights = object_at(group, "weights")
     size = weights.get("group_size")
-    grid = Grid(weights["num_bits"], weights.get("symmetric", True), _ACTIVATIONS_OF[group.get("format") or whole])
+    grid = Grid(weights["num_bits"], weights.get("symmetric", True), _ACTIVATIONS_OF[_format_in(group, whole)])
     return (int(size) if isinstance(size, int) and size > 0 and str(weights.get("strategy")).lower() != "channel" else -1), grid

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig
+from hypothesis import given
+from hypothesis import strategies as st
 
 from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.formats.base import LinearParts
@@ -112,6 +115,30 @@ def test_another_rounding_of_activations_is_refused(change: Callable[[dict[str, 
     config = block(INT8_ACTIVATIONS)
     change(config["config_groups"]["group_0"])
     assert says in refused(config, [*PACKED, *UNPACKED, "lm_head.weight"])
+
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 200)
+    | st.floats()
+    | st.sampled_from(["int", "float", "int-quantized", "token", "channel", ""]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["num_bits", "type", "format"]), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@given(st.data())
+def test_any_group_is_understood_or_refused(data: st.DataObject) -> None:
+    """config.json comes from strangers: a list in the place of a format ended in a traceback."""
+    config = json.loads(json.dumps(block(INT8_ACTIVATIONS)))
+    group = config["config_groups"]["group_0"]
+    place = data.draw(st.sampled_from([group, group["weights"], group["input_activations"], config]))
+    for key in data.draw(st.lists(st.sampled_from([*place, "format"]), min_size=1, max_size=3)):
+        place[key] = data.draw(ANYTHING)
+    with suppress(BadInput):
+        info = registry.detect({"quantization_config": config}, [*PACKED, *UNPACKED, "lm_head.weight"])
+        assert all(isinstance(size, int) and (size == -1 or size > 0) for size in info.layers.values())
 
 
 def test_tensors_and_groups_belong_together() -> None:
