@@ -37,7 +37,7 @@ def read_orders(folder: Path) -> Orders:
     fix = "fetch or write the checkpoint again; the model itself does not need this file"
     where = str(folder / ORDER_FILE)
     problems += [
-        Problem(f"{name} is no order of rows or columns", where, fix)
+        Problem(f"{name} is not an order of rows or columns", where, fix)
         for name, info in infos.items()
         if not name.endswith((ROWS, COLUMNS)) or info.dtype != "I32" or len(info.shape) != 1
     ]

@@ -49,9 +49,9 @@ class RoundingLinear(nn.Linear):
 
 
 def round_activations(model: nn.Module, modules: Mapping[str, Rounded]) -> None:
-    """Put a RoundingLinear in the place of each of these linears, by path. ValueError for a path that is no linear."""
+    """Put a RoundingLinear in the place of each of these linears, by path. ValueError where a path leads to another module."""
     for path, activations in modules.items():
         linear = model.get_submodule(path)
         if not isinstance(linear, nn.Linear):
-            raise ValueError(f"{path} is no linear")
+            raise ValueError(f"{path} is not a linear")
         model.set_submodule(path, RoundingLinear(linear, activations))

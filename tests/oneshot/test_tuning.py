@@ -142,6 +142,6 @@ def test_too_few_samples_to_hold_some_out_are_said(tmp_path: Path, text: Path, c
 
 
 def test_tuning_needs_the_original_beside_it(tmp_path: Path, text: Path) -> None:
-    """Without the reference model there is no output to tune toward; that shows before the model is read."""
+    """Without the reference model a block has nothing to be tuned toward; that shows before the model is read."""
     with pytest.raises(UsageError, match="tuned toward the original"):
         run(tmp_path / "no model", tmp_path / "out", text, quantize__tune_steps=8)

@@ -25,7 +25,7 @@ def test_the_widest_linear_of_an_8b_has_five() -> None:
 
 
 def test_tokens_that_do_not_count_are_not_counted() -> None:
-    """Padding is no calibration."""
+    """Padding does not calibrate anything."""
     known = architecture(SHAPES["llama-3-8b"])
     found = fewest(known, dict.fromkeys(known.linears, 128), ASKED, tokens=128 * 256)
     assert found is not None and found.value == pytest.approx(128 * 256 / 14336) and found.wanted == 896
