@@ -22,25 +22,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint import licence, manifest, runtimes, sparsity, writer
 from marlinctl.checkpoint.contents import Contents, read_contents
-from marlinctl.checkpoint.folder import dense_names, examine
+from marlinctl.checkpoint.folder import dense_names
 from marlinctl.checkpoint.formats import registry
-from marlinctl.checkpoint.formats.base import Format, FormatInfo, LinearParts, Packed
-from marlinctl.checkpoint.formats.gptq import labelled_version_2
+from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.licence import NOTHING_STATED, Stated
 from marlinctl.checkpoint.mask import Masks, open_masks
 from marlinctl.checkpoint.model_files import ORDER_FILE
-from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.shards import MAX_SHARD_BYTES
 from marlinctl.checkpoint.source_digests import check_known_digests
+from marlinctl.convert.source import Source, open_source
+from marlinctl.convert.written import check_written
 from marlinctl.errors import BadInput, CheckFailed, Problem, UsageError, number_of
 from marlinctl.jobs.journal import JobFolder, Request
-from marlinctl.models.config import CONFIG, named_otherwise
+from marlinctl.models.config import named_otherwise
 from marlinctl.models.families import FAMILIES
 from marlinctl.models.lookup import architecture_of
 from marlinctl.models.switches import without
@@ -55,61 +55,6 @@ from marlinctl.system.files import exists
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from marlinctl.checkpoint.reader import Checkpoint
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A packed checkpoint, understood and found fit for the targets."""
-
-    checkpoint: Checkpoint
-    info: FormatInfo
-    shapes: Mapping[str, tuple[int, int]]  # layer -> (N, K)
-    untouched: tuple[str, ...]  # tensors that no packed linear owns
-    masks: Masks | None = None
-    carried: tuple[str, ...] = ()  # linears that stayed 16-bit and have a mask all the same: it travels with them
-    notes: tuple[str, ...] = ()  # what the person should know of the folder
-    from_zeros: bool = False  # the target needs a 2:4 pattern and none is stated: it is derived from codes that are zero
-
-    @property
-    def origin(self) -> str | None:
-        """Who states the 2:4 pattern; None where the model is dense, as far as anybody says."""
-        return sparsity.ZEROS if self.from_zeros else sparsity.origin(self.info, self.masks)
-
-    def parts(self, layer: str) -> LinearParts:
-        """One packed linear with its mask. BadInput where it is not the 2:4 linear that it must be."""
-        parts = registry.read_parts(self.checkpoint, self.info, layer, self.masks)
-        if not self.from_zeros:
-            return parts
-        from marlinctl.sparsify.mask import two_of_four
-
-        mask = two_of_four(parts.codes)
-        if mask is None:
-            raise BadInput.from_problems("E356", [sparsity.crowded(layer, parts.codes)])
-        return replace(parts, keep=mask)
-
-    def mask(self, layer: str) -> Tensor | None:
-        """The mask of a linear, packed or carried, compared with its weight."""
-        if layer in self.info.layers:
-            return self.parts(layer).keep
-        return sparsity.weight_and_mask(self.checkpoint, self.info, layer, self.masks)[1]
-
-    def masked(self, fmt: Format) -> set[str]:
-        """The linears that the mask file of a target names: metadata is one already."""
-        packed = {layer for layer in self.info.layers if self.masks is None or self.info.format.needs_mask or layer in self.masks}
-        return {*self.carried, *(packed if self.origin and not fmt.needs_mask else ())}
-
-    @property
-    def ignore(self) -> list[str]:
-        return registry.sixteen_bit_linears({name: self.checkpoint.tensors[name].shape for name in self.untouched}, self.info.layers)
-
-    def packed(self, fmt: Format) -> Packed:
-        """What a target will be to its clients."""
-        sizes = self.info.layers if fmt.quantized else {}
-        ignore = [*self.ignore, *(() if fmt.quantized else self.info.layers)]
-        shapes = {layer: self.shapes[layer] for layer in sizes}
-        return Packed(fmt, shapes, sizes, ignore, self.checkpoint.config, fmt.variant_of(self.info.used_grids), self.info.grids)
 
 
 def repack(
@@ -226,30 +171,6 @@ def output_folders(out: Path, fmt: str, also: Sequence[str]) -> dict[Format, Pat
     if len(set(asked)) != len(asked):
         raise UsageError("E288", f"one format twice: {', '.join(asked)}", where="--format, --also", fix="name each format once")
     return {registry.FORMATS[fmt]: out} | {registry.FORMATS[name]: out.with_name(f"{out.name}-{name}") for name in also}
-
-
-def open_source(folder: Path, masks: Masks | None = None, *, gptq_v2: bool = False) -> Source:
-    """Open a packed checkpoint; `masks` is its mask file. BadInput when it is dense, damaged, or in no format that can be read exactly.
-
-    gptq_v2: its zero points are those of GPTQ version 2, whatever its config.json says. UsageError E288 for another format.
-    """
-    checkpoint = open_checkpoint(folder, weight_files="auto")
-    if gptq_v2:
-        checkpoint = replace(checkpoint, config=labelled_version_2(checkpoint.config, str(folder / CONFIG)))
-    examined = examine(checkpoint, structure="known")
-    info = examined.info
-    if not info.format.quantized:
-        raise BadInput(
-            "E313",
-            "the model is not quantized; pack turns one packed format into another",
-            where=str(folder),
-            fix=f"marlinctl quantize {folder} OUT",
-        )
-    owned = {*info.owned, *examined.idle}
-    shapes = {layer: registry.layer_shape(checkpoint, info, layer) for layer in info.layers}
-    untouched = tuple(name for name in checkpoint.tensors if name not in owned)
-    carried = () if masks is None else tuple(layer for layer in masks.layers if f"{layer}.weight" in checkpoint.tensors)
-    return Source(checkpoint, info, shapes, untouched, masks, carried, notes=examined.notes)
 
 
 def refuse_misfits(source: Source, targets: Sequence[Format]) -> None:
@@ -443,61 +364,3 @@ def _source_digest(source: Source, contents: Contents) -> dict[str, Any]:
     if (source.checkpoint.folder / manifest.NAME).is_file():
         return {"manifest_sha256": manifest.digest(source.checkpoint.folder)}
     return {"fingerprint": contents.fingerprint}
-
-
-def check_written(source: Source, fmt: Format, folder: Path, console: Console) -> None:
-    """Read the staged folder back: same tensors, codes, scales and masks, same untouched bytes. CheckFailed names the first difference."""
-    written = open_checkpoint(folder, weight_files="auto")
-    info = registry.detect(written.config, written.tensors)
-    kinds = {layer: (*shape, source.info.layers[layer], source.info.grid(layer)) for layer, shape in source.shapes.items()}
-    expected = {*source.untouched, *(f"{layer}.{suffix}" for layer, kind in kinds.items() for suffix in fmt.shapes(*kind))}
-    if info.format is not fmt or set(written.tensors) != expected:
-        different = sorted(set(written.tensors) ^ expected)
-        raise _unequal(folder, f"the written tensors are not the expected ones ({info.name}; {', '.join(different[:5])})")
-    compare = _same_parts if fmt.quantized else _same_weight
-    with open_masks(folder) as masks:
-        different = sorted(source.masked(fmt) ^ set(masks.layers if masks else ()))
-        if different:
-            raise _unequal(folder, f"the written masks are not the expected ones ({', '.join(different[:5])})")
-        with console.progress("check from disk", len(source.info.layers)) as progress:
-            for layer in source.info.layers:
-                compare(source, written, info, layer, masks)
-                progress.advance()
-        for layer in source.carried:
-            _same_mask(folder, layer, source.mask(layer), sparsity.weight_and_mask(written, info, layer, masks)[1])
-    for name in source.untouched:
-        if written.raw(name) != source.checkpoint.raw(name):
-            raise _unequal(folder, f"{name} differs from the source")
-
-
-def _same_parts(source: Source, written: Checkpoint, info: FormatInfo, layer: str, masks: Masks | None) -> None:
-    import torch
-
-    want, got = source.parts(layer), registry.read_parts(written, info, layer, masks)
-    same_scales = torch.equal(want.scales.to(torch.float32), got.scales.to(torch.float32))
-    same_zeros = want.zeros is None if got.zeros is None else want.zeros is not None and torch.equal(want.zeros, got.zeros)
-    if not torch.equal(want.codes, got.codes) or not same_scales or not same_zeros or want.group_size != got.group_size:
-        raise _unequal(written.folder, f"{layer}: codes or scales read back differ from what was packed")
-    _same_mask(written.folder, layer, want.keep, got.keep)
-
-
-def _same_weight(source: Source, written: Checkpoint, info: FormatInfo, layer: str, masks: Masks | None) -> None:
-    import torch
-
-    parts = source.parts(layer)
-    weight, mask = sparsity.weight_and_mask(written, info, layer, masks)
-    if not torch.equal(parts.weight().to(torch.float16), weight):
-        raise _unequal(written.folder, f"{layer}: the weight read back differs from what was written")
-    _same_mask(written.folder, layer, parts.keep, mask)
-
-
-def _same_mask(folder: Path, layer: str, want: Tensor | None, got: Tensor | None) -> None:
-    import torch
-
-    if want is not None and (got is None or not torch.equal(want, got)):
-        raise _unequal(folder, f"{layer}: the kept weights read back differ from those that were packed")
-
-
-def _unequal(folder: Path, what: str) -> CheckFailed:
-    fix = "the disk or memory of this machine corrupts data, or this is a defect of marlinctl; nothing was published"
-    return CheckFailed("E103", what, where=str(folder), fix=fix)

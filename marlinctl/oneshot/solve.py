@@ -46,7 +46,7 @@ StackOutcome = tuple[Outcome, Callable[[slice], Tensor | QuantizedLinear], Tenso
 
 @dataclass(frozen=True, slots=True)
 class StackedSolver:
-    drift: DriftSettings | None  # None: there is no reference model
+    drift: DriftSettings | None  # None: without a reference model
     scheme: Scheme
     pruning: PruneSettings
     settings: SolveSettings  # of the codes; the group size is that of each stack

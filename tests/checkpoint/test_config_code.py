@@ -116,7 +116,7 @@ def test_companions_without_switches_are_copied_as_bytes() -> None:
     "changes", [{}, {"model_type": "mistral", "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64}]
 )
 def test_transformers_gets_the_config_that_it_would_have_read(tmp_path: Path, changes: dict[str, Any]) -> None:
-    """A setting that is lost on the way in makes another model; transformers itself tells ministral from mistral by its layers."""
+    """A setting that is lost on the way in makes another model; transformers itself distinguishes ministral from mistral by its layers."""
     from transformers import AutoConfig
 
     folder = make_tiny(tmp_path / "model", rope_scaling={"rope_type": "linear", "factor": 2.0}, attention_bias=True, **changes)

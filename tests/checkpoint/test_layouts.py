@@ -196,5 +196,5 @@ def test_a_module_map_is_held_against_every_block(tmp_path: Path) -> None:
 
     assert "block 1 lacks mlp.gate_proj, mlp.up_proj, mlp.down_proj" in refused()
     assert "model.0." in refused(blocks="model")  # whose children have no numbers
-    assert "input_layernorm" in refused(mlp={**mlp, "last": "input_layernorm"})  # which is no linear
+    assert "input_layernorm" in refused(mlp={**mlp, "last": "input_layernorm"})  # a norm
     assert "model.norm.weight" in refused(embedding="model.norm")

@@ -92,7 +92,7 @@ def test_a_pattern_that_nobody_states_is_found_and_said(source: Path, tmp_path: 
             parts = registry.read_parts(checkpoint, info, layer)
             assert parts.keep is not None and torch.equal(parts.codes, q.codes)
             assert torch.equal(masks.keep(layer, *q.codes.shape), parts.keep)  # the copy says the same
-    repack.repack(tmp_path / "in", tmp_path / "plain", format="ct")  # nobody asked for a pattern, so none is made up
+    repack.repack(tmp_path / "in", tmp_path / "plain", format="ct")  # without a pattern asked for, none is made up
     assert not (tmp_path / "plain" / "marlinctl_mask.safetensors").exists()
 
 
@@ -172,7 +172,7 @@ def test_a_mask_of_nothing_is_refused(sparse: dict[str, Path], tmp_path: Path) -
 
 
 def test_masks_of_16_bit_linears_travel_along(source: Path, tmp_path: Path) -> None:
-    """A linear that was pruned and not quantized stays pruned; without its mask nobody could fine-tune the model again."""
+    """A linear that was pruned and not quantized stays pruned; without its mask the model could not be fine-tuned again."""
     name = "model.layers.1.self_attn.o_proj"
     pruned_source = make_tiny(tmp_path / "source")
     keep = keep_of(name, 128, 128)
