@@ -164,7 +164,7 @@ def measure(
         weights = Weights(asked.ce, asked.squarehead, asked.kl, asked.temperature)
         original = load_dense(teacher, dtype=dtype, device="cpu" if processes.sharded else processes.device)
         processes.shard(original, [original.get_submodule(block.prefix) for block in opened.teacher.architecture.blocks])
-        pupil = load_student(opened, asked.mode, asked.checkpointing, processes, dtype)
+        pupil = load_student(opened, asked, processes, dtype)
         loop = Loop(
             pupil, live(original, weights), random_rows(asked, known.vocab_size), asked,
             dtype=dtype, processes=processes, job=DistillJob(student.with_name("none")), console=Console.quiet(),

@@ -31,7 +31,8 @@ def command(console: Console, student: str, out: Path, teacher: str, **values: A
         marlinctl distill ./qwen3-int4 ./qwen3-int4-kd --teacher Qwen/Qwen3-0.6B --tokens 2000000 --mode scales
         marlinctl resume ./qwen3-2of4-kd
 
-    STUDENT is a 2:4 folder, or a 4-bit folder for --mode scales. OUT gets the same form, whole or not at all.
+    STUDENT is a 2:4 folder, or a 4-bit folder for --mode scales, or any 16-bit one for --mask renewed. OUT gets the same form, whole or
+    not at all.
 
     \f
     Several GPUs: accelerate

@@ -28,8 +28,8 @@ TITLES: Mapping[str, str] = {
     " --drift-correction --damping --tune-steps --from-block --weights",
     "Calibration": "--calibration --samples --sequence-length --chat --seed",
     "Training": "--distill-data --distill-tokens --distill-sequence-length --data distill:--tokens distill:--sequence-length"
-    " --learning-rate --warmup --batch-tokens --micro-batch --ce --squarehead --kl --temperature --cache-logits --checkpointing"
-    " --save-every --tracker distill:--seed",
+    " --learning-rate --warmup --batch-tokens --micro-batch --ce --squarehead --kl --temperature --mask --mask-interval"
+    " --mask-decay --cache-logits --checkpointing --save-every --tracker distill:--seed",
     "Quality": "--tasks --task-data --limit --num-fewshot --apply-chat-template --fewshot-as-multiturn --log-samples"
     " --confirm-run-unsafe-code --backend --batch-size eval:--seed --eval --text --tokens --window --max-kl --max-ppl-ratio"
     " --publish-anyway --load --kernels",

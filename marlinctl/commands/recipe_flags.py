@@ -107,6 +107,18 @@ _DISTILL_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "distill.squarehead": ("--squarehead", {"type": float, "metavar": "WEIGHT", "help": "Weight of the error of the hidden states."}),
     "distill.kl": ("--kl", {"type": float, "metavar": "WEIGHT", "help": "Weight of the divergence from the teacher."}),
     "distill.temperature": ("--temperature", {"type": float, "help": "Temperature of the divergence."}),
+    "distill.mask": (
+        "--mask",
+        {"metavar": "fixed|renewed", "help": "Keep the 2:4 mask, or train all weights toward a mask that follows them."},
+    ),
+    "distill.mask_interval": (
+        "--mask-interval",
+        {"type": int, "metavar": "STEPS", "help": "Steps between two renewals of the mask."},
+    ),
+    "distill.mask_decay": (
+        "--mask-decay",
+        {"type": float, "help": "Decay of pruned weights over the training, in mean magnitudes of kept weights."},
+    ),
     "distill.cache_logits": (
         "--cache-logits",
         {"type": int, "metavar": "K", "help": "Store the teacher's K largest predictions on disk instead of keeping it in memory."},

@@ -2,7 +2,7 @@
 
     rows of a step ─► teacher (no gradient) ─► student ─► losses ─► gradients, added up over the parts of the step
                                                ▲                                  │
-                                     mask again ◄── AdamW step, learning rate ◄───┘
+                             masks (masks.py) ◄── AdamW step, learning rate ◄─────┘
 
 AdamW without weight decay, betas 0.9 and 0.999, on the trained parameters alone; the learning rate rises linearly and falls linearly to 0.
 A step is worked off in parts of `micro_batch` rows, over all processes. Its losses are means over the tokens of the whole step, so that how
@@ -129,7 +129,7 @@ class Loop:
             group["lr"] = learning_rate(step, self.steps, self.asked)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.student.prune()
+        self.student.masks.constrain(step)
         self._counts += counts
 
     def _backward(self, part: Tensor, factors: Tensor) -> None:
@@ -165,6 +165,7 @@ class Loop:
         self._logged = (done, now)
         speed = self._tokens_per_step / self._paces[-1]
         rate = learning_rate(done - 1, self.steps, self.asked)
+        means |= self.student.masks.progress()
         self.curve.append({"step": done, "tokens": done * self._tokens_per_step, "learning_rate": rate, **means})
         values = {**means, "learning_rate": rate, "tokens_per_second": speed}
         self.track({f"train/{name}": value for name, value in values.items()}, done)
@@ -191,16 +192,18 @@ class Loop:
                 full = whole(tensor)
                 if self.processes.main:
                     tensors[f"{key}.{name}"] = full.cpu()
+        tensors |= {name: mask.cpu() for name, mask in self.student.masks.state()}
         if self.processes.main:
             self.job.save(State(done, tensors, {"curve": self.curve, "seconds": self.seconds}))
 
     def _restore(self, state: State) -> int:
-        """Weights, optimizer state and loss curve as they were saved by the main process; returns the steps that are done."""
+        """Weights, masks, optimizer state and loss curve as they were saved by the main process; returns the steps that are done."""
         with torch.no_grad():
             for name, parameter in self.student.trained.items():
                 local(parameter).copy_(local(self.processes.spread(state.tensors.get(f"weight.{name}"), parameter)))
                 moments = {key: self.processes.spread(state.tensors.get(f"{key}.{name}"), parameter) for key in _MOMENTS}
                 self.optimizer.state[parameter] = {"step": self._step_count(state.step), **moments}
+        self.student.masks.restore(state.tensors)
         self.curve, self.seconds = list(state.document["curve"]), float(state.document["seconds"])
         return state.step
 

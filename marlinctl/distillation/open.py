@@ -1,6 +1,7 @@
 """Before any work: are student and teacher what they must be, and do they belong together? Nothing is written.
 
     student   dense, 2:4      a mask file, or else zeros that show the pattern               modes full and blockwise
+              dense           not pruned                                                     mode full with a renewed mask
               ct, 4 bits      with a mask file or without                                    mode scales
     teacher   dense           as deep, as wide and with the vocabulary of the student        folder, hub id or GGUF file
 
@@ -11,7 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
@@ -30,29 +33,36 @@ from marlinctl.models.architectures import Architecture
 from marlinctl.oneshot.open import Options
 from marlinctl.planning.training_settings import refuse_blockwise
 from marlinctl.recipes.schema import Distill
-from marlinctl.sparsify.mask import two_of_four
+from marlinctl.sparsify.mask import two_largest, two_of_four
+from marlinctl.sparsify.types import QUAD
 from marlinctl.system.console import Console
 
 _SPARSIFY = "make it 2:4 first: marlinctl sparsify MODEL OUT"
 
 
 class Pattern:
-    """The masks of the student: from its mask file, or found from its zeros."""
+    """The masks of the student: from its mask file, or found from its zeros, or, of masks that are renewed, from its magnitudes."""
 
-    def __init__(self, checkpoint: Checkpoint, known: Architecture, opened: masks.Masks | None, *, found: bool) -> None:
+    def __init__(self, checkpoint: Checkpoint, known: Architecture, opened: masks.Masks | None, *, found: bool, renewed: bool) -> None:
         self._checkpoint, self._masks = checkpoint, opened
+        self._trained: Mapping[str, Tensor] = {}
         specs = {name: (spec.out_features, spec.in_features) for name, spec in known.linears.items()}
         if known.head is not None:
             specs[known.head.name] = (known.head.out_features, known.head.in_features)
         self.from_file = opened is not None
+        self.largest = renewed and not self.from_file
         layers = opened.layers if opened is not None else tuple(known.linears) if found else ()
         self.shapes: Mapping[str, tuple[int, int]] = {layer: specs[layer] for layer in layers if layer in specs}
         self.strangers = [layer for layer in layers if layer not in specs]
 
     def mask(self, layer: str) -> Tensor:
         """[N, K] bool, True = kept."""
+        if layer in self._trained:
+            return masks.unpack_bits(self._trained[layer], self.shapes[layer][1])
         if self._masks is not None:
             return self._masks.keep(layer, *self.shapes[layer])
+        if self.largest:
+            return two_largest(self._checkpoint.read(f"{layer}.weight").abs().T).T
         mask = two_of_four(self._checkpoint.read(f"{layer}.weight"))
         if mask is None:
             raise BadInput(
@@ -62,6 +72,12 @@ class Pattern:
                 fix=f"the folder has no {masks.NAME}, so every linear must show the pattern; {_SPARSIFY}",
             )
         return mask
+
+    def after(self, trained: Mapping[str, Tensor]) -> Pattern:
+        """With the masks that a training ended with, as `pack_bits` has them."""
+        found = copy(self)
+        found._trained = trained
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +113,7 @@ def open_models(
     refuse_blockwise(asked, pupil.architecture)
     _check_kinship(pupil, original)
     before_weights(pupil)
-    pattern = _open_pattern(pupil, console, stack)
+    pattern = _open_pattern(pupil, asked, console, stack)
     contents: dict[str, Contents] = {}
     warnings: list[str] = []
     for name, model in (("student", pupil), ("teacher", original)):
@@ -140,6 +156,8 @@ def _check_form(source: Source, info: FormatInfo, asked: Distill) -> None:
         raise UsageError("E288", "the student is 16-bit and has no scales to train", where=where, fix=fix)
     if info.format.trains == "scales" and asked.mode != "scales":
         fix = "--mode scales trains its scales and norms, and leaves the codes alone"
+        if asked.mask == "renewed":
+            fix = "renew the mask of the 16-bit model, and quantize the result"
         raise UsageError("E288", f"the student is quantized: --mode {asked.mode} would change its codes", where=where, fix=fix)
     if not info.format.trains:
         fix = "marlinctl pack STUDENT OUT --format ct, and distill that"
@@ -184,10 +202,10 @@ def _check_kinship(student: Model, teacher: Model) -> None:
         raise BadInput.from_problems("E371", problems)
 
 
-def _open_pattern(student: Model, console: Console, stack: ExitStack) -> Pattern:
+def _open_pattern(student: Model, asked: Distill, console: Console, stack: ExitStack) -> Pattern:
     opened = stack.enter_context(masks.open_masks(student.source.folder))
     dense = not student.info.format.quantized
-    pattern = Pattern(student.checkpoint, student.architecture, opened, found=dense)
+    pattern = Pattern(student.checkpoint, student.architecture, opened, found=dense, renewed=asked.mask == "renewed")
     if pattern.strangers:
         where = str(student.source.folder / masks.NAME)
         raise BadInput.from_problems(
@@ -198,20 +216,24 @@ def _open_pattern(student: Model, console: Console, stack: ExitStack) -> Pattern
             ],
         )
     if opened is None and dense:
-        console.say(f"the student has no {masks.NAME}: its 2:4 pattern is found from the zeros of its weights")
+        how = "begins with the two largest weights of each four" if asked.mask == "renewed" else "is found from the zeros of its weights"
+        console.say(f"the student has no {masks.NAME}: its 2:4 pattern {how}")
     return pattern
 
 
 def _check_pattern(student: Model, pattern: Pattern, console: Console) -> None:
     """Every mask is 2:4, and what it prunes is zero. Lists all linears where that does not hold."""
     problems = sparsity.contradictions(pattern.shapes, lambda layer: _check_layer(student, pattern, layer), console)
-    if problems and not pattern.from_file and len(problems) == len(pattern.shapes):
+    if problems and not pattern.from_file and not pattern.largest and len(problems) == len(pattern.shapes):
         what = f"the student is not pruned: none of its {number_of(len(problems), 'linear')} is 2:4"
         raise BadInput("E356", what, where=str(student.source.folder), fix=_SPARSIFY)
     sparsity.refuse(problems)
 
 
 def _check_layer(student: Model, pattern: Pattern, layer: str) -> None:
+    if pattern.largest:
+        _require_fours(layer, pattern.shapes[layer][1], student.checkpoint.folder)
+        return
     mask = pattern.mask(layer)
     if not pattern.from_file:
         return
@@ -227,3 +249,11 @@ def _check_layer(student: Model, pattern: Pattern, layer: str) -> None:
             where=str(student.source.folder / masks.NAME),
             fix=f"mask and weights do not belong together; write or fetch the checkpoint again, or {_SPARSIFY}",
         )
+
+
+def _require_fours(layer: str, k: int, folder: Path) -> None:
+    """BadInput E356 where a linear that is to become 2:4 has no fours."""
+    if k % QUAD:
+        what = f"{layer} cannot become 2:4: K={k} is not a multiple of {QUAD}"
+        fix = f"prune the model without it, and distill the result: marlinctl sparsify MODEL OUT --skip {layer}"
+        raise BadInput("E356", what, where=str(folder), fix=fix)

@@ -2,7 +2,7 @@
 
 what was trained      rounded to the dtype that the student's checkpoint has; scales to float16
 everything else       copied as bytes: codes, embedding, head, tokenizer, config
-the mask              travels on, or is written for the first time where it was found from zeros
+the mask              travels on, or is written for the first time where it was found from zeros, or was renewed
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`distill`: train a pruned or quantized model toward its original, with the mask or the codes fixed.
+"""`distill`: train a pruned or quantized model toward its original, with the mask or the codes fixed, or with a mask that is renewed.
 
     look at both models ─► rows of tokens ─► losses before ─► train ─► round ─► losses after ─► check from disk ─► publish
     (nothing written)                                         │
@@ -14,7 +14,7 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from marlinctl.checkpoint import findings
 from marlinctl.checkpoint.licence import licence_of, stated
 from marlinctl.checkpoint.manifest import made_from
+from marlinctl.checkpoint.mask import pack_bits
 from marlinctl.checkpoint.source import Source
 from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output, require_space
@@ -35,6 +36,7 @@ from marlinctl.distillation.blockwise import BlockLoop
 from marlinctl.distillation.distributed import Processes
 from marlinctl.distillation.loop import Loop
 from marlinctl.distillation.losses import Weights
+from marlinctl.distillation.masks import Masks
 from marlinctl.distillation.open import Model, TrainingInputs, open_models
 from marlinctl.distillation.publish import build
 from marlinctl.distillation.rows import Rows, load_rows, make_rows
@@ -214,7 +216,7 @@ def _fingerprint(run: _Run, opened: TrainingInputs, rows: Rows) -> dict[str, Any
     """Everything that decides the numbers. Where any of it differs, resuming would mix two jobs."""
     return {
         **{name: contents.fingerprint for name, contents in opened.contents.items()},
-        "recipe": run.asked.model_dump(mode="json"),
+        "recipe": run.recipe.canonical()["distill"],
         "rows_sha256": rows.sha256,
         "versions": versions(),
         "device": run.processes.device.type,
@@ -261,7 +263,7 @@ def _train(run: _Run, opened: TrainingInputs, rows: Rows, state: State | None) -
             teacher = run.whole_teacher(opened)
             require_same_weights("teacher", teacher, processes)
             ask = live(teacher, weights)
-        student = load_student(opened, asked.mode, asked.checkpointing, processes, run.dtype)
+        student = load_student(opened, asked, processes, run.dtype)
         comparison.require_same_losses("student", student.model)
         loop = Loop(
             student, ask, rows, asked,
@@ -271,14 +273,38 @@ def _train(run: _Run, opened: TrainingInputs, rows: Rows, state: State | None) -
         if state is None:
             run.track(_held_out(before), 0)
         run.console.say(f"held out, before: {_as_text(before)}")
+        unpruned = student.masks.pruned_norm()
         loop.run(state)
+        facts = loop.facts()
+        if student.masks.renewal is not None:
+            opened, facts["mask"] = _with_last_masks(run, opened, student.masks, unpruned)
         student.settle(opened)
         after = loop.measure()
         run.track(_held_out(after), loop.steps)
         run.console.say(f"held out, after, as published: {_as_text(after)}")
-        if after["loss"] > before["loss"]:
+        if after["loss"] > before["loss"] and not unpruned:
             run.console.warn("the held-out loss has risen: the result is worse than the student; try a lower --learning-rate")
-    return _publish(run, opened, rows, student.values, loop.facts(), before, after)
+    return _publish(run, opened, rows, student.values, facts, before, after)
+
+
+def _with_last_masks(run: _Run, opened: TrainingInputs, masks: Masks, unpruned: float) -> tuple[TrainingInputs, dict[str, Any]]:
+    """What is published instead of the student's own masks, and what the report says of it. All processes must ask together.
+
+    unpruned: norm of the weights that the first masks prune, as a share of all; 0 of a student that is 2:4.
+    """
+    assert masks.renewal is not None
+    left = masks.pruned_norm()
+    found: dict[str, Tensor] = {}
+    replaced = kept = 0
+    for linear, mask in masks.of_linears():
+        held = mask.cpu()
+        first = opened.pattern.mask(linear)
+        replaced, kept = replaced + int((first & ~held).sum()), kept + int(first.sum())
+        found[linear] = pack_bits(held)
+    changed = replaced / kept if kept else 0.0
+    run.console.say(f"the mask: {changed:.2%} of the kept weights are others than before; {left:.2%} of the weights' norm is set to zero")
+    facts = {"renewals": masks.renewal.count, "changed": changed, "pruned_norm": {"before": unpruned, "after": left}}
+    return replace(opened, pattern=opened.pattern.after(found)), facts
 
 
 def _measure_whole(run: _Run, opened: TrainingInputs, comparison: Comparison) -> None:

@@ -1,4 +1,4 @@
-"""The student as the loop trains it: transformers' model, which of its parameters are trained, and what stays zero.
+"""The student as the loop trains it: transformers' model, which of its parameters are trained, and their masks.
 
 Weights are held in float32, whatever the checkpoint stores: a step of 1e-4 on a bfloat16 weight would mostly round to nothing. Where they
 are sharded, they are gathered in the dtype of products: half of the bytes, and no copy of every weight for the backward pass.
@@ -7,7 +7,7 @@ The model stays in eval mode, so nothing in it is random.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,27 +19,23 @@ from marlinctl.checkpoint.formats.registry import read_parts
 from marlinctl.checkpoint.reader import torch_dtype
 from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.distillation.agreement import require_same_weights
-from marlinctl.distillation.distributed import Processes, local, shard_like, whole
+from marlinctl.distillation.distributed import Processes, local, whole
+from marlinctl.distillation.masks import Masks, load_masks
 from marlinctl.distillation.open import TrainingInputs
-from marlinctl.distillation.parameters import assemble, by_parameter, trained_places
+from marlinctl.distillation.parameters import by_parameter, trained_places
 from marlinctl.distillation.scales import exact_in_bfloat16, freeze_codes, settle, trained_scales
 from marlinctl.models.architectures import Architecture
 from marlinctl.models.places import Place
+from marlinctl.recipes.schema import Distill
 
 
 @dataclass(frozen=True, slots=True)
 class Student:
     model: nn.Module
     trained: Mapping[str, nn.Parameter]  # by their names in the model
-    pruned: Sequence[tuple[nn.Parameter, Tensor]]  # parameter and what must stay zero of it, both this process's part
+    masks: Masks
     places: Mapping[str, Place]  # the tensors of the checkpoint that change -> where they lie
     scaled: Mapping[str, bool]  # parameters made of codes and scales -> whether their scales stay exact in bfloat16
-
-    @torch.no_grad()
-    def prune(self) -> None:
-        """Apply the mask again. An optimizer moves what the gradient moves, and pruned weights have a gradient too."""
-        for parameter, mask in self.pruned:
-            local(parameter).masked_fill_(mask, 0.0)
 
     @torch.no_grad()
     def settle(self, opened: TrainingInputs) -> None:
@@ -49,7 +45,7 @@ class Student:
             if parameter not in self.scaled:
                 held = local(self.trained[parameter])
                 held.copy_(held.to(torch_dtype(opened.student.checkpoint.tensors[tensors[0]])))
-        self.prune()
+        self.masks.prune()
 
     def values(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that changes, by its name in the checkpoint, in float32. All processes must ask together."""
@@ -63,41 +59,28 @@ class Student:
                     yield tensor, self.places[tensor].of(full)
 
 
-def load_student(opened: TrainingInputs, mode: str, checkpointing: bool, processes: Processes, dtype: torch.dtype) -> Student:
+def load_student(opened: TrainingInputs, asked: Distill, processes: Processes, dtype: torch.dtype) -> Student:
     """Read the student and prepare it for training in this process. dtype: of products."""
     known = opened.student.architecture
     model = load_dense(opened.student.source.folder, dtype=torch.float32, device="cpu" if processes.sharded else processes.device)
     model.requires_grad_(False)
     places = trained_places(known)
     scaled: dict[str, bool] = {}
-    if mode == "scales":
+    if asked.mode == "scales":
         places, scaled = _freeze_codes(model, places, opened)
     else:
         for parameter in by_parameter(places):
             model.get_parameter(parameter).requires_grad_(True)
     require_same_weights("student", model, processes)
     blocks = [model.get_submodule(block.path) for block in known.blocks]
-    if checkpointing:
+    if asked.checkpointing:
         for block in blocks:  # keeps a block's input alone and runs it again in the backward pass
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     # A factor beside a scale is 1 and a little, which bfloat16 would round away.
-    processes.shard(model, blocks, None if mode == "scales" or dtype == torch.float32 else dtype)
+    processes.shard(model, blocks, None if asked.mode == "scales" or dtype == torch.float32 else dtype)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    pruned = [] if mode == "scales" else _pruned(model, places, opened, processes)
-    return Student(model, trained, pruned, places, scaled)
-
-
-def _pruned(
-    model: nn.Module, places: Mapping[str, Place], opened: TrainingInputs, processes: Processes
-) -> list[tuple[nn.Parameter, Tensor]]:
-    masked = {name: place for name, place in places.items() if name.removesuffix(".weight") in opened.pattern.shapes}
-    found = []
-    for name, tensors in by_parameter(masked).items():
-        parameter = model.get_parameter(name)
-        pieces = ((places[tensor], ~opened.pattern.mask(tensor.removesuffix(".weight"))) for tensor in tensors)
-        mask = assemble(pieces, parameter.shape, torch.bool).to(processes.device)
-        found.append((parameter, local(shard_like(mask, parameter))))
-    return found
+    masks = Masks([], None, processes) if asked.mode == "scales" else load_masks(model, places, opened.pattern, asked, processes)
+    return Student(model, trained, masks, places, scaled)
 
 
 def _freeze_codes(model: nn.Module, places: Mapping[str, Place], opened: TrainingInputs) -> tuple[dict[str, Place], dict[str, bool]]:

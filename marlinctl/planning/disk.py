@@ -124,7 +124,8 @@ def resident_bytes(architecture: Architecture, work: Work) -> int:
 
 
 def needed_by_distillation(architecture: Architecture, result: int, asked: Distill) -> int:
-    """Bytes beside the result: two states (weights and two moments in float32) and what the teacher predicts."""
+    """Bytes beside the result: two states (weights and two moments in float32, renewed masks) and what the teacher predicts."""
     trained, blocks = trained_weights(architecture), len(architecture.blocks)
-    states = {"full": 2 * 12 * trained, "blockwise": 2 * 12 * trained // blocks + 4 * trained, "scales": result}[asked.mode]
+    weight = 13 if asked.mask == "renewed" else 12
+    states = {"full": 2 * weight * trained, "blockwise": 2 * 12 * trained // blocks + 4 * trained, "scales": result}[asked.mode]
     return states + 12 * asked.cache_logits * asked.tokens

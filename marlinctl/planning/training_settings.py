@@ -63,6 +63,12 @@ def check_settings(asked: Distill, processes: int) -> None:
     elif asked.cache_logits and asked.squarehead:
         what = "SquareHead needs the teacher's hidden states, and a cache holds its predictions only"
         problems.append(Problem(what, "--cache-logits and --squarehead", "--squarehead 0, or no --cache-logits"))
+    if asked.mask == "renewed" and asked.mode != "full":
+        what, fix = {
+            "blockwise": ("a mask is renewed while the whole model is trained, not one block at a time", "--mode full, or --mask fixed"),
+            "scales": ("codes stay as they are, and so does their mask", "renew the mask of the 16-bit model, and quantize the result"),
+        }[asked.mode]
+        problems.append(Problem(what, f"--mask renewed and --mode {asked.mode}", fix))
     if problems:
         raise UsageError.from_problems("E288", problems)
 

@@ -20,6 +20,9 @@ _LATER: Mapping[_Path, object] = {  # key that came later -> what recipes withou
     ("quantize", "tune_steps"): 0,
     ("quantize", "tune_learning_rate"): 0.006,
     ("sparsify", "permute"): "never",
+    ("distill", "mask"): "fixed",
+    ("distill", "mask_interval"): 10,
+    ("distill", "mask_decay"): 2.0,
     ("evaluate", "num_fewshot"): None,
     ("evaluate", "apply_chat_template"): False,
 }

@@ -142,6 +142,9 @@ class Distill(_Section):
     squarehead: float = Field(ge=0)
     kl: float = Field(ge=0)
     temperature: float = Field(gt=0)
+    mask: Literal["fixed", "renewed"]
+    mask_interval: int = Field(ge=1, le=_MOST)
+    mask_decay: float = Field(ge=0)
     cache_logits: int = Field(ge=0, le=_MOST)
     checkpointing: bool
     save_every: int = Field(ge=1, le=_MOST)

@@ -14,7 +14,7 @@ from marlinctl.report.scores import finite
 
 _TRAINED = {"full": "linears and norms", "blockwise": "linears and norms, block by block", "scales": "scales and norms, codes fixed"}
 _CURVE_LINES = 25
-_NO_LOSS = ("step", "tokens", "learning_rate")
+_NO_LOSS = ("step", "tokens", "learning_rate", "mask_changed", "pruned_norm")
 
 
 def page(report: Mapping[str, Any], folder: Folder) -> Page:
@@ -71,7 +71,17 @@ def curve(training: Mapping[str, Any]) -> Block:
 
 def trained(report: Mapping[str, Any]) -> str:
     sparse = report["sparse_linears"]
-    return _TRAINED[report["recipe"]["distill"]["mode"]] + (f"; 2:4 masks of {number_of(sparse, 'linear')} fixed" if sparse else "")
+    how = "renewed" if "mask" in report["training"] else "fixed"
+    return _TRAINED[report["recipe"]["distill"]["mode"]] + (f"; 2:4 masks of {number_of(sparse, 'linear')} {how}" if sparse else "")
+
+
+def _mask(training: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """What renewing changed; nothing of a fixed mask."""
+    if "mask" not in training:
+        return ""
+    mask = training["mask"]
+    renewals = f"{number_of(mask['renewals'], 'renewal')}, every {number_of(asked['mask_interval'], 'step')}"
+    return f"{renewals}; {mask['changed']:.2%} of the kept weights are others; {mask['pruned_norm']['after']:.2%} of the norm set to zero"
 
 
 def _is_blockwise(report: Mapping[str, Any]) -> bool:
@@ -88,6 +98,7 @@ def _facts(report: Mapping[str, Any], folder: Folder) -> list[tuple[Cell, Cell]]
         ("teacher", Name(named(report["teacher"]))),
         ("its licence", spoken(report["teacher"].get("license"))),
         ("losses", losses),
+        *((("mask", changed),) if (changed := _mask(training, asked)) else ()),
         ("data", Name(str(data["source"]))),
         ("", rows),
         ("learning rate", f"{asked['learning_rate']:g}, batches of {asked['batch_tokens']:,} tokens"),

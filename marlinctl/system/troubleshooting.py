@@ -280,9 +280,9 @@ CATALOG = (
         "Options or settings that do not go together",
         """
         The line names them and says what to change. Examples: `pack --check` takes no OUT; SquareHead needs hidden states, which
-        `--cache-logits` does not keep; a 4-bit student needs `--mode scales`; `--from-block` counts decoder blocks from 0, which `distill`
-        and `pack` do not have. Of `accelerate launch`, [distill](distill.md#several-gpus-several-machines) supports FSDP2 without
-        offloading; each other setting is listed.
+        `--cache-logits` does not keep; a 4-bit student needs `--mode scales`; `--mask renewed` needs `--mode full`; `--from-block` counts
+        decoder blocks from 0, which `distill` and `pack` do not have. Of `accelerate launch`,
+        [distill](distill.md#several-gpus-several-machines) supports FSDP2 without offloading; each other setting is listed.
         """,
         ("E231", "E232", "E281", "E289", "E291", "E296"),
     ),
@@ -427,7 +427,8 @@ CATALOG = (
         "The 2:4 pattern or the mask file is wrong",
         """
         - Linears are not 2:4: four neighbours along K hold more than two weights. `marlin_24`, and `distill` without a mask file, need
-          every linear to be 2:4. Prune the original with `marlinctl sparsify`, or pack to `marlin`.
+          every linear to be 2:4. Prune the original with `marlinctl sparsify`, or pack to `marlin`. `distill --mask renewed` takes dense
+          students, but no linear whose K is not a multiple of 4.
         - `marlinctl_mask.safetensors` is damaged, marks a nonzero weight as pruned, or belongs to another model. Fetch or write the folder
           again. Without the file, `pack` takes the pattern from the zeros.
         """,

@@ -32,7 +32,8 @@ VALUES = {
     "--distill-tokens": "5000", "--distill-data": "other.txt", "--distill-sequence-length": "77",
     "--data": "other.txt", "--mode": "scales", "--learning-rate": "0.25",
     "--warmup": "0.5", "--batch-tokens": "64", "--micro-batch": "3", "--ce": "0.5", "--squarehead": "0.5", "--kl": "0.5",
-    "--temperature": "2", "--cache-logits": "5", "--checkpointing": None, "--asymmetric": None, "--save-every": "3",
+    "--temperature": "2", "--mask": "renewed", "--mask-interval": "7", "--mask-decay": "0.5",
+    "--cache-logits": "5", "--checkpointing": None, "--asymmetric": None, "--save-every": "3",
 }  # fmt: skip
 # flags that say how or where a job runs, or how good its result must be: none of them may change what is computed
 NOT_OF_THE_RECIPE = {

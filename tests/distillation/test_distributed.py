@@ -18,7 +18,9 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from safetensors.torch import load_file
 
+from marlinctl.checkpoint.mask import open_masks
 from marlinctl.distillation.agreement import checksum
 from marlinctl.distillation.distributed import Processes, local, whole
 from marlinctl.errors import UsageError
@@ -143,6 +145,30 @@ def test_two_processes_train_the_same_model(place: Path, tmp_path: Path, alone: 
     for file in ("marlinctl_mask.safetensors", "config.json"):
         assert (tmp_path / "out" / file).read_bytes() == (alone[mode] / file).read_bytes()
     assert not (tmp_path / "out.job").exists()
+
+
+@pytest.mark.parametrize("how", [pytest.param("replicated", marks=pytest.mark.slow), "sharded"])
+def test_two_processes_renew_the_same_masks(place: Path, tmp_path: Path, how: str) -> None:
+    """A mask of another process's rows, or one that two replicas disagree on, would be no mask of the weights beside it; and a state must
+    hold the whole of it, because one process resumes what two began."""
+    asked = ["--micro-batch", "4", "--mask", "renewed", "--mask-interval", "4", "--mask-decay", "0.3", "--learning-rate", "0.005"]
+    run([sys.executable, "-m", "marlinctl", *command(place, tmp_path / "alone", *asked)], check=True)
+    finished = launched(place, how, command(place, tmp_path / "out", *asked, "--keep-job"))
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    report, expected = (json.loads((tmp_path / name / "marlinctl_report.json").read_text()) for name in ("out", "alone"))
+    mask, wanted = report["training"]["mask"], expected["training"]["mask"]
+    assert mask["renewals"] == wanted["renewals"] == 3 and wanted["changed"] > 0.01
+    assert mask["changed"] == pytest.approx(wanted["changed"], rel=0.02)
+    assert mask["pruned_norm"] == pytest.approx(wanted["pruned_norm"], rel=0.02, abs=1e-6)
+    ours, theirs = read_all(tmp_path / "out"), read_all(tmp_path / "alone")
+    held = load_file(tmp_path / "out.job" / "state-00000012.safetensors")
+    with open_masks(tmp_path / "out") as masks:
+        assert masks is not None
+        for name in masks.layers:
+            keep = masks.keep(name, *ours[f"{name}.weight"].shape)
+            assert not ours[f"{name}.weight"][~keep].any()
+            assert torch.equal(held[f"mask.{name}.weight"], ~keep), name
+            assert float(((ours[f"{name}.weight"] == 0) != (theirs[f"{name}.weight"] == 0)).double().mean()) < 0.01, name
 
 
 @pytest.mark.parametrize("start", ["two processes", pytest.param("accelerate launch", marks=pytest.mark.slow)])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from marlinctl.checkpoint import writer
+from marlinctl.distillation.masks import Masks
 from marlinctl.distillation.student import Student
 from marlinctl.errors import CheckFailed, MarlinctlError, NumericalProblem
 from tests.distillation.runs import distill, recipe, write_text
@@ -53,12 +54,12 @@ def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Tensor]],
 def test_a_result_that_is_not_2_4_is_not_published(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If a step forgot the mask, the packer would drop the third weight of a four: the check from disk must see it."""
 
-    def forget(self: Student) -> None:
+    def forget(self: Masks) -> None:
         with torch.no_grad():
-            for parameter, _ in self.pruned:
-                parameter.add_(0.01)
+            for masked in self.masked:
+                masked.parameter.add_(0.01)
 
-    monkeypatch.setattr(Student, "prune", forget)
+    monkeypatch.setattr(Masks, "prune", forget)
     error = failing(place, tmp_path / "out")
     assert isinstance(error, CheckFailed) and error.error_id == "E103"
     assert any(UP in problem.what and "not 2:4 any more" in problem.what for problem in error.problems)
