@@ -226,7 +226,8 @@ def _check_pattern(student: Model, pattern: Pattern, console: Console) -> None:
     problems = sparsity.contradictions(pattern.shapes, lambda layer: _check_layer(student, pattern, layer), console)
     if problems and not pattern.from_file and not pattern.largest and len(problems) == len(pattern.shapes):
         what = f"the student is not pruned: none of its {number_of(len(problems), 'linear')} is 2:4"
-        raise BadInput("E356", what, where=str(student.source.folder), fix=_SPARSIFY)
+        fix = f"{_SPARSIFY}; or, with billions of tokens, --mask renewed"
+        raise BadInput("E356", what, where=str(student.source.folder), fix=fix)
     sparsity.refuse(problems)
 
 

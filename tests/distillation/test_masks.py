@@ -237,16 +237,20 @@ def crash_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     monkeypatch.setattr(loops.Loop, "step", counted)
 
 
-@pytest.mark.parametrize("student", ["student", "other"])
-def test_a_resumed_job_ends_with_the_same_bytes(place: Path, tmp_path: Path, student: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The state lies between two renewals: pruned weights that are not zero, and the mask that they decay under, must come back."""
+@pytest.mark.parametrize(("student", "saved"), [("student", 5), ("other", 5), ("other", 12)])
+def test_a_resumed_job_ends_with_the_same_bytes(
+    place: Path, tmp_path: Path, student: str, saved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state lies between two renewals, or behind the last step: pruned weights that are not zero, and the mask that they decay under,
+    must come back."""
     settings: dict[str, Any] = {"student": student, "mask_interval": 4, "learning_rate": 1e-2, "mask_decay": 0.2}
     whole = run(place, tmp_path / "whole", **settings)
     with monkeypatch.context() as patched:
-        crash_after(patched, 8)
+        crash_after(patched, saved + 3)
+        patched.setattr("marlinctl.distillation.run.build", lambda *args, **kwargs: (_ for _ in ()).throw(_Crash()))
         with pytest.raises(_Crash):
             run(place, tmp_path / "out", **settings)
-    assert json.loads((tmp_path / "out.job" / "state.json").read_text())["step"] == 5
+    assert json.loads((tmp_path / "out.job" / "state.json").read_text())["step"] == saved
     resumed = run(place, tmp_path / "out", resume=True, **settings)
     apart = {"README.md", "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html"}
     for path in (tmp_path / "whole").iterdir():
