@@ -16,7 +16,8 @@ marlinctl does not read. Beside OUT, OUT.json has the settings, the version, sec
 With --sparse (llm-compressor) the model is pruned by SparseGPT first; that 16-bit model is written to OUT-2of4. GPTQ of 0.14.0.1 does not
 know the mask: it fills some of the pruned weights again, so OUT is not 2:4; how many is in OUT.json.
 
-The original is loaded in its own dtype on a GPU, and in bfloat16 on a CPU, where float16 is slow.
+`--dtype auto` loads the original in its own dtype, as these tools do by themselves, but on a CPU, where float16 is slow, in bfloat16. Gemma
+overflows in float16: give bfloat16.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ def main() -> None:
     if chosen.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before the imports below: each tool looks for a GPU by itself
     os.environ["HF_HUB_OFFLINE"] = "1"
+    chosen.model, chosen.out = str(Path(chosen.model).absolute()), chosen.out.absolute()
     rows: Rows = json.loads(chosen.tokens.read_text())["ids"]
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    os.chdir(chosen.out.parent)  # GPTQModel and llm-compressor write logs where they run
     make = {"llm-compressor": llm_compressor, "auto-round": auto_round, "gptqmodel": gptqmodel}[chosen.tool]
     found = make(chosen, rows, dict(option.split("=", 1) for option in chosen.option))
     document = {
@@ -53,6 +57,7 @@ def main() -> None:
         "sequence_length": len(rows[0]),
         "group_size": chosen.group_size,
         "device": chosen.device,
+        "dtype": chosen.dtype,
         **found,
         "seconds": round(time.monotonic() - STARTED, 1),
         **peaks(chosen.device),
@@ -72,7 +77,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sparse", action="store_true")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=JSON")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
     chosen = parser.parse_args()
+    if chosen.dtype == "auto" and chosen.device == "cpu":
+        chosen.dtype = "bfloat16"
     if chosen.best and chosen.tool == "llm-compressor":
         parser.error("llm-compressor documents no better settings of GPTQ than its defaults")
     if chosen.sparse and chosen.tool != "llm-compressor":
@@ -133,6 +141,7 @@ def auto_round(chosen: argparse.Namespace, rows: Rows, options: dict[str, str]) 
 def gptqmodel(chosen: argparse.Namespace, rows: Rows, options: dict[str, str]) -> dict[str, Any]:
     if (os.cpu_count() or 1) < 3:
         os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # 7.7.0 takes half of the processors, and fails with fewer than two
+    import torch
     from gptqmodel import GPTQModel, QuantizeConfig
     from gptqmodel.quantization.config import FOEMConfig, GPTAQConfig
 
@@ -141,7 +150,7 @@ def gptqmodel(chosen: argparse.Namespace, rows: Rows, options: dict[str, str]) -
     kinds = {"gptaq": GPTAQConfig, "foem": FOEMConfig}
     given = {name: kinds[name](**value) if name in kinds else value for name, value in settings.items()}
     config = QuantizeConfig(bits=4, group_size=chosen.group_size, sym=True, device=chosen.device, **given)
-    model = GPTQModel.load(chosen.model, config, **({"dtype": "bfloat16"} if chosen.device == "cpu" else {}))
+    model = GPTQModel.load(chosen.model, config, **({} if chosen.dtype == "auto" else {"dtype": getattr(torch, chosen.dtype)}))
     model.quantize([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows], batch_size=1)
     model.save(str(chosen.out))
     return {"settings": settings}
@@ -150,7 +159,7 @@ def gptqmodel(chosen: argparse.Namespace, rows: Rows, options: dict[str, str]) -
 def load(chosen: argparse.Namespace) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(chosen.model, dtype="bfloat16" if chosen.device == "cpu" else "auto")
+    model = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=chosen.dtype)
     return model, AutoTokenizer.from_pretrained(chosen.model)
 
 

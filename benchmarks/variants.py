@@ -76,6 +76,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--task-data")
     parser.add_argument("--limit", type=int, help="documents of each task, for trying out")
     parser.add_argument("--other", action="append", default=[], metavar="TOOL=PYTHON", help=f"one of {', '.join(OTHERS)}")
+    parser.add_argument("--other-dtype", default="auto", help="in which other tools load the model")
     parser.add_argument("--folder", action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--train", help="text to distil on; without it nothing is distilled")
     parser.add_argument("--tokens", type=int, default=2_000_000)
@@ -83,7 +84,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=16)
     parser.add_argument("--only", default=",".join(TITLES), help="variants, separated by commas")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="auto", help="of measurements; name one where the tools store different ones")
+    parser.add_argument("--dtype", default="auto", help="of measurements; name one: tools store different ones")
     parser.add_argument("--gpus", default="", help="CUDA devices to spread the steps over: 0,1,2,3")
     parser.add_argument("--at-once", type=int, default=1, help="steps on one GPU at the same time")
     parser.add_argument("--table", action="store_true", help="print the tables of what is there, and run nothing")
@@ -128,7 +129,7 @@ def steps(chosen: argparse.Namespace) -> list[Step]:
     for name, python in chosen.other.items():
         command = [python, str(Path(__file__).with_name("other_tools.py")), model, tokens]
         for end, more in OTHERS[name].items():
-            flags = ["--tool", name, *groups, "--device", chosen.device, *more]
+            flags = ["--tool", name, *groups, "--device", chosen.device, "--dtype", chosen.other_dtype, *more]
             making.append(Step(name + end, [*command, str(made / (name + end)), *flags], ("tokens",)))
     making = [step for step in making if step.name in chosen.only.split(",")]
     measuring = [

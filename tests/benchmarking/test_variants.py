@@ -87,7 +87,7 @@ def test_one_command_measures_recipes_tools_and_given_folders(ran: tuple[Path, s
 
 def test_a_tool_is_told_what_the_recipes_are_told(ran: tuple[Path, str]) -> None:
     record = json.loads((ran[0] / "models" / "gptqmodel-best.json").read_text())
-    assert record["flags"] == ["--tool", "gptqmodel", "--group-size", "64", "--device", "cpu", "--best"]
+    assert record["flags"] == ["--tool", "gptqmodel", "--group-size", "64", "--device", "cpu", "--dtype", "auto", "--best"]
 
 
 def test_other_tools_get_the_tokens_of_marlinctl(ran: tuple[Path, str]) -> None:
