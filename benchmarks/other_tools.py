@@ -42,6 +42,8 @@ def main() -> None:
     chosen = arguments()
     if chosen.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before the imports below: each tool looks for a GPU by itself
+    elif not gpus():
+        raise SystemExit("--device cuda: PyTorch of this environment finds no GPU, and the tool would use the CPU without a word")
     os.environ["HF_HUB_OFFLINE"] = "1"
     chosen.model, chosen.out = str(Path(chosen.model).absolute()), chosen.out.absolute()
     rows: Rows = json.loads(chosen.tokens.read_text())["ids"]
@@ -175,12 +177,21 @@ def peaks(device: str) -> dict[str, int | None]:
 
     host = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert host is not None
-    gpus = range(torch.cuda.device_count()) if device == "cuda" else ()
+    allocated, reserved = (
+        None if device == "cpu" else sum(peak(gpu) for gpu in range(gpus()))
+        for peak in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
+    )
     return {
         "peak_memory_bytes": int(host[1]) * 1024,
-        "peak_device_memory_bytes": sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus) if gpus else None,
-        "peak_device_reserved_bytes": sum(torch.cuda.max_memory_reserved(gpu) for gpu in gpus) if gpus else None,
+        "peak_device_memory_bytes": allocated,
+        "peak_device_reserved_bytes": reserved,
     }
+
+
+def gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 if __name__ == "__main__":

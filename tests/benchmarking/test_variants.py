@@ -189,3 +189,11 @@ def test_a_tool_refuses_what_it_does_not_have(tool: str, flag: str, monkeypatch:
     monkeypatch.setattr(sys, "argv", ["other_tools", "model", "tokens.json", "out", "--tool", tool, flag])
     with pytest.raises(SystemExit):
         other_tools.arguments()
+
+
+def test_a_missing_gpu_is_said_before_a_tool_takes_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """llm-compressor does so by itself: the seconds of a CPU would stand in a column of a GPU."""
+    monkeypatch.setattr(other_tools, "gpus", lambda: 0)
+    monkeypatch.setattr(sys, "argv", ["other_tools", "model", "tokens.json", "out", "--tool", "llm-compressor", "--device", "cuda"])
+    with pytest.raises(SystemExit, match="finds no GPU"):
+        other_tools.main()
