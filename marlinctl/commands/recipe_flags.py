@@ -57,6 +57,10 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
         "--damping",
         {"type": AutoOr(), "help": "Fraction of the mean diagonal added to the Hessian; auto: by the tokens per input."},
     ),
+    "quantize.equalize": (
+        "--equalize",
+        {"metavar": "auto|never", "help": "Even out columns by powers of two that the norm before them makes up for."},
+    ),
     "quantize.refine": ("--refine", {"type": int, "help": "Rounds of coordinate descent and scale re-fit after the solve."}),
     "quantize.drift_correction": (
         "--drift-correction",

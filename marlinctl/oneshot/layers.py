@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from marlinctl.checkpoint.formats.registry import INTERCHANGE, linear_tensors
-from marlinctl.checkpoint.model_files import ORDER_FILE
-from marlinctl.checkpoint.orders import Orders
+from marlinctl.checkpoint.orders import Orders, is_exponents, read_orders
 from marlinctl.checkpoint.reader import torch_dtype
 from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.errors import NumericalProblem, number_of
 from marlinctl.models.architectures import Block
 from marlinctl.models.config import sizes_of
 from marlinctl.models.folds import foldable
+from marlinctl.oneshot.equalization import Equalization
+from marlinctl.oneshot.folded import Folded
 from marlinctl.oneshot.gram import StageInput
 from marlinctl.oneshot.open import Options, RunInputs
 from marlinctl.oneshot.permutation import ChannelOrders
@@ -41,7 +42,6 @@ from marlinctl.sparsify.steps import PruneSteps
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from marlinctl.system.console import Console, Progress
 from marlinctl.system.digests import sha256_of_tensors
-from marlinctl.system.files import exists
 from marlinctl.system.page_locked import to_host
 from marlinctl.system.phases import Phases
 from marlinctl.system.processes import ALONE, Processes
@@ -132,7 +132,10 @@ class LayerQuantizer:
         self._waiting: list[SolvedLinear] = []
         self._finished = Finished({}, [])
         self.progress: Progress | None = None
-        self.orders = _channel_orders(opened, recipe, weights, processes)
+        self.folded = Folded(weights)
+        before = read_orders(opened.checkpoint.folder)
+        self.equalization = _equalization(opened, recipe, self.folded, before, processes)
+        self.orders = _channel_orders(opened, recipe, self.folded, before, processes)
         self._tuned: dict[int, Tuned] = {}  # blocks that are not taken yet
         self._said_untuned = False
 
@@ -149,6 +152,8 @@ class LayerQuantizer:
     def changed(self, block: Block) -> list[str]:
         """Norms and biases that the run may change or reorder: they are written with their block."""
         moved = [] if self.orders is None else self.orders.moved(block.index)
+        if self.equalization is not None:
+            moved += [name for names in self.equalization.norms(block).values() for name in names]
         tuned = tunable(block) if self.recipe.tunes else []
         return list(dict.fromkeys([*moved, *tuned]))
 
@@ -160,8 +165,7 @@ class LayerQuantizer:
             if name not in others:
                 others[name] = self.weights.read(name).to(self._stored_dtype(name))
         tuning = None if tuned is None else {"before": tuned.before, "after": tuned.after}
-        orders = {} if self.orders is None else self.orders.of(block.index)
-        return Finished({name: to_host(tensor) for name, tensor in others.items()}, [], orders, tuning)
+        return Finished({name: to_host(tensor) for name, tensor in others.items()}, [], self.folded.of(block.index), tuning)
 
     def tune(self, block: Block, layer: nn.Module, walk: SequentialPipeline) -> TunedBlock | None:
         """The pipeline's TuneBlock: tune the scales of what was solved last, and the norms."""
@@ -363,15 +367,24 @@ class LayerQuantizer:
             self.progress.advance(1, note, f"worst error {error:.4f}, {worst.removeprefix('model.')}")
 
 
-def _channel_orders(opened: RunInputs, recipe: Recipe, weights: Reader, processes: Processes) -> ChannelOrders | None:
-    """Of linears whose 2:4 pattern is chosen in this run. None where none may have one."""
-    permuted = exists(opened.checkpoint.folder, ORDER_FILE)  # by an earlier run; one order on another has no file of its own
-    if not recipe.scheme.prunes or recipe.sparsify.permute == "never" or permuted:
+def _equalization(opened: RunInputs, recipe: Recipe, folded: Folded, before: Orders, processes: Processes) -> Equalization | None:
+    """Of the norms in front of linears that this run quantizes; not where an earlier run did it, nor where activations are rounded, too:
+    what weights lose in spread, activations would gain."""
+    if not recipe.scheme.quantizes or recipe.quantize.equalize == "never" or any(map(is_exponents, before)):
+        return None
+    chosen = frozenset(name for name in opened.plan.group_sizes if not opened.plan.grid(name).rounds_activations)
+    return Equalization(chosen, folded, processes=processes)
+
+
+def _channel_orders(opened: RunInputs, recipe: Recipe, folded: Folded, before: Orders, processes: Processes) -> ChannelOrders | None:
+    """Of linears whose 2:4 pattern is chosen in this run. None where none may have one, or an earlier run chose them: one order on another
+    has no file of its own."""
+    if not recipe.scheme.prunes or recipe.sparsify.permute == "never" or not all(map(is_exponents, before)):
         return None
     chosen = {name for name in opened.plan.group_sizes if opened.pattern.origin(name) is None}
     folds = foldable(opened.architecture.blocks, sizes_of(opened.checkpoint.config), chosen)
     required = recipe.sparsify.permute == "always"
-    return ChannelOrders(folds, weights, required=required, processes=processes) if any(folds) or required else None
+    return ChannelOrders(folds, folded, required=required, processes=processes) if any(folds) or required else None
 
 
 def bfloat16_exact(opened: RunInputs) -> bool:

@@ -15,10 +15,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from marlinctl.checkpoint.orders import COLUMNS, ROWS, Orders
+from marlinctl.checkpoint.orders import COLUMNS, ROWS
 from marlinctl.errors import UsageError
 from marlinctl.models.architectures import Block
 from marlinctl.models.folds import Fold
+from marlinctl.oneshot.folded import Folded
 from marlinctl.sparsify.permute import channel_order
 from marlinctl.system.processes import ALONE, Processes
 
@@ -37,42 +38,24 @@ class Walk(Protocol):
     def install(self, block: Block, layer: nn.Module, tensors: Iterable[str]) -> None: ...
 
 
-class Weights(Protocol):
-    """What is asked of the reader (reading.py)."""
-
-    def read(self, name: str) -> Tensor: ...
-
-    def reorder(self, orders: Orders) -> None: ...
-
-
 class ChannelOrders:
     """The orders of a model's blocks."""
 
     def __init__(
-        self, folds: Sequence[Mapping[str, tuple[Fold, ...]]], weights: Weights, *, required: bool = False, processes: Processes = ALONE
+        self, folds: Sequence[Mapping[str, tuple[Fold, ...]]], folded: Folded, *, required: bool = False, processes: Processes = ALONE
     ) -> None:
         """folds: of each block, consumer -> what may hold. required: a block in which nothing holds ends the run."""
-        self.folds, self.weights, self.required, self.processes = folds, weights, required, processes
-        self._chosen: dict[int, dict[str, Tensor]] = {}  # of each block
-
-    def of(self, block: int) -> Orders:
-        return self._chosen.get(block, {})
+        self.folds, self.folded, self.required, self.processes = folds, folded, required, processes
 
     def moved(self, block: int) -> list[str]:
         """Tensors besides weights that an order of the block may move, by their names in the checkpoint."""
         producers = (producer for folds in self.folds[block].values() for fold in folds for producer in fold.producers)
         return list(dict.fromkeys(f"{producer.name}.bias" for producer in producers if producer.bias))
 
-    def forget(self) -> None:
-        """All of them. Finished blocks are stored in their order, and their original is read as it is."""
-        self._chosen = {}
-        self._tell()
-
     def choose(self, block: Block, layer: nn.Module, walk: Walk) -> dict[str, Tensor]:
         """Choose the orders of a block, whose module holds its original weights. Returns the columns of each consumer that has one, by its
         name in the block. UsageError E288 where an order is required and nothing holds."""
-        self._chosen.pop(block.index, None)
-        self._tell()
+        before = self.folded.of(block.index)
         folds = self.folds[block.index]
         modules = {consumer: found[0].module for consumer, found in folds.items()}
         energies = walk.energies(block, layer, list(modules.values())) if folds else {}
@@ -80,14 +63,14 @@ class ChannelOrders:
         columns: dict[str, Tensor] = {}
         for consumer, possible in folds.items():
             module = modules[consumer]
-            weight = self.weights.read(f"{consumer}.weight").to(energies[module].device).float()
+            weight = self.folded.weights.read(f"{consumer}.weight").to(energies[module].device).float()
             expected = walk.first_input(block, layer, module).float() @ weight.T
             left = walk.first_left(block)
             for fold in possible:
                 order = self.processes.share_tensor(_order(weight, energies[module], fold).cpu())
                 orders = orders_of(block, fold, order)
                 names = _tensors(fold)
-                self._put(block.index, found | orders)
+                self.folded.put(block.index, {**before, **found, **orders})
                 walk.install(block, layer, names)
                 made = walk.first_input(block, layer, module).float() @ weight[:, orders[consumer + COLUMNS].to(weight.device)].T
                 holds = float((made - expected).norm()) <= _SAME_OUTPUT * float(expected.norm())
@@ -97,7 +80,7 @@ class ChannelOrders:
                     found |= orders
                     columns[module] = orders[consumer + COLUMNS]
                     break
-                self._put(block.index, found)
+                self.folded.put(block.index, {**before, **found})
                 walk.install(block, layer, names)
         if self.required and not columns:
             raise UsageError(
@@ -105,13 +88,6 @@ class ChannelOrders:
                 fix="use --permute auto, which leaves such blocks as they are",
             )  # fmt: skip
         return columns
-
-    def _put(self, block: int, orders: dict[str, Tensor]) -> None:
-        self._chosen[block] = dict(orders)
-        self._tell()
-
-    def _tell(self) -> None:
-        self.weights.reorder({name: order for orders in self._chosen.values() for name, order in orders.items()})
 
 
 def orders_of(block: Block, fold: Fold, order: Tensor) -> dict[str, Tensor]:

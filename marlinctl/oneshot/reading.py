@@ -1,4 +1,4 @@
-"""The tensors of the model, with rows and columns in the order that the run has chosen for them (permutation.py).
+"""The tensors of the model, with what the run has folded into them (permutation.py, equalization.py).
 
 On a GPU a thread reads those of the next block ahead and copies them there, while the GPU computes.
 """
@@ -48,7 +48,7 @@ class Reader:
         self._expected.clear()
 
     def reorder(self, orders: Orders) -> None:
-        """From now on rows and columns are read in these orders alone (checkpoint/orders.py)."""
+        """From now on tensors are read with these folded into them alone (checkpoint/orders.py)."""
         self._orders = orders
 
     def read(self, name: str) -> Tensor:

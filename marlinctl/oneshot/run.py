@@ -181,7 +181,7 @@ def _run(
                     with phases("copy"):
                         copied()
             staged.copy_companions(opened.source.folder)
-            job.write_orders(staged)
+            job.write_orders(staged, opened.checkpoint.folder)
             tuning = job.tuning()
             tuned = [name for block in tuning for name in tunable(opened.architecture.blocks[block["block"]])]
             staged.write_file("recipe.yaml", recipe.to_yaml().encode())
@@ -352,8 +352,7 @@ def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: 
         _deterministic(solving.options.deterministic),
     ):
         first = processes.share(job.finished)
-        if solving.orders is not None:
-            solving.orders.forget()
+        solving.folded.forget()
         solving.progress.advance(sum(len(block.linears) for block in architecture.blocks[:first]))
         if first == pieces:
             return
@@ -365,7 +364,7 @@ def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: 
                 device=opened.device, dtype=opened.dtype, scratch=_scratch(job, solving, attempt.budget),
                 chunk_tokens=attempt.chunk_tokens, corrects_drift=opened.corrects_drift, resident=True, processes=processes,
                 experts_together=solving.experts_together if attempt.batches else 1, solve_experts=solving.stages,
-                orders=solving.orders, tune=solving.tune if solving.recipe.tunes else None,
+                equalization=solving.equalization, orders=solving.orders, tune=solving.tune if solving.recipe.tunes else None,
             )  # fmt: skip
         samples = len(tokens.ids)
         _replay(pipeline, job, solving, console, samples)
@@ -410,9 +409,10 @@ def _scratch(job: RunJob, solving: LayerQuantizer, budget: int) -> Scratch:
 
 
 def _expect(block: Block, solving: LayerQuantizer) -> None:
-    """Have its weights read ahead: linears are read by the reference model, too."""
+    """Have its weights read ahead: linears are read by the reference model and for their columns' norms, too."""
     solving.weights.expect(block.others)
-    solving.weights.expect([f"{name}.weight" for name in block.linears], reads=2 if solving.opened.corrects_drift else 1)
+    reads = 1 + solving.opened.corrects_drift + (solving.equalization is not None)
+    solving.weights.expect([f"{name}.weight" for name in block.linears], reads=reads)
 
 
 def _commit(

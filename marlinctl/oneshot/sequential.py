@@ -30,6 +30,7 @@ from torch.func import functional_call
 from marlinctl.data.tokens import Tokens
 from marlinctl.models.architectures import Architecture, Block, Branch, Chain, Experts, Part
 from marlinctl.models.meta_model import Reached, Replay, bound, call_through, call_until, drop_parameters, hidden_states, set_parameter
+from marlinctl.oneshot.equalization import Equalization
 from marlinctl.oneshot.experts import ExpertsPipeline
 from marlinctl.oneshot.gram import Gram, SolveStage, SolveStages, StageInput
 from marlinctl.oneshot.of_tokens import COMPRESSED, REFERENCE, TokenArguments, for_samples
@@ -65,6 +66,8 @@ class TunedBlock:
     others: Mapping[str, Tensor]
 
 
+_FIRST_TOKENS = 64  # that show whether a block computes the same
+
 # Called with a block, its module and the pipeline; None: nothing was changed.
 TuneBlock = Callable[[Block, nn.Module, "SequentialPipeline"], TunedBlock | None]
 
@@ -88,7 +91,8 @@ class SequentialPipeline:
         processes: Processes = ALONE,  # tokens are those of this one; Hessians are of all
         experts_together: int = 1,  # experts of a block that `solve_experts` is given at a time
         solve_experts: SolveStages | None = None,  # solves them; without it, that of `run_block` one after another
-        orders: ChannelOrders | None = None,  # chooses those of a block's channels; the checkpoint reads by them
+        equalization: Equalization | None = None,  # of a block's norms; the checkpoint reads what it and `orders` fold into the weights
+        orders: ChannelOrders | None = None,  # chooses those of a block's channels
         tune: TuneBlock | None = None,  # called with the solved block in its module
     ) -> None:
         self.model, self.architecture, self.checkpoint = model, architecture, checkpoint
@@ -96,7 +100,8 @@ class SequentialPipeline:
         self.counted, self.processes = tokens.counted, processes
         self.samples, self.length = tokens.ids.shape
         self.step = max(1, chunk_tokens // self.length)
-        self.experts_together, self.solve_experts, self.orders, self.tune = experts_together, solve_experts, orders, tune
+        self.experts_together, self.solve_experts = experts_together, solve_experts
+        self.equalization, self.orders, self.tune = equalization, orders, tune
         self.decoder = model.get_submodule(architecture.decoder)
         self.calls: dict[int, list[dict[str, Any]]] = {}  # samples in a chunk -> keyword arguments of every block
         self.of_tokens = TokenArguments(architecture, self.samples, self.length, dtype, device, scratch)
@@ -190,6 +195,9 @@ class SequentialPipeline:
         """
         layer = self.model.get_submodule(block.path)
         self.install(block, layer, block.others)
+        if self.equalization is not None and not replay and self.equalization.choose(block, layer, self):
+            drop_parameters(layer)
+            self.install(block, layer, block.others)
         if self.reference is not None:
             self.reference.run_block(block, layer, self.chunks(), partial(self._run, layer, REFERENCE))
         if self.orders is not None and not replay:
@@ -296,6 +304,34 @@ class SequentialPipeline:
         (x, *_), _ = call_until(layer.get_submodule(module), self._call, layer, block.index, next(self.chunks()))
         found: Tensor = x
         return found
+
+    def first_inputs(self, block: Block, layer: nn.Module, modules: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
+        """What linears read of the first tokens with the weights that the block's module holds, [T, K] each, and what the block leaves of
+        them, or what its experts are given."""
+        seen: dict[str, Tensor] = {}
+
+        def first_tokens(x: Tensor) -> Tensor:
+            return x.reshape(-1, x.shape[-1])[:_FIRST_TOKENS].clone()
+
+        handles = [
+            layer.get_submodule(module).register_forward_pre_hook(
+                lambda _, args, module=module: seen.__setitem__(module, first_tokens(args[0]))
+            )
+            for module in modules
+        ]
+        samples = next(self.chunks())
+        hidden = self.hidden[samples].to(self.device).clone()  # some blocks add to it in place
+        try:
+            if block.experts:
+                (left, *_), _ = call_until(
+                    layer.get_submodule(block.experts[0].module), self._run, layer, COMPRESSED, hidden, block.index, samples
+                )
+            else:
+                left = self._run(layer, COMPRESSED, hidden, block.index, samples)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen, first_tokens(left)
 
     def first_left(self, block: Block) -> list[Tensor]:
         """What the block left for later ones when `first_input` ran it, and what lay there before: copies."""

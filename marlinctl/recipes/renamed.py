@@ -17,6 +17,7 @@ _VALUES: Mapping[_Path, Mapping[str, str]] = {("sparsify", "method"): {"iterativ
 _LATER: Mapping[_Path, object] = {  # key that came later -> what recipes without it mean
     ("quantize", "symmetric"): True,
     ("quantize", "drift_damping"): 0.01,
+    ("quantize", "equalize"): "never",
     ("quantize", "tune_steps"): 0,
     ("quantize", "tune_learning_rate"): 0.006,
     ("sparsify", "permute"): "never",

@@ -83,6 +83,7 @@ class Quantize(_Section):
     act_order: Literal["static", "none"]
     scale_search: Literal["none", "mse", "hessian"]
     damping: Fraction | Literal["auto"]
+    equalize: Literal["auto", "never"]
     refine: int = Field(ge=0, le=100)
     drift_correction: float = Field(ge=0, le=1)
     drift_damping: Fraction

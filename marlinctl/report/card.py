@@ -226,7 +226,7 @@ def _what(facts: CardFacts) -> list[str]:
 
 
 _ORDER = (
-    "inner channels of MLPs, and channels of kv heads, lie in another order than in the original "
+    "channels of some linears lie in another order than in the original, or are multiplied by powers of two that a norm makes up for "
     f"({ORDER_FILE} says which): a LoRA adapter that was trained for the original does not fit"
 )
 

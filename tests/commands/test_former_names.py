@@ -77,8 +77,9 @@ def test_the_hash_of_a_recipe_is_what_it_was(name: str) -> None:
     assert [line.partition(": ")[2] for line in told] == [
         "quantize.match is called quantize.drift_correction now", "sparsify.method refined is called iterative now"
     ]  # fmt: skip
-    # A recipe of before says nothing of orders, and a new run of it chooses them.
-    recipe = recipe.model_copy(update={"sparsify": recipe.sparsify.model_copy(update={"permute": "never"})})
+    # A recipe of before says nothing of orders and exponents, and a new run of it chooses them.
+    earlier = {"sparsify": {"permute": "never"}, "quantize": {"equalize": "never"}}
+    recipe = recipe.model_copy(update={key: getattr(recipe, key).model_copy(update=values) for key, values in earlier.items()})
     assert recipe_hash(recipe) == manifest["recipe"]["sha256"]
     assert recipe.quantize.drift_correction == (0.5 if name == "sparse" else 0.0) and recipe.sparsify.method == "iterative"
 

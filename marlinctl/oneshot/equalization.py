@@ -1,0 +1,129 @@
+"""Powers of two that are moved from the norms of a block into the linears behind them, before these are solved (quantize/equalize.py).
+
+    weights of the linears behind a norm ─► exponents e of their columns ─► norm x 2^-e, columns x 2^e ─► tried: the same block? ─► Folded
+
+Which norm is in front of which linears is found out with the block's own code: the norm is multiplied by a pattern, and linears whose input
+shows exactly that pattern are behind it. Whether anything else reads the norm's output, as a router does, shows when the block is run with
+both changed. Norms that compute with 1 + weight show no such pattern and are left alone, as are linears of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from marlinctl.checkpoint.orders import COLUMN_EXPONENTS, ROW_EXPONENTS, shifted
+from marlinctl.models.architectures import Block, Experts
+from marlinctl.oneshot.folded import Folded
+from marlinctl.quantize.equalize import column_exponents
+from marlinctl.system.processes import ALONE, Processes
+
+_SAME = 1e-3  # relative difference, of inputs and of what the block leaves. Powers of two change no sum; otherwise it is about 1
+
+
+class Walk(Protocol):
+    """What is asked of the pipeline (sequential.py)."""
+
+    def first_inputs(self, block: Block, layer: nn.Module, modules: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]: ...
+
+    def install(self, block: Block, layer: nn.Module, tensors: Iterable[str]) -> None: ...
+
+
+class Equalization:
+    """Of the norms of a model's blocks."""
+
+    def __init__(self, chosen: frozenset[str], folded: Folded, *, processes: Processes = ALONE) -> None:
+        """chosen: the linears whose columns may be multiplied."""
+        self.chosen, self.folded, self.processes = chosen, folded, processes
+
+    def norms(self, block: Block) -> dict[str, tuple[str, ...]]:
+        """Norm -> its tensors, by their names in the checkpoint. Those that a linear of `stages` may be behind."""
+        widths = {block.linears[names[0]].in_features for names in self.stages(block).values()}
+        apart = {*block.buffers, *block.pieces, *(f"{name}.bias" for name in block.linears)}
+        found: dict[str, tuple[str, ...]] = {}
+        for name, shape in block.others.items():
+            norm, _, leaf = name.rpartition(".")
+            if leaf in ("weight", "bias") and len(shape) == 1 and shape[0] in widths and name not in apart:
+                found[norm] = (*found.get(norm, ()), name)
+        return {norm: names for norm, names in found.items() if f"{norm}.weight" in names}
+
+    def stages(self, block: Block) -> dict[str, tuple[str, ...]]:
+        """Module of the first -> linears that share an input, all of them chosen. Those behind a mixture of experts are left out."""
+        found: dict[str, tuple[str, ...]] = {}
+        for part in block.parts:
+            if isinstance(part, Experts):
+                break
+            for stage in part.stages:
+                names = tuple(map(block.linear, stage))
+                if self.chosen.issuperset(names):
+                    found[stage[0]] = names
+        return found
+
+    def choose(self, block: Block, layer: nn.Module, walk: Walk) -> bool:
+        """Fold exponents into a block, whose module holds its other tensors. Returns whether the module holds weights of linears now."""
+        stages, norms, read = self.stages(block), self.norms(block), self.folded.weights.read
+        squares = {place: _squares(read(f"{name}.weight") for name in names) for place, names in stages.items()}
+        if not norms or not self.processes.share(any(bool(column_exponents(square).any()) for square in squares.values())):
+            return False
+        walk.install(block, layer, [f"{name}.weight" for name in block.linears if not _of_expert(block, name)])
+        plain, left = walk.first_inputs(block, layer, list(stages))
+        open_places = dict(stages)
+        for norm, tensors in norms.items():
+            before = self.folded.of(block.index)
+            width = len(read(f"{norm}.weight"))
+            pattern = torch.arange(width) % 3 - 1
+            self._fold(block, layer, walk, {norm + ROW_EXPONENTS: pattern}, tensors)
+            seen, _ = walk.first_inputs(block, layer, list(open_places))
+            behind = [place for place, x in seen.items() if x.shape[-1] == width and _alike(x, shifted(plain[place], pattern, 1))]
+            self._restore(block, layer, walk, before, tensors)
+            behind = [place for place in open_places if all(self.processes.gather(place in behind))]
+            if not behind:
+                continue
+            linears = [name for place in behind for name in open_places.pop(place)]
+            exponents = column_exponents(torch.stack([squares[place] for place in behind]).sum(0)).cpu()
+            names = [*tensors, *(f"{name}.weight" for name in linears)]
+            for name in names:
+                tensor, axis = read(name), int(name not in tensors)
+                exponents[~_exact(tensor, -exponents if axis == 0 else exponents, axis).cpu()] = 0
+            exponents = self.processes.share_tensor(exponents)
+            if not bool(exponents.any()):
+                continue
+            changed = {norm + ROW_EXPONENTS: -exponents} | {name + COLUMN_EXPONENTS: exponents for name in linears}
+            self._fold(block, layer, walk, changed, names)
+            _, again = walk.first_inputs(block, layer, [])
+            if not all(self.processes.gather(_alike(again, left))):  # something else reads what the norm makes
+                self._restore(block, layer, walk, before, names)
+        return True
+
+    def _fold(self, block: Block, layer: nn.Module, walk: Walk, changed: Mapping[str, Tensor], tensors: Iterable[str]) -> None:
+        self.folded.put(block.index, {**self.folded.of(block.index), **changed})
+        walk.install(block, layer, tensors)
+
+    def _restore(self, block: Block, layer: nn.Module, walk: Walk, before: Mapping[str, Tensor], tensors: Iterable[str]) -> None:
+        self.folded.put(block.index, before)
+        walk.install(block, layer, tensors)
+
+
+def _squares(weights: Iterable[Tensor]) -> Tensor:
+    """[K] float32: sums of squares of the columns of weights [N, K], over all of them."""
+    found: Tensor = sum(weight.float().square().sum(0) for weight in weights)  # type: ignore[assignment]
+    return found
+
+
+def _exact(tensor: Tensor, exponents: Tensor, axis: int) -> Tensor:
+    """For which of the exponents along an axis all values can be multiplied and divided again, [len(exponents)] bool."""
+    there = shifted(tensor, exponents, axis)
+    same = shifted(there, -exponents, axis) == tensor
+    return same.all(1 - axis) if tensor.ndim == 2 else same
+
+
+def _alike(found: Tensor, expected: Tensor) -> bool:
+    found, expected = found.float(), expected.float()
+    return bool((found - expected).norm() <= _SAME * expected.norm())
+
+
+def _of_expert(block: Block, name: str) -> bool:
+    return not any(name in map(block.linear, stage) for part in block.parts if not isinstance(part, Experts) for stage in part.stages)

@@ -1,0 +1,201 @@
+"""Powers of two that move from norms into the linears behind them: the model stays the same, and what is written says what moved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from marlinctl.checkpoint.model_files import ORDER_FILE
+from marlinctl.checkpoint.transformers_model import load_dense
+from marlinctl.cli import main
+from tests import zoo
+from tests.oneshot.stopping import SIZES, blocks_solved, quantize, stop_in
+from tests.oneshot.test_permutation import reordered, weights_of
+from tests.oneshot.test_run import logits
+from tests.oneshot.test_sparsify import run, sparsify
+from tests.runs import TEXT, digests
+from tests.tiny import make_tiny
+
+NORM_FED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "qkv_proj", "gate_up_proj", "query_key_value", "dense_h_to_4h", "fc1")
+
+
+def uneven(folder: Path, *, linears: tuple[str, ...] = NORM_FED, seed: int = 0) -> Path:
+    """The model with a few columns sixteen times as large as the others, in linears that norms feed: as in Qwen2.5."""
+    generator = torch.Generator().manual_seed(seed)
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if name.endswith(".weight") and name.split(".")[-2] in linears and tensor.ndim == 2:
+                large = torch.randperm(tensor.shape[1], generator=generator)[: tensor.shape[1] // 16]
+                tensor[:, large] *= 16
+        save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+def model_of(model_type: str, folder: Path) -> Path:
+    if model_type == "llama":
+        make_tiny(folder)
+        return uneven(folder)
+    return uneven(zoo.build(model_type, folder))
+
+
+def undone(tensors: dict[str, Tensor], folded: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The original's tensors with the exponents of a result, as the file is documented."""
+    found = dict(tensors)
+    for name, exponents in folded.items():
+        linear, _, what = name.rpartition(".")
+        factors = exponents.double().exp2()
+        for suffix in ["weight", "bias"] if what == "row_exponents" else ["weight"]:
+            tensor = found.get(f"{linear}.{suffix}")
+            if tensor is not None:
+                by = factors if what == "column_exponents" or tensor.ndim == 1 else factors.unsqueeze(-1)
+                found[f"{linear}.{suffix}"] = (tensor.double() * by).to(tensor.dtype)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model_type", "drift", "behind"),
+    [
+        ("llama", 0.0, {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}),
+        ("qwen2", 0.5, {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}),
+        ("phi3", 0.5, {"qkv_proj", "gate_up_proj"}),
+        ("gpt_neox", 0.0, {"query_key_value", "dense_h_to_4h"}),
+        ("phi", 0.5, {"q_proj", "k_proj", "v_proj", "fc1"}),  # one norm in front of both branches
+        ("qwen3_moe", 0.0, {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}),  # of its dense block: a router reads the others
+    ],
+)
+def test_the_original_with_the_written_exponents_is_the_same_bit_for_bit(
+    tmp_path: Path, text: Path, model_type: str, drift: float, behind: set[str]
+) -> None:
+    """If a norm were divided and a linear behind it not multiplied, or another reader overlooked, the model would be another one, and a
+    solve would hide it as quantization error."""
+    source = model_of(model_type, tmp_path / "model")
+    run(source, tmp_path / "out", text, quantize__drift_correction=drift)
+    folded = load_file(tmp_path / "out" / ORDER_FILE)
+    assert {name.split(".")[-2] for name in folded if name.endswith(".column_exponents")} == behind
+    assert any(name.endswith(".row_exponents") for name in folded) and not any(".experts." in name for name in folded)
+    assert all(bool(exponents.any()) for exponents in folded.values())
+    model = load_dense(source, dtype=torch.float32)
+    expected = logits(model)
+    moved = undone(dict(model.state_dict()), folded)
+    assert any(not torch.equal(moved[name], tensor) for name, tensor in model.state_dict().items())
+    model.load_state_dict(moved)
+    assert torch.equal(logits(model), expected)
+
+
+def test_the_norms_are_written_as_the_file_says(tmp_path: Path, text: Path) -> None:
+    """Codes are of multiplied columns: with the norm of the original the model would be destroyed, and nothing else would show it."""
+    source = model_of("qwen2", tmp_path / "model")
+    run(source, tmp_path / "out", text)
+    before, after = weights_of(source), weights_of(tmp_path / "out")
+    wanted = undone(before, load_file(tmp_path / "out" / ORDER_FILE))
+    others = [name for name in before if name in after]
+    assert all(torch.equal(after[name], wanted[name]) for name in others)
+    assert sum(not torch.equal(after[name], before[name]) for name in others) >= 2
+    assert main(["verify", str(tmp_path / "out"), "--source", str(source), "-q"]) == 0
+
+
+def test_the_error_of_linears_with_uneven_columns_falls(tmp_path: Path, text: Path) -> None:
+    """With the exponents turned around the large columns would be larger still."""
+    source = model_of("llama", tmp_path / "model")
+    errors = {}
+    for name in ("never", "auto"):
+        report = run(source, tmp_path / name, text, quantize__equalize=name)
+        errors[name] = sum(layer["error"] for layer in report["layers"] if layer["name"].endswith(NORM_FED))
+    assert not (tmp_path / "never" / ORDER_FILE).exists()
+    assert errors["auto"] < 0.8 * errors["never"]
+
+
+def test_even_columns_leave_everything_as_it_is(tmp_path: Path, text: Path) -> None:
+    """Most models need no exponents: their norms stay those of the original, byte for byte, and no file says otherwise."""
+    make_tiny(tmp_path / "model")
+    run(tmp_path / "model", tmp_path / "out", text)
+    assert not (tmp_path / "out" / ORDER_FILE).exists()
+
+
+def test_a_norm_that_adds_one_to_its_weight_is_left_alone(tmp_path: Path, text: Path) -> None:
+    """Gemma multiplies by 1 + weight: half the weight is not half the norm."""
+    source = uneven(zoo.build("gemma2", tmp_path / "model"))
+    run(source, tmp_path / "out", text)
+    assert not (tmp_path / "out" / ORDER_FILE).exists()
+
+
+def test_a_linear_that_stays_at_16_bits_keeps_its_norm(tmp_path: Path, text: Path) -> None:
+    """It is copied as it is, so that its columns cannot make up for the norm."""
+    source = model_of("llama", tmp_path / "model")
+    run(source, tmp_path / "out", text, quantize__skip=["v_proj"])
+    folded = load_file(tmp_path / "out" / ORDER_FILE)
+    assert {name.split(".")[-2] for name in folded if name.endswith(".column_exponents")} == {"gate_proj", "up_proj"}
+
+
+def test_rounded_activations_keep_their_norm(tmp_path: Path, text: Path) -> None:
+    """What columns lose in spread, activations gain: with one scale a token they would be coarser."""
+    source = model_of("llama", tmp_path / "model")
+    overrides = {"re:.*(gate|up)_proj": {"bits": 8, "activations": "int8"}}
+    run(source, tmp_path / "out", text, quantize__overrides=overrides)
+    folded = load_file(tmp_path / "out" / ORDER_FILE)
+    assert {name.split(".")[-2] for name in folded if name.endswith(".column_exponents")} == {"q_proj", "k_proj", "v_proj"}
+
+
+def test_exponents_that_float16_cannot_hold_are_left_out(tmp_path: Path, text: Path) -> None:
+    """A column of the smallest numbers, divided, would lose bits, and the model would not be the same."""
+    make_tiny(tmp_path / "model")
+    path = next((tmp_path / "model").glob("*.safetensors"))
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("layers.0.self_attn.q_proj.weight"))
+    for linear in ("q_proj", "k_proj", "v_proj"):
+        tensors[name.replace("q_proj", linear)][:, 5] *= 16
+    tensors[name][3, 5] = 2.0**-24  # the smallest of float16
+    save_file(tensors, path, metadata={"format": "pt"})
+    run(tmp_path / "model", tmp_path / "out", text)
+    assert not (tmp_path / "out" / ORDER_FILE).exists()
+
+
+def test_a_pruned_and_reordered_model_keeps_its_orders_beside_the_exponents(tmp_path: Path, text: Path) -> None:
+    """If the file were written over, `verify --source` would take every reordered linear for another one."""
+    source = model_of("llama", tmp_path / "model")
+    sparsify(source, tmp_path / "pruned", text)
+    run(tmp_path / "pruned", tmp_path / "out", text)
+    pruned, both = load_file(tmp_path / "pruned" / ORDER_FILE), load_file(tmp_path / "out" / ORDER_FILE)
+    assert not any(name.endswith("exponents") for name in pruned)
+    assert all(torch.equal(both[name], pruned[name]) for name in pruned)
+    assert any(name.endswith("column_exponents") for name in both)
+    for original in (source, tmp_path / "pruned"):
+        assert main(["verify", str(tmp_path / "out"), "--source", str(original), "-q"]) == 0
+    model = load_dense(source, dtype=torch.float64)
+    expected = logits(model)
+    orders = {name: order for name, order in both.items() if not name.endswith("exponents")}
+    exponents = {name: order for name, order in both.items() if name.endswith("exponents")}
+    model.load_state_dict(undone(reordered(dict(model.state_dict()), orders), exponents))
+    assert torch.allclose(logits(model), expected, rtol=0, atol=1e-9)
+
+
+def test_both_at_once_and_tuned(tmp_path: Path, text: Path) -> None:
+    """Orders, exponents and tuned norms meet in the same tensors."""
+    source = model_of("qwen2", tmp_path / "model")
+    changes: dict[str, Any] = {"sparsify__pattern": "2:4", "quantize__drift_correction": 0.05, "quantize__tune_steps": 4}
+    report = run(source, tmp_path / "out", text, **changes)
+    folded = load_file(tmp_path / "out" / ORDER_FILE)
+    assert {name.rpartition(".")[2] for name in folded} == {"rows", "columns", "row_exponents", "column_exponents"}
+    assert main(["verify", str(tmp_path / "out"), "--source", str(source), "-q"]) == 0
+    assert all(layer["error"] < 0.8 for layer in report["layers"])
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If exponents of finished blocks were chosen again or lost, norms and codes would not belong together."""
+    uneven(make_tiny(tmp_path / "model", **SIZES))
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "mine.yaml").write_text("extends: int4\ncalibration: {minimum_tokens: 32}\nquantize: {drift_correction: 0.5}\n")
+    for folder in ("whole", "parts"):
+        (tmp_path / folder).mkdir()
+    assert main(quantize(tmp_path, tmp_path / "whole" / "out")) == 0
+    assert stop_in(monkeypatch, 2, quantize(tmp_path, tmp_path / "parts" / "out")) == 130
+    assert blocks_solved(monkeypatch, ["resume", str(tmp_path / "parts" / "out"), "-q"]) == (0, [2, 3])
+    ours, theirs = (digests(tmp_path / folder / "out") for folder in ("parts", "whole"))
+    weights = {name for name in theirs if name.endswith(".safetensors")}
+    assert ORDER_FILE in weights and {name: ours[name] for name in weights} == {name: theirs[name] for name in weights}
