@@ -1,6 +1,6 @@
 """Powers of two that are moved from the norms of a block into the linears behind them, before these are solved (quantize/equalize.py).
 
-    weights of the linears behind a norm ─► exponents e of their columns ─► norm x 2^-e, columns x 2^e ─► tried: the same block? ─► Folded
+    linears behind a norm ─► exponents e of their columns ─► worth it? ─► norm x 2^-e, columns x 2^e ─► tried: the same block? ─► Folded
 
 Which norm is in front of which linears is found out with the block's own code: the norm is multiplied by a pattern, and linears whose input
 shows exactly that pattern are behind it. Whether anything else reads the norm's output, as a router does, shows when the block is run with
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from marlinctl.checkpoint.orders import COLUMN_EXPONENTS, ROW_EXPONENTS, shifted
 from marlinctl.models.architectures import Block, Experts
 from marlinctl.oneshot.folded import Folded
-from marlinctl.quantize.equalize import column_exponents
+from marlinctl.quantize.equalize import WORTH, column_exponents, estimated_error
 from marlinctl.system.processes import ALONE, Processes
 
 _SAME = 1e-3  # relative difference, of inputs and of what the block leaves. Powers of two change no sum; otherwise it is about 1
@@ -35,8 +35,8 @@ class Walk(Protocol):
 class Equalization:
     """Of the norms of a model's blocks."""
 
-    def __init__(self, chosen: frozenset[str], folded: Folded, *, processes: Processes = ALONE) -> None:
-        """chosen: the linears whose columns may be multiplied."""
+    def __init__(self, chosen: Mapping[str, int], folded: Folded, *, processes: Processes = ALONE) -> None:
+        """chosen: the linears whose columns may be multiplied -> group size, which divides K."""
         self.chosen, self.folded, self.processes = chosen, folded, processes
 
     def norms(self, block: Block) -> dict[str, tuple[str, ...]]:
@@ -58,7 +58,7 @@ class Equalization:
                 break
             for stage in part.stages:
                 names = tuple(map(block.linear, stage))
-                if self.chosen.issuperset(names):
+                if self.chosen.keys() >= set(names):
                     found[stage[0]] = names
         return found
 
@@ -89,7 +89,8 @@ class Equalization:
                 tensor, axis = read(name), int(name not in tensors)
                 exponents[~_exact(tensor, -exponents if axis == 0 else exponents, axis).cpu()] = 0
             exponents = self.processes.share_tensor(exponents)
-            if not bool(exponents.any()):
+            energies = {name: plain[place].float().square().mean(0) for place in behind for name in stages[place]}
+            if not self.processes.share(self._pays(energies, exponents)):
                 continue
             changed = {norm + ROW_EXPONENTS: -exponents} | {name + COLUMN_EXPONENTS: exponents for name in linears}
             self._fold(block, layer, walk, changed, names)
@@ -97,6 +98,16 @@ class Equalization:
             if not all(self.processes.gather(_alike(again, left))):  # something else reads what the norm makes
                 self._restore(block, layer, walk, before, names)
         return True
+
+    def _pays(self, energies: Mapping[str, Tensor], exponents: Tensor) -> bool:
+        """Whether the error of linears is expected to fall. energies: of the inputs of each, [K]."""
+        sums = {True: 0.0, False: 0.0}
+        for name, energy in energies.items():
+            weight = self.folded.weights.read(f"{name}.weight")
+            for changed in sums:
+                tried = exponents if changed else torch.zeros_like(exponents)
+                sums[changed] += estimated_error(weight, energy, tried, self.chosen[name])
+        return bool(exponents.any()) and sums[True] <= WORTH * sums[False]
 
     def _fold(self, block: Block, layer: nn.Module, walk: Walk, changed: Mapping[str, Tensor], tensors: Iterable[str]) -> None:
         self.folded.put(block.index, {**self.folded.of(block.index), **changed})

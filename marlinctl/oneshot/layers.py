@@ -372,7 +372,7 @@ def _equalization(opened: RunInputs, recipe: Recipe, folded: Folded, before: Ord
     what weights lose in spread, activations would gain."""
     if not recipe.scheme.quantizes or recipe.quantize.equalize == "never" or any(map(is_exponents, before)):
         return None
-    chosen = frozenset(name for name in opened.plan.group_sizes if not opened.plan.grid(name).rounds_activations)
+    chosen = {name: size for name, size in opened.plan.group_sizes.items() if not opened.plan.grid(name).rounds_activations}
     return Equalization(chosen, folded, processes=processes)
 
 

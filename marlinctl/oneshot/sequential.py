@@ -66,7 +66,7 @@ class TunedBlock:
     others: Mapping[str, Tensor]
 
 
-_FIRST_TOKENS = 64  # that show whether a block computes the same
+_FIRST_TOKENS = 1024  # that show what a block computes
 
 # Called with a block, its module and the pipeline; None: nothing was changed.
 TuneBlock = Callable[[Block, nn.Module, "SequentialPipeline"], TunedBlock | None]
