@@ -40,7 +40,7 @@ def test_the_estimate_is_its_formula(group_size: int) -> None:
     size, total = 256 if group_size == -1 else group_size, 0.0
     for first in range(0, 256, size):
         part = range(first, first + size)
-        loss = sum(float(energies[k]) * 4.0 ** -int(exponents[k]) for k in part)
+        loss = sum(float(energies[k]) ** 0.5 * 4.0 ** -int(exponents[k]) for k in part)
         for row in weight.tolist():
             total += max(abs(row[k]) * 2.0 ** int(exponents[k]) for k in part) ** 2 * loss
     assert estimated_error(weight, energies, exponents, group_size) == pytest.approx(total, rel=1e-6)
