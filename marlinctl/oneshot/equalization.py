@@ -4,7 +4,9 @@
 
 Which norm is in front of which linears is found out with the block's own code: the norm is multiplied by a pattern, and linears whose input
 shows exactly that pattern are behind it. Whether anything else reads the norm's output, as a router does, shows when the block is run with
-both changed. Norms that compute with 1 + weight show no such pattern and are left alone, as are linears of experts.
+both changed: every other module with weights must be given what it was given before. What the block leaves does not show it alone: beside
+large hidden states all that a block adds is small, and DeepSeek V3.2's choice of tokens changes nothing while all may be chosen. Norms that
+compute with 1 + weight show no such pattern and are left alone, as are linears of experts.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from marlinctl.oneshot.folded import Folded
 from marlinctl.quantize.equalize import WORTH, column_exponents, estimated_error
 from marlinctl.system.processes import ALONE, Processes
 
-_SAME = 1e-3  # relative difference, of inputs and of what the block leaves. Powers of two change no sum; otherwise it is about 1
+_SAME = 1e-3  # relative difference of a token or a channel. Powers of two change no sum; otherwise it is about 1
+_SMALLEST = 2.0**-24  # of float16, by which its small numbers may be off
 
 
 class Walk(Protocol):
@@ -69,8 +72,9 @@ class Equalization:
         if not norms or not self.processes.share(any(bool(column_exponents(square).any()) for square in squares.values())):
             return False
         walk.install(block, layer, [f"{name}.weight" for name in block.linears if not _of_expert(block, name)])
-        plain, left = walk.first_inputs(block, layer, list(stages))
-        open_places = dict(stages)
+        readers = [name for name, module in layer.named_modules() if name and _has_weights_alone(module)]
+        plain, left = walk.first_inputs(block, layer, readers)
+        open_places = {place: names for place, names in stages.items() if place in plain}
         for norm, tensors in norms.items():
             before = self.folded.of(block.index)
             width = len(read(f"{norm}.weight"))
@@ -94,9 +98,14 @@ class Equalization:
                 continue
             changed = {norm + ROW_EXPONENTS: -exponents} | {name + COLUMN_EXPONENTS: exponents for name in linears}
             self._fold(block, layer, walk, changed, names)
-            _, again = walk.first_inputs(block, layer, [])
-            if not all(self.processes.gather(_alike(again, left))):  # something else reads what the norm makes
+            seen, again = walk.first_inputs(block, layer, readers)
+            multiplied = {block.parameter(f"{name}.weight").removesuffix(".weight") for name in linears}
+            wanted = {reader: shifted(x, -exponents, 1) if reader in multiplied else x for reader, x in plain.items()}
+            same = _alike(again, left) and all(_alike(seen[reader], x) for reader, x in wanted.items())
+            if not all(self.processes.gather(same)):  # something else reads what the norm makes
                 self._restore(block, layer, walk, before, names)
+                continue
+            plain |= {reader: seen[reader] for reader in multiplied}
         return True
 
     def _pays(self, energies: Mapping[str, Tensor], exponents: Tensor) -> bool:
@@ -132,8 +141,17 @@ def _exact(tensor: Tensor, exponents: Tensor, axis: int) -> Tensor:
 
 
 def _alike(found: Tensor, expected: Tensor) -> bool:
+    """[T, K] both. In every token and in every channel: a few large ones would hide the others."""
     found, expected = found.float(), expected.float()
-    return bool((found - expected).norm() <= _SAME * expected.norm())
+    apart = found - expected
+    return all(
+        bool((apart.norm(dim=axis) <= _SAME * expected.norm(dim=axis) + _SMALLEST * apart.shape[axis] ** 0.5).all()) for axis in (0, 1)
+    )
+
+
+def _has_weights_alone(module: nn.Module) -> bool:
+    """A linear, norm, router or convolution. What holds other modules is given what these are given."""
+    return not any(module.children()) and any(True for _ in module.parameters(recurse=False))
 
 
 def _of_expert(block: Block, name: str) -> bool:

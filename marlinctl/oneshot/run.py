@@ -411,8 +411,10 @@ def _scratch(job: RunJob, solving: LayerQuantizer, budget: int) -> Scratch:
 def _expect(block: Block, solving: LayerQuantizer) -> None:
     """Have its weights read ahead: linears are read by the reference model and for their columns' norms, too."""
     solving.weights.expect(block.others)
-    reads = 1 + solving.opened.corrects_drift + (solving.equalization is not None)
-    solving.weights.expect([f"{name}.weight" for name in block.linears], reads=reads)
+    stages = {} if solving.equalization is None else solving.equalization.stages(block)
+    measured = {name for names in stages.values() for name in names}
+    for name in block.linears:
+        solving.weights.expect([f"{name}.weight"], reads=1 + solving.opened.corrects_drift + (name in measured))
 
 
 def _commit(

@@ -306,19 +306,17 @@ class SequentialPipeline:
         return found
 
     def first_inputs(self, block: Block, layer: nn.Module, modules: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
-        """What linears read of the first tokens with the weights that the block's module holds, [T, K] each, and what the block leaves of
-        them, or what its experts are given."""
+        """What modules that are run read of the first tokens with the weights that the block's module holds, [T, K] each, and what the
+        block leaves of them, or what its experts are given."""
         seen: dict[str, Tensor] = {}
 
         def first_tokens(x: Tensor) -> Tensor:
             return x.reshape(-1, x.shape[-1])[:_FIRST_TOKENS].clone()
 
-        handles = [
-            layer.get_submodule(module).register_forward_pre_hook(
-                lambda _, args, module=module: seen.__setitem__(module, first_tokens(args[0]))
-            )
-            for module in modules
-        ]
+        def note(module: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen[module] = first_tokens((*args, *kwargs.values())[0])
+
+        handles = [layer.get_submodule(name).register_forward_pre_hook(partial(note, name), with_kwargs=True) for name in modules]
         samples = next(self.chunks())
         hidden = self.hidden[samples].to(self.device).clone()  # some blocks add to it in place
         try:

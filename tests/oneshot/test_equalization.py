@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from marlinctl.checkpoint.model_files import ORDER_FILE
+from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.cli import main
 from marlinctl.oneshot import equalization
+from marlinctl.oneshot.reading import Reader
 from tests import zoo
 from tests.oneshot.stopping import SIZES, blocks_solved, quantize, stop_in
 from tests.oneshot.test_permutation import reordered, weights_of
@@ -32,6 +35,17 @@ def uneven(folder: Path) -> Path:
         for name, tensor in tensors.items():
             if name.endswith(".weight") and name.split(".")[-2] in NORM_FED and tensor.ndim == 2:
                 tensor[:, ::16] *= 16
+        save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+def changed(folder: Path, tail: str, change: Callable[[Tensor], object]) -> Path:
+    """The model after a change of its weights whose names end so."""
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in tensors:
+            if name.endswith(tail):
+                change(tensors[name])
         save_file(tensors, path, metadata={"format": "pt"})
     return folder
 
@@ -139,6 +153,43 @@ def test_a_linear_that_stays_at_16_bits_keeps_its_norm(tmp_path: Path, text: Pat
     run(source, tmp_path / "out", text, quantize__skip=["v_proj"])
     folded = load_file(tmp_path / "out" / ORDER_FILE)
     assert {name.split(".")[-2] for name in folded if name.endswith(".column_exponents")} == {"gate_proj", "up_proj"}
+
+
+def test_a_reader_that_a_large_residual_hides_is_found(tmp_path: Path, text: Path) -> None:
+    """Some tokens have very large hidden states from block to block. Beside these all that a block adds is small, and a linear that is not
+    multiplied, here fc1, would not show in what the block leaves."""
+    source = model_of("phi", tmp_path / "model")
+    changed(source, "embed_tokens.weight", lambda weight: weight[::2].mul_(1e6))
+    run(source, tmp_path / "out", text, quantize__skip=["fc1"])
+    assert not (tmp_path / "out" / ORDER_FILE).exists()
+
+
+def test_a_reader_that_changes_nothing_in_short_texts_is_found(tmp_path: Path, text: Path) -> None:
+    """DeepSeek V3.2 chooses which tokens attention sees, by a linear that reads the input norm and is no product of a block's stages. While
+    there are no more tokens than it may choose nothing depends on it; in longer texts it would choose other ones."""
+    source = uneven(zoo.build("deepseek_v32", tmp_path / "model", index_topk=4096))
+    for tail in ("q_a_proj.weight", "kv_a_proj_with_mqa.weight", "indexer.wk.weight", "q_b_proj.weight"):
+        changed(source, tail, lambda weight: weight[:, ::16].mul_(16))
+    run(source, tmp_path / "out", text)
+    norms = {name.split(".")[-2] for name in load_file(tmp_path / "out" / ORDER_FILE) if name.endswith(".row_exponents")}
+    assert "q_a_layernorm" in norms and "input_layernorm" not in norms
+
+
+def test_nothing_that_was_read_ahead_is_kept(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is expected more often than it is read stays in the GPU's memory: all experts of all blocks."""
+    readers = []
+
+    class Ahead(Reader):
+        def __init__(self, checkpoint: Checkpoint, device: torch.device, *, ahead: bool) -> None:
+            super().__init__(checkpoint, device, ahead=True)
+            readers.append(self)
+
+    monkeypatch.setattr("marlinctl.oneshot.run.Reader", Ahead)
+    for model_type, drift in (("qwen3_moe", 0.5), ("qwen2", 0.0)):
+        source = model_of(model_type, tmp_path / model_type)
+        run(source, tmp_path / f"{model_type}-out", text, quantize__drift_correction=drift, quantize__skip=["v_proj"])
+    assert len(readers) == 2
+    assert [sorted(reader._expected) for reader in readers] == [[], []]
 
 
 def test_rounded_activations_keep_their_norm(tmp_path: Path, text: Path) -> None:
