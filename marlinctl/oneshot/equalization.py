@@ -69,15 +69,17 @@ class Equalization:
         """Fold exponents into a block, whose module holds its other tensors. Returns whether the module holds weights of linears now."""
         stages, norms, read = self.stages(block), self.norms(block), self.folded.weights.read
         squares = {place: _squares(read(f"{name}.weight") for name in names) for place, names in stages.items()}
-        if not norms or not self.processes.share(any(bool(column_exponents(square).any()) for square in squares.values())):
+        uneven = self.processes.share({place for place, square in squares.items() if bool(column_exponents(square).any())})
+        if not norms or not uneven:
             return False
         walk.install(block, layer, [f"{name}.weight" for name in block.linears if not _of_expert(block, name)])
         readers = [name for name, module in layer.named_modules() if name and _has_weights_alone(module)]
         plain, left = walk.first_inputs(block, layer, readers)
         open_places = {place: names for place, names in stages.items() if place in plain}
         for norm, tensors in norms.items():
-            before = self.folded.of(block.index)
-            width = len(read(f"{norm}.weight"))
+            before, width = self.folded.of(block.index), block.others[f"{norm}.weight"][0]
+            if not any(place in uneven and plain[place].shape[-1] == width for place in open_places):
+                continue
             pattern = torch.arange(width) % 3 - 1
             self._fold(block, layer, walk, {norm + ROW_EXPONENTS: pattern}, tensors)
             seen, _ = walk.first_inputs(block, layer, list(open_places))
