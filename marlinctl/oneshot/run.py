@@ -409,9 +409,11 @@ def _scratch(job: RunJob, solving: LayerQuantizer, budget: int) -> Scratch:
 
 
 def _expect(block: Block, solving: LayerQuantizer) -> None:
-    """Have its weights read ahead: linears are read by the reference model and for their columns' norms, too."""
+    """Have its weights read ahead: linears are read by the reference model and to even out their columns, too."""
     solving.weights.expect(block.others)
-    reads = 1 + solving.opened.corrects_drift + (solving.equalization is not None)
+    reads = 1 + solving.opened.corrects_drift
+    if solving.equalization is not None:
+        solving.weights.expect([f"{name}.weight" for name in solving.equalization.linears(block)], reads=reads + 1)
     solving.weights.expect([f"{name}.weight" for name in block.linears], reads=reads)
 
 
