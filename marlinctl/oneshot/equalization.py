@@ -12,6 +12,7 @@ compute with 1 + weight show no such pattern and are left alone, as are linears 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -34,13 +35,32 @@ class Walk(Protocol):
 
     def install(self, block: Block, layer: nn.Module, tensors: Iterable[str]) -> None: ...
 
+    def put(self, block: Block, layer: nn.Module, tensors: Mapping[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """A block that exponents are tried in."""
+
+    block: Block
+    layer: nn.Module
+    walk: Walk
+    weights: Mapping[str, Tensor]  # linear -> its weight, as in the original; the module holds them
+    inputs: Mapping[str, Tensor]  # module with weights that is run -> what it reads of the first sample, [T, K]
+    left: Tensor  # by the block, or to its experts, [T, hidden]
+
 
 class Equalization:
     """Of the norms of a model's blocks."""
 
     def __init__(self, chosen: Mapping[str, int], folded: Folded, *, processes: Processes = ALONE) -> None:
-        """chosen: the linears whose columns may be multiplied -> group size, which divides K."""
+        """chosen: the linears whose columns may be multiplied -> group size, which divides K, or -1."""
         self.chosen, self.folded, self.processes = chosen, folded, processes
+
+    def linears(self, block: Block) -> list[str]:
+        """Those that `choose` reads, each once: all but those of experts."""
+        parts = (part for part in block.parts if not isinstance(part, Experts))
+        return list(dict.fromkeys(block.linear(name) for part in parts for stage in part.stages for name in stage))
 
     def norms(self, block: Block) -> dict[str, tuple[str, ...]]:
         """Norm -> its tensors, by their names in the checkpoint. Those that a linear of `stages` may be behind."""
@@ -67,72 +87,76 @@ class Equalization:
 
     def choose(self, block: Block, layer: nn.Module, walk: Walk) -> bool:
         """Fold exponents into a block, whose module holds its other tensors. Returns whether the module holds weights of linears now."""
-        stages, norms, read = self.stages(block), self.norms(block), self.folded.weights.read
-        squares = {place: _squares(read(f"{name}.weight") for name in names) for place, names in stages.items()}
+        weights = {name: self.folded.weights.read(f"{name}.weight") for name in self.linears(block)}
+        stages, norms = self.stages(block), self.norms(block)
+        squares = {place: _squares([weights[name] for name in names]) for place, names in stages.items()}
         uneven = self.processes.share({place for place, square in squares.items() if bool(column_exponents(square).any())})
         if not norms or not uneven:
             return False
-        walk.install(block, layer, [f"{name}.weight" for name in block.linears if not _of_expert(block, name)])
+        walk.put(block, layer, {f"{name}.weight": weight for name, weight in weights.items()})
         readers = [name for name, module in layer.named_modules() if name and _has_weights_alone(module)]
-        plain, left = walk.first_inputs(block, layer, readers)
-        open_places = {place: names for place, names in stages.items() if place in plain}
+        trial = _Trial(block, layer, walk, weights, *walk.first_inputs(block, layer, readers))
         for norm, tensors in norms.items():
-            before, width = self.folded.of(block.index), block.others[f"{norm}.weight"][0]
-            if not any(place in uneven and plain[place].shape[-1] == width for place in open_places):
+            width = block.others[f"{norm}.weight"][0]
+            if not any(place in uneven and trial.inputs[place].shape[-1] == width for place in stages):
                 continue
-            pattern = torch.arange(width) % 3 - 1
-            self._fold(block, layer, walk, {norm + ROW_EXPONENTS: pattern}, tensors)
-            seen, _ = walk.first_inputs(block, layer, list(open_places))
-            behind = [place for place, x in seen.items() if x.shape[-1] == width and _alike(x, shifted(plain[place], pattern, 1))]
-            self._restore(block, layer, walk, before, tensors)
-            behind = [place for place in open_places if all(self.processes.gather(place in behind))]
-            if not behind:
+            places = self._behind(trial, norm, tensors, stages)
+            if not places:
                 continue
-            linears = [name for place in behind for name in open_places.pop(place)]
-            exponents = column_exponents(torch.stack([squares[place] for place in behind]).sum(0)).cpu()
-            names = [*tensors, *(f"{name}.weight" for name in linears)]
-            for name in names:
-                tensor, axis = read(name), int(name not in tensors)
-                exponents[~_exact(tensor, -exponents if axis == 0 else exponents, axis).cpu()] = 0
-            exponents = self.processes.share_tensor(exponents)
-            energies = {name: plain[place].float().square().mean(0) for place in behind for name in stages[place]}
-            if not self.processes.share(self._pays(energies, exponents)):
+            linears = {name: place for place in places for name in stages.pop(place)}
+            exponents = self._exponents(trial, tensors, linears, torch.stack([squares[place] for place in places]).sum(0))
+            if exponents is None:
                 continue
-            changed = {norm + ROW_EXPONENTS: -exponents} | {name + COLUMN_EXPONENTS: exponents for name in linears}
-            self._fold(block, layer, walk, changed, names)
-            seen, again = walk.first_inputs(block, layer, readers)
+            before = self.folded.of(block.index)
+            columns = {name + COLUMN_EXPONENTS: exponents for name in linears}
+            self._fold(trial, {**before, **columns, norm + ROW_EXPONENTS: -exponents}, tensors)
+            walk.put(block, layer, {f"{name}.weight": shifted(weights[name], exponents, 1) for name in linears})
             multiplied = {block.parameter(f"{name}.weight").removesuffix(".weight") for name in linears}
-            wanted = {reader: shifted(x, -exponents, 1) if reader in multiplied else x for reader, x in plain.items()}
-            same = _alike(again, left) and all(_alike(seen[reader], x) for reader, x in wanted.items())
-            if not all(self.processes.gather(same)):  # something else reads what the norm makes
-                self._restore(block, layer, walk, before, names)
-                continue
-            plain |= {reader: seen[reader] for reader in multiplied}
+            expected = {reader: shifted(x, -exponents, 1) if reader in multiplied else x for reader, x in trial.inputs.items()}
+            if all(self.processes.gather(_shows(trial, expected))):
+                trial = replace(trial, inputs=expected)
+            else:  # something else reads what the norm makes
+                self._fold(trial, before, tensors)
+                walk.put(block, layer, {f"{name}.weight": weights[name] for name in linears})
         return True
 
-    def _pays(self, energies: Mapping[str, Tensor], exponents: Tensor) -> bool:
-        """Whether the error of linears is expected to fall. energies: of the inputs of each, [K]."""
-        sums = {True: 0.0, False: 0.0}
-        for name, energy in energies.items():
-            weight = self.folded.weights.read(f"{name}.weight")
-            for changed in sums:
+    def _behind(self, trial: _Trial, norm: str, tensors: Sequence[str], stages: Mapping[str, tuple[str, ...]]) -> list[str]:
+        """The stages whose input is what the norm makes."""
+        width = trial.block.others[f"{norm}.weight"][0]
+        pattern = torch.arange(width) % 3 - 1
+        before = self.folded.of(trial.block.index)
+        self._fold(trial, {**before, norm + ROW_EXPONENTS: pattern}, tensors)
+        seen, _ = trial.walk.first_inputs(trial.block, trial.layer, list(stages))
+        self._fold(trial, before, tensors)
+        fed = [place for place, x in seen.items() if x.shape[-1] == width and _alike(x, shifted(trial.inputs[place], pattern, 1))]
+        return [place for place in stages if all(self.processes.gather(place in fed))]
+
+    def _exponents(self, trial: _Trial, tensors: Sequence[str], linears: Mapping[str, str], squares: Tensor) -> Tensor | None:
+        """Of the columns of linears -> their place, behind a norm of these tensors. None where they do not pay."""
+        exponents = column_exponents(squares).cpu()
+        for name in linears:
+            exponents[~_exact(trial.weights[name], exponents, 1).cpu()] = 0
+        for name in tensors:
+            exponents[~_exact(self.folded.weights.read(name), -exponents, 0).cpu()] = 0
+        exponents = self.processes.share_tensor(exponents)
+        errors = {True: 0.0, False: 0.0}
+        for name, place in linears.items():
+            energies = trial.inputs[place].float().square().mean(0)
+            for changed in errors:
                 tried = exponents if changed else torch.zeros_like(exponents)
-                sums[changed] += estimated_error(weight, energy, tried, self.chosen[name])
-        return bool(exponents.any()) and sums[True] <= WORTH * sums[False]
+                errors[changed] += estimated_error(trial.weights[name], energies, tried, self.chosen[name])
+        pays = bool(exponents.any()) and errors[True] <= WORTH * errors[False]
+        return exponents if self.processes.share(pays) else None
 
-    def _fold(self, block: Block, layer: nn.Module, walk: Walk, changed: Mapping[str, Tensor], tensors: Iterable[str]) -> None:
-        self.folded.put(block.index, {**self.folded.of(block.index), **changed})
-        walk.install(block, layer, tensors)
-
-    def _restore(self, block: Block, layer: nn.Module, walk: Walk, before: Mapping[str, Tensor], tensors: Iterable[str]) -> None:
-        self.folded.put(block.index, before)
-        walk.install(block, layer, tensors)
+    def _fold(self, trial: _Trial, orders: Mapping[str, Tensor], tensors: Iterable[str]) -> None:
+        """Have these in the block and its norm."""
+        self.folded.put(trial.block.index, orders)
+        trial.walk.install(trial.block, trial.layer, tensors)
 
 
-def _squares(weights: Iterable[Tensor]) -> Tensor:
+def _squares(weights: Sequence[Tensor]) -> Tensor:
     """[K] float32: sums of squares of the columns of weights [N, K], over all of them."""
-    found: Tensor = sum(weight.float().square().sum(0) for weight in weights)  # type: ignore[assignment]
-    return found
+    return torch.stack([weight.float().square().sum(0) for weight in weights]).sum(0)
 
 
 def _exact(tensor: Tensor, exponents: Tensor, axis: int) -> Tensor:
@@ -140,6 +164,12 @@ def _exact(tensor: Tensor, exponents: Tensor, axis: int) -> Tensor:
     there = shifted(tensor, exponents, axis)
     same = shifted(there, -exponents, axis) == tensor
     return same.all(1 - axis) if tensor.ndim == 2 else same
+
+
+def _shows(trial: _Trial, expected: Mapping[str, Tensor]) -> bool:
+    """Whether the modules of the block as it is now read this, and the block leaves what the original's does."""
+    seen, left = trial.walk.first_inputs(trial.block, trial.layer, list(expected))
+    return _alike(left, trial.left) and all(_alike(seen[reader], x) for reader, x in expected.items())
 
 
 def _alike(found: Tensor, expected: Tensor) -> bool:
@@ -154,7 +184,3 @@ def _alike(found: Tensor, expected: Tensor) -> bool:
 def _has_weights_alone(module: nn.Module) -> bool:
     """A linear, norm, router or convolution. What holds other modules is given what these are given."""
     return not any(module.children()) and any(True for _ in module.parameters(recurse=False))
-
-
-def _of_expert(block: Block, name: str) -> bool:
-    return not any(name in map(block.linear, stage) for part in block.parts if not isinstance(part, Experts) for stage in part.stages)

@@ -409,12 +409,12 @@ def _scratch(job: RunJob, solving: LayerQuantizer, budget: int) -> Scratch:
 
 
 def _expect(block: Block, solving: LayerQuantizer) -> None:
-    """Have its weights read ahead: linears are read by the reference model and for their columns' norms, too."""
+    """Have its weights read ahead: linears are read by the reference model and to even out their columns, too."""
     solving.weights.expect(block.others)
-    stages = {} if solving.equalization is None else solving.equalization.stages(block)
-    measured = {name for names in stages.values() for name in names}
-    for name in block.linears:
-        solving.weights.expect([f"{name}.weight"], reads=1 + solving.opened.corrects_drift + (name in measured))
+    reads = 1 + solving.opened.corrects_drift
+    if solving.equalization is not None:
+        solving.weights.expect([f"{name}.weight" for name in solving.equalization.linears(block)], reads=reads + 1)
+    solving.weights.expect([f"{name}.weight" for name in block.linears], reads=reads)
 
 
 def _commit(

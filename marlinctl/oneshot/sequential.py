@@ -66,7 +66,7 @@ class TunedBlock:
     others: Mapping[str, Tensor]
 
 
-_FIRST_TOKENS = 1024  # that show what a block computes
+_FIRST_SAMPLE = slice(0, 1)  # shows what a block computes (equalization.py)
 
 # Called with a block, its module and the pipeline; None: nothing was changed.
 TuneBlock = Callable[[Block, nn.Module, "SequentialPipeline"], TunedBlock | None]
@@ -164,7 +164,7 @@ class SequentialPipeline:
         for block, known in zip(blocks, self.architecture.blocks, strict=True):
             block.forward = partial(passing, block, known.returns_tuple)
         try:
-            for part in self.chunks():
+            for part in (_FIRST_SAMPLE, *self.chunks()):
                 calls.clear()
                 first.clear()
                 batch = ids[part].to(self.device)
@@ -202,7 +202,7 @@ class SequentialPipeline:
             self.reference.run_block(block, layer, self.chunks(), partial(self._run, layer, REFERENCE))
         if self.orders is not None and not replay:
             self._reorder(block, layer, self.orders)
-        self._put(layer, block, others)
+        self.put(block, layer, others)
         whole = {part.module: layer.get_submodule(part.module) for part in block.parts if part.module}
         try:
             replays, outputs = self._run_parts(block, layer, solve, replay)
@@ -212,7 +212,7 @@ class SequentialPipeline:
                 if tuned is None:
                     _set_modules(layer, replays)
                 else:
-                    self._put(layer, block, tuned.others)
+                    self.put(block, layer, tuned.others)
                     replays, outputs = self._run_parts(block, layer, tuned.stage, replay=True)
             for samples in self.chunks():
                 self._set_replays(replays, outputs, samples)
@@ -253,7 +253,7 @@ class SequentialPipeline:
     def is_counted(self, samples: slice) -> Tensor:
         return self.counted[samples].to(self.device)
 
-    def _put(self, layer: nn.Module, block: Block, tensors: Mapping[str, Tensor]) -> None:
+    def put(self, block: Block, layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             set_parameter(layer, block.parameter(name), tensor.to(self.device, self.dtype))
 
@@ -306,30 +306,28 @@ class SequentialPipeline:
         return found
 
     def first_inputs(self, block: Block, layer: nn.Module, modules: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
-        """What modules that are run read of the first tokens with the weights that the block's module holds, [T, K] each, and what the
-        block leaves of them, or what its experts are given."""
+        """What modules that are run read of the first sample with the weights that the block's module holds, [T, K] each, and what the
+        block leaves of it, or what its experts are given, [T, hidden]."""
         seen: dict[str, Tensor] = {}
 
-        def first_tokens(x: Tensor) -> Tensor:
-            return x.reshape(-1, x.shape[-1])[:_FIRST_TOKENS].clone()
-
-        def note(module: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen[module] = first_tokens((*args, *kwargs.values())[0])
+        def note(module: str, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            x = (*args, *kwargs.values())[0]
+            seen[module] = x.reshape(-1, x.shape[-1]).clone()
 
         handles = [layer.get_submodule(name).register_forward_pre_hook(partial(note, name), with_kwargs=True) for name in modules]
-        samples = next(self.chunks())
-        hidden = self.hidden[samples].to(self.device).clone()  # some blocks add to it in place
+        hidden = self.hidden[_FIRST_SAMPLE].to(self.device).clone()  # some blocks add to it in place
         try:
             if block.experts:
-                (left, *_), _ = call_until(
-                    layer.get_submodule(block.experts[0].module), self._run, layer, COMPRESSED, hidden, block.index, samples
+                experts = layer.get_submodule(block.experts[0].module)
+                left = next(
+                    iter(bound(experts, *call_until(experts, self._run, layer, COMPRESSED, hidden, block.index, _FIRST_SAMPLE)).values())
                 )
             else:
-                left = self._run(layer, COMPRESSED, hidden, block.index, samples)
+                left = self._run(layer, COMPRESSED, hidden, block.index, _FIRST_SAMPLE)
         finally:
             for handle in handles:
                 handle.remove()
-        return seen, first_tokens(left)
+        return seen, left.reshape(-1, left.shape[-1]).clone()
 
     def first_left(self, block: Block) -> list[Tensor]:
         """What the block left for later ones when `first_input` ran it, and what lay there before: copies."""
@@ -495,7 +493,7 @@ class SequentialPipeline:
         solve((head,), gram.hessian((head,), self.processes), "")
 
     def _install(self, layer: nn.Module, block: Block, weights: Mapping[str, Tensor]) -> None:
-        self._put(layer, block, {f"{name}.weight": weight for name, weight in weights.items()})
+        self.put(block, layer, {f"{name}.weight": weight for name, weight in weights.items()})
 
 
 def _set_modules(layer: nn.Module, modules: Mapping[str, nn.Module]) -> None:

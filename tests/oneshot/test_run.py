@@ -159,7 +159,8 @@ def test_blocks_are_merged_into_few_files(
     quantize(source, tmp_path / "out", recipe(text, **changes), max_shard_bytes=most)
     monkeypatch.undo()
     untouched = {name for name in open_checkpoint(source).tensors if "proj" not in name}
-    assert {*late} == untouched, "what was solved is in its place before the run ends"
+    with_blocks = {name for name in untouched if ".layers." in name and "quantize__bits" not in changes}  # norms that may be divided
+    assert {*late} == untouched - with_blocks, "what was solved is in its place before the run ends"
     published = open_checkpoint(tmp_path / "out")
     sizes = [sum(info.nbytes for info in published.tensors.values() if info.file == path) for path in published.files]
     assert max(sizes) <= most and (len(sizes) == 1 or len(sizes) < sum(sizes) / most * 2)
