@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -133,6 +135,24 @@ def call_through(target: nn.Module, run: Callable[..., Any], *args: Any, **kwarg
     finally:
         handle.remove()
     raise RuntimeError(f"{type(target).__name__} was never called")
+
+
+@contextmanager
+def inputs_of(module: nn.Module, names: Iterable[str], *, copy: bool = True) -> Iterator[dict[str, Tensor]]:
+    """While it lasts, what sub-modules of `module` that are run were given: their first argument. copy: as it was then, for some models
+    change it in place."""
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        x = (*args, *kwargs.values())[0]
+        seen[name] = x.clone() if copy else x
+
+    handles = [module.get_submodule(name).register_forward_pre_hook(partial(note, name), with_kwargs=True) for name in names]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def hidden_states(output: Any) -> Tensor:

@@ -29,7 +29,17 @@ from torch.func import functional_call
 
 from marlinctl.data.tokens import Tokens
 from marlinctl.models.architectures import Architecture, Block, Branch, Chain, Experts, Part
-from marlinctl.models.meta_model import Reached, Replay, bound, call_through, call_until, drop_parameters, hidden_states, set_parameter
+from marlinctl.models.meta_model import (
+    Reached,
+    Replay,
+    bound,
+    call_through,
+    call_until,
+    drop_parameters,
+    hidden_states,
+    inputs_of,
+    set_parameter,
+)
 from marlinctl.oneshot.equalization import Equalization
 from marlinctl.oneshot.experts import ExpertsPipeline
 from marlinctl.oneshot.gram import Gram, SolveStage, SolveStages, StageInput
@@ -286,17 +296,9 @@ class SequentialPipeline:
     def _original_inputs(self, block: Block, layer: nn.Module, modules: Sequence[str], samples: slice) -> dict[str, Tensor]:
         if self.reference is not None:
             return {module: self.reference.input(module, samples) for module in modules}
-        seen: dict[str, Tensor] = {}
         *earlier, last = modules
-        handles = [
-            layer.get_submodule(module).register_forward_pre_hook(lambda _, args, module=module: seen.__setitem__(module, args[0]))
-            for module in earlier
-        ]
-        try:
+        with inputs_of(layer, earlier, copy=False) as seen:
             (x, *_), _ = call_until(layer.get_submodule(last), self._call, layer, block.index, samples)
-        finally:
-            for handle in handles:
-                handle.remove()
         return {**seen, last: x}
 
     def first_input(self, block: Block, layer: nn.Module, module: str) -> Tensor:
@@ -308,26 +310,15 @@ class SequentialPipeline:
     def first_inputs(self, block: Block, layer: nn.Module, modules: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
         """What modules that are run read of the first sample with the weights that the block's module holds, [T, K] each, and what the
         block leaves of it, or what its experts are given, [T, hidden]."""
-        seen: dict[str, Tensor] = {}
-
-        def note(module: str, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            x = (*args, *kwargs.values())[0]
-            seen[module] = x.reshape(-1, x.shape[-1]).clone()
-
-        handles = [layer.get_submodule(name).register_forward_pre_hook(partial(note, name), with_kwargs=True) for name in modules]
         hidden = self.hidden[_FIRST_SAMPLE].to(self.device).clone()  # some blocks add to it in place
-        try:
+        run = partial(self._run, layer, COMPRESSED, hidden, block.index, _FIRST_SAMPLE)
+        with inputs_of(layer, modules) as seen:
             if block.experts:
                 experts = layer.get_submodule(block.experts[0].module)
-                left = next(
-                    iter(bound(experts, *call_until(experts, self._run, layer, COMPRESSED, hidden, block.index, _FIRST_SAMPLE)).values())
-                )
+                left = next(iter(bound(experts, *call_until(experts, run)).values()))
             else:
-                left = self._run(layer, COMPRESSED, hidden, block.index, _FIRST_SAMPLE)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return seen, left.reshape(-1, left.shape[-1]).clone()
+                left = run()
+        return {name: x.reshape(-1, x.shape[-1]) for name, x in seen.items()}, left.reshape(-1, left.shape[-1]).clone()
 
     def first_left(self, block: Block) -> list[Tensor]:
         """What the block left for later ones when `first_input` ran it, and what lay there before: copies."""
