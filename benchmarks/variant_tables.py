@@ -17,7 +17,7 @@ METRICS = ("acc_norm", "exact_match,strict-match", "acc")  # of a task that has 
 class Score:
     value: float
     stderr: float | None
-    documents: Sequence[float]  # the score of each document: empty where the metric is no mean of them
+    documents: Sequence[float]  # the score of each document: empty where the metric does not average them
 
 
 def tables(work: Path, titles: Mapping[str, str], texts: Sequence[str], folders: Mapping[str, Path]) -> str:

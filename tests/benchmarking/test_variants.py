@@ -128,7 +128,7 @@ def test_answers_that_change_are_counted_though_the_score_stays(tmp_path: Path) 
 
 
 def test_a_group_counts_the_documents_of_all_its_tasks(tmp_path: Path) -> None:
-    """MMLU's difference and flips are over all subjects; a metric that is no share has no flips."""
+    """MMLU's difference and flips are over all subjects; a metric that does not count documents has no flips."""
     (tmp_path / "results").mkdir()
     for name, moved in (("dense", 0.0), ("int4", 1.0)):
         leaves = {

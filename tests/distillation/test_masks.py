@@ -197,7 +197,7 @@ def test_a_student_that_was_never_pruned_is_no_warning(place: Path, tmp_path: Pa
 
 
 def test_linears_without_a_mask_stay_dense(place: Path, tmp_path: Path) -> None:
-    """A mask file decides which linears are 2:4; pruning the others too would be a loss that nobody asked for."""
+    """A mask file decides which linears are 2:4; pruning the others too would lose what was to be kept."""
     keeps = {name: keep for name, keep in prune(place / "teacher", tmp_path / "whole").items() if name != UP}
     shutil.copytree(tmp_path / "whole", tmp_path / "student")
     original = read_all(place / "teacher")[f"{UP}.weight"]

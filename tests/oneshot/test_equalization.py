@@ -186,7 +186,7 @@ def test_a_reader_that_a_large_residual_hides_is_found(tmp_path: Path, text: Pat
 
 
 def test_a_reader_that_changes_nothing_in_short_texts_is_found(tmp_path: Path, text: Path) -> None:
-    """DeepSeek V3.2 chooses which tokens attention sees, by a linear that reads the input norm and is no product of a block's stages. While
+    """DeepSeek V3.2 chooses which tokens attention sees, by a linear that reads the input norm and is not part of a block's stages. While
     there are no more tokens than it may choose nothing depends on it; in longer texts it would choose other ones."""
     source = uneven(zoo.build("deepseek_v32", tmp_path / "model", index_topk=4096))
     for tail in ("q_a_proj.weight", "kv_a_proj_with_mqa.weight", "indexer.wk.weight", "q_b_proj.weight"):
