@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from marlinctl.distillation import loop as loops
 from marlinctl.distillation.run import run_distill
 from marlinctl.oneshot.open import Options
 from marlinctl.recipes.schema import Recipe, load_recipe, resolve
@@ -31,3 +34,21 @@ def recipe(text: Path | str, **changes: Any) -> Recipe:
 def distill(student: Path, out: Path, teacher: Path, chosen: Recipe, *, resume: bool = False, **options: Any) -> dict[str, Any]:
     settings = Options(**{"device": "cpu", "dtype": "float32", "command": "marlinctl distill", "resume": resume, **options})
     return run_distill(str(student), out, str(teacher), chosen, settings, Console.quiet())
+
+
+class Crash(Exception):
+    """What `crash_after` raises."""
+
+
+def crash_after(monkeypatch: pytest.MonkeyPatch, steps: int, owner: Any = loops.Loop) -> None:
+    """Let so many steps pass, then fail, as a machine does."""
+    step = owner.step
+    done: list[int] = []
+
+    def counted(*args: Any) -> Any:
+        if len(done) == steps:
+            raise Crash
+        done.append(1)
+        return step(*args)
+
+    monkeypatch.setattr(owner, "step", counted)

@@ -22,7 +22,7 @@ from marlinctl.errors import BadInput, UsageError
 from marlinctl.system.console import Console
 from marlinctl.verify.run import verify
 from tests import zoo
-from tests.distillation.runs import distill, recipe, write_text
+from tests.distillation.runs import Crash, crash_after, distill, recipe, write_text
 from tests.distillation.test_open import refused
 from tests.pruned import edit_tensor, keep_largest, prune, prune_and_quantize, read_all, write_masks
 from tests.tiny import make_tiny
@@ -220,23 +220,6 @@ def test_experts_are_renewed_along_their_inputs(model_type: str, tmp_path: Path)
 # ---- resuming ------------------------------------------------------------------------------------------------------------------------
 
 
-class _Crash(Exception):
-    pass
-
-
-def crash_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    step = loops.Loop.step
-    done: list[int] = []
-
-    def counted(*args: Any) -> Any:
-        if len(done) == steps:
-            raise _Crash
-        done.append(1)
-        return step(*args)
-
-    monkeypatch.setattr(loops.Loop, "step", counted)
-
-
 @pytest.mark.parametrize(("student", "saved"), [("student", 5), ("other", 5), ("other", 12)])
 def test_a_resumed_job_ends_with_the_same_bytes(
     place: Path, tmp_path: Path, student: str, saved: int, monkeypatch: pytest.MonkeyPatch
@@ -247,8 +230,8 @@ def test_a_resumed_job_ends_with_the_same_bytes(
     whole = run(place, tmp_path / "whole", **settings)
     with monkeypatch.context() as patched:
         crash_after(patched, saved + 3)
-        patched.setattr("marlinctl.distillation.run.build", lambda *args, **kwargs: (_ for _ in ()).throw(_Crash()))
-        with pytest.raises(_Crash):
+        patched.setattr("marlinctl.distillation.run.build", lambda *args, **kwargs: (_ for _ in ()).throw(Crash()))
+        with pytest.raises(Crash):
             run(place, tmp_path / "out", **settings)
     assert json.loads((tmp_path / "out.job" / "state.json").read_text())["step"] == saved
     resumed = run(place, tmp_path / "out", resume=True, **settings)
@@ -268,7 +251,7 @@ def test_a_lost_mask_would_be_seen(place: Path, tmp_path: Path, monkeypatch: pyt
     run(place, tmp_path / "whole", **settings)
     with monkeypatch.context() as patched:
         crash_after(patched, 8)
-        with pytest.raises(_Crash):
+        with pytest.raises(Crash):
             run(place, tmp_path / "out", **settings)
     monkeypatch.setattr(Masks, "restore", lambda *_: None)
     run(place, tmp_path / "out", resume=True, **settings)
@@ -279,7 +262,7 @@ def test_a_lost_mask_would_be_seen(place: Path, tmp_path: Path, monkeypatch: pyt
 def test_a_fixed_mask_leaves_the_state_as_it_was(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs of an earlier version resume: the same fingerprint, and no mask in the state."""
     crash_after(monkeypatch, 8)
-    with pytest.raises(_Crash):
+    with pytest.raises(Crash):
         run(place, tmp_path / "out", mask="fixed", mask_interval=10)
     fingerprint = json.loads((tmp_path / "out.job" / "journal.jsonl").read_text().splitlines()[0])["fingerprint"]
     assert not [key for key in fingerprint["recipe"] if key.startswith("mask")]

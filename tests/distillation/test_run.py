@@ -27,7 +27,7 @@ from marlinctl.system.console import Console
 from marlinctl.verify.run import verify
 from tests import forked, zoo
 from tests.checkpoint.test_contents import flip
-from tests.distillation.runs import distill, recipe, write_text
+from tests.distillation.runs import Crash, crash_after, distill, recipe, write_text
 from tests.packed import edit_tensors, remake_manifest
 from tests.pruned import prune, prune_and_quantize, read_all
 from tests.test_architecture import ROOT
@@ -255,24 +255,6 @@ def test_bfloat16_products_train_too(place: Path, tmp_path: Path) -> None:
 # ---- stopping and resuming -----------------------------------------------------------------------------------------------------------
 
 
-class _Crash(Exception):
-    pass
-
-
-def crash_after(monkeypatch: pytest.MonkeyPatch, steps: int, owner: Any = loops.Loop) -> None:
-    """Let so many steps pass, then fail, as a machine does."""
-    step = owner.step
-    done: list[int] = []
-
-    def counted(*args: Any) -> Any:
-        if len(done) == steps:
-            raise _Crash
-        done.append(1)
-        return step(*args)
-
-    monkeypatch.setattr(owner, "step", counted)
-
-
 @pytest.mark.parametrize(("mode", "student"), [("full", "student"), ("scales", "packed")])
 def test_a_resumed_job_ends_with_the_same_bits(
     place: Path, tmp_path: Path, mode: str, student: str, monkeypatch: pytest.MonkeyPatch
@@ -281,7 +263,7 @@ def test_a_resumed_job_ends_with_the_same_bits(
     whole = run(place, tmp_path / "whole", mode=mode, student=student)
     with monkeypatch.context() as patched:
         crash_after(patched, 8)
-        with pytest.raises(_Crash):
+        with pytest.raises(Crash):
             run(place, tmp_path / "out", mode=mode, student=student)
     assert not (tmp_path / "out").exists()
     assert json.loads((tmp_path / "out.job" / "state.json").read_text())["step"] == 5
@@ -295,8 +277,8 @@ def test_a_resumed_job_ends_with_the_same_bits(
 def test_a_failed_publish_does_not_cost_the_training(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk at the end must leave a state from which nothing is trained again."""
     with monkeypatch.context() as patched:
-        patched.setattr("marlinctl.distillation.run.build", lambda *args, **kwargs: (_ for _ in ()).throw(_Crash()))
-        with pytest.raises(_Crash):
+        patched.setattr("marlinctl.distillation.run.build", lambda *args, **kwargs: (_ for _ in ()).throw(Crash()))
+        with pytest.raises(Crash):
             run(place, tmp_path / "out")
     crash_after(monkeypatch, 0)
     run(place, tmp_path / "out", resume=True)
@@ -307,7 +289,7 @@ def test_a_job_goes_on_only_as_what_it_was(place: Path, tmp_path: Path, monkeypa
     """Another learning rate, text or student would mix two jobs into one model; every difference is told."""
     with monkeypatch.context() as patched:
         crash_after(patched, 6)
-        with pytest.raises(_Crash):
+        with pytest.raises(Crash):
             run(place, tmp_path / "out")
     state = sorted(path.name for path in (tmp_path / "out.job").iterdir())
     other = write_text(tmp_path / "other.txt")
@@ -333,7 +315,7 @@ def test_other_weights_under_the_same_headers_are_refused(
     chosen = recipe(place / "text.txt")
     with monkeypatch.context() as patched:
         crash_after(patched, 6)
-        with pytest.raises(_Crash):
+        with pytest.raises(Crash):
             distill(tmp_path / "student", tmp_path / "out", tmp_path / "teacher", chosen)
     shard = next((tmp_path / changed).glob("model*.safetensors"))
     flip(shard)
@@ -368,7 +350,7 @@ def test_text_that_the_teacher_wrote_is_kept(place: Path, tmp_path: Path, monkey
     distill(place / "student", tmp_path / "whole", place / "teacher", chosen)
     with monkeypatch.context() as patched:
         crash_after(patched, 6)
-        with pytest.raises(_Crash):
+        with pytest.raises(Crash):
             distill(place / "student", tmp_path / "out", place / "teacher", chosen)
     monkeypatch.delattr("marlinctl.distillation.rows.write_samples")
     distill(place / "student", tmp_path / "out", place / "teacher", chosen, resume=True)
@@ -465,7 +447,7 @@ def test_a_job_resumed_on_cuda_ends_nearby(place: Path, tmp_path: Path, monkeypa
     whole = distill(place / "student", tmp_path / "whole", place / "teacher", recipe(place / "text.txt"), device="cuda")
     with monkeypatch.context() as patched:
         crash_after(patched, 8)
-        with pytest.raises(_Crash):
+        with pytest.raises(Crash):
             distill(place / "student", tmp_path / "out", place / "teacher", recipe(place / "text.txt"), device="cuda")
     resumed = distill(place / "student", tmp_path / "out", place / "teacher", recipe(place / "text.txt"), device="cuda", resume=True)
     assert resumed["held_out"]["after"]["loss"] == pytest.approx(whole["held_out"]["after"]["loss"], rel=1e-3)

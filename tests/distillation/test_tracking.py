@@ -18,8 +18,7 @@ from marlinctl.cli import main
 from marlinctl.distillation import blockwise, tracking
 from marlinctl.distillation import loop as loops
 from marlinctl.errors import EnvironmentProblem
-from tests.distillation.runs import distill, recipe, write_text
-from tests.distillation.test_run import _Crash, crash_after
+from tests.distillation.runs import Crash, crash_after, distill, recipe, write_text
 from tests.pruned import prune
 from tests.tiny import make_tiny
 
@@ -96,7 +95,7 @@ def test_a_resumed_job_continues_its_run(
     """Two halves of one training as two runs cannot be laid over another one."""
     with monkeypatch.context() as patched:
         crash_after(patched, 8)
-        with pytest.raises(_Crash):
+        with pytest.raises(Crash):
             run(place, tmp_path / "out", name)
     assert recorded[0].finished, "what was logged before a crash must reach the disk"
     run(place, tmp_path / "out", name, resume=True)
