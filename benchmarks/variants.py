@@ -5,7 +5,7 @@
         --other llm-compressor=PYTHON --other auto-round=PYTHON --other gptqmodel=PYTHON --folder NAME=DIR
         --train TRAIN.jsonl --tokens 10000000 --learning-rate 1e-3
 
-    int4, int4-best, sparse-int4      the recipes as they are
+    int4, int4-best, sparse-int4      the recipes as they are; int4-best-rotated: with --rotate always
     gptqmodel{,-best,-gptaq}, auto-round{,-best}, llm-compressor{,-sparse}      other tools on the same tokens (other_tools.py)
     pruned ─► distilled ─► distilled-int4     joint     one-pass                the variants of docs/sparsify.md
     each ─► texts, against MODEL ─► tasks
@@ -30,6 +30,7 @@ from benchmarks.variant_tables import tables
 TITLES = {
     "int4": "`int4`",
     "int4-best": "`int4-best`",
+    "int4-best-rotated": "`int4-best --rotate always`",
     "gptqmodel": "GPTQModel",
     "gptqmodel-best": "GPTQModel, best",
     "gptqmodel-gptaq": "GPTQModel, best, and GPTAQ",
@@ -116,6 +117,7 @@ def steps(chosen: argparse.Namespace) -> list[Step]:
         "sparse-int4": ["sparsify", "--no-eval", "--bits", "4", "--recipe", "sparse-int4", *groups],
         "one-pass": ["sparsify", "--no-eval", "--bits", "4", "--method", "sparsegpt", *groups],
         "int4-best": ["quantize", "--recipe", "int4-best", *groups],
+        "int4-best-rotated": ["quantize", "--recipe", "int4-best", "--rotate", "always", *groups],
         "int4": ["quantize", "--recipe", "int4", *groups],
     }
     making = [Step(name, [*tool, verb, model, str(made / name), *flags, *calibrated]) for name, (verb, *flags) in one_shot.items()]
