@@ -45,7 +45,7 @@ def measured(chosen: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Folder -> text -> KL, and its difference to the first folder."""
     original = loading.open_subject(chosen.model)
     baseline = loading.load_model(original, dtype=chosen.dtype, device=chosen.device)
-    rows = {name: cut for text in chosen.text for name, cut in cuts(*text.split("=", 1), original, chosen).items()}
+    rows = {name: cut for text in chosen.text for name, cut in cuts(text, original, chosen).items()}
     kls: dict[str, dict[str, torch.Tensor]] = {}
     found: dict[str, dict[str, Any]] = {}
     for name, folder in (word.split("=", 1) for word in chosen.folder):
@@ -60,8 +60,9 @@ def measured(chosen: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return found
 
 
-def cuts(name: str, file: str, original: loading.Subject, chosen: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """The windows of a text; also those without the token that they begin with, where there is one."""
+def cuts(named: str, original: loading.Subject, chosen: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """The windows of a text NAME=FILE; also those without the token that they begin with, where there is one."""
+    name, file = named.split("=", 1)
     text, tokenizer = load_text(file, longest=LONGEST_TEXT), loading.load_tokenizer(original)
     start = windows.window_start(tokenizer, original.model_type)
     settings = EvalSettings(tokens=chosen.tokens, window=chosen.window)
