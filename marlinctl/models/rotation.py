@@ -46,7 +46,8 @@ class Stream:
 
 def stream_of(known: Architecture, config: Mapping[str, Any]) -> Stream | None:
     """None for a model whose stream other things may read or write. known: with a head of its own. config: of the language model."""
-    if known.model_type not in ROTATABLE or known.head is None or known.spelling is not None or known.carried or known.guests or known.outside:
+    others = known.spelling is not None or known.carried or known.guests or known.outside
+    if known.model_type not in ROTATABLE or known.head is None or others:
         return None
     width = _head_dim(config)
     blocks = [_of_block(block, known.hidden_size, width) for block in known.blocks]

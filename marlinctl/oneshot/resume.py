@@ -30,8 +30,8 @@ from marlinctl.checkpoint.formats.base import FormatInfo
 from marlinctl.checkpoint.formats.registry import INTERCHANGE, read_linear
 from marlinctl.checkpoint.model_files import ORDER_FILE
 from marlinctl.checkpoint.orders import Orders, read_orders
-from marlinctl.checkpoint.rotated import Rotation, read_rotation
 from marlinctl.checkpoint.reader import Checkpoint
+from marlinctl.checkpoint.rotated import Rotation, read_rotation
 from marlinctl.checkpoint.safetensors_header import TensorInfo, read_header
 from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.data.calibration import CalibrationSet

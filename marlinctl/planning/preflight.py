@@ -221,10 +221,9 @@ def said_of_untied_head(looked: ModelPlan, fmt: Format) -> str:
     head, embedding = looked.architecture.head, looked.checkpoint.tensors[f"{looked.architecture.embedding}.weight"]
     assert head is not None  # untied
     if head.name not in looked.shapes:
-        size = _mebibytes(embedding.nbytes)
         return (
             f"{head.name} is tied to the embedding, and each is rotated in another way: a 16-bit copy of it is written, and config.json "
-            f"says tie_word_embeddings false; the folder is {size} larger than without --rotate"
+            f"says tie_word_embeddings false; the folder is {_mebibytes(embedding.nbytes)} larger than without --rotate"
         )
     n, k = looked.shapes[head.name]
     size = linear_bytes(fmt, n, k, looked.plan.group_sizes[head.name], looked.plan.grid(head.name)) if fmt.quantized else embedding.nbytes

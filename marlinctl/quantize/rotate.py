@@ -56,9 +56,9 @@ def _hadamard(size: int) -> Tensor:
     whole = torch.ones(1, 1, dtype=torch.float64)
     while len(whole) < size:
         whole = torch.kron(whole, two)
-    return whole / size**0.5
+    return whole.div(size**0.5)
 
 
 def _hartley(size: int) -> Tensor:
     angles = 2 * pi / size * (torch.arange(size)[:, None] * torch.arange(size) % size).double()
-    return (angles.cos() + angles.sin()) / size**0.5
+    return (angles.cos() + angles.sin()).div(size**0.5)
