@@ -1,9 +1,11 @@
-"""What was folded into the weights of a folder before it was compressed (--permute, --equalize): marlinctl/order.safetensors.
+"""What was folded into the weights of a folder before it was compressed (--permute, --equalize, --rotate): marlinctl/order.safetensors.
 
     P.rows              [N] int32    row n of P, weight and bias, is the original's row P.rows[n]
     P.columns           [K] int32    column k of its weight is the original's column P.columns[k]
     P.row_exponents     [N] int32    row n, weight and bias, is then multiplied by 2 to the power of P.row_exponents[n]
     P.column_exponents  [K] int32    column k is multiplied by 2 to the power of P.column_exponents[k]
+
+    rotation.*                     of the whole model, before all of these (rotated.py)
 
 P is a linear, or a norm, whose weight has rows alone. The model computes the same (models/folds.py, oneshot/equalization.py); whoever
 compares weights with the original's, or fits an adapter that was made for it, needs the file.
@@ -24,6 +26,7 @@ from marlinctl.system.files import exists
 if TYPE_CHECKING:
     from torch import Tensor
 
+ROTATION = "rotation."
 ROWS, COLUMNS = ".rows", ".columns"
 ROW_EXPONENTS, COLUMN_EXPONENTS = ".row_exponents", ".column_exponents"
 MOST_EXPONENT = 30  # of either sign, that a file may hold
@@ -38,6 +41,7 @@ def read_orders(folder: Path) -> Orders:
     if not exists(folder, ORDER_FILE):
         return {}
     infos, problems = read_header(folder, ORDER_FILE)
+    infos = {name: info for name, info in infos.items() if not name.startswith(ROTATION)}
     fix = "fetch or write the checkpoint again; the model itself does not need this file"
     where = str(folder / ORDER_FILE)
     problems += [

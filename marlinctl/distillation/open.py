@@ -13,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from marlinctl.checkpoint import findings, sparsity
@@ -25,8 +27,10 @@ from marlinctl.checkpoint.folder import examine
 from marlinctl.checkpoint.formats.base import FormatInfo
 from marlinctl.checkpoint.formats.registry import detect, read_parts
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
+from marlinctl.checkpoint.rotated import rotated_as
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.source_digests import check_known_digests
+from marlinctl.checkpoint.transformers_model import dense_tensors, model_from
 from marlinctl.data.calibration import load_tokenizer
 from marlinctl.errors import BadInput, Problem, UsageError, number_of
 from marlinctl.models.architectures import Architecture
@@ -36,6 +40,9 @@ from marlinctl.recipes.schema import Distill
 from marlinctl.sparsify.mask import two_largest, two_of_four
 from marlinctl.sparsify.types import QUAD
 from marlinctl.system.console import Console
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SPARSIFY = "make it 2:4 first: marlinctl sparsify MODEL OUT"
 
@@ -82,13 +89,17 @@ class Pattern:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One of the two models, checked."""
+    """One of the two models, checked. The teacher's checkpoint is rotated as the student is: hidden states are compared."""
 
     source: Source
     checkpoint: Checkpoint
     architecture: Architecture
     info: FormatInfo
     notes: tuple[str, ...]  # what the person should know of the folder
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        """The whole model in eval mode, every linear dense."""
+        return model_from(self.checkpoint, dense_tensors(self.checkpoint), dtype=dtype, device=device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +137,7 @@ def open_models(
         contents[name] = read
         warnings += [f"{name}: {warning}" for warning in (*model.notes, *zeros)]
     _check_pattern(pupil, pattern, console)
+    original = replace(original, checkpoint=rotated_as(pupil.checkpoint.folder, original.checkpoint, original.architecture))
     return TrainingInputs(pupil, original, pattern, contents, tuple(warnings))
 
 

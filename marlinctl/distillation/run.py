@@ -27,7 +27,6 @@ from marlinctl.checkpoint.licence import licence_of, stated
 from marlinctl.checkpoint.manifest import made_from
 from marlinctl.checkpoint.mask import pack_bits
 from marlinctl.checkpoint.source import Source
-from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output, require_space
 from marlinctl.data.calibration import Samples
 from marlinctl.data.calibration_size import check_documents
@@ -85,7 +84,7 @@ class _Run:
     def whole_teacher(self, opened: TrainingInputs) -> nn.Module:
         """The teacher on this process's device, read once."""
         if self._teacher is None:
-            self._teacher = load_dense(opened.teacher.source.folder, dtype=self.dtype, device=self.processes.device)
+            self._teacher = opened.teacher.load(self.dtype, self.processes.device)
         return self._teacher
 
     def let_teacher_go(self) -> None:
@@ -254,7 +253,7 @@ def _train(run: _Run, opened: TrainingInputs, rows: Rows, state: State | None) -
             run.let_teacher_go()
             ask: Teacher = stack.enter_context(Cached(run.job))
         elif processes.sharded:
-            original = load_dense(opened.teacher.source.folder, dtype=run.dtype, device="cpu")
+            original = opened.teacher.load(run.dtype, torch.device("cpu"))
             require_same_weights("teacher", original, processes)
             processes.shard(original, [original.get_submodule(block.path) for block in opened.teacher.architecture.blocks])
             comparison.require_same_losses("teacher", original)
@@ -312,7 +311,7 @@ def _measure_whole(run: _Run, opened: TrainingInputs, comparison: Comparison) ->
     run.let_teacher_go()
     asked_for = {"student": (opened.student, torch.float32)} | ({} if run.asked.cache_logits else {"teacher": (opened.teacher, run.dtype)})
     for title, (model, dtype) in asked_for.items():
-        load = partial(load_dense, model.source.folder, dtype=dtype, device=run.processes.device)
+        load = partial(model.load, dtype, run.processes.device)
         comparison.measure(title, parameters(model.architecture) * dtype.itemsize, load)
     if run.asked.data != "self":  # the report's peak is what a run needs: the whole teacher that writes text, not a comparison
         forget_device_peaks(run.processes.device)

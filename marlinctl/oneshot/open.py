@@ -16,6 +16,7 @@ from marlinctl.checkpoint.contents import Contents, Noted, reading_contents
 from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.formats.registry import working_format
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
+from marlinctl.checkpoint.rotated import Rotation, drawn, rotated_checkpoint
 from marlinctl.checkpoint.runtimes import loads
 from marlinctl.checkpoint.safetensors_header import TensorInfo
 from marlinctl.checkpoint.shards import MAX_SHARD_BYTES
@@ -41,6 +42,7 @@ from marlinctl.planning.preflight import (
     stored_once,
     wants_mask,
 )
+from marlinctl.planning.rotating import refuse_rotated_pattern
 from marlinctl.recipes.schema import Recipe
 from marlinctl.system.console import Console, gibibytes
 from marlinctl.system.devices import choose_device, forward_dtype, set_up_allocator
@@ -99,6 +101,7 @@ class RunInputs:
     dtype: torch.dtype  # of the forward pass
     contents: Contents  # what its files hold
     warnings: tuple[str, ...]  # what looks wrong and can be worked with; for the report
+    rotation: Rotation | None = None  # of the checkpoint
 
 
 def check_request(recipe: Recipe, options: Options, measure: Measurement | None, *, distils: bool, texts_known: bool = False) -> None:
@@ -147,7 +150,7 @@ def open_model(
     if wants_mask(recipe) is not None:  # one row shows it, before a text is read
         refuse_dense_tiles(from_headers(looked.checkpoint, looked.shapes, weights=True), looked.shapes, recipe)
     packed = {f"{name}.weight" for name in looked.plan.group_sizes} if recipe.scheme.quantizes else set()
-    if looked.unties and packed:
+    if looked.plan.head is not None and looked.plan.head.name in looked.shapes and packed:
         packed.add(f"{looked.architecture.embedding}.weight")
     stored = replace(checkpoint, parts=looked.checkpoint.parts)
     reading = reading_contents(stored, console, scan=looked.architecture.expected, for_4_bits=packed, noted=noted())
@@ -155,6 +158,7 @@ def open_model(
         before_weights(source, checkpoint)
         pattern = of_source(looked.checkpoint, looked.shapes, console)
         check_pattern(pattern.pattern, looked, recipe, console)
+        refuse_rotated_pattern(pattern.pattern, recipe)
         tensors = stored_once(looked.checkpoint, looked.architecture)
         work = Work.of(recipe, element=dtype.itemsize, corrects_drift=looked.corrects_drift, on_device=device.type == "cuda")
         _require_resources(looked, tensors, pattern, work, out if writes else None, options)
@@ -164,9 +168,13 @@ def open_model(
     for warning in findings.of_weights(contents, strict=options.strict):
         console.warn(warning)
         warnings.append(warning)
-    known = looked.architecture
+    known, worked_on, rotation = looked.architecture, looked.checkpoint, None
+    if looked.stream is not None and not pattern.pattern.linears:
+        rotation = drawn(looked.stream)
+        worked_on = rotated_checkpoint(worked_on, looked.stream, rotation)
+        console.say("the residual stream and the value heads are rotated; --rotate never leaves them as they are")
     return RunInputs(
-        source, looked.checkpoint, known, looked.plan, tensors, pattern, looked.corrects_drift, device, dtype, contents, tuple(warnings)
+        source, worked_on, known, looked.plan, tensors, pattern, looked.corrects_drift, device, dtype, contents, tuple(warnings), rotation
     )
 
 

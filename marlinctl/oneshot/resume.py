@@ -31,6 +31,7 @@ from marlinctl.checkpoint.formats.registry import INTERCHANGE, read_linear
 from marlinctl.checkpoint.model_files import ORDER_FILE
 from marlinctl.checkpoint.orders import Orders, read_orders
 from marlinctl.checkpoint.reader import Checkpoint
+from marlinctl.checkpoint.rotated import Rotation, read_rotation
 from marlinctl.checkpoint.safetensors_header import TensorInfo, read_header
 from marlinctl.checkpoint.writer import StagedCheckpoint
 from marlinctl.data.calibration import CalibrationSet
@@ -143,11 +144,13 @@ class RunJob(JobFolder):
         noted = {line["index"]: line.get("orders") for line in self.lines[1:]}
         return {index: self._tensors(file["name"]) for index, file in noted.items() if file is not None}
 
-    def write_orders(self, staged: StagedCheckpoint, source: Path) -> None:
-        """Put those of all blocks into the finished folder, beside those that the model came with."""
+    def write_orders(self, staged: StagedCheckpoint, source: Path, rotation: Rotation | None) -> None:
+        """Put those of all blocks into the finished folder, beside the rotation and those that the model came with."""
         found = {name: order for orders in self.orders().values() for name, order in orders.items()}
+        found |= {} if rotation is None else rotation.tensors()
         if found:
             found |= {name: order.to(torch.int32) for name, order in read_orders(source).items()}
+            found |= {} if (earlier := read_rotation(source)) is None else earlier.tensors()
             with disk_problems(staged.path):
                 make_folder((staged.path / ORDER_FILE).parent)
             write_tensors(staged.path / ORDER_FILE, found)

@@ -181,7 +181,7 @@ def _run(
                     with phases("copy"):
                         copied()
             staged.copy_companions(opened.source.folder)
-            job.write_orders(staged, opened.checkpoint.folder)
+            job.write_orders(staged, opened.checkpoint.folder, opened.rotation)
             tuning = job.tuning()
             tuned = [name for block in tuning for name in tunable(opened.architecture.blocks[block["block"]])]
             staged.write_file("recipe.yaml", recipe.to_yaml().encode())

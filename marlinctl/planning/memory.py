@@ -46,6 +46,7 @@ _HOLES = 1.9  # what the heap grows to over what is alive in it: arrays of a doz
 _KEPT = 1.1  # what it keeps of that for the phases after; both from seven synthetic models (docs/plan.md)
 _TOKENIZER = 36 << 20  # 42 and 27 MiB with 49,152 and 151,665 entries (SmolLM2, Qwen2.5)
 _TOKENIZING = 100  # bytes that a tokenizer needs for each character
+_ROTATED_AT_ONCE = 4 * (128 << 20)  # checkpoint/rotated.py: a part before and after each factor
 _PACKING = 24  # bytes for each weight of a linear that is packed and read back
 
 
@@ -64,6 +65,7 @@ class Work:
     on_device: bool
     ranks: int = 1  # processes that share samples and rows; memory is that of each
     tunes: bool = False  # scales and norms of a block, after its solves
+    rotates: bool = False  # if the model can be rotated
 
     @property
     def own_samples(self) -> int:
@@ -89,6 +91,7 @@ class Work:
             on_device=on_device,
             ranks=ranks,
             tunes=recipe.tunes,
+            rotates=recipe.quantize.rotate != "never" and recipe.scheme.quantizes and not recipe.scheme.prunes,
         )
 
 
@@ -109,9 +112,14 @@ def predicted_peak(architecture: Architecture, compressed: Mapping[str, int], wo
     hidden, base = _hidden_states(architecture, work) + _text(work), BASE + _tokenizer(architecture)
     if work.on_device:  # weights pass through on their way to the device, results on their way back
         stage = max(8 * (s.rows + s.other_rows) * s.k for s in stages(architecture, compressed))
-        return base + _BASE_OF_CUDA + hidden + stage
+        return base + _BASE_OF_CUDA + max(hidden + stage, _rotating(architecture, work))
     running = hidden + _block_bytes(architecture, work) + max(_solving(architecture, compressed, work), _tuning(architecture, work))
-    return base + max(running, _writing(architecture, work))
+    return base + max(running, _writing(architecture, work), _rotating(architecture, work))
+
+
+def _rotating(architecture: Architecture, work: Work) -> int:
+    """The embedding or the head, whichever is read or written: as it is stored, as it is rotated, and a part in double precision."""
+    return 2 * STORED * architecture.vocab_size * architecture.hidden_size + _ROTATED_AT_ONCE if work.rotates else 0
 
 
 def predicted_device_peak(architecture: Architecture, compressed: Mapping[str, int], work: Work) -> int:

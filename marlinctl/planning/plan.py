@@ -440,6 +440,8 @@ def _notes(seen: Headers, looked: ModelPlan, found: Pattern, recipe: Recipe, ran
         notes.append(str(tokens))
     if looked.unties:
         notes.append(said_of_untied_head(looked, _formats(recipe)[0]))
+    if looked.stream is not None and not found.linears:
+        notes.append("the residual stream and the value heads are rotated (--rotate): adapters of the original do not fit the result")
     if not recipe.scheme.quantizes and divided(recipe) is None:
         notes.append("at 16 bits this is what `marlinctl sparsify` writes")
     if recipe.calibration.source == SELF:

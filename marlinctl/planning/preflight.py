@@ -22,7 +22,9 @@ from marlinctl.data.calibration_size import check_documents, check_length, too_f
 from marlinctl.errors import BadInput, Problem, UsageError, number_of
 from marlinctl.models.architectures import Architecture, LinearSpec
 from marlinctl.models.module_map import check_module_map
+from marlinctl.models.rotation import Stream
 from marlinctl.planning.layer_rules import Plan, plan
+from marlinctl.planning.rotating import refuse_idle_rotation, stream_to_rotate
 from marlinctl.quantize.scheme import INT4, UINT4, Grid
 from marlinctl.recipes.schema import Override, Recipe, divided
 from marlinctl.system.console import Console
@@ -37,7 +39,8 @@ class ModelPlan:
     shapes: Mapping[str, tuple[int, int]]  # the linears that are compressed -> (N, K)
     corrects_drift: bool  # whether drift from the reference model is corrected (oneshot/sequential.py)
     checkpoint: Checkpoint  # as the run reads it: a tied head that is compressed has a name of its own
-    unties: bool = False  # whether there is such a head
+    unties: bool = False  # whether there is such a head, or a tied one is copied to be rotated
+    stream: Stream | None = None  # what is rotated, unless the source is 2:4
     notes: tuple[str, ...] = ()  # what the person should know of the folder: what is carried along or left out, how it is stored
 
 
@@ -117,6 +120,7 @@ def check_arguments(recipe: Recipe, module_map: Path | None, *, distils: bool) -
     refuse_idle_bits(recipe)
     refuse_rounded_activations(recipe)
     refuse_lone_tuning(recipe)
+    refuse_idle_rotation(recipe)
     check_module_map(module_map)
     asked = recipe.calibration
     if (most := asked.samples * asked.sequence_length) < asked.minimum_tokens:
@@ -205,16 +209,22 @@ def look(
         _refuse_odd_widths(shapes)
     if problems := misfits(shapes, formats_of(recipe), rules.grids):
         raise BadInput.from_problems("E349", problems)
-    unties = rules.head is not None and rules.head.name in rules.group_sizes and known.head is None
+    stream = stream_to_rotate(checkpoint, known, recipe)
+    unties = known.head is None and (stream is not None or (rules.head is not None and rules.head.name in rules.group_sizes))
     if unties:
         checkpoint, known = with_own_head(checkpoint, known), known.untied()
-    return ModelPlan(known, rules, shapes, recipe.quantize.drift_correction > 0, checkpoint, unties, examined.notes)
+    return ModelPlan(known, rules, shapes, recipe.quantize.drift_correction > 0, checkpoint, unties, stream, examined.notes)
 
 
 def said_of_untied_head(looked: ModelPlan, fmt: Format) -> str:
     """What it costs to compress a tied head, in the folder and for each token."""
-    head, embedding = looked.plan.head, looked.checkpoint.tensors[f"{looked.architecture.embedding}.weight"]
-    assert head is not None
+    head, embedding = looked.architecture.head, looked.checkpoint.tensors[f"{looked.architecture.embedding}.weight"]
+    assert head is not None  # untied
+    if head.name not in looked.shapes:
+        return (
+            f"{head.name} is tied to the embedding, and each is rotated in another way: a 16-bit copy of it is written, and config.json "
+            f"says tie_word_embeddings false; the folder is {_mebibytes(embedding.nbytes)} larger than without --rotate"
+        )
     n, k = looked.shapes[head.name]
     size = linear_bytes(fmt, n, k, looked.plan.group_sizes[head.name], looked.plan.grid(head.name)) if fmt.quantized else embedding.nbytes
     copy = f"a {looked.plan.grid(head.name)} copy" if fmt.quantized else "a copy"

@@ -84,6 +84,7 @@ class Quantize(_Section):
     scale_search: Literal["none", "mse", "hessian"]
     damping: Fraction | Literal["auto"]
     equalize: Literal["auto", "never"]
+    rotate: Literal["auto", "always", "never"]
     refine: int = Field(ge=0, le=100)
     drift_correction: float = Field(ge=0, le=1)
     drift_damping: Fraction

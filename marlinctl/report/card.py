@@ -226,8 +226,8 @@ def _what(facts: CardFacts) -> list[str]:
 
 
 _ORDER = (
-    "channels of some linears lie in another order than in the original, or are multiplied by powers of two that a norm makes up for "
-    f"({ORDER_FILE} says which): a LoRA adapter that was trained for the original does not fit"
+    "channels lie in another order than in the original, are multiplied by powers of two that a norm makes up for, or are rotated "
+    f"({ORDER_FILE} says which): a LoRA adapter or a draft head that was trained for the original's hidden states does not fit"
 )
 
 

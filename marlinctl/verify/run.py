@@ -36,6 +36,7 @@ from marlinctl.checkpoint.fused_experts import with_single_experts
 from marlinctl.checkpoint.mask import open_masks
 from marlinctl.checkpoint.orders import read_orders, relative, reordered
 from marlinctl.checkpoint.reader import FLOAT_DTYPES, require_folder
+from marlinctl.checkpoint.rotated import rotated_as
 from marlinctl.checkpoint.tied_head import with_own_head
 from marlinctl.errors import BadInput, CheckFailed, MarlinctlError, NumericalProblem, Problem, number_of
 from marlinctl.models.architectures import with_stored_pieces
@@ -469,13 +470,14 @@ def _opened(source: Path | None, checkpoint: Checkpoint, info: FormatInfo, conso
 
 
 def _as_of(checkpoint: Checkpoint, source: Checkpoint) -> Checkpoint:
-    """The source with a name for each expert, and with a head of its own where `checkpoint` has one that was made of the tied embedding."""
+    """The source with a name for each expert, rotated as `checkpoint` is, and with a head of its own where `checkpoint` has one that was
+    made of the tied embedding."""
     try:
         known = architecture_of(source.config, source.tensors)
         ours = architecture_of(checkpoint.config, dense_names(checkpoint, registry.detect(checkpoint.config, checkpoint.tensors)))
     except BadInput:  # of a model that a module map describes
         return source
-    source = with_single_experts(source, known)
+    source = rotated_as(checkpoint.folder, with_single_experts(source, known), known)
     return source if known.tied is None or ours.head is None else with_own_head(source, known)
 
 
