@@ -18,10 +18,9 @@ read; activations in flight are one chunk wide. A block's weights are read when 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,6 @@ from torch.func import functional_call
 from marlinctl.data.tokens import Tokens
 from marlinctl.models.architectures import Architecture, Block, Branch, Chain, Experts, Part
 from marlinctl.models.meta_model import (
-    Reached,
     Replay,
     bound,
     call_through,
@@ -40,6 +38,7 @@ from marlinctl.models.meta_model import (
     inputs_of,
     set_parameter,
 )
+from marlinctl.oneshot.embedding import FIRST_SAMPLE, Tensors, embed
 from marlinctl.oneshot.equalization import Equalization
 from marlinctl.oneshot.experts import ExpertsPipeline
 from marlinctl.oneshot.gram import Gram, SolveStage, SolveStages, StageInput
@@ -49,15 +48,6 @@ from marlinctl.oneshot.permutation import ChannelOrders
 from marlinctl.oneshot.reference_stream import ReferenceModel, scaled
 from marlinctl.system.offload import Scratch, Slot
 from marlinctl.system.processes import ALONE, Processes
-
-
-class Tensors(Protocol):
-    """What the pipeline needs of a checkpoint."""
-
-    def read(self, name: str) -> Tensor: ...
-
-    def rows(self, name: str, row_ids: Tensor) -> Tensor: ...
-
 
 NOTHING: Mapping[str, Tensor] = {}
 
@@ -75,8 +65,6 @@ class TunedBlock:
     stage: SolveStage
     others: Mapping[str, Tensor]
 
-
-_FIRST_SAMPLE = slice(0, 1)  # shows what a block computes (equalization.py)
 
 # Called with a block, its module and the pipeline; None: nothing was changed.
 TuneBlock = Callable[[Block, nn.Module, "SequentialPipeline"], TunedBlock | None]
@@ -112,8 +100,6 @@ class SequentialPipeline:
         self.step = max(1, chunk_tokens // self.length)
         self.experts_together, self.solve_experts = experts_together, solve_experts
         self.equalization, self.orders, self.tune = equalization, orders, tune
-        self.decoder = model.get_submodule(architecture.decoder)
-        self.calls: dict[int, list[dict[str, Any]]] = {}  # samples in a chunk -> keyword arguments of every block
         self.of_tokens = TokenArguments(architecture, self.samples, self.length, dtype, device, scratch)
         shape = (self.samples, self.length, architecture.hidden_size)
         self.hidden = scratch.resident(shape, dtype) if resident else torch.empty(shape, dtype=dtype)
@@ -141,61 +127,8 @@ class SequentialPipeline:
             yield slice(first, min(first + self.step, self.samples))
 
     def _embed(self, ids: Tensor) -> None:
-        """Hidden states that enter the first block, and the keyword arguments that the decoder gives to each block.
-
-        Only the embedding rows that occur are read. The model's own forward runs over blocks that pass their input through; it sees the
-        tokens as they are, because some models find padding and positions by them.
-        """
-        used = torch.unique(ids)
-        name = f"{self.architecture.embedding}.weight"
-        architecture = self.architecture
-        set_parameter(self.model, architecture.module(name), self.checkpoint.rows(name, used).to(self.device, self.dtype))
-        for other in architecture.outside:
-            if other not in architecture.by_token:
-                set_parameter(self.model, architecture.module(other), self.checkpoint.read(other).to(self.device, self.dtype))
-        rows = {name: used.to(self.device)}  # embedding -> the tokens whose rows it holds
-        handles = []
-        for weight in (name, *architecture.by_token):
-            embedding = cast(nn.Embedding, self.model.get_submodule(architecture.module(weight.removesuffix(".weight"))))
-            embedding.padding_idx = None  # it counts in the whole vocabulary, and a forward pass does not need it
-            handles.append(embedding.register_forward_pre_hook(partial(_rows_of_tokens, rows, weight)))
-        blocks = [self.model.get_submodule(block.path) for block in architecture.blocks]
-        calls: list[dict[str, Any]] = []
-        first: list[Tensor] = []
-
-        def passing(block: nn.Module, returns_tuple: bool, *args: Any, **kwargs: Any) -> Any:
-            (_, hidden), *others = bound(block, args, kwargs).items()
-            first.append(hidden)
-            calls.append(dict(others))
-            if block is blocks[-1]:  # what comes behind it has no weights yet
-                raise Reached(args, kwargs)
-            return (hidden, None) if returns_tuple else hidden
-
-        for block, known in zip(blocks, self.architecture.blocks, strict=True):
-            block.forward = partial(passing, block, known.returns_tuple)
-        try:
-            for part in (_FIRST_SAMPLE, *self.chunks()):
-                calls.clear()
-                first.clear()
-                batch = ids[part].to(self.device)
-                for other in architecture.by_token:  # Gemma 4's have a row for each block: of all tokens they would take gigabytes
-                    occurring = torch.unique(ids[part])
-                    rows[other] = occurring.to(self.device)
-                    set_parameter(
-                        self.model, architecture.module(other), self.checkpoint.rows(other, occurring).to(self.device, self.dtype)
-                    )
-                with suppress(Reached):
-                    self.decoder(input_ids=batch, use_cache=False)
-                self.hidden[part] = first[0]
-                common = [self.of_tokens.keep(block, part, given) for block, given in zip(architecture.blocks, calls, strict=True)]
-                self.calls.setdefault(batch.shape[0], common)
-        finally:
-            for handle in handles:
-                handle.remove()
-            for block in blocks:
-                del block.forward
-        for other in (name, *self.architecture.outside):
-            set_parameter(self.model, architecture.module(other), torch.empty(0, device="meta"))
+        """Hidden states that enter the first block, and samples in a chunk -> keyword arguments of every block."""
+        self.calls = embed(self.model, self.architecture, self.checkpoint, ids, self.chunks(), self.hidden, self.of_tokens, self.device)
 
     def run_block(self, block: Block, solve: SolveStage, *, replay: bool = False, others: Mapping[str, Tensor] = NOTHING) -> None:
         """Take the hidden states through one block, solving its linears on the way.
@@ -310,8 +243,8 @@ class SequentialPipeline:
     def first_inputs(self, block: Block, layer: nn.Module, modules: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
         """What modules that are run read of the first sample with the weights that the block's module holds, [T, K] each, and what the
         block leaves of it, or what its experts are given, [T, hidden]."""
-        hidden = self.hidden[_FIRST_SAMPLE].to(self.device).clone()  # some blocks add to it in place
-        run = partial(self._run, layer, COMPRESSED, hidden, block.index, _FIRST_SAMPLE)
+        hidden = self.hidden[FIRST_SAMPLE].to(self.device).clone()  # some blocks add to it in place
+        run = partial(self._run, layer, COMPRESSED, hidden, block.index, FIRST_SAMPLE)
         with inputs_of(layer, modules) as seen:
             if block.experts:
                 experts = layer.get_submodule(block.experts[0].module)
@@ -490,8 +423,3 @@ class SequentialPipeline:
 def _set_modules(layer: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     for name, module in modules.items():
         layer.set_submodule(name, module)
-
-
-def _rows_of_tokens(rows: Mapping[str, Tensor], name: str, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """An embedding that holds the rows of some tokens is asked for these. rows[name]: the tokens, in order."""
-    return torch.searchsorted(rows[name], args[0]), *args[1:]
