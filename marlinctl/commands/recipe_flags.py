@@ -61,6 +61,10 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
         "--equalize",
         {"metavar": "auto|never", "help": "Even out columns by powers of two that the norm before them makes up for."},
     ),
+    "quantize.token_weights": (
+        "--token-weights",
+        {"metavar": "uniform|gradient", "help": "gradient: tokens count by the gradient of the model's loss; four forward passes more."},
+    ),
     "quantize.refine": ("--refine", {"type": int, "help": "Rounds of coordinate descent and scale re-fit after the solve."}),
     "quantize.drift_correction": (
         "--drift-correction",

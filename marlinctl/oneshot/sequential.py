@@ -92,6 +92,7 @@ class SequentialPipeline:
         equalization: Equalization | None = None,  # of a block's norms; the checkpoint reads what it and `orders` fold into the weights
         orders: ChannelOrders | None = None,  # chooses those of a block's channels
         tune: TuneBlock | None = None,  # called with the solved block in its module
+        token_weights: Mapping[str, Tensor] = NOTHING,  # linear -> [S, L] float32, of each token in its Hessian; of others all count alike
     ) -> None:
         self.model, self.architecture, self.checkpoint = model, architecture, checkpoint
         self.device, self.dtype, self.scratch = device, dtype, scratch
@@ -100,6 +101,7 @@ class SequentialPipeline:
         self.step = max(1, chunk_tokens // self.length)
         self.experts_together, self.solve_experts = experts_together, solve_experts
         self.equalization, self.orders, self.tune = equalization, orders, tune
+        self.token_weights = token_weights
         self.of_tokens = TokenArguments(architecture, self.samples, self.length, dtype, device, scratch)
         shape = (self.samples, self.length, architecture.hidden_size)
         self.hidden = scratch.resident(shape, dtype) if resident else torch.empty(shape, dtype=dtype)
@@ -142,7 +144,7 @@ class SequentialPipeline:
             drop_parameters(layer)
             self.install(block, layer, block.others)
         if self.reference is not None:
-            self.reference.run_block(block, layer, self.chunks(), partial(self._run, layer, REFERENCE))
+            self.reference.run_block(block, layer, self.chunks(), partial(self.output_of, layer, REFERENCE))
         if self.orders is not None and not replay:
             self._reorder(block, layer, self.orders)
         self.put(block, layer, others)
@@ -212,8 +214,8 @@ class SequentialPipeline:
             self.reference.reorder(columns)
 
     def energies(self, block: Block, layer: nn.Module, modules: Sequence[str]) -> dict[str, Tensor]:
-        """Sums of squares [K] float32 of what these linears read in the original block, in which they run in this order. Of the reference
-        model's activations where there is one, with tokens weighted as in the Hessians."""
+        """Sums of squares [K] float32 of what these linears read in the original block, in which they run in this order, with tokens
+        weighted as in the Hessians. Of the reference model's activations where there is one."""
         sums = {module: torch.zeros((), dtype=torch.float64, device=self.device) for module in modules}
         branches = {part.last: part for part in block.parts if isinstance(part, Branch)}
         for samples in self.chunks():
@@ -221,6 +223,9 @@ class SequentialPipeline:
             for module, x in self._original_inputs(block, layer, modules, samples).items():
                 squares = x.reshape(*counted.shape[:2], -1).float().square()
                 branch = branches.get(module)
+                root = self._root(block, module, samples)
+                if root is not None:
+                    squares *= root.square()
                 if self.reference is not None and branch is not None and self.reference.adds and branch.module in block.streams:
                     squares *= self.reference.token_scale(branch, samples).square()
                 sums[module] = sums[module] + torch.where(counted & torch.isfinite(squares), squares, 0).double().sum((0, 1))
@@ -244,7 +249,7 @@ class SequentialPipeline:
         """What modules that are run read of the first sample with the weights that the block's module holds, [T, K] each, and what the
         block leaves of it, or what its experts are given, [T, hidden]."""
         hidden = self.hidden[FIRST_SAMPLE].to(self.device).clone()  # some blocks add to it in place
-        run = partial(self._run, layer, COMPRESSED, hidden, block.index, FIRST_SAMPLE)
+        run = partial(self.output_of, layer, COMPRESSED, hidden, block.index, FIRST_SAMPLE)
         with inputs_of(layer, modules) as seen:
             if block.experts:
                 experts = layer.get_submodule(block.experts[0].module)
@@ -270,10 +275,10 @@ class SequentialPipeline:
                 set_parameter(layer, parameter, whole.to(self.device, self.dtype))
 
     def _call(self, layer: nn.Module, index: int, part: slice) -> Tensor:
-        return self._run(layer, COMPRESSED, self.hidden[part].to(self.device), index, part)
+        return self.output_of(layer, COMPRESSED, self.hidden[part].to(self.device), index, part)
 
-    def _run(self, layer: nn.Module, model: str, hidden: Tensor, index: int, part: slice) -> Tensor:
-        """model: whose hidden states these are, COMPRESSED or REFERENCE."""
+    def output_of(self, layer: nn.Module, model: str, hidden: Tensor, index: int, part: slice) -> Tensor:
+        """[B, L, hidden]: what a block makes of hidden states, which it may change. model: whose they are, COMPRESSED or REFERENCE."""
         of_tokens = self.of_tokens.of(self.architecture.blocks[index], part, model)
         return hidden_states(layer(hidden, **self.calls[hidden.shape[0]][index], **of_tokens))
 
@@ -306,9 +311,8 @@ class SequentialPipeline:
             (_, x), *others = bound(module, args, kwargs).items()
             inputs[part] = x
             calls.setdefault(x.shape[0], dict(others))
-            gram.add(x, self.counted[part])
-            if self.reference is not None and not replay:
-                gram.add_drift(x, self.reference.input(branch.first[0], part), self.counted[part])
+            if not replay:
+                self._add(gram, block, branch.first[0], x, part)
         self._install(layer, block, solve(first, gram.hessian(first, self.processes), ""))
 
         between = self.scratch.tensor("between", (self.samples, self.length, width_last), self.dtype)
@@ -318,17 +322,18 @@ class SequentialPipeline:
             x = inputs[part].to(self.device)
             (middle, *_), _ = call_until(last_module, module, x, **for_samples(calls[x.shape[0]], part))
             between[part] = middle
-            if self.reference is None or replay:
-                gram.add(middle, self.counted[part])
+            if replay:
                 continue
-            theirs = self.reference.input(branch.last, part)
-            if self.reference.adds and branch.module in block.streams:
-                scale = self.reference.token_scale(branch, part)
-                stream = self.hidden[part].to(self.device)
-                for before in block.streams[branch.module]:
-                    stream = stream + outputs[before](part)
-                middle, theirs = scaled(middle, scale), scaled(theirs, scale)
-                gram.add_residual(middle, (self.reference.residual(branch, part).float() - stream.float()) * scale, self.counted[part])
+            if self.reference is None or not self.reference.adds or branch.module not in block.streams:
+                self._add(gram, block, branch.last, middle, part)
+                continue
+            scale, root = self.reference.token_scale(branch, part), self._root(block, branch.last, part)
+            scale = scale if root is None else scale * root
+            stream = self.hidden[part].to(self.device)
+            for before in block.streams[branch.module]:
+                stream = stream + outputs[before](part)
+            middle, theirs = scaled(middle, scale), scaled(self.reference.input(branch.last, part), scale)
+            gram.add_residual(middle, (self.reference.residual(branch, part).float() - stream.float()) * scale, self.counted[part])
             gram.add(middle, self.counted[part])
             gram.add_drift(middle, theirs, self.counted[part])
         self._install(layer, block, solve((last,), gram.hessian((last,), self.processes), ""))
@@ -339,6 +344,19 @@ class SequentialPipeline:
         for part in self.chunks():
             output[part] = last_module(between[part].to(self.device))
         return lambda part: self._copied(output, part)
+
+    def _add(self, gram: Gram, block: Block, module: str, x: Tensor, part: slice) -> None:
+        """To the sums of a stage what its first linear reads, [B, L, K] or [B * L, K], beside what it reads in the reference model."""
+        root = self._root(block, module, part)
+        x = scaled(x, root)
+        gram.add(x, self.counted[part])
+        if self.reference is not None:
+            gram.add_drift(x, scaled(self.reference.input(module, part), root), self.counted[part])
+
+    def _root(self, block: Block, module: str, part: slice) -> Tensor | None:
+        """What the inputs of a linear are multiplied by, so that tokens have their weights: [B, L, 1] float32. None: all count alike."""
+        weights = self.token_weights.get(block.linear(module))
+        return None if weights is None else weights[part].to(self.device).sqrt().unsqueeze(-1)
 
     def _run_chain(
         self, block: Block, layer: nn.Module, chain: Chain,
@@ -352,9 +370,7 @@ class SequentialPipeline:
             for part in () if replay else self.chunks():
                 self._set_replays(replays, outputs, part)
                 (x, *_), _ = call_until(target, self._call, layer, block.index, part)
-                gram.add(x, self.counted[part])
-                if self.reference is not None:
-                    gram.add_drift(x, self.reference.input(stage[0], part), self.counted[part])
+                self._add(gram, block, stage[0], x, part)
             self._install(layer, block, solve(names, gram.hessian(names, self.processes), ""))
         if not chain.module or chain is block.parts[-1]:
             return

@@ -36,6 +36,7 @@ CHUNK_TOKENS_ON_DEVICE = 8192  # of a GPU: launches are expensive there, memory 
 QUEUED_BLOCKS = 8  # blocks of a GPU on their way to the disk, the one in work among them (oneshot/commits.py)
 QUEUED_BYTES = 4 << 30  # of the device's memory that they hold; one block may be larger
 EXPERTS_BYTES = 4 << 30  # of a GPU's memory that experts which are solved together may take: enough rows for all of an H200's units
+LOGITS = 1 << 24  # of the chunk of tokens whose gradients go back through the output head: 100 tokens of a vocabulary of 150,000
 SHARD_BYTES = 1 << 30  # finished tensors that `pack` keeps in memory before they become a shard
 
 STORED = 2  # bytes of a weight in the checkpoint
