@@ -54,7 +54,7 @@ def _is_job_file(name: str) -> bool:
     """With .part: what an earlier version of marlinctl left of a file that it was writing."""
     known = (
         rf"({re.escape(JOB_MARKER)}|{_LOCK}|{re.escape(_RUNNING)}|job\.json|journal\.jsonl|(blocks|state|pruned|tracker)\.json"
-        rf"|staged(-({_outputs()}))?\.masks|(calibration|rows)\.safetensors|(teacher|block|state)-\d+\.safetensors)(\.part)?"
+        rf"|staged(-({_outputs()}))?\.masks|(calibration|token_weights|rows)\.safetensors|(teacher|block|state)-\d+\.safetensors)(\.part)?"
     )
     return re.fullmatch(known, name) is not None
 

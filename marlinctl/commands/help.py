@@ -25,7 +25,7 @@ TITLES: Mapping[str, str] = {
     "What is computed": "--recipe --pattern --mode --build --arch --only --check --tp --layers --shape --roofline --dense --sparse"
     " --bits --asymmetric --group-size bench:--tokens --configurations --tune --peers --batch --lengths --fuse --compile"
     " --skip --include --override --method --mask-sweeps --ls-iterations --permute --scale-search --scale-sign --act-order --equalize"
-    " --rotate --refine --drift-correction --damping --tune-steps --from-block --weights",
+    " --rotate --token-weights --refine --drift-correction --damping --tune-steps --from-block --weights",
     "Calibration": "--calibration --samples --sequence-length --chat --seed",
     "Training": "--distill-data --distill-tokens --distill-sequence-length --data distill:--tokens distill:--sequence-length"
     " --learning-rate --warmup --batch-tokens --micro-batch --ce --squarehead --kl --temperature --mask --mask-interval"

@@ -65,6 +65,10 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
         "--rotate",
         {"metavar": "auto|always|never", "help": "Rotate residual stream and value heads, so that no channel is much larger than others."},
     ),
+    "quantize.token_weights": (
+        "--token-weights",
+        {"metavar": "uniform|gradient", "help": "gradient: tokens count by the gradient of the model's loss; four forward passes more."},
+    ),
     "quantize.refine": ("--refine", {"type": int, "help": "Rounds of coordinate descent and scale re-fit after the solve."}),
     "quantize.drift_correction": (
         "--drift-correction",

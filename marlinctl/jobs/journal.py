@@ -6,6 +6,7 @@
     journal.jsonl     one line for each thing that is finished, each on the disk before the next thing begins:
                         begun        what decides the numbers (the fingerprint): model, recipe, tokens, versions, dtype, kind of device;
                                      and the stamps of the model's shards, by which a resumed run sees that they are unchanged
+                        token weights  of the calibration tokens, where the recipe wants any (oneshot/resume.py)
                         block, head  a finished block (oneshot/resume.py), with size and SHA-256 of its files
                         publishing   everything is checked; these folders get their names now
                         published    they have them

@@ -165,9 +165,9 @@ class ReferenceModel:
         return self.scratch.tensor(slot, (*self.hidden.shape[:2], width), self.dtype)
 
 
-def scaled(x: Tensor, scale: Tensor) -> Tensor:
-    """x [B, L, K] times scale [B, L, 1] float32, multiplied in float32 and rounded once to the dtype of x."""
-    return torch.mul(x, scale, out=torch.empty_like(x))
+def scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    """x [B, L, K] or [B * L, K] times scale [B, L, 1] float32, multiplied in float32 and rounded once to the dtype of x. None: x itself."""
+    return x if scale is None else torch.mul(x, scale.reshape(*x.shape[:-1], 1), out=torch.empty_like(x))
 
 
 def mean_energy(energy: Tensor, processes: Processes = ALONE) -> Tensor:

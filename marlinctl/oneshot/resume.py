@@ -1,12 +1,13 @@
 """What quantize and sparsify keep in the job's folder, to resume after the last finished block.
 
     calibration.safetensors     the token ids, and which of them count; the text is not needed again
+    token_weights.safetensors   the weights of these tokens in the Hessians, where the recipe wants any
     staged/                     a shard for each finished block; they are merged when all are there (checkpoint/shards.py)
     staged.masks                the masks of the finished blocks, where there are any
     states/00012.safetensors    the hidden states that enter block 12; the last two that were kept
     orders/00012.safetensors    the orders of rows and columns in block 12, where the run chose any
 
-    journal    begun ─► block 0 ─► block 1 ─► ... ─► head
+    journal    begun (─► token weights) ─► block 0 ─► block 1 ─► ... ─► head
 
 A block is finished when its shard and its masks are on the disk, and the hidden states behind it where they are kept; then its line is
 written. What no line names is made again. Blocks behind the last states are replayed: run once more with the weights that are stored. On a
@@ -48,6 +49,8 @@ from marlinctl.system.console import Console
 from marlinctl.system.digests import sha256_of, sha256_of_part
 
 _CALIBRATION = "calibration.safetensors"
+_TOKEN_WEIGHTS = "token_weights.safetensors"
+_WEIGHTED = "token weights"  # step of the journal
 _STATES_KEPT = 2
 
 
@@ -77,7 +80,38 @@ class RunJob(JobFolder):
         found = self._tensors(_CALIBRATION)
         return CalibrationSet(Tokens(found["ids"], found["counted"]), noted["facts"])
 
+    # Token weights
+
+    def keep_token_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Before the first block is solved."""
+        write_tensors(self.path / _TOKEN_WEIGHTS, weights)
+        self.require_inputs_unchanged()
+        self.append({"step": _WEIGHTED, "file": self._described(_TOKEN_WEIGHTS)})
+
+    def token_weights(self) -> dict[str, Tensor] | None:
+        """After `take_up`. None where none are kept."""
+        return self._tensors(_TOKEN_WEIGHTS) if self._weighted else None
+
+    @property
+    def _weighted(self) -> bool:
+        return len(self.lines) > 1 and self.lines[1]["step"] == _WEIGHTED
+
+    @property
+    def _weights_are_whole(self) -> bool:
+        noted = self.lines[1].get("file") if self._weighted else None
+        return _describes_file(noted) and noted["name"] == _TOKEN_WEIGHTS and self._is_as_noted(noted)
+
     # Blocks
+
+    @property
+    def _before_blocks(self) -> int:
+        """How many lines stand before those of blocks."""
+        return 2 if self._weighted else 1
+
+    @property
+    def _of_blocks(self) -> list[dict[str, Any]]:
+        """The lines of finished blocks, and what follows them."""
+        return self.lines[self._before_blocks :]
 
     def commit(self, step: str, index: int, finished: Finished, staged: StagedCheckpoint, states: Mapping[str, Tensor]) -> None:
         """Write and note a finished block, or the head. states: the hidden states behind it, {} where they are not kept.
@@ -102,22 +136,29 @@ class RunJob(JobFolder):
             noted["state"] = self._described(_state_name(index + 1))
         self.append(noted)
 
-    def take_up(self, staged: StagedCheckpoint, console: Console, *, redo_from: int | None, pieces: int) -> list[LayerRecord]:
+    def take_up(
+        self, staged: StagedCheckpoint, console: Console, *, redo_from: int | None, pieces: int, weighted: bool = False
+    ) -> list[LayerRecord]:
         """Put `staged` where the last finished block left it; returns the records so far. Lines whose files are damaged are dropped.
 
-        redo_from: blocks from this one on are dropped too. pieces: blocks, and the head if it is solved.
+        redo_from: blocks from this one on are dropped too. pieces: blocks, and the head if it is solved. weighted: blocks are solved with
+        token weights, without which none of them stays.
         """
         if redo_from is not None and redo_from >= pieces:
             what = f"--from-block {redo_from}: the blocks of this model are 0 to {pieces - 1}"
             raise UsageError("E288", what, where="--from-block", fix="name one of them, or leave it out")
         found = len(self.lines)
-        good = 1 + self._whole()
-        if redo_from is not None:
-            good = min(good, 1 + redo_from)
+        before = self._before_blocks
+        good = before + self._whole()
+        if weighted and found > 1 and not self._weights_are_whole:
+            console.warn("the token weights of the job are damaged or missing: they are computed again, and all blocks solved again")
+            good = 1
+        elif redo_from is not None:
+            good = min(good, before + redo_from)
         elif good < found:
-            console.warn(f"files of the job are damaged or missing after block {good - 2}; those blocks are solved again")
+            console.warn(f"files of the job are damaged or missing after block {good - before - 1}; those blocks are solved again")
         self.drop_from(good)
-        done = self.lines[1:]
+        done = self._of_blocks
         records = [LayerRecord(**{**record, "shape": tuple(record["shape"])}) for line in done for record in line["records"]]
         shards = [Path(line["shard"]["name"]).name for line in done if line["shard"] is not None]
         layers = [(record.name, *record.shape) for record in records if record.pattern is not None]
@@ -137,11 +178,11 @@ class RunJob(JobFolder):
 
     def tuning(self) -> list[dict[str, Any]]:
         """Of the blocks that were tuned: their error on held-out samples, before and after."""
-        return [{"block": line["index"], **line["tuning"]} for line in self.lines[1:] if isinstance(line.get("tuning"), dict)]
+        return [{"block": line["index"], **line["tuning"]} for line in self._of_blocks if isinstance(line.get("tuning"), dict)]
 
     def orders(self) -> dict[int, Orders]:
         """Of the finished blocks that have any."""
-        noted = {line["index"]: line.get("orders") for line in self.lines[1:]}
+        noted = {line["index"]: line.get("orders") for line in self._of_blocks}
         return {index: self._tensors(file["name"]) for index, file in noted.items() if file is not None}
 
     def write_orders(self, staged: StagedCheckpoint, source: Path, rotation: Rotation | None) -> None:
@@ -161,7 +202,7 @@ class RunJob(JobFolder):
         0 and {} where there is none.
         """
         for index in range(self.finished, 0, -1):
-            state = self.lines[index].get("state")
+            state = self._of_blocks[index - 1].get("state")
             if _describes_file(state) and self._is_as_noted(state):
                 return index, self._tensors(state["name"])
         return 0, {}
@@ -169,7 +210,7 @@ class RunJob(JobFolder):
     def stored_weights(self, records: Sequence[LayerRecord], reader: Reader, device: torch.device) -> StoredWeights:
         """Of the finished blocks, read onto `device`."""
         infos: dict[str, TensorInfo] = {}
-        for line in self.lines[1:]:
+        for line in self._of_blocks:
             if line["shard"] is not None:
                 shard, problems = read_header(self.staged, Path(line["shard"]["name"]).name)
                 if problems:
@@ -188,7 +229,7 @@ class RunJob(JobFolder):
     def _whole(self) -> int:
         """How many lines behind the first are followed by files that are as they say."""
         count, masked = 0, 0
-        for line in self.lines[1:]:
+        for line in self._of_blocks:
             if not _is_whole_line(line, count) or (line["shard"] is not None and not self._is_as_noted(line["shard"])):
                 break
             size, spool = line["masks"]["bytes"], self.staged.with_name(self.staged.name + ".masks")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,9 +26,7 @@ from torch import Tensor
 from marlinctl.checkpoint import findings
 from marlinctl.checkpoint.contents import Contents
 from marlinctl.checkpoint.formats.base import Format
-from marlinctl.checkpoint.formats.registry import (
-    working_format,
-)
+from marlinctl.checkpoint.formats.registry import working_format
 from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.source import Source, resolve_model
 from marlinctl.checkpoint.writer import StagedCheckpoint, check_output
@@ -50,6 +48,7 @@ from marlinctl.oneshot.reading import Reader
 from marlinctl.oneshot.resume import RunJob
 from marlinctl.oneshot.sequential import SequentialPipeline
 from marlinctl.oneshot.solve import steps_on
+from marlinctl.oneshot.token_weights import token_weights
 from marlinctl.oneshot.tuning import tunable
 from marlinctl.oneshot.written import expected_pieces, verify_written
 from marlinctl.planning.memory import CHUNK_TOKENS, CHUNK_TOKENS_ON_DEVICE, Work, predicted_device_peak
@@ -344,29 +343,35 @@ def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: 
     architecture, head, processes = opened.architecture, opened.plan.head, solving.processes
     pieces = len(architecture.blocks) + (head is not None)
     if processes.main:
-        solving.records = job.take_up(solving.staged, console, redo_from=attempt.redo_from, pieces=pieces)
+        solving.records = job.take_up(
+            solving.staged, console, redo_from=attempt.redo_from, pieces=pieces, weighted=solving.recipe.weighs_tokens
+        )
     model = build(opened.checkpoint.config, opened.dtype)
+    new = partial(
+        SequentialPipeline,
+        model, architecture, solving.weights, ranks.own_samples(tokens, processes),
+        device=opened.device, dtype=opened.dtype, chunk_tokens=attempt.chunk_tokens, resident=True, processes=processes,
+    )  # fmt: skip
+    samples = len(tokens.ids)
     linears = len(architecture.linears) + (head is not None)
+    solving.folded.forget()
+    weights = _token_weights(job, solving, attempt, new, samples) if solving.recipe.weighs_tokens else {}
     with (
         console.progress("quantize" if solving.scheme.quantizes else "prune", linears) as solving.progress,
         _deterministic(solving.options.deterministic),
     ):
         first = processes.share(job.finished)
-        solving.folded.forget()
         solving.progress.advance(sum(len(block.linears) for block in architecture.blocks[:first]))
         if first == pieces:
             return
         if first < len(architecture.blocks):
             _expect(architecture.blocks[first], solving)
         with solving.phases("embed"):
-            pipeline = SequentialPipeline(
-                model, architecture, solving.weights, ranks.own_samples(tokens, processes),
-                device=opened.device, dtype=opened.dtype, scratch=_scratch(job, solving, attempt.budget),
-                chunk_tokens=attempt.chunk_tokens, corrects_drift=opened.corrects_drift, resident=True, processes=processes,
+            pipeline = new(
+                scratch=_scratch(job, solving, attempt.budget), corrects_drift=opened.corrects_drift, token_weights=weights,
                 experts_together=solving.experts_together if attempt.batches else 1, solve_experts=solving.stages,
                 equalization=solving.equalization, orders=solving.orders, tune=solving.tune if solving.recipe.tunes else None,
             )  # fmt: skip
-        samples = len(tokens.ids)
         _replay(pipeline, job, solving, console, samples)
         on_gpu = opened.device.type == "cuda"
         pace = Pace(processes.count * sum(tensor.nbytes for tensor in pipeline.states().values()))
@@ -399,6 +404,19 @@ def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: 
                 pipeline.run_head(head.name, solving.stage)
                 if processes.main:
                     commits.submit(partial(_commit, job, solving, "head", len(architecture.blocks), solving.take(), {}, pace))
+
+
+def _token_weights(
+    job: RunJob, solving: LayerQuantizer, attempt: _Attempt, new: Callable[..., SequentialPipeline], samples: int
+) -> dict[str, Tensor]:
+    def expect(block: Block) -> None:
+        solving.weights.expect([*block.others, *(f"{name}.weight" for name in block.linears)])
+
+    with solving.phases("token weights"), _deterministic(solving.options.deterministic):
+        return token_weights(
+            job, solving.opened.architecture, samples, solving.recipe.calibration.seed,
+            lambda: new(scratch=_scratch(job, solving, attempt.budget)), solving.console, solving.processes, expect=expect,
+        )  # fmt: skip
 
 
 def _scratch(job: RunJob, solving: LayerQuantizer, budget: int) -> Scratch:

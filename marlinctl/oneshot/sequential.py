@@ -18,10 +18,9 @@ read; activations in flight are one chunk wide. A block's weights are read when 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,6 @@ from torch.func import functional_call
 from marlinctl.data.tokens import Tokens
 from marlinctl.models.architectures import Architecture, Block, Branch, Chain, Experts, Part
 from marlinctl.models.meta_model import (
-    Reached,
     Replay,
     bound,
     call_through,
@@ -40,6 +38,7 @@ from marlinctl.models.meta_model import (
     inputs_of,
     set_parameter,
 )
+from marlinctl.oneshot.embedding import FIRST_SAMPLE, Tensors, embed
 from marlinctl.oneshot.equalization import Equalization
 from marlinctl.oneshot.experts import ExpertsPipeline
 from marlinctl.oneshot.gram import Gram, SolveStage, SolveStages, StageInput
@@ -49,15 +48,6 @@ from marlinctl.oneshot.permutation import ChannelOrders
 from marlinctl.oneshot.reference_stream import ReferenceModel, scaled
 from marlinctl.system.offload import Scratch, Slot
 from marlinctl.system.processes import ALONE, Processes
-
-
-class Tensors(Protocol):
-    """What the pipeline needs of a checkpoint."""
-
-    def read(self, name: str) -> Tensor: ...
-
-    def rows(self, name: str, row_ids: Tensor) -> Tensor: ...
-
 
 NOTHING: Mapping[str, Tensor] = {}
 
@@ -75,8 +65,6 @@ class TunedBlock:
     stage: SolveStage
     others: Mapping[str, Tensor]
 
-
-_FIRST_SAMPLE = slice(0, 1)  # shows what a block computes (equalization.py)
 
 # Called with a block, its module and the pipeline; None: nothing was changed.
 TuneBlock = Callable[[Block, nn.Module, "SequentialPipeline"], TunedBlock | None]
@@ -104,6 +92,7 @@ class SequentialPipeline:
         equalization: Equalization | None = None,  # of a block's norms; the checkpoint reads what it and `orders` fold into the weights
         orders: ChannelOrders | None = None,  # chooses those of a block's channels
         tune: TuneBlock | None = None,  # called with the solved block in its module
+        token_weights: Mapping[str, Tensor] = NOTHING,  # linear -> [S, L] float32, of each token in its Hessian; of others all count alike
     ) -> None:
         self.model, self.architecture, self.checkpoint = model, architecture, checkpoint
         self.device, self.dtype, self.scratch = device, dtype, scratch
@@ -112,8 +101,7 @@ class SequentialPipeline:
         self.step = max(1, chunk_tokens // self.length)
         self.experts_together, self.solve_experts = experts_together, solve_experts
         self.equalization, self.orders, self.tune = equalization, orders, tune
-        self.decoder = model.get_submodule(architecture.decoder)
-        self.calls: dict[int, list[dict[str, Any]]] = {}  # samples in a chunk -> keyword arguments of every block
+        self.token_weights = token_weights
         self.of_tokens = TokenArguments(architecture, self.samples, self.length, dtype, device, scratch)
         shape = (self.samples, self.length, architecture.hidden_size)
         self.hidden = scratch.resident(shape, dtype) if resident else torch.empty(shape, dtype=dtype)
@@ -141,61 +129,8 @@ class SequentialPipeline:
             yield slice(first, min(first + self.step, self.samples))
 
     def _embed(self, ids: Tensor) -> None:
-        """Hidden states that enter the first block, and the keyword arguments that the decoder gives to each block.
-
-        Only the embedding rows that occur are read. The model's own forward runs over blocks that pass their input through; it sees the
-        tokens as they are, because some models find padding and positions by them.
-        """
-        used = torch.unique(ids)
-        name = f"{self.architecture.embedding}.weight"
-        architecture = self.architecture
-        set_parameter(self.model, architecture.module(name), self.checkpoint.rows(name, used).to(self.device, self.dtype))
-        for other in architecture.outside:
-            if other not in architecture.by_token:
-                set_parameter(self.model, architecture.module(other), self.checkpoint.read(other).to(self.device, self.dtype))
-        rows = {name: used.to(self.device)}  # embedding -> the tokens whose rows it holds
-        handles = []
-        for weight in (name, *architecture.by_token):
-            embedding = cast(nn.Embedding, self.model.get_submodule(architecture.module(weight.removesuffix(".weight"))))
-            embedding.padding_idx = None  # it counts in the whole vocabulary, and a forward pass does not need it
-            handles.append(embedding.register_forward_pre_hook(partial(_rows_of_tokens, rows, weight)))
-        blocks = [self.model.get_submodule(block.path) for block in architecture.blocks]
-        calls: list[dict[str, Any]] = []
-        first: list[Tensor] = []
-
-        def passing(block: nn.Module, returns_tuple: bool, *args: Any, **kwargs: Any) -> Any:
-            (_, hidden), *others = bound(block, args, kwargs).items()
-            first.append(hidden)
-            calls.append(dict(others))
-            if block is blocks[-1]:  # what comes behind it has no weights yet
-                raise Reached(args, kwargs)
-            return (hidden, None) if returns_tuple else hidden
-
-        for block, known in zip(blocks, self.architecture.blocks, strict=True):
-            block.forward = partial(passing, block, known.returns_tuple)
-        try:
-            for part in (_FIRST_SAMPLE, *self.chunks()):
-                calls.clear()
-                first.clear()
-                batch = ids[part].to(self.device)
-                for other in architecture.by_token:  # Gemma 4's have a row for each block: of all tokens they would take gigabytes
-                    occurring = torch.unique(ids[part])
-                    rows[other] = occurring.to(self.device)
-                    set_parameter(
-                        self.model, architecture.module(other), self.checkpoint.rows(other, occurring).to(self.device, self.dtype)
-                    )
-                with suppress(Reached):
-                    self.decoder(input_ids=batch, use_cache=False)
-                self.hidden[part] = first[0]
-                common = [self.of_tokens.keep(block, part, given) for block, given in zip(architecture.blocks, calls, strict=True)]
-                self.calls.setdefault(batch.shape[0], common)
-        finally:
-            for handle in handles:
-                handle.remove()
-            for block in blocks:
-                del block.forward
-        for other in (name, *self.architecture.outside):
-            set_parameter(self.model, architecture.module(other), torch.empty(0, device="meta"))
+        """Hidden states that enter the first block, and samples in a chunk -> keyword arguments of every block."""
+        self.calls = embed(self.model, self.architecture, self.checkpoint, ids, self.chunks(), self.hidden, self.of_tokens, self.device)
 
     def run_block(self, block: Block, solve: SolveStage, *, replay: bool = False, others: Mapping[str, Tensor] = NOTHING) -> None:
         """Take the hidden states through one block, solving its linears on the way.
@@ -209,7 +144,7 @@ class SequentialPipeline:
             drop_parameters(layer)
             self.install(block, layer, block.others)
         if self.reference is not None:
-            self.reference.run_block(block, layer, self.chunks(), partial(self._run, layer, REFERENCE))
+            self.reference.run_block(block, layer, self.chunks(), partial(self.output_of, layer, REFERENCE))
         if self.orders is not None and not replay:
             self._reorder(block, layer, self.orders)
         self.put(block, layer, others)
@@ -279,8 +214,8 @@ class SequentialPipeline:
             self.reference.reorder(columns)
 
     def energies(self, block: Block, layer: nn.Module, modules: Sequence[str]) -> dict[str, Tensor]:
-        """Sums of squares [K] float32 of what these linears read in the original block, in which they run in this order. Of the reference
-        model's activations where there is one, with tokens weighted as in the Hessians."""
+        """Sums of squares [K] float32 of what these linears read in the original block, in which they run in this order, with tokens
+        weighted as in the Hessians. Of the reference model's activations where there is one."""
         sums = {module: torch.zeros((), dtype=torch.float64, device=self.device) for module in modules}
         branches = {part.last: part for part in block.parts if isinstance(part, Branch)}
         for samples in self.chunks():
@@ -288,6 +223,9 @@ class SequentialPipeline:
             for module, x in self._original_inputs(block, layer, modules, samples).items():
                 squares = x.reshape(*counted.shape[:2], -1).float().square()
                 branch = branches.get(module)
+                root = self._root(block, module, samples)
+                if root is not None:
+                    squares *= root.square()
                 if self.reference is not None and branch is not None and self.reference.adds and branch.module in block.streams:
                     squares *= self.reference.token_scale(branch, samples).square()
                 sums[module] = sums[module] + torch.where(counted & torch.isfinite(squares), squares, 0).double().sum((0, 1))
@@ -310,8 +248,8 @@ class SequentialPipeline:
     def first_inputs(self, block: Block, layer: nn.Module, modules: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
         """What modules that are run read of the first sample with the weights that the block's module holds, [T, K] each, and what the
         block leaves of it, or what its experts are given, [T, hidden]."""
-        hidden = self.hidden[_FIRST_SAMPLE].to(self.device).clone()  # some blocks add to it in place
-        run = partial(self._run, layer, COMPRESSED, hidden, block.index, _FIRST_SAMPLE)
+        hidden = self.hidden[FIRST_SAMPLE].to(self.device).clone()  # some blocks add to it in place
+        run = partial(self.output_of, layer, COMPRESSED, hidden, block.index, FIRST_SAMPLE)
         with inputs_of(layer, modules) as seen:
             if block.experts:
                 experts = layer.get_submodule(block.experts[0].module)
@@ -337,10 +275,10 @@ class SequentialPipeline:
                 set_parameter(layer, parameter, whole.to(self.device, self.dtype))
 
     def _call(self, layer: nn.Module, index: int, part: slice) -> Tensor:
-        return self._run(layer, COMPRESSED, self.hidden[part].to(self.device), index, part)
+        return self.output_of(layer, COMPRESSED, self.hidden[part].to(self.device), index, part)
 
-    def _run(self, layer: nn.Module, model: str, hidden: Tensor, index: int, part: slice) -> Tensor:
-        """model: whose hidden states these are, COMPRESSED or REFERENCE."""
+    def output_of(self, layer: nn.Module, model: str, hidden: Tensor, index: int, part: slice) -> Tensor:
+        """[B, L, hidden]: what a block makes of hidden states, which it may change. model: whose they are, COMPRESSED or REFERENCE."""
         of_tokens = self.of_tokens.of(self.architecture.blocks[index], part, model)
         return hidden_states(layer(hidden, **self.calls[hidden.shape[0]][index], **of_tokens))
 
@@ -373,9 +311,8 @@ class SequentialPipeline:
             (_, x), *others = bound(module, args, kwargs).items()
             inputs[part] = x
             calls.setdefault(x.shape[0], dict(others))
-            gram.add(x, self.counted[part])
-            if self.reference is not None and not replay:
-                gram.add_drift(x, self.reference.input(branch.first[0], part), self.counted[part])
+            if not replay:
+                self._add(gram, block, branch.first[0], x, part)
         self._install(layer, block, solve(first, gram.hessian(first, self.processes), ""))
 
         between = self.scratch.tensor("between", (self.samples, self.length, width_last), self.dtype)
@@ -385,17 +322,18 @@ class SequentialPipeline:
             x = inputs[part].to(self.device)
             (middle, *_), _ = call_until(last_module, module, x, **for_samples(calls[x.shape[0]], part))
             between[part] = middle
-            if self.reference is None or replay:
-                gram.add(middle, self.counted[part])
+            if replay:
                 continue
-            theirs = self.reference.input(branch.last, part)
-            if self.reference.adds and branch.module in block.streams:
-                scale = self.reference.token_scale(branch, part)
-                stream = self.hidden[part].to(self.device)
-                for before in block.streams[branch.module]:
-                    stream = stream + outputs[before](part)
-                middle, theirs = scaled(middle, scale), scaled(theirs, scale)
-                gram.add_residual(middle, (self.reference.residual(branch, part).float() - stream.float()) * scale, self.counted[part])
+            if self.reference is None or not self.reference.adds or branch.module not in block.streams:
+                self._add(gram, block, branch.last, middle, part)
+                continue
+            scale, root = self.reference.token_scale(branch, part), self._root(block, branch.last, part)
+            scale = scale if root is None else scale * root
+            stream = self.hidden[part].to(self.device)
+            for before in block.streams[branch.module]:
+                stream = stream + outputs[before](part)
+            middle, theirs = scaled(middle, scale), scaled(self.reference.input(branch.last, part), scale)
+            gram.add_residual(middle, (self.reference.residual(branch, part).float() - stream.float()) * scale, self.counted[part])
             gram.add(middle, self.counted[part])
             gram.add_drift(middle, theirs, self.counted[part])
         self._install(layer, block, solve((last,), gram.hessian((last,), self.processes), ""))
@@ -406,6 +344,19 @@ class SequentialPipeline:
         for part in self.chunks():
             output[part] = last_module(between[part].to(self.device))
         return lambda part: self._copied(output, part)
+
+    def _add(self, gram: Gram, block: Block, module: str, x: Tensor, part: slice) -> None:
+        """To the sums of a stage what its first linear reads, [B, L, K] or [B * L, K], beside what it reads in the reference model."""
+        root = self._root(block, module, part)
+        x = scaled(x, root)
+        gram.add(x, self.counted[part])
+        if self.reference is not None:
+            gram.add_drift(x, scaled(self.reference.input(module, part), root), self.counted[part])
+
+    def _root(self, block: Block, module: str, part: slice) -> Tensor | None:
+        """What the inputs of a linear are multiplied by, so that tokens have their weights: [B, L, 1] float32. None: all count alike."""
+        weights = self.token_weights.get(block.linear(module))
+        return None if weights is None else weights[part].to(self.device).sqrt().unsqueeze(-1)
 
     def _run_chain(
         self, block: Block, layer: nn.Module, chain: Chain,
@@ -419,9 +370,7 @@ class SequentialPipeline:
             for part in () if replay else self.chunks():
                 self._set_replays(replays, outputs, part)
                 (x, *_), _ = call_until(target, self._call, layer, block.index, part)
-                gram.add(x, self.counted[part])
-                if self.reference is not None:
-                    gram.add_drift(x, self.reference.input(stage[0], part), self.counted[part])
+                self._add(gram, block, stage[0], x, part)
             self._install(layer, block, solve(names, gram.hessian(names, self.processes), ""))
         if not chain.module or chain is block.parts[-1]:
             return
@@ -490,8 +439,3 @@ class SequentialPipeline:
 def _set_modules(layer: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     for name, module in modules.items():
         layer.set_submodule(name, module)
-
-
-def _rows_of_tokens(rows: Mapping[str, Tensor], name: str, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """An embedding that holds the rows of some tokens is asked for these. rows[name]: the tokens, in order."""
-    return torch.searchsorted(rows[name], args[0]), *args[1:]

@@ -18,7 +18,7 @@ from marlinctl.checkpoint.safetensors_header import TensorInfo
 from marlinctl.checkpoint.shards import MAX_SHARD_BYTES
 from marlinctl.models.architectures import Architecture, Block, Branch, Chain, Experts
 from marlinctl.planning.layer_rules import Plan
-from marlinctl.planning.memory import SHARD_BYTES, Work, trained_weights
+from marlinctl.planning.memory import SHARD_BYTES, Work, token_weights_bytes, trained_weights
 from marlinctl.recipes.schema import Distill
 
 Shapes = Mapping[str, tuple[int, int]]  # linear -> (N, K)
@@ -75,13 +75,28 @@ def merged_bytes(pieces: int, max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
 
 
 def state_bytes(architecture: Architecture, work: Work) -> int:
-    """The hidden states that enter two blocks, with drift correction also the reference model's: what a run resumes from."""
+    """The hidden states that enter two blocks, with drift correction also the reference model's: what a run resumes from. And the weights
+    of tokens."""
     copies = 2 * (2 if work.corrects_drift else 1)
-    return copies * work.samples * work.length * (architecture.hidden_size + architecture.shared_values) * work.element
+    states = copies * work.samples * work.length * (architecture.hidden_size + architecture.shared_values) * work.element
+    return states + token_weights_bytes(architecture, work)
 
 
 def scratch_bytes(architecture: Architecture, work: Work) -> int:
-    """The unnamed files that hold activations beside the output: every slot of `Scratch` in oneshot/."""
+    """The unnamed files that hold activations beside the output: every slot of `Scratch` in oneshot/, of the walk or of the gradients
+    before it."""
+    return max(_scratch_of_walk(architecture, work), entering_bytes(architecture, work))
+
+
+def entering_bytes(architecture: Architecture, work: Work) -> int:
+    """The hidden states that enter all blocks, from which gradients go back (oneshot/gradients.py)."""
+    if not work.weighs_tokens:
+        return 0
+    values = len(architecture.blocks) * architecture.hidden_size + sum(architecture.per_token.values())
+    return work.samples * work.length * values * work.element
+
+
+def _scratch_of_walk(architecture: Architecture, work: Work) -> int:
     tokens, hidden = work.samples * work.length, architecture.hidden_size
     widths: dict[str, int] = {}
 

@@ -5,6 +5,7 @@
     text                                   the tokenizer and the text
     look at the model                      SHA-256 of the model's files, as far as it takes longer than the text beside it
     probe                                  the largest solve, and the libraries' first calls
+    token weights                          products there and back, logits, bytes of activations, chunks, the model's weights twice
     embed                                  the embedding of all tokens
     forward and Gram                       products, Gram matrices, bytes of activations, chunks, experts, activations in host memory
     read                                   bytes of weights on their way to the GPU
@@ -31,9 +32,10 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from marlinctl.models.architectures import Architecture, Block, Chain, Experts
-from marlinctl.planning.disk import resident_bytes
+from marlinctl.planning.disk import entering_bytes, resident_bytes
 from marlinctl.planning.memory import (
     CHUNK_TOKENS_ON_DEVICE,
+    LOGITS,
     STORED,
     Stage,
     Work,
@@ -160,8 +162,14 @@ def counts(
     found["wait for the disk"]["write"] = result
     found["copy"]["copy"] = untouched
     found["check"].update(linear=len(solved), unpack=weights, hash=result + untouched)
+    if work.weighs_tokens:
+        _add_gradients(found["token weights"], architecture, work)
     if device_memory is not None:
-        needed = resident_bytes(architecture, work) + predicted_device_peak(architecture, compressed, work)
+        working = predicted_device_peak(architecture, compressed, work)
+        if work.weighs_tokens:
+            entering = max(0, entering_bytes(architecture, work) // work.ranks + working - device_memory)
+            found["token weights"].update({"page-locked": entering, "to the host": 2 * entering})
+        needed = resident_bytes(architecture, replace(work, weighs_tokens=False)) + working
         elsewhere = max(0, needed - device_memory)
         found["forward and Gram"]["page-locked"] += elsewhere
         found["the rest"]["released"] += elsewhere
@@ -176,6 +184,7 @@ _PHASES = (
         "text",
         "look at the model",
         "probe",
+        "token weights",
         "embed",
         "forward and Gram",
         "read",
@@ -214,6 +223,21 @@ def _add_block(
     found["read"]["read"] += read
     if work.corrects_drift:
         forward["read"] += read  # for the reference model, within this phase
+
+
+def _add_gradients(found: Terms, architecture: Architecture, work: Work) -> None:
+    """oneshot/gradients.py: each block forward, forward again and back, the head there and back. Not measured on a GPU yet: the rates are
+    those of the other phases."""
+    tokens, hidden = work.own_samples * work.length, architecture.hidden_size
+    linears = architecture.linears.values()
+    weights = sum(spec.out_features * spec.in_features for spec in linears)
+    logits = tokens * architecture.vocab_size
+    found["embed"] = 1
+    found["forward"] = 3 * 2 * weights * tokens + 4 * logits * hidden
+    found["activations"] = work.element * tokens * 3 * sum(spec.out_features + spec.in_features for spec in linears) + 16 * logits
+    chunks = -(-work.own_samples // max(1, CHUNK_TOKENS_ON_DEVICE // work.length))
+    found["chunk"] = 3 * chunks * len(architecture.blocks) + logits / LOGITS
+    found["read"] = STORED * (2 * weights + architecture.vocab_size * hidden)
 
 
 def _add_stage(found: Counts, stage: Stage, count: int, tokens: float, hidden: int, work: Work, recipe: Recipe, together: int) -> None:

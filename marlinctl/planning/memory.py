@@ -36,6 +36,7 @@ CHUNK_TOKENS_ON_DEVICE = 8192  # of a GPU: launches are expensive there, memory 
 QUEUED_BLOCKS = 8  # blocks of a GPU on their way to the disk, the one in work among them (oneshot/commits.py)
 QUEUED_BYTES = 4 << 30  # of the device's memory that they hold; one block may be larger
 EXPERTS_BYTES = 4 << 30  # of a GPU's memory that experts which are solved together may take: enough rows for all of an H200's units
+LOGITS = 1 << 24  # of the chunk of tokens whose gradients go back through the output head: 100 tokens of a vocabulary of 150,000
 SHARD_BYTES = 1 << 30  # finished tensors that `pack` keeps in memory before they become a shard
 
 STORED = 2  # bytes of a weight in the checkpoint
@@ -47,6 +48,7 @@ _KEPT = 1.1  # what it keeps of that for the phases after; both from seven synth
 _TOKENIZER = 36 << 20  # 42 and 27 MiB with 49,152 and 151,665 entries (SmolLM2, Qwen2.5)
 _TOKENIZING = 100  # bytes that a tokenizer needs for each character
 _ROTATED_AT_ONCE = 4 * (128 << 20)  # checkpoint/rotated.py: a part before and after each factor
+_BYTES_OF_LOGIT = 32  # logits, probabilities, their sums as integers, and gradients
 _PACKING = 24  # bytes for each weight of a linear that is packed and read back
 
 
@@ -66,6 +68,7 @@ class Work:
     ranks: int = 1  # processes that share samples and rows; memory is that of each
     tunes: bool = False  # scales and norms of a block, after its solves
     rotates: bool = False  # if the model can be rotated
+    weighs_tokens: bool = False  # by gradients, before the first block
 
     @property
     def own_samples(self) -> int:
@@ -92,6 +95,7 @@ class Work:
             ranks=ranks,
             tunes=recipe.tunes,
             rotates=recipe.quantize.rotate != "never" and recipe.scheme.quantizes and not recipe.scheme.prunes,
+            weighs_tokens=recipe.weighs_tokens,
         )
 
 
@@ -110,10 +114,12 @@ class Stage:
 def predicted_peak(architecture: Architecture, compressed: Mapping[str, int], work: Work) -> int:
     """Anonymous host memory of a run at its peak, in bytes; of several ranks, that of each. compressed: linear -> group size."""
     hidden, base = _hidden_states(architecture, work) + _text(work), BASE + _tokenizer(architecture)
+    weights = token_weights_bytes(architecture, work) // work.samples * work.own_samples
     if work.on_device:  # weights pass through on their way to the device, results on their way back
         stage = max(8 * (s.rows + s.other_rows) * s.k for s in stages(architecture, compressed))
-        return base + _BASE_OF_CUDA + max(hidden + stage, _rotating(architecture, work))
-    running = hidden + _block_bytes(architecture, work) + max(_solving(architecture, compressed, work), _tuning(architecture, work))
+        return base + _BASE_OF_CUDA + max(hidden + weights + stage, _rotating(architecture, work))
+    walking = _block_bytes(architecture, work) + max(_solving(architecture, compressed, work), _tuning(architecture, work))
+    running = hidden + weights + max(walking, _gradients(architecture, work))
     return base + max(running, _writing(architecture, work), _rotating(architecture, work))
 
 
@@ -127,7 +133,7 @@ def predicted_device_peak(architecture: Architecture, compressed: Mapping[str, i
     Each rank has a device of its own."""
     beside = _read_ahead(architecture) + _queued(architecture, compressed, work)
     running = _block_bytes(architecture, work) + max(_solving(architecture, compressed, work), _tuning(architecture, work)) + beside
-    return BASE_ON_DEVICE + max(running, _writing(architecture, work))
+    return BASE_ON_DEVICE + max(running, _read_ahead(architecture) + _gradients(architecture, work), _writing(architecture, work))
 
 
 def _read_ahead(architecture: Architecture) -> int:
@@ -241,6 +247,24 @@ def _tuning(architecture: Architecture, work: Work) -> int:
     tokens = max(CHUNK_TOKENS_ON_DEVICE if work.on_device else CHUNK_TOKENS, work.length)
     widths = max(sum(spec.out_features + spec.in_features for spec in block.linears.values()) for block in architecture.blocks)
     return 3 * _block_bytes(architecture, work) + 3 * tokens * widths * work.element
+
+
+def _gradients(architecture: Architecture, work: Work) -> int:
+    """oneshot/gradients.py: a block and the activations of a chunk with their gradients; or the output head and a chunk of logits."""
+    if not work.weighs_tokens:
+        return 0
+    tokens = max(CHUNK_TOKENS_ON_DEVICE if work.on_device else CHUNK_TOKENS, work.length)
+    widths = max(sum(spec.out_features + spec.in_features for spec in block.linears.values()) for block in architecture.blocks)
+    block = _block_bytes(architecture, work) + 3 * tokens * widths * work.element
+    head = architecture.vocab_size * architecture.hidden_size * work.element + _BYTES_OF_LOGIT * max(LOGITS, architecture.vocab_size)
+    return max(block, head)
+
+
+def token_weights_bytes(architecture: Architecture, work: Work) -> int:
+    """Of all samples: a float32 number for each stage outside of experts, in memory and with the job."""
+    if not work.weighs_tokens:
+        return 0
+    return 4 * work.samples * work.length * sum(experts is None for block in architecture.blocks for _, experts in block.stages())
 
 
 def _phases(architecture: Architecture, stage: Stage, work: Work, together: int) -> Iterator[Arrays]:

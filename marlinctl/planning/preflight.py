@@ -102,6 +102,26 @@ def refuse_lone_tuning(recipe: Recipe) -> None:
         )
 
 
+def refuse_token_weights(recipe: Recipe, architecture: Architecture) -> None:
+    """UsageError E288 for gradients through a model whose blocks cannot be run back one at a time with all their weights.
+
+    Experts of a block are never in memory together without drift correction, and what a block leaves for later ones would have to take
+    their gradients back to it.
+    """
+    if not recipe.weighs_tokens:
+        return
+    reason = ""
+    if any(block.experts for block in architecture.blocks):
+        reason = "has experts, which are not in memory together"
+    elif architecture.shared:
+        reason = "has blocks that read what earlier ones leave for them"
+    elif architecture.head is None and architecture.tied is None:
+        reason = "has no output head, whose predictions the loss is made of"
+    if reason:
+        what = f"{architecture.model_type} {reason}: gradients do not go back through it"
+        raise UsageError("E288", what, where="--token-weights gradient", fix="--token-weights uniform")
+
+
 def refuse_no_change(recipe: Recipe) -> None:
     if not recipe.scheme.quantizes and not recipe.scheme.prunes:
         raise UsageError("E273", "16 bits and no pattern: nothing would change", where="--bits 16", fix="--bits 4, or `marlinctl sparsify`")
@@ -180,6 +200,7 @@ def look(
             console.warn(note)
     known, checkpoint = examined.architecture, examined.checkpoint
     assert known is not None  # "needed"
+    refuse_token_weights(recipe, known)
     if recipe.distill.tokens:
         from marlinctl.planning.training_settings import refuse_blockwise
 

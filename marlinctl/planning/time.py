@@ -44,6 +44,7 @@ class Machine:
 _GPU_PRODUCTS, _GPU_MEMORY, _GPU_LAYER = 4e14, 2e12, 5e-4  # an H200's, of training and of writing text, which are not counted by phase
 _LINK = 2e9  # bytes a second between processes on one CPU: a guess
 _START = 10.0  # seconds until torch and transformers are imported and the model is built
+_PASSES_OF_LOGIT = 12  # softmax, sums of it, and its gradient
 _PASSES = 2 * 9 * 8  # the scale search: two signs, nine candidates, eight passes each
 
 
@@ -108,13 +109,14 @@ def _seconds_of_parts(
     architecture: Architecture, compressed: Mapping[str, int], work: Work, recipe: Recipe, speed: Machine, model_bytes: int
 ) -> dict[str, float]:
     tokens = work.own_samples * work.length
-    forward = gram = sweeps = columns = elements = sent = 0.0
+    forward = gram = sweeps = columns = elements = sent = once = 0.0
     for block in architecture.blocks:
         for stage, count in stages_of_block(block, compressed).items():
             seen = tokens * stage.share
             rows = stage.rows + stage.other_rows
             # The reference model's pass, and what experts make of its inputs.
             times = 1 if not work.corrects_drift else 3 if stage.experts > 1 else 2
+            once += count * 2 * rows * stage.k * seen
             forward += count * 2 * rows * stage.k * seen * times
             gram += count * stage.k**2 * seen * (3 if work.corrects_drift else 1)
             s, c, e = _solve(replace(stage, rows=work.own_rows(stage.rows)), recipe)
@@ -128,6 +130,10 @@ def _seconds_of_parts(
         "solve": speed.solves * _seconds(speed, sweeps, columns, elements),
         "files": 3.5 * model_bytes / speed.files,
     }
+    if work.weighs_tokens:  # forward, forward again, and back; the head there and back
+        logits = tokens * architecture.vocab_size
+        operations = 3 * once + 4 * logits * architecture.hidden_size
+        parts["token weights"] = operations / speed.products + _PASSES_OF_LOGIT * logits / speed.elements
     if work.tunes:
         tuning = sum(gpu_time.operations_of_tuning(block, recipe, CHUNK_TOKENS) for block in architecture.blocks if block.in_one_pass)
         parts["tune"] = tuning / speed.products

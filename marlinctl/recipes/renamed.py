@@ -19,6 +19,7 @@ _LATER: Mapping[_Path, object] = {  # key that came later -> what recipes withou
     ("quantize", "drift_damping"): 0.01,
     ("quantize", "equalize"): "never",
     ("quantize", "rotate"): "never",
+    ("quantize", "token_weights"): "uniform",
     ("quantize", "tune_steps"): 0,
     ("quantize", "tune_learning_rate"): 0.006,
     ("sparsify", "permute"): "never",

@@ -85,6 +85,7 @@ class Quantize(_Section):
     damping: Fraction | Literal["auto"]
     equalize: Literal["auto", "never"]
     rotate: Literal["auto", "always", "never"]
+    token_weights: Literal["uniform", "gradient"]
     refine: int = Field(ge=0, le=100)
     drift_correction: float = Field(ge=0, le=1)
     drift_damping: Fraction
@@ -173,6 +174,11 @@ class Recipe(_Section):
     def tunes(self) -> bool:
         """Whether scales and norms of each block are tuned after its solves: there are none where weights stay at 16 bits."""
         return self.quantize.tune_steps > 0 and self.scheme.quantizes
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether calibration tokens count differently in the Hessians."""
+        return self.quantize.token_weights == "gradient"
 
     def canonical(self) -> dict[str, Any]:
         """For hashes and journals: a JSON document that no rename of a key changes."""

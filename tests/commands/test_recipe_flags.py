@@ -26,6 +26,7 @@ VALUES = {
     "--bits": "16", "--group-size": "32", "--scale-sign": "positive", "--act-order": "none", "--scale-search": "mse", "--damping": "0.5",
     "--equalize": "never",
     "--rotate": "always",
+    "--token-weights": "gradient",
     "--refine": "7", "--drift-correction": "0.25", "--skip": "k_proj", "--include": "lm_head", "--override": "down_proj=group_size:32",
     "--method": "wanda", "--mask-sweeps": "9", "--ls-iterations": "3", "--permute": "never", "--tune-steps": "8",
     "--calibration": "other.txt", "--samples": "5", "--sequence-length": "77", "--seed": "123", "--chat": "never",

@@ -70,6 +70,21 @@ MEASURED = {
 }
 
 
+def test_gradients_take_three_passes_and_the_head_two() -> None:
+    """The time of the phase would be that of one pass, or be counted with the walk; and what is not asked for costs none."""
+    uniform, weighted = (counted("int4", {"quantize.token_weights": kind}) for kind in ("uniform", "gradient"))
+    assert not uniform["token weights"] and "token weights" not in seconds_of_phases(uniform, H200)
+    tokens = 128 * 2048
+    weights = sum(spec.out_features * spec.in_features for spec in LLAMA_8B.linears.values())
+    assert weighted["token weights"]["forward"] == tokens * (6 * weights + 4 * 128256 * 4096)
+    assert {phase: terms for phase, terms in weighted.items() if phase != "token weights"} == {
+        phase: terms for phase, terms in uniform.items() if phase != "token weights"
+    }
+    assert 5 < seconds_of_phases(weighted, H200)["token weights"] < 60
+    half = counted("int4", {"quantize.token_weights": "gradient"}, ranks=2)["token weights"]
+    assert half["forward"] == weighted["token weights"]["forward"] / 2
+
+
 @pytest.mark.parametrize(("shape", "name", "blocks"), list(MEASURED))
 def test_runs_that_were_measured_are_planned_within_a_quarter(shape: str, name: str, blocks: int) -> None:
     """If a term or a rate were lost, the plan of a night's run would be off by hours."""

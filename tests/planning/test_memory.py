@@ -21,6 +21,7 @@ from marlinctl.planning.memory import (
     predicted_distillation,
     predicted_peak,
     stages,
+    token_weights_bytes,
     trained_weights,
 )
 from marlinctl.quantize.scheme import Scheme
@@ -105,11 +106,22 @@ def test_what_is_asked_for_costs_memory() -> None:
     plain = predicted_peak(LLAMA_8B, sizes, WORK)
     for costly in (
         {"samples": 512}, {"length": 2048}, {"element": 4}, {"corrects_drift": True}, {"refines": True},
-        {"scheme": Scheme(sparsity="2:4")}, {"writes_text": True}
+        {"scheme": Scheme(sparsity="2:4")}, {"writes_text": True}, {"weighs_tokens": True}
     ):  # fmt: skip
         assert predicted_peak(LLAMA_8B, sizes, replace(WORK, **costly)) > plain, costly
     assert predicted_peak(LLAMA_8B, {**sizes, "lm_head": 128}, WORK) > plain + 4 * 4 * 128256 * 4096
     assert predicted_peak(LLAMA_8B, sizes, replace(WORK, damping=0.9)) <= plain
+
+
+def test_gradients_take_a_block_and_its_activations_or_the_head() -> None:
+    """Before the first block there is no solve, but activations of a chunk with their gradients, and a head as large as four blocks."""
+    sizes = dict.fromkeys(LLAMA_8B.linears, 128)
+    for on_device in (False, True):
+        work = replace(WORK, on_device=on_device, weighs_tokens=True)
+        peak = predicted_device_peak if on_device else predicted_peak
+        wide = replace(LLAMA_8B, vocab_size=16 * LLAMA_8B.vocab_size)
+        assert peak(wide, sizes, work) > 16 * 128256 * 4096 * 2 > peak(LLAMA_8B, sizes, work) - (4 << 30)
+    assert token_weights_bytes(LLAMA_8B, replace(WORK, weighs_tokens=True)) == 32 * 4 * 128 * 512 * 4
 
 
 def test_hidden_states_lie_on_the_host_and_solves_on_the_device() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from marlinctl.checkpoint.safetensors_header import read_header
 from marlinctl.cli import main
@@ -107,22 +108,41 @@ def test_every_family_is_planned_as_it_is_run(tmp_path: Path, text: Path, model_
     assert bool(routers) is ("moe" in model_type or model_type == "mixtral")
 
 
-@pytest.mark.parametrize("correction", [0.0, 0.5])
+@pytest.mark.parametrize(("correction", "blocks", "weights"), [(0.0, 2, "uniform"), (0.5, 2, "uniform"), (0.0, 12, "gradient")])
 def test_activations_on_disk_are_planned(
-    tiny: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, correction: float
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, correction: float, blocks: int, weights: str
 ) -> None:
     """Activations lie in unnamed files, which no listing shows: a plan that forgot them would let a run fail in its middle."""
-    slots: dict[str, int] = {}
+    source = make_tiny(tmp_path / "model", num_hidden_layers=blocks)
+    slots: dict[Scratch, dict[str, int]] = {}  # the files of one are gone before those of the next
     make = Scratch.tensor
 
     def noted(self: Scratch, slot: str, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
-        slots[slot] = max(slots.get(slot, 0), prod(shape) * dtype.itemsize)
+        own = slots.setdefault(self, {})
+        own[slot] = max(own.get(slot, 0), prod(shape) * dtype.itemsize)
         return make(self, slot, shape, dtype)
 
     monkeypatch.setattr(Scratch, "tensor", noted)
-    chosen = recipe(text, quantize__drift_correction=correction)
-    run_job(str(tiny), tmp_path / "out", chosen, Options(dtype="float32"), Console.quiet())
-    assert sum(slots.values()) == plan(tiny, chosen)["disk"]["scratch"]
+    chosen = recipe(text, quantize__drift_correction=correction, quantize__token_weights=weights)
+    run_job(str(source), tmp_path / "out", chosen, Options(dtype="float32", keep_job=True), Console.quiet())
+    planned = plan(source, chosen)["disk"]
+    fullest = [sum(own.values()) for own in slots.values()]
+    assert max(fullest) == planned["scratch"] and len(fullest) == (2 if weights == "gradient" else 1)
+    if weights == "gradient":
+        kept = sum(data.nbytes for data in load_file(tmp_path / "out.job" / "token_weights.safetensors").values())
+        uniform = plan(source, recipe(text))["disk"]
+        assert fullest[0] == planned["scratch"] == 12 * 8 * 64 * 128 * 4, "what enters each block"
+        assert planned["moments"]["blocks"] - uniform["moments"]["blocks"] >= kept == 12 * 4 * 8 * 64 * 4
+
+
+def test_token_weights_are_planned(tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Somebody would wait twice as long as the plan said, or run out of memory in the output head."""
+    arguments = ["plan", str(tiny), "--group-size", "32", "--calibration", str(text), "--dtype", "float32"]
+    assert main([*arguments, "--token-weights", "gradient"]) == 0
+    told = capsys.readouterr().out
+    assert "token weights" in next(line for line in told.splitlines() if line.startswith("time"))
+    assert main(arguments) == 0
+    assert "token weights" not in capsys.readouterr().out
 
 
 # ---- does it fit ---------------------------------------------------------------------------------------------------------------------
