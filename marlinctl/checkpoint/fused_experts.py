@@ -11,7 +11,7 @@ the others it is done here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ from marlinctl.system.files import shown
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from marlinctl.checkpoint.reader import Checkpoint
+    from marlinctl.checkpoint.reader import Checkpoint, MadeTensor
 
 _ONE_BY_ONE = re.compile(r"\.experts\.\d+\.")
 
@@ -52,7 +52,7 @@ def with_single_experts(checkpoint: Checkpoint, known: Architecture) -> Checkpoi
 def _split(
     tensors: dict[str, TensorInfo],
     parts: dict[str, TensorInfo],
-    made: dict[str, Callable[[Checkpoint], Tensor]],
+    made: dict[str, MadeTensor],
     block: Block,
     experts: Experts,
 ) -> None:

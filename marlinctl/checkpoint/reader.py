@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from io import FileIO
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from marlinctl.checkpoint.formats.base import MODEL_FILES, STEMS
 from marlinctl.checkpoint.model_files import MASK_FILE
@@ -54,6 +54,16 @@ _CONVERT = (
 )
 
 
+class MadeTensor(Protocol):
+    """A tensor that is computed from others of the checkpoint when it is read."""
+
+    def __call__(self, checkpoint: Checkpoint, /) -> Tensor: ...
+
+    def rows(self, checkpoint: Checkpoint, ids: Tensor, /) -> Tensor:
+        """Those of a matrix, in host memory; ids: [n] int64."""
+        ...
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder that passed the preflight. Files are opened on first use and stay open until `close`."""
@@ -65,7 +75,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()  # what the person should know, one line each
     device: torch.device | None = None  # where `read` puts tensors; None: in host memory
     parts: Mapping[str, TensorInfo] = field(default_factory=dict)  # tensors that lie in another one, by name -> that (fused_experts.py)
-    made: Mapping[str, Callable[[Checkpoint], Tensor]] = field(default_factory=dict)  # tensors that are computed (sixteen_bit.py)
+    made: Mapping[str, MadeTensor] = field(default_factory=dict)  # tensors that are computed (sixteen_bit.py, rotated.py)
     stored: Mapping[str, TensorInfo] | None = None  # what lies in the files, where some are
     precision: str = ""  # how it is stored, and what becomes of that, where some are
     _open: dict[Path, FileIO] = field(default_factory=dict, repr=False, compare=False)
@@ -98,9 +108,9 @@ class Checkpoint:
         info = self.tensors[name]
         if len(info.shape) != 2:
             raise ValueError(f"{name} is not a matrix, its shape is {list(info.shape)}")
-        if name in self.made:
-            return self.read(name)[torch.as_tensor(row_ids if isinstance(row_ids, torch.Tensor) else list(row_ids), dtype=torch.int64)]
         ids = torch.as_tensor(row_ids if isinstance(row_ids, torch.Tensor) else list(row_ids), dtype=torch.int64).reshape(-1)
+        if name in self.made:
+            return self.made[name].rows(self, ids)
         wanted, place = torch.unique(ids, return_inverse=True)  # sorted: the disk is read in one direction
         if len(wanted) and not 0 <= int(wanted[0]) <= int(wanted[-1]) < info.shape[0]:
             raise IndexError(f"{name} has {info.shape[0]} rows; rows {int(wanted[0])}..{int(wanted[-1])} were asked for")

@@ -12,15 +12,14 @@ folder that is published (ORDER_FILE), and whoever compares weights with the ori
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from marlinctl.checkpoint.model_files import ORDER_FILE
 from marlinctl.checkpoint.orders import ROTATION
-from marlinctl.checkpoint.reader import Checkpoint
+from marlinctl.checkpoint.reader import Checkpoint, MadeTensor
 from marlinctl.checkpoint.safetensors_header import read_header
 from marlinctl.checkpoint.tied_head import with_own_head
 from marlinctl.errors import BadInput, Problem
@@ -30,6 +29,7 @@ from marlinctl.models.rotation import Stream, stream_of
 from marlinctl.system.files import exists
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 STREAM_SIGNS, VALUE_SIGNS = f"{ROTATION}stream_signs", f"{ROTATION}value_signs"
@@ -94,8 +94,8 @@ def rotated_as(folder: Path, original: Checkpoint, known: Architecture) -> Check
     return rotated_checkpoint(checkpoint, stream, ours)
 
 
-def rotated_checkpoint(checkpoint: Checkpoint, stream: Stream, rotation: Rotation) -> Checkpoint:
-    """`checkpoint` with this rotation. Files stay those of `checkpoint`, and are closed with it."""
+def rotated_checkpoint(checkpoint: Checkpoint, stream: Stream, rotation: Rotation, device: torch.device | None = None) -> Checkpoint:
+    """`checkpoint` with this rotation. Files stay those of `checkpoint`, and are closed with it. device: that computes; None: the CPU."""
     if (len(rotation.stream), len(rotation.values)) != (stream.hidden, stream.head_dim):
         raise BadInput(
             "E371",
@@ -105,43 +105,65 @@ def rotated_checkpoint(checkpoint: Checkpoint, stream: Stream, rotation: Rotatio
             fix="name the model that the folder was made from",
         )
     changed = {*stream.read, *stream.written, *stream.norms, *stream.values_made, *stream.values_taken, stream.entered}
-    made = {name: partial(_read, checkpoint.made, stream, rotation, name) for name in changed}
+    made = {name: _Rotated(name, stream, rotation, device, checkpoint.made) for name in changed}
     return replace(checkpoint, made={**checkpoint.made, **made}, stored=checkpoint.stored or checkpoint.tensors)
 
 
-def _read(
-    before: Mapping[str, Callable[[Checkpoint], Tensor]], stream: Stream, rotation: Rotation, name: str, checkpoint: Checkpoint
-) -> Tensor:
-    """before: what was computed already."""
-    import torch
+@dataclass(frozen=True, slots=True)
+class _Rotated:
+    """One tensor of the rotated model."""
 
-    from marlinctl.quantize.rotate import rotated
+    name: str
+    stream: Stream
+    rotation: Rotation
+    device: torch.device | None
+    before: Mapping[str, MadeTensor]  # what of the checkpoint was computed already
 
-    original = replace(checkpoint, made=before)
-    if name in stream.norms:
-        return torch.ones_like(original.read(name))
-    gain = original.read(stream.read[name]).double() if name in stream.read else None
-    whole = original.read(name)
-    rows = whole.unsqueeze(-1) if whole.ndim == 1 else whole  # a bias is one column
-    found = torch.empty_like(rows)
-    if name in stream.written:
-        for part in _parts(0, rows.shape[1], len(rows), stream.head_dim):
-            x = rows[:, part].double()
-            if name in stream.values_taken:
-                x = rotated(x.unflatten(-1, (-1, stream.head_dim)), rotation.values).flatten(-2)
-            found[:, part] = rotated(x.T, rotation.stream).T.to(found.dtype)
+    def __call__(self, checkpoint: Checkpoint) -> Tensor:
+        import torch
+
+        from marlinctl.quantize.rotate import rotated
+
+        original, name, head_dim = replace(checkpoint, made=self.before), self.name, self.stream.head_dim
+        if name in self.stream.norms:
+            return torch.ones_like(original.read(name))
+        gain = self._double(original.read(self.stream.read[name])) if name in self.stream.read else None
+        whole = original.read(name)
+        rows = whole.unsqueeze(-1) if whole.ndim == 1 else whole  # a bias is one column
+        found = torch.empty_like(rows)
+        if name in self.stream.written:
+            for part in _parts(0, rows.shape[1], len(rows), head_dim):
+                found[:, part] = self._written(self._double(rows[:, part])).to(found.device, found.dtype)
+            return found.reshape(whole.shape)
+        first = self.stream.values_made.get(name, len(rows))
+        for part in (*_parts(0, first, rows.shape[1], head_dim), *_parts(first, len(rows), rows.shape[1], head_dim)):
+            x = self._double(rows[part])
+            x = x if gain is None else x * gain
+            x = x if whole.ndim == 1 else rotated(x, self.rotation.stream)
+            if part.start >= first:
+                heads = x.unflatten(0, (-1, head_dim)).transpose(1, 2)
+                x = rotated(heads, self.rotation.values).transpose(1, 2).flatten(0, 1)
+            found[part] = x.to(found.device, found.dtype)
         return found.reshape(whole.shape)
-    first = stream.values_made.get(name, len(rows))
-    for part in (*_parts(0, first, rows.shape[1], stream.head_dim), *_parts(first, len(rows), rows.shape[1], stream.head_dim)):
-        x = rows[part].double()
-        if gain is not None:
-            x *= gain
-        if whole.ndim == 2:
-            x = rotated(x, rotation.stream)
-        if part.start >= first:
-            x = rotated(x.unflatten(0, (-1, stream.head_dim)).transpose(1, 2), rotation.values).transpose(1, 2).flatten(0, 1)
-        found[part] = x.to(found.dtype)
-    return found.reshape(whole.shape)
+
+    def rows(self, checkpoint: Checkpoint, ids: Tensor) -> Tensor:
+        from marlinctl.quantize.rotate import rotated
+
+        if self.name != self.stream.entered:
+            return self(replace(checkpoint, device=None))[ids]
+        asked = replace(checkpoint, made=self.before, device=None).rows(self.name, ids)
+        return rotated(self._double(asked), self.rotation.stream).to(asked.device, asked.dtype)
+
+    def _written(self, x: Tensor) -> Tensor:
+        """Columns of a weight whose output is added to the stream."""
+        from marlinctl.quantize.rotate import rotated
+
+        if self.name in self.stream.values_taken:
+            x = rotated(x.unflatten(-1, (-1, self.stream.head_dim)), self.rotation.values).flatten(-2)
+        return rotated(x.T, self.rotation.stream).T
+
+    def _double(self, x: Tensor) -> Tensor:
+        return x.to(self.device).double()
 
 
 def _parts(begin: int, end: int, width: int, head_dim: int) -> Iterator[slice]:

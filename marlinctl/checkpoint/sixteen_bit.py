@@ -54,8 +54,7 @@ def _dense(checkpoint: Checkpoint, made: Mapping[str, Made], left_out: set[str],
     config = without_quantization(checkpoint.config)
     tensors = {name: info for name, info in checkpoint.tensors.items() if name not in left_out}
     tensors |= {name: one.info for name, one in made.items()}
-    readers: dict[str, Callable[[Checkpoint], Tensor]] = dict(made)
-    return replace(checkpoint, config=config, tensors=tensors, made=readers, stored=checkpoint.tensors, precision=precision)
+    return replace(checkpoint, config=config, tensors=tensors, made=made, stored=checkpoint.tensors, precision=precision)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +69,9 @@ class Made:
         stored = replace(checkpoint, tensors=dict(self.parts), made={}, device=None)
         weight = self.compute({role: stored.read(role) for role in self.parts}).to(dtype_called(self.info.dtype))
         return weight if checkpoint.device is None else weight.to(checkpoint.device)
+
+    def rows(self, checkpoint: Checkpoint, ids: Tensor) -> Tensor:
+        return self(replace(checkpoint, device=None))[ids]
 
     def of_expert(self, e: int, name: str, shape: tuple[int, int], place: Place) -> Made:
         """Of one that holds all experts, the linear `name` that lies at `place`; no other expert is read."""

@@ -171,7 +171,7 @@ def open_model(
     known, worked_on, rotation = looked.architecture, looked.checkpoint, None
     if looked.stream is not None and not pattern.pattern.linears:
         rotation = drawn(looked.stream)
-        worked_on = rotated_checkpoint(worked_on, looked.stream, rotation)
+        worked_on = rotated_checkpoint(worked_on, looked.stream, rotation, device)
         console.say("the residual stream and the value heads are rotated; --rotate never leaves them as they are")
     return RunInputs(
         source, worked_on, known, looked.plan, tensors, pattern, looked.corrects_drift, device, dtype, contents, tuple(warnings), rotation
