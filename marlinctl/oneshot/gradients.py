@@ -28,6 +28,7 @@ from marlinctl.oneshot.gram import LOST_TOKENS_LIMIT
 from marlinctl.oneshot.of_tokens import COMPRESSED
 from marlinctl.oneshot.sequential import SequentialPipeline
 from marlinctl.planning.memory import LOGITS
+from marlinctl.system.host import release_heap
 
 _SHARES = 2.0**40  # of a probability: sums of whole numbers do not depend on their order, and torch has them in its deterministic mode
 
@@ -98,6 +99,7 @@ def _installed(walk: SequentialPipeline, block: Block) -> Iterator[nn.Module]:
         yield layer
     finally:
         drop_parameters(layer)
+        release_heap()
 
 
 class _Squares:
@@ -203,6 +205,7 @@ def _logits(walk: SequentialPipeline) -> Iterator[Callable[[Tensor], Tensor]]:
             del module.forward
         for module in (norm, last):
             drop_parameters(module)
+        release_heap()
 
 
 class _Decoded(tuple[Tensor, ...]):

@@ -102,6 +102,7 @@ class SequentialPipeline:
         self.experts_together, self.solve_experts = experts_together, solve_experts
         self.equalization, self.orders, self.tune = equalization, orders, tune
         self.token_weights = token_weights
+        self._roots: dict[str, Tensor] = {}  # of their weights, [S, L, 1] on the device, of the block in work
         self.of_tokens = TokenArguments(architecture, self.samples, self.length, dtype, device, scratch)
         shape = (self.samples, self.length, architecture.hidden_size)
         self.hidden = scratch.resident(shape, dtype) if resident else torch.empty(shape, dtype=dtype)
@@ -139,6 +140,7 @@ class SequentialPipeline:
         original's, of a block that is replayed. The hidden states become the same bit for bit.
         """
         layer = self.model.get_submodule(block.path)
+        self._roots.clear()
         self.install(block, layer, block.others)
         if self.equalization is not None and not replay and self.equalization.choose(block, layer, self):
             drop_parameters(layer)
@@ -355,8 +357,12 @@ class SequentialPipeline:
 
     def _root(self, block: Block, module: str, part: slice) -> Tensor | None:
         """What the inputs of a linear are multiplied by, so that tokens have their weights: [B, L, 1] float32. None: all count alike."""
-        weights = self.token_weights.get(block.linear(module))
-        return None if weights is None else weights[part].to(self.device).sqrt().unsqueeze(-1)
+        name = block.linear(module)
+        if name not in self.token_weights:
+            return None
+        if name not in self._roots:
+            self._roots[name] = self.token_weights[name].to(self.device).sqrt().unsqueeze(-1)
+        return self._roots[name][part]
 
     def _run_chain(
         self, block: Block, layer: nn.Module, chain: Chain,

@@ -14,6 +14,7 @@ from marlinctl.data.tokens import Tokens
 from marlinctl.errors import NumericalProblem
 from marlinctl.models.lookup import any_architecture
 from marlinctl.models.meta_model import build
+from marlinctl.oneshot import gradients
 from marlinctl.oneshot.gradients import drawn, squared_gradients, stages_of
 from marlinctl.oneshot.sequential import SequentialPipeline
 from marlinctl.system.offload import Scratch
@@ -56,8 +57,8 @@ def whole_model(folder: Path, given: Tokens) -> dict[str, Tensor]:
     upto = logits.detach().softmax(-1).cumsum(-1)
     labels = (upto < DRAWS.unsqueeze(-1) * upto[..., -1:]).sum(-1)  # the first that is not below
     chosen = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    gradients = torch.autograd.grad(chosen[given.counted].sum(), list(outputs.values()))
-    return {name: found.reshape(SAMPLES, LENGTH, -1).square().sum(-1) for name, found in zip(outputs, gradients, strict=True)}
+    expected = torch.autograd.grad(chosen[given.counted].sum(), list(outputs.values()))
+    return {name: gradient.reshape(SAMPLES, LENGTH, -1).square().sum(-1) for name, gradient in zip(outputs, expected, strict=True)}
 
 
 # A cap on the logits, a factor on them, linears of the block itself whose decoder is not the model's child, parallel branches, latent
@@ -106,6 +107,20 @@ def test_few_gradients_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
     for name, square in squares.items():
         assert torch.equal(square[2:], whole[name][2:]), "chunks are of two samples"
         assert torch.allclose(square[1], whole[name][1], rtol=1e-3)
+
+
+def test_a_gradient_that_overflows_takes_no_other_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its infinity would be NaN at every earlier token of the sample, one block further down."""
+    of_rows = gradients._gradient_of
+
+    def overflowing(logits_of: Any, hidden: Tensor, draws: Tensor) -> Tensor:
+        gradient = of_rows(logits_of, hidden, draws)
+        gradient[3] = torch.inf
+        return gradient
+
+    monkeypatch.setattr(gradients, "_gradient_of", overflowing)
+    squares, _ = found(pipeline(zoo.build("llama", tmp_path / "model"), tmp_path, tokens(), torch.float32))
+    assert all(bool(torch.isfinite(square).all()) for square in squares.values())
 
 
 # ---- drawn tokens --------------------------------------------------------------------------------------------------------------------
