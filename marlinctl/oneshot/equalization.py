@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from marlinctl.checkpoint.orders import COLUMN_EXPONENTS, ROW_EXPONENTS, shifted
 from marlinctl.models.architectures import Block, Experts
 from marlinctl.oneshot.folded import Folded
-from marlinctl.quantize.equalize import WORTH, column_exponents, estimated_error
+from marlinctl.quantize.equalize import WORTH, NormFed, column_exponents, fitted_exponents, relative_error, relative_squares
 from marlinctl.system.processes import ALONE, Processes
 
 _SAME = 1e-3  # relative difference of a token or a channel. Powers of two change no sum; otherwise it is about 1
@@ -89,7 +89,7 @@ class Equalization:
         """Fold exponents into a block, whose module holds its other tensors. Returns whether the module holds weights of linears now."""
         weights = {name: self.folded.weights.read(f"{name}.weight") for name in self.linears(block)}
         stages, norms = self.stages(block), self.norms(block)
-        squares = {place: _squares([weights[name] for name in names]) for place, names in stages.items()}
+        squares = {place: relative_squares(weights[name] for name in names) for place, names in stages.items()}
         uneven = self.processes.share({place for place, square in squares.items() if bool(column_exponents(square).any())})
         if not norms or not uneven:
             return False
@@ -133,30 +133,21 @@ class Equalization:
 
     def _exponents(self, trial: _Trial, tensors: Sequence[str], linears: Mapping[str, str], squares: Tensor) -> Tensor | None:
         """Of the columns of linears -> their place, behind a norm of these tensors. None where they do not pay."""
-        exponents = column_exponents(squares).cpu()
+        fed = [NormFed(trial.weights[name], self.chosen[name]) for name in linears]
+        energies = trial.inputs[next(iter(linears.values()))].float().square().mean(0)
+        exponents = fitted_exponents(fed, energies, column_exponents(squares)).cpu()
         for name in linears:
             exponents[~_exact(trial.weights[name], exponents, 1).cpu()] = 0
         for name in tensors:
             exponents[~_exact(self.folded.weights.read(name), -exponents, 0).cpu()] = 0
         exponents = self.processes.share_tensor(exponents)
-        errors = {True: 0.0, False: 0.0}
-        for name, place in linears.items():
-            energies = trial.inputs[place].float().square().mean(0)
-            for changed in errors:
-                tried = exponents if changed else torch.zeros_like(exponents)
-                errors[changed] += estimated_error(trial.weights[name], energies, tried, self.chosen[name])
-        pays = bool(exponents.any()) and errors[True] <= WORTH * errors[False]
+        pays = bool(exponents.any()) and relative_error(fed, energies, exponents) <= WORTH
         return exponents if self.processes.share(pays) else None
 
     def _fold(self, trial: _Trial, orders: Mapping[str, Tensor], tensors: Iterable[str]) -> None:
         """Have these in the block and its norm."""
         self.folded.put(trial.block.index, orders)
         trial.walk.install(trial.block, trial.layer, tensors)
-
-
-def _squares(weights: Sequence[Tensor]) -> Tensor:
-    """[K] float32: sums of squares of the columns of weights [N, K], over all of them."""
-    return torch.stack([weight.float().square().sum(0) for weight in weights]).sum(0)
 
 
 def _exact(tensor: Tensor, exponents: Tensor, axis: int) -> Tensor:

@@ -126,6 +126,19 @@ def test_the_error_of_linears_with_uneven_columns_falls(tmp_path: Path, text: Pa
     assert errors["auto"] < 0.8 * errors["never"]
 
 
+def test_a_linear_with_small_weights_is_not_given_up_for_its_neighbours(tmp_path: Path, text: Path) -> None:
+    """Exponents that follow the sum of all weights would be those of q and k, and v, whose error counts as much, would lose."""
+    make_tiny(tmp_path / "model")
+    for name, first, factor in (("q_proj", 0, 1.0), ("k_proj", 0, 1.0), ("v_proj", 1, 2.0**-6)):
+        changed(tmp_path / "model", f"{name}.weight", lambda weight, first=first, factor=factor: weight.mul_(factor)[:, first::16].mul_(16))
+    errors = {}
+    for name in ("never", "auto"):
+        report = run(tmp_path / "model", tmp_path / name, text, quantize__equalize=name)
+        errors[name] = [layer["error"] for layer in report["layers"] if layer["name"].endswith("v_proj")]
+    assert (tmp_path / "auto" / ORDER_FILE).exists()
+    assert all(auto < 0.9 * never for auto, never in zip(errors["auto"], errors["never"], strict=True))
+
+
 def test_even_columns_leave_everything_as_it_is(tmp_path: Path, text: Path) -> None:
     """Most models need no exponents: their norms stay those of the original, byte for byte, and no file says otherwise."""
     make_tiny(tmp_path / "model")
