@@ -40,6 +40,7 @@ WORTH = 0.99  # share of the estimated error that may be left
 LEAST, MOST = -3, 8  # an input grows with a negative exponent, and must stay within float16
 SWEEPS = 8  # at most; 4 leave 0.05 % more of the estimate of Qwen2.5-0.5B's q, k and v
 _FALLS = 1 - 1e-6  # what a step must leave of the estimate at most, so that rounding does not decide
+_LONGEST = 256  # columns of a group that are searched: one after another, so a scale for each row of an 8B would take a GPU minutes
 _AT_ONCE = 2**26  # weights in float32 whose columns are searched together
 
 
@@ -92,8 +93,8 @@ def relative_error(linears: Sequence[NormFed], energies: Tensor, exponents: Tens
 def fitted_exponents(linears: Sequence[NormFed], energies: Tensor, start: Tensor) -> Tensor:
     """[K] int32: the exponents that a search for the least `relative_error` ends with.
 
-    energies: [K]. start: [K] int32, within LEAST and MOST. Groups of columns do not depend on one another: those at the same place of all
-    groups are searched at once.
+    energies: [K]. start: [K] int32, within LEAST and MOST; it is returned where a group has more than _LONGEST columns. Groups do not
+    depend on one another: columns at the same place of all groups are searched at once.
     """
     nothing = torch.zeros_like(start)
     errors = [estimated_error(linear, energies, nothing) for linear in linears]
@@ -102,6 +103,8 @@ def fitted_exponents(linears: Sequence[NormFed], energies: Tensor, start: Tensor
         return start
     k, device = len(start), used[0][0].weight.device
     unit = math.lcm(*(linear.size for linear, _ in used))
+    if unit > _LONGEST:
+        return start
     units = max(1, _AT_ONCE // (unit * sum(len(linear.weight) for linear, _ in used)))
     roots, found = energies.to(device).double().sqrt(), start.to(device)
     pieces = []
