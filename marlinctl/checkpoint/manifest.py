@@ -25,7 +25,7 @@ NAME = "marlinctl_manifest.json"
 OUTSIDE = frozenset(
     {NAME, "README.md", "marlinctl_report.json", "marlinctl_report.md", "marlinctl_report.html", "run.log", ".gitattributes"}
 )
-TUNED = "tuned"  # norms and biases that are not the source's: quantize --tune-steps changed them with their block
+TUNED = "tuned"  # norms and biases that are not the source's: --tune-steps changed them with their block, or distill --mode scales
 UPDATE = "update marlinctl to read it (pip install --upgrade marlinctl)"
 SCHEMA = 1  # of the manifest; a greater one was written by a newer marlinctl, whose keys are unknown here
 _FILES_AT_ONCE = 4  # that are hashed; 1.6 GB in four files take 0.65 instead of 1.22 s on two cores

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from marlinctl.checkpoint import manifest as manifests
 from marlinctl.checkpoint.formats.registry import detect
 from marlinctl.checkpoint.mask import open_masks
 from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint, torch_dtype
@@ -47,12 +48,21 @@ def build(
     staged.write_file("recipe.yaml", recipe_yaml.encode())
     staged.finish(
         without(checkpoint.config),
-        manifest={**manifest, "tensors": digests, "finished": True},
+        manifest={**manifest, **_tuned(opened, digests), "tensors": digests, "finished": True},
         verify=lambda folder: check_written(folder, opened, digests, console),
         report_files={},
     )
     for name, data in report_files(staged.path).items():
         staged.write_file(name, data)
+
+
+def _tuned(opened: TrainingInputs, trained: Iterable[str]) -> dict[str, list[str]]:
+    """Norms of a quantized student that are not the original's, by this training or an earlier step: `verify --source` allows for them."""
+    info, folder = opened.student.info, opened.student.checkpoint.folder
+    if not info.layers:
+        return {}
+    earlier = manifests.tuned_of(manifests.read(folder)) if (folder / manifests.NAME).is_file() else frozenset()
+    return {manifests.TUNED: sorted({*earlier, *(name for name in trained if name not in info.owned)})}
 
 
 def _write_changed(opened: TrainingInputs, values: Iterable[tuple[str, Tensor]], staged: StagedCheckpoint) -> dict[str, str]:

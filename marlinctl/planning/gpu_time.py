@@ -226,8 +226,8 @@ def _add_block(
 
 
 def _add_gradients(found: Terms, architecture: Architecture, work: Work) -> None:
-    """oneshot/gradients.py: each block forward, forward again and back, the head there and back. Not measured on a GPU yet: the rates are
-    those of the other phases."""
+    """oneshot/gradients.py: each block forward, forward again and back, the head there and back. The rates are those of the other
+    phases: an H200 took 4.6 s for Qwen2.5-Coder-0.5B with 128 x 512 tokens, start of the phase included; nothing larger was measured."""
     tokens, hidden = work.own_samples * work.length, architecture.hidden_size
     linears = architecture.linears.values()
     weights = sum(spec.out_features * spec.in_features for spec in linears)

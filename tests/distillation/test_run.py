@@ -157,6 +157,16 @@ def test_scales_of_a_model_without_masks(place: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "marlinctl_mask.safetensors").exists()
 
 
+def test_trained_norms_are_no_fault_of_the_folder(place: Path, tmp_path: Path) -> None:
+    """Who verifies a trained model against its original would be told that its norms are damaged. Also after another training and `pack`."""
+    prune_and_quantize(place / "teacher", tmp_path / "int4", mask=False)
+    run(place, tmp_path / "once", student=str(tmp_path / "int4"), mode="scales")
+    run(place, tmp_path / "out", student=str(tmp_path / "once"), mode="scales", tokens=256)
+    assert main(["pack", str(tmp_path / "out"), str(tmp_path / "marlin"), "--format", "marlin", "-q"]) == 0
+    for folder in ("once", "out", "marlin"):
+        assert main(["verify", str(tmp_path / folder), "--source", str(place / "teacher"), "--no-load", "-q"]) == 0
+
+
 def test_scales_stay_exact_in_bfloat16(place: Path, tmp_path: Path) -> None:
     """Scales that a bfloat16 runtime held exactly before must be so afterwards, or it would compute with other weights."""
 
