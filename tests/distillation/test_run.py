@@ -158,7 +158,7 @@ def test_scales_of_a_model_without_masks(place: Path, tmp_path: Path) -> None:
 
 
 def test_trained_norms_are_no_fault_of_the_folder(place: Path, tmp_path: Path) -> None:
-    """Who verifies a trained model against its original would be told that its norms are damaged, also after a second training or `pack`."""
+    """Who verifies a trained model against its original would be told that norms are damaged, also after a second training or `pack`."""
     prune_and_quantize(place / "teacher", tmp_path / "int4", mask=False)
     run(place, tmp_path / "once", student=str(tmp_path / "int4"), mode="scales")
     run(place, tmp_path / "out", student=str(tmp_path / "once"), mode="scales", tokens=256)
