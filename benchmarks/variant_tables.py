@@ -67,7 +67,10 @@ def making(work: Path, variant: str, folder: Path | None) -> list[str]:
     step = work / "done" / variant
     seconds = json.loads(step.read_text())["seconds"] if folder is None and step.exists() else record.get("seconds")
     peaks = [record.get(name) for name in ("peak_memory_bytes", "peak_device_memory_bytes")]
-    return ["-" if seconds is None else f"{seconds:.0f}", *("-" if peak is None else f"{peak / 2**30:.2f}" for peak in peaks)]
+    return [
+        "-" if seconds is None else f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.1f}",
+        *("-" if peak is None else f"{peak / 2**30:.2f}" for peak in peaks),
+    ]
 
 
 def text_cells(document: dict[str, Any] | None) -> list[str]:
