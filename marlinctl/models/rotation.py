@@ -49,11 +49,11 @@ def stream_of(known: Architecture, config: Mapping[str, Any]) -> Stream | None:
     others = known.spelling is not None or known.carried or known.guests or known.outside
     if known.model_type not in ROTATABLE or known.head is None or others:
         return None
-    width = _head_dim(config)
-    blocks = [_of_block(block, known.hidden_size, width) for block in known.blocks]
-    if any(found is None for found in blocks):
-        return None
+    width = _head_dim(known, config)
+    blocks = [None if width is None else _of_block(block, known.hidden_size, width) for block in known.blocks]
     whole = [found for found in blocks if found is not None]
+    if width is None or len(whole) != len(blocks):
+        return None
     final = f"{known.norm}.weight"
     return Stream(
         known.hidden_size,
@@ -93,6 +93,11 @@ def _of_block(block: Block, hidden: int, head_dim: int) -> Stream | None:
     return Stream(hidden, head_dim, readers, "", frozenset(written), frozenset(norms), named, frozenset({f"{taken.name}.weight"}))
 
 
-def _head_dim(config: Mapping[str, Any]) -> int:
-    given = config.get("head_dim")
-    return int(given) if given is not None else int(config["hidden_size"]) // int(config["num_attention_heads"])
+def _head_dim(known: Architecture, config: Mapping[str, Any]) -> int | None:
+    """From the model's own linears: types have widths of their own where config.json says none, and not all are hidden_size over heads. None
+    where config.json does not say how many heads there are."""
+    first, heads = known.blocks[0], config.get("num_attention_heads")
+    attention = first.parts[0]
+    if not isinstance(attention, Branch) or not isinstance(heads, int):
+        return None
+    return first.linears[first.linear(attention.last)].in_features // heads
