@@ -23,7 +23,7 @@ from tests.oneshot.stopping import SIZES, blocks_solved, quantize, stop_in
 from tests.oneshot.test_permutation import weights_of
 from tests.oneshot.test_run import logits
 from tests.oneshot.test_sparsify import run
-from tests.runs import TEXT, digests
+from tests.runs import TEXT, digests, plan, recipe
 from tests.tiny import make_tiny
 
 SIGNS = ("rotation.stream_signs", "rotation.value_signs")
@@ -135,13 +135,17 @@ def test_what_cannot_be_rotated_is_refused_before_the_work(
 
 
 def test_a_2of4_source_keeps_its_zeros(tmp_path: Path, text: Path) -> None:
-    """A rotation would fill what is pruned."""
+    """A rotation would fill what is pruned. A plan that said otherwise would be found wrong after a download."""
     source = make("llama", tmp_path / "model")
     run(source, tmp_path / "pruned", text, sparsify__pattern="2:4", quantize__bits=16, sparsify__permute="never")
     report = rotate(tmp_path / "pruned", tmp_path / "out", text, quantize__equalize="never")
     assert report["sparse"] == len(report["layers"]) and not (tmp_path / "out" / ORDER_FILE).exists()
     with pytest.raises(UsageError, match="would fill what is pruned"):
         rotate(tmp_path / "pruned", tmp_path / "again", text, "always")
+    with pytest.raises(UsageError, match="would fill what is pruned"):
+        plan(tmp_path / "pruned", recipe(text, quantize__rotate="always"))
+    notes = plan(tmp_path / "pruned", recipe(text, quantize__rotate="auto"))["notes"]
+    assert not any("rotated" in note for note in notes)
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
