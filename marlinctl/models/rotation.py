@@ -28,6 +28,7 @@ ROTATABLE = frozenset(
         "ministral3", "mistral", "mixtral", "olmoe", "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3",
     }
 )  # fmt: skip
+_VALUES = ("v_proj", "qkv_proj")  # as the types above call v, or q, k and v in one
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +76,15 @@ def _of_block(block: Block, hidden: int, head_dim: int) -> Stream | None:
     if len(norms) != 2 or not all(name.endswith(".weight") for name in norms) or not isinstance(attention, Branch) or len(others) != 1:
         return None
     behind = others[0]
-    if not isinstance(behind, Branch | Experts):
+    value = next((name for name in attention.first if name.endswith(_VALUES)), None)  # a module map may name it first
+    if not isinstance(behind, Branch | Experts) or value is None:
         return None
     readers = {f"{block.linear(name)}.weight": norms[0] for name in attention.first}
     copies = range(behind.count) if isinstance(behind, Experts) else (0,)
     readers |= {f"{block.linear(name.format(e=e))}.weight": norms[1] for e in copies for name in behind.first}
     readers |= {name: norms[1] for name, shape in block.others.items() if len(shape) == 2 and shape[1] == hidden}  # routers
     writers = [block.linear(attention.last), *(block.linear(behind.last.format(e=e)) for e in copies)]
-    made = block.linears[block.linear(attention.first[-1])]  # v, or q, k and v in one
+    made = block.linears[block.linear(value)]
     taken = block.linears[block.linear(attention.last)]
     values = made.out_features if len(attention.first) > 1 else (made.out_features - taken.in_features) // 2
     if values <= 0 or values % head_dim or taken.in_features % values:

@@ -39,7 +39,11 @@ def stream_to_rotate(checkpoint: Checkpoint, known: Architecture, recipe: Recipe
     own = known.untied() if known.tied is not None else known
     stream = None if folded else stream_of(own, sizes_of(checkpoint.config))
     if stream is None and mode == "always":
-        why = "an earlier run folded something into its weights" if folded else f"{known.model_type} is not known to stay the same"
+        why = f"{known.model_type} is not known to stay the same"
+        if known.model_type in ROTATABLE:
+            why = f"beside the {known.model_type} that is known to stay the same it has other parts, names or blocks"
+        if folded:
+            why = "an earlier run folded something into its weights"
         fix = f"--rotate never; these can be rotated, as language models alone: {', '.join(sorted(ROTATABLE))}"
         raise UsageError("E288", f"the model cannot be rotated: {why}", where=_FLAG, fix="start from the original model" if folded else fix)
     return stream

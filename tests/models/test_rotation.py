@@ -18,6 +18,7 @@ from marlinctl.checkpoint.tied_head import with_own_head
 from marlinctl.checkpoint.transformers_model import dense_tensors, model_from
 from marlinctl.models.architectures import Architecture
 from marlinctl.models.config import sizes_of
+from marlinctl.models.families import architecture
 from marlinctl.models.lookup import any_architecture
 from marlinctl.models.rotation import ROTATABLE, stream_of
 from marlinctl.quantize.rotate import rotated
@@ -85,7 +86,21 @@ def test_what_config_json_leaves_to_the_type(key: str, tmp_path: Path) -> None:
     checkpoint, known = opened(uneven(folder))
     stream = stream_of(known, sizes_of(checkpoint.config))
     assert stream is not None and stream.head_dim == 128
-    assert distance(logits(rotated_checkpoint(checkpoint, stream, drawn(stream))), logits(checkpoint)) < 2 * _ROUNDING  # wider than the others
+    assert (
+        distance(logits(rotated_checkpoint(checkpoint, stream, drawn(stream))), logits(checkpoint)) < 2 * _ROUNDING
+    )  # wider than the others
+
+
+def test_values_are_found_in_any_order_of_a_module_map(tmp_path: Path) -> None:
+    """q as wide as v, and named last, would be rotated in v's place: before positions turn it, so the model would be another one."""
+    config = zoo.config_of("mistral", num_key_value_heads=4, tie_word_embeddings=False).to_dict()
+    names = {
+        "decoder": "model", "blocks": "model.layers", "embedding": "model.embed_tokens", "norm": "model.norm",
+        "attention": {"module": "self_attn", "first": [f"self_attn.{x}_proj" for x in "vkq"], "last": "self_attn.o_proj"},
+        "mlp": {"module": "mlp", "first": ["mlp.gate_proj", "mlp.up_proj"], "last": "mlp.down_proj"},
+    }  # fmt: skip
+    (tmp_path / "map.json").write_text(json.dumps(names))
+    assert stream_of(architecture(config, tmp_path / "map.json"), config) == stream_of(architecture(config), config) is not None
 
 
 @pytest.mark.parametrize("part", ["read", "written", "norms", "values_made", "values_taken", "entered"])

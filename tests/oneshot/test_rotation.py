@@ -117,7 +117,8 @@ def test_damaged_signs_are_refused(tmp_path: Path, text: Path, damage: Any, says
 @pytest.mark.parametrize(
     ("model_type", "changes", "says"),
     [
-        ("gemma2", {}, "the model cannot be rotated"),
+        ("gemma2", {}, "gemma2 is not known to stay the same"),
+        ("llava", {}, "beside the llama that is known to stay the same it has other parts"),
         ("llama", {"sparsify__pattern": "2:4"}, "2:4 needs channels"),
         ("llama", {"quantize__bits": 16, "sparsify__pattern": "2:4"}, "2:4 needs channels"),
     ],
