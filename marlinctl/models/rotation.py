@@ -96,8 +96,8 @@ def _of_block(block: Block, hidden: int, head_dim: int) -> Stream | None:
 
 
 def _head_dim(known: Architecture, config: Mapping[str, Any]) -> int | None:
-    """From the model's own linears: types have widths of their own where config.json says none, and not all are hidden_size over heads. None
-    where config.json does not say how many heads there are."""
+    """From the model's own linears: where config.json says none, types have widths of their own, and not all are hidden_size over heads.
+    None where config.json does not say how many heads there are."""
     first, heads = known.blocks[0], config.get("num_attention_heads")
     attention = first.parts[0]
     if not isinstance(attention, Branch) or not isinstance(heads, int):

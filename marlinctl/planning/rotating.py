@@ -17,13 +17,9 @@ _FLAG = "--rotate always"
 
 def refuse_idle_rotation(recipe: Recipe) -> None:
     """UsageError E273 where a rotation that is required has nothing to gain."""
-    if recipe.quantize.rotate != "always":
-        return
-    if recipe.scheme.prunes:
+    if recipe.quantize.rotate == "always" and recipe.scheme.prunes:
         what = "a rotation spreads weights over all channels, and 2:4 needs channels that can be left out"
         raise UsageError("E273", what, where=_FLAG, fix="leave it out, or do not prune")
-    if not recipe.scheme.quantizes:
-        raise UsageError("E273", "weights that stay at 16 bits gain nothing by a rotation", where=_FLAG, fix="leave it out")
 
 
 def stream_to_rotate(checkpoint: Checkpoint, known: Architecture, recipe: Recipe) -> Stream | None:

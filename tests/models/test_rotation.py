@@ -23,6 +23,8 @@ from marlinctl.models.lookup import any_architecture
 from marlinctl.models.rotation import ROTATABLE, stream_of
 from marlinctl.quantize.rotate import rotated
 from tests import zoo
+from tests.checkpoint.test_sixteen_bit import FP8_BLOCKS, blockwise, edit_json
+from tests.tiny import make_tiny
 
 _ROUNDING = 5e-6  # float32; a tensor that is forgotten gives 0.1 and more
 _LARGE = 40.0
@@ -74,7 +76,7 @@ def test_every_type_of_the_table_stays_the_same(model_type: str, tmp_path: Path)
 
 @pytest.mark.parametrize("key", ["head_dim", "num_attention_heads"])
 def test_what_config_json_leaves_to_the_type(key: str, tmp_path: Path) -> None:
-    """Heads of ernie4_5 have 128 channels whatever hidden_size is. Rotated by 256, two value heads would be mixed, and the model another."""
+    """Heads of ernie4_5 have 128 channels whatever hidden_size is. By 256, two value heads would be mixed, and the model another one."""
     folder = zoo.build("ernie4_5", tmp_path / "model", hidden_size=512, num_attention_heads=2, head_dim=128, tie_word_embeddings=False)
     config = json.loads((folder / "config.json").read_text())
     del config[key]
@@ -185,7 +187,7 @@ def test_what_is_read_is_the_formula_rounded_once(tmp_path: Path) -> None:
 
 
 def test_a_part_of_a_tensor_is_computed_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An embedding of 128k x 4096 is 4 GiB in float64, and its rotation several times that; a text of many languages asks for half of it."""
+    """An embedding of 128k x 4096 is 4 GiB in float64, and its rotation several times that; a text of many languages asks for half."""
     checkpoint, known = opened(zoo.build("llama", tmp_path / "model"))
     stream = stream_of(known, sizes_of(checkpoint.config))
     assert stream is not None
@@ -205,3 +207,15 @@ def test_a_part_of_a_tensor_is_computed_at_a_time(tmp_path: Path, monkeypatch: p
     assert torch.allclose(turned.rows(stream.entered, ids), whole[stream.entered][ids])
     assert all(torch.allclose(parts[name], whole[name]) for name in names)
     assert max(sizes) <= 1024
+
+
+def test_an_fp8_model_is_rotated_as_what_it_means(tmp_path: Path) -> None:
+    """Its tensors are computed already: rotated without their scales, weights would be of another size in each block."""
+    folder = make_tiny(tmp_path / "model", dtype=torch.bfloat16)
+    blockwise(folder)
+    edit_json(folder / "config.json", lambda config: config.update(quantization_config=FP8_BLOCKS["_scale_inv"]))
+    checkpoint, known = opened(folder)
+    stream = stream_of(known, sizes_of(checkpoint.config))
+    assert checkpoint.made and stream is not None
+    turned = rotated_checkpoint(checkpoint, stream, drawn(stream))
+    assert distance(logits(turned), logits(checkpoint)) < 0.05  # weights are rounded to bfloat16 once more

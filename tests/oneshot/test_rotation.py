@@ -172,3 +172,19 @@ def test_it_is_trained_toward_the_rotated_original(tmp_path: Path, text: Path) -
     before, after = (report["held_out"][when] for when in ("before", "after"))
     assert before["squarehead"] < 0.3 and after["loss"] < before["loss"]
     assert load_file(tmp_path / "trained" / ORDER_FILE).keys() == load_file(tmp_path / "out" / ORDER_FILE).keys()
+
+
+def test_a_rotated_folder_is_compressed_again(tmp_path: Path, text: Path) -> None:
+    """It is rotated once: twice, or with its signs lost, nothing could be compared with the original any more."""
+    source = make("llama", tmp_path / "model")
+    rotate(source, tmp_path / "out", text)
+    assert main(["pack", str(tmp_path / "out"), str(tmp_path / "dense"), "--format", "dense", "-q"]) == 0
+    with pytest.raises(UsageError, match="an earlier run folded something"):
+        rotate(tmp_path / "dense", tmp_path / "twice", text, "always")
+    run(tmp_path / "dense", tmp_path / "pruned", text, sparsify__pattern="2:4", quantize__bits=16)
+    assert load_file(tmp_path / "pruned" / ORDER_FILE).keys() > set(SIGNS)
+    rotate(tmp_path / "dense", tmp_path / "again", text)
+    for original in (source, tmp_path / "dense"):
+        assert main(["verify", str(tmp_path / "again"), "--source", str(original), "-q"]) == 0
+    rotate(source, tmp_path / "plain", text, "never")
+    assert main(["verify", str(tmp_path / "plain"), "--source", str(tmp_path / "dense"), "-q"]) == 3
