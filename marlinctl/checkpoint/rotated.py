@@ -151,8 +151,10 @@ class _Rotated:
 
         if self.name != self.stream.entered:
             return self(replace(checkpoint, device=None))[ids]
-        asked = replace(checkpoint, made=self.before, device=None).rows(self.name, ids)
-        return rotated(self._double(asked), self.rotation.stream).to(asked.device, asked.dtype)
+        found = replace(checkpoint, made=self.before, device=None).rows(self.name, ids)
+        for part in _parts(0, len(found), found.shape[1], 1):  # a text of many languages asks for most of a vocabulary
+            found[part] = rotated(self._double(found[part]), self.rotation.stream).to(found.device, found.dtype)
+        return found
 
     def _written(self, x: Tensor) -> Tensor:
         """Columns of a weight whose output is added to the stream."""

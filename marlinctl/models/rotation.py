@@ -28,6 +28,7 @@ ROTATABLE = frozenset(
         "ministral3", "mistral", "mixtral", "olmoe", "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3",
     }
 )  # fmt: skip
+_VALUES = ("v_proj", "qkv_proj")  # as the types above call v, or q, k and v in one
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +50,11 @@ def stream_of(known: Architecture, config: Mapping[str, Any]) -> Stream | None:
     others = known.spelling is not None or known.carried or known.guests or known.outside
     if known.model_type not in ROTATABLE or known.head is None or others:
         return None
-    width = _head_dim(config)
-    blocks = [_of_block(block, known.hidden_size, width) for block in known.blocks]
-    if any(found is None for found in blocks):
-        return None
+    width = _head_dim(known, config)
+    blocks = [None if width is None else _of_block(block, known.hidden_size, width) for block in known.blocks]
     whole = [found for found in blocks if found is not None]
+    if width is None or len(whole) != len(blocks):
+        return None
     final = f"{known.norm}.weight"
     return Stream(
         known.hidden_size,
@@ -75,14 +76,15 @@ def _of_block(block: Block, hidden: int, head_dim: int) -> Stream | None:
     if len(norms) != 2 or not all(name.endswith(".weight") for name in norms) or not isinstance(attention, Branch) or len(others) != 1:
         return None
     behind = others[0]
-    if not isinstance(behind, Branch | Experts):
+    value = next((name for name in attention.first if name.endswith(_VALUES)), None)  # a module map may name it first
+    if not isinstance(behind, Branch | Experts) or value is None:
         return None
     readers = {f"{block.linear(name)}.weight": norms[0] for name in attention.first}
     copies = range(behind.count) if isinstance(behind, Experts) else (0,)
     readers |= {f"{block.linear(name.format(e=e))}.weight": norms[1] for e in copies for name in behind.first}
     readers |= {name: norms[1] for name, shape in block.others.items() if len(shape) == 2 and shape[1] == hidden}  # routers
     writers = [block.linear(attention.last), *(block.linear(behind.last.format(e=e)) for e in copies)]
-    made = block.linears[block.linear(attention.first[-1])]  # v, or q, k and v in one
+    made = block.linears[block.linear(value)]
     taken = block.linears[block.linear(attention.last)]
     values = made.out_features if len(attention.first) > 1 else (made.out_features - taken.in_features) // 2
     if values <= 0 or values % head_dim or taken.in_features % values:
@@ -93,6 +95,11 @@ def _of_block(block: Block, hidden: int, head_dim: int) -> Stream | None:
     return Stream(hidden, head_dim, readers, "", frozenset(written), frozenset(norms), named, frozenset({f"{taken.name}.weight"}))
 
 
-def _head_dim(config: Mapping[str, Any]) -> int:
-    given = config.get("head_dim")
-    return int(given) if given is not None else int(config["hidden_size"]) // int(config["num_attention_heads"])
+def _head_dim(known: Architecture, config: Mapping[str, Any]) -> int | None:
+    """From the model's own linears: where config.json says none, types have widths of their own, and not all are hidden_size over heads.
+    None where config.json does not say how many heads there are."""
+    first, heads = known.blocks[0], config.get("num_attention_heads")
+    attention = first.parts[0]
+    if not isinstance(attention, Branch) or not isinstance(heads, int):
+        return None
+    return first.linears[first.linear(attention.last)].in_features // heads

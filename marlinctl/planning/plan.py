@@ -48,6 +48,7 @@ from marlinctl.planning.preflight import (
     stored_once,
     wants_mask,
 )
+from marlinctl.planning.rotating import refuse_rotated_pattern
 from marlinctl.planning.tokens_per_input import fewest
 from marlinctl.planning.training_settings import check_settings, check_sizes
 from marlinctl.recipes.schema import AUTO, Recipe, divided, recipe_hash
@@ -149,6 +150,7 @@ def _document(seen: Headers, recipe: Recipe, settings: Settings, console: Consol
     found = from_headers(looked.checkpoint, looked.shapes, weights=seen.weights)
     if found.origin is not None or seen.weights or not any(fmt.needs_mask for fmt in formats_of(recipe)):
         check_pattern(found, looked, recipe, console)
+    refuse_rotated_pattern(found, recipe)
     dtype = planned_dtype(settings.device, settings.dtype)
     outputs = [_output(looked, found, recipe, fmt) for fmt in _formats(recipe)]
     small = sum(len(data) for _, data in companions(seen.checkpoint.folder)) if seen.files else 0

@@ -17,13 +17,9 @@ _FLAG = "--rotate always"
 
 def refuse_idle_rotation(recipe: Recipe) -> None:
     """UsageError E273 where a rotation that is required has nothing to gain."""
-    if recipe.quantize.rotate != "always":
-        return
-    if recipe.scheme.prunes:
+    if recipe.quantize.rotate == "always" and recipe.scheme.prunes:
         what = "a rotation spreads weights over all channels, and 2:4 needs channels that can be left out"
         raise UsageError("E273", what, where=_FLAG, fix="leave it out, or do not prune")
-    if not recipe.scheme.quantizes:
-        raise UsageError("E273", "weights that stay at 16 bits gain nothing by a rotation", where=_FLAG, fix="leave it out")
 
 
 def stream_to_rotate(checkpoint: Checkpoint, known: Architecture, recipe: Recipe) -> Stream | None:
@@ -39,7 +35,11 @@ def stream_to_rotate(checkpoint: Checkpoint, known: Architecture, recipe: Recipe
     own = known.untied() if known.tied is not None else known
     stream = None if folded else stream_of(own, sizes_of(checkpoint.config))
     if stream is None and mode == "always":
-        why = "an earlier run folded something into its weights" if folded else f"{known.model_type} is not known to stay the same"
+        why = f"{known.model_type} is not known to stay the same"
+        if known.model_type in ROTATABLE:
+            why = f"beside the {known.model_type} that is known to stay the same it has other parts, names or blocks"
+        if folded:
+            why = "an earlier run folded something into its weights"
         fix = f"--rotate never; these can be rotated, as language models alone: {', '.join(sorted(ROTATABLE))}"
         raise UsageError("E288", f"the model cannot be rotated: {why}", where=_FLAG, fix="start from the original model" if folded else fix)
     return stream

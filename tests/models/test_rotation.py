@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +18,13 @@ from marlinctl.checkpoint.tied_head import with_own_head
 from marlinctl.checkpoint.transformers_model import dense_tensors, model_from
 from marlinctl.models.architectures import Architecture
 from marlinctl.models.config import sizes_of
+from marlinctl.models.families import architecture
+from marlinctl.models.lookup import any_architecture
 from marlinctl.models.rotation import ROTATABLE, stream_of
 from marlinctl.quantize.rotate import rotated
 from tests import zoo
+from tests.checkpoint.test_sixteen_bit import FP8_BLOCKS, blockwise, edit_json
+from tests.tiny import make_tiny
 
 _ROUNDING = 5e-6  # float32; a tensor that is forgotten gives 0.1 and more
 _LARGE = 40.0
@@ -67,6 +72,37 @@ def test_every_type_of_the_table_stays_the_same(model_type: str, tmp_path: Path)
     assert distance(logits(turned), logits(checkpoint)) < _ROUNDING
     changed = [name for name in checkpoint.tensors if not torch.equal(turned.read(name), checkpoint.read(name))]
     assert set(changed) == {*stream.read, *stream.written, *stream.norms, *stream.values_made, stream.entered}
+
+
+@pytest.mark.parametrize("key", ["head_dim", "num_attention_heads"])
+def test_what_config_json_leaves_to_the_type(key: str, tmp_path: Path) -> None:
+    """Heads of ernie4_5 have 128 channels whatever hidden_size is. By 256, two value heads would be mixed, and the model another one."""
+    folder = zoo.build("ernie4_5", tmp_path / "model", hidden_size=512, num_attention_heads=2, head_dim=128, tie_word_embeddings=False)
+    config = json.loads((folder / "config.json").read_text())
+    del config[key]
+    (folder / "config.json").write_text(json.dumps(config))
+    if key == "num_attention_heads":
+        known = any_architecture(config | {"num_attention_heads": 2})
+        assert stream_of(known, config) is None
+        return
+    checkpoint, known = opened(uneven(folder))
+    stream = stream_of(known, sizes_of(checkpoint.config))
+    assert stream is not None and stream.head_dim == 128
+    assert (
+        distance(logits(rotated_checkpoint(checkpoint, stream, drawn(stream))), logits(checkpoint)) < 2 * _ROUNDING
+    )  # wider than the others
+
+
+def test_values_are_found_in_any_order_of_a_module_map(tmp_path: Path) -> None:
+    """q as wide as v, and named last, would be rotated in v's place: before positions turn it, so the model would be another one."""
+    config = zoo.config_of("mistral", num_key_value_heads=4, tie_word_embeddings=False).to_dict()
+    names = {
+        "decoder": "model", "blocks": "model.layers", "embedding": "model.embed_tokens", "norm": "model.norm",
+        "attention": {"module": "self_attn", "first": [f"self_attn.{x}_proj" for x in "vkq"], "last": "self_attn.o_proj"},
+        "mlp": {"module": "mlp", "first": ["mlp.gate_proj", "mlp.up_proj"], "last": "mlp.down_proj"},
+    }  # fmt: skip
+    (tmp_path / "map.json").write_text(json.dumps(names))
+    assert stream_of(architecture(config, tmp_path / "map.json"), config) == stream_of(architecture(config), config) is not None
 
 
 @pytest.mark.parametrize("part", ["read", "written", "norms", "values_made", "values_taken", "entered"])
@@ -148,3 +184,38 @@ def test_what_is_read_is_the_formula_rounded_once(tmp_path: Path) -> None:
     ids = [7, 3, 3]
     embedding = checkpoint.read("model.embed_tokens.weight").double()[ids] @ hidden
     assert torch.equal(turned.rows("model.embed_tokens.weight", ids), embedding.bfloat16())
+
+
+def test_a_part_of_a_tensor_is_computed_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An embedding of 128k x 4096 is 4 GiB in float64, and its rotation several times that; a text of many languages asks for half."""
+    checkpoint, known = opened(zoo.build("llama", tmp_path / "model"))
+    stream = stream_of(known, sizes_of(checkpoint.config))
+    assert stream is not None
+    turned = rotated_checkpoint(checkpoint, stream, drawn(stream))
+    names = [stream.entered, "lm_head.weight", *(f"model.layers.0.{part}.weight" for part in ("self_attn.o_proj", "mlp.down_proj"))]
+    whole = {name: turned.read(name) for name in names}
+    sizes: list[int] = []
+
+    def noted(x: Tensor, signs: Tensor) -> Tensor:
+        sizes.append(x.numel())
+        return rotated(x, signs)
+
+    monkeypatch.setattr("marlinctl.quantize.rotate.rotated", noted)
+    monkeypatch.setattr("marlinctl.checkpoint.rotated._VALUES", 1024)
+    ids = torch.arange(zoo.VOCAB_SIZE).flip(0)
+    parts = {name: turned.read(name) for name in names}
+    assert torch.allclose(turned.rows(stream.entered, ids), whole[stream.entered][ids])
+    assert all(torch.allclose(parts[name], whole[name]) for name in names)
+    assert max(sizes) <= 1024
+
+
+def test_an_fp8_model_is_rotated_as_what_it_means(tmp_path: Path) -> None:
+    """Its tensors are computed already: rotated without their scales, weights would be of another size in each block."""
+    folder = make_tiny(tmp_path / "model", dtype=torch.bfloat16)
+    blockwise(folder)
+    edit_json(folder / "config.json", lambda config: config.update(quantization_config=FP8_BLOCKS["_scale_inv"]))
+    checkpoint, known = opened(folder)
+    stream = stream_of(known, sizes_of(checkpoint.config))
+    assert checkpoint.made and stream is not None
+    turned = rotated_checkpoint(checkpoint, stream, drawn(stream))
+    assert distance(logits(turned), logits(checkpoint)) < 0.05  # weights are rounded to bfloat16 once more

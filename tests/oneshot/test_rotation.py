@@ -23,7 +23,7 @@ from tests.oneshot.stopping import SIZES, blocks_solved, quantize, stop_in
 from tests.oneshot.test_permutation import weights_of
 from tests.oneshot.test_run import logits
 from tests.oneshot.test_sparsify import run
-from tests.runs import TEXT, digests
+from tests.runs import TEXT, digests, plan, recipe
 from tests.tiny import make_tiny
 
 SIGNS = ("rotation.stream_signs", "rotation.value_signs")
@@ -117,7 +117,8 @@ def test_damaged_signs_are_refused(tmp_path: Path, text: Path, damage: Any, says
 @pytest.mark.parametrize(
     ("model_type", "changes", "says"),
     [
-        ("gemma2", {}, "the model cannot be rotated"),
+        ("gemma2", {}, "gemma2 is not known to stay the same"),
+        ("llava", {}, "beside the llama that is known to stay the same it has other parts"),
         ("llama", {"sparsify__pattern": "2:4"}, "2:4 needs channels"),
         ("llama", {"quantize__bits": 16, "sparsify__pattern": "2:4"}, "2:4 needs channels"),
     ],
@@ -135,13 +136,17 @@ def test_what_cannot_be_rotated_is_refused_before_the_work(
 
 
 def test_a_2of4_source_keeps_its_zeros(tmp_path: Path, text: Path) -> None:
-    """A rotation would fill what is pruned."""
+    """A rotation would fill what is pruned. A plan that said otherwise would be found wrong after a download."""
     source = make("llama", tmp_path / "model")
     run(source, tmp_path / "pruned", text, sparsify__pattern="2:4", quantize__bits=16, sparsify__permute="never")
     report = rotate(tmp_path / "pruned", tmp_path / "out", text, quantize__equalize="never")
     assert report["sparse"] == len(report["layers"]) and not (tmp_path / "out" / ORDER_FILE).exists()
     with pytest.raises(UsageError, match="would fill what is pruned"):
         rotate(tmp_path / "pruned", tmp_path / "again", text, "always")
+    with pytest.raises(UsageError, match="would fill what is pruned"):
+        plan(tmp_path / "pruned", recipe(text, quantize__rotate="always"))
+    notes = plan(tmp_path / "pruned", recipe(text, quantize__rotate="auto"))["notes"]
+    assert not any("rotated" in note for note in notes)
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,3 +172,19 @@ def test_it_is_trained_toward_the_rotated_original(tmp_path: Path, text: Path) -
     before, after = (report["held_out"][when] for when in ("before", "after"))
     assert before["squarehead"] < 0.3 and after["loss"] < before["loss"]
     assert load_file(tmp_path / "trained" / ORDER_FILE).keys() == load_file(tmp_path / "out" / ORDER_FILE).keys()
+
+
+def test_a_rotated_folder_is_compressed_again(tmp_path: Path, text: Path) -> None:
+    """It is rotated once: twice, or with its signs lost, nothing could be compared with the original any more."""
+    source = make("llama", tmp_path / "model")
+    rotate(source, tmp_path / "out", text)
+    assert main(["pack", str(tmp_path / "out"), str(tmp_path / "dense"), "--format", "dense", "-q"]) == 0
+    with pytest.raises(UsageError, match="an earlier run folded something"):
+        rotate(tmp_path / "dense", tmp_path / "twice", text, "always")
+    run(tmp_path / "dense", tmp_path / "pruned", text, sparsify__pattern="2:4", quantize__bits=16)
+    assert load_file(tmp_path / "pruned" / ORDER_FILE).keys() > set(SIGNS)
+    rotate(tmp_path / "dense", tmp_path / "again", text)
+    for original in (source, tmp_path / "dense"):
+        assert main(["verify", str(tmp_path / "again"), "--source", str(original), "-q"]) == 0
+    rotate(source, tmp_path / "plain", text, "never")
+    assert main(["verify", str(tmp_path / "plain"), "--source", str(tmp_path / "dense"), "-q"]) == 3
