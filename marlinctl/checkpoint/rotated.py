@@ -22,7 +22,7 @@ from marlinctl.checkpoint.orders import ROTATION
 from marlinctl.checkpoint.reader import Checkpoint, MadeTensor
 from marlinctl.checkpoint.safetensors_header import read_header
 from marlinctl.checkpoint.tied_head import with_own_head
-from marlinctl.errors import BadInput, Problem
+from marlinctl.errors import BadInput, NumericalProblem, Problem
 from marlinctl.models.architectures import Architecture
 from marlinctl.models.config import sizes_of
 from marlinctl.models.rotation import Stream, stream_of
@@ -134,7 +134,7 @@ class _Rotated:
         if name in self.stream.written:
             for part in _parts(0, rows.shape[1], len(rows), head_dim):
                 found[:, part] = self._written(self._double(rows[:, part])).to(found.device, found.dtype)
-            return found.reshape(whole.shape)
+            return self._held(found).reshape(whole.shape)
         first = self.stream.values_made.get(name, len(rows))
         for part in (*_parts(0, first, rows.shape[1], head_dim), *_parts(first, len(rows), rows.shape[1], head_dim)):
             x = self._double(rows[part])
@@ -144,7 +144,7 @@ class _Rotated:
                 heads = x.unflatten(0, (-1, head_dim)).transpose(1, 2)
                 x = rotated(heads, self.rotation.values).transpose(1, 2).flatten(0, 1)
             found[part] = x.to(found.device, found.dtype)
-        return found.reshape(whole.shape)
+        return self._held(found).reshape(whole.shape)
 
     def rows(self, checkpoint: Checkpoint, ids: Tensor) -> Tensor:
         from marlinctl.quantize.rotate import rotated
@@ -163,6 +163,15 @@ class _Rotated:
         if self.name in self.stream.values_taken:
             x = rotated(x.unflatten(-1, (-1, self.stream.head_dim)), self.rotation.values).flatten(-2)
         return rotated(x.T, self.rotation.stream).T
+
+    def _held(self, found: Tensor) -> Tensor:
+        """NumericalProblem E604 where float16 does not hold a value: weights times a norm's may be 100 times as large as the weights."""
+        import torch
+
+        if found.dtype == torch.float16 and not bool(torch.isfinite(found).all()):
+            what = f"{self.name}, rotated and times the weight of the norm before it, does not fit into float16"
+            raise NumericalProblem("E604", what, where=self.name, fix="--rotate never, or a bfloat16 copy of the model")
+        return found
 
     def _double(self, x: Tensor) -> Tensor:
         return x.to(self.device).double()

@@ -614,6 +614,7 @@ CATALOG = (
         - Dense float16 copies: keep a packed format.
         - GGUF: the file is damaged, or the model needs bfloat16. Use its safetensors folder.
         - Trained weights: use a lower `--learning-rate`.
+        - Weights that are rotated: use `--rotate never`, or a bfloat16 copy of the model.
         """,
         ("E600", "E621", "E623"),
     ),

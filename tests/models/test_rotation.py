@@ -16,6 +16,7 @@ from marlinctl.checkpoint.reader import Checkpoint, open_checkpoint
 from marlinctl.checkpoint.rotated import drawn, rotated_checkpoint
 from marlinctl.checkpoint.tied_head import with_own_head
 from marlinctl.checkpoint.transformers_model import dense_tensors, model_from
+from marlinctl.errors import NumericalProblem
 from marlinctl.models.architectures import Architecture
 from marlinctl.models.config import sizes_of
 from marlinctl.models.families import architecture
@@ -119,7 +120,7 @@ def test_each_part_is_needed(part: str, tmp_path: Path) -> None:
     assert distance(logits(lost), logits(checkpoint)) > 0.01
 
 
-@pytest.mark.parametrize("model_type", sorted({*zoo.ZOO, *zoo.DERIVED} - ROTATABLE))
+@pytest.mark.parametrize("model_type", ["gemma", "gemma2", "olmo2", "exaone4", "lfm2", "qwen3_5_text"])
 def test_other_types_are_left_alone(model_type: str, tmp_path: Path) -> None:
     """Norms behind a branch, norms that subtract a mean, norms of 1 + weight: such a model would become another one, and say nothing."""
     checkpoint, known = opened(zoo.build(model_type, tmp_path / "model"))
@@ -131,6 +132,26 @@ def test_wrappers_are_left_alone(wrapper: str, tmp_path: Path) -> None:
     """Images enter the stream by a part that is copied as it is."""
     checkpoint, known = opened(zoo.build(wrapper, tmp_path / "model"))
     assert stream_of(known, sizes_of(checkpoint.config)) is None
+
+
+def test_what_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
+    """Infinite weights would be solved for as they are, and the model would say nothing but NaN."""
+    folder = zoo.build("llama", tmp_path / "model", dtype=torch.float16)
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if name.endswith("1.input_layernorm.weight"):
+                tensor[3] = 60_000
+            if name.endswith("1.self_attn.k_proj.weight"):
+                tensor[:, 3] = 100
+        save_file(tensors, path, metadata={"format": "pt"})
+    checkpoint, known = opened(folder)
+    stream = stream_of(known, sizes_of(checkpoint.config))
+    assert stream is not None
+    turned = rotated_checkpoint(checkpoint, stream, drawn(stream))
+    turned.read("model.layers.0.self_attn.k_proj.weight")
+    with pytest.raises(NumericalProblem, match=r"layers\.1\.self_attn\.k_proj.*does not fit into float16"):
+        turned.read("model.layers.1.self_attn.k_proj.weight")
 
 
 def test_a_large_channel_is_spread(tmp_path: Path) -> None:
