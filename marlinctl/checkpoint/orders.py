@@ -62,6 +62,13 @@ def read_orders(folder: Path) -> Orders:
     return orders
 
 
+def folded(folder: Path) -> tuple[str, ...]:
+    """Which of "orders", "exponents" and "rotation" a folder's weights have in them. () for a damaged file, which `read_orders` refuses."""
+    names = read_header(folder, ORDER_FILE)[0] if exists(folder, ORDER_FILE) else {}
+    kinds = {"rotation" if name.startswith(ROTATION) else "exponents" if is_exponents(name) else "orders" for name in names}
+    return tuple(sorted(kinds))
+
+
 def is_exponents(name: str) -> bool:
     return name.endswith((ROW_EXPONENTS, COLUMN_EXPONENTS))
 

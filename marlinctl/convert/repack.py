@@ -33,7 +33,7 @@ from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.licence import NOTHING_STATED, Stated
 from marlinctl.checkpoint.mask import Masks, open_masks
-from marlinctl.checkpoint.model_files import ORDER_FILE
+from marlinctl.checkpoint.orders import folded
 from marlinctl.checkpoint.shards import MAX_SHARD_BYTES
 from marlinctl.checkpoint.source_digests import check_known_digests
 from marlinctl.convert.source import Source, open_source
@@ -51,7 +51,6 @@ from marlinctl.report import card
 from marlinctl.report.page import Name
 from marlinctl.system.atomic import canonical
 from marlinctl.system.console import Console
-from marlinctl.system.files import exists
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -313,7 +312,7 @@ def _finish(
         license=licence.stated(None, said.license),
         made_from=[("SHA-256 of the recipe", Name(digest))] if isinstance(digest, str) else (),
         two_of_four=source.origin is not None,
-        reordered=exists(source.checkpoint.folder, ORDER_FILE),
+        folded=folded(source.checkpoint.folder),
         grids=source.info.grids,
     )
     stage.finish(config, manifest=facts, verify=lambda folder: check_written(source, fmt, folder, console), report_files={})

@@ -58,7 +58,7 @@ class CardFacts:
     scores: Sequence[Score] = field(default=())
     measured: Sequence[str] = field(default=())  # on which text, and what must not be overlooked
     two_of_four: bool = False  # pruned to 2:4
-    reordered: bool = False  # channels lie in another order than in the original
+    folded: tuple[str, ...] = ()  # into its weights (checkpoint/orders.py)
     grids: Mapping[str, Grid] = field(default_factory=dict)  # of the quantized linears whose codes are not INT4
 
     def grid_counts(self) -> list[tuple[Grid, int]]:
@@ -89,7 +89,7 @@ def of_compression(report: Mapping[str, Any], folder: Folder, layers: Mapping[st
         scores=found,
         measured=measured,
         two_of_four=report["sparse"] > 0,
-        reordered=ORDER_FILE in folder.manifest.get("files", ()),
+        folded=folder.folded,
         grids=grids_of(report),
     )
     return render(facts)
@@ -211,7 +211,7 @@ def _what(facts: CardFacts) -> list[str]:
         *(("Quantized" if i == 0 else "", line) for i, line in enumerate(_codes(facts))),
         ("Group size", groups),
         ("Pruned", f"2:4, two of each four neighbours along K are zero; {_storage(facts.fmt)}" if facts.two_of_four else ""),
-        ("Order", _ORDER if facts.reordered else ""),
+        ("Folded into the weights", _folded(facts.folded)),
         ("Original", Name(facts.base_model) if facts.base_model else ""),
         ("Licence of the original", spoken(facts.license)),
         *facts.made_from,
@@ -225,10 +225,18 @@ def _what(facts: CardFacts) -> list[str]:
     return ["## What it is", "", *lines, "", *([note] if note else [])]
 
 
-_ORDER = (
-    "channels lie in another order than in the original, are multiplied by powers of two that a norm makes up for, or are rotated "
-    f"({ORDER_FILE} says which): a LoRA adapter or a draft head that was trained for the original's hidden states does not fit"
-)
+_FOLDED = {
+    "orders": "channels lie in another order than in the original",
+    "exponents": "columns are multiplied by powers of two that the norm before them makes up for",
+    "rotation": "the residual stream and the value heads are rotated, so hidden states are not the original's",
+}
+
+
+def _folded(kinds: Sequence[str]) -> str:
+    if not kinds:
+        return ""
+    trained = "A LoRA adapter or a draft head" if "rotation" in kinds else "A LoRA adapter"
+    return f"{'; '.join(_FOLDED[kind] for kind in kinds)} ({ORDER_FILE} has the numbers). {trained} of the original does not fit"
 
 
 def _codes(facts: CardFacts) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 from marlinctl.checkpoint import manifest, runtimes
 from marlinctl.checkpoint.formats.base import Format
 from marlinctl.checkpoint.formats.registry import detect
+from marlinctl.checkpoint.orders import folded
 from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.report import card, compression, html, markdown, training
 from marlinctl.report.provenance import Folder
@@ -35,7 +36,7 @@ def report_files(report: Mapping[str, Any], folder: Path, *, name: str, fmt: For
     with open_checkpoint(folder, weight_files="auto") as checkpoint:
         info = detect(checkpoint.config, checkpoint.tensors)
         loads = runtimes.loads(runtimes.packed_of(checkpoint, info))
-    about = Folder(name, fmt, manifest.read(folder), manifest.digest(folder), loads, info.used_grids)
+    about = Folder(name, fmt, manifest.read(folder), manifest.digest(folder), loads, info.used_grids, folded(folder))
     if report["kind"] == "distill":
         page, readme = training.page(report, about), card.of_training(report, about)
     else:

@@ -30,6 +30,7 @@ class Folder:
     manifest_sha256: str
     loads: Loads
     grids: Sequence[Grid] = (INT4,)  # that its codes have
+    folded: tuple[str, ...] = ()  # what its weights have in them (checkpoint/orders.py)
 
     def linear_bytes(self, n: int, k: int, group_size: int, grid: Grid) -> int:
         """Of one quantized linear in this folder's format."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from marlinctl.checkpoint import manifest, runtimes, sparsity
 from marlinctl.checkpoint.formats.base import FormatInfo
 from marlinctl.checkpoint.mask import open_masks
+from marlinctl.checkpoint.orders import folded
 from marlinctl.errors import number_of
 from marlinctl.models.config import sizes_of
 from marlinctl.quantize.scheme import SIXTEEN_BIT
@@ -53,6 +54,7 @@ def inspect(folder: Path, *, weights: bool = False) -> dict[str, Any]:
             "scale_dtypes": _dtypes(checkpoint, info),
             **_parameters(checkpoint, info, packed.shapes),
             "pattern": _pattern(checkpoint, info, masks, weights),
+            "folded": list(folded(folder)),
             "shards": len(checkpoint.files),
             "loads_in": list(loads.accepted),
             "refused_by": {program: list(reasons) for program, reasons in loads.refused.items()},
@@ -152,6 +154,7 @@ def table(facts: Mapping[str, Any]) -> str:
         ("quantized", f"{number_of(facts['quantized_linears'], 'linear')}, {facts['quantized_parameters']:,} weights"),
         ("bits per weight", str(facts["bits_per_quantized_weight"] or "")),
         ("pattern", _pattern_line(facts["pattern"])),
+        ("folded", ", ".join(facts["folded"])),
         ("not quantized", f"{facts['other_parameters']:,} weights"),
         ("on disk", f"{_megabytes(facts['bytes']['total'])} in {number_of(facts['shards'], 'shard')}: {kinds}"),
         ("as 16-bit", f"{_megabytes(facts['dense_16bit_bytes'])}{as_much}"),

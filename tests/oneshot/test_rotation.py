@@ -15,6 +15,7 @@ from marlinctl.checkpoint.model_files import ORDER_FILE
 from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.cli import main
 from marlinctl.errors import BadInput, UsageError
+from marlinctl.verify.inspect import inspect
 from tests import zoo
 from tests.distillation.runs import distill
 from tests.distillation.runs import recipe as distill_recipe
@@ -59,7 +60,9 @@ def test_the_result_computes_what_the_original_does(tmp_path: Path, text: Path, 
     assert not (tmp_path / "never" / ORDER_FILE).exists()
     norms = [tensor for name, tensor in weights_of(tmp_path / "auto").items() if "layernorm" in name]
     assert norms and all(bool((norm == 1).all()) for norm in norms)
-    assert "does not fit" in (tmp_path / "auto" / "README.md").read_text()
+    assert "are rotated" in (tmp_path / "auto" / "README.md").read_text()
+    assert "are rotated" not in (tmp_path / "never" / "README.md").read_text()
+    assert inspect(tmp_path / "auto")["folded"] == ["rotation"] and inspect(tmp_path / "never")["folded"] == []
 
 
 def test_a_tied_head_is_copied_on_request_alone(tmp_path: Path, text: Path) -> None:
