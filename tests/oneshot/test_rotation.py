@@ -66,7 +66,7 @@ def test_the_result_computes_what_the_original_does(tmp_path: Path, text: Path, 
 
 
 def test_a_tied_head_is_copied_on_request_alone(tmp_path: Path, text: Path) -> None:
-    """A copy of the embedding may be a third of a small model: nobody gets it unasked."""
+    """A copy of the embedding may be a third of a small model, so it must be asked for."""
     source = make("qwen2", tmp_path / "model")
     rotate(source, tmp_path / "auto", text, quantize__equalize="never")
     assert not (tmp_path / "auto" / ORDER_FILE).exists()

@@ -222,7 +222,7 @@ def alike(squares: Tensor, counted: Tensor, processes: Any) -> Tensor:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """model, text, and what runs publish that nobody stopped: with weights, and without."""
+    """model, text, and what runs that were not stopped publish: with weights, and without."""
     found = tmp_path_factory.mktemp("weighted")
     make_tiny(found / "model", **SIZES)
     (found / "text.txt").write_text(TEXT)
