@@ -208,7 +208,7 @@ def _loaded(code: bytes) -> Any:
 
 
 class Meter:
-    """NVML: energy since the driver was loaded, and the clock. OSError where there is no NVML, RuntimeError for what it refuses."""
+    """NVML: energy since the driver was loaded, and the clock. OSError without NVML, RuntimeError for what it refuses."""
 
     SM_CLOCK = 1
 

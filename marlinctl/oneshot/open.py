@@ -150,7 +150,7 @@ def open_model(
     if wants_mask(recipe) is not None:  # one row shows it, before a text is read
         refuse_dense_tiles(from_headers(looked.checkpoint, looked.shapes, weights=True), looked.shapes, recipe)
     packed = {f"{name}.weight" for name in looked.plan.group_sizes} if recipe.scheme.quantizes else set()
-    if looked.plan.head is not None and looked.plan.head.name in looked.shapes and packed:
+    if looked.unties and looked.plan.head is not None and f"{looked.plan.head.name}.weight" in packed:
         packed.add(f"{looked.architecture.embedding}.weight")
     stored = replace(checkpoint, parts=looked.checkpoint.parts)
     reading = reading_contents(stored, console, scan=looked.architecture.expected, for_4_bits=packed, noted=noted())

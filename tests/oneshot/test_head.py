@@ -177,3 +177,14 @@ def test_what_has_no_head_is_refused() -> None:
     for include, model, said in ((["lm_head"], replace(known, head=None), "no linear that is called lm_head"), (["embed"], known, "embed")):
         with pytest.raises(UsageError, match=said):
             rules(model, group_size=32, skip=(), overrides={}, include=include)
+
+
+def test_an_embedding_beside_a_packed_head_of_its_own_may_be_large(tmp_path: Path, text: Path) -> None:
+    """It stays as it is: to refuse it for what 4 bits cannot hold would refuse the model for nothing. A tied one is the head, and is."""
+    config = tiny_config(dtype="float32")
+    make_tiny(tmp_path / "model", dtype=torch.float32)
+    tensors = tiny_tensors(config, dtype=torch.float32)
+    tensors["model.embed_tokens.weight"][-1, 0] = 1e6
+    write_weights(tmp_path / "model", tensors)
+    report = quantize(tmp_path / "model", tmp_path / "out", recipe(text, quantize__include=["lm_head"]))
+    assert "lm_head" in {layer["name"] for layer in report["layers"]}

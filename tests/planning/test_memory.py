@@ -114,7 +114,7 @@ def test_what_is_asked_for_costs_memory() -> None:
 
 
 def test_gradients_take_a_block_and_its_activations_or_the_head() -> None:
-    """Before the first block there is no solve, but activations of a chunk with their gradients, and a head as large as four blocks."""
+    """Before the first block nothing is solved: there are activations with their gradients, and a head as large as four blocks."""
     sizes = dict.fromkeys(LLAMA_8B.linears, 128)
     for on_device in (False, True):
         work = replace(WORK, on_device=on_device, weighs_tokens=True)
