@@ -7,7 +7,8 @@ short, a CTA computes an output tile of `tokens` (M) x 64 `blocks` (N), in stage
     warps = blocks x split x k_warps      split: warps that share the 64 columns of a block
                                           k_warps: warps that share the k of a stage
 
-On Hopper four more warps copy, and the group size is compiled in.
+On Hopper four more warps copy, and the group size is compiled in. csrc/marlin_a8_sm90.cu, for Hopper alone, multiplies activations that
+are rounded to int8.
 
 Everything that the host must know beside that, threads, shared memory, workspace, follows from them and is computed here;
 the kernel checks the shared memory when it is compiled. Which configuration is used for which M, N, K is measured: dispatch.py.
@@ -28,6 +29,7 @@ from typing import Literal, get_args
 import torch
 
 Sharing = Literal["striped", "even", "mixed", "cluster"]
+Rounding = Literal["none", "int8"]  # of activations
 SHARINGS: tuple[Sharing, ...] = get_args(Sharing)
 SHARED_BYTES = {  # of a CTA, at most: CUDA C++ Programming Guide, compute capabilities
     "sm_80": 163 * 1024,
@@ -36,6 +38,7 @@ SHARED_BYTES = {  # of a CTA, at most: CUDA C++ Programming Guide, compute capab
 }
 NUMBERS = {torch.float16: "Half", torch.bfloat16: "BFloat"}  # the structs of csrc/dequantize.cuh
 GROUP_SIZES = (32, 64, 128)  # and channel-wise
+ACTIVATION_GROUP = 128  # K, of 8-bit activations that share a scale, where not all of a token do
 LARGEST_CLUSTER = 8  # CTAs: what every GPU with clusters starts
 LEAST_BUSY = 0.7  # of the CTAs that there is room for: 96 of 132 were faster than 132 that share unevenly (6144 x 4096, H200)
 
@@ -60,16 +63,25 @@ class Configuration:
     wgmma: bool = False  # for Hopper alone
     batch: int = 1  # with wgmma: steps of k that a warp decodes before it multiplies, while those before them are multiplied
     scale_weights: bool = False  # with wgmma: scales multiply weights, in 16 bits, instead of sums of groups
+    activations: Rounding = "none"
+    parts: int = 1  # of int8: products that share a decoded word, each of tokens / parts
+    ordered: bool = False  # of int8: warpgroups take turns
 
     @property
     def name(self) -> str:
-        kernel = f"{'sparse-' if self.sparse else ''}{'wgmma-' if self.wgmma else ''}"
-        return f"{kernel}m{self.tokens}n{64 * self.blocks}k{self.k_step}x{self.stages}{'w' if self.scale_weights else ''}"
+        kernel = f"{'sparse-' if self.sparse else ''}{'a8-' if self.rounded else ''}{'wgmma-' if self.wgmma else ''}"
+        form = f"{f'p{self.parts}' if self.parts > 1 else ''}{'o' if self.ordered else ''}{'w' if self.scale_weights else ''}"
+        return f"{kernel}m{self.tokens}n{64 * self.blocks}k{self.k_step}x{self.stages}{form}"
+
+    @property
+    def rounded(self) -> bool:
+        """Activations are int8."""
+        return self.activations == "int8"
 
     @property
     def kernel(self) -> str:
         """The name of the function, and with .cu of its source."""
-        return f"{'sparse_' if self.sparse else ''}marlin_{'sm90' if self.wgmma else 'sm80'}"
+        return f"{'sparse_' if self.sparse else ''}marlin_{'a8_' if self.rounded else ''}{'sm90' if self.wgmma else 'sm80'}"
 
     @property
     def tile_k(self) -> int:
@@ -94,9 +106,11 @@ class Configuration:
     def stage_bytes(self) -> int:
         bits = 2 + 1 if self.sparse else 4  # of a weight: two codes for four weights, and metadata of half their size
         weights = self.k_step * self.columns * bits // 8
-        activations = 2 * self.tokens * self.k_step
         scales = 2 * (self.k_step // 32) * self.columns
-        return weights + activations + scales
+        if self.rounded:
+            token_scales = 4 * self.tokens * self.k_step // ACTIVATION_GROUP
+            return -(-(weights + self.tokens * self.k_step + scales + token_scales) // 1024) * 1024
+        return weights + 2 * self.tokens * self.k_step + scales
 
     @property
     def shared_bytes(self) -> int:
@@ -105,8 +119,12 @@ class Configuration:
         barriers = 16 * self.stages if self.wgmma else 0
         return self.stages * self.stage_bytes + exchange + barriers + 16
 
-    def defines(self, dtype: torch.dtype, group_shift: int = 3) -> tuple[str, ...]:
-        """What the compiler is told, for activations of `dtype` (float16 or bfloat16); group_shift() matters to wgmma alone."""
+    def defines(self, dtype: torch.dtype, group_shift: int = 3, token_groups: bool = False) -> tuple[str, ...]:
+        """What the compiler is told, for activations of `dtype` (float16 or bfloat16), of int8 the type that they had and the output has.
+
+        group_shift: of group_shift(), which matters to wgmma alone.
+        token_groups: of int8, whether a token has a scale for each 128 of K, and not one for all.
+        """
         sizes = {
             "TOKENS": self.tokens,
             "BLOCKS": self.blocks,
@@ -117,7 +135,10 @@ class Configuration:
             "CTAS": self.ctas,
             "SHARED_BYTES": self.shared_bytes,
         }
-        if self.wgmma:
+        if self.rounded:
+            sizes |= {"EIGHT_BIT": 1, "PARTS": self.parts, "ORDERED": int(self.ordered), "TOKEN_GROUPS": int(token_groups)}
+            sizes |= {"GROUP_SHIFT": group_shift, "SCALE_WEIGHTS": 0, "STEPS": self.batch}
+        elif self.wgmma:
             # Sums of many small groups are dearer to scale than weights, and leave too few registers: groups of 32 and of 64.
             scale_weights = self.scale_weights or (group_shift == 1 and self.tokens >= 16) or (group_shift == 2 and self.tokens >= 32)
             sizes |= {"GROUP_SHIFT": group_shift, "SCALE_WEIGHTS": int(scale_weights), "STEPS": self.batch}
@@ -224,6 +245,19 @@ DENSE_SM90 = (
     Configuration(tokens=96, blocks=4, split=2, k_warps=1, k_step=128, stages=5, ctas=1, wgmma=True, batch=2, scale_weights=True),
     Configuration(tokens=96, blocks=2, split=2, k_warps=2, k_step=128, stages=4, ctas=1, wgmma=True, batch=2, scale_weights=True),
     Configuration(tokens=128, blocks=4, split=2, k_warps=1, k_step=128, stages=4, ctas=1, wgmma=True, batch=2, scale_weights=True),
+)
+
+# Of 8-bit activations. A warpgroup has 64, 128 or 256 outputs, and up to 128 sums a thread beside those of the group.
+A8_SM90 = (
+    Configuration(tokens=32, blocks=8, split=1, k_warps=1, k_step=128, stages=4, ctas=1, wgmma=True, activations="int8", batch=2),
+    Configuration(tokens=64, blocks=4, split=2, k_warps=1, k_step=128, stages=6, ctas=1, wgmma=True, activations="int8", batch=2, ordered=True),
+    Configuration(tokens=64, blocks=6, split=2, k_warps=1, k_step=128, stages=5, ctas=1, wgmma=True, activations="int8", batch=2, ordered=True),
+    Configuration(tokens=64, blocks=8, split=1, k_warps=1, k_step=128, stages=4, ctas=1, wgmma=True, activations="int8", batch=1, ordered=True),
+    Configuration(tokens=96, blocks=4, split=2, k_warps=1, k_step=128, stages=6, ctas=1, wgmma=True, activations="int8", batch=2, ordered=True),
+    Configuration(tokens=128, blocks=4, split=2, k_warps=1, k_step=128, stages=5, ctas=1, wgmma=True, activations="int8", batch=1, ordered=True),
+    Configuration(tokens=128, blocks=3, split=4, k_warps=1, k_step=128, stages=5, ctas=1, wgmma=True, activations="int8", batch=1, ordered=True),
+    Configuration(tokens=256, blocks=2, split=4, k_warps=1, k_step=128, stages=4, ctas=1, wgmma=True, activations="int8", batch=1, parts=2, ordered=True),
+    Configuration(tokens=192, blocks=2, split=4, k_warps=1, k_step=128, stages=5, ctas=1, wgmma=True, activations="int8", batch=1, parts=2, ordered=True),
 )
 
 SPARSE_SM90 = (

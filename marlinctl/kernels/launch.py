@@ -55,10 +55,13 @@ class LoadedKernel:
     multiprocessors: int
     folder: Path  # of the cache that it came from
     shift: int | None  # the group size that is compiled in, as group_shift() says it; None: all
+    token_groups: bool = False  # of int8 activations: a token has a scale for each 128 of K
 
     def for_groups(self, shift: int) -> LoadedKernel:
         """The same for another group size."""
-        return self if self.shift in (None, shift) else load(self.configuration, self.dtype, self.device, self.folder, shift)
+        if self.shift in (None, shift):
+            return self
+        return load(self.configuration, self.dtype, self.device, self.folder, shift, self.token_groups)
 
     @property
     def device(self) -> torch.device:
@@ -88,39 +91,44 @@ class LoadedKernel:
         return self.configuration.grid(m, n, k, self.multiprocessors * per_multiprocessor, sharing)
 
 
-def load(configuration: Configuration, dtype: torch.dtype, device: torch.device, folder: Path, shift: int = 3) -> LoadedKernel:
+def load(
+    configuration: Configuration, dtype: torch.dtype, device: torch.device, folder: Path, shift: int = 3, token_groups: bool = False
+) -> LoadedKernel:
     """The kernel, compiled or taken from the cache in `folder`, and loaded once for each configuration, dtype and device.
 
     shift: of configurations.group_shift; kernels with wgmma are compiled for one group size each.
+    token_groups: of kernels for int8 activations, whether a token has a scale for each 128 of K, and not one for all.
 
     Raises:
         ValueError: the device is no GPU that the kernels run on, or the configuration needs more shared memory than it has.
         RuntimeError: a CUDA graph is being captured, or the driver refuses; what jit.cubin raises.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
-    key = (configuration, dtype, index, shift if configuration.wgmma else None)
+    key = (configuration, dtype, index, shift if configuration.wgmma else None, token_groups)
     known = _loaded.get(key)
     if known is None:
         with _lock:
-            known = _loaded.get(key) or _load(configuration, dtype, torch.device("cuda", index), folder, shift)
+            known = _loaded.get(key) or _load(configuration, dtype, torch.device("cuda", index), folder, shift, token_groups)
             _loaded[key] = known
     return known
 
 
-_loaded: dict[tuple[Configuration, torch.dtype, int, int | None], LoadedKernel] = {}
+_loaded: dict[tuple[Configuration, torch.dtype, int, int | None, bool], LoadedKernel] = {}
 _lock = threading.Lock()
 
 
-def _load(configuration: Configuration, dtype: torch.dtype, device: torch.device, folder: Path, shift: int) -> LoadedKernel:
+def _load(
+    configuration: Configuration, dtype: torch.dtype, device: torch.device, folder: Path, shift: int, token_groups: bool
+) -> LoadedKernel:
     architecture = architecture_of(device)
     if not configuration.fits(architecture):
         raise ValueError(f"{configuration.name} does not fit {architecture}: it takes {configuration.shared_bytes} bytes of shared memory")
     sizes = (configuration.threads, configuration.shared_bytes)
     function = load_function(
-        jit.SOURCES, configuration.kernel, configuration.defines(dtype, shift), checked_architecture, *sizes, device, folder
+        jit.SOURCES, configuration.kernel, configuration.defines(dtype, shift, token_groups), checked_architecture, *sizes, device, folder
     )
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return LoadedKernel(configuration, dtype, function, multiprocessors, folder, shift if configuration.wgmma else None)
+    return LoadedKernel(configuration, dtype, function, multiprocessors, folder, shift if configuration.wgmma else None, token_groups)
 
 
 def launch(
@@ -181,7 +189,10 @@ def multiply(
     workspace: tuple[Tensor, Tensor] | None = None,
     overlap: bool = False,
 ) -> None:
-    """launch without its checks, with a kernel for these groups: for the operators, which have made theirs."""
+    """launch without its checks, with a kernel for these groups: for the operators, which have made theirs.
+
+    Of int8 activations: their codes [M, K'] in the order of the tile, and as weights qweight and the scales of the tokens.
+    """
     function, configuration = kernel.function, kernel.configuration
     device = function.device
     if torch.cuda.current_device() != device.index:
@@ -206,11 +217,11 @@ def multiply(
         0 if partials is None else partials.data_ptr(),
         counters,
     ]
-    arguments = _mine.of[configuration.sparse, configuration.wgmma]
+    arguments = _mine.of[len(weights), configuration.wgmma]
     arguments.pack(*pointers, m, n, k, grid.whole, shift)
     if configuration.wgmma:
         make_current(function)
-        arguments.begin_with(_mine.maps.of(given, m, k, configuration.tokens))
+        arguments.begin_with(_mine.maps.of(given, m, k, configuration.tokens, activations.itemsize))
     enqueue(function, grid.ctas, stream, arguments, overlap=overlap and function.overlaps, cluster=grid.cluster)
 
 
@@ -276,7 +287,7 @@ class _Mine(threading.local):
     """What each thread has for itself: the driver reads arguments while other threads run."""
 
     def __init__(self) -> None:
-        self.of = {(sparse, wgmma): Arguments(8 if sparse else 7, 4) for sparse in (False, True) for wgmma in (False, True)}
+        self.of = {(weights, wgmma): Arguments(6 + weights, 4) for weights in (1, 2) for wgmma in (False, True)}
         self.unpack, self.maps = Arguments(4, 2), TensorMaps()
 
 

@@ -15,11 +15,12 @@ class TensorMaps:
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, int, int, int], Any] = {}
+        self._known: dict[tuple[int, int, int, int, int], Any] = {}
 
-    def of(self, address: int, m: int, k: int, tokens: int) -> int:
-        """Activations [M, K] at an address, in boxes of `tokens` x 64: the address of their map, which is there until the next call."""
-        key = (address, m, k, tokens)
+    def of(self, address: int, m: int, k: int, tokens: int, size: int) -> int:
+        """Activations [M, K] at an address, `size` bytes each, in boxes of `tokens` x 128 bytes: the address of their map, which is there
+        until the next call."""
+        key = (address, m, k, tokens, size)
         known = self._known.get(key)
         if known is None:
             if len(self._known) == MOST_MAPS:
@@ -28,14 +29,16 @@ class TensorMaps:
         return int(known.getPtr())
 
 
-def _tensor_map(address: int, m: int, k: int, tokens: int) -> Any:
-    """A matrix of 16-bit numbers, K a multiple of 8; zeros outside, 128-byte swizzle (CUDA driver API, cuTensorMapEncodeTiled)."""
+def _tensor_map(address: int, m: int, k: int, tokens: int, size: int) -> Any:
+    """A matrix of numbers of 1 or 2 bytes, rows of multiples of 16; zeros outside, 128-byte swizzle (CUDA driver API,
+    cuTensorMapEncodeTiled)."""
     cuda = driver()
-    sizes, strides = [cuda.cuuint64_t(k), cuda.cuuint64_t(m)], [cuda.cuuint64_t(2 * k)]
-    box, steps = [cuda.cuuint32_t(64), cuda.cuuint32_t(tokens)], [cuda.cuuint32_t(1), cuda.cuuint32_t(1)]
+    kinds = cuda.CUtensorMapDataType
+    sizes, strides = [cuda.cuuint64_t(k), cuda.cuuint64_t(m)], [cuda.cuuint64_t(size * k)]
+    box, steps = [cuda.cuuint32_t(128 // size), cuda.cuuint32_t(tokens)], [cuda.cuuint32_t(1), cuda.cuuint32_t(1)]
     return done(
         cuda.cuTensorMapEncodeTiled(
-            cuda.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,
+            kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8 if size == 1 else kinds.CU_TENSOR_MAP_DATA_TYPE_UINT16,
             2,
             address,
             sizes,

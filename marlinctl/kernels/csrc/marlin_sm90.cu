@@ -44,6 +44,7 @@
 // It is limited by the GPU's 700 W power cap: docs/log/2026-11-22-power-and-tensor-maps.md.
 #include "write_marlin.cuh"
 #include "gemm_sm90.cuh"
+#include "products_sm90.cuh"
 
 __device__ __forceinline__ void multiply_async(Half, float (&d)[SLABS][4], const unsigned (&a)[4], unsigned long long b, bool keep) {
     wgmma_half(d, a, b, keep);
@@ -81,5 +82,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) marli
     int whole,                             // tiles that each CTA computes alone (stripes.cuh)
     int                                    // group_shift, which is GROUP_SHIFT here
 ) {
-    gemm_sm90<DenseWeights, Output>(activations, qweight, nullptr, scales, bias, out, partials, counters, m, n, k, whole);
+    const Output output{scales, bias, out, m, n, GROUPED};
+    gemm_sm90<SixteenBitProducts<DenseWeights>>(activations, qweight, nullptr, nullptr, scales, output, partials, counters, m, n, k, whole);
 }

@@ -34,16 +34,17 @@
 constexpr int ARRIVING_LANES = EVERY_LANE_ARRIVES ? 32 : 1;
 
 constexpr bool GROUPED = GROUP_SHIFT >= 0;
-constexpr bool SCALE_SUMS = GROUPED && !SCALE_WEIGHTS;
+constexpr bool SCALE_SUMS = EIGHT_BIT || (GROUPED && !SCALE_WEIGHTS);
 constexpr int COPY_THREADS = 128;
 constexpr int RING_BYTES = 16 * STAGES;         // full and empty, 8 bytes each
 // Registers of a thread when a CTA starts, in steps of 8. setmaxnreg can only redistribute these: asking for more would never return.
 constexpr int START_REGISTERS = 65536 / CTAS / (THREADS + COPY_THREADS) / 8 * 8;
-constexpr int COPY_REGISTERS = THREADS * CTAS == 256 ? 40 : 32;
+constexpr int COPY_REGISTERS = THREADS * CTAS != 256 ? 32 : EIGHT_BIT ? 24 : 40;
 constexpr int MULTIPLY_REGISTERS = (START_REGISTERS * (THREADS + COPY_THREADS) - COPY_REGISTERS * COPY_THREADS) / THREADS / 8 * 8;
 
 static_assert(COLUMN_WARPS % 4 == 0, "the warps of a warpgroup share their activations, and so their part of k");
-static_assert(K_STEP % 64 == 0, "128 bytes of each row of activations lie together");
+constexpr int ROW_K = 128 / ACTIVATION_SIZE;    // of activations, 128 bytes
+static_assert(K_STEP % ROW_K == 0, "128 bytes of each row of activations lie together");
 
 // The barriers of the stages.
 struct Ring {
@@ -138,12 +139,11 @@ __device__ __forceinline__ void copy_rows(
     }
 }
 
-// Copies activations [M, K] into a stage: [K_STEP/64][TOKENS] rows of 128 bytes, swizzled. Out of bounds they become zeros, which add
-// nothing. Called by one lane.
+// Copies activations [M, K] into a stage: [K_STEP/ROW_K][TOKENS] rows of 128 bytes, swizzled. Out of bounds they become zeros, which add
+// nothing. Called by one lane, after it has announced ACTIVATION_BYTES.
 __device__ __forceinline__ void copy_activations(const TensorMap& activations, const Cursor& at, unsigned to, unsigned full) {
-    barrier_arrive_expecting(full, ACTIVATION_BYTES);
-    for (int part = 0; part < K_STEP / 64; ++part) {
-        copy_box(to + part * (TOKENS * 128), activations, at.step * K_STEP + part * 64, at.token_tile * TOKENS, full);
+    for (int part = 0; part < K_STEP / ROW_K; ++part) {
+        copy_box(to + part * (TOKENS * 128), activations, at.step * K_STEP + part * ROW_K, at.token_tile * TOKENS, full);
     }
 }
 

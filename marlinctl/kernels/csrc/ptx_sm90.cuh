@@ -97,6 +97,16 @@ __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
+// bar.sync and bar.arrive on barrier `number` of the CTA, 2 .. 15, which `threads` threads complete.
+template <int threads>
+__device__ __forceinline__ void named_barrier_sync(unsigned number) {
+    asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(threads) : "memory");
+}
+template <int threads>
+__device__ __forceinline__ void named_barrier_arrive(unsigned number) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(number), "n"(threads) : "memory");
+}
+
 // Between other accesses of the registers of a wgmma, accumulators and operand A, and the wgmma.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
@@ -116,7 +126,14 @@ __device__ __forceinline__ void wgmma_arrived(float (&d)[slabs][4]) {
         asm volatile("" : "+f"(d[slab][0]), "+f"(d[slab][1]), "+f"(d[slab][2]), "+f"(d[slab][3])::"memory");
 }
 
-// What operand B is: rows of 64 16-bit numbers of k, 128 bytes, one for each column of D. Eight rows lie together, 1024 bytes at a
+template <int slabs>
+__device__ __forceinline__ void wgmma_arrived(int (&d)[slabs][4]) {
+#pragma unroll
+    for (int slab = 0; slab < slabs; ++slab)
+        asm volatile("" : "+r"(d[slab][0]), "+r"(d[slab][1]), "+r"(d[slab][2]), "+r"(d[slab][3])::"memory");
+}
+
+// What operand B is: rows of 64 16-bit or 128 8-bit numbers of k, 128 bytes, one for each column of D. Eight rows lie together, 1024 bytes at a
 // multiple of 1024; of row r the 16 bytes c lie in place c ^ (r % 8). `shared` is the first row's first k of the product: inside of the
 // 128 bytes k advances by plain addition, because the exchange works on address bits. (PTX ISA, "Matrix Descriptor Format": start and
 // stride in units of 16 bytes, swizzle mode 1 = 128 bytes.)
@@ -125,12 +142,21 @@ __device__ __forceinline__ unsigned long long describe_rows(unsigned shared) {
     return SWIZZLE_128 << 62 | EIGHT_ROWS << 32 | 1ull << 16 | (shared & 0x3ffff) / 16;
 }
 
-// wgmma.mma_async.m64nNk16 and .sp.m64nNk32 with N = TOKENS: d = a * b, or d += a * b where `keep` is true, in float32. Each of the four
+// wgmma.mma_async.m64nNk16 and .sp.m64nNk32 with N = TOKENS / PARTS: d = a * b, or d += a * b where `keep` is true, in float32. Each of the four
 // warps of a warpgroup has 16 rows of A in registers, laid out as for mma.m16n8k16 (or mma.sp.m16n8k32), and of D the same 16 rows:
 // slab s is columns 8s .. 8s + 7, laid out as there. They run asynchronously: registers must stay as they are until a wait.
 //
 // An asm statement numbers its operands: TOKENS / 2 accumulators, four registers of A, and what follows them.
-#define MARLIN_SLAB(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#ifndef PARTS
+#define PARTS 1
+#endif
+#define MARLIN_TOKENS (TOKENS / PARTS)
+#if EIGHT_BIT
+#define MARLIN_SUM "+r"
+#else
+#define MARLIN_SUM "+f"
+#endif
+#define MARLIN_SLAB(i) MARLIN_SUM(d[i][0]), MARLIN_SUM(d[i][1]), MARLIN_SUM(d[i][2]), MARLIN_SUM(d[i][3])
 #define MARLIN_0_3 "%0, %1, %2, %3"
 #define MARLIN_0_7 MARLIN_0_3 ", %4, %5, %6, %7"
 #define MARLIN_0_15 MARLIN_0_7 ", %8, %9, %10, %11, %12, %13, %14, %15"
@@ -147,7 +173,7 @@ __device__ __forceinline__ unsigned long long describe_rows(unsigned shared) {
 #define MARLIN_SLABS_12 MARLIN_SLABS_8, MARLIN_SLAB(8), MARLIN_SLAB(9), MARLIN_SLAB(10), MARLIN_SLAB(11)
 #define MARLIN_SLABS_16 MARLIN_SLABS_12, MARLIN_SLAB(12), MARLIN_SLAB(13), MARLIN_SLAB(14), MARLIN_SLAB(15)
 
-#if TOKENS == 8
+#if MARLIN_TOKENS == 8
 #define MARLIN_N "8"
 #define MARLIN_D MARLIN_0_3
 #define MARLIN_SUMS MARLIN_SLAB(0)
@@ -155,7 +181,7 @@ __device__ __forceinline__ unsigned long long describe_rows(unsigned shared) {
 #define MARLIN_B "%8"
 #define MARLIN_KEEP "%9"
 #define MARLIN_PLACES "%10, %11"  // metadata and selector
-#elif TOKENS == 16
+#elif MARLIN_TOKENS == 16
 #define MARLIN_N "16"
 #define MARLIN_D MARLIN_0_7
 #define MARLIN_SUMS MARLIN_SLABS_2
@@ -163,7 +189,7 @@ __device__ __forceinline__ unsigned long long describe_rows(unsigned shared) {
 #define MARLIN_B "%12"
 #define MARLIN_KEEP "%13"
 #define MARLIN_PLACES "%14, %15"  // metadata and selector
-#elif TOKENS == 32
+#elif MARLIN_TOKENS == 32
 #define MARLIN_N "32"
 #define MARLIN_D MARLIN_0_15
 #define MARLIN_SUMS MARLIN_SLABS_4
@@ -171,7 +197,7 @@ __device__ __forceinline__ unsigned long long describe_rows(unsigned shared) {
 #define MARLIN_B "%20"
 #define MARLIN_KEEP "%21"
 #define MARLIN_PLACES "%22, %23"  // metadata and selector
-#elif TOKENS == 48
+#elif MARLIN_TOKENS == 48
 #define MARLIN_N "48"
 #define MARLIN_D MARLIN_0_23
 #define MARLIN_SUMS MARLIN_SLABS_6
@@ -179,7 +205,7 @@ __device__ __forceinline__ unsigned long long describe_rows(unsigned shared) {
 #define MARLIN_B "%28"
 #define MARLIN_KEEP "%29"
 #define MARLIN_PLACES "%30, %31"  // metadata and selector
-#elif TOKENS == 64
+#elif MARLIN_TOKENS == 64
 #define MARLIN_N "64"
 #define MARLIN_D MARLIN_0_31
 #define MARLIN_SUMS MARLIN_SLABS_8
@@ -187,7 +213,7 @@ __device__ __forceinline__ unsigned long long describe_rows(unsigned shared) {
 #define MARLIN_B "%36"
 #define MARLIN_KEEP "%37"
 #define MARLIN_PLACES "%38, %39"  // metadata and selector
-#elif TOKENS == 96
+#elif MARLIN_TOKENS == 96
 #define MARLIN_N "96"
 #define MARLIN_D MARLIN_0_47
 #define MARLIN_SUMS MARLIN_SLABS_12
@@ -195,7 +221,7 @@ __device__ __forceinline__ unsigned long long describe_rows(unsigned shared) {
 #define MARLIN_B "%52"
 #define MARLIN_KEEP "%53"
 #define MARLIN_PLACES "%54, %55"  // metadata and selector
-#elif TOKENS == 128
+#elif MARLIN_TOKENS == 128
 #define MARLIN_N "128"
 #define MARLIN_D MARLIN_0_63
 #define MARLIN_SUMS MARLIN_SLABS_16
@@ -205,6 +231,17 @@ __device__ __forceinline__ unsigned long long describe_rows(unsigned shared) {
 #define MARLIN_PLACES "%70, %71"  // metadata and selector
 #endif
 
+#if EIGHT_BIT
+// wgmma.mma_async.m64nNk32 of int8, in int32: a register of A has four numbers of k, 4 (t%4) and up; a[0] row t/4, a[1] row t/4 + 8, and
+// a[2], a[3] the same 16 further in k.
+__device__ __forceinline__ void wgmma_int8(int (&d)[MARLIN_TOKENS / 8][4], const unsigned (&a)[4], unsigned long long b, bool keep) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, " MARLIN_KEEP ", 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n" MARLIN_N "k32.s32.s8.s8 {" MARLIN_D "}, {" MARLIN_A "}, " MARLIN_B ", p;\n}"
+        : MARLIN_SUMS
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<unsigned>(keep)));
+}
+#else
 __device__ __forceinline__ void wgmma_half(float (&d)[TOKENS / 8][4], const unsigned (&a)[4], unsigned long long b, bool keep) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, " MARLIN_KEEP ", 0;\n"
@@ -242,3 +279,4 @@ __device__ __forceinline__ void wgmma_sparse_bfloat(float (&d)[TOKENS / 8][4], c
         : MARLIN_SUMS
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<unsigned>(keep)), "r"(e), "n"(selector));
 }
+#endif

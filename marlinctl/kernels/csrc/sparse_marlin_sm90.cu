@@ -39,6 +39,7 @@
 // It is limited by the GPU's 700 W power cap: docs/log/2026-11-22-power-and-tensor-maps.md.
 #include "write_sparse_marlin.cuh"
 #include "gemm_sm90.cuh"
+#include "products_sm90.cuh"
 
 template <int selector>
 __device__ __forceinline__ void multiply_async(
@@ -103,5 +104,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + COPY_THREADS, CTAS) spars
     int whole,                             // tiles that each CTA computes alone (stripes.cuh)
     int                                    // group_shift, which is GROUP_SHIFT here
 ) {
-    gemm_sm90<SparseWeights, Output>(activations, qweight, meta, scales, bias, out, partials, counters, m, n, k, whole);
+    const Output output{scales, bias, out, m, n, GROUPED};
+    gemm_sm90<SixteenBitProducts<SparseWeights>>(activations, qweight, meta, nullptr, scales, output, partials, counters, m, n, k, whole);
 }

@@ -12,11 +12,15 @@
 // scales multiply the finished sums.
 //
 // Compile-time configuration (kernels/configurations.py): NUMBER, TOKENS, BLOCKS, SPLIT, K_WARPS, K_STEP, STAGES,
-// CTAS (per multiprocessor, what registers are allotted for), SHARED_BYTES.
+// CTAS (per multiprocessor, what registers are allotted for), SHARED_BYTES. EIGHT_BIT: activations are int8.
 //
 // On Hopper the warps here are the consumers; the copying warps come after them (pipeline_sm90.cuh).
 #pragma once
 #include "stripes.cuh"
+
+#ifndef EIGHT_BIT
+#define EIGHT_BIT 0
+#endif
 
 constexpr int WORDS = 4 / SPLIT;                       // of a lane's four words, those of this warp
 constexpr int OWN = WORDS / K_WARPS;                   // parts of its sums, a word's worth each, that it finishes
@@ -27,11 +31,12 @@ constexpr int THREADS = 32 * COLUMN_WARPS * K_WARPS;
 constexpr int CHUNKS = K_STEP / 8;                     // of 16 bytes in a row of activations
 constexpr int SCALE_ROWS = K_STEP / 32;                // the smallest group is 32
 
-constexpr int ACTIVATION_BYTES = TOKENS * K_STEP * 2;
+constexpr int ACTIVATION_SIZE = EIGHT_BIT ? 1 : 2;       // bytes
+constexpr int ACTIVATION_BYTES = TOKENS * K_STEP * ACTIVATION_SIZE;
 constexpr int SCALE_BYTES = SCALE_ROWS * COLUMNS * 2;
 constexpr int SCRATCH_BYTES = K_WARPS > 1 ? COLUMN_WARPS * K_WARPS * SLABS * 512 : 0;  // one part of the sums of every warp
 
-static_assert(SPLIT <= 2, "a lane reads four or two of its words at once");
+static_assert(SPLIT <= 4, "a lane reads four, two or one of its words at once");
 static_assert(OWN >= 1 && OWN * K_WARPS * SPLIT == 4, "the warps of a block share its four words evenly");
 static_assert(CHUNKS >= 8, "the swizzle needs a row of 128 bytes");
 static_assert(STAGES >= 2, "one stage is read while another one is filled");
@@ -130,9 +135,11 @@ __device__ __forceinline__ void load_words(unsigned (&words)[4], const char* fro
     if constexpr (WORDS == 4) {
         const uint4 four = *reinterpret_cast<const uint4*>(from);
         words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
-    } else {
+    } else if constexpr (WORDS == 2) {
         const uint2 two = *reinterpret_cast<const uint2*>(from);
         words[0] = two.x, words[1] = two.y;
+    } else {
+        words[0] = *reinterpret_cast<const unsigned*>(from);
     }
 }
 

@@ -9,6 +9,7 @@ struct Output {
     unsigned* out;               // [M, N/2] pairs
     unsigned m, n;
     bool grouped;
+    const float* token_scales = nullptr;  // [M'], of 8-bit activations with one for each token
 };
 
 // Warps that share k exchange the sums of one word as one part: as they lie.
@@ -48,7 +49,13 @@ __device__ __forceinline__ void write_result(
 #pragma unroll
             for (int slab = first_fragment_slab; slab < first_fragment_slab + slabs; ++slab, token += 8, to += static_cast<size_t>(4) * n) {
                 const float* s = own[word][slab] + 2 * upper;
-                const unsigned pair = transpose(NUMBER::round(s[0] * scale + shift, s[1] * scale + shift));
+                float first_scale = scale, second_scale = scale;
+                if (EIGHT_BIT && output.token_scales != nullptr) {
+                    const unsigned column_token = token - lane / 4 + lane % 4 * 2;  // of the accumulator
+                    first_scale *= column_token < output.m ? output.token_scales[column_token] : 0.0f;
+                    second_scale *= column_token + 1 < output.m ? output.token_scales[column_token + 1] : 0.0f;
+                }
+                const unsigned pair = transpose(NUMBER::round(s[0] * first_scale + shift, s[1] * second_scale + shift));
                 if (token < output.m && first < n) *to = pair;
             }
         }
