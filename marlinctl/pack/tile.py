@@ -62,6 +62,22 @@ def marlin_weight(row: Index, column: Index, nibble: Index) -> tuple[Index, Inde
     return k, n
 
 
+# Activations of 8 bits for MARLIN tiles: int8 [M, K'], inside of each 32 of k in the order in which the words have their weights. The A
+# operand of an 8-bit product (mma.m16n8k32, wgmma m64nNk32) gives a lane of a row four neighbours in k, twice. What two words of
+# neighbouring rows of qweight hold at the same height of their bytes are four weights of one output: k = 2(t % 4) + {0, 1, 16, 17}, and
+# in the other nibbles 8 more. So 0 1 16 17 2 3 18 19 .. 22 23 lie in the first half of the 32 places, 8 9 24 25 .. 30 31 in the second.
+
+
+def activation_place(k: Index) -> Index:
+    """Where the activation of column k lies in its row."""
+    return 32 * (k // 32) + 16 * (k % 16 // 8) + 4 * (k % 8 // 2) + 2 * (k % 32 // 16) + k % 2
+
+
+def activation_column(place: Index) -> Index:
+    """The k that lies in a place: the inverse of activation_place."""
+    return 32 * (place // 32) + 16 * (place % 4 // 2) + 8 * (place % 32 // 16) + 2 * (place % 16 // 4) + place % 2
+
+
 # MARLIN scales: [G, N] with the columns in another order. Both orders transpose small blocks and are therefore their
 # own inverse: the slot in which column n lies, and equally the column that lies in slot n.
 

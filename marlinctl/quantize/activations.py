@@ -1,4 +1,4 @@
-"""Activations of 8 bits, rounded when the model runs: each token of an input has a scale of its own.
+"""Activations of 8 bits, rounded when the model runs: each token of an input has a scale of its own, or one for each 128 of K.
 
     x [.., K] ─► scale s [.., 1] = max |x| / 127 (int8) or / 448 (float8_e4m3fn) ─► codes q = round(x / s) ─► y = (q Wᵀ) s + bias
 
@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from marlinctl.quantize.scheme import E4M3_HIGHEST, INT8
 
@@ -22,8 +23,17 @@ _TINY = 2.0**-100  # the scale of a token of zeros
 _SMALLEST_FP8_SCALE = 1.0 / (E4M3_HIGHEST * 512.0)  # below which vLLM's scales do not fall
 
 
-def rounded(x: Tensor, activations: Rounded) -> tuple[Tensor, Tensor]:
-    """Codes [.., K] and scales [.., 1] of x [.., K], both float32: x is about their product."""
+def rounded(x: Tensor, activations: Rounded, group: int | None = None) -> tuple[Tensor, Tensor]:
+    """Codes [.., K] and scales [.., 1] of x [.., K], both float32: x is about their product.
+
+    group: so many of K share a scale instead of all, and scales are [.., ceil(K / group)]; the last group may be short.
+
+    Codes of int8 are -127..127. Where the largest magnitude is infinite or NaN, so are scale or codes: no product with them is finite.
+    """
+    if group is not None:
+        k = x.shape[-1]
+        codes, scales = rounded(pad(x, (0, -k % group)).reshape(*x.shape[:-1], -1, group), activations)
+        return codes.flatten(-2)[..., :k], scales.squeeze(-1)
     x = x.float()
     largest = x.abs().amax(-1, keepdim=True)
     if activations == "int8":

@@ -80,6 +80,24 @@ def test_scale_orders_written_by_hand() -> None:
     assert channel[32:36] == [32, 33, 40, 41]
 
 
+def test_activations_have_places_of_their_own() -> None:
+    """If this failed, two columns of K would share an activation, or an index tensor would mean another column than an int."""
+    places = [tile.activation_place(k) for k in range(96)]
+    assert sorted(places) == list(range(96)) and [tile.activation_column(place) for place in places] == list(range(96))
+    assert all(place // 32 == k // 32 for k, place in enumerate(places))
+    assert tile.activation_place(torch.arange(96)).tolist() == places
+    assert tile.activation_column(torch.arange(96))[places].tolist() == list(range(96))
+
+
+def test_four_neighbouring_places_are_two_words_at_one_height() -> None:
+    """If this failed, a lane would not find the four weights that meet four neighbouring activations in the same bits of two words."""
+    for place in range(0, 32, 4):
+        places = [tile.marlin_place(tile.activation_column(place + i), 0) for i in range(4)]
+        assert len({found.column for found in places}) == 1
+        assert [found.row for found in places] == [0, 0, 1, 1]
+        assert [found.nibble for found in places] == [place // 16 + 4 * (i % 2) for i in range(4)]
+
+
 @pytest.mark.parametrize("slot", [tile.grouped_slot, tile.channel_slot])
 def test_scale_orders_are_their_own_inverse(slot: Callable) -> None:
     """If this failed, packing and unpacking scales with one and the same index would scramble them."""

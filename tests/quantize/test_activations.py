@@ -45,6 +45,28 @@ def test_each_token_has_its_own_scale_and_its_nearest_codes(activations: Rounded
 
 
 @pytest.mark.parametrize("activations", ["int8", "fp8"])
+@pytest.mark.parametrize("k", [64, 256, 200])
+def test_groups_are_rounded_as_tokens_of_their_own(k: int, activations: Rounded) -> None:
+    """If a large group set the scale of a small one, groups would buy nothing; a short one at the end has its own scale too."""
+    x = tokens(9, k) * torch.logspace(-2, 2, k)
+    codes, scales = rounded(x, activations, 128)
+    apart = [rounded(part, activations) for part in x.split(128, -1)]
+    assert codes.shape == x.shape and scales.shape == (1, 9, -(-k // 128))
+    assert torch.equal(codes, torch.cat([part for part, _ in apart], -1))
+    assert torch.equal(scales, torch.cat([scale for _, scale in apart], -1))
+
+
+@pytest.mark.parametrize("activations", ["int8", "fp8"])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_product_with_what_is_not_finite_is_nan(value: float, activations: Rounded) -> None:
+    """If codes of an infinity were finite numbers with a finite scale, a model that overflows would answer plausibly."""
+    x = torch.ones(2, 8)
+    x[1, 3] = value
+    codes, scales = rounded(x, activations)
+    assert (codes * scales).sum(-1).isfinite().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("activations", ["int8", "fp8"])
 def test_a_token_of_zeros_stays_zero(activations: Rounded) -> None:
     """If a padding token were divided by its largest magnitude, the model would answer NaN."""
     codes, scales = rounded(torch.zeros(2, 8), activations)
