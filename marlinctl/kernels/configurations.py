@@ -24,7 +24,7 @@ A Grid says how the CTAs of a launch share the output tiles (csrc/stripes.cuh dr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -66,11 +66,12 @@ class Configuration:
     activations: Rounding = "none"
     parts: int = 1  # of int8: products that share a decoded word, each of tokens / parts
     ordered: bool = False  # of int8: warpgroups take turns
+    temporaries: int = 1  # of int8: products of 128 K under way together
 
     @property
     def name(self) -> str:
         kernel = f"{'sparse-' if self.sparse else ''}{'a8-' if self.rounded else ''}{'wgmma-' if self.wgmma else ''}"
-        form = f"{f'p{self.parts}' if self.parts > 1 else ''}{'o' if self.ordered else ''}{'w' if self.scale_weights else ''}"
+        form = f"{f'p{self.parts}' if self.parts > 1 else ''}{'o' if self.ordered else ''}{f't{self.temporaries}' if self.temporaries > 1 else ''}{'w' if self.scale_weights else ''}"
         return f"{kernel}m{self.tokens}n{64 * self.blocks}k{self.k_step}x{self.stages}{form}"
 
     @property
@@ -136,7 +137,7 @@ class Configuration:
             "SHARED_BYTES": self.shared_bytes,
         }
         if self.rounded:
-            sizes |= {"EIGHT_BIT": 1, "PARTS": self.parts, "ORDERED": int(self.ordered), "TOKEN_GROUPS": int(token_groups)}
+            sizes |= {"EIGHT_BIT": 1, "PARTS": self.parts, "ORDERED": int(self.ordered), "TEMPORARIES": self.temporaries, "TOKEN_GROUPS": int(token_groups)}
             sizes |= {"GROUP_SHIFT": group_shift, "SCALE_WEIGHTS": 0, "STEPS": self.batch}
         elif self.wgmma:
             # Sums of many small groups are dearer to scale than weights, and leave too few registers: groups of 32 and of 64.
@@ -247,17 +248,23 @@ DENSE_SM90 = (
     Configuration(tokens=128, blocks=4, split=2, k_warps=1, k_step=128, stages=4, ctas=1, wgmma=True, batch=2, scale_weights=True),
 )
 
-# Of 8-bit activations. A warpgroup has 64, 128 or 256 outputs, and up to 128 sums a thread beside those of the group.
+# Of 8-bit activations: up to 128 sums a thread beside those of the group. Chosen on an H200 (docs/log/2026-12-01-eight-bit-kernel.md).
+def _rounded(tokens: int, blocks: int, split: int, k_warps: int, k_step: int, stages: int, **more: Any) -> Configuration:
+    return Configuration(tokens, blocks, split, k_warps, k_step, stages, ctas=1, wgmma=True, activations="int8", **more)
+
+
 A8_SM90 = (
-    Configuration(tokens=32, blocks=8, split=1, k_warps=1, k_step=128, stages=4, ctas=1, wgmma=True, activations="int8", batch=2),
-    Configuration(tokens=64, blocks=4, split=2, k_warps=1, k_step=128, stages=6, ctas=1, wgmma=True, activations="int8", batch=2, ordered=True),
-    Configuration(tokens=64, blocks=6, split=2, k_warps=1, k_step=128, stages=5, ctas=1, wgmma=True, activations="int8", batch=2, ordered=True),
-    Configuration(tokens=64, blocks=8, split=1, k_warps=1, k_step=128, stages=4, ctas=1, wgmma=True, activations="int8", batch=1, ordered=True),
-    Configuration(tokens=96, blocks=4, split=2, k_warps=1, k_step=128, stages=6, ctas=1, wgmma=True, activations="int8", batch=2, ordered=True),
-    Configuration(tokens=128, blocks=4, split=2, k_warps=1, k_step=128, stages=5, ctas=1, wgmma=True, activations="int8", batch=1, ordered=True),
-    Configuration(tokens=128, blocks=3, split=4, k_warps=1, k_step=128, stages=5, ctas=1, wgmma=True, activations="int8", batch=1, ordered=True),
-    Configuration(tokens=256, blocks=2, split=4, k_warps=1, k_step=128, stages=4, ctas=1, wgmma=True, activations="int8", batch=1, parts=2, ordered=True),
-    Configuration(tokens=192, blocks=2, split=4, k_warps=1, k_step=128, stages=5, ctas=1, wgmma=True, activations="int8", batch=1, parts=2, ordered=True),
+    _rounded(32, 8, 1, 1, 128, 4, batch=2),
+    _rounded(32, 4, 1, 2, 256, 4, batch=2),
+    _rounded(32, 2, 2, 2, 256, 5, batch=2),
+    _rounded(64, 6, 2, 1, 128, 5),
+    _rounded(64, 4, 2, 1, 128, 6, batch=2, temporaries=2),
+    _rounded(64, 2, 2, 2, 256, 5, batch=2),
+    _rounded(96, 4, 2, 1, 128, 5, batch=2, parts=2, temporaries=2),
+    _rounded(96, 2, 2, 2, 256, 4, batch=2),
+    _rounded(128, 4, 2, 1, 128, 5, batch=2, parts=2, temporaries=2, ordered=True),
+    _rounded(128, 2, 2, 2, 256, 3, batch=2),
+    _rounded(256, 2, 4, 1, 128, 4, batch=2, parts=2, ordered=True),
 )
 
 SPARSE_SM90 = (

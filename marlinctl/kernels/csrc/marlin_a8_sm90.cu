@@ -19,17 +19,27 @@
 // lie in the same order: of each 32 k  0 1 16 17 2 3 18 19 4 5 20 21 .. 14 15 30 31. The factor 16 is taken out with the scale.
 //
 // THE LOOP.  A group of 128 (or of its own size, if that is less) is 4 products of 64 x N x 32 into `group_sums`, for each word of the
-// warp and each of PARTS parts of the tokens. When they are done, float sums take scale * group sum: a conversion and an fma for each.
-// For that time a warpgroup gives the tensor core nothing, so the warpgroups take turns (ORDERED): the products of one are queued behind
-// those of the other, and run while that one scales.
+// warp and each of PARTS parts of the tokens; TEMPORARIES of these are under way together. When one is done, float sums take
+// scale * group sum: a conversion and an fma for each, or with TOKEN_GROUPS a multiplication more. For that time a warpgroup gives the tensor
+// core nothing, so where ORDERED the warpgroups take turns: one multiplies while the other scales.
 //
 //   warpgroup 0   decode | products ░░░░░ | scale, decode | products ░░░░░ | scale ..
 //   warpgroup 1            decode  (turn) | products ░░░░░ | scale, decode | products ..
 //
-// Without turns both queue their products at once, and both wait and scale at once.
+// The turn passes when all products but the last are done. Passed when they are queued it changes nothing: the tensor core takes turns
+// itself, both end together, and both scale at once.
 //
-// STEPS = 2: there are two sets of A registers, and a warp decodes while its own products run. PARTS = 2: a fragment is multiplied with both
-// halves of the tokens, so a word is decoded once for twice as many tokens.
+// STEPS = 2: there are two sets of A registers, and a warp decodes while its own products run. PARTS > 1: a fragment is multiplied with all
+// parts of the tokens, so a word is decoded once for more of them.
+//
+// MEASURED.  NVIDIA H200, 2026-12-01, microseconds in a CUDA graph, with overlap, groups of 128, one scale a token, the product alone:
+//
+//   M                     32       64       96      128      256     1024
+//   73728 x 18432        183      229      331      368      713     2724
+//   16-bit activations   213      304      378      484      955     3655 (dense)
+//
+// From 64 tokens on it is limited by the GPU's 700 W: every form of the loop takes 660 to 695 W and the same time to 3 %
+// (docs/log/2026-12-01-eight-bit-kernel.md). What is spent beside the products is mostly the scaling: 20 % more time with TOKEN_GROUPS.
 //
 // LIMITS.  N a multiple of 8, everything aligned to 16 bytes; 2^31 units. A group of 128: 128 * 128 * 127 < 2^31.
 #include "write_marlin.cuh"
@@ -38,7 +48,8 @@
 constexpr int WARPGROUPS = THREADS / 128;
 constexpr int TOKEN_GROUP = 128;  // k, of activations that share a scale
 constexpr int FIRST_TURN = 2;     // barrier of the CTA; 0 and 1 are __syncthreads and sync_threads
-using GroupSums = int[TOKENS / PARTS / 8][4];
+using PartSums = int[TOKENS / PARTS / 8][4];
+using GroupSums = PartSums[TEMPORARIES];
 
 // A stage holds K_STEP of k:
 //
@@ -59,6 +70,7 @@ struct A8Stage {
     static_assert(ARRIVED_AT + 16 == SHARED_BYTES, "the host allots other shared memory than the kernel uses");
     static_assert(PART_BYTES <= STAGES * BYTES, "a cluster's CTAs show each other their sums where the stages were");
     static_assert(WARP_TILES % 8 == 0, "a warp's part of k is rows of 128 bytes");
+    static_assert(TEMPORARIES <= 2 && WORDS * PARTS % TEMPORARIES == 0, "the products of a batch are of one group");
     static_assert(TOKENS % (8 * PARTS) == 0 && TOKENS / PARTS <= 128, "a product has up to 128 tokens");
 };
 
@@ -88,7 +100,7 @@ __device__ __forceinline__ void decode_int8(unsigned (&a)[4], unsigned w0, unsig
 
 // sums of a part += scales * group_sums; rows t/4 and t/4 + 8, token 2(t%4) of each eight and the next.
 __device__ __forceinline__ void close_group(
-    float (&sums)[SLABS][4], const GroupSums& group_sums, int part, float upper, float lower, const float* token_scales
+    float (&sums)[SLABS][4], const PartSums& group_sums, int part, float upper, float lower, const float* token_scales
 ) {
     constexpr int PART_SLABS = SLABS / PARTS;
 #pragma unroll
@@ -136,7 +148,10 @@ struct A8Products {
         Sums& sums, GroupSums& group_sums, const char* stages, const unsigned& shared_base, int stage_index, UnreleasedStage&,
         const ThreadRole& role
     ) {
-        constexpr int SUM_TILES = S::SUM_TILES, ITEMS = S::WARP_TILES / SUM_TILES * WORDS;
+        constexpr int SUM_TILES = S::SUM_TILES, PRODUCTS = SUM_TILES / 2;
+        constexpr int ITEMS = S::WARP_TILES / SUM_TILES * WORDS;        // an item is one word of one group, a fragment
+        constexpr int BATCH_ITEMS = (TEMPORARIES + PARTS - 1) / PARTS;  // of a batch, whose products are under way together
+        constexpr int BATCHES = ITEMS * PARTS / TEMPORARIES;
         const char* stage = stages + stage_index * S::BYTES;
         const unsigned first_tile = warp_uniform(role.k_warp) * S::WARP_TILES;
         const unsigned long long b = describe_rows(shared_base + stage_index * S::BYTES + first_tile / 8 * (TOKENS * 128));
@@ -144,46 +159,63 @@ struct A8Products {
         const char* scales_at = stage + S::SCALES_AT + (role.block * 64 + role.lane / 4 * 8 + 2 * role.first_word) * 2;
         const float* token_scales = reinterpret_cast<const float*>(stage + S::TOKEN_SCALES_AT) + first_tile / 8 * TOKENS + role.lane % 4 * 2;
         const Turn turn{warp_uniform(role.warp / 4)};
-        unsigned words[SUM_TILES][4], a[STEPS][SUM_TILES / 2][4], scales[4] = {0x2c002c00, 0x2c002c00, 0x2c002c00, 0x2c002c00};  // 1/16
+        unsigned words[SUM_TILES][4], a[STEPS * BATCH_ITEMS][PRODUCTS][4];
+        unsigned scales[4] = {0x2c002c00, 0x2c002c00, 0x2c002c00, 0x2c002c00};  // 1/16
 
-        // An item is one word of one group of products.
-        auto load = [&](int item) {
-            if (item % WORDS) return;
+        auto fragment_of = [](int item) { return item % (STEPS * BATCH_ITEMS); };
+        auto load = [&](int batch) {
+            const int item = batch * TEMPORARIES / PARTS;
+            if (batch * TEMPORARIES % PARTS || item % WORDS || item >= ITEMS) return;
 #pragma unroll
             for (int i = 0; i < SUM_TILES; ++i) load_words(words[i], words_at + (item / WORDS * SUM_TILES + i) * (BLOCKS * 512));
         };
-        auto decode = [&](int item) {
+        auto decode = [&](int batch) {
+            if (batch * TEMPORARIES % PARTS) return;  // its fragment is there
 #pragma unroll
-            for (int i = 0; i < SUM_TILES / 2; ++i) decode_int8(a[item % STEPS][i], words[2 * i][item % WORDS], words[2 * i + 1][item % WORDS]);
+            for (int item = batch * TEMPORARIES / PARTS; item < batch * TEMPORARIES / PARTS + BATCH_ITEMS && item < ITEMS; ++item)
+#pragma unroll
+                for (int i = 0; i < PRODUCTS; ++i)
+                    decode_int8(a[fragment_of(item)][i], words[2 * i][item % WORDS], words[2 * i + 1][item % WORDS]);
         };
         load(0);
         decode(0);
 #pragma unroll
-        for (int item = 0; item < ITEMS; ++item) {
-            const int tile = item / WORDS * SUM_TILES, word = item % WORDS;  // of the warp's part
-            if (GROUPED && word == 0) load_words(scales, scales_at + (first_tile + tile) / S::GROUP_TILES * (COLUMNS * 2));
-            const float upper = widen_half(static_cast<unsigned short>(scales[word])) * (GROUPED ? 0.0625f : 1.0f);
-            const float lower = widen_half(static_cast<unsigned short>(scales[word] >> 16)) * (GROUPED ? 0.0625f : 1.0f);
+        for (int batch = 0; batch < BATCHES; ++batch) {
+            turn.wait();
+            wgmma_fence();
 #pragma unroll
-            for (int part = 0; part < PARTS; ++part) {
-                turn.wait();
-                wgmma_fence();
+            for (int j = 0; j < TEMPORARIES; ++j) {
+                const int unit = batch * TEMPORARIES + j, item = unit / PARTS, part = unit % PARTS, tile = item / WORDS * SUM_TILES;
+                const int row = tile / 8 * TOKENS + part * (TOKENS / PARTS);
 #pragma unroll
-                for (int i = 0; i < SUM_TILES / 2; ++i) {
-                    const int row = tile / 8 * TOKENS + part * (TOKENS / PARTS);
-                    wgmma_int8(group_sums, a[item % STEPS][i], b + (row * 128 + (tile % 8 / 2 + i) * 32) / 16, i > 0);
+                for (int i = 0; i < PRODUCTS; ++i) {
+                    if (ORDERED && j == TEMPORARIES - 1 && i == PRODUCTS - 1 && i) wgmma_commit();
+                    wgmma_int8(group_sums[j], a[fragment_of(item)][i], b + (row * 128 + (tile % 8 / 2 + i) * 32) / 16, i > 0);
                 }
                 wgmma_commit();
-                turn.pass();
-                if (part == 0 && item + 1 < ITEMS) {
-                    load(item + 1);
-                    if (STEPS == 2) decode(item + 1);
-                }
-                wgmma_wait<0>();
-                wgmma_arrived(group_sums);
-                close_group(sums[word], group_sums, part, upper, lower, token_scales + tile / 8 * TOKENS);
             }
-            if (STEPS == 1 && item + 1 < ITEMS) decode(item + 1);
+            load(batch + 1);
+            if (STEPS == 2) decode(batch + 1);
+#pragma unroll
+            for (int j = 0; j < TEMPORARIES; ++j) {
+                const int unit = batch * TEMPORARIES + j, item = unit / PARTS, part = unit % PARTS;
+                const int tile = item / WORDS * SUM_TILES, word = item % WORDS;  // of the warp's part
+                if (GROUPED && word == 0 && part == 0) {
+                    load_words(scales, scales_at + (first_tile + tile) / S::GROUP_TILES * (COLUMNS * 2));
+                }
+                const float upper = widen_half(static_cast<unsigned short>(scales[word])) * (GROUPED ? 0.0625f : 1.0f);
+                const float lower = widen_half(static_cast<unsigned short>(scales[word] >> 16)) * (GROUPED ? 0.0625f : 1.0f);
+                if (j < TEMPORARIES - 1) {
+                    wgmma_wait<ORDERED && PRODUCTS > 1 ? 2 : 1>();
+                } else {
+                    if (ORDERED && PRODUCTS > 1) wgmma_wait<1>();  // the other warpgroup's are queued behind the last product
+                    turn.pass();
+                    wgmma_wait<0>();
+                }
+                wgmma_arrived(group_sums[j]);
+                close_group(sums[word], group_sums[j], part, upper, lower, token_scales + tile / 8 * TOKENS);
+            }
+            if (STEPS == 1) decode(batch + 1);
         }
     }
 };
