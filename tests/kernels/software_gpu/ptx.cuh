@@ -18,6 +18,14 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline void __syncthreads() { gpu::sync_cta(); }
 inline void __syncwarp() { gpu::sync_warp(); }
 template <int threads> inline void sync_threads() { gpu::sync_first(threads); }
+template <int index, int threads> inline void named_barrier_sync() {
+    static_assert(index >= 2 && index < 16 && threads % 32 == 0, "0 is __syncthreads, 1 sync_threads");
+    gpu::sync_named(index, threads);
+}
+template <int index, int threads> inline void named_barrier_arrive() {
+    static_assert(index >= 2 && index < 16 && threads % 32 == 0, "0 is __syncthreads, 1 sync_threads");
+    gpu::arrive_named(index, threads);
+}
 inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline int count_up(int* counter) { return (*counter)++; }
 template <class T> inline void __stcg(T* place, T value) { *place = value; }
@@ -43,6 +51,8 @@ inline void load_matrices(unsigned (&r)[4], unsigned address) { gpu::load_matric
 inline void load_two_matrices(unsigned (&r)[4], unsigned address) { gpu::load_matrices(r, address, 2); }
 inline unsigned transpose(unsigned pair) { return gpu::transpose(pair); }
 inline unsigned and_or(unsigned a, unsigned b, unsigned c) { return (a & b) | c; }
+inline unsigned and_xor(unsigned a, unsigned b, unsigned c) { return (a & b) ^ c; }
+inline unsigned permute(unsigned a, unsigned b, unsigned selector) { return gpu::permute(a, b, selector); }
 inline unsigned subtract_half(unsigned a, unsigned b) { return gpu::subtract_half(a, b); }
 inline unsigned multiply_half(unsigned a, unsigned b) { return gpu::multiply_half(a, b); }
 inline unsigned fma_half(unsigned a, unsigned b, unsigned c) { return gpu::fma_half(a, b, c); }
@@ -53,6 +63,7 @@ inline float widen_half(unsigned short bits) { return gpu::from_half(bits); }
 inline float widen_bfloat(unsigned short bits) { return gpu::from_bfloat(bits); }
 inline void mma_half(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { gpu::mma(d, a, b0, b1, false); }
 inline void mma_bfloat(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { gpu::mma(d, a, b0, b1, true); }
+inline void mma_int8(int (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { gpu::mma_int8(d, a, b0, b1); }
 template <int selector>
 inline void mma_sparse_half(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[4], unsigned e) {
     gpu::mma_sparse(d, a, b, e, selector, false);
