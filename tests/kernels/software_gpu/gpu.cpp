@@ -5,14 +5,15 @@
 // until nothing is left of it but threads that wait for the cluster, and the barrier opens when all are that far.
 //
 // Everything asynchronous happens as late as the PTX ISA allows, or as early. As late: cp.async in wait_group, a bulk copy when somebody
-// waits for its mbarrier, a wgmma in the wait for it (with what is in shared memory by then, and NaN where its registers of A have
-// been given to another one, or of int8 a very large number). As early: at once. A kernel that reads a stage too early is caught by the former, one that overwrites a
-// stage too early by the latter.
+// waits for its mbarrier, a wgmma in the wait for it (with what is in shared memory by then, and NaN, or of int8 a very large number,
+// where its registers of A have been given to another one). As early: at once. A kernel that reads a stage too early is caught by the
+// former, one that overwrites a stage too early by the latter.
 //
 // Fragment layouts are those of the PTX ISA as (row, column) of lane and register: "Matrix Fragments for mma.m16n8k16 with floating point
 // type", "Matrix Fragments for mma.m16n8k32" (int8), "Matrix Fragments for sparse mma.m16n8k32 with .f16 and .bf16 types", "ldmatrix",
 // "movmatrix", "Register Fragments for wgmma.mma_async.m64nNk16", "..k32" and "..sp", of which a warp's part is that of mma; operand B of
-// wgmma: "Matrix Descriptor Format" and "Swizzling Modes". The barrier of a cluster, "barrier.cluster", waits only for threads that have not exited.
+// wgmma: "Matrix Descriptor Format" and "Swizzling Modes". The barrier of a cluster, "barrier.cluster", waits only for threads that have
+// not exited.
 #include "fragments.h"
 
 #include <setjmp.h>
