@@ -80,14 +80,14 @@ void hand_over(int* out, bool too_early) {
     const bool producer = threadIdx.x < 64;
     for (int round = 0; round < 5; ++round) {
         if (producer) {
-            if (round) named_barrier_sync<3, 128>();
+            if (round) named_barrier_sync<128>(3);
             number[threadIdx.x] = round;
-            named_barrier_arrive<2, 128>();
+            named_barrier_arrive<128>(2);
         } else {
             const unsigned before = number[threadIdx.x - 64];
-            named_barrier_sync<2, 128>();
+            named_barrier_sync<128>(2);
             out[threadIdx.x - 64] += (too_early ? before : number[threadIdx.x - 64]) == static_cast<unsigned>(round);
-            if (round < 4) named_barrier_arrive<3, 128>();
+            if (round < 4) named_barrier_arrive<128>(3);
         }
     }
 }

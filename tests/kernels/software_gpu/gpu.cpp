@@ -108,6 +108,11 @@ void sync(ThreadBarrier& barrier, unsigned members) {
     yield();
 }
 
+ThreadBarrier& named_barrier(unsigned number, unsigned threads) {
+    if (number < 2 || number >= BARRIERS || threads % 32) std::abort();  // 0 is __syncthreads, 1 sync_threads
+    return named_barriers[number];
+}
+
 void carry_out(const Copy& copy) {
     if (copy.inside) std::memcpy(shared_bytes(copy.to), copy.from, 16);
     else std::memset(shared_bytes(copy.to), 0, 16);
@@ -282,8 +287,8 @@ bool run(Cta& cta, bool backwards) {
 
 void sync_cta() { sync(cta_barrier, CTA_THREADS); }
 void sync_first(unsigned threads) { sync(first_barrier, threads); }
-void sync_named(unsigned barrier, unsigned threads) { sync(named_barriers[barrier], threads); }
-void arrive_named(unsigned barrier, unsigned threads) { arrive(named_barriers[barrier], threads); }
+void sync_named(unsigned number, unsigned threads) { sync(named_barrier(number, threads), threads); }
+void arrive_named(unsigned number, unsigned threads) { arrive(named_barrier(number, threads), threads); }
 void sync_warp() { sync(warp_barriers[current / 32], 32); }
 void sync_cluster() {
     fibers[current].in_cluster_barrier = true;

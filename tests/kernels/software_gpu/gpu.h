@@ -39,8 +39,8 @@ void run_thread(const Arguments& arguments);
 
 void sync_cta();
 void sync_first(unsigned threads);  // the first threads of the CTA, by a barrier of their own
-void sync_named(unsigned barrier, unsigned threads);
-void arrive_named(unsigned barrier, unsigned threads);  // the same without waiting
+void sync_named(unsigned number, unsigned threads);
+void arrive_named(unsigned number, unsigned threads);  // the same without waiting
 void sync_warp();
 void sync_cluster();
 using Lanes = unsigned[32];

@@ -13,19 +13,12 @@
 
 template <class T> inline T min(T a, T b) { return b < a ? b : a; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 inline void __syncthreads() { gpu::sync_cta(); }
 inline void __syncwarp() { gpu::sync_warp(); }
 template <int threads> inline void sync_threads() { gpu::sync_first(threads); }
-template <int index, int threads> inline void named_barrier_sync() {
-    static_assert(index >= 2 && index < 16 && threads % 32 == 0, "0 is __syncthreads, 1 sync_threads");
-    gpu::sync_named(index, threads);
-}
-template <int index, int threads> inline void named_barrier_arrive() {
-    static_assert(index >= 2 && index < 16 && threads % 32 == 0, "0 is __syncthreads, 1 sync_threads");
-    gpu::arrive_named(index, threads);
-}
 inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline int count_up(int* counter) { return (*counter)++; }
 template <class T> inline void __stcg(T* place, T value) { *place = value; }

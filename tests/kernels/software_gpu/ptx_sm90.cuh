@@ -20,6 +20,9 @@ inline unsigned warp_uniform(unsigned number) { return gpu::exchange(number)[0];
 template <int> inline void give_registers() {}
 template <int> inline void take_registers() {}
 
+template <int threads> inline void named_barrier_sync(unsigned number) { gpu::sync_named(number, threads); }
+template <int threads> inline void named_barrier_arrive(unsigned number) { gpu::arrive_named(number, threads); }
+
 inline void wgmma_fence() {}
 inline void wgmma_commit() { gpu::wgmma_commit(); }
 template <int pending> inline void wgmma_wait() { gpu::wgmma_wait(pending); }
