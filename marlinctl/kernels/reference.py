@@ -20,6 +20,7 @@ from marlinctl.pack.tile import (
     sparse_place,
 )
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
+from marlinctl.quantize.activations import rounded
 
 ROWS_AT_ONCE = 256  # index tensors take 8 bytes per weight; this bounds them to tens of megabytes
 
@@ -41,13 +42,39 @@ def gemm(
     p: PackedLinear | PackedSparseLinear,
     bias: Tensor | None = None,  # [N]
 ) -> Tensor:  # [M, N] fp32
+    _check(activations, p, bias)
+    weight = dequantize_sparse(p) if isinstance(p, PackedSparseLinear) else dequantize(p)
+    product = activations.to(torch.float32) @ weight.T
+    return product if bias is None else product + bias.to(torch.float32)
+
+
+def gemm_rounded(
+    activations: Tensor,  # [M, K], any float
+    p: PackedLinear | PackedSparseLinear,
+    group: int | None,  # of K that shares a scale of activations; None: a whole token
+    bias: Tensor | None = None,  # [N]
+) -> Tensor:  # [M, N] fp32
+    """The product with activations rounded to int8 (quantize/activations.py). With both scales constant inside of a group g of K it is
+
+        sum over g of  scale of activations[m, g] * scale of weights[n, g] * sum over k in g of code * code
+
+    Here each code meets its scale first: in float64 that is exact, as is each product of the two; their sum is rounded in its last bits.
+    """
+    _check(activations, p, bias)
+    codes, scales = rounded(activations, "int8", group)  # [M, K], [M, groups]
+    groups = torch.arange(p.in_features, device=codes.device) // (p.in_features if group is None else group)  # [K]
+    x = codes.double() * scales.double()[:, groups]
+    outputs = torch.arange(p.out_features, device=codes.device)
+    parts = (_sparse_rows(p, n) if isinstance(p, PackedSparseLinear) else _rows(p, n) for n in torch.split(outputs, ROWS_AT_ONCE))
+    product = torch.cat([x @ weight.double().T for weight in parts], 1)  # code * scale of weights is exact in float32 too
+    return (product if bias is None else product + bias.double()).to(torch.float32)
+
+
+def _check(activations: Tensor, p: PackedLinear | PackedSparseLinear, bias: Tensor | None) -> None:
     if activations.ndim != 2 or activations.shape[1] != p.in_features:
         raise ValueError(f"activations must be [M, {p.in_features}], got {list(activations.shape)}")
     if bias is not None and tuple(bias.shape) != (p.out_features,):
         raise ValueError(f"bias must be [{p.out_features}], got {list(bias.shape)}")
-    weight = dequantize_sparse(p) if isinstance(p, PackedSparseLinear) else dequantize(p)
-    product = activations.to(torch.float32) @ weight.T
-    return product if bias is None else product + bias.to(torch.float32)
 
 
 def _rows(p: PackedLinear, n: Tensor) -> Tensor:

@@ -13,6 +13,11 @@ elements of a fragment. With g = lane // 4 (groupID) and t = lane % 4 (threadID_
     B, 32 x 8     the same, and elements 4 5, 6 7: 16 rows further down
     C, D, 16 x 8  elements 0 1: row g,     columns 2t, 2t + 1          elements 2 3: row g + 8, columns 2t, 2t + 1
 
+or four values of 8 bits, the lowest first, [..., 32, 4R] seen as int8, with int32 accumulators
+
+    A, 16 x 32    elements 0 .. 3: row g,  columns 4t .. 4t + 3        elements 4 .. 7: row g + 8; 8 .. 15: the same, 16 columns further on
+    B, 32 x 8     elements 0 .. 3: rows 4t .. 4t + 3 of column g       elements 4 .. 7: rows 16 further down
+
 A product of two 16-bit values is exact. In which order an mma adds them, and how it rounds, the ISA leaves open (9.7.14.5.14: at
 least single precision); here all are added to C in float64 and rounded to float32 once, so that the order does not show. Hardware
 cuts off low bits of the smaller products (Fasi et al., PeerJ CS 7:e330), and is at best as close.
@@ -57,11 +62,13 @@ def _fragment(row: Tensor, column: Tensor) -> Fragment:
 
 
 _g, _t = torch.arange(LANES).unsqueeze(1) // 4, torch.arange(LANES).unsqueeze(1) % 4  # groupID, threadID_in_group
-_i4, _i8 = torch.arange(4), torch.arange(8)  # elements of a lane
+_i4, _i8, _i16 = torch.arange(4), torch.arange(8), torch.arange(16)  # elements of a lane
 
 A_16X16 = _fragment(_g + 8 * (_i8 // 2 % 2), 2 * _t + _i8 % 2 + 8 * (_i8 // 4))  # 9.7.14.5.8
 B_16X8 = _fragment(2 * _t + _i4 % 2 + 8 * (_i4 // 2), _g)  # 9.7.14.5.8
 B_32X8 = _fragment(2 * _t + _i8 % 2 + 8 * (_i8 // 2), _g)  # 9.7.14.6.2.2, figure 121
+A_16X32 = _fragment(_g + 8 * (_i16 // 4 % 2), 4 * _t + _i16 % 4 + 16 * (_i16 // 8))  # 9.7.14.5.10, of 8 bits
+B_32X8_INT8 = _fragment(4 * _t + _i8 % 4 + 16 * (_i8 // 4), _g)  # 9.7.14.5.10, of 8 bits
 D_16X8 = _fragment(_g + 8 * (_i4 // 2), 2 * _t + _i4 % 2)  # 9.7.14.5.8; for mma.sp too, 9.7.14.6.2.2
 
 
@@ -71,6 +78,18 @@ def lop3(a: Tensor, b: int, c: int, table: int) -> Tensor:
     for entry in range(8):
         if table >> entry & 1:
             result |= (a if entry & 4 else ~a) & (b if entry & 2 else ~b) & (c if entry & 1 else ~c)
+    return result
+
+
+def prmt(a: Tensor, b: Tensor, selector: int) -> Tensor:
+    """prmt.b32 without a mode (9.7.9.7): each nibble of the selector names one of the eight bytes of a and b, or with bit 3 its sign."""
+    result = torch.zeros_like(a)
+    for place in range(4):
+        choice = selector >> 4 * place & 15
+        byte = (a if choice & 4 == 0 else b) >> 8 * (choice & 3) & 0xFF
+        if choice & 8:
+            byte = (byte >> 7) * 0xFF
+        result |= byte << 8 * place
     return result
 
 
@@ -109,6 +128,15 @@ def mma_m16n8k16(a: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
     a: [..., 32, 4] and b: [..., 32, 2], int32 registers of `dtype` pairs. c: [..., 32, 4] float32.
     """
     return _multiply(A_16X16.matrix(a.view(dtype)), B_16X8.matrix(b.view(dtype)), c)
+
+
+def mma_m16n8k32(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 (9.7.14.5.14): D = A B + C, int32 [..., 32, 4]; sums wrap around.
+
+    a: [..., 32, 4] and b: [..., 32, 2], int32 registers of four int8. c: [..., 32, 4] int32.
+    """
+    product = A_16X32.matrix(a.view(torch.int8)).double() @ B_32X8_INT8.matrix(b.view(torch.int8)).double()  # exact
+    return (D_16X8.values(product).to(torch.int64) + c).to(torch.int32)
 
 
 def mma_sp_m16n8k32(a: Tensor, b: Tensor, c: Tensor, e: Tensor, selector: int, dtype: torch.dtype) -> Tensor:

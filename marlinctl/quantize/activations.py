@@ -37,7 +37,7 @@ def rounded(x: Tensor, activations: Rounded, group: int | None = None) -> tuple[
     x = x.float()
     largest = x.abs().amax(-1, keepdim=True)
     if activations == "int8":
-        scales = largest / INT8_STEPS
+        scales = largest / torch.full_like(largest, INT8_STEPS)  # by a number, torch multiplies with 1 / 127 on a GPU
         return (x / scales.clamp_min(_TINY)).round_().clamp_(INT8.lowest, INT8.highest), scales
     scales = (largest / E4M3_HIGHEST).clamp_min(_SMALLEST_FP8_SCALE)
     return (x / scales).clamp_(-E4M3_HIGHEST, E4M3_HIGHEST).to(torch.float8_e4m3fn).float(), scales

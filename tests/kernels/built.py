@@ -74,9 +74,9 @@ def kernel_library(files: dict[str, str], defines: Sequence[str], folder: Path, 
 def _software_gpu(compiler: str, header: str) -> Path:
     """The object file that all kernels share; its name is the key of all that decides it."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    source, flags = SOFTWARE_GPU / "gpu.cpp", [*FLAGS, "-O2"]
+    source, fragments, flags = SOFTWARE_GPU / "gpu.cpp", SOFTWARE_GPU / "fragments.h", [*FLAGS, "-O2"]
 
     def make(target: Path) -> None:
         subprocess.run([compiler, *flags, "-c", "-o", str(target), str(source)], check=True)
 
-    return kept("o", [version, flags, header, source.read_text("utf-8")], make)
+    return kept("o", [version, flags, header, fragments.read_text("utf-8"), source.read_text("utf-8")], make)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from marlinctl.kernels.reference import ROWS_AT_ONCE, dequantize, dequantize_sparse, gemm
+from marlinctl.kernels.reference import ROWS_AT_ONCE, dequantize, dequantize_sparse, gemm, gemm_rounded
 from marlinctl.pack.marlin import pack_marlin
 from marlinctl.pack.sparse_marlin import pack_sparse_marlin
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
+from marlinctl.quantize.activations import rounded
 from tests.pack.naive import random_linear, random_sparse
 
 SHAPES = [(16, 16, -1), (48, 80, 16), (80, 200, -1), (200, 48, 24), (64, 256, 128), (ROWS_AT_ONCE + 20, 64, 32)]
@@ -86,6 +87,44 @@ def test_gemm_reads_sparse_tiles_too() -> None:
     assert torch.equal(gemm(torch.eye(200), pack_sparse_marlin(q)), q.dequantize().T)
 
 
+@pytest.mark.parametrize("group", [None, 128])
+@pytest.mark.parametrize(("k", "group_size"), [(200, 40), (256, 64), (320, -1), (256, 128)])
+def test_gemm_rounded_is_the_sum_over_groups(k: int, group_size: int, group: int | None) -> None:
+    """If this failed, 8-bit kernels would have no yardstick. Here integers are added up where both scales stay the same, then scaled."""
+    q, generator = random_linear(ROWS_AT_ONCE + 8, k, group_size), torch.Generator().manual_seed(k)
+    x = torch.randn(5, k, generator=generator).to(torch.float16) * torch.logspace(-1, 1, k).to(torch.float16)
+    bias = torch.randn(ROWS_AT_ONCE + 8, generator=generator).to(torch.bfloat16)
+    codes, scales = rounded(x, "int8", group)
+    exact = bias.double().expand(5, -1)
+    for first in range(0, k, 8):  # all these groups are multiples of 8
+        ks = slice(first, first + 8)
+        integers = codes[:, ks].long() @ q.codes[:, ks].long().T
+        exact = (
+            exact + integers * scales[:, 0 if group is None else first // 128, None].double() * q.scales[:, first // q.group_size].double()
+        )
+    result = gemm_rounded(x, pack_marlin(q), group, bias)
+    assert result.dtype == torch.float32 and result.shape == exact.shape
+    magnitude = codes.abs().double() @ q.dequantize(torch.float64).abs().T * scales.amax(1, keepdim=True).double()
+    assert bool(((result.double() - exact).abs() <= 2**-24 * exact.abs() + 2 * k * 2**-53 * (magnitude + bias.double().abs())).all())
+    plain = gemm(x, pack_marlin(q), bias)
+    assert 1e-3 < float((result - plain).norm() / plain.norm()) < 0.03, "rounded to 8 bits, and no more"
+
+
+def test_gemm_rounded_reads_sparse_tiles_too() -> None:
+    """If this failed, 2:4 with int8 activations could not be evaluated on a CPU. 127 is a code of its own, of scale 1."""
+    q = random_sparse(80, 200, 40)
+    assert torch.equal(gemm_rounded(127 * torch.eye(200), pack_sparse_marlin(q), None), 127 * q.dequantize().T)
+
+
+@pytest.mark.parametrize("group", [None, 128])
+def test_a_token_that_is_not_finite_gives_nan_alone(group: int | None) -> None:
+    """If this failed, an overflow would pass for a number, or spoil the tokens beside it."""
+    x = torch.ones(3, 256)
+    x[1, 200] = torch.inf
+    out = gemm_rounded(x, pack_marlin(random_linear(16, 256, 64)), group)
+    assert out.isnan().tolist() == [[row == 1] * 16 for row in range(3)]
+
+
 def test_wrong_shapes_are_refused() -> None:
     """If this failed, broadcasting would turn a wrong bias or activation into a plausible result."""
     p = pack_marlin(random_linear(16, 48, -1))
@@ -95,6 +134,8 @@ def test_wrong_shapes_are_refused() -> None:
         gemm(torch.zeros(48), p)
     with pytest.raises(ValueError, match=r"bias must be \[16\], got \[1\]"):
         gemm(torch.zeros(2, 48), p, torch.zeros(1))
+    with pytest.raises(ValueError, match=r"activations must be \[M, 48\], got \[2, 64\]"):
+        gemm_rounded(torch.zeros(2, 64), p, None)
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from marlinctl.kernels import warp
-from marlinctl.kernels.warp import Fragment, fma, fma_x2, ldmatrix, lop3, mma_m16n8k16, mma_sp_m16n8k32, mul
+from marlinctl.kernels.warp import Fragment, fma, fma_x2, ldmatrix, lop3, mma_m16n8k16, mma_m16n8k32, mma_sp_m16n8k32, mul, prmt
 
 DTYPES = [torch.float16, torch.bfloat16]
 
@@ -39,6 +39,19 @@ def places_of_b(elements: int) -> list[list[tuple[int, int]]]:
     return [[((lane % 4) * 2 + (i & 1) + 8 * (i >> 1), lane >> 2) for i in range(elements)] for lane in range(32)]
 
 
+def places_of_a_int8() -> list[list[tuple[int, int]]]:
+    """9.7.14.5.10: row = groupID for i < 4 || 8 <= i < 12, else groupID + 8; col = threadID_in_group * 4 + (i & 3), + 16 for i >= 8."""
+    return [
+        [(lane >> 2 if i < 4 or 8 <= i < 12 else (lane >> 2) + 8, (lane % 4) * 4 + (i & 3) + (16 if i >= 8 else 0)) for i in range(16)]
+        for lane in range(32)
+    ]
+
+
+def places_of_b_int8() -> list[list[tuple[int, int]]]:
+    """9.7.14.5.10: row = threadID_in_group * 4 + (i & 3), + 16 for i >= 4; col = groupID."""
+    return [[((lane % 4) * 4 + (i & 3) + (16 if i >= 4 else 0), lane >> 2) for i in range(8)] for lane in range(32)]
+
+
 def places_of_d() -> list[list[tuple[int, int]]]:
     """9.7.14.5.8: row = groupID for i < 2, else groupID + 8; col = threadID_in_group * 2 + (i & 1)."""
     return [[(lane >> 2 if i < 2 else (lane >> 2) + 8, (lane % 4) * 2 + (i & 1)) for i in range(4)] for lane in range(32)]
@@ -51,8 +64,10 @@ def places_of_d() -> list[list[tuple[int, int]]]:
         (warp.B_16X8, places_of_b(4), (16, 8)),
         (warp.B_32X8, places_of_b(8), (32, 8)),
         (warp.D_16X8, places_of_d(), (16, 8)),
+        (warp.A_16X32, places_of_a_int8(), (16, 32)),
+        (warp.B_32X8_INT8, places_of_b_int8(), (32, 8)),
     ],
-    ids=["A", "B of 16 rows", "B of 32 rows", "D"],
+    ids=["A", "B of 16 rows", "B of 32 rows", "D", "A of int8", "B of int8"],
 )
 def test_fragments_are_spread_as_the_manual_says(fragment: Fragment, places: list[list[tuple[int, int]]], shape: tuple[int, int]) -> None:
     """If this failed, every emulated product would multiply the wrong pairs."""
@@ -90,6 +105,22 @@ def test_lop3_applies_the_function_that_made_its_table(function: Callable[[int, 
     assert torch.equal(lop3(words, b, c, function(0xF0, 0xCC, 0xAA) & 0xFF), want)
 
 
+@pytest.mark.parametrize("selector", [0x6420, 0x7531, 0x5410, 0x0040, 0xFEDC, 0x9A2B])
+def test_prmt_takes_the_bytes_that_the_selector_names(selector: int) -> None:
+    """If this failed, int8 operands would hold other weights than the hardware's. Bit 3 of a nibble spreads the sign of its byte."""
+    a, b = (
+        integers(64, seed=1, low=-(1 << 31), high=1 << 31).to(torch.int32),
+        integers(64, seed=2, low=-(1 << 31), high=1 << 31).to(torch.int32),
+    )
+    taken = prmt(a, b, selector).view(torch.uint8).view(64, 4).tolist()
+    both = torch.stack((a, b), -1).view(torch.uint8).view(64, 8).tolist()
+    for lane in range(64):
+        for place in range(4):
+            choice = selector >> 4 * place & 15
+            byte = both[lane][choice & 7]
+            assert taken[lane][place] == (byte if choice < 8 else 255 if byte & 128 else 0)
+
+
 def test_arithmetic_rounds_once() -> None:
     """If this failed, emulated weights would differ from the kernel's in the last bit."""
     scale = torch.tensor([1 + 2**-8 + 2**-10], dtype=torch.float16)  # bfloat16 would round it to 1 + 2**-7, and 7 times that to 7.0625
@@ -112,6 +143,21 @@ def test_mma_multiplies_the_matrices(dtype: torch.dtype) -> None:
     want = a @ b + c
     assert d.dtype == torch.float32
     assert d.tolist() == [[float(want[place]) for place in lane] for lane in places_of_d()]
+
+
+def test_mma_of_int8_multiplies_the_matrices() -> None:
+    """If this failed, the emulator would compute something else than A B + C, or sums that stop where the hardware's wrap around."""
+    a, b, c = integers(16, 32, seed=1, low=-128, high=128), integers(32, 8, seed=2, low=-128, high=128), integers(16, 8, seed=3)
+    a[0], b[:, 0], c[0, 0] = -128, -128, 2**31 - 1
+
+    def packed(matrix: Tensor, places: list[list[tuple[int, int]]]) -> Tensor:
+        return torch.tensor([[int(matrix[place]) for place in lane] for lane in places], dtype=torch.int8).view(torch.int32)
+
+    held = torch.tensor([[int(c[place]) for place in lane] for lane in places_of_d()], dtype=torch.int32)
+    d = mma_m16n8k32(packed(a, places_of_a_int8()), packed(b, places_of_b_int8()), held)
+    want = (a @ b + c).to(torch.int32)
+    assert d.dtype == torch.int32 and int(want[0, 0]) < 0
+    assert d.tolist() == [[int(want[place]) for place in lane] for lane in places_of_d()]
 
 
 RISING = [0b0100, 0b1000, 0b1001, 0b1100, 0b1101, 0b1110]  # 9.7.14.6.1

@@ -5,20 +5,20 @@
 // until nothing is left of it but threads that wait for the cluster, and the barrier opens when all are that far.
 //
 // Everything asynchronous happens as late as the PTX ISA allows, or as early. As late: cp.async in wait_group, a bulk copy when somebody
-// waits for its mbarrier, a wgmma in the wait for it (with what is in shared memory by then, and NaN where its registers of A have
-// been given to another one). As early: at once. A kernel that reads a stage too early is caught by the former, one that overwrites a
-// stage too early by the latter.
+// waits for its mbarrier, a wgmma in the wait for it (with what is in shared memory by then, and NaN, or of int8 a very large number,
+// where its registers of A have been given to another one). As early: at once. A kernel that reads a stage too early is caught by the
+// former, one that overwrites a stage too early by the latter.
 //
 // Fragment layouts are those of the PTX ISA as (row, column) of lane and register: "Matrix Fragments for mma.m16n8k16 with floating point
-// type", "Matrix Fragments for sparse mma.m16n8k32 with .f16 and .bf16 types", "ldmatrix", "movmatrix", "Register Fragments for
-// wgmma.mma_async.m64nNk16" and "..sp", of which a warp's part is that of mma; operand B of wgmma: "Matrix Descriptor Format" and
-// "Swizzling Modes". The barrier of a cluster, "barrier.cluster", waits only for threads that have not exited.
-#include "gpu.h"
+// type", "Matrix Fragments for mma.m16n8k32" (int8), "Matrix Fragments for sparse mma.m16n8k32 with .f16 and .bf16 types", "ldmatrix",
+// "movmatrix", "Register Fragments for wgmma.mma_async.m64nNk16", "..k32" and "..sp", of which a warp's part is that of mma; operand B of
+// wgmma: "Matrix Descriptor Format" and "Swizzling Modes". The barrier of a cluster, "barrier.cluster", waits only for threads that have
+// not exited.
+#include "fragments.h"
 
 #include <setjmp.h>
 #include <ucontext.h>
 
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -35,6 +35,7 @@ namespace gpu {
 namespace {
 constexpr unsigned STACK = 1 << 17;
 constexpr int AHEAD_TURNS = 6;
+constexpr int OVERWRITTEN = 1 << 30;  // a sum of int8 where float ones are NaN: above all that products of 65,536 of k reach
 
 struct ThreadBarrier { unsigned waiting = 0, generation = 0; };
 struct Copy { unsigned to; const void* from; bool inside; };
@@ -48,9 +49,11 @@ struct Fiber {
     std::vector<Copy> open;                // copies since the last commit
     std::deque<std::vector<Copy>> groups;  // committed and not yet carried out
 };
+constexpr int BARRIERS = 16;  // of a CTA, by number
 struct Cta {  // of a cluster, while others of it run
     int index;
     std::vector<Fiber> fibers;
+    ThreadBarrier named[BARRIERS];
     std::vector<char> memory;
 };
 struct Mbarrier {
@@ -69,7 +72,7 @@ std::vector<Cta> cluster;   // by rank
 jmp_buf scheduler_place;
 unsigned current;
 bool eager;
-ThreadBarrier cta_barrier, first_barrier, warp_barriers[32];
+ThreadBarrier cta_barrier, first_barrier, named_barriers[BARRIERS], warp_barriers[32];
 unsigned exchanged[32][2][32];                    // [warp][even and odd generations of its barrier][lane]
 std::map<unsigned, Mbarrier> mbarriers[8];        // of each CTA of a cluster, by address
 std::vector<Product> open_products[1024];         // of each thread, since the last commit
@@ -90,16 +93,24 @@ void resume() {
     setcontext(&fiber.context);
 }
 
+// True for the last of the members.
+bool arrive(ThreadBarrier& barrier, unsigned members) {
+    if (++barrier.waiting < members) return false;
+    barrier.waiting = 0;
+    ++barrier.generation;
+    return true;
+}
 void sync(ThreadBarrier& barrier, unsigned members) {
-    if (++barrier.waiting == members) {
-        barrier.waiting = 0;
-        ++barrier.generation;
-        return;
-    }
+    if (arrive(barrier, members)) return;
     Fiber& fiber = fibers[current];
     fiber.waits_for = &barrier;
     fiber.generation = barrier.generation;
     yield();
+}
+
+ThreadBarrier& named_barrier(unsigned number, unsigned threads) {
+    if (number < 2 || number >= BARRIERS || threads % 32) std::abort();  // 0 is __syncthreads, 1 sync_threads
+    return named_barriers[number];
 }
 
 void carry_out(const Copy& copy) {
@@ -107,78 +118,9 @@ void carry_out(const Copy& copy) {
     else std::memset(shared_bytes(copy.to), 0, 16);
 }
 
-// Every float16 as a float: converting is a call of the compiler's library where a processor has no instruction for it.
-const std::vector<float> HALVES = [] {
-    std::vector<float> all(1 << 16);
-    for (unsigned bits = 0; bits < all.size(); ++bits) {
-        _Float16 out;
-        const uint16_t low = static_cast<uint16_t>(bits);
-        std::memcpy(&out, &low, 2);
-        all[bits] = static_cast<float>(out);
-    }
-    return all;
-}();
-inline float half(unsigned bits) { return HALVES[bits & 0xffff]; }
-inline float bfloat(unsigned bits) {
-    const unsigned wide = bits << 16;
-    float out;
-    std::memcpy(&out, &wide, 4);
-    return out;
-}
-inline float number(unsigned bits, bool is_bfloat) { return is_bfloat ? bfloat(bits) : half(bits); }
-
-template <class Both>
-unsigned each(Both both) { return both(0) | both(16) << 16; }
-
-// What a lane gives to a product: its registers of A and of B (mma alone) as numbers, and metadata.
-struct Operands {
-    float a[8], b[8];
-    unsigned e;
-};
-Operands operands[32][2][32];  // [warp][even and odd generations of its barrier][lane]
-
-void widen(float* numbers, const unsigned* registers, int count, bool is_bfloat) {
-    for (int i = 0; i < count; ++i) {
-        numbers[2 * i] = number(registers[i], is_bfloat);
-        numbers[2 * i + 1] = number(registers[i] >> 16, is_bfloat);
-    }
-}
-
-// Rows lane / 4 and 8 below of a warp's A: 16 values each, and where they are in k.
-struct Rows {
-    float values[2][16];
-    int places[2][16];
-    bool defined[2];
-};
-
-// Of 2:4 the lanes hold 16 of 32 columns. Metadata: of each four lanes the selector names two, the first for columns 0..15 of A, the
-// second for 16..31; the low half of it is for row lane / 4, the high half for the row 8 below; four bits for each four columns, two
-// for the place of the first stored value and two for that of the second. A row in which the two do not rise is undefined.
-Rows rows_of_a(const Operands (&all)[32], bool sparse, int selector) {
-    Rows rows;
-    const int first_lane = current % 32 / 4 * 4;
-    for (int upper = 0; upper < 2; ++upper) {
-        rows.defined[upper] = true;
-        for (int stored = 0; stored < 16; ++stored) {
-            rows.values[upper][stored] = all[first_lane + stored % 8 / 2].a[(upper + stored / 8 * 2) * 2 + stored % 2];
-            rows.places[upper][stored] = stored;
-        }
-        for (int quad = 0; sparse && quad < 8; ++quad) {
-            const unsigned word = all[first_lane + 2 * selector + quad / 4].e >> 16 * upper;
-            const int first = word >> 4 * (quad % 4) & 3, second = word >> (4 * (quad % 4) + 2) & 3;
-            rows.defined[upper] &= first < second;
-            rows.places[upper][2 * quad] = 4 * quad + first;
-            rows.places[upper][2 * quad + 1] = 4 * quad + second;
-        }
-    }
-    return rows;
-}
-
-// A row of A times a column of B.
-void add_product(float& sum, const Rows& rows, int upper, const float* b) {
-    if (!rows.defined[upper]) sum = NAN;
-    for (int stored = 0; stored < 16; ++stored) sum += rows.values[upper][stored] * b[rows.places[upper][stored]];
-}
+// What lanes give to a product: [warp][even and odd generations of its barrier][lane].
+Operands operands[32][2][32];
+Bytes bytes[32][2][32];
 
 // This lane's part of D += A . B of an mma, where `b_registers` hold 16 rows of B in each two.
 void multiply(float (&d)[4], const unsigned (&a)[4], const unsigned* b, int b_registers, bool sparse, unsigned e, int selector, bool is_bfloat) {
@@ -189,7 +131,7 @@ void multiply(float (&d)[4], const unsigned (&a)[4], const unsigned* b, int b_re
     widen(mine.b, b, b_registers, is_bfloat);
     mine.e = e;
     sync_warp();
-    const Rows rows = rows_of_a(all, sparse, selector);
+    const Rows rows = rows_of_a(all, lane, sparse, selector);
     for (unsigned right = 0; right < 2; ++right) {
         float column[32];
         for (int k = 0; k < 8 * b_registers; ++k) column[k] = all[(lane % 4 * 2 + right) * 4 + k % 8 / 2].b[k / 8 * 2 + k % 2];
@@ -223,23 +165,50 @@ void begin(Mbarrier& barrier, std::function<void()> copy) {
     else barrier.copies.push_back(std::move(copy));
 }
 
+// The 16 bytes of B in column n of D, from byte `at` of the product's rows on.
+void load_b(void* to, const Product& p, unsigned n, unsigned at) {
+    if (p.b >> 62 != 1) std::abort();  // not the 128-byte swizzle
+    const unsigned start = (p.b & 0x3fff) * 16, eight_rows = (p.b >> 32 & 0x3fff) * 16;
+    unsigned address = start + n / 8 * eight_rows + n % 8 * 128 + at;
+    address ^= (address >> 7 & 7) << 4;
+    std::memcpy(to, shared_bytes(address), 16);
+}
+
+void carry_out_int8(const Product& p) {
+    const unsigned warp = current / 32, lane = current % 32;
+    const auto& all = bytes[warp][warp_barriers[warp].generation % 2];
+    std::memcpy(bytes[warp][warp_barriers[warp].generation % 2][lane].a, p.values, sizeof p.values);
+    sync_warp();
+    const ByteRows rows = rows_of_bytes(all, lane);
+    for (unsigned n = lane % 4 * 2; n < p.columns; n += n % 2 ? 7 : 1) {
+        int8_t column[32];
+        load_b(column, p, n, 0);
+        load_b(column + 16, p, n, 16);
+        int wide[32];
+        for (int k = 0; k < 32; ++k) wide[k] = column[k];
+        for (int upper = 0; upper < 2; ++upper) {
+            int& d = p.sums[n / 8][upper * 2 + n % 2];
+            if (!p.keep) d = 0;
+            if (p.overwritten) d = OVERWRITTEN;
+            add_product(d, rows.values[upper], wide);
+        }
+    }
+}
+
 void carry_out(const Product& p) {
+    if (p.sums) return carry_out_int8(p);
     const unsigned warp = current / 32, lane = current % 32;
     const auto& all = operands[warp][warp_barriers[warp].generation % 2];
     Operands& mine = operands[warp][warp_barriers[warp].generation % 2][lane];
     widen(mine.a, p.values, 4, p.bfloat);
     mine.e = p.e;
     sync_warp();
-    const Rows rows = rows_of_a(all, p.sparse, p.selector);
-    if (p.b >> 62 != 1) std::abort();  // not the 128-byte swizzle
-    const unsigned start = (p.b & 0x3fff) * 16, eight_rows = (p.b >> 32 & 0x3fff) * 16;
+    const Rows rows = rows_of_a(all, lane, p.sparse, p.selector);
     for (unsigned n = lane % 4 * 2; n < p.columns; n += n % 2 ? 7 : 1) {
         float column[32];
         for (unsigned k = 0; k < (p.sparse ? 32 : 16); k += 8) {
-            unsigned address = start + n / 8 * eight_rows + n % 8 * 128 + k * 2;
-            address ^= (address >> 7 & 7) << 4;
             unsigned pairs[4];
-            std::memcpy(pairs, shared_bytes(address), 16);
+            load_b(pairs, p, n, k * 2);
             widen(column + k, pairs, 4, p.bfloat);
         }
         for (int upper = 0; upper < 2; ++upper) {
@@ -262,6 +231,7 @@ void thread_main() {
 // Puts in place what belongs to one CTA, or puts it away again.
 void exchange_cta(Cta& cta) {
     std::swap(fibers, cta.fibers);
+    std::swap(named_barriers, cta.named);
     std::swap_ranges(cta.memory.begin(), cta.memory.end(), shared_bytes(0));
 }
 
@@ -272,6 +242,7 @@ void start(Cta& cta, int index) {
     cta.index = index;
     forget_memory(cta);
     mbarriers[index % cluster.size()].clear();
+    for (ThreadBarrier& barrier : cta.named) barrier.waiting = 0;
     cta.fibers.resize(CTA_THREADS);
     for (Fiber& fiber : cta.fibers) {
         if (!fiber.stack) fiber.stack.reset(new char[STACK]);
@@ -316,6 +287,8 @@ bool run(Cta& cta, bool backwards) {
 
 void sync_cta() { sync(cta_barrier, CTA_THREADS); }
 void sync_first(unsigned threads) { sync(first_barrier, threads); }
+void sync_named(unsigned number, unsigned threads) { sync(named_barrier(number, threads), threads); }
+void arrive_named(unsigned number, unsigned threads) { arrive(named_barrier(number, threads), threads); }
 void sync_warp() { sync(warp_barriers[current / 32], 32); }
 void sync_cluster() {
     fibers[current].in_cluster_barrier = true;
@@ -328,33 +301,6 @@ const Lanes& exchange(unsigned number) {
     all[current % 32] = number;
     sync_warp();
     return all;
-}
-
-float from_half(unsigned bits) { return half(bits); }
-unsigned to_half(double value) {
-    const _Float16 rounded = static_cast<_Float16>(value);
-    uint16_t out;
-    std::memcpy(&out, &rounded, 2);
-    return out;
-}
-float from_bfloat(unsigned bits) { return bfloat(bits); }
-unsigned to_bfloat(float value) {  // to nearest, ties to even; NaN is not needed here
-    unsigned bits;
-    std::memcpy(&bits, &value, 4);
-    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-unsigned subtract_half(unsigned a, unsigned b) {
-    return each([=](int s) { return to_half(double(half(a >> s)) - half(b >> s)); });
-}
-unsigned multiply_half(unsigned a, unsigned b) {
-    return each([=](int s) { return to_half(double(half(a >> s)) * half(b >> s)); });
-}
-unsigned fma_half(unsigned a, unsigned b, unsigned c) {
-    return each([=](int s) { return to_half(double(half(a >> s)) * half(b >> s) + half(c >> s)); });
-}
-unsigned fma_bfloat(unsigned a, unsigned b, unsigned c) {
-    auto low = [](unsigned bits) { return bfloat(bits & 0xffff); };
-    return each([=](int s) { return to_bfloat(low(a >> s) * low(b >> s) + low(c >> s)); });
 }
 
 void copy_async(unsigned to, const void* from, bool inside) {
@@ -388,6 +334,18 @@ void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, bool b
     const unsigned b[2] = {b0, b1};
     multiply(d, a, b, 2, false, 0, 0, bfloat);
 }
+void mma_int8(int (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    const unsigned warp = current / 32, lane = current % 32;
+    const auto& all = bytes[warp][warp_barriers[warp].generation % 2];
+    bytes[warp][warp_barriers[warp].generation % 2][lane] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+    sync_warp();
+    const ByteRows rows = rows_of_bytes(all, lane);
+    for (unsigned right = 0; right < 2; ++right) {
+        int column[32];  // lane 4 n + t has k = 4 t .. 4 t + 3 of column n, and 16 more
+        for (int k = 0; k < 32; ++k) column[k] = int8_of(all[(lane % 4 * 2 + right) * 4 + k % 16 / 4].b[k / 16], k % 4);
+        for (int upper = 0; upper < 2; ++upper) add_product(d[upper * 2 + right], rows.values[upper], column);
+    }
+}
 void mma_sparse(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[4], unsigned e, int selector, bool bfloat) {
     multiply(d, a, b, 4, true, e, selector, bfloat);
 }
@@ -417,17 +375,19 @@ void copy_bulk(unsigned to, const void* from, unsigned bytes, unsigned barrier) 
         end_phase_if_complete(at);
     });
 }
-// As the host's map for the 128-byte swizzle says: a row of the box is 64 numbers.
+// As the host's map for the 128-byte swizzle says: a row of the box is 128 bytes, 64 numbers or 128.
 void copy_box(unsigned to, const TensorMap& map, unsigned x, unsigned y, unsigned barrier, unsigned box_rows) {
-    if (reinterpret_cast<uintptr_t>(map.matrix) % 16 || map.columns % 8 || to % 1024) std::abort();
+    const unsigned in_16_bytes = 16 / map.number_bytes;
+    if (reinterpret_cast<uintptr_t>(map.matrix) % 16 || map.columns % in_16_bytes || to % 1024) std::abort();
     Mbarrier& at = mbarrier_at(barrier);
     begin(at, [=, &at] {
         for (unsigned row = 0; row < box_rows; ++row)
-            for (unsigned column = 0; column < 64; column += 8) {
-                char* place = shared_bytes(to + row * 128 + (column / 8 ^ row % 8) * 16);
+            for (unsigned chunk = 0; chunk < 8; ++chunk) {
+                char* place = shared_bytes(to + row * 128 + (chunk ^ row % 8) * 16);
                 std::memset(place, 0, 16);
-                if (y + row >= map.rows || x + column >= map.columns) continue;
-                std::memcpy(place, map.matrix + (static_cast<size_t>(y + row) * map.columns + x + column) * 2, 16);
+                const unsigned column = x + chunk * in_16_bytes;
+                if (y + row >= map.rows || column >= map.columns) continue;
+                std::memcpy(place, map.matrix + (static_cast<size_t>(y + row) * map.columns + column) * map.number_bytes, 16);
             }
         at.bytes -= box_rows * 128;
         end_phase_if_complete(at);

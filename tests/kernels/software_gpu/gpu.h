@@ -7,12 +7,14 @@
 
 struct uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct dim3 { unsigned x; };
 
-struct TensorMap {  // of a matrix of 16-bit numbers
+struct TensorMap {  // of a matrix of 16-bit numbers, or of bytes
     const char* matrix;
     unsigned columns, rows;
+    unsigned number_bytes = 2;
 };
 
 struct Arguments {  // of any kernel
@@ -37,6 +39,8 @@ void run_thread(const Arguments& arguments);
 
 void sync_cta();
 void sync_first(unsigned threads);  // the first threads of the CTA, by a barrier of their own
+void sync_named(unsigned number, unsigned threads);
+void arrive_named(unsigned number, unsigned threads);  // the same without waiting
 void sync_warp();
 void sync_cluster();
 using Lanes = unsigned[32];
@@ -50,6 +54,7 @@ unsigned subtract_half(unsigned a, unsigned b);
 unsigned multiply_half(unsigned a, unsigned b);
 unsigned fma_half(unsigned a, unsigned b, unsigned c);
 unsigned fma_bfloat(unsigned a, unsigned b, unsigned c);
+unsigned permute(unsigned a, unsigned b, unsigned selector);
 
 void copy_async(unsigned to, const void* from, bool inside);
 void copy_async_commit();
@@ -57,6 +62,7 @@ void copy_async_wait(unsigned pending);
 void load_matrices(unsigned* registers, unsigned address, int matrices);
 unsigned transpose(unsigned pair);
 void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, bool bfloat);
+void mma_int8(int (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);
 void mma_sparse(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[4], unsigned e, int selector, bool bfloat);
 
 // Hopper
@@ -70,7 +76,7 @@ unsigned cluster_rank();
 float4 load_of_cta(unsigned rank, unsigned from);
 
 struct Wgmma {  // one instruction, as one thread issues it
-    float (*d)[4];
+    float (*d)[4];        // or of int8 `sums`
     const unsigned* a;  // the registers
     unsigned long long b;
     unsigned columns;   // of B and D
@@ -79,6 +85,7 @@ struct Wgmma {  // one instruction, as one thread issues it
     bool sparse;        // A is 2:4
     unsigned e;         // its metadata
     int selector;
+    int (*sums)[4] = nullptr;
 };
 void wgmma(const Wgmma& instruction);
 void wgmma_commit();

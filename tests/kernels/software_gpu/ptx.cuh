@@ -13,6 +13,7 @@
 
 template <class T> inline T min(T a, T b) { return b < a ? b : a; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 inline void __syncthreads() { gpu::sync_cta(); }
@@ -43,6 +44,8 @@ inline void load_matrices(unsigned (&r)[4], unsigned address) { gpu::load_matric
 inline void load_two_matrices(unsigned (&r)[4], unsigned address) { gpu::load_matrices(r, address, 2); }
 inline unsigned transpose(unsigned pair) { return gpu::transpose(pair); }
 inline unsigned and_or(unsigned a, unsigned b, unsigned c) { return (a & b) | c; }
+inline unsigned and_xor(unsigned a, unsigned b, unsigned c) { return (a & b) ^ c; }
+inline unsigned permute(unsigned a, unsigned b, unsigned selector) { return gpu::permute(a, b, selector); }
 inline unsigned subtract_half(unsigned a, unsigned b) { return gpu::subtract_half(a, b); }
 inline unsigned multiply_half(unsigned a, unsigned b) { return gpu::multiply_half(a, b); }
 inline unsigned fma_half(unsigned a, unsigned b, unsigned c) { return gpu::fma_half(a, b, c); }
@@ -53,6 +56,7 @@ inline float widen_half(unsigned short bits) { return gpu::from_half(bits); }
 inline float widen_bfloat(unsigned short bits) { return gpu::from_bfloat(bits); }
 inline void mma_half(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { gpu::mma(d, a, b0, b1, false); }
 inline void mma_bfloat(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { gpu::mma(d, a, b0, b1, true); }
+inline void mma_int8(int (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { gpu::mma_int8(d, a, b0, b1); }
 template <int selector>
 inline void mma_sparse_half(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[4], unsigned e) {
     gpu::mma_sparse(d, a, b, e, selector, false);

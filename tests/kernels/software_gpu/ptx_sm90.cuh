@@ -20,10 +20,14 @@ inline unsigned warp_uniform(unsigned number) { return gpu::exchange(number)[0];
 template <int> inline void give_registers() {}
 template <int> inline void take_registers() {}
 
+template <int threads> inline void named_barrier_sync(unsigned number) { gpu::sync_named(number, threads); }
+template <int threads> inline void named_barrier_arrive(unsigned number) { gpu::arrive_named(number, threads); }
+
 inline void wgmma_fence() {}
 inline void wgmma_commit() { gpu::wgmma_commit(); }
 template <int pending> inline void wgmma_wait() { gpu::wgmma_wait(pending); }
 template <int slabs> inline void wgmma_arrived(float (&)[slabs][4]) {}
+template <int slabs> inline void wgmma_arrived(int (&)[slabs][4]) {}
 inline unsigned long long describe_rows(unsigned shared) { return 1ull << 62 | 64ull << 32 | 1ull << 16 | (shared & 0x3ffff) / 16; }
 
 using Accumulators = float (&)[TOKENS / 8][4];
@@ -41,4 +45,7 @@ inline void wgmma_sparse_half(Accumulators d, Operand a, unsigned long long b, u
 template <int selector>
 inline void wgmma_sparse_bfloat(Accumulators d, Operand a, unsigned long long b, unsigned e, bool keep) {
     gpu::wgmma({d, a, b, TOKENS, keep, true, true, e, selector});
+}
+template <int slabs> inline void wgmma_int8(int (&d)[slabs][4], Operand a, unsigned long long b, bool keep) {
+    gpu::wgmma({nullptr, a, b, slabs * 8, keep, false, false, 0, 0, d});
 }
