@@ -248,22 +248,23 @@ DENSE_SM90 = (
     Configuration(tokens=128, blocks=4, split=2, k_warps=1, k_step=128, stages=4, ctas=1, wgmma=True, batch=2, scale_weights=True),
 )
 
-# Of 8-bit activations: up to 128 sums a thread beside those of the group. Chosen on an H200 (docs/log/2026-12-01-eight-bit-kernel.md).
 def _rounded(tokens: int, blocks: int, split: int, k_warps: int, k_step: int, stages: int, **more: Any) -> Configuration:
     return Configuration(tokens, blocks, split, k_warps, k_step, stages, ctas=1, wgmma=True, activations="int8", **more)
 
 
+# Of 8-bit activations: up to 128 sums a thread beside those of the group. Chosen on an H200 (docs/log/2026-12-01-eight-bit-kernel.md).
 A8_SM90 = (
     _rounded(32, 8, 1, 1, 128, 4, batch=2),
     _rounded(32, 4, 1, 2, 256, 4, batch=2),
     _rounded(32, 2, 2, 2, 256, 5, batch=2),
+    _rounded(48, 6, 2, 1, 128, 5, batch=2),
+    _rounded(48, 4, 2, 1, 128, 6, batch=2, temporaries=2),
     _rounded(64, 6, 2, 1, 128, 5),
     _rounded(64, 4, 2, 1, 128, 6, batch=2, temporaries=2),
     _rounded(64, 2, 2, 2, 256, 5, batch=2),
     _rounded(96, 4, 2, 1, 128, 5, batch=2, parts=2, temporaries=2),
     _rounded(96, 2, 2, 2, 256, 4, batch=2),
     _rounded(128, 4, 2, 1, 128, 5, batch=2, parts=2, temporaries=2, ordered=True),
-    _rounded(128, 2, 2, 2, 256, 3, batch=2),
     _rounded(256, 2, 4, 1, 128, 4, batch=2, parts=2, ordered=True),
 )
 

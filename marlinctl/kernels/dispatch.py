@@ -29,12 +29,14 @@ from pathlib import Path
 from typing import Any
 
 from marlinctl.kernels import jit
-from marlinctl.kernels.configurations import DENSE, DENSE_SM90, SHARINGS, SPARSE, SPARSE_SM90, Configuration, Sharing
+from marlinctl.kernels.configurations import A8_SM90, DENSE, DENSE_SM90, SHARINGS, SPARSE, SPARSE_SM90, Configuration, Sharing
 
 OWN = "dispatch.json"  # in the folder of compiled kernels
 PACKAGED = Path(__file__).parent / "dispatch.json"
 SCHEMA_VERSION = 2
 KINDS = ("dense", "sparse")
+ROUNDED = "rounded"  # a third kind: dense, where activations may be rounded to int8
+SIXTEEN_BIT = "16-bit"  # the choice of a row of that kind where 16-bit activations are as fast: what `dense` says counts
 DEQUANTIZE = "dequantize"  # the column of a measurement for a dense weight and torch.matmul
 
 # Where nothing is measured. A kernel of mma.sync multiplies at most at about 280 TFLOP/s on an H200 (2:4: 390) and torch.matmul at 700,
@@ -64,7 +66,7 @@ class Row:
     m: int
     n: int
     k: int
-    choice: Choice
+    choice: Choice | None  # None: SIXTEEN_BIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,21 +76,29 @@ class Table:
     dequantize_from: int | None  # the smallest M for which a dense weight pays; None: never
     rows: tuple[Row, ...]
 
-    def choose(self, m: int, n: int, k: int) -> Choice:
+    def choose(self, m: int, n: int, k: int) -> Choice | None:
         def distance(shape: tuple[int, int]) -> float:
             return abs(log(n / shape[0])) + abs(log(k / shape[1]))
 
         nearest = min(sorted({(row.n, row.k) for row in self.rows}), key=distance)
         rows = sorted((row for row in self.rows if (row.n, row.k) == nearest), key=lambda row: row.m)
         for row in rows:
-            if row.m >= m or row.choice.configuration.tokens >= m:
+            if row.m >= m or (row.choice is not None and row.choice.configuration.tokens >= m):
                 return row.choice
         return rows[-1].choice
 
 
 @lru_cache(maxsize=4096)
-def choose(architecture: str, sparse: bool, m: int, n: int, k: int) -> Choice | None:
-    """How to multiply M rows with a weight [N, K]; None is: dequantize it and multiply with torch.matmul."""
+def choose(architecture: str, sparse: bool, m: int, n: int, k: int, rounding: bool = False) -> Choice | None:
+    """How to multiply M rows with a weight [N, K]; None is: dequantize it and multiply with torch.matmul.
+
+    rounding: activations may be rounded to int8. Whether they are is for the choice to say: 16 bits are as fast for few rows, and all
+    there is for 2:4 and for architectures that were not measured.
+    """
+    if rounding and not sparse and (table := tables().get((architecture, ROUNDED))) is not None:
+        choice = table.choose(m, n, k)
+        if choice is not None:
+            return choice
     kind = KINDS[sparse]
     table = tables().get((architecture, kind)) or reasoned(architecture, kind)
     if table.dequantize_from is not None and m >= table.dequantize_from:
@@ -96,13 +106,17 @@ def choose(architecture: str, sparse: bool, m: int, n: int, k: int) -> Choice | 
     return table.choose(m, n, k)
 
 
-def choices(architecture: str, sparse: bool, n: int, k: int) -> set[Choice | None]:
+def choices(architecture: str, sparse: bool, n: int, k: int, rounding: bool = False) -> set[Choice | None]:
     """Everything that `choose` may answer for a weight [N, K], whatever M is: what has to be compiled before a server may begin."""
     kind = KINDS[sparse]
-    table = tables().get((architecture, kind)) or reasoned(architecture, kind)
+    used = [tables().get((architecture, kind)) or reasoned(architecture, kind)]
+    if rounding and not sparse and (architecture, ROUNDED) in tables():
+        used.append(tables()[architecture, ROUNDED])
     # An answer changes behind a row's M and behind its tile, and where dequantizing begins.
-    after = {1 + size for row in table.rows for size in (row.m, row.choice.configuration.tokens)}
-    return {choose(architecture, sparse, m, n, k) for m in {1, *after, *filter(None, [table.dequantize_from])}}
+    after = {1 + row.m for table in used for row in table.rows}
+    after |= {1 + row.choice.configuration.tokens for table in used for row in table.rows if row.choice is not None}
+    starts = {table.dequantize_from for table in used if table.dequantize_from is not None}
+    return {choose(architecture, sparse, m, n, k, rounding) for m in {1, *after, *starts}}
 
 
 @lru_cache(maxsize=1)
@@ -123,6 +137,8 @@ def reasoned(architecture: str, kind: str) -> Table:
 
 def configurations(kind: str) -> tuple[Configuration, ...]:
     """Those of mma.sync first: `reasoned` takes the first that fits."""
+    if kind == ROUNDED:
+        return A8_SM90
     return (*SPARSE, *SPARSE_SM90) if kind == "sparse" else (*DENSE, *DENSE_SM90)
 
 
@@ -151,14 +167,14 @@ def parse(data: bytes, path: Path) -> dict[tuple[str, str], Table]:
 
 
 def _table(architecture: str, kind: str, document: Mapping[str, Any]) -> Table:
-    if architecture not in jit.ARCHITECTURES or kind not in KINDS:
+    if architecture not in jit.ARCHITECTURES or kind not in (*KINDS, ROUNDED):
         raise ValueError(f"there is no kernel for {architecture}, {kind}")
     by_name = {c.name: c for c in configurations(kind) if c.fits(architecture)}
     rows = []
     for m, n, k, name in document["choices"]:
         if not all(isinstance(number, int) and number > 0 for number in (m, n, k)):
             raise ValueError(f"{[m, n, k, name]}: M, N and K are positive integers")
-        rows.append(Row(m, n, k, _choice(name, by_name, architecture)))
+        rows.append(Row(m, n, k, None if (kind, name) == (ROUNDED, SIXTEEN_BIT) else _choice(name, by_name, architecture)))
     least = document["dequantize_from"]
     if not rows or not (least is None or (isinstance(least, int) and least > 0)):
         raise ValueError(f"{architecture}, {kind}: no choices, or dequantize_from is no positive integer or null")

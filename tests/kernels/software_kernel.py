@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from marlinctl.kernels import jit
+from marlinctl.kernels.activations import round_activations_for_tiles
 from marlinctl.kernels.configurations import DENSE_SM90, SPARSE_SM90, Configuration, group_shift
 from marlinctl.kernels.reference import dequantize, dequantize_sparse
 from marlinctl.pack.marlin import pack_marlin
@@ -38,11 +39,12 @@ class Arguments(ctypes.Structure):
 
 
 def library_of(
-    configuration: Configuration, dtype: torch.dtype, folder: Path, edit: Callable[[str], str] = lambda source: source, shift: int = 3
-) -> ctypes.CDLL:
+    configuration: Configuration, dtype: torch.dtype, folder: Path, edit: Callable[[str], str] = lambda source: source, shift: int = 3,
+    token_groups: bool = False,
+) -> ctypes.CDLL:  # fmt: skip
     """The kernel, built for the CPU; `edit` may break its sources first."""
     kernel = (f"SPARSE={int(configuration.sparse)}", f"WGMMA={int(configuration.wgmma)}")
-    return compiled(configuration.kernel, (*configuration.defines(dtype, shift), *kernel), folder, edit)
+    return compiled(configuration.kernel, (*configuration.defines(dtype, shift, token_groups), *kernel), folder, edit)
 
 
 def compiled(kernel: str, defines: Sequence[str], folder: Path, edit: Callable[[str], str] = lambda source: source) -> ctypes.CDLL:
@@ -55,11 +57,14 @@ def compiled(kernel: str, defines: Sequence[str], folder: Path, edit: Callable[[
 
 
 def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: Callable[[str], str] = lambda source: source) -> Launch:
-    """The kernel as a function; one with wgmma is built for each group size that it is called with."""
+    """The kernel as a function; one with wgmma is built for each group size that it is called with.
+
+    One for int8 activations rounds them itself, by round_activations_for_tiles.
+    """
 
     @functools.cache
-    def library(shift: int) -> ctypes.CDLL:
-        return library_of(configuration, dtype, folder.with_name(f"{folder.name}{shift}"), edit, shift)
+    def library(shift: int, token_groups: bool) -> ctypes.CDLL:
+        return library_of(configuration, dtype, folder.with_name(f"{folder.name}{shift}{token_groups}"), edit, shift, token_groups)
 
     def launch(
         activations: Tensor,
@@ -71,6 +76,7 @@ def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: 
         cluster: int = 1,
         eager: bool = False,
         backwards: bool = False,
+        activation_group: int | None = None,
     ) -> Tensor:
         """One launch of len(order) CTAs with `whole` tiles each, run in that order. Outputs and partial sums are poisoned; counters must
         come back as zeros, and clusters must use neither.
@@ -81,12 +87,15 @@ def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: 
         partials = aligned(torch.full((size + GUARD,), torch.nan))
         counters = torch.zeros(tiles + GUARD, dtype=torch.int32)
         meta = p.meta if isinstance(p, PackedSparseLinear) else torch.empty(0, dtype=torch.int16)
+        if configuration.rounded:
+            rounded = round_activations_for_tiles(activations, activation_group)
+            activations, meta = rounded.codes, rounded.scales
         inputs = [aligned(tensor) for tensor in (activations, p.qweight, meta, p.scales)]
         pointers = [*(tensor.data_ptr() for tensor in inputs), None if bias is None else bias.data_ptr()]
         pointers += [out[GUARD:].data_ptr(), partials.data_ptr(), counters.data_ptr()]
         shift = group_shift(p.group_size, k)
         arguments = Arguments(*pointers, m, n, k, whole, shift)
-        library(shift if configuration.wgmma else 0).launch(
+        library(shift if configuration.wgmma else 0, activation_group is not None).launch(
             arguments, (ctypes.c_int * ctas)(*order), ctas, cluster, ctypes.c_bool(eager), ctypes.c_bool(backwards)
         )
         assert not counters.any(), "the next launch would find a used workspace"

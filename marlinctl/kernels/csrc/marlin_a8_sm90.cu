@@ -138,7 +138,7 @@ struct A8Products {
         if (!TOKEN_GROUPS) return;
         const unsigned groups = (k + TOKEN_GROUP - 1) / TOKEN_GROUP, row = (m + 3) / 4 * 4;
         for (int part = 0; part < K_STEP / TOKEN_GROUP; ++part) {
-            const size_t group = min(at.step * (K_STEP / TOKEN_GROUP) + part, groups - 1);
+            const size_t group = min(static_cast<unsigned>(at.step * (K_STEP / TOKEN_GROUP) + part), groups - 1);
             const char* from = token_scales + (group * row + at.token_tile * TOKENS) * 4;
             copy_bulk(to + S::TOKEN_SCALES_AT + part * (TOKENS * 4), from, token_scale_bytes(at, m), full);
         }
@@ -206,7 +206,7 @@ struct A8Products {
                 const float upper = widen_half(static_cast<unsigned short>(scales[word])) * (GROUPED ? 0.0625f : 1.0f);
                 const float lower = widen_half(static_cast<unsigned short>(scales[word] >> 16)) * (GROUPED ? 0.0625f : 1.0f);
                 if (j < TEMPORARIES - 1) {
-                    wgmma_wait<ORDERED && PRODUCTS > 1 ? 2 : 1>();
+                    wgmma_wait<(ORDERED && PRODUCTS > 1) ? 2 : 1>();
                 } else {
                     if (ORDERED && PRODUCTS > 1) wgmma_wait<1>();  // the other warpgroup's are queued behind the last product
                     turn.pass();

@@ -20,7 +20,7 @@ struct TensorMap {  // of a matrix of 16-bit numbers, or of bytes
 struct Arguments {  // of any kernel
     const char* activations;
     const void* qweight;
-    const void* meta;  // of 2:4 weights alone
+    const void* meta;  // of 2:4 weights; with int8 activations the scales of the tokens
     const char* scales;
     const unsigned short* bias;
     void* out;

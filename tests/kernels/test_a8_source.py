@@ -1,0 +1,62 @@
+"""The products of csrc/marlin_a8_sm90.cu with int8 activations, run on the CPU (software_kernel.py), against float64 of the same numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from marlinctl.kernels.configurations import A8_SM90, ACTIVATION_GROUP, Configuration
+from marlinctl.kernels.reference import gemm_rounded
+from tests.kernels.software_kernel import Launch, build, random_packed
+from tests.kernels.test_marlin_source import CASES, EPSILON
+
+BY_NAME = {c.name.removeprefix("a8-wgmma-"): c for c in A8_SM90}
+# Those that differ in more than sizes: four words of a warp, three warpgroups, two temporaries, warps that share k, turns, parts.
+SHOWN = ("m32n512k128x4", "m32n128k256x5", "m64n384k128x5", "m96n256k128x5p2t2", "m128n256k128x5p2ot2", "m256n128k128x4p2o")
+KERNELS = [(BY_NAME[name], torch.bfloat16 if name.startswith("m64") else torch.float16) for name in SHOWN]
+
+
+@pytest.fixture(scope="module", params=KERNELS, ids=lambda p: f"{p[0].name}-{str(p[1])[6:]}")
+def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Configuration, torch.dtype, Launch]:
+    configuration, dtype = request.param
+    return configuration, dtype, build(configuration, dtype, tmp_path_factory.mktemp("build") / "csrc")
+
+
+@pytest.mark.parametrize("group", [None, ACTIVATION_GROUP], ids=["tokens", "groups"])
+def test_products(kernel: tuple[Configuration, torch.dtype, Launch], group: int | None) -> None:
+    """If this failed, the kernel would multiply wrongly: decoding, the order of activations, scales, edges, or how parts come together."""
+    configuration, dtype, launch = kernel
+    cases = CASES if group is None else [*CASES[:2], (7, 64, 160, -1, 2), *CASES[5:]]
+    for m, n, k, group_size, ctas in [*cases, (5, 2 * configuration.columns + 72, 192, -1, 2)]:
+        generator = torch.Generator().manual_seed(m)
+        p, weight = random_packed(configuration, n, k, group_size, seed=m)
+        activations = torch.randn(m, k, generator=generator).to(dtype)
+        bias = (torch.randn(n, generator=generator) / 16).to(dtype)
+        exact = gemm_rounded(activations, p, group, bias).double()
+        magnitudes = activations.double().abs() @ weight.double().abs().T + bias.double().abs()
+        bound = EPSILON[dtype] * exact.abs() + k * 2**-24 * magnitudes + 2**-24  # one rounding of the output, and float32 sums of groups
+        forwards, case = list(range(ctas)), f"{configuration.name}: M={m} N={n} K={k} group_size={group_size} CTAs={ctas}"
+        for whole in sorted({0, configuration.output_tiles(m, n) // ctas}):
+            lazy = launch(activations, p, bias, forwards, whole=whole, activation_group=group)
+            assert bool(((lazy.double() - exact).abs() <= bound).all()), f"{case} whole={whole}"
+            eager = launch(activations, p, bias, forwards[::-1], whole=whole, eager=True, backwards=True, activation_group=group)
+            assert torch.equal(lazy, eager), f"{case} whole={whole}: the order of CTAs or copies changes the bits"
+
+
+def test_a_cluster_gives_the_same_bits(kernel: tuple[Configuration, torch.dtype, Launch]) -> None:
+    """If this failed, sums that CTAs exchange through shared memory would meet in another order, or at wrong places."""
+    configuration, dtype, launch = kernel
+    p, _ = random_packed(configuration, configuration.columns, 2 * configuration.k_step, 64, seed=5)
+    activations = torch.randn(11, 2 * configuration.k_step, generator=torch.Generator().manual_seed(5)).to(dtype)
+    assert torch.equal(launch(activations, p, None, [0, 1], cluster=2), launch(activations, p, None, [0, 1]))
+
+
+def test_a_token_of_zeros_and_one_that_is_no_number(kernel: tuple[Configuration, torch.dtype, Launch]) -> None:
+    """If this failed, padding tokens would be NaN, or an overflow before this linear would disappear in it."""
+    configuration, dtype, launch = kernel
+    p, _ = random_packed(configuration, 64, 128, 128, seed=0)
+    activations = torch.ones(3, 128, dtype=dtype)
+    activations[0], activations[1, 7] = 0, torch.inf
+    for group in (None, ACTIVATION_GROUP):
+        out = launch(activations, p, None, [0], activation_group=group)
+        assert not out[0].any() and out[1].isnan().all() and out[2].isfinite().all()
