@@ -29,7 +29,6 @@ from typing import Any, Literal, get_args
 import torch
 
 Sharing = Literal["striped", "even", "mixed", "cluster"]
-Rounding = Literal["none", "int8"]  # of activations
 SHARINGS: tuple[Sharing, ...] = get_args(Sharing)
 SHARED_BYTES = {  # of a CTA, at most: CUDA C++ Programming Guide, compute capabilities
     "sm_80": 163 * 1024,
@@ -63,26 +62,21 @@ class Configuration:
     wgmma: bool = False  # for Hopper alone
     batch: int = 1  # with wgmma: steps of k that a warp decodes before it multiplies, while those before them are multiplied
     scale_weights: bool = False  # with wgmma: scales multiply weights, in 16 bits, instead of sums of groups
-    activations: Rounding = "none"
+    int8: bool = False  # activations are; for Hopper alone
     parts: int = 1  # of int8: products that share a decoded word, each of tokens / parts
     ordered: bool = False  # of int8: warpgroups take turns
     temporaries: int = 1  # of int8: products of 128 K under way together
 
     @property
     def name(self) -> str:
-        kernel = f"{'sparse-' if self.sparse else ''}{'a8-' if self.rounded else ''}{'wgmma-' if self.wgmma else ''}"
+        kernel = f"{'sparse-' if self.sparse else ''}{'a8-' if self.int8 else ''}{'wgmma-' if self.wgmma else ''}"
         form = f"{f'p{self.parts}' if self.parts > 1 else ''}{'o' if self.ordered else ''}{f't{self.temporaries}' if self.temporaries > 1 else ''}{'w' if self.scale_weights else ''}"
         return f"{kernel}m{self.tokens}n{64 * self.blocks}k{self.k_step}x{self.stages}{form}"
 
     @property
-    def rounded(self) -> bool:
-        """Activations are int8."""
-        return self.activations == "int8"
-
-    @property
     def kernel(self) -> str:
         """The name of the function, and with .cu of its source."""
-        return f"{'sparse_' if self.sparse else ''}marlin_{'a8_' if self.rounded else ''}{'sm90' if self.wgmma else 'sm80'}"
+        return f"{'sparse_' if self.sparse else ''}marlin_{'a8_' if self.int8 else ''}{'sm90' if self.wgmma else 'sm80'}"
 
     @property
     def tile_k(self) -> int:
@@ -108,7 +102,7 @@ class Configuration:
         bits = 2 + 1 if self.sparse else 4  # of a weight: two codes for four weights, and metadata of half their size
         weights = self.k_step * self.columns * bits // 8
         scales = 2 * (self.k_step // 32) * self.columns
-        if self.rounded:
+        if self.int8:
             token_scales = 4 * self.tokens * self.k_step // ACTIVATION_GROUP
             return -(-(weights + self.tokens * self.k_step + scales + token_scales) // 1024) * 1024
         return weights + 2 * self.tokens * self.k_step + scales
@@ -136,7 +130,7 @@ class Configuration:
             "CTAS": self.ctas,
             "SHARED_BYTES": self.shared_bytes,
         }
-        if self.rounded:
+        if self.int8:
             sizes |= {"EIGHT_BIT": 1, "PARTS": self.parts, "ORDERED": int(self.ordered), "TEMPORARIES": self.temporaries, "TOKEN_GROUPS": int(token_groups)}
             sizes |= {"GROUP_SHIFT": group_shift, "SCALE_WEIGHTS": 0, "STEPS": self.batch}
         elif self.wgmma:
@@ -249,7 +243,7 @@ DENSE_SM90 = (
 )
 
 def _rounded(tokens: int, blocks: int, split: int, k_warps: int, k_step: int, stages: int, **more: Any) -> Configuration:
-    return Configuration(tokens, blocks, split, k_warps, k_step, stages, ctas=1, wgmma=True, activations="int8", **more)
+    return Configuration(tokens, blocks, split, k_warps, k_step, stages, ctas=1, wgmma=True, int8=True, **more)
 
 
 # Of 8-bit activations: up to 128 sums a thread beside those of the group. Chosen on an H200 (docs/log/2026-12-01-eight-bit-kernel.md).

@@ -87,7 +87,7 @@ def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: 
         partials = aligned(torch.full((size + GUARD,), torch.nan))
         counters = torch.zeros(tiles + GUARD, dtype=torch.int32)
         meta = p.meta if isinstance(p, PackedSparseLinear) else torch.empty(0, dtype=torch.int16)
-        if configuration.rounded:
+        if configuration.int8:
             rounded = round_activations_for_tiles(activations, activation_group)
             activations, meta = rounded.codes, rounded.scales
         inputs = [aligned(tensor) for tensor in (activations, p.qweight, meta, p.scales)]
