@@ -105,6 +105,28 @@ __device__ __forceinline__ unsigned and_or(unsigned a, unsigned b, unsigned c) {
     return out;
 }
 
+// lop3: (a & b) ^ c. Of C++ ptxas makes two instructions.
+__device__ __forceinline__ unsigned and_xor(unsigned a, unsigned b, unsigned c) {
+    unsigned out;
+    asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+    return out;
+}
+
+// prmt: byte i of the result is byte (selector >> 4 i) & 7 of a, its bytes 0 .. 3, and b, 4 .. 7.
+__device__ __forceinline__ unsigned permute(unsigned a, unsigned b, unsigned selector) {
+    unsigned out;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(selector));
+    return out;
+}
+
+// shfl.sync.bfly: the largest of the numbers of `lanes` neighbouring lanes, 8 or 32 say, for each of them. By all lanes of the warp.
+template <int lanes>
+__device__ __forceinline__ unsigned largest_of_lanes(unsigned number) {
+#pragma unroll
+    for (int distance = lanes / 2; distance > 0; distance /= 2) number = max(number, __shfl_xor_sync(0xffffffff, number, distance));
+    return number;
+}
+
 // sub.f16x2
 __device__ __forceinline__ unsigned subtract_half(unsigned a, unsigned b) {
     unsigned out;

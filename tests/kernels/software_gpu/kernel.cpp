@@ -1,10 +1,15 @@
 // A kernel of csrc for the software GPU. Built in a folder with copies of csrc, of which ptx.cuh and ptx_sm90.cuh have been replaced.
-// -DSPARSE=1 is a 2:4 kernel, -DSPARSE=0 a dense one; -DWGMMA=1 is that for Hopper, -DUNPACK=1 unpack.cu for either, and -DREPACK=1
-// repack.cu.
-#if REPACK
+// -DSPARSE=1 is a 2:4 kernel, -DSPARSE=0 a dense one; -DWGMMA=1 is that for Hopper, with -DEIGHT_BIT=1 for int8 activations, -DUNPACK=1
+// unpack.cu for either, -DREPACK=1 repack.cu and -DROUND=1 round_activations.cu.
+#if ROUND
+#include "round_activations.cu"
+#elif REPACK
 #include "repack.cu"
 #elif UNPACK
 #include "unpack.cu"
+#elif EIGHT_BIT
+#include "marlin_a8_sm90.cu"
+#define KERNEL marlin_a8_sm90
 #elif SPARSE && WGMMA
 #include "sparse_marlin_sm90.cu"
 #define KERNEL sparse_marlin_sm90
@@ -31,16 +36,20 @@ struct Pointer {  // to whatever the kernel says it is
 
 void gpu::run_thread(const Arguments& a) {
     const Pointer qweight{a.qweight}, meta{a.meta}, scales{a.scales}, out{a.out};
-#if WGMMA
+#if EIGHT_BIT
+    const TensorMap activations{a.activations, static_cast<unsigned>(a.k + 63) / 64 * 64, static_cast<unsigned>(a.m), 1};
+#elif WGMMA
     const TensorMap activations{a.activations, static_cast<unsigned>(a.k), static_cast<unsigned>(a.m)};
 #else
     const char* const activations = a.activations;
 #endif
-#if REPACK
+#if ROUND
+    round_activations(Pointer{a.activations}, out, Pointer{a.partials}, a.m, a.k);
+#elif REPACK
     repack(Pointer{a.activations}, qweight, a.n, a.m, a.k, a.whole);
 #elif UNPACK
     unpack(qweight, meta, scales, out, a.n, a.k, a.group_shift);
-#elif SPARSE
+#elif SPARSE || EIGHT_BIT  // of int8 the scales of tokens are where metadata would be
     KERNEL(activations, qweight, meta, scales, a.bias, out, a.partials, a.counters, a.m, a.n, a.k, a.whole, a.group_shift);
 #else
     KERNEL(activations, qweight, scales, a.bias, out, a.partials, a.counters, a.m, a.n, a.k, a.whole, a.group_shift);
