@@ -1,21 +1,21 @@
 // A kernel of csrc for the software GPU. Built in a folder with copies of csrc, of which ptx.cuh and ptx_sm90.cuh have been replaced.
-// -DSPARSE=1 is a 2:4 kernel, -DSPARSE=0 a dense one; -DWGMMA=1 is that for Hopper, with -DEIGHT_BIT=1 for int8 activations, -DUNPACK=1
-// unpack.cu for either, -DREPACK=1 repack.cu and -DROUND=1 round_activations.cu.
-#if ROUND
+// -DSPARSE=1 is a 2:4 kernel, -DSPARSE=0 a dense one; -DWGMMA=1 is that for Hopper, -DEIGHT_BIT=1 for int8 activations, -DUNPACK=1 unpack.cu for either, and -DREPACK=1
+// repack.cu.
+#if ROUND  // -DROUND=1 is round_activations.cu
 #include "round_activations.cu"
 #elif REPACK
 #include "repack.cu"
 #elif UNPACK
 #include "unpack.cu"
-#elif EIGHT_BIT
-#include "marlin_a8_sm90.cu"
-#define KERNEL marlin_a8_sm90
 #elif SPARSE && WGMMA
 #include "sparse_marlin_sm90.cu"
 #define KERNEL sparse_marlin_sm90
 #elif SPARSE
 #include "sparse_marlin_sm80.cu"
 #define KERNEL sparse_marlin_sm80
+#elif EIGHT_BIT
+#include "marlin_a8_sm90.cu"
+#define KERNEL marlin_a8_sm90
 #elif WGMMA
 #include "marlin_sm90.cu"
 #define KERNEL marlin_sm90
@@ -37,7 +37,7 @@ struct Pointer {  // to whatever the kernel says it is
 void gpu::run_thread(const Arguments& a) {
     const Pointer qweight{a.qweight}, meta{a.meta}, scales{a.scales}, out{a.out};
 #if EIGHT_BIT
-    const TensorMap activations{a.activations, static_cast<unsigned>(a.k + 63) / 64 * 64, static_cast<unsigned>(a.m), 1};
+    const TensorMap activations{a.activations, (static_cast<unsigned>(a.k) + 63) / 64 * 64, static_cast<unsigned>(a.m), 1};
 #elif WGMMA
     const TensorMap activations{a.activations, static_cast<unsigned>(a.k), static_cast<unsigned>(a.m)};
 #else
@@ -49,7 +49,7 @@ void gpu::run_thread(const Arguments& a) {
     repack(Pointer{a.activations}, qweight, a.n, a.m, a.k, a.whole);
 #elif UNPACK
     unpack(qweight, meta, scales, out, a.n, a.k, a.group_shift);
-#elif SPARSE || EIGHT_BIT  // of int8 the scales of tokens are where metadata would be
+#elif SPARSE || EIGHT_BIT
     KERNEL(activations, qweight, meta, scales, a.bias, out, a.partials, a.counters, a.m, a.n, a.k, a.whole, a.group_shift);
 #else
     KERNEL(activations, qweight, scales, a.bias, out, a.partials, a.counters, a.m, a.n, a.k, a.whole, a.group_shift);
