@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from marlinctl.kernels import driver as cuda_driver
-from marlinctl.kernels import functions, repack
+from marlinctl.kernels import functions, repack, rounding
 from marlinctl.kernels import launch as launcher
 from marlinctl.kernels.configurations import Configuration
 from marlinctl.kernels.functions import Function
@@ -30,6 +30,7 @@ KINDS: dict[str, Any] = {field[0]: field[1] for field in Arguments._fields_}
 SPARSE = list(KINDS)  # the arguments of each kernel, in order
 DENSE = [name for name in KINDS if name != "meta"]
 REPACK = ["activations", "qweight", "n", "m", "k", "whole"]  # words, tiles, N, K/8, strides of rows and of columns
+ROUND = ["activations", "out", "partials", "m", "k"]  # x, codes, scales
 UNPACK = ["qweight", "meta", "scales", "out", "n", "k", "group_shift"]
 
 
@@ -191,6 +192,17 @@ def software_repack(folder: Path, edit: Callable[[str], str] = lambda source: so
     library = compiled("repack", (*repack.DEFINES, "REPACK=1"), folder / "repack", edit)
     handle = SimpleNamespace(library=library, names=REPACK, tokens=0)
     return Function(handle, "context", DEVICE, repack.THREADS, repack.SHARED_BYTES, resident=1, registers=0, local_bytes=0, overlaps=True)
+
+
+def software_round(
+    dtype: torch.dtype, k: int, group: int | None, folder: Path, edit: Callable[[str], str] = lambda source: source
+) -> Function:
+    """csrc/round_activations.cu, as kernels/rounding.py loads it; `edit` may break its source."""
+    defines = (*rounding.defines(dtype, k, group), "ROUND=1")
+    library = compiled("round_activations", defines, folder / "-".join(("round", *defines)), edit)
+    handle = SimpleNamespace(library=library, names=ROUND, tokens=0)
+    threads, _ = rounding.shape_of(k, group)
+    return Function(handle, "context", DEVICE, threads, rounding.SHARED_BYTES, resident=1, registers=0, local_bytes=0, overlaps=True)
 
 
 def software_unpack(sparse: bool, dtype: torch.dtype, folder: Path) -> Function:

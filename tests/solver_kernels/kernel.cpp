@@ -2,20 +2,9 @@
 // The arguments of the software GPU are those of a product; what a kernel of the solver is given lies in two arrays: `activations` points
 // to its pointers, `qweight` to its numbers.
 #include <math.h>
-#include <string.h>
 
 #include "ptx.cuh"
 
-inline unsigned __float_as_uint(float value) {
-    unsigned bits;
-    memcpy(&bits, &value, 4);
-    return bits;
-}
-inline float __uint_as_float(unsigned bits) {
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
 inline float __fdividef(float a, float b) { return a / b; }
 
 #include SOURCE

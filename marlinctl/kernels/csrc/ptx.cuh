@@ -34,6 +34,14 @@ __device__ __forceinline__ void sync_threads() {
     asm volatile("bar.sync 1, %0;" ::"n"(threads) : "memory");
 }
 
+// shfl.sync.bfly: the largest of the numbers of `lanes` neighbouring lanes, 8 or 32 say, for each of them. By all lanes of the warp.
+template <int lanes>
+__device__ __forceinline__ unsigned largest_of_lanes(unsigned number) {
+#pragma unroll
+    for (int distance = lanes / 2; distance > 0; distance /= 2) number = max(number, __shfl_xor_sync(0xffffffff, number, distance));
+    return number;
+}
+
 // cp.async.cg: 16 bytes from global to shared memory past L1, without registers; the bytes are there after the group's wait.
 // Where `inside` is false nothing is read and 16 zeros are written (src-size 0).
 // NOTE: no L2 cache hint. The form with one stops with "illegal instruction" on an H200 as the original MARLIN used it.

@@ -1,7 +1,9 @@
 // A kernel of csrc for the software GPU. Built in a folder with copies of csrc, of which ptx.cuh and ptx_sm90.cuh have been replaced.
 // -DSPARSE=1 is a 2:4 kernel, -DSPARSE=0 a dense one; -DWGMMA=1 is that for Hopper, -DEIGHT_BIT=1 for int8 activations, -DUNPACK=1 unpack.cu for either, and -DREPACK=1
 // repack.cu.
-#if REPACK
+#if ROUND  // -DROUND=1 is round_activations.cu
+#include "round_activations.cu"
+#elif REPACK
 #include "repack.cu"
 #elif UNPACK
 #include "unpack.cu"
@@ -41,7 +43,9 @@ void gpu::run_thread(const Arguments& a) {
 #else
     const char* const activations = a.activations;
 #endif
-#if REPACK
+#if ROUND
+    round_activations(Pointer{a.activations}, out, Pointer{a.partials}, a.m, a.k);
+#elif REPACK
     repack(Pointer{a.activations}, qweight, a.n, a.m, a.k, a.whole);
 #elif UNPACK
     unpack(qweight, meta, scales, out, a.n, a.k, a.group_shift);

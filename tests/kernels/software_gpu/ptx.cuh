@@ -12,6 +12,8 @@
 #define __align__(...)
 
 template <class T> inline T min(T a, T b) { return b < a ? b : a; }
+inline unsigned min(int a, unsigned b) { return min(static_cast<unsigned>(a), b); }  // as CUDA has it
+template <class T> inline T max(T a, T b) { return a < b ? b : a; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
@@ -19,6 +21,16 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline void __syncthreads() { gpu::sync_cta(); }
 inline void __syncwarp() { gpu::sync_warp(); }
 template <int threads> inline void sync_threads() { gpu::sync_first(threads); }
+inline unsigned __float_as_uint(float number) {
+    unsigned bits;
+    __builtin_memcpy(&bits, &number, 4);
+    return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+    float number;
+    __builtin_memcpy(&number, &bits, 4);
+    return number;
+}
 inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline int count_up(int* counter) { return (*counter)++; }
 template <class T> inline void __stcg(T* place, T value) { *place = value; }
@@ -43,6 +55,13 @@ template <int pending> inline void copy_async_wait() { gpu::copy_async_wait(pend
 inline void load_matrices(unsigned (&r)[4], unsigned address) { gpu::load_matrices(r, address, 4); }
 inline void load_two_matrices(unsigned (&r)[4], unsigned address) { gpu::load_matrices(r, address, 2); }
 inline unsigned transpose(unsigned pair) { return gpu::transpose(pair); }
+template <int lanes> inline unsigned largest_of_lanes(unsigned number) {
+    const unsigned first = threadIdx.x % 32 / lanes * lanes;
+    const gpu::Lanes& all = gpu::exchange(number);
+    unsigned largest = 0;
+    for (unsigned lane = first; lane < first + lanes; ++lane) largest = max(largest, all[lane]);
+    return largest;
+}
 inline unsigned and_or(unsigned a, unsigned b, unsigned c) { return (a & b) | c; }
 inline unsigned and_xor(unsigned a, unsigned b, unsigned c) { return (a & b) ^ c; }
 inline unsigned permute(unsigned a, unsigned b, unsigned selector) { return gpu::permute(a, b, selector); }
