@@ -2,9 +2,11 @@
 
     PYTHONPATH=. python benchmarks/eight_bit_speed.py --shapes 73728x18432 --tokens 64,128,256 [--json FILE] [--all]
 
-On Hopper. Each product is checked against float64 of the same 8-bit activations and 4-bit weights, on a block of outputs, and then timed
+On Hopper. Each product is checked against float64 of the same 8-bit activations and 4-bit weights, and then timed
 as `marlinctl bench` does: CUDA graphs, cold weights, candidates in turns, medians (marlinctl/benchmarking/timing.py). Times of `a8` are of the
-product alone; "a8 with rounding" is what a model calls, activations in float16. --all also times configurations that no table uses.
+product alone, with it of rounding and product where "rounded" is behind the name. --all also times configurations that no table uses.
+--table prints the rows of kernels/dispatch.json: of each shape and M the fastest with rounding, or 16-bit activations where they are
+faster, by one scale a token.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,13 +25,15 @@ from torch import Tensor
 from marlinctl.benchmarking.cases import Shape
 from marlinctl.benchmarking.gpu import Gpu
 from marlinctl.benchmarking.timing import Candidate, Sample, copies_for, take_turns
-from marlinctl.benchmarking.weights import columns, packed_bytes, random_packed
+from marlinctl.benchmarking.weights import packed_bytes, random_packed
 from marlinctl.kernels import jit
 from marlinctl.kernels.activations import RoundedActivations, in_column_order, round_activations_for_tiles
 from marlinctl.kernels.configurations import A8_SM90, ACTIVATION_GROUP, Configuration, group_shift
+from marlinctl.kernels.dispatch import SIXTEEN_BIT, Choice
 from marlinctl.kernels.launch import LoadedKernel, load, multiply
 from marlinctl.kernels.ops import marlin_gemm
 from marlinctl.kernels.reference import dequantize
+from marlinctl.kernels.rounding import round_on_gpu
 from marlinctl.pack.types import PackedLinear
 
 GROUP_SIZE = 128
@@ -39,7 +43,7 @@ MOST_ERROR = 5e-3
 
 def experiments() -> tuple[Configuration, ...]:
     """The table's, and what they are compared with."""
-    found = {c: None for c in A8_SM90}
+    found = dict.fromkeys(A8_SM90)
     for c in A8_SM90:
         found[replace(c, ordered=0)] = None
         found[replace(c, batch=3 - c.batch)] = None
@@ -63,8 +67,10 @@ def loaded(wanted: list[Wanted], device: torch.device, folder: Path, shift: int)
 
     def one(w: Wanted) -> LoadedKernel | Exception:
         try:
-            jit.cubin(f"{w.configuration.kernel}.cu", w.configuration.defines(torch.float16, shift, w.token_groups), "sm_90a", folder, jit.SOURCES)
-        except Exception as error:  # of one experiment
+            jit.cubin(
+                f"{w.configuration.kernel}.cu", w.configuration.defines(torch.float16, shift, w.token_groups), "sm_90a", folder, jit.SOURCES
+            )
+        except jit.CompilationFailed as error:  # of one experiment
             return error
         return load(w.configuration, torch.float16, device, folder, shift, w.token_groups)
 
@@ -134,7 +140,8 @@ def times(gpu: Gpu, kernels: dict[Wanted, LoadedKernel], shape: tuple[int, int],
         c = kernel.configuration
         if c.tokens > max(2 * m, 16) or c.tokens * 4 < min(m, 256) or (m >= 512 and c.tokens < 128):
             continue
-        rounded = round_activations_for_tiles(x, ACTIVATION_GROUP if w.token_groups else None)
+        group = ACTIVATION_GROUP if w.token_groups else None
+        rounded = round_activations_for_tiles(x, group)
         known = set()
         for sharing in c.sharings:
             grid = kernel.grid(m, n, k, 1, sharing)
@@ -145,9 +152,18 @@ def times(gpu: Gpu, kernels: dict[Wanted, LoadedKernel], shape: tuple[int, int],
             def call(i: int, kernel: LoadedKernel = kernel, rounded: RoundedActivations = rounded, sharing: str = sharing) -> object:
                 return product(kernel, weights[i % copies], rounded, out, sharing, overlap=True)
 
-            name = f"a8 {name_of(c)}{' groups' if w.token_groups else ''} {sharing}"
-            candidates[name] = Candidate(call, copies, "groups" if w.token_groups else "tokens")
-    candidates["w4a16"] = Candidate(lambda i: marlin_gemm(x, weights[i % copies].qweight, weights[i % copies].scales, n, GROUP_SIZE, None, True), copies)
+            def rounding_too(i: int, kernel: LoadedKernel = kernel, group: int | None = group, sharing: str = sharing) -> object:
+                return product(kernel, weights[i % copies], round_on_gpu(x, group, True), out, sharing, overlap=True)
+
+            kind = "groups" if group else "tokens"
+            name = f"a8 {Choice(c, 1, sharing).name} {kind}"  # type: ignore[arg-type]
+            candidates[name] = Candidate(call, copies, kind)
+            candidates[f"{name} rounded"] = Candidate(rounding_too, copies, f"{kind} rounded")
+    for group in (None, ACTIVATION_GROUP):
+        candidates[f"rounding alone, {'groups' if group else 'tokens'}"] = Candidate(lambda i, group=group: round_on_gpu(x, group, True), 1)
+    candidates["w4a16"] = Candidate(
+        lambda i: marlin_gemm(x, weights[i % copies].qweight, weights[i % copies].scales, n, GROUP_SIZE, None, True), copies
+    )
     dense = torch.randn(n, k, device=gpu.device, dtype=torch.float16, generator=generator)
     candidates["torch float16"] = Candidate(lambda i: torch.matmul(x, dense.T, out=out), 1)
     x8, w8 = x.to(torch.float8_e4m3fn), dense.to(torch.float8_e4m3fn)
@@ -165,9 +181,11 @@ def main() -> None:
     parser.add_argument("--replays", type=int, default=10)
     parser.add_argument("--top", type=int, default=8)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     gpu, folder = Gpu(0), jit.default_folder()
     document: dict[str, dict[str, float]] = {}
+    rows: list[list[int | str]] = []
     with gpu.current():
         wanted = [Wanted(c, groups) for c in (experiments() if given.all else A8_SM90) for groups in (False, True)]
         kernels = loaded(wanted, gpu.device, folder, 3)
@@ -182,19 +200,28 @@ def main() -> None:
                     tera = 2 * shape[0] * shape[1] * m / sample.median / 1e6
                     print(f"  {sample.median:9.1f}  {tera:7.0f} TFLOP/s  {name}", flush=True)
                 document[f"{shape[0]}x{shape[1]}x{m}"] = {name: sample.median for name, sample in found.items()}
+                rows.append([m, *shape, _best(found)])
                 gpu.free()
+    for row in sorted(rows, key=lambda row: (row[1], row[2], row[0])) if given.table else ():
+        print(f"     {json.dumps(row)},")
     if given.json:
         given.json.write_text(json.dumps(document, indent=1))
 
 
+def _best(found: dict[str, Sample]) -> str:
+    """The choice of a row: with rounding, one scale a token."""
+    end = " tokens rounded"
+    times = {name: sample.median for name, sample in found.items() if name.endswith(end)}
+    name = min(times, key=times.__getitem__)
+    return name.removeprefix("a8 ").removesuffix(end) if times[name] < found["w4a16"].median else SIXTEEN_BIT
+
+
 def _first(found: dict[str, Sample], top: int) -> Iterator[tuple[str, Sample]]:
-    """The baselines, and the fastest `top` of either kind of scales."""
+    """The baselines, and the fastest `top` of either kind of scales, with and without rounding."""
     rows = sorted(found.items(), key=lambda item: item[1].median)
-    kinds: tuple[Callable[[str], bool], ...] = (
-        lambda name: not name.startswith("a8"), lambda name: name.startswith("a8") and " groups" not in name, lambda name: " groups" in name
-    )  # fmt: skip
-    for kind in kinds:
-        yield from [row for row in rows if kind(row[0])][: top if kind is not kinds[0] else None]
+    yield from (row for row in rows if not row[0].startswith("a8"))
+    for kind in (" tokens", " groups", " tokens rounded", " groups rounded"):
+        yield from [row for row in rows if row[0].startswith("a8") and row[0].endswith(kind)][:top]
 
 
 def _shape(text: str) -> tuple[int, int]:

@@ -70,7 +70,13 @@ class Configuration:
     @property
     def name(self) -> str:
         kernel = f"{'sparse-' if self.sparse else ''}{'a8-' if self.int8 else ''}{'wgmma-' if self.wgmma else ''}"
-        form = f"{f'p{self.parts}' if self.parts > 1 else ''}{'o' if self.ordered else ''}{f't{self.temporaries}' if self.temporaries > 1 else ''}{'w' if self.scale_weights else ''}"
+        marks = {
+            f"p{self.parts}": self.parts > 1,
+            "o": self.ordered,
+            f"t{self.temporaries}": self.temporaries > 1,
+            "w": self.scale_weights,
+        }
+        form = "".join(mark for mark, there in marks.items() if there)
         return f"{kernel}m{self.tokens}n{64 * self.blocks}k{self.k_step}x{self.stages}{form}"
 
     @property
@@ -131,7 +137,13 @@ class Configuration:
             "SHARED_BYTES": self.shared_bytes,
         }
         if self.int8:
-            sizes |= {"EIGHT_BIT": 1, "PARTS": self.parts, "ORDERED": int(self.ordered), "TEMPORARIES": self.temporaries, "TOKEN_GROUPS": int(token_groups)}
+            sizes |= {
+                "EIGHT_BIT": 1,
+                "PARTS": self.parts,
+                "ORDERED": int(self.ordered),
+                "TEMPORARIES": self.temporaries,
+                "TOKEN_GROUPS": int(token_groups),
+            }
             sizes |= {"GROUP_SHIFT": group_shift, "SCALE_WEIGHTS": 0, "STEPS": self.batch}
         elif self.wgmma:
             # Sums of many small groups are dearer to scale than weights, and leave too few registers: groups of 32 and of 64.
@@ -241,6 +253,7 @@ DENSE_SM90 = (
     Configuration(tokens=96, blocks=2, split=2, k_warps=2, k_step=128, stages=4, ctas=1, wgmma=True, batch=2, scale_weights=True),
     Configuration(tokens=128, blocks=4, split=2, k_warps=1, k_step=128, stages=4, ctas=1, wgmma=True, batch=2, scale_weights=True),
 )
+
 
 def _rounded(tokens: int, blocks: int, split: int, k_warps: int, k_step: int, stages: int, **more: Any) -> Configuration:
     return Configuration(tokens, blocks, split, k_warps, k_step, stages, ctas=1, wgmma=True, int8=True, **more)

@@ -1,4 +1,4 @@
-"""The products of csrc/marlin_a8_sm90.cu with int8 activations, run on the CPU (software_kernel.py), against float64 of the same numbers."""
+"""Products of csrc/marlin_a8_sm90.cu, int8 activations, run on the CPU (software_kernel.py), against float64 of the same numbers."""
 
 from __future__ import annotations
 

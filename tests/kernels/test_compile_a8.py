@@ -1,0 +1,70 @@
+"""What NVRTC makes of csrc/marlin_a8_sm90.cu, read from the machine code (as test_compile.py)."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from marlinctl.kernels import jit
+from marlinctl.kernels.configurations import A8_SM90, Configuration
+from tests.kernels.built import CUBINS
+from tests.kernels.machine_code import MachineCode, disassemble
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")
+
+Case = tuple[Configuration, torch.dtype, int, bool]  # with group_shift() of the weights, and whether tokens have groups
+QUICK: list[Case] = [(c, (torch.float16, torch.bfloat16)[i % 2], 3, i % 2 == 0) for i, c in enumerate(A8_SM90)]
+SLOW: list[Case] = [
+    (c, torch.float16, shift, groups)
+    for c in A8_SM90
+    for shift in (-1, 1, 2, 3)
+    for groups in (False, True)
+    if (c, torch.float16, shift, groups) not in QUICK
+]
+# Bytes of a thread's stack: what the end of a tile spills. With half as many tokens it would not, and be slower.
+SPILLED = {"a8-wgmma-m64n384k128x5": 32, "a8-wgmma-m128n256k128x5p2ot2": 48, "a8-wgmma-m256n128k128x4p2o": 32, "a8-wgmma-m96n128k256x4": 16}
+
+
+@functools.cache
+def codes(cases: tuple[Case, ...]) -> dict[Case, MachineCode]:
+    def build(case: Case) -> bytes:
+        configuration, dtype, shift, groups = case
+        return jit.cubin(f"{configuration.kernel}.cu", configuration.defines(dtype, shift, groups), "sm_90a", CUBINS)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(cases, disassemble("marlin_a8_sm90", "sm_90a", list(pool.map(build, cases))), strict=True))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[] if case in QUICK else pytest.mark.slow) for case in (*QUICK, *SLOW)],
+    ids=lambda case: f"{case[0].name}-{str(case[1])[6:]}-{case[2]}-{'groups' if case[3] else 'tokens'}",
+)
+def test_machine_code(case: Case) -> None:
+    """If this failed, the kernel would be slow (spills in the loop, serialized products) or hang (registers that are not there)."""
+    configuration, _, shift, groups = case
+    code = codes(tuple(QUICK if case in QUICK else SLOW))[case]
+    assert code.stack <= SPILLED.get(configuration.name, 0) and code.local == 0
+    assert code.registers * configuration.threads * configuration.ctas <= 65536
+    assert code.count(r"USETMAXREG\..*") == 2, "copying warps give registers, the others take them"
+    k_of_sum = min(128, 16 << shift if shift >= 0 else 128)
+    words, steps = 4 // configuration.split, configuration.k_step // configuration.k_warps
+    products = steps // 32 * words * configuration.parts
+    assert code.count(rf"IGMMA\.64x{configuration.tokens // configuration.parts}x32\.S8\.S8.*") == products, (
+        "each of a stage's products, once"
+    )
+    batches = steps // k_of_sum * words * configuration.parts // configuration.temporaries
+    assert code.count(r"WARPGROUP\.ARRIVE") == batches, "ptxas has serialized the products, or split a batch"
+    sums = steps // k_of_sum * words * configuration.tokens // 2
+    conversions = code.count(r"I2FP\.F32\.S32")
+    assert sums <= conversions <= sums + 32, "one for each sum of a group; the rest are integer divisions of addresses"
+    copies = 1 + (shift >= 0) + groups * (configuration.k_step // 128)
+    assert code.count(r"UBLKCP\..*") == copies, "weights, scales and scales of tokens, by the copy engine"
+    assert code.count(r"UTMALDG\.2D") > 0, "activations, boxes of a tensor map"
+    assert code.count(r"ACQBULK") > 0 and code.count(r"PREEXIT") > 0, "the wait for the grid before, and the next grid is let in"
+    assert code.count(r"ATOM(G|S)?\b.*") == 1 and not any(re.match(r"RED\b", name) for name in code.instructions), "one integer counter"
