@@ -168,7 +168,7 @@ def _compress(
         if looking is not None:
             try:
                 with job.measuring():
-                    report["evaluation"] = looking(work / _CT, source)
+                    report["evaluation"] = looking(work / (_CT if recipe.scheme.rounding == "none" else next(iter(places))), source)
             except GateRefused:
                 kept = keep_rejected(work, job.out)
                 leave_results(kept)

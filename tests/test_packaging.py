@@ -88,7 +88,7 @@ def test_the_wheel_runs_by_itself(wheel: Path, tmp_path: Path) -> None:
     )
     where, *recipes = done.stdout.splitlines()
     assert Path(where).is_relative_to(tmp_path)
-    assert [line.split()[0] for line in recipes] == ["int4", "int4-best", "int4-channel", "quick", "sparse-int4"]
+    assert [line.split()[0] for line in recipes] == ["int4", "int4-a8", "int4-best", "int4-channel", "quick", "sparse-int4"]
 
 
 def test_metadata(wheel: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint.formats import registry
-from marlinctl.checkpoint.formats.base import FormatInfo
+from marlinctl.checkpoint.formats.base import EXPERTS, FormatInfo
 from marlinctl.checkpoint.fused_experts import joined
 from marlinctl.checkpoint.lazy import LazyTensor
 from marlinctl.errors import BadInput, Problem
@@ -32,19 +32,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from marlinctl.checkpoint.reader import Checkpoint
-    from marlinctl.quantize.activations import Rounded
+    from marlinctl.quantize.activations import RoundedAs
+    from marlinctl.quantize.scheme import RunWith
 
 
-def load_dense(folder: Path, *, dtype: torch.dtype, device: str | torch.device = "cpu") -> PreTrainedModel:
+def load_dense(
+    folder: Path, *, dtype: torch.dtype, device: str | torch.device = "cpu", activations: RunWith | None = None
+) -> PreTrainedModel:
     """The model in eval mode, every linear dense in `dtype`: dequantized in fp32, then rounded once. Linears with 8-bit activations round
-    what enters them, as servers do."""
+    what enters them, as servers do.
+
+    activations: of all quantized linears but experts, whatever the folder says.
+    """
     from marlinctl.checkpoint.reader import open_checkpoint
     from marlinctl.checkpoint.sixteen_bit import in_sixteen_bits
 
     with open_checkpoint(folder, weight_files="auto") as opened:
         checkpoint = in_sixteen_bits(opened)
         model = model_from(checkpoint, dense_tensors(checkpoint), dtype=dtype, device=device)
-        return with_rounded_activations(model, registry.detect(checkpoint.config, checkpoint.tensors))
+        return with_rounded_activations(model, registry.detect(checkpoint.config, checkpoint.tensors), activations)
 
 
 def model_from(
@@ -65,19 +71,23 @@ def model_from(
     return model.eval()
 
 
-def with_rounded_activations(model: PreTrainedModel, info: FormatInfo) -> PreTrainedModel:
-    """The model, whose linears with 8-bit activations now round them."""
+def with_rounded_activations(model: PreTrainedModel, info: FormatInfo, activations: RunWith | None = None) -> PreTrainedModel:
+    """The model, whose linears with 8-bit activations now round them. activations: as `load_dense` has it."""
     from marlinctl.quantize.activations import round_activations
 
-    round_activations(model, rounded_linears(model, info))
+    round_activations(model, rounded_linears(model, info, activations))
     return model
 
 
-def rounded_linears(model: PreTrainedModel, info: FormatInfo) -> dict[str, Rounded]:
-    """Which linears of the model have 8-bit activations, by path."""
+def rounded_linears(model: PreTrainedModel, info: FormatInfo, activations: RunWith | None = None) -> dict[str, RoundedAs]:
+    """Which linears of the model have 8-bit activations, by path. activations: as `load_dense` has it."""
     from marlinctl.models.stored_names import module_names
 
-    rounding = {f"{layer}.weight": grid.activations for layer, grid in info.grids.items() if grid.activations != "16-bit"}
+    if activations is None:
+        kinds = {layer: info.activations(layer) for layer in info.layers}
+    else:
+        kinds = {layer: activations for layer in info.layers if EXPERTS not in layer}
+    rounding = {f"{layer}.weight": kind for layer, kind in kinds.items() if kind != "16-bit"}
     found = module_names(model, model.state_dict(), list(rounding)) if rounding else {}
     return {loaded.name.removesuffix(".weight"): rounding[name] for name, loaded in found.items()}
 

@@ -10,6 +10,7 @@ import click
 from marlinctl.commands.common import common_options, go_offline
 from marlinctl.commands.evaluation_flags import CHAT_TEMPLATE, NUM_FEWSHOT, names_of_tasks
 from marlinctl.commands.help import Command
+from marlinctl.quantize.scheme import RunWith
 from marlinctl.system.console import Console
 
 
@@ -40,6 +41,11 @@ class _BatchSize(click.ParamType):
 @click.option("--fewshot-as-multiturn", is_flag=True, help="Each example as turns of the chat. Needs --apply-chat-template.")
 @click.option("--log-samples", is_flag=True, help="Write prompts and answers beside --out: FILE.samples/SIDE.TASK.jsonl.")
 @click.option("--confirm-run-unsafe-code", is_flag=True, help="Allow tasks that run code written by the model (humaneval).")
+@click.option(
+    "--activations",
+    type=click.Choice(["16-bit", "int8", "int8-128"]),
+    help="Of MODEL's quantized linears, whatever its folder says; int8: a scale for each token, int8-128: for each 128 inputs.",
+)
 @click.option(
     "--backend", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True, help="What answers the tasks: transformers or vLLM."
 )
@@ -85,6 +91,7 @@ def command(
     fewshot_as_multiturn: bool,
     log_samples: bool,
     confirm_run_unsafe_code: bool,
+    activations: RunWith | None,
     backend: str,
     batch_size: int | Literal["auto"],
     against: str | None,
@@ -105,6 +112,7 @@ def command(
     Example:
       marlinctl eval OUT --against MODEL
       marlinctl eval OUT --tasks mmlu,arc,winogrande --against MODEL --out scores.json
+      marlinctl eval OUT --activations 16-bit --against MODEL
       marlinctl eval OUT --tasks gsm8k,ifeval --apply-chat-template --num-fewshot 5 --against MODEL
 
     MODEL and BASELINE are folders (dense, compressed-tensors, GPTQ or native), hub ids or GGUF files. Without --tasks, or
@@ -116,7 +124,7 @@ def command(
     from marlinctl.checkpoint.source import is_gguf, is_local, resolve_model
     from marlinctl.data.text import PYTHONDOC, check_text
     from marlinctl.evaluation.early import check_arguments
-    from marlinctl.evaluation.loading import open_subject
+    from marlinctl.evaluation.loading import open_subject, refuse_idle_rounding
     from marlinctl.evaluation.results import check_place, samples_folder
     from marlinctl.evaluation.settings import EvalSettings
     from marlinctl.system.devices import check_name
@@ -130,6 +138,7 @@ def command(
         fewshot_as_multiturn=fewshot_as_multiturn,
         log_samples=log_samples,
         run_code=confirm_run_unsafe_code,
+        activations=activations,
         backend=backend,
         batch_size=batch_size,
         text=text,
@@ -147,7 +156,8 @@ def command(
         if folder is not None and not is_local(folder, commit):
             require_hub_id(folder)
         elif folder is not None and not is_gguf(folder):
-            open_subject(Path(folder).expanduser())
+            subject = open_subject(Path(folder).expanduser())
+            refuse_idle_rounding(activations if folder is model else None, subject)
     from marlinctl.evaluation.run import evaluate, render_table
     from marlinctl.system.devices import choose_device, say_choice
 

@@ -72,8 +72,27 @@ def show_result(console: Console, out: Path, report: dict[str, Any]) -> None:
         f"{report['seconds']:.1f} s, peak {gibibytes(report['peak_memory_bytes'])}"
     )
     console.result(text, {"out": str(out), **report}, hanging=4)
+    if kept := inputs_of(report["layers"]):
+        console.say(
+            f"{kept}; {out} has 16-bit activations: `marlinctl pack {out} NEW --format marlin` writes a folder whose programs round"
+        )
     if candidates := largest_errors(report["layers"]):
         console.say(candidates)
+
+
+def inputs_of(layers: Sequence[Mapping[str, Any]]) -> str:
+    """How many linears may have their inputs rounded, and how many calibration kept out; nothing where it was not asked for."""
+    measured = [layer for layer in layers if layer.get("rounding_error") is not None]  # earlier versions measured none
+    if not measured:
+        return ""
+    rounded = [layer["rounding"] for layer in measured if layer["rounding"] != "none"]
+    said = f"inputs of {number_of(len(rounded), 'linear')} may be rounded{f' ({rounded[0]})' if rounded else ''}"
+    stay = [layer for layer in measured if layer["rounding"] == "none"]
+    if not stay:
+        return said
+    worst = max(stay, key=lambda layer: layer["rounding_error"])
+    lost = f"{worst['name']} would lose {worst['rounding_error']:.4f} of its output"
+    return f"{said}, {number_of(len(stay), 'linear stays', 'linears stay')} at 16 bits: {lost}"
 
 
 def largest_errors(layers: Sequence[Mapping[str, Any]]) -> str:

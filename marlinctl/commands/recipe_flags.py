@@ -50,6 +50,14 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
         "--group-size",
         {"type": int, "metavar": "128|64|32|-1", "help": "Inputs that share a scale; -1: the whole row."},
     ),
+    "quantize.activations": (
+        "--activations",
+        {"metavar": "16-bit|int8", "help": "int8: kernels may round what enters 4-bit linears. For the format marlin."},
+    ),
+    "quantize.activation_group": (
+        "--activation-group",
+        {"type": int, "metavar": "128|-1", "help": "Inputs of a token that share a scale of --activations int8; -1: all."},
+    ),
     "quantize.scale_sign": ("--scale-sign", {"metavar": "both|positive", "help": "positive for runtimes that require positive scales."}),
     "quantize.act_order": ("--act-order", {"metavar": "static|none", "help": "Order of columns during the solve; files stay the same."}),
     "quantize.scale_search": ("--scale-search", {"metavar": "hessian|mse|none", "help": "Error that a group's scale minimizes."}),

@@ -272,7 +272,7 @@ def _flush(stages: Mapping[Format, writer.StagedCheckpoint], pending: dict[Forma
 def _block(source: Source, fmt: Format, config: Mapping[str, Any], provenance: dict[str, Any]) -> dict[str, Any]:
     """The quantization_config of a target, with all names that clients have for linears. A model that the installed transformers lacks is
     packed by its names alone."""
-    layers, grids, ignore = source.info.layers, source.info.grids, source.ignore
+    layers, grids, ignore, rounding = source.info.layers, source.info.grids, source.ignore, source.info.rounding
     if config.get("model_type") not in FAMILIES:
         try:
             known = architecture_of(source.checkpoint.config, dense_names(source.checkpoint, source.info))
@@ -281,7 +281,8 @@ def _block(source: Source, fmt: Format, config: Mapping[str, Any], provenance: d
                 raise
         else:
             layers, grids, ignore = known.by_all_names(layers), known.by_all_names(grids), known.sixteen_bit(ignore, layers)
-    return registry.quantization_config(fmt, layers, ignore, provenance, grids, named_otherwise(config))
+            rounding = known.by_all_names(rounding)
+    return registry.quantization_config(fmt, layers, ignore, provenance, grids, named_otherwise(config), rounding)
 
 
 def _finish(
@@ -314,6 +315,7 @@ def _finish(
         two_of_four=source.origin is not None,
         folded=folded(source.checkpoint.folder),
         grids=source.info.grids,
+        rounding=source.info.rounding,
     )
     stage.finish(config, manifest=facts, verify=lambda folder: check_written(source, fmt, folder, console), report_files={})
     written = _report_files(source, fmt, stage, command, console, said) or {"README.md": card.render(details).encode()}

@@ -14,6 +14,7 @@ from marlinctl.errors import BadInput, UsageError
 from marlinctl.evaluation.settings import DTYPES
 from marlinctl.models.config import positions
 from marlinctl.models.tokenizer_files import stray_tokens
+from marlinctl.quantize.scheme import RunWith
 from marlinctl.system.devices import cpu_has_bf16
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ class Subject:
     name: str
     config: dict[str, Any]
     notes: tuple[str, ...] = ()  # what the person should know of the folder
+    quantized: int = 0  # linears
+    activations: RunWith | None = None  # of these, whatever the folder says
 
     @property
     def longest(self) -> int | None:
@@ -46,7 +49,14 @@ def open_subject(folder: Path, name: str | None = None) -> Subject:
 
     with open_folder(folder, tokenizer=True) as examined:
         checkpoint = examined.checkpoint
-        return Subject(folder, name or folder.name, checkpoint.config, examined.notes)
+        return Subject(folder, name or folder.name, checkpoint.config, examined.notes, len(examined.info.layers))
+
+
+def refuse_idle_rounding(activations: RunWith | None, subject: Subject) -> None:
+    """BadInput E313 where 8-bit activations are asked of a model without quantized linears."""
+    if not subject.quantized and activations not in (None, "16-bit"):
+        what = f"{subject.name} has no quantized linear, and {activations} activations are those of quantized ones"
+        raise BadInput("E313", what, where=f"--activations {activations}", fix="leave it out, or name a quantized model")
 
 
 def read_weights(subject: Subject, console: Console) -> Contents:
@@ -109,4 +119,4 @@ def load_model(subject: Subject, *, dtype: str, device: str) -> Any:
 
     from marlinctl.checkpoint.transformers_model import load_dense
 
-    return load_dense(subject.folder, dtype=getattr(torch, dtype), device=device).eval()
+    return load_dense(subject.folder, dtype=getattr(torch, dtype), device=device, activations=subject.activations).eval()

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +95,8 @@ class _Run:
     """The pieces of one evaluation, in the order in which they run."""
 
     def __init__(self, subject: loading.Subject, other: loading.Subject | None, settings: EvalSettings, console: Console) -> None:
-        self.subject, self.other, self.settings, self.console = subject, other, settings, console
+        loading.refuse_idle_rounding(settings.activations, subject)
+        self.subject, self.other, self.settings, self.console = replace(subject, activations=settings.activations), other, settings, console
         self.device = devices.choose_device(settings.device)
         self.dtype = loading.choose_dtype(settings.dtype, self.device, subject.config)
         self.window = settings.window_for(subject.longest, None if other is None else other.longest)
@@ -138,6 +141,7 @@ class _Run:
                 "apply_chat_template": s.apply_chat_template,
                 "fewshot_as_multiturn": s.fewshot_as_multiturn,
                 "log_samples": s.log_samples,
+                "activations": s.activations,
                 "backend": s.backend,
                 "batch_size": s.batch_size,
                 "text_sha256": None if text is None else text.sha256,
@@ -175,8 +179,13 @@ class _Run:
         """The model, and its memory given back afterwards."""
         import torch
 
+        from marlinctl.quantize.activations import RoundingLinear
+
         self.console.say(f"loading {who.name} ({self.dtype} on {self.device})")
         model = loading.load_model(who, dtype=self.dtype, device=self.device)
+        if rounded := Counter(module.activations for module in model.modules() if isinstance(module, RoundingLinear)):
+            kinds = ", ".join(f"{kind} in {number_of(count, 'linear')}" for kind, count in rounded.most_common())
+            self.console.say(f"{who.name}: activations are rounded, {kinds}")
         self.contents[who.folder].require_unchanged()  # scores are noted under the identity of what was read before
         try:
             yield model

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from marlinctl.errors import UsageError
+from marlinctl.quantize.scheme import RunWith
 
 if TYPE_CHECKING:
     from marlinctl.recipes.schema import Evaluate
@@ -16,6 +17,7 @@ DEFAULT_WINDOW = 1024  # or all positions of a model that has fewer
 DEFAULT_SEED = 1234  # lm_eval's own
 DTYPES = ("bfloat16", "float16", "float32")
 BACKENDS = ("hf", "vllm")
+ACTIVATIONS = ("16-bit", "int8", "int8-128")
 MOST = 2**31 - 1  # of anything that is counted: far beyond every use, and within every library's integers
 
 
@@ -31,6 +33,7 @@ class EvalSettings:
     fewshot_as_multiturn: bool = False  # each example a turn of its own; needs the chat template
     log_samples: bool = False  # prompts and answers, beside the results file
     run_code: bool = False  # the consent to tasks that run what the model writes
+    activations: RunWith | None = None  # of the model's quantized linears: 16-bit, int8 or int8-128; None: as its folder says
     backend: str = "hf"  # what answers the tasks: hf, our forward passes; or vllm
     batch_size: int | Literal["auto"] = "auto"
     text: str | None = None  # see data/text.py; None: pythondoc when a text is needed
@@ -49,6 +52,7 @@ class EvalSettings:
             (2 <= self.tokens <= MOST, "--tokens", f"2 to {MOST}"),
             (0 <= self.seed < 2**32, "--seed", "0 to 2**32 - 1"),
             (self.dtype in ("auto", *DTYPES), "--dtype", f"auto, {', '.join(DTYPES)}"),
+            (self.activations in (None, *ACTIVATIONS), "--activations", f"one of {', '.join(ACTIVATIONS)}"),
             (self.backend in BACKENDS, "--backend", f"one of {', '.join(BACKENDS)}"),
         )
         for holds, option, allowed in checks:
@@ -57,6 +61,9 @@ class EvalSettings:
         if self.window is not None and self.window > self.tokens:
             what = f"one window of {self.window} tokens is more than is measured, {self.tokens} tokens"
             raise UsageError("E246", what, where="--window, --tokens", fix="a smaller --window, or more --tokens")
+        if self.activations is not None and self.backend != BACKENDS[0]:
+            what, fix = f"{self.backend} rounds activations as the folder says", f"leave it out, or --backend {BACKENDS[0]}"
+            raise UsageError("E246", what, where=f"--activations {self.activations} --backend {self.backend}", fix=fix)
         if self.fewshot_as_multiturn and not self.apply_chat_template:
             what, fix = "--fewshot-as-multiturn makes turns of a chat, and prompts are plain text", "add --apply-chat-template"
             raise UsageError("E246", what, where="--fewshot-as-multiturn", fix=fix)

@@ -13,6 +13,8 @@ On a CPU the first call turns the tiles into the layout of torch's int4 operator
 many bytes. state_dict, packed, copies, pickles and moves to another device make the same tiles again, bit for bit; the layout itself is
 never stored, because it belongs to this processor. A module keeps its tiles and multiplies by the reference, which is right and slow,
 where `overlap` is False, because they are going to be changed, and where `keeps_tiles` is True: they come from the disk for each call.
+
+`rounding` of a dense module allows 8-bit activations (ops.py). It is no tensor: who loads a folder reads it from config.json.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 from marlinctl.kernels.cpu import cpu_gemm, for_cpu, words_again
 from marlinctl.kernels.ops import marlin_gemm, sparse_marlin_gemm
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
+from marlinctl.quantize.scheme import Rounding
 
 _CHANGING = threading.Lock()  # of threads that call a module for the first time at once, one prepares it
 
@@ -35,6 +38,7 @@ class _Packed(nn.Module):
     """What both have in common. For inference: no gradient passes through."""
 
     WORDS: ClassVar[str]  # the buffer that a CPU can do without
+    rounding: Rounding = "none"  # of activations
     s: Tensor
     bias: nn.Parameter | None
     cpu_weight: Tensor | None  # as cpu.for_cpu makes them
@@ -56,7 +60,7 @@ class _Packed(nn.Module):
         if x.device.type == "cpu" and self.overlap and not self.keeps_tiles:
             if self.cpu_weight is None:
                 self.prepare()
-            out: Tensor = cpu_gemm(x, self.cpu_weight, self.cpu_scales, self.out_features, self.bias)
+            out: Tensor = cpu_gemm(x, self.cpu_weight, self.cpu_scales, self.out_features, self.bias, self.rounding)
             return out
         if self.cpu_weight is not None:
             if x.device.type != "cpu":
@@ -111,7 +115,8 @@ class _Packed(nn.Module):
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}"
-        return f"{sizes}, bias={self.bias is not None}"
+        rounds = "" if self.rounding == "none" else f", rounding={self.rounding}"
+        return f"{sizes}, bias={self.bias is not None}{rounds}"
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> _Packed:
         if self.cpu_weight is not None and fn(self.weight_shape).device.type != "cpu":
@@ -132,12 +137,14 @@ class MarlinLinear(_Packed):
     WORDS = "B"
     B: Tensor
 
-    def __init__(self, p: PackedLinear, bias: Tensor | None = None) -> None:
+    def __init__(self, p: PackedLinear, bias: Tensor | None = None, rounding: Rounding = "none") -> None:
         super().__init__(p, bias)
         self.register_buffer("B", p.qweight)
+        self.rounding = rounding
 
     def _multiply(self, x: Tensor) -> Tensor:
-        out: Tensor = marlin_gemm(x, self.B, self.s, self.out_features, self.group_size, self.bias, self.overlap)
+        more = () if self.rounding == "none" else (self.rounding,)
+        out: Tensor = marlin_gemm(x, self.B, self.s, self.out_features, self.group_size, self.bias, self.overlap, *more)
         return out
 
     def packed(self) -> PackedLinear:
@@ -174,8 +181,15 @@ class SparseMarlinLinear(_Packed):
         return PackedSparseLinear(self.B_24, self.B_meta, self.s, self.out_features, self.in_features, self.group_size)
 
 
-def packed_module(p: PackedLinear | PackedSparseLinear, bias: Tensor | None = None) -> MarlinLinear | SparseMarlinLinear:
-    return SparseMarlinLinear(p, bias) if isinstance(p, PackedSparseLinear) else MarlinLinear(p, bias)
+def packed_module(
+    p: PackedLinear | PackedSparseLinear, bias: Tensor | None = None, rounding: Rounding = "none"
+) -> MarlinLinear | SparseMarlinLinear:
+    """ValueError for 2:4 weights beside rounded activations."""
+    if not isinstance(p, PackedSparseLinear):
+        return MarlinLinear(p, bias, rounding)
+    if rounding != "none":
+        raise ValueError(f"2:4 weights have 16-bit activations, not {rounding}")
+    return SparseMarlinLinear(p, bias)
 
 
 class SharedLinear(nn.Module):

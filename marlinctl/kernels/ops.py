@@ -1,6 +1,6 @@
 """The operators: a 16-bit matrix times packed weights, as torch knows it.
 
-    torch.ops.marlinctl.marlin_gemm(activations, qweight, scales, out_features, group_size, bias=None, overlap=False)
+    torch.ops.marlinctl.marlin_gemm(activations, qweight, scales, out_features, group_size, bias=None, overlap=False, rounding="none")
     torch.ops.marlinctl.sparse_marlin_gemm(activations, qweight, meta, scales, out_features, group_size, bias=None, overlap=False)
 
     CUDA   a kernel that dispatch.py picks for this M, N, K; for large M one dense weight and torch.matmul
@@ -12,6 +12,10 @@ is decided inside, by the M of the call: a traced program holds no choice. They 
 
 overlap: on Hopper the kernel may begin, and read weights, while the one before it on the stream still runs (programmatic dependent launch):
 2 to 3 us less a call. What the kernel before writes must not be these weights; activations may be.
+
+rounding: "int8" or "int8-128" allows 8-bit activations, rounded in the call (quantize/activations.py): one scale for each token, or one for
+each 128 of its K. A GPU multiplies 8-bit numbers where that is faster, which M decides; the CPU always rounds, so that what is measured
+there is the accuracy of 8 bits.
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ from marlinctl.kernels.functions import Function, architecture_of
 from marlinctl.kernels.launch import ALIGNMENT, LoadedKernel, load, load_unpack, multiply, unpack
 from marlinctl.kernels.reference import dequantize, dequantize_sparse, gemm
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear, padded
+from marlinctl.quantize.activations import group_of, nearest
+from marlinctl.quantize.scheme import Rounding
 from marlinctl.sparsify.types import QUAD
 
 ROW = 8  # numbers in 16 bytes: the kernels read and write rows that are multiples of it
@@ -46,6 +52,7 @@ class Product(NamedTuple):
     group_size: int
     bias: Tensor | None = None
     overlap: bool = False
+    rounding: Rounding = "none"  # of dense weights alone
 
     @property
     def sparse(self) -> bool:
@@ -128,10 +135,14 @@ def _on_cpu(p: Product) -> Tensor:
         packed = PackedSparseLinear(p.weights[0], p.weights[1], p.scales, n, k, size)
     else:
         packed = PackedLinear(p.weights[0], p.scales, n, k, size)
-    return gemm(p.activations.reshape(-1, k), packed, p.bias).to(p.activations.dtype).view(p.out_shape)
+    x = p.activations.reshape(-1, k)
+    x = x if p.rounding == "none" else nearest(x, p.rounding)
+    return gemm(x, packed, p.bias).to(p.activations.dtype).view(p.out_shape)
 
 
 def _on_meta(p: Product) -> Tensor:
+    if p.rounding != "none":
+        group_of(p.rounding)  # ValueError for an unknown one, when a program is traced
     return p.activations.new_empty(p.out_shape)
 
 
@@ -202,9 +213,9 @@ def _implementation(compute: Callable[[Product], Tensor], weights: int) -> Calla
 
 # `custom_op` would do the same at half as much time again for each call.
 _library = torch.library.Library("marlinctl", "DEF")  # type: ignore[no-untyped-call]
-for _name, _weights in (("marlin_gemm", ("qweight",)), ("sparse_marlin_gemm", ("qweight", "meta"))):
+for _name, _weights, _more in (("marlin_gemm", ("qweight",), ", str rounding='none'"), ("sparse_marlin_gemm", ("qweight", "meta"), "")):
     _arguments = ", ".join(f"Tensor {name}" for name in ("activations", *_weights, "scales"))
-    _arguments += ", int out_features, int group_size, Tensor? bias=None, bool overlap=False"
+    _arguments += f", int out_features, int group_size, Tensor? bias=None, bool overlap=False{_more}"
     _library.define(f"{_name}({_arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     for _key, _compute in (("CUDA", _on_gpu), ("CPU", _on_cpu), ("Meta", _on_meta)):
         _library.impl(_name, _implementation(_compute, len(_weights)), _key)  # type: ignore[no-untyped-call]

@@ -33,7 +33,7 @@ from marlinctl.system.host import peak_rss
 ALGORITHM_VERSION = 3  # goes up when the same recipe on the same input gives other codes
 
 
-def model_config(opened: RunInputs, recipe: Recipe) -> dict[str, Any]:
+def model_config(opened: RunInputs, recipe: Recipe, records: Sequence[LayerRecord]) -> dict[str, Any]:
     config: dict[str, Any] = without(without_quantization(opened.checkpoint.config))
     if not recipe.scheme.quantizes:
         return config
@@ -41,7 +41,8 @@ def model_config(opened: RunInputs, recipe: Recipe) -> dict[str, Any]:
     ignore = sixteen_bit(opened.checkpoint, known, layers)
     provenance = {"version": __version__, "recipe_sha256": recipe_hash(recipe)}
     named, grids = known.by_all_names(layers), known.by_all_names(opened.plan.grids)
-    config["quantization_config"] = quantization_config(INTERCHANGE, named, ignore, provenance, grids, named_otherwise(config))
+    rounding = known.by_all_names({record.name: record.rounding for record in records if record.rounding != "none"})
+    config["quantization_config"] = quantization_config(INTERCHANGE, named, ignore, provenance, grids, named_otherwise(config), rounding)
     return config
 
 

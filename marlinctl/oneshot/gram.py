@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from marlinctl.errors import NumericalProblem
+from marlinctl.oneshot.input_rounding import Rows
 from marlinctl.quantize.hessian import add_cross, add_gram, mirror
 from marlinctl.quantize.types import Hessian
 from marlinctl.system.processes import ALONE, Processes
@@ -39,9 +40,10 @@ class Gram:
     Where drift is corrected, also those of x x'ᵀ and x (r' - r)ᵀ (quantize/types.py, Hessian).
     """
 
-    def __init__(self, k: int, device: torch.device, *, collects: bool = True, drifts: bool = False) -> None:
+    def __init__(self, k: int, device: torch.device, *, collects: bool = True, drifts: bool = False, rows: Rows | None = None) -> None:
         """collects: False for a replay, which needs no Hessian: nothing is summed. drifts: there is a sum of x x'ᵀ also where no token
-        comes, as it may be for an expert in one of several processes."""
+        comes, as it may be for an expert in one of several processes. rows: takes some of the inputs."""
+        self.rows = rows
         self.collects = collects
         size = k if collects else 0
         self.total = torch.zeros(size, size, dtype=torch.float32, device=device)
@@ -54,6 +56,8 @@ class Gram:
         if not self.collects:
             return
         rows = x.reshape(-1, x.shape[-1])
+        if self.rows is not None:
+            self.rows.add(rows, counted.reshape(-1))
         if rows.is_cuda:  # zeros add nothing, and no chunk waits for their number
             wanted = counted.reshape(-1, 1).to(rows.device)
             good = _finite(rows).unsqueeze(-1) & wanted
@@ -109,7 +113,8 @@ class Gram:
         count = max(self.tokens, 1)
         matrix = mirror(self.total).div_(count)
         drift = None if self.cross is None else self.cross.div_(count).sub_(matrix)
-        return Hessian(matrix, self.tokens, drift, None if self.residual is None else self.residual.div_(count))
+        residual, inputs = None if self.residual is None else self.residual.div_(count), None if self.rows is None else self.rows.tensor()
+        return Hessian(matrix, self.tokens, drift, residual, inputs)
 
 
 def settle(grams: Sequence[Gram]) -> None:

@@ -27,6 +27,7 @@ from marlinctl.models.folds import foldable
 from marlinctl.oneshot.equalization import Equalization
 from marlinctl.oneshot.folded import Folded
 from marlinctl.oneshot.gram import StageInput
+from marlinctl.oneshot.input_rounding import InputFacts, measure, stays
 from marlinctl.oneshot.open import Options, RunInputs
 from marlinctl.oneshot.permutation import ChannelOrders
 from marlinctl.oneshot.reading import Reader
@@ -35,7 +36,7 @@ from marlinctl.oneshot.sequential import SequentialPipeline, TunedBlock
 from marlinctl.oneshot.solve import Outcome, StackedSolver, StackOutcome
 from marlinctl.oneshot.tuning import Tuned, TuneSettings, holds_out, tunable, tune_block
 from marlinctl.planning.memory import Work, experts_together
-from marlinctl.quantize.scheme import SIXTEEN_BIT, Activations, Grid
+from marlinctl.quantize.scheme import SIXTEEN_BIT, Activations, Grid, Rounding
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipes.schema import Recipe
 from marlinctl.sparsify.steps import PruneSteps
@@ -68,6 +69,10 @@ class LayerRecord:
     bits: int = 4  # of a code; 16: not quantized. Earlier versions noted none
     symmetric: bool = True  # codes without zero points
     activations: Activations = "16-bit"  # that the weight is multiplied with
+    rounding: Rounding = "none"  # of these activations, that programs may do when they run 4-bit codes
+    rounding_error: float | None = None  # these three: input_rounding.py; None where it is not asked for
+    input_mean: float | None = None
+    input_spread: float | None = None
 
     @property
     def grid(self) -> Grid:
@@ -90,6 +95,8 @@ class SolvedLinear:
     tokens: int
     remark: str
     seconds: float
+    rounding: Rounding = "none"
+    inputs: InputFacts | None = None
 
     @property
     def nbytes(self) -> int:
@@ -233,6 +240,7 @@ class LayerQuantizer:
     def _solve_stages(self, inputs: Sequence[StageInput], weights: list[dict[str, Tensor]], hessians: Sequence[Hessian]) -> None:
         """Put final weights into `weights`."""
         sizes, pattern = self.opened.plan.group_sizes, self.opened.pattern
+        facts = [self._input_facts(stage, weights[i]) for i, stage in enumerate(inputs)]
         # Stacks of one kind and shape: input, members.
         alike: dict[tuple[int, Grid, str | None, torch.Size], list[tuple[int, list[str]]]] = {}
         for i, stage in enumerate(inputs):
@@ -261,7 +269,14 @@ class LayerQuantizer:
                     first = part.stop
                     share = seconds * weights[i][name].shape[0] / shape[0]
                     tokens, remark = hessians[i].tokens, inputs[i].remark
-                    weights[i][name] = self._keep(name, outcome, final(part), kept, part, tokens, remark, share)
+                    weights[i][name] = self._keep(name, outcome, final(part), kept, part, tokens, remark, share, facts[i])
+
+    def _input_facts(self, stage: StageInput, weights: Mapping[str, Tensor]) -> dict[str, InputFacts]:
+        """Of the linears of a stage that are solved, before they are. Nothing where no inputs were kept."""
+        rounding = self.scheme.rounding
+        if stage.hessian is None or stage.hessian.inputs is None or rounding == "none" or not self.processes.main:
+            return {}
+        return measure(stage.hessian.inputs, {n: w for n, w in weights.items() if n in self.opened.plan.group_sizes}, rounding)
 
     def _solve(
         self,
@@ -289,9 +304,9 @@ class LayerQuantizer:
 
     def _keep(
         self, name: str, outcome: Outcome, result: Tensor | QuantizedLinear, mask: Tensor | None,
-        rows: slice, tokens: int, remark: str, seconds: float,
+        rows: slice, tokens: int, remark: str, seconds: float, facts: Mapping[str, InputFacts],
     ) -> Tensor:  # fmt: skip
-        """Queue one linear; returns the weight [N, K] that the published model computes with."""
+        """Queue one linear; returns the weight [N, K] that the published model computes with. facts: of all that share its input."""
         if outcome.fallback and self.options.strict:
             raise NumericalProblem(
                 "E605", f"the Hessian cannot be used as it is ({outcome.fallback}), and --strict forbids a fallback", where=name,
@@ -307,7 +322,8 @@ class LayerQuantizer:
         kept = None if mask is None else mask[rows]
         error, energy = outcome.error[rows].sum(), outcome.output_energy[rows].sum()
         solved = SolvedLinear(
-            name, stored, kept, error, energy, outcome.damping, outcome.dead, outcome.fallback, tokens, remark, seconds
+            name, stored, kept, error, energy, outcome.damping, outcome.dead, outcome.fallback, tokens, remark, seconds,
+            "none" if not facts or stays(facts) else self.scheme.rounding, facts.get(name),
         )  # fmt: skip
         weight = stored.dequantize() if isinstance(stored, QuantizedLinear) else stored.float()
         if not self.at_once:  # a process that writes nothing tunes it all the same
@@ -355,12 +371,17 @@ class LayerQuantizer:
             bits=result.grid.bits if isinstance(result, QuantizedLinear) else SIXTEEN_BIT,
             symmetric=not isinstance(result, QuantizedLinear) or result.grid.symmetric,
             activations=result.grid.activations if isinstance(result, QuantizedLinear) else "16-bit",
+            rounding=solved.rounding,
+            rounding_error=None if solved.inputs is None else solved.inputs.rounding_error,
+            input_mean=None if solved.inputs is None else solved.inputs.mean,
+            input_spread=None if solved.inputs is None else solved.inputs.spread,
         )
         self._finished.records.append(record)
         if solved.fallback:
             self.console.warn(f"{name}: {solved.fallback}")
         if self.progress is not None:
-            extra = "".join(f"  {text}" for text in (f"{solved.dead} dead inputs" if solved.dead else "", solved.remark) if text)
+            exact = "16-bit inputs" if solved.inputs is not None and solved.rounding == "none" else ""
+            extra = "".join(f"  {text}" for text in (f"{solved.dead} dead inputs" if solved.dead else "", exact, solved.remark) if text)
             note = f"{name:<44} error {record.error:.5f}  damping {solved.damping:g}  {solved.seconds:6.2f} s{extra}"
             self._worst = max(self._worst, (record.error, name))
             error, worst = self._worst

@@ -191,7 +191,7 @@ def _run(
             )  # fmt: skip
             with phases("check"):
                 staged.finish(
-                    model_config(opened, recipe),
+                    model_config(opened, recipe, solving.records),
                     manifest=manifest_of(opened, recipe, calibration.facts, solving.records, tuned),
                     verify=lambda folder: verify_written(folder, solving.records, console, opened.device),
                     report_files={},
@@ -371,6 +371,7 @@ def _every_block(tokens: Tokens, job: RunJob, solving: LayerQuantizer, attempt: 
                 scratch=_scratch(job, solving, attempt.budget), corrects_drift=opened.corrects_drift, token_weights=weights,
                 experts_together=solving.experts_together if attempt.batches else 1, solve_experts=solving.stages,
                 equalization=solving.equalization, orders=solving.orders, tune=solving.tune if solving.recipe.tunes else None,
+                keeps_inputs=solving.scheme.rounding != "none",
             )  # fmt: skip
         _replay(pipeline, job, solving, console, samples)
         on_gpu = opened.device.type == "cuda"

@@ -42,6 +42,7 @@ from marlinctl.oneshot.embedding import FIRST_SAMPLE, Tensors, embed
 from marlinctl.oneshot.equalization import Equalization
 from marlinctl.oneshot.experts import ExpertsPipeline
 from marlinctl.oneshot.gram import Gram, SolveStage, SolveStages, StageInput
+from marlinctl.oneshot.input_rounding import Rows
 from marlinctl.oneshot.of_tokens import COMPRESSED, REFERENCE, TokenArguments, for_samples
 from marlinctl.oneshot.one_expert import routed
 from marlinctl.oneshot.permutation import ChannelOrders
@@ -92,6 +93,7 @@ class SequentialPipeline:
         equalization: Equalization | None = None,  # of a block's norms; the checkpoint reads what it and `orders` fold into the weights
         orders: ChannelOrders | None = None,  # chooses those of a block's channels
         tune: TuneBlock | None = None,  # called with the solved block in its module
+        keeps_inputs: bool = False,  # Hessians come with some of the inputs
         token_weights: Mapping[str, Tensor] = NOTHING,  # linear -> [S, L] float32, of each token in its Hessian; of others all count alike
     ) -> None:
         self.model, self.architecture, self.checkpoint = model, architecture, checkpoint
@@ -101,7 +103,7 @@ class SequentialPipeline:
         self.step = max(1, chunk_tokens // self.length)
         self.experts_together, self.solve_experts = experts_together, solve_experts
         self.equalization, self.orders, self.tune = equalization, orders, tune
-        self.token_weights = token_weights
+        self.keeps_inputs, self.token_weights = keeps_inputs, token_weights
         self._roots: dict[str, Tensor] = {}  # of their weights, [S, L, 1] on the device, of the block in work
         self.of_tokens = TokenArguments(architecture, self.samples, self.length, dtype, device, scratch)
         shape = (self.samples, self.length, architecture.hidden_size)
@@ -308,7 +310,7 @@ class SequentialPipeline:
 
         inputs = self.scratch.tensor("branch input", (self.samples, self.length, width_in), self.dtype)
         calls: dict[int, dict[str, Any]] = {}  # samples in a chunk -> the branch's other arguments
-        gram = Gram(width_in, self.device, collects=not replay)
+        gram = self._gram(width_in, replay)
         for part, args, kwargs in arguments:
             (_, x), *others = bound(module, args, kwargs).items()
             inputs[part] = x
@@ -318,7 +320,7 @@ class SequentialPipeline:
         self._install(layer, block, solve(first, gram.hessian(first, self.processes), ""))
 
         between = self.scratch.tensor("between", (self.samples, self.length, width_last), self.dtype)
-        gram = Gram(width_last, self.device, collects=not replay)
+        gram = self._gram(width_last, replay)
         last_module = layer.get_submodule(branch.last)
         for part in self.chunks():
             x = inputs[part].to(self.device)
@@ -347,6 +349,10 @@ class SequentialPipeline:
             output[part] = last_module(between[part].to(self.device))
         return lambda part: self._copied(output, part)
 
+    def _gram(self, k: int, replay: bool) -> Gram:
+        rows = Rows(self.samples * self.length, self.length) if self.keeps_inputs and not replay else None
+        return Gram(k, self.device, collects=not replay, rows=rows)
+
     def _add(self, gram: Gram, block: Block, module: str, x: Tensor, part: slice) -> None:
         """To the sums of a stage what its first linear reads, [B, L, K] or [B * L, K], beside what it reads in the reference model."""
         root = self._root(block, module, part)
@@ -371,7 +377,7 @@ class SequentialPipeline:
         """Solve the stages of a chain one after another, and replay its output from then on."""
         for stage in chain.stages:
             names = tuple(map(block.linear, stage))
-            gram = Gram(block.linears[names[0]].in_features, self.device, collects=not replay)
+            gram = self._gram(block.linears[names[0]].in_features, replay)
             target = layer.get_submodule(stage[0])
             for part in () if replay else self.chunks():
                 self._set_replays(replays, outputs, part)
@@ -429,7 +435,7 @@ class SequentialPipeline:
         norm = self.model.get_submodule(self.architecture.module(self.architecture.norm))
         for name in self.architecture.norm_tensors:
             set_parameter(self.model, self.architecture.module(name), self.checkpoint.read(name).to(self.device, self.dtype))
-        gram = Gram(self.architecture.hidden_size, self.device)
+        gram = self._gram(self.architecture.hidden_size, False)
         for part in self.chunks():
             x = norm(self.hidden[part].to(self.device))
             gram.add(x, self.counted[part])

@@ -21,7 +21,7 @@ from typing import Any
 
 from marlinctl.checkpoint import runtimes
 from marlinctl.checkpoint.formats import registry
-from marlinctl.checkpoint.formats.base import Format
+from marlinctl.checkpoint.formats.base import EXPERTS, Format
 from marlinctl.checkpoint.reader import Checkpoint
 from marlinctl.checkpoint.remote_headers import Headers, headers
 from marlinctl.checkpoint.sparsity import MASK_FILE, Pattern, from_headers
@@ -339,7 +339,7 @@ def _linears(looked: ModelPlan, found: Pattern, recipe: Recipe) -> dict[str, Any
             "name": name,
             "shape": list(looked.shapes[name]),
             "bits": looked.plan.grid(name).bits if scheme.quantizes else scheme.bits,
-            "activations": looked.plan.grid(name).activations,
+            "activations": looked.plan.grid(name).activations if scheme.rounding == "none" or EXPERTS in name else scheme.rounding,
             "group_size": size if scheme.quantizes else None,
             "pattern": "2:4" if name in sparse else None,
         }

@@ -93,6 +93,35 @@ def refuse_rounded_activations(recipe: Recipe) -> None:
         raise UsageError("E273", what, where=f"--asymmetric {where}", fix="leave out one of the two")
 
 
+def refuse_rounded_inputs(recipe: Recipe, *, packs: bool) -> None:
+    """UsageError E273 for int8 activations of the whole model where no folder says so: tiles of dense, symmetric 4-bit codes alone do.
+
+    packs: whether the formats of the recipe are written. `quantize` writes the interchange form, which notes the choice for `pack`.
+    """
+    scheme = recipe.scheme
+    if scheme.rounding == "none":
+        return
+    where = f"--activations {scheme.activations}"
+    idle = "leave out --activations: products of 16-bit activations are all there are"
+    if scheme.prunes:
+        what = "a 2:4 model has 16-bit activations: no kernel multiplies 2:4 weights with 8-bit ones"
+        raise UsageError("E273", what, where=where, fix="leave out --activations, or do not prune")
+    if scheme.bits != INT4.bits:
+        fix = "--override 'PATTERN=bits:8,activations:int8' for the format ct" if scheme.quantizes else idle
+        raise UsageError("E273", f"it goes with 4-bit weights, and these have {scheme.bits} bits", where=where, fix=fix)
+    if not scheme.symmetric:
+        what = "the format marlin, which alone says that activations may be rounded, holds symmetric codes"
+        raise UsageError("E273", what, where=f"--asymmetric {where}", fix="leave out one of the two")
+    for pattern, override in recipe.quantize.overrides.items():
+        if override.bits not in (None, INT4.bits):
+            what = "the format marlin, which alone says that activations may be rounded, holds 4-bit codes alone"
+            raise UsageError("E273", what, where=f"--override {pattern}=bits:{override.bits} {where}", fix="leave out one of the two")
+    silent = [fmt.name for fmt in formats_of(recipe) if not fmt.rounds]
+    if packs and silent:
+        what = f"{silent[0]} folders have 16-bit activations: only marlin says that they may be rounded"
+        raise UsageError("E273", what, where=f"--format {silent[0]} {where}", fix="--format marlin, or the recipe int4-a8")
+
+
 def refuse_lone_tuning(recipe: Recipe) -> None:
     """UsageError E288 for tuning without the reference model, whose output is its aim."""
     if recipe.tunes and recipe.quantize.drift_correction == 0.0:
@@ -133,12 +162,13 @@ def refuse_no_change(recipe: Recipe) -> None:
 def check_arguments(recipe: Recipe, module_map: Path | None, *, distils: bool) -> None:
     """What needs no model, before one is fetched. UsageError or BadInput, as the work would raise hours later.
 
-    distils: whether a recipe that trains is divided into stages, as `compress` does.
+    distils: whether a recipe that trains is divided into stages and packed, as `compress` does.
     """
     refuse_no_change(recipe)
     refuse_zero_points(recipe)
     refuse_idle_bits(recipe)
     refuse_rounded_activations(recipe)
+    refuse_rounded_inputs(recipe, packs=distils)
     refuse_lone_tuning(recipe)
     refuse_idle_rotation(recipe)
     check_module_map(module_map)
@@ -332,6 +362,9 @@ def _say_pattern(found: Pattern, planned: int, grids: Mapping[str, Grid], recipe
             where="--pattern 2:4",
             fix="`marlinctl quantize` keeps the pattern; start from the dense model to prune again",
         )
+    if recipe.scheme.rounding != "none":
+        what = f"{_in_part(found, planned)} already ({origin}), and 2:4 linears have 16-bit activations"
+        raise UsageError("E273", what, where=f"--activations {recipe.scheme.activations}", fix="leave out --activations")
     if rounding := next((name for name in found.linears if grids.get(name, INT4).rounds_activations), None):
         what = f"{rounding} is 2:4 already ({origin}), and 2:4 linears have 16-bit activations"
         raise UsageError("E273", what, where="--override ...=activations:...", fix="leave out activations for the linears that are 2:4")

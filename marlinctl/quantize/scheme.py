@@ -7,6 +7,9 @@ from typing import Literal
 
 Sparsity = Literal["none", "2:4"]
 Activations = Literal["16-bit", "int8", "fp8"]
+Rounding = Literal["none", "int8", "int8-128"]  # of activations beside 4-bit codes: none, a scale for each token, or for each 128 of K
+RunWith = Literal["16-bit", "int8", "int8-128", "fp8"]  # activations of a linear when a program runs a folder
+ACTIVATION_GROUP = 128  # of K, that share a scale in int8-128
 SIXTEEN_BIT = 16
 E4M3_HIGHEST = 448  # the largest number of float8_e4m3fn
 
@@ -67,6 +70,14 @@ class Scheme:
     sparsity: Sparsity = "none"  # 2:4: two of each four neighbours along K are zero
     activations: Activations = "16-bit"
     symmetric: bool = True
+    activation_group: int = ACTIVATION_GROUP  # inputs of a token that share a scale where activations are rounded; -1: all
+
+    @property
+    def rounding(self) -> Rounding:
+        """What products with these codes may do to activations. 8 bits are allowed by it, and used where they are faster."""
+        if self.activations != "int8":
+            return "none"
+        return "int8" if self.activation_group == -1 else "int8-128"
 
     @property
     def quantizes(self) -> bool:

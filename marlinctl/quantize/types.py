@@ -102,6 +102,7 @@ class Hessian:
     tokens: int
     drift: Tensor | None = None  # [K, K] float32: mean of x (x' - x)ᵀ
     residual: Tensor | None = None  # [K, N] float32: mean of x (r' - r)ᵀ, for a linear whose output goes to the residual stream
+    inputs: Tensor | None = None  # [T, K], some of the x, where they were asked for; a token that does not count is zeros
 
     def __post_init__(self) -> None:
         k = self.matrix.shape[0]

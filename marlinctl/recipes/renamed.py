@@ -16,6 +16,8 @@ _KEYS: Mapping[_Path, str] = {("quantize", "drift_correction"): "match"}  # key 
 _VALUES: Mapping[_Path, Mapping[str, str]] = {("sparsify", "method"): {"iterative": "refined"}}  # key -> value -> its former name
 _LATER: Mapping[_Path, object] = {  # key that came later -> what recipes without it mean
     ("quantize", "symmetric"): True,
+    ("quantize", "activations"): "16-bit",
+    ("quantize", "activation_group"): 128,
     ("quantize", "drift_damping"): 0.01,
     ("quantize", "equalize"): "never",
     ("quantize", "rotate"): "never",

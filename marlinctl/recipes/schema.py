@@ -79,6 +79,8 @@ class Quantize(_Section):
     bits: Literal[4, 8, 16]
     symmetric: bool
     group_size: GroupSize
+    activations: Literal["16-bit", "int8"]
+    activation_group: Literal[128, -1]
     scale_sign: Literal["both", "positive"]
     act_order: Literal["static", "none"]
     scale_search: Literal["none", "mse", "hessian"]
@@ -168,7 +170,10 @@ class Recipe(_Section):
     def scheme(self) -> Scheme:
         """What becomes of a linear for which nothing else is said."""
         q = self.quantize
-        return Scheme(bits=q.bits, group_size=q.group_size, sparsity=self.sparsify.pattern, symmetric=q.symmetric)
+        return Scheme(
+            bits=q.bits, group_size=q.group_size, sparsity=self.sparsify.pattern, activations=q.activations, symmetric=q.symmetric,
+            activation_group=q.activation_group,
+        )  # fmt: skip
 
     @property
     def tunes(self) -> bool:

@@ -26,7 +26,7 @@ from marlinctl.checkpoint.mask import NAME as MASK_FILE
 from marlinctl.checkpoint.model_files import ORDER_FILE
 from marlinctl.checkpoint.runtimes import Loads
 from marlinctl.errors import number_of
-from marlinctl.quantize.scheme import INT4, Grid
+from marlinctl.quantize.scheme import ACTIVATION_GROUP, INT4, Grid, Rounding
 from marlinctl.report.markdown import code, listing, table, text
 from marlinctl.report.page import Cell, Name, Table
 from marlinctl.report.scores import RECOVERY, Score, figure, finite, flips_figure, percent, recovery, scores
@@ -60,6 +60,7 @@ class CardFacts:
     two_of_four: bool = False  # pruned to 2:4
     folded: tuple[str, ...] = ()  # into its weights (checkpoint/orders.py)
     grids: Mapping[str, Grid] = field(default_factory=dict)  # of the quantized linears whose codes are not INT4
+    rounding: Mapping[str, Rounding] = field(default_factory=dict)  # of the linears whose inputs programs may round
 
     def grid_counts(self) -> list[tuple[Grid, int]]:
         return sorted(Counter(self.grids.get(layer, INT4) for layer in self.layers).items())
@@ -91,6 +92,7 @@ def of_compression(report: Mapping[str, Any], folder: Folder, layers: Mapping[st
         two_of_four=report["sparse"] > 0,
         folded=folder.folded,
         grids=grids_of(report),
+        rounding={record["name"]: record["rounding"] for record in report["layers"] if record.get("rounding", "none") != "none"},
     )
     return render(facts)
 
@@ -209,6 +211,7 @@ def _what(facts: CardFacts) -> list[str]:
     rows: list[Row] = [
         ("Format", _title(facts).replace("`", "")),
         *(("Quantized" if i == 0 else "", line) for i, line in enumerate(_codes(facts))),
+        ("Activations", _rounding(facts)),
         ("Group size", groups),
         ("Pruned", f"2:4, two of each four neighbours along K are zero; {_storage(facts.fmt)}" if facts.two_of_four else ""),
         ("Folded into the weights", _folded(facts.folded)),
@@ -251,6 +254,17 @@ def _of_grid(grid: Grid) -> str:
     if grid.symmetric:
         return f"int{grid.bits} symmetric, codes {grid.lowest}..{grid.highest} times one scale per group"
     return f"int{grid.bits} asymmetric, codes less one zero point per group times one scale per group"
+
+
+def _rounding(facts: CardFacts) -> str:
+    """Of 4-bit linears whose inputs may be rounded."""
+    if not facts.rounding or not facts.fmt.rounds:
+        return ""
+    scales = "one scale per token" if "int8" in facts.rounding.values() else f"one scale per token and {ACTIVATION_GROUP} inputs"
+    count = number_of(len(facts.rounding), "linear")
+    return (
+        f"what enters {count} is rounded to int8 where that is faster, with {scales}"
+    )
 
 
 def _storage(fmt: Format) -> str:

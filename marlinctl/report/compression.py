@@ -14,7 +14,7 @@ from marlinctl.errors import number_of
 from marlinctl.quantize.scheme import SIXTEEN_BIT
 from marlinctl.report import pictures
 from marlinctl.report.page import Block, Cell, Figure, Name, Page, Paragraph, Points, Section, Table
-from marlinctl.report.provenance import Folder, grid_of, peak_memory, provenance, reproduce
+from marlinctl.report.provenance import Folder, activations_of, grid_of, peak_memory, provenance, reproduce
 from marlinctl.report.scores import RECOVERY, Estimate, Score, figure, finite, flips_figure, notes, percent, recovery, scores
 from marlinctl.report.speed import speed
 
@@ -57,7 +57,7 @@ def page(report: Mapping[str, Any], folder: Folder) -> Page:
     done = ", ".join(_counts(report))
     return Page(
         f"{report['source']['name']}, {folder.fmt.label}",
-        f"{done}; recipe {report['recipe']['name']}, {_groups(report, layers)}{_activations(report)}.",
+        f"{done}; recipe {report['recipe']['name']}, {_groups(report, layers)}{_activations(report, folder)}.",
         list(_figures(report, layers)),
         [section for section in sections if section.blocks],
         f"Written by marlinctl {report['versions']['marlinctl']} from marlinctl_report.json, which has every figure of this page.",
@@ -90,9 +90,9 @@ def _groups(report: Mapping[str, Any], layers: Sequence[_Layer]) -> str:
     return ", ".join(f"{name} ({number_of(count, 'linear')})" for name, (_, count) in zip(names, sizes, strict=True))
 
 
-def _activations(report: Mapping[str, Any]) -> str:
-    """Those that are rounded."""
-    counts = Counter(record.get("activations", "16-bit") for record in report["layers"])  # earlier versions noted none
+def _activations(report: Mapping[str, Any], folder: Folder) -> str:
+    """Those that are rounded when this folder is run."""
+    counts = Counter(activations_of(record, folder.fmt) for record in report["layers"])
     rounded = ((kind, count) for kind, count in counts.most_common() if kind != "16-bit")
     return "".join(f", {kind} activations ({number_of(count, 'linear')})" for kind, count in rounded)
 
@@ -196,6 +196,7 @@ def _layers(report: Mapping[str, Any], layers: Sequence[_Layer]) -> list[Block]:
     if drawn:
         caption = "Over the decoder blocks: error of each kind of linear, bits per weight with scales, and the time of the solve."
         blocks.append(pictures.layers(drawn, caption))
+    rounds = any(r.get("rounding_error") is not None for r in report["layers"])
     rows = [
         (
             Name(r["name"]),
@@ -207,12 +208,14 @@ def _layers(report: Mapping[str, Any], layers: Sequence[_Layer]) -> list[Block]:
             f"{r['damping']:g}",
             f"{r['tokens']:,}",
             f"{r['seconds']:.2f}",
+            *((r["rounding"], _share(r["rounding_error"])) if rounds else ()),
         )
         for layer in layers
         for r in (layer.record,)
     ]
     header = ("linear", "N x K", "group", "pattern", "bits", "error", "damping", "tokens", "seconds")
-    blocks.append(Table(header, rows, numbers=frozenset(range(4, 9)), folded=f"Every linear ({len(rows)})"))
+    header += ("inputs rounded", "error of rounding") if rounds else ()
+    blocks.append(Table(header, rows, numbers=frozenset((*range(4, 9), *((10,) if rounds else ()))), folded=f"Every linear ({len(rows)})"))
     if report["kept"]:
         kept = [(Name(item["name"]), item["reason"]) for item in report["kept"]]
         blocks.append(Table(("linear", "why"), kept, folded=f"Left at 16 bits ({len(kept)})"))

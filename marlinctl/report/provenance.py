@@ -42,6 +42,12 @@ def grid_of(record: Mapping[str, Any]) -> Grid:
     return Grid(record.get("bits", INT4.bits), record.get("symmetric", True), record.get("activations", "16-bit"))
 
 
+def activations_of(record: Mapping[str, Any], fmt: Format) -> str:
+    """Those of a layer of the report when a folder of this format is run. Earlier versions noted none."""
+    rounding = record.get("rounding", "none") if fmt.rounds else "none"
+    return str(record.get("activations", "16-bit") if rounding == "none" else rounding)
+
+
 def grids_of(report: Mapping[str, Any]) -> dict[str, Grid]:
     """Of the quantized linears whose codes are not INT4."""
     quantized = (record for record in report["layers"] if record["group_size"] is not None)

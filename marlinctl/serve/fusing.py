@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 def fuse_linears(model: PreTrainedModel) -> int:
     """Fuses in place what can be fused, for inference; returns how many SharedLinears there are now.
 
-    Linears stay as they are where they are not packed alike (kind, group size), where one is not packed at all, or where its outputs are
-    no multiple of 64. Weights are copied, one group at a time. BadInput E390 for a model that marlinctl cannot compress.
+    Linears stay as they are where they are not packed alike (kind, group size, rounding of activations), where one is not packed at all,
+    or where its outputs are no multiple of 64. Weights are copied, one group at a time. BadInput E390 for a model that marlinctl cannot
+    compress.
     """
     from marlinctl.kernels.linear import MarlinLinear, SparseMarlinLinear
 
@@ -46,7 +47,7 @@ def fuse_linears(model: PreTrainedModel) -> int:
 def _alike(linears: Sequence[MarlinLinear | SparseMarlinLinear]) -> bool:
     from marlinctl.pack.types import PAD_TO
 
-    kinds = {(type(linear), linear.in_features, linear.group_size) for linear in linears}
+    kinds = {(type(linear), linear.in_features, linear.group_size, linear.rounding) for linear in linears}
     return len(kinds) == 1 and not any(linear.out_features % PAD_TO for linear in linears[:-1])
 
 
@@ -63,7 +64,8 @@ def _fuse(model: nn.Module, names: Sequence[str], linears: Sequence[MarlinLinear
         zeros = (torch.zeros(linear.out_features, dtype=like.dtype, device=like.device) for linear in linears)
         bias = torch.cat([zero if one is None else one.data for one, zero in zip(biases, zeros, strict=True)])
     prepared = all(linear.cpu_weight is not None for linear in linears)  # before packed() brings their tiles back
-    shared = SharedLinear(packed_module(side_by_side([linear.packed() for linear in linears]), bias), len(linears))
+    joined = packed_module(side_by_side([linear.packed() for linear in linears]), bias, linears[0].rounding)
+    shared = SharedLinear(joined, len(linears))
     shared.linear.overlap = all(linear.overlap for linear in linears)
     shared.linear.keeps_tiles = any(linear.keeps_tiles for linear in linears)
     if prepared:

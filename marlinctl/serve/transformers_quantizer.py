@@ -156,7 +156,8 @@ def _put_packed_linears(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
             shape = [linear.out_features, linear.in_features]
             problems.append(Problem(f"{layer} is [{n}, {k}] in the folder and {shape} in the model", layer, _AGAIN))
         elif not (wrong := _wrong_tensors(checkpoint, info.format, layer, n, k, group_size)):
-            _replace(model, path, packed_module(_without_memory(info.format, n, k, group_size), linear.bias))
+            packed = _without_memory(info.format, n, k, group_size)
+            _replace(model, path, packed_module(packed, linear.bias, info.rounding.get(layer, "none")))
         else:
             problems += wrong
     for name, tensor in model.state_dict().items():  # transformers 5.17 takes any shape into a quantized model

@@ -49,7 +49,7 @@ def inspect(folder: Path, *, weights: bool = False) -> dict[str, Any]:
             "variant": info.variant,
             "bits": bits.most_common(1)[0][0],
             "linears_by_bits": {str(size): count for size, count in bits.most_common()} if info.layers else {},
-            "linears_by_activations": dict(Counter(info.grid(layer).activations for layer in info.layers).most_common()),
+            "linears_by_activations": dict(Counter(info.activations(layer) for layer in info.layers).most_common()),
             "group_sizes": {str(size): count for size, count in Counter(info.layers.values()).most_common()},
             "scale_dtypes": _dtypes(checkpoint, info),
             **_parameters(checkpoint, info, packed.shapes),

@@ -176,7 +176,7 @@ LABELS: dict[str, Command] = {
     "another group size, ct": Command(_verify("ct", _GROUP_64), 1, "weight_scale"),
     "another group size, marlin": Command(_verify("marlin", _said(group_size=64)), 1, ".s is F16"),
     "overrides left out": Command(_verify("marlin", _label(lambda b: b.pop("overrides"))), 1, "down_proj.s"),
-    "a format_version to come": Command(_verify("marlin", _said(format_version=2)), 3, "format_version 2"),
+    "a format_version to come": Command(_verify("marlin", _said(format_version=3)), 3, "format_version 3"),
     "dense tiles called 2:4": Command(_verify("marlin", _said(format="marlin_24")), 3, "says marlin_24, but"),
     "2:4 tiles called dense": Command(_verify("marlin_24", _said(format="marlin")), 3, "says marlin, but"),
 }  # fmt: skip

@@ -261,8 +261,8 @@ def test_float32_is_refused(source: Path, tmp_path: Path) -> None:
 def test_a_newer_folder_is_refused(source: Path, tmp_path: Path) -> None:
     """If this failed, a layout of the future would be read as today's."""
     make_packed(source, tmp_path / "native", "marlin")
-    edit_json(tmp_path / "native" / "config.json", lambda config: config["quantization_config"].update(format_version=2))
-    with pytest.raises(BadInput, match="format_version 2"):
+    edit_json(tmp_path / "native" / "config.json", lambda config: config["quantization_config"].update(format_version=3))
+    with pytest.raises(BadInput, match="format_version 3"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "native")
 
 

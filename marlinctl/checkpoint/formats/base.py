@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from marlinctl.checkpoint.formats import blocks
 from marlinctl.checkpoint.formats.targets import tower_of
 from marlinctl.errors import BadInput, Problem
-from marlinctl.quantize.scheme import INT4, Grid
+from marlinctl.quantize.scheme import INT4, Grid, Rounding, RunWith
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +64,7 @@ class Chosen:
     ignore: Sequence[str]  # every nn.Linear that stays 16-bit: lm_head, skipped layers, routers
     grids: Mapping[str, Grid] = field(default_factory=dict)  # of the linears whose codes are not INT4
     wraps: bool = False  # the language model is part of a wrapper, for which clients have names of their own
+    rounding: Mapping[str, Rounding] = field(default_factory=dict)  # of the linears whose activations may be rounded (rounding.py)
 
     @property
     def tower(self) -> str | None:
@@ -156,6 +157,7 @@ class Format:
     limits: Callable[[Packed, str], list[str]] = no_limits  # why a program refuses such a model, beyond the shapes of its kernels
     untested: Callable[[Packed], Mapping[str, str]] = nothing_untested
     layout: Callable[[Iterable[Grid]], str] = no_layout  # what the format calls the layout of such codes, where it has several
+    rounds: bool = False  # programs that read it round activations beside 4-bit codes, where its block says so (rounding.py)
     trains: str = ""  # what distillation can train of it: "weights", "scales" or nothing
 
     def variant_of(self, grids: Iterable[Grid]) -> str:
@@ -211,9 +213,14 @@ class FormatInfo:
     layers: Mapping[str, int] = field(default_factory=dict)  # quantized linears -> group size; -1 is one group for the whole row
     variant: str = ""
     grids: Mapping[str, Grid] = field(default_factory=dict)  # of the linears whose codes are not INT4
+    rounding: Mapping[str, Rounding] = field(default_factory=dict)  # of the 4-bit linears whose activations may be rounded (rounding.py)
 
     def grid(self, layer: str) -> Grid:
         return self.grids.get(layer, INT4)
+
+    def activations(self, layer: str) -> RunWith:
+        kind = self.rounding.get(layer, "none") if self.format.rounds else "none"
+        return self.grid(layer).activations if kind == "none" else kind
 
     @property
     def used_grids(self) -> list[Grid]:

@@ -166,6 +166,10 @@ GPTQ_RULE: Mapping[str, _Key] = {
 NATIVE_BLOCK: Mapping[str, _Key] = dict.fromkeys(
     ("quant_method", "format", "format_version", "bits", "group_size", "overrides", "marlinctl"), NOTE
 )
+NATIVE_ROUNDED_BLOCK: Mapping[str, _Key] = {  # rounding.py
+    **NATIVE_BLOCK,
+    **dict.fromkeys(("activations", "activation_group", "sixteen_bit_activations"), NOTE),
+}
 
 # What a tensor of a linear is called that some quantizer wrote, in any format. One whose linear is not packed belongs to something else.
 QUANTIZER_SUFFIXES = frozenset(

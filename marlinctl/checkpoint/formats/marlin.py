@@ -55,4 +55,5 @@ FORMAT = make_format(
     pack=_pack,
     unpack=_unpack,
     second_reading=_second_reading,
+    rounds=True,
 )

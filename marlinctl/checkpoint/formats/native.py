@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from marlinctl.checkpoint.formats import blocks
+from marlinctl.checkpoint.formats import blocks, rounding
 from marlinctl.checkpoint.formats.base import (
     BLOCK,
     INDICES,
@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     Tiles = PackedLinear | PackedSparseLinear
 
 METHOD = "marlinctl"
-FORMAT_VERSION = 1  # a higher one was written by a newer marlinctl
+FORMAT_VERSION = 2  # a higher one was written by a newer marlinctl
+ROUNDING_VERSION = 2  # from which on a block says that activations may be rounded. A folder without that stays at 1, for older readers
 MARKS = {"marlin": "B", "marlin_24": "B_24"}  # what marks a linear as packed
 NOTE = "Plain transformers finds no model file in this folder, on purpose: it would fill the packed layers with random numbers.\n"
 
@@ -82,17 +83,20 @@ def _detect(block: Mapping[str, Any], names: Sequence[str], fmt: Format) -> Form
         raise unreadable(
             f"config.json says {said}, but {stray} is packed the other way", "config.json belongs to another model; restore it"
         )
-    refuse("E340", blocks.strange(block, blocks.NATIVE_BLOCK, BLOCK))
+    may_round = fmt.rounds and version >= ROUNDING_VERSION
+    refuse("E340", blocks.strange(block, blocks.NATIVE_ROUNDED_BLOCK if may_round else blocks.NATIVE_BLOCK, BLOCK))
     overrides, size = object_at(block, "overrides"), block.get("group_size", -1)
     layers = {layer: group_size_of(overrides.get(layer, size)) for layer in fmt.layer_names(names)}
     refuse("E340", strays(fmt, layers, names))
-    return FormatInfo(fmt, layers)
+    return FormatInfo(fmt, layers, rounding=rounding.read(block, layers))
 
 
 def _config_block(chosen: Chosen, fmt: Format) -> dict[str, Any]:
     (size, _), differing = chosen.majority, chosen.differing  # one grid
-    block = {"quant_method": METHOD, "format": fmt.name, "format_version": FORMAT_VERSION, "bits": INT4.bits, "group_size": size}
-    return block | ({"overrides": {name: size for name, (size, _) in differing.items()}} if differing else {})
+    said = rounding.entries(chosen.rounding, chosen.layers) if fmt.rounds else {}
+    version = ROUNDING_VERSION if said else 1
+    block = {"quant_method": METHOD, "format": fmt.name, "format_version": version, "bits": INT4.bits, "group_size": size}
+    return block | said | ({"overrides": {name: size for name, (size, _) in differing.items()}} if differing else {})
 
 
 def _limits(packed: Packed, program: str) -> list[str]:
@@ -130,6 +134,7 @@ def make_format(
     unpack: Callable[[Any], QuantizedLinear],
     second_reading: Callable[[Any], Tensor],  # the weight [N, K] fp32 of tiles, by another way than `unpack`
     needs_mask: bool = False,
+    rounds: bool = False,
 ) -> Format:
     def tiles_of(tensors: Mapping[str, Tensor], n: int, k: int, group_size: int) -> Tiles:
         fields = {one.field: tensors[suffix] for suffix, one in words.items()}
@@ -162,5 +167,6 @@ def make_format(
         note=NOTE,
         files=NATIVE_FILES,
         needs_mask=needs_mask,
+        rounds=rounds,
     )
     return fmt

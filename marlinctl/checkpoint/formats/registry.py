@@ -11,7 +11,7 @@ from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from marlinctl.checkpoint.formats import compressed_tensors, dense, gptq, marlin, marlin_24
+from marlinctl.checkpoint.formats import compressed_tensors, dense, gptq, marlin, marlin_24, rounding
 from marlinctl.checkpoint.formats.base import (
     AGAIN,
     PROVENANCE,
@@ -24,7 +24,7 @@ from marlinctl.checkpoint.formats.base import (
     unreadable,
 )  # fmt: skip
 from marlinctl.errors import BadInput, Problem, number_of
-from marlinctl.quantize.scheme import INT4, Grid, Scheme
+from marlinctl.quantize.scheme import INT4, Grid, Rounding, Scheme
 from marlinctl.system.atomic import DTYPE_BYTES
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def detect(config: Mapping[str, Any], tensor_names: Iterable[str]) -> FormatInfo
     try:
         for fmt in FORMATS.values():
             if fmt.detect is not None and method in fmt.methods and (found := fmt.detect(block, names)) is not None:
-                return found
+                return found if fmt.rounds else replace(found, rounding=_noted_rounding(block, found))
     except ValueError as problem:
         raise unreadable(str(problem), "restore quantization_config from the original") from None
     raise unreadable(
@@ -84,6 +84,12 @@ def detect(config: Mapping[str, Any], tensor_names: Iterable[str]) -> FormatInfo
         way_to_sixteen_bits(method)
         or "use compressed-tensors pack-quantized or GPTQ, 4-bit or 8-bit symmetric, or quantize the original 16-bit model",
     )
+
+
+def _noted_rounding(block: Mapping[str, Any], info: FormatInfo) -> dict[str, Rounding]:
+    """For `pack`: what a format without such a key says below our own."""
+    noted = block.get(PROVENANCE)
+    return rounding.read(noted, (layer for layer in info.layers if info.grid(layer) == INT4)) if isinstance(noted, Mapping) else {}
 
 
 def _dense(names: Sequence[str]) -> FormatInfo:
@@ -151,11 +157,14 @@ def quantization_config(
     provenance: Mapping[str, Any] | None = None,  # goes under a key of its own, which clients ignore
     grids: Mapping[str, Grid] | None = None,  # of the layers whose codes are not INT4
     wraps: bool = False,  # the language model is part of a wrapper
+    rounding_of: Mapping[str, Rounding] | None = None,  # the layers whose activations may be rounded; a note where the format has no key
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
     if fmt.config_block is None:
         raise ValueError(f"no config block for format {fmt.name!r}")
-    return fmt.config_block(Chosen(layers, ignore, grids or {}, wraps)) | ({PROVENANCE: dict(provenance)} if provenance else {})
+    chosen = Chosen(layers, ignore, grids or {}, wraps, rounding_of or {})
+    noted = rounding.without(provenance or {}) | ({} if fmt.rounds else rounding.entries(chosen.rounding, layers))
+    return fmt.config_block(chosen) | ({PROVENANCE: noted} if noted else {})
 
 
 def linear_bytes(fmt: Format, n: int, k: int, group_size: int, grid: Grid = INT4) -> int:
@@ -191,10 +200,10 @@ def _place_for(grid: Grid, fmt: Format) -> str:
 
 def losses(info: FormatInfo, fmt: Format) -> list[str]:
     """What a model in this format does otherwise than the one that it is made of, for the person who writes it."""
-    rounding = [layer for layer, grid in info.grids.items() if grid.rounds_activations]
-    if fmt.quantized or not rounding:
+    rounded = [layer for layer in info.layers if info.activations(layer) != "16-bit"]
+    if fmt.rounds or (fmt.quantized and not info.format.rounds) or not rounded:
         return []
-    linears = number_of(len(rounding), "linear has", "linears have")
+    linears = number_of(len(rounded), "linear has", "linears have")
     return [f"{linears} 8-bit activations, and the {fmt.name} folder has 16-bit ones: it is more exact than the model it is made of"]
 
 

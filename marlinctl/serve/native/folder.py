@@ -7,13 +7,14 @@ a weight is read: servers load what they find, and do not miss the rest.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.formats.base import EXPERTS, NATIVE_FILES, Format, FormatInfo, size_text
 from marlinctl.errors import BadInput, Problem
+from marlinctl.quantize.scheme import Rounding
 
 if TYPE_CHECKING:
     from marlinctl.checkpoint.reader import Checkpoint
@@ -31,6 +32,7 @@ class NativeFolder:
     layers: Mapping[str, int]  # packed linear -> group size, -1 for whole rows
     weights: frozenset[str]  # 16-bit linears and embeddings: modules with a weight of their own
     present: frozenset[str]  # modules that have a tensor of any kind
+    rounding: Mapping[str, Rounding] = field(default_factory=dict)  # of packed linears whose activations may be rounded
 
     @property
     def format(self) -> Format:
@@ -45,6 +47,7 @@ class NativeFolder:
             layers=rename_keys(dict(self.layers)),
             weights=frozenset(rename(sorted(self.weights))),
             present=frozenset(rename(sorted(self.present))),
+            rounding=rename_keys(dict(self.rounding)),
         )
 
     def names_of(self, prefix: str, joined: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
@@ -71,6 +74,11 @@ class NativeFolder:
                 raise BadInput("E302", f"the folder has no tensor of {name}", where=name, fix=AGAIN)
         return None
 
+    def rounding_of(self, names: Sequence[str]) -> Rounding:
+        """Of linears that the server joins: as they are where one of them is not to be rounded."""
+        kinds = {self.rounding.get(name, "none") for name in names}
+        return next(iter(kinds)) if len(kinds) == 1 else "none"
+
 
 def format_of(block: Mapping[str, Any]) -> str:
     """The format's name, from quantization_config alone. BadInput E340."""
@@ -92,7 +100,7 @@ def read_folder(model: str, revision: str | None, block: Mapping[str, Any], serv
         _refuse_misfits(checkpoint, info)
         present = frozenset(name.rpartition(".")[0] for name in checkpoint.tensors)
         weights = frozenset(name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight"))
-        return NativeFolder(info.name, server, dict(info.layers), weights, present)
+        return NativeFolder(info.name, server, dict(info.layers), weights, present, dict(info.rounding))
 
 
 def _folder(model: str, revision: str | None) -> Path:

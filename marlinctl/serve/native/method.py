@@ -23,6 +23,7 @@ from marlinctl.errors import BadInput
 from marlinctl.kernels.ops import marlin_gemm, sparse_marlin_gemm
 from marlinctl.kernels.prepare import Multiplied
 from marlinctl.pack.sparse_marlin import check_metadata
+from marlinctl.quantize.scheme import Rounding
 from marlinctl.serve.native import products
 from marlinctl.serve.native.layout import Arrivals, Layout, Part, check_tensor, layout
 from marlinctl.serve.native.refusals import as_refusals
@@ -33,8 +34,9 @@ _ZERO_CODES, _FIRST_TWO = 0x88888888 - (1 << 32), 0x4444  # words of padding: co
 class PackedLinearMethod:
     """Of one module. A server's own method class derives from it and from the server's base class."""
 
-    def __init__(self, fmt: Format, names: Sequence[str], group_size: int) -> None:
+    def __init__(self, fmt: Format, names: Sequence[str], group_size: int, rounding: Rounding = "none") -> None:
         self.format, self.names, self.group_size = fmt, tuple(names), group_size
+        self.more: tuple[str, ...] = () if rounding == "none" else (rounding,)
         self.arrivals = Arrivals(self.names, fmt.suffixes)
 
     def make_parameters(self, layer: torch.nn.Module, place: Layout, dtype: torch.dtype) -> None:
@@ -103,8 +105,8 @@ class PackedLinearMethod:
         weights = [getattr(layer, name) for name in self.operands]
         multiply: Callable[..., Tensor] = sparse_marlin_gemm if self.sparse else marlin_gemm
         if not self.outputs:
-            return multiply(x, *weights, self.out_features, self.product_group, bias, True)
-        out = multiply(x, *weights, self.out_features, self.product_group, None, True)
+            return multiply(x, *weights, self.out_features, self.product_group, bias, True, *self.more)
+        out = multiply(x, *weights, self.out_features, self.product_group, None, True, *self.more)
         out = torch.cat([out[..., first : first + count] for first, count in self.outputs], dim=-1)
         return out if bias is None else out + bias
 

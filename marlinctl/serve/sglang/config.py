@@ -74,7 +74,7 @@ class NativeConfig(ConfigAnswers, QuantizationConfig):
         self.claimed.update(names)
         from marlinctl.serve.sglang.method import MarlinctlLinearMethod
 
-        return MarlinctlLinearMethod(self.folder.format, names, size, self.require_claimed)
+        return MarlinctlLinearMethod(self.folder.format, names, size, self.folder.rounding_of(names), self.require_claimed)
 
     def is_linear_unquantized(self, prefix: str) -> bool:
         """Asked before there are layers, about names that may be of none: nothing is claimed."""

@@ -13,6 +13,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from marlinctl.checkpoint.formats.base import Format
 from marlinctl.errors import BadInput
+from marlinctl.quantize.scheme import Rounding
 from marlinctl.serve.native.folder import INSTEAD
 from marlinctl.serve.native.method import PackedLinearMethod, layout_of
 from marlinctl.serve.native.refusals import as_refusals
@@ -23,9 +24,11 @@ _log = logging.getLogger("sglang.marlinctl")
 class MarlinctlLinearMethod(PackedLinearMethod, LinearMethodBase):
     """Of one module: SGLang asks the config for a new one each time."""
 
-    def __init__(self, fmt: Format, names: Sequence[str], group_size: int, require_claimed: Callable[[bool], None]) -> None:
+    def __init__(
+        self, fmt: Format, names: Sequence[str], group_size: int, rounding: Rounding, require_claimed: Callable[[bool], None]
+    ) -> None:
         """require_claimed: of the config (config.py), asked when the model is loaded."""
-        super().__init__(fmt, names, group_size)
+        super().__init__(fmt, names, group_size, rounding)
         self.require_claimed = require_claimed
 
     def create_weights(

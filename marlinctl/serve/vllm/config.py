@@ -65,4 +65,4 @@ class NativeConfig(ConfigAnswers, QuantizationConfig):
             return UnquantizedLinearMethod() if is_linear else None
         from marlinctl.serve.vllm.method import MarlinctlLinearMethod
 
-        return MarlinctlLinearMethod(self.folder.format, names, size)
+        return MarlinctlLinearMethod(self.folder.format, names, size, self.folder.rounding_of(names))

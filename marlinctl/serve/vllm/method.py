@@ -41,7 +41,8 @@ class MarlinctlLinearMethod(PackedLinearMethod, LinearMethodBase):
         self.make_parameters(layer, place, params_dtype)
         config = get_current_vllm_config_or_none()
         self.load_format = "" if config is None else str(config.load_config.load_format)
-        cache_key.note(f"{', '.join(self.names)}: {self.format.name} [{self.out_features}, {place.inputs}] {self.product_group}")
+        shape = f"[{self.out_features}, {place.inputs}] {self.product_group}"
+        cache_key.note(" ".join((f"{', '.join(self.names)}: {self.format.name}", shape, *self.more)))
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         if self.load_format == DUMMY:

@@ -144,7 +144,7 @@ def test_formats_are_told_apart(block: Any, names: list[str], name: str, variant
         (gptq_block(group_size=0), GPTQ_NAMES, "E340", "group_size"),
         (gptq_block(dynamic={".*": {"bits": 3}}), GPTQ_NAMES, "E340", LAYER),
         (gptq_block(dynamic={f"+:.*{i}": {} for i in range(5001)}), GPTQ_NAMES, "E340", "more than 5,000 regular expressions"),
-        ({**MARLIN, "format_version": 2}, MARLIN_NAMES, "E340", "update marlinctl"),
+        ({**MARLIN, "format_version": 3}, MARLIN_NAMES, "E340", "update marlinctl"),
         ({**MARLIN, "format_version": "1"}, MARLIN_NAMES, "E340", "format_version"),
         ({**MARLIN, "format": "marlin_48"}, MARLIN_NAMES, "E340", "marlin_48"),
     ],

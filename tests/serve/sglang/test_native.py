@@ -159,7 +159,7 @@ def test_weights_may_be_loaded_again(sglang: Sglang, tmp_path: Path) -> None:
     [
         (drop(f"{LAYER}mlp.up_proj.s"), r"E302.*mlp\.up_proj\.s is missing"),
         (replace(f"{LAYER}mlp.up_proj.s", lambda scales: scales.float()), r"E302.*mlp\.up_proj\.s is F32"),
-        (newer, r"E340.*format_version 2; this marlinctl reads up to 1.*fix: update marlinctl"),
+        (newer, r"E340.*format_version 3; this marlinctl reads up to 2.*fix: update marlinctl"),
         (with_model_files, r"E301.*other weights too, model\.safetensors, and SGLang would load both"),
         (
             lambda folder: shutil.copy(folder.parent / "dense" / "model.safetensors", folder / "marlinctl_mask.safetensors"),

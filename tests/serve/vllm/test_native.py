@@ -246,7 +246,7 @@ def replace(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], N
 
 def newer(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 2
+    config["quantization_config"]["format_version"] = 3
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -261,7 +261,7 @@ def with_model_files(folder: Path) -> None:
         (drop(f"{LAYER}mlp.up_proj.B"), r"E302.*mlp\.up_proj\.B is missing"),
         (replace(f"{LAYER}mlp.up_proj.B", lambda words: words[:-1]), r"E302.*mlp\.up_proj\.B is I32 \[7, 512\], expected I32 \[8, 512\]"),
         (replace(f"{LAYER}mlp.up_proj.s", lambda scales: scales.float()), r"E302.*mlp\.up_proj\.s is F32"),
-        (newer, r"E340.*format_version 2; this marlinctl reads up to 1.*fix: update marlinctl"),
+        (newer, r"E340.*format_version 3; this marlinctl reads up to 2.*fix: update marlinctl"),
         (with_model_files, r"E301.*other weights too, model\.safetensors, and vLLM would load both"),
         (lambda folder: next(iter(sorted(folder.glob("marlin*.safetensors")))).unlink(), "E301"),
     ],
