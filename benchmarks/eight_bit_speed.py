@@ -1,12 +1,12 @@
 """8-bit activations: every configuration of the kernel for int8, checked and timed, beside 16-bit products and torch's fp8.
 
-    PYTHONPATH=. python benchmarks/eight_bit_speed.py --shapes 73728x18432 --tokens 64,128,256 [--json FILE] [--all]
+    PYTHONPATH=. python benchmarks/eight_bit_speed.py --shapes 73728x18432 --tokens 64,128,256 [--json FILE] [--table]
 
-On Hopper. Each product is checked against float64 of the same 8-bit activations and 4-bit weights, and then timed
-as `marlinctl bench` does: CUDA graphs, cold weights, candidates in turns, medians (marlinctl/benchmarking/timing.py). Times of `a8` are of the
-product alone, with it of rounding and product where "rounded" is behind the name. --all also times configurations that no table uses.
---table prints the rows of kernels/dispatch.json: of each shape and M the fastest with rounding, or 16-bit activations where they are
-faster, by one scale a token.
+On Hopper. Each product is checked against float64 of the same 8-bit activations and 4-bit weights, and then timed as `marlinctl bench`
+does: CUDA graphs, cold weights, candidates in turns, medians (marlinctl/benchmarking/timing.py). "tokens": one scale for each token;
+"groups": one for each 128 of K. Times are of the product alone, or where "rounded" follows of rounding and product, as a model calls it.
+--table prints the rows of kernels/dispatch.json: of each shape and M the fastest with rounding and one scale a token, or 16-bit
+activations where they are faster; nothing else is timed then.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -27,183 +29,153 @@ from marlinctl.benchmarking.gpu import Gpu
 from marlinctl.benchmarking.timing import Candidate, Sample, copies_for, take_turns
 from marlinctl.benchmarking.weights import packed_bytes, random_packed
 from marlinctl.kernels import jit
-from marlinctl.kernels.activations import RoundedActivations, in_column_order, round_activations_for_tiles
-from marlinctl.kernels.configurations import A8_SM90, ACTIVATION_GROUP, Configuration, group_shift
+from marlinctl.kernels.activations import RoundedActivations, round_activations_for_tiles
+from marlinctl.kernels.configurations import A8_SM90, Configuration, Sharing, group_shift
 from marlinctl.kernels.dispatch import SIXTEEN_BIT, Choice
 from marlinctl.kernels.launch import LoadedKernel, load, multiply
 from marlinctl.kernels.ops import marlin_gemm
-from marlinctl.kernels.reference import dequantize
+from marlinctl.kernels.reference import gemm_rounded
 from marlinctl.kernels.rounding import round_on_gpu
 from marlinctl.pack.types import PackedLinear
+from marlinctl.quantize.scheme import ACTIVATION_GROUP
 
 GROUP_SIZE = 128
-CHECKED = 256  # outputs
 MOST_ERROR = 5e-3
-
-
-def experiments() -> tuple[Configuration, ...]:
-    """The table's, and what they are compared with."""
-    found = dict.fromkeys(A8_SM90)
-    for c in A8_SM90:
-        found[replace(c, ordered=0)] = None
-        found[replace(c, batch=3 - c.batch)] = None
-        if c.tokens <= 128:
-            found[replace(c, k_step=256, stages=max(2, c.stages // 2))] = None
-    return tuple(found)
-
-
-def name_of(c: Configuration) -> str:
-    return f"{c.name}b{c.batch}s{c.split}"
+CHECKED_TOKENS = (1, 37, 131, 300)
+KINDS = {"tokens": None, "groups": ACTIVATION_GROUP}
 
 
 @dataclass(frozen=True)
-class Wanted:
-    configuration: Configuration
-    token_groups: bool
+class Product:
+    kernel: LoadedKernel
+    kind: str  # of KINDS
+    sharing: Sharing
+
+    @property
+    def name(self) -> str:
+        return f"a8 {Choice(self.kernel.configuration, 1, self.sharing).name} {self.kind}"
+
+    def of(self, p: PackedLinear, rounded: RoundedActivations, out: Tensor) -> Tensor:
+        grid = self.kernel.grid(out.shape[0], p.out_features, p.in_features, 1, self.sharing)
+        shift, weights = group_shift(p.group_size, p.in_features), (p.qweight, rounded.scales)
+        multiply(self.kernel, rounded.codes, weights, p.scales, None, out, shift, grid, None, overlap=True)
+        return out
+
+    def rounding_too(self, x: Tensor, p: PackedLinear, out: Tensor) -> Tensor:
+        return self.of(p, round_on_gpu(x, KINDS[self.kind], overlap=True), out)
 
 
-def loaded(wanted: list[Wanted], device: torch.device, folder: Path, shift: int) -> dict[Wanted, LoadedKernel]:
-    started = time.perf_counter()
+def loaded(device: torch.device) -> list[Product]:
+    folder, started = jit.default_folder(), time.perf_counter()
+    wanted = [(c, kind) for c in A8_SM90 for kind in KINDS]
 
-    def one(w: Wanted) -> LoadedKernel | Exception:
-        try:
-            jit.cubin(
-                f"{w.configuration.kernel}.cu", w.configuration.defines(torch.float16, shift, w.token_groups), "sm_90a", folder, jit.SOURCES
-            )
-        except jit.CompilationFailed as error:  # of one experiment
-            return error
-        return load(w.configuration, torch.float16, device, folder, shift, w.token_groups)
+    def one(wanted: tuple[Configuration, str]) -> LoadedKernel:
+        return load(wanted[0], torch.float16, device, folder, 3, KINDS[wanted[1]] is not None)
 
     with ThreadPoolExecutor(12) as pool:
-        kernels = dict(zip(wanted, pool.map(one, wanted), strict=True))
-    for w, kernel in kernels.items():
-        if isinstance(kernel, Exception):
-            print(f"- {name_of(w.configuration)}: {str(kernel)[:300]}")
-    good = {w: kernel for w, kernel in kernels.items() if not isinstance(kernel, Exception)}
-    print(f"{len(good)} kernels in {time.perf_counter() - started:.1f} s", flush=True)
-    for w, kernel in good.items():
-        if kernel.local_bytes:
-            print(f"- {name_of(w.configuration)} groups {w.token_groups}: {kernel.local_bytes} bytes spilled")
-    return good
+        kernels = list(pool.map(one, wanted))
+    print(f"{len(kernels)} kernels in {time.perf_counter() - started:.1f} s", flush=True)
+    return [Product(kernel, kind, sharing) for kernel, (c, kind) in zip(kernels, wanted, strict=True) for sharing in c.sharings]
 
 
-def plain(p: PackedLinear, rounded: RoundedActivations) -> Tensor:
-    """[M, N] float64, of the 8-bit activations and the 4-bit weights."""
-    codes = in_column_order(rounded.codes, p.in_features).double()
-    scales = rounded.scales.T[: len(codes)].double()
-    if scales.shape[1] > 1:
-        scales = scales.repeat_interleave(ACTIVATION_GROUP, 1)[:, : codes.shape[1]]
-    return (codes * scales) @ dequantize(p).double().T
+def packed(shape: Shape, generator: torch.Generator) -> PackedLinear:
+    return cast(PackedLinear, random_packed("dense", shape, generator))
 
 
-def product(kernel: LoadedKernel, p: PackedLinear, rounded: RoundedActivations, out: Tensor, sharing: str, overlap: bool = False) -> Tensor:
-    grid = kernel.grid(out.shape[0], p.out_features, p.in_features, 1, sharing)  # type: ignore[arg-type]
-    shift = group_shift(p.group_size, p.in_features)
-    multiply(kernel, rounded.codes, (p.qweight, rounded.scales), p.scales, None, out, shift, grid, None, overlap)
-    return out
-
-
-def check(kernels: dict[Wanted, LoadedKernel], gpu: Gpu, shape: tuple[int, int]) -> set[Wanted]:
-    """Those that are right for odd numbers of tokens, in every way of sharing."""
-    n, k = shape
-    p = random_packed("dense", Shape(n, k, GROUP_SIZE), gpu.generator(1))
-    good: set[Wanted] = set(kernels)
-    for m in (1, 37, 131, 300):
-        x = torch.randn(m, k, device=gpu.device, dtype=torch.float16, generator=gpu.generator(m)) + 0.1
-        for group in (None, ACTIVATION_GROUP):
+def check(products: list[Product], gpu: Gpu, shape: Shape) -> None:
+    """Relative error of every product, for odd numbers of tokens. SystemExit where one is above MOST_ERROR."""
+    p, worst = packed(shape, gpu.generator(1)), 0.0
+    for m in CHECKED_TOKENS:
+        x = torch.randn(m, shape.k, device=gpu.device, dtype=torch.float16, generator=gpu.generator(m)) + 0.1
+        for kind, group in KINDS.items():
             rounded = round_activations_for_tiles(x, group)
-            expected = plain(p, rounded)
-            for w, kernel in kernels.items():
-                if w.token_groups != (group is not None) or w not in good:
-                    continue
-                for sharing in kernel.configuration.sharings:
-                    out = torch.full((m, n), torch.nan, dtype=torch.float16, device=gpu.device)
-                    product(kernel, p, rounded, out, sharing)
+            assert all(torch.equal(a, b) for a, b in zip(vars_of(rounded), vars_of(round_on_gpu(x, group)), strict=True))
+            expected = gemm_rounded(x, p, group).double()
+            for product in products:
+                if product.kind == kind:
+                    out = product.of(p, rounded, torch.full((m, shape.n), torch.nan, dtype=torch.float16, device=gpu.device))
                     error = float((out.double() - expected).norm() / expected.norm())
+                    worst = max(worst, error)
                     if not error <= MOST_ERROR:
-                        print(f"- WRONG {name_of(w.configuration)} groups {w.token_groups} {sharing} M={m}: {error:.2e}", flush=True)
-                        good.discard(w)
-                        break
-    print(f"{len(good)} of {len(kernels)} kernels are right", flush=True)
-    return good
+                        raise SystemExit(f"{product.name}, M={m}: relative error {error:.2e}")
+    print(f"{len(products)} products are right, relative error at most {worst:.1e} (float16 output)\n", flush=True)
 
 
-def times(gpu: Gpu, kernels: dict[Wanted, LoadedKernel], shape: tuple[int, int], m: int, replays: int) -> dict[str, Sample]:
-    n, k = shape
-    generator = gpu.generator(0)
-    copies = copies_for(packed_bytes("dense", Shape(n, k, GROUP_SIZE)), gpu.l2_bytes)
-    weights = [random_packed("dense", Shape(n, k, GROUP_SIZE), generator) for _ in range(copies)]
-    x = torch.randn(m, k, device=gpu.device, dtype=torch.float16, generator=generator)
+def vars_of(rounded: RoundedActivations) -> tuple[Tensor, Tensor]:
+    return rounded.codes, rounded.scales
+
+
+def times(gpu: Gpu, products: list[Product], shape: Shape, m: int, replays: int, only_rounded: bool) -> dict[str, Sample]:
+    generator, n = gpu.generator(0), shape.n
+    copies = copies_for(packed_bytes("dense", shape), gpu.l2_bytes)
+    weights = [packed(shape, generator) for _ in range(copies)]
+    x = torch.randn(m, shape.k, device=gpu.device, dtype=torch.float16, generator=generator)
     out = torch.empty(m, n, device=gpu.device, dtype=torch.float16)
+    rounded = {kind: round_activations_for_tiles(x, group) for kind, group in KINDS.items()}
     candidates: dict[str, Candidate] = {}
-    for w, kernel in kernels.items():
-        c = kernel.configuration
-        if c.tokens > max(2 * m, 16) or c.tokens * 4 < min(m, 256) or (m >= 512 and c.tokens < 128):
+    known = set()
+    for product in products:
+        c, grid = product.kernel.configuration, product.kernel.grid(m, n, shape.k, 1, product.sharing)
+        if c.tokens > max(2 * m, 32) or 4 * c.tokens < min(m, 256) or (m >= 512 and c.tokens < 128) or (product.kernel, grid) in known:
             continue
-        group = ACTIVATION_GROUP if w.token_groups else None
-        rounded = round_activations_for_tiles(x, group)
-        known = set()
-        for sharing in c.sharings:
-            grid = kernel.grid(m, n, k, 1, sharing)
-            if grid in known:
-                continue
-            known.add(grid)
+        known.add((product.kernel, grid))
 
-            def call(i: int, kernel: LoadedKernel = kernel, rounded: RoundedActivations = rounded, sharing: str = sharing) -> object:
-                return product(kernel, weights[i % copies], rounded, out, sharing, overlap=True)
+        def alone(product: Product, i: int) -> object:
+            return product.of(weights[i % copies], rounded[product.kind], out)
 
-            def rounding_too(i: int, kernel: LoadedKernel = kernel, group: int | None = group, sharing: str = sharing) -> object:
-                return product(kernel, weights[i % copies], round_on_gpu(x, group, True), out, sharing, overlap=True)
+        def both(product: Product, i: int) -> object:
+            return product.rounding_too(x, weights[i % copies], out)
 
-            kind = "groups" if group else "tokens"
-            name = f"a8 {Choice(c, 1, sharing).name} {kind}"  # type: ignore[arg-type]
-            candidates[name] = Candidate(call, copies, kind)
-            candidates[f"{name} rounded"] = Candidate(rounding_too, copies, f"{kind} rounded")
-    for group in (None, ACTIVATION_GROUP):
-        candidates[f"rounding alone, {'groups' if group else 'tokens'}"] = Candidate(lambda i, group=group: round_on_gpu(x, group, True), 1)
-    candidates["w4a16"] = Candidate(
-        lambda i: marlin_gemm(x, weights[i % copies].qweight, weights[i % copies].scales, n, GROUP_SIZE, None, True), copies
-    )
-    dense = torch.randn(n, k, device=gpu.device, dtype=torch.float16, generator=generator)
-    candidates["torch float16"] = Candidate(lambda i: torch.matmul(x, dense.T, out=out), 1)
+        if not only_rounded:
+            candidates[product.name] = Candidate(partial(alone, product), copies, product.kind)
+        elif product.kind != "tokens":
+            continue
+        candidates[f"{product.name} rounded"] = Candidate(partial(both, product), copies, f"{product.kind} rounded")
+
+    def sixteen_bit(i: int) -> object:
+        p = weights[i % copies]
+        return marlin_gemm(x, p.qweight, p.scales, n, GROUP_SIZE, None, True)
+
+    def rounding(group: int | None, i: int) -> object:
+        return round_on_gpu(x, group, overlap=True)
+
+    candidates["w4a16"] = Candidate(sixteen_bit, copies)
+    candidates |= {f"rounding alone, {kind}": Candidate(partial(rounding, group), 1) for kind, group in KINDS.items()}
+    dense = torch.randn(n, shape.k, device=gpu.device, dtype=torch.float16, generator=generator)
     x8, w8 = x.to(torch.float8_e4m3fn), dense.to(torch.float8_e4m3fn)
-    sx, sw = torch.ones(m, 1, device=gpu.device), torch.ones(1, n, device=gpu.device)
-    candidates["torch fp8"] = Candidate(lambda i: torch._scaled_mm(x8, w8.T, sx, sw, out_dtype=torch.bfloat16), 1)
+    ones = torch.ones(m, 1, device=gpu.device), torch.ones(1, n, device=gpu.device)
+    candidates["torch float16"] = Candidate(lambda i: torch.matmul(x, dense.T, out=out), 1)
+    candidates["torch fp8"] = Candidate(lambda i: torch._scaled_mm(x8, w8.T, *ones, out_dtype=torch.bfloat16), 1)
     return take_turns(gpu, candidates, replays=replays)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="73728x18432")
-    parser.add_argument("--tokens", default="64,128,256")
-    parser.add_argument("--check", default="768x1408")
-    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--shapes", default="73728x18432", help="N x K, with commas")
+    parser.add_argument("--tokens", default="64,128,256", help="M, with commas")
     parser.add_argument("--replays", type=int, default=10)
-    parser.add_argument("--top", type=int, default=8)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--top", type=int, default=2, help="of each kind, how many are printed")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    gpu, folder = Gpu(0), jit.default_folder()
+    gpu = Gpu(0)
     document: dict[str, dict[str, float]] = {}
-    rows: list[list[int | str]] = []
+    rows: list[tuple[int, int, int, str]] = []
     with gpu.current():
-        wanted = [Wanted(c, groups) for c in (experiments() if given.all else A8_SM90) for groups in (False, True)]
-        kernels = loaded(wanted, gpu.device, folder, 3)
-        good = check(kernels, gpu, _shape(given.check))
-        kernels = {w: kernel for w, kernel in kernels.items() if w in good}
-        print(f"\n{gpu.name}, driver {gpu.driver}; microseconds, median of {given.replays}\n")
-        for shape in map(_shape, given.shapes.split(",")):
+        products = loaded(gpu.device)
+        check(products, gpu, Shape(768, 1408, GROUP_SIZE))
+        print(f"{gpu.name}, driver {gpu.driver}; microseconds, median of {given.replays}\n")
+        for n, k in (map(int, text.split("x")) for text in given.shapes.split(",")):
             for m in map(int, given.tokens.split(",")):
-                found = times(gpu, kernels, shape, m, given.replays)
-                print(f"N={shape[0]} K={shape[1]} M={m}")
+                found = times(gpu, products, Shape(n, k, GROUP_SIZE), m, given.replays, given.table)
+                print(f"N={n} K={k} M={m}")
                 for name, sample in _first(found, given.top):
-                    tera = 2 * shape[0] * shape[1] * m / sample.median / 1e6
-                    print(f"  {sample.median:9.1f}  {tera:7.0f} TFLOP/s  {name}", flush=True)
-                document[f"{shape[0]}x{shape[1]}x{m}"] = {name: sample.median for name, sample in found.items()}
-                rows.append([m, *shape, _best(found)])
+                    print(f"  {sample.median:9.1f}  {2 * n * k * m / sample.median / 1e6:7.0f} TFLOP/s  {name}", flush=True)
+                document[f"{n}x{k}x{m}"] = {name: sample.median for name, sample in found.items()}
+                rows.append((n, k, m, _best(found)))
                 gpu.free()
-    for row in sorted(rows, key=lambda row: (row[1], row[2], row[0])) if given.table else ():
-        print(f"     {json.dumps(row)},")
+    for n, k, m, choice in sorted(rows) if given.table else ():
+        print(f"     {json.dumps([m, n, k, choice])},")
     if given.json:
         given.json.write_text(json.dumps(document, indent=1))
 
@@ -220,13 +192,8 @@ def _first(found: dict[str, Sample], top: int) -> Iterator[tuple[str, Sample]]:
     """The baselines, and the fastest `top` of either kind of scales, with and without rounding."""
     rows = sorted(found.items(), key=lambda item: item[1].median)
     yield from (row for row in rows if not row[0].startswith("a8"))
-    for kind in (" tokens", " groups", " tokens rounded", " groups rounded"):
-        yield from [row for row in rows if row[0].startswith("a8") and row[0].endswith(kind)][:top]
-
-
-def _shape(text: str) -> tuple[int, int]:
-    n, k = map(int, text.split("x"))
-    return n, k
+    for end in (*KINDS, *(f"{kind} rounded" for kind in KINDS)):
+        yield from [row for row in rows if row[0].startswith("a8") and row[0].endswith(end)][:top]
 
 
 if __name__ == "__main__":

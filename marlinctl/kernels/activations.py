@@ -22,8 +22,8 @@ from torch.nn.functional import pad
 from marlinctl.pack.tile import activation_column, activation_place
 from marlinctl.pack.types import padded
 from marlinctl.quantize.activations import rounded
+from marlinctl.quantize.scheme import ACTIVATION_GROUP
 
-GROUP = 128  # of K, where a token has several scales
 SCALES_IN_16_BYTES = 4  # M' is a multiple of it
 
 
@@ -49,8 +49,8 @@ def round_activations_for_tiles(x: Tensor, group: int | None) -> RoundedActivati
 
 
 def check_group(group: int | None) -> None:
-    if group not in (None, GROUP):
-        raise ValueError(f"activations are rounded for each token (None) or each {GROUP} of its K, not for each {group}")
+    if group not in (None, ACTIVATION_GROUP):
+        raise ValueError(f"activations are rounded for each token (None) or each {ACTIVATION_GROUP} of its K, not for each {group}")
 
 
 def in_tile_order(codes: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from marlinctl.quantize.scheme import ACTIVATION_GROUP
+
 Sharing = Literal["striped", "even", "mixed", "cluster"]
 SHARINGS: tuple[Sharing, ...] = get_args(Sharing)
 SHARED_BYTES = {  # of a CTA, at most: CUDA C++ Programming Guide, compute capabilities
@@ -37,7 +39,6 @@ SHARED_BYTES = {  # of a CTA, at most: CUDA C++ Programming Guide, compute capab
 }
 NUMBERS = {torch.float16: "Half", torch.bfloat16: "BFloat"}  # the structs of csrc/dequantize.cuh
 GROUP_SIZES = (32, 64, 128)  # and channel-wise
-ACTIVATION_GROUP = 128  # K, of 8-bit activations that share a scale, where not all of a token do
 LARGEST_CLUSTER = 8  # CTAs: what every GPU with clusters starts
 LEAST_BUSY = 0.7  # of the CTAs that there is room for: 96 of 132 were faster than 132 that share unevenly (6144 x 4096, H200)
 

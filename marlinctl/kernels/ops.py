@@ -34,6 +34,7 @@ from marlinctl.kernels.configurations import NUMBERS, Grid, group_shift
 from marlinctl.kernels.functions import Function, architecture_of
 from marlinctl.kernels.launch import ALIGNMENT, LoadedKernel, load, load_unpack, multiply, unpack
 from marlinctl.kernels.reference import dequantize, dequantize_sparse, gemm
+from marlinctl.kernels.rounding import round_on_gpu
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear, padded
 from marlinctl.quantize.activations import group_of, nearest
 from marlinctl.quantize.scheme import Rounding
@@ -80,7 +81,7 @@ def _on_gpu(p: Product) -> Tensor:
     if m == 0:
         return activations.new_empty(p.out_shape)
     shift = group_shift(k if p.group_size == -1 else p.group_size, k)
-    route = _route(device.index, dtype, p.sparse, m, n_rows, k_rows, shift)
+    route = _route(device.index, dtype, p.sparse, m, n_rows, k_rows, shift, p.rounding)
     if route is None:
         weight = unpack(_unpack(p.sparse, dtype, device.index), weights, scales, dtype, n, k_rows, shift)
         return linear(x, weight[:, :k], bias).view(p.out_shape)
@@ -92,6 +93,9 @@ def _on_gpu(p: Product) -> Tensor:
         bias = pad(bias, (0, n_rows - n)).contiguous()
     kernel, grid = route
     out = torch.empty(m, n_rows, dtype=dtype, device=device)
+    if kernel.configuration.int8:
+        rounded = round_on_gpu(x, group_of(p.rounding), p.overlap)
+        x, weights = rounded.codes, (*weights, rounded.scales)
     multiply(kernel, x, weights, scales, bias, out, shift, grid, overlap=p.overlap)
     if n_rows != n:
         out = out[:, :n].contiguous()
@@ -110,13 +114,16 @@ def decode(p: PackedLinear | PackedSparseLinear, dtype: torch.dtype) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _route(index: int, dtype: torch.dtype, sparse: bool, m: int, n: int, k: int, shift: int) -> tuple[LoadedKernel, Grid] | None:
+def _route(
+    index: int, dtype: torch.dtype, sparse: bool, m: int, n: int, k: int, shift: int, rounding: Rounding
+) -> tuple[LoadedKernel, Grid] | None:
     """The kernel for a product and its grid; None: dequantize."""
     device = torch.device("cuda", index)
-    choice = dispatch.choose(architecture_of(device), sparse, m, n, k)
+    choice = dispatch.choose(architecture_of(device), sparse, m, n, k, rounding != "none")
     if choice is None:
         return None
-    kernel = load(choice.configuration, dtype, device, jit.default_folder(), shift)
+    groups = choice.configuration.int8 and group_of(rounding) is not None
+    kernel = load(choice.configuration, dtype, device, jit.default_folder(), shift, groups)
     return kernel, kernel.grid(m, n, k, min(choice.per_multiprocessor, kernel.resident), choice.sharing)
 
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from marlinctl.kernels import jit
-from marlinctl.kernels.activations import GROUP, SCALES_IN_16_BYTES, RoundedActivations, check_group
+from marlinctl.kernels.activations import SCALES_IN_16_BYTES, RoundedActivations, check_group
 from marlinctl.kernels.configurations import NUMBERS
 from marlinctl.kernels.functions import Arguments, Function, checked_architecture, enqueue, load_function
 from marlinctl.pack.types import padded
+from marlinctl.quantize.scheme import ACTIVATION_GROUP
 
 ROW = 8  # numbers in 16 bytes: K is a multiple of it
 ALIGNMENT = 16  # bytes, of x
@@ -39,8 +40,8 @@ def round_on_gpu(x: Tensor, group: int | None, overlap: bool = False) -> Rounded
     if x.ndim != 2 or x.dtype not in NUMBERS or not x.is_contiguous() or x.shape[1] % ROW or x.numel() == 0 or x.data_ptr() % ALIGNMENT:
         what = f"{x.dtype} {list(x.shape)} at {x.data_ptr() % ALIGNMENT} bytes beyond a multiple of {ALIGNMENT}, strides {x.stride()}"
         raise ValueError(f"activations must be [M, K] float16 or bfloat16, contiguous, aligned, K a multiple of {ROW}, got {what}")
-    if x.shape[0] * -(-x.shape[1] // GROUP) > MOST_UNITS:
-        raise ValueError(f"activations {list(x.shape)} are more than {MOST_UNITS} groups of {GROUP}")
+    if x.shape[0] * -(-x.shape[1] // ACTIVATION_GROUP) > MOST_UNITS:
+        raise ValueError(f"activations {list(x.shape)} are more than {MOST_UNITS} groups of {ACTIVATION_GROUP}")
     if torch.cuda.current_device() != x.device.index:
         with torch.cuda.device(x.device):
             return round_on_gpu(x, group, overlap)
@@ -50,10 +51,10 @@ def round_on_gpu(x: Tensor, group: int | None, overlap: bool = False) -> Rounded
 def launch(function: Function, x: Tensor, group: int | None, overlap: bool) -> RoundedActivations:
     """round_on_gpu without its checks, with the function for this type, K and group."""
     m, k = x.shape
-    groups = 1 if group is None else -(-k // GROUP)
+    groups = 1 if group is None else -(-k // ACTIVATION_GROUP)
     codes = torch.empty(m, padded(k), dtype=torch.int8, device=x.device)
     scales = torch.empty(groups, -(-m // SCALES_IN_16_BYTES) * SCALES_IN_16_BYTES, dtype=torch.float32, device=x.device)
-    ctas = m if group is None else -(-m * groups * (GROUP // PIECE) // (GROUP_THREADS * GROUP_PIECES))
+    ctas = m if group is None else -(-m * groups * (ACTIVATION_GROUP // PIECE) // (GROUP_THREADS * GROUP_PIECES))
     arguments = _mine.arguments
     arguments.pack(x.data_ptr(), codes.data_ptr(), scales.data_ptr(), m, k)
     stream = torch.cuda.current_stream(x.device).cuda_stream
@@ -79,6 +80,11 @@ def defines(dtype: torch.dtype, k: int, group: int | None) -> tuple[str, ...]:
         f"PIECES={pieces}",
         f"SHARED_BYTES={SHARED_BYTES}",
     )
+
+
+def prepare_rounding(device: torch.device, dtype: torch.dtype, k: int, group: int | None) -> None:
+    """Compiles and loads what round_on_gpu needs for activations [.., K]. Raises what functions.load_function raises."""
+    _loaded(torch.cuda.current_device() if device.index is None else device.index, dtype, k, group)
 
 
 @lru_cache(maxsize=1024)

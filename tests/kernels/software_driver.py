@@ -111,7 +111,7 @@ class SoftwareDriver:
         return (Status.CUDA_SUCCESS,)
 
     cuuint32_t = cuuint64_t = int
-    CUtensorMapDataType = SimpleNamespace(CU_TENSOR_MAP_DATA_TYPE_UINT16="uint16")
+    CUtensorMapDataType = SimpleNamespace(CU_TENSOR_MAP_DATA_TYPE_UINT16="uint16", CU_TENSOR_MAP_DATA_TYPE_UINT8="uint8")
     CUtensorMapInterleave = SimpleNamespace(CU_TENSOR_MAP_INTERLEAVE_NONE="none")
     CUtensorMapSwizzle = SimpleNamespace(CU_TENSOR_MAP_SWIZZLE_128B="128 bytes")
     CUtensorMapL2promotion = SimpleNamespace(CU_TENSOR_MAP_L2_PROMOTION_L2_128B="128 bytes")
@@ -121,10 +121,11 @@ class SoftwareDriver:
         self, kind: str, rank: int, address: int, sizes: list[int], strides: list[int], box: list[int], steps: list[int], *how: str
     ) -> tuple[Status, SimpleNamespace]:
         """Not the driver's 128 bytes, but what launches are looked at for: address, K, M, tokens of a box."""
-        assert (kind, rank, steps, how) == ("uint16", 2, [1, 1], ("none", "128 bytes", "128 bytes", "zeros"))
+        assert (rank, steps, how) == (2, [1, 1], ("none", "128 bytes", "128 bytes", "zeros"))
+        size = {"uint16": 2, "uint8": 1}[kind]
         assert self.bound, "the driver may want a context"
         k, m = sizes
-        assert strides == [2 * k] and box[0] == 64 and box[1] <= 256 and address % 16 == 0 and strides[0] % 16 == 0
+        assert strides == [size * k] and box[0] == 128 // size and box[1] <= 256 and address % 16 == 0 and strides[0] % 16 == 0
         made = (ctypes.c_uint64 * 4)(address, k, m, box[1])
         self.maps += 1
         return Status.CUDA_SUCCESS, SimpleNamespace(getPtr=lambda: ctypes.addressof(made), made=made)
@@ -177,14 +178,18 @@ def software_kernel(
     multiprocessors: int = 3,
     overlaps: bool = False,
     shift: int | None = None,
+    token_groups: bool = False,
 ) -> LoadedKernel:
     """A loaded kernel. Without a folder to build it in, its launches are told and nothing is computed."""
-    library = None if folder is None else library_of(configuration, dtype, folder / f"{configuration.name}-{str(dtype)[6:]}")
+    where = None if folder is None else folder / f"{configuration.name}-{str(dtype)[6:]}-{shift}-{token_groups}"
+    library = (
+        None if where is None else library_of(configuration, dtype, where, shift=3 if shift is None else shift, token_groups=token_groups)
+    )
     tokens = configuration.tokens if configuration.wgmma else 0  # of a box of activations
-    handle = SimpleNamespace(library=library, names=SPARSE if configuration.sparse else DENSE, tokens=tokens)
+    handle = SimpleNamespace(library=library, names=SPARSE if configuration.sparse or configuration.int8 else DENSE, tokens=tokens)
     sizes = (configuration.threads, configuration.shared_bytes, resident)
     function = Function(handle, "context", DEVICE, *sizes, registers=0, local_bytes=0, overlaps=overlaps)
-    return LoadedKernel(configuration, dtype, function, multiprocessors, Path("cache"), shift)
+    return LoadedKernel(configuration, dtype, function, multiprocessors, Path("cache"), shift, token_groups)
 
 
 def software_repack(folder: Path, edit: Callable[[str], str] = lambda source: source) -> Function:

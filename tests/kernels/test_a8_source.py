@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from marlinctl.kernels.configurations import A8_SM90, ACTIVATION_GROUP, Configuration
+from marlinctl.kernels.configurations import A8_SM90, Configuration
 from marlinctl.kernels.reference import gemm_rounded
+from marlinctl.quantize.scheme import ACTIVATION_GROUP
 from tests.kernels.software_kernel import Launch, build, random_packed
 from tests.kernels.test_marlin_source import CASES, EPSILON
 

@@ -61,7 +61,7 @@ def test_every_architecture_has_a_choice_that_fits(architecture: str, sparse: bo
     """If this failed, a GPU without measurements would have no kernel, or one that it cannot start."""
     for m in (1, 8, 9, 16, 17, 32, 33, 64, 65, 100000):
         choice = reasoned(architecture, dispatch.KINDS[sparse]).choose(m, 4096, 11008)
-        assert choice.configuration.fits(architecture) and choice.configuration.sparse == sparse
+        assert choice is not None and choice.configuration.fits(architecture) and choice.configuration.sparse == sparse
         assert choice.configuration.tokens >= min(m, 64)
         assert choice.per_multiprocessor == choice.configuration.ctas
 
@@ -125,7 +125,8 @@ def test_measurements_become_a_table(tmp_path: Path) -> None:
     assert table["dequantize_from"] == 512, "reasoned where it was not measured"
     path = tmp_path / "table.json"
     path.write_text(text_of({"schema_version": 2, "architectures": {"sm_80": {"dense": table}}}))
-    assert read(path)["sm_80", "dense"].choose(64, 64, 128).configuration == DENSE[4]
+    choice = read(path)["sm_80", "dense"].choose(64, 64, 128)
+    assert choice is not None and choice.configuration == DENSE[4]
     assert path.read_text().count("\n") < 30
 
 

@@ -124,7 +124,7 @@ def test_group_sizes_that_are_compiled_in(driver: SoftwareDriver, monkeypatch: p
     """If this failed, a kernel that is compiled for groups of 128 would multiply weights in groups of 32, with the wrong scales."""
     loaded = []
     for_32 = software_kernel(DENSE[0], torch.float16, None, shift=1)
-    monkeypatch.setattr(launcher, "load", lambda *key: loaded.append(key[-1]) or for_32)
+    monkeypatch.setattr(launcher, "load", lambda *key: loaded.append(key[-2]) or for_32)
     x, out = aligned(torch.zeros(3, 128, dtype=torch.float16)), aligned(torch.zeros(3, 64, dtype=torch.float16))
     p, _ = random_packed(DENSE[0], 64, 128, 32, seed=0)
     launch(for_32, x, p, None, out, Grid(1))

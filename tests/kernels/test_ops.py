@@ -13,14 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from marlinctl.kernels import dispatch, ops
-from marlinctl.kernels.configurations import DENSE, SPARSE
+from marlinctl.kernels import dispatch, ops, rounding
+from marlinctl.kernels.configurations import A8_SM90, DENSE, SPARSE
 from marlinctl.kernels.dispatch import Choice
 from marlinctl.kernels.launch import LoadedKernel
 from marlinctl.kernels.ops import marlin_gemm, sparse_marlin_gemm
+from marlinctl.kernels.reference import gemm_rounded
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
+from marlinctl.quantize.activations import group_of
+from marlinctl.quantize.scheme import Rounding
 from tests import forked
-from tests.kernels.software_driver import SoftwareDriver, install, software_kernel, software_unpack
+from tests.kernels.software_driver import SoftwareDriver, install, software_kernel, software_round, software_unpack
 from tests.kernels.software_kernel import aligned, random_packed
 
 pytestmark = pytest.mark.filterwarnings("ignore:packed tensors on the CPU")
@@ -197,15 +200,23 @@ def gpu(monkeypatch: pytest.MonkeyPatch, built: dict[Any, Any]) -> Iterator[Soft
     """CPU tensors go the way of CUDA tensors; from 40 tokens on they are dequantized."""
     driver = install(monkeypatch)
 
-    def choose(architecture: str, sparse: bool, m: int, n: int, k: int) -> Choice | None:
+    def choose(architecture: str, sparse: bool, m: int, n: int, k: int, rounding: bool) -> Choice | None:
+        if rounding and m >= 12:
+            return Choice(A8_SM90[0], 1)
         configuration = (SPARSE if sparse else DENSE)[0 if m <= 8 else 2]
         return None if m >= 40 else Choice(configuration, 9)
 
-    def load(configuration: Any, dtype: torch.dtype, device: torch.device, folder: Path, shift: int) -> LoadedKernel:
+    def load(configuration: Any, dtype: torch.dtype, device: torch.device, folder: Path, shift: int, token_groups: bool) -> LoadedKernel:
         assert folder.name == "kernels"
-        key = (configuration, dtype)
+        key = (configuration, dtype, shift if configuration.int8 else None, token_groups)
         if key not in built:
-            built[key] = software_kernel(configuration, dtype, built["folder"], resident=2)
+            built[key] = software_kernel(configuration, dtype, built["folder"], resident=2, shift=key[2], token_groups=token_groups)
+        return built[key]
+
+    def load_rounding(index: int, dtype: torch.dtype, k: int, group: int | None) -> Any:
+        key = rounding.defines(dtype, k, group)
+        if key not in built:
+            built[key] = software_round(dtype, k, group, built["folder"])
         return built[key]
 
     def load_unpack(sparse: bool, dtype: torch.dtype, device: torch.device, folder: Path) -> Any:
@@ -218,6 +229,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch, built: dict[Any, Any]) -> Iterator[Soft
     monkeypatch.setattr(dispatch, "choose", choose)
     monkeypatch.setattr(ops, "load", load)
     monkeypatch.setattr(ops, "load_unpack", load_unpack)
+    monkeypatch.setattr(rounding, "_loaded", load_rounding)
+    monkeypatch.setattr(rounding, "_mine", rounding._Mine())
     ops._route.cache_clear()
     ops._unpack.cache_clear()
     yield driver
@@ -240,6 +253,23 @@ def test_the_product_on_a_gpu(gpu: SoftwareDriver, sparse: bool, dtype: torch.dt
                 assert out.shape == (*leading, n) and out.dtype == dtype and out.is_contiguous()
                 assert out.numel() == 0 or close(out, exact), (n, k, group_size, leading, with_bias is None)
     assert {launched.ctas for launched in gpu.launches} > {1, 2}
+
+
+@pytest.mark.parametrize("way", ["int8", "int8-128"])
+def test_activations_are_rounded_where_the_table_says_so(gpu: SoftwareDriver, way: Rounding) -> None:
+    """If this failed, few tokens would lose accuracy for nothing, or many would be multiplied with scales that are not theirs."""
+    for n, k, group_size in ((80, 100, -1), (192, 576, 64)):
+        tensors, weight = operands(False, n, k, group_size)
+        p = PackedLinear(*tensors, n, k, k if group_size == -1 else group_size)
+        x, bias = aligned(torch.randn(3, 5, k).half()), torch.randn(n).half()
+        launched = len(gpu.launches)
+        out = called(ops._on_gpu, False)(x, *tensors, n, group_size, bias, False, way)
+        rounded = gemm_rounded(x.view(15, k), p, group_of(way), bias).view(3, 5, n)
+        plain = x.double() @ weight.double().T + bias.double()
+        assert close(out, rounded.double()) and not close(out, plain), (n, k, group_size)
+        assert len(gpu.launches) == launched + 2, "one kernel rounds, and one multiplies"
+        few = called(ops._on_gpu, False)(x[0], *tensors, n, group_size, bias, False, way)
+        assert close(few, plain[0])
 
 
 def test_activations_may_lie_as_they_like(gpu: SoftwareDriver) -> None:

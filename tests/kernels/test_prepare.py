@@ -7,6 +7,7 @@ import torch
 
 from marlinctl.kernels import dispatch
 from marlinctl.kernels.prepare import Multiplied, needed
+from marlinctl.quantize.scheme import Rounding
 
 LLAMA = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096), (1152, 576)]
 
@@ -16,19 +17,33 @@ LLAMA = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096
 @pytest.mark.parametrize(("n", "k"), LLAMA)
 def test_choices_are_those_of_every_m(architecture: str, sparse: bool, n: int, k: int) -> None:
     """An M whose kernel is not among them would be compiled by the first request that has it, or stop a capture."""
-    asked = {dispatch.choose(architecture, sparse, m, n, k) for m in range(1, 1200)}
-    assert dispatch.choices(architecture, sparse, n, k) == asked
+    for rounding in (False, True):
+        asked = {dispatch.choose(architecture, sparse, m, n, k, rounding) for m in (*range(1, 1200), 5000)}
+        assert dispatch.choices(architecture, sparse, n, k, rounding) == asked
+
+
+@pytest.mark.parametrize(("rounding", "group"), [("int8", None), ("int8-128", 128)])
+def test_kernels_of_rounded_activations_are_among_them(rounding: Rounding, group: int | None) -> None:
+    """If this failed, the first prompt of a server with 8-bit activations would wait for the compiler, or stop a capture."""
+    found = needed("sm_90a", [Multiplied(False, 4096, 4096, 128, torch.float16, rounding)])
+    assert {groups for c, _, _, groups in found.kernels if c.int8} == {group is not None}
+    assert any(not c.int8 for c, *_ in found.kernels), "few tokens have 16-bit activations"
+    assert found.roundings == {(torch.float16, 4096, group)}
+    assert any(source == "round_activations.cu" for source, _ in found.sources)
+    assert needed("sm_80", [Multiplied(False, 4096, 4096, 128, torch.float16, rounding)]).roundings == frozenset(), (
+        "no kernel of ours there"
+    )
 
 
 def test_kernels_are_named_with_their_groups_and_dtype() -> None:
     """wgmma kernels are compiled for a group size and a dtype each; the wrong one would be compiled again when it is asked for."""
     one = Multiplied(False, 4096, 4096, 128, torch.float16)
     found = needed("sm_90a", [one, one])
-    assert {(dtype, shift) for _, dtype, shift in found.kernels} == {(torch.float16, 3)}
+    assert {(dtype, shift) for _, dtype, shift, _ in found.kernels} == {(torch.float16, 3)}
     assert found.unpacks == {(False, torch.float16)}
     assert len(found.sources) == len(found.kernels) + 1
     rows = needed("sm_90a", [Multiplied(True, 4096, 4096, -1, torch.bfloat16)])
-    assert {(dtype, shift) for _, dtype, shift in rows.kernels} == {(torch.bfloat16, -1)} and rows.unpacks == {(True, torch.bfloat16)}
+    assert {(dtype, shift) for _, dtype, shift, _ in rows.kernels} == {(torch.bfloat16, -1)} and rows.unpacks == {(True, torch.bfloat16)}
 
 
 def test_mma_sync_kernels_are_compiled_once_for_all_groups() -> None:
