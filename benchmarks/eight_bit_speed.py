@@ -160,7 +160,6 @@ def main() -> None:
     given = parser.parse_args()
     gpu = Gpu(0)
     document: dict[str, dict[str, float]] = {}
-    rows: list[tuple[int, int, int, str]] = []
     with gpu.current():
         products = loaded(gpu.device)
         check(products, gpu, Shape(768, 1408, GROUP_SIZE))
@@ -172,10 +171,9 @@ def main() -> None:
                 for name, sample in _first(found, given.top):
                     print(f"  {sample.median:9.1f}  {2 * n * k * m / sample.median / 1e6:7.0f} TFLOP/s  {name}", flush=True)
                 document[f"{n}x{k}x{m}"] = {name: sample.median for name, sample in found.items()}
-                rows.append((n, k, m, _best(found)))
+                if given.table:
+                    print(f"     {json.dumps([m, n, k, _best(found)])},", flush=True)
                 gpu.free()
-    for n, k, m, choice in sorted(rows) if given.table else ():
-        print(f"     {json.dumps([m, n, k, choice])},")
     if given.json:
         given.json.write_text(json.dumps(document, indent=1))
 
