@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,17 @@ from marlinctl.checkpoint.reader import open_checkpoint
 from marlinctl.checkpoint.transformers_model import load_dense
 from marlinctl.cli import main
 from marlinctl.convert.repack import repack
-from marlinctl.errors import MarlinctlError
+from marlinctl.errors import CheckFailed, MarlinctlError
 from marlinctl.oneshot import input_rounding
 from marlinctl.oneshot.input_rounding import KEPT_ROWS, InputFacts, Rows, measure, stays
 from marlinctl.quantize.activations import RoundedAs, RoundingLinear
 from marlinctl.recipes.schema import Recipe
+from marlinctl.system.console import Console
 from marlinctl.verify.inspect import inspect, table
+from marlinctl.verify.run import verify
 from tests import runs, zoo
 from tests.oneshot.stopping import blocks_solved, lines_of, quantize, stop_in
+from tests.packed import edit_json, remake_manifest
 from tests.tiny import VOCAB_SIZE, make_tiny
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("o_proj",), ("down_proj",))
@@ -206,6 +210,19 @@ def test_the_note_comes_back_from_every_format(published: tuple[Path, dict[str, 
     with open_checkpoint(root / "marlin", weight_files="auto") as first, open_checkpoint(tmp_path / "marlin", weight_files="auto") as again:
         assert detect(first.config, first.tensors).rounding == detect(again.config, again.tensors).rounding
         assert first.config == again.config
+
+
+def test_verify_finds_a_mark_that_marks_nothing(published: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """If a name in config.json were misspelt, its linear would be rounded, and every check would pass."""
+    root, _ = published
+    shutil.copytree(root / "marlin", tmp_path / "marlin")
+    assert verify(tmp_path / "marlin", source=root / "model", load=None, console=Console.quiet()).linears == 14
+    marks = ["model.layers.0.self_attn.q_porj"]
+    edit_json(tmp_path / "marlin" / "config.json", lambda config: config["quantization_config"].update(sixteen_bit_activations=marks))
+    remake_manifest(tmp_path / "marlin")
+    with pytest.raises(CheckFailed, match="q_porj keeps 16-bit activations, and no packed linear is called so") as refused:
+        verify(tmp_path / "marlin", source=None, load=None, console=Console.quiet())
+    assert refused.value.error_id == "E105"
 
 
 def test_a_run_that_stopped_writes_the_same_bytes(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
