@@ -262,9 +262,7 @@ def _rounding(facts: CardFacts) -> str:
         return ""
     scales = "one scale per token" if "int8" in facts.rounding.values() else f"one scale per token and {ACTIVATION_GROUP} inputs"
     count = number_of(len(facts.rounding), "linear")
-    return (
-        f"what enters {count} is rounded to int8 where that is faster, with {scales}"
-    )
+    return f"what enters {count} is rounded to int8 where that is faster, with {scales}"
 
 
 def _storage(fmt: Format) -> str:

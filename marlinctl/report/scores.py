@@ -90,6 +90,8 @@ def notes(document: Mapping[str, Any]) -> list[str]:
         start = ", each after the beginning-of-sequence token" if text["starts_with"] is not None else ""
         lines.append(f"text: {text['note']}, SHA-256 {text['sha256']}")
         lines.append(f"      {number_of(text['windows'], 'window')} of {text['window']:,} tokens{start}")
+    if (asked := document.get("settings", {}).get("activations")) is not None:
+        lines.append(f"activations: {asked} in all quantized linears of the model, whatever its folder says (--activations)")
     records = document["model"].get("tasks", {})
     if (document.get("comparison") or {}).get("flips"):
         lines.append("flips: share of answers that change against the baseline (- correct to wrong, + wrong to correct)")

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from marlinctl.checkpoint import manifest, runtimes, sparsity
 from marlinctl.checkpoint.finite import scan_finite
 from marlinctl.checkpoint.folder import dense_names, refuse_two_heads
-from marlinctl.checkpoint.formats import registry
+from marlinctl.checkpoint.formats import registry, rounding
 from marlinctl.checkpoint.formats.base import TRANSFORMERS, TRANSFORMERS_CT, TRANSFORMERS_GPTQ, FormatInfo, LinearParts
 from marlinctl.checkpoint.formats.targets import Entries
 from marlinctl.checkpoint.fused_experts import with_single_experts
@@ -151,6 +151,8 @@ def check_structure(checkpoint: Checkpoint, info: FormatInfo, module_map: Path |
         shapes[model.head.name] = (model.head.out_features, model.head.in_features)
     strangers = [layer for layer in info.layers if layer not in shapes]
     problems += [Problem(f"{layer} is packed, but the model has no such linear", layer, _APART) for layer in strangers]
+    misspelt = rounding.misspelt(registry.quantization_block(checkpoint.config) or {}, model.by_all_names(info.layers))
+    problems += [Problem(f"{name} keeps 16-bit activations, and no packed linear is called so", name, _APART) for name in misspelt]
     problems += _layer_problems(checkpoint, info, {layer: shapes[layer] for layer in info.layers if layer in shapes})
     packed = {f"{layer}.weight" for layer in info.layers}
     for name, shape in model.expected.items():
@@ -364,7 +366,7 @@ def logit_error(checkpoint: Checkpoint) -> float:
             )
             info["unexpected_keys"] = strangers(client, info, checkpoint.config)
             torch.nn.Module.float(client.eval())  # experts stay in the dtype of their scales, whatever dtype is asked for
-            rounding = activations.turn_off(client)
+            rounded = activations.turn_off(client)
             tokens = _probe(int(client.config.get_text_config().vocab_size))
             theirs = _logits(client, tokens)  # dense linears are decompressed by the first call
             held = {name: _digests(parameter.data) for name, parameter in client.named_parameters()}
@@ -382,7 +384,7 @@ def logit_error(checkpoint: Checkpoint) -> float:
     del client
     gc.collect()  # its modules refer to each other
     ours = model_from(checkpoint, dense_tensors(checkpoint), dtype=torch.float32)
-    _raise("E108", activations.different(ours, rounding, checkpoint, fix=_GARBAGE))
+    _raise("E108", activations.different(ours, rounded, checkpoint, fix=_GARBAGE))
     _raise("E108", _match_weights(ours, held, str(checkpoint.folder)))
     expected = _logits(ours, tokens)
     return float((theirs - expected).norm() / expected.norm())

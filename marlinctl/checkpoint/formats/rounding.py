@@ -8,10 +8,10 @@ the key `marlinctl` and are a note for `pack`. Experts are never rounded, and no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
-from marlinctl.checkpoint.formats.base import EXPERTS
+from marlinctl.checkpoint.formats.base import EXPERTS, PROVENANCE
 from marlinctl.quantize.scheme import ACTIVATION_GROUP, Rounding
 
 KIND, GROUP, EXCEPT = KEYS = ("activations", "activation_group", "sixteen_bit_activations")
@@ -42,6 +42,12 @@ def read(block: Mapping[str, Any], layers: Iterable[str]) -> dict[str, Rounding]
         raise ValueError(f"{EXCEPT} is not a list of names")
     apart = set(exact or ())
     return {layer: way for layer in layers if layer not in apart and EXPERTS not in layer}
+
+
+def misspelt(block: Mapping[str, Any], packed: Container[str]) -> list[str]:
+    """Linears that a whole quantization_config keeps from rounding and that are not packed: such a name leaves its linear rounded."""
+    said = next((keys for keys in (block, block.get(PROVENANCE)) if isinstance(keys, Mapping) and KIND in keys), {})
+    return [name for name in said.get(EXCEPT, ()) if name not in packed]
 
 
 def without(block: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from tests.serve.sglang.fake_sglang import (
     get_quant_config,
     installed,
 )
-from tests.serve.vllm.test_native import close, drop, native, newer, packed_with_head, replace, with_model_files
+from tests.serve.vllm.test_native import close, drop, native, newer, packed_with_head, replace, rounding, with_model_files
 from tests.tiny import make_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:packed linears on the CPU")
@@ -93,6 +93,13 @@ def test_a_model_multiplies_as_its_codes_do(sglang: Sglang, tmp_path: Path, fmt:
             x, bias = torch.randn(3, weight.shape[1]).half(), torch.randn(len(weight)).half()
             close(multiplied(model(LAYER + name), x, bias), x, weight, bias.float())
         assert not [key for module in model.linears.values() for key, _ in module.named_parameters() if key == "weight_shape"]
+
+
+def test_linears_that_may_be_rounded_are(sglang: Sglang, tmp_path: Path) -> None:
+    """If the operator were not told, SGLang would never use the 8-bit kernels of a folder that allows them."""
+    model = served(sglang, native(tmp_path, edit_config=rounding([f"{LAYER}mlp.down_proj"])))
+    assert model("model.layers.0.mlp.down_proj").quant_method.more == ("int8",)
+    assert model(f"{LAYER}mlp.down_proj").quant_method.more == ()
 
 
 def test_more_devices_than_key_heads(sglang: Sglang, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.reader import open_checkpoint
+from marlinctl.quantize.activations import nearest
 from marlinctl.quantize.types import QuantizedLinear
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from tests.packed import make_packed
@@ -174,6 +175,55 @@ def rewrite(folder: Path, file: str, tensors: dict[str, Tensor]) -> None:
         kept = {name: shard for name, shard in document["weight_map"].items() if shard != file}
         document["weight_map"] = kept | dict.fromkeys(tensors, file)
         index.write_text(json.dumps(document))
+
+
+def rounding(exact: Sequence[str], group: int = -1) -> Callable[[dict[str, Any]], None]:
+    """Activations of all linears but `exact` may be rounded."""
+    said = {"format_version": 2, "activations": "int8", "activation_group": group, "sixteen_bit_activations": list(exact)}
+    return lambda config: config["quantization_config"].update(said)
+
+
+@pytest.mark.filterwarnings("ignore:packed linears on the CPU")
+@pytest.mark.parametrize("group", [-1, 128])
+@pytest.mark.parametrize("widths", [[128, 64, 64], [96, 48, 48]], ids=["tiles", "gaps"])
+def test_linears_that_may_be_rounded_are(vllm: Vllm, tmp_path: Path, widths: list[int], group: int) -> None:
+    """If the operator were not told, vLLM would never use the 8-bit kernels; if it were told of a linear that calibration keeps out, or of
+    one that is joined with such a linear, the model would be another one than was measured."""
+    hidden = widths[0]
+    qkv, down = [f"{LAYER}self_attn.{one}_proj" for one in "qkv"], f"{LAYER}mlp.down_proj"
+    model = {"hidden_size": hidden, "num_attention_heads": 4, "num_key_value_heads": 2}
+    folder = native(tmp_path, model=model, group_size=32, edit_config=rounding([down, f"{LAYER}mlp.up_proj"], group))
+    config = opened(vllm, folder)
+    module = Linear(config, f"{LAYER}self_attn.qkv_proj", hidden, widths)
+    load(module, folder, qkv, ["q", "k", "v"])
+    x = torch.randn(3, hidden, generator=torch.Generator().manual_seed(0)).half()
+    x[:, 7] = 40
+    found, kind = product(module, x), "int8" if group == -1 else "int8-128"
+    close(found, nearest(x, kind), torch.cat(weights(folder, qkv)))
+    with pytest.raises(AssertionError):
+        close(found, x, torch.cat(weights(folder, qkv)))
+    compiled = torch.compile(lambda x: module.quant_method.apply(module, x), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), found)
+    for prefix, size, outputs, names, shards in (
+        (down, 256, [hidden], [down], [None]),
+        (f"{LAYER}mlp.gate_up_proj", hidden, [256, 256], [f"{LAYER}mlp.{one}_proj" for one in ("gate", "up")], [0, 1]),
+    ):
+        module = Linear(config, prefix, size, outputs)
+        load(module, folder, names, shards)
+        x = torch.randn(3, size, generator=torch.Generator().manual_seed(0)).half()
+        x[:, 7] = 40
+        close(product(module, x), x, torch.cat(weights(folder, names)))
+
+
+def test_the_cache_of_compiled_models_knows_what_is_rounded(vllm: Vllm, tmp_path: Path) -> None:
+    """A program that was traced without rounding would be run for a folder that allows it, and the reverse."""
+    factors = []
+    for name, edit in (("a", lambda config: None), ("b", rounding([])), ("c", rounding([], 128))):
+        vllm.module_of("cache_key")._linears.clear()
+        Linear(opened(vllm, native(tmp_path / name, edit_config=edit)), f"{LAYER}mlp.down_proj", 256, [128])
+        (factor,) = vllm.envs.environment_variables.values()
+        factors.append(factor())
+    assert len(set(factors)) == 3
 
 
 def test_what_is_not_packed_stays_with_vllm(vllm: Vllm, tmp_path: Path) -> None:
