@@ -260,7 +260,7 @@ def test_activations_are_rounded_where_the_table_says_so(gpu: SoftwareDriver, wa
     """If this failed, few tokens would lose accuracy for nothing, or many would be multiplied with scales that are not theirs."""
     for n, k, group_size in ((80, 100, -1), (192, 576, 64)):
         tensors, weight = operands(False, n, k, group_size)
-        p = PackedLinear(*tensors, n, k, k if group_size == -1 else group_size)
+        p = PackedLinear(tensors[0], tensors[1], n, k, k if group_size == -1 else group_size)
         x, bias = aligned(torch.randn(3, 5, k).half()), torch.randn(n).half()
         launched = len(gpu.launches)
         out = called(ops._on_gpu, False)(x, *tensors, n, group_size, bias, False, way)

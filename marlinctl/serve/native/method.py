@@ -36,6 +36,7 @@ class PackedLinearMethod:
 
     def __init__(self, fmt: Format, names: Sequence[str], group_size: int, rounding: Rounding = "none") -> None:
         self.format, self.names, self.group_size = fmt, tuple(names), group_size
+        self.rounding = rounding
         self.more: tuple[str, ...] = () if rounding == "none" else (rounding,)
         self.arrivals = Arrivals(self.names, fmt.suffixes)
 
@@ -51,7 +52,7 @@ class PackedLinearMethod:
             self._register(layer, suffix, torch.empty(shape, dtype=dtype_called(dtypes[0])))
             if not place.covered and len(shape) == 2:
                 getattr(layer, suffix).data.fill_(_padding(self.format, suffix))
-        products.expect(Multiplied(self.sparse, self.out_features, place.inputs, self.product_group, dtype))
+        products.expect(Multiplied(self.sparse, self.out_features, place.inputs, self.product_group, dtype, self.rounding))
 
     def _register(self, layer: torch.nn.Module, suffix: str, values: Tensor) -> None:
         parameter = Parameter(values, requires_grad=False)
