@@ -2,12 +2,6 @@
 #include "ptx_sm90.cuh"
 #include "dequantize.cuh"
 
-// prmt. CUDA's __byte_perm masks the selector, whose bit 3 is used here.
-__device__ __forceinline__ unsigned permute(unsigned a, unsigned b, unsigned selector) {
-    unsigned out;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(selector));
-    return out;
-}
 __device__ __forceinline__ unsigned absolute_differences(unsigned a, unsigned b) {  // of four bytes
     unsigned out;
     asm("vabsdiff4.u32.u32.u32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(0));
@@ -17,11 +11,6 @@ __device__ __forceinline__ unsigned absolute_differences(unsigned a, unsigned b)
 __device__ __forceinline__ unsigned multiply_add(unsigned a, unsigned b, unsigned c) {
     unsigned out;
     asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
-    return out;
-}
-__device__ __forceinline__ unsigned and_xor(unsigned a, unsigned b, unsigned c) {  // (a & b) ^ c; of C++ ptxas makes two instructions
-    unsigned out;
-    asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
     return out;
 }
 #include "w4a8_decoding.cuh"

@@ -140,7 +140,7 @@ class Configuration:
         if self.int8:
             sizes |= {
                 "EIGHT_BIT": 1,
-                "PARTS": self.parts,
+                "TOKEN_PARTS": self.parts,
                 "ORDERED": int(self.ordered),
                 "TEMPORARIES": self.temporaries,
                 "TOKEN_GROUPS": int(token_groups),

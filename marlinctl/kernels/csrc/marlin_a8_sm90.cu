@@ -19,7 +19,7 @@
 // lie in the same order: of each 32 k  0 1 16 17 2 3 18 19 4 5 20 21 .. 14 15 30 31. The factor 16 is taken out with the scale.
 //
 // THE LOOP.  A group of 128 (or of its own size, if that is less) is 4 products of 64 x N x 32 into `group_sums`, for each word of the
-// warp and each of PARTS parts of the tokens; TEMPORARIES of these are under way together. When one is done, float sums take
+// warp and each of TOKEN_PARTS parts of the tokens; TEMPORARIES of these are under way together. When one is done, float sums take
 // scale * group sum: a conversion and an fma for each, or with TOKEN_GROUPS a multiplication more. For that time a warpgroup gives the tensor
 // core nothing, so where ORDERED the warpgroups take turns: one multiplies while the other scales.
 //
@@ -29,16 +29,16 @@
 // The turn passes when all products but the last are done. Passed when they are queued it changes nothing: the tensor core takes turns
 // itself, both end together, and both scale at once.
 //
-// STEPS = 2: there are two sets of A registers, and a warp decodes while its own products run. PARTS > 1: a fragment is multiplied with all
+// STEPS = 2: there are two sets of A registers, and a warp decodes while its own products run. TOKEN_PARTS > 1: a fragment is multiplied with all
 // parts of the tokens, so a word is decoded once for more of them.
 //
 // MEASURED.  NVIDIA H200, 2026-12-01, microseconds in a CUDA graph, with overlap, groups of 128, one scale a token, the product alone:
 //
 //   M                     32       64       96      128      256     1024
-//   73728 x 18432        183      229      331      368      713     2724
-//   16-bit activations   213      304      378      484      955     3655 (dense)
+//   73728 x 18432        183      239      326      365      684     2766
+//   16-bit activations   212      306      377      482      950     3675 (torch.matmul)
 //
-// From 64 tokens on it is limited by the GPU's 700 W: every form of the loop takes 660 to 695 W and the same time to 3 %
+// From 64 tokens on it is limited by the GPU's 700 W: every good form of the loop takes 660 to 695 W and the same time to 3 %
 // (docs/log/2026-12-01-eight-bit-kernel.md). What is spent beside the products is mostly the scaling: 20 % more time with TOKEN_GROUPS.
 //
 // LIMITS.  N a multiple of 8, everything aligned to 16 bytes; 2^31 units. A group of 128: 128 * 128 * 127 < 2^31.
@@ -48,7 +48,7 @@
 constexpr int WARPGROUPS = THREADS / 128;
 constexpr int TOKEN_GROUP = 128;  // k, of activations that share a scale
 constexpr int FIRST_TURN = 2;     // barrier of the CTA; 0 and 1 are __syncthreads and sync_threads
-using PartSums = int[TOKENS / PARTS / 8][4];
+using PartSums = int[TOKENS / TOKEN_PARTS / 8][4];
 using GroupSums = PartSums[TEMPORARIES];
 
 // A stage holds K_STEP of k:
@@ -70,8 +70,8 @@ struct A8Stage {
     static_assert(ARRIVED_AT + 16 == SHARED_BYTES, "the host allots other shared memory than the kernel uses");
     static_assert(PART_BYTES <= STAGES * BYTES, "a cluster's CTAs show each other their sums where the stages were");
     static_assert(WARP_TILES % 8 == 0, "a warp's part of k is rows of 128 bytes");
-    static_assert(TEMPORARIES <= 2 && WORDS * PARTS % TEMPORARIES == 0, "the products of a batch are of one group");
-    static_assert(TOKENS % (8 * PARTS) == 0 && TOKENS / PARTS <= 128, "a product has up to 128 tokens");
+    static_assert(TEMPORARIES <= 2 && WORDS * TOKEN_PARTS % TEMPORARIES == 0, "the products of a batch are of one group");
+    static_assert(TOKENS % (8 * TOKEN_PARTS) == 0 && TOKENS / TOKEN_PARTS <= 128, "a product has up to 128 tokens");
 };
 
 // The warpgroup's turn to give the tensor core products.
@@ -102,7 +102,7 @@ __device__ __forceinline__ void decode_int8(unsigned (&a)[4], unsigned w0, unsig
 __device__ __forceinline__ void close_group(
     float (&sums)[SLABS][4], const PartSums& group_sums, int part, float upper, float lower, const float* token_scales
 ) {
-    constexpr int PART_SLABS = SLABS / PARTS;
+    constexpr int PART_SLABS = SLABS / TOKEN_PARTS;
 #pragma unroll
     for (int slab = 0; slab < PART_SLABS; ++slab) {
         float2 token_scale = make_float2(1.0f, 1.0f);
@@ -150,8 +150,8 @@ struct A8Products {
     ) {
         constexpr int SUM_TILES = S::SUM_TILES, PRODUCTS = SUM_TILES / 2;
         constexpr int ITEMS = S::WARP_TILES / SUM_TILES * WORDS;        // an item is one word of one group, a fragment
-        constexpr int BATCH_ITEMS = (TEMPORARIES + PARTS - 1) / PARTS;  // of a batch, whose products are under way together
-        constexpr int BATCHES = ITEMS * PARTS / TEMPORARIES;
+        constexpr int BATCH_ITEMS = (TEMPORARIES + TOKEN_PARTS - 1) / TOKEN_PARTS;  // of a batch, whose products are under way together
+        constexpr int BATCHES = ITEMS * TOKEN_PARTS / TEMPORARIES;
         const char* stage = stages + stage_index * S::BYTES;
         const unsigned first_tile = warp_uniform(role.k_warp) * S::WARP_TILES;
         const unsigned long long b = describe_rows(shared_base + stage_index * S::BYTES + first_tile / 8 * (TOKENS * 128));
@@ -164,15 +164,15 @@ struct A8Products {
 
         auto fragment_of = [](int item) { return item % (STEPS * BATCH_ITEMS); };
         auto load = [&](int batch) {
-            const int item = batch * TEMPORARIES / PARTS;
-            if (batch * TEMPORARIES % PARTS || item % WORDS || item >= ITEMS) return;
+            const int item = batch * TEMPORARIES / TOKEN_PARTS;
+            if (batch * TEMPORARIES % TOKEN_PARTS || item % WORDS || item >= ITEMS) return;
 #pragma unroll
             for (int i = 0; i < SUM_TILES; ++i) load_words(words[i], words_at + (item / WORDS * SUM_TILES + i) * (BLOCKS * 512));
         };
         auto decode = [&](int batch) {
-            if (batch * TEMPORARIES % PARTS) return;  // its fragment is there
+            if (batch * TEMPORARIES % TOKEN_PARTS) return;  // its fragment is there
 #pragma unroll
-            for (int item = batch * TEMPORARIES / PARTS; item < batch * TEMPORARIES / PARTS + BATCH_ITEMS && item < ITEMS; ++item)
+            for (int item = batch * TEMPORARIES / TOKEN_PARTS; item < batch * TEMPORARIES / TOKEN_PARTS + BATCH_ITEMS && item < ITEMS; ++item)
 #pragma unroll
                 for (int i = 0; i < PRODUCTS; ++i)
                     decode_int8(a[fragment_of(item)][i], words[2 * i][item % WORDS], words[2 * i + 1][item % WORDS]);
@@ -185,8 +185,8 @@ struct A8Products {
             wgmma_fence();
 #pragma unroll
             for (int j = 0; j < TEMPORARIES; ++j) {
-                const int unit = batch * TEMPORARIES + j, item = unit / PARTS, part = unit % PARTS, tile = item / WORDS * SUM_TILES;
-                const int row = tile / 8 * TOKENS + part * (TOKENS / PARTS);
+                const int unit = batch * TEMPORARIES + j, item = unit / TOKEN_PARTS, part = unit % TOKEN_PARTS, tile = item / WORDS * SUM_TILES;
+                const int row = tile / 8 * TOKENS + part * (TOKENS / TOKEN_PARTS);
 #pragma unroll
                 for (int i = 0; i < PRODUCTS; ++i) {
                     if (ORDERED && j == TEMPORARIES - 1 && i == PRODUCTS - 1 && i) wgmma_commit();
@@ -198,7 +198,7 @@ struct A8Products {
             if (STEPS == 2) decode(batch + 1);
 #pragma unroll
             for (int j = 0; j < TEMPORARIES; ++j) {
-                const int unit = batch * TEMPORARIES + j, item = unit / PARTS, part = unit % PARTS;
+                const int unit = batch * TEMPORARIES + j, item = unit / TOKEN_PARTS, part = unit % TOKEN_PARTS;
                 const int tile = item / WORDS * SUM_TILES, word = item % WORDS;  // of the warp's part
                 if (GROUPED && word == 0 && part == 0) {
                     load_words(scales, scales_at + (first_tile + tile) / S::GROUP_TILES * (COLUMNS * 2));

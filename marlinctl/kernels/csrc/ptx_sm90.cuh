@@ -142,15 +142,15 @@ __device__ __forceinline__ unsigned long long describe_rows(unsigned shared) {
     return SWIZZLE_128 << 62 | EIGHT_ROWS << 32 | 1ull << 16 | (shared & 0x3ffff) / 16;
 }
 
-// wgmma.mma_async.m64nNk16 and .sp.m64nNk32 with N = TOKENS / PARTS: d = a * b, or d += a * b where `keep` is true, in float32. Each of the four
+// wgmma.mma_async.m64nNk16 and .sp.m64nNk32 with N = TOKENS / TOKEN_PARTS: d = a * b, or d += a * b where `keep` is true, in float32. Each of the four
 // warps of a warpgroup has 16 rows of A in registers, laid out as for mma.m16n8k16 (or mma.sp.m16n8k32), and of D the same 16 rows:
 // slab s is columns 8s .. 8s + 7, laid out as there. They run asynchronously: registers must stay as they are until a wait.
 //
 // An asm statement numbers its operands: TOKENS / 2 accumulators, four registers of A, and what follows them.
-#ifndef PARTS
-#define PARTS 1
+#ifndef TOKEN_PARTS
+#define TOKEN_PARTS 1
 #endif
-#define MARLIN_TOKENS (TOKENS / PARTS)
+#define MARLIN_TOKENS (TOKENS / TOKEN_PARTS)
 #if EIGHT_BIT
 #define MARLIN_SUM "+r"
 #else

@@ -22,6 +22,11 @@
 // Scales below 2^-100 divide as 2^-100, so that nothing underflows on the way; a token of zeros has codes and scale 0. Where the maximum is
 // infinite or NaN the scale is NaN and the codes are 0: the product's whole row becomes NaN, and not something that looks like a number.
 //
+// MEASURED.  NVIDIA H200, 2026-12-01, microseconds in a CUDA graph, K = 18432, GROUP=0 and 1:
+//
+//   M            32        64       128       256      1024      4096
+//             3.0 2.0   3.9 3.5   4.9 4.2   4.9 4.8    16  16    58  63
+//
 // LIMITS.  K a multiple of 8, x and codes aligned to 16 bytes; M (groups) x G < 2^32 - THREADS.
 #include "dequantize.cuh"
 
