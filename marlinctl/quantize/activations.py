@@ -44,7 +44,7 @@ def rounded(x: Tensor, activations: Rounded, group: int | None = None) -> tuple[
     """
     if group is not None:
         k = x.shape[-1]
-        codes, scales = rounded(pad(x, (0, -k % group)).reshape(*x.shape[:-1], -1, group), activations)
+        codes, scales = rounded(pad(x, (0, -k % group)).reshape(*x.shape[:-1], -(-k // group), group), activations)
         return codes.flatten(-2)[..., :k], scales.squeeze(-1)
     x = x.float()
     largest = x.abs().amax(-1, keepdim=True)
