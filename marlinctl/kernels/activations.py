@@ -14,6 +14,7 @@ A token with an infinity or a NaN, or of groups the group that holds it, has cod
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -22,8 +23,9 @@ from torch.nn.functional import pad
 from marlinctl.pack.tile import activation_column, activation_place
 from marlinctl.pack.types import padded
 from marlinctl.quantize.activations import rounded
-from marlinctl.quantize.scheme import ACTIVATION_GROUP
+from marlinctl.quantize.scheme import ACTIVATION_GROUP, Rounding
 
+KINDS = get_args(Rounding)
 SCALES_IN_16_BYTES = 4  # M' is a multiple of it
 
 
@@ -51,6 +53,12 @@ def round_activations_for_tiles(x: Tensor, group: int | None) -> RoundedActivati
 def check_group(group: int | None) -> None:
     if group not in (None, ACTIVATION_GROUP):
         raise ValueError(f"activations are rounded for each token (None) or each {ACTIVATION_GROUP} of its K, not for each {group}")
+
+
+def check_rounding(rounding: str) -> None:
+    """ValueError for what the operators do not have, fp8 among it, which quantize/activations.py computes for other formats."""
+    if rounding not in KINDS:
+        raise ValueError(f"rounding must be one of {', '.join(KINDS)}, got {rounding!r}")
 
 
 def in_tile_order(codes: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from marlinctl.kernels.activations import check_rounding
 from marlinctl.kernels.configurations import group_shift
 from marlinctl.pack.marlin import pack_marlin, unpack_marlin
 from marlinctl.pack.sparse_marlin import pack_sparse_marlin, unpack_sparse_marlin
@@ -139,6 +140,7 @@ def _gemm(
     activations: Tensor, weight: Tensor, scales: Tensor, out_features: int, bias: Tensor | None = None, rounding: Rounding = "none"
 ) -> Tensor:
     k = activations.shape[-1]
+    check_rounding(rounding)
     if activations.dtype not in ACTIVATIONS:
         raise ValueError(f"cpu_gemm: activations must be float16, bfloat16 or float32, got {activations.dtype}")
     if padded(k) != 2 * weight.shape[1] or padded(out_features) != weight.shape[0]:

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from marlinctl.kernels import dispatch, jit
+from marlinctl.kernels.activations import check_rounding
 from marlinctl.kernels.configurations import NUMBERS, Grid, group_shift
 from marlinctl.kernels.functions import Function, architecture_of
 from marlinctl.kernels.launch import ALIGNMENT, LoadedKernel, load, load_unpack, multiply, unpack
@@ -148,8 +149,7 @@ def _on_cpu(p: Product) -> Tensor:
 
 
 def _on_meta(p: Product) -> Tensor:
-    if p.rounding != "none":
-        group_of(p.rounding)  # ValueError for an unknown one, when a program is traced
+    check_rounding(p.rounding)  # when a program is traced
     return p.activations.new_empty(p.out_shape)
 
 
@@ -166,6 +166,7 @@ def _say_that_it_is_slow() -> None:
 def _check(p: Product) -> int:
     """K. ValueError names the tensor, what it must be and what it is."""
     activations, bias, n, sparse = p.activations, p.bias, p.out_features, p.sparse
+    check_rounding(p.rounding)
     if activations.dtype not in NUMBERS:
         raise ValueError(f"{p.operator}: activations must be float16 or bfloat16, got {activations.dtype}")
     if activations.ndim == 0:
