@@ -151,7 +151,7 @@ def check_structure(checkpoint: Checkpoint, info: FormatInfo, module_map: Path |
         shapes[model.head.name] = (model.head.out_features, model.head.in_features)
     strangers = [layer for layer in info.layers if layer not in shapes]
     problems += [Problem(f"{layer} is packed, but the model has no such linear", layer, _APART) for layer in strangers]
-    misspelt = rounding.misspelt(registry.quantization_block(checkpoint.config) or {}, model.by_all_names(info.layers))
+    misspelt = rounding.misspelt(registry.quantization_block(checkpoint.config) or {}, info.format, model.by_all_names(info.layers))
     problems += [Problem(f"{name} keeps 16-bit activations, and no packed linear is called so", name, _APART) for name in misspelt]
     problems += _layer_problems(checkpoint, info, {layer: shapes[layer] for layer in info.layers if layer in shapes})
     packed = {f"{layer}.weight" for layer in info.layers}

@@ -80,14 +80,28 @@ def test_without_rounding_nothing_changes() -> None:
     assert torch.equal(packed_module(p, None, "none")(x), packed_module(p)(x))
 
 
-def test_an_unknown_way_to_round_is_refused() -> None:
-    """If it were taken for none, a typing error would serve 16-bit activations without a word."""
+@pytest.mark.parametrize("kind", ["int4", "fp8"])
+def test_an_unknown_way_to_round_is_refused(kind: Any) -> None:
+    """If it were taken for none, a typing error would serve 16-bit activations without a word; fp8 is int8 on a GPU, which has no other."""
     p, _ = packed(80, 96, 32)
+    refused = f"rounding must be one of none, int8, int8-128, got '{kind}'"
     x: Any
     for x in (tokens(2, 96, torch.float16), tokens(2, 96, torch.float16).to("meta")):
         tensors = (x, p.qweight.to(x.device), p.scales.to(x.device))
-        with pytest.raises(ValueError, match="rounded as int8, int8-128, fp8, not as int4"):
-            marlin_gemm(*tensors, 80, 32, None, False, "int4")
+        with pytest.raises(ValueError, match=refused):
+            marlin_gemm(*tensors, 80, 32, None, False, kind)
+    with pytest.raises(ValueError, match=refused):
+        packed_module(p, None, kind)(tokens(2, 96, torch.float16))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_tokens_are_no_error(kind: Rounding) -> None:
+    """If an empty batch failed, an expert or a server's step without tokens would end what 16-bit activations survive."""
+    p, _ = packed(80, 96, 32)
+    x = tokens(1, 96, torch.float16)[:0]
+    for empty in (x, x.reshape(2, 0, 96)):
+        assert marlin_gemm(empty, p.qweight, p.scales, 80, 32, None, False, kind).shape == (*empty.shape[:-1], 80)
+        assert packed_module(p, None, kind)(empty).shape == (*empty.shape[:-1], 80)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
-from marlinctl.checkpoint.formats.base import EXPERTS, PROVENANCE
+from marlinctl.checkpoint.formats.base import EXPERTS, PROVENANCE, Format
 from marlinctl.quantize.scheme import ACTIVATION_GROUP, Rounding
 
 KIND, GROUP, EXCEPT = KEYS = ("activations", "activation_group", "sixteen_bit_activations")
@@ -32,22 +32,23 @@ def entries(rounding: Mapping[str, Rounding], layers: Iterable[str]) -> dict[str
 
 def read(block: Mapping[str, Any], layers: Iterable[str]) -> dict[str, Rounding]:
     """The linears of `layers` that may be rounded, and how. ValueError for what `entries` does not write."""
-    kind, group, exact = (block.get(key) for key in KEYS)
-    way = _GROUPS.get(group) if type(group) is int else None
-    if kind is None and group is None and exact is None:
+    if not any(key in block for key in KEYS):
         return {}
+    kind, group, exact = block.get(KIND), block.get(GROUP), block.get(EXCEPT, [])
+    way = _GROUPS.get(group) if type(group) is int else None
     if kind != "int8" or way is None:
         raise ValueError(f"{KIND} {kind!r} with {GROUP} {group!r} is not int8 with one of {', '.join(map(str, _GROUPS))}")
-    if exact is not None and not (isinstance(exact, list) and all(isinstance(name, str) for name in exact)):
+    if not (isinstance(exact, list) and all(isinstance(name, str) for name in exact)):
         raise ValueError(f"{EXCEPT} is not a list of names")
-    apart = set(exact or ())
+    apart = set(exact)
     return {layer: way for layer in layers if layer not in apart and EXPERTS not in layer}
 
 
-def misspelt(block: Mapping[str, Any], packed: Container[str]) -> list[str]:
-    """Linears that a whole quantization_config keeps from rounding and that are not packed: such a name leaves its linear rounded."""
-    said = next((keys for keys in (block, block.get(PROVENANCE)) if isinstance(keys, Mapping) and KIND in keys), {})
-    return [name for name in said.get(EXCEPT, ()) if name not in packed]
+def misspelt(block: Mapping[str, Any], fmt: Format, packed: Container[str]) -> list[str]:
+    """Linears that the quantization_config of such a folder, which `read` has accepted, keeps from rounding and that are not packed: such
+    a name leaves its linear rounded."""
+    said = block if fmt.rounds else block.get(PROVENANCE)
+    return [name for name in said.get(EXCEPT, ()) if name not in packed] if isinstance(said, Mapping) else []
 
 
 def without(block: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,6 +74,7 @@ def test_other_formats_carry_a_note_for_pack() -> None:
         {"activation_group": None},
         {"sixteen_bit_activations": Q},
         {"sixteen_bit_activations": [3]},
+        {"sixteen_bit_activations": None},
         {"activations": None},
         {"format_version": 3},
         {"activation_scale": 1.0},
@@ -85,6 +86,15 @@ def test_what_is_not_known_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(BadInput) as refused:
         read(config)
     assert refused.value.error_id == "E340"
+
+
+def test_a_marlin_folder_is_read_by_its_own_keys_alone() -> None:
+    """If `verify` took names from where `read` does not look, it would refuse a good folder, or end in a traceback."""
+    config = block("marlin", {}) | {"marlinctl": {"activations": "int8", "sixteen_bit_activations": 5}}
+    assert read(config).rounding == {} and rounding.misspelt(config, FORMATS["marlin"], SIZES) == []
+    noted = block("ct", {Q: "int8"})
+    noted["marlinctl"]["sixteen_bit_activations"] = ["q_porj"]
+    assert rounding.misspelt(noted, FORMATS["ct"], SIZES) == ["q_porj"]
 
 
 def test_2_to_4_tiles_have_no_such_keys() -> None:
