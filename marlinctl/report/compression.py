@@ -213,7 +213,7 @@ def _layers(report: Mapping[str, Any], layers: Sequence[_Layer]) -> list[Block]:
         for layer in layers
         for r in (layer.record,)
     ]
-    header = ("linear", "N x K", "group", "pattern", "bits", "error", "damping", "tokens", "seconds")
+    header: tuple[str, ...] = ("linear", "N x K", "group", "pattern", "bits", "error", "damping", "tokens", "seconds")
     header += ("inputs rounded", "error of rounding") if rounds else ()
     blocks.append(Table(header, rows, numbers=frozenset((*range(4, 9), *((10,) if rounds else ()))), folded=f"Every linear ({len(rows)})"))
     if report["kept"]:

@@ -198,8 +198,8 @@ def test_linears_that_may_be_rounded_are(vllm: Vllm, tmp_path: Path, widths: lis
     load(module, folder, qkv, ["q", "k", "v"])
     x = torch.randn(3, hidden, generator=torch.Generator().manual_seed(0)).half()
     x[:, 7] = 40
-    found, kind = product(module, x), "int8" if group == -1 else "int8-128"
-    close(found, nearest(x, kind), torch.cat(weights(folder, qkv)))
+    found = product(module, x)
+    close(found, nearest(x, "int8" if group == -1 else "int8-128"), torch.cat(weights(folder, qkv)))
     with pytest.raises(AssertionError):
         close(found, x, torch.cat(weights(folder, qkv)))
     compiled = torch.compile(lambda x: module.quant_method.apply(module, x), backend="eager", fullgraph=True)
