@@ -245,6 +245,13 @@ def test_a_run_that_stopped_writes_the_same_bytes(place: Path, tmp_path: Path, m
             assert names <= exact or names.isdisjoint(exact), "those that share an input go together"
 
 
+def test_the_output_head_is_measured_too(tmp_path: Path, text: Path) -> None:
+    """If a packed head were not, the largest linear of the model would be rounded whatever it costs, or never."""
+    report = runs.quantize(make_tiny(tmp_path / "model"), tmp_path / "ct", a8(text, quantize__include=("lm_head",)))
+    (head,) = [layer for layer in report["layers"] if layer["name"] == "lm_head"]
+    assert head["rounding"] == "int8-128" and 0 < head["rounding_error"] < 1e-3
+
+
 def test_experts_keep_16_bits(tmp_path: Path, text: Path) -> None:
     """transformers fuses experts: an evaluation could not round what enters them, and a server multiplies them all at once."""
     source = zoo.build("qwen3_moe", tmp_path / "model", dtype=torch.bfloat16)

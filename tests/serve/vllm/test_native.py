@@ -17,7 +17,7 @@ from torch import Tensor
 
 from marlinctl.checkpoint.formats import registry
 from marlinctl.checkpoint.reader import open_checkpoint
-from marlinctl.quantize.activations import RoundedAs, nearest
+from marlinctl.quantize.activations import nearest
 from marlinctl.quantize.types import QuantizedLinear
 from marlinctl.sparsify.types import SparseQuantizedLinear
 from tests.packed import make_packed
@@ -198,9 +198,8 @@ def test_linears_that_may_be_rounded_are(vllm: Vllm, tmp_path: Path, widths: lis
     load(module, folder, qkv, ["q", "k", "v"])
     x = torch.randn(3, hidden, generator=torch.Generator().manual_seed(0)).half()
     x[:, 7] = 40
-    kind: RoundedAs = "int8" if group == -1 else "int8-128"
     found = product(module, x)
-    close(found, nearest(x, kind), torch.cat(weights(folder, qkv)))
+    close(found, nearest(x, "int8" if group == -1 else "int8-128"), torch.cat(weights(folder, qkv)))
     with pytest.raises(AssertionError):
         close(found, x, torch.cat(weights(folder, qkv)))
     compiled = torch.compile(lambda x: module.quant_method.apply(module, x), backend="eager", fullgraph=True)
