@@ -245,8 +245,8 @@ def test_serialized_products_would_be_seen(tmp_path: Path, monkeypatch: pytest.M
     """If this failed, the check above could not fail: sums that are read before the wait for them make ptxas wait after every product."""
     broken = tmp_path / "csrc"
     shutil.copytree(jit.SOURCES, broken)
-    source = broken / "gemm_sm90.cuh"
-    wait = "wgmma_wait<0>();\n                    arrived(group_sums);"
+    source = broken / "products_sm90.cuh"
+    wait = "wgmma_wait<0>();\n                arrived(group_sums);"
     assert wait in source.read_text("utf-8")
     source.write_text(source.read_text("utf-8").replace(wait, "arrived(group_sums);"), "utf-8")
     monkeypatch.setattr(jit, "SOURCES", broken)
