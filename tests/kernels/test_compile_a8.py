@@ -18,7 +18,10 @@ from tests.kernels.machine_code import MachineCode, disassemble
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")
 
 Case = tuple[Configuration, torch.dtype, int, bool]  # with group_shift() of the weights, and whether tokens have groups
-QUICK: list[Case] = [(c, (torch.float16, torch.bfloat16)[i % 2], 3, i % 2 == 0) for i, c in enumerate(A8_SM90)]
+# Every second one: the others differ from their neighbour in sizes alone.
+QUICK: list[Case] = [
+    (c, (torch.float16, torch.bfloat16)[i // 2 % 2], 3, i // 2 % 2 == 0) for i, c in enumerate(A8_SM90) if i % 2 == 0 or c.ordered
+]
 SLOW: list[Case] = [
     (c, torch.float16, shift, groups)
     for c in A8_SM90

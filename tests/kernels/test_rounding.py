@@ -190,7 +190,9 @@ def test_the_software_gpu_sees_mistakes(group: int | None, right: str, wrong: st
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA's compiler comes for Linux alone here")
-@pytest.mark.parametrize("architecture", jit.ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(a, marks=[] if a in ("sm_80", "sm_90a") else pytest.mark.slow) for a in jit.ARCHITECTURES]
+)
 def test_it_compiles_without_spills(architecture: str) -> None:
     """If this failed, rounding would run at the rate of local memory, or not at all on that GPU; or read x before it has been written."""
     for dtype, k, group in [
