@@ -408,7 +408,9 @@ void wgmma(const Wgmma& instruction) {
     if (eager) return carry_out(product);
     auto overwrite = [&](std::vector<Product>& under_way) {
         // A fragment may be multiplied twice at once: then its registers hold what they held.
-        for (Product& before : under_way) before.overwritten |= before.a == instruction.a && std::memcmp(before.values, product.values, sizeof product.values);
+        for (Product& before : under_way) {
+            before.overwritten |= before.a == instruction.a && std::memcmp(before.values, product.values, sizeof product.values);
+        }
     };
     for (std::vector<Product>& group : committed[current]) overwrite(group);
     overwrite(open_products[current]);

@@ -1,6 +1,6 @@
 // A kernel of csrc for the software GPU. Built in a folder with copies of csrc, of which ptx.cuh and ptx_sm90.cuh have been replaced.
-// -DSPARSE=1 is a 2:4 kernel, -DSPARSE=0 a dense one; -DWGMMA=1 is that for Hopper, -DEIGHT_BIT=1 for int8 activations, -DUNPACK=1 unpack.cu for either, and -DREPACK=1
-// repack.cu.
+// -DSPARSE=1 is a 2:4 kernel, -DSPARSE=0 a dense one; -DWGMMA=1 is that for Hopper, -DEIGHT_BIT=1 that for int8 activations, -DUNPACK=1
+// unpack.cu for either, and -DREPACK=1 repack.cu.
 #if ROUND  // -DROUND=1 is round_activations.cu
 #include "round_activations.cu"
 #elif REPACK
