@@ -14,7 +14,7 @@ many bytes. state_dict, packed, copies, pickles and moves to another device make
 never stored, because it belongs to this processor. A module keeps its tiles and multiplies by the reference, which is right and slow,
 where `overlap` is False, because they are going to be changed, and where `keeps_tiles` is True: they come from the disk for each call.
 
-`rounding` of a dense module allows 8-bit activations (ops.py). It is no tensor: who loads a folder reads it from config.json.
+`rounding` of a dense module allows 8-bit activations (ops.py). It is not stored: who loads a folder reads it from config.json.
 """
 
 from __future__ import annotations

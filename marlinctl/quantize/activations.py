@@ -66,7 +66,7 @@ def operand(x: Tensor, activations: RoundedAs, dtype: torch.dtype) -> tuple[Tens
     """What the rounded x [.., K] is to a product in `dtype`: y [.., K] of that dtype, and a factor [.., 1] float32 of what comes out.
 
     With one scale a token y is exact: codes times a power of two, so that it is about as large as x. With several it is rounded to `dtype`,
-    and there is no factor.
+    and the factor is None.
     """
     if group_of(activations) is not None:
         return nearest(x, activations).to(dtype), None

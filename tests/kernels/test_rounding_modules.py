@@ -106,7 +106,7 @@ def test_no_tokens_are_no_error(kind: Rounding) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_module_remembers_how_to_round(kind: Rounding) -> None:
-    """If a copy forgot it, a model on several devices would round in one half of its blocks; it is no tensor, and must not become one."""
+    """If a copy forgot it, a model on several devices would round in one half of its blocks; it must not become a tensor."""
     p, _ = packed(80, 96, 32)
     module, x = packed_module(p, None, kind), tokens(4, 96, torch.bfloat16)
     wanted = module(x)

@@ -169,7 +169,7 @@ def test_the_weights_are_those_of_int4(published: tuple[Path, dict[str, Any]], t
 
 
 def test_an_evaluation_rounds_what_the_folder_says(published: tuple[Path, dict[str, Any]]) -> None:
-    """If it did not, the KL of a W4A8 folder would be that of W4A16, and nobody would see what 8 bits cost."""
+    """If it did not, the KL of a W4A8 folder would be that of W4A16, and the cost of 8 bits would not be seen."""
     root, report = published
     ours = load_dense(root / "marlin", dtype=torch.float32)
     rounded = {path: module.activations for path, module in ours.named_modules() if isinstance(module, RoundingLinear)}
@@ -314,7 +314,7 @@ def test_a_source_that_is_2_to_4_keeps_16_bit_activations(tmp_path: Path, text: 
 
 
 def test_a_plan_says_it(tmp_path: Path, text: Path) -> None:
-    """If the plan were that of int4, nobody would see that large batches will be computed with 8-bit activations."""
+    """If the plan were that of int4, it would hide that large batches will be computed with 8-bit activations."""
     source = zoo.build("llama", tmp_path / "model", dtype=torch.bfloat16)
     linears = runs.plan(source, a8(text))["linears"]["compressed"]
     assert {item["activations"] for item in linears} == {"int8-128"}

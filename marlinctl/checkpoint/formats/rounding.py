@@ -19,7 +19,7 @@ _GROUPS: Mapping[int, Rounding] = {ACTIVATION_GROUP: "int8-128", -1: "int8"}
 
 
 def entries(rounding: Mapping[str, Rounding], layers: Iterable[str]) -> dict[str, Any]:
-    """The keys for linears of which those in `rounding` may be rounded, all in one way; none where there is no such linear."""
+    """The keys for linears of which those in `rounding` may be rounded, all in one way; empty where `rounding` is."""
     if not rounding:
         return {}
     kinds = set(rounding.values())

@@ -164,7 +164,7 @@ __device__ __forceinline__ void round_groups(const uint4* x, uint4* codes, float
     }
 }
 
-// NOTE: x is no `const .. __restrict__`: such loads may be moved up, over the wait for the kernel that writes x.
+// NOTE: x is not `const .. __restrict__`: such loads may be moved up, over the wait for the kernel that writes x.
 extern "C" __global__ void __launch_bounds__(THREADS) round_activations(
     const uint4* x,       // [M, K/8]
     uint4* codes,         // [M, K'/16]
