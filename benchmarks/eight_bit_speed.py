@@ -1,12 +1,13 @@
-"""8-bit activations: every configuration of the kernel for int8, checked and timed, beside 16-bit products and torch's fp8.
+"""8-bit activations: every configuration of the kernels for int8, checked and timed, beside 16-bit products and torch's fp8.
 
     PYTHONPATH=. python benchmarks/eight_bit_speed.py --shapes 73728x18432 --tokens 64,128,256 [--json FILE] [--table]
 
 On Hopper. Each product is checked against float64 of the same 8-bit activations and 4-bit weights, and then timed as `marlinctl bench`
 does: CUDA graphs, cold weights, candidates in turns, medians (marlinctl/benchmarking/timing.py). "tokens": one scale for each token;
-"groups": one for each 128 of K. Times are of the product alone, or where "rounded" follows of rounding and product, as a model calls it.
---table prints the rows of kernels/dispatch.json: of each shape and M the fastest with rounding and one scale a token, or 16-bit
-activations where they are faster; nothing else is timed then.
+"groups": one for each 128 of K; "factored": one for each token, and scales of weights that are integers times one scale for each output.
+Times are of the product alone, or where "rounded" follows of rounding and product, as a model calls it. --table prints the rows of
+kernels/dispatch.json, kind by kind: of each shape and M the fastest with rounding, or 16-bit activations where they are faster; nothing
+else is timed then.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -30,8 +31,9 @@ from marlinctl.benchmarking.timing import Candidate, Sample, copies_for, take_tu
 from marlinctl.benchmarking.weights import packed_bytes, random_packed
 from marlinctl.kernels import jit
 from marlinctl.kernels.activations import RoundedActivations, round_activations_for_tiles
-from marlinctl.kernels.configurations import A8_SM90, Configuration, Sharing, group_shift
-from marlinctl.kernels.dispatch import SIXTEEN_BIT, Choice
+from marlinctl.kernels.configurations import Configuration, Sharing, group_shift
+from marlinctl.kernels.dispatch import FACTORED, ROUNDED, SIXTEEN_BIT, Choice, configurations
+from marlinctl.kernels.factored import factored_scales
 from marlinctl.kernels.launch import LoadedKernel, load, multiply
 from marlinctl.kernels.ops import marlin_gemm
 from marlinctl.kernels.reference import gemm_rounded
@@ -42,35 +44,47 @@ from marlinctl.quantize.scheme import ACTIVATION_GROUP
 GROUP_SIZE = 128
 MOST_ERROR = 5e-3
 CHECKED_TOKENS = (1, 37, 131, 300)
-KINDS = {"tokens": None, "groups": ACTIVATION_GROUP}
+GROUPS = {"tokens": None, "groups": ACTIVATION_GROUP, "factored": None}  # of activations that share a scale
+TABLES = {"tokens": ROUNDED["int8"], "groups": ROUNDED["int8-128"], "factored": FACTORED}  # kinds of dispatch.json
+
+
+@dataclass(frozen=True)
+class Weight:
+    p: PackedLinear
+    factored: Tensor  # its scales once more
 
 
 @dataclass(frozen=True)
 class Product:
     kernel: LoadedKernel
-    kind: str  # of KINDS
+    kind: str  # of GROUPS
     sharing: Sharing
 
     @property
     def name(self) -> str:
-        return f"a8 {Choice(self.kernel.configuration, 1, self.sharing).name} {self.kind}"
+        return f"a8 {self.choice} {self.kind}"
 
-    def of(self, p: PackedLinear, rounded: RoundedActivations, out: Tensor) -> Tensor:
+    @property
+    def choice(self) -> str:
+        return Choice(self.kernel.configuration, 1, self.sharing).name
+
+    def of(self, weight: Weight, rounded: RoundedActivations, out: Tensor) -> Tensor:
+        p = weight.p
         grid = self.kernel.grid(out.shape[0], p.out_features, p.in_features, 1, self.sharing)
-        shift, weights = group_shift(p.group_size, p.in_features), (p.qweight, rounded.scales)
-        multiply(self.kernel, rounded.codes, weights, p.scales, None, out, shift, grid, None, overlap=True)
+        shift, scales = group_shift(p.group_size, p.in_features), weight.factored if self.kernel.configuration.factored else p.scales
+        multiply(self.kernel, rounded.codes, (p.qweight, rounded.scales), scales, None, out, shift, grid, None, overlap=True)
         return out
 
-    def rounding_too(self, x: Tensor, p: PackedLinear, out: Tensor) -> Tensor:
-        return self.of(p, round_on_gpu(x, KINDS[self.kind], overlap=True), out)
+    def rounding_too(self, x: Tensor, weight: Weight, out: Tensor) -> Tensor:
+        return self.of(weight, round_on_gpu(x, GROUPS[self.kind], overlap=True), out)
 
 
 def loaded(device: torch.device) -> list[Product]:
     folder, started = jit.default_folder(), time.perf_counter()
-    wanted = [(c, kind) for c in A8_SM90 for kind in KINDS]
+    wanted = [(c, kind) for kind in GROUPS for c in configurations(TABLES[kind])]
 
     def one(wanted: tuple[Configuration, str]) -> LoadedKernel:
-        return load(wanted[0], torch.float16, device, folder, 3, KINDS[wanted[1]] is not None)
+        return load(wanted[0], torch.float16, device, folder, 3, GROUPS[wanted[1]] is not None)
 
     with ThreadPoolExecutor(12) as pool:
         kernels = list(pool.map(one, wanted))
@@ -78,22 +92,30 @@ def loaded(device: torch.device) -> list[Product]:
     return [Product(kernel, kind, sharing) for kernel, (c, kind) in zip(kernels, wanted, strict=True) for sharing in c.sharings]
 
 
-def packed(shape: Shape, generator: torch.Generator) -> PackedLinear:
-    return cast(PackedLinear, random_packed("dense", shape, generator))
+def random_weight(shape: Shape, generator: torch.Generator) -> Weight:
+    """With factors of 7 to 16, half of them negative, and channel scales of seven significant bits."""
+    p = cast(PackedLinear, random_packed("dense", shape, generator))
+    factors = torch.randint(7, 16, p.scales.shape, device=generator.device, generator=generator)
+    factors *= 1 - 2 * torch.randint(0, 2, p.scales.shape, device=generator.device, generator=generator)
+    channel = torch.randint(64, 128, (1, shape.n), device=generator.device, generator=generator) * 2.0**-17
+    p = replace(p, scales=(factors * channel).half())
+    factored = factored_scales(p)
+    assert factored is not None
+    return Weight(p, factored)
 
 
 def check(products: list[Product], gpu: Gpu, shape: Shape) -> None:
     """Relative error of every product, for odd numbers of tokens. SystemExit where one is above MOST_ERROR."""
-    p, worst = packed(shape, gpu.generator(1)), 0.0
+    weight, worst = random_weight(shape, gpu.generator(1)), 0.0
     for m in CHECKED_TOKENS:
         x = torch.randn(m, shape.k, device=gpu.device, dtype=torch.float16, generator=gpu.generator(m)) + 0.1
-        for kind, group in KINDS.items():
+        for kind, group in GROUPS.items():
             rounded = round_activations_for_tiles(x, group)
             assert all(torch.equal(a, b) for a, b in zip(vars_of(rounded), vars_of(round_on_gpu(x, group)), strict=True))
-            expected = gemm_rounded(x, p, group).double()
+            expected = gemm_rounded(x, weight.p, group).double()
             for product in products:
                 if product.kind == kind:
-                    out = product.of(p, rounded, torch.full((m, shape.n), torch.nan, dtype=torch.float16, device=gpu.device))
+                    out = product.of(weight, rounded, torch.full((m, shape.n), torch.nan, dtype=torch.float16, device=gpu.device))
                     error = float((out.double() - expected).norm() / expected.norm())
                     worst = max(worst, error)
                     if not error <= MOST_ERROR:
@@ -108,17 +130,19 @@ def vars_of(rounded: RoundedActivations) -> tuple[Tensor, Tensor]:
 def times(gpu: Gpu, products: list[Product], shape: Shape, m: int, replays: int, only_rounded: bool) -> dict[str, Sample]:
     generator, n = gpu.generator(0), shape.n
     copies = copies_for(packed_bytes("dense", shape), gpu.l2_bytes)
-    weights = [packed(shape, generator) for _ in range(copies)]
+    weights = [random_weight(shape, generator) for _ in range(copies)]
     x = torch.randn(m, shape.k, device=gpu.device, dtype=torch.float16, generator=generator)
     out = torch.empty(m, n, device=gpu.device, dtype=torch.float16)
-    rounded = {kind: round_activations_for_tiles(x, group) for kind, group in KINDS.items()}
+    rounded = {kind: round_activations_for_tiles(x, group) for kind, group in GROUPS.items()}
     candidates: dict[str, Candidate] = {}
     known = set()
     for product in products:
         c, grid = product.kernel.configuration, product.kernel.grid(m, n, shape.k, 1, product.sharing)
-        if c.tokens > max(2 * m, 32) or 4 * c.tokens < min(m, 256) or (m >= 512 and c.tokens < 128) or (product.kernel, grid) in known:
+        if c.tokens > max(2 * m, 32) or 4 * c.tokens < min(m, 256) or (m >= 512 and c.tokens < 128):
             continue
-        known.add((product.kernel, grid))
+        if (product.kernel, product.kind, grid) in known:
+            continue
+        known.add((product.kernel, product.kind, grid))
 
         def alone(product: Product, i: int) -> object:
             return product.of(weights[i % copies], rounded[product.kind], out)
@@ -128,19 +152,17 @@ def times(gpu: Gpu, products: list[Product], shape: Shape, m: int, replays: int,
 
         if not only_rounded:
             candidates[product.name] = Candidate(partial(alone, product), copies, product.kind)
-        elif product.kind != "tokens":
-            continue
         candidates[f"{product.name} rounded"] = Candidate(partial(both, product), copies, f"{product.kind} rounded")
 
     def sixteen_bit(i: int) -> object:
-        p = weights[i % copies]
+        p = weights[i % copies].p
         return marlin_gemm(x, p.qweight, p.scales, n, GROUP_SIZE, None, True)
 
     def rounding(group: int | None, i: int) -> object:
         return round_on_gpu(x, group, overlap=True)
 
     candidates["w4a16"] = Candidate(sixteen_bit, copies)
-    candidates |= {f"rounding alone, {kind}": Candidate(partial(rounding, group), 1) for kind, group in KINDS.items()}
+    candidates |= {f"rounding alone, {kind}": Candidate(partial(rounding, group), 1) for kind, group in GROUPS.items()}
     dense = torch.randn(n, shape.k, device=gpu.device, dtype=torch.float16, generator=generator)
     x8, w8 = x.to(torch.float8_e4m3fn), dense.to(torch.float8_e4m3fn)
     ones = torch.ones(m, 1, device=gpu.device), torch.ones(1, n, device=gpu.device)
@@ -171,16 +193,16 @@ def main() -> None:
                 for name, sample in _first(found, given.top):
                     print(f"  {sample.median:9.1f}  {2 * n * k * m / sample.median / 1e6:7.0f} TFLOP/s  {name}", flush=True)
                 document[f"{n}x{k}x{m}"] = {name: sample.median for name, sample in found.items()}
-                if given.table:
-                    print(f"     {json.dumps([m, n, k, _best(found)])},", flush=True)
+                for kind, table in TABLES.items() if given.table else ():
+                    print(f"     {table}: {json.dumps([m, n, k, _best(found, kind)])},", flush=True)
                 gpu.free()
     if given.json:
         given.json.write_text(json.dumps(document, indent=1))
 
 
-def _best(found: dict[str, Sample]) -> str:
-    """The choice of a row: with rounding, one scale a token."""
-    end = " tokens rounded"
+def _best(found: dict[str, Sample], kind: str) -> str:
+    """The choice of a row: with rounding."""
+    end = f" {kind} rounded"
     times = {name: sample.median for name, sample in found.items() if name.endswith(end)}
     name = min(times, key=times.__getitem__)
     return name.removeprefix("a8 ").removesuffix(end) if times[name] < found["w4a16"].median else SIXTEEN_BIT
@@ -190,7 +212,7 @@ def _first(found: dict[str, Sample], top: int) -> Iterator[tuple[str, Sample]]:
     """The baselines, and the fastest `top` of either kind of scales, with and without rounding."""
     rows = sorted(found.items(), key=lambda item: item[1].median)
     yield from (row for row in rows if not row[0].startswith("a8"))
-    for end in (*KINDS, *(f"{kind} rounded" for kind in KINDS)):
+    for end in (*GROUPS, *(f"{kind} rounded" for kind in GROUPS)):
         yield from [row for row in rows if row[0].startswith("a8") and row[0].endswith(end)][:top]
 
 

@@ -23,7 +23,7 @@ from marlinctl.benchmarking.table import as_text, text_table
 from marlinctl.errors import EnvironmentProblem, UsageError
 from marlinctl.kernels import jit
 from marlinctl.kernels.configurations import SHARED_BYTES, Configuration, group_shift
-from marlinctl.kernels.dispatch import ROUNDED, configurations
+from marlinctl.kernels.dispatch import FACTORED, configurations
 from marlinctl.kernels.functions import architecture_of
 from marlinctl.kernels.launch import unpack_defines, unpack_shared_bytes
 
@@ -160,9 +160,9 @@ def _jobs(architecture: str, group_sizes: Sequence[int] = GROUPS) -> list[Job]:
             for size in group_sizes if c.wgmma else (None,):  # -1, channel-wise, is group_shift's K here
                 defines = c.defines(numbers) if size is None else c.defines(numbers, group_shift(size, -1))
                 jobs.append(Job(c.name, kind, size, source, defines, dtype, architecture, c.shared_bytes))
-        for c in (c for c in configurations(ROUNDED) if c.fits(architecture)):
+        for c in (c for c in configurations(FACTORED) if c.fits(architecture)):
             for size in group_sizes:
-                for groups in (False, True):  # of activations that share a scale
+                for groups in (False,) if c.factored else (False, True):  # of activations that share a scale
                     defines = c.defines(numbers, group_shift(size, -1), groups)
                     name = f"{c.name}{'-groups' if groups else ''}"
                     jobs.append(Job(name, "dense", size, f"{c.kernel}.cu", defines, dtype, architecture, c.shared_bytes))

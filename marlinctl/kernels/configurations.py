@@ -8,7 +8,7 @@ short, a CTA computes an output tile of `tokens` (M) x 64 `blocks` (N), in stage
                                           k_warps: warps that share the k of a stage
 
 On Hopper four more warps copy, and the group size is compiled in. csrc/marlin_a8_sm90.cu, for Hopper alone, multiplies activations that
-are rounded to int8.
+are rounded to int8, and csrc/marlin_a8_factored_sm90.cu does so with weights whose scales are integers times one scale for each output.
 
 Everything that the host must know beside that, threads, shared memory, workspace, follows from them and is computed here;
 the kernel checks the shared memory when it is compiled. Which configuration is used for which M, N, K is measured: dispatch.py.
@@ -19,11 +19,13 @@ A Grid says how the CTAs of a launch share the output tiles (csrc/stripes.cuh dr
     even      every CTA the same part of a tile, or as many whole tiles: fewer parts to put together, on fewer CTAs
     mixed     as many whole tiles for each CTA as there are for all, and stripes of the rest
     cluster   with wgmma: every CTA the same part of a tile, the CTAs of a tile a thread block cluster (csrc/cluster_sm90.cuh)
+
+Where CTAs are paired, two neighbours are a cluster and share what they would have alone: the first three ways, with pairs for CTAs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -47,7 +49,7 @@ LEAST_BUSY = 0.7  # of the CTAs that there is room for: 96 of 132 were faster th
 class Grid:
     ctas: int
     whole: int = 0  # output tiles that each of them computes alone; the others are striped
-    cluster: int = 1  # CTAs of a thread block cluster: those of one output tile
+    cluster: int = 1  # CTAs of a thread block cluster: those of one output tile, or a pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,8 @@ class Configuration:
     parts: int = 1  # of int8: products that share a decoded word, each of tokens / parts
     ordered: bool = False  # of int8: warpgroups take turns
     temporaries: int = 1  # of int8: products of 128 K under way together
+    paired: bool = False  # with wgmma: two CTAs of a cluster have the same activations, and each copies half of them to both
+    factored: bool = False  # of int8: groups have integer factors, which multiply codes, and sums are over all of K (factored.py)
 
     @property
     def name(self) -> str:
@@ -76,6 +80,8 @@ class Configuration:
             "o": self.ordered,
             f"t{self.temporaries}": self.temporaries > 1,
             "w": self.scale_weights,
+            "f": self.factored,
+            "c": self.paired,
         }
         form = "".join(mark for mark, there in marks.items() if there)
         return f"{kernel}m{self.tokens}n{64 * self.blocks}k{self.k_step}x{self.stages}{form}"
@@ -83,7 +89,8 @@ class Configuration:
     @property
     def kernel(self) -> str:
         """The name of the function, and with .cu of its source."""
-        return f"{'sparse_' if self.sparse else ''}marlin_{'a8_' if self.int8 else ''}{'sm90' if self.wgmma else 'sm80'}"
+        form = f"{'a8_' if self.int8 else ''}{'factored_' if self.factored else ''}{'sm90' if self.wgmma else 'sm80'}"
+        return f"{'sparse_' if self.sparse else ''}marlin_{form}"
 
     @property
     def tile_k(self) -> int:
@@ -93,6 +100,11 @@ class Configuration:
     @property
     def columns(self) -> int:
         return 64 * self.blocks
+
+    @property
+    def pair(self) -> int:
+        """CTAs that work side by side."""
+        return 2 if self.paired else 1
 
     @property
     def threads(self) -> int:
@@ -144,12 +156,15 @@ class Configuration:
                 "ORDERED": int(self.ordered),
                 "TEMPORARIES": self.temporaries,
                 "TOKEN_GROUPS": int(token_groups),
+                "WHOLE_SUMS": int(self.factored),
             }
             sizes |= {"GROUP_SHIFT": group_shift, "SCALE_WEIGHTS": 0, "STEPS": self.batch}
         elif self.wgmma:
             # Sums of many small groups are dearer to scale than weights, and leave too few registers: groups of 32 and of 64.
             scale_weights = self.scale_weights or (group_shift == 1 and self.tokens >= 16) or (group_shift == 2 and self.tokens >= 32)
             sizes |= {"GROUP_SHIFT": group_shift, "SCALE_WEIGHTS": int(scale_weights), "STEPS": self.batch}
+        if self.paired:
+            sizes["PAIRED"] = 1
         return (f"NUMBER={NUMBERS[dtype]}", *(f"{name}={value}" for name, value in sizes.items()))
 
     def fits(self, architecture: str) -> bool:
@@ -158,11 +173,11 @@ class Configuration:
     @property
     def sharings(self) -> tuple[Sharing, ...]:
         """The ways in which CTAs may share its tiles."""
-        return SHARINGS if self.wgmma else tuple(sharing for sharing in SHARINGS if sharing != "cluster")
+        return SHARINGS if self.wgmma and not self.paired else tuple(sharing for sharing in SHARINGS if sharing != "cluster")
 
     def output_tiles(self, m: int, n: int) -> int:
         """Counters that the workspace must have, an int32 each, all zero."""
-        return -(-m // self.tokens) * -(-n // self.columns)
+        return -(-m // self.tokens) * -(-n // (self.columns * self.pair)) * self.pair
 
     def units(self, m: int, n: int, k: int) -> int:
         """Steps of the whole product, the most CTAs that find work."""
@@ -170,11 +185,16 @@ class Configuration:
 
     def grid(self, m: int, n: int, k: int, most: int, sharing: Sharing = "striped") -> Grid:
         """The CTAs of a product, at most `most`. Striped where another way has nothing to offer, or would leave too many without work."""
-        tiles, units = self.output_tiles(m, n), self.units(m, n, k)
+        tiles, units, most = self.output_tiles(m, n) // self.pair, self.units(m, n, k) // self.pair, most // self.pair
+        grid = self._grid(tiles, units, most, sharing)
+        return replace(grid, ctas=grid.ctas * self.pair, cluster=self.pair) if self.paired else grid
+
+    def _grid(self, tiles: int, units: int, most: int, sharing: Sharing) -> Grid:
+        """Of `tiles` with `units` steps in all, or pairs of them, and at most so many CTAs, or pairs."""
         if sharing == "mixed" and tiles >= most:
             return Grid(most, tiles // most)
         grid = Grid(0)
-        if sharing == "cluster" and self.wgmma:
+        if sharing == "cluster" and "cluster" in self.sharings:
             parts = _parts(units // tiles, min(most // tiles, LARGEST_CLUSTER))
             if parts > 1:
                 grid = Grid(tiles * parts, cluster=parts)
@@ -274,6 +294,24 @@ A8_SM90 = (
     _rounded(96, 2, 2, 2, 256, 4, batch=2),
     _rounded(128, 4, 2, 1, 128, 5, batch=2, parts=2, temporaries=2, ordered=True),
     _rounded(256, 2, 4, 1, 128, 4, batch=2, parts=2, ordered=True),
+)
+
+# Of factored weights, whose sums need no scaling: chosen on an H200 (docs/log/2026-12-01-factored-weights.md).
+A8_FACTORED_SM90 = (
+    _rounded(32, 8, 1, 1, 128, 5, batch=2, factored=True),
+    _rounded(64, 6, 2, 1, 128, 5, batch=2, factored=True, paired=True),
+    _rounded(64, 4, 2, 1, 128, 6, batch=2, factored=True),
+    _rounded(64, 2, 2, 2, 256, 5, batch=2, factored=True),
+    _rounded(96, 4, 2, 1, 128, 6, batch=2, factored=True),
+    _rounded(96, 4, 2, 1, 128, 6, batch=2, factored=True, paired=True),
+    _rounded(96, 2, 2, 2, 256, 4, batch=2, factored=True),
+    _rounded(128, 4, 2, 1, 128, 4, batch=2, factored=True, paired=True),
+    _rounded(128, 4, 2, 1, 128, 5, batch=2, factored=True),
+    _rounded(128, 2, 4, 1, 128, 6, batch=2, factored=True),
+    _rounded(128, 2, 4, 1, 128, 8, batch=2, factored=True, paired=True),
+    _rounded(128, 2, 2, 2, 256, 3, batch=2, factored=True),
+    _rounded(256, 2, 4, 1, 128, 4, batch=2, factored=True),
+    _rounded(256, 2, 4, 1, 128, 5, batch=2, factored=True, paired=True),
 )
 
 SPARSE_SM90 = (

@@ -29,15 +29,31 @@ from pathlib import Path
 from typing import Any
 
 from marlinctl.kernels import jit
-from marlinctl.kernels.configurations import A8_SM90, DENSE, DENSE_SM90, SHARINGS, SPARSE, SPARSE_SM90, Configuration, Sharing
+from marlinctl.kernels.configurations import (
+    A8_FACTORED_SM90,
+    A8_SM90,
+    DENSE,
+    DENSE_SM90,
+    SHARINGS,
+    SPARSE,
+    SPARSE_SM90,
+    Configuration,
+    Sharing,
+)
+from marlinctl.quantize.scheme import Rounding
 
 OWN = "dispatch.json"  # in the folder of compiled kernels
 PACKAGED = Path(__file__).parent / "dispatch.json"
 SCHEMA_VERSION = 2
 KINDS = ("dense", "sparse")
-ROUNDED = "rounded"  # a third kind: dense, where activations may be rounded to int8
-SIXTEEN_BIT = "16-bit"  # the choice of a row of that kind where 16-bit activations are as fast: what `dense` says counts
+FACTORED = "factored"
+# More kinds, of dense weights whose activations may be rounded to int8: with a scale for each token or for each 128 of K, and with a scale
+# for each token of weights that are factored too (factored.py).
+ROUNDED: Mapping[Rounding, str] = {"int8": "rounded", "int8-128": "rounded-128"}
+SIXTEEN_BIT = "16-bit"  # the choice of a row of those kinds where 16-bit activations are as fast: what `dense` says counts
 DEQUANTIZE = "dequantize"  # the column of a measurement for a dense weight and torch.matmul
+
+_ALL_KINDS = (*KINDS, *ROUNDED.values(), FACTORED)
 
 # Where nothing is measured. A kernel of mma.sync multiplies at most at about 280 TFLOP/s on an H200 (2:4: 390) and torch.matmul at 700,
 # but dequantizing costs 2.5 bytes for each weight: equal at about M = 170 (2:4: 330). On GPUs whose tensor cores do not leave
@@ -89,13 +105,13 @@ class Table:
 
 
 @lru_cache(maxsize=4096)
-def choose(architecture: str, sparse: bool, m: int, n: int, k: int, rounding: bool = False) -> Choice | None:
+def choose(architecture: str, sparse: bool, m: int, n: int, k: int, rounding: Rounding = "none", factored: bool = False) -> Choice | None:
     """How to multiply M rows with a weight [N, K]; None is: dequantize it and multiply with torch.matmul.
 
-    rounding: activations may be rounded to int8. Whether they are is for the choice to say: 16 bits are as fast for few rows, and all
-    there is for 2:4 and for architectures that were not measured.
+    rounding: of activations, where it is allowed. Whether they are rounded is for the choice to say: 16 bits are as fast for few rows, and
+    all there is for 2:4 and for architectures that were not measured. factored: the weights are. It counts beside "int8" alone.
     """
-    if rounding and not sparse and (table := tables().get((architecture, ROUNDED))) is not None:
+    if (table := _rounded_table(architecture, sparse, rounding, factored)) is not None:
         choice = table.choose(m, n, k)
         if choice is not None:
             return choice
@@ -106,17 +122,22 @@ def choose(architecture: str, sparse: bool, m: int, n: int, k: int, rounding: bo
     return table.choose(m, n, k)
 
 
-def choices(architecture: str, sparse: bool, n: int, k: int, rounding: bool = False) -> set[Choice | None]:
+def _rounded_table(architecture: str, sparse: bool, rounding: Rounding, factored: bool) -> Table | None:
+    kind = FACTORED if factored and rounding == "int8" else ROUNDED.get(rounding)
+    return None if sparse or kind is None else tables().get((architecture, kind))
+
+
+def choices(architecture: str, sparse: bool, n: int, k: int, rounding: Rounding = "none", factored: bool = False) -> set[Choice | None]:
     """Everything that `choose` may answer for a weight [N, K], whatever M is: what has to be compiled before a server may begin."""
     kind = KINDS[sparse]
     used = [tables().get((architecture, kind)) or reasoned(architecture, kind)]
-    if rounding and not sparse and (architecture, ROUNDED) in tables():
-        used.append(tables()[architecture, ROUNDED])
+    if (rounded := _rounded_table(architecture, sparse, rounding, factored)) is not None:
+        used.append(rounded)
     # An answer changes behind a row's M and behind its tile, and where dequantizing begins.
     after = {1 + row.m for table in used for row in table.rows}
     after |= {1 + row.choice.configuration.tokens for table in used for row in table.rows if row.choice is not None}
     starts = {table.dequantize_from for table in used if table.dequantize_from is not None}
-    return {choose(architecture, sparse, m, n, k, rounding) for m in {1, *after, *starts}}
+    return {choose(architecture, sparse, m, n, k, rounding, factored) for m in {1, *after, *starts}}
 
 
 @lru_cache(maxsize=1)
@@ -137,8 +158,10 @@ def reasoned(architecture: str, kind: str) -> Table:
 
 def configurations(kind: str) -> tuple[Configuration, ...]:
     """Those of mma.sync first: `reasoned` takes the first that fits."""
-    if kind == ROUNDED:
+    if kind in ROUNDED.values():
         return A8_SM90
+    if kind == FACTORED:
+        return (*A8_FACTORED_SM90, *A8_SM90)  # for few tokens sums of groups are as fast
     return (*SPARSE, *SPARSE_SM90) if kind == "sparse" else (*DENSE, *DENSE_SM90)
 
 
@@ -167,14 +190,14 @@ def parse(data: bytes, path: Path) -> dict[tuple[str, str], Table]:
 
 
 def _table(architecture: str, kind: str, document: Mapping[str, Any]) -> Table:
-    if architecture not in jit.ARCHITECTURES or kind not in (*KINDS, ROUNDED):
+    if architecture not in jit.ARCHITECTURES or kind not in _ALL_KINDS:
         raise ValueError(f"there is no kernel for {architecture}, {kind}")
     by_name = {c.name: c for c in configurations(kind) if c.fits(architecture)}
     rows = []
     for m, n, k, name in document["choices"]:
         if not all(isinstance(number, int) and number > 0 for number in (m, n, k)):
             raise ValueError(f"{[m, n, k, name]}: M, N and K are positive integers")
-        rows.append(Row(m, n, k, None if (kind, name) == (ROUNDED, SIXTEEN_BIT) else _choice(name, by_name, architecture)))
+        rows.append(Row(m, n, k, None if name == SIXTEEN_BIT and kind not in KINDS else _choice(name, by_name, architecture)))
     least = document["dequantize_from"]
     if not rows or not (least is None or (isinstance(least, int) and least > 0)):
         raise ValueError(f"{architecture}, {kind}: no choices, or dequantize_from is no positive integer or null")

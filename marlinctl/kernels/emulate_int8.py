@@ -14,6 +14,8 @@ sixteen from 64 block + 16 j on (g = lane // 4, t = lane % 4).
       activation scales     of the lane's columns, [group, 8 tile + 2 t + 0 or 1]
 
 Sums are integers, and exact, until a group of weights or of activations ends; then they are scaled and added up in float32.
+
+Factored weights (factored.py): the registers of A hold the code times the factor of its row and group, and sums go over all of K.
 """
 
 from __future__ import annotations
@@ -67,6 +69,48 @@ def gemm_int8(codes: Tensor, scales: Tensor, p: PackedLinear, group: int | None)
     return d.permute(0, 4, 1, 2, 3).reshape(len(tokens), -1)[:m, : p.out_features]
 
 
+def gemm_factored(codes: Tensor, scales: Tensor, p: PackedLinear, factored: Tensor) -> Tensor:
+    """codes [M, K'] int8 in the order of the tiles, scales [1, M'] float32, one for each token -> [M, N] float32.
+
+    factored: int16 [G' + 1, N'] of `p`, or [1, N'] channel-wise. ValueError for tensors of another shape or type.
+    """
+    k_padded = 16 * p.qweight.shape[0]
+    rows = 1 if p.channel_wise else p.padded_groups + 1
+    if factored.dtype != torch.int16 or tuple(factored.shape) != (rows, p.scales.shape[1]):
+        raise ValueError(f"factored must be int16 [{rows}, {p.scales.shape[1]}], got {factored.dtype} {list(factored.shape)}")
+    m = len(codes)
+    tokens = pad(codes, (0, 0, 0, -m % TOKENS))
+    shared = tokens.view(torch.int16).view(len(tokens) // TOKENS, TOKENS, k_padded // 16, 8)
+    pointers = [2 * (lane % 8) + lane // 8 for lane in range(2 * TOKENS)]
+    sums = torch.zeros(len(shared), p.qweight.shape[1] // (2 * BLOCK), 4, LANES, 4, dtype=torch.int32)
+    for step in range(k_padded // STEP):
+        words = p.qweight[2 * step : 2 * step + 2]
+        a = operand(words) if p.channel_wise else operand_factored(words, factored[STEP * step // p.group_size])
+        b = ldmatrix(shared[:, :, 2 * step : 2 * step + 2].flatten(1, 2), pointers)
+        sums = mma_m16n8k32(a, b[:, None, None], sums)
+    of_rows = factored[-1].view(torch.float16)[_columns_of_rows(p.qweight.shape[1] // (2 * BLOCK), channel_wise=True)].double()
+    scale = of_rows * _scales_of_columns(pad(scales[:, :m], (0, -m % TOKENS))[0])[:, None, None]
+    total = (sums.float().double() * (scale / 16 if p.channel_wise else scale)).float()
+    d = D_16X8.matrix(total)
+    return d.permute(0, 4, 1, 2, 3).reshape(len(tokens), -1)[:m, : p.out_features]
+
+
+def operand_factored(words: Tensor, factors: Tensor) -> Tensor:
+    """Two rows of qweight, [2, 2N'], and the factors of their group, [N'] -> A [block, j, 32, 4], code times factor in each byte."""
+    first, second = words.view(2, -1, LANES, 4).transpose(-1, -2).contiguous()
+    row, below = prmt(first, second, 0x6420), prmt(first, second, 0x7531)
+    of = factors.long()[_columns_of_rows(words.shape[1] // (2 * BLOCK), channel_wise=False)]  # [block, j, 32, 4], of rows g g g+8 g+8
+    upper, lower = of[..., 0], of[..., 2]
+
+    def times(nibbles: Tensor, factor: Tensor) -> Tensor:
+        """(nibbles * factor + (128 - 8 factor) in each byte) ^ 0x80 in each byte, as 32-bit integers."""
+        sums = (nibbles.long() & 0x0F0F0F0F) * factor + 0x80808080 - 0x08080808 * factor
+        return (sums ^ 0x80808080).to(torch.int32)
+
+    registers = [times(row, upper), times(below, lower), times(row >> 4, upper), times(below >> 4, lower)]
+    return torch.stack(registers, -1)
+
+
 def operand(words: Tensor) -> Tensor:
     """Two rows of qweight, [2, 2N'] -> A [block, j, 32, 4], 16 times the code in each byte (benchmarks/w4a8_decoding.cuh, Int8)."""
     first, second = words.view(2, -1, LANES, 4).transpose(-1, -2).contiguous()  # [block, j, 32] each
@@ -76,11 +120,16 @@ def operand(words: Tensor) -> Tensor:
 
 def _scales_of_rows(p: PackedLinear, group: int) -> Tensor:
     """[block, j, 32, 4] float64: of a lane's rows g and g + 8 of each word."""
-    blocks = torch.arange(p.qweight.shape[1] // (2 * BLOCK))[:, None, None, None]
+    return p.scales[group][_columns_of_rows(p.qweight.shape[1] // (2 * BLOCK), channel_wise=p.channel_wise)].double()
+
+
+def _columns_of_rows(blocks: int, *, channel_wise: bool) -> Tensor:
+    """[block, j, 32, 4] int64: in a row of scales the places of a lane's rows g, g, g + 8 and g + 8 of each word."""
+    block = torch.arange(blocks)[:, None, None, None]
     j, below = torch.arange(4)[:, None, None], torch.arange(4) // 2
     g = LANE // 4
-    inside = 32 * (j // 2) + 8 * (g // 2) + 4 * (j % 2) + g % 2 + 2 * below if p.channel_wise else 8 * g + 2 * j + below
-    return p.scales[group][BLOCK * blocks + inside].double()
+    inside = 32 * (j // 2) + 8 * (g // 2) + 4 * (j % 2) + g % 2 + 2 * below if channel_wise else 8 * g + 2 * j + below
+    return BLOCK * block + inside
 
 
 def _scales_of_columns(scales: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ A launch needs a workspace in which CTAs that share an output tile meet:
     counters       int32, zero before and after: the last   kept, as zeroing them would cost each launch as much as another kernel;
                    CTA of a tile sets its counter back      never shared by launches that may run at the same time
 
-CTAs of a thread block cluster meet in shared memory, and need none of it.
+CTAs of a thread block cluster that is no pair meet in shared memory, and need none of it.
 
 Counters are handed out once and never again: to a stream, whose launches follow each other, or to one capture on a stream, whose graph
 may be replayed anywhere, beside anything. They come from memory of our own, 1 MiB at a time. Tensors would not do: what a tensor
@@ -191,7 +191,8 @@ def multiply(
 ) -> None:
     """launch without its checks, with a kernel for these groups: for the operators, which have made theirs.
 
-    Of int8 activations: their codes [M, K'] in the order of the tile, and as weights qweight and the scales of the tokens.
+    Of int8 activations: their codes [M, K'] in the order of the tile, and as weights qweight and the scales of the tokens. Of factored
+    weights: as scales what factored.factored_scales makes of them.
     """
     function, configuration = kernel.function, kernel.configuration
     device = function.device
@@ -204,7 +205,7 @@ def multiply(
     partials, counters = None, 0
     if workspace is not None:
         partials, counters = workspace[0], workspace[1].data_ptr()
-    elif grid.cluster == 1:
+    elif grid.cluster == 1 or configuration.paired:
         partials = torch.empty(configuration.partial_floats(grid.ctas), dtype=torch.float32, device=device)
         counters = _counters_of(device).of(stream, configuration.output_tiles(m, n))
     given = activations.data_ptr()
@@ -221,7 +222,7 @@ def multiply(
     arguments.pack(*pointers, m, n, k, grid.whole, shift)
     if configuration.wgmma:
         make_current(function)
-        arguments.begin_with(_mine.maps.of(given, m, k, configuration.tokens, activations.itemsize))
+        arguments.begin_with(_mine.maps.of(given, m, k, configuration.tokens // configuration.pair, activations.itemsize))
     enqueue(function, grid.ctas, stream, arguments, overlap=overlap and function.overlaps, cluster=grid.cluster)
 
 

@@ -14,7 +14,9 @@ many bytes. state_dict, packed, copies, pickles and moves to another device make
 never stored, because it belongs to this processor. A module keeps its tiles and multiplies by the reference, which is right and slow,
 where `overlap` is False, because they are going to be changed, and where `keeps_tiles` is True: they come from the disk for each call.
 
-`rounding` of a dense module allows 8-bit activations (ops.py). It is not stored: who loads a folder reads it from config.json.
+`rounding` of a dense module allows 8-bit activations (ops.py). It is not stored: who loads a folder reads it from config.json. Where it is
+"int8" and scales are of the form of factored.py, the module keeps them in that form as well, 16 bits for each group, on a GPU from the
+first call or `split_scales` on.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from marlinctl.kernels.cpu import cpu_gemm, for_cpu, words_again
+from marlinctl.kernels.factored import factored_scales
 from marlinctl.kernels.ops import marlin_gemm, sparse_marlin_gemm
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
 from marlinctl.quantize.scheme import Rounding
@@ -136,16 +139,36 @@ class MarlinLinear(_Packed):
 
     WORDS = "B"
     B: Tensor
+    factored: Tensor | None
 
     def __init__(self, p: PackedLinear, bias: Tensor | None = None, rounding: Rounding = "none") -> None:
         super().__init__(p, bias)
         self.register_buffer("B", p.qweight)
-        self.rounding = rounding
+        self.register_buffer("factored", None, persistent=False)
+        self.rounding, self._knows_factors = rounding, False
 
     def _multiply(self, x: Tensor) -> Tensor:
-        more = () if self.rounding == "none" else (self.rounding,)
-        out: Tensor = marlin_gemm(x, self.B, self.s, self.out_features, self.group_size, self.bias, self.overlap, *more)
+        if self.rounding == "none":
+            plain: Tensor = marlin_gemm(x, self.B, self.s, self.out_features, self.group_size, self.bias, self.overlap)
+            return plain
+        if x.is_cuda and not self._knows_factors:
+            self.split_scales()
+        more = (self.overlap, self.rounding, self.factored)
+        out: Tensor = marlin_gemm(x, self.B, self.s, self.out_features, self.group_size, self.bias, *more)
         return out
+
+    @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
+        reason="scales are looked at once: with fullgraph=True call the module, or its split_scales, before it is compiled"
+    )
+    def split_scales(self) -> None:
+        """What the first call on a GPU does: finds whether the kernel for factored weights can multiply with these scales."""
+        changing = not self.overlap  # scales that are going to be changed: see above
+        self.factored = factored_scales(self._as_packed()) if self.rounding == "int8" and not changing else None
+        self._knows_factors = True
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.factored, self._knows_factors = None, False
 
     def packed(self) -> PackedLinear:
         """The tensors as the packer's type: the module's own, but on a CPU only until it is called again."""

@@ -1,6 +1,7 @@
 """The operators: a 16-bit matrix times packed weights, as torch knows it.
 
-    torch.ops.marlinctl.marlin_gemm(activations, qweight, scales, out_features, group_size, bias=None, overlap=False, rounding="none")
+    torch.ops.marlinctl.marlin_gemm(activations, qweight, scales, out_features, group_size, bias=None, overlap=False,
+                                    rounding="none", factored=None)
     torch.ops.marlinctl.sparse_marlin_gemm(activations, qweight, meta, scales, out_features, group_size, bias=None, overlap=False)
 
     CUDA   a kernel that dispatch.py picks for this M, N, K; for large M one dense weight and torch.matmul
@@ -16,6 +17,8 @@ overlap: on Hopper the kernel may begin, and read weights, while the one before 
 rounding: "int8" or "int8-128" allows 8-bit activations, rounded in the call (quantize/activations.py): one scale for each token, or one for
 each 128 of its K. A GPU multiplies 8-bit numbers where that is faster, which M decides; the CPU always rounds, so that what is measured
 there is the accuracy of 8 bits.
+
+factored: of factored.py, the same scales once more, for "int8": a GPU multiplies with them where that is faster.
 """
 
 from __future__ import annotations
@@ -55,6 +58,7 @@ class Product(NamedTuple):
     bias: Tensor | None = None
     overlap: bool = False
     rounding: Rounding = "none"  # of dense weights alone
+    factored: Tensor | None = None  # int16 [G' + 1, N']
 
     @property
     def sparse(self) -> bool:
@@ -74,7 +78,7 @@ def _on_gpu(p: Product) -> Tensor:
     k = _check(p)
     activations, weights, scales, bias, n = p.activations, p.weights, p.scales, p.bias, p.out_features
     device, dtype = activations.device, activations.dtype
-    for tensor in (*weights, scales):
+    for tensor in (*weights, scales, *(() if p.factored is None else (p.factored,))):
         if tensor.data_ptr() % ALIGNMENT:
             raise ValueError(f"{p.operator}: a tensor {list(tensor.shape)} is not aligned to {ALIGNMENT} bytes")
     x = activations if activations.ndim == 2 else activations.reshape(-1, k)  # torch's shape functions cost a microsecond each
@@ -82,7 +86,7 @@ def _on_gpu(p: Product) -> Tensor:
     if m == 0:
         return activations.new_empty(p.out_shape)
     shift = group_shift(k if p.group_size == -1 else p.group_size, k)
-    route = _route(device.index, dtype, p.sparse, m, n_rows, k_rows, shift, p.rounding)
+    route = _route(device.index, dtype, p.sparse, m, n_rows, k_rows, shift, p.rounding, p.factored is not None)
     if route is None:
         weight = unpack(_unpack(p.sparse, dtype, device.index), weights, scales, dtype, n, k_rows, shift)
         return linear(x, weight[:, :k], bias).view(p.out_shape)
@@ -97,6 +101,9 @@ def _on_gpu(p: Product) -> Tensor:
     if kernel.configuration.int8:
         rounded = round_on_gpu(x, group_of(p.rounding), p.overlap)
         x, weights = rounded.codes, (*weights, rounded.scales)
+        if kernel.configuration.factored:
+            assert p.factored is not None
+            scales = p.factored
     multiply(kernel, x, weights, scales, bias, out, shift, grid, overlap=p.overlap)
     if n_rows != n:
         out = out[:, :n].contiguous()
@@ -116,11 +123,11 @@ def decode(p: PackedLinear | PackedSparseLinear, dtype: torch.dtype) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _route(
-    index: int, dtype: torch.dtype, sparse: bool, m: int, n: int, k: int, shift: int, rounding: Rounding
+    index: int, dtype: torch.dtype, sparse: bool, m: int, n: int, k: int, shift: int, rounding: Rounding, factored: bool
 ) -> tuple[LoadedKernel, Grid] | None:
     """The kernel for a product and its grid; None: dequantize."""
     device = torch.device("cuda", index)
-    choice = dispatch.choose(architecture_of(device), sparse, m, n, k, rounding != "none")
+    choice = dispatch.choose(architecture_of(device), sparse, m, n, k, rounding, factored)
     if choice is None:
         return None
     groups = choice.configuration.int8 and group_of(rounding) is not None
@@ -177,6 +184,9 @@ def _check(p: Product) -> int:
     if sparse:
         _must_be("meta", p.weights[1], torch.int16, words, activations.device, sparse)
     _must_be("scales", p.scales, torch.float16, scale_shape, activations.device, sparse)
+    if p.factored is not None:
+        rows = 1 if p.group_size in (-1, k) else scale_shape[0] + 1
+        _must_be("factored", p.factored, torch.int16, (rows, scale_shape[1]), activations.device, sparse)
     if bias is not None and (bias.dtype != activations.dtype or bias.shape != (n,) or bias.device != activations.device):
         what = f"bias must be {activations.dtype} [{n}] on {activations.device}"
         raise ValueError(f"{p.operator}: {what}, got {bias.dtype} {list(bias.shape)} on {bias.device}")
@@ -221,7 +231,8 @@ def _implementation(compute: Callable[[Product], Tensor], weights: int) -> Calla
 
 # `custom_op` would do the same at half as much time again for each call.
 _library = torch.library.Library("marlinctl", "DEF")  # type: ignore[no-untyped-call]
-for _name, _weights, _more in (("marlin_gemm", ("qweight",), ", str rounding='none'"), ("sparse_marlin_gemm", ("qweight", "meta"), "")):
+_ROUNDING = ", str rounding='none', Tensor? factored=None"
+for _name, _weights, _more in (("marlin_gemm", ("qweight",), _ROUNDING), ("sparse_marlin_gemm", ("qweight", "meta"), "")):
     _arguments = ", ".join(f"Tensor {name}" for name in ("activations", *_weights, "scales"))
     _arguments += f", int out_features, int group_size, Tensor? bias=None, bool overlap=False{_more}"
     _library.define(f"{_name}({_arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]

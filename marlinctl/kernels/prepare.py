@@ -35,6 +35,7 @@ class Multiplied:
     group_size: int  # -1: whole rows
     dtype: torch.dtype  # of activations
     rounding: Rounding = "none"  # of them, where it is allowed
+    factored: bool = False  # scales are of the form of factored.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def needed(architecture: str, products: Iterable[Multiplied]) -> Needed:
     for one in products:
         n, k = (-(-size // ROW) * ROW for size in (one.out_features, one.in_features))  # as the operators ask
         shift = group_shift(one.in_features if one.group_size == -1 else one.group_size, one.in_features)
-        for choice in dispatch.choices(architecture, one.sparse, n, k, one.rounding != "none"):
+        for choice in dispatch.choices(architecture, one.sparse, n, k, one.rounding, one.factored):
             if choice is None:
                 unpacks.add((one.sparse, one.dtype))
             elif choice.configuration.int8:

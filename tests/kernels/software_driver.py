@@ -185,7 +185,7 @@ def software_kernel(
     library = (
         None if where is None else library_of(configuration, dtype, where, shift=3 if shift is None else shift, token_groups=token_groups)
     )
-    tokens = configuration.tokens if configuration.wgmma else 0  # of a box of activations
+    tokens = configuration.tokens // configuration.pair if configuration.wgmma else 0  # of a box of activations
     handle = SimpleNamespace(library=library, names=SPARSE if configuration.sparse or configuration.int8 else DENSE, tokens=tokens)
     sizes = (configuration.threads, configuration.shared_bytes, resident)
     function = Function(handle, "context", DEVICE, *sizes, registers=0, local_bytes=0, overlaps=overlaps)

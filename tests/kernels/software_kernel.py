@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,10 +18,12 @@ from torch import Tensor
 from marlinctl.kernels import jit
 from marlinctl.kernels.activations import round_activations_for_tiles
 from marlinctl.kernels.configurations import DENSE_SM90, SPARSE_SM90, Configuration, group_shift
+from marlinctl.kernels.factored import factored_scales
 from marlinctl.kernels.reference import dequantize, dequantize_sparse
 from marlinctl.pack.marlin import pack_marlin
 from marlinctl.pack.sparse_marlin import pack_sparse_marlin
 from marlinctl.pack.types import PackedLinear, PackedSparseLinear
+from marlinctl.quantize.types import QuantizedLinear
 from tests.kernels.built import SOFTWARE_GPU, kernel_library
 from tests.pack.naive import random_linear, random_sparse
 
@@ -78,19 +81,26 @@ def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: 
         backwards: bool = False,
         activation_group: int | None = None,
     ) -> Tensor:
-        """One launch of len(order) CTAs with `whole` tiles each, run in that order. Outputs and partial sums are poisoned; counters must
-        come back as zeros, and clusters must use neither.
+        """One launch of len(order) CTAs with `whole` tiles each, run in that order; those of a pair are a cluster. Outputs and partial sums
+        are poisoned; counters must come back as zeros, and clusters that are no pairs must use neither.
         """
         (m, k), n, ctas = activations.shape, p.out_features, len(order)
+        cluster = configuration.pair if configuration.paired else cluster
         out = torch.full((m * n + 2 * GUARD,), torch.nan, dtype=dtype)
         size, tiles = configuration.partial_floats(ctas), configuration.output_tiles(m, n)
         partials = aligned(torch.full((size + GUARD,), torch.nan))
         counters = torch.zeros(tiles + GUARD, dtype=torch.int32)
         meta = p.meta if isinstance(p, PackedSparseLinear) else torch.empty(0, dtype=torch.int16)
+        scales = p.scales
         if configuration.int8:
             rounded = round_activations_for_tiles(activations, activation_group)
             activations, meta = rounded.codes, rounded.scales
-        inputs = [aligned(tensor) for tensor in (activations, p.qweight, meta, p.scales)]
+        if configuration.factored:
+            assert isinstance(p, PackedLinear)
+            factored = factored_scales(p)
+            assert factored is not None
+            scales = factored
+        inputs = [aligned(tensor) for tensor in (activations, p.qweight, meta, scales)]
         pointers = [*(tensor.data_ptr() for tensor in inputs), None if bias is None else bias.data_ptr()]
         pointers += [out[GUARD:].data_ptr(), partials.data_ptr(), counters.data_ptr()]
         shift = group_shift(p.group_size, k)
@@ -99,7 +109,7 @@ def build(configuration: Configuration, dtype: torch.dtype, folder: Path, edit: 
             arguments, (ctypes.c_int * ctas)(*order), ctas, cluster, ctypes.c_bool(eager), ctypes.c_bool(backwards)
         )
         assert not counters.any(), "the next launch would find a used workspace"
-        assert partials[0 if cluster > 1 else size :].isnan().all(), "written behind the workspace"
+        assert partials[0 if cluster > 1 and not configuration.paired else size :].isnan().all(), "written behind the workspace"
         assert out[:GUARD].isnan().all() and out[-GUARD:].isnan().all(), "written outside of the output"
         return out[GUARD:-GUARD].view(m, n)
 
@@ -120,8 +130,24 @@ def random_packed(
     if configuration.sparse:
         sparse = pack_sparse_marlin(random_sparse(n, k, group_size, seed))
         return sparse, dequantize_sparse(sparse)
-    dense = pack_marlin(random_linear(n, k, group_size, seed))
+    linear = random_linear(n, k, group_size, seed)
+    dense = pack_marlin(with_factors(linear, seed) if configuration.factored else linear)
     return dense, dequantize(dense)
+
+
+def with_factors(linear: QuantizedLinear, seed: int) -> QuantizedLinear:
+    """The same codes with scales that are integers times one scale for each output, the least and the greatest factor among them.
+    Channel-wise ones are as they were."""
+    generator = torch.Generator().manual_seed(seed)
+    if linear.scales.shape[1] == 1:
+        return linear
+    factors = torch.randint(-15, 16, linear.scales.shape, generator=generator)
+    factors[factors >= 0] += 1
+    factors[0, 0], factors[-1, -1] = 16, -15
+    channel = torch.randint(65, 128, (len(factors), 1), generator=generator) * 2.0**-15
+    scales = (factors * channel).half()
+    assert torch.equal(scales.double(), factors * channel.double()), "exact"
+    return replace(linear, scales=scales)
 
 
 NAMED = {c.name.removeprefix("sparse-").removeprefix("wgmma-") + ("s" if c.sparse else ""): c for c in (*DENSE_SM90, *SPARSE_SM90)}

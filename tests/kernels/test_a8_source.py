@@ -1,11 +1,12 @@
-"""Products of csrc/marlin_a8_sm90.cu, int8 activations, run on the CPU (software_kernel.py), against float64 of the same numbers."""
+"""Products of csrc/marlin_a8_sm90.cu and marlin_a8_factored_sm90.cu, int8 activations, run on the CPU (software_kernel.py), against float64
+of the same numbers."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from marlinctl.kernels.configurations import A8_SM90, Configuration
+from marlinctl.kernels.configurations import A8_FACTORED_SM90, A8_SM90, Configuration
 from marlinctl.kernels.reference import gemm_rounded
 from marlinctl.quantize.scheme import ACTIVATION_GROUP
 from tests.kernels.software_kernel import Launch, build, random_packed
@@ -14,7 +15,11 @@ from tests.kernels.test_marlin_source import CASES, EPSILON
 BY_NAME = {c.name.removeprefix("a8-wgmma-"): c for c in A8_SM90}
 # Those that differ in more than sizes: four words of a warp, three warpgroups, two temporaries, warps that share k, turns, parts.
 SHOWN = ("m32n512k128x4", "m32n128k256x5", "m64n384k128x5", "m96n256k128x5p2t2", "m128n256k128x5p2ot2", "m256n128k128x4p2o")
+FACTORED = {c.name.removeprefix("a8-wgmma-"): c for c in A8_FACTORED_SM90}
+# Four words of a warp; pairs with three warpgroups, and with 256 tokens of one product; warps that share k.
+SHOWN_FACTORED = ("m32n512k128x5f", "m64n384k128x5fc", "m128n128k256x3f", "m256n128k128x5fc")
 KERNELS = [(BY_NAME[name], torch.bfloat16 if name.startswith("m64") else torch.float16) for name in SHOWN]
+KERNELS += [(FACTORED[name], torch.bfloat16 if name.startswith("m64") else torch.float16) for name in SHOWN_FACTORED]
 
 
 @pytest.fixture(scope="module", params=KERNELS, ids=lambda p: f"{p[0].name}-{str(p[1])[6:]}")
@@ -27,6 +32,8 @@ def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_products(kernel: tuple[Configuration, torch.dtype, Launch], group: int | None) -> None:
     """If this failed, the kernel would multiply wrongly: decoding, the order of activations, scales, edges, or how parts come together."""
     configuration, dtype, launch = kernel
+    if configuration.factored and group is not None:
+        pytest.skip("factored weights have one scale for each token")
     cases = CASES if group is None else [*CASES[:2], (7, 64, 160, -1, 2), *CASES[5:]]
     for m, n, k, group_size, ctas in [*cases, (5, 2 * configuration.columns + 72, 192, -1, 2)]:
         generator = torch.Generator().manual_seed(m)
@@ -36,8 +43,11 @@ def test_products(kernel: tuple[Configuration, torch.dtype, Launch], group: int 
         exact = gemm_rounded(activations, p, group, bias).double()
         magnitudes = activations.double().abs() @ weight.double().abs().T + bias.double().abs()
         bound = EPSILON[dtype] * exact.abs() + k * 2**-24 * magnitudes + 2**-24  # one rounding of the output, and float32 sums of groups
-        forwards, case = list(range(ctas)), f"{configuration.name}: M={m} N={n} K={k} group_size={group_size} CTAs={ctas}"
-        for whole in sorted({0, configuration.output_tiles(m, n) // ctas}):
+        forwards, case = (
+            list(range(ctas * configuration.pair)),
+            f"{configuration.name}: M={m} N={n} K={k} group_size={group_size} CTAs={ctas}",
+        )
+        for whole in sorted({0, configuration.output_tiles(m, n) // len(forwards)}):
             lazy = launch(activations, p, bias, forwards, whole=whole, activation_group=group)
             assert bool(((lazy.double() - exact).abs() <= bound).all()), f"{case} whole={whole}"
             eager = launch(activations, p, bias, forwards[::-1], whole=whole, eager=True, backwards=True, activation_group=group)
@@ -47,6 +57,8 @@ def test_products(kernel: tuple[Configuration, torch.dtype, Launch], group: int 
 def test_a_cluster_gives_the_same_bits(kernel: tuple[Configuration, torch.dtype, Launch]) -> None:
     """If this failed, sums that CTAs exchange through shared memory would meet in another order, or at wrong places."""
     configuration, dtype, launch = kernel
+    if configuration.paired:
+        pytest.skip("CTAs of a pair have different tiles")
     p, _ = random_packed(configuration, configuration.columns, 2 * configuration.k_step, 64, seed=5)
     activations = torch.randn(11, 2 * configuration.k_step, generator=torch.Generator().manual_seed(5)).to(dtype)
     assert torch.equal(launch(activations, p, None, [0, 1], cluster=2), launch(activations, p, None, [0, 1]))
@@ -58,6 +70,6 @@ def test_a_token_of_zeros_and_one_that_is_no_number(kernel: tuple[Configuration,
     p, _ = random_packed(configuration, 64, 128, 128, seed=0)
     activations = torch.ones(3, 128, dtype=dtype)
     activations[0], activations[1, 7] = 0, torch.inf
-    for group in (None, ACTIVATION_GROUP):
-        out = launch(activations, p, None, [0], activation_group=group)
+    for group in (None,) if configuration.factored else (None, ACTIVATION_GROUP):
+        out = launch(activations, p, None, list(range(configuration.pair)), activation_group=group)
         assert not out[0].any() and out[1].isnan().all() and out[2].isfinite().all()

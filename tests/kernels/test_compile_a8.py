@@ -1,4 +1,4 @@
-"""What NVRTC makes of csrc/marlin_a8_sm90.cu, read from the machine code (as test_compile.py)."""
+"""What NVRTC makes of csrc/marlin_a8_sm90.cu and marlin_a8_factored_sm90.cu, read from the machine code (as test_compile.py)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from marlinctl.kernels import jit
-from marlinctl.kernels.configurations import A8_SM90, Configuration
+from marlinctl.kernels.configurations import A8_FACTORED_SM90, A8_SM90, Configuration
 from tests.kernels.built import CUBINS
 from tests.kernels.machine_code import MachineCode, disassemble
 
@@ -40,7 +40,7 @@ def codes(cases: tuple[Case, ...]) -> dict[Case, MachineCode]:
         return jit.cubin(f"{configuration.kernel}.cu", configuration.defines(dtype, shift, groups), "sm_90a", CUBINS)
 
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(cases, disassemble("marlin_a8_sm90", "sm_90a", list(pool.map(build, cases))), strict=True))
+        return dict(zip(cases, disassemble(cases[0][0].kernel, "sm_90a", list(pool.map(build, cases))), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -71,3 +71,32 @@ def test_machine_code(case: Case) -> None:
     assert code.count(r"UTMALDG\.2D") > 0, "activations, boxes of a tensor map"
     assert code.count(r"ACQBULK") > 0 and code.count(r"PREEXIT") > 0, "the wait for the grid before, and the next grid is let in"
     assert code.count(r"ATOM(G|S)?\b.*") == 1 and not any(re.match(r"RED\b", name) for name in code.instructions), "one integer counter"
+
+
+FACTORED_QUICK: list[Case] = [(c, torch.float16, 3, False) for c in A8_FACTORED_SM90 if c.paired]
+FACTORED_SLOW: list[Case] = [
+    (c, dtype, shift, False)
+    for c in A8_FACTORED_SM90
+    for dtype, shift in ((torch.float16, 3), (torch.bfloat16, 2), (torch.float16, 1), (torch.float16, -1))
+    if (c, dtype, shift, False) not in FACTORED_QUICK
+]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[] if case in FACTORED_QUICK else pytest.mark.slow) for case in (*FACTORED_QUICK, *FACTORED_SLOW)],
+    ids=lambda case: f"{case[0].name}-{str(case[1])[6:]}-{case[2]}",
+)
+def test_machine_code_of_factored_weights(case: Case) -> None:
+    """If this failed, products would be serialized, or a pair of CTAs would wait for memory (MEMBAR) in each step."""
+    configuration = case[0]
+    code = codes(tuple(FACTORED_QUICK if case in FACTORED_QUICK else FACTORED_SLOW))[case]
+    assert code.stack <= 16 and code.local == 0
+    assert code.registers * configuration.threads * configuration.ctas <= 65536
+    assert code.count(r"USETMAXREG\..*") == 2, "copying warps give registers, the others take them"
+    words, steps = 4 // configuration.split, configuration.k_step // configuration.k_warps // 32
+    products = rf"IGMMA\.64x{configuration.tokens // configuration.parts}x32\.S8\.S8.*"
+    assert code.count(products) == steps * words * configuration.parts, "each of a stage's products, once"
+    assert code.count(r"WARPGROUP\.ARRIVE") == steps // configuration.batch, "ptxas has serialized the products, or split a batch"
+    assert (code.count(r"UTMALDG\.2D\.MULTICAST") > 0) == configuration.paired
+    assert code.count(r"MEMBAR\.ALL\.GPU") <= 4, "at the ends of the kernel and of a tile, not where a stage is released"

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from marlinctl.kernels import emulate_int8, reference
 from marlinctl.kernels.activations import in_tile_order, round_activations_for_tiles
-from marlinctl.kernels.emulate_int8 import gemm_int8
+from marlinctl.kernels.emulate_int8 import gemm_factored, gemm_int8
+from marlinctl.kernels.factored import factored_scales
 from marlinctl.pack.marlin import pack_marlin
 from marlinctl.pack.types import PackedLinear, padded
+from tests.kernels.software_kernel import with_factors
 from tests.pack.naive import random_linear
 from tests.test_architecture import imports_of
 
@@ -113,3 +115,41 @@ def test_nothing_is_shared_with_packers_or_maps() -> None:
     own = {found.target for found in imports_of(Path(str(emulate_int8.__file__))) if found.target.startswith("marlinctl")}
     assert {target.rpartition(".")[0] for target in own} == {"marlinctl.kernels.emulate", "marlinctl.kernels.warp", "marlinctl.pack.types"}
     assert {target for target in own if ".pack." in target} == {"marlinctl.pack.types.PackedLinear"}
+
+
+def factored(n: int, k: int, group_size: int, seed: int = 0) -> tuple[PackedLinear, Tensor]:
+    q = random_linear(n, k, group_size)
+    p = pack_marlin(with_factors(q, seed))
+    found = factored_scales(p)
+    assert found is not None
+    return p, found
+
+
+@pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
+def test_factored_weights_are_the_same_weights(n: int, k: int, group_size: int) -> None:
+    """If this failed, a code would meet another factor than that of its group and output, or a byte would carry into its neighbour."""
+    p, scales = factored(n, k, group_size)
+    codes = in_tile_order(torch.eye(k))
+    out = gemm_factored(codes, torch.ones(1, k), p, scales).T
+    assert torch.equal(out, reference.dequantize(p))
+
+
+@pytest.mark.parametrize(("m", "n", "k", "group_size"), [(7, 80, 160, 32), (17, 64, 256, 128), (10, 128, 576, 64), (9, 64, 320, -1)])
+def test_random_activations_with_factored_weights(m: int, n: int, k: int, group_size: int) -> None:
+    """If this failed, sums over all of K would be scaled with another output's or token's scale."""
+    p, scales = factored(n, k, group_size)
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)) * torch.logspace(-1, 1, k) * torch.logspace(-2, 2, m)[:, None]
+    made = round_activations_for_tiles(x, None)
+    result = gemm_factored(made.codes, made.scales, p, scales)
+    exact = reference.gemm_rounded(x, p, None).double()
+    assert bool(((result.double() - exact).abs() <= 4 * 2**-24 * exact.abs() + 2**-30 * exact.abs().max()).all())
+
+
+@pytest.mark.parametrize("row", [0, 1, -1])
+def test_exchanged_factors_show(row: int) -> None:
+    """If this failed, the order of factors or of channel scales would not matter to the emulator."""
+    p, scales = factored(64, 128, 64)
+    bad = scales.clone()
+    bad[row, 8:16] = bad[row, 8:16].flip(0)
+    codes, ones = in_tile_order(torch.eye(128)), torch.ones(1, 128)
+    assert not torch.equal(gemm_factored(codes, ones, p, bad), gemm_factored(codes, ones, p, scales))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from marlinctl.kernels import dispatch, jit
 from marlinctl.kernels.activations import round_activations_for_tiles
-from marlinctl.kernels.configurations import A8_SM90, Configuration, group_shift
+from marlinctl.kernels.configurations import A8_FACTORED_SM90, A8_SM90, Configuration, group_shift
+from marlinctl.kernels.factored import factored_scales
 from marlinctl.kernels.launch import load, multiply
 from marlinctl.kernels.linear import MarlinLinear
 from marlinctl.kernels.ops import marlin_gemm
@@ -20,11 +22,14 @@ from marlinctl.kernels.rounding import round_on_gpu
 from marlinctl.pack.types import PackedLinear
 from marlinctl.quantize.activations import group_of
 from marlinctl.quantize.scheme import Rounding
+from tests.kernels.software_kernel import random_packed
 from tests.kernels.test_gpu import Linear, error_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 
 ROUNDINGS: tuple[Rounding, ...] = ("int8", "int8-128")
+WAYS: tuple[tuple[Rounding, bool], ...] = (("int8", False), ("int8-128", False), ("int8", True))  # with factored weights or without
+ways = pytest.mark.parametrize(("rounding", "factored"), WAYS, ids=["tokens", "groups", "factored"])
 GATES = {torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
 
@@ -45,25 +50,42 @@ def packed(linear: Linear) -> PackedLinear:
     return linear.p
 
 
-def has_eight_bits(linear: Linear, m: int) -> bool:
+def linear_of(n: int, k: int, group_size: int, factored: bool) -> Linear:
+    """Dense, and where asked for with scales that are integers times one scale for each output."""
+    linear = Linear(False, n, k, group_size)
+    if factored:
+        p, weight = random_packed(A8_FACTORED_SM90[0], n, k, group_size, seed=n + k)
+        assert isinstance(p, PackedLinear)
+        linear.p = replace(p, qweight=p.qweight.cuda(), scales=p.scales.cuda())
+        linear.weight, linear.tensors = weight.cuda(), (linear.p.qweight, linear.p.scales)
+    return linear
+
+
+def has_eight_bits(linear: Linear, m: int, rounding: Rounding, factored: bool) -> bool:
     """Whether the table multiplies so many tokens with 8-bit activations."""
-    choice = dispatch.choose("sm_90a", False, m, linear.n, linear.k, rounding=True)
+    choice = dispatch.choose("sm_90a", False, m, linear.n, linear.k, rounding, factored)
     return choice is not None and choice.configuration.int8
 
 
-def call(linear: Linear, x: Tensor, rounding: Rounding, bias: Tensor | None = None, overlap: bool = True) -> Tensor:
-    out: Tensor = marlin_gemm(x, *linear.tensors, linear.n, linear.group_size, bias, overlap, rounding)
+def call(linear: Linear, x: Tensor, rounding: Rounding, factored: bool, bias: Tensor | None = None, overlap: bool = True) -> Tensor:
+    more = factored_scales(packed(linear)) if factored else None
+    assert not factored or more is not None
+    out: Tensor = marlin_gemm(x, *linear.tensors, linear.n, linear.group_size, bias, overlap, rounding, more)
     return out
 
 
-@pytest.mark.parametrize("configuration", A8_SM90, ids=lambda c: c.name)
+@pytest.mark.parametrize("configuration", [*A8_SM90, *A8_FACTORED_SM90], ids=lambda c: c.name)
 def test_every_configuration_in_every_way_of_sharing(configuration: Configuration) -> None:
     """If this failed, a product would be wrong for some group size, number of tokens or way in which CTAs share tiles."""
     device = torch.device("cuda", torch.cuda.current_device())
     for n, k, group_size in ((192, 576, 64), (576, 1152, 128), (448, 640, 32), (1024, 2048, -1)):
-        linear = Linear(False, n, k, group_size)
-        shift = group_shift(packed(linear).group_size, k)
-        for rounding in ROUNDINGS:
+        linear = linear_of(n, k, group_size, configuration.factored)
+        shift, scales = group_shift(packed(linear).group_size, k), linear.tensors[1]
+        if configuration.factored:
+            found = factored_scales(packed(linear))
+            assert found is not None
+            scales = found
+        for rounding in ROUNDINGS[:1] if configuration.factored else ROUNDINGS:
             group = group_of(rounding)
             kernel = load(configuration, torch.float16, device, jit.default_folder(), shift, group is not None)
             for m in (1, 61, 300):
@@ -72,98 +94,110 @@ def test_every_configuration_in_every_way_of_sharing(configuration: Configuratio
                 for sharing in configuration.sharings:
                     out = torch.full((m, n), torch.nan, dtype=torch.float16, device="cuda")
                     grid = kernel.grid(m, n, k, 1, sharing)
-                    multiply(kernel, rounded.codes, (linear.tensors[0], rounded.scales), linear.tensors[1], None, out, shift, grid)
+                    multiply(kernel, rounded.codes, (linear.tensors[0], rounded.scales), scales, None, out, shift, grid)
                     assert error_of(out, exact) <= GATES[torch.float16], f"M={m} N={n} K={k} {group_size} {rounding} {sharing}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_the_operator(rounding: Rounding, dtype: torch.dtype) -> None:
+@ways
+def test_the_operator(rounding: Rounding, factored: bool, dtype: torch.dtype) -> None:
     """If this failed, a model with 8-bit activations would compute something else than `eval` on a CPU says."""
     for n, k, group_size in ((80, 64, 32), (70, 100, -1), (896, 18432, 128), (6144, 4096, 128)):
-        linear = Linear(False, n, k, group_size)
+        linear = linear_of(n, k, group_size, factored)
         for m in (1, 7, 64, 129, 1000):
             x, bias = linear.inputs(m, dtype), torch.randn(n, device="cuda").to(dtype)
-            out, exact = call(linear, x, rounding, bias), gemm_rounded(x, packed(linear), group_of(rounding), bias).double()
+            out, exact = call(linear, x, rounding, factored, bias), gemm_rounded(x, packed(linear), group_of(rounding), bias).double()
             with_16_bits = linear.exact(x, bias)
-            expected = exact if has_eight_bits(linear, m) else with_16_bits
+            expected = exact if has_eight_bits(linear, m, rounding, factored) else with_16_bits
             assert error_of(out, expected) <= GATES[dtype], f"M={m} N={n} K={k} group_size={group_size}"
-            assert torch.equal(out, call(linear, x, rounding, bias)), f"M={m} N={n} K={k}: two calls differ"
-    assert has_eight_bits(linear, m) and error_of(out, with_16_bits) > error_of(out, exact), "the last of these products"
+            assert torch.equal(out, call(linear, x, rounding, factored, bias)), f"M={m} N={n} K={k}: two calls differ"
+    assert has_eight_bits(linear, m, rounding, factored) and error_of(out, with_16_bits) > error_of(out, exact), (
+        "the last of these products"
+    )
 
 
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_activations_of_a_mean_and_with_outliers(rounding: Rounding) -> None:
+@ways
+def test_activations_of_a_mean_and_with_outliers(rounding: Rounding, factored: bool) -> None:
     """If this failed, sums would not be exact where activations are shifted, or where one of them is a hundred times the others."""
-    linear = Linear(False, 512, 4096, 128)
-    assert has_eight_bits(linear, 1024)
+    linear = linear_of(6144, 4096, 128, factored)
+    assert has_eight_bits(linear, 1024, rounding, factored)
     shifted = linear.inputs(1024, torch.float16) + 1
     outliers = linear.inputs(1024, torch.float16)
     outliers[:, 7] *= 100
     for x in (shifted, outliers):
-        assert error_of(call(linear, x, rounding), gemm_rounded(x, packed(linear), group_of(rounding)).double()) <= 1e-3
+        assert error_of(call(linear, x, rounding, factored), gemm_rounded(x, packed(linear), group_of(rounding)).double()) <= 1e-3
 
 
-def test_graphs_streams_and_overlap() -> None:
+@ways
+def test_graphs_streams_and_overlap(rounding: Rounding, factored: bool) -> None:
     """If this failed, a product would read activations before they are rounded, or share its counters with another stream."""
-    linear, square = Linear(False, 4096, 4096, 128), Linear(False, 4096, 4096, 128)
-    x = linear.inputs(1024, torch.float16)
-    assert has_eight_bits(linear, 1024)
+    linear = linear_of(4096, 4096, 128, factored)
+    x, more = linear.inputs(1024, torch.float16), factored_scales(packed(linear)) if factored else None
+    assert has_eight_bits(linear, 1024, rounding, factored)
+
+    def product(x: Tensor) -> Tensor:
+        out: Tensor = marlin_gemm(x, *linear.tensors, linear.n, linear.group_size, None, True, rounding, more)
+        return out
+
     chain = [x]
     for _ in range(4):
-        chain.append(call(square, chain[-1] / 64, "int8"))
+        chain.append(product(chain[-1] / 64))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = x
         for _ in range(4):
-            y = call(square, y / 64, "int8")
+            y = product(y / 64)
     for _ in range(20):
         graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(y, chain[-1])
     streams = [torch.cuda.Stream() for _ in range(3)]
-    expected, outs = call(linear, x, "int8-128"), []
+    expected, outs = product(x), []
     torch.cuda.synchronize()
     for _ in range(20):
         for stream in streams:
             with torch.cuda.stream(stream):
-                outs.append(call(linear, x, "int8-128"))
+                outs.append(product(x))
     torch.cuda.synchronize()
     assert all(torch.equal(out, expected) for out in outs)
 
 
-def test_a_compiled_module() -> None:
+@pytest.mark.parametrize("factored", [False, True])
+def test_a_compiled_module(factored: bool) -> None:
     """If this failed, torch.compile would break the graph at a linear with 8-bit activations, or lose its rounding."""
-    linear = Linear(False, 1024, 2048, 128)
+    linear = linear_of(6144, 4096, 128, factored)
     module = MarlinLinear(packed(linear), None, "int8")
     x = linear.inputs(1024, torch.float16)
-    assert has_eight_bits(linear, 1024)
+    assert has_eight_bits(linear, 1024, "int8", factored)
     plain = module(x)
+    assert (module.factored is not None) == factored
     assert torch.equal(torch.compile(module, fullgraph=True)(x), plain)
     assert error_of(plain, gemm_rounded(x, packed(linear), None).double()) <= 1e-3
-    torch.library.opcheck(marlin_gemm, (x, *linear.tensors, linear.n, linear.group_size, None, False, "int8-128"))
+    torch.library.opcheck(marlin_gemm, (x, *linear.tensors, linear.n, linear.group_size, None, False, "int8", module.factored))
 
 
-def test_a_token_that_is_no_number() -> None:
+@ways
+def test_a_token_that_is_no_number(rounding: Rounding, factored: bool) -> None:
     """If this failed, an overflow before a linear would disappear in its rounding."""
-    linear = Linear(False, 4096, 4096, 128)
+    linear = linear_of(4096, 4096, 128, factored)
     x = linear.inputs(1024, torch.float16)
-    assert has_eight_bits(linear, 1024)
+    assert has_eight_bits(linear, 1024, rounding, factored)
     x[3, 100], x[5] = torch.inf, 0
-    for rounding in ROUNDINGS:
-        out = call(linear, x, rounding)
-        assert out[3].isnan().all() and not out[5].any() and out[[0, 1, 2, 4, 1023]].isfinite().all()
+    out = call(linear, x, rounding, factored)
+    assert out[3].isnan().all() and not out[5].any() and out[[0, 1, 2, 4, 1023]].isfinite().all()
 
 
-def test_prepared_kernels_are_all_that_a_capture_needs() -> None:
+@ways
+def test_prepared_kernels_are_all_that_a_capture_needs(rounding: Rounding, factored: bool) -> None:
     """If this failed, a server would compile, or stop, under the capture of its first graph."""
-    prepare([Multiplied(False, 4096, 4096, 128, torch.float16, "int8")], torch.device("cuda"))
-    linear = Linear(False, 4096, 4096, 128)
+    prepare([Multiplied(False, 4096, 4096, 128, torch.float16, rounding, factored)], torch.device("cuda"))
+    linear = linear_of(4096, 4096, 128, factored)
+    more = factored_scales(packed(linear)) if factored else None
     for m in (1, 48, 100, 256, 2000):
         x, graph = linear.inputs(m, torch.float16), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            call(linear, x, "int8")
+            marlin_gemm(x, *linear.tensors, linear.n, linear.group_size, None, True, rounding, more)
 
 
 def test_rounding_waits_for_what_wrote_its_input() -> None:

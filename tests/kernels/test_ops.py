@@ -6,6 +6,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from marlinctl.kernels import dispatch, ops, rounding
-from marlinctl.kernels.configurations import A8_SM90, DENSE, SPARSE
+from marlinctl.kernels.configurations import A8_FACTORED_SM90, A8_SM90, DENSE, SPARSE
 from marlinctl.kernels.dispatch import Choice
+from marlinctl.kernels.factored import factored_scales
 from marlinctl.kernels.launch import LoadedKernel
 from marlinctl.kernels.ops import marlin_gemm, sparse_marlin_gemm
 from marlinctl.kernels.reference import gemm_rounded
@@ -28,6 +30,7 @@ from tests.kernels.software_kernel import aligned, random_packed
 
 pytestmark = pytest.mark.filterwarnings("ignore:packed tensors on the CPU")
 
+PAIR = next(c for c in A8_FACTORED_SM90 if c.paired)
 GATES = {torch.float16: 1e-3, torch.bfloat16: 5e-3}  # a single wrong number among thousands is beyond them
 
 
@@ -200,9 +203,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch, built: dict[Any, Any]) -> Iterator[Soft
     """CPU tensors go the way of CUDA tensors; from 40 tokens on they are dequantized."""
     driver = install(monkeypatch)
 
-    def choose(architecture: str, sparse: bool, m: int, n: int, k: int, rounding: bool) -> Choice | None:
-        if rounding and m >= 12:
-            return Choice(A8_SM90[0], 1)
+    def choose(architecture: str, sparse: bool, m: int, n: int, k: int, rounding: Rounding, factored: bool) -> Choice | None:
+        if rounding != "none" and m >= 12:
+            return Choice(PAIR if factored and rounding == "int8" else A8_SM90[0], 2 if factored else 1)
         configuration = (SPARSE if sparse else DENSE)[0 if m <= 8 else 2]
         return None if m >= 40 else Choice(configuration, 9)
 
@@ -270,6 +273,23 @@ def test_activations_are_rounded_where_the_table_says_so(gpu: SoftwareDriver, wa
         assert len(gpu.launches) == launched + 2, "one kernel rounds, and one multiplies"
         few = called(ops._on_gpu, False)(x[0], *tensors, n, group_size, bias, False, way)
         assert close(few, plain[0])
+
+
+@pytest.mark.parametrize("way", ["int8", "int8-128"])
+def test_factored_scales_are_used_where_the_table_says_so(gpu: SoftwareDriver, way: Rounding) -> None:
+    """If this failed, factored weights would be multiplied with the other form of their scales, or beside a rounding that needs groups."""
+    for n, k, group_size in ((80, 100, -1), (192, 576, 64)):
+        packed, _ = random_packed(PAIR, n, k, group_size, seed=n)
+        assert isinstance(packed, PackedLinear)
+        p = replace(packed, qweight=aligned(packed.qweight), scales=aligned(packed.scales))
+        found = factored_scales(p)
+        assert found is not None
+        more, x = aligned(found), aligned(torch.randn(15, k).half())
+        out = called(ops._on_gpu, False)(x, p.qweight, p.scales, n, group_size, None, False, way, more)
+        assert close(out, gemm_rounded(x, p, group_of(way)).double()), (n, k, group_size)
+        assert (gpu.launches[-1].cluster == 2) == (way == "int8")
+        with pytest.raises(ValueError, match="factored must be torch.int16"):
+            called(ops._on_gpu, False)(x, p.qweight, p.scales, n, group_size, None, False, way, more[:, :64].contiguous())
 
 
 def test_activations_may_lie_as_they_like(gpu: SoftwareDriver) -> None:

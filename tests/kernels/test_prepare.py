@@ -9,6 +9,7 @@ from marlinctl.kernels import dispatch
 from marlinctl.kernels.prepare import Multiplied, needed
 from marlinctl.quantize.scheme import Rounding
 
+WAYS: tuple[tuple[Rounding, bool], ...] = (("none", False), ("int8", False), ("int8-128", False), ("int8", True))
 LLAMA = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096), (1152, 576)]
 
 
@@ -17,15 +18,16 @@ LLAMA = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096
 @pytest.mark.parametrize(("n", "k"), LLAMA)
 def test_choices_are_those_of_every_m(architecture: str, sparse: bool, n: int, k: int) -> None:
     """An M whose kernel is not among them would be compiled by the first request that has it, or stop a capture."""
-    for rounding in (False, True):
-        asked = {dispatch.choose(architecture, sparse, m, n, k, rounding) for m in (*range(1, 1200), 5000)}
-        assert dispatch.choices(architecture, sparse, n, k, rounding) == asked
+    for rounding, factored in WAYS:
+        asked = {dispatch.choose(architecture, sparse, m, n, k, rounding, factored) for m in (*range(1, 1200), 5000)}
+        assert dispatch.choices(architecture, sparse, n, k, rounding, factored) == asked
 
 
 @pytest.mark.parametrize(("rounding", "group"), [("int8", None), ("int8-128", 128)])
 def test_kernels_of_rounded_activations_are_among_them(rounding: Rounding, group: int | None) -> None:
     """If this failed, the first prompt of a server with 8-bit activations would wait for the compiler, or stop a capture."""
     found = needed("sm_90a", [Multiplied(False, 4096, 4096, 128, torch.float16, rounding)])
+    assert not any(c.factored for c, *_ in found.kernels)
     assert {groups for c, _, _, groups in found.kernels if c.int8} == {group is not None}
     assert any(not c.int8 for c, *_ in found.kernels), "few tokens have 16-bit activations"
     assert found.roundings == {(torch.float16, 4096, group)}
@@ -33,6 +35,15 @@ def test_kernels_of_rounded_activations_are_among_them(rounding: Rounding, group
     assert needed("sm_80", [Multiplied(False, 4096, 4096, 128, torch.float16, rounding)]).roundings == frozenset(), (
         "no kernel of ours there"
     )
+
+
+def test_kernels_of_factored_weights_are_among_them() -> None:
+    """If this failed, a folder whose scales have that form would be served by the slower kernel, or wait for the compiler."""
+    found = needed("sm_90a", [Multiplied(False, 28672, 4096, 128, torch.float16, "int8", factored=True)])
+    assert any(c.factored for c, *_ in found.kernels) and not any(groups for *_, groups in found.kernels)
+    assert needed("sm_90a", [Multiplied(False, 28672, 4096, 128, torch.float16, "int8-128", factored=True)]) == needed(
+        "sm_90a", [Multiplied(False, 28672, 4096, 128, torch.float16, "int8-128")]
+    ), "a scale for each 128 of a token needs sums of groups"
 
 
 def test_kernels_are_named_with_their_groups_and_dtype() -> None:

@@ -4,6 +4,7 @@
 //   S                     what a stage holds and where
 //   TILE_K, META_BYTES    k of a row of words, and bytes of metadata for one of 64 columns
 //   GroupSums, begin      of the current group, and how they are before the first one
+//   end(...)              puts what is left of them into the sums of the tile, and they are as before the first one
 //   announced(...)        bytes that the second copying warp brings for a unit, and
 //   copy_beside(...)      those of them that are not activations
 //   multiply(...)         the warp's part of one stage
@@ -25,7 +26,8 @@ __device__ __forceinline__ void gemm_sm90(
     const unsigned shared_base = shared_address(shared);
     const Ring ring{shared_base + S::RING_AT};
     if (threadIdx.x == 0) ring.init();
-    __syncthreads();
+    if (PAIRED) sync_cluster();  // the other one arrives at these barriers, and copies
+    else __syncthreads();
 
     // Computed by each role for itself: values computed before the roles branch would be spilled.
     auto blocks_of_n = [&] { return (n + 63) / 64; };
@@ -42,7 +44,7 @@ __device__ __forceinline__ void gemm_sm90(
             const unsigned n_blocks = blocks_of_n(), k_tiles = tiles_of_k();
             const unsigned groups = GROUPED ? (k_tiles + GROUP_TILES - 1) / GROUP_TILES : 1;
             produce(stripes, ring, [&](const Cursor& at, int stage) {
-                const unsigned first_block = at.slice * BLOCKS, blocks = min(static_cast<unsigned>(BLOCKS), n_blocks - first_block);
+                const unsigned first_block = at.slice * BLOCKS, blocks = blocks_inside(first_block, n_blocks);
                 const unsigned to = shared_base + stage * S::BYTES, full = ring.full(stage);
                 if (lane == 0) barrier_arrive_expecting(full, blocks * (K_TILES * (512 + Products::META_BYTES) + GROUP_ROWS * 128));
                 __syncwarp();
@@ -82,20 +84,22 @@ __device__ __forceinline__ void gemm_sm90(
         // The end of an output tile, or of this CTA's part of one.
         bool first = true;
         auto finish = [&](const Stripes& stripes, int unit) {
-            if (!SCALE_SUMS) arrived(sums);
+            Products::end(sums, group_sums);
             if (first) wait_for_previous_kernel();  // which may still use the workspace
             first = false;
             const int tile = unit / stripes.steps;
             const Sharers ctas = stripes.sharers(tile);
-            const SharedTile shared_tile{partials, counters + tile, ctas.first, ctas.last};
+            const SharedTile shared_tile{partials, counters + tile * PAIR + rank_in_pair(), ctas.first, ctas.last};
             int* const count = reinterpret_cast<int*>(stages + S::ARRIVED_AT);
             auto end = [&](OwnSums& own) {
-                if (cluster_size() > 1) {
-                    auto write = [&](const SubtileFragment& subtile, int slab, const ThreadRole& owner) {
-                        write_result(subtile, output, stripes.at(unit), slab, owner);
-                    };
-                    complete_in_cluster(own, reinterpret_cast<float4*>(stages), role, write);
-                    return;
+                if constexpr (!PAIRED) {
+                    if (cluster_size() > 1) {
+                        auto write = [&](const SubtileFragment& subtile, int slab, const ThreadRole& owner) {
+                            write_result(subtile, output, stripes.at(unit), slab, owner);
+                        };
+                        complete_in_cluster(own, reinterpret_cast<float4*>(stages), role, write);
+                        return;
+                    }
                 }
                 complete(own, shared_tile, count, role, [&](const OwnSums& total, int first_slab) {
                     write_result(total, output, stripes.at(unit), first_slab, role);
@@ -116,5 +120,6 @@ __device__ __forceinline__ void gemm_sm90(
         zero(sums);
         Products::begin(group_sums);
         consume(make_stripes, ring, role, multiply, finish);
+        if (PAIRED) sync_cluster();  // the other one's warps may still arrive at this CTA's barriers
     }
 }

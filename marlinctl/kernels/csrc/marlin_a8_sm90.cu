@@ -43,36 +43,14 @@
 //
 // LIMITS.  N a multiple of 8, everything aligned to 16 bytes; 2^31 units. A group of 128: 128 * 128 * 127 < 2^31.
 #include "write_marlin.cuh"
+#include "a8_sm90.cuh"
 #include "gemm_sm90.cuh"
 
 constexpr int WARPGROUPS = THREADS / 128;
-constexpr int TOKEN_GROUP = 128;  // k, of activations that share a scale
 constexpr int FIRST_TURN = 2;     // barrier of the CTA; 0 and 1 are __syncthreads and sync_threads
-using PartSums = int[TOKENS / TOKEN_PARTS / 8][4];
 using GroupSums = PartSums[TEMPORARIES];
 
-// A stage holds K_STEP of k:
-//
-//   activations   [K_STEP/128][TOKENS]             rows of 128 bytes, swizzled
-//   weights       [K_STEP/16][BLOCKS][32 lanes]    16 bytes each
-//   scales        [rows of groups][64 BLOCKS]      float16; room for groups of 32
-//   token_scales  [K_STEP/128][TOKENS]             float32, used where they have groups
-struct A8Stage {
-    static constexpr int K_TILES = K_STEP / 16, WARP_TILES = K_TILES / K_WARPS;  // rows of words
-    static constexpr int GROUP_TILES = GROUPED ? 1 << (GROUPED ? GROUP_SHIFT : 0) : K_TILES;
-    static constexpr int GROUP_ROWS = !GROUPED ? 0 : K_TILES > GROUP_TILES ? K_TILES / GROUP_TILES : 1;  // of scales
-    static constexpr int SUM_TILES = GROUP_TILES < 8 ? GROUP_TILES : 8;  // of words, that are summed in int32
-    static constexpr int WEIGHTS_AT = ACTIVATION_BYTES, META_AT = WEIGHTS_AT + K_TILES * BLOCKS * 512, SCALES_AT = META_AT;
-    static constexpr int TOKEN_SCALES_AT = SCALES_AT + SCALE_BYTES, TOKEN_SCALE_BYTES = K_STEP / TOKEN_GROUP * TOKENS * 4;
-    static constexpr int BYTES = (TOKEN_SCALES_AT + TOKEN_SCALE_BYTES + 1023) / 1024 * 1024;  // the swizzle is one of address bits
-    static constexpr int SCRATCH_AT = STAGES * BYTES, RING_AT = SCRATCH_AT + SCRATCH_BYTES, ARRIVED_AT = RING_AT + RING_BYTES;
-
-    static_assert(ARRIVED_AT + 16 == SHARED_BYTES, "the host allots other shared memory than the kernel uses");
-    static_assert(PART_BYTES <= STAGES * BYTES, "a cluster's CTAs show each other their sums where the stages were");
-    static_assert(WARP_TILES % 8 == 0, "a warp's part of k is rows of 128 bytes");
-    static_assert(TEMPORARIES <= 2 && WORDS * TOKEN_PARTS % TEMPORARIES == 0, "the products of a batch are of one group");
-    static_assert(TOKENS % (8 * TOKEN_PARTS) == 0 && TOKENS / TOKEN_PARTS <= 128, "a product has up to 128 tokens");
-};
+static_assert(TEMPORARIES <= 2 && WORDS * TOKEN_PARTS % TEMPORARIES == 0, "the products of a batch are of one group");
 
 // The warpgroup's turn to give the tensor core products.
 struct Turn {
@@ -88,15 +66,6 @@ struct Turn {
         if (ORDERED) named_barrier_arrive<256>(FIRST_TURN + (warpgroup + 1 == WARPGROUPS ? 0 : warpgroup + 1));
     }
 };
-
-// One word's fragment of 32 k, 16 times the codes.
-__device__ __forceinline__ void decode_int8(unsigned (&a)[4], unsigned w0, unsigned w1) {
-    const unsigned upper = permute(w0, w1, 0x6420), lower = permute(w0, w1, 0x7531);
-    a[0] = and_xor(upper << 4, 0xf0f0f0f0, 0x80808080);
-    a[1] = and_xor(lower << 4, 0xf0f0f0f0, 0x80808080);
-    a[2] = and_xor(upper, 0xf0f0f0f0, 0x80808080);
-    a[3] = and_xor(lower, 0xf0f0f0f0, 0x80808080);
-}
 
 // sums of a part += scales * group_sums; rows t/4 and t/4 + 8, token 2(t%4) of each eight and the next.
 __device__ __forceinline__ void close_group(
@@ -122,6 +91,7 @@ struct A8Products {
     using GroupSums = ::GroupSums;
     static constexpr int TILE_K = 16, META_BYTES = 0;
 
+    static __device__ __forceinline__ void end(Sums&, GroupSums&) {}
     static __device__ __forceinline__ void begin(GroupSums&) { Turn{warp_uniform(thread_index() / 128)}.first(); }
 
     // Of token scales of one group; [G128, M'] ends in the middle of a tile.

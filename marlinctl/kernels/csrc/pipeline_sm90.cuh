@@ -19,6 +19,9 @@
 // and 355, 128 tokens of 2:4 466 and 382 (73728 x 18432, alternating): an H200 under load is limited by its 700 W power cap, and copies by
 // threads presumably take more power.
 //
+// PAIRED.  Warp 1 of each CTA of a pair (stripes.cuh) copies half of the tokens to the same place in both (multicast), so a stage is full when
+// both have copied, and is filled again when the consumers of both have read it: they arrive at the barriers of both.
+//
 // PROGRAMMATIC DEPENDENT LAUNCH.  Weights do not depend on the previous kernel; activations and the workspace may. So warp 0 starts at
 // once, and the others wait for the previous kernel first. A CTA of the next kernel becomes resident when one of this kernel has exited,
 // and fetches its weights while other CTAs of this kernel still reduce. Without the launch attribute these instructions do nothing.
@@ -34,7 +37,7 @@
 constexpr int ARRIVING_LANES = EVERY_LANE_ARRIVES ? 32 : 1;
 
 constexpr bool GROUPED = GROUP_SHIFT >= 0;
-constexpr bool SCALE_SUMS = EIGHT_BIT || (GROUPED && !SCALE_WEIGHTS);
+constexpr bool SCALE_SUMS = !WHOLE_SUMS && (EIGHT_BIT || (GROUPED && !SCALE_WEIGHTS));
 constexpr int COPY_THREADS = 128;
 constexpr int RING_BYTES = 16 * STAGES;         // full and empty, 8 bytes each
 // Registers of a thread when a CTA starts, in steps of 8. setmaxnreg can only redistribute these: asking for more would never return.
@@ -56,7 +59,7 @@ struct Ring {
     __device__ __forceinline__ void init() const {
         for (int stage = 0; stage < STAGES; ++stage) {
             barrier_init(full(stage), 2);  // weights, activations
-            barrier_init(empty(stage), THREADS / 32 * ARRIVING_LANES);
+            barrier_init(empty(stage), THREADS / 32 * ARRIVING_LANES * PAIR);
         }
         barrier_init_done();
     }
@@ -94,7 +97,10 @@ struct UnreleasedStage {
 
     __device__ __forceinline__ void release() {
         __syncwarp();
-        if (lane < ARRIVING_LANES && stage >= 0) barrier_arrive(ring.empty(stage));
+        if (stage >= 0) {
+            if (PAIRED && lane < 2 * ARRIVING_LANES) barrier_arrive_at(lane % 2, ring.empty(stage));
+            if (!PAIRED && lane < ARRIVING_LANES) barrier_arrive(ring.empty(stage));
+        }
         stage = -1;
     }
 };
@@ -126,6 +132,12 @@ __device__ __forceinline__ void consume(MakeStripes make_stripes, const Ring& ri
     }
 }
 
+// Of a tile's blocks of 64 columns those that the matrix has. The second CTA of a pair may have none.
+__device__ __forceinline__ unsigned blocks_inside(unsigned first_block, unsigned n_blocks) {
+    if (PAIRED && first_block >= n_blocks) return 0;
+    return min(static_cast<unsigned>(BLOCKS), n_blocks - first_block);
+}
+
 // Copies rows of a matrix of blocks into a stage, by the copy engine: of each row `blocks` consecutive blocks. Instead of rows beyond the
 // last one it copies the last one: activations are zero there.
 template <int ROWS, int BLOCK_BYTES>
@@ -133,7 +145,7 @@ __device__ __forceinline__ void copy_rows(
     unsigned to, const char* from, unsigned first_row, unsigned rows, unsigned row_blocks, unsigned first_block, unsigned blocks,
     unsigned full, unsigned lane
 ) {
-    for (unsigned i = lane; i < ROWS; i += 32) {
+    for (unsigned i = lane; i < ROWS && (!PAIRED || blocks); i += 32) {
         const size_t row = min(first_row + i, rows - 1);
         copy_bulk(to + i * (BLOCKS * BLOCK_BYTES), from + (row * row_blocks + first_block) * BLOCK_BYTES, blocks * BLOCK_BYTES, full);
     }
@@ -143,6 +155,12 @@ __device__ __forceinline__ void copy_rows(
 // nothing. Called by one lane, after it has announced ACTIVATION_BYTES.
 __device__ __forceinline__ void copy_activations(const TensorMap& activations, const Cursor& at, unsigned to, unsigned full) {
     for (int part = 0; part < K_STEP / ROW_K; ++part) {
+        const unsigned first = rank_in_pair() * (TOKENS / PAIR);
+        if (PAIRED) {
+            const unsigned x = at.step * K_STEP + part * ROW_K, y = at.token_tile * TOKENS + first;
+            copy_box_to_pair(to + part * (TOKENS * 128) + first * 128, activations, x, y, full);
+            continue;
+        }
         copy_box(to + part * (TOKENS * 128), activations, at.step * K_STEP + part * ROW_K, at.token_tile * TOKENS, full);
     }
 }

@@ -30,7 +30,7 @@ struct Stage {
 
     static_assert(ARRIVED_AT + 16 == SHARED_BYTES, "the host allots other shared memory than the kernel uses");
     static_assert(BYTES % 1024 == 0, "the swizzle is one of address bits");
-    static_assert(PART_BYTES <= STAGES * BYTES, "a cluster's CTAs show each other their sums where the stages were");
+    static_assert(PAIRED || PART_BYTES <= STAGES * BYTES, "a cluster's CTAs show each other their sums where the stages were");
     static_assert(WARP_TILES % ROW_TILES == 0, "a warp's part of k begins with a row of 128 bytes");
     static_assert(WARP_TILES % (2 * BATCH) == 0, "a stage begins with the first half of a");
     static_assert(WARP_TILES % GROUP_TILES == 0 || GROUP_TILES % WARP_TILES == 0, "groups and parts of a stage end together");
@@ -44,6 +44,9 @@ struct SixteenBitProducts {
     static constexpr int TILE_K = Weights::TILE_K, META_BYTES = Weights::META_BYTES;
 
     static __device__ __forceinline__ void begin(GroupSums& group_sums) { zero(group_sums); }
+    static __device__ __forceinline__ void end(Sums& sums, GroupSums&) {
+        if (!SCALE_SUMS) arrived(sums);
+    }
 
     static __device__ __forceinline__ unsigned announced(const Cursor&, unsigned) { return ACTIVATION_BYTES; }
     static __device__ __forceinline__ void copy_beside(const char*, const Cursor&, unsigned, unsigned, unsigned, unsigned) {}

@@ -13,8 +13,19 @@
 //   CTAs    |         0         |         1         |     0      |     1      |      (here every tile has one CTA)
 //
 // Its run of the cut tiles comes first: while some CTAs reduce, others compute whole tiles.
+//
+// PAIRS.  On Hopper two CTAs of a cluster may be a pair: neighbouring tiles of n with the same tokens and the same k, so that each copies
+// half of the activations, to both (pipeline_sm90.cuh). Then what is cut into runs is pairs of tiles, and CTAs below are pairs of CTAs.
 #pragma once
 #include "ptx.cuh"
+
+#ifndef PAIRED
+#define PAIRED 0
+#endif
+constexpr int PAIR = PAIRED ? 2 : 1;
+
+// Of the CTA in its pair.
+__device__ __forceinline__ unsigned rank_in_pair() { return PAIRED ? cta_index() % PAIR : 0; }
 
 // A place in the row of units, and the unit's number.
 struct Cursor {
@@ -35,8 +46,8 @@ struct Stripes {
     int resume, end;  // and where its whole tiles begin and end; both are `jump` where it has none
 
     __device__ __forceinline__ Stripes(int slices, int token_tiles, int steps, int whole) : token_tiles(token_tiles), steps(steps) {
-        const int ctas = cta_count(), cta = cta_index();
-        cut = slices * token_tiles - whole * ctas;
+        const int ctas = cta_count() / PAIR, cta = cta_index() / PAIR;
+        cut = (slices + PAIR - 1) / PAIR * token_tiles - whole * ctas;
         const int units = cut * steps;
         run = units / ctas, longer = units % ctas;
         begin = cta * run + min(cta, longer);
@@ -48,7 +59,8 @@ struct Stripes {
 
     __device__ __forceinline__ Cursor at(int unit) const {
         const int tile = unit / steps;
-        return Cursor{tile / token_tiles, tile % token_tiles, unit % steps, unit};
+        const int slice = tile / token_tiles * PAIR + static_cast<int>(rank_in_pair());
+        return Cursor{slice, tile % token_tiles, unit % steps, unit};
     }
 
     __device__ __forceinline__ Cursor first() const { return at(begin); }
@@ -63,7 +75,7 @@ struct Stripes {
             at.step = 0;
             if (++at.token_tile == token_tiles) {
                 at.token_tile = 0;
-                ++at.slice;
+                at.slice += PAIR;
             }
         }
     }

@@ -12,7 +12,7 @@
 // scales multiply the finished sums.
 //
 // Compile-time configuration (kernels/configurations.py): NUMBER, TOKENS, BLOCKS, SPLIT, K_WARPS, K_STEP, STAGES,
-// CTAS (per multiprocessor, what registers are allotted for), SHARED_BYTES. EIGHT_BIT: activations are int8.
+// CTAS (per multiprocessor, what registers are allotted for), SHARED_BYTES. EIGHT_BIT: activations are int8. WHOLE_SUMS: and sums over all of K.
 //
 // On Hopper the warps here are the consumers; the copying warps come after them (pipeline_sm90.cuh).
 #pragma once
@@ -20,6 +20,9 @@
 
 #ifndef EIGHT_BIT
 #define EIGHT_BIT 0
+#endif
+#ifndef WHOLE_SUMS
+#define WHOLE_SUMS 0
 #endif
 
 constexpr int WORDS = 4 / SPLIT;                       // of a lane's four words, those of this warp
@@ -243,7 +246,7 @@ struct SharedTile {  // a tile and its CTAs
     int first_cta, last_cta;
 
     __device__ __forceinline__ float4* place(int cta, int part, int slab, const ThreadRole& role) const {
-        const int slot = 2 * cta + (cta == first_cta ? 1 : 0);  // the part at the start of a tile is a CTA's last, any other its first
+        const int slot = 2 * (cta * PAIR + static_cast<int>(rank_in_pair())) + (cta == first_cta ? 1 : 0);  // the part at the start of a tile is a CTA's last, any other its first
         return partials + (static_cast<size_t>(slot) * (OWN * SLABS) + part * SLABS + slab) * THREADS + role.thread;
     }
 };
@@ -255,7 +258,7 @@ __device__ __forceinline__ bool contribute(const OwnSums& own, const SharedTile&
 #pragma unroll
         for (int slab = 0; slab < SLABS; ++slab) {
             const float(&s)[4] = own[part][slab];
-            __stcg(tile.place(cta_index(), part, slab, role), make_float4(s[0], s[1], s[2], s[3]));
+            __stcg(tile.place(cta_index() / PAIR, part, slab, role), make_float4(s[0], s[1], s[2], s[3]));
         }
     sync_threads<THREADS>();
     if (role.thread == 0) *arrived = count_up(tile.counter);  // a CTA that sees the count sees the sums that were written before it

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -20,14 +21,17 @@ from torch.nn import Parameter
 from marlinctl.checkpoint.formats.base import CODES, METADATA, Format
 from marlinctl.checkpoint.reader import dtype_called, name_of_dtype
 from marlinctl.errors import BadInput
+from marlinctl.kernels.factored import factored_scales
 from marlinctl.kernels.ops import marlin_gemm, sparse_marlin_gemm
 from marlinctl.kernels.prepare import Multiplied
 from marlinctl.pack.sparse_marlin import check_metadata
+from marlinctl.pack.types import PackedLinear
 from marlinctl.quantize.scheme import Rounding
 from marlinctl.serve.native import products
 from marlinctl.serve.native.layout import Arrivals, Layout, Part, check_tensor, layout
 from marlinctl.serve.native.refusals import as_refusals
 
+FACTORED = "factored"  # the buffer of scales as kernels/factored.py makes them, or None
 _ZERO_CODES, _FIRST_TWO = 0x88888888 - (1 << 32), 0x4444  # words of padding: code 0, and metadata that names the first two of four
 
 
@@ -52,7 +56,9 @@ class PackedLinearMethod:
             self._register(layer, suffix, torch.empty(shape, dtype=dtype_called(dtypes[0])))
             if not place.covered and len(shape) == 2:
                 getattr(layer, suffix).data.fill_(_padding(self.format, suffix))
-        products.expect(Multiplied(self.sparse, self.out_features, place.inputs, self.product_group, dtype, self.rounding))
+        self.product = Multiplied(self.sparse, self.out_features, place.inputs, self.product_group, dtype, self.rounding)
+        # Which kernels have int8 activations depends on scales, which are not there yet: `finish` asks for them.
+        products.expect(replace(self.product, rounding="none") if self.rounding == "int8" else self.product)
 
     def _register(self, layer: torch.nn.Module, suffix: str, values: Tensor) -> None:
         parameter = Parameter(values, requires_grad=False)
@@ -91,7 +97,16 @@ class PackedLinearMethod:
                 self._check_metadata(suffix, getattr(layer, suffix))
         if hasattr(layer, self.format.shape_from):
             delattr(layer, self.format.shape_from)  # it has done its work, and no product needs it
+        if self.rounding == "int8":
+            layer.register_buffer(FACTORED, factored_scales(self._packed(layer)), persistent=False)
+            self.product = replace(self.product, factored=getattr(layer, FACTORED) is not None)
+            products.expect(self.product)
         products.compile_expected(getattr(layer, self.scales).device, log)
+
+    def _packed(self, layer: torch.nn.Module) -> PackedLinear:
+        qweight, scales = (getattr(layer, name) for name in self.operands)
+        size = self.layout.inputs if self.product_group == -1 else self.product_group
+        return PackedLinear(qweight, scales, self.out_features, self.layout.inputs, size)
 
     def _check_metadata(self, suffix: str, meta: Tensor) -> None:
         """Refused where the hardware has no meaning for it: kernels do not look."""
@@ -105,9 +120,10 @@ class PackedLinearMethod:
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         weights = [getattr(layer, name) for name in self.operands]
         multiply: Callable[..., Tensor] = sparse_marlin_gemm if self.sparse else marlin_gemm
+        more = (*self.more, getattr(layer, FACTORED)) if self.product.factored else self.more
         if not self.outputs:
-            return multiply(x, *weights, self.out_features, self.product_group, bias, True, *self.more)
-        out = multiply(x, *weights, self.out_features, self.product_group, None, True, *self.more)
+            return multiply(x, *weights, self.out_features, self.product_group, bias, True, *more)
+        out = multiply(x, *weights, self.out_features, self.product_group, None, True, *more)
         out = torch.cat([out[..., first : first + count] for first, count in self.outputs], dim=-1)
         return out if bias is None else out + bias
 

@@ -51,3 +51,5 @@ class MarlinctlLinearMethod(PackedLinearMethod, LinearMethodBase):
             with as_refusals():
                 self.arrivals.complete()
         self.finish(layer, _log)
+        if self.product.factored:  # the product has one operand more
+            cache_key.note(f"{', '.join(self.names)}: factored")

@@ -1,8 +1,8 @@
 // A GPU in software, for one kernel at a time: what runs a .cu of marlinctl/kernels/csrc on the CPU. kernel.cpp holds the kernel.
 //
 // The threads of a CTA are fibers (ucontext) that take turns; they change only where CUDA threads synchronize: at __syncthreads and
-// at the instructions that a whole warp executes. CTAs run one after the other, in the order the test asks for; of a cluster each runs
-// until nothing is left of it but threads that wait for the cluster, and the barrier opens when all are that far.
+// at the instructions that a whole warp executes. CTAs run one after the other, in the order the test asks for; those of a cluster take
+// turns, and its barrier opens when nothing is left of all of them but threads that wait for it.
 //
 // Everything asynchronous happens as late as the PTX ISA allows, or as early. As late: cp.async in wait_group, a bulk copy when somebody
 // waits for its mbarrier, a wgmma in the wait for it (with what is in shared memory by then, and NaN, or of int8 a very large number,
@@ -19,6 +19,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -35,6 +36,7 @@ namespace gpu {
 namespace {
 constexpr unsigned STACK = 1 << 17;
 constexpr int AHEAD_TURNS = 6;
+constexpr int ROUNDS = 50;  // of all threads, before another CTA of the cluster has its turn
 constexpr int OVERWRITTEN = 1 << 30;  // a sum of int8 where float ones are NaN: above all that products of 65,536 of k reach
 
 struct ThreadBarrier { unsigned waiting = 0, generation = 0; };
@@ -49,13 +51,6 @@ struct Fiber {
     std::vector<Copy> open;                // copies since the last commit
     std::deque<std::vector<Copy>> groups;  // committed and not yet carried out
 };
-constexpr int BARRIERS = 16;  // of a CTA, by number
-struct Cta {  // of a cluster, while others of it run
-    int index;
-    std::vector<Fiber> fibers;
-    ThreadBarrier named[BARRIERS];
-    std::vector<char> memory;
-};
 struct Mbarrier {
     unsigned arrivals, pending, parity = 0;
     long bytes = 0;                             // announced, and not yet copied
@@ -66,17 +61,33 @@ struct Product : Wgmma {  // under way
     bool overwritten = false;
 };
 
+constexpr int BARRIERS = 16;  // of a CTA, by number
+// What threads of a CTA give each other, and what is under way.
+struct Exchange {
+    ThreadBarrier all, first, named[BARRIERS], warps[32];
+    unsigned numbers[32][2][32];  // [warp][even and odd generations of its barrier][lane]
+    Operands operands[32][2][32];
+    Bytes bytes[32][2][32];
+    std::vector<Product> open_products[1024];         // of each thread, since the last commit
+    std::deque<std::vector<Product>> committed[1024];
+};
+enum class State { RUNNING, WAITING, ENDED };  // WAITING: all threads that have not ended, for the cluster
+struct Cta {  // of a cluster, while others of it run
+    int index;
+    State state;
+    std::vector<Fiber> fibers;
+    std::unique_ptr<Exchange> exchange;
+    std::vector<char> memory;
+};
+
 Arguments arguments;
 std::vector<Fiber> fibers;  // of the CTA that runs
 std::vector<Cta> cluster;   // by rank
 jmp_buf scheduler_place;
 unsigned current;
 bool eager;
-ThreadBarrier cta_barrier, first_barrier, named_barriers[BARRIERS], warp_barriers[32];
-unsigned exchanged[32][2][32];                    // [warp][even and odd generations of its barrier][lane]
-std::map<unsigned, Mbarrier> mbarriers[8];        // of each CTA of a cluster, by address
-std::vector<Product> open_products[1024];         // of each thread, since the last commit
-std::deque<std::vector<Product>> committed[1024];
+std::unique_ptr<Exchange> own;              // of the CTA that runs
+std::map<unsigned, Mbarrier> mbarriers[8];  // of each CTA of a cluster, by address
 
 char* shared_bytes(unsigned address) { return reinterpret_cast<char*>(shared) + address; }
 
@@ -110,7 +121,7 @@ void sync(ThreadBarrier& barrier, unsigned members) {
 
 ThreadBarrier& named_barrier(unsigned number, unsigned threads) {
     if (number < 2 || number >= BARRIERS || threads % 32) std::abort();  // 0 is __syncthreads, 1 sync_threads
-    return named_barriers[number];
+    return own->named[number];
 }
 
 void carry_out(const Copy& copy) {
@@ -118,15 +129,11 @@ void carry_out(const Copy& copy) {
     else std::memset(shared_bytes(copy.to), 0, 16);
 }
 
-// What lanes give to a product: [warp][even and odd generations of its barrier][lane].
-Operands operands[32][2][32];
-Bytes bytes[32][2][32];
-
 // This lane's part of D += A . B of an mma, where `b_registers` hold 16 rows of B in each two.
 void multiply(float (&d)[4], const unsigned (&a)[4], const unsigned* b, int b_registers, bool sparse, unsigned e, int selector, bool is_bfloat) {
     const unsigned warp = current / 32, lane = current % 32;
-    const auto& all = operands[warp][warp_barriers[warp].generation % 2];
-    Operands& mine = operands[warp][warp_barriers[warp].generation % 2][lane];
+    const auto& all = own->operands[warp][own->warps[warp].generation % 2];
+    Operands& mine = own->operands[warp][own->warps[warp].generation % 2][lane];
     widen(mine.a, a, 4, is_bfloat);
     widen(mine.b, b, b_registers, is_bfloat);
     mine.e = e;
@@ -176,8 +183,8 @@ void load_b(void* to, const Product& p, unsigned n, unsigned at) {
 
 void carry_out_int8(const Product& p) {
     const unsigned warp = current / 32, lane = current % 32;
-    const auto& all = bytes[warp][warp_barriers[warp].generation % 2];
-    std::memcpy(bytes[warp][warp_barriers[warp].generation % 2][lane].a, p.values, sizeof p.values);
+    const auto& all = own->bytes[warp][own->warps[warp].generation % 2];
+    std::memcpy(own->bytes[warp][own->warps[warp].generation % 2][lane].a, p.values, sizeof p.values);
     sync_warp();
     const ByteRows rows = rows_of_bytes(all, lane);
     for (unsigned n = lane % 4 * 2; n < p.columns; n += n % 2 ? 7 : 1) {
@@ -198,8 +205,8 @@ void carry_out_int8(const Product& p) {
 void carry_out(const Product& p) {
     if (p.sums) return carry_out_int8(p);
     const unsigned warp = current / 32, lane = current % 32;
-    const auto& all = operands[warp][warp_barriers[warp].generation % 2];
-    Operands& mine = operands[warp][warp_barriers[warp].generation % 2][lane];
+    const auto& all = own->operands[warp][own->warps[warp].generation % 2];
+    Operands& mine = own->operands[warp][own->warps[warp].generation % 2][lane];
     widen(mine.a, p.values, 4, p.bfloat);
     mine.e = p.e;
     sync_warp();
@@ -231,7 +238,7 @@ void thread_main() {
 // Puts in place what belongs to one CTA, or puts it away again.
 void exchange_cta(Cta& cta) {
     std::swap(fibers, cta.fibers);
-    std::swap(named_barriers, cta.named);
+    std::swap(own, cta.exchange);
     std::swap_ranges(cta.memory.begin(), cta.memory.end(), shared_bytes(0));
 }
 
@@ -242,7 +249,8 @@ void start(Cta& cta, int index) {
     cta.index = index;
     forget_memory(cta);
     mbarriers[index % cluster.size()].clear();
-    for (ThreadBarrier& barrier : cta.named) barrier.waiting = 0;
+    cta.exchange.reset(new Exchange);
+    cta.state = State::RUNNING;
     cta.fibers.resize(CTA_THREADS);
     for (Fiber& fiber : cta.fibers) {
         if (!fiber.stack) fiber.stack.reset(new char[STACK]);
@@ -258,12 +266,12 @@ void start(Cta& cta, int index) {
     }
 }
 
-// Until all threads have ended or wait for the cluster. True where some wait.
-bool run(Cta& cta, bool backwards) {
+// Until all threads have ended or wait for the cluster, or ROUNDS of them where others of it wait for their turn.
+void run(Cta& cta, bool backwards) {
     blockIdx.x = cta.index;
     exchange_cta(cta);
-    bool waiting = false;
-    for (bool running = true; running;) {
+    bool waiting = false, running = true;
+    for (int round = 0; running && (round < ROUNDS || cluster.size() == 1); ++round) {
         bool resumed = running = waiting = false;
         // Backwards, a warp has several turns before the next has one: they drift apart.
         for (unsigned j = 0; j < CTA_THREADS * (backwards ? AHEAD_TURNS : 1); ++j) {
@@ -281,15 +289,15 @@ bool run(Cta& cta, bool backwards) {
         if (running && !resumed && !waiting) std::abort();  // all wait for a barrier that no other thread reaches
     }
     exchange_cta(cta);
-    return waiting;
+    cta.state = running ? State::RUNNING : waiting ? State::WAITING : State::ENDED;
 }
 }  // namespace
 
-void sync_cta() { sync(cta_barrier, CTA_THREADS); }
-void sync_first(unsigned threads) { sync(first_barrier, threads); }
+void sync_cta() { sync(own->all, CTA_THREADS); }
+void sync_first(unsigned threads) { sync(own->first, threads); }
 void sync_named(unsigned number, unsigned threads) { sync(named_barrier(number, threads), threads); }
 void arrive_named(unsigned number, unsigned threads) { arrive(named_barrier(number, threads), threads); }
-void sync_warp() { sync(warp_barriers[current / 32], 32); }
+void sync_warp() { sync(own->warps[current / 32], 32); }
 void sync_cluster() {
     fibers[current].in_cluster_barrier = true;
     yield();
@@ -297,7 +305,7 @@ void sync_cluster() {
 const Lanes& exchange(unsigned number) {
     // Whoever writes here again, two generations later, has seen all lanes come to the one between: they have read what they wanted.
     const unsigned warp = current / 32;
-    auto& all = exchanged[warp][warp_barriers[warp].generation % 2];
+    auto& all = own->numbers[warp][own->warps[warp].generation % 2];
     all[current % 32] = number;
     sync_warp();
     return all;
@@ -336,8 +344,8 @@ void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, bool b
 }
 void mma_int8(int (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     const unsigned warp = current / 32, lane = current % 32;
-    const auto& all = bytes[warp][warp_barriers[warp].generation % 2];
-    bytes[warp][warp_barriers[warp].generation % 2][lane] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+    const auto& all = own->bytes[warp][own->warps[warp].generation % 2];
+    own->bytes[warp][own->warps[warp].generation % 2][lane] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
     sync_warp();
     const ByteRows rows = rows_of_bytes(all, lane);
     for (unsigned right = 0; right < 2; ++right) {
@@ -358,6 +366,12 @@ void barrier_arrive(unsigned barrier, unsigned expected_bytes) {
     --at.pending;
     end_phase_if_complete(at);
 }
+void barrier_arrive_at(unsigned rank, unsigned barrier) {
+    const auto found = mbarriers[rank].find(barrier);
+    if (rank >= cluster.size() || found == mbarriers[rank].end() || found->second.pending == 0) std::abort();
+    --found->second.pending;
+    end_phase_if_complete(found->second);
+}
 void barrier_wait(unsigned barrier, unsigned parity) {
     Mbarrier& at = mbarrier_at(barrier);
     for (long turns = 0; at.parity == parity; ++turns) {
@@ -376,14 +390,17 @@ void copy_bulk(unsigned to, const void* from, unsigned bytes, unsigned barrier) 
     });
 }
 // As the host's map for the 128-byte swizzle says: a row of the box is 128 bytes, 64 numbers or 128.
-void copy_box(unsigned to, const TensorMap& map, unsigned x, unsigned y, unsigned barrier, unsigned box_rows) {
+void copy_box(unsigned to, const TensorMap& map, unsigned x, unsigned y, unsigned barrier, unsigned box_rows, unsigned rank) {
     const unsigned in_16_bytes = 16 / map.number_bytes;
     if (reinterpret_cast<uintptr_t>(map.matrix) % 16 || map.columns % in_16_bytes || to % 1024) std::abort();
-    Mbarrier& at = mbarrier_at(barrier);
+    const auto found = mbarriers[rank].find(barrier);
+    if (found == mbarriers[rank].end()) std::abort();
+    Mbarrier& at = found->second;
     begin(at, [=, &at] {
+        char* const memory = rank == cluster_rank() ? shared_bytes(0) : cluster[rank].memory.data();
         for (unsigned row = 0; row < box_rows; ++row)
             for (unsigned chunk = 0; chunk < 8; ++chunk) {
-                char* place = shared_bytes(to + row * 128 + (chunk ^ row % 8) * 16);
+                char* place = memory + to + row * 128 + (chunk ^ row % 8) * 16;
                 std::memset(place, 0, 16);
                 const unsigned column = x + chunk * in_16_bytes;
                 if (y + row >= map.rows || column >= map.columns) continue;
@@ -412,13 +429,13 @@ void wgmma(const Wgmma& instruction) {
             before.overwritten |= before.a == instruction.a && std::memcmp(before.values, product.values, sizeof product.values);
         }
     };
-    for (std::vector<Product>& group : committed[current]) overwrite(group);
-    overwrite(open_products[current]);
-    open_products[current].push_back(product);
+    for (std::vector<Product>& group : own->committed[current]) overwrite(group);
+    overwrite(own->open_products[current]);
+    own->open_products[current].push_back(product);
 }
-void wgmma_commit() { committed[current].push_back(std::exchange(open_products[current], {})); }
+void wgmma_commit() { own->committed[current].push_back(std::exchange(own->open_products[current], {})); }
 void wgmma_wait(unsigned pending) {
-    auto& groups = committed[current];
+    auto& groups = own->committed[current];
     for (; groups.size() > pending; groups.pop_front())
         for (const Product& product : groups.front()) carry_out(product);
 }
@@ -442,15 +459,20 @@ extern "C" __attribute__((visibility("default"))) void launch(
             start(*left.back(), order[i]);
         }
         while (!left.empty()) {
-            std::vector<Cta*> waiting;
+            std::vector<Cta*> running, waiting;
             for (Cta* cta : left) {
-                if (run(*cta, backwards)) waiting.push_back(cta);
-                else forget_memory(*cta);
+                if (cta->state == State::RUNNING) run(*cta, backwards);
+                if (cta->state == State::RUNNING) running.push_back(cta);
+                if (cta->state == State::WAITING) waiting.push_back(cta);
+                if (cta->state == State::ENDED) forget_memory(*cta);
             }
-            // Whoever has not ended has arrived: the barrier opens.
-            for (Cta* cta : waiting)
-                for (Fiber& fiber : cta->fibers) fiber.in_cluster_barrier = false;
-            left = waiting;
+            if (running.empty()) {  // whoever has not ended has arrived: the barrier opens
+                for (Cta* cta : waiting) {
+                    cta->state = State::RUNNING;
+                    for (Fiber& fiber : cta->fibers) fiber.in_cluster_barrier = false;
+                }
+            }
+            left.erase(std::remove_if(left.begin(), left.end(), [](Cta* cta) { return cta->state == State::ENDED; }), left.end());
         }
     }
 }

@@ -68,9 +68,10 @@ void mma_sparse(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[4], u
 // Hopper
 void barrier_init(unsigned barrier, unsigned arrivals);
 void barrier_arrive(unsigned barrier, unsigned expected_bytes);
+void barrier_arrive_at(unsigned rank, unsigned barrier);  // of the cluster
 void barrier_wait(unsigned barrier, unsigned parity);
 void copy_bulk(unsigned to, const void* from, unsigned bytes, unsigned barrier);
-void copy_box(unsigned to, const TensorMap& map, unsigned x, unsigned y, unsigned barrier, unsigned box_rows);
+void copy_box(unsigned to, const TensorMap& map, unsigned x, unsigned y, unsigned barrier, unsigned box_rows, unsigned rank);
 unsigned cluster_size();
 unsigned cluster_rank();
 float4 load_of_cta(unsigned rank, unsigned from);

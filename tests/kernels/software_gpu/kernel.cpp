@@ -1,5 +1,6 @@
 // A kernel of csrc for the software GPU. Built in a folder with copies of csrc, of which ptx.cuh and ptx_sm90.cuh have been replaced.
-// -DSPARSE=1 is a 2:4 kernel, -DSPARSE=0 a dense one; -DWGMMA=1 is that for Hopper, -DEIGHT_BIT=1 that for int8 activations, -DUNPACK=1
+// -DSPARSE=1 is a 2:4 kernel, -DSPARSE=0 a dense one; -DWGMMA=1 is that for Hopper, -DEIGHT_BIT=1 that for int8 activations (with -DWHOLE_SUMS=1
+// factored weights), -DUNPACK=1
 // unpack.cu for either, and -DREPACK=1 repack.cu.
 #if ROUND  // -DROUND=1 is round_activations.cu
 #include "round_activations.cu"
@@ -13,6 +14,9 @@
 #elif SPARSE
 #include "sparse_marlin_sm80.cu"
 #define KERNEL sparse_marlin_sm80
+#elif EIGHT_BIT && WHOLE_SUMS
+#include "marlin_a8_factored_sm90.cu"
+#define KERNEL marlin_a8_factored_sm90
 #elif EIGHT_BIT
 #include "marlin_a8_sm90.cu"
 #define KERNEL marlin_a8_sm90

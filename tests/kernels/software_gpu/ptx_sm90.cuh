@@ -5,11 +5,15 @@
 inline void barrier_init(unsigned barrier, unsigned arrivals) { gpu::barrier_init(barrier, arrivals); }
 inline void barrier_init_done() {}
 inline void barrier_arrive(unsigned barrier) { gpu::barrier_arrive(barrier, 0); }
+inline void barrier_arrive_at(unsigned rank, unsigned barrier) { gpu::barrier_arrive_at(rank, barrier); }
 inline void barrier_arrive_expecting(unsigned barrier, unsigned bytes) { gpu::barrier_arrive(barrier, bytes); }
 inline void barrier_wait(unsigned barrier, unsigned parity) { gpu::barrier_wait(barrier, parity); }
 inline void copy_bulk(unsigned to, const void* from, unsigned bytes, unsigned barrier) { gpu::copy_bulk(to, from, bytes, barrier); }
 inline void copy_box(unsigned to, const TensorMap& map, unsigned x, unsigned y, unsigned barrier) {
-    gpu::copy_box(to, map, x, y, barrier, TOKENS);
+    gpu::copy_box(to, map, x, y, barrier, TOKENS, gpu::cluster_rank());
+}
+inline void copy_box_to_pair(unsigned to, const TensorMap& map, unsigned x, unsigned y, unsigned barrier) {
+    for (unsigned rank = 0; rank < 2; ++rank) gpu::copy_box(to, map, x, y, barrier, TOKENS / 2, rank);
 }
 inline void prefetch_map(const TensorMap&) {}
 inline unsigned cluster_size() { return gpu::cluster_size(); }

@@ -1,0 +1,38 @@
+// What the kernels for int8 activations have in common: what a stage holds, and how words become int8. marlin_a8_sm90.cu explains both.
+#pragma once
+#include "cluster_sm90.cuh"
+#include "pipeline_sm90.cuh"
+
+constexpr int TOKEN_GROUP = 128;  // k, of activations that share a scale
+using PartSums = int[TOKENS / TOKEN_PARTS / 8][4];
+
+// A stage holds K_STEP of k:
+//
+//   activations   [K_STEP/128][TOKENS]             rows of 128 bytes, swizzled
+//   weights       [K_STEP/16][BLOCKS][32 lanes]    16 bytes each
+//   scales        [rows of groups][64 BLOCKS]      float16; room for groups of 32
+//   token_scales  [K_STEP/128][TOKENS]             float32, used where they have groups
+struct A8Stage {
+    static constexpr int K_TILES = K_STEP / 16, WARP_TILES = K_TILES / K_WARPS;  // rows of words
+    static constexpr int GROUP_TILES = GROUPED ? 1 << (GROUPED ? GROUP_SHIFT : 0) : K_TILES;
+    static constexpr int GROUP_ROWS = !GROUPED ? 0 : K_TILES > GROUP_TILES ? K_TILES / GROUP_TILES : 1;  // of scales
+    static constexpr int SUM_TILES = GROUP_TILES < 8 ? GROUP_TILES : 8;  // of words, that are summed in int32
+    static constexpr int WEIGHTS_AT = ACTIVATION_BYTES, META_AT = WEIGHTS_AT + K_TILES * BLOCKS * 512, SCALES_AT = META_AT;
+    static constexpr int TOKEN_SCALES_AT = SCALES_AT + SCALE_BYTES, TOKEN_SCALE_BYTES = K_STEP / TOKEN_GROUP * TOKENS * 4;
+    static constexpr int BYTES = (TOKEN_SCALES_AT + TOKEN_SCALE_BYTES + 1023) / 1024 * 1024;  // the swizzle is one of address bits
+    static constexpr int SCRATCH_AT = STAGES * BYTES, RING_AT = SCRATCH_AT + SCRATCH_BYTES, ARRIVED_AT = RING_AT + RING_BYTES;
+
+    static_assert(ARRIVED_AT + 16 == SHARED_BYTES, "the host allots other shared memory than the kernel uses");
+    static_assert(PAIRED || PART_BYTES <= STAGES * BYTES, "a cluster's CTAs show each other their sums where the stages were");
+    static_assert(WARP_TILES % 8 == 0, "a warp's part of k is rows of 128 bytes");
+    static_assert(TOKENS % (8 * TOKEN_PARTS) == 0 && TOKENS / TOKEN_PARTS <= 256, "a product has up to 256 tokens");
+};
+
+// One word's fragment of 32 k, 16 times the codes.
+__device__ __forceinline__ void decode_int8(unsigned (&a)[4], unsigned w0, unsigned w1) {
+    const unsigned upper = permute(w0, w1, 0x6420), lower = permute(w0, w1, 0x7531);
+    a[0] = and_xor(upper << 4, 0xf0f0f0f0, 0x80808080);
+    a[1] = and_xor(lower << 4, 0xf0f0f0f0, 0x80808080);
+    a[2] = and_xor(upper, 0xf0f0f0f0, 0x80808080);
+    a[3] = and_xor(lower, 0xf0f0f0f0, 0x80808080);
+}
