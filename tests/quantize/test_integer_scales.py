@@ -1,4 +1,4 @@
-"""Scales that are factors 1..16 times one scale for each output: found where they are, and nowhere else."""
+"""Scales that are factors -15..16 times one scale for each output: found where they are, and nowhere else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def found_by_hand(row: list[float]) -> tuple[Fraction, list[int]] | None:
         channel = largest / most
         factors = [scale / channel for scale in exact]
         in_float16 = float(torch.tensor(float(channel), dtype=torch.float64).half())
-        if all(factor.denominator == 1 and 1 <= factor <= 16 for factor in factors) and Fraction(in_float16) == channel:
+        if all(factor.denominator == 1 and -15 <= factor <= 16 and factor for factor in factors) and Fraction(in_float16) == channel:
             return channel, [int(factor) for factor in factors]
     return None
 
@@ -28,7 +28,8 @@ def of_the_form(rows: int, groups: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     channel = torch.randint(64, 128, (rows, 1), generator=generator) * 2.0 ** torch.randint(-20, -8, (rows, 1), generator=generator)
     sign = torch.randint(0, 2, (rows, 1), generator=generator) * 2 - 1
-    return (channel * sign * torch.randint(1, 17, (rows, groups), generator=generator)).half()
+    factors = torch.randint(-15, 16, (rows, groups), generator=generator)
+    return (channel * sign * torch.where(factors <= 0, factors - 1, factors).clamp(-15)).half()
 
 
 def test_the_form_is_found_and_multiplies_back_exactly() -> None:
@@ -39,7 +40,7 @@ def test_the_form_is_found_and_multiplies_back_exactly() -> None:
         assert found is not None
         factors, channel = found
         assert factors.dtype == torch.int8 and channel.dtype == torch.float16
-        assert int(factors.min()) >= 1 and int(factors.max()) <= 16
+        assert int(factors.min()) >= -15 and int(factors.max()) <= 16 and bool(factors.all())
         assert torch.equal(factors.double() * channel.double().unsqueeze(-1), scales.double())
         for row in range(0, 257, 16):
             assert found_by_hand(scales[row].tolist()) == (Fraction(float(channel[row])), factors[row].tolist())
@@ -59,12 +60,12 @@ def test_every_pair_of_scales_is_judged_as_in_whole_numbers() -> None:
                 assert (Fraction(float(found[1])), found[0].squeeze(0).tolist()) == by_hand
 
 
-@pytest.mark.parametrize("bad", [0.0, float("inf"), float("nan"), -0.015625])
+@pytest.mark.parametrize("bad", [0.0, float("inf"), float("nan"), 0.0625 / 17, -0.0625])
 def test_one_scale_without_the_form_takes_it_from_all(bad: float) -> None:
-    """If one output of other scales were passed over, its weights would be wrong; a scale of the other sign has no factor either."""
+    """If one output of other scales were passed over, its weights would be wrong. -16 is no factor: -8 times it is 128."""
     scales = of_the_form(5, 4, 3)
-    scales[:, 0] = scales[:, 0].abs()
-    scales[2] = torch.tensor([0.0625, 0.015625, 0.03125, 0.015625])
-    assert split(scales[2:3]) is not None
-    scales[2, 1] = bad
+    scales[2] = torch.tensor([0.0625, 0.00390625, -0.05859375, 0.015625])  # 16, 1, -15, 4
+    found = split(scales[2:3])
+    assert found is not None and found[0].tolist() == [[16, 1, -15, 4]] and split(scales) is not None
+    scales[2, 2] = bad
     assert split(scales[2:3]) is None and split(scales) is None
