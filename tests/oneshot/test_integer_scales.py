@@ -46,7 +46,7 @@ def are_integers_times_one_number(scales: Tensor) -> bool:
     return bool(fits.all())
 
 
-REFINED = {"quantize__refine": 2, "quantize__drift_correction": 0.5, "quantize__tune_steps": 6, "calibration__samples": 48}
+REFINED: dict[str, Any] = {"quantize__refine": 2, "quantize__drift_correction": 0.5, "quantize__tune_steps": 6, "calibration__samples": 48}
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,9 @@ def test_every_linear_has_them(changes: dict[str, Any], dtype: torch.dtype, tmp_
 def test_linears_of_other_codes_are_as_before(tmp_path: Path, text: Path) -> None:
     """If an 8-bit linear or one scale for each row got channel scales of seven bits, it would lose accuracy for nothing."""
     source = zoo.build("llama", tmp_path / "model", dtype=torch.float16)
-    rules = {"quantize__overrides": {"down_proj": {"bits": 8}, "o_proj": {"group_size": -1}, "v_proj": {"bits": 8, "activations": "int8"}}}
+    rules: dict[str, Any] = {
+        "quantize__overrides": {"down_proj": {"bits": 8}, "o_proj": {"group_size": -1}, "v_proj": {"bits": 8, "activations": "int8"}}
+    }
     report = runs.quantize(source, tmp_path / "ct", runs.recipe(text, **INTEGER | rules))
     runs.quantize(source, tmp_path / "plain", runs.recipe(text, **rules))
     first = "model.layers.0.self_attn.v_proj"  # sees the same inputs in both runs
