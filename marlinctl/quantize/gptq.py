@@ -184,7 +184,7 @@ def _round(
     codes, _ = steps.sweep(w, w, feedback, s, group_of, kept, grid=settings.grid, zeros=z)
     if rounds:
         positive = not settings.both_signs or z is not None
-        integer = settings.integer_scales and len(s) > 1
+        integer = settings.integer_scales and s.shape[-2] > 1
         diagonal_of(matrix).add_(ridge)
         for _ in range(rounds):
             for _ in range(2):
