@@ -10,7 +10,7 @@ import click
 from marlinctl.commands.common import common_options, go_offline
 from marlinctl.commands.evaluation_flags import chosen_gate, chosen_measuring, evaluation_flags
 from marlinctl.commands.help import Command
-from marlinctl.commands.quantize import bits_of, inputs_of, largest_errors
+from marlinctl.commands.quantize import bits_of, inputs_of, largest_errors, scales_of
 from marlinctl.commands.recipe_flags import chosen_options, chosen_recipe, recipe_flags, run_flags
 from marlinctl.errors import number_of
 from marlinctl.system.console import Console
@@ -88,5 +88,7 @@ def show_result(console: Console, report: dict[str, Any]) -> None:
     console.result("\n".join(lines), report)
     if kept := inputs_of(report["layers"]):
         console.say(kept)
+    if form := scales_of(report["layers"]):
+        console.say(form)
     if candidates := largest_errors(report["layers"]):
         console.say(candidates)

@@ -24,8 +24,9 @@ TITLES: Mapping[str, str] = {
     " --bench --revision --base-model --license --module-map --drop-unexpected --gptq-v2 --cache-dir",
     "What is computed": "--recipe --pattern --mode --build --arch --only --check --tp --layers --shape --roofline --dense --sparse"
     " --bits --asymmetric --group-size --activations --activation-group bench:--tokens --configurations --tune --peers --batch --lengths"
-    " --fuse --compile --skip --include --override --method --mask-sweeps --ls-iterations --permute --scale-search --scale-sign --act-order"
-    " --equalize --rotate --token-weights --refine --drift-correction --damping --tune-steps --from-block --weights",
+    " --fuse --compile --skip --include --override --method --mask-sweeps --ls-iterations --permute --group-scales --scale-search"
+    " --scale-sign --act-order --equalize --rotate --token-weights --refine --drift-correction --damping --tune-steps --from-block"
+    " --weights",
     "Calibration": "--calibration --samples --sequence-length --chat --seed",
     "Training": "--distill-data --distill-tokens --distill-sequence-length --data distill:--tokens distill:--sequence-length"
     " --learning-rate --warmup --batch-tokens --micro-batch --ce --squarehead --kl --temperature --mask --mask-interval"

@@ -13,7 +13,11 @@ from marlinctl.system.console import Console
 
 @click.command("inspect", cls=Command)
 @click.argument("folder", type=click.Path(path_type=Path), metavar="FOLDER")
-@click.option("--weights", is_flag=True, help="Read all weights too: finds an undeclared 2:4 pattern, counts kept weights that are zero.")
+@click.option(
+    "--weights",
+    is_flag=True,
+    help="Read all weights too: finds an undeclared 2:4 pattern and integer group scales, counts kept weights that are zero.",
+)
 @common_options
 def command(console: Console, folder: Path, weights: bool) -> None:
     """Describe a checkpoint.

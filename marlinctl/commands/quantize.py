@@ -76,6 +76,8 @@ def show_result(console: Console, out: Path, report: dict[str, Any]) -> None:
         console.say(
             f"{kept}; {out} has 16-bit activations: `marlinctl pack {out} NEW --format marlin` writes a folder whose programs round"
         )
+    if form := scales_of(report["layers"]):
+        console.say(form)
     if candidates := largest_errors(report["layers"]):
         console.say(candidates)
 
@@ -93,6 +95,13 @@ def inputs_of(layers: Sequence[Mapping[str, Any]]) -> str:
     worst = max(stay, key=lambda layer: layer["rounding_error"])
     lost = f"{worst['name']} would lose {worst['rounding_error']:.4f} of its output"
     return f"{said}, {number_of(len(stay), 'linear stays', 'linears stay')} at 16 bits: {lost}"
+
+
+def scales_of(layers: Sequence[Mapping[str, Any]]) -> str:
+    """How many linears have integer group scales; nothing where they were not asked for."""
+    asked = [layer for layer in layers if layer.get("integer_scales") is not None]  # earlier versions had none
+    found = sum(layer["integer_scales"] for layer in asked)
+    return f"integer group scales: {found} of {number_of(len(asked), 'linear')}" if asked else ""
 
 
 def largest_errors(layers: Sequence[Mapping[str, Any]]) -> str:

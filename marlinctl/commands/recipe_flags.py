@@ -58,6 +58,10 @@ _RECIPE_FLAGS: Mapping[str, tuple[str, dict[str, Any]]] = {
         "--activation-group",
         {"type": int, "metavar": "128|-1", "help": "Inputs of a token that share a scale of --activations int8; -1: all."},
     ),
+    "quantize.group_scales": (
+        "--group-scales",
+        {"metavar": "float16|integer", "help": "integer: 1 to 16 times one number for each row, which kernels of int8 products like."},
+    ),
     "quantize.scale_sign": ("--scale-sign", {"metavar": "both|positive", "help": "positive for runtimes that require positive scales."}),
     "quantize.act_order": ("--act-order", {"metavar": "static|none", "help": "Order of columns during the solve; files stay the same."}),
     "quantize.scale_search": ("--scale-search", {"metavar": "hessian|mse|none", "help": "Error that a group's scale minimizes."}),

@@ -4,6 +4,8 @@
 
 Training a factor instead of the scale itself makes every scale move by a share of its own size, so one learning rate serves scales
 of 0.001 and norms of 1 alike. A pruned weight is code 0 and stays 0 whatever its scale does: no mask is needed here.
+
+Scales that are small integers times one number for each output (quantize/integer_scales.py) stay so: each output has one factor.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from marlinctl.distillation.parameters import assemble, by_parameter, parent_of
 from marlinctl.errors import UsageError
 from marlinctl.models.places import Place
 from marlinctl.quantize.grid import round_scales
+from marlinctl.quantize.integer_fit import has_form, rescaled
 
 
 class CodesTimesScales(nn.Module):
@@ -33,13 +36,14 @@ class CodesTimesScales(nn.Module):
         super().__init__()
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scales", scales, persistent=False)
+        self.integer = has_form(scales)
 
     def forward(self, factors: Tensor) -> Tensor:
         steps = (self.scales * factors).unsqueeze(-1)  # [..., N, G, 1]
         return (self.codes.unflatten(-1, (steps.shape[-2], -1)) * steps).flatten(-2)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        return torch.ones_like(self.scales)
+        return torch.ones_like(self.scales[..., :1] if self.integer else self.scales)
 
 
 def freeze_codes(model: nn.Module, places: Mapping[str, Place], parts: Mapping[str, LinearParts]) -> None:
@@ -72,7 +76,10 @@ def settle(model: nn.Module, parameters: Mapping[str, bool]) -> None:
     with torch.no_grad():
         for parameter, bfloat16_exact in parameters.items():
             made, factors = _parts_of(model, parameter)
-            made.scales.copy_(round_scales(made.scales * whole(factors), bfloat16_exact))
+            if made.integer:
+                made.scales.copy_(rescaled(made.scales, whole(factors), bfloat16_exact))
+            else:
+                made.scales.copy_(round_scales(made.scales * whole(factors), bfloat16_exact))
             local(factors).fill_(1.0)
 
 

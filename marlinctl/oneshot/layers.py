@@ -36,7 +36,8 @@ from marlinctl.oneshot.sequential import SequentialPipeline, TunedBlock
 from marlinctl.oneshot.solve import Outcome, StackedSolver, StackOutcome
 from marlinctl.oneshot.tuning import Tuned, TuneSettings, holds_out, tunable, tune_block
 from marlinctl.planning.memory import Work, experts_together
-from marlinctl.quantize.scheme import SIXTEEN_BIT, Activations, Grid, Rounding
+from marlinctl.quantize.integer_scales import split
+from marlinctl.quantize.scheme import INT4, SIXTEEN_BIT, Activations, Grid, Rounding
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipes.schema import Recipe
 from marlinctl.sparsify.steps import PruneSteps
@@ -73,6 +74,7 @@ class LayerRecord:
     rounding_error: float | None = None  # these three: input_rounding.py; None where it is not asked for
     input_mean: float | None = None
     input_spread: float | None = None
+    integer_scales: bool | None = None  # whether scales have this form (quantize/integer_scales.py); None where it is not asked for
 
     @property
     def grid(self) -> Grid:
@@ -375,6 +377,7 @@ class LayerQuantizer:
             rounding_error=None if solved.inputs is None else solved.inputs.rounding_error,
             input_mean=None if solved.inputs is None else solved.inputs.mean,
             input_spread=None if solved.inputs is None else solved.inputs.spread,
+            integer_scales=self._integer_scales(result),
         )
         self._finished.records.append(record)
         if solved.fallback:
@@ -386,6 +389,11 @@ class LayerQuantizer:
             self._worst = max(self._worst, (record.error, name))
             error, worst = self._worst
             self.progress.advance(1, note, f"worst error {error:.4f}, {worst.removeprefix('model.')}")
+
+    def _integer_scales(self, result: Tensor | QuantizedLinear) -> bool | None:
+        if not (self.solver.settings.integer_scales and self.scheme.quantizes):
+            return None
+        return isinstance(result, QuantizedLinear) and result.grid == INT4 and split(result.scales) is not None
 
 
 def _equalization(opened: RunInputs, recipe: Recipe, folded: Folded, before: Orders, processes: Processes) -> Equalization | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from marlinctl.quantize.drift import DriftSettings, corrected_stack, corrected_target
 from marlinctl.quantize.gptq import Solved, SolveSettings, solve_many
-from marlinctl.quantize.scheme import Grid, Scheme
+from marlinctl.quantize.scheme import INT4, Grid, Scheme
 from marlinctl.quantize.stacks import stacked
 from marlinctl.quantize.types import Hessian, QuantizedLinear
 from marlinctl.recipes.schema import Recipe
@@ -78,15 +78,18 @@ class StackedSolver:
                 damping=q.fixed_damping,
                 refine=q.refine,
                 grid=recipe.scheme.grid,
+                integer_scales=q.group_scales == "integer",
             ),
             offered=steps,
         )
 
     def on(self, grid: Grid) -> StackedSolver:
-        """The same with other codes. Scales of linears whose activations are rounded are positive, as other tools write them: a sign is
-        worth one of 256 levels, and not every kernel for such products was made with negative ones in mind."""
+        """The same with other codes. Those of symmetric int4 alone have integer group scales. Scales of linears whose activations are
+        rounded are positive, as other tools write them: a sign is worth one of 256 levels, and not every kernel for such products was made
+        with negative ones in mind."""
         both_signs = self.settings.both_signs and not grid.rounds_activations
-        return replace(self, settings=replace(self.settings, grid=grid, both_signs=both_signs))
+        integer = self.settings.integer_scales and grid == INT4
+        return replace(self, settings=replace(self.settings, grid=grid, both_signs=both_signs, integer_scales=integer))
 
     def solve(self, stack: Tensor, mask: Tensor | None, hessian: Hessian, group_size: int) -> StackOutcome:
         """One stack [R, K]."""

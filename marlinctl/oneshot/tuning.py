@@ -6,7 +6,8 @@
 
 A solve minimises the error of one linear at a time; here those of a block make up for each other and for the blocks before. With codes
 free as well the result is worse, and so is plain rounding with more steps (docs/log/2026-11-30-accuracy.md). Factors are rounded as the
-checkpoint holds scales and norms before they are judged.
+checkpoint holds scales and norms before they are judged. Scales that are small integers times one number for each row (integer group
+scales) have one factor a row.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 
 from marlinctl.models.architectures import Block
 from marlinctl.quantize.grid import round_scales
+from marlinctl.quantize.integer_fit import has_form, rescaled
+from marlinctl.quantize.scheme import INT4
 from marlinctl.quantize.types import QuantizedLinear, values_of
 from marlinctl.system.processes import ALONE, Processes
 
@@ -147,7 +150,11 @@ class _Factors:
         self._steps = {name: _steps_of(linear).to(dtype) for name, linear in linears.items()}  # [N, G, group]
         self._scales = {name: linear.scales.float() for name, linear in linears.items()}
         self._plain = {name: layer.get_parameter(block.parameter(name)).detach().float() for name in stored}
-        self._of = {name: torch.ones_like(start, requires_grad=True) for name, start in (self._scales | self._plain).items()}
+        self._of = {name: torch.ones_like(start) for name, start in (self._scales | self._plain).items()}
+        self._integer = {name for name, scales in self._scales.items() if linears[name].grid == INT4 and has_form(scales)}
+        self._of |= {name: self._of[name][:, :1].clone() for name in self._integer}
+        for factor in self._of.values():
+            factor.requires_grad_(True)
 
     @property
     def trained(self) -> list[Tensor]:
@@ -174,8 +181,14 @@ class _Factors:
         return found | {self._parameter(name): value.to(self._dtype) for name, value in self.others().items()}
 
     def linears(self) -> dict[str, QuantizedLinear]:
-        scales = {name: round_scales(start * self._of[name].detach(), self._bfloat16_exact) for name, start in self._scales.items()}
-        return {name: replace(linear, scales=scales[name].to(linear.scales.dtype)) for name, linear in self._linears.items()}
+        return {name: replace(linear, scales=self._rounded(name).to(linear.scales.dtype)) for name, linear in self._linears.items()}
+
+    def _rounded(self, name: str) -> Tensor:
+        """Scales [N, G] of a linear."""
+        start, factor = self._scales[name], self._of[name].detach()
+        if name in self._integer:
+            return rescaled(start, factor, self._bfloat16_exact)
+        return round_scales(start * factor, self._bfloat16_exact)
 
     def others(self) -> dict[str, Tensor]:
         return {name: (start * self._of[name].detach()).to(self._stored[name]) for name, start in self._plain.items()}

@@ -122,6 +122,13 @@ def refuse_rounded_inputs(recipe: Recipe, *, packs: bool) -> None:
         raise UsageError("E273", what, where=f"--format {silent[0]} {where}", fix="--format marlin, or the recipe int4-a8")
 
 
+def refuse_integer_scales(recipe: Recipe) -> None:
+    """UsageError E273 for integer group scales of other codes than symmetric int4: code * factor must fit int8."""
+    if recipe.quantize.group_scales == "integer" and recipe.scheme.grid != INT4:
+        what = f"integer group scales go with symmetric 4-bit codes, and these are {recipe.scheme.grid} ones"
+        raise UsageError("E273", what, where="--group-scales integer", fix="leave it out, or --bits 4 without --asymmetric")
+
+
 def refuse_lone_tuning(recipe: Recipe) -> None:
     """UsageError E288 for tuning without the reference model, whose output is its aim."""
     if recipe.tunes and recipe.quantize.drift_correction == 0.0:
@@ -169,6 +176,7 @@ def check_arguments(recipe: Recipe, module_map: Path | None, *, distils: bool) -
     refuse_idle_bits(recipe)
     refuse_rounded_activations(recipe)
     refuse_rounded_inputs(recipe, packs=distils)
+    refuse_integer_scales(recipe)
     refuse_lone_tuning(recipe)
     refuse_idle_rotation(recipe)
     check_module_map(module_map)

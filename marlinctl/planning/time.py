@@ -45,7 +45,7 @@ _GPU_PRODUCTS, _GPU_MEMORY, _GPU_LAYER = 4e14, 2e12, 5e-4  # an H200's, of train
 _LINK = 2e9  # bytes a second between processes on one CPU: a guess
 _START = 10.0  # seconds until torch and transformers are imported and the model is built
 _PASSES_OF_LOGIT = 12  # softmax, sums of it, and its gradient
-_PASSES = 2 * 9 * 8  # the scale search: two signs, nine candidates, eight passes each
+_PASSES = 2 * 9 * 8  # the scale search: two signs, nine candidates, eight passes each; integer scales are tried for nine, two of each
 
 
 def machine(device: str, cores: int, element: int, *, matrix_units: bool) -> Machine | Gpu:
@@ -162,7 +162,7 @@ def _solve(stage: Stage, recipe: Recipe) -> tuple[float, float, float]:
         rounds = 1 + 2 * recipe.quantize.refine
         operations += rounds * sweep + recipe.quantize.refine * (2 + 4) * sweep
         columns += rounds * k
-        passes += _PASSES + 8 * rounds
+        passes += _PASSES * (2 if recipe.quantize.group_scales == "integer" else 1) + 8 * rounds
     if prunes:
         iterative = recipe.sparsify.method == "iterative"
         operations += sweep + (2 * sweep * (recipe.sparsify.ls_iterations + recipe.sparsify.mask_sweeps) if iterative else 0)

@@ -15,6 +15,7 @@ from torch import Tensor
 from marlinctl.quantize.affine import search_ranges
 from marlinctl.quantize.damping import Damping, damping_of
 from marlinctl.quantize.grid import round_steps_
+from marlinctl.quantize.integer_fit import fit_to_weights
 from marlinctl.quantize.refine import descend, layer_error, refit_scales
 from marlinctl.quantize.scheme import INT4, Grid
 from marlinctl.quantize.solver import factor, factor_stack, ridges
@@ -36,6 +37,7 @@ class SolveSettings:
     damping: Damping  # fraction of mean(diag H); None: by the tokens per input
     refine: int  # rounds of two descents and one re-fit
     grid: Grid = INT4
+    integer_scales: bool = False  # those of a row are small integers times one number (integer_scales.py); of symmetric int4
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,11 +184,12 @@ def _round(
     codes, _ = steps.sweep(w, w, feedback, s, group_of, kept, grid=settings.grid, zeros=z)
     if rounds:
         positive = not settings.both_signs or z is not None
+        integer = settings.integer_scales and s.shape[-2] > 1
         diagonal_of(matrix).add_(ridge)
         for _ in range(rounds):
             for _ in range(2):
                 codes = descend(target, codes, s, matrix, group_of, kept, sweep=steps.sweep, grid=settings.grid, zeros=z)
-            s = refit_scales(target, codes, s, matrix, group_of, positive=positive, bfloat16_exact=settings.bfloat16_exact)
+            s = refit_scales(target, codes, s, matrix, group_of, positive=positive, bfloat16_exact=settings.bfloat16_exact, integer=integer)
         diagonal_of(matrix).sub_(ridge)
     in_place = codes_of_values(take_rows(codes, torch.argsort(order, dim=-1)), settings.grid)  # scattering columns is slow on a GPU
     in_place = in_place.mT.contiguous()
@@ -202,7 +205,7 @@ def static_scales(weight: Tensor, importance: Tensor, settings: SolveSettings, s
 
     importance: [K], the diagonal of the Hessian, which weighs the errors of the search. Or stacks [E, ...] of all. The scale that covers
     the largest weight stands unless another one promises SEARCH_MARGIN less: small gains come from clipping, and cost more later than the
-    search can see (docs/log/2026-11-21-drift.md).
+    search can see (docs/log/2026-11-21-drift.md). Integer scales are fitted to what was found.
     """
     ratios = (1.0,) if settings.scale_search == "none" else SEARCH_RATIOS
     weights = importance if settings.scale_search == "hessian" else None
@@ -222,6 +225,8 @@ def static_scales(weight: Tensor, importance: Tensor, settings: SolveSettings, s
         margin=SEARCH_MARGIN,
         grid=settings.grid,
     )
+    if settings.integer_scales and group_size < weight.shape[-1]:  # one group has the form with whatever scale
+        found = fit_to_weights(weight, weights, found, group_size=group_size, bfloat16_exact=settings.bfloat16_exact)
     return found, None
 
 

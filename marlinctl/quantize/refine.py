@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from marlinctl.quantize.grid import round_scales
+from marlinctl.quantize.integer_fit import fit_to_codes
 from marlinctl.quantize.products import mm
 from marlinctl.quantize.scheme import INT4, Grid
 from marlinctl.quantize.stacks import diagonal as diagonal_of
@@ -48,11 +49,20 @@ def descend(
 
 
 def refit_scales(
-    weight: Tensor, codes: Tensor, scales: Tensor, matrix: Tensor, group_of: Tensor, *, positive: bool, bfloat16_exact: bool
+    weight: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    matrix: Tensor,
+    group_of: Tensor,
+    *,
+    positive: bool,
+    bfloat16_exact: bool,
+    integer: bool = False,
 ) -> Tensor:
     """The scales that minimise the layer error for fixed codes, row by row: a G x G least-squares system, G = number of groups.
 
     Σ_h (c_g H_gh c_hᵀ) s_h = c_g H_g: wᵀ. Rows whose rounded solution is not better keep their scales.
+    integer: scales are small integers times one number for each row (integer_scales.py), before and after.
     weight, codes: [K, R]; scales: [G, R]; matrix: [K, K]; all float32. Returns scales [G, R]. Or stacks [E, ...] of all these.
     """
     *stack, groups, rows = scales.shape
@@ -77,7 +87,11 @@ def refit_scales(
     lower, info = torch.linalg.cholesky_ex(damped)
     solved = torch.cholesky_solve(right.mT.unsqueeze(-1), lower).squeeze(-1).mT  # [G, R]
     usable = (info == 0) & torch.isfinite(solved).all(-2)
-    if positive:
+    if positive and not integer:  # whose signs stay
         usable &= (solved > 0).all(-2)
-    candidate = round_scales(torch.where(usable.unsqueeze(-2), solved, scales), bfloat16_exact)
+    free = torch.where(usable.unsqueeze(-2), solved, scales)
+    if integer:
+        candidate = fit_to_codes(normal, right.mT, free.mT, scales.mT, bfloat16_exact).mT
+    else:
+        candidate = round_scales(free, bfloat16_exact)
     return torch.where((usable & (error(candidate) < before)).unsqueeze(-2), candidate, scales)

@@ -18,6 +18,7 @@ _LATER: Mapping[_Path, object] = {  # key that came later -> what recipes withou
     ("quantize", "symmetric"): True,
     ("quantize", "activations"): "16-bit",
     ("quantize", "activation_group"): 128,
+    ("quantize", "group_scales"): "float16",
     ("quantize", "drift_damping"): 0.01,
     ("quantize", "equalize"): "never",
     ("quantize", "rotate"): "never",

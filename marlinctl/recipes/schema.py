@@ -81,6 +81,7 @@ class Quantize(_Section):
     group_size: GroupSize
     activations: Literal["16-bit", "int8"]
     activation_group: Literal[128, -1]
+    group_scales: Literal["float16", "integer"]
     scale_sign: Literal["both", "positive"]
     act_order: Literal["static", "none"]
     scale_search: Literal["none", "mse", "hessian"]

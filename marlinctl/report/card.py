@@ -61,6 +61,7 @@ class CardFacts:
     folded: tuple[str, ...] = ()  # into its weights (checkpoint/orders.py)
     grids: Mapping[str, Grid] = field(default_factory=dict)  # of the quantized linears whose codes are not INT4
     rounding: Mapping[str, Rounding] = field(default_factory=dict)  # of the linears whose inputs programs may round
+    integer_scales: int = 0  # linears whose scales have this form (quantize/integer_scales.py)
 
     def grid_counts(self) -> list[tuple[Grid, int]]:
         return sorted(Counter(self.grids.get(layer, INT4) for layer in self.layers).items())
@@ -93,6 +94,7 @@ def of_compression(report: Mapping[str, Any], folder: Folder, layers: Mapping[st
         folded=folder.folded,
         grids=grids_of(report),
         rounding={record["name"]: record["rounding"] for record in report["layers"] if record.get("rounding", "none") != "none"},
+        integer_scales=sum(bool(record.get("integer_scales")) for record in report["layers"]),
     )
     return render(facts)
 
@@ -213,6 +215,7 @@ def _what(facts: CardFacts) -> list[str]:
         *(("Quantized" if i == 0 else "", line) for i, line in enumerate(_codes(facts))),
         ("Activations", _rounding(facts)),
         ("Group size", groups),
+        ("Scales", _scales(facts)),
         ("Pruned", f"2:4, two of each four neighbours along K are zero; {_storage(facts.fmt)}" if facts.two_of_four else ""),
         ("Folded into the weights", _folded(facts.folded)),
         ("Original", Name(facts.base_model) if facts.base_model else ""),
@@ -263,6 +266,12 @@ def _rounding(facts: CardFacts) -> str:
     scales = "one scale per token" if "int8" in facts.rounding.values() else f"one scale per token and {ACTIVATION_GROUP} inputs"
     count = number_of(len(facts.rounding), "linear")
     return f"what enters {count} is rounded to int8 where that is faster, with {scales}"
+
+
+def _scales(facts: CardFacts) -> str:
+    if not facts.integer_scales:
+        return ""
+    return f"those of {number_of(facts.integer_scales, 'linear')} are small integers times one number per row, as float16"
 
 
 def _storage(fmt: Format) -> str:

@@ -57,7 +57,7 @@ def page(report: Mapping[str, Any], folder: Folder) -> Page:
     done = ", ".join(_counts(report))
     return Page(
         f"{report['source']['name']}, {folder.fmt.label}",
-        f"{done}; recipe {report['recipe']['name']}, {_groups(report, layers)}{_activations(report, folder)}.",
+        f"{done}; recipe {report['recipe']['name']}, {_groups(report, layers)}{_scales(report)}{_activations(report, folder)}.",
         list(_figures(report, layers)),
         [section for section in sections if section.blocks],
         f"Written by marlinctl {report['versions']['marlinctl']} from marlinctl_report.json, which has every figure of this page.",
@@ -88,6 +88,11 @@ def _groups(report: Mapping[str, Any], layers: Sequence[_Layer]) -> str:
     if len(sizes) == 1:
         return names[0]
     return ", ".join(f"{name} ({number_of(count, 'linear')})" for name, (_, count) in zip(names, sizes, strict=True))
+
+
+def _scales(report: Mapping[str, Any]) -> str:
+    found = sum(bool(record.get("integer_scales")) for record in report["layers"])  # earlier versions noted none
+    return f", integer group scales ({number_of(found, 'linear')})" if found else ""
 
 
 def _activations(report: Mapping[str, Any], folder: Folder) -> str:

@@ -245,6 +245,7 @@ CATALOG = (
         - `marlin_24` holds 2:4 linears only, and the model is dense. Use the recipe `sparse-int4`, or `marlinctl sparsify` first.
         - 16 bits and no pattern would change nothing.
         - `--override 'PATTERN=bits:8,activations:...'` is for dense linears of a symmetric model: 2:4 linears have 16-bit activations.
+        - `--group-scales integer` is for symmetric 4-bit codes.
         """,
         ("E270", "E272"),
     ),

@@ -19,7 +19,7 @@ from marlinctl.checkpoint.mask import open_masks
 from marlinctl.checkpoint.orders import folded
 from marlinctl.errors import number_of
 from marlinctl.models.config import sizes_of
-from marlinctl.quantize.scheme import SIXTEEN_BIT
+from marlinctl.quantize.scheme import INT4, SIXTEEN_BIT
 from marlinctl.system.log import printable
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def inspect(folder: Path, *, weights: bool = False) -> dict[str, Any]:
             "group_sizes": {str(size): count for size, count in Counter(info.layers.values()).most_common()},
             "scale_dtypes": _dtypes(checkpoint, info),
             **_parameters(checkpoint, info, packed.shapes),
+            "integer_scales": _integer_scales(checkpoint, info) if weights else None,
             "pattern": _pattern(checkpoint, info, masks, weights),
             "folded": list(folded(folder)),
             "shards": len(checkpoint.files),
@@ -108,6 +109,14 @@ def _dtypes(checkpoint: Checkpoint, info: FormatInfo) -> list[str]:
     return sorted({checkpoint.tensors[name].dtype for name in names if name in checkpoint.tensors})
 
 
+def _integer_scales(checkpoint: Checkpoint, info: FormatInfo) -> int:
+    """Linears of symmetric 4-bit codes in several groups whose scales are small integers times one number for each output."""
+    from marlinctl.checkpoint.formats.registry import read_parts
+    from marlinctl.quantize.integer_fit import has_form
+
+    return sum(info.grid(layer) == INT4 and has_form(read_parts(checkpoint, info, layer).scales) for layer in info.layers)
+
+
 def _pattern(checkpoint: Checkpoint, info: FormatInfo, masks: Masks | None, weights: bool) -> dict[str, Any]:
     """2:4 or not, in which linears, and who says so. `kind` is None where it is not stated and the weights were not read."""
     kept = sparsity.counted(checkpoint, info, masks) if weights else None
@@ -150,7 +159,7 @@ def table(facts: Mapping[str, Any]) -> str:
         ("format", f"{facts['format']}{' ' + facts['variant'] if facts['variant'] else ''}, {_bits(facts)} bits"),
         ("group size", sizes or "none: not quantized"),
         ("activations", _activations(facts["linears_by_activations"])),
-        ("scales", ", ".join(facts["scale_dtypes"])),
+        ("scales", _scales(facts)),
         ("quantized", f"{number_of(facts['quantized_linears'], 'linear')}, {facts['quantized_parameters']:,} weights"),
         ("bits per weight", str(facts["bits_per_quantized_weight"] or "")),
         ("pattern", _pattern_line(facts["pattern"])),
@@ -182,6 +191,14 @@ def _activations(counts: Mapping[str, int]) -> str:
     """Of the linears, where some are rounded when the model runs."""
     rounded = {kind for kind in counts if kind != "16-bit"}
     return ", ".join(f"{kind} ({number_of(count, 'linear')})" for kind, count in counts.items()) if rounded else ""
+
+
+def _scales(facts: Mapping[str, Any]) -> str:
+    """F16, integer in 12 of 14 linears"""
+    count = facts["integer_scales"]
+    return ", ".join(
+        (*facts["scale_dtypes"], *([f"integer in {count} of {number_of(facts['quantized_linears'], 'linear')}"] if count else []))
+    )
 
 
 def _pattern_line(facts: Mapping[str, Any]) -> str:

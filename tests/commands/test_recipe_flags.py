@@ -24,7 +24,7 @@ VERBS = {
 # flag -> a value that no recipe has by itself
 VALUES = {
     "--bits": "16", "--group-size": "32", "--scale-sign": "positive", "--act-order": "none", "--scale-search": "mse", "--damping": "0.5",
-    "--equalize": "never", "--activations": "int8", "--activation-group": "-1",
+    "--equalize": "never", "--activations": "int8", "--activation-group": "-1", "--group-scales": "integer",
     "--rotate": "always",
     "--token-weights": "gradient",
     "--refine": "7", "--drift-correction": "0.25", "--skip": "k_proj", "--include": "lm_head", "--override": "down_proj=group_size:32",

@@ -13,6 +13,7 @@ from torch import Tensor
 from marlinctl.quantize.drift import DriftSettings, corrected_stack, corrected_target
 from marlinctl.quantize.gptq import SEARCH_MARGIN, SEARCH_RATIOS, Solved, solve, solve_many
 from marlinctl.quantize.grid import search_scales
+from marlinctl.quantize.integer_fit import has_form
 from marlinctl.quantize.solver import factor, factor_stack
 from marlinctl.quantize.types import Hessian
 from marlinctl.solver_kernels.steps import SolverKernels
@@ -139,12 +140,14 @@ def check_equal(found: Solved, expected: Solved, e: int) -> None:
     assert torch.allclose(found.output_energy, expected.output_energy, rtol=1e-5), e
 
 
-@pytest.mark.parametrize("act_order", ["static", "none"])
-@pytest.mark.parametrize("refine", [0, 2])
-def test_solving_many_is_solving_each(refine: int, act_order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("refine", "act_order", "integer"),
+    [(0, "static", False), (2, "static", False), (0, "none", False), (2, "none", False), (2, "static", True)],
+)
+def test_solving_many_is_solving_each(refine: int, act_order: str, integer: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If one expert's damping, dead inputs or error came to another one, the report would be wrong and codes with it."""
     weights, hessians = uneven()
-    settings = replace(SETTINGS, refine=refine, act_order=act_order)
+    settings = replace(SETTINGS, refine=refine, act_order=act_order, integer_scales=integer)
     kernels = install(monkeypatch, tmp_path).steps()
     many = solve_many(weights, hessians, settings, steps=kernels)
     alone = [solve(weight, one, settings, steps=kernels) for weight, one in zip(weights, hessians, strict=True)]
@@ -152,6 +155,7 @@ def test_solving_many_is_solving_each(refine: int, act_order: str, tmp_path: Pat
     assert alone[3].fallback is not None and alone[2].dead == 1
     for e in range(len(alone)):
         check_equal(many[e], alone[e], e)
+        assert not integer or has_form(many[e].linear.scales), e
     others = solve_many(weights[[0, 2, 4]], [hessians[e] for e in (0, 2, 4)], settings, steps=kernels)
     for e, solved in zip((0, 2, 4), others, strict=True):
         assert torch.equal(solved.linear.codes, many[e].linear.codes), "the others are as if the singular one were not there"
