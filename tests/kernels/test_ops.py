@@ -288,7 +288,7 @@ def test_factored_scales_are_used_where_the_table_says_so(gpu: SoftwareDriver, w
         out = called(ops._on_gpu, False)(x, p.qweight, p.scales, n, group_size, None, False, way, more)
         assert close(out, gemm_rounded(x, p, group_of(way)).double()), (n, k, group_size)
         assert (gpu.launches[-1].cluster == 2) == (way == "int8")
-        with pytest.raises(ValueError, match="factored must be torch.int16"):
+        with pytest.raises(ValueError, match="factored must be"):
             called(ops._on_gpu, False)(x, p.qweight, p.scales, n, group_size, None, False, way, more[:, :64].contiguous())
 
 
