@@ -351,8 +351,8 @@ CATALOG = (
         "E313",
         "The model's format does not fit the command",
         """
-        - `quantize` needs 16-bit weights. To change the format of a quantized model, use `marlinctl pack`.
-        - `pack` and `verify --source` need a quantized model.
+        - `quantize`, and `distill` for its teacher, need 16-bit weights. To change the format of a quantized model, use `marlinctl pack`.
+        - `pack` and `verify --source` need a quantized model; what follows `--source` is the 16-bit model that it was made from.
         - `distill` trains dense and ct students; convert others with `marlinctl pack STUDENT OUT --format ct`.
         - `bench --model` needs tiles: `marlinctl pack FOLDER OUT --format marlin`.
         - Packed linears compute in float16 or bfloat16: `from_pretrained(folder, dtype=torch.bfloat16)`. `marlinctl.api.load` dequantizes

@@ -468,6 +468,9 @@ def _opened(source: Path | None, checkpoint: Checkpoint, info: FormatInfo, conso
     with open_folder(source, weight_files="model") as original:
         for note in original.notes:
             console.warn(f"source: {note}")
+        if original.info.format.quantized:
+            what = f"the source is quantized itself ({original.info.name})"
+            raise BadInput("E313", what, where=str(source), fix="name the 16-bit model that this checkpoint was made from")
         yield _as_of(checkpoint, original.checkpoint)
 
 
