@@ -108,15 +108,27 @@ def choose(architecture: str, sparse: bool, m: int, n: int, k: int, rounding: bo
 
 def choices(architecture: str, sparse: bool, n: int, k: int, rounding: bool = False) -> set[Choice | None]:
     """Everything that `choose` may answer for a weight [N, K], whatever M is: what has to be compiled before a server may begin."""
+    return {choose(architecture, sparse, m, n, k, rounding) for m in _starts(architecture, sparse, rounding)}
+
+
+def fewest_rounded(architecture: str, n: int, k: int) -> int | None:
+    """The fewest rows whose activations are multiplied in 8 bits, where that is allowed, by a dense weight [N, K]; None: no number is."""
+    for m in sorted(_starts(architecture, False, True)):
+        choice = choose(architecture, False, m, n, k, True)
+        if choice is not None and choice.configuration.int8:
+            return m
+    return None
+
+
+def _starts(architecture: str, sparse: bool, rounding: bool) -> set[int]:
+    """Every M from which on `choose` may answer something else: behind a row's M and behind its tile, and where dequantizing begins."""
     kind = KINDS[sparse]
     used = [tables().get((architecture, kind)) or reasoned(architecture, kind)]
     if rounding and not sparse and (architecture, ROUNDED) in tables():
         used.append(tables()[architecture, ROUNDED])
-    # An answer changes behind a row's M and behind its tile, and where dequantizing begins.
     after = {1 + row.m for table in used for row in table.rows}
     after |= {1 + row.choice.configuration.tokens for table in used for row in table.rows if row.choice is not None}
-    starts = {table.dequantize_from for table in used if table.dequantize_from is not None}
-    return {choose(architecture, sparse, m, n, k, rounding) for m in {1, *after, *starts}}
+    return {1, *after, *(table.dequantize_from for table in used if table.dequantize_from is not None)}
 
 
 @lru_cache(maxsize=1)

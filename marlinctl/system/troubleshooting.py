@@ -281,8 +281,8 @@ CATALOG = (
         """
         The line names them and says what to change. Examples: `pack --check` takes no OUT; SquareHead needs hidden states, which
         `--cache-logits` does not keep; a 4-bit student needs `--mode scales`; `--mask renewed` needs `--mode full`; `--activation-group`
-        has no effect without `--activations int8`, nor `--mask-interval` without `--mask renewed`; `--from-block` counts decoder blocks from
-        0, which `distill` and `pack` do not have. Of `accelerate launch`,
+        has no effect without `--activations int8`, nor `--mask-interval` without `--mask renewed`; `--from-block` counts decoder blocks
+        from 0, which `distill` and `pack` do not have. Of `accelerate launch`,
         [distill](distill.md#several-gpus-several-machines) supports FSDP2 without offloading; each other setting is listed.
         """,
         ("E231", "E232", "E281", "E289", "E291", "E296"),
