@@ -243,7 +243,7 @@ def test_native_folders(tmp_path: Path) -> None:
     index.write_text(index.read_text().replace("model-0", "marlin-0"))
     assert len(open_checkpoint(folder, weight_files="marlin").tensors) == 21
     assert len(open_checkpoint(folder, weight_files="auto").tensors) == 21
-    with pytest.raises(BadInput, match="config.json belongs to weights called model"):
+    with pytest.raises(BadInput, match=r"config\.json belongs to weights called model"):
         open_checkpoint(folder)
     text = index.read_text()
     index.unlink()
